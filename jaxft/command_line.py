@@ -1,0 +1,66 @@
+"""Flags of the train command: --config FILE.py with --config.section.key=value overrides, each fault told in a line."""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from jaxft import config as settings
+from jaxft.errors import RequestError
+
+USAGE = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config.section.key=value ...]
+
+  --config FILE      a file with get_config(); see configs/
+  --workdir DIR      where the run is written, and found again (default: runs/NAME_OF_CONFIG)
+  --config.a.b=VALUE any setting; --print_config lists them all with their meaning
+  --dry_run          compile and tell the memory, train nothing
+  --print_config     print the settings of this run and end
+"""
+
+
+class TrainArguments(NamedTuple):
+  config: ConfigDict
+  workdir: Path
+  dry_run: bool
+  print_config: bool
+
+
+def parse_train(argv: list[str] | None = None) -> TrainArguments:
+  """Reads the command line; raises RequestError with every unknown setting, or with the first other fault."""
+  argv = sys.argv if argv is None else argv
+  if {"-h", "--help"} & set(argv[1:]) or len(argv) == 1:
+    print(USAGE)
+    sys.exit(0 if len(argv) > 1 else 2)
+  names = [word.removeprefix("--config.").split("=")[0] for word in argv[1:] if word.startswith("--config.")]
+  if lines := settings.unknown(names):
+    raise RequestError("\n".join(lines))
+
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values)
+  flags.DEFINE_string("workdir", None, "", flag_values=values)
+  flags.DEFINE_bool("dry_run", False, "", flag_values=values)
+  flags.DEFINE_bool("print_config", False, "", flag_values=values)
+  try:
+    rest = values(argv)
+    file = values["config"].config_filename if values["config"].present else None
+    config = values.config
+  except Exception as error:  # whatever the config file raises while it runs, or the parser on an override
+    raise RequestError(_reason(error)) from error
+  if rest[1:]:
+    raise RequestError(f"{rest[1]!r}: not a flag; --help shows what there is")
+  if config is None:
+    raise RequestError("--config is missing; name a file, such as --config configs/quickstart.py")
+  workdir = Path(values.workdir) if values.workdir else Path("runs") / Path(file).stem
+  return TrainArguments(config, workdir, values.dry_run, values.print_config)
+
+
+def _reason(error: Exception) -> str:
+  """What went wrong, in one line, without the parser's own words around it."""
+  text = " ".join(line.strip() for line in str(error).strip("'\"").splitlines())
+  if isinstance(error, OSError) and "Failed loading config file" in text:
+    return f"--config: {text.split('[Errno')[-1].split(']')[-1].strip() or text}; name a file such as configs/quickstart.py"
+  if isinstance(error, flags.Error):
+    return text.removeprefix("flag ")
+  return f"--config: the config file does not run: {type(error).__name__}: {text}"

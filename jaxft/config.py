@@ -1,0 +1,224 @@
+"""Every setting of a run: its name, default, unit and meaning, in one table.
+
+A config file (`configs/X.py`) has `get_config()`, which starts from `default()` and sets what the experiment is about.
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict, config_dict
+
+from jaxft.errors import RequestError
+
+# A check looks at one value and returns what a right value would be, or None when the value is right.
+Check = Callable[[Any], str | None]
+
+
+def at_least(low: float) -> Check:
+  return lambda x: None if x >= low else f"at least {low}"
+
+
+def above(low: float) -> Check:
+  return lambda x: None if x > low else f"above {low}"
+
+
+def between(low: float, high: float) -> Check:
+  return lambda x: None if low <= x < high else f"at least {low} and below {high}"
+
+
+def one_of(*choices: str) -> Check:
+  return lambda x: None if x in choices else "one of " + ", ".join(choices)
+
+
+def size_or_rest(x: int) -> str | None:
+  return None if x == -1 or x >= 1 else "a number of devices, or -1 for all that are left"
+
+
+def anything(_: Any) -> None:
+  return None
+
+
+class Setting(NamedTuple):
+  name: str
+  default: Any  # the type itself where no default makes sense (the value is then None)
+  check: Check
+  doc: str
+
+
+SETTINGS = (
+  Setting("model.path", "", anything, "checkpoint to start from: a Hugging Face hub id or a folder"),
+  Setting("model.revision", "main", anything, "branch, tag or commit of the hub id"),
+  Setting("model.init", "pretrained", one_of("pretrained", "scratch"), "read the weights, or draw new ones"),
+  Setting("model.config", "", anything, "config.json of the model to draw from scratch; empty: the one in model.path"),
+  Setting("model.compute_dtype", "auto", one_of("auto", "float32", "bfloat16"),
+          "dtype of activations; auto: bfloat16 on GPU and TPU, float32 on CPU. Weights are float32 always"),
+  Setting("model.dropout", float, between(0, 1), "dropout everywhere; unset: the rates of the model's config.json"),
+
+  Setting("data.train", (), anything, "one or more sources: hub:NAME[:SPLIT], or a .txt, .jsonl, .csv or .parquet "
+          "file, glob or folder"),
+  Setting("data.validation", (), anything, "sources to evaluate on; empty: split off the training documents"),
+  Setting("data.validation_fraction", 0.05, between(0, 1), "share of documents held out when data.validation is empty"),
+  Setting("data.text_column", "text", anything, "column that holds the text"),
+  Setting("data.nats_column", "", anything, "column with -log p of each document in nats, where the text was drawn from "
+          "a known distribution: the floor no model can beat is then printed beside the eval loss"),
+  Setting("data.sequence_length", 512, at_least(2), "tokens a row"),
+  Setting("data.limit_train", 0, at_least(0), "use this many training documents, drawn with shuffle_seed; 0: all"),
+  Setting("data.limit_validation", 0, at_least(0), "use this many validation documents, drawn likewise; 0: all"),
+  Setting("data.shuffle_seed", 0, at_least(0), "seed of the order of rows and of every draw of documents"),
+
+  Setting("train.steps", 0, at_least(0), "optimizer steps; 0: as many as train.epochs takes"),
+  Setting("train.epochs", 0.0, at_least(0), "passes over the training rows; 0: train.steps says when to end"),
+  Setting("train.batch_size", 8, at_least(1), "sequences per optimizer step, over all devices"),
+  Setting("train.micro_batch_size", 0, at_least(0), "sequences per device and accumulation step; 0: no accumulation"),
+  Setting("train.seed", 0, at_least(0), "seed of dropout, of new weights and of the samples"),
+  Setting("train.log_every", 10, at_least(1), "steps between lines of metrics.jsonl"),
+  Setting("train.eval_every", 0, at_least(0), "steps between evaluations; 0: only before the first and after the last"),
+  Setting("train.eval_batches", 0, at_least(0), "batches an evaluation; 0: all validation rows"),
+  Setting("train.save_every", 500, at_least(0), "steps between checkpoints; 0: only after the last"),
+  Setting("train.keep", 2, at_least(1), "newest checkpoints to keep"),
+  Setting("train.max_bad_steps", 1, at_least(1), "non-finite steps in a row that end the run (they change no weight)"),
+  Setting("train.sample_prompts", (), anything, "prompts completed before and after training, with the same seed"),
+  Setting("train.sample_every", 0, at_least(0), "steps between further samples; 0: only before and after"),
+  Setting("train.sample_tokens", 100, at_least(1), "tokens drawn for each prompt"),
+
+  Setting("optim.name", "adamw", one_of("adamw", "adafactor", "lion", "sgd"), "optimizer"),
+  Setting("optim.learning_rate", 5e-5, above(0), "peak learning rate"),
+  Setting("optim.schedule", "linear", one_of("constant", "linear", "cosine"), "course after the warm-up"),
+  Setting("optim.warmup_steps", 0, at_least(0), "steps of linear warm-up, from 0"),
+  Setting("optim.end_learning_rate", 0.0, at_least(0), "learning rate that linear and cosine end at"),
+  Setting("optim.weight_decay", 0.0, at_least(0), "decoupled decay of matrices and embeddings (not biases, not norms)"),
+  Setting("optim.b1", 0.9, between(0, 1), "decay of the first moment (momentum for sgd)"),
+  Setting("optim.b2", 0.999, between(0, 1), "decay of the second moment"),
+  Setting("optim.eps", 1e-8, above(0), "added to the root of the second moment"),
+  Setting("optim.clip_norm", 1.0, at_least(0), "largest global norm of the gradient; 0: no clipping"),
+  Setting("optim.state_dtype", "float32", one_of("float32", "bfloat16"), "dtype of the first moment"),
+
+  Setting("mesh.data", 1, size_or_rest, "devices that hold copies and split the batch; -1: the rest"),
+  Setting("mesh.fsdp", -1, size_or_rest, "devices that split weights, optimizer state and the batch; -1: the rest"),
+
+  Setting("memory.remat", "none", one_of("none", "dots", "full"),
+          "activations recomputed in the backward pass: none, all but matrix products, all but each layer's input"),
+  Setting("memory.loss_chunk", 0, at_least(0), "positions a row whose logits exist at once; 0: all of them"),
+
+  Setting("export.out", "", anything, "folder for the Hugging Face model; empty: WORKDIR/export"),
+  Setting("export.dtype", "float32", one_of("float32", "bfloat16", "float16"), "dtype of the exported weights"),
+  Setting("export.max_shard_size", "5GB", anything, "largest weight file"),
+)
+BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+# Settings that may differ when a run is resumed: they change what is written, never what is learned.
+FREE_ON_RESUME = frozenset({
+  "train.log_every", "train.eval_every", "train.eval_batches", "train.save_every", "train.keep", "train.max_bad_steps",
+  "train.sample_prompts", "train.sample_every", "train.sample_tokens", "mesh.data", "mesh.fsdp", "memory.remat",
+  "memory.loss_chunk", "export.out", "export.dtype", "export.max_shard_size", "data.nats_column"})
+
+
+def default() -> ConfigDict:
+  """Every setting at its default, locked: an unknown key raises AttributeError with the nearest right name."""
+  config = ConfigDict()
+  for setting in SETTINGS:
+    section, key = setting.name.split(".")
+    if section not in config:
+      config[section] = ConfigDict()
+    kind = isinstance(setting.default, type)
+    config[section][key] = config_dict.placeholder(setting.default) if kind else setting.default
+  return config.lock()
+
+
+def unknown(names: list[str]) -> list[str]:
+  """One line for each name that is no setting, with the nearest one that is."""
+  lines = []
+  for name in names:
+    if name not in BY_NAME:
+      # The last part decides what was meant: `optim.lerning_rate`, `train.learning_rate` and `learning_rate` alike.
+      by_key = {known.split(".")[1]: known for known in BY_NAME}
+      near = difflib.get_close_matches(name, BY_NAME, 1) or [
+        by_key[key] for key in difflib.get_close_matches(name.split(".")[-1], by_key, 1)]
+      way_out = f"did you mean {near[0]}?" if near else "--print_config lists all settings"
+      lines.append(f"config.{name}: there is no such setting; {way_out}")
+  return lines
+
+
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+  """{"train.steps": 3, ...} of a ConfigDict or of the nested dict in a config.json; tuples and lists become tuples."""
+  flat = {}
+  for section, values in (config.to_dict() if isinstance(config, ConfigDict) else config).items():
+    if not isinstance(values, Mapping):  # a key outside any section: the caller reports it as unknown
+      flat[section] = values
+      continue
+    for key, value in values.items():
+      flat[f"{section}.{key}"] = tuple(value) if isinstance(value, list | tuple) else value
+  return flat
+
+
+def faults(config: ConfigDict) -> list[str]:
+  """Everything wrong with the values themselves, one line each; files and devices are looked at elsewhere."""
+  values = flatten(config)
+  lines = unknown(list(values)) + [f"config.{name}: missing" for name in BY_NAME if name not in values]
+  for name in BY_NAME.keys() & values.keys():
+    setting, value = BY_NAME[name], values[name]
+    if isinstance(value, float) and not math.isfinite(value):
+      lines.append(f"config.{name}={value}: not a finite number")
+    elif value is not None and (wanted := setting.check(value)):
+      lines.append(f"config.{name}={value!r}: must be {wanted}")
+    elif isinstance(setting.default, tuple) and not all(isinstance(item, str) for item in value):
+      lines.append(f"config.{name}={value!r}: must be text, or a tuple of texts")
+  lines.sort()
+  if lines:
+    return lines
+
+  if not config.model.path:
+    lines.append("config.model.path: empty; name a hub id (gpt2) or a folder")
+  if not config.data.train:
+    lines.append("config.data.train: empty; name a file, a folder or hub:NAME")
+  if bool(config.train.steps) == bool(config.train.epochs):
+    lines.append(f"config.train.steps={config.train.steps} and config.train.epochs={config.train.epochs}: set one of the two")
+  if config.mesh.data == config.mesh.fsdp == -1:
+    lines.append("config.mesh.data=-1 and config.mesh.fsdp=-1: only one can take the rest")
+  if config.optim.end_learning_rate > config.optim.learning_rate:
+    lines.append(f"config.optim.end_learning_rate={config.optim.end_learning_rate}: above "
+                 f"config.optim.learning_rate={config.optim.learning_rate}")
+  if config.train.steps and config.optim.warmup_steps > config.train.steps:
+    lines.append(f"config.optim.warmup_steps={config.optim.warmup_steps}: more than "
+                 f"config.train.steps={config.train.steps}")
+  return lines
+
+
+def changed(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
+  """The settings that shape what is learned and differ between a saved config and this one, one line each."""
+  before, now = flatten(saved), flatten(config)
+  return [f"config.{name}={now.get(name)!r}: the run was started with {before.get(name)!r}"
+          for name in sorted(before.keys() | now.keys())
+          if name not in FREE_ON_RESUME and before.get(name) != now.get(name)]
+
+
+def to_json(config: ConfigDict) -> str:
+  """The resolved config as JSON text, nested by section."""
+  return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+  """The inverse of `to_json`; raises RequestError on an unknown key or a wrong type."""
+  config = default()
+  flat = flatten(json.loads(text))
+  if lines := unknown(list(flat)):
+    raise RequestError("\n".join(lines))
+  try:
+    for name, value in flat.items():
+      section, key = name.split(".")
+      if value is not None:
+        config[section][key] = value
+  except TypeError as error:
+    raise RequestError(f"config.{name}={value!r}: {error}") from error
+  return config
+
+
+def describe(config: ConfigDict) -> str:
+  """Every setting with its value and its meaning, as `--print_config` shows it."""
+  lines, values = [], flatten(config)
+  for setting in SETTINGS:
+    lines += [f"# {setting.doc}", f"config.{setting.name} = {values[setting.name]!r}"]
+  return "\n".join(lines)

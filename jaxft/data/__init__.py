@@ -1,0 +1,1 @@
+"""Data: sources -> tokens -> rows -> batches, with every token accounted for."""

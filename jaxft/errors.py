@@ -1,0 +1,48 @@
+"""What can end a command, and the exit code each ending has (README, "Exit codes")."""
+
+import sys
+from collections.abc import Callable
+
+
+class JaxftError(Exception):
+  """An ending that the user can act on: one or more plain lines and no traceback."""
+
+  exit_code = 1
+
+
+class RequestError(JaxftError):
+  """The request is wrong: a config key, a data file, a model folder."""
+
+  exit_code = 2
+
+
+class NumericsError(JaxftError):
+  """Loss or gradients stopped being finite numbers."""
+
+  exit_code = 3
+
+
+class StorageError(JaxftError):
+  """A checkpoint or an export could not be written, or what was read back is damaged."""
+
+  exit_code = 4
+
+
+class Preempted(JaxftError):
+  """Asked to stop, and saved: the same command continues the run."""
+
+  exit_code = 75
+
+
+def run_command(main: Callable[[], None]) -> None:
+  """Runs a command's `main` and turns its endings into exit codes."""
+  try:
+    main()
+  except JaxftError as error:
+    label = "stopped" if isinstance(error, Preempted) else "error"
+    for line in str(error).splitlines():
+      print(f"{label}: {line}", file=sys.stderr)
+    sys.exit(error.exit_code)
+  except KeyboardInterrupt:
+    print("stopped: interrupted", file=sys.stderr)
+    sys.exit(130)

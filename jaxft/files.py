@@ -1,0 +1,14 @@
+"""Files that are there whole or not at all."""
+
+import os
+from pathlib import Path
+
+
+def write_whole(file: Path, text: str) -> None:
+  """Writes under a temporary name, syncs to disk, renames: a kill or a full disk leaves what was there before."""
+  partial = file.with_name(file.name + ".partial")
+  with partial.open("w", encoding="utf-8") as stream:
+    stream.write(text)
+    stream.flush()
+    os.fsync(stream.fileno())
+  os.replace(partial, file)

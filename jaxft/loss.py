@@ -1,0 +1,34 @@
+"""Masked cross-entropy that need not hold all logits.
+
+B batch, T length, V vocabulary, D model
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy_sum(h_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
+                      chunk: int = 0) -> jax.Array:
+  """Sum over unmasked targets of -log p(target), in nats and float32; divide by the count where the count is known.
+
+  With `chunk`, only (B, chunk, V) logits exist at once, in the forward and in the backward pass (which computes them
+  again). The result does not depend on `chunk` but for the order of the sum.
+  """
+  T = h_BTD.shape[1]
+  if not chunk or chunk >= T:
+    return _sum(h_BTD, head_VD, targets_BT, mask_BT)
+
+  def split(x):  # (B, T, ...) -> (T / chunk, B, chunk, ...); what the padding adds is masked
+    x = jnp.pad(x, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+  def add(total, part):
+    return total + jax.checkpoint(_sum)(part[0], head_VD, *part[1:]), None
+
+  return jax.lax.scan(add, jnp.float32(0), (split(h_BTD), split(targets_BT), split(mask_BT)))[0]
+
+
+def _sum(h_BTD, head_VD, targets_BT, mask_BT):
+  logits_BTV = jnp.einsum("BTD,VD->BTV", h_BTD, head_VD, preferred_element_type=jnp.float32)
+  gold_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
+  return jnp.sum(jnp.where(mask_BT, jax.nn.logsumexp(logits_BTV, -1) - gold_BT, 0))

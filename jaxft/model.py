@@ -1,0 +1,273 @@
+"""The decoder: shapes, parameters and maths. Nothing here knows of devices, files or training.
+
+B batch, T query length, S key length, V vocabulary, P positions, D model, F feed-forward, L layers, N heads, H head size
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxft.attention import attention
+
+# Called on every activation and on every weight where it is used, with the logical name of each axis.
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Facts about an architecture, read from a checkpoint's config.json (`hf/facts.py`), never typed by a user."""
+
+  V: int
+  P: int
+  D: int
+  F: int
+  L: int
+  N: int
+  H: int
+  norm_eps: float
+  embed_dropout: float
+  attention_dropout: float
+  residual_dropout: float
+  init_std: float
+
+  def with_dropout(self, rate: float) -> "ModelConfig":
+    return dataclasses.replace(self, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How a model is run: what a user may choose without changing what is computed (but for rounding)."""
+
+  dtype: Any = jnp.float32
+  remat: str = "none"
+  constrain: Constrain = lambda x, axes: x
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """Keys and values of the columns seen so far, for all layers; written in place inside a jitted function."""
+
+  k_LBSNH: jax.Array
+  v_LBSNH: jax.Array
+  segments_BS: jax.Array  # 0: padding or not written yet
+  used: jax.Array  # columns written, the same for every row
+
+  @classmethod
+  def empty(cls, cfg: ModelConfig, B: int, S: int, dtype: Any) -> "Cache":
+    kv = jnp.zeros((cfg.L, B, S, cfg.N, cfg.H), dtype)
+    return cls(kv, kv, jnp.zeros((B, S), jnp.int32), jnp.int32(0))
+
+
+class Einsum(nnx.Module):
+  """`einsum(x, kernel) + bias`. The kernel's shape, axis names and initial scale stand side by side."""
+
+  def __init__(self, equation: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *, inputs: int,
+               std: float, compute: Compute, rngs: nnx.Rngs):
+    self.equation, self.compute = equation, compute
+    self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), out_sharding=axes)
+    self.bias = nnx.Param(jnp.zeros(shape[inputs:]), out_sharding=axes[inputs:])
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return jnp.einsum(self.equation, x, weight(self.kernel, self.compute)) + weight(self.bias, self.compute)
+
+
+class LayerNorm(nnx.Module):
+  """Layer normalisation, in float32 whatever the dtype of its input."""
+
+  def __init__(self, cfg: ModelConfig, compute: Compute):
+    self.eps, self.compute = cfg.norm_eps, compute
+    self.scale = nnx.Param(jnp.ones(cfg.D), out_sharding=("embed",))
+    self.bias = nnx.Param(jnp.zeros(cfg.D), out_sharding=("embed",))
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    f32 = Compute(jnp.float32, constrain=self.compute.constrain)
+    y_BTD = x_BTD.astype(jnp.float32)
+    y_BTD = y_BTD - y_BTD.mean(-1, keepdims=True)
+    y_BTD = y_BTD * jax.lax.rsqrt((y_BTD * y_BTD).mean(-1, keepdims=True) + self.eps)
+    return (y_BTD * weight(self.scale, f32) + weight(self.bias, f32)).astype(x_BTD.dtype)
+
+
+class Attention(nnx.Module):
+
+  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+    self.cfg = cfg
+    D, N, H = cfg.D, cfg.N, cfg.H
+    self.qkv = Einsum("BTD,DQNH->BTQNH", (D, 3, N, H), ("embed", None, "heads", None), inputs=1,
+                      std=cfg.init_std, compute=compute, rngs=rngs)
+    self.out = Einsum("BTNH,NHD->BTD", (N, H, D), ("heads", None, "embed"), inputs=2,
+                      std=cfg.init_std / (2 * cfg.L)**0.5, compute=compute, rngs=rngs)
+
+  def __call__(self, x_BTD, segments_BT, cached, key):
+    q_BTNH, k_BTNH, v_BTNH = jnp.unstack(self.qkv(x_BTD), axis=2)
+    k_BSNH, v_BSNH, segments_BS, offset = cached(k_BTNH, v_BTNH)
+    out_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, scale=self.cfg.H**-0.5, offset=offset, q_segments_BT=segments_BT,
+                         k_segments_BS=segments_BS, dropout=self.cfg.attention_dropout, key=key)
+    return self.out(out_BTNH)
+
+
+class Mlp(nnx.Module):
+
+  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+    self.up = Einsum("BTD,DF->BTF", (cfg.D, cfg.F), ("embed", "mlp"), inputs=1, std=cfg.init_std, compute=compute,
+                     rngs=rngs)
+    self.down = Einsum("BTF,FD->BTD", (cfg.F, cfg.D), ("mlp", "embed"), inputs=1,
+                       std=cfg.init_std / (2 * cfg.L)**0.5, compute=compute, rngs=rngs)
+
+  def __call__(self, x_BTD):
+    return self.down(jax.nn.gelu(self.up(x_BTD), approximate=True))  # transformers' `gelu_new`
+
+
+class Block(nnx.Module):
+
+  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+    self.cfg = cfg
+    self.norm1, self.norm2 = LayerNorm(cfg, compute), LayerNorm(cfg, compute)
+    self.attention, self.mlp = Attention(cfg, compute, rngs), Mlp(cfg, compute, rngs)
+
+  def __call__(self, x_BTD, segments_BT, cached, key):
+    keys = (None, None, None) if key is None else jax.random.split(key, 3)
+    rate = self.cfg.residual_dropout
+    x_BTD = x_BTD + dropout(self.attention(self.norm1(x_BTD), segments_BT, cached, keys[0]), rate, keys[1])
+    return x_BTD + dropout(self.mlp(self.norm2(x_BTD)), rate, keys[2])
+
+
+class Embed(nnx.Module):
+
+  def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+    self.tokens = nnx.Param(cfg.init_std * jax.random.normal(rngs.params(), (cfg.V, cfg.D)),
+                            out_sharding=("vocab", "embed"))
+    self.positions = nnx.Param(cfg.init_std * jax.random.normal(rngs.params(), (cfg.P, cfg.D)),
+                               out_sharding=(None, "embed"))
+
+
+class Decoder(nnx.Module):
+  """Token ids in, hidden states out; `head_VD` turns hidden states into logits."""
+
+  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+    self.cfg, self.compute = cfg, compute
+    self.embed = Embed(cfg, rngs)
+    # One Block whose parameters have a leading layer axis; `lax.scan` below walks along it.
+    stack = nnx.vmap(lambda r: Block(cfg, compute, r), transform_metadata={nnx.PARTITION_NAME: "layers"})
+    self.blocks = stack(rngs.split(cfg.L))
+    self.norm = LayerNorm(cfg, compute)
+
+  def __call__(self, ids_BT: jax.Array, *, segments_BT: jax.Array | None = None,
+               positions_BT: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+    """Hidden states (B, T, D) after the last norm, in the compute dtype.
+
+    Args:
+      ids_BT: token ids.
+      segments_BT: tokens see only tokens of their own segment; None: one segment a row.
+      positions_BT: position ids; None: 0, 1, 2, ...
+      key: dropout key; None: no dropout.
+    """
+    def cached(layer, cache, k, v):
+      return (k, v, segments_BT, 0), cache
+    return self._run(ids_BT, segments_BT, positions_BT, key, None, cached)[0]
+
+  def extend(self, cache: Cache, ids_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array):
+    """Reads T more columns after those in the cache: hidden states (B, T, D) and the longer cache.
+
+    The caller sees to it that the cache has room: `cache.used + T <= S`.
+    """
+    segments_BS = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, (0, cache.used))
+
+    def cached(layer, kv, k_BTNH, v_BTNH):
+      start = (layer, 0, cache.used, 0, 0)
+      kv = tuple(jax.lax.dynamic_update_slice(old, new[None], start) for old, new in zip(kv, (k_BTNH, v_BTNH)))
+      k_BSNH, v_BSNH = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in kv)
+      return (k_BSNH, v_BSNH, segments_BS, cache.used), kv
+
+    h_BTD, (k, v) = self._run(ids_BT, segments_BT, positions_BT, None, (cache.k_LBSNH, cache.v_LBSNH), cached)
+    return h_BTD, Cache(k, v, segments_BS, cache.used + ids_BT.shape[1])
+
+  def head_VD(self) -> jax.Array:
+    """The output table, tied to the token embedding; in the compute dtype."""
+    return weight(self.embed.tokens, self.compute)
+
+  def logits(self, h: jax.Array) -> jax.Array:
+    """(..., D) -> (..., V) in float32."""
+    return jnp.einsum("...D,VD->...V", h, self.head_VD(), preferred_element_type=jnp.float32)
+
+  def _run(self, ids_BT, segments_BT, positions_BT, key, kv, cached):
+    cfg, act = self.cfg, ("batch", None, "act_embed")
+    embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
+    if positions_BT is None:
+      positions_BT = jnp.arange(ids_BT.shape[1])[None]
+    x_BTD = self.head_VD()[ids_BT] + weight(self.embed.positions, self.compute)[positions_BT]
+    x_BTD = self.compute.constrain(dropout(x_BTD, cfg.embed_dropout, embed_key), act)
+
+    def layer(carry, xs):
+      x_BTD, kv = carry
+      block, index, key = xs
+
+      def cached_here(k_BTNH, v_BTNH):
+        nonlocal kv
+        seen, kv = cached(index, kv, k_BTNH, v_BTNH)
+        return seen
+      x_BTD = block(x_BTD, segments_BT, cached_here, key)
+      return (self.compute.constrain(x_BTD, act), kv), None
+
+    keys_L = None if key is None else jax.random.split(layers_key, cfg.L)
+    layer = rematerialised(layer, self.compute.remat)
+    (x_BTD, kv), _ = jax.lax.scan(layer, (x_BTD, kv), (self.blocks, jnp.arange(cfg.L), keys_L))
+    return self.norm(x_BTD), kv
+
+
+def weight(param: nnx.Param, compute: Compute) -> jax.Array:
+  """A parameter as the maths uses it: cast first and then gathered, so that half the bytes travel in bfloat16."""
+  axes = param.out_sharding
+  if param.ndim == len(axes) - 1:
+    axes = axes[1:]  # inside the scan the layer axis is gone, its name is not
+  return compute.constrain(param[...].astype(compute.dtype), axes)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  if not rate or key is None:
+    return x
+  return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / jnp.asarray(1 - rate, x.dtype), 0)
+
+
+def rematerialised(layer: Callable, remat: str) -> Callable:
+  if remat == "none":
+    return layer
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+  # prevent_cse guards against a compiler that undoes the recomputation; inside a scan it cannot, and guarding costs.
+  return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def compute_dtype(name: str, device: jax.Device) -> Any:
+  """The dtype of activations: "auto" is bfloat16, but float32 on a CPU, where XLA is slow in bfloat16 (jax 0.12)."""
+  return jnp.dtype(("float32" if device.platform == "cpu" else "bfloat16") if name == "auto" else name)
+
+
+def parameter_count(shapes: Any) -> int:
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def build(cfg: ModelConfig, compute: Compute, seed: int = 0) -> Decoder:
+  """A decoder with new weights. Under `jax.jit` with out_shardings the weights are born sharded."""
+  # Placement is decided in sharding.py, from the axis names; flax must not look for a mesh here.
+  with nnx.use_eager_sharding(False):
+    return Decoder(cfg, compute, nnx.Rngs(seed))
+
+
+def abstract(cfg: ModelConfig, compute: Compute) -> tuple[nnx.GraphDef, dict, dict]:
+  """A decoder without memory: its graph, its parameters as shapes, and the logical axis names of each parameter.
+
+  The two dicts are nested alike. `nnx.merge(graph, parameters)` gives the decoder back, with real parameters too.
+  """
+  graph, state = nnx.split(nnx.eval_shape(lambda: build(cfg, compute)))
+  axes = {}
+  for path, param in nnx.to_flat_state(state):
+    node = axes
+    for part in path[:-1]:
+      node = node.setdefault(part, {})
+    node[path[-1]] = param.out_sharding
+  return graph, nnx.to_pure_dict(state), axes

@@ -1,0 +1,172 @@
+"""What a run says while it runs: lines on the console, metrics.jsonl and samples.jsonl in the workdir."""
+
+import contextlib
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxft.errors import NumericsError
+from jaxft.files import write_whole
+
+console = Console(soft_wrap=True, highlight=False)
+
+
+def say(text: str) -> None:
+  """One line of the story. Not rich markup: text comes from users' files."""
+  console.print(text, markup=False)
+
+
+class Lines:
+  """A .jsonl file of one object a line, each with a "step", which after a resume holds no line of a lost step."""
+
+  def __init__(self, file: Path, last_step: int):
+    """Drops lines after `last_step`, which the run is about to write again; -1 drops all."""
+    self.all: list[dict[str, Any]] = []
+    if file.exists():
+      for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+          values = json.loads(line)
+          if values["step"] <= last_step:
+            self.all.append(values)
+        except (ValueError, KeyError, TypeError):
+          continue  # cut short by a kill in the middle of a write
+    write_whole(file, "".join(json.dumps(values) + "\n" for values in self.all))
+    self._stream = file.open("a", encoding="utf-8")
+
+  def write(self, step: int, values: dict[str, Any]) -> None:
+    self.all.append({"step": step} | values)
+    self._stream.write(json.dumps(self.all[-1], allow_nan=False) + "\n")
+    self._stream.flush()
+
+  def values(self, key: str) -> list[Any]:
+    """All values of `key`, oldest first."""
+    return [line[key] for line in self.all if key in line]
+
+  def close(self) -> None:
+    self._stream.close()
+
+
+class Meter:
+  """Progress of something counted: a bar on a terminal, nothing but the story's lines in a log."""
+
+  def __init__(self, what: str, total: int, done: int = 0):
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[note]}"))
+    self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    self._task = self._bar.add_task(what, total=total, completed=done, note="")
+
+  def __enter__(self) -> "Meter":
+    self._bar.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._bar.stop()
+
+  def at(self, done: int, note: str = "", total: int | None = None) -> None:
+    self._bar.update(self._task, completed=done, note=note, total=total)
+
+
+class Clock:
+  """Wall time of steps since the last restart, without what happens inside `paused`."""
+
+  def __init__(self):
+    self.restart()
+
+  def restart(self) -> None:
+    self._started, self._steps, self._tokens = time.monotonic(), 0, 0
+
+  def count(self, tokens: int) -> None:
+    self._steps, self._tokens = self._steps + 1, self._tokens + tokens
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    away = time.monotonic()
+    yield
+    self._started += time.monotonic() - away
+
+  @property
+  def tokens_per_second(self) -> float:
+    return self._tokens / max(time.monotonic() - self._started, 1e-9)
+
+  @property
+  def step_seconds(self) -> float:
+    return (time.monotonic() - self._started) / max(self._steps, 1)
+
+
+class Reporter:
+  """Tells of steps, evaluations and samples, and ends a run whose numbers are no longer finite."""
+
+  def __init__(self, config: ConfigDict, workdir: Path, start: int, total_steps: int, tokens_seen: int, floor: float | None,
+               device: jax.Device):
+    self.tokens_seen, self.clock = tokens_seen, Clock()
+    self._train, self._seed, self._total, self._floor, self._device = (
+      config.train, config.train.seed, total_steps, floor, device)
+    self._bad_in_a_row = 0
+    last_kept = start if start else -1  # a run that begins again evaluates and samples again
+    self.metrics, self.samples = (Lines(workdir / name, last_kept) for name in ("metrics.jsonl", "samples.jsonl"))
+
+  def step(self, step: int, numbers: dict[str, Any], meter: Meter) -> None:
+    """Takes the metrics of a train step; raises NumericsError after `train.max_bad_steps` bad ones in a row."""
+    loss, norm, rate = (float(numbers[key]) for key in ("loss", "grad_norm", "learning_rate"))
+    self.tokens_seen += int(numbers["tokens"])
+    self.clock.count(int(numbers["tokens"]))
+    speed = f"{self.clock.tokens_per_second:,.0f} tokens/s"
+    meter.at(step, f"loss {loss:.4f}  {speed}")
+    if step % self._train.log_every == 0 or step == self._total or numbers["bad"]:
+      self.metrics.write(step, {
+        "train/loss": finite_or_text(loss), "train/learning_rate": rate, "train/grad_norm": finite_or_text(norm),
+        "train/tokens": self.tokens_seen, "perf/tokens_per_second": round(self.clock.tokens_per_second, 1),
+        "perf/step_seconds": round(self.clock.step_seconds, 4), "memory/peak_bytes": peak_bytes(self._device)})
+      if not console.is_terminal:
+        left = round((self._total - step) * self.clock.step_seconds)
+        say(f"step {step}/{self._total}  loss {loss:.4f}  lr {rate:.2e}  {speed}  {left // 60}:{left % 60:02} left")
+      self.clock.restart()
+    self._bad_in_a_row = self._bad_in_a_row + 1 if numbers["bad"] else 0
+    if numbers["bad"]:
+      what = f"step {step}: loss {loss}, gradient norm {norm}"
+      say(f"{what}: not applied, the weights are as before")
+      if self._bad_in_a_row >= self._train.max_bad_steps:
+        raise NumericsError(f"{what}, for {self._bad_in_a_row} step(s) in a row; they changed no weight. "
+                            "Try a lower config.optim.learning_rate, or look at the data of this step")
+
+  def evaluation(self, step: int, when: str, loss: float) -> None:
+    perplexity = math.exp(min(loss, 700.0))
+    floor = {} if self._floor is None else {"eval/floor": self._floor}
+    self.metrics.write(step, {"eval/loss": finite_or_text(loss), "eval/perplexity": perplexity} | floor)
+    beside = "" if self._floor is None else f" (the text's own entropy: {self._floor:.4f})"
+    say(f"{when}: eval loss {loss:.4f}{beside}, perplexity {perplexity:.2f}")
+
+  def sample(self, step: int, when: str, prompt: str, text: str) -> None:
+    self.samples.write(step, {"when": when, "prompt": prompt, "text": text, "seed": self._seed})
+    say(f"  [{when}] {prompt}|{text}".replace("\n", "\n    "))
+
+  def summary(self) -> tuple[float, float, float | None]:
+    """Eval loss before and after, and the floor."""
+    losses = self.metrics.values("eval/loss")
+    return losses[0], losses[-1], self._floor
+
+  def close(self) -> None:
+    self.metrics.close()
+    self.samples.close()
+
+
+def finite_or_text(number: float) -> float | str:
+  """JSON has no NaN: "nan" and "inf" are written as text, so that they are seen for what they are."""
+  return number if math.isfinite(number) else str(number)
+
+
+def peak_bytes(device: jax.Device) -> int:
+  """Most memory in use so far: of the device where it keeps count, else of this process."""
+  stats = device.memory_stats() or {}
+  kib = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux and bytes on macOS
+  return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib

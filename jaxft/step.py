@@ -1,0 +1,87 @@
+"""The train step and the eval step: pure functions, jitted by whoever knows the mesh.
+
+A batch is {"ids", "targets", "mask"}, each (A, B, T): A accumulation steps of B rows of T columns.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxft.loss import cross_entropy_sum
+
+
+class State(NamedTuple):
+  """Everything that training changes, and everything a checkpoint holds."""
+
+  step: jax.Array  # optimizer steps done, skipped ones included
+  params: Any
+  opt: Any
+
+
+def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, schedule: optax.Schedule, *,
+                    clip_norm: float, loss_chunk: int, seed: int) -> Callable:
+  """Returns `train_step(state, batch) -> (state, metrics)`.
+
+  The loss is a sum over the unmasked targets of the whole global batch divided by their count, so it does not depend on
+  how rows are cut into accumulation steps or spread over devices. Dropout keys follow from (seed, step, accumulation step).
+  When loss or gradient is not finite the step changes nothing but `state.step`, and `metrics["bad"]` is true.
+  """
+  def loss_sum(params, part, key):
+    model = nnx.merge(graph, params)
+    return cross_entropy_sum(model(part["ids"], key=key), model.head_VD(), part["targets"], part["mask"], loss_chunk)
+
+  def train_step(state: State, batch: dict) -> tuple[State, dict]:
+    tokens = jnp.sum(batch["mask"])
+    scale = 1 / jnp.maximum(tokens, 1).astype(jnp.float32)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+    def gradient(index, part):
+      # Scaled before the backward pass: its numbers then do not grow with the size of the batch.
+      return jax.value_and_grad(lambda p: scale * loss_sum(p, part, jax.random.fold_in(key, index)))(state.params)
+
+    A = batch["ids"].shape[0]
+    if A == 1:  # no second copy of the gradient for runs that do not accumulate
+      loss, grads = gradient(0, jax.tree.map(lambda x: x[0], batch))
+    else:
+      zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
+      add = lambda total, xs: (jax.tree.map(jnp.add, total, gradient(*xs)), None)
+      (loss, grads), _ = jax.lax.scan(add, zeros, (jnp.arange(A), batch))
+
+    norm = optax.tree_utils.tree_norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if clip_norm:
+      grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30)), grads)
+    learning_rate = schedule(state.step)
+    direction, opt = tx.update(grads, state.opt, state.params)
+    params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate, "tokens": tokens,
+               "bad": ~good}
+    return State(state.step + 1, keep(params, state.params), keep(opt, state.opt)), metrics
+
+  return train_step
+
+
+def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> Callable:
+  """Returns `eval_step(params, batch) -> (loss_sum, tokens)`: sums, so that batches of any size add up exactly."""
+  def eval_step(params: Any, batch: dict) -> tuple[jax.Array, jax.Array]:
+    model = nnx.merge(graph, params)
+    part = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
+    loss = cross_entropy_sum(model(part["ids"]), model.head_VD(), part["targets"], part["mask"], loss_chunk)
+    return loss, jnp.sum(part["mask"])
+
+  return eval_step
+
+
+def mean_loss(eval_step: Callable, params: Any, batches: Iterable[dict]) -> tuple[float, int]:
+  """Loss in nats per unmasked target over all batches, and the number of those targets.
+
+  Sums stay on the device until the end, and no batch waits for the one before it.
+  """
+  sums = [eval_step(params, batch) for batch in batches]
+  tokens = sum(int(count) for _, count in sums)
+  return sum(float(loss) for loss, _ in sums) / max(tokens, 1), tokens

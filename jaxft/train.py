@@ -1,0 +1,237 @@
+"""Fine-tune a model: python -m jaxft.train --config configs/X.py [--workdir DIR] [--config.a.b=value ...]
+
+The same command again continues a run that was stopped or killed. `finetune` is the same thing for notebooks.
+"""
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+import jaxft
+from jaxft import command_line, model, optim, sharding
+from jaxft import config as settings
+from jaxft.data import loader, sources, tokens
+from jaxft.data.report import prepare
+from jaxft.errors import Preempted, RequestError, StorageError, run_command
+from jaxft.files import write_whole
+from jaxft.hf import card, load, save
+from jaxft.run.checkpoint import Checkpoints
+from jaxft.run.guards import StopRequest
+from jaxft.run.tracking import Meter, Reporter, say
+from jaxft.sample import Generator, Sampling
+from jaxft.step import State, make_eval_step, make_train_step, mean_loss
+
+
+class Run(NamedTuple):
+  """A finished run."""
+
+  workdir: Path
+  metrics: list[dict[str, Any]]  # the lines of metrics.jsonl
+  samples: list[dict[str, Any]]  # the lines of samples.jsonl
+  export: Path  # the Hugging Face folder
+
+
+def check(config: ConfigDict) -> None:
+  """Raises RequestError with every fault that can be seen without building anything."""
+  lines = settings.faults(config)
+  if not lines:
+    lines += load.faults(config.model.path, weights=config.model.init == "pretrained")
+    lines += sources.faults(tuple(config.data.train) + tuple(config.data.validation))
+  if lines:
+    raise RequestError("\n".join(lines))
+
+
+def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) -> Run | None:
+  """Fine-tunes as `config` says, continuing what `workdir` holds, and exports the result.
+
+  Args:
+    config: from `jaxft.config.default()`; `jaxft.config.SETTINGS` explains every key.
+    workdir: folder for everything that the run writes.
+    dry_run: compile, tell the memory, and return None: no weights are read and nothing is written.
+
+  Raises:
+    RequestError, NumericsError, StorageError, Preempted: see `jaxft.errors`.
+  """
+  check(config)
+  workdir = Path(workdir)
+  with StopRequest() as stop:
+
+    # ---- Mesh ----------------------------------------------------------------------------------------------------------
+    mesh = sharding.make_mesh(config.mesh)
+    device = mesh.devices.flat[0]
+    accumulation = sharding.accumulation_steps(config.train, mesh)
+    say(f"{mesh.size} x {device.device_kind}, mesh " + " x ".join(f"{name}={size}" for name, size in mesh.shape.items()))
+
+    # ---- Model: facts, tokenizer, shapes and shardings; no weights yet -------------------------------------------------
+    pretrained = config.model.init == "pretrained"
+    source = load.find(config.model.path, config.model.revision, weights=pretrained)
+    if config.model.config and not pretrained:
+      source = load.Checkpoint(source.folder, *load.read_config(Path(config.model.config)))
+    cfg = source.cfg if config.model.dropout is None else source.cfg.with_dropout(config.model.dropout)
+    if config.data.sequence_length > cfg.P:
+      raise RequestError(f"config.data.sequence_length={config.data.sequence_length}: the model has {cfg.P} positions")
+    tokenizer = tokens.load_tokenizer(source.folder, cfg.V)
+    compute = model.Compute(model.compute_dtype(config.model.compute_dtype, device), config.memory.remat,
+                            sharding.constrain_on(mesh))
+    graph, shapes, axes = model.abstract(cfg, compute)
+    shardings = sharding.parameter_shardings(shapes, axes, mesh)
+    say(f"{source.hf_config['model_type']} from {config.model.path}: {model.parameter_count(shapes):,} parameters, "
+        f"computing in {compute.dtype}")
+
+    # ---- Data: every document and every token accounted for ------------------------------------------------------------
+    with Meter("tokenising", 1) as meter:
+      data = prepare(config.data, tokenizer, lambda done, total: meter.at(done, total=total))
+    rows = data.train
+    rows_in_all = round(config.train.epochs * len(rows)) or config.train.steps * config.train.batch_size
+    total_steps = -(-rows_in_all // config.train.batch_size)
+    fingerprint = tokens.fingerprint(rows.stream)
+    say(f"{data.report['rows']['trained']:,} documents with {data.report['tokens']['trained']:,} tokens to train on, in "
+        f"{len(rows):,} rows of {rows.T}; {data.report['rows']['held_out']:,} documents held out; {total_steps:,} steps")
+
+    # ---- Compile: what the step needs is known before any of it is taken ----------------------------------------------
+    tx = optim.optimizer(config.optim)
+    schedule = optim.schedule(config.optim, total_steps)
+    state_like = sharding.place(
+      State(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(tx.init, shapes)),
+      State(sharding.replicated(mesh), shardings, sharding.optimizer_shardings(tx, shapes, shardings, mesh)))
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state_like)
+    batch_place, rows_at_once = sharding.batch_sharding(mesh), config.train.batch_size // accumulation
+    started = time.monotonic()
+    train_step = jax.jit(
+      make_train_step(graph, tx, schedule, clip_norm=config.optim.clip_norm, loss_chunk=config.memory.loss_chunk,
+                      seed=config.train.seed),
+      donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)),
+    ).lower(state_like, loader.like(accumulation, rows_at_once, rows.T, batch_place)).compile()
+    eval_step = jax.jit(make_eval_step(graph, loss_chunk=config.memory.loss_chunk))
+    memory = train_step.memory_analysis()
+    say(f"compiled in {time.monotonic() - started:.1f} s; a device needs {memory.argument_size_in_bytes / 2**20:,.0f} MiB for "
+        f"weights, optimizer and batch, and {memory.temp_size_in_bytes / 2**20:,.0f} MiB while it computes")
+    if dry_run:
+      return None
+
+    # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;
+    # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise StorageError(f"workdir {str(workdir)!r}: {error}") from error
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
+    about = {"config": config.to_dict(), "total_steps": total_steps, "data": fingerprint}
+    state, tokens_seen = resume(checkpoints, state_like, config, about)
+    if state is None:
+      if pretrained:
+        params = load.load(source, shapes, shardings)
+      else:
+        params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(model.build(cfg, compute, config.train.seed))),
+                         out_shardings=shardings)()
+      state = jax.jit(lambda p: State(jnp.int32(0), p, tx.init(p)), out_shardings=state_shardings, donate_argnums=0)(params)
+      del params  # donated
+    start = int(state.step)
+    write_whole(workdir / "config.json", settings.to_json(config))
+    write_whole(workdir / "data_report.json", data.to_json(config.train.batch_size))
+    reporter = Reporter(config, workdir, start, total_steps, tokens_seen, data.floor, device)
+    generator = Generator(graph, cfg, tokenizer.eos_token_id)
+
+    def evaluate(step: int, when: str) -> None:
+      batches = loader.evaluation_batches(data.validation, batch_size=rows_at_once, limit=config.train.eval_batches,
+                                          sharding=batch_place)
+      reporter.evaluation(step, when, mean_loss(eval_step, state.params, batches)[0])
+
+    def sample(step: int, when: str) -> None:
+      prompts = list(config.train.sample_prompts)
+      sampling = Sampling(config.train.sample_tokens, temperature=0.8, top_k=0, seed=config.train.seed)
+      completions = generator(state.params, [tokenizer(prompt)["input_ids"] for prompt in prompts], sampling)
+      for prompt, ids in zip(prompts, completions, strict=True):
+        reporter.sample(step, when, prompt, tokenizer.decode(ids))
+
+    if start == 0:
+      evaluate(0, "before")
+      sample(0, "before")
+
+    # ---- Train: step n + 1 is under way before the numbers of step n are read -----------------------------------------
+    batches = loader.training_batches(
+      rows, batch_size=config.train.batch_size, accumulation=accumulation, seed=config.data.shuffle_seed,
+      rows_in_all=rows_in_all, start=start, sharding=batch_place)
+    pending = None
+    reporter.clock.restart()
+    with Meter("training", total_steps, start) as meter:
+      for step in range(start + 1, total_steps + 1):
+        state, numbers = train_step(state, next(batches))
+        if pending:
+          reporter.step(step - 1, jax.device_get(pending), meter)
+        pending, last = numbers, step == total_steps
+        due = {what for what, every in (("eval", config.train.eval_every), ("sample", config.train.sample_every),
+                                        ("save", config.train.save_every)) if last or every and step % every == 0}
+        if due or stop.received:
+          reporter.step(step, jax.device_get(pending), meter)
+          pending = None
+          with reporter.clock.paused():
+            if "eval" in due:
+              evaluate(step, "after" if last else f"step {step}")
+            if "sample" in due:
+              sample(step, "after" if last else "during")
+            if "save" in due or stop.received:
+              checkpoints.save(step, state, about | {"tokens": reporter.tokens_seen})
+        if stop.received and not last:
+          checkpoints.close()
+          raise Preempted(f"{stop.received}: saved at step {step} of {total_steps}; the same command continues")
+    checkpoints.close()
+
+  # ---- Export: a Hugging Face folder, read back and compared -------------------------------------------------------------
+  out = Path(config.export.out) if config.export.out else workdir / "export"
+  before, after, floor = reporter.summary()
+  text = card.model_card(config, data.report, before, after, floor, total_steps)
+  parity = save.export(out, state.params, source, dtype=config.export.dtype, max_shard_size=config.export.max_shard_size,
+                       card=text)
+  reporter.close()
+  say(f"exported to {out}: logits within {parity['logits_max_abs_difference']:.1e} of the trained model "
+      f"(reference: {parity['reference']})")
+  say(f"eval loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %)"
+      + ("" if floor is None else f"; the text's own entropy: {floor:.4f}"))
+  return Run(workdir, reporter.metrics.all, reporter.samples.all, out)
+
+
+def resume(checkpoints: Checkpoints, like: State, config: ConfigDict, about: dict[str, Any]) -> tuple[State | None, int]:
+  """The newest sound checkpoint and the tokens it has seen, or (None, 0) when the run is new.
+
+  Raises RequestError when the checkpoint is of another run, StorageError when there are some and none is sound.
+  """
+  damage = []
+  for step in reversed(checkpoints.steps()):
+    try:
+      meta = checkpoints.meta(step)
+      lines = settings.changed(meta["config"], config)
+      if meta["data"] != about["data"]:
+        lines.append("config.data: the training text, or how it is cut into tokens, is not what the run was started with")
+      if meta["total_steps"] != about["total_steps"]:
+        lines.append(f"{about['total_steps']} steps in all: the run was started for {meta['total_steps']}")
+      if lines:
+        raise RequestError("\n".join([*lines, f"{checkpoints.folder} holds another run: go back to its settings, or name "
+                                              "another --workdir"]))
+      state = checkpoints.restore(step, like)
+    except StorageError as error:
+      damage.append(str(error))
+      say(f"{error}; trying the checkpoint before it")
+      continue
+    say(f"continuing at step {step} of {about['total_steps']}")
+    return state, meta["tokens"]
+  if damage:
+    raise StorageError("\n".join([*damage, "no sound checkpoint is left; remove the workdir to start anew"]))
+  return None, 0
+
+
+def main() -> None:
+  arguments = command_line.parse_train()
+  if arguments.print_config:
+    print(settings.describe(arguments.config))
+    return
+  finetune(arguments.config, arguments.workdir, dry_run=arguments.dry_run)
+
+
+if __name__ == "__main__":
+  run_command(main)
