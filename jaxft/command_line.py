@@ -1,5 +1,6 @@
-"""Flags of the train command: --config FILE.py with --config.section.key=value overrides, each fault told in a line."""
+"""Flags: --config FILE.py with --config.section.key=value for train, --model or --workdir for the other commands."""
 
+import argparse
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxft import config as settings
+from jaxft import pretrained
 from jaxft.errors import RequestError
 
 USAGE = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config.section.key=value ...]
@@ -45,7 +47,11 @@ def parse_train(argv: list[str] | None = None) -> TrainArguments:
   try:
     rest = values(argv)
     file = values["config"].config_filename if values["config"].present else None
+    if file and not Path(file).is_file():
+      raise RequestError(f"--config: {file!r}: no such file; name one such as configs/quickstart.py")
     config = values.config
+  except RequestError:
+    raise
   except Exception as error:  # whatever the config file raises while it runs, or the parser on an override
     raise RequestError(_reason(error)) from error
   if rest[1:]:
@@ -58,9 +64,24 @@ def parse_train(argv: list[str] | None = None) -> TrainArguments:
 
 def _reason(error: Exception) -> str:
   """What went wrong, in one line, without the parser's own words around it."""
-  text = " ".join(line.strip() for line in str(error).strip("'\"").splitlines())
-  if isinstance(error, OSError) and "Failed loading config file" in text:
-    return f"--config: {text.split('[Errno')[-1].split(']')[-1].strip() or text}; name a file such as configs/quickstart.py"
+  text = " ".join(line.strip() for line in str(error).splitlines())
   if isinstance(error, flags.Error):
     return text.removeprefix("flag ")
   return f"--config: the config file does not run: {type(error).__name__}: {text}"
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+  """--model, or --workdir with --step: what `open_model` opens."""
+  which = parser.add_mutually_exclusive_group(required=True)
+  which.add_argument("--model", metavar="PATH_OR_ID", help="a Hugging Face folder or hub id")
+  which.add_argument("--workdir", metavar="DIR", help="a run: the model of its newest checkpoint")
+  parser.add_argument("--step", type=int, metavar="N", help="with --workdir: the checkpoint of this step")
+  parser.add_argument("--revision", default="main", help="with --model: branch, tag or commit (default: main)")
+
+
+def open_model(arguments: argparse.Namespace) -> pretrained.Pretrained:
+  if arguments.workdir:
+    return pretrained.load_workdir(arguments.workdir, arguments.step)
+  if arguments.step is not None:
+    raise RequestError("--step goes with --workdir: a Hugging Face folder has no steps")
+  return pretrained.load(arguments.model, arguments.revision)

@@ -66,7 +66,8 @@ def _check_folder(folder: Path, weights: bool) -> Checkpoint:
     raise RequestError(f"model folder {str(folder)!r}: no such folder; give one, or a hub id such as gpt2")
   config_file = folder / "config.json"
   if not config_file.is_file():
-    raise RequestError(f"model folder {str(folder)!r}: no config.json in it, so it is not a Hugging Face model")
+    raise RequestError(f"model folder {str(folder)!r}: no config.json in it, so it is not a Hugging Face model; "
+                       "give a folder with config.json and model.safetensors, or a hub id such as gpt2")
   if weights:
     weight_files(folder)
   return Checkpoint(folder, *read_config(config_file))

@@ -123,6 +123,7 @@ def _transformers_logits(folder: Path, ids_BT: np.ndarray) -> tuple[str, np.ndar
   import torch
   import transformers
 
+  transformers.utils.logging.disable_progress_bar()
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
   with torch.no_grad():
     logits = theirs(torch.from_numpy(ids_BT).long()).logits.numpy()

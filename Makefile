@@ -1,0 +1,33 @@
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/quickstart
+
+.PHONY: quickstart test test-quick lint assets
+
+quickstart: $(VENV)/installed  ## install, then fine-tune the embedded model on the embedded stories
+	$(VENV)/bin/python -m jaxft.train --config configs/quickstart.py --workdir $(WORKDIR)
+
+test: $(VENV)/installed-test lint  ## all tests
+	$(VENV)/bin/python -m pytest
+
+test-quick: $(VENV)/installed-test  ## the tests that take seconds
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+lint: $(VENV)/installed-test
+	$(VENV)/bin/ruff check .
+
+assets: $(VENV)/installed-test  ## make assets/quickstart again (about ten minutes on two cores)
+	$(VENV)/bin/python scripts/make_quickstart_assets.py
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is $$($(PYTHON) --version); jaxft needs Python 3.11 or newer: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/bin/python pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@ $(VENV)/installed

@@ -1,0 +1,62 @@
+"""Versions, devices, memory and disk, and what is missing: python -m jaxft.doctor"""
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "tokenizers", "safetensors",
+            "huggingface_hub", "ml_collections", "datasets", "rich")
+ACCELERATORS = {"jax-cuda13-plugin": "an NVIDIA GPU", "libtpu": "a TPU"}
+
+
+def main() -> None:
+  table = Table(show_header=False, box=None)
+  faults = []
+  table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+  for name in ("jaxft", *PACKAGES):
+    table.add_row(name, version := _version(name) or "missing")
+    if version == "missing":
+      faults.append(f"{name} is missing: pip install {'-e .' if name == 'jaxft' else name}")
+  for name, device in ACCELERATORS.items():
+    extra = "cuda" if "cuda" in name else "tpu"
+    table.add_row(name, _version(name) or escape(f'not installed; for {device}: pip install "jaxft[{extra}]"'))
+  try:
+    import flax.nnx  # noqa: F401 - flax fails at import beside a jax it was not made for
+    import jax
+
+    for device in jax.devices():
+      limit = (device.memory_stats() or {}).get("bytes_limit")
+      table.add_row(f"device {device.id}", device.device_kind + (f", {limit / 2**30:.1f} GiB" if limit else ""))
+  except Exception as error:
+    faults.append(f"jax and flax do not start ({str(error).splitlines()[0]}): pip install --force-reinstall jaxft")
+  table.add_row("memory", _memory())
+  table.add_row("free disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB in this folder")
+  Console(soft_wrap=True, highlight=False).print(table)
+  for fault in faults:
+    print(f"error: {fault}", file=sys.stderr)
+  sys.exit(2 if faults else 0)
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _memory() -> str:
+  try:
+    with open("/proc/meminfo", encoding="ascii") as lines:
+      kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+  except OSError:
+    return "unknown on this system"
+  return f"{kib['MemAvailable'] / 2**20:.1f} GiB available of {kib['MemTotal'] / 2**20:.1f} GiB"
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,40 @@
+"""Loss and perplexity of a model on a text: python -m jaxft.evaluate --model PATH_OR_ID --data SOURCE [--json]"""
+
+import argparse
+import json
+from pathlib import Path
+
+from jaxft import config as settings
+from jaxft.command_line import add_model_flags, open_model
+from jaxft.errors import RequestError, run_command
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser("python -m jaxft.evaluate", description="Loss and perplexity of a model on a text.")
+  add_model_flags(parser)
+  parser.add_argument("--data", nargs="+", default=[], metavar="SOURCE",
+                      help="file, glob, folder or hub:NAME[:SPLIT]; default with --workdir: the run's own validation data")
+  parser.add_argument("--text_column", default="text", help="column that holds the text (default: text)")
+  parser.add_argument("--sequence_length", type=int, default=0, help="tokens a row (default: the model's positions)")
+  parser.add_argument("--batch_size", type=int, default=8, help="rows at once; changes speed and memory only (default: 8)")
+  parser.add_argument("--json", action="store_true", help="print one JSON object")
+  arguments = parser.parse_args()
+
+  data, column, length = arguments.data, arguments.text_column, arguments.sequence_length
+  if not data and arguments.workdir and (file := Path(arguments.workdir) / "config.json").is_file():
+    config = settings.from_json(file.read_text(encoding="utf-8"))
+    data, column = list(config.data.validation), config.data.text_column
+    length = length or config.data.sequence_length
+  if not data:
+    raise RequestError("--data is missing: name a file, a glob, a folder or hub:NAME")
+
+  ready = open_model(arguments)
+  result = ready.evaluate(*data, sequence_length=length, batch_size=arguments.batch_size, text_column=column)
+  if arguments.json:
+    print(json.dumps(result))
+  else:
+    print(f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}, over {result['tokens']:,} tokens")
+
+
+if __name__ == "__main__":
+  run_command(main)

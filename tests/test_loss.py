@@ -1,0 +1,46 @@
+"""The loss: optax's own cross-entropy, whatever the chunk and whatever lies under the mask."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxft.loss import cross_entropy_sum
+
+B, T, D, V = 3, 29, 11, 37
+
+
+def inputs(seed=0):
+  rng = np.random.default_rng(seed)
+  return (rng.standard_normal((B, T, D), np.float32), rng.standard_normal((V, D), np.float32),
+          rng.integers(V, size=(B, T)).astype(np.int32), rng.random((B, T)) < 0.7)
+
+
+def test_equals_optax():
+  h, head, targets, mask = inputs()
+  wanted = optax.softmax_cross_entropy_with_integer_labels(jnp.einsum("BTD,VD->BTV", h, head), targets)
+  np.testing.assert_allclose(cross_entropy_sum(h, head, targets, mask), (wanted * mask).sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8, 29, 64])
+def test_chunks_change_neither_loss_nor_gradient(chunk):
+  h, head, targets, mask = inputs()
+  whole, parts = (jax.value_and_grad(cross_entropy_sum, (0, 1)) for _ in range(2))
+  for a, b in zip(jax.tree.leaves(whole(h, head, targets, mask)), jax.tree.leaves(parts(h, head, targets, mask, chunk))):
+    np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-5)
+
+
+def test_a_chunked_loss_holds_no_whole_logits():
+  shapes = str(jax.make_jaxpr(jax.grad(lambda h, *rest: cross_entropy_sum(h, *rest, 8)))(*inputs()))
+  assert f"f32[{B},8,{V}]" in shapes and f"f32[{B},{T},{V}]" not in shapes
+
+
+def test_what_is_masked_counts_for_nothing():
+  h, head, targets, mask = inputs()
+  other = np.where(mask, targets, (targets + 1) % V)
+  for chunk in (0, 7):
+    np.testing.assert_array_equal(cross_entropy_sum(h, head, targets, mask, chunk),
+                                  cross_entropy_sum(h, head, other, mask, chunk))
+  d_h = jax.grad(cross_entropy_sum)(h, head, targets, mask)
+  assert (d_h[~mask] == 0).all() and (np.abs(d_h[mask]).sum(-1) > 0).all()

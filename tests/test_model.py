@@ -1,0 +1,156 @@
+"""The decoder: equal to transformers' GPT-2, and equal to itself however it is run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxft import model
+from jaxft.hf import load
+from jaxft.loss import cross_entropy_sum
+from jaxft.model import Cache, Compute
+
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+@pytest.fixture(autouse=True)
+def strict():
+  with jax.numpy_dtype_promotion("strict"):
+    yield
+
+
+def opened(folder, compute=None):
+  checkpoint = load.find(str(folder))
+  graph, shapes, _ = model.abstract(checkpoint.cfg, compute or Compute())
+  return checkpoint.cfg, graph, load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+
+
+def random_ids(cfg, B=3, T=None, seed=0):
+  return np.random.default_rng(seed).integers(cfg.V, size=(B, T or cfg.P)).astype(np.int32)
+
+
+def loss_of(graph, ids, **how):
+  def loss(params):
+    decoder = nnx.merge(graph, params)
+    mask = jnp.ones((ids.shape[0], ids.shape[1] - 1), bool)
+    return cross_entropy_sum(decoder(ids[:, :-1], **how), decoder.head_VD(), ids[:, 1:], mask)
+  return loss
+
+
+def close(a, b, rtol):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * np.abs(y).max()), a, b)
+
+
+def test_logits_and_every_gradient_equal_transformers(folder):
+  torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").eval()
+  cfg, graph, params = opened(folder)
+  ids = random_ids(cfg)
+  decoder = nnx.merge(graph, params)
+  wanted = theirs(torch.from_numpy(ids).long()).logits
+  np.testing.assert_allclose(decoder.logits(decoder(ids)), wanted.detach().numpy(), atol=2e-5)
+
+  targets = torch.from_numpy(ids[:, 1:]).long()
+  torch.nn.functional.cross_entropy(wanted[:, :-1].reshape(-1, cfg.V), targets.reshape(-1), reduction="sum").backward()
+  from jaxft.hf.save import hf_tensors  # gradients have the shapes of weights, so the weight table names them too
+  ours = jax.grad(loss_of(graph, ids))(params)
+  theirs = dict(theirs.named_parameters())
+  for name, _, tensor in hf_tensors(ours, load.find(str(folder)), np.dtype("float32")):
+    wanted = theirs.pop(name).grad.numpy()
+    # Relative to the largest entry of the tensor. A key's bias moves no softmax: its own gradient is rounding around
+    # zero, but in GPT-2 it is a part of c_attn.bias and measured by the whole.
+    np.testing.assert_allclose(tensor(), wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=name)
+  assert set(theirs) <= {"lm_head.weight"}
+
+
+def test_no_token_sees_a_later_one(folder):
+  """Gradients of one output with respect to the position table: non-zero up to it, exactly zero after it."""
+  cfg, graph, params = opened(folder)
+  ids, t = random_ids(cfg, B=1), 31
+
+  def one_output(positions):
+    changed = params | {"embed": params["embed"] | {"positions": positions}}
+    return nnx.merge(graph, changed)(ids)[0, t].sum()
+  seen = np.abs(jax.grad(one_output)(params["embed"]["positions"])).sum(-1)
+  assert (seen[:t + 1] > 0).all() and (seen[t + 1:] == 0).all()
+
+
+def test_scan_equals_a_plain_loop(folder):
+  cfg, graph, params = opened(folder)
+  ids = random_ids(cfg)
+  decoder = nnx.merge(graph, params)
+  x = params["embed"]["tokens"][ids] + params["embed"]["positions"]
+  for layer in range(cfg.L):
+    block = jax.tree.map(lambda a, layer=layer: a[layer], decoder.blocks)
+    x = block(x, None, lambda k, v: (k, v, None, 0), None)
+  np.testing.assert_allclose(decoder(ids), decoder.norm(x), rtol=1e-5, atol=1e-5)  # values are around 1
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(folder, remat):
+  cfg, graph, params = opened(folder)
+  _, again, _ = opened(folder, Compute(remat=remat))
+  ids, key = random_ids(cfg), jax.random.key(3)
+  plain, rematted = (jax.value_and_grad(loss_of(g, ids, key=key)) for g in (graph, again))
+  assert str(jax.make_jaxpr(rematted)(params)).count("remat") > str(jax.make_jaxpr(plain)(params)).count("remat")
+  close(jax.jit(rematted)(params), jax.jit(plain)(params), 1e-6)
+
+
+def test_segments_are_separate_texts(folder):
+  """Two texts in a row, with their own segments and positions, are to each other as if they were not there."""
+  cfg, graph, params = opened(folder)
+  a, b = random_ids(cfg, 1, 13), random_ids(cfg, 1, 19, seed=1)
+  decoder = jax.jit(nnx.merge(graph, params))
+  row, segments = np.concatenate([a, b], 1), np.repeat([[1, 2]], (13, 19), 1).astype(np.int32)
+  positions = np.concatenate([np.arange(13), np.arange(19)])[None]
+  packed = decoder(row, segments_BT=segments, positions_BT=positions)
+  np.testing.assert_allclose(packed[:, 13:], decoder(b), rtol=1e-5, atol=1e-5)
+  other = decoder(np.concatenate([a + 1, b], 1) % cfg.V, segments_BT=segments, positions_BT=positions)
+  np.testing.assert_array_equal(other[:, 13:], packed[:, 13:])
+
+
+def test_reading_with_a_cache_equals_reading_at_once(folder):
+  cfg, graph, params = opened(folder)
+  ids, decoder = random_ids(cfg, 2, 23), nnx.merge(graph, params)
+  cache, parts = Cache.empty(cfg, 2, 64, jnp.float32), []
+  for start, end in ((0, 11), (11, 12), (12, 23)):
+    positions = np.arange(start, end)[None].repeat(2, 0)
+    h, cache = decoder.extend(cache, ids[:, start:end], np.ones_like(ids[:, start:end]), positions)
+    parts.append(h)
+  np.testing.assert_allclose(jnp.concatenate(parts, 1), decoder(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_follows_its_key_and_keeps_the_mean(folder):
+  cfg, _, params = opened(folder)
+  graph, _, _ = model.abstract(cfg.with_dropout(0.3), Compute())
+  decoder, ids = nnx.merge(graph, params), random_ids(cfg)
+  one, same, other = (decoder(ids, key=jax.random.key(seed)) for seed in (1, 1, 2))
+  np.testing.assert_array_equal(one, same)
+  assert not np.allclose(one, other) and not np.allclose(one, decoder(ids))
+  x = jnp.ones((400, 400))
+  dropped = model.dropout(x, 0.3, jax.random.key(0))
+  assert abs(float(dropped.mean()) - 1) < 0.01 and abs(float((dropped == 0).mean()) - 0.3) < 0.01
+
+
+def test_bfloat16_stays_near_float32(folder):
+  cfg, graph, params = opened(folder)
+  half, _, _ = model.abstract(cfg, Compute(jnp.bfloat16))
+  ids = random_ids(cfg)
+  wide, narrow = nnx.merge(graph, params), nnx.merge(half, params)
+  assert narrow(ids).dtype == jnp.bfloat16 and narrow.logits(narrow(ids)).dtype == jnp.float32
+  spread = float(wide.logits(wide(ids)).std())
+  assert float(jnp.abs(narrow.logits(narrow(ids)) - wide.logits(wide(ids))).mean()) < 0.05 * spread
+
+
+def test_new_weights_have_gpt2s_scales():
+  cfg = model.ModelConfig(V=1009, P=64, D=96, F=384, L=8, N=6, H=16, norm_eps=1e-5, embed_dropout=0, attention_dropout=0,
+                          residual_dropout=0, init_std=0.02)
+  params = nnx.to_pure_dict(nnx.state(model.build(cfg, Compute(), seed=1)))
+  std = lambda a: float(np.std(a))
+  assert std(params["embed"]["tokens"]) == pytest.approx(0.02, rel=0.02)
+  assert std(params["blocks"]["mlp"]["up"]["kernel"]) == pytest.approx(0.02, rel=0.02)
+  assert std(params["blocks"]["mlp"]["down"]["kernel"]) == pytest.approx(0.02 / 4, rel=0.02)  # 1 / sqrt(2 L)
+  layers = params["blocks"]["mlp"]["up"]["kernel"]
+  assert not np.allclose(layers[0], layers[1])

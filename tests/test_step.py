@@ -1,0 +1,170 @@
+"""The train step: the same numbers for every way to run it, transformers' numbers, and none from a bad batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxft import config as settings
+from jaxft import model, optim, sharding
+from jaxft.hf import load
+from jaxft.step import State, make_train_step
+
+ROWS, T = 8, 30
+
+
+def batches(cfg, steps, seed=0):
+  rng = np.random.default_rng(seed)
+  for _ in range(steps):
+    ids = rng.integers(cfg.V, size=(ROWS, T + 1)).astype(np.int32)
+    mask = rng.random((ROWS, T)) < np.linspace(0.2, 1, ROWS)[:, None]  # ragged: rows weigh differently
+    yield {"ids": ids[:, :-1], "targets": ids[:, 1:], "mask": mask}
+
+
+def train(folder, steps=3, *, data=1, fsdp=1, accumulation=1, compute=None, dropout=0.0, spoil=None, **optim_settings):
+  """Losses, final state and the metrics of each step."""
+  config = settings.default()
+  config.optim.update(optim_settings)
+  config.mesh.data, config.mesh.fsdp = data, fsdp
+  mesh = sharding.make_mesh(config.mesh)
+  checkpoint = load.find(str(folder))
+  compute = dataclasses.replace(compute or model.Compute(), constrain=sharding.constrain_on(mesh))
+  graph, shapes, axes = model.abstract(checkpoint.cfg.with_dropout(dropout), compute)
+  shardings = sharding.parameter_shardings(shapes, axes, mesh)
+  tx = optim.optimizer(config.optim)
+  places = State(sharding.replicated(mesh), shardings, sharding.optimizer_shardings(tx, shapes, shardings, mesh))
+  state = jax.jit(lambda p: State(jnp.int32(0), p, tx.init(p)), out_shardings=places)(load.load(checkpoint, shapes, shardings))
+  step = jax.jit(make_train_step(graph, tx, optim.schedule(config.optim, steps), clip_norm=config.optim.clip_norm, loss_chunk=0,
+                                 seed=0), donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+  metrics = []
+  for batch in batches(checkpoint.cfg, steps):
+    batch = {name: jax.device_put(x.reshape(accumulation, -1, T), sharding.batch_sharding(mesh)) for name, x in batch.items()}
+    if spoil and len(metrics) == 1:
+      state = spoil(state)
+    state, numbers = step(state, batch)
+    metrics.append(jax.device_get(numbers))
+  assert step._cache_size() == 1  # compiled once
+  return [float(numbers["loss"]) for numbers in metrics], state, metrics
+
+
+def assert_close(state, other, rtol=1e-5):
+  """Weights are equal, but for the biases of keys: they move no softmax, their gradient is zero but for rounding, and Adam
+  divides that rounding by its own size."""
+  def comparable(state):
+    params = jax.device_get(state.params)
+    params["blocks"]["attention"]["qkv"]["bias"] = params["blocks"]["attention"]["qkv"]["bias"][:, ::2]  # q and v
+    return params
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max()),
+               comparable(state), comparable(other))
+
+
+@pytest.mark.parametrize("accumulation", [2, 4, 8])
+def test_micro_batches_are_one_batch(folder, accumulation):
+  losses, state, _ = train(folder)
+  again, other, _ = train(folder, accumulation=accumulation)
+  np.testing.assert_allclose(again, losses, rtol=1e-6)
+  assert_close(other, state)
+
+
+@pytest.mark.parametrize("mesh", [dict(fsdp=8), dict(data=2, fsdp=4), dict(data=8), dict(fsdp=4, accumulation=2)])
+def test_twenty_steps_on_a_mesh_are_those_of_one_device(folder, mesh):
+  losses, state, _ = train(folder, 20, dropout=0.1)
+  again, other, _ = train(folder, 20, dropout=0.1, **mesh)
+  if "accumulation" not in mesh:  # another cut of the batch draws other dropout masks
+    np.testing.assert_allclose(again, losses, rtol=1e-5)
+    assert_close(other, state, 1e-4)
+  else:
+    np.testing.assert_allclose(train(folder, 20, **mesh)[0], train(folder, 20)[0], rtol=1e-5)
+
+
+def test_eight_devices_hold_an_eighth_each(folder):
+  """Bytes of weights and optimizer on a device: an eighth, plus what has no "embed" axis (biases of qkv and up, counts)."""
+  _, state, _ = train(folder, 1, fsdp=8)
+  for path, leaf in jax.tree_util.tree_flatten_with_path((state.params, state.opt))[0]:
+    name = jax.tree_util.keystr(path)
+    whole = "count" in name or ("'bias'" in name and ("'qkv'" in name or "'up'" in name))
+    on_device = leaf.addressable_shards[0].data.nbytes
+    assert on_device == (leaf.nbytes if whole else leaf.nbytes // 8), name
+  leaves = jax.tree.leaves((state.params, state.opt))
+  assert sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves) < 1.25 / 8 * sum(leaf.nbytes for leaf in leaves)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
+def test_every_optimizer_learns_on_a_mesh(folder, name):
+  rate = {"adamw": 3e-3, "lion": 3e-4, "sgd": 1e-2, "adafactor": 1e-2}[name]
+  losses, state, _ = train(folder, 12, fsdp=8, name=name, learning_rate=rate, schedule="constant")
+  one, _, _ = train(folder, 12, name=name, learning_rate=rate, schedule="constant")
+  np.testing.assert_allclose(losses, one, rtol=2e-5)
+  start = load.load(*opened(folder))
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), *jax.device_get((state.params, start)))
+  assert min(jax.tree.leaves(moved)) > 0
+
+
+def opened(folder):
+  checkpoint = load.find(str(folder))
+  shapes = model.abstract(checkpoint.cfg, model.Compute())[1]
+  return checkpoint, shapes, jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+
+
+def test_state_dtype_is_that_of_the_first_moment(folder):
+  _, state, _ = train(folder, 1, state_dtype="bfloat16")
+  dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(state.opt)}
+  assert dtypes == {"int32", "bfloat16", "float32"}
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_a_step_that_is_not_finite_changes_nothing(folder, fsdp, accumulation):
+  if fsdp * accumulation > ROWS:
+    accumulation = 1
+  spoiled = []
+
+  def spoil(state):
+    kernel = state.params["blocks"]["mlp"]["up"]["kernel"]
+    bad = jax.device_put(kernel.at[0, 0, 0].set(jnp.nan), kernel.sharding)
+    params = jax.tree.map(lambda a: bad if a is kernel else a, state.params)
+    spoiled.append(jax.device_get(State(state.step, params, state.opt)))
+    return State(state.step, params, state.opt)
+  _, state, metrics = train(folder, 2, fsdp=fsdp, accumulation=accumulation, spoil=spoil)
+  assert [bool(numbers["bad"]) for numbers in metrics] == [False, True]
+  assert np.isnan(metrics[1]["loss"]) and int(state.step) == 2
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt)), (spoiled[0].params, spoiled[0].opt))
+
+
+def test_dropout_depends_on_seed_and_step_alone(folder):
+  assert train(folder, dropout=0.3)[0] == train(folder, dropout=0.3)[0] != train(folder)[0]
+  same_batch = train(folder, 1, dropout=0.3)[2][0]["loss"]
+  resumed = train(folder, 2, dropout=0.3, learning_rate=1e-30)[2][0]["loss"]
+  assert same_batch == resumed
+
+
+def test_adamw_steps_equal_torchs(folder):
+  torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
+  transformers = pytest.importorskip("transformers")
+  how = dict(learning_rate=1e-3, weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-8, clip_norm=1.0, schedule="linear")
+  losses, state, metrics = train(folder, 3, **how)
+  theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").train()
+  decayed = [p for name, p in theirs.named_parameters() if p.ndim == 2]
+  rest = [p for name, p in theirs.named_parameters() if p.ndim == 1]
+  adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1e-3,
+                            betas=(0.9, 0.95), eps=1e-8)
+  linear = transformers.get_linear_schedule_with_warmup(adamw, 0, 3)
+  for batch, ours, numbers in zip(batches(load.find(str(folder)).cfg, 3), losses, metrics):
+    batch = {name: torch.from_numpy(x) for name, x in batch.items()}
+    logits = theirs(batch["ids"].long()).logits[batch["mask"]]
+    loss = torch.nn.functional.cross_entropy(logits, batch["targets"][batch["mask"]].long())
+    adamw.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+    adamw.step()
+    linear.step()
+    np.testing.assert_allclose(ours, loss.item(), rtol=1e-5)
+    np.testing.assert_allclose(numbers["grad_norm"], norm.item(), rtol=1e-5)
+  ours = nnx.merge(model.abstract(load.find(str(folder)).cfg, model.Compute())[0], jax.device_get(state.params))
+  weights = dict(theirs.named_parameters())
+  np.testing.assert_allclose(ours.embed.tokens[...], weights["transformer.wte.weight"].detach().numpy(), atol=1e-4)
+  np.testing.assert_allclose(ours.blocks.mlp.down.kernel[2], weights["transformer.h.2.mlp.c_proj.weight"].detach().numpy(),
+                             atol=1e-4)

@@ -1,0 +1,144 @@
+"""The story grammar: stories read back to the nats they were written with, and read well."""
+
+import math
+import random
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from story_grammar import GENRES, Teller, read, write
+
+BOTH = pytest.mark.parametrize("genre", list(GENRES))
+STORIES = {genre: [write(genre, seed) for seed in range(500)] for genre in GENRES}
+
+
+def vocabulary(genre):
+  return {word for story in STORIES[genre] for word in re.findall(r"[a-z']+", story.text.lower())}
+
+
+@BOTH
+def test_a_story_is_a_function_of_genre_and_seed(genre):
+  random.seed(1)
+  assert [write(genre, seed) for seed in range(20)] == STORIES[genre][:20]
+
+
+@BOTH
+def test_reading_finds_the_nats_of_writing(genre):
+  for story in STORIES[genre][:300]:
+    assert read(genre, story.text) == pytest.approx(story.nats, abs=1e-9)
+
+
+@BOTH
+def test_no_word_can_be_another(genre):
+  text = STORIES[genre][0].text
+  for word in re.finditer(r"\w+", text):
+    with pytest.raises(ValueError, match="position"):
+      read(genre, f"{text[: word.start()]}xylophone{text[word.end() :]}")
+
+
+@BOTH
+def test_a_name_changed_in_one_place_is_noticed(genre):
+  text = STORIES[genre][0].text
+  name = re.search(r"named (\w+)" if genre == "village" else r"Captain (\w+)", text)[1]
+  other = {"village": ["Mia", "Tom"], "sea": ["Hale", "Vane"]}[genre][name in ("Mia", "Hale")]
+  with pytest.raises(ValueError, match="position"):
+    read(genre, text.replace(name, other, 1))
+
+
+@BOTH
+def test_spaces_and_ends_matter(genre):
+  text = STORIES[genre][0].text
+  other = next(g for g in GENRES if g != genre)
+  for changed in (text[:-1], text + "\n", " " + text, text.replace("\n", " ", 1), ""):
+    with pytest.raises(ValueError, match="position"):
+      read(genre, changed)
+  with pytest.raises(ValueError, match="position 0"):
+    read(other, text)
+
+
+def test_a_swapped_pick_changes_the_nats_by_its_odds():
+  # Kinds of hero weigh 5 or 1, and a rabbit may bear twice as many names as a girl.
+  story = next(s for s in STORIES["village"] if re.search(r"girl named", s.text))
+  rabbit = read("village", story.text.replace("girl named", "rabbit named", 1))
+  assert rabbit - story.nats == pytest.approx(math.log(5) + math.log(2), abs=1e-9)
+
+
+def test_picks_are_drawn_and_counted_by_their_weights():
+  odds = {"calm": 1, "gale": 3}
+  nats = {}
+  for text in odds:
+    teller = Teller(text)
+    assert teller.pick(odds) == text
+    nats[text] = teller.nats
+  assert sum(math.exp(-n) for n in nats.values()) == pytest.approx(1)
+  assert nats["gale"] == pytest.approx(-math.log(3 / 4))
+
+  rng = random.Random(0)
+  drawn = [Teller(rng).pick(odds) for _ in range(2000)]
+  assert drawn.count("gale") / 2000 == pytest.approx(3 / 4, abs=0.03)
+
+
+@pytest.mark.parametrize("source", [random.Random(0), "oak tree"])
+@pytest.mark.parametrize("options", [["oak", "elm", "oak tree"], ["oak", "oak"], ["", "oak"]])
+def test_options_that_a_reader_would_confuse_are_refused(source, options):
+  with pytest.raises(ValueError, match="begins option"):
+    Teller(source).pick(options)
+
+
+def test_a_passage_picks_recalls_and_does_not_repeat_itself():
+  teller = Teller("a red hat, a blue hat;\na red bow.")
+  teller.kept["COLORS"] = ["red", "blue", "green"]
+  teller.tell("a [first: COLORS] [thing: hat|\n  cap], a [COLORS] {thing}; / a {first} [bow|tie].")
+  assert teller.text == teller.source
+  assert teller.nats == pytest.approx(math.log(3 * 2 * 2 * 2))
+
+  again = Teller("a red hat, a red hat;")
+  again.kept["COLORS"] = ["red", "blue", "green"]
+  with pytest.raises(ValueError, match="position 13"):
+    again.tell("a [first: COLORS] hat, a [COLORS] hat;")
+
+
+@BOTH
+def test_stories_hold_45_to_80_nats_and_differ(genre):
+  nats = [story.nats for story in STORIES[genre]]
+  assert 45 < statistics.fmean(nats) < 80
+  assert min(nats) > 40
+  assert len({story.text for story in STORIES[genre]}) >= 0.95 * len(nats)
+  # Not just in the details: hardly any two begin their second paragraph alike.
+  seconds = [story.text.split("\n")[1][:40] for story in STORIES[genre]]
+  assert len(set(seconds)) > 0.8 * len(seconds)
+
+
+@BOTH
+def test_stories_are_short_and_plain(genre):
+  for story in STORIES[genre]:
+    assert 50 <= len(story.text.split()) <= 160
+    assert story.text.isascii()
+    assert story.text.count("\n") == 3
+    assert not re.search(r"[\[\]{}|/]|  | \n|\n |MEET|CHEER", story.text)
+
+
+@BOTH
+def test_sentences_start_with_capitals_and_articles_agree(genre):
+  for story in STORIES[genre]:
+    assert not re.search(r"(^|\n|\. )[a-z]", story.text)
+    assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", story.text, re.IGNORECASE)
+    assert story.text.count('"') % 2 == 0
+
+
+def test_a_hero_keeps_name_and_pronouns():
+  for story in STORIES["village"]:
+    name, pronoun = re.search(r"named (\w+) who .*? (She|He) ", story.text).groups()
+    assert story.text.count(name) >= 3
+    wrong = {"She": r"\b(he|him|himself)\b", "He": r"\b(she|herself)\b"}[pronoun]
+    assert not re.search(wrong, story.text, re.IGNORECASE)
+
+
+def test_the_genres_have_rich_and_different_vocabularies():
+  sea, village = vocabulary("sea"), vocabulary("village")
+  assert min(len(sea), len(village)) > 250
+  assert len(sea & village) / len(sea | village) < 0.6
