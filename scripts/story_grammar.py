@@ -326,7 +326,7 @@ TROUBLES = {
     [nearer|louder|all round|below us]. Then [sun|a breeze|stars|one clear minute], and close
     aboard a [ferry|wedding barge|lightship|herring fleet|royal yacht|church on a rock]. Traded
     {cargo} for [STORES].""",
-    """Landed {rest}, [STATES], and what {cargo} was left. Still hear the {sound} at [HOURS].""",
+    """Landed {rest}, [STATES], and the last of the {cargo}. Still hear the {sound} at [HOURS].""",
   ),
   "Cat missing. ": (
     """[cat: Admiral|Mustard|Old Tib|Duchess|Grapnel|Pudding], [COUNTS] years aboard. Searched

@@ -1,5 +1,6 @@
 """Checkpoints: Orbax, plus a checksum of every leaf, because Orbax loads flipped bits without a word (0.12.8, measured)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ class Checkpoints:
   """The checkpoints of one run: `folder/STEP/` with the state and a JSON record about it, written in the background."""
 
   def __init__(self, folder: Path, keep: int):
+    """Opens the folder, making it if need be; raises StorageError when it cannot."""
     self.folder = folder
-    self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    self._manager = self._or_storage_error(lambda: ocp.CheckpointManager(folder.absolute(), options=options))
 
   def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
     """Starts to write; the arrays may be changed or donated as soon as this returns. Raises StorageError."""
@@ -53,9 +56,9 @@ class Checkpoints:
                          "their checksums)")
     return state
 
-  def _or_storage_error(self, act) -> None:
+  def _or_storage_error(self, act: Callable[[], Any]) -> Any:
     try:
-      act()
+      return act()
     except Exception as error:  # disk full, no permission, ...: Orbax and TensorStore have no common class
       raise StorageError(f"checkpoint in {self.folder}: {_first_line(error)}") from error
 

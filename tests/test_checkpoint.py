@@ -1,0 +1,101 @@
+"""Checkpoints: what is loaded is what was saved, or nothing is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft import config, sharding
+from jaxft.errors import StorageError
+from jaxft.run.checkpoint import Checkpoints, checksums
+
+STATE = {"a": jnp.arange(24, dtype=jnp.float32).reshape(4, 6) / 7, "b": (jnp.int32(3), jnp.ones(16, jnp.bfloat16) / 3)}
+LIKE = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), STATE)
+
+
+def saved(folder, steps=(1,), keep=5):
+  checkpoints = Checkpoints(folder, keep)
+  for step in steps:
+    checkpoints.save(step, STATE, {"tokens": 10 * step})
+  checkpoints.wait()
+  return checkpoints
+
+
+def test_state_and_record_come_back(tmp_path):
+  checkpoints = saved(tmp_path, (1, 2, 3), keep=2)
+  assert checkpoints.steps() == [2, 3]
+  checkpoints.close()
+  again = Checkpoints(tmp_path, 2)
+  jax.tree.map(np.testing.assert_array_equal, again.restore(3, LIKE), STATE)
+  assert again.meta(2)["tokens"] == 20 and again.meta(2)["step"] == 2
+
+
+def test_donating_right_after_a_save_is_safe(tmp_path):
+  checkpoints = Checkpoints(tmp_path, 2)
+  state = jax.jit(lambda: {"a": jnp.arange(4_000_000, dtype=jnp.float32)})()
+  wanted = np.array(state["a"])
+  checkpoints.save(1, state, {})
+  for _ in range(5):
+    state = jax.jit(lambda s: {"a": s["a"] * 0 - 1}, donate_argnums=0)(state)
+  checkpoints.wait()
+  like = {"a": jax.ShapeDtypeStruct(wanted.shape, jnp.float32, sharding=state["a"].sharding)}
+  np.testing.assert_array_equal(checkpoints.restore(1, like)["a"], wanted)
+
+
+def test_checksums_do_not_depend_on_the_mesh():
+  sizes = config.default().mesh
+  x = np.random.default_rng(0).standard_normal((8, 16, 3)).astype(np.float32)
+  placed = [jax.device_put(x, jax.sharding.NamedSharding(sharding.make_mesh(sizes), jax.sharding.PartitionSpec(*axes)))
+            for axes in ((), ("fsdp",), (None, "fsdp"))]
+  assert len({checksums([array])["[0]"] for array in placed}) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_every_flipped_bit_and_every_swap_changes_the_checksum(dtype):
+  x = np.asarray(jnp.asarray(np.random.default_rng(0).standard_normal(256) * 50, dtype))
+  size, rng = x.nbytes, np.random.default_rng(1)
+  variants = []
+  for bit in rng.choice(8 * size, 200, replace=False):
+    other = x.copy()
+    other.view(np.uint8)[bit // 8] ^= 1 << (bit % 8)
+    variants.append(other)
+  for i, j in rng.choice(256, (50, 2)):
+    other = x.copy()
+    other[[i, j]] = other[[j, i]]
+    if other.tobytes() != x.tobytes():
+      variants.append(other)
+  values = list(checksums([x, *variants]).values())
+  assert values[0] not in values[1:]
+
+
+def test_no_flipped_bit_is_loaded_silently(tmp_path):
+  """Orbax alone loads every one of these (0.12.8)."""
+  saved(tmp_path).close()
+  data = max((file for file in tmp_path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+  good, rng, caught = data.read_bytes(), np.random.default_rng(0), 0
+  for position in rng.choice(len(good), 25, replace=False):
+    bad = bytearray(good)
+    bad[position] ^= 1 << int(rng.integers(8))
+    data.write_bytes(bad)
+    checkpoints = Checkpoints(tmp_path, 2)
+    try:
+      jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, LIKE), STATE)  # harmless, or
+    except StorageError as error:
+      caught += "damaged" in str(error)
+  assert caught > 0
+
+
+def test_another_shape_or_a_lost_file_is_damage_not_a_traceback(tmp_path):
+  checkpoints = saved(tmp_path)
+  with pytest.raises(StorageError, match="damaged"):
+    checkpoints.restore(1, LIKE | {"a": jax.ShapeDtypeStruct((5, 6), jnp.float32, sharding=LIKE["a"].sharding)})
+  for file in tmp_path.rglob("d/*"):
+    file.unlink()
+  with pytest.raises(StorageError, match="1: damaged"):
+    Checkpoints(tmp_path, 2).restore(1, LIKE)
+
+
+def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(StorageError):
+    saved(tmp_path / "file" / "checkpoints")

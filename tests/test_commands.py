@@ -1,0 +1,264 @@
+"""The commands as a user runs them: real processes, what they leave behind, how they end when killed or asked wrongly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import tiny
+
+def get_config():
+  return tiny.config(Path({folder!r}), Path({stories!r}))
+"""
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory, folder, stories):
+  file = tmp_path_factory.mktemp("configs") / "small.py"
+  file.write_text(CONFIG.format(tests=str(ROOT / "tests"), folder=str(folder), stories=str(stories)))
+  return file
+
+
+def run(*arguments, check=0, **how):
+  done = subprocess.run([sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, timeout=300, **how)
+  assert check is None or done.returncode == check, done.stdout + done.stderr
+  assert "Traceback" not in done.stderr
+  return done
+
+
+def train(config_file, workdir, *more, **how):
+  return run("jaxft.train", "--config", config_file, "--workdir", workdir, *more, **how)
+
+
+def lines(file):
+  return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def losses(workdir):
+  """Every loss by step: what a run that was cut into pieces must have in common with one that was not."""
+  return {(line["step"], key): line[key] for line in lines(workdir / "metrics.jsonl") for key in ("train/loss", "eval/loss", "train/tokens")
+          if key in line}
+
+
+@pytest.fixture(scope="session")
+def finished(config_file, tmp_path_factory):
+  """A whole, undisturbed run."""
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  return workdir, train(config_file, workdir)
+
+
+def test_a_run_leaves_what_the_contract_lists(finished):
+  workdir, done = finished
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["train"]["steps"] == 12 and config["optim"]["b1"] == 0.9
+  report = json.loads((workdir / "data_report.json").read_text())
+  assert report["rows"]["read"] == 120 == report["rows"]["trained"] + report["rows"]["held_out"]
+  assert report["steps_per_epoch"] == -(-report["sequences"]["trained"] // 8)
+  metrics = lines(workdir / "metrics.jsonl")
+  steps = [line for line in metrics if "train/loss" in line]
+  assert [line["step"] for line in steps] == list(range(1, 13))
+  assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/tokens", "perf/tokens_per_second", "perf/step_seconds",
+          "memory/peak_bytes"} <= steps[0].keys()
+  assert [line["step"] for line in metrics if "eval/loss" in line] == [0, 12]
+  assert metrics[-1]["eval/loss"] < metrics[0]["eval/loss"] and {"eval/perplexity"} <= metrics[0].keys()
+  samples = lines(workdir / "samples.jsonl")
+  assert [(s["when"], s["prompt"], s["seed"]) for s in samples] == [("before", "Once upon", 0), ("after", "Once upon", 0)]
+  assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["10", "12"]
+  exported = {p.name for p in (workdir / "export").iterdir()}
+  assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md",
+          "parity.json"} <= exported
+  assert json.loads((workdir / "export" / "parity.json").read_text())["logits_max_abs_difference"] <= 1e-4
+  assert "eval loss" in done.stdout and "continuing" not in done.stdout
+
+
+def test_running_again_after_the_end_changes_nothing(finished, config_file):
+  workdir, _ = finished
+  before = losses(workdir), (workdir / "export" / "model.safetensors").read_bytes()
+  assert "continuing at step 12 of 12" in train(config_file, workdir).stdout
+  assert (losses(workdir), (workdir / "export" / "model.safetensors").read_bytes()) == before
+
+
+def wait_for(condition, process, seconds=120):
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert process.poll() is None and time.monotonic() < deadline, "the run ended, or never came so far"
+    time.sleep(0.02)
+
+
+def start(config_file, workdir, *more):
+  return subprocess.Popen([sys.executable, "-m", "jaxft.train", "--config", str(config_file), "--workdir", str(workdir), *more],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_killed_after_a_checkpoint_and_run_again_is_the_undisturbed_run(finished, config_file, tmp_path, step):
+  process = start(config_file, tmp_path)
+  wait_for((tmp_path / "checkpoints" / str(step)).is_dir, process)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  done = train(config_file, tmp_path)
+  assert "continuing at step" in done.stdout and "continuing at step 12" not in done.stdout
+  assert losses(tmp_path) == losses(finished[0])  # bit for bit, every step
+  assert (tmp_path / "export" / "model.safetensors").read_bytes() == (finished[0] / "export" / "model.safetensors").read_bytes()
+  assert [s["text"] for s in lines(tmp_path / "samples.jsonl")] == [s["text"] for s in lines(finished[0] / "samples.jsonl")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_same_command_continues(finished, config_file, tmp_path, number):
+  long = "--config.train.steps=4000"
+  process = start(config_file, tmp_path, long)
+  wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(lines(tmp_path / "metrics.jsonl")) > 3, process)
+  process.send_signal(number)
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 75 and "Traceback" not in errors
+  step = int(errors.split("saved at step ")[1].split()[0])
+  assert (tmp_path / "checkpoints" / str(step)).is_dir() and errors.startswith(f"stopped: {number.name}: saved at step {step}")
+  process = start(config_file, tmp_path, long)
+  wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and lines(tmp_path / "metrics.jsonl")[-1]["step"] > step, process)
+  process.kill()
+  output, _ = process.communicate()
+  assert f"continuing at step {step} of 4000" in output
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config_file, finished, tmp_path):
+  import shutil
+  shutil.copytree(finished[0], tmp_path / "w")
+  newest = tmp_path / "w" / "checkpoints" / "12"
+  data = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+  content = bytearray(data.read_bytes())
+  content[len(content) // 2] ^= 4
+  data.write_bytes(content)
+  done = train(config_file, tmp_path / "w")
+  assert "checkpoints/12: damaged" in done.stdout and "continuing at step 10" in done.stdout
+  assert losses(tmp_path / "w") == losses(finished[0])
+
+
+def test_another_run_in_the_same_workdir_is_refused_by_key(finished, config_file):
+  before = losses(finished[0])
+  done = train(config_file, finished[0], "--config.optim.learning_rate=1e-4", check=2)
+  assert "config.optim.learning_rate=0.0001: the run was started with 0.001" in done.stderr
+  done = train(config_file, finished[0], "--config.train.steps=20", check=2)
+  assert "config.train.steps=20: the run was started with 12" in done.stderr and losses(finished[0]) == before
+
+
+def test_numbers_that_are_not_finite_end_with_exit_3(config_file, tmp_path):
+  done = train(config_file, tmp_path, "--config.optim.learning_rate=1e30", "--config.optim.warmup_steps=0", check=3)
+  assert "error: step" in done.stderr and "learning_rate" in done.stderr
+  bad = [line for line in lines(tmp_path / "metrics.jsonl") if line.get("train/loss") in ("nan", "inf")]
+  assert bad and not (tmp_path / "export").exists()
+
+
+FAULTS = {
+  "typo": (["--config.optim.learnig_rate=1"], "config.optim.learnig_rate: there is no such setting; did you mean optim.learning_rate?"),
+  "no data": (["--config.data.train=/nowhere/x.txt"], "data source '/nowhere/x.txt': no such file or folder"),
+  "no model": (["--config.model.path={tmp}"], "no config.json in it"),
+  "no folder": (["--config.model.path=/nowhere/model"], "'/nowhere/model': no such folder"),
+  "negative": (["--config.train.batch_size=-1"], "config.train.batch_size=-1: must be at least 1"),
+  "wrong type": (["--config.train.batch_size=many"], "--config.train.batch_size=many: invalid literal for int() with base 10: 'many'"),
+  "no config": (["--config=nowhere.py"], "'nowhere.py': no such file"),
+  "broken config": (["--config={tmp}/broken.py"], "the config file does not run: NameError"),
+  "mistyped flag": (["--wokdir=x"], "'wokdir'. Did you mean: workdir"),
+  "stray word": (["x"], "'x': not a flag"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_request_ends_in_one_line_before_three_seconds(config_file, tmp_path, fault):
+  arguments, told = FAULTS[fault]
+  (tmp_path / "broken.py").write_text("def get_config():\n  return nothing\n")
+  arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+  before = os.times()
+  done = train(config_file, tmp_path / "w", *arguments, check=2)
+  after = os.times()
+  assert done.stdout == "" and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ") and told in done.stderr
+  # Processor time: what the issue of a busy machine cannot change.
+  assert after.children_user + after.children_system - before.children_user - before.children_system < 3
+  assert not (tmp_path / "w").exists()
+
+
+def test_dry_run_and_print_config_write_nothing(config_file, tmp_path):
+  assert "MiB" in train(config_file, tmp_path / "w", "--dry_run").stdout
+  assert "config.optim.learning_rate = 0.001" in train(config_file, tmp_path / "w", "--print_config").stdout
+  assert not (tmp_path / "w").exists()
+
+
+def test_evaluate_generate_and_export(finished, stories, tmp_path):
+  workdir, _ = finished
+  from_run = json.loads(run("jaxft.evaluate", "--workdir", workdir, "--data", stories, "--json", "--sequence_length", 32).stdout)
+  from_export = json.loads(run("jaxft.evaluate", "--model", workdir / "export", "--data", stories, "--json", "--sequence_length", 32,
+                               "--batch_size", 3).stdout)
+  assert from_run.keys() == {"loss", "perplexity", "tokens"} and from_run["tokens"] == from_export["tokens"]
+  assert from_run["loss"] == pytest.approx(from_export["loss"], rel=1e-6)
+  prompts = tmp_path / "prompts.txt"
+  prompts.write_text("a cat\n")
+  out = json.loads(run("jaxft.generate", "--model", workdir / "export", "--prompt", "Once upon", "the dog", "--prompt_file", prompts,
+                       "--max_new_tokens", 5, "--temperature", 0, "--json").stdout)
+  assert [c["prompt"] for c in out["completions"]] == ["Once upon", "the dog", "a cat"]
+  assert all(len(c["token_ids"]) <= 5 for c in out["completions"])
+  run("jaxft.export", "--workdir", workdir, "--step", 10, "--out", tmp_path / "ten", "--dtype", "bfloat16", "--max_shard_size", "30KB")
+  assert len(list((tmp_path / "ten").glob("model-*.safetensors"))) > 1
+  run("jaxft.generate", "--model", tmp_path / "ten", "--prompt", "a", "--max_new_tokens", 2)
+
+
+@pytest.mark.parametrize("arguments, told", [
+  (["jaxft.evaluate", "--model", "{export}"], "--data is missing"), (["jaxft.evaluate", "--data", "x"], "--model --workdir is required"),
+  (["jaxft.evaluate", "--model", "/nowhere/x", "--data", "x"], "no such folder"),
+  (["jaxft.evaluate", "--model", "{export}", "--data", "nowhere.txt"], "no such file"),
+  (["jaxft.evaluate", "--model", "{export}", "--data", "x", "--sequence_length", "9999"], "--sequence_length=9999: must be from 2 to 71"),
+  (["jaxft.generate", "--model", "{export}"], "--prompt is missing"),
+  (["jaxft.generate", "--model", "{export}", "--prompt", "x", "--top_p", "7"], "--top_p=7.0: must be above 0 and at most 1"),
+  (["jaxft.generate", "--model", "{export}", "--prompt_file", "nowhere"], "--prompt_file 'nowhere'"),
+  (["jaxft.export", "--workdir", "{workdir}", "--out", "x", "--step", "7"], "no checkpoint of step 7; it has [10, 12]"),
+  (["jaxft.export", "--workdir", "/nowhere", "--out", "x"], "not a run's folder"),
+  (["jaxft.export", "--model", "{export}", "--step", "7", "--out", "x"], "--step goes with --workdir")])
+def test_the_other_commands_refuse_in_one_line_too(finished, tmp_path, arguments, told):
+  workdir, _ = finished
+  done = run(*(a.format(export=workdir / "export", workdir=workdir) for a in arguments), check=2, cwd=tmp_path)
+  assert told in done.stderr.splitlines()[-1] and done.stdout == ""
+
+
+def test_doctor_finds_this_machine_sound():
+  out = run("jaxft.doctor").stdout
+  assert "jaxlib" in out and "device 0" in out and 'pip install "jaxft[cuda]"' in out
+
+
+def test_the_same_from_python(folder, stories, tmp_path):
+  """In a process of its own: jax there sees one device."""
+  script = f"""
+import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+import tiny, jaxft
+from pathlib import Path
+c = tiny.config(Path({str(folder)!r}), Path({str(stories)!r}))
+run = jaxft.finetune(c, {str(tmp_path / "w")!r})
+assert run.metrics[-1]["eval/loss"] < run.metrics[0]["eval/loss"] and run.samples[0]["when"] == "before"
+model = jaxft.load(run.export)
+print(model.generate(["a cat"], max_new_tokens=3)[0])
+assert abs(model.evaluate({str(stories)!r}, sequence_length=32)["loss"] - run.metrics[-1]["eval/loss"]) < 0.5
+model.export({str(tmp_path / "again")!r})
+"""
+  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "w" / "export" / "model.safetensors").read_bytes()
+
+
+def test_one_and_eight_devices_train_the_same(config_file, finished, tmp_path):
+  eight = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+  done = train(config_file, tmp_path, "--config.mesh.fsdp=8", env=eight)
+  assert "mesh data=1 x fsdp=8" in done.stdout
+  one, other = losses(finished[0]), losses(tmp_path)
+  assert one.keys() == other.keys()
+  for key, value in one.items():
+    assert other[key] == pytest.approx(value, rel=1e-5), key
+
+

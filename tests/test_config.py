@@ -1,0 +1,79 @@
+"""Settings: documented once, checked all at once, saved and read back."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from jaxft import config as settings
+from jaxft.errors import RequestError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def complete():
+  config = settings.default()
+  config.model.path, config.data.train, config.train.steps = "gpt2", ("a.txt",), 10
+  return config
+
+
+def test_a_complete_config_has_no_fault():
+  assert settings.faults(complete()) == []
+
+
+def test_every_setting_is_explained_and_its_default_is_right():
+  for setting in settings.SETTINGS:
+    assert len(setting.doc) > 3 and setting.doc in settings.describe(complete())
+    assert isinstance(setting.default, type) or setting.check(setting.default) is None, setting.name
+
+
+@pytest.mark.parametrize("name, near", [
+  ("optim.learnig_rate", "optim.learning_rate"), ("learning_rate", "optim.learning_rate"), ("train.learning_rate", "optim.learning_rate"),
+  ("optm.b1", "optim.b1"), ("data.seqlen", None), ("train.batchsize", "train.batch_size")])
+def test_a_typo_gets_the_nearest_name(name, near):
+  line = settings.unknown([name])[0]
+  assert f"config.{name}" in line and (near is None or f"did you mean {near}?" in line)
+
+
+@pytest.mark.parametrize("name, value, told", [
+  ("train.batch_size", -1, "at least 1"), ("optim.learning_rate", float("nan"), "finite"), ("optim.learning_rate", 0.0, "above 0"),
+  ("optim.schedule", "lineer", "one of constant, linear, cosine"), ("mesh.fsdp", 0, "-1"), ("data.train", (), "empty"),
+  ("optim.b2", 1.0, "below 1"), ("model.path", "", "empty"), ("data.train", (1,), "text"), ("train.epochs", 1.0, "one of the two"),
+  ("mesh.data", -1, "only one"), ("optim.warmup_steps", 11, "more than"), ("optim.end_learning_rate", 1.0, "above")])
+def test_wrong_values_are_named(name, value, told):
+  config = complete()
+  section, key = name.split(".")
+  config[section][key] = value
+  lines = settings.faults(config)
+  assert len(lines) == 1 and f"config.{name}" in lines[0] and told in lines[0]
+
+
+def test_all_faults_are_told_at_once():
+  config = complete()
+  config.train.batch_size, config.optim.b1, config.memory.remat = 0, 2.0, "all"
+  assert len(settings.faults(config)) == 3
+
+
+def test_json_and_back():
+  config = complete()
+  config.model.dropout, config.train.sample_prompts = 0.25, ("a", "b\n")
+  assert settings.from_json(settings.to_json(config)).to_json() == config.to_json()
+  assert settings.from_json(settings.to_json(complete())).to_json() == complete().to_json()
+  with pytest.raises(RequestError, match="optim.lr"):
+    settings.from_json('{"optim": {"lr": 1}}')
+
+
+def test_only_what_shapes_learning_must_stay_the_same_on_resume():
+  before, now = complete(), complete()
+  now.train.save_every, now.mesh.fsdp, now.optim.learning_rate = 7, 2, 1e-3
+  assert [line.split("=")[0] for line in settings.changed(before.to_dict(), now)] == ["config.optim.learning_rate"]
+  assert settings.FREE_ON_RESUME <= settings.BY_NAME.keys()
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_shipped_configs_are_complete_and_explained(file):
+  spec = importlib.util.spec_from_file_location(file.stem, file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  assert settings.faults(module.get_config()) == []
+  assert f"python -m jaxft.train --config configs/{file.name}" in module.__doc__

@@ -1,0 +1,53 @@
+"""Who may import whom (docs/architecture.md), and what no part of jaxft may do."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "jaxft"
+FILES = {".".join(("jaxft", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
+         for file in ROOT.rglob("*.py")}
+COMMANDS = {"jaxft.train", "jaxft.evaluate", "jaxft.generate", "jaxft.export", "jaxft.doctor"}
+# The only imports of jaxft that each leaf has. A new leaf module goes here, with as few as it can.
+LEAVES = {
+  "jaxft.errors": set(), "jaxft.files": set(), "jaxft.attention": set(), "jaxft.loss": set(), "jaxft.optim": set(),
+  "jaxft.config": {"jaxft.errors"}, "jaxft.sharding": {"jaxft.errors"}, "jaxft.model": {"jaxft.attention"},
+  "jaxft.step": {"jaxft.loss"}, "jaxft.sample": {"jaxft.errors", "jaxft.model"},
+  "jaxft.data.sources": {"jaxft.errors"}, "jaxft.data.pack": set(), "jaxft.data.loader": {"jaxft.data.pack"},
+  "jaxft.data.tokens": {"jaxft.data.sources", "jaxft.errors"}, "jaxft.hf.tables": set(),
+  "jaxft.run.guards": set(), "jaxft.run.checkpoint": {"jaxft.errors"},
+}
+
+
+def imports(file):
+  """The modules a file imports, those inside functions too."""
+  found = set()
+  for node in ast.walk(ast.parse(file.read_text())):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      found |= {name if (name := f"{node.module}.{alias.name}") in FILES else node.module for alias in node.names}
+  return found
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_leaves_import_only_what_is_below_them(name):
+  assert {module for module in imports(FILES[name]) if module.split(".")[0] == "jaxft"} == LEAVES[name]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_imports_a_command_and_only_verification_imports_torch(name):
+  modules = imports(FILES[name])
+  assert not modules & COMMANDS
+  assert name == "jaxft.hf.save" or "torch" not in {module.split(".")[0] for module in modules}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_code_is_run_from_data(name):
+  assert not imports(FILES[name]) & {"pickle", "dill", "cloudpickle", "subprocess", "marshal"}
+  for node in ast.walk(ast.parse(FILES[name].read_text())):
+    if isinstance(node, ast.Call):
+      called = ast.unparse(node.func)
+      assert called not in ("eval", "exec", "compile", "torch.load", "os.system"), f"{name}: {called}"
+      assert not any(word.arg == "trust_remote_code" and ast.unparse(word.value) != "False" for word in node.keywords)
