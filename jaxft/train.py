@@ -87,8 +87,10 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     with Meter("tokenising", 1) as meter:
       data = prepare(config.data, tokenizer, lambda done, total: meter.at(done, total=total))
     rows = data.train
-    rows_in_all = round(config.train.epochs * len(rows)) or config.train.steps * config.train.batch_size
+    rows_in_all = config.train.steps * config.train.batch_size or max(1, round(config.train.epochs * len(rows)))
     total_steps = -(-rows_in_all // config.train.batch_size)
+    if config.optim.warmup_steps > total_steps:
+      raise RequestError(f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {total_steps} steps of the run")
     fingerprint = tokens.fingerprint(rows.stream)
     say(f"{data.report['rows']['trained']:,} documents with {data.report['tokens']['trained']:,} tokens to train on, in "
         f"{len(rows):,} rows of {rows.T}; {data.report['rows']['held_out']:,} documents held out; {total_steps:,} steps")

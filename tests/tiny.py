@@ -53,10 +53,10 @@ def gpt2_tensors(V: int, P: int, D: int, F: int, L: int, seed: int, std: float =
 
 
 def write_gpt2(folder: Path, *, seed: int, V: int = 293, P: int = 71, D: int = 40, F: int = 59, L: int = 3, N: int = 5,
-               dropout: float = 0.0, tokenizer: bool = True) -> Path:
+               dropout: float = 0.0, std: float = 0.2, tokenizer: bool = True) -> Path:
   """A complete GPT-2 folder. 40 = 5 heads of 8 divides over 8 devices; the other sizes are primes."""
   folder.mkdir(parents=True)
-  save_file(gpt2_tensors(V, P, D, F, L, seed), folder / "model.safetensors", metadata={"format": "pt"})
+  save_file(gpt2_tensors(V, P, D, F, L, seed, std), folder / "model.safetensors", metadata={"format": "pt"})
   (folder / "config.json").write_text(json.dumps({
     "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": V, "n_positions": P, "n_embd": D, "n_inner": F,
     "n_layer": L, "n_head": N, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "embd_pdrop": dropout,

