@@ -15,6 +15,7 @@ test-quick: $(VENV)/installed-test  ## the tests that take seconds
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 assets: $(VENV)/installed-test  ## make assets/quickstart again (about ten minutes on two cores)
 	$(VENV)/bin/python scripts/make_quickstart_assets.py

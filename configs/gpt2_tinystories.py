@@ -33,7 +33,8 @@ def get_config():
   c.train.sample_prompts = (
     "Once upon a time there was a cat with magic powers",
     "There was a cloud that could laugh",
-    "Mia looked up at the star")
+    "Mia looked up at the star",
+  )
 
   c.optim.learning_rate = 2e-4
   c.optim.schedule = "cosine"

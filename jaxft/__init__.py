@@ -1,9 +1,9 @@
 """jaxft: fine-tune GPT-2 in JAX, and get a Hugging Face model back.
 
-    import jaxft
-    run = jaxft.finetune(config, "runs/mine")      # config: jaxft.config.default(), changed
-    model = jaxft.load(run.export)                 # or a hub id
-    model.generate(["Once upon a time"])
+import jaxft
+run = jaxft.finetune(config, "runs/mine")      # config: jaxft.config.default(), changed
+model = jaxft.load(run.export)                 # or a hub id
+model.generate(["Once upon a time"])
 """
 
 import importlib
@@ -11,7 +11,10 @@ import importlib
 __version__ = "0.1.0"
 __all__ = ["finetune", "load"]
 
-_HOMES = {"finetune": "jaxft.train", "load": "jaxft.pretrained"}  # imported when they are first used: jax takes a second
+_HOMES = {
+  "finetune": "jaxft.train",
+  "load": "jaxft.pretrained",
+}  # imported when they are first used: jax takes a second
 
 
 def __getattr__(name: str):

@@ -7,9 +7,18 @@ import jax
 import jax.numpy as jnp
 
 
-def attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, *, scale: float, offset: jax.Array | int = 0,
-              q_segments_BT: jax.Array | None = None, k_segments_BS: jax.Array | None = None,
-              dropout: float = 0.0, key: jax.Array | None = None) -> jax.Array:
+def attention(
+  q_BTNH: jax.Array,
+  k_BSNH: jax.Array,
+  v_BSNH: jax.Array,
+  *,
+  scale: float,
+  offset: jax.Array | int = 0,
+  q_segments_BT: jax.Array | None = None,
+  k_segments_BS: jax.Array | None = None,
+  dropout: float = 0.0,
+  key: jax.Array | None = None,
+) -> jax.Array:
   """Attention of each query to the keys at or before it, in its own segment; returns (B, T, N, H).
 
   Causality goes by column, not by position id: query t stands in column `offset + t`, key s in column s. So padding,

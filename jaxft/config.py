@@ -53,22 +53,33 @@ SETTINGS = (
   Setting("model.revision", "main", anything, "branch, tag or commit of the hub id"),
   Setting("model.init", "pretrained", one_of("pretrained", "scratch"), "read the weights, or draw new ones"),
   Setting("model.config", "", anything, "config.json of the model to draw from scratch; empty: the one in model.path"),
-  Setting("model.compute_dtype", "auto", one_of("auto", "float32", "bfloat16"),
-          "dtype of activations; auto: bfloat16 on GPU and TPU, float32 on CPU. Weights are float32 always"),
+  Setting(
+    "model.compute_dtype",
+    "auto",
+    one_of("auto", "float32", "bfloat16"),
+    "dtype of activations; auto: bfloat16 on GPU and TPU, float32 on CPU. Weights are float32 always",
+  ),
   Setting("model.dropout", float, between(0, 1), "dropout everywhere; unset: the rates of the model's config.json"),
-
-  Setting("data.train", (), anything, "one or more sources: hub:NAME[:SPLIT], or a .txt, .jsonl, .csv or .parquet "
-          "file, glob or folder"),
+  Setting(
+    "data.train",
+    (),
+    anything,
+    "one or more sources: hub:NAME[:SPLIT], or a .txt, .jsonl, .csv or .parquet file, glob or folder",
+  ),
   Setting("data.validation", (), anything, "sources to evaluate on; empty: split off the training documents"),
   Setting("data.validation_fraction", 0.05, between(0, 1), "share of documents held out when data.validation is empty"),
   Setting("data.text_column", "text", anything, "column that holds the text"),
-  Setting("data.nats_column", "", anything, "column with -log p of each document in nats, where the text was drawn from "
-          "a known distribution: the floor no model can beat is then printed beside the eval loss"),
+  Setting(
+    "data.nats_column",
+    "",
+    anything,
+    "column with -log p of each document in nats, where the text was drawn from "
+    "a known distribution: the floor no model can beat is then printed beside the eval loss",
+  ),
   Setting("data.sequence_length", 512, at_least(2), "tokens a row"),
   Setting("data.limit_train", 0, at_least(0), "use this many training documents, drawn with shuffle_seed; 0: all"),
   Setting("data.limit_validation", 0, at_least(0), "use this many validation documents, drawn likewise; 0: all"),
   Setting("data.shuffle_seed", 0, at_least(0), "seed of the order of rows and of every draw of documents"),
-
   Setting("train.steps", 0, at_least(0), "optimizer steps; 0: as many as train.epochs takes"),
   Setting("train.epochs", 0.0, at_least(0), "passes over the training rows; 0: train.steps says when to end"),
   Setting("train.batch_size", 8, at_least(1), "sequences per optimizer step, over all devices"),
@@ -83,7 +94,6 @@ SETTINGS = (
   Setting("train.sample_prompts", (), anything, "prompts completed before and after training, with the same seed"),
   Setting("train.sample_every", 0, at_least(0), "steps between further samples; 0: only before and after"),
   Setting("train.sample_tokens", 100, at_least(1), "tokens drawn for each prompt"),
-
   Setting("optim.name", "adamw", one_of("adamw", "adafactor", "lion", "sgd"), "optimizer"),
   Setting("optim.learning_rate", 5e-5, above(0), "peak learning rate"),
   Setting("optim.schedule", "linear", one_of("constant", "linear", "cosine"), "course after the warm-up"),
@@ -95,14 +105,15 @@ SETTINGS = (
   Setting("optim.eps", 1e-8, above(0), "added to the root of the second moment"),
   Setting("optim.clip_norm", 1.0, at_least(0), "largest global norm of the gradient; 0: no clipping"),
   Setting("optim.state_dtype", "float32", one_of("float32", "bfloat16"), "dtype of the first moment"),
-
   Setting("mesh.data", 1, size_or_rest, "devices that hold copies and split the batch; -1: the rest"),
   Setting("mesh.fsdp", -1, size_or_rest, "devices that split weights, optimizer state and the batch; -1: the rest"),
-
-  Setting("memory.remat", "none", one_of("none", "dots", "full"),
-          "activations recomputed in the backward pass: none, all but matrix products, all but each layer's input"),
+  Setting(
+    "memory.remat",
+    "none",
+    one_of("none", "dots", "full"),
+    "activations recomputed in the backward pass: none, all but matrix products, all but each layer's input",
+  ),
   Setting("memory.loss_chunk", 0, at_least(0), "positions a row whose logits exist at once; 0: all of them"),
-
   Setting("export.out", "", anything, "folder for the Hugging Face model; empty: WORKDIR/export"),
   Setting("export.dtype", "float32", one_of("float32", "bfloat16", "float16"), "dtype of the exported weights"),
   Setting("export.max_shard_size", "5GB", anything, "largest weight file"),
@@ -110,10 +121,27 @@ SETTINGS = (
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 # Settings that may differ when a run is resumed: they change what is written, never what is learned.
-FREE_ON_RESUME = frozenset({
-  "train.log_every", "train.eval_every", "train.eval_batches", "train.save_every", "train.keep", "train.max_bad_steps",
-  "train.sample_prompts", "train.sample_every", "train.sample_tokens", "mesh.data", "mesh.fsdp", "memory.remat",
-  "memory.loss_chunk", "export.out", "export.dtype", "export.max_shard_size", "data.nats_column"})
+FREE_ON_RESUME = frozenset(
+  {
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.save_every",
+    "train.keep",
+    "train.max_bad_steps",
+    "train.sample_prompts",
+    "train.sample_every",
+    "train.sample_tokens",
+    "mesh.data",
+    "mesh.fsdp",
+    "memory.remat",
+    "memory.loss_chunk",
+    "export.out",
+    "export.dtype",
+    "export.max_shard_size",
+    "data.nats_column",
+  }
+)
 
 
 def default() -> ConfigDict:
@@ -136,7 +164,8 @@ def unknown(names: list[str]) -> list[str]:
       # The last part decides what was meant: `optim.lerning_rate`, `train.learning_rate` and `learning_rate` alike.
       by_key = {known.split(".")[1]: known for known in BY_NAME}
       near = difflib.get_close_matches(name, BY_NAME, 1) or [
-        by_key[key] for key in difflib.get_close_matches(name.split(".")[-1], by_key, 1)]
+        by_key[key] for key in difflib.get_close_matches(name.split(".")[-1], by_key, 1)
+      ]
       way_out = f"did you mean {near[0]}?" if near else "--print_config lists all settings"
       lines.append(f"config.{name}: there is no such setting; {way_out}")
   return lines
@@ -175,24 +204,31 @@ def faults(config: ConfigDict) -> list[str]:
   if not config.data.train:
     lines.append("config.data.train: empty; name a file, a folder or hub:NAME")
   if bool(config.train.steps) == bool(config.train.epochs):
-    lines.append(f"config.train.steps={config.train.steps} and config.train.epochs={config.train.epochs}: set one of the two")
+    lines.append(
+      f"config.train.steps={config.train.steps} and config.train.epochs={config.train.epochs}: set one of the two"
+    )
   if config.mesh.data == config.mesh.fsdp == -1:
     lines.append("config.mesh.data=-1 and config.mesh.fsdp=-1: only one can take the rest")
   if config.optim.end_learning_rate > config.optim.learning_rate:
-    lines.append(f"config.optim.end_learning_rate={config.optim.end_learning_rate}: above "
-                 f"config.optim.learning_rate={config.optim.learning_rate}")
+    lines.append(
+      f"config.optim.end_learning_rate={config.optim.end_learning_rate}: above "
+      f"config.optim.learning_rate={config.optim.learning_rate}"
+    )
   if config.train.steps and config.optim.warmup_steps > config.train.steps:
-    lines.append(f"config.optim.warmup_steps={config.optim.warmup_steps}: more than "
-                 f"config.train.steps={config.train.steps}")
+    lines.append(
+      f"config.optim.warmup_steps={config.optim.warmup_steps}: more than config.train.steps={config.train.steps}"
+    )
   return lines
 
 
 def changed(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
   """The settings that shape what is learned and differ between a saved config and this one, one line each."""
   before, now = flatten(saved), flatten(config)
-  return [f"config.{name}={now.get(name)!r}: the run was started with {before.get(name)!r}"
-          for name in sorted(before.keys() | now.keys())
-          if name not in FREE_ON_RESUME and before.get(name) != now.get(name)]
+  return [
+    f"config.{name}={now.get(name)!r}: the run was started with {before.get(name)!r}"
+    for name in sorted(before.keys() | now.keys())
+    if name not in FREE_ON_RESUME and before.get(name) != now.get(name)
+  ]
 
 
 def to_json(config: ConfigDict) -> str:

@@ -9,8 +9,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "tokenizers", "safetensors",
-            "huggingface_hub", "ml_collections", "datasets", "rich")
+PACKAGES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "numpy",
+  "transformers",
+  "tokenizers",
+  "safetensors",
+  "huggingface_hub",
+  "ml_collections",
+  "datasets",
+  "rich",
+)
 ACCELERATORS = {"jax-cuda13-plugin": "an NVIDIA GPU", "libtpu": "a TPU"}
 
 

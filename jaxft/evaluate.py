@@ -12,11 +12,18 @@ from jaxft.errors import RequestError, run_command
 def main() -> None:
   parser = argparse.ArgumentParser("python -m jaxft.evaluate", description="Loss and perplexity of a model on a text.")
   add_model_flags(parser)
-  parser.add_argument("--data", nargs="+", default=[], metavar="SOURCE",
-                      help="file, glob, folder or hub:NAME[:SPLIT]; default with --workdir: the run's own validation data")
+  parser.add_argument(
+    "--data",
+    nargs="+",
+    default=[],
+    metavar="SOURCE",
+    help="file, glob, folder or hub:NAME[:SPLIT]; default with --workdir: the run's own validation data",
+  )
   parser.add_argument("--text_column", default="text", help="column that holds the text (default: text)")
   parser.add_argument("--sequence_length", type=int, default=0, help="tokens a row (default: the model's positions)")
-  parser.add_argument("--batch_size", type=int, default=8, help="rows at once; changes speed and memory only (default: 8)")
+  parser.add_argument(
+    "--batch_size", type=int, default=8, help="rows at once; changes speed and memory only (default: 8)"
+  )
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   arguments = parser.parse_args()
 
@@ -33,7 +40,9 @@ def main() -> None:
   if arguments.json:
     print(json.dumps(result))
   else:
-    print(f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}, over {result['tokens']:,} tokens")
+    print(
+      f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}, over {result['tokens']:,} tokens"
+    )
 
 
 if __name__ == "__main__":

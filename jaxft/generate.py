@@ -11,12 +11,16 @@ from jaxft.sample import Sampling
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser("python -m jaxft.generate", description="Completes prompts. With none, on a terminal, it asks.")
+  parser = argparse.ArgumentParser(
+    "python -m jaxft.generate", description="Completes prompts. With none, on a terminal, it asks."
+  )
   add_model_flags(parser)
   parser.add_argument("--prompt", nargs="+", action="extend", default=[], metavar="TEXT", help="text to complete")
   parser.add_argument("--prompt_file", metavar="F", help="a file with one prompt a line")
   for name, default in Sampling._field_defaults.items():
-    parser.add_argument(f"--{name}", type=type(default), default=default, help=f"as in transformers (default: {default})")
+    parser.add_argument(
+      f"--{name}", type=type(default), default=default, help=f"as in transformers (default: {default})"
+    )
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   arguments = parser.parse_args()
   sampling = {name: getattr(arguments, name) for name in Sampling._fields}

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 
-def cross_entropy_sum(h_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array,
-                      chunk: int = 0) -> jax.Array:
+def cross_entropy_sum(
+  h_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, chunk: int = 0
+) -> jax.Array:
   """Sum over unmasked targets of -log p(target), in nats and float32; divide by the count where the count is known.
 
   With `chunk`, only (B, chunk, V) logits exist at once, in the forward and in the backward pass (which computes them

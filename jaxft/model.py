@@ -67,8 +67,17 @@ class Cache:
 class Einsum(nnx.Module):
   """`einsum(x, kernel) + bias`. The kernel's shape, axis names and initial scale stand side by side."""
 
-  def __init__(self, equation: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *, inputs: int,
-               std: float, compute: Compute, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    equation: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    inputs: int,
+    std: float,
+    compute: Compute,
+    rngs: nnx.Rngs,
+  ):
     self.equation, self.compute = equation, compute
     self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), out_sharding=axes)
     self.bias = nnx.Param(jnp.zeros(shape[inputs:]), out_sharding=axes[inputs:])
@@ -94,37 +103,65 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-
   def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
     self.cfg = cfg
     D, N, H = cfg.D, cfg.N, cfg.H
-    self.qkv = Einsum("BTD,DQNH->BTQNH", (D, 3, N, H), ("embed", None, "heads", None), inputs=1,
-                      std=cfg.init_std, compute=compute, rngs=rngs)
-    self.out = Einsum("BTNH,NHD->BTD", (N, H, D), ("heads", None, "embed"), inputs=2,
-                      std=cfg.init_std / (2 * cfg.L)**0.5, compute=compute, rngs=rngs)
+    self.qkv = Einsum(
+      "BTD,DQNH->BTQNH",
+      (D, 3, N, H),
+      ("embed", None, "heads", None),
+      inputs=1,
+      std=cfg.init_std,
+      compute=compute,
+      rngs=rngs,
+    )
+    self.out = Einsum(
+      "BTNH,NHD->BTD",
+      (N, H, D),
+      ("heads", None, "embed"),
+      inputs=2,
+      std=cfg.init_std / (2 * cfg.L) ** 0.5,
+      compute=compute,
+      rngs=rngs,
+    )
 
   def __call__(self, x_BTD, segments_BT, cached, key):
     q_BTNH, k_BTNH, v_BTNH = jnp.unstack(self.qkv(x_BTD), axis=2)
     k_BSNH, v_BSNH, segments_BS, offset = cached(k_BTNH, v_BTNH)
-    out_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, scale=self.cfg.H**-0.5, offset=offset, q_segments_BT=segments_BT,
-                         k_segments_BS=segments_BS, dropout=self.cfg.attention_dropout, key=key)
+    out_BTNH = attention(
+      q_BTNH,
+      k_BSNH,
+      v_BSNH,
+      scale=self.cfg.H**-0.5,
+      offset=offset,
+      q_segments_BT=segments_BT,
+      k_segments_BS=segments_BS,
+      dropout=self.cfg.attention_dropout,
+      key=key,
+    )
     return self.out(out_BTNH)
 
 
 class Mlp(nnx.Module):
-
   def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
-    self.up = Einsum("BTD,DF->BTF", (cfg.D, cfg.F), ("embed", "mlp"), inputs=1, std=cfg.init_std, compute=compute,
-                     rngs=rngs)
-    self.down = Einsum("BTF,FD->BTD", (cfg.F, cfg.D), ("mlp", "embed"), inputs=1,
-                       std=cfg.init_std / (2 * cfg.L)**0.5, compute=compute, rngs=rngs)
+    self.up = Einsum(
+      "BTD,DF->BTF", (cfg.D, cfg.F), ("embed", "mlp"), inputs=1, std=cfg.init_std, compute=compute, rngs=rngs
+    )
+    self.down = Einsum(
+      "BTF,FD->BTD",
+      (cfg.F, cfg.D),
+      ("mlp", "embed"),
+      inputs=1,
+      std=cfg.init_std / (2 * cfg.L) ** 0.5,
+      compute=compute,
+      rngs=rngs,
+    )
 
   def __call__(self, x_BTD):
     return self.down(jax.nn.gelu(self.up(x_BTD), approximate=True))  # transformers' `gelu_new`
 
 
 class Block(nnx.Module):
-
   def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
     self.cfg = cfg
     self.norm1, self.norm2 = LayerNorm(cfg, compute), LayerNorm(cfg, compute)
@@ -138,12 +175,13 @@ class Block(nnx.Module):
 
 
 class Embed(nnx.Module):
-
   def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
-    self.tokens = nnx.Param(cfg.init_std * jax.random.normal(rngs.params(), (cfg.V, cfg.D)),
-                            out_sharding=("vocab", "embed"))
-    self.positions = nnx.Param(cfg.init_std * jax.random.normal(rngs.params(), (cfg.P, cfg.D)),
-                               out_sharding=(None, "embed"))
+    self.tokens = nnx.Param(
+      cfg.init_std * jax.random.normal(rngs.params(), (cfg.V, cfg.D)), out_sharding=("vocab", "embed")
+    )
+    self.positions = nnx.Param(
+      cfg.init_std * jax.random.normal(rngs.params(), (cfg.P, cfg.D)), out_sharding=(None, "embed")
+    )
 
 
 class Decoder(nnx.Module):
@@ -157,8 +195,14 @@ class Decoder(nnx.Module):
     self.blocks = stack(rngs.split(cfg.L))
     self.norm = LayerNorm(cfg, compute)
 
-  def __call__(self, ids_BT: jax.Array, *, segments_BT: jax.Array | None = None,
-               positions_BT: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self,
+    ids_BT: jax.Array,
+    *,
+    segments_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    key: jax.Array | None = None,
+  ) -> jax.Array:
     """Hidden states (B, T, D) after the last norm, in the compute dtype.
 
     Args:
@@ -167,8 +211,10 @@ class Decoder(nnx.Module):
       positions_BT: position ids; None: 0, 1, 2, ...
       key: dropout key; None: no dropout.
     """
+
     def cached(layer, cache, k, v):
       return (k, v, segments_BT, 0), cache
+
     return self._run(ids_BT, segments_BT, positions_BT, key, None, cached)[0]
 
   def extend(self, cache: Cache, ids_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array):
@@ -211,6 +257,7 @@ class Decoder(nnx.Module):
         nonlocal kv
         seen, kv = cached(index, kv, k_BTNH, v_BTNH)
         return seen
+
       x_BTD = block(x_BTD, segments_BT, cached_here, key)
       return (self.compute.constrain(x_BTD, act), kv), None
 

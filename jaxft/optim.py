@@ -44,9 +44,11 @@ def optimizer(optim: ConfigDict) -> optax.GradientTransformation:
 
 def decay_mask(params: Any) -> Any:
   """True for matrices and embeddings, False for biases and norms; raises KeyError on a parameter of neither kind."""
+
   def decays(path, _):
     name = path[-1].key
     if name not in DECAYED | NOT_DECAYED:
       raise KeyError(f"{jax.tree_util.keystr(path)}: neither in DECAYED nor in NOT_DECAYED")
     return name in DECAYED
+
   return jax.tree_util.tree_map_with_path(decays, params)

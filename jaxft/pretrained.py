@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxft import config as settings
 from jaxft import model, optim, sharding
@@ -34,7 +33,8 @@ class Pretrained:
     self.mesh = sharding.make_mesh(settings.default().mesh)
     dtype = model.compute_dtype(compute_dtype, self.mesh.devices.flat[0])
     self.graph, self.shapes, axes = model.abstract(
-      source.cfg, model.Compute(dtype, constrain=sharding.constrain_on(self.mesh)))
+      source.cfg, model.Compute(dtype, constrain=sharding.constrain_on(self.mesh))
+    )
     self.shardings = sharding.parameter_shardings(self.shapes, axes, self.mesh)
     self.params: Any = None  # set by load and load_workdir
     self._generator = Generator(self.graph, source.cfg, self.tokenizer.eos_token_id)
@@ -42,10 +42,14 @@ class Pretrained:
 
   def generate(self, prompts: list[str], **sampling: Any) -> list[Completion]:
     """Completes each prompt; `sampling` takes the fields of `jaxft.sample.Sampling`, whose names are transformers'."""
-    ids = self._generator(self.params, [self.tokenizer(prompt)["input_ids"] for prompt in prompts], Sampling(**sampling))
+    ids = self._generator(
+      self.params, [self.tokenizer(prompt)["input_ids"] for prompt in prompts], Sampling(**sampling)
+    )
     return [Completion(prompt, self.tokenizer.decode(new), new) for prompt, new in zip(prompts, ids, strict=True)]
 
-  def evaluate(self, *data: str, sequence_length: int = 0, batch_size: int = 8, text_column: str = "text") -> dict[str, Any]:
+  def evaluate(
+    self, *data: str, sequence_length: int = 0, batch_size: int = 8, text_column: str = "text"
+  ) -> dict[str, Any]:
     """{"loss": nats per token, "perplexity", "tokens"} over all documents of the sources, end tokens included.
 
     The text is one stream cut into rows of `sequence_length` tokens (0: as many as the model has positions), each token
@@ -61,11 +65,16 @@ class Pretrained:
       raise RequestError(f"data source {data}: no documents in it")
     rows = ConcatRows(tokens.encode(documents, self.tokenizer)[0], length)
     whole_batches = -(-batch_size // self.mesh.size) * self.mesh.size
-    loss, count = mean_loss(self._eval_step, self.params, loader.evaluation_batches(
-      rows, batch_size=whole_batches, sharding=sharding.batch_sharding(self.mesh)))
+    loss, count = mean_loss(
+      self._eval_step,
+      self.params,
+      loader.evaluation_batches(rows, batch_size=whole_batches, sharding=sharding.batch_sharding(self.mesh)),
+    )
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": count}
 
-  def export(self, out: str | Path, *, dtype: str = "float32", max_shard_size: str = "5GB", card: str = "") -> dict[str, Any]:
+  def export(
+    self, out: str | Path, *, dtype: str = "float32", max_shard_size: str = "5GB", card: str = ""
+  ) -> dict[str, Any]:
     """Writes a verified Hugging Face folder and returns its parity report; see `jaxft.hf.save.export`."""
     return save.export(Path(out), self.params, self.source, dtype=dtype, max_shard_size=max_shard_size, card=card)
 
@@ -87,17 +96,15 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
   steps = checkpoints.steps()
   if not steps or step is not None and step not in steps:
-    raise RequestError(f"workdir {str(workdir)!r}: no checkpoint{'' if step is None else f' of step {step}'}; "
-                       f"it has {steps or 'none'}")
+    raise RequestError(
+      f"workdir {str(workdir)!r}: no checkpoint{'' if step is None else f' of step {step}'}; it has {steps or 'none'}"
+    )
   source = hf_load.find(config.model.path, config.model.revision, weights=False)
   if config.model.config and config.model.init == "scratch":
     source = hf_load.Checkpoint(source.folder, *hf_load.read_config(Path(config.model.config)))
   ready = Pretrained(source, compute_dtype)
   tx = optim.optimizer(config.optim)
-  like = sharding.place(
-    State(jax.ShapeDtypeStruct((), jnp.int32), ready.shapes, jax.eval_shape(tx.init, ready.shapes)),
-    State(sharding.replicated(ready.mesh), ready.shardings,
-          sharding.optimizer_shardings(tx, ready.shapes, ready.shardings, ready.mesh)))
+  like = State(*sharding.state_like(tx, ready.shapes, ready.shardings, ready.mesh))
   ready.params = checkpoints.restore(step or steps[-1], like).params
   checkpoints.close()
   return ready

@@ -29,10 +29,12 @@ class Sampling(NamedTuple):
   def check(self) -> None:
     """Raises RequestError on a value that means nothing."""
     for name, fine, wanted in (
-        ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-        ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-        ("top_k", self.top_k >= 0, "0 (all) or more"), ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-        ("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")):
+      ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+      ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+      ("top_k", self.top_k >= 0, "0 (all) or more"),
+      ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+      ("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295"),
+    ):
       if not fine:
         raise RequestError(f"--{name}={getattr(self, name)}: must be {wanted}")
 
@@ -68,13 +70,15 @@ class Generator:
     prompts = [prompt or [self.eos_token_id] for prompt in prompts]
     lengths_B = np.array([len(prompt) for prompt in prompts])
     if lengths_B.max() >= self._cfg.P:
-      raise RequestError(f"prompt {lengths_B.argmax() + 1} has {lengths_B.max()} tokens and the model {self._cfg.P} positions; "
-                         "shorten it")
+      raise RequestError(
+        f"prompt {lengths_B.argmax() + 1} has {lengths_B.max()} tokens and the model {self._cfg.P} positions; "
+        "shorten it"
+      )
     new = min(sampling.max_new_tokens, self._cfg.P - lengths_B.max())
     T = _bucket(lengths_B.max())
     ids_BT, columns = np.zeros((len(prompts), T), np.int32), np.arange(T)
     for row, prompt in zip(ids_BT, prompts, strict=True):
-      row[T - len(prompt):] = prompt  # padded on the left, so that all rows end in the same column
+      row[T - len(prompt) :] = prompt  # padded on the left, so that all rows end in the same column
     segments_BT = (columns >= (T - lengths_B)[:, None]).astype(np.int32)
     positions_BT = np.maximum(columns - (T - lengths_B)[:, None], 0).astype(np.int32)
 
@@ -82,8 +86,15 @@ class Generator:
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), jnp.arange(len(prompts)))
     completions, open_rows = [[] for _ in prompts], set(range(len(prompts)))
     for n in range(new):
-      next_B = choose(logits_BV, keys_B, jnp.int32(n), jnp.float32(sampling.temperature or 1), sampling.temperature == 0,
-                      sampling.top_k, sampling.top_p)
+      next_B = choose(
+        logits_BV,
+        keys_B,
+        jnp.int32(n),
+        jnp.float32(sampling.temperature or 1),
+        sampling.temperature == 0,
+        sampling.top_k,
+        sampling.top_p,
+      )
       for row, token in enumerate(np.asarray(next_B).tolist()):
         if token == self.eos_token_id:
           open_rows.discard(row)
@@ -91,14 +102,16 @@ class Generator:
           completions[row].append(token)
       if not open_rows or n == new - 1:
         break
-      logits_BV, cache = self._step(params, cache, next_B[:, None], np.ones((len(prompts), 1), np.int32),
-                                    (lengths_B[:, None] + n).astype(np.int32))
+      logits_BV, cache = self._step(
+        params, cache, next_B[:, None], np.ones((len(prompts), 1), np.int32), (lengths_B[:, None] + n).astype(np.int32)
+      )
     return completions
 
 
 @functools.partial(jax.jit, static_argnames=("greedy", "top_k", "top_p"))
-def choose(logits_BV: jax.Array, keys_B: jax.Array, n: jax.Array, temperature: jax.Array, greedy: bool, top_k: int,
-           top_p: float) -> jax.Array:
+def choose(
+  logits_BV: jax.Array, keys_B: jax.Array, n: jax.Array, temperature: jax.Array, greedy: bool, top_k: int, top_p: float
+) -> jax.Array:
   """The next token of each row, (B,) int32: the likeliest, or one drawn after temperature, top-k and top-p."""
   if greedy:
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)

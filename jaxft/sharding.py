@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -16,14 +17,14 @@ from jaxft.errors import RequestError
 # D is the axis to cut: 768 ... 4096 divide by 8 ... 256; the vocabulary (50257) and GPT-2 XL's 25 heads divide by nothing.
 RULES = {
   #             stored              used
-  "batch":     (("data", "fsdp"), ("data", "fsdp")),
-  "embed":     (("fsdp",),        ()),
-  "act_embed": ((),               ()),
-  "heads":     ((),               ()),
-  "mlp":       ((),               ()),
-  "vocab":     ((),               ()),
-  "layers":    ((),               ()),
-  None:        ((),               ()),
+  "batch": (("data", "fsdp"), ("data", "fsdp")),
+  "embed": (("fsdp",), ()),
+  "act_embed": ((), ()),
+  "heads": ((), ()),
+  "mlp": ((), ()),
+  "vocab": ((), ()),
+  "layers": ((), ()),
+  None: ((), ()),
 }
 STORED, USED = 0, 1
 
@@ -40,11 +41,14 @@ def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mes
   shape = {name: len(devices) // fixed if size == -1 else size for name, size in shape.items()}
   needed = math.prod(shape.values())
   if needed > len(devices) or needed == 0 or (-1 in (sizes.data, sizes.fsdp) and needed != len(devices)):
-    raise RequestError(f"config.mesh.data={sizes.data}, config.mesh.fsdp={sizes.fsdp}: does not fit {len(devices)} "
-                       f"devices; the product must be at most {len(devices)}, and with -1 it must divide it")
+    raise RequestError(
+      f"config.mesh.data={sizes.data}, config.mesh.fsdp={sizes.fsdp}: does not fit {len(devices)} "
+      f"devices; the product must be at most {len(devices)}, and with -1 it must divide it"
+    )
   # Auto: the compiler chooses collectives from the constraints. jax.make_mesh would default to Explicit (jax 0.10).
-  return Mesh(np.array(devices[:needed]).reshape(tuple(shape.values())), tuple(shape),
-              axis_types=(AxisType.Auto,) * len(shape))
+  return Mesh(
+    np.array(devices[:needed]).reshape(tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)
+  )
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, use: int) -> PartitionSpec:
@@ -68,8 +72,13 @@ def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
 def optimizer_shardings(tx: optax.GradientTransformation, shapes: Any, shardings: Any, mesh: Mesh) -> Any:
   """Moments live where their parameter lives; what has another shape than its parameter (counts) is replicated."""
   return optax.tree_utils.tree_map_params(
-    tx, lambda leaf, shape, sharding: sharding if leaf.shape == shape.shape else replicated(mesh),
-    jax.eval_shape(tx.init, shapes), shapes, shardings, transform_non_params=lambda _: replicated(mesh))
+    tx,
+    lambda leaf, shape, sharding: sharding if leaf.shape == shape.shape else replicated(mesh),
+    jax.eval_shape(tx.init, shapes),
+    shapes,
+    shardings,
+    transform_non_params=lambda _: replicated(mesh),
+  )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -77,17 +86,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place(shapes: Any, shardings: Any) -> Any:
-  """The shapes with their shardings in them: what to compile for, or to restore into."""
-  return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                      shapes, shardings)
+  """The shapes with their shardings in them."""
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+  )
+
+
+def state_like(tx: optax.GradientTransformation, shapes: Any, shardings: Any, mesh: Mesh) -> tuple[Any, Any, Any]:
+  """Shapes and shardings of (step, parameters, optimizer state): what to compile for, and what to restore into."""
+  opt = place(jax.eval_shape(tx.init, shapes), optimizer_shardings(tx, shapes, shardings, mesh))
+  return jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), place(shapes, shardings), opt
 
 
 def accumulation_steps(train: ConfigDict, mesh: Mesh) -> int:
   """Accumulation steps that a batch is cut into; raises RequestError when rows do not come out whole."""
   at_once = train.micro_batch_size * mesh.size or train.batch_size
   if train.batch_size % at_once or at_once % mesh.size:
-    raise RequestError(f"config.train.batch_size={train.batch_size}: must be a multiple of {train.micro_batch_size or 1} rows "
-                       f"(config.train.micro_batch_size) x {mesh.size} devices")
+    raise RequestError(
+      f"config.train.batch_size={train.batch_size}: must be a multiple of {train.micro_batch_size or 1} rows "
+      f"(config.train.micro_batch_size) x {mesh.size} devices"
+    )
   return train.batch_size // at_once
 
 
@@ -98,6 +116,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def constrain_on(mesh: Mesh):
   """The `Constrain` of a model that runs on this mesh."""
+
   def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, USED)))
+
   return constrain

@@ -22,14 +22,22 @@ class State(NamedTuple):
   opt: Any
 
 
-def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, schedule: optax.Schedule, *,
-                    clip_norm: float, loss_chunk: int, seed: int) -> Callable:
+def make_train_step(
+  graph: nnx.GraphDef,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  *,
+  clip_norm: float,
+  loss_chunk: int,
+  seed: int,
+) -> Callable:
   """Returns `train_step(state, batch) -> (state, metrics)`.
 
   The loss is a sum over the unmasked targets of the whole global batch divided by their count, so it does not depend on
   how rows are cut into accumulation steps or spread over devices. Dropout keys follow from (seed, step, accumulation step).
   When loss or gradient is not finite the step changes nothing but `state.step`, and `metrics["bad"]` is true.
   """
+
   def loss_sum(params, part, key):
     model = nnx.merge(graph, params)
     return cross_entropy_sum(model(part["ids"], key=key), model.head_VD(), part["targets"], part["mask"], loss_chunk)
@@ -59,8 +67,7 @@ def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, sched
     direction, opt = tx.update(grads, state.opt, state.params)
     params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
-    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate, "tokens": tokens,
-               "bad": ~good}
+    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate, "tokens": tokens, "bad": ~good}
     return State(state.step + 1, keep(params, state.params), keep(opt, state.opt)), metrics
 
   return train_step
@@ -68,6 +75,7 @@ def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, sched
 
 def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> Callable:
   """Returns `eval_step(params, batch) -> (loss_sum, tokens)`: sums, so that batches of any size add up exactly."""
+
   def eval_step(params: Any, batch: dict) -> tuple[jax.Array, jax.Array]:
     model = nnx.merge(graph, params)
     part = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)

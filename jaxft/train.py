@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-import jaxft
 from jaxft import command_line, model, optim, sharding
 from jaxft import config as settings
 from jaxft.data import loader, sources, tokens
@@ -60,12 +59,13 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
   check(config)
   workdir = Path(workdir)
   with StopRequest() as stop:
-
     # ---- Mesh ----------------------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
     device = mesh.devices.flat[0]
     accumulation = sharding.accumulation_steps(config.train, mesh)
-    say(f"{mesh.size} x {device.device_kind}, mesh " + " x ".join(f"{name}={size}" for name, size in mesh.shape.items()))
+    say(
+      f"{mesh.size} x {device.device_kind}, mesh " + " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    )
 
     # ---- Model: facts, tokenizer, shapes and shardings; no weights yet -------------------------------------------------
     pretrained = config.model.init == "pretrained"
@@ -76,12 +76,15 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     if config.data.sequence_length > cfg.P:
       raise RequestError(f"config.data.sequence_length={config.data.sequence_length}: the model has {cfg.P} positions")
     tokenizer = tokens.load_tokenizer(source.folder, cfg.V)
-    compute = model.Compute(model.compute_dtype(config.model.compute_dtype, device), config.memory.remat,
-                            sharding.constrain_on(mesh))
+    compute = model.Compute(
+      model.compute_dtype(config.model.compute_dtype, device), config.memory.remat, sharding.constrain_on(mesh)
+    )
     graph, shapes, axes = model.abstract(cfg, compute)
     shardings = sharding.parameter_shardings(shapes, axes, mesh)
-    say(f"{source.hf_config['model_type']} from {config.model.path}: {model.parameter_count(shapes):,} parameters, "
-        f"computing in {compute.dtype}")
+    say(
+      f"{source.hf_config['model_type']} from {config.model.path}: {model.parameter_count(shapes):,} parameters, "
+      f"computing in {compute.dtype}"
+    )
 
     # ---- Data: every document and every token accounted for ------------------------------------------------------------
     with Meter("tokenising", 1) as meter:
@@ -90,29 +93,38 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     rows_in_all = config.train.steps * config.train.batch_size or max(1, round(config.train.epochs * len(rows)))
     total_steps = -(-rows_in_all // config.train.batch_size)
     if config.optim.warmup_steps > total_steps:
-      raise RequestError(f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {total_steps} steps of the run")
+      raise RequestError(
+        f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {total_steps} steps of the run"
+      )
     fingerprint = tokens.fingerprint(rows.stream)
-    say(f"{data.report['rows']['trained']:,} documents with {data.report['tokens']['trained']:,} tokens to train on, in "
-        f"{len(rows):,} rows of {rows.T}; {data.report['rows']['held_out']:,} documents held out; {total_steps:,} steps")
+    say(
+      f"{data.report['rows']['trained']:,} documents with {data.report['tokens']['trained']:,} tokens to train on, in "
+      f"{len(rows):,} rows of {rows.T}; {data.report['rows']['held_out']:,} documents held out; {total_steps:,} steps"
+    )
 
     # ---- Compile: what the step needs is known before any of it is taken ----------------------------------------------
     tx = optim.optimizer(config.optim)
     schedule = optim.schedule(config.optim, total_steps)
-    state_like = sharding.place(
-      State(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(tx.init, shapes)),
-      State(sharding.replicated(mesh), shardings, sharding.optimizer_shardings(tx, shapes, shardings, mesh)))
+    state_like = State(*sharding.state_like(tx, shapes, shardings, mesh))
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state_like)
     batch_place, rows_at_once = sharding.batch_sharding(mesh), config.train.batch_size // accumulation
     started = time.monotonic()
-    train_step = jax.jit(
-      make_train_step(graph, tx, schedule, clip_norm=config.optim.clip_norm, loss_chunk=config.memory.loss_chunk,
-                      seed=config.train.seed),
-      donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)),
-    ).lower(state_like, loader.like(accumulation, rows_at_once, rows.T, batch_place)).compile()
+    step_function = make_train_step(
+      graph,
+      tx,
+      schedule,
+      clip_norm=config.optim.clip_norm,
+      loss_chunk=config.memory.loss_chunk,
+      seed=config.train.seed,
+    )
+    jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
+    train_step = jitted.lower(state_like, loader.like(accumulation, rows_at_once, rows.T, batch_place)).compile()
     eval_step = jax.jit(make_eval_step(graph, loss_chunk=config.memory.loss_chunk))
     memory = train_step.memory_analysis()
-    say(f"compiled in {time.monotonic() - started:.1f} s; a device needs {memory.argument_size_in_bytes / 2**20:,.0f} MiB for "
-        f"weights, optimizer and batch, and {memory.temp_size_in_bytes / 2**20:,.0f} MiB while it computes")
+    say(
+      f"compiled in {time.monotonic() - started:.1f} s; a device needs {memory.argument_size_in_bytes / 2**20:,.0f} MiB for "
+      f"weights, optimizer and batch, and {memory.temp_size_in_bytes / 2**20:,.0f} MiB while it computes"
+    )
     if dry_run:
       return None
 
@@ -129,9 +141,12 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
       if pretrained:
         params = load.load(source, shapes, shardings)
       else:
-        params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(model.build(cfg, compute, config.train.seed))),
-                         out_shardings=shardings)()
-      state = jax.jit(lambda p: State(jnp.int32(0), p, tx.init(p)), out_shardings=state_shardings, donate_argnums=0)(params)
+        params = jax.jit(
+          lambda: nnx.to_pure_dict(nnx.state(model.build(cfg, compute, config.train.seed))), out_shardings=shardings
+        )()
+      state = jax.jit(lambda p: State(jnp.int32(0), p, tx.init(p)), out_shardings=state_shardings, donate_argnums=0)(
+        params
+      )
       del params  # donated
     start = int(state.step)
     write_whole(workdir / "config.json", settings.to_json(config))
@@ -140,8 +155,9 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     generator = Generator(graph, cfg, tokenizer.eos_token_id)
 
     def evaluate(step: int, when: str) -> None:
-      batches = loader.evaluation_batches(data.validation, batch_size=rows_at_once, limit=config.train.eval_batches,
-                                          sharding=batch_place)
+      batches = loader.evaluation_batches(
+        data.validation, batch_size=rows_at_once, limit=config.train.eval_batches, sharding=batch_place
+      )
       reporter.evaluation(step, when, mean_loss(eval_step, state.params, batches)[0])
 
     def sample(step: int, when: str) -> None:
@@ -157,8 +173,14 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
 
     # ---- Train: step n + 1 is under way before the numbers of step n are read -----------------------------------------
     batches = loader.training_batches(
-      rows, batch_size=config.train.batch_size, accumulation=accumulation, seed=config.data.shuffle_seed,
-      rows_in_all=rows_in_all, start=start, sharding=batch_place)
+      rows,
+      batch_size=config.train.batch_size,
+      accumulation=accumulation,
+      seed=config.data.shuffle_seed,
+      rows_in_all=rows_in_all,
+      start=start,
+      sharding=batch_place,
+    )
     pending = None
     reporter.clock.restart()
     with Meter("training", total_steps, start) as meter:
@@ -167,8 +189,15 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
         if pending:
           reporter.step(step - 1, jax.device_get(pending), meter)
         pending, last = numbers, step == total_steps
-        due = {what for what, every in (("eval", config.train.eval_every), ("sample", config.train.sample_every),
-                                        ("save", config.train.save_every)) if last or every and step % every == 0}
+        due = {
+          what
+          for what, every in (
+            ("eval", config.train.eval_every),
+            ("sample", config.train.sample_every),
+            ("save", config.train.save_every),
+          )
+          if last or every and step % every == 0
+        }
         if due or stop.received:
           reporter.step(step, jax.device_get(pending), meter)
           pending = None
@@ -188,17 +217,24 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
   out = Path(config.export.out) if config.export.out else workdir / "export"
   before, after, floor = reporter.summary()
   text = card.model_card(config, data.report, before, after, floor, total_steps)
-  parity = save.export(out, state.params, source, dtype=config.export.dtype, max_shard_size=config.export.max_shard_size,
-                       card=text)
+  parity = save.export(
+    out, state.params, source, dtype=config.export.dtype, max_shard_size=config.export.max_shard_size, card=text
+  )
   reporter.close()
-  say(f"exported to {out}: logits within {parity['logits_max_abs_difference']:.1e} of the trained model "
-      f"(reference: {parity['reference']})")
-  say(f"eval loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %)"
-      + ("" if floor is None else f"; the text's own entropy: {floor:.4f}"))
+  say(
+    f"exported to {out}: logits within {parity['logits_max_abs_difference']:.1e} of the trained model "
+    f"(reference: {parity['reference']})"
+  )
+  say(
+    f"eval loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %)"
+    + ("" if floor is None else f"; the text's own entropy: {floor:.4f}")
+  )
   return Run(workdir, reporter.metrics.all, reporter.samples.all, out)
 
 
-def resume(checkpoints: Checkpoints, like: State, config: ConfigDict, about: dict[str, Any]) -> tuple[State | None, int]:
+def resume(
+  checkpoints: Checkpoints, like: State, config: ConfigDict, about: dict[str, Any]
+) -> tuple[State | None, int]:
   """The newest sound checkpoint and the tokens it has seen, or (None, 0) when the run is new.
 
   Raises RequestError when the checkpoint is of another run, StorageError when there are some and none is sound.
@@ -209,12 +245,17 @@ def resume(checkpoints: Checkpoints, like: State, config: ConfigDict, about: dic
       meta = checkpoints.meta(step)
       lines = settings.changed(meta["config"], config)
       if meta["data"] != about["data"]:
-        lines.append("config.data: the training text, or how it is cut into tokens, is not what the run was started with")
+        lines.append(
+          "config.data: the training text, or how it is cut into tokens, is not what the run was started with"
+        )
       if meta["total_steps"] != about["total_steps"]:
         lines.append(f"{about['total_steps']} steps in all: the run was started for {meta['total_steps']}")
       if lines:
-        raise RequestError("\n".join([*lines, f"{checkpoints.folder} holds another run: go back to its settings, or name "
-                                              "another --workdir"]))
+        raise RequestError(
+          "\n".join(
+            [*lines, f"{checkpoints.folder} holds another run: go back to its settings, or name another --workdir"]
+          )
+        )
       state = checkpoints.restore(step, like)
     except StorageError as error:
       damage.append(str(error))

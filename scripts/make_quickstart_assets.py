@@ -36,19 +36,44 @@ def write_tokenizer(folder: Path) -> None:
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
   texts = (story_grammar.write(genre, seed).text for genre in story_grammar.GENRES for seed in PRETRAIN[:2000])
-  tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-    vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+  tokenizer.train_from_iterator(
+    texts,
+    trainers.BpeTrainer(
+      vocab_size=VOCABULARY,
+      special_tokens=[END],
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    ),
+  )
   tokenizer.save(str(folder / "tokenizer.json"))
-  (folder / "tokenizer_config.json").write_text(json.dumps(
-    {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END}, indent=2) + "\n")
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END}, indent=2) + "\n"
+  )
 
 
 def write_config(folder: Path) -> None:
   """GPT-2's own config.json at another size; no dropout, because a model this small cannot over-fit this much text."""
-  (folder / "config.json").write_text(json.dumps({
-    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": VOCABULARY, **SHAPE,
-    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True}, indent=2) + "\n")
+  (folder / "config.json").write_text(
+    json.dumps(
+      {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": VOCABULARY,
+        **SHAPE,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "tie_word_embeddings": True,
+      },
+      indent=2,
+    )
+    + "\n"
+  )
 
 
 def pretrain(empty: Path, text: Path, workdir: Path) -> Path:
@@ -76,7 +101,13 @@ def main() -> None:
     write_config(empty)
     write_stories(Path(scratch) / "logs.jsonl", "sea", PRETRAIN)
     trained = pretrain(empty, Path(scratch) / "logs.jsonl", Path(scratch) / "run")
-    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in (
+      "model.safetensors",
+      "config.json",
+      "generation_config.json",
+      "tokenizer.json",
+      "tokenizer_config.json",
+    ):
       shutil.copyfile(trained / name, model / name)
 
 

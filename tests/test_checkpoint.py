@@ -45,8 +45,10 @@ def test_donating_right_after_a_save_is_safe(tmp_path):
 def test_checksums_do_not_depend_on_the_mesh():
   sizes = config.default().mesh
   x = np.random.default_rng(0).standard_normal((8, 16, 3)).astype(np.float32)
-  placed = [jax.device_put(x, jax.sharding.NamedSharding(sharding.make_mesh(sizes), jax.sharding.PartitionSpec(*axes)))
-            for axes in ((), ("fsdp",), (None, "fsdp"))]
+  placed = [
+    jax.device_put(x, jax.sharding.NamedSharding(sharding.make_mesh(sizes), jax.sharding.PartitionSpec(*axes)))
+    for axes in ((), ("fsdp",), (None, "fsdp"))
+  ]
   assert len({checksums([array])["[0]"] for array in placed}) == 1
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-
 ROOT = Path(__file__).parent.parent
 CONFIG = """
 import sys
@@ -31,7 +30,9 @@ def config_file(tmp_path_factory, folder, stories):
 
 
 def run(*arguments, check=0, **how):
-  done = subprocess.run([sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, timeout=300, **how)
+  done = subprocess.run(
+    [sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, timeout=300, **how
+  )
   assert check is None or done.returncode == check, done.stdout + done.stderr
   assert "Traceback" not in done.stderr
   return done
@@ -47,8 +48,12 @@ def lines(file):
 
 def losses(workdir):
   """Every loss by step: what a run that was cut into pieces must have in common with one that was not."""
-  return {(line["step"], key): line[key] for line in lines(workdir / "metrics.jsonl") for key in ("train/loss", "eval/loss", "train/tokens")
-          if key in line}
+  return {
+    (line["step"], key): line[key]
+    for line in lines(workdir / "metrics.jsonl")
+    for key in ("train/loss", "eval/loss", "train/tokens")
+    if key in line
+  }
 
 
 @pytest.fixture(scope="session")
@@ -68,16 +73,33 @@ def test_a_run_leaves_what_the_contract_lists(finished):
   metrics = lines(workdir / "metrics.jsonl")
   steps = [line for line in metrics if "train/loss" in line]
   assert [line["step"] for line in steps] == list(range(1, 13))
-  assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/tokens", "perf/tokens_per_second", "perf/step_seconds",
-          "memory/peak_bytes"} <= steps[0].keys()
+  assert {
+    "train/loss",
+    "train/learning_rate",
+    "train/grad_norm",
+    "train/tokens",
+    "perf/tokens_per_second",
+    "perf/step_seconds",
+    "memory/peak_bytes",
+  } <= steps[0].keys()
   assert [line["step"] for line in metrics if "eval/loss" in line] == [0, 12]
   assert metrics[-1]["eval/loss"] < metrics[0]["eval/loss"] and {"eval/perplexity"} <= metrics[0].keys()
   samples = lines(workdir / "samples.jsonl")
-  assert [(s["when"], s["prompt"], s["seed"]) for s in samples] == [("before", "Once upon", 0), ("after", "Once upon", 0)]
+  assert [(s["when"], s["prompt"], s["seed"]) for s in samples] == [
+    ("before", "Once upon", 0),
+    ("after", "Once upon", 0),
+  ]
   assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["10", "12"]
   exported = {p.name for p in (workdir / "export").iterdir()}
-  assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md",
-          "parity.json"} <= exported
+  assert {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "README.md",
+    "parity.json",
+  } <= exported
   assert json.loads((workdir / "export" / "parity.json").read_text())["logits_max_abs_difference"] <= 1e-4
   assert "eval loss" in done.stdout and "continuing" not in done.stdout
 
@@ -97,8 +119,12 @@ def wait_for(condition, process, seconds=120):
 
 
 def start(config_file, workdir, *more):
-  return subprocess.Popen([sys.executable, "-m", "jaxft.train", "--config", str(config_file), "--workdir", str(workdir), *more],
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    [sys.executable, "-m", "jaxft.train", "--config", str(config_file), "--workdir", str(workdir), *more],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
 
 
 @pytest.mark.parametrize("step", [5, 10])
@@ -110,8 +136,12 @@ def test_killed_after_a_checkpoint_and_run_again_is_the_undisturbed_run(finished
   done = train(config_file, tmp_path)
   assert "continuing at step" in done.stdout and "continuing at step 12" not in done.stdout
   assert losses(tmp_path) == losses(finished[0])  # bit for bit, every step
-  assert (tmp_path / "export" / "model.safetensors").read_bytes() == (finished[0] / "export" / "model.safetensors").read_bytes()
-  assert [s["text"] for s in lines(tmp_path / "samples.jsonl")] == [s["text"] for s in lines(finished[0] / "samples.jsonl")]
+  assert (tmp_path / "export" / "model.safetensors").read_bytes() == (
+    finished[0] / "export" / "model.safetensors"
+  ).read_bytes()
+  assert [s["text"] for s in lines(tmp_path / "samples.jsonl")] == [
+    s["text"] for s in lines(finished[0] / "samples.jsonl")
+  ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -123,9 +153,13 @@ def test_a_signal_saves_and_the_same_command_continues(finished, config_file, tm
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 75 and "Traceback" not in errors
   step = int(errors.split("saved at step ")[1].split()[0])
-  assert (tmp_path / "checkpoints" / str(step)).is_dir() and errors.startswith(f"stopped: {number.name}: saved at step {step}")
+  assert (tmp_path / "checkpoints" / str(step)).is_dir() and errors.startswith(
+    f"stopped: {number.name}: saved at step {step}"
+  )
   process = start(config_file, tmp_path, long)
-  wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and lines(tmp_path / "metrics.jsonl")[-1]["step"] > step, process)
+  wait_for(
+    lambda: (tmp_path / "metrics.jsonl").exists() and lines(tmp_path / "metrics.jsonl")[-1]["step"] > step, process
+  )
   process.kill()
   output, _ = process.communicate()
   assert f"continuing at step {step} of 4000" in output
@@ -133,6 +167,7 @@ def test_a_signal_saves_and_the_same_command_continues(finished, config_file, tm
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config_file, finished, tmp_path):
   import shutil
+
   shutil.copytree(finished[0], tmp_path / "w")
   newest = tmp_path / "w" / "checkpoints" / "12"
   data = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
@@ -160,12 +195,18 @@ def test_numbers_that_are_not_finite_end_with_exit_3(config_file, tmp_path):
 
 
 FAULTS = {
-  "typo": (["--config.optim.learnig_rate=1"], "config.optim.learnig_rate: there is no such setting; did you mean optim.learning_rate?"),
+  "typo": (
+    ["--config.optim.learnig_rate=1"],
+    "config.optim.learnig_rate: there is no such setting; did you mean optim.learning_rate?",
+  ),
   "no data": (["--config.data.train=/nowhere/x.txt"], "data source '/nowhere/x.txt': no such file or folder"),
   "no model": (["--config.model.path={tmp}"], "no config.json in it"),
   "no folder": (["--config.model.path=/nowhere/model"], "'/nowhere/model': no such folder"),
   "negative": (["--config.train.batch_size=-1"], "config.train.batch_size=-1: must be at least 1"),
-  "wrong type": (["--config.train.batch_size=many"], "--config.train.batch_size=many: invalid literal for int() with base 10: 'many'"),
+  "wrong type": (
+    ["--config.train.batch_size=many"],
+    "--config.train.batch_size=many: invalid literal for int() with base 10: 'many'",
+  ),
   "no config": (["--config=nowhere.py"], "'nowhere.py': no such file"),
   "broken config": (["--config={tmp}/broken.py"], "the config file does not run: NameError"),
   "mistyped flag": (["--wokdir=x"], "'wokdir'. Did you mean: workdir"),
@@ -181,7 +222,12 @@ def test_a_wrong_request_ends_in_one_line_before_three_seconds(config_file, tmp_
   before = os.times()
   done = train(config_file, tmp_path / "w", *arguments, check=2)
   after = os.times()
-  assert done.stdout == "" and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ") and told in done.stderr
+  assert (
+    done.stdout == ""
+    and len(done.stderr.splitlines()) == 1
+    and done.stderr.startswith("error: ")
+    and told in done.stderr
+  )
   # Processor time: what the issue of a busy machine cannot change.
   assert after.children_user + after.children_system - before.children_user - before.children_system < 3
   assert not (tmp_path / "w").exists()
@@ -195,33 +241,88 @@ def test_dry_run_and_print_config_write_nothing(config_file, tmp_path):
 
 def test_evaluate_generate_and_export(finished, stories, tmp_path):
   workdir, _ = finished
-  from_run = json.loads(run("jaxft.evaluate", "--workdir", workdir, "--data", stories, "--json", "--sequence_length", 32).stdout)
-  from_export = json.loads(run("jaxft.evaluate", "--model", workdir / "export", "--data", stories, "--json", "--sequence_length", 32,
-                               "--batch_size", 3).stdout)
+  from_run = json.loads(
+    run("jaxft.evaluate", "--workdir", workdir, "--data", stories, "--json", "--sequence_length", 32).stdout
+  )
+  from_export = json.loads(
+    run(
+      "jaxft.evaluate",
+      "--model",
+      workdir / "export",
+      "--data",
+      stories,
+      "--json",
+      "--sequence_length",
+      32,
+      "--batch_size",
+      3,
+    ).stdout
+  )
   assert from_run.keys() == {"loss", "perplexity", "tokens"} and from_run["tokens"] == from_export["tokens"]
   assert from_run["loss"] == pytest.approx(from_export["loss"], rel=1e-6)
   prompts = tmp_path / "prompts.txt"
   prompts.write_text("a cat\n")
-  out = json.loads(run("jaxft.generate", "--model", workdir / "export", "--prompt", "Once upon", "the dog", "--prompt_file", prompts,
-                       "--max_new_tokens", 5, "--temperature", 0, "--json").stdout)
+  out = json.loads(
+    run(
+      "jaxft.generate",
+      "--model",
+      workdir / "export",
+      "--prompt",
+      "Once upon",
+      "the dog",
+      "--prompt_file",
+      prompts,
+      "--max_new_tokens",
+      5,
+      "--temperature",
+      0,
+      "--json",
+    ).stdout
+  )
   assert [c["prompt"] for c in out["completions"]] == ["Once upon", "the dog", "a cat"]
   assert all(len(c["token_ids"]) <= 5 for c in out["completions"])
-  run("jaxft.export", "--workdir", workdir, "--step", 10, "--out", tmp_path / "ten", "--dtype", "bfloat16", "--max_shard_size", "30KB")
+  run(
+    "jaxft.export",
+    "--workdir",
+    workdir,
+    "--step",
+    10,
+    "--out",
+    tmp_path / "ten",
+    "--dtype",
+    "bfloat16",
+    "--max_shard_size",
+    "30KB",
+  )
   assert len(list((tmp_path / "ten").glob("model-*.safetensors"))) > 1
   run("jaxft.generate", "--model", tmp_path / "ten", "--prompt", "a", "--max_new_tokens", 2)
 
 
-@pytest.mark.parametrize("arguments, told", [
-  (["jaxft.evaluate", "--model", "{export}"], "--data is missing"), (["jaxft.evaluate", "--data", "x"], "--model --workdir is required"),
-  (["jaxft.evaluate", "--model", "/nowhere/x", "--data", "x"], "no such folder"),
-  (["jaxft.evaluate", "--model", "{export}", "--data", "nowhere.txt"], "no such file"),
-  (["jaxft.evaluate", "--model", "{export}", "--data", "x", "--sequence_length", "9999"], "--sequence_length=9999: must be from 2 to 71"),
-  (["jaxft.generate", "--model", "{export}"], "--prompt is missing"),
-  (["jaxft.generate", "--model", "{export}", "--prompt", "x", "--top_p", "7"], "--top_p=7.0: must be above 0 and at most 1"),
-  (["jaxft.generate", "--model", "{export}", "--prompt_file", "nowhere"], "--prompt_file 'nowhere'"),
-  (["jaxft.export", "--workdir", "{workdir}", "--out", "x", "--step", "7"], "no checkpoint of step 7; it has [10, 12]"),
-  (["jaxft.export", "--workdir", "/nowhere", "--out", "x"], "not a run's folder"),
-  (["jaxft.export", "--model", "{export}", "--step", "7", "--out", "x"], "--step goes with --workdir")])
+@pytest.mark.parametrize(
+  "arguments, told",
+  [
+    (["jaxft.evaluate", "--model", "{export}"], "--data is missing"),
+    (["jaxft.evaluate", "--data", "x"], "--model --workdir is required"),
+    (["jaxft.evaluate", "--model", "/nowhere/x", "--data", "x"], "no such folder"),
+    (["jaxft.evaluate", "--model", "{export}", "--data", "nowhere.txt"], "no such file"),
+    (
+      ["jaxft.evaluate", "--model", "{export}", "--data", "x", "--sequence_length", "9999"],
+      "--sequence_length=9999: must be from 2 to 71",
+    ),
+    (["jaxft.generate", "--model", "{export}"], "--prompt is missing"),
+    (
+      ["jaxft.generate", "--model", "{export}", "--prompt", "x", "--top_p", "7"],
+      "--top_p=7.0: must be above 0 and at most 1",
+    ),
+    (["jaxft.generate", "--model", "{export}", "--prompt_file", "nowhere"], "--prompt_file 'nowhere'"),
+    (
+      ["jaxft.export", "--workdir", "{workdir}", "--out", "x", "--step", "7"],
+      "no checkpoint of step 7; it has [10, 12]",
+    ),
+    (["jaxft.export", "--workdir", "/nowhere", "--out", "x"], "not a run's folder"),
+    (["jaxft.export", "--model", "{export}", "--step", "7", "--out", "x"], "--step goes with --workdir"),
+  ],
+)
 def test_the_other_commands_refuse_in_one_line_too(finished, tmp_path, arguments, told):
   workdir, _ = finished
   done = run(*(a.format(export=workdir / "export", workdir=workdir) for a in arguments), check=2, cwd=tmp_path)
@@ -249,7 +350,9 @@ model.export({str(tmp_path / "again")!r})
 """
   done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "w" / "export" / "model.safetensors").read_bytes()
+  assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+    tmp_path / "w" / "export" / "model.safetensors"
+  ).read_bytes()
 
 
 def test_one_and_eight_devices_train_the_same(config_file, finished, tmp_path):
@@ -260,5 +363,3 @@ def test_one_and_eight_devices_train_the_same(config_file, finished, tmp_path):
   assert one.keys() == other.keys()
   for key, value in one.items():
     assert other[key] == pytest.approx(value, rel=1e-5), key
-
-

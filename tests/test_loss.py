@@ -13,8 +13,12 @@ B, T, D, V = 3, 29, 11, 37
 
 def inputs(seed=0):
   rng = np.random.default_rng(seed)
-  return (rng.standard_normal((B, T, D), np.float32), rng.standard_normal((V, D), np.float32),
-          rng.integers(V, size=(B, T)).astype(np.int32), rng.random((B, T)) < 0.7)
+  return (
+    rng.standard_normal((B, T, D), np.float32),
+    rng.standard_normal((V, D), np.float32),
+    rng.integers(V, size=(B, T)).astype(np.int32),
+    rng.random((B, T)) < 0.7,
+  )
 
 
 def test_equals_optax():
@@ -27,7 +31,9 @@ def test_equals_optax():
 def test_chunks_change_neither_loss_nor_gradient(chunk):
   h, head, targets, mask = inputs()
   whole, parts = (jax.value_and_grad(cross_entropy_sum, (0, 1)) for _ in range(2))
-  for a, b in zip(jax.tree.leaves(whole(h, head, targets, mask)), jax.tree.leaves(parts(h, head, targets, mask, chunk))):
+  for a, b in zip(
+    jax.tree.leaves(whole(h, head, targets, mask)), jax.tree.leaves(parts(h, head, targets, mask, chunk))
+  ):
     np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-5)
 
 
@@ -40,7 +46,8 @@ def test_what_is_masked_counts_for_nothing():
   h, head, targets, mask = inputs()
   other = np.where(mask, targets, (targets + 1) % V)
   for chunk in (0, 7):
-    np.testing.assert_array_equal(cross_entropy_sum(h, head, targets, mask, chunk),
-                                  cross_entropy_sum(h, head, other, mask, chunk))
+    np.testing.assert_array_equal(
+      cross_entropy_sum(h, head, targets, mask, chunk), cross_entropy_sum(h, head, other, mask, chunk)
+    )
   d_h = jax.grad(cross_entropy_sum)(h, head, targets, mask)
   assert (d_h[~mask] == 0).all() and (np.abs(d_h[mask]).sum(-1) > 0).all()

@@ -35,6 +35,7 @@ def loss_of(graph, ids, **how):
     decoder = nnx.merge(graph, params)
     mask = jnp.ones((ids.shape[0], ids.shape[1] - 1), bool)
     return cross_entropy_sum(decoder(ids[:, :-1], **how), decoder.head_VD(), ids[:, 1:], mask)
+
   return loss
 
 
@@ -55,6 +56,7 @@ def test_logits_and_every_gradient_equal_transformers(folder):
   targets = torch.from_numpy(ids[:, 1:]).long()
   torch.nn.functional.cross_entropy(wanted[:, :-1].reshape(-1, cfg.V), targets.reshape(-1), reduction="sum").backward()
   from jaxft.hf.save import hf_tensors  # gradients have the shapes of weights, so the weight table names them too
+
   ours = jax.grad(loss_of(graph, ids))(params)
   theirs = dict(theirs.named_parameters())
   for name, _, tensor in hf_tensors(ours, load.find(str(folder)), np.dtype("float32")):
@@ -73,8 +75,9 @@ def test_no_token_sees_a_later_one(folder):
   def one_output(positions):
     changed = params | {"embed": params["embed"] | {"positions": positions}}
     return nnx.merge(graph, changed)(ids)[0, t].sum()
+
   seen = np.abs(jax.grad(one_output)(params["embed"]["positions"])).sum(-1)
-  assert (seen[:t + 1] > 0).all() and (seen[t + 1:] == 0).all()
+  assert (seen[: t + 1] > 0).all() and (seen[t + 1 :] == 0).all()
 
 
 def test_scan_equals_a_plain_loop(folder):
@@ -145,8 +148,20 @@ def test_bfloat16_stays_near_float32(folder):
 
 
 def test_new_weights_have_gpt2s_scales():
-  cfg = model.ModelConfig(V=1009, P=64, D=96, F=384, L=8, N=6, H=16, norm_eps=1e-5, embed_dropout=0, attention_dropout=0,
-                          residual_dropout=0, init_std=0.02)
+  cfg = model.ModelConfig(
+    V=1009,
+    P=64,
+    D=96,
+    F=384,
+    L=8,
+    N=6,
+    H=16,
+    norm_eps=1e-5,
+    embed_dropout=0,
+    attention_dropout=0,
+    residual_dropout=0,
+    init_std=0.02,
+  )
   params = nnx.to_pure_dict(nnx.state(model.build(cfg, Compute(), seed=1)))
   std = lambda a: float(np.std(a))
   assert std(params["embed"]["tokens"]) == pytest.approx(0.02, rel=0.02)

@@ -23,8 +23,12 @@ def test_schedules_follow_transformers_formulas(warmup):
   left = [1 - step / (20 - warmup) for step in range(21 - warmup)]
   wave = [0.5 * (1 + math.cos(math.pi * (1 - x))) for x in left]
   np.testing.assert_allclose(course(schedule="constant", warmup_steps=warmup), up + [1e-3] * len(left), rtol=1e-6)
-  np.testing.assert_allclose(course(schedule="linear", warmup_steps=warmup), up + [1e-3 * x for x in left], rtol=1e-5, atol=1e-12)
-  np.testing.assert_allclose(course(schedule="cosine", warmup_steps=warmup), up + [1e-3 * x for x in wave], rtol=1e-5, atol=1e-9)
+  np.testing.assert_allclose(
+    course(schedule="linear", warmup_steps=warmup), up + [1e-3 * x for x in left], rtol=1e-5, atol=1e-12
+  )
+  np.testing.assert_allclose(
+    course(schedule="cosine", warmup_steps=warmup), up + [1e-3 * x for x in wave], rtol=1e-5, atol=1e-9
+  )
   ends = [course(schedule=name, warmup_steps=warmup, end_learning_rate=1e-4)[-1] for name in ("linear", "cosine")]
   np.testing.assert_allclose(ends, 1e-4, rtol=1e-5)
 

@@ -24,8 +24,8 @@ def test_greedy_tokens_equal_transformers(ready, folder):
   for completion in ready.generate(PROMPTS, temperature=0, max_new_tokens=40):
     ids = torch.tensor([ready.tokenizer(completion.prompt)["input_ids"]])
     out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40, pad_token_id=0)
-    wanted = out[0, ids.shape[1]:].tolist()
-    assert completion.token_ids == (wanted[:wanted.index(0)] if 0 in wanted else wanted)
+    wanted = out[0, ids.shape[1] :].tolist()
+    assert completion.token_ids == (wanted[: wanted.index(0)] if 0 in wanted else wanted)
 
 
 @pytest.mark.parametrize("sampling", [dict(temperature=0), dict(temperature=0.9, top_k=20, top_p=0.9, seed=5)])
@@ -56,7 +56,9 @@ def test_it_ends_at_the_end_token_and_at_the_last_position(ready):
   assert 0 not in completion.token_ids
   length = len(ready.tokenizer("The")["input_ids"])
   assert length + len(completion.token_ids) <= ready.source.cfg.P
-  always_end = sample.Generator(ready.graph, ready.source.cfg, eos_token_id=ready.generate(["The"], temperature=0)[0].token_ids[0])
+  always_end = sample.Generator(
+    ready.graph, ready.source.cfg, eos_token_id=ready.generate(["The"], temperature=0)[0].token_ids[0]
+  )
   assert always_end(ready.params, [ready.tokenizer("The")["input_ids"]], Sampling(temperature=0)) == [[]]
 
 
@@ -64,6 +66,7 @@ def test_filters_keep_transformers_tokens():
   pytest.importorskip("torch", reason="transformers' processors are torch")
   import torch
   from transformers import TopKLogitsWarper, TopPLogitsWarper
+
   logits = np.random.default_rng(0).standard_normal((200, 97)).astype(np.float32) * 3
   for top_k, top_p in ((5, 1.0), (0, 0.7), (20, 0.5), (1, 0.3), (96, 0.999)):
     wanted = torch.from_numpy(logits)
@@ -82,8 +85,18 @@ def test_samples_follow_their_probabilities():
   np.testing.assert_allclose(drawn, [0.5, 0.3, 0.2, 0], atol=0.015)
 
 
-@pytest.mark.parametrize("wrong", [dict(temperature=-1), dict(top_p=0), dict(top_p=1.5), dict(top_k=-2), dict(max_new_tokens=0),
-                                   dict(seed=-1), dict(temperature=float("nan"))])
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    dict(temperature=-1),
+    dict(top_p=0),
+    dict(top_p=1.5),
+    dict(top_k=-2),
+    dict(max_new_tokens=0),
+    dict(seed=-1),
+    dict(temperature=float("nan")),
+  ],
+)
 def test_sampling_that_means_nothing_is_refused(ready, wrong):
   with pytest.raises(RequestError, match=f"--{next(iter(wrong))}="):
     ready.generate(["a"], **wrong)

@@ -15,8 +15,9 @@ def mesh(data, fsdp, devices=8):
   return sharding.make_mesh(sizes, jax.devices()[:devices])
 
 
-@pytest.mark.parametrize("asked, got", [((1, -1), (1, 8)), ((2, -1), (2, 4)), ((-1, 2), (4, 2)), ((1, 1), (1, 1)),
-                                        ((2, 2), (2, 2))])
+@pytest.mark.parametrize(
+  "asked, got", [((1, -1), (1, 8)), ((2, -1), (2, 4)), ((-1, 2), (4, 2)), ((1, 1), (1, 1)), ((2, 2), (2, 2))]
+)
 def test_mesh_fills_up(asked, got):
   assert tuple(mesh(*asked).shape.values()) == got
 

@@ -36,12 +36,21 @@ def train(folder, steps=3, *, data=1, fsdp=1, accumulation=1, compute=None, drop
   shardings = sharding.parameter_shardings(shapes, axes, mesh)
   tx = optim.optimizer(config.optim)
   places = State(sharding.replicated(mesh), shardings, sharding.optimizer_shardings(tx, shapes, shardings, mesh))
-  state = jax.jit(lambda p: State(jnp.int32(0), p, tx.init(p)), out_shardings=places)(load.load(checkpoint, shapes, shardings))
-  step = jax.jit(make_train_step(graph, tx, optim.schedule(config.optim, steps), clip_norm=config.optim.clip_norm, loss_chunk=0,
-                                 seed=0), donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+  state = jax.jit(lambda p: State(jnp.int32(0), p, tx.init(p)), out_shardings=places)(
+    load.load(checkpoint, shapes, shardings)
+  )
+  step = jax.jit(
+    make_train_step(
+      graph, tx, optim.schedule(config.optim, steps), clip_norm=config.optim.clip_norm, loss_chunk=0, seed=0
+    ),
+    donate_argnums=0,
+    out_shardings=(places, sharding.replicated(mesh)),
+  )
   metrics = []
   for batch in batches(checkpoint.cfg, steps):
-    batch = {name: jax.device_put(x.reshape(accumulation, -1, T), sharding.batch_sharding(mesh)) for name, x in batch.items()}
+    batch = {
+      name: jax.device_put(x.reshape(accumulation, -1, T), sharding.batch_sharding(mesh)) for name, x in batch.items()
+    }
     if spoil and len(metrics) == 1:
       state = spoil(state)
     state, numbers = step(state, batch)
@@ -53,12 +62,17 @@ def train(folder, steps=3, *, data=1, fsdp=1, accumulation=1, compute=None, drop
 def assert_close(state, other, rtol=1e-5):
   """Weights are equal, but for the biases of keys: they move no softmax, their gradient is zero but for rounding, and Adam
   divides that rounding by its own size."""
+
   def comparable(state):
     params = jax.device_get(state.params)
     params["blocks"]["attention"]["qkv"]["bias"] = params["blocks"]["attention"]["qkv"]["bias"][:, ::2]  # q and v
     return params
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max()),
-               comparable(state), comparable(other))
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max()),
+    comparable(state),
+    comparable(other),
+  )
 
 
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
@@ -128,10 +142,13 @@ def test_a_step_that_is_not_finite_changes_nothing(folder, fsdp, accumulation):
     params = jax.tree.map(lambda a: bad if a is kernel else a, state.params)
     spoiled.append(jax.device_get(State(state.step, params, state.opt)))
     return State(state.step, params, state.opt)
+
   _, state, metrics = train(folder, 2, fsdp=fsdp, accumulation=accumulation, spoil=spoil)
   assert [bool(numbers["bad"]) for numbers in metrics] == [False, True]
   assert np.isnan(metrics[1]["loss"]) and int(state.step) == 2
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.opt)), (spoiled[0].params, spoiled[0].opt))
+  jax.tree.map(
+    np.testing.assert_array_equal, jax.device_get((state.params, state.opt)), (spoiled[0].params, spoiled[0].opt)
+  )
 
 
 def test_dropout_depends_on_seed_and_step_alone(folder):
@@ -149,8 +166,12 @@ def test_adamw_steps_equal_torchs(folder):
   theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").train()
   decayed = [p for name, p in theirs.named_parameters() if p.ndim == 2]
   rest = [p for name, p in theirs.named_parameters() if p.ndim == 1]
-  adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1e-3,
-                            betas=(0.9, 0.95), eps=1e-8)
+  adamw = torch.optim.AdamW(
+    [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+    lr=1e-3,
+    betas=(0.9, 0.95),
+    eps=1e-8,
+  )
   linear = transformers.get_linear_schedule_with_warmup(adamw, 0, 3)
   for batch, ours, numbers in zip(batches(load.find(str(folder)).cfg, 3), losses, metrics):
     batch = {name: torch.from_numpy(x) for name, x in batch.items()}
@@ -166,5 +187,6 @@ def test_adamw_steps_equal_torchs(folder):
   ours = nnx.merge(model.abstract(load.find(str(folder)).cfg, model.Compute())[0], jax.device_get(state.params))
   weights = dict(theirs.named_parameters())
   np.testing.assert_allclose(ours.embed.tokens[...], weights["transformer.wte.weight"].detach().numpy(), atol=1e-4)
-  np.testing.assert_allclose(ours.blocks.mlp.down.kernel[2], weights["transformer.h.2.mlp.c_proj.weight"].detach().numpy(),
-                             atol=1e-4)
+  np.testing.assert_allclose(
+    ours.blocks.mlp.down.kernel[2], weights["transformer.h.2.mlp.c_proj.weight"].detach().numpy(), atol=1e-4
+  )

@@ -10,7 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxft import config as settings
 
-WORDS = "once upon a time the cat dog sat on mat and ran to big red house with small blue door café naïve 東京 🐈".split()
+WORDS = (
+  "once upon a time the cat dog sat on mat and ran to big red house with small blue door café naïve 東京 🐈".split()
+)
 EOS = "<|endoftext|>"
 
 
@@ -30,12 +32,17 @@ def write_tokenizer(folder: Path, V: int) -> None:
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
   rng = random.Random(1)
-  tokenizer.train_from_iterator([story(rng) for _ in range(50)], trainers.BpeTrainer(
-    vocab_size=V, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+  tokenizer.train_from_iterator(
+    [story(rng) for _ in range(50)],
+    trainers.BpeTrainer(
+      vocab_size=V, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    ),
+  )
   assert tokenizer.get_vocab_size() == V
   tokenizer.save(str(folder / "tokenizer.json"))
-  (folder / "tokenizer_config.json").write_text(json.dumps(
-    {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "bos_token": EOS}))
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "bos_token": EOS})
+  )
 
 
 def gpt2_tensors(V: int, P: int, D: int, F: int, L: int, seed: int, std: float = 0.2) -> dict[str, np.ndarray]:
@@ -43,24 +50,66 @@ def gpt2_tensors(V: int, P: int, D: int, F: int, L: int, seed: int, std: float =
   shapes = {"wte.weight": (V, D), "wpe.weight": (P, D), "ln_f.weight": (D,), "ln_f.bias": (D,)}
   for i in range(L):
     for name, shape in {
-        "ln_1.weight": (D,), "ln_1.bias": (D,), "attn.c_attn.weight": (D, 3 * D), "attn.c_attn.bias": (3 * D,),
-        "attn.c_proj.weight": (D, D), "attn.c_proj.bias": (D,), "ln_2.weight": (D,), "ln_2.bias": (D,),
-        "mlp.c_fc.weight": (D, F), "mlp.c_fc.bias": (F,), "mlp.c_proj.weight": (F, D), "mlp.c_proj.bias": (D,)}.items():
+      "ln_1.weight": (D,),
+      "ln_1.bias": (D,),
+      "attn.c_attn.weight": (D, 3 * D),
+      "attn.c_attn.bias": (3 * D,),
+      "attn.c_proj.weight": (D, D),
+      "attn.c_proj.bias": (D,),
+      "ln_2.weight": (D,),
+      "ln_2.bias": (D,),
+      "mlp.c_fc.weight": (D, F),
+      "mlp.c_fc.bias": (F,),
+      "mlp.c_proj.weight": (F, D),
+      "mlp.c_proj.bias": (D,),
+    }.items():
       shapes[f"h.{i}.{name}"] = shape
   rng = np.random.default_rng(seed)
   tensors = {"transformer." + name: std * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-  return {name: tensor + 1 if ".ln_" in name and name.endswith("weight") else tensor for name, tensor in tensors.items()}
+  return {
+    name: tensor + 1 if ".ln_" in name and name.endswith("weight") else tensor for name, tensor in tensors.items()
+  }
 
 
-def write_gpt2(folder: Path, *, seed: int, V: int = 293, P: int = 71, D: int = 40, F: int = 59, L: int = 3, N: int = 5,
-               dropout: float = 0.0, std: float = 0.2, tokenizer: bool = True) -> Path:
+def write_gpt2(
+  folder: Path,
+  *,
+  seed: int,
+  V: int = 293,
+  P: int = 71,
+  D: int = 40,
+  F: int = 59,
+  L: int = 3,
+  N: int = 5,
+  dropout: float = 0.0,
+  std: float = 0.2,
+  tokenizer: bool = True,
+) -> Path:
   """A complete GPT-2 folder. 40 = 5 heads of 8 divides over 8 devices; the other sizes are primes."""
   folder.mkdir(parents=True)
   save_file(gpt2_tensors(V, P, D, F, L, seed, std), folder / "model.safetensors", metadata={"format": "pt"})
-  (folder / "config.json").write_text(json.dumps({
-    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": V, "n_positions": P, "n_embd": D, "n_inner": F,
-    "n_layer": L, "n_head": N, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "embd_pdrop": dropout,
-    "attn_pdrop": dropout, "resid_pdrop": dropout, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True}))
+  (folder / "config.json").write_text(
+    json.dumps(
+      {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": V,
+        "n_positions": P,
+        "n_embd": D,
+        "n_inner": F,
+        "n_layer": L,
+        "n_head": N,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "embd_pdrop": dropout,
+        "attn_pdrop": dropout,
+        "resid_pdrop": dropout,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "tie_word_embeddings": True,
+      }
+    )
+  )
   if tokenizer:
     write_tokenizer(folder, V)
   return folder

@@ -16,13 +16,15 @@ from jaxft.data.pack import ConcatRows
 Batch = dict[str, Any]
 
 
-def training_batches(rows: ConcatRows, *, batch_size: int, accumulation: int, seed: int, rows_in_all: int, start: int,
-                     sharding: Sharding) -> Iterator[Batch]:
+def training_batches(
+  rows: ConcatRows, *, batch_size: int, accumulation: int, seed: int, rows_in_all: int, start: int, sharding: Sharding
+) -> Iterator[Batch]:
   """Batches of the optimizer steps `start`, `start + 1`, ..., each {"ids", "targets", "mask"} of shape (A, B, T).
 
   Rows come in a new order each epoch; a batch may straddle two epochs. From the row `rows_in_all` on everything is masked:
   it fills the last batch of a run whose length was given in epochs.
   """
+
   def masked_past_the_end(index: int, row: dict) -> dict:
     return row if index < rows_in_all else row | {"mask": np.zeros_like(row["mask"])}
 
@@ -44,10 +46,14 @@ def evaluation_batches(rows: ConcatRows, *, batch_size: int, sharding: Sharding,
 
 def like(A: int, B: int, T: int, sharding: Sharding) -> Batch:
   """The shapes of a batch, to compile for."""
-  return {name: jax.ShapeDtypeStruct((A, B, T), dtype, sharding=sharding)
-          for name, dtype in (("ids", np.int32), ("targets", np.int32), ("mask", np.bool_))}
+  return {
+    name: jax.ShapeDtypeStruct((A, B, T), dtype, sharding=sharding)
+    for name, dtype in (("ids", np.int32), ("targets", np.int32), ("mask", np.bool_))
+  }
 
 
 def _place(batch: dict[str, np.ndarray], accumulation: int, sharding: Sharding) -> Batch:
-  return {name: jax.make_array_from_process_local_data(sharding, x.reshape(accumulation, -1, x.shape[-1]))
-          for name, x in batch.items()}
+  return {
+    name: jax.make_array_from_process_local_data(sharding, x.reshape(accumulation, -1, x.shape[-1]))
+    for name, x in batch.items()
+  }

@@ -21,7 +21,7 @@ class ConcatRows:
 
   def __getitem__(self, i: int) -> dict[str, np.ndarray]:
     """{"ids", "targets": (T,) int32, "mask": (T,) bool, true where the target counts}"""
-    window = self.stream[i * self.T:(i + 1) * self.T + 1]
+    window = self.stream[i * self.T : (i + 1) * self.T + 1]
     row = np.zeros(self.T + 1, np.int32)
-    row[:len(window)] = window
+    row[: len(window)] = window
     return {"ids": row[:-1], "targets": row[1:], "mask": np.arange(self.T) < len(window) - 1}

@@ -39,11 +39,15 @@ def prepare(data: ConfigDict, tokenizer: Any, tell=lambda done, total: None) -> 
   validation, over_validation = _limit(validation, data.limit_validation, rng)
   for name, documents in (("training", train), ("validation", validation)):
     if not documents:
-      raise RequestError(f"config.data: no {name} documents ({read} read, validation_fraction={data.validation_fraction}); "
-                         "give more data, or name some in config.data.validation")
+      raise RequestError(
+        f"config.data: no {name} documents ({read} read, validation_fraction={data.validation_fraction}); "
+        "give more data, or name some in config.data.validation"
+      )
 
   # Documents over a limit are counted but not tokenised: of two million stories a run may want a hundred thousand.
-  dropped = {name: count for name, count in (("limit_train", over_train), ("limit_validation", over_validation)) if count}
+  dropped = {
+    name: count for name, count in (("limit_train", over_train), ("limit_validation", over_validation)) if count
+  }
   total = len(train) + len(validation)
   train_stream, train_lengths = tokens.encode(train, tokenizer, lambda done: tell(done, total))
   stream, lengths = tokens.encode(validation, tokenizer, lambda done: tell(len(train) + done, total))

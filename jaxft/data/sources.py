@@ -32,8 +32,10 @@ def find_files(source: str) -> list[Path]:
     raise RequestError(f"data source {source!r}: {what}; give a file, a glob, a folder or hub:NAME")
   for file in files:
     if file.suffix not in READABLE:
-      raise RequestError(f"data source {str(file)!r}: cannot read {file.suffix or 'a file without a suffix'}; "
-                         f"it must be one of {', '.join(READABLE)}")
+      raise RequestError(
+        f"data source {str(file)!r}: cannot read {file.suffix or 'a file without a suffix'}; "
+        f"it must be one of {', '.join(READABLE)}"
+      )
   return files
 
 
@@ -70,7 +72,9 @@ def _documents(where: str, rows: Iterator[dict], text_column: str, nats_column: 
     text = row.get(text_column) if isinstance(row, dict) else None
     if not isinstance(text, str):
       found = f"columns {', '.join(map(str, row))}" if isinstance(row, dict) else type(row).__name__
-      raise RequestError(f"{where}, row {number}: no text in column {text_column!r} ({found}); set config.data.text_column")
+      raise RequestError(
+        f"{where}, row {number}: no text in column {text_column!r} ({found}); set config.data.text_column"
+      )
     yield Document(text, _nats(f"{where}, row {number}", row, nats_column))
 
 
@@ -93,8 +97,10 @@ def _hub_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
   try:
     return iter(datasets.load_dataset(name, split=chosen or split))
   except Exception as error:  # hub, network and format errors share no class; all mean that this source cannot be read
-    raise RequestError(f"data source {source!r}: {str(error).splitlines()[0]}; check the name and the split, or "
-                       "download it and give the files") from error
+    raise RequestError(
+      f"data source {source!r}: {str(error).splitlines()[0]}; check the name and the split, or "
+      "download it and give the files"
+    ) from error
 
 
 def _file_rows(file: Path, text_column: str) -> Iterator[dict[str, Any]]:

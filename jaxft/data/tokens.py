@@ -19,8 +19,10 @@ def load_tokenizer(folder: Path, V: int) -> Any:
   try:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
   except Exception as error:  # transformers raises whatever its readers raise
-    raise RequestError(f"{folder}: no tokenizer that can be read ({str(error).splitlines()[0]}); the folder needs "
-                       "tokenizer.json, or vocab.json and merges.txt") from error
+    raise RequestError(
+      f"{folder}: no tokenizer that can be read ({str(error).splitlines()[0]}); the folder needs "
+      "tokenizer.json, or vocab.json and merges.txt"
+    ) from error
   if tokenizer.eos_token_id is None:
     raise RequestError(f"{folder}: the tokenizer has no end token; set eos_token in tokenizer_config.json")
   if len(tokenizer) > V:
@@ -36,7 +38,7 @@ def encode(documents: list[Document], tokenizer: Any, tell=lambda done: None) ->
   """
   pieces, lengths = [[tokenizer.eos_token_id]], []
   for start in range(0, len(documents), AT_ONCE):
-    texts = [document.text for document in documents[start:start + AT_ONCE]]
+    texts = [document.text for document in documents[start : start + AT_ONCE]]
     for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
       pieces.append(ids + [tokenizer.eos_token_id])
       lengths.append(len(ids) + 1)

@@ -7,8 +7,13 @@ from jaxft.model import ModelConfig
 
 # config.json key -> the only value whose maths is built; a missing key has this value in transformers too.
 GPT2_FIXED = {
-  "activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-  "reorder_and_upcast_attn": False, "add_cross_attention": False, "tie_word_embeddings": True}
+  "activation_function": "gelu_new",
+  "scale_attn_weights": True,
+  "scale_attn_by_inverse_layer_idx": False,
+  "reorder_and_upcast_attn": False,
+  "add_cross_attention": False,
+  "tie_word_embeddings": True,
+}
 
 
 def gpt2(config: dict[str, Any]) -> ModelConfig:
@@ -19,10 +24,19 @@ def gpt2(config: dict[str, Any]) -> ModelConfig:
   if D % N:
     raise RequestError(f"config.json: n_embd={D} is not divisible by n_head={N}")
   return ModelConfig(
-    V=config["vocab_size"], P=config["n_positions"], D=D, F=config.get("n_inner") or 4 * D, L=config["n_layer"], N=N,
-    H=D // N, norm_eps=config.get("layer_norm_epsilon", 1e-5), embed_dropout=config.get("embd_pdrop", 0.1),
-    attention_dropout=config.get("attn_pdrop", 0.1), residual_dropout=config.get("resid_pdrop", 0.1),
-    init_std=config.get("initializer_range", 0.02))
+    V=config["vocab_size"],
+    P=config["n_positions"],
+    D=D,
+    F=config.get("n_inner") or 4 * D,
+    L=config["n_layer"],
+    N=N,
+    H=D // N,
+    norm_eps=config.get("layer_norm_epsilon", 1e-5),
+    embed_dropout=config.get("embd_pdrop", 0.1),
+    attention_dropout=config.get("attn_pdrop", 0.1),
+    residual_dropout=config.get("resid_pdrop", 0.1),
+    init_std=config.get("initializer_range", 0.02),
+  )
 
 
 FAMILIES = {"gpt2": gpt2}

@@ -56,8 +56,10 @@ def find(path: str, revision: str = "main", weights: bool = True) -> Checkpoint:
   try:
     folder = huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=WANTED)
   except Exception as error:  # hub and network errors share no class
-    raise RequestError(f"config.model.path={path!r}: no such folder, and the hub gave none "
-                       f"({str(error).splitlines()[0]}); check the id, or give a folder") from error
+    raise RequestError(
+      f"config.model.path={path!r}: no such folder, and the hub gave none "
+      f"({str(error).splitlines()[0]}); check the id, or give a folder"
+    ) from error
   return _check_folder(Path(folder), weights)
 
 
@@ -66,8 +68,10 @@ def _check_folder(folder: Path, weights: bool) -> Checkpoint:
     raise RequestError(f"model folder {str(folder)!r}: no such folder; give one, or a hub id such as gpt2")
   config_file = folder / "config.json"
   if not config_file.is_file():
-    raise RequestError(f"model folder {str(folder)!r}: no config.json in it, so it is not a Hugging Face model; "
-                       "give a folder with config.json and model.safetensors, or a hub id such as gpt2")
+    raise RequestError(
+      f"model folder {str(folder)!r}: no config.json in it, so it is not a Hugging Face model; "
+      "give a folder with config.json and model.safetensors, or a hub id such as gpt2"
+    )
   if weights:
     weight_files(folder)
   return Checkpoint(folder, *read_config(config_file))
@@ -137,18 +141,22 @@ def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
   misshaped or an untied one raises RequestError with its name.
   """
   family, source = checkpoint.family, _named(checkpoint)
-  by_path = {".".join(key.key for key in path): (path, shape) for path, shape in
-             jax.tree_util.tree_flatten_with_path(shapes)[0]}
+  by_path = {
+    ".".join(key.key for key in path): (path, shape) for path, shape in jax.tree_util.tree_flatten_with_path(shapes)[0]
+  }
   placed = dict(zip(by_path, jax.tree.leaves(shardings), strict=True))
   arrays = {}
   for rule in family.rules:
     shape = by_path[rule.ours][1].shape
     layers = [_take(checkpoint.folder, source, rule, layer, shape) for layer in range(shape[0] if rule.stacked else 1)]
     arrays[rule.ours] = jax.make_array_from_callback(
-      shape, placed[rule.ours], lambda index, rule=rule, layers=layers: _slice(layers, index, rule.stacked))
+      shape, placed[rule.ours], lambda index, rule=rule, layers=layers: _slice(layers, index, rule.stacked)
+    )
   if source:
-    raise RequestError(f"{checkpoint.folder}: tensor {min(source)!r} has no place in a {checkpoint.hf_config['model_type']} "
-                       f"model of {checkpoint.cfg.L} layers ({len(source)} such tensors)")
+    raise RequestError(
+      f"{checkpoint.folder}: tensor {min(source)!r} has no place in a {checkpoint.hf_config['model_type']} "
+      f"model of {checkpoint.cfg.L} layers ({len(source)} such tensors)"
+    )
   return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[path] for path in by_path])
 
 

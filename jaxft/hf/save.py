@@ -23,14 +23,33 @@ from jaxft.files import write_whole
 from jaxft.hf import load
 from jaxft.hf.tables import hf_shape, to_hf
 
-EXPORT_DTYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("float16")}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-                   "added_tokens.json", "generation_config.json", "chat_template.jinja")
+EXPORT_DTYPES = {
+  "float32": np.dtype("float32"),
+  "bfloat16": np.dtype(ml_dtypes.bfloat16),
+  "float16": np.dtype("float16"),
+}
+TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+  "merges.txt",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "generation_config.json",
+  "chat_template.jinja",
+)
 TOLERANCE = 1e-4  # largest difference of two float32 logits that an export may show, the one the docs promise
 
 
-def export(out: Path, params: Any, checkpoint: load.Checkpoint, *, dtype: str = "float32", max_shard_size: str = "5GB",
-           card: str = "") -> dict[str, Any]:
+def export(
+  out: Path,
+  params: Any,
+  checkpoint: load.Checkpoint,
+  *,
+  dtype: str = "float32",
+  max_shard_size: str = "5GB",
+  card: str = "",
+) -> dict[str, Any]:
   """Writes `params` as a model that `AutoModelForCausalLM.from_pretrained(out)` loads, and returns its parity report.
 
   Args:
@@ -50,8 +69,10 @@ def export(out: Path, params: Any, checkpoint: load.Checkpoint, *, dtype: str = 
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _write_weights(partial, params, checkpoint, EXPORT_DTYPES[dtype], max_shard_size)
-    _write_json(partial / "config.json", checkpoint.hf_config | {
-      "architectures": [checkpoint.family.architecture], "dtype": dtype, "torch_dtype": dtype})
+    _write_json(
+      partial / "config.json",
+      checkpoint.hf_config | {"architectures": [checkpoint.family.architecture], "dtype": dtype, "torch_dtype": dtype},
+    )
     for name in TOKENIZER_FILES:
       if (checkpoint.folder / name).is_file():
         shutil.copyfile(checkpoint.folder / name, partial / name)
@@ -77,6 +98,7 @@ def hf_tensors(params: Any, checkpoint: load.Checkpoint, dtype: np.dtype):
 
       def tensor(rule=rule, leaf=leaf, layer=layer):
         return to_hf(rule.layout, np.asarray(leaf[layer] if rule.stacked else leaf).astype(dtype))
+
       yield checkpoint.family.prefix + rule.hf.format(layer), shape, tensor
 
 
@@ -90,7 +112,9 @@ def verify(folder: Path, params: Any, checkpoint: load.Checkpoint, dtype: str) -
   written = load.tensors(folder)
   for name, _, tensor in hf_tensors(params, checkpoint, EXPORT_DTYPES[dtype]):
     if not np.array_equal(written.pop(name).view(np.uint8), tensor().view(np.uint8)):
-      raise StorageError(f"{folder}: tensor {name!r} read back differs from what was written; the disk is not to be trusted")
+      raise StorageError(
+        f"{folder}: tensor {name!r} read back differs from what was written; the disk is not to be trusted"
+      )
   if written:
     raise StorageError(f"{folder}: tensors {sorted(written)} were not meant to be written")
   T = min(checkpoint.cfg.P, 64)
@@ -99,23 +123,36 @@ def verify(folder: Path, params: Any, checkpoint: load.Checkpoint, dtype: str) -
     reference, theirs = _transformers_logits(folder, ids_BT)
   else:
     graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
-    back = load.load(load.find(str(folder)), shapes, jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes))
+    back = load.load(
+      load.find(str(folder)),
+      shapes,
+      jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes),
+    )
     reference, theirs = f"jaxft {jaxft.__version__}, weights read back", _logits(graph, back, ids_BT)
   graph, _, _ = model.abstract(checkpoint.cfg, model.Compute())
   rounded = jax.tree.map(lambda p: p.astype(EXPORT_DTYPES[dtype]).astype(jnp.float32), params)
   ours = _logits(graph, rounded, ids_BT)
   difference = float(np.max(np.abs(ours - theirs)))
   if not difference <= TOLERANCE:
-    raise StorageError(f"{folder}: its float32 logits differ by {difference:.1e} from the trained model's ({reference}); "
-                       f"at most {TOLERANCE:.0e} is rounding. Please report this")
-  return {"tensors": "bit for bit", "logits_max_abs_difference": difference, "tolerance": TOLERANCE,
-          "reference": reference, "tokens_compared": int(ids_BT.size), "dtype": dtype}
+    raise StorageError(
+      f"{folder}: its float32 logits differ by {difference:.1e} from the trained model's ({reference}); "
+      f"at most {TOLERANCE:.0e} is rounding. Please report this"
+    )
+  return {
+    "tensors": "bit for bit",
+    "logits_max_abs_difference": difference,
+    "tolerance": TOLERANCE,
+    "reference": reference,
+    "tokens_compared": int(ids_BT.size),
+    "dtype": dtype,
+  }
 
 
 def _logits(graph: nnx.GraphDef, params: Any, ids_BT: np.ndarray) -> np.ndarray:
   def logits(params):
     decoder = nnx.merge(graph, params)
     return decoder.logits(decoder(jnp.asarray(ids_BT)))
+
   return np.asarray(jax.jit(logits)(params))
 
 
@@ -130,18 +167,26 @@ def _transformers_logits(folder: Path, ids_BT: np.ndarray) -> tuple[str, np.ndar
   return f"transformers {transformers.__version__}, torch {torch.__version__}", logits
 
 
-def _write_weights(folder: Path, params: Any, checkpoint: load.Checkpoint, dtype: np.dtype, max_shard_size: str) -> None:
+def _write_weights(
+  folder: Path, params: Any, checkpoint: load.Checkpoint, dtype: np.dtype, max_shard_size: str
+) -> None:
   tensors = {name: (shape, tensor) for name, shape, tensor in hf_tensors(params, checkpoint, dtype)}
   plan = split_state_dict_into_shards_factory(
-    tensors, get_storage_size=lambda entry: int(np.prod(entry[0])) * dtype.itemsize, get_storage_id=lambda _: None,
-    filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size)
+    tensors,
+    get_storage_size=lambda entry: int(np.prod(entry[0])) * dtype.itemsize,
+    get_storage_id=lambda _: None,
+    filename_pattern="model{suffix}.safetensors",
+    max_shard_size=max_shard_size,
+  )
   for file, names in plan.filename_to_tensors.items():
     save_file({name: tensors[name][1]() for name in names}, folder / file, metadata={"format": "pt"})
     gc.collect()  # a shard is gigabytes: do not hold one while the next is put together
     with open(folder / file, "rb+") as stream:
       os.fsync(stream.fileno())
   if plan.is_sharded:
-    _write_json(folder / "model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    _write_json(
+      folder / "model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    )
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -50,8 +50,9 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-  "gpt2": Family(GPT2, "transformer.", (r"h\.\d+\.attn\.(masked_)?bias",), "lm_head.weight", "wte.weight",
-                 "GPT2LMHeadModel"),
+  "gpt2": Family(
+    GPT2, "transformer.", (r"h\.\d+\.attn\.(masked_)?bias",), "lm_head.weight", "wte.weight", "GPT2LMHeadModel"
+  ),
 }
 
 
@@ -81,5 +82,5 @@ def to_hf(layout: str, ours: np.ndarray) -> np.ndarray:
 
 
 def _sides(layout: str) -> list[list[list[str]]]:
-  """"D (N H) -> D N H" -> [[[D], [N, H]], [[D], [N], [H]]]"""
+  """ "D (N H) -> D N H" -> [[[D], [N, H]], [[D], [N], [H]]]"""
   return [[group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w", side)] for side in layout.split("->")]

@@ -23,8 +23,11 @@ class Checkpoints:
   def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
     """Starts to write; the arrays may be changed or donated as soon as this returns. Raises StorageError."""
     meta = meta | {"step": step, "checksums": checksums(state)}
-    self._or_storage_error(lambda: self._manager.save(
-      step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))))
+    self._or_storage_error(
+      lambda: self._manager.save(
+        step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+      )
+    )
 
   def wait(self) -> None:
     """Returns when everything saved is on disk; raises StorageError if it is not."""
@@ -52,8 +55,9 @@ class Checkpoints:
       raise StorageError(f"{self.folder / str(step)}: damaged ({_first_line(error)})") from error
     wrong = [name for name, value in checksums(state).items() if wanted.get(name) != value]
     if wrong:
-      raise StorageError(f"{self.folder / str(step)}: damaged ({wrong[0]} and {len(wrong) - 1} more leaves differ from "
-                         "their checksums)")
+      raise StorageError(
+        f"{self.folder / str(step)}: damaged ({wrong[0]} and {len(wrong) - 1} more leaves differ from their checksums)"
+      )
     return state
 
   def _or_storage_error(self, act: Callable[[], Any]) -> Any:

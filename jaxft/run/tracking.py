@@ -60,8 +60,13 @@ class Meter:
   """Progress of something counted: a bar on a terminal, nothing but the story's lines in a log."""
 
   def __init__(self, what: str, total: int, done: int = 0):
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[note]}"))
+    columns = (
+      TextColumn("{task.description}"),
+      BarColumn(),
+      MofNCompleteColumn(),
+      TimeRemainingColumn(),
+      TextColumn("{task.fields[note]}"),
+    )
     self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     self._task = self._bar.add_task(what, total=total, completed=done, note="")
 
@@ -106,11 +111,24 @@ class Clock:
 class Reporter:
   """Tells of steps, evaluations and samples, and ends a run whose numbers are no longer finite."""
 
-  def __init__(self, config: ConfigDict, workdir: Path, start: int, total_steps: int, tokens_seen: int, floor: float | None,
-               device: jax.Device):
+  def __init__(
+    self,
+    config: ConfigDict,
+    workdir: Path,
+    start: int,
+    total_steps: int,
+    tokens_seen: int,
+    floor: float | None,
+    device: jax.Device,
+  ):
     self.tokens_seen, self.clock = tokens_seen, Clock()
     self._train, self._seed, self._total, self._floor, self._device = (
-      config.train, config.train.seed, total_steps, floor, device)
+      config.train,
+      config.train.seed,
+      total_steps,
+      floor,
+      device,
+    )
     self._bad_in_a_row = 0
     last_kept = start if start else -1  # a run that begins again evaluates and samples again
     self.metrics, self.samples = (Lines(workdir / name, last_kept) for name in ("metrics.jsonl", "samples.jsonl"))
@@ -123,10 +141,18 @@ class Reporter:
     speed = f"{self.clock.tokens_per_second:,.0f} tokens/s"
     meter.at(step, f"loss {loss:.4f}  {speed}")
     if step % self._train.log_every == 0 or step == self._total or numbers["bad"]:
-      self.metrics.write(step, {
-        "train/loss": finite_or_text(loss), "train/learning_rate": rate, "train/grad_norm": finite_or_text(norm),
-        "train/tokens": self.tokens_seen, "perf/tokens_per_second": round(self.clock.tokens_per_second, 1),
-        "perf/step_seconds": round(self.clock.step_seconds, 4), "memory/peak_bytes": peak_bytes(self._device)})
+      self.metrics.write(
+        step,
+        {
+          "train/loss": finite_or_text(loss),
+          "train/learning_rate": rate,
+          "train/grad_norm": finite_or_text(norm),
+          "train/tokens": self.tokens_seen,
+          "perf/tokens_per_second": round(self.clock.tokens_per_second, 1),
+          "perf/step_seconds": round(self.clock.step_seconds, 4),
+          "memory/peak_bytes": peak_bytes(self._device),
+        },
+      )
       if not console.is_terminal:
         left = round((self._total - step) * self.clock.step_seconds)
         say(f"step {step}/{self._total}  loss {loss:.4f}  lr {rate:.2e}  {speed}  {left // 60}:{left % 60:02} left")
@@ -136,8 +162,10 @@ class Reporter:
       what = f"step {step}: loss {loss}, gradient norm {norm}"
       say(f"{what}: not applied, the weights are as before")
       if self._bad_in_a_row >= self._train.max_bad_steps:
-        raise NumericsError(f"{what}, for {self._bad_in_a_row} step(s) in a row; they changed no weight. "
-                            "Try a lower config.optim.learning_rate, or look at the data of this step")
+        raise NumericsError(
+          f"{what}, for {self._bad_in_a_row} step(s) in a row; they changed no weight. "
+          "Try a lower config.optim.learning_rate, or look at the data of this step"
+        )
 
   def evaluation(self, step: int, when: str, loss: float) -> None:
     perplexity = math.exp(min(loss, 700.0))
