@@ -2,8 +2,9 @@
 
     python -m jaxft.train --config configs/quickstart.py
 
-Offline, on two CPU cores: TIME. The eval loss falls from BEFORE to AFTER nats a token; the stories come from a
-grammar whose own entropy, FLOOR nats a token, no model can go below (scripts/story_grammar.py).
+Offline, on two CPU cores, two to three minutes: 715 steps of 8 x 256 tokens. Expect an eval loss of 11.1 nats a token before
+(no village is mentioned in a ship's log) and 0.48 after. The stories come from a grammar (scripts/story_grammar.py) whose own
+entropy, 0.319 nats a token, no model can go below.
 """
 
 from pathlib import Path
@@ -21,16 +22,16 @@ def get_config():
   c.data.nats_column = "nats"
   c.data.sequence_length = 256
 
-  c.train.epochs = 4.0
-  c.train.batch_size = 16
-  c.train.eval_every = 100
-  c.train.save_every = 100
+  c.train.epochs = 3.0
+  c.train.batch_size = 8
+  c.train.eval_every = 200
+  c.train.save_every = 200
   c.train.sample_prompts = ("Once upon a time in", "Long ago in Willowmere there lived a")
   c.train.sample_tokens = 120
 
-  c.optim.learning_rate = 3e-3
+  c.optim.learning_rate = 2e-3
   c.optim.schedule = "cosine"
-  c.optim.warmup_steps = 20
+  c.optim.warmup_steps = 40
   c.optim.b2 = 0.99  # few steps: the second moment must not remember the beginning
   c.optim.weight_decay = 0.1
   return c

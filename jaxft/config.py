@@ -83,7 +83,12 @@ SETTINGS = (
   Setting("train.steps", 0, at_least(0), "optimizer steps; 0: as many as train.epochs takes"),
   Setting("train.epochs", 0.0, at_least(0), "passes over the training rows; 0: train.steps says when to end"),
   Setting("train.batch_size", 8, at_least(1), "sequences per optimizer step, over all devices"),
-  Setting("train.micro_batch_size", 0, at_least(0), "sequences per device and accumulation step; 0: no accumulation"),
+  Setting(
+    "train.micro_batch_size",
+    0,
+    at_least(0),
+    "most sequences a device takes at once; a batch that is larger is accumulated; 0: no limit",
+  ),
   Setting("train.seed", 0, at_least(0), "seed of dropout, of new weights and of the samples"),
   Setting("train.log_every", 10, at_least(1), "steps between lines of metrics.jsonl"),
   Setting("train.eval_every", 0, at_least(0), "steps between evaluations; 0: only before the first and after the last"),

@@ -100,7 +100,7 @@ def state_like(tx: optax.GradientTransformation, shapes: Any, shardings: Any, me
 
 def accumulation_steps(train: ConfigDict, mesh: Mesh) -> int:
   """Accumulation steps that a batch is cut into; raises RequestError when rows do not come out whole."""
-  at_once = train.micro_batch_size * mesh.size or train.batch_size
+  at_once = min(train.micro_batch_size * mesh.size or train.batch_size, train.batch_size)
   if train.batch_size % at_once or at_once % mesh.size:
     raise RequestError(
       f"config.train.batch_size={train.batch_size}: must be a multiple of {train.micro_batch_size or 1} rows "

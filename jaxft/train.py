@@ -162,7 +162,7 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
 
     def sample(step: int, when: str) -> None:
       prompts = list(config.train.sample_prompts)
-      sampling = Sampling(config.train.sample_tokens, temperature=0.8, top_k=0, seed=config.train.seed)
+      sampling = Sampling(config.train.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=config.train.seed)
       completions = generator(state.params, [tokenizer(prompt)["input_ids"] for prompt in prompts], sampling)
       for prompt, ids in zip(prompts, completions, strict=True):
         reporter.sample(step, when, prompt, tokenizer.decode(ids))

@@ -43,14 +43,14 @@ def test_two_axes_on_one_mesh_axis_are_refused_with_the_spec():
     sharding.spec(("embed", "embed"), (40, 40), mesh(1, 8), sharding.STORED)
 
 
-@pytest.mark.parametrize("batch, micro, steps", [(8, 0, 1), (16, 1, 2), (32, 2, 2)])
+@pytest.mark.parametrize("batch, micro, steps", [(8, 0, 1), (16, 1, 2), (32, 2, 2), (8, 16, 1)])
 def test_accumulation_steps(batch, micro, steps):
   train = settings.default().train
   train.batch_size, train.micro_batch_size = batch, micro
   assert sharding.accumulation_steps(train, mesh(2, 4)) == steps
 
 
-@pytest.mark.parametrize("batch, micro", [(9, 0), (12, 1), (8, 3), (8, 16)])
+@pytest.mark.parametrize("batch, micro", [(9, 0), (12, 1), (40, 3)])
 def test_batches_that_do_not_come_out_whole_are_refused(batch, micro):
   train = settings.default().train
   train.batch_size, train.micro_batch_size = batch, micro
