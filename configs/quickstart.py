@@ -27,7 +27,7 @@ def get_config():
   c.train.eval_every = 200
   c.train.save_every = 200
   c.train.sample_prompts = ("Once upon a time in", "Long ago in Willowmere there lived a")
-  c.train.sample_tokens = 120
+  c.train.sample_tokens = 240
 
   c.optim.learning_rate = 2e-3
   c.optim.schedule = "cosine"

@@ -58,6 +58,10 @@ def parse_train(argv: list[str] | None = None) -> TrainArguments:
     raise RequestError(f"{rest[1]!r}: not a flag; --help shows what there is")
   if config is None:
     raise RequestError("--config is missing; name a file, such as --config configs/quickstart.py")
+  for name, value in settings.flatten(config).items():
+    if value == ("",):  # --config.data.validation= says: none
+      section, key = name.split(".")
+      config[section][key] = ()
   workdir = Path(values.workdir) if values.workdir else Path("runs") / Path(file).stem
   return TrainArguments(config, workdir, values.dry_run, values.print_config)
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jaxft.errors import first_line
+
 PACKAGES = (
   "jax",
   "jaxlib",
@@ -47,7 +49,7 @@ def main() -> None:
       limit = (device.memory_stats() or {}).get("bytes_limit")
       table.add_row(f"device {device.id}", device.device_kind + (f", {limit / 2**30:.1f} GiB" if limit else ""))
   except Exception as error:
-    faults.append(f"jax and flax do not start ({str(error).splitlines()[0]}): pip install --force-reinstall jaxft")
+    faults.append(f"jax and flax do not start ({first_line(error)}): pip install --force-reinstall jaxft")
   table.add_row("memory", _memory())
   table.add_row("free disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB in this folder")
   Console(soft_wrap=True, highlight=False).print(table)

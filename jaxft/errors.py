@@ -34,6 +34,11 @@ class Preempted(JaxftError):
   exit_code = 75
 
 
+def first_line(error: Exception) -> str:
+  """What an exception of another library says, in one line; its type where it says nothing."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run_command(main: Callable[[], None]) -> None:
   """Runs a command's `main` and turns its endings into exit codes."""
   try:

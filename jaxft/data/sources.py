@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxft.errors import RequestError
+from jaxft.errors import RequestError, first_line
 
 READABLE = (".txt", ".jsonl", ".csv", ".parquet")
 
@@ -98,8 +98,7 @@ def _hub_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
     return iter(datasets.load_dataset(name, split=chosen or split))
   except Exception as error:  # hub, network and format errors share no class; all mean that this source cannot be read
     raise RequestError(
-      f"data source {source!r}: {str(error).splitlines()[0]}; check the name and the split, or "
-      "download it and give the files"
+      f"data source {source!r}: {first_line(error)}; check the name and the split, or download it and give the files"
     ) from error
 
 

@@ -1,26 +1,28 @@
 """Documents to one stream of token ids."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxft.data.sources import Document
-from jaxft.errors import RequestError
+from jaxft.errors import RequestError, first_line
 
 AT_ONCE = 1000  # documents given to the tokenizer together: it spreads them over the cores
 
 
 def load_tokenizer(folder: Path, V: int) -> Any:
   """The tokenizer of a checkpoint folder; raises RequestError when there is none that fits a table of V tokens."""
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
   from transformers import AutoTokenizer  # most of a second to import: a mistyped config should not wait for it
 
   try:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
   except Exception as error:  # transformers raises whatever its readers raise
     raise RequestError(
-      f"{folder}: no tokenizer that can be read ({str(error).splitlines()[0]}); the folder needs "
+      f"{folder}: no tokenizer that can be read ({first_line(error)}); the folder needs "
       "tokenizer.json, or vocab.json and merges.txt"
     ) from error
   if tokenizer.eos_token_id is None:

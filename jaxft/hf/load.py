@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxft.errors import RequestError
+from jaxft.errors import RequestError, first_line
 from jaxft.hf import facts
 from jaxft.hf.tables import FAMILIES, Family, Rule, hf_shape, to_ours
 from jaxft.model import ModelConfig
@@ -58,7 +58,7 @@ def find(path: str, revision: str = "main", weights: bool = True) -> Checkpoint:
   except Exception as error:  # hub and network errors share no class
     raise RequestError(
       f"config.model.path={path!r}: no such folder, and the hub gave none "
-      f"({str(error).splitlines()[0]}); check the id, or give a folder"
+      f"({first_line(error)}); check the id, or give a folder"
     ) from error
   return _check_folder(Path(folder), weights)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxft.errors import StorageError
+from jaxft.errors import StorageError, first_line
 
 
 class Checkpoints:
@@ -44,7 +44,7 @@ class Checkpoints:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     except Exception as error:  # whatever damage makes Orbax raise
-      raise StorageError(f"{self.folder / str(step)}: damaged ({_first_line(error)})") from error
+      raise StorageError(f"{self.folder / str(step)}: damaged ({first_line(error)})") from error
 
   def restore(self, step: int, like: Any) -> Any:
     """The state, placed as the ShapeDtypeStructs in `like` say; raises StorageError when it is not what was saved."""
@@ -52,7 +52,7 @@ class Checkpoints:
     try:
       state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
     except Exception as error:
-      raise StorageError(f"{self.folder / str(step)}: damaged ({_first_line(error)})") from error
+      raise StorageError(f"{self.folder / str(step)}: damaged ({first_line(error)})") from error
     wrong = [name for name, value in checksums(state).items() if wanted.get(name) != value]
     if wrong:
       raise StorageError(
@@ -64,7 +64,7 @@ class Checkpoints:
     try:
       return act()
     except Exception as error:  # disk full, no permission, ...: Orbax and TensorStore have no common class
-      raise StorageError(f"checkpoint in {self.folder}: {_first_line(error)}") from error
+      raise StorageError(f"checkpoint in {self.folder}: {first_line(error)}") from error
 
 
 def checksums(state: Any) -> dict[str, int]:
@@ -91,7 +91,3 @@ def _checksum(x: jax.Array) -> jax.Array:
     stride *= x.shape[axis]
   factor = (index * jnp.uint32(2654435761)) ^ (index >> 16) | jnp.uint32(1)  # Knuth's multiplier, made odd
   return jnp.sum(bits * factor, dtype=jnp.uint32)
-
-
-def _first_line(error: Exception) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
