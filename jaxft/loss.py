@@ -6,9 +6,11 @@ B batch, T length, V vocabulary, D model
 import jax
 import jax.numpy as jnp
 
+Head = tuple[jax.Array, jax.Array | None]  # the output table (V, D), and its bias (V,) if it has one
+
 
 def cross_entropy_sum(
-  h_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, chunk: int = 0
+  h_BTD: jax.Array, head: Head, targets_BT: jax.Array, mask_BT: jax.Array, chunk: int = 0
 ) -> jax.Array:
   """Sum over unmasked targets of -log p(target), in nats and float32; divide by the count where the count is known.
 
@@ -17,19 +19,26 @@ def cross_entropy_sum(
   """
   T = h_BTD.shape[1]
   if not chunk or chunk >= T:
-    return _sum(h_BTD, head_VD, targets_BT, mask_BT)
+    return _sum(h_BTD, head, targets_BT, mask_BT)
 
   def split(x):  # (B, T, ...) -> (T / chunk, B, chunk, ...); what the padding adds is masked
     x = jnp.pad(x, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
   def add(total, part):
-    return total + jax.checkpoint(_sum)(part[0], head_VD, *part[1:]), None
+    return total + jax.checkpoint(_sum)(part[0], head, *part[1:]), None
 
   return jax.lax.scan(add, jnp.float32(0), (split(h_BTD), split(targets_BT), split(mask_BT)))[0]
 
 
-def _sum(h_BTD, head_VD, targets_BT, mask_BT):
-  logits_BTV = jnp.einsum("BTD,VD->BTV", h_BTD, head_VD, preferred_element_type=jnp.float32)
+def logits(h: jax.Array, head: Head) -> jax.Array:
+  """(..., D) -> (..., V) in float32."""
+  table_VD, bias_V = head
+  y = jnp.einsum("...D,VD->...V", h, table_VD, preferred_element_type=jnp.float32)
+  return y if bias_V is None else y + bias_V
+
+
+def _sum(h_BTD, head, targets_BT, mask_BT):
+  logits_BTV = logits(h_BTD, head)
   gold_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
   return jnp.sum(jnp.where(mask_BT, jax.nn.logsumexp(logits_BTV, -1) - gold_BT, 0))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.attention import attention
+from jaxft.loss import Head, logits
 
 # Called on every activation and on every weight where it is used, with the logical name of each axis.
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
@@ -34,6 +35,16 @@ class ModelConfig:
   attention_dropout: float
   residual_dropout: float
   init_std: float
+  # What tells the families apart. GPT-2: none of it; GPT-Neo: no query/key/value biases, no scale, windows; GPT-J: rotary
+  # positions, parallel blocks, no attention biases, a head of its own.
+  attention_scale: float
+  windows: tuple[int, ...] = ()  # per layer, 0 for a layer that sees everything; (): all do
+  rotary_dim: int = 0  # leading dimensions of each head that are rotated; 0: a table of learned positions instead
+  parallel: bool = False  # attention and feed-forward both read the same norm and are added at once
+  qkv_bias: bool = True
+  out_bias: bool = True
+  tied: bool = True  # the output table is the token embedding
+  head_bias: bool = False
 
   def with_dropout(self, rate: float) -> "ModelConfig":
     return dataclasses.replace(self, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
@@ -77,13 +88,16 @@ class Einsum(nnx.Module):
     std: float,
     compute: Compute,
     rngs: nnx.Rngs,
+    bias: bool = True,
   ):
     self.equation, self.compute = equation, compute
     self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), out_sharding=axes)
-    self.bias = nnx.Param(jnp.zeros(shape[inputs:]), out_sharding=axes[inputs:])
+    if bias:
+      self.bias = nnx.Param(jnp.zeros(shape[inputs:]), out_sharding=axes[inputs:])
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return jnp.einsum(self.equation, x, weight(self.kernel, self.compute)) + weight(self.bias, self.compute)
+    y = jnp.einsum(self.equation, x, weight(self.kernel, self.compute))
+    return y + weight(self.bias, self.compute) if hasattr(self, "bias") else y
 
 
 class LayerNorm(nnx.Module):
@@ -114,6 +128,7 @@ class Attention(nnx.Module):
       std=cfg.init_std,
       compute=compute,
       rngs=rngs,
+      bias=cfg.qkv_bias,
     )
     self.out = Einsum(
       "BTNH,NHD->BTD",
@@ -123,17 +138,21 @@ class Attention(nnx.Module):
       std=cfg.init_std / (2 * cfg.L) ** 0.5,
       compute=compute,
       rngs=rngs,
+      bias=cfg.out_bias,
     )
 
-  def __call__(self, x_BTD, segments_BT, cached, key):
+  def __call__(self, x_BTD, positions_BT, segments_BT, window, cached, key):
     q_BTNH, k_BTNH, v_BTNH = jnp.unstack(self.qkv(x_BTD), axis=2)
+    if self.cfg.rotary_dim:
+      q_BTNH, k_BTNH = (rotate(x, positions_BT, self.cfg.rotary_dim) for x in (q_BTNH, k_BTNH))
     k_BSNH, v_BSNH, segments_BS, offset = cached(k_BTNH, v_BTNH)
     out_BTNH = attention(
       q_BTNH,
       k_BSNH,
       v_BSNH,
-      scale=self.cfg.H**-0.5,
+      scale=self.cfg.attention_scale,
       offset=offset,
+      window=window,
       q_segments_BT=segments_BT,
       k_segments_BS=segments_BS,
       dropout=self.cfg.attention_dropout,
@@ -164,13 +183,20 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
   def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
     self.cfg = cfg
-    self.norm1, self.norm2 = LayerNorm(cfg, compute), LayerNorm(cfg, compute)
+    self.norm1 = LayerNorm(cfg, compute)
+    if not cfg.parallel:
+      self.norm2 = LayerNorm(cfg, compute)
     self.attention, self.mlp = Attention(cfg, compute, rngs), Mlp(cfg, compute, rngs)
 
-  def __call__(self, x_BTD, segments_BT, cached, key):
+  def __call__(self, x_BTD, positions_BT, segments_BT, window, cached, key):
     keys = (None, None, None) if key is None else jax.random.split(key, 3)
-    rate = self.cfg.residual_dropout
-    x_BTD = x_BTD + dropout(self.attention(self.norm1(x_BTD), segments_BT, cached, keys[0]), rate, keys[1])
+    rate, normed_BTD = self.cfg.residual_dropout, self.norm1(x_BTD)
+    attended_BTD = dropout(
+      self.attention(normed_BTD, positions_BT, segments_BT, window, cached, keys[0]), rate, keys[1]
+    )
+    if self.cfg.parallel:
+      return x_BTD + attended_BTD + dropout(self.mlp(normed_BTD), rate, keys[2])
+    x_BTD = x_BTD + attended_BTD
     return x_BTD + dropout(self.mlp(self.norm2(x_BTD)), rate, keys[2])
 
 
@@ -179,13 +205,26 @@ class Embed(nnx.Module):
     self.tokens = nnx.Param(
       cfg.init_std * jax.random.normal(rngs.params(), (cfg.V, cfg.D)), out_sharding=("vocab", "embed")
     )
-    self.positions = nnx.Param(
-      cfg.init_std * jax.random.normal(rngs.params(), (cfg.P, cfg.D)), out_sharding=(None, "embed")
-    )
+    if not cfg.rotary_dim:
+      self.positions = nnx.Param(
+        cfg.init_std * jax.random.normal(rngs.params(), (cfg.P, cfg.D)), out_sharding=(None, "embed")
+      )
+
+
+class Output(nnx.Module):
+  """What the head has of its own: a table if it is not tied, a bias if there is one."""
+
+  def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+    if not cfg.tied:
+      self.kernel = nnx.Param(
+        cfg.init_std * jax.random.normal(rngs.params(), (cfg.V, cfg.D)), out_sharding=("vocab", "embed")
+      )
+    if cfg.head_bias:
+      self.bias = nnx.Param(jnp.zeros(cfg.V), out_sharding=("vocab",))
 
 
 class Decoder(nnx.Module):
-  """Token ids in, hidden states out; `head_VD` turns hidden states into logits."""
+  """Token ids in, hidden states out; `head` turns hidden states into logits."""
 
   def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
     self.cfg, self.compute = cfg, compute
@@ -194,6 +233,8 @@ class Decoder(nnx.Module):
     stack = nnx.vmap(lambda r: Block(cfg, compute, r), transform_metadata={nnx.PARTITION_NAME: "layers"})
     self.blocks = stack(rngs.split(cfg.L))
     self.norm = LayerNorm(cfg, compute)
+    if not cfg.tied or cfg.head_bias:
+      self.output = Output(cfg, rngs)
 
   def __call__(
     self,
@@ -233,38 +274,58 @@ class Decoder(nnx.Module):
     h_BTD, (k, v) = self._run(ids_BT, segments_BT, positions_BT, None, (cache.k_LBSNH, cache.v_LBSNH), cached)
     return h_BTD, Cache(k, v, segments_BS, cache.used + ids_BT.shape[1])
 
-  def head_VD(self) -> jax.Array:
-    """The output table, tied to the token embedding; in the compute dtype."""
-    return weight(self.embed.tokens, self.compute)
+  def head(self) -> Head:
+    """The output table, in the compute dtype, and its bias, in float32."""
+    table = self.embed.tokens if self.cfg.tied else self.output.kernel
+    bias = self.output.bias.get_value().astype(jnp.float32) if self.cfg.head_bias else None
+    return weight(table, self.compute), bias
 
   def logits(self, h: jax.Array) -> jax.Array:
     """(..., D) -> (..., V) in float32."""
-    return jnp.einsum("...D,VD->...V", h, self.head_VD(), preferred_element_type=jnp.float32)
+    return logits(h, self.head())
 
   def _run(self, ids_BT, segments_BT, positions_BT, key, kv, cached):
     cfg, act = self.cfg, ("batch", None, "act_embed")
     embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
     if positions_BT is None:
       positions_BT = jnp.arange(ids_BT.shape[1])[None]
-    x_BTD = self.head_VD()[ids_BT] + weight(self.embed.positions, self.compute)[positions_BT]
+    x_BTD = weight(self.embed.tokens, self.compute)[ids_BT]
+    if not cfg.rotary_dim:
+      x_BTD = x_BTD + weight(self.embed.positions, self.compute)[positions_BT]
     x_BTD = self.compute.constrain(dropout(x_BTD, cfg.embed_dropout, embed_key), act)
 
     def layer(carry, xs):
       x_BTD, kv = carry
-      block, index, key = xs
+      block, index, window, key = xs
 
       def cached_here(k_BTNH, v_BTNH):
         nonlocal kv
         seen, kv = cached(index, kv, k_BTNH, v_BTNH)
         return seen
 
-      x_BTD = block(x_BTD, segments_BT, cached_here, key)
+      x_BTD = block(x_BTD, positions_BT, segments_BT, window, cached_here, key)
       return (self.compute.constrain(x_BTD, act), kv), None
 
     keys_L = None if key is None else jax.random.split(layers_key, cfg.L)
+    # A layer without a window has one that is longer than any text, so that both kinds are one program.
+    windows_L = jnp.array([window or 2**30 for window in cfg.windows]) if any(cfg.windows) else None
     layer = rematerialised(layer, self.compute.remat)
-    (x_BTD, kv), _ = jax.lax.scan(layer, (x_BTD, kv), (self.blocks, jnp.arange(cfg.L), keys_L))
+    (x_BTD, kv), _ = jax.lax.scan(layer, (x_BTD, kv), (self.blocks, jnp.arange(cfg.L), windows_L, keys_L))
     return self.norm(x_BTD), kv
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rotary_dim: int) -> jax.Array:
+  """Rotary positions (Su et al., arXiv:2104.09864) as GPT-J has them: pairs (0, 1), (2, 3), ... of the first dimensions.
+
+  Angles, sines and the rotation are in float32: bfloat16 rounds position 257 to 256.
+  """
+  turns = 10000 ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+  angles = positions_BT.astype(jnp.float32)[:, :, None, None] * turns
+  sin, cos = jnp.sin(angles), jnp.cos(angles)
+  pairs = x_BTNH[..., :rotary_dim].astype(jnp.float32).reshape(*x_BTNH.shape[:-1], rotary_dim // 2, 2)
+  even, odd = pairs[..., 0], pairs[..., 1]
+  turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(*x_BTNH.shape[:-1], rotary_dim)
+  return jnp.concatenate([turned.astype(x_BTNH.dtype), x_BTNH[..., rotary_dim:]], -1)
 
 
 def weight(param: nnx.Param, compute: Compute) -> jax.Array:

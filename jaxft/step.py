@@ -40,7 +40,7 @@ def make_train_step(
 
   def loss_sum(params, part, key):
     model = nnx.merge(graph, params)
-    return cross_entropy_sum(model(part["ids"], key=key), model.head_VD(), part["targets"], part["mask"], loss_chunk)
+    return cross_entropy_sum(model(part["ids"], key=key), model.head(), part["targets"], part["mask"], loss_chunk)
 
   def train_step(state: State, batch: dict) -> tuple[State, dict]:
     tokens = jnp.sum(batch["mask"])
@@ -79,7 +79,7 @@ def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> Callable:
   def eval_step(params: Any, batch: dict) -> tuple[jax.Array, jax.Array]:
     model = nnx.merge(graph, params)
     part = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
-    loss = cross_entropy_sum(model(part["ids"]), model.head_VD(), part["targets"], part["mask"], loss_chunk)
+    loss = cross_entropy_sum(model(part["ids"]), model.head(), part["targets"], part["mask"], loss_chunk)
     return loss, jnp.sum(part["mask"])
 
   return eval_step

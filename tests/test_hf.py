@@ -6,7 +6,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny
 from safetensors.numpy import load_file, save_file
 
 from jaxft import model
@@ -56,7 +55,7 @@ def test_narrow_dtypes_come_in_and_go_out(folder, tmp_path, dtype):
   save.export(tmp_path / "out", params, checkpoint, dtype=dtype)
   before, after = load.tensors(narrow), load.tensors(tmp_path / "out")
   for name in before:
-    assert after[name].dtype == numpy_dtype and before[name].tobytes() == after[name].tobytes()
+    assert after[name].dtype == numpy_dtype and before[name].view().tobytes() == after[name].view().tobytes()
 
 
 def test_shards_and_meshes_change_nothing(folder, tmp_path):
@@ -119,9 +118,9 @@ def test_weights_that_do_not_fit_are_named(folder, tmp_path, change, told):
     (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
     (dict(reorder_and_upcast_attn=True), "reorder_and_upcast_attn"),
     (dict(activation_function="relu"), "activation_function='relu'"),
-    (dict(n_layer=10**9), "n_layer"),
+    (dict(n_layer=10**9), "layers: 1000000000"),
     (dict(n_head=7), "n_embd=40 is not divisible by n_head=7"),
-    (dict(vocab_size="x"), "vocab_size"),
+    (dict(vocab_size="x"), "vocabulary: 'x'"),
     (dict(n_embd=None), "wrong type"),
   ],
 )
@@ -178,9 +177,11 @@ def test_an_export_that_differs_is_never_put_in_place(folder, tmp_path, monkeypa
   real = load.tensors
 
   def one_bit_off(folder):
-    tensors = {name: np.array(tensor) for name, tensor in real(folder).items()}
-    tensors["transformer.wpe.weight"].view(np.uint8).reshape(-1)[5] ^= 1
-    return tensors
+    file = next(iter(real(folder).values())).file
+    content = bytearray(file.read_bytes())
+    content[real(folder)["transformer.wpe.weight"].offset + 5] ^= 1
+    file.write_bytes(content)
+    return real(folder)
 
   monkeypatch.setattr(load, "tensors", one_bit_off)
   with pytest.raises(StorageError, match="'transformer.wpe.weight' read back differs"):
@@ -203,26 +204,3 @@ def test_exported_folder_is_transformers_own(folder, tmp_path):
       save._logits(graph, params, ids.astype(np.int32)), theirs(torch.from_numpy(ids)).logits, atol=1e-4
     )
   assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("the cat")["input_ids"]
-
-
-def test_every_tensor_of_the_published_sizes_has_a_rule():
-  for size, (D, L) in {"small": (768, 12), "xl": (1600, 48)}.items():
-    names = set(tiny.gpt2_tensors(8, 8, 2, 3, L, seed=0))
-    cfg = model.ModelConfig(
-      V=50257,
-      P=1024,
-      D=D,
-      F=4 * D,
-      L=L,
-      N=D // 64,
-      H=64,
-      norm_eps=1e-5,
-      embed_dropout=0,
-      attention_dropout=0,
-      residual_dropout=0,
-      init_std=0.02,
-    )
-    _, shapes, _ = model.abstract(cfg, model.Compute())
-    checkpoint = load.Checkpoint(None, {"model_type": "gpt2"}, cfg)
-    assert {name for name, _, _ in save.hf_tensors(shapes, checkpoint, np.dtype("float32"))} == names
-    assert model.parameter_count(shapes) == {"small": 124_439_808, "xl": 1_557_611_200}[size]

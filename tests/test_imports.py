@@ -20,7 +20,7 @@ LEAVES = {
   "jaxft.optim": set(),
   "jaxft.config": {"jaxft.errors"},
   "jaxft.sharding": {"jaxft.errors"},
-  "jaxft.model": {"jaxft.attention"},
+  "jaxft.model": {"jaxft.attention", "jaxft.loss"},
   "jaxft.step": {"jaxft.loss"},
   "jaxft.sample": {"jaxft.errors", "jaxft.model"},
   "jaxft.data.sources": {"jaxft.errors"},

@@ -6,9 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from jaxft.loss import cross_entropy_sum
+from jaxft import loss
 
 B, T, D, V = 3, 29, 11, 37
+
+
+def cross_entropy_sum(h, table, bias, *rest):
+  return loss.cross_entropy_sum(h, (table, bias), *rest)
 
 
 def inputs(seed=0):
@@ -16,23 +20,24 @@ def inputs(seed=0):
   return (
     rng.standard_normal((B, T, D), np.float32),
     rng.standard_normal((V, D), np.float32),
+    rng.standard_normal(V, np.float32),
     rng.integers(V, size=(B, T)).astype(np.int32),
     rng.random((B, T)) < 0.7,
   )
 
 
 def test_equals_optax():
-  h, head, targets, mask = inputs()
-  wanted = optax.softmax_cross_entropy_with_integer_labels(jnp.einsum("BTD,VD->BTV", h, head), targets)
-  np.testing.assert_allclose(cross_entropy_sum(h, head, targets, mask), (wanted * mask).sum(), rtol=1e-6)
+  h, table, bias, targets, mask = inputs()
+  wanted = optax.softmax_cross_entropy_with_integer_labels(jnp.einsum("BTD,VD->BTV", h, table) + bias, targets)
+  np.testing.assert_allclose(cross_entropy_sum(h, table, bias, targets, mask), (wanted * mask).sum(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 8, 29, 64])
 def test_chunks_change_neither_loss_nor_gradient(chunk):
-  h, head, targets, mask = inputs()
-  whole, parts = (jax.value_and_grad(cross_entropy_sum, (0, 1)) for _ in range(2))
+  h, table, bias, targets, mask = inputs()
+  whole, parts = (jax.value_and_grad(cross_entropy_sum, (0, 1, 2)) for _ in range(2))
   for a, b in zip(
-    jax.tree.leaves(whole(h, head, targets, mask)), jax.tree.leaves(parts(h, head, targets, mask, chunk))
+    jax.tree.leaves(whole(h, table, bias, targets, mask)), jax.tree.leaves(parts(h, table, bias, targets, mask, chunk))
   ):
     np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-5)
 
@@ -43,11 +48,11 @@ def test_a_chunked_loss_holds_no_whole_logits():
 
 
 def test_what_is_masked_counts_for_nothing():
-  h, head, targets, mask = inputs()
+  h, table, bias, targets, mask = inputs()
   other = np.where(mask, targets, (targets + 1) % V)
   for chunk in (0, 7):
     np.testing.assert_array_equal(
-      cross_entropy_sum(h, head, targets, mask, chunk), cross_entropy_sum(h, head, other, mask, chunk)
+      cross_entropy_sum(h, table, bias, targets, mask, chunk), cross_entropy_sum(h, table, bias, other, mask, chunk)
     )
-  d_h = jax.grad(cross_entropy_sum)(h, head, targets, mask)
+  d_h = jax.grad(cross_entropy_sum)(h, table, bias, targets, mask)
   assert (d_h[~mask] == 0).all() and (np.abs(d_h[mask]).sum(-1) > 0).all()

@@ -34,7 +34,7 @@ def loss_of(graph, ids, **how):
   def loss(params):
     decoder = nnx.merge(graph, params)
     mask = jnp.ones((ids.shape[0], ids.shape[1] - 1), bool)
-    return cross_entropy_sum(decoder(ids[:, :-1], **how), decoder.head_VD(), ids[:, 1:], mask)
+    return cross_entropy_sum(decoder(ids[:, :-1], **how), decoder.head(), ids[:, 1:], mask)
 
   return loss
 
@@ -87,7 +87,7 @@ def test_scan_equals_a_plain_loop(folder):
   x = params["embed"]["tokens"][ids] + params["embed"]["positions"]
   for layer in range(cfg.L):
     block = jax.tree.map(lambda a, layer=layer: a[layer], decoder.blocks)
-    x = block(x, None, lambda k, v: (k, v, None, 0), None)
+    x = block(x, None, None, None, lambda k, v: (k, v, None, 0), None)
   np.testing.assert_allclose(decoder(ids), decoder.norm(x), rtol=1e-5, atol=1e-5)  # values are around 1
 
 
@@ -161,6 +161,7 @@ def test_new_weights_have_gpt2s_scales():
     attention_dropout=0,
     residual_dropout=0,
     init_std=0.02,
+    attention_scale=0.25,
   )
   params = nnx.to_pure_dict(nnx.state(model.build(cfg, Compute(), seed=1)))
   std = lambda a: float(np.std(a))

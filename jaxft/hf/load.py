@@ -1,6 +1,8 @@
 """A Hugging Face folder (or hub id) -> ModelConfig, tokenizer files and weights, read straight into their shards."""
 
+import functools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxft.errors import RequestError, first_line
 from jaxft.hf import facts
-from jaxft.hf.tables import FAMILIES, Family, Rule, hf_shape, to_ours
+from jaxft.hf.tables import EMBEDDING, FAMILIES, HEAD, PREFIX, Family, Rule, hf_shape, stacking_axis, to_ours
 from jaxft.model import ModelConfig
 
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -108,8 +110,23 @@ def weight_files(folder: Path) -> list[Path]:
   return [folder / name for name in names]
 
 
-def tensors(folder: Path) -> dict[str, np.ndarray]:
-  """Every tensor of the folder's safetensors files by name, memory-mapped: bytes are read when they are used."""
+class Tensor(NamedTuple):
+  """Where one tensor lies in a file."""
+
+  file: Path
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  offset: int  # bytes from the start of the file
+
+  def view(self) -> np.ndarray:
+    """The tensor, memory-mapped: bytes are read when they are used, and leave memory with the view."""
+    if not math.prod(self.shape):
+      return np.empty(self.shape, self.dtype)
+    return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+  """Every tensor of the folder's safetensors files by name; nothing but the headers is read."""
   found = {}
   for file in weight_files(folder):
     try:
@@ -121,74 +138,94 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
     except (SafetensorError, OSError, ValueError) as error:
       raise RequestError(f"{file}: not a safetensors file, or a damaged one ({error})") from error
     header.pop("__metadata__", None)
-    data = np.memmap(file, np.uint8, mode="r", offset=8 + size) if header else None
     for name, entry in header.items():
       if name in found:
         raise RequestError(f"{file}: tensor {name!r} is in another file of the folder too")
+      if entry["dtype"] in ("BOOL", "U8"):
+        continue  # causal masks of old checkpoints; a weight of this dtype is then missing by name
       if entry["dtype"] not in DTYPES:
-        if entry["dtype"] in ("BOOL", "U8"):
-          continue  # only causal-mask buffers have these; `load` refuses the name if it is anything else
         raise RequestError(f"{file}: tensor {name!r} has dtype {entry['dtype']}, not one of {', '.join(DTYPES)}")
-      start, end = entry["data_offsets"]
-      found[name] = data[start:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+      found[name] = Tensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
   return found
 
 
 def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
   """The checkpoint's parameters as float32 arrays with these shardings; both trees are those of `model.abstract`.
 
-  Each process reads only the slices that its devices hold. Every tensor is used exactly once: an unknown, a missing, a
-  misshaped or an untied one raises RequestError with its name.
+  Each process reads only the slices that its devices hold, and at most one parameter is in host memory besides the arrays
+  themselves. Every tensor is used exactly once: an unknown, a missing, a misshaped or an untied one raises RequestError
+  with its name.
   """
-  family, source = checkpoint.family, _named(checkpoint)
-  by_path = {
-    ".".join(key.key for key in path): (path, shape) for path, shape in jax.tree_util.tree_flatten_with_path(shapes)[0]
-  }
-  placed = dict(zip(by_path, jax.tree.leaves(shardings), strict=True))
-  arrays = {}
-  for rule in family.rules:
-    shape = by_path[rule.ours][1].shape
-    layers = [_take(checkpoint.folder, source, rule, layer, shape) for layer in range(shape[0] if rule.stacked else 1)]
-    arrays[rule.ours] = jax.make_array_from_callback(
-      shape, placed[rule.ours], lambda index, rule=rule, layers=layers: _slice(layers, index, rule.stacked)
-    )
+  source = _named(checkpoint)
+  paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
+  wanted = {".".join(key.key for key in path): leaf.shape for path, leaf in paths}
+  rules = {rule.ours: rule for rule in checkpoint.family.rules}
+  pieces = {path: _take(checkpoint.folder, source, rules[path], shape) for path, shape in wanted.items()}
   if source:
     raise RequestError(
       f"{checkpoint.folder}: tensor {min(source)!r} has no place in a {checkpoint.hf_config['model_type']} "
       f"model of {checkpoint.cfg.L} layers ({len(source)} such tensors)"
     )
-  return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[path] for path in by_path])
+  arrays = [
+    jax.make_array_from_callback(shape, place, functools.partial(_slice, rules[path], pieces[path], shape))
+    for (path, shape), place in zip(wanted.items(), jax.tree.leaves(shardings), strict=True)
+  ]
+  return jax.tree.unflatten(structure, arrays)
 
 
-def _named(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-  """The folder's tensors by their names without prefix, less buffers and the tied head."""
-  family, named = checkpoint.family, {}
+def _named(checkpoint: Checkpoint) -> dict[str, Tensor]:
+  """The folder's tensors by their names without prefix, less buffers and a tied head."""
+  named = {}
   for name, tensor in tensors(checkpoint.folder).items():
-    short = name.removeprefix(family.prefix)
+    short = name.removeprefix(PREFIX)
     if short in named:
-      raise RequestError(f"{checkpoint.folder}: tensor {short!r} is there with and without {family.prefix!r}")
-    if not any(re.fullmatch(pattern, short) for pattern in family.buffers):
+      raise RequestError(f"{checkpoint.folder}: tensor {short!r} is there with and without {PREFIX!r}")
+    if not any(re.fullmatch(pattern, short) for pattern in checkpoint.family.buffers):
       named[short] = tensor
-  head = named.pop(family.head, None)
-  if head is not None and not np.array_equal(head, named.get(family.tied_to, ())):
-    raise RequestError(f"{checkpoint.folder}: {family.head} differs from {family.tied_to}, which it must be tied to")
+  if checkpoint.cfg.tied and HEAD in named:
+    head, embedding = named.pop(HEAD), named.get(EMBEDDING)
+    if embedding is None or not np.array_equal(head.view(), embedding.view()):
+      raise RequestError(
+        f"{checkpoint.folder}: {HEAD} differs from {EMBEDDING}, but config.json ties them (tie_word_embeddings)"
+      )
   return named
 
 
-def _take(folder: Path, source: dict[str, np.ndarray], rule: Rule, layer: int, shape: tuple[int, ...]) -> np.ndarray:
-  """One layer's tensor, out of `source`, as a view in our layout."""
-  name = rule.hf.format(layer)
-  ours = shape[1:] if rule.stacked else shape
-  tensor, wanted = source.pop(name, None), hf_shape(rule.layout, ours)
-  if tensor is None:
-    raise RequestError(f"{folder}: tensor {name!r} is missing")
-  if tensor.shape != wanted:
-    raise RequestError(f"{folder}: tensor {name!r} has shape {tensor.shape}, config.json asks for {wanted}")
-  return to_ours(rule.layout, tensor, ours)
+def _take(folder: Path, source: dict[str, Tensor], rule: Rule, shape: tuple[int, ...]) -> list[list[Tensor]]:
+  """The tensors of a parameter, out of `source`: for each layer, those that are stacked in it."""
+  one_layer = shape[1:] if rule.by_layer else shape
+  fits, found = hf_shape(rule.layout, one_layer), []
+  for layer in range(shape[0] if rule.by_layer else 1):
+    names = [name.format(layer) for name in rule.names]
+    for name in names:
+      if name not in source:
+        raise RequestError(f"{folder}: tensor {name!r} is missing")
+      if source[name].shape != fits:
+        raise RequestError(f"{folder}: tensor {name!r} has shape {source[name].shape}, config.json asks for {fits}")
+    found.append([source.pop(name) for name in names])
+  return found
 
 
-def _slice(layers: list[np.ndarray], index: tuple[slice, ...], stacked: bool) -> np.ndarray:
-  """The part of a parameter that one device holds, copied out of the mapped files as float32."""
-  if not stacked:
-    return np.ascontiguousarray(layers[0][index], np.float32)
-  return np.stack([layer[index[1:]] for layer in layers[index[0]]]).astype(np.float32, copy=False)
+def _slice(rule: Rule, layers: list[list[Tensor]], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+  """The part of a parameter that one device holds, copied out of the files as float32."""
+  sizes = [len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True)]
+  part = _aligned(tuple(sizes))
+  into, cuts = (part, index[1:]) if rule.by_layer else (part[None], index)
+  chosen = layers[index[0]] if rule.by_layer else layers
+  axis, one_layer = stacking_axis(rule.layout), shape[1:] if rule.by_layer else shape
+  for target, stacked in zip(into, chosen, strict=True):
+    if axis is None:
+      target[...] = to_ours(rule.layout, stacked[0].view(), one_layer)[cuts]
+      continue
+    within = cuts[:axis] + cuts[axis + 1 :]
+    for place, tensor in zip(np.moveaxis(target, axis, 0), stacked[cuts[axis]], strict=True):
+      place[...] = to_ours(rule.layout, tensor.view(), one_layer)[within]
+  return part
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+  """Empty float32 at a multiple of 64 bytes: JAX uses such memory on a CPU as it is, instead of copying it."""
+  size = 4 * math.prod(shape)
+  raw = np.empty(size + 64, np.uint8)
+  start = -raw.ctypes.data % 64
+  return raw[start : start + size].view(np.float32).reshape(shape)

@@ -21,7 +21,7 @@ from jaxft import model
 from jaxft.errors import RequestError, StorageError
 from jaxft.files import write_whole
 from jaxft.hf import load
-from jaxft.hf.tables import hf_shape, to_hf
+from jaxft.hf.tables import full_name, hf_shape, to_hf
 
 EXPORT_DTYPES = {
   "float32": np.dtype("float32"),
@@ -90,16 +90,21 @@ def export(
 
 def hf_tensors(params: Any, checkpoint: load.Checkpoint, dtype: np.dtype):
   """(name, shape, function that gives the tensor): one tensor at a time leaves the devices."""
-  flat = {".".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+  leaves = {".".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
   for rule in checkpoint.family.rules:
-    leaf = flat[rule.ours]
-    for layer in range(leaf.shape[0] if rule.stacked else 1):
-      shape = hf_shape(rule.layout, leaf.shape[1:] if rule.stacked else leaf.shape)
+    if rule.ours not in leaves:
+      continue  # a head that is tied
+    leaf = leaves.pop(rule.ours)
+    shape = hf_shape(rule.layout, leaf.shape[1:] if rule.by_layer else leaf.shape)
+    for layer in range(leaf.shape[0] if rule.by_layer else 1):
+      for index, name in enumerate(rule.names):
 
-      def tensor(rule=rule, leaf=leaf, layer=layer):
-        return to_hf(rule.layout, np.asarray(leaf[layer] if rule.stacked else leaf).astype(dtype))
+        def tensor(rule=rule, leaf=leaf, layer=layer, index=index):
+          return to_hf(rule.layout, np.asarray(leaf[layer] if rule.by_layer else leaf).astype(dtype), index)
 
-      yield checkpoint.family.prefix + rule.hf.format(layer), shape, tensor
+        yield full_name(name.format(layer)), shape, tensor
+  if leaves:
+    raise KeyError(f"{sorted(leaves)}: no rule writes these parameters")
 
 
 def verify(folder: Path, params: Any, checkpoint: load.Checkpoint, dtype: str) -> dict[str, Any]:
@@ -111,7 +116,7 @@ def verify(folder: Path, params: Any, checkpoint: load.Checkpoint, dtype: str) -
   """
   written = load.tensors(folder)
   for name, _, tensor in hf_tensors(params, checkpoint, EXPORT_DTYPES[dtype]):
-    if not np.array_equal(written.pop(name).view(np.uint8), tensor().view(np.uint8)):
+    if not np.array_equal(written.pop(name).view().view(np.uint8), tensor().view(np.uint8)):
       raise StorageError(
         f"{folder}: tensor {name!r} read back differs from what was written; the disk is not to be trusted"
       )

@@ -1,6 +1,7 @@
-"""Weight names and layouts as data, one table a family, used in both directions. No arithmetic: reshape and transpose only.
+"""Weight names and layouts as data, one table a family, used in both directions. No arithmetic: reshape, transpose, stack.
 
-A layout reads Hugging Face -> ours. Letters are the axes (see model.py), brackets are axes that Hugging Face has merged.
+A layout reads Hugging Face -> ours. Letters are the axes (see model.py), brackets are axes that Hugging Face has merged; a
+letter that only ours has is the axis along which several tensors are stacked.
 """
 
 import math
@@ -11,74 +12,137 @@ import numpy as np
 
 
 class Rule(NamedTuple):
-  hf: str  # name in the checkpoint; {} is the layer, which is axis 0 of ours
+  hf: str | tuple[str, ...]  # names in the checkpoint; {} is the layer, which is axis 0 of ours
   ours: str  # path of the parameter
   layout: str
 
   @property
-  def stacked(self) -> bool:
-    return "{}" in self.hf
+  def names(self) -> tuple[str, ...]:
+    return (self.hf,) if isinstance(self.hf, str) else self.hf
 
-
-GPT2 = (
-  Rule("wte.weight", "embed.tokens", "V D -> V D"),
-  Rule("wpe.weight", "embed.positions", "P D -> P D"),
-  Rule("h.{}.ln_1.weight", "blocks.norm1.scale", "D -> D"),
-  Rule("h.{}.ln_1.bias", "blocks.norm1.bias", "D -> D"),
-  Rule("h.{}.attn.c_attn.weight", "blocks.attention.qkv.kernel", "D (Q N H) -> D Q N H"),  # Conv1D: inputs first
-  Rule("h.{}.attn.c_attn.bias", "blocks.attention.qkv.bias", "(Q N H) -> Q N H"),
-  Rule("h.{}.attn.c_proj.weight", "blocks.attention.out.kernel", "(N H) D -> N H D"),
-  Rule("h.{}.attn.c_proj.bias", "blocks.attention.out.bias", "D -> D"),
-  Rule("h.{}.ln_2.weight", "blocks.norm2.scale", "D -> D"),
-  Rule("h.{}.ln_2.bias", "blocks.norm2.bias", "D -> D"),
-  Rule("h.{}.mlp.c_fc.weight", "blocks.mlp.up.kernel", "D F -> D F"),
-  Rule("h.{}.mlp.c_fc.bias", "blocks.mlp.up.bias", "F -> F"),
-  Rule("h.{}.mlp.c_proj.weight", "blocks.mlp.down.kernel", "F D -> F D"),
-  Rule("h.{}.mlp.c_proj.bias", "blocks.mlp.down.bias", "D -> D"),
-  Rule("ln_f.weight", "norm.scale", "D -> D"),
-  Rule("ln_f.bias", "norm.bias", "D -> D"),
-)
+  @property
+  def by_layer(self) -> bool:
+    return "{}" in self.names[0]
 
 
 class Family(NamedTuple):
   rules: tuple[Rule, ...]
-  prefix: str  # always written, stripped when read: the oldest checkpoints have none
-  buffers: tuple[str, ...]  # patterns of tensors that hold no weights (causal masks)
-  head: str  # output table, tied to `tied_to`: compared when read, then dropped; not written
-  tied_to: str
+  buffers: tuple[str, ...]  # patterns of tensors that hold no weights (causal masks, rotary tables)
   architecture: str  # transformers' class
 
 
-FAMILIES = {
-  "gpt2": Family(
-    GPT2, "transformer.", (r"h\.\d+\.attn\.(masked_)?bias",), "lm_head.weight", "wte.weight", "GPT2LMHeadModel"
+PREFIX = (
+  "transformer."  # written before every name but the head's, stripped when read: the oldest checkpoints have none
+)
+HEAD, HEAD_BIAS, EMBEDDING = "lm_head.weight", "lm_head.bias", "wte.weight"
+HEADS = (HEAD, HEAD_BIAS)
+
+COMMON = (
+  Rule(EMBEDDING, "embed.tokens", "V D -> V D"),
+  Rule("ln_f.weight", "norm.scale", "D -> D"),
+  Rule("ln_f.bias", "norm.bias", "D -> D"),
+  Rule("h.{}.ln_1.weight", "blocks.norm1.scale", "D -> D"),
+  Rule("h.{}.ln_1.bias", "blocks.norm1.bias", "D -> D"),
+  Rule(HEAD, "output.kernel", "V D -> V D"),  # not read and not written where the head is tied
+)
+LEARNED_POSITIONS = (Rule("wpe.weight", "embed.positions", "P D -> P D"),)
+SEQUENTIAL = (
+  Rule("h.{}.ln_2.weight", "blocks.norm2.scale", "D -> D"),
+  Rule("h.{}.ln_2.bias", "blocks.norm2.bias", "D -> D"),
+)
+MLP_BIASES = (
+  Rule("h.{}.mlp.c_fc.bias", "blocks.mlp.up.bias", "F -> F"),
+  Rule("h.{}.mlp.c_proj.bias", "blocks.mlp.down.bias", "D -> D"),
+)
+
+GPT2 = (  # Conv1D: inputs first
+  *COMMON,
+  *LEARNED_POSITIONS,
+  *SEQUENTIAL,
+  *MLP_BIASES,
+  Rule("h.{}.attn.c_attn.weight", "blocks.attention.qkv.kernel", "D (Q N H) -> D Q N H"),
+  Rule("h.{}.attn.c_attn.bias", "blocks.attention.qkv.bias", "(Q N H) -> Q N H"),
+  Rule("h.{}.attn.c_proj.weight", "blocks.attention.out.kernel", "(N H) D -> N H D"),
+  Rule("h.{}.attn.c_proj.bias", "blocks.attention.out.bias", "D -> D"),
+  Rule("h.{}.mlp.c_fc.weight", "blocks.mlp.up.kernel", "D F -> D F"),
+  Rule("h.{}.mlp.c_proj.weight", "blocks.mlp.down.kernel", "F D -> F D"),
+)
+GPT_NEO = (  # Linear: outputs first
+  *COMMON,
+  *LEARNED_POSITIONS,
+  *SEQUENTIAL,
+  *MLP_BIASES,
+  Rule(
+    tuple(f"h.{{}}.attn.attention.{part}_proj.weight" for part in "qkv"),
+    "blocks.attention.qkv.kernel",
+    "(N H) D -> D Q N H",
   ),
+  Rule("h.{}.attn.attention.out_proj.weight", "blocks.attention.out.kernel", "D (N H) -> N H D"),
+  Rule("h.{}.attn.attention.out_proj.bias", "blocks.attention.out.bias", "D -> D"),
+  Rule("h.{}.mlp.c_fc.weight", "blocks.mlp.up.kernel", "F D -> D F"),
+  Rule("h.{}.mlp.c_proj.weight", "blocks.mlp.down.kernel", "D F -> F D"),
+)
+GPTJ = (
+  *COMMON,
+  Rule(HEAD_BIAS, "output.bias", "V -> V"),
+  Rule(tuple(f"h.{{}}.attn.{part}_proj.weight" for part in "qkv"), "blocks.attention.qkv.kernel", "(N H) D -> D Q N H"),
+  Rule("h.{}.attn.out_proj.weight", "blocks.attention.out.kernel", "D (N H) -> N H D"),
+  Rule("h.{}.mlp.fc_in.weight", "blocks.mlp.up.kernel", "F D -> D F"),
+  Rule("h.{}.mlp.fc_in.bias", "blocks.mlp.up.bias", "F -> F"),
+  Rule("h.{}.mlp.fc_out.weight", "blocks.mlp.down.kernel", "D F -> F D"),
+  Rule("h.{}.mlp.fc_out.bias", "blocks.mlp.down.bias", "D -> D"),
+)
+
+FAMILIES = {
+  "gpt2": Family(GPT2, (r"h\.\d+\.attn\.(masked_)?bias",), "GPT2LMHeadModel"),
+  "gpt_neo": Family(GPT_NEO, (r"h\.\d+\.attn\.attention\.(masked_)?bias",), "GPTNeoForCausalLM"),
+  "gptj": Family(GPTJ, (r"h\.\d+\.attn\.((masked_)?bias|embed_positions)",), "GPTJForCausalLM"),
 }
 
 
+def full_name(name: str) -> str:
+  """The name as transformers writes it."""
+  return name if name in HEADS else PREFIX + name
+
+
 def hf_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Shape of the Hugging Face tensor for a parameter (one layer of it) of `shape`."""
+  """Shape of one Hugging Face tensor for a parameter (one layer of it) of `shape`."""
   left, right = _sides(layout)
   size = dict(zip((letter for group in right for letter in group), shape, strict=True))
   return tuple(math.prod(size[letter] for letter in group) for group in left)
 
 
 def to_ours(layout: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """A view of `tensor` in our layout: nothing is copied as long as `tensor` is contiguous."""
+  """A view of `tensor` in our layout, less the axis along which tensors are stacked; `tensor` must be contiguous."""
   left, right = _sides(layout)
   order = [group[0] for group in right]
   size = dict(zip(order, shape, strict=True))
   letters = [letter for group in left for letter in group]
-  return tensor.reshape([size[letter] for letter in letters]).transpose([letters.index(letter) for letter in order])
+  split = tensor.reshape([size[letter] for letter in letters])
+  return split.transpose([letters.index(letter) for letter in order if letter in letters])
 
 
-def to_hf(layout: str, ours: np.ndarray) -> np.ndarray:
-  """The inverse of `to_ours`, contiguous: safetensors 0.8 writes wrong bytes for other arrays (safetensors#825)."""
+def to_hf(layout: str, ours: np.ndarray, index: int) -> np.ndarray:
+  """The inverse of `to_ours`, for the tensor that is number `index` of the stacked ones.
+
+  The result is contiguous: safetensors 0.8 writes wrong bytes for other arrays (safetensors#825).
+  """
   left, right = _sides(layout)
   order = [group[0] for group in right]
   letters = [letter for group in left for letter in group]
-  split = ours.transpose([order.index(letter) for letter in letters])
-  return np.ascontiguousarray(split.reshape(hf_shape(layout, ours.shape)))
+  shape = hf_shape(layout, ours.shape)
+  axis = stacking_axis(layout)
+  if axis is not None:
+    ours, order = ours.take(index, axis), [letter for letter in order if letter in letters]
+  return np.ascontiguousarray(ours.transpose([order.index(letter) for letter in letters]).reshape(shape))
+
+
+def stacking_axis(layout: str) -> int | None:
+  """The axis of ours that no Hugging Face tensor has."""
+  left, right = _sides(layout)
+  letters = {letter for group in left for letter in group}
+  extra = [axis for axis, group in enumerate(right) if group[0] not in letters]
+  return extra[0] if extra else None
 
 
 def _sides(layout: str) -> list[list[list[str]]]:

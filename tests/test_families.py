@@ -1,0 +1,280 @@
+"""GPT-2, GPT-Neo and GPT-J against transformers in torch: logits, loss, every gradient, training, bytes, names, text."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from jaxft import config as settings
+from jaxft import model, optim
+from jaxft.hf import load, save
+from jaxft.loss import cross_entropy_sum
+from jaxft.sample import Generator, Sampling
+from jaxft.step import State, make_train_step
+
+torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
+transformers = pytest.importorskip("transformers")
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+NO_DROPOUT = {
+  name: 0.0
+  for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "embed_dropout", "attention_dropout", "resid_dropout")
+}
+
+# Three odd shapes a family: widths and lengths that tell axes apart, windows shorter than the text, few rotated dimensions.
+GPT2 = [
+  dict(vocab_size=97, n_positions=607, n_embd=42, n_head=3, n_inner=53, n_layer=3),
+  dict(vocab_size=53, n_positions=613, n_embd=26, n_head=2, n_inner=None, n_layer=2, layer_norm_epsilon=1e-4),
+  dict(vocab_size=131, n_positions=601, n_embd=35, n_head=5, n_inner=17, n_layer=5),
+]
+GPT_NEO = [
+  dict(
+    vocab_size=97,
+    max_position_embeddings=607,
+    hidden_size=42,
+    num_heads=3,
+    intermediate_size=53,
+    num_layers=4,
+    attention_types=[[["global", "local"], 2]],
+    window_size=256,
+  ),
+  dict(
+    vocab_size=53,
+    max_position_embeddings=613,
+    hidden_size=26,
+    num_heads=2,
+    intermediate_size=None,
+    num_layers=3,
+    attention_types=[[["local", "global", "local"], 1]],
+    window_size=17,
+  ),
+  dict(
+    vocab_size=131,
+    max_position_embeddings=601,
+    hidden_size=35,
+    num_heads=5,
+    intermediate_size=19,
+    num_layers=2,
+    attention_types=[[["global"], 2]],
+    window_size=5,
+  ),
+]
+GPTJ = [
+  dict(vocab_size=97, n_positions=607, n_embd=44, n_head=2, n_inner=53, n_layer=3, rotary_dim=6),
+  dict(vocab_size=53, n_positions=613, n_embd=26, n_head=1, n_inner=None, n_layer=2, rotary_dim=26),
+  dict(vocab_size=131, n_positions=601, n_embd=42, n_head=3, n_inner=17, n_layer=4, rotary_dim=2),
+]
+CLASSES = {
+  "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+  "gpt_neo": (transformers.GPTNeoConfig, transformers.GPTNeoForCausalLM),
+  "gptj": (transformers.GPTJConfig, transformers.GPTJForCausalLM),
+}
+CASES = [
+  pytest.param((family, sizes, tied), id=f"{family}-{i}-{'tied' if tied else 'untied'}")
+  for family, all_sizes in (("gpt2", GPT2), ("gpt_neo", GPT_NEO), ("gptj", GPTJ))
+  for i, sizes in enumerate(all_sizes)
+  for tied in (True, False)
+]
+
+
+@pytest.fixture(params=CASES, scope="module")
+def case(request, tmp_path_factory):
+  """Their model, its folder, our checkpoint and weights: everything random, biases and norms too."""
+  family, sizes, tied = request.param
+  config_class, model_class = CLASSES[family]
+  known = config_class().to_dict().keys()
+  config = config_class(
+    **sizes,
+    tie_word_embeddings=tied,
+    bos_token_id=0,
+    eos_token_id=0,
+    **{name: 0.0 for name in NO_DROPOUT.keys() & known},
+  )
+  torch.manual_seed(0)
+  theirs = model_class._from_config(config, attn_implementation="eager").eval()
+  for name, parameter in theirs.named_parameters():
+    torch.nn.init.normal_(parameter, mean=float("ln_" in name and name.endswith("weight")), std=0.2)
+  theirs.tie_weights()
+  folder = tmp_path_factory.mktemp("models") / "m"
+  theirs.save_pretrained(folder)
+  checkpoint = load.find(str(folder))
+  graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
+  return theirs, folder, checkpoint, graph, load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+
+
+def ids_for(checkpoint, B, T, seed=0):
+  return np.random.default_rng(seed).integers(checkpoint.cfg.V, size=(B, T)).astype(np.int32)
+
+
+def relative(ours, theirs):
+  return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("T", [1, 37, 600])
+def test_logits(case, T):
+  theirs, _, checkpoint, graph, params = case
+  ids = ids_for(checkpoint, 2, T)
+  with torch.no_grad():
+    wanted = theirs(torch.from_numpy(ids).long()).logits.numpy()
+  assert relative(save._logits(graph, params, ids), wanted) < 1e-5
+
+
+def test_logits_with_padding_on_either_side(case):
+  theirs, _, checkpoint, graph, params = case
+  ids, real = ids_for(checkpoint, 2, 41), np.ones((2, 41), np.int32)
+  real[0, :13], real[1, 29:] = 0, 0
+  positions = np.maximum(real.cumsum(1) - 1, 0).astype(np.int32)
+  with torch.no_grad():
+    wanted = theirs(
+      torch.from_numpy(ids).long(),
+      attention_mask=torch.from_numpy(real),
+      position_ids=torch.from_numpy(positions).long(),
+    ).logits.numpy()
+  decoder = nnx.merge(graph, params)
+  ours = np.asarray(decoder.logits(decoder(ids, segments_BT=real, positions_BT=positions)))
+  assert relative(ours[real == 1], wanted[real == 1]) < 1e-5
+
+
+def grads_by_name(grads, checkpoint):
+  return {name: tensor() for name, _, tensor in save.hf_tensors(grads, checkpoint, np.dtype("float32"))}
+
+
+def test_loss_and_every_gradient(case):
+  theirs, _, checkpoint, graph, params = case
+  ids = ids_for(checkpoint, 2, 300)
+  theirs.zero_grad()
+  wanted = theirs(torch.from_numpy(ids).long(), labels=torch.from_numpy(ids).long()).loss
+  wanted.backward()
+
+  def loss(params):
+    decoder, mask = nnx.merge(graph, params), jnp.ones((2, 299), bool)
+    return cross_entropy_sum(decoder(ids[:, :-1]), decoder.head(), ids[:, 1:], mask) / mask.sum()
+
+  value, grads = jax.jit(jax.value_and_grad(loss))(params)
+  assert abs(value - wanted.item()) < 1e-5 * wanted.item()
+  ours, named = grads_by_name(grads, checkpoint), dict(theirs.named_parameters())
+  assert ours.keys() == named.keys()
+  largest = max(p.grad.abs().max().item() for p in named.values())
+  for name, grad in ours.items():
+    # A key's bias moves no softmax: its gradient is zero but for rounding. GPT-2 keeps it inside c_attn.bias, so no tensor is
+    # all rounding; 1e-6 of the largest gradient is what zero is compared with all the same.
+    assert np.abs(grad - named[name].grad.numpy()).max() < max(
+      1e-4 * named[name].grad.abs().max().item(), 1e-6 * largest
+    ), name
+
+
+def test_ten_adamw_steps(case):
+  theirs, folder, checkpoint, graph, params = case
+  theirs = type(theirs).from_pretrained(folder, attn_implementation="eager").train()
+  optim_settings = settings.default().optim
+  optim_settings.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-6)
+  tx = optim.optimizer(optim_settings)
+  step = jax.jit(make_train_step(graph, tx, optim.schedule(optim_settings, 10), clip_norm=1.0, loss_chunk=0, seed=0))
+  state = State(jnp.int32(0), params, tx.init(params))
+  # jaxft decays matrices and embeddings. In torch those are the parameters with two axes.
+  groups = [
+    {"params": [p for p in theirs.parameters() if p.ndim == 2], "weight_decay": 0.1},
+    {"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0},
+  ]
+  adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-6)
+  linear = transformers.get_linear_schedule_with_warmup(adamw, 0, 10)
+  for i in range(10):
+    ids = ids_for(checkpoint, 2, 64, seed=i)
+    state, _ = step(state, {"ids": ids[None, :, :-1], "targets": ids[None, :, 1:], "mask": np.ones((1, 2, 63), bool)})
+    adamw.zero_grad()
+    theirs(torch.from_numpy(ids).long(), labels=torch.from_numpy(ids).long()).loss.backward()
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+    adamw.step()
+    linear.step()
+  named = dict(theirs.named_parameters())
+  for name, ours in grads_by_name(state.params, checkpoint).items():
+    wanted = named[name].detach().numpy()
+    if name.endswith("c_attn.bias"):  # less the keys' part: Adam divides its rounding by its own size
+      D = checkpoint.cfg.D
+      ours, wanted = np.delete(ours, np.s_[D : 2 * D]), np.delete(wanted, np.s_[D : 2 * D])
+    assert np.abs(ours - wanted).max() < 1e-4 * max(np.abs(wanted).max(), 1), name
+
+
+def test_out_again_is_byte_identical_and_transformers_misses_nothing(case, tmp_path):
+  _, folder, checkpoint, _, params = case
+  save.export(tmp_path / "out", params, checkpoint)
+  before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+  assert before.keys() == after.keys()
+  assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+  again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+  assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+  assert again.config.tie_word_embeddings == checkpoint.cfg.tied
+
+
+def test_sixty_four_greedy_tokens(case):
+  theirs, _, checkpoint, graph, params = case
+  prompts = [ids_for(checkpoint, 1, n, seed=n)[0].tolist() for n in (5, 23, 1)]
+  ours = Generator(graph, checkpoint.cfg, eos_token_id=-1)(params, prompts, Sampling(64, temperature=0))
+  for prompt, new in zip(prompts, ours):
+    ids = torch.tensor([prompt])
+    out = theirs.generate(
+      ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, pad_token_id=0, eos_token_id=-1
+    )
+    assert new == out[0, len(prompt) :].tolist()
+
+
+def test_a_local_layer_sees_its_window_and_no_more(case):
+  theirs, _, checkpoint, graph, params = case
+  if not any(checkpoint.cfg.windows):
+    assert checkpoint.hf_config["model_type"] != "gpt_neo" or set(checkpoint.cfg.windows) == {0}
+    return
+  window = max(checkpoint.cfg.windows)
+  q, k, v = np.random.default_rng(0).standard_normal((3, 1, 300, 2, 8), np.float32)
+  from jaxft.attention import attention
+
+  seen = jax.grad(lambda v: attention(q, k, v, scale=1.0, window=window)[0, -1].sum())(v)[0].any((1, 2))
+  assert seen[-window:].all() and not seen[:-window].any()
+
+
+# Published sizes: config, and the parameter count that transformers itself gives them.
+PUBLISHED = {
+  "distilgpt2": ("gpt2", dict(n_layer=6)),
+  "gpt2": ("gpt2", {}),
+  "gpt2-medium": ("gpt2", dict(n_embd=1024, n_layer=24, n_head=16)),
+  "gpt2-large": ("gpt2", dict(n_embd=1280, n_layer=36, n_head=20)),
+  "gpt2-xl": ("gpt2", dict(n_embd=1600, n_layer=48, n_head=25)),
+  "gpt-neo-125m": (
+    "gpt_neo",
+    dict(hidden_size=768, num_layers=12, num_heads=12, attention_types=[[["global", "local"], 6]]),
+  ),
+  "gpt-neo-1.3b": (
+    "gpt_neo",
+    dict(hidden_size=2048, num_layers=24, num_heads=16, attention_types=[[["global", "local"], 12]]),
+  ),
+  "gpt-neo-2.7b": (
+    "gpt_neo",
+    dict(hidden_size=2560, num_layers=32, num_heads=20, attention_types=[[["global", "local"], 16]]),
+  ),
+  "gpt-j-6b": ("gptj", {}),
+}
+COUNTS = {
+  "distilgpt2": 81_912_576,
+  "gpt2": 124_439_808,
+  "gpt2-medium": 354_823_168,
+  "gpt2-large": 774_030_080,
+  "gpt2-xl": 1_557_611_200,
+  "gpt-neo-125m": 125_198_592,
+  "gpt-neo-1.3b": 1_315_575_808,
+  "gpt-neo-2.7b": 2_651_307_520,
+  "gpt-j-6b": 6_050_882_784,
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_sizes_have_their_counts_and_names(size):
+  family, changes = PUBLISHED[size]
+  config_class, model_class = CLASSES[family]
+  config = config_class(**changes)
+  checkpoint = load.Checkpoint(None, config.to_dict(), load.facts.model_config(config.to_dict()))
+  _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
+  with torch.device("meta"):
+    theirs = model_class(config)
+  assert model.parameter_count(shapes) == COUNTS[size] == sum(p.numel() for p in theirs.parameters())
+  ours = {name: shape for name, shape, _ in save.hf_tensors(shapes, checkpoint, np.dtype("float32"))}
+  assert ours == {name: tuple(p.shape) for name, p in theirs.named_parameters()}
