@@ -4,7 +4,7 @@ import argparse
 
 from jaxft.command_line import add_model_flags, open_model
 from jaxft.errors import run_command
-from jaxft.hf.save import EXPORT_DTYPES
+from jaxft.hf.save import EXPORT_DTYPES, in_words
 
 
 def main() -> None:
@@ -19,10 +19,7 @@ def main() -> None:
   parser.add_argument("--max_shard_size", default="5GB", help="largest weight file (default: 5GB)")
   arguments = parser.parse_args()
   parity = open_model(arguments).export(arguments.out, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size)
-  print(
-    f"exported to {arguments.out}: tensors {parity['tensors']}, logits within {parity['logits_max_abs_difference']:.1e} "
-    f"(reference: {parity['reference']})"
-  )
+  print(f"exported to {arguments.out}: {in_words(parity)}")
 
 
 if __name__ == "__main__":

@@ -221,10 +221,7 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     out, state.params, source, dtype=config.export.dtype, max_shard_size=config.export.max_shard_size, card=text
   )
   reporter.close()
-  say(
-    f"exported to {out}: logits within {parity['logits_max_abs_difference']:.1e} of the trained model "
-    f"(reference: {parity['reference']})"
-  )
+  say(f"exported to {out}: {save.in_words(parity)}")
   say(
     f"eval loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %)"
     + ("" if floor is None else f"; the text's own entropy: {floor:.4f}")

@@ -45,8 +45,8 @@ def write_tokenizer(folder: Path, V: int) -> None:
   )
 
 
-def gpt2_tensors(V: int, P: int, D: int, F: int, L: int, seed: int, std: float = 0.2) -> dict[str, np.ndarray]:
-  """GPT-2's published names and shapes (Conv1D: inputs first), all random, float32."""
+def gpt2_shapes(V: int, P: int, D: int, F: int, L: int) -> dict[str, tuple[int, ...]]:
+  """GPT-2's published names and shapes (Conv1D: inputs first)."""
   shapes = {"wte.weight": (V, D), "wpe.weight": (P, D), "ln_f.weight": (D,), "ln_f.bias": (D,)}
   for i in range(L):
     for name, shape in {
@@ -64,8 +64,13 @@ def gpt2_tensors(V: int, P: int, D: int, F: int, L: int, seed: int, std: float =
       "mlp.c_proj.bias": (D,),
     }.items():
       shapes[f"h.{i}.{name}"] = shape
+  return {"transformer." + name: shape for name, shape in shapes.items()}
+
+
+def gpt2_tensors(shapes: dict[str, tuple[int, ...]], seed: int, std: float) -> dict[str, np.ndarray]:
+  """All random, float32: biases and norms too."""
   rng = np.random.default_rng(seed)
-  tensors = {"transformer." + name: std * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+  tensors = {name: std * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
   return {
     name: tensor + 1 if ".ln_" in name and name.endswith("weight") else tensor for name, tensor in tensors.items()
   }
@@ -87,7 +92,9 @@ def write_gpt2(
 ) -> Path:
   """A complete GPT-2 folder. 40 = 5 heads of 8 divides over 8 devices; the other sizes are primes."""
   folder.mkdir(parents=True)
-  save_file(gpt2_tensors(V, P, D, F, L, seed, std), folder / "model.safetensors", metadata={"format": "pt"})
+  save_file(
+    gpt2_tensors(gpt2_shapes(V, P, D, F, L), seed, std), folder / "model.safetensors", metadata={"format": "pt"}
+  )
   (folder / "config.json").write_text(
     json.dumps(
       {

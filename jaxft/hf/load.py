@@ -18,6 +18,7 @@ from jaxft.hf.tables import EMBEDDING, FAMILIES, HEAD, PREFIX, Family, Rule, hf_
 from jaxft.model import ModelConfig
 
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What a folder needs to be used and to be exported again; weights in other formats stay on the hub.
 WANTED = ["*.json", "*.txt", "*.safetensors", "tokenizer.model"]
 
@@ -123,6 +124,15 @@ class Tensor(NamedTuple):
     if not math.prod(self.shape):
       return np.empty(self.shape, self.dtype)
     return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+
+  def holds(self, array: np.ndarray) -> bool:
+    """Whether the file's bytes are those of `array`, read in pieces: the largest tensor is a good part of a host's memory."""
+    piece, flat = 2**24, array.reshape(-1).view(np.uint8)
+    if (self.dtype, self.shape) != (array.dtype, array.shape):
+      return False
+    with self.file.open("rb") as stream:
+      stream.seek(self.offset)
+      return all(stream.read(piece)[: flat.size - i] == flat[i : i + piece].data for i in range(0, flat.size, piece))
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Weights -> a Hugging Face folder, written under a temporary name, read back, compared, and only then put in place."""
 
-import gc
 import importlib.util
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +14,6 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors.numpy import save_file
 
 import jaxft
 from jaxft import model
@@ -38,6 +37,7 @@ TOKENIZER_FILES = (
   "generation_config.json",
   "chat_template.jinja",
 )
+LOGITS_LIMIT = 500_000_000  # parameters; larger models are compared tensor by tensor alone, which needs no second copy
 TOLERANCE = 1e-4  # largest difference of two float32 logits that an export may show, the one the docs promise
 
 
@@ -100,11 +100,21 @@ def hf_tensors(params: Any, checkpoint: load.Checkpoint, dtype: np.dtype):
       for index, name in enumerate(rule.names):
 
         def tensor(rule=rule, leaf=leaf, layer=layer, index=index):
-          return to_hf(rule.layout, np.asarray(leaf[layer] if rule.by_layer else leaf).astype(dtype), index)
+          return to_hf(rule.layout, _on_host(leaf, layer if rule.by_layer else None, dtype), index)
 
         yield full_name(name.format(layer)), shape, tensor
   if leaves:
     raise KeyError(f"{sorted(leaves)}: no rule writes these parameters")
+
+
+def _on_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
+  """The array, or a layer of it, shard by shard: np.asarray would keep a second copy of all of it in the array itself."""
+  first = 0 if layer is None else 1
+  whole = np.empty(array.shape[first:], dtype)
+  for shard in array.addressable_shards:
+    if shard.replica_id == 0:
+      whole[shard.index[first:]] = shard.data if layer is None else shard.data[layer]
+  return whole
 
 
 def verify(folder: Path, params: Any, checkpoint: load.Checkpoint, dtype: str) -> dict[str, Any]:
@@ -116,25 +126,27 @@ def verify(folder: Path, params: Any, checkpoint: load.Checkpoint, dtype: str) -
   """
   written = load.tensors(folder)
   for name, _, tensor in hf_tensors(params, checkpoint, EXPORT_DTYPES[dtype]):
-    if not np.array_equal(written.pop(name).view().view(np.uint8), tensor().view(np.uint8)):
+    if not written.pop(name).holds(tensor()):
       raise StorageError(
         f"{folder}: tensor {name!r} read back differs from what was written; the disk is not to be trusted"
       )
   if written:
     raise StorageError(f"{folder}: tensors {sorted(written)} were not meant to be written")
-  T = min(checkpoint.cfg.P, 64)
-  ids_BT = np.random.default_rng(0).integers(checkpoint.cfg.V, size=(2, T)).astype(np.int32)
+  back = load.find(str(folder))
+  if back.cfg != checkpoint.cfg:
+    raise StorageError(f"{folder}: config.json read back describes another model: {back.cfg}, not {checkpoint.cfg}")
+  report = {"tensors": "bit for bit", "dtype": dtype}
+  graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
+  if model.parameter_count(shapes) > LOGITS_LIMIT:
+    return report | {"logits_max_abs_difference": None, "reference": "tensors only: logits would take a second model"}
+
+  ids_BT = np.random.default_rng(0).integers(checkpoint.cfg.V, size=(2, min(checkpoint.cfg.P, 64))).astype(np.int32)
   if importlib.util.find_spec("torch"):
     reference, theirs = _transformers_logits(folder, ids_BT)
   else:
-    graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
-    back = load.load(
-      load.find(str(folder)),
-      shapes,
-      jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes),
-    )
-    reference, theirs = f"jaxft {jaxft.__version__}, weights read back", _logits(graph, back, ids_BT)
-  graph, _, _ = model.abstract(checkpoint.cfg, model.Compute())
+    here = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+    reference = f"jaxft {jaxft.__version__}, weights read back"
+    theirs = _logits(graph, load.load(back, shapes, here), ids_BT)
   rounded = jax.tree.map(lambda p: p.astype(EXPORT_DTYPES[dtype]).astype(jnp.float32), params)
   ours = _logits(graph, rounded, ids_BT)
   difference = float(np.max(np.abs(ours - theirs)))
@@ -143,14 +155,19 @@ def verify(folder: Path, params: Any, checkpoint: load.Checkpoint, dtype: str) -
       f"{folder}: its float32 logits differ by {difference:.1e} from the trained model's ({reference}); "
       f"at most {TOLERANCE:.0e} is rounding. Please report this"
     )
-  return {
-    "tensors": "bit for bit",
+  return report | {
     "logits_max_abs_difference": difference,
     "tolerance": TOLERANCE,
     "reference": reference,
     "tokens_compared": int(ids_BT.size),
-    "dtype": dtype,
   }
+
+
+def in_words(parity: dict[str, Any]) -> str:
+  """What a parity report says, in one line."""
+  difference = parity["logits_max_abs_difference"]
+  logits = "" if difference is None else f", logits within {difference:.1e} of the model in memory"
+  return f"tensors {parity['tensors']}{logits} (reference: {parity['reference']})"
 
 
 def _logits(graph: nnx.GraphDef, params: Any, ids_BT: np.ndarray) -> np.ndarray:
@@ -178,20 +195,33 @@ def _write_weights(
   tensors = {name: (shape, tensor) for name, shape, tensor in hf_tensors(params, checkpoint, dtype)}
   plan = split_state_dict_into_shards_factory(
     tensors,
-    get_storage_size=lambda entry: int(np.prod(entry[0])) * dtype.itemsize,
+    get_storage_size=lambda entry: math.prod(entry[0]) * dtype.itemsize,
     get_storage_id=lambda _: None,
     filename_pattern="model{suffix}.safetensors",
     max_shard_size=max_shard_size,
   )
   for file, names in plan.filename_to_tensors.items():
-    save_file({name: tensors[name][1]() for name in names}, folder / file, metadata={"format": "pt"})
-    gc.collect()  # a shard is gigabytes: do not hold one while the next is put together
-    with open(folder / file, "rb+") as stream:
-      os.fsync(stream.fileno())
+    _write_safetensors(folder / file, {name: tensors[name] for name in names}, dtype)
   if plan.is_sharded:
     _write_json(
       folder / "model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     )
+
+
+def _write_safetensors(file: Path, tensors: dict[str, tuple[tuple[int, ...], Any]], dtype: np.dtype) -> None:
+  """A safetensors file, one tensor in memory at a time: the library's own writer wants them all (0.8)."""
+  header, end = {"__metadata__": {"format": "pt"}}, 0
+  for name, (shape, _) in tensors.items():
+    start, end = end, end + math.prod(shape) * dtype.itemsize
+    header[name] = {"dtype": load.NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
+  with file.open("wb") as stream:
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in tensors.values():
+      stream.write(tensor().view(np.uint8).data)
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,72 @@
+"""GPT-2 XL, 1.5 billion parameters, in and out of eight devices: memory, and every byte."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import save_file
+
+MIB = 2**20
+SCRIPT = """
+import resource, sys, jax
+jax.config.update("jax_num_cpu_devices", 8)
+from pathlib import Path
+from jaxft import config, model, sharding
+from jaxft.hf import load, save
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+source = load.find(sys.argv[1])
+mesh = sharding.make_mesh(config.default().mesh)
+_, shapes, axes = model.abstract(source.cfg, model.Compute())
+params = jax.block_until_ready(load.load(source, shapes, sharding.parameter_shardings(shapes, axes, mesh)))
+print(peak())
+parity = save.export(Path(sys.argv[2]), params, source, dtype="bfloat16", max_shard_size="900MB")
+print(peak())
+"""
+
+
+@pytest.mark.slow
+def test_gpt2_xl_loads_onto_eight_devices_and_goes_out_again(tmp_path):
+  shapes = tiny.gpt2_shapes(V=50257, P=1024, D=1600, F=6400, L=48)
+  folder = tiny.write_gpt2(tmp_path / "tiny", seed=0).rename(tmp_path / "xl")
+  (folder / "model.safetensors").unlink()
+  config = json.loads((folder / "config.json").read_text())
+  config |= dict(vocab_size=50257, n_positions=1024, n_embd=1600, n_inner=6400, n_layer=48, n_head=25)
+  (folder / "config.json").write_text(json.dumps(config))
+  noise = np.random.default_rng(0).standard_normal(50257 * 1600 + 10**6, np.float32).astype(ml_dtypes.bfloat16)
+  index = {}
+  for part, names in enumerate(np.array_split(list(shapes), 5)):
+    file = f"model-{part}.safetensors"
+    save_file(  # another piece of the noise for each, so that no two tensors are alike
+      {name: noise[i * 997 : i * 997 + math.prod(shapes[name])].reshape(shapes[name]) for i, name in enumerate(names)},
+      folder / file,
+    )
+    index |= {str(name): file for name in names}
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+  done = subprocess.run(
+    [sys.executable, "-c", SCRIPT, folder, tmp_path / "out"],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"MALLOC_ARENA_MAX": "2"},
+  )
+  assert done.returncode == 0, done.stderr
+  loaded, exported = map(int, done.stdout.split())
+  own, largest = 4 * 1_557_611_200, 4 * 50257 * 1600
+  print(f"weights {own / MIB:,.0f} MiB, peak after load {loaded / MIB:,.0f}, after export {exported / MIB:,.0f} MiB")
+  assert loaded < own + largest + 300 * MIB and exported < own + largest + 300 * MIB
+  written = {file.name for file in (tmp_path / "out").glob("model-*.safetensors")}
+  assert len(written) > 3
+  where = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+  assert where.keys() == shapes.keys()
+  from jaxft.hf import load
+
+  before, after = load.tensors(folder), load.tensors(tmp_path / "out")
+  for name in shapes:
+    np.testing.assert_array_equal(before[name].view().view(np.uint16), after[name].view().view(np.uint16))
