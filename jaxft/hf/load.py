@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxft.errors import RequestError, first_line
-from jaxft.hf import facts
+from jaxft.hf import facts, flax_msgpack
 from jaxft.hf.tables import EMBEDDING, FAMILIES, HEAD, PREFIX, Family, Rule, hf_shape, stacking_axis, to_ours
 from jaxft.model import ModelConfig
 
@@ -21,6 +21,7 @@ DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dty
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What a folder needs to be used and to be exported again; weights in other formats stay on the hub.
 WANTED = ["*.json", "*.txt", "*.safetensors", "tokenizer.model"]
+FORMATS = ("model.safetensors", "flax_model.msgpack")  # the first that is there is read
 
 
 class Checkpoint(NamedTuple):
@@ -57,13 +58,15 @@ def find(path: str, revision: str = "main", weights: bool = True) -> Checkpoint:
   import huggingface_hub
 
   try:
-    folder = huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=WANTED)
+    folder = Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=WANTED))
+    if weights and not any(folder.glob("*.safetensors")):
+      huggingface_hub.snapshot_download(path, revision=revision, allow_patterns="flax_model*.msgpack")
   except Exception as error:  # hub and network errors share no class
     raise RequestError(
       f"config.model.path={path!r}: no such folder, and the hub gave none "
       f"({first_line(error)}); check the id, or give a folder"
     ) from error
-  return _check_folder(Path(folder), weights)
+  return _check_folder(folder, weights)
 
 
 def _check_folder(folder: Path, weights: bool) -> Checkpoint:
@@ -95,19 +98,35 @@ def read_config(file: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-  """model.safetensors, or the shards its index names (plain names only: a shard lies in the folder itself)."""
-  single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-  if single.is_file():
-    return [single]
-  if not index.is_file():
-    raise RequestError(f"model folder {str(folder)!r}: no model.safetensors and no model.safetensors.index.json in it")
+  """The folder's weights, in the first of `FORMATS` that it has: one file, or the shards that an index names.
+
+  A shard lies in the folder itself: a name with a path in it, or a link that leads out of the folder, is refused.
+  """
+  for single in FORMATS:
+    index = folder / f"{single}.index.json"
+    if (folder / single).is_file():
+      return _inside(folder, folder / single, [single])
+    if index.is_file():
+      return _inside(folder, index, _shards(index))
+  raise RequestError(f"model folder {str(folder)!r}: none of {', '.join(FORMATS)} in it, whole or with an index")
+
+
+def _shards(index: Path) -> list[str]:
   try:
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise RequestError(f"{index}: not an index of weights ({error!r})") from error
+
+
+def _inside(folder: Path, named_in: Path, names: list[str]) -> list[Path]:
   for name in names:
     if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-      raise RequestError(f"{index}: {name!r} is not a file of this folder")
+      raise RequestError(f"{named_in}: {name!r} is not a file of this folder")
+    # The hub's cache links each file to ../../blobs/HASH: its own folders, models--X/snapshots/Y, are what may be left.
+    home = folder.resolve()
+    home = home.parent.parent if home.parent.name == "snapshots" else home
+    if not (folder / name).resolve().is_relative_to(home):
+      raise RequestError(f"{named_in}: {name!r} is a link that leads out of this folder")
   return [folder / name for name in names]
 
 
@@ -118,17 +137,20 @@ class Tensor(NamedTuple):
   dtype: np.dtype
   shape: tuple[int, ...]
   offset: int  # bytes from the start of the file
+  transposed: bool = False  # as it lies in the file
 
   def view(self) -> np.ndarray:
     """The tensor, memory-mapped: bytes are read when they are used, and leave memory with the view."""
     if not math.prod(self.shape):
       return np.empty(self.shape, self.dtype)
-    return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+    stored = self.shape[::-1] if self.transposed else self.shape
+    view = np.memmap(self.file, self.dtype, "r", self.offset, stored)
+    return view.T if self.transposed else view
 
   def holds(self, array: np.ndarray) -> bool:
     """Whether the file's bytes are those of `array`, read in pieces: the largest tensor is a good part of a host's memory."""
     piece, flat = 2**24, array.reshape(-1).view(np.uint8)
-    if (self.dtype, self.shape) != (array.dtype, array.shape):
+    if (self.dtype, self.shape, self.transposed) != (array.dtype, array.shape, False):
       return False
     with self.file.open("rb") as stream:
       stream.seek(self.offset)
@@ -136,26 +158,46 @@ class Tensor(NamedTuple):
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-  """Every tensor of the folder's safetensors files by name; nothing but the headers is read."""
+  """Every tensor of the folder's weight files by its name in torch; nothing but headers is read."""
   found = {}
   for file in weight_files(folder):
-    try:
-      with safe_open(file, framework="numpy"):  # the library checks header, offsets and length against the file
-        pass
-      with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-    except (SafetensorError, OSError, ValueError) as error:
-      raise RequestError(f"{file}: not a safetensors file, or a damaged one ({error})") from error
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
+    for name, tensor in (_safetensors if file.suffix == ".safetensors" else _flax)(file).items():
       if name in found:
         raise RequestError(f"{file}: tensor {name!r} is in another file of the folder too")
-      if entry["dtype"] in ("BOOL", "U8"):
-        continue  # causal masks of old checkpoints; a weight of this dtype is then missing by name
-      if entry["dtype"] not in DTYPES:
-        raise RequestError(f"{file}: tensor {name!r} has dtype {entry['dtype']}, not one of {', '.join(DTYPES)}")
-      found[name] = Tensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+      found[name] = tensor
+  return found
+
+
+def _safetensors(file: Path) -> dict[str, Tensor]:
+  try:
+    with safe_open(file, framework="numpy"):  # the library checks header, offsets and length against the file
+      pass
+    with file.open("rb") as stream:
+      size = int.from_bytes(stream.read(8), "little")
+      header = json.loads(stream.read(size))
+  except (SafetensorError, OSError, ValueError) as error:
+    raise RequestError(f"{file}: not a safetensors file, or a damaged one ({first_line(error)})") from error
+  header.pop("__metadata__", None)
+  found = {}
+  for name, entry in header.items():
+    if entry["dtype"] in ("BOOL", "U8"):
+      continue  # causal masks of old checkpoints; a weight of this dtype is then missing by name
+    if entry["dtype"] not in DTYPES:
+      raise RequestError(f"{file}: tensor {name!r} has dtype {entry['dtype']}, not one of {', '.join(DTYPES)}")
+    found[name] = Tensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+  return found
+
+
+def _flax(file: Path) -> dict[str, Tensor]:
+  """Flax names its arrays otherwise, and stores every kernel as the transpose of torch's weight (Conv1D's too)."""
+  found = {}
+  try:
+    for path, dtype, shape, offset in flax_msgpack.arrays(file):
+      kernel = path[-1] == "kernel"
+      name = ".".join((*path[:-1], "weight" if path[-1] in ("kernel", "embedding", "scale") else path[-1]))
+      found[name] = Tensor(file, dtype, shape[::-1] if kernel else shape, offset, transposed=kernel)
+  except (OSError, ValueError, IndexError) as error:
+    raise RequestError(f"{file}: not a file that Flax wrote, or a damaged one ({first_line(error)})") from error
   return found
 
 
