@@ -1,6 +1,5 @@
 """flax_model.msgpack, written by the last transformers that had Flax classes, in a virtual environment of its own."""
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,8 @@ models = {
   "gpt2": FlaxGPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=31, n_embd=12, n_layer=2, n_head=3, n_inner=20)),
   "gpt_neo": FlaxGPTNeoForCausalLM(GPTNeoConfig(vocab_size=97, max_position_embeddings=31, hidden_size=12, num_layers=2,
       num_heads=3, intermediate_size=20, attention_types=[[["global", "local"], 1]], window_size=7)),
-  "gptj": FlaxGPTJForCausalLM(GPTJConfig(vocab_size=97, n_positions=31, n_embd=12, n_layer=2, n_head=3, n_inner=20, rotary_dim=2)),
+  "gptj": FlaxGPTJForCausalLM(GPTJConfig(vocab_size=97, n_positions=31, n_embd=12, n_layer=2, n_head=3, n_inner=20,
+      rotary_dim=2)),
 }
 ids = np.random.default_rng(0).integers(97, size=(2, 31))
 for name, flax_model in models.items():
@@ -139,7 +139,5 @@ def test_links_that_lead_out_of_the_folder_are_refused(folder, tmp_path):
   for name in ("config.json", "model.safetensors"):
     (cache / "blobs" / name).write_bytes((folder / name).read_bytes())
     (cache / "snapshots" / "abc" / name).symlink_to(Path("../../blobs") / name)
-  assert (
-    json.loads((cache / "snapshots" / "abc" / "config.json").read_text())
-    == load.find(str(cache / "snapshots" / "abc")).hf_config
-  )
+  found = load.find(str(cache / "snapshots" / "abc"))
+  assert load.tensors(found.folder).keys() == load.tensors(folder).keys()

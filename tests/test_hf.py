@@ -145,7 +145,7 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
   )
   refused("config.json", "no_json", lambda f: (f / "config.json").write_text("{"))
   refused("config.json: not a JSON object", "list", lambda f: (f / "config.json").write_text("[]"))
-  refused("no model.safetensors", "empty", lambda f: (f / "model.safetensors").unlink())
+  refused("none of model.safetensors, flax_model.msgpack in it", "empty", lambda f: (f / "model.safetensors").unlink())
 
   def index(names):
     def act(f):

@@ -28,6 +28,7 @@ LEAVES = {
   "jaxft.data.loader": {"jaxft.data.pack"},
   "jaxft.data.tokens": {"jaxft.data.sources", "jaxft.errors"},
   "jaxft.hf.tables": set(),
+  "jaxft.hf.flax_msgpack": set(),
   "jaxft.run.guards": set(),
   "jaxft.run.checkpoint": {"jaxft.errors"},
 }
