@@ -85,12 +85,7 @@ def _check_folder(folder: Path, weights: bool) -> Checkpoint:
 
 def read_config(file: Path) -> tuple[dict[str, Any], ModelConfig]:
   """A parsed config.json and the facts in it; raises RequestError naming the file."""
-  try:
-    hf_config = json.loads(file.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise RequestError(f"{file}: {error}") from error
-  if not isinstance(hf_config, dict):
-    raise RequestError(f"{file}: not a JSON object")
+  hf_config = _json_object(file)
   try:
     return hf_config, facts.model_config(hf_config)
   except RequestError as error:
@@ -112,16 +107,33 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
+  where = _json_object(index).get("weight_map")
+  if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+    raise RequestError(f"{index}: not an index of weights: it has no weight_map of file names")
+  return sorted(set(where.values()))
+
+
+def _is_file(file: Path) -> bool:
   try:
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise RequestError(f"{index}: not an index of weights ({error!r})") from error
+    return file.is_file()
+  except OSError:  # a name that is too long
+    return False
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+  try:
+    content = json.loads(file.read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError) as error:
+    raise RequestError(f"{file}: {first_line(error)}") from error
+  if not isinstance(content, dict):
+    raise RequestError(f"{file}: not a JSON object")
+  return content
 
 
 def _inside(folder: Path, named_in: Path, names: list[str]) -> list[Path]:
   for name in names:
-    if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-      raise RequestError(f"{named_in}: {name!r} is not a file of this folder")
+    if Path(name).name != name or "\0" in name or not _is_file(folder / name):
+      raise RequestError(f"{named_in}: {name[:100]!r} is not a file of this folder")
     # The hub's cache links each file to ../../blobs/HASH: its own folders, models--X/snapshots/Y, are what may be left.
     home = folder.resolve()
     home = home.parent.parent if home.parent.name == "snapshots" else home
@@ -175,7 +187,7 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     with file.open("rb") as stream:
       size = int.from_bytes(stream.read(8), "little")
       header = json.loads(stream.read(size))
-  except (SafetensorError, OSError, ValueError) as error:
+  except (SafetensorError, OSError, ValueError, RecursionError) as error:
     raise RequestError(f"{file}: not a safetensors file, or a damaged one ({first_line(error)})") from error
   header.pop("__metadata__", None)
   found = {}
