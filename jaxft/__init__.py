@@ -1,4 +1,4 @@
-"""jaxft: fine-tune GPT-2 in JAX, and get a Hugging Face model back.
+"""jaxft: fine-tune GPT-2, GPT-Neo and GPT-J in JAX, and get a Hugging Face model back.
 
 import jaxft
 run = jaxft.finetune(config, "runs/mine")      # config: jaxft.config.default(), changed
