@@ -2,16 +2,19 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test test-quick lint assets
+.PHONY: quickstart test test-wide test-quick lint assets
 
 quickstart: $(VENV)/installed  ## install, then fine-tune the embedded model on the embedded stories
 	$(VENV)/bin/python -m jaxft.train --config configs/quickstart.py --workdir $(WORKDIR)
 
-test: $(VENV)/installed-test lint  ## all tests
-	$(VENV)/bin/python -m pytest
+test: $(VENV)/installed-test lint  ## the tests
+	$(VENV)/bin/python -m pytest -m "not wide"
+
+test-wide: $(VENV)/installed-test  ## more shapes, formats and sizes
+	$(VENV)/bin/python -m pytest -m wide
 
 test-quick: $(VENV)/installed-test  ## the tests that take seconds
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -m "not slow and not wide"
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

@@ -31,7 +31,7 @@ print(peak())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_gpt2_xl_loads_onto_eight_devices_and_goes_out_again(tmp_path):
   shapes = tiny.gpt2_shapes(V=50257, P=1024, D=1600, F=6400, L=48)
   folder = tiny.write_gpt2(tmp_path / "tiny", seed=0).rename(tmp_path / "xl")

@@ -71,7 +71,9 @@ CLASSES = {
   "gptj": (transformers.GPTJConfig, transformers.GPTJForCausalLM),
 }
 CASES = [
-  pytest.param((family, sizes, tied), id=f"{family}-{i}-{'tied' if tied else 'untied'}")
+  pytest.param(
+    (family, sizes, tied), id=f"{family}-{i}-{'tied' if tied else 'untied'}", marks=[pytest.mark.wide] * (i > 0)
+  )
   for family, all_sizes in (("gpt2", GPT2), ("gpt_neo", GPT_NEO), ("gptj", GPTJ))
   for i, sizes in enumerate(all_sizes)
   for tied in (True, False)

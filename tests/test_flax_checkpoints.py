@@ -55,7 +55,7 @@ def written():
   return home
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "gptj"])
 def test_weights_written_by_flax_give_flaxs_logits(written, family):
   ids = np.random.default_rng(0).integers(97, size=(2, 31)).astype(np.int32)
