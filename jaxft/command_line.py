@@ -50,9 +50,14 @@ def parse_train(argv: list[str] | None = None) -> TrainArguments:
     if file and not Path(file).is_file():
       raise RequestError(f"--config: {file!r}: no such file; name one such as configs/quickstart.py")
     config = values.config
+    if file and not isinstance(config, ConfigDict):
+      raise RequestError(f"--config: get_config() in {file} returned no ConfigDict; start from jaxft.config.default()")
   except RequestError:
     raise
-  except Exception as error:  # whatever the config file raises while it runs, or the parser on an override
+  except (
+    Exception,
+    SystemExit,
+  ) as error:  # whatever the config file raises while it runs, or the parser on an override
     raise RequestError(_reason(error)) from error
   if rest[1:]:
     raise RequestError(f"{rest[1]!r}: not a flag; --help shows what there is")
@@ -69,6 +74,9 @@ def parse_train(argv: list[str] | None = None) -> TrainArguments:
 def _reason(error: Exception) -> str:
   """What went wrong, in one line, without the parser's own words around it."""
   text = " ".join(line.strip() for line in str(error).splitlines())
+  if "Traceback" in text:  # config_flags has put one into its message; its last line says what went wrong
+    text = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+    return f"--config: the config file does not run: {text}"
   if isinstance(error, flags.Error):
     return text.removeprefix("flag ")
   return f"--config: the config file does not run: {type(error).__name__}: {text}"

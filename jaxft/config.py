@@ -79,7 +79,7 @@ SETTINGS = (
   Setting("data.sequence_length", 512, at_least(2), "tokens a row"),
   Setting("data.limit_train", 0, at_least(0), "use this many training documents, drawn with shuffle_seed; 0: all"),
   Setting("data.limit_validation", 0, at_least(0), "use this many validation documents, drawn likewise; 0: all"),
-  Setting("data.shuffle_seed", 0, at_least(0), "seed of the order of rows and of every draw of documents"),
+  Setting("data.shuffle_seed", 0, between(0, 2**32), "seed of the order of rows and of every draw of documents"),
   Setting("train.steps", 0, at_least(0), "optimizer steps; 0: as many as train.epochs takes"),
   Setting("train.epochs", 0.0, at_least(0), "passes over the training rows; 0: train.steps says when to end"),
   Setting("train.batch_size", 8, at_least(1), "sequences per optimizer step, over all devices"),
@@ -89,7 +89,7 @@ SETTINGS = (
     at_least(0),
     "most sequences a device takes at once; a batch that is larger is accumulated; 0: no limit",
   ),
-  Setting("train.seed", 0, at_least(0), "seed of dropout, of new weights and of the samples"),
+  Setting("train.seed", 0, between(0, 2**32), "seed of dropout, of new weights and of the samples"),
   Setting("train.log_every", 10, at_least(1), "steps between lines of metrics.jsonl"),
   Setting("train.eval_every", 0, at_least(0), "steps between evaluations; 0: only before the first and after the last"),
   Setting("train.eval_batches", 0, at_least(0), "batches an evaluation; 0: all validation rows"),
@@ -194,36 +194,47 @@ def faults(config: ConfigDict) -> list[str]:
   lines = unknown(list(values)) + [f"config.{name}: missing" for name in BY_NAME if name not in values]
   for name in BY_NAME.keys() & values.keys():
     setting, value = BY_NAME[name], values[name]
-    if isinstance(value, float) and not math.isfinite(value):
+    if wanted := _wrong_type(setting.default, value):
+      lines.append(f"config.{name}={value!r}: must be {wanted}")
+    elif isinstance(value, float) and not math.isfinite(value):
       lines.append(f"config.{name}={value}: not a finite number")
     elif value is not None and (wanted := setting.check(value)):
       lines.append(f"config.{name}={value!r}: must be {wanted}")
-    elif isinstance(setting.default, tuple) and not all(isinstance(item, str) for item in value):
-      lines.append(f"config.{name}={value!r}: must be text, or a tuple of texts")
   lines.sort()
   if lines:
     return lines
 
-  if not config.model.path:
+  v = values
+  if not v["model.path"]:
     lines.append("config.model.path: empty; name a hub id (gpt2) or a folder")
-  if not config.data.train:
+  if not v["data.train"]:
     lines.append("config.data.train: empty; name a file, a folder or hub:NAME")
-  if bool(config.train.steps) == bool(config.train.epochs):
+  if bool(v["train.steps"]) == bool(v["train.epochs"]):
     lines.append(
-      f"config.train.steps={config.train.steps} and config.train.epochs={config.train.epochs}: set one of the two"
+      f"config.train.steps={v['train.steps']} and config.train.epochs={v['train.epochs']}: set one of the two"
     )
-  if config.mesh.data == config.mesh.fsdp == -1:
+  if v["mesh.data"] == v["mesh.fsdp"] == -1:
     lines.append("config.mesh.data=-1 and config.mesh.fsdp=-1: only one can take the rest")
-  if config.optim.end_learning_rate > config.optim.learning_rate:
-    lines.append(
-      f"config.optim.end_learning_rate={config.optim.end_learning_rate}: above "
-      f"config.optim.learning_rate={config.optim.learning_rate}"
-    )
-  if config.train.steps and config.optim.warmup_steps > config.train.steps:
-    lines.append(
-      f"config.optim.warmup_steps={config.optim.warmup_steps}: more than config.train.steps={config.train.steps}"
-    )
+  peak, end = v["optim.learning_rate"], v["optim.end_learning_rate"]
+  if end > peak:
+    lines.append(f"config.optim.end_learning_rate={end}: above config.optim.learning_rate={peak}")
+  warmup, steps = v["optim.warmup_steps"], v["train.steps"]
+  if steps and warmup > steps:
+    lines.append(f"config.optim.warmup_steps={warmup}: more than config.train.steps={steps}")
   return lines
+
+
+def _wrong_type(default: Any, value: Any) -> str | None:
+  """What a value of this setting must be, if it is not: a config file can put anything anywhere."""
+  optional = isinstance(default, type)
+  kind = default if optional else type(default)
+  if value is None and optional:
+    return None
+  if kind is tuple:
+    fine = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    return None if fine else "text, or a tuple of texts"
+  fine = isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
+  return None if fine else {int: "a whole number", float: "a number", str: "text"}[kind]
 
 
 def changed(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:

@@ -98,3 +98,33 @@ def test_shipped_configs_are_complete_and_explained(file):
   spec.loader.exec_module(module)
   assert settings.faults(module.get_config()) == []
   assert f"python -m jaxft.train --config configs/{file.name}" in module.__doc__
+
+
+@pytest.mark.parametrize("setting", settings.SETTINGS, ids=lambda setting: setting.name)
+def test_whatever_a_config_file_puts_there_is_named_or_fine(setting):
+  """A plain dict stands for a config file that went round ConfigDict's own checks."""
+  for value in (
+    None,
+    -1,
+    0,
+    1.5,
+    10**400,
+    float("nan"),
+    float("inf"),
+    "x",
+    "",
+    [],
+    (),
+    {},
+    (1,),
+    [None],
+    True,
+    b"x",
+    object(),
+  ):
+    config = settings.default().to_dict()
+    config["model"]["path"], config["data"]["train"], config["train"]["steps"] = "gpt2", ("a.txt",), 10
+    section, key = setting.name.split(".")
+    config[section][key] = value
+    for line in settings.faults(config):
+      assert setting.name in line or key in line, (value, line)
