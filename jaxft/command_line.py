@@ -89,6 +89,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
   which.add_argument("--workdir", metavar="DIR", help="a run: the model of its newest checkpoint")
   parser.add_argument("--step", type=int, metavar="N", help="with --workdir: the checkpoint of this step")
   parser.add_argument("--revision", default="main", help="with --model: branch, tag or commit (default: main)")
+  parser.add_argument(
+    "--torch_bin", action="store_true", help="with --model: read pytorch_model*.bin through torch, weights_only"
+  )
 
 
 def open_model(arguments: argparse.Namespace) -> pretrained.Pretrained:
@@ -96,4 +99,4 @@ def open_model(arguments: argparse.Namespace) -> pretrained.Pretrained:
     return pretrained.load_workdir(arguments.workdir, arguments.step)
   if arguments.step is not None:
     raise RequestError("--step goes with --workdir: a Hugging Face folder has no steps")
-  return pretrained.load(arguments.model, arguments.revision)
+  return pretrained.load(arguments.model, arguments.revision, torch_bin=arguments.torch_bin)

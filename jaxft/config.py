@@ -51,6 +51,13 @@ class Setting(NamedTuple):
 SETTINGS = (
   Setting("model.path", "", anything, "checkpoint to start from: a Hugging Face hub id or a folder"),
   Setting("model.revision", "main", anything, "branch, tag or commit of the hub id"),
+  Setting(
+    "model.torch_bin",
+    False,
+    anything,
+    "read pytorch_model*.bin, a pickle, where there are no other weights: through torch, which then must be installed, "
+    "with weights_only=True",
+  ),
   Setting("model.init", "pretrained", one_of("pretrained", "scratch"), "read the weights, or draw new ones"),
   Setting("model.config", "", anything, "config.json of the model to draw from scratch; empty: the one in model.path"),
   Setting(
@@ -122,6 +129,7 @@ SETTINGS = (
   Setting("export.out", "", anything, "folder for the Hugging Face model; empty: WORKDIR/export"),
   Setting("export.dtype", "float32", one_of("float32", "bfloat16", "float16"), "dtype of the exported weights"),
   Setting("export.max_shard_size", "5GB", anything, "largest weight file"),
+  Setting("export.push_to_hub", "", anything, "hub repository (OWNER/NAME) to upload the export to; empty: none"),
 )
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
@@ -144,6 +152,7 @@ FREE_ON_RESUME = frozenset(
     "export.out",
     "export.dtype",
     "export.max_shard_size",
+    "export.push_to_hub",
     "data.nats_column",
   }
 )
@@ -233,8 +242,8 @@ def _wrong_type(default: Any, value: Any) -> str | None:
   if kind is tuple:
     fine = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     return None if fine else "text, or a tuple of texts"
-  fine = isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)
-  return None if fine else {int: "a whole number", float: "a number", str: "text"}[kind]
+  fine = isinstance(value, int | float if kind is float else kind) and (kind is bool) == isinstance(value, bool)
+  return None if fine else {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[kind]
 
 
 def changed(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:

@@ -45,6 +45,7 @@ class ModelConfig:
   out_bias: bool = True
   tied: bool = True  # the output table is the token embedding
   head_bias: bool = False
+  classes: int = 0  # above 0: a classification head in place of the language head
 
   def with_dropout(self, rate: float) -> "ModelConfig":
     return dataclasses.replace(self, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
@@ -57,6 +58,11 @@ class Compute:
   dtype: Any = jnp.float32
   remat: str = "none"
   constrain: Constrain = lambda x, axes: x
+  vocab_multiple: int = 1  # tables are padded to a multiple of so many rows: any mesh can then split them
+
+  def rows(self, cfg: ModelConfig) -> int:
+    """Rows of the tables of a vocabulary of `cfg.V`."""
+    return -(-cfg.V // self.vocab_multiple) * self.vocab_multiple
 
 
 @jax.tree_util.register_dataclass
@@ -201,10 +207,8 @@ class Block(nnx.Module):
 
 
 class Embed(nnx.Module):
-  def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
-    self.tokens = nnx.Param(
-      cfg.init_std * jax.random.normal(rngs.params(), (cfg.V, cfg.D)), out_sharding=("vocab", "embed")
-    )
+  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+    self.tokens = table(cfg, compute, rngs)
     if not cfg.rotary_dim:
       self.positions = nnx.Param(
         cfg.init_std * jax.random.normal(rngs.params(), (cfg.P, cfg.D)), out_sharding=(None, "embed")
@@ -212,15 +216,24 @@ class Embed(nnx.Module):
 
 
 class Output(nnx.Module):
-  """What the head has of its own: a table if it is not tied, a bias if there is one."""
+  """What the head has of its own: a table if it is not tied, a bias if there is one; or the scores of the classes."""
 
-  def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+    if cfg.classes:
+      scores = cfg.init_std * jax.random.normal(rngs.params(), (cfg.classes, cfg.D))
+      self.score = nnx.Param(scores, out_sharding=(None, "embed"))
+      return
     if not cfg.tied:
-      self.kernel = nnx.Param(
-        cfg.init_std * jax.random.normal(rngs.params(), (cfg.V, cfg.D)), out_sharding=("vocab", "embed")
-      )
+      self.kernel = table(cfg, compute, rngs)
     if cfg.head_bias:
-      self.bias = nnx.Param(jnp.zeros(cfg.V), out_sharding=("vocab",))
+      self.bias = nnx.Param(jnp.zeros(compute.rows(cfg)), out_sharding=("vocab",))
+
+
+def table(cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs) -> nnx.Param:
+  """New rows of all tokens; those that pad the table are 0, and stay so: they have no gradient and nothing to decay."""
+  rows_VD = cfg.init_std * jax.random.normal(rngs.params(), (cfg.V, cfg.D))
+  padded_VD = jnp.pad(rows_VD, [(0, compute.rows(cfg) - cfg.V), (0, 0)])
+  return nnx.Param(padded_VD, out_sharding=("vocab", "embed"))
 
 
 class Decoder(nnx.Module):
@@ -228,13 +241,13 @@ class Decoder(nnx.Module):
 
   def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
     self.cfg, self.compute = cfg, compute
-    self.embed = Embed(cfg, rngs)
+    self.embed = Embed(cfg, compute, rngs)
     # One Block whose parameters have a leading layer axis; `lax.scan` below walks along it.
     stack = nnx.vmap(lambda r: Block(cfg, compute, r), transform_metadata={nnx.PARTITION_NAME: "layers"})
     self.blocks = stack(rngs.split(cfg.L))
     self.norm = LayerNorm(cfg, compute)
-    if not cfg.tied or cfg.head_bias:
-      self.output = Output(cfg, rngs)
+    if cfg.classes or not cfg.tied or cfg.head_bias:
+      self.output = Output(cfg, compute, rngs)
 
   def __call__(
     self,
@@ -275,14 +288,19 @@ class Decoder(nnx.Module):
     return h_BTD, Cache(k, v, segments_BS, cache.used + ids_BT.shape[1])
 
   def head(self) -> Head:
-    """The output table, in the compute dtype, and its bias, in float32."""
-    table = self.embed.tokens if self.cfg.tied else self.output.kernel
-    bias = self.output.bias.get_value().astype(jnp.float32) if self.cfg.head_bias else None
-    return weight(table, self.compute), bias
+    """The output table, in the compute dtype, and its bias, in float32: minus infinity for rows that are padding."""
+    if self.cfg.classes:
+      return weight(self.output.score, self.compute), None
+    table_VD = weight(self.embed.tokens if self.cfg.tied else self.output.kernel, self.compute)
+    bias_V = self.output.bias[...].astype(jnp.float32) if self.cfg.head_bias else None
+    rows = table_VD.shape[0]
+    if rows > self.cfg.V:
+      bias_V = jnp.where(jnp.arange(rows) < self.cfg.V, 0.0 if bias_V is None else bias_V, -jnp.inf)
+    return table_VD, bias_V
 
   def logits(self, h: jax.Array) -> jax.Array:
-    """(..., D) -> (..., V) in float32."""
-    return logits(h, self.head())
+    """(..., D) -> (..., V) in float32; (..., classes) of a model that classifies, where the last real token's count."""
+    return logits(h, self.head())[..., : self.cfg.classes or self.cfg.V]
 
   def _run(self, ids_BT, segments_BT, positions_BT, key, kv, cached):
     cfg, act = self.cfg, ("batch", None, "act_embed")
@@ -355,8 +373,9 @@ def compute_dtype(name: str, device: jax.Device) -> Any:
   return jnp.dtype(("float32" if device.platform == "cpu" else "bfloat16") if name == "auto" else name)
 
 
-def parameter_count(shapes: Any) -> int:
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+def parameter_count(cfg: ModelConfig) -> int:
+  """Parameters of the model, without rows that pad its tables."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(cfg, Compute())[1]))
 
 
 def build(cfg: ModelConfig, compute: Compute, seed: int = 0) -> Decoder:

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from jaxft import config as settings
 from jaxft import model, optim, sharding
@@ -13,6 +16,7 @@ from jaxft.data.pack import ConcatRows
 from jaxft.errors import RequestError
 from jaxft.hf import load as hf_load
 from jaxft.hf import save
+from jaxft.hf.card import model_card
 from jaxft.run.checkpoint import Checkpoints
 from jaxft.sample import Generator, Sampling
 from jaxft.step import State, make_eval_step, mean_loss
@@ -24,6 +28,12 @@ class Completion(NamedTuple):
   token_ids: list[int]  # without the prompt and the end token
 
 
+class Label(NamedTuple):
+  label: str
+  probabilities: dict[str, float]
+  logits_C: np.ndarray  # float32, one of each class
+
+
 class Pretrained:
   """A checkpoint in memory, sharded over all devices."""
 
@@ -32,16 +42,23 @@ class Pretrained:
     self.tokenizer = tokens.load_tokenizer(source.folder, source.cfg.V)
     self.mesh = sharding.make_mesh(settings.default().mesh)
     dtype = model.compute_dtype(compute_dtype, self.mesh.devices.flat[0])
-    self.graph, self.shapes, axes = model.abstract(
-      source.cfg, model.Compute(dtype, constrain=sharding.constrain_on(self.mesh))
-    )
+    compute = model.Compute(dtype, constrain=sharding.constrain_on(self.mesh), vocab_multiple=sharding.VOCAB_MULTIPLE)
+    self.graph, self.shapes, axes = model.abstract(source.cfg, compute)
     self.shardings = sharding.parameter_shardings(self.shapes, axes, self.mesh)
     self.params: Any = None  # set by load and load_workdir
+    self.run: tuple[Path, int] | None = None  # the workdir and step that the weights are from; None: from `source`
     self._generator = Generator(self.graph, source.cfg, self.tokenizer.eos_token_id)
+
+    def scores(params, ids_BT, last_B):
+      decoder = nnx.merge(self.graph, params)
+      return decoder.logits(decoder(ids_BT)[jnp.arange(len(last_B)), last_B])
+
+    self._scores = jax.jit(scores)
     self._eval_step = jax.jit(make_eval_step(self.graph, loss_chunk=128))
 
   def generate(self, prompts: list[str], **sampling: Any) -> list[Completion]:
     """Completes each prompt; `sampling` takes the fields of `jaxft.sample.Sampling`, whose names are transformers'."""
+    self._must_write_text()
     ids = self._generator(
       self.params, [self.tokenizer(prompt)["input_ids"] for prompt in prompts], Sampling(**sampling)
     )
@@ -55,6 +72,7 @@ class Pretrained:
     The text is one stream cut into rows of `sequence_length` tokens (0: as many as the model has positions), each token
     weighs the same, and the batch size changes nothing but speed. Raises RequestError when there is nothing to read.
     """
+    self._must_write_text()
     length = sequence_length or self.source.cfg.P
     if not 2 <= length <= self.source.cfg.P:
       raise RequestError(f"--sequence_length={length}: must be from 2 to {self.source.cfg.P}, the model's positions")
@@ -72,16 +90,56 @@ class Pretrained:
     )
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": count}
 
+  def classify(self, texts: list[str], batch_size: int = 8) -> list[Label]:
+    """The likeliest class of each text, by a model with a classification head; texts are read up to the model's positions.
+
+    Raises RequestError for a model without one.
+    """
+    cfg = self.source.cfg
+    if not cfg.classes:
+      raise RequestError(f"{self.source.folder}: a language model has no classes to choose from")
+    names = self.source.hf_config.get("id2label") or {}
+    ids = [self.tokenizer(text)["input_ids"][: cfg.P] or [self.tokenizer.eos_token_id] for text in texts]
+    labels = []
+    for start in range(0, len(ids), batch_size):
+      part = ids[start : start + batch_size]
+      T = max(len(row) for row in part)
+      ids_BT = np.array([row + [0] * (T - len(row)) for row in part], np.int32)
+      logits_BC = self._scores(self.params, ids_BT, np.array([len(row) - 1 for row in part], np.int32))
+      for logits_C in np.asarray(logits_BC):
+        winner, odds_C = int(logits_C.argmax()), np.exp(logits_C - logits_C.max())
+        probabilities = {names.get(str(i), f"LABEL_{i}"): float(p) for i, p in enumerate(odds_C / odds_C.sum())}
+        labels.append(Label(names.get(str(winner), f"LABEL_{winner}"), probabilities, logits_C))
+    return labels
+
   def export(
-    self, out: str | Path, *, dtype: str = "float32", max_shard_size: str = "5GB", card: str = ""
+    self, out: str | Path, *, dtype: str | None = None, max_shard_size: str = "5GB", card: str = ""
   ) -> dict[str, Any]:
-    """Writes a verified Hugging Face folder and returns its parity report; see `jaxft.hf.save.export`."""
+    """Writes a verified Hugging Face folder and returns its parity report; see `jaxft.hf.save.export`.
+
+    dtype None: float32 for a run's weights, and for those of a checkpoint the dtype that each is stored in, so that nothing is
+    rounded. card "": the facts of the run, or the checkpoint's own card.
+    """
+    if self.run and not card:
+      card = model_card(*self.run)
+    dtype = dtype or ("float32" if self.run else "source")
     return save.export(Path(out), self.params, self.source, dtype=dtype, max_shard_size=max_shard_size, card=card)
 
+  def _must_write_text(self) -> None:
+    if self.source.cfg.classes:
+      raise RequestError(
+        f"{self.source.folder}: a model with a classification head writes no text; `classify` labels it"
+      )
 
-def load(path_or_id: str | Path, revision: str = "main", compute_dtype: str = "auto") -> Pretrained:
-  """The model of a Hugging Face folder or hub id, ready to use; raises RequestError when there is none to read."""
-  ready = Pretrained(hf_load.find(str(path_or_id), revision), compute_dtype)
+
+def load(
+  path_or_id: str | Path, revision: str = "main", compute_dtype: str = "auto", torch_bin: bool = False
+) -> Pretrained:
+  """The model of a Hugging Face folder or hub id, ready to use; raises RequestError when there is none to read.
+
+  torch_bin: also where it has nothing but pytorch_model*.bin, which torch then reads (weights_only).
+  """
+  ready = Pretrained(hf_load.find(str(path_or_id), revision, torch_bin=torch_bin), compute_dtype)
   ready.params = hf_load.load(ready.source, ready.shapes, ready.shardings)
   return ready
 
@@ -105,6 +163,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   ready = Pretrained(source, compute_dtype)
   tx = optim.optimizer(config.optim)
   like = State(*sharding.state_like(tx, ready.shapes, ready.shardings, ready.mesh))
-  ready.params = checkpoints.restore(step or steps[-1], like).params
+  ready.run = workdir, steps[-1] if step is None else step
+  ready.params = checkpoints.restore(ready.run[1], like).params
   checkpoints.close()
   return ready

@@ -27,6 +27,9 @@ RULES = {
   None: ((), ()),
 }
 STORED, USED = 0, 1
+# Tables of the vocabulary are padded to a multiple of this many rows: every power of two up to it divides them, matrix units
+# are full, and the padding is the same on every mesh, so that a checkpoint fits them all.
+VOCAB_MULTIPLE = 128
 
 
 def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:

@@ -18,7 +18,9 @@ from jaxft.data import loader, sources, tokens
 from jaxft.data.report import prepare
 from jaxft.errors import Preempted, RequestError, StorageError, run_command
 from jaxft.files import write_whole
-from jaxft.hf import card, load, save
+from jaxft.hf import load, push, save
+from jaxft.hf.card import model_card
+from jaxft.hf.verify import in_words
 from jaxft.run.checkpoint import Checkpoints
 from jaxft.run.guards import StopRequest
 from jaxft.run.tracking import Meter, Reporter, say
@@ -39,7 +41,8 @@ def check(config: ConfigDict) -> None:
   """Raises RequestError with every fault that can be seen without building anything."""
   lines = settings.faults(config)
   if not lines:
-    lines += load.faults(config.model.path, weights=config.model.init == "pretrained")
+    lines += load.faults(config.model.path, config.model.init == "pretrained", config.model.torch_bin)
+    lines += push.faults(config.export.push_to_hub) if config.export.push_to_hub else []
     lines += sources.faults(tuple(config.data.train) + tuple(config.data.validation))
   if lines:
     raise RequestError("\n".join(lines))
@@ -69,20 +72,27 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
 
     # ---- Model: facts, tokenizer, shapes and shardings; no weights yet -------------------------------------------------
     pretrained = config.model.init == "pretrained"
-    source = load.find(config.model.path, config.model.revision, weights=pretrained)
+    source = load.find(config.model.path, config.model.revision, pretrained, config.model.torch_bin)
     if config.model.config and not pretrained:
       source = load.Checkpoint(source.folder, *load.read_config(Path(config.model.config)))
+    if source.cfg.classes:
+      raise RequestError(
+        f"config.model.path={config.model.path!r}: a model that classifies; training takes language models"
+      )
     cfg = source.cfg if config.model.dropout is None else source.cfg.with_dropout(config.model.dropout)
     if config.data.sequence_length > cfg.P:
       raise RequestError(f"config.data.sequence_length={config.data.sequence_length}: the model has {cfg.P} positions")
     tokenizer = tokens.load_tokenizer(source.folder, cfg.V)
     compute = model.Compute(
-      model.compute_dtype(config.model.compute_dtype, device), config.memory.remat, sharding.constrain_on(mesh)
+      model.compute_dtype(config.model.compute_dtype, device),
+      config.memory.remat,
+      sharding.constrain_on(mesh),
+      sharding.VOCAB_MULTIPLE,
     )
     graph, shapes, axes = model.abstract(cfg, compute)
     shardings = sharding.parameter_shardings(shapes, axes, mesh)
     say(
-      f"{source.hf_config['model_type']} from {config.model.path}: {model.parameter_count(shapes):,} parameters, "
+      f"{source.hf_config['model_type']} from {config.model.path}: {model.parameter_count(cfg):,} parameters, "
       f"computing in {compute.dtype}"
     )
 
@@ -216,12 +226,18 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
   # ---- Export: a Hugging Face folder, read back and compared -------------------------------------------------------------
   out = Path(config.export.out) if config.export.out else workdir / "export"
   before, after, floor = reporter.summary()
-  text = card.model_card(config, data.report, before, after, floor, total_steps)
-  parity = save.export(
-    out, state.params, source, dtype=config.export.dtype, max_shard_size=config.export.max_shard_size, card=text
-  )
   reporter.close()
-  say(f"exported to {out}: {save.in_words(parity)}")
+  parity = save.export(
+    out,
+    state.params,
+    source,
+    dtype=config.export.dtype,
+    max_shard_size=config.export.max_shard_size,
+    card=model_card(workdir, total_steps),
+  )
+  say(f"exported to {out}: {in_words(parity)}")
+  if config.export.push_to_hub:
+    say(f"uploaded to {push.push(out, config.export.push_to_hub)}")
   say(
     f"eval loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %)"
     + ("" if floor is None else f"; the text's own entropy: {floor:.4f}")

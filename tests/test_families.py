@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from jaxft import config as settings
 from jaxft import model, optim
-from jaxft.hf import load, save
+from jaxft.hf import load, save, unload, verify
 from jaxft.loss import cross_entropy_sum
 from jaxft.sample import Generator, Sampling
 from jaxft.step import State, make_train_step
@@ -119,7 +119,7 @@ def test_logits(case, T):
   ids = ids_for(checkpoint, 2, T)
   with torch.no_grad():
     wanted = theirs(torch.from_numpy(ids).long()).logits.numpy()
-  assert relative(save._logits(graph, params, ids), wanted) < 1e-5
+  assert relative(verify.logits(graph, params, ids), wanted) < 1e-5
 
 
 def test_logits_with_padding_on_either_side(case):
@@ -139,7 +139,7 @@ def test_logits_with_padding_on_either_side(case):
 
 
 def grads_by_name(grads, checkpoint):
-  return {name: tensor() for name, _, tensor in save.hf_tensors(grads, checkpoint, np.dtype("float32"))}
+  return {tensor.name: tensor.make() for tensor in unload.hf_tensors(grads, checkpoint)}
 
 
 def test_loss_and_every_gradient(case):
@@ -277,6 +277,6 @@ def test_published_sizes_have_their_counts_and_names(size):
   _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
   with torch.device("meta"):
     theirs = model_class(config)
-  assert model.parameter_count(shapes) == COUNTS[size] == sum(p.numel() for p in theirs.parameters())
-  ours = {name: shape for name, shape, _ in save.hf_tensors(shapes, checkpoint, np.dtype("float32"))}
+  assert model.parameter_count(checkpoint.cfg) == COUNTS[size] == sum(p.numel() for p in theirs.parameters())
+  ours = {tensor.name: tensor.shape for tensor in unload.hf_tensors(shapes, checkpoint)}
   assert ours == {name: tuple(p.shape) for name, p in theirs.named_parameters()}

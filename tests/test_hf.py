@@ -6,11 +6,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxft import model
 from jaxft.errors import RequestError, StorageError
-from jaxft.hf import load, save
+from jaxft.hf import load, save, unload, verify
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -44,18 +45,58 @@ def test_out_again_unchanged_is_byte_identical(folder, tmp_path):
   assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.old"))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_dtypes_come_in_and_go_out(folder, tmp_path, dtype):
-  numpy_dtype = save.EXPORT_DTYPES[dtype]
-  narrow = rewrite(
-    folder, tmp_path / "in", lambda tensors: {name: t.astype(numpy_dtype) for name, t in tensors.items()}
-  )
-  checkpoint, params = read(narrow)
+def narrow(name: str, dtype: str) -> np.dtype:
+  """`dtype` for every tensor; "mixed": norms in float32 and the rest in float16, as some tools write them."""
+  return unload.EXPORT_DTYPES[dtype if dtype != "mixed" else "float32" if ".ln_" in name else "float16"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed"])
+def test_narrow_dtypes_come_in_and_go_out_as_they_are(folder, tmp_path, dtype):
+  source = rewrite(folder, tmp_path / "in", lambda ts: {name: t.astype(narrow(name, dtype)) for name, t in ts.items()})
+  checkpoint, params = read(source)
   assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
-  save.export(tmp_path / "out", params, checkpoint, dtype=dtype)
-  before, after = load.tensors(narrow), load.tensors(tmp_path / "out")
+  save.export(tmp_path / "out", params, checkpoint, dtype="source")
+  before, after = load.tensors(source), load.tensors(tmp_path / "out")
+  assert before.keys() == after.keys()
   for name in before:
-    assert after[name].dtype == numpy_dtype and before[name].view().tobytes() == after[name].view().tobytes()
+    assert after[name].dtype == narrow(name, dtype)
+    assert before[name].view().tobytes() == after[name].view().tobytes()
+  assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == narrow("wte", dtype).name
+
+
+def test_the_vocabulary_is_padded_inside_and_nowhere_else(folder, tmp_path):
+  """Rows that pad the table: no probability, no gradient, not in an export; on one device and split over eight."""
+  from jaxft import config, sharding
+  from jaxft.loss import cross_entropy_sum
+
+  checkpoint, params = read(folder)
+  mesh = sharding.make_mesh(config.default().mesh)
+  graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute(vocab_multiple=128))
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))  # rows 288 ... 383 hold 5 tokens
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  places = jax.tree.map(lambda leaf: split if leaf.shape[0] == 384 else whole, shapes)
+  padded = load.load(checkpoint, shapes, places)
+  table = np.asarray(padded["embed"]["tokens"])
+  np.testing.assert_array_equal(table[:293], params["embed"]["tokens"])
+  assert table.shape == (384, 40) and not table[293:].any()
+
+  ids = np.random.default_rng(0).integers(293, size=(3, 41)).astype(np.int32)
+  np.testing.assert_allclose(verify.logits(graph, padded, ids), verify.logits(graph, params, ids), atol=1e-5)
+
+  def loss(params, chunk):
+    decoder = nnx.merge(graph, params)
+    return cross_entropy_sum(decoder(ids[:, :-1]), decoder.head(), ids[:, 1:], np.ones((3, 40), bool), chunk)
+
+  for chunk in (0, 16):
+    value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(padded, chunk)
+    wanted, plain = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, chunk)
+    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    grown = np.asarray(grads["embed"]["tokens"])
+    np.testing.assert_allclose(grown[:293], plain["embed"]["tokens"], atol=1e-4)
+    assert not grown[293:].any()
+  save.export(tmp_path / "out", padded, checkpoint)
+  before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+  assert all(before[name].tobytes() == after[name].tobytes() for name in before)
 
 
 def test_shards_and_meshes_change_nothing(folder, tmp_path):
@@ -201,6 +242,6 @@ def test_exported_folder_is_transformers_own(folder, tmp_path):
   graph, _, _ = model.abstract(checkpoint.cfg, model.Compute())
   with torch.no_grad():
     np.testing.assert_allclose(
-      save._logits(graph, params, ids.astype(np.int32)), theirs(torch.from_numpy(ids)).logits, atol=1e-4
+      verify.logits(graph, params, ids.astype(np.int32)), theirs(torch.from_numpy(ids)).logits, atol=1e-4
     )
   assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("the cat")["input_ids"]

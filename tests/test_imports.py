@@ -29,6 +29,8 @@ LEAVES = {
   "jaxft.data.tokens": {"jaxft.data.sources", "jaxft.errors"},
   "jaxft.hf.tables": set(),
   "jaxft.hf.flax_msgpack": set(),
+  "jaxft.hf.torch_pickle": set(),
+  "jaxft.hf.push": {"jaxft.errors"},
   "jaxft.run.guards": set(),
   "jaxft.run.checkpoint": {"jaxft.errors"},
 }
@@ -51,10 +53,13 @@ def test_leaves_import_only_what_is_below_them(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_nothing_imports_a_command_and_only_verification_imports_torch(name):
+def test_nothing_imports_a_command_and_torch_stays_in_two_rooms(name):
   modules = imports(FILES[name])
   assert not modules & COMMANDS
-  assert name == "jaxft.hf.save" or "torch" not in {module.split(".")[0] for module in modules}
+  # Where it happens to be installed it checks an export; where a user asks for it, it reads a .bin.
+  assert name in ("jaxft.hf.verify", "jaxft.hf.torch_pickle") or "torch" not in {
+    module.split(".")[0] for module in modules
+  }
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -63,5 +68,6 @@ def test_no_code_is_run_from_data(name):
   for node in ast.walk(ast.parse(FILES[name].read_text())):
     if isinstance(node, ast.Call):
       called = ast.unparse(node.func)
-      assert called not in ("eval", "exec", "compile", "torch.load", "os.system"), f"{name}: {called}"
+      assert called not in ("eval", "exec", "compile", "os.system"), f"{name}: {called}"
+      assert called != "torch.load" or "weights_only=True" in map(ast.unparse, node.keywords), name
       assert not any(word.arg == "trust_remote_code" and ast.unparse(word.value) != "False" for word in node.keywords)

@@ -55,15 +55,15 @@ def test_logits_and_every_gradient_equal_transformers(folder):
 
   targets = torch.from_numpy(ids[:, 1:]).long()
   torch.nn.functional.cross_entropy(wanted[:, :-1].reshape(-1, cfg.V), targets.reshape(-1), reduction="sum").backward()
-  from jaxft.hf.save import hf_tensors  # gradients have the shapes of weights, so the weight table names them too
+  from jaxft.hf.unload import hf_tensors  # gradients have the shapes of weights, so the weight table names them too
 
   ours = jax.grad(loss_of(graph, ids))(params)
   theirs = dict(theirs.named_parameters())
-  for name, _, tensor in hf_tensors(ours, load.find(str(folder)), np.dtype("float32")):
-    wanted = theirs.pop(name).grad.numpy()
+  for tensor in hf_tensors(ours, load.find(str(folder))):
+    wanted = theirs.pop(tensor.name).grad.numpy()
     # Relative to the largest entry of the tensor. A key's bias moves no softmax: its own gradient is rounding around
     # zero, but in GPT-2 it is a part of c_attn.bias and measured by the whole.
-    np.testing.assert_allclose(tensor(), wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=name)
+    np.testing.assert_allclose(tensor.make(), wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=tensor.name)
   assert set(theirs) <= {"lm_head.weight"}
 
 

@@ -1,10 +1,11 @@
 """The model card of an export."""
 
+import json
+from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 import jaxft
+from jaxft import config as settings
 
 CARD = """---
 library_name: transformers
@@ -19,10 +20,7 @@ pipeline_tag: text-generation
 
 | | |
 |---|---|
-| training text | {sources}: {documents:,} documents, {tokens:,} tokens |
-| steps | {steps:,} of {batch_size} sequences of {length} tokens |
-| optimizer | {optimizer}, peak learning rate {rate:g}, {schedule} |
-| eval loss | {before:.4f} before, {after:.4f} after{floor} |
+{facts}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,28 +32,40 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 """
 
 
-def model_card(
-  config: ConfigDict, report: dict[str, Any], before: float, after: float, floor: float | None, steps: int
-) -> str:
-  """README.md of the exported folder: the facts of the run. Local paths are cut to their last part."""
+def model_card(workdir: Path, step: int) -> str:
+  """README.md of a model exported at `step`: the facts of the run, as the files of its workdir tell them.
+
+  Local paths are cut to their last part.
+  """
+  config = settings.from_json((workdir / "config.json").read_text(encoding="utf-8"))
   path, pretrained = config.model.path, config.model.init == "pretrained"
   name = path.rstrip("/").split("/")[-1]
   hub_id = pretrained and path.count("/") <= 1 and not path.startswith((".", "/"))
+  facts = {
+    "training text": ", ".join(source.rstrip("/").split("/")[-1] for source in config.data.train),
+    "steps": f"{step:,} of {config.train.batch_size} sequences of {config.data.sequence_length} tokens",
+    "optimizer": f"{config.optim.name}, peak learning rate {config.optim.learning_rate:g}, {config.optim.schedule}",
+  }
+  for report in _objects(workdir / "data_report.json"):
+    facts["training text"] += f": {report['rows']['trained']:,} documents, {report['tokens']['trained']:,} tokens"
+  evals = [line for line in _objects(workdir / "metrics.jsonl") if "eval/loss" in line and line["step"] <= step]
+  if evals:
+    first, last = evals[0], evals[-1]
+    floor = f" (entropy of the text: {first['eval/floor']:.4f})" if "eval/floor" in first else ""
+    losses = [f"{line['eval/loss']:.4f} at step {line['step']:,}" for line in (first, last)]
+    facts["eval loss"] = ", ".join(losses) + floor
   return CARD.format(
     base=f"base_model: {path}\n" if hub_id else "",
     name=f"{name}, fine-tuned" if pretrained else name,
     what=f"Fine-tuned from `{path if hub_id else name}`" if pretrained else "Trained from new weights",
     version=jaxft.__version__,
-    sources=", ".join(source.rstrip("/").split("/")[-1] for source in config.data.train),
-    documents=report["rows"]["trained"],
-    tokens=report["tokens"]["trained"],
-    steps=steps,
-    batch_size=config.train.batch_size,
-    length=config.data.sequence_length,
-    optimizer=config.optim.name,
-    rate=config.optim.learning_rate,
-    schedule=config.optim.schedule,
-    before=before,
-    after=after,
-    floor="" if floor is None else f" (entropy of the text: {floor:.4f})",
+    facts="\n".join(f"| {what} | {fact} |" for what, fact in facts.items()),
   )
+
+
+def _objects(file: Path) -> list[dict[str, Any]]:
+  """The objects of a .json or .jsonl file; none where the user has removed it."""
+  if not file.is_file():
+    return []
+  text = file.read_text(encoding="utf-8")
+  return [json.loads(text)] if file.suffix == ".json" else [json.loads(line) for line in text.splitlines()]

@@ -1,5 +1,6 @@
 """config.json -> ModelConfig. An option that changes the maths is honoured or refused by name, never ignored."""
 
+import dataclasses
 from typing import Any
 
 from jaxft.errors import RequestError
@@ -101,7 +102,7 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
   if family not in FAMILIES:
     raise RequestError(f"config.json: model_type={family!r} is not supported, only {', '.join(FAMILIES)}")
   try:
-    cfg = FAMILIES[family](config)
+    cfg = dataclasses.replace(FAMILIES[family](config), classes=_classes(config))
   except KeyError as error:
     raise RequestError(f"config.json: {error.args[0]} is missing") from error
   except TypeError as error:
@@ -111,6 +112,17 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
     if not isinstance(size, int) or not 0 < size < (2**16 if what == "layers" else 2**24):
       raise RequestError(f"config.json: {what}: {size!r} is no size of a model")
   return cfg
+
+
+def _classes(config: dict[str, Any]) -> int:
+  """How many classes a model tells apart; 0 for one that writes text."""
+  architectures = config.get("architectures") or []
+  if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
+    return 0
+  classes = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+  if not isinstance(classes, int) or not 0 < classes < 2**16:
+    raise RequestError(f"config.json: num_labels={classes!r} is no number of classes")
+  return classes
 
 
 def _refuse_others(config: dict[str, Any], fixed: dict[str, Any]) -> None:

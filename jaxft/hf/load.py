@@ -13,15 +13,28 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxft.errors import RequestError, first_line
-from jaxft.hf import facts, flax_msgpack
-from jaxft.hf.tables import EMBEDDING, FAMILIES, HEAD, PREFIX, Family, Rule, hf_shape, stacking_axis, to_ours
+from jaxft.hf import facts, flax_msgpack, torch_pickle
+from jaxft.hf.tables import (
+  EMBEDDING,
+  FAMILIES,
+  HEAD,
+  PREFIX,
+  Family,
+  Rule,
+  hf_shape,
+  short_name,
+  stacking_axis,
+  to_ours,
+  unpadded,
+)
 from jaxft.model import ModelConfig
 
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What a folder needs to be used and to be exported again; weights in other formats stay on the hub.
-WANTED = ["*.json", "*.txt", "*.safetensors", "tokenizer.model"]
+WANTED = ["*.json", "*.txt", "*.safetensors", "tokenizer.model", "README.md"]
 FORMATS = ("model.safetensors", "flax_model.msgpack")  # the first that is there is read
+PICKLE = "pytorch_model.bin"  # read last, and only when it is asked for
 
 
 class Checkpoint(NamedTuple):
@@ -30,17 +43,22 @@ class Checkpoint(NamedTuple):
   folder: Path
   hf_config: dict[str, Any]
   cfg: ModelConfig
+  torch_bin: bool = False  # pickles may be read
 
   @property
   def family(self) -> Family:
     return FAMILIES[self.hf_config["model_type"]]
 
+  @property
+  def architecture(self) -> str:
+    return self.family.classifier if self.cfg.classes else self.family.architecture
 
-def faults(path: str, weights: bool = True) -> list[str]:
+
+def faults(path: str, weights: bool = True, torch_bin: bool = False) -> list[str]:
   """What is wrong with a local model folder, at most one line; a hub id is not looked up here."""
   try:
     if path and is_local(path):
-      _check_folder(Path(path), weights)
+      _check_folder(Path(path), weights, torch_bin)
   except RequestError as error:
     return [str(error)]
   return []
@@ -51,25 +69,32 @@ def is_local(path: str) -> bool:
   return Path(path).exists() or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", path)
 
 
-def find(path: str, revision: str = "main", weights: bool = True) -> Checkpoint:
-  """The checkpoint that a folder or a hub id names, downloaded if need be; raises RequestError with the way out."""
+def find(path: str, revision: str = "main", weights: bool = True, torch_bin: bool = False) -> Checkpoint:
+  """The checkpoint that a folder or a hub id names, downloaded if need be; raises RequestError with the way out.
+
+  Args:
+    weights: whether the folder must hold weights.
+    torch_bin: whether pytorch_model*.bin may be read, where there are no others.
+  """
   if is_local(path):
-    return _check_folder(Path(path), weights)
+    return _check_folder(Path(path), weights, torch_bin)
   import huggingface_hub
 
   try:
     folder = Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=WANTED))
-    if weights and not any(folder.glob("*.safetensors")):
-      huggingface_hub.snapshot_download(path, revision=revision, allow_patterns="flax_model*.msgpack")
+    for others in ("*.safetensors", "flax_model*.msgpack", *(["pytorch_model*.bin"] if torch_bin else [])):
+      if not weights or any(folder.glob(others)):
+        break
+      huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=others)
   except Exception as error:  # hub and network errors share no class
     raise RequestError(
       f"config.model.path={path!r}: no such folder, and the hub gave none "
       f"({first_line(error)}); check the id, or give a folder"
     ) from error
-  return _check_folder(folder, weights)
+  return _check_folder(folder, weights, torch_bin)
 
 
-def _check_folder(folder: Path, weights: bool) -> Checkpoint:
+def _check_folder(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
   if not folder.is_dir():
     raise RequestError(f"model folder {str(folder)!r}: no such folder; give one, or a hub id such as gpt2")
   config_file = folder / "config.json"
@@ -79,8 +104,8 @@ def _check_folder(folder: Path, weights: bool) -> Checkpoint:
       "give a folder with config.json and model.safetensors, or a hub id such as gpt2"
     )
   if weights:
-    weight_files(folder)
-  return Checkpoint(folder, *read_config(config_file))
+    weight_files(folder, torch_bin)
+  return Checkpoint(folder, *read_config(config_file), torch_bin)
 
 
 def read_config(file: Path) -> tuple[dict[str, Any], ModelConfig]:
@@ -92,18 +117,27 @@ def read_config(file: Path) -> tuple[dict[str, Any], ModelConfig]:
     raise RequestError(f"{file.parent}: {error}") from error
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
   """The folder's weights, in the first of `FORMATS` that it has: one file, or the shards that an index names.
 
   A shard lies in the folder itself: a name with a path in it, or a link that leads out of the folder, is refused.
   """
-  for single in FORMATS:
+  for single in (*FORMATS, PICKLE) if torch_bin else FORMATS:
     index = folder / f"{single}.index.json"
     if (folder / single).is_file():
       return _inside(folder, folder / single, [single])
     if index.is_file():
       return _inside(folder, index, _shards(index))
-  raise RequestError(f"model folder {str(folder)!r}: none of {', '.join(FORMATS)} in it, whole or with an index")
+  pickled = any(folder.glob("pytorch_model*.bin"))
+  raise RequestError(
+    f"model folder {str(folder)!r}: none of {', '.join(FORMATS)} in it, whole or with an index"
+    + (
+      f"; {PICKLE} is a pickle, which is read (by torch, weights_only) only when asked: --config.model.torch_bin=True to "
+      "train, --torch_bin for the other commands"
+      if pickled
+      else ""
+    )
+  )
 
 
 def _shards(index: Path) -> list[str]:
@@ -169,11 +203,13 @@ class Tensor(NamedTuple):
       return all(stream.read(piece)[: flat.size - i] == flat[i : i + piece].data for i in range(0, flat.size, piece))
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
+def tensors(folder: Path, torch_bin: bool = False) -> dict[str, Tensor | torch_pickle.TorchTensor]:
   """Every tensor of the folder's weight files by its name in torch; nothing but headers is read."""
-  found = {}
-  for file in weight_files(folder):
-    for name, tensor in (_safetensors if file.suffix == ".safetensors" else _flax)(file).items():
+  found, readers = {}, {".safetensors": _safetensors, ".msgpack": _flax, ".bin": _torch}
+  for file in weight_files(folder, torch_bin):
+    if file.suffix not in readers:
+      raise RequestError(f"{file}: not a file of weights; their names end in {', '.join(readers)}")
+    for name, tensor in readers[file.suffix](file).items():
       if name in found:
         raise RequestError(f"{file}: tensor {name!r} is in another file of the folder too")
       found[name] = tensor
@@ -213,6 +249,15 @@ def _flax(file: Path) -> dict[str, Tensor]:
   return found
 
 
+def _torch(file: Path) -> dict[str, torch_pickle.TorchTensor]:
+  try:
+    return torch_pickle.arrays(file)
+  except ImportError as error:
+    raise RequestError(f"{file}: torch reads such files, and it is not installed: pip install torch") from error
+  except (OSError, ValueError) as error:
+    raise RequestError(f"{file}: not weights that torch reads with weights_only ({first_line(error)})") from error
+
+
 def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
   """The checkpoint's parameters as float32 arrays with these shardings; both trees are those of `model.abstract`.
 
@@ -224,14 +269,16 @@ def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
   paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
   wanted = {".".join(key.key for key in path): leaf.shape for path, leaf in paths}
   rules = {rule.ours: rule for rule in checkpoint.family.rules}
-  pieces = {path: _take(checkpoint.folder, source, rules[path], shape) for path, shape in wanted.items()}
+  pieces = {path: _take(checkpoint, source, rules[path], shape) for path, shape in wanted.items()}
   if source:
     raise RequestError(
       f"{checkpoint.folder}: tensor {min(source)!r} has no place in a {checkpoint.hf_config['model_type']} "
       f"model of {checkpoint.cfg.L} layers ({len(source)} such tensors)"
     )
   arrays = [
-    jax.make_array_from_callback(shape, place, functools.partial(_slice, rules[path], pieces[path], shape))
+    jax.make_array_from_callback(
+      shape, place, functools.partial(_slice, rules[path], checkpoint.cfg.V, pieces[path], shape)
+    )
     for (path, shape), place in zip(wanted.items(), jax.tree.leaves(shardings), strict=True)
   ]
   return jax.tree.unflatten(structure, arrays)
@@ -240,8 +287,8 @@ def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
 def _named(checkpoint: Checkpoint) -> dict[str, Tensor]:
   """The folder's tensors by their names without prefix, less buffers and a tied head."""
   named = {}
-  for name, tensor in tensors(checkpoint.folder).items():
-    short = name.removeprefix(PREFIX)
+  for name, tensor in tensors(checkpoint.folder, checkpoint.torch_bin).items():
+    short = short_name(name)
     if short in named:
       raise RequestError(f"{checkpoint.folder}: tensor {short!r} is there with and without {PREFIX!r}")
     if not any(re.fullmatch(pattern, short) for pattern in checkpoint.family.buffers):
@@ -255,9 +302,9 @@ def _named(checkpoint: Checkpoint) -> dict[str, Tensor]:
   return named
 
 
-def _take(folder: Path, source: dict[str, Tensor], rule: Rule, shape: tuple[int, ...]) -> list[list[Tensor]]:
+def _take(checkpoint: Checkpoint, source: dict[str, Tensor], rule: Rule, shape: tuple[int, ...]) -> list[list[Tensor]]:
   """The tensors of a parameter, out of `source`: for each layer, those that are stacked in it."""
-  one_layer = shape[1:] if rule.by_layer else shape
+  folder, one_layer = checkpoint.folder, unpadded(rule.layout, shape[1:] if rule.by_layer else shape, checkpoint.cfg.V)
   fits, found = hf_shape(rule.layout, one_layer), []
   for layer in range(shape[0] if rule.by_layer else 1):
     names = [name.format(layer) for name in rule.names]
@@ -270,13 +317,19 @@ def _take(folder: Path, source: dict[str, Tensor], rule: Rule, shape: tuple[int,
   return found
 
 
-def _slice(rule: Rule, layers: list[list[Tensor]], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+def _slice(
+  rule: Rule, V: int, layers: list[list[Tensor]], shape: tuple[int, ...], index: tuple[slice, ...]
+) -> np.ndarray:
   """The part of a parameter that one device holds, copied out of the files as float32."""
-  sizes = [len(range(*cut.indices(size))) for cut, size in zip(index, shape, strict=True)]
-  part = _aligned(tuple(sizes))
+  index = tuple(slice(*cut.indices(size)) for cut, size in zip(index, shape, strict=True))
+  part = _aligned(tuple(cut.stop - cut.start for cut in index))
   into, cuts = (part, index[1:]) if rule.by_layer else (part[None], index)
   chosen = layers[index[0]] if rule.by_layer else layers
-  axis, one_layer = stacking_axis(rule.layout), shape[1:] if rule.by_layer else shape
+  axis, one_layer = stacking_axis(rule.layout), unpadded(rule.layout, shape[1:] if rule.by_layer else shape, V)
+  if one_layer != shape and not rule.by_layer:  # rows that pad the vocabulary, always the first axis
+    real = max(0, V - index[0].start)
+    part[real:] = 0
+    into = into[:, :real]
   for target, stacked in zip(into, chosen, strict=True):
     if axis is None:
       target[...] = to_ours(rule.layout, stacked[0].view(), one_layer)[cuts]

@@ -28,14 +28,15 @@ class Rule(NamedTuple):
 class Family(NamedTuple):
   rules: tuple[Rule, ...]
   buffers: tuple[str, ...]  # patterns of tensors that hold no weights (causal masks, rotary tables)
-  architecture: str  # transformers' class
+  architecture: str  # transformers' classes: of a language model
+  classifier: str  # and of one that classifies
 
 
 PREFIX = (
   "transformer."  # written before every name but the head's, stripped when read: the oldest checkpoints have none
 )
-HEAD, HEAD_BIAS, EMBEDDING = "lm_head.weight", "lm_head.bias", "wte.weight"
-HEADS = (HEAD, HEAD_BIAS)
+HEAD, HEAD_BIAS, SCORE, EMBEDDING = "lm_head.weight", "lm_head.bias", "score.weight", "wte.weight"
+HEADS = (HEAD, HEAD_BIAS, SCORE)
 
 COMMON = (
   Rule(EMBEDDING, "embed.tokens", "V D -> V D"),
@@ -44,6 +45,7 @@ COMMON = (
   Rule("h.{}.ln_1.weight", "blocks.norm1.scale", "D -> D"),
   Rule("h.{}.ln_1.bias", "blocks.norm1.bias", "D -> D"),
   Rule(HEAD, "output.kernel", "V D -> V D"),  # not read and not written where the head is tied
+  Rule(SCORE, "output.score", "C D -> C D"),  # C classes, where there are some
 )
 LEARNED_POSITIONS = (Rule("wpe.weight", "embed.positions", "P D -> P D"),)
 SEQUENTIAL = (
@@ -94,15 +96,30 @@ GPTJ = (
 )
 
 FAMILIES = {
-  "gpt2": Family(GPT2, (r"h\.\d+\.attn\.(masked_)?bias",), "GPT2LMHeadModel"),
-  "gpt_neo": Family(GPT_NEO, (r"h\.\d+\.attn\.attention\.(masked_)?bias",), "GPTNeoForCausalLM"),
-  "gptj": Family(GPTJ, (r"h\.\d+\.attn\.((masked_)?bias|embed_positions)",), "GPTJForCausalLM"),
+  "gpt2": Family(GPT2, (r"h\.\d+\.attn\.(masked_)?bias",), "GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+  "gpt_neo": Family(
+    GPT_NEO, (r"h\.\d+\.attn\.attention\.(masked_)?bias",), "GPTNeoForCausalLM", "GPTNeoForSequenceClassification"
+  ),
+  "gptj": Family(
+    GPTJ, (r"h\.\d+\.attn\.((masked_)?bias|embed_positions)",), "GPTJForCausalLM", "GPTJForSequenceClassification"
+  ),
 }
 
 
 def full_name(name: str) -> str:
   """The name as transformers writes it."""
   return name if name in HEADS else PREFIX + name
+
+
+def short_name(name: str) -> str:
+  """The name as the tables have it."""
+  return name.removeprefix(PREFIX)
+
+
+def unpadded(layout: str, shape: tuple[int, ...], V: int) -> tuple[int, ...]:
+  """The shape of a parameter without the rows that pad its vocabulary."""
+  _, right = _sides(layout)
+  return tuple(V if group == ["V"] else size for group, size in zip(right, shape, strict=True))
 
 
 def hf_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,0 +1,37 @@
+"""An exported folder -> the Hugging Face hub."""
+
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError
+
+from jaxft.errors import RequestError, StorageError, first_line
+
+
+def faults(repo: str) -> list[str]:
+  """What would keep an upload to `repo` from beginning, as far as it can be known without a network; at most one line."""
+  try:
+    huggingface_hub.utils.validate_repo_id(repo)
+  except HFValidationError as error:
+    return [f"push_to_hub={repo!r}: {first_line(error)}"]
+  if not huggingface_hub.get_token():
+    return [f"push_to_hub={repo!r}: not logged in to the hub; run `hf auth login`, or set HF_TOKEN"]
+  return []
+
+
+def push(folder: Path, repo: str) -> str:
+  """Uploads the folder as one commit to `repo` (NAME or OWNER/NAME), which is made if it is not there; returns its address.
+
+  Raises RequestError for a name or a login that cannot work, and StorageError when the hub does not take the upload: the
+  folder is there still.
+  """
+  if lines := faults(repo):
+    raise RequestError("\n".join(lines))
+  try:
+    address = huggingface_hub.create_repo(repo, exist_ok=True)
+    huggingface_hub.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload model")
+  except Exception as error:  # hub and network errors share no class
+    raise StorageError(
+      f"push_to_hub={repo!r}: {first_line(error)}; the model is in {folder}: `hf upload {repo} {folder}` tries again"
+    ) from error
+  return str(address)

@@ -1,0 +1,57 @@
+"""pytorch_model*.bin: pickles, read by torch alone, in the mode that builds tensors and runs nothing."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+
+class TorchTensor(NamedTuple):
+  """A tensor of a file that torch has mapped into memory: its bytes are read when they are used."""
+
+  tensor: Any
+  dtype: np.dtype
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return tuple(self.tensor.shape)
+
+  def view(self) -> np.ndarray:
+    import torch
+
+    whole = self.tensor.contiguous()
+    if whole.dtype == torch.bfloat16:  # numpy has none of its own
+      return whole.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return whole.numpy()
+
+
+def arrays(file: Path) -> dict[str, TorchTensor]:
+  """The float tensors of a state dict by name; causal masks are left out.
+
+  Raises ImportError without torch, and ValueError for anything that is no state dict of float32, float16 or bfloat16 tensors
+  in the zip format that torch has written since 1.6 (2020): only that one can be mapped.
+  """
+  import torch
+
+  dtypes = {
+    torch.float32: np.dtype("float32"),
+    torch.float16: np.dtype("float16"),
+    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+  }
+  try:
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+  except Exception as error:  # of many classes: a pickle can be wrong in many ways
+    raise ValueError(str(error)) from error
+  if not isinstance(content, dict):
+    raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
+  found = {}
+  for name, tensor in content.items():
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+      raise ValueError(f"its entry {str(name)[:100]!r} is no tensor")
+    if tensor.dtype in (torch.bool, torch.uint8):
+      continue
+    if tensor.dtype not in dtypes:
+      raise ValueError(f"its tensor {name!r} has dtype {tensor.dtype}")
+    found[name] = TorchTensor(tensor.detach(), dtypes[tensor.dtype])
+  return found

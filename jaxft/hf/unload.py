@@ -1,0 +1,94 @@
+"""Parameters -> tensors as Hugging Face names, shapes and stores them, one at a time."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jaxft.hf import load
+from jaxft.hf.tables import Rule, full_name, hf_shape, short_name, to_hf, unpadded
+
+EXPORT_DTYPES = {
+  "float32": np.dtype("float32"),
+  "bfloat16": np.dtype(ml_dtypes.bfloat16),
+  "float16": np.dtype("float16"),
+}
+DtypeOf = Callable[[str], np.dtype]  # of each tensor, by its full name
+
+
+def dtypes(checkpoint: load.Checkpoint, dtype: str) -> DtypeOf:
+  """One of `EXPORT_DTYPES` for every tensor; or, for "source", what each has in the checkpoint's folder."""
+  if dtype != "source":
+    return lambda name: EXPORT_DTYPES[dtype]
+  source = {
+    short_name(name): tensor.dtype for name, tensor in load.tensors(checkpoint.folder, checkpoint.torch_bin).items()
+  }
+  return lambda name: source[short_name(name)]
+
+
+class Outgoing(NamedTuple):
+  """A tensor to be written; it leaves the devices when it is made."""
+
+  name: str
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  make: Callable[[], np.ndarray]
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+def in_float32(name: str) -> np.dtype:
+  return EXPORT_DTYPES["float32"]
+
+
+def hf_tensors(params: Any, checkpoint: load.Checkpoint, dtype_of: DtypeOf = in_float32) -> Iterator[Outgoing]:
+  """Parameters as the checkpoint's family names and shapes them; gradients too."""
+  leaves = {".".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+  for rule in checkpoint.family.rules:
+    if rule.ours not in leaves:
+      continue  # a head that is tied, or one of the other kind
+    leaf = leaves.pop(rule.ours)
+    real = unpadded(rule.layout, leaf.shape[1:] if rule.by_layer else leaf.shape, checkpoint.cfg.V)
+    shape = hf_shape(rule.layout, real)
+    for layer in range(leaf.shape[0] if rule.by_layer else 1):
+      for index, short in enumerate(rule.names):
+        name = full_name(short.format(layer))
+        dtype, part = dtype_of(name), layer if rule.by_layer else None
+        yield Outgoing(name, dtype, shape, functools.partial(_make, rule, leaf, part, dtype, real, index))
+  if leaves:
+    raise KeyError(f"{sorted(leaves)}: no rule writes these parameters")
+
+
+def _make(
+  rule: Rule, leaf: jax.Array, layer: int | None, dtype: np.dtype, real: tuple[int, ...], index: int
+) -> np.ndarray:
+  padded = _on_host(leaf, layer, dtype)
+  return to_hf(rule.layout, padded[tuple(slice(size) for size in real)], index)
+
+
+def _on_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
+  """The array, or a layer of it, shard by shard: np.asarray would keep a second copy of all of it in the array itself."""
+  first = 0 if layer is None else 1
+  whole = np.empty(array.shape[first:], dtype)
+  for shard in array.addressable_shards:
+    if shard.replica_id == 0:
+      whole[shard.index[first:]] = shard.data if layer is None else shard.data[layer]
+  return whole
+
+
+def as_written(params: Any, checkpoint: load.Checkpoint, dtype_of: DtypeOf) -> Any:
+  """The parameters, rounded to the dtypes in which they are written."""
+  rules = {rule.ours: rule for rule in checkpoint.family.rules}
+
+  def rounded(path, leaf):
+    rule = rules[".".join(key.key for key in path)]
+    return leaf.astype(dtype_of(full_name(rule.names[0].format(0)))).astype(jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(rounded, params)

@@ -1,0 +1,101 @@
+"""Is an exported folder the model that was trained? Read back, compared tensor by tensor, and by its logits."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jaxft
+from jaxft import model
+from jaxft.errors import StorageError
+from jaxft.hf import load
+from jaxft.hf.tables import EMBEDDING, full_name
+from jaxft.hf.unload import DtypeOf, as_written, hf_tensors
+
+LOGITS_LIMIT = 500_000_000  # parameters; larger models are compared tensor by tensor alone, which needs no second copy
+TOLERANCE = 1e-4  # largest difference of two float32 logits that an export may show, the one the docs promise
+
+
+def verify(folder: Path, params: Any, checkpoint: load.Checkpoint, dtype_of: DtypeOf) -> dict[str, Any]:
+  """Reads the folder back and compares: every tensor bit for bit, and logits in float32.
+
+  The logits of the folder are transformers' own where torch is installed, else those of jaxft's model with the weights read
+  back; `reference` says which. Raises StorageError on any difference above `TOLERANCE` (for a narrower dtype than float32,
+  against the weights as written).
+  """
+  written = load.tensors(folder)
+  for tensor in hf_tensors(params, checkpoint, dtype_of):
+    if not written.pop(tensor.name).holds(tensor.make()):
+      raise StorageError(
+        f"{folder}: tensor {tensor.name!r} read back differs from what was written; the disk is not to be trusted"
+      )
+  if written:
+    raise StorageError(f"{folder}: tensors {sorted(written)} were not meant to be written")
+  back = load.find(str(folder))
+  if back.cfg != checkpoint.cfg:
+    raise StorageError(f"{folder}: config.json read back describes another model: {back.cfg}, not {checkpoint.cfg}")
+  dtype = dtype_of(full_name(EMBEDDING))
+  report = {"tensors": "bit for bit", "dtype": dtype.name}
+  graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
+  if model.parameter_count(checkpoint.cfg) > LOGITS_LIMIT:
+    return report | {"logits_max_abs_difference": None, "reference": "tensors only: logits would take a second model"}
+
+  ids_BT = _some_ids(checkpoint)
+  if importlib.util.find_spec("torch"):
+    reference, theirs = _transformers_logits(folder, ids_BT, bool(checkpoint.cfg.classes))
+  else:
+    here = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+    reference = f"jaxft {jaxft.__version__}, weights read back"
+    theirs = logits(graph, load.load(back, shapes, here), ids_BT)
+  ours = logits(graph, as_written(params, checkpoint, dtype_of), ids_BT)
+  difference = float(np.max(np.abs((ours[:, -1] if checkpoint.cfg.classes else ours) - theirs)))
+  if not difference <= TOLERANCE:
+    raise StorageError(
+      f"{folder}: its float32 logits differ by {difference:.1e} from the trained model's ({reference}); "
+      f"at most {TOLERANCE:.0e} is rounding. Please report this"
+    )
+  return report | {
+    "logits_max_abs_difference": difference,
+    "tolerance": TOLERANCE,
+    "reference": reference,
+    "tokens_compared": int(ids_BT.size),
+  }
+
+
+def in_words(parity: dict[str, Any]) -> str:
+  """What a parity report says, in one line."""
+  difference = parity["logits_max_abs_difference"]
+  logits = "" if difference is None else f", logits within {difference:.1e} of the model in memory"
+  return f"tensors {parity['tensors']}{logits} (reference: {parity['reference']})"
+
+
+def logits(graph: nnx.GraphDef, params: Any, ids_BT: np.ndarray) -> np.ndarray:
+  """(B, T) -> (B, T, V), or (B, T, classes)."""
+
+  def run(params):
+    decoder = nnx.merge(graph, params)
+    return decoder.logits(decoder(jnp.asarray(ids_BT)))
+
+  return np.asarray(jax.jit(run)(params))
+
+
+def _some_ids(checkpoint: load.Checkpoint) -> np.ndarray:
+  """Random tokens, none of them the padding one: transformers' classifiers look for the last that is not."""
+  choice = np.delete(np.arange(checkpoint.cfg.V), checkpoint.hf_config.get("pad_token_id") or [])
+  return np.random.default_rng(0).choice(choice, (1, min(checkpoint.cfg.P, 128))).astype(np.int32)
+
+
+def _transformers_logits(folder: Path, ids_BT: np.ndarray, classifies: bool) -> tuple[str, np.ndarray]:
+  import torch
+  import transformers
+
+  transformers.utils.logging.disable_progress_bar()
+  auto = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
+  theirs = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+  with torch.no_grad():
+    logits = theirs(torch.from_numpy(ids_BT).long()).logits.numpy()
+  return f"transformers {transformers.__version__}, torch {torch.__version__}", logits

@@ -1,0 +1,117 @@
+"""Classification heads in and out, against transformers' own."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import jaxft
+from jaxft import model
+from jaxft.errors import RequestError
+from jaxft.hf import load
+
+torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
+transformers = pytest.importorskip("transformers")
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+SIZES = {
+  "gpt2": ("GPT2", dict(n_positions=71, n_embd=40, n_layer=2, n_head=5, n_inner=59)),
+  "gpt_neo": (
+    "GPTNeo",
+    dict(
+      max_position_embeddings=71,
+      hidden_size=40,
+      num_layers=2,
+      num_heads=5,
+      intermediate_size=59,
+      attention_types=[[["global", "local"], 1]],
+      window_size=7,
+    ),
+  ),
+  "gptj": ("GPTJ", dict(n_positions=71, n_embd=40, n_layer=2, n_head=5, n_inner=59, rotary_dim=4)),
+}
+TEXTS = ["the cat sat on the mat", "once upon a time the big red dog ran to the small blue house", "cat", ""]
+LABELS = ["bad", "so so", "good"]
+
+
+@pytest.fixture(params=SIZES, scope="module")
+def theirs(request, tmp_path_factory):
+  """Their model, all of it random, and its folder."""
+  name, sizes = SIZES[request.param]
+  config = getattr(transformers, name + "Config")(
+    **sizes, vocab_size=293, pad_token_id=292, bos_token_id=0, eos_token_id=0, num_labels=3
+  )
+  config.id2label, config.label2id = dict(enumerate(LABELS)), {label: i for i, label in enumerate(LABELS)}
+  torch.manual_seed(0)
+  their = getattr(transformers, name + "ForSequenceClassification")(config).eval()
+  for name, parameter in their.named_parameters():
+    torch.nn.init.normal_(parameter, mean=float("ln_" in name and name.endswith("weight")), std=0.2)
+  folder = tmp_path_factory.mktemp("models") / "m"
+  their.save_pretrained(folder)
+  tiny.write_tokenizer(folder, 293)
+  return their, folder
+
+
+def their_logits(their, ids):
+  """Ragged rows, padded on the right with the padding token."""
+  T = max(map(len, ids))
+  with torch.no_grad():
+    return their(torch.tensor([row + [292] * (T - len(row)) for row in ids])).logits.numpy()
+
+
+def test_labels_and_logits_are_transformers_own(theirs):
+  their, folder = theirs
+  ours = jaxft.load(folder)
+  found = ours.classify(TEXTS, batch_size=3)
+  wanted = their_logits(their, [ours.tokenizer(text)["input_ids"] or [0] for text in TEXTS])
+  np.testing.assert_allclose([label.logits_C for label in found], wanted, atol=1e-5 * np.abs(wanted).max())
+  assert [label.label for label in found] == [LABELS[i] for i in wanted.argmax(-1)]
+  assert all(abs(sum(label.probabilities.values()) - 1) < 1e-6 for label in found)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_out_again(theirs, tmp_path, dtype):
+  their, folder = theirs
+  ours = jaxft.load(folder)
+  ours.export(tmp_path / "out", dtype=dtype)
+  again, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+    tmp_path / "out", output_loading_info=True, dtype=torch.float32
+  )
+  assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+  assert type(again) is type(their) and again.config.id2label == dict(enumerate(LABELS))
+  ids = [ours.tokenizer(text)["input_ids"] or [0] for text in TEXTS]
+  if dtype:
+    their = type(their).from_pretrained(folder)
+    for parameter in their.parameters():  # not the buffers: GPT-J's table of sines is one
+      parameter.data = parameter.data.bfloat16().float()
+  np.testing.assert_allclose(their_logits(again, ids), their_logits(their, ids), atol=1e-5)
+  if not dtype:
+    before, after = load.tensors(folder), load.tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(before[name].view().tobytes() == after[name].view().tobytes() for name in before)
+
+
+def test_what_it_cannot_do_is_refused_in_words(theirs, folder):
+  ours = jaxft.load(theirs[1])
+  for act in (lambda: ours.generate(["the cat"]), lambda: ours.evaluate("x.txt")):
+    with pytest.raises(RequestError, match="writes no text"):
+      act()
+  with pytest.raises(RequestError, match="no classes"):
+    jaxft.load(folder).classify(["the cat"])
+
+
+def test_numbers_of_classes(theirs, tmp_path):
+  """Two where config.json says nothing, as transformers has it; nonsense is refused."""
+  _, folder = theirs
+  config = json.loads((folder / "config.json").read_text())
+  for names in ("id2label", "label2id", "num_labels"):
+    config.pop(names, None)
+  assert load.facts.model_config(config).classes == 2
+  assert load.facts.model_config(config | {"architectures": ["GPT2LMHeadModel"]}).classes == 0
+  with pytest.raises(RequestError, match="num_labels=-1"):
+    load.facts.model_config(config | {"num_labels": -1})
+  with pytest.raises(RequestError, match="'score.weight' has shape"):
+    other = load.find(str(folder))._replace(cfg=load.facts.model_config(config))
+    _, shapes, _ = model.abstract(other.cfg, model.Compute())
+    load.load(other, shapes, jax.tree.map(lambda _: HERE, shapes))

@@ -1,0 +1,106 @@
+"""pytorch_model*.bin: a pickle, read by torch alone, in the mode that runs nothing, and only when it is asked for."""
+
+import json
+import os
+import pickle
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxft import model
+from jaxft.errors import RequestError
+from jaxft.hf import load
+
+torch = pytest.importorskip("torch", reason="torch is what reads these files")
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def read(folder, torch_bin=True):
+  checkpoint = load.find(str(folder), torch_bin=torch_bin)
+  _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
+  return load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+
+
+@pytest.fixture
+def pickled(folder, tmp_path):
+  """A function that writes the folder's weights with torch, changed."""
+
+  def write(change=lambda tensors: tensors, **how):
+    to = tmp_path / f"in{len(list(tmp_path.iterdir()))}"
+    shutil.copytree(folder, to)
+    (to / "model.safetensors").unlink()
+    tensors = {name: torch.from_numpy(t) for name, t in load_file(folder / "model.safetensors").items()}
+    torch.save(change(tensors), to / "pytorch_model.bin", **how)
+    return to
+
+  return write
+
+
+def same(ours, theirs):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(ours), jax.device_get(theirs))
+
+
+def test_it_is_read_only_when_asked(folder, pickled):
+  with pytest.raises(RequestError, match="config.model.torch_bin=True"):
+    load.find(str(pickled()))
+  with_head = pickled(lambda ts: ts | {"lm_head.weight": ts["transformer.wte.weight"]})  # one storage, two names
+  same(read(with_head), read(folder, torch_bin=False))
+
+
+def test_narrow_transposed_and_sharded_tensors(folder, pickled):
+  narrow = lambda ts: {name: t.bfloat16() for name, t in ts.items()}
+  exact = jax.tree.map(lambda p: p.astype("bfloat16").astype("float32"), read(folder, torch_bin=False))
+  same(read(pickled(narrow)), exact)
+  crooked = lambda ts: {name: t.t().contiguous().t() if t.ndim == 2 else t for name, t in ts.items()}
+  same(read(pickled(crooked)), read(folder, torch_bin=False))
+
+  sharded = pickled()
+  tensors = torch.load(sharded / "pytorch_model.bin", weights_only=True)
+  (sharded / "pytorch_model.bin").unlink()
+  where = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(tensors)}
+  for file in set(where.values()):
+    torch.save({name: tensors[name] for name in where if where[name] == file}, sharded / file)
+  (sharded / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+  same(read(sharded), read(folder, torch_bin=False))
+
+
+class Payload:
+  def __init__(self, marker):
+    self.marker = str(marker)
+
+  def __reduce__(self):
+    return os.mkdir, (self.marker,)
+
+
+def test_no_pickle_runs_anything(pickled, tmp_path):
+  ran = tmp_path / "ran"
+  with pytest.raises(RequestError, match="pytorch_model.bin: not weights that torch reads with weights_only"):
+    read(pickled(lambda ts: ts | {"x": Payload(ran)}))
+  plain = pickled()
+  (plain / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(ran)))
+  with pytest.raises(RequestError, match="not weights that torch reads"):
+    read(plain)
+  assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+  "change, told",
+  [
+    (lambda ts: list(ts.values()), "it holds a list"),
+    (lambda ts: ts | {"x": 1}, "its entry 'x' is no tensor"),
+    (lambda ts: ts | {"x": torch.zeros(2, dtype=torch.float64)}, "its tensor 'x' has dtype torch.float64"),
+    (lambda ts: ts | {"x": torch.zeros(2)}, "tensor 'x' has no place"),
+    (lambda ts: ts | {"x": torch.eye(2).to_sparse()}, "its entry 'x' is no tensor"),
+  ],
+)
+def test_what_is_no_state_dict_is_named(pickled, change, told):
+  with pytest.raises(RequestError, match=told):
+    read(pickled(change))
+
+
+def test_the_format_before_torch_1_6_is_refused(pickled):
+  with pytest.raises(RequestError, match="_use_new_zipfile_serialization"):
+    read(pickled(_use_new_zipfile_serialization=False))
