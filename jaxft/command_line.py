@@ -1,6 +1,7 @@
 """Flags: --config FILE.py with --config.section.key=value for train, --model or --workdir for the other commands."""
 
 import argparse
+import ast
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,8 @@ USAGE = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config
 
   --config FILE      a file with get_config(); see configs/
   --workdir DIR      where the run is written, and found again (default: runs/NAME_OF_CONFIG)
-  --config.a.b=VALUE any setting; --print_config lists them all with their meaning
+  --config.a.b=VALUE any setting; --print_config lists them all with their meaning. Settings that take several texts,
+                     such as data.train, take the flag several times
   --dry_run          compile and tell the memory, train nothing
   --print_config     print the settings of this run and end
 """
@@ -35,6 +37,7 @@ def parse_train(argv: list[str] | None = None) -> TrainArguments:
   if {"-h", "--help"} & set(argv[1:]) or len(argv) == 1:
     print(USAGE)
     sys.exit(0 if len(argv) > 1 else 2)
+  argv = [_quoted("-" + word if word.startswith("-config.") else word) for word in argv]
   names = [word.removeprefix("--config.").split("=")[0] for word in argv[1:] if word.startswith("--config.")]
   if lines := settings.unknown(names):
     raise RequestError("\n".join(lines))
@@ -69,6 +72,18 @@ def parse_train(argv: list[str] | None = None) -> TrainArguments:
       config[section][key] = ()
   workdir = Path(values.workdir) if values.workdir else Path("runs") / Path(file).stem
   return TrainArguments(config, workdir, values.dry_run, values.print_config)
+
+
+def _quoted(word: str) -> str:
+  """A text for a setting that takes several, as the parser wants it: in quotes, or a blank or a bracket would confuse it."""
+  name, equals, value = word.partition("=")
+  setting = settings.BY_NAME.get(name.removeprefix("--config."))
+  if not equals or setting is None or not isinstance(setting.default, tuple):
+    return word
+  try:
+    return word if isinstance(ast.literal_eval(value), tuple) else f"{name}={value!r}"
+  except (ValueError, SyntaxError):
+    return f"{name}={value!r}"
 
 
 def _reason(error: Exception) -> str:

@@ -6,12 +6,13 @@ A config file (`configs/X.py`) has `get_config()`, which starts from `default()`
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
-from jaxft.errors import RequestError
+from jaxft.errors import RequestError, first_line
 
 # A check looks at one value and returns what a right value would be, or None when the value is right.
 Check = Callable[[Any], str | None]
@@ -35,6 +36,10 @@ def one_of(*choices: str) -> Check:
 
 def size_or_rest(x: int) -> str | None:
   return None if x == -1 or x >= 1 else "a number of devices, or -1 for all that are left"
+
+
+def file_size(x: str) -> str | None:
+  return None if re.fullmatch(r"[1-9]\d*[KMGT]B", x) else "a whole number and KB, MB, GB or TB, such as 5GB"
 
 
 def anything(_: Any) -> None:
@@ -114,7 +119,7 @@ SETTINGS = (
   Setting("optim.weight_decay", 0.0, at_least(0), "decoupled decay of matrices and embeddings (not biases, not norms)"),
   Setting("optim.b1", 0.9, between(0, 1), "decay of the first moment (momentum for sgd)"),
   Setting("optim.b2", 0.999, between(0, 1), "decay of the second moment"),
-  Setting("optim.eps", 1e-8, above(0), "added to the root of the second moment"),
+  Setting("optim.eps", 1e-8, at_least(1e-30), "added to the root of the second moment"),
   Setting("optim.clip_norm", 1.0, at_least(0), "largest global norm of the gradient; 0: no clipping"),
   Setting("optim.state_dtype", "float32", one_of("float32", "bfloat16"), "dtype of the first moment"),
   Setting("mesh.data", 1, size_or_rest, "devices that hold copies and split the batch; -1: the rest"),
@@ -128,7 +133,7 @@ SETTINGS = (
   Setting("memory.loss_chunk", 0, at_least(0), "positions a row whose logits exist at once; 0: all of them"),
   Setting("export.out", "", anything, "folder for the Hugging Face model; empty: WORKDIR/export"),
   Setting("export.dtype", "float32", one_of("float32", "bfloat16", "float16"), "dtype of the exported weights"),
-  Setting("export.max_shard_size", "5GB", anything, "largest weight file"),
+  Setting("export.max_shard_size", "5GB", file_size, "largest weight file: a number and KB, MB, GB or TB"),
   Setting("export.push_to_hub", "", anything, "hub repository (OWNER/NAME) to upload the export to; empty: none"),
 )
 BY_NAME = {setting.name: setting for setting in SETTINGS}
@@ -262,11 +267,14 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-  """The inverse of `to_json`; raises RequestError on an unknown key or a wrong type."""
-  config = default()
-  flat = flatten(json.loads(text))
+  """The inverse of `to_json`; raises RequestError on anything that `to_json` cannot have written."""
+  try:
+    flat = flatten(json.loads(text))
+  except (ValueError, AttributeError, RecursionError) as error:
+    raise RequestError(f"config.json of the run: not a config ({first_line(error)})") from error
   if lines := unknown(list(flat)):
     raise RequestError("\n".join(lines))
+  config = default()
   try:
     for name, value in flat.items():
       section, key = name.split(".")
@@ -274,6 +282,8 @@ def from_json(text: str) -> ConfigDict:
         config[section][key] = value
   except TypeError as error:
     raise RequestError(f"config.{name}={value!r}: {error}") from error
+  if lines := faults(config):
+    raise RequestError("\n".join(lines))
   return config
 
 

@@ -1,5 +1,6 @@
 """Versions, devices, memory and disk, and what is missing: python -m jaxft.doctor"""
 
+import argparse
 import importlib.metadata
 import platform
 import shutil
@@ -31,6 +32,9 @@ ACCELERATORS = {"jax-cuda13-plugin": "an NVIDIA GPU", "libtpu": "a TPU"}
 
 
 def main() -> None:
+  argparse.ArgumentParser(
+    "python -m jaxft.doctor", description="Tells what is installed, and what is missing."
+  ).parse_args()
   table = Table(show_header=False, box=None)
   faults = []
   table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")

@@ -48,6 +48,9 @@ def run_command(main: Callable[[], None]) -> None:
     for line in str(error).splitlines():
       print(f"{label}: {line}", file=sys.stderr)
     sys.exit(error.exit_code)
+  except OSError as error:  # a full disk, a folder that may not be written: its text names the file
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(StorageError.exit_code)
   except KeyboardInterrupt:
     print("stopped: interrupted", file=sys.stderr)
     sys.exit(130)

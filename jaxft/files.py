@@ -12,3 +12,11 @@ def write_whole(file: Path, text: str) -> None:
     stream.flush()
     os.fsync(stream.fileno())
   os.replace(partial, file)
+
+
+def exists(path: Path) -> bool:
+  """Whether there is something; False too for a name that the file system cannot have."""
+  try:
+    return path.exists()
+  except OSError:
+    return False

@@ -17,6 +17,7 @@ from jaxft.errors import RequestError
 from jaxft.hf import load as hf_load
 from jaxft.hf import save
 from jaxft.hf.card import model_card
+from jaxft.hf.unload import EXPORT_DTYPES
 from jaxft.run.checkpoint import Checkpoints
 from jaxft.sample import Generator, Sampling
 from jaxft.step import State, make_eval_step, mean_loss
@@ -59,6 +60,11 @@ class Pretrained:
   def generate(self, prompts: list[str], **sampling: Any) -> list[Completion]:
     """Completes each prompt; `sampling` takes the fields of `jaxft.sample.Sampling`, whose names are transformers'."""
     self._must_write_text()
+    if isinstance(prompts, str):
+      raise RequestError(f"prompts={prompts!r}: give a list of texts")
+    for prompt in prompts:
+      if not sources.is_text(prompt):
+        raise RequestError(f"prompt {prompt!r}: not valid text (UTF-8)")
     ids = self._generator(
       self.params, [self.tokenizer(prompt)["input_ids"] for prompt in prompts], Sampling(**sampling)
     )
@@ -123,6 +129,10 @@ class Pretrained:
     if self.run and not card:
       card = model_card(*self.run)
     dtype = dtype or ("float32" if self.run else "source")
+    if dtype not in (*EXPORT_DTYPES, "source"):
+      raise RequestError(f"dtype={dtype!r}: must be one of {', '.join(EXPORT_DTYPES)}, source")
+    if wanted := settings.file_size(max_shard_size):
+      raise RequestError(f"max_shard_size={max_shard_size!r}: must be {wanted}")
     return save.export(Path(out), self.params, self.source, dtype=dtype, max_shard_size=max_shard_size, card=card)
 
   def _must_write_text(self) -> None:

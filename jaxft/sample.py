@@ -115,6 +115,7 @@ def choose(
   """The next token of each row, (B,) int32: the likeliest, or one drawn after temperature, top-k and top-p."""
   if greedy:
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)
+  logits_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # so that no temperature makes infinities of the likeliest
   logits_BV = filter_logits(logits_BV / temperature, top_k, top_p)
   keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, n)
   return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

@@ -16,7 +16,7 @@ from jaxft import command_line, model, optim, sharding
 from jaxft import config as settings
 from jaxft.data import loader, sources, tokens
 from jaxft.data.report import prepare
-from jaxft.errors import Preempted, RequestError, StorageError, run_command
+from jaxft.errors import Preempted, RequestError, StorageError, first_line, run_command
 from jaxft.files import write_whole
 from jaxft.hf import load, push, save
 from jaxft.hf.card import model_card
@@ -26,6 +26,10 @@ from jaxft.run.guards import StopRequest
 from jaxft.run.tracking import Meter, Reporter, say
 from jaxft.sample import Generator, Sampling
 from jaxft.step import State, make_eval_step, make_train_step, mean_loss
+
+SMALLER = (
+  "a smaller config.train.micro_batch_size, config.memory.remat=full or config.memory.loss_chunk=128 need less memory"
+)
 
 
 class Run(NamedTuple):
@@ -37,15 +41,23 @@ class Run(NamedTuple):
   export: Path  # the Hugging Face folder
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, workdir: Path) -> None:
   """Raises RequestError with every fault that can be seen without building anything."""
   lines = settings.faults(config)
   if not lines:
     lines += load.faults(config.model.path, config.model.init == "pretrained", config.model.torch_bin)
+    out = export_folder(config, workdir)
+    lines += save.faults(out)
+    if out.absolute() in (workdir.absolute(), *workdir.absolute().parents, (workdir / "checkpoints").absolute()):
+      lines.append(f"config.export.out={str(out)!r}: the run itself is written there; name a folder of its own")
     lines += push.faults(config.export.push_to_hub) if config.export.push_to_hub else []
     lines += sources.faults(tuple(config.data.train) + tuple(config.data.validation))
   if lines:
     raise RequestError("\n".join(lines))
+
+
+def export_folder(config: ConfigDict, workdir: Path) -> Path:
+  return Path(config.export.out) if config.export.out else workdir / "export"
 
 
 def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) -> Run | None:
@@ -59,8 +71,8 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
   Raises:
     RequestError, NumericsError, StorageError, Preempted: see `jaxft.errors`.
   """
-  check(config)
   workdir = Path(workdir)
+  check(config, workdir)
   with StopRequest() as stop:
     # ---- Mesh ----------------------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
@@ -102,15 +114,25 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     rows = data.train
     rows_in_all = config.train.steps * config.train.batch_size or max(1, round(config.train.epochs * len(rows)))
     total_steps = -(-rows_in_all // config.train.batch_size)
+    if config.train.batch_size > (len(rows) if config.train.steps else rows_in_all):
+      raise RequestError(
+        f"config.train.batch_size={config.train.batch_size}: the training text fills only {len(rows)} rows of {rows.T} tokens; "
+        "take a smaller batch, shorter rows (config.data.sequence_length) or more text"
+      )
     if config.optim.warmup_steps > total_steps:
       raise RequestError(
         f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {total_steps} steps of the run"
       )
-    fingerprint = tokens.fingerprint(rows.stream)
+    about = {"config": config.to_dict(), "total_steps": total_steps, "data": tokens.fingerprint(rows.stream)}
     say(
       f"{data.report['rows']['trained']:,} documents with {data.report['tokens']['trained']:,} tokens to train on, in "
       f"{len(rows):,} rows of {rows.T}; {data.report['rows']['held_out']:,} documents held out; {total_steps:,} steps"
     )
+
+    # ---- Workdir: is it this run's? ------------------------------------------------------------------------------------
+    checkpoints = None if dry_run else Checkpoints(workdir / "checkpoints", config.train.keep)
+    if checkpoints:
+      refuse_another_run(checkpoints, config, about)
 
     # ---- Compile: what the step needs is known before any of it is taken ----------------------------------------------
     tx = optim.optimizer(config.optim)
@@ -128,7 +150,12 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
       seed=config.train.seed,
     )
     jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
-    train_step = jitted.lower(state_like, loader.like(accumulation, rows_at_once, rows.T, batch_place)).compile()
+    try:
+      train_step = jitted.lower(state_like, loader.like(accumulation, rows_at_once, rows.T, batch_place)).compile()
+    except jax.errors.JaxRuntimeError as error:
+      raise RequestError(
+        f"this run does not compile for {device.device_kind}: {first_line(error)}; {SMALLER}"
+      ) from error
     eval_step = jax.jit(make_eval_step(graph, loss_chunk=config.memory.loss_chunk))
     memory = train_step.memory_analysis()
     say(
@@ -140,13 +167,7 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
 
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
-    try:
-      workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise StorageError(f"workdir {str(workdir)!r}: {error}") from error
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
-    about = {"config": config.to_dict(), "total_steps": total_steps, "data": fingerprint}
-    state, tokens_seen = resume(checkpoints, state_like, config, about)
+    state, tokens_seen = resume(checkpoints, state_like, total_steps)
     if state is None:
       if pretrained:
         params = load.load(source, shapes, shardings)
@@ -223,61 +244,59 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
           raise Preempted(f"{stop.received}: saved at step {step} of {total_steps}; the same command continues")
     checkpoints.close()
 
-  # ---- Export: a Hugging Face folder, read back and compared -------------------------------------------------------------
-  out = Path(config.export.out) if config.export.out else workdir / "export"
-  before, after, floor = reporter.summary()
-  reporter.close()
-  parity = save.export(
-    out,
-    state.params,
-    source,
-    dtype=config.export.dtype,
-    max_shard_size=config.export.max_shard_size,
-    card=model_card(workdir, total_steps),
-  )
-  say(f"exported to {out}: {in_words(parity)}")
-  if config.export.push_to_hub:
-    say(f"uploaded to {push.push(out, config.export.push_to_hub)}")
-  say(
-    f"eval loss {before:.4f} -> {after:.4f} ({100 * (after / before - 1):+.1f} %)"
-    + ("" if floor is None else f"; the text's own entropy: {floor:.4f}")
-  )
+    # ---- Export: a Hugging Face folder, read back and compared -----------------------------------------------------------
+    out = export_folder(config, workdir)
+    parity = save.export(
+      out,
+      state.params,
+      source,
+      dtype=config.export.dtype,
+      max_shard_size=config.export.max_shard_size,
+      card=model_card(workdir, total_steps),
+    )
+    say(f"exported to {out}: {in_words(parity)}")
+    if config.export.push_to_hub:
+      say(f"uploaded to {push.push(out, config.export.push_to_hub)}")
+    say(reporter.summary())
   return Run(workdir, reporter.metrics.all, reporter.samples.all, out)
 
 
-def resume(
-  checkpoints: Checkpoints, like: State, config: ConfigDict, about: dict[str, Any]
-) -> tuple[State | None, int]:
-  """The newest sound checkpoint and the tokens it has seen, or (None, 0) when the run is new.
-
-  Raises RequestError when the checkpoint is of another run, StorageError when there are some and none is sound.
-  """
-  damage = []
+def refuse_another_run(checkpoints: Checkpoints, config: ConfigDict, about: dict[str, Any]) -> None:
+  """Raises RequestError when the newest readable checkpoint is of another run than this one."""
   for step in reversed(checkpoints.steps()):
     try:
       meta = checkpoints.meta(step)
-      lines = settings.changed(meta["config"], config)
-      if meta["data"] != about["data"]:
-        lines.append(
-          "config.data: the training text, or how it is cut into tokens, is not what the run was started with"
-        )
-      if meta["total_steps"] != about["total_steps"]:
-        lines.append(f"{about['total_steps']} steps in all: the run was started for {meta['total_steps']}")
-      if lines:
-        raise RequestError(
-          "\n".join(
-            [*lines, f"{checkpoints.folder} holds another run: go back to its settings, or name another --workdir"]
-          )
-        )
-      state = checkpoints.restore(step, like)
+    except StorageError:
+      continue  # `resume` will say so
+    lines = settings.changed(meta["config"], config)
+    if meta["data"] != about["data"]:
+      lines.append("config.data: the training text, or how it is cut into tokens, is not what the run was started with")
+    if meta["total_steps"] != about["total_steps"]:
+      lines.append(f"{about['total_steps']} steps in all: the run was started for {meta['total_steps']}")
+    if lines:
+      way_out = f"{checkpoints.folder} holds another run: go back to its settings, or name another --workdir"
+      raise RequestError("\n".join([*lines, way_out]))
+    return
+
+
+def resume(checkpoints: Checkpoints, like: State, total_steps: int) -> tuple[State | None, int]:
+  """The newest sound checkpoint and the tokens it has seen, or (None, 0) when the run is new.
+
+  Damaged ones that are newer are set aside. Raises StorageError when there are some and none is sound.
+  """
+  damaged = {}
+  for step in reversed(checkpoints.steps()):
+    try:
+      state, seen = checkpoints.restore(step, like), checkpoints.meta(step)["tokens"]
     except StorageError as error:
-      damage.append(str(error))
-      say(f"{error}; trying the checkpoint before it")
+      damaged[step] = str(error)
       continue
-    say(f"continuing at step {step} of {about['total_steps']}")
-    return state, meta["tokens"]
-  if damage:
-    raise StorageError("\n".join([*damage, "no sound checkpoint is left; remove the workdir to start anew"]))
+    for bad, reason in damaged.items():
+      say(f"{reason}; set aside as {checkpoints.set_aside(bad).name}, and going on from the one before it")
+    say(f"continuing at step {step} of {total_steps}")
+    return state, seen
+  if damaged:
+    raise StorageError("\n".join([*damaged.values(), "no sound checkpoint is left; remove the workdir to start anew"]))
   return None, 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,8 +167,6 @@ def test_a_signal_saves_and_the_same_command_continues(finished, config_file, tm
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config_file, finished, tmp_path):
-  import shutil
-
   shutil.copytree(finished[0], tmp_path / "w")
   newest = tmp_path / "w" / "checkpoints" / "12"
   data = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
@@ -176,6 +175,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config_file, f
   data.write_bytes(content)
   done = train(config_file, tmp_path / "w")
   assert "checkpoints/12: damaged" in done.stdout and "continuing at step 10" in done.stdout
+  # The step that was damaged is saved again, and the damaged files are out of the way.
+  assert {path.name for path in (tmp_path / "w" / "checkpoints").iterdir()} == {"10", "12", "damaged-12"}
+  again = train(config_file, tmp_path / "w")
+  assert ": damaged" not in again.stdout and "continuing at step 12" in again.stdout
   assert losses(tmp_path / "w") == losses(finished[0])
 
 
@@ -211,6 +214,14 @@ FAULTS = {
   "broken config": (["--config={tmp}/broken.py"], "the config file does not run: NameError"),
   "mistyped flag": (["--wokdir=x"], "'wokdir'. Did you mean: workdir"),
   "stray word": (["x"], "'x': not a flag"),
+  "one dash": (["-config.optim.learnig_rate=1"], "config.optim.learnig_rate: there is no such setting"),
+  "export over the run": (["--config.export.out={tmp}/w"], "the run itself is written there"),
+  "export over a file": (["--config.export.out={tmp}/broken.py"], "is no earlier export"),
+  "a long name": (["--config.data.train=" + 5000 * "x"], "no such file or folder"),
+  "a name with blanks": (["--config.data.train=my (1) file.txt"], "'my (1) file.txt': no such file or folder"),
+  "vanishing eps": (["--config.optim.eps=1e-50"], "config.optim.eps=1e-50: must be at least 1e-30"),
+  "shard size": (["--config.export.max_shard_size=abc"], "config.export.max_shard_size='abc': must be a whole number"),
+  "no login": (["--config.export.push_to_hub=me/x"], "not logged in to the hub"),
 }
 
 
@@ -327,6 +338,37 @@ def test_the_other_commands_refuse_in_one_line_too(finished, tmp_path, arguments
   workdir, _ = finished
   done = run(*(a.format(export=workdir / "export", workdir=workdir) for a in arguments), check=2, cwd=tmp_path)
   assert told in done.stderr.splitlines()[-1] and done.stdout == ""
+
+
+@pytest.mark.parametrize("block", ["checkpoints", "config.json", "metrics.jsonl"])
+def test_a_workdir_that_cannot_be_written_ends_with_exit_4(config_file, tmp_path, block):
+  if block == "checkpoints":
+    (tmp_path / block).write_text("a file where a folder must be")
+  else:
+    (tmp_path / block).mkdir()
+  done = train(config_file, tmp_path, check=4)
+  assert len(done.stderr.splitlines()) == 1 and block in done.stderr
+
+
+def test_a_finished_run_survives_the_loss_of_its_records(config_file, finished, tmp_path):
+  shutil.copytree(finished[0], tmp_path / "w")
+  (tmp_path / "w" / "metrics.jsonl").write_bytes(b"\xff\xfe garbage")
+  (tmp_path / "w" / "data_report.json").unlink()
+  assert "no eval loss" in train(config_file, tmp_path / "w").stdout
+  (tmp_path / "w" / "metrics.jsonl").unlink()
+  run("jaxft.export", "--workdir", tmp_path / "w", "--out", tmp_path / "out")
+  assert "| steps | 12 of 8 sequences of 32 tokens |" in (tmp_path / "out" / "README.md").read_text()
+  for garbage in ("garbage", "[]", "null", '{"train": {"steps": -1}}', '{"x": 1}'):
+    (tmp_path / "w" / "config.json").write_text(garbage)
+    done = run("jaxft.export", "--workdir", tmp_path / "w", "--out", tmp_path / "other", check=2)
+    assert "config" in done.stderr
+
+
+def test_several_sources_are_several_flags(config_file, stories, tmp_path):
+  shutil.copy(stories, tmp_path / "more (1), or less.jsonl")
+  flags = [f"--config.data.train={file}" for file in (stories, tmp_path / "more (1), or less.jsonl")]
+  done = train(config_file, tmp_path / "w", *flags, "--print_config")
+  assert f"config.data.train = ({str(stories)!r}, {str(tmp_path / 'more (1), or less.jsonl')!r})" in done.stdout
 
 
 def test_doctor_finds_this_machine_sound():

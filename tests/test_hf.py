@@ -201,16 +201,28 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
   refused("not an index", "map", index(["a"]))
 
 
-def test_an_export_replaces_models_and_nothing_else(folder, tmp_path):
+def test_an_export_replaces_earlier_exports_and_nothing_else(folder, tmp_path):
   checkpoint, params = read(folder)
   (tmp_path / "notes").mkdir()
   (tmp_path / "notes" / "mine.txt").write_text("x")
-  with pytest.raises(RequestError, match="holds no model"):
-    save.export(tmp_path / "notes", params, checkpoint)
+  mine = shutil.copytree(folder, tmp_path / "mine")  # somebody's model: it has a config.json, and no parity.json
+  (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+  (tmp_path / "run" / "parity.json").write_text("{}")
+  (tmp_path / "file").write_text("x")
+  for out in (tmp_path / "notes", mine, tmp_path / "run", tmp_path / "file", tmp_path, tmp_path / ("x" * 5000)):
+    with pytest.raises(RequestError, match="no earlier export|File name too long"):
+      save.export(out, params, checkpoint)
   assert (tmp_path / "notes" / "mine.txt").read_text() == "x"
+  neighbours = [tmp_path / f"out{end}" for end in (".old", ".partial")]
+  for neighbour in neighbours:
+    neighbour.mkdir()
+    (neighbour / "thesis.txt").write_text("x")
+  before = sorted(tmp_path.rglob("*"))
   for _ in range(2):
     save.export(tmp_path / "out", params, checkpoint, card="card")
   assert (tmp_path / "out" / "README.md").read_text() == "card"
+  shutil.rmtree(tmp_path / "out")
+  assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_export_that_differs_is_never_put_in_place(folder, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ LEAVES = {
   "jaxft.model": {"jaxft.attention", "jaxft.loss"},
   "jaxft.step": {"jaxft.loss"},
   "jaxft.sample": {"jaxft.errors", "jaxft.model"},
-  "jaxft.data.sources": {"jaxft.errors"},
+  "jaxft.data.sources": {"jaxft.errors", "jaxft.files"},
   "jaxft.data.pack": set(),
   "jaxft.data.loader": {"jaxft.data.pack"},
   "jaxft.data.tokens": {"jaxft.data.sources", "jaxft.errors"},

@@ -37,6 +37,18 @@ def test_a_ragged_batch_equals_one_by_one(ready, sampling):
   assert padded[0].token_ids == alone[0].token_ids[:5]
 
 
+def test_a_temperature_near_zero_is_greedy(ready):
+  cold = ready.generate(PROMPTS, max_new_tokens=5, temperature=1e-45, top_k=0)
+  assert cold == ready.generate(PROMPTS, max_new_tokens=5, temperature=0)
+
+
+def test_prompts_that_are_no_list_of_texts_are_refused(ready):
+  with pytest.raises(RequestError, match="give a list of texts"):
+    ready.generate("abc")
+  with pytest.raises(RequestError, match=r"prompt '\\udcff': not valid text"):
+    ready.generate(["\udcff"])
+
+
 def test_the_seed_decides(ready):
   texts = [ready.generate(PROMPTS, seed=seed, max_new_tokens=20) for seed in (1, 1, 2)]
   assert texts[0] == texts[1] != texts[2]

@@ -1,12 +1,15 @@
 """`finetune` in this process: every family, from new weights, on one device and on eight."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file, save_file
 
 import jaxft
-from jaxft.errors import RequestError
+from jaxft.errors import NumericsError, RequestError
 from jaxft.train import finetune
 
 CONFIGS = {
@@ -22,6 +25,22 @@ CONFIGS = {
   ),
   "gptj": dict(vocab_size=293, n_positions=71, n_embd=40, n_layer=3, n_head=5, rotary_dim=4),
 }
+
+
+def test_a_batch_larger_than_the_text_is_refused_with_the_numbers(config, tmp_path):
+  config.train.batch_size = 1000
+  with pytest.raises(RequestError, match=r"batch_size=1000: the training text fills only \d+ rows of 32 tokens"):
+    finetune(config, tmp_path)
+
+
+def test_weights_that_are_not_finite_end_the_run_before_it_begins(config, folder, tmp_path):
+  damaged = shutil.copytree(folder, tmp_path / "damaged")
+  tensors = load_file(folder / "model.safetensors")
+  tensors["transformer.ln_f.bias"][3] = np.nan
+  save_file(tensors, damaged / "model.safetensors")
+  config.model.path = str(damaged)
+  with pytest.raises(NumericsError, match="before: eval loss nan"):
+    finetune(config, tmp_path / "w")
 
 
 @pytest.mark.parametrize("family", CONFIGS)

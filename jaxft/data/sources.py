@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxft.errors import RequestError, first_line
+from jaxft.files import exists
 
 READABLE = (".txt", ".jsonl", ".csv", ".parquet")
 
@@ -21,10 +22,10 @@ class Document(NamedTuple):
 def find_files(source: str) -> list[Path]:
   """The files that a path, a glob or a folder stands for, sorted; raises RequestError when there are none."""
   path = Path(source)
-  if path.is_dir():
+  if exists(path) and path.is_dir():
     files = sorted(p for p in path.rglob("*") if p.suffix in READABLE and p.is_file())
     what = f"no {', '.join(READABLE)} file in this folder"
-  elif path.exists():
+  elif exists(path):
     files, what = [path], ""
   else:
     files, what = sorted(Path(p) for p in glob.glob(source, recursive=True)), "no such file or folder"
@@ -75,7 +76,18 @@ def _documents(where: str, rows: Iterator[dict], text_column: str, nats_column: 
       raise RequestError(
         f"{where}, row {number}: no text in column {text_column!r} ({found}); set config.data.text_column"
       )
+    if not is_text(text):
+      raise RequestError(f"{where}, row {number}: half of a surrogate pair in column {text_column!r}, which is no text")
     yield Document(text, _nats(f"{where}, row {number}", row, nats_column))
+
+
+def is_text(text: str) -> bool:
+  """False for what no file can hold: halves of surrogate pairs, which JSON's \\u escapes and a shell's stray bytes give."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
 
 
 def _nats(where: str, row: dict, column: str) -> float | None:
@@ -83,7 +95,7 @@ def _nats(where: str, row: dict, column: str) -> float | None:
     return None
   try:
     nats = float(row[column])
-  except (KeyError, TypeError, ValueError):
+  except (KeyError, TypeError, ValueError, OverflowError):
     nats = math.nan
   if not math.isfinite(nats):
     raise RequestError(f"{where}: no number in column {column!r}; correct it or leave config.data.nats_column empty")
@@ -107,7 +119,12 @@ def _file_rows(file: Path, text_column: str) -> Iterator[dict[str, Any]]:
     yield {text_column: file.read_bytes().decode()}  # not read_text(): it would turn \r\n into \n
   elif file.suffix == ".jsonl":
     with file.open(encoding="utf-8") as lines:
-      yield from (json.loads(line) for line in lines if line.strip())
+      for number, line in enumerate(lines, 1):
+        try:
+          if line.strip():
+            yield json.loads(line)
+        except (ValueError, RecursionError) as error:
+          raise RequestError(f"{file}, row {number}: not JSON ({first_line(error)})") from error
   elif file.suffix == ".csv":
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a chapter
     with file.open(encoding="utf-8-sig", newline="") as lines:

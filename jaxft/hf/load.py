@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxft.errors import RequestError, first_line
+from jaxft.files import exists
 from jaxft.hf import facts, flax_msgpack, torch_pickle
 from jaxft.hf.tables import (
   EMBEDDING,
@@ -66,7 +67,7 @@ def faults(path: str, weights: bool = True, torch_bin: bool = False) -> list[str
 
 def is_local(path: str) -> bool:
   """Whether a path is meant, not a hub id: it exists, or it could not be an id (an id is NAME or OWNER/NAME)."""
-  return Path(path).exists() or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", path)
+  return exists(Path(path)) or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", path)
 
 
 def find(path: str, revision: str = "main", weights: bool = True, torch_bin: bool = False) -> Checkpoint:
@@ -88,8 +89,7 @@ def find(path: str, revision: str = "main", weights: bool = True, torch_bin: boo
       huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=others)
   except Exception as error:  # hub and network errors share no class
     raise RequestError(
-      f"config.model.path={path!r}: no such folder, and the hub gave none "
-      f"({first_line(error)}); check the id, or give a folder"
+      f"model {path!r}: no such folder, and the hub gave none ({first_line(error)}); check the id, or give a folder"
     ) from error
   return _check_folder(folder, weights, torch_bin)
 

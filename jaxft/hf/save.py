@@ -28,6 +28,18 @@ TOKENIZER_FILES = (
 )
 
 
+def faults(out: Path) -> list[str]:
+  """What is in the way of an export to `out`, at most one line. Only what jaxft has exported is ever replaced."""
+  try:
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+      return []
+    if (out / "parity.json").is_file() and not any(inside.is_dir() for inside in out.iterdir()):
+      return []
+  except OSError as error:
+    return [f"export to {str(out)!r}: {error.strerror}"]
+  return [f"export to {str(out)!r}: it is there, and is no earlier export (no parity.json in it); name another folder"]
+
+
 def export(
   out: Path,
   params: Any,
@@ -40,7 +52,7 @@ def export(
   """Writes `params` as a model that transformers' `from_pretrained(out)` loads, and returns its parity report.
 
   Args:
-    out: the folder; one that is already there is replaced, if it is empty or holds a model.
+    out: the folder; one that is already there is replaced if it is empty or an earlier export, and else refused.
     params: parameters as `model.abstract` nests them, on any mesh.
     checkpoint: where the config and the tokenizer files come from.
     dtype: of `EXPORT_DTYPES`, or "source": for each tensor the dtype that it has in the checkpoint's folder.
@@ -48,11 +60,12 @@ def export(
 
   Raises:
     StorageError: the disk refused, or what was read back is not what was written.
-    RequestError: `out` holds something that is no model.
+    RequestError: `out` holds something else.
   """
-  if out.exists() and not out.is_dir() or out.is_dir() and any(out.iterdir()) and not (out / "config.json").exists():
-    raise RequestError(f"export.out={str(out)!r}: exists and holds no model; name another folder")
-  partial = out.with_name(out.name + ".partial")
+  if lines := faults(out):
+    raise RequestError("\n".join(lines))
+  out = out.absolute()
+  partial = out.with_name(f".{out.name}.partial")
   try:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -122,7 +135,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 def _put_in_place(partial: Path, out: Path) -> None:
   """Renames; a model that was there before is there until the new one is."""
-  old = out.with_name(out.name + ".old")
+  old = out.with_name(f".{out.name}.old")
   shutil.rmtree(old, ignore_errors=True)
   if out.exists():
     out.rename(old)

@@ -1,5 +1,6 @@
 """Checkpoints: Orbax, plus a checksum of every leaf, because Orbax loads flipped bits without a word (0.12.8, measured)."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ import orbax.checkpoint as ocp
 
 from jaxft.errors import StorageError, first_line
 
+# After a failed read Orbax (0.12.8) leaves tasks behind that nobody awaits; asyncio would log each with a traceback, pages
+# after the error has been told in one line.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
 
 class Checkpoints:
   """The checkpoints of one run: `folder/STEP/` with the state and a JSON record about it, written in the background."""
@@ -18,16 +23,24 @@ class Checkpoints:
     """Opens the folder, making it if need be; raises StorageError when it cannot."""
     self.folder = folder
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    self._or_storage_error(lambda: folder.mkdir(parents=True, exist_ok=True))
     self._manager = self._or_storage_error(lambda: ocp.CheckpointManager(folder.absolute(), options=options))
 
   def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
     """Starts to write; the arrays may be changed or donated as soon as this returns. Raises StorageError."""
     meta = meta | {"step": step, "checksums": checksums(state)}
-    self._or_storage_error(
-      lambda: self._manager.save(
-        step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-      )
-    )
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    # force: without it Orbax leaves out, in silence, a step that is not after the newest.
+    if not self._or_storage_error(lambda: self._manager.save(step, args=args, force=True)):
+      raise StorageError(f"{self.folder / str(step)}: not saved")
+
+  def set_aside(self, step: int) -> Path:
+    """Renames a damaged checkpoint, out of the way of the one that the run will save at this step; returns its new place."""
+    number = 1 + sum(1 for _ in self.folder.glob(f"damaged-{step}*"))
+    aside = self.folder / (f"damaged-{step}" + (f"-{number}" if number > 1 else ""))
+    self._or_storage_error(lambda: (self.folder / str(step)).rename(aside))
+    self._or_storage_error(self._manager.reload)
+    return aside
 
   def wait(self) -> None:
     """Returns when everything saved is on disk; raises StorageError if it is not."""
@@ -44,7 +57,7 @@ class Checkpoints:
     try:
       return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     except Exception as error:  # whatever damage makes Orbax raise
-      raise StorageError(f"{self.folder / str(step)}: damaged ({first_line(error)})") from error
+      raise self._damaged(step, error) from error
 
   def restore(self, step: int, like: Any) -> Any:
     """The state, placed as the ShapeDtypeStructs in `like` say; raises StorageError when it is not what was saved."""
@@ -52,13 +65,17 @@ class Checkpoints:
     try:
       state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
     except Exception as error:
-      raise StorageError(f"{self.folder / str(step)}: damaged ({first_line(error)})") from error
+      raise self._damaged(step, error) from error
     wrong = [name for name, value in checksums(state).items() if wanted.get(name) != value]
     if wrong:
       raise StorageError(
         f"{self.folder / str(step)}: damaged ({wrong[0]} and {len(wrong) - 1} more leaves differ from their checksums)"
       )
     return state
+
+  def _damaged(self, step: int, error: Exception) -> StorageError:
+    reason = first_line(error).split(" See full TensorStore")[0]  # which is a page long
+    return StorageError(f"{self.folder / str(step)}: damaged ({reason})")
 
   def _or_storage_error(self, act: Callable[[], Any]) -> Any:
     try:

@@ -33,7 +33,7 @@ class Lines:
     """Drops lines after `last_step`, which the run is about to write again; -1 drops all."""
     self.all: list[dict[str, Any]] = []
     if file.exists():
-      for line in file.read_text(encoding="utf-8").splitlines():
+      for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
           values = json.loads(line)
           if values["step"] <= last_step:
@@ -41,19 +41,16 @@ class Lines:
         except (ValueError, KeyError, TypeError):
           continue  # cut short by a kill in the middle of a write
     write_whole(file, "".join(json.dumps(values) + "\n" for values in self.all))
-    self._stream = file.open("a", encoding="utf-8")
+    self._file = file
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     self.all.append({"step": step} | values)
-    self._stream.write(json.dumps(self.all[-1], allow_nan=False) + "\n")
-    self._stream.flush()
+    with self._file.open("a", encoding="utf-8") as stream:
+      stream.write(json.dumps(self.all[-1], allow_nan=False) + "\n")
 
   def values(self, key: str) -> list[Any]:
     """All values of `key`, oldest first."""
     return [line[key] for line in self.all if key in line]
-
-  def close(self) -> None:
-    self._stream.close()
 
 
 class Meter:
@@ -168,9 +165,11 @@ class Reporter:
         )
 
   def evaluation(self, step: int, when: str, loss: float) -> None:
+    if not math.isfinite(loss):
+      raise NumericsError(f"{when}: eval loss {loss}: the weights give no finite numbers on the validation text")
     perplexity = math.exp(min(loss, 700.0))
     floor = {} if self._floor is None else {"eval/floor": self._floor}
-    self.metrics.write(step, {"eval/loss": finite_or_text(loss), "eval/perplexity": perplexity} | floor)
+    self.metrics.write(step, {"eval/loss": loss, "eval/perplexity": perplexity} | floor)
     beside = "" if self._floor is None else f" (the text's own entropy: {self._floor:.4f})"
     say(f"{when}: eval loss {loss:.4f}{beside}, perplexity {perplexity:.2f}")
 
@@ -178,14 +177,13 @@ class Reporter:
     self.samples.write(step, {"when": when, "prompt": prompt, "text": text, "seed": self._seed})
     say(f"  [{when}] {prompt}|{text}".replace("\n", "\n    "))
 
-  def summary(self) -> tuple[float, float, float | None]:
-    """Eval loss before and after, and the floor."""
+  def summary(self) -> str:
+    """Eval loss before and after, and the floor, in one line."""
     losses = self.metrics.values("eval/loss")
-    return losses[0], losses[-1], self._floor
-
-  def close(self) -> None:
-    self.metrics.close()
-    self.samples.close()
+    if not losses:  # a finished run whose metrics.jsonl is gone
+      return "metrics.jsonl has no eval loss of this run"
+    floor = "" if self._floor is None else f"; the text's own entropy: {self._floor:.4f}"
+    return f"eval loss {losses[0]:.4f} -> {losses[-1]:.4f} ({100 * (losses[-1] / losses[0] - 1):+.1f} %){floor}"
 
 
 def finite_or_text(number: float) -> float | str:
