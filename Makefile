@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
+# A test file stays in one process: its tests share models and compiled programs.
+WORKERS = -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: quickstart test test-wide test-quick lint assets
 
@@ -8,13 +10,13 @@ quickstart: $(VENV)/installed  ## install, then fine-tune the embedded model on 
 	$(VENV)/bin/python -m jaxft.train --config configs/quickstart.py --workdir $(WORKDIR)
 
 test: $(VENV)/installed-test lint  ## the tests
-	$(VENV)/bin/python -m pytest -m "not wide"
+	$(VENV)/bin/python -m pytest $(WORKERS) -m "not wide"
 
 test-wide: $(VENV)/installed-test  ## more shapes, formats and sizes
-	$(VENV)/bin/python -m pytest -m wide
+	$(VENV)/bin/python -m pytest $(WORKERS) -m wide
 
 test-quick: $(VENV)/installed-test  ## the tests that take seconds
-	$(VENV)/bin/python -m pytest -m "not slow and not wide"
+	$(VENV)/bin/python -m pytest $(WORKERS) -m "not slow and not wide"
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from jaxft import config as settings
 from jaxft import model, optim
 from jaxft.hf import load, save, unload, verify
+from jaxft.hf.published import PUBLISHED
 from jaxft.loss import cross_entropy_sum
 from jaxft.sample import Generator, Sampling
 from jaxft.step import State, make_train_step
@@ -209,6 +210,36 @@ def test_out_again_is_byte_identical_and_transformers_misses_nothing(case, tmp_p
   assert again.config.tie_word_embeddings == checkpoint.cfg.tied
 
 
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_from_narrow_sources_whole_and_sharded(case, tmp_path, dtype, shard_size):
+  theirs, folder, *_ = case
+  narrow = type(theirs).from_pretrained(folder, dtype=getattr(torch, dtype))
+  narrow.save_pretrained(tmp_path / "in", max_shard_size=shard_size)
+  checkpoint = load.find(str(tmp_path / "in"))
+  graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
+  params = load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+  wide = type(theirs).from_pretrained(tmp_path / "in", dtype=torch.float32, attn_implementation="eager").eval()
+  ids = ids_for(checkpoint, 2, 300)
+  with torch.no_grad():
+    wanted = wide(torch.from_numpy(ids).long()).logits.numpy()
+  assert relative(verify.logits(graph, params, ids), wanted) < 1e-5
+  save.export(tmp_path / "out", params, checkpoint, dtype="source", max_shard_size=shard_size)
+  before, after = load.tensors(tmp_path / "in"), load.tensors(tmp_path / "out")
+  assert before.keys() == after.keys() and len(load.weight_files(tmp_path / "in")) > (shard_size != "5GB")
+  for name in before:
+    assert before[name].dtype == after[name].dtype == dtype
+    assert before[name].view().tobytes() == after[name].view().tobytes()
+  assert type(theirs).from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
+
+
+def test_config_reads_back_the_same(case, tmp_path):
+  theirs, folder, checkpoint, _, params = case
+  save.export(tmp_path / "out", params, checkpoint)
+  before, after = (type(theirs.config).from_pretrained(path).to_dict() for path in (folder, tmp_path / "out"))
+  assert before == after
+
+
 def test_sixty_four_greedy_tokens(case):
   theirs, _, checkpoint, graph, params = case
   prompts = [ids_for(checkpoint, 1, n, seed=n)[0].tolist() for n in (5, 23, 1)]
@@ -234,49 +265,27 @@ def test_a_local_layer_sees_its_window_and_no_more(case):
   assert seen[-window:].all() and not seen[:-window].any()
 
 
-# Published sizes: config, and the parameter count that transformers itself gives them.
-PUBLISHED = {
-  "distilgpt2": ("gpt2", dict(n_layer=6)),
-  "gpt2": ("gpt2", {}),
-  "gpt2-medium": ("gpt2", dict(n_embd=1024, n_layer=24, n_head=16)),
-  "gpt2-large": ("gpt2", dict(n_embd=1280, n_layer=36, n_head=20)),
-  "gpt2-xl": ("gpt2", dict(n_embd=1600, n_layer=48, n_head=25)),
-  "gpt-neo-125m": (
-    "gpt_neo",
-    dict(hidden_size=768, num_layers=12, num_heads=12, attention_types=[[["global", "local"], 6]]),
-  ),
-  "gpt-neo-1.3b": (
-    "gpt_neo",
-    dict(hidden_size=2048, num_layers=24, num_heads=16, attention_types=[[["global", "local"], 12]]),
-  ),
-  "gpt-neo-2.7b": (
-    "gpt_neo",
-    dict(hidden_size=2560, num_layers=32, num_heads=20, attention_types=[[["global", "local"], 16]]),
-  ),
-  "gpt-j-6b": ("gptj", {}),
-}
+# Parameter counts of the published models.
 COUNTS = {
   "distilgpt2": 81_912_576,
   "gpt2": 124_439_808,
   "gpt2-medium": 354_823_168,
   "gpt2-large": 774_030_080,
   "gpt2-xl": 1_557_611_200,
-  "gpt-neo-125m": 125_198_592,
-  "gpt-neo-1.3b": 1_315_575_808,
-  "gpt-neo-2.7b": 2_651_307_520,
-  "gpt-j-6b": 6_050_882_784,
+  "EleutherAI/gpt-neo-125m": 125_198_592,
+  "EleutherAI/gpt-neo-1.3B": 1_315_575_808,
+  "EleutherAI/gpt-neo-2.7B": 2_651_307_520,
+  "EleutherAI/gpt-j-6b": 6_050_882_784,
 }
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("size", COUNTS)
 def test_published_sizes_have_their_counts_and_names(size):
-  family, changes = PUBLISHED[size]
-  config_class, model_class = CLASSES[family]
-  config = config_class(**changes)
-  checkpoint = load.Checkpoint(None, config.to_dict(), load.facts.model_config(config.to_dict()))
+  config_class, model_class = CLASSES[PUBLISHED[size]["model_type"]]
+  checkpoint = load.Checkpoint(None, PUBLISHED[size], load.facts.model_config(PUBLISHED[size]))
   _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
   with torch.device("meta"):
-    theirs = model_class(config)
+    theirs = model_class(config_class(**PUBLISHED[size]))
   assert model.parameter_count(checkpoint.cfg) == COUNTS[size] == sum(p.numel() for p in theirs.parameters())
   ours = {tensor.name: tensor.shape for tensor in unload.hf_tensors(shapes, checkpoint)}
   assert ours == {name: tuple(p.shape) for name, p in theirs.named_parameters()}

@@ -20,7 +20,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     asked = self.rfile.read(int(self.headers["Content-Length"]))
     self.server.tokens.add(self.headers["Authorization"])
     if self.server.broken and "commit" in self.path:
-      return self.answer(500, {"error": "out of order"})
+      return self.answer(403, {"error": "not yours"})  # 5xx would be tried again for half a minute
     if self.path == "/api/repos/create":
       repo = json.loads(asked)
       self.server.repo = f"{repo['organization']}/{repo['name']}"

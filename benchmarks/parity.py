@@ -1,0 +1,241 @@
+"""docs/parity.md: how far jaxft is from transformers in torch, for every published size. Run: python benchmarks/parity.py
+
+Random weights of the published shapes, float32, on the CPU. A model whose training does not fit in memory beside its own
+reference loses layers, never width. Each framework runs in a process of its own; files carry the numbers between them.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+T, PADDING, STEPS, STEP_T = 300, 43, 10, 64  # longer than GPT-Neo's window of 256, with padding too
+RATE, DECAY, EPS = 1e-3, 0.1, 1e-6
+HEADER = """# Parity with transformers
+
+jaxft against transformers in torch, the same random weights, float32, on a CPU. Made by `python benchmarks/parity.py`
+on {date} with {versions}, on {machine}; it took {minutes} minutes.
+
+| model | layers | parameters | logits | left padding | right padding | loss | gradient | AdamW: weights | AdamW: token table |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+FOOTER = """
+- **logits**: largest absolute difference over 2 x {T} tokens, beside the largest absolute logit. With padding, {padding} tokens
+  of a row are padding and the real ones count.
+- **loss**: absolute difference of the mean loss, about 10.8 nats.
+- **gradient**: of every leaf, the largest difference relative to the largest entry of that leaf; the table has the worst
+  leaf.
+- **AdamW**: largest absolute difference of any weight after {steps} steps of 2 x {step_t} tokens at a learning rate of {rate} falling
+  to 0, decay {decay}, eps {eps}, gradients clipped to a norm of 1. The token table has a column of its own: most of its rows are
+  in no batch, their gradients are sums that nearly cancel, and Adam divides what rounding leaves by its own size. GPT-2's key
+  biases are left out: they move no softmax, so all of their gradient is rounding.
+- **layers**: fewer than published where ten steps of both frameworks would not fit into {memory} GiB.
+"""
+
+
+def reference(name: str, layers: int, folder: Path) -> None:
+  """transformers: writes the model and what it computes into `folder`."""
+  import torch
+  import transformers
+  from safetensors.torch import save_file
+
+  from jaxft.hf.published import PUBLISHED
+
+  config = transformers.AutoConfig.for_model(**with_layers(PUBLISHED[name], layers))
+  for dropout in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "embed_dropout", "attention_dropout", "resid_dropout"):
+    if hasattr(config, dropout):
+      setattr(config, dropout, 0.0)
+  torch.manual_seed(0)
+  model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+  with torch.no_grad():
+    for parameter in model.parameters():  # biases and norms must not be zeros and ones
+      parameter.add_(torch.randn_like(parameter), alpha=0.02)
+  model.save_pretrained(folder / "model")
+
+  numbers = {}
+  for side, real in masks().items():
+    positions = np.maximum(real.cumsum(1) - 1, 0)
+    arguments = dict(attention_mask=torch.from_numpy(real), position_ids=torch.from_numpy(positions)) if side else {}
+    with torch.no_grad():
+      numbers[f"logits{side}"] = model(torch.from_numpy(some_ids(0, T)), **arguments).logits.numpy()
+  ids = torch.from_numpy(some_ids(0, T))
+  loss = model(ids, labels=ids).loss
+  loss.backward()
+  np.savez(folder / "numbers.npz", loss=loss.item(), **numbers)
+  save_file({key: p.grad for key, p in model.named_parameters()}, folder / "gradients.safetensors")
+
+  groups = [
+    {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": DECAY},
+    {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+  ]
+  adamw = torch.optim.AdamW(groups, lr=RATE, eps=EPS)
+  linear = transformers.get_linear_schedule_with_warmup(adamw, 0, STEPS)
+  for step in range(STEPS):
+    ids = torch.from_numpy(some_ids(step, STEP_T))
+    adamw.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    adamw.step()
+    linear.step()
+  save_file({key: p.detach() for key, p in model.named_parameters()}, folder / "trained.safetensors")
+
+
+def compare(folder: Path) -> None:
+  """jaxft: reads the folder, computes the same, prints the differences as JSON."""
+  import jax
+  import jax.numpy as jnp
+  from flax import nnx
+  from safetensors import safe_open
+
+  from jaxft import config as settings
+  from jaxft import model, optim, sharding
+  from jaxft.hf import load, unload
+  from jaxft.loss import cross_entropy_sum
+  from jaxft.step import State, make_train_step
+
+  source = load.find(str(folder / "model"))
+  graph, shapes, _ = model.abstract(source.cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  params = load.load(source, shapes, jax.tree.map(lambda _: here, shapes))
+  wanted = np.load(folder / "numbers.npz")
+  found = {"parameters": model.parameter_count(source.cfg)}
+
+  @jax.jit
+  def logits(params, ids, real, positions):
+    decoder = nnx.merge(graph, params)
+    return decoder.logits(decoder(ids, segments_BT=real, positions_BT=positions))
+
+  ids = some_ids(0, T).astype(np.int32)
+  for side, real in masks().items():
+    positions = np.maximum(real.cumsum(1) - 1, 0).astype(np.int32)
+    difference = np.asarray(logits(params, ids, real.astype(np.int32), positions)) - wanted[f"logits{side}"]
+    found[f"logits{side}"] = float(np.abs(difference[real == 1]).max())
+  found["largest logit"] = float(np.abs(wanted["logits"]).max())
+
+  def loss(params):
+    decoder, mask = nnx.merge(graph, params), jnp.ones((2, T - 1), bool)
+    return cross_entropy_sum(decoder(ids[:, :-1]), decoder.head(), ids[:, 1:], mask, 128) / mask.sum()
+
+  value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+  found["loss"] = abs(float(value) - float(wanted["loss"]))
+  found["gradient"] = 0.0
+  with safe_open(folder / "gradients.safetensors", "numpy") as theirs:
+    for tensor in unload.hf_tensors(gradients, source):
+      gradient = theirs.get_tensor(tensor.name)
+      worst = float(np.abs(tensor.make() - gradient).max() / np.abs(gradient).max())
+      found["gradient"] = max(found["gradient"], worst)
+  del gradients
+
+  adamw = settings.default().optim
+  adamw.update(learning_rate=RATE, weight_decay=DECAY, eps=EPS, schedule="linear")
+  tx = optim.optimizer(adamw)
+  train_step = make_train_step(graph, tx, optim.schedule(adamw, STEPS), clip_norm=1.0, loss_chunk=0, seed=0)
+  train_step = jax.jit(train_step, donate_argnums=0)
+  state = State(jnp.int32(0), params, tx.init(params))
+  del params
+  for step in range(STEPS):
+    ids = some_ids(step, STEP_T).astype(np.int32)[None]
+    mask = np.ones((1, 2, STEP_T - 1), bool)
+    state, _ = train_step(state, {"ids": ids[..., :-1], "targets": ids[..., 1:], "mask": mask})
+  found["weights"] = found["table"] = 0.0
+  with safe_open(folder / "trained.safetensors", "numpy") as theirs:
+    for tensor in unload.hf_tensors(state.params, source):
+      difference = np.abs(tensor.make() - theirs.get_tensor(tensor.name))
+      if tensor.name.endswith("c_attn.bias"):
+        difference = np.delete(difference, np.s_[source.cfg.D : 2 * source.cfg.D])
+      where = "table" if tensor.name == "transformer.wte.weight" else "weights"
+      found[where] = max(found[where], float(difference.max()))
+  print(json.dumps(found))
+
+
+def with_layers(config: dict, layers: int) -> dict:
+  """The config with its first layers only."""
+  config = dict(config)
+  if config["model_type"] == "gpt_neo":
+    pattern, times = config["attention_types"][0]
+    return config | {"num_layers": layers, "attention_types": [[(pattern * times)[:layers], 1]]}
+  return config | {"n_layer": layers}
+
+
+def layers_that_fit(config: dict, memory: int) -> tuple[int, int]:
+  """How many layers can be trained in `memory` bytes, and how many there are: four copies, one more for both to load."""
+  from jaxft.hf.facts import model_config
+  from jaxft.model import parameter_count
+
+  layers = model_config(config).L
+  for fewer in range(layers, 1, -1):
+    if 20 * parameter_count(model_config(with_layers(config, fewer))) < memory:
+      return fewer, layers
+  return 1, layers
+
+
+def some_ids(seed: int, length: int) -> np.ndarray:
+  return np.random.default_rng(seed).integers(50257, size=(2, length))
+
+
+def masks() -> dict[str, np.ndarray]:
+  """1 for a real token; none is padding, then the first ones of a row, then the last ones."""
+  left, right = np.ones((2, T), np.int64), np.ones((2, T), np.int64)
+  left[0, :PADDING], right[1, -PADDING:] = 0, 0
+  return {"": np.ones((2, T), np.int64), " left": left, " right": right}
+
+
+def measure(name: str, layers: int) -> dict:
+  with tempfile.TemporaryDirectory() as folder:
+    child = [sys.executable, __file__, "--folder", folder]
+    subprocess.run([*child, "--reference", name, str(layers)], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    compared = subprocess.run(child, check=True, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+  return json.loads(compared.stdout.splitlines()[-1])
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--only", nargs="*", metavar="NAME", help="these models (default: all); the file is not written")
+  parser.add_argument("--memory", type=int, default=18, metavar="GIB", help="memory to use (default: 18)")
+  parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+  parser.add_argument("--reference", nargs=2, help=argparse.SUPPRESS)
+  arguments = parser.parse_args()
+  if arguments.folder:
+    if arguments.reference:
+      return reference(arguments.reference[0], int(arguments.reference[1]), arguments.folder)
+    return compare(arguments.folder)
+
+  from jaxft.hf.published import PUBLISHED
+
+  started, rows = datetime.datetime.now(), []
+  for name in arguments.only or PUBLISHED:
+    layers, of = layers_that_fit(PUBLISHED[name], arguments.memory * 2**30)
+    found = measure(name, layers)
+    rows.append(
+      f"| {name} | {layers} of {of} | {found['parameters']:,} | {found['logits']:.1e} of {found['largest logit']:.1f} | "
+      f"{found['logits left']:.1e} | {found['logits right']:.1e} | {found['loss']:.1e} | {found['gradient']:.1e} | "
+      f"{found['weights']:.1e} | {found['table']:.1e} |"
+    )
+    print(rows[-1], flush=True)
+  if arguments.only:
+    return
+  packages = ("jax", "flax", "optax", "transformers", "torch")
+  head = HEADER.format(
+    date=started.date(),
+    versions=", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages),
+    machine=f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+    minutes=round((datetime.datetime.now() - started).total_seconds() / 60),
+    steps=STEPS,
+  )
+  foot = FOOTER.format(
+    T=T, padding=PADDING, steps=STEPS, step_t=STEP_T, rate=RATE, decay=DECAY, eps=EPS, memory=arguments.memory
+  )
+  (ROOT / "docs" / "parity.md").write_text(head + "\n".join(rows) + "\n" + foot, encoding="utf-8")
+
+
+if __name__ == "__main__":
+  main()
