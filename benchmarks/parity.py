@@ -34,10 +34,10 @@ FOOTER = """
 - **loss**: absolute difference of the mean loss, about 10.8 nats.
 - **gradient**: of every leaf, the largest difference relative to the largest entry of that leaf; the table has the worst
   leaf.
-- **AdamW**: largest absolute difference of any weight after {steps} steps of 2 x {step_t} tokens at a learning rate of {rate} falling
-  to 0, decay {decay}, eps {eps}, gradients clipped to a norm of 1. The token table has a column of its own: most of its rows are
-  in no batch, their gradients are sums that nearly cancel, and Adam divides what rounding leaves by its own size. GPT-2's key
-  biases are left out: they move no softmax, so all of their gradient is rounding.
+- **AdamW**: largest absolute difference of any weight after {steps} steps of 2 x {step_t} tokens at a learning rate of
+  {rate} falling to 0, decay {decay}, eps {eps}, gradients clipped to a norm of 1. The token table has a column of its own:
+  most of its rows are in no batch, their gradients are sums that nearly cancel, and Adam divides what rounding leaves by its
+  own size. GPT-2's key biases are left out: they move no softmax, so all of their gradient is rounding.
 - **layers**: fewer than published where ten steps of both frameworks would not fit into {memory} GiB.
 """
 
