@@ -1,11 +1,13 @@
 """Folders in and out: exact both ways, and every fault of a folder is named."""
 
 import json
+import os
 import shutil
 
 import jax
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -159,15 +161,47 @@ def test_weights_that_do_not_fit_are_named(folder, tmp_path, change, told):
     (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
     (dict(reorder_and_upcast_attn=True), "reorder_and_upcast_attn"),
     (dict(activation_function="relu"), "activation_function='relu'"),
-    (dict(n_layer=10**9), "layers: 1000000000"),
+    (dict(n_layer=10**9), "n_layer=1000000000"),
+    (dict(n_embd=0), "n_embd=0 is no size"),
+    (dict(n_head=5.0), "'n_head': .* expected int"),
+    (dict(model_type=[]), "model_type=.. is not supported"),
+    (dict(layer_norm_epsilon=-1.0), "layer_norm_epsilon=-1.0"),
+    (dict(embd_pdrop=1.5), "embd_pdrop=1.5"),
+    (dict(quantization_config={}), "quantization_config={}"),
     (dict(n_head=7), "n_embd=40 is not divisible by n_head=7"),
-    (dict(vocab_size="x"), "vocabulary: 'x'"),
-    (dict(n_embd=None), "wrong type"),
+    (dict(vocab_size="x"), "'vocab_size': .* expected int"),
+    (dict(n_embd=None), "'n_embd': .* expected int"),
   ],
 )
 def test_configs_that_change_the_maths_are_refused_by_name(folder, tmp_path, change, told):
   with pytest.raises(RequestError, match=f"config.json: .*{told}"):
     read(rewrite(folder, tmp_path / "in", config=lambda config: config | change))
+
+
+def test_second_names_mean_what_they_mean_to_transformers(folder, tmp_path):
+  """`hidden_size` is `n_embd`, and so on: transformers reads either, so jaxft does."""
+  plain = json.loads((folder / "config.json").read_text())
+  renamed = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+  config = {renamed.get(key, key): value for key, value in plain.items()}
+  assert load.facts.model_config(config) == load.facts.model_config(plain)
+  with pytest.raises(RequestError, match="is missing"):  # a layer more than there are weights
+    read(rewrite(folder, tmp_path / "in", config=lambda config: config | {"num_hidden_layers": 4}))
+
+
+def test_an_export_names_no_code(folder, tmp_path):
+  hostile = {
+    "auto_map": {"AutoModel": "x.y"},
+    "attn_implementation": "evil/kernel",
+    "_attn_implementation": "evil/kernel",
+  }
+  checkpoint, params = read(rewrite(folder, tmp_path / "in", config=lambda config: config | hostile))
+  save.export(tmp_path / "out", params, checkpoint)
+  assert not hostile.keys() & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
+
+
+def test_large_logits_are_compared_by_their_size(tmp_path):
+  checkpoint, params = read(tiny.write_gpt2(tmp_path / "in", seed=0, std=1.0))
+  assert save.export(tmp_path / "out", params, checkpoint)["tolerance"] > 1e-3
 
 
 def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
@@ -185,6 +219,11 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
     "model.safetensors: not a safetensors", "giant", lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64)
   )
   refused("config.json", "no_json", lambda f: (f / "config.json").write_text("{"))
+  refused(
+    "config.json: not an ordinary file", "pipe", lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json"))
+  )
+  refused("tokenizer.json: .* too many", "huge", lambda f: os.truncate(f / "tokenizer.json", 2**31))
+  refused("merges.txt: a link that leads out", "link", lambda f: (f / "merges.txt").symlink_to("/etc/hostname"))
   refused("config.json: not a JSON object", "list", lambda f: (f / "config.json").write_text("[]"))
   refused("none of model.safetensors, flax_model.msgpack in it", "empty", lambda f: (f / "model.safetensors").unlink())
 
@@ -199,6 +238,7 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
   refused("is not a file of this folder", "absolute", index({"a": str(tmp_path / "outside.safetensors")}))
   refused("is not a file of this folder", "gone", index({"a": "model-1.safetensors"}))
   refused("not an index", "map", index(["a"]))
+  refused("'x.bin' is no .safetensors file", "pickle", index({"a": "x.bin"}))
 
 
 def test_an_export_replaces_earlier_exports_and_nothing_else(folder, tmp_path):

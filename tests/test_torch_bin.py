@@ -90,10 +90,13 @@ def test_no_pickle_runs_anything(pickled, tmp_path):
   "change, told",
   [
     (lambda ts: list(ts.values()), "it holds a list"),
-    (lambda ts: ts | {"x": 1}, "its entry 'x' is no tensor"),
+    (lambda ts: ts | {"x": 1}, "its entry 'x' is no plain tensor"),
+    (lambda ts: ts | {"x": torch.zeros(2, device="meta")}, "its entry 'x' is no plain tensor"),
+    (lambda ts: ts | {"x": torch.zeros(2, dtype=torch.complex64).conj().imag}, "its entry 'x' is no plain tensor"),
     (lambda ts: ts | {"x": torch.zeros(2, dtype=torch.float64)}, "its tensor 'x' has dtype torch.float64"),
+    (lambda ts: ts | {"x": torch.zeros(1).expand(2**40)}, "its tensor 'x' is larger than what is stored"),
     (lambda ts: ts | {"x": torch.zeros(2)}, "tensor 'x' has no place"),
-    (lambda ts: ts | {"x": torch.eye(2).to_sparse()}, "its entry 'x' is no tensor"),
+    (lambda ts: ts | {"x": torch.eye(2).to_sparse()}, "its entry 'x' is no plain tensor"),
   ],
 )
 def test_what_is_no_state_dict_is_named(pickled, change, told):

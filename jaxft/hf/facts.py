@@ -14,81 +14,84 @@ GPT2_FIXED = {
   "reorder_and_upcast_attn": False,
   "add_cross_attention": False,
 }
+FIXED = {"quantization_config": None}
 GPT_NEO_FIXED = {"activation_function": "gelu_new"}
 GPTJ_FIXED = {"activation_function": "gelu_new"}
 
 
 def gpt2(config: dict[str, Any]) -> ModelConfig:
   _refuse_others(config, GPT2_FIXED)
-  D, N = config["n_embd"], config["n_head"]
+  D, N = _size(config, "n_embd"), _size(config, "n_head")
   H = _head_size("n_embd", D, "n_head", N)
   return ModelConfig(
-    V=config["vocab_size"],
-    P=config["n_positions"],
+    V=_size(config, "vocab_size"),
+    P=_size(config, "n_positions"),
     D=D,
-    F=config.get("n_inner") or 4 * D,
-    L=config["n_layer"],
+    F=_size(config, "n_inner", 4 * D),
+    L=_size(config, "n_layer", at_most=2**16),
     N=N,
     H=H,
-    norm_eps=config.get("layer_norm_epsilon", 1e-5),
-    embed_dropout=config.get("embd_pdrop", 0.1),
-    attention_dropout=config.get("attn_pdrop", 0.1),
-    residual_dropout=config.get("resid_pdrop", 0.1),
-    init_std=config.get("initializer_range", 0.02),
+    norm_eps=_eps(config),
+    embed_dropout=_rate(config, "embd_pdrop"),
+    attention_dropout=_rate(config, "attn_pdrop"),
+    residual_dropout=_rate(config, "resid_pdrop"),
+    init_std=config["initializer_range"],
     attention_scale=H**-0.5,
-    tied=config.get("tie_word_embeddings", True),
+    tied=config["tie_word_embeddings"],
   )
 
 
 def gpt_neo(config: dict[str, Any]) -> ModelConfig:
   _refuse_others(config, GPT_NEO_FIXED)
-  D, N, L = config["hidden_size"], config["num_heads"], config["num_layers"]
-  kinds = _attention_kinds(config, L)
+  D, N, L = _size(config, "hidden_size"), _size(config, "num_heads"), _size(config, "num_layers", at_most=2**16)
+  window, kinds = _size(config, "window_size", at_most=2**30), config["attention_layers"]
+  if len(kinds) != L or set(kinds) - {"global", "local"}:
+    raise RequestError(f"config.json: attention_types names global or local for {len(kinds)} layers, num_layers is {L}")
   return ModelConfig(
-    V=config["vocab_size"],
-    P=config["max_position_embeddings"],
+    V=_size(config, "vocab_size"),
+    P=_size(config, "max_position_embeddings"),
     D=D,
-    F=config.get("intermediate_size") or 4 * D,
+    F=_size(config, "intermediate_size", 4 * D),
     L=L,
     N=N,
     H=_head_size("hidden_size", D, "num_heads", N),
-    norm_eps=config.get("layer_norm_epsilon", 1e-5),
-    embed_dropout=config.get("embed_dropout", 0.0),
-    attention_dropout=config.get("attention_dropout", 0.0),
-    residual_dropout=config.get("resid_dropout", 0.0),
-    init_std=config.get("initializer_range", 0.02),
+    norm_eps=_eps(config),
+    embed_dropout=_rate(config, "embed_dropout"),
+    attention_dropout=_rate(config, "attention_dropout"),
+    residual_dropout=_rate(config, "resid_dropout"),
+    init_std=config["initializer_range"],
     attention_scale=1.0,  # the published models were trained without one
-    windows=tuple(config.get("window_size", 256) if kind == "local" else 0 for kind in kinds),
+    windows=tuple(window if kind == "local" else 0 for kind in kinds),
     qkv_bias=False,
-    tied=config.get("tie_word_embeddings", True),
+    tied=config["tie_word_embeddings"],
   )
 
 
 def gptj(config: dict[str, Any]) -> ModelConfig:
   _refuse_others(config, GPTJ_FIXED)
-  D, N, rotary_dim = config["n_embd"], config["n_head"], config.get("rotary_dim", 64)
-  H = _head_size("n_embd", D, "n_head", N)
+  D, N = _size(config, "n_embd"), _size(config, "n_head")
+  H, rotary_dim = _head_size("n_embd", D, "n_head", N), config["rotary_dim"]
   if not isinstance(rotary_dim, int) or rotary_dim % 2 or not 0 < rotary_dim <= H:
     raise RequestError(f"config.json: rotary_dim={rotary_dim!r} must be even, above 0 and at most the head size {H}")
   return ModelConfig(
-    V=config["vocab_size"],
-    P=config["n_positions"],
+    V=_size(config, "vocab_size"),
+    P=_size(config, "n_positions"),
     D=D,
-    F=config.get("n_inner") or 4 * D,
-    L=config["n_layer"],
+    F=_size(config, "n_inner", 4 * D),
+    L=_size(config, "n_layer", at_most=2**16),
     N=N,
     H=H,
-    norm_eps=config.get("layer_norm_epsilon", 1e-5),
-    embed_dropout=config.get("embd_pdrop", 0.0),
-    attention_dropout=config.get("attn_pdrop", 0.0),
-    residual_dropout=config.get("resid_pdrop", 0.0),
-    init_std=config.get("initializer_range", 0.02),
+    norm_eps=_eps(config),
+    embed_dropout=_rate(config, "embd_pdrop"),
+    attention_dropout=_rate(config, "attn_pdrop"),
+    residual_dropout=_rate(config, "resid_pdrop"),
+    init_std=config["initializer_range"],
     attention_scale=H**-0.5,
     rotary_dim=rotary_dim,
     parallel=True,
     qkv_bias=False,
     out_bias=False,
-    tied=config.get("tie_word_embeddings", False),
+    tied=config["tie_word_embeddings"],
     head_bias=True,
   )
 
@@ -97,27 +100,31 @@ FAMILIES = {"gpt2": gpt2, "gpt_neo": gpt_neo, "gptj": gptj}
 
 
 def model_config(config: dict[str, Any]) -> ModelConfig:
-  """The facts of a parsed config.json; raises RequestError naming the key that is missing, wrong or not supported."""
+  """The facts of a parsed config.json; raises RequestError naming the key that is wrong or not supported.
+
+  transformers' own config class reads it first: defaults, types and second names (`hidden_size` for `n_embd`) are its own.
+  """
   family = config.get("model_type")
-  if family not in FAMILIES:
+  if not isinstance(family, str) or family not in FAMILIES:
     raise RequestError(f"config.json: model_type={family!r} is not supported, only {', '.join(FAMILIES)}")
+  _refuse_others(config, FIXED)
+  import transformers  # half a second
+
   try:
-    cfg = dataclasses.replace(FAMILIES[family](config), classes=_classes(config))
-  except KeyError as error:
-    raise RequestError(f"config.json: {error.args[0]} is missing") from error
-  except TypeError as error:
-    raise RequestError(f"config.json: a size has the wrong type ({error})") from error
-  sizes = {"vocabulary": cfg.V, "positions": cfg.P, "width": cfg.D, "feed-forward width": cfg.F, "layers": cfg.L}
-  for what, size in sizes.items():
-    if not isinstance(size, int) or not 0 < size < (2**16 if what == "layers" else 2**24):
-      raise RequestError(f"config.json: {what}: {size!r} is no size of a model")
-  return cfg
+    read = transformers.CONFIG_MAPPING[family].from_dict(dict(config)).to_dict()
+  except Exception as error:  # whatever its checks raise; a list of layers may not be one at all
+    raise RequestError(f"config.json: {' '.join(str(error).split())}") from error
+  # A tied head is the default of two families, and config.json is what says so.
+  read["tie_word_embeddings"] = config.get("tie_word_embeddings", family != "gptj")
+  return dataclasses.replace(FAMILIES[family](read), classes=_classes(config))
 
 
 def _classes(config: dict[str, Any]) -> int:
   """How many classes a model tells apart; 0 for one that writes text."""
-  architectures = config.get("architectures") or []
-  if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
+  architectures = config.get("architectures")
+  if not isinstance(architectures, list) or not any(
+    str(name).endswith("ForSequenceClassification") for name in architectures
+  ):
     return 0
   classes = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
   if not isinstance(classes, int) or not 0 < classes < 2**16:
@@ -131,20 +138,27 @@ def _refuse_others(config: dict[str, Any], fixed: dict[str, Any]) -> None:
       raise RequestError(f"config.json: {key}={config[key]!r} is not supported, only {value!r}")
 
 
+def _size(config: dict[str, Any], key: str, otherwise: int = 0, at_most: int = 2**24) -> int:
+  size = config[key] or otherwise
+  if not isinstance(size, int) or not 0 < size <= at_most:
+    raise RequestError(f"config.json: {key}={size!r} is no size of a model")
+  return size
+
+
+def _rate(config: dict[str, Any], key: str) -> float:
+  if not isinstance(config[key], int | float) or not 0 <= config[key] < 1:
+    raise RequestError(f"config.json: {key}={config[key]!r} is no rate of dropout")
+  return float(config[key])
+
+
+def _eps(config: dict[str, Any]) -> float:
+  eps = config["layer_norm_epsilon"]
+  if not isinstance(eps, int | float) or not 0 < eps < 1:
+    raise RequestError(f"config.json: layer_norm_epsilon={eps!r} must be above 0 and below 1")
+  return float(eps)
+
+
 def _head_size(width_key: str, D: int, heads_key: str, N: int) -> int:
-  if N < 1 or D % N:
+  if D % N:
     raise RequestError(f"config.json: {width_key}={D} is not divisible by {heads_key}={N}")
   return D // N
-
-
-def _attention_kinds(config: dict[str, Any], L: int) -> list[str]:
-  """ "global" or "local" for each layer, from [[["global", "local"], 12]] (or the expanded list beside it)."""
-  kinds = [
-    kind for pattern, times in config.get("attention_types", []) for _ in range(min(times, L)) for kind in pattern
-  ]
-  if len(kinds) != L or set(kinds) - {"global", "local"}:
-    raise RequestError(
-      f"config.json: attention_types={config.get('attention_types')!r} does not name global or local for "
-      f"each of num_layers={L}"
-    )
-  return kinds

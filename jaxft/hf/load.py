@@ -35,6 +35,9 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What a folder needs to be used and to be exported again; weights in other formats stay on the hub.
 WANTED = ["*.json", "*.txt", "*.safetensors", "tokenizer.model", "README.md"]
 FORMATS = ("model.safetensors", "flax_model.msgpack")  # the first that is there is read
+LARGEST_TEXT = (
+  2**28
+)  # bytes of a .json or .txt file, which is read whole; the tokenizer.json of a large vocabulary has 2^25
 PICKLE = "pytorch_model.bin"  # read last, and only when it is asked for
 
 
@@ -98,6 +101,7 @@ def _check_folder(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
   if not folder.is_dir():
     raise RequestError(f"model folder {str(folder)!r}: no such folder; give one, or a hub id such as gpt2")
   config_file = folder / "config.json"
+  _refuse_odd_files(folder)
   if not config_file.is_file():
     raise RequestError(
       f"model folder {str(folder)!r}: no config.json in it, so it is not a Hugging Face model; "
@@ -120,14 +124,14 @@ def read_config(file: Path) -> tuple[dict[str, Any], ModelConfig]:
 def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
   """The folder's weights, in the first of `FORMATS` that it has: one file, or the shards that an index names.
 
-  A shard lies in the folder itself: a name with a path in it, or a link that leads out of the folder, is refused.
+  A shard lies in the folder itself and is of the format that the index is of.
   """
   for single in (*FORMATS, PICKLE) if torch_bin else FORMATS:
     index = folder / f"{single}.index.json"
     if (folder / single).is_file():
       return _inside(folder, folder / single, [single])
     if index.is_file():
-      return _inside(folder, index, _shards(index))
+      return _inside(folder, index, _shards(index, Path(single).suffix))
   pickled = any(folder.glob("pytorch_model*.bin"))
   raise RequestError(
     f"model folder {str(folder)!r}: none of {', '.join(FORMATS)} in it, whole or with an index"
@@ -140,10 +144,13 @@ def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
   )
 
 
-def _shards(index: Path) -> list[str]:
+def _shards(index: Path, suffix: str) -> list[str]:
   where = _json_object(index).get("weight_map")
   if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
     raise RequestError(f"{index}: not an index of weights: it has no weight_map of file names")
+  for name in where.values():
+    if not name.endswith(suffix):
+      raise RequestError(f"{index}: {name[:100]!r} is no {suffix} file")
   return sorted(set(where.values()))
 
 
@@ -168,12 +175,21 @@ def _inside(folder: Path, named_in: Path, names: list[str]) -> list[Path]:
   for name in names:
     if Path(name).name != name or "\0" in name or not _is_file(folder / name):
       raise RequestError(f"{named_in}: {name[:100]!r} is not a file of this folder")
-    # The hub's cache links each file to ../../blobs/HASH: its own folders, models--X/snapshots/Y, are what may be left.
-    home = folder.resolve()
-    home = home.parent.parent if home.parent.name == "snapshots" else home
-    if not (folder / name).resolve().is_relative_to(home):
-      raise RequestError(f"{named_in}: {name!r} is a link that leads out of this folder")
   return [folder / name for name in names]
+
+
+def _refuse_odd_files(folder: Path) -> None:
+  """Weights, tokenizer and card are read, and some are copied into exports: none may be a file from elsewhere, or a pipe."""
+  # The hub's cache links each file to ../../blobs/HASH: its own folders, models--X/snapshots/Y, are what may be left.
+  home = folder.resolve()
+  home = home.parent.parent if home.parent.name == "snapshots" else home
+  for file in folder.rglob("*"):
+    if file.is_symlink() and not file.resolve().is_relative_to(home):
+      raise RequestError(f"{file}: a link that leads out of this folder")
+    if not file.is_file() and not file.is_dir():
+      raise RequestError(f"{file}: not an ordinary file")
+    if file.suffix in (".json", ".txt") and file.stat().st_size > LARGEST_TEXT:
+      raise RequestError(f"{file}: {file.stat().st_size:,} bytes are too many for such a file")
 
 
 class Tensor(NamedTuple):

@@ -16,6 +16,8 @@ from jaxft.hf.tables import EMBEDDING, full_name
 from jaxft.hf.unload import DtypeOf, Outgoing, dtypes, hf_tensors
 from jaxft.hf.verify import verify
 
+# Keys of config.json that name code to be loaded: there is none of it in an export.
+NOT_EXPORTED = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "trust_remote_code")
 TOKENIZER_FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -74,7 +76,7 @@ def export(
     main_dtype = dtype_of(full_name(EMBEDDING)).name
     _write_json(
       partial / "config.json",
-      checkpoint.hf_config
+      {key: value for key, value in checkpoint.hf_config.items() if key not in NOT_EXPORTED}
       | {"architectures": [checkpoint.architecture], "dtype": main_dtype, "torch_dtype": main_dtype},
     )
     for name in (*TOKENIZER_FILES, "README.md"):

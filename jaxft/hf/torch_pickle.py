@@ -47,8 +47,11 @@ def arrays(file: Path) -> dict[str, TorchTensor]:
     raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
   found = {}
   for name, tensor in content.items():
-    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-      raise ValueError(f"its entry {str(name)[:100]!r} is no tensor")
+    plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not isinstance(name, str) or not plain or tensor.is_neg() or tensor.is_conj():
+      raise ValueError(f"its entry {str(name)[:100]!r} is no plain tensor")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+      raise ValueError(f"its tensor {name!r} is larger than what is stored of it")
     if tensor.dtype in (torch.bool, torch.uint8):
       continue
     if tensor.dtype not in dtypes:
