@@ -46,7 +46,7 @@ def run_command(main: Callable[[], None]) -> None:
   except JaxftError as error:
     label = "stopped" if isinstance(error, Preempted) else "error"
     for line in str(error).splitlines():
-      print(f"{label}: {line}", file=sys.stderr)
+      print(f"{label}: {line[:2000]}", file=sys.stderr)  # a value may be a file's whole content
     sys.exit(error.exit_code)
   except OSError as error:  # a full disk, a folder that may not be written: its text names the file
     print(f"error: {error}", file=sys.stderr)

@@ -25,7 +25,7 @@ def main() -> None:
   parser.add_argument("--push_to_hub", metavar="REPO", help="upload the folder to this hub repository (OWNER/NAME)")
   arguments = parser.parse_args()
   lines = save.faults(Path(arguments.out))
-  lines += push.faults(arguments.push_to_hub) if arguments.push_to_hub else []
+  lines += push.faults(arguments.push_to_hub) if arguments.push_to_hub is not None else []
   if lines:
     raise RequestError("\n".join(lines))
   parity = open_model(arguments).export(arguments.out, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size)

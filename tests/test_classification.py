@@ -1,6 +1,7 @@
 """Classification heads in and out, against transformers' own."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -68,6 +69,16 @@ def test_labels_and_logits_are_transformers_own(theirs):
   np.testing.assert_allclose([label.logits_C for label in found], wanted, atol=1e-5 * np.abs(wanted).max())
   assert [label.label for label in found] == [LABELS[i] for i in wanted.argmax(-1)]
   assert all(abs(sum(label.probabilities.values()) - 1) < 1e-6 for label in found)
+
+
+def test_the_padding_token_may_be_any(theirs, tmp_path):
+  """Export compares with transformers, which looks for the last token that is not padding."""
+  _, folder = theirs
+  other = shutil.copytree(folder, tmp_path / "in")
+  config = json.loads((other / "config.json").read_text())
+  for pad in (0, 5, None):
+    (other / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+    jaxft.load(other).export(tmp_path / f"out{pad}")
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

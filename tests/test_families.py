@@ -1,11 +1,13 @@
 """GPT-2, GPT-Neo and GPT-J against transformers in torch: logits, loss, every gradient, training, bytes, names, text."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxft import config as settings
 from jaxft import model, optim
@@ -208,6 +210,24 @@ def test_out_again_is_byte_identical_and_transformers_misses_nothing(case, tmp_p
   again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
   assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
   assert again.config.tie_word_embeddings == checkpoint.cfg.tied
+
+
+def test_each_tensor_keeps_a_dtype_of_its_own(case, tmp_path):
+  _, folder, _, _, _ = case
+  kinds = [np.dtype("float32"), np.dtype("float16"), load.DTYPES["BF16"]]
+  tensors = {
+    name: t.astype(kinds[i % 3]) for i, (name, t) in enumerate(load_file(folder / "model.safetensors").items())
+  }
+  source = shutil.copytree(folder, tmp_path / "in")
+  save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+  checkpoint = load.find(str(source))
+  _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
+  save.export(
+    tmp_path / "out", load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes)), checkpoint, dtype="source"
+  )
+  after = load.tensors(tmp_path / "out")
+  for name, tensor in tensors.items():
+    assert after[name].dtype == tensor.dtype and after[name].view().tobytes() == tensor.tobytes()
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"])

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -168,6 +169,7 @@ def test_weights_that_do_not_fit_are_named(folder, tmp_path, change, told):
     (dict(layer_norm_epsilon=-1.0), "layer_norm_epsilon=-1.0"),
     (dict(embd_pdrop=1.5), "embd_pdrop=1.5"),
     (dict(quantization_config={}), "quantization_config={}"),
+    (dict(model_type="gpt_neo", attention_types=[[["global"], 10**9]]), "attention_types names more layers"),
     (dict(n_head=7), "n_embd=40 is not divisible by n_head=7"),
     (dict(vocab_size="x"), "'vocab_size': .* expected int"),
     (dict(n_embd=None), "'n_embd': .* expected int"),
@@ -224,6 +226,7 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
   )
   refused("tokenizer.json: .* too many", "huge", lambda f: os.truncate(f / "tokenizer.json", 2**31))
   refused("merges.txt: a link that leads out", "link", lambda f: (f / "merges.txt").symlink_to("/etc/hostname"))
+  refused("'n_embd' is in it twice", "twice", lambda f: (f / "config.json").write_text('{"n_embd": 8, "n_embd": 9}'))
   refused("config.json: not a JSON object", "list", lambda f: (f / "config.json").write_text("[]"))
   refused("none of model.safetensors, flax_model.msgpack in it", "empty", lambda f: (f / "model.safetensors").unlink())
 
@@ -249,11 +252,20 @@ def test_an_export_replaces_earlier_exports_and_nothing_else(folder, tmp_path):
   (tmp_path / "run" / "checkpoints").mkdir(parents=True)
   (tmp_path / "run" / "parity.json").write_text("{}")
   (tmp_path / "file").write_text("x")
-  for out in (tmp_path / "notes", mine, tmp_path / "run", tmp_path / "file", tmp_path, tmp_path / ("x" * 5000)):
-    with pytest.raises(RequestError, match="no earlier export|File name too long"):
+  for out in (
+    Path(),
+    Path("x/../.."),
+    tmp_path / "notes",
+    mine,
+    tmp_path / "run",
+    tmp_path / "file",
+    tmp_path,
+    tmp_path / ("x" * 5000),
+  ):
+    with pytest.raises(RequestError, match="no earlier export|File name too long|was started"):
       save.export(out, params, checkpoint)
   assert (tmp_path / "notes" / "mine.txt").read_text() == "x"
-  neighbours = [tmp_path / f"out{end}" for end in (".old", ".partial")]
+  neighbours = [tmp_path / f"out{end}" for end in (".old", ".partial")] + [tmp_path / ".out.partial"]
   for neighbour in neighbours:
     neighbour.mkdir()
     (neighbour / "thesis.txt").write_text("x")

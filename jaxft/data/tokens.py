@@ -20,6 +20,8 @@ def load_tokenizer(folder: Path, V: int) -> Any:
 
   try:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+      raise TypeError(f"{type(tokenizer).__name__} is no tokenizer of one text")
   except Exception as error:  # transformers raises whatever its readers raise
     raise RequestError(
       f"{folder}: no tokenizer that can be read ({first_line(error)}); the folder needs "
@@ -27,8 +29,11 @@ def load_tokenizer(folder: Path, V: int) -> Any:
     ) from error
   if tokenizer.eos_token_id is None:
     raise RequestError(f"{folder}: the tokenizer has no end token; set eos_token in tokenizer_config.json")
-  if len(tokenizer) > V:
-    raise RequestError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model's table {V} rows")
+  largest = max(tokenizer.get_vocab().values())
+  if largest >= V:
+    raise RequestError(
+      f"{folder}: the tokenizer has {len(tokenizer)} tokens, up to id {largest}, and the model's table only {V} rows"
+    )
   return tokenizer
 
 

@@ -1,6 +1,7 @@
 """config.json -> ModelConfig. An option that changes the maths is honoured or refused by name, never ignored."""
 
 import dataclasses
+import re
 from typing import Any
 
 from jaxft.errors import RequestError
@@ -108,6 +109,12 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
   if not isinstance(family, str) or family not in FAMILIES:
     raise RequestError(f"config.json: model_type={family!r} is not supported, only {', '.join(FAMILIES)}")
   _refuse_others(config, FIXED)
+  if len(str(config.get("attention_types"))) > 2**16 or any(
+    int(n) > 2**16 for n in _numbers(config.get("attention_types"))
+  ):
+    raise RequestError(
+      "config.json: attention_types names more layers than a model has"
+    )  # the class would write them out
   import transformers  # half a second
 
   try:
@@ -117,6 +124,10 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
   # A tied head is the default of two families, and config.json is what says so.
   read["tie_word_embeddings"] = config.get("tie_word_embeddings", family != "gptj")
   return dataclasses.replace(FAMILIES[family](read), classes=_classes(config))
+
+
+def _numbers(value: Any) -> list[str]:
+  return re.findall(r"\d+", str(value))
 
 
 def _classes(config: dict[str, Any]) -> int:

@@ -163,12 +163,21 @@ def _is_file(file: Path) -> bool:
 
 def _json_object(file: Path) -> dict[str, Any]:
   try:
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
   except (OSError, ValueError, RecursionError) as error:
     raise RequestError(f"{file}: {first_line(error)}") from error
   if not isinstance(content, dict):
     raise RequestError(f"{file}: not a JSON object")
   return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object; ValueError for one that says a thing twice, of which readers believe either."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:100]!r} is in it twice")
+  return found
 
 
 def _inside(folder: Path, named_in: Path, names: list[str]) -> list[Path]:
@@ -238,7 +247,7 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
       pass
     with file.open("rb") as stream:
       size = int.from_bytes(stream.read(8), "little")
-      header = json.loads(stream.read(size))
+      header = json.loads(stream.read(size), object_pairs_hook=_once)
   except (SafetensorError, OSError, ValueError, RecursionError) as error:
     raise RequestError(f"{file}: not a safetensors file, or a damaged one ({first_line(error)})") from error
   header.pop("__metadata__", None)
@@ -259,6 +268,8 @@ def _flax(file: Path) -> dict[str, Tensor]:
     for path, dtype, shape, offset in flax_msgpack.arrays(file):
       kernel = path[-1] == "kernel"
       name = ".".join((*path[:-1], "weight" if path[-1] in ("kernel", "embedding", "scale") else path[-1]))
+      if name in found:
+        raise ValueError(f"{name!r} is in it twice")
       found[name] = Tensor(file, dtype, shape[::-1] if kernel else shape, offset, transposed=kernel)
   except (OSError, ValueError, IndexError) as error:
     raise RequestError(f"{file}: not a file that Flax wrote, or a damaged one ({first_line(error)})") from error

@@ -32,6 +32,9 @@ TOKENIZER_FILES = (
 
 def faults(out: Path) -> list[str]:
   """What is in the way of an export to `out`, at most one line. Only what jaxft has exported is ever replaced."""
+  out = Path(os.path.abspath(out))
+  if out in (Path.cwd(), *Path.cwd().parents):
+    return [f"export to {str(out)!r}: this is where the command was started; name a folder to be made"]
   try:
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
       return []
@@ -66,8 +69,8 @@ def export(
   """
   if lines := faults(out):
     raise RequestError("\n".join(lines))
-  out = out.absolute()
-  partial = out.with_name(f".{out.name}.partial")
+  out = Path(os.path.abspath(out))
+  partial = out.with_name(f".{out.name}.jaxft-partial")
   try:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -92,6 +95,8 @@ def export(
     _put_in_place(partial, out)
   except OSError as error:
     raise StorageError(f"export to {out}: {error}; nothing that was there before has been changed") from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
   return parity
 
 
@@ -137,7 +142,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 def _put_in_place(partial: Path, out: Path) -> None:
   """Renames; a model that was there before is there until the new one is."""
-  old = out.with_name(f".{out.name}.old")
+  old = out.with_name(f".{out.name}.jaxft-old")
   shutil.rmtree(old, ignore_errors=True)
   if out.exists():
     out.rename(old)

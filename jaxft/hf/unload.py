@@ -84,11 +84,6 @@ def _on_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray
 
 
 def as_written(params: Any, checkpoint: load.Checkpoint, dtype_of: DtypeOf) -> Any:
-  """The parameters, rounded to the dtypes in which they are written."""
-  rules = {rule.ours: rule for rule in checkpoint.family.rules}
-
-  def rounded(path, leaf):
-    rule = rules[".".join(key.key for key in path)]
-    return leaf.astype(dtype_of(full_name(rule.names[0].format(0)))).astype(jnp.float32)
-
-  return jax.tree_util.tree_map_with_path(rounded, params)
+  """The parameters, rounded to the dtype in which they are written; several are only those of an unchanged source."""
+  written = {tensor.dtype for tensor in hf_tensors(params, checkpoint, dtype_of)}
+  return jax.tree.map(lambda leaf: leaf.astype(*written).astype(jnp.float32), params) if len(written) == 1 else params
