@@ -25,10 +25,13 @@ HEADER = """# Parity with transformers
 jaxft against transformers in torch, the same random weights, float32, on a CPU. Made by `python benchmarks/parity.py`
 on {date} with {versions}, on {machine}; it took {minutes} minutes.
 
-| model | layers | parameters | logits | left padding | right padding | loss | gradient | AdamW: weights | AdamW: token table |
-|---|---|---|---|---|---|---|---|---|---|
+| model | layers | parameters | rounding | logits | left padding | right padding | loss | gradient | AdamW | AdamW, table |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 FOOTER = """
+- **rounding**: torch's own, the largest absolute difference between the logits of transformers in float32 and in float64, of the same
+  weights. It is what float32 can promise for a model: GPT-Neo does not scale its attention scores, so the softmax of a wide one
+  with random weights is close to a hard choice, and rounding grows from layer to layer.
 - **logits**: largest absolute difference over 2 x {T} tokens, beside the largest absolute logit. With padding, {padding} tokens
   of a row are padding and the real ones count.
 - **loss**: absolute difference of the mean loss, about 10.8 nats.
@@ -57,8 +60,9 @@ def reference(name: str, layers: int, folder: Path) -> None:
   torch.manual_seed(0)
   model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
   with torch.no_grad():
-    for parameter in model.parameters():  # biases and norms must not be zeros and ones
-      parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    for parameter in model.parameters():
+      if parameter.ndim == 1:  # biases and norms must not be zeros and ones
+        parameter.add_(torch.randn_like(parameter), alpha=0.02)
   model.save_pretrained(folder / "model")
 
   numbers = {}
@@ -68,6 +72,11 @@ def reference(name: str, layers: int, folder: Path) -> None:
     with torch.no_grad():
       numbers[f"logits{side}"] = model(torch.from_numpy(some_ids(0, T)), **arguments).logits.numpy()
   ids = torch.from_numpy(some_ids(0, T))
+  with torch.no_grad():
+    exact = model.double()(ids).logits.numpy()
+    numbers["rounding"] = np.abs(numbers["logits"] - exact).max()
+    del exact
+  model.float()
   loss = model(ids, labels=ids).loss
   loss.backward()
   np.savez(folder / "numbers.npz", loss=loss.item(), **numbers)
@@ -98,11 +107,11 @@ def compare(folder: Path) -> None:
 
   from jaxft import config as settings
   from jaxft import model, optim, sharding
-  from jaxft.hf import load, unload
+  from jaxft.hf import load, repo, unload
   from jaxft.loss import cross_entropy_sum
   from jaxft.step import State, make_train_step
 
-  source = load.find(str(folder / "model"))
+  source = repo.find(str(folder / "model"))
   graph, shapes, _ = model.abstract(source.cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params = load.load(source, shapes, jax.tree.map(lambda _: here, shapes))
@@ -119,6 +128,7 @@ def compare(folder: Path) -> None:
     positions = np.maximum(real.cumsum(1) - 1, 0).astype(np.int32)
     difference = np.asarray(logits(params, ids, real.astype(np.int32), positions)) - wanted[f"logits{side}"]
     found[f"logits{side}"] = float(np.abs(difference[real == 1]).max())
+  found["rounding"] = float(wanted["rounding"])
   found["largest logit"] = float(np.abs(wanted["logits"]).max())
 
   def loss(params):
@@ -216,7 +226,8 @@ def main() -> None:
     layers, of = layers_that_fit(PUBLISHED[name], arguments.memory * 2**30)
     found = measure(name, layers)
     rows.append(
-      f"| {name} | {layers} of {of} | {found['parameters']:,} | {found['logits']:.1e} of {found['largest logit']:.1f} | "
+      f"| {name} | {layers} of {of} | {found['parameters']:,} | {found['rounding']:.1e} | "
+      f"{found['logits']:.1e} of {found['largest logit']:.1f} | "
       f"{found['logits left']:.1e} | {found['logits right']:.1e} | {found['loss']:.1e} | {found['gradient']:.1e} | "
       f"{found['weights']:.1e} | {found['table']:.1e} |"
     )

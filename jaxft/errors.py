@@ -39,6 +39,11 @@ def first_line(error: Exception) -> str:
   return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def shortened(line: str) -> str:
+  """The line without its middle, if it is long: a value in it may be a file's whole content."""
+  return line if len(line) <= 2000 else f"{line[:1000]} ... {line[-1000:]}"
+
+
 def run_command(main: Callable[[], None]) -> None:
   """Runs a command's `main` and turns its endings into exit codes."""
   try:
@@ -46,7 +51,7 @@ def run_command(main: Callable[[], None]) -> None:
   except JaxftError as error:
     label = "stopped" if isinstance(error, Preempted) else "error"
     for line in str(error).splitlines():
-      print(f"{label}: {line[:2000]}", file=sys.stderr)  # a value may be a file's whole content
+      print(f"{label}: {shortened(line)}", file=sys.stderr)
     sys.exit(error.exit_code)
   except OSError as error:  # a full disk, a folder that may not be written: its text names the file
     print(f"error: {error}", file=sys.stderr)

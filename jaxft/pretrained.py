@@ -15,7 +15,7 @@ from jaxft.data import loader, sources, tokens
 from jaxft.data.pack import ConcatRows
 from jaxft.errors import RequestError
 from jaxft.hf import load as hf_load
-from jaxft.hf import save
+from jaxft.hf import repo, save
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
 from jaxft.run.checkpoint import Checkpoints
@@ -38,7 +38,7 @@ class Label(NamedTuple):
 class Pretrained:
   """A checkpoint in memory, sharded over all devices."""
 
-  def __init__(self, source: hf_load.Checkpoint, compute_dtype: str = "auto"):
+  def __init__(self, source: repo.Checkpoint, compute_dtype: str = "auto"):
     self.source = source
     self.tokenizer = tokens.load_tokenizer(source.folder, source.cfg.V)
     self.mesh = sharding.make_mesh(settings.default().mesh)
@@ -149,7 +149,7 @@ def load(
 
   torch_bin: also where it has nothing but pytorch_model*.bin, which torch then reads (weights_only).
   """
-  ready = Pretrained(hf_load.find(str(path_or_id), revision, torch_bin=torch_bin), compute_dtype)
+  ready = Pretrained(repo.find(str(path_or_id), revision, torch_bin=torch_bin), compute_dtype)
   ready.params = hf_load.load(ready.source, ready.shapes, ready.shardings)
   return ready
 
@@ -167,9 +167,9 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
     raise RequestError(
       f"workdir {str(workdir)!r}: no checkpoint{'' if step is None else f' of step {step}'}; it has {steps or 'none'}"
     )
-  source = hf_load.find(config.model.path, config.model.revision, weights=False)
+  source = repo.find(config.model.path, config.model.revision, weights=False)
   if config.model.config and config.model.init == "scratch":
-    source = hf_load.Checkpoint(source.folder, *hf_load.read_config(Path(config.model.config)))
+    source = repo.Checkpoint(source.folder, *repo.read_config(Path(config.model.config)))
   ready = Pretrained(source, compute_dtype)
   tx = optim.optimizer(config.optim)
   like = State(*sharding.state_like(tx, ready.shapes, ready.shardings, ready.mesh))

@@ -18,7 +18,7 @@ from jaxft.data import loader, sources, tokens
 from jaxft.data.report import prepare
 from jaxft.errors import Preempted, RequestError, StorageError, first_line, run_command
 from jaxft.files import write_whole
-from jaxft.hf import load, push, save
+from jaxft.hf import load, push, repo, save
 from jaxft.hf.card import model_card
 from jaxft.hf.verify import in_words
 from jaxft.run.checkpoint import Checkpoints
@@ -45,13 +45,14 @@ def check(config: ConfigDict, workdir: Path) -> None:
   """Raises RequestError with every fault that can be seen without building anything."""
   lines = settings.faults(config)
   if not lines:
-    lines += load.faults(config.model.path, config.model.init == "pretrained", config.model.torch_bin)
     out = export_folder(config, workdir)
     lines += save.faults(out)
     if out.absolute() in (workdir.absolute(), *workdir.absolute().parents, (workdir / "checkpoints").absolute()):
       lines.append(f"config.export.out={str(out)!r}: the run itself is written there; name a folder of its own")
     lines += push.faults(config.export.push_to_hub) if config.export.push_to_hub else []
     lines += sources.faults(tuple(config.data.train) + tuple(config.data.validation))
+  if not lines:  # reading a model's config takes seconds, most of them to import transformers
+    lines += repo.faults(config.model.path, config.model.init == "pretrained", config.model.torch_bin)
   if lines:
     raise RequestError("\n".join(lines))
 
@@ -84,9 +85,9 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
 
     # ---- Model: facts, tokenizer, shapes and shardings; no weights yet -------------------------------------------------
     pretrained = config.model.init == "pretrained"
-    source = load.find(config.model.path, config.model.revision, pretrained, config.model.torch_bin)
+    source = repo.find(config.model.path, config.model.revision, pretrained, config.model.torch_bin)
     if config.model.config and not pretrained:
-      source = load.Checkpoint(source.folder, *load.read_config(Path(config.model.config)))
+      source = repo.Checkpoint(source.folder, *repo.read_config(Path(config.model.config)))
     if source.cfg.classes:
       raise RequestError(
         f"config.model.path={config.model.path!r}: a model that classifies; training takes language models"

@@ -18,10 +18,10 @@ import resource, sys, jax
 jax.config.update("jax_num_cpu_devices", 8)
 from pathlib import Path
 from jaxft import config, model, sharding
-from jaxft.hf import load, save
+from jaxft.hf import load, repo, save
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-source = load.find(sys.argv[1])
+source = repo.find(sys.argv[1])
 mesh = sharding.make_mesh(config.default().mesh)
 _, shapes, axes = model.abstract(source.cfg, model.Compute())
 params = jax.block_until_ready(load.load(source, shapes, sharding.parameter_shardings(shapes, axes, mesh)))

@@ -11,7 +11,7 @@ import tiny
 import jaxft
 from jaxft import model
 from jaxft.errors import RequestError
-from jaxft.hf import load
+from jaxft.hf import facts, load, repo
 
 torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
 transformers = pytest.importorskip("transformers")
@@ -118,11 +118,11 @@ def test_numbers_of_classes(theirs, tmp_path):
   config = json.loads((folder / "config.json").read_text())
   for names in ("id2label", "label2id", "num_labels"):
     config.pop(names, None)
-  assert load.facts.model_config(config).classes == 2
-  assert load.facts.model_config(config | {"architectures": ["GPT2LMHeadModel"]}).classes == 0
+  assert facts.model_config(config).classes == 2
+  assert facts.model_config(config | {"architectures": ["GPT2LMHeadModel"]}).classes == 0
   with pytest.raises(RequestError, match="num_labels=-1"):
-    load.facts.model_config(config | {"num_labels": -1})
+    facts.model_config(config | {"num_labels": -1})
   with pytest.raises(RequestError, match="'score.weight' has shape"):
-    other = load.find(str(folder))._replace(cfg=load.facts.model_config(config))
+    other = repo.find(str(folder))._replace(cfg=facts.model_config(config))
     _, shapes, _ = model.abstract(other.cfg, model.Compute())
     load.load(other, shapes, jax.tree.map(lambda _: HERE, shapes))

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxft import config as settings
 from jaxft import model, optim
-from jaxft.hf import load, save, unload, verify
+from jaxft.hf import facts, load, repo, save, unload, verify
 from jaxft.hf.published import PUBLISHED
 from jaxft.loss import cross_entropy_sum
 from jaxft.sample import Generator, Sampling
@@ -103,7 +103,7 @@ def case(request, tmp_path_factory):
   theirs.tie_weights()
   folder = tmp_path_factory.mktemp("models") / "m"
   theirs.save_pretrained(folder)
-  checkpoint = load.find(str(folder))
+  checkpoint = repo.find(str(folder))
   graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
   return theirs, folder, checkpoint, graph, load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
 
@@ -220,7 +220,7 @@ def test_each_tensor_keeps_a_dtype_of_its_own(case, tmp_path):
   }
   source = shutil.copytree(folder, tmp_path / "in")
   save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-  checkpoint = load.find(str(source))
+  checkpoint = repo.find(str(source))
   _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
   save.export(
     tmp_path / "out", load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes)), checkpoint, dtype="source"
@@ -236,7 +236,7 @@ def test_from_narrow_sources_whole_and_sharded(case, tmp_path, dtype, shard_size
   theirs, folder, *_ = case
   narrow = type(theirs).from_pretrained(folder, dtype=getattr(torch, dtype))
   narrow.save_pretrained(tmp_path / "in", max_shard_size=shard_size)
-  checkpoint = load.find(str(tmp_path / "in"))
+  checkpoint = repo.find(str(tmp_path / "in"))
   graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
   params = load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
   wide = type(theirs).from_pretrained(tmp_path / "in", dtype=torch.float32, attn_implementation="eager").eval()
@@ -246,7 +246,7 @@ def test_from_narrow_sources_whole_and_sharded(case, tmp_path, dtype, shard_size
   assert relative(verify.logits(graph, params, ids), wanted) < 1e-5
   save.export(tmp_path / "out", params, checkpoint, dtype="source", max_shard_size=shard_size)
   before, after = load.tensors(tmp_path / "in"), load.tensors(tmp_path / "out")
-  assert before.keys() == after.keys() and len(load.weight_files(tmp_path / "in")) > (shard_size != "5GB")
+  assert before.keys() == after.keys() and len(repo.weight_files(tmp_path / "in")) > (shard_size != "5GB")
   for name in before:
     assert before[name].dtype == after[name].dtype == dtype
     assert before[name].view().tobytes() == after[name].view().tobytes()
@@ -302,7 +302,7 @@ COUNTS = {
 @pytest.mark.parametrize("size", COUNTS)
 def test_published_sizes_have_their_counts_and_names(size):
   config_class, model_class = CLASSES[PUBLISHED[size]["model_type"]]
-  checkpoint = load.Checkpoint(None, PUBLISHED[size], load.facts.model_config(PUBLISHED[size]))
+  checkpoint = repo.Checkpoint(None, PUBLISHED[size], facts.model_config(PUBLISHED[size]))
   _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
   with torch.device("meta"):
     theirs = model_class(config_class(**PUBLISHED[size]))

@@ -11,7 +11,7 @@ import pytest
 
 from jaxft import model
 from jaxft.errors import RequestError
-from jaxft.hf import load, verify
+from jaxft.hf import load, repo, verify
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 # Flax classes are gone from transformers 5; these versions work together on Python 3.11 and 3.12.
@@ -60,7 +60,7 @@ def written():
 def test_weights_written_by_flax_give_flaxs_logits(written, family):
   ids = np.random.default_rng(0).integers(97, size=(2, 31)).astype(np.int32)
   for folder in (written / family, written / f"{family}-sharded"):
-    checkpoint = load.find(str(folder))
+    checkpoint = repo.find(str(folder))
     graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
     params = load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
     wanted = np.load(written / f"{family}.npy")
@@ -91,7 +91,7 @@ def flax_folder(folder, tmp_path):
 
 
 def read(folder):
-  checkpoint = load.find(str(folder))
+  checkpoint = repo.find(str(folder))
   _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
   return load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
 
@@ -132,12 +132,12 @@ def test_links_that_lead_out_of_the_folder_are_refused(folder, tmp_path):
     (tmp_path / "m" / name).write_bytes((folder / name).read_bytes())
   (tmp_path / "m" / "model.safetensors").symlink_to(folder / "model.safetensors")
   with pytest.raises(RequestError, match="link that leads out of this folder"):
-    load.find(str(tmp_path / "m"))
+    repo.find(str(tmp_path / "m"))
   cache = tmp_path / "hub" / "models--x"  # as huggingface_hub lays out its cache
   (cache / "blobs").mkdir(parents=True)
   (cache / "snapshots" / "abc").mkdir(parents=True)
   for name in ("config.json", "model.safetensors"):
     (cache / "blobs" / name).write_bytes((folder / name).read_bytes())
     (cache / "snapshots" / "abc" / name).symlink_to(Path("../../blobs") / name)
-  found = load.find(str(cache / "snapshots" / "abc"))
+  found = repo.find(str(cache / "snapshots" / "abc"))
   assert load.tensors(found.folder).keys() == load.tensors(folder).keys()

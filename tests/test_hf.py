@@ -14,13 +14,13 @@ from safetensors.numpy import load_file, save_file
 
 from jaxft import model
 from jaxft.errors import RequestError, StorageError
-from jaxft.hf import load, save, unload, verify
+from jaxft.hf import facts, load, repo, save, unload, verify
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def read(folder, shardings=None):
-  checkpoint = load.find(str(folder))
+  checkpoint = repo.find(str(folder))
   _, shapes, axes = model.abstract(checkpoint.cfg, model.Compute())
   return checkpoint, load.load(
     checkpoint, shapes, shardings(shapes, axes) if shardings else jax.tree.map(lambda _: HERE, shapes)
@@ -185,7 +185,7 @@ def test_second_names_mean_what_they_mean_to_transformers(folder, tmp_path):
   plain = json.loads((folder / "config.json").read_text())
   renamed = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
   config = {renamed.get(key, key): value for key, value in plain.items()}
-  assert load.facts.model_config(config) == load.facts.model_config(plain)
+  assert facts.model_config(config) == facts.model_config(plain)
   with pytest.raises(RequestError, match="is missing"):  # a layer more than there are weights
     read(rewrite(folder, tmp_path / "in", config=lambda config: config | {"num_hidden_layers": 4}))
 

@@ -13,7 +13,7 @@ import pytest
 from jaxft import model
 from jaxft.data import tokens
 from jaxft.errors import RequestError
-from jaxft.hf import load
+from jaxft.hf import load, repo
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 CONFIG_VALUES = [None, -1, 0, 1, 10**9, 2**70, 1.5, float("nan"), "x", "", [], {}, [1], True, "../../etc/passwd"]
@@ -157,7 +157,7 @@ def test_hostile_folders(kind, folder, watched):
     shutil.copytree(folder, home / "m")
     kind(home / "m", rng)
     try:
-      checkpoint = load.find(str(home / "m"))
+      checkpoint = repo.find(str(home / "m"))
       _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
       params = load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
       assert all(a.shape == b.shape for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(shapes)))

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxft import model
-from jaxft.hf import load
+from jaxft.hf import load, repo
 from jaxft.loss import cross_entropy_sum
 from jaxft.model import Cache, Compute
 
@@ -21,7 +21,7 @@ def strict():
 
 
 def opened(folder, compute=None):
-  checkpoint = load.find(str(folder))
+  checkpoint = repo.find(str(folder))
   graph, shapes, _ = model.abstract(checkpoint.cfg, compute or Compute())
   return checkpoint.cfg, graph, load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
 
@@ -59,7 +59,7 @@ def test_logits_and_every_gradient_equal_transformers(folder):
 
   ours = jax.grad(loss_of(graph, ids))(params)
   theirs = dict(theirs.named_parameters())
-  for tensor in hf_tensors(ours, load.find(str(folder))):
+  for tensor in hf_tensors(ours, repo.find(str(folder))):
     wanted = theirs.pop(tensor.name).grad.numpy()
     # Relative to the largest entry of the tensor. A key's bias moves no softmax: its own gradient is rounding around
     # zero, but in GPT-2 it is a part of c_attn.bias and measured by the whole.

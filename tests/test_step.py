@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxft import config as settings
 from jaxft import model, optim, sharding
-from jaxft.hf import load
+from jaxft.hf import load, repo
 from jaxft.step import State, make_train_step
 
 ROWS, T = 8, 30
@@ -30,7 +30,7 @@ def train(folder, steps=3, *, data=1, fsdp=1, accumulation=1, compute=None, drop
   config.optim.update(optim_settings)
   config.mesh.data, config.mesh.fsdp = data, fsdp
   mesh = sharding.make_mesh(config.mesh)
-  checkpoint = load.find(str(folder))
+  checkpoint = repo.find(str(folder))
   compute = dataclasses.replace(compute or model.Compute(), constrain=sharding.constrain_on(mesh))
   graph, shapes, axes = model.abstract(checkpoint.cfg.with_dropout(dropout), compute)
   shardings = sharding.parameter_shardings(shapes, axes, mesh)
@@ -118,7 +118,7 @@ def test_every_optimizer_learns_on_a_mesh(folder, name):
 
 
 def opened(folder):
-  checkpoint = load.find(str(folder))
+  checkpoint = repo.find(str(folder))
   shapes = model.abstract(checkpoint.cfg, model.Compute())[1]
   return checkpoint, shapes, jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
 
@@ -173,7 +173,7 @@ def test_adamw_steps_equal_torchs(folder):
     eps=1e-8,
   )
   linear = transformers.get_linear_schedule_with_warmup(adamw, 0, 3)
-  for batch, ours, numbers in zip(batches(load.find(str(folder)).cfg, 3), losses, metrics):
+  for batch, ours, numbers in zip(batches(repo.find(str(folder)).cfg, 3), losses, metrics):
     batch = {name: torch.from_numpy(x) for name, x in batch.items()}
     logits = theirs(batch["ids"].long()).logits[batch["mask"]]
     loss = torch.nn.functional.cross_entropy(logits, batch["targets"][batch["mask"]].long())
@@ -184,7 +184,7 @@ def test_adamw_steps_equal_torchs(folder):
     linear.step()
     np.testing.assert_allclose(ours, loss.item(), rtol=1e-5)
     np.testing.assert_allclose(numbers["grad_norm"], norm.item(), rtol=1e-5)
-  ours = nnx.merge(model.abstract(load.find(str(folder)).cfg, model.Compute())[0], jax.device_get(state.params))
+  ours = nnx.merge(model.abstract(repo.find(str(folder)).cfg, model.Compute())[0], jax.device_get(state.params))
   weights = dict(theirs.named_parameters())
   np.testing.assert_allclose(ours.embed.tokens[...], weights["transformer.wte.weight"].detach().numpy(), atol=1e-4)
   np.testing.assert_allclose(

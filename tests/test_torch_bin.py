@@ -12,14 +12,14 @@ from safetensors.numpy import load_file
 
 from jaxft import model
 from jaxft.errors import RequestError
-from jaxft.hf import load
+from jaxft.hf import load, repo
 
 torch = pytest.importorskip("torch", reason="torch is what reads these files")
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def read(folder, torch_bin=True):
-  checkpoint = load.find(str(folder), torch_bin=torch_bin)
+  checkpoint = repo.find(str(folder), torch_bin=torch_bin)
   _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
   return load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
 
@@ -45,7 +45,7 @@ def same(ours, theirs):
 
 def test_it_is_read_only_when_asked(folder, pickled):
   with pytest.raises(RequestError, match="config.model.torch_bin=True"):
-    load.find(str(pickled()))
+    repo.find(str(pickled()))
   with_head = pickled(lambda ts: ts | {"lm_head.weight": ts["transformer.wte.weight"]})  # one storage, two names
   same(read(with_head), read(folder, torch_bin=False))
 

@@ -11,7 +11,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from jaxft.errors import RequestError, StorageError
 from jaxft.files import write_whole
-from jaxft.hf import load
+from jaxft.hf import load, repo
 from jaxft.hf.tables import EMBEDDING, full_name
 from jaxft.hf.unload import DtypeOf, Outgoing, dtypes, hf_tensors
 from jaxft.hf.verify import verify
@@ -48,7 +48,7 @@ def faults(out: Path) -> list[str]:
 def export(
   out: Path,
   params: Any,
-  checkpoint: load.Checkpoint,
+  checkpoint: repo.Checkpoint,
   *,
   dtype: str = "float32",
   max_shard_size: str = "5GB",
@@ -101,7 +101,7 @@ def export(
 
 
 def _write_weights(
-  folder: Path, params: Any, checkpoint: load.Checkpoint, dtype_of: DtypeOf, max_shard_size: str
+  folder: Path, params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf, max_shard_size: str
 ) -> None:
   tensors = {tensor.name: tensor for tensor in hf_tensors(params, checkpoint, dtype_of)}
   plan = split_state_dict_into_shards_factory(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxft.hf import load
+from jaxft.hf import load, repo
 from jaxft.hf.tables import Rule, full_name, hf_shape, short_name, to_hf, unpadded
 
 EXPORT_DTYPES = {
@@ -21,7 +21,7 @@ EXPORT_DTYPES = {
 DtypeOf = Callable[[str], np.dtype]  # of each tensor, by its full name
 
 
-def dtypes(checkpoint: load.Checkpoint, dtype: str) -> DtypeOf:
+def dtypes(checkpoint: repo.Checkpoint, dtype: str) -> DtypeOf:
   """One of `EXPORT_DTYPES` for every tensor; or, for "source", what each has in the checkpoint's folder."""
   if dtype != "source":
     return lambda name: EXPORT_DTYPES[dtype]
@@ -48,7 +48,7 @@ def in_float32(name: str) -> np.dtype:
   return EXPORT_DTYPES["float32"]
 
 
-def hf_tensors(params: Any, checkpoint: load.Checkpoint, dtype_of: DtypeOf = in_float32) -> Iterator[Outgoing]:
+def hf_tensors(params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf = in_float32) -> Iterator[Outgoing]:
   """Parameters as the checkpoint's family names and shapes them; gradients too."""
   leaves = {".".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
   for rule in checkpoint.family.rules:
@@ -83,7 +83,7 @@ def _on_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray
   return whole
 
 
-def as_written(params: Any, checkpoint: load.Checkpoint, dtype_of: DtypeOf) -> Any:
+def as_written(params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf) -> Any:
   """The parameters, rounded to the dtype in which they are written; several are only those of an unchanged source."""
   written = {tensor.dtype for tensor in hf_tensors(params, checkpoint, dtype_of)}
   return jax.tree.map(lambda leaf: leaf.astype(*written).astype(jnp.float32), params) if len(written) == 1 else params

@@ -12,7 +12,7 @@ from flax import nnx
 import jaxft
 from jaxft import model
 from jaxft.errors import RequestError, StorageError, first_line
-from jaxft.hf import load
+from jaxft.hf import load, repo
 from jaxft.hf.tables import EMBEDDING, full_name
 from jaxft.hf.unload import DtypeOf, as_written, hf_tensors
 
@@ -22,7 +22,7 @@ LOGITS_LIMIT = 500_000_000  # parameters; larger models are compared tensor by t
 TOLERANCE, RELATIVE = 1e-4, 1e-4
 
 
-def verify(folder: Path, params: Any, checkpoint: load.Checkpoint, dtype_of: DtypeOf) -> dict[str, Any]:
+def verify(folder: Path, params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf) -> dict[str, Any]:
   """Reads the folder back and compares: every tensor bit for bit, and logits in float32.
 
   The logits of the folder are transformers' own where torch is installed, else those of jaxft's model with the weights read
@@ -37,7 +37,7 @@ def verify(folder: Path, params: Any, checkpoint: load.Checkpoint, dtype_of: Dty
       )
   if written:
     raise StorageError(f"{folder}: tensors {sorted(written)} were not meant to be written")
-  back = load.find(str(folder))
+  back = repo.find(str(folder))
   if back.cfg != checkpoint.cfg:
     raise StorageError(f"{folder}: config.json read back describes another model: {back.cfg}, not {checkpoint.cfg}")
   dtype = dtype_of(full_name(EMBEDDING))
@@ -86,7 +86,7 @@ def logits(graph: nnx.GraphDef, params: Any, ids_BT: np.ndarray) -> np.ndarray:
   return np.asarray(jax.jit(run)(params))
 
 
-def _some_ids(checkpoint: load.Checkpoint) -> np.ndarray:
+def _some_ids(checkpoint: repo.Checkpoint) -> np.ndarray:
   """Random tokens, none of them the padding one: transformers' classifiers look for the last that is not."""
   choice = np.flatnonzero(np.arange(checkpoint.cfg.V) != checkpoint.hf_config.get("pad_token_id"))
   return np.random.default_rng(0).choice(choice, (1, min(checkpoint.cfg.P, 128))).astype(np.int32)

@@ -1,0 +1,180 @@
+"""A Hugging Face folder or hub id -> a folder whose files can be trusted to be files, and its ModelConfig."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxft.errors import RequestError, first_line
+from jaxft.files import exists
+from jaxft.hf import facts
+from jaxft.hf.tables import FAMILIES, Family
+from jaxft.model import ModelConfig
+
+# What a folder needs to be used and to be exported again; weights in other formats stay on the hub.
+WANTED = ["*.json", "*.txt", "*.safetensors", "tokenizer.model", "README.md"]
+FORMATS = ("model.safetensors", "flax_model.msgpack")  # the first that is there is read
+LARGEST_TEXT = (
+  2**28
+)  # bytes of a .json or .txt file, which is read whole; the tokenizer.json of a large vocabulary has 2^25
+PICKLE = "pytorch_model.bin"  # read last, and only when it is asked for
+
+
+class Checkpoint(NamedTuple):
+  """A folder with a config that can be run; its weights are not read yet."""
+
+  folder: Path
+  hf_config: dict[str, Any]
+  cfg: ModelConfig
+  torch_bin: bool = False  # pickles may be read
+
+  @property
+  def family(self) -> Family:
+    return FAMILIES[self.hf_config["model_type"]]
+
+  @property
+  def architecture(self) -> str:
+    return self.family.classifier if self.cfg.classes else self.family.architecture
+
+
+def faults(path: str, weights: bool = True, torch_bin: bool = False) -> list[str]:
+  """What is wrong with a local model folder, at most one line; a hub id is not looked up here."""
+  try:
+    if path and is_local(path):
+      _check_folder(Path(path), weights, torch_bin)
+  except RequestError as error:
+    return [str(error)]
+  return []
+
+
+def is_local(path: str) -> bool:
+  """Whether a path is meant, not a hub id: it exists, or it could not be an id (an id is NAME or OWNER/NAME)."""
+  return exists(Path(path)) or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", path)
+
+
+def find(path: str, revision: str = "main", weights: bool = True, torch_bin: bool = False) -> Checkpoint:
+  """The checkpoint that a folder or a hub id names, downloaded if need be; raises RequestError with the way out.
+
+  Args:
+    weights: whether the folder must hold weights.
+    torch_bin: whether pytorch_model*.bin may be read, where there are no others.
+  """
+  if is_local(path):
+    return _check_folder(Path(path), weights, torch_bin)
+  import huggingface_hub
+
+  try:
+    folder = Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=WANTED))
+    for others in ("*.safetensors", "flax_model*.msgpack", *(["pytorch_model*.bin"] if torch_bin else [])):
+      if not weights or any(folder.glob(others)):
+        break
+      huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=others)
+  except Exception as error:  # hub and network errors share no class
+    raise RequestError(
+      f"model {path!r}: no such folder, and the hub gave none ({first_line(error)}); check the id, or give a folder"
+    ) from error
+  return _check_folder(folder, weights, torch_bin)
+
+
+def _check_folder(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
+  if not folder.is_dir():
+    raise RequestError(f"model folder {str(folder)!r}: no such folder; give one, or a hub id such as gpt2")
+  config_file = folder / "config.json"
+  _refuse_odd_files(folder)
+  if not config_file.is_file():
+    raise RequestError(
+      f"model folder {str(folder)!r}: no config.json in it, so it is not a Hugging Face model; "
+      "give a folder with config.json and model.safetensors, or a hub id such as gpt2"
+    )
+  if weights:
+    weight_files(folder, torch_bin)
+  return Checkpoint(folder, *read_config(config_file), torch_bin)
+
+
+def read_config(file: Path) -> tuple[dict[str, Any], ModelConfig]:
+  """A parsed config.json and the facts in it; raises RequestError naming the file."""
+  hf_config = _json_object(file)
+  try:
+    return hf_config, facts.model_config(hf_config)
+  except RequestError as error:
+    raise RequestError(f"{file.parent}: {error}") from error
+
+
+def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
+  """The folder's weights, in the first of `FORMATS` that it has: one file, or the shards that an index names.
+
+  A shard lies in the folder itself and is of the format that the index is of.
+  """
+  for single in (*FORMATS, PICKLE) if torch_bin else FORMATS:
+    index = folder / f"{single}.index.json"
+    if (folder / single).is_file():
+      return _inside(folder, folder / single, [single])
+    if index.is_file():
+      return _inside(folder, index, _shards(index, Path(single).suffix))
+  pickled = any(folder.glob("pytorch_model*.bin"))
+  raise RequestError(
+    f"model folder {str(folder)!r}: none of {', '.join(FORMATS)} in it, whole or with an index"
+    + (
+      f"; {PICKLE} is a pickle, which is read (by torch, weights_only) only when asked: --config.model.torch_bin=True to "
+      "train, --torch_bin for the other commands"
+      if pickled
+      else ""
+    )
+  )
+
+
+def _shards(index: Path, suffix: str) -> list[str]:
+  where = _json_object(index).get("weight_map")
+  if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+    raise RequestError(f"{index}: not an index of weights: it has no weight_map of file names")
+  for name in where.values():
+    if not name.endswith(suffix):
+      raise RequestError(f"{index}: {name[:100]!r} is no {suffix} file")
+  return sorted(set(where.values()))
+
+
+def _is_file(file: Path) -> bool:
+  try:
+    return file.is_file()
+  except OSError:  # a name that is too long
+    return False
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+  try:
+    content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=without_doubles)
+  except (OSError, ValueError, RecursionError) as error:
+    raise RequestError(f"{file}: {first_line(error)}") from error
+  if not isinstance(content, dict):
+    raise RequestError(f"{file}: not a JSON object")
+  return content
+
+
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object; ValueError for one that says a thing twice, of which readers believe either."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:100]!r} is in it twice")
+  return found
+
+
+def _inside(folder: Path, named_in: Path, names: list[str]) -> list[Path]:
+  for name in names:
+    if Path(name).name != name or "\0" in name or not _is_file(folder / name):
+      raise RequestError(f"{named_in}: {name[:100]!r} is not a file of this folder")
+  return [folder / name for name in names]
+
+
+def _refuse_odd_files(folder: Path) -> None:
+  """Weights, tokenizer and card are read, and some are copied into exports: none may be a file from elsewhere, or a pipe."""
+  # The hub's cache links each file to ../../blobs/HASH: its own folders, models--X/snapshots/Y, are what may be left.
+  home = folder.resolve()
+  home = home.parent.parent if home.parent.name == "snapshots" else home
+  for file in folder.rglob("*"):
+    if file.is_symlink() and not file.resolve().is_relative_to(home):
+      raise RequestError(f"{file}: a link that leads out of this folder")
+    if not file.is_file() and not file.is_dir():
+      raise RequestError(f"{file}: not an ordinary file")
+    if file.suffix in (".json", ".txt") and file.stat().st_size > LARGEST_TEXT:
+      raise RequestError(f"{file}: {file.stat().st_size:,} bytes are too many for such a file")
