@@ -29,9 +29,9 @@ on {date} with {versions}, on {machine}; it took {minutes} minutes.
 |---|---|---|---|---|---|---|---|---|---|---|
 """
 FOOTER = """
-- **rounding**: torch's own, the largest absolute difference between the logits of transformers in float32 and in float64, of the same
-  weights. It is what float32 can promise for a model: GPT-Neo does not scale its attention scores, so the softmax of a wide one
-  with random weights is close to a hard choice, and rounding grows from layer to layer.
+- **rounding**: torch's own, the largest absolute difference between the logits of transformers in float32 and in float64 with
+  the same weights. It is what float32 can promise for a model: GPT-Neo does not scale its attention scores, so the softmax of a
+  wide one with random weights is close to a hard choice, and rounding grows from layer to layer.
 - **logits**: largest absolute difference over 2 x {T} tokens, beside the largest absolute logit. With padding, {padding} tokens
   of a row are padding and the real ones count.
 - **loss**: absolute difference of the mean loss, about 10.8 nats.
