@@ -14,6 +14,7 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+import processes
 import tiny
 
 
@@ -33,3 +34,19 @@ def stories(tmp_path_factory) -> Path:
 def config(folder, stories):
   """A run of seconds: 12 steps of 8 rows on one device."""
   return tiny.config(folder, stories)
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory, folder, stories):
+  file = tmp_path_factory.mktemp("configs") / "small.py"
+  file.write_text(
+    processes.CONFIG.format(tests=str(processes.ROOT / "tests"), folder=str(folder), stories=str(stories))
+  )
+  return file
+
+
+@pytest.fixture(scope="session")
+def finished(config_file, tmp_path_factory):
+  """A whole, undisturbed run."""
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  return workdir, processes.train(config_file, workdir)

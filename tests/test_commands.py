@@ -7,61 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-CONFIG = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import tiny
-
-def get_config():
-  return tiny.config(Path({folder!r}), Path({stories!r}))
-"""
-
-
-@pytest.fixture(scope="session")
-def config_file(tmp_path_factory, folder, stories):
-  file = tmp_path_factory.mktemp("configs") / "small.py"
-  file.write_text(CONFIG.format(tests=str(ROOT / "tests"), folder=str(folder), stories=str(stories)))
-  return file
-
-
-def run(*arguments, check=0, **how):
-  done = subprocess.run(
-    [sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, timeout=300, **how
-  )
-  assert check is None or done.returncode == check, done.stdout + done.stderr
-  assert "Traceback" not in done.stderr
-  return done
-
-
-def train(config_file, workdir, *more, **how):
-  return run("jaxft.train", "--config", config_file, "--workdir", workdir, *more, **how)
-
-
-def lines(file):
-  return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def losses(workdir):
-  """Every loss by step: what a run that was cut into pieces must have in common with one that was not."""
-  return {
-    (line["step"], key): line[key]
-    for line in lines(workdir / "metrics.jsonl")
-    for key in ("train/loss", "eval/loss", "train/tokens")
-    if key in line
-  }
-
-
-@pytest.fixture(scope="session")
-def finished(config_file, tmp_path_factory):
-  """A whole, undisturbed run."""
-  workdir = tmp_path_factory.mktemp("runs") / "whole"
-  return workdir, train(config_file, workdir)
+from processes import ROOT, lines, losses, run, train
 
 
 def test_a_run_leaves_what_the_contract_lists(finished):
@@ -197,53 +145,6 @@ def test_numbers_that_are_not_finite_end_with_exit_3(config_file, tmp_path):
   assert bad and not (tmp_path / "export").exists()
 
 
-FAULTS = {
-  "typo": (
-    ["--config.optim.learnig_rate=1"],
-    "config.optim.learnig_rate: there is no such setting; did you mean optim.learning_rate?",
-  ),
-  "no data": (["--config.data.train=/nowhere/x.txt"], "data source '/nowhere/x.txt': no such file or folder"),
-  "no model": (["--config.model.path={tmp}"], "no config.json in it"),
-  "no folder": (["--config.model.path=/nowhere/model"], "'/nowhere/model': no such folder"),
-  "negative": (["--config.train.batch_size=-1"], "config.train.batch_size=-1: must be at least 1"),
-  "wrong type": (
-    ["--config.train.batch_size=many"],
-    "--config.train.batch_size=many: invalid literal for int() with base 10: 'many'",
-  ),
-  "no config": (["--config=nowhere.py"], "'nowhere.py': no such file"),
-  "broken config": (["--config={tmp}/broken.py"], "the config file does not run: NameError"),
-  "mistyped flag": (["--wokdir=x"], "'wokdir'. Did you mean: workdir"),
-  "stray word": (["x"], "'x': not a flag"),
-  "one dash": (["-config.optim.learnig_rate=1"], "config.optim.learnig_rate: there is no such setting"),
-  "export over the run": (["--config.export.out={tmp}/w"], "the run itself is written there"),
-  "export over a file": (["--config.export.out={tmp}/broken.py"], "is no earlier export"),
-  "a long name": (["--config.data.train=" + 5000 * "x"], "no such file or folder"),
-  "a name with blanks": (["--config.data.train=my (1) file.txt"], "'my (1) file.txt': no such file or folder"),
-  "vanishing eps": (["--config.optim.eps=1e-50"], "config.optim.eps=1e-50: must be at least 1e-30"),
-  "shard size": (["--config.export.max_shard_size=abc"], "config.export.max_shard_size='abc': must be a whole number"),
-  "no login": (["--config.export.push_to_hub=me/x"], "not logged in to the hub"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_request_ends_in_one_line_before_three_seconds(config_file, tmp_path, fault):
-  arguments, told = FAULTS[fault]
-  (tmp_path / "broken.py").write_text("def get_config():\n  return nothing\n")
-  arguments = [argument.format(tmp=tmp_path) for argument in arguments]
-  before = os.times()
-  done = train(config_file, tmp_path / "w", *arguments, check=2)
-  after = os.times()
-  assert (
-    done.stdout == ""
-    and len(done.stderr.splitlines()) == 1
-    and done.stderr.startswith("error: ")
-    and told in done.stderr
-  )
-  # Processor time: what the issue of a busy machine cannot change.
-  assert after.children_user + after.children_system - before.children_user - before.children_system < 3
-  assert not (tmp_path / "w").exists()
-
-
 def test_dry_run_and_print_config_write_nothing(config_file, tmp_path):
   assert "MiB" in train(config_file, tmp_path / "w", "--dry_run").stdout
   assert "config.optim.learning_rate = 0.001" in train(config_file, tmp_path / "w", "--print_config").stdout
@@ -307,37 +208,6 @@ def test_evaluate_generate_and_export(finished, stories, tmp_path):
   )
   assert len(list((tmp_path / "ten").glob("model-*.safetensors"))) > 1
   run("jaxft.generate", "--model", tmp_path / "ten", "--prompt", "a", "--max_new_tokens", 2)
-
-
-@pytest.mark.parametrize(
-  "arguments, told",
-  [
-    (["jaxft.evaluate", "--model", "{export}"], "--data is missing"),
-    (["jaxft.evaluate", "--data", "x"], "--model --workdir is required"),
-    (["jaxft.evaluate", "--model", "/nowhere/x", "--data", "x"], "no such folder"),
-    (["jaxft.evaluate", "--model", "{export}", "--data", "nowhere.txt"], "no such file"),
-    (
-      ["jaxft.evaluate", "--model", "{export}", "--data", "x", "--sequence_length", "9999"],
-      "--sequence_length=9999: must be from 2 to 71",
-    ),
-    (["jaxft.generate", "--model", "{export}"], "--prompt is missing"),
-    (
-      ["jaxft.generate", "--model", "{export}", "--prompt", "x", "--top_p", "7"],
-      "--top_p=7.0: must be above 0 and at most 1",
-    ),
-    (["jaxft.generate", "--model", "{export}", "--prompt_file", "nowhere"], "--prompt_file 'nowhere'"),
-    (
-      ["jaxft.export", "--workdir", "{workdir}", "--out", "x", "--step", "7"],
-      "no checkpoint of step 7; it has [10, 12]",
-    ),
-    (["jaxft.export", "--workdir", "/nowhere", "--out", "x"], "not a run's folder"),
-    (["jaxft.export", "--model", "{export}", "--step", "7", "--out", "x"], "--step goes with --workdir"),
-  ],
-)
-def test_the_other_commands_refuse_in_one_line_too(finished, tmp_path, arguments, told):
-  workdir, _ = finished
-  done = run(*(a.format(export=workdir / "export", workdir=workdir) for a in arguments), check=2, cwd=tmp_path)
-  assert told in done.stderr.splitlines()[-1] and done.stdout == ""
 
 
 @pytest.mark.parametrize("block", ["checkpoints", "config.json", "metrics.jsonl"])

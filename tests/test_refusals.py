@@ -1,0 +1,83 @@
+"""Wrong requests: one line that names the fault, exit 2, nothing left behind."""
+
+import os
+
+import pytest
+from processes import run, train
+
+FAULTS = {
+  "typo": (
+    ["--config.optim.learnig_rate=1"],
+    "config.optim.learnig_rate: there is no such setting; did you mean optim.learning_rate?",
+  ),
+  "no data": (["--config.data.train=/nowhere/x.txt"], "data source '/nowhere/x.txt': no such file or folder"),
+  "no model": (["--config.model.path={tmp}"], "no config.json in it"),
+  "no folder": (["--config.model.path=/nowhere/model"], "'/nowhere/model': no such folder"),
+  "negative": (["--config.train.batch_size=-1"], "config.train.batch_size=-1: must be at least 1"),
+  "wrong type": (
+    ["--config.train.batch_size=many"],
+    "--config.train.batch_size=many: invalid literal for int() with base 10: 'many'",
+  ),
+  "no config": (["--config=nowhere.py"], "'nowhere.py': no such file"),
+  "broken config": (["--config={tmp}/broken.py"], "the config file does not run: NameError"),
+  "mistyped flag": (["--wokdir=x"], "'wokdir'. Did you mean: workdir"),
+  "stray word": (["x"], "'x': not a flag"),
+  "one dash": (["-config.optim.learnig_rate=1"], "config.optim.learnig_rate: there is no such setting"),
+  "export over the run": (["--config.export.out={tmp}/w"], "the run itself is written there"),
+  "export over a file": (["--config.export.out={tmp}/broken.py"], "is no earlier export"),
+  "a long name": (["--config.data.train=" + 5000 * "x"], "no such file or folder"),
+  "a name with blanks": (["--config.data.train=my (1) file.txt"], "'my (1) file.txt': no such file or folder"),
+  "vanishing eps": (["--config.optim.eps=1e-50"], "config.optim.eps=1e-50: must be at least 1e-30"),
+  "shard size": (["--config.export.max_shard_size=abc"], "config.export.max_shard_size='abc': must be a whole number"),
+  "no login": (["--config.export.push_to_hub=me/x"], "not logged in to the hub"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_request_ends_in_one_line_before_three_seconds(config_file, tmp_path, fault):
+  arguments, told = FAULTS[fault]
+  (tmp_path / "broken.py").write_text("def get_config():\n  return nothing\n")
+  arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+  before = os.times()
+  done = train(config_file, tmp_path / "w", *arguments, check=2)
+  after = os.times()
+  assert (
+    done.stdout == ""
+    and len(done.stderr.splitlines()) == 1
+    and done.stderr.startswith("error: ")
+    and told in done.stderr
+  )
+  # Processor time: what the issue of a busy machine cannot change.
+  assert after.children_user + after.children_system - before.children_user - before.children_system < 3
+  assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+  "arguments, told",
+  [
+    (["jaxft.evaluate", "--model", "{export}"], "--data is missing"),
+    (["jaxft.evaluate", "--data", "x"], "--model --workdir is required"),
+    (["jaxft.evaluate", "--model", "/nowhere/x", "--data", "x"], "no such folder"),
+    (["jaxft.evaluate", "--model", "{export}", "--data", "nowhere.txt"], "no such file"),
+    (
+      ["jaxft.evaluate", "--model", "{export}", "--data", "x", "--sequence_length", "9999"],
+      "--sequence_length=9999: must be from 2 to 71",
+    ),
+    (["jaxft.generate", "--model", "{export}"], "--prompt is missing"),
+    (
+      ["jaxft.generate", "--model", "{export}", "--prompt", "x", "--top_p", "7"],
+      "--top_p=7.0: must be above 0 and at most 1",
+    ),
+    (["jaxft.generate", "--model", "{export}", "--prompt_file", "nowhere"], "--prompt_file 'nowhere'"),
+    (
+      ["jaxft.export", "--workdir", "{workdir}", "--out", "x", "--step", "7"],
+      "no checkpoint of step 7; it has [10, 12]",
+    ),
+    (["jaxft.export", "--workdir", "/nowhere", "--out", "x"], "not a run's folder"),
+    (["jaxft.export", "--model", "{export}", "--step", "7", "--out", "x"], "--step goes with --workdir"),
+  ],
+)
+def test_the_other_commands_refuse_in_one_line_too(finished, tmp_path, arguments, told):
+  workdir, _ = finished
+  done = run(*(a.format(export=workdir / "export", workdir=workdir) for a in arguments), check=2, cwd=tmp_path)
+  assert told in done.stderr.splitlines()[-1] and done.stdout == ""
