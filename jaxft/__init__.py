@@ -7,6 +7,9 @@ model.generate(["Once upon a time"])
 """
 
 import importlib
+import os
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
 
 __version__ = "0.1.0"
 __all__ = ["finetune", "load"]

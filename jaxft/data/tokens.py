@@ -1,7 +1,6 @@
 """Documents to one stream of token ids."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ AT_ONCE = 1000  # documents given to the tokenizer together: it spreads them ove
 
 def load_tokenizer(folder: Path, V: int) -> Any:
   """The tokenizer of a checkpoint folder; raises RequestError when there is none that fits a table of V tokens."""
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
   from transformers import AutoTokenizer  # most of a second to import: a mistyped config should not wait for it
 
   try:
