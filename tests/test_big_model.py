@@ -14,7 +14,9 @@ from safetensors.numpy import save_file
 
 MIB = 2**20
 SCRIPT = """
-import resource, sys, jax
+import resource, sys
+sys.modules["torch"] = None  # no part of an installation: where tests have it, transformers imports it, which takes 200 MB
+import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from pathlib import Path
 from jaxft import config, model, sharding

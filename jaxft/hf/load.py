@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,14 +49,16 @@ class Tensor(NamedTuple):
     view = np.memmap(self.file, self.dtype, "r", self.offset, stored)
     return view.T if self.transposed else view
 
-  def holds(self, array: np.ndarray) -> bool:
-    """Whether the file's bytes are those of `array`, read in pieces: the largest tensor is a good part of a host's memory."""
-    piece, flat = 2**24, array.reshape(-1).view(np.uint8)
-    if (self.dtype, self.shape, self.transposed) != (array.dtype, array.shape, False):
-      return False
+  def holds(self, pieces: Iterable[np.ndarray]) -> bool:
+    """Whether the file's bytes are those of the pieces, one after another."""
+    left = math.prod(self.shape) * self.dtype.itemsize
     with self.file.open("rb") as stream:
       stream.seek(self.offset)
-      return all(stream.read(piece)[: flat.size - i] == flat[i : i + piece].data for i in range(0, flat.size, piece))
+      for piece in pieces:
+        left -= piece.nbytes
+        if piece.dtype != self.dtype or stream.read(piece.nbytes) != piece.reshape(-1).view(np.uint8).data:
+          return False
+    return left == 0 and not self.transposed
 
 
 def tensors(folder: Path, torch_bin: bool = False) -> dict[str, Tensor | torch_pickle.TorchTensor]:

@@ -131,7 +131,8 @@ def _write_safetensors(file: Path, tensors: dict[str, Outgoing]) -> None:
   with file.open("wb") as stream:
     stream.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
-      stream.write(tensor.make().view(np.uint8).data)
+      for piece in tensor.pieces():
+        stream.write(piece.view(np.uint8).data)
     stream.flush()
     os.fsync(stream.fileno())
 

@@ -18,6 +18,7 @@ EXPORT_DTYPES = {
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
   "float16": np.dtype("float16"),
 }
+PIECE = 2**25  # bytes
 DtypeOf = Callable[[str], np.dtype]  # of each tensor, by its full name
 
 
@@ -32,12 +33,16 @@ def dtypes(checkpoint: repo.Checkpoint, dtype: str) -> DtypeOf:
 
 
 class Outgoing(NamedTuple):
-  """A tensor to be written; it leaves the devices when it is made."""
+  """A tensor to be written; it leaves the devices piece by piece, in the order of its bytes."""
 
   name: str
   dtype: np.dtype
   shape: tuple[int, ...]
-  make: Callable[[], np.ndarray]
+  pieces: Callable[[], Iterator[np.ndarray]]
+
+  def make(self) -> np.ndarray:
+    """All of it."""
+    return np.concatenate([piece.reshape(-1) for piece in self.pieces()]).reshape(self.shape)
 
   @property
   def nbytes(self) -> int:
@@ -61,16 +66,23 @@ def hf_tensors(params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf = in_
       for index, short in enumerate(rule.names):
         name = full_name(short.format(layer))
         dtype, part = dtype_of(name), layer if rule.by_layer else None
-        yield Outgoing(name, dtype, shape, functools.partial(_make, rule, leaf, part, dtype, real, index))
+        yield Outgoing(name, dtype, shape, functools.partial(_pieces, rule, leaf, part, dtype, real, index))
   if leaves:
     raise KeyError(f"{sorted(leaves)}: no rule writes these parameters")
 
 
-def _make(
+def _pieces(
   rule: Rule, leaf: jax.Array, layer: int | None, dtype: np.dtype, real: tuple[int, ...], index: int
-) -> np.ndarray:
-  padded = _on_host(leaf, layer, dtype)
-  return to_hf(rule.layout, padded[tuple(slice(size) for size in real)], index)
+) -> Iterator[np.ndarray]:
+  """One piece, or for a table of the vocabulary, the largest tensor of most models, as many rows at a time as `PIECE` holds."""
+  if not rule.layout.startswith("V "):
+    padded = _on_host(leaf, layer, dtype)
+    yield to_hf(rule.layout, padded[tuple(slice(size) for size in real)], index)
+    return
+  rows = max(1, PIECE // (4 * math.prod(leaf.shape[1:])))
+  for start in range(0, real[0], rows):
+    piece = jax.lax.dynamic_slice_in_dim(leaf, start, min(rows, real[0] - start))
+    yield to_hf(rule.layout, _on_host(piece, None, dtype), index)
 
 
 def _on_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:

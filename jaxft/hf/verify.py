@@ -31,7 +31,8 @@ def verify(folder: Path, params: Any, checkpoint: repo.Checkpoint, dtype_of: Dty
   """
   written = load.tensors(folder)
   for tensor in hf_tensors(params, checkpoint, dtype_of):
-    if not written.pop(tensor.name).holds(tensor.make()):
+    there = written.pop(tensor.name)
+    if there.shape != tensor.shape or not there.holds(tensor.pieces()):
       raise StorageError(
         f"{folder}: tensor {tensor.name!r} read back differs from what was written; the disk is not to be trusted"
       )
