@@ -4,6 +4,7 @@ import argparse
 import ast
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from absl import flags
@@ -32,10 +33,17 @@ class TrainArguments(NamedTuple):
 
 
 def parse_train(argv: list[str] | None = None) -> TrainArguments:
-  """Reads the command line; raises RequestError with every unknown setting, or with the first other fault."""
-  argv = sys.argv if argv is None else argv
+  """The command line of train; see `parse`."""
+  values = parse(sys.argv if argv is None else argv, USAGE, ("dry_run", "print_config"), ("workdir",))
+  workdir = Path(values.workdir) if values.workdir else Path("runs") / Path(values.config_file).stem
+  return TrainArguments(values.config, workdir, values.dry_run, values.print_config)
+
+
+def parse(argv: list[str], usage: str, switches: tuple[str, ...] = (), texts: tuple[str, ...] = ()) -> SimpleNamespace:
+  """`config`, `config_file` and the command's own flags; raises RequestError with every unknown setting, or the first other
+  fault. `--help` prints `usage` and ends the process."""
   if {"-h", "--help"} & set(argv[1:]) or len(argv) == 1:
-    print(USAGE)
+    print(usage)
     sys.exit(0 if len(argv) > 1 else 2)
   argv = [_quoted("-" + word if word.startswith("-config.") else word) for word in argv]
   names = [word.removeprefix("--config.").split("=")[0] for word in argv[1:] if word.startswith("--config.")]
@@ -44,9 +52,10 @@ def parse_train(argv: list[str] | None = None) -> TrainArguments:
 
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values)
-  flags.DEFINE_string("workdir", None, "", flag_values=values)
-  flags.DEFINE_bool("dry_run", False, "", flag_values=values)
-  flags.DEFINE_bool("print_config", False, "", flag_values=values)
+  for name in texts:
+    flags.DEFINE_string(name, None, "", flag_values=values)
+  for name in switches:
+    flags.DEFINE_bool(name, False, "", flag_values=values)
   try:
     rest = values(argv)
     file = values["config"].config_filename if values["config"].present else None
@@ -70,8 +79,7 @@ def parse_train(argv: list[str] | None = None) -> TrainArguments:
     if value == ("",):  # --config.data.validation= says: none
       section, key = name.split(".")
       config[section][key] = ()
-  workdir = Path(values.workdir) if values.workdir else Path("runs") / Path(file).stem
-  return TrainArguments(config, workdir, values.dry_run, values.print_config)
+  return SimpleNamespace(config=config, config_file=file, **{name: values[name].value for name in (*switches, *texts)})
 
 
 def _quoted(word: str) -> str:

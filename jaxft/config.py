@@ -42,6 +42,12 @@ def file_size(x: str) -> str | None:
   return None if re.fullmatch(r"[1-9]\d*[KMGT]B", x) else "a whole number and KB, MB, GB or TB, such as 5GB"
 
 
+def template(x: str) -> str | None:
+  prompt, completion = "{prompt}", "{completion}"
+  fine = x.count(prompt) == 1 == x.count(completion) and x.index(prompt) < x.index(completion)
+  return None if fine else "text with {prompt} and after it {completion}, each once"
+
+
 def anything(_: Any) -> None:
   return None
 
@@ -80,7 +86,35 @@ SETTINGS = (
   ),
   Setting("data.validation", (), anything, "sources to evaluate on; empty: split off the training documents"),
   Setting("data.validation_fraction", 0.05, between(0, 1), "share of documents held out when data.validation is empty"),
+  Setting(
+    "data.format",
+    "text",
+    one_of("text", "prompt_completion", "classification"),
+    "what a row is: text to learn, a prompt and the completion to learn, or text and its label",
+  ),
   Setting("data.text_column", "text", anything, "column that holds the text"),
+  Setting("data.prompt_column", "prompt", anything, "column of the prompt, for prompt_completion"),
+  Setting("data.completion_column", "completion", anything, "column of the completion, for prompt_completion"),
+  Setting("data.label_column", "label", anything, "column of the label, for classification"),
+  Setting(
+    "data.template",
+    "{prompt}{completion}",
+    template,
+    "how a prompt and its completion are put together; what follows the prompt's text is learned from {completion} on",
+  ),
+  Setting("data.separator", "", anything, "text that cuts a .txt file into documents; empty: a file is one document"),
+  Setting(
+    "data.on_bad_row", "error", one_of("error", "skip"), "end the run at a row that is no text, or count it and go on"
+  ),
+  Setting(
+    "data.layout",
+    "concat",
+    one_of("concat", "pack", "pad"),
+    "concat: one stream cut into rows; pack: several examples a row that do not see each other; pad: one example a row",
+  ),
+  Setting(
+    "data.cache_dir", "", anything, "folder that keeps the tokens; empty: ~/.cache/jaxft/tokens (or XDG_CACHE_HOME)"
+  ),
   Setting(
     "data.nats_column",
     "",
@@ -159,6 +193,7 @@ FREE_ON_RESUME = frozenset(
     "export.max_shard_size",
     "export.push_to_hub",
     "data.nats_column",
+    "data.cache_dir",
   }
 )
 

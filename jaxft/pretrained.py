@@ -1,5 +1,6 @@
 """A model to use: complete prompts, measure text, export. What the commands evaluate, generate and export are made of."""
 
+import collections
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,10 @@ from flax import nnx
 
 from jaxft import config as settings
 from jaxft import model, optim, sharding
-from jaxft.data import loader, sources, tokens
+from jaxft.data import loader, tokens
+from jaxft.data.formats import is_text
 from jaxft.data.pack import ConcatRows
+from jaxft.data.report import examples
 from jaxft.errors import RequestError
 from jaxft.hf import load as hf_load
 from jaxft.hf import repo, save
@@ -63,7 +66,7 @@ class Pretrained:
     if isinstance(prompts, str):
       raise RequestError(f"prompts={prompts!r}: give a list of texts")
     for prompt in prompts:
-      if not sources.is_text(prompt):
+      if not is_text(prompt):
         raise RequestError(f"prompt {prompt!r}: not valid text (UTF-8)")
     ids = self._generator(
       self.params, [self.tokenizer(prompt)["input_ids"] for prompt in prompts], Sampling(**sampling)
@@ -84,10 +87,13 @@ class Pretrained:
       raise RequestError(f"--sequence_length={length}: must be from 2 to {self.source.cfg.P}, the model's positions")
     if batch_size < 1:
       raise RequestError(f"--batch_size={batch_size}: must be at least 1")
-    documents = list(sources.read(data, "validation", text_column))
+    how = settings.default().data
+    how.text_column = text_column
+    nothing = collections.Counter()
+    documents = list(examples(data, "validation", how, nothing, nothing))
     if not documents:
       raise RequestError(f"data source {data}: no documents in it")
-    rows = ConcatRows(tokens.encode(documents, self.tokenizer)[0], length)
+    rows = ConcatRows(tokens.in_memory(documents, self.tokenizer), length, self.tokenizer.eos_token_id)
     whole_batches = -(-batch_size // self.mesh.size) * self.mesh.size
     loss, count = mean_loss(
       self._eval_step,

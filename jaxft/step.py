@@ -1,6 +1,7 @@
 """The train step and the eval step: pure functions, jitted by whoever knows the mesh.
 
-A batch is {"ids", "targets", "mask"}, each (A, B, T): A accumulation steps of B rows of T columns.
+A batch is {"ids", "targets", "mask"}, each (A, B, T): A accumulation steps of B rows of T columns. Where examples share rows it
+has their "segments" and "positions" too.
 """
 
 from collections.abc import Callable, Iterable
@@ -40,7 +41,7 @@ def make_train_step(
 
   def loss_sum(params, part, key):
     model = nnx.merge(graph, params)
-    return cross_entropy_sum(model(part["ids"], key=key), model.head(), part["targets"], part["mask"], loss_chunk)
+    return cross_entropy_sum(hidden(model, part, key), model.head(), part["targets"], part["mask"], loss_chunk)
 
   def train_step(state: State, batch: dict) -> tuple[State, dict]:
     tokens = jnp.sum(batch["mask"])
@@ -73,13 +74,18 @@ def make_train_step(
   return train_step
 
 
+def hidden(model: Any, part: dict, key: jax.Array | None = None) -> jax.Array:
+  """Hidden states (B, T, D) of a part of a batch."""
+  return model(part["ids"], segments_BT=part.get("segments"), positions_BT=part.get("positions"), key=key)
+
+
 def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> Callable:
   """Returns `eval_step(params, batch) -> (loss_sum, tokens)`: sums, so that batches of any size add up exactly."""
 
   def eval_step(params: Any, batch: dict) -> tuple[jax.Array, jax.Array]:
     model = nnx.merge(graph, params)
     part = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
-    loss = cross_entropy_sum(model(part["ids"]), model.head(), part["targets"], part["mask"], loss_chunk)
+    loss = cross_entropy_sum(hidden(model, part), model.head(), part["targets"], part["mask"], loss_chunk)
     return loss, jnp.sum(part["mask"])
 
   return eval_step

@@ -111,7 +111,8 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
 
     # ---- Data: every document and every token accounted for ------------------------------------------------------------
     with Meter("tokenising", 1) as meter:
-      data = prepare(config.data, tokenizer, lambda done, total: meter.at(done, total=total))
+      told = lambda done, total: meter.at(done, total=total)
+      data = prepare(config.data, tokenizer, tokens.tokenizer_fingerprint(source.folder), told, say)
     rows = data.train
     rows_in_all = config.train.steps * config.train.batch_size or max(1, round(config.train.epochs * len(rows)))
     total_steps = -(-rows_in_all // config.train.batch_size)
@@ -124,7 +125,7 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
       raise RequestError(
         f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {total_steps} steps of the run"
       )
-    about = {"config": config.to_dict(), "total_steps": total_steps, "data": tokens.fingerprint(rows.stream)}
+    about = {"config": config.to_dict(), "total_steps": total_steps, "data": data.fingerprint}
     say(
       f"{data.report['rows']['trained']:,} documents with {data.report['tokens']['trained']:,} tokens to train on, in "
       f"{len(rows):,} rows of {rows.T}; {data.report['rows']['held_out']:,} documents held out; {total_steps:,} steps"
@@ -152,7 +153,7 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     )
     jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
     try:
-      train_step = jitted.lower(state_like, loader.like(accumulation, rows_at_once, rows.T, batch_place)).compile()
+      train_step = jitted.lower(state_like, loader.like(rows, accumulation, rows_at_once, batch_place)).compile()
     except jax.errors.JaxRuntimeError as error:
       raise RequestError(
         f"this run does not compile for {device.device_kind}: {first_line(error)}; {SMALLER}"

@@ -1,27 +1,153 @@
-"""A stream of tokens cut into rows of one length.
+"""Examples laid out in rows of one length. One class a layout; row i is a function of i, so a loader can seek.
 
-T tokens a row
+T columns a row. A row is {"ids", "targets": (T,) int32, "mask": (T,) bool, true where the target counts}, and where several
+examples share it also {"segments": (T,) int32, 0 for padding, "positions": (T,) int32}.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
+from jaxft.data.tokens import Tokens
+
+Row = dict[str, np.ndarray]
+
 
 class ConcatRows:
-  """Row i predicts stream[i * T + 1 ... (i + 1) * T] from the tokens before them, within the row.
+  """All examples as one stream, cut every T tokens: each token is a target exactly once.
 
-  Every token of the stream but its first is a target exactly once: rows overlap by the one token that is the last target
-  of a row and the first input of the next, and the last row is filled up with masked columns instead of being dropped.
+  The first token of all is predicted from an end token, as the first of every later example is. The last row is filled up
+  with masked columns instead of being dropped.
   """
 
-  def __init__(self, stream: np.ndarray, T: int):
-    self.stream, self.T = stream, T
+  cut = dropped = empty = 0  # examples that do not fit whole, tokens that are lost, examples with nothing left to learn
+
+  def __init__(self, tokens: Tokens, T: int, end: int):
+    self.tokens, self.T, self._end = tokens, T, end
 
   def __len__(self) -> int:
-    return -(-(len(self.stream) - 1) // self.T)
+    return -(-len(self.tokens.ids) // self.T)
 
-  def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-    """{"ids", "targets": (T,) int32, "mask": (T,) bool, true where the target counts}"""
-    window = self.stream[i * self.T : (i + 1) * self.T + 1]
-    row = np.zeros(self.T + 1, np.int32)
-    row[: len(window)] = window
-    return {"ids": row[:-1], "targets": row[1:], "mask": np.arange(self.T) < len(window) - 1}
+  def __getitem__(self, i: int) -> Row:
+    start, stop = i * self.T, min((i + 1) * self.T, len(self.tokens.ids))
+    before = self.tokens.ids[start - 1] if start else self._end
+    row, mask = np.zeros(self.T + 1, np.int32), np.zeros(self.T, bool)
+    row[0], row[1 : 1 + stop - start] = before, self.tokens.ids[start:stop]
+    mask[: stop - start] = self._learned(start, stop)
+    return {"ids": row[:-1], "targets": row[1:], "mask": mask}
+
+  def _learned(self, start: int, stop: int) -> np.ndarray | bool:
+    """Which of the tokens start ... stop - 1 are no prompt."""
+    starts = self.tokens.starts_N1
+    first, last = np.searchsorted(starts, (start, stop - 1), side="right") - 1
+    if not self.tokens.prompts_N[first : last + 1].any():
+      return True
+    at = np.arange(start, stop)
+    example = np.searchsorted(starts, at, side="right") - 1
+    return at - starts[example] >= self.tokens.prompts_N[example]
+
+
+class Piece(NamedTuple):
+  """Tokens start ... stop - 1 of the store, which are targets of one segment, and the example they are of."""
+
+  example: int
+  start: int
+  stop: int
+
+
+class ExampleRows:
+  """Examples that do not see each other: one a row ("pad"), or several with segments and positions of their own ("pack").
+
+  A text that is longer than a row is cut in pieces for "pack" and cut short for "pad"; a prompt with its completion is cut
+  short for both. The first token of a text is predicted from an end token; the first of a prompt is not learned.
+  """
+
+  def __init__(self, tokens: Tokens, T: int, end: int, *, pack: bool):
+    self.tokens, self.T, self._end, self._pack = tokens, T, end, pack
+    starts, prompts = np.asarray(tokens.starts_N1), np.asarray(tokens.prompts_N)
+    # A prompt's first token is an input only, so such an example may have a token more.
+    room_N = T + (prompts > 0)
+    lengths_N = np.diff(starts)
+    long_N = lengths_N > room_N
+    self.cut = int(long_N.sum())
+    in_pieces = long_N & (prompts == 0) & pack
+    self.dropped = int((lengths_N - room_N)[long_N & ~in_pieces].sum())
+    pieces = []
+    for i in range(len(lengths_N)):
+      if not in_pieces[i]:
+        pieces.append(Piece(i, int(starts[i]), int(starts[i] + min(lengths_N[i], room_N[i]))))
+        continue
+      for start in range(int(starts[i]), int(starts[i + 1]), T):
+        pieces.append(Piece(i, start, min(start + T, int(starts[i + 1]))))
+    # A prompt that leaves no room for its completion teaches nothing.
+    learned = [piece for piece in pieces if prompts[piece.example] < piece.stop - starts[piece.example]]
+    self.empty = len(pieces) - len(learned)
+    self.dropped += sum(piece.stop - piece.start for piece in pieces) - sum(p.stop - p.start for p in learned)
+    columns = [piece.stop - piece.start - int(prompts[piece.example] > 0) for piece in learned]
+    order = best_fit(columns, T) if pack else [[i] for i in range(len(learned))]
+    self._rows = [[learned[i] for i in row] for row in order]
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, i: int) -> Row:
+    ids, targets, segments, positions = np.zeros((4, self.T), np.int32)
+    mask, at = np.zeros(self.T, bool), 0
+    for segment, piece in enumerate(self._rows[i], 1):
+      start, prompt = int(self.tokens.starts_N1[piece.example]), int(self.tokens.prompts_N[piece.example])
+      values = self.tokens.ids[piece.start : piece.stop].astype(np.int32)
+      if not prompt:
+        before = self._end if piece.start == start else self.tokens.ids[piece.start - 1]
+        values = np.concatenate([[np.int32(before)], values])
+      n = len(values) - 1
+      here = slice(at, at + n)
+      ids[here], targets[here], segments[here], positions[here] = values[:-1], values[1:], segment, np.arange(n)
+      mask[here] = piece.stop - n + np.arange(n) - start >= prompt
+      at += n
+    row = {"ids": ids, "targets": targets, "mask": mask}
+    return row | {"segments": segments, "positions": positions} if self._pack else row
+
+
+class LabelRows:
+  """One text a row, cut short where it is longer; the target is its class, at its last token."""
+
+  empty = 0
+
+  def __init__(self, tokens: Tokens, T: int):
+    self.tokens, self.T = tokens, T
+    over = np.maximum(tokens.lengths_N - T, 0)
+    self.cut, self.dropped = int((over > 0).sum()), int(over.sum())
+
+  def __len__(self) -> int:
+    return len(self.tokens)
+
+  def __getitem__(self, i: int) -> Row:
+    ids, targets = np.zeros((2, self.T), np.int32)
+    values = self.tokens.ids[self.tokens.starts_N1[i] : self.tokens.starts_N1[i + 1]][: self.T]
+    ids[: len(values)], targets[len(values) - 1] = values, self.tokens.labels_N[i]
+    return {"ids": ids, "targets": targets, "mask": np.arange(self.T) == len(values) - 1}
+
+
+def best_fit(lengths: list[int], T: int) -> list[list[int]]:
+  """Which lengths share a row of T: each goes into the fullest row that has room for it, else into a new one.
+
+  Rows keep the order in which they were begun. A whole number holds, bit by bit, how much room there is in some row, so
+  that finding the fullest is one step however many rows there are.
+  """
+  rows: list[list[int]] = []
+  with_room: list[list[int]] = [[] for _ in range(T + 1)]
+  some = 0  # bit r: a row with room for exactly r more
+  for i, length in enumerate(lengths):
+    fits = some >> length
+    if fits:
+      room = length + (fits & -fits).bit_length() - 1
+      row = with_room[room].pop()
+      if not with_room[room]:
+        some &= ~(1 << room)
+    else:
+      room, row = T, len(rows)
+      rows.append([])
+    rows[row].append(i)
+    with_room[room - length].append(row)
+    some |= 1 << (room - length)
+  return rows

@@ -1,75 +1,243 @@
-"""The data of a run, read and accounted for: every document and every token is trained on, held out or dropped."""
+"""The data of a run, read and accounted for: every row and every token is trained on, held out or dropped, and why."""
 
+import collections
+import hashlib
 import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxft.data import sources, tokens
-from jaxft.data.pack import ConcatRows
-from jaxft.data.sources import Document
+from jaxft.data import cache, formats, sources, tokens
+from jaxft.data.formats import BadRow, Example
+from jaxft.data.pack import ConcatRows, ExampleRows, LabelRows
 from jaxft.errors import RequestError
+
+Rows = ConcatRows | ExampleRows | LabelRows
+Tell = Callable[[int, int], None]  # examples tokenised, and how many there will be
+OUT, TRAIN, HELD_OUT = 0, 1, 2
+SPLITS = {"train": TRAIN, "validation": HELD_OUT}
 
 
 class Data(NamedTuple):
-  train: ConcatRows
-  validation: ConcatRows
+  train: Rows
+  validation: Rows
+  labels: list[str]  # of the classification format, in the order of their numbers
   floor: float | None  # nats per validation token that no model can go below, where the source knows it
+  fingerprint: str  # of the training examples and how they lie in rows
   report: dict[str, Any]
 
   def to_json(self, batch_size: int) -> str:
     """The content of data_report.json."""
-    return json.dumps(self.report | {"steps_per_epoch": -(-len(self.train) // batch_size)}, indent=2) + "\n"
+    steps = -(-len(self.train) // batch_size)
+    last = len(self.train) - (steps - 1) * batch_size
+    epoch = {"steps_per_epoch": steps, "last_step": f"{last} of {batch_size} sequences; the next epoch fills the rest"}
+    return json.dumps(self.report | epoch, indent=2) + "\n"
 
 
-def prepare(data: ConfigDict, tokenizer: Any, tell=lambda done, total: None) -> Data:
-  """Reads, splits, samples and tokenises what `config.data` names; raises RequestError when nothing is left to train on."""
-  rng = np.random.default_rng(data.shuffle_seed)
-  train = list(sources.read(tuple(data.train), "train", data.text_column, data.nats_column))
-  read = {"train": len(train)}
-  if data.validation:
-    validation = list(sources.read(tuple(data.validation), "validation", data.text_column, data.nats_column))
-    read["validation"] = len(validation)
-  else:
-    order = rng.permutation(len(train))
-    cut = round(len(train) * data.validation_fraction)
-    validation, train = _pick(train, order[:cut]), _pick(train, order[cut:])
-  train, over_train = _limit(train, data.limit_train, rng)
-  validation, over_validation = _limit(validation, data.limit_validation, rng)
-  for name, documents in (("training", train), ("validation", validation)):
-    if not documents:
+def default_cache() -> Path:
+  """Where tokens are kept: XDG_CACHE_HOME/jaxft/tokens, or ~/.cache/jaxft/tokens."""
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxft" / "tokens"
+
+
+def prepare(
+  data: ConfigDict,
+  tokenizer: Any,
+  tokenizer_fingerprint: str,
+  tell: Tell = lambda done, total: None,
+  say: Callable[[str], None] = lambda line: None,
+) -> Data:
+  """Reads, splits, samples, tokenises and lays out what `config.data` names, or opens what an earlier run has kept of it.
+
+  Raises RequestError when a row is bad (unless they are skipped) or nothing is left to train on, StorageError when the cache
+  folder cannot be written.
+  """
+  key = {
+    "train": sources.fingerprint(data.train, "train"),
+    "validation": sources.fingerprint(data.validation, "validation"),
+    "tokenizer": tokenizer_fingerprint,
+    "settings": {name: data[name] for name in SHAPING} | {"bad rows": data.on_bad_row},
+  }
+  folder = Path(data.cache_dir) if data.cache_dir else default_cache()
+  entry, manifest = cache.open_or_make(folder, key, lambda to: _make(to, data, tokenizer, tell), say)
+  stored = {name: cache.tokens(entry, name, manifest) for name in SPLITS}
+  laid_out = {name: _rows(stored[name], data, tokenizer.eos_token_id) for name in SPLITS}
+  for name, rows in laid_out.items():
+    if not len(rows):
       raise RequestError(
-        f"config.data: no {name} documents ({read} read, validation_fraction={data.validation_fraction}); "
-        "give more data, or name some in config.data.validation"
+        f"config.data: the {name} examples leave no row of {data.sequence_length} tokens with anything to learn in it; "
+        "raise config.data.sequence_length"
       )
+  floor = float(stored["validation"].nats_N.sum() / len(stored["validation"].ids)) if data.nats_column else None
+  layout = f"{data.layout} {data.sequence_length} {cache.fingerprint('train', manifest)}"
+  return Data(
+    laid_out["train"],
+    laid_out["validation"],
+    manifest["labels"],
+    floor,
+    hashlib.sha256(layout.encode()).hexdigest(),
+    _report(manifest, stored, laid_out, data.sequence_length),
+  )
 
-  # Documents over a limit are counted but not tokenised: of two million stories a run may want a hundred thousand.
-  dropped = {
-    name: count for name, count in (("limit_train", over_train), ("limit_validation", over_validation)) if count
+
+# The settings that decide which tokens there are; the others decide how they lie in rows.
+SHAPING = (
+  "format",
+  "text_column",
+  "prompt_column",
+  "completion_column",
+  "label_column",
+  "nats_column",
+  "template",
+  "separator",
+  "validation_fraction",
+  "limit_train",
+  "limit_validation",
+  "shuffle_seed",
+)
+
+
+def examples(
+  names: tuple[str, ...], split: str, data: ConfigDict, dropped: collections.Counter, notes: collections.Counter
+) -> Iterator[Example]:
+  """The examples of all rows. Bad ones are counted in `dropped`, or raise RequestError."""
+  rows = sources.read(names, split, text_column=data.text_column, separator=data.separator, notes=notes)
+  for row in rows:
+    try:
+      yield formats.example(row, data)
+    except BadRow as fault:
+      if data.on_bad_row == "error":
+        raise formats.refuse(row, fault) from fault
+      dropped[formats.reason(str(fault))] += 1
+
+
+def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[str, Any]:
+  """Writes the token files: a first pass counts the examples, for the second to know which of them are wanted."""
+  rng = np.random.default_rng(data.shuffle_seed)
+  dropped, notes, labels, seen = collections.Counter(), collections.Counter(), set(), set()
+  duplicates, counts = 0, {}
+  for name in ("train", "validation") if data.validation else ("train",):
+    counts[name] = 0
+    for example in examples(data[name], name, data, dropped, notes):
+      counts[name] += 1
+      labels.add(example.label)
+      digest = hashlib.blake2b(f"{example.label} {example.text}".encode(), digest_size=8).digest()
+      duplicates += digest in seen
+      seen.add(digest)
+  seen.clear()
+  wanted = _choose(counts, data, rng, dropped)
+  labels = sorted(
+    labels - {None}, key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label)
+  )
+  number, total = {label: i for i, label in enumerate(labels)}, sum(int((of != OUT).sum()) for of in wanted.values())
+
+  writers = {name: cache.Writer(folder, name, tokens.dtype_for(tokenizer.vocab_size)) for name in SPLITS}
+  done = merged = 0
+  again = collections.Counter()  # both passes meet the same bad rows: the first has counted them
+  for source, of in wanted.items():
+    for name, place in SPLITS.items():
+      chosen = (
+        example for place_i, example in zip(of, examples(data[source], source, data, again, again)) if place_i == place
+      )
+      for batch, encoded in _by_batch(chosen, tokenizer):
+        nats = [example.nats for example in batch if example.nats is not None]
+        label_ids = [number[example.label] for example in batch if example.label is not None]
+        writers[name].examples(encoded.ids, encoded.prompts, label_ids, nats)
+        merged += encoded.merged
+        done += len(batch)
+        tell(done, total)
+  return {
+    "files": {name: about for writer in writers.values() for name, about in writer.close().items()},
+    "labels": labels,
+    "read": sum(counts.values()) + sum(count for why, count in dropped.items() if not why.startswith("limit_")),
+    "dropped": dict(dropped),
+    "duplicates": duplicates,
+    "merged": merged,
+    "notes": {note: count for note, count in notes.items() if count},
   }
-  total = len(train) + len(validation)
-  train_stream, train_lengths = tokens.encode(train, tokenizer, lambda done: tell(done, total))
-  stream, lengths = tokens.encode(validation, tokenizer, lambda done: tell(len(train) + done, total))
-  rows, T = ConcatRows(train_stream, data.sequence_length), data.sequence_length
-  floor = sum(document.nats for document in validation) / int(lengths.sum()) if data.nats_column else None
-  trained, held_out = int(train_lengths.sum()), int(lengths.sum())
-  report = {
-    "rows": {"read": sum(read.values()), "trained": len(train), "held_out": len(validation), "dropped": dropped},
-    "tokens": {"read": trained + held_out, "trained": trained, "held_out": held_out, "dropped": {}},
+
+
+def _by_batch(chosen: Iterator[Example], tokenizer: Any) -> Iterator[tuple[list[Example], tokens.Encoded]]:
+  """The examples of each call of the tokenizer beside what it made of them."""
+  kept: list[Example] = []
+
+  def keep() -> Iterator[Example]:
+    for example in chosen:
+      kept.append(example)
+      yield example
+
+  for encoded in tokens.encode(keep(), tokenizer):
+    batch, kept[:] = kept[: len(encoded.ids)], kept[len(encoded.ids) :]
+    yield batch, encoded
+
+
+def _choose(
+  counts: dict[str, int], data: ConfigDict, rng: np.random.Generator, dropped: collections.Counter
+) -> dict[str, np.ndarray]:
+  """For each source of examples the split that each of them goes to; raises RequestError when one would be empty."""
+  places = {name: np.full(count, SPLITS[name], np.uint8) for name, count in counts.items()}
+  if "validation" not in places:
+    held_out = rng.permutation(counts["train"])[: round(counts["train"] * data.validation_fraction)]
+    places["train"][held_out] = HELD_OUT
+  for name, place in SPLITS.items():
+    of = places.get(name, places["train"])
+    there, limit = np.flatnonzero(of == place), data[f"limit_{name}"]
+    if not len(there):
+      raise RequestError(
+        f"config.data: no {name} examples ({counts} good rows, {sum(dropped.values())} bad ones, "
+        f"validation_fraction={data.validation_fraction}); give more data, or name some in config.data.validation"
+      )
+    if limit and limit < len(there):
+      of[rng.permutation(there)[limit:]] = OUT
+      dropped[f"limit_{name}"] = len(there) - limit
+  return places
+
+
+def _rows(stored: tokens.Tokens, data: ConfigDict, end: int) -> Rows:
+  if data.format == "classification":
+    return LabelRows(stored, data.sequence_length)
+  if data.layout == "concat":
+    return ConcatRows(stored, data.sequence_length, end)
+  return ExampleRows(stored, data.sequence_length, end, pack=data.layout == "pack")
+
+
+def _report(
+  manifest: dict[str, Any], stored: dict[str, tokens.Tokens], laid_out: dict[str, Rows], T: int
+) -> dict[str, Any]:
+  """data_report.json, less what depends on the batch."""
+  train, held_out = stored["train"], stored["validation"]
+  cut = {name: {"rows": rows.cut, "tokens": rows.dropped, "empty": rows.empty} for name, rows in laid_out.items()}
+  lost, empty = (sum(of[what] for of in cut.values()) for what in ("tokens", "empty"))
+  tokens_of = {name: len(of.ids) - cut[name]["tokens"] for name, of in stored.items()}
+  lengths_N = np.asarray(train.lengths_N)
+  columns = len(laid_out["train"]) * T
+  return {
+    "rows": {
+      "read": manifest["read"],
+      "trained": len(train) - cut["train"]["empty"],
+      "held_out": len(held_out) - cut["validation"]["empty"],
+      "dropped": manifest["dropped"] | ({"the prompt leaves no room in a row": empty} if empty else {}),
+    },
+    "tokens": {
+      "read": len(train.ids) + len(held_out.ids),
+      "trained": tokens_of["train"],
+      "held_out": tokens_of["validation"],
+      "dropped": {"cut to the length of a row": lost} if lost else {},
+    },
     "sequence_length": T,
-    "sequences": {"trained": len(rows), "held_out": len(ConcatRows(stream, T))},
-    "tokens_per_document": {"mean": round(float(train_lengths.mean()), 1), "longest": int(train_lengths.max())},
-  }
-  return Data(rows, ConcatRows(stream, T), floor, report)
-
-
-def _pick(documents: list[Document], chosen: np.ndarray) -> list[Document]:
-  return [documents[i] for i in sorted(chosen)]
-
-
-def _limit(documents: list[Document], limit: int, rng: np.random.Generator) -> tuple[list[Document], int]:
-  """A seeded sample of `limit` documents in their order, and how many were left out; everything when `limit` is 0."""
-  if not limit or limit >= len(documents):
-    return documents, 0
-  return _pick(documents, rng.permutation(len(documents))[:limit]), len(documents) - limit
+    "sequences": {name: len(laid_out[split]) for name, split in (("trained", "train"), ("held_out", "validation"))},
+    "tokens_per_row": {
+      "shortest": int(lengths_N.min()),
+      "median": int(np.median(lengths_N)),
+      "mean": round(float(lengths_N.mean()), 1),
+      "longest": int(lengths_N.max()),
+    },
+    "longer_than_a_sequence": {"rows": cut["train"]["rows"], "share": round(cut["train"]["rows"] / len(train), 4)},
+    "padding_share": round(1 - min(tokens_of["train"] / columns, 1.0), 4),
+    "duplicates": manifest["duplicates"],
+    "prompt_ends_inside_a_token": manifest["merged"],
+    "notes": manifest["notes"],
+  } | ({"labels": manifest["labels"]} if manifest["labels"] else {})

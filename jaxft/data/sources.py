@@ -1,9 +1,11 @@
-"""Documents out of files and hub data sets."""
+"""Rows out of files and hub data sets, one at a time: no source is ever held in memory."""
 
+import collections
 import csv
 import glob
+import hashlib
+import io
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,18 +14,29 @@ from jaxft.errors import RequestError, first_line
 from jaxft.files import exists
 
 READABLE = (".txt", ".jsonl", ".csv", ".parquet")
+COMPRESSED = (".gz", ".zst")  # after any of them but .parquet, which compresses its own columns
+BOM = b"\xef\xbb\xbf"
 
 
-class Document(NamedTuple):
-  text: str
-  nats: float | None  # -log p(text) where the source says so
+class Row(NamedTuple):
+  """A row as the source has it, or why there is none."""
+
+  where: str  # file and number
+  columns: dict[str, Any]
+  fault: str = ""
+
+
+def kind(file: Path) -> str:
+  """The suffix that says how a file is read, without that of a compression; "" for a file that is not read."""
+  suffix = Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+  return suffix if suffix in READABLE and not (suffix == ".parquet" != file.suffix) else ""
 
 
 def find_files(source: str) -> list[Path]:
   """The files that a path, a glob or a folder stands for, sorted; raises RequestError when there are none."""
   path = Path(source)
   if exists(path) and path.is_dir():
-    files = sorted(p for p in path.rglob("*") if p.suffix in READABLE and p.is_file())
+    files = sorted(p for p in path.rglob("*") if kind(p) and p.is_file())
     what = f"no {', '.join(READABLE)} file in this folder"
   elif exists(path):
     files, what = [path], ""
@@ -32,10 +45,10 @@ def find_files(source: str) -> list[Path]:
   if not files:
     raise RequestError(f"data source {source!r}: {what}; give a file, a glob, a folder or hub:NAME")
   for file in files:
-    if file.suffix not in READABLE:
+    if not kind(file):
       raise RequestError(
         f"data source {str(file)!r}: cannot read {file.suffix or 'a file without a suffix'}; "
-        f"it must be one of {', '.join(READABLE)}"
+        f"it must be one of {', '.join(READABLE)}, or one of the first three with {' or '.join(COMPRESSED)} after it"
       )
   return files
 
@@ -52,85 +65,125 @@ def faults(sources: tuple[str, ...]) -> list[str]:
   return lines
 
 
-def read(sources: tuple[str, ...], split: str, text_column: str, nats_column: str = "") -> Iterator[Document]:
-  """All documents of the sources, in order. A .txt file is one document, newlines and all.
-
-  Raises RequestError, with file and row, on a row without text or a file that does not parse.
-  """
+def fingerprint(sources: tuple[str, ...], split: str) -> list[str]:
+  """One line for each file or hub data set, which changes when anything in it does."""
+  lines = []
   for source in sources:
     if source.startswith("hub:"):
-      yield from _documents(source, _hub_rows(source, split), text_column, nats_column)
+      lines.append("hub " + _hub(source, split)._fingerprint)
       continue
     for file in find_files(source):
-      try:
-        yield from _documents(str(file), _file_rows(file, text_column), text_column, nats_column)
-      except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError, ValueError) as error:
-        raise RequestError(f"{file}: {error}") from error
+      with _named(file), file.open("rb") as stream:
+        lines.append(f"{kind(file)} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
+  return lines
 
 
-def _documents(where: str, rows: Iterator[dict], text_column: str, nats_column: str) -> Iterator[Document]:
-  for number, row in enumerate(rows, 1):
-    text = row.get(text_column) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-      found = f"columns {', '.join(map(str, row))}" if isinstance(row, dict) else type(row).__name__
-      raise RequestError(
-        f"{where}, row {number}: no text in column {text_column!r} ({found}); set config.data.text_column"
-      )
-    if not is_text(text):
-      raise RequestError(f"{where}, row {number}: half of a surrogate pair in column {text_column!r}, which is no text")
-    yield Document(text, _nats(f"{where}, row {number}", row, nats_column))
+def read(
+  sources: tuple[str, ...],
+  split: str,
+  *,
+  text_column: str,
+  separator: str = "",
+  notes: collections.Counter | None = None,
+) -> Iterator[Row]:
+  """All rows of the sources, in order.
+
+  A .txt file is one row, or as many as `separator` cuts it into; its text is in `text_column`, newlines and all. Rows that
+  do not parse come as rows with a fault; a file that cannot be read at all raises RequestError.
+
+  Args:
+    split: of hub data sets that name none.
+    notes: counts what was seen on the way: files with a byte order mark, .txt files with \\r\\n.
+  """
+  notes = collections.Counter() if notes is None else notes
+  for source in sources:
+    if source.startswith("hub:"):
+      for number, columns in enumerate(_hub(source, split), 1):
+        yield Row(f"{source}, row {number}", columns)
+      continue
+    for file in find_files(source):
+      with _named(file):
+        yield from _file_rows(file, text_column, separator, notes)
 
 
-def is_text(text: str) -> bool:
-  """False for what no file can hold: halves of surrogate pairs, which JSON's \\u escapes and a shell's stray bytes give."""
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
+class _named:
+  """Whatever goes wrong with a file becomes one line that names it."""
+
+  def __init__(self, file: Path):
+    self.file = file
+
+  def __enter__(self) -> None:
+    pass
+
+  def __exit__(self, _, error: BaseException | None, __) -> None:
+    if isinstance(error, OSError | ValueError | csv.Error):  # pyarrow's and zlib's errors are of these, too
+      raise RequestError(f"{self.file}: {first_line(error)}") from error
 
 
-def _nats(where: str, row: dict, column: str) -> float | None:
-  if not column:
-    return None
-  try:
-    nats = float(row[column])
-  except (KeyError, TypeError, ValueError, OverflowError):
-    nats = math.nan
-  if not math.isfinite(nats):
-    raise RequestError(f"{where}: no number in column {column!r}; correct it or leave config.data.nats_column empty")
-  return nats
-
-
-def _hub_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
+def _hub(source: str, split: str) -> Any:
   import datasets  # a second to import: only runs that read from the hub pay for it
 
   name, _, chosen = source.removeprefix("hub:").partition(":")
   try:
-    return iter(datasets.load_dataset(name, split=chosen or split))
+    return datasets.load_dataset(name, split=chosen or split)
   except Exception as error:  # hub, network and format errors share no class; all mean that this source cannot be read
     raise RequestError(
       f"data source {source!r}: {first_line(error)}; check the name and the split, or download it and give the files"
     ) from error
 
 
-def _file_rows(file: Path, text_column: str) -> Iterator[dict[str, Any]]:
-  if file.suffix == ".txt":
-    yield {text_column: file.read_bytes().decode()}  # not read_text(): it would turn \r\n into \n
-  elif file.suffix == ".jsonl":
-    with file.open(encoding="utf-8") as lines:
-      for number, line in enumerate(lines, 1):
-        try:
-          if line.strip():
-            yield json.loads(line)
-        except (ValueError, RecursionError) as error:
-          raise RequestError(f"{file}, row {number}: not JSON ({first_line(error)})") from error
-  elif file.suffix == ".csv":
-    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a chapter
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-      yield from csv.DictReader(lines)
-  else:
+def _file_rows(file: Path, text_column: str, separator: str, notes: collections.Counter) -> Iterator[Row]:
+  if kind(file) == ".parquet":
     import pyarrow.parquet
 
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-      yield from batch.to_pylist()
+    batches = pyarrow.parquet.ParquetFile(file).iter_batches(1000)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    yield from (Row(f"{file}, row {number}", row) for number, row in enumerate(rows, 1))
+    return
+  import pyarrow
+
+  with pyarrow.input_stream(str(file), compression="detect") as raw, io.BufferedReader(raw) as stream:
+    if stream.peek(3)[:3] == BOM:
+      notes["files with a byte order mark"] += 1
+      stream.read(3)
+    reader = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}[kind(file)]
+    yield from reader(file, stream, text_column, separator, notes)
+
+
+def _txt(
+  file: Path, stream: io.BufferedReader, column: str, separator: str, notes: collections.Counter
+) -> Iterator[Row]:
+  content = stream.read()
+  notes[".txt files with \\r\\n, which is kept"] += b"\r\n" in content
+  parts = content.split(separator.encode()) if separator else [content]
+  for number, part in enumerate(parts, 1):
+    where = f"{file}, part {number}" if separator else str(file)
+    if separator and not part.strip():
+      continue  # what lies before a first separator, or after a last
+    try:
+      yield Row(where, {column: part.decode()})
+    except UnicodeDecodeError as error:
+      yield Row(where, {}, f"not UTF-8 ({error.reason} at byte {error.start})")
+
+
+def _jsonl(file: Path, stream: io.BufferedReader, *_) -> Iterator[Row]:
+  for number, line in enumerate(stream, 1):
+    where = f"{file}, row {number}"
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+      yield Row(where, {}, f"not UTF-8 ({error.reason} at byte {error.start})")
+    except (ValueError, RecursionError) as error:
+      yield Row(where, {}, f"not JSON ({first_line(error)})")
+    else:
+      yield Row(where, row) if isinstance(row, dict) else Row(where, {}, "not a JSON object")
+
+
+def _csv(file: Path, stream: io.BufferedReader, *_) -> Iterator[Row]:
+  csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a chapter
+  # Bytes that are no UTF-8 become halves of surrogate pairs, which `is_text` finds in the row that has them.
+  lines = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+  for number, row in enumerate(csv.DictReader(lines), 1):
+    yield Row(f"{file}, row {number}", row)

@@ -1,15 +1,52 @@
-"""Documents to one stream of token ids."""
+"""Examples to token ids, and how examples lie in memory or in a file."""
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.data.sources import Document
+from jaxft.data.formats import Example
 from jaxft.errors import RequestError, first_line
 
-AT_ONCE = 1000  # documents given to the tokenizer together: it spreads them over the cores
+AT_ONCE = 1000  # texts given to the tokenizer together: it spreads them over the cores
+TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+  "merges.txt",
+  "special_tokens_map.json",
+  "added_tokens.json",
+)
+
+
+class Tokens(NamedTuple):
+  """Examples one after another, each with the end token after it (but for those that have a label).
+
+  Arrays may be memory-mapped. N examples.
+  """
+
+  ids: np.ndarray  # uint16 or uint32, of all examples
+  starts_N1: np.ndarray  # int64: example i is ids[starts[i] : starts[i + 1]]
+  prompts_N: np.ndarray  # int32: tokens at its beginning that are not learned
+  labels_N: np.ndarray  # int32 class of each, where the format has labels; else empty
+  nats_N: np.ndarray  # float64 -log p of each, where the source says so; else empty
+
+  def __len__(self) -> int:
+    return len(self.starts_N1) - 1
+
+  @property
+  def lengths_N(self) -> np.ndarray:
+    return np.diff(self.starts_N1)
+
+
+class Encoded(NamedTuple):
+  """The examples of one call of the tokenizer."""
+
+  ids: list[np.ndarray]
+  prompts: list[int]
+  merged: int  # examples in which one token holds the end of the prompt and the beginning of the completion
 
 
 def load_tokenizer(folder: Path, V: int) -> Any:
@@ -35,22 +72,62 @@ def load_tokenizer(folder: Path, V: int) -> Any:
   return tokenizer
 
 
-def encode(documents: list[Document], tokenizer: Any, tell=lambda done: None) -> tuple[np.ndarray, np.ndarray]:
-  """An end token, then each document followed by an end token: `stream` (int32) and the `lengths` of the documents.
+def tokenizer_fingerprint(folder: Path) -> str:
+  """Changes with any byte of the tokenizer's files."""
+  digest = hashlib.sha256()
+  for name in TOKENIZER_FILES:
+    if (folder / name).is_file():
+      digest.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
+  return digest.hexdigest()
 
-  A length counts the document's own tokens and its end token, so `len(stream) == 1 + lengths.sum()`. The end token in front
-  gives the first document what all others have: a token to be predicted from. Nothing is added, trimmed or normalised.
+
+def dtype_for(V: int) -> np.dtype:
+  return np.dtype(np.uint16 if V <= 2**16 else np.uint32)
+
+
+def encode(examples: Iterable[Example], tokenizer: Any) -> Iterator[Encoded]:
+  """Token ids of the examples, `AT_ONCE` together, on all cores. Nothing is added but end tokens, and nothing trimmed.
+
+  Where a prompt ends among the tokens is found by their places in the text, never by searching for ids: a token that holds
+  the end of the prompt and the beginning of the completion is learned.
   """
-  pieces, lengths = [[tokenizer.eos_token_id]], []
-  for start in range(0, len(documents), AT_ONCE):
-    texts = [document.text for document in documents[start : start + AT_ONCE]]
-    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-      pieces.append(ids + [tokenizer.eos_token_id])
-      lengths.append(len(ids) + 1)
-    tell(start + len(texts))
-  return np.concatenate([np.asarray(piece, np.int32) for piece in pieces]), np.asarray(lengths, np.int64)
+  fast, end = tokenizer.backend_tokenizer, [tokenizer.eos_token_id]
+  batch: list[Example] = []
+
+  def encoded() -> Encoded:
+    texts, prompts, merged = [example.text for example in batch], [0] * len(batch), 0
+    if any(example.prompt for example in batch):
+      found = fast.encode_batch(texts, add_special_tokens=False)
+      for i, (example, encoding) in enumerate(zip(batch, found, strict=True)):
+        prompts[i] = sum(stop <= example.prompt for _, stop in encoding.offsets)
+        if prompts[i] < len(encoding.offsets):
+          merged += encoding.offsets[prompts[i]][0] < example.prompt
+    else:
+      found = fast.encode_batch_fast(texts, add_special_tokens=False)  # knows no places, and is quicker for it
+    dtype = dtype_for(tokenizer.vocab_size)
+    ids = [
+      np.array(encoding.ids + ([] if example.label is not None else end), dtype)
+      for example, encoding in zip(batch, found, strict=True)
+    ]
+    return Encoded(ids, prompts, merged)
+
+  for example in examples:
+    batch.append(example)
+    if len(batch) == AT_ONCE:
+      yield encoded()
+      batch.clear()
+  if batch:
+    yield encoded()
 
 
-def fingerprint(stream: np.ndarray) -> str:
-  """Tells one tokenised text from another."""
-  return hashlib.sha256(stream).hexdigest()
+def in_memory(examples: list[Example], tokenizer: Any, labels: list[str] | None = None) -> Tokens:
+  """The examples as Tokens that no file holds."""
+  parts = list(encode(examples, tokenizer))
+  ids = [array for part in parts for array in part.ids]
+  return Tokens(
+    np.concatenate(ids) if ids else np.zeros(0, np.uint16),
+    np.cumsum([0, *map(len, ids)], dtype=np.int64),
+    np.array([prompt for part in parts for prompt in part.prompts], np.int32),
+    np.array([labels.index(example.label) for example in examples] if labels else [], np.int32),
+    np.array([example.nats for example in examples if example.nats is not None], np.float64),
+  )

@@ -1,0 +1,141 @@
+"""Token files: written once for the same text, tokenizer and settings, memory-mapped from then on.
+
+A cache folder has one folder an entry, named by what it was made from. It is written under another name and renamed when it is
+whole, by one process while others wait, and its checksums are compared whenever it is opened.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from jaxft.data.tokens import Tokens
+from jaxft.errors import StorageError
+
+VERSION = 1  # of the files; another one is another entry
+PARTS = {"ids": None, "starts_N1": np.int64, "prompts_N": np.int32, "labels_N": np.int32, "nats_N": np.float64}
+
+
+class Writer:
+  """The files of one set of examples, written as they come."""
+
+  def __init__(self, folder: Path, name: str, ids_dtype: np.dtype):
+    self._name, self._folder, self._end = name, folder, 0
+    self._dtypes = PARTS | {"ids": ids_dtype}
+    self._files = {part: (folder / f"{name}.{part}").open("wb") for part in PARTS}
+    self._hashes = {part: hashlib.sha256() for part in PARTS}
+    self.add("starts_N1", [0])
+
+  def add(self, part: str, values: Any) -> None:
+    piece = np.asarray(values, self._dtypes[part]).tobytes()
+    self._files[part].write(piece)
+    self._hashes[part].update(piece)
+
+  def examples(self, ids: list[np.ndarray], prompts: list[int], labels: list[int], nats: list[float]) -> None:
+    ends = self._end + np.cumsum([len(array) for array in ids], dtype=np.int64)
+    self._end = int(ends[-1])
+    for part, values in (("ids", np.concatenate(ids)), ("starts_N1", ends), ("prompts_N", prompts)):
+      self.add(part, values)
+    self.add("labels_N", labels)
+    self.add("nats_N", nats)
+
+  def close(self) -> dict[str, dict[str, Any]]:
+    """Syncs the files; returns size, type and checksum of each, for the manifest."""
+    about = {}
+    for part, file in self._files.items():
+      file.flush()
+      os.fsync(file.fileno())
+      about[f"{self._name}.{part}"] = {
+        "dtype": np.dtype(self._dtypes[part]).name,
+        "bytes": file.tell(),
+        "sha256": self._hashes[part].hexdigest(),
+      }
+      file.close()
+    return about
+
+
+def open_or_make(
+  folder: Path, key: Mapping[str, Any], make: Callable[[Path], dict[str, Any]], say: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]]:
+  """The entry of `key` and its manifest: the one that is there and sound, else one that `make` writes.
+
+  Args:
+    folder: of all entries; made if need be.
+    key: everything that the tokens depend on.
+    make: writes the files of an entry into a folder and returns its manifest, with the "files" of `Writer.close`.
+
+  Raises:
+    StorageError: the folder cannot be written.
+  """
+  text = json.dumps({"version": VERSION} | dict(key), sort_keys=True)
+  name = hashlib.sha256(text.encode()).hexdigest()[:32]
+  entry, partial = folder / name, folder / f"{name}.partial"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{name}.lock")
+    try:
+      lock.acquire(timeout=1)
+    except Timeout:
+      say(f"another process is tokenising the same text; waiting for it ({lock.lock_file})")
+      lock.acquire()
+    with lock:
+      if entry.exists():
+        manifest, fault = _check(entry, text)
+        if not fault:
+          lock.release()
+          return entry, manifest
+        say(f"token cache {entry}: {fault}; tokenising again")
+        shutil.rmtree(entry)
+      shutil.rmtree(partial, ignore_errors=True)
+      partial.mkdir()
+      manifest = {"made_from": json.loads(text)} | make(partial)
+      with (partial / "manifest.json").open("w", encoding="utf-8") as stream:
+        json.dump(manifest, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+      partial.rename(entry)
+      lock.release()
+      return entry, manifest
+  except OSError as error:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise StorageError(f"token cache {folder}: {error}; --config.data.cache_dir names another folder") from error
+
+
+def tokens(entry: Path, name: str, manifest: Mapping[str, Any]) -> Tokens:
+  """The examples of one set, memory-mapped."""
+  return Tokens(*(_map(entry / f"{name}.{part}", manifest["files"][f"{name}.{part}"]) for part in PARTS))
+
+
+def fingerprint(name: str, manifest: Mapping[str, Any]) -> str:
+  """Tells one set of examples from another."""
+  checksums = [manifest["files"][f"{name}.{part}"]["sha256"] for part in PARTS]
+  return hashlib.sha256("".join(checksums).encode()).hexdigest()
+
+
+def _map(file: Path, about: Mapping[str, Any]) -> np.ndarray:
+  dtype = np.dtype(about["dtype"])
+  return np.memmap(file, dtype, "r") if about["bytes"] else np.zeros(0, dtype)  # nothing cannot be mapped
+
+
+def _check(entry: Path, text: str) -> tuple[dict[str, Any], str]:
+  """The manifest of an entry, and what is wrong with the entry."""
+  try:
+    manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["made_from"] != json.loads(text):
+      return {}, "its manifest is of another text"
+    for name, about in manifest["files"].items():
+      file = entry / name
+      if file.stat().st_size != about["bytes"]:
+        return {}, f"{name} has {file.stat().st_size} bytes, not {about['bytes']}"
+      with file.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != about["sha256"]:
+          return {}, f"{name} differs from its checksum"
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    return {}, f"damaged ({type(error).__name__}: {error})"
+  return manifest, ""

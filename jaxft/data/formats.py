@@ -1,0 +1,87 @@
+"""Rows to examples: what is text, where the loss begins, what the label is. One function a format."""
+
+import math
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from jaxft.data.sources import Row
+from jaxft.errors import RequestError
+
+PROMPT, COMPLETION = "{prompt}", "{completion}"
+
+
+class Example(NamedTuple):
+  text: str
+  prompt: int = 0  # characters of the text that are not learned
+  label: str | None = None
+  nats: float | None = None  # -log p(text) where the source says so
+
+
+class BadRow(Exception):
+  """A row that no example can be made of; its text says why, and is what the report counts."""
+
+
+def example(row: Row, data: ConfigDict) -> Example:
+  """The example that a row is in `data.format`; raises BadRow."""
+  if row.fault:
+    raise BadRow(row.fault)
+  nats = _nats(row.columns, data.nats_column) if data.nats_column else None
+  if data.format == "text":
+    return Example(_text(row.columns, data.text_column), nats=nats)
+  if data.format == "classification":
+    return Example(_text(row.columns, data.text_column), label=_label(row.columns, data.label_column))
+  prompt = _text(row.columns, data.prompt_column)
+  before, _, rest = data.template.partition(PROMPT)
+  between, _, after = rest.partition(COMPLETION)
+  asked = before + prompt + between
+  return Example(asked + _text(row.columns, data.completion_column) + after, prompt=len(asked))
+
+
+def reason(fault: str) -> str:
+  """A fault without what is different in each row: what the report counts."""
+  return fault.split(" (")[0]
+
+
+def is_text(text: str) -> bool:
+  """False for what no file can hold: halves of surrogate pairs, which JSON's \\u escapes and stray bytes give."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def _text(columns: dict[str, Any], column: str) -> str:
+  if column not in columns:
+    raise BadRow(f"no column {column!r} (it has {', '.join(map(repr, columns)) or 'none'})")
+  value = columns[column]
+  if not isinstance(value, str):
+    raise BadRow(f"column {column!r} is no text ({type(value).__name__} {str(value)[:40]!r})")
+  if not value:
+    raise BadRow(f"column {column!r} is empty")
+  if not is_text(value):
+    raise BadRow(f"column {column!r} is not UTF-8 (halves of surrogate pairs, or stray bytes)")
+  return value
+
+
+def _label(columns: dict[str, Any], column: str) -> str:
+  value = columns.get(column)
+  if isinstance(value, bool | int | str) and str(value) and is_text(str(value)):
+    return str(value)
+  raise BadRow(f"column {column!r} is no label ({type(value).__name__} {str(value)[:40]!r})")
+
+
+def _nats(columns: dict[str, Any], column: str) -> float:
+  try:
+    nats = float(columns[column])
+  except (KeyError, TypeError, ValueError, OverflowError):
+    nats = math.nan
+  if not math.isfinite(nats):
+    raise BadRow(f"column {column!r} is no finite number of nats")
+  return nats
+
+
+def refuse(row: Row, fault: BadRow) -> RequestError:
+  """The error of a run that does not skip bad rows."""
+  return RequestError(f"{row.where}: {fault}; correct it, or leave such rows out with --config.data.on_bad_row=skip")

@@ -1,0 +1,91 @@
+"""Tokenise, pack and report the data: python -m jaxft.prepare --config configs/X.py [--config.a.b=value ...] [--json]"""
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxft import command_line
+from jaxft import config as settings
+from jaxft.data import report, sources, tokens
+from jaxft.errors import RequestError, run_command
+from jaxft.hf import load
+from jaxft.run.tracking import Meter, say
+
+USAGE = """python -m jaxft.prepare --config configs/X.py [--config.section.key=value ...] [--json]
+
+  --config FILE      a file with get_config(); see configs/
+  --config.a.b=VALUE any setting; those of `data` decide what is read and how
+  --json             print the content of data_report.json, and nothing else, on standard output
+"""
+PREVIEW = 3  # rows shown
+
+
+def main() -> None:
+  arguments = command_line.parse(sys.argv, USAGE, ("json",))
+  config = arguments.config
+  lines = settings.faults(config)
+  if not lines:
+    lines += load.faults(config.model.path, weights=False)
+    lines += sources.faults(config.data.train + config.data.validation)
+  if lines:
+    raise RequestError("\n".join(lines))
+  source = load.find(config.model.path, config.model.revision, weights=False)
+  tokenizer = tokens.load_tokenizer(source.folder, source.cfg.V)
+  tell = (lambda line: print(line, file=sys.stderr)) if arguments.json else say
+  with Meter("tokenising", 1) as meter:
+    data = report.prepare(
+      config.data,
+      tokenizer,
+      tokens.tokenizer_fingerprint(source.folder),
+      lambda done, total: meter.at(done, total=total),
+      tell,
+    )
+  found = json.loads(data.to_json(config.train.batch_size))
+  if arguments.json:
+    print(json.dumps(found))
+    return
+  console = Console(soft_wrap=True, highlight=False)
+  console.print(_table(found))
+  for i in np.linspace(0, len(data.train) - 1, min(PREVIEW, len(data.train))).astype(int):
+    console.print(Text(f"\nrow {i}, learned in green, not learned in grey:", style="bold"))
+    console.print(_preview(data.train[i], tokenizer, data.labels))
+
+
+def _table(found: dict[str, Any]) -> Table:
+  table = Table(show_header=False, box=None)
+  for name, value in found.items():
+    if isinstance(value, dict):
+      value = (
+        ", ".join(f"{key.replace('_', ' ')} {_number(of)}" for key, of in value.items() if of not in ({}, None))
+        or "none"
+      )
+    table.add_row(name.replace("_", " "), _number(value))
+  return table
+
+
+def _number(value: Any) -> str:
+  if isinstance(value, dict):
+    return "(" + ", ".join(f"{key} {_number(of)}" for key, of in value.items()) + ")"
+  return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _preview(row: dict[str, np.ndarray], tokenizer: Any, labels: list[str]) -> Text:
+  """The row's text, coloured by whether each token is learned; what follows the last learned token is padding."""
+  text, last = Text(), int(np.flatnonzero(row["mask"])[-1])
+  if labels:
+    return Text(tokenizer.decode(row["ids"][: last + 1]), "grey50").append(
+      f" -> {labels[row['targets'][last]]}", "green"
+    )
+  runs = np.flatnonzero(np.diff(row["mask"][: last + 1])) + 1
+  for start, stop in zip([0, *runs], [*runs, last + 1], strict=True):
+    text.append(tokenizer.decode(row["targets"][start:stop]), "green" if row["mask"][start] else "grey50")
+  return text
+
+
+if __name__ == "__main__":
+  run_command(main)
