@@ -70,6 +70,12 @@ SETTINGS = (
     "with weights_only=True",
   ),
   Setting("model.init", "pretrained", one_of("pretrained", "scratch"), "read the weights, or draw new ones"),
+  Setting(
+    "model.head",
+    "lm",
+    one_of("lm", "classification"),
+    "lm writes text; classification tells the labels of data.format=classification apart",
+  ),
   Setting("model.config", "", anything, "config.json of the model to draw from scratch; empty: the one in model.path"),
   Setting(
     "model.compute_dtype",
@@ -262,6 +268,12 @@ def faults(config: ConfigDict) -> list[str]:
     lines.append(
       f"config.train.steps={v['train.steps']} and config.train.epochs={v['train.epochs']}: set one of the two"
     )
+  if (v["model.head"] == "classification") != (v["data.format"] == "classification"):
+    lines.append(
+      f"config.model.head={v['model.head']!r} and config.data.format={v['data.format']!r}: classification is both or neither"
+    )
+  if v["model.head"] == "classification" and v["train.sample_prompts"]:
+    lines.append("config.train.sample_prompts: a model with a classification head writes no text; leave it empty")
   if v["mesh.data"] == v["mesh.fsdp"] == -1:
     lines.append("config.mesh.data=-1 and config.mesh.fsdp=-1: only one can take the rest")
   peak, end = v["optim.learning_rate"], v["optim.end_learning_rate"]

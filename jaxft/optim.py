@@ -8,7 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 # The last part of a parameter's path says what it is; a new name must be placed here before it can be trained.
-DECAYED = {"kernel", "tokens", "positions"}
+DECAYED = {"kernel", "tokens", "positions", "score"}
 NOT_DECAYED = {"bias", "scale"}
 
 

@@ -13,7 +13,7 @@ from jaxft import command_line
 from jaxft import config as settings
 from jaxft.data import report, sources, tokens
 from jaxft.errors import RequestError, run_command
-from jaxft.hf import load
+from jaxft.hf import repo
 from jaxft.run.tracking import Meter, say
 
 USAGE = """python -m jaxft.prepare --config configs/X.py [--config.section.key=value ...] [--json]
@@ -30,11 +30,15 @@ def main() -> None:
   config = arguments.config
   lines = settings.faults(config)
   if not lines:
-    lines += load.faults(config.model.path, weights=False)
+    lines += repo.faults(config.model.path, weights=False)
     lines += sources.faults(config.data.train + config.data.validation)
   if lines:
     raise RequestError("\n".join(lines))
-  source = load.find(config.model.path, config.model.revision, weights=False)
+  source = repo.find(config.model.path, config.model.revision, weights=False)
+  if config.data.sequence_length > source.cfg.P:
+    raise RequestError(
+      f"config.data.sequence_length={config.data.sequence_length}: the model has {source.cfg.P} positions"
+    )
   tokenizer = tokens.load_tokenizer(source.folder, source.cfg.V)
   tell = (lambda line: print(line, file=sys.stderr)) if arguments.json else say
   with Meter("tokenising", 1) as meter:

@@ -90,10 +90,10 @@ class Pretrained:
     how = settings.default().data
     how.text_column = text_column
     nothing = collections.Counter()
-    documents = list(examples(data, "validation", how, nothing, nothing))
-    if not documents:
-      raise RequestError(f"data source {data}: no documents in it")
-    rows = ConcatRows(tokens.in_memory(documents, self.tokenizer), length, self.tokenizer.eos_token_id)
+    text = tokens.in_memory(examples(data, "validation", how, nothing, nothing), self.tokenizer)
+    if not len(text):
+      raise RequestError(f"data source {data}: no rows in it")
+    rows = ConcatRows(text, length, self.tokenizer.eos_token_id)
     whole_batches = -(-batch_size // self.mesh.size) * self.mesh.size
     loss, count = mean_loss(
       self._eval_step,
@@ -176,10 +176,13 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   source = repo.find(config.model.path, config.model.revision, weights=False)
   if config.model.config and config.model.init == "scratch":
     source = repo.Checkpoint(source.folder, *repo.read_config(Path(config.model.config)))
+  at = steps[-1] if step is None else step
+  if labels := checkpoints.meta(at)["labels"]:
+    source = repo.with_classes(source, labels, tokens.load_tokenizer(source.folder, source.cfg.V).eos_token_id)
   ready = Pretrained(source, compute_dtype)
   tx = optim.optimizer(config.optim)
   like = State(*sharding.state_like(tx, ready.shapes, ready.shardings, ready.mesh))
-  ready.run = workdir, steps[-1] if step is None else step
+  ready.run = workdir, at
   ready.params = checkpoints.restore(ready.run[1], like).params
   checkpoints.close()
   return ready

@@ -83,31 +83,16 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
       f"{mesh.size} x {device.device_kind}, mesh " + " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     )
 
-    # ---- Model: facts, tokenizer, shapes and shardings; no weights yet -------------------------------------------------
+    # ---- Source: facts and tokenizer; no weights yet --------------------------------------------------------------------
     pretrained = config.model.init == "pretrained"
     source = repo.find(config.model.path, config.model.revision, pretrained, config.model.torch_bin)
     if config.model.config and not pretrained:
       source = repo.Checkpoint(source.folder, *repo.read_config(Path(config.model.config)))
-    if source.cfg.classes:
+    if config.data.sequence_length > source.cfg.P:
       raise RequestError(
-        f"config.model.path={config.model.path!r}: a model that classifies; training takes language models"
+        f"config.data.sequence_length={config.data.sequence_length}: the model has {source.cfg.P} positions"
       )
-    cfg = source.cfg if config.model.dropout is None else source.cfg.with_dropout(config.model.dropout)
-    if config.data.sequence_length > cfg.P:
-      raise RequestError(f"config.data.sequence_length={config.data.sequence_length}: the model has {cfg.P} positions")
-    tokenizer = tokens.load_tokenizer(source.folder, cfg.V)
-    compute = model.Compute(
-      model.compute_dtype(config.model.compute_dtype, device),
-      config.memory.remat,
-      sharding.constrain_on(mesh),
-      sharding.VOCAB_MULTIPLE,
-    )
-    graph, shapes, axes = model.abstract(cfg, compute)
-    shardings = sharding.parameter_shardings(shapes, axes, mesh)
-    say(
-      f"{source.hf_config['model_type']} from {config.model.path}: {model.parameter_count(cfg):,} parameters, "
-      f"computing in {compute.dtype}"
-    )
+    tokenizer = tokens.load_tokenizer(source.folder, source.cfg.V)
 
     # ---- Data: every document and every token accounted for ------------------------------------------------------------
     with Meter("tokenising", 1) as meter:
@@ -125,10 +110,29 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
       raise RequestError(
         f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {total_steps} steps of the run"
       )
-    about = {"config": config.to_dict(), "total_steps": total_steps, "data": data.fingerprint}
+    about = {"config": config.to_dict(), "total_steps": total_steps, "data": data.fingerprint, "labels": data.labels}
     say(
       f"{data.report['rows']['trained']:,} documents with {data.report['tokens']['trained']:,} tokens to train on, in "
       f"{len(rows):,} rows of {rows.T}; {data.report['rows']['held_out']:,} documents held out; {total_steps:,} steps"
+    )
+
+    # ---- Model: shapes and shardings -------------------------------------------------------------------------------------
+    if data.labels:
+      source = repo.with_classes(source, data.labels, tokenizer.eos_token_id)
+    elif source.cfg.classes:
+      raise RequestError(f"config.model.path={config.model.path!r}: a model that classifies; set config.model.head")
+    cfg = source.cfg if config.model.dropout is None else source.cfg.with_dropout(config.model.dropout)
+    compute = model.Compute(
+      model.compute_dtype(config.model.compute_dtype, device),
+      config.memory.remat,
+      sharding.constrain_on(mesh),
+      sharding.VOCAB_MULTIPLE,
+    )
+    graph, shapes, axes = model.abstract(cfg, compute)
+    shardings = sharding.parameter_shardings(shapes, axes, mesh)
+    say(
+      f"{source.hf_config['model_type']} from {config.model.path}: {model.parameter_count(cfg):,} parameters, "
+      f"computing in {compute.dtype}"
     )
 
     # ---- Workdir: is it this run's? ------------------------------------------------------------------------------------

@@ -241,6 +241,17 @@ def test_several_sources_are_several_flags(config_file, stories, tmp_path):
   assert f"config.data.train = ({str(stories)!r}, {str(tmp_path / 'more (1), or less.jsonl')!r})" in done.stdout
 
 
+def test_prepare_reports_what_a_run_will_read(config_file, finished, tmp_path):
+  done = run("jaxft.prepare", "--config", config_file)
+  assert "read 120, trained 108, held out 12" in done.stdout and "row 0, learned in green" in done.stdout
+  found = json.loads(run("jaxft.prepare", "--config", config_file, "--json").stdout)
+  assert found == json.loads((finished[0] / "data_report.json").read_text())
+  done = run("jaxft.prepare", "--config", config_file, "--config.data.sequence_length=99999", check=2)
+  assert "the model has 71 positions" in done.stderr
+  done = run("jaxft.prepare", "--config", config_file, "--config.data.template=x", "--config.data.layuot=pad", check=2)
+  assert "did you mean data.layout?" in done.stderr
+
+
 def test_doctor_finds_this_machine_sound():
   out = run("jaxft.doctor").stdout
   assert "jaxlib" in out and "device 0" in out and 'pip install "jaxft[cuda]"' in out

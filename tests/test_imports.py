@@ -10,7 +10,7 @@ FILES = {
   ".".join(("jaxft", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
   for file in ROOT.rglob("*.py")
 }
-COMMANDS = {"jaxft.train", "jaxft.evaluate", "jaxft.generate", "jaxft.export", "jaxft.doctor"}
+COMMANDS = {"jaxft.train", "jaxft.prepare", "jaxft.evaluate", "jaxft.generate", "jaxft.export", "jaxft.doctor"}
 # The only imports of jaxft that each leaf has. A new leaf module goes here, with as few as it can.
 LEAVES = {
   "jaxft.errors": set(),
@@ -24,9 +24,11 @@ LEAVES = {
   "jaxft.step": {"jaxft.loss"},
   "jaxft.sample": {"jaxft.errors", "jaxft.model"},
   "jaxft.data.sources": {"jaxft.errors", "jaxft.files"},
-  "jaxft.data.pack": set(),
-  "jaxft.data.loader": {"jaxft.data.pack"},
-  "jaxft.data.tokens": {"jaxft.data.sources", "jaxft.errors"},
+  "jaxft.data.formats": {"jaxft.data.sources", "jaxft.errors"},
+  "jaxft.data.tokens": {"jaxft.data.formats", "jaxft.errors"},
+  "jaxft.data.pack": {"jaxft.data.tokens"},
+  "jaxft.data.loader": set(),
+  "jaxft.data.cache": {"jaxft.data.tokens", "jaxft.errors", "jaxft.files"},
   "jaxft.hf.tables": set(),
   "jaxft.hf.flax_msgpack": set(),
   "jaxft.hf.torch_pickle": set(),

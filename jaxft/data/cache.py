@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from jaxft.data.tokens import Tokens
 from jaxft.errors import StorageError
+from jaxft.files import write_whole
 
 VERSION = 1  # of the files; another one is another entry
 PARTS = {"ids": None, "starts_N1": np.int64, "prompts_N": np.int32, "labels_N": np.int32, "nats_N": np.float64}
@@ -76,35 +77,32 @@ def open_or_make(
   text = json.dumps({"version": VERSION} | dict(key), sort_keys=True)
   name = hashlib.sha256(text.encode()).hexdigest()[:32]
   entry, partial = folder / name, folder / f"{name}.partial"
+  lock = FileLock(folder / f"{name}.lock")
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{name}.lock")
     try:
       lock.acquire(timeout=1)
     except Timeout:
       say(f"another process is tokenising the same text; waiting for it ({lock.lock_file})")
       lock.acquire()
-    with lock:
-      if entry.exists():
-        manifest, fault = _check(entry, text)
-        if not fault:
-          lock.release()
-          return entry, manifest
-        say(f"token cache {entry}: {fault}; tokenising again")
-        shutil.rmtree(entry)
-      shutil.rmtree(partial, ignore_errors=True)
-      partial.mkdir()
-      manifest = {"made_from": json.loads(text)} | make(partial)
-      with (partial / "manifest.json").open("w", encoding="utf-8") as stream:
-        json.dump(manifest, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-      partial.rename(entry)
-      lock.release()
-      return entry, manifest
+    if entry.exists():
+      manifest, fault = _check(entry, text)
+      if not fault:
+        return entry, manifest
+      say(f"token cache {entry}: {fault}; tokenising again")
+      shutil.rmtree(entry)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir()
+    manifest = {"made_from": json.loads(text)} | make(partial)
+    write_whole(partial / "manifest.json", json.dumps(manifest, indent=1))
+    partial.rename(entry)
+    return entry, manifest
   except OSError as error:
-    shutil.rmtree(partial, ignore_errors=True)
     raise StorageError(f"token cache {folder}: {error}; --config.data.cache_dir names another folder") from error
+  finally:
+    if lock.is_locked:
+      shutil.rmtree(partial, ignore_errors=True)
+      lock.release()
 
 
 def tokens(entry: Path, name: str, manifest: Mapping[str, Any]) -> Tokens:

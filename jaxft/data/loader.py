@@ -9,6 +9,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from grain.experimental import index_shuffle
 from jax.sharding import Sharding
 
 Batch = dict[str, Any]
@@ -25,8 +26,13 @@ class Steps:
   def __init__(
     self, rows: Any, *, batch_size: int, accumulation: int, seed: int, rows_in_all: int, process: int, processes: int
   ):
-    self._rows = grain.MapDataset.source(rows).shuffle(seed).repeat()
-    self._batch_size, self._accumulation, self._rows_in_all = batch_size, accumulation, rows_in_all
+    self._rows, self._seed, self._batch_size, self._accumulation, self._rows_in_all = (
+      rows,
+      seed,
+      batch_size,
+      accumulation,
+      rows_in_all,
+    )
     share = batch_size // accumulation // processes
     self._mine = slice(process * share, (process + 1) * share)
 
@@ -36,10 +42,15 @@ class Steps:
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
     first = step * self._batch_size
     places = np.arange(first, first + self._batch_size).reshape(self._accumulation, -1)[:, self._mine]
-    rows = [self._rows[int(place)] for place in places.reshape(-1)]
+    rows = [self._rows[self._shuffled(int(place))] for place in places.reshape(-1)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     batch["mask"] &= places.reshape(-1, 1) < self._rows_in_all
     return {name: x.reshape(*places.shape, -1) for name, x in batch.items()}
+
+  def _shuffled(self, place: int) -> int:
+    """The row at a place in the endless sequence of epochs: Grain's stateless permutation, keyed by seed and epoch."""
+    epoch, place = divmod(place, len(self._rows))
+    return index_shuffle(place, max_index=len(self._rows) - 1, seed=(self._seed + epoch) % 2**32, rounds=4)
 
 
 def training_batches(

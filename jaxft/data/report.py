@@ -2,6 +2,7 @@
 
 import collections
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -134,21 +135,23 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[st
   )
   number, total = {label: i for i, label in enumerate(labels)}, sum(int((of != OUT).sum()) for of in wanted.values())
 
-  writers = {name: cache.Writer(folder, name, tokens.dtype_for(tokenizer.vocab_size)) for name in SPLITS}
+  dtype = tokens.ids_dtype(tokenizer)
+  writers = {name: cache.Writer(folder, name, dtype) for name in SPLITS}
   done = merged = 0
-  again = collections.Counter()  # both passes meet the same bad rows: the first has counted them
+  again = collections.Counter()  # the second pass meets the same bad rows, which the first has counted
   for source, of in wanted.items():
     for name, place in SPLITS.items():
-      chosen = (
-        example for place_i, example in zip(of, examples(data[source], source, data, again, again)) if place_i == place
-      )
-      for batch, encoded in _by_batch(chosen, tokenizer):
+      chosen = itertools.compress(examples(data[source], source, data, again, again), of == place)
+      for batch in tokens.batches(chosen) if (of == place).any() else ():
+        encoded = tokens.encode(batch, tokenizer, dtype)
         nats = [example.nats for example in batch if example.nats is not None]
         label_ids = [number[example.label] for example in batch if example.label is not None]
         writers[name].examples(encoded.ids, encoded.prompts, label_ids, nats)
         merged += encoded.merged
         done += len(batch)
         tell(done, total)
+  if done != total:
+    raise RequestError("config.data: a source has changed while it was read; run again")
   return {
     "files": {name: about for writer in writers.values() for name, about in writer.close().items()},
     "labels": labels,
@@ -158,20 +161,6 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[st
     "merged": merged,
     "notes": {note: count for note, count in notes.items() if count},
   }
-
-
-def _by_batch(chosen: Iterator[Example], tokenizer: Any) -> Iterator[tuple[list[Example], tokens.Encoded]]:
-  """The examples of each call of the tokenizer beside what it made of them."""
-  kept: list[Example] = []
-
-  def keep() -> Iterator[Example]:
-    for example in chosen:
-      kept.append(example)
-      yield example
-
-  for encoded in tokens.encode(keep(), tokenizer):
-    batch, kept[:] = kept[: len(encoded.ids)], kept[len(encoded.ids) :]
-    yield batch, encoded
 
 
 def _choose(

@@ -1,5 +1,6 @@
 """Examples to token ids, and how examples lie in memory or in a file."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from jaxft.data.formats import Example
 from jaxft.errors import RequestError, first_line
 
-AT_ONCE = 1000  # texts given to the tokenizer together: it spreads them over the cores
+AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**22  # given to the tokenizer together: it spreads texts over the cores
 TOKENIZER_FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -21,7 +22,8 @@ TOKENIZER_FILES = (
 )
 
 
-class Tokens(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Tokens:
   """Examples one after another, each with the end token after it (but for those that have a label).
 
   Arrays may be memory-mapped. N examples.
@@ -81,53 +83,58 @@ def tokenizer_fingerprint(folder: Path) -> str:
   return digest.hexdigest()
 
 
-def dtype_for(V: int) -> np.dtype:
-  return np.dtype(np.uint16 if V <= 2**16 else np.uint32)
+def ids_dtype(tokenizer: Any) -> np.dtype:
+  """The narrowest type that holds every id."""
+  return np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
 
 
-def encode(examples: Iterable[Example], tokenizer: Any) -> Iterator[Encoded]:
-  """Token ids of the examples, `AT_ONCE` together, on all cores. Nothing is added but end tokens, and nothing trimmed.
+def encode(examples: list[Example], tokenizer: Any, dtype: np.dtype) -> Encoded:
+  """Token ids of the examples, made on all cores. Nothing is added but end tokens, and nothing trimmed.
 
   Where a prompt ends among the tokens is found by their places in the text, never by searching for ids: a token that holds
   the end of the prompt and the beginning of the completion is learned.
   """
   fast, end = tokenizer.backend_tokenizer, [tokenizer.eos_token_id]
-  batch: list[Example] = []
+  texts, prompts, merged = [example.text for example in examples], [0] * len(examples), 0
+  if any(example.prompt for example in examples):
+    found = fast.encode_batch(texts, add_special_tokens=False)
+    for i, (example, encoding) in enumerate(zip(examples, found, strict=True)):
+      prompts[i] = sum(stop <= example.prompt for _, stop in encoding.offsets)
+      if prompts[i] < len(encoding.offsets):
+        merged += encoding.offsets[prompts[i]][0] < example.prompt
+  else:
+    found = fast.encode_batch_fast(texts, add_special_tokens=False)  # knows no places, and is quicker for it
+  ids = [
+    np.array(encoding.ids + ([] if example.label is not None else end), dtype)
+    for example, encoding in zip(examples, found, strict=True)
+  ]
+  return Encoded(ids, prompts, merged)
 
-  def encoded() -> Encoded:
-    texts, prompts, merged = [example.text for example in batch], [0] * len(batch), 0
-    if any(example.prompt for example in batch):
-      found = fast.encode_batch(texts, add_special_tokens=False)
-      for i, (example, encoding) in enumerate(zip(batch, found, strict=True)):
-        prompts[i] = sum(stop <= example.prompt for _, stop in encoding.offsets)
-        if prompts[i] < len(encoding.offsets):
-          merged += encoding.offsets[prompts[i]][0] < example.prompt
-    else:
-      found = fast.encode_batch_fast(texts, add_special_tokens=False)  # knows no places, and is quicker for it
-    dtype = dtype_for(tokenizer.vocab_size)
-    ids = [
-      np.array(encoding.ids + ([] if example.label is not None else end), dtype)
-      for example, encoding in zip(batch, found, strict=True)
-    ]
-    return Encoded(ids, prompts, merged)
 
+def in_memory(examples: Iterable[Example], tokenizer: Any) -> Tokens:
+  """Unlabelled examples as Tokens that no file holds."""
+  dtype, ids, prompts = ids_dtype(tokenizer), [], []
+  for batch in batches(examples):
+    encoded = encode(batch, tokenizer, dtype)
+    ids += encoded.ids
+    prompts += encoded.prompts
+  return Tokens(
+    np.concatenate([np.zeros(0, dtype), *ids]),
+    np.cumsum([0, *map(len, ids)], dtype=np.int64),
+    np.array(prompts, np.int32),
+    np.zeros(0, np.int32),
+    np.zeros(0, np.float64),
+  )
+
+
+def batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+  """The examples in lists that the tokenizer takes at once: many, for all cores to have some, but no more text than memory."""
+  batch, characters = [], 0
   for example in examples:
     batch.append(example)
-    if len(batch) == AT_ONCE:
-      yield encoded()
-      batch.clear()
+    characters += len(example.text)
+    if len(batch) == AT_ONCE or characters > CHARACTERS_AT_ONCE:
+      yield batch
+      batch, characters = [], 0
   if batch:
-    yield encoded()
-
-
-def in_memory(examples: list[Example], tokenizer: Any, labels: list[str] | None = None) -> Tokens:
-  """The examples as Tokens that no file holds."""
-  parts = list(encode(examples, tokenizer))
-  ids = [array for part in parts for array in part.ids]
-  return Tokens(
-    np.concatenate(ids) if ids else np.zeros(0, np.uint16),
-    np.cumsum([0, *map(len, ids)], dtype=np.int64),
-    np.array([prompt for part in parts for prompt in part.prompts], np.int32),
-    np.array([labels.index(example.label) for example in examples] if labels else [], np.int32),
-    np.array([example.nats for example in examples if example.nats is not None], np.float64),
-  )
+    yield batch

@@ -4,7 +4,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,9 @@ from jaxft.hf.repo import Checkpoint, weight_files, without_doubles
 from jaxft.hf.tables import (
   EMBEDDING,
   HEAD,
+  HEAD_BIAS,
   PREFIX,
+  SCORE,
   Rule,
   hf_shape,
   short_name,
@@ -129,16 +131,20 @@ def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
   paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
   wanted = {".".join(key.key for key in path): leaf.shape for path, leaf in paths}
   rules = {rule.ours: rule for rule in checkpoint.family.rules}
-  pieces = {path: _take(checkpoint, source, rules[path], shape) for path, shape in wanted.items()}
+  readers = {}
+  for path, shape in wanted.items():
+    if checkpoint.new_head and rules[path].hf == SCORE:
+      readers[path] = _new_scores(shape, checkpoint.cfg.init_std)
+      continue
+    pieces = _take(checkpoint, source, rules[path], shape)
+    readers[path] = functools.partial(_slice, rules[path], checkpoint.cfg.V, pieces, shape)
   if source:
     raise RequestError(
       f"{checkpoint.folder}: tensor {min(source)!r} has no place in a {checkpoint.hf_config['model_type']} "
       f"model of {checkpoint.cfg.L} layers ({len(source)} such tensors)"
     )
   arrays = [
-    jax.make_array_from_callback(
-      shape, place, functools.partial(_slice, rules[path], checkpoint.cfg.V, pieces[path], shape)
-    )
+    jax.make_array_from_callback(shape, place, readers[path])
     for (path, shape), place in zip(wanted.items(), jax.tree.leaves(shardings), strict=True)
   ]
   return jax.tree.unflatten(structure, arrays)
@@ -159,7 +165,15 @@ def _named(checkpoint: Checkpoint) -> dict[str, Tensor]:
       raise RequestError(
         f"{checkpoint.folder}: {HEAD} differs from {EMBEDDING}, but config.json ties them (tie_word_embeddings)"
       )
+  if checkpoint.new_head:  # it takes the place of the language head
+    for name in (HEAD, HEAD_BIAS):
+      named.pop(name, None)
   return named
+
+
+def _new_scores(shape: tuple[int, ...], std: float) -> Callable[[tuple[slice, ...]], np.ndarray]:
+  scores = std * np.random.default_rng(0).standard_normal(shape, np.float32)
+  return lambda index: scores[index]
 
 
 def _take(checkpoint: Checkpoint, source: dict[str, Tensor], rule: Rule, shape: tuple[int, ...]) -> list[list[Tensor]]:

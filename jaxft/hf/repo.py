@@ -1,5 +1,6 @@
 """A Hugging Face folder or hub id -> a folder whose files can be trusted to be files, and its ModelConfig."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -27,6 +28,7 @@ class Checkpoint(NamedTuple):
   hf_config: dict[str, Any]
   cfg: ModelConfig
   torch_bin: bool = False  # pickles may be read
+  new_head: bool = False  # the classes are the run's own: their scores are not in the folder
 
   @property
   def family(self) -> Family:
@@ -35,6 +37,28 @@ class Checkpoint(NamedTuple):
   @property
   def architecture(self) -> str:
     return self.family.classifier if self.cfg.classes else self.family.architecture
+
+
+def with_classes(checkpoint: Checkpoint, labels: list[str], pad_token_id: int) -> Checkpoint:
+  """The checkpoint with a classification head for these labels, in place of its language head.
+
+  One that has a head for the same labels keeps it; raises RequestError for a head of other labels.
+  """
+  names = {str(i): label for i, label in enumerate(labels)}
+  if checkpoint.cfg.classes:
+    theirs = checkpoint.hf_config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(checkpoint.cfg.classes)}
+    if theirs != names:
+      raise RequestError(f"{checkpoint.folder}: its classes are {list(theirs.values())}, those of the data {labels}")
+    return checkpoint
+  about = {
+    "architectures": [checkpoint.family.classifier],
+    "id2label": names,
+    "label2id": {label: i for i, label in enumerate(labels)},
+    # transformers looks for the last token that is not this one; padding is all that comes after it in jaxft's rows.
+    "pad_token_id": checkpoint.hf_config.get("pad_token_id", pad_token_id),
+  }
+  cfg = dataclasses.replace(checkpoint.cfg, classes=len(labels))
+  return checkpoint._replace(hf_config=checkpoint.hf_config | about, cfg=cfg, new_head=True)
 
 
 def faults(path: str, weights: bool = True, torch_bin: bool = False) -> list[str]:

@@ -1,0 +1,144 @@
+"""Token files: made once, made again when anything changes or is damaged, by one process at a time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from jaxft import config as settings
+from jaxft.data import report, tokens
+from jaxft.errors import StorageError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+  return tokens.load_tokenizer(folder, 293)
+
+
+class Told(list):
+  """What prepare has said, and how many examples it has tokenised."""
+
+  tokenised = 0
+
+  def tell(self, done, total):
+    self.tokenised = done
+
+
+def prepare(tokenizer, cache, file, fingerprint="a tokenizer", **data):
+  config, told = settings.default(), Told()
+  config.data.update(train=(str(file),), cache_dir=str(cache), sequence_length=16, **data)
+  return report.prepare(config.data, tokenizer, fingerprint, told.tell, told.append), told
+
+
+def entries(cache):
+  return [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_the_same_text_is_tokenised_once(tokenizer, tmp_path, stories):
+  first, told = prepare(tokenizer, tmp_path, stories)
+  assert told.tokenised == 120
+  again, told = prepare(tokenizer, tmp_path, stories)
+  assert told.tokenised == 0 and not told and len(entries(tmp_path)) == 1
+  assert again.fingerprint == first.fingerprint and again.report == first.report
+  np.testing.assert_array_equal(again.train.tokens.ids, first.train.tokens.ids)
+  other_rows, told = prepare(tokenizer, tmp_path, stories, layout="pack")
+  assert told.tokenised == 0 and other_rows.fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    dict(fingerprint="another"),
+    dict(shuffle_seed=1),
+    dict(limit_train=5),
+    dict(on_bad_row="skip"),
+    "a byte of the text",
+  ],
+)
+def test_whatever_the_tokens_depend_on_makes_another_entry(tokenizer, tmp_path, stories, change):
+  file = tmp_path / "stories.jsonl"
+  file.write_text(stories.read_text())
+  prepare(tokenizer, tmp_path / "c", file)
+  if isinstance(change, str):
+    file.write_text(file.read_text().replace("cat", "dog", 1))
+    change = {}
+  _, told = prepare(tokenizer, tmp_path / "c", file, **change)
+  assert told.tokenised and len(entries(tmp_path / "c")) == 2
+
+
+def damages(entry):
+  """(what is done, to which file) for every file and every kind of damage."""
+  for file in sorted(entry.iterdir()):
+    size = file.stat().st_size
+    yield "deleted", file, lambda file=file: file.unlink()
+    yield "extended", file, lambda file=file: file.write_bytes(file.read_bytes() + b"\0")
+    if size:
+      yield "cut short", file, lambda file=file, size=size: os.truncate(file, size - 1)
+      yield "emptied", file, lambda file=file: os.truncate(file, 0)
+      yield "a bit flipped", file, lambda file=file, size=size: flip(file, size // 2)
+
+
+def flip(file, at):
+  content = bytearray(file.read_bytes())
+  content[at] ^= 1
+  file.write_bytes(content)
+
+
+def test_every_damage_is_seen_and_mended(tokenizer, tmp_path, stories):
+  good, _ = prepare(tokenizer, tmp_path, stories)
+  (entry,) = entries(tmp_path)
+  kinds = [(what, file.name) for what, file, _ in damages(entry)]
+  assert len(kinds) > 30
+  for i, kind in enumerate(kinds):
+    what, file, act = list(damages(entry))[i]
+    act()
+    again, told = prepare(tokenizer, tmp_path, stories)
+    if told:  # a manifest with a flipped bit may still say the same, or be taken for that of another text
+      assert len(told) == 1 and told[0].endswith("tokenising again") and told.tokenised == 120, kind
+    assert told or file.name == "manifest.json", kind
+    np.testing.assert_array_equal(again.train.tokens.ids, good.train.tokens.ids)
+    assert again.report == good.report
+
+
+def test_what_a_killed_writer_left_is_swept_away(tokenizer, tmp_path, stories):
+  prepare(tokenizer, tmp_path, stories)
+  (entry,) = entries(tmp_path)
+  entry.rename(entry.with_name(entry.name + ".partial"))
+  _, told = prepare(tokenizer, tmp_path, stories)
+  assert told.tokenised == 120 and entries(tmp_path) == [entry]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tokenizer, tmp_path, stories):
+  (tmp_path / "file").write_text("x")
+  with pytest.raises(StorageError, match="token cache .*file.*--config.data.cache_dir"):
+    prepare(tokenizer, tmp_path / "file", stories)
+
+
+def test_two_at_once_leave_one_sound_entry(tmp_path, folder):
+  file = tiny.write_stories(tmp_path / "many.jsonl", 30_000, seed=1)
+  (tmp_path / "config.py").write_text(
+    f"""
+import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+import tiny
+from pathlib import Path
+
+def get_config():
+  c = tiny.config(Path({str(folder)!r}), Path({str(file)!r}))
+  c.data.cache_dir = {str(tmp_path / "cache")!r}
+  return c
+"""
+  )
+  command = [sys.executable, "-m", "jaxft.prepare", "--config", tmp_path / "config.py", "--json"]
+  both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+  outputs = [process.communicate() for process in both]
+  assert [process.returncode for process in both] == [0, 0], outputs
+  one, other = (json.loads(out) for out, _ in outputs)
+  assert one == other and one["rows"]["read"] == 30_000
+  assert len(entries(tmp_path / "cache")) == 1

@@ -1,0 +1,121 @@
+"""Examples that share a row do not see each other, padding is never seen, and the loss is that of one example a row."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxft import model
+from jaxft.data import tokens
+from jaxft.data.pack import ExampleRows
+from jaxft.hf import facts
+from jaxft.loss import cross_entropy_sum
+from jaxft.step import hidden
+
+T, EOS = 24, 0
+CONFIGS = {
+  "gpt2": dict(n_positions=31, n_embd=20, n_layer=2, n_head=2),
+  "gpt_neo": dict(
+    max_position_embeddings=31,
+    hidden_size=20,
+    num_layers=2,
+    num_heads=2,
+    attention_types=[[["global", "local"], 1]],
+    window_size=3,
+  ),
+  "gptj": dict(n_positions=31, n_embd=20, n_layer=2, n_head=2, rotary_dim=4),
+}
+
+
+@pytest.fixture(params=CONFIGS, scope="module")
+def decoder(request):
+  cfg = facts.model_config({"model_type": request.param, "vocab_size": 97} | CONFIGS[request.param]).with_dropout(0.0)
+  graph, _, _ = model.abstract(cfg, model.Compute())
+  params = nnx.to_pure_dict(nnx.state(model.build(cfg, model.Compute())))
+  noise = np.random.default_rng(0)
+  return graph, jax.tree.map(lambda p: p + 0.2 * noise.standard_normal(p.shape).astype(np.float32), params)
+
+
+def stored(lengths, seed=0):
+  """Random examples; every second one has a prompt."""
+  rng, ends = np.random.default_rng(seed), np.cumsum([0, *lengths])
+  prompts = np.array([length // 2 if i % 2 else 0 for i, length in enumerate(lengths)], np.int32)
+  ids = rng.integers(1, 97, ends[-1]).astype(np.uint16)
+  ids[ends[1:] - 1] = EOS
+  return tokens.Tokens(ids, ends, prompts, np.zeros(0), np.zeros(0))
+
+
+def batch(rows):
+  picked = [rows[i] for i in range(len(rows))]
+  return {name: np.stack([row[name] for row in picked]) for name in picked[0]}
+
+
+def loss_and_gradient(decoder, part):
+  graph, params = decoder
+
+  @jax.jit
+  def run(params):
+    def loss(params):
+      net = nnx.merge(graph, params)
+      return cross_entropy_sum(hidden(net, part), net.head(), part["targets"], part["mask"]) / part["mask"].sum()
+
+    return jax.value_and_grad(loss)(params)
+
+  return run(params)
+
+
+def close(ours, theirs, tolerance):
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_allclose(a, b, atol=tolerance * max(float(np.abs(b).max()), 1e-3))
+
+
+def test_packed_rows_learn_what_single_rows_learn(decoder):
+  examples = stored([5, 9, 3, 11, 24, 2, 7, 8, 13, 4])
+  packed, single = (batch(ExampleRows(examples, T, EOS, pack=pack)) for pack in (True, False))
+  assert len(packed["ids"]) < len(single["ids"]) and packed["mask"].sum() == single["mask"].sum()
+  (loss, gradient), (wanted, wanted_gradient) = (loss_and_gradient(decoder, part) for part in (packed, single))
+  np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+  close(gradient, wanted_gradient, 2e-6)
+
+
+def test_an_example_changes_its_own_logits_only(decoder):
+  graph, params = decoder
+  row = batch(ExampleRows(stored([6, 7, 8]), T, EOS, pack=True))
+  segments = row["segments"][0]
+  net = nnx.merge(graph, params)
+  logits = jax.jit(lambda ids: net.logits(hidden(net, row | {"ids": ids})))
+  before = np.asarray(logits(row["ids"]))
+  for segment in set(segments) - {0}:
+    changed = np.where(row["segments"] == segment, (row["ids"] + 1) % 97, row["ids"])
+    after = np.asarray(logits(changed))
+    np.testing.assert_array_equal(before[0, segments != segment], after[0, segments != segment])
+    assert (before[0, segments == segment] != after[0, segments == segment]).any()
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_what_lies_in_padding_changes_nothing(decoder, pack):
+  row = batch(ExampleRows(stored([5, 9, 3]), T, EOS, pack=pack))
+  used = row["segments"] > 0 if pack else np.cumsum(row["mask"][:, ::-1], 1)[:, ::-1] > 0
+  other = row | {name: np.where(used, row[name], 55) for name in ("ids", "targets")}
+  assert (other["ids"] != row["ids"]).any()
+  (loss, gradient), (wanted, wanted_gradient) = (loss_and_gradient(decoder, part) for part in (other, row))
+  assert loss == wanted
+  jax.tree.map(np.testing.assert_array_equal, gradient, wanted_gradient)
+
+
+def test_positions_begin_anew_and_long_texts_are_cut_in_pieces():
+  rows = ExampleRows(stored([30, 4, 50]), T, EOS, pack=True)
+  assert rows.cut == 2 and rows.dropped == 0
+  learned, ids = [], []
+  for i in range(len(rows)):
+    row = rows[i]
+    for segment in set(row["segments"]) - {0}:
+      here = row["segments"] == segment
+      np.testing.assert_array_equal(row["positions"][here], np.arange(here.sum()))
+    learned += row["targets"][row["mask"]].tolist()
+    ids += row["ids"][row["segments"] > 0].tolist()
+  examples = rows.tokens
+  wanted = [
+    t for i in range(3) for t in examples.ids[examples.starts_N1[i] + examples.prompts_N[i] : examples.starts_N1[i + 1]]
+  ]
+  assert sorted(learned) == sorted(wanted)
