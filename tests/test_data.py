@@ -35,7 +35,7 @@ def prepared(tokenizer, cache, files, **data):
 
 
 def random_text(rng):
-  return "".join(rng.choice(PIECES, rng.integers(1, 30)))
+  return "".join(PIECES[i] for i in rng.integers(len(PIECES), size=rng.integers(1, 30)))
 
 
 def write_random_source(folder, rng, texts):
