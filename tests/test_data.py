@@ -251,9 +251,11 @@ def test_seeking_equals_going_there(rows, start):
   jax.tree.map(np.testing.assert_array_equal, there[1:], collect(rows, 2, start=start + 1))
 
 
-def test_the_global_batch_does_not_depend_on_hosts(rows):
+def test_the_global_batch_does_not_depend_on_hosts():
   """1,000 random (seed, step, accumulation, hosts): the hosts' parts, side by side, are what one host has."""
   rng = np.random.default_rng(0)
+  many = tokens.Tokens(np.arange(10**5) % 5000, np.array([0, 10**5]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0))
+  rows = ConcatRows(many, 5, EOS)
   for _ in range(1000):
     accumulation, hosts = int(rng.choice([1, 2, 3])), int(rng.choice([2, 4]))
     how = dict(

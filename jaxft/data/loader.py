@@ -26,13 +26,8 @@ class Steps:
   def __init__(
     self, rows: Any, *, batch_size: int, accumulation: int, seed: int, rows_in_all: int, process: int, processes: int
   ):
-    self._rows, self._seed, self._batch_size, self._accumulation, self._rows_in_all = (
-      rows,
-      seed,
-      batch_size,
-      accumulation,
-      rows_in_all,
-    )
+    self._rows, self._seed, self._rows_in_all = rows, seed, rows_in_all
+    self._batch_size, self._accumulation = batch_size, accumulation
     share = batch_size // accumulation // processes
     self._mine = slice(process * share, (process + 1) * share)
 

