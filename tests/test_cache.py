@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_written_is_named(tokenizer, tmp_path, stories):
 
 
 def test_two_at_once_leave_one_sound_entry(tmp_path, folder):
-  file = tiny.write_stories(tmp_path / "many.jsonl", 30_000, seed=1)
+  file = tiny.write_stories(tmp_path / "many.jsonl", 8_000, seed=1)
   (tmp_path / "config.py").write_text(
     f"""
 import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
@@ -140,5 +140,5 @@ def get_config():
   outputs = [process.communicate() for process in both]
   assert [process.returncode for process in both] == [0, 0], outputs
   one, other = (json.loads(out) for out, _ in outputs)
-  assert one == other and one["rows"]["read"] == 30_000
+  assert one == other and one["rows"]["read"] == 8_000
   assert len(entries(tmp_path / "cache")) == 1

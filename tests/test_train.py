@@ -44,7 +44,7 @@ def test_weights_that_are_not_finite_end_the_run_before_it_begins(config, folder
     finetune(config, tmp_path / "w")
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", ["gpt_neo", *(pytest.param(it, marks=pytest.mark.wide) for it in ("gpt2", "gptj"))])
 def test_every_family_trains_from_new_weights_and_comes_back(family, stories, tmp_path):
   empty = tmp_path / "empty"
   empty.mkdir()
@@ -75,7 +75,7 @@ def test_a_warm_up_longer_than_the_run_is_refused(config, tmp_path):
     finetune(config, tmp_path)
 
 
-@pytest.mark.parametrize("layout", ["pack", "pad", "concat"])
+@pytest.mark.parametrize("layout", ["pack", *(pytest.param(it, marks=pytest.mark.wide) for it in ("pad", "concat"))])
 def test_a_model_learns_where_to_end(folder, tmp_path, layout):
   """Ten short examples by heart: greedy completions are theirs, and end by themselves."""
   sayings = ["the cat sat.", "a dog ran.", "big red house.", "once upon a time.", "small blue door."]
