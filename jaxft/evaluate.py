@@ -27,16 +27,17 @@ def main() -> None:
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   arguments = parser.parse_args()
 
-  data, column, length = arguments.data, arguments.text_column, arguments.sequence_length
+  data, length, like = arguments.data, arguments.sequence_length, None
   if not data and arguments.workdir and (file := Path(arguments.workdir) / "config.json").is_file():
     config = settings.from_json(file.read_text(encoding="utf-8"))
-    data, column = list(config.data.validation), config.data.text_column
+    data, like = list(config.data.validation), config.data
     length = length or config.data.sequence_length
   if not data:
     raise RequestError("--data is missing: name a file, a glob, a folder or hub:NAME")
 
   ready = open_model(arguments)
-  result = ready.evaluate(*data, sequence_length=length, batch_size=arguments.batch_size, text_column=column)
+  column = {} if like else {"text_column": arguments.text_column}
+  result = ready.evaluate(*data, sequence_length=length, batch_size=arguments.batch_size, like=like, **column)
   if arguments.json:
     print(json.dumps(result))
   else:

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 from jaxft import config as settings
 from jaxft import model, optim, sharding
 from jaxft.data import loader, tokens
 from jaxft.data.formats import is_text
-from jaxft.data.pack import ConcatRows
-from jaxft.data.report import examples
+from jaxft.data.report import examples, lay_out
 from jaxft.errors import RequestError
 from jaxft.hf import load as hf_load
 from jaxft.hf import repo, save
@@ -74,12 +74,21 @@ class Pretrained:
     return [Completion(prompt, self.tokenizer.decode(new), new) for prompt, new in zip(prompts, ids, strict=True)]
 
   def evaluate(
-    self, *data: str, sequence_length: int = 0, batch_size: int = 8, text_column: str = "text"
+    self,
+    *data: str,
+    sequence_length: int = 0,
+    batch_size: int = 8,
+    like: ConfigDict | None = None,
+    **settings_of_data: Any,
   ) -> dict[str, Any]:
-    """{"loss": nats per token, "perplexity", "tokens"} over all documents of the sources, end tokens included.
+    """{"loss": nats per token, "perplexity", "tokens"} over all rows of the sources, end tokens included.
 
     The text is one stream cut into rows of `sequence_length` tokens (0: as many as the model has positions), each token
     weighs the same, and the batch size changes nothing but speed. Raises RequestError when there is nothing to read.
+
+    Args:
+      like: the `data` section of a run, whose format and layout are then used.
+      settings_of_data: settings of that section by name, such as text_column.
     """
     self._must_write_text()
     length = sequence_length or self.source.cfg.P
@@ -87,13 +96,13 @@ class Pretrained:
       raise RequestError(f"--sequence_length={length}: must be from 2 to {self.source.cfg.P}, the model's positions")
     if batch_size < 1:
       raise RequestError(f"--batch_size={batch_size}: must be at least 1")
-    how = settings.default().data
-    how.text_column = text_column
+    how = ConfigDict(like or settings.default().data)
+    how.update(settings_of_data, sequence_length=length)
     nothing = collections.Counter()
     text = tokens.in_memory(examples(data, "validation", how, nothing, nothing), self.tokenizer)
     if not len(text):
       raise RequestError(f"data source {data}: no rows in it")
-    rows = ConcatRows(text, length, self.tokenizer.eos_token_id)
+    rows = lay_out(text, how, self.tokenizer.eos_token_id)
     whole_batches = -(-batch_size // self.mesh.size) * self.mesh.size
     loss, count = mean_loss(
       self._eval_step,

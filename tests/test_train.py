@@ -89,9 +89,9 @@ def test_a_model_learns_where_to_end(folder, tmp_path, layout):
     config.train.batch_size = 2
   run = finetune(config, tmp_path / "w")
   model = jaxft.load(run.export)
-  starts = [saying[:7] for saying in sayings]
+  starts = ["<|endoftext|>" + saying.split()[0] for saying in sayings]  # as each began in training
   completions = model.generate(starts, temperature=0, max_new_tokens=30)
-  assert [completion.prompt + completion.text for completion in completions] == sayings
+  assert ["<|endoftext|>" + saying for saying in sayings] == [it.prompt + it.text for it in completions]
   assert all(len(completion.token_ids) < 30 for completion in completions)
 
 
@@ -104,7 +104,10 @@ def test_prompts_are_answered(folder, tmp_path):
     format="prompt_completion", layout="pack", validation=(str(file),), template="{prompt}:{completion}"
   )
   config.train.batch_size, config.train.steps, config.train.save_every, config.train.sample_prompts = 2, 200, 0, ()
-  model = jaxft.load(finetune(config, tmp_path / "w").export)
+  run = finetune(config, tmp_path / "w")
+  model = jaxft.load(run.export)
+  same = model.evaluate(str(file), sequence_length=32, like=config.data)
+  assert same["loss"] == pytest.approx(run.metrics[-1]["eval/loss"], rel=1e-5)
   answers = model.generate([prompt + ":" for prompt, _ in pairs], temperature=0, max_new_tokens=20)
   assert [answer.text for answer in answers] == [completion for _, completion in pairs]
 

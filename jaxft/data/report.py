@@ -65,7 +65,7 @@ def prepare(
   folder = Path(data.cache_dir) if data.cache_dir else default_cache()
   entry, manifest = cache.open_or_make(folder, key, lambda to: _make(to, data, tokenizer, tell), say)
   stored = {name: cache.tokens(entry, name, manifest) for name in SPLITS}
-  laid_out = {name: _rows(stored[name], data, tokenizer.eos_token_id) for name in SPLITS}
+  laid_out = {name: lay_out(stored[name], data, tokenizer.eos_token_id) for name in SPLITS}
   for name, rows in laid_out.items():
     if not len(rows):
       raise RequestError(
@@ -185,7 +185,8 @@ def _choose(
   return places
 
 
-def _rows(stored: tokens.Tokens, data: ConfigDict, end: int) -> Rows:
+def lay_out(stored: tokens.Tokens, data: ConfigDict, end: int) -> Rows:
+  """The examples in rows of `data.sequence_length` tokens."""
   if data.format == "classification":
     return LabelRows(stored, data.sequence_length)
   if data.layout == "concat":
