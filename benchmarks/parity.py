@@ -232,8 +232,11 @@ def main() -> None:
       f"{found['weights']:.1e} | {found['table']:.1e} |"
     )
     print(rows[-1], flush=True)
-  if arguments.only:
-    return
+    if not arguments.only:  # after each, so that a run that is cut short has its rows
+      write(rows, started, arguments.memory)
+
+
+def write(rows: list[str], started: datetime.datetime, memory: int) -> None:
   packages = ("jax", "flax", "optax", "transformers", "torch")
   head = HEADER.format(
     date=started.date(),
@@ -242,9 +245,7 @@ def main() -> None:
     minutes=round((datetime.datetime.now() - started).total_seconds() / 60),
     steps=STEPS,
   )
-  foot = FOOTER.format(
-    T=T, padding=PADDING, steps=STEPS, step_t=STEP_T, rate=RATE, decay=DECAY, eps=EPS, memory=arguments.memory
-  )
+  foot = FOOTER.format(T=T, padding=PADDING, steps=STEPS, step_t=STEP_T, rate=RATE, decay=DECAY, eps=EPS, memory=memory)
   (ROOT / "docs" / "parity.md").write_text(head + "\n".join(rows) + "\n" + foot, encoding="utf-8")
 
 

@@ -44,6 +44,7 @@ def test_three_steps_of_gpt2_small_on_a_cpu(gpt2, tmp_path):
     "data.train": tmp_path / "train.txt",
     "data.validation": tmp_path / "validation.txt",
     "data.nats_column": "",
+    "data.cache_dir": tmp_path / "tokens",
     "data.sequence_length": T,
     "train.epochs": 0,
     "train.steps": STEPS,
@@ -80,15 +81,17 @@ def test_three_steps_of_gpt2_small_on_a_cpu(gpt2, tmp_path):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
-  ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+  ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
   # The rows of each step, as the loader of the run orders them.
   import jax
 
   from jaxft.data import loader
   from jaxft.data.pack import ConcatRows
+  from jaxft.data.tokens import Tokens
 
+  stored = Tokens(np.array(ids), np.array([0, len(ids)]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0))
   batches = loader.training_batches(
-    ConcatRows(np.array(ids, np.int32), T),
+    ConcatRows(stored, T, tokenizer.eos_token_id),
     batch_size=BATCH,
     accumulation=1,
     seed=0,
