@@ -40,7 +40,8 @@ FOOTER = """
 - **AdamW**: largest absolute difference of any weight after {steps} steps of 2 x {step_t} tokens at a learning rate of
   {rate} falling to 0, decay {decay}, eps {eps}, gradients clipped to a norm of 1. The token table has a column of its own:
   most of its rows are in no batch, their gradients are sums that nearly cancel, and Adam divides what rounding leaves by its
-  own size. GPT-2's key biases are left out: they move no softmax, so all of their gradient is rounding.
+  own size. GPT-J's head is such a table too, and is among the weights. GPT-2's key biases are left out: they move no softmax,
+  so all of their gradient is rounding.
 - **layers**: fewer than published where ten steps of both frameworks would not fit into {memory} GiB.
 """
 
