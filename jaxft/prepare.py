@@ -45,7 +45,7 @@ def main() -> None:
     data = report.prepare(
       config.data,
       tokenizer,
-      tokens.tokenizer_fingerprint(source.folder),
+      repo.tokenizer_fingerprint(source.folder),
       lambda done, total: meter.at(done, total=total),
       tell,
     )

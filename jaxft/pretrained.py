@@ -186,7 +186,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   if config.model.config and config.model.init == "scratch":
     source = repo.Checkpoint(source.folder, *repo.read_config(Path(config.model.config)))
   at = steps[-1] if step is None else step
-  if labels := checkpoints.meta(at)["labels"]:
+  if labels := checkpoints.meta(at).get("labels"):
     source = repo.with_classes(source, labels, tokens.load_tokenizer(source.folder, source.cfg.V).eos_token_id)
   ready = Pretrained(source, compute_dtype)
   tx = optim.optimizer(config.optim)

@@ -97,7 +97,7 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     # ---- Data: every document and every token accounted for ------------------------------------------------------------
     with Meter("tokenising", 1) as meter:
       told = lambda done, total: meter.at(done, total=total)
-      data = prepare(config.data, tokenizer, tokens.tokenizer_fingerprint(source.folder), told, say)
+      data = prepare(config.data, tokenizer, repo.tokenizer_fingerprint(source.folder), told, say)
     rows = data.train
     rows_in_all = config.train.steps * config.train.batch_size or max(1, round(config.train.epochs * len(rows)))
     total_steps = -(-rows_in_all // config.train.batch_size)

@@ -21,6 +21,22 @@ Rows = ConcatRows | ExampleRows | LabelRows
 Tell = Callable[[int, int], None]  # examples tokenised, and how many there will be
 OUT, TRAIN, HELD_OUT = 0, 1, 2
 SPLITS = {"train": TRAIN, "validation": HELD_OUT}
+# The settings that decide which tokens there are; the others decide how they lie in rows.
+SHAPING = (
+  "format",
+  "text_column",
+  "prompt_column",
+  "completion_column",
+  "label_column",
+  "nats_column",
+  "template",
+  "separator",
+  "validation_fraction",
+  "limit_train",
+  "limit_validation",
+  "shuffle_seed",
+  "on_bad_row",
+)
 
 
 class Data(NamedTuple):
@@ -60,7 +76,7 @@ def prepare(
     "train": sources.fingerprint(data.train, "train"),
     "validation": sources.fingerprint(data.validation, "validation"),
     "tokenizer": tokenizer_fingerprint,
-    "settings": {name: data[name] for name in SHAPING} | {"bad rows": data.on_bad_row},
+    "settings": {name: data[name] for name in SHAPING},
   }
   folder = Path(data.cache_dir) if data.cache_dir else default_cache()
   entry, manifest = cache.open_or_make(folder, key, lambda to: _make(to, data, tokenizer, tell), say)
@@ -73,7 +89,7 @@ def prepare(
         "raise config.data.sequence_length"
       )
   floor = float(stored["validation"].nats_N.sum() / len(stored["validation"].ids)) if data.nats_column else None
-  layout = f"{data.layout} {data.sequence_length} {cache.fingerprint('train', manifest)}"
+  layout = f"{data.layout} {data.sequence_length} {manifest['labels']} {cache.fingerprint('train', manifest)}"
   return Data(
     laid_out["train"],
     laid_out["validation"],
@@ -82,23 +98,6 @@ def prepare(
     hashlib.sha256(layout.encode()).hexdigest(),
     _report(manifest, stored, laid_out, data.sequence_length),
   )
-
-
-# The settings that decide which tokens there are; the others decide how they lie in rows.
-SHAPING = (
-  "format",
-  "text_column",
-  "prompt_column",
-  "completion_column",
-  "label_column",
-  "nats_column",
-  "template",
-  "separator",
-  "validation_fraction",
-  "limit_train",
-  "limit_validation",
-  "shuffle_seed",
-)
 
 
 def examples(

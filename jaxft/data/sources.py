@@ -83,8 +83,8 @@ def read(
   split: str,
   *,
   text_column: str,
-  separator: str = "",
-  notes: collections.Counter | None = None,
+  separator: str,
+  notes: collections.Counter,
 ) -> Iterator[Row]:
   """All rows of the sources, in order.
 
@@ -95,7 +95,6 @@ def read(
     split: of hub data sets that name none.
     notes: counts what was seen on the way: files with a byte order mark, .txt files with \\r\\n.
   """
-  notes = collections.Counter() if notes is None else notes
   for source in sources:
     if source.startswith("hub:"):
       for number, columns in enumerate(_hub(source, split), 1):

@@ -1,7 +1,6 @@
 """Examples to token ids, and how examples lie in memory or in a file."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +11,6 @@ from jaxft.data.formats import Example
 from jaxft.errors import RequestError, first_line
 
 AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**22  # given to the tokenizer together: it spreads texts over the cores
-TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "vocab.json",
-  "merges.txt",
-  "special_tokens_map.json",
-  "added_tokens.json",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +63,6 @@ def load_tokenizer(folder: Path, V: int) -> Any:
       f"{folder}: the tokenizer has {len(tokenizer)} tokens, up to id {largest}, and the model's table only {V} rows"
     )
   return tokenizer
-
-
-def tokenizer_fingerprint(folder: Path) -> str:
-  """Changes with any byte of the tokenizer's files."""
-  digest = hashlib.sha256()
-  for name in TOKENIZER_FILES:
-    if (folder / name).is_file():
-      digest.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
-  return digest.hexdigest()
 
 
 def ids_dtype(tokenizer: Any) -> np.dtype:

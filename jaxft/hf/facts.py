@@ -109,12 +109,7 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
   if not isinstance(family, str) or family not in FAMILIES:
     raise RequestError(f"config.json: model_type={family!r} is not supported, only {', '.join(FAMILIES)}")
   _refuse_others(config, FIXED)
-  if len(str(config.get("attention_types"))) > 2**16 or any(
-    int(n) > 2**16 for n in _numbers(config.get("attention_types"))
-  ):
-    raise RequestError(
-      "config.json: attention_types names more layers than a model has"
-    )  # the class would write them out
+  _refuse_giants(config.get("attention_types"))
   import transformers  # half a second
 
   try:
@@ -126,8 +121,11 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
   return dataclasses.replace(FAMILIES[family](read), classes=_classes(config))
 
 
-def _numbers(value: Any) -> list[str]:
-  return re.findall(r"\d+", str(value))
+def _refuse_giants(attention_types: Any) -> None:
+  """[[["global"], 10**9]] is short, but the config class would write out a list of as many layers."""
+  text = str(attention_types)
+  if len(text) > 2**16 or any(int(number) > 2**16 for number in re.findall(r"\d+", text)):
+    raise RequestError("config.json: attention_types names more layers than a model has")
 
 
 def _classes(config: dict[str, Any]) -> int:

@@ -125,7 +125,7 @@ def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
 
   Each process reads only the slices that its devices hold, and at most one parameter is in host memory besides the arrays
   themselves. Every tensor is used exactly once: an unknown, a missing, a misshaped or an untied one raises RequestError
-  with its name.
+  with its name. A new classification head is drawn, and takes the place of the language head in the folder.
   """
   source = _named(checkpoint)
   paths, structure = jax.tree_util.tree_flatten_with_path(shapes)

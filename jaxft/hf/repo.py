@@ -1,6 +1,7 @@
 """A Hugging Face folder or hub id -> a folder whose files can be trusted to be files, and its ModelConfig."""
 
 import dataclasses
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,14 @@ from jaxft.model import ModelConfig
 # What a folder needs to be used and to be exported again; weights in other formats stay on the hub.
 WANTED = ["*.json", "*.txt", "*.safetensors", "tokenizer.model", "README.md"]
 FORMATS = ("model.safetensors", "flax_model.msgpack")  # the first that is there is read
+TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+  "merges.txt",
+  "special_tokens_map.json",
+  "added_tokens.json",
+)
 LARGEST_TEXT = (
   2**28
 )  # bytes of a .json or .txt file, which is read whole; the tokenizer.json of a large vocabulary has 2^25
@@ -122,6 +131,15 @@ def read_config(file: Path) -> tuple[dict[str, Any], ModelConfig]:
     return hf_config, facts.model_config(hf_config)
   except RequestError as error:
     raise RequestError(f"{file.parent}: {error}") from error
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+  """Changes with any byte of the tokenizer's files."""
+  digest = hashlib.sha256()
+  for name in TOKENIZER_FILES:
+    if (folder / name).is_file():
+      digest.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
+  return digest.hexdigest()
 
 
 def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:

@@ -18,16 +18,7 @@ from jaxft.hf.verify import verify
 
 # Keys of config.json that name code to be loaded: there is none of it in an export.
 NOT_EXPORTED = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "trust_remote_code")
-TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "vocab.json",
-  "merges.txt",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "generation_config.json",
-  "chat_template.jinja",
-)
+COPIED = (*repo.TOKENIZER_FILES, "generation_config.json", "chat_template.jinja", "README.md")
 
 
 def faults(out: Path) -> list[str]:
@@ -82,7 +73,7 @@ def export(
       {key: value for key, value in checkpoint.hf_config.items() if key not in NOT_EXPORTED}
       | {"architectures": [checkpoint.architecture], "dtype": main_dtype, "torch_dtype": main_dtype},
     )
-    for name in (*TOKENIZER_FILES, "README.md"):
+    for name in COPIED:
       if (checkpoint.folder / name).is_file():
         shutil.copyfile(checkpoint.folder / name, partial / name)
     if not checkpoint.cfg.classes and not (partial / "generation_config.json").exists():
