@@ -88,7 +88,8 @@ SETTINGS = (
     "data.train",
     (),
     anything,
-    "one or more sources: hub:NAME[:SPLIT], or a .txt, .jsonl, .csv or .parquet file, glob or folder",
+    "one or more sources: hub:NAME[:SPLIT], or a .txt, .jsonl, .csv or .parquet file, glob or folder; with @WEIGHT after "
+    "it an epoch passes so often over its documents: stories.jsonl@0.5",
   ),
   Setting("data.validation", (), anything, "sources to evaluate on; empty: split off the training documents"),
   Setting("data.validation_fraction", 0.05, between(0, 1), "share of documents held out when data.validation is empty"),

@@ -50,7 +50,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
     if out.absolute() in (workdir.absolute(), *workdir.absolute().parents, (workdir / "checkpoints").absolute()):
       lines.append(f"config.export.out={str(out)!r}: the run itself is written there; name a folder of its own")
     lines += push.faults(config.export.push_to_hub) if config.export.push_to_hub else []
-    lines += sources.faults(tuple(config.data.train) + tuple(config.data.validation))
+    lines += sources.faults(config.data.train, config.data.validation)
   if not lines:  # reading a model's config takes seconds, most of them to import transformers
     lines += repo.faults(config.model.path, config.model.init == "pretrained", config.model.torch_bin)
   if lines:

@@ -138,7 +138,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, told):
 @pytest.mark.parametrize("source", ["nowhere.txt", "no*where", "."])
 def test_missing_sources_are_named(tmp_path, monkeypatch, source):
   monkeypatch.chdir(tmp_path)
-  assert len(sources.faults((source,))) == 1 and repr(source) in sources.faults((source,))[0]
+  for train, validation in (((source,), ()), ((), (source,)), ((f"{source}@2",), ())):
+    (line,) = sources.faults(train, validation)
+    assert repr(source) in line
 
 
 def test_an_unreachable_hub_is_one_line():
@@ -153,3 +155,18 @@ def test_a_fingerprint_changes_with_every_byte_and_no_name(tmp_path):
   write(tmp_path, "a.txt", "abd")
   assert before != sources.fingerprint((one,), "train")
   assert sources.fingerprint((write(tmp_path, "a.csv", "abc"),), "train") != before  # read otherwise
+
+
+def test_a_weight_stands_after_its_source(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert sources.weighted("a.txt@0.5") == ("a.txt", 0.5) and sources.weighted("hub:x/y:train@3") == (
+    "hub:x/y:train",
+    3.0,
+  )
+  assert sources.weighted("a@b.txt") == ("a@b.txt", 1.0)
+  (tmp_path / "folder@2").mkdir()
+  assert sources.weighted("folder@2") == ("folder@2", 1.0)
+  write(tmp_path, "a.txt", "x")
+  for weight in ("0", "101"):
+    assert "above 0 and at most 100" in sources.faults((f"a.txt@{weight}",), ())[0]
+  assert sources.faults((), ("a.txt@2",))  # what is evaluated is read once

@@ -72,8 +72,10 @@ def prepare(
   Raises RequestError when a row is bad (unless they are skipped) or nothing is left to train on, StorageError when the cache
   folder cannot be written.
   """
+  weights = [sources.weighted(source) for source in data.train]
   key = {
-    "train": sources.fingerprint(data.train, "train"),
+    "train": sources.fingerprint([name for name, _ in weights], "train"),
+    "weights": [weight for _, weight in weights],
     "validation": sources.fingerprint(data.validation, "validation"),
     "tokenizer": tokenizer_fingerprint,
     "settings": {name: data[name] for name in SHAPING},
@@ -114,34 +116,45 @@ def examples(
       dropped[formats.reason(str(fault))] += 1
 
 
+class Source(NamedTuple):
+  name: str
+  split: str  # of the setting that names it
+  weight: float
+
+
 def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[str, Any]:
   """Writes the token files: a first pass counts the examples, for the second to know which of them are wanted."""
   rng = np.random.default_rng(data.shuffle_seed)
   dropped, notes, labels, seen = collections.Counter(), collections.Counter(), set(), set()
-  duplicates, counts = 0, {}
-  for name in ("train", "validation") if data.validation else ("train",):
-    counts[name] = 0
-    for example in examples(data[name], name, data, dropped, notes):
-      counts[name] += 1
+  all_sources = [Source(name, "train", weight) for name, weight in map(sources.weighted, data.train)]
+  all_sources += [Source(name, "validation", 1.0) for name in data.validation]
+  duplicates, counts = 0, []
+  for source in all_sources:
+    counts.append(0)
+    for example in examples((source.name,), source.split, data, dropped, notes):
+      counts[-1] += 1
       labels.add(example.label)
       digest = hashlib.blake2b(f"{example.label} {example.text}".encode(), digest_size=8).digest()
       duplicates += digest in seen
       seen.add(digest)
   seen.clear()
-  wanted = _choose(counts, data, rng, dropped)
+  bad = sum(dropped.values())
+  places = _choose(all_sources, counts, data, rng, dropped)
+  passes = [_passes(source.weight, of, rng, dropped) for source, of in zip(all_sources, places)]
   labels = sorted(
     labels - {None}, key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label)
   )
-  number, total = {label: i for i, label in enumerate(labels)}, sum(int((of != OUT).sum()) for of in wanted.values())
+  number, total = {label: i for i, label in enumerate(labels)}, sum(int(of.sum()) for of in passes)
 
   dtype = tokens.ids_dtype(tokenizer)
   writers = {name: cache.Writer(folder, name, dtype) for name in SPLITS}
   done = merged = 0
   again = collections.Counter()  # the second pass meets the same bad rows, which the first has counted
-  for source, of in wanted.items():
-    for name, place in SPLITS.items():
-      chosen = itertools.compress(examples(data[source], source, data, again, again), of == place)
-      for batch in tokens.batches(chosen) if (of == place).any() else ():
+  for (name, place), (source, of, often) in itertools.product(SPLITS.items(), zip(all_sources, places, passes)):
+    for number_of_pass in range(often[of == place].max(initial=0)):
+      wanted = (of == place) & (often > number_of_pass)
+      chosen = itertools.compress(examples((source.name,), source.split, data, again, again), wanted)
+      for batch in tokens.batches(chosen):
         encoded = tokens.encode(batch, tokenizer, dtype)
         nats = [example.nats for example in batch if example.nats is not None]
         label_ids = [number[example.label] for example in batch if example.label is not None]
@@ -151,10 +164,13 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[st
         tell(done, total)
   if done != total:
     raise RequestError("config.data: a source has changed while it was read; run again")
+  more = sum(int(np.maximum(of, 1).sum()) - len(of) for of in passes)
+  if more:
+    notes["rows read again, as their weight says"] = more
   return {
     "files": {name: about for writer in writers.values() for name, about in writer.close().items()},
     "labels": labels,
-    "read": sum(counts.values()) + sum(count for why, count in dropped.items() if not why.startswith("limit_")),
+    "read": sum(counts) + bad + more,
     "dropped": dict(dropped),
     "duplicates": duplicates,
     "merged": merged,
@@ -163,25 +179,34 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[st
 
 
 def _choose(
-  counts: dict[str, int], data: ConfigDict, rng: np.random.Generator, dropped: collections.Counter
-) -> dict[str, np.ndarray]:
-  """For each source of examples the split that each of them goes to; raises RequestError when one would be empty."""
-  places = {name: np.full(count, SPLITS[name], np.uint8) for name, count in counts.items()}
-  if "validation" not in places:
-    held_out = rng.permutation(counts["train"])[: round(counts["train"] * data.validation_fraction)]
-    places["train"][held_out] = HELD_OUT
+  all_sources: list[Source], counts: list[int], data: ConfigDict, rng: np.random.Generator, dropped: collections.Counter
+) -> list[np.ndarray]:
+  """For each source the split that each of its examples goes to; raises RequestError when one would be empty."""
+  places = np.concatenate([np.full(n, SPLITS[source.split], np.uint8) for source, n in zip(all_sources, counts)])
+  if not data.validation:
+    places[rng.permutation(len(places))[: round(len(places) * data.validation_fraction)]] = HELD_OUT
   for name, place in SPLITS.items():
-    of = places.get(name, places["train"])
-    there, limit = np.flatnonzero(of == place), data[f"limit_{name}"]
+    there, limit = np.flatnonzero(places == place), data[f"limit_{name}"]
     if not len(there):
       raise RequestError(
-        f"config.data: no {name} examples ({counts} good rows, {sum(dropped.values())} bad ones, "
+        f"config.data: no {name} examples ({sum(counts)} good rows, {sum(dropped.values())} bad ones, "
         f"validation_fraction={data.validation_fraction}); give more data, or name some in config.data.validation"
       )
     if limit and limit < len(there):
-      of[rng.permutation(there)[limit:]] = OUT
+      places[rng.permutation(there)[limit:]] = OUT
       dropped[f"limit_{name}"] = len(there) - limit
-  return places
+  return np.split(places, np.cumsum(counts)[:-1])
+
+
+def _passes(weight: float, places: np.ndarray, rng: np.random.Generator, dropped: collections.Counter) -> np.ndarray:
+  """How often each example of a source is written. What is left of the weight after whole passes is a share, drawn anew."""
+  often = np.where(places == TRAIN, int(weight), places != OUT)
+  trained = np.flatnonzero(places == TRAIN)
+  often[rng.permutation(trained)[: round(len(trained) * (weight % 1))]] += 1
+  out = int((often[trained] == 0).sum())
+  if out:
+    dropped["weight of the source"] += out
+  return often
 
 
 def lay_out(stored: tokens.Tokens, data: ConfigDict, end: int) -> Rows:

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,13 +54,28 @@ def find_files(source: str) -> list[Path]:
   return files
 
 
-def faults(sources: tuple[str, ...]) -> list[str]:
+def weighted(source: str) -> tuple[str, float]:
+  """A source of training data, and how often an epoch passes over its documents: SOURCE@0.5, SOURCE@3; 1 where it says nothing.
+
+  Raises RequestError for a weight that no epoch can have.
+  """
+  found = re.fullmatch(r"(.+)@(\d*\.?\d+)", source)
+  if not found or exists(Path(source)):  # a folder may be called so
+    return source, 1.0
+  name, weight = found[1], float(found[2])
+  if not 0 < weight <= 100:
+    raise RequestError(f"data source {source!r}: a weight must be above 0 and at most 100")
+  return name, weight
+
+
+def faults(train: tuple[str, ...], validation: tuple[str, ...]) -> list[str]:
   """One line for each local source that cannot be found."""
   lines = []
-  for source in sources:
+  for source, may_weigh in [(name, True) for name in train] + [(name, False) for name in validation]:
     try:
-      if not source.startswith("hub:"):
-        find_files(source)
+      name = weighted(source)[0] if may_weigh else source
+      if not name.startswith("hub:"):
+        find_files(name)
     except RequestError as error:
       lines.append(str(error))
   return lines
