@@ -107,10 +107,10 @@ def compare(folder: Path) -> None:
   from safetensors import safe_open
 
   from jaxft import config as settings
-  from jaxft import model, optim, sharding
+  from jaxft import model, program, sharding
   from jaxft.hf import load, repo, unload
   from jaxft.loss import cross_entropy_sum
-  from jaxft.step import State, make_train_step
+  from jaxft.step import State
 
   source = repo.find(str(folder / "model"))
   graph, shapes, _ = model.abstract(source.cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))
@@ -146,17 +146,21 @@ def compare(folder: Path) -> None:
       found["gradient"] = max(found["gradient"], worst)
   del gradients
 
-  adamw = settings.default().optim
-  adamw.update(learning_rate=RATE, weight_decay=DECAY, eps=EPS, schedule="linear")
-  tx = optim.optimizer(adamw)
-  train_step = make_train_step(graph, tx, optim.schedule(adamw, STEPS), clip_norm=1.0, loss_chunk=0, seed=0)
-  train_step = jax.jit(train_step, donate_argnums=0)
-  state = State(jnp.int32(0), params, tx.init(params))
+  config = settings.default()
+  config.optim.update(learning_rate=RATE, weight_decay=DECAY, eps=EPS, schedule="linear")
+  config.train.batch_size = 2
+  row = {
+    "ids": np.zeros(STEP_T - 1, np.int32),
+    "targets": np.zeros(STEP_T - 1, np.int32),
+    "mask": np.ones(STEP_T - 1, bool),
+  }
+  run = program.build(config, source.cfg, sharding.make_mesh(config.mesh), STEPS, row)
+  state = State(jnp.int32(0), params, run.tx.init(params))
   del params
   for step in range(STEPS):
     ids = some_ids(step, STEP_T).astype(np.int32)[None]
     mask = np.ones((1, 2, STEP_T - 1), bool)
-    state, _ = train_step(state, {"ids": ids[..., :-1], "targets": ids[..., 1:], "mask": mask})
+    state, _ = run.train_step(state, {"ids": ids[..., :-1], "targets": ids[..., 1:], "mask": mask})
   found["weights"] = found["table"] = 0.0
   with safe_open(folder / "trained.safetensors", "numpy") as theirs:
     for tensor in unload.hf_tensors(state.params, source):

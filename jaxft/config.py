@@ -166,6 +166,15 @@ SETTINGS = (
   Setting("mesh.data", 1, size_or_rest, "devices that hold copies and split the batch; -1: the rest"),
   Setting("mesh.fsdp", -1, size_or_rest, "devices that split weights, optimizer state and the batch; -1: the rest"),
   Setting(
+    "mesh.tensor", 1, size_or_rest, "devices that split heads, feed-forward and vocabulary of each layer; -1: the rest"
+  ),
+  Setting(
+    "mesh.zero_stage",
+    3,
+    between(0, 4),
+    "what mesh.fsdp splits: 0 nothing but the batch, 1 the optimizer state, 2 and the gradients, 3 and the weights",
+  ),
+  Setting(
     "memory.remat",
     "none",
     one_of("none", "dots", "full"),
@@ -193,6 +202,8 @@ FREE_ON_RESUME = frozenset(
     "train.sample_tokens",
     "mesh.data",
     "mesh.fsdp",
+    "mesh.tensor",
+    "mesh.zero_stage",
     "memory.remat",
     "memory.loss_chunk",
     "export.out",
@@ -275,8 +286,9 @@ def faults(config: ConfigDict) -> list[str]:
     )
   if v["model.head"] == "classification" and v["train.sample_prompts"]:
     lines.append("config.train.sample_prompts: a model with a classification head writes no text; leave it empty")
-  if v["mesh.data"] == v["mesh.fsdp"] == -1:
-    lines.append("config.mesh.data=-1 and config.mesh.fsdp=-1: only one can take the rest")
+  rest = [f"config.mesh.{axis}=-1" for axis in ("data", "fsdp", "tensor") if v[f"mesh.{axis}"] == -1]
+  if len(rest) > 1:
+    lines.append(f"{' and '.join(rest)}: only one can take the rest")
   peak, end = v["optim.learning_rate"], v["optim.end_learning_rate"]
   if end > peak:
     lines.append(f"config.optim.end_learning_rate={end}: above config.optim.learning_rate={peak}")

@@ -11,12 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.attention import attention
 from jaxft.loss import Head, logits
 
-# Called on every activation and on every weight where it is used, with the logical name of each axis.
-Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+# Called on every activation, or on every weight where it is used, with the logical name of each axis.
+Place = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+
+WEIGHT = "weight"  # the name of a weight as the maths uses it, for rematerialisation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Compute:
 
   dtype: Any = jnp.float32
   remat: str = "none"
-  constrain: Constrain = lambda x, axes: x
+  constrain: Place = lambda x, axes: x  # activations
+  gather: Place = lambda x, axes: x  # weights
   vocab_multiple: int = 1  # tables are padded to a multiple of so many rows: any mesh can then split them
 
   def rows(self, cfg: ModelConfig) -> int:
@@ -115,7 +119,7 @@ class LayerNorm(nnx.Module):
     self.bias = nnx.Param(jnp.zeros(cfg.D), out_sharding=("embed",))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    f32 = Compute(jnp.float32, constrain=self.compute.constrain)
+    f32 = dataclasses.replace(self.compute, dtype=jnp.float32)
     y_BTD = x_BTD.astype(jnp.float32)
     y_BTD = y_BTD - y_BTD.mean(-1, keepdims=True)
     y_BTD = y_BTD * jax.lax.rsqrt((y_BTD * y_BTD).mean(-1, keepdims=True) + self.eps)
@@ -347,11 +351,14 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rotary_dim: int) -> jax.A
 
 
 def weight(param: nnx.Param, compute: Compute) -> jax.Array:
-  """A parameter as the maths uses it: cast first and then gathered, so that half the bytes travel in bfloat16."""
+  """A parameter as the maths uses it: cast first and then gathered, so that half the bytes travel in bfloat16.
+
+  The backward pass casts and gathers again: kept from the forward pass, the layers' weights would be the whole model.
+  """
   axes = param.out_sharding
   if param.ndim == len(axes) - 1:
     axes = axes[1:]  # inside the scan the layer axis is gone, its name is not
-  return compute.constrain(param[...].astype(compute.dtype), axes)
+  return checkpoint_name(compute.gather(param[...].astype(compute.dtype), axes), WEIGHT)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -361,9 +368,12 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def rematerialised(layer: Callable, remat: str) -> Callable:
-  if remat == "none":
-    return layer
-  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+  policies = jax.checkpoint_policies
+  policy = {
+    "none": policies.save_anything_except_these_names(WEIGHT),
+    "dots": policies.dots_with_no_batch_dims_saveable,
+    "full": policies.nothing_saveable,
+  }[remat]
   # prevent_cse guards against a compiler that undoes the recomputation; inside a scan it cannot, and guarding costs.
   return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 

@@ -46,9 +46,14 @@ class Pretrained:
     self.tokenizer = tokens.load_tokenizer(source.folder, source.cfg.V)
     self.mesh = sharding.make_mesh(settings.default().mesh)
     dtype = model.compute_dtype(compute_dtype, self.mesh.devices.flat[0])
-    compute = model.Compute(dtype, constrain=sharding.constrain_on(self.mesh), vocab_multiple=sharding.VOCAB_MULTIPLE)
-    self.graph, self.shapes, axes = model.abstract(source.cfg, compute)
-    self.shardings = sharding.parameter_shardings(self.shapes, axes, self.mesh)
+    compute = model.Compute(
+      dtype,
+      constrain=sharding.constrain_on(self.mesh),
+      gather=sharding.gather_on(self.mesh),
+      vocab_multiple=sharding.VOCAB_MULTIPLE,
+    )
+    self.graph, self.shapes, self.axes = model.abstract(source.cfg, compute)
+    self.shardings = sharding.shardings_of("parameters", self.shapes, self.axes, self.mesh)
     self.params: Any = None  # set by load and load_workdir
     self.run: tuple[Path, int] | None = None  # the workdir and step that the weights are from; None: from `source`
     self._generator = Generator(self.graph, source.cfg, self.tokenizer.eos_token_id)
@@ -103,7 +108,8 @@ class Pretrained:
     if not len(text):
       raise RequestError(f"data source {data}: no rows in it")
     rows = lay_out(text, how, self.tokenizer.eos_token_id)
-    whole_batches = -(-batch_size // self.mesh.size) * self.mesh.size
+    parts = sharding.batch_parts(self.mesh)
+    whole_batches = -(-batch_size // parts) * parts
     loss, count = mean_loss(
       self._eval_step,
       self.params,
@@ -190,7 +196,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
     source = repo.with_classes(source, labels, tokens.load_tokenizer(source.folder, source.cfg.V).eos_token_id)
   ready = Pretrained(source, compute_dtype)
   tx = optim.optimizer(config.optim)
-  like = State(*sharding.state_like(tx, ready.shapes, ready.shardings, ready.mesh))
+  like = State(*sharding.state_like(tx, ready.shapes, ready.axes, ready.mesh, 3))
   ready.run = workdir, at
   ready.params = checkpoints.restore(ready.run[1], like).params
   checkpoints.close()

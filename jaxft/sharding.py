@@ -1,57 +1,94 @@
 """Where arrays live: the mesh, one table from logical axes to mesh axes, and the shardings that follow from it."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxft.errors import RequestError
 
-# Logical axis -> mesh axes, for arrays as they are stored and as the maths uses them. A weight is stored in slices
-# along "embed" and whole where it is used (FSDP, or ZeRO-3): inside the layer scan, so that one layer is whole at a time.
-# D is the axis to cut: 768 ... 4096 divide by 8 ... 256; the vocabulary (50257) and GPT-2 XL's 25 heads divide by nothing.
+# Logical axis -> mesh axes, for arrays cut as far as they can be and as the maths uses them. A weight is stored in slices along
+# "embed" and whole where it is used (FSDP, or ZeRO-3): inside the layer scan, so that one layer is whole at a time.
+# D is the axis to cut: 768 ... 4096 divide by 8 ... 256. Heads, feed-forward and vocabulary are what tensor parallelism cuts
+# (Megatron, arXiv:1909.08053): there each device computes with its own part.
 RULES = {
-  #             stored              used
+  #             cut                 used
   "batch": (("data", "fsdp"), ("data", "fsdp")),
   "embed": (("fsdp",), ()),
   "act_embed": ((), ()),
-  "heads": ((), ()),
-  "mlp": ((), ()),
-  "vocab": ((), ()),
+  "heads": (("tensor",), ("tensor",)),
+  "mlp": (("tensor",), ("tensor",)),
+  "vocab": (("tensor",), ("tensor",)),
   "layers": ((), ()),
   None: ((), ()),
 }
-STORED, USED = 0, 1
+CUT, USED = 0, 1
+# What ZeRO (arXiv:1910.02054) cuts over the fsdp axis, and from which stage on; below it each device has a copy.
+ZERO = {"optimizer": 1, "gradients": 2, "parameters": 3}
 # Tables of the vocabulary are padded to a multiple of this many rows: every power of two up to it divides them, matrix units
 # are full, and the padding is the same on every mesh, so that a checkpoint fits them all.
 VOCAB_MULTIPLE = 128
 
 
 def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
-  """A (data, fsdp) mesh over the devices; -1 takes what the other axis leaves.
+  """A (data, fsdp, tensor) mesh over the devices; -1 takes what the other axes leave.
 
-  Sizes that need fewer devices than there are use the first ones; raises RequestError when they need more or -1 does not
-  come out whole.
+  Sizes that need fewer devices than there are use the first ones, but with several processes each must have some. Neighbours
+  in the last axes are neighbours in the network: tensor parallelism talks most, copies of the data least. Raises RequestError
+  when sizes need more devices than there are, or -1 does not come out whole.
   """
-  devices = jax.devices() if devices is None else devices
-  shape = {"data": sizes.data, "fsdp": sizes.fsdp}
-  fixed = math.prod(size for size in shape.values() if size != -1)
-  shape = {name: len(devices) // fixed if size == -1 else size for name, size in shape.items()}
+  devices = list(jax.devices() if devices is None else devices)
+  asked = {"data": sizes.data, "fsdp": sizes.fsdp, "tensor": sizes.tensor}
+  fixed = math.prod(size for size in asked.values() if size != -1)
+  shape = {name: len(devices) // fixed if size == -1 else size for name, size in asked.items()}
   needed = math.prod(shape.values())
-  if needed > len(devices) or needed == 0 or (-1 in (sizes.data, sizes.fsdp) and needed != len(devices)):
+  names = ", ".join(f"config.mesh.{name}={size}" for name, size in asked.items())
+  if needed > len(devices) or needed == 0 or (-1 in asked.values() and needed != len(devices)):
     raise RequestError(
-      f"config.mesh.data={sizes.data}, config.mesh.fsdp={sizes.fsdp}: does not fit {len(devices)} "
-      f"devices; the product must be at most {len(devices)}, and with -1 it must divide it"
+      f"{names}: does not fit {len(devices)} devices; the product must be at most {len(devices)}, "
+      "and with -1 it must divide it"
     )
+  if len({device.process_index for device in devices[:needed]}) < len({device.process_index for device in devices}):
+    raise RequestError(f"{names}: leaves processes without a device; use all {len(devices)} devices")
   # Auto: the compiler chooses collectives from the constraints. jax.make_mesh would default to Explicit (jax 0.10).
   return Mesh(
-    np.array(devices[:needed]).reshape(tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)
+    _in_order(devices[:needed], tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)
   )
+
+
+def _in_order(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+  """The devices in the order in which a slice or a cluster is fast; several slices share the first axis they divide."""
+  if devices[0].platform == "cpu":  # the order is of no account, and the rows of a process are next to each other
+    return np.array(devices).reshape(shape)
+  slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices)
+  for axis, size in enumerate(shape):
+    if size % slices == 0:
+      across = tuple(slices if i == axis else 1 for i in range(len(shape)))
+      within = tuple(size // slices if i == axis else size for i, size in enumerate(shape))
+      return mesh_utils.create_hybrid_device_mesh(within, across, devices)
+  raise RequestError(
+    f"a mesh of {shape} (data, fsdp, tensor) over {slices} slices: one of the sizes must be a multiple"
+  )
+
+
+def faults(cfg: Any, mesh: Mesh) -> list[str]:
+  """One line for each size of the model (a `model.ModelConfig`) that tensor parallelism cannot cut."""
+  tensor = mesh.shape["tensor"]
+  return [
+    f"config.mesh.tensor={tensor}: the model has {size} {what}, which {tensor} devices cannot share; "
+    f"take one of {', '.join(str(n) for n in range(1, 65) if cfg.N % n == cfg.F % n == 0)}"
+    for what, size in (("heads", cfg.N), ("columns of the feed-forward layer", cfg.F))
+    if size % tensor
+  ]
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, use: int) -> PartitionSpec:
@@ -67,19 +104,25 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, use: 
   return PartitionSpec(*entries)
 
 
-def parameter_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
-  """A NamedSharding for every parameter; the trees are those of `model.abstract`."""
-  return jax.tree.map(lambda shape, names: NamedSharding(mesh, spec(names, shape.shape, mesh, STORED)), shapes, axes)
+def shardings_of(what: str, shapes: Any, axes: Any, mesh: Mesh, zero_stage: int = 3) -> Any:
+  """A NamedSharding for every leaf of the parameters, or of the "gradients" or "optimizer" moments that are shaped like them.
+
+  Args:
+    what: of `ZERO`.
+    shapes, axes: the trees of `model.abstract`.
+  """
+  use = CUT if zero_stage >= ZERO[what] else USED
+  return jax.tree.map(lambda shape, names: NamedSharding(mesh, spec(names, shape.shape, mesh, use)), shapes, axes)
 
 
-def optimizer_shardings(tx: optax.GradientTransformation, shapes: Any, shardings: Any, mesh: Mesh) -> Any:
-  """Moments live where their parameter lives; what has another shape than its parameter (counts) is replicated."""
+def optimizer_shardings(tx: optax.GradientTransformation, shapes: Any, moments: Any, mesh: Mesh) -> Any:
+  """Moments have the shardings `moments`; what has another shape than its parameter (counts) is replicated."""
   return optax.tree_utils.tree_map_params(
     tx,
     lambda leaf, shape, sharding: sharding if leaf.shape == shape.shape else replicated(mesh),
     jax.eval_shape(tx.init, shapes),
     shapes,
-    shardings,
+    moments,
     transform_non_params=lambda _: replicated(mesh),
   )
 
@@ -95,32 +138,62 @@ def place(shapes: Any, shardings: Any) -> Any:
   )
 
 
-def state_like(tx: optax.GradientTransformation, shapes: Any, shardings: Any, mesh: Mesh) -> tuple[Any, Any, Any]:
+def state_like(
+  tx: optax.GradientTransformation, shapes: Any, axes: Any, mesh: Mesh, zero_stage: int
+) -> tuple[Any, Any, Any]:
   """Shapes and shardings of (step, parameters, optimizer state): what to compile for, and what to restore into."""
-  opt = place(jax.eval_shape(tx.init, shapes), optimizer_shardings(tx, shapes, shardings, mesh))
-  return jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), place(shapes, shardings), opt
+  parameters, moments = (shardings_of(what, shapes, axes, mesh, zero_stage) for what in ("parameters", "optimizer"))
+  opt = place(jax.eval_shape(tx.init, shapes), optimizer_shardings(tx, shapes, moments, mesh))
+  return jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), place(shapes, parameters), opt
+
+
+def batch_parts(mesh: Mesh) -> int:
+  """How many ways rows of a batch are split: over all devices but those that share rows for tensor parallelism."""
+  return math.prod(mesh.shape[axis] for axis in RULES["batch"][CUT])
 
 
 def accumulation_steps(train: ConfigDict, mesh: Mesh) -> int:
   """Accumulation steps that a batch is cut into; raises RequestError when rows do not come out whole."""
-  at_once = min(train.micro_batch_size * mesh.size or train.batch_size, train.batch_size)
-  if train.batch_size % at_once or at_once % mesh.size:
+  parts = batch_parts(mesh)
+  at_once = min(train.micro_batch_size * parts or train.batch_size, train.batch_size)
+  if train.batch_size % at_once or at_once % parts:
     raise RequestError(
       f"config.train.batch_size={train.batch_size}: must be a multiple of {train.micro_batch_size or 1} rows "
-      f"(config.train.micro_batch_size) x {mesh.size} devices"
+      f"(config.train.micro_batch_size) x {parts} devices"
     )
   return train.batch_size // at_once
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of a batch (accumulation step, row, column): rows are split over all devices."""
-  return NamedSharding(mesh, PartitionSpec(None, RULES["batch"][STORED], None))
+  """Of a batch (accumulation step, row, column): rows are split over `batch_parts`."""
+  return NamedSharding(mesh, PartitionSpec(None, RULES["batch"][CUT], None))
 
 
-def constrain_on(mesh: Mesh):
-  """The `Constrain` of a model that runs on this mesh."""
+def constrain_on(mesh: Mesh) -> Callable:
+  """For the activations of a model on this mesh: (array, its logical axes) -> the array, placed."""
 
   def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, USED)))
 
   return constrain
+
+
+def gather_on(mesh: Mesh, zero_stage: int = 3) -> Callable:
+  """For the weights of a model on this mesh: (array, its logical axes) -> the array as the maths uses it.
+
+  The gradient comes back cut where gradients are: a constraint alone would have it whole on every device first.
+  """
+  back = CUT if zero_stage >= ZERO["gradients"] else USED
+
+  def gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    def placed(x: jax.Array, use: int) -> jax.Array:
+      return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, use)))
+
+    @jax.custom_vjp
+    def whole(x):
+      return placed(x, USED)
+
+    whole.defvjp(lambda x: (placed(x, USED), None), lambda _, gradient: (placed(gradient, back),))
+    return whole(x)
+
+  return gather

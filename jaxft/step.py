@@ -23,43 +23,55 @@ class State(NamedTuple):
   opt: Any
 
 
-def make_train_step(
-  graph: nnx.GraphDef,
-  tx: optax.GradientTransformation,
-  schedule: optax.Schedule,
-  *,
-  clip_norm: float,
-  loss_chunk: int,
-  seed: int,
-) -> Callable:
-  """Returns `train_step(state, batch) -> (state, metrics)`.
+def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients: Any) -> Callable:
+  """Returns `gradient(state, batch) -> (loss, gradient, tokens)`.
 
-  The loss is a sum over the unmasked targets of the whole global batch divided by their count, so it does not depend on
-  how rows are cut into accumulation steps or spread over devices. Dropout keys follow from (seed, step, accumulation step).
-  When loss or gradient is not finite the step changes nothing but `state.step`, and `metrics["bad"]` is true.
+  The loss is a sum over the unmasked targets of the whole global batch divided by their count, so it does not depend on how
+  rows are cut into accumulation steps or spread over devices. Dropout keys follow from (seed, step, accumulation step).
+
+  Args:
+    gradients: a sharding for every leaf of the gradient.
   """
 
   def loss_sum(params, part, key):
     model = nnx.merge(graph, params)
     return cross_entropy_sum(hidden(model, part, key), model.head(), part["targets"], part["mask"], loss_chunk)
 
-  def train_step(state: State, batch: dict) -> tuple[State, dict]:
+  def place(grads):
+    return jax.tree.map(jax.lax.with_sharding_constraint, grads, gradients)
+
+  def gradient(state: State, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
     tokens = jnp.sum(batch["mask"])
     scale = 1 / jnp.maximum(tokens, 1).astype(jnp.float32)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-    def gradient(index, part):
+    def of_part(index, part):
       # Scaled before the backward pass: its numbers then do not grow with the size of the batch.
-      return jax.value_and_grad(lambda p: scale * loss_sum(p, part, jax.random.fold_in(key, index)))(state.params)
+      scaled = lambda params: scale * loss_sum(params, part, jax.random.fold_in(key, index))
+      loss, grads = jax.value_and_grad(scaled)(state.params)
+      return loss, place(grads)
 
     A = batch["ids"].shape[0]
     if A == 1:  # no second copy of the gradient for runs that do not accumulate
-      loss, grads = gradient(0, jax.tree.map(lambda x: x[0], batch))
-    else:
-      zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
-      add = lambda total, xs: (jax.tree.map(jnp.add, total, gradient(*xs)), None)
-      (loss, grads), _ = jax.lax.scan(add, zeros, (jnp.arange(A), batch))
+      return *of_part(0, jax.tree.map(lambda x: x[0], batch)), tokens
+    zeros = jnp.float32(0), place(jax.tree.map(jnp.zeros_like, state.params))
+    add = lambda total, xs: (jax.tree.map(jnp.add, total, of_part(*xs)), None)
+    (loss, grads), _ = jax.lax.scan(add, zeros, (jnp.arange(A), batch))
+    return loss, grads, tokens
 
+  return gradient
+
+
+def make_train_step(
+  gradient: Callable, tx: optax.GradientTransformation, schedule: optax.Schedule, *, clip_norm: float
+) -> Callable:
+  """Returns `train_step(state, batch) -> (state, metrics)`, with the gradient of `make_gradient`.
+
+  When loss or gradient is not finite the step changes nothing but `state.step`, and `metrics["bad"]` is true.
+  """
+
+  def train_step(state: State, batch: dict) -> tuple[State, dict]:
+    loss, grads, tokens = gradient(state, batch)
     norm = optax.tree_utils.tree_norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     if clip_norm:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jaxft import command_line, model, optim, sharding
+from jaxft import command_line, model, sharding
 from jaxft import config as settings
+from jaxft import program as programs
 from jaxft.data import loader, sources, tokens
 from jaxft.data.report import prepare
 from jaxft.errors import Preempted, RequestError, StorageError, first_line, run_command
@@ -25,7 +26,7 @@ from jaxft.run.checkpoint import Checkpoints
 from jaxft.run.guards import StopRequest
 from jaxft.run.tracking import Meter, Reporter, say
 from jaxft.sample import Generator, Sampling
-from jaxft.step import State, make_eval_step, make_train_step, mean_loss
+from jaxft.step import State, mean_loss
 
 SMALLER = (
   "a smaller config.train.micro_batch_size, config.memory.remat=full or config.memory.loss_chunk=128 need less memory"
@@ -78,7 +79,6 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     # ---- Mesh ----------------------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
     device = mesh.devices.flat[0]
-    accumulation = sharding.accumulation_steps(config.train, mesh)
     say(
       f"{mesh.size} x {device.device_kind}, mesh " + " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     )
@@ -122,17 +122,10 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     elif source.cfg.classes:
       raise RequestError(f"config.model.path={config.model.path!r}: a model that classifies; set config.model.head")
     cfg = source.cfg if config.model.dropout is None else source.cfg.with_dropout(config.model.dropout)
-    compute = model.Compute(
-      model.compute_dtype(config.model.compute_dtype, device),
-      config.memory.remat,
-      sharding.constrain_on(mesh),
-      sharding.VOCAB_MULTIPLE,
-    )
-    graph, shapes, axes = model.abstract(cfg, compute)
-    shardings = sharding.parameter_shardings(shapes, axes, mesh)
+    program = programs.build(config, cfg, mesh, total_steps, rows[0])
     say(
       f"{source.hf_config['model_type']} from {config.model.path}: {model.parameter_count(cfg):,} parameters, "
-      f"computing in {compute.dtype}"
+      f"computing in {program.compute.dtype}"
     )
 
     # ---- Workdir: is it this run's? ------------------------------------------------------------------------------------
@@ -141,28 +134,13 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
       refuse_another_run(checkpoints, config, about)
 
     # ---- Compile: what the step needs is known before any of it is taken ----------------------------------------------
-    tx = optim.optimizer(config.optim)
-    schedule = optim.schedule(config.optim, total_steps)
-    state_like = State(*sharding.state_like(tx, shapes, shardings, mesh))
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state_like)
-    batch_place, rows_at_once = sharding.batch_sharding(mesh), config.train.batch_size // accumulation
     started = time.monotonic()
-    step_function = make_train_step(
-      graph,
-      tx,
-      schedule,
-      clip_norm=config.optim.clip_norm,
-      loss_chunk=config.memory.loss_chunk,
-      seed=config.train.seed,
-    )
-    jitted = jax.jit(step_function, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
     try:
-      train_step = jitted.lower(state_like, loader.like(rows, accumulation, rows_at_once, batch_place)).compile()
+      train_step = program.train_step.lower(program.state, program.batch).compile()
     except jax.errors.JaxRuntimeError as error:
       raise RequestError(
         f"this run does not compile for {device.device_kind}: {first_line(error)}; {SMALLER}"
       ) from error
-    eval_step = jax.jit(make_eval_step(graph, loss_chunk=config.memory.loss_chunk))
     memory = train_step.memory_analysis()
     say(
       f"compiled in {time.monotonic() - started:.1f} s; a device needs {memory.argument_size_in_bytes / 2**20:,.0f} MiB for "
@@ -173,29 +151,31 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
 
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
-    state, tokens_seen = resume(checkpoints, state_like, total_steps)
+    state, tokens_seen = resume(checkpoints, program.state, total_steps)
     if state is None:
+      shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
       if pretrained:
-        params = load.load(source, shapes, shardings)
+        params = load.load(source, program.state.params, shardings.params)
       else:
-        params = jax.jit(
-          lambda: nnx.to_pure_dict(nnx.state(model.build(cfg, compute, config.train.seed))), out_shardings=shardings
-        )()
-      state = jax.jit(lambda p: State(jnp.int32(0), p, tx.init(p)), out_shardings=state_shardings, donate_argnums=0)(
-        params
-      )
+        new = lambda: nnx.to_pure_dict(nnx.state(model.build(cfg, program.compute, config.train.seed)))
+        params = jax.jit(new, out_shardings=shardings.params)()
+      begin = lambda params: State(jnp.int32(0), params, program.tx.init(params))
+      state = jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
       del params  # donated
     start = int(state.step)
     write_whole(workdir / "config.json", settings.to_json(config))
     write_whole(workdir / "data_report.json", data.to_json(config.train.batch_size))
     reporter = Reporter(config, workdir, start, total_steps, tokens_seen, data.floor, device)
-    generator = Generator(graph, cfg, tokenizer.eos_token_id)
+    generator = Generator(program.graph, cfg, tokenizer.eos_token_id)
 
     def evaluate(step: int, when: str) -> None:
       batches = loader.evaluation_batches(
-        data.validation, batch_size=rows_at_once, limit=config.train.eval_batches, sharding=batch_place
+        data.validation,
+        batch_size=program.rows_at_once,
+        limit=config.train.eval_batches,
+        sharding=program.batch_sharding,
       )
-      reporter.evaluation(step, when, mean_loss(eval_step, state.params, batches)[0])
+      reporter.evaluation(step, when, mean_loss(program.eval_step, state.params, batches)[0])
 
     def sample(step: int, when: str) -> None:
       prompts = list(config.train.sample_prompts)
@@ -212,11 +192,11 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     batches = loader.training_batches(
       rows,
       batch_size=config.train.batch_size,
-      accumulation=accumulation,
+      accumulation=program.batch["ids"].shape[0],
       seed=config.data.shuffle_seed,
       rows_in_all=rows_in_all,
       start=start,
-      sharding=batch_place,
+      sharding=program.batch_sharding,
     )
     pending = None
     reporter.clock.restart()

@@ -26,7 +26,7 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 source = repo.find(sys.argv[1])
 mesh = sharding.make_mesh(config.default().mesh)
 _, shapes, axes = model.abstract(source.cfg, model.Compute())
-params = jax.block_until_ready(load.load(source, shapes, sharding.parameter_shardings(shapes, axes, mesh)))
+params = jax.block_until_ready(load.load(source, shapes, sharding.shardings_of("parameters", shapes, axes, mesh)))
 print(peak())
 parity = save.export(Path(sys.argv[2]), params, source, dtype="bfloat16", max_shard_size="900MB")
 print(peak())

@@ -10,12 +10,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from jaxft import config as settings
-from jaxft import model, optim
+from jaxft import model, program, sharding
 from jaxft.hf import facts, load, repo, save, unload, verify
 from jaxft.hf.published import PUBLISHED
 from jaxft.loss import cross_entropy_sum
 from jaxft.sample import Generator, Sampling
-from jaxft.step import State, make_train_step
+from jaxft.step import State
 
 torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
 transformers = pytest.importorskip("transformers")
@@ -172,11 +172,13 @@ def test_loss_and_every_gradient(case):
 def test_ten_adamw_steps(case):
   theirs, folder, checkpoint, graph, params = case
   theirs = type(theirs).from_pretrained(folder, attn_implementation="eager").train()
-  optim_settings = settings.default().optim
-  optim_settings.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-6)
-  tx = optim.optimizer(optim_settings)
-  step = jax.jit(make_train_step(graph, tx, optim.schedule(optim_settings, 10), clip_norm=1.0, loss_chunk=0, seed=0))
-  state = State(jnp.int32(0), params, tx.init(params))
+  config = settings.default()
+  config.optim.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-6)
+  config.train.batch_size, config.mesh.fsdp = 2, 1
+  row = {"ids": np.zeros(63, np.int32), "targets": np.zeros(63, np.int32), "mask": np.zeros(63, bool)}
+  run = program.build(config, checkpoint.cfg, sharding.make_mesh(config.mesh), 10, row)
+  params = load.load(checkpoint, run.state.params, jax.tree.map(lambda leaf: leaf.sharding, run.state.params))
+  state, step = State(jnp.int32(0), params, run.tx.init(params)), run.train_step
   # jaxft decays matrices and embeddings. In torch those are the parameters with two axes.
   groups = [
     {"params": [p for p in theirs.parameters() if p.ndim == 2], "weight_decay": 0.1},

@@ -106,7 +106,7 @@ def test_shards_and_meshes_change_nothing(folder, tmp_path):
   from jaxft import config, sharding
 
   mesh = sharding.make_mesh(config.default().mesh)
-  checkpoint, sharded = read(folder, lambda shapes, axes: sharding.parameter_shardings(shapes, axes, mesh))
+  checkpoint, sharded = read(folder, lambda shapes, axes: sharding.shardings_of("parameters", shapes, axes, mesh))
   _, params = read(folder)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(sharded), jax.device_get(params))
   save.export(tmp_path / "out", sharded, checkpoint, max_shard_size="40KB")

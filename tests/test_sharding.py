@@ -7,22 +7,32 @@ from jax.sharding import PartitionSpec as P
 from jaxft import config as settings
 from jaxft import sharding
 from jaxft.errors import RequestError
+from jaxft.hf import facts
 
 
-def mesh(data, fsdp, devices=8):
+def mesh(data, fsdp, tensor=1, devices=8):
   sizes = settings.default().mesh
-  sizes.data, sizes.fsdp = data, fsdp
+  sizes.data, sizes.fsdp, sizes.tensor = data, fsdp, tensor
   return sharding.make_mesh(sizes, jax.devices()[:devices])
 
 
 @pytest.mark.parametrize(
-  "asked, got", [((1, -1), (1, 8)), ((2, -1), (2, 4)), ((-1, 2), (4, 2)), ((1, 1), (1, 1)), ((2, 2), (2, 2))]
+  "asked, got",
+  [
+    ((1, -1), (1, 8, 1)),
+    ((2, -1), (2, 4, 1)),
+    ((-1, 2), (4, 2, 1)),
+    ((1, 1), (1, 1, 1)),
+    ((2, 2), (2, 2, 1)),
+    ((2, -1, 2), (2, 2, 2)),
+    ((1, 2, -1), (1, 2, 4)),
+  ],
 )
 def test_mesh_fills_up(asked, got):
   assert tuple(mesh(*asked).shape.values()) == got
 
 
-@pytest.mark.parametrize("asked", [(3, -1), (1, 16), (-1, 9)])
+@pytest.mark.parametrize("asked", [(3, -1), (1, 16), (-1, 9), (1, -1, 3), (2, 2, 4)])
 def test_mesh_that_does_not_fit_names_the_numbers(asked):
   with pytest.raises(RequestError, match=rf"mesh.data={asked[0]}.*mesh.fsdp={asked[1]}.*8 devices"):
     mesh(*asked)
@@ -30,17 +40,17 @@ def test_mesh_that_does_not_fit_names_the_numbers(asked):
 
 def test_weights_are_stored_in_slices_and_used_whole():
   axes, shape = ("layers", "embed", None, "heads", None), (3, 40, 3, 5, 8)
-  assert sharding.spec(axes, shape, mesh(1, 8), sharding.STORED) == P(None, ("fsdp",), None, None, None)
-  assert sharding.spec(axes, shape, mesh(1, 8), sharding.USED) == P(None, None, None, None, None)
+  assert sharding.spec(axes, shape, mesh(1, 8), sharding.CUT) == P(None, ("fsdp",), None, ("tensor",), None)
+  assert sharding.spec(axes, shape, mesh(1, 8), sharding.USED) == P(None, None, None, ("tensor",), None)
 
 
 def test_an_axis_that_does_not_divide_stays_whole():
-  assert sharding.spec(("vocab", "embed"), (293, 41), mesh(1, 8), sharding.STORED) == P(None, None)
+  assert sharding.spec(("vocab", "embed"), (293, 41), mesh(1, 4, 2), sharding.CUT) == P(None, None)
 
 
 def test_two_axes_on_one_mesh_axis_are_refused_with_the_spec():
   with pytest.raises(ValueError, match="'embed', 'embed'.*fsdp"):
-    sharding.spec(("embed", "embed"), (40, 40), mesh(1, 8), sharding.STORED)
+    sharding.spec(("embed", "embed"), (40, 40), mesh(1, 8), sharding.CUT)
 
 
 @pytest.mark.parametrize("batch, micro, steps", [(8, 0, 1), (16, 1, 2), (32, 2, 2), (8, 16, 1)])
@@ -56,3 +66,10 @@ def test_batches_that_do_not_come_out_whole_are_refused(batch, micro):
   train.batch_size, train.micro_batch_size = batch, micro
   with pytest.raises(RequestError, match=f"batch_size={batch}.*8 devices"):
     sharding.accumulation_steps(train, mesh(2, 4))
+
+
+def test_heads_that_tensor_parallelism_cannot_cut_are_refused_with_the_sizes_that_can():
+  xl = facts.model_config({"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25})
+  (line,) = sharding.faults(xl, mesh(1, 4, 2))
+  assert line == "config.mesh.tensor=2: the model has 25 heads, which 2 devices cannot share; take one of 1, 5, 25"
+  assert not sharding.faults(xl, mesh(1, -1))

@@ -76,9 +76,9 @@ def evaluation_batches(rows: Any, *, batch_size: int, sharding: Sharding, limit:
     yield _place(jax.tree.map(lambda *columns: np.stack(columns)[None], *picked), sharding)
 
 
-def like(rows: Any, A: int, B: int, sharding: Sharding) -> Batch:
-  """The shapes of a batch of these rows, to compile for."""
-  return {name: jax.ShapeDtypeStruct((A, B, *x.shape), x.dtype, sharding=sharding) for name, x in rows[0].items()}
+def like(row: dict[str, Any], A: int, B: int, sharding: Sharding) -> Batch:
+  """The shapes of a batch of such rows, to compile for."""
+  return {name: jax.ShapeDtypeStruct((A, B, *x.shape), x.dtype, sharding=sharding) for name, x in row.items()}
 
 
 def _place(batch: dict[str, np.ndarray], sharding: Sharding) -> Batch:

@@ -1,0 +1,70 @@
+"""The programs of a run, for devices that are there or not: shapes, shardings and jitted steps. No memory is taken here."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from jaxft import model, optim, sharding
+from jaxft.data import loader
+from jaxft.errors import RequestError
+from jaxft.step import State, make_eval_step, make_gradient, make_train_step
+
+
+class Program(NamedTuple):
+  graph: nnx.GraphDef
+  compute: model.Compute
+  tx: optax.GradientTransformation
+  state: State  # shapes with their shardings
+  batch: dict[str, jax.ShapeDtypeStruct]  # of an optimizer step, likewise
+  gradient: Any  # (state, batch) -> (loss, gradient, tokens)
+  train_step: Any  # (state, batch) -> (state, metrics); the state is donated
+  eval_step: Any  # (parameters, batch) -> (sum of the loss, tokens)
+
+  @property
+  def rows_at_once(self) -> int:
+    return self.batch["ids"].shape[1]
+
+  @property
+  def batch_sharding(self) -> NamedSharding:
+    return self.batch["ids"].sharding
+
+
+def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: int, row: dict[str, Any]) -> Program:
+  """The programs of a run of `config` with this model on this mesh.
+
+  Args:
+    row: a row of the data, or one that is shaped like it.
+
+  Raises RequestError when the batch or the model cannot be split as the mesh asks.
+  """
+  if lines := sharding.faults(cfg, mesh):
+    raise RequestError("\n".join(lines))
+  A = sharding.accumulation_steps(config.train, mesh)
+  zero_stage, whole = config.mesh.zero_stage, sharding.replicated(mesh)
+  compute = model.Compute(
+    model.compute_dtype(config.model.compute_dtype, mesh.devices.flat[0]),
+    config.memory.remat,
+    sharding.constrain_on(mesh),
+    sharding.gather_on(mesh, zero_stage),
+    sharding.VOCAB_MULTIPLE,
+  )
+  graph, shapes, axes = model.abstract(cfg, compute)
+  tx = optim.optimizer(config.optim)
+  state = State(*sharding.state_like(tx, shapes, axes, mesh, zero_stage))
+  gradients = sharding.shardings_of("gradients", shapes, axes, mesh, zero_stage)
+  gradient = make_gradient(graph, loss_chunk=config.memory.loss_chunk, seed=config.train.seed, gradients=gradients)
+  step = make_train_step(gradient, tx, optim.schedule(config.optim, total_steps), clip_norm=config.optim.clip_norm)
+  return Program(
+    graph,
+    compute,
+    tx,
+    state,
+    loader.like(row, A, config.train.batch_size // A, sharding.batch_sharding(mesh)),
+    jax.jit(gradient, out_shardings=(whole, gradients, whole)),
+    jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), whole)),
+    jax.jit(make_eval_step(graph, loss_chunk=config.memory.loss_chunk)),
+  )

@@ -1,0 +1,131 @@
+"""Every way to spread a run over eight devices gives what one device gives, and each device holds what the formula says."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxft import config as settings
+from jaxft import model, program, sharding
+from jaxft.hf import facts
+from jaxft.step import State
+
+STEPS, ROWS, T = 20, 8, 13
+SIZES = dict(L=3, N=8, D=40, F=88)
+CONFIGS = {
+  "gpt2": dict(n_embd=40, n_layer=3, n_head=8, n_inner=88, n_positions=17),
+  "gpt_neo": dict(
+    hidden_size=40,
+    num_layers=3,
+    num_heads=8,
+    intermediate_size=88,
+    max_position_embeddings=17,
+    attention_types=[[["global"], 1], [["local"], 2]],
+    window_size=5,
+  ),
+  "gptj": dict(n_embd=40, n_layer=3, n_head=8, n_inner=88, n_positions=17, rotary_dim=2),
+}
+# (data, fsdp, tensor): every way to write 8 as a product of three.
+MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
+CASES = [(mesh, 3) for mesh in MESHES] + [((1, 8, 1), stage) for stage in (0, 1, 2)] + [((2, 2, 2), 1), ((2, 2, 2), 2)]
+MORE = [(mesh, stage) for mesh in MESHES for stage in range(4) if (mesh, stage) not in CASES]
+
+
+@functools.cache
+def cfg_of(family):
+  vocabulary = {"model_type": family, "vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0}
+  return facts.model_config(vocabulary | CONFIGS[family]).with_dropout(0.0)
+
+
+@functools.cache
+def weights(family):
+  """New weights, with noise in every bias and norm too."""
+  compute, rng = model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE), np.random.default_rng(0)
+  params = jax.device_get(nnx.to_pure_dict(nnx.state(model.build(cfg_of(family), compute))))
+  noisy = lambda path, x: x if x.shape[0] == compute.rows(cfg_of(family)) else x + 0.1 * rng.standard_normal(x.shape)
+  return jax.tree_util.tree_map_with_path(lambda path, x: noisy(path, x).astype(np.float32), params)
+
+
+def build(family, mesh, stage):
+  config = settings.default()
+  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
+  config.mesh.zero_stage = stage
+  config.train.batch_size = ROWS
+  config.optim.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-4)
+  row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
+  return program.build(config, cfg_of(family), sharding.make_mesh(config.mesh), STEPS, row)
+
+
+def begin(run, family):
+  places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+  params = jax.device_put(weights(family), places.params)
+  return jax.jit(lambda p: State(jnp.int32(0), p, run.tx.init(p)), out_shardings=places)(params)
+
+
+def batch(run, step):
+  rng = np.random.default_rng(step)
+  ids = rng.integers(293, size=(1, ROWS, T + 1)).astype(np.int32)
+  mask = rng.random((1, ROWS, T)) < np.linspace(0.2, 1, ROWS)[:, None]
+  return jax.device_put({"ids": ids[..., :-1], "targets": ids[..., 1:], "mask": mask}, run.batch_sharding)
+
+
+def train(family, mesh, stage):
+  run = build(family, mesh, stage)
+  state, losses = begin(run, family), []
+  for step in range(STEPS):
+    state, numbers = run.train_step(state, batch(run, step))
+    losses.append(float(numbers["loss"]))
+  assert run.train_step._cache_size() == 1
+  return losses, jax.device_get(state.params)
+
+
+@functools.cache
+def on_one_device(family):
+  return train(family, (1, 1, 1), 3)
+
+
+@pytest.mark.parametrize("mesh, stage", CASES + [pytest.param(*case, marks=pytest.mark.wide) for case in MORE])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_twenty_steps_are_those_of_one_device(family, mesh, stage):
+  wanted, weights = on_one_device(family)
+  losses, trained = train(family, mesh, stage)
+  np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+  for ours, theirs in zip(jax.tree.leaves(trained), jax.tree.leaves(weights), strict=True):
+    assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
+
+
+def bytes_by_formula(family, mesh, stage):
+  """{"parameters", "gradients", "optimizer"}: bytes a device, from the names of the axes alone (docs/sharding.md)."""
+  _, fsdp, tensor = mesh
+  _, shapes, axes = model.abstract(cfg_of(family), model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))
+  names = jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+  def total(cut):
+    each = (
+      4
+      * math.prod(leaf.shape)
+      // (tensor if {"heads", "mlp", "vocab"} & set(of) else 1)
+      // (fsdp if cut and "embed" in of else 1)
+      for leaf, of in zip(jax.tree.leaves(shapes), names, strict=True)
+    )
+    return sum(each)
+
+  return {"parameters": total(stage >= 3), "gradients": total(stage >= 2), "optimizer": 2 * total(stage >= 1) + 4}
+
+
+@pytest.mark.parametrize("mesh, stage", [((1, 8, 1), stage) for stage in range(4)] + [((2, 2, 2), 3), ((1, 2, 4), 2)])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_bytes_of_a_device_follow_the_formula(family, mesh, stage):
+  run = build(family, mesh, stage)
+  state = begin(run, family)
+  held = {"parameters": state.params, "gradients": run.gradient(state, batch(run, 0))[1], "optimizer": state.opt}
+  for device in range(8):
+    measured = {
+      what: sum(leaf.addressable_shards[device].data.nbytes for leaf in jax.tree.leaves(tree))
+      for what, tree in held.items()
+    }
+    assert measured == bytes_by_formula(family, mesh, stage)
