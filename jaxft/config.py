@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from jaxft.errors import RequestError, first_line
+from jaxft.files import is_text
 
 # A check looks at one value and returns what a right value would be, or None when the value is right.
 Check = Callable[[Any], str | None]
@@ -284,6 +285,10 @@ def faults(config: ConfigDict) -> list[str]:
     lines.append(
       f"config.model.head={v['model.head']!r} and config.data.format={v['data.format']!r}: classification is both or neither"
     )
+  if v["data.nats_column"] and v["data.format"] != "text":
+    lines.append(f"config.data.nats_column={v['data.nats_column']!r}: goes with data.format=text only")
+  if not v["data.validation"] and not v["data.validation_fraction"]:
+    lines.append("config.data.validation_fraction=0.0: nothing is held out; name sources in config.data.validation")
   if v["model.head"] == "classification" and v["train.sample_prompts"]:
     lines.append("config.train.sample_prompts: a model with a classification head writes no text; leave it empty")
   rest = [f"config.mesh.{axis}=-1" for axis in ("data", "fsdp", "tensor") if v[f"mesh.{axis}"] == -1]
@@ -306,9 +311,13 @@ def _wrong_type(default: Any, value: Any) -> str | None:
     return None
   if kind is tuple:
     fine = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    return None if fine else "text, or a tuple of texts"
-  fine = isinstance(value, int | float if kind is float else kind) and (kind is bool) == isinstance(value, bool)
-  return None if fine else {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[kind]
+    wanted = "text, or a tuple of texts"
+  else:
+    fine = isinstance(value, int | float if kind is float else kind) and (kind is bool) == isinstance(value, bool)
+    wanted = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[kind]
+  if fine and not all(is_text(item) and "\0" not in item for item in (value if kind is tuple else (str(value),))):
+    fine, wanted = False, "text in UTF-8, without NUL"
+  return None if fine else wanted
 
 
 def changed(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:

@@ -46,6 +46,8 @@ def shortened(line: str) -> str:
 
 def run_command(main: Callable[[], None]) -> None:
   """Runs a command's `main` and turns its endings into exit codes."""
+  for stream in (sys.stdout, sys.stderr):  # a terminal or a log that is not in UTF-8 must not end a run
+    stream.reconfigure(errors="backslashreplace")
   try:
     main()
   except JaxftError as error:

@@ -20,3 +20,12 @@ def exists(path: Path) -> bool:
     return path.exists()
   except OSError:
     return False
+
+
+def is_text(text: str) -> bool:
+  """False for what no UTF-8 file can hold: halves of surrogate pairs, which JSON's \\u escapes and stray bytes give."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True

@@ -14,7 +14,7 @@ from jaxft import config as settings
 from jaxft.data import report, sources, tokens
 from jaxft.errors import RequestError, run_command
 from jaxft.hf import repo
-from jaxft.run.tracking import Meter, say
+from jaxft.run.tracking import Meter, say, visible
 
 USAGE = """python -m jaxft.prepare --config configs/X.py [--config.section.key=value ...] [--json]
 
@@ -49,7 +49,7 @@ def main() -> None:
       lambda done, total: meter.at(done, total=total),
       tell,
     )
-  found = json.loads(data.to_json(config.train.batch_size))
+  found = json.loads(data.to_json(config.train))
   if arguments.json:
     print(json.dumps(found))
     return
@@ -68,7 +68,7 @@ def _table(found: dict[str, Any]) -> Table:
         ", ".join(f"{key.replace('_', ' ')} {_number(of)}" for key, of in value.items() if of not in ({}, None))
         or "none"
       )
-    table.add_row(name.replace("_", " "), _number(value))
+    table.add_row(name.replace("_", " "), Text(visible(_number(value))))
   return table
 
 
@@ -80,14 +80,14 @@ def _number(value: Any) -> str:
 
 def _preview(row: dict[str, np.ndarray], tokenizer: Any, labels: list[str]) -> Text:
   """The row's text, coloured by whether each token is learned; what follows the last learned token is padding."""
-  text, last = Text(), int(np.flatnonzero(row["mask"])[-1])
+  text, last = Text(), int(np.flatnonzero(row["mask"])[-1])  # no row is without a learned token
   if labels:
-    return Text(tokenizer.decode(row["ids"][: last + 1]), "grey50").append(
+    return Text(visible(tokenizer.decode(row["ids"][: last + 1])), "grey50").append(
       f" -> {labels[row['targets'][last]]}", "green"
     )
   runs = np.flatnonzero(np.diff(row["mask"][: last + 1])) + 1
   for start, stop in zip([0, *runs], [*runs, last + 1], strict=True):
-    text.append(tokenizer.decode(row["targets"][start:stop]), "green" if row["mask"][start] else "grey50")
+    text.append(visible(tokenizer.decode(row["targets"][start:stop])), "green" if row["mask"][start] else "grey50")
   return text
 
 

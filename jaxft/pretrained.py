@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from jaxft import config as settings
 from jaxft import model, optim, sharding
 from jaxft.data import loader, tokens
-from jaxft.data.formats import is_text
 from jaxft.data.report import examples, lay_out
 from jaxft.errors import RequestError
+from jaxft.files import is_text
 from jaxft.hf import load as hf_load
 from jaxft.hf import repo, save
 from jaxft.hf.card import model_card
@@ -108,6 +108,8 @@ class Pretrained:
     if not len(text):
       raise RequestError(f"data source {data}: no rows in it")
     rows = lay_out(text, how, self.tokenizer.eos_token_id)
+    if not len(rows):
+      raise RequestError(f"data source {data}: its rows leave nothing to predict in rows of {length} tokens")
     parts = sharding.batch_parts(self.mesh)
     whole_batches = -(-batch_size // parts) * parts
     loss, count = mean_loss(

@@ -16,7 +16,7 @@ from jaxft import command_line, model, sharding
 from jaxft import config as settings
 from jaxft import program as programs
 from jaxft.data import loader, sources, tokens
-from jaxft.data.report import prepare
+from jaxft.data.report import prepare, run_length
 from jaxft.errors import Preempted, RequestError, StorageError, first_line, run_command
 from jaxft.files import write_whole
 from jaxft.hf import load, push, repo, save
@@ -99,13 +99,7 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
       told = lambda done, total: meter.at(done, total=total)
       data = prepare(config.data, tokenizer, repo.tokenizer_fingerprint(source.folder), told, say)
     rows = data.train
-    rows_in_all = config.train.steps * config.train.batch_size or max(1, round(config.train.epochs * len(rows)))
-    total_steps = -(-rows_in_all // config.train.batch_size)
-    if config.train.batch_size > (len(rows) if config.train.steps else rows_in_all):
-      raise RequestError(
-        f"config.train.batch_size={config.train.batch_size}: the training text fills only {len(rows)} rows of {rows.T} tokens; "
-        "take a smaller batch, shorter rows (config.data.sequence_length) or more text"
-      )
+    rows_in_all, total_steps = run_length(rows, config.train)
     if config.optim.warmup_steps > total_steps:
       raise RequestError(
         f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {total_steps} steps of the run"
@@ -164,7 +158,7 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
       del params  # donated
     start = int(state.step)
     write_whole(workdir / "config.json", settings.to_json(config))
-    write_whole(workdir / "data_report.json", data.to_json(config.train.batch_size))
+    write_whole(workdir / "data_report.json", data.to_json(config.train))
     reporter = Reporter(config, workdir, start, total_steps, tokens_seen, data.floor, device)
     generator = Generator(program.graph, cfg, tokenizer.eos_token_id)
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -109,6 +110,32 @@ def test_nothing_is_lost_of_two_thousand_sources(tokenizer, tmp_path, part):
         assert decoded(plain, tokenizer) == of
 
 
+def test_a_source_that_changes_while_it_is_read_leaves_no_cache(tokenizer, tmp_path):
+  file = tmp_path / "a.jsonl"
+  file.write_text('{"text": "cat"}\n{"text": "dog"}\n')
+
+  def tell(done, total):
+    file.write_text('{"text": "mat"}\n{"text": "dog"}\n')
+
+  config = settings.default()
+  config.data.update(train=(str(file),), validation=(str(file),), cache_dir=str(tmp_path / "cache"), sequence_length=4)
+  with pytest.raises(RequestError, match="a source has changed while it was read"):
+    report.prepare(config.data, tokenizer, "a tokenizer", tell)
+  assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
+
+
+def test_one_label_alone_is_refused(tokenizer, tmp_path):
+  file = tmp_path / "a.jsonl"
+  file.write_text('{"text": "cat", "label": "x"}\n' * 2)
+  with pytest.raises(RequestError, match="all rows have the label 'x'"):
+    prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), format="classification")
+
+
+def test_labels_that_are_numbers_come_first_in_their_order(tokenizer):
+  labels = ["10", "9", "ten", "\u0663", "9" * 5000, "010"]
+  assert sorted(labels, key=report._number_first) == ["9", "010", "10", "9" * 5000, "ten", "\u0663"]
+
+
 def test_splits_and_samples_by_document(tokenizer, tmp_path):
   texts = [f"cat {'and dog ' * i}" for i in range(50)]
   file = tmp_path / "a.jsonl"
@@ -178,6 +205,75 @@ def test_the_floor_is_nats_per_held_out_token(tokenizer, tmp_path):
   assert data.floor == pytest.approx(6.5 / data.report["tokens"]["held_out"])
   with pytest.raises(RequestError, match="row 1: column 'bits' is no finite number"):
     prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), nats_column="bits")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_long_text_in_parts_gives_the_tokens_of_the_whole(tmp_path, monkeypatch, seed):
+  tokenizer = tokens.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50257)
+  rng = np.random.default_rng(seed)
+  pieces = [*PIECES, " ", " ", "\n", "'s", " 12", "\u3000", "\x1c", "<|endoftext|>", "don't", "\xa0x"]
+  text = "".join(pieces[i] for i in rng.integers(len(pieces), size=400))
+  monkeypatch.setattr(tokens, "CHARACTERS_AT_ONCE", 64)
+  parts = tokens._parts(text, tokenizer)
+  assert "".join(parts) == text and len(parts) > 10
+  whole = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+  assert tokens.encode([Example(text)], tokenizer, np.uint16).ids[0].tolist() == [*whole, tokenizer.eos_token_id]
+
+
+def test_what_a_trainer_left_in_the_tokenizer_is_not_applied(folder, tmp_path):
+  shutil.copytree(folder, tmp_path / "saved")
+  saved = json.loads((folder / "tokenizer.json").read_text())
+  saved["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+  saved["padding"] = {
+    "strategy": {"Fixed": 9},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": tiny.EOS,
+  }
+  (tmp_path / "saved" / "tokenizer.json").write_text(json.dumps(saved))
+  texts = ["the cat sat on the mat and ran", "a"]
+  plain, other = (
+    tokens.in_memory(map(Example, texts), tokens.load_tokenizer(at, 293)) for at in (folder, tmp_path / "saved")
+  )
+  np.testing.assert_array_equal(plain.ids, other.ids)
+
+
+def test_sources_with_the_same_files_in_other_groups_are_other_data(tokenizer, tmp_path):
+  for name, text in (("1/a", "cat"), ("1/b", "dog"), ("2/b", "dog"), ("2/c", "mat")):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / f"{name}.txt").write_text(text)
+  held = tmp_path / "held.txt"
+  held.write_text("x")
+  one = [f"{tmp_path}/1@2", f"{tmp_path}/2/c.txt@3"]
+  other = [f"{tmp_path}/1/a.txt@2", f"{tmp_path}/2@3"]
+  for sources, wanted in ((one, {"cat": 2, "dog": 2, "mat": 3}), (other, {"cat": 2, "dog": 3, "mat": 3})):
+    data = prepared(tokenizer, tmp_path / "cache", sources, validation=(str(held),))
+    texts = decoded(learned(data.train), tokenizer)
+    assert {text: texts.count(text) for text in wanted} == wanted
+
+
+def test_rows_of_nothing_but_prompt_are_dropped_and_counted(tokenizer):
+  examples = [Example("the cat sat on mat " * 9 + "dog", prompt=171), Example("the dog"), Example("a" * 40, prompt=40)]
+  text = stored(tokenizer, examples)
+  rows = ConcatRows(text, 7, EOS)
+  masks = np.concatenate([rows[i]["mask"] for i in range(len(rows))])
+  assert all(rows[i]["mask"].any() for i in range(len(rows))) and len(rows) < len(text.ids) // 7
+  assert masks.sum() == (text.lengths_N - text.prompts_N).sum()
+  (lost,) = rows.account.dropped.values()
+  assert lost == len(text.ids) - rows.account.columns > 0
+  assert rows.account.ends == (learned(rows) == EOS).sum() == 3
+
+
+@pytest.mark.parametrize("layout", ["concat", "pack", "pad"])
+def test_end_tokens_and_padding_are_counted(tokenizer, tmp_path, layout):
+  file = tmp_path / "a.jsonl"
+  file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["the cat", "dog " * 40, "mat"]))
+  data = prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), layout=layout)
+  ids = learned(data.train)
+  assert data.report["end_tokens"]["trained"] == (ids == EOS).sum()
+  assert data.report["padding_share"] == round(1 - len(ids) / (16 * len(data.train)), 4)
 
 
 def stored(tokenizer, examples):
@@ -261,6 +357,8 @@ def test_an_epoch_has_each_row_once_and_its_own_order(rows):
   for epoch in epochs:
     assert sorted(epoch) == list(range(1, 86, 5))
   assert len({tuple(epoch) for epoch in epochs}) == 6
+  other = np.concatenate([batch["targets"][0, :, 0] for batch in collect(rows, 17, seed=4)]).reshape(6, 17)
+  assert not {tuple(epoch) for epoch in epochs} & {tuple(epoch) for epoch in other}  # the next seed's are others
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 7, 15, 166_660])

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -58,13 +59,24 @@ def test_a_txt_file_is_one_document_or_cut_at_a_separator(tmp_path):
   assert texts(file, separator="<|end|>") == ["one\n", "\ntwo"]
 
 
+def test_a_folder_is_read_without_what_is_hidden_and_what_is_unknown_is_counted(tmp_path):
+  (tmp_path / ".checkpoints").mkdir()
+  for name in ("a.txt", "B.TXT", "sub.pdf", ".hidden.txt", ".checkpoints/c.txt"):
+    write(tmp_path, name, name)
+  notes = collections.Counter()
+  assert sorted(texts(str(tmp_path), notes=notes)) == ["B.TXT", "a.txt"]
+  assert notes["files in folders that are of no kind that is read"] == 1
+  os.mkfifo(tmp_path / "pipe.txt")
+  assert "not an ordinary file" in sources.faults((str(tmp_path / "pipe.txt"),), ())[0]
+
+
 def test_byte_order_marks_and_crlf_are_reported(tmp_path):
   notes = collections.Counter()
   write(tmp_path, "a.txt", b"\xef\xbb\xbfx\r\ny")
   write(tmp_path, "b.csv", b"\xef\xbb\xbftext\r\nz\r\n")
   write(tmp_path, "c.txt", b"plain\n")
   assert texts(str(tmp_path), notes=notes) == ["x\r\ny", "z", "plain\n"]
-  assert notes == {"files with a byte order mark": 2, ".txt files with \\r\\n, which is kept": 1}
+  assert +notes == {"files with a byte order mark": 2, ".txt files with \\r\\n, which is kept": 1}
 
 
 def test_prompts_completions_and_labels(tmp_path):
@@ -91,7 +103,9 @@ BAD = [
   ("a.txt", b"", "a.txt: column 'text' is empty"),
   ("a.csv", "body\nx\n", "row 1: no column 'text'"),
   ("a.csv", b"text\nfine\n\xff\n", "row 2: column 'text' is not UTF-8"),
-  ("a.csv", "x,text\n1\n", "row 1: column 'text' is no text .NoneType"),
+  ("a.csv", "x,text\n1\n", "row 1: no column 'text'"),
+  ("a.csv", "text\nthe cat, dog\n", "row 1: more cells than the first line names .2 and 1"),
+  ("a.csv", b'text\nfine\n"open\nfor ever\n', "row 2: not CSV .unexpected end of data"),
 ]
 
 
@@ -104,6 +118,20 @@ def test_a_bad_row_is_named_or_counted(tmp_path, name, content, told):
   good = read(file, on_bad_row="skip", dropped=dropped)
   assert sum(dropped.values()) == 1 and len(good) == content.count(b"fine" if isinstance(content, bytes) else '"x"}\n{')
   assert "(" not in "".join(dropped)  # a reason, not a row's own details
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+  with pytest.raises(RequestError, match="a.csv: two columns are called 'text'"):
+    read(write(tmp_path, "a.csv", "text,text\na,b\n"))
+
+
+def test_a_value_that_cannot_be_read_is_the_fault_of_its_row(tmp_path):
+  raw = pyarrow.array([b"fine", b"\xff", b"too"], pyarrow.binary())
+  text = pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers())
+  pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+  with pytest.raises(RequestError, match="row 2: a value cannot be read .*skip"):
+    read(str(tmp_path / "a.parquet"))
+  assert texts(str(tmp_path / "a.parquet"), on_bad_row="skip") == ["fine", "too"]
 
 
 def test_bytes_in_parquet_are_no_text(tmp_path):
@@ -167,6 +195,7 @@ def test_a_weight_stands_after_its_source(tmp_path, monkeypatch):
   (tmp_path / "folder@2").mkdir()
   assert sources.weighted("folder@2") == ("folder@2", 1.0)
   write(tmp_path, "a.txt", "x")
-  for weight in ("0", "101"):
-    assert "above 0 and at most 100" in sources.faults((f"a.txt@{weight}",), ())[0]
+  for weight in ("0", "101", "nan", "-1", "1e3", "x", ""):
+    assert "a number above 0 and at most 100" in sources.faults((f"a.txt@{weight}",), ())[0]
+  assert sources.weighted("a.txt@1.") == ("a.txt", 1.0)
   assert sources.faults((), ("a.txt@2",))  # what is evaluated is read once

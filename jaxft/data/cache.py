@@ -19,7 +19,7 @@ from jaxft.data.tokens import Tokens
 from jaxft.errors import StorageError
 from jaxft.files import write_whole
 
-VERSION = 1  # of the files; another one is another entry
+VERSION = 2  # of the files; another one is another entry
 PARTS = {"ids": None, "starts_N1": np.int64, "prompts_N": np.int32, "labels_N": np.int32, "nats_N": np.float64}
 
 
@@ -90,11 +90,11 @@ def open_or_make(
       if not fault:
         return entry, manifest
       say(f"token cache {entry}: {fault}; tokenising again")
-      shutil.rmtree(entry)
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+      _remove(entry)
+    _remove(partial)  # of a process that was killed
     partial.mkdir()
     manifest = {"made_from": json.loads(text)} | make(partial)
-    write_whole(partial / "manifest.json", json.dumps(manifest, indent=1))
+    write_whole(partial / "manifest.json", json.dumps({"sha256": _sha256(manifest)} | manifest, indent=1))
     partial.rename(entry)
     return entry, manifest
   except OSError as error:
@@ -103,6 +103,13 @@ def open_or_make(
     if lock.is_locked:
       shutil.rmtree(partial, ignore_errors=True)
       lock.release()
+
+
+def _remove(path: Path) -> None:
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
 
 
 def tokens(entry: Path, name: str, manifest: Mapping[str, Any]) -> Tokens:
@@ -121,10 +128,16 @@ def _map(file: Path, about: Mapping[str, Any]) -> np.ndarray:
   return np.memmap(file, dtype, "r") if about["bytes"] else np.zeros(0, dtype)  # nothing cannot be mapped
 
 
+def _sha256(manifest: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _check(entry: Path, text: str) -> tuple[dict[str, Any], str]:
   """The manifest of an entry, and what is wrong with the entry."""
   try:
     manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
+    if manifest.pop("sha256") != _sha256(manifest):
+      return {}, "manifest.json differs from its checksum"
     if manifest["made_from"] != json.loads(text):
       return {}, "its manifest is of another text"
     for name, about in manifest["files"].items():

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from jaxft.data.sources import Row
 from jaxft.errors import RequestError
+from jaxft.files import is_text
 
 PROMPT, COMPLETION = "{prompt}", "{completion}"
 
@@ -41,15 +42,6 @@ def example(row: Row, data: ConfigDict) -> Example:
 def reason(fault: str) -> str:
   """A fault without what is different in each row: what the report counts."""
   return fault.split(" (")[0]
-
-
-def is_text(text: str) -> bool:
-  """False for what no file can hold: halves of surrogate pairs, which JSON's \\u escapes and stray bytes give."""
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
 
 
 def _text(columns: dict[str, Any], column: str) -> str:

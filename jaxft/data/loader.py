@@ -3,6 +3,7 @@
 A accumulation steps, B rows a step, T columns
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,13 @@ class Steps:
   def _shuffled(self, place: int) -> int:
     """The row at a place in the endless sequence of epochs: Grain's stateless permutation, keyed by seed and epoch."""
     epoch, place = divmod(place, len(self._rows))
-    return index_shuffle(place, max_index=len(self._rows) - 1, seed=(self._seed + epoch) % 2**32, rounds=4)
+    return index_shuffle(place, max_index=len(self._rows) - 1, seed=_seed_of(self._seed, epoch), rounds=4)
+
+
+@functools.lru_cache(maxsize=16)
+def _seed_of(seed: int, epoch: int) -> int:
+  """32 bits of both: seed + epoch would give each run the epochs of the run before it."""
+  return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
 def training_batches(

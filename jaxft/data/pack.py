@@ -13,28 +13,54 @@ from jaxft.data.tokens import Tokens
 Row = dict[str, np.ndarray]
 
 
+class Account(NamedTuple):
+  """What became of the examples when they were laid out."""
+
+  columns: int  # that hold a token
+  ends: int  # end tokens among the targets
+  cut: int = 0  # examples that do not fit a row whole
+  empty: int = 0  # examples with nothing left to learn, and so left out
+  dropped: dict[str, int] = {}  # tokens, by reason
+
+
 class ConcatRows:
   """All examples as one stream, cut every T tokens: each token is a target exactly once.
 
   The first token of all is predicted from an end token, as the first of every later example is. The last row is filled up
-  with masked columns instead of being dropped.
+  with masked columns instead of being dropped; what is dropped are rows of nothing but prompt.
   """
-
-  cut = dropped = empty = 0  # examples that do not fit whole, tokens that are lost, examples with nothing left to learn
 
   def __init__(self, tokens: Tokens, T: int, end: int):
     self.tokens, self.T, self._end = tokens, T, end
+    rows = np.arange(-(-len(tokens.ids) // T))
+    self._rows = rows[self._teaches(len(rows))] if np.any(tokens.prompts_N) else rows
+    lost = sum(min(T, len(tokens.ids) - int(i) * T) for i in np.setdiff1d(rows, self._rows))
+    self.account = Account(
+      columns=len(tokens.ids) - lost,
+      ends=len(tokens) if not len(tokens.labels_N) else 0,
+      dropped={"rows of nothing but prompt": lost} if lost else {},
+    )
 
   def __len__(self) -> int:
-    return -(-len(self.tokens.ids) // self.T)
+    return len(self._rows)
 
   def __getitem__(self, i: int) -> Row:
-    start, stop = i * self.T, min((i + 1) * self.T, len(self.tokens.ids))
+    start = int(self._rows[i]) * self.T
+    stop = min(start + self.T, len(self.tokens.ids))
     before = self.tokens.ids[start - 1] if start else self._end
     row, mask = np.zeros(self.T + 1, np.int32), np.zeros(self.T, bool)
     row[0], row[1 : 1 + stop - start] = before, self.tokens.ids[start:stop]
     mask[: stop - start] = self._learned(start, stop)
     return {"ids": row[:-1], "targets": row[1:], "mask": mask}
+
+  def _teaches(self, rows: int) -> np.ndarray:
+    """Which rows have a token that is no prompt."""
+    starts, stops = self.tokens.starts_N1[:-1] + self.tokens.prompts_N, self.tokens.starts_N1[1:]
+    change = np.zeros(rows + 1, np.int64)
+    learned = starts < stops
+    np.add.at(change, starts[learned] // self.T, 1)
+    np.add.at(change, (stops[learned] - 1) // self.T + 1, -1)
+    return np.cumsum(change[:-1]) > 0
 
   def _learned(self, start: int, stop: int) -> np.ndarray | bool:
     """Which of the tokens start ... stop - 1 are no prompt."""
@@ -69,9 +95,8 @@ class ExampleRows:
     room_N = T + (prompts > 0)
     lengths_N = np.diff(starts)
     long_N = lengths_N > room_N
-    self.cut = int(long_N.sum())
     in_pieces = long_N & (prompts == 0) & pack
-    self.dropped = int((lengths_N - room_N)[long_N & ~in_pieces].sum())
+    dropped = int((lengths_N - room_N)[long_N & ~in_pieces].sum())
     pieces = []
     for i in range(len(lengths_N)):
       if not in_pieces[i]:
@@ -81,9 +106,15 @@ class ExampleRows:
         pieces.append(Piece(i, start, min(start + T, int(starts[i + 1]))))
     # A prompt that leaves no room for its completion teaches nothing.
     learned = [piece for piece in pieces if prompts[piece.example] < piece.stop - starts[piece.example]]
-    self.empty = len(pieces) - len(learned)
-    self.dropped += sum(piece.stop - piece.start for piece in pieces) - sum(p.stop - p.start for p in learned)
+    dropped += sum(piece.stop - piece.start for piece in pieces) - sum(p.stop - p.start for p in learned)
     columns = [piece.stop - piece.start - int(prompts[piece.example] > 0) for piece in learned]
+    self.account = Account(
+      columns=sum(columns),
+      ends=sum(piece.stop == starts[piece.example + 1] for piece in learned),
+      cut=int(long_N.sum()),
+      empty=len(pieces) - len(learned),
+      dropped={"cut to the length of a row": dropped} if dropped else {},
+    )
     order = best_fit(columns, T) if pack else [[i] for i in range(len(learned))]
     self._rows = [[learned[i] for i in row] for row in order]
 
@@ -111,12 +142,16 @@ class ExampleRows:
 class LabelRows:
   """One text a row, cut short where it is longer; the target is its class, at its last token."""
 
-  empty = 0
-
   def __init__(self, tokens: Tokens, T: int):
     self.tokens, self.T = tokens, T
     over = np.maximum(tokens.lengths_N - T, 0)
-    self.cut, self.dropped = int((over > 0).sum()), int(over.sum())
+    lost = int(over.sum())
+    self.account = Account(
+      columns=len(tokens.ids) - lost,
+      ends=0,
+      cut=int((over > 0).sum()),
+      dropped={"cut to the length of a row": lost} if lost else {},
+    )
 
   def __len__(self) -> int:
     return len(self.tokens)

@@ -47,11 +47,18 @@ class Data(NamedTuple):
   fingerprint: str  # of the training examples and how they lie in rows
   report: dict[str, Any]
 
-  def to_json(self, batch_size: int) -> str:
-    """The content of data_report.json."""
-    steps = -(-len(self.train) // batch_size)
-    last = len(self.train) - (steps - 1) * batch_size
-    epoch = {"steps_per_epoch": steps, "last_step": f"{last} of {batch_size} sequences; the next epoch fills the rest"}
+  def to_json(self, train: ConfigDict) -> str:
+    """The content of data_report.json, for a run of `config.train`; raises RequestError as `run_length` does."""
+    _, in_all = run_length(self.train, train)
+    steps = -(-len(self.train) // train.batch_size)
+    last = len(self.train) - (steps - 1) * train.batch_size
+    full = last == train.batch_size
+    epoch = {
+      "steps_per_epoch": steps,
+      "steps_in_all": in_all,
+      "last_step_of_an_epoch": f"{last} of {train.batch_size} sequences"
+      + ("" if full else "; the next epoch fills the rest, and after the last one it is masked"),
+    }
     return json.dumps(self.report | epoch, indent=2) + "\n"
 
 
@@ -72,16 +79,20 @@ def prepare(
   Raises RequestError when a row is bad (unless they are skipped) or nothing is left to train on, StorageError when the cache
   folder cannot be written.
   """
-  weights = [sources.weighted(source) for source in data.train]
   key = {
-    "train": sources.fingerprint([name for name, _ in weights], "train"),
-    "weights": [weight for _, weight in weights],
-    "validation": sources.fingerprint(data.validation, "validation"),
+    "sources": _sources(data),
     "tokenizer": tokenizer_fingerprint,
     "settings": {name: data[name] for name in SHAPING},
   }
   folder = Path(data.cache_dir) if data.cache_dir else default_cache()
-  entry, manifest = cache.open_or_make(folder, key, lambda to: _make(to, data, tokenizer, tell), say)
+
+  def make(to: Path) -> dict[str, Any]:
+    made = _make(to, data, tokenizer, tell)
+    if _sources(data) != key["sources"]:
+      raise RequestError("config.data: a source has changed while it was read; run again")
+    return made
+
+  entry, manifest = cache.open_or_make(folder, key, make, say)
   stored = {name: cache.tokens(entry, name, manifest) for name in SPLITS}
   laid_out = {name: lay_out(stored[name], data, tokenizer.eos_token_id) for name in SPLITS}
   for name, rows in laid_out.items():
@@ -100,6 +111,14 @@ def prepare(
     hashlib.sha256(layout.encode()).hexdigest(),
     _report(manifest, stored, laid_out, data.sequence_length),
   )
+
+
+def _sources(data: ConfigDict) -> dict[str, list]:
+  """What the sources hold now."""
+  return {
+    "train": [[sources.fingerprint((name,), "train"), weight] for name, weight in map(sources.weighted, data.train)],
+    "validation": sources.fingerprint(data.validation, "validation"),
+  }
 
 
 def examples(
@@ -134,16 +153,20 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[st
     for example in examples((source.name,), source.split, data, dropped, notes):
       counts[-1] += 1
       labels.add(example.label)
-      digest = hashlib.blake2b(f"{example.label} {example.text}".encode(), digest_size=8).digest()
+      digest = hashlib.blake2b(repr((example.label, example.text)).encode(), digest_size=8).digest()
       duplicates += digest in seen
       seen.add(digest)
   seen.clear()
   bad = sum(dropped.values())
   places = _choose(all_sources, counts, data, rng, dropped)
   passes = [_passes(source.weight, of, rng, dropped) for source, of in zip(all_sources, places)]
-  labels = sorted(
-    labels - {None}, key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label)
-  )
+  if not any((of == TRAIN).any() and often[of == TRAIN].any() for of, often in zip(places, passes)):
+    raise RequestError(f"config.data.train={data.train!r}: the weights leave no document to train on")
+  labels = sorted(labels - {None}, key=_number_first)
+  if len(labels) == 1:
+    raise RequestError(
+      f"config.data.label_column={data.label_column!r}: all rows have the label {labels[0]!r}; give two or more"
+    )
   number, total = {label: i for i, label in enumerate(labels)}, sum(int(of.sum()) for of in passes)
 
   dtype = tokens.ids_dtype(tokenizer)
@@ -176,6 +199,12 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[st
     "merged": merged,
     "notes": {note: count for note, count in notes.items() if count},
   }
+
+
+def _number_first(label: str) -> tuple:
+  """Sorts labels that are numbers by their size, before all others; without int(), which stops at 4300 digits."""
+  digits = label.lstrip("0") if label.isascii() and label.isdecimal() else None
+  return (digits is None, len(digits or ""), digits or "", label)
 
 
 def _choose(
@@ -223,24 +252,27 @@ def _report(
 ) -> dict[str, Any]:
   """data_report.json, less what depends on the batch."""
   train, held_out = stored["train"], stored["validation"]
-  cut = {name: {"rows": rows.cut, "tokens": rows.dropped, "empty": rows.empty} for name, rows in laid_out.items()}
-  lost, empty = (sum(of[what] for of in cut.values()) for what in ("tokens", "empty"))
-  tokens_of = {name: len(of.ids) - cut[name]["tokens"] for name, of in stored.items()}
+  accounts = {name: rows.account for name, rows in laid_out.items()}
+  dropped = collections.Counter()
+  for account in accounts.values():
+    dropped.update(account.dropped)
+  empty = sum(account.empty for account in accounts.values())
+  kept = {name: len(of.ids) - sum(accounts[name].dropped.values()) for name, of in stored.items()}
   lengths_N = np.asarray(train.lengths_N)
-  columns = len(laid_out["train"]) * T
   return {
     "rows": {
       "read": manifest["read"],
-      "trained": len(train) - cut["train"]["empty"],
-      "held_out": len(held_out) - cut["validation"]["empty"],
+      "trained": len(train) - accounts["train"].empty,
+      "held_out": len(held_out) - accounts["validation"].empty,
       "dropped": manifest["dropped"] | ({"the prompt leaves no room in a row": empty} if empty else {}),
     },
     "tokens": {
       "read": len(train.ids) + len(held_out.ids),
-      "trained": tokens_of["train"],
-      "held_out": tokens_of["validation"],
-      "dropped": {"cut to the length of a row": lost} if lost else {},
+      "trained": kept["train"],
+      "held_out": kept["validation"],
+      "dropped": dict(dropped),
     },
+    "end_tokens": {"trained": accounts["train"].ends, "held_out": accounts["validation"].ends},
     "sequence_length": T,
     "sequences": {name: len(laid_out[split]) for name, split in (("trained", "train"), ("held_out", "validation"))},
     "tokens_per_row": {
@@ -249,9 +281,26 @@ def _report(
       "mean": round(float(lengths_N.mean()), 1),
       "longest": int(lengths_N.max()),
     },
-    "longer_than_a_sequence": {"rows": cut["train"]["rows"], "share": round(cut["train"]["rows"] / len(train), 4)},
-    "padding_share": round(1 - min(tokens_of["train"] / columns, 1.0), 4),
+    "longer_than_a_sequence": {
+      "rows": accounts["train"].cut,
+      "share": round(accounts["train"].cut / len(train), 4),
+    },
+    "padding_share": round(1 - accounts["train"].columns / (len(laid_out["train"]) * T), 4),
     "duplicates": manifest["duplicates"],
     "prompt_ends_inside_a_token": manifest["merged"],
     "notes": manifest["notes"],
   } | ({"labels": manifest["labels"]} if manifest["labels"] else {})
+
+
+def run_length(rows: Rows, train: ConfigDict) -> tuple[int, int]:
+  """Rows and optimizer steps of a run of `config.train`; raises RequestError, with the numbers, when there are too few rows.
+
+  A run of so many steps goes through the rows as often as it takes; one of so many epochs masks the rest of its last step.
+  """
+  rows_in_all = train.steps * train.batch_size or max(1, round(train.epochs * len(rows)))
+  if train.batch_size > (len(rows) if train.steps else rows_in_all):
+    raise RequestError(
+      f"config.train.batch_size={train.batch_size}: the training text fills only {len(rows)} rows of {rows.T} tokens; "
+      "take a smaller batch, shorter rows (config.data.sequence_length) or more text"
+    )
+  return rows_in_all, -(-rows_in_all // train.batch_size)

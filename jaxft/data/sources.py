@@ -1,4 +1,4 @@
-"""Rows out of files and hub data sets, one at a time: no source is ever held in memory."""
+"""Rows out of files and hub data sets, one at a time: no source is in memory whole, but for each .txt file."""
 
 import collections
 import csv
@@ -6,7 +6,7 @@ import glob
 import hashlib
 import io
 import json
-import re
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,20 +29,23 @@ class Row(NamedTuple):
 
 def kind(file: Path) -> str:
   """The suffix that says how a file is read, without that of a compression; "" for a file that is not read."""
-  suffix = Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
-  return suffix if suffix in READABLE and not (suffix == ".parquet" != file.suffix) else ""
+  last = file.suffix.lower()
+  suffix = Path(file.stem).suffix.lower() if last in COMPRESSED else last
+  return suffix if suffix in READABLE and not (suffix == ".parquet" != last) else ""
 
 
 def find_files(source: str) -> list[Path]:
   """The files that a path, a glob or a folder stands for, sorted; raises RequestError when there are none."""
   path = Path(source)
   if exists(path) and path.is_dir():
-    files = sorted(p for p in path.rglob("*") if kind(p) and p.is_file())
-    what = f"no {', '.join(READABLE)} file in this folder"
+    files, what = [p for p in _inside(path) if kind(p)], f"no {', '.join(READABLE)} file in this folder"
   elif exists(path):
-    files, what = [path], ""
+    files, what = [path] if path.is_file() else [], "not an ordinary file"
   else:
-    files, what = sorted(Path(p) for p in glob.glob(source, recursive=True)), "no such file or folder"
+    files, what = (
+      sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file()),
+      "no such file or folder",
+    )
   if not files:
     raise RequestError(f"data source {source!r}: {what}; give a file, a glob, a folder or hub:NAME")
   for file in files:
@@ -54,17 +57,30 @@ def find_files(source: str) -> list[Path]:
   return files
 
 
+def _inside(folder: Path) -> list[Path]:
+  """The files of a folder and of the folders in it, but for hidden ones."""
+  files = folder.rglob("*")
+  return sorted(
+    p for p in files if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+  )
+
+
 def weighted(source: str) -> tuple[str, float]:
   """A source of training data, and how often an epoch passes over its documents: SOURCE@0.5, SOURCE@3; 1 where it says nothing.
 
   Raises RequestError for a weight that no epoch can have.
   """
-  found = re.fullmatch(r"(.+)@(\d*\.?\d+)", source)
-  if not found or exists(Path(source)):  # a folder may be called so
+  name, at, text = source.rpartition("@")
+  if (
+    not at or "/" in text or kind(Path(source)) or exists(Path(source))
+  ):  # a file or a folder may have an @ in its name
     return source, 1.0
-  name, weight = found[1], float(found[2])
+  try:
+    weight = float(text)
+  except ValueError:
+    weight = math.nan
   if not 0 < weight <= 100:
-    raise RequestError(f"data source {source!r}: a weight must be above 0 and at most 100")
+    raise RequestError(f"data source {source!r}: what follows the @ must be a number above 0 and at most 100")
   return name, weight
 
 
@@ -113,32 +129,37 @@ def read(
   """
   for source in sources:
     if source.startswith("hub:"):
-      for number, columns in enumerate(_hub(source, split), 1):
-        yield Row(f"{source}, row {number}", columns)
+      with _named(source):
+        for number, columns in enumerate(_hub(source, split), 1):
+          yield Row(f"{source}, row {number}", columns)
       continue
+    if Path(source).is_dir():
+      notes["files in folders that are of no kind that is read"] += sum(not kind(p) for p in _inside(Path(source)))
     for file in find_files(source):
       with _named(file):
         yield from _file_rows(file, text_column, separator, notes)
 
 
 class _named:
-  """Whatever goes wrong with a file becomes one line that names it."""
+  """Whatever goes wrong with a source becomes one line that names it."""
 
-  def __init__(self, file: Path):
-    self.file = file
+  def __init__(self, source: Path | str):
+    self.source = source
 
   def __enter__(self) -> None:
     pass
 
   def __exit__(self, _, error: BaseException | None, __) -> None:
-    if isinstance(error, OSError | ValueError | csv.Error):  # pyarrow's and zlib's errors are of these, too
-      raise RequestError(f"{self.file}: {first_line(error)}") from error
+    if isinstance(error, OSError | ValueError | OverflowError):  # pyarrow's and zlib's errors are of these, too
+      raise RequestError(f"{self.source}: {first_line(error)}") from error
 
 
 def _hub(source: str, split: str) -> Any:
   import datasets  # a second to import: only runs that read from the hub pay for it
 
   name, _, chosen = source.removeprefix("hub:").partition(":")
+  if not name:
+    raise RequestError(f"data source {source!r}: no name; give hub:NAME or hub:NAME:SPLIT")
   try:
     return datasets.load_dataset(name, split=chosen or split)
   except Exception as error:  # hub, network and format errors share no class; all mean that this source cannot be read
@@ -151,9 +172,11 @@ def _file_rows(file: Path, text_column: str, separator: str, notes: collections.
   if kind(file) == ".parquet":
     import pyarrow.parquet
 
-    batches = pyarrow.parquet.ParquetFile(file).iter_batches(1000)
-    rows = (row for batch in batches for row in batch.to_pylist())
-    yield from (Row(f"{file}, row {number}", row) for number, row in enumerate(rows, 1))
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
+      for row, fault in _parquet(batch):
+        number += 1
+        yield Row(f"{file}, row {number}", row, fault)
     return
   import pyarrow
 
@@ -165,6 +188,21 @@ def _file_rows(file: Path, text_column: str, separator: str, notes: collections.
     yield from reader(file, stream, text_column, separator, notes)
 
 
+def _parquet(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
+  """Rows of a pyarrow batch; one by one where there is a value that Python cannot have (bytes that are no UTF-8, a date)."""
+  try:
+    yield from ((row, "") for row in batch.to_pylist())
+    return
+  except (ValueError, OverflowError):
+    pass
+  for i in range(len(batch)):
+    try:
+      (row,) = batch.slice(i, 1).to_pylist()
+      yield row, ""
+    except (ValueError, OverflowError) as error:
+      yield {}, f"a value cannot be read ({first_line(error)})"
+
+
 def _txt(
   file: Path, stream: io.BufferedReader, column: str, separator: str, notes: collections.Counter
 ) -> Iterator[Row]:
@@ -173,18 +211,22 @@ def _txt(
   parts = content.split(separator.encode()) if separator else [content]
   for number, part in enumerate(parts, 1):
     where = f"{file}, part {number}" if separator else str(file)
-    if separator and not part.strip():
-      continue  # what lies before a first separator, or after a last
+    if separator and not part.strip():  # what lies before a first separator, or after a last
+      notes["parts between separators with nothing but blanks in them, left out"] += 1
+      continue
     try:
       yield Row(where, {column: part.decode()})
     except UnicodeDecodeError as error:
       yield Row(where, {}, f"not UTF-8 ({error.reason} at byte {error.start})")
 
 
-def _jsonl(file: Path, stream: io.BufferedReader, *_) -> Iterator[Row]:
+def _jsonl(
+  file: Path, stream: io.BufferedReader, column: str, separator: str, notes: collections.Counter
+) -> Iterator[Row]:
   for number, line in enumerate(stream, 1):
     where = f"{file}, row {number}"
     if not line.strip():
+      notes["blank lines, left out"] += 1
       continue
     try:
       row = json.loads(line.decode())
@@ -199,6 +241,26 @@ def _jsonl(file: Path, stream: io.BufferedReader, *_) -> Iterator[Row]:
 def _csv(file: Path, stream: io.BufferedReader, *_) -> Iterator[Row]:
   csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a chapter
   # Bytes that are no UTF-8 become halves of surrogate pairs, which `is_text` finds in the row that has them.
-  lines = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
-  for number, row in enumerate(csv.DictReader(lines), 1):
-    yield Row(f"{file}, row {number}", row)
+  lines = csv.reader(io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline=""), strict=True)
+  names = next(lines, [])
+  if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
+    raise RequestError(f"{file}: two columns are called {twice[0]!r}")
+  number = 0
+  while True:
+    number += 1
+    where = f"{file}, row {number}"
+    try:
+      cells = next(lines)
+    except StopIteration:
+      return
+    except csv.Error as error:  # a quote that is never closed, or closed in the middle of a cell
+      yield Row(where, {}, f"not CSV ({error}, at line {lines.line_num})")
+      continue
+    if not cells:  # an empty line, which csv.writer never writes for a row
+      number -= 1
+    elif len(cells) > len(names):
+      yield Row(
+        where, {}, f"more cells than the first line names ({len(cells)} and {len(names)}; is a comma not quoted?)"
+      )
+    else:
+      yield Row(where, dict(zip(names, cells)))

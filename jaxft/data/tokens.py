@@ -1,7 +1,9 @@
 """Examples to token ids, and how examples lie in memory or in a file."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +12,9 @@ import numpy as np
 from jaxft.data.formats import Example
 from jaxft.errors import RequestError, first_line
 
-AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**22  # given to the tokenizer together: it spreads texts over the cores
+# Given to the tokenizer together: it spreads texts over the cores, and takes some 200 bytes a character (tokenizers 0.23).
+AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**20
+BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,9 @@ def load_tokenizer(folder: Path, V: int) -> Any:
       f"{folder}: no tokenizer that can be read ({first_line(error)}); the folder needs "
       "tokenizer.json, or vocab.json and merges.txt"
     ) from error
+  # A folder that a Trainer has saved may hold the length it cut texts to, or padded them to.
+  tokenizer.backend_tokenizer.no_truncation()
+  tokenizer.backend_tokenizer.no_padding()
   if tokenizer.eos_token_id is None:
     raise RequestError(f"{folder}: the tokenizer has no end token; set eos_token in tokenizer_config.json")
   largest = max(tokenizer.get_vocab().values())
@@ -76,21 +83,49 @@ def encode(examples: list[Example], tokenizer: Any, dtype: np.dtype) -> Encoded:
   Where a prompt ends among the tokens is found by their places in the text, never by searching for ids: a token that holds
   the end of the prompt and the beginning of the completion is learned.
   """
-  fast, end = tokenizer.backend_tokenizer, [tokenizer.eos_token_id]
+  fast = tokenizer.backend_tokenizer
   texts, prompts, merged = [example.text for example in examples], [0] * len(examples), 0
   if any(example.prompt for example in examples):
     found = fast.encode_batch(texts, add_special_tokens=False)
     for i, (example, encoding) in enumerate(zip(examples, found, strict=True)):
       prompts[i] = sum(stop <= example.prompt for _, stop in encoding.offsets)
-      if prompts[i] < len(encoding.offsets):
-        merged += encoding.offsets[prompts[i]][0] < example.prompt
+      before = encoding.offsets[prompts[i] - 1][1] if prompts[i] else 0
+      merged += before < example.prompt and prompts[i] < len(encoding.offsets)
+    ids = [[np.array(encoding.ids, dtype)] for encoding in found]
   else:
-    found = fast.encode_batch_fast(texts, add_special_tokens=False)  # knows no places, and is quicker for it
-  ids = [
-    np.array(encoding.ids + ([] if example.label is not None else end), dtype)
-    for example, encoding in zip(examples, found, strict=True)
-  ]
+    ids = [[] for _ in texts]
+    parts = ((i, part) for i, text in enumerate(texts) for part in _parts(text, tokenizer))
+    for group in _grouped(parts, lambda part: len(part[1])):
+      found = fast.encode_batch_fast([part for _, part in group], add_special_tokens=False)
+      for (i, _), encoding in zip(group, found, strict=True):
+        ids[i].append(np.array(encoding.ids, dtype))
+  ends = [np.array([] if example.label is not None else [tokenizer.eos_token_id], dtype) for example in examples]
+  ids = [np.concatenate([*arrays, end]) for arrays, end in zip(ids, ends, strict=True)]
   return Encoded(ids, prompts, merged)
+
+
+def _parts(text: str, tokenizer: Any) -> list[str]:
+  """A long text in parts that give the same tokens as the whole, so that all cores and little memory will do.
+
+  GPT-2's way to cut a text into words, which is ByteLevel's in the tokenizers library, never joins what stands before a single
+  blank with what stands after it. A text of a tokenizer with another way is left whole.
+  """
+  if len(text) <= CHARACTERS_AT_ONCE or not _cuts_at_blanks(tokenizer):
+    return [text]
+  parts, start = [], 0
+  while blank := BETWEEN_WORDS.search(text, start + CHARACTERS_AT_ONCE // 8):
+    parts.append(text[start : blank.start()])
+    start = blank.start()
+  return [*parts, text[start:]]
+
+
+def _cuts_at_blanks(tokenizer: Any) -> bool:
+  backend = tokenizer.backend_tokenizer
+  blank_tokens = any(" " in added.content for added in backend.get_added_tokens_decoder().values())
+  if backend.normalizer is not None or blank_tokens:
+    return False
+  way = json.loads(backend.to_str())["pre_tokenizer"] or {}
+  return way.get("type") == "ByteLevel" and not way.get("add_prefix_space") and way.get("use_regex", True)
 
 
 def in_memory(examples: Iterable[Example], tokenizer: Any) -> Tokens:
@@ -110,13 +145,18 @@ def in_memory(examples: Iterable[Example], tokenizer: Any) -> Tokens:
 
 
 def batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-  """The examples in lists that the tokenizer takes at once: many, for all cores to have some, but no more text than memory."""
-  batch, characters = [], 0
-  for example in examples:
-    batch.append(example)
-    characters += len(example.text)
-    if len(batch) == AT_ONCE or characters > CHARACTERS_AT_ONCE:
-      yield batch
-      batch, characters = [], 0
-  if batch:
-    yield batch
+  """The examples in lists for `encode`."""
+  return _grouped(examples, lambda example: len(example.text))
+
+
+def _grouped(items: Iterable[Any], characters: Callable[[Any], int]) -> Iterator[list[Any]]:
+  """The items in lists that the tokenizer takes at once: many, for all cores to have some, but no more text than memory."""
+  group, size = [], 0
+  for item in items:
+    group.append(item)
+    size += characters(item)
+    if len(group) == AT_ONCE or size > CHARACTERS_AT_ONCE:
+      yield group
+      group, size = [], 0
+  if group:
+    yield group

@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,15 @@ console = Console(soft_wrap=True, highlight=False)
 
 
 def say(text: str) -> None:
-  """One line of the story. Not rich markup: text comes from users' files."""
-  console.print(text, markup=False)
+  """One line of the story. Not rich markup, and no control characters: text comes from users' files."""
+  console.print(visible(text), markup=False)
+
+
+def visible(text: str) -> str:
+  """The text with control characters, but for line ends and tabs, written out: some of them steer a terminal."""
+  return "".join(
+    c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in text
+  )
 
 
 class Lines:
