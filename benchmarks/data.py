@@ -117,11 +117,12 @@ def datasets(cache: Path) -> dict:
 
 def loader(cache: Path, layout: str) -> dict:
   import grain
+  import numpy as np
 
   from jaxft.data.loader import Steps
 
   found, _ = prepared(cache, layout)
-  how = dict(batch_size=32, accumulation=1, seed=0, rows_in_all=32 * 10**6, process=0, processes=1)
+  how = dict(batch_size=32, accumulation=1, seed=0, rows_in_all=32 * 10**6, mine=np.arange(32))
   steps = grain.MapDataset.source(Steps(found.train, **how)).to_iter_dataset(
     grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
   )

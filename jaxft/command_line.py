@@ -3,8 +3,9 @@
 import argparse
 import ast
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import NamedTuple
 
 from absl import flags
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from jaxft import config as settings
 from jaxft import pretrained
 from jaxft.errors import RequestError
+from jaxft.run import hosts
 
 USAGE = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config.section.key=value ...]
 
@@ -22,6 +24,13 @@ USAGE = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config
                      such as data.train, take the flag several times
   --dry_run          compile and tell the memory, train nothing
   --print_config     print the settings of this run and end
+
+Several hosts, the same command on each; under SLURM, Open MPI, Kubernetes and on TPU pods these are found out:
+  --coordinator HOST:PORT   of process 0
+  --num_processes N         of the run
+  --process_id I            of this process, from 0
+  --start_timeout SECONDS   to wait for the others (default: 300)
+  --peer_timeout SECONDS    of silence after which another process counts as lost (default: 60)
 """
 
 
@@ -30,16 +39,39 @@ class TrainArguments(NamedTuple):
   workdir: Path
   dry_run: bool
   print_config: bool
+  place: hosts.Place | None
+  start_timeout: int
+  peer_timeout: int
 
 
 def parse_train(argv: list[str] | None = None) -> TrainArguments:
   """The command line of train; see `parse`."""
-  values = parse(sys.argv if argv is None else argv, USAGE, ("dry_run", "print_config"), ("workdir",))
+  numbers = {
+    "num_processes": None,
+    "process_id": None,
+    "start_timeout": hosts.START_TIMEOUT,
+    "peer_timeout": hosts.PEER_TIMEOUT,
+  }
+  values = parse(
+    sys.argv if argv is None else argv, USAGE, ("dry_run", "print_config"), ("workdir", "coordinator"), numbers
+  )
   workdir = Path(values.workdir) if values.workdir else Path("runs") / Path(values.config_file).stem
-  return TrainArguments(values.config, workdir, values.dry_run, values.print_config)
+  for name in ("start_timeout", "peer_timeout"):
+    if getattr(values, name) < 1:
+      raise RequestError(f"--{name}={getattr(values, name)}: must be at least 1 second")
+  place = hosts.find(values.coordinator, values.num_processes, values.process_id, values.start_timeout)
+  return TrainArguments(
+    values.config, workdir, values.dry_run, values.print_config, place, values.start_timeout, values.peer_timeout
+  )
 
 
-def parse(argv: list[str], usage: str, switches: tuple[str, ...] = (), texts: tuple[str, ...] = ()) -> SimpleNamespace:
+def parse(
+  argv: list[str],
+  usage: str,
+  switches: tuple[str, ...] = (),
+  texts: tuple[str, ...] = (),
+  numbers: Mapping[str, int | None] = MappingProxyType({}),
+) -> SimpleNamespace:
   """`config`, `config_file` and the command's own flags; raises RequestError with every unknown setting, or the first other
   fault. `--help` prints `usage` and ends the process."""
   if {"-h", "--help"} & set(argv[1:]) or len(argv) == 1:
@@ -54,6 +86,8 @@ def parse(argv: list[str], usage: str, switches: tuple[str, ...] = (), texts: tu
   config_flags.DEFINE_config_file("config", flag_values=values)
   for name in texts:
     flags.DEFINE_string(name, None, "", flag_values=values)
+  for name, default in numbers.items():
+    flags.DEFINE_integer(name, default, "", flag_values=values)
   for name in switches:
     flags.DEFINE_bool(name, False, "", flag_values=values)
   try:
@@ -79,7 +113,9 @@ def parse(argv: list[str], usage: str, switches: tuple[str, ...] = (), texts: tu
     if value == ("",):  # --config.data.validation= says: none
       section, key = name.split(".")
       config[section][key] = ()
-  return SimpleNamespace(config=config, config_file=file, **{name: values[name].value for name in (*switches, *texts)})
+  return SimpleNamespace(
+    config=config, config_file=file, **{name: values[name].value for name in (*switches, *texts, *numbers)}
+  )
 
 
 def _quoted(word: str) -> str:

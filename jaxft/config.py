@@ -256,6 +256,11 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   return flat
 
 
+def named(config: ConfigDict) -> dict[str, Any]:
+  """{"config.train.steps": 3, ...}: as messages name settings."""
+  return {f"config.{name}": value for name, value in flatten(config).items()}
+
+
 def faults(config: ConfigDict) -> list[str]:
   """Everything wrong with the values themselves, one line each; files and devices are looked at elsewhere."""
   values = flatten(config)

@@ -1,6 +1,7 @@
 """What can end a command, and the exit code each ending has (README, "Exit codes")."""
 
 import sys
+import traceback
 from collections.abc import Callable
 
 
@@ -28,6 +29,12 @@ class StorageError(JaxftError):
   exit_code = 4
 
 
+class PeerLost(JaxftError):
+  """Another process of the run did not come, died or froze."""
+
+  exit_code = 5
+
+
 class Preempted(JaxftError):
   """Asked to stop, and saved: the same command continues the run."""
 
@@ -50,14 +57,22 @@ def run_command(main: Callable[[], None]) -> None:
     stream.reconfigure(errors="backslashreplace")
   try:
     main()
-  except JaxftError as error:
+  except (JaxftError, OSError, KeyboardInterrupt) as error:
+    sys.exit(tell(error))
+
+
+def tell(error: BaseException) -> int:
+  """Says on standard error why a command ends, and returns its exit code."""
+  if isinstance(error, JaxftError):
     label = "stopped" if isinstance(error, Preempted) else "error"
     for line in str(error).splitlines():
       print(f"{label}: {shortened(line)}", file=sys.stderr)
-    sys.exit(error.exit_code)
-  except OSError as error:  # a full disk, a folder that may not be written: its text names the file
+    return error.exit_code
+  if isinstance(error, OSError):  # a full disk, a folder that may not be written: its text names the file
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(StorageError.exit_code)
-  except KeyboardInterrupt:
+    return StorageError.exit_code
+  if isinstance(error, KeyboardInterrupt):
     print("stopped: interrupted", file=sys.stderr)
-    sys.exit(130)
+    return 130
+  traceback.print_exception(error)  # a fault of jaxft's own
+  return JaxftError.exit_code

@@ -48,7 +48,8 @@ class Generator:
     def step(params, cache, ids_BT, segments_BT, positions_BT):
       decoder = nnx.merge(graph, params)
       h_BTD, cache = decoder.extend(cache, ids_BT, segments_BT, positions_BT)
-      return decoder.logits(h_BTD[:, -1]), cache
+      # Whole on every device: each process looks at them, and each draws the same.
+      return decoder.compute.constrain(decoder.logits(h_BTD[:, -1]), (None, None)), cache
 
     def prefill(params, ids_BT, segments_BT, positions_BT, S):
       decoder = nnx.merge(graph, params)

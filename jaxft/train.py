@@ -22,6 +22,7 @@ from jaxft.files import write_whole
 from jaxft.hf import load, push, repo, save
 from jaxft.hf.card import model_card
 from jaxft.hf.verify import in_words
+from jaxft.run import hosts
 from jaxft.run.checkpoint import Checkpoints
 from jaxft.run.guards import StopRequest
 from jaxft.run.tracking import Meter, Reporter, say
@@ -74,11 +75,12 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     RequestError, NumericsError, StorageError, Preempted: see `jaxft.errors`.
   """
   workdir = Path(workdir)
+  hosts.agree("config", {"--workdir": workdir} | settings.named(config) | hosts.versions())
   check(config, workdir)
   with StopRequest() as stop:
     # ---- Mesh ----------------------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     say(
       f"{mesh.size} x {device.device_kind}, mesh " + " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     )
@@ -98,6 +100,7 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     with Meter("tokenising", 1) as meter:
       told = lambda done, total: meter.at(done, total=total)
       data = prepare(config.data, tokenizer, repo.tokenizer_fingerprint(source.folder), told, say)
+    hosts.agree("data", {"config.data, as it is cut into tokens": data.fingerprint})
     rows = data.train
     rows_in_all, total_steps = run_length(rows, config.train)
     if config.optim.warmup_steps > total_steps:
@@ -157,8 +160,9 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
       state = jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
       del params  # donated
     start = int(state.step)
-    write_whole(workdir / "config.json", settings.to_json(config))
-    write_whole(workdir / "data_report.json", data.to_json(config.train))
+    if jax.process_index() == 0:
+      write_whole(workdir / "config.json", settings.to_json(config))
+      write_whole(workdir / "data_report.json", data.to_json(config.train))
     reporter = Reporter(config, workdir, start, total_steps, tokens_seen, data.floor, device)
     generator = Generator(program.graph, cfg, tokenizer.eos_token_id)
 
@@ -234,8 +238,9 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
       max_shard_size=config.export.max_shard_size,
       card=model_card(workdir, total_steps),
     )
-    say(f"exported to {out}: {in_words(parity)}")
-    if config.export.push_to_hub:
+    if jax.process_index() == 0:
+      say(f"exported to {out}: {in_words(parity)}")
+    if jax.process_index() == 0 and config.export.push_to_hub:
       say(f"uploaded to {push.push(out, config.export.push_to_hub)}")
     say(reporter.summary())
   return Run(workdir, reporter.metrics.all, reporter.samples.all, out)
@@ -285,7 +290,8 @@ def main() -> None:
   if arguments.print_config:
     print(settings.describe(arguments.config))
     return
-  finetune(arguments.config, arguments.workdir, dry_run=arguments.dry_run)
+  with hosts.joined(arguments.place, arguments.start_timeout, arguments.peer_timeout):
+    finetune(arguments.config, arguments.workdir, dry_run=arguments.dry_run)
 
 
 if __name__ == "__main__":

@@ -380,8 +380,8 @@ def test_the_global_batch_does_not_depend_on_hosts():
       batch_size=12 * accumulation, accumulation=accumulation, seed=int(rng.integers(2**32)), rows_in_all=10**6
     )
     step = int(rng.integers(1000))
-    whole = loader.Steps(rows, **how, process=0, processes=1)[step]
-    parts = [loader.Steps(rows, **how, process=process, processes=hosts)[step] for process in range(hosts)]
+    whole = loader.Steps(rows, **how, mine=np.arange(12))[step]
+    parts = [loader.Steps(rows, **how, mine=mine)[step] for mine in np.split(np.arange(12), hosts)]
     for name, x in whole.items():
       np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], axis=1), x)
 

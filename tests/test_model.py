@@ -97,7 +97,10 @@ def test_remat_changes_no_gradient(folder, remat):
   _, again, _ = opened(folder, Compute(remat=remat))
   ids, key = random_ids(cfg), jax.random.key(3)
   plain, rematted = (jax.value_and_grad(loss_of(g, ids, key=key)) for g in (graph, again))
-  assert str(jax.make_jaxpr(rematted)(params)).count("remat") > str(jax.make_jaxpr(plain)(params)).count("remat")
+  activations = lambda f: str(jax.make_jaxpr(f)(params)).count(
+    "tanh"
+  )  # one to compute gelu, another to compute it again
+  assert activations(rematted) > activations(plain)
   close(jax.jit(rematted)(params), jax.jit(plain)(params), 1e-6)
 
 

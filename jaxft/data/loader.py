@@ -20,17 +20,13 @@ class Steps:
   """What this process holds of the batch of each optimizer step: {"ids", ...}, each (A, B / processes, T).
 
   Rows come in a new order each epoch; a batch may straddle two epochs. The global batch is the same rows in the same order for
-  any number of processes, each of which takes a contiguous part of every accumulation step. From the row `rows_in_all` on
+  any number of processes, each of which takes the places `mine` of every accumulation step. From the row `rows_in_all` on
   everything is masked: it fills the last batch of a run whose length was given in epochs.
   """
 
-  def __init__(
-    self, rows: Any, *, batch_size: int, accumulation: int, seed: int, rows_in_all: int, process: int, processes: int
-  ):
+  def __init__(self, rows: Any, *, batch_size: int, accumulation: int, seed: int, rows_in_all: int, mine: np.ndarray):
     self._rows, self._seed, self._rows_in_all = rows, seed, rows_in_all
-    self._batch_size, self._accumulation = batch_size, accumulation
-    share = batch_size // accumulation // processes
-    self._mine = slice(process * share, (process + 1) * share)
+    self._batch_size, self._accumulation, self._mine = batch_size, accumulation, mine
 
   def __len__(self) -> int:
     return -(-self._rows_in_all // self._batch_size)
@@ -59,28 +55,21 @@ def training_batches(
   rows: Any, *, batch_size: int, accumulation: int, seed: int, rows_in_all: int, start: int, sharding: Sharding
 ) -> Iterator[Batch]:
   """Batches of the optimizer steps `start`, `start + 1`, ..., each {"ids", ...} of shape (A, B, T), on the devices."""
-  steps = Steps(
-    rows,
-    batch_size=batch_size,
-    accumulation=accumulation,
-    seed=seed,
-    rows_in_all=rows_in_all,
-    process=jax.process_index(),
-    processes=jax.process_count(),
-  )
+  B = batch_size // accumulation
+  mine = places_here(sharding, B)
+  steps = Steps(rows, batch_size=batch_size, accumulation=accumulation, seed=seed, rows_in_all=rows_in_all, mine=mine)
   # Threads, not processes: rows are slices of one array, and copying them releases the GIL soon enough.
   options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
   for batch in grain.MapDataset.source(steps)[start:].to_iter_dataset(options):
-    yield _place(batch, sharding)
+    yield _place(batch, sharding, B, mine)
 
 
 def evaluation_batches(rows: Any, *, batch_size: int, sharding: Sharding, limit: int = 0) -> Iterator[Batch]:
   """All rows once, in order, or those of the first `limit` batches; the last batch is filled up with masked rows."""
+  mine, blank = places_here(sharding, batch_size), jax.tree.map(np.zeros_like, rows[0])
   for start in range(0, min(len(rows), limit * batch_size or len(rows)), batch_size):
-    picked = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-    blank = jax.tree.map(np.zeros_like, picked[0])
-    picked += [blank] * (batch_size - len(picked))
-    yield _place(jax.tree.map(lambda *columns: np.stack(columns)[None], *picked), sharding)
+    picked = [rows[start + i] if start + i < len(rows) else blank for i in mine.tolist()]
+    yield _place(jax.tree.map(lambda *columns: np.stack(columns)[None], *picked), sharding, batch_size, mine)
 
 
 def like(row: dict[str, Any], A: int, B: int, sharding: Sharding) -> Batch:
@@ -88,5 +77,17 @@ def like(row: dict[str, Any], A: int, B: int, sharding: Sharding) -> Batch:
   return {name: jax.ShapeDtypeStruct((A, B, *x.shape), x.dtype, sharding=sharding) for name, x in row.items()}
 
 
-def _place(batch: dict[str, np.ndarray], sharding: Sharding) -> Batch:
-  return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+def places_here(sharding: Sharding, B: int) -> np.ndarray:
+  """Which of B rows the devices of this process hold, in rising order."""
+  held = sharding.addressable_devices_indices_map((1, B, 1)).values()
+  return np.unique(np.concatenate([np.arange(B)[index[1]] for index in held]))
+
+
+def _place(batch: dict[str, np.ndarray], sharding: Sharding, B: int, mine: np.ndarray) -> Batch:
+  """The parts of all processes as one batch of B rows a step, on the devices."""
+
+  def array(x: np.ndarray) -> jax.Array:
+    part = lambda index: x[:, np.searchsorted(mine, np.arange(B)[index[1]])]
+    return jax.make_array_from_callback((x.shape[0], B, x.shape[2]), sharding, part)
+
+  return {name: array(x) for name, x in batch.items()}

@@ -110,7 +110,7 @@ class ExampleRows:
     columns = [piece.stop - piece.start - int(prompts[piece.example] > 0) for piece in learned]
     self.account = Account(
       columns=sum(columns),
-      ends=sum(piece.stop == starts[piece.example + 1] for piece in learned),
+      ends=sum(piece.stop == int(starts[piece.example + 1]) for piece in learned),
       cut=int(long_N.sum()),
       empty=len(pieces) - len(learned),
       dropped={"cut to the length of a row": dropped} if dropped else {},

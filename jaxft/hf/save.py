@@ -1,11 +1,13 @@
 """Weights -> a Hugging Face folder, written under a temporary name, read back, compared, and only then put in place."""
 
+import collections
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -57,7 +59,11 @@ def export(
   Raises:
     StorageError: the disk refused, or what was read back is not what was written.
     RequestError: `out` holds something else.
+
+  In a run of several processes all of them must call it; process 0 writes, and returns the report that the others return empty.
   """
+  if jax.process_index() > 0:
+    return _hand_over(params, checkpoint, dtypes(checkpoint, dtype), max_shard_size)
   if lines := faults(out):
     raise RequestError("\n".join(lines))
   out = Path(os.path.abspath(out))
@@ -94,6 +100,19 @@ def export(
 def _write_weights(
   folder: Path, params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf, max_shard_size: str
 ) -> None:
+  files, plan = _files(params, checkpoint, dtype_of, max_shard_size)
+  for file, tensors in files.items():
+    _write_safetensors(folder / file, tensors)
+  if plan.is_sharded:
+    _write_json(
+      folder / "model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    )
+
+
+def _files(
+  params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf, max_shard_size: str
+) -> tuple[dict[str, dict[str, Outgoing]], Any]:
+  """The tensors of each file, in the order in which they are written, and the library's plan."""
   tensors = {tensor.name: tensor for tensor in hf_tensors(params, checkpoint, dtype_of)}
   plan = split_state_dict_into_shards_factory(
     tensors,
@@ -102,17 +121,22 @@ def _write_weights(
     filename_pattern="model{suffix}.safetensors",
     max_shard_size=max_shard_size,
   )
-  for file, names in plan.filename_to_tensors.items():
-    _write_safetensors(folder / file, {name: tensors[name] for name in names})
-  if plan.is_sharded:
-    _write_json(
-      folder / "model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-    )
+  aligned = lambda name: -tensors[name].dtype.itemsize  # wide ones first: each begins at a multiple of its own size
+  files = plan.filename_to_tensors.items()
+  return {file: {name: tensors[name] for name in sorted(names, key=aligned)} for file, names in files}, plan
+
+
+def _hand_over(params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf, max_shard_size: str) -> dict[str, Any]:
+  """The part of a process that does not write: it takes part in gathering each piece, to write it and to compare it."""
+  files, _ = _files(params, checkpoint, dtype_of, max_shard_size)
+  written = [tensor for tensors in files.values() for tensor in tensors.values()]
+  for tensor in (*written, *hf_tensors(params, checkpoint, dtype_of)):
+    collections.deque(tensor.pieces(), maxlen=0)
+  return {}
 
 
 def _write_safetensors(file: Path, tensors: dict[str, Outgoing]) -> None:
   """A safetensors file, one tensor in memory at a time: the library's own writer wants them all (0.8)."""
-  tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))  # so that each begins aligned
   header, end = {"__metadata__": {"format": "pt"}}, 0
   for name, tensor in tensors.items():
     start, end = end, end + tensor.nbytes

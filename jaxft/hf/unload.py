@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.hf import load, repo
 from jaxft.hf.tables import Rule, full_name, hf_shape, short_name, to_hf, unpadded
@@ -86,7 +87,15 @@ def _pieces(
 
 
 def _on_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
-  """The array, or a layer of it, shard by shard: np.asarray would keep a second copy of all of it in the array itself."""
+  """The array, or a layer of it, shard by shard: np.asarray would keep a second copy of all of it in the array itself.
+
+  What other processes hold is gathered, one piece at a time; all of them must ask for the same pieces in the same order.
+  """
+  if not array.is_fully_addressable:
+    layer_or_all = (lambda a: a) if layer is None else (lambda a: a[layer])
+    return np.asarray(
+      jax.jit(layer_or_all, out_shardings=NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
+    ).astype(dtype)
   first = 0 if layer is None else 1
   whole = np.empty(array.shape[first:], dtype)
   for shard in array.addressable_shards:

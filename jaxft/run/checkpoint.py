@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from jaxft.errors import StorageError, first_line
 
@@ -38,7 +39,10 @@ class Checkpoints:
     """Renames a damaged checkpoint, out of the way of the one that the run will save at this step; returns its new place."""
     number = 1 + sum(1 for _ in self.folder.glob(f"damaged-{step}*"))
     aside = self.folder / (f"damaged-{step}" + (f"-{number}" if number > 1 else ""))
-    self._or_storage_error(lambda: (self.folder / str(step)).rename(aside))
+    if jax.process_index() == 0:
+      self._or_storage_error(lambda: (self.folder / str(step)).rename(aside))
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f"set aside {step}")
     self._or_storage_error(self._manager.reload)
     return aside
 

@@ -37,9 +37,13 @@ def visible(text: str) -> str:
 class Lines:
   """A .jsonl file of one object a line, each with a "step", which after a resume holds no line of a lost step."""
 
-  def __init__(self, file: Path, last_step: int):
-    """Drops lines after `last_step`, which the run is about to write again; -1 drops all."""
+  def __init__(self, file: Path, last_step: int, writes: bool):
+    """Drops lines after `last_step`, which the run is about to write again; -1 drops all.
+
+    writes: false in all processes of a run but one; they only remember.
+    """
     self.all: list[dict[str, Any]] = []
+    self._file, self._writes = file, writes
     if file.exists():
       for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -48,11 +52,13 @@ class Lines:
             self.all.append(values)
         except (ValueError, KeyError, TypeError):
           continue  # cut short by a kill in the middle of a write
-    write_whole(file, "".join(json.dumps(values) + "\n" for values in self.all))
-    self._file = file
+    if writes:
+      write_whole(file, "".join(json.dumps(values) + "\n" for values in self.all))
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     self.all.append({"step": step} | values)
+    if not self._writes:
+      return
     with self._file.open("a", encoding="utf-8") as stream:
       stream.write(json.dumps(self.all[-1], allow_nan=False) + "\n")
 
@@ -136,7 +142,10 @@ class Reporter:
     )
     self._bad_in_a_row = 0
     last_kept = start if start else -1  # a run that begins again evaluates and samples again
-    self.metrics, self.samples = (Lines(workdir / name, last_kept) for name in ("metrics.jsonl", "samples.jsonl"))
+    writes = jax.process_index() == 0
+    self.metrics, self.samples = (
+      Lines(workdir / name, last_kept, writes) for name in ("metrics.jsonl", "samples.jsonl")
+    )
 
   def step(self, step: int, numbers: dict[str, Any], meter: Meter) -> None:
     """Takes the metrics of a train step; raises NumericsError after `train.max_bad_steps` bad ones in a row."""
