@@ -156,12 +156,13 @@ def _wait_for_all(port: int, place: Place, timeout: int) -> dict[int, socket.soc
     listener = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=place.processes)
   except OSError as error:
     raise RequestError(f"--coordinator={place.coordinator}: cannot listen on port {port} ({error.strerror})") from error
-  fault = ""
+  fault, peers = "", []
   with listener:
     while len(there) < place.processes - 1 and not fault:
       listener.settimeout(max(0.01, until - time.monotonic()))
       try:
         peer, address = listener.accept()
+        peers.append(peer)
         peer.settimeout(5)
         hello = json.loads(_line(peer))
         other, processes = int(hello["process"]), int(hello["processes"])
@@ -178,7 +179,7 @@ def _wait_for_all(port: int, place: Place, timeout: int) -> dict[int, socket.soc
       there[other] = peer
   missing = [str(i) for i in range(1, place.processes) if i not in there]
   lost = "" if fault or not missing else f"process {', '.join(missing)} did not come within {timeout} s"
-  for peer in there.values():
+  for peer in peers:
     _send(peer, {"refused": fault} if fault else {"lost": lost} if lost else {"go": True})
   if fault:
     raise RequestError(fault)

@@ -1,0 +1,187 @@
+"""Several real processes as one run: the same losses, one writer, and an end with a name when one of them is lost."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import processes
+import pytest
+
+FROZEN = 8  # seconds of silence that count as lost here
+wide = pytest.mark.wide
+
+
+class Hosts:
+  """Processes that were started as one run."""
+
+  def __init__(self, config_file, workdir, count, *more, devices=2, present=None, only=None):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+      port = server.getsockname()[1]
+    self.outputs, self.all = [], {}
+    for i in range(count) if present is None else present:
+      place = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
+      output = workdir.with_name(f"{workdir.name}-{i}.log")
+      self.outputs.append(output)
+      command = ["jaxft.train", "--config", config_file, "--workdir", workdir, *more, *place, *(only or {}).get(i, ())]
+      with output.open("w") as stream:
+        self.all[i] = subprocess.Popen(
+          [sys.executable, "-m", *map(str, command)],
+          stdout=stream,
+          stderr=subprocess.STDOUT,
+          env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
+        )
+
+  def codes(self, timeout=200):
+    until = time.monotonic() + timeout
+    try:
+      return [process.wait(max(0.1, until - time.monotonic())) for process in self.all.values()]
+    finally:
+      for process in self.all.values():
+        process.kill()
+        process.wait()
+
+  def said(self):
+    return [output.read_text() for output in self.outputs]
+
+
+def wait_for(condition, timeout=240):
+  until = time.monotonic() + timeout
+  while not condition():
+    assert time.monotonic() < until
+    time.sleep(0.1)
+
+
+def steps_in(workdir):
+  file = workdir / "metrics.jsonl"
+  return file.exists() and file.read_text().count("train/loss")
+
+
+@pytest.fixture(scope="module")
+def on_one(config_file, tmp_path_factory):
+  """The run on as many devices of one process as the largest run here has."""
+  workdir = tmp_path_factory.mktemp("one") / "run"
+  processes.train(config_file, workdir, "--config.mesh.fsdp=4", env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"})
+  return workdir
+
+
+def close(a, b):
+  assert a.keys() == b.keys()
+  np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, devices", [(2, 2), pytest.param(4, 2, marks=wide)])
+def test_several_processes_are_one_run_and_their_checkpoints_anyones(config_file, tmp_path, on_one, count, devices):
+  workdir = tmp_path / "run"
+  several = Hosts(config_file, workdir, count, "--config.mesh.fsdp=-1", "--config.train.save_every=6", devices=devices)
+  assert several.codes() == [0] * count, several.said()
+  close(processes.losses(workdir), processes.losses(on_one))
+  first, *others = several.said()
+  assert "exported to" in first and not any("step" in said for said in others)  # one of them speaks
+  # Their checkpoint restores in one process, which goes on from the middle.
+  (workdir / "checkpoints" / "12").rename(tmp_path / "out of the way")
+  done = processes.train(config_file, workdir, "--config.mesh.fsdp=1", "--config.train.save_every=6")
+  assert "continuing at step 6" in done.stdout
+  close(processes.losses(workdir), processes.losses(on_one))
+
+
+@pytest.mark.slow
+@pytest.mark.wide
+def test_the_checkpoint_of_one_process_goes_on_in_four(config_file, tmp_path, on_one):
+  workdir = tmp_path / "run"
+  processes.train(config_file, workdir, "--config.train.save_every=6")
+  (workdir / "checkpoints" / "12").rename(tmp_path / "out of the way")
+  several = Hosts(config_file, workdir, 4, "--config.mesh.fsdp=-1", "--config.train.save_every=6")
+  assert several.codes() == [0] * 4, several.said()
+  assert "continuing at step 6" in several.said()[0]
+  close(processes.losses(workdir), processes.losses(on_one))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "count, lost, number",
+  [
+    (2, 0, signal.SIGKILL),
+    (2, 1, signal.SIGSTOP),
+    pytest.param(4, 3, signal.SIGKILL, marks=wide),
+    pytest.param(4, 0, signal.SIGKILL, marks=wide),
+    pytest.param(4, 2, signal.SIGSTOP, marks=wide),
+    pytest.param(4, 0, signal.SIGSTOP, marks=wide),
+  ],
+)
+def test_a_lost_process_ends_the_others_with_code_5(config_file, tmp_path, count, lost, number):
+  workdir = tmp_path / "run"
+  more = ("--config.train.steps=100000", "--config.mesh.fsdp=-1", f"--peer_timeout={FROZEN}")
+  several = Hosts(config_file, workdir, count, *more, devices=1)
+  wait_for(lambda: steps_in(workdir) or any(process.poll() is not None for process in several.all.values()))
+  assert steps_in(workdir), several.said()
+  several.all[lost].send_signal(number)
+  started = time.monotonic()
+  wait_for(lambda: all(process.poll() is not None for i, process in several.all.items() if i != lost), 90)
+  taken = time.monotonic() - started
+  several.all[lost].kill()  # where it is only frozen
+  codes = several.codes()
+  said = [text for i, text in enumerate(several.said()) if i != lost]
+  assert [code for i, code in enumerate(codes) if i != lost] == [5] * (count - 1), said
+  assert taken < (60 if number == signal.SIGKILL else FROZEN + 30)
+  for text in said:
+    assert re.search(rf"error: .*process ({lost}|0) is (gone|frozen)", text) and "most recent call first" in text, text
+
+
+def test_a_process_that_does_not_come_is_named(config_file, tmp_path):
+  several = Hosts(config_file, tmp_path / "run", 4, "--start_timeout=12", present=(0, 2))
+  assert several.codes(60) == [5, 5]
+  for text in several.said():
+    assert "error: process 1, 3 did not come within 12 s" in text and "Traceback" not in text
+  alone = Hosts(config_file, tmp_path / "alone", 2, "--start_timeout=3", present=(1,))
+  assert alone.codes(60) == [5]
+  assert re.search(r"error: process 0 at 127.0.0.1:\d+ did not answer within 3 s", alone.said()[0])
+
+
+@pytest.mark.slow
+def test_another_config_on_one_host_is_refused_by_key(config_file, tmp_path):
+  several = Hosts(config_file, tmp_path / "run", 2, only={1: ["--config.train.seed=5"]})
+  assert several.codes(90) == [2, 2], several.said()
+  for text in several.said():
+    assert "error: config.train.seed=5 on process 1: 0 on process 0; all must be the same" in text
+    assert "Traceback" not in text
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  "flags, told",
+  [
+    (["--num_processes=2"], "--coordinator, --process_id: missing"),
+    (["--coordinator=x", "--num_processes=2", "--process_id=0"], "--coordinator='x': must be HOST:PORT"),
+    (["--coordinator=x:1", "--num_processes=2", "--process_id=2"], "--process_id=2: must be from 0 to 1"),
+    (["--start_timeout=0"], "--start_timeout=0: must be at least 1 second"),
+  ],
+)
+def test_flags_that_say_too_little_are_refused(config_file, tmp_path, flags, told):
+  done = processes.train(config_file, tmp_path / "run", *flags, check=2)
+  assert told in done.stderr
+
+
+def test_two_processes_of_one_number_and_strangers_on_the_port(config_file, tmp_path):
+  several = Hosts(config_file, tmp_path / "run", 3, "--start_timeout=40", present=(0, 1), only={1: ["--process_id=1"]})
+  port = int(re.search(r":(\d+)", several.all[0].args[several.all[0].args.index("--num_processes=3") - 1]).group(1))
+  wait_for(lambda: connects(port, b"GET / HTTP/1.0\r\n\r\n"))
+  twice = json.dumps({"process": 1, "processes": 3}).encode() + b"\n"
+  wait_for(lambda: connects(port, twice) or several.all[0].poll() is not None)
+  assert several.codes(60) == [2, 2]
+  assert all("--process_id=1: another process has it too" in text for text in several.said())
+
+
+def connects(port, line):
+  try:
+    with socket.create_connection(("127.0.0.1", port), timeout=1) as peer:
+      peer.sendall(line)
+      return True
+  except OSError:
+    return False
