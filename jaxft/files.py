@@ -14,6 +14,11 @@ def write_whole(file: Path, text: str) -> None:
   os.replace(partial, file)
 
 
+def cache_folder(name: str) -> Path:
+  """Where jaxft keeps what it can make again: XDG_CACHE_HOME/jaxft/NAME, or ~/.cache/jaxft/NAME."""
+  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxft" / name
+
+
 def exists(path: Path) -> bool:
   """Whether there is something; False too for a name that the file system cannot have."""
   try:

@@ -11,7 +11,14 @@ from ml_collections import ConfigDict
 from jaxft import model, optim, sharding
 from jaxft.data import loader
 from jaxft.errors import RequestError
+from jaxft.files import cache_folder
 from jaxft.step import State, make_eval_step, make_gradient, make_train_step
+
+
+def keep_compiled() -> None:
+  """Keeps compiled programs in the user's cache folder, where neither a flag nor the environment names another."""
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
 
 
 class Program(NamedTuple):

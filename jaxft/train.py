@@ -77,6 +77,8 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
   workdir = Path(workdir)
   hosts.agree("config", {"--workdir": workdir} | settings.named(config) | hosts.versions())
   check(config, workdir)
+  programs.keep_compiled()
+  beginning = time.monotonic()
   with StopRequest() as stop:
     # ---- Mesh ----------------------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
@@ -201,6 +203,9 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     with Meter("training", total_steps, start) as meter:
       for step in range(start + 1, total_steps + 1):
         state, numbers = train_step(state, next(batches))
+        if step == start + 1:
+          jax.block_until_ready(numbers)
+          say(f"first step after {time.monotonic() - beginning:.1f} s")
         if pending:
           reporter.step(step - 1, jax.device_get(pending), meter)
         pending, last = numbers, step == total_steps

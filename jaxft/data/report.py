@@ -4,7 +4,6 @@ import collections
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from jaxft.data import cache, formats, sources, tokens
 from jaxft.data.formats import BadRow, Example
 from jaxft.data.pack import ConcatRows, ExampleRows, LabelRows
 from jaxft.errors import RequestError
+from jaxft.files import cache_folder
 
 Rows = ConcatRows | ExampleRows | LabelRows
 Tell = Callable[[int, int], None]  # examples tokenised, and how many there will be
@@ -62,11 +62,6 @@ class Data(NamedTuple):
     return json.dumps(self.report | epoch, indent=2) + "\n"
 
 
-def default_cache() -> Path:
-  """Where tokens are kept: XDG_CACHE_HOME/jaxft/tokens, or ~/.cache/jaxft/tokens."""
-  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxft" / "tokens"
-
-
 def prepare(
   data: ConfigDict,
   tokenizer: Any,
@@ -84,7 +79,7 @@ def prepare(
     "tokenizer": tokenizer_fingerprint,
     "settings": {name: data[name] for name in SHAPING},
   }
-  folder = Path(data.cache_dir) if data.cache_dir else default_cache()
+  folder = Path(data.cache_dir) if data.cache_dir else cache_folder("tokens")
 
   def make(to: Path) -> dict[str, Any]:
     made = _make(to, data, tokenizer, tell)

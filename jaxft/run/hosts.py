@@ -214,13 +214,20 @@ class _Watchdog(threading.Thread):
   def __init__(self, place: Place, peers: dict[int, socket.socket], limit: int):
     super().__init__(name="jaxft-watchdog", daemon=True)
     self._place, self._peers, self._limit, self._lock = place, peers, limit, threading.Lock()
+    self._ending = False
     self.start()
 
   def end(self, code: int, why: str) -> None:
-    """Says that this process is about to end, so that the others do not take it for lost."""
+    """Says that this process is about to end, so that the others do not take it for lost.
+
+    Process 0 stays, for a while, until all others have ended: JAX's service is in it, and they may end for the same reason.
+    """
+    self._ending = True
     with self._lock:
       for peer in self._peers.values():
         _send(peer, {"ended": self._place.process, "code": code, "why": why})
+    if code and self._place.process == 0:
+      self.join(GRACE)
 
   def run(self) -> None:
     heard = dict.fromkeys(self._peers, time.monotonic())
@@ -232,6 +239,10 @@ class _Watchdog(threading.Thread):
     while heard:
       for key, _ in waiting.select(timeout=1):
         process, chunk = key.data, _received(key.fileobj)
+        if not chunk and self._ending:
+          waiting.unregister(key.fileobj)
+          del heard[process]
+          continue
         if not chunk:
           self._lost(f"process {process} is gone: its connection closed")
         heard[process] = time.monotonic()
@@ -266,6 +277,8 @@ class _Watchdog(threading.Thread):
           _send(peer, message)
 
   def _lost(self, why: str) -> None:
+    if self._ending:  # with an exit code of its own
+      return
     if self._place.process == 0:
       self._tell({"lost": why})
     _end(why)
