@@ -3,10 +3,20 @@
 B batch, T length, V vocabulary, D model
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-Head = tuple[jax.Array, jax.Array | None]  # the output table (V, D), and its bias (V,) if it has one
+
+class Head(NamedTuple):
+  """What makes logits of hidden states."""
+
+  table_VD: jax.Array
+  bias_V: jax.Array | None = None
+  # Called on the table where it is used, chunk by chunk: so its gradient is added up cut over the devices, never whole on each.
+  gather: Callable[[jax.Array], jax.Array] = lambda table_VD: table_VD
 
 
 def cross_entropy_sum(
@@ -25,17 +35,20 @@ def cross_entropy_sum(
     x = jnp.pad(x, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
+  @jax.checkpoint
+  def of_part(table_VD, bias_V, h_BTD, targets_BT, mask_BT):
+    return _sum(h_BTD, Head(table_VD, bias_V, head.gather), targets_BT, mask_BT)
+
   def add(total, part):
-    return total + jax.checkpoint(_sum)(part[0], head, *part[1:]), None
+    return total + of_part(head.table_VD, head.bias_V, *part), None
 
   return jax.lax.scan(add, jnp.float32(0), (split(h_BTD), split(targets_BT), split(mask_BT)))[0]
 
 
 def logits(h: jax.Array, head: Head) -> jax.Array:
   """(..., D) -> (..., V) in float32."""
-  table_VD, bias_V = head
-  y = jnp.einsum("...D,VD->...V", h, table_VD, preferred_element_type=jnp.float32)
-  return y if bias_V is None else y + bias_V
+  y = jnp.einsum("...D,VD->...V", h, head.gather(head.table_VD), preferred_element_type=jnp.float32)
+  return y if head.bias_V is None else y + head.bias_V
 
 
 def _sum(h_BTD, head, targets_BT, mask_BT):

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.attention import attention
 from jaxft.loss import Head, logits
@@ -19,7 +18,8 @@ from jaxft.loss import Head, logits
 # Called on every activation, or on every weight where it is used, with the logical name of each axis.
 Place = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
-WEIGHT = "weight"  # the name of a weight as the maths uses it, for rematerialisation
+# Cheap to do again, and what they make of a weight is as large as the layer.
+CAST_OR_PLACED = {"convert_element_type", "sharding_constraint"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,13 +294,14 @@ class Decoder(nnx.Module):
   def head(self) -> Head:
     """The output table, in the compute dtype, and its bias, in float32: minus infinity for rows that are padding."""
     if self.cfg.classes:
-      return weight(self.output.score, self.compute), None
-    table_VD = weight(self.embed.tokens if self.cfg.tied else self.output.kernel, self.compute)
+      return Head(weight(self.output.score, self.compute))
+    table = self.embed.tokens if self.cfg.tied else self.output.kernel
+    table_VD = table[...].astype(self.compute.dtype)
     bias_V = self.output.bias[...].astype(jnp.float32) if self.cfg.head_bias else None
     rows = table_VD.shape[0]
     if rows > self.cfg.V:
       bias_V = jnp.where(jnp.arange(rows) < self.cfg.V, 0.0 if bias_V is None else bias_V, -jnp.inf)
-    return table_VD, bias_V
+    return Head(table_VD, bias_V, lambda table_VD: self.compute.gather(table_VD, table.out_sharding))
 
   def logits(self, h: jax.Array) -> jax.Array:
     """(..., D) -> (..., V) in float32; (..., classes) of a model that classifies, where the last real token's count."""
@@ -358,7 +359,7 @@ def weight(param: nnx.Param, compute: Compute) -> jax.Array:
   axes = param.out_sharding
   if param.ndim == len(axes) - 1:
     axes = axes[1:]  # inside the scan the layer axis is gone, its name is not
-  return checkpoint_name(compute.gather(param[...].astype(compute.dtype), axes), WEIGHT)
+  return compute.gather(param[...].astype(compute.dtype), axes)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -370,7 +371,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 def rematerialised(layer: Callable, remat: str) -> Callable:
   policies = jax.checkpoint_policies
   policy = {
-    "none": policies.save_anything_except_these_names(WEIGHT),
+    "none": lambda primitive, *_, **__: primitive.name not in CAST_OR_PLACED,
     "dots": policies.dots_with_no_batch_dims_saveable,
     "full": policies.nothing_saveable,
   }[remat]

@@ -12,7 +12,7 @@ B, T, D, V = 3, 29, 11, 37
 
 
 def cross_entropy_sum(h, table, bias, *rest):
-  return loss.cross_entropy_sum(h, (table, bias), *rest)
+  return loss.cross_entropy_sum(h, loss.Head(table, bias), *rest)
 
 
 def inputs(seed=0):

@@ -1,0 +1,160 @@
+"""Hardware that can be compiled for without having it: its facts, each from the maker's public data sheet.
+
+GPUs: NVIDIA's data sheets and architecture white papers (memory, bandwidth, dense bfloat16 or float16 tensor rate with float32
+accumulation, multiprocessors), and the CUDA C++ programming guide's table of compute capabilities (threads, shared memory).
+TPUs: Google Cloud's pages on each version (HBM, bandwidth, bfloat16 rate); usable memory is what libtpu's compiler grants.
+"""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxft.errors import RequestError
+
+GIB, TERA, GIGA = 2**30, 10**12, 10**9
+# Of a GPU's memory a process gets less than there is: the driver, the CUDA context and NCCL take some, and XLA's pool is to be
+# set to the rest (XLA_PYTHON_CLIENT_MEM_FRACTION=.95; its default leaves a quarter).
+GPU_SHARE = 0.93
+
+
+class Gpu(NamedTuple):
+  label: str
+  capability: tuple[int, int]
+  multiprocessors: int
+  clock_ghz: float
+  memory: int  # bytes
+  bandwidth: int  # bytes/s
+  l2: int  # bytes
+  shared: int  # bytes a multiprocessor
+  threads: int  # a multiprocessor
+  flops: int  # dense tensor cores, 16-bit in, float32 accumulation
+  link: int  # bytes/s to each neighbour in a node, one way
+  node: int = 8  # devices of a node as they are rented
+  bfloat16: bool = True
+
+
+class Tpu(NamedTuple):
+  label: str
+  usable: int  # bytes
+  bandwidth: int
+  flops: int
+  link: int  # bytes/s of all links of a chip, one way
+
+
+KB, MB = 2**10, 2**20
+NVLINK3, NVLINK4, NVLINK5, PCIE3, PCIE4, PCIE5 = 300 * GIGA, 450 * GIGA, 900 * GIGA, 14 * GIGA, 28 * GIGA, 56 * GIGA
+GPUS = {
+  "t4": Gpu("Tesla T4", (7, 5), 40, 1.59, 15 * GIB, 320 * GIGA, 4 * MB, 64 * KB, 1024, 65 * TERA, PCIE3, 4, False),
+  "rtx3090": Gpu(
+    "GeForce RTX 3090", (8, 6), 82, 1.695, 24 * GIB, 936 * GIGA, 6 * MB, 100 * KB, 1536, 71 * TERA, PCIE4, 2
+  ),
+  "a10g": Gpu("A10G", (8, 6), 80, 1.71, 24 * GIB, 600 * GIGA, 6 * MB, 100 * KB, 1536, 70 * TERA, PCIE4),
+  "l4": Gpu("L4", (8, 9), 58, 2.04, 24 * GIB, 300 * GIGA, 48 * MB, 100 * KB, 1536, 121 * TERA, PCIE4),
+  "rtx4090": Gpu(
+    "GeForce RTX 4090", (8, 9), 128, 2.52, 24 * GIB, 1008 * GIGA, 72 * MB, 100 * KB, 1536, 165 * TERA, PCIE4, 2
+  ),
+  "rtx5090": Gpu(
+    "GeForce RTX 5090", (12, 0), 170, 2.41, 32 * GIB, 1792 * GIGA, 96 * MB, 100 * KB, 1536, 209 * TERA, PCIE5, 2
+  ),
+  "a100-40gb": Gpu(
+    "A100-SXM4-40GB", (8, 0), 108, 1.41, 40 * GIB, 1555 * GIGA, 40 * MB, 164 * KB, 2048, 312 * TERA, NVLINK3
+  ),
+  "a100-80gb": Gpu(
+    "A100-SXM4-80GB", (8, 0), 108, 1.41, 80 * GIB, 2039 * GIGA, 40 * MB, 164 * KB, 2048, 312 * TERA, NVLINK3
+  ),
+  "h100": Gpu("H100 80GB HBM3", (9, 0), 132, 1.98, 80 * GIB, 3352 * GIGA, 50 * MB, 228 * KB, 2048, 989 * TERA, NVLINK4),
+  "h200": Gpu("H200", (9, 0), 132, 1.98, 140 * GIB, 4800 * GIGA, 50 * MB, 228 * KB, 2048, 989 * TERA, NVLINK4),
+  "b200": Gpu("B200", (10, 0), 148, 1.965, 179 * GIB, 7700 * GIGA, 126 * MB, 228 * KB, 2048, 2250 * TERA, NVLINK5),
+}
+TPUS = {
+  "v4": Tpu("TPU v4", int(31.75 * GIB), 1228 * GIGA, 275 * TERA, 150 * GIGA),
+  "v5e": Tpu("TPU v5e", int(15.75 * GIB), 819 * GIGA, 197 * TERA, 100 * GIGA),
+  "v5p": Tpu("TPU v5p", int(95.74 * GIB), 2765 * GIGA, 459 * TERA, 300 * GIGA),
+  "v6e": Tpu("TPU v6e", int(31.25 * GIB), 1640 * GIGA, 918 * TERA, 200 * GIGA),
+}
+NOT_HERE = {
+  "v100": "its compute capability 7.0 is not supported from CUDA 13 on, which jaxft's plugin is for; JAX with CUDA 12 ran on it",
+}
+CPU_MEMORY = 0.9  # of what the machine has
+
+
+class Target(NamedTuple):
+  """So many devices of one kind."""
+
+  name: str
+  kind: str  # a key of GPUS or TPUS, or "cpu"
+  count: int
+  topology: str  # of a TPU slice, such as 2x4
+
+  @property
+  def facts(self) -> Gpu | Tpu | None:
+    return GPUS.get(self.kind) or TPUS.get(self.kind)
+
+  @property
+  def usable_bytes(self) -> int | None:
+    """What a process really gets of a device's memory; None: the machine's own memory is the limit."""
+    facts = self.facts
+    return int(GPU_SHARE * facts.memory) if isinstance(facts, Gpu) else facts and facts.usable
+
+
+def find(name: str) -> Target:
+  """The target of `h100`, `h100x8`, `v5e:2x4`, `cpu`, `cpux8`, ...; raises RequestError with the nearest that there is."""
+  if name.partition("x")[0].partition(":")[0] in NOT_HERE:
+    raise RequestError(f"--device={name!r}: {NOT_HERE[name.partition('x')[0].partition(':')[0]]}")
+  tpu = re.fullmatch(r"(v\w+):(\d+(?:x\d+){1,2})", name)
+  if tpu and tpu[1] in TPUS:
+    return Target(name, tpu[1], math.prod(map(int, tpu[2].split("x"))), tpu[2])
+  for kind in ("cpu", *GPUS):
+    many = re.fullmatch(rf"{re.escape(kind)}(?:x(\d+))?", name)
+    if many and int(many[1] or 1) > 0:
+      count = int(many[1] or 1)
+      if kind in GPUS and count > GPUS[kind].node and count % GPUS[kind].node:
+        raise RequestError(
+          f"--device={name!r}: {kind} comes in nodes of {GPUS[kind].node}; give a multiple of it, or fewer"
+        )
+      return Target(name, kind, count, "")
+  raise RequestError(
+    f"--device={name!r}: not known; there are cpu, {', '.join(GPUS)}, each with xN for N of them, and slices of "
+    f"{', '.join(TPUS)} such as v5e:2x4"
+  )
+
+
+def devices(target: Target) -> list[Any]:
+  """Devices to compile for. Only in a process whose environment is that of `compile.ENVIRONMENT`; raises RequestError."""
+  from jax.experimental import topologies
+
+  if target.kind == "cpu":
+    return jax.devices("cpu")[: target.count]
+  if target.kind in TPUS:
+    # Some slices exist only by the host, as v5e:2x2 does for one chip.
+    found = topologies.get_topology_desc(platform="tpu", topology_name=target.name)
+    return list(found.devices)
+  gpu = GPUS[target.kind]
+  hosts = -(-target.count // gpu.node)
+  found = topologies.get_topology_desc(
+    "jaxft", "cuda", target_config=_target_config(gpu), topology=f"1x{hosts}x{target.count // hosts}"
+  )
+  return list(found.devices)
+
+
+def _target_config(gpu: Gpu) -> str:
+  """A GPU as XLA's compiler is told of it (xla/stream_executor/device_description.proto)."""
+  major, _ = gpu.capability
+  return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: {gpu.shared} threads_per_core_limit: {gpu.threads} core_count: {gpu.multiprocessors}
+  fpus_per_core: {128 if gpu.capability not in ((7, 5), (8, 0)) else 64}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.l2} clock_rate_ghz: {gpu.clock_ghz}
+  device_memory_size: {gpu.memory} shared_memory_per_block_optin: {gpu.shared - (1024 if major >= 8 else 0)}
+  cuda_compute_capability {{ major: {gpu.capability[0]} minor: {gpu.capability[1]} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 28 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "NVIDIA {gpu.label}"
+"""

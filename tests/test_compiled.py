@@ -1,0 +1,103 @@
+"""Programs of real sizes, compiled by the real GPU and TPU compilers without either: memory, and what travels between devices."""
+
+import dataclasses
+import math
+
+import pytest
+
+from jaxft import config as settings
+from jaxft.hf import facts
+from jaxft.hf.published import PUBLISHED
+from jaxft.plan import compile, hlo
+
+GIB = 2**30
+GPTJ = "EleutherAI/gpt-j-6b"
+L, D = 28, 4096
+
+
+def request(model, device, rows, T, **more):
+  config = settings.default()
+  config.model.path, config.data.train, config.train.steps = model, ("texts",), 100
+  config.data.sequence_length, config.train.batch_size = T, rows
+  config.memory.remat, config.memory.loss_chunk = "full", 256
+  for name, value in more.items():
+    section, key = name.split("__")
+    config[section][key] = value
+  return compile.Request(
+    settings.to_json(config), dataclasses.asdict(facts.model_config(PUBLISHED[model])), device, text=True
+  )
+
+
+def whole_stacks(found):
+  """Collectives that move the weights of all layers at once."""
+  return [
+    it
+    for it in found
+    if any(len(shape) > 2 and shape[0] == L and math.prod(shape) >= L * D * D for _, shape in it.shapes)
+  ]
+
+
+@pytest.fixture(scope="module")
+def h100x8():
+  (answer,) = compile.measure([request(GPTJ, "h100x8", 32, 2048)])
+  return answer
+
+
+@pytest.mark.slow
+def test_gptj_fits_eight_gpus_with_room_to_spare(h100x8):
+  assert h100x8["devices"] == 8 and h100x8["peak_bytes"] < 20 * GIB
+
+
+@pytest.mark.slow
+def test_layers_are_gathered_one_at_a_time_and_gradients_come_back_cut(h100x8):
+  found = hlo.collectives(h100x8["text"])
+  gathered = [it for it in found if it.kind == "all-gather" and it.times == L]
+  # Twice, forward and backward: qkv, out, up and down of one layer.
+  for shape in ((D, 3, 16, 256), (16, 256, D), (D, 4 * D), (4 * D, D)):
+    assert sum(shape in [s for _, s in it.shapes] for it in gathered) == 2, shape
+  scattered = [it for it in found if it.kind == "reduce-scatter" and it.times == L]
+  assert sum(math.prod(s) for it in scattered for _, s in it.shapes if math.prod(s) >= D * D) == 12 * D * D
+  assert not whole_stacks(found)
+  # Nothing large is summed whole: that would be a gradient that each device then has all of.
+  assert all(it.nbytes < 10 * 2**20 for it in found if it.kind == "all-reduce")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "slices",
+  [
+    {"v5e:2x4": 14},
+    pytest.param({"v5e:2x4": 14, "v5e:4x4": 14, "v5e:8x8": 14, "v5e:16x16": 2.5}, marks=pytest.mark.wide),
+  ],
+)
+def test_a_tpu_chip_holds_less_the_more_there_are(slices):
+  answers = compile.measure([request(GPTJ, name, math.prod(map(int, name[4:].split("x"))), 2048) for name in slices])
+  assert not any("refused" in answer for answer in answers), answers
+  peaks = [answer["peak_bytes"] / GIB for answer in answers]
+  assert all(peak < most for peak, most in zip(peaks, slices.values(), strict=True)), peaks
+  assert all(after < before for before, after in zip(peaks, peaks[1:])), peaks
+  for answer in answers:
+    found = hlo.collectives(answer["text"])
+    assert not whole_stacks(found) and {"all-gather", "reduce-scatter"} <= {it.kind for it in found} | fused_scatter(
+      answer
+    )
+
+
+def fused_scatter(answer):
+  """libtpu fuses a reduce-scatter with what makes its operand: then it has a name, and no line, of its own."""
+  return {"reduce-scatter"} if "reduce-scatter" in answer["text"] or "all-reduce-scatter" in answer["text"] else set()
+
+
+def test_zero_stages_talk_as_the_docs_say():
+  """8 CPU devices: gradients are summed whole up to stage 1 and cut from stage 2; weights are gathered once or by layer."""
+  stages = [
+    request("gpt2", "cpux8", 8, 64, memory__remat="none", mesh__zero_stage=stage, memory__loss_chunk=0)
+    for stage in range(4)
+  ]
+  kinds = [answer["collective_bytes"] for answer in compile.measure(stages)]
+  weights = 4 * 124_439_808
+  assert all(kind.get("all-gather", 0) < 0.05 * weights for kind in kinds[:1])
+  for stage in (1, 2):
+    assert 0.95 * weights < kinds[stage]["all-gather"] < 1.2 * weights, kinds[stage]
+  assert kinds[3]["all-gather"] > 1.5 * weights  # forward and backward
+  assert kinds[0]["all-reduce"] > 0.95 * weights
