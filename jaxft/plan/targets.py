@@ -75,7 +75,7 @@ TPUS = {
   "v6e": Tpu("TPU v6e", int(31.25 * GIB), 1640 * GIGA, 918 * TERA, 200 * GIGA),
 }
 NOT_HERE = {
-  "v100": "its compute capability 7.0 is not supported from CUDA 13 on, which jaxft's plugin is for; JAX with CUDA 12 ran on it",
+  "v100": "CUDA 13, which jaxft's plugin is for, no longer knows its compute capability 7.0; JAX with CUDA 12 does",
 }
 CPU_MEMORY = 0.9  # of what the machine has
 
