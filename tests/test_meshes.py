@@ -99,7 +99,7 @@ def every_case():
       yield pytest.param(family, *case, marks=() if (family, *case) in always else pytest.mark.wide)
 
 
-@pytest.mark.parametrize("family, mesh, stage", every_case())
+@pytest.mark.parametrize("family, mesh, stage", list(every_case()))
 def test_twenty_steps_are_those_of_one_device(family, mesh, stage):
   wanted, weights = on_one_device(family)
   losses, trained = train(family, mesh, stage)
