@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from jaxft import config as settings
 from jaxft import pretrained
 from jaxft.errors import RequestError
-from jaxft.run import hosts
+from jaxft.run import hosts, roll_call
 
 USAGE = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config.section.key=value ...]
 
@@ -24,6 +24,8 @@ USAGE = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config
                      such as data.train, take the flag several times
   --dry_run          compile and tell the memory, train nothing
   --print_config     print the settings of this run and end
+  --strict           end, with exit code 4, at a damaged checkpoint instead of going back to the one before it
+  --allow_change     continue a run although settings that shape what is learned have changed
 
 Several hosts, the same command on each; under SLURM, Open MPI, Kubernetes and on TPU pods these are found out:
   --coordinator HOST:PORT   of process 0
@@ -34,12 +36,17 @@ Several hosts, the same command on each; under SLURM, Open MPI, Kubernetes and o
 """
 
 
+SWITCHES = ("dry_run", "print_config", "strict", "allow_change")
+
+
 class TrainArguments(NamedTuple):
   config: ConfigDict
   workdir: Path
   dry_run: bool
   print_config: bool
-  place: hosts.Place | None
+  strict: bool
+  allow_change: bool
+  place: roll_call.Place | None
   start_timeout: int
   peer_timeout: int
 
@@ -52,16 +59,19 @@ def parse_train(argv: list[str] | None = None) -> TrainArguments:
     "start_timeout": hosts.START_TIMEOUT,
     "peer_timeout": hosts.PEER_TIMEOUT,
   }
-  values = parse(
-    sys.argv if argv is None else argv, USAGE, ("dry_run", "print_config"), ("workdir", "coordinator"), numbers
-  )
+  values = parse(sys.argv if argv is None else argv, USAGE, SWITCHES, ("workdir", "coordinator"), numbers)
   workdir = Path(values.workdir) if values.workdir else Path("runs") / Path(values.config_file).stem
   for name in ("start_timeout", "peer_timeout"):
     if getattr(values, name) < 1:
       raise RequestError(f"--{name}={getattr(values, name)}: must be at least 1 second")
-  place = hosts.find(values.coordinator, values.num_processes, values.process_id, values.start_timeout)
+  place = roll_call.find(values.coordinator, values.num_processes, values.process_id, values.start_timeout)
   return TrainArguments(
-    values.config, workdir, values.dry_run, values.print_config, place, values.start_timeout, values.peer_timeout
+    values.config,
+    workdir,
+    *(getattr(values, name) for name in SWITCHES),
+    place,
+    values.start_timeout,
+    values.peer_timeout,
   )
 
 

@@ -49,6 +49,12 @@ def template(x: str) -> str | None:
   return None if fine else "text with {prompt} and after it {completion}, each once"
 
 
+def compute_dtype(x: str) -> str | None:
+  if x == "float16":
+    return "auto, float32 or bfloat16: float16 ends at 65504, and training overflows it; bfloat16 has float32's range"
+  return one_of("auto", "float32", "bfloat16")(x)
+
+
 def anything(_: Any) -> None:
   return None
 
@@ -81,7 +87,7 @@ SETTINGS = (
   Setting(
     "model.compute_dtype",
     "auto",
-    one_of("auto", "float32", "bfloat16"),
+    compute_dtype,
     "dtype of activations; auto: bfloat16 on GPU and TPU, float32 on CPU. Weights are float32 always",
   ),
   Setting("model.dropout", float, between(0, 1), "dropout everywhere; unset: the rates of the model's config.json"),
@@ -149,6 +155,18 @@ SETTINGS = (
   Setting("train.eval_batches", 0, at_least(0), "batches an evaluation; 0: all validation rows"),
   Setting("train.save_every", 500, at_least(0), "steps between checkpoints; 0: only after the last"),
   Setting("train.keep", 2, at_least(1), "newest checkpoints to keep"),
+  Setting(
+    "train.keep_best_metric",
+    "",
+    one_of("", "eval/loss", "eval/perplexity"),
+    "keep the checkpoint with the least of this too: one is saved after each evaluation; empty: only the newest",
+  ),
+  Setting(
+    "train.early_stopping_patience",
+    0,
+    at_least(0),
+    "evaluations without a lower eval loss that end the run; 0: none do",
+  ),
   Setting("train.max_bad_steps", 1, at_least(1), "non-finite steps in a row that end the run (they change no weight)"),
   Setting("train.sample_prompts", (), anything, "prompts completed before and after training, with the same seed"),
   Setting("train.sample_every", 0, at_least(0), "steps between further samples; 0: only before and after"),
@@ -197,6 +215,8 @@ FREE_ON_RESUME = frozenset(
     "train.eval_batches",
     "train.save_every",
     "train.keep",
+    "train.keep_best_metric",
+    "train.early_stopping_patience",
     "train.max_bad_steps",
     "train.sample_prompts",
     "train.sample_every",
@@ -290,6 +310,9 @@ def faults(config: ConfigDict) -> list[str]:
     lines.append(
       f"config.model.head={v['model.head']!r} and config.data.format={v['data.format']!r}: classification is both or neither"
     )
+  for name in ("train.keep_best_metric", "train.early_stopping_patience"):
+    if v[name] and not v["train.eval_every"]:
+      lines.append(f"config.{name}={v[name]!r}: goes with evaluations; set config.train.eval_every")
   if v["data.nats_column"] and v["data.format"] != "text":
     lines.append(f"config.data.nats_column={v['data.nats_column']!r}: goes with data.format=text only")
   if not v["data.validation"] and not v["data.validation_fraction"]:

@@ -15,7 +15,7 @@ class Head(NamedTuple):
 
   table_VD: jax.Array
   bias_V: jax.Array | None = None
-  # Called on the table where it is used, chunk by chunk: so its gradient is added up cut over the devices, never whole on each.
+  # Casts and gathers the table where it is used, chunk by chunk: so its gradient is added up in float32, and never whole.
   gather: Callable[[jax.Array], jax.Array] = lambda table_VD: table_VD
 
 

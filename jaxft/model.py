@@ -292,16 +292,17 @@ class Decoder(nnx.Module):
     return h_BTD, Cache(k, v, segments_BS, cache.used + ids_BT.shape[1])
 
   def head(self) -> Head:
-    """The output table, in the compute dtype, and its bias, in float32: minus infinity for rows that are padding."""
+    """The output table and its bias, in float32: minus infinity for rows that are padding."""
     if self.cfg.classes:
       return Head(weight(self.output.score, self.compute))
     table = self.embed.tokens if self.cfg.tied else self.output.kernel
-    table_VD = table[...].astype(self.compute.dtype)
+    table_VD = table[...]
     bias_V = self.output.bias[...].astype(jnp.float32) if self.cfg.head_bias else None
     rows = table_VD.shape[0]
     if rows > self.cfg.V:
       bias_V = jnp.where(jnp.arange(rows) < self.cfg.V, 0.0 if bias_V is None else bias_V, -jnp.inf)
-    return Head(table_VD, bias_V, lambda table_VD: self.compute.gather(table_VD, table.out_sharding))
+    used = lambda table_VD: self.compute.gather(table_VD.astype(self.compute.dtype), table.out_sharding)
+    return Head(table_VD, bias_V, used)
 
   def logits(self, h: jax.Array) -> jax.Array:
     """(..., D) -> (..., V) in float32; (..., classes) of a model that classifies, where the last real token's count."""

@@ -81,9 +81,13 @@ def _in_order(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def faults(cfg: Any, mesh: Mesh) -> list[str]:
-  """One line for each size of the model (a `model.ModelConfig`) that tensor parallelism cannot cut."""
-  tensor = mesh.shape["tensor"]
-  return [
+  """One line for each size of the model (a `model.ModelConfig`) that the mesh cannot cut."""
+  fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+  lines = [
+    f"config.mesh.fsdp={fsdp}: the model is {cfg.D} wide, which {fsdp} devices cannot share, so each would hold all of it; take "
+    f"one of {', '.join(str(n) for n in range(1, 1025) if cfg.D % n == 0)}, and config.mesh.data=-1 for the rest"
+  ] * bool(cfg.D % fsdp)
+  return lines + [
     f"config.mesh.tensor={tensor}: the model has {size} {what}, which {tensor} devices cannot share; "
     f"take one of {', '.join(str(n) for n in range(1, 65) if cfg.N % n == cfg.F % n == 0)}"
     for what, size in (("heads", cfg.N), ("columns of the feed-forward layer", cfg.F))

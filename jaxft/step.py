@@ -67,23 +67,42 @@ def make_train_step(
 ) -> Callable:
   """Returns `train_step(state, batch) -> (state, metrics)`, with the gradient of `make_gradient`.
 
-  When loss or gradient is not finite the step changes nothing but `state.step`, and `metrics["bad"]` is true.
+  When loss, gradient or what the optimizer makes of it is not finite, the step changes nothing but `state.step`:
+  `metrics["bad"]` is true, and `metrics["bad_leaves"]` tells for each leaf of the gradient, and then of the optimizer's
+  direction, whether something in it is not finite.
   """
 
   def train_step(state: State, batch: dict) -> tuple[State, dict]:
     loss, grads, tokens = gradient(state, batch)
     norm = optax.tree_utils.tree_norm(grads)
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    bad_gradients = _not_finite(grads)
     if clip_norm:
       grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30)), grads)
     learning_rate = schedule(state.step)
     direction, opt = tx.update(grads, state.opt, state.params)
+    bad_leaves = jnp.concatenate(
+      [bad_gradients, _not_finite(direction)]
+    )  # a moment that is not finite shows here alone
+    good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~bad_leaves.any()
     params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
-    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate, "tokens": tokens, "bad": ~good}
+    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate, "tokens": tokens}
+    metrics |= {"bad": ~good, "bad_leaves": bad_leaves}
     return State(state.step + 1, keep(params, state.params), keep(opt, state.opt)), metrics
 
   return train_step
+
+
+def _not_finite(tree: Any) -> jax.Array:
+  """For each leaf whether its sum of squares is infinite or no number."""
+  return jnp.stack([~jnp.isfinite(jnp.vdot(leaf, leaf)) for leaf in jax.tree.leaves(tree)])
+
+
+def name_bad_leaves(bad_leaves: Any, params: Any) -> list[str]:
+  """The names behind `metrics["bad_leaves"]`."""
+  names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+  names = [f"the gradient of {name}" for name in names] + [f"the optimizer's step for {name}" for name in names]
+  return [name for name, bad in zip(names, bad_leaves, strict=True) if bad]
 
 
 def hidden(model: Any, part: dict, key: jax.Array | None = None) -> jax.Array:

@@ -3,6 +3,7 @@
 The same command again continues a run that was stopped or killed. `finetune` is the same thing for notebooks.
 """
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +18,19 @@ from jaxft import config as settings
 from jaxft import program as programs
 from jaxft.data import loader, sources, tokens
 from jaxft.data.report import prepare, run_length
-from jaxft.errors import Preempted, RequestError, StorageError, first_line, run_command
+from jaxft.errors import Preempted, RequestError, first_line, run_command
 from jaxft.files import write_whole
 from jaxft.hf import load, push, repo, save
 from jaxft.hf.card import model_card
+from jaxft.hf.unload import EXPORT_DTYPES
 from jaxft.hf.verify import in_words
 from jaxft.run import hosts
-from jaxft.run.checkpoint import Checkpoints
-from jaxft.run.guards import StopRequest
+from jaxft.run.checkpoint import Checkpoints, nbytes
+from jaxft.run.guards import StopRequest, must_have_room, only_writer
+from jaxft.run.resume import refuse_another_run, resume
 from jaxft.run.tracking import Meter, Reporter, say
 from jaxft.sample import Generator, Sampling
-from jaxft.step import State, mean_loss
+from jaxft.step import State, mean_loss, name_bad_leaves
 
 SMALLER = (
   "a smaller config.train.micro_batch_size, config.memory.remat=full or config.memory.loss_chunk=128 need less memory"
@@ -63,23 +66,37 @@ def export_folder(config: ConfigDict, workdir: Path) -> Path:
   return Path(config.export.out) if config.export.out else workdir / "export"
 
 
-def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) -> Run | None:
+def finetune(
+  config: ConfigDict,
+  workdir: str | Path,
+  *,
+  dry_run: bool = False,
+  strict: bool = False,
+  allow_change: bool = False,
+) -> Run | None:
   """Fine-tunes as `config` says, continuing what `workdir` holds, and exports the result.
 
   Args:
     config: from `jaxft.config.default()`; `jaxft.config.SETTINGS` explains every key.
     workdir: folder for everything that the run writes.
     dry_run: compile, tell the memory, and return None: no weights are read and nothing is written.
+    strict: a damaged checkpoint ends the run, instead of being set aside for the one before it.
+    allow_change: continue although settings that shape what is learned have changed since the run was started.
 
   Raises:
     RequestError, NumericsError, StorageError, Preempted: see `jaxft.errors`.
   """
   workdir = Path(workdir)
-  hosts.agree("config", {"--workdir": workdir} | settings.named(config) | hosts.versions())
+  flags = {"--workdir": workdir, "--dry_run": dry_run, "--strict": strict, "--allow_change": allow_change}
+  hosts.agree("command", flags | settings.named(config) | hosts.versions())
   check(config, workdir)
   programs.keep_compiled()
   beginning = time.monotonic()
-  with StopRequest() as stop:
+  with contextlib.ExitStack() as until_the_end:
+    stop = until_the_end.enter_context(StopRequest())
+    if not dry_run:
+      until_the_end.enter_context(only_writer(workdir))
+      hosts.must_share(workdir)
     # ---- Mesh ----------------------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
     device = mesh.local_devices[0]
@@ -102,7 +119,10 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     with Meter("tokenising", 1) as meter:
       told = lambda done, total: meter.at(done, total=total)
       data = prepare(config.data, tokenizer, repo.tokenizer_fingerprint(source.folder), told, say)
-    hosts.agree("data", {"config.data, as it is cut into tokens": data.fingerprint})
+    weights = repo.fingerprint(source) if pretrained else ""
+    hosts.agree(
+      "data", {"config.data, as it is cut into tokens": data.fingerprint, "the files of config.model.path": weights}
+    )
     rows = data.train
     rows_in_all, total_steps = run_length(rows, config.train)
     if config.optim.warmup_steps > total_steps:
@@ -128,9 +148,15 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     )
 
     # ---- Workdir: is it this run's? ------------------------------------------------------------------------------------
-    checkpoints = None if dry_run else Checkpoints(workdir / "checkpoints", config.train.keep)
+    checkpoints = (
+      None if dry_run else Checkpoints(workdir / "checkpoints", config.train.keep, config.train.keep_best_metric)
+    )
     if checkpoints:
-      refuse_another_run(checkpoints, config, about)
+      until_the_end.callback(checkpoints.abandon)
+      refuse_another_run(checkpoints, config, about, allow_change)
+      each = nbytes(program.state)
+      to_come = max(1, config.train.keep + 1 - len(checkpoints.steps())) + bool(config.train.keep_best_metric)
+      must_have_room(checkpoints.folder, to_come * each, f"{to_come} checkpoints of this run")
 
     # ---- Compile: what the step needs is known before any of it is taken ----------------------------------------------
     started = time.monotonic()
@@ -150,7 +176,7 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
 
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
-    state, tokens_seen = resume(checkpoints, program.state, total_steps)
+    state, tokens_seen = resume(checkpoints, program.state, total_steps, strict)
     if state is None:
       shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
       if pretrained:
@@ -168,14 +194,14 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
     reporter = Reporter(config, workdir, start, total_steps, tokens_seen, data.floor, device)
     generator = Generator(program.graph, cfg, tokenizer.eos_token_id)
 
-    def evaluate(step: int, when: str) -> None:
+    def evaluate(step: int, when: str) -> dict[str, float]:
       batches = loader.evaluation_batches(
         data.validation,
         batch_size=program.rows_at_once,
         limit=config.train.eval_batches,
         sharding=program.batch_sharding,
       )
-      reporter.evaluation(step, when, mean_loss(program.eval_step, state.params, batches)[0])
+      return reporter.evaluation(step, when, mean_loss(program.eval_step, state.params, batches)[0])
 
     def sample(step: int, when: str) -> None:
       prompts = list(config.train.sample_prompts)
@@ -198,16 +224,19 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
       start=start,
       sharding=program.batch_sharding,
     )
-    pending = None
+    pending, found, patience = None, {}, config.train.early_stopping_patience
+    ended_early = start > 0 and 0 < patience <= reporter.evaluations_without_gain()
+    name_leaves = lambda bad: name_bad_leaves(bad, program.state.params)
     reporter.clock.restart()
-    with Meter("training", total_steps, start) as meter:
-      for step in range(start + 1, total_steps + 1):
+    with stop.held(), Meter("training", total_steps, start) as meter:
+      for step in range(start + 1, 0 if ended_early else total_steps + 1):
         state, numbers = train_step(state, next(batches))
         if step == start + 1:
           jax.block_until_ready(numbers)
           say(f"first step after {time.monotonic() - beginning:.1f} s")
         if pending:
-          reporter.step(step - 1, jax.device_get(pending), meter)
+          reporter.step(step - 1, jax.device_get(pending), meter, name_leaves)
+        checkpoints.failed()
         pending, last = numbers, step == total_steps
         due = {
           what
@@ -218,23 +247,32 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
           )
           if last or every and step % every == 0
         }
-        if due or stop.received:
-          reporter.step(step, jax.device_get(pending), meter)
+        stopping = stop.at(step)
+        if due or stopping:
+          reporter.step(step, jax.device_get(pending), meter, name_leaves)
           pending = None
           with reporter.clock.paused():
             if "eval" in due:
-              evaluate(step, "after" if last else f"step {step}")
+              found = evaluate(step, "after" if last else f"step {step}")
+              ended_early = 0 < patience <= reporter.evaluations_without_gain()
             if "sample" in due:
               sample(step, "after" if last else "during")
-            if "save" in due or stop.received:
-              checkpoints.save(step, state, about | {"tokens": reporter.tokens_seen})
-        if stop.received and not last:
+            best = "eval" in due and config.train.keep_best_metric
+            if "save" in due or stopping or best or ended_early:
+              checkpoints.save(step, state, about | {"tokens": reporter.tokens_seen}, found if "eval" in due else {})
+        if stopping:
           checkpoints.close()
           raise Preempted(f"{stop.received}: saved at step {step} of {total_steps}; the same command continues")
+        if ended_early:
+          say(f"no lower eval loss in {patience} evaluations: ended at step {step} of {total_steps}")
+          break
     checkpoints.close()
 
     # ---- Export: a Hugging Face folder, read back and compared -----------------------------------------------------------
     out = export_folder(config, workdir)
+    must_have_room(
+      out, EXPORT_DTYPES[config.export.dtype].itemsize * model.parameter_count(cfg), "the exported weights"
+    )
     parity = save.export(
       out,
       state.params,
@@ -251,52 +289,19 @@ def finetune(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False) 
   return Run(workdir, reporter.metrics.all, reporter.samples.all, out)
 
 
-def refuse_another_run(checkpoints: Checkpoints, config: ConfigDict, about: dict[str, Any]) -> None:
-  """Raises RequestError when the newest readable checkpoint is of another run than this one."""
-  for step in reversed(checkpoints.steps()):
-    try:
-      meta = checkpoints.meta(step)
-    except StorageError:
-      continue  # `resume` will say so
-    lines = settings.changed(meta["config"], config)
-    if meta["data"] != about["data"]:
-      lines.append("config.data: the training text, or how it is cut into tokens, is not what the run was started with")
-    if meta["total_steps"] != about["total_steps"]:
-      lines.append(f"{about['total_steps']} steps in all: the run was started for {meta['total_steps']}")
-    if lines:
-      way_out = f"{checkpoints.folder} holds another run: go back to its settings, or name another --workdir"
-      raise RequestError("\n".join([*lines, way_out]))
-    return
-
-
-def resume(checkpoints: Checkpoints, like: State, total_steps: int) -> tuple[State | None, int]:
-  """The newest sound checkpoint and the tokens it has seen, or (None, 0) when the run is new.
-
-  Damaged ones that are newer are set aside. Raises StorageError when there are some and none is sound.
-  """
-  damaged = {}
-  for step in reversed(checkpoints.steps()):
-    try:
-      state, seen = checkpoints.restore(step, like), checkpoints.meta(step)["tokens"]
-    except StorageError as error:
-      damaged[step] = str(error)
-      continue
-    for bad, reason in damaged.items():
-      say(f"{reason}; set aside as {checkpoints.set_aside(bad).name}, and going on from the one before it")
-    say(f"continuing at step {step} of {total_steps}")
-    return state, seen
-  if damaged:
-    raise StorageError("\n".join([*damaged.values(), "no sound checkpoint is left; remove the workdir to start anew"]))
-  return None, 0
-
-
 def main() -> None:
   arguments = command_line.parse_train()
   if arguments.print_config:
     print(settings.describe(arguments.config))
     return
   with hosts.joined(arguments.place, arguments.start_timeout, arguments.peer_timeout):
-    finetune(arguments.config, arguments.workdir, dry_run=arguments.dry_run)
+    finetune(
+      arguments.config,
+      arguments.workdir,
+      dry_run=arguments.dry_run,
+      strict=arguments.strict,
+      allow_change=arguments.allow_change,
+    )
 
 
 if __name__ == "__main__":

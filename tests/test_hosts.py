@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import processes
@@ -20,13 +22,13 @@ wide = pytest.mark.wide
 class Hosts:
   """Processes that were started as one run."""
 
-  def __init__(self, config_file, workdir, count, *more, devices=2, present=None, only=None):
+  def __init__(self, config_file, workdir, count, *more, devices=2, present=None, only=None, homes=None, logs=None):
     with socket.create_server(("127.0.0.1", 0)) as server:
       port = server.getsockname()[1]
     self.outputs, self.all = [], {}
     for i in range(count) if present is None else present:
       place = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
-      output = workdir.with_name(f"{workdir.name}-{i}.log")
+      output = (logs or workdir).with_name(f"{(logs or workdir).name}-{i}.log")
       self.outputs.append(output)
       command = ["jaxft.train", "--config", config_file, "--workdir", workdir, *more, *place, *(only or {}).get(i, ())]
       with output.open("w") as stream:
@@ -34,6 +36,7 @@ class Hosts:
           [sys.executable, "-m", *map(str, command)],
           stdout=stream,
           stderr=subprocess.STDOUT,
+          cwd=homes and homes[i],
           env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
         )
 
@@ -171,17 +174,63 @@ def test_flags_that_say_too_little_are_refused(config_file, tmp_path, flags, tol
 def test_two_processes_of_one_number_and_strangers_on_the_port(config_file, tmp_path):
   several = Hosts(config_file, tmp_path / "run", 3, "--start_timeout=40", present=(0, 1), only={1: ["--process_id=1"]})
   port = int(re.search(r":(\d+)", several.all[0].args[several.all[0].args.index("--num_processes=3") - 1]).group(1))
-  wait_for(lambda: connects(port, b"GET / HTTP/1.0\r\n\r\n"))
+  strangers = [b"GET / HTTP/1.0\r\n\r\n", b"[" * 1900 + b"\n", b'{"process": Infinity, "processes": 3}\n', b"\n"]
   twice = json.dumps({"process": 1, "processes": 3}).encode() + b"\n"
-  wait_for(lambda: connects(port, twice) or several.all[0].poll() is not None)
-  assert several.codes(60) == [2, 2]
+  open_ones = []
+  try:
+    for line in (*strangers, twice):
+      wait_for(lambda: connects(port, line, open_ones) or several.all[0].poll() is not None)  # noqa: B023
+    assert several.codes(60) == [2, 2], several.said()
+  finally:
+    for peer in open_ones:
+      peer.close()
   assert all("--process_id=1: another process has it too" in text for text in several.said())
 
 
-def connects(port, line):
+def connects(port, line, open_ones):
   try:
-    with socket.create_connection(("127.0.0.1", port), timeout=1) as peer:
-      peer.sendall(line)
-      return True
+    peer = socket.create_connection(("127.0.0.1", port), timeout=1)
   except OSError:
     return False
+  open_ones.append(peer)
+  peer.sendall(line)
+  return True
+
+
+@pytest.mark.slow
+def test_one_host_with_other_weights_is_refused(config_file, folder, tmp_path):
+  other = shutil.copytree(folder, tmp_path / "other")
+  weights = bytearray((other / "model.safetensors").read_bytes())
+  weights[-1] ^= 1
+  (other / "model.safetensors").write_bytes(weights)
+  # The same relative path on each host, and not the same files behind it.
+  homes = [tmp_path / "0", tmp_path / "1"]
+  for home, model in zip(homes, (folder, other), strict=True):
+    home.mkdir()
+    (home / "model").symlink_to(model)
+  several = Hosts(config_file, tmp_path / "run", 2, "--config.model.path=model", "--config.mesh.fsdp=-1", homes=homes)
+  assert several.codes(90) == [2, 2], several.said()
+  assert all("error: the files of config.model.path=" in text for text in several.said())
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_not_one_folder_is_refused(config_file, tmp_path):
+  homes = [tmp_path / "0", tmp_path / "1"]
+  for home in homes:
+    home.mkdir()
+  several = Hosts(config_file, Path("run"), 2, homes=homes, logs=tmp_path / "log")
+  assert several.codes(120) == [2, 2], several.said()
+  assert all("--workdir='run', on one disk that all processes share=False on process 1" in t for t in several.said())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", [(1,), pytest.param((0, 1), marks=wide)])
+def test_a_signal_to_one_or_all_saves_one_step_and_ends_with_75(config_file, tmp_path, to):
+  workdir, more = tmp_path / "run", ("--config.train.steps=100000", "--config.mesh.fsdp=-1")
+  several = Hosts(config_file, workdir, 2, *more, devices=1)
+  wait_for(lambda: steps_in(workdir) or any(process.poll() is not None for process in several.all.values()))
+  for i in to:
+    several.all[i].send_signal(signal.SIGUSR1)
+  assert several.codes(60) == [75, 75], several.said()
+  assert all("saved at step" in text and "Traceback" not in text for text in several.said())
+  assert len([entry for entry in (workdir / "checkpoints").iterdir() if entry.name.isdecimal()]) in (1, 2)

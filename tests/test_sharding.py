@@ -73,3 +73,5 @@ def test_heads_that_tensor_parallelism_cannot_cut_are_refused_with_the_sizes_tha
   (line,) = sharding.faults(xl, mesh(1, 4, 2))
   assert line == "config.mesh.tensor=2: the model has 25 heads, which 2 devices cannot share; take one of 1, 5, 25"
   assert not sharding.faults(xl, mesh(1, -1))
+  (line,) = sharding.faults(xl, mesh(1, 6))
+  assert line.startswith("config.mesh.fsdp=6: the model is 1600 wide, which 6 devices cannot share")

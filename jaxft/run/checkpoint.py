@@ -1,7 +1,8 @@
 """Checkpoints: Orbax, plus a checksum of every leaf, because Orbax loads flipped bits without a word (0.12.8, measured)."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxft.errors import StorageError, first_line
 
@@ -20,20 +22,63 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 class Checkpoints:
   """The checkpoints of one run: `folder/STEP/` with the state and a JSON record about it, written in the background."""
 
-  def __init__(self, folder: Path, keep: int):
-    """Opens the folder, making it if need be; raises StorageError when it cannot."""
-    self.folder = folder
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+  def __init__(self, folder: Path, keep: int, best: str = ""):
+    """Opens the folder, making it if need be; raises StorageError when it cannot.
+
+    Args:
+      keep: newest checkpoints to keep.
+      best: keep the one with the least value of this metric too.
+    """
+    self.folder, self._verified, self._closed = folder, False, False
+    kept = [LatestN(keep)]
+    if best:
+      lowest = lambda metrics: metrics.get(best, float("inf")) if metrics else float("inf")
+      kept.append(BestN(get_metric_fn=lowest, reverse=True, n=1, keep_checkpoints_without_metrics=False))
+    options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(kept))
     self._or_storage_error(lambda: folder.mkdir(parents=True, exist_ok=True))
     self._manager = self._or_storage_error(lambda: ocp.CheckpointManager(folder.absolute(), options=options))
 
-  def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-    """Starts to write; the arrays may be changed or donated as soon as this returns. Raises StorageError."""
-    meta = meta | {"step": step, "checksums": checksums(state)}
+  def save(self, step: int, state: Any, meta: dict[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+    """Starts to write; the arrays may be changed or donated as soon as this returns. Raises StorageError.
+
+    The first checkpoint of a process is waited for and read back, so that a disk that is not to be trusted shows at once.
+    """
+    meta = meta | {"step": step, "leaves": described(state), "checksums": checksums(state)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     # force: without it Orbax leaves out, in silence, a step that is not after the newest.
-    if not self._or_storage_error(lambda: self._manager.save(step, args=args, force=True)):
+    write = lambda: self._manager.save(step, args=args, metrics=dict(metrics or {}), force=True)
+    if not self._or_storage_error(write):
       raise StorageError(f"{self.folder / str(step)}: not saved")
+    if not self._verified:
+      self.wait()
+      self.verify(step, state)
+      self._verified = True
+
+  def verify(self, step: int, like: Any) -> None:
+    """Reads a checkpoint back, a leaf at a time, and compares checksums; raises StorageError."""
+    wanted, shape = self.meta(step)["checksums"], lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    with ocp.PyTreeCheckpointer() as reader:
+      for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]:
+        only = lambda at, x, path=path: shape(x) if at == path else ocp.PLACEHOLDER
+        one = jax.tree_util.tree_map_with_path(only, like)
+        how = ocp.args.PyTreeRestore(one, ocp.checkpoint_utils.construct_restore_args(one))
+        try:
+          back = reader.restore(self.folder.absolute() / str(step) / "state", args=how)
+        except Exception as error:
+          raise self._damaged(step, error) from error
+        (leaf,) = [x for x in jax.tree.leaves(back) if x is not ocp.PLACEHOLDER]
+        if int(_checksums([leaf])[0]) != wanted[jax.tree_util.keystr(path)]:
+          raise StorageError(
+            f"{self.folder / str(step)}: {jax.tree_util.keystr(path)} read back is not what was written"
+          )
+
+  def failed(self) -> None:
+    """Raises StorageError when a save in the background has failed, after reading the list of checkpoints from the disk."""
+    try:
+      self._manager.check_for_errors()
+    except Exception as error:
+      self._manager.reload()
+      raise StorageError(f"checkpoint in {self.folder}: {first_line(error)}") from error
 
   def set_aside(self, step: int) -> Path:
     """Renames a damaged checkpoint, out of the way of the one that the run will save at this step; returns its new place."""
@@ -51,7 +96,15 @@ class Checkpoints:
     self._or_storage_error(self._manager.wait_until_finished)
 
   def close(self) -> None:
+    """Waits for what is being written; raises StorageError if it is not on disk then."""
     self._or_storage_error(self._manager.close)
+    self._closed = True
+
+  def abandon(self) -> None:
+    """Closes after an error, whose story is told already."""
+    if not self._closed:
+      with contextlib.suppress(Exception):
+        self._manager.close()
 
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
@@ -70,10 +123,11 @@ class Checkpoints:
       state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
     except Exception as error:
       raise self._damaged(step, error) from error
-    wrong = [name for name, value in checksums(state).items() if wanted.get(name) != value]
+    found = checksums(state)
+    wrong = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
     if wrong:
       raise StorageError(
-        f"{self.folder / str(step)}: damaged ({wrong[0]} and {len(wrong) - 1} more leaves differ from their checksums)"
+        f"{self.folder / str(step)}: damaged ({min(wrong)} and {len(wrong) - 1} more leaves differ from their checksums)"
       )
     return state
 
@@ -86,6 +140,17 @@ class Checkpoints:
       return act()
     except Exception as error:  # disk full, no permission, ...: Orbax and TensorStore have no common class
       raise StorageError(f"checkpoint in {self.folder}: {first_line(error)}") from error
+
+
+def described(state: Any) -> dict[str, str]:
+  """The type and shape of each leaf, by path."""
+  leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+  return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def nbytes(state: Any) -> int:
+  """What a checkpoint takes on the disk at most, of arrays or of their shapes."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def checksums(state: Any) -> dict[str, int]:

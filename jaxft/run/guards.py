@@ -1,21 +1,44 @@
-"""What watches over a run: signals that ask it to stop."""
+"""What watches over a run: signals that ask it to stop, one writer a workdir, room on the disk."""
 
+import json
 import os
+import shutil
 import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+import jax
+from filelock import FileLock, Timeout
+from jax.experimental import multihost_utils
+
+from jaxft.errors import Preempted, RequestError, StorageError
+from jaxft.files import write_whole
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-  """Inside `with StopRequest() as stop`, a signal is remembered in `stop.received`; a second one ends the process."""
+  """Inside `with StopRequest() as stop` a first signal ends the run at the next safe point, a second one the process.
+
+  Where nothing would be lost it is safe at once: Preempted is raised out of whatever goes on. Inside `with stop.held():` the
+  signal is only remembered, for `at(step)` to find.
+  """
 
   def __init__(self):
     self.received: str | None = None
+    self._held = False
 
   def __enter__(self) -> "StopRequest":
+    several = jax.process_count() > 1
     try:
-      self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+      # With several processes JAX listens for SIGTERM, and finds a step at which all of them stop.
+      handlers = {number: self._pass_on if several else self._note for number in SIGNALS}
+      if several:
+        del handlers[signal.SIGTERM]
+      self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     except ValueError:  # not the main thread (a notebook's worker, say): the host program keeps its own handlers
       self._before = {}
     return self
@@ -24,8 +47,76 @@ class StopRequest:
     for number, handler in self._before.items():
       signal.signal(number, handler)
 
+  @contextmanager
+  def held(self) -> Iterator[None]:
+    self._held = True
+    try:
+      yield
+    finally:
+      self._held = False
+
+  def at(self, step: int) -> bool:
+    """Whether the run is to stop after this step: the same answer in all processes."""
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+      self.received = self.received or "SIGTERM"
+    return self.received is not None
+
   def _note(self, number: int, _: FrameType | None) -> None:
     if self.received:
       signal.signal(number, signal.SIG_DFL)
       os.kill(os.getpid(), number)
     self.received = signal.Signals(number).name
+    if not self._held:
+      raise Preempted(f"{self.received}: nothing was lost; the same command continues")
+
+  def _pass_on(self, number: int, _: FrameType | None) -> None:
+    if self.received:
+      signal.signal(number, signal.SIG_DFL)
+      os.kill(os.getpid(), number)
+    self.received = signal.Signals(number).name
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def only_writer(workdir: Path) -> Iterator[None]:
+  """Holds the workdir's lock, which ends with the process; raises RequestError, with pid and host, when another run has it."""
+  if jax.process_index() > 0:  # process 0 writes
+    yield
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock, about = FileLock(workdir / "run.lock"), workdir / "run.lock.json"
+    try:
+      lock.acquire(timeout=0)
+    except Timeout:
+      raise RequestError(
+        f"--workdir={str(workdir)!r}: {_holder(about)} is writing there; stop it, or name another folder"
+      ) from None
+    write_whole(about, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+  except OSError as error:
+    raise StorageError(f"workdir {workdir}: {error.strerror}") from error
+  try:
+    yield
+  finally:
+    about.unlink(missing_ok=True)
+    lock.release()
+
+
+def _holder(about: Path) -> str:
+  try:
+    holder = json.loads(about.read_text())
+    return f"process {holder['pid']} on {holder['host']}"
+  except (OSError, ValueError, KeyError, TypeError):
+    return "another run"
+
+
+def must_have_room(folder: Path, needed: int, what: str) -> None:
+  """Raises StorageError when the disk of a folder, which need not be there yet, has less than `needed` bytes free."""
+  there = folder.absolute()
+  while not there.exists():
+    there = there.parent
+  free = shutil.disk_usage(there).free
+  if free < needed:
+    raise StorageError(
+      f"{folder}: {what} need {needed:,} bytes and the disk has {free:,} free; make room, or name a folder elsewhere"
+    )

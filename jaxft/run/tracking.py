@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ class Reporter:
       Lines(workdir / name, last_kept, writes) for name in ("metrics.jsonl", "samples.jsonl")
     )
 
-  def step(self, step: int, numbers: dict[str, Any], meter: Meter) -> None:
+  def step(self, step: int, numbers: dict[str, Any], meter: Meter, name_bad_leaves: Callable[[Any], list[str]]) -> None:
     """Takes the metrics of a train step; raises NumericsError after `train.max_bad_steps` bad ones in a row."""
     loss, norm, rate = (float(numbers[key]) for key in ("loss", "grad_norm", "learning_rate"))
     self.tokens_seen += int(numbers["tokens"])
@@ -173,7 +173,9 @@ class Reporter:
       self.clock.restart()
     self._bad_in_a_row = self._bad_in_a_row + 1 if numbers["bad"] else 0
     if numbers["bad"]:
-      what = f"step {step}: loss {loss}, gradient norm {norm}"
+      leaves = name_bad_leaves(numbers["bad_leaves"])
+      where = f"; not finite: {leaves[0]}" + (f" and {len(leaves) - 1} more" if leaves[1:] else "") if leaves else ""
+      what = f"step {step}: loss {loss}, gradient norm {norm}{where}"
       say(f"{what}: not applied, the weights are as before")
       if self._bad_in_a_row >= self._train.max_bad_steps:
         raise NumericsError(
@@ -181,14 +183,21 @@ class Reporter:
           "Try a lower config.optim.learning_rate, or look at the data of this step"
         )
 
-  def evaluation(self, step: int, when: str, loss: float) -> None:
+  def evaluation(self, step: int, when: str, loss: float) -> dict[str, float]:
     if not math.isfinite(loss):
       raise NumericsError(f"{when}: eval loss {loss}: the weights give no finite numbers on the validation text")
     perplexity = math.exp(min(loss, 700.0))
     floor = {} if self._floor is None else {"eval/floor": self._floor}
-    self.metrics.write(step, {"eval/loss": loss, "eval/perplexity": perplexity} | floor)
+    found = {"eval/loss": loss, "eval/perplexity": perplexity}
+    self.metrics.write(step, found | floor)
     beside = "" if self._floor is None else f" (the text's own entropy: {self._floor:.4f})"
     say(f"{when}: eval loss {loss:.4f}{beside}, perplexity {perplexity:.2f}")
+    return found
+
+  def evaluations_without_gain(self) -> int:
+    """How many evaluations there were since the one with the least loss."""
+    losses = self.metrics.values("eval/loss")
+    return len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__) if losses else 0
 
   def sample(self, step: int, when: str, prompt: str, text: str) -> None:
     self.samples.write(step, {"when": when, "prompt": prompt, "text": text, "seed": self._seed})

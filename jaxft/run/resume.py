@@ -1,0 +1,57 @@
+"""Going on with a run: is it the same one, and which of its checkpoints is sound."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxft import config as settings
+from jaxft.errors import RequestError, StorageError
+from jaxft.run.checkpoint import Checkpoints
+from jaxft.run.tracking import say
+from jaxft.step import State
+
+WAY_OUT = "go back to its settings, name another --workdir, or go on with --allow_change"
+
+
+def refuse_another_run(checkpoints: Checkpoints, config: ConfigDict, about: dict[str, Any], allow_change: bool) -> None:
+  """Raises RequestError when the newest readable checkpoint is of another run than this one; says so, where that is allowed."""
+  for step in reversed(checkpoints.steps()):
+    try:
+      meta = checkpoints.meta(step)
+    except StorageError:
+      continue  # `resume` will say so
+    lines = settings.changed(meta["config"], config)
+    if meta["data"] != about["data"]:
+      lines.append("config.data: the training text, or how it is cut into tokens, is not what the run was started with")
+    if meta["total_steps"] != about["total_steps"]:
+      lines.append(f"{about['total_steps']} steps in all: the run was started for {meta['total_steps']}")
+    if lines and allow_change:
+      for line in lines:
+        say(f"{line}; going on with the change, as --allow_change says")
+    elif lines:
+      lines.append(f"{checkpoints.folder} holds another run: {WAY_OUT}")
+      raise RequestError("\n".join(lines))
+    return
+
+
+def resume(checkpoints: Checkpoints, like: State, total_steps: int, strict: bool) -> tuple[State | None, int]:
+  """The newest sound checkpoint and the tokens it has seen, or (None, 0) when the run is new.
+
+  Damaged ones that are newer are set aside, or raise if `strict`. Raises StorageError when there are some and none is sound.
+  """
+  damaged = {}
+  for step in reversed(checkpoints.steps()):
+    try:
+      state, seen = checkpoints.restore(step, like), checkpoints.meta(step)["tokens"]
+    except StorageError as error:
+      if strict:
+        raise
+      damaged[step] = str(error)
+      continue
+    for bad, reason in damaged.items():
+      say(f"{reason}; set aside as {checkpoints.set_aside(bad).name}, and going on from the one before it")
+    say(f"continuing at step {step} of {total_steps}")
+    return state, seen
+  if damaged:
+    raise StorageError("\n".join([*damaged.values(), "no sound checkpoint is left; remove the workdir to start anew"]))
+  return None, 0

@@ -1,0 +1,137 @@
+"""Who is there: process 0 waits for all others on the coordinator's port, before JAX takes it over."""
+
+import json
+import socket
+import time
+from typing import Any, NamedTuple
+
+from jaxft.errors import PeerLost, RequestError
+
+
+class Place(NamedTuple):
+  """Where this process stands among those of a run."""
+
+  coordinator: str  # HOST:PORT of process 0
+  processes: int
+  process: int
+
+
+def find(coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> Place | None:
+  """From the flags, or where they are not given from SLURM, Open MPI, Kubernetes or a TPU's metadata; None for a lone process.
+
+  Raises RequestError when only some of it is known.
+  """
+  from jax._src import (
+    clusters,
+  )  # what jax.distributed.initialize itself asks; there is no public name (jax 0.10 to 0.12)
+
+  coordinator, processes, process, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+    coordinator, processes, process, None, None, timeout
+  )
+  known = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
+  if all(value is None for value in known.values()) or processes == 1:
+    return None
+  if missing := [name for name, value in known.items() if value is None]:
+    raise RequestError(f"{', '.join(missing)}: missing; several processes need {', '.join(known)}")
+  host, colon, port = coordinator.rpartition(":")
+  if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
+    raise RequestError(f"--coordinator={coordinator!r}: must be HOST:PORT of process 0")
+  if not 0 <= process < processes:
+    raise RequestError(f"--process_id={process}: must be from 0 to {processes - 1} (--num_processes={processes})")
+  return Place(coordinator, processes, process)
+
+
+def call(place: Place, timeout: int) -> dict[int, socket.socket]:
+  """Calls the roll. Returns connections to the other processes: of process 0 to all of them, of the others to process 0."""
+  host, _, port = place.coordinator.rpartition(":")
+  return (
+    _wait_for_all(int(port), place, timeout) if place.process == 0 else {0: _answer(host, int(port), place, timeout)}
+  )
+
+
+def _wait_for_all(port: int, place: Place, timeout: int) -> dict[int, socket.socket]:
+  there: dict[int, socket.socket] = {}
+  until = time.monotonic() + timeout
+  try:
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    listener = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=place.processes)
+  except OSError as error:
+    raise RequestError(f"--coordinator={place.coordinator}: cannot listen on port {port} ({error.strerror})") from error
+  fault, peers = "", []
+  with listener:
+    while len(there) < place.processes - 1 and not fault:
+      listener.settimeout(max(0.01, until - time.monotonic()))
+      try:
+        peer, address = listener.accept()
+        peers.append(peer)
+        hello = json.loads(_line(peer, time.monotonic() + 5))
+        other, processes = int(hello["process"]), int(hello["processes"])
+      except TimeoutError:
+        if time.monotonic() >= until:
+          break
+        continue
+      except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
+        continue  # something else that tries ports
+      if processes != place.processes:
+        fault = f"--num_processes={processes} on process {other}, and {place.processes} on process 0"
+      elif not 0 < other < processes or other in there and not _closed(there[other]):  # it may have been started again
+        fault = f"--process_id={other}: another process has it too (at {address[0]})"
+      there[other] = peer
+  missing = [str(i) for i in range(1, place.processes) if i not in there]
+  lost = "" if fault or not missing else f"process {', '.join(missing)} did not come within {timeout} s"
+  for peer in peers:
+    send(peer, {"refused": fault} if fault else {"lost": lost} if lost else {"go": True})
+  if fault:
+    raise RequestError(fault)
+  if lost:
+    raise PeerLost(f"{lost}; {len(there) + 1} of {place.processes} are there")
+  return there
+
+
+def _answer(host: str, port: int, place: Place, timeout: int) -> socket.socket:
+  until = time.monotonic() + timeout
+  while True:
+    try:
+      peer = socket.create_connection((host, port), timeout=5)
+      send(peer, {"process": place.process, "processes": place.processes})
+      verdict = json.loads(_line(peer, until + 5))
+      break
+    except (OSError, ValueError) as error:
+      if time.monotonic() > until:
+        raise PeerLost(f"process 0 at {host}:{port} did not answer within {timeout} s ({error})") from error
+      time.sleep(0.3)
+  if "refused" in verdict:
+    raise RequestError(verdict["refused"])
+  if "lost" in verdict:
+    raise PeerLost(verdict["lost"])
+  return peer
+
+
+def _line(peer: socket.socket, until: float) -> bytes:
+  """One short line; raises OSError when it does not come in time, or the other end closes."""
+  line = b""
+  while not line.endswith(b"\n") and len(line) < 2000:
+    peer.settimeout(max(0.01, until - time.monotonic()))
+    byte = peer.recv(1)
+    if not byte:
+      raise OSError("the connection was closed")
+    line += byte
+  return line
+
+
+def _closed(peer: socket.socket) -> bool:
+  peer.setblocking(False)
+  try:
+    return peer.recv(1, socket.MSG_PEEK) == b""
+  except BlockingIOError:
+    return False
+  except OSError:
+    return True
+
+
+def send(peer: socket.socket, message: dict[str, Any] | None) -> None:
+  try:
+    peer.sendall((json.dumps(message) if message else "").encode() + b"\n")
+  except OSError:
+    pass  # whoever reads from it finds out

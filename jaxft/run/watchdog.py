@@ -1,0 +1,130 @@
+"""Is anyone lost: the connections of the roll call stay open, and a line a second goes both ways.
+
+A process that dies closes its connection, one that is frozen falls silent; either way all others end with exit code 5. JAX's
+own coordination service would abort them, minutes later and with no name.
+"""
+
+import ctypes
+import faulthandler
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+from jaxft.errors import PeerLost
+from jaxft.run.roll_call import Place, send
+
+GRACE = 15  # seconds that others have to end by themselves after one has ended with an error
+
+
+class Watchdog(threading.Thread):
+  """Sends and hears a line a second; ends the process when another is lost, or has ended with an error."""
+
+  def __init__(self, place: Place, peers: dict[int, socket.socket], limit: int):
+    super().__init__(name="jaxft-watchdog", daemon=True)
+    self._place, self._peers, self._limit, self._lock = place, peers, limit, threading.Lock()
+    self._ending = False
+    self.start()
+
+  def end(self, code: int, why: str) -> None:
+    """Says that this process is about to end, so that the others do not take it for lost.
+
+    Process 0 stays, for a while, until all others have ended: JAX's service is in it, and they may end for the same reason.
+    """
+    self._ending = True
+    with self._lock:
+      for peer in self._peers.values():
+        send(peer, {"ended": self._place.process, "code": code, "why": why})
+    if code and self._place.process == 0:
+      self.join(GRACE)
+
+  def run(self) -> None:
+    heard = dict.fromkeys(self._peers, time.monotonic())
+    waiting = selectors.DefaultSelector()
+    for process, peer in self._peers.items():
+      peer.setblocking(False)
+      waiting.register(peer, selectors.EVENT_READ, process)
+    rests, doomed = dict.fromkeys(self._peers, b""), None
+    while heard:
+      for key, _ in waiting.select(timeout=1):
+        process, chunk = key.data, _received(key.fileobj)
+        if not chunk and self._ending:
+          waiting.unregister(key.fileobj)
+          del heard[process]
+          continue
+        if not chunk:
+          self._lost(f"process {process} is gone: its connection closed")
+        heard[process] = time.monotonic()
+        *lines, rests[process] = (rests[process] + chunk).split(b"\n")
+        for message in map(json.loads, filter(None, lines)):
+          if "lost" in message:
+            self._lost(message["lost"])
+          if message["code"]:
+            doomed = doomed or (
+              time.monotonic(),
+              f"process {message['ended']} ended with exit code {message['code']}: {message['why']}",
+            )
+          if self._place.process == 0 and message["code"]:
+            self._tell(message)
+          if message["ended"] == process:  # a closed connection is no news from here on
+            waiting.unregister(key.fileobj)
+            del heard[process]
+      now = time.monotonic()
+      for process, at in heard.items():
+        if now - at > self._limit:
+          self._lost(f"process {process} is frozen or cut off: not heard of for {self._limit} s")
+      if doomed and now - doomed[0] > GRACE:
+        self._lost(doomed[1])
+      with self._lock:
+        for peer in self._peers.values():
+          send(peer, None)
+
+  def _tell(self, message: dict[str, Any]) -> None:
+    with self._lock:
+      for process, peer in self._peers.items():
+        if process != message.get("ended"):
+          send(peer, message)
+
+  def _lost(self, why: str) -> None:
+    if self._ending:  # with an exit code of its own
+      return
+    if self._place.process == 0:
+      self._tell({"lost": why})
+    _end(why)
+
+
+def _end(why: str) -> None:
+  """Ends the process here and now: the main thread may wait in a collective for ever."""
+  print(
+    f"error: {why}; the same command continues from the newest checkpoint. Where this process was:", file=sys.stderr
+  )
+  faulthandler.dump_traceback()
+  sys.stderr.flush()
+  os._exit(PeerLost.exit_code)
+
+
+def end_when_jax_aborts() -> None:
+  """When process 0 dies, JAX's client aborts at once (jax 0.10 to 0.12: LOG(FATAL)), which may come before the watchdog."""
+
+  def handler(_: int) -> None:
+    print("error: JAX has given up, most likely because process 0 is gone; the same command continues", file=sys.stderr)
+    faulthandler.dump_traceback()
+    os._exit(PeerLost.exit_code)
+
+  callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
+  end_when_jax_aborts.kept = callback  # as long as the process lives
+  ctypes.CDLL(None).signal(signal.SIGABRT, callback)  # Python's own handlers run too late: abort() does not return
+
+
+def _received(peer: socket.socket) -> bytes:
+  try:
+    return peer.recv(65536)
+  except BlockingIOError:
+    return b"\n"
+  except OSError:
+    return b""
