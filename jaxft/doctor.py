@@ -28,7 +28,12 @@ PACKAGES = (
   "datasets",
   "rich",
 )
-ACCELERATORS = {"jax-cuda13-plugin": "an NVIDIA GPU", "libtpu": "a TPU"}
+# What a package is for, and the extra of jaxft's that brings it. The CUDA plugin alone compiles; to run, it needs CUDA.
+EXTRAS = {
+  "jax-cuda13-plugin": ("planning for NVIDIA GPUs", "plan"),
+  "nvidia-cudnn-cu13": ("running on an NVIDIA GPU", "cuda"),
+  "libtpu": ("a TPU, or planning for one", "tpu"),
+}
 
 
 def main() -> None:
@@ -42,9 +47,8 @@ def main() -> None:
     table.add_row(name, version := _version(name) or "missing")
     if version == "missing":
       faults.append(f"{name} is missing: pip install {'-e .' if name == 'jaxft' else name}")
-  for name, device in ACCELERATORS.items():
-    extra = "cuda" if "cuda" in name else "tpu"
-    table.add_row(name, _version(name) or escape(f'not installed; for {device}: pip install "jaxft[{extra}]"'))
+  for name, (purpose, extra) in EXTRAS.items():
+    table.add_row(name, _version(name) or escape(f'not installed; for {purpose}: pip install "jaxft[{extra}]"'))
   try:
     import flax.nnx  # noqa: F401 - flax fails at import beside a jax it was not made for
     import jax

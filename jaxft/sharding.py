@@ -84,8 +84,8 @@ def faults(cfg: Any, mesh: Mesh) -> list[str]:
   """One line for each size of the model (a `model.ModelConfig`) that the mesh cannot cut."""
   fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
   lines = [
-    f"config.mesh.fsdp={fsdp}: the model is {cfg.D} wide, which {fsdp} devices cannot share, so each would hold all of it; take "
-    f"one of {', '.join(str(n) for n in range(1, 1025) if cfg.D % n == 0)}, and config.mesh.data=-1 for the rest"
+    f"config.mesh.fsdp={fsdp}: the model is {cfg.D} wide, which {fsdp} devices cannot share, so each would hold all of it; "
+    f"take one of {', '.join(str(n) for n in range(1, 1025) if cfg.D % n == 0)}, and config.mesh.data=-1 for the rest"
   ] * bool(cfg.D % fsdp)
   return lines + [
     f"config.mesh.tensor={tensor}: the model has {size} {what}, which {tensor} devices cannot share; "

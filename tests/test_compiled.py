@@ -89,6 +89,8 @@ def fused_scatter(answer):
   return {"reduce-scatter"} if "reduce-scatter" in answer["text"] or "all-reduce-scatter" in answer["text"] else set()
 
 
+@pytest.mark.slow
+@pytest.mark.wide
 def test_zero_stages_talk_as_the_docs_say():
   """Eight GPUs: gradients are summed whole up to stage 1 and cut from stage 2; weights are gathered once, or layer by layer."""
   how = dict(memory__remat="none", memory__loss_chunk=0, model__compute_dtype="float32")

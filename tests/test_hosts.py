@@ -111,7 +111,7 @@ def test_the_checkpoint_of_one_process_goes_on_in_four(config_file, tmp_path, on
   "count, lost, number",
   [
     (2, 0, signal.SIGKILL),
-    (2, 1, signal.SIGSTOP),
+    pytest.param(2, 1, signal.SIGSTOP, marks=wide),
     pytest.param(4, 3, signal.SIGKILL, marks=wide),
     pytest.param(4, 0, signal.SIGKILL, marks=wide),
     pytest.param(4, 2, signal.SIGSTOP, marks=wide),

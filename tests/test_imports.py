@@ -33,7 +33,11 @@ LEAVES = {
   "jaxft.hf.flax_msgpack": set(),
   "jaxft.hf.torch_pickle": set(),
   "jaxft.hf.push": {"jaxft.errors"},
-  "jaxft.run.guards": set(),
+  "jaxft.run.guards": {"jaxft.errors", "jaxft.files"},
+  "jaxft.run.roll_call": {"jaxft.errors"},
+  "jaxft.run.watchdog": {"jaxft.errors", "jaxft.run.roll_call"},
+  "jaxft.plan.hlo": set(),
+  "jaxft.plan.targets": {"jaxft.errors"},
   "jaxft.run.checkpoint": {"jaxft.errors"},
 }
 
@@ -66,7 +70,9 @@ def test_nothing_imports_a_command_and_torch_stays_in_two_rooms(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_code_is_run_from_data(name):
-  assert not imports(FILES[name]) & {"pickle", "dill", "cloudpickle", "subprocess", "marshal"}
+  assert not imports(FILES[name]) & {"pickle", "dill", "cloudpickle", "marshal"}
+  # The compilers run in a process of their own, which is jaxft again.
+  assert name == "jaxft.plan.compile" or "subprocess" not in imports(FILES[name])
   for node in ast.walk(ast.parse(FILES[name].read_text())):
     if isinstance(node, ast.Call):
       called = ast.unparse(node.func)

@@ -30,7 +30,7 @@ ENVIRONMENT = {
   "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 PLUGINS = {"gpu": "jax_plugins.xla_cuda13", "tpu": "libtpu"}
-INSTALL = "pip install 'jaxft[plan]'"
+INSTALL = 'pip install "jaxft[plan]"'
 
 
 class Request(NamedTuple):
