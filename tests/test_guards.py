@@ -1,0 +1,163 @@
+"""One writer, room on the disk, signals in every phase, the best checkpoint, an early end, numbers that are not finite."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import processes
+import pytest
+
+from jaxft.errors import RequestError, StorageError
+from jaxft.run import checkpoint, guards
+from jaxft.run.tracking import Lines
+from jaxft.step import name_bad_leaves
+from jaxft.train import finetune
+
+
+def start(config_file, workdir, *more):
+  command = [sys.executable, "-m", "jaxft.train", "--config", str(config_file), "--workdir", str(workdir), *more]
+  return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
+
+
+def read_until(process, pattern):
+  said = []
+  for line in process.stdout:
+    said.append(line)
+    if re.search(pattern, line):
+      return said
+  raise AssertionError("".join(said))
+
+
+PHASES = {
+  "data": "^[0-9]+ x cpu",
+  "compile": "parameters, computing in",
+  "evaluation": "compiled in",
+  "training": "^step 3/",
+  "export": "^after: eval",
+}
+ALWAYS = {("compile", signal.SIGTERM), ("training", signal.SIGUSR1), ("export", signal.SIGINT)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "phase, number",
+  [
+    pytest.param(phase, number, marks=() if (phase, number) in ALWAYS else pytest.mark.wide)
+    for phase in PHASES
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+  ],
+)
+def test_a_signal_in_any_phase_loses_nothing(config_file, finished, tmp_path, phase, number):
+  process = start(config_file, tmp_path / "run")
+  with process:
+    said = read_until(process, PHASES[phase])
+    process.send_signal(number)
+    began = time.monotonic()
+    said += process.stdout.readlines()
+    code = process.wait(30)
+  assert time.monotonic() - began < 10
+  assert code == 75 or phase == "export" and code == 0, said  # the export may have been through
+  assert "Traceback" not in "".join(said)
+  processes.train(config_file, tmp_path / "run")
+  assert processes.losses(tmp_path / "run") == processes.losses(finished[0])
+  exported = (tmp_path / "run" / "export" / "model.safetensors").read_bytes()
+  assert exported == (finished[0] / "export" / "model.safetensors").read_bytes()
+
+
+def test_a_second_run_in_the_same_workdir_is_refused_with_pid_and_host(config, tmp_path):
+  with guards.only_writer(tmp_path / "run"):
+    held = json.loads((tmp_path / "run" / "run.lock.json").read_text())
+    script = f"""
+from pathlib import Path
+from jaxft.run import guards
+with guards.only_writer(Path({str(tmp_path / "run")!r})): pass
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (
+      f"RequestError: --workdir={str(tmp_path / 'run')!r}: process {os.getpid()} on {held['host']} is writing"
+      in done.stderr
+    )
+  with guards.only_writer(tmp_path / "run"):
+    pass
+
+
+def test_room_on_the_disk_is_asked_for_with_the_bytes(tmp_path):
+  guards.must_have_room(tmp_path / "not" / "there", 1000, "checkpoints")
+  with pytest.raises(
+    StorageError, match=r"there: checkpoints need 1,000,000,000,000,000,000 bytes and the disk has [\d,]+ free"
+  ):
+    guards.must_have_room(tmp_path / "not" / "there", 10**18, "checkpoints")
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+  kept = checkpoint.Checkpoints(tmp_path / "c", 2, best="eval/loss")
+  state = {"x": jnp.arange(7.0)}
+  for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.6, 2.7], 1):
+    kept.save(step, state, {"config": {}}, {"eval/loss": loss})
+  kept.wait()
+  assert kept.steps() == [2, 5, 6]
+  kept.close()
+
+
+def test_training_ends_when_evaluations_get_no_better(config, tmp_path):
+  config.optim.learning_rate, config.optim.warmup_steps = 1e-30, 0  # nothing is learned
+  config.train.eval_every, config.train.early_stopping_patience, config.train.keep_best_metric = 2, 2, "eval/loss"
+  run = finetune(config, tmp_path / "run")
+  evaluated = [line["step"] for line in run.metrics if "eval/loss" in line]
+  assert evaluated == [0, 2, 4] and run.metrics[-1]["step"] == 4
+  again = finetune(config, tmp_path / "run")  # and is over when it is started again
+  assert [line["step"] for line in again.metrics if "eval/loss" in line] == evaluated
+  assert (run.export / "model.safetensors").exists()
+
+
+def test_a_damaged_checkpoint_ends_a_strict_run(config, tmp_path):
+  finetune(config, tmp_path / "run")
+  newest = max(int(entry.name) for entry in (tmp_path / "run" / "checkpoints").iterdir() if entry.name.isdecimal())
+  for file in (tmp_path / "run" / "checkpoints" / str(newest)).rglob("*"):
+    if file.is_file() and file.stat().st_size > 1000:
+      data = bytearray(file.read_bytes())
+      data[len(data) // 2] ^= 4
+      file.write_bytes(data)
+  with pytest.raises(StorageError, match=f"checkpoints/{newest}: damaged"):
+    finetune(config, tmp_path / "run", strict=True)
+  assert (tmp_path / "run" / "checkpoints" / str(newest)).exists()
+  finetune(config, tmp_path / "run")
+
+
+def test_a_change_goes_on_only_when_it_is_allowed(config, tmp_path):
+  finetune(config, tmp_path / "run")
+  config.train.steps = 14
+  with pytest.raises(RequestError, match="(?s)config.train.steps=14: the run was started with 12.*--allow_change"):
+    finetune(config, tmp_path / "run")
+  run = finetune(config, tmp_path / "run", allow_change=True)
+  assert max(line["step"] for line in run.metrics) == 14
+
+
+def test_bad_leaves_have_names():
+  params = {"a": {"kernel": jnp.zeros(2)}, "b": jnp.zeros(3)}
+  assert name_bad_leaves(np.array([False, True, True, False]), params) == [
+    "the gradient of ['b']",
+    "the optimizer's step for ['a']['kernel']",
+  ]
+
+
+def test_float16_is_refused_with_advice(config, tmp_path):
+  config.model.compute_dtype = "float16"
+  with pytest.raises(
+    RequestError, match="compute_dtype='float16': .*float16 ends at 65504.*bfloat16 has float32's range"
+  ):
+    finetune(config, tmp_path / "run")
+
+
+def test_lines_of_a_process_that_does_not_write_are_remembered_only(tmp_path):
+  lines = Lines(tmp_path / "metrics.jsonl", -1, writes=False)
+  lines.write(1, {"x": 2})
+  assert lines.values("x") == [2] and not list(tmp_path.iterdir())
+  assert jax.process_index() == 0
