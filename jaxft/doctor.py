@@ -30,9 +30,9 @@ PACKAGES = (
 )
 # What a package is for, and the extra of jaxft's that brings it. The CUDA plugin alone compiles; to run, it needs CUDA.
 EXTRAS = {
-  "jax-cuda13-plugin": ("planning for NVIDIA GPUs", "plan"),
-  "nvidia-cudnn-cu13": ("running on an NVIDIA GPU", "cuda"),
-  "libtpu": ("a TPU, or planning for one", "tpu"),
+  "jax-cuda13-plugin": ("planning for GPUs", "plan"),
+  "nvidia-cudnn-cu13": ("an NVIDIA GPU", "cuda"),
+  "libtpu": ("a TPU", "tpu"),
 }
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     if version == "missing":
       faults.append(f"{name} is missing: pip install {'-e .' if name == 'jaxft' else name}")
   for name, (purpose, extra) in EXTRAS.items():
-    table.add_row(name, _version(name) or escape(f'not installed; for {purpose}: pip install "jaxft[{extra}]"'))
+    table.add_row(name, _version(name) or escape(f'none; for {purpose}: pip install "jaxft[{extra}]"'))
   try:
     import flax.nnx  # noqa: F401 - flax fails at import beside a jax it was not made for
     import jax

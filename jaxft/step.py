@@ -95,7 +95,8 @@ def make_train_step(
 
 def _not_finite(tree: Any) -> jax.Array:
   """For each leaf whether its sum of squares is infinite or no number."""
-  return jnp.stack([~jnp.isfinite(jnp.vdot(leaf, leaf)) for leaf in jax.tree.leaves(tree)])
+  # Not vdot: it makes one axis of all, and to do so would gather a leaf that is cut over devices.
+  return jnp.stack([~jnp.isfinite(jnp.sum(leaf * leaf)) for leaf in jax.tree.leaves(tree)])
 
 
 def name_bad_leaves(bad_leaves: Any, params: Any) -> list[str]:
