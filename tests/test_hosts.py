@@ -224,7 +224,8 @@ def test_a_workdir_that_is_not_one_folder_is_refused(config_file, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", [(1,), pytest.param((0, 1), marks=wide)])
+@wide
+@pytest.mark.parametrize("to", [(1,), (0, 1)])
 def test_a_signal_to_one_or_all_saves_one_step_and_ends_with_75(config_file, tmp_path, to):
   workdir, more = tmp_path / "run", ("--config.train.steps=100000", "--config.mesh.fsdp=-1")
   several = Hosts(config_file, workdir, 2, *more, devices=1)
