@@ -64,7 +64,9 @@ def parse_train(argv: list[str] | None = None) -> TrainArguments:
   for name in ("start_timeout", "peer_timeout"):
     if getattr(values, name) < 1:
       raise RequestError(f"--{name}={getattr(values, name)}: must be at least 1 second")
-  place = roll_call.find(values.coordinator, values.num_processes, values.process_id, values.start_timeout)
+  place = None
+  if not values.print_config:
+    place = roll_call.find(values.coordinator, values.num_processes, values.process_id, values.start_timeout)
   return TrainArguments(
     values.config,
     workdir,

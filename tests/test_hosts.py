@@ -14,6 +14,10 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
+from jax._src import clusters
+
+from jaxft.errors import RequestError
+from jaxft.run import roll_call
 
 FROZEN = 8  # seconds of silence that count as lost here
 wide = pytest.mark.wide
@@ -169,6 +173,24 @@ def test_another_config_on_one_host_is_refused_by_key(config_file, tmp_path):
 def test_flags_that_say_too_little_are_refused(config_file, tmp_path, flags, told):
   done = processes.train(config_file, tmp_path / "run", *flags, check=2)
   assert told in done.stderr
+
+
+def test_a_pod_that_may_not_ask_who_else_there_is_runs_alone_and_says_so(monkeypatch, capsys):
+  monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+  assert roll_call.find(None, None, None, 1) is None and not capsys.readouterr().out  # its package is not installed
+
+  def forbidden(*_):
+    raise RuntimeError("Kubernetes API Error: 403 - Forbidden\nand a page more")
+
+  monkeypatch.setattr(clusters.ClusterEnv, "auto_detect_unset_distributed_params", forbidden)
+  assert roll_call.find(None, None, None, 1) is None
+  told = (
+    "(Kubernetes API Error: 403 - Forbidden); several processes need --coordinator, --num_processes, --process_id\n"
+  )
+  assert capsys.readouterr().out.endswith(told)
+  with pytest.raises(RequestError, match="looking for the other processes: Kubernetes API Error"):
+    roll_call.find(None, 2, None, 1)
+  assert roll_call.find(None, 1, None, 1) is None
 
 
 def test_two_processes_of_one_number_and_strangers_on_the_port(config_file, tmp_path):

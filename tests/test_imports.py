@@ -34,7 +34,7 @@ LEAVES = {
   "jaxft.hf.torch_pickle": set(),
   "jaxft.hf.push": {"jaxft.errors"},
   "jaxft.run.guards": {"jaxft.errors", "jaxft.files"},
-  "jaxft.run.roll_call": {"jaxft.errors"},
+  "jaxft.run.roll_call": {"jaxft.errors", "jaxft.run.tracking"},
   "jaxft.run.watchdog": {"jaxft.errors", "jaxft.run.roll_call"},
   "jaxft.plan.hlo": set(),
   "jaxft.plan.targets": {"jaxft.errors"},

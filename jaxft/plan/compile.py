@@ -144,6 +144,7 @@ def main() -> None:
   for line in sys.stdin:
     try:
       answer = figures(Request(**json.loads(line)))
+    # The compilers' own refusals come as the last two as well: a topology that does not exist, an instruction it lacks.
     except (JaxftError, jax.errors.JaxRuntimeError, AssertionError, NotImplementedError) as error:
       answer = {"refused": _refusal(error)}
     print("answer: " + json.dumps(answer), flush=True)

@@ -47,17 +47,6 @@ def by_kind(found: list[Collective]) -> dict[str, int]:
   return dict(total)
 
 
-def buffers(text: str) -> set[tuple[int, ...]]:
-  """The shapes of everything in a program that is not inside a fusion, and so has memory of its own."""
-  shapes = set()
-  computations, _ = _computations(text)
-  for name, lines in computations.items():
-    if "fused" not in name:
-      for line in lines:
-        shapes |= {_dims(dims) for _, dims in SHAPE.findall(line.partition(" = ")[2].partition("(%")[0])}
-  return shapes
-
-
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   found, entry, name = {}, "", None
   for line in text.splitlines():

@@ -3,9 +3,13 @@
 import json
 import socket
 import time
+import warnings
 from typing import Any, NamedTuple
 
-from jaxft.errors import PeerLost, RequestError
+from jaxft.errors import PeerLost, RequestError, first_line
+from jaxft.run.tracking import say
+
+ALL_THREE = "several processes need --coordinator, --num_processes, --process_id"
 
 
 class Place(NamedTuple):
@@ -21,18 +25,26 @@ def find(coordinator: str | None, processes: int | None, process: int | None, ti
 
   Raises RequestError when only some of it is known.
   """
-  from jax._src import (
-    clusters,
-  )  # what jax.distributed.initialize itself asks; there is no public name (jax 0.10 to 0.12)
+  # What jax.distributed.initialize itself asks; there is no public name (jax 0.10 to 0.12).
+  from jax._src import clusters
 
-  coordinator, processes, process, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-    coordinator, processes, process, None, None, timeout
-  )
+  if processes == 1:
+    return None
+  given = coordinator, processes, process
+  try:
+    with warnings.catch_warnings(action="ignore"):  # a pod of Kubernetes, without its package: most are alone
+      detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+      coordinator, processes, process, _ = detect(*given, None, None, timeout)
+  except Exception as error:  # a pod that may not ask who else there is, a metadata server that is silent, ...
+    if given != (None, None, None):
+      raise RequestError(f"looking for the other processes: {first_line(error)}; {ALL_THREE}") from error
+    say(f"running alone: the other processes, if there are any, were not found ({first_line(error)}); {ALL_THREE}")
+    return None
   known = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
   if all(value is None for value in known.values()) or processes == 1:
     return None
   if missing := [name for name, value in known.items() if value is None]:
-    raise RequestError(f"{', '.join(missing)}: missing; several processes need {', '.join(known)}")
+    raise RequestError(f"{', '.join(missing)}: missing; {ALL_THREE}")
   host, colon, port = coordinator.rpartition(":")
   if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
     raise RequestError(f"--coordinator={coordinator!r}: must be HOST:PORT of process 0")

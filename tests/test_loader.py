@@ -1,0 +1,77 @@
+"""Batches are a function of (seed, step): any step, any number of hosts, any accumulation."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxft.data import loader, tokens
+from jaxft.data.pack import ConcatRows
+
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+EOS = 0
+
+
+@pytest.fixture(scope="module")
+def rows():
+  """17 rows of 5, told apart by their first target."""
+  ids = np.arange(1, 1 + 17 * 5, dtype=np.uint16)
+  return ConcatRows(tokens.Tokens(ids, np.array([0, 85]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)), 5, EOS)
+
+
+def collect(rows, steps, **how):
+  how = dict(batch_size=6, accumulation=1, seed=3, rows_in_all=10**6, start=0, sharding=HERE) | how
+  batches = loader.training_batches(rows, **how)
+  return [jax.device_get(next(batches)) for _ in range(steps)]
+
+
+def test_an_epoch_has_each_row_once_and_its_own_order(rows):
+  firsts = np.concatenate([batch["targets"][0, :, 0] for batch in collect(rows, 17)])  # 6 x 17 rows: 6 epochs
+  epochs = firsts.reshape(6, 17)
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(1, 86, 5))
+  assert len({tuple(epoch) for epoch in epochs}) == 6
+  other = np.concatenate([batch["targets"][0, :, 0] for batch in collect(rows, 17, seed=4)]).reshape(6, 17)
+  assert not {tuple(epoch) for epoch in epochs} & {tuple(epoch) for epoch in other}  # the next seed's are others
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 7, 15, 166_660])
+def test_seeking_equals_going_there(rows, start):
+  there = collect(rows, 3, start=start)
+  if start < 100:
+    jax.tree.map(np.testing.assert_array_equal, there, collect(rows, start + 3)[start:])
+  jax.tree.map(np.testing.assert_array_equal, there[1:], collect(rows, 2, start=start + 1))
+
+
+def test_the_global_batch_does_not_depend_on_hosts():
+  """1,000 random (seed, step, accumulation, hosts): the hosts' parts, side by side, are what one host has."""
+  rng = np.random.default_rng(0)
+  many = tokens.Tokens(np.arange(10**5) % 5000, np.array([0, 10**5]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0))
+  rows = ConcatRows(many, 5, EOS)
+  for _ in range(1000):
+    accumulation, hosts = int(rng.choice([1, 2, 3])), int(rng.choice([2, 4]))
+    how = dict(
+      batch_size=12 * accumulation, accumulation=accumulation, seed=int(rng.integers(2**32)), rows_in_all=10**6
+    )
+    step = int(rng.integers(1000))
+    whole = loader.Steps(rows, **how, mine=np.arange(12))[step]
+    parts = [loader.Steps(rows, **how, mine=mine)[step] for mine in np.split(np.arange(12), hosts)]
+    for name, x in whole.items():
+      np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], axis=1), x)
+
+
+def test_accumulation_cuts_the_same_batch(rows):
+  for a, b in zip(collect(rows, 3), collect(rows, 3, accumulation=3)):
+    assert b["ids"].shape == (3, 2, 5)
+    np.testing.assert_array_equal(a["ids"].reshape(6, 5), b["ids"].reshape(6, 5))
+
+
+def test_what_lies_past_the_last_epoch_is_masked(rows):
+  masks = np.concatenate([batch["mask"].reshape(6, 5) for batch in collect(rows, 6, rows_in_all=2 * 17)])
+  assert masks[:34].all() and not masks[34:].any()
+
+
+def test_evaluation_sees_each_row_once(rows):
+  batches = list(loader.evaluation_batches(rows, batch_size=6, sharding=HERE))
+  counted = np.concatenate([np.asarray(batch["targets"])[np.asarray(batch["mask"])] for batch in batches])
+  np.testing.assert_array_equal(counted, rows.tokens.ids)
+  assert len(list(loader.evaluation_batches(rows, batch_size=6, limit=2, sharding=HERE))) == 2
