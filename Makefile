@@ -4,7 +4,7 @@ WORKDIR ?= runs/quickstart
 # A test file stays in one process: its tests share models and compiled programs.
 WORKERS = -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-wide test-quick lint assets
+.PHONY: quickstart test test-wide torture test-quick lint assets
 
 quickstart: $(VENV)/installed  ## install, then fine-tune the embedded model on the embedded stories
 	$(VENV)/bin/python -m jaxft.train --config configs/quickstart.py --workdir $(WORKDIR)
@@ -14,6 +14,10 @@ test: $(VENV)/installed-test lint  ## the tests
 
 test-wide: $(VENV)/installed-test  ## more shapes, formats and sizes
 	$(VENV)/bin/python -m pytest $(WORKERS) -m wide
+
+torture: $(VENV)/installed-test  ## kills, signals, damage, full disks: hundreds of each; writes its table into docs/reliability.md
+	$(VENV)/bin/python -m pytest -n 2 --torture tests/test_interruptions.py tests/test_corruption.py \
+	  tests/test_not_finite.py tests/test_other_meshes.py tests/test_fuzzed_configs.py
 
 test-quick: $(VENV)/installed-test  ## the tests that take seconds
 	$(VENV)/bin/python -m pytest $(WORKERS) -m "not slow and not wide"

@@ -139,7 +139,7 @@ SETTINGS = (
   Setting("data.sequence_length", 512, at_least(2), "tokens a row"),
   Setting("data.limit_train", 0, at_least(0), "use this many training documents, drawn with shuffle_seed; 0: all"),
   Setting("data.limit_validation", 0, at_least(0), "use this many validation documents, drawn likewise; 0: all"),
-  Setting("data.shuffle_seed", 0, between(0, 2**32), "seed of the order of rows and of every draw of documents"),
+  Setting("data.shuffle_seed", 0, between(0, 2**31), "seed of the order of rows and of every draw of documents"),
   Setting("train.steps", 0, at_least(0), "optimizer steps; 0: as many as train.epochs takes"),
   Setting("train.epochs", 0.0, at_least(0), "passes over the training rows; 0: train.steps says when to end"),
   Setting("train.batch_size", 8, at_least(1), "sequences per optimizer step, over all devices"),
@@ -149,7 +149,7 @@ SETTINGS = (
     at_least(0),
     "most sequences a device takes at once; a batch that is larger is accumulated; 0: no limit",
   ),
-  Setting("train.seed", 0, between(0, 2**32), "seed of dropout, of new weights and of the samples"),
+  Setting("train.seed", 0, between(0, 2**31), "seed of dropout, of new weights and of the samples"),
   Setting("train.log_every", 10, at_least(1), "steps between lines of metrics.jsonl"),
   Setting("train.eval_every", 0, at_least(0), "steps between evaluations; 0: only before the first and after the last"),
   Setting("train.eval_batches", 0, at_least(0), "batches an evaluation; 0: all validation rows"),
@@ -205,6 +205,7 @@ SETTINGS = (
   Setting("export.max_shard_size", "5GB", file_size, "largest weight file: a number and KB, MB, GB or TB"),
   Setting("export.push_to_hub", "", anything, "hub repository (OWNER/NAME) to upload the export to; empty: none"),
 )
+LARGEST = 2**31 - 1  # of a whole number: steps and rows are counted in 32 bits
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 # Settings that may differ when a run is resumed: they change what is written, never what is learned.
@@ -291,6 +292,8 @@ def faults(config: ConfigDict) -> list[str]:
       lines.append(f"config.{name}={value!r}: must be {wanted}")
     elif isinstance(value, float) and not math.isfinite(value):
       lines.append(f"config.{name}={value}: not a finite number")
+    elif isinstance(value, int) and abs(value) > LARGEST:
+      lines.append(f"config.{name}: a number of {len(str(abs(value)))} digits; at most {LARGEST:,}")
     elif value is not None and (wanted := setting.check(value)):
       lines.append(f"config.{name}={value!r}: must be {wanted}")
   lines.sort()

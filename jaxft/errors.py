@@ -1,8 +1,10 @@
 """What can end a command, and the exit code each ending has (README, "Exit codes")."""
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 
 class JaxftError(Exception):
@@ -35,8 +37,11 @@ class PeerLost(JaxftError):
   exit_code = 5
 
 
-class Preempted(JaxftError):
-  """Asked to stop, and saved: the same command continues the run."""
+class Preempted(BaseException):
+  """Asked to stop, and saved: the same command continues the run.
+
+  Like KeyboardInterrupt no Exception: a signal may raise it inside any library, whose own `except Exception` must let it pass.
+  """
 
   exit_code = 75
 
@@ -53,17 +58,25 @@ def shortened(line: str) -> str:
 
 def run_command(main: Callable[[], None]) -> None:
   """Runs a command's `main` and turns its endings into exit codes."""
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # jaxft/__init__.py gave it away
   for stream in (sys.stdout, sys.stderr):  # a terminal or a log that is not in UTF-8 must not end a run
     stream.reconfigure(errors="backslashreplace")
+  sys.unraisablehook = _but_for_closed_loops
   try:
     main()
-  except (JaxftError, OSError, KeyboardInterrupt) as error:
+  except (JaxftError, Preempted, OSError, KeyboardInterrupt) as error:
     sys.exit(tell(error))
+
+
+def _but_for_closed_loops(unraisable: Any) -> None:
+  """After a write that failed, which is raised, TensorStore (0.1.86) tells this of every other array, half a page each."""
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def tell(error: BaseException) -> int:
   """Says on standard error why a command ends, and returns its exit code."""
-  if isinstance(error, JaxftError):
+  if isinstance(error, JaxftError | Preempted):
     label = "stopped" if isinstance(error, Preempted) else "error"
     for line in str(error).splitlines():
       print(f"{label}: {shortened(line)}", file=sys.stderr)

@@ -1,17 +1,33 @@
 """Files that are there whole or not at all."""
 
 import os
+import shutil
 from pathlib import Path
+
+from jaxft.errors import StorageError
 
 
 def write_whole(file: Path, text: str) -> None:
-  """Writes under a temporary name, syncs to disk, renames: a kill or a full disk leaves what was there before."""
+  """Writes under a temporary name, syncs to disk, renames: a kill or a full disk leaves what was there before.
+
+  Raises StorageError.
+  """
   partial = file.with_name(file.name + ".partial")
-  with partial.open("w", encoding="utf-8") as stream:
-    stream.write(text)
-    stream.flush()
-    os.fsync(stream.fileno())
-  os.replace(partial, file)
+  try:
+    with partial.open("w", encoding="utf-8") as stream:
+      stream.write(text)
+      stream.flush()
+      os.fsync(stream.fileno())
+    os.replace(partial, file)
+  except OSError as error:
+    partial.unlink(missing_ok=True)
+    raise StorageError(f"{file}: {refused(file, error)}") from error
+
+
+def refused(file: Path, error: OSError) -> str:
+  """Why a file could not be written, and how much room there is."""
+  there = next((folder for folder in file.absolute().parents if folder.exists()), Path("/"))
+  return f"{error.strerror or error}; {shutil.disk_usage(there).free:,} bytes are free there"
 
 
 def cache_folder(name: str) -> Path:

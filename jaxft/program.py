@@ -1,5 +1,7 @@
 """The programs of a run, for devices that are there or not: shapes, shardings and jitted steps. No memory is taken here."""
 
+import math
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +40,20 @@ class Program(NamedTuple):
   @property
   def batch_sharding(self) -> NamedSharding:
     return self.batch["ids"].sharding
+
+
+def must_hold(program: Program, config: ConfigDict) -> None:
+  """Raises RequestError when a device cannot hold its part of the state and of one batch; what is computed comes on top."""
+  device = program.batch_sharding.mesh.local_devices[0]
+  limit = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  state, batch = (sum(map(shard, jax.tree.leaves(tree))) for tree in (program.state, program.batch))
+  if state + batch > limit:
+    raise RequestError(
+      f"config.train.batch_size={config.train.batch_size}, config.data.sequence_length={config.data.sequence_length}, "
+      f"config.model.path={config.model.path!r}: weights and optimizer take {state:,} bytes of a device and a batch {batch:,}; "
+      f"a {device.device_kind} here has {limit:,}"
+    )
 
 
 def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: int, row: dict[str, Any]) -> Program:

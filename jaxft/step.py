@@ -35,7 +35,8 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients:
 
   def loss_sum(params, part, key):
     model = nnx.merge(graph, params)
-    return cross_entropy_sum(hidden(model, part, key), model.head(), part["targets"], part["mask"], loss_chunk)
+    loss = cross_entropy_sum(hidden(model, part, key), model.head(), part["targets"], part["mask"], loss_chunk)
+    return jnp.where(_in_range(part, model.cfg), loss, jnp.nan)
 
   def place(grads):
     return jax.tree.map(jax.lax.with_sharding_constraint, grads, gradients)
@@ -67,43 +68,42 @@ def make_train_step(
 ) -> Callable:
   """Returns `train_step(state, batch) -> (state, metrics)`, with the gradient of `make_gradient`.
 
-  When loss, gradient or what the optimizer makes of it is not finite, the step changes nothing but `state.step`:
-  `metrics["bad"]` is true, and `metrics["bad_leaves"]` tells for each leaf of the gradient, and then of the optimizer's
-  direction, whether something in it is not finite.
+  When loss, gradient, or a leaf of the new state is not finite, the step changes nothing but `state.step`: `metrics["bad"]` is
+  true, and `metrics["bad_leaves"]` tells which leaves of the gradient, and then of the new weights and the new optimizer state,
+  are not finite (`name_bad_leaves`). A weight that is no number shows here even where no row of the batch reads it.
   """
 
   def train_step(state: State, batch: dict) -> tuple[State, dict]:
     loss, grads, tokens = gradient(state, batch)
     norm = optax.tree_utils.tree_norm(grads)
-    bad_gradients = _not_finite(grads)
+    # The sum of squares is there for the norm; not vdot, which would gather a leaf that is cut over devices.
+    bad_gradients = [~jnp.isfinite(jnp.sum(leaf * leaf)) for leaf in jax.tree.leaves(grads)]
     if clip_norm:
       grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30)), grads)
     learning_rate = schedule(state.step)
     direction, opt = tx.update(grads, state.opt, state.params)
-    bad_leaves = jnp.concatenate(
-      [bad_gradients, _not_finite(direction)]
-    )  # a moment that is not finite shows here alone
+    new = State(state.step + 1, jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction), opt)
+    bad_leaves = jnp.stack(bad_gradients + [~jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new)])
     good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~bad_leaves.any()
-    params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
-    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
     metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate, "tokens": tokens}
     metrics |= {"bad": ~good, "bad_leaves": bad_leaves}
-    return State(state.step + 1, keep(params, state.params), keep(opt, state.opt)), metrics
+    return kept._replace(step=new.step), metrics
 
   return train_step
 
 
-def _not_finite(tree: Any) -> jax.Array:
-  """For each leaf whether its sum of squares is infinite or no number."""
-  # Not vdot: it makes one axis of all, and to do so would gather a leaf that is cut over devices.
-  return jnp.stack([~jnp.isfinite(jnp.sum(leaf * leaf)) for leaf in jax.tree.leaves(tree)])
+def _in_range(part: dict, cfg: Any) -> jax.Array:
+  """Whether ids and targets are ones that the tables have: XLA takes the nearest row for one that is not, in silence."""
+  inside = lambda ids, rows: jnp.all((ids >= 0) & (ids < rows))
+  return inside(part["ids"], cfg.V) & inside(part["targets"], max(cfg.V, cfg.classes))
 
 
-def name_bad_leaves(bad_leaves: Any, params: Any) -> list[str]:
+def name_bad_leaves(bad_leaves: Any, state: State) -> list[str]:
   """The names behind `metrics["bad_leaves"]`."""
-  names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-  names = [f"the gradient of {name}" for name in names] + [f"the optimizer's step for {name}" for name in names]
-  return [name for name, bad in zip(names, bad_leaves, strict=True) if bad]
+  names = lambda tree: [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+  every = [f"the gradient of {name}" for name in names(state.params)] + [f"the new {name[1:]}" for name in names(state)]
+  return [name for name, bad in zip(every, bad_leaves, strict=True) if bad]
 
 
 def hidden(model: Any, part: dict, key: jax.Array | None = None) -> jax.Array:

@@ -125,11 +125,14 @@ def finetune(
     )
     rows = data.train
     rows_in_all, total_steps = run_length(rows, config.train)
+    if total_steps > settings.LARGEST:
+      raise RequestError(f"config.train.epochs={config.train.epochs}: more than {settings.LARGEST:,} steps")
     if config.optim.warmup_steps > total_steps:
       raise RequestError(
         f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {total_steps} steps of the run"
       )
     about = {"config": config.to_dict(), "total_steps": total_steps, "data": data.fingerprint, "labels": data.labels}
+    about |= {"versions": hosts.versions()}
     say(
       f"{data.report['rows']['trained']:,} documents with {data.report['tokens']['trained']:,} tokens to train on, in "
       f"{len(rows):,} rows of {rows.T}; {data.report['rows']['held_out']:,} documents held out; {total_steps:,} steps"
@@ -142,6 +145,7 @@ def finetune(
       raise RequestError(f"config.model.path={config.model.path!r}: a model that classifies; set config.model.head")
     cfg = source.cfg if config.model.dropout is None else source.cfg.with_dropout(config.model.dropout)
     program = programs.build(config, cfg, mesh, total_steps, rows[0])
+    programs.must_hold(program, config)
     say(
       f"{source.hf_config['model_type']} from {config.model.path}: {model.parameter_count(cfg):,} parameters, "
       f"computing in {program.compute.dtype}"
@@ -153,7 +157,7 @@ def finetune(
     )
     if checkpoints:
       until_the_end.callback(checkpoints.abandon)
-      refuse_another_run(checkpoints, config, about, allow_change)
+      refuse_another_run(checkpoints, program.state, config, about, allow_change)
       each = nbytes(program.state)
       to_come = max(1, config.train.keep + 1 - len(checkpoints.steps())) + bool(config.train.keep_best_metric)
       must_have_room(checkpoints.folder, to_come * each, f"{to_come} checkpoints of this run")
@@ -226,7 +230,7 @@ def finetune(
     )
     pending, found, patience = None, {}, config.train.early_stopping_patience
     ended_early = start > 0 and 0 < patience <= reporter.evaluations_without_gain()
-    name_leaves = lambda bad: name_bad_leaves(bad, program.state.params)
+    name_leaves = lambda bad: name_bad_leaves(bad, program.state)
     reporter.clock.restart()
     with stop.held(), Meter("training", total_steps, start) as meter:
       for step in range(start + 1, 0 if ended_early else total_steps + 1):
@@ -236,7 +240,7 @@ def finetune(
           say(f"first step after {time.monotonic() - beginning:.1f} s")
         if pending:
           reporter.step(step - 1, jax.device_get(pending), meter, name_leaves)
-        checkpoints.failed()
+        checkpoints.wait()  # a save goes on beside one step, so that a kill costs at most save_every + 1 of them
         pending, last = numbers, step == total_steps
         due = {
           what

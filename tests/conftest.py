@@ -17,6 +17,26 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 import processes
 import tiny
+import torture
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--torture", action="store_true", help="the large counts, and a table of them in docs/reliability.md"
+  )
+
+
+def pytest_generate_tests(metafunc):
+  """`@pytest.mark.parts(few, many)`: a test in so many parts, many with --torture."""
+  if marker := metafunc.definition.get_closest_marker("parts"):
+    few, many = marker.args
+    metafunc.parametrize("part", range(many if metafunc.config.getoption("--torture") else few))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  if config.getoption("--torture"):
+    reports = [report for of in ("passed", "failed", "error") for report in terminalreporter.getreports(of)]
+    terminalreporter.write_line("\n" + torture.write_table(reports))
 
 
 @pytest.fixture(scope="session")

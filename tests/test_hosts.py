@@ -236,6 +236,7 @@ def test_one_host_with_other_weights_is_refused(config_file, folder, tmp_path):
 
 
 @pytest.mark.slow
+@wide
 def test_a_workdir_that_is_not_one_folder_is_refused(config_file, tmp_path):
   homes = [tmp_path / "0", tmp_path / "1"]
   for home in homes:

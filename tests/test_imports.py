@@ -14,7 +14,7 @@ COMMANDS = {"jaxft.train", "jaxft.prepare", "jaxft.evaluate", "jaxft.generate", 
 # The only imports of jaxft that each leaf has. A new leaf module goes here, with as few as it can.
 LEAVES = {
   "jaxft.errors": set(),
-  "jaxft.files": set(),
+  "jaxft.files": {"jaxft.errors"},
   "jaxft.attention": set(),
   "jaxft.loss": set(),
   "jaxft.optim": set(),

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from jaxft.data.tokens import Tokens
 from jaxft.errors import StorageError
-from jaxft.files import write_whole
+from jaxft.files import refused, write_whole
 
 VERSION = 2  # of the files; another one is another entry
 PARTS = {"ids": None, "starts_N1": np.int64, "prompts_N": np.int32, "labels_N": np.int32, "nats_N": np.float64}
@@ -98,7 +98,9 @@ def open_or_make(
     partial.rename(entry)
     return entry, manifest
   except OSError as error:
-    raise StorageError(f"token cache {folder}: {error}; --config.data.cache_dir names another folder") from error
+    raise StorageError(
+      f"token cache {folder}: {refused(folder, error)}; --config.data.cache_dir names another folder"
+    ) from error
   finally:
     if lock.is_locked:
       shutil.rmtree(partial, ignore_errors=True)

@@ -27,16 +27,16 @@ def example(row: Row, data: ConfigDict) -> Example:
   """The example that a row is in `data.format`; raises BadRow."""
   if row.fault:
     raise BadRow(row.fault)
-  nats = _nats(row.columns, data.nats_column) if data.nats_column else None
+  nats = _nats(row.columns, data) if data.nats_column else None
   if data.format == "text":
-    return Example(_text(row.columns, data.text_column), nats=nats)
+    return Example(_text(row.columns, data, "text_column"), nats=nats)
   if data.format == "classification":
-    return Example(_text(row.columns, data.text_column), label=_label(row.columns, data.label_column))
-  prompt = _text(row.columns, data.prompt_column)
+    return Example(_text(row.columns, data, "text_column"), label=_label(row.columns, data))
+  prompt = _text(row.columns, data, "prompt_column")
   before, _, rest = data.template.partition(PROMPT)
   between, _, after = rest.partition(COMPLETION)
   asked = before + prompt + between
-  return Example(asked + _text(row.columns, data.completion_column) + after, prompt=len(asked))
+  return Example(asked + _text(row.columns, data, "completion_column") + after, prompt=len(asked))
 
 
 def reason(fault: str) -> str:
@@ -44,9 +44,11 @@ def reason(fault: str) -> str:
   return fault.split(" (")[0]
 
 
-def _text(columns: dict[str, Any], column: str) -> str:
+def _text(columns: dict[str, Any], data: ConfigDict, setting: str) -> str:
+  column = data[setting]
   if column not in columns:
-    raise BadRow(f"no column {column!r} (it has {', '.join(map(repr, columns)) or 'none'})")
+    there = ", ".join(map(repr, columns)) or "none"
+    raise BadRow(f"no column {column!r} (it has {there}; config.data.{setting} says which)")
   value = columns[column]
   if not isinstance(value, str):
     raise BadRow(f"column {column!r} is no text ({type(value).__name__} {str(value)[:40]!r})")
@@ -57,20 +59,22 @@ def _text(columns: dict[str, Any], column: str) -> str:
   return value
 
 
-def _label(columns: dict[str, Any], column: str) -> str:
+def _label(columns: dict[str, Any], data: ConfigDict) -> str:
+  column = data.label_column
   value = columns.get(column)
   if isinstance(value, bool | int | str) and str(value) and is_text(str(value)):
     return str(value)
-  raise BadRow(f"column {column!r} is no label ({type(value).__name__} {str(value)[:40]!r})")
+  raise BadRow(f"column {column!r} is no label ({type(value).__name__} {str(value)[:40]!r}; config.data.label_column)")
 
 
-def _nats(columns: dict[str, Any], column: str) -> float:
+def _nats(columns: dict[str, Any], data: ConfigDict) -> float:
+  column = data.nats_column
   try:
     nats = float(columns[column])
   except (KeyError, TypeError, ValueError, OverflowError):
     nats = math.nan
   if not math.isfinite(nats):
-    raise BadRow(f"column {column!r} is no finite number of nats")
+    raise BadRow(f"column {column!r} is no finite number of nats (config.data.nats_column)")
   return nats
 
 

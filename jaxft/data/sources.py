@@ -87,13 +87,13 @@ def weighted(source: str) -> tuple[str, float]:
 def faults(train: tuple[str, ...], validation: tuple[str, ...]) -> list[str]:
   """One line for each local source that cannot be found."""
   lines = []
-  for source, may_weigh in [(name, True) for name in train] + [(name, False) for name in validation]:
+  for key, source in [("train", name) for name in train] + [("validation", name) for name in validation]:
     try:
-      name = weighted(source)[0] if may_weigh else source
+      name = weighted(source)[0] if key == "train" else source
       if not name.startswith("hub:"):
         find_files(name)
     except RequestError as error:
-      lines.append(str(error))
+      lines.append(f"config.data.{key}: {error}")
   return lines
 
 

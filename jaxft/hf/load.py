@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxft.errors import RequestError, first_line
 from jaxft.hf import flax_msgpack, torch_pickle
-from jaxft.hf.repo import Checkpoint, weight_files, without_doubles
+from jaxft.hf.repo import Checkpoint, must_be_as_exported, weight_files, without_doubles
 from jaxft.hf.tables import (
   EMBEDDING,
   HEAD,
@@ -127,6 +127,7 @@ def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
   themselves. Every tensor is used exactly once: an unknown, a missing, a misshaped or an untied one raises RequestError
   with its name. A new classification head is drawn, and takes the place of the language head in the folder.
   """
+  must_be_as_exported(checkpoint.folder, weights=True)
   source = _named(checkpoint)
   paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
   wanted = {".".join(key.key for key in path): leaf.shape for path, leaf in paths}

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ TOKENIZER_FILES = (
 LARGEST_TEXT = (
   2**28
 )  # bytes of a .json or .txt file, which is read whole; the tokenizer.json of a large vocabulary has 2^25
+PARITY = "parity.json"  # what an export was compared with, and the checksums of its files
 PICKLE = "pytorch_model.bin"  # read last, and only when it is asked for
 
 
@@ -71,12 +73,12 @@ def with_classes(checkpoint: Checkpoint, labels: list[str], pad_token_id: int) -
 
 
 def faults(path: str, weights: bool = True, torch_bin: bool = False) -> list[str]:
-  """What is wrong with a local model folder, at most one line; a hub id is not looked up here."""
+  """What is wrong with config.model.path if it is a folder, at most one line; a hub id is not looked up here."""
   try:
     if path and is_local(path):
       _check_folder(Path(path), weights, torch_bin)
   except RequestError as error:
-    return [str(error)]
+    return [f"config.model.path: {error}"]
   return []
 
 
@@ -119,6 +121,7 @@ def _check_folder(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
       f"model folder {str(folder)!r}: no config.json in it, so it is not a Hugging Face model; "
       "give a folder with config.json and model.safetensors, or a hub id such as gpt2"
     )
+  must_be_as_exported(folder, weights=False)
   if weights:
     weight_files(folder, torch_bin)
   return Checkpoint(folder, *read_config(config_file), torch_bin)
@@ -163,6 +166,45 @@ def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
       else ""
     )
   )
+
+
+def checksums(folder: Path) -> dict[str, str]:
+  """SHA-256 of every file of an export but its card, which people edit."""
+  files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in (PARITY, "README.md"))
+  with ThreadPoolExecutor() as threads:  # hashing leaves Python's lock
+    return {file.name: found for file, found in zip(files, threads.map(_sha256, files), strict=True)}
+
+
+def must_be_as_exported(folder: Path, weights: bool) -> None:
+  """Raises RequestError when a file of an export is not what it was: a flipped bit in weights or a config loads without a word.
+
+  Folders that jaxft has not exported have no checksums, and pass.
+
+  Args:
+    weights: look at weights, or at all other files, which costs little.
+  """
+  if not (folder / PARITY).is_file():
+    return
+  wanted = _json_object(folder / PARITY).get("sha256", {})
+  if not isinstance(wanted, dict):
+    raise RequestError(f"{folder / PARITY}: its checksums are not a list of files; export again, or remove it")
+  chosen = [name for name in wanted if name.endswith(".safetensors") == weights]
+  with ThreadPoolExecutor() as threads:
+    found = dict(zip(chosen, threads.map(lambda name: _sha256(folder / Path(name).name), chosen), strict=True))
+  for name in chosen:
+    if found[name] != wanted[name]:
+      what = "is not what was exported" if found[name] else "was exported, and cannot be read"
+      raise RequestError(
+        f"{folder / Path(name).name}: {what} (by its SHA-256 in {PARITY}); export again, or remove {PARITY} if you changed it"
+      )
+
+
+def _sha256(file: Path) -> str | None:
+  try:
+    with file.open("rb") as stream:
+      return hashlib.file_digest(stream, "sha256").hexdigest()
+  except OSError:
+    return None
 
 
 def _shards(index: Path, suffix: str) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from jaxft.errors import RequestError, StorageError
-from jaxft.files import write_whole
+from jaxft.files import refused, write_whole
 from jaxft.hf import load, repo
 from jaxft.hf.tables import EMBEDDING, full_name
 from jaxft.hf.unload import DtypeOf, Outgoing, dtypes, hf_tensors
@@ -31,11 +31,13 @@ def faults(out: Path) -> list[str]:
   try:
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
       return []
-    if (out / "parity.json").is_file() and not any(inside.is_dir() for inside in out.iterdir()):
+    if (out / repo.PARITY).is_file() and not any(inside.is_dir() for inside in out.iterdir()):
       return []
   except OSError as error:
     return [f"export to {str(out)!r}: {error.strerror}"]
-  return [f"export to {str(out)!r}: it is there, and is no earlier export (no parity.json in it); name another folder"]
+  return [
+    f"export to {str(out)!r}: it is there, and is no earlier export (no {repo.PARITY} in it); name another folder"
+  ]
 
 
 def export(
@@ -88,10 +90,10 @@ def export(
     if card:
       (partial / "README.md").write_text(card, encoding="utf-8")
     parity = verify(partial, params, checkpoint, dtype_of)
-    _write_json(partial / "parity.json", parity)
+    _write_json(partial / repo.PARITY, parity | {"sha256": repo.checksums(partial)})
     _put_in_place(partial, out)
   except OSError as error:
-    raise StorageError(f"export to {out}: {error}; nothing that was there before has been changed") from error
+    raise StorageError(f"export to {out}: {refused(out, error)}; what was there before has not been changed") from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
   return parity

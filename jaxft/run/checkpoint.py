@@ -1,7 +1,10 @@
 """Checkpoints: Orbax, plus a checksum of every leaf, because Orbax loads flipped bits without a word (0.12.8, measured)."""
 
 import contextlib
+import hashlib
+import json
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from jaxft.errors import StorageError, first_line
 # After a failed read Orbax (0.12.8) leaves tasks behind that nobody awaits; asyncio would log each with a traceback, pages
 # after the error has been told in one line.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's: what it logs with a traceback it raises too
 
 
 class Checkpoints:
@@ -29,7 +33,7 @@ class Checkpoints:
       keep: newest checkpoints to keep.
       best: keep the one with the least value of this metric too.
     """
-    self.folder, self._verified, self._closed = folder, False, False
+    self.folder, self._verified, self._closed, self._nbytes = folder, False, False, 0
     kept = [LatestN(keep)]
     if best:
       lowest = lambda metrics: metrics.get(best, float("inf")) if metrics else float("inf")
@@ -44,9 +48,11 @@ class Checkpoints:
     The first checkpoint of a process is waited for and read back, so that a disk that is not to be trusted shows at once.
     """
     meta = meta | {"step": step, "leaves": described(state), "checksums": checksums(state)}
+    meta |= {"sha256": _sha256(meta)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
     # force: without it Orbax leaves out, in silence, a step that is not after the newest.
     write = lambda: self._manager.save(step, args=args, metrics=dict(metrics or {}), force=True)
+    self._nbytes = nbytes(state)
     if not self._or_storage_error(write):
       raise StorageError(f"{self.folder / str(step)}: not saved")
     if not self._verified:
@@ -72,14 +78,6 @@ class Checkpoints:
             f"{self.folder / str(step)}: {jax.tree_util.keystr(path)} read back is not what was written"
           )
 
-  def failed(self) -> None:
-    """Raises StorageError when a save in the background has failed, after reading the list of checkpoints from the disk."""
-    try:
-      self._manager.check_for_errors()
-    except Exception as error:
-      self._manager.reload()
-      raise StorageError(f"checkpoint in {self.folder}: {first_line(error)}") from error
-
   def set_aside(self, step: int) -> Path:
     """Renames a damaged checkpoint, out of the way of the one that the run will save at this step; returns its new place."""
     number = 1 + sum(1 for _ in self.folder.glob(f"damaged-{step}*"))
@@ -92,8 +90,12 @@ class Checkpoints:
     return aside
 
   def wait(self) -> None:
-    """Returns when everything saved is on disk; raises StorageError if it is not."""
-    self._or_storage_error(self._manager.wait_until_finished)
+    """Returns when everything saved is on disk. Raises StorageError if it is not; the steps are then read from the disk."""
+    try:
+      self._or_storage_error(self._manager.wait_until_finished)
+    except StorageError:
+      self._manager.reload()
+      raise
 
   def close(self) -> None:
     """Waits for what is being written; raises StorageError if it is not on disk then."""
@@ -110,11 +112,15 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def meta(self, step: int) -> dict[str, Any]:
-    """The record of a checkpoint; raises StorageError when it cannot be read."""
+    """The record of a checkpoint; raises StorageError when it cannot be read, or is not what was saved."""
     try:
-      return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+      meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+      sound = meta.pop("sha256") == _sha256(meta)
     except Exception as error:  # whatever damage makes Orbax raise
       raise self._damaged(step, error) from error
+    if not sound:
+      raise StorageError(f"{self.folder / str(step)}: damaged (its record differs from its checksum)")
+    return meta
 
   def restore(self, step: int, like: Any) -> Any:
     """The state, placed as the ShapeDtypeStructs in `like` say; raises StorageError when it is not what was saved."""
@@ -139,7 +145,15 @@ class Checkpoints:
     try:
       return act()
     except Exception as error:  # disk full, no permission, ...: Orbax and TensorStore have no common class
-      raise StorageError(f"checkpoint in {self.folder}: {first_line(error)}") from error
+      reason = first_line(error).split(" [source locations")[0]
+      if self._nbytes:
+        free = shutil.disk_usage(self.folder).free
+        reason += f"; it takes {self._nbytes:,} bytes and the disk has {free:,} free"
+      raise StorageError(f"checkpoint in {self.folder}: {reason}") from error
+
+
+def _sha256(meta: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def described(state: Any) -> dict[str, str]:

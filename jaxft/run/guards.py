@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
 from jaxft.errors import Preempted, RequestError, StorageError
-from jaxft.files import write_whole
+from jaxft.files import refused, write_whole
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -94,7 +94,7 @@ def only_writer(workdir: Path) -> Iterator[None]:
       ) from None
     write_whole(about, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
   except OSError as error:
-    raise StorageError(f"workdir {workdir}: {error.strerror}") from error
+    raise StorageError(f"workdir {workdir}: {refused(workdir, error)}") from error
   try:
     yield
   finally:

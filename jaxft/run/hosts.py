@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 import jaxft
-from jaxft.errors import JaxftError, RequestError, tell
+from jaxft.errors import JaxftError, Preempted, RequestError, tell
 from jaxft.files import write_whole
 from jaxft.run import roll_call
 from jaxft.run.roll_call import Place
@@ -49,7 +49,7 @@ def joined(place: Place | None, start_timeout: int = START_TIMEOUT, peer_timeout
   try:
     yield
   except BaseException as error:
-    if not isinstance(error, JaxftError | KeyboardInterrupt | SystemExit):
+    if not isinstance(error, JaxftError | Preempted | KeyboardInterrupt | SystemExit):
       # A collective whose other end is gone fails here before the watchdog knows why; a bug waits the same seconds.
       time.sleep(peer_timeout + 5 if isinstance(error, jax.errors.JaxRuntimeError) else 5)
     code = tell(error)

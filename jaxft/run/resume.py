@@ -6,21 +6,34 @@ from ml_collections import ConfigDict
 
 from jaxft import config as settings
 from jaxft.errors import RequestError, StorageError
-from jaxft.run.checkpoint import Checkpoints
+from jaxft.run.checkpoint import Checkpoints, described
 from jaxft.run.tracking import say
 from jaxft.step import State
 
 WAY_OUT = "go back to its settings, name another --workdir, or go on with --allow_change"
 
 
-def refuse_another_run(checkpoints: Checkpoints, config: ConfigDict, about: dict[str, Any], allow_change: bool) -> None:
-  """Raises RequestError when the newest readable checkpoint is of another run than this one; says so, where that is allowed."""
+def refuse_another_run(
+  checkpoints: Checkpoints, like: State, config: ConfigDict, about: dict[str, Any], allow_change: bool
+) -> None:
+  """Raises RequestError when the newest readable checkpoint is of another run than this one; says so, where that is allowed.
+
+  A checkpoint with other leaves than `like`, the state of this run, is refused in any case: nothing could be done with it.
+  """
   for step in reversed(checkpoints.steps()):
     try:
       meta = checkpoints.meta(step)
     except StorageError:
       continue  # `resume` will say so
     lines = settings.changed(meta["config"], config)
+    saved, wanted = meta["leaves"], described(like)
+    other = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
+    if other:
+      first = f"{other[0]} is {saved.get(other[0], 'missing')} there and {wanted.get(other[0], 'missing')} in this run"
+      lines.append(
+        f"{checkpoints.folder / str(step)}: of another model or optimizer: {first} ({len(other)} such leaves)"
+      )
+      raise RequestError("\n".join([*lines, f"{checkpoints.folder} holds another run: name another --workdir"]))
     if meta["data"] != about["data"]:
       lines.append("config.data: the training text, or how it is cut into tokens, is not what the run was started with")
     if meta["total_steps"] != about["total_steps"]:

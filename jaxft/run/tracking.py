@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxft.errors import NumericsError
-from jaxft.files import write_whole
+from jaxft.errors import NumericsError, StorageError
+from jaxft.files import refused, write_whole
 
 console = Console(soft_wrap=True, highlight=False)
 
@@ -59,8 +59,11 @@ class Lines:
     self.all.append({"step": step} | values)
     if not self._writes:
       return
-    with self._file.open("a", encoding="utf-8") as stream:
-      stream.write(json.dumps(self.all[-1], allow_nan=False) + "\n")
+    try:
+      with self._file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(self.all[-1], allow_nan=False) + "\n")
+    except OSError as error:
+      raise StorageError(f"{self._file}: {refused(self._file, error)}") from error
 
   def values(self, key: str) -> list[Any]:
     """All values of `key`, oldest first."""

@@ -1,0 +1,119 @@
+"""Ends or breaks a training at a named place: python tests/fault_points.py PLACE N ACTION [arguments of jaxft.train]
+
+The places are functions of jaxft and of Orbax, wrapped here before the command imports them; a normal run has none of it. The
+action comes at the Nth time that the place is passed, and the moment of it goes to the file that FAULT_FILE names.
+"""
+
+import contextlib
+import errno
+import functools
+import importlib
+import inspect
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+
+sys.modules["torch"] = None  # exports are compared with it elsewhere; here its import would be most of a start
+PLACES = {
+  "tokens made": ("jaxft.data.cache:Writer.close", "before"),
+  "tokens written": ("jaxft.data.cache:Writer.close", "after"),
+  "program built": ("jaxft.program:build", "after"),
+  "checkpoints opened": ("jaxft.run.checkpoint:Checkpoints.__init__", "after"),
+  "state restored": ("jaxft.run.checkpoint:Checkpoints.restore", "before"),
+  "weights loaded": ("jaxft.hf.load:load", "after"),
+  "evaluation": ("jaxft.step:mean_loss", "before"),
+  "sample": ("jaxft.sample:Generator.__call__", "before"),
+  "batch made": ("jaxft.data.loader:Steps.__getitem__", "before"),
+  "step told": ("jaxft.run.tracking:Reporter.step", "before"),
+  "line of metrics": ("jaxft.run.tracking:Lines.write", "torn"),
+  "checksums": ("jaxft.run.checkpoint:checksums", "before"),
+  "save begun": ("orbax.checkpoint:CheckpointManager.save", "before"),
+  "save handed over": ("orbax.checkpoint:CheckpointManager.save", "after"),
+  "arrays written": ("orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize", "before"),
+  "checkpoint in place": ("orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize", "after"),
+  "old checkpoint to go": ("orbax.checkpoint._src.path.deleter:StandardCheckpointDeleter.delete", "before"),
+  "old checkpoint gone": ("orbax.checkpoint._src.path.deleter:StandardCheckpointDeleter.delete", "after"),
+  "first checkpoint read back": ("jaxft.run.checkpoint:Checkpoints.verify", "before"),
+  "saves awaited": ("jaxft.run.checkpoint:Checkpoints.wait", "before"),
+  "checkpoints closed": ("jaxft.run.checkpoint:Checkpoints.close", "after"),
+  "file written, not renamed": ("os:replace", "before"),
+  "export begun": ("jaxft.hf.save:export", "before"),
+  "weights exported": ("jaxft.hf.save:_write_safetensors", "after"),
+  "export compared": ("jaxft.hf.save:verify", "before"),
+  "export to be put in place": ("jaxft.hf.save:_put_in_place", "before"),
+  "export in place": ("jaxft.hf.save:_put_in_place", "after"),
+}
+
+
+def act(action: str) -> None:
+  with open(os.environ.get("FAULT_FILE", os.devnull), "w") as file:
+    file.write(str(time.time()))
+  if action == "ENOSPC":
+    raise OSError(errno.ENOSPC, "No space left on device")
+  os.kill(os.getpid(), signal.Signals[action])
+  if action == "SIGKILL":
+    time.sleep(60)
+
+
+def tear(self, step: int, values: dict, write, action: str) -> None:
+  """Half of the line that would be written."""
+  whole = self._file.read_bytes() if self._file.exists() else b""
+  write(self, step, values)
+  line = self._file.read_bytes()[len(whole) :]
+  os.truncate(self._file, len(whole) + len(line) // 2)
+  act(action)
+
+
+def arm(place: str, count: int, action: str) -> None:
+  """Wraps the function of a place."""
+  target, when = PLACES[place]
+  module, _, path = target.partition(":")
+  *parents, name = path.split(".")
+  home = functools.reduce(getattr, parents, importlib.import_module(module))
+  wrapped, passed = getattr(home, name), 0
+
+  def due() -> bool:
+    nonlocal passed
+    passed += 1
+    return passed == count
+
+  @functools.wraps(wrapped)
+  def around(*arguments, **how):
+    now = due()
+    if now and when == "torn":
+      return tear(*arguments, write=wrapped, action=action)
+    if now and when == "before":
+      act(action)
+    result = wrapped(*arguments, **how)
+    if now and when == "after":
+      act(action)
+    return result
+
+  async def around_coroutine(*arguments, **how):
+    now = due()
+    if now and when == "before":
+      act(action)
+    result = await wrapped(*arguments, **how)
+    if now and when == "after":
+      act(action)
+    return result
+
+  setattr(home, name, around_coroutine if inspect.iscoroutinefunction(wrapped) else around)
+
+
+def main() -> None:
+  place, count, action, *arguments = sys.argv[1:]
+  if largest := os.environ.get("LARGEST_FILE"):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(largest), int(largest)))
+  if place != "nowhere":
+    arm(place, int(count), action)
+  sys.argv = ["jaxft.train", *arguments]
+  with contextlib.suppress(BrokenPipeError):
+    runpy.run_module("jaxft.train", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+  main()

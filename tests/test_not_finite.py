@@ -1,0 +1,97 @@
+"""A number that is not finite, wherever it comes from, is caught on its own step and changes no bit of weights or optimizer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxft import config as settings
+from jaxft import model, program, sharding
+from jaxft.hf import facts
+from jaxft.step import State
+
+ROWS, T, V = 32, 7, 293
+PER_PART = 6
+CONFIGS = {
+  "gpt2": dict(n_embd=24, n_layer=2, n_head=3, n_inner=40, n_positions=11),
+  "gptj": dict(n_embd=24, n_layer=2, n_head=3, n_inner=40, n_positions=11, rotary_dim=4),
+}
+
+
+@functools.cache
+def built(family, accumulation, devices):
+  """(program, state after a step): compiled once for all faults."""
+  config = settings.default()
+  config.mesh.fsdp = devices
+  config.train.batch_size, config.train.micro_batch_size = ROWS, ROWS // accumulation // devices
+  config.optim.weight_decay, config.optim.learning_rate = 0.1, 1e-3
+  vocabulary = {"model_type": family, "vocab_size": V, "bos_token_id": 0, "eos_token_id": 0}
+  cfg = facts.model_config(vocabulary | CONFIGS[family]).with_dropout(0.0)
+  row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
+  run = program.build(config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:devices]), 9, row)
+  places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+  new = lambda: nnx.to_pure_dict(nnx.state(model.build(cfg, run.compute)))
+  begin = jax.jit(lambda: State(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places)
+  state, numbers = run.train_step(begin(), batch(run, 0))
+  assert not numbers["bad"]
+  return run, jax.device_get(state)
+
+
+def batch(run, seed, **change):
+  rng = np.random.default_rng(seed)
+  shape = run.batch["ids"].shape
+  made = {"ids": rng.integers(V, size=shape, dtype=np.int32), "targets": rng.integers(V, size=shape, dtype=np.int32)}
+  made |= {"mask": np.ones(shape, bool)}
+  for name, (at, value) in change.items():
+    made[name][at] = value
+  return jax.device_put(made, run.batch_sharding)
+
+
+def same_bits(a, b):
+  return all(
+    np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
+
+
+def poisoned(rng, tree, value):
+  """The tree with one number of one leaf changed, and the leaf's index."""
+  leaves, structure = jax.tree.flatten(jax.tree.map(np.array, tree))
+  chosen = int(rng.choice([i for i, leaf in enumerate(leaves) if leaf.dtype.kind == "f"]))
+  leaves[chosen].reshape(-1)[rng.integers(leaves[chosen].size)] = value
+  return jax.tree.unflatten(structure, leaves), chosen
+
+
+@pytest.mark.parts(4, 34)
+def test_nothing_that_is_not_finite_gets_into_a_state(part, record_property):
+  rng = np.random.default_rng(part)
+  for i in range(PER_PART):
+    family, accumulation, devices = rng.choice(list(CONFIGS)), [1, 4][part // 2 % 2], [1, 8][part % 2]
+    where, value = (
+      ("weight", "optimizer", "ids", "targets", "gradient", "loss")[i % 6],
+      rng.choice([np.nan, np.inf, -np.inf]),
+    )
+    run, state = built(family, accumulation, devices)
+    change, at = {}, tuple(int(rng.integers(size)) for size in run.batch["ids"].shape)
+    if where == "weight":
+      state = state._replace(params=poisoned(rng, state.params, value)[0])
+    if where == "optimizer":
+      state = state._replace(opt=poisoned(rng, state.opt, value)[0])
+    if where in ("ids", "targets"):
+      change = {where: (at, int(rng.choice([-1, V + 10**6, 2**31 - 1])))}
+    if where == "gradient":  # finite weights, and activations that overflow on the way
+      state = state._replace(params=jax.tree.map(lambda x: x * np.float32(1e30), state.params))
+    if where == "loss":  # finite hidden states, and logits that are not
+      room, table = ("embed", "tokens") if family == "gpt2" else ("output", "kernel")
+      params = state.params
+      changed = params[room] | {table: params[room][table] * np.float32(1e38)}
+      state = state._replace(params=params | {room: changed})
+    placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, run.state)
+    after, numbers = run.train_step(placed, batch(run, part, **change))
+    assert numbers["bad"], (family, accumulation, devices, where, value)
+    assert same_bits(after.params, state.params) and same_bits(after.opt, state.opt)
+    assert int(after.step) == int(state.step) + 1
+  record_property("torture", {"what": "NaN, Inf or ids that are not there", "tried": PER_PART})
