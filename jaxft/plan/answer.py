@@ -1,4 +1,4 @@
-"""A plan: will it fit, how full, how fast, what to change; as one dict, which `--json` prints (its keys: docs/plan.md)."""
+"""A plan: will it fit, how full, how fast, what to change; as one dict, which `--json` prints."""
 
 import dataclasses
 import importlib.metadata
