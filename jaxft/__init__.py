@@ -4,6 +4,7 @@ import jaxft
 run = jaxft.finetune(config, "runs/mine")      # config: jaxft.config.default(), changed
 model = jaxft.load(run.export)                 # or a hub id
 model.generate(["Once upon a time"])
+jaxft.plan_for(config, "h100x8")["fits"]       # without having one
 """
 
 import importlib
@@ -17,11 +18,12 @@ if sys.argv[0] == "-m" and any(word.startswith("jaxft.") for word in sys.orig_ar
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
 
 __version__ = "0.1.0"
-__all__ = ["finetune", "load"]
+__all__ = ["finetune", "load", "plan_for"]
 
 _HOMES = {
   "finetune": "jaxft.train",
   "load": "jaxft.pretrained",
+  "plan_for": "jaxft.plan.answer",
 }  # imported when they are first used: jax takes a second
 
 

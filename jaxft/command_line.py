@@ -83,9 +83,10 @@ def parse(
   switches: tuple[str, ...] = (),
   texts: tuple[str, ...] = (),
   numbers: Mapping[str, int | None] = MappingProxyType({}),
+  several: tuple[str, ...] = (),
 ) -> SimpleNamespace:
   """`config`, `config_file` and the command's own flags; raises RequestError with every unknown setting, or the first other
-  fault. `--help` prints `usage` and ends the process."""
+  fault. `--help` prints `usage` and ends the process. Flags in `several` may be repeated, and give lists."""
   if {"-h", "--help"} & set(argv[1:]) or len(argv) == 1:
     print(usage)
     sys.exit(0 if len(argv) > 1 else 2)
@@ -98,6 +99,8 @@ def parse(
   config_flags.DEFINE_config_file("config", flag_values=values)
   for name in texts:
     flags.DEFINE_string(name, None, "", flag_values=values)
+  for name in several:
+    flags.DEFINE_multi_string(name, [], "", flag_values=values)
   for name, default in numbers.items():
     flags.DEFINE_integer(name, default, "", flag_values=values)
   for name in switches:
@@ -126,7 +129,7 @@ def parse(
       section, key = name.split(".")
       config[section][key] = ()
   return SimpleNamespace(
-    config=config, config_file=file, **{name: values[name].value for name in (*switches, *texts, *numbers)}
+    config=config, config_file=file, **{name: values[name].value for name in (*switches, *texts, *several, *numbers)}
   )
 
 

@@ -381,8 +381,14 @@ def rematerialised(layer: Callable, remat: str) -> Callable:
 
 
 def compute_dtype(name: str, device: jax.Device) -> Any:
-  """The dtype of activations: "auto" is bfloat16, but float32 on a CPU, where XLA is slow in bfloat16 (jax 0.12)."""
-  return jnp.dtype(("float32" if device.platform == "cpu" else "bfloat16") if name == "auto" else name)
+  """The dtype of activations: "auto" is bfloat16, but float32 where that is slow (a CPU, jax 0.12) or missing.
+
+  NVIDIA GPUs have it from compute capability 8.0 on: a T4 (7.5) and a V100 (7.0) do not.
+  """
+  if name != "auto":
+    return jnp.dtype(name)
+  old = device.platform == "gpu" and float(getattr(device, "compute_capability", 8)) < 8
+  return jnp.dtype("float32" if device.platform == "cpu" or old else "bfloat16")
 
 
 def parameter_count(cfg: ModelConfig) -> int:

@@ -29,6 +29,7 @@ class Program(NamedTuple):
   tx: optax.GradientTransformation
   state: State  # shapes with their shardings
   batch: dict[str, jax.ShapeDtypeStruct]  # of an optimizer step, likewise
+  gradients: Any  # shapes with their shardings of what `gradient` gives
   gradient: Any  # (state, batch) -> (loss, gradient, tokens)
   train_step: Any  # (state, batch) -> (state, metrics); the state is donated
   eval_step: Any  # (parameters, batch) -> (sum of the loss, tokens)
@@ -87,6 +88,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     tx,
     state,
     loader.like(row, A, config.train.batch_size // A, sharding.batch_sharding(mesh)),
+    sharding.place(shapes, gradients),
     jax.jit(gradient, out_shardings=(whole, gradients, whole)),
     jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), whole)),
     jax.jit(make_eval_step(graph, loss_chunk=config.memory.loss_chunk)),

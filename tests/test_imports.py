@@ -11,6 +11,7 @@ FILES = {
   for file in ROOT.rglob("*.py")
 }
 COMMANDS = {"jaxft.train", "jaxft.prepare", "jaxft.evaluate", "jaxft.generate", "jaxft.export", "jaxft.doctor"}
+COMMANDS |= {"jaxft.plan.__main__"}
 # The only imports of jaxft that each leaf has. A new leaf module goes here, with as few as it can.
 LEAVES = {
   "jaxft.errors": set(),
@@ -37,6 +38,9 @@ LEAVES = {
   "jaxft.run.roll_call": {"jaxft.errors", "jaxft.run.tracking"},
   "jaxft.run.watchdog": {"jaxft.errors", "jaxft.run.roll_call"},
   "jaxft.plan.hlo": set(),
+  "jaxft.plan.flops": set(),
+  "jaxft.plan.estimate": {"jaxft.plan.targets"},
+  "jaxft.plan.show": {"jaxft.run.tracking"},
   "jaxft.plan.targets": {"jaxft.errors"},
   "jaxft.run.checkpoint": {"jaxft.errors"},
 }

@@ -1,26 +1,23 @@
-"""The very step that training jits, compiled for a target in a process of its own, and what the compiler says of it.
+"""A process of its own that compiles: CUDA and TPU each want an environment before JAX is imported; the caller needs neither.
 
-`measure` starts the process: CUDA and TPU each want an environment of their own before JAX is imported, and the caller needs
-neither. Run as a module it is that process: one JSON request a line on standard input, one answer a line on standard output.
+Run as a module it is that process: one JSON request a line on standard input, one answer a line on standard output.
 """
 
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
-import time
+import tempfile
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jaxft import config as settings
-from jaxft import program, sharding
 from jaxft.errors import JaxftError, RequestError, first_line
 from jaxft.model import ModelConfig
-from jaxft.plan import hlo, targets
+from jaxft.plan import targets
+from jaxft.plan.figures import figures
 
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",  # do not look for a device: the topology brings its own
@@ -42,88 +39,66 @@ class Request(NamedTuple):
   text: bool = False  # return the compiled program's text too
 
 
-def measure(requests: list[Request]) -> list[dict[str, Any]]:
-  """Answers for the requests, in order, all from one process; see `figures` for what is in one.
+class Compiler:
+  """The process, started when it is first asked and again after it has died. A context manager: it ends with the block."""
 
-  An answer of what the compiler or jaxft refuses has only "refused", with the reason. Raises RequestError when the compiler for
-  a device is not installed, or the process dies.
-  """
-  for request in requests:
-    kind = targets.find(request.device).kind
-    plugin = "tpu" if kind in targets.TPUS else "gpu" if kind in targets.GPUS else None
+  def __enter__(self) -> "Compiler":
+    self._child, self._cpus = None, 0
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._end()
+
+  def __call__(self, request: Request) -> dict[str, Any]:
+    """The answer to a request: see `figures`; or {"refused": the reason} where the compiler or jaxft refuses it.
+
+    Raises RequestError when the compiler for the device is not installed, or the process dies.
+    """
+    target = targets.find(request.device)
+    plugin = "tpu" if target.kind in targets.TPUS else "gpu" if target.kind in targets.GPUS else None
     if plugin and not _installed(PLUGINS[plugin]):
       raise RequestError(f"--device={request.device!r}: its compiler is not installed; {INSTALL}")
-  child = subprocess.run(
-    [sys.executable, "-m", "jaxft.plan.compile"],
-    input="".join(json.dumps(request._asdict()) + "\n" for request in requests),
-    capture_output=True,
-    text=True,
-    env=os.environ | ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(max(_cpus(request.device) for request in requests))},
-  )
-  answers = [
-    json.loads(line.removeprefix("answer: ")) for line in child.stdout.splitlines() if line.startswith("answer: ")
-  ]
-  if len(answers) != len(requests):
-    last = (child.stderr.strip() or "it said nothing").splitlines()[-1]
-    raise RequestError(f"the compiler for {requests[len(answers)].device} ended with code {child.returncode}: {last}")
-  return answers
+    cpus = target.count if target.kind == "cpu" else 1
+    if self._child is None or cpus > self._cpus:
+      self._start(cpus)
+    try:
+      self._child.stdin.write(json.dumps(request._asdict()) + "\n")
+      self._child.stdin.flush()
+    except BrokenPipeError:
+      pass  # the reason it died follows
+    for line in self._child.stdout:
+      if line.startswith("answer: "):
+        return json.loads(line.removeprefix("answer: "))
+    code = self._child.wait()
+    self._stderr.seek(0)
+    last = (self._stderr.read().strip() or "it said nothing").splitlines()[-1]
+    self._end()
+    raise RequestError(f"--device={request.device!r}: the compiler ended with code {code}: {last}")
+
+  def _start(self, cpus: int) -> None:
+    self._end()
+    self._cpus, self._stderr = cpus, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+    self._child = subprocess.Popen(
+      [sys.executable, "-m", "jaxft.plan.compile"],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=self._stderr,
+      text=True,
+      env=os.environ | ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(cpus)},
+    )
+
+  def _end(self) -> None:
+    if self._child is not None:
+      self._child.kill()
+      self._child.communicate()
+      self._stderr.close()
+      self._child = None
 
 
-def figures(request: Request) -> dict[str, Any]:
-  """What the compiler says of a request, in bytes a device: arguments by part, temporaries, peak; collectives; seconds."""
-  config, cfg = settings.from_json(request.config), ModelConfig(**request.cfg)
-  target = targets.find(request.device)
-  mesh = sharding.make_mesh(config.mesh, targets.devices(target))
-  T = config.data.sequence_length
-  row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-  if config.data.layout == "pack" and not cfg.classes:
-    row |= {"segments": row["ids"], "positions": row["ids"]}
-  run = program.build(config, cfg, mesh, max(config.train.steps, 1), row)
-  started = time.monotonic()
-  lowered = run.train_step.lower(run.state, run.batch)
-  lower_seconds, started = time.monotonic() - started, time.monotonic()
-  compiled = lowered.compile()
-  compile_seconds = time.monotonic() - started
-  memory, text = compiled.memory_analysis(), compiled.as_text()
-  found = hlo.collectives(text)
-  parts = {"parameters": run.state.params, "optimizer": run.state.opt, "batch": run.batch}
-  return {
-    "device_kind": mesh.devices.flat[0].device_kind,
-    "devices": mesh.size,
-    "mesh": dict(mesh.shape),
-    "arguments": {what: _bytes_a_device(tree) for what, tree in parts.items()},
-    "argument_bytes": memory.argument_size_in_bytes,
-    "temporary_bytes": memory.temp_size_in_bytes,
-    "code_bytes": memory.generated_code_size_in_bytes,
-    "peak_bytes": _peak(memory, target),
-    "host_bytes": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-    "collective_bytes": hlo.by_kind(found),
-    "lower_seconds": round(lower_seconds, 1),
-    "compile_seconds": round(compile_seconds, 1),
-  } | ({"text": text} if request.text else {})
-
-
-def _peak(memory: Any, target: targets.Target) -> int:
-  """Most memory of a device at once.
-
-  A GPU takes all temporaries as one block, next to the arguments; outputs live in donated arguments, but for some numbers. On a
-  TPU the compiler's own figure counts, which is the same from libtpu 0.0.42 to 0.0.51; its sum of temporaries is not (6.4 GiB
-  before 0.0.51, 5.2 from then on, for the same program).
-  """
-  if target.kind in targets.TPUS:
-    return memory.peak_memory_in_bytes
-  taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  return taken + memory.output_size_in_bytes - memory.alias_size_in_bytes
-
-
-def _bytes_a_device(tree: Any) -> int:
-  shard = lambda leaf: int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
-  return sum(map(shard, jax.tree.leaves(tree)))
-
-
-def _cpus(device: str) -> int:
-  target = targets.find(device)
-  return target.count if target.kind == "cpu" else 1
+def measure(requests: list[Request]) -> list[dict[str, Any]]:
+  """Answers for the requests, in order, all from one process; see `Compiler`."""
+  with Compiler() as compiler:
+    return [compiler(request) for request in requests]
 
 
 def _installed(module: str) -> bool:
@@ -133,20 +108,15 @@ def _installed(module: str) -> bool:
     return False
 
 
-def _refusal(error: Exception) -> str:
-  """A compiler's page of text in one line, with its numbers."""
-  text = str(error)
-  full = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", text)
-  return f"needs {full[1]} of {full[2]} of memory" if full else first_line(error)
-
-
 def main() -> None:
   for line in sys.stdin:
+    request = Request(**json.loads(line))
     try:
-      answer = figures(Request(**json.loads(line)))
+      config, cfg = settings.from_json(request.config), ModelConfig(**request.cfg)
+      answer = figures(config, cfg, targets.find(request.device), request.text)
     # The compilers' own refusals come as the last two as well: a topology that does not exist, an instruction it lacks.
     except (JaxftError, jax.errors.JaxRuntimeError, AssertionError, NotImplementedError) as error:
-      answer = {"refused": _refusal(error)}
+      answer = {"refused": str(error) if isinstance(error, JaxftError) else first_line(error)}
     print("answer: " + json.dumps(answer), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What a compiled program does, read out of its text: collectives, with the trip counts of the loops they stand in."""
+"""What a compiled program does, read out of its text: collectives and bytes moved, with the trip counts of loops."""
 
 import collections
 import math
@@ -12,6 +12,10 @@ SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)|(?:called|branch)_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
+# Instructions that name memory or steer, and move nothing themselves.
+STILL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
+STILL |= {"partition-id", "replica-id", "opt-barrier", "optimization-barrier", "iota"}
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 
 
@@ -45,6 +49,118 @@ def by_kind(found: list[Collective]) -> dict[str, int]:
   for collective in found:
     total[collective.kind] += collective.nbytes
   return dict(total)
+
+
+def moved(text: str) -> int:
+  """Bytes that the instructions of a program read from a device's memory and write to it, in one run.
+
+  A fusion reads its operands and writes its result once. Of an array that is only sliced or updated in place the slice counts:
+  the weights of all layers go into every turn of the loop over layers, which reads those of one.
+  """
+  computations, entry = _computations(text)
+  program = {name: {i.name: i for i in map(_instruction, lines) if i} for name, lines in computations.items()}
+  inside = {called for body in program.values() for it in body.values() if it.op not in RUNS for called in it.called}
+  times = _times(computations, entry)
+  return sum(
+    times[name] * sum(_moved(program, body, it) for it in body.values())
+    for name, body in program.items()
+    if times[name] and name not in inside
+  )
+
+
+class Instruction(NamedTuple):
+  name: str
+  op: str
+  shapes: tuple[int, ...]  # bytes of each part of its result
+  operands: tuple[str, ...]
+  called: tuple[str, ...]
+  root: bool
+  index: int  # of a parameter
+
+  @property
+  def nbytes(self) -> int:
+    return sum(self.shapes)
+
+
+RUNS = {"while", "conditional", "call"}  # what they call are programs, not the inside of an instruction
+Program = dict[str, dict[str, Instruction]]
+
+
+def _instruction(line: str) -> Instruction | None:
+  match = INSTRUCTION.match(line)
+  if not match:
+    return None
+  name, shape, op, rest = match.groups()
+  depth, end = 1, 0
+  while end < len(rest) and depth:
+    depth += {"(": 1, ")": -1}.get(rest[end], 0)
+    end += 1
+  inner, after = rest[: end - 1], rest[end:]
+  called = [part for one, several in CALLED.findall(after) for part in [one, *re.findall(r"[\w.\-]+", several)] if part]
+  return Instruction(
+    name,
+    op,
+    tuple(BYTES[dtype] * math.prod(_dims(dims)) for dtype, dims in SHAPE.findall(shape) if dtype in BYTES),
+    tuple(re.findall(r"%([\w.\-]+)", inner)),
+    tuple(called),
+    line.lstrip().startswith("ROOT "),
+    int(inner) if op == "parameter" else -1,
+  )
+
+
+def _moved(program: Program, body: dict[str, Instruction], it: Instruction) -> int:
+  if it.op in STILL or it.op.endswith("-done"):
+    return 0
+  if it.op.endswith("-start"):
+    return it.nbytes  # of what goes in and what comes out
+  if it.op == "fusion":
+    (fused,) = it.called
+    read = sum(_read(program, fused, i, body[name].nbytes) for i, name in enumerate(it.operands) if name in body)
+    return read + _written(program, fused)
+  if it.op in ("dynamic-slice", "slice", "gather"):
+    return 2 * it.nbytes
+  if it.op == "dynamic-update-slice":
+    return 2 * body[it.operands[1]].nbytes
+  written = it.shapes[:1] if it.op == "custom-call" else it.shapes  # the rest of it is room to work in
+  return sum(written) + sum(body[name].nbytes for name in it.operands if name in body)
+
+
+def _read(program: Program, fused: str, index: int, nbytes: int) -> int:
+  """Bytes that a fusion reads of one operand, which has `nbytes`."""
+  body = program[fused]
+  names = {it.name for it in body.values() if it.index == index}
+  total = 0
+  for it in body.values():  # each comes after what it uses
+    at = [i for i, name in enumerate(it.operands) if name in names]
+    if not at:
+      continue
+    if it.op == "bitcast":
+      names.add(it.name)
+    elif it.op in ("dynamic-slice", "slice", "gather") and at == [0]:
+      total += it.nbytes
+    elif it.op == "dynamic-update-slice" and at == [0]:
+      total += 0  # in place: what it writes is counted as written
+    elif it.op == "fusion":
+      total += sum(_read(program, it.called[0], i, nbytes) for i in at)
+    elif it.op not in ("tuple", "get-tuple-element"):
+      return nbytes
+  return min(total, nbytes)
+
+
+def _written(program: Program, fused: str) -> int:
+  """Bytes that a fusion writes."""
+  body = program[fused]
+
+  def of(it: Instruction) -> int:
+    if it.op == "dynamic-update-slice":
+      return body[it.operands[1]].nbytes
+    if it.op == "fusion":
+      return _written(program, it.called[0])
+    if it.op in ("bitcast", "get-tuple-element"):
+      return min(it.nbytes, of(body[it.operands[0]]))
+    return sum(of(body[name]) for name in it.operands) if it.op == "tuple" else it.nbytes
+
+  return sum(of(it) for it in body.values() if it.root)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -6,6 +6,7 @@ TPUs: Google Cloud's pages on each version (HBM, bandwidth, bfloat16 rate); usab
 """
 
 import math
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -34,6 +35,18 @@ class Gpu(NamedTuple):
   node: int = 8  # devices of a node as they are rented
   bfloat16: bool = True
 
+  def rate(self, dtype: str) -> int:
+    """FLOP/s of matrix products: float32 ones go through TF32 at half the 16-bit rate (XLA's default), or through the cores."""
+    if dtype != "float32":
+      return self.flops
+    cores = self.multiprocessors * self.fpus
+    return self.flops // 2 if self.bfloat16 else int(2 * cores * self.clock_ghz * GIGA)
+
+  @property
+  def fpus(self) -> int:
+    """float32 units of a multiprocessor."""
+    return 64 if self.capability in ((7, 5), (8, 0)) else 128
+
 
 class Tpu(NamedTuple):
   label: str
@@ -41,8 +54,15 @@ class Tpu(NamedTuple):
   bandwidth: int
   flops: int
   link: int  # bytes/s of all links of a chip, one way
+  bfloat16: bool = True
+
+  def rate(self, dtype: str) -> int:
+    """FLOP/s of matrix products: XLA rounds the operands of float32 ones to bfloat16 (its default precision on TPUs)."""
+    return self.flops
 
 
+# A 400 Gbit/s network card for each GPU, as in NVIDIA's DGX H100; rented nodes of smaller GPUs have less.
+BETWEEN_NODES = 50 * GIGA
 KB, MB = 2**10, 2**20
 NVLINK3, NVLINK4, NVLINK5, PCIE3, PCIE4, PCIE5 = 300 * GIGA, 450 * GIGA, 900 * GIGA, 14 * GIGA, 28 * GIGA, 56 * GIGA
 GPUS = {
@@ -93,10 +113,18 @@ class Target(NamedTuple):
     return GPUS.get(self.kind) or TPUS.get(self.kind)
 
   @property
-  def usable_bytes(self) -> int | None:
-    """What a process really gets of a device's memory; None: the machine's own memory is the limit."""
+  def usable_bytes(self) -> int:
+    """What a process really gets of a device's memory; devices of the kind cpu share what this machine has."""
     facts = self.facts
-    return int(GPU_SHARE * facts.memory) if isinstance(facts, Gpu) else facts and facts.usable
+    if facts is None:
+      return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.count
+    return int(GPU_SHARE * facts.memory) if isinstance(facts, Gpu) else facts.usable
+
+  @property
+  def link(self) -> int:
+    """bytes/s that a device sends to others, over the slowest way that a collective over all of them takes."""
+    facts = self.facts
+    return BETWEEN_NODES if isinstance(facts, Gpu) and self.count > facts.node else facts.link
 
 
 def find(name: str) -> Target:
@@ -145,7 +173,7 @@ def _target_config(gpu: Gpu) -> str:
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
   shared_memory_per_core: {gpu.shared} threads_per_core_limit: {gpu.threads} core_count: {gpu.multiprocessors}
-  fpus_per_core: {128 if gpu.capability not in ((7, 5), (8, 0)) else 64}
+  fpus_per_core: {gpu.fpus}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.l2} clock_rate_ghz: {gpu.clock_ghz}
   device_memory_size: {gpu.memory} shared_memory_per_block_optin: {gpu.shared - (1024 if major >= 8 else 0)}

@@ -1,0 +1,141 @@
+"""A plan: will it fit, how full, how fast, what to change; as one dict, which `--json` prints."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxft import config as settings
+from jaxft.errors import RequestError
+from jaxft.hf import facts, repo
+from jaxft.hf.published import PUBLISHED
+from jaxft.model import ModelConfig
+from jaxft.plan import compile, estimate, fit, targets
+
+PACKAGES = {"gpu": ("jax-cuda13-plugin",), "tpu": ("libtpu",), "cpu": ()}
+
+
+def plan_for(config: ConfigDict, device: str, *, search: bool = False) -> dict[str, Any]:
+  """Compiles the train step of `config` for `device`, which need not be there, and tells what it takes.
+
+  Args:
+    config: from `jaxft.config.default()`; its data need not be there, and of the model only config.json.
+    device: h100, h100x8, rtx4090, v5e:2x4, cpu, ...: see `jaxft.plan.targets`.
+    search: look for the fastest settings that fit, too. Where `config` itself does not fit that is done anyway.
+
+  Raises RequestError when config or device are wrong, or the compiler is not installed.
+  """
+  return plans_for(config, [device], search=search)[0]
+
+
+def plans_for(
+  config: ConfigDict, devices: list[str], *, search: bool = False, tell: Callable[[str], None] = lambda line: None
+) -> list[dict[str, Any]]:
+  """`plan_for` several devices, one after the other; `tell` takes lines on what goes on."""
+  if lines := settings.faults(config):
+    raise RequestError("\n".join(lines))
+  wanted = [targets.find(device) for device in devices]  # a mistyped one is told before any is compiled
+  cfg = model_facts(config)
+  with compile.Compiler() as compiler:
+    return [_plan(compiler, config, cfg, target, search, tell) for target in wanted]
+
+
+def model_facts(config: ConfigDict) -> ModelConfig:
+  """The architecture that `config` trains, without its weights; of the published models without a network too."""
+  path, published = config.model.path, {name.lower(): value for name, value in PUBLISHED.items()}
+  name = path.lower().removeprefix("openai-community/")
+  if config.model.config and config.model.init == "scratch":
+    cfg = repo.read_config(Path(config.model.config))[1]
+  elif name in published and not repo.is_local(path):
+    cfg = facts.model_config(published[name])
+  else:
+    cfg = repo.find(path, config.model.revision, weights=False).cfg
+  if config.data.sequence_length > cfg.P:
+    raise RequestError(f"config.data.sequence_length={config.data.sequence_length}: the model has {cfg.P} positions")
+  if config.model.head == "classification" and not cfg.classes:
+    cfg = dataclasses.replace(cfg, classes=2)  # as many as the data has labels: of no account for memory
+  return cfg if config.model.dropout is None else cfg.with_dropout(config.model.dropout)
+
+
+def _plan(
+  compiler: compile.Compiler,
+  config: ConfigDict,
+  cfg: ModelConfig,
+  target: targets.Target,
+  search: bool,
+  tell: Callable[[str], None],
+) -> dict[str, Any]:
+  def of(config: ConfigDict) -> dict[str, Any]:
+    tell(f"compiling for {target.name} ...")
+    return _told(
+      config, target, compiler(compile.Request(settings.to_json(config), dataclasses.asdict(cfg), target.name))
+    )
+
+  try:
+    plan = of(config)
+  except RequestError as error:
+    if not search:
+      raise
+    tell(f"as it is: {error}")  # a batch or a mesh that does not go with this target; the search has its own
+    plan = _about(config, target) | {"fits": False, "refused": str(error)}
+  if search or not plan["fits"]:
+    plan["advice"] = fit.search(config, cfg, target, of, tell)
+  return plan
+
+
+def _about(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
+  kind = "tpu" if target.kind in targets.TPUS else "gpu" if target.kind in targets.GPUS else "cpu"
+  packages = ("jaxft", "jax", "jaxlib", *PACKAGES[kind])
+  return {
+    "device": target.name,
+    "model": config.model.path,
+    "usable_bytes": target.usable_bytes,
+    "versions": {name: importlib.metadata.version(name) for name in packages},
+  }
+
+
+def _told(config: ConfigDict, target: targets.Target, found: dict[str, Any]) -> dict[str, Any]:
+  """The figures of the compiler as a plan."""
+  if "refused" in found:
+    raise RequestError(f"--device={target.name!r}: {found['refused']}")
+  refused = "needs_bytes" in found
+  plan = _about(config, target) | {
+    "device_kind": found["device_kind"],
+    "devices": found["devices"],
+    "mesh": found["mesh"],
+    "accumulation_steps": found["accumulation_steps"],
+    "compute_dtype": found["compute_dtype"],
+  }
+  if refused:  # the compiler's own limit counts
+    plan |= {"fits": False, "peak_bytes": found["needs_bytes"], "usable_bytes": found["has_bytes"], "host_bytes": 0}
+    plan["breakdown"] = found["arguments"] | {"gradients": found["gradient_bytes"]}
+    plan["breakdown"]["activations"] = max(0, plan["peak_bytes"] - sum(plan["breakdown"].values()))
+  else:
+    plan |= {name: found[name] for name in ("peak_bytes", "breakdown", "host_bytes")}
+    plan["fits"] = found["peak_bytes"] <= plan["usable_bytes"]
+  roofline = None
+  if not refused:
+    roofline = estimate.roofline(
+      target,
+      found["devices"],
+      dtype=found["compute_dtype"],
+      flops=found["flops"],
+      model_flops=found["model_flops"],
+      moved_bytes=found["moved_bytes"],
+      collective_bytes=found["collective_bytes"],
+      tokens=found["tokens"],
+    )
+  return plan | {
+    "checkpoint_bytes": found["checkpoint_bytes"],
+    "flops": found["flops"],
+    "model_flops": found["model_flops"],
+    "tokens": found["tokens"],
+    "moved_bytes": found.get("moved_bytes"),
+    "collective_bytes": found.get("collective_bytes", {}),
+    "step_seconds_estimate": roofline and roofline.step_seconds,
+    "estimate": estimate.told(roofline, target, found["compute_dtype"]),
+    "compile_seconds": found["lower_seconds"] + found["compile_seconds"],
+  }

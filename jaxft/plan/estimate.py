@@ -1,0 +1,97 @@
+"""How long a step takes, as a roofline: of three times the longest counts, each with the share of the peak it assumes."""
+
+from typing import Any, NamedTuple
+
+from jaxft.plan.targets import Target
+
+NOT_MEASURED = "assumption: jaxft has not been measured on this hardware"
+
+
+class Efficiency(NamedTuple):
+  """The share of a data sheet's figure that a step is taken to reach."""
+
+  compute: float = 0.5
+  memory: float = 0.8
+  network: float = 0.7
+  source: str = NOT_MEASURED
+
+
+EFFICIENCY = Efficiency()
+# What a device sends for a collective over n devices, in bytes of the larger of its input and output, by rings.
+SENT = {
+  "all-gather": lambda n: (n - 1) / n,
+  "reduce-scatter": lambda n: (n - 1) / n,
+  "all-reduce": lambda n: 2 * (n - 1) / n,
+  "all-to-all": lambda n: (n - 1) / n,
+  "collective-permute": lambda n: 1,
+}
+
+
+class Estimate(NamedTuple):
+  compute_seconds: float
+  memory_seconds: float
+  network_seconds: float
+  step_seconds: float
+  tokens_per_second: float
+  mfu: float
+
+  @property
+  def bound_by(self) -> str:
+    return max(("compute", "memory", "network"), key=lambda what: getattr(self, f"{what}_seconds"))
+
+
+MFU = "model FLOPs / (step seconds x devices x dense 16-bit peak FLOP/s), model FLOPs without recomputation"
+STEP = "the longest of compute, memory and network seconds: they are taken to overlap"
+
+
+def roofline(
+  target: Target,
+  devices: int,
+  *,
+  dtype: str,
+  flops: int,
+  model_flops: int,
+  moved_bytes: int,
+  collective_bytes: dict[str, int],
+  tokens: int,
+  efficiency: Efficiency = EFFICIENCY,
+) -> Estimate | None:
+  """The estimate for one optimizer step; None for a device whose speed is not known (cpu).
+
+  Args:
+    devices: that share the step; not all of a target need be in the mesh.
+    dtype: of matrix products.
+    flops, model_flops: of the whole step, over all devices (`flops.py`).
+    moved_bytes: between a device's memory and its cores (`hlo.moved`).
+    collective_bytes: of a device, by kind (`hlo.by_kind`).
+    tokens: of a step.
+  """
+  facts = target.facts
+  if facts is None:
+    return None
+  compute = flops / devices / (efficiency.compute * facts.rate(dtype))
+  memory = moved_bytes / (efficiency.memory * facts.bandwidth)
+  sent = sum(SENT[kind](devices) * nbytes for kind, nbytes in collective_bytes.items())
+  network = sent / (efficiency.network * target.link)
+  seconds = max(compute, memory, network)
+  return Estimate(
+    compute, memory, network, seconds, tokens / seconds, model_flops / (seconds * devices * facts.rate("bfloat16"))
+  )
+
+
+def told(estimate: Estimate | None, target: Target, dtype: str, efficiency: Efficiency = EFFICIENCY) -> dict[str, Any]:
+  """The estimate with all that it rests on, for JSON."""
+  if estimate is None:
+    return {}
+  facts = target.facts
+  return estimate._asdict() | {
+    "bound_by": estimate.bound_by,
+    "peak": {
+      "flops": facts.rate(dtype),
+      "memory_bytes_per_second": facts.bandwidth,
+      "link_bytes_per_second": target.link,
+    },
+    "efficiency": efficiency._asdict(),
+    "step_formula": STEP,
+    "mfu_formula": MFU,
+  }

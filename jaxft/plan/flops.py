@@ -1,0 +1,73 @@
+"""Floating-point operations of a step, counted in what JAX traced: the same for any hardware and mesh, and exact.
+
+B batch, T length, V vocabulary, D model, F feed-forward, L layers, N heads, H head size
+"""
+
+import math
+from typing import Any
+
+
+def of_jaxpr(jaxpr: Any) -> int:
+  """Of all matrix products, two for each multiplication and addition; loops by their trip count, recomputation included.
+
+  XLA's own `cost_analysis` counts the body of a loop once (jax 0.10.2). What is not a matrix product is bound by memory.
+  Only what something needs is counted, as the compiler drops the rest.
+  """
+  return _live(jaxpr, [True] * len(_open(jaxpr).outvars))[0]
+
+
+def of_model(cfg: Any, batch_size: int, T: int) -> int:
+  """What a step needs at least, by PaLM's formula (arXiv:2204.02311, appendix B): (6 P + 12 L N H T) x tokens.
+
+  P are the parameters of matrix products: 2 P a token forward and twice that backward; attention to all T columns, as it is
+  usually counted, though half of them are masked. Recomputation is not in it.
+
+  Args:
+    cfg: a `jaxft.model.ModelConfig`.
+    batch_size: rows of an optimizer step.
+  """
+  layer = 4 * cfg.D * cfg.N * cfg.H + 2 * cfg.D * cfg.F
+  P = cfg.L * layer + (cfg.classes or cfg.V) * cfg.D
+  return (6 * P + 12 * cfg.L * cfg.N * cfg.H * T) * batch_size * T
+
+
+def _live(jaxpr: Any, needed: list[bool]) -> tuple[int, list[bool]]:
+  """Operations that it takes to make the needed outputs, and which inputs it takes."""
+  jaxpr = _open(jaxpr)
+  live = {id(var) for var, need in zip(jaxpr.outvars, needed, strict=True) if need}
+  total = 0
+  for eqn in reversed(jaxpr.eqns):
+    wanted = [id(var) in live for var in eqn.outvars]
+    if any(wanted) or eqn.effects:
+      count, used = _of_equation(eqn, wanted)
+      total += count
+      live |= {id(var) for var, use in zip(eqn.invars, used, strict=True) if use}
+  return total, [id(var) in live for var in jaxpr.invars]
+
+
+def _of_equation(eqn: Any, wanted: list[bool]) -> tuple[int, list[bool]]:
+  name, params, everything = eqn.primitive.name, eqn.params, [True] * len(eqn.invars)
+  if name == "dot_general":
+    (contracted, _), _ = params["dimension_numbers"]
+    depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    return 2 * depth * math.prod(eqn.outvars[0].aval.shape), everything
+  if name == "scan":
+    consts, carries = params["num_consts"], params["num_carry"]
+    while True:  # what one turn needs of the carry, the turn before it must make
+      count, used = _live(params["jaxpr"], wanted)
+      more = [want or use for want, use in zip(wanted[:carries], used[consts : consts + carries], strict=True)]
+      if more == wanted[:carries]:
+        return params["length"] * count, used
+      wanted = more + wanted[carries:]
+  if name == "cond":  # the index comes before what the branches take
+    branches = [_live(branch, wanted) for branch in params["branches"]]
+    return max(count for count, _ in branches), everything
+  inner = [value for value in params.values() if hasattr(value, "eqns")]
+  if len(inner) == 1 and len(_open(inner[0]).invars) == len(everything) and len(_open(inner[0]).outvars) == len(wanted):
+    return _live(inner[0], wanted)
+  return sum(_live(jaxpr, [True] * len(_open(jaxpr).outvars))[0] for jaxpr in inner), everything
+
+
+def _open(jaxpr: Any) -> Any:
+  """Without the constants that a closed one carries."""
+  return getattr(jaxpr, "jaxpr", jaxpr)

@@ -1,0 +1,236 @@
+"""A plan for people: a table with a bar of the memory, and a page."""
+
+import html
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from jaxft.run.tracking import visible
+
+GIB = 2**30
+BAR = 60  # characters
+# Parts of the memory, with their colours: for a terminal, and for a page on light and on dark ground.
+PARTS = {
+  "parameters": ("blue", "#3b6fb6", "#79a8e8"),
+  "optimizer": ("magenta", "#8a4fa3", "#c492da"),
+  "gradients": ("yellow", "#b8860b", "#e5c04b"),
+  "activations": ("green", "#3c8d4f", "#7fd194"),
+  "batch": ("cyan", "#2f8f9d", "#73cfdc"),
+  "other": ("red", "#a35a4f", "#e09a8f"),
+}
+MEANING = {
+  "parameters": "weights, float32",
+  "optimizer": "optimizer state",
+  "gradients": "gradient, float32",
+  "activations": "activations, logits and other temporaries",
+  "batch": "token ids, targets and masks",
+  "other": "counters, and what tiles fill up",
+}
+
+
+def size(nbytes: float | None) -> str:
+  """1.5 GiB, 20 MiB, 3 KiB; "?" for None."""
+  if nbytes is None:
+    return "?"
+  for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+    if abs(nbytes) >= unit:
+      return f"{nbytes / unit:.2f} {name}" if unit == GIB else f"{nbytes / unit:.0f} {name}"
+  return f"{nbytes:.0f} B"
+
+
+def seconds(value: float | None) -> str:
+  return "?" if value is None else f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def verdict(plan: dict[str, Any]) -> str:
+  peak, usable = plan["peak_bytes"], plan["usable_bytes"]
+  if plan["fits"]:
+    return f"fits: {size(peak)} of {size(usable)} a device, {100 * peak / usable:.0f} %"
+  return f"does not fit: needs {size(peak)} a device, of which there are {size(usable)}; {size(peak - usable)} too much"
+
+
+def memory(plan: dict[str, Any]) -> RenderableType:
+  """The bar and the table of a device's memory. Of `plan` it needs "breakdown", "peak_bytes", "usable_bytes" and "fits"."""
+  table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+  for part, nbytes in plan["breakdown"].items():
+    if nbytes:
+      table.add_row(Text("■ ", PARTS[part][0]) + Text(part), Text(size(nbytes), justify="right"), MEANING[part])
+  table.add_row(Text("peak", "bold"), Text(size(plan["peak_bytes"]), "bold", justify="right"), verdict(plan))
+  return Group(_bar(plan), table)
+
+
+def _bar(plan: dict[str, Any]) -> Text:
+  """The parts of the peak, side by side, up to the usable memory or, where the peak is higher, with a mark at that."""
+  whole, bar, at = max(plan["peak_bytes"], plan["usable_bytes"]), Text(), 0
+  ends, total = [], 0
+  for part, nbytes in plan["breakdown"].items():
+    total += nbytes
+    ends.append((part, round(BAR * total / whole)))
+  for part, end in ends:
+    bar.append("█" * (end - at), PARTS[part][0])
+    at = max(at, end)
+  bar.append("░" * (BAR - at), "grey50")
+  mark = round(BAR * plan["usable_bytes"] / whole)
+  if mark < BAR:
+    bar = bar[:mark] + Text("│", "bold red") + bar[mark + 1 :]
+  return bar
+
+
+def table(plan: dict[str, Any]) -> RenderableType:
+  """All of a plan."""
+  parts = [Text(f"\n{plan['model']} on {plan['device']}", "bold")]
+  if "refused" in plan:
+    parts.append(Text(visible(f"as it is: {plan['refused']}")))
+  else:
+    parts += [memory(plan), _lines(facts(plan))]
+  if "advice" in plan:
+    parts += _advice(plan)
+  return Group(*parts)
+
+
+def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
+  """Everything but the memory of a device, as pairs of a name and what is said of it."""
+  mesh = " x ".join(f"{name}={count}" for name, count in plan["mesh"].items())
+  sent = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in plan["collective_bytes"].items() if nbytes) or "none"
+  pairs = [
+    ("devices", f"{plan['devices']} x {plan['device_kind']}, mesh {mesh}, computing in {plan['compute_dtype']}"),
+    ("step", f"{plan['tokens']:,} tokens in {plan['accumulation_steps']} accumulation step(s)"),
+    ("disk", f"{size(plan['checkpoint_bytes'])} for a checkpoint"),
+    ("host memory", size(plan["host_bytes"])),
+    (
+      "operations",
+      f"{plan['flops']:.3g} in matrix products a step, {plan['flops'] / plan['model_flops']:.2f} x those of the model",
+    ),
+  ]
+  estimate = plan["estimate"]
+  if plan["moved_bytes"] is not None:
+    pairs += [
+      ("memory traffic", f"{size(plan['moved_bytes'])} a device and step"),
+      ("collectives", f"{sent} a device and step"),
+    ]
+  if estimate:
+    share = estimate["efficiency"]
+    pairs += [
+      (
+        "estimate",
+        f"{seconds(plan['step_seconds_estimate'])} a step, {estimate['tokens_per_second']:,.0f} tokens/s, MFU "
+        f"{100 * estimate['mfu']:.0f} %; bound by {estimate['bound_by']}",
+      ),
+      (
+        "",
+        f"compute {seconds(estimate['compute_seconds'])} at {100 * share['compute']:.0f} % of "
+        f"{estimate['peak']['flops'] / 1e12:.0f} TFLOP/s, "
+        f"memory {seconds(estimate['memory_seconds'])} at {100 * share['memory']:.0f} % of "
+        f"{estimate['peak']['memory_bytes_per_second'] / 1e9:.0f} GB/s, "
+        f"network {seconds(estimate['network_seconds'])} at {100 * share['network']:.0f} % of "
+        f"{estimate['peak']['link_bytes_per_second'] / 1e9:.0f} GB/s",
+      ),
+      ("", f"these shares: {share['source']}"),
+      ("", f"a step is {estimate['step_formula']}; MFU = {estimate['mfu_formula']}"),
+    ]
+  versions = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
+  return [*pairs, ("compiled", f"in {plan['compile_seconds']:.1f} s with {versions}")]
+
+
+def advice_rows(advice: dict[str, Any]) -> list[tuple[str, str, str]]:
+  """(step, peak, flags) of the plans that fit, fastest first."""
+  return [
+    (seconds(it["step_seconds_estimate"]), size(it["peak_bytes"]), " ".join(it["overrides"]) or "as it is")
+    for it in advice["best"]
+  ]
+
+
+def why_not(plan: dict[str, Any]) -> list[str]:
+  """Lines on what the search left out, and, where nothing fits, on how much is missing."""
+  advice = plan["advice"]
+  lines = [f"{' '.join(it['overrides']) or 'as it is'}: {it['why']}" for it in advice["lost"]]
+  lines += [f"{count} not compiled: {why}" for why, count in advice["not_compiled"].items() if count]
+  if not advice["best"]:
+    least = advice["least_state_bytes"]
+    state = "" if least is None else f": weights, gradient and optimizer state alone take {size(least)} a device"
+    lines.append(
+      f"nothing of what was tried fits {size(advice['room_bytes'])} (5 % of the usable memory is to stay free){state}"
+    )
+  return lines
+
+
+def _advice(plan: dict[str, Any]) -> Iterable[RenderableType]:
+  rows = advice_rows(plan["advice"])
+  if rows:
+    found = Table(
+      "a step", "peak", "flags", box=None, padding=(0, 2, 0, 0), title="fits, fastest first", title_justify="left"
+    )
+    for row in rows:
+      found.add_row(*row)
+    yield found
+  yield Text("\n".join(["the rest:" if rows else "no settings that fit:", *why_not(plan)]), "grey50")
+
+
+def _lines(pairs: list[tuple[str, str]]) -> Table:
+  grid = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+  for name, value in pairs:
+    grid.add_row(name, Text(visible(value)))
+  return grid
+
+
+STYLE = "\n".join(
+  [
+    ":root { color-scheme: light dark; --ground: #fff; --text: #1d1d1f; --faint: #777; --line: #ddd; }",
+    "@media (prefers-color-scheme: dark) { :root { --ground: #16181c; --text: #e8e8ea; --faint: #999; --line: #333; } }",
+    "body { background: var(--ground); color: var(--text); font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; "
+    "margin: 2rem auto; padding: 0 1rem; }",
+    ".bar { display: flex; height: 2rem; border: 1px solid var(--line); position: relative; }",
+    ".limit { position: absolute; top: -4px; bottom: -4px; border-left: 3px solid #d33; }",
+    "td, th { padding: .2rem 1rem .2rem 0; vertical-align: top; text-align: left; }",
+    "td:first-child { color: var(--faint); } code { overflow-wrap: anywhere; } .no { color: #d33; }",
+    ".dot { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }",
+    *(f".{part} {{ background: {light}; }}" for part, (_, light, _) in PARTS.items()),
+    "@media (prefers-color-scheme: dark) { "
+    + " ".join(f".{part} {{ background: {dark}; }}" for part, (_, _, dark) in PARTS.items())
+    + " }",
+  ]
+)
+
+
+def page(plans: list[dict[str, Any]]) -> str:
+  """One HTML page of all plans that needs nothing else: no script, no network; for light and dark screens."""
+  title = html.escape(f"{plans[0]['model']} on {', '.join(plan['device'] for plan in plans)}")
+  body = "\n".join(map(_section, plans))
+  return (
+    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+    f'<meta name="viewport" content="width=device-width"><style>\n{STYLE}\n</style></head>\n<body>\n{body}\n</body></html>\n'
+  )
+
+
+def _section(plan: dict[str, Any]) -> str:
+  e = lambda text: html.escape(visible(str(text)))
+  out = [f"<h1>{e(plan['model'])} on {e(plan['device'])}</h1>"]
+  if "refused" in plan:
+    out.append(f'<p class="no">as it is: {e(plan["refused"])}</p>')
+  else:
+    whole = max(plan["peak_bytes"], plan["usable_bytes"])
+    parts = {part: nbytes for part, nbytes in plan["breakdown"].items() if nbytes}
+    blocks = "".join(
+      f'<div class="{part}" style="width:{100 * n / whole:.2f}%" title="{part} {size(n)}"></div>'
+      for part, n in parts.items()
+    )
+    limit = f'<div class="limit" style="left:{100 * plan["usable_bytes"] / whole:.2f}%" title="usable"></div>'
+    out += [
+      f"<p{'' if plan['fits'] else ' class=no'}>{e(verdict(plan))}</p>",
+      f'<div class="bar">{blocks}{limit}</div>',
+      _rows([(f'<span class="dot {part}"></span>{part}', size(n), MEANING[part]) for part, n in parts.items()]),
+      _rows([(e(name), e(value)) for name, value in facts(plan)]),
+    ]
+  if "advice" in plan:
+    rows = [(e(step), e(peak), f"<code>{e(flags)}</code>") for step, peak, flags in advice_rows(plan["advice"])]
+    out += ["<h2>What fits</h2>", _rows([("a step", "peak", "flags"), *rows] if rows else [])]
+    out += [f"<p>{e(line)}</p>" for line in why_not(plan)]
+  return "\n".join(out)
+
+
+def _rows(rows: list[tuple[str, ...]]) -> str:
+  cells = ("".join(f"<td>{cell}</td>" for cell in row) for row in rows)
+  return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"

@@ -1,0 +1,317 @@
+"""Plans: operations against a hand count, the roofline's arithmetic, answers and refusals of the command, memory by hand."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import processes
+import pytest
+
+import jaxft
+from jaxft import config as settings
+from jaxft import program, sharding
+from jaxft.errors import RequestError
+from jaxft.hf import facts
+from jaxft.hf.published import PUBLISHED
+from jaxft.plan import answer, compile, estimate, fit, flops, hlo, show, targets
+from jaxft.plan.figures import blank_row
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+# A file in configs/ -> hardware that its docstring names.
+HARDWARE = {
+  "gpt2_tinystories": ("rtx4090",),
+  "gptj_6b_v5e8": ("v5e:2x4", "rtx4090x8"),
+  "quickstart": ("cpu",),
+}
+KEYS = {
+  "device",
+  "devices",
+  "fits",
+  "peak_bytes",
+  "usable_bytes",
+  "breakdown",
+  "host_bytes",
+  "flops",
+  "collective_bytes",
+  "step_seconds_estimate",
+  "compile_seconds",
+  "versions",
+}
+
+
+def published(model="gpt2", **more):
+  config = settings.default()
+  config.model.path, config.data.train, config.train.steps = model, ("texts",), 100
+  for name, value in more.items():
+    section, key = name.split("__")
+    config[section][key] = value
+  return config
+
+
+def traced(config, cfg):
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  run = program.build(config, cfg, mesh, 100, blank_row(config, cfg))
+  return run, run.train_step.trace(run.state, run.batch)
+
+
+# Products of one token and layer: qkv, scores, weighted values, out, up, down.
+def forward(cfg, T):
+  D, F, NH = cfg.D, cfg.F, cfg.N * cfg.H
+  return {
+    "qkv": 6 * D * NH,
+    "scores": 2 * NH * T,
+    "values": 2 * NH * T,
+    "out": 2 * NH * D,
+    "up": 2 * D * F,
+    "down": 2 * D * F,
+  }
+
+
+@pytest.mark.parametrize(
+  "remat, again",
+  [
+    ("none", ()),
+    ("dots", ("scores", "values")),
+    ("full", ("qkv", "scores", "values", "out", "up")),  # nothing in the backward pass needs what comes out of down
+  ],
+)
+@pytest.mark.parametrize("chunk, accumulated", [(0, 1), (8, 1), (8, 2)])
+def test_operations_are_those_of_a_hand_count(config, remat, again, chunk, accumulated):
+  config.memory.remat, config.memory.loss_chunk = remat, chunk
+  config.train.micro_batch_size = config.train.batch_size // accumulated
+  cfg = answer.model_facts(config)
+  T, tokens = config.data.sequence_length, config.train.batch_size * config.data.sequence_length
+  products, rows = forward(cfg, T), -(-cfg.V // sharding.VOCAB_MULTIPLE) * sharding.VOCAB_MULTIPLE
+  layer = 3 * sum(products.values()) + sum(products[name] for name in again)
+  head = (4 if chunk else 3) * 2 * cfg.D * rows
+  _, step = traced(config, cfg)
+  assert flops.of_jaxpr(step.jaxpr) == tokens * (cfg.L * layer + head)
+
+
+def test_the_models_own_operations_are_those_of_a_step_that_computes_nothing_twice(config):
+  cfg = answer.model_facts(config)
+  _, step = traced(config, cfg)
+  B, T = config.train.batch_size, config.data.sequence_length
+  padding = 6 * (-cfg.V % sharding.VOCAB_MULTIPLE) * cfg.D * B * T
+  assert flops.of_jaxpr(step.jaxpr) == flops.of_model(cfg, B, T) + padding
+
+
+def test_what_nothing_needs_is_not_counted_and_the_larger_branch_is():
+  x = jax.ShapeDtypeStruct((3, 3), np.float32)
+  assert flops.of_jaxpr(jax.make_jaxpr(lambda a: (a @ a, a)[1])(x)) == 0
+  either = lambda a: jax.lax.cond(a[0, 0] > 0, lambda: a @ a, lambda: a @ a @ a)
+  assert flops.of_jaxpr(jax.make_jaxpr(either)(x)) == 2 * 2 * 27
+
+
+def test_roofline():
+  target = targets.find("h100x8")
+  how = dict(dtype="bfloat16", tokens=1000, model_flops=8 * 10**14)
+  it = estimate.roofline(
+    target, 8, flops=8 * 989 * 10**12, moved_bytes=3352 * 10**9, collective_bytes={"all-reduce": 450 * 10**9}, **how
+  )
+  assert it.compute_seconds == pytest.approx(1 / 0.5) and it.memory_seconds == pytest.approx(1 / 0.8)
+  assert it.network_seconds == pytest.approx(2 * 7 / 8 / 0.7) and it.network_seconds == it.step_seconds
+  assert it.bound_by == "network" and it.tokens_per_second == pytest.approx(1000 / 2.5)
+  assert it.mfu == pytest.approx(10**14 / (2.5 * 989 * 10**12))
+  # Across nodes the network card is the way; a T4's float32 goes through its cores, 2 x 40 x 64 x 1.59 GHz.
+  assert targets.find("h100x16").link == 50 * 10**9 and target.link == 450 * 10**9
+  assert targets.find("t4").facts.rate("float32") == pytest.approx(8.14e12, rel=1e-3)
+
+
+def test_bytes_moved_count_slices_in_loops():
+  """A loop of five turns that adds row i of a matrix: it reads rows, not the matrix, each turn."""
+
+  def total(x):
+    return jax.lax.fori_loop(0, 5, lambda i, s: s + jax.lax.dynamic_index_in_dim(x, i, keepdims=False), x[0])
+
+  text = jax.jit(total).lower(jax.ShapeDtypeStruct((5, 100_000), np.float32)).compile().as_text()
+  row = 4 * 100_000
+  assert 15 * row <= hlo.moved(text) <= 25 * row
+
+
+def plan(*arguments, check=0, **how):
+  return processes.run("jaxft.plan", *arguments, check=check, **how)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(config_file, tmp_path_factory):
+  page = tmp_path_factory.mktemp("page") / "plan.html"
+  return plan("--config", config_file, "--device", "cpu,cpux2", "--config.mesh.fsdp=-1", "--json", "--html", page), page
+
+
+def test_json_is_one_object_with_the_keys_of_the_contract(on_cpu):
+  done, _ = on_cpu
+  one, two = json.loads(done.stdout)["plans"]
+  for found in (one, two):
+    assert found.keys() >= KEYS and found["fits"] is True
+    assert sum(found["breakdown"].values()) == found["peak_bytes"] <= found["usable_bytes"]
+  assert (one["devices"], two["devices"]) == (1, 2) and two["collective_bytes"] and not one["collective_bytes"]
+  assert one["flops"] == two["flops"] > one["model_flops"]
+  assert one["step_seconds_estimate"] is None  # nothing is known of this CPU's speed
+
+
+def test_the_page_needs_nothing_from_elsewhere(on_cpu):
+  text = on_cpu[1].read_text()
+  assert "prefers-color-scheme: dark" in text and "activations" in text
+  assert not re.search(r"(src|href)=|https?://|<script|@import|url\(", text)
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (("--device", "h1000"), r"error: --device='h1000': not known; there are cpu, t4, .*v5e:2x4"),
+    (("--device", "v100"), r"error: --device='v100': CUDA 13.*7\.0"),
+    ((), r"error: --device is missing; name one"),
+    (
+      ("--device", "cpu", "--config.train.batch_sise=3"),
+      r"error: config.train.batch_sise: .*did you mean train.batch_size",
+    ),
+    (
+      ("--device", "cpu", "--config.mesh.fsdp=3"),
+      r"error: --device='cpu': .*config.mesh.fsdp=3.*does not fit 1 devices",
+    ),
+  ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(config_file, arguments, message):
+  done = plan("--config", config_file, *arguments, check=2)
+  lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+  assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
+  assert not done.stdout
+
+
+def test_a_compiler_that_is_not_installed_is_named_with_the_command(monkeypatch):
+  monkeypatch.setattr(compile, "_installed", lambda module: False)
+  with pytest.raises(RequestError, match=r'compiler is not installed; pip install "jaxft\[plan\]"'):
+    jaxft.plan_for(published(), "h100")
+
+
+def test_a_compiler_that_dies_is_told_in_a_line(monkeypatch):
+  quits = lambda command, **how: subprocess.Popen([sys.executable, "-c", "import os; os.abort()"], **how)
+  with compile.Compiler() as compiler:
+    request = compile.Request(settings.to_json(published()), {}, "cpu")
+    monkeypatch.setattr(compiler, "_start", lambda cpus: _start_with(compiler, quits))
+    with pytest.raises(RequestError, match="--device='cpu': the compiler ended with code -6"):
+      compiler(request)
+
+
+def _start_with(compiler, start):
+  compiler._stderr = tempfile.TemporaryFile("w+")
+  pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=compiler._stderr, text=True)
+  compiler._child = start(None, **pipes)
+
+
+def test_published_models_are_known_without_a_network(monkeypatch, tmp_path):
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  monkeypatch.chdir(tmp_path)
+  for name, hf_config in PUBLISHED.items():
+    assert answer.model_facts(published(name)) == facts.model_config(hf_config)
+  assert answer.model_facts(published("openai-community/gpt2")) == answer.model_facts(published("gpt2"))
+  with pytest.raises(RequestError, match="2048: the model has 1024 positions"):
+    answer.model_facts(published("gpt2", data__sequence_length=2048))
+
+
+def fake_plan(needs):
+  """A compiler whose programs need what `needs` says of a config."""
+  asked = []
+
+  def of(config):
+    asked.append(config)
+    return {"peak_bytes": int(needs(config)), "step_seconds_estimate": None, "accumulation_steps": 1}
+
+  return of, asked
+
+
+def test_the_search_finds_what_fits_and_says_why_the_rest_lost():
+  config, target = published("gpt2-large", train__batch_size=8, data__sequence_length=1024), targets.find("rtx4090")
+  cfg, GIB = answer.model_facts(config), 2**30
+  needs = {"none": 60, "dots": 30, "full": 20}
+  of, asked = fake_plan(lambda c: needs[c.memory.remat] * GIB + c.train.micro_batch_size)
+  advice = fit.search(config, cfg, target, of)
+  assert advice["best"] and all("--config.memory.remat=full" in it["overrides"] for it in advice["best"])
+  assert all(it["peak_bytes"] <= advice["room_bytes"] < target.usable_bytes for it in advice["best"])
+  assert all("does not fit, by" in it["why"] for it in advice["lost"]) and len(asked) <= fit.MOST_COMPILES
+  compiled = len(advice["best"]) + len(advice["lost"])
+  assert compiled == len(asked) and compiled + sum(advice["not_compiled"].values()) == advice["candidates"]
+  # What is to be pasted is what was compiled.
+  for it in advice["best"]:
+    changed = fit.changed(config, it["settings"])
+    again = settings.from_json(settings.to_json(changed))
+    assert fit.overrides(changed, it["settings"]) == [] and settings.flatten(again) == settings.flatten(changed)
+
+
+def test_the_search_compiles_nothing_where_state_alone_is_too_large():
+  config = published("EleutherAI/gpt-j-6b", train__batch_size=8, data__sequence_length=2048)
+  of, asked = fake_plan(lambda c: 0)
+  advice = fit.search(config, answer.model_facts(config), targets.find("t4"), of)
+  assert not asked and not advice["best"]
+  assert advice["least_state_bytes"] > 16 * 6.05e9 > targets.find("t4").usable_bytes  # weights, gradient, two moments
+
+
+def test_the_table_says_what_is_missing():
+  plan = {"fits": False, "peak_bytes": 3 * 2**30, "usable_bytes": 2 * 2**30, "breakdown": {"parameters": 3 * 2**30}}
+  assert show.verdict(plan) == "does not fit: needs 3.00 GiB a device, of which there are 2.00 GiB; 1.00 GiB too much"
+  bar = show._bar(plan).plain
+  assert len(bar) == show.BAR and bar.index("│") == 2 * show.BAR // 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(file.stem for file in CONFIGS.glob("*.py")))
+def test_every_shipped_config_fits_the_hardware_that_it_names(name):
+  done = plan("--config", CONFIGS / f"{name}.py", "--device", ",".join(HARDWARE[name]), "--json")
+  found = json.loads(done.stdout)
+  for it in found.get("plans", [found]):
+    assert it["fits"] and "advice" not in it, f"{it['device']}: {it['peak_bytes']} of {it['usable_bytes']}"
+
+
+BY_HAND = """
+import sys
+from jaxft import config as settings, program, sharding
+from jaxft.plan import targets
+from jaxft.plan.figures import blank_row
+from jaxft.hf import facts
+from jaxft.hf.published import PUBLISHED
+config = settings.from_json(sys.stdin.read())
+cfg = facts.model_config(PUBLISHED[config.model.path])
+mesh = sharding.make_mesh(config.mesh, targets.devices(targets.find("h100")))
+run = program.build(config, cfg, mesh, 100, blank_row(config, cfg))
+memory = run.train_step.lower(run.state, run.batch).compile().memory_analysis()
+print("peak", memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+"""
+
+
+@pytest.mark.slow
+def test_the_peak_is_that_of_compiling_the_step_by_hand():
+  config = published(train__batch_size=4, data__sequence_length=256)
+  found = jaxft.plan_for(config, "h100")
+  done = subprocess.run(
+    [sys.executable, "-c", BY_HAND],
+    input=settings.to_json(config),
+    capture_output=True,
+    text=True,
+    check=True,
+    env=os.environ | compile.ENVIRONMENT,
+  )
+  by_hand = int(done.stdout.split("peak ")[1])
+  assert found["peak_bytes"] == pytest.approx(by_hand, rel=0.02)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_an_answer_with_flags_that_do(tmp_path):
+  file = tmp_path / "large.py"
+  file.write_text(
+    "from jaxft import config\n\ndef get_config():\n  c = config.default()\n"
+    "  c.model.path, c.data.train, c.train.steps = 'gpt2-medium', ('texts',), 10\n"
+    "  c.data.sequence_length = 1024\n  return c\n"
+  )
+  found = json.loads(plan("--config", file, "--device", "t4", "--json").stdout)
+  assert found["fits"] is False and found["peak_bytes"] > found["usable_bytes"]
+  assert found["compute_dtype"] == "float32"  # a T4 has no bfloat16
+  flags = found["advice"]["best"][0]["overrides"]
+  again = json.loads(plan("--config", file, "--device", "t4", "--json", *flags).stdout)
+  assert again["fits"] is True and again["peak_bytes"] == found["advice"]["best"][0]["peak_bytes"]
