@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 
-sys.modules["torch"] = None  # exports are compared with it elsewhere; here its import would be most of a start
 PLACES = {
   "tokens made": ("jaxft.data.cache:Writer.close", "before"),
   "tokens written": ("jaxft.data.cache:Writer.close", "after"),
@@ -105,6 +104,7 @@ def arm(place: str, count: int, action: str) -> None:
 
 
 def main() -> None:
+  sys.modules["torch"] = None  # exports are compared with it elsewhere; here its import would be most of a start
   place, count, action, *arguments = sys.argv[1:]
   if largest := os.environ.get("LARGEST_FILE"):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(largest), int(largest)))
