@@ -261,6 +261,7 @@ def test_the_table_says_what_is_missing():
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.parametrize("name", sorted(file.stem for file in CONFIGS.glob("*.py")))
 def test_every_shipped_config_fits_the_hardware_that_it_names(name):
   done = plan("--config", CONFIGS / f"{name}.py", "--device", ",".join(HARDWARE[name]), "--json")
@@ -286,6 +287,7 @@ print("peak", memory.argument_size_in_bytes + memory.temp_size_in_bytes)
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_the_peak_is_that_of_compiling_the_step_by_hand():
   config = published(train__batch_size=4, data__sequence_length=256)
   found = jaxft.plan_for(config, "h100")
@@ -302,6 +304,7 @@ def test_the_peak_is_that_of_compiling_the_step_by_hand():
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_what_does_not_fit_is_an_answer_with_flags_that_do(tmp_path):
   file = tmp_path / "large.py"
   file.write_text(
