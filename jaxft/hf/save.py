@@ -89,8 +89,8 @@ def export(
       _write_json(partial / "generation_config.json", ids)
     if card:
       (partial / "README.md").write_text(card, encoding="utf-8")
-    parity = verify(partial, params, checkpoint, dtype_of)
-    _write_json(partial / repo.PARITY, parity | {"sha256": repo.checksums(partial)})
+    parity = verify(partial, params, checkpoint, dtype_of) | {"sha256": repo.checksums(partial)}
+    _write_json(partial / repo.PARITY, parity)
     _put_in_place(partial, out)
   except OSError as error:
     raise StorageError(f"export to {out}: {refused(out, error)}; what was there before has not been changed") from error
