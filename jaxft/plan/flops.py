@@ -52,7 +52,13 @@ def _of_equation(eqn: Any, wanted: list[bool]) -> tuple[int, list[bool]]:
     depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
     return 2 * depth * math.prod(eqn.outvars[0].aval.shape), everything
   if name == "scan":
-    consts, carries = params["num_consts"], params["num_carry"]
+    # By their axes, as jax 0.10 and 0.12 name the parts differently: what is walked along has one more outside than inside.
+    body, whole = (
+      _open(params["jaxpr"]),
+      lambda out, inside: sum(a.aval.ndim == b.aval.ndim for a, b in zip(out, inside)),
+    )
+    carries = whole(eqn.outvars, body.outvars)
+    consts = whole(eqn.invars, body.invars) - carries
     while True:  # what one turn needs of the carry, the turn before it must make
       count, used = _live(params["jaxpr"], wanted)
       more = [want or use for want, use in zip(wanted[:carries], used[consts : consts + carries], strict=True)]
