@@ -6,57 +6,25 @@ A config file (`configs/X.py`) has `get_config()`, which starts from `default()`
 import difflib
 import json
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
+from jaxft import checks
+from jaxft.checks import (
+  Check,
+  above,
+  anything,
+  at_least,
+  between,
+  compute_dtype,
+  file_size,
+  one_of,
+  size_or_rest,
+  template,
+)
 from jaxft.errors import RequestError, first_line
-from jaxft.files import is_text
-
-# A check looks at one value and returns what a right value would be, or None when the value is right.
-Check = Callable[[Any], str | None]
-
-
-def at_least(low: float) -> Check:
-  return lambda x: None if x >= low else f"at least {low}"
-
-
-def above(low: float) -> Check:
-  return lambda x: None if x > low else f"above {low}"
-
-
-def between(low: float, high: float) -> Check:
-  return lambda x: None if low <= x < high else f"at least {low} and below {high}"
-
-
-def one_of(*choices: str) -> Check:
-  return lambda x: None if x in choices else "one of " + ", ".join(choices)
-
-
-def size_or_rest(x: int) -> str | None:
-  return None if x == -1 or x >= 1 else "a number of devices, or -1 for all that are left"
-
-
-def file_size(x: str) -> str | None:
-  return None if re.fullmatch(r"[1-9]\d*[KMGT]B", x) else "a whole number and KB, MB, GB or TB, such as 5GB"
-
-
-def template(x: str) -> str | None:
-  prompt, completion = "{prompt}", "{completion}"
-  fine = x.count(prompt) == 1 == x.count(completion) and x.index(prompt) < x.index(completion)
-  return None if fine else "text with {prompt} and after it {completion}, each once"
-
-
-def compute_dtype(x: str) -> str | None:
-  if x == "float16":
-    return "auto, float32 or bfloat16: float16 ends at 65504, and training overflows it; bfloat16 has float32's range"
-  return one_of("auto", "float32", "bfloat16")(x)
-
-
-def anything(_: Any) -> None:
-  return None
 
 
 class Setting(NamedTuple):
@@ -288,7 +256,7 @@ def faults(config: ConfigDict) -> list[str]:
   lines = unknown(list(values)) + [f"config.{name}: missing" for name in BY_NAME if name not in values]
   for name in BY_NAME.keys() & values.keys():
     setting, value = BY_NAME[name], values[name]
-    if wanted := _wrong_type(setting.default, value):
+    if wanted := checks.wrong_type(setting.default, value):
       lines.append(f"config.{name}={value!r}: must be {wanted}")
     elif isinstance(value, float) and not math.isfinite(value):
       lines.append(f"config.{name}={value}: not a finite number")
@@ -296,59 +264,7 @@ def faults(config: ConfigDict) -> list[str]:
       lines.append(f"config.{name}: a number of {len(str(abs(value)))} digits; at most {LARGEST:,}")
     elif value is not None and (wanted := setting.check(value)):
       lines.append(f"config.{name}={value!r}: must be {wanted}")
-  lines.sort()
-  if lines:
-    return lines
-
-  v = values
-  if not v["model.path"]:
-    lines.append("config.model.path: empty; name a hub id (gpt2) or a folder")
-  if not v["data.train"]:
-    lines.append("config.data.train: empty; name a file, a folder or hub:NAME")
-  if bool(v["train.steps"]) == bool(v["train.epochs"]):
-    lines.append(
-      f"config.train.steps={v['train.steps']} and config.train.epochs={v['train.epochs']}: set one of the two"
-    )
-  if (v["model.head"] == "classification") != (v["data.format"] == "classification"):
-    lines.append(
-      f"config.model.head={v['model.head']!r} and config.data.format={v['data.format']!r}: classification is both or neither"
-    )
-  for name in ("train.keep_best_metric", "train.early_stopping_patience"):
-    if v[name] and not v["train.eval_every"]:
-      lines.append(f"config.{name}={v[name]!r}: goes with evaluations; set config.train.eval_every")
-  if v["data.nats_column"] and v["data.format"] != "text":
-    lines.append(f"config.data.nats_column={v['data.nats_column']!r}: goes with data.format=text only")
-  if not v["data.validation"] and not v["data.validation_fraction"]:
-    lines.append("config.data.validation_fraction=0.0: nothing is held out; name sources in config.data.validation")
-  if v["model.head"] == "classification" and v["train.sample_prompts"]:
-    lines.append("config.train.sample_prompts: a model with a classification head writes no text; leave it empty")
-  rest = [f"config.mesh.{axis}=-1" for axis in ("data", "fsdp", "tensor") if v[f"mesh.{axis}"] == -1]
-  if len(rest) > 1:
-    lines.append(f"{' and '.join(rest)}: only one can take the rest")
-  peak, end = v["optim.learning_rate"], v["optim.end_learning_rate"]
-  if end > peak:
-    lines.append(f"config.optim.end_learning_rate={end}: above config.optim.learning_rate={peak}")
-  warmup, steps = v["optim.warmup_steps"], v["train.steps"]
-  if steps and warmup > steps:
-    lines.append(f"config.optim.warmup_steps={warmup}: more than config.train.steps={steps}")
-  return lines
-
-
-def _wrong_type(default: Any, value: Any) -> str | None:
-  """What a value of this setting must be, if it is not: a config file can put anything anywhere."""
-  optional = isinstance(default, type)
-  kind = default if optional else type(default)
-  if value is None and optional:
-    return None
-  if kind is tuple:
-    fine = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    wanted = "text, or a tuple of texts"
-  else:
-    fine = isinstance(value, int | float if kind is float else kind) and (kind is bool) == isinstance(value, bool)
-    wanted = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[kind]
-  if fine and not all(is_text(item) and "\0" not in item for item in (value if kind is tuple else (str(value),))):
-    fine, wanted = False, "text in UTF-8, without NUL"
-  return None if fine else wanted
+  return sorted(lines) or checks.together(values)
 
 
 def changed(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:

@@ -43,12 +43,22 @@ class Program(NamedTuple):
     return self.batch["ids"].sharding
 
 
+def bytes_a_device(tree: Any) -> int:
+  """Bytes that a device holds of these shapes with shardings."""
+  shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  return sum(map(shard, jax.tree.leaves(tree)))
+
+
+def memory_of(device: jax.Device) -> int:
+  """Bytes of a device that is there: of a CPU all that the machine has, however many share it."""
+  granted = (device.memory_stats() or {}).get("bytes_limit")
+  return granted or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def must_hold(program: Program, config: ConfigDict) -> None:
   """Raises RequestError when a device cannot hold its part of the state and of one batch; what is computed comes on top."""
   device = program.batch_sharding.mesh.local_devices[0]
-  limit = (device.memory_stats() or {}).get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-  state, batch = (sum(map(shard, jax.tree.leaves(tree))) for tree in (program.state, program.batch))
+  limit, state, batch = memory_of(device), bytes_a_device(program.state), bytes_a_device(program.batch)
   if state + batch > limit:
     raise RequestError(
       f"config.train.batch_size={config.train.batch_size}, config.data.sequence_length={config.data.sequence_length}, "
@@ -81,7 +91,14 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   state = State(*sharding.state_like(tx, shapes, axes, mesh, zero_stage))
   gradients = sharding.shardings_of("gradients", shapes, axes, mesh, zero_stage)
   gradient = make_gradient(graph, loss_chunk=config.memory.loss_chunk, seed=config.train.seed, gradients=gradients)
-  step = make_train_step(gradient, tx, optim.schedule(config.optim, total_steps), clip_norm=config.optim.clip_norm)
+  places = jax.tree.map(lambda leaf: leaf.sharding, state)
+  step = make_train_step(
+    gradient,
+    tx,
+    optim.schedule(config.optim, total_steps),
+    clip_norm=config.optim.clip_norm,
+    not_finite=sharding.not_finite_on((gradients, places)),
+  )
   return Program(
     graph,
     compute,
@@ -90,6 +107,6 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     loader.like(row, A, config.train.batch_size // A, sharding.batch_sharding(mesh)),
     sharding.place(shapes, gradients),
     jax.jit(gradient, out_shardings=(whole, gradients, whole)),
-    jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), whole)),
+    jax.jit(step, donate_argnums=0, out_shardings=(places, whole)),
     jax.jit(make_eval_step(graph, loss_chunk=config.memory.loss_chunk)),
   )

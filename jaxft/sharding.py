@@ -35,6 +35,7 @@ ZERO = {"optimizer": 1, "gradients": 2, "parameters": 3}
 # Tables of the vocabulary are padded to a multiple of this many rows: every power of two up to it divides them, matrix units
 # are full, and the padding is the same on every mesh, so that a checkpoint fits them all.
 VOCAB_MULTIPLE = 128
+AXES = ("data", "fsdp", "tensor")  # of a mesh
 
 
 def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
@@ -45,22 +46,32 @@ def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mes
   when sizes need more devices than there are, or -1 does not come out whole.
   """
   devices = list(jax.devices() if devices is None else devices)
-  asked = {"data": sizes.data, "fsdp": sizes.fsdp, "tensor": sizes.tensor}
-  fixed = math.prod(size for size in asked.values() if size != -1)
-  shape = {name: len(devices) // fixed if size == -1 else size for name, size in asked.items()}
+  shape = mesh_shape(sizes, len(devices))
   needed = math.prod(shape.values())
-  names = ", ".join(f"config.mesh.{name}={size}" for name, size in asked.items())
-  if needed > len(devices) or needed == 0 or (-1 in asked.values() and needed != len(devices)):
-    raise RequestError(
-      f"{names}: does not fit {len(devices)} devices; the product must be at most {len(devices)}, "
-      "and with -1 it must divide it"
-    )
   if len({device.process_index for device in devices[:needed]}) < len({device.process_index for device in devices}):
-    raise RequestError(f"{names}: leaves processes without a device; use all {len(devices)} devices")
+    raise RequestError(f"{_asked(sizes)}: leaves processes without a device; use all {len(devices)} devices")
   # Auto: the compiler chooses collectives from the constraints. jax.make_mesh would default to Explicit (jax 0.10).
   return Mesh(
     _in_order(devices[:needed], tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)
   )
+
+
+def mesh_shape(sizes: ConfigDict, devices: int) -> dict[str, int]:
+  """The sizes of the mesh's axes over so many devices, with what -1 stands for; raises RequestError as `make_mesh` does."""
+  asked = {name: sizes[name] for name in AXES}
+  fixed = math.prod(size for size in asked.values() if size != -1)
+  shape = {name: devices // fixed if size == -1 else size for name, size in asked.items()}
+  needed = math.prod(shape.values())
+  if needed > devices or needed == 0 or (-1 in asked.values() and needed != devices):
+    raise RequestError(
+      f"{_asked(sizes)}: does not fit {devices} devices; the product must be at most {devices}, "
+      "and with -1 it must divide it"
+    )
+  return shape
+
+
+def _asked(sizes: ConfigDict) -> str:
+  return ", ".join(f"config.mesh.{name}={sizes[name]}" for name in AXES)
 
 
 def _in_order(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
@@ -171,6 +182,24 @@ def accumulation_steps(train: ConfigDict, mesh: Mesh) -> int:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Of a batch (accumulation step, row, column): rows are split over `batch_parts`."""
   return NamedSharding(mesh, PartitionSpec(None, RULES["batch"][CUT], None))
+
+
+def not_finite_on(shardings: Any) -> Callable:
+  """tree -> for each leaf, in order, whether it holds a NaN or an infinity.
+
+  The tree is placed as `shardings`, a tree like it, says.
+
+  Each device looks at what it holds, and one collective tells all: one for each leaf would be dozens that wait for nothing, and
+  XLA's CPU devices that have several under way can wait for each other without end (jax 0.10.2, eight devices on two cores).
+  """
+  mesh = jax.tree.leaves(shardings)[0].mesh
+
+  def look(tree: Any) -> jax.Array:
+    return jnp.stack([~jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])[None]
+
+  specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+  everyone = jax.shard_map(look, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(mesh.axis_names))
+  return lambda tree: everyone(tree).any(axis=0)
 
 
 def constrain_on(mesh: Mesh) -> Callable:

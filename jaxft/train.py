@@ -24,11 +24,13 @@ from jaxft.hf import load, push, repo, save
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
 from jaxft.hf.verify import in_words
+from jaxft.plan import figures, show
+from jaxft.plan.answer import plan_here
 from jaxft.run import hosts
 from jaxft.run.checkpoint import Checkpoints, nbytes
 from jaxft.run.guards import StopRequest, must_have_room, only_writer
 from jaxft.run.resume import refuse_another_run, resume
-from jaxft.run.tracking import Meter, Reporter, say
+from jaxft.run.tracking import Meter, Reporter, console, say
 from jaxft.sample import Generator, Sampling
 from jaxft.step import State, mean_loss, name_bad_leaves
 
@@ -165,17 +167,20 @@ def finetune(
     # ---- Compile: what the step needs is known before any of it is taken ----------------------------------------------
     started = time.monotonic()
     try:
-      train_step = program.train_step.lower(program.state, program.batch).compile()
+      traced = program.train_step.trace(program.state, program.batch)
+      train_step = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
       raise RequestError(
         f"this run does not compile for {device.device_kind}: {first_line(error)}; {SMALLER}"
       ) from error
-    memory = train_step.memory_analysis()
+    parts = figures.memory_of_step(program, train_step.memory_analysis())["breakdown"]
     say(
-      f"compiled in {time.monotonic() - started:.1f} s; a device needs {memory.argument_size_in_bytes / 2**20:,.0f} MiB for "
-      f"weights, optimizer and batch, and {memory.temp_size_in_bytes / 2**20:,.0f} MiB while it computes"
+      f"compiled in {time.monotonic() - started:.1f} s; a device needs {show.size(sum(parts.values()))}: "
+      + ", ".join(f"{what} {show.size(nbytes)}" for what, nbytes in parts.items() if nbytes)
     )
     if dry_run:
+      if jax.process_index() == 0:
+        console.print(show.table(plan_here(config, cfg, program, traced, train_step)))
       return None
 
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;

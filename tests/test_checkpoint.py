@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxft import config, sharding
-from jaxft.errors import StorageError
+from jaxft.errors import NumericsError, StorageError
 from jaxft.run.checkpoint import Checkpoints, checksums
 
 STATE = {"a": jnp.arange(24, dtype=jnp.float32).reshape(4, 6) / 7, "b": (jnp.int32(3), jnp.ones(16, jnp.bfloat16) / 3)}
@@ -101,3 +101,11 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(StorageError):
     saved(tmp_path / "file" / "checkpoints")
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+  checkpoints = saved(tmp_path)
+  broken = STATE | {"a": STATE["a"].at[2, 3].set(jnp.inf)}
+  with pytest.raises(NumericsError, match=r"step 2: not saved: \['a'\] is not finite \(1 such leaves\)"):
+    checkpoints.save(2, broken, {"tokens": 0})
+  assert checkpoints.steps() == [1]

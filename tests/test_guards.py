@@ -90,8 +90,8 @@ def test_bad_leaves_have_names():
   state = State(jnp.int32(0), {"a": {"kernel": jnp.zeros(2)}, "b": jnp.zeros(3)}, (jnp.zeros(2),))
   assert name_bad_leaves(np.array([False, True, False, True, False, True]), state) == [
     "the gradient of ['b']",
-    "the new params['a']['kernel']",
-    "the new opt[0]",
+    "params['a']['kernel']",
+    "opt[0]",
   ]
 
 

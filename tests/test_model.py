@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxft import model
+from jaxft import layers, model
 from jaxft.hf import load, repo
 from jaxft.loss import cross_entropy_sum
 from jaxft.model import Cache, Compute
@@ -136,7 +136,7 @@ def test_dropout_follows_its_key_and_keeps_the_mean(folder):
   np.testing.assert_array_equal(one, same)
   assert not np.allclose(one, other) and not np.allclose(one, decoder(ids))
   x = jnp.ones((400, 400))
-  dropped = model.dropout(x, 0.3, jax.random.key(0))
+  dropped = layers.dropout(x, 0.3, jax.random.key(0))
   assert abs(float(dropped.mean()) - 1) < 0.01 and abs(float((dropped == 0).mean()) - 0.3) < 0.01
 
 

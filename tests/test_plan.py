@@ -242,7 +242,9 @@ def test_the_search_finds_what_fits_and_says_why_the_rest_lost():
   for it in advice["best"]:
     changed = fit.changed(config, it["settings"])
     again = settings.from_json(settings.to_json(changed))
-    assert fit.overrides(changed, it["settings"]) == [] and settings.flatten(again) == settings.flatten(changed)
+    assert fit.overrides(changed, it["settings"], target.count) == [] and settings.flatten(again) == settings.flatten(
+      changed
+    )
 
 
 def test_the_search_compiles_nothing_where_state_alone_is_too_large():

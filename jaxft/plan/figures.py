@@ -20,9 +20,8 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: bool = False) -> dict[str, Any]:
   """What one optimizer step of `config` takes on `target`.
 
-  Bytes are of one device, operations ("flops") of the whole step. Where the compiler refuses because memory is short,
-  "needs_bytes" and "has_bytes" are there in place of what only a compiled program tells. Raises RequestError, or what the
-  compiler raises for any other reason.
+  Where the compiler refuses because memory is short, "needs_bytes" and "has_bytes" are there in place of what only a compiled
+  program tells. Raises RequestError, or what the compiler raises for any other reason.
 
   Args:
     text: give the compiled program's text too.
@@ -31,24 +30,8 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
   run = program.build(config, cfg, mesh, max(config.train.steps, 1), blank_row(config, cfg))
   started = time.monotonic()
   traced = run.train_step.trace(run.state, run.batch)
-  lowered = traced.lower()
-  lower_seconds = time.monotonic() - started
-  A, B, T = run.batch["ids"].shape
-  found = {
-    "device_kind": mesh.devices.flat[0].device_kind,
-    "devices": mesh.size,
-    "mesh": dict(mesh.shape),
-    "accumulation_steps": A,
-    "compute_dtype": run.compute.dtype.name,
-    "arguments": arguments(run),
-    "gradient_bytes": bytes_a_device(run.gradients),
-    "checkpoint_bytes": nbytes(run.state),
-    "tokens": A * B * T,
-    "flops": flops.of_jaxpr(traced.jaxpr),
-    "model_flops": flops.of_model(cfg, A * B, T),
-    "lower_seconds": round(lower_seconds, 1),
-  }
-  started = time.monotonic()
+  lowered, found = traced.lower(), of_traced(run, cfg, traced)
+  seconds = lambda: {"compile_seconds": round(time.monotonic() - started, 1)}
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -56,23 +39,39 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
     if not short:
       raise
     needs, has = (int(float(short[i]) * UNITS[short[i + 1]]) for i in (1, 3))
-    return found | {"needs_bytes": needs, "has_bytes": has, "compile_seconds": round(time.monotonic() - started, 1)}
-  compile_seconds = time.monotonic() - started
-  program_text = compiled.as_text()
-  memory = compiled.memory_analysis()
-  return (
-    found
-    | told(run, memory, target.kind in targets.TPUS)
-    | {
-      "argument_bytes": memory.argument_size_in_bytes,
-      "temporary_bytes": memory.temp_size_in_bytes,
-      "host_bytes": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-      "collective_bytes": hlo.by_kind(hlo.collectives(program_text)),
-      "moved_bytes": hlo.moved(program_text),
-      "compile_seconds": round(compile_seconds, 1),
-    }
-    | ({"text": program_text} if text else {})
-  )
+    return found | {"needs_bytes": needs, "has_bytes": has} | seconds()
+  return found | seconds() | of_compiled(run, compiled) | ({"text": compiled.as_text()} if text else {})
+
+
+def of_traced(run: Program, cfg: ModelConfig, traced: Any) -> dict[str, Any]:
+  """What is known before a compiler runs. Bytes are of one device, operations ("flops") of the whole step."""
+  A, B, T = run.batch["ids"].shape
+  mesh = run.batch_sharding.mesh
+  return {
+    "device_kind": mesh.devices.flat[0].device_kind,
+    "devices": mesh.size,
+    "mesh": dict(mesh.shape),
+    "accumulation_steps": A,
+    "compute_dtype": run.compute.dtype.name,
+    "arguments": arguments(run),
+    "gradient_bytes": program.bytes_a_device(run.gradients),
+    "checkpoint_bytes": nbytes(run.state),
+    "tokens": A * B * T,
+    "flops": flops.of_jaxpr(traced.jaxpr),
+    "model_flops": flops.of_model(cfg, A * B, T),
+  }
+
+
+def of_compiled(run: Program, compiled: Any) -> dict[str, Any]:
+  """What the compiled train step tells, in bytes of one device."""
+  memory, program_text = compiled.memory_analysis(), compiled.as_text()
+  return memory_of_step(run, memory) | {
+    "argument_bytes": memory.argument_size_in_bytes,
+    "temporary_bytes": memory.temp_size_in_bytes,
+    "host_bytes": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+    "collective_bytes": hlo.by_kind(hlo.collectives(program_text)),
+    "moved_bytes": hlo.moved(program_text),
+  }
 
 
 def blank_row(config: ConfigDict, cfg: ModelConfig) -> dict[str, np.ndarray]:
@@ -87,10 +86,10 @@ def blank_row(config: ConfigDict, cfg: ModelConfig) -> dict[str, np.ndarray]:
 def arguments(run: Program) -> dict[str, int]:
   """Bytes a device of what goes into the step."""
   parts = {"parameters": run.state.params, "optimizer": run.state.opt, "batch": run.batch}
-  return {what: bytes_a_device(tree) for what, tree in parts.items()}
+  return {what: program.bytes_a_device(tree) for what, tree in parts.items()}
 
 
-def told(run: Program, memory: Any, tpu: bool) -> dict[str, Any]:
+def memory_of_step(run: Program, memory: Any) -> dict[str, Any]:
   """{"peak_bytes", "breakdown"} of a device, whose parts add up to the peak.
 
   The gradient is no argument: its bytes follow from its shardings, and the compiler has them among its temporaries; all of it
@@ -99,10 +98,11 @@ def told(run: Program, memory: Any, tpu: bool) -> dict[str, Any]:
   Args:
     memory: `compiled.memory_analysis()` of the train step.
   """
+  tpu = run.batch_sharding.mesh.devices.flat[0].platform == "tpu"
   peak, parts = peak_bytes(memory, tpu), arguments(run)
   other = memory.argument_size_in_bytes - sum(parts.values())  # counters, and what tiles of a TPU fill up
   rest = peak - memory.argument_size_in_bytes
-  gradients = min(bytes_a_device(run.gradients), rest)
+  gradients = min(program.bytes_a_device(run.gradients), rest)
   return {
     "peak_bytes": peak,
     "breakdown": parts | {"gradients": gradients, "activations": rest - gradients, "other": other},
@@ -120,9 +120,3 @@ def peak_bytes(memory: Any, tpu: bool) -> int:
     return memory.peak_memory_in_bytes
   taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   return taken + memory.output_size_in_bytes - memory.alias_size_in_bytes
-
-
-def bytes_a_device(tree: Any) -> int:
-  """Bytes that a device holds of these shapes with shardings."""
-  shard = lambda leaf: int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
-  return sum(map(shard, jax.tree.leaves(tree)))

@@ -1,22 +1,18 @@
-"""The fastest settings that fit: candidates by a rough formula, and the compiler's word on the few that it puts first.
-
-B batch, T length, V vocabulary, D model, F feed-forward, L layers, N heads, H head size
-"""
+"""The fastest settings that fit: candidates in the order of `rough`'s formulas, and the compiler's word on the first few."""
 
 import copy
 import itertools
-import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
-from jaxft import model, optim, sharding
+from jaxft import sharding
 from jaxft.errors import RequestError
 from jaxft.model import ModelConfig
 from jaxft.plan import targets
+from jaxft.plan.rough import Rough
 
 MARGIN = 0.05  # of the usable memory stays free: what the plan says is to be within this of what a device takes
 SHOWN = 3  # plans to find
@@ -29,12 +25,12 @@ CHOICES = {
 
 
 class Candidate(NamedTuple):
-  """Settings to try, with what the rough formulas say of them."""
+  """Settings to try, with what the rough formulas say of them: a step's seconds, and a device's bytes."""
 
   settings: dict[str, Any]
-  seconds: float  # a step; good for the order only
-  state_bytes: int  # weights, gradient and optimizer state of a device
-  other_bytes: float  # activations, logits and what is gathered
+  seconds: float
+  state_bytes: int
+  other_bytes: float
 
 
 def search(
@@ -54,6 +50,7 @@ def search(
   """
   room = int(target.usable_bytes * (1 - MARGIN))
   untried = sorted(candidates(config, cfg, target), key=lambda it: it.seconds)
+  least = min((it.state_bytes for it in untried), default=None)
   count, correction, fitting, lost = len(untried), dict.fromkeys(CHOICES["memory.remat"], 1.0), [], []
   size = lambda it: it.state_bytes + correction[it.settings["memory.remat"]] * it.other_bytes
   started, frugal = time.monotonic(), 0
@@ -66,7 +63,7 @@ def search(
     if time.monotonic() - started > MOST_SECONDS:
       break
     untried.remove(candidate)
-    flags = overrides(config, candidate.settings)
+    flags = overrides(config, candidate.settings, target.count)
     try:
       plan = plan_of(changed(config, candidate.settings))
     except RequestError as error:
@@ -100,7 +97,7 @@ def search(
       "estimated not to fit": len(too_large) - len(over),
       "estimated to be slower": len(untried) - len(too_large),
     },
-    "least_state_bytes": min((it.state_bytes for it in candidates(config, cfg, target)), default=None),
+    "least_state_bytes": least,
   }
 
 
@@ -113,22 +110,24 @@ def changed(config: ConfigDict, settings: dict[str, Any]) -> ConfigDict:
   return config
 
 
-def overrides(config: ConfigDict, settings: dict[str, Any]) -> list[str]:
-  """The flags that make these settings of the config, without those that it has already."""
+def overrides(config: ConfigDict, settings: dict[str, Any], devices: int) -> list[str]:
+  """The flags that make these settings of the config, without those that it has already, or that come to the same."""
+  try:
+    mesh = sharding.mesh_shape(config.mesh, devices)
+  except RequestError:  # the mesh of the config does not go with this target
+    mesh = {}
+  has = {f"mesh.{axis}": size for axis, size in mesh.items()}
   flags = []
   for name, value in settings.items():
     section, key = name.split(".")
-    if config[section][key] != value:
+    if has.get(name, config[section][key]) != value:
       flags.append(f"--config.{name}={value}")
   return flags
 
 
 def candidates(config: ConfigDict, cfg: ModelConfig, target: targets.Target) -> list[Candidate]:
   """Every mesh of all the target's devices, with every micro-batch and choice, that divides model and batch."""
-  compute = model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE)
-  shapes = model.abstract(cfg, compute)[1]
-  nbytes = lambda tree: sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-  weights, moments = nbytes(shapes), nbytes(jax.eval_shape(optim.optimizer(config.optim).init, shapes))
+  rough = Rough.of(config, cfg, target)
   found = []
   for data, fsdp, tensor in meshes(cfg, target):
     parts = data * fsdp
@@ -138,15 +137,17 @@ def candidates(config: ConfigDict, cfg: ModelConfig, target: targets.Target) -> 
     rows = config.train.batch_size // parts
     micro_batches = [2**i for i in range(rows.bit_length()) if rows % 2**i == 0 and 2**i < rows] + [0]
     for stage, micro, *choice in itertools.product(stages, micro_batches, *CHOICES.values()):
-      settings = dict(zip(CHOICES, choice, strict=True)) | {
+      chosen = dict(zip(CHOICES, choice, strict=True)) | {
         "mesh.data": data,
         "mesh.fsdp": fsdp,
         "mesh.tensor": tensor,
         "mesh.zero_stage": stage,
         "train.micro_batch_size": micro,
       }
-      if settings["memory.loss_chunk"] < config.data.sequence_length:
-        found.append(_candidate(settings, config, cfg, target, weights, moments, micro or rows))
+      if chosen["memory.loss_chunk"] < config.data.sequence_length:
+        B = micro or rows
+        state, other = rough.state_bytes(chosen), rough.other_bytes(chosen, B)
+        found.append(Candidate(chosen, rough.seconds(chosen, B), state, other))
   return found
 
 
@@ -163,52 +164,3 @@ def meshes(cfg: ModelConfig, target: targets.Target) -> list[tuple[int, int, int
         if cfg.D % fsdp == 0
       ]
   return found
-
-
-def _candidate(
-  settings: dict[str, Any],
-  config: ConfigDict,
-  cfg: ModelConfig,
-  target: targets.Target,
-  weights: int,
-  moments: int,
-  B: int,
-) -> Candidate:
-  """Rough seconds and bytes, good for the order only: what is compiled corrects the bytes."""
-  data, fsdp, tensor, stage = (settings[f"mesh.{name}"] for name in ("data", "fsdp", "tensor", "zero_stage"))
-  remat, chunk = settings["memory.remat"], settings["memory.loss_chunk"]
-  T, facts = config.data.sequence_length, target.facts
-  width = 4 if not (facts and facts.bfloat16) or config.model.compute_dtype == "float32" else 2  # bytes of a number
-  cut = lambda what, nbytes: nbytes // tensor // (fsdp if stage >= sharding.ZERO[what] else 1)
-  state = cut("parameters", weights) + cut("gradients", weights) + cut("optimizer", moments)
-
-  # Bytes kept for the backward pass, a token and layer: what products make and take, and attention's probabilities.
-  inside, scores = (8 * cfg.D + 3 * cfg.F) * width + 8 * cfg.D, cfg.N * T * (4 + width)
-  kept = {"none": inside + scores, "dots": (6 * cfg.D + cfg.F) * width, "full": cfg.D * width}[remat]
-  rows = cfg.V / tensor if not cfg.classes else cfg.classes
-  tokens, logits = B * T, B * (min(chunk, T) or T) * rows * (8 + width)
-  gathered = width * weights / cfg.L / tensor + (width + 4) * cfg.D * rows
-  other = tokens / tensor * (cfg.L * kept + 2 * (inside + 2 * scores)) + logits + gathered
-
-  # A step's operations, bytes moved and bytes sent, of one device. A CPU has no facts: its ratio of the two is near a GPU's.
-  speed, bandwidth, link = (
-    (facts.rate("float32" if width == 4 else "bfloat16"), facts.bandwidth, target.link) if facts else (200, 10, 1)
-  )
-  steps = config.train.batch_size // (data * fsdp) // B
-  layer = cfg.L * (8 * cfg.D * cfg.N * cfg.H + 4 * cfg.D * cfg.F)
-  attention = cfg.L * 4 * cfg.N * cfg.H * T
-  times = {"none": (3, 3), "dots": (3, 4), "full": (4, 4)}[remat]
-  flops = times[0] * layer + times[1] * attention + (4 if chunk else 3) * 2 * rows * tensor * cfg.D
-  moved = times[1] * cfg.L * (2 * inside + 8 * scores) / tensor + (4 if chunk else 3) * rows * (4 + width)
-  moved = tokens * steps * moved + steps * 4 * cut("gradients", weights) + 3 * state
-  ring = lambda size: (size - 1) / size
-  sent = (
-    ring(fsdp)
-    * weights
-    / tensor
-    * (steps * width * (2 if stage == 3 else 1) / 4 + steps * (width / 4 if stage > 1 else 2))
-  )
-  sent += ring(data) * 2 * steps * cut("gradients", weights)
-  sent += ring(tensor) * 2 * (times[0] + 1) * cfg.L * tokens * steps * cfg.D * width
-  parts = flops * tokens * steps / tensor / (0.5 * speed), moved / (0.8 * bandwidth), sent / (0.7 * link)
-  return Candidate(settings, max(parts) + 0.1 * sum(parts), state, other)  # nothing overlaps wholly

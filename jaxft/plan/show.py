@@ -132,7 +132,8 @@ def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
       ("", f"a step is {estimate['step_formula']}; MFU = {estimate['mfu_formula']}"),
     ]
   versions = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
-  return [*pairs, ("compiled", f"in {plan['compile_seconds']:.1f} s with {versions}")]
+  took = "" if plan["compile_seconds"] is None else f"in {plan['compile_seconds']:.1f} s "
+  return [*pairs, ("compiled", f"{took}with {versions}")]
 
 
 def advice_rows(advice: dict[str, Any]) -> list[tuple[str, str, str]]:

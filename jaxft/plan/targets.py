@@ -149,6 +149,16 @@ def find(name: str) -> Target:
   )
 
 
+def here(device: jax.Device, count: int) -> Target:
+  """The target that this device, which is there, is one of; without facts where it is of no kind that is known here."""
+  tpus = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+  kind = tpus.get(device.device_kind, "")
+  for name, gpu in GPUS.items():
+    if device.platform == "gpu" and gpu.label == device.device_kind.removeprefix("NVIDIA "):
+      kind = name
+  return Target(f"{count} x {device.device_kind}", kind, count, "")
+
+
 def devices(target: Target) -> list[Any]:
   """Devices to compile for. Only in a process whose environment is that of `compile.ENVIRONMENT`; raises RequestError."""
   from jax.experimental import topologies

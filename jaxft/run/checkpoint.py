@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from jaxft.errors import StorageError, first_line
+from jaxft.errors import NumericsError, StorageError, first_line
 
 # After a failed read Orbax (0.12.8) leaves tasks behind that nobody awaits; asyncio would log each with a traceback, pages
 # after the error has been told in one line.
@@ -43,10 +43,13 @@ class Checkpoints:
     self._manager = self._or_storage_error(lambda: ocp.CheckpointManager(folder.absolute(), options=options))
 
   def save(self, step: int, state: Any, meta: dict[str, Any], metrics: Mapping[str, float] | None = None) -> None:
-    """Starts to write; the arrays may be changed or donated as soon as this returns. Raises StorageError.
+    """Starts to write; the arrays may be changed or donated as soon as this returns.
 
+    Raises StorageError, and NumericsError for a state that is not finite: an update can overflow though nothing before it did.
     The first checkpoint of a process is waited for and read back, so that a disk that is not to be trusted shows at once.
     """
+    if wrong := not_finite(state):
+      raise NumericsError(f"step {step}: not saved: {wrong[0]} is not finite ({len(wrong)} such leaves)")
     meta = meta | {"step": step, "leaves": described(state), "checksums": checksums(state)}
     meta |= {"sha256": _sha256(meta)}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -165,6 +168,18 @@ def described(state: Any) -> dict[str, str]:
 def nbytes(state: Any) -> int:
   """What a checkpoint takes on the disk at most, of arrays or of their shapes."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def not_finite(state: Any) -> list[str]:
+  """The paths of leaves that hold a NaN or an infinity."""
+  leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+  finite = _finite([leaf for _, leaf in leaves])
+  return [jax.tree_util.keystr(path).lstrip(".") for (path, _), fine in zip(leaves, finite, strict=True) if not fine]
+
+
+@jax.jit
+def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
+  return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
 def checksums(state: Any) -> dict[str, int]:

@@ -1,0 +1,103 @@
+"""What a right value of a setting is, alone and next to the others; `jaxft.config` says which setting wants what."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxft.files import is_text
+
+# A check looks at one value and returns what a right value would be, or None when the value is right.
+Check = Callable[[Any], str | None]
+
+
+def at_least(low: float) -> Check:
+  return lambda x: None if x >= low else f"at least {low}"
+
+
+def above(low: float) -> Check:
+  return lambda x: None if x > low else f"above {low}"
+
+
+def between(low: float, high: float) -> Check:
+  return lambda x: None if low <= x < high else f"at least {low} and below {high}"
+
+
+def one_of(*choices: str) -> Check:
+  return lambda x: None if x in choices else "one of " + ", ".join(choices)
+
+
+def size_or_rest(x: int) -> str | None:
+  return None if x == -1 or x >= 1 else "a number of devices, or -1 for all that are left"
+
+
+def file_size(x: str) -> str | None:
+  return None if re.fullmatch(r"[1-9]\d*[KMGT]B", x) else "a whole number and KB, MB, GB or TB, such as 5GB"
+
+
+def template(x: str) -> str | None:
+  prompt, completion = "{prompt}", "{completion}"
+  fine = x.count(prompt) == 1 == x.count(completion) and x.index(prompt) < x.index(completion)
+  return None if fine else "text with {prompt} and after it {completion}, each once"
+
+
+def compute_dtype(x: str) -> str | None:
+  if x == "float16":
+    return "auto, float32 or bfloat16: float16 ends at 65504, and training overflows it; bfloat16 has float32's range"
+  return one_of("auto", "float32", "bfloat16")(x)
+
+
+def anything(_: Any) -> None:
+  return None
+
+
+def wrong_type(default: Any, value: Any) -> str | None:
+  """What a value of this setting must be, if it is not: a config file can put anything anywhere."""
+  optional = isinstance(default, type)
+  kind = default if optional else type(default)
+  if value is None and optional:
+    return None
+  if kind is tuple:
+    fine = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    wanted = "text, or a tuple of texts"
+  else:
+    fine = isinstance(value, int | float if kind is float else kind) and (kind is bool) == isinstance(value, bool)
+    wanted = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[kind]
+  if fine and not all(is_text(item) and "\0" not in item for item in (value if kind is tuple else (str(value),))):
+    fine, wanted = False, "text in UTF-8, without NUL"
+  return None if fine else wanted
+
+
+def together(v: Mapping[str, Any]) -> list[str]:
+  """What is wrong with values, each right by itself, of all settings: one line each."""
+  lines = []
+  if not v["model.path"]:
+    lines.append("config.model.path: empty; name a hub id (gpt2) or a folder")
+  if not v["data.train"]:
+    lines.append("config.data.train: empty; name a file, a folder or hub:NAME")
+  if bool(v["train.steps"]) == bool(v["train.epochs"]):
+    lines.append(
+      f"config.train.steps={v['train.steps']} and config.train.epochs={v['train.epochs']}: set one of the two"
+    )
+  if (v["model.head"] == "classification") != (v["data.format"] == "classification"):
+    lines.append(
+      f"config.model.head={v['model.head']!r} and config.data.format={v['data.format']!r}: classification is both or neither"
+    )
+  for name in ("train.keep_best_metric", "train.early_stopping_patience"):
+    if v[name] and not v["train.eval_every"]:
+      lines.append(f"config.{name}={v[name]!r}: goes with evaluations; set config.train.eval_every")
+  if v["data.nats_column"] and v["data.format"] != "text":
+    lines.append(f"config.data.nats_column={v['data.nats_column']!r}: goes with data.format=text only")
+  if not v["data.validation"] and not v["data.validation_fraction"]:
+    lines.append("config.data.validation_fraction=0.0: nothing is held out; name sources in config.data.validation")
+  if v["model.head"] == "classification" and v["train.sample_prompts"]:
+    lines.append("config.train.sample_prompts: a model with a classification head writes no text; leave it empty")
+  rest = [f"config.mesh.{axis}=-1" for axis in ("data", "fsdp", "tensor") if v[f"mesh.{axis}"] == -1]
+  if len(rest) > 1:
+    lines.append(f"{' and '.join(rest)}: only one can take the rest")
+  peak, end = v["optim.learning_rate"], v["optim.end_learning_rate"]
+  if end > peak:
+    lines.append(f"config.optim.end_learning_rate={end}: above config.optim.learning_rate={peak}")
+  warmup, steps = v["optim.warmup_steps"], v["train.steps"]
+  if steps and warmup > steps:
+    lines.append(f"config.optim.warmup_steps={warmup}: more than config.train.steps={steps}")
+  return lines

@@ -1,0 +1,250 @@
+"""The layers of the decoder, and the two things that shape them: facts of an architecture, and how it is computed.
+
+B batch, T query length, S key length, V vocabulary, P positions, D model, F feed-forward, L layers, N heads, H head size
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxft.attention import attention
+
+# Called on every activation, or on every weight where it is used, with the logical name of each axis.
+Place = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Facts about an architecture, read from a checkpoint's config.json (`hf/facts.py`), never typed by a user."""
+
+  V: int
+  P: int
+  D: int
+  F: int
+  L: int
+  N: int
+  H: int
+  norm_eps: float
+  embed_dropout: float
+  attention_dropout: float
+  residual_dropout: float
+  init_std: float
+  # What tells the families apart. GPT-2: none of it; GPT-Neo: no query/key/value biases, no scale, windows; GPT-J: rotary
+  # positions, parallel blocks, no attention biases, a head of its own.
+  attention_scale: float
+  windows: tuple[int, ...] = ()  # per layer, 0 for a layer that sees everything; (): all do
+  rotary_dim: int = 0  # leading dimensions of each head that are rotated; 0: a table of learned positions instead
+  parallel: bool = False  # attention and feed-forward both read the same norm and are added at once
+  qkv_bias: bool = True
+  out_bias: bool = True
+  tied: bool = True  # the output table is the token embedding
+  head_bias: bool = False
+  classes: int = 0  # above 0: a classification head in place of the language head
+
+  def with_dropout(self, rate: float) -> "ModelConfig":
+    return dataclasses.replace(self, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How a model is run: what a user may choose without changing what is computed (but for rounding)."""
+
+  dtype: Any = jnp.float32
+  remat: str = "none"
+  constrain: Place = lambda x, axes: x  # activations
+  gather: Place = lambda x, axes: x  # weights
+  vocab_multiple: int = 1  # tables are padded to a multiple of so many rows: any mesh can then split them
+
+  def rows(self, cfg: ModelConfig) -> int:
+    """Rows of the tables of a vocabulary of `cfg.V`."""
+    return -(-cfg.V // self.vocab_multiple) * self.vocab_multiple
+
+
+class Einsum(nnx.Module):
+  """`einsum(x, kernel) + bias`. The kernel's shape, axis names and initial scale stand side by side."""
+
+  def __init__(
+    self,
+    equation: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    inputs: int,
+    std: float,
+    compute: Compute,
+    rngs: nnx.Rngs,
+    bias: bool = True,
+  ):
+    self.equation, self.compute = equation, compute
+    self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), out_sharding=axes)
+    if bias:
+      self.bias = nnx.Param(jnp.zeros(shape[inputs:]), out_sharding=axes[inputs:])
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = jnp.einsum(self.equation, x, weight(self.kernel, self.compute))
+    return y + weight(self.bias, self.compute) if hasattr(self, "bias") else y
+
+
+class LayerNorm(nnx.Module):
+  """Layer normalisation, in float32 whatever the dtype of its input."""
+
+  def __init__(self, cfg: ModelConfig, compute: Compute):
+    self.eps, self.compute = cfg.norm_eps, compute
+    self.scale = nnx.Param(jnp.ones(cfg.D), out_sharding=("embed",))
+    self.bias = nnx.Param(jnp.zeros(cfg.D), out_sharding=("embed",))
+
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    f32 = dataclasses.replace(self.compute, dtype=jnp.float32)
+    y_BTD = x_BTD.astype(jnp.float32)
+    y_BTD = y_BTD - y_BTD.mean(-1, keepdims=True)
+    y_BTD = y_BTD * jax.lax.rsqrt((y_BTD * y_BTD).mean(-1, keepdims=True) + self.eps)
+    return (y_BTD * weight(self.scale, f32) + weight(self.bias, f32)).astype(x_BTD.dtype)
+
+
+class Attention(nnx.Module):
+  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+    self.cfg = cfg
+    D, N, H = cfg.D, cfg.N, cfg.H
+    self.qkv = Einsum(
+      "BTD,DQNH->BTQNH",
+      (D, 3, N, H),
+      ("embed", None, "heads", None),
+      inputs=1,
+      std=cfg.init_std,
+      compute=compute,
+      rngs=rngs,
+      bias=cfg.qkv_bias,
+    )
+    self.out = Einsum(
+      "BTNH,NHD->BTD",
+      (N, H, D),
+      ("heads", None, "embed"),
+      inputs=2,
+      std=cfg.init_std / (2 * cfg.L) ** 0.5,
+      compute=compute,
+      rngs=rngs,
+      bias=cfg.out_bias,
+    )
+
+  def __call__(self, x_BTD, positions_BT, segments_BT, window, cached, key):
+    q_BTNH, k_BTNH, v_BTNH = jnp.unstack(self.qkv(x_BTD), axis=2)
+    if self.cfg.rotary_dim:
+      q_BTNH, k_BTNH = (rotate(x, positions_BT, self.cfg.rotary_dim) for x in (q_BTNH, k_BTNH))
+    k_BSNH, v_BSNH, segments_BS, offset = cached(k_BTNH, v_BTNH)
+    out_BTNH = attention(
+      q_BTNH,
+      k_BSNH,
+      v_BSNH,
+      scale=self.cfg.attention_scale,
+      offset=offset,
+      window=window,
+      q_segments_BT=segments_BT,
+      k_segments_BS=segments_BS,
+      dropout=self.cfg.attention_dropout,
+      key=key,
+    )
+    return self.out(out_BTNH)
+
+
+class Mlp(nnx.Module):
+  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+    self.up = Einsum(
+      "BTD,DF->BTF", (cfg.D, cfg.F), ("embed", "mlp"), inputs=1, std=cfg.init_std, compute=compute, rngs=rngs
+    )
+    self.down = Einsum(
+      "BTF,FD->BTD",
+      (cfg.F, cfg.D),
+      ("mlp", "embed"),
+      inputs=1,
+      std=cfg.init_std / (2 * cfg.L) ** 0.5,
+      compute=compute,
+      rngs=rngs,
+    )
+
+  def __call__(self, x_BTD):
+    return self.down(jax.nn.gelu(self.up(x_BTD), approximate=True))  # transformers' `gelu_new`
+
+
+class Block(nnx.Module):
+  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+    self.cfg = cfg
+    self.norm1 = LayerNorm(cfg, compute)
+    if not cfg.parallel:
+      self.norm2 = LayerNorm(cfg, compute)
+    self.attention, self.mlp = Attention(cfg, compute, rngs), Mlp(cfg, compute, rngs)
+
+  def __call__(self, x_BTD, positions_BT, segments_BT, window, cached, key):
+    keys = (None, None, None) if key is None else jax.random.split(key, 3)
+    rate, normed_BTD = self.cfg.residual_dropout, self.norm1(x_BTD)
+    attended_BTD = dropout(
+      self.attention(normed_BTD, positions_BT, segments_BT, window, cached, keys[0]), rate, keys[1]
+    )
+    if self.cfg.parallel:
+      return x_BTD + attended_BTD + dropout(self.mlp(normed_BTD), rate, keys[2])
+    x_BTD = x_BTD + attended_BTD
+    return x_BTD + dropout(self.mlp(self.norm2(x_BTD)), rate, keys[2])
+
+
+class Embed(nnx.Module):
+  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+    self.tokens = table(cfg, compute, rngs)
+    if not cfg.rotary_dim:
+      self.positions = nnx.Param(
+        cfg.init_std * jax.random.normal(rngs.params(), (cfg.P, cfg.D)), out_sharding=(None, "embed")
+      )
+
+
+class Output(nnx.Module):
+  """What the head has of its own: a table if it is not tied, a bias if there is one; or the scores of the classes."""
+
+  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+    if cfg.classes:
+      scores = cfg.init_std * jax.random.normal(rngs.params(), (cfg.classes, cfg.D))
+      self.score = nnx.Param(scores, out_sharding=(None, "embed"))
+      return
+    if not cfg.tied:
+      self.kernel = table(cfg, compute, rngs)
+    if cfg.head_bias:
+      self.bias = nnx.Param(jnp.zeros(compute.rows(cfg)), out_sharding=("vocab",))
+
+
+def table(cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs) -> nnx.Param:
+  """New rows of all tokens; those that pad the table are 0, and stay so: they have no gradient and nothing to decay."""
+  rows_VD = cfg.init_std * jax.random.normal(rngs.params(), (cfg.V, cfg.D))
+  padded_VD = jnp.pad(rows_VD, [(0, compute.rows(cfg) - cfg.V), (0, 0)])
+  return nnx.Param(padded_VD, out_sharding=("vocab", "embed"))
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rotary_dim: int) -> jax.Array:
+  """Rotary positions (Su et al., arXiv:2104.09864) as GPT-J has them: pairs (0, 1), (2, 3), ... of the first dimensions.
+
+  Angles, sines and the rotation are in float32: bfloat16 rounds position 257 to 256.
+  """
+  turns = 10000 ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+  angles = positions_BT.astype(jnp.float32)[:, :, None, None] * turns
+  sin, cos = jnp.sin(angles), jnp.cos(angles)
+  pairs = x_BTNH[..., :rotary_dim].astype(jnp.float32).reshape(*x_BTNH.shape[:-1], rotary_dim // 2, 2)
+  even, odd = pairs[..., 0], pairs[..., 1]
+  turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(*x_BTNH.shape[:-1], rotary_dim)
+  return jnp.concatenate([turned.astype(x_BTNH.dtype), x_BTNH[..., rotary_dim:]], -1)
+
+
+def weight(param: nnx.Param, compute: Compute) -> jax.Array:
+  """A parameter as the maths uses it: cast first and then gathered, so that half the bytes travel in bfloat16.
+
+  The backward pass casts and gathers again: kept from the forward pass, the layers' weights would be the whole model.
+  """
+  axes = param.out_sharding
+  if param.ndim == len(axes) - 1:
+    axes = axes[1:]  # inside the scan the layer axis is gone, its name is not
+  return compute.gather(param[...].astype(compute.dtype), axes)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  if not rate or key is None:
+    return x
+  return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / jnp.asarray(1 - rate, x.dtype), 0)
