@@ -3,7 +3,7 @@
   python -m jaxft.train --config configs/gptj_6b_v5e8.py --config.data.train=my_texts/ --workdir runs/gptj
 
 The 6.05 billion float32 weights and Adam's moments, 73 GB, are cut over the chips, 9.1 GB each; a layer is gathered in
-bfloat16 as it runs. The TPU compiler counts 13.6 GiB a chip of 15.75 (2026-11-21, `tests/test_compiled.py`), and fewer the more
+bfloat16 as it runs. The TPU compiler counts 13.8 GiB a chip of 15.75 (2026-11-21, `tests/test_compiled.py`), and fewer the more
 chips there are. Not run on a TPU yet.
 """
 

@@ -51,7 +51,7 @@ class TrainArguments(NamedTuple):
   peer_timeout: int
 
 
-def parse_train(argv: list[str] | None = None) -> TrainArguments:
+def parse_train() -> TrainArguments:
   """The command line of train; see `parse`."""
   numbers = {
     "num_processes": None,
@@ -59,7 +59,7 @@ def parse_train(argv: list[str] | None = None) -> TrainArguments:
     "start_timeout": hosts.START_TIMEOUT,
     "peer_timeout": hosts.PEER_TIMEOUT,
   }
-  values = parse(sys.argv if argv is None else argv, USAGE, SWITCHES, ("workdir", "coordinator"), numbers)
+  values = parse(USAGE, SWITCHES, ("workdir", "coordinator"), numbers)
   workdir = Path(values.workdir) if values.workdir else Path("runs") / Path(values.config_file).stem
   for name in ("start_timeout", "peer_timeout"):
     if getattr(values, name) < 1:
@@ -78,19 +78,21 @@ def parse_train(argv: list[str] | None = None) -> TrainArguments:
 
 
 def parse(
-  argv: list[str],
   usage: str,
   switches: tuple[str, ...] = (),
   texts: tuple[str, ...] = (),
   numbers: Mapping[str, int | None] = MappingProxyType({}),
   several: tuple[str, ...] = (),
 ) -> SimpleNamespace:
-  """`config`, `config_file` and the command's own flags; raises RequestError with every unknown setting, or the first other
-  fault. `--help` prints `usage` and ends the process. Flags in `several` may be repeated, and give lists."""
-  if {"-h", "--help"} & set(argv[1:]) or len(argv) == 1:
+  """`config`, `config_file` and the command's own flags, out of `sys.argv`, which ml_collections reads too.
+
+  Raises RequestError with every unknown setting, or the first other fault. `--help` prints `usage` and ends the process. Flags
+  in `several` may be repeated, and give lists.
+  """
+  if {"-h", "--help"} & set(sys.argv[1:]) or len(sys.argv) == 1:
     print(usage)
-    sys.exit(0 if len(argv) > 1 else 2)
-  argv = [_quoted("-" + word if word.startswith("-config.") else word) for word in argv]
+    sys.exit(0 if len(sys.argv) > 1 else 2)
+  argv = [_quoted("-" + word if word.startswith("-config.") else word) for word in sys.argv]
   names = [word.removeprefix("--config.").split("=")[0] for word in argv[1:] if word.startswith("--config.")]
   if lines := settings.unknown(names):
     raise RequestError("\n".join(lines))

@@ -26,7 +26,7 @@ PREVIEW = 3  # rows shown
 
 
 def main() -> None:
-  arguments = command_line.parse(sys.argv, USAGE, ("json",))
+  arguments = command_line.parse(USAGE, ("json",))
   config = arguments.config
   lines = settings.faults(config)
   if not lines:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from jaxft import pretrained, program, sharding
 from jaxft.data import report, tokens
@@ -23,8 +24,6 @@ PER_PART = 20
 @pytest.fixture(scope="module")
 def run(folder, stories, tmp_path_factory):
   """A finished run with three checkpoints, and a cache of its own: (config, workdir)."""
-  import tiny
-
   config, home = tiny.config(folder, stories), tmp_path_factory.mktemp("damaged")
   config.train.save_every, config.train.keep = 4, 3
   config.data.cache_dir = str(home / "cache")

@@ -4,13 +4,11 @@ import csv
 import gzip
 import io
 import json
-import shutil
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import tiny
 
 from jaxft import config as settings
 from jaxft.data import report, tokens
@@ -205,39 +203,6 @@ def test_the_floor_is_nats_per_held_out_token(tokenizer, tmp_path):
     prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), nats_column="bits")
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_long_text_in_parts_gives_the_tokens_of_the_whole(tmp_path, monkeypatch, seed):
-  tokenizer = tokens.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50257)
-  rng = np.random.default_rng(seed)
-  pieces = [*PIECES, " ", " ", "\n", "'s", " 12", "\u3000", "\x1c", "<|endoftext|>", "don't", "\xa0x"]
-  text = "".join(pieces[i] for i in rng.integers(len(pieces), size=400))
-  monkeypatch.setattr(tokens, "CHARACTERS_AT_ONCE", 64)
-  parts = tokens._parts(text, tokenizer)
-  assert "".join(parts) == text and len(parts) > 10
-  whole = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-  assert tokens.encode([Example(text)], tokenizer, np.uint16).ids[0].tolist() == [*whole, tokenizer.eos_token_id]
-
-
-def test_what_a_trainer_left_in_the_tokenizer_is_not_applied(folder, tmp_path):
-  shutil.copytree(folder, tmp_path / "saved")
-  saved = json.loads((folder / "tokenizer.json").read_text())
-  saved["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
-  saved["padding"] = {
-    "strategy": {"Fixed": 9},
-    "direction": "Right",
-    "pad_to_multiple_of": None,
-    "pad_id": 0,
-    "pad_type_id": 0,
-    "pad_token": tiny.EOS,
-  }
-  (tmp_path / "saved" / "tokenizer.json").write_text(json.dumps(saved))
-  texts = ["the cat sat on the mat and ran", "a"]
-  plain, other = (
-    tokens.in_memory(map(Example, texts), tokens.load_tokenizer(at, 293)) for at in (folder, tmp_path / "saved")
-  )
-  np.testing.assert_array_equal(plain.ids, other.ids)
-
-
 def test_sources_with_the_same_files_in_other_groups_are_other_data(tokenizer, tmp_path):
   for name, text in (("1/a", "cat"), ("1/b", "dog"), ("2/b", "dog"), ("2/c", "mat")):
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -334,20 +299,3 @@ def test_best_fit_keeps_everything_and_wastes_little():
     assert sorted(i for row in rows for i in row) == list(range(3000))
     assert all(sum(lengths[i] for i in row) <= T for row in rows)
     assert len(rows) < 1.12 * sum(lengths) / T + 1
-
-
-def test_ids_are_transformers_own_for_ten_thousand_strings(tmp_path):
-  """Real GPT-2 BPE: digits, control characters, CJK, emoji, blanks, and strings of anything."""
-  tokenizer = tokens.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50257)
-  rng = np.random.default_rng(0)
-  planes = [(32, 127), (0, 32), (128, 0x250), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF), (0x600, 0x6FF), (0x2000, 0x2070)]
-  texts = []
-  for _ in range(10_000):
-    low, high = planes[rng.integers(len(planes))]
-    words = ["".join(map(chr, rng.integers(low, high, rng.integers(1, 9)))) for _ in range(rng.integers(1, 8))]
-    texts.append(str(rng.choice([" ", "  ", "\n", ""])).join(words))
-  ours = tokens.in_memory([Example(text) for text in texts], tokenizer)
-  wanted = tokenizer(texts)["input_ids"]
-  for i, ids in enumerate(wanted):
-    np.testing.assert_array_equal(ours.ids[ours.starts_N1[i] : ours.starts_N1[i + 1]], [*ids, 50256])
-  assert ours.ids.dtype == np.uint16

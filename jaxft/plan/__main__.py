@@ -27,7 +27,7 @@ the exit code is 0.
 
 
 def main() -> None:
-  arguments = command_line.parse(sys.argv, USAGE, ("fit", "json"), ("html",), several=("device",))
+  arguments = command_line.parse(USAGE, ("fit", "json"), ("html",), several=("device",))
   devices = [name for text in arguments.device for name in text.split(",")]
   if not devices:
     raise RequestError("--device is missing; name one, such as h100x8, rtx4090 or v5e:2x4")

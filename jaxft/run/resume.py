@@ -10,7 +10,10 @@ from jaxft.run.checkpoint import Checkpoints, described
 from jaxft.run.tracking import say
 from jaxft.step import State
 
-WAY_OUT = "go back to its settings, name another --workdir, or go on with --allow_change"
+ANOTHER, ALLOWED = (
+  "name another --workdir",
+  "go back to its settings, name another --workdir, or go on with --allow_change",
+)
 
 
 def refuse_another_run(
@@ -33,7 +36,7 @@ def refuse_another_run(
       lines.append(
         f"{checkpoints.folder / str(step)}: of another model or optimizer: {first} ({len(other)} such leaves)"
       )
-      raise RequestError("\n".join([*lines, f"{checkpoints.folder} holds another run: name another --workdir"]))
+      raise RequestError("\n".join([*lines, f"{checkpoints.folder} holds another run: {ANOTHER}"]))
     if meta["data"] != about["data"]:
       lines.append("config.data: the training text, or how it is cut into tokens, is not what the run was started with")
     if meta["total_steps"] != about["total_steps"]:
@@ -42,7 +45,7 @@ def refuse_another_run(
       for line in lines:
         say(f"{line}; going on with the change, as --allow_change says")
     elif lines:
-      lines.append(f"{checkpoints.folder} holds another run: {WAY_OUT}")
+      lines.append(f"{checkpoints.folder} holds another run: {ALLOWED}")
       raise RequestError("\n".join(lines))
     return
 

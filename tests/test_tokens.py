@@ -1,0 +1,64 @@
+"""Token ids are transformers' own, however long the text and whatever tokenizer.json carries."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+
+from jaxft.data import tokens
+from jaxft.data.formats import Example
+
+EOS = 0
+PIECES = ["a", " cat", "\n", "\r\n", "  ", '"', ",", "é", "東", "🐈", "\u2028", "\x00", "\t", "'", "\\", "ß", "The dog"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_long_text_in_parts_gives_the_tokens_of_the_whole(tmp_path, monkeypatch, seed):
+  tokenizer = tokens.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50257)
+  rng = np.random.default_rng(seed)
+  pieces = [*PIECES, " ", " ", "\n", "'s", " 12", "\u3000", "\x1c", "<|endoftext|>", "don't", "\xa0x"]
+  text = "".join(pieces[i] for i in rng.integers(len(pieces), size=400))
+  monkeypatch.setattr(tokens, "CHARACTERS_AT_ONCE", 64)
+  parts = tokens._parts(text, tokenizer)
+  assert "".join(parts) == text and len(parts) > 10
+  whole = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+  assert tokens.encode([Example(text)], tokenizer, np.uint16).ids[0].tolist() == [*whole, tokenizer.eos_token_id]
+
+
+def test_what_a_trainer_left_in_the_tokenizer_is_not_applied(folder, tmp_path):
+  shutil.copytree(folder, tmp_path / "saved")
+  saved = json.loads((folder / "tokenizer.json").read_text())
+  saved["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+  saved["padding"] = {
+    "strategy": {"Fixed": 9},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": tiny.EOS,
+  }
+  (tmp_path / "saved" / "tokenizer.json").write_text(json.dumps(saved))
+  texts = ["the cat sat on the mat and ran", "a"]
+  plain, other = (
+    tokens.in_memory(map(Example, texts), tokens.load_tokenizer(at, 293)) for at in (folder, tmp_path / "saved")
+  )
+  np.testing.assert_array_equal(plain.ids, other.ids)
+
+
+def test_ids_are_transformers_own_for_ten_thousand_strings(tmp_path):
+  """Real GPT-2 BPE: digits, control characters, CJK, emoji, blanks, and strings of anything."""
+  tokenizer = tokens.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50257)
+  rng = np.random.default_rng(0)
+  planes = [(32, 127), (0, 32), (128, 0x250), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF), (0x600, 0x6FF), (0x2000, 0x2070)]
+  texts = []
+  for _ in range(10_000):
+    low, high = planes[rng.integers(len(planes))]
+    words = ["".join(map(chr, rng.integers(low, high, rng.integers(1, 9)))) for _ in range(rng.integers(1, 8))]
+    texts.append(str(rng.choice([" ", "  ", "\n", ""])).join(words))
+  ours = tokens.in_memory([Example(text) for text in texts], tokenizer)
+  wanted = tokenizer(texts)["input_ids"]
+  for i, ids in enumerate(wanted):
+    np.testing.assert_array_equal(ours.ids[ours.starts_N1[i] : ours.starts_N1[i + 1]], [*ids, 50256])
+  assert ours.ids.dtype == np.uint16
