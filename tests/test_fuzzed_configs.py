@@ -66,7 +66,7 @@ def test_a_thousand_fuzzed_configs_are_named_or_fine(config_file, tmp_path, monk
 
 @pytest.mark.slow
 @pytest.mark.wide
-@pytest.mark.parts(1, 40)
+@pytest.mark.parts(1, 10)
 def test_those_that_pass_the_check_compile_or_are_named(config_file, tmp_path, monkeypatch, part, record_property):
   """The same configs again, each that passes the check with its data read and its step compiled."""
   monkeypatch.chdir(tmp_path)
