@@ -1,5 +1,6 @@
 """Several real processes as one run: the same losses, one writer, and an end with a name when one of them is lost."""
 
+import itertools
 import json
 import os
 import re
@@ -98,16 +99,33 @@ def test_several_processes_are_one_run_and_their_checkpoints_anyones(config_file
   close(processes.losses(workdir), processes.losses(on_one))
 
 
+LONG = ("--config.train.steps=26", "--config.train.save_every=6", "--config.train.keep=9", "--config.mesh.fsdp=-1")
+
+
+@pytest.fixture(scope="module")
+def saved_by(config_file, tmp_path_factory):
+  """Runs of 26 steps by 1, 2 and 4 processes of two devices, each with a checkpoint of step 6: {processes: workdir}."""
+  home = tmp_path_factory.mktemp("saved by")
+  for count in (1, 2, 4):
+    assert Hosts(config_file, home / str(count), count, *LONG).codes() == [0] * count
+  return {count: home / str(count) for count in (1, 2, 4)}
+
+
 @pytest.mark.slow
-@pytest.mark.wide
-def test_the_checkpoint_of_one_process_goes_on_in_four(config_file, tmp_path, on_one):
-  workdir = tmp_path / "run"
-  processes.train(config_file, workdir, "--config.train.save_every=6")
-  (workdir / "checkpoints" / "12").rename(tmp_path / "out of the way")
-  several = Hosts(config_file, workdir, 4, "--config.mesh.fsdp=-1", "--config.train.save_every=6")
-  assert several.codes() == [0] * 4, several.said()
-  assert "continuing at step 6" in several.said()[0]
-  close(processes.losses(workdir), processes.losses(on_one))
+@wide
+@pytest.mark.parametrize("before, after", [*itertools.permutations((1, 2, 4), 2)])
+def test_every_number_of_processes_goes_on_from_every_other(
+  config_file, tmp_path, saved_by, before, after, record_property
+):
+  """The state is the saved one, by its checksums, on the other mesh; the twenty losses after it are those of the first run."""
+  workdir = shutil.copytree(saved_by[before], tmp_path / "run")
+  for step in (12, 18, 24, 26):
+    shutil.rmtree(workdir / "checkpoints" / str(step))
+  several = Hosts(config_file, workdir, after, *LONG)
+  assert several.codes() == [0] * after, several.said()
+  assert "continuing at step 6 of 26" in several.said()[0] and "set aside" not in several.said()[0]
+  close(processes.losses(workdir), processes.losses(saved_by[before]))
+  record_property("torture", {"what": "ordered pairs of 1, 2 and 4 processes", "tried": 1})
 
 
 @pytest.mark.slow
@@ -248,13 +266,14 @@ def test_a_workdir_that_is_not_one_folder_is_refused(config_file, tmp_path):
 
 @pytest.mark.slow
 @wide
-@pytest.mark.parametrize("to", [(1,), (0, 1)])
-def test_a_signal_to_one_or_all_saves_one_step_and_ends_with_75(config_file, tmp_path, to):
+@pytest.mark.parametrize("count, to", [(2, (1,)), (2, (0, 1)), (4, (2,)), (4, (0, 1, 2, 3))])
+def test_a_signal_to_one_or_all_saves_one_step_and_ends_with_75(config_file, tmp_path, count, to):
   workdir, more = tmp_path / "run", ("--config.train.steps=100000", "--config.mesh.fsdp=-1")
-  several = Hosts(config_file, workdir, 2, *more, devices=1)
+  several = Hosts(config_file, workdir, count, *more, devices=1)
   wait_for(lambda: steps_in(workdir) or any(process.poll() is not None for process in several.all.values()))
   for i in to:
     several.all[i].send_signal(signal.SIGUSR1)
-  assert several.codes() == [75, 75], several.said()
-  assert all("saved at step" in text and "Traceback" not in text for text in several.said())
+  assert several.codes() == [75] * count, several.said()
+  assert len({re.search("saved at step [0-9]+", text)[0] for text in several.said()}) == 1, several.said()
+  assert all("Traceback" not in text for text in several.said())
   assert len([entry for entry in (workdir / "checkpoints").iterdir() if entry.name.isdecimal()]) in (1, 2)

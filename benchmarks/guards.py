@@ -1,0 +1,101 @@
+"""What safety costs a step of GPT-2 124M: python benchmarks/guards.py [--rows 8] [--length 512]
+
+The train step with and without the look for numbers that are not finite (and what follows from it: the old state where there
+are some), in turns; then, beside them, a step's line in metrics.jsonl and the checksums of a checkpoint, which come once in
+`train.save_every` steps. Random weights; nothing is read.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxft import config as settings
+from jaxft import model, program, sharding
+from jaxft.hf import facts
+from jaxft.hf.published import PUBLISHED
+from jaxft.run.checkpoint import checksums, not_finite
+from jaxft.run.tracking import Meter, Reporter, console
+from jaxft.step import State
+
+TURNS = 5
+
+
+def build(config, unguarded: bool):
+  cfg, T = facts.model_config(PUBLISHED["gpt2"]).with_dropout(0.0), config.data.sequence_length
+  row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
+  found = sharding.not_finite_on
+  if unguarded:  # "nothing is wrong" is then known when the program is compiled, and all that rests on it is left out
+    sharding.not_finite_on = lambda shardings: lambda tree: jnp.zeros(len(jax.tree.leaves(tree)), bool)
+    finite, jnp.isfinite = jnp.isfinite, lambda x: jnp.ones(jnp.shape(x), bool)
+  try:
+    run = program.build(config, cfg, sharding.make_mesh(config.mesh), 100, row)
+    return cfg, run, run.train_step.lower(run.state, run.batch).compile()
+  finally:
+    sharding.not_finite_on = found
+    if unguarded:
+      jnp.isfinite = finite
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--rows", type=int, default=8)
+  parser.add_argument("--length", type=int, default=512)
+  arguments = parser.parse_args()
+  config = settings.default()
+  config.train.batch_size, config.data.sequence_length = arguments.rows, arguments.length
+  cfg, run, guarded = build(config, False)
+  _, _, bare = build(config, True)
+  places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+  new = lambda: nnx.to_pure_dict(nnx.state(model.build(cfg, run.compute)))
+  state = jax.jit(lambda: State(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places)()
+  rng = np.random.default_rng(0)
+  ids = rng.integers(cfg.V, size=run.batch["ids"].shape, dtype=np.int32)
+  batch = jax.device_put({"ids": ids, "targets": ids, "mask": np.ones(ids.shape, bool)}, run.batch_sharding)
+  seconds = {"guarded": [], "bare": []}
+  for turn in range(TURNS + 1):
+    for name, step in (("guarded", guarded), ("bare", bare)):
+      started = time.monotonic()
+      state, numbers = step(state, batch)
+      jax.block_until_ready((state, numbers))
+      if turn:  # the first is to warm up
+        seconds[name].append(time.monotonic() - started)
+  median = {name: statistics.median(values) for name, values in seconds.items()}
+
+  started = time.monotonic()
+  checksums(state), not_finite(state)  # compiles
+  compiled = time.monotonic()
+  checksums(state), not_finite(state)
+  sums = time.monotonic() - compiled
+  console.quiet = True
+  with tempfile.TemporaryDirectory() as folder, Meter("training", 1) as meter:
+    reporter = Reporter(config, Path(folder), 0, 10**9, 0, None, jax.devices()[0])
+    host = jax.device_get(numbers)
+    started = time.monotonic()
+    for step in range(1, 1001):
+      reporter.step(step, host, meter, lambda bad: [])
+    told = (time.monotonic() - started) / 1000
+
+  every = config.train.save_every
+  print(f"{arguments.rows} x {arguments.length}, {jax.devices()[0].device_kind}, jax {jax.__version__}")
+  for name, values in seconds.items():
+    print(f"{name:8} {median[name]:.3f} s a step  {json.dumps([round(s, 3) for s in values])}")
+  extra = {
+    "the look at all numbers": median["guarded"] - median["bare"],
+    "a line of metrics": told,
+    f"checksums, once in {every} steps": sums / every,
+  }
+  for what, more in extra.items():
+    print(f"{what}: {1000 * more:.2f} ms a step, {100 * more / median['bare']:+.2f} %")
+  print(f"together: {100 * sum(extra.values()) / median['bare']:+.2f} %")
+
+
+if __name__ == "__main__":
+  main()
