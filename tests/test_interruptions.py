@@ -117,7 +117,7 @@ def undisturbed(config_file, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parts(1, 60)
+@pytest.mark.parts(5, 60)
 def test_killed_runs_end_as_undisturbed_ones(config_file, undisturbed, tmp_path, part, record_property):
   rng, killed, aimed, lost, run = random.Random(part), 0, 0, [0], None
   wanted, seconds = undisturbed
@@ -165,7 +165,7 @@ PHASES = {  # where a signal meets the run, and whether there is anything to sav
 
 
 @pytest.mark.slow
-@pytest.mark.parts(1, 30)
+@pytest.mark.parts(3, 30)
 def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
   config_file, undisturbed, tmp_path, part, record_property
 ):
@@ -213,7 +213,7 @@ WRITING += ["weights exported", "export to be put in place", "tokens written"]
 
 
 @pytest.mark.slow
-@pytest.mark.parts(1, 20)
+@pytest.mark.parts(2, 20)
 def test_a_full_disk_ends_with_code_4_and_costs_nothing(config_file, undisturbed, tmp_path, part, record_property):
   rng, filled, run = random.Random(part), 0, None
   while filled < DISKS:

@@ -22,6 +22,8 @@ from jaxft.errors import NumericsError, StorageError, first_line
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's: what it logs with a traceback it raises too
 
+READ_AT_ONCE = 2**28  # bytes of a checkpoint that is read back, next to the state itself
+
 
 class Checkpoints:
   """The checkpoints of one run: `folder/STEP/` with the state and a JSON record about it, written in the background."""
@@ -64,22 +66,22 @@ class Checkpoints:
       self._verified = True
 
   def verify(self, step: int, like: Any) -> None:
-    """Reads a checkpoint back, a leaf at a time, and compares checksums; raises StorageError."""
-    wanted, shape = self.meta(step)["checksums"], lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    """Reads a checkpoint back, some leaves at a time, and compares checksums; raises StorageError."""
+    wanted, leaves = self.meta(step)["checksums"], jax.tree_util.tree_flatten_with_path(like)[0]
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
     with ocp.PyTreeCheckpointer() as reader:
-      for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]:
-        only = lambda at, x, path=path: shape(x) if at == path else ocp.PLACEHOLDER
-        one = jax.tree_util.tree_map_with_path(only, like)
-        how = ocp.args.PyTreeRestore(one, ocp.checkpoint_utils.construct_restore_args(one))
+      for paths in _groups(leaves):
+        some = jax.tree_util.tree_map_with_path(
+          lambda at, x, paths=paths: shape(x) if at in paths else ocp.PLACEHOLDER, like
+        )
+        how = ocp.args.PyTreeRestore(some, ocp.checkpoint_utils.construct_restore_args(some))
         try:
           back = reader.restore(self.folder.absolute() / str(step) / "state", args=how)
         except Exception as error:
           raise self._damaged(step, error) from error
-        (leaf,) = [x for x in jax.tree.leaves(back) if x is not ocp.PLACEHOLDER]
-        if int(_checksums([leaf])[0]) != wanted[jax.tree_util.keystr(path)]:
-          raise StorageError(
-            f"{self.folder / str(step)}: {jax.tree_util.keystr(path)} read back is not what was written"
-          )
+        found = checksums(jax.tree.map(lambda x: None if x is ocp.PLACEHOLDER else x, back))
+        if wrong := [name for name, value in found.items() if value != wanted[name]]:
+          raise StorageError(f"{self.folder / str(step)}: {wrong[0]} read back is not what was written")
 
   def set_aside(self, step: int) -> Path:
     """Renames a damaged checkpoint, out of the way of the one that the run will save at this step; returns its new place."""
@@ -168,6 +170,18 @@ def described(state: Any) -> dict[str, str]:
 def nbytes(state: Any) -> int:
   """What a checkpoint takes on the disk at most, of arrays or of their shapes."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def _groups(leaves: list[tuple[Any, jax.Array]]) -> list[set[Any]]:
+  """The paths in groups of at most `READ_AT_ONCE` bytes, or of one leaf."""
+  groups, room = [], 0
+  for path, leaf in leaves:
+    room -= leaf.nbytes
+    if room < 0:
+      groups.append(set())
+      room = READ_AT_ONCE - leaf.nbytes
+    groups[-1].add(path)
+  return groups
 
 
 def not_finite(state: Any) -> list[str]:
