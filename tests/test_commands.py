@@ -76,34 +76,16 @@ def start(config_file, workdir, *more):
   )
 
 
-@pytest.mark.parametrize("step", [5, 10])
-def test_killed_after_a_checkpoint_and_run_again_is_the_undisturbed_run(finished, config_file, tmp_path, step):
-  process = start(config_file, tmp_path)
-  wait_for((tmp_path / "checkpoints" / str(step)).is_dir, process)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  done = train(config_file, tmp_path)
-  assert "continuing at step" in done.stdout and "continuing at step 12" not in done.stdout
-  assert losses(tmp_path) == losses(finished[0])  # bit for bit, every step
-  assert (tmp_path / "export" / "model.safetensors").read_bytes() == (
-    finished[0] / "export" / "model.safetensors"
-  ).read_bytes()
-  assert [s["text"] for s in lines(tmp_path / "samples.jsonl")] == [
-    s["text"] for s in lines(finished[0] / "samples.jsonl")
-  ]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_same_command_continues(finished, config_file, tmp_path, number):
+def test_a_signal_saves_and_the_same_command_continues(config_file, tmp_path):
   long = "--config.train.steps=4000"
   process = start(config_file, tmp_path, long)
   wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(lines(tmp_path / "metrics.jsonl")) > 3, process)
-  process.send_signal(number)
+  process.send_signal(signal.SIGTERM)
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 75 and "Traceback" not in errors
   step = int(errors.split("saved at step ")[1].split()[0])
   assert (tmp_path / "checkpoints" / str(step)).is_dir() and errors.startswith(
-    f"stopped: {number.name}: saved at step {step}"
+    f"stopped: SIGTERM: saved at step {step}"
   )
   process = start(config_file, tmp_path, long)
   wait_for(

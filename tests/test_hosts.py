@@ -159,6 +159,7 @@ def test_a_lost_process_ends_the_others_with_code_5(config_file, tmp_path, count
     assert re.search(rf"error: .*process ({lost}|0) is (gone|frozen)", text) and "most recent call first" in text, text
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_come_is_named(config_file, tmp_path):
   several = Hosts(config_file, tmp_path / "run", 4, "--start_timeout=12", present=(0, 2))
   assert several.codes(60) == [5, 5]

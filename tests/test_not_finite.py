@@ -65,6 +65,7 @@ def poisoned(rng, tree, value):
   return jax.tree.unflatten(structure, leaves), chosen
 
 
+@pytest.mark.slow
 @pytest.mark.parts(4, 34)
 def test_nothing_that_is_not_finite_gets_into_a_state(part, record_property):
   rng = np.random.default_rng(part)

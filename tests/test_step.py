@@ -71,6 +71,7 @@ def test_micro_batches_are_one_batch(folder, accumulation):
   assert_close(other, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_mesh_draws_the_dropout_of_one_device(folder, accumulation):
   losses, state, _ = train(folder, 20, dropout=0.1, accumulation=accumulation)

@@ -44,6 +44,7 @@ def test_weights_that_are_not_finite_end_the_run_before_it_begins(config, folder
     finetune(config, tmp_path / "w")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt_neo", *(pytest.param(it, marks=pytest.mark.wide) for it in ("gpt2", "gptj"))])
 def test_every_family_trains_from_new_weights_and_comes_back(family, stories, tmp_path):
   empty = tmp_path / "empty"
@@ -112,6 +113,7 @@ def test_prompts_are_answered(folder, tmp_path):
   assert [answer.text for answer in answers] == [completion for _, completion in pairs]
 
 
+@pytest.mark.slow
 def test_labels_are_learned_and_come_out_as_a_classifier(folder, tmp_path):
   file = tmp_path / "reviews.jsonl"
   kinds = (("cat", "good"), ("dog", "bad"))
