@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
 # A test file stays in one process: its tests share models and compiled programs.
-WORKERS = -n auto --maxprocesses 4 --dist loadfile
+WORKERS = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-wide torture test-quick lint assets
 
@@ -16,8 +16,8 @@ test-wide: $(VENV)/installed-test  ## more shapes, formats and sizes
 	$(VENV)/bin/python -m pytest $(WORKERS) -m wide
 
 torture: $(VENV)/installed-test  ## kills, signals, damage, full disks: hundreds of each; writes its table into docs/reliability.md
-	$(VENV)/bin/python -m pytest -n 2 --torture tests/test_interruptions.py tests/test_corruption.py \
-	  tests/test_not_finite.py tests/test_other_meshes.py tests/test_fuzzed_configs.py
+	$(VENV)/bin/python -m pytest -n 2 --no-loadscope-reorder --torture $(addprefix tests/test_, kills.py signals.py \
+	  full_disks.py corruption.py not_finite.py other_meshes.py fuzzed_configs.py hosts.py soak.py)
 
 test-quick: $(VENV)/installed-test  ## the tests that take seconds
 	$(VENV)/bin/python -m pytest $(WORKERS) -m "not slow and not wide"

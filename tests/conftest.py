@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 # Before jax starts. Sub-processes inherit the cache: a program is compiled once in a whole test run.
@@ -15,6 +16,7 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+import interrupted
 import processes
 import tiny
 import torture
@@ -31,6 +33,23 @@ def pytest_generate_tests(metafunc):
   if marker := metafunc.definition.get_closest_marker("parts"):
     few, many = marker.args
     metafunc.parametrize("part", range(many if metafunc.config.getoption("--torture") else few))
+
+
+# The files that take minutes begin first, so that no worker is left with one of them at the end.
+LONGEST = (
+  "test_kills",
+  "test_commands",
+  "test_signals",
+  "test_hosts",
+  "test_full_disks",
+  "test_compiled",
+  "test_train",
+)
+
+
+def pytest_collection_modifyitems(items):
+  place = {name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -64,6 +83,24 @@ def config_file(tmp_path_factory, folder, stories):
     processes.CONFIG.format(tests=str(processes.ROOT / "tests"), folder=str(folder), stories=str(stories))
   )
   return file
+
+
+@pytest.fixture(scope="session")
+def interruptible(tmp_path_factory, folder, stories):
+  file = tmp_path_factory.mktemp("configs") / "interrupted.py"
+  places = {"tests": str(processes.ROOT / "tests"), "folder": str(folder), "stories": str(stories)}
+  file.write_text(interrupted.CONFIG.format(**places))
+  return file
+
+
+@pytest.fixture(scope="session")
+def undisturbed(interruptible, tmp_path_factory):
+  """What a run that nobody interrupts leaves, and the seconds that it takes."""
+  run = interrupted.Interrupted(interruptible, tmp_path_factory.mktemp("runs") / "undisturbed")
+  began = time.monotonic()
+  code, said, _ = run.end(run.start())
+  assert code == 0, said
+  return run.result(), time.monotonic() - began
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,74 @@
+"""Runs that find the disk full lose nothing, and end as undisturbed ones once there is room."""
+
+import contextlib
+import random
+import re
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+from interrupted import Interrupted, assert_same, state, steps
+
+DISKS = 5  # of a part
+WRITING = ["save begun", "arrays written", "checkpoint in place", "file written, not renamed", "line of metrics"]
+WRITING += ["weights exported", "export to be put in place", "tokens written"]
+
+
+@pytest.mark.slow
+@pytest.mark.parts(2, 20)
+def test_a_full_disk_ends_with_code_4_and_costs_nothing(interruptible, undisturbed, tmp_path, part, record_property):
+  rng, filled, run = random.Random(part), 0, None
+  while filled < DISKS:
+    run = run or Interrupted(interruptible, tmp_path / f"run{filled}")
+    newest = max(steps(run.workdir), default=0)
+    before = newest and state(run.workdir, newest)
+    if rng.random() < 0.5:
+      process = run.start(rng.choice(WRITING), rng.choice([1, 2, 3]), "ENOSPC")
+    else:
+      process = run.start(largest_file=rng.choice([500, 3_000, 20_000, 60_000, 100_000]))
+    code, said, _ = run.end(process)
+    if before:
+      jax.tree.map(np.testing.assert_array_equal, state(run.workdir, max(newest, min(steps(run.workdir)))), before)
+    if code == 0:
+      assert_same(run, undisturbed[0])
+      run = None
+      continue
+    assert code == 4 and re.search(r"error: .*/.*bytes", said), said
+    filled += 1
+  if run:
+    code, said, _ = run.end(run.start())
+    assert code == 0, said
+    assert_same(run, undisturbed[0])
+  record_property("torture", {"what": "disk full: ENOSPC where files are written, RLIMIT_FSIZE", "tried": filled})
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A disk of 4 MiB."""
+  if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+    pytest.skip("mounting a small disk needs root")
+  yield tmp_path
+  subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parts(1, 8)
+def test_a_disk_that_another_program_fills_costs_nothing(interruptible, undisturbed, small_disk, part, record_property):
+  run = Interrupted(interruptible, small_disk / "run")
+  process = run.start()
+  for line in process.stdout:
+    if line.startswith(f"step {1 + part}/"):
+      break
+  with (small_disk / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+    while ballast.write(bytes(4096)):
+      pass
+  code, said, _ = run.end(process)
+  assert code == 4 and re.search(r"error: .*/.*bytes", said), said
+  code, said, _ = run.end(run.start())
+  assert code == 4 and re.search(r"bytes .*free", said), said
+  (small_disk / "ballast").unlink()
+  code, said, _ = run.end(run.start())
+  assert code == 0, said
+  assert_same(run, undisturbed[0])
+  record_property("torture", {"what": "disk full: a small tmpfs, filled while the run goes on", "tried": 2})

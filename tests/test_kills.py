@@ -1,0 +1,44 @@
+"""Runs that are killed at random and aimed moments end as undisturbed ones, bit for bit."""
+
+import random
+import shutil
+import signal
+import time
+
+import fault_points
+import pytest
+from interrupted import SAVE_EVERY, Interrupted, assert_same
+
+KILLS = 5  # of a part
+
+
+@pytest.mark.slow
+@pytest.mark.parts(5, 60)
+def test_killed_runs_end_as_undisturbed_ones(interruptible, undisturbed, tmp_path, part, record_property):
+  rng, killed, aimed, lost, run = random.Random(part), 0, 0, [0], None
+  wanted, seconds = undisturbed
+  while killed < KILLS:
+    run = run or Interrupted(interruptible, tmp_path / f"run{killed}")
+    if rng.random() < 0.5:
+      place = rng.choice(list(fault_points.PLACES))
+      process = run.start(place, rng.choice([1, 1, 2, 3]), "SIGKILL")
+    else:
+      process, place = run.start(), None
+      time.sleep(rng.uniform(0.3, 1) * seconds)
+      process.kill()
+    code, _, _ = run.end(process)
+    assert code in (0, -signal.SIGKILL)
+    if code == 0:
+      assert_same(run, wanted)
+      run = None
+      continue
+    killed, aimed = killed + 1, aimed + (place is not None)
+    lost.append(run.lost_steps())
+    assert lost[-1] <= SAVE_EVERY + 1, (place, lost)
+  if run:
+    code, said, _ = run.end(run.start())
+    assert code == 0, said
+    assert_same(run, wanted)
+  figures = {"most steps lost": max(lost)}
+  record_property("torture", {"what": "SIGKILL, half aimed, half at random", "tried": killed, "figures": figures})
+  shutil.rmtree(tmp_path)

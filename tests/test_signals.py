@@ -1,0 +1,69 @@
+"""Runs that are asked to stop, in every phase, save and end as undisturbed ones, bit for bit."""
+
+import random
+import re
+import shutil
+import signal
+import time
+
+import pytest
+from interrupted import Interrupted, assert_same, steps
+
+SIGNALS = 4  # of a part
+PHASES = {  # where a signal meets the run, and whether there is anything to save by then
+  "compile": "program built",
+  "data": "batch made",
+  "step": "step told",
+  "evaluation": "evaluation",
+  "sample": "sample",
+  "save": "arrays written",
+  "handing over": "save handed over",
+  "reading back": "first checkpoint read back",
+  "closing": "saves awaited",
+  "export": "weights exported",
+  "comparing": "export compared",
+  "tokens": "tokens made",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parts(3, 30)
+def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
+  interruptible, undisturbed, tmp_path, part, record_property
+):
+  rng, stopped, slowest, run, again = random.Random(part), 0, 0.0, None, False
+  phases = list(PHASES)[part * SIGNALS % len(PHASES) :][:SIGNALS]
+  while stopped < SIGNALS:
+    run = run or Interrupted(interruptible, tmp_path / f"run{stopped}{'again' * again}")
+    number = rng.choice(["SIGTERM", "SIGINT", "SIGUSR1"])
+    phase, before = phases[stopped], max(steps(run.workdir), default=0)
+    code, said, seconds = run.end(run.start(PHASES[phase], 1 if again else rng.choice([1, 1, 2]), number))
+    if code == 0:  # what was left of the run does not pass the place so often: a new one does
+      assert_same(run, undisturbed[0])
+      assert not again, phase
+      run, again = None, True
+      continue
+    again = False
+    assert code == 75 and re.search(f"stopped: {number}: (saved at step|nothing was lost)", said), (phase, said)
+    assert seconds < 10
+    saved = re.search("saved at step ([0-9]+)", said)
+    assert not saved or max(steps(run.workdir)) == int(saved[1]), (phase, said)
+    assert max(steps(run.workdir), default=0) >= before
+    stopped, slowest = stopped + 1, max(slowest, seconds)
+  if run:
+    code, said, _ = run.end(run.start())
+    assert code == 0, said
+    assert_same(run, undisturbed[0])
+  figures = {"slowest end, seconds": round(slowest, 1)}
+  record_property("torture", {"what": "SIGTERM, SIGINT, SIGUSR1 in every phase", "tried": stopped, "figures": figures})
+  shutil.rmtree(tmp_path)
+
+
+def test_a_second_signal_ends_at_once(interruptible, tmp_path):
+  run = Interrupted(interruptible, tmp_path / "run")
+  process = run.start("save begun", 1, "SIGTERM")
+  while not run.moment.exists():
+    time.sleep(0.01)
+  process.terminate()
+  assert process.wait(10) == -signal.SIGTERM
+  process.stdout.close()
