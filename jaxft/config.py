@@ -167,6 +167,13 @@ SETTINGS = (
     one_of("none", "dots", "full"),
     "activations recomputed in the backward pass: none, all but matrix products, all but each layer's input",
   ),
+  Setting(
+    "memory.offload",
+    "none",
+    one_of("none", "optimizer", "all"),
+    "kept in the host's memory: nothing; weights and optimizer state, with a copy of the weights in the compute dtype on the "
+    "device; weights, gradient and optimizer state, of which the device has one layer at a time",
+  ),
   Setting("memory.loss_chunk", 0, at_least(0), "positions a row whose logits exist at once; 0: all of them"),
   Setting("export.out", "", anything, "folder for the Hugging Face model; empty: WORKDIR/export"),
   Setting("export.dtype", "float32", one_of("float32", "bfloat16", "float16"), "dtype of the exported weights"),
@@ -195,6 +202,7 @@ FREE_ON_RESUME = frozenset(
     "mesh.tensor",
     "mesh.zero_stage",
     "memory.remat",
+    "memory.offload",
     "memory.loss_chunk",
     "export.out",
     "export.dtype",

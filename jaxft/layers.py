@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.attention import attention
+from jaxft.dropout import dropout, split
 
 # Called on every activation, or on every weight where it is used, with the logical name of each axis.
 Place = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
@@ -58,6 +59,8 @@ class Compute:
   constrain: Place = lambda x, axes: x  # activations
   gather: Place = lambda x, axes: x  # weights
   vocab_multiple: int = 1  # tables are padded to a multiple of so many rows: any mesh can then split them
+
+  fetch: Callable[[jax.Array], jax.Array] = lambda x: x  # a weight from where it is kept
 
   def rows(self, cfg: ModelConfig) -> int:
     """Rows of the tables of a vocabulary of `cfg.V`."""
@@ -130,7 +133,7 @@ class Attention(nnx.Module):
       bias=cfg.out_bias,
     )
 
-  def __call__(self, x_BTD, positions_BT, segments_BT, window, cached, key):
+  def __call__(self, x_BTD, positions_BT, segments_BT, window, cached, keys_B):
     q_BTNH, k_BTNH, v_BTNH = jnp.unstack(self.qkv(x_BTD), axis=2)
     if self.cfg.rotary_dim:
       q_BTNH, k_BTNH = (rotate(x, positions_BT, self.cfg.rotary_dim) for x in (q_BTNH, k_BTNH))
@@ -144,8 +147,8 @@ class Attention(nnx.Module):
       window=window,
       q_segments_BT=segments_BT,
       k_segments_BS=segments_BS,
-      dropout=self.cfg.attention_dropout,
-      key=key,
+      dropout_rate=self.cfg.attention_dropout,
+      keys_B=keys_B,
     )
     return self.out(out_BTNH)
 
@@ -177,8 +180,8 @@ class Block(nnx.Module):
       self.norm2 = LayerNorm(cfg, compute)
     self.attention, self.mlp = Attention(cfg, compute, rngs), Mlp(cfg, compute, rngs)
 
-  def __call__(self, x_BTD, positions_BT, segments_BT, window, cached, key):
-    keys = (None, None, None) if key is None else jax.random.split(key, 3)
+  def __call__(self, x_BTD, positions_BT, segments_BT, window, cached, keys_B):
+    keys = split(keys_B, 3)
     rate, normed_BTD = self.cfg.residual_dropout, self.norm1(x_BTD)
     attended_BTD = dropout(
       self.attention(normed_BTD, positions_BT, segments_BT, window, cached, keys[0]), rate, keys[1]
@@ -241,10 +244,4 @@ def weight(param: nnx.Param, compute: Compute) -> jax.Array:
   axes = param.out_sharding
   if param.ndim == len(axes) - 1:
     axes = axes[1:]  # inside the scan the layer axis is gone, its name is not
-  return compute.gather(param[...].astype(compute.dtype), axes)
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-  if not rate or key is None:
-    return x
-  return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / jnp.asarray(1 - rate, x.dtype), 0)
+  return compute.gather(compute.fetch(param[...]).astype(compute.dtype), axes)

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxft.layers import Block, Compute, Embed, LayerNorm, ModelConfig, Output, dropout, weight
+from jaxft.dropout import dropout, split
+from jaxft.layers import Block, Compute, Embed, LayerNorm, ModelConfig, Output, weight
 from jaxft.loss import Head, logits
 
 # Cheap to do again, and what they make of a weight is as large as the layer.
 CAST_OR_PLACED = {"convert_element_type", "sharding_constraint"}
+ACTIVATIONS = ("batch", None, "act_embed")  # their logical axes
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +56,7 @@ class Decoder(nnx.Module):
     *,
     segments_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
-    key: jax.Array | None = None,
+    keys_B: jax.Array | None = None,
   ) -> jax.Array:
     """Hidden states (B, T, D) after the last norm, in the compute dtype.
 
@@ -62,13 +64,13 @@ class Decoder(nnx.Module):
       ids_BT: token ids.
       segments_BT: tokens see only tokens of their own segment; None: one segment a row.
       positions_BT: position ids; None: 0, 1, 2, ...
-      key: dropout key; None: no dropout.
+      keys_B: dropout keys, one for each row; None: no dropout.
     """
 
     def cached(layer, cache, k, v):
       return (k, v, segments_BT, 0), cache
 
-    return self._run(ids_BT, segments_BT, positions_BT, key, None, cached)[0]
+    return self._run(ids_BT, segments_BT, positions_BT, keys_B, None, cached)[0]
 
   def extend(self, cache: Cache, ids_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array):
     """Reads T more columns after those in the cache: hidden states (B, T, D) and the longer cache.
@@ -91,8 +93,8 @@ class Decoder(nnx.Module):
     if self.cfg.classes:
       return Head(weight(self.output.score, self.compute))
     table = self.embed.tokens if self.cfg.tied else self.output.kernel
-    table_VD = table[...]
-    bias_V = self.output.bias[...].astype(jnp.float32) if self.cfg.head_bias else None
+    table_VD = self.compute.fetch(table[...])
+    bias_V = self.compute.fetch(self.output.bias[...]).astype(jnp.float32) if self.cfg.head_bias else None
     rows = table_VD.shape[0]
     if rows > self.cfg.V:
       bias_V = jnp.where(jnp.arange(rows) < self.cfg.V, 0.0 if bias_V is None else bias_V, -jnp.inf)
@@ -103,34 +105,48 @@ class Decoder(nnx.Module):
     """(..., D) -> (..., V) in float32; (..., classes) of a model that classifies, where the last real token's count."""
     return logits(h, self.head())[..., : self.cfg.classes or self.cfg.V]
 
-  def _run(self, ids_BT, segments_BT, positions_BT, key, kv, cached):
-    cfg, act = self.cfg, ("batch", None, "act_embed")
-    embed_key, layers_key = (None, None) if key is None else jax.random.split(key)
-    if positions_BT is None:
-      positions_BT = jnp.arange(ids_BT.shape[1])[None]
+  def enter(self, ids_BT: jax.Array, positions_BT: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+    """What goes into the first layer, (B, T, D)."""
     x_BTD = weight(self.embed.tokens, self.compute)[ids_BT]
-    if not cfg.rotary_dim:
+    if not self.cfg.rotary_dim:
       x_BTD = x_BTD + weight(self.embed.positions, self.compute)[positions_BT]
-    x_BTD = self.compute.constrain(dropout(x_BTD, cfg.embed_dropout, embed_key), act)
+    return self.compute.constrain(dropout(x_BTD, self.cfg.embed_dropout, keys_B), ACTIVATIONS)
+
+  def layer(self, block: Block, x_BTD, positions_BT, segments_BT, window, keys_B, cached) -> jax.Array:
+    """One layer: what goes into it to what comes out."""
+    x_BTD = block(x_BTD, positions_BT, segments_BT, window, cached, keys_B)
+    return self.compute.constrain(x_BTD, ACTIVATIONS)
+
+  def windows(self) -> jax.Array | None:
+    """Of each layer. One without a window has one that is longer than any text, so that both kinds are one program."""
+    return jnp.array([window or 2**30 for window in self.cfg.windows]) if any(self.cfg.windows) else None
+
+  def _run(self, ids_BT, segments_BT, positions_BT, keys_B, kv, cached):
+    embed_keys_B, layers_keys_B = split(keys_B, 2)
+    if positions_BT is None:
+      positions_BT = default_positions(ids_BT)
 
     def layer(carry, xs):
       x_BTD, kv = carry
-      block, index, window, key = xs
+      block, index, window, keys_B = xs
 
       def cached_here(k_BTNH, v_BTNH):
         nonlocal kv
         seen, kv = cached(index, kv, k_BTNH, v_BTNH)
         return seen
 
-      x_BTD = block(x_BTD, positions_BT, segments_BT, window, cached_here, key)
-      return (self.compute.constrain(x_BTD, act), kv), None
+      return (self.layer(block, x_BTD, positions_BT, segments_BT, window, keys_B, cached_here), kv), None
 
-    keys_L = None if key is None else jax.random.split(layers_key, cfg.L)
-    # A layer without a window has one that is longer than any text, so that both kinds are one program.
-    windows_L = jnp.array([window or 2**30 for window in cfg.windows]) if any(cfg.windows) else None
+    x_BTD = self.enter(ids_BT, positions_BT, embed_keys_B)
+    keys_LB = None if layers_keys_B is None else split(layers_keys_B, self.cfg.L)
     layer = rematerialised(layer, self.compute.remat)
-    (x_BTD, kv), _ = jax.lax.scan(layer, (x_BTD, kv), (self.blocks, jnp.arange(cfg.L), windows_L, keys_L))
+    (x_BTD, kv), _ = jax.lax.scan(layer, (x_BTD, kv), (self.blocks, jnp.arange(self.cfg.L), self.windows(), keys_LB))
     return self.norm(x_BTD), kv
+
+
+def default_positions(ids_BT: jax.Array) -> jax.Array:
+  """0, 1, 2, ... for every row, (1, T)."""
+  return jnp.arange(ids_BT.shape[1])[None]
 
 
 def rematerialised(layer: Callable, remat: str) -> Callable:

@@ -30,8 +30,26 @@ def schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
 def optimizer(optim: ConfigDict) -> optax.GradientTransformation:
   """Turns clipped gradients into a direction; the step multiplies it by the learning rate and subtracts it.
 
-  The learning rate is no part of it, because it follows the step of the run, also over steps that were skipped.
+  Each leaf has a state of its own, and so has each layer in a leaf that stacks them: a layer can be updated alone, and what an
+  optimizer measures over a whole matrix (Adafactor) it measures over that of one layer. The learning rate is no part of it,
+  because it follows the step of the run, also over steps that were skipped.
   """
+
+  def init(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _over_layers(optim, path).init(leaf), params)
+
+  def update(grads: Any, states: Any, params: Any) -> tuple[Any, Any]:
+    def of_leaf(path, param, grad, state):
+      return _over_layers(optim, path).update(grad, state, param)
+
+    pairs = jax.tree_util.tree_map_with_path(of_leaf, params, grads, states)
+    return tuple(jax.tree.map(lambda _, pair, part=part: pair[part], params, pairs) for part in (0, 1))
+
+  return optax.GradientTransformation(init, update)
+
+
+def of_layer(optim: ConfigDict, path: Any) -> optax.GradientTransformation:
+  """The optimizer of the leaf at this path, or of one layer of it."""
   scale = {
     "adamw": optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=jnp.dtype(optim.state_dtype)),
     "lion": optax.scale_by_lion(optim.b1, optim.b2, mu_dtype=jnp.dtype(optim.state_dtype)),
@@ -39,16 +57,22 @@ def optimizer(optim: ConfigDict) -> optax.GradientTransformation:
     "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
     "sgd": optax.trace(optim.b1, accumulator_dtype=jnp.dtype(optim.state_dtype)),
   }[optim.name]
-  return optax.chain(scale, optax.add_decayed_weights(optim.weight_decay, decay_mask))
+  return optax.chain(scale, optax.add_decayed_weights(optim.weight_decay)) if decays(path) else scale
 
 
-def decay_mask(params: Any) -> Any:
+def _over_layers(optim: ConfigDict, path: Any) -> optax.GradientTransformation:
+  one = of_layer(optim, path)
+  return optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update)) if is_stacked(path) else one
+
+
+def is_stacked(path: Any) -> bool:
+  """Whether the leaf at this path has a leading axis of layers."""
+  return path[0].key == "blocks"
+
+
+def decays(path: Any) -> bool:
   """True for matrices and embeddings, False for biases and norms; raises KeyError on a parameter of neither kind."""
-
-  def decays(path, _):
-    name = path[-1].key
-    if name not in DECAYED | NOT_DECAYED:
-      raise KeyError(f"{jax.tree_util.keystr(path)}: neither in DECAYED nor in NOT_DECAYED")
-    return name in DECAYED
-
-  return jax.tree_util.tree_map_with_path(decays, params)
+  name = path[-1].key
+  if name not in DECAYED | NOT_DECAYED:
+    raise KeyError(f"{jax.tree_util.keystr(path)}: neither in DECAYED nor in NOT_DECAYED")
+  return name in DECAYED

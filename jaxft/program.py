@@ -5,16 +5,18 @@ import os
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from jaxft import model, optim, sharding
+from jaxft import model, offload, optim, sharding
 from jaxft.data import loader
 from jaxft.errors import RequestError
 from jaxft.files import cache_folder
-from jaxft.step import State, make_eval_step, make_gradient, make_train_step
+from jaxft.step import State, make_eval_step, make_gradient, make_look, make_train_step, make_update
 
 
 def keep_compiled() -> None:
@@ -67,6 +69,18 @@ def must_hold(program: Program, config: ConfigDict) -> None:
     )
 
 
+def begin(program: Program, params: Any) -> State:
+  """The state before the first step, of parameters that are placed as the program's; they are donated."""
+  if program.state.step.sharding.memory_kind == jax.tree.leaves(params)[0].sharding.memory_kind:
+    new = lambda params: State(jnp.int32(0), params, program.tx.init(params))
+    return jax.jit(new, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, program.state), donate_argnums=0)(params)
+  # On the host every optimizer begins with zeros, without a detour over the device.
+  zeros = lambda leaf: jax.make_array_from_callback(
+    leaf.shape, leaf.sharding, lambda index: np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+  )
+  return State(jax.device_put(jnp.int32(0), program.state.step.sharding), params, jax.tree.map(zeros, program.state.opt))
+
+
 def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: int, row: dict[str, Any]) -> Program:
   """The programs of a run of `config` with this model on this mesh.
 
@@ -85,19 +99,31 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     sharding.constrain_on(mesh),
     sharding.gather_on(mesh, zero_stage),
     sharding.VOCAB_MULTIPLE,
+    offload.fetch if config.memory.offload != "none" else lambda x: x,
   )
   graph, shapes, axes = model.abstract(cfg, compute)
   tx = optim.optimizer(config.optim)
   state = State(*sharding.state_like(tx, shapes, axes, mesh, zero_stage))
   gradients = sharding.shardings_of("gradients", shapes, axes, mesh, zero_stage)
-  gradient = make_gradient(graph, loss_chunk=config.memory.loss_chunk, seed=config.train.seed, gradients=gradients)
-  places = jax.tree.map(lambda leaf: leaf.sharding, state)
+  how = {"loss_chunk": config.memory.loss_chunk, "seed": config.train.seed}
+  if config.memory.offload == "none":
+    gradient = make_gradient(graph, gradients=gradients, **how)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    look, update = make_look(sharding.not_finite_on((gradients, places))), make_update(tx)
+  else:
+    if config.memory.offload == "optimizer":
+      on_device = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+      gradient = offload.make_gradient_of_copy(
+        make_gradient(graph, gradients=gradients, **how), compute.dtype, on_device
+      )
+    else:
+      gradient = offload.make_gradient(graph, remat=config.memory.remat, **how)
+      gradients = jax.tree.map(offload.host_memory, gradients)
+    state = state._replace(params=offload.on_host(state.params), opt=offload.on_host(state.opt))
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    look, update = offload.look, offload.make_update(config.optim)
   step = make_train_step(
-    gradient,
-    tx,
-    optim.schedule(config.optim, total_steps),
-    clip_norm=config.optim.clip_norm,
-    not_finite=sharding.not_finite_on((gradients, places)),
+    gradient, look, update, optim.schedule(config.optim, total_steps), clip_norm=config.optim.clip_norm
   )
   return Program(
     graph,

@@ -132,14 +132,11 @@ def shardings_of(what: str, shapes: Any, axes: Any, mesh: Mesh, zero_stage: int 
 
 def optimizer_shardings(tx: optax.GradientTransformation, shapes: Any, moments: Any, mesh: Mesh) -> Any:
   """Moments have the shardings `moments`; what has another shape than its parameter (counts) is replicated."""
-  return optax.tree_utils.tree_map_params(
-    tx,
-    lambda leaf, shape, sharding: sharding if leaf.shape == shape.shape else replicated(mesh),
-    jax.eval_shape(tx.init, shapes),
-    shapes,
-    moments,
-    transform_non_params=lambda _: replicated(mesh),
-  )
+
+  def of_leaf(shape, sharding, states):
+    return jax.tree.map(lambda leaf: sharding if leaf.shape == shape.shape else replicated(mesh), states)
+
+  return jax.tree.map(of_leaf, shapes, moments, jax.eval_shape(tx.init, shapes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

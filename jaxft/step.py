@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from jaxft.dropout import row_keys
 from jaxft.loss import cross_entropy_sum
 
 
@@ -27,16 +28,16 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients:
   """Returns `gradient(state, batch) -> (loss, gradient, tokens)`.
 
   The loss is a sum over the unmasked targets of the whole global batch divided by their count, so it does not depend on how
-  rows are cut into accumulation steps or spread over devices. Dropout keys follow from (seed, step, accumulation step).
+  rows are cut into accumulation steps or spread over devices; nor does dropout, whose keys follow from (seed, step, row).
 
   Args:
     gradients: a sharding for every leaf of the gradient.
   """
 
-  def loss_sum(params, part, key):
+  def loss_sum(params, part, keys_B):
     model = nnx.merge(graph, params)
-    loss = cross_entropy_sum(hidden(model, part, key), model.head(), part["targets"], part["mask"], loss_chunk)
-    return jnp.where(_in_range(part, model.cfg), loss, jnp.nan)
+    loss = cross_entropy_sum(hidden(model, part, keys_B), model.head(), part["targets"], part["mask"], loss_chunk)
+    return jnp.where(in_range(part, model.cfg), loss, jnp.nan)
 
   def place(grads):
     return jax.tree.map(jax.lax.with_sharding_constraint, grads, gradients)
@@ -48,7 +49,8 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients:
 
     def of_part(index, part):
       # Scaled before the backward pass: its numbers then do not grow with the size of the batch.
-      scaled = lambda params: scale * loss_sum(params, part, jax.random.fold_in(key, index))
+      B = part["ids"].shape[0]
+      scaled = lambda params: scale * loss_sum(params, part, row_keys(key, index * B, B))
       loss, grads = jax.value_and_grad(scaled)(state.params)
       return loss, place(grads)
 
@@ -63,15 +65,29 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients:
   return gradient
 
 
+def make_look(not_finite: Callable) -> Callable:
+  """Returns `look(gradient, state) -> (norm, bad)`: for each leaf of the two in order whether it is not finite.
+
+  Args:
+    not_finite: `sharding.not_finite_on` for (gradient, state).
+  """
+  return lambda grads, state: (optax.tree_utils.tree_norm(grads), not_finite((grads, state)))
+
+
+def make_update(tx: optax.GradientTransformation) -> Callable:
+  """Returns `update(gradient, scale, rate, params, opt) -> (params, opt)`; `rate` is the learning rate."""
+
+  def update(grads: Any, scale: jax.Array, rate: jax.Array, params: Any, opt: Any) -> tuple[Any, Any]:
+    direction, opt = tx.update(jax.tree.map(lambda g: g * scale, grads), opt, params)
+    return jax.tree.map(lambda p, d: p - rate * d, params, direction), opt
+
+  return update
+
+
 def make_train_step(
-  gradient: Callable,
-  tx: optax.GradientTransformation,
-  schedule: optax.Schedule,
-  *,
-  clip_norm: float,
-  not_finite: Callable,
+  gradient: Callable, look: Callable, update: Callable, schedule: optax.Schedule, *, clip_norm: float
 ) -> Callable:
-  """Returns `train_step(state, batch) -> (state, metrics)`, with the gradient of `make_gradient`.
+  """Returns `train_step(state, batch) -> (state, metrics)`, of the three functions that are made here or in `offload`.
 
   When loss, gradient, or a leaf of the state is not finite, the step changes nothing but `state.step`: `metrics["bad"]` is
   true, and `metrics["bad_leaves"]` tells which leaves of the gradient, and then of the weights and of the optimizer state, are
@@ -80,33 +96,29 @@ def make_train_step(
 
   Args:
     clip_norm: largest global norm of the gradient; 0: no clipping.
-    not_finite: (gradient, state) -> for each leaf whether it holds a number that is not finite.
   """
 
   def train_step(state: State, batch: dict) -> tuple[State, dict]:
     loss, grads, tokens = gradient(state, batch)
-    norm = optax.tree_utils.tree_norm(grads)
-    bad_leaves = not_finite((grads, state))
+    norm, bad_leaves = look(grads, state)
     good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~bad_leaves.any()
-    learning_rate = schedule(state.step)
-
-    def update(turn: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
-      _, params, opt = turn
-      scale = jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else 1
-      direction, opt = tx.update(jax.tree.map(lambda g: g * scale, grads), opt, params)
-      return jnp.bool(False), jax.tree.map(lambda p, d: p - learning_rate * d, params, direction), opt
+    scale = jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else jnp.float32(1)
+    rate = schedule(state.step)
 
     # A loop of one turn or none writes over the state where it lies. A choice between old and new takes copies on a CPU, where
     # the update is then three times as slow; a branch copies the state on a GPU.
-    _, params, opt = jax.lax.while_loop(lambda turn: turn[0], update, (good, state.params, state.opt))
-    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate, "tokens": tokens}
+    def turn(now: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
+      return jnp.bool(False), *update(grads, scale, rate, *now[1:])
+
+    _, params, opt = jax.lax.while_loop(lambda now: now[0], turn, (good, state.params, state.opt))
+    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
     metrics |= {"bad": ~good, "bad_leaves": bad_leaves}
     return State(state.step + 1, params, opt), metrics
 
   return train_step
 
 
-def _in_range(part: dict, cfg: Any) -> jax.Array:
+def in_range(part: dict, cfg: Any) -> jax.Array:
   """Whether ids and targets are ones that the tables have: XLA takes the nearest row for one that is not, in silence."""
   inside = lambda ids, rows: jnp.all((ids >= 0) & (ids < rows))
   return inside(part["ids"], cfg.V) & inside(part["targets"], max(cfg.V, cfg.classes))
@@ -119,9 +131,9 @@ def name_bad_leaves(bad_leaves: Any, state: State) -> list[str]:
   return [name for name, bad in zip(every, bad_leaves, strict=True) if bad]
 
 
-def hidden(model: Any, part: dict, key: jax.Array | None = None) -> jax.Array:
+def hidden(model: Any, part: dict, keys_B: jax.Array | None = None) -> jax.Array:
   """Hidden states (B, T, D) of a part of a batch."""
-  return model(part["ids"], segments_BT=part.get("segments"), positions_BT=part.get("positions"), key=key)
+  return model(part["ids"], segments_BT=part.get("segments"), positions_BT=part.get("positions"), keys_B=keys_B)
 
 
 def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> Callable:

@@ -193,8 +193,7 @@ def finetune(
       else:
         new = lambda: nnx.to_pure_dict(nnx.state(model.build(cfg, program.compute, config.train.seed)))
         params = jax.jit(new, out_shardings=shardings.params)()
-      begin = lambda params: State(jnp.int32(0), params, program.tx.init(params))
-      state = jax.jit(begin, out_shardings=shardings, donate_argnums=0)(params)
+      state = programs.begin(program, params)
       del params  # donated
     start = int(state.step)
     if jax.process_index() == 0:

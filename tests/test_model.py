@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxft import layers, model
+from jaxft import model
+from jaxft.dropout import dropout, row_keys
 from jaxft.hf import load, repo
 from jaxft.loss import cross_entropy_sum
 from jaxft.model import Cache, Compute
@@ -96,7 +97,7 @@ def test_remat_changes_no_gradient(folder, remat):
   cfg, graph, params = opened(folder)
   _, again, _ = opened(folder, Compute(remat=remat))
   ids, key = random_ids(cfg), jax.random.key(3)
-  plain, rematted = (jax.value_and_grad(loss_of(g, ids, key=key)) for g in (graph, again))
+  plain, rematted = (jax.value_and_grad(loss_of(g, ids, keys_B=row_keys(key, 0, len(ids)))) for g in (graph, again))
   activations = lambda f: str(jax.make_jaxpr(f)(params)).count(
     "tanh"
   )  # one to compute gelu, another to compute it again
@@ -132,11 +133,11 @@ def test_dropout_follows_its_key_and_keeps_the_mean(folder):
   cfg, _, params = opened(folder)
   graph, _, _ = model.abstract(cfg.with_dropout(0.3), Compute())
   decoder, ids = nnx.merge(graph, params), random_ids(cfg)
-  one, same, other = (decoder(ids, key=jax.random.key(seed)) for seed in (1, 1, 2))
+  one, same, other = (decoder(ids, keys_B=row_keys(jax.random.key(seed), 0, len(ids))) for seed in (1, 1, 2))
   np.testing.assert_array_equal(one, same)
   assert not np.allclose(one, other) and not np.allclose(one, decoder(ids))
   x = jnp.ones((400, 400))
-  dropped = layers.dropout(x, 0.3, jax.random.key(0))
+  dropped = dropout(x, 0.3, row_keys(jax.random.key(0), 0, 400))
   assert abs(float(dropped.mean()) - 1) < 0.01 and abs(float((dropped == 0).mean()) - 0.3) < 0.01
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,11 +34,38 @@ def test_schedules_follow_transformers_formulas(warmup):
   np.testing.assert_allclose(ends, 1e-4, rtol=1e-5)
 
 
+def updated(optim_settings, params, grads, steps=3):
+  tx = optim.optimizer(optim_settings)
+  state, update = tx.init(params), jax.jit(tx.update)
+  for _ in range(steps):
+    direction, state = update(grads, state, params)
+    params = jax.tree.map(lambda p, d: p - 0.1 * d, params, direction)
+  return params
+
+
 def test_matrices_decay_and_biases_and_norms_do_not():
-  params = {"tokens": 1, "block": {"kernel": 1, "bias": 1, "scale": 1}}
-  assert optim.decay_mask(params) == {"tokens": True, "block": {"kernel": True, "bias": False, "scale": False}}
+  settings_ = settings.default().optim
+  settings_.weight_decay = 0.5
+  params = {"tokens": jnp.ones(3), "block": {"kernel": jnp.ones(3), "bias": jnp.ones(3), "scale": jnp.ones(3)}}
+  after = updated(settings_, params, jax.tree.map(jnp.zeros_like, params), 1)
+  assert jax.tree.map(lambda x: bool((x < 1).all()), after) == {
+    "tokens": True,
+    "block": {"kernel": True, "bias": False, "scale": False},
+  }
 
 
 def test_a_parameter_of_no_known_kind_is_refused():
   with pytest.raises(KeyError, match="gate.*DECAYED"):
-    optim.decay_mask({"block": {"gate": jnp.zeros(3)}})
+    optim.optimizer(settings.default().optim).init({"block": {"gate": jnp.zeros(3)}})
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
+def test_a_layer_of_a_stack_is_updated_as_it_would_be_alone(name):
+  settings_ = settings.default().optim
+  settings_.name, settings_.weight_decay = name, 0.1
+  rng = np.random.default_rng(0)
+  stack, grads = ({"kernel": 10**k * rng.standard_normal((3, 130, 150)).astype(np.float32)} for k in (0, 1))
+  together = updated(settings_, {"blocks": stack}, {"blocks": grads})["blocks"]["kernel"]
+  for i in range(3):
+    alone = updated(settings_, {"other": {"kernel": stack["kernel"][i]}}, {"other": {"kernel": grads["kernel"][i]}})
+    np.testing.assert_allclose(together[i], alone["other"]["kernel"], rtol=1e-6)

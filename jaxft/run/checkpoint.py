@@ -193,7 +193,7 @@ def not_finite(state: Any) -> list[str]:
 
 @jax.jit
 def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
-  return [jnp.isfinite(leaf).all() for leaf in leaves]
+  return [_in_parts(lambda part, _: jnp.isfinite(jnp.max(jnp.abs(part))), leaf, all_) for leaf in leaves]
 
 
 def checksums(state: Any) -> dict[str, int]:
@@ -209,12 +209,22 @@ def checksums(state: Any) -> dict[str, int]:
 
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-  return [_checksum(leaf) for leaf in leaves]
+  return [_in_parts(_checksum, leaf, sum) for leaf in leaves]
 
 
-def _checksum(x: jax.Array) -> jax.Array:
+def _in_parts(of_part: Callable, x: jax.Array, together: Callable) -> jax.Array:
+  """`of_part(part, index of its first element)`, put together for all parts: one, or of an array on the host a row at a time."""
+  if jax.typeof(x).memory_space == jax.memory.Space.Device or not x.ndim:
+    return of_part(jax.device_put(x, jax.memory.Space.Device), jnp.uint32(0))
+  size = x.size // x.shape[0] % 2**32
+  row = lambda i: jax.device_put(jax.lax.dynamic_slice_in_dim(x, i, 1), jax.memory.Space.Device)
+  add = lambda i, found: together((found, of_part(row(i), i.astype(jnp.uint32) * jnp.uint32(size))))
+  return jax.lax.fori_loop(1, x.shape[0], add, of_part(row(0), jnp.uint32(0)))
+
+
+def _checksum(x: jax.Array, first: jax.Array) -> jax.Array:
   bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-  index, stride = jnp.zeros(x.shape, jnp.uint32), 1
+  index, stride = jnp.full(x.shape, first), 1
   for axis in reversed(range(x.ndim)):
     index = index + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
     stride *= x.shape[axis]

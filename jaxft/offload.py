@@ -1,0 +1,242 @@
+"""Weights, gradients and optimizer state in the host's memory: what a layer needs is on the device while the layer is used.
+
+"all" walks the layers forward and backward by hand: autodiff through weights on the host would keep the gradients of all layers
+on the device. Each layer is fetched once forward and once backward for all accumulation steps together, so that what travels
+does not grow with the batch. "optimizer" keeps a copy of the weights on the device, in the compute dtype, made anew each step.
+
+A accumulation steps, B rows at once, T tokens a row, L layers, D model
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from jaxft import optim
+from jaxft.dropout import row_keys, split
+from jaxft.loss import cross_entropy_sum
+from jaxft.model import default_positions, rematerialised
+from jaxft.step import State, in_range
+
+ROWS_AT_ONCE = 2**26  # bytes of a table that are updated at once
+
+
+def host_memory(sharding: Any) -> Any:
+  """The sharding, in the host's memory."""
+  return sharding.with_memory_kind("pinned_host")
+
+
+def on_host(shapes: Any) -> Any:
+  """The shapes with their shardings, in the host's memory."""
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host_memory(leaf.sharding)), shapes
+  )
+
+
+def fetch(tree: Any) -> Any:
+  """On the device; what is there already stays."""
+  return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
+
+
+def store(tree: Any) -> Any:
+  """On the host."""
+  return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), tree)
+
+
+def layer_of(stack: Any, index: jax.Array) -> Any:
+  """One layer of stacked leaves, fetched."""
+  return fetch(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack))
+
+
+def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str) -> Callable:
+  """`step.make_gradient` with weights on the host, and the gradient there too."""
+
+  def gradient(state: State, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
+    params, (A, B, T) = state.params, batch["ids"].shape
+    tokens = jnp.sum(batch["mask"])
+    scale = 1 / jnp.maximum(tokens, 1).astype(jnp.float32)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    keys_AB = row_keys(key, 0, A * B).reshape(A, B)
+    with_ = lambda **parts: nnx.merge(graph, params | parts)
+    model = with_()
+    dropped = any((model.cfg.embed_dropout, model.cfg.attention_dropout, model.cfg.residual_dropout))
+    embed_keys_AB, keys_LAB = _split(keys_AB, model.cfg.L) if dropped else (None, None)
+    positions = batch.get("positions", jnp.broadcast_to(default_positions(batch["ids"][0]), (A, 1, T)))
+
+    # ---- Forward: embedding, then layer after layer; the input of each is kept -------------------------------------
+    def enter(embed):
+      part = lambda xs: with_(embed=embed).enter(*xs)
+      return _each(part, (batch["ids"], positions, embed_keys_AB))
+
+    x, enter_vjp = jax.vjp(enter, fetch(params["embed"]))
+    windows = model.windows()
+
+    def layer(block, x, index):
+      module, window = with_(blocks=block).blocks, None if windows is None else windows[index]
+
+      def of_part(xs):
+        x_BTD, positions_BT, segments_BT, keys_B = xs
+        cached = lambda k, v: (k, v, segments_BT, 0)
+        return model.layer(module, x_BTD, positions_BT, segments_BT, window, keys_B, cached)
+
+      keys_AB = None if keys_LAB is None else keys_LAB[index]
+      return _each(rematerialised(of_part, remat), (x, positions, batch.get("segments"), keys_AB))
+
+    def forward(x, index):
+      return layer(layer_of(params["blocks"], index), x, index), x
+
+    layers = jnp.arange(model.cfg.L)
+    x, inputs = jax.lax.scan(forward, x, layers)
+
+    # ---- Loss ------------------------------------------------------------------------------------------------------
+    def leave(top, x):
+      model = with_(**top)
+
+      @jax.checkpoint
+      def of_part(xs):
+        x_BTD, targets_BT, mask_BT = xs
+        return scale * cross_entropy_sum(model.norm(x_BTD), model.head(), targets_BT, mask_BT, loss_chunk)
+
+      add = lambda total, xs: (total + of_part(xs), None)
+      loss, _ = jax.lax.scan(add, jnp.float32(0), (x, batch["targets"], batch["mask"]))
+      return jnp.where(in_range(batch, model.cfg), loss, jnp.nan)
+
+    top = {name: params[name] for name in ("norm", "output") if name in params}
+    if model.cfg.tied and not model.cfg.classes:
+      top["embed"] = params["embed"]
+    loss, leave_vjp = jax.vjp(leave, fetch(top), x)
+    d_top, dx = leave_vjp(jnp.float32(1))
+    d_top = store(d_top)
+
+    # ---- Backward: each layer's gradient goes to the host as it is made ----------------------------------------------
+    def backward(dx, xs):
+      x, index = xs
+      _, vjp = jax.vjp(lambda block, x: layer(block, x, index), layer_of(params["blocks"], index), x)
+      d_block, dx = vjp(dx)
+      return dx, store(d_block)
+
+    dx, d_blocks = jax.lax.scan(backward, dx, (inputs, layers), reverse=True)
+    (d_embed,) = enter_vjp(dx)
+    if "embed" in d_top:
+      d_embed = jax.tree.map(jnp.add, d_embed, fetch(d_top["embed"]))
+    return loss, {**d_top, "embed": store(d_embed), "blocks": d_blocks}, tokens
+
+  return gradient
+
+
+def _each(part: Callable, xs: Any) -> jax.Array:
+  """`part` of each accumulation step, one after the other."""
+  if jax.tree.leaves(xs)[0].shape[0] == 1:
+    return part(jax.tree.map(lambda x: x[0], xs))[None]
+  return jax.lax.map(part, xs)
+
+
+def _split(keys_AB: jax.Array, L: int) -> tuple[jax.Array, jax.Array]:
+  """Keys for what goes into the first layer, (A, B), and for the layers, (L, A, B): those that the model itself would draw."""
+  of_rows = lambda keys_B: (lambda embed, layers: (embed, split(layers, L)))(*split(keys_B, 2))
+  return jax.vmap(of_rows, out_axes=(0, 1))(keys_AB)
+
+
+def make_gradient_of_copy(gradient: Callable, dtype: Any, places: Any) -> Callable:
+  """`gradient`, of weights on the device that are made of those on the host, a layer at a time.
+
+  Matrices of layers are in the compute dtype, and so are their gradients; what all layers share stays in float32, as its
+  gradient is a sum of several.
+
+  Args:
+    places: a sharding on the device for every parameter.
+  """
+
+  def copied(path, leaf, place):
+    if not optim.is_stacked(path):
+      return fetch(leaf)
+    kept = dtype if optim.decays(path) else leaf.dtype
+    one = lambda index: layer_of(leaf, index).astype(kept)
+    return jax.lax.with_sharding_constraint(jax.lax.map(one, jnp.arange(leaf.shape[0])), place)
+
+  def of_copy(state: State, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
+    copy = jax.tree_util.tree_map_with_path(copied, state.params, places)
+    return gradient(state._replace(params=copy), batch)
+
+  return of_copy
+
+
+def look(grads: Any, state: State) -> tuple[jax.Array, jax.Array]:
+  """`step.make_look` in pieces: the norm of the gradient, and which of its leaves are not finite.
+
+  The state is not looked at: 12 more bytes a parameter over the bus. Weights that are no numbers show in the loss, moments in
+  the weights after them, and a checkpoint of either is refused (`Checkpoints.save`).
+  """
+
+  def of_leaf(path, leaf):
+    cut = Cut.of(path, leaf)
+
+    def add(i, found):
+      part = fetch(cut.read(leaf, i)).astype(jnp.float32)
+      return found[0] + jnp.sum(part * part), jnp.maximum(found[1], jnp.max(jnp.abs(part)))
+
+    return jax.lax.fori_loop(0, cut.parts, add, (jnp.float32(0), jnp.float32(0)))
+
+  found = [of_leaf(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(grads)[0]]
+  squares, largest = jnp.stack([it[0] for it in found]), jnp.stack([it[1] for it in found])
+  rest = jnp.zeros(len(jax.tree.leaves(state)), bool)
+  return jnp.sqrt(squares.sum()), jnp.concatenate([~jnp.isfinite(largest), rest])
+
+
+def make_update(config: ConfigDict) -> Callable:
+  """`step.make_update` in place on the host: of each leaf a layer, or some rows of a table, after the other."""
+
+  def of_leaf(path, param, grad, states, scale, rate):
+    tx, cut = optim.of_layer(config, path), Cut.of(path, param)
+    if any(leaf.ndim and leaf.shape[:1] != param.shape[:1] for leaf in jax.tree.leaves(states)):
+      cut = cut._replace(parts=1)  # an optimizer that measures over the whole table
+    in_parts = lambda leaf: leaf.shape[:1] == param.shape[:1]  # others, such as step counts, are the same for all parts
+    read = lambda leaf, i: fetch(cut.read(leaf, i) if in_parts(leaf) else leaf)
+    write = lambda leaf, new, i: cut.write(leaf, store(new), i) if in_parts(leaf) else store(new)
+
+    def turn(i, now):
+      p = read(now[0], i)
+      s = jax.tree.map(lambda leaf, old: read(leaf if in_parts(leaf) else old, i), now[1], states)
+      direction, new = tx.update(fetch(cut.read(grad, i)).astype(jnp.float32) * scale, s, p)
+      return write(now[0], p - rate * direction, i), jax.tree.map(lambda x, y: write(x, y, i), now[1], new)
+
+    return jax.lax.fori_loop(0, cut.parts, turn, (param, states))
+
+  def update(grads: Any, scale: jax.Array, rate: jax.Array, params: Any, opt: Any) -> tuple[Any, Any]:
+    pairs = jax.tree_util.tree_map_with_path(lambda *leaves: of_leaf(*leaves, scale, rate), params, grads, opt)
+    return tuple(jax.tree.map(lambda _, pair, part=part: pair[part], params, pairs) for part in (0, 1))
+
+  return update
+
+
+class Cut(NamedTuple):
+  """How a leaf is cut along its first axis into parts that are on the device one after the other."""
+
+  layers: bool  # a part is a layer, without the axis of layers; otherwise it is some rows
+  rows: int
+  parts: int
+
+  @classmethod
+  def of(cls, path: Any, leaf: jax.Array) -> "Cut":
+    rows = leaf.shape[0]
+    if optim.is_stacked(path):
+      return cls(True, rows, rows)
+    least = leaf.size * 4 / ROWS_AT_ONCE
+    return cls(False, rows, next(n for n in range(1, rows + 1) if rows % n == 0 and n >= min(least, rows)))
+
+  def read(self, x: jax.Array, i: jax.Array) -> jax.Array:
+    if self.layers:
+      return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+    if self.parts == 1:
+      return x
+    return jax.lax.dynamic_slice_in_dim(x, i * (self.rows // self.parts), self.rows // self.parts)
+
+  def write(self, x: jax.Array, new: jax.Array, i: jax.Array) -> jax.Array:
+    if self.layers:
+      return jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
+    if self.parts == 1:
+      return new
+    return jax.lax.dynamic_update_slice_in_dim(x, new, i * (self.rows // self.parts), 0)

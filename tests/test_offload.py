@@ -1,0 +1,147 @@
+"""Weights in the host's memory change no number: the losses and weights are those of a run that keeps all on the device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxft import config as settings
+from jaxft import model, offload, program, sharding
+from jaxft.hf import facts
+from jaxft.step import State
+
+STEPS, ROWS, T = 20, 8, 13
+CONFIGS = {
+  "gpt2": dict(n_embd=40, n_layer=3, n_head=8, n_inner=88, n_positions=17),
+  "gpt_neo": dict(
+    hidden_size=40,
+    num_layers=3,
+    num_heads=8,
+    intermediate_size=88,
+    max_position_embeddings=17,
+    attention_types=[[["global"], 1], [["local"], 2]],
+    window_size=5,
+  ),
+  "gptj": dict(n_embd=40, n_layer=3, n_head=8, n_inner=88, n_positions=17, rotary_dim=2),
+}
+
+
+def build(family, kept, accumulation=1, devices=1, **more):
+  config = settings.default()
+  config.mesh.fsdp, config.memory.offload = devices, kept
+  config.train.batch_size, config.train.micro_batch_size = ROWS, ROWS // accumulation // devices
+  config.optim.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-4, clip_norm=0.5)
+  for name, value in more.items():
+    section, key = name.split("__")
+    config[section][key] = value
+  vocabulary = {"model_type": family, "vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0}
+  cfg = facts.model_config(vocabulary | CONFIGS[family]).with_dropout(0.1)
+  row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+  return cfg, program.build(config, cfg, mesh, STEPS, row)
+
+
+@functools.cache
+def weights(family):
+  cfg, run = build(family, "none")
+  return jax.device_get(nnx.to_pure_dict(nnx.state(model.build(cfg, run.compute))))
+
+
+def begin(run, family):
+  places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+  state = State(jnp.int32(0), weights(family), jax.device_get(run.tx.init(weights(family))))
+  return jax.device_put(state, places)
+
+
+def batch(run, step):
+  rng = np.random.default_rng(step)
+  A, B, _ = run.batch["ids"].shape
+  ids = rng.integers(293, size=(ROWS, T + 1)).astype(np.int32)
+  mask = rng.random((ROWS, T)) < np.linspace(0.2, 1, ROWS)[:, None]
+  made = {"ids": ids[..., :-1], "targets": ids[..., 1:], "mask": mask}
+  return jax.device_put({name: x.reshape(A, B, T) for name, x in made.items()}, run.batch_sharding)
+
+
+def train(family, kept, steps=STEPS, **how):
+  _, run = build(family, kept, **how)
+  state, losses, norms = begin(run, family), [], []
+  for step in range(steps):
+    state, numbers = run.train_step(state, batch(run, step))
+    assert not numbers["bad"]
+    losses.append(float(numbers["loss"]))
+    norms.append(float(numbers["grad_norm"]))
+  assert min(norms) > 0.5  # clipping is at work
+  return losses, state, run
+
+
+@functools.cache
+def resident(family):
+  losses, state, _ = train(family, "none")
+  return losses, jax.device_get(state)
+
+
+def close(found, wanted, rtol):
+  for path, leaf in jax.tree_util.tree_flatten_with_path(found)[0]:
+    other = functools.reduce(lambda node, key: node[key.key], path, wanted)
+    np.testing.assert_allclose(leaf, other, rtol=rtol, atol=rtol * np.abs(other).max(), err_msg=str(path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("kept", ["optimizer", "all"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_twenty_steps_are_those_of_weights_on_the_device(family, kept, accumulation):
+  losses, state, run = train(family, kept, accumulation=accumulation)
+  wanted, theirs = resident(family)
+  np.testing.assert_allclose(losses, wanted, rtol=1e-6)
+  close(jax.device_get(state.params), theirs.params, 1e-6)
+  kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves((state.params, state.opt))}
+  assert kinds == {"pinned_host"} and run.train_step._cache_size() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["optimizer", "all"])
+def test_over_several_devices_too(kept):
+  losses, state, _ = train("gptj", kept, accumulation=2, devices=4)
+  wanted, theirs = resident("gptj")
+  np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+  close(jax.device_get(state.params), theirs.params, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lion", "sgd", "adafactor"])
+@pytest.mark.parametrize("kept", ["optimizer", "all"])
+def test_every_optimizer(kept, name):
+  how = dict(steps=6, optim__name=name, optim__learning_rate=1e-3)
+  losses, state, _ = train("gpt2", kept, **how)
+  wanted, theirs, _ = train("gpt2", "none", **how)
+  np.testing.assert_allclose(losses, wanted, rtol=1e-6)
+  if name != "lion":  # which goes by the signs of numbers near zero
+    close(jax.device_get(state.params), jax.device_get(theirs.params), 1e-5)
+
+
+@pytest.mark.parametrize("kept", ["optimizer", "all"])
+def test_a_step_that_is_not_finite_changes_nothing(kept):
+  _, run = build("gpt2", kept)
+  state = begin(run, "gpt2")
+  params = jax.tree.map(np.array, state.params)
+  params["blocks"]["mlp"]["up"]["kernel"][1, 2, 3] = np.inf
+  state = state._replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, run.state.params)))
+  before = jax.device_get(state)
+  after, numbers = run.train_step(state, batch(run, 0))
+  assert numbers["bad"] and int(after.step) == 1
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), before.params)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.opt), before.opt)
+
+
+def test_tables_are_cut_into_rows(monkeypatch):
+  monkeypatch.setattr(offload, "ROWS_AT_ONCE", 4 * 40 * 100)
+  cut = offload.Cut.of((jax.tree_util.DictKey("embed"),), np.zeros((384, 40), np.float32))
+  assert cut == (False, 384, 4)
+  losses, state, _ = train("gpt2", "all", steps=4)
+  wanted, theirs, _ = train("gpt2", "none", steps=4)
+  np.testing.assert_allclose(losses, wanted, rtol=1e-6)
+  close(jax.device_get(state.params), jax.device_get(theirs.params), 1e-6)
