@@ -46,6 +46,11 @@ def store(tree: Any) -> Any:
   return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), tree)
 
 
+def of_host_state(step: Callable) -> Callable:
+  """`step`, told that its state is on the host: a program for a GPU that is not there does not know (jax 0.10 to 0.12)."""
+  return lambda state, batch: step(state._replace(params=store(state.params), opt=store(state.opt)), batch)
+
+
 def layer_of(stack: Any, index: jax.Array) -> Any:
   """One layer of stacked leaves, fetched."""
   return fetch(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack))
@@ -189,7 +194,7 @@ def look(grads: Any, state: State) -> tuple[jax.Array, jax.Array]:
 def make_update(config: ConfigDict) -> Callable:
   """`step.make_update` in place on the host: of each leaf a layer, or some rows of a table, after the other."""
 
-  def of_leaf(path, param, grad, states, scale, rate):
+  def of_leaf(path, param, grad, states, good, scale, rate):
     tx, cut = optim.of_layer(config, path), Cut.of(path, param)
     if any(leaf.ndim and leaf.shape[:1] != param.shape[:1] for leaf in jax.tree.leaves(states)):
       cut = cut._replace(parts=1)  # an optimizer that measures over the whole table
@@ -203,10 +208,11 @@ def make_update(config: ConfigDict) -> Callable:
       direction, new = tx.update(fetch(cut.read(grad, i)).astype(jnp.float32) * scale, s, p)
       return write(now[0], p - rate * direction, i), jax.tree.map(lambda x, y: write(x, y, i), now[1], new)
 
-    return jax.lax.fori_loop(0, cut.parts, turn, (param, states))
+    return jax.lax.fori_loop(0, jnp.where(good, cut.parts, 0), turn, (param, states))
 
-  def update(grads: Any, scale: jax.Array, rate: jax.Array, params: Any, opt: Any) -> tuple[Any, Any]:
-    pairs = jax.tree_util.tree_map_with_path(lambda *leaves: of_leaf(*leaves, scale, rate), params, grads, opt)
+  def update(good: jax.Array, grads: Any, scale: jax.Array, rate: jax.Array, params: Any, opt: Any) -> tuple[Any, Any]:
+    one = lambda *leaves: of_leaf(*leaves, good, scale, rate)
+    pairs = jax.tree_util.tree_map_with_path(one, params, grads, opt)
     return tuple(jax.tree.map(lambda _, pair, part=part: pair[part], params, pairs) for part in (0, 1))
 
   return update

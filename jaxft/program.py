@@ -25,6 +25,13 @@ def keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
 
 
+ON_HOST = {
+  "none": frozenset(),
+  "optimizer": frozenset({"params", "opt"}),
+  "all": frozenset({"params", "opt", "gradients"}),
+}
+
+
 class Program(NamedTuple):
   graph: nnx.GraphDef
   compute: model.Compute
@@ -35,6 +42,7 @@ class Program(NamedTuple):
   gradient: Any  # (state, batch) -> (loss, gradient, tokens)
   train_step: Any  # (state, batch) -> (state, metrics); the state is donated
   eval_step: Any  # (parameters, batch) -> (sum of the loss, tokens)
+  on_host: frozenset[str] = frozenset()  # of "params", "opt" and "gradients" what is in the host's memory
 
   @property
   def rows_at_once(self) -> int:
@@ -46,7 +54,7 @@ class Program(NamedTuple):
 
 
 def bytes_a_device(tree: Any) -> int:
-  """Bytes that a device holds of these shapes with shardings."""
+  """Bytes that a device holds of these shapes with shardings, or its part of the host's memory."""
   shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
   return sum(map(shard, jax.tree.leaves(tree)))
 
@@ -60,7 +68,8 @@ def memory_of(device: jax.Device) -> int:
 def must_hold(program: Program, config: ConfigDict) -> None:
   """Raises RequestError when a device cannot hold its part of the state and of one batch; what is computed comes on top."""
   device = program.batch_sharding.mesh.local_devices[0]
-  limit, state, batch = memory_of(device), bytes_a_device(program.state), bytes_a_device(program.batch)
+  kept = () if program.on_host else program.state
+  limit, state, batch = memory_of(device), bytes_a_device(kept), bytes_a_device(program.batch)
   if state + batch > limit:
     raise RequestError(
       f"config.train.batch_size={config.train.batch_size}, config.data.sequence_length={config.data.sequence_length}, "
@@ -71,14 +80,16 @@ def must_hold(program: Program, config: ConfigDict) -> None:
 
 def begin(program: Program, params: Any) -> State:
   """The state before the first step, of parameters that are placed as the program's; they are donated."""
-  if program.state.step.sharding.memory_kind == jax.tree.leaves(params)[0].sharding.memory_kind:
+  if not program.on_host:
     new = lambda params: State(jnp.int32(0), params, program.tx.init(params))
     return jax.jit(new, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, program.state), donate_argnums=0)(params)
   # On the host every optimizer begins with zeros, without a detour over the device.
   zeros = lambda leaf: jax.make_array_from_callback(
     leaf.shape, leaf.sharding, lambda index: np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
   )
-  return State(jax.device_put(jnp.int32(0), program.state.step.sharding), params, jax.tree.map(zeros, program.state.opt))
+  return State(
+    jax.device_put(jnp.int32(0), program.state.step.sharding), params, jax.tree.map(zeros, program.state.opt)
+  )
 
 
 def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: int, row: dict[str, Any]) -> Program:
@@ -125,6 +136,8 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   step = make_train_step(
     gradient, look, update, optim.schedule(config.optim, total_steps), clip_norm=config.optim.clip_norm
   )
+  if config.memory.offload != "none":
+    step = offload.of_host_state(step)
   return Program(
     graph,
     compute,
@@ -135,4 +148,5 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     jax.jit(gradient, out_shardings=(whole, gradients, whole)),
     jax.jit(step, donate_argnums=0, out_shardings=(places, whole)),
     jax.jit(make_eval_step(graph, loss_chunk=config.memory.loss_chunk)),
+    ON_HOST[config.memory.offload],
   )

@@ -75,11 +75,20 @@ def make_look(not_finite: Callable) -> Callable:
 
 
 def make_update(tx: optax.GradientTransformation) -> Callable:
-  """Returns `update(gradient, scale, rate, params, opt) -> (params, opt)`; `rate` is the learning rate."""
+  """Returns `update(good, gradient, scale, rate, params, opt) -> (params, opt)`, which are as before where `good` is false.
 
-  def update(grads: Any, scale: jax.Array, rate: jax.Array, params: Any, opt: Any) -> tuple[Any, Any]:
-    direction, opt = tx.update(jax.tree.map(lambda g: g * scale, grads), opt, params)
-    return jax.tree.map(lambda p, d: p - rate * d, params, direction), opt
+  `scale` is what the gradient is multiplied with, `rate` the learning rate.
+  """
+
+  def update(good: jax.Array, grads: Any, scale: jax.Array, rate: jax.Array, params: Any, opt: Any) -> tuple[Any, Any]:
+    # A loop of one turn or none writes over the state where it lies. A choice between old and new takes copies on a CPU, where
+    # the update is then three times as slow; a branch copies the state on a GPU.
+    def turn(now: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
+      _, params, opt = now
+      direction, opt = tx.update(jax.tree.map(lambda g: g * scale, grads), opt, params)
+      return jnp.bool(False), jax.tree.map(lambda p, d: p - rate * d, params, direction), opt
+
+    return jax.lax.while_loop(lambda now: now[0], turn, (good, params, opt))[1:]
 
   return update
 
@@ -105,12 +114,7 @@ def make_train_step(
     scale = jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else jnp.float32(1)
     rate = schedule(state.step)
 
-    # A loop of one turn or none writes over the state where it lies. A choice between old and new takes copies on a CPU, where
-    # the update is then three times as slow; a branch copies the state on a GPU.
-    def turn(now: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
-      return jnp.bool(False), *update(grads, scale, rate, *now[1:])
-
-    _, params, opt = jax.lax.while_loop(lambda now: now[0], turn, (good, state.params, state.opt))
+    params, opt = update(good, grads, scale, rate, state.params, state.opt)
     metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
     metrics |= {"bad": ~good, "bad_leaves": bad_leaves}
     return State(state.step + 1, params, opt), metrics

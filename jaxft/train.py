@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -32,7 +31,7 @@ from jaxft.run.guards import StopRequest, must_have_room, only_writer
 from jaxft.run.resume import refuse_another_run, resume
 from jaxft.run.tracking import Meter, Reporter, console, say
 from jaxft.sample import Generator, Sampling
-from jaxft.step import State, mean_loss, name_bad_leaves
+from jaxft.step import mean_loss, name_bad_leaves
 
 SMALLER = (
   "a smaller config.train.micro_batch_size, config.memory.remat=full or config.memory.loss_chunk=128 need less memory"

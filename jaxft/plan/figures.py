@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxlib.mlir import ir
 from ml_collections import ConfigDict
 
 from jaxft import program, sharding
@@ -30,7 +31,7 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
   run = program.build(config, cfg, mesh, max(config.train.steps, 1), blank_row(config, cfg))
   started = time.monotonic()
   traced = run.train_step.trace(run.state, run.batch)
-  lowered, found = traced.lower(), of_traced(run, cfg, traced)
+  lowered, found = hosts_arguments(traced.lower(), run), of_traced(run, cfg, traced)
   seconds = lambda: {"compile_seconds": round(time.monotonic() - started, 1)}
   try:
     compiled = lowered.compile()
@@ -74,6 +75,26 @@ def of_compiled(run: Program, compiled: Any) -> dict[str, Any]:
   }
 
 
+def hosts_arguments(lowered: Any, run: Program) -> Any:
+  """Marks in a lowered program which of its arguments are in the host's memory.
+
+  Without a device jax (0.10 to 0.12) leaves that out for CUDA, and the program would expect all of them on the device.
+  """
+  if not run.on_host:
+    return lowered
+  mark = lambda tree, on_host: [on_host] * len(jax.tree.leaves(tree))
+  kept = mark(run.state.step, False) + mark(run.state[1:], True) + mark(run.batch, False)
+  module = lowered._lowering.stablehlo()
+  with module.context, ir.Location.unknown(module.context):
+    main = next(op for op in module.body.operations if "main" in str(op.name))
+    attributes = [{it.name: it.attr for it in argument} for argument in main.arg_attrs]
+    for argument, on_host in zip(attributes, kept, strict=True):
+      if on_host:
+        argument["mhlo.memory_kind"] = ir.StringAttr.get("pinned_host")
+    main.arg_attrs = ir.ArrayAttr.get([ir.DictAttr.get(argument) for argument in attributes])
+  return lowered
+
+
 def blank_row(config: ConfigDict, cfg: ModelConfig) -> dict[str, np.ndarray]:
   """A row shaped as `config.data` makes them; the data itself need not be there."""
   T = config.data.sequence_length
@@ -86,7 +107,8 @@ def blank_row(config: ConfigDict, cfg: ModelConfig) -> dict[str, np.ndarray]:
 def arguments(run: Program) -> dict[str, int]:
   """Bytes a device of what goes into the step."""
   parts = {"parameters": run.state.params, "optimizer": run.state.opt, "batch": run.batch}
-  return {what: program.bytes_a_device(tree) for what, tree in parts.items()}
+  on_host = {"parameters", "optimizer"} if run.on_host else set()
+  return {what: 0 if what in on_host else program.bytes_a_device(tree) for what, tree in parts.items()}
 
 
 def memory_of_step(run: Program, memory: Any) -> dict[str, Any]:
@@ -102,7 +124,7 @@ def memory_of_step(run: Program, memory: Any) -> dict[str, Any]:
   peak, parts = peak_bytes(memory, tpu), arguments(run)
   other = memory.argument_size_in_bytes - sum(parts.values())  # counters, and what tiles of a TPU fill up
   rest = peak - memory.argument_size_in_bytes
-  gradients = min(program.bytes_a_device(run.gradients), rest)
+  gradients = 0 if "gradients" in run.on_host else min(program.bytes_a_device(run.gradients), rest)
   return {
     "peak_bytes": peak,
     "breakdown": parts | {"gradients": gradients, "activations": rest - gradients, "other": other},

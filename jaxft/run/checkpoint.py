@@ -193,7 +193,8 @@ def not_finite(state: Any) -> list[str]:
 
 @jax.jit
 def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
-  return [_in_parts(lambda part, _: jnp.isfinite(jnp.max(jnp.abs(part))), leaf, all_) for leaf in leaves]
+  finite, both = lambda part, _: jnp.isfinite(jnp.max(jnp.abs(part))), lambda pair: pair[0] & pair[1]
+  return [_in_parts(finite, leaf, both) for leaf in leaves]
 
 
 def checksums(state: Any) -> dict[str, int]:
@@ -213,7 +214,7 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _in_parts(of_part: Callable, x: jax.Array, together: Callable) -> jax.Array:
-  """`of_part(part, index of its first element)`, put together for all parts: one, or of an array on the host a row at a time."""
+  """`of_part(part, index of its first element)`, put together for all parts: one, or a row each of what is on the host."""
   if jax.typeof(x).memory_space == jax.memory.Space.Device or not x.ndim:
     return of_part(jax.device_put(x, jax.memory.Space.Device), jnp.uint32(0))
   size = x.size // x.shape[0] % 2**32
