@@ -24,16 +24,19 @@ from jaxft.step import State, in_range
 ROWS_AT_ONCE = 2**26  # bytes of a table that are updated at once
 
 
-def host_memory(sharding: Any) -> Any:
-  """The sharding, in the host's memory."""
-  return sharding.with_memory_kind("pinned_host")
+def is_kept(leaf: Any) -> bool:
+  """Whether the host keeps a leaf of the state: vectors, such as step counts and the last norm, are too small to bother."""
+  return leaf.ndim > 1
 
 
 def on_host(shapes: Any) -> Any:
-  """The shapes with their shardings, in the host's memory."""
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host_memory(leaf.sharding)), shapes
-  )
+  """The shapes with their shardings, which are in the host's memory for what is kept there."""
+
+  def of_leaf(leaf):
+    sharding = leaf.sharding.with_memory_kind("pinned_host") if is_kept(leaf) else leaf.sharding
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(of_leaf, shapes)
 
 
 def fetch(tree: Any) -> Any:
@@ -41,9 +44,14 @@ def fetch(tree: Any) -> Any:
   return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), tree)
 
 
+def send(x: jax.Array) -> jax.Array:
+  """To the host."""
+  return jax.device_put(x, jax.memory.Space.Host)
+
+
 def store(tree: Any) -> Any:
-  """On the host."""
-  return jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), tree)
+  """Whole leaves, on the host where they are kept there."""
+  return jax.tree.map(lambda leaf: send(leaf) if is_kept(leaf) else leaf, tree)
 
 
 def of_host_state(step: Callable) -> Callable:
@@ -121,7 +129,7 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str
       x, index = xs
       _, vjp = jax.vjp(lambda block, x: layer(block, x, index), layer_of(params["blocks"], index), x)
       d_block, dx = vjp(dx)
-      return dx, store(d_block)
+      return dx, jax.tree.map(send, d_block)
 
     dx, d_blocks = jax.lax.scan(backward, dx, (inputs, layers), reverse=True)
     (d_embed,) = enter_vjp(dx)
@@ -200,7 +208,10 @@ def make_update(config: ConfigDict) -> Callable:
       cut = cut._replace(parts=1)  # an optimizer that measures over the whole table
     in_parts = lambda leaf: leaf.shape[:1] == param.shape[:1]  # others, such as step counts, are the same for all parts
     read = lambda leaf, i: fetch(cut.read(leaf, i) if in_parts(leaf) else leaf)
-    write = lambda leaf, new, i: cut.write(leaf, store(new), i) if in_parts(leaf) else store(new)
+
+    def write(leaf, new, i):
+      new = send(new) if is_kept(leaf) else new
+      return cut.write(leaf, new, i) if in_parts(leaf) else new
 
     def turn(i, now):
       p = read(now[0], i)

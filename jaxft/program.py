@@ -129,7 +129,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
       )
     else:
       gradient = offload.make_gradient(graph, remat=config.memory.remat, **how)
-      gradients = jax.tree.map(offload.host_memory, gradients)
+      gradients = jax.tree.map(lambda leaf: leaf.sharding, offload.on_host(sharding.place(shapes, gradients)))
     state = state._replace(params=offload.on_host(state.params), opt=offload.on_host(state.opt))
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     look, update = offload.look, offload.make_update(config.optim)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxlib.mlir import ir
 from ml_collections import ConfigDict
 
-from jaxft import program, sharding
+from jaxft import offload, program, sharding
 from jaxft.model import ModelConfig
 from jaxft.plan import flops, hlo, targets
 from jaxft.program import Program
@@ -82,8 +82,7 @@ def hosts_arguments(lowered: Any, run: Program) -> Any:
   """
   if not run.on_host:
     return lowered
-  mark = lambda tree, on_host: [on_host] * len(jax.tree.leaves(tree))
-  kept = mark(run.state.step, False) + mark(run.state[1:], True) + mark(run.batch, False)
+  kept = [offload.is_kept(leaf) for leaf in jax.tree.leaves(run.state)] + [False] * len(jax.tree.leaves(run.batch))
   module = lowered._lowering.stablehlo()
   with module.context, ir.Location.unknown(module.context):
     main = next(op for op in module.body.operations if "main" in str(op.name))
