@@ -229,6 +229,31 @@ def make_update(config: ConfigDict) -> Callable:
   return update
 
 
+class Traffic(NamedTuple):
+  """Bytes that a step moves between the host's memory and a device, which do not grow with the batch."""
+
+  to_device: int
+  to_host: int
+
+
+def traffic(kept: str, params: Any, opt: Any, tied: bool, nbytes: Callable[[Any], int]) -> Traffic:
+  """What a step of `memory.offload` = `kept` moves.
+
+  Args:
+    params, opt: shapes of weights and optimizer state.
+    nbytes: of a tree, on one device.
+  """
+  weights, moments = nbytes(params), nbytes(opt)
+  if kept == "none":
+    return Traffic(0, 0)
+  if kept == "optimizer":  # the copy, then the update
+    return Traffic(2 * weights + moments, weights + moments)
+  layers, shared = nbytes(params["blocks"]), nbytes(params["embed"]) if tied else 0
+  # Layers forward and backward, all else once, what is tied twice, with its gradient; the gradient for its norm; the update.
+  fetched = weights + layers + 2 * shared + weights + (2 * weights + moments)
+  return Traffic(fetched, weights + shared + weights + moments)
+
+
 class Cut(NamedTuple):
   """How a leaf is cut along its first axis into parts that are on the device one after the other."""
 

@@ -25,13 +25,6 @@ def keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
 
 
-ON_HOST = {
-  "none": frozenset(),
-  "optimizer": frozenset({"params", "opt"}),
-  "all": frozenset({"params", "opt", "gradients"}),
-}
-
-
 class Program(NamedTuple):
   graph: nnx.GraphDef
   compute: model.Compute
@@ -42,7 +35,7 @@ class Program(NamedTuple):
   gradient: Any  # (state, batch) -> (loss, gradient, tokens)
   train_step: Any  # (state, batch) -> (state, metrics); the state is donated
   eval_step: Any  # (parameters, batch) -> (sum of the loss, tokens)
-  on_host: frozenset[str] = frozenset()  # of "params", "opt" and "gradients" what is in the host's memory
+  offload: str = "none"  # what is in the host's memory: nothing, "optimizer" state and weights, or "all", gradients too
 
   @property
   def rows_at_once(self) -> int:
@@ -68,8 +61,8 @@ def memory_of(device: jax.Device) -> int:
 def must_hold(program: Program, config: ConfigDict) -> None:
   """Raises RequestError when a device cannot hold its part of the state and of one batch; what is computed comes on top."""
   device = program.batch_sharding.mesh.local_devices[0]
-  kept = () if program.on_host else program.state
-  limit, state, batch = memory_of(device), bytes_a_device(kept), bytes_a_device(program.batch)
+  held = program.state if program.offload == "none" else ()
+  limit, state, batch = memory_of(device), bytes_a_device(held), bytes_a_device(program.batch)
   if state + batch > limit:
     raise RequestError(
       f"config.train.batch_size={config.train.batch_size}, config.data.sequence_length={config.data.sequence_length}, "
@@ -80,7 +73,7 @@ def must_hold(program: Program, config: ConfigDict) -> None:
 
 def begin(program: Program, params: Any) -> State:
   """The state before the first step, of parameters that are placed as the program's; they are donated."""
-  if not program.on_host:
+  if program.offload == "none":
     new = lambda params: State(jnp.int32(0), params, program.tx.init(params))
     return jax.jit(new, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, program.state), donate_argnums=0)(params)
   # On the host every optimizer begins with zeros, without a detour over the device.
@@ -148,5 +141,5 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     jax.jit(gradient, out_shardings=(whole, gradients, whole)),
     jax.jit(step, donate_argnums=0, out_shardings=(places, whole)),
     jax.jit(make_eval_step(graph, loss_chunk=config.memory.loss_chunk)),
-    ON_HOST[config.memory.offload],
+    config.memory.offload,
   )

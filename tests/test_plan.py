@@ -117,6 +117,8 @@ def test_roofline():
   )
   assert it.compute_seconds == pytest.approx(1 / 0.5) and it.memory_seconds == pytest.approx(1 / 0.8)
   assert it.network_seconds == pytest.approx(2 * 7 / 8 / 0.7) and it.network_seconds == it.step_seconds
+  streamed = estimate.roofline(target, 8, flops=10, moved_bytes=10, collective_bytes={}, bus_bytes=56 * 10**9, **how)
+  assert streamed.bus_seconds == pytest.approx(1 / 0.8) and streamed.bound_by == "bus"
   assert it.bound_by == "network" and it.tokens_per_second == pytest.approx(1000 / 2.5)
   assert it.mfu == pytest.approx(10**14 / (2.5 * 989 * 10**12))
   # Across nodes the network card is the way; a T4's float32 goes through its cores, 2 x 40 x 64 x 1.59 GHz.

@@ -139,12 +139,14 @@ def _told(config: ConfigDict, target: targets.Target, found: dict[str, Any]) -> 
       moved_bytes=found["moved_bytes"],
       collective_bytes=found["collective_bytes"],
       tokens=found["tokens"],
+      bus_bytes=found["bus_bytes"],
     )
   return plan | {
     "checkpoint_bytes": found["checkpoint_bytes"],
     "flops": found["flops"],
     "model_flops": found["model_flops"],
     "tokens": found["tokens"],
+    "bus_bytes": found["bus_bytes"],
     "moved_bytes": found.get("moved_bytes"),
     "collective_bytes": found.get("collective_bytes", {}),
     "step_seconds_estimate": roofline and roofline.step_seconds,

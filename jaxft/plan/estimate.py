@@ -13,6 +13,7 @@ class Efficiency(NamedTuple):
   compute: float = 0.5
   memory: float = 0.8
   network: float = 0.7
+  bus: float = 0.8
   source: str = NOT_MEASURED
 
 
@@ -31,17 +32,20 @@ class Estimate(NamedTuple):
   compute_seconds: float
   memory_seconds: float
   network_seconds: float
+  bus_seconds: float
   step_seconds: float
   tokens_per_second: float
   mfu: float
 
   @property
   def bound_by(self) -> str:
-    return max(("compute", "memory", "network"), key=lambda what: getattr(self, f"{what}_seconds"))
+    return max(("compute", "memory", "network", "bus"), key=lambda what: getattr(self, f"{what}_seconds"))
 
 
 MFU = "model FLOPs / (step seconds x devices x dense 16-bit peak FLOP/s), model FLOPs without recomputation"
-STEP = "the longest of compute, memory and network seconds: they are taken to overlap"
+STEP = (
+  "the longest of compute, memory and network seconds, which are taken to overlap, and the bus seconds, which are not"
+)
 
 
 def roofline(
@@ -54,6 +58,7 @@ def roofline(
   moved_bytes: int,
   collective_bytes: dict[str, int],
   tokens: int,
+  bus_bytes: int = 0,
   efficiency: Efficiency = EFFICIENCY,
 ) -> Estimate | None:
   """The estimate for one optimizer step; None for a device whose speed is not known (cpu).
@@ -65,6 +70,7 @@ def roofline(
     moved_bytes: between a device's memory and its cores (`hlo.moved`).
     collective_bytes: of a device, by kind (`hlo.by_kind`).
     tokens: of a step.
+    bus_bytes: between the host's memory and a device (`offload.traffic`).
   """
   facts = target.facts
   if facts is None:
@@ -73,9 +79,10 @@ def roofline(
   memory = moved_bytes / (efficiency.memory * facts.bandwidth)
   sent = sum(SENT[kind](devices) * nbytes for kind, nbytes in collective_bytes.items())
   network = sent / (efficiency.network * target.link)
-  seconds = max(compute, memory, network)
+  bus = bus_bytes / (efficiency.bus * facts.bus)
+  seconds = max(compute, memory, network) + bus
   return Estimate(
-    compute, memory, network, seconds, tokens / seconds, model_flops / (seconds * devices * facts.rate("bfloat16"))
+    compute, memory, network, bus, seconds, tokens / seconds, model_flops / (seconds * devices * facts.rate("bfloat16"))
   )
 
 
@@ -90,6 +97,7 @@ def told(estimate: Estimate | None, target: Target, dtype: str, efficiency: Effi
       "flops": facts.rate(dtype),
       "memory_bytes_per_second": facts.bandwidth,
       "link_bytes_per_second": target.link,
+      "bus_bytes_per_second": facts.bus,
     },
     "efficiency": efficiency._asdict(),
     "step_formula": STEP,

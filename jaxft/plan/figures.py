@@ -57,6 +57,11 @@ def of_traced(run: Program, cfg: ModelConfig, traced: Any) -> dict[str, Any]:
     "arguments": arguments(run),
     "gradient_bytes": program.bytes_a_device(run.gradients),
     "checkpoint_bytes": nbytes(run.state),
+    "bus_bytes": sum(
+      offload.traffic(
+        run.offload, run.state.params, run.state.opt, cfg.tied and not cfg.classes, program.bytes_a_device
+      )
+    ),
     "tokens": A * B * T,
     "flops": flops.of_jaxpr(traced.jaxpr),
     "model_flops": flops.of_model(cfg, A * B, T),
@@ -80,7 +85,7 @@ def hosts_arguments(lowered: Any, run: Program) -> Any:
 
   Without a device jax (0.10 to 0.12) leaves that out for CUDA, and the program would expect all of them on the device.
   """
-  if not run.on_host:
+  if run.offload == "none":
     return lowered
   kept = [offload.is_kept(leaf) for leaf in jax.tree.leaves(run.state)] + [False] * len(jax.tree.leaves(run.batch))
   module = lowered._lowering.stablehlo()
@@ -106,8 +111,8 @@ def blank_row(config: ConfigDict, cfg: ModelConfig) -> dict[str, np.ndarray]:
 def arguments(run: Program) -> dict[str, int]:
   """Bytes a device of what goes into the step."""
   parts = {"parameters": run.state.params, "optimizer": run.state.opt, "batch": run.batch}
-  on_host = {"parameters", "optimizer"} if run.on_host else set()
-  return {what: 0 if what in on_host else program.bytes_a_device(tree) for what, tree in parts.items()}
+  host = () if run.offload == "none" else ("parameters", "optimizer")
+  return {what: 0 if what in host else program.bytes_a_device(tree) for what, tree in parts.items()}
 
 
 def memory_of_step(run: Program, memory: Any) -> dict[str, Any]:
@@ -123,7 +128,7 @@ def memory_of_step(run: Program, memory: Any) -> dict[str, Any]:
   peak, parts = peak_bytes(memory, tpu), arguments(run)
   other = memory.argument_size_in_bytes - sum(parts.values())  # counters, and what tiles of a TPU fill up
   rest = peak - memory.argument_size_in_bytes
-  gradients = 0 if "gradients" in run.on_host else min(program.bytes_a_device(run.gradients), rest)
+  gradients = 0 if run.offload == "all" else min(program.bytes_a_device(run.gradients), rest)
   return {
     "peak_bytes": peak,
     "breakdown": parts | {"gradients": gradients, "activations": rest - gradients, "other": other},

@@ -19,6 +19,7 @@ SHOWN = 3  # plans to find
 MOST_COMPILES, MOST_SECONDS = 10, 150
 # What is tried, with every mesh and every micro-batch that goes into the batch; nothing that changes what is learned.
 CHOICES = {
+  "memory.offload": ("none", "optimizer", "all"),
   "memory.remat": ("none", "dots", "full"),
   "memory.loss_chunk": (0, 256),
 }

@@ -4,16 +4,22 @@ B batch, T length, V vocabulary, D model, F feed-forward, L layers, N heads, H h
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
-from jaxft import model, optim, sharding
+from jaxft import model, offload, optim, sharding
 from jaxft.model import ModelConfig
 from jaxft.plan import estimate, targets
 
-UNKNOWN = (200, 10, 1)  # operations, bytes moved and bytes sent a second of a device without facts: near a GPU's ratios
+UNKNOWN = (
+  200,
+  10,
+  1,
+  0.2,
+)  # operations, bytes moved, sent and fetched a second of a device without facts: a GPU's ratios
 # How often layers and attention are computed in a step: forward, twice that backward, and once more what is not kept.
 TIMES = {"none": (3, 3), "dots": (3, 4), "full": (4, 4)}
 
@@ -24,15 +30,23 @@ class Rough(NamedTuple):
   config: ConfigDict
   cfg: ModelConfig
   target: targets.Target
-  weights: int  # bytes of all parameters
-  moments: int  # of all optimizer state
+  shapes: Any  # of all parameters
+  states: Any  # of all optimizer state
 
   @classmethod
   def of(cls, config: ConfigDict, cfg: ModelConfig, target: targets.Target) -> "Rough":
     shapes = model.abstract(cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
-    nbytes = lambda tree: sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    moments = nbytes(jax.eval_shape(optim.optimizer(config.optim).init, shapes))
-    return cls(config, cfg, target, nbytes(shapes), moments)
+    return cls(config, cfg, target, shapes, jax.eval_shape(optim.optimizer(config.optim).init, shapes))
+
+  @property
+  def weights(self) -> int:
+    """Bytes of all parameters."""
+    return _nbytes(self.shapes)
+
+  @property
+  def moments(self) -> int:
+    """Bytes of all optimizer state."""
+    return _nbytes(self.states)
 
   @property
   def width(self) -> int:
@@ -46,12 +60,16 @@ class Rough(NamedTuple):
     return nbytes // settings["mesh.tensor"] // over
 
   def state_bytes(self, settings: dict[str, Any]) -> int:
-    """Weights, gradient and optimizer state."""
-    parts = {"parameters": self.weights, "gradients": self.weights, "optimizer": self.moments}
-    return sum(self.cut(settings, what, nbytes) for what, nbytes in parts.items())
+    """Weights, gradient and optimizer state on the device."""
+    if settings["memory.offload"] == "all":
+      return 0
+    copy = self.width / 4 if settings["memory.offload"] == "optimizer" else 1
+    weights, gradient = (copy * self.cut(settings, what, self.weights) for what in ("parameters", "gradients"))
+    moments = self.cut(settings, "optimizer", self.moments) if settings["memory.offload"] == "none" else 0
+    return int(weights + gradient + moments)
 
   def other_bytes(self, settings: dict[str, Any], B: int) -> float:
-    """Activations, logits and what is gathered, of B rows at once."""
+    """Activations, logits and what is gathered or fetched, of B rows at once."""
     cfg, T, chunk = self.cfg, self.config.data.sequence_length, settings["memory.loss_chunk"]
     inside, scores = self._layer_bytes()
     kept = {"none": inside + scores, "dots": (6 * cfg.D + cfg.F) * self.width, "full": cfg.D * self.width}
@@ -59,6 +77,11 @@ class Rough(NamedTuple):
     rows, tensor = self._output_rows(settings), settings["mesh.tensor"]
     logits = B * (min(chunk, T) or T) * rows * (8 + self.width)
     gathered = self.width * self.weights / cfg.L / tensor + (self.width + 4) * cfg.D * rows
+    if settings["memory.offload"] == "all":  # the inputs of all layers and accumulation steps; a layer and its gradient
+      steps = self.config.train.batch_size // (settings["mesh.data"] * settings["mesh.fsdp"]) // B
+      layers += (steps - 1) * cfg.L * cfg.D * self.width
+      layers -= (cfg.L - 1) * (kept[settings["memory.remat"]] - kept["full"])
+      gathered += (8 + self.width) * self.weights / cfg.L / tensor
     return B * T / tensor * layers + logits + gathered
 
   def seconds(self, settings: dict[str, Any], B: int) -> float:
@@ -82,10 +105,16 @@ class Rough(NamedTuple):
     sent += ring(data) * 2 * steps * self.cut(settings, "gradients", self.weights)
     sent += ring(tensor) * 2 * (layers + 1) * cfg.L * tokens * cfg.D * self.width
     share, dtype = estimate.EFFICIENCY, "float32" if self.width == 4 else "bfloat16"
-    speeds = (facts.rate(dtype), facts.bandwidth, target.link) if facts else UNKNOWN
+    speeds = (facts.rate(dtype), facts.bandwidth, target.link) if facts else UNKNOWN[:3]
     work = (products * tokens / tensor, moved, sent)
     parts = [n / (part * speed) for n, part, speed in zip(work, share[:3], speeds, strict=True)]
-    return max(parts) + 0.1 * sum(parts)
+    bus = sum(offload.traffic(settings["memory.offload"], self.shapes, self.states, cfg.tied, self._held(settings)))
+    return max(parts) + 0.1 * sum(parts) + bus / (share.bus * (facts.bus if facts else UNKNOWN[-1]))
+
+  def _held(self, settings: dict[str, Any]) -> Callable[[Any], int]:
+    """Bytes of a tree on one device, where all of it is cut."""
+    parts = settings["mesh.fsdp"] * settings["mesh.tensor"]
+    return lambda tree: _nbytes(tree) // parts
 
   def _layer_bytes(self) -> tuple[int, int]:
     """Of a token and layer: what products make and take, and attention's scores."""
@@ -94,3 +123,7 @@ class Rough(NamedTuple):
 
   def _output_rows(self, settings: dict[str, Any]) -> float:
     return self.cfg.classes or self.cfg.V / settings["mesh.tensor"]
+
+
+def _nbytes(tree: Any) -> int:
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

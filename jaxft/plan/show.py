@@ -99,7 +99,10 @@ def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     ("devices", f"{plan['devices']} x {plan['device_kind']}, mesh {mesh}, computing in {plan['compute_dtype']}"),
     ("step", f"{plan['tokens']:,} tokens in {plan['accumulation_steps']} accumulation step(s)"),
     ("disk", f"{size(plan['checkpoint_bytes'])} for a checkpoint"),
-    ("host memory", size(plan["host_bytes"])),
+    (
+      "host memory",
+      size(plan["host_bytes"]) + (f", {size(plan['bus_bytes'])} a step over the bus" if plan["bus_bytes"] else ""),
+    ),
     (
       "operations",
       f"{plan['flops']:.3g} in matrix products a step, {plan['flops'] / plan['model_flops']:.2f} x those of the model",
@@ -126,7 +129,9 @@ def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
         f"memory {seconds(estimate['memory_seconds'])} at {100 * share['memory']:.0f} % of "
         f"{estimate['peak']['memory_bytes_per_second'] / 1e9:.0f} GB/s, "
         f"network {seconds(estimate['network_seconds'])} at {100 * share['network']:.0f} % of "
-        f"{estimate['peak']['link_bytes_per_second'] / 1e9:.0f} GB/s",
+        f"{estimate['peak']['link_bytes_per_second'] / 1e9:.0f} GB/s, "
+        f"bus {seconds(estimate['bus_seconds'])} at {100 * share['bus']:.0f} % of "
+        f"{estimate['peak']['bus_bytes_per_second'] / 1e9:.0f} GB/s",
       ),
       ("", f"these shares: {share['source']}"),
       ("", f"a step is {estimate['step_formula']}; MFU = {estimate['mfu_formula']}"),

@@ -43,6 +43,11 @@ class Gpu(NamedTuple):
     return self.flops // 2 if self.bfloat16 else int(2 * cores * self.clock_ghz * GIGA)
 
   @property
+  def bus(self) -> int:
+    """bytes/s between the host's memory and the device, each way: 16 lanes of the PCI Express that it has."""
+    return PCIE3 if self.capability < (8, 0) else PCIE4 if self.capability < (9, 0) else PCIE5
+
+  @property
   def fpus(self) -> int:
     """float32 units of a multiprocessor."""
     return 64 if self.capability in ((7, 5), (8, 0)) else 128
@@ -59,6 +64,11 @@ class Tpu(NamedTuple):
   def rate(self, dtype: str) -> int:
     """FLOP/s of matrix products: XLA rounds the operands of float32 ones to bfloat16 (its default precision on TPUs)."""
     return self.flops
+
+  @property
+  def bus(self) -> int:
+    """bytes/s between the host's memory and the chip: Google publishes none, so PCI Express 3 is assumed."""
+    return PCIE3
 
 
 # A 400 Gbit/s network card for each GPU, as in NVIDIA's DGX H100; rented nodes of smaller GPUs have less.
