@@ -33,6 +33,7 @@ def gpt2(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_three_steps_of_gpt2_small_on_a_cpu(gpt2, tmp_path):
   text = " ".join(
     json.loads(line)["text"] for line in (ROOT / "assets/quickstart/stories.jsonl").read_text().splitlines()[:40]
