@@ -1,17 +1,21 @@
 """Weights in the host's memory change no number: the losses and weights are those of a run that keeps all on the device."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
+import tiny
 from flax import nnx
 
 from jaxft import config as settings
 from jaxft import model, offload, program, sharding
 from jaxft.hf import facts
 from jaxft.step import State
+from jaxft.train import finetune
 
 STEPS, ROWS, T = 20, 8, 13
 CONFIGS = {
@@ -145,3 +149,39 @@ def test_tables_are_cut_into_rows(monkeypatch):
   wanted, theirs, _ = train("gpt2", "none", steps=4)
   np.testing.assert_allclose(losses, wanted, rtol=1e-6)
   close(jax.device_get(state.params), jax.device_get(theirs.params), 1e-6)
+
+
+@pytest.fixture(scope="module")
+def plain(folder, stories, tmp_path_factory):
+  """A run with everything on the device."""
+  config = tiny.config(folder, stories)
+  config.model.dropout, config.train.save_every, config.train.micro_batch_size = 0.1, 5, 4
+  return config, finetune(config, tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["optimizer", "all"])
+def test_a_run_is_evaluated_saved_resumed_and_exported(plain, tmp_path, kept):
+  config, wanted = plain[0].copy_and_resolve_references(), plain[1]
+  config.memory.offload = kept
+  run = finetune(config, tmp_path / "run")
+  for a, b in zip(run.metrics, wanted.metrics, strict=True):
+    for name in ("train/loss", "eval/loss"):
+      np.testing.assert_allclose(a.get(name, 0), b.get(name, 0), rtol=1e-5, err_msg=f"{name} of step {a['step']}")
+  assert [it["text"] for it in run.samples] == [it["text"] for it in wanted.samples]
+  weights = (run.export / "model.safetensors").read_bytes()
+  # On from the middle, from a checkpoint of its own, and from that of the run on the device.
+  shutil.rmtree(run.workdir / "checkpoints" / "12")
+  again = finetune(config, run.workdir)
+  assert processes.losses(again.workdir) == {
+    (line["step"], key): line[key]
+    for line in run.metrics
+    for key in ("train/loss", "eval/loss", "train/tokens")
+    if key in line
+  }
+  assert (again.export / "model.safetensors").read_bytes() == weights
+  shutil.copytree(wanted.workdir, tmp_path / "other")
+  shutil.rmtree(tmp_path / "other" / "checkpoints" / "12")
+  config.export.out = ""
+  other = finetune(config, tmp_path / "other")
+  np.testing.assert_allclose(other.metrics[-1]["eval/loss"], wanted.metrics[-1]["eval/loss"], rtol=1e-5)
