@@ -1,8 +1,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
-# A test file stays in one process: its tests share models and compiled programs.
-WORKERS = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Three workers on two cores: many tests wait for a process of their own. A file stays in one worker: its tests share models and
+# compiled programs.
+WORKERS = -n $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) * 3 + 1) / 2 ))) --maxprocesses 6 \
+  --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-wide torture test-quick lint assets
 

@@ -1,5 +1,6 @@
 """Runs that are killed at random and aimed moments end as undisturbed ones, bit for bit."""
 
+import itertools
 import random
 import shutil
 import signal
@@ -17,8 +18,9 @@ KILLS = 5  # of a part
 def test_killed_runs_end_as_undisturbed_ones(interruptible, undisturbed, tmp_path, part, record_property):
   rng, killed, aimed, lost, run = random.Random(part), 0, 0, [0], None
   wanted, seconds = undisturbed
+  names = map("run{}".format, itertools.count())
   while killed < KILLS:
-    run = run or Interrupted(interruptible, tmp_path / f"run{killed}")
+    run = run or Interrupted(interruptible, tmp_path / next(names))
     if rng.random() < 0.5:
       place = rng.choice(list(fault_points.PLACES))
       process = run.start(place, rng.choice([1, 1, 2, 3]), "SIGKILL")
