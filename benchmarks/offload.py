@@ -1,7 +1,7 @@
 """Optimizer steps of a model that is larger than the device: python benchmarks/offload.py [--model EleutherAI/gpt-j-6b]
 
 On a GPU XLA's pool is held to `--pool` GiB, so that a large card stands in for a small one; elsewhere there is no such limit.
-Weights and tokens are random; nothing is read. Prints the plan's peak beside the measured one, tokens/s, and bytes over the bus,
+Weights and tokens are random; nothing is read. Prints the plan's peak beside the measured one, tokens/s and bytes over the bus,
 which is what a line of docs/benchmarks.md needs.
 """
 

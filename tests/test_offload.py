@@ -1,6 +1,7 @@
 """Weights in the host's memory change no number: the losses and weights are those of a run that keeps all on the device."""
 
 import functools
+import itertools
 import shutil
 
 import jax
@@ -88,25 +89,37 @@ def resident(family):
 
 
 def close(found, wanted, rtol):
+  """All weights as one vector within `rtol`; a leaf alone within three times that: biases are but a sum of small updates."""
+  apart, whole = [], []
   for path, leaf in jax.tree_util.tree_flatten_with_path(found)[0]:
     other = functools.reduce(lambda node, key: node[key.key], path, wanted)
-    np.testing.assert_allclose(leaf, other, rtol=rtol, atol=rtol * np.abs(other).max(), err_msg=str(path))
+    apart.append(np.linalg.norm(leaf - other))
+    whole.append(np.linalg.norm(other))
+    assert apart[-1] <= 3 * rtol * whole[-1], (path, apart[-1] / whole[-1])
+  assert np.linalg.norm(apart) <= rtol * np.linalg.norm(whole)
+
+
+def every_case():
+  """All of them; three always run."""
+  always = [("gpt2", "all", 4), ("gptj", "all", 1), ("gpt_neo", "optimizer", 4)]
+  for case in itertools.product(CONFIGS, ("optimizer", "all"), (1, 4)):
+    yield pytest.param(*case, marks=() if case in always else pytest.mark.wide)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("kept", ["optimizer", "all"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family, kept, accumulation", [*every_case()])
 def test_twenty_steps_are_those_of_weights_on_the_device(family, kept, accumulation):
   losses, state, run = train(family, kept, accumulation=accumulation)
   wanted, theirs = resident(family)
   np.testing.assert_allclose(losses, wanted, rtol=1e-6)
   close(jax.device_get(state.params), theirs.params, 1e-6)
-  kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves((state.params, state.opt))}
-  assert kinds == {"pinned_host"} and run.train_step._cache_size() == 1
+  for leaf in jax.tree.leaves((state.params, state.opt)):
+    assert leaf.sharding.memory_kind == ("pinned_host" if leaf.ndim > 1 else "device")
+  assert run.train_step._cache_size() == 1
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.parametrize("kept", ["optimizer", "all"])
 def test_over_several_devices_too(kept):
   losses, state, _ = train("gptj", kept, accumulation=2, devices=4)
@@ -116,6 +129,7 @@ def test_over_several_devices_too(kept):
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["lion", "sgd", "adafactor"])
 @pytest.mark.parametrize("kept", ["optimizer", "all"])
 def test_every_optimizer(kept, name):
@@ -160,7 +174,7 @@ def plain(folder, stories, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", ["optimizer", "all"])
+@pytest.mark.parametrize("kept", [pytest.param("optimizer", marks=pytest.mark.wide), "all"])
 def test_a_run_is_evaluated_saved_resumed_and_exported(plain, tmp_path, kept):
   config, wanted = plain[0].copy_and_resolve_references(), plain[1]
   config.memory.offload = kept
