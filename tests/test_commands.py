@@ -11,6 +11,8 @@ import time
 import pytest
 from processes import ROOT, lines, losses, run, train
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_leaves_what_the_contract_lists(finished):
   workdir, done = finished
