@@ -249,7 +249,8 @@ def test_the_search_finds_what_fits_and_says_why_the_rest_lost():
     )
 
 
-def test_the_search_compiles_nothing_where_state_alone_is_too_large():
+def test_the_search_compiles_nothing_where_state_alone_is_too_large(monkeypatch):
+  monkeypatch.setitem(fit.CHOICES, "memory.offload", ("none",))
   config = published("EleutherAI/gpt-j-6b", train__batch_size=8, data__sequence_length=2048)
   of, asked = fake_plan(lambda c: 0)
   advice = fit.search(config, answer.model_facts(config), targets.find("t4"), of)
