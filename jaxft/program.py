@@ -35,7 +35,7 @@ class Program(NamedTuple):
   gradient: Any  # (state, batch) -> (loss, gradient, tokens)
   train_step: Any  # (state, batch) -> (state, metrics); the state is donated
   eval_step: Any  # (parameters, batch) -> (sum of the loss, tokens)
-  offload: str = "none"  # what is in the host's memory: nothing, "optimizer" state and weights, or "all", gradients too
+  offload: str  # what is in the host's memory: nothing, "optimizer" state and weights, or "all", gradients too
 
   @property
   def rows_at_once(self) -> int:

@@ -31,7 +31,7 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
   run = program.build(config, cfg, mesh, max(config.train.steps, 1), blank_row(config, cfg))
   started = time.monotonic()
   traced = run.train_step.trace(run.state, run.batch)
-  lowered, found = hosts_arguments(traced.lower(), run), of_traced(run, cfg, traced)
+  lowered, found = with_host_arguments(traced.lower(), run), of_traced(run, cfg, traced)
   seconds = lambda: {"compile_seconds": round(time.monotonic() - started, 1)}
   try:
     compiled = lowered.compile()
@@ -80,7 +80,7 @@ def of_compiled(run: Program, compiled: Any) -> dict[str, Any]:
   }
 
 
-def hosts_arguments(lowered: Any, run: Program) -> Any:
+def with_host_arguments(lowered: Any, run: Program) -> Any:
   """Marks in a lowered program which of its arguments are in the host's memory.
 
   Without a device jax (0.10 to 0.12) leaves that out for CUDA, and the program would expect all of them on the device.
