@@ -57,9 +57,10 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients:
     A = batch["ids"].shape[0]
     if A == 1:  # no second copy of the gradient for runs that do not accumulate
       return *of_part(0, jax.tree.map(lambda x: x[0], batch)), tokens
-    zeros = jnp.float32(0), place(jax.tree.map(jnp.zeros_like, state.params))
-    add = lambda total, xs: (jax.tree.map(jnp.add, total, of_part(*xs)), None)
-    (loss, grads), _ = jax.lax.scan(add, zeros, (jnp.arange(A), batch))
+    # In float32, also where weights are a copy in bfloat16 (`offload.make_gradient_of_copy`).
+    zeros = place(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.params))
+    add = lambda total, xs: (jax.tree.map(lambda t, part: t + part.astype(t.dtype), total, of_part(*xs)), None)
+    (loss, grads), _ = jax.lax.scan(add, (jnp.float32(0), zeros), (jnp.arange(A), batch))
     return loss, grads, tokens
 
   return gradient

@@ -5,6 +5,8 @@ import itertools
 import random
 import re
 import subprocess
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -47,12 +49,15 @@ def test_a_full_disk_ends_with_code_4_and_costs_nothing(interruptible, undisturb
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-  """A disk of 4 MiB."""
-  if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+def small_disk():
+  """A disk of 4 MiB, outside pytest's folders: one left by a run that was killed would stop pytest from removing them."""
+  place = Path(tempfile.mkdtemp(prefix="jaxft-disk-"))
+  if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True).returncode:
+    place.rmdir()
     pytest.skip("mounting a small disk needs root")
-  yield tmp_path
-  subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+  yield place
+  subprocess.run(["umount", "--lazy", str(place)], check=True)
+  place.rmdir()
 
 
 @pytest.mark.slow

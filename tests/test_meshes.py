@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from jaxft import config as settings
@@ -17,19 +18,6 @@ from jaxft.step import State
 pytestmark = pytest.mark.slow
 STEPS, ROWS, T = 20, 8, 13
 SIZES = dict(L=3, N=8, D=40, F=88)
-CONFIGS = {
-  "gpt2": dict(n_embd=40, n_layer=3, n_head=8, n_inner=88, n_positions=17),
-  "gpt_neo": dict(
-    hidden_size=40,
-    num_layers=3,
-    num_heads=8,
-    intermediate_size=88,
-    max_position_embeddings=17,
-    attention_types=[[["global"], 1], [["local"], 2]],
-    window_size=5,
-  ),
-  "gptj": dict(n_embd=40, n_layer=3, n_head=8, n_inner=88, n_positions=17, rotary_dim=2),
-}
 # (data, fsdp, tensor): every way to write 8 as a product of three.
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
 CASES = [(mesh, 3) for mesh in MESHES] + [((1, 8, 1), stage) for stage in (0, 1, 2)] + [((2, 2, 2), 1), ((2, 2, 2), 2)]
@@ -39,7 +27,7 @@ MORE = [(mesh, stage) for mesh in MESHES for stage in range(4) if (mesh, stage) 
 @functools.cache
 def cfg_of(family):
   vocabulary = {"model_type": family, "vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0}
-  return facts.model_config(vocabulary | CONFIGS[family]).with_dropout(0.0)
+  return facts.model_config(vocabulary | tiny.FAMILIES[family]).with_dropout(0.0)
 
 
 @functools.cache
@@ -94,7 +82,7 @@ def every_case():
   always = [("gpt2", mesh, 3) for mesh in ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2))]
   always += [("gpt2", (1, 8, 1), stage) for stage in (0, 1, 2)]
   always += [(family, mesh, 3) for family in ("gpt_neo", "gptj") for mesh in ((1, 8, 1), (2, 2, 2))]
-  for family in CONFIGS:
+  for family in tiny.FAMILIES:
     for case in CASES + MORE:
       yield pytest.param(family, *case, marks=() if (family, *case) in always else pytest.mark.wide)
 

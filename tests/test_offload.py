@@ -19,19 +19,6 @@ from jaxft.step import State
 from jaxft.train import finetune
 
 STEPS, ROWS, T = 20, 8, 13
-CONFIGS = {
-  "gpt2": dict(n_embd=40, n_layer=3, n_head=8, n_inner=88, n_positions=17),
-  "gpt_neo": dict(
-    hidden_size=40,
-    num_layers=3,
-    num_heads=8,
-    intermediate_size=88,
-    max_position_embeddings=17,
-    attention_types=[[["global"], 1], [["local"], 2]],
-    window_size=5,
-  ),
-  "gptj": dict(n_embd=40, n_layer=3, n_head=8, n_inner=88, n_positions=17, rotary_dim=2),
-}
 
 
 def build(family, kept, accumulation=1, devices=1, **more):
@@ -43,7 +30,7 @@ def build(family, kept, accumulation=1, devices=1, **more):
     section, key = name.split("__")
     config[section][key] = value
   vocabulary = {"model_type": family, "vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0}
-  cfg = facts.model_config(vocabulary | CONFIGS[family]).with_dropout(0.1)
+  cfg = facts.model_config(vocabulary | tiny.FAMILIES[family]).with_dropout(0.1)
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
   return cfg, program.build(config, cfg, mesh, STEPS, row)
@@ -102,7 +89,7 @@ def close(found, wanted, rtol):
 def every_case():
   """All of them; three always run."""
   always = [("gpt2", "all", 4), ("gptj", "all", 1), ("gpt_neo", "optimizer", 4)]
-  for case in itertools.product(CONFIGS, ("optimizer", "all"), (1, 4)):
+  for case in itertools.product(tiny.FAMILIES, ("optimizer", "all"), (1, 4)):
     yield pytest.param(*case, marks=() if case in always else pytest.mark.wide)
 
 
@@ -199,3 +186,10 @@ def test_a_run_is_evaluated_saved_resumed_and_exported(plain, tmp_path, kept):
   config.export.out = ""
   other = finetune(config, tmp_path / "other")
   np.testing.assert_allclose(other.metrics[-1]["eval/loss"], wanted.metrics[-1]["eval/loss"], rtol=1e-5)
+
+
+def test_accumulated_gradients_add_up_in_float32():
+  """The copy on the device is in bfloat16, and so is the gradient of one accumulation step."""
+  _, run = build("gpt2", "optimizer", accumulation=4, model__compute_dtype="bfloat16")
+  _, gradient, _ = jax.eval_shape(run.gradient, run.state, run.batch)
+  assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}

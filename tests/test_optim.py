@@ -69,3 +69,13 @@ def test_a_layer_of_a_stack_is_updated_as_it_would_be_alone(name):
   for i in range(3):
     alone = updated(settings_, {"other": {"kernel": stack["kernel"][i]}}, {"other": {"kernel": grads["kernel"][i]}})
     np.testing.assert_allclose(together[i], alone["other"]["kernel"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
+def test_every_optimizer_begins_with_zeros(name):
+  """`program.begin` relies on it where the state is on the host."""
+  settings_ = settings.default().optim
+  settings_.name = name
+  params = {"blocks": {"kernel": jnp.ones((3, 130, 150))}, "embed": {"tokens": jnp.ones((130, 150))}}
+  state = optim.optimizer(settings_).init(params)
+  assert jax.tree.leaves(state) and not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state))

@@ -14,6 +14,20 @@ WORDS = (
   "once upon a time the cat dog sat on mat and ran to big red house with small blue door café naïve 東京 🐈".split()
 )
 EOS = "<|endoftext|>"
+# Heads, widths and layers that two, four and eight devices can share: the part of config.json that a family has of its own.
+FAMILIES = {
+  "gpt2": dict(n_embd=40, n_layer=3, n_head=8, n_inner=88, n_positions=17),
+  "gpt_neo": dict(
+    hidden_size=40,
+    num_layers=3,
+    num_heads=8,
+    intermediate_size=88,
+    max_position_embeddings=17,
+    attention_types=[[["global"], 1], [["local"], 2]],
+    window_size=5,
+  ),
+  "gptj": dict(n_embd=40, n_layer=3, n_head=8, n_inner=88, n_positions=17, rotary_dim=2),
+}
 
 
 def story(rng: random.Random) -> str:
