@@ -6,6 +6,7 @@ which is what a line of docs/benchmarks.md needs.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -16,17 +17,33 @@ def arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--model", default="EleutherAI/gpt-j-6b", help="one of the published sizes (jaxft.hf.published)")
   parser.add_argument("--rows", type=int, default=1, help="of a batch")
+  parser.add_argument("--micro", type=int, default=0, help="rows at once; 0: all")
   parser.add_argument("--length", type=int, default=2048, help="tokens a row")
   parser.add_argument("--steps", type=int, default=10)
   parser.add_argument("--offload", default="all", choices=("none", "optimizer", "all"))
+  parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
   parser.add_argument("--optimizer", default="adamw")
-  parser.add_argument("--pool", type=float, default=8.0, help="GiB of the GPU that XLA may use")
+  parser.add_argument("--pool", type=float, default=8.0, help="GiB of the GPU that XLA may use; 0: as much as it wants")
+  parser.add_argument("--json", action="store_true", help="end with a line of JSON")
   return parser.parse_args()
 
 
+def config_of(asked: argparse.Namespace):
+  """The run's settings; jaxft is imported late, because the size of the pool is set before JAX starts."""
+  from jaxft import config as settings
+
+  config = settings.default()
+  config.model.path, config.memory.offload, config.optim.name = asked.model, asked.offload, asked.optimizer
+  config.model.dropout, config.data.train, config.train.steps = 0.0, ("random",), asked.steps
+  config.train.batch_size, config.train.micro_batch_size = asked.rows, asked.micro
+  config.data.sequence_length = asked.length
+  config.memory.remat, config.memory.loss_chunk = asked.remat, 256
+  return config
+
+
 def hold_pool(gib: float) -> None:
-  """Before JAX starts: a share of the card's memory."""
-  if shutil.which("nvidia-smi"):
+  """A share of the card's memory."""
+  if gib and shutil.which("nvidia-smi"):
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     mib = int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0])
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{gib * 1024 / mib:.6f}"
@@ -38,17 +55,11 @@ def main() -> None:
   import jax
   import numpy as np
 
-  from jaxft import config as settings
   from jaxft import program, sharding
-  from jaxft.hf import facts
-  from jaxft.hf.published import PUBLISHED
-  from jaxft.plan import figures, show
+  from jaxft.plan import answer, figures, show
 
-  config = settings.default()
-  config.model.path, config.memory.offload, config.optim.name = asked.model, asked.offload, asked.optimizer
-  config.train.batch_size, config.data.sequence_length = asked.rows, asked.length
-  config.memory.remat, config.memory.loss_chunk = "full", 256
-  cfg = facts.model_config(PUBLISHED[asked.model]).with_dropout(0.0)
+  config = config_of(asked)
+  cfg = answer.model_facts(config)
   run = program.build(
     config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:1]), asked.steps, figures.blank_row(config, cfg)
   )
@@ -60,7 +71,7 @@ def main() -> None:
   traced = run.train_step.trace(run.state, run.batch)
   started = time.monotonic()
   step = traced.lower().compile()
-  planned = figures.of_traced(run, cfg, traced) | figures.of_compiled(run, step)
+  planned = figures.of_traced(run, config, cfg, traced) | figures.of_compiled(run, step)
   print(f"compiled in {time.monotonic() - started:.1f} s; planned peak {show.size(planned['peak_bytes'])}", flush=True)
   seconds = []
   for i in range(asked.steps):
@@ -77,6 +88,9 @@ def main() -> None:
   print(f"{device.device_kind}, jax {jax.__version__}, {asked.model}, {asked.rows} x {asked.length}, {asked.offload}")
   print(f"measured peak {show.size(measured)}, planned {show.size(planned['peak_bytes'])}")
   print(f"{asked.rows * asked.length / typical:,.0f} tokens/s, {show.size(planned['bus_bytes'])} over the bus a step")
+  if asked.json:
+    found = {"measured_bytes": measured, "planned_bytes": planned["peak_bytes"], "seconds": typical}
+    print(json.dumps(found | {"device_kind": device.device_kind, "jax": jax.__version__}))
 
 
 if __name__ == "__main__":

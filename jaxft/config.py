@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
@@ -309,6 +310,14 @@ def from_json(text: str) -> ConfigDict:
   if lines := faults(config):
     raise RequestError("\n".join(lines))
   return config
+
+
+def read(file: Path) -> ConfigDict:
+  """The config.json that a run has left; raises RequestError when it is not what `to_json` wrote."""
+  try:
+    return from_json(file.read_text(encoding="utf-8"))
+  except (OSError, UnicodeDecodeError) as error:
+    raise RequestError(f"{file}: {first_line(error)}") from error
 
 
 def describe(config: ConfigDict) -> str:

@@ -31,6 +31,10 @@ class StorageError(JaxftError):
   exit_code = 4
 
 
+class Unreadable(StorageError):
+  """A checkpoint that may be sound cannot be read here and now: no permission, no memory, no handles."""
+
+
 class PeerLost(JaxftError):
   """Another process of the run did not come, died or froze."""
 

@@ -29,7 +29,7 @@ def main() -> None:
 
   data, length, like = arguments.data, arguments.sequence_length, None
   if not data and arguments.workdir and (file := Path(arguments.workdir) / "config.json").is_file():
-    config = settings.from_json(file.read_text(encoding="utf-8"))
+    config = settings.read(file)
     data, like = list(config.data.validation), config.data
     length = length or config.data.sequence_length
   if not data:

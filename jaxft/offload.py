@@ -59,6 +59,11 @@ def of_host_state(step: Callable) -> Callable:
   return lambda state, batch: step(state._replace(params=store(state.params), opt=store(state.opt)), batch)
 
 
+def of_host_params(step: Callable) -> Callable:
+  """`of_host_state` for an eval step."""
+  return lambda params, batch: step(store(params), batch)
+
+
 def layer_of(stack: Any, index: jax.Array) -> Any:
   """One layer of stacked leaves, fetched."""
   return fetch(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack))

@@ -1,6 +1,8 @@
 """A model to use: complete prompts, measure text, export. What the commands evaluate, generate and export are made of."""
 
 import collections
+import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,8 +187,8 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   file = workdir / "config.json"
   if not file.is_file():
     raise RequestError(f"workdir {str(workdir)!r}: no config.json in it, so it is not a run's folder")
-  config = settings.from_json(file.read_text(encoding="utf-8"))
-  checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep)
+  config = settings.read(file)
+  checkpoints = Checkpoints(workdir / "checkpoints")
   steps = checkpoints.steps()
   if not steps or step is not None and step not in steps:
     raise RequestError(
@@ -196,8 +198,15 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   if config.model.config and config.model.init == "scratch":
     source = repo.Checkpoint(source.folder, *repo.read_config(Path(config.model.config)))
   at = steps[-1] if step is None else step
-  if labels := checkpoints.meta(at).get("labels"):
-    source = repo.with_classes(source, labels, tokens.load_tokenizer(source.folder, source.cfg.V).eos_token_id)
+  meta = checkpoints.meta(at)
+  if meta["labels"]:
+    source = repo.with_classes(source, meta["labels"], tokens.load_tokenizer(source.folder, source.cfg.V).eos_token_id)
+  now, was = json.loads(json.dumps(dataclasses.asdict(source.cfg))), meta["model"]
+  if other := [name for name in was if now.get(name) != was[name] and not name.endswith("dropout")]:
+    raise RequestError(
+      f"config.json of config.model.path={config.model.path!r}: {other[0]} is {now.get(other[0])!r}, and was {was[other[0]]!r} "
+      f"when the run of {str(workdir)!r} was started"
+    )
   ready = Pretrained(source, compute_dtype)
   tx = optim.optimizer(config.optim)
   like = State(*sharding.state_like(tx, ready.shapes, ready.axes, ready.mesh, 3))

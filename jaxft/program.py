@@ -71,6 +71,22 @@ def must_hold(program: Program, config: ConfigDict) -> None:
     )
 
 
+def draw(program: Program, cfg: model.ModelConfig, seed: int) -> Any:
+  """New weights, placed as the program's."""
+  new = lambda: nnx.to_pure_dict(nnx.state(model.build(cfg, program.compute, seed)))
+  shapes = program.state.params
+  if program.offload == "none":
+    return jax.jit(new, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()
+  # A leaf after the other by the CPU, in whose memory they stay: together they may be too large for the device.
+  leaves, tree = jax.tree.flatten(shapes)
+  placed = []
+  with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    for i, leaf in enumerate(leaves):
+      drawn = np.asarray(jax.jit(lambda i=i: jax.tree.leaves(new())[i])())
+      placed.append(jax.make_array_from_callback(leaf.shape, leaf.sharding, drawn.__getitem__))
+  return jax.tree.unflatten(tree, placed)
+
+
 def begin(program: Program, params: Any) -> State:
   """The state before the first step, of parameters that are placed as the program's; they are donated."""
   if program.offload == "none":
@@ -129,8 +145,9 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   step = make_train_step(
     gradient, look, update, optim.schedule(config.optim, total_steps), clip_norm=config.optim.clip_norm
   )
+  eval_step = make_eval_step(graph, loss_chunk=config.memory.loss_chunk)
   if config.memory.offload != "none":
-    step = offload.of_host_state(step)
+    step, eval_step = offload.of_host_state(step), offload.of_host_params(eval_step)
   return Program(
     graph,
     compute,
@@ -140,6 +157,6 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     sharding.place(shapes, gradients),
     jax.jit(gradient, out_shardings=(whole, gradients, whole)),
     jax.jit(step, donate_argnums=0, out_shardings=(places, whole)),
-    jax.jit(make_eval_step(graph, loss_chunk=config.memory.loss_chunk)),
+    jax.jit(eval_step),
     config.memory.offload,
   )

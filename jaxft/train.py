@@ -4,12 +4,12 @@ The same command again continues a run that was stopped or killed. `finetune` is
 """
 
 import contextlib
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 from ml_collections import ConfigDict
 
 from jaxft import command_line, model, sharding
@@ -55,7 +55,8 @@ def check(config: ConfigDict, workdir: Path) -> None:
     lines += save.faults(out)
     if out.absolute() in (workdir.absolute(), *workdir.absolute().parents, (workdir / "checkpoints").absolute()):
       lines.append(f"config.export.out={str(out)!r}: the run itself is written there; name a folder of its own")
-    lines += push.faults(config.export.push_to_hub) if config.export.push_to_hub else []
+    if config.export.push_to_hub:
+      lines += [f"config.export.{line}" for line in push.faults(config.export.push_to_hub)]
     lines += sources.faults(config.data.train, config.data.validation)
   if not lines:  # reading a model's config takes seconds, most of them to import transformers
     lines += repo.faults(config.model.path, config.model.init == "pretrained", config.model.torch_bin)
@@ -153,15 +154,17 @@ def finetune(
     )
 
     # ---- Workdir: is it this run's? ------------------------------------------------------------------------------------
-    checkpoints = (
-      None if dry_run else Checkpoints(workdir / "checkpoints", config.train.keep, config.train.keep_best_metric)
-    )
-    if checkpoints:
+    about["model"] = dataclasses.asdict(cfg)
+    checkpoints, out = None, export_folder(config, workdir)
+    if not dry_run:
+      folder, best, offloaded = workdir / "checkpoints", config.train.keep_best_metric, program.offload != "none"
+      checkpoints = Checkpoints(folder, config.train.keep, best, writes=True, in_pieces=offloaded)
       until_the_end.callback(checkpoints.abandon)
       refuse_another_run(checkpoints, program.state, config, about, allow_change)
-      each = nbytes(program.state)
-      to_come = max(1, config.train.keep + 1 - len(checkpoints.steps())) + bool(config.train.keep_best_metric)
-      must_have_room(checkpoints.folder, to_come * each, f"{to_come} checkpoints of this run")
+      to_come = checkpoints.to_come(total_steps, config.train)
+      exported = EXPORT_DTYPES[config.export.dtype].itemsize * model.parameter_count(cfg)
+      needed = {folder: to_come * nbytes(program.state), out: exported}
+      must_have_room(needed, f"{to_come} checkpoints of this run and its export")
 
     # ---- Compile: what the step needs is known before any of it is taken ----------------------------------------------
     started = time.monotonic()
@@ -186,12 +189,11 @@ def finetune(
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
     state, tokens_seen = resume(checkpoints, program.state, total_steps, strict)
     if state is None:
-      shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
       if pretrained:
-        params = load.load(source, program.state.params, shardings.params)
+        places = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
+        params = load.load(source, program.state.params, places)
       else:
-        new = lambda: nnx.to_pure_dict(nnx.state(model.build(cfg, program.compute, config.train.seed)))
-        params = jax.jit(new, out_shardings=shardings.params)()
+        params = programs.draw(program, cfg, config.train.seed)
       state = programs.begin(program, params)
       del params  # donated
     start = int(state.step)
@@ -273,13 +275,11 @@ def finetune(
         if ended_early:
           say(f"no lower eval loss in {patience} evaluations: ended at step {step} of {total_steps}")
           break
-    checkpoints.close()
+      checkpoints.close()
+      if stop.at(total_steps + 1):
+        raise Preempted(f"{stop.received}: all steps are saved; the same command exports the model")
 
     # ---- Export: a Hugging Face folder, read back and compared -----------------------------------------------------------
-    out = export_folder(config, workdir)
-    must_have_room(
-      out, EXPORT_DTYPES[config.export.dtype].itemsize * model.parameter_count(cfg), "the exported weights"
-    )
     parity = save.export(
       out,
       state.params,

@@ -47,9 +47,13 @@ PLACES = {
 }
 
 
-def act(action: str) -> None:
+def note_moment() -> None:
   with open(os.environ.get("FAULT_FILE", os.devnull), "w") as file:
     file.write(str(time.time()))
+
+
+def act(action: str) -> None:
+  note_moment()
   if action == "ENOSPC":
     raise OSError(errno.ENOSPC, "No space left on device")
   os.kill(os.getpid(), signal.Signals[action])
@@ -60,6 +64,10 @@ def act(action: str) -> None:
 def tear(self, step: int, values: dict, write, action: str) -> None:
   """Half of the line that would be written."""
   whole = self._file.read_bytes() if self._file.exists() else b""
+  if action == "ENOSPC":  # from the kernel, in the middle of the write
+    note_moment()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, resource.RLIM_INFINITY))
+    return write(self, step, values)
   write(self, step, values)
   line = self._file.read_bytes()[len(whole) :]
   os.truncate(self._file, len(whole) + len(line) // 2)

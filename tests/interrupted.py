@@ -91,4 +91,18 @@ def state(workdir, step):
 def assert_same(run, undisturbed):
   (losses, samples, state, export), wanted = run.result(), undisturbed
   assert losses == wanted[0] and samples == wanted[1] and export == wanted[3]
-  jax.tree.map(np.testing.assert_array_equal, state, wanted[2])
+  assert same_bits(state, wanted[2])
+  evals = {
+    line["step"]: line["eval/loss"] for line in whole_lines(run.workdir / "metrics.jsonl") if "eval/loss" in line
+  }
+  best = min((step for step in evals if step), key=evals.__getitem__)
+  assert {best, STEPS} <= set(steps(run.workdir)) and len(
+    steps(run.workdir)
+  ) <= 4  # keep=2, the best, one not yet deleted
+  left = [entry.name for entry in (run.workdir / "checkpoints").iterdir() if not entry.name.isdecimal()]
+  assert not left, f"left over: {left}"
+
+
+def same_bits(a, b):
+  bits = lambda x: (x.dtype, x.shape, x.tobytes())
+  return jax.tree.all(jax.tree.map(lambda x, y: bits(np.asarray(x)) == bits(np.asarray(y)), a, b))

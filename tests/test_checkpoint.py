@@ -1,13 +1,18 @@
 """Checkpoints: what is loaded is what was saved, or nothing is."""
 
+import gc
+import os
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxft import config, sharding
-from jaxft.errors import NumericsError, StorageError
+from jaxft.errors import NumericsError, StorageError, Unreadable
 from jaxft.run.checkpoint import Checkpoints, checksums
+from jaxft.run.resume import resume
 
 STATE = {"a": jnp.arange(24, dtype=jnp.float32).reshape(4, 6) / 7, "b": (jnp.int32(3), jnp.ones(16, jnp.bfloat16) / 3)}
 LIKE = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), STATE)
@@ -28,6 +33,47 @@ def test_state_and_record_come_back(tmp_path):
   again = Checkpoints(tmp_path, 2)
   jax.tree.map(np.testing.assert_array_equal, again.restore(3, LIKE), STATE)
   assert again.meta(2)["tokens"] == 20 and again.meta(2)["step"] == 2
+
+
+def test_the_last_one_that_was_read_back_stays_until_a_newer_one_was(tmp_path, monkeypatch):
+  read_back = []
+  verify = Checkpoints.verify
+  monkeypatch.setattr(
+    Checkpoints, "verify", lambda self, step, like: (verify(self, step, like), read_back.append(step))
+  )
+  checkpoints = Checkpoints(tmp_path, 3)
+  for step in range(1, 8):
+    checkpoints.save(step, STATE, {})
+    checkpoints.wait()
+    assert read_back[-1] in checkpoints.steps() and set(checkpoints.steps()) >= set(range(max(1, step - 2), step + 1))
+  assert read_back == [1, 3, 5] and checkpoints.steps() == [5, 6, 7]
+
+
+def test_what_a_killed_run_left_half_written_or_half_deleted_is_removed(tmp_path):
+  saved(tmp_path, (1, 2)).close()
+  for name in ("3.orbax-checkpoint-tmp", "to-be-deleted"):
+    (tmp_path / name / "state").mkdir(parents=True)
+  assert (
+    Checkpoints(tmp_path, 5).steps() == [1, 2] and (tmp_path / "to-be-deleted").exists()
+  )  # a reader touches nothing
+  assert Checkpoints(tmp_path, 5, writes=True).steps() == [1, 2]
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # Orbax leaves an event loop to the collector
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path):
+  checkpoints = saved(tmp_path, (1,))
+  most = resource.getrlimit(resource.RLIMIT_NOFILE)
+  resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, most[1]))
+  try:
+    with pytest.raises(Unreadable, match="1: cannot be read now .*nothing was changed"):
+      resume(checkpoints, LIKE, 9, strict=False)
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, most)
+    gc.collect()
+  jax.tree.map(np.testing.assert_array_equal, resume(checkpoints, LIKE, 9, strict=False)[0], STATE)
 
 
 def test_donating_right_after_a_save_is_safe(tmp_path):

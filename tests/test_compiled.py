@@ -3,14 +3,29 @@
 import collections
 import dataclasses
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 
 from jaxft import config as settings
 from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
-from jaxft.plan import compile, hlo
+from jaxft.model import parameter_count
+from jaxft.plan import answer as plan
+from jaxft.plan import compile, hlo, targets
 
+CONFIGS = Path(__file__).parent.parent / "configs"
+# A file in configs/ -> hardware that its docstring names.
+HARDWARE = {
+  "gpt2_tinystories": ("rtx4090",),
+  "gpt2xl_shakespeare_16gb": ("t4",),
+  "gptj_6b_24gb": ("rtx4090",),
+  "gptj_6b_8gb": ("rtx3070",),
+  "gptj_6b_v5e8": ("v5e:2x4", "rtx4090x8"),
+  "gptneo_2b7_16gb": ("t4",),
+  "quickstart": ("cpu",),
+}
 GIB = 2**30
 GPTJ = "EleutherAI/gpt-j-6b"
 L, D = 28, 4096
@@ -39,9 +54,14 @@ def whole_stacks(found):
 
 
 @pytest.fixture(scope="module")
-def h100x8():
-  (answer,) = compile.measure([request(GPTJ, "h100x8", 32, 2048)])
-  return answer
+def compiler():
+  with compile.Compiler() as it:
+    yield it
+
+
+@pytest.fixture(scope="module")
+def h100x8(compiler):
+  return compiler(request(GPTJ, "h100x8", 32, 2048))
 
 
 @pytest.mark.slow
@@ -64,24 +84,50 @@ def test_layers_are_gathered_one_at_a_time_and_gradients_come_back_cut(h100x8):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "slices",
-  [
-    {"v5e:2x4": 14},
-    pytest.param({"v5e:2x4": 14, "v5e:4x4": 14, "v5e:8x8": 14, "v5e:16x16": 2.5}, marks=pytest.mark.wide),
-  ],
-)
-def test_a_tpu_chip_holds_less_the_more_there_are(slices):
-  answers = compile.measure([request(GPTJ, name, math.prod(map(int, name[4:].split("x"))), 2048) for name in slices])
+@pytest.mark.parametrize("name, device", [(name, device) for name, devices in HARDWARE.items() for device in devices])
+def test_every_shipped_config_fits_the_hardware_that_it_names(compiler, name, device):
+  file = runpy.run_path(str(CONFIGS / f"{name}.py"))
+  assert device in file["__doc__"], "the docstring names it"
+  config = file["get_config"]()
+  cfg = dataclasses.asdict(plan.model_facts(config))
+  answer = compiler(compile.Request(settings.to_json(config), cfg, device, text=True))
+  assert "refused" not in answer and "needs_bytes" not in answer, answer
+  usable = targets.find(device).usable_bytes
+  assert max(answer["peak_bytes"], answer["eval_peak_bytes"]) <= usable
+  if answer["devices"] > 1:
+    found = hlo.collectives(answer["text"])
+    assert not whole_stacks(found)
+    assert {"all-gather", "reduce-scatter"} <= {it.kind for it in found} | fused_scatter(answer)
+
+
+def test_no_shipped_config_is_left_out():
+  assert HARDWARE.keys() == {file.stem for file in CONFIGS.glob("*.py")}
+
+
+@pytest.mark.slow
+@pytest.mark.wide
+def test_a_tpu_chip_holds_less_the_more_there_are(compiler):
+  slices = {"v5e:2x4": 14, "v5e:4x4": 14, "v5e:8x8": 14, "v5e:16x16": 2.5}
+  answers = [compiler(request(GPTJ, name, math.prod(map(int, name[4:].split("x"))), 2048)) for name in slices]
   assert not any("refused" in answer for answer in answers), answers
   peaks = [answer["peak_bytes"] / GIB for answer in answers]
   assert all(peak < most for peak, most in zip(peaks, slices.values(), strict=True)), peaks
   assert all(after < before for before, after in zip(peaks, peaks[1:])), peaks
-  for answer in answers:
-    found = hlo.collectives(answer["text"])
-    assert not whole_stacks(found) and {"all-gather", "reduce-scatter"} <= {it.kind for it in found} | fused_scatter(
-      answer
-    )
+  assert not any(whole_stacks(hlo.collectives(answer["text"])) for answer in answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "model, T, most", [("gpt2-xl", 1024, 2.5), ("EleutherAI/gpt-neo-2.7B", 2048, 4), (GPTJ, 2048, 5)]
+)
+def test_weights_and_state_on_the_host_leave_a_layer_on_the_device(compiler, model, T, most):
+  answer = compiler(request(model, "h100", 1, T, memory__offload="all"))
+  assert answer["peak_bytes"] < most * GIB
+  # Weights, two moments and the gradient, which waits there for its norm; beside them nothing as large as a layer's.
+  cfg = facts.model_config(PUBLISHED[model])
+  everything = 16 * parameter_count(cfg)
+  layer = 16 * (4 * cfg.D * cfg.N * cfg.H + 2 * cfg.D * cfg.F)
+  assert everything * 0.99 < answer["host_bytes"] < everything + layer
 
 
 def fused_scatter(answer):
@@ -91,11 +137,11 @@ def fused_scatter(answer):
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_zero_stages_talk_as_the_docs_say():
+def test_zero_stages_talk_as_the_docs_say(compiler):
   """Eight GPUs: gradients are summed whole up to stage 1 and cut from stage 2; weights are gathered once, or layer by layer."""
   how = dict(memory__remat="none", memory__loss_chunk=0, model__compute_dtype="float32")
   stages = [request("gpt2", "h100x8", 8, 64, mesh__zero_stage=stage, **how) for stage in range(4)]
-  kinds = [collections.Counter(answer["collective_bytes"]) for answer in compile.measure(stages)]
+  kinds = [collections.Counter(answer["collective_bytes"]) for answer in map(compiler, stages)]
   weights = 4 * 124_439_808
   gathered, summed, scattered = (
     [kind[name] / weights for kind in kinds] for name in ("all-gather", "all-reduce", "reduce-scatter")

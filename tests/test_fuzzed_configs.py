@@ -34,7 +34,7 @@ def fuzzed(rng: random.Random) -> tuple[list[str], list[str]]:
     if rng.random() < 0.1:
       name = mistyped(rng, name)
     flags.append(f"--config.{name}={rng.choice(VALUES)}")
-    names += [name, name.split(".")[-1]]
+    names.append(f"config.{name}")
   return flags, names
 
 

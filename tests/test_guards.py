@@ -35,11 +35,11 @@ with guards.only_writer(Path({str(tmp_path / "run")!r})): pass
 
 
 def test_room_on_the_disk_is_asked_for_with_the_bytes(tmp_path):
-  guards.must_have_room(tmp_path / "not" / "there", 1000, "checkpoints")
+  guards.must_have_room({tmp_path / "not" / "there": 1000}, "checkpoints")
   with pytest.raises(
     StorageError, match=r"there: checkpoints need 1,000,000,000,000,000,000 bytes and the disk has [\d,]+ free"
   ):
-    guards.must_have_room(tmp_path / "not" / "there", 10**18, "checkpoints")
+    guards.must_have_room({tmp_path: 10, tmp_path / "not" / "there": 10**18 - 10}, "checkpoints")
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
@@ -50,6 +50,11 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
   kept.wait()
   assert kept.steps() == [2, 5, 6]
   kept.close()
+  again = checkpoint.Checkpoints(tmp_path / "c", 2, best="eval/loss", writes=True)  # another process knows it too
+  for step in (7, 8):
+    again.save(step, state, {"config": {}}, {"eval/loss": 2.0})
+  again.close()
+  assert again.steps() == [2, 7, 8] and sorted(path.name for path in (tmp_path / "c").iterdir()) == ["2", "7", "8"]
 
 
 def test_training_ends_when_evaluations_get_no_better(config, tmp_path):

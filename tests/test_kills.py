@@ -16,7 +16,7 @@ KILLS = 5  # of a part
 @pytest.mark.slow
 @pytest.mark.parts(2, 60)
 def test_killed_runs_end_as_undisturbed_ones(interruptible, undisturbed, tmp_path, part, record_property):
-  rng, killed, aimed, lost, run = random.Random(part), 0, 0, [0], None
+  rng, killed, places, lost, run = random.Random(part), 0, set(), [0], None
   wanted, seconds = undisturbed
   names = map("run{}".format, itertools.count())
   while killed < KILLS:
@@ -31,16 +31,18 @@ def test_killed_runs_end_as_undisturbed_ones(interruptible, undisturbed, tmp_pat
     code, _, _ = run.end(process)
     assert code in (0, -signal.SIGKILL)
     if code == 0:
+      assert place is None or not run.moment.exists(), place
       assert_same(run, wanted)
       run = None
       continue
-    killed, aimed = killed + 1, aimed + (place is not None)
+    assert place is None or run.moment.exists(), place
+    killed, places = killed + 1, places | {place}
     lost.append(run.lost_steps())
     assert lost[-1] <= SAVE_EVERY + 1, (place, lost)
   if run:
     code, said, _ = run.end(run.start())
     assert code == 0, said
     assert_same(run, wanted)
-  figures = {"most steps lost": max(lost)}
+  figures = {"most steps lost": max(lost), "most places hit in a run of five": len(places - {None})}
   record_property("torture", {"what": "SIGKILL, half aimed, half at random", "tried": killed, "figures": figures})
   shutil.rmtree(tmp_path)

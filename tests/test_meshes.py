@@ -112,7 +112,15 @@ def bytes_by_formula(family, mesh, stage):
     )
     return sum(each)
 
-  return {"parameters": total(stage >= 3), "gradients": total(stage >= 2), "optimizer": 2 * total(stage >= 1) + 4}
+  # A step count for each leaf, and for each layer of one that is stacked.
+  counts = sum(
+    of_leaf.shape[0] if "layers" in of else 1 for of_leaf, of in zip(jax.tree.leaves(shapes), names, strict=True)
+  )
+  return {
+    "parameters": total(stage >= 3),
+    "gradients": total(stage >= 2),
+    "optimizer": 2 * total(stage >= 1) + 4 * counts,
+  }
 
 
 @pytest.mark.parametrize("mesh, stage", [((1, 8, 1), stage) for stage in range(4)] + [((2, 2, 2), 3), ((1, 2, 4), 2)])

@@ -40,11 +40,15 @@ def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
     code, said, seconds = run.end(run.start(PHASES[phase], 1 if again else rng.choice([1, 1, 2]), number))
     if code == 0:  # what was left of the run does not pass the place so often: a new one does
       assert_same(run, undisturbed[0])
+      assert not run.moment.exists(), f"{phase}: the signal came, and the run went on to its end"
       assert not again, phase
       run, again = None, True
       continue
     again = False
-    assert code == 75 and re.search(f"stopped: {number}: (saved at step|nothing was lost)", said), (phase, said)
+    assert code == 75 and re.search(f"stopped: {number}: (saved at step|all steps are saved|nothing was lost)", said), (
+      phase,
+      said,
+    )
     assert seconds < 10
     saved = re.search("saved at step ([0-9]+)", said)
     assert not saved or max(steps(run.workdir)) == int(saved[1]), (phase, said)

@@ -1,5 +1,6 @@
 """The model card of an export."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def model_card(workdir: Path, step: int) -> str:
 
   Local paths are cut to their last part.
   """
-  config = settings.from_json((workdir / "config.json").read_text(encoding="utf-8"))
+  config = settings.read(workdir / "config.json")
   path, pretrained = config.model.path, config.model.init == "pretrained"
   name = path.rstrip("/").split("/")[-1]
   hub_id = pretrained and path.count("/") <= 1 and not path.startswith((".", "/"))
@@ -64,8 +65,11 @@ def model_card(workdir: Path, step: int) -> str:
 
 
 def _objects(file: Path) -> list[dict[str, Any]]:
-  """The objects of a .json or .jsonl file; none where the user has removed it."""
+  """The objects of a .json or .jsonl file; none where the user has removed it, nor of a line that a kill has cut short."""
   if not file.is_file():
     return []
-  text = file.read_text(encoding="utf-8")
-  return [json.loads(text)] if file.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+  text, objects = file.read_text(encoding="utf-8", errors="replace"), []
+  for part in [text] if file.suffix == ".json" else text.splitlines():
+    with contextlib.suppress(ValueError):
+      objects.append(json.loads(part))
+  return objects

@@ -71,6 +71,7 @@ def export(
   out = Path(os.path.abspath(out))
   partial = out.with_name(f".{out.name}.jaxft-partial")
   try:
+    _put_back(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     dtype_of = dtypes(checkpoint, dtype)
@@ -159,10 +160,24 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def _put_in_place(partial: Path, out: Path) -> None:
-  """Renames; a model that was there before is there until the new one is."""
-  old = out.with_name(f".{out.name}.jaxft-old")
+  """Renames; a model that was there before is there until the new one is, but for a moment (see `_put_back`)."""
+  old = _old(out)
   shutil.rmtree(old, ignore_errors=True)
   if out.exists():
     out.rename(old)
-  partial.rename(out)
+  try:
+    partial.rename(out)
+  except OSError:
+    _put_back(out)
+    raise
   shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(out: Path) -> None:
+  """Where something ended the process between the two renames, the old model gets its name again."""
+  if _old(out).exists() and not out.exists():
+    _old(out).rename(out)
+
+
+def _old(out: Path) -> Path:
+  return out.with_name(f".{out.name}.jaxft-old")

@@ -92,10 +92,11 @@ def plan_here(config: ConfigDict, cfg: ModelConfig, run: Program, traced: Any, c
   """The plan of a train step that is compiled already, for the devices it will run on."""
   mesh = run.batch_sharding.mesh
   device = mesh.local_devices[0]
-  found = figures.of_traced(run, cfg, traced) | figures.of_compiled(run, compiled) | {"compile_seconds": None}
+  found = figures.of_traced(run, config, cfg, traced) | figures.of_compiled(run, compiled)
+  found |= {"eval_peak_bytes": figures.eval_peak_bytes(run), "compile_seconds": None}
   plan = _told(config, targets.here(device, mesh.size), found)
   share = program.memory_of(device) // (mesh.size if device.platform == "cpu" else 1)
-  return plan | {"usable_bytes": share, "fits": plan["peak_bytes"] <= share}
+  return plan | {"usable_bytes": share, "fits": max(plan["peak_bytes"], plan["eval_peak_bytes"]) <= share}
 
 
 def _about(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
@@ -126,8 +127,8 @@ def _told(config: ConfigDict, target: targets.Target, found: dict[str, Any]) -> 
     plan["breakdown"] = found["arguments"] | {"gradients": found["gradient_bytes"]}
     plan["breakdown"]["activations"] = max(0, plan["peak_bytes"] - sum(plan["breakdown"].values()))
   else:
-    plan |= {name: found[name] for name in ("peak_bytes", "breakdown", "host_bytes")}
-    plan["fits"] = found["peak_bytes"] <= plan["usable_bytes"]
+    plan |= {name: found[name] for name in ("peak_bytes", "eval_peak_bytes", "breakdown", "host_bytes")}
+    plan["fits"] = max(found["peak_bytes"], found["eval_peak_bytes"]) <= plan["usable_bytes"]
   roofline = None
   if not refused:
     roofline = estimate.roofline(
@@ -142,6 +143,7 @@ def _told(config: ConfigDict, target: targets.Target, found: dict[str, Any]) -> 
       bus_bytes=found["bus_bytes"],
     )
   return plan | {
+    "logits_bytes": found["logits_bytes"],
     "checkpoint_bytes": found["checkpoint_bytes"],
     "flops": found["flops"],
     "model_flops": found["model_flops"],

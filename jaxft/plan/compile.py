@@ -95,12 +95,6 @@ class Compiler:
       self._child = None
 
 
-def measure(requests: list[Request]) -> list[dict[str, Any]]:
-  """Answers for the requests, in order, all from one process; see `Compiler`."""
-  with Compiler() as compiler:
-    return [compiler(request) for request in requests]
-
-
 def _installed(module: str) -> bool:
   try:
     return importlib.util.find_spec(module) is not None

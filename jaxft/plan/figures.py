@@ -31,7 +31,7 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
   run = program.build(config, cfg, mesh, max(config.train.steps, 1), blank_row(config, cfg))
   started = time.monotonic()
   traced = run.train_step.trace(run.state, run.batch)
-  lowered, found = with_host_arguments(traced.lower(), run), of_traced(run, cfg, traced)
+  lowered, found = with_host_arguments(traced.lower(), run, run.state), of_traced(run, config, cfg, traced)
   seconds = lambda: {"compile_seconds": round(time.monotonic() - started, 1)}
   try:
     compiled = lowered.compile()
@@ -41,10 +41,20 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
       raise
     needs, has = (int(float(short[i]) * UNITS[short[i + 1]]) for i in (1, 3))
     return found | {"needs_bytes": needs, "has_bytes": has} | seconds()
-  return found | seconds() | of_compiled(run, compiled) | ({"text": compiled.as_text()} if text else {})
+  found |= of_compiled(run, compiled) | {"eval_peak_bytes": eval_peak_bytes(run)} | seconds()
+  return found | ({"text": compiled.as_text()} if text else {})
 
 
-def of_traced(run: Program, cfg: ModelConfig, traced: Any) -> dict[str, Any]:
+def eval_peak_bytes(run: Program) -> int:
+  """Most memory of a device while an eval step runs, beside the optimizer state, which stays where it is."""
+  batch = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding), run.batch
+  )
+  lowered = with_host_arguments(run.eval_step.lower(run.state.params, batch), run, run.state.params)
+  return peak_bytes(lowered.compile().memory_analysis(), run) + arguments(run)["optimizer"]
+
+
+def of_traced(run: Program, config: ConfigDict, cfg: ModelConfig, traced: Any) -> dict[str, Any]:
   """What is known before a compiler runs. Bytes are of one device, operations ("flops") of the whole step."""
   A, B, T = run.batch["ids"].shape
   mesh = run.batch_sharding.mesh
@@ -62,6 +72,7 @@ def of_traced(run: Program, cfg: ModelConfig, traced: Any) -> dict[str, Any]:
         run.offload, run.state.params, run.state.opt, cfg.tied and not cfg.classes, program.bytes_a_device
       )
     ),
+    "logits_bytes": logits_bytes(run, config, cfg),
     "tokens": A * B * T,
     "flops": flops.of_jaxpr(traced.jaxpr),
     "model_flops": flops.of_model(cfg, A * B, T),
@@ -80,14 +91,14 @@ def of_compiled(run: Program, compiled: Any) -> dict[str, Any]:
   }
 
 
-def with_host_arguments(lowered: Any, run: Program) -> Any:
-  """Marks in a lowered program which of its arguments are in the host's memory.
+def with_host_arguments(lowered: Any, run: Program, state: Any) -> Any:
+  """Marks in a lowered program, whose arguments are `state` and a batch, which of them are in the host's memory.
 
   Without a device jax (0.10 to 0.12) leaves that out for CUDA, and the program would expect all of them on the device.
   """
   if run.offload == "none":
     return lowered
-  kept = [offload.is_kept(leaf) for leaf in jax.tree.leaves(run.state)] + [False] * len(jax.tree.leaves(run.batch))
+  kept = [offload.is_kept(leaf) for leaf in jax.tree.leaves(state)] + [False] * len(jax.tree.leaves(run.batch))
   module = lowered._lowering.stablehlo()
   with module.context, ir.Location.unknown(module.context):
     main = next(op for op in module.body.operations if "main" in str(op.name))
@@ -108,6 +119,13 @@ def blank_row(config: ConfigDict, cfg: ModelConfig) -> dict[str, np.ndarray]:
   return row
 
 
+def logits_bytes(run: Program, config: ConfigDict, cfg: ModelConfig) -> int:
+  """Of the float32 logits that a device has at once; they come and go within the temporaries."""
+  _, B, T = run.batch_sharding.shard_shape(run.batch["ids"].shape)
+  rows = -(-cfg.V // sharding.VOCAB_MULTIPLE) * sharding.VOCAB_MULTIPLE // run.batch_sharding.mesh.shape["tensor"]
+  return 4 * B * (min(config.memory.loss_chunk, T) or T) * (cfg.classes or rows)
+
+
 def arguments(run: Program) -> dict[str, int]:
   """Bytes a device of what goes into the step."""
   parts = {"parameters": run.state.params, "optimizer": run.state.opt, "batch": run.batch}
@@ -124,8 +142,7 @@ def memory_of_step(run: Program, memory: Any) -> dict[str, Any]:
   Args:
     memory: `compiled.memory_analysis()` of the train step.
   """
-  tpu = run.batch_sharding.mesh.devices.flat[0].platform == "tpu"
-  peak, parts = peak_bytes(memory, tpu), arguments(run)
+  peak, parts = peak_bytes(memory, run), arguments(run)
   other = memory.argument_size_in_bytes - sum(parts.values())  # counters, and what tiles of a TPU fill up
   rest = peak - memory.argument_size_in_bytes
   gradients = 0 if run.offload == "all" else min(program.bytes_a_device(run.gradients), rest)
@@ -135,14 +152,14 @@ def memory_of_step(run: Program, memory: Any) -> dict[str, Any]:
   }
 
 
-def peak_bytes(memory: Any, tpu: bool) -> int:
+def peak_bytes(memory: Any, run: Program) -> int:
   """Most memory of a device at once.
 
   A GPU takes all temporaries as one block, next to the arguments; outputs live in donated arguments, but for some numbers. On a
   TPU the compiler's own figure counts, which is the same from libtpu 0.0.42 to 0.0.51; its sum of temporaries is not (6.4 GiB
   before 0.0.51, 5.2 from then on, for the same program).
   """
-  if tpu:
+  if run.batch_sharding.mesh.devices.flat[0].platform == "tpu":
     return memory.peak_memory_in_bytes
   taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   return taken + memory.output_size_in_bytes - memory.alias_size_in_bytes

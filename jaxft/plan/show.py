@@ -46,7 +46,7 @@ def seconds(value: float | None) -> str:
 
 
 def verdict(plan: dict[str, Any]) -> str:
-  peak, usable = plan["peak_bytes"], plan["usable_bytes"]
+  peak, usable = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0)), plan["usable_bytes"]
   if plan["fits"]:
     return f"fits: {size(peak)} of {size(usable)} a device, {100 * peak / usable:.0f} %"
   return f"does not fit: needs {size(peak)} a device, of which there are {size(usable)}; {size(peak - usable)} too much"
@@ -98,6 +98,7 @@ def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
   pairs = [
     ("devices", f"{plan['devices']} x {plan['device_kind']}, mesh {mesh}, computing in {plan['compute_dtype']}"),
     ("step", f"{plan['tokens']:,} tokens in {plan['accumulation_steps']} accumulation step(s)"),
+    ("logits", f"{size(plan['logits_bytes'])} at once, float32, among the activations"),
     ("disk", f"{size(plan['checkpoint_bytes'])} for a checkpoint"),
     (
       "host memory",
@@ -109,6 +110,8 @@ def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     ),
   ]
   estimate = plan["estimate"]
+  if "eval_peak_bytes" in plan:
+    pairs.insert(2, ("evaluation", f"{size(plan['eval_peak_bytes'])} a device at its peak"))
   if plan["moved_bytes"] is not None:
     pairs += [
       ("memory traffic", f"{size(plan['moved_bytes'])} a device and step"),

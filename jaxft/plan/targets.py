@@ -77,6 +77,12 @@ KB, MB = 2**10, 2**20
 NVLINK3, NVLINK4, NVLINK5, PCIE3, PCIE4, PCIE5 = 300 * GIGA, 450 * GIGA, 900 * GIGA, 14 * GIGA, 28 * GIGA, 56 * GIGA
 GPUS = {
   "t4": Gpu("Tesla T4", (7, 5), 40, 1.59, 15 * GIB, 320 * GIGA, 4 * MB, 64 * KB, 1024, 65 * TERA, PCIE3, 4, False),
+  "rtx3060": Gpu(
+    "GeForce RTX 3060", (8, 6), 28, 1.777, 12 * GIB, 360 * GIGA, 3 * MB, 100 * KB, 1536, 25 * TERA, PCIE4, 1
+  ),
+  "rtx3070": Gpu(
+    "GeForce RTX 3070", (8, 6), 46, 1.725, 8 * GIB, 448 * GIGA, 4 * MB, 100 * KB, 1536, 40 * TERA, PCIE4, 1
+  ),
   "rtx3090": Gpu(
     "GeForce RTX 3090", (8, 6), 82, 1.695, 24 * GIB, 936 * GIGA, 6 * MB, 100 * KB, 1536, 71 * TERA, PCIE4, 2
   ),

@@ -1,21 +1,26 @@
 """Checkpoints: Orbax, plus a checksum of every leaf, because Orbax loads flipped bits without a word (0.12.8, measured)."""
 
 import contextlib
+import dataclasses
 import hashlib
+import itertools
 import json
 import logging
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from jaxft.errors import NumericsError, StorageError, first_line
+from jaxft.errors import NumericsError, StorageError, Unreadable, first_line
 
 # After a failed read Orbax (0.12.8) leaves tasks behind that nobody awaits; asyncio would log each with a traceback, pages
 # after the error has been told in one line.
@@ -23,47 +28,87 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's: what it logs with a traceback it raises too
 
 READ_AT_ONCE = 2**28  # bytes of a checkpoint that is read back, next to the state itself
+HALF_WRITTEN, GONE = ".orbax-checkpoint-tmp", "to-be-deleted"  # in the names of folders beside the checkpoints
+# Reasons why a sound file cannot be read here and now.
+REFUSED = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Permission denied", "Operation not permitted")
+REFUSED += ("Too many open files", "Cannot allocate memory", "Stale file handle")
+
+
+@dataclasses.dataclass
+class ReadBack:
+  """Orbax's policy that keeps the checkpoint that was last read back and found as it was written."""
+
+  step: int | None
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+    return [info.step == self.step for info in checkpoints]
 
 
 class Checkpoints:
   """The checkpoints of one run: `folder/STEP/` with the state and a JSON record about it, written in the background."""
 
-  def __init__(self, folder: Path, keep: int, best: str = ""):
+  def __init__(self, folder: Path, keep: int = 1, best: str = "", *, writes: bool = False, in_pieces: bool = False):
     """Opens the folder, making it if need be; raises StorageError when it cannot.
 
     Args:
-      keep: newest checkpoints to keep.
+      keep: newest checkpoints to keep; the last that was read back stays too, until a newer one has been.
       best: keep the one with the least value of this metric too.
+      writes: this run is the folder's only writer, and removes what a killed one left half written or half deleted.
+      in_pieces: read and write some leaves at a time, and wait for it: the host has no room for a copy of the state.
     """
-    self.folder, self._verified, self._closed, self._nbytes = folder, False, False, 0
-    kept = [LatestN(keep)]
+    self.folder, self._closed, self._nbytes = folder, False, 0
+    self._keep, self._in_pieces, self._verified, self._has_saved = keep, in_pieces, ReadBack(None), False
+    lowest = lambda metrics: metrics.get(best, math.inf) if metrics else math.inf
+    kept = [LatestN(keep), self._verified]
     if best:
-      lowest = lambda metrics: metrics.get(best, float("inf")) if metrics else float("inf")
       kept.append(BestN(get_metric_fn=lowest, reverse=True, n=1, keep_checkpoints_without_metrics=False))
-    options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(kept))
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=AnyPreservationPolicy(kept),
+      best_fn=lowest if best else None,  # without it Orbax writes no metrics, and another process knows of no best one
+      best_mode="min",
+      todelete_subdir=GONE,  # so that none is ever half there under its own name
+    )
+    handlers = None
+    if in_pieces:
+      piece = {"save_device_host_concurrent_gb": 1, "is_prioritized_key_fn": lambda _: False}
+      handlers = {"state": ocp.PyTreeCheckpointHandler(**piece), "meta": ocp.JsonCheckpointHandler()}
     self._or_storage_error(lambda: folder.mkdir(parents=True, exist_ok=True))
-    self._manager = self._or_storage_error(lambda: ocp.CheckpointManager(folder.absolute(), options=options))
+    if writes:
+      self._or_storage_error(self._sweep)
+    opened = lambda: ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+    self._manager = self._or_storage_error(opened)
 
   def save(self, step: int, state: Any, meta: dict[str, Any], metrics: Mapping[str, float] | None = None) -> None:
     """Starts to write; the arrays may be changed or donated as soon as this returns.
 
     Raises StorageError, and NumericsError for a state that is not finite: an update can overflow though nothing before it did.
-    The first checkpoint of a process is waited for and read back, so that a disk that is not to be trusted shows at once.
+    The first checkpoint of a process is waited for and read back, so that a disk that is not to be trusted shows at once, and
+    later the newest one each time the last that was read back is about to be older than the newest `keep`.
     """
     if wrong := not_finite(state):
       raise NumericsError(f"step {step}: not saved: {wrong[0]} is not finite ({len(wrong)} such leaves)")
+    self.wait()
+    steps = self.steps()
+    if steps and self._verified.step not in (steps[-1], *[*steps, step][-self._keep :]):
+      self._read_back(steps[-1], state)
     meta = meta | {"step": step, "leaves": described(state), "checksums": checksums(state)}
     meta |= {"sha256": _sha256(meta)}
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+    as_saved = ocp.args.PyTreeSave if self._in_pieces else ocp.args.StandardSave
+    args = ocp.args.Composite(state=as_saved(state), meta=ocp.args.JsonSave(meta))
     # force: without it Orbax leaves out, in silence, a step that is not after the newest.
     write = lambda: self._manager.save(step, args=args, metrics=dict(metrics or {}), force=True)
     self._nbytes = nbytes(state)
     if not self._or_storage_error(write):
       raise StorageError(f"{self.folder / str(step)}: not saved")
-    if not self._verified:
+    if self._in_pieces or not self._has_saved:
       self.wait()
-      self.verify(step, state)
-      self._verified = True
+    if not self._has_saved:
+      self._read_back(step, state)
+      self._has_saved = True
+
+  def _read_back(self, step: int, like: Any) -> None:
+    self.verify(step, like)
+    self._verified.step = step
 
   def verify(self, step: int, like: Any) -> None:
     """Reads a checkpoint back, some leaves at a time, and compares checksums; raises StorageError."""
@@ -75,18 +120,16 @@ class Checkpoints:
           lambda at, x, paths=paths: shape(x) if at in paths else ocp.PLACEHOLDER, like
         )
         how = ocp.args.PyTreeRestore(some, ocp.checkpoint_utils.construct_restore_args(some))
-        try:
-          back = reader.restore(self.folder.absolute() / str(step) / "state", args=how)
-        except Exception as error:
-          raise self._damaged(step, error) from error
+        place = self.folder.absolute() / str(step) / "state"
+        back = self._read(step, lambda how=how, place=place: reader.restore(place, args=how))
         found = checksums(jax.tree.map(lambda x: None if x is ocp.PLACEHOLDER else x, back))
         if wrong := [name for name, value in found.items() if value != wanted[name]]:
           raise StorageError(f"{self.folder / str(step)}: {wrong[0]} read back is not what was written")
 
   def set_aside(self, step: int) -> Path:
     """Renames a damaged checkpoint, out of the way of the one that the run will save at this step; returns its new place."""
-    number = 1 + sum(1 for _ in self.folder.glob(f"damaged-{step}*"))
-    aside = self.folder / (f"damaged-{step}" + (f"-{number}" if number > 1 else ""))
+    names = (self.folder / (f"damaged-{step}" + (f"-{number}" if number > 1 else "")) for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
     if jax.process_index() == 0:
       self._or_storage_error(lambda: (self.folder / str(step)).rename(aside))
     if jax.process_count() > 1:
@@ -101,11 +144,20 @@ class Checkpoints:
     except StorageError:
       self._manager.reload()
       raise
+    self._sweep(half_written=False)
+
+  def _sweep(self, half_written: bool = True) -> None:
+    """Removes checkpoints that were to go and, where nothing is being written, those that were never whole."""
+    if jax.process_index() == 0:
+      shutil.rmtree(self.folder / GONE, ignore_errors=True)
+      for rest in self.folder.glob(f"*{HALF_WRITTEN}*") if half_written else ():
+        shutil.rmtree(rest, ignore_errors=True)
 
   def close(self) -> None:
     """Waits for what is being written; raises StorageError if it is not on disk then."""
     self._or_storage_error(self._manager.close)
     self._closed = True
+    self._sweep(half_written=False)
 
   def abandon(self) -> None:
     """Closes after an error, whose story is told already."""
@@ -116,13 +168,23 @@ class Checkpoints:
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
 
+  def to_come(self, total_steps: int, train: ConfigDict) -> int:
+    """How many more checkpoints the disk will have to hold at once, until a run of so many steps is through."""
+    steps, everies = self.steps(), [train.save_every or total_steps]
+    if train.keep_best_metric:
+      everies.append(train.eval_every or total_steps)
+    saves = sum(-(-(total_steps - max(steps, default=0)) // every) for every in everies)
+    at_once = max(train.keep, 2) + bool(train.keep_best_metric) + 1  # while the next one is written
+    return min(saves, max(at_once - len(steps), 1))
+
   def meta(self, step: int) -> dict[str, Any]:
     """The record of a checkpoint; raises StorageError when it cannot be read, or is not what was saved."""
-    try:
+
+    def read() -> tuple[dict[str, Any], bool]:
       meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-      sound = meta.pop("sha256") == _sha256(meta)
-    except Exception as error:  # whatever damage makes Orbax raise
-      raise self._damaged(step, error) from error
+      return meta, meta.pop("sha256") == _sha256(meta)
+
+    meta, sound = self._read(step, read)
     if not sound:
       raise StorageError(f"{self.folder / str(step)}: damaged (its record differs from its checksum)")
     return meta
@@ -130,21 +192,42 @@ class Checkpoints:
   def restore(self, step: int, like: Any) -> Any:
     """The state, placed as the ShapeDtypeStructs in `like` say; raises StorageError when it is not what was saved."""
     wanted = self.meta(step)["checksums"]
-    try:
-      state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
-    except Exception as error:
-      raise self._damaged(step, error) from error
+    how = ocp.args.StandardRestore(like)
+    if self._in_pieces:
+      how = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+    state = self._read(step, lambda: self._manager.restore(step, args=ocp.args.Composite(state=how)).state)
     found = checksums(state)
     wrong = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
     if wrong:
       raise StorageError(
         f"{self.folder / str(step)}: damaged ({min(wrong)} and {len(wrong) - 1} more leaves differ from their checksums)"
       )
+    self._verified.step = step
     return state
 
-  def _damaged(self, step: int, error: Exception) -> StorageError:
-    reason = first_line(error).split(" See full TensorStore")[0]  # which is a page long
-    return StorageError(f"{self.folder / str(step)}: damaged ({reason})")
+  def _read(self, step: int, act: Callable[[], Any]) -> Any:
+    """What `act` reads, where all processes can read it.
+
+    Raises, in all of them, Unreadable where one is refused the file, and StorageError where it is damaged.
+    """
+    found, failure = None, None
+    try:
+      found = act()
+    except Exception as error:  # whatever damage makes Orbax raise
+      failure = error
+    outcome = 0 if failure is None else 2 if is_refusal(failure) else 1
+    if jax.process_count() > 1:
+      outcome = int(np.max(multihost_utils.process_allgather(np.int32(outcome))))
+    if not outcome:
+      return found
+    reason = "by another process" if failure is None else first_line(failure)
+    reason = reason.split(" See full TensorStore")[0]  # which is a page long
+    place = self.folder / str(step)
+    if outcome == 2:
+      raise Unreadable(
+        f"{place}: cannot be read now ({reason}); nothing was changed: run again where it can"
+      ) from failure
+    raise StorageError(f"{place}: damaged ({reason})") from failure
 
   def _or_storage_error(self, act: Callable[[], Any]) -> Any:
     try:
@@ -155,6 +238,12 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free
         reason += f"; it takes {self._nbytes:,} bytes and the disk has {free:,} free"
       raise StorageError(f"checkpoint in {self.folder}: {reason}") from error
+
+
+def is_refusal(error: Exception) -> bool:
+  """Whether an error while reading tells of this machine and moment rather than of the file."""
+  kinds = MemoryError, PermissionError, jax.errors.JaxRuntimeError
+  return isinstance(error, kinds) or any(reason in str(error) for reason in REFUSED)
 
 
 def _sha256(meta: Mapping[str, Any]) -> str:

@@ -110,13 +110,21 @@ def _holder(about: Path) -> str:
     return "another run"
 
 
-def must_have_room(folder: Path, needed: int, what: str) -> None:
-  """Raises StorageError when the disk of a folder, which need not be there yet, has less than `needed` bytes free."""
-  there = folder.absolute()
-  while not there.exists():
-    there = there.parent
-  free = shutil.disk_usage(there).free
-  if free < needed:
-    raise StorageError(
-      f"{folder}: {what} need {needed:,} bytes and the disk has {free:,} free; make room, or name a folder elsewhere"
-    )
+def must_have_room(needed: dict[Path, int], what: str) -> None:
+  """Raises StorageError when a disk has less free than what is needed of it.
+
+  Args:
+    needed: bytes for each folder, which need not be there yet.
+    what: the bytes are for.
+  """
+  disks = {}
+  for folder, nbytes in needed.items():
+    there = folder.absolute()
+    while not there.exists():
+      there = there.parent
+    disk, free = there.stat().st_dev, shutil.disk_usage(there).free
+    disks[disk] = disks.get(disk, 0) + nbytes
+    if free < disks[disk]:
+      raise StorageError(
+        f"{folder}: {what} need {disks[disk]:,} bytes and the disk has {free:,} free; make room, or name a folder elsewhere"
+      )

@@ -1,11 +1,12 @@
 """Going on with a run: is it the same one, and which of its checkpoints is sound."""
 
+import json
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jaxft import config as settings
-from jaxft.errors import RequestError, StorageError
+from jaxft.errors import RequestError, StorageError, Unreadable
 from jaxft.run.checkpoint import Checkpoints, described
 from jaxft.run.tracking import say
 from jaxft.step import State
@@ -26,9 +27,17 @@ def refuse_another_run(
   for step in reversed(checkpoints.steps()):
     try:
       meta = checkpoints.meta(step)
+    except Unreadable:
+      raise
     except StorageError:
       continue  # `resume` will say so
     lines = settings.changed(meta["config"], config)
+    now = json.loads(json.dumps(about["model"]))
+    lines += [
+      f"config.json of config.model.path={config.model.path!r}: {name} is {now[name]!r}; the run was started with {was!r}"
+      for name, was in meta["model"].items()
+      if now.get(name) != was
+    ]
     saved, wanted = meta["leaves"], described(like)
     other = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
     if other:
@@ -41,6 +50,10 @@ def refuse_another_run(
       lines.append("config.data: the training text, or how it is cut into tokens, is not what the run was started with")
     if meta["total_steps"] != about["total_steps"]:
       lines.append(f"{about['total_steps']} steps in all: the run was started for {meta['total_steps']}")
+    if about["total_steps"] < step:
+      raise RequestError(
+        "\n".join([*lines, f"{checkpoints.folder} has a checkpoint of step {step} already: {ANOTHER}"])
+      )
     if lines and allow_change:
       for line in lines:
         say(f"{line}; going on with the change, as --allow_change says")
@@ -59,6 +72,8 @@ def resume(checkpoints: Checkpoints, like: State, total_steps: int, strict: bool
   for step in reversed(checkpoints.steps()):
     try:
       state, seen = checkpoints.restore(step, like), checkpoints.meta(step)["tokens"]
+    except Unreadable:
+      raise
     except StorageError as error:
       if strict:
         raise
@@ -69,5 +84,6 @@ def resume(checkpoints: Checkpoints, like: State, total_steps: int, strict: bool
     say(f"continuing at step {step} of {total_steps}")
     return state, seen
   if damaged:
-    raise StorageError("\n".join([*damaged.values(), "no sound checkpoint is left; remove the workdir to start anew"]))
+    last = f"no sound checkpoint is left in {checkpoints.folder}; to start anew name another --workdir"
+    raise StorageError("\n".join([*damaged.values(), last]))
   return None, 0

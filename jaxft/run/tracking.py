@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -19,12 +20,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxft.errors import NumericsError, StorageError
 from jaxft.files import refused, write_whole
 
-console = Console(soft_wrap=True, highlight=False)
+
+class Story(Console):
+  """A console whose reader may go away: rich would end the run then."""
+
+  def on_broken_pipe(self) -> None:
+    self.quiet = True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+console = Story(soft_wrap=True, highlight=False)
 
 
 def say(text: str) -> None:
   """One line of the story. Not rich markup, and no control characters: text comes from users' files."""
-  console.print(visible(text), markup=False)
+  with contextlib.suppress(OSError):  # a log on a full disk: the run goes on as long as its own files can be written
+    console.print(visible(text), markup=False)
 
 
 def visible(text: str) -> str:

@@ -1,0 +1,88 @@
+"""The plan's peak against the measured one, on one GPU: python benchmarks/plan_vs_measured.py
+
+Each point is planned with `jaxft.plan`, for the card that is here and as if it were not, then trained for three steps in a
+process of its own (`benchmarks/offload.py`), whose allocator tells the most bytes it had in use. Prints a table, the median and
+the largest error; some twenty minutes on one 80 GB card, less what does not fit.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import offload
+
+# model, rows, rows at once, tokens a row, remat, offload
+POINTS = (
+  ("gpt2", 8, 8, 1024, "none", "none"),
+  ("gpt2", 8, 8, 1024, "dots", "none"),
+  ("gpt2", 32, 32, 1024, "full", "none"),
+  ("gpt2", 32, 8, 1024, "none", "none"),
+  ("gpt2-medium", 8, 8, 1024, "none", "none"),
+  ("gpt2-large", 8, 4, 1024, "full", "none"),
+  ("gpt2-xl", 4, 4, 1024, "full", "none"),
+  ("gpt2-xl", 8, 4, 1024, "full", "all"),
+  ("gpt2-xl", 4, 4, 1024, "full", "optimizer"),
+  ("EleutherAI/gpt-neo-1.3B", 4, 4, 2048, "full", "none"),
+  ("EleutherAI/gpt-neo-2.7B", 2, 2, 2048, "full", "none"),
+  ("EleutherAI/gpt-neo-2.7B", 4, 2, 2048, "full", "all"),
+  ("EleutherAI/gpt-j-6b", 1, 1, 2048, "full", "all"),
+  ("EleutherAI/gpt-j-6b", 4, 1, 2048, "full", "all"),
+)
+FLAGS = ("model", "rows", "micro", "length", "remat", "offload")
+
+
+def measured(point: tuple) -> dict | None:
+  """What three steps of the point take; None, with the last line that it said, where it fails."""
+  flags = [f"--{name}={value}" for name, value in zip(FLAGS, point, strict=True)]
+  command = [sys.executable, str(Path(offload.__file__)), *flags, "--steps=3", "--pool=0", "--json"]
+  done = subprocess.run(command, capture_output=True, text=True)
+  if done.returncode:
+    print(f"{point}: {(done.stderr.strip() or 'it said nothing').splitlines()[-1]}", file=sys.stderr)
+    return None
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def kind_of_this_gpu() -> str:
+  """As `jaxft.plan` calls it; in a process of its own, so that this one holds no memory of the card."""
+  code = "import jax; from jaxft.plan import targets; print(targets.here(jax.devices()[0], 1).kind)"
+  return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+  kind = kind_of_this_gpu()
+  if not kind:
+    sys.exit(
+      "no GPU here that jaxft.plan knows: on one this prints, for each of the points, the planned and the measured peak and "
+      "the error between them in %, and under the table the median and the largest error"
+    )
+  import jaxft
+  from jaxft.plan import show
+
+  errors, found = [], None
+  print("| model | rows x tokens, at once | remat | offload | planned | measured | error | a step |")
+  print("|---|---|---|---|---|---|---|---|")
+  for point in POINTS:
+    asked = argparse.Namespace(**dict(zip(FLAGS, point, strict=True)), optimizer="adamw", steps=3)
+    planned = jaxft.plan_for(offload.config_of(asked), kind)["peak_bytes"]
+    if (taken := measured(point)) is None:
+      continue
+    found = taken
+    error = planned / found["measured_bytes"] - 1
+    errors.append(abs(error))
+    model, rows, micro, length, remat, kept = point
+    print(
+      f"| {model} | {rows} x {length}, {micro} | {remat} | {kept} | {show.size(planned)} | "
+      f"{show.size(found['measured_bytes'])} | {100 * error:+.1f} % | {found['seconds']:.2f} s |",
+      flush=True,
+    )
+  if found is None:
+    sys.exit("no point could be measured")
+  print(f"\n{found['device_kind']}, jax {found['jax']}, {len(errors)} points", end=": ")
+  print(f"median error {100 * statistics.median(errors):.1f} %, largest {100 * max(errors):.1f} %")
+
+
+if __name__ == "__main__":
+  main()

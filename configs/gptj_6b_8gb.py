@@ -1,0 +1,39 @@
+"""GPT-J-6B, all of it, on one 8 GB GPU: your own texts, one pass.
+
+    python -m jaxft.train --config configs/gptj_6b_8gb.py --config.data.train=my_texts/
+    python -m jaxft.plan --config configs/gptj_6b_8gb.py --device rtx3070   # what it takes, without the card
+
+Hardware   one 8 GB GPU and 128 GB of host memory: weights, gradient and Adam's moments, 90 GiB, stay on the host, and a layer
+           at a time is on the device. MEASURED
+Bus        169 GB a step to the device and 97 back, however many rows a batch has: SECONDS
+Expect     not measured yet: it needs the weights and a GPU
+
+With 64 GB of host memory: --config.optim.name=adafactor, 45 GiB, or lion with --config.optim.state_dtype=bfloat16, 56 GiB.
+The batch is accumulated a row at a time: each layer is fetched once for all of its rows.
+"""
+
+from jaxft import config
+
+
+def get_config():
+  c = config.default()
+  c.model.path = "EleutherAI/gpt-j-6b"
+  c.data.train = ("my_texts/",)
+  c.data.sequence_length = 2048
+
+  c.train.epochs = 1.0
+  c.train.batch_size = 4
+  c.train.micro_batch_size = 1
+  c.train.eval_every = 200
+  c.train.save_every = 500
+  c.train.sample_prompts = ("Once upon a time",)
+
+  c.optim.learning_rate = 1e-5
+  c.optim.warmup_steps = 50
+  c.optim.weight_decay = 0.01
+
+  c.memory.offload = "all"
+  c.memory.remat, c.memory.loss_chunk = "full", 256
+
+  c.export.dtype = "bfloat16"
+  return c

@@ -1,0 +1,37 @@
+"""GPT-Neo 2.7B, all of it, on one 16 GB GPU: your own texts, one pass.
+
+    python -m jaxft.train --config configs/gptneo_2b7_16gb.py --config.data.train=my_texts/
+    python -m jaxft.plan --config configs/gptneo_2b7_16gb.py --device t4   # what it takes, without the card
+
+Hardware   one 16 GB GPU and 64 GB of host memory: weights, gradient and Adam's moments, 40 GiB, stay on the host, and a layer
+           at a time is on the device. MEASURED
+Bus        74 GB a step to the device and 42 back: SECONDS
+Expect     not measured yet: it needs the weights and a GPU
+
+Half of GPT-Neo's layers look back 256 tokens only; nothing of that is set here, it comes with the model. Less host memory:
+--config.optim.name=adafactor, 20 GiB.
+"""
+
+from jaxft import config
+
+
+def get_config():
+  c = config.default()
+  c.model.path = "EleutherAI/gpt-neo-2.7B"
+  c.data.train = ("my_texts/",)
+  c.data.sequence_length = 2048
+
+  c.train.epochs = 1.0
+  c.train.batch_size = 8
+  c.train.micro_batch_size = 2
+  c.train.eval_every = 100
+  c.train.save_every = 200
+  c.train.sample_prompts = ("Once upon a time",)
+
+  c.optim.learning_rate = 1e-5
+  c.optim.warmup_steps = 20
+  c.optim.weight_decay = 0.01
+
+  c.memory.offload = "all"
+  c.memory.remat, c.memory.loss_chunk = "full", 256
+  return c

@@ -1,0 +1,111 @@
+"""Writes docs/hardware.md: what each published model takes on each kind of hardware, by the real compilers.
+
+    python scripts/make_hardware_page.py          # needs the plan extra; about half an hour on two cores
+
+For each model and target: the least `memory.offload` with which a row fits, the most rows at once and the peak.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import sys
+from pathlib import Path
+
+from jaxft import config as settings
+from jaxft.hf import facts
+from jaxft.hf.published import PUBLISHED
+from jaxft.plan import compile, show, targets
+from jaxft.plan.fit import MARGIN
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "hardware.md"
+MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+MODELS += ("EleutherAI/gpt-neo-1.3B", "EleutherAI/gpt-neo-2.7B", "EleutherAI/gpt-j-6b")
+TARGETS = ("rtx3070", "rtx3060", "t4", "rtx4090", "a100-80gb", "h100", "h100x8", "v5e:2x2", "v5e:2x4")
+OFFLOAD = ("none", "optimizer", "all")
+MOST_ROWS = 64
+HEAD = """# What fits where
+
+Full fine-tuning with AdamW, `--config.memory.remat=full --config.memory.loss_chunk=256`, rows of as many tokens as the model
+has positions (1,024 for GPT-2, 2,048 for the others). Each cell: the most rows a device takes at once
+(`--config.train.micro_batch_size`, in powers of two up to {most}), the peak of a device, and `memory.offload` where it is
+needed. Every cell accumulates two such parts; with `all` each further one takes the input of its layers, {input} a row for
+GPT-J-6B, and otherwise nothing.
+
+The train step of every cell was compiled for that hardware by `python scripts/make_hardware_page.py`, {date}, {versions}; none
+of it was run there. {margin} of the memory that a process gets stays free. A T4 has no bfloat16, and computes in float32.
+On one machine the fastest settings are those that `python -m jaxft.plan --fit` finds; this page says what is possible.
+
+"""
+
+
+class Cells:
+  """Asks the compiler, and remembers."""
+
+  def __init__(self, compiler: compile.Compiler):
+    self._compiler, self._known = compiler, {}
+
+  def peak(self, model: str, target: targets.Target, kept: str, rows: int) -> float:
+    """Bytes of a device with so many rows on each; infinite where the compiler refuses."""
+    key = (model, target.name, kept, rows)
+    if key not in self._known:
+      cfg = facts.model_config(PUBLISHED[model])
+      config = settings.default()
+      config.model.path, config.data.train, config.train.steps = model, ("texts",), 100
+      config.data.sequence_length, config.train.batch_size = cfg.P, 2 * rows * target.count
+      config.train.micro_batch_size = rows
+      config.memory.remat, config.memory.loss_chunk, config.memory.offload = "full", 256, kept
+      found = self._compiler(compile.Request(settings.to_json(config), dataclasses.asdict(cfg), target.name))
+      self._known[key] = found.get("peak_bytes", float("inf"))
+      print(f"{model} {target.name} {kept} {rows}: {self._known[key] / 2**30:.2f} GiB", file=sys.stderr, flush=True)
+    return self._known[key]
+
+  def largest(self, model: str, target: targets.Target, kept: str) -> tuple[int, float] | None:
+    """The most rows that fit, with their peak; None where one is too many."""
+    room = (1 - MARGIN) * target.usable_bytes
+    one = self.peak(model, target, kept, 1)
+    if one > room:
+      return None
+    # The peak grows with the rows in a straight line, nearly: guess where it ends, and let the compiler correct the guess.
+    slope = max((self.peak(model, target, kept, 4) - one) / 3, 1)
+    rows = 1
+    while rows < MOST_ROWS and one + (2 * rows - 1) * slope <= room:
+      rows *= 2
+    while self.peak(model, target, kept, rows) > room:
+      rows //= 2
+    while rows < MOST_ROWS and self.peak(model, target, kept, 2 * rows) <= room:
+      rows *= 2
+    return rows, self.peak(model, target, kept, rows)
+
+  def cell(self, model: str, target: targets.Target) -> str:
+    for kept in OFFLOAD if target.kind in targets.GPUS else ("none",):
+      if found := self.largest(model, target, kept):
+        rows, peak = found
+        return f"{rows}, {show.size(peak)}" + ("" if kept == "none" else f", `{kept}`")
+    return "-"
+
+
+def main() -> None:
+  wanted = [targets.find(name) for name in TARGETS]
+  lines = [
+    "| | " + " | ".join(f"{it.name}, {show.size(it.usable_bytes)}" for it in wanted) + " |",
+    "|---" * (len(wanted) + 1) + "|",
+  ]
+  with compile.Compiler() as compiler:
+    cells = Cells(compiler)
+    for model in MODELS:
+      lines.append(f"| {model.rpartition('/')[2]} | " + " | ".join(cells.cell(model, it) for it in wanted) + " |")
+      print(lines[-1], flush=True)
+  gptj = facts.model_config(PUBLISHED["EleutherAI/gpt-j-6b"])
+  versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jax-cuda13-plugin", "libtpu"))
+  head = HEAD.format(
+    most=MOST_ROWS,
+    input=show.size(2 * gptj.L * gptj.P * gptj.D),
+    date=datetime.date.today(),
+    versions=versions,
+    margin=f"{MARGIN:.0%}",
+  )
+  PAGE.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+  main()
