@@ -20,7 +20,7 @@ import numpy as np
 from jaxft import config, program, sharding
 from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
-program.keep_compiled()
+program.prepare_backend()
 c = config.default()
 c.train.batch_size, c.memory.loss_chunk = 1, 128
 cfg, T = facts.model_config(PUBLISHED[sys.argv[1]]), 512

@@ -46,7 +46,7 @@ def hold_pool(gib: float) -> None:
   if gib and shutil.which("nvidia-smi"):
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     mib = int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0])
-    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{gib * 1024 / mib:.6f}"
+    os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{gib * 1024 / mib:.6f}"
 
 
 def main() -> None:
@@ -58,6 +58,7 @@ def main() -> None:
   from jaxft import program, sharding
   from jaxft.plan import answer, figures, show
 
+  program.prepare_backend()
   config = config_of(asked)
   cfg = answer.model_facts(config)
   run = program.build(

@@ -24,10 +24,10 @@ def write_whole(file: Path, text: str) -> None:
     raise StorageError(f"{file}: {refused(file, error)}") from error
 
 
-def refused(file: Path, error: OSError) -> str:
+def refused(file: Path, error: Exception) -> str:
   """Why a file could not be written, and how much room there is."""
   there = next((folder for folder in file.absolute().parents if folder.exists()), Path("/"))
-  return f"{error.strerror or error}; {shutil.disk_usage(there).free:,} bytes are free there"
+  return f"{getattr(error, 'strerror', None) or error}; {shutil.disk_usage(there).free:,} bytes are free there"
 
 
 def cache_folder(name: str) -> Path:

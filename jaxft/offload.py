@@ -171,8 +171,7 @@ def make_gradient_of_copy(gradient: Callable, dtype: Any, places: Any) -> Callab
   def copied(path, leaf, place):
     if not optim.is_stacked(path):
       return fetch(leaf)
-    kept = dtype if optim.decays(path) else leaf.dtype
-    one = lambda index: layer_of(leaf, index).astype(kept)
+    one = lambda index: layer_of(leaf, index).astype(dtype_of_copy(path, leaf, dtype))
     return jax.lax.with_sharding_constraint(jax.lax.map(one, jnp.arange(leaf.shape[0])), place)
 
   def of_copy(state: State, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
@@ -180,6 +179,16 @@ def make_gradient_of_copy(gradient: Callable, dtype: Any, places: Any) -> Callab
     return gradient(state._replace(params=copy), batch)
 
   return of_copy
+
+
+def dtype_of_copy(path: Any, leaf: Any, dtype: Any) -> Any:
+  return dtype if optim.is_stacked(path) and optim.decays(path) else leaf.dtype
+
+
+def copy_of(shapes: Any, dtype: Any) -> Any:
+  """Shapes of the copy that "optimizer" keeps on the device, of those of the weights."""
+  as_copied = lambda path, leaf: leaf.update(dtype=dtype_of_copy(path, leaf, dtype))
+  return jax.tree_util.tree_map_with_path(as_copied, shapes)
 
 
 def look(grads: Any, state: State) -> tuple[jax.Array, jax.Array]:

@@ -23,7 +23,7 @@ from jaxft.hf import load as hf_load
 from jaxft.hf import repo, save
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
-from jaxft.program import keep_compiled
+from jaxft.program import prepare_backend
 from jaxft.run.checkpoint import Checkpoints
 from jaxft.sample import Generator, Sampling
 from jaxft.step import State, make_eval_step, mean_loss
@@ -45,7 +45,7 @@ class Pretrained:
   """A checkpoint in memory, sharded over all devices."""
 
   def __init__(self, source: repo.Checkpoint, compute_dtype: str = "auto"):
-    keep_compiled()
+    prepare_backend()
     self.source = source
     self.tokenizer = tokens.load_tokenizer(source.folder, source.cfg.V)
     self.mesh = sharding.make_mesh(settings.default().mesh)

@@ -19,10 +19,17 @@ from jaxft.files import cache_folder
 from jaxft.step import State, make_eval_step, make_gradient, make_look, make_train_step, make_update
 
 
-def keep_compiled() -> None:
-  """Keeps compiled programs in the user's cache folder, where neither a flag nor the environment names another."""
+def prepare_backend() -> None:
+  """What is to be said before JAX first looks for devices, where neither a flag nor the environment says otherwise.
+
+  Compiled programs are kept in the user's cache folder; XLA may take 95 % of a GPU (its own default leaves a quarter) and, for
+  what `memory.offload` keeps there, all of the host's memory (its default is 64 GB).
+  """
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
+  if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its former name
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+  os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(-(-memory_of_host() // 2**30)))
 
 
 class Program(NamedTuple):
@@ -31,6 +38,7 @@ class Program(NamedTuple):
   tx: optax.GradientTransformation
   state: State  # shapes with their shardings
   batch: dict[str, jax.ShapeDtypeStruct]  # of an optimizer step, likewise
+  copy: Any  # of the weights on the device, where `offload` is "optimizer"; else ()
   gradients: Any  # shapes with their shardings of what `gradient` gives
   gradient: Any  # (state, batch) -> (loss, gradient, tokens)
   train_step: Any  # (state, batch) -> (state, metrics); the state is donated
@@ -54,13 +62,23 @@ def bytes_a_device(tree: Any) -> int:
 
 def memory_of(device: jax.Device) -> int:
   """Bytes of a device that is there: of a CPU all that the machine has, however many share it."""
-  granted = (device.memory_stats() or {}).get("bytes_limit")
-  return granted or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  return (device.memory_stats() or {}).get("bytes_limit") or memory_of_host()
+
+
+def memory_of_host() -> int:
+  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def must_hold(program: Program, config: ConfigDict) -> None:
-  """Raises RequestError when a device cannot hold its part of the state and of one batch; what is computed comes on top."""
-  device = program.batch_sharding.mesh.local_devices[0]
+  """Raises RequestError when a device cannot hold its part of the state and of one batch, or the host what is kept there; what
+  is computed comes on top."""
+  mesh = program.batch_sharding.mesh
+  device, on_host = mesh.local_devices[0], bytes_on_host(program) * len(mesh.local_devices)
+  if on_host > memory_of_host():
+    raise RequestError(
+      f"config.memory.offload={program.offload}: the host is to keep {on_host:,} bytes and has {memory_of_host():,}; "
+      "config.optim.name=adafactor, or config.optim.state_dtype=bfloat16, needs fewer (docs/memory.md)"
+    )
   held = program.state if program.offload == "none" else ()
   limit, state, batch = memory_of(device), bytes_a_device(held), bytes_a_device(program.batch)
   if state + batch > limit:
@@ -69,6 +87,14 @@ def must_hold(program: Program, config: ConfigDict) -> None:
       f"config.model.path={config.model.path!r}: weights and optimizer take {state:,} bytes of a device and a batch {batch:,}; "
       f"a {device.device_kind} here has {limit:,}"
     )
+
+
+def bytes_on_host(program: Program) -> int:
+  """A device's part of what the host keeps: weights and optimizer state, and with "all" the gradient too."""
+  if program.offload == "none":
+    return 0
+  kept = [program.state.params, program.state.opt, *([program.gradients] if program.offload == "all" else [])]
+  return bytes_a_device([leaf for leaf in jax.tree.leaves(kept) if offload.is_kept(leaf)])
 
 
 def draw(program: Program, cfg: model.ModelConfig, seed: int) -> Any:
@@ -80,7 +106,8 @@ def draw(program: Program, cfg: model.ModelConfig, seed: int) -> Any:
   # A leaf after the other by the CPU, in whose memory they stay: together they may be too large for the device.
   leaves, tree = jax.tree.flatten(shapes)
   placed = []
-  with jax.default_device(jax.local_devices(backend="cpu")[0]):
+  has_cpu = "cpu" in (jax.config.jax_platforms or "cpu").split(",")
+  with jax.default_device(jax.local_devices(backend="cpu")[0] if has_cpu else None):
     for i, leaf in enumerate(leaves):
       drawn = np.asarray(jax.jit(lambda i=i: jax.tree.leaves(new())[i])())
       placed.append(jax.make_array_from_callback(leaf.shape, leaf.sharding, drawn.__getitem__))
@@ -126,13 +153,16 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   state = State(*sharding.state_like(tx, shapes, axes, mesh, zero_stage))
   gradients = sharding.shardings_of("gradients", shapes, axes, mesh, zero_stage)
   how = {"loss_chunk": config.memory.loss_chunk, "seed": config.train.seed}
-  if config.memory.offload == "none":
+  copy, kept = (), config.memory.offload
+  if kept == "none":
     gradient = make_gradient(graph, gradients=gradients, **how)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     look, update = make_look(sharding.not_finite_on((gradients, places))), make_update(tx)
   else:
-    if config.memory.offload == "optimizer":
+    if kept == "optimizer":
       on_device = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+      copy = offload.copy_of(state.params, compute.dtype)
+      shapes = offload.copy_of(shapes, compute.dtype) if A == 1 else shapes  # several are added up in float32
       gradient = offload.make_gradient_of_copy(
         make_gradient(graph, gradients=gradients, **how), compute.dtype, on_device
       )
@@ -146,7 +176,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     gradient, look, update, optim.schedule(config.optim, total_steps), clip_norm=config.optim.clip_norm
   )
   eval_step = make_eval_step(graph, loss_chunk=config.memory.loss_chunk)
-  if config.memory.offload != "none":
+  if kept != "none":
     step, eval_step = offload.of_host_state(step), offload.of_host_params(eval_step)
   return Program(
     graph,
@@ -154,9 +184,10 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     tx,
     state,
     loader.like(row, A, config.train.batch_size // A, sharding.batch_sharding(mesh)),
+    copy,
     sharding.place(shapes, gradients),
     jax.jit(gradient, out_shardings=(whole, gradients, whole)),
     jax.jit(step, donate_argnums=0, out_shardings=(places, whole)),
     jax.jit(eval_step),
-    config.memory.offload,
+    kept,
   )

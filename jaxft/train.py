@@ -89,10 +89,10 @@ def finetune(
     RequestError, NumericsError, StorageError, Preempted: see `jaxft.errors`.
   """
   workdir = Path(workdir)
+  programs.prepare_backend()
   flags = {"--workdir": workdir, "--dry_run": dry_run, "--strict": strict, "--allow_change": allow_change}
   hosts.agree("command", flags | settings.named(config) | hosts.versions())
   check(config, workdir)
-  programs.keep_compiled()
   beginning = time.monotonic()
   with contextlib.ExitStack() as until_the_end:
     stop = until_the_end.enter_context(StopRequest())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxft.errors import RequestError, StorageError
+from jaxft.pretrained import load_workdir
 from jaxft.run import checkpoint, guards
 from jaxft.run.tracking import Lines
 from jaxft.step import State, name_bad_leaves
@@ -89,6 +91,41 @@ def test_a_change_goes_on_only_when_it_is_allowed(config, tmp_path):
     finetune(config, tmp_path / "run")
   run = finetune(config, tmp_path / "run", allow_change=True)
   assert max(line["step"] for line in run.metrics) == 14
+
+
+def test_another_model_text_or_optimizer_is_refused_by_name(config, folder, stories, tmp_path):
+  model, text = shutil.copytree(folder, tmp_path / "model"), shutil.copyfile(stories, tmp_path / "text.jsonl")
+  config.model.path, config.data.train = str(model), (str(text),)
+  finetune(config, tmp_path / "run")
+  facts = (model / "config.json").read_text()
+  (model / "config.json").write_text(json.dumps(json.loads(facts) | {"layer_norm_epsilon": 0.5}))  # of the same shapes
+  with pytest.raises(RequestError, match="norm_eps is 0.5; the run was started with 1e-05"):
+    finetune(config, tmp_path / "run")
+  with pytest.raises(RequestError, match="norm_eps is 0.5, and was 1e-05 when the run"):
+    load_workdir(tmp_path / "run")
+  (model / "config.json").write_text(facts)
+  rows = text.read_text()
+  text.write_text(rows + rows.splitlines()[0] + "\n")
+  with pytest.raises(RequestError, match="config.data: the training text, or how it is cut into tokens, is not what"):
+    finetune(config, tmp_path / "run")
+  text.write_text(rows)
+  config.optim.name = "lion"
+  with pytest.raises(RequestError, match="of another model or optimizer"):
+    finetune(config, tmp_path / "run", allow_change=True)
+  config.optim.name, config.train.steps = "adamw", 10
+  with pytest.raises(RequestError, match="has a checkpoint of step 12 already"):
+    finetune(config, tmp_path / "run", allow_change=True)
+
+
+def test_a_torn_line_of_metrics_stops_no_export_and_a_broken_config_is_named(config, tmp_path):
+  run = finetune(config, tmp_path / "run")
+  metrics = run.workdir / "metrics.jsonl"
+  os.truncate(metrics, metrics.stat().st_size - 5)
+  load_workdir(run.workdir).export(tmp_path / "out")
+  assert "eval loss" in (tmp_path / "out" / "README.md").read_text()
+  (run.workdir / "config.json").write_bytes(b"\xff")
+  with pytest.raises(RequestError, match="config.json: .*decode byte"):
+    load_workdir(run.workdir)
 
 
 def test_bad_leaves_have_names():

@@ -1,6 +1,7 @@
 """A number that is not finite, wherever it comes from, is caught on its own step and changes no bit of weights or optimizer."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ from flax import nnx
 
 from jaxft import config as settings
 from jaxft import model, program, sharding
+from jaxft.errors import NumericsError
 from jaxft.hf import facts
-from jaxft.step import State
+from jaxft.step import State, name_bad_leaves
+from jaxft.train import finetune
 
 ROWS, T, V = 32, 7, 293
 PER_PART = 6
@@ -65,6 +68,23 @@ def poisoned(rng, tree, value):
   return jax.tree.unflatten(structure, leaves), chosen
 
 
+def names(tree):
+  return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def test_the_run_ends_after_so_many_bad_steps_in_a_row_and_leaves_the_weights_alone(config, tmp_path, capsys):
+  """A rate that overflows the weights in one step: the loss after it is no number."""
+  config.optim.learning_rate, config.optim.warmup_steps, config.optim.clip_norm = 1e38, 0, 0.0
+  config.train.max_bad_steps, config.train.save_every = 3, 0
+  with pytest.raises(NumericsError, match=r"step 4: loss nan.*for 3 step\(s\) in a row; they changed no weight"):
+    finetune(config, tmp_path / "run")
+  said = capsys.readouterr().out
+  assert all(f"step {step}: loss nan" in said for step in (2, 3, 4)) and "step 5" not in said
+  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines if line.get("train/loss") == "nan"] == [2, 3, 4]
+  assert not list((tmp_path / "run" / "checkpoints").iterdir())  # never saved
+
+
 @pytest.mark.slow
 @pytest.mark.parts(4, 34)
 def test_nothing_that_is_not_finite_gets_into_a_state(part, record_property):
@@ -77,10 +97,13 @@ def test_nothing_that_is_not_finite_gets_into_a_state(part, record_property):
     )
     run, state = built(family, accumulation, devices)
     change, at = {}, tuple(int(rng.integers(size)) for size in run.batch["ids"].shape)
+    named = None
     if where == "weight":
-      state = state._replace(params=poisoned(rng, state.params, value)[0])
+      params, leaf = poisoned(rng, state.params, value)
+      state, named = state._replace(params=params), f"params{names(params)[leaf]}"
     if where == "optimizer":
-      state = state._replace(opt=poisoned(rng, state.opt, value)[0])
+      opt, leaf = poisoned(rng, state.opt, value)
+      state, named = state._replace(opt=opt), f"opt{names(opt)[leaf]}"
     if where in ("ids", "targets"):
       change = {where: (at, int(rng.choice([-1, V + 10**6, 2**31 - 1])))}
     if where == "gradient":  # finite weights, and activations that overflow on the way
@@ -93,6 +116,7 @@ def test_nothing_that_is_not_finite_gets_into_a_state(part, record_property):
     placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, run.state)
     after, numbers = run.train_step(placed, batch(run, part, **change))
     assert numbers["bad"], (family, accumulation, devices, where, value)
+    assert named is None or named in name_bad_leaves(numbers["bad_leaves"], run.state), named
     assert same_bits(after.params, state.params) and same_bits(after.opt, state.opt)
     assert int(after.step) == int(state.step) + 1
   record_property("torture", {"what": "NaN, Inf or ids that are not there", "tried": PER_PART})

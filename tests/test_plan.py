@@ -216,7 +216,7 @@ def fake_plan(needs):
 
   def of(config):
     asked.append(config)
-    return {"peak_bytes": int(needs(config)), "step_seconds_estimate": None, "accumulation_steps": 1}
+    return {"peak_bytes": int(needs(config)), "host_bytes": 0, "step_seconds_estimate": None, "accumulation_steps": 1}
 
   return of, asked
 

@@ -106,8 +106,15 @@ def _about(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
     "device": target.name,
     "model": config.model.path,
     "usable_bytes": target.usable_bytes,
-    "versions": {name: importlib.metadata.version(name) for name in packages},
+    "versions": {name: version for name in packages if (version := _version(name))},
   }
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:  # a plugin of another CUDA
+    return None
 
 
 def _told(config: ConfigDict, target: targets.Target, found: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +130,8 @@ def _told(config: ConfigDict, target: targets.Target, found: dict[str, Any]) -> 
     "compute_dtype": found["compute_dtype"],
   }
   if refused:  # the compiler's own limit counts
-    plan |= {"fits": False, "peak_bytes": found["needs_bytes"], "usable_bytes": found["has_bytes"], "host_bytes": 0}
+    plan |= {"fits": False, "peak_bytes": found["needs_bytes"], "usable_bytes": found["has_bytes"]}
+    plan["host_bytes"] = found["host_bytes"]
     plan["breakdown"] = found["arguments"] | {"gradients": found["gradient_bytes"]}
     plan["breakdown"]["activations"] = max(0, plan["peak_bytes"] - sum(plan["breakdown"].values()))
   else:

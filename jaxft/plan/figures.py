@@ -65,7 +65,8 @@ def of_traced(run: Program, config: ConfigDict, cfg: ModelConfig, traced: Any) -
     "accumulation_steps": A,
     "compute_dtype": run.compute.dtype.name,
     "arguments": arguments(run),
-    "gradient_bytes": program.bytes_a_device(run.gradients),
+    "gradient_bytes": 0 if run.offload == "all" else program.bytes_a_device(run.gradients),
+    "host_bytes": program.bytes_on_host(run),
     "checkpoint_bytes": nbytes(run.state),
     "bus_bytes": sum(
       offload.traffic(
@@ -145,11 +146,10 @@ def memory_of_step(run: Program, memory: Any) -> dict[str, Any]:
   peak, parts = peak_bytes(memory, run), arguments(run)
   other = memory.argument_size_in_bytes - sum(parts.values())  # counters, and what tiles of a TPU fill up
   rest = peak - memory.argument_size_in_bytes
-  gradients = 0 if run.offload == "all" else min(program.bytes_a_device(run.gradients), rest)
-  return {
-    "peak_bytes": peak,
-    "breakdown": parts | {"gradients": gradients, "activations": rest - gradients, "other": other},
-  }
+  copy = min(program.bytes_a_device(run.copy), rest)
+  gradients = 0 if run.offload == "all" else min(program.bytes_a_device(run.gradients), rest - copy)
+  parts |= {"parameters": parts["parameters"] + copy, "gradients": gradients}
+  return {"peak_bytes": peak, "breakdown": parts | {"activations": rest - copy - gradients, "other": other}}
 
 
 def peak_bytes(memory: Any, run: Program) -> int:

@@ -70,11 +70,11 @@ def search(
     except RequestError as error:
       lost.append({"overrides": flags, "why": str(error)})
       continue
-    short = plan["peak_bytes"] - room
+    short = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0)) - room
     found = {
       "overrides": flags,
       "settings": candidate.settings,
-      **{name: plan[name] for name in ("peak_bytes", "step_seconds_estimate", "accumulation_steps")},
+      **{name: plan[name] for name in ("peak_bytes", "host_bytes", "step_seconds_estimate", "accumulation_steps")},
     }
     tell(f"{' '.join(flags) or 'as it is'}: {'fits' if short <= 0 else f'{short / 2**30:.1f} GiB too large'}")
     if short <= 0:

@@ -102,7 +102,8 @@ def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     ("disk", f"{size(plan['checkpoint_bytes'])} for a checkpoint"),
     (
       "host memory",
-      size(plan["host_bytes"]) + (f", {size(plan['bus_bytes'])} a step over the bus" if plan["bus_bytes"] else ""),
+      f"{size(plan['host_bytes'])} for each device"
+      + (f", {size(plan['bus_bytes'])} a step over the bus" if plan["bus_bytes"] else ""),
     ),
     (
       "operations",
@@ -144,10 +145,15 @@ def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
   return [*pairs, ("compiled", f"{took}with {versions}")]
 
 
-def advice_rows(advice: dict[str, Any]) -> list[tuple[str, str, str]]:
-  """(step, peak, flags) of the plans that fit, fastest first."""
+def advice_rows(advice: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+  """(step, peak, host, flags) of the plans that fit, fastest first."""
   return [
-    (seconds(it["step_seconds_estimate"]), size(it["peak_bytes"]), " ".join(it["overrides"]) or "as it is")
+    (
+      seconds(it["step_seconds_estimate"]),
+      size(it["peak_bytes"]),
+      size(it["host_bytes"]),
+      " ".join(it["overrides"]) or "as it is",
+    )
     for it in advice["best"]
   ]
 
@@ -170,7 +176,14 @@ def _advice(plan: dict[str, Any]) -> Iterable[RenderableType]:
   rows = advice_rows(plan["advice"])
   if rows:
     found = Table(
-      "a step", "peak", "flags", box=None, padding=(0, 2, 0, 0), title="fits, fastest first", title_justify="left"
+      "a step",
+      "peak",
+      "host",
+      "flags",
+      box=None,
+      padding=(0, 2, 0, 0),
+      title="fits, fastest first",
+      title_justify="left",
     )
     for row in rows:
       found.add_row(*row)
@@ -234,8 +247,8 @@ def _section(plan: dict[str, Any]) -> str:
       _rows([(e(name), e(value)) for name, value in facts(plan)]),
     ]
   if "advice" in plan:
-    rows = [(e(step), e(peak), f"<code>{e(flags)}</code>") for step, peak, flags in advice_rows(plan["advice"])]
-    out += ["<h2>What fits</h2>", _rows([("a step", "peak", "flags"), *rows] if rows else [])]
+    rows = [(*map(e, told), f"<code>{e(flags)}</code>") for *told, flags in advice_rows(plan["advice"])]
+    out += ["<h2>What fits</h2>", _rows([("a step", "peak", "host", "flags"), *rows] if rows else [])]
     out += [f"<p>{e(line)}</p>" for line in why_not(plan)]
   return "\n".join(out)
 

@@ -15,8 +15,8 @@ import jax
 from jaxft.errors import RequestError
 
 GIB, TERA, GIGA = 2**30, 10**12, 10**9
-# Of a GPU's memory a process gets less than there is: the driver, the CUDA context and NCCL take some, and XLA's pool is to be
-# set to the rest (XLA_PYTHON_CLIENT_MEM_FRACTION=.95; its default leaves a quarter).
+# Memory is what nvidia-smi tells of a card: error correction takes some of an A10G's and an L4's. A process gets less: the
+# driver, the CUDA context and NCCL take some, and XLA's pool is the rest (`program.prepare_backend`).
 GPU_SHARE = 0.93
 
 
@@ -86,8 +86,8 @@ GPUS = {
   "rtx3090": Gpu(
     "GeForce RTX 3090", (8, 6), 82, 1.695, 24 * GIB, 936 * GIGA, 6 * MB, 100 * KB, 1536, 71 * TERA, PCIE4, 2
   ),
-  "a10g": Gpu("A10G", (8, 6), 80, 1.71, 24 * GIB, 600 * GIGA, 6 * MB, 100 * KB, 1536, 70 * TERA, PCIE4),
-  "l4": Gpu("L4", (8, 9), 58, 2.04, 24 * GIB, 300 * GIGA, 48 * MB, 100 * KB, 1536, 121 * TERA, PCIE4),
+  "a10g": Gpu("A10G", (8, 6), 80, 1.71, 45 * GIB // 2, 600 * GIGA, 6 * MB, 100 * KB, 1536, 70 * TERA, PCIE4),
+  "l4": Gpu("L4", (8, 9), 58, 2.04, 45 * GIB // 2, 300 * GIGA, 48 * MB, 100 * KB, 1536, 121 * TERA, PCIE4),
   "rtx4090": Gpu(
     "GeForce RTX 4090", (8, 9), 128, 2.52, 24 * GIB, 1008 * GIGA, 72 * MB, 100 * KB, 1536, 165 * TERA, PCIE4, 2
   ),
@@ -140,7 +140,7 @@ class Target(NamedTuple):
   def link(self) -> int:
     """bytes/s that a device sends to others, over the slowest way that a collective over all of them takes."""
     facts = self.facts
-    return BETWEEN_NODES if isinstance(facts, Gpu) and self.count > facts.node else facts.link
+    return min(BETWEEN_NODES, facts.link) if isinstance(facts, Gpu) and self.count > facts.node else facts.link
 
 
 def find(name: str) -> Target:

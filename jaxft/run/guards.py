@@ -93,7 +93,7 @@ def only_writer(workdir: Path) -> Iterator[None]:
         f"--workdir={str(workdir)!r}: {_holder(about)} is writing there; stop it, or name another folder"
       ) from None
     write_whole(about, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-  except OSError as error:
+  except (OSError, NotImplementedError) as error:  # the second: a disk that knows no locks
     raise StorageError(f"workdir {workdir}: {refused(workdir, error)}") from error
   try:
     yield
