@@ -14,7 +14,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from jaxft import config as settings
-from jaxft import model, optim, sharding
+from jaxft import model, offload, optim, sharding
 from jaxft.data import loader, tokens
 from jaxft.data.report import examples, lay_out
 from jaxft.errors import RequestError
@@ -24,7 +24,7 @@ from jaxft.hf import repo, save
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
 from jaxft.program import prepare_backend
-from jaxft.run.checkpoint import Checkpoints
+from jaxft.run.checkpoint import NOT_READ, Checkpoints
 from jaxft.sample import Generator, Sampling
 from jaxft.step import State, make_eval_step, mean_loss
 
@@ -44,7 +44,7 @@ class Label(NamedTuple):
 class Pretrained:
   """A checkpoint in memory, sharded over all devices."""
 
-  def __init__(self, source: repo.Checkpoint, compute_dtype: str = "auto"):
+  def __init__(self, source: repo.Checkpoint, compute_dtype: str = "auto", on_host: bool = False):
     prepare_backend()
     self.source = source
     self.tokenizer = tokens.load_tokenizer(source.folder, source.cfg.V)
@@ -55,9 +55,12 @@ class Pretrained:
       constrain=sharding.constrain_on(self.mesh),
       gather=sharding.gather_on(self.mesh),
       vocab_multiple=sharding.VOCAB_MULTIPLE,
+      fetch=offload.fetch if on_host else lambda x: x,
     )
-    self.graph, self.shapes, self.axes = model.abstract(source.cfg, compute)
-    self.shardings = sharding.shardings_of("parameters", self.shapes, self.axes, self.mesh)
+    self.graph, shapes, axes = model.abstract(source.cfg, compute)
+    self.shapes = sharding.place(shapes, sharding.shardings_of("parameters", shapes, axes, self.mesh))
+    if on_host:  # and a layer at a time on the device
+      self.shapes = offload.on_host(self.shapes)
     self.params: Any = None  # set by load and load_workdir
     self.run: tuple[Path, int] | None = None  # the workdir and step that the weights are from; None: from `source`
     self._generator = Generator(self.graph, source.cfg, self.tokenizer.eos_token_id)
@@ -177,7 +180,7 @@ def load(
   torch_bin: also where it has nothing but pytorch_model*.bin, which torch then reads (weights_only).
   """
   ready = Pretrained(repo.find(str(path_or_id), revision, torch_bin=torch_bin), compute_dtype)
-  ready.params = hf_load.load(ready.source, ready.shapes, ready.shardings)
+  ready.params = hf_load.load(ready.source, ready.shapes, jax.tree.map(lambda leaf: leaf.sharding, ready.shapes))
   return ready
 
 
@@ -207,10 +210,10 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
       f"config.json of config.model.path={config.model.path!r}: {other[0]} is {now.get(other[0])!r}, and was {was[other[0]]!r} "
       f"when the run of {str(workdir)!r} was started"
     )
-  ready = Pretrained(source, compute_dtype)
-  tx = optim.optimizer(config.optim)
-  like = State(*sharding.state_like(tx, ready.shapes, ready.axes, ready.mesh, 3))
+  ready = Pretrained(source, compute_dtype, on_host=config.memory.offload == "all")
+  states = jax.eval_shape(optim.optimizer(config.optim).init, ready.shapes)
+  unread = State(NOT_READ, ready.shapes, jax.tree.map(lambda _: NOT_READ, states))
   ready.run = workdir, at
-  ready.params = checkpoints.restore(ready.run[1], like).params
+  ready.params = checkpoints.restore(at, unread).params
   checkpoints.close()
   return ready

@@ -45,7 +45,7 @@ LEAVES = {
   "jaxft.plan.estimate": {"jaxft.plan.targets"},
   "jaxft.plan.show": {"jaxft.run.tracking"},
   "jaxft.plan.targets": {"jaxft.errors"},
-  "jaxft.run.checkpoint": {"jaxft.errors"},
+  "jaxft.run.checkpoint": {"jaxft.errors", "jaxft.sharding"},
 }
 
 

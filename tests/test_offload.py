@@ -15,6 +15,7 @@ from flax import nnx
 from jaxft import config as settings
 from jaxft import model, offload, program, sharding
 from jaxft.hf import facts
+from jaxft.pretrained import load, load_workdir
 from jaxft.step import State
 from jaxft.train import finetune
 
@@ -181,6 +182,17 @@ def test_a_run_is_evaluated_saved_resumed_and_exported(plain, tmp_path, kept):
     if key in line
   }
   assert (again.export / "model.safetensors").read_bytes() == weights
+  # Its checkpoint, in the way it was trained, says what the exported folder says on the device.
+  opened, exported = load_workdir(again.workdir), load(again.export)
+  assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(opened.params) if leaf.ndim > 1} == {
+    "pinned_host" if kept == "all" else "device"
+  }
+  text = list(config.data.validation or config.data.train)
+  ours, theirs = (it.evaluate(*text, sequence_length=13)["loss"] for it in (opened, exported))
+  np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+  prompts = ["The cat", "A dog was"]
+  told = [[it.text for it in of.generate(prompts, max_new_tokens=5, temperature=0)] for of in (opened, exported)]
+  assert told[0] == told[1]
   shutil.copytree(wanted.workdir, tmp_path / "other")
   shutil.rmtree(tmp_path / "other" / "checkpoints" / "12")
   config.export.out = ""

@@ -172,8 +172,7 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[st
     for number_of_pass in range(often[of == place].max(initial=0)):
       wanted = (of == place) & (often > number_of_pass)
       chosen = itertools.compress(examples((source.name,), source.split, data, again, again), wanted)
-      for batch in tokens.batches(chosen):
-        encoded = tokens.encode(batch, tokenizer, dtype)
+      for batch, encoded in tokens.encode_all(chosen, tokenizer, dtype):
         nats = [example.nats for example in batch if example.nats is not None]
         label_ids = [number[example.label] for example in batch if example.label is not None]
         writers[name].examples(encoded.ids, encoded.prompts, label_ids, nats)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,8 +132,7 @@ def _cuts_at_blanks(tokenizer: Any) -> bool:
 def in_memory(examples: Iterable[Example], tokenizer: Any) -> Tokens:
   """Unlabelled examples as Tokens that no file holds."""
   dtype, ids, prompts = ids_dtype(tokenizer), [], []
-  for batch in batches(examples):
-    encoded = encode(batch, tokenizer, dtype)
+  for _, encoded in encode_all(examples, tokenizer, dtype):
     ids += encoded.ids
     prompts += encoded.prompts
   return Tokens(
@@ -144,9 +144,17 @@ def in_memory(examples: Iterable[Example], tokenizer: Any) -> Tokens:
   )
 
 
-def batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-  """The examples in lists for `encode`."""
-  return _grouped(examples, lambda example: len(example.text))
+def encode_all(examples: Iterable[Example], tokenizer: Any, dtype: np.dtype) -> Iterator[tuple[list[Example], Encoded]]:
+  """The examples in lists, each with what `encode` makes of it; the next list is read meanwhile."""
+  before = None
+  with ThreadPoolExecutor(1) as worker:  # the tokenizer lets go of Python's lock
+    for group in _grouped(examples, lambda example: len(example.text)):
+      begun = worker.submit(encode, group, tokenizer, dtype)
+      if before:
+        yield before[0], before[1].result()
+      before = group, begun
+    if before:
+      yield before[0], before[1].result()
 
 
 def _grouped(items: Iterable[Any], characters: Callable[[Any], int]) -> Iterator[list[Any]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -20,6 +21,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from jaxft import sharding
 from jaxft.errors import NumericsError, StorageError, Unreadable, first_line
 
 # After a failed read Orbax (0.12.8) leaves tasks behind that nobody awaits; asyncio would log each with a traceback, pages
@@ -27,6 +29,7 @@ from jaxft.errors import NumericsError, StorageError, Unreadable, first_line
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's: what it logs with a traceback it raises too
 
+NOT_READ = ocp.PLACEHOLDER
 READ_AT_ONCE = 2**28  # bytes of a checkpoint that is read back, next to the state itself
 HALF_WRITTEN, GONE = ".orbax-checkpoint-tmp", "to-be-deleted"  # in the names of folders beside the checkpoints
 # Reasons why a sound file cannot be read here and now.
@@ -68,10 +71,8 @@ class Checkpoints:
       best_mode="min",
       todelete_subdir=GONE,  # so that none is ever half there under its own name
     )
-    handlers = None
-    if in_pieces:
-      piece = {"save_device_host_concurrent_gb": 1, "is_prioritized_key_fn": lambda _: False}
-      handlers = {"state": ocp.PyTreeCheckpointHandler(**piece), "meta": ocp.JsonCheckpointHandler()}
+    piece = {"save_device_host_concurrent_gb": 1, "is_prioritized_key_fn": lambda _: False} if in_pieces else {}
+    handlers = {"state": ocp.PyTreeCheckpointHandler(**piece), "meta": ocp.JsonCheckpointHandler()}
     self._or_storage_error(lambda: folder.mkdir(parents=True, exist_ok=True))
     if writes:
       self._or_storage_error(self._sweep)
@@ -93,8 +94,7 @@ class Checkpoints:
       self._read_back(steps[-1], state)
     meta = meta | {"step": step, "leaves": described(state), "checksums": checksums(state)}
     meta |= {"sha256": _sha256(meta)}
-    as_saved = ocp.args.PyTreeSave if self._in_pieces else ocp.args.StandardSave
-    args = ocp.args.Composite(state=as_saved(state), meta=ocp.args.JsonSave(meta))
+    args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
     # force: without it Orbax leaves out, in silence, a step that is not after the newest.
     write = lambda: self._manager.save(step, args=args, metrics=dict(metrics or {}), force=True)
     self._nbytes = nbytes(state)
@@ -114,17 +114,11 @@ class Checkpoints:
     """Reads a checkpoint back, some leaves at a time, and compares checksums; raises StorageError."""
     wanted, leaves = self.meta(step)["checksums"], jax.tree_util.tree_flatten_with_path(like)[0]
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    with ocp.PyTreeCheckpointer() as reader:
-      for paths in _groups(leaves):
-        some = jax.tree_util.tree_map_with_path(
-          lambda at, x, paths=paths: shape(x) if at in paths else ocp.PLACEHOLDER, like
-        )
-        how = ocp.args.PyTreeRestore(some, ocp.checkpoint_utils.construct_restore_args(some))
-        place = self.folder.absolute() / str(step) / "state"
-        back = self._read(step, lambda how=how, place=place: reader.restore(place, args=how))
-        found = checksums(jax.tree.map(lambda x: None if x is ocp.PLACEHOLDER else x, back))
-        if wrong := [name for name, value in found.items() if value != wanted[name]]:
-          raise StorageError(f"{self.folder / str(step)}: {wrong[0]} read back is not what was written")
+    for paths in _groups(leaves):
+      some = jax.tree_util.tree_map_with_path(lambda at, x, paths=paths: shape(x) if at in paths else NOT_READ, like)
+      found = checksums(jax.tree.map(lambda x: None if x is NOT_READ else x, self._restore(step, some)))
+      if wrong := [name for name, value in found.items() if value != wanted[name]]:
+        raise StorageError(f"{self.folder / str(step)}: {wrong[0]} read back is not what was written")
 
   def set_aside(self, step: int) -> Path:
     """Renames a damaged checkpoint, out of the way of the one that the run will save at this step; returns its new place."""
@@ -190,20 +184,29 @@ class Checkpoints:
     return meta
 
   def restore(self, step: int, like: Any) -> Any:
-    """The state, placed as the ShapeDtypeStructs in `like` say; raises StorageError when it is not what was saved."""
+    """The state, placed as the ShapeDtypeStructs in `like` say; raises StorageError when it is not what was saved.
+
+    A leaf of `like` that is `NOT_READ` stays so.
+    """
     wanted = self.meta(step)["checksums"]
-    how = ocp.args.StandardRestore(like)
-    if self._in_pieces:
-      how = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
-    state = self._read(step, lambda: self._manager.restore(step, args=ocp.args.Composite(state=how)).state)
-    found = checksums(state)
-    wrong = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+    state = self._restore(step, like)
+    found = checksums(jax.tree.map(lambda x: None if x is NOT_READ else x, state))
+    left_out = {
+      jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_flatten_with_path(like)[0] if x is NOT_READ
+    }
+    names = wanted.keys() - left_out | found.keys()
+    wrong = [name for name in names if wanted.get(name) != found.get(name)]
     if wrong:
       raise StorageError(
         f"{self.folder / str(step)}: damaged ({min(wrong)} and {len(wrong) - 1} more leaves differ from their checksums)"
       )
-    self._verified.step = step
+    if not left_out:
+      self._verified.step = step
     return state
+
+  def _restore(self, step: int, like: Any) -> Any:
+    how = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+    return self._read(step, lambda: self._manager.restore(step, args=ocp.args.Composite(state=how)).state)
 
   def _read(self, step: int, act: Callable[[], Any]) -> Any:
     """What `act` reads, where all processes can read it.
@@ -276,14 +279,8 @@ def _groups(leaves: list[tuple[Any, jax.Array]]) -> list[set[Any]]:
 def not_finite(state: Any) -> list[str]:
   """The paths of leaves that hold a NaN or an infinity."""
   leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-  finite = _finite([leaf for _, leaf in leaves])
-  return [jax.tree_util.keystr(path).lstrip(".") for (path, _), fine in zip(leaves, finite, strict=True) if not fine]
-
-
-@jax.jit
-def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
-  finite, both = lambda part, _: jnp.isfinite(jnp.max(jnp.abs(part))), lambda pair: pair[0] & pair[1]
-  return [_in_parts(finite, leaf, both) for leaf in leaves]
+  fine = _told_by_parts([leaf for _, leaf in leaves], _finite, jnp.all)
+  return [jax.tree_util.keystr(path).lstrip(".") for (path, _), it in zip(leaves, fine, strict=True) if not it]
 
 
 def checksums(state: Any) -> dict[str, int]:
@@ -292,31 +289,45 @@ def checksums(state: Any) -> dict[str, int]:
   The sum over elements of (bits of the element) x (an odd number made from its index), modulo 2^32: an odd factor loses no
   bit, and sums of integers do not depend on their order.
   """
-  leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-  values = _checksums([leaf for _, leaf in leaves])
+  leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+  values = _told_by_parts([leaf for _, leaf in leaves], _checksum, jnp.sum)
   return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, values, strict=True)}
 
 
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-  return [_in_parts(_checksum, leaf, sum) for leaf in leaves]
+def _told_by_parts(leaves: list[jax.Array], of_part: Callable, together: Callable) -> np.ndarray:
+  """`of_part` of each leaf, put together over its devices, and over its rows where it is on the host."""
+  return np.asarray(_compiled(tuple(leaf.sharding for leaf in leaves), of_part, together)(leaves))
 
 
-def _in_parts(of_part: Callable, x: jax.Array, together: Callable) -> jax.Array:
-  """`of_part(part, index of its first element)`, put together for all parts: one, or a row each of what is on the host."""
-  if jax.typeof(x).memory_space == jax.memory.Space.Device or not x.ndim:
-    return of_part(jax.device_put(x, jax.memory.Space.Device), jnp.uint32(0))
-  size = x.size // x.shape[0] % 2**32
-  row = lambda i: jax.device_put(jax.lax.dynamic_slice_in_dim(x, i, 1), jax.memory.Space.Device)
-  add = lambda i, found: together((found, of_part(row(i), i.astype(jnp.uint32) * jnp.uint32(size))))
-  return jax.lax.fori_loop(1, x.shape[0], add, of_part(row(0), jnp.uint32(0)))
+@functools.cache
+def _compiled(shardings: tuple[Any, ...], of_part: Callable, together: Callable) -> Callable:
+  def in_rows(part: sharding.Part) -> jax.Array:
+    x = part.values
+    if jax.typeof(x).memory_space == jax.memory.Space.Device or not x.ndim:
+      return of_part(part._replace(values=jax.device_put(x, jax.memory.Space.Device)))
+
+    def row(i: jax.Array) -> jax.Array:
+      values = jax.device_put(jax.lax.dynamic_slice_in_dim(x, i, 1), jax.memory.Space.Device)
+      return of_part(part._replace(values=values, starts=(part.starts[0] + i, *part.starts[1:])))
+
+    two = lambda i, found: together(jnp.stack([found, row(i)])).astype(found.dtype)
+    return jax.lax.fori_loop(1, x.shape[0], two, row(0))
+
+  everyone = sharding.on_parts(list(shardings), in_rows)
+  return jax.jit(lambda leaves: together(everyone(leaves), axis=0))
 
 
-def _checksum(x: jax.Array, first: jax.Array) -> jax.Array:
+def _finite(part: sharding.Part) -> jax.Array:
+  return jnp.isfinite(jnp.max(jnp.abs(part.values)))
+
+
+def _checksum(part: sharding.Part) -> jax.Array:
+  x = part.values
   bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-  index, stride = jnp.full(x.shape, first), 1
+  index, stride = jnp.zeros(x.shape, jnp.uint32), 1
   for axis in reversed(range(x.ndim)):
-    index = index + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-    stride *= x.shape[axis]
+    along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.asarray(part.starts[axis]).astype(jnp.uint32)
+    index = index + along * jnp.uint32(stride % 2**32)
+    stride *= part.shape[axis]
   factor = (index * jnp.uint32(2654435761)) ^ (index >> 16) | jnp.uint32(1)  # Knuth's multiplier, made odd
-  return jnp.sum(bits * factor, dtype=jnp.uint32)
+  return jnp.where(part.counts, jnp.sum(bits * factor, dtype=jnp.uint32), jnp.uint32(0))
