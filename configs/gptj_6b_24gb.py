@@ -5,8 +5,8 @@
 
 Hardware   one 24 GB GPU and 128 GB of host memory: weights, gradient and Adam's moments, 90 GiB, stay on the host, and a layer
            at a time is on the device. MEASURED
-Bus        169 GB a step to the device and 97 back, however many rows a batch has: SECONDS. Sixteen rows of 2,048 tokens
-           keep an RTX 4090 computing for longer than that, so the bus costs little
+Bus        168 GB a step to the device and 97 back, however many rows a batch has: 12 s of PCI Express 4 at 80 %; arithmetic
+           takes SECONDS on an RTX 4090, by the plan. Each sampled token fetches all weights, so samples are short
 Expect     not measured yet: it needs the weights and a GPU
 
 Less host memory: --config.optim.name=adafactor, 45 GiB; lion with --config.optim.state_dtype=bfloat16, 56 GiB. On a smaller
@@ -27,7 +27,8 @@ def get_config():
   c.train.micro_batch_size = 4
   c.train.eval_every = 100
   c.train.save_every = 200
-  c.train.sample_prompts = ("Once upon a time",)
+  c.train.sample_prompts, c.train.sample_tokens = ("Once upon a time",), 30
+  c.train.eval_batches = 20
 
   c.optim.learning_rate = 1e-5
   c.optim.warmup_steps = 20

@@ -4,9 +4,10 @@
     python -m jaxft.plan --config configs/gptj_6b_8gb.py --device rtx3070   # what it takes, without the card
 
 Hardware   one 8 GB GPU and 128 GB of host memory: weights, gradient and Adam's moments, 90 GiB, stay on the host, and a layer
-           at a time is on the device. An RTX 3070 takes 6.1 GiB of 7.4 (XLA's own analysis, jax 0.10.2,
-           2026-11-21; not yet run on one)
-Bus        169 GB a step to the device and 97 back, however many rows a batch has: 12 s of PCI Express 4 at 80 %, and 19 s of arithmetic on an RTX 3070, by the plan
+           at a time is on the device. An RTX 3070 takes 6.1 GiB of 7.4 (XLA's own analysis, jax 0.10.2, 2026-11-21; not yet
+           run on one)
+Bus        168 GB a step to the device and 97 back, however many rows a batch has: 12 s of PCI Express 4 at 80 %; arithmetic
+           takes 19 s on an RTX 3070, by the plan. Each sampled token fetches all weights, 24 GB, so samples are short
 Expect     not measured yet: it needs the weights and a GPU
 
 With 64 GB of host memory: --config.optim.name=adafactor, 45 GiB, or lion with --config.optim.state_dtype=bfloat16, 56 GiB.
@@ -27,7 +28,8 @@ def get_config():
   c.train.micro_batch_size = 1
   c.train.eval_every = 200
   c.train.save_every = 500
-  c.train.sample_prompts = ("Once upon a time",)
+  c.train.sample_prompts, c.train.sample_tokens = ("Once upon a time",), 30
+  c.train.eval_batches = 50
 
   c.optim.learning_rate = 1e-5
   c.optim.warmup_steps = 50

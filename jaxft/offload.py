@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jaxft import optim
+from jaxft import optim, sharding
 from jaxft.dropout import row_keys, split
 from jaxft.loss import cross_entropy_sum
 from jaxft.model import default_positions, rematerialised
@@ -191,26 +191,34 @@ def copy_of(shapes: Any, dtype: Any) -> Any:
   return jax.tree_util.tree_map_with_path(as_copied, shapes)
 
 
-def look(grads: Any, state: State) -> tuple[jax.Array, jax.Array]:
+def make_look(gradients: Any) -> Callable:
   """`step.make_look` in pieces: the norm of the gradient, and which of its leaves are not finite.
 
   The state is not looked at: 12 more bytes a parameter over the bus. Weights that are no numbers show in the loss, moments in
   the weights after them, and a checkpoint of either is refused (`Checkpoints.save`).
+
+  Args:
+    gradients: a sharding for every leaf of the gradient.
   """
 
-  def of_leaf(path, leaf):
-    cut = Cut.of(path, leaf)
+  def of_part(part: sharding.Part) -> jax.Array:
+    leaf, cut = part.values, Cut.in_rows(part.values)
 
     def add(i, found):
-      part = fetch(cut.read(leaf, i)).astype(jnp.float32)
-      return found[0] + jnp.sum(part * part), jnp.maximum(found[1], jnp.max(jnp.abs(part)))
+      x = fetch(cut.read(leaf, i)).astype(jnp.float32)
+      return found[0] + jnp.sum(x * x), jnp.maximum(found[1], jnp.max(jnp.abs(x)))
 
-    return jax.lax.fori_loop(0, cut.parts, add, (jnp.float32(0), jnp.float32(0)))
+    squares, largest = jax.lax.fori_loop(0, cut.parts, add, (jnp.float32(0), jnp.float32(0)))
+    return jnp.stack([jnp.where(part.counts, squares, 0), largest])
 
-  found = [of_leaf(path, leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(grads)[0]]
-  squares, largest = jnp.stack([it[0] for it in found]), jnp.stack([it[1] for it in found])
-  rest = jnp.zeros(len(jax.tree.leaves(state)), bool)
-  return jnp.sqrt(squares.sum()), jnp.concatenate([~jnp.isfinite(largest), rest])
+  everyone = sharding.on_parts(jax.tree.leaves(gradients), of_part)
+
+  def look(grads: Any, state: State) -> tuple[jax.Array, jax.Array]:
+    squares, largest = jnp.moveaxis(everyone(jax.tree.leaves(grads)), -1, 0)
+    rest = jnp.zeros(len(jax.tree.leaves(state)), bool)
+    return jnp.sqrt(squares.sum()), jnp.concatenate([~jnp.isfinite(largest.max(axis=0)), rest])
+
+  return look
 
 
 def make_update(config: ConfigDict) -> Callable:
@@ -277,10 +285,13 @@ class Cut(NamedTuple):
 
   @classmethod
   def of(cls, path: Any, leaf: jax.Array) -> "Cut":
-    rows = leaf.shape[0]
     if optim.is_stacked(path):
-      return cls(True, rows, rows)
-    least = leaf.size * 4 / ROWS_AT_ONCE
+      return cls(True, leaf.shape[0], leaf.shape[0])
+    return cls.in_rows(leaf)
+
+  @classmethod
+  def in_rows(cls, leaf: jax.Array) -> "Cut":
+    rows, least = leaf.shape[0], leaf.size * 4 / ROWS_AT_ONCE
     return cls(False, rows, next(n for n in range(1, rows + 1) if rows % n == 0 and n >= min(least, rows)))
 
   def read(self, x: jax.Array, i: jax.Array) -> jax.Array:

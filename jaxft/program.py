@@ -171,7 +171,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
       gradients = jax.tree.map(lambda leaf: leaf.sharding, offload.on_host(sharding.place(shapes, gradients)))
     state = state._replace(params=offload.on_host(state.params), opt=offload.on_host(state.opt))
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    look, update = offload.look, offload.make_update(config.optim)
+    look, update = offload.make_look(gradients), offload.make_update(config.optim)
   step = make_train_step(
     gradient, look, update, optim.schedule(config.optim, total_steps), clip_norm=config.optim.clip_norm
   )

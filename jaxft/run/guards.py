@@ -57,9 +57,12 @@ class StopRequest:
 
   def at(self, step: int) -> bool:
     """Whether the run is to stop after this step: the same answer in all processes."""
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-      self.received = self.received or "SIGTERM"
-    return self.received is not None
+    if jax.process_count() == 1:
+      return self.received is not None
+    if not multihost_utils.reached_preemption_sync_point(step):
+      return False  # this process may know of a signal that the others have not been told of
+    self.received = self.received or "SIGTERM"
+    return True
 
   def _note(self, number: int, _: FrameType | None) -> None:
     if self.received:
