@@ -157,9 +157,9 @@ def peak_bytes(memory: Any, run: Program) -> int:
 
   A GPU takes all temporaries as one block, next to the arguments; outputs live in donated arguments, but for some numbers. On a
   TPU the compiler's own figure counts, which is the same from libtpu 0.0.42 to 0.0.51; its sum of temporaries is not (6.4 GiB
-  before 0.0.51, 5.2 from then on, for the same program).
+  before 0.0.51, 5.2 from then on, for the same program). With `memory.offload` its own figure has the host's part in it.
   """
-  if run.batch_sharding.mesh.devices.flat[0].platform == "tpu":
+  if run.batch_sharding.mesh.devices.flat[0].platform == "tpu" and run.offload == "none":
     return memory.peak_memory_in_bytes
   taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   return taken + memory.output_size_in_bytes - memory.alias_size_in_bytes
