@@ -204,7 +204,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   meta = checkpoints.meta(at)
   if meta["labels"]:
     source = repo.with_classes(source, meta["labels"], tokens.load_tokenizer(source.folder, source.cfg.V).eos_token_id)
-  now, was = json.loads(json.dumps(dataclasses.asdict(source.cfg))), meta["model"]
+  now, was = json.loads(json.dumps(dataclasses.asdict(source.cfg))), meta.get("model", {})
   if other := [name for name in was if now.get(name) != was[name] and not name.endswith("dropout")]:
     raise RequestError(
       f"config.json of config.model.path={config.model.path!r}: {other[0]} is {now.get(other[0])!r}, and was {was[other[0]]!r} "

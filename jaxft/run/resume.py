@@ -34,8 +34,8 @@ def refuse_another_run(
     lines = settings.changed(meta["config"], config)
     now = json.loads(json.dumps(about["model"]))
     lines += [
-      f"config.json of config.model.path={config.model.path!r}: {name} is {now[name]!r}; the run was started with {was!r}"
-      for name, was in meta["model"].items()
+      f"config.json of config.model.path={config.model.path!r}: {name} is {now.get(name)!r}; the run was started with {was!r}"
+      for name, was in meta.get("model", {}).items()  # a record of before 2026-11-21 has none
       if now.get(name) != was
     ]
     saved, wanted = meta["leaves"], described(like)
