@@ -1,26 +1,32 @@
 """Writes docs/hardware.md: what each published model takes on each kind of hardware, by the real compilers.
 
-    python scripts/make_hardware_page.py          # needs the plan extra; about half an hour on two cores
+    python scripts/make_hardware_page.py          # needs the plan extra; about an hour on two cores
 
-For each model and target: the least `memory.offload` with which a row fits, the most rows at once and the peak.
+For each model and target: the least `memory.offload` with which a row fits, the most rows at once and the peak. For each file
+in configs/: its plan for the hardware that its docstring names.
 """
 
 import dataclasses
 import datetime
 import importlib.metadata
+import re
+import runpy
 import sys
 from pathlib import Path
 
+import jaxft
 from jaxft import config as settings
+from jaxft.errors import RequestError
 from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
 from jaxft.plan import compile, show, targets
 from jaxft.plan.fit import MARGIN
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "hardware.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, CONFIGS = ROOT / "docs" / "hardware.md", sorted((ROOT / "configs").glob("*.py"))
 MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 MODELS += ("EleutherAI/gpt-neo-1.3B", "EleutherAI/gpt-neo-2.7B", "EleutherAI/gpt-j-6b")
-TARGETS = ("rtx3070", "rtx3060", "t4", "rtx4090", "a100-80gb", "h100", "h100x8", "v5e:2x2", "v5e:2x4")
+TARGETS = ("rtx3070", "rtx3060", "t4", "rtx4090", "a100-80gb", "h100", "h100x8", "v5e:2x4")
 OFFLOAD = ("none", "optimizer", "all")
 MOST_ROWS = 64
 HEAD = """# What fits where
@@ -35,6 +41,15 @@ The train step of every cell was compiled for that hardware by `python scripts/m
 of it was run there. {margin} of the memory that a process gets stays free. A T4 has no bfloat16, and computes in float32.
 On one machine the fastest settings are those that `python -m jaxft.plan --fit` finds; this page says what is possible.
 
+"""
+CONFIGS_HEAD = """
+## The configs of this repository
+
+As they are, for the hardware that their docstrings name. Seconds a step are an estimate, with the assumptions that
+`python -m jaxft.plan` prints.
+
+| | for | peak of a device, of | in the host's memory, each device | a step |
+|---|---|---|---|---|
 """
 
 
@@ -55,7 +70,7 @@ class Cells:
       config.train.micro_batch_size = rows
       config.memory.remat, config.memory.loss_chunk, config.memory.offload = "full", 256, kept
       found = self._compiler(compile.Request(settings.to_json(config), dataclasses.asdict(cfg), target.name))
-      self._known[key] = found.get("peak_bytes", float("inf"))
+      self._known[key] = max(found.get("peak_bytes", float("inf")), found.get("eval_peak_bytes", 0))
       print(f"{model} {target.name} {kept} {rows}: {self._known[key] / 2**30:.2f} GiB", file=sys.stderr, flush=True)
     return self._known[key]
 
@@ -78,10 +93,33 @@ class Cells:
 
   def cell(self, model: str, target: targets.Target) -> str:
     for kept in OFFLOAD if target.kind in targets.GPUS else ("none",):
-      if found := self.largest(model, target, kept):
+      try:
+        found = self.largest(model, target, kept)
+      except RequestError as error:  # the compiler's process has died; the next cell starts another
+        print(error, file=sys.stderr, flush=True)
+        return "the compiler fails"
+      if found:
         rows, peak = found
         return f"{rows}, {show.size(peak)}" + ("" if kept == "none" else f", `{kept}`")
     return "-"
+
+
+def config_lines() -> list[str]:
+  """A line for each file in configs/ and each device of the plan command in its docstring; the CPU where there is none."""
+  lines = []
+  for file in CONFIGS:
+    module = runpy.run_path(str(file))
+    named = re.search(r"--device (\S+)", module["__doc__"])
+    for device in named[1].split(",") if named else ["cpu"]:
+      plan = jaxft.plan_for(module["get_config"](), device)
+      peak = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0))
+      seconds = plan["step_seconds_estimate"]
+      lines.append(
+        f"| `{file.name}` | {device} | {show.size(peak)} of {show.size(plan['usable_bytes'])} | "
+        f"{show.size(plan['host_bytes']) if plan['host_bytes'] else '-'} | {f'{seconds:.1f} s' if seconds else '-'} |"
+      )
+      print(lines[-1], flush=True)
+  return lines
 
 
 def main() -> None:
@@ -104,7 +142,7 @@ def main() -> None:
     versions=versions,
     margin=f"{MARGIN:.0%}",
   )
-  PAGE.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+  PAGE.write_text(head + "\n".join(lines) + "\n" + CONFIGS_HEAD + "\n".join(config_lines()) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

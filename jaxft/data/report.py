@@ -148,7 +148,7 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[st
     for example in examples((source.name,), source.split, data, dropped, notes):
       counts[-1] += 1
       labels.add(example.label)
-      digest = hashlib.blake2b(repr((example.label, example.text)).encode(), digest_size=8).digest()
+      digest = hash((example.label, example.text))  # of 64 bits
       duplicates += digest in seen
       seen.add(digest)
   seen.clear()
@@ -168,14 +168,18 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[st
   writers = {name: cache.Writer(folder, name, dtype) for name in SPLITS}
   done = merged = 0
   again = collections.Counter()  # the second pass meets the same bad rows, which the first has counted
-  for (name, place), (source, of, often) in itertools.product(SPLITS.items(), zip(all_sources, places, passes)):
-    for number_of_pass in range(often[of == place].max(initial=0)):
-      wanted = (of == place) & (often > number_of_pass)
+  for source, of, often in zip(all_sources, places, passes):
+    for number_of_pass in range(often.max(initial=0)):
+      wanted = often > number_of_pass
       chosen = itertools.compress(examples((source.name,), source.split, data, again, again), wanted)
+      to = iter(of[wanted])
       for batch, encoded in tokens.encode_all(chosen, tokenizer, dtype):
-        nats = [example.nats for example in batch if example.nats is not None]
-        label_ids = [number[example.label] for example in batch if example.label is not None]
-        writers[name].examples(encoded.ids, encoded.prompts, label_ids, nats)
+        batch_to = np.fromiter(itertools.islice(to, len(batch)), np.uint8, len(batch))
+        for name, place in SPLITS.items():
+          if len(mine := np.flatnonzero(batch_to == place)):
+            nats = [batch[i].nats for i in mine if batch[i].nats is not None]
+            label_ids = [number[batch[i].label] for i in mine if batch[i].label is not None]
+            writers[name].examples([encoded.ids[i] for i in mine], [encoded.prompts[i] for i in mine], label_ids, nats)
         merged += encoded.merged
         done += len(batch)
         tell(done, total)
