@@ -93,7 +93,8 @@ def plan_here(config: ConfigDict, cfg: ModelConfig, run: Program, traced: Any, c
   mesh = run.batch_sharding.mesh
   device = mesh.local_devices[0]
   found = figures.of_traced(run, config, cfg, traced) | figures.of_compiled(run, compiled)
-  found |= {"eval_peak_bytes": figures.eval_peak_bytes(run), "compile_seconds": None}
+  eval_compiled = figures.lowered_eval(run).compile()
+  found |= {"eval_peak_bytes": figures.eval_peak_bytes(run, eval_compiled), "compile_seconds": None}
   plan = _told(config, targets.here(device, mesh.size), found)
   share = program.memory_of(device) // (mesh.size if device.platform == "cpu" else 1)
   return plan | {"usable_bytes": share, "fits": max(plan["peak_bytes"], plan["eval_peak_bytes"]) <= share}
