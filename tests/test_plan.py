@@ -290,7 +290,9 @@ def test_the_peak_is_that_of_compiling_the_step_by_hand(device, kept):
     env=os.environ | compile.ENVIRONMENT,
   )
   by_hand = int(done.stdout.split("peak ")[1])
-  print(f"{device}: {found['peak_bytes'] / 2**30:.2f} GiB planned, {by_hand / 2**30:.2f} by hand, fits: {found['fits']}")
+  print(
+    f"{device}: {found['peak_bytes'] / 2**30:.2f} GiB planned, {by_hand / 2**30:.2f} by hand, fits: {found['fits']}"
+  )
   assert found["peak_bytes"] == pytest.approx(by_hand, rel=0.02)
 
 
