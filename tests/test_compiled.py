@@ -130,6 +130,13 @@ def test_weights_and_state_on_the_host_leave_a_layer_on_the_device(compiler, mod
   assert everything * 0.99 < answer["host_bytes"] < everything + layer
 
 
+@pytest.mark.slow
+@pytest.mark.wide
+def test_gptj_fits_one_tpu_chip(compiler):
+  answer = compiler(request(GPTJ, "v5e:1x1", 1, 2048, memory__offload="all"))
+  assert answer["peak_bytes"] < targets.find("v5e:1x1").usable_bytes
+
+
 def fused_scatter(answer):
   """libtpu fuses a reduce-scatter with what makes its operand: then it has a name, and no line, of its own."""
   return {"reduce-scatter"} if "reduce-scatter" in answer["text"] or "all-reduce-scatter" in answer["text"] else set()

@@ -182,8 +182,8 @@ def devices(target: Target) -> list[Any]:
   if target.kind == "cpu":
     return jax.devices("cpu")[: target.count]
   if target.kind in TPUS:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=target.name)
-    return list(found.devices)
+    one = {"chips_per_host_bounds": (1, 1, 1)} if target.count == 1 else {}  # a machine with one chip; else it has four
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=target.name, **one).devices)
   gpu = GPUS[target.kind]
   hosts = -(-target.count // gpu.node)
   found = topologies.get_topology_desc(
