@@ -119,6 +119,29 @@ def test_roofline():
   assert targets.find("t4").facts.rate("float32") == pytest.approx(8.14e12, rel=1e-3)
 
 
+def test_costs_come_from_the_users_table_alone(tmp_path):
+  target = targets.find("h100x8")
+  it = estimate.Estimate(1, 1, 1, 0, 2, 5000, 0.4)
+  assert estimate.costs(None, target, it) == {}
+  assert estimate.costs(2.5, target, it) == {"per_hour": 20.0, "per_million_tokens": pytest.approx(20 / 3600 * 200)}
+  assert estimate.costs(0.1, targets.find("cpu"), None) == {"per_hour": 0.1}
+  file = tmp_path / "prices.json"
+  file.write_text('{"h100": 2.5, "v5e": 1}')
+  assert targets.read_prices(file) == {"h100": 2.5, "v5e": 1}
+  for text, message in (
+    ('{"h1000": 2.5}', "did you mean 'h100'"),
+    ('{"h100": "2.5"}', "'h100' costs '2.5'"),
+    ('{"h100": NaN}', "'h100' costs nan"),
+    ("[2.5]", "must be a JSON object"),
+    ("{", "prices.json': Expecting"),
+  ):
+    file.write_text(text)
+    with pytest.raises(RequestError, match=message):
+      targets.read_prices(file)
+  with pytest.raises(RequestError, match="No such file"):
+    targets.read_prices(tmp_path / "none.json")
+
+
 def test_bytes_moved_count_slices_in_loops():
   """A loop of five turns that adds row i of a matrix: it reads rows, not the matrix, each turn."""
 
@@ -137,7 +160,10 @@ def plan(*arguments, check=0, **how):
 @pytest.fixture(scope="module")
 def on_cpu(config_file, tmp_path_factory):
   page = tmp_path_factory.mktemp("page") / "plan.html"
-  return plan("--config", config_file, "--device", "cpu,cpux2", "--config.mesh.fsdp=-1", "--json", "--html", page), page
+  prices = page.with_name("prices.json")
+  prices.write_text('{"cpu": 0.25}')
+  flags = ("--config.mesh.fsdp=-1", "--prices", prices, "--json", "--html", page)
+  return plan("--config", config_file, "--device", "cpu,cpux2", *flags), page
 
 
 def test_json_is_one_object_with_the_keys_of_the_contract(on_cpu):
@@ -149,6 +175,7 @@ def test_json_is_one_object_with_the_keys_of_the_contract(on_cpu):
   assert (one["devices"], two["devices"]) == (1, 2) and two["collective_bytes"] and not one["collective_bytes"]
   assert one["flops"] == two["flops"] > one["model_flops"]
   assert one["step_seconds_estimate"] is None  # nothing is known of this CPU's speed
+  assert (one["cost"], two["cost"]) == ({"per_hour": 0.25}, {"per_hour": 0.5})
 
 
 def test_the_page_needs_nothing_from_elsewhere(on_cpu):

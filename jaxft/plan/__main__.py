@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxft import command_line
 from jaxft.errors import RequestError, run_command
 from jaxft.files import write_whole
-from jaxft.plan import show
+from jaxft.plan import show, targets
 from jaxft.plan.answer import plans_for
 from jaxft.run.tracking import console
 
@@ -18,6 +18,7 @@ USAGE = """python -m jaxft.plan --config configs/X.py --device NAME [--config.a.
                      Several: the flag several times, or NAME,NAME
   --config.a.b=VALUE any setting
   --fit              look for the fastest settings that fit; where the config does not fit that is done anyway
+  --prices FILE      what a device costs an hour, by your own table: JSON such as {"h100": 2.5, "v5e": 1.2}
   --json             print one JSON object, and nothing else, on standard output
   --html FILE        write a page
 
@@ -27,12 +28,13 @@ the exit code is 0.
 
 
 def main() -> None:
-  arguments = command_line.parse(USAGE, ("fit", "json"), ("html",), several=("device",))
+  arguments = command_line.parse(USAGE, ("fit", "json"), ("html", "prices"), several=("device",))
   devices = [name for text in arguments.device for name in text.split(",")]
   if not devices:
     raise RequestError("--device is missing; name one, such as h100x8, rtx4090 or v5e:2x4")
   tell = lambda line: print(line, file=sys.stderr, flush=True)
-  plans = plans_for(arguments.config, devices, search=arguments.fit, tell=tell)
+  prices = targets.read_prices(Path(arguments.prices)) if arguments.prices else {}
+  plans = plans_for(arguments.config, devices, search=arguments.fit, prices=prices, tell=tell)
   if arguments.html:
     write_whole(Path(arguments.html), show.page(plans))
   if arguments.json:

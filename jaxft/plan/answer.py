@@ -2,8 +2,9 @@
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -20,21 +21,29 @@ from jaxft.program import Program
 PACKAGES = {"gpu": ("jax-cuda13-plugin",), "tpu": ("libtpu",), "cpu": ()}
 
 
-def plan_for(config: ConfigDict, device: str, *, search: bool = False) -> dict[str, Any]:
+def plan_for(
+  config: ConfigDict, device: str, *, search: bool = False, prices: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, Any]:
   """Compiles the train step of `config` for `device`, which need not be there, and tells what it takes.
 
   Args:
     config: from `jaxft.config.default()`; its data need not be there, and of the model only config.json.
     device: h100, h100x8, rtx4090, v5e:2x4, cpu, ...: see `jaxft.plan.targets`.
     search: look for the fastest settings that fit, too. Where `config` itself does not fit that is done anyway.
+    prices: of a device an hour, such as {"h100": 2.5}; the plan then has a "cost", too.
 
   Raises RequestError when config or device are wrong, or the compiler is not installed.
   """
-  return plans_for(config, [device], search=search)[0]
+  return plans_for(config, [device], search=search, prices=prices)[0]
 
 
 def plans_for(
-  config: ConfigDict, devices: list[str], *, search: bool = False, tell: Callable[[str], None] = lambda line: None
+  config: ConfigDict,
+  devices: list[str],
+  *,
+  search: bool = False,
+  prices: Mapping[str, float] = MappingProxyType({}),
+  tell: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
   """`plan_for` several devices, one after the other; `tell` takes lines on what goes on."""
   if lines := settings.faults(config):
@@ -42,7 +51,7 @@ def plans_for(
   wanted = [targets.find(device) for device in devices]  # a mistyped one is told before any is compiled
   cfg = model_facts(config)
   with compile.Compiler() as compiler:
-    return [_plan(compiler, config, cfg, target, search, tell) for target in wanted]
+    return [_plan(compiler, config, cfg, target, search, prices.get(target.kind), tell) for target in wanted]
 
 
 def model_facts(config: ConfigDict) -> ModelConfig:
@@ -68,13 +77,13 @@ def _plan(
   cfg: ModelConfig,
   target: targets.Target,
   search: bool,
+  price: float | None,
   tell: Callable[[str], None],
 ) -> dict[str, Any]:
   def of(config: ConfigDict) -> dict[str, Any]:
     tell(f"compiling for {target.name} ...")
-    return _told(
-      config, target, compiler(compile.Request(settings.to_json(config), dataclasses.asdict(cfg), target.name))
-    )
+    found = compiler(compile.Request(settings.to_json(config), dataclasses.asdict(cfg), target.name))
+    return _told(config, target, found, price)
 
   try:
     plan = of(config)
@@ -118,7 +127,9 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _told(config: ConfigDict, target: targets.Target, found: dict[str, Any]) -> dict[str, Any]:
+def _told(
+  config: ConfigDict, target: targets.Target, found: dict[str, Any], price: float | None = None
+) -> dict[str, Any]:
   """The figures of the compiler as a plan."""
   if "refused" in found:
     raise RequestError(f"--device={target.name!r}: {found['refused']}")
@@ -161,6 +172,7 @@ def _told(config: ConfigDict, target: targets.Target, found: dict[str, Any]) -> 
     "moved_bytes": found.get("moved_bytes"),
     "collective_bytes": found.get("collective_bytes", {}),
     "step_seconds_estimate": roofline and roofline.step_seconds,
+    "cost": estimate.costs(price, target, roofline),
     "estimate": estimate.told(roofline, target, found["compute_dtype"]),
     "compile_seconds": found["compile_seconds"],
   }

@@ -86,6 +86,16 @@ def roofline(
   )
 
 
+def costs(price: float | None, target: Target, estimate: Estimate | None) -> dict[str, float]:
+  """{"per_hour", "per_million_tokens"} of all devices of the target, by the user's price for one of them an hour."""
+  if price is None:
+    return {}
+  hourly = price * target.count
+  return {"per_hour": hourly} | (
+    {"per_million_tokens": hourly / 3600 * 1e6 / estimate.tokens_per_second} if estimate else {}
+  )
+
+
 def told(estimate: Estimate | None, target: Target, dtype: str, efficiency: Efficiency = EFFICIENCY) -> dict[str, Any]:
   """The estimate with all that it rests on, for JSON."""
   if estimate is None:

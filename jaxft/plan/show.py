@@ -140,6 +140,9 @@ def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
       ("", f"these shares: {share['source']}"),
       ("", f"a step is {estimate['step_formula']}; MFU = {estimate['mfu_formula']}"),
     ]
+  if cost := plan["cost"]:
+    tokens = f", {cost['per_million_tokens']:.2f} a million tokens" if "per_million_tokens" in cost else ""
+    pairs.append(("cost", f"{cost['per_hour']:.2f} an hour{tokens}, by --prices"))
   versions = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
   took = "" if plan["compile_seconds"] is None else f"in {plan['compile_seconds']:.1f} s "
   return [*pairs, ("compiled", f"{took}with {versions}")]

@@ -5,14 +5,17 @@ accumulation, multiprocessors), and the CUDA C++ programming guide's table of co
 TPUs: Google Cloud's pages on each version (HBM, bandwidth, bfloat16 rate); usable memory is what libtpu's compiler grants.
 """
 
+import difflib
+import json
 import math
 import os
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxft.errors import RequestError
+from jaxft.errors import RequestError, first_line
 
 GIB, TERA, GIGA = 2**30, 10**12, 10**9
 # Memory is what nvidia-smi tells of a card: error correction takes some of an A10G's and an L4's. A process gets less: the
@@ -163,6 +166,30 @@ def find(name: str) -> Target:
     f"--device={name!r}: not known; there are cpu, {', '.join(GPUS)}, each with xN for N of them, and slices of "
     f"{', '.join(TPUS)} such as v5e:2x4"
   )
+
+
+def read_prices(file: Path) -> dict[str, float]:
+  """The user's table of what a device costs an hour, JSON such as {"h100": 2.5, "v5e": 1.2}, in any currency.
+
+  Raises RequestError for a file that is none, a device that is not known, or a price that is no number.
+  """
+  try:
+    prices = json.loads(file.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise RequestError(f"--prices={str(file)!r}: {first_line(error)}") from error
+  if not isinstance(prices, dict):
+    raise RequestError(f'--prices={str(file)!r}: must be a JSON object such as {{"h100": 2.5, "v5e": 1.2}}')
+  known = ("cpu", *GPUS, *TPUS)
+  for kind, price in prices.items():
+    if kind not in known:
+      near = difflib.get_close_matches(kind, known, 1)
+      raise RequestError(
+        f"--prices={str(file)!r}: {kind!r} is no device that is known; "
+        + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
+      )
+    if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < math.inf:
+      raise RequestError(f"--prices={str(file)!r}: {kind!r} costs {price!r}; give a number, for one device an hour")
+  return prices
 
 
 def here(device: jax.Device, count: int) -> Target:
