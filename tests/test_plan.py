@@ -112,6 +112,8 @@ def test_roofline():
   assert it.network_seconds == pytest.approx(2 * 7 / 8 / 0.7) and it.network_seconds == it.step_seconds
   streamed = estimate.roofline(target, 8, flops=10, moved_bytes=10, collective_bytes={}, bus_bytes=56 * 10**9, **how)
   assert streamed.bus_seconds == pytest.approx(1 / 0.8) and streamed.bound_by == "bus"
+  # Ten rows take 6 s beside 8 s on the bus: 54 rows take 32.4 s, and then the bus is 19.8 % of a step.
+  assert streamed._replace(bus_seconds=8, step_seconds=14).rows_to_hide_the_bus(10) == 54
   assert it.bound_by == "network" and it.tokens_per_second == pytest.approx(1000 / 2.5)
   assert it.mfu == pytest.approx(10**14 / (2.5 * 989 * 10**12))
   # Across nodes the network card is the way; a T4's float32 goes through its cores, 2 x 40 x 64 x 1.59 GHz.

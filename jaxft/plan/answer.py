@@ -174,5 +174,6 @@ def _told(
     "step_seconds_estimate": roofline and roofline.step_seconds,
     "cost": estimate.costs(price, target, roofline),
     "estimate": estimate.told(roofline, target, found["compute_dtype"]),
+    "rows_to_hide_the_bus": roofline and roofline.rows_to_hide_the_bus(config.train.batch_size),
     "compile_seconds": found["compile_seconds"],
   }

@@ -1,5 +1,6 @@
 """How long a step takes, as a roofline: of three times the longest counts, each with the share of the peak it assumes."""
 
+import math
 from typing import Any, NamedTuple
 
 from jaxft.plan.targets import Target
@@ -40,6 +41,11 @@ class Estimate(NamedTuple):
   @property
   def bound_by(self) -> str:
     return max(("compute", "memory", "network", "bus"), key=lambda what: getattr(self, f"{what}_seconds"))
+
+  def rows_to_hide_the_bus(self, rows: int) -> int:
+    """Rows a batch from which on the bus is at most a fifth of a step: its bytes stay the same, the rest grows with rows."""
+    a_row = (self.step_seconds - self.bus_seconds) / rows
+    return math.ceil(4 * self.bus_seconds / a_row)
 
 
 MFU = "model FLOPs / (step seconds x devices x dense 16-bit peak FLOP/s), model FLOPs without recomputation"

@@ -140,6 +140,9 @@ def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
       ("", f"these shares: {share['source']}"),
       ("", f"a step is {estimate['step_formula']}; MFU = {estimate['mfu_formula']}"),
     ]
+    if plan["bus_bytes"]:
+      rows = plan["rows_to_hide_the_bus"]
+      pairs.append(("", f"the bus takes as long for any batch: from {rows:,} rows on it is a fifth of a step, or less"))
   if cost := plan["cost"]:
     tokens = f", {cost['per_million_tokens']:.2f} a million tokens" if "per_million_tokens" in cost else ""
     pairs.append(("cost", f"{cost['per_hour']:.2f} an hour{tokens}, by --prices"))
