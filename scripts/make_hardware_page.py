@@ -9,6 +9,7 @@ in configs/: its plan for the hardware that its docstring names.
 import dataclasses
 import datetime
 import importlib.metadata
+import math
 import re
 import runpy
 import sys
@@ -19,6 +20,7 @@ from jaxft import config as settings
 from jaxft.errors import RequestError
 from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
+from jaxft.model import parameter_count
 from jaxft.plan import compile, show, targets
 from jaxft.plan.fit import MARGIN
 
@@ -57,7 +59,7 @@ class Cells:
   """Asks the compiler, and remembers."""
 
   def __init__(self, compiler: compile.Compiler):
-    self._compiler, self._known = compiler, {}
+    self._compiler, self._known, self._lines = compiler, {}, {}
 
   def peak(self, model: str, target: targets.Target, kept: str, rows: int) -> float:
     """Bytes of a device with so many rows on each; infinite where the compiler refuses."""
@@ -70,23 +72,32 @@ class Cells:
       config.train.micro_batch_size = rows
       config.memory.remat, config.memory.loss_chunk, config.memory.offload = "full", 256, kept
       found = self._compiler(compile.Request(settings.to_json(config), dataclasses.asdict(cfg), target.name))
-      self._known[key] = max(found.get("peak_bytes", float("inf")), found.get("eval_peak_bytes", 0))
+      self._known[key] = max(found.get("peak_bytes", math.inf), found.get("eval_peak_bytes", 0))
       print(f"{model} {target.name} {kept} {rows}: {self._known[key] / 2**30:.2f} GiB", file=sys.stderr, flush=True)
     return self._known[key]
+
+  def line(self, model: str, target: targets.Target, kept: str) -> tuple[float, float]:
+    """Bytes of one row, and of each further one: the peak grows in a straight line, nearly, and alike on most GPUs."""
+    key = (model, kept, target.count, target.kind in targets.GPUS, target.facts.bfloat16)
+    if key not in self._lines:
+      one, four = self.peak(model, target, kept, 1), self.peak(model, target, kept, 4)
+      self._lines[key] = one, max(four - one, 1) / 3 if four < math.inf else math.inf
+    return self._lines[key]
 
   def largest(self, model: str, target: targets.Target, kept: str) -> tuple[int, float] | None:
     """The most rows that fit, with their peak; None where one is too many."""
     room = (1 - MARGIN) * target.usable_bytes
-    one = self.peak(model, target, kept, 1)
-    if one > room:
+    state = 16 * parameter_count(facts.model_config(PUBLISHED[model])) / target.count
+    if kept == "none" and state > room:  # float32 weights, gradient and two moments
       return None
-    # The peak grows with the rows in a straight line, nearly: guess where it ends, and let the compiler correct the guess.
-    slope = max((self.peak(model, target, kept, 4) - one) / 3, 1)
+    one, slope = self.line(model, target, kept)
     rows = 1
     while rows < MOST_ROWS and one + (2 * rows - 1) * slope <= room:
       rows *= 2
-    while self.peak(model, target, kept, rows) > room:
+    while rows and self.peak(model, target, kept, rows) > room:
       rows //= 2
+    if not rows:
+      return None
     while rows < MOST_ROWS and self.peak(model, target, kept, 2 * rows) <= room:
       rows *= 2
     return rows, self.peak(model, target, kept, rows)
