@@ -50,6 +50,14 @@ class Program(NamedTuple):
     return self.batch["ids"].shape[1]
 
   @property
+  def eval_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of an eval step: one part of a training batch."""
+    return {
+      name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+      for name, leaf in self.batch.items()
+    }
+
+  @property
   def batch_sharding(self) -> NamedSharding:
     return self.batch["ids"].sharding
 

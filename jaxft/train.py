@@ -171,6 +171,7 @@ def finetune(
     try:
       traced = program.train_step.trace(program.state, program.batch)
       train_step = traced.lower().compile()
+      eval_step = program.eval_step.lower(program.state.params, program.eval_batch).compile()
     except jax.errors.JaxRuntimeError as error:
       raise RequestError(
         f"this run does not compile for {device.device_kind}: {first_line(error)}; {SMALLER}"
@@ -182,8 +183,9 @@ def finetune(
     )
     if dry_run:
       if jax.process_index() == 0:
-        console.print(show.table(plan_here(config, cfg, program, traced, train_step)))
+        console.print(show.table(plan_here(config, cfg, program, traced, train_step, eval_step)))
       return None
+    hosts.agree("compiled", {})  # a collective gives up on a process that comes 30 s late
 
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
@@ -210,7 +212,7 @@ def finetune(
         limit=config.train.eval_batches,
         sharding=program.batch_sharding,
       )
-      return reporter.evaluation(step, when, mean_loss(program.eval_step, state.params, batches)[0])
+      return reporter.evaluation(step, when, mean_loss(eval_step, state.params, batches)[0])
 
     def sample(step: int, when: str) -> None:
       prompts = list(config.train.sample_prompts)

@@ -22,6 +22,8 @@ PLACES = {
   "program built": ("jaxft.program:build", "after"),
   "checkpoints opened": ("jaxft.run.checkpoint:Checkpoints.__init__", "after"),
   "state restored": ("jaxft.run.checkpoint:Checkpoints.restore", "before"),
+  "record read": ("orbax.checkpoint:JsonCheckpointHandler.restore", "before"),
+  "state read": ("orbax.checkpoint:PyTreeCheckpointHandler.restore", "before"),
   "weights loaded": ("jaxft.hf.load:load", "after"),
   "evaluation": ("jaxft.step:mean_loss", "before"),
   "sample": ("jaxft.sample:Generator.__call__", "before"),
@@ -54,8 +56,8 @@ def note_moment() -> None:
 
 def act(action: str) -> None:
   note_moment()
-  if action == "ENOSPC":
-    raise OSError(errno.ENOSPC, "No space left on device")
+  if number := getattr(errno, action, None):
+    raise OSError(number, os.strerror(number))
   os.kill(os.getpid(), signal.Signals[action])
   if action == "SIGKILL":
     time.sleep(60)

@@ -270,3 +270,14 @@ def test_one_and_eight_devices_train_the_same(config_file, finished, tmp_path):
   assert one.keys() == other.keys()
   for key, value in one.items():
     assert other[key] == pytest.approx(value, rel=1e-5), key
+
+
+@pytest.mark.slow
+def test_a_reader_of_the_output_may_go_away(config_file, tmp_path):
+  command = [sys.executable, "-m", "jaxft.train", "--config", str(config_file), "--workdir", str(tmp_path / "run")]
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  process.stdout.readline()
+  process.stdout.close()
+  _, said = process.communicate(timeout=240)
+  assert process.returncode == 0 and "Traceback" not in said and "BrokenPipe" not in said
+  assert (tmp_path / "run" / "export" / "parity.json").exists()

@@ -294,6 +294,34 @@ def test_an_export_that_differs_is_never_put_in_place(folder, tmp_path, monkeypa
   assert not (tmp_path / "out").exists()
 
 
+def test_an_export_that_was_ended_between_its_renames_is_put_back(folder, tmp_path, monkeypatch):
+  checkpoint, params = read(folder)
+  out = tmp_path / "out"
+  save.export(out, params, checkpoint, card="first")
+  with monkeypatch.context() as ended:
+    renames, rename = [], Path.rename
+
+    def first_only(path, to):
+      renames.append(to)
+      if len(renames) > 1:
+        raise KeyboardInterrupt
+      return rename(path, to)
+
+    ended.setattr(Path, "rename", first_only)
+    with pytest.raises(KeyboardInterrupt):
+      save.export(out, params, checkpoint, card="second")
+  assert not out.exists(), "the moment that is meant"
+
+  def fails(*_):
+    raise OSError("no")
+
+  with monkeypatch.context() as failing:
+    failing.setattr(save, "_write_weights", fails)
+    with pytest.raises(StorageError, match="what was there before has not been changed"):
+      save.export(out, params, checkpoint, card="third")
+  assert (out / "README.md").read_text() == "first" and [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
 def test_exported_folder_is_transformers_own(folder, tmp_path):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import fault_points
 import numpy as np
 import processes
 import pytest
@@ -27,7 +28,9 @@ wide = pytest.mark.wide
 class Hosts:
   """Processes that were started as one run."""
 
-  def __init__(self, config_file, workdir, count, *more, devices=2, present=None, only=None, homes=None, logs=None):
+  def __init__(
+    self, config_file, workdir, count, *more, devices=2, present=None, only=None, homes=None, logs=None, faults=None
+  ):
     with socket.create_server(("127.0.0.1", 0)) as server:
       port = server.getsockname()[1]
     self.outputs, self.all = [], {}
@@ -35,10 +38,11 @@ class Hosts:
       place = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
       output = (logs or workdir).with_name(f"{(logs or workdir).name}-{i}.log")
       self.outputs.append(output)
-      command = ["jaxft.train", "--config", config_file, "--workdir", workdir, *more, *place, *(only or {}).get(i, ())]
+      command = [fault_points.__file__, *faults[i]] if i in (faults or {}) else ["-m", "jaxft.train"]
+      command += ["--config", config_file, "--workdir", workdir, *more, *place, *(only or {}).get(i, ())]
       with output.open("w") as stream:
         self.all[i] = subprocess.Popen(
-          [sys.executable, "-m", *map(str, command)],
+          [sys.executable, *map(str, command)],
           stdout=stream,
           stderr=subprocess.STDOUT,
           cwd=homes and homes[i],
@@ -278,3 +282,18 @@ def test_a_signal_to_one_or_all_saves_one_step_and_ends_with_75(config_file, tmp
   assert len({re.search("saved at step [0-9]+", text)[0] for text in several.said()}) == 1, several.said()
   assert all("Traceback" not in text for text in several.said())
   assert len([entry for entry in (workdir / "checkpoints").iterdir() if entry.name.isdecimal()]) in (1, 2)
+
+
+@pytest.mark.slow
+@wide
+@pytest.mark.parametrize("place, count", [("record read", "2"), ("state read", "1")])  # Orbax reads its metrics before
+def test_a_checkpoint_that_one_process_cannot_read_is_left_alone_by_all(config_file, tmp_path, place, count):
+  workdir, more = tmp_path / "run", ("--config.mesh.fsdp=-1", "--config.train.save_every=6")
+  whole = Hosts(config_file, workdir, 2, *more, devices=1)
+  assert whole.codes() == [0, 0], whole.said()
+  (workdir / "checkpoints" / "12").rename(tmp_path / "out of the way")
+  several = Hosts(config_file, workdir, 2, *more, devices=1, faults={1: (place, count, "EACCES")})
+  assert several.codes() == [4, 4], several.said()
+  assert all("checkpoints/6: cannot be read now" in text and "Traceback" not in text for text in several.said())
+  again = Hosts(config_file, workdir, 2, *more, devices=1)
+  assert again.codes() == [0, 0] and "continuing at step 6" in again.said()[0], again.said()

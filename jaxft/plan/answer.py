@@ -97,12 +97,13 @@ def _plan(
   return plan
 
 
-def plan_here(config: ConfigDict, cfg: ModelConfig, run: Program, traced: Any, compiled: Any) -> dict[str, Any]:
-  """The plan of a train step that is compiled already, for the devices it will run on."""
+def plan_here(
+  config: ConfigDict, cfg: ModelConfig, run: Program, traced: Any, compiled: Any, eval_compiled: Any
+) -> dict[str, Any]:
+  """The plan of steps that are compiled already, for the devices they will run on; `traced` is the train step's."""
   mesh = run.batch_sharding.mesh
   device = mesh.local_devices[0]
   found = figures.of_traced(run, config, cfg, traced) | figures.of_compiled(run, compiled)
-  eval_compiled = figures.lowered_eval(run).compile()
   found |= {"eval_peak_bytes": figures.eval_peak_bytes(run, eval_compiled), "compile_seconds": None}
   plan = _told(config, targets.here(device, mesh.size), found)
   share = program.memory_of(device) // (mesh.size if device.platform == "cpu" else 1)

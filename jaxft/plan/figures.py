@@ -36,7 +36,8 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
   seconds = lambda: {"compile_seconds": round(time.monotonic() - started, 1)}
   # libtpu works on one core: it takes 75 s for GPT-J's train step on eight chips, and 15 s for the eval step.
   with ThreadPoolExecutor(1) as beside:
-    eval_compiled = beside.submit(lowered_eval(run).compile)
+    lowered_eval = with_host_arguments(run.eval_step.lower(run.state.params, run.eval_batch), run, run.state.params)
+    eval_compiled = beside.submit(lowered_eval.compile)
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -47,14 +48,6 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
       return found | {"needs_bytes": needs, "has_bytes": has} | seconds()
   found |= of_compiled(run, compiled) | {"eval_peak_bytes": eval_peak_bytes(run, eval_compiled.result())} | seconds()
   return found | ({"text": compiled.as_text()} if text else {})
-
-
-def lowered_eval(run: Program) -> Any:
-  """The eval step of one part of the batch, ready for the compiler."""
-  batch = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding), run.batch
-  )
-  return with_host_arguments(run.eval_step.lower(run.state.params, batch), run, run.state.params)
 
 
 def eval_peak_bytes(run: Program, compiled: Any) -> int:

@@ -175,7 +175,7 @@ class Checkpoints:
     """The record of a checkpoint; raises StorageError when it cannot be read, or is not what was saved."""
 
     def read() -> tuple[dict[str, Any], bool]:
-      meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+      meta = ocp.JsonCheckpointHandler().restore(self.folder.absolute() / str(step) / "meta")
       return meta, meta.pop("sha256") == _sha256(meta)
 
     meta, sound = self._read(step, read)
@@ -206,10 +206,12 @@ class Checkpoints:
 
   def _restore(self, step: int, like: Any) -> Any:
     how = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
-    return self._read(step, lambda: self._manager.restore(step, args=ocp.args.Composite(state=how)).state)
+    folder = self.folder.absolute() / str(step) / "state"
+    return self._read(step, lambda: ocp.PyTreeCheckpointHandler().restore(folder, args=how))
 
   def _read(self, step: int, act: Callable[[], Any]) -> Any:
-    """What `act` reads, where all processes can read it.
+    """What `act` reads, where all processes can read it. It must not wait for other processes: they may have failed already,
+    as in Orbax's manager, so its handlers are asked.
 
     Raises, in all of them, Unreadable where one is refused the file, and StorageError where it is damaged.
     """
