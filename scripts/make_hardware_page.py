@@ -33,16 +33,17 @@ OFFLOAD = ("none", "optimizer", "all")
 MOST_ROWS = 64
 HEAD = """# What fits where
 
-Full fine-tuning with AdamW, `--config.memory.remat=full --config.memory.loss_chunk=256 --config.model.dropout=0`, rows of as many
-tokens as the model has positions (1,024 for GPT-2, 2,048 for the others). Each cell: the most rows a device takes at once
-(`--config.train.micro_batch_size`, in powers of two up to {most}), the peak of a device, and `memory.offload` where it is
+Full fine-tuning with AdamW, rows of as many tokens as the model has positions (1,024 for GPT-2, 2,048 for the others), and
+`--config.memory.remat=full --config.memory.loss_chunk=256 --config.model.dropout=0`. Each cell: the most rows a device takes at
+once (`--config.train.micro_batch_size`, in powers of two up to {most}), the peak of a device, and `memory.offload` where it is
 needed. Every cell accumulates two such parts; with `all` each further one takes the input of its layers, {input} a row for
 GPT-J-6B, and otherwise nothing.
 
 The train step of every cell was compiled for that hardware by `python scripts/make_hardware_page.py`, {date}, {versions}; none
-of it was run there. With GPT-2's own dropout of 0.1 a GPU takes a little more, and libtpu 0.0.42.1 ends in a fault of its own
-(a stack that runs over) from four rows on. {margin} of the memory that a process gets stays free. A T4 has no bfloat16, and computes in float32.
-On one machine the fastest settings are those that `python -m jaxft.plan --fit` finds; this page says what is possible.
+of it was run there. {margin} of the memory that a process gets stays free. A T4 has no bfloat16, and computes in float32. With
+GPT-2's own dropout of 0.1 a GPU takes a little more, and libtpu 0.0.42.1 ends in a fault of its own (a stack that runs over) from
+four rows on. On one machine the fastest settings are those that `python -m jaxft.plan --fit` finds; this page says what is
+possible.
 
 """
 CONFIGS_HEAD = """
