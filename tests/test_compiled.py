@@ -137,6 +137,14 @@ def test_gptj_fits_one_tpu_chip(compiler):
   assert answer["peak_bytes"] < targets.find("v5e:1x1").usable_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.wide
+def test_gpt2_with_dropout_compiles_for_tpus(compiler):
+  """Four rows at once need a deeper stack than libtpu gives its threads."""
+  answer = compiler(request("gpt2", "v5e:2x4", 32, 1024))
+  assert answer["peak_bytes"] < 2 * GIB
+
+
 def fused_scatter(answer):
   """libtpu fuses a reduce-scatter with what makes its operand: then it has a name, and no line, of its own."""
   return {"reduce-scatter"} if "reduce-scatter" in answer["text"] or "all-reduce-scatter" in answer["text"] else set()

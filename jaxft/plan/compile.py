@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxft import config as settings
+from jaxft import program
 from jaxft.errors import JaxftError, RequestError, first_line
 from jaxft.model import ModelConfig
 from jaxft.plan import targets
@@ -24,6 +25,8 @@ ENVIRONMENT = {
   "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no driver here, so the version checks cannot run
   "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # autotuning would need the device
   "TPU_SKIP_MDS_QUERY": "1",  # do not look for a metadata server
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is taken, so two plans may be made at once
+  "LIBTPU_INIT_ARGS": program.LIBTPU_STACK,
   "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 PLUGINS = {"gpu": "jax_plugins.xla_cuda13", "tpu": "libtpu"}
