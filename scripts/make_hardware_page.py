@@ -41,8 +41,8 @@ GPT-J-6B, and otherwise nothing.
 
 The train step of every cell was compiled for that hardware by `python scripts/make_hardware_page.py`, {date}, {versions}; none
 of it was run there. {margin} of the memory that a process gets stays free. A T4 has no bfloat16, and computes in float32. With
-GPT-2's own dropout of 0.1 a GPU takes a little more, and libtpu 0.0.42.1 ends in a fault of its own (a stack that overflows)
-from four rows on. On one machine the fastest settings are those that `python -m jaxft.plan --fit` finds; this page says what is
+GPT-2's own dropout of 0.1 a device takes a little more.
+On one machine the fastest settings are those that `python -m jaxft.plan --fit` finds; this page says what is
 possible.
 
 """
