@@ -77,6 +77,7 @@ def decoded(ids, tokenizer):
   return [tokenizer.decode(part[:-1]) for part in np.split(ids, ends + 1)[:-1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [*range(4), *(pytest.param(i, marks=pytest.mark.wide) for i in range(4, 10))])
 def test_nothing_is_lost_of_two_thousand_sources(tokenizer, tmp_path, part):
   for n in range(200 * part, 200 * part + 200):
