@@ -41,9 +41,8 @@ GPT-J-6B, and otherwise nothing.
 
 The train step of every cell was compiled for that hardware by `python scripts/make_hardware_page.py`, {date}, {versions}; none
 of it was run there. {margin} of the memory that a process gets stays free. A T4 has no bfloat16, and computes in float32. With
-GPT-2's own dropout of 0.1 a device takes a little more.
-On one machine the fastest settings are those that `python -m jaxft.plan --fit` finds; this page says what is
-possible.
+GPT-2's own dropout of 0.1 a device takes a little more. On one machine the fastest settings are those that
+`python -m jaxft.plan --fit` finds; this page says what is possible.
 
 """
 CONFIGS_HEAD = """
@@ -155,7 +154,9 @@ def main() -> None:
     versions=versions,
     margin=f"{MARGIN:.0%}",
   )
-  PAGE.write_text(head + "\n".join(lines) + "\n" + CONFIGS_HEAD + "\n".join(config_lines()) + "\n", encoding="utf-8")
+  page = head + "\n".join(lines) + "\n"
+  PAGE.write_text(page, encoding="utf-8")  # an hour's work, whatever a config does
+  PAGE.write_text(page + CONFIGS_HEAD + "\n".join(config_lines()) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
