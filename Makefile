@@ -18,7 +18,7 @@ test-wide: $(VENV)/installed-test  ## more shapes, formats and sizes
 	$(VENV)/bin/python -m pytest $(WORKERS) -m wide
 
 torture: $(VENV)/installed-test  ## kills, signals, damage, full disks: hundreds of each; writes its table into docs/reliability.md
-	$(VENV)/bin/python -m pytest -n 2 --no-loadscope-reorder --torture $(addprefix tests/test_, kills.py signals.py \
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --torture $(addprefix tests/test_, kills.py signals.py \
 	  full_disks.py corruption.py not_finite.py other_meshes.py fuzzed_configs.py hosts.py soak.py)
 
 test-quick: $(VENV)/installed-test  ## the tests that take seconds

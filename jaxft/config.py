@@ -59,6 +59,12 @@ SETTINGS = (
     compute_dtype,
     "dtype of activations; auto: bfloat16 on GPU and TPU, float32 on CPU. Weights are float32 always",
   ),
+  Setting(
+    "model.attention",
+    "auto",
+    one_of("auto", "cudnn", "splash", "chunked", "reference"),
+    "auto: cudnn or splash where the hardware has it, else chunked; reference: all probabilities in memory",
+  ),
   Setting("model.dropout", float, between(0, 1), "dropout everywhere; unset: the rates of the model's config.json"),
   Setting(
     "data.train",
@@ -118,6 +124,12 @@ SETTINGS = (
     at_least(0),
     "most sequences a device takes at once; a batch that is larger is accumulated; 0: no limit",
   ),
+  Setting(
+    "train.profile_steps",
+    0,
+    at_least(0),
+    "optimizer steps, from the third on, that JAX's profiler traces into WORKDIR/profile",
+  ),
   Setting("train.seed", 0, between(0, 2**31), "seed of dropout, of new weights and of the samples"),
   Setting("train.log_every", 10, at_least(1), "steps between lines of metrics.jsonl"),
   Setting("train.eval_every", 0, at_least(0), "steps between evaluations; 0: only before the first and after the last"),
@@ -164,9 +176,9 @@ SETTINGS = (
   ),
   Setting(
     "memory.remat",
-    "none",
+    "dots",
     one_of("none", "dots", "full"),
-    "activations recomputed in the backward pass: none, all but matrix products, all but each layer's input",
+    "activations recomputed in the backward pass: none, all but matrix products and attention, all but each layer's input",
   ),
   Setting(
     "memory.offload",
@@ -175,7 +187,12 @@ SETTINGS = (
     "kept in the host's memory: nothing; weights and optimizer state, with a copy of the weights in the compute dtype on the "
     "device; weights, gradient and optimizer state, of which the device has one layer at a time",
   ),
-  Setting("memory.loss_chunk", 0, at_least(0), "positions a row whose logits exist at once; 0: all of them"),
+  Setting(
+    "memory.loss_chunk",
+    -1,
+    at_least(-1),
+    "positions a row whose logits exist at once; -1: as many as 128 MiB hold; 0: all of them",
+  ),
   Setting("export.out", "", anything, "folder for the Hugging Face model; empty: WORKDIR/export"),
   Setting("export.dtype", "float32", one_of("float32", "bfloat16", "float16"), "dtype of the exported weights"),
   Setting("export.max_shard_size", "5GB", file_size, "largest weight file: a number and KB, MB, GB or TB"),
@@ -187,6 +204,8 @@ BY_NAME = {setting.name: setting for setting in SETTINGS}
 # Settings that may differ when a run is resumed: they change what is written, never what is learned.
 FREE_ON_RESUME = frozenset(
   {
+    "model.attention",
+    "train.profile_steps",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",

@@ -22,3 +22,13 @@ def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
     return x
   kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys_B)
   return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), 0)
+
+
+def dropout_of_queries(keys_BN: jax.Array, rate: float, queries_T: jax.Array, S: int) -> jax.Array:
+  """Factors (B, N, T, S) for the probabilities of these queries to the first S keys: 0, or 1 / (1 - rate).
+
+  Each query has bits of its own, and those of the first keys do not depend on S: so any part can be made alone.
+  """
+  of_query = lambda key, query: jax.random.bernoulli(jax.random.fold_in(key, query), 1 - rate, (S,))
+  of_head = lambda key: jax.vmap(lambda query: of_query(key, query))(queries_T)
+  return jax.vmap(jax.vmap(of_head))(keys_BN).astype(jnp.float32) / (1 - rate)

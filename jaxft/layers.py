@@ -4,6 +4,7 @@ B batch, T query length, S key length, V vocabulary, P positions, D model, F fee
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,11 @@ class ModelConfig:
   head_bias: bool = False
   classes: int = 0  # above 0: a classification head in place of the language head
 
+  @property
+  def kinds_of_window(self) -> tuple[int, ...]:
+    """The different windows among the layers; 0: none."""
+    return tuple(sorted(set(self.windows))) or (0,)
+
   def with_dropout(self, rate: float) -> "ModelConfig":
     return dataclasses.replace(self, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
 
@@ -58,6 +64,11 @@ class Compute:
   remat: str = "none"
   constrain: Place = lambda x, axes: x  # activations
   gather: Place = lambda x, axes: x  # weights
+  read: Callable[[jax.Array], jax.Array] = lambda rows: rows  # rows of a table, as they come from where it is stored
+  add: Callable[[jax.Array], jax.Array] = lambda rows: rows  # and as they go to where its gradient is
+  attention: str = "reference"  # of `attention.KERNELS`
+  # (function, logical axes of its array arguments, of its result) -> the function, in which each device sees its own part
+  on_each_device: Callable[[Callable, Any, Any], Callable] = lambda f, axes_in, axes_out: f
   vocab_multiple: int = 1  # tables are padded to a multiple of so many rows: any mesh can then split them
 
   fetch: Callable[[jax.Array], jax.Array] = lambda x: x  # a weight from where it is kept
@@ -68,7 +79,10 @@ class Compute:
 
 
 class Einsum(nnx.Module):
-  """`einsum(x, kernel) + bias`. The kernel's shape, axis names and initial scale stand side by side."""
+  """`einsum(x, kernel) + bias`, M being all tokens of x (B, T, ...).
+
+  The kernel's shape, axis names and initial scale stand side by side.
+  """
 
   def __init__(
     self,
@@ -88,8 +102,11 @@ class Einsum(nnx.Module):
       self.bias = nnx.Param(jnp.zeros(shape[inputs:]), out_sharding=axes[inputs:])
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = jnp.einsum(self.equation, x, weight(self.kernel, self.compute))
-    return y + weight(self.bias, self.compute) if hasattr(self, "bias") else y
+    # Rows and columns as one axis: XLA's CPU compiler transposes a whole gradient where it is to be summed over two.
+    rows = x.shape[:2]
+    y = jnp.einsum(self.equation, x.reshape(-1, *x.shape[2:]), weight(self.kernel, self.compute))
+    y = y + weight(self.bias, self.compute) if hasattr(self, "bias") else y
+    return y.reshape(*rows, *y.shape[1:])
 
 
 class LayerNorm(nnx.Module):
@@ -110,10 +127,10 @@ class LayerNorm(nnx.Module):
 
 class Attention(nnx.Module):
   def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
-    self.cfg = cfg
+    self.cfg, self.compute = cfg, compute
     D, N, H = cfg.D, cfg.N, cfg.H
     self.qkv = Einsum(
-      "BTD,DQNH->BTQNH",
+      "MD,DQNH->MQNH",
       (D, 3, N, H),
       ("embed", None, "heads", None),
       inputs=1,
@@ -123,7 +140,7 @@ class Attention(nnx.Module):
       bias=cfg.qkv_bias,
     )
     self.out = Einsum(
-      "BTNH,NHD->BTD",
+      "MNH,NHD->MD",
       (N, H, D),
       ("heads", None, "embed"),
       inputs=2,
@@ -133,33 +150,50 @@ class Attention(nnx.Module):
       bias=cfg.out_bias,
     )
 
-  def __call__(self, x_BTD, positions_BT, segments_BT, window, cached, keys_B):
+  def __call__(self, x_BTD, positions_BT, segments_BT, kind, cached, keys_B):
     q_BTNH, k_BTNH, v_BTNH = jnp.unstack(self.qkv(x_BTD), axis=2)
     if self.cfg.rotary_dim:
       q_BTNH, k_BTNH = (rotate(x, positions_BT, self.cfg.rotary_dim) for x in (q_BTNH, k_BTNH))
     k_BSNH, v_BSNH, segments_BS, offset = cached(k_BTNH, v_BTNH)
-    out_BTNH = attention(
-      q_BTNH,
-      k_BSNH,
-      v_BSNH,
-      scale=self.cfg.attention_scale,
-      offset=offset,
-      window=window,
-      q_segments_BT=segments_BT,
-      k_segments_BS=segments_BS,
-      dropout_rate=self.cfg.attention_dropout,
-      keys_B=keys_B,
-    )
-    return self.out(out_BTNH)
+    keys_BN = None if keys_B is None else split(keys_B, self.cfg.N).T
+    operands = (q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN)
+    ways = [functools.partial(self.attend, window, offset) for window in self.cfg.kinds_of_window]
+    return self.out(ways[0](*operands) if kind is None else jax.lax.switch(kind, ways, *operands))
+
+  def attend(self, window, offset, *operands):
+    """`attention` in layers of this kind of window."""
+
+    def local(q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN):
+      return attention(
+        q_BTNH,
+        k_BSNH,
+        v_BSNH,
+        scale=self.cfg.attention_scale,
+        kernel=self.compute.attention,
+        offset=offset,
+        window=window or None,
+        q_segments_BT=segments_BT,
+        k_segments_BS=segments_BS,
+        dropout_rate=self.cfg.attention_dropout,
+        keys_BN=keys_BN,
+      )
+
+    if not isinstance(
+      offset, int
+    ):  # with a cache: one row after the other column by column, which any split is good for
+      return local(*operands)
+    heads, columns = ("batch", None, "heads", None), ("batch", None)
+    axes = (heads, heads, heads, columns, columns, ("batch", "heads"))
+    return self.compute.on_each_device(local, axes, heads)(*operands)
 
 
 class Mlp(nnx.Module):
   def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
     self.up = Einsum(
-      "BTD,DF->BTF", (cfg.D, cfg.F), ("embed", "mlp"), inputs=1, std=cfg.init_std, compute=compute, rngs=rngs
+      "MD,DF->MF", (cfg.D, cfg.F), ("embed", "mlp"), inputs=1, std=cfg.init_std, compute=compute, rngs=rngs
     )
     self.down = Einsum(
-      "BTF,FD->BTD",
+      "MF,FD->MD",
       (cfg.F, cfg.D),
       ("mlp", "embed"),
       inputs=1,
@@ -180,12 +214,10 @@ class Block(nnx.Module):
       self.norm2 = LayerNorm(cfg, compute)
     self.attention, self.mlp = Attention(cfg, compute, rngs), Mlp(cfg, compute, rngs)
 
-  def __call__(self, x_BTD, positions_BT, segments_BT, window, cached, keys_B):
+  def __call__(self, x_BTD, positions_BT, segments_BT, kind, cached, keys_B):
     keys = split(keys_B, 3)
     rate, normed_BTD = self.cfg.residual_dropout, self.norm1(x_BTD)
-    attended_BTD = dropout(
-      self.attention(normed_BTD, positions_BT, segments_BT, window, cached, keys[0]), rate, keys[1]
-    )
+    attended_BTD = dropout(self.attention(normed_BTD, positions_BT, segments_BT, kind, cached, keys[0]), rate, keys[1])
     if self.cfg.parallel:
       return x_BTD + attended_BTD + dropout(self.mlp(normed_BTD), rate, keys[2])
     x_BTD = x_BTD + attended_BTD

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+LOGITS_BYTES = 2**27  # of float32 at once: 667 tokens of GPT-2, enough to keep any device busy
+
 
 class Head(NamedTuple):
   """What makes logits of hidden states."""
@@ -24,25 +26,49 @@ def cross_entropy_sum(
 ) -> jax.Array:
   """Sum over unmasked targets of -log p(target), in nats and float32; divide by the count where the count is known.
 
-  With `chunk`, only (B, chunk, V) logits exist at once, in the forward and in the backward pass (which computes them
-  again). The result does not depend on `chunk` but for the order of the sum.
+  With `chunk`, only (B, chunk, V) logits exist at once. Their gradient is made with them, as that of a sum needs nothing that
+  comes after: logits are computed once (Liger-Kernel, arXiv:2410.10989, has it so), and what stays for the backward pass is the
+  gradient of the hidden states and of the table. The result does not depend on `chunk` but for the order of the sum.
   """
   T = h_BTD.shape[1]
   if not chunk or chunk >= T:
     return _sum(h_BTD, head, targets_BT, mask_BT)
 
-  def split(x):  # (B, T, ...) -> (T / chunk, B, chunk, ...); what the padding adds is masked
+  def parts(x):  # (B, T, ...) -> (T / chunk, B, chunk, ...); what the padding adds is masked
     x = jnp.pad(x, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
-  @jax.checkpoint
-  def of_part(table_VD, bias_V, h_BTD, targets_BT, mask_BT):
-    return _sum(h_BTD, Head(table_VD, bias_V, head.gather), targets_BT, mask_BT)
+  def of_part(arrays, h_BTD, targets_BT, mask_BT):
+    return _sum(h_BTD, Head(*arrays, head.gather), targets_BT, mask_BT)
 
-  def add(total, part):
-    return total + of_part(head.table_VD, head.bias_V, *part), None
+  @jax.custom_vjp
+  def total(arrays, h, targets, mask):
+    add = lambda total, xs: (total + of_part(arrays, *xs), None)
+    return jax.lax.scan(add, jnp.float32(0), (h, targets, mask))[0]
 
-  return jax.lax.scan(add, jnp.float32(0), (split(h_BTD), split(targets_BT), split(mask_BT)))[0]
+  def forward(arrays, h, targets, mask):
+    def add(total, xs):
+      loss, (d_arrays, d_h) = jax.value_and_grad(of_part, (0, 1))(arrays, *xs)
+      return jax.tree.map(jnp.add, total, (loss, d_arrays)), d_h
+
+    zeros = jnp.float32(0), jax.tree.map(jnp.zeros_like, arrays)
+    (loss, d_arrays), d_h = jax.lax.scan(add, zeros, (h, targets, mask))
+    return loss, (d_arrays, d_h)
+
+  def backward(kept, d_loss):
+    return *jax.tree.map(lambda x: x * d_loss.astype(x.dtype), kept), None, None
+
+  total.defvjp(forward, backward)
+  return total((head.table_VD, head.bias_V), parts(h_BTD), parts(targets_BT), parts(mask_BT))
+
+
+def chunk_of(asked: int, B: int, T: int, V: int) -> int:
+  """The `chunk` for B rows of T positions of a device and its V rows of the table: asked for, or with -1 as many as
+  take at most `LOGITS_BYTES`."""
+  if asked >= 0:
+    return asked
+  most = max(1, LOGITS_BYTES // (4 * B * V))
+  return 0 if most >= T else most - most % 64 if most > 64 else most
 
 
 def logits(h: jax.Array, head: Head) -> jax.Array:

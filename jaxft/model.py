@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxft import attention
 from jaxft.dropout import dropout, split
 from jaxft.layers import Block, Compute, Embed, LayerNorm, ModelConfig, Output, weight
 from jaxft.loss import Head, logits
@@ -57,6 +58,7 @@ class Decoder(nnx.Module):
     segments_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
     keys_B: jax.Array | None = None,
+    rows_BTD: jax.Array | None = None,
   ) -> jax.Array:
     """Hidden states (B, T, D) after the last norm, in the compute dtype.
 
@@ -65,12 +67,14 @@ class Decoder(nnx.Module):
       segments_BT: tokens see only tokens of their own segment; None: one segment a row.
       positions_BT: position ids; None: 0, 1, 2, ...
       keys_B: dropout keys, one for each row; None: no dropout.
+      rows_BTD: what `look_up` gives for the ids, where their gradient is wanted (`with_rows`); None: it is called.
     """
 
     def cached(layer, cache, k, v):
       return (k, v, segments_BT, 0), cache
 
-    return self._run(ids_BT, segments_BT, positions_BT, keys_B, None, cached)[0]
+    rows_BTD = self.look_up(ids_BT) if rows_BTD is None else rows_BTD
+    return self._run(rows_BTD, segments_BT, positions_BT, keys_B, None, cached)[0]
 
   def extend(self, cache: Cache, ids_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array):
     """Reads T more columns after those in the cache: hidden states (B, T, D) and the longer cache.
@@ -85,7 +89,9 @@ class Decoder(nnx.Module):
       k_BSNH, v_BSNH = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in kv)
       return (k_BSNH, v_BSNH, segments_BS, cache.used), kv
 
-    h_BTD, (k, v) = self._run(ids_BT, segments_BT, positions_BT, None, (cache.k_LBSNH, cache.v_LBSNH), cached)
+    h_BTD, (k, v) = self._run(
+      self.look_up(ids_BT), segments_BT, positions_BT, None, (cache.k_LBSNH, cache.v_LBSNH), cached
+    )
     return h_BTD, Cache(k, v, segments_BS, cache.used + ids_BT.shape[1])
 
   def head(self) -> Head:
@@ -105,55 +111,72 @@ class Decoder(nnx.Module):
     """(..., D) -> (..., V) in float32; (..., classes) of a model that classifies, where the last real token's count."""
     return logits(h, self.head())[..., : self.cfg.classes or self.cfg.V]
 
-  def enter(self, ids_BT: jax.Array, positions_BT: jax.Array, keys_B: jax.Array | None) -> jax.Array:
-    """What goes into the first layer, (B, T, D)."""
-    x_BTD = weight(self.embed.tokens, self.compute)[ids_BT]
-    if not self.cfg.rotary_dim:
-      x_BTD = x_BTD + weight(self.embed.positions, self.compute)[positions_BT]
-    return self.compute.constrain(dropout(x_BTD, self.cfg.embed_dropout, keys_B), ACTIVATIONS)
+  def look_up(self, ids_BT: jax.Array) -> jax.Array:
+    """Rows of the token table, (B, T, D). They are read where the table is stored: it is never whole on a device for them."""
+    rows_BTD = self.compute.fetch(self.embed.tokens[...])[ids_BT].astype(self.compute.dtype)
+    return self.compute.constrain(self.compute.read(rows_BTD), ACTIVATIONS)
 
-  def layer(self, block: Block, x_BTD, positions_BT, segments_BT, window, keys_B, cached) -> jax.Array:
+  def with_rows(self, gradient: dict, ids: jax.Array, d_rows: jax.Array) -> dict:
+    """The gradient of the parameters with that of the rows that were looked up.
+
+    They are added to what the head has left there, in float32: a second table would take as much memory again, and bfloat16
+    loses what is added to the sum of a frequent token.
+    """
+    table_VD = gradient["embed"]["tokens"]
+    table_VD = table_VD.at[ids].add(self.compute.add(d_rows).astype(table_VD.dtype))
+    return gradient | {"embed": gradient["embed"] | {"tokens": table_VD}}
+
+  def enter(self, rows_BTD: jax.Array, positions_BT: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+    """What goes into the first layer, (B, T, D)."""
+    if not self.cfg.rotary_dim:
+      rows_BTD = rows_BTD + weight(self.embed.positions, self.compute)[positions_BT]
+    return self.compute.constrain(dropout(rows_BTD, self.cfg.embed_dropout, keys_B), ACTIVATIONS)
+
+  def layer(self, block: Block, x_BTD, positions_BT, segments_BT, kind, keys_B, cached) -> jax.Array:
     """One layer: what goes into it to what comes out."""
-    x_BTD = block(x_BTD, positions_BT, segments_BT, window, cached, keys_B)
+    x_BTD = block(x_BTD, positions_BT, segments_BT, kind, cached, keys_B)
     return self.compute.constrain(x_BTD, ACTIVATIONS)
 
-  def windows(self) -> jax.Array | None:
-    """Of each layer. One without a window has one that is longer than any text, so that both kinds are one program."""
-    return jnp.array([window or 2**30 for window in self.cfg.windows]) if any(self.cfg.windows) else None
+  def window_of_layers(self) -> jax.Array | None:
+    """Of each layer its place in `kinds_of_window`; None where all are alike."""
+    kinds = self.cfg.kinds_of_window
+    return jnp.array([kinds.index(window) for window in self.cfg.windows]) if len(kinds) > 1 else None
 
-  def _run(self, ids_BT, segments_BT, positions_BT, keys_B, kv, cached):
+  def _run(self, rows_BTD, segments_BT, positions_BT, keys_B, kv, cached):
     embed_keys_B, layers_keys_B = split(keys_B, 2)
     if positions_BT is None:
-      positions_BT = default_positions(ids_BT)
+      positions_BT = default_positions(rows_BTD)
 
     def layer(carry, xs):
       x_BTD, kv = carry
-      block, index, window, keys_B = xs
+      block, index, kind, keys_B = xs
 
       def cached_here(k_BTNH, v_BTNH):
         nonlocal kv
         seen, kv = cached(index, kv, k_BTNH, v_BTNH)
         return seen
 
-      return (self.layer(block, x_BTD, positions_BT, segments_BT, window, keys_B, cached_here), kv), None
+      return (self.layer(block, x_BTD, positions_BT, segments_BT, kind, keys_B, cached_here), kv), None
 
-    x_BTD = self.enter(ids_BT, positions_BT, embed_keys_B)
+    x_BTD = self.enter(rows_BTD, positions_BT, embed_keys_B)
     keys_LB = None if layers_keys_B is None else split(layers_keys_B, self.cfg.L)
     layer = rematerialised(layer, self.compute.remat)
-    (x_BTD, kv), _ = jax.lax.scan(layer, (x_BTD, kv), (self.blocks, jnp.arange(self.cfg.L), self.windows(), keys_LB))
+    (x_BTD, kv), _ = jax.lax.scan(
+      layer, (x_BTD, kv), (self.blocks, jnp.arange(self.cfg.L), self.window_of_layers(), keys_LB)
+    )
     return self.norm(x_BTD), kv
 
 
-def default_positions(ids_BT: jax.Array) -> jax.Array:
-  """0, 1, 2, ... for every row, (1, T)."""
-  return jnp.arange(ids_BT.shape[1])[None]
+def default_positions(x: jax.Array) -> jax.Array:
+  """0, 1, 2, ... for every row of x (B, T, ...), (1, T)."""
+  return jnp.arange(x.shape[1])[None]
 
 
 def rematerialised(layer: Callable, remat: str) -> Callable:
   policies = jax.checkpoint_policies
   policy = {
     "none": lambda primitive, *_, **__: primitive.name not in CAST_OR_PLACED,
-    "dots": policies.dots_with_no_batch_dims_saveable,
+    "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention.is_result),
     "full": policies.nothing_saveable,
   }[remat]
   # prevent_cse guards against a compiler that undoes the recomputation; inside a scan it cannot, and guarding costs.

@@ -92,20 +92,24 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str
     positions = batch.get("positions", jnp.broadcast_to(default_positions(batch["ids"][0]), (A, 1, T)))
 
     # ---- Forward: embedding, then layer after layer; the input of each is kept -------------------------------------
-    def enter(embed):
-      part = lambda xs: with_(embed=embed).enter(*xs)
-      return _each(part, (batch["ids"], positions, embed_keys_AB))
+    embed = fetch(params["embed"])
+    rest = {name: leaf for name, leaf in embed.items() if name != "tokens"}
+    rows = _each(with_(embed=embed).look_up, batch["ids"])
 
-    x, enter_vjp = jax.vjp(enter, fetch(params["embed"]))
-    windows = model.windows()
+    def enter(rest, rows):
+      part = lambda xs: with_(embed=params["embed"] | rest).enter(*xs)
+      return _each(part, (rows, positions, embed_keys_AB))
+
+    x, enter_vjp = jax.vjp(enter, rest, rows)
+    kinds = model.window_of_layers()
 
     def layer(block, x, index):
-      module, window = with_(blocks=block).blocks, None if windows is None else windows[index]
+      module, kind = with_(blocks=block).blocks, None if kinds is None else kinds[index]
 
       def of_part(xs):
         x_BTD, positions_BT, segments_BT, keys_B = xs
         cached = lambda k, v: (k, v, segments_BT, 0)
-        return model.layer(module, x_BTD, positions_BT, segments_BT, window, keys_B, cached)
+        return model.layer(module, x_BTD, positions_BT, segments_BT, kind, keys_B, cached)
 
       keys_AB = None if keys_LAB is None else keys_LAB[index]
       return _each(rematerialised(of_part, remat), (x, positions, batch.get("segments"), keys_AB))
@@ -117,24 +121,21 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str
     x, inputs = jax.lax.scan(forward, x, layers)
 
     # ---- Loss ------------------------------------------------------------------------------------------------------
-    def leave(top, x):
+    def leave(top, x_BTD, targets_BT, mask_BT):
       model = with_(**top)
-
-      @jax.checkpoint
-      def of_part(xs):
-        x_BTD, targets_BT, mask_BT = xs
-        return scale * cross_entropy_sum(model.norm(x_BTD), model.head(), targets_BT, mask_BT, loss_chunk)
-
-      add = lambda total, xs: (total + of_part(xs), None)
-      loss, _ = jax.lax.scan(add, jnp.float32(0), (x, batch["targets"], batch["mask"]))
-      return jnp.where(in_range(batch, model.cfg), loss, jnp.nan)
+      return scale * cross_entropy_sum(model.norm(x_BTD), model.head(), targets_BT, mask_BT, loss_chunk)
 
     top = {name: params[name] for name in ("norm", "output") if name in params}
     if model.cfg.tied and not model.cfg.classes:
       top["embed"] = params["embed"]
-    loss, leave_vjp = jax.vjp(leave, fetch(top), x)
-    d_top, dx = leave_vjp(jnp.float32(1))
-    d_top = store(d_top)
+    top, of_parts = fetch(top), (x, batch["targets"], batch["mask"])
+
+    def leave_part(total, xs):
+      loss, (d_top, dx) = jax.value_and_grad(leave, (0, 1))(top, *xs)
+      return jax.tree.map(jnp.add, total, (loss, d_top)), dx
+
+    (loss, d_top), dx = jax.lax.scan(leave_part, jax.tree.map(jnp.zeros_like, (jnp.float32(0), top)), of_parts)
+    loss, d_top = jnp.where(in_range(batch, model.cfg), loss, jnp.nan), store(d_top)
 
     # ---- Backward: each layer's gradient goes to the host as it is made ----------------------------------------------
     def backward(dx, xs):
@@ -144,10 +145,10 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str
       return dx, jax.tree.map(send, d_block)
 
     dx, d_blocks = jax.lax.scan(backward, dx, (inputs, layers), reverse=True)
-    (d_embed,) = enter_vjp(dx)
-    if "embed" in d_top:
-      d_embed = jax.tree.map(jnp.add, d_embed, fetch(d_top["embed"]))
-    return loss, {**d_top, "embed": store(d_embed), "blocks": d_blocks}, tokens
+    d_rest, d_rows = enter_vjp(dx)
+    d_tokens = fetch(d_top["embed"]["tokens"]) if "embed" in d_top else jnp.zeros_like(embed["tokens"])
+    d_params = model.with_rows({"embed": {"tokens": d_tokens} | d_rest}, batch["ids"], d_rows)
+    return loss, {**d_top, "embed": store(d_params["embed"]), "blocks": d_blocks}, tokens
 
   return gradient
 

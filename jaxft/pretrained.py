@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from jaxft import attention, model, offload, optim, sharding
 from jaxft import config as settings
-from jaxft import model, offload, optim, sharding
 from jaxft.data import loader, tokens
 from jaxft.data.report import examples, lay_out
 from jaxft.errors import RequestError
@@ -54,6 +54,9 @@ class Pretrained:
       dtype,
       constrain=sharding.constrain_on(self.mesh),
       gather=sharding.gather_on(self.mesh),
+      read=sharding.rows_on(self.mesh, 3, "parameters"),
+      attention=attention.kernel_for(self.mesh.devices.flat[0], dtype, source.cfg.H),
+      on_each_device=sharding.on_each_device_of(self.mesh),
       vocab_multiple=sharding.VOCAB_MULTIPLE,
       fetch=offload.fetch if on_host else lambda x: x,
     )

@@ -1,7 +1,9 @@
 """The programs of a run, for devices that are there or not: shapes, shardings and jitted steps. No memory is taken here."""
 
+import glob
 import math
 import os
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from jaxft import model, offload, optim, sharding
+from jaxft import attention, loss, model, offload, optim, sharding
 from jaxft.data import loader
 from jaxft.errors import RequestError
 from jaxft.files import cache_folder
@@ -21,13 +23,19 @@ from jaxft.step import State, make_eval_step, make_gradient, make_look, make_tra
 # Without it libtpu 0.0.42's compiler overflows a stack on GPT-2 with dropout, from four rows at once on: a segmentation fault.
 LIBTPU_STACK = "--fibers_default_thread_stack_size=1048576"
 
+# What Linux shows of one: NVIDIA's (on Windows' Linux too), AMD's, Google's TPUs.
+ACCELERATORS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/*")
+
 
 def prepare_backend() -> None:
   """What is to be said before JAX first looks for devices, where neither a flag nor the environment says otherwise.
 
   Compiled programs are kept in the user's cache folder; XLA may take 95 % of a GPU (its own default leaves a quarter) and, for
-  what `memory.offload` keeps there, all of the host's memory (its default is 64 GB).
+  what `memory.offload` keeps there, all of the host's memory (its default is 64 GB). Where there is no accelerator, JAX is told
+  so: the compilers of jaxft[plan], which look like some, would complain at length.
   """
+  if not jax.config.jax_platforms and sys.platform == "linux" and not any(map(glob.glob, ACCELERATORS)):
+    jax.config.update("jax_platforms", "cpu")
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
   if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its former name
@@ -50,6 +58,7 @@ class Program(NamedTuple):
   train_step: Any  # (state, batch) -> (state, metrics); the state is donated
   eval_step: Any  # (parameters, batch) -> (sum of the loss, tokens)
   offload: str  # what is in the host's memory: nothing, "optimizer" state and weights, or "all", gradients too
+  loss_chunk: int  # positions a row whose logits exist at once; 0: all
 
   @property
   def rows_at_once(self) -> int:
@@ -142,6 +151,16 @@ def begin(program: Program, params: Any) -> State:
   )
 
 
+def kernel(config: ConfigDict, cfg: model.ModelConfig, device: jax.Device, dtype: Any, packed: bool) -> str:
+  """Which of `attention.KERNELS` a run takes; raises RequestError when the one it asks for cannot do it."""
+  asked = config.model.attention
+  if asked == "auto":
+    return attention.kernel_for(device, dtype, cfg.H)
+  if reason := attention.why_not(asked, device, dtype, cfg.H, packed, cfg.attention_dropout > 0):
+    raise RequestError(f"config.model.attention={asked}: {reason}; take auto, or chunked")
+  return asked
+
+
 def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: int, row: dict[str, Any]) -> Program:
   """The programs of a run of `config` with this model on this mesh.
 
@@ -154,19 +173,27 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     raise RequestError("\n".join(lines))
   A = sharding.accumulation_steps(config.train, mesh)
   zero_stage, whole = config.mesh.zero_stage, sharding.replicated(mesh)
+  dtype = model.compute_dtype(config.model.compute_dtype, mesh.devices.flat[0])
   compute = model.Compute(
-    model.compute_dtype(config.model.compute_dtype, mesh.devices.flat[0]),
+    dtype,
     config.memory.remat,
     sharding.constrain_on(mesh),
     sharding.gather_on(mesh, zero_stage),
-    sharding.VOCAB_MULTIPLE,
-    offload.fetch if config.memory.offload != "none" else lambda x: x,
+    sharding.rows_on(mesh, zero_stage, "parameters"),
+    sharding.rows_on(mesh, zero_stage, "gradients"),
+    attention=kernel(config, cfg, mesh.devices.flat[0], dtype, packed="segments" in row),
+    on_each_device=sharding.on_each_device_of(mesh),
+    vocab_multiple=sharding.VOCAB_MULTIPLE,
+    fetch=offload.fetch if config.memory.offload != "none" else lambda x: x,
   )
   graph, shapes, axes = model.abstract(cfg, compute)
   tx = optim.optimizer(config.optim)
   state = State(*sharding.state_like(tx, shapes, axes, mesh, zero_stage))
   gradients = sharding.shardings_of("gradients", shapes, axes, mesh, zero_stage)
-  how = {"loss_chunk": config.memory.loss_chunk, "seed": config.train.seed}
+  rows = 1 if cfg.classes else compute.rows(cfg) // mesh.shape["tensor"]
+  at_once = config.train.batch_size // A // sharding.batch_parts(mesh)
+  chunk = loss.chunk_of(config.memory.loss_chunk, at_once, config.data.sequence_length, rows)
+  how = {"loss_chunk": chunk, "seed": config.train.seed}
   copy, kept = (), config.memory.offload
   if kept == "none":
     gradient = make_gradient(graph, gradients=gradients, **how)
@@ -189,7 +216,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   step = make_train_step(
     gradient, look, update, optim.schedule(config.optim, total_steps), clip_norm=config.optim.clip_norm
   )
-  eval_step = make_eval_step(graph, loss_chunk=config.memory.loss_chunk)
+  eval_step = make_eval_step(graph, loss_chunk=chunk)
   if kept != "none":
     step, eval_step = offload.of_host_state(step), offload.of_host_params(eval_step)
   return Program(
@@ -204,4 +231,5 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     jax.jit(step, donate_argnums=0, out_shardings=(places, whole)),
     jax.jit(eval_step),
     kept,
+    chunk,
   )

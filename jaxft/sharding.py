@@ -171,7 +171,7 @@ def accumulation_steps(train: ConfigDict, mesh: Mesh) -> int:
   if train.batch_size % at_once or at_once % parts:
     raise RequestError(
       f"config.train.batch_size={train.batch_size}: must be a multiple of {train.micro_batch_size or 1} rows "
-      f"(config.train.micro_batch_size) x {parts} devices"
+      f"(config.train.micro_batch_size) x {parts} devices (config.mesh.data x config.mesh.fsdp)"
     )
   return train.batch_size // at_once
 
@@ -241,6 +241,47 @@ def constrain_on(mesh: Mesh) -> Callable:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, USED)))
 
   return constrain
+
+
+def on_each_device_of(mesh: Mesh) -> Callable:
+  """For what no device needs another for: (function, axes of each array argument, of the result) -> the function, sharded.
+
+  A compiler that is left to split a kernel would gather its arguments first. An argument may be None.
+  """
+
+  def on_each_device(f: Callable, axes_in: Any, axes_out: Any) -> Callable:
+    if mesh.size == 1:
+      return f
+
+    def sharded(*arguments: jax.Array | None) -> jax.Array:
+      of = lambda x, axes: None if x is None else spec(axes, x.shape, mesh, USED)
+      specs = tuple(map(of, arguments, axes_in))
+      out = spec(axes_out, arguments[0].shape, mesh, USED)
+      return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
+
+    return sharded
+
+  return on_each_device
+
+
+def rows_on(mesh: Mesh, zero_stage: int, what: str) -> Callable:
+  """For rows (..., T, D) of a table of the vocabulary: rows -> the rows, cut as the table, or its gradient, is.
+
+  Each device then looks up its slice of every row, or adds it up. B T D numbers travel instead of V D: for GPT-J a tenth.
+
+  Args:
+    what: "parameters" or "gradients".
+  """
+  if zero_stage < ZERO[what]:
+    return lambda rows: rows
+
+  def cut(rows: jax.Array) -> jax.Array:
+    places = [*[None] * (rows.ndim - 3), "data", None, "fsdp"]
+    sizes = [mesh.shape[axis] if axis else 1 for axis in places]
+    whole = [axis if size % parts == 0 else None for axis, size, parts in zip(places, rows.shape, sizes)]
+    return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec(*whole)))
+
+  return cut
 
 
 def gather_on(mesh: Mesh, zero_stage: int = 3) -> Callable:

@@ -34,9 +34,9 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients:
     gradients: a sharding for every leaf of the gradient.
   """
 
-  def loss_sum(params, part, keys_B):
+  def loss_sum(params, rows, part, keys_B):
     model = nnx.merge(graph, params)
-    loss = cross_entropy_sum(hidden(model, part, keys_B), model.head(), part["targets"], part["mask"], loss_chunk)
+    loss = cross_entropy_sum(hidden(model, part, keys_B, rows), model.head(), part["targets"], part["mask"], loss_chunk)
     return jnp.where(in_range(part, model.cfg), loss, jnp.nan)
 
   def place(grads):
@@ -49,10 +49,10 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients:
 
     def of_part(index, part):
       # Scaled before the backward pass: its numbers then do not grow with the size of the batch.
-      B = part["ids"].shape[0]
-      scaled = lambda params: scale * loss_sum(params, part, row_keys(key, index * B, B))
-      loss, grads = jax.value_and_grad(scaled)(state.params)
-      return loss, place(grads)
+      B, model = part["ids"].shape[0], nnx.merge(graph, state.params)
+      scaled = lambda params, rows: scale * loss_sum(params, rows, part, row_keys(key, index * B, B))
+      loss, (grads, d_rows) = jax.value_and_grad(scaled, (0, 1))(state.params, model.look_up(part["ids"]))
+      return loss, place(model.with_rows(grads, part["ids"], d_rows))
 
     A = batch["ids"].shape[0]
     if A == 1:  # no second copy of the gradient for runs that do not accumulate
@@ -136,9 +136,10 @@ def name_bad_leaves(bad_leaves: Any, state: State) -> list[str]:
   return [name for name, bad in zip(every, bad_leaves, strict=True) if bad]
 
 
-def hidden(model: Any, part: dict, keys_B: jax.Array | None = None) -> jax.Array:
+def hidden(model: Any, part: dict, keys_B: jax.Array | None = None, rows_BTD: jax.Array | None = None) -> jax.Array:
   """Hidden states (B, T, D) of a part of a batch."""
-  return model(part["ids"], segments_BT=part.get("segments"), positions_BT=part.get("positions"), keys_B=keys_B)
+  how = {"segments_BT": part.get("segments"), "positions_BT": part.get("positions")}
+  return model(part["ids"], **how, keys_B=keys_B, rows_BTD=rows_BTD)
 
 
 def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> Callable:

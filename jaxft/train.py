@@ -23,11 +23,12 @@ from jaxft.hf import load, push, repo, save
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
 from jaxft.hf.verify import in_words
-from jaxft.plan import figures, show
+from jaxft.plan import estimate, figures, flops, show, targets
 from jaxft.plan.answer import plan_here
 from jaxft.run import hosts
 from jaxft.run.checkpoint import Checkpoints, nbytes
 from jaxft.run.guards import StopRequest, must_have_room, only_writer
+from jaxft.run.profile import Profile
 from jaxft.run.resume import refuse_another_run, resume
 from jaxft.run.tracking import Meter, Reporter, console, say
 from jaxft.sample import Generator, Sampling
@@ -202,7 +203,9 @@ def finetune(
     if jax.process_index() == 0:
       write_whole(workdir / "config.json", settings.to_json(config))
       write_whole(workdir / "data_report.json", data.to_json(config.train))
-    reporter = Reporter(config, workdir, start, total_steps, tokens_seen, data.floor, device)
+    model_flops = flops.of_model(cfg, config.train.batch_size, rows.T)
+    at_peak = estimate.seconds_at_peak(targets.here(device, mesh.size), mesh.size, model_flops)
+    reporter = Reporter(config, workdir, start, total_steps, tokens_seen, data.floor, device, at_peak)
     generator = Generator(program.graph, cfg, tokenizer.eos_token_id)
 
     def evaluate(step: int, when: str) -> dict[str, float]:
@@ -238,10 +241,13 @@ def finetune(
     pending, found, patience = None, {}, config.train.early_stopping_patience
     ended_early = start > 0 and 0 < patience <= reporter.evaluations_without_gain()
     name_leaves = lambda bad: name_bad_leaves(bad, program.state)
+    profile = until_the_end.enter_context(Profile(workdir / "profile", start + 3, config.train.profile_steps))
     reporter.clock.restart()
     with stop.held(), Meter("training", total_steps, start) as meter:
       for step in range(start + 1, 0 if ended_early else total_steps + 1):
+        profile.before(step)
         state, numbers = train_step(state, next(batches))
+        profile.after(step, numbers)
         if step == start + 1:
           jax.block_until_ready(numbers)
           say(f"first step after {time.monotonic() - beginning:.1f} s")

@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-  if config.getoption("--torture"):
+  if config.getoption("--torture") and not config.getoption("collectonly"):
     reports = [report for of in ("passed", "failed", "error") for report in terminalreporter.getreports(of)]
     terminalreporter.write_line("\n" + torture.write_table(reports))
 

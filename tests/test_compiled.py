@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -31,7 +32,7 @@ GPTJ = "EleutherAI/gpt-j-6b"
 L, D = 28, 4096
 
 
-def request(model, device, rows, T, **more):
+def request(model, device, rows, T, dropout=None, **more):
   config = settings.default()
   config.model.path, config.data.train, config.train.steps = model, ("texts",), 100
   config.data.sequence_length, config.train.batch_size = T, rows
@@ -39,9 +40,9 @@ def request(model, device, rows, T, **more):
   for name, value in more.items():
     section, key = name.split("__")
     config[section][key] = value
-  return compile.Request(
-    settings.to_json(config), dataclasses.asdict(facts.model_config(PUBLISHED[model])), device, text=True
-  )
+  cfg = facts.model_config(PUBLISHED[model])
+  cfg = cfg if dropout is None else cfg.with_dropout(dropout)
+  return compile.Request(settings.to_json(config), dataclasses.asdict(cfg), device, text=True)
 
 
 def whole_stacks(found):
@@ -135,6 +136,66 @@ def test_weights_and_state_on_the_host_leave_a_layer_on_the_device(compiler, mod
 def test_gptj_fits_one_tpu_chip(compiler):
   answer = compiler(request(GPTJ, "v5e:1x1", 1, 2048, memory__offload="all"))
   assert answer["peak_bytes"] < targets.find("v5e:1x1").usable_bytes
+
+
+def shapes_in(text):
+  """Of every array in a compiled program."""
+  found = re.findall(r"\b(?:pred|[suf]\d+|bf16)\[([\d,]+)\]", text)
+  return {tuple(map(int, shape.split(","))) for shape in found}
+
+
+@pytest.fixture(scope="module")
+def gpt2(compiler):
+  return compiler(request("gpt2", "h100", 8, 1024, dropout=0.0, memory__loss_chunk=-1))
+
+
+def has_no_giants(answer, B=8, T=1024, V=50304, D=768):
+  """Neither all probabilities nor all logits."""
+  shapes = shapes_in(answer["text"])
+  assert (V, D) in shapes and not [shape for shape in shapes if shape.count(T) > 1]
+  assert max(map(math.prod, shapes)) < B * T * V
+
+
+@pytest.mark.slow
+def test_gpt2_on_a_gpu_takes_cudnn_and_has_no_giants(gpt2):
+  assert "__cudnn$fmhaSoftmaxBackward" in gpt2["text"]
+  has_no_giants(gpt2)
+
+
+@pytest.mark.slow
+@pytest.mark.wide
+@pytest.mark.parametrize(
+  "model, device, kernel",
+  [
+    ("EleutherAI/gpt-neo-125m", "h100", "__cudnn$fmhaSoftmaxBackward"),  # every other layer has a window
+    ("gpt2", "t4", ""),
+    ("gpt2", "v5e:1x1", "splash_mha_dkv"),
+  ],
+)
+def test_no_program_has_giants(compiler, model, device, kernel):
+  answer = compiler(request(model, device, 8, 1024, dropout=0.0, memory__loss_chunk=-1))
+  assert kernel in answer["text"]
+  has_no_giants(answer)
+
+
+@pytest.mark.slow
+@pytest.mark.wide
+def test_attention_with_dropout_has_no_giants_either(compiler):
+  has_no_giants(compiler(request("gpt2", "h100", 8, 1024, memory__loss_chunk=-1)))
+
+
+@pytest.mark.slow
+def test_full_rematerialisation_takes_little_and_computes_little_more(gpt2):
+  assert gpt2["peak_bytes"] < 2.35 * GIB and gpt2["flops"] < 1.4 * gpt2["model_flops"]
+
+
+@pytest.mark.slow
+@pytest.mark.wide
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_little_is_computed_twice(compiler, remat):
+  answer = compiler(request("gpt2", "h100", 8, 1024, dropout=0.0, memory__loss_chunk=-1, memory__remat=remat))
+  print(remat, answer["peak_bytes"] / GIB, answer["flops"] / answer["model_flops"])
+  assert answer["flops"] < 1.15 * answer["model_flops"]
 
 
 @pytest.mark.slow

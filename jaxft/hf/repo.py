@@ -106,7 +106,8 @@ def find(path: str, revision: str = "main", weights: bool = True, torch_bin: boo
       huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=others)
   except Exception as error:  # hub and network errors share no class
     raise RequestError(
-      f"model {path!r}: no such folder, and the hub gave none ({first_line(error)}); check the id, or give a folder"
+      f"config.model.path or --model, {path!r}: no such folder, and the hub gave none ({first_line(error)}); "
+      "check the id, or give a folder"
     ) from error
   return _check_folder(folder, weights, torch_bin)
 

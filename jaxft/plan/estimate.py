@@ -87,9 +87,13 @@ def roofline(
   network = sent / (efficiency.network * target.link)
   bus = bus_bytes / (efficiency.bus * facts.bus)
   seconds = max(compute, memory, network) + bus
-  return Estimate(
-    compute, memory, network, bus, seconds, tokens / seconds, model_flops / (seconds * devices * facts.rate("bfloat16"))
-  )
+  mfu = seconds_at_peak(target, devices, model_flops) / seconds
+  return Estimate(compute, memory, network, bus, seconds, tokens / seconds, mfu)
+
+
+def seconds_at_peak(target: Target, devices: int, model_flops: int) -> float | None:
+  """A step's, if no device ever waited: over what it takes this is its MFU. None for a device whose speed is not known."""
+  return None if target.facts is None else model_flops / (devices * target.facts.rate("bfloat16"))
 
 
 def costs(price: float | None, target: Target, estimate: Estimate | None) -> dict[str, float]:

@@ -74,7 +74,7 @@ def of_traced(run: Program, config: ConfigDict, cfg: ModelConfig, traced: Any) -
         run.offload, run.state.params, run.state.opt, cfg.tied and not cfg.classes, program.bytes_a_device
       )
     ),
-    "logits_bytes": logits_bytes(run, config, cfg),
+    "logits_bytes": logits_bytes(run, cfg),
     "tokens": A * B * T,
     "flops": flops.of_jaxpr(traced.jaxpr),
     "model_flops": flops.of_model(cfg, A * B, T),
@@ -121,11 +121,11 @@ def blank_row(config: ConfigDict, cfg: ModelConfig) -> dict[str, np.ndarray]:
   return row
 
 
-def logits_bytes(run: Program, config: ConfigDict, cfg: ModelConfig) -> int:
+def logits_bytes(run: Program, cfg: ModelConfig) -> int:
   """Of the float32 logits that a device has at once; they come and go within the temporaries."""
   _, B, T = run.batch_sharding.shard_shape(run.batch["ids"].shape)
   rows = -(-cfg.V // sharding.VOCAB_MULTIPLE) * sharding.VOCAB_MULTIPLE // run.batch_sharding.mesh.shape["tensor"]
-  return 4 * B * (min(config.memory.loss_chunk, T) or T) * (cfg.classes or rows)
+  return 4 * B * (min(run.loss_chunk, T) or T) * (cfg.classes or rows)
 
 
 def arguments(run: Program) -> dict[str, int]:

@@ -21,7 +21,7 @@ MOST_COMPILES, MOST_SECONDS = 10, 150
 CHOICES = {
   "memory.offload": ("none", "optimizer", "all"),
   "memory.remat": ("none", "dots", "full"),
-  "memory.loss_chunk": (0, 256),
+  "memory.loss_chunk": (-1, 64),
 }
 
 
@@ -145,10 +145,9 @@ def candidates(config: ConfigDict, cfg: ModelConfig, target: targets.Target) -> 
         "mesh.zero_stage": stage,
         "train.micro_batch_size": micro,
       }
-      if chosen["memory.loss_chunk"] < config.data.sequence_length:
-        B = micro or rows
-        state, other = rough.state_bytes(chosen), rough.other_bytes(chosen, B)
-        found.append(Candidate(chosen, rough.seconds(chosen, B), state, other))
+      B = micro or rows
+      state, other = rough.state_bytes(chosen), rough.other_bytes(chosen, B)
+      found.append(Candidate(chosen, rough.seconds(chosen, B), state, other))
   return found
 
 

@@ -6,6 +6,16 @@ B batch, T length, V vocabulary, D model, F feed-forward, L layers, N heads, H h
 import math
 from typing import Any
 
+# Matrix products of a kernel for attention, and the axis of its queries' length; each product is of all queries and half of the
+# keys: neither kernel computes blocks that no query sees.
+KERNELS = {
+  "dot_product_attention_fwd": (2, 1),  # cuDNN, (B, T, N, H)
+  "dot_product_attention_bwd": (5, 1),
+  "splash_mha_fwd": (2, -2),  # (B, N, T, H), or (N, T, H) of one row
+  "splash_mha_dkv": (4, -2),
+  "splash_mha_dq": (3, -2),
+}
+
 
 def of_jaxpr(jaxpr: Any) -> int:
   """Of all matrix products, two for each multiplication and addition; loops by their trip count, recomputation included.
@@ -51,6 +61,12 @@ def _of_equation(eqn: Any, wanted: list[bool]) -> tuple[int, list[bool]]:
     (contracted, _), _ = params["dimension_numbers"]
     depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
     return 2 * depth * math.prod(eqn.outvars[0].aval.shape), everything
+  label = params["name"] if name == "pallas_call" else name
+  for kernel, (products, axis) in KERNELS.items():
+    if label.startswith(kernel):
+      floats = (var.aval for var in eqn.invars if var.aval.ndim > 2 and var.aval.dtype.kind not in "biu")
+      shape = next(floats).shape  # of the queries
+      return products * math.prod(shape) * shape[axis], everything
   if name == "scan":
     # By their axes, as jax 0.10 and 0.12 name the parts differently: what is walked along has one more outside than inside.
     body, whole = (
@@ -69,6 +85,9 @@ def _of_equation(eqn: Any, wanted: list[bool]) -> tuple[int, list[bool]]:
     branches = [_live(branch, wanted) for branch in params["branches"]]
     return max(count for count, _ in branches), everything
   inner = [value for value in params.values() if hasattr(value, "eqns")]
+  if name == "shard_map":  # what each device does
+    count, used = _live(params["jaxpr"], wanted)
+    return params["mesh"].size * count, used
   if len(inner) == 1 and len(_open(inner[0]).invars) == len(everything) and len(_open(inner[0]).outvars) == len(wanted):
     return _live(inner[0], wanted)
   return sum(_live(jaxpr, [True] * len(_open(jaxpr).outvars))[0] for jaxpr in inner), everything

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxft import model, offload, optim, sharding
+from jaxft import loss, model, offload, optim, sharding
+from jaxft.attention_chunked import MOST_WRITTEN_OUT
 from jaxft.model import ModelConfig
 from jaxft.plan import estimate, targets
 
@@ -70,11 +71,12 @@ class Rough(NamedTuple):
 
   def other_bytes(self, settings: dict[str, Any], B: int) -> float:
     """Activations, logits and what is gathered or fetched, of B rows at once."""
-    cfg, T, chunk = self.cfg, self.config.data.sequence_length, settings["memory.loss_chunk"]
+    cfg, T = self.cfg, self.config.data.sequence_length
     inside, scores = self._layer_bytes()
-    kept = {"none": inside + scores, "dots": (6 * cfg.D + cfg.F) * self.width, "full": cfg.D * self.width}
+    kept = {"none": inside, "dots": (6 * cfg.D + cfg.F) * self.width, "full": cfg.D * self.width}
     layers = cfg.L * kept[settings["memory.remat"]] + 2 * (inside + 2 * scores)
     rows, tensor = self._output_rows(settings), settings["mesh.tensor"]
+    chunk = loss.chunk_of(settings["memory.loss_chunk"], B, T, int(rows))
     logits = B * (min(chunk, T) or T) * rows * (8 + self.width)
     gathered = self.width * self.weights / cfg.L / tensor + (self.width + 4) * cfg.D * rows
     if settings["memory.offload"] == "all":  # the inputs of all layers and accumulation steps; a layer and its gradient
@@ -91,12 +93,11 @@ class Rough(NamedTuple):
     T, rows, facts = config.data.sequence_length, self._output_rows(settings), target.facts
     steps = config.train.batch_size // (data * fsdp) // B  # of accumulation
     tokens = B * T * steps
-    heads = 4 if settings["memory.loss_chunk"] else 3
     layers, attention = TIMES[settings["memory.remat"]]
     layer = cfg.L * (8 * cfg.D * cfg.N * cfg.H + 4 * cfg.D * cfg.F)
-    products = layers * layer + attention * cfg.L * 4 * cfg.N * cfg.H * T + heads * 2 * rows * tensor * cfg.D
-    inside, scores = self._layer_bytes()
-    moved = tokens * (attention * cfg.L * (2 * inside + 8 * scores) / tensor + heads * rows * (4 + self.width))
+    products = layers * layer + attention * cfg.L * 4 * cfg.N * cfg.H * T + 3 * 2 * rows * tensor * cfg.D
+    inside, _ = self._layer_bytes()
+    moved = tokens * (attention * cfg.L * 2 * inside / tensor + 3 * rows * (4 + self.width))
     moved += steps * 4 * self.cut(settings, "gradients", self.weights) + 3 * self.state_bytes(settings)
     ring = lambda size: (size - 1) / size
     gather = steps * self.width / 4 * (2 if stage == 3 else 1)
@@ -117,9 +118,9 @@ class Rough(NamedTuple):
     return lambda tree: _nbytes(tree) // parts
 
   def _layer_bytes(self) -> tuple[int, int]:
-    """Of a token and layer: what products make and take, and attention's scores."""
+    """Of a token and layer: what products make and take, and attention's scores of an eighth of the queries."""
     cfg, T = self.cfg, self.config.data.sequence_length
-    return (8 * cfg.D + 3 * cfg.F) * self.width + 8 * cfg.D, cfg.N * T * (4 + self.width)
+    return (8 * cfg.D + 3 * cfg.F) * self.width + 8 * cfg.D, cfg.N * T * (4 + self.width) // MOST_WRITTEN_OUT
 
   def _output_rows(self, settings: dict[str, Any]) -> float:
     return self.cfg.classes or self.cfg.V / settings["mesh.tensor"]

@@ -21,6 +21,7 @@ GIB, TERA, GIGA = 2**30, 10**12, 10**9
 # Memory is what nvidia-smi tells of a card: error correction takes some of an A10G's and an L4's. A process gets less: the
 # driver, the CUDA context and NCCL take some, and XLA's pool is the rest (`program.prepare_backend`).
 GPU_SHARE = 0.93
+CUDNN = (9, 28)  # what jax[cuda13] brings today
 
 
 class Gpu(NamedTuple):
@@ -216,7 +217,20 @@ def devices(target: Target) -> list[Any]:
   found = topologies.get_topology_desc(
     "jaxft", "cuda", target_config=_target_config(gpu), topology=f"1x{hosts}x{target.count // hosts}"
   )
+  _claim_cudnn(gpu.capability)
   return list(found.devices)
+
+
+def _claim_cudnn(capability: tuple[int, int]) -> None:
+  """Lets JAX trace cuDNN's attention for a GPU that is not there: it asks the library and the first device (jax 0.10 to 0.12).
+
+  XLA leaves the call in the compiled program as it is; what cuDNN would take as a workspace it cannot say.
+  """
+  from jax._src.cudnn import fused_attention_stablehlo as calls
+
+  calls.check_cudnn_version = lambda: 10000 * CUDNN[0] + 100 * CUDNN[1]
+  calls.check_compute_capability = lambda least: capability >= tuple(map(int, least.split(".")))
+  calls.is_cuda_compute_capability_equal = lambda one: capability == tuple(map(int, one.split(".")))
 
 
 def _target_config(gpu: Gpu) -> str:
@@ -234,7 +248,7 @@ gpu_device_info {{
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 28 }}
+dnn_version_info {{ major: {CUDNN[0]} minor: {CUDNN[1]} }}
 runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "NVIDIA {gpu.label}"
 """

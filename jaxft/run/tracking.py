@@ -145,7 +145,9 @@ class Reporter:
     tokens_seen: int,
     floor: float | None,
     device: jax.Device,
+    seconds_at_peak: float | None = None,
   ):
+    """`seconds_at_peak`: of a step, for its MFU; None where the device's peak is not known."""
     self.tokens_seen, self.clock = tokens_seen, Clock()
     self._train, self._seed, self._total, self._floor, self._device = (
       config.train,
@@ -154,7 +156,7 @@ class Reporter:
       floor,
       device,
     )
-    self._bad_in_a_row = 0
+    self._bad_in_a_row, self._seconds_at_peak = 0, seconds_at_peak
     last_kept = start if start else -1  # a run that begins again evaluates and samples again
     writes = jax.process_index() == 0
     self.metrics, self.samples = (
@@ -166,7 +168,10 @@ class Reporter:
     loss, norm, rate = (float(numbers[key]) for key in ("loss", "grad_norm", "learning_rate"))
     self.tokens_seen += int(numbers["tokens"])
     self.clock.count(int(numbers["tokens"]))
-    speed = f"{self.clock.tokens_per_second:,.0f} tokens/s"
+    speed, mfu = f"{self.clock.tokens_per_second:,.0f} tokens/s", {}
+    if self._seconds_at_peak:
+      mfu = {"perf/mfu": round(self._seconds_at_peak / self.clock.step_seconds, 4)}
+      speed += f"  MFU {mfu['perf/mfu']:.0%}"
     meter.at(step, f"loss {loss:.4f}  {speed}")
     if step % self._train.log_every == 0 or step == self._total or numbers["bad"]:
       self.metrics.write(
@@ -178,6 +183,7 @@ class Reporter:
           "train/tokens": self.tokens_seen,
           "perf/tokens_per_second": round(self.clock.tokens_per_second, 1),
           "perf/step_seconds": round(self.clock.step_seconds, 4),
+          **mfu,
           "memory/peak_bytes": peak_bytes(self._device),
         },
       )

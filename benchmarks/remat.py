@@ -1,0 +1,52 @@
+"""Memory against arithmetic: python benchmarks/remat.py [--model gpt2] [--device h100] [--rows 8] [--length 1024]
+
+What `memory.remat` costs and gives, by the compiler for a device that need not be there. The table goes to docs/benchmarks.md.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+
+import page
+
+from jaxft import config as settings
+from jaxft.hf import facts
+from jaxft.hf.published import PUBLISHED
+from jaxft.plan.compile import Compiler, Request
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.published)")
+  parser.add_argument("--device", default="h100")
+  parser.add_argument("--rows", type=int, default=8)
+  parser.add_argument("--length", type=int, default=1024)
+  asked = parser.parse_args()
+  cfg = dataclasses.asdict(facts.model_config(PUBLISHED[asked.model]).with_dropout(0.0))
+  lines = [
+    "| `memory.remat` | peak | beside weights, optimizer and gradient | computed / needed |",
+    "|---|---|---|---|",
+  ]
+  with Compiler() as compiler:
+    for remat in ("none", "dots", "full"):
+      config = settings.default()
+      config.model.path, config.memory.remat, config.train.steps = asked.model, remat, 100
+      config.train.batch_size, config.data.sequence_length = asked.rows, asked.length
+      answer = compiler(Request(settings.to_json(config), cfg, asked.device))
+      gib = lambda nbytes: f"{nbytes / 2**30:.2f} GiB"
+      lines.append(
+        f"| `{remat}` | {gib(answer['peak_bytes'])} | {gib(answer['breakdown']['activations'])} | "
+        f"{answer['flops'] / answer['model_flops']:.2f} |"
+      )
+      print(lines[-1], flush=True)
+  about = (
+    f"{datetime.date.today()}, jax {importlib.metadata.version('jax')}: {asked.model} on {asked.device}, {asked.rows} x "
+    f"{asked.length} tokens, {answer['compute_dtype']}, AdamW, no dropout. Needed is (6 P + 12 L N H T) x tokens (PaLM, "
+    "appendix B), which counts attention to later tokens too; what is computed does not."
+  )
+  page.put(f"memory against arithmetic, {asked.model}", "benchmarks/remat.py", "\n".join([about, "", *lines]))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,119 @@
+"""Every way to compute attention gives what the formula gives: outputs and gradients, over lengths, windows and segments."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+from jaxft import attention as kernels
+from jaxft.attention import attention
+
+B, N, H = 2, 3, 8
+
+
+def inputs(T, S, dtype=jnp.float32, N=N, H=H):
+  """q, k, v and a cotangent."""
+  keys = jax.random.split(jax.random.key(T * 1009 + S), 4)
+  shapes = [(B, T, N, H), (B, S, N, H), (B, S, N, H), (B, T, N, H)]
+  return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes)]
+
+
+@functools.partial(jax.jit, static_argnames=("kernel", "scale", "window", "dropout_rate"))
+def both(q, k, v, cotangent, *, kernel="reference", **how):
+  """Output and the three gradients."""
+  out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, kernel=kernel, **how), q, k, v)
+  return out, *vjp(cotangent)
+
+
+def close(found, expected, tolerance):
+  for name, a, b in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    assert np.abs(a - b).max() <= tolerance * max(1, np.abs(b).max()), name
+
+
+def segments_of(T):
+  """Three examples in a row, and padding."""
+  cuts = np.sort(np.random.default_rng(T).integers(0, T + 1, (B, 3)), 1)
+  return jnp.array((np.arange(T)[None, :, None] >= cuts[:, None]).sum(-1) + 1, jnp.int32)
+
+
+@pytest.mark.parametrize(
+  "T, window", [(1, None), (7, None), (7, 3), (128, None), (131, 1), (300, None), (300, 200), (1031, 5)]
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_chunks_give_what_the_formula_gives(T, window, packed):
+  how = {"scale": 0.3, "window": window}
+  if packed:
+    how |= dict.fromkeys(("q_segments_BT", "k_segments_BS"), segments_of(T))
+  data = inputs(T, T)
+  close(both(*data, kernel="chunked", **how), both(*data, kernel="reference", **how), 2e-6)
+
+
+@pytest.mark.parametrize("T, rate, window", [(1, 0.1, None), (131, 0.5, None), (300, 0.1, 5)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_dropout_in_chunks_has_the_bits_of_the_formula(T, rate, window, packed):
+  keys_BN = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(jax.random.key(3), row), N))(jnp.arange(B))
+  how = {"scale": 0.3, "window": window, "dropout_rate": rate, "keys_BN": keys_BN}
+  if packed:
+    how |= dict.fromkeys(("q_segments_BT", "k_segments_BS"), segments_of(T))
+  data = inputs(T, T)
+  expected = both(*data, kernel="reference", **how)
+  close(both(*data, kernel="chunked", **how), expected, 2e-6)
+  if T > 1:
+    assert np.abs(np.asarray(expected[0]) - np.asarray(both(*data, scale=0.3, window=window)[0])).max() > 0.01
+
+
+@pytest.mark.parametrize("T, S, offset", [(1, 300, 299), (5, 17, 3), (131, 300, 169)])
+@pytest.mark.parametrize("known", [True, False])
+def test_chunks_with_a_cache(T, S, offset, known):
+  data, segments = inputs(T, S), jnp.ones((B, S), jnp.int32).at[:, :2].set(0)
+  how = {"scale": 0.3, "q_segments_BT": jnp.ones((B, T), jnp.int32), "k_segments_BS": segments}
+  of = lambda kernel: lambda offset: attention(*data[:3], kernel=kernel, offset=offset, **how)
+  chunked = of("chunked")(offset) if known else jax.jit(of("chunked"))(offset)
+  np.testing.assert_allclose(chunked, of("reference")(offset), atol=2e-6)
+
+
+@pytest.mark.parametrize("T", [131, 300])
+def test_chunks_in_bfloat16_are_as_near_as_the_formula_is(T):
+  """To the formula in float32, of the same inputs."""
+  data, how = inputs(T, T, jnp.bfloat16), {"scale": 0.3}
+  exact = both(*(x.astype(jnp.float32) for x in data), **how)
+  off = lambda found: [float(jnp.sqrt(jnp.mean((a.astype(jnp.float32) - b) ** 2))) for a, b in zip(found, exact)]
+  for ours, formula in zip(off(both(*data, kernel="chunked", **how)), off(both(*data, **how)), strict=True):
+    assert 0 < ours <= 1.3 * formula
+
+
+@pytest.mark.parametrize(
+  "T, window, packed", [(128, None, False), (300, 128, False), (300, None, True), (512, 200, True)]
+)
+@pytest.mark.parametrize("H", [64, 128])
+def test_splash_gives_what_the_formula_gives(T, window, packed, H, monkeypatch):
+  """The kernel itself, interpreted."""
+  monkeypatch.setattr(splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True))
+  how = {"scale": H**-0.5, "window": window}
+  if packed:
+    how |= dict.fromkeys(("q_segments_BT", "k_segments_BS"), segments_of(T))
+  data = inputs(T, T, N=2, H=H)
+  close(both(*data, kernel="splash", **how), both(*data, kernel="reference", **how), 1e-5)
+
+
+class Device:
+  def __init__(self, platform, compute_capability=None):
+    self.platform = platform
+    if compute_capability:
+      self.compute_capability = compute_capability
+
+
+def test_each_device_gets_its_kernel():
+  pick = lambda device, dtype, H: kernels.kernel_for(Device(*device), dtype, H)
+  assert pick(("cpu",), jnp.float32, 64) == "chunked"
+  assert pick(("tpu",), jnp.bfloat16, 64) == "splash"
+  assert pick(("gpu", "9.0"), jnp.bfloat16, 256) == "cudnn"
+  assert pick(("gpu", "8.9"), jnp.bfloat16, 128) == "cudnn"
+  assert pick(("gpu", "8.9"), jnp.bfloat16, 256) == "chunked"  # GPT-J
+  assert pick(("gpu", "9.0"), jnp.float32, 64) == "chunked"
+  assert pick(("gpu", "7.5"), jnp.bfloat16, 64) == "chunked"
+  assert pick(("gpu", "9.0"), jnp.bfloat16, 20) == "chunked"
