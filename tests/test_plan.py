@@ -21,6 +21,7 @@ from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
 from jaxft.plan import answer, compile, estimate, fit, flops, hlo, show, targets
 from jaxft.plan.figures import blank_row
+from jaxft.run.tracking import Meter, Reporter
 
 KEYS = {
   "device",
@@ -123,6 +124,20 @@ def test_roofline():
   # Across nodes the network card is the way; a T4's float32 goes through its cores, 2 x 40 x 64 x 1.59 GHz.
   assert targets.find("h100x16").link == 50 * 10**9 and target.link == 450 * 10**9
   assert targets.find("t4").facts.rate("float32") == pytest.approx(8.14e12, rel=1e-3)
+
+
+def test_a_run_tells_its_mfu_where_the_peak_is_known(config, tmp_path):
+  numbers = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens": 8, "bad": False}
+  for at_peak in (None, 1e-6):
+    workdir = tmp_path / str(at_peak)
+    workdir.mkdir()
+    reporter = Reporter(config, workdir, 0, 1, 0, None, jax.devices()[0], at_peak)
+    with Meter("training", 1) as meter:
+      reporter.step(1, numbers, meter, lambda bad: [])
+    (line,) = reporter.metrics.all
+    assert (line.get("perf/mfu") is None) == (at_peak is None)
+    if at_peak:
+      assert 0 < line["perf/mfu"] < 1
 
 
 def test_costs_come_from_the_users_table_alone(tmp_path):

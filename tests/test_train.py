@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from jaxft.errors import NumericsError, RequestError
 from jaxft.pretrained import load_workdir
 from jaxft.train import finetune
 
+ROOT = Path(__file__).parent.parent
 CONFIGS = {
   "gpt2": dict(vocab_size=293, n_positions=71, n_embd=40, n_layer=3, n_head=5),
   "gpt_neo": dict(
@@ -42,6 +46,23 @@ def test_weights_that_are_not_finite_end_the_run_before_it_begins(config, folder
   config.model.path = str(damaged)
   with pytest.raises(NumericsError, match="before: eval loss nan"):
     finetune(config, tmp_path / "w")
+
+
+@pytest.mark.parametrize("kernel, device", [("cudnn", "NVIDIA GPUs"), ("splash", "TPUs")])
+def test_a_kernel_that_is_not_there_is_refused(config, tmp_path, kernel, device):
+  config.model.attention = kernel
+  with pytest.raises(RequestError, match=f"config.model.attention={kernel}: it is for {device}, and this is a cpu"):
+    finetune(config, tmp_path, dry_run=True)
+
+
+def test_steps_are_traced_and_the_trace_tells_of_waits(config, tmp_path):
+  config.train.steps, config.train.profile_steps = 6, 2
+  run = finetune(config, tmp_path / "w")
+  assert len([line for line in run.metrics if "train/loss" in line]) == 6
+  command = [sys.executable, str(ROOT / "benchmarks" / "gaps.py"), str(run.workdir), "--steps", "2"]
+  done = subprocess.run([*command, "--picture", str(tmp_path / "gaps.svg")], capture_output=True, text=True, check=True)
+  assert done.stdout.startswith("/host:CPU: ") and "longest wait" in done.stdout
+  assert (tmp_path / "gaps.svg").read_text().count("<rect") > 1
 
 
 @pytest.mark.slow
