@@ -85,7 +85,15 @@ def test_layers_are_gathered_one_at_a_time_and_gradients_come_back_cut(h100x8):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, device", [(name, device) for name, devices in HARDWARE.items() for device in devices])
+@pytest.mark.parametrize(
+  "name, device",
+  [
+    # Each config for the first device that it names, and all of them among the wide tests.
+    pytest.param(name, device, marks=pytest.mark.wide if device != devices[0] else ())
+    for name, devices in HARDWARE.items()
+    for device in devices
+  ],
+)
 def test_every_shipped_config_fits_the_hardware_that_it_names(compiler, name, device):
   file = runpy.run_path(str(CONFIGS / f"{name}.py"))
   assert device in file["__doc__"].lower(), "the docstring names it"

@@ -100,6 +100,7 @@ def test_the_same_weights_from_either_format(folder, flax_folder):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(read(flax_folder)), jax.device_get(read(folder)))
 
 
+@pytest.mark.slow
 def test_damaged_msgpack_is_refused_in_one_line(flax_folder):
   """Every header byte changed, and every kind of truncation: refused by name, or the same names and shapes as before."""
   file = flax_folder / "flax_model.msgpack"

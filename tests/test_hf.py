@@ -67,6 +67,7 @@ def test_narrow_dtypes_come_in_and_go_out_as_they_are(folder, tmp_path, dtype):
   assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == narrow("wte", dtype).name
 
 
+@pytest.mark.slow
 def test_the_vocabulary_is_padded_inside_and_nowhere_else(folder, tmp_path):
   """Rows that pad the table: no probability, no gradient, not in an export; on one device and split over eight."""
   from jaxft import config, sharding

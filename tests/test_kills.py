@@ -14,7 +14,7 @@ KILLS = 5  # of a part
 
 
 @pytest.mark.slow
-@pytest.mark.parts(2, 60)
+@pytest.mark.parts(5, 60)
 def test_killed_runs_end_as_undisturbed_ones(interruptible, undisturbed, tmp_path, part, record_property):
   rng, killed, places, lost, run = random.Random(part), 0, set(), [0], None
   wanted, seconds = undisturbed

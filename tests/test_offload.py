@@ -143,6 +143,7 @@ def test_a_step_that_is_not_finite_changes_nothing(kept):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.opt), before.opt)
 
 
+@pytest.mark.slow
 def test_tables_are_cut_into_rows(monkeypatch):
   monkeypatch.setattr(offload, "ROWS_AT_ONCE", 4 * 40 * 100)
   cut = offload.Cut.of((jax.tree_util.DictKey("embed"),), np.zeros((384, 40), np.float32))
