@@ -32,8 +32,10 @@ def main() -> None:
     for remat in ("none", "dots", "full"):
       config = settings.default()
       config.model.path, config.memory.remat, config.train.steps = asked.model, remat, 100
-      config.train.batch_size, config.data.sequence_length = asked.rows, asked.length
+      config.train.batch_size, config.data.sequence_length, config.data.train = asked.rows, asked.length, ("none",)
       answer = compiler(Request(settings.to_json(config), cfg, asked.device))
+      if "peak_bytes" not in answer:
+        raise SystemExit(f"error: {remat}: {answer}")
       gib = lambda nbytes: f"{nbytes / 2**30:.2f} GiB"
       lines.append(
         f"| `{remat}` | {gib(answer['peak_bytes'])} | {gib(answer['breakdown']['activations'])} | "

@@ -4,7 +4,7 @@
     python -m jaxft.plan --config configs/gptj_6b_8gb.py --device rtx3070   # what it takes, without the card
 
 Hardware   one 8 GB GPU and 128 GB of host memory: weights, gradient and Adam's moments, 90 GiB, stay on the host, and a layer
-           at a time is on the device. An RTX 3070 takes 6.1 GiB of 7.4 (XLA's own analysis, jax 0.10.2, 2026-11-21; not yet
+           at a time is on the device. An RTX 3070 takes 5.6 GiB of 7.4 (XLA's own analysis, jax 0.10.2, 2026-11-22; not yet
            run on one)
 Bus        168 GB a step to the device and 97 back, however many rows a batch has: 12 s of PCI Express 4 at 80 %; arithmetic
            takes 19 s on an RTX 3070, by the plan. Each sampled token fetches all weights, 24 GB, so samples are short
