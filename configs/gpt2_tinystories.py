@@ -6,8 +6,8 @@
 Without a network: --config.model.path=FOLDER_OF_GPT2 --config.data.train=stories.jsonl --config.data.validation=held_out.jsonl
 (.txt, .csv and .parquet too; --config.data.text_column names the column).
 
-Hardware   one 24 GB GPU: the step needs 12.7 GiB (XLA's own analysis for an H100, jax 0.10.2, 2026-11-21; not yet run on
-           one). Less: --config.train.micro_batch_size=8 7.5 GiB, =4 with --config.memory.remat=full 2.7 GiB
+Hardware   one 24 GB GPU: the step needs 4.3 GiB (XLA's own analysis for an H100, jax 0.10.2, 2026-11-22; not yet run on
+           one). Less: --config.train.micro_batch_size=8 3.3 GiB, =4 with --config.memory.remat=full 2.7 GiB
 Length     100,000 stories are about 22 M tokens: some 1,350 steps of 32 x 512 tokens
 Expect     not measured yet: it needs the hub and a GPU. Look at the eval loss before and after, and whether the completions
            stay with the child and the animal they began with
