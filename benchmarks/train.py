@@ -111,7 +111,6 @@ def with_jaxft(asked: argparse.Namespace, folder: Path) -> dict:
     "peak": lines[-1]["memory/peak_bytes"],
     "loss": lines[-1]["train/loss"],
     "device": jax.devices()[0].device_kind,
-    "mfu": lines[-1].get("perf/mfu"),
   }
 
 

@@ -53,7 +53,7 @@ class Chunked(NamedTuple):
   def __call__(self, q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, rest: Rest) -> jax.Array:
     """(B, T, N, H), as `attention.attention` has it."""
     T, S = q_BTNH.shape[1], k_BSNH.shape[1]
-    C = min(T, -(-T // MOST_WRITTEN_OUT // QUERIES) * QUERIES or QUERIES)
+    C = min(T, -(-T // MOST_WRITTEN_OUT // QUERIES) * QUERIES)
     # Dropout's bits are hundreds of operations: written out eight times, a compiler for TPUs takes minutes for them.
     looped = rest.keys_BN is not None
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_BTNH, k_BSNH, v_BSNH))

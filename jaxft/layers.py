@@ -178,9 +178,7 @@ class Attention(nnx.Module):
         keys_BN=keys_BN,
       )
 
-    if not isinstance(
-      offset, int
-    ):  # with a cache: one row after the other column by column, which any split is good for
+    if not isinstance(offset, int):  # with a cache: chunks, which the compiler splits as it likes
       return local(*operands)
     heads, columns = ("batch", None, "heads", None), ("batch", None)
     axes = (heads, heads, heads, columns, columns, ("batch", "heads"))
