@@ -17,7 +17,7 @@ USAGE = """python -m jaxft.plan --config configs/X.py --device NAME [--config.a.
   --device NAME      t4, rtx4090, a100-80gb, h100, h100x8, ..., or a slice of TPUs such as v5e:2x4 or v6e:2x4, or cpu, cpux8.
                      Several: the flag several times, or NAME,NAME
   --config.a.b=VALUE any setting
-  --fit              look for the fastest settings that fit; where the config does not fit that is done anyway
+  --fit              look for the fastest settings that fit; where the config does not fit, one that does is looked for anyway
   --prices FILE      what a device costs an hour, by your own table: JSON such as {"h100": 2.5, "v5e": 1.2}
   --json             print one JSON object, and nothing else, on standard output
   --html FILE        write a page

@@ -29,7 +29,7 @@ def plan_for(
   Args:
     config: from `jaxft.config.default()`; its data need not be there, and of the model only config.json.
     device: h100, h100x8, rtx4090, v5e:2x4, cpu, ...: see `jaxft.plan.targets`.
-    search: look for the fastest settings that fit, too. Where `config` itself does not fit that is done anyway.
+    search: look for the fastest settings that fit, too. Where `config` itself does not fit, one that does is looked for anyway.
     prices: of a device an hour, such as {"h100": 2.5}; the plan then has a "cost", too.
 
   Raises RequestError when config or device are wrong, or the compiler is not installed.
@@ -93,7 +93,7 @@ def _plan(
     tell(f"as it is: {error}")  # a batch or a mesh that does not go with this target; the search has its own
     plan = _about(config, target) | {"fits": False, "refused": str(error)}
   if search or not plan["fits"]:
-    plan["advice"] = fit.search(config, cfg, target, of, tell)
+    plan["advice"] = fit.search(config, cfg, target, of, tell, shown=fit.SHOWN if search else 1)
   return plan
 
 

@@ -15,7 +15,7 @@ from jaxft.plan import targets
 from jaxft.plan.rough import Rough
 
 MARGIN = 0.05  # of the usable memory stays free: what the plan says is to be within this of what a device takes
-SHOWN = 3  # plans to find
+SHOWN = 3  # plans to find, where they are asked for; one is enough to show a way out
 MOST_COMPILES, MOST_SECONDS = 10, 150
 # What is tried, with every mesh and every micro-batch that goes into the batch; nothing that changes what is learned.
 CHOICES = {
@@ -40,6 +40,8 @@ def search(
   target: targets.Target,
   plan_of: Callable[[ConfigDict], dict[str, Any]],
   tell: Callable[[str], None] = lambda line: None,
+  *,
+  shown: int = SHOWN,
 ) -> dict[str, Any]:
   """{"best": plans that fit with a margin, fastest first; "lost": what was compiled and why it lost; "not_compiled": why not}.
 
@@ -48,6 +50,7 @@ def search(
 
   Args:
     plan_of: compiles one config.
+    shown: how many plans that fit are enough.
   """
   room = int(target.usable_bytes * (1 - MARGIN))
   untried = sorted(candidates(config, cfg, target), key=lambda it: it.seconds)
@@ -55,7 +58,7 @@ def search(
   count, correction, fitting, lost = len(untried), dict.fromkeys(CHOICES["memory.remat"], 1.0), [], []
   size = lambda it: it.state_bytes + correction[it.settings["memory.remat"]] * it.other_bytes
   started, frugal = time.monotonic(), 0
-  while untried and len(fitting) < SHOWN and len(fitting) + len(lost) < MOST_COMPILES:
+  while untried and len(fitting) < shown and len(fitting) + len(lost) < MOST_COMPILES:
     candidate = next((it for it in untried if size(it) <= room), None)
     if candidate is None:  # by the formula nothing fits: the smallest decides
       candidate, frugal = min(untried, key=size), frugal + 1
