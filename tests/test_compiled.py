@@ -222,7 +222,8 @@ def fused_scatter(answer):
 @pytest.mark.slow
 @pytest.mark.wide
 def test_zero_stages_talk_as_the_docs_say(compiler):
-  """Eight GPUs: gradients are summed whole up to stage 1 and cut from stage 2; weights are gathered once, or layer by layer."""
+  """Eight GPUs: gradients are summed whole up to stage 1, the token table's in two parts (0.31 of the weights), and cut from
+  stage 2; weights are gathered once, or layer by layer."""
   how = dict(memory__remat="none", memory__loss_chunk=0, model__compute_dtype="float32")
   stages = [request("gpt2", "h100x8", 8, 64, mesh__zero_stage=stage, **how) for stage in range(4)]
   kinds = [collections.Counter(answer["collective_bytes"]) for answer in map(compiler, stages)]
@@ -232,5 +233,5 @@ def test_zero_stages_talk_as_the_docs_say(compiler):
   )
   print(gathered, summed, scattered)
   assert gathered[0] < 0.05 and gathered[1] == pytest.approx(1, abs=0.1) == gathered[2] and gathered[3] > 1.6
-  assert summed[0] == pytest.approx(1, abs=0.1) and summed[2] < 0.1 and summed[3] < 0.1
+  assert summed[0] == pytest.approx(1.31, abs=0.03) == summed[1] and summed[2] < 0.1 and summed[3] < 0.1
   assert scattered[0] < 0.05 and scattered[2] == pytest.approx(1, abs=0.2) == scattered[3]

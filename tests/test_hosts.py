@@ -49,7 +49,7 @@ class Hosts:
           env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
         )
 
-  def codes(self, timeout=200):
+  def codes(self, timeout=400):
     until = time.monotonic() + timeout
     try:
       return [process.wait(max(0.1, until - time.monotonic())) for process in self.all.values()]
