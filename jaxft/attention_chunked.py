@@ -71,8 +71,8 @@ class Chunked(NamedTuple):
         one = lambda start: self.forward(Chunk(start, C, 0, S), q, k, v, rest)
         out, log_sum = map(joined, jax.lax.map(one, jnp.arange(0, q.shape[2], C)))
       else:
-        # One after the other: XLA would look for fusions across chunks, which for GPT-J on an RTX 4090 takes it 23 s instead of 3,
-        # and has the scores of several in memory (2.4 GiB instead of 0.7 for 8 x 2048 tokens; jax 0.10.2).
+        # One after the other: XLA would look for fusions across chunks, which for GPT-J on an RTX 4090 takes it 23 s instead of
+        # 3, and has the scores of several in memory (2.4 GiB instead of 0.7 for 8 x 2048 tokens; jax 0.10.2).
         in_turn = jax.lax.optimization_barrier
         pairs = [in_turn(self.forward(chunk, q, k, v, rest)) for chunk in self.chunks(T, S, C, rest.offset)]
         out, log_sum = (jnp.concatenate(pieces, 2) for pieces in zip(*pairs))
