@@ -74,6 +74,16 @@ def together(v: Mapping[str, Any]) -> list[str]:
     lines.append("config.model.path: empty; name a hub id (gpt2) or a folder")
   if not v["data.train"]:
     lines.append("config.data.train: empty; name a file, a folder or hub:NAME")
+  if v["lora.rank"] and v["train.only"]:
+    lines.append(
+      f"config.train.only={v['train.only']}: with config.lora.rank={v['lora.rank']} the adapters are trained; set one"
+    )
+  if v["lora.rank"] and v["model.init"] == "scratch":
+    lines.append(
+      f"config.lora.rank={v['lora.rank']}: adapters change a model that was trained; config.model.init=scratch has none"
+    )
+  if v["train.only"] and v["model.init"] == "scratch":
+    lines.append("config.train.only: the other weights would stay as they are drawn with config.model.init=scratch")
   if bool(v["train.steps"]) == bool(v["train.epochs"]):
     lines.append(
       f"config.train.steps={v['train.steps']} and config.train.epochs={v['train.epochs']}: set one of the two"

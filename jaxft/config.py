@@ -152,6 +152,13 @@ SETTINGS = (
   Setting("train.sample_prompts", (), anything, "prompts completed before and after training, with the same seed"),
   Setting("train.sample_every", 0, at_least(0), "steps between further samples; 0: only before and after"),
   Setting("train.sample_tokens", 100, at_least(1), "tokens drawn for each prompt"),
+  Setting(
+    "train.only",
+    (),
+    anything,
+    "names of the weights to train, as the checkpoint has them, with * for anything: transformer.h.11.*, "
+    "transformer.ln_f.*; the others stay as they are; empty: all are trained",
+  ),
   Setting("optim.name", "adamw", one_of("adamw", "adafactor", "lion", "sgd"), "optimizer"),
   Setting("optim.learning_rate", 5e-5, above(0), "peak learning rate"),
   Setting("optim.schedule", "linear", one_of("constant", "linear", "cosine"), "course after the warm-up"),
@@ -193,6 +200,17 @@ SETTINGS = (
     at_least(-1),
     "positions a row whose logits exist at once; -1: as many as 128 MiB hold; 0: all of them",
   ),
+  Setting("lora.rank", 0, at_least(0), "rank of adapters that are trained in place of the weights; 0: none"),
+  Setting("lora.alpha", 16.0, above(0), "adapters are scaled by alpha / rank"),
+  Setting("lora.dropout", 0.0, between(0, 1), "dropout of what goes into an adapter"),
+  Setting(
+    "lora.targets",
+    (),
+    anything,
+    "matrices with an adapter, by the ends of their names in the checkpoint: c_attn, mlp.c_proj, q_proj, ..., or all-linear; "
+    "empty: what PEFT takes, c_attn of GPT-2 and q_proj and v_proj of the others",
+  ),
+  Setting("lora.layers", (), anything, 'layers with an adapter, such as "0-3", "11"; empty: all'),
   Setting("export.out", "", anything, "folder for the Hugging Face model; empty: WORKDIR/export"),
   Setting("export.dtype", "float32", one_of("float32", "bfloat16", "float16"), "dtype of the exported weights"),
   Setting("export.max_shard_size", "5GB", file_size, "largest weight file: a number and KB, MB, GB or TB"),

@@ -1,97 +1,37 @@
-"""The layers of the decoder, and the two things that shape them: facts of an architecture, and how it is computed.
+"""The layers of the decoder.
 
 B batch, T query length, S key length, V vocabulary, P positions, D model, F feed-forward, L layers, N heads, H head size
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxft import lora
+from jaxft.architecture import Compute, ModelConfig, weight
 from jaxft.attention import attention
 from jaxft.dropout import dropout, split
 
-# Called on every activation, or on every weight where it is used, with the logical name of each axis.
-Place = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """Facts about an architecture, read from a checkpoint's config.json (`hf/facts.py`), never typed by a user."""
-
-  V: int
-  P: int
-  D: int
-  F: int
-  L: int
-  N: int
-  H: int
-  norm_eps: float
-  embed_dropout: float
-  attention_dropout: float
-  residual_dropout: float
-  init_std: float
-  # What tells the families apart. GPT-2: none of it; GPT-Neo: no query/key/value biases, no scale, windows; GPT-J: rotary
-  # positions, parallel blocks, no attention biases, a head of its own.
-  attention_scale: float
-  windows: tuple[int, ...] = ()  # per layer, 0 for a layer that sees everything; (): all do
-  rotary_dim: int = 0  # leading dimensions of each head that are rotated; 0: a table of learned positions instead
-  parallel: bool = False  # attention and feed-forward both read the same norm and are added at once
-  qkv_bias: bool = True
-  out_bias: bool = True
-  tied: bool = True  # the output table is the token embedding
-  head_bias: bool = False
-  classes: int = 0  # above 0: a classification head in place of the language head
-
-  @property
-  def kinds_of_window(self) -> tuple[int, ...]:
-    """The different windows among the layers; 0: none."""
-    return tuple(sorted(set(self.windows))) or (0,)
-
-  def with_dropout(self, rate: float) -> "ModelConfig":
-    return dataclasses.replace(self, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-  """How a model is run: what a user may choose without changing what is computed (but for rounding)."""
-
-  dtype: Any = jnp.float32
-  remat: str = "none"
-  constrain: Place = lambda x, axes: x  # activations
-  gather: Place = lambda x, axes: x  # weights
-  read: Callable[[jax.Array], jax.Array] = lambda rows: rows  # rows of a table, as they come from where it is stored
-  add: Callable[[jax.Array], jax.Array] = lambda rows: rows  # and as they go to where its gradient is
-  attention: str = "reference"  # of `attention.KERNELS`
-  # (function, logical axes of its array arguments, of its result) -> the function, in which each device sees its own part
-  on_each_device: Callable[[Callable, Any, Any], Callable] = lambda f, axes_in, axes_out: f
-  vocab_multiple: int = 1  # tables are padded to a multiple of so many rows: any mesh can then split them
-
-  fetch: Callable[[jax.Array], jax.Array] = lambda x: x  # a weight from where it is kept
-
-  def rows(self, cfg: ModelConfig) -> int:
-    """Rows of the tables of a vocabulary of `cfg.V`."""
-    return -(-cfg.V // self.vocab_multiple) * self.vocab_multiple
-
 
 class Einsum(nnx.Module):
-  """`einsum(x, kernel) + bias`, M being all tokens of x (B, T, ...).
+  """`einsum(x, kernel) + bias`, M being all tokens of x (B, T, ...); and its adapter, where there is one.
 
   The kernel's shape, axis names and initial scale stand side by side.
   """
 
   def __init__(
     self,
+    name: str,
     equation: str,
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
     *,
     inputs: int,
     std: float,
+    cfg: ModelConfig,
     compute: Compute,
     rngs: nnx.Rngs,
     bias: bool = True,
@@ -100,12 +40,16 @@ class Einsum(nnx.Module):
     self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), out_sharding=axes)
     if bias:
       self.bias = nnx.Param(jnp.zeros(shape[inputs:]), out_sharding=axes[inputs:])
+    if lora.adapts(cfg, name):
+      self.adapter = lora.Adapter(name, equation, shape, axes, inputs=inputs, cfg=cfg, compute=compute, rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
+    """keys_B: of the adapter's dropout."""
     # Rows and columns as one axis: XLA's CPU compiler transposes a whole gradient where it is to be summed over two.
     rows = x.shape[:2]
     y = jnp.einsum(self.equation, x.reshape(-1, *x.shape[2:]), weight(self.kernel, self.compute))
     y = y + weight(self.bias, self.compute) if hasattr(self, "bias") else y
+    y = y + self.adapter(x, keys_B) if hasattr(self, "adapter") else y
     return y.reshape(*rows, *y.shape[1:])
 
 
@@ -129,36 +73,38 @@ class Attention(nnx.Module):
   def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
     self.cfg, self.compute = cfg, compute
     D, N, H = cfg.D, cfg.N, cfg.H
+    how = {"cfg": cfg, "compute": compute, "rngs": rngs}
     self.qkv = Einsum(
+      "qkv",
       "MD,DQNH->MQNH",
       (D, 3, N, H),
       ("embed", None, "heads", None),
       inputs=1,
       std=cfg.init_std,
-      compute=compute,
-      rngs=rngs,
       bias=cfg.qkv_bias,
+      **how,
     )
     self.out = Einsum(
+      "out",
       "MNH,NHD->MD",
       (N, H, D),
       ("heads", None, "embed"),
       inputs=2,
       std=cfg.init_std / (2 * cfg.L) ** 0.5,
-      compute=compute,
-      rngs=rngs,
       bias=cfg.out_bias,
+      **how,
     )
 
-  def __call__(self, x_BTD, positions_BT, segments_BT, kind, cached, keys_B):
-    q_BTNH, k_BTNH, v_BTNH = jnp.unstack(self.qkv(x_BTD), axis=2)
+  def __call__(self, x_BTD, positions_BT, segments_BT, kind, cached, keys_B, adapter_keys):
+    q_BTNH, k_BTNH, v_BTNH = jnp.unstack(self.qkv(x_BTD, adapter_keys[0]), axis=2)
     if self.cfg.rotary_dim:
       q_BTNH, k_BTNH = (rotate(x, positions_BT, self.cfg.rotary_dim) for x in (q_BTNH, k_BTNH))
     k_BSNH, v_BSNH, segments_BS, offset = cached(k_BTNH, v_BTNH)
     keys_BN = None if keys_B is None else split(keys_B, self.cfg.N).T
     operands = (q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN)
     ways = [functools.partial(self.attend, window, offset) for window in self.cfg.kinds_of_window]
-    return self.out(ways[0](*operands) if kind is None else jax.lax.switch(kind, ways, *operands))
+    attended_BTNH = ways[0](*operands) if kind is None else jax.lax.switch(kind, ways, *operands)
+    return self.out(attended_BTNH, adapter_keys[1])
 
   def attend(self, window, offset, *operands):
     """`attention` in layers of this kind of window."""
@@ -187,21 +133,14 @@ class Attention(nnx.Module):
 
 class Mlp(nnx.Module):
   def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
-    self.up = Einsum(
-      "MD,DF->MF", (cfg.D, cfg.F), ("embed", "mlp"), inputs=1, std=cfg.init_std, compute=compute, rngs=rngs
-    )
-    self.down = Einsum(
-      "MF,FD->MD",
-      (cfg.F, cfg.D),
-      ("mlp", "embed"),
-      inputs=1,
-      std=cfg.init_std / (2 * cfg.L) ** 0.5,
-      compute=compute,
-      rngs=rngs,
-    )
+    F, D, how = cfg.F, cfg.D, {"cfg": cfg, "compute": compute, "rngs": rngs}
+    self.up = Einsum("up", "MD,DF->MF", (D, F), ("embed", "mlp"), inputs=1, std=cfg.init_std, **how)
+    std = cfg.init_std / (2 * cfg.L) ** 0.5
+    self.down = Einsum("down", "MF,FD->MD", (F, D), ("mlp", "embed"), inputs=1, std=std, **how)
 
-  def __call__(self, x_BTD):
-    return self.down(jax.nn.gelu(self.up(x_BTD), approximate=True))  # transformers' `gelu_new`
+  def __call__(self, x_BTD, adapter_keys):
+    h_BTF = jax.nn.gelu(self.up(x_BTD, adapter_keys[0]), approximate=True)  # transformers' `gelu_new`
+    return self.down(h_BTF, adapter_keys[1])
 
 
 class Block(nnx.Module):
@@ -213,13 +152,14 @@ class Block(nnx.Module):
     self.attention, self.mlp = Attention(cfg, compute, rngs), Mlp(cfg, compute, rngs)
 
   def __call__(self, x_BTD, positions_BT, segments_BT, kind, cached, keys_B):
-    keys = split(keys_B, 3)
+    keys = split(keys_B, 7)
     rate, normed_BTD = self.cfg.residual_dropout, self.norm1(x_BTD)
-    attended_BTD = dropout(self.attention(normed_BTD, positions_BT, segments_BT, kind, cached, keys[0]), rate, keys[1])
+    attended_BTD = self.attention(normed_BTD, positions_BT, segments_BT, kind, cached, keys[0], keys[3:5])
+    attended_BTD = dropout(attended_BTD, rate, keys[1])
     if self.cfg.parallel:
-      return x_BTD + attended_BTD + dropout(self.mlp(normed_BTD), rate, keys[2])
+      return x_BTD + attended_BTD + dropout(self.mlp(normed_BTD, keys[5:]), rate, keys[2])
     x_BTD = x_BTD + attended_BTD
-    return x_BTD + dropout(self.mlp(self.norm2(x_BTD)), rate, keys[2])
+    return x_BTD + dropout(self.mlp(self.norm2(x_BTD), keys[5:]), rate, keys[2])
 
 
 class Embed(nnx.Module):
@@ -264,14 +204,3 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rotary_dim: int) -> jax.A
   even, odd = pairs[..., 0], pairs[..., 1]
   turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(*x_BTNH.shape[:-1], rotary_dim)
   return jnp.concatenate([turned.astype(x_BTNH.dtype), x_BTNH[..., rotary_dim:]], -1)
-
-
-def weight(param: nnx.Param, compute: Compute) -> jax.Array:
-  """A parameter as the maths uses it: cast first and then gathered, so that half the bytes travel in bfloat16.
-
-  The backward pass casts and gathers again: kept from the forward pass, the layers' weights would be the whole model.
-  """
-  axes = param.out_sharding
-  if param.ndim == len(axes) - 1:
-    axes = axes[1:]  # inside the scan the layer axis is gone, its name is not
-  return compute.gather(compute.fetch(param[...]).astype(compute.dtype), axes)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft import attention
+from jaxft.architecture import Compute, ModelConfig, weight
 from jaxft.dropout import dropout, split
-from jaxft.layers import Block, Compute, Embed, LayerNorm, ModelConfig, Output, weight
+from jaxft.layers import Block, Embed, LayerNorm, Output
 from jaxft.loss import Head, logits
 
 # Cheap to do again, and what they make of a weight is as large as the layer.
@@ -120,8 +121,10 @@ class Decoder(nnx.Module):
     """The gradient of the parameters with that of the rows that were looked up.
 
     They are added to what the head has left there, in float32: a second table would take as much memory again, and bfloat16
-    loses what is added to the sum of a frequent token.
+    loses what is added to the sum of a frequent token. A frozen table has none.
     """
+    if "tokens" not in gradient.get("embed", {}):
+      return gradient
     table_VD = gradient["embed"]["tokens"]
     table_VD = table_VD.at[ids].add(self.compute.add(d_rows).astype(table_VD.dtype))
     return gradient | {"embed": gradient["embed"] | {"tokens": table_VD}}

@@ -20,6 +20,7 @@ from jaxft import optim, sharding
 from jaxft.dropout import row_keys, split
 from jaxft.loss import cross_entropy_sum
 from jaxft.model import default_positions, rematerialised
+from jaxft.parts import join, masked
 from jaxft.step import State, in_range
 
 ROWS_AT_ONCE = 2**26  # bytes of a table that are updated at once
@@ -61,14 +62,18 @@ def store(tree: Any) -> Any:
   return jax.tree.map(lambda leaf: send(leaf) if is_kept(leaf) else leaf, tree)
 
 
-def of_host_state(step: Callable) -> Callable:
-  """`step`, told that its state is on the host: a program for a GPU that is not there does not know (jax 0.10 to 0.12)."""
-  return lambda state, batch: step(state._replace(params=store(state.params), opt=store(state.opt)), batch)
+def told(step: Callable, shapes: Any) -> Callable:
+  """`step`, told which leaves of its first argument are on the host, as `shapes` with shardings say.
+
+  A program for a GPU that is not there does not know (jax 0.10 to 0.12).
+  """
+  place = lambda x, like: send(x) if is_there(like) else x
+  return lambda state, batch: step(jax.tree.map(place, state, shapes), batch)
 
 
-def of_host_params(step: Callable) -> Callable:
-  """`of_host_state` for an eval step."""
-  return lambda params, batch: step(store(params), batch)
+def is_there(like: jax.ShapeDtypeStruct) -> bool:
+  """Whether a leaf is on the host."""
+  return like.sharding.memory_kind == "pinned_host"
 
 
 def layer_of(stack: Any, index: jax.Array) -> Any:
@@ -76,18 +81,21 @@ def layer_of(stack: Any, index: jax.Array) -> Any:
   return fetch(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack))
 
 
-def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str) -> Callable:
+def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str, trained: Any = ()) -> Callable:
   """`step.make_gradient` with weights on the host, and the gradient there too."""
+  only_trained = masked(trained)
 
   def gradient(state: State, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
-    params, (A, B, T) = state.params, batch["ids"].shape
+    params, (A, B, T) = state.weights, batch["ids"].shape
     tokens = jnp.sum(batch["mask"])
     scale = 1 / jnp.maximum(tokens, 1).astype(jnp.float32)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys_AB = row_keys(key, 0, A * B).reshape(A, B)
     with_ = lambda **parts: nnx.merge(graph, params | parts)
     model = with_()
-    dropped = any((model.cfg.embed_dropout, model.cfg.attention_dropout, model.cfg.residual_dropout))
+    dropped = any(
+      (model.cfg.embed_dropout, model.cfg.attention_dropout, model.cfg.residual_dropout, model.cfg.lora_dropout)
+    )
     embed_keys_AB, keys_LAB = _split(keys_AB, model.cfg.L) if dropped else (None, None)
     positions = batch.get("positions", jnp.broadcast_to(default_positions(batch["ids"][0]), (A, 1, T)))
 
@@ -125,13 +133,13 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str
       model = with_(**top)
       return scale * cross_entropy_sum(model.norm(x_BTD), model.head(), targets_BT, mask_BT, loss_chunk)
 
-    top = {name: params[name] for name in ("norm", "output") if name in params}
-    if model.cfg.tied and not model.cfg.classes:
-      top["embed"] = params["embed"]
-    top, of_parts = fetch(top), (x, batch["targets"], batch["mask"])
+    at_top = ("norm", "output", "embed") if model.cfg.tied and not model.cfg.classes else ("norm", "output")
+    of_top = lambda tree: fetch({name: tree[name] for name in at_top if name in tree})
+    top, top_frozen, of_parts = of_top(state.params), of_top(state.frozen), (x, batch["targets"], batch["mask"])
 
     def leave_part(total, xs):
-      loss, (d_top, dx) = jax.value_and_grad(leave, (0, 1))(top, *xs)
+      of_trained = lambda top, *xs: leave(join(top, top_frozen), *xs)
+      loss, (d_top, dx) = jax.value_and_grad(of_trained, (0, 1))(top, *xs)
       return jax.tree.map(jnp.add, total, (loss, d_top)), dx
 
     (loss, d_top), dx = jax.lax.scan(leave_part, jax.tree.map(jnp.zeros_like, (jnp.float32(0), top)), of_parts)
@@ -139,16 +147,19 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str
 
     # ---- Backward: each layer's gradient goes to the host as it is made ----------------------------------------------
     def backward(dx, xs):
-      x, index = xs
-      _, vjp = jax.vjp(lambda block, x: layer(block, x, index), layer_of(params["blocks"], index), x)
+      (x, index), of_layer = xs, lambda tree: layer_of({"blocks": tree.get("blocks", {})}, xs[1])
+      frozen = of_layer(state.frozen)
+      _, vjp = jax.vjp(lambda block, x: layer(join(block, frozen)["blocks"], x, index), of_layer(state.params), x)
       d_block, dx = vjp(dx)
-      return dx, jax.tree.map(send, d_block)
+      return dx, jax.tree_util.tree_map_with_path(lambda path, d: send(only_trained(path, d, index)), d_block)
 
     dx, d_blocks = jax.lax.scan(backward, dx, (inputs, layers), reverse=True)
     d_rest, d_rows = enter_vjp(dx)
     d_tokens = fetch(d_top["embed"]["tokens"]) if "embed" in d_top else jnp.zeros_like(embed["tokens"])
-    d_params = model.with_rows({"embed": {"tokens": d_tokens} | d_rest}, batch["ids"], d_rows)
-    return loss, {**d_top, "embed": store(d_params["embed"]), "blocks": d_blocks}, tokens
+    d_embed = {name: d for name, d in ({"tokens": d_tokens} | d_rest).items() if name in state.params.get("embed", {})}
+    d_embed = store(model.with_rows({"embed": d_embed}, batch["ids"], d_rows))
+    found = {**d_top, **d_embed, **d_blocks}
+    return loss, {name: found[name] for name in state.params}, tokens
 
   return gradient
 
@@ -229,8 +240,9 @@ def make_look(gradients: Any) -> Callable:
   return look
 
 
-def make_update(config: ConfigDict) -> Callable:
+def make_update(config: ConfigDict, trained: Any = ()) -> Callable:
   """`step.make_update` in place on the host: of each leaf a layer, or some rows of a table, after the other."""
+  only_trained = masked(trained)
 
   def of_leaf(path, param, grad, states, good, scale, rate):
     tx, cut = optim.of_layer(config, path), Cut.of(path, param)
@@ -247,6 +259,7 @@ def make_update(config: ConfigDict) -> Callable:
       p = read(now[0], i)
       s = jax.tree.map(lambda leaf, old: read(leaf if in_parts(leaf) else old, i), now[1], states)
       direction, new = tx.update(fetch(cut.read(grad, i)).astype(jnp.float32) * scale, s, p)
+      direction = only_trained(path, direction, i) if cut.layers else direction
       return write(now[0], p - rate * direction, i), jax.tree.map(lambda x, y: write(x, y, i), now[1], new)
 
     return jax.lax.fori_loop(0, jnp.where(good, cut.parts, 0), turn, (param, states))
@@ -266,11 +279,11 @@ class Traffic(NamedTuple):
   to_host: int
 
 
-def traffic(kept: str, params: Any, opt: Any, tied: bool, nbytes: Callable[[Any], int]) -> Traffic:
+def traffic(kept: str, params: Any, opt: Any, frozen: Any, tied: bool, nbytes: Callable[[Any], int]) -> Traffic:
   """What a step of `memory.offload` = `kept` moves.
 
   Args:
-    params, opt: shapes of weights and optimizer state.
+    params, opt, frozen: shapes of the weights that are trained, of optimizer state, and of the other weights.
     nbytes: of a tree, on one device.
   """
   weights, moments = nbytes(params), nbytes(opt)
@@ -278,9 +291,11 @@ def traffic(kept: str, params: Any, opt: Any, tied: bool, nbytes: Callable[[Any]
     return Traffic(0, 0)
   if kept == "optimizer":  # the copy, then the update
     return Traffic(2 * weights + moments, weights + moments)
-  layers, shared = nbytes(params["blocks"]), nbytes(params["embed"]) if tied else 0
+  of = lambda part, tree: nbytes(tree.get(part, {}))
+  layers = of("blocks", params) + of("blocks", frozen)
+  shared, still = (of("embed", tree) if tied else 0 for tree in (params, frozen))
   # Layers forward and backward, all else once, what is tied twice, with its gradient; the gradient for its norm; the update.
-  fetched = weights + layers + 2 * shared + weights + (2 * weights + moments)
+  fetched = weights + nbytes(frozen) + layers + 2 * shared + still + weights + (2 * weights + moments)
   return Traffic(fetched, weights + shared + weights + moments)
 
 

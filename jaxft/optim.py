@@ -8,7 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 # The last part of a parameter's path says what it is; a new name must be placed here before it can be trained.
-DECAYED = {"kernel", "tokens", "positions", "score"}
+DECAYED = {"kernel", "tokens", "positions", "score", "lora_a", "lora_b"}
 NOT_DECAYED = {"bias", "scale"}
 
 

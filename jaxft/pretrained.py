@@ -13,14 +13,14 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jaxft import attention, model, offload, optim, sharding
+from jaxft import attention, model, offload, optim, parts, sharding, weights
 from jaxft import config as settings
 from jaxft.data import loader, tokens
 from jaxft.data.report import examples, lay_out
 from jaxft.errors import RequestError
 from jaxft.files import is_text
+from jaxft.hf import chosen, repo, save
 from jaxft.hf import load as hf_load
-from jaxft.hf import repo, save
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
 from jaxft.program import prepare_backend
@@ -60,10 +60,8 @@ class Pretrained:
       vocab_multiple=sharding.VOCAB_MULTIPLE,
       fetch=offload.fetch if on_host else lambda x: x,
     )
-    self.graph, shapes, axes = model.abstract(source.cfg, compute)
-    self.shapes = sharding.place(shapes, sharding.shardings_of("parameters", shapes, axes, self.mesh))
-    if on_host:  # and a layer at a time on the device
-      self.shapes = offload.on_host(self.shapes)
+    self._on_host = on_host  # and a layer at a time on the device
+    self.graph, self.shapes = self._placed(source.cfg, compute)
     self.params: Any = None  # set by load and load_workdir
     self.run: tuple[Path, int] | None = None  # the workdir and step that the weights are from; None: from `source`
     self._generator = Generator(self.graph, source.cfg, self.tokenizer.eos_token_id)
@@ -74,6 +72,15 @@ class Pretrained:
 
     self._scores = jax.jit(scores)
     self._eval_step = jax.jit(make_eval_step(self.graph, loss_chunk=128))
+
+  def shapes_of_trained(self, cfg: model.ModelConfig) -> Any:
+    """Shapes of what a run of `cfg` trains, placed as the weights of this model are."""
+    return parts.split(self._placed(cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))[1], cfg.trained)[0]
+
+  def _placed(self, cfg: model.ModelConfig, compute: model.Compute) -> tuple[nnx.GraphDef, Any]:
+    graph, shapes, axes = model.abstract(cfg, compute)
+    placed = sharding.place(shapes, sharding.shardings_of("parameters", shapes, axes, self.mesh))
+    return graph, offload.on_host(placed) if self._on_host else placed
 
   def generate(self, prompts: list[str], **sampling: Any) -> list[Completion]:
     """Completes each prompt; `sampling` takes the fields of `jaxft.sample.Sampling`, whose names are transformers'."""
@@ -200,23 +207,25 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
     raise RequestError(
       f"workdir {str(workdir)!r}: no checkpoint{'' if step is None else f' of step {step}'}; it has {steps or 'none'}"
     )
-  source = repo.find(config.model.path, config.model.revision, weights=False)
+  source = repo.find(config.model.path, config.model.revision, weights=bool(config.lora.rank or config.train.only))
   if config.model.config and config.model.init == "scratch":
     source = repo.Checkpoint(source.folder, *repo.read_config(Path(config.model.config)))
   at = steps[-1] if step is None else step
   meta = checkpoints.meta(at)
   if meta["labels"]:
     source = repo.with_classes(source, meta["labels"], tokens.load_tokenizer(source.folder, source.cfg.V).eos_token_id)
-  now, was = json.loads(json.dumps(dataclasses.asdict(source.cfg))), meta.get("model", {})
+  cfg = chosen.as_configured(source.cfg, config, source.hf_config["model_type"])
+  now, was = json.loads(json.dumps(dataclasses.asdict(cfg))), meta.get("model", {})
   if other := [name for name in was if now.get(name) != was[name] and not name.endswith("dropout")]:
     raise RequestError(
       f"config.json of config.model.path={config.model.path!r}: {other[0]} is {now.get(other[0])!r}, and was {was[other[0]]!r} "
       f"when the run of {str(workdir)!r} was started"
     )
   ready = Pretrained(source, compute_dtype, on_host=config.memory.offload == "all")
-  states = jax.eval_shape(optim.optimizer(config.optim).init, ready.shapes)
-  unread = State(NOT_READ, ready.shapes, jax.tree.map(lambda _: NOT_READ, states))
+  trained = ready.shapes_of_trained(cfg)
+  states = jax.eval_shape(optim.optimizer(config.optim).init, trained)
+  unread = State(NOT_READ, trained, jax.tree.map(lambda _: NOT_READ, states))
   ready.run = workdir, at
-  ready.params = checkpoints.restore(at, unread).params
+  ready.params = weights.plain(checkpoints.restore(at, unread).params, cfg, source, ready.shapes)
   checkpoints.close()
   return ready

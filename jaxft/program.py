@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from jaxft import attention, loss, model, offload, optim, sharding
+from jaxft import attention, loss, model, offload, optim, parts, sharding
 from jaxft.data import loader
 from jaxft.errors import RequestError
 from jaxft.files import cache_folder
@@ -116,14 +116,17 @@ def bytes_on_host(program: Program) -> int:
   """A device's part of what the host keeps: weights and optimizer state, and with "all" the gradient too."""
   if program.offload == "none":
     return 0
-  kept = [program.state.params, program.state.opt, *([program.gradients] if program.offload == "all" else [])]
-  return bytes_a_device([leaf for leaf in jax.tree.leaves(kept) if offload.is_kept(leaf)])
+  kept = [program.state, *([program.gradients] if program.offload == "all" else [])]
+  return bytes_a_device([leaf for leaf in jax.tree.leaves(kept) if offload.is_there(leaf)])
 
 
-def draw(program: Program, cfg: model.ModelConfig, seed: int) -> Any:
-  """New weights, placed as the program's."""
-  new = lambda: nnx.to_pure_dict(nnx.state(model.build(cfg, program.compute, seed)))
-  shapes = program.state.params
+def draw(program: Program, cfg: model.ModelConfig, seed: int, shapes: Any) -> Any:
+  """New weights: those of `shapes`, which may be some of the program's, and as they are placed."""
+
+  def new() -> Any:
+    drawn = nnx.to_pure_dict(nnx.state(model.build(cfg, program.compute, seed)))
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), parts.like(drawn, shapes), shapes)
+
   if program.offload == "none":
     return jax.jit(new, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()
   # A leaf after the other by the CPU, in whose memory they stay: together they may be too large for the device.
@@ -137,18 +140,18 @@ def draw(program: Program, cfg: model.ModelConfig, seed: int) -> Any:
   return jax.tree.unflatten(tree, placed)
 
 
-def begin(program: Program, params: Any) -> State:
-  """The state before the first step, of parameters that are placed as the program's; they are donated."""
+def begin(program: Program, params: Any, frozen: Any) -> State:
+  """The state before the first step, of parameters that are placed as the program's; those that are trained are donated."""
   if program.offload == "none":
     new = lambda params: State(jnp.int32(0), params, program.tx.init(params))
-    return jax.jit(new, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, program.state), donate_argnums=0)(params)
+    places = jax.tree.map(lambda leaf: leaf.sharding, program.state.changing)
+    return jax.jit(new, out_shardings=places, donate_argnums=0)(params)._replace(frozen=frozen)
   # On the host every optimizer begins with zeros, without a detour over the device.
   zeros = lambda leaf: jax.make_array_from_callback(
     leaf.shape, leaf.sharding, lambda index: np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
   )
-  return State(
-    jax.device_put(jnp.int32(0), program.state.step.sharding), params, jax.tree.map(zeros, program.state.opt)
-  )
+  step = jax.device_put(jnp.int32(0), program.state.step.sharding)
+  return State(step, params, jax.tree.map(zeros, program.state.opt), frozen)
 
 
 def kernel(config: ConfigDict, cfg: model.ModelConfig, device: jax.Device, dtype: Any, packed: bool) -> str:
@@ -186,19 +189,25 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     vocab_multiple=sharding.VOCAB_MULTIPLE,
     fetch=offload.fetch if config.memory.offload != "none" else lambda x: x,
   )
-  graph, shapes, axes = model.abstract(cfg, compute)
+  graph, whole_shapes, whole_axes = model.abstract(cfg, compute)
+  (shapes, frozen), (axes, frozen_axes) = (parts.split(tree, cfg.trained) for tree in (whole_shapes, whole_axes))
   tx = optim.optimizer(config.optim)
-  state = State(*sharding.state_like(tx, shapes, axes, mesh, zero_stage))
+  # What is frozen is kept as it is computed with: that is half the bytes, and no other result.
+  frozen = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: leaf.update(dtype=compute.dtype) if optim.decays(path) else leaf, frozen
+  )
+  frozen = sharding.place(frozen, sharding.shardings_of("parameters", frozen, frozen_axes, mesh, zero_stage))
+  state = State(*sharding.state_like(tx, shapes, axes, mesh, zero_stage), frozen)
   gradients = sharding.shardings_of("gradients", shapes, axes, mesh, zero_stage)
   rows = 1 if cfg.classes else compute.rows(cfg) // mesh.shape["tensor"]
   at_once = config.train.batch_size // A // sharding.batch_parts(mesh)
   chunk = loss.chunk_of(config.memory.loss_chunk, at_once, config.data.sequence_length, rows)
-  how = {"loss_chunk": chunk, "seed": config.train.seed}
+  how = {"loss_chunk": chunk, "seed": config.train.seed, "trained": cfg.trained}
   copy, kept = (), config.memory.offload
   if kept == "none":
     gradient = make_gradient(graph, gradients=gradients, **how)
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    look, update = make_look(sharding.not_finite_on((gradients, places))), make_update(tx)
+    changing = jax.tree.map(lambda leaf: leaf.sharding, state.changing)
+    look, update = make_look(sharding.not_finite_on((gradients, changing))), make_update(tx, cfg.trained)
   else:
     if kept == "optimizer":
       on_device = jax.tree.map(lambda leaf: leaf.sharding, state.params)
@@ -211,14 +220,16 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
       gradient = offload.make_gradient(graph, remat=config.memory.remat, **how)
       gradients = jax.tree.map(lambda leaf: leaf.sharding, offload.on_host(sharding.place(shapes, gradients)))
     state = state._replace(params=offload.on_host(state.params), opt=offload.on_host(state.opt))
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    look, update = offload.make_look(gradients), offload.make_update(config.optim)
+    if kept == "all":
+      state = state._replace(frozen=offload.on_host(state.frozen))
+    look, update = offload.make_look(gradients), offload.make_update(config.optim, cfg.trained)
   step = make_train_step(
     gradient, look, update, optim.schedule(config.optim, total_steps), clip_norm=config.optim.clip_norm
   )
   eval_step = make_eval_step(graph, loss_chunk=chunk)
   if kept != "none":
-    step, eval_step = offload.of_host_state(step), offload.of_host_params(eval_step)
+    step, eval_step = offload.told(step, state), offload.told(eval_step, state.weights)
+  places = jax.tree.map(lambda leaf: leaf.sharding, state)
   return Program(
     graph,
     compute,

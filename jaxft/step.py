@@ -14,17 +14,29 @@ from flax import nnx
 
 from jaxft.dropout import row_keys
 from jaxft.loss import cross_entropy_sum
+from jaxft.parts import join, masked
 
 
 class State(NamedTuple):
-  """Everything that training changes, and everything a checkpoint holds."""
+  """Everything that training changes, which is what a checkpoint holds, and the weights that it leaves as they are."""
 
   step: jax.Array  # optimizer steps done, skipped ones included
-  params: Any
+  params: Any  # those that are trained
   opt: Any
+  frozen: Any = {}  # those that are not
+
+  @property
+  def weights(self) -> Any:
+    """All parameters of the model."""
+    return join(self.params, self.frozen)
+
+  @property
+  def changing(self) -> "State":
+    """Without the frozen weights, which can be read again where they came from."""
+    return self._replace(frozen={})
 
 
-def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients: Any) -> Callable:
+def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients: Any, trained: Any = ()) -> Callable:
   """Returns `gradient(state, batch) -> (loss, gradient, tokens)`.
 
   The loss is a sum over the unmasked targets of the whole global batch divided by their count, so it does not depend on how
@@ -32,7 +44,9 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients:
 
   Args:
     gradients: a sharding for every leaf of the gradient.
+    trained: `ModelConfig.trained`.
   """
+  only_trained = masked(trained)
 
   def loss_sum(params, rows, part, keys_B):
     model = nnx.merge(graph, params)
@@ -40,6 +54,7 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients:
     return jnp.where(in_range(part, model.cfg), loss, jnp.nan)
 
   def place(grads):
+    grads = jax.tree_util.tree_map_with_path(only_trained, grads)
     return jax.tree.map(jax.lax.with_sharding_constraint, grads, gradients)
 
   def gradient(state: State, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
@@ -49,8 +64,9 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients:
 
     def of_part(index, part):
       # Scaled before the backward pass: its numbers then do not grow with the size of the batch.
-      B, model = part["ids"].shape[0], nnx.merge(graph, state.params)
-      scaled = lambda params, rows: scale * loss_sum(params, rows, part, row_keys(key, index * B, B))
+      B, model = part["ids"].shape[0], nnx.merge(graph, state.weights)
+      keys_B = row_keys(key, index * B, B)
+      scaled = lambda params, rows: scale * loss_sum(join(params, state.frozen), rows, part, keys_B)
       loss, (grads, d_rows) = jax.value_and_grad(scaled, (0, 1))(state.params, model.look_up(part["ids"]))
       return loss, place(model.with_rows(grads, part["ids"], d_rows))
 
@@ -75,11 +91,15 @@ def make_look(not_finite: Callable) -> Callable:
   return lambda grads, state: (optax.tree_utils.tree_norm(grads), not_finite((grads, state)))
 
 
-def make_update(tx: optax.GradientTransformation) -> Callable:
+def make_update(tx: optax.GradientTransformation, trained: Any = ()) -> Callable:
   """Returns `update(good, gradient, scale, rate, params, opt) -> (params, opt)`, which are as before where `good` is false.
 
   `scale` is what the gradient is multiplied with, `rate` the learning rate.
+
+  Args:
+    trained: `ModelConfig.trained`.
   """
+  only_trained = masked(trained)
 
   def update(good: jax.Array, grads: Any, scale: jax.Array, rate: jax.Array, params: Any, opt: Any) -> tuple[Any, Any]:
     # A loop of one turn or none writes over the state where it lies. A choice between old and new takes copies on a CPU, where
@@ -87,7 +107,8 @@ def make_update(tx: optax.GradientTransformation) -> Callable:
     def turn(now: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
       _, params, opt = now
       direction, opt = tx.update(jax.tree.map(lambda g: g * scale, grads), opt, params)
-      return jnp.bool(False), jax.tree.map(lambda p, d: p - rate * d, params, direction), opt
+      move = lambda path, p, d: p - rate * only_trained(path, d)
+      return jnp.bool(False), jax.tree_util.tree_map_with_path(move, params, direction), opt
 
     return jax.lax.while_loop(lambda now: now[0], turn, (good, params, opt))[1:]
 
@@ -110,7 +131,7 @@ def make_train_step(
 
   def train_step(state: State, batch: dict) -> tuple[State, dict]:
     loss, grads, tokens = gradient(state, batch)
-    norm, bad_leaves = look(grads, state)
+    norm, bad_leaves = look(grads, state.changing)
     good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~bad_leaves.any()
     scale = jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else jnp.float32(1)
     rate = schedule(state.step)
@@ -118,7 +139,7 @@ def make_train_step(
     params, opt = update(good, grads, scale, rate, state.params, state.opt)
     metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
     metrics |= {"bad": ~good, "bad_leaves": bad_leaves}
-    return State(state.step + 1, params, opt), metrics
+    return state._replace(step=state.step + 1, params=params, opt=opt), metrics
 
   return train_step
 
@@ -132,7 +153,7 @@ def in_range(part: dict, cfg: Any) -> jax.Array:
 def name_bad_leaves(bad_leaves: Any, state: State) -> list[str]:
   """The names behind `metrics["bad_leaves"]`."""
   names = lambda tree: [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-  every = [f"the gradient of {name}" for name in names(state.params)] + [name[1:] for name in names(state)]
+  every = [f"the gradient of {name}" for name in names(state.params)] + [name[1:] for name in names(state.changing)]
   return [name for name, bad in zip(every, bad_leaves, strict=True) if bad]
 
 

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxft import command_line, model, sharding
+from jaxft import command_line, model, parts, sharding
 from jaxft import config as settings
 from jaxft import program as programs
 from jaxft.data import loader, sources, tokens
 from jaxft.data.report import prepare, run_length
 from jaxft.errors import Preempted, RequestError, first_line, run_command
 from jaxft.files import write_whole
-from jaxft.hf import load, push, repo, save
+from jaxft.hf import chosen, peft, push, repo, save
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
 from jaxft.hf.verify import in_words
@@ -33,6 +33,8 @@ from jaxft.run.resume import refuse_another_run, resume
 from jaxft.run.tracking import Meter, Reporter, console, say
 from jaxft.sample import Generator, Sampling
 from jaxft.step import mean_loss, name_bad_leaves
+from jaxft.weights import first as first_weights
+from jaxft.weights import plain, plain_shapes
 
 SMALLER = (
   "a smaller config.train.micro_batch_size, config.memory.remat=full or config.memory.loss_chunk=128 need less memory"
@@ -146,25 +148,26 @@ def finetune(
       source = repo.with_classes(source, data.labels, tokenizer.eos_token_id)
     elif source.cfg.classes:
       raise RequestError(f"config.model.path={config.model.path!r}: a model that classifies; set config.model.head")
-    cfg = source.cfg if config.model.dropout is None else source.cfg.with_dropout(config.model.dropout)
+    cfg = chosen.as_configured(source.cfg, config, source.hf_config["model_type"])
     program = programs.build(config, cfg, mesh, total_steps, rows[0])
     programs.must_hold(program, config)
     say(
-      f"{source.hf_config['model_type']} from {config.model.path}: {model.parameter_count(cfg):,} parameters, "
-      f"computing in {program.compute.dtype}"
+      f"{source.hf_config['model_type']} from {config.model.path}: {parts.count(program.state.weights, cfg):,} parameters, "
+      + (f"{parts.count(program.state.params, cfg):,} of them trained, " if cfg.trained else "")
+      + f"computing in {program.compute.dtype}"
     )
 
     # ---- Workdir: is it this run's? ------------------------------------------------------------------------------------
-    about["model"] = dataclasses.asdict(cfg)
+    about |= {"model": dataclasses.asdict(cfg), "frozen": weights if cfg.trained else ""}
     checkpoints, out = None, export_folder(config, workdir)
     if not dry_run:
       folder, best, offloaded = workdir / "checkpoints", config.train.keep_best_metric, program.offload != "none"
       checkpoints = Checkpoints(folder, config.train.keep, best, writes=True, in_pieces=offloaded)
       until_the_end.callback(checkpoints.abandon)
-      refuse_another_run(checkpoints, program.state, config, about, allow_change)
+      refuse_another_run(checkpoints, program.state.changing, config, about, allow_change)
       to_come = checkpoints.to_come(total_steps, config.train)
-      exported = EXPORT_DTYPES[config.export.dtype].itemsize * model.parameter_count(cfg)
-      needed = {folder: to_come * nbytes(program.state), out: exported}
+      exported = EXPORT_DTYPES[config.export.dtype].itemsize * model.parameter_count(source.cfg)
+      needed = {folder: to_come * nbytes(program.state.changing), out: exported}
       must_have_room(needed, f"{to_come} checkpoints of this run and its export")
 
     # ---- Compile: what the step needs is known before any of it is taken ----------------------------------------------
@@ -172,15 +175,15 @@ def finetune(
     try:
       traced = program.train_step.trace(program.state, program.batch)
       train_step = traced.lower().compile()
-      eval_step = program.eval_step.lower(program.state.params, program.eval_batch).compile()
+      eval_step = program.eval_step.lower(program.state.weights, program.eval_batch).compile()
     except jax.errors.JaxRuntimeError as error:
       raise RequestError(
         f"this run does not compile for {device.device_kind}: {first_line(error)}; {SMALLER}"
       ) from error
-    parts = figures.memory_of_step(program, train_step.memory_analysis())["breakdown"]
+    memory = figures.memory_of_step(program, train_step.memory_analysis())["breakdown"]
     say(
-      f"compiled in {time.monotonic() - started:.1f} s; a device needs {show.size(sum(parts.values()))}: "
-      + ", ".join(f"{what} {show.size(nbytes)}" for what, nbytes in parts.items() if nbytes)
+      f"compiled in {time.monotonic() - started:.1f} s; a device needs {show.size(sum(memory.values()))}: "
+      + ", ".join(f"{what} {show.size(nbytes)}" for what, nbytes in memory.items() if nbytes)
     )
     if dry_run:
       if jax.process_index() == 0:
@@ -190,15 +193,11 @@ def finetune(
 
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
-    state, tokens_seen = resume(checkpoints, program.state, total_steps, strict)
+    state, tokens_seen = resume(checkpoints, program.state.changing, total_steps, strict)
     if state is None:
-      if pretrained:
-        places = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
-        params = load.load(source, program.state.params, places)
-      else:
-        params = programs.draw(program, cfg, config.train.seed)
-      state = programs.begin(program, params)
-      del params  # donated
+      state = programs.begin(program, *first_weights(program, cfg, source, config))
+    elif cfg.trained:
+      state = state._replace(frozen=first_weights(program, cfg, source, config)[1])
     start = int(state.step)
     if jax.process_index() == 0:
       write_whole(workdir / "config.json", settings.to_json(config))
@@ -215,12 +214,12 @@ def finetune(
         limit=config.train.eval_batches,
         sharding=program.batch_sharding,
       )
-      return reporter.evaluation(step, when, mean_loss(eval_step, state.params, batches)[0])
+      return reporter.evaluation(step, when, mean_loss(eval_step, state.weights, batches)[0])
 
     def sample(step: int, when: str) -> None:
       prompts = list(config.train.sample_prompts)
       sampling = Sampling(config.train.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=config.train.seed)
-      completions = generator(state.params, [tokenizer(prompt)["input_ids"] for prompt in prompts], sampling)
+      completions = generator(state.weights, [tokenizer(prompt)["input_ids"] for prompt in prompts], sampling)
       for prompt, ids in zip(prompts, completions, strict=True):
         reporter.sample(step, when, prompt, tokenizer.decode(ids))
 
@@ -276,7 +275,9 @@ def finetune(
               sample(step, "after" if last else "during")
             best = "eval" in due and config.train.keep_best_metric
             if "save" in due or stopping or best or ended_early:
-              checkpoints.save(step, state, about | {"tokens": reporter.tokens_seen}, found if "eval" in due else {})
+              checkpoints.save(
+                step, state.changing, about | {"tokens": reporter.tokens_seen}, found if "eval" in due else {}
+              )
         if stopping:
           checkpoints.close()
           raise Preempted(f"{stop.received}: saved at step {step} of {total_steps}; the same command continues")
@@ -288,9 +289,12 @@ def finetune(
         raise Preempted(f"{stop.received}: all steps are saved; the same command exports the model")
 
     # ---- Export: a Hugging Face folder, read back and compared -----------------------------------------------------------
+    state = state.changing  # the frozen weights are read again, as precise as they are in the checkpoint
+    if cfg.lora_rank:
+      peft.write(workdir / "adapter", state.params, cfg, source, config)
     parity = save.export(
       out,
-      state.params,
+      plain(state.params, cfg, source, plain_shapes(program)),
       source,
       dtype=config.export.dtype,
       max_shard_size=config.export.max_shard_size,

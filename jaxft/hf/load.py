@@ -121,7 +121,7 @@ def _torch(file: Path) -> dict[str, torch_pickle.TorchTensor]:
 
 
 def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
-  """The checkpoint's parameters as float32 arrays with these shardings; both trees are those of `model.abstract`.
+  """The checkpoint's parameters as arrays with these shapes, dtypes and shardings; both trees are those of `model.abstract`.
 
   Each process reads only the slices that its devices hold, and at most one parameter is in host memory besides the arrays
   themselves. Every tensor is used exactly once: an unknown, a missing, a misshaped or an untied one raises RequestError
@@ -130,10 +130,11 @@ def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
   must_be_as_exported(checkpoint.folder, weights=True)
   source = _named(checkpoint)
   paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
-  wanted = {".".join(key.key for key in path): leaf.shape for path, leaf in paths}
+  wanted = {".".join(key.key for key in path): leaf for path, leaf in paths}
   rules = {rule.ours: rule for rule in checkpoint.family.rules}
   readers = {}
-  for path, shape in wanted.items():
+  for path, leaf in wanted.items():
+    shape = leaf.shape
     if checkpoint.new_head and rules[path].hf == SCORE:
       readers[path] = _new_scores(shape, checkpoint.cfg.init_std)
       continue
@@ -145,8 +146,10 @@ def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
       f"model of {checkpoint.cfg.L} layers ({len(source)} such tensors)"
     )
   arrays = [
-    jax.make_array_from_callback(shape, place, readers[path])
-    for (path, shape), place in zip(wanted.items(), jax.tree.leaves(shardings), strict=True)
+    jax.make_array_from_callback(
+      leaf.shape, place, lambda index, path=path, dtype=leaf.dtype: readers[path](index).astype(dtype, copy=False)
+    )
+    for (path, leaf), place in zip(wanted.items(), jax.tree.leaves(shardings), strict=True)
   ]
   return jax.tree.unflatten(structure, arrays)
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from jaxft import config as settings
 from jaxft import program
 from jaxft.errors import RequestError
-from jaxft.hf import facts, repo
+from jaxft.hf import chosen, facts, repo
 from jaxft.hf.published import PUBLISHED
 from jaxft.model import ModelConfig
 from jaxft.plan import compile, estimate, figures, fit, targets
@@ -59,16 +59,16 @@ def model_facts(config: ConfigDict) -> ModelConfig:
   path, published = config.model.path, {name.lower(): value for name, value in PUBLISHED.items()}
   name = path.lower().removeprefix("openai-community/")
   if config.model.config and config.model.init == "scratch":
-    cfg = repo.read_config(Path(config.model.config))[1]
+    hf_config, cfg = repo.read_config(Path(config.model.config))
   elif name in published and not repo.is_local(path):
-    cfg = facts.model_config(published[name])
+    hf_config, cfg = published[name], facts.model_config(published[name])
   else:
-    cfg = repo.find(path, config.model.revision, weights=False).cfg
+    _, hf_config, cfg, *_ = repo.find(path, config.model.revision, weights=False)
   if config.data.sequence_length > cfg.P:
     raise RequestError(f"config.data.sequence_length={config.data.sequence_length}: the model has {cfg.P} positions")
   if config.model.head == "classification" and not cfg.classes:
     cfg = dataclasses.replace(cfg, classes=2)  # as many as the data has labels: of no account for memory
-  return cfg if config.model.dropout is None else cfg.with_dropout(config.model.dropout)
+  return chosen.as_configured(cfg, config, hf_config["model_type"])
 
 
 def _plan(

@@ -36,7 +36,7 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
   seconds = lambda: {"compile_seconds": round(time.monotonic() - started, 1)}
   # libtpu works on one core: it takes 75 s for GPT-J's train step on eight chips, and 15 s for the eval step.
   with ThreadPoolExecutor(1) as beside:
-    lowered_eval = with_host_arguments(run.eval_step.lower(run.state.params, run.eval_batch), run, run.state.params)
+    lowered_eval = with_host_arguments(run.eval_step.lower(run.state.weights, run.eval_batch), run, run.state.weights)
     eval_compiled = beside.submit(lowered_eval.compile)
     try:
       compiled = lowered.compile()
@@ -68,10 +68,15 @@ def of_traced(run: Program, config: ConfigDict, cfg: ModelConfig, traced: Any) -
     "arguments": arguments(run),
     "gradient_bytes": 0 if run.offload == "all" else program.bytes_a_device(run.gradients),
     "host_bytes": program.bytes_on_host(run),
-    "checkpoint_bytes": nbytes(run.state),
+    "checkpoint_bytes": nbytes(run.state.changing),
     "bus_bytes": sum(
       offload.traffic(
-        run.offload, run.state.params, run.state.opt, cfg.tied and not cfg.classes, program.bytes_a_device
+        run.offload,
+        run.state.params,
+        run.state.opt,
+        run.state.frozen,
+        cfg.tied and not cfg.classes,
+        program.bytes_a_device,
       )
     ),
     "logits_bytes": logits_bytes(run, cfg),
@@ -100,7 +105,7 @@ def with_host_arguments(lowered: Any, run: Program, state: Any) -> Any:
   """
   if run.offload == "none":
     return lowered
-  kept = [offload.is_kept(leaf) for leaf in jax.tree.leaves(state)] + [False] * len(jax.tree.leaves(run.batch))
+  kept = [offload.is_there(leaf) for leaf in jax.tree.leaves(state)] + [False] * len(jax.tree.leaves(run.batch))
   module = lowered._lowering.stablehlo()
   with module.context, ir.Location.unknown(module.context):
     main = next(op for op in module.body.operations if "main" in str(op.name))
@@ -130,9 +135,9 @@ def logits_bytes(run: Program, cfg: ModelConfig) -> int:
 
 def arguments(run: Program) -> dict[str, int]:
   """Bytes a device of what goes into the step."""
-  parts = {"parameters": run.state.params, "optimizer": run.state.opt, "batch": run.batch}
-  host = () if run.offload == "none" else ("parameters", "optimizer")
-  return {what: 0 if what in host else program.bytes_a_device(tree) for what, tree in parts.items()}
+  parts = {"parameters": run.state.weights, "optimizer": run.state.opt, "batch": run.batch}
+  here = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if not offload.is_there(leaf)]
+  return {what: program.bytes_a_device(here(tree)) for what, tree in parts.items()}
 
 
 def memory_of_step(run: Program, memory: Any) -> dict[str, Any]:

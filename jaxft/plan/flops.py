@@ -29,16 +29,32 @@ def of_jaxpr(jaxpr: Any) -> int:
 def of_model(cfg: Any, batch_size: int, T: int) -> int:
   """What a step needs at least, by PaLM's formula (arXiv:2204.02311, appendix B): (6 P + 12 L N H T) x tokens.
 
-  P are the parameters of matrix products: 2 P a token forward and twice that backward; attention to all T columns, as it is
-  usually counted, though half of them are masked. Recomputation is not in it.
+  P are the parameters of matrix products: 2 P a token forward and twice that backward, less 2 for each that is frozen;
+  attention to all T columns, as it is usually counted, though half of them are masked. Recomputation is not in it.
 
   Args:
     cfg: a `jaxft.model.ModelConfig`.
     batch_size: rows of an optimizer step.
   """
-  layer = 4 * cfg.D * cfg.N * cfg.H + 2 * cfg.D * cfg.F
-  P = cfg.L * layer + (cfg.classes or cfg.V) * cfg.D
-  return (6 * P + 12 * cfg.L * cfg.N * cfg.H * T) * batch_size * T
+  heads, head = cfg.N * cfg.H, "output.score" if cfg.classes else "embed.tokens" if cfg.tied else "output.kernel"
+  inside = {  # of a layer: inputs and outputs of each product
+    "attention.qkv": (cfg.D, 3 * heads),
+    "attention.out": (heads, cfg.D),
+    "mlp.up": (cfg.D, cfg.F),
+    "mlp.down": (cfg.F, cfg.D),
+  }
+  sizes = {f"blocks.{name}.kernel": cfg.L * math.prod(shape) for name, shape in inside.items()}
+  sizes |= {head: (cfg.classes or cfg.V) * cfg.D}
+  trained = {name for name, _ in cfg.trained}
+  times = lambda name: 6 if name in trained or not trained else 4
+  # Of adapters, rank x (inputs + outputs), where query, key and value are counted as one.
+  adapters = sum(
+    6 * cfg.L * cfg.lora_rank * sum(shape)
+    for name, shape in inside.items()
+    if f"blocks.{name}.adapter.lora_a" in trained
+  )
+  products = sum(times(name) * size for name, size in sizes.items()) + adapters
+  return (products + 12 * cfg.L * heads * T) * batch_size * T
 
 
 def _live(jaxpr: Any, needed: list[bool]) -> tuple[int, list[bool]]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxft import loss, model, offload, optim, sharding
+from jaxft import loss, model, offload, optim, parts, sharding
 from jaxft.attention_chunked import MOST_WRITTEN_OUT
 from jaxft.model import ModelConfig
 from jaxft.plan import estimate, targets
@@ -31,17 +31,24 @@ class Rough(NamedTuple):
   config: ConfigDict
   cfg: ModelConfig
   target: targets.Target
-  shapes: Any  # of all parameters
+  shapes: Any  # of the parameters that are trained
   states: Any  # of all optimizer state
+  frozen: Any  # of the other parameters
 
   @classmethod
   def of(cls, config: ConfigDict, cfg: ModelConfig, target: targets.Target) -> "Rough":
-    shapes = model.abstract(cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
-    return cls(config, cfg, target, shapes, jax.eval_shape(optim.optimizer(config.optim).init, shapes))
+    whole = model.abstract(cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
+    shapes, frozen = parts.split(whole, cfg.trained)
+    return cls(config, cfg, target, shapes, jax.eval_shape(optim.optimizer(config.optim).init, shapes), frozen)
 
   @property
   def weights(self) -> int:
-    """Bytes of all parameters."""
+    """Bytes of all parameters in float32."""
+    return self.trained + _nbytes(self.frozen)
+
+  @property
+  def trained(self) -> int:
+    """Bytes of those that are trained."""
     return _nbytes(self.shapes)
 
   @property
@@ -65,7 +72,8 @@ class Rough(NamedTuple):
     if settings["memory.offload"] == "all":
       return 0
     copy = self.width / 4 if settings["memory.offload"] == "optimizer" else 1
-    weights, gradient = (copy * self.cut(settings, what, self.weights) for what in ("parameters", "gradients"))
+    weights, gradient = (copy * self.cut(settings, what, self.trained) for what in ("parameters", "gradients"))
+    weights += self.width / 4 * self.cut(settings, "parameters", _nbytes(self.frozen))
     moments = self.cut(settings, "optimizer", self.moments) if settings["memory.offload"] == "none" else 0
     return int(weights + gradient + moments)
 
@@ -98,18 +106,22 @@ class Rough(NamedTuple):
     products = layers * layer + attention * cfg.L * 4 * cfg.N * cfg.H * T + 3 * 2 * rows * tensor * cfg.D
     inside, _ = self._layer_bytes()
     moved = tokens * (attention * cfg.L * 2 * inside / tensor + 3 * rows * (4 + self.width))
-    moved += steps * 4 * self.cut(settings, "gradients", self.weights) + 3 * self.state_bytes(settings)
+    moved += steps * 4 * self.cut(settings, "gradients", self.trained) + 3 * self.state_bytes(settings)
     ring = lambda size: (size - 1) / size
     gather = steps * self.width / 4 * (2 if stage == 3 else 1)
     scatter = steps * (self.width / 4 if stage > 1 else 2)
-    sent = ring(fsdp) * self.weights / tensor * (gather + scatter)
-    sent += ring(data) * 2 * steps * self.cut(settings, "gradients", self.weights)
+    sent = ring(fsdp) / tensor * (gather * self.weights + scatter * self.trained)
+    sent += ring(data) * 2 * steps * self.cut(settings, "gradients", self.trained)
     sent += ring(tensor) * 2 * (layers + 1) * cfg.L * tokens * cfg.D * self.width
     share, dtype = estimate.EFFICIENCY, "float32" if self.width == 4 else "bfloat16"
     speeds = (facts.rate(dtype), facts.bandwidth, target.link) if facts else UNKNOWN[:3]
     work = (products * tokens / tensor, moved, sent)
     parts = [n / (part * speed) for n, part, speed in zip(work, share[:3], speeds, strict=True)]
-    bus = sum(offload.traffic(settings["memory.offload"], self.shapes, self.states, cfg.tied, self._held(settings)))
+    bus = sum(
+      offload.traffic(
+        settings["memory.offload"], *(self.shapes, self.states, self.frozen), cfg.tied, self._held(settings)
+      )
+    )
     return max(parts) + 0.1 * sum(parts) + bus / (share.bus * (facts.bus if facts else UNKNOWN[-1]))
 
   def _held(self, settings: dict[str, Any]) -> Callable[[Any], int]:

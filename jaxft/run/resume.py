@@ -46,6 +46,10 @@ def refuse_another_run(
         f"{checkpoints.folder / str(step)}: of another model or optimizer: {first} ({len(other)} such leaves)"
       )
       raise RequestError("\n".join([*lines, f"{checkpoints.folder} holds another run: {ANOTHER}"]))
+    if meta.get("frozen", "") != about["frozen"]:
+      lines.append(
+        f"config.model.path={config.model.path!r}: its weights, some of which are frozen, are not what they were"
+      )
     if meta["data"] != about["data"]:
       lines.append("config.data: the training text, or how it is cut into tokens, is not what the run was started with")
     if meta["total_steps"] != about["total_steps"]:

@@ -1,0 +1,68 @@
+"""Adapters in the format of PEFT (0.17): adapter_config.json and adapter_model.safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from jaxft.errors import StorageError
+from jaxft.files import refused, write_whole
+from jaxft.hf.chosen import modules
+from jaxft.hf.repo import Checkpoint
+from jaxft.hf.tables import SCORE, full_name
+from jaxft.lora import MODULES, places_of, whole
+from jaxft.model import ModelConfig
+
+
+def write(folder: Path, trained: Any, cfg: ModelConfig, source: Checkpoint, config: ConfigDict) -> None:
+  """Writes the adapters so that `peft.PeftModel.from_pretrained(base, folder)` loads them; raises StorageError.
+
+  Args:
+    trained: `State.params`; in a run of several processes all must call it, and process 0 writes.
+  """
+  model_type = source.hf_config["model_type"]
+  adapted = {name: target for name, target in modules(model_type).items() if target in cfg.lora_targets}
+  layers = dict(cfg.trained)[next(name for name, _ in cfg.trained if name.endswith("lora_a"))]
+  found = {}
+  for name, target in adapted.items():
+    layer, module = MODULES[target]
+    adapter, places = trained["blocks"][layer][module]["adapter"], places_of(cfg, module)
+    a, b = (whole(adapter[part]) for part in ("lora_a", "lora_b"))
+    if places:
+      a, b = (x[:, places.index("qkv".index(target))] for x in (a, b))
+    for i in layers or range(cfg.L):
+      prefix = f"base_model.model.{full_name(f'h.{i}.{name}')}"
+      found[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a[i].reshape(-1, cfg.lora_rank).T)
+      found[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[i].reshape(cfg.lora_rank, -1).T)
+  if cfg.classes:
+    found[f"base_model.model.{SCORE}"] = whole(trained["output"]["score"])
+  about = {
+    "peft_type": "LORA",
+    "task_type": "SEQ_CLS" if cfg.classes else "CAUSAL_LM",
+    "base_model_name_or_path": config.model.path,
+    "revision": config.model.revision,
+    "r": cfg.lora_rank,
+    "lora_alpha": config.lora.alpha,
+    "lora_dropout": cfg.lora_dropout,
+    "target_modules": sorted(adapted),
+    "layers_to_transform": list(layers) or None,
+    "layers_pattern": "h" if layers else None,
+    "fan_in_fan_out": model_type == "gpt2",  # whose products are Conv1D: inputs first
+    "bias": "none",
+    "modules_to_save": ["score"] if cfg.classes else None,
+    "inference_mode": True,
+  }
+  if jax.process_index() > 0:
+    return
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".adapter_model.safetensors.partial"
+    save_file(found, partial, metadata={"format": "pt"})
+    partial.rename(folder / "adapter_model.safetensors")
+    write_whole(folder / "adapter_config.json", json.dumps(about, indent=2) + "\n")
+  except OSError as error:
+    raise StorageError(f"adapters to {folder}: {refused(folder, error)}") from error

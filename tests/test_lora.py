@@ -1,0 +1,278 @@
+"""Adapters and frozen weights: what is trained changes, everything else stays bit for bit, and PEFT reads the adapters."""
+
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file
+
+import jaxft
+from jaxft import config as settings
+from jaxft import lora, model, parts, program, sharding
+from jaxft.errors import RequestError
+from jaxft.hf import chosen, facts
+from jaxft.hf.published import PUBLISHED
+from jaxft.step import State
+from jaxft.train import finetune
+
+STEPS, ROWS, T = 20, 8, 13
+ADAPTERS = {"lora__rank": 3, "lora__dropout": 0.2, "lora__targets": ("all-linear",), "lora__layers": ("0", "2")}
+LAST_LAYER = {"train__only": ("transformer.h.2.*", "transformer.ln_f.weight")}
+ODD_TARGETS = {
+  "gpt2": ("attn.c_proj", "c_fc"),
+  "gpt_neo": ("v_proj", "out_proj"),
+  "gptj": ("k_proj", "q_proj", "fc_out"),
+}
+
+
+def changed(config, **more):
+  for name, value in more.items():
+    section, key = name.split("__")
+    config[section][key] = value
+  return config
+
+
+def build(family, *, accumulation=1, mesh=(1, 1, 1), stage=3, **more):
+  config = changed(settings.default(), **more)
+  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
+  config.mesh.zero_stage, config.train.batch_size = stage, ROWS
+  config.train.micro_batch_size = ROWS // accumulation // (mesh[0] * mesh[1])
+  config.optim.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-4, clip_norm=0.5)
+  vocabulary = {"model_type": family, "vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0}
+  cfg = facts.model_config(vocabulary | tiny.FAMILIES[family]).with_dropout(0.1)
+  cfg = chosen.as_configured(cfg, config, family)
+  row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
+  return cfg, program.build(config, cfg, sharding.make_mesh(config.mesh), STEPS, row)
+
+
+@functools.cache
+def weights(family, cfg):
+  drawn = jax.device_get(nnx.to_pure_dict(nnx.state(model.build(cfg, model.Compute(vocab_multiple=128)))))
+  # Both matrices of an adapter random: with B at zero A would have no gradient at first.
+  rng = np.random.default_rng(0)
+  fill = lambda path, x: 0.2 * rng.standard_normal(x.shape, np.float32) if path[-1].key == "lora_b" else x
+  return jax.tree_util.tree_map_with_path(fill, drawn)
+
+
+def begin(run, cfg, family):
+  trained, frozen = parts.split(weights(family, cfg), cfg.trained)
+  opt = jax.device_get(run.tx.init(trained))
+  return jax.device_put(State(jnp.int32(0), trained, opt, frozen), jax.tree.map(lambda leaf: leaf.sharding, run.state))
+
+
+def batch(run, step):
+  rng = np.random.default_rng(step)
+  A, B, _ = run.batch["ids"].shape
+  ids = rng.integers(293, size=(ROWS, T + 1)).astype(np.int32)
+  mask = rng.random((ROWS, T)) < np.linspace(0.2, 1, ROWS)[:, None]
+  made = {"ids": ids[..., :-1], "targets": ids[..., 1:], "mask": mask}
+  return jax.device_put({name: x.reshape(A, B, T) for name, x in made.items()}, run.batch_sharding)
+
+
+def train(family, **how):
+  cfg, run = build(family, **how)
+  state, losses = begin(run, cfg, family), []
+  for step in range(STEPS):
+    state, numbers = run.train_step(state, batch(run, step))
+    assert not numbers["bad"]
+    losses.append(float(numbers["loss"]))
+  return losses, jax.device_get(state), cfg
+
+
+@functools.cache
+def alone(family, part):
+  return train(family, **dict(part))
+
+
+WAYS = {
+  "accumulated": {"accumulation": 4},
+  "eight": {"mesh": (2, 2, 2)},
+  "zero 1": {"mesh": (1, 8, 1), "stage": 1},
+  "all offloaded": {"memory__offload": "all"},
+  "all offloaded, accumulated": {"memory__offload": "all", "accumulation": 4},
+  "optimizer offloaded": {"memory__offload": "optimizer"},
+  "full remat": {"memory__remat": "full"},
+}
+CASES = [
+  pytest.param(
+    family, part, way, marks=[pytest.mark.wide] * (sum(map(len, (family, way))) % 3 > 0), id=f"{family}-{name}-{way}"
+  )
+  for family in tiny.FAMILIES
+  for name, part in (("adapters", ADAPTERS), ("only", LAST_LAYER))
+  for way in WAYS
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, part, way", CASES)
+def test_every_way_to_train_a_part_comes_to_the_same(family, part, way):
+  losses, state, _ = train(family, **part, **WAYS[way])
+  wanted, theirs, cfg = alone(family, tuple(part.items()))
+  np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+  for ours, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(theirs.params), strict=True):
+    assert np.linalg.norm(ours - other) <= 3e-5 * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize("part", [ADAPTERS, LAST_LAYER], ids=["adapters", "only"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_nothing_changes_but_what_is_trained(family, part):
+  _, state, cfg = alone(family, tuple(part.items()))
+  before, layers = weights(family, cfg), dict(cfg.trained)
+  for path, leaf in jax.tree_util.tree_flatten_with_path(state.weights)[0]:
+    name, old = parts.name_of(path), functools.reduce(lambda node, key: node[key.key], path, before)
+    if name not in layers:
+      assert leaf.tobytes() == old.tobytes(), name
+    else:
+      for i in range(len(leaf)) if layers[name] else ():
+        assert (leaf[i].tobytes() == old[i].tobytes()) == (i not in layers[name]), (name, i)
+      assert leaf.tobytes() != old.tobytes(), name
+  moments = [leaf for leaf in jax.tree.leaves(state.opt) if leaf.ndim > 1]
+  assert len(moments) == 2 * len([leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "odd"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_merged_weights_are_the_model_with_adapters(family, targets):
+  wanted = ODD_TARGETS[family] if targets == "odd" else (targets,)
+  cfg, run = build(family, lora__rank=3, lora__targets=wanted)
+  params = begin(run, cfg, family).weights
+  ids = jax.random.randint(jax.random.key(0), (3, T), 0, 293)
+  with_adapters = nnx.merge(run.graph, params)
+  plain_cfg = facts.dataclasses.replace(cfg, lora_rank=0, lora_targets=(), trained=())
+  plain = nnx.merge(model.abstract(plain_cfg, run.compute)[0], lora.merge(params, cfg))
+  logits = [np.asarray(decoder.logits(decoder(ids))) for decoder in (with_adapters, plain)]
+  without = nnx.merge(model.abstract(plain_cfg, run.compute)[0], lora.without_adapters(params))
+  assert np.abs(logits[0] - np.asarray(without.logits(without(ids)))).max() > 0.1
+  np.testing.assert_allclose(logits[1], logits[0], atol=1e-5 * np.abs(logits[0]).max())
+
+
+@pytest.fixture
+def finetuned(config, tmp_path):
+  """A run with adapters, from its own command's function."""
+  changed(config, **(ADAPTERS | {"train__keep": 9, "optim__learning_rate": 1e-2}))
+  return finetune(config, tmp_path / "run"), config
+
+
+def test_a_run_with_adapters_leaves_a_plain_model_and_goes_on_bit_for_bit(finetuned, folder, tmp_path):
+  run, config = finetuned
+  base, exported = (load_file(at / "model.safetensors") for at in (folder, run.export))
+  adapted = {name for name in base if name.endswith(".weight") and ("c_" in name) and ".h.1." not in name}
+  assert base.keys() == exported.keys() and len(adapted) == 8
+  for name in base:
+    assert (base[name].tobytes() == exported[name].tobytes()) == (name not in adapted), name
+  losses = [line["eval/loss"] for line in run.metrics if "eval/loss" in line]
+  assert losses[-1] < losses[0] - 0.1
+  # From the checkpoint in the middle, in another folder: the same adapters.
+  again = tmp_path / "again"
+  shutil.copytree(run.workdir, again)
+  for rest in ("checkpoints/12", "checkpoints/10", "adapter", "export"):
+    shutil.rmtree(again / rest)
+  finetune(config, again)
+  name = "adapter/adapter_model.safetensors"
+  assert (again / name).read_bytes() == (run.workdir / name).read_bytes()
+  # No checkpoint has the frozen weights in it, and the model of a workdir is the export.
+  largest = max(file.stat().st_size for file in (run.workdir / "checkpoints").rglob("*") if file.is_file())
+  assert largest < (folder / "model.safetensors").stat().st_size / 2
+  read = jaxft.pretrained.load_workdir(run.workdir)
+  assert read.generate(["Once"], temperature=0) == jaxft.load(run.export).generate(["Once"], temperature=0)
+
+
+def test_a_base_that_has_changed_is_refused(finetuned, folder, tmp_path):
+  run, config = finetuned
+  other = shutil.copytree(folder, tmp_path / "other")
+  data = bytearray((other / "model.safetensors").read_bytes())
+  data[-1] ^= 1
+  (other / "model.safetensors").write_bytes(data)
+  config.model.path = str(other)
+  with pytest.raises(RequestError, match="its weights, some of which are frozen, are not what they were"):
+    finetune(config, run.workdir)
+
+
+@pytest.mark.parametrize(
+  "more, message",
+  [
+    ({"lora__rank": 2, "lora__targets": ("q_proj",)}, "'q_proj' is no matrix of a gpt2 layer; there are attn.c_attn"),
+    (
+      {"lora__rank": 2, "lora__layers": ("1-3",)},
+      "config.lora.layers: '1-3' must be a layer, or first-last, of 0 to 2",
+    ),
+    ({"lora__rank": 2, "lora__layers": ("last",)}, "config.lora.layers: 'last' must be"),
+    (
+      {"train__only": ("h.2.*",)},
+      r"config.train.only: 'h.2.\*' is the name of no weight; there are transformer.wte.weight",
+    ),
+    ({"train__only": ("transformer.*",), "lora__rank": 2}, "config.train.only=.* set one"),
+    ({"model__init": "scratch", "lora__rank": 2}, "config.lora.rank=2: adapters need a trained model|adapters change"),
+    ({"lora__rank": 2, "lora__alpha": 0.0}, "config.lora.alpha=0.0: must be above 0"),
+  ],
+)
+def test_what_the_model_has_not_is_refused(config, tmp_path, more, message):
+  with pytest.raises(RequestError, match=message):
+    finetune(changed(config, **more), tmp_path / "run")
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_query_key_and_value_that_share_an_array_are_trained_together():
+  config = settings.default()
+  config.train.only = ("transformer.h.0.attn.q_proj.weight",)
+  with pytest.raises(RequestError, match="h.0.attn.q_proj.weight and .*k_proj.weight and .* name all of them, or none"):
+    chosen.as_configured(facts.model_config(PUBLISHED["EleutherAI/gpt-j-6b"]), config, "gptj")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT 0.21 asks for it
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_peft_loads_the_adapters_and_gives_the_same_logits(family, stories, tmp_path):
+  torch = pytest.importorskip("torch", reason="PEFT is for torch")
+  peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+  sizes = {"vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0} | tiny.FAMILIES[family]
+  length = {"max_position_embeddings" if family == "gpt_neo" else "n_positions": 71}
+  torch.manual_seed(0)
+  base = transformers.AutoModelForCausalLM.from_config(
+    transformers.AutoConfig.for_model(family, **sizes | length), attn_implementation="eager"
+  )
+  base.save_pretrained(tmp_path / "base")
+  tiny.write_tokenizer(tmp_path / "base", 293)
+  config = changed(tiny.config(tmp_path / "base", stories), **ADAPTERS | {"optim__learning_rate": 1e-2})
+  config.lora.targets = ODD_TARGETS[family]
+  run = finetune(config, tmp_path / "run")
+  base = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "base", dtype=torch.float32, attn_implementation="eager"
+  )
+  adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+  about = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+  assert about["layers_to_transform"] == [0, 2] and about["r"] == 3
+  ours = transformers.AutoModelForCausalLM.from_pretrained(
+    run.export, dtype=torch.float32, attn_implementation="eager"
+  ).eval()
+  ids = torch.arange(60).reshape(2, 30)
+  with torch.no_grad():
+    with adapted.disable_adapter():
+      before = adapted(ids).logits
+    wanted, found = adapted(ids).logits, ours(ids).logits
+  assert float((wanted - before).abs().max()) > 1e-2
+  np.testing.assert_allclose(found.numpy(), wanted.numpy(), atol=1e-5 * float(wanted.abs().max()))
+  # Every tensor of the file found its place: PEFT leaves out what it does not know.
+  state = peft.get_peft_model_state_dict(adapted)
+  written = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+  assert state.keys() == written.keys()
+  for name, tensor in state.items():
+    assert np.array_equal(tensor.numpy(), written[name]), name
+
+
+def test_an_adapter_begins_as_nothing(config, folder):
+  cfg, run = build("gpt2", lora__rank=2)
+  drawn = program.draw(run, cfg, 0, lora.adapters(run.state.params))
+  leaves = {path[-1].key: np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(drawn)[0]}
+  assert not leaves["lora_b"].any()
+  bound = 40**-0.5  # of the model's width
+  assert (
+    bound * 0.9 < np.abs(leaves["lora_a"]).max() <= bound and isinstance(drawn, dict) and isinstance(config, ConfigDict)
+  )
