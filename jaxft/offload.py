@@ -62,18 +62,21 @@ def store(tree: Any) -> Any:
   return jax.tree.map(lambda leaf: send(leaf) if is_kept(leaf) else leaf, tree)
 
 
-def told(step: Callable, shapes: Any) -> Callable:
-  """`step`, told which leaves of its first argument are on the host, as `shapes` with shardings say.
+def kept_of(state: State, offload: str) -> State:
+  """Of each leaf of the state, or of its shapes, whether the host keeps it."""
+  of = lambda tree, there: jax.tree.map(lambda leaf: there and is_kept(leaf), tree)
+  return State(
+    False, *(of(tree, offload != "none") for tree in (state.params, state.opt)), of(state.frozen, offload == "all")
+  )
 
-  A program for a GPU that is not there does not know (jax 0.10 to 0.12).
+
+def told(step: Callable, kept: Any) -> Callable:
+  """`step`, told which leaves of its first argument are on the host.
+
+  For a GPU that is not there shardings have no kind of memory, and the program would not know (jax 0.10 to 0.12).
   """
-  place = lambda x, like: send(x) if is_there(like) else x
-  return lambda state, batch: step(jax.tree.map(place, state, shapes), batch)
-
-
-def is_there(like: jax.ShapeDtypeStruct) -> bool:
-  """Whether a leaf is on the host."""
-  return like.sharding.memory_kind == "pinned_host"
+  place = lambda x, there: send(x) if there else x
+  return lambda state, batch: step(jax.tree.map(place, state, kept), batch)
 
 
 def layer_of(stack: Any, index: jax.Array) -> Any:

@@ -73,6 +73,11 @@ class Program(NamedTuple):
     }
 
   @property
+  def kept(self) -> State:
+    """Of each leaf of the state whether the host keeps it."""
+    return offload.kept_of(self.state, self.offload)
+
+  @property
   def batch_sharding(self) -> NamedSharding:
     return self.batch["ids"].sharding
 
@@ -116,8 +121,9 @@ def bytes_on_host(program: Program) -> int:
   """A device's part of what the host keeps: weights and optimizer state, and with "all" the gradient too."""
   if program.offload == "none":
     return 0
-  kept = [program.state, *([program.gradients] if program.offload == "all" else [])]
-  return bytes_a_device([leaf for leaf in jax.tree.leaves(kept) if offload.is_there(leaf)])
+  gradient = [leaf for leaf in jax.tree.leaves(program.gradients) if program.offload == "all" and offload.is_kept(leaf)]
+  state = zip(*map(jax.tree.leaves, (program.state, program.kept)), strict=True)
+  return bytes_a_device([leaf for leaf, there in state if there] + gradient)
 
 
 def draw(program: Program, cfg: model.ModelConfig, seed: int, shapes: Any) -> Any:
@@ -228,7 +234,8 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   )
   eval_step = make_eval_step(graph, loss_chunk=chunk)
   if kept != "none":
-    step, eval_step = offload.told(step, state), offload.told(eval_step, state.weights)
+    on_host = offload.kept_of(state, kept)
+    step, eval_step = offload.told(step, on_host), offload.told(eval_step, on_host.weights)
   places = jax.tree.map(lambda leaf: leaf.sharding, state)
   return Program(
     graph,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxft import config as settings
-from jaxft.hf import facts
+from jaxft.hf import chosen, facts
 from jaxft.hf.published import PUBLISHED
 from jaxft.model import parameter_count
 from jaxft.plan import answer as plan
@@ -23,6 +23,7 @@ HARDWARE = {
   "gpt2xl_shakespeare_16gb": ("t4",),
   "gptj_6b_24gb": ("rtx4090",),
   "gptj_6b_8gb": ("rtx3070",),
+  "gptj_6b_lora": ("rtx4080",),
   "gptj_6b_v5e8": ("v5e:2x4", "rtx4090x8"),
   "gptneo_2b7_16gb": ("t4",),
   "quickstart": ("cpu",),
@@ -41,7 +42,8 @@ def request(model, device, rows, T, dropout=None, **more):
     section, key = name.split("__")
     config[section][key] = value
   cfg = facts.model_config(PUBLISHED[model])
-  cfg = cfg if dropout is None else cfg.with_dropout(dropout)
+  config.model.dropout = dropout
+  cfg = chosen.as_configured(cfg, config, PUBLISHED[model]["model_type"])
   return compile.Request(settings.to_json(config), dataclasses.asdict(cfg), device, text=True)
 
 
@@ -137,6 +139,15 @@ def test_weights_and_state_on_the_host_leave_a_layer_on_the_device(compiler, mod
   everything = 16 * parameter_count(cfg)
   layer = 16 * (4 * cfg.D * cfg.N * cfg.H + 2 * cfg.D * cfg.F)
   assert everything * 0.99 < answer["host_bytes"] < everything + layer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept, most", [("none", 14), ("all", 5)])
+def test_adapters_of_gptj_take_little_more_than_its_weights(compiler, kept, most):
+  answer = compiler(request(GPTJ, "h100", 1, 2048, memory__offload=kept, lora__rank=16))
+  print(kept, answer["peak_bytes"] / GIB, answer["host_bytes"] / GIB)
+  assert answer["peak_bytes"] < most * GIB
+  assert answer["host_bytes"] < 12 * GIB if kept == "all" else not answer["host_bytes"]
 
 
 @pytest.mark.slow

@@ -315,7 +315,7 @@ config = settings.from_json(sys.stdin.read())
 cfg = answer.model_facts(config)
 mesh = sharding.make_mesh(config.mesh, targets.devices(targets.find(sys.argv[1])))
 run = program.build(config, cfg, mesh, 100, blank_row(config, cfg))
-memory = with_host_arguments(run.train_step.lower(run.state, run.batch), run, run.state).compile().memory_analysis()
+memory = with_host_arguments(run.train_step.lower(run.state, run.batch), run, run.kept).compile().memory_analysis()
 on_tpu = sys.argv[1].startswith("v")
 print("peak", memory.peak_memory_in_bytes if on_tpu else memory.argument_size_in_bytes + memory.temp_size_in_bytes)
 """

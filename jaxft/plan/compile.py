@@ -28,6 +28,7 @@ ENVIRONMENT = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is taken, so two plans may be made at once
   "LIBTPU_INIT_ARGS": program.LIBTPU_STACK,
   "TF_CPP_MIN_LOG_LEVEL": "3",
+  "JAX_TRACEBACK_FILTERING": "off",  # the last line of what it says is then the error
 }
 PLUGINS = {"gpu": "jax_plugins.xla_cuda13", "tpu": "libtpu"}
 INSTALL = 'pip install "jaxft[plan]"'

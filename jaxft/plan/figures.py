@@ -32,11 +32,11 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
   run = program.build(config, cfg, mesh, max(config.train.steps, 1), blank_row(config, cfg))
   started = time.monotonic()
   traced = run.train_step.trace(run.state, run.batch)
-  lowered, found = with_host_arguments(traced.lower(), run, run.state), of_traced(run, config, cfg, traced)
+  lowered, found = with_host_arguments(traced.lower(), run, run.kept), of_traced(run, config, cfg, traced)
   seconds = lambda: {"compile_seconds": round(time.monotonic() - started, 1)}
   # libtpu works on one core: it takes 75 s for GPT-J's train step on eight chips, and 15 s for the eval step.
   with ThreadPoolExecutor(1) as beside:
-    lowered_eval = with_host_arguments(run.eval_step.lower(run.state.weights, run.eval_batch), run, run.state.weights)
+    lowered_eval = with_host_arguments(run.eval_step.lower(run.state.weights, run.eval_batch), run, run.kept.weights)
     eval_compiled = beside.submit(lowered_eval.compile)
     try:
       compiled = lowered.compile()
@@ -98,14 +98,14 @@ def of_compiled(run: Program, compiled: Any) -> dict[str, Any]:
   }
 
 
-def with_host_arguments(lowered: Any, run: Program, state: Any) -> Any:
-  """Marks in a lowered program, whose arguments are `state` and a batch, which of them are in the host's memory.
+def with_host_arguments(lowered: Any, run: Program, kept: Any) -> Any:
+  """Marks in a lowered program which of its arguments, leaves as in `kept` and a batch, are in the host's memory.
 
   Without a device jax (0.10 to 0.12) leaves that out for CUDA, and the program would expect all of them on the device.
   """
   if run.offload == "none":
     return lowered
-  kept = [offload.is_there(leaf) for leaf in jax.tree.leaves(state)] + [False] * len(jax.tree.leaves(run.batch))
+  kept = jax.tree.leaves(kept) + [False] * len(jax.tree.leaves(run.batch))
   module = lowered._lowering.stablehlo()
   with module.context, ir.Location.unknown(module.context):
     main = next(op for op in module.body.operations if "main" in str(op.name))
@@ -135,9 +135,12 @@ def logits_bytes(run: Program, cfg: ModelConfig) -> int:
 
 def arguments(run: Program) -> dict[str, int]:
   """Bytes a device of what goes into the step."""
-  parts = {"parameters": run.state.weights, "optimizer": run.state.opt, "batch": run.batch}
-  here = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if not offload.is_there(leaf)]
-  return {what: program.bytes_a_device(here(tree)) for what, tree in parts.items()}
+  kept = run.kept
+  parts = {"parameters": (run.state.weights, kept.weights), "optimizer": (run.state.opt, kept.opt)}
+  bytes_here = lambda tree, kept: program.bytes_a_device(
+    [leaf for leaf, there in zip(jax.tree.leaves(tree), jax.tree.leaves(kept), strict=True) if not there]
+  )
+  return {what: bytes_here(*trees) for what, trees in parts.items()} | {"batch": program.bytes_a_device(run.batch)}
 
 
 def memory_of_step(run: Program, memory: Any) -> dict[str, Any]:

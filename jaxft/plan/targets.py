@@ -92,6 +92,9 @@ GPUS = {
   ),
   "a10g": Gpu("A10G", (8, 6), 80, 1.71, 45 * GIB // 2, 600 * GIGA, 6 * MB, 100 * KB, 1536, 70 * TERA, PCIE4),
   "l4": Gpu("L4", (8, 9), 58, 2.04, 45 * GIB // 2, 300 * GIGA, 48 * MB, 100 * KB, 1536, 121 * TERA, PCIE4),
+  "rtx4080": Gpu(
+    "GeForce RTX 4080", (8, 9), 76, 2.505, 16 * GIB, 717 * GIGA, 64 * MB, 100 * KB, 1536, 97 * TERA, PCIE4, 1
+  ),
   "rtx4090": Gpu(
     "GeForce RTX 4090", (8, 9), 128, 2.52, 24 * GIB, 1008 * GIGA, 72 * MB, 100 * KB, 1536, 165 * TERA, PCIE4, 2
   ),
