@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxft import config as settings
-from jaxft import pretrained
+from jaxft import pretrained, run_clm
 from jaxft.errors import RequestError
 from jaxft.run import hosts, roll_call
 
@@ -26,6 +26,8 @@ USAGE = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config
   --print_config     print the settings of this run and end
   --strict           end, with exit code 4, at a damaged checkpoint instead of going back to the one before it
   --allow_change     continue a run although settings that shape what is learned have changed
+
+The flags of transformers' run_clm.py that mean the same thing are understood: docs/recipes/run_clm.md.
 
 Several hosts, the same command on each; under SLURM, Open MPI, Kubernetes and on TPU pods these are found out:
   --coordinator HOST:PORT   of process 0
@@ -49,6 +51,7 @@ class TrainArguments(NamedTuple):
   place: roll_call.Place | None
   start_timeout: int
   peer_timeout: int
+  per_device: run_clm.PerDevice | None
 
 
 def parse_train() -> TrainArguments:
@@ -59,6 +62,7 @@ def parse_train() -> TrainArguments:
     "start_timeout": hosts.START_TIMEOUT,
     "peer_timeout": hosts.PEER_TIMEOUT,
   }
+  sys.argv[1:], per_device = run_clm.translate(sys.argv[1:])
   values = parse(USAGE, SWITCHES, ("workdir", "coordinator"), numbers)
   workdir = Path(values.workdir) if values.workdir else Path("runs") / Path(values.config_file).stem
   for name in ("start_timeout", "peer_timeout"):
@@ -74,6 +78,7 @@ def parse_train() -> TrainArguments:
     place,
     values.start_timeout,
     values.peer_timeout,
+    per_device,
   )
 
 

@@ -314,6 +314,9 @@ def main() -> None:
     print(settings.describe(arguments.config))
     return
   with hosts.joined(arguments.place, arguments.start_timeout, arguments.peer_timeout):
+    if arguments.per_device:
+      programs.prepare_backend()
+      arguments.per_device.into(arguments.config, jax.device_count())
     finetune(
       arguments.config,
       arguments.workdir,

@@ -100,9 +100,16 @@ WAYS = {
   "optimizer offloaded": {"memory__offload": "optimizer"},
   "full remat": {"memory__remat": "full"},
 }
+ALWAYS = [  # the others are wide
+  ("gpt2", "adapters", "accumulated"),
+  ("gpt2", "only", "all offloaded"),
+  ("gpt_neo", "only", "eight"),
+  ("gptj", "adapters", "all offloaded, accumulated"),
+  ("gptj", "adapters", "zero 1"),
+]
 CASES = [
   pytest.param(
-    family, part, way, marks=[pytest.mark.wide] * (sum(map(len, (family, way))) % 3 > 0), id=f"{family}-{name}-{way}"
+    family, part, way, marks=() if (family, name, way) in ALWAYS else pytest.mark.wide, id=f"{family}-{name}-{way}"
   )
   for family in tiny.FAMILIES
   for name, part in (("adapters", ADAPTERS), ("only", LAST_LAYER))
@@ -120,8 +127,7 @@ def test_every_way_to_train_a_part_comes_to_the_same(family, part, way):
     assert np.linalg.norm(ours - other) <= 3e-5 * np.linalg.norm(other)
 
 
-@pytest.mark.parametrize("part", [ADAPTERS, LAST_LAYER], ids=["adapters", "only"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family, part", [("gpt2", LAST_LAYER), ("gpt_neo", ADAPTERS), ("gptj", ADAPTERS)])
 def test_nothing_changes_but_what_is_trained(family, part):
   _, state, cfg = alone(family, tuple(part.items()))
   before, layers = weights(family, cfg), dict(cfg.trained)
