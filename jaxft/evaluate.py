@@ -1,4 +1,4 @@
-"""Loss and perplexity of a model on a text: python -m jaxft.evaluate --model PATH_OR_ID --data SOURCE [--json]"""
+"""What a model makes of a text, or of labels: python -m jaxft.evaluate --model PATH_OR_ID --data SOURCE [--json]"""
 
 import argparse
 import json
@@ -20,6 +20,9 @@ def main() -> None:
     help="file, glob, folder or hub:NAME[:SPLIT]; default with --workdir: the run's own validation data",
   )
   parser.add_argument("--text_column", default="text", help="column that holds the text (default: text)")
+  parser.add_argument(
+    "--label_column", default="label", help="column that holds the label, for a model that classifies (default: label)"
+  )
   parser.add_argument("--sequence_length", type=int, default=0, help="tokens a row (default: the model's positions)")
   parser.add_argument(
     "--batch_size", type=int, default=8, help="rows at once; changes speed and memory only (default: 8)"
@@ -36,14 +39,17 @@ def main() -> None:
     raise RequestError("--data is missing: name a file, a glob, a folder or hub:NAME")
 
   ready = open_model(arguments)
-  column = {} if like else {"text_column": arguments.text_column}
+  column = {} if like else {"text_column": arguments.text_column, "label_column": arguments.label_column}
   result = ready.evaluate(*data, sequence_length=length, batch_size=arguments.batch_size, like=like, **column)
   if arguments.json:
     print(json.dumps(result))
   else:
-    print(
-      f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}, over {result['tokens']:,} tokens"
-    )
+    told = f"loss {result['loss']:.4f}"
+    if "accuracy" in result:
+      told = f"accuracy {result['accuracy']:.1%}, F1 {result['f1']:.3f}, {told}, over {result['tokens']:,} texts"
+    else:
+      told += f" nats a token, perplexity {result['perplexity']:.2f}, over {result['tokens']:,} tokens"
+    print(told)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from jaxft.hf.unload import EXPORT_DTYPES
 from jaxft.program import prepare_backend
 from jaxft.run.checkpoint import NOT_READ, Checkpoints
 from jaxft.sample import Generator, Sampling
-from jaxft.step import State, make_eval_step, mean_loss
+from jaxft.step import State, evaluate, make_eval_step
 
 
 class Completion(NamedTuple):
@@ -106,13 +105,14 @@ class Pretrained:
     """{"loss": nats per token, "perplexity", "tokens"} over all rows of the sources, end tokens included.
 
     The text is one stream cut into rows of `sequence_length` tokens (0: as many as the model has positions), each token
-    weighs the same, and the batch size changes nothing but speed. Raises RequestError when there is nothing to read.
+    weighs the same, and the batch size changes nothing but speed. Of a model that classifies: {"loss": nats per text,
+    "perplexity", "tokens": texts, "accuracy", "f1"}, of rows with a text and a label; f1 is that of the second of two classes,
+    or the mean of more. Raises RequestError when there is nothing to read.
 
     Args:
       like: the `data` section of a run, whose format and layout are then used.
       settings_of_data: settings of that section by name, such as text_column.
     """
-    self._must_write_text()
     length = sequence_length or self.source.cfg.P
     if not 2 <= length <= self.source.cfg.P:
       raise RequestError(f"--sequence_length={length}: must be from 2 to {self.source.cfg.P}, the model's positions")
@@ -120,8 +120,10 @@ class Pretrained:
       raise RequestError(f"--batch_size={batch_size}: must be at least 1")
     how = ConfigDict(like or settings.default().data)
     how.update(settings_of_data, sequence_length=length)
+    if self.source.cfg.classes:
+      how.format = "classification"
     nothing = collections.Counter()
-    text = tokens.in_memory(examples(data, "validation", how, nothing, nothing), self.tokenizer)
+    text = tokens.in_memory(examples(data, "validation", how, nothing, nothing), self.tokenizer, self.labels)
     if not len(text):
       raise RequestError(f"data source {data}: no rows in it")
     rows = lay_out(text, how, self.tokenizer.eos_token_id)
@@ -129,12 +131,19 @@ class Pretrained:
       raise RequestError(f"data source {data}: its rows leave nothing to predict in rows of {length} tokens")
     parts = sharding.batch_parts(self.mesh)
     whole_batches = -(-batch_size // parts) * parts
-    loss, count = mean_loss(
+    found = evaluate(
       self._eval_step,
       self.params,
       loader.evaluation_batches(rows, batch_size=whole_batches, sharding=sharding.batch_sharding(self.mesh)),
     )
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": count}
+    told = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
+    return told if found.confusion_CC is None else told | {"accuracy": found.accuracy, "f1": found.f1}
+
+  @property
+  def labels(self) -> list[str]:
+    """Names of the classes, in the order of their numbers; [] for a language model."""
+    names = self.source.hf_config.get("id2label") or {}
+    return [names.get(str(i), f"LABEL_{i}") for i in range(self.source.cfg.classes)]
 
   def classify(self, texts: list[str], batch_size: int = 8) -> list[Label]:
     """The likeliest class of each text, by a model with a classification head; texts are read up to the model's positions.
@@ -144,7 +153,6 @@ class Pretrained:
     cfg = self.source.cfg
     if not cfg.classes:
       raise RequestError(f"{self.source.folder}: a language model has no classes to choose from")
-    names = self.source.hf_config.get("id2label") or {}
     ids = [self.tokenizer(text)["input_ids"][: cfg.P] or [self.tokenizer.eos_token_id] for text in texts]
     labels = []
     for start in range(0, len(ids), batch_size):
@@ -154,8 +162,8 @@ class Pretrained:
       logits_BC = self._scores(self.params, ids_BT, np.array([len(row) - 1 for row in part], np.int32))
       for logits_C in np.asarray(logits_BC):
         winner, odds_C = int(logits_C.argmax()), np.exp(logits_C - logits_C.max())
-        probabilities = {names.get(str(i), f"LABEL_{i}"): float(p) for i, p in enumerate(odds_C / odds_C.sum())}
-        labels.append(Label(names.get(str(winner), f"LABEL_{winner}"), probabilities, logits_C))
+        probabilities = {name: float(p) for name, p in zip(self.labels, odds_C / odds_C.sum(), strict=True)}
+        labels.append(Label(self.labels[winner], probabilities, logits_C))
     return labels
 
   def export(

@@ -119,11 +119,14 @@ def must_hold(program: Program, config: ConfigDict) -> None:
 
 def bytes_on_host(program: Program) -> int:
   """A device's part of what the host keeps: weights and optimizer state, and with "all" the gradient too."""
-  if program.offload == "none":
-    return 0
   gradient = [leaf for leaf in jax.tree.leaves(program.gradients) if program.offload == "all" and offload.is_kept(leaf)]
-  state = zip(*map(jax.tree.leaves, (program.state, program.kept)), strict=True)
-  return bytes_a_device([leaf for leaf, there in state if there] + gradient)
+  return state_on_host(program) + bytes_a_device(gradient)
+
+
+def state_on_host(program: Program) -> int:
+  """`bytes_on_host` without the gradient."""
+  leaves = zip(*map(jax.tree.leaves, (program.state, program.kept)), strict=True)
+  return bytes_a_device([leaf for leaf, there in leaves if there])
 
 
 def draw(program: Program, cfg: model.ModelConfig, seed: int, shapes: Any) -> Any:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from jaxft import command_line, model, parts, sharding
 from jaxft import config as settings
 from jaxft import program as programs
+from jaxft import step as step_functions
 from jaxft.data import loader, sources, tokens
 from jaxft.data.report import prepare, run_length
 from jaxft.errors import Preempted, RequestError, first_line, run_command
@@ -32,7 +33,7 @@ from jaxft.run.profile import Profile
 from jaxft.run.resume import refuse_another_run, resume
 from jaxft.run.tracking import Meter, Reporter, console, say
 from jaxft.sample import Generator, Sampling
-from jaxft.step import mean_loss, name_bad_leaves
+from jaxft.step import name_bad_leaves
 from jaxft.weights import first as first_weights
 from jaxft.weights import plain, plain_shapes
 
@@ -214,7 +215,7 @@ def finetune(
         limit=config.train.eval_batches,
         sharding=program.batch_sharding,
       )
-      return reporter.evaluation(step, when, mean_loss(eval_step, state.weights, batches)[0])
+      return reporter.evaluation(step, when, step_functions.evaluate(eval_step, state.weights, batches))
 
     def sample(step: int, when: str) -> None:
       prompts = list(config.train.sample_prompts)

@@ -25,7 +25,7 @@ PLACES = {
   "record read": ("orbax.checkpoint:JsonCheckpointHandler.restore", "before"),
   "state read": ("orbax.checkpoint:PyTreeCheckpointHandler.restore", "before"),
   "weights loaded": ("jaxft.hf.load:load", "after"),
-  "evaluation": ("jaxft.step:mean_loss", "before"),
+  "evaluation": ("jaxft.step:evaluate", "before"),
   "sample": ("jaxft.sample:Generator.__call__", "before"),
   "batch made": ("jaxft.data.loader:Steps.__getitem__", "before"),
   "step told": ("jaxft.run.tracking:Reporter.step", "before"),

@@ -105,9 +105,8 @@ def test_out_again(theirs, tmp_path, dtype):
 
 def test_what_it_cannot_do_is_refused_in_words(theirs, folder):
   ours = jaxft.load(theirs[1])
-  for act in (lambda: ours.generate(["the cat"]), lambda: ours.evaluate("x.txt")):
-    with pytest.raises(RequestError, match="writes no text"):
-      act()
+  with pytest.raises(RequestError, match="writes no text"):
+    ours.generate(["the cat"])
   with pytest.raises(RequestError, match="no classes"):
     jaxft.load(folder).classify(["the cat"])
 
@@ -126,3 +125,34 @@ def test_numbers_of_classes(theirs, tmp_path):
     other = repo.find(str(folder))._replace(cfg=facts.model_config(config))
     _, shapes, _ = model.abstract(other.cfg, model.Compute())
     load.load(other, shapes, jax.tree.map(lambda _: HERE, shapes))
+
+
+def test_accuracy_and_f1_are_those_of_the_labels_one_by_one(theirs, tmp_path):
+  ours, file = jaxft.load(theirs[1]), tmp_path / "rows.jsonl"
+  rng = np.random.default_rng(0)
+  texts = [" ".join(rng.choice(tiny.WORDS, rng.integers(1, 30))) for _ in range(41)]
+  true = [LABELS[i] for i in rng.integers(3, size=len(texts))]
+  file.write_text("".join(json.dumps({"text": t, "label": l}) + "\n" for t, l in zip(texts, true, strict=True)))
+  predicted = [label.label for label in ours.classify(texts)]
+  each = []
+  for label in LABELS:
+    right = sum(a == b == label for a, b in zip(true, predicted, strict=True))
+    each.append(2 * right / max(true.count(label) + predicted.count(label), 1))
+  logits = np.stack([label.logits_C for label in ours.classify(texts)]).astype(np.float64)
+  gold = logits[np.arange(len(texts)), [LABELS.index(label) for label in true]]
+  for batch_size in (1, 8):
+    found = ours.evaluate(str(file), batch_size=batch_size)
+    assert found["tokens"] == len(texts)
+    assert found["accuracy"] == pytest.approx(np.mean([a == b for a, b in zip(true, predicted, strict=True)]))
+    assert found["f1"] == pytest.approx(np.mean(each))
+    assert found["loss"] == pytest.approx(np.mean(np.log(np.exp(logits).sum(-1)) - gold), rel=1e-5)
+  file.write_text('{"text": "the cat", "label": "great"}\n')
+  with pytest.raises(RequestError, match="label 'great': the model's are 'bad', 'so so', 'good'"):
+    ours.evaluate(str(file))
+
+
+def test_f1_of_two_classes_is_that_of_the_second():
+  from jaxft.step import Evaluation
+
+  found = Evaluation(0.5, 10, np.array([[5, 1], [2, 2]]))
+  assert (found.accuracy, found.f1) == (0.7, 2 * 2 / (2 * 2 + 1 + 2))

@@ -19,6 +19,8 @@ from jaxft.plan import compile, hlo, targets
 CONFIGS = Path(__file__).parent.parent / "configs"
 # A file in configs/ -> hardware that its docstring names.
 HARDWARE = {
+  "gpt2_question_answer": ("rtx3070",),
+  "gpt2_reviews_classification": ("rtx3070",),
   "gpt2_tinystories": ("rtx4090",),
   "gpt2xl_shakespeare_16gb": ("t4",),
   "gptj_6b_24gb": ("rtx4090",),

@@ -126,7 +126,11 @@ def test_every_optimizer(kept, name):
   wanted, theirs, _ = train("gpt2", "none", **how)
   np.testing.assert_allclose(losses, wanted, rtol=1e-6)
   if name != "lion":  # which goes by the signs of numbers near zero
-    close(jax.device_get(state.params), jax.device_get(theirs.params), 1e-5)
+    ours, theirs = jax.device_get(state.params), jax.device_get(theirs.params)
+    if name == "adafactor":  # a key's bias has no gradient but rounding, which Adafactor scales up to its usual step
+      for params in (ours, theirs):
+        params["blocks"]["attention"]["qkv"]["bias"] = params["blocks"]["attention"]["qkv"]["bias"][:, ::2]
+    close(ours, theirs, 1e-5)
 
 
 @pytest.mark.parametrize("kept", ["optimizer", "all"])

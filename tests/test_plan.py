@@ -350,7 +350,7 @@ def test_what_does_not_fit_is_an_answer_with_flags_that_do(tmp_path):
   file = tmp_path / "large.py"
   file.write_text(
     "from jaxft import config\n\ndef get_config():\n  c = config.default()\n"
-    "  c.model.path, c.data.train, c.train.steps = 'gpt2-medium', ('texts',), 10\n"
+    "  c.model.path, c.data.train, c.train.steps = 'gpt2-large', ('texts',), 10\n"
     "  c.data.sequence_length = 1024\n  return c\n"
   )
   found = json.loads(plan("--config", file, "--device", "t4", "--json").stdout)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,17 +129,21 @@ def _cuts_at_blanks(tokenizer: Any) -> bool:
   return way.get("type") == "ByteLevel" and not way.get("add_prefix_space") and way.get("use_regex", True)
 
 
-def in_memory(examples: Iterable[Example], tokenizer: Any) -> Tokens:
-  """Unlabelled examples as Tokens that no file holds."""
-  dtype, ids, prompts = ids_dtype(tokenizer), [], []
-  for _, encoded in encode_all(examples, tokenizer, dtype):
+def in_memory(examples: Iterable[Example], tokenizer: Any, labels: Sequence[str] = ()) -> Tokens:
+  """Examples as Tokens that no file holds; raises RequestError for a label that is none of `labels`, in their order."""
+  dtype, ids, prompts, numbers = ids_dtype(tokenizer), [], [], []
+  number = {label: i for i, label in enumerate(labels)}
+  for some, encoded in encode_all(examples, tokenizer, dtype):
+    if unknown := [example.label for example in some if example.label is not None and example.label not in number]:
+      raise RequestError(f"label {unknown[0]!r}: the model's are {', '.join(map(repr, labels))}")
+    numbers += [number[example.label] for example in some if example.label is not None]
     ids += encoded.ids
     prompts += encoded.prompts
   return Tokens(
     np.concatenate([np.zeros(0, dtype), *ids]),
     np.cumsum([0, *map(len, ids)], dtype=np.int64),
     np.array(prompts, np.int32),
-    np.zeros(0, np.int32),
+    np.array(numbers, np.int32),
     np.zeros(0, np.float64),
   )
 

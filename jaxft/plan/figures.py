@@ -52,7 +52,8 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
 
 def eval_peak_bytes(run: Program, compiled: Any) -> int:
   """Most memory of a device while the compiled eval step runs, beside the optimizer state, which stays where it is."""
-  return peak_bytes(compiled.memory_analysis(), run) + arguments(run)["optimizer"]
+  weights = program.bytes_a_device([leaf for leaf, there in _with(run.state.weights, run.kept.weights) if there])
+  return peak_bytes(compiled.memory_analysis(), run, weights) + arguments(run)["optimizer"]
 
 
 def of_traced(run: Program, config: ConfigDict, cfg: ModelConfig, traced: Any) -> dict[str, Any]:
@@ -137,9 +138,7 @@ def arguments(run: Program) -> dict[str, int]:
   """Bytes a device of what goes into the step."""
   kept = run.kept
   parts = {"parameters": (run.state.weights, kept.weights), "optimizer": (run.state.opt, kept.opt)}
-  bytes_here = lambda tree, kept: program.bytes_a_device(
-    [leaf for leaf, there in zip(jax.tree.leaves(tree), jax.tree.leaves(kept), strict=True) if not there]
-  )
+  bytes_here = lambda *trees: program.bytes_a_device([leaf for leaf, there in _with(*trees) if not there])
   return {what: bytes_here(*trees) for what, trees in parts.items()} | {"batch": program.bytes_a_device(run.batch)}
 
 
@@ -152,17 +151,28 @@ def memory_of_step(run: Program, memory: Any) -> dict[str, Any]:
   Args:
     memory: `compiled.memory_analysis()` of the train step.
   """
-  peak, parts = peak_bytes(memory, run), arguments(run)
-  other = memory.argument_size_in_bytes - sum(parts.values())  # counters, and what tiles of a TPU fill up
-  rest = peak - memory.argument_size_in_bytes
+  on_host, parts = program.bytes_on_host(run), arguments(run)
+  peak = peak_bytes(memory, run, on_host)
+  # Counters, and what tiles of a TPU fill up.
+  other = memory.argument_size_in_bytes - (program.state_on_host(run) if _is_cpu(run) else 0) - sum(parts.values())
+  rest = peak - sum(parts.values()) - other
   copy = min(program.bytes_a_device(run.copy), rest)
   gradients = 0 if run.offload == "all" else min(program.bytes_a_device(run.gradients), rest - copy)
   parts |= {"parameters": parts["parameters"] + copy, "gradients": gradients}
   return {"peak_bytes": peak, "breakdown": parts | {"activations": rest - copy - gradients, "other": other}}
 
 
-def peak_bytes(memory: Any, run: Program) -> int:
-  """Most memory of a device at once.
+def _is_cpu(run: Program) -> bool:
+  return run.batch_sharding.mesh.devices.flat[0].platform == "cpu"
+
+
+def _with(tree: Any, kept: Any) -> zip:
+  """Leaves, each with whether the host keeps it."""
+  return zip(jax.tree.leaves(tree), jax.tree.leaves(kept), strict=True)
+
+
+def peak_bytes(memory: Any, run: Program, on_host: int) -> int:
+  """Most memory of a device at once; `on_host` bytes are kept in the host's memory, which on a CPU the compiler counts too.
 
   A GPU takes all temporaries as one block, next to the arguments; outputs live in donated arguments, but for some numbers. On a
   TPU the compiler's own figure counts, which is the same from libtpu 0.0.42 to 0.0.51; its sum of temporaries is not (6.4 GiB
@@ -170,5 +180,5 @@ def peak_bytes(memory: Any, run: Program) -> int:
   """
   if run.batch_sharding.mesh.devices.flat[0].platform == "tpu" and run.offload == "none":
     return memory.peak_memory_in_bytes
-  taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes - (on_host if _is_cpu(run) else 0)
   return taken + memory.output_size_in_bytes - memory.alias_size_in_bytes

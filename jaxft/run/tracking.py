@@ -203,15 +203,19 @@ class Reporter:
           "Try a lower config.optim.learning_rate, or look at the data of this step"
         )
 
-  def evaluation(self, step: int, when: str, loss: float) -> dict[str, float]:
-    if not math.isfinite(loss):
-      raise NumericsError(f"{when}: eval loss {loss}: the weights give no finite numbers on the validation text")
-    perplexity = math.exp(min(loss, 700.0))
+  def evaluation(self, step: int, when: str, what: Any) -> dict[str, float]:
+    """Takes a `step.Evaluation`; raises NumericsError when its loss is not finite."""
+    if not math.isfinite(what.loss):
+      raise NumericsError(f"{when}: eval loss {what.loss}: the weights give no finite numbers on the validation text")
     floor = {} if self._floor is None else {"eval/floor": self._floor}
-    found = {"eval/loss": loss, "eval/perplexity": perplexity}
-    self.metrics.write(step, found | floor)
+    found = {"eval/loss": what.loss, "eval/perplexity": what.perplexity}
     beside = "" if self._floor is None else f" (the text's own entropy: {self._floor:.4f})"
-    say(f"{when}: eval loss {loss:.4f}{beside}, perplexity {perplexity:.2f}")
+    rest = f"perplexity {what.perplexity:.2f}"
+    if what.confusion_CC is not None:
+      found |= {"eval/accuracy": what.accuracy, "eval/f1": what.f1}
+      rest = f"accuracy {what.accuracy:.1%}, F1 {what.f1:.3f}"
+    self.metrics.write(step, found | floor)
+    say(f"{when}: eval loss {what.loss:.4f}{beside}, {rest}")
     return found
 
   def evaluations_without_gain(self) -> int:

@@ -1,0 +1,87 @@
+"""Each recipe's config on a small stand-in for its model and data, from training to the export; and that it did its job."""
+
+import json
+import random
+import runpy
+from pathlib import Path
+
+import pytest
+import tiny
+
+import jaxft
+from jaxft.train import finetune
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+GOOD, BAD = "cat house mat red".split(), "dog sat door small".split()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+  """A GPT-2 that learns fast: quiet, and with longer rows than most tests want."""
+  return tiny.write_gpt2(tmp_path_factory.mktemp("models") / "small", seed=0, std=0.05)
+
+
+def recipe(name, folder, train, **more):
+  """The config, with this model and data, and as long as the stand-in needs."""
+  config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
+  config.model.path, config.data.train, config.data.validation = str(folder), (str(train),), ()
+  config.data.sequence_length, config.data.limit_validation = 64, 0
+  config.data.cache_dir = str(train.parent / "tokens")
+  config.train.epochs, config.train.micro_batch_size, config.optim.warmup_steps = 0.0, 0, 5
+  config.optim.learning_rate = 3e-3
+  for setting, value in more.items():
+    section, key = setting.split("__")
+    config[section][key] = value
+  return config
+
+
+def write(file, rows):
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return file
+
+
+@pytest.mark.slow
+def test_reviews_are_told_apart(small, tmp_path):
+  rng = random.Random(0)
+
+  def review(i):
+    words = rng.choices(GOOD if i % 2 else BAD, k=3) + rng.choices(tiny.WORDS[:4], k=rng.randint(1, 9))
+    rng.shuffle(words)
+    return {"text": " ".join(words), "label": i % 2}
+
+  rows, unseen = (
+    write(tmp_path / f"{name}.jsonl", [review(i) for i in range(n)]) for name, n in (("rows", 300), ("new", 100))
+  )
+  run = finetune(recipe("gpt2_reviews_classification", small, rows, train__steps=60), tmp_path / "run")
+  evals = [line for line in run.metrics if "eval/accuracy" in line]
+  assert evals[0]["eval/accuracy"] < 0.8 < 0.9 < evals[-1]["eval/accuracy"]
+  for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
+    found = model.evaluate(str(unseen))
+    assert found["tokens"] == 100 and found["accuracy"] > 0.9 and found["f1"] > 0.9
+    assert [it.label for it in model.classify(["cat red", "dog door"])] == ["1", "0"]
+
+
+@pytest.mark.slow
+def test_answers_are_learned_and_end(small, tmp_path):
+  answers = {"cat": "the red mat", "dog": "a big house", "door": "blue", "sun": "once upon a time"}
+  pairs = [{"question": f"where is the {what}?", "answer": answer} for what, answer in answers.items()] * 20
+  file = write(tmp_path / "pairs.jsonl", pairs)
+  run = finetune(
+    recipe(
+      "gpt2_question_answer",
+      small,
+      file,
+      train__steps=120,
+      train__sample_prompts=("Question: where is the cat? Answer:",),
+    ),
+    tmp_path / "run",
+  )
+  losses = [line["eval/loss"] for line in run.metrics if "eval/loss" in line]
+  assert losses[-1] < 0.1 < losses[0]
+  for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
+    prompts = [f"Question: where is the {what}? Answer:" for what in answers]
+    found = model.generate(prompts, max_new_tokens=20, temperature=0)
+    assert [it.text.strip() for it in found] == list(answers.values())  # and nothing after it: the end was learned
+  # What was not learned: the question, whose tokens are masked.
+  question = write(tmp_path / "question.jsonl", [{"text": "where is the cat?"}])
+  assert model.evaluate(str(question))["loss"] > 1
