@@ -127,9 +127,7 @@ def test_every_optimizer(kept, name):
   np.testing.assert_allclose(losses, wanted, rtol=1e-6)
   if name != "lion":  # which goes by the signs of numbers near zero
     ours, theirs = jax.device_get(state.params), jax.device_get(theirs.params)
-    if (
-      name == "adafactor"
-    ):  # a key's bias has no gradient but rounding: scaled up to a usual step, and with it those it is among
+    if name == "adafactor":  # a key's bias has no gradient but rounding, which is scaled up to a usual step
       for params in (ours, theirs):
         del params["blocks"]["attention"]["qkv"]["bias"]
     close(ours, theirs, 1e-5)
