@@ -11,13 +11,11 @@ import tempfile
 from pathlib import Path
 
 import story_grammar
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import jaxft
-from jaxft import config
+from jaxft import config, tokenizer
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "quickstart"
-END = "<|endoftext|>"
 VOCABULARY = 768
 # Seeds of the stories: no story of the validation set is in the training set.
 TRAIN, VALIDATION, PRETRAIN = range(0, 2000), range(10_000, 10_200), range(20_000, 26_000)
@@ -31,49 +29,9 @@ def write_stories(file: Path, genre: str, seeds: range) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-  """A byte-level BPE tokenizer, as GPT-2's, learned from both genres."""
-  tokenizer = Tokenizer(models.BPE())
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = decoders.ByteLevel()
+  """A tokenizer learned from both genres, and GPT-2's config.json at another size."""
   texts = (story_grammar.write(genre, seed).text for genre in story_grammar.GENRES for seed in PRETRAIN[:2000])
-  tokenizer.train_from_iterator(
-    texts,
-    trainers.BpeTrainer(
-      vocab_size=VOCABULARY,
-      special_tokens=[END],
-      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-      show_progress=False,
-    ),
-  )
-  tokenizer.save(str(folder / "tokenizer.json"))
-  (folder / "tokenizer_config.json").write_text(
-    json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END}, indent=2) + "\n"
-  )
-
-
-def write_config(folder: Path) -> None:
-  """GPT-2's own config.json at another size; no dropout, because a model this small cannot over-fit this much text."""
-  (folder / "config.json").write_text(
-    json.dumps(
-      {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": VOCABULARY,
-        **SHAPE,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "tie_word_embeddings": True,
-      },
-      indent=2,
-    )
-    + "\n"
-  )
+  tokenizer.write(texts, VOCABULARY, folder, **SHAPE)
 
 
 def pretrain(empty: Path, text: Path, workdir: Path) -> Path:
@@ -98,7 +56,6 @@ def main() -> None:
     empty = Path(scratch) / "empty"
     empty.mkdir()
     write_tokenizer(empty)
-    write_config(empty)
     write_stories(Path(scratch) / "logs.jsonl", "sea", PRETRAIN)
     trained = pretrain(empty, Path(scratch) / "logs.jsonl", Path(scratch) / "run")
     for name in (

@@ -19,6 +19,7 @@ from jaxft.plan import compile, hlo, targets
 CONFIGS = Path(__file__).parent.parent / "configs"
 # A file in configs/ -> hardware that its docstring names.
 HARDWARE = {
+  "gpt2_from_scratch": ("rtx4090",),
   "gpt2_question_answer": ("rtx3070",),
   "gpt2_reviews_classification": ("rtx3070",),
   "gpt2_tinystories": ("rtx4090",),
@@ -102,6 +103,7 @@ def test_every_shipped_config_fits_the_hardware_that_it_names(compiler, name, de
   file = runpy.run_path(str(CONFIGS / f"{name}.py"))
   assert device in file["__doc__"].lower(), "the docstring names it"
   config = file["get_config"]()
+  config.model.path = "gpt2" if config.model.init == "scratch" else config.model.path  # as its plan command says
   cfg = dataclasses.asdict(plan.model_facts(config))
   answer = compiler(compile.Request(settings.to_json(config), cfg, device, text=True))
   assert "refused" not in answer and "needs_bytes" not in answer, answer

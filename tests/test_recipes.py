@@ -5,6 +5,8 @@ import random
 import runpy
 from pathlib import Path
 
+import numpy as np
+import processes
 import pytest
 import tiny
 
@@ -85,3 +87,32 @@ def test_answers_are_learned_and_end(small, tmp_path):
   # What was not learned: the question, whose tokens are masked.
   question = write(tmp_path / "question.jsonl", [{"text": "where is the cat?"}])
   assert model.evaluate(str(question))["loss"] > 1
+
+
+@pytest.mark.slow
+def test_a_model_from_nothing_beats_counting_tokens(tmp_path):
+  text, folder = tmp_path / "text.jsonl", tmp_path / "mine"
+  rng = random.Random(0)  # words in an order that can be learned, which their counts do not tell
+  write(text, [{"text": " ".join(tiny.WORDS[(rng.randrange(20) + i) % 20] for i in range(40))} for _ in range(200)])
+  processes.run("jaxft.tokenizer", "--data", text, "--vocab_size", 300, "--out", folder)
+  about = json.loads((folder / "config.json").read_text())
+  assert about["vocab_size"] == 300
+  (folder / "config.json").write_text(json.dumps(about | dict(n_embd=40, n_layer=2, n_head=5, n_positions=64)))
+  run = finetune(recipe("gpt2_from_scratch", folder, text, train__steps=150, train__batch_size=16), tmp_path / "run")
+  losses = [line["eval/loss"] for line in run.metrics if "eval/loss" in line]
+  tokenizer = jaxft.load(run.export).tokenizer
+  ids = [i for line in text.read_text().splitlines() for i in [*tokenizer(json.loads(line)["text"])["input_ids"], 0]]
+  shares = np.bincount(ids, minlength=300) / len(ids)
+  of_counts = -sum(p * np.log(p) for p in shares if p)
+  assert abs(losses[0] - np.log(300)) < 0.2 and losses[-1] < of_counts - 0.5, (losses, of_counts)
+
+
+def test_a_tokenizer_is_refused_what_it_cannot_be(tmp_path):
+  text = tiny.write_stories(tmp_path / "text.jsonl", 3, seed=0)
+  for more, message in (
+    (["--vocab_size", "256", "--out", tmp_path / "a"], "must be at least 257"),
+    (["--out", tmp_path], "it is there; name a new folder"),
+    (["--out", tmp_path / "b", "--text_column", "txt"], "no column 'txt'"),
+  ):
+    done = processes.run("jaxft.tokenizer", "--data", text, *more, check=2)
+    assert message in done.stderr and "Traceback" not in done.stderr
