@@ -68,7 +68,7 @@ def main() -> None:
   random = lambda leaf: jax.make_array_from_callback(
     leaf.shape, leaf.sharding, lambda index: 0.02 * rng.standard_normal(leaf.shape, np.float32)
   )
-  state = program.begin(run, jax.tree.map(random, run.state.params))
+  state = program.begin(run, jax.tree.map(random, run.state.params), {})
   traced = run.train_step.trace(run.state, run.batch)
   started = time.monotonic()
   step = traced.lower().compile()
