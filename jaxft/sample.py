@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxft import filters
 from jaxft.errors import RequestError
+from jaxft.filters import History
 from jaxft.model import Cache, ModelConfig
 
 BUCKET = 64  # prompts and caches are padded to multiples of this many columns: few shapes, few compilations
@@ -24,6 +26,9 @@ class Sampling(NamedTuple):
   temperature: float = 1.0
   top_k: int = 50  # 0: all
   top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+  no_repeat_ngram_size: int = 0  # 0: runs of tokens may be repeated
   seed: int = 0
 
   def check(self) -> None:
@@ -33,6 +38,9 @@ class Sampling(NamedTuple):
       ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
       ("top_k", self.top_k >= 0, "0 (all) or more"),
       ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+      ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+      ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0; 1 changes nothing"),
+      ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (no such rule) or more"),
       ("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295"),
     ):
       if not fine:
@@ -83,19 +91,19 @@ class Generator:
     segments_BT = (columns >= (T - lengths_B)[:, None]).astype(np.int32)
     positions_BT = np.maximum(columns - (T - lengths_B)[:, None], 0).astype(np.int32)
 
-    logits_BV, cache = self._prefill(params, ids_BT, segments_BT, positions_BT, S=_bucket(T + new))
+    S = _bucket(T + new)
+    logits_BV, cache = self._prefill(params, ids_BT, segments_BT, positions_BT, S=S)
+    text_BS, there_BS = (np.pad(x, [(0, 0), (0, S - T)]) for x in (ids_BT, segments_BT > 0))
+    how = sampling._replace(
+      temperature=float(sampling.temperature > 0), seed=0, max_new_tokens=1
+    )  # what programs differ by
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), jnp.arange(len(prompts)))
     completions, open_rows = [[] for _ in prompts], set(range(len(prompts)))
     for n in range(new):
-      next_B = choose(
-        logits_BV,
-        keys_B,
-        jnp.int32(n),
-        jnp.float32(sampling.temperature or 1),
-        sampling.temperature == 0,
-        sampling.top_k,
-        sampling.top_p,
-      )
+      # Copies: a CPU's devices read such arrays where they lie, and some may still do so while the next token is written.
+      history = History(text_BS.copy(), there_BS.copy(), np.int32(T + n))
+      next_B = choose(logits_BV, keys_B, jnp.int32(n), jnp.float32(sampling.temperature or 1), history, how)
+      text_BS[:, T + n], there_BS[:, T + n] = next_B, True
       for row, token in enumerate(np.asarray(next_B).tolist()):
         if token == self.eos_token_id:
           open_rows.discard(row)
@@ -109,35 +117,26 @@ class Generator:
     return completions
 
 
-@functools.partial(jax.jit, static_argnames=("greedy", "top_k", "top_p"))
+@functools.partial(jax.jit, static_argnames="sampling")
 def choose(
-  logits_BV: jax.Array, keys_B: jax.Array, n: jax.Array, temperature: jax.Array, greedy: bool, top_k: int, top_p: float
+  logits_BV: jax.Array, keys_B: jax.Array, n: jax.Array, temperature: jax.Array, history: History, sampling: Sampling
 ) -> jax.Array:
-  """The next token of each row, (B,) int32: the likeliest, or one drawn after temperature, top-k and top-p."""
-  if greedy:
+  """The next token of each row, (B,) int32: the likeliest, or one drawn, after what `sampling` does to the logits.
+
+  Args:
+    n: tokens drawn before.
+    temperature: that of `sampling`, apart so that another one needs no other program; of no account where it is 0 there.
+  """
+  if sampling.repetition_penalty != 1:
+    logits_BV = filters.penalise(logits_BV, history, sampling.repetition_penalty)
+  if sampling.no_repeat_ngram_size:
+    logits_BV = filters.ban_repeats(logits_BV, history, sampling.no_repeat_ngram_size)
+  if not sampling.temperature:
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)
   logits_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # so that no temperature makes infinities of the likeliest
-  logits_BV = filter_logits(logits_BV / temperature, top_k, top_p)
+  logits_BV = filters.keep_likely(logits_BV / temperature, sampling.top_k, sampling.top_p, sampling.min_p)
   keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, n)
   return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
-
-
-def filter_logits(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-  """-inf for every token outside the k likeliest, and then outside the smallest set that holds top_p of the rest.
-
-  The same tokens stay as with transformers' TopKLogitsWarper and TopPLogitsWarper (Holtzman et al., arXiv:1904.09751).
-  """
-  V = logits_BV.shape[-1]
-  if 0 < top_k < V:
-    kth_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
-    logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
-  if top_p < 1:
-    order_BV = jnp.argsort(logits_BV, -1)  # rising, so that the tail is cut where its own mass reaches 1 - top_p
-    tail_BV = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, -1)), -1)
-    cut_BV = (tail_BV <= 1 - top_p) & (jnp.arange(V) < V - 1)
-    ranks_BV = jnp.argsort(order_BV, -1)
-    logits_BV = jnp.where(jnp.take_along_axis(cut_BV, ranks_BV, -1), -jnp.inf, logits_BV)
-  return logits_BV
 
 
 def _bucket(columns: int) -> int:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import pretrained, sample
+from jaxft import filters, pretrained, sample
 from jaxft.errors import RequestError
 from jaxft.sample import Sampling
 
@@ -75,25 +75,86 @@ def test_it_ends_at_the_end_token_and_at_the_last_position(ready):
 
 
 def test_filters_keep_transformers_tokens():
-  pytest.importorskip("torch", reason="transformers' processors are torch")
-  import torch
-  from transformers import TopKLogitsWarper, TopPLogitsWarper
+  torch = pytest.importorskip("torch", reason="transformers' processors are torch")
+  from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-  logits = np.random.default_rng(0).standard_normal((200, 97)).astype(np.float32) * 3
-  for top_k, top_p in ((5, 1.0), (0, 0.7), (20, 0.5), (1, 0.3), (96, 0.999)):
+  logits = np.random.default_rng(0).standard_normal((1000, 97)).astype(np.float32) * 3
+  cases = (
+    (5, 1.0, 0.0),
+    (0, 0.7, 0.0),
+    (20, 0.5, 0.0),
+    (1, 0.3, 0.0),
+    (96, 0.999, 0.0),
+    (0, 1.0, 0.1),
+    (30, 0.9, 0.05),
+  )
+  for top_k, top_p, min_p in cases:
     wanted = torch.from_numpy(logits)
     if top_k:
       wanted = TopKLogitsWarper(top_k)(None, wanted)
     if top_p < 1:
       wanted = TopPLogitsWarper(top_p)(None, wanted)
-    kept = np.isfinite(sample.filter_logits(jnp.asarray(logits), top_k, top_p))
+    if min_p:
+      wanted = MinPLogitsWarper(min_p)(None, wanted)
+    kept = np.isfinite(filters.keep_likely(jnp.asarray(logits), top_k, top_p, min_p))
     np.testing.assert_array_equal(kept, np.isfinite(wanted.numpy()))
+
+
+def test_repetition_rules_are_transformers_own():
+  """1,000 rows of few different tokens, left-padded, each against transformers' processor of that row alone."""
+  torch = pytest.importorskip("torch", reason="transformers' processors are torch")
+  from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+  rng, B, S, V = np.random.default_rng(0), 1000, 23, 11
+  logits, ids, lengths = (
+    rng.standard_normal((B, V)).astype(np.float32),
+    rng.integers(V, size=(B, S)),
+    rng.integers(1, S, B),
+  )
+  end = S - 2
+  there = (np.arange(S) >= end - lengths[:, None]) & (np.arange(S) < end)
+  history = filters.History(jnp.asarray(ids), jnp.asarray(there), jnp.int32(end))
+  for n in (1, 2, 3, 4):
+    ours = np.asarray(filters.ban_repeats(jnp.asarray(logits), history, n))
+    for row in range(B):
+      theirs = torch.from_numpy(ids[row : row + 1, max(0, end - lengths[row]) : end].copy())
+      wanted = NoRepeatNGramLogitsProcessor(n)(theirs, torch.from_numpy(logits[row : row + 1]))
+      np.testing.assert_array_equal(ours[row], wanted[0].numpy())
+  for penalty in (0.7, 1.3):
+    ours = np.asarray(filters.penalise(jnp.asarray(logits), history, penalty))
+    for row in range(B):
+      theirs = torch.from_numpy(ids[row : row + 1, max(0, end - lengths[row]) : end].copy())
+      wanted = RepetitionPenaltyLogitsProcessor(penalty)(theirs, torch.from_numpy(logits[row : row + 1].copy()))
+      np.testing.assert_allclose(ours[row], wanted[0].numpy(), rtol=1e-6)
+
+
+RULES = [
+  dict(repetition_penalty=1.5),
+  dict(no_repeat_ngram_size=2),
+  dict(repetition_penalty=1.2, no_repeat_ngram_size=3),
+]
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_rules_give_transformers_tokens_alone_and_in_a_ragged_batch(ready, folder, rules):
+  torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+  together = ready.generate(PROMPTS, temperature=0, max_new_tokens=30, **rules)
+  for completion in together:
+    assert ready.generate([completion.prompt], temperature=0, max_new_tokens=30, **rules) == [completion]
+    ids = torch.tensor([ready.tokenizer(completion.prompt)["input_ids"]])
+    how = dict(attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30, pad_token_id=0)
+    wanted = theirs.generate(ids, **how, **rules)[0, ids.shape[1] :].tolist()
+    assert completion.token_ids == (wanted[: wanted.index(0)] if 0 in wanted else wanted)
 
 
 def test_samples_follow_their_probabilities():
   logits = jnp.log(jnp.tile(jnp.array([0.5, 0.3, 0.2, 0.0]), (20000, 1)))
   keys = jax.random.split(jax.random.key(0), 20000)
-  drawn = np.bincount(sample.choose(logits, keys, jnp.int32(0), jnp.float32(1), False, 0, 1.0), minlength=4) / 20000
+  nothing = filters.History(jnp.zeros((20000, 1), jnp.int32), jnp.zeros((20000, 1), bool), jnp.int32(0))
+  drawn = sample.choose(logits, keys, jnp.int32(0), jnp.float32(1), nothing, Sampling(top_k=0))
+  drawn = np.bincount(drawn, minlength=4) / 20000
   np.testing.assert_allclose(drawn, [0.5, 0.3, 0.2, 0], atol=0.015)
 
 
@@ -104,6 +165,9 @@ def test_samples_follow_their_probabilities():
     dict(top_p=0),
     dict(top_p=1.5),
     dict(top_k=-2),
+    dict(min_p=1.5),
+    dict(repetition_penalty=0.0),
+    dict(no_repeat_ngram_size=-1),
     dict(max_new_tokens=0),
     dict(seed=-1),
     dict(temperature=float("nan")),
