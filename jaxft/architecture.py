@@ -42,7 +42,7 @@ class ModelConfig:
   tied: bool = True  # the output table is the token embedding
   head_bias: bool = False
   classes: int = 0  # above 0: a classification head in place of the language head
-  # What a run makes of the model (`hf/parts.py`): adapters beside the products named, and which weights it trains.
+  # What a run makes of the model (`hf/chosen.py`): adapters beside the products named, and which weights it trains.
   lora_rank: int = 0
   lora_scale: float = 0.0
   lora_dropout: float = 0.0
@@ -58,6 +58,10 @@ class ModelConfig:
 
   def with_dropout(self, rate: float) -> "ModelConfig":
     return dataclasses.replace(self, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
+
+
+# Fields that follow from settings of a run.
+CHOSEN = ("lora_rank", "lora_scale", "lora_dropout", "lora_targets", "trained")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,9 @@ def together(v: Mapping[str, Any]) -> list[str]:
     lines.append("config.model.path: empty; name a hub id (gpt2) or a folder")
   if not v["data.train"]:
     lines.append("config.data.train: empty; name a file, a folder or hub:NAME")
+  for name, nothing in (("lora.targets", ()), ("lora.layers", ()), ("lora.dropout", 0)):
+    if not v["lora.rank"] and v[name] != nothing:
+      lines.append(f"config.{name}={v[name]!r}: there are no adapters with config.lora.rank=0")
   if v["lora.rank"] and v["train.only"]:
     lines.append(
       f"config.train.only={v['train.only']}: with config.lora.rank={v['lora.rank']} the adapters are trained; set one"

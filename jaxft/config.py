@@ -315,7 +315,7 @@ def faults(config: ConfigDict) -> list[str]:
 
 def changed(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
   """The settings that shape what is learned and differ between a saved config and this one, one line each."""
-  before, now = flatten(saved), flatten(config)
+  before, now = flatten(default()) | flatten(saved), flatten(config)  # a setting that was not there yet had its default
   return [
     f"config.{name}={now.get(name)!r}: the run was started with {before.get(name)!r}"
     for name in sorted(before.keys() | now.keys())

@@ -87,7 +87,7 @@ def merge(params: dict, cfg: ModelConfig) -> dict:
   if not cfg.lora_rank:
     return params
   blocks = {name: dict(part) if name in ("attention", "mlp") else part for name, part in params["blocks"].items()}
-  for layer, module in {MODULES[target] for target in cfg.lora_targets}:
+  for layer, module in sorted({MODULES[target] for target in cfg.lora_targets}):  # processes gather in the same order
     part = dict(blocks[layer][module])
     adapter, kernel, places = part.pop("adapter"), part["kernel"], places_of(cfg, module)
     a, b = (whole(adapter[name]) for name in ("lora_a", "lora_b"))

@@ -158,7 +158,9 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str
 
     dx, d_blocks = jax.lax.scan(backward, dx, (inputs, layers), reverse=True)
     d_rest, d_rows = enter_vjp(dx)
-    d_tokens = fetch(d_top["embed"]["tokens"]) if "embed" in d_top else jnp.zeros_like(embed["tokens"])
+    d_tokens = (
+      fetch(d_top["embed"]["tokens"]) if "tokens" in d_top.get("embed", {}) else jnp.zeros_like(embed["tokens"])
+    )
     d_embed = {name: d for name, d in ({"tokens": d_tokens} | d_rest).items() if name in state.params.get("embed", {})}
     d_embed = store(model.with_rows({"embed": d_embed}, batch["ids"], d_rows))
     found = {**d_top, **d_embed, **d_blocks}

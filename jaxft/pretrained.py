@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxft import attention, model, offload, optim, parts, sharding, weights
 from jaxft import config as settings
+from jaxft.architecture import CHOSEN
 from jaxft.data import loader, tokens
 from jaxft.data.report import examples, lay_out
 from jaxft.errors import RequestError
@@ -22,10 +23,10 @@ from jaxft.hf import chosen, repo, save
 from jaxft.hf import load as hf_load
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
-from jaxft.program import prepare_backend
+from jaxft.program import memory_of, prepare_backend
 from jaxft.run.checkpoint import NOT_READ, Checkpoints
 from jaxft.sample import Generator, Sampling
-from jaxft.step import State, evaluate, make_eval_step
+from jaxft.step import Changing, evaluate, make_eval_step
 
 
 class Completion(NamedTuple):
@@ -215,24 +216,35 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
     raise RequestError(
       f"workdir {str(workdir)!r}: no checkpoint{'' if step is None else f' of step {step}'}; it has {steps or 'none'}"
     )
-  source = repo.find(config.model.path, config.model.revision, weights=bool(config.lora.rank or config.train.only))
+  partly = bool(config.lora.rank or config.train.only)
+  source = repo.find(config.model.path, config.model.revision, weights=partly, torch_bin=config.model.torch_bin)
   if config.model.config and config.model.init == "scratch":
     source = repo.Checkpoint(source.folder, *repo.read_config(Path(config.model.config)))
   at = steps[-1] if step is None else step
   meta = checkpoints.meta(at)
+  if meta.get("frozen") and repo.fingerprint(source, whole=True) != meta["frozen"]:
+    raise RequestError(
+      f"config.model.path={config.model.path!r}: its weights, of which the run of {str(workdir)!r} has trained a part, are not "
+      "what they were"
+    )
   if meta["labels"]:
     source = repo.with_classes(source, meta["labels"], tokens.load_tokenizer(source.folder, source.cfg.V).eos_token_id)
-  cfg = chosen.as_configured(source.cfg, config, source.hf_config["model_type"])
+  trained_as = settings.from_json(json.dumps(meta["config"]))
+  cfg = chosen.as_configured(source.cfg, trained_as, source.hf_config["model_type"])
   now, was = json.loads(json.dumps(dataclasses.asdict(cfg))), meta.get("model", {})
-  if other := [name for name in was if now.get(name) != was[name] and not name.endswith("dropout")]:
+  if other := [
+    name for name in was if now.get(name) != was[name] and name not in CHOSEN and not name.endswith("dropout")
+  ]:
     raise RequestError(
       f"config.json of config.model.path={config.model.path!r}: {other[0]} is {now.get(other[0])!r}, and was {was[other[0]]!r} "
       f"when the run of {str(workdir)!r} was started"
     )
-  ready = Pretrained(source, compute_dtype, on_host=config.memory.offload == "all")
+  # Where a part of it was trained, the whole in float32 may be more than the device holds.
+  too_large = bool(cfg.trained) and 5 * model.parameter_count(source.cfg) > memory_of(jax.local_devices()[0])
+  ready = Pretrained(source, compute_dtype, on_host=config.memory.offload == "all" or too_large)
   trained = ready.shapes_of_trained(cfg)
   states = jax.eval_shape(optim.optimizer(config.optim).init, trained)
-  unread = State(NOT_READ, trained, jax.tree.map(lambda _: NOT_READ, states))
+  unread = Changing(NOT_READ, trained, jax.tree.map(lambda _: NOT_READ, states))
   ready.run = workdir, at
   ready.params = weights.plain(checkpoints.restore(at, unread).params, cfg, source, ready.shapes)
   checkpoints.close()

@@ -18,7 +18,7 @@ from jaxft import attention, loss, model, offload, optim, parts, sharding
 from jaxft.data import loader
 from jaxft.errors import RequestError
 from jaxft.files import cache_folder
-from jaxft.step import State, make_eval_step, make_gradient, make_look, make_train_step, make_update
+from jaxft.step import Changing, State, make_eval_step, make_gradient, make_look, make_train_step, make_update
 
 # Without it libtpu 0.0.42's compiler overflows a stack on GPT-2 with dropout, from four rows at once on: a segmentation fault.
 LIBTPU_STACK = "--fibers_default_thread_stack_size=1048576"
@@ -152,9 +152,9 @@ def draw(program: Program, cfg: model.ModelConfig, seed: int, shapes: Any) -> An
 def begin(program: Program, params: Any, frozen: Any) -> State:
   """The state before the first step, of parameters that are placed as the program's; those that are trained are donated."""
   if program.offload == "none":
-    new = lambda params: State(jnp.int32(0), params, program.tx.init(params))
+    new = lambda params: Changing(jnp.int32(0), params, program.tx.init(params))
     places = jax.tree.map(lambda leaf: leaf.sharding, program.state.changing)
-    return jax.jit(new, out_shardings=places, donate_argnums=0)(params)._replace(frozen=frozen)
+    return State(*jax.jit(new, out_shardings=places, donate_argnums=0)(params), frozen)
   # On the host every optimizer begins with zeros, without a detour over the device.
   zeros = lambda leaf: jax.make_array_from_callback(
     leaf.shape, leaf.sharding, lambda index: np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)

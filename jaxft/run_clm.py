@@ -53,31 +53,21 @@ def _is_true(text: str) -> bool:
 SAME = {
   "model_name_or_path": Same("model.path"),
   "model_revision": Same("model.revision"),
-  "config_name": Same("model.config", also=("model.init=scratch",)),
   "dataset_name": Same("data.train", lambda name: f"hub:{name}"),
   "train_file": Same("data.train"),
   "validation_file": Same("data.validation"),
   "validation_split_percentage": Same("data.validation_fraction", lambda text: str(float(text) / 100)),
-  "max_train_samples": Same("data.limit_train"),
-  "max_eval_samples": Same("data.limit_validation"),
   "block_size": Same("data.sequence_length"),
   "learning_rate": Same("optim.learning_rate"),
   "num_train_epochs": Same("train.epochs", also=("train.steps=0",)),
-  "max_steps": Same("train.steps", _whole, also=("train.epochs=0.0",)),
+  "max_steps": Same("train.steps", _whole, also=("train.epochs=0.0",)),  # wins, whichever comes first
   "lr_scheduler_type": Same(
     "optim.schedule", _choice(linear="linear", cosine="cosine", constant="constant", constant_with_warmup="constant")
   ),
   "warmup_steps": Same("optim.warmup_steps", _whole),
   "optim": Same(
     "optim.name",
-    _choice(
-      adamw_torch="adamw",
-      adamw_torch_fused="adamw",
-      adamw_hf="adamw",
-      adafactor="adafactor",
-      lion_32bit="lion",
-      sgd="sgd",
-    ),
+    _choice(adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw", adafactor="adafactor", lion_32bit="lion"),
   ),
   "weight_decay": Same("optim.weight_decay"),
   "adam_beta1": Same("optim.b1"),
@@ -90,18 +80,20 @@ SAME = {
   "gradient_checkpointing": Same("memory.remat", _only_true("full")),
   "activation_checkpointing": Same("memory.remat", _only_true("full")),
   "logging_steps": Same("train.log_every", _whole),
-  "eval_strategy": Same("train.eval_every", _choice(no="0")),
   "eval_steps": Same("train.eval_every", _whole),
   "save_steps": Same("train.save_every", _whole),
-  "save_strategy": Same("train.save_every", _choice(no="0")),
   "save_total_limit": Same("train.keep"),
-  "hub_model_id": Same("export.push_to_hub"),
 }
+# Whether, and with what, evaluations and checkpoints are made.
+STRATEGIES = {"eval_strategy": ("eval_steps", "train.eval_every"), "save_strategy": ("save_steps", "train.save_every")}
+PUSH, HUB_NAME = "push_to_hub", "hub_model_id"
 PER_DEVICE, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 WORKDIR = "output_dir"
 # True of every run here, so that they may be said.
 ALWAYS = ("do_train", "do_eval", "low_cpu_mem_usage", "use_fast_tokenizer", "eval_on_start")
-HUB = "config.export.push_to_hub=OWNER/NAME, which --hub_model_id sets, says all of it"
+SAMPLES = (
+  "config.data.limit_train and limit_validation count documents, drawn; run_clm.py's first blocks are no such thing"
+)
 LOADER = "the loader has nothing to set: it reads memory-mapped tokens"
 SHARDING = "config.mesh and config.memory say how a run is spread: docs/recipes/deepspeed.md"
 REFUSED = {
@@ -120,9 +112,11 @@ REFUSED = {
   "fsdp": SHARDING,
   "fsdp_config": SHARDING,
   "report_to": "console and metrics.jsonl are written always",
-  "push_to_hub": HUB,
+  "config_name": "config.model.init=scratch with config.model.config draws new weights; read ones have their own config.json",
+  "max_train_samples": SAMPLES,
+  "max_eval_samples": SAMPLES,
   "hub_token": "the token is read where huggingface_hub keeps it, or from HF_TOKEN",
-  "hub_private_repo": HUB,
+  "hub_private_repo": "make the repository first, as private as it should be",
   "torch_dtype": "weights are float32, and computed in config.model.compute_dtype",
   "dtype": "weights are float32, and computed in config.model.compute_dtype",
   "torch_compile": "every step is compiled",
@@ -135,7 +129,9 @@ REFUSED = {
   "neftune_noise_alpha": "there is no noise on embeddings",
   "local_rank": "processes are found out, or told by --process_id",
 }
-KNOWN = SAME.keys() | {PER_DEVICE, ACCUMULATION, WORKDIR} | set(ALWAYS) | REFUSED.keys()
+KNOWN = (
+  SAME.keys() | STRATEGIES.keys() | {PER_DEVICE, ACCUMULATION, WORKDIR, PUSH, HUB_NAME} | set(ALWAYS) | REFUSED.keys()
+)
 
 
 class PerDevice(NamedTuple):
@@ -165,35 +161,73 @@ def translate(words: list[str]) -> tuple[list[str], PerDevice | None]:
 
   Raises RequestError with every flag that cannot mean anything here, and the reason.
   """
-  found, lines, per_device, i = [], [], {}, 0
+  rest, given = _given(words)
+  if not given:
+    return words, None
+  has_config = any(word == "--config" or word.startswith("--config=") for word in rest)
+  ours, lines = [], []
+  for name, value in given.items():
+    try:
+      ours += _ours(name, value, given)
+    except ValueError as error:
+      lines.append(f"--{name}{'=' + value if value else ''}: {error}")
+  if ACCUMULATION in given and PER_DEVICE not in given and has_config:
+    lines.append(f"--{ACCUMULATION}: of how many rows? give --{PER_DEVICE} too, or config.train.batch_size")
+  batch = [word for word in rest if word.startswith(("--config.train.batch_size", "--config.train.micro_batch_size"))]
+  if batch and {PER_DEVICE, ACCUMULATION} & given.keys():
+    lines.append(f"{batch[0]}: a batch by device is given too; leave one of the two out")
+  if lines:
+    raise RequestError("\n".join(lines))
+  config = [] if has_config else [f"--config={__file__}"]
+  counted = None
+  if {PER_DEVICE, ACCUMULATION} & given.keys():
+    counted = PerDevice(int(given.get(PER_DEVICE, 8)), int(given.get(ACCUMULATION, 1)))
+  return [*config, *rest, *ours], counted
+
+
+def _given(words: list[str]) -> tuple[list[str], dict[str, str]]:
+  """The words that are none of run_clm.py's, and the values of those that are, in order."""
+  rest, given, i = [], {}, 0
   while i < len(words):
     word, i = words[i], i + 1
     name, equals, value = word.removeprefix("--").partition("=")
     if not word.startswith("--") or name not in KNOWN:
-      found.append(word)
+      rest.append(word)
       continue
     if not equals and i < len(words) and not words[i].startswith("--"):
       value, i = words[i], i + 1
-    try:
-      if name in REFUSED:
-        if not (name == "report_to" and value == "none"):
-          raise ValueError(REFUSED[name])
-      elif name == WORKDIR:
-        found.append(f"--workdir={value}")
-      elif name in (PER_DEVICE, ACCUMULATION):
-        per_device[name] = int(_whole(value))
-      elif name in SAME:
-        same = SAME[name]
-        found += [f"--config.{same.setting}={same.value(value)}", *(f"--config.{pair}" for pair in same.also)]
-    except ValueError as error:
-      lines.append(f"--{name}{'=' + value if value else ''}: {error}")
-  if lines:
-    raise RequestError("\n".join(lines))
-  counted = PerDevice(per_device.get(PER_DEVICE, 8), per_device.get(ACCUMULATION, 1)) if per_device else None
-  used = counted or found != words
-  if used and not any(word == "--config" or word.startswith("--config=") for word in words):
-    found.insert(0, f"--config={__file__}")
-  return found, counted
+    given[name] = value
+  return rest, given
+
+
+def _ours(name: str, value: str, given: dict[str, str]) -> list[str]:
+  """What a flag is here; raises ValueError with the reason where it is nothing."""
+  if name in REFUSED and not (name == "report_to" and value == "none"):
+    raise ValueError(REFUSED[name])
+  if name == WORKDIR:
+    return [f"--workdir={value}"]
+  if name in (PER_DEVICE, ACCUMULATION):
+    _whole(value)
+  if name == "do_train" and not _is_true(value) or name == "do_eval" and "do_train" not in given:
+    raise ValueError("this command trains; jaxft.evaluate measures a model")
+  if name == PUSH and _is_true(value):
+    if HUB_NAME not in given:
+      raise ValueError(f"give --{HUB_NAME} OWNER/NAME too")
+    return [f"--config.export.push_to_hub={given[HUB_NAME]}"]
+  if name in STRATEGIES:
+    steps, setting = STRATEGIES[name]
+    if value not in ("no", "steps"):
+      raise ValueError("there is only no, and steps, here")
+    if value == "steps" and steps == "eval_steps" and steps not in given:
+      raise ValueError(f"give --{steps} too")
+    return [f"--config.{setting}=0"] if value == "no" else []
+  off = [strategy for strategy, (steps, _) in STRATEGIES.items() if steps == name and given.get(strategy) == "no"]
+  if name not in SAME or off or name == "num_train_epochs" and given.get("max_steps", "-1") != "-1":
+    return []
+  if name == "max_steps" and value == "-1":
+    return []
+  same = SAME[name]
+  return [f"--config.{same.setting}={same.value(value)}", *(f"--config.{pair}" for pair in same.also)]
 
 
 def table() -> str:
@@ -203,6 +237,11 @@ def table() -> str:
     f"| `--{WORKDIR}` | `--workdir` |",
     f"| `--{PER_DEVICE}` | `--config.train.micro_batch_size`; times devices and accumulation `--config.train.batch_size` |",
     f"| `--{ACCUMULATION}` | see above |",
+    *(
+      f"| `--{name}` | `no`: `--config.{setting}=0`; `steps`: as `--{steps}` says |"
+      for name, (steps, setting) in STRATEGIES.items()
+    ),
+    f"| `--{PUSH}` with `--{HUB_NAME}` | `--config.export.push_to_hub` |",
     *(f"| `--{name}` | always so |" for name in ALWAYS),
     *(f"| `--{name}` | refused: {reason} |" for name, reason in REFUSED.items()),
   ]

@@ -19,8 +19,16 @@ from jaxft.loss import cross_entropy_sum
 from jaxft.parts import join, masked
 
 
+class Changing(NamedTuple):
+  """Everything that training changes, and everything a checkpoint holds."""
+
+  step: jax.Array
+  params: Any
+  opt: Any
+
+
 class State(NamedTuple):
-  """Everything that training changes, which is what a checkpoint holds, and the weights that it leaves as they are."""
+  """What training changes, and the weights that it leaves as they are."""
 
   step: jax.Array  # optimizer steps done, skipped ones included
   params: Any  # those that are trained
@@ -33,9 +41,9 @@ class State(NamedTuple):
     return join(self.params, self.frozen)
 
   @property
-  def changing(self) -> "State":
+  def changing(self) -> Changing:
     """Without the frozen weights, which can be read again where they came from."""
-    return self._replace(frozen={})
+    return Changing(self.step, self.params, self.opt)
 
 
 def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients: Any, trained: Any = ()) -> Callable:

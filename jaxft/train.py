@@ -33,7 +33,7 @@ from jaxft.run.profile import Profile
 from jaxft.run.resume import refuse_another_run, resume
 from jaxft.run.tracking import Meter, Reporter, console, say
 from jaxft.sample import Generator, Sampling
-from jaxft.step import name_bad_leaves
+from jaxft.step import State, name_bad_leaves
 from jaxft.weights import first as first_weights
 from jaxft.weights import plain, plain_shapes
 
@@ -125,7 +125,8 @@ def finetune(
     with Meter("tokenising", 1) as meter:
       told = lambda done, total: meter.at(done, total=total)
       data = prepare(config.data, tokenizer, repo.tokenizer_fingerprint(source.folder), told, say)
-    weights = repo.fingerprint(source) if pretrained else ""
+    frozen = bool(config.lora.rank or config.train.only)
+    weights = repo.fingerprint(source, whole=frozen) if pretrained else ""
     hosts.agree(
       "data", {"config.data, as it is cut into tokens": data.fingerprint, "the files of config.model.path": weights}
     )
@@ -159,7 +160,7 @@ def finetune(
     )
 
     # ---- Workdir: is it this run's? ------------------------------------------------------------------------------------
-    about |= {"model": dataclasses.asdict(cfg), "frozen": weights if cfg.trained else ""}
+    about |= {"model": dataclasses.asdict(cfg), "frozen": weights if frozen else ""}
     checkpoints, out = None, export_folder(config, workdir)
     if not dry_run:
       folder, best, offloaded = workdir / "checkpoints", config.train.keep_best_metric, program.offload != "none"
@@ -194,11 +195,11 @@ def finetune(
 
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
-    state, tokens_seen = resume(checkpoints, program.state.changing, total_steps, strict)
-    if state is None:
+    found, tokens_seen = resume(checkpoints, program.state.changing, total_steps, strict)
+    if found is None:
       state = programs.begin(program, *first_weights(program, cfg, source, config))
-    elif cfg.trained:
-      state = state._replace(frozen=first_weights(program, cfg, source, config)[1])
+    else:
+      state = State(*found, first_weights(program, cfg, source, config)[1] if cfg.trained else {})
     start = int(state.step)
     if jax.process_index() == 0:
       write_whole(workdir / "config.json", settings.to_json(config))
@@ -312,6 +313,9 @@ def finetune(
 def main() -> None:
   arguments = command_line.parse_train()
   if arguments.print_config:
+    if arguments.per_device:
+      programs.prepare_backend()
+      arguments.per_device.into(arguments.config, jax.device_count())
     print(settings.describe(arguments.config))
     return
   with hosts.joined(arguments.place, arguments.start_timeout, arguments.peer_timeout):

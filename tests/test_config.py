@@ -89,6 +89,10 @@ def test_only_what_shapes_learning_must_stay_the_same_on_resume():
   now.train.save_every, now.mesh.fsdp, now.optim.learning_rate = 7, 2, 1e-3
   assert [line.split("=")[0] for line in settings.changed(before.to_dict(), now)] == ["config.optim.learning_rate"]
   assert settings.FREE_ON_RESUME <= settings.BY_NAME.keys()
+  # A run from before there were adapters goes on.
+  older = before.to_dict()
+  del older["lora"], older["train"]["only"]
+  assert settings.changed(older, complete()) == []
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)

@@ -17,6 +17,7 @@ import numpy as np
 import processes
 import pytest
 from jax._src import clusters
+from safetensors.numpy import load_file
 
 from jaxft.errors import RequestError
 from jaxft.run import roll_call
@@ -101,6 +102,26 @@ def test_several_processes_are_one_run_and_their_checkpoints_anyones(config_file
   done = processes.train(config_file, workdir, "--config.mesh.fsdp=1", "--config.train.save_every=6")
   assert "continuing at step 6" in done.stdout
   close(processes.losses(workdir), processes.losses(on_one))
+
+
+@pytest.mark.slow
+@wide
+def test_adapters_are_gathered_and_written_by_several_processes(config_file, tmp_path):
+  flags = (
+    "--config.mesh.fsdp=-1",
+    "--config.lora.rank=3",
+    "--config.lora.targets=all-linear",
+    "--config.optim.learning_rate=0.01",
+  )
+  several = Hosts(config_file, tmp_path / "two", 2, *flags, devices=2)
+  assert several.codes() == [0, 0], several.said()
+  processes.train(config_file, tmp_path / "one", *flags, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"})
+  close(processes.losses(tmp_path / "two"), processes.losses(tmp_path / "one"))
+  for name in ("adapter/adapter_model.safetensors", "export/model.safetensors"):
+    ours, theirs = (load_file(tmp_path / of / name) for of in ("two", "one"))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+      np.testing.assert_allclose(ours[key], theirs[key], atol=1e-4)
 
 
 LONG = ("--config.train.steps=26", "--config.train.save_every=6", "--config.train.keep=9", "--config.mesh.fsdp=-1")

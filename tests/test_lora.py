@@ -199,6 +199,17 @@ def test_a_base_that_has_changed_is_refused(finetuned, folder, tmp_path):
   config.model.path = str(other)
   with pytest.raises(RequestError, match="its weights, some of which are frozen, are not what they were"):
     finetune(config, run.workdir)
+  written = json.loads((run.workdir / "config.json").read_text())
+  written["model"]["path"] = str(other)
+  (run.workdir / "config.json").write_text(json.dumps(written))
+  with pytest.raises(RequestError, match="of which the run of .* has trained a part, are not what they were"):
+    jaxft.pretrained.load_workdir(run.workdir)
+
+
+def test_positions_alone_with_everything_on_the_host():
+  _, run = build("gpt2", memory__offload="all", train__only=("transformer.wpe.weight",))
+  assert [path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(run.gradients)[0]] == ["positions"]
+  run.train_step.lower(run.state, run.batch)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +221,8 @@ def test_a_base_that_has_changed_is_refused(finetuned, folder, tmp_path):
       "config.lora.layers: '1-3' must be a layer, or first-last, of 0 to 2",
     ),
     ({"lora__rank": 2, "lora__layers": ("last",)}, "config.lora.layers: 'last' must be"),
+    ({"lora__rank": 2, "lora__layers": ("2-",)}, "config.lora.layers: '2-' must be"),
+    ({"lora__targets": ("c_attn",)}, "config.lora.targets=.* there are no adapters with config.lora.rank=0"),
     (
       {"train__only": ("h.2.*",)},
       r"config.train.only: 'h.2.\*' is the name of no weight; there are transformer.wte.weight",

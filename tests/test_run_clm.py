@@ -27,6 +27,7 @@ def test_a_command_of_run_clm_is_understood(monkeypatch):
   words += (
     " --lr_scheduler_type cosine --warmup_steps 7 --optim adamw_torch --weight_decay 0.1 --seed 5 --save_total_limit 3"
   )
+  words += " --save_strategy steps --save_steps 7"
   words += " --validation_split_percentage 10 --report_to none --gradient_checkpointing --adam_beta2 0.95 --do_eval"
   arguments = parsed(monkeypatch, *words.split())
   found = settings.flatten(arguments.config)
@@ -42,6 +43,7 @@ def test_a_command_of_run_clm_is_understood(monkeypatch):
     "train.epochs": 2.0,
     "train.seed": 5,
     "train.keep": 3,
+    "train.save_every": 7,
     "optim.name": "adamw",
     "optim.learning_rate": 1e-4,
     "optim.schedule": "cosine",
@@ -89,6 +91,33 @@ def test_every_setting_named_is_one():
   assert {same.setting for same in run_clm.SAME.values()} <= settings.BY_NAME.keys()
   groups = [set(run_clm.SAME), {*run_clm.ALWAYS}, set(run_clm.REFUSED)]
   assert sum(map(len, groups)) == len(set.union(*groups))
+
+
+@pytest.mark.parametrize("words", ["--max_steps 30 --num_train_epochs 3", "--num_train_epochs 3 --max_steps 30"])
+def test_the_order_of_flags_is_of_no_account(monkeypatch, words):
+  config = parsed(
+    monkeypatch, "--model_name_or_path=gpt2", *words.split(), "--eval_steps=5", "--eval_strategy=no"
+  ).config
+  assert (config.train.steps, config.train.epochs, config.train.eval_every) == (30, 0, 0)
+
+
+@pytest.mark.parametrize(
+  "words, message",
+  [
+    ("--do_train False", "this command trains"),
+    ("--do_eval", "this command trains"),
+    ("--push_to_hub", "--push_to_hub: give --hub_model_id OWNER/NAME too"),
+    ("--eval_strategy epoch", "there is only no, and steps, here"),
+    ("--eval_strategy steps", "--eval_strategy=steps: give --eval_steps too"),
+    ("--optim sgd", "there is only adamw_torch"),
+    ("--config x.py --gradient_accumulation_steps 2", "of how many rows"),
+    ("--per_device_train_batch_size 2 --config.train.batch_size=8", "a batch by device is given too"),
+    ("--per_device_train_batch_size two", "give a whole number"),
+  ],
+)
+def test_halves_of_a_request_are_refused(monkeypatch, words, message):
+  with pytest.raises(RequestError, match=message):
+    parsed(monkeypatch, "--model_name_or_path=gpt2", *words.split())
 
 
 def test_the_page_has_the_table_of_the_code():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
@@ -66,7 +67,7 @@ def _layers(chosen: tuple[str, ...], L: int) -> tuple[int, ...]:
   found = set()
   for text in chosen:
     first, _, last = text.partition("-")
-    if not first.isdecimal() or last and not last.isdecimal() or not int(first) <= int(last or first) < L:
+    if not re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6})?", text) or not int(first) <= int(last or first) < L:
       raise RequestError(f"config.lora.layers: {text!r} must be a layer, or first-last, of 0 to {L - 1}")
     found |= set(range(int(first), int(last or first) + 1))
   return tuple(sorted(found))
@@ -86,7 +87,7 @@ def _named(cfg: ModelConfig, patterns: tuple[str, ...], model_type: str) -> tupl
         )
       if all(matches):
         layers.append(layer)
-    if layers:
+    if layers or rule.ours == "output.score" and cfg.classes:  # a new head would stay as it is drawn
       trained.append((rule.ours, tuple(layers) if rule.by_layer and len(layers) < cfg.L else ()))
   if unused:
     names = [name for rule in FAMILIES[model_type].rules for _, some in _names(rule, cfg) for name in some]

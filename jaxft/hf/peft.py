@@ -1,13 +1,15 @@
 """Adapters in the format of PEFT (0.17): adapter_config.json and adapter_model.safetensors."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from jaxft.errors import StorageError
 from jaxft.files import refused, write_whole
@@ -58,11 +60,18 @@ def write(folder: Path, trained: Any, cfg: ModelConfig, source: Checkpoint, conf
   }
   if jax.process_index() > 0:
     return
+  partial = folder / ".adapter_model.safetensors.partial"
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".adapter_model.safetensors.partial"
     save_file(found, partial, metadata={"format": "pt"})
+    with partial.open("rb") as stream:
+      os.fsync(stream.fileno())
+    back = load_file(partial)
+    if wrong := [name for name, array in found.items() if array.tobytes() != back[name].tobytes()]:
+      raise StorageError(f"adapters to {folder}: {wrong[0]!r} read back differs; the disk is not to be trusted")
     partial.rename(folder / "adapter_model.safetensors")
     write_whole(folder / "adapter_config.json", json.dumps(about, indent=2) + "\n")
-  except OSError as error:
+  except (OSError, SafetensorError) as error:
     raise StorageError(f"adapters to {folder}: {refused(folder, error)}") from error
+  finally:
+    partial.unlink(missing_ok=True)

@@ -265,14 +265,16 @@ def _refuse_odd_files(folder: Path) -> None:
       raise RequestError(f"{file}: {file.stat().st_size:,} bytes are too many for such a file")
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-  """Tells the weights of one folder from another's by sizes and samples: 64 KB at each of 17 places in each file."""
+def fingerprint(checkpoint: Checkpoint, whole: bool = False) -> str:
+  """Tells the weights of one folder from another's: by all bytes, or by sizes and 64 KB at each of 17 places in each file."""
   digest, sample = hashlib.sha256(json.dumps(checkpoint.hf_config, sort_keys=True).encode()), 2**16
   for file in weight_files(checkpoint.folder, checkpoint.torch_bin):
     size = file.stat().st_size
     digest.update(f"{file.name} {size} ".encode())
     with file.open("rb") as stream:
-      for part in range(17):
+      if whole:
+        digest.update(hashlib.file_digest(stream, "sha256").digest())
+      for part in range(0 if whole else 17):
         stream.seek(max(0, size - sample) * part // 16)
         digest.update(stream.read(sample))
   return digest.hexdigest()

@@ -6,10 +6,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxft import config as settings
+from jaxft.architecture import CHOSEN
 from jaxft.errors import RequestError, StorageError, Unreadable
 from jaxft.run.checkpoint import Checkpoints, described
 from jaxft.run.tracking import say
-from jaxft.step import State
+from jaxft.step import Changing
 
 ANOTHER, ALLOWED = (
   "name another --workdir",
@@ -18,7 +19,7 @@ ANOTHER, ALLOWED = (
 
 
 def refuse_another_run(
-  checkpoints: Checkpoints, like: State, config: ConfigDict, about: dict[str, Any], allow_change: bool
+  checkpoints: Checkpoints, like: Changing, config: ConfigDict, about: dict[str, Any], allow_change: bool
 ) -> None:
   """Raises RequestError when the newest readable checkpoint is of another run than this one; says so, where that is allowed.
 
@@ -36,7 +37,7 @@ def refuse_another_run(
     lines += [
       f"config.json of config.model.path={config.model.path!r}: {name} is {now.get(name)!r}; the run was started with {was!r}"
       for name, was in meta.get("model", {}).items()  # a record of before 2026-11-21 has none
-      if now.get(name) != was
+      if now.get(name) != was and not name not in CHOSEN  # told as settings already
     ]
     saved, wanted = meta["leaves"], described(like)
     other = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
@@ -67,7 +68,7 @@ def refuse_another_run(
     return
 
 
-def resume(checkpoints: Checkpoints, like: State, total_steps: int, strict: bool) -> tuple[State | None, int]:
+def resume(checkpoints: Checkpoints, like: Changing, total_steps: int, strict: bool) -> tuple[Changing | None, int]:
   """The newest sound checkpoint and the tokens it has seen, or (None, 0) when the run is new.
 
   Damaged ones that are newer are set aside, or raise if `strict`. Raises StorageError when there are some and none is sound.
