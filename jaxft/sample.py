@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft import filters
+from jaxft import beams, filters
 from jaxft.errors import RequestError
 from jaxft.filters import History
 from jaxft.model import Cache, ModelConfig
@@ -29,7 +29,13 @@ class Sampling(NamedTuple):
   min_p: float = 0.0
   repetition_penalty: float = 1.0
   no_repeat_ngram_size: int = 0  # 0: runs of tokens may be repeated
+  num_beams: int = 1
+  length_penalty: float = 1.0  # of beams: scores are divided by length to this power
   seed: int = 0
+
+  def of_program(self) -> "Sampling":
+    """With what needs no other program left out."""
+    return self._replace(temperature=float(self.temperature > 0), seed=0, max_new_tokens=1, length_penalty=1.0)
 
   def check(self) -> None:
     """Raises RequestError on a value that means nothing."""
@@ -40,11 +46,15 @@ class Sampling(NamedTuple):
       ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
       ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
       ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0; 1 changes nothing"),
+      ("num_beams", 1 <= self.num_beams <= 256, "from 1 to 256"),
+      ("length_penalty", abs(self.length_penalty) < float("inf"), "a finite number"),
       ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (no such rule) or more"),
       ("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295"),
     ):
       if not fine:
         raise RequestError(f"--{name}={getattr(self, name)}: must be {wanted}")
+    if self.num_beams > 1 and self.temperature:
+      raise RequestError(f"--num_beams={self.num_beams}: beams are not drawn; give --temperature=0 too")
 
 
 class Generator:
@@ -76,45 +86,127 @@ class Generator:
     sampling.check()
     if not prompts:
       return []
-    prompts = [prompt or [self.eos_token_id] for prompt in prompts]
-    lengths_B = np.array([len(prompt) for prompt in prompts])
-    if lengths_B.max() >= self._cfg.P:
-      raise RequestError(
-        f"prompt {lengths_B.argmax() + 1} has {lengths_B.max()} tokens and the model {self._cfg.P} positions; "
-        "shorten it"
-      )
-    new = min(sampling.max_new_tokens, self._cfg.P - lengths_B.max())
-    T = _bucket(lengths_B.max())
-    ids_BT, columns = np.zeros((len(prompts), T), np.int32), np.arange(T)
-    for row, prompt in zip(ids_BT, prompts, strict=True):
-      row[T - len(prompt) :] = prompt  # padded on the left, so that all rows end in the same column
-    segments_BT = (columns >= (T - lengths_B)[:, None]).astype(np.int32)
-    positions_BT = np.maximum(columns - (T - lengths_B)[:, None], 0).astype(np.int32)
+    rows = [prompt or [self.eos_token_id] for prompt in prompts for _ in range(sampling.num_beams)]
+    texts = Texts.of(rows, sampling.max_new_tokens, self._cfg.P, sampling.num_beams)
+    logits_BV, cache = self._prefill(params, *texts.prompts(), S=texts.ids_BS.shape[1])
+    go_on = self._likeliest if sampling.num_beams > 1 else self._chosen
+    return go_on(params, logits_BV, cache, texts, sampling)
 
-    S = _bucket(T + new)
-    logits_BV, cache = self._prefill(params, ids_BT, segments_BT, positions_BT, S=S)
-    text_BS, there_BS = (np.pad(x, [(0, 0), (0, S - T)]) for x in (ids_BT, segments_BT > 0))
-    how = sampling._replace(
-      temperature=float(sampling.temperature > 0), seed=0, max_new_tokens=1
-    )  # what programs differ by
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), jnp.arange(len(prompts)))
-    completions, open_rows = [[] for _ in prompts], set(range(len(prompts)))
-    for n in range(new):
-      # Copies: a CPU's devices read such arrays where they lie, and some may still do so while the next token is written.
-      history = History(text_BS.copy(), there_BS.copy(), np.int32(T + n))
-      next_B = choose(logits_BV, keys_B, jnp.int32(n), jnp.float32(sampling.temperature or 1), history, how)
-      text_BS[:, T + n], there_BS[:, T + n] = next_B, True
+  def _chosen(
+    self, params: Any, logits_BV: jax.Array, cache: Cache, texts: "Texts", sampling: Sampling
+  ) -> list[list[int]]:
+    """A token after the other: the likeliest, or drawn."""
+    count = len(texts.lengths_B)
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), jnp.arange(count))
+    completions, open_rows, temperature = [[] for _ in range(count)], set(range(count)), sampling.temperature or 1
+    for n in range(texts.new):
+      next_B = choose(logits_BV, keys_B, jnp.int32(n), jnp.float32(temperature), texts.history(), sampling.of_program())
       for row, token in enumerate(np.asarray(next_B).tolist()):
         if token == self.eos_token_id:
           open_rows.discard(row)
         if row in open_rows:
           completions[row].append(token)
-      if not open_rows or n == new - 1:
+      if not open_rows or n == texts.new - 1:
         break
-      logits_BV, cache = self._step(
-        params, cache, next_B[:, None], np.ones((len(prompts), 1), np.int32), (lengths_B[:, None] + n).astype(np.int32)
-      )
+      logits_BV, cache = self._step(params, cache, *texts.add(np.asarray(next_B)))
     return completions
+
+  def _likeliest(
+    self, params: Any, logits_BV: jax.Array, cache: Cache, texts: "Texts", sampling: Sampling
+  ) -> list[list[int]]:
+    """Whole texts by beam search: `num_beams` rows for each prompt."""
+    W = sampling.num_beams
+    prompts = [beams.Beams(W, sampling.length_penalty, texts.new) for _ in range(len(texts.lengths_B) // W)]
+    while True:
+      sums = np.array([[text.score for text in prompt.running] for prompt in prompts], np.float32)
+      best = map(np.asarray, continuations(logits_BV, sums, texts.history(), sampling.of_program()))
+      sources = [prompt.advance(*row, self.eos_token_id) for prompt, *row in zip(prompts, *best, strict=True)]
+      if all(prompt.done for prompt in prompts):
+        return [prompt.best(self.eos_token_id) for prompt in prompts]
+      rows = np.concatenate([np.array(of) + W * i for i, of in enumerate(sources)])
+      texts.take(rows)
+      cache = _take(cache, rows)
+      last = np.array([text.ids[-1] for prompt in prompts for text in prompt.running], np.int32)
+      logits_BV, cache = self._step(params, cache, *texts.add(last))
+
+
+class Texts:
+  """Prompts and what follows them, in rows that end in the same column."""
+
+  def __init__(self, ids_BS: np.ndarray, lengths_B: np.ndarray, T: int, new: int):
+    self.ids_BS, self.lengths_B, self.new = ids_BS, lengths_B, new
+    self._T, self._end = T, T
+
+  @classmethod
+  def of(cls, rows: list[list[int]], new: int, P: int, repeated: int) -> "Texts":
+    """Rows for prompts, and for at most `new` more tokens; raises RequestError for one that fills the P positions.
+
+    Args:
+      repeated: how often each prompt is there.
+    """
+    lengths_B = np.array([len(row) for row in rows])
+    if lengths_B.max() >= P:
+      raise RequestError(
+        f"prompt {lengths_B.argmax() // repeated + 1} has {lengths_B.max()} tokens and the model {P} positions; shorten it"
+      )
+    new = min(new, P - int(lengths_B.max()))
+    T = _bucket(lengths_B.max())
+    ids_BS = np.zeros((len(rows), _bucket(T + new)), np.int32)
+    for row, prompt in zip(ids_BS, rows, strict=True):
+      row[T - len(prompt) : T] = prompt  # padded on the left
+    return cls(ids_BS, lengths_B, T, new)
+
+  def prompts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, segments and positions (B, T) of what is there at first."""
+    T, begins_B1 = self._T, (self._T - self.lengths_B)[:, None]
+    segments_BT = (np.arange(T) >= begins_B1).astype(np.int32)
+    return self.ids_BS[:, :T], segments_BT, np.maximum(np.arange(T) - begins_B1, 0).astype(np.int32)
+
+  def add(self, ids_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Writes a token to each row; its id, segment and position (B, 1)."""
+    self.ids_BS[:, self._end], self._end = ids_B, self._end + 1
+    positions_B1 = (self.lengths_B + self._end - self._T - 1)[:, None].astype(np.int32)
+    return ids_B[:, None], np.ones_like(positions_B1), positions_B1
+
+  def take(self, rows: np.ndarray) -> None:
+    """Goes on from these rows."""
+    self.ids_BS = self.ids_BS[rows]
+
+  def history(self) -> History:
+    columns = np.arange(self.ids_BS.shape[1])
+    there_BS = (columns >= (self._T - self.lengths_B)[:, None]) & (columns < self._end)
+    # A copy: a CPU's devices read such arrays where they lie, and some may still do so while the next token is written.
+    return History(self.ids_BS.copy(), there_BS, np.int32(self._end))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _take(cache: Cache, rows: jax.Array) -> Cache:
+  return Cache(cache.k_LBSNH[:, rows], cache.v_LBSNH[:, rows], cache.segments_BS[rows], cache.used)
+
+
+@functools.partial(jax.jit, static_argnames="sampling")
+def continuations(
+  logits_BV: jax.Array, sums_PW: jax.Array, history: History, sampling: Sampling
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Of each of P prompts with W beams the 2 W best continuations: sums of log-probabilities, beams and tokens, (P, 2 W) each.
+
+  Twice as many as beams go on, as one of each beam may be its end.
+  """
+  P, W = sums_PW.shape
+  logp_BV = ruled(jax.nn.log_softmax(logits_BV), history, sampling)
+  every_PK = (logp_BV.reshape(P, W, -1) + sums_PW[..., None]).reshape(P, -1)
+  best_PK, places_PK = jax.lax.top_k(every_PK, 2 * W)
+  V = logits_BV.shape[-1]
+  return best_PK, places_PK // V, places_PK % V
+
+
+def ruled(logits_BV: jax.Array, history: History, sampling: Sampling) -> jax.Array:
+  """Logits, or log-probabilities, under the rules about what the text has already."""
+  if sampling.repetition_penalty != 1:
+    logits_BV = filters.penalise(logits_BV, history, sampling.repetition_penalty)
+  if sampling.no_repeat_ngram_size:
+    logits_BV = filters.ban_repeats(logits_BV, history, sampling.no_repeat_ngram_size)
+  return logits_BV
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
@@ -127,10 +219,7 @@ def choose(
     n: tokens drawn before.
     temperature: that of `sampling`, apart so that another one needs no other program; of no account where it is 0 there.
   """
-  if sampling.repetition_penalty != 1:
-    logits_BV = filters.penalise(logits_BV, history, sampling.repetition_penalty)
-  if sampling.no_repeat_ngram_size:
-    logits_BV = filters.ban_repeats(logits_BV, history, sampling.no_repeat_ngram_size)
+  logits_BV = ruled(logits_BV, history, sampling)
   if not sampling.temperature:
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)
   logits_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # so that no temperature makes infinities of the likeliest

@@ -149,6 +149,34 @@ def test_rules_give_transformers_tokens_alone_and_in_a_ragged_batch(ready, folde
     assert completion.token_ids == (wanted[: wanted.index(0)] if 0 in wanted else wanted)
 
 
+@pytest.mark.parametrize(
+  "rules",
+  [
+    dict(num_beams=4),
+    dict(num_beams=4, length_penalty=2.0),
+    dict(num_beams=3, length_penalty=-1.0),
+    dict(num_beams=2, no_repeat_ngram_size=2, repetition_penalty=1.3),
+  ],
+)
+@pytest.mark.parametrize("end", [0, 293 // 2, 19])
+def test_beams_are_transformers_own_alone_and_in_a_ragged_batch(ready, folder, rules, end):
+  torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+  generator = sample.Generator(ready.graph, ready.source.cfg, eos_token_id=end)
+  sampling = Sampling(max_new_tokens=20, temperature=0, **rules)
+  prompts = [ready.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+  together = generator(ready.params, prompts, sampling)
+  for prompt, found in zip(prompts, together, strict=True):
+    assert generator(ready.params, [prompt], sampling) == [found]
+    ids = torch.tensor([prompt])
+    how = dict(
+      attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, pad_token_id=0, eos_token_id=end
+    )
+    wanted = theirs.generate(ids, **how, **rules)[0, len(prompt) :].tolist()
+    assert found == (wanted[: wanted.index(end)] if end in wanted else wanted)
+
+
 def test_samples_follow_their_probabilities():
   logits = jnp.log(jnp.tile(jnp.array([0.5, 0.3, 0.2, 0.0]), (20000, 1)))
   keys = jax.random.split(jax.random.key(0), 20000)
@@ -166,6 +194,9 @@ def test_samples_follow_their_probabilities():
     dict(top_p=1.5),
     dict(top_k=-2),
     dict(min_p=1.5),
+    dict(num_beams=0),
+    dict(num_beams=2),
+    dict(length_penalty=float("inf")),
     dict(repetition_penalty=0.0),
     dict(no_repeat_ngram_size=-1),
     dict(max_new_tokens=0),
