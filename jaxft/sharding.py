@@ -12,7 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from ml_collections import ConfigDict
 
-from jaxft.errors import RequestError
+from jaxft.errors import RequestError, first_line
 
 # Logical axis -> mesh axes, for arrays cut as far as they can be and as the maths uses them. A weight is stored in slices along
 # "embed" and whole where it is used (FSDP, or ZeRO-3): inside the layer scan, so that one layer is whole at a time.
@@ -79,13 +79,20 @@ def _in_order(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
   if devices[0].platform == "cpu":  # the order is of no account, and the rows of a process are next to each other
     return np.array(devices).reshape(shape)
   slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
-  if slices == 1:
-    return mesh_utils.create_device_mesh(shape, devices)
-  for axis, size in enumerate(shape):
-    if size % slices == 0:
-      across = tuple(slices if i == axis else 1 for i in range(len(shape)))
-      within = tuple(size // slices if i == axis else size for i, size in enumerate(shape))
-      return mesh_utils.create_hybrid_device_mesh(within, across, devices)
+  split = {"allow_split_physical_axes": True}  # of a torus, where no whole ones multiply to the size of an axis
+  try:
+    if slices == 1:
+      return mesh_utils.create_device_mesh(shape, devices, **split)
+    for axis, size in enumerate(shape):
+      if size % slices == 0:
+        across = tuple(slices if i == axis else 1 for i in range(len(shape)))
+        within = tuple(size // slices if i == axis else size for i, size in enumerate(shape))
+        return mesh_utils.create_hybrid_device_mesh(within, across, devices, **split)
+  except (NotImplementedError, ValueError, AssertionError) as error:
+    raise RequestError(
+      f"a mesh of {shape} (data, fsdp, tensor): {len(devices)} of these devices cannot be laid out so ({first_line(error)}); "
+      "use all of them, with sizes that are powers of two"
+    ) from error
   raise RequestError(
     f"a mesh of {shape} (data, fsdp, tensor) over {slices} slices: one of the sizes must be a multiple"
   )

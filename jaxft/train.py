@@ -127,9 +127,9 @@ def finetune(
       data = prepare(config.data, tokenizer, repo.tokenizer_fingerprint(source.folder), told, say)
     frozen = bool(config.lora.rank or config.train.only)
     weights = repo.fingerprint(source, whole=frozen) if pretrained else ""
-    hosts.agree(
-      "data", {"config.data, as it is cut into tokens": data.fingerprint, "the files of config.model.path": weights}
-    )
+    same = {"config.data, as it is cut into tokens": data.fingerprint, "its validation text": data.held_out}
+    same |= {"the files of config.model.path": weights}
+    hosts.agree("data", same | {f"config.json of the model: {key}": it for key, it in source.hf_config.items()})
     rows = data.train
     rows_in_all, total_steps = run_length(rows, config.train)
     if total_steps > settings.LARGEST:

@@ -280,6 +280,24 @@ def test_one_host_with_other_weights_is_refused(config_file, folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fails", [1, pytest.param(0, marks=wide)])
+def test_what_ends_one_process_alone_ends_the_other_soon_and_by_its_name(config_file, tmp_path, fails):
+  homes = [tmp_path / "0", tmp_path / "1"]
+  for home in homes:
+    home.mkdir()
+  (homes[fails] / "tokens").write_text("a file where the folder of tokens should be")
+  several = Hosts(
+    config_file, tmp_path / "run", 2, "--config.data.cache_dir=tokens", "--config.mesh.fsdp=-1", homes=homes
+  )
+  wait_for(lambda: several.all[fails].poll() is not None)
+  began = time.monotonic()
+  codes = several.codes(60)
+  assert (codes[fails], codes[1 - fails]) == (4, 5), several.said()
+  assert time.monotonic() - began < 40
+  assert f"process {fails} ended with exit code 4" in several.said()[1 - fails]
+
+
+@pytest.mark.slow
 @wide
 def test_a_workdir_that_is_not_one_folder_is_refused(config_file, tmp_path):
   homes = [tmp_path / "0", tmp_path / "1"]

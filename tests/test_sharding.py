@@ -38,6 +38,36 @@ def test_mesh_that_does_not_fit_names_the_numbers(asked):
     mesh(*asked)
 
 
+class Chip:
+  """A device as `mesh_utils` looks at it."""
+
+  platform, core_on_chip = "tpu", 0
+
+  def __init__(self, id, coords, slice_index, kind):
+    self.id, self.coords, self.slice_index, self.device_kind = id, coords, slice_index, kind
+    self.process_index = id // 4
+
+
+def chips(x, y, slices=1):
+  places = [(s, i, j) for s in range(slices) for j in range(y) for i in range(x)]
+  return [Chip(n, (i, j, 0), s, "TPU v5 lite") for n, (s, i, j) in enumerate(places)]
+
+
+@pytest.mark.parametrize("x, y, slices", [(2, 4, 1), (4, 4, 1), (8, 8, 1), (16, 16, 1), (4, 4, 2)])
+def test_every_mesh_of_a_slice_has_an_order(x, y, slices):
+  """No chips needed: every (data, fsdp, tensor) of powers of two, on one slice or two."""
+  devices = chips(x, y, slices)
+  powers = [2**i for i in range(9)]
+  for shape in [(d, len(devices) // d // t, t) for d in powers for t in (1, 2, 4) if len(devices) % (d * t) == 0]:
+    found = sharding._in_order(devices, shape)
+    assert found.shape == shape and {chip.id for chip in found.flat} == set(range(len(devices)))
+
+
+def test_chips_that_cannot_be_laid_out_are_refused_in_words():
+  with pytest.raises(RequestError, match=r"a mesh of \(1, 5, 1\).*cannot be laid out"):
+    sharding._in_order(chips(2, 4)[:5], (1, 5, 1))
+
+
 def test_weights_are_stored_in_slices_and_used_whole():
   axes, shape = ("layers", "embed", None, "heads", None), (3, 40, 3, 5, 8)
   assert sharding.spec(axes, shape, mesh(1, 8), sharding.CUT) == P(None, ("fsdp",), None, ("tensor",), None)

@@ -45,6 +45,7 @@ class Data(NamedTuple):
   labels: list[str]  # of the classification format, in the order of their numbers
   floor: float | None  # nats per validation token that no model can go below, where the source knows it
   fingerprint: str  # of the training examples and how they lie in rows
+  held_out: str  # fingerprint of the validation examples
   report: dict[str, Any]
 
   def to_json(self, train: ConfigDict) -> str:
@@ -104,6 +105,7 @@ def prepare(
     manifest["labels"],
     floor,
     hashlib.sha256(layout.encode()).hexdigest(),
+    cache.fingerprint("validation", manifest),
     _report(manifest, stored, laid_out, data.sequence_length),
   )
 

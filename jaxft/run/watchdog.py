@@ -16,7 +16,7 @@ import threading
 import time
 from typing import Any
 
-from jaxft.errors import PeerLost
+from jaxft.errors import PeerLost, Preempted
 from jaxft.run.roll_call import Place, send
 
 GRACE = 15  # seconds that others have to end by themselves after one has ended with an error
@@ -41,7 +41,7 @@ class Watchdog(threading.Thread):
       for peer in self._peers.values():
         send(peer, {"ended": self._place.process, "code": code, "why": why})
     if code and self._place.process == 0:
-      self.join(GRACE)
+      self.join(GRACE + 5)  # the others give up first, and say why: without JAX's service they would be aborted
 
   def run(self) -> None:
     heard = dict.fromkeys(self._peers, time.monotonic())
@@ -50,7 +50,7 @@ class Watchdog(threading.Thread):
       peer.setblocking(False)
       waiting.register(peer, selectors.EVENT_READ, process)
     rests, doomed = dict.fromkeys(self._peers, b""), None
-    while heard:
+    while heard or doomed and not self._ending:
       for key, _ in waiting.select(timeout=1):
         process, chunk = key.data, _received(key.fileobj)
         if not chunk and self._ending:
@@ -65,10 +65,10 @@ class Watchdog(threading.Thread):
           if "lost" in message:
             self._lost(message["lost"])
           if message["code"]:
-            doomed = doomed or (
-              time.monotonic(),
-              f"process {message['ended']} ended with exit code {message['code']}: {message['why']}",
-            )
+            # One that was preempted has agreed on it with the others, which may take longer to end.
+            patience = self._limit if message["code"] == Preempted.exit_code else GRACE
+            why = f"process {message['ended']} ended with exit code {message['code']}: {message['why']}"
+            doomed = doomed or (time.monotonic() + patience, why)
           if self._place.process == 0 and message["code"]:
             self._tell(message)
           if message["ended"] == process:  # a closed connection is no news from here on
@@ -78,7 +78,7 @@ class Watchdog(threading.Thread):
       for process, at in heard.items():
         if now - at > self._limit:
           self._lost(f"process {process} is frozen or cut off: not heard of for {self._limit} s")
-      if doomed and now - doomed[0] > GRACE:
+      if doomed and now > doomed[0]:
         self._lost(doomed[1])
       with self._lock:
         for peer in self._peers.values():
