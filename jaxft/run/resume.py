@@ -37,7 +37,7 @@ def refuse_another_run(
     lines += [
       f"config.json of config.model.path={config.model.path!r}: {name} is {now.get(name)!r}; the run was started with {was!r}"
       for name, was in meta.get("model", {}).items()  # a record of before 2026-11-21 has none
-      if now.get(name) != was and not name not in CHOSEN  # told as settings already
+      if now.get(name) != was and name not in CHOSEN  # told as settings already
     ]
     saved, wanted = meta["leaves"], described(like)
     other = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
