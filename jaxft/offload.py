@@ -150,7 +150,8 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str
 
     # ---- Backward: each layer's gradient goes to the host as it is made ----------------------------------------------
     def backward(dx, xs):
-      (x, index), of_layer = xs, lambda tree: layer_of({"blocks": tree.get("blocks", {})}, xs[1])
+      x, index = xs
+      of_layer = lambda tree: layer_of({"blocks": tree.get("blocks", {})}, index)
       frozen = of_layer(state.frozen)
       _, vjp = jax.vjp(lambda block, x: layer(join(block, frozen)["blocks"], x, index), of_layer(state.params), x)
       d_block, dx = vjp(dx)

@@ -56,7 +56,7 @@ def count(tree: dict, cfg: Any) -> int:
   """Parameters in a tree of them, without rows that pad the vocabulary of `cfg` (a `ModelConfig`)."""
 
   def size(path: Any, leaf: Any) -> int:
-    rows = cfg.V if path[-1].key in ("tokens",) or name_of(path) in ("output.kernel", "output.bias") else leaf.shape[0]
+    rows = cfg.V if name_of(path) in ("embed.tokens", "output.kernel", "output.bias") else leaf.shape[0]
     return rows * math.prod(leaf.shape[1:])
 
   return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(size, tree)))

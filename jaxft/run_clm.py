@@ -16,9 +16,7 @@ class Same(NamedTuple):
   """A setting that means the same."""
 
   setting: str
-  value: Callable[[str], str] = lambda text: (
-    text
-  )  # raises ValueError with the reason where the value cannot mean anything
+  value: Callable[[str], str] = str  # raises ValueError with the reason where the value cannot mean anything
   also: tuple[str, ...] = ()  # what is set with it, "setting=value"
 
 

@@ -195,11 +195,11 @@ def finetune(
 
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
-    found, tokens_seen = resume(checkpoints, program.state.changing, total_steps, strict)
-    if found is None:
+    saved, tokens_seen = resume(checkpoints, program.state.changing, total_steps, strict)
+    if saved is None:
       state = programs.begin(program, *first_weights(program, cfg, source, config))
     else:
-      state = State(*found, first_weights(program, cfg, source, config)[1] if cfg.trained else {})
+      state = State(*saved, first_weights(program, cfg, source, config)[1] if cfg.trained else {})
     start = int(state.step)
     if jax.process_index() == 0:
       write_whole(workdir / "config.json", settings.to_json(config))

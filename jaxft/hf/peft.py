@@ -1,4 +1,4 @@
-"""Adapters in the format of PEFT (0.17): adapter_config.json and adapter_model.safetensors."""
+"""Adapters in the format of PEFT (read by 0.21): adapter_config.json and adapter_model.safetensors."""
 
 import json
 import os
