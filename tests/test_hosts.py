@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import fault_points
+import noted_batches
 import numpy as np
 import processes
 import pytest
@@ -30,7 +31,18 @@ class Hosts:
   """Processes that were started as one run."""
 
   def __init__(
-    self, config_file, workdir, count, *more, devices=2, present=None, only=None, homes=None, logs=None, faults=None
+    self,
+    config_file,
+    workdir,
+    count,
+    *more,
+    devices=2,
+    present=None,
+    only=None,
+    homes=None,
+    logs=None,
+    faults=None,
+    notes=None,
   ):
     with socket.create_server(("127.0.0.1", 0)) as server:
       port = server.getsockname()[1]
@@ -40,6 +52,7 @@ class Hosts:
       output = (logs or workdir).with_name(f"{(logs or workdir).name}-{i}.log")
       self.outputs.append(output)
       command = [fault_points.__file__, *faults[i]] if i in (faults or {}) else ["-m", "jaxft.train"]
+      command = [noted_batches.__file__, notes / f"{i}.json"] if notes else command
       command += ["--config", config_file, "--workdir", workdir, *more, *place, *(only or {}).get(i, ())]
       with output.open("w") as stream:
         self.all[i] = subprocess.Popen(
@@ -79,8 +92,17 @@ def steps_in(workdir):
 def on_one(config_file, tmp_path_factory):
   """The run on as many devices of one process as the largest run here has."""
   workdir = tmp_path_factory.mktemp("one") / "run"
-  processes.train(config_file, workdir, "--config.mesh.fsdp=4", env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"})
-  return workdir
+  one = Hosts(config_file, workdir, 1, "--config.mesh.fsdp=4", devices=4, notes=workdir.parent)
+  assert one.codes() == [0], one.said()
+  return workdir, noted_in(workdir.parent, 1)
+
+
+def noted_in(folder, count):
+  """The rows of each process, and all of them together: a row is given to one process."""
+  parts = [json.loads((folder / f"{i}.json").read_text()) for i in range(count)]
+  whole = {place: digest for part in parts for place, digest in part.items()}
+  assert sum(map(len, parts)) == len(whole)
+  return whole
 
 
 def close(a, b):
@@ -91,17 +113,19 @@ def close(a, b):
 @pytest.mark.slow
 @pytest.mark.parametrize("count, devices", [(2, 2), pytest.param(4, 2, marks=wide)])
 def test_several_processes_are_one_run_and_their_checkpoints_anyones(config_file, tmp_path, on_one, count, devices):
-  workdir = tmp_path / "run"
-  several = Hosts(config_file, workdir, count, "--config.mesh.fsdp=-1", "--config.train.save_every=6", devices=devices)
+  workdir, (of_one, rows_of_one) = tmp_path / "run", on_one
+  flags = ("--config.mesh.fsdp=-1", "--config.train.save_every=6")
+  several = Hosts(config_file, workdir, count, *flags, devices=devices, notes=tmp_path)
   assert several.codes() == [0] * count, several.said()
-  close(processes.losses(workdir), processes.losses(on_one))
+  close(processes.losses(workdir), processes.losses(of_one))
+  assert noted_in(tmp_path, count) == rows_of_one  # every byte of every batch
   first, *others = several.said()
   assert "exported to" in first and not any("step" in said for said in others)  # one of them speaks
   # Their checkpoint restores in one process, which goes on from the middle.
   (workdir / "checkpoints" / "12").rename(tmp_path / "out of the way")
   done = processes.train(config_file, workdir, "--config.mesh.fsdp=1", "--config.train.save_every=6")
   assert "continuing at step 6" in done.stdout
-  close(processes.losses(workdir), processes.losses(on_one))
+  close(processes.losses(workdir), processes.losses(of_one))
 
 
 @pytest.mark.slow

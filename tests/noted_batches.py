@@ -1,0 +1,31 @@
+"""Trains, and notes the rows that each device of this process is given: python tests/noted_batches.py FILE [arguments of
+jaxft.train] writes {"step/name/accumulation step/row": SHA-256 of its bytes}."""
+
+import hashlib
+import json
+import runpy
+import sys
+from pathlib import Path
+
+from jaxft.data import loader
+
+
+def noted(batches, file: Path):
+  rows = {}
+  for step, batch in enumerate(batches, 1):
+    for name, array in batch.items():
+      for shard in array.addressable_shards:
+        first = shard.index[1].start or 0
+        for a, b in ((a, b) for a in range(shard.data.shape[0]) for b in range(shard.data.shape[1])):
+          digest = hashlib.sha256(bytes(shard.data[a, b])).hexdigest()
+          assert rows.setdefault(f"{step}/{name}/{a}/{first + b}", digest) == digest  # its copies on other devices
+    file.write_text(json.dumps(rows))
+    yield batch
+
+
+if __name__ == "__main__":
+  file, *arguments = sys.argv[1:]
+  original = loader.training_batches
+  loader.training_batches = lambda *args, **how: noted(original(*args, **how), Path(file))
+  sys.argv = ["jaxft.train", *arguments]
+  runpy.run_module("jaxft.train", run_name="__main__", alter_sys=True)
