@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxft import optim, sharding
+from jaxft.architecture import ModelConfig
 from jaxft.dropout import row_keys, split
 from jaxft.loss import cross_entropy_sum
 from jaxft.model import default_positions, rematerialised
@@ -24,6 +26,19 @@ from jaxft.parts import join, masked
 from jaxft.step import State, in_range
 
 ROWS_AT_ONCE = 2**26  # bytes of a table that are updated at once
+
+
+def faults(cfg: ModelConfig, mesh: Mesh, kept: str) -> list[str]:
+  """One line where the compiler of the mesh's devices is known to fail on weights of this model in the host's memory."""
+  heads = cfg.N // mesh.shape["tensor"]
+  if kept == "none" or mesh.devices.flat[0].platform != "tpu" or cfg.D % 128 == cfg.H % 128 == heads % 8 == 0:
+    return []
+  # It keeps other shapes in another order in the host's memory than it copies them in (libtpu 0.0.42.1).
+  return [
+    f"config.memory.offload={kept}: on a TPU for a width and heads of a multiple of 128, and 8, 16, ... heads a device, as in "
+    f"GPT-J: libtpu aborts on others, and this model is {cfg.D} wide and has heads of {cfg.H}, {heads} a device; "
+    "more chips (config.mesh.fsdp) hold it without offload"
+  ]
 
 
 def is_kept(leaf: Any) -> bool:
@@ -44,10 +59,12 @@ def on_host(shapes: Any) -> Any:
 def fetch(tree: Any) -> Any:
   """On the device; what is there already stays."""
 
+  # In the host's layout, row after row: libtpu (0.0.42.1) aborts where it is to change it on the way.
+  in_rows = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
   def of_leaf(x: jax.Array) -> jax.Array:
-    # In the host's layout, row after row: libtpu (0.0.42.1) aborts where it is to change it on the way.
     x = jax.device_put(x, jax.memory.Space.Device)
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return jax.lax.platform_dependent(x, tpu=in_rows, default=lambda x: x)
 
   return jax.tree.map(of_leaf, tree)
 
@@ -246,12 +263,16 @@ def make_look(gradients: Any) -> Callable:
   return look
 
 
-def make_update(config: ConfigDict, trained: Any = ()) -> Callable:
-  """`step.make_update` in place on the host: of each leaf a layer, or some rows of a table, after the other."""
+def make_update(config: ConfigDict, places: Any, trained: Any = ()) -> Callable:
+  """`step.make_update` in place on the host: of each leaf a layer, or some rows of a table, after the other.
+
+  Args:
+    places: a sharding for every parameter.
+  """
   only_trained = masked(trained)
 
-  def of_leaf(path, param, grad, states, good, scale, rate):
-    tx, cut = optim.of_layer(config, path), Cut.of(path, param)
+  def of_leaf(path, place, param, grad, states, good, scale, rate):
+    tx, cut = optim.of_layer(config, path), Cut.of(path, param, param.shape[0] // place.shard_shape(param.shape)[0])
     if any(leaf.ndim and leaf.shape[:1] != param.shape[:1] for leaf in jax.tree.leaves(states)):
       cut = cut._replace(parts=1)  # an optimizer that measures over the whole table
     in_parts = lambda leaf: leaf.shape[:1] == param.shape[:1]  # others, such as step counts, are the same for all parts
@@ -272,7 +293,7 @@ def make_update(config: ConfigDict, trained: Any = ()) -> Callable:
 
   def update(good: jax.Array, grads: Any, scale: jax.Array, rate: jax.Array, params: Any, opt: Any) -> tuple[Any, Any]:
     one = lambda *leaves: of_leaf(*leaves, good, scale, rate)
-    pairs = jax.tree_util.tree_map_with_path(one, params, grads, opt)
+    pairs = jax.tree_util.tree_map_with_path(one, places, params, grads, opt)
     return tuple(jax.tree.map(lambda _, pair, part=part: pair[part], params, pairs) for part in (0, 1))
 
   return update
@@ -308,31 +329,34 @@ def traffic(kept: str, params: Any, opt: Any, frozen: Any, tied: bool, nbytes: C
 class Cut(NamedTuple):
   """How a leaf is cut along its first axis into parts that are on the device one after the other."""
 
-  layers: bool  # a part is a layer, without the axis of layers; otherwise it is some rows
-  rows: int
+  layers: bool  # a part is a layer, without the axis of layers; otherwise it is some rows of each device's
   parts: int
+  devices: int = 1  # that share the rows
 
   @classmethod
-  def of(cls, path: Any, leaf: jax.Array) -> "Cut":
-    if optim.is_stacked(path):
-      return cls(True, leaf.shape[0], leaf.shape[0])
-    return cls.in_rows(leaf)
+  def of(cls, path: Any, leaf: jax.Array, devices: int) -> "Cut":
+    return cls(True, leaf.shape[0]) if optim.is_stacked(path) else cls.in_rows(leaf, devices)
 
   @classmethod
-  def in_rows(cls, leaf: jax.Array) -> "Cut":
-    rows, least = leaf.shape[0], leaf.size * 4 / ROWS_AT_ONCE
-    return cls(False, rows, next(n for n in range(1, rows + 1) if rows % n == 0 and n >= min(least, rows)))
+  def in_rows(cls, leaf: jax.Array, devices: int = 1) -> "Cut":
+    rows, least = leaf.shape[0] // devices, leaf.size * 4 / devices / ROWS_AT_ONCE
+    return cls(False, next(n for n in range(1, rows + 1) if rows % n == 0 and n >= min(least, rows)), devices)
 
   def read(self, x: jax.Array, i: jax.Array) -> jax.Array:
     if self.layers:
       return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
     if self.parts == 1:
       return x
-    return jax.lax.dynamic_slice_in_dim(x, i * (self.rows // self.parts), self.rows // self.parts)
+    rows = x.shape[0] // self.devices // self.parts
+    return jax.lax.dynamic_slice_in_dim(self._by_device(x), i * rows, rows, 1)
 
   def write(self, x: jax.Array, new: jax.Array, i: jax.Array) -> jax.Array:
     if self.layers:
       return jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
     if self.parts == 1:
       return new
-    return jax.lax.dynamic_update_slice_in_dim(x, new, i * (self.rows // self.parts), 0)
+    return jax.lax.dynamic_update_slice_in_dim(self._by_device(x), new, i * new.shape[1], 1).reshape(x.shape)
+
+  def _by_device(self, x: jax.Array) -> jax.Array:
+    """(rows, ...) -> (devices, rows of each, ...): a slice of all rows would have to be gathered first."""
+    return x.reshape(self.devices, -1, *x.shape[1:])

@@ -181,7 +181,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
 
   Raises RequestError when the batch or the model cannot be split as the mesh asks.
   """
-  if lines := sharding.faults(cfg, mesh):
+  if lines := sharding.faults(cfg, mesh) + offload.faults(cfg, mesh, config.memory.offload):
     raise RequestError("\n".join(lines))
   A = sharding.accumulation_steps(config.train, mesh)
   zero_stage, whole = config.mesh.zero_stage, sharding.replicated(mesh)
@@ -231,7 +231,8 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     state = state._replace(params=offload.on_host(state.params), opt=offload.on_host(state.opt))
     if kept == "all":
       state = state._replace(frozen=offload.on_host(state.frozen))
-    look, update = offload.make_look(gradients), offload.make_update(config.optim, cfg.trained)
+    on_host = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+    look, update = offload.make_look(gradients), offload.make_update(config.optim, on_host, cfg.trained)
   step = make_train_step(
     gradient, look, update, optim.schedule(config.optim, total_steps), clip_norm=config.optim.clip_norm
   )

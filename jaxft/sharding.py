@@ -296,7 +296,7 @@ def gather_on(mesh: Mesh, zero_stage: int = 3) -> Callable:
 
   The gradient comes back cut where gradients are: a constraint alone would have it whole on every device first.
   """
-  back = CUT if zero_stage >= ZERO["gradients"] else USED
+  back, stored = (CUT if zero_stage >= ZERO[what] else USED for what in ("gradients", "parameters"))
 
   def gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     def placed(x: jax.Array, use: int) -> jax.Array:
@@ -304,9 +304,9 @@ def gather_on(mesh: Mesh, zero_stage: int = 3) -> Callable:
 
     @jax.custom_vjp
     def whole(x):
-      return placed(x, USED)
+      return placed(placed(x, stored), USED)
 
-    whole.defvjp(lambda x: (placed(x, USED), None), lambda _, gradient: (placed(gradient, back),))
+    whole.defvjp(lambda x: (whole(x), None), lambda _, gradient: (placed(gradient, back),))
     return whole(x)
 
   return gather

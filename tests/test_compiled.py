@@ -146,6 +146,29 @@ def test_weights_and_state_on_the_host_leave_a_layer_on_the_device(compiler, mod
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fsdp, tensor", [(2, 1), pytest.param(1, 2, marks=pytest.mark.wide)])
+def test_devices_keep_their_own_part_on_the_host_and_exchange_what_they_would_without(compiler, fsdp, tensor):
+  found = {}
+  for kept in ("none", "all"):
+    answer = compiler(
+      request("gpt2", "h100x2", 2, 512, 0.0, memory__offload=kept, mesh__fsdp=fsdp, mesh__tensor=tensor)
+    )
+    large = [it for it in hlo.collectives(answer["text"]) if it.nbytes > 2**20]
+    found[kept] = collections.Counter((it.kind, it.times, it.nbytes) for it in large)
+  assert found["all"] == found["none"]
+  # The table, too, travels as it is computed with.
+  assert not [it for it in large if it.kind == "all-gather" and ("f32", (50304, 768)) in it.shapes]
+  cfg = facts.model_config(PUBLISHED["gpt2"])
+  assert answer["host_bytes"] < 16.2 * parameter_count(cfg) / 2
+
+
+@pytest.mark.slow
+def test_what_the_tpu_compiler_cannot_keep_on_the_host_is_refused(compiler):
+  answer = compiler(request("gpt2-xl", "v5e:1x1", 1, 1024, memory__offload="all"))
+  assert "config.memory.offload=all: on a TPU" in answer["refused"] and "1600 wide" in answer["refused"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kept, most", [("none", 14), ("all", 5)])
 def test_adapters_of_gptj_take_little_more_than_its_weights(compiler, kept, most):
   answer = compiler(request(GPTJ, "h100", 1, 2048, memory__offload=kept, lora__rank=16))

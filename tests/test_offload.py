@@ -22,10 +22,10 @@ from jaxft.train import finetune
 STEPS, ROWS, T = 20, 8, 13
 
 
-def build(family, kept, accumulation=1, devices=1, **more):
+def build(family, kept, accumulation=1, fsdp=1, tensor=1, **more):
   config = settings.default()
-  config.mesh.fsdp, config.memory.offload = devices, kept
-  config.train.batch_size, config.train.micro_batch_size = ROWS, ROWS // accumulation // devices
+  config.mesh.fsdp, config.mesh.tensor, config.memory.offload = fsdp, tensor, kept
+  config.train.batch_size, config.train.micro_batch_size = ROWS, ROWS // accumulation // fsdp
   config.optim.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-4, clip_norm=0.5)
   for name, value in more.items():
     section, key = name.split("__")
@@ -33,7 +33,7 @@ def build(family, kept, accumulation=1, devices=1, **more):
   vocabulary = {"model_type": family, "vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0}
   cfg = facts.model_config(vocabulary | tiny.FAMILIES[family]).with_dropout(0.1)
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-  mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[: fsdp * tensor])
   return cfg, program.build(config, cfg, mesh, STEPS, row)
 
 
@@ -107,10 +107,18 @@ def test_twenty_steps_are_those_of_weights_on_the_device(family, kept, accumulat
 
 
 @pytest.mark.slow
-@pytest.mark.wide
-@pytest.mark.parametrize("kept", ["optimizer", "all"])
-def test_over_several_devices_too(kept):
-  losses, state, _ = train("gptj", kept, accumulation=2, devices=4)
+@pytest.mark.parametrize(
+  "kept, fsdp, tensor",
+  [
+    pytest.param("optimizer", 4, 1, marks=pytest.mark.wide),
+    pytest.param("all", 4, 1, marks=pytest.mark.wide),
+    pytest.param("optimizer", 2, 2, marks=pytest.mark.wide),
+    ("all", 2, 2),
+  ],
+)
+def test_over_several_devices_too(monkeypatch, kept, fsdp, tensor):
+  monkeypatch.setattr(offload, "ROWS_AT_ONCE", 4 * 40 * 50)  # tables in parts, cut along the axis that devices share
+  losses, state, _ = train("gptj", kept, accumulation=2, fsdp=fsdp, tensor=tensor)
   wanted, theirs = resident("gptj")
   np.testing.assert_allclose(losses, wanted, rtol=1e-5)
   close(jax.device_get(state.params), theirs.params, 1e-5)
@@ -150,8 +158,8 @@ def test_a_step_that_is_not_finite_changes_nothing(kept):
 @pytest.mark.slow
 def test_tables_are_cut_into_rows(monkeypatch):
   monkeypatch.setattr(offload, "ROWS_AT_ONCE", 4 * 40 * 100)
-  cut = offload.Cut.of((jax.tree_util.DictKey("embed"),), np.zeros((384, 40), np.float32))
-  assert cut == (False, 384, 4)
+  cut = offload.Cut.of((jax.tree_util.DictKey("embed"),), np.zeros((384, 40), np.float32), 1)
+  assert cut == (False, 4, 1)
   losses, state, _ = train("gpt2", "all", steps=4)
   wanted, theirs, _ = train("gpt2", "none", steps=4)
   np.testing.assert_allclose(losses, wanted, rtol=1e-6)
