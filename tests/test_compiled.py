@@ -138,11 +138,12 @@ def test_a_tpu_chip_holds_less_the_more_there_are(compiler):
 def test_weights_and_state_on_the_host_leave_a_layer_on_the_device(compiler, model, T, most):
   answer = compiler(request(model, "h100", 1, T, memory__offload="all"))
   assert answer["peak_bytes"] < most * GIB
-  # Weights, two moments and the gradient, which waits there for its norm; beside them nothing as large as a layer's.
+  # Weights, two moments and the gradient, which waits there for its norm; beside them nothing as large as a layer's state.
   cfg = facts.model_config(PUBLISHED[model])
-  everything = 16 * parameter_count(cfg)
-  layer = 16 * (4 * cfg.D * cfg.N * cfg.H + 2 * cfg.D * cfg.F)
-  assert everything * 0.99 < answer["host_bytes"] < everything + layer
+  layer = 12 * (4 * cfg.D * cfg.N * cfg.H + 2 * cfg.D * cfg.F)
+  print(answer["host_bytes"] / GIB, answer["host_temporary_bytes"] / GIB, layer / GIB)
+  assert answer["host_temporary_bytes"] < layer
+  assert answer["host_bytes"] - answer["host_temporary_bytes"] < 16.1 * parameter_count(cfg)
 
 
 @pytest.mark.slow

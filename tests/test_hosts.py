@@ -130,6 +130,20 @@ def test_several_processes_are_one_run_and_their_checkpoints_anyones(config_file
 
 @pytest.mark.slow
 @wide
+@pytest.mark.parametrize("kept", ["optimizer", "all"])
+def test_what_the_hosts_keep_is_saved_and_exported_by_all_of_them(config_file, tmp_path, on_one, kept):
+  workdir, flags = tmp_path / "run", ("--config.mesh.fsdp=-1", "--config.train.save_every=6")
+  several = Hosts(config_file, workdir, 2, *flags, f"--config.memory.offload={kept}")
+  assert several.codes() == [0, 0], several.said()
+  close(processes.losses(workdir), processes.losses(on_one[0]))
+  shutil.rmtree(workdir / "checkpoints" / "12")
+  again = Hosts(config_file, workdir, 2, *flags, f"--config.memory.offload={kept}")
+  assert again.codes() == [0, 0] and "continuing at step 6" in again.said()[0], again.said()
+  close(processes.losses(workdir), processes.losses(on_one[0]))
+
+
+@pytest.mark.slow
+@wide
 def test_adapters_are_gathered_and_written_by_several_processes(config_file, tmp_path):
   flags = (
     "--config.mesh.fsdp=-1",

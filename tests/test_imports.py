@@ -52,7 +52,8 @@ LEAVES = {
   "jaxft.plan.estimate": {"jaxft.plan.targets"},
   "jaxft.plan.show": {"jaxft.run.tracking"},
   "jaxft.plan.targets": {"jaxft.errors"},
-  "jaxft.run.checkpoint": {"jaxft.errors", "jaxft.sharding"},
+  "jaxft.run.checkpoint": {"jaxft.errors", "jaxft.run.checksums"},
+  "jaxft.run.checksums": {"jaxft.sharding"},
 }
 
 

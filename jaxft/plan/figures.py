@@ -90,10 +90,12 @@ def of_traced(run: Program, config: ConfigDict, cfg: ModelConfig, traced: Any) -
 def of_compiled(run: Program, compiled: Any) -> dict[str, Any]:
   """What the compiled train step tells, in bytes of one device."""
   memory, program_text = compiled.memory_analysis(), compiled.as_text()
+  on_host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
   return memory_of_step(run, memory) | {
     "argument_bytes": memory.argument_size_in_bytes,
     "temporary_bytes": memory.temp_size_in_bytes,
-    "host_bytes": memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+    "host_bytes": on_host,
+    "host_temporary_bytes": on_host - program.bytes_on_host(run),  # beside the state and, with "all", its gradient
     "collective_bytes": hlo.by_kind(hlo.collectives(program_text)),
     "moved_bytes": hlo.moved(program_text),
   }

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -10,19 +9,20 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from jaxft import sharding
 from jaxft.errors import NumericsError, StorageError, Unreadable, first_line
+from jaxft.run.checksums import checksums, not_finite, of_box
 
 # After a failed read Orbax (0.12.8) leaves tasks behind that nobody awaits; asyncio would log each with a traceback, pages
 # after the error has been told in one line.
@@ -30,7 +30,8 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's: what it logs with a traceback it raises too
 
 NOT_READ = ocp.PLACEHOLDER
-READ_AT_ONCE = 2**28  # bytes of a checkpoint that is read back, next to the state itself
+READ_AT_ONCE = 2**28  # bytes of a leaf, or of several, that are read at once where there is no room for all
+CHUNK = 2**26  # bytes that are compressed at once, and that a file is to have: Orbax makes a file in memory, as a whole
 HALF_WRITTEN, GONE = ".orbax-checkpoint-tmp", "to-be-deleted"  # in the names of folders beside the checkpoints
 # Reasons why a sound file cannot be read here and now.
 REFUSED = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Permission denied", "Operation not permitted")
@@ -94,7 +95,9 @@ class Checkpoints:
       self._read_back(steps[-1], state)
     meta = meta | {"step": step, "leaves": described(state), "checksums": checksums(state)}
     meta |= {"sha256": _sha256(meta)}
-    args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
+    each = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), state)
+    arrays = ocp.args.PyTreeSave(state, save_args=each, ocdbt_target_data_file_size=CHUNK)
+    args = ocp.args.Composite(state=arrays, meta=ocp.args.JsonSave(meta))
     # force: without it Orbax leaves out, in silence, a step that is not after the newest.
     write = lambda: self._manager.save(step, args=args, metrics=dict(metrics or {}), force=True)
     self._nbytes = nbytes(state)
@@ -111,14 +114,22 @@ class Checkpoints:
     self._verified.step = step
 
   def verify(self, step: int, like: Any) -> None:
-    """Reads a checkpoint back, some leaves at a time, and compares checksums; raises StorageError."""
-    wanted, leaves = self.meta(step)["checksums"], jax.tree_util.tree_flatten_with_path(like)[0]
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    for paths in _groups(leaves):
-      some = jax.tree_util.tree_map_with_path(lambda at, x, paths=paths: shape(x) if at in paths else NOT_READ, like)
-      found = checksums(jax.tree.map(lambda x: None if x is NOT_READ else x, self._restore(step, some)))
-      if wrong := [name for name, value in found.items() if value != wanted[name]]:
-        raise StorageError(f"{self.folder / str(step)}: {wrong[0]} read back is not what was written")
+    """Reads a checkpoint back, each process some chunks of it, and compares checksums; raises StorageError."""
+    wanted = self.meta(step)["checksums"]
+    folder = self.folder.absolute() / str(step) / "state"
+    leaves = jax.tree_util.tree_flatten_with_path(like)[0]
+    names = list(ocp.tree.to_flat_dict(like, sep="."))  # as Orbax names their folders
+
+    def read() -> list[int]:
+      with ThreadPoolExecutor(4) as pool:  # to decompress and to add up; numpy lets go of the interpreter
+        return [_sum_of_boxes(folder, name, leaf, pool) for name, (_, leaf) in zip(names, leaves, strict=True)]
+
+    sums = np.array(self._read(step, read), np.uint32)
+    if jax.process_count() > 1:
+      sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
+    for (path, _), found in zip(leaves, sums, strict=True):
+      if found != wanted[name := jax.tree_util.keystr(path)]:
+        raise StorageError(f"{self.folder / str(step)}: {name} read back is not what was written")
 
   def set_aside(self, step: int) -> Path:
     """Renames a damaged checkpoint, out of the way of the one that the run will save at this step; returns its new place."""
@@ -189,7 +200,9 @@ class Checkpoints:
     A leaf of `like` that is `NOT_READ` stays so.
     """
     wanted = self.meta(step)["checksums"]
-    state = self._restore(step, like)
+    state = like
+    for some in _in_groups(like) if self._in_pieces else [like]:
+      state = jax.tree.map(lambda new, old: old if new is NOT_READ else new, self._restore(step, some), state)
     found = checksums(jax.tree.map(lambda x: None if x is NOT_READ else x, state))
     left_out = {
       jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_flatten_with_path(like)[0] if x is NOT_READ
@@ -266,70 +279,32 @@ def nbytes(state: Any) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def _groups(leaves: list[tuple[Any, jax.Array]]) -> list[set[Any]]:
-  """The paths in groups of at most `READ_AT_ONCE` bytes, or of one leaf."""
+def _in_groups(like: Any) -> list[Any]:
+  """`like` several times, each with at most `READ_AT_ONCE` bytes, or one leaf, to be read."""
   groups, room = [], 0
-  for path, leaf in leaves:
-    room -= leaf.nbytes
-    if room < 0:
-      groups.append(set())
-      room = READ_AT_ONCE - leaf.nbytes
-    groups[-1].add(path)
-  return groups
+  for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]:
+    if leaf is not NOT_READ:
+      room -= nbytes(leaf)
+      if room < 0:
+        groups.append(set())
+        room = READ_AT_ONCE - nbytes(leaf)
+      groups[-1].add(path)
+  only = lambda paths: jax.tree_util.tree_map_with_path(lambda at, x: x if at in paths else NOT_READ, like)
+  return [only(paths) for paths in groups]
 
 
-def not_finite(state: Any) -> list[str]:
-  """The paths of leaves that hold a NaN or an infinity."""
-  leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-  fine = _told_by_parts([leaf for _, leaf in leaves], _finite, jnp.all)
-  return [jax.tree_util.keystr(path).lstrip(".") for (path, _), it in zip(leaves, fine, strict=True) if not it]
+def _sum_of_boxes(folder: Path, name: str, leaf: Any, pool: ThreadPoolExecutor) -> int:
+  """What this process's share of the chunks of a leaf, read as they lie on the disk, adds to its checksum."""
+  store = {"driver": "ocdbt", "base": folder.as_uri() + "/", "path": f"{name}/"}
+  array = tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
+  if (array.shape, array.dtype.numpy_dtype) != (leaf.shape, leaf.dtype):
+    raise ValueError(f"{name} is {array.dtype.name}{array.shape}")
+  sizes = array.chunk_layout.read_chunk.shape or ()  # None of a scalar
+  corners = itertools.product(*(range(0, whole, size) for whole, size in zip(leaf.shape, sizes, strict=True)))
+  mine = itertools.islice(corners, jax.process_index(), None, jax.process_count())
 
+  def of(corner: tuple[int, ...]) -> int:
+    box = tuple(slice(start, min(start + size, whole)) for start, size, whole in zip(corner, sizes, leaf.shape))
+    return of_box(array[box].read().result(), corner, leaf.shape)
 
-def checksums(state: Any) -> dict[str, int]:
-  """A 32-bit checksum of each leaf, by path: the same on every mesh, different after any single flipped bit.
-
-  The sum over elements of (bits of the element) x (an odd number made from its index), modulo 2^32: an odd factor loses no
-  bit, and sums of integers do not depend on their order.
-  """
-  leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-  values = _told_by_parts([leaf for _, leaf in leaves], _checksum, jnp.sum)
-  return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, values, strict=True)}
-
-
-def _told_by_parts(leaves: list[jax.Array], of_part: Callable, together: Callable) -> np.ndarray:
-  """`of_part` of each leaf, put together over its devices, and over its rows where it is on the host."""
-  return np.asarray(_compiled(tuple(leaf.sharding for leaf in leaves), of_part, together)(leaves))
-
-
-@functools.cache
-def _compiled(shardings: tuple[Any, ...], of_part: Callable, together: Callable) -> Callable:
-  def in_rows(part: sharding.Part) -> jax.Array:
-    x = part.values
-    if jax.typeof(x).memory_space == jax.memory.Space.Device or not x.ndim:
-      return of_part(part._replace(values=jax.device_put(x, jax.memory.Space.Device)))
-
-    def row(i: jax.Array) -> jax.Array:
-      values = jax.device_put(jax.lax.dynamic_slice_in_dim(x, i, 1), jax.memory.Space.Device)
-      return of_part(part._replace(values=values, starts=(part.starts[0] + i, *part.starts[1:])))
-
-    two = lambda i, found: together(jnp.stack([found, row(i)])).astype(found.dtype)
-    return jax.lax.fori_loop(1, x.shape[0], two, row(0))
-
-  everyone = sharding.on_parts(list(shardings), in_rows)
-  return jax.jit(lambda leaves: together(everyone(leaves), axis=0))
-
-
-def _finite(part: sharding.Part) -> jax.Array:
-  return jnp.isfinite(jnp.max(jnp.abs(part.values)))
-
-
-def _checksum(part: sharding.Part) -> jax.Array:
-  x = part.values
-  bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-  index, stride = jnp.zeros(x.shape, jnp.uint32), 1
-  for axis in reversed(range(x.ndim)):
-    along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.asarray(part.starts[axis]).astype(jnp.uint32)
-    index = index + along * jnp.uint32(stride % 2**32)
-    stride *= part.shape[axis]
-  factor = (index * jnp.uint32(2654435761)) ^ (index >> 16) | jnp.uint32(1)  # Knuth's multiplier, made odd
-  return jnp.where(part.counts, jnp.sum(bits * factor, dtype=jnp.uint32), jnp.uint32(0))
+  return sum(pool.map(of, mine)) % 2**32

@@ -1,0 +1,66 @@
+"""Prints, as JSON, the memory that a save, a read-back and a restore of a state in the host's memory take beside what they
+keep, in its largest leaf: python tests/peak_of_saving.py FOLDER"""
+
+import gc
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxft import sharding
+from jaxft.config import default
+from jaxft.run.checkpoint import Checkpoints
+from jaxft.run.checksums import checksums
+
+LEAVES, SHAPE = 3, (16, 2**15, 256)  # 512 MiB each
+
+
+def resident_bytes() -> int:
+  line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+  return int(line.split()[1]) * 1024
+
+
+class Peak(threading.Thread):
+  """The most memory while it runs, beside what there was before, in leaves."""
+
+  def __enter__(self):
+    gc.collect()
+    self.before, self.most, self.over = resident_bytes(), 0, False
+    self.start()
+    return self
+
+  def run(self):
+    while not self.over:
+      self.most = max(self.most, resident_bytes())
+      time.sleep(0.005)
+
+  def __exit__(self, *_):
+    self.over = True
+    self.join()
+    self.leaves = (self.most - self.before) / (4 * np.prod(SHAPE))
+
+
+def main(folder: Path) -> None:
+  place = NamedSharding(sharding.make_mesh(default().mesh), PartitionSpec(), memory_kind="pinned_host")
+  draw = lambda seed: np.random.default_rng(seed).random(SHAPE, np.float32)
+  state = {str(i): jax.make_array_from_callback(SHAPE, place, draw(i).__getitem__) for i in range(LEAVES)}
+  like = {name: jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=place) for name in state}
+  wanted = checksums(state)
+  checkpoints = Checkpoints(folder, 1, writes=True, in_pieces=True)
+  with Peak() as save:  # and the first one is read back
+    checkpoints.save(1, state, {})
+  del state
+  with Peak() as restore:
+    found = checkpoints.restore(1, like)
+  assert checksums(found) == wanted
+  checkpoints.close()
+  print(json.dumps({"save": save.leaves, "restore": restore.leaves - LEAVES}))
+
+
+if __name__ == "__main__":
+  main(Path(sys.argv[1]))
