@@ -57,7 +57,13 @@ SETTINGS = (
     "model.compute_dtype",
     "auto",
     compute_dtype,
-    "dtype of activations; auto: bfloat16 on GPU and TPU, float32 on CPU. Weights are float32 always",
+    "dtype of activations; auto: bfloat16 on GPU and TPU, float32 on CPU",
+  ),
+  Setting(
+    "model.param_dtype",
+    "float32",
+    one_of("float32", "bfloat16"),
+    "of the matrices of layers; bfloat16 takes half the memory, and rounds updates up or down by chance",
   ),
   Setting(
     "model.attention",

@@ -17,7 +17,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxft import optim, sharding
+from jaxft import optim, rounding, sharding
 from jaxft.architecture import ModelConfig
 from jaxft.dropout import row_keys, split
 from jaxft.loss import cross_entropy_sum
@@ -169,10 +169,12 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str
     def backward(dx, xs):
       x, index = xs
       of_layer = lambda tree: layer_of({"blocks": tree.get("blocks", {})}, index)
-      frozen = of_layer(state.frozen)
-      _, vjp = jax.vjp(lambda block, x: layer(join(block, frozen)["blocks"], x, index), of_layer(state.params), x)
+      frozen, block = of_layer(state.frozen), of_layer(state.params)
+      precise = jax.tree.map(lambda p: p.astype(jnp.float32), block)  # accumulation steps are added up in it
+      _, vjp = jax.vjp(lambda block, x: layer(join(block, frozen)["blocks"], x, index), precise, x)
       d_block, dx = vjp(dx)
-      return dx, jax.tree_util.tree_map_with_path(lambda path, d: send(only_trained(path, d, index)), d_block)
+      sent = lambda path, d, p: send(only_trained(path, d, index).astype(p.dtype))
+      return dx, jax.tree_util.tree_map_with_path(sent, d_block, block)
 
     dx, d_blocks = jax.lax.scan(backward, dx, (inputs, layers), reverse=True)
     d_rest, d_rows = enter_vjp(dx)
@@ -213,7 +215,7 @@ def make_gradient_of_copy(gradient: Callable, dtype: Any, places: Any) -> Callab
   def copied(path, leaf, place):
     if not optim.is_stacked(path):
       return fetch(leaf)
-    one = lambda index: layer_of(leaf, index).astype(dtype_of_copy(path, leaf, dtype))
+    one = lambda index: layer_of(leaf, index).astype(optim.dtype_of(path, leaf, dtype))
     return jax.lax.with_sharding_constraint(jax.lax.map(one, jnp.arange(leaf.shape[0])), place)
 
   def of_copy(state: State, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
@@ -223,13 +225,9 @@ def make_gradient_of_copy(gradient: Callable, dtype: Any, places: Any) -> Callab
   return of_copy
 
 
-def dtype_of_copy(path: Any, leaf: Any, dtype: Any) -> Any:
-  return dtype if optim.is_stacked(path) and optim.decays(path) else leaf.dtype
-
-
 def copy_of(shapes: Any, dtype: Any) -> Any:
   """Shapes of the copy that "optimizer" keeps on the device, of those of the weights."""
-  as_copied = lambda path, leaf: leaf.update(dtype=dtype_of_copy(path, leaf, dtype))
+  as_copied = lambda path, leaf: leaf.update(dtype=optim.dtype_of(path, leaf, dtype))
   return jax.tree_util.tree_map_with_path(as_copied, shapes)
 
 
@@ -271,7 +269,7 @@ def make_update(config: ConfigDict, places: Any, trained: Any = ()) -> Callable:
   """
   only_trained = masked(trained)
 
-  def of_leaf(path, place, param, grad, states, good, scale, rate):
+  def of_leaf(path, place, key, param, grad, states, good, scale, rate):
     tx, cut = optim.of_layer(config, path), Cut.of(path, param, param.shape[0] // place.shard_shape(param.shape)[0])
     if any(leaf.ndim and leaf.shape[:1] != param.shape[:1] for leaf in jax.tree.leaves(states)):
       cut = cut._replace(parts=1)  # an optimizer that measures over the whole table
@@ -283,17 +281,20 @@ def make_update(config: ConfigDict, places: Any, trained: Any = ()) -> Callable:
       return cut.write(leaf, new, i) if in_parts(leaf) else new
 
     def turn(i, now):
-      p = read(now[0], i)
+      p = read(now[0], i).astype(jnp.float32)
       s = jax.tree.map(lambda leaf, old: read(leaf if in_parts(leaf) else old, i), now[1], states)
       direction, new = tx.update(fetch(cut.read(grad, i)).astype(jnp.float32) * scale, s, p)
       direction = only_trained(path, direction, i) if cut.layers else direction
-      return write(now[0], p - rate * direction, i), jax.tree.map(lambda x, y: write(x, y, i), now[1], new)
+      p = rounding.by_chance(p - rate * direction, param.dtype, jax.random.fold_in(key, i))
+      return write(now[0], p, i), jax.tree.map(lambda x, y: write(x, y, i), now[1], new)
 
     return jax.lax.fori_loop(0, jnp.where(good, cut.parts, 0), turn, (param, states))
 
-  def update(good: jax.Array, grads: Any, scale: jax.Array, rate: jax.Array, params: Any, opt: Any) -> tuple[Any, Any]:
+  def update(
+    good: jax.Array, grads: Any, scale: jax.Array, rate: jax.Array, keys: Any, params: Any, opt: Any
+  ) -> tuple[Any, Any]:
     one = lambda *leaves: of_leaf(*leaves, good, scale, rate)
-    pairs = jax.tree_util.tree_map_with_path(one, places, params, grads, opt)
+    pairs = jax.tree_util.tree_map_with_path(one, places, keys, params, grads, opt)
     return tuple(jax.tree.map(lambda _, pair, part=part: pair[part], params, pairs) for part in (0, 1))
 
   return update

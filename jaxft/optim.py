@@ -36,7 +36,9 @@ def optimizer(optim: ConfigDict) -> optax.GradientTransformation:
   """
 
   def init(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _over_layers(optim, path).init(leaf), params)
+    # In float32, whatever the parameters are in: moments follow `optim.state_dtype` alone.
+    begin = lambda path, leaf: _over_layers(optim, path).init(leaf.astype(jnp.float32))
+    return jax.tree_util.tree_map_with_path(begin, params)
 
   def update(grads: Any, states: Any, params: Any) -> tuple[Any, Any]:
     def of_leaf(path, param, grad, state):
@@ -58,6 +60,14 @@ def of_layer(optim: ConfigDict, path: Any) -> optax.GradientTransformation:
     "sgd": optax.trace(optim.b1, accumulator_dtype=jnp.dtype(optim.state_dtype)),
   }[optim.name]
   return optax.chain(scale, optax.add_decayed_weights(optim.weight_decay)) if decays(path) else scale
+
+
+def dtype_of(path: Any, leaf: Any, dtype: Any) -> Any:
+  """Of the parameter at this path, where matrices of layers are to be in `dtype`.
+
+  What all layers share stays as it is, as its gradient is a sum of several; adapters stay too, which are small.
+  """
+  return dtype if is_stacked(path) and path[-1].key == "kernel" else leaf.dtype
 
 
 def _over_layers(optim: ConfigDict, path: Any) -> optax.GradientTransformation:

@@ -201,6 +201,8 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   graph, whole_shapes, whole_axes = model.abstract(cfg, compute)
   (shapes, frozen), (axes, frozen_axes) = (parts.split(tree, cfg.trained) for tree in (whole_shapes, whole_axes))
   tx = optim.optimizer(config.optim)
+  kept_as = lambda path, leaf: leaf.update(dtype=optim.dtype_of(path, leaf, jnp.dtype(config.model.param_dtype)))
+  precise, shapes = shapes, jax.tree_util.tree_map_with_path(kept_as, shapes)
   # What is frozen is kept as it is computed with: that is half the bytes, and no other result.
   frozen = jax.tree_util.tree_map_with_path(
     lambda path, leaf: leaf.update(dtype=compute.dtype) if optim.decays(path) else leaf, frozen
@@ -221,7 +223,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     if kept == "optimizer":
       on_device = jax.tree.map(lambda leaf: leaf.sharding, state.params)
       copy = offload.copy_of(state.params, compute.dtype)
-      shapes = offload.copy_of(shapes, compute.dtype) if A == 1 else shapes  # several are added up in float32
+      shapes = copy
       gradient = offload.make_gradient_of_copy(
         make_gradient(graph, gradients=gradients, **how), compute.dtype, on_device
       )
@@ -231,12 +233,19 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     state = state._replace(params=offload.on_host(state.params), opt=offload.on_host(state.opt))
     if kept == "all":
       state = state._replace(frozen=offload.on_host(state.frozen))
-    on_host = jax.tree.map(lambda leaf: leaf.sharding, state.params)
-    look, update = offload.make_look(gradients), offload.make_update(config.optim, on_host, cfg.trained)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+    look, update = offload.make_look(gradients), offload.make_update(config.optim, places, cfg.trained)
   step = make_train_step(
-    gradient, look, update, optim.schedule(config.optim, total_steps), clip_norm=config.optim.clip_norm
+    gradient,
+    look,
+    update,
+    optim.schedule(config.optim, total_steps),
+    clip_norm=config.optim.clip_norm,
+    seed=config.train.seed,
   )
   eval_step = make_eval_step(graph, loss_chunk=chunk)
+  if A > 1 and kept != "all":  # several are added up in float32
+    shapes = precise
   if kept != "none":
     on_host = offload.kept_of(state, kept)
     step, eval_step = offload.told(step, on_host), offload.told(eval_step, on_host.weights)

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+STREAM = 0x726F756E  # of random numbers, apart from that of dropout
+
 
 def by_chance(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
   """`x`, float32, in `dtype`: float32 as it is, or one of the two neighbours in bfloat16, of which the mean is `x`.
@@ -21,7 +23,15 @@ def by_chance(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def keys_of_leaves(key: jax.Array, tree: Any) -> Any:
-  """A key for each leaf, by its place in the tree."""
-  leaves, shape = jax.tree.flatten(tree)
-  return jax.tree.unflatten(shape, [jax.random.fold_in(key, i) for i in range(len(leaves))])
+def layers_by_chance(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+  """`by_chance` of each layer of stacked ones, with a key of its own."""
+  if dtype == x.dtype:
+    return x
+  return jax.vmap(lambda layer, i: by_chance(layer, dtype, jax.random.fold_in(key, i)))(x, jnp.arange(x.shape[0]))
+
+
+def keys(seed: int, step: jax.Array, params: Any) -> Any:
+  """A key for each leaf of the parameters in this step of a run."""
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAM), step)
+  leaves, tree = jax.tree.flatten(params)
+  return jax.tree.unflatten(tree, [jax.random.fold_in(key, i) for i in range(len(leaves))])

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxft import rounding
 from jaxft.dropout import row_keys
 from jaxft.loss import cross_entropy_sum
 from jaxft.parts import join, masked
@@ -98,27 +99,34 @@ def make_look(not_finite: Callable) -> Callable:
   Args:
     not_finite: `sharding.not_finite_on` for (gradient, state).
   """
-  return lambda grads, state: (optax.tree_utils.tree_norm(grads), not_finite((grads, state)))
+  norm = lambda grads: optax.tree_utils.tree_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+  return lambda grads, state: (norm(grads), not_finite((grads, state)))
 
 
 def make_update(tx: optax.GradientTransformation, trained: Any = ()) -> Callable:
-  """Returns `update(good, gradient, scale, rate, params, opt) -> (params, opt)`, which are as before where `good` is false.
+  """Returns `update(good, gradient, scale, rate, keys, params, opt) -> (params, opt)`, as before where `good` is false.
 
-  `scale` is what the gradient is multiplied with, `rate` the learning rate.
+  `scale` is what the gradient is multiplied with, `rate` the learning rate, and `keys` what each parameter is rounded by.
 
   Args:
     trained: `ModelConfig.trained`.
   """
   only_trained = masked(trained)
 
-  def update(good: jax.Array, grads: Any, scale: jax.Array, rate: jax.Array, params: Any, opt: Any) -> tuple[Any, Any]:
+  def update(
+    good: jax.Array, grads: Any, scale: jax.Array, rate: jax.Array, keys: Any, params: Any, opt: Any
+  ) -> tuple[Any, Any]:
     # A loop of one turn or none writes over the state where it lies. A choice between old and new takes copies on a CPU, where
     # the update is then three times as slow; a branch copies the state on a GPU.
     def turn(now: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
       _, params, opt = now
-      direction, opt = tx.update(jax.tree.map(lambda g: g * scale, grads), opt, params)
-      move = lambda path, p, d: p - rate * only_trained(path, d)
-      return jnp.bool(False), jax.tree_util.tree_map_with_path(move, params, direction), opt
+      precise = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+      direction, opt = tx.update(jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads), opt, precise)
+
+      def move(path, old, p, d, key):
+        return rounding.layers_by_chance(p - rate * only_trained(path, d), old.dtype, key)
+
+      return jnp.bool(False), jax.tree_util.tree_map_with_path(move, params, precise, direction, keys), opt
 
     return jax.lax.while_loop(lambda now: now[0], turn, (good, params, opt))[1:]
 
@@ -126,7 +134,7 @@ def make_update(tx: optax.GradientTransformation, trained: Any = ()) -> Callable
 
 
 def make_train_step(
-  gradient: Callable, look: Callable, update: Callable, schedule: optax.Schedule, *, clip_norm: float
+  gradient: Callable, look: Callable, update: Callable, schedule: optax.Schedule, *, clip_norm: float, seed: int
 ) -> Callable:
   """Returns `train_step(state, batch) -> (state, metrics)`, of the three functions that are made here or in `offload`.
 
@@ -137,6 +145,7 @@ def make_train_step(
 
   Args:
     clip_norm: largest global norm of the gradient; 0: no clipping.
+    seed: of the run.
   """
 
   def train_step(state: State, batch: dict) -> tuple[State, dict]:
@@ -146,7 +155,8 @@ def make_train_step(
     scale = jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else jnp.float32(1)
     rate = schedule(state.step)
 
-    params, opt = update(good, grads, scale, rate, state.params, state.opt)
+    keys = rounding.keys(seed, state.step, state.params)
+    params, opt = update(good, grads, scale, rate, keys, state.params, state.opt)
     metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
     metrics |= {"bad": ~good, "bad_leaves": bad_leaves}
     return state._replace(step=state.step + 1, params=params, opt=opt), metrics

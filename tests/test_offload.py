@@ -45,7 +45,8 @@ def weights(family):
 
 def begin(run, family):
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  state = State(jnp.int32(0), weights(family), jax.device_get(run.tx.init(weights(family))))
+  params = jax.tree.map(lambda x, like: x.astype(like.dtype), weights(family), run.state.params)
+  state = State(jnp.int32(0), params, jax.device_get(run.tx.init(params)))
   return jax.device_put(state, places)
 
 
