@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxft import optim, rounding, sharding
@@ -28,10 +27,10 @@ from jaxft.step import State, in_range
 ROWS_AT_ONCE = 2**26  # bytes of a table that are updated at once
 
 
-def faults(cfg: ModelConfig, mesh: Mesh, kept: str) -> list[str]:
-  """One line where the compiler of the mesh's devices is known to fail on weights of this model in the host's memory."""
-  heads = cfg.N // mesh.shape["tensor"]
-  if kept == "none" or mesh.devices.flat[0].platform != "tpu" or cfg.D % 128 == cfg.H % 128 == heads % 8 == 0:
+def faults(cfg: ModelConfig, platform: str, tensor: int, kept: str) -> list[str]:
+  """One line where the compiler of such devices is known to fail on weights of this model in the host's memory."""
+  heads = cfg.N // tensor
+  if kept == "none" or platform != "tpu" or cfg.D % 128 == cfg.H % 128 == heads % 8 == 0:
     return []
   # It keeps other shapes in another order in the host's memory than it copies them in (libtpu 0.0.42.1).
   return [

@@ -105,7 +105,8 @@ def must_hold(program: Program, config: ConfigDict) -> None:
   if on_host > memory_of_host():
     raise RequestError(
       f"config.memory.offload={program.offload}: the host is to keep {on_host:,} bytes and has {memory_of_host():,}; "
-      "config.optim.name=adafactor, or config.optim.state_dtype=bfloat16, needs fewer (docs/memory.md)"
+      "config.model.param_dtype=bfloat16, config.optim.name=adafactor or config.optim.state_dtype=bfloat16 needs fewer "
+      "(docs/memory.md)"
     )
   held = program.state if program.offload == "none" else ()
   limit, state, batch = memory_of(device), bytes_a_device(held), bytes_a_device(program.batch)
@@ -181,11 +182,12 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
 
   Raises RequestError when the batch or the model cannot be split as the mesh asks.
   """
-  if lines := sharding.faults(cfg, mesh) + offload.faults(cfg, mesh, config.memory.offload):
+  device, tensor = mesh.devices.flat[0], mesh.shape["tensor"]
+  if lines := sharding.faults(cfg, mesh) + offload.faults(cfg, device.platform, tensor, config.memory.offload):
     raise RequestError("\n".join(lines))
   A = sharding.accumulation_steps(config.train, mesh)
   zero_stage, whole = config.mesh.zero_stage, sharding.replicated(mesh)
-  dtype = model.compute_dtype(config.model.compute_dtype, mesh.devices.flat[0])
+  dtype = model.compute_dtype(config.model.compute_dtype, device)
   compute = model.Compute(
     dtype,
     config.memory.remat,
@@ -193,7 +195,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     sharding.gather_on(mesh, zero_stage),
     sharding.rows_on(mesh, zero_stage, "parameters"),
     sharding.rows_on(mesh, zero_stage, "gradients"),
-    attention=kernel(config, cfg, mesh.devices.flat[0], dtype, packed="segments" in row),
+    attention=kernel(config, cfg, device, dtype, packed="segments" in row),
     on_each_device=sharding.on_each_device_of(mesh),
     vocab_multiple=sharding.VOCAB_MULTIPLE,
     fetch=offload.fetch if config.memory.offload != "none" else lambda x: x,
@@ -210,7 +212,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   frozen = sharding.place(frozen, sharding.shardings_of("parameters", frozen, frozen_axes, mesh, zero_stage))
   state = State(*sharding.state_like(tx, shapes, axes, mesh, zero_stage), frozen)
   gradients = sharding.shardings_of("gradients", shapes, axes, mesh, zero_stage)
-  rows = 1 if cfg.classes else compute.rows(cfg) // mesh.shape["tensor"]
+  rows = 1 if cfg.classes else compute.rows(cfg) // tensor
   at_once = config.train.batch_size // A // sharding.batch_parts(mesh)
   chunk = loss.chunk_of(config.memory.loss_chunk, at_once, config.data.sequence_length, rows)
   how = {"loss_chunk": chunk, "seed": config.train.seed, "trained": cfg.trained}

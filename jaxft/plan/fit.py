@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxft import sharding
+from jaxft import offload, sharding
 from jaxft.errors import RequestError
 from jaxft.model import ModelConfig
 from jaxft.plan import targets
@@ -131,7 +131,7 @@ def overrides(config: ConfigDict, settings: dict[str, Any], devices: int) -> lis
 
 def candidates(config: ConfigDict, cfg: ModelConfig, target: targets.Target) -> list[Candidate]:
   """Every mesh of all the target's devices, with every micro-batch and choice, that divides model and batch."""
-  rough = Rough.of(config, cfg, target)
+  rough, platform = Rough.of(config, cfg, target), "tpu" if target.kind in targets.TPUS else "gpu"
   found = []
   for data, fsdp, tensor in meshes(cfg, target):
     parts = data * fsdp
@@ -148,6 +148,8 @@ def candidates(config: ConfigDict, cfg: ModelConfig, target: targets.Target) -> 
         "mesh.zero_stage": stage,
         "train.micro_batch_size": micro,
       }
+      if offload.faults(cfg, platform, tensor, chosen["memory.offload"]):
+        continue
       B = micro or rows
       state, other = rough.state_bytes(chosen), rough.other_bytes(chosen, B)
       found.append(Candidate(chosen, rough.seconds(chosen, B), state, other))
