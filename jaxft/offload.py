@@ -17,7 +17,6 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from ml_collections import ConfigDict
 
 from jaxft import optim, rounding, sharding
-from jaxft.architecture import ModelConfig
 from jaxft.dropout import row_keys, split
 from jaxft.loss import cross_entropy_sum
 from jaxft.model import default_positions, rematerialised
@@ -27,17 +26,24 @@ from jaxft.step import State, in_range
 ROWS_AT_ONCE = 2**26  # bytes of a table that are updated at once
 
 
-def faults(cfg: ModelConfig, platform: str, tensor: int, kept: str) -> list[str]:
-  """One line where the compiler of such devices is known to fail on weights of this model in the host's memory."""
-  heads = cfg.N // tensor
-  if kept == "none" or platform != "tpu" or cfg.D % 128 == cfg.H % 128 == heads % 8 == 0:
+def faults(platform: str, shapes: Any, kept: str) -> list[str]:
+  """One line where the compiler of such devices is known to fail on weights or optimizer state in the host's memory.
+
+  Args:
+    shapes: of what is kept there; those of a device's part, where they have shardings.
+  """
+  if kept == "none" or platform != "tpu":
     return []
-  # It keeps other shapes in another order in the host's memory than it copies them in (libtpu 0.0.42.1).
-  return [
-    f"config.memory.offload={kept}: on a TPU for a width and heads of a multiple of 128, and 8, 16, ... heads a device, as in "
-    f"GPT-J: libtpu aborts on others, and this model is {cfg.D} wide and has heads of {cfg.H}, {heads} a device; "
-    "more chips (config.mesh.fsdp) hold it without offload"
-  ]
+  for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+    shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) else leaf.shape
+    # libtpu (0.0.42.1) keeps other shapes in another order in the host's memory than it copies them in.
+    if is_kept(leaf) and (shape[-1] % 128 or len(shape) > 2 and shape[-2] % 8):
+      return [
+        f"config.memory.offload={kept}: on a TPU not for this model, optimizer or adapter: libtpu aborts on shapes whose last "
+        f"two sizes are no multiples of 8 and 128, as of {jax.tree_util.keystr(path)}, {shape}; all of GPT-J with adamw, lion "
+        "or sgd has none; more chips (config.mesh.fsdp) hold others without offload"
+      ]
+  return []
 
 
 def is_kept(leaf: Any) -> bool:
@@ -222,12 +228,6 @@ def make_gradient_of_copy(gradient: Callable, dtype: Any, places: Any) -> Callab
     return gradient(state._replace(params=copy), batch)
 
   return of_copy
-
-
-def copy_of(shapes: Any, dtype: Any) -> Any:
-  """Shapes of the copy that "optimizer" keeps on the device, of those of the weights."""
-  as_copied = lambda path, leaf: leaf.update(dtype=optim.dtype_of(path, leaf, dtype))
-  return jax.tree_util.tree_map_with_path(as_copied, shapes)
 
 
 def make_look(gradients: Any) -> Callable:

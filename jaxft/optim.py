@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from jaxft.parts import name_of
+
 # The last part of a parameter's path says what it is; a new name must be placed here before it can be trained.
 DECAYED = {"kernel", "tokens", "positions", "score", "lora_a", "lora_b"}
 NOT_DECAYED = {"bias", "scale"}
@@ -68,6 +70,20 @@ def dtype_of(path: Any, leaf: Any, dtype: Any) -> Any:
   What all layers share stays as it is, as its gradient is a sum of several; adapters stay too, which are small.
   """
   return dtype if is_stacked(path) and path[-1].key == "kernel" else leaf.dtype
+
+
+def kept_in(dtype: Any, shapes: Any, trained: Any = ()) -> Any:
+  """Shapes of parameters with the matrices of layers in `dtype`.
+
+  Args:
+    trained: `ModelConfig.trained`; matrices of which some layers are frozen stay as they are, so that those do not change.
+  """
+  parted = {name for name, layers in trained if layers}
+
+  def as_kept(path, leaf):
+    return leaf if name_of(path) in parted else leaf.update(dtype=dtype_of(path, leaf, jnp.dtype(dtype)))
+
+  return jax.tree_util.tree_map_with_path(as_kept, shapes)
 
 
 def _over_layers(optim: ConfigDict, path: Any) -> optax.GradientTransformation:

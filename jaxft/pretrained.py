@@ -242,7 +242,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   # Where a part of it was trained, the whole in float32 may be more than the device holds.
   too_large = bool(cfg.trained) and 5 * model.parameter_count(source.cfg) > memory_of(jax.local_devices()[0])
   ready = Pretrained(source, compute_dtype, on_host=config.memory.offload == "all" or too_large)
-  trained = ready.shapes_of_trained(cfg)
+  trained = optim.kept_in(trained_as.model.param_dtype, ready.shapes_of_trained(cfg), cfg.trained)
   states = jax.eval_shape(optim.optimizer(config.optim).init, trained)
   unread = Changing(NOT_READ, trained, jax.tree.map(lambda _: NOT_READ, states))
   ready.run = workdir, at

@@ -183,7 +183,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   Raises RequestError when the batch or the model cannot be split as the mesh asks.
   """
   device, tensor = mesh.devices.flat[0], mesh.shape["tensor"]
-  if lines := sharding.faults(cfg, mesh) + offload.faults(cfg, device.platform, tensor, config.memory.offload):
+  if lines := sharding.faults(cfg, mesh):
     raise RequestError("\n".join(lines))
   A = sharding.accumulation_steps(config.train, mesh)
   zero_stage, whole = config.mesh.zero_stage, sharding.replicated(mesh)
@@ -203,14 +203,15 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   graph, whole_shapes, whole_axes = model.abstract(cfg, compute)
   (shapes, frozen), (axes, frozen_axes) = (parts.split(tree, cfg.trained) for tree in (whole_shapes, whole_axes))
   tx = optim.optimizer(config.optim)
-  kept_as = lambda path, leaf: leaf.update(dtype=optim.dtype_of(path, leaf, jnp.dtype(config.model.param_dtype)))
-  precise, shapes = shapes, jax.tree_util.tree_map_with_path(kept_as, shapes)
+  precise, shapes = shapes, optim.kept_in(config.model.param_dtype, shapes, cfg.trained)
   # What is frozen is kept as it is computed with: that is half the bytes, and no other result.
   frozen = jax.tree_util.tree_map_with_path(
     lambda path, leaf: leaf.update(dtype=compute.dtype) if optim.decays(path) else leaf, frozen
   )
   frozen = sharding.place(frozen, sharding.shardings_of("parameters", frozen, frozen_axes, mesh, zero_stage))
   state = State(*sharding.state_like(tx, shapes, axes, mesh, zero_stage), frozen)
+  if lines := offload.faults(device.platform, (state.params, state.opt, state.frozen), config.memory.offload):
+    raise RequestError("\n".join(lines))
   gradients = sharding.shardings_of("gradients", shapes, axes, mesh, zero_stage)
   rows = 1 if cfg.classes else compute.rows(cfg) // tensor
   at_once = config.train.batch_size // A // sharding.batch_parts(mesh)
@@ -224,7 +225,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   else:
     if kept == "optimizer":
       on_device = jax.tree.map(lambda leaf: leaf.sharding, state.params)
-      copy = offload.copy_of(state.params, compute.dtype)
+      copy = optim.kept_in(compute.dtype, state.params)
       shapes = copy
       gradient = offload.make_gradient_of_copy(
         make_gradient(graph, gradients=gradients, **how), compute.dtype, on_device

@@ -14,13 +14,14 @@ STREAM = 0x726F756E  # of random numbers, apart from that of dropout
 def by_chance(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
   """`x`, float32, in `dtype`: float32 as it is, or one of the two neighbours in bfloat16, of which the mean is `x`.
 
-  What bfloat16 can say exactly stays as it is.
+  What bfloat16 can say exactly stays as it is, and what is not finite stays so.
   """
   if dtype == x.dtype:
     return x
   # A bfloat16 is the upper half of a float32. The sum carries into it in as many of 65,536 cases as the lower half says.
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-  return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+  rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+  return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))  # a NaN's bits would carry into another number
 
 
 def layers_by_chance(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Where arrays live: the mesh, one table from logical axes to mesh axes, and the shardings that follow from it."""
 
+import collections
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -48,6 +49,10 @@ def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mes
   devices = list(jax.devices() if devices is None else devices)
   shape = mesh_shape(sizes, len(devices))
   needed = math.prod(shape.values())
+  of_process = collections.Counter(device.process_index for device in devices)
+  if len(set(of_process.values())) > 1:
+    told = ", ".join(f"process {process} has {count}" for process, count in sorted(of_process.items()))
+    raise RequestError(f"{told} devices: all processes must have as many; one may have lost a device (jaxft.doctor)")
   if len({device.process_index for device in devices[:needed]}) < len({device.process_index for device in devices}):
     raise RequestError(f"{_asked(sizes)}: leaves processes without a device; use all {len(devices)} devices")
   # Auto: the compiler chooses collectives from the constraints. jax.make_mesh would default to Explicit (jax 0.10).
@@ -75,7 +80,7 @@ def _asked(sizes: ConfigDict) -> str:
 
 
 def _in_order(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
-  """The devices in the order in which a slice or a cluster is fast; several slices share the first axis they divide."""
+  """The devices in the order in which a slice or a cluster is fast; several slices share the first axes, `tensor` none."""
   if devices[0].platform == "cpu":  # the order is of no account, and the rows of a process are next to each other
     return np.array(devices).reshape(shape)
   slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
@@ -83,18 +88,21 @@ def _in_order(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
   try:
     if slices == 1:
       return mesh_utils.create_device_mesh(shape, devices, **split)
-    for axis, size in enumerate(shape):
-      if size % slices == 0:
-        across = tuple(slices if i == axis else 1 for i in range(len(shape)))
-        within = tuple(size // slices if i == axis else size for i, size in enumerate(shape))
-        return mesh_utils.create_hybrid_device_mesh(within, across, devices, **split)
+    across, left = [1] * len(shape), slices
+    for axis, size in enumerate(shape[:-1]):
+      across[axis] = math.gcd(size, left)
+      left //= across[axis]
+    if left == 1:
+      within = tuple(size // parts for size, parts in zip(shape, across, strict=True))
+      return mesh_utils.create_hybrid_device_mesh(within, tuple(across), devices, **split)
   except (NotImplementedError, ValueError, AssertionError) as error:
     raise RequestError(
       f"a mesh of {shape} (data, fsdp, tensor): {len(devices)} of these devices cannot be laid out so ({first_line(error)}); "
       "use all of them, with sizes that are powers of two"
     ) from error
   raise RequestError(
-    f"a mesh of {shape} (data, fsdp, tensor) over {slices} slices: one of the sizes must be a multiple"
+    f"a mesh of {shape} (data, fsdp, tensor) over {slices} slices: config.mesh.data x config.mesh.fsdp must be a multiple, so "
+    "that tensor parallelism stays within one"
   )
 
 

@@ -1,6 +1,7 @@
 """A tokenizer of your own text: python -m jaxft.tokenizer --data SOURCE [...] --vocab_size N --out FOLDER
 
-The folder is what `config.model.init=scratch` begins with: tokenizer.json and a config.json, no weights.
+The folder is what `config.model.init=scratch` begins with: tokenizer.json and a config.json, no weights. Or tokens of your own
+in a model that is there: python -m jaxft.tokenizer --model PATH_OR_ID --add "<|title|>" "<|end|>" --out FOLDER
 """
 
 import argparse
@@ -16,6 +17,9 @@ from jaxft.data import sources
 from jaxft.data.report import examples
 from jaxft.errors import RequestError, StorageError, run_command
 from jaxft.files import refused, write_whole
+from jaxft.hf import added_tokens, repo
+from jaxft.hf.verify import in_words
+from jaxft.program import prepare_backend
 
 END = "<|endoftext|>"
 BYTES = 256  # of which every text is made: the first tokens after the end token
@@ -73,19 +77,29 @@ def write(texts: Iterable[str], vocab_size: int, folder: Path, **sizes: int | fl
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser("python -m jaxft.tokenizer", description="A BPE tokenizer of your own text.")
-  parser.add_argument(
-    "--data", nargs="+", required=True, metavar="SOURCE", help="file, glob, folder or hub:NAME[:SPLIT]"
+  parser = argparse.ArgumentParser(
+    "python -m jaxft.tokenizer", description="A BPE tokenizer of your own text, or a model with tokens of your own."
   )
+  begin = parser.add_mutually_exclusive_group(required=True)
+  begin.add_argument("--data", nargs="+", metavar="SOURCE", help="file, glob, folder or hub:NAME[:SPLIT]")
+  begin.add_argument("--model", metavar="PATH_OR_ID", help="model to add tokens to")
+  parser.add_argument("--add", nargs="+", metavar="TOKEN", help="with --model: the special tokens to add")
   parser.add_argument("--text_column", default="text", help="column that holds the text (default: text)")
   parser.add_argument("--vocab_size", type=int, default=16384, help="tokens (default: 16384)")
   parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; a new one")
   arguments = parser.parse_args()
   out = Path(arguments.out)
-  if lines := sources.faults(tuple(arguments.data), ()):
-    raise RequestError("\n".join(line.replace("config.data.train", "--data") for line in lines))
+  if bool(arguments.model) != bool(arguments.add):
+    raise RequestError("--model and --add go together: the model to add tokens to, and the tokens")
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise RequestError(f"--out={arguments.out!r}: it is there; name a new folder")
+  if arguments.model:
+    prepare_backend()
+    ids, parity = added_tokens.write(repo.find(arguments.model), arguments.add, out)
+    print(f"{', '.join(f'{name} is {id}' for name, id in ids.items())}; {out}: {in_words(parity)}")
+    return
+  if lines := sources.faults(tuple(arguments.data), ()):
+    raise RequestError("\n".join(line.replace("config.data.train", "--data") for line in lines))
   data = settings.default().data
   data.text_column = arguments.text_column
   nothing = collections.Counter()

@@ -126,7 +126,7 @@ def finetune(
       told = lambda done, total: meter.at(done, total=total)
       data = prepare(config.data, tokenizer, repo.tokenizer_fingerprint(source.folder), told, say)
     frozen = bool(config.lora.rank or config.train.only)
-    weights = repo.fingerprint(source, whole=frozen) if pretrained else ""
+    weights = repo.fingerprint(source, whole=frozen or jax.process_count() > 1) if pretrained else ""
     same = {"config.data, as it is cut into tokens": data.fingerprint, "its validation text": data.held_out}
     same |= {"the files of config.model.path": weights}
     hosts.agree("data", same | {f"config.json of the model: {key}": it for key, it in source.hf_config.items()})

@@ -17,7 +17,12 @@ import sys
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("processes", type=int)
-  parser.add_argument("--devices", type=int, default=0, help="fake CPU devices a process (0: the real devices)")
+  parser.add_argument(
+    "--devices",
+    type=int,
+    default=0,
+    help="fake CPU devices a process (0: the real ones, all for each)",
+  )
   cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
   arguments, command = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
   if arguments.processes < 1 or not command:
@@ -36,7 +41,7 @@ def main() -> int:
       if process.poll() is None:
         process.send_signal(number)
 
-  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
     signal.signal(number, forward)
   codes = [process.wait() for process in started]
   print("exit codes:", *codes, file=sys.stderr)

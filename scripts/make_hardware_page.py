@@ -121,8 +121,11 @@ def config_lines() -> list[str]:
   for file in CONFIGS:
     module = runpy.run_path(str(file))
     named = re.search(r"--device (\S+)", module["__doc__"])
+    planned_as = re.search(r"jaxft\.plan .*--config\.model\.path=(\S+)", module["__doc__"])
+    config = module["get_config"]()
+    config.model.path = planned_as[1] if planned_as else config.model.path
     for device in named[1].split(",") if named else ["cpu"]:
-      plan = jaxft.plan_for(module["get_config"](), device)
+      plan = jaxft.plan_for(config, device)
       peak = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0))
       seconds = plan["step_seconds_estimate"]
       lines.append(

@@ -20,6 +20,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 # A file in configs/ -> hardware that its docstring names.
 HARDWARE = {
   "gpt2_from_scratch": ("rtx4090",),
+  "gpt2_medium_recipes": ("rtx3070",),
   "gpt2_question_answer": ("rtx3070",),
   "gpt2_reviews_classification": ("rtx3070",),
   "gpt2_tinystories": ("rtx4090",),
@@ -103,7 +104,8 @@ def test_every_shipped_config_fits_the_hardware_that_it_names(compiler, name, de
   file = runpy.run_path(str(CONFIGS / f"{name}.py"))
   assert device in file["__doc__"].lower(), "the docstring names it"
   config = file["get_config"]()
-  config.model.path = "gpt2" if config.model.init == "scratch" else config.model.path  # as its plan command says
+  planned_as = re.search(r"jaxft\.plan .*--config\.model\.path=(\S+)", file["__doc__"])
+  config.model.path = planned_as[1] if planned_as else config.model.path
   cfg = dataclasses.asdict(plan.model_facts(config))
   answer = compiler(compile.Request(settings.to_json(config), cfg, device, text=True))
   assert "refused" not in answer and "needs_bytes" not in answer, answer
@@ -165,8 +167,13 @@ def test_devices_keep_their_own_part_on_the_host_and_exchange_what_they_would_wi
 
 @pytest.mark.slow
 def test_what_the_tpu_compiler_cannot_keep_on_the_host_is_refused(compiler):
-  answer = compiler(request("gpt2-xl", "v5e:1x1", 1, 1024, memory__offload="all"))
-  assert "config.memory.offload=all: on a TPU" in answer["refused"] and "1600 wide" in answer["refused"]
+  for model, T, more in (
+    ("gpt2-xl", 1024, {}),
+    (GPTJ, 2048, {"lora__rank": 16}),
+    (GPTJ, 2048, {"optim__name": "adafactor"}),
+  ):
+    answer = compiler(request(model, "v5e:1x1", 1, T, memory__offload="all", **more))
+    assert "config.memory.offload=all: on a TPU not for this" in answer["refused"], answer
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fault_points
@@ -233,6 +234,19 @@ def test_a_process_that_does_not_come_is_named(config_file, tmp_path):
   assert re.search(r"error: process 0 at 127.0.0.1:\d+ did not answer within 3 s", alone.said()[0])
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_the_roll_is_called_at_any_kind_of_address(host):
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]
+  places = [roll_call.Place(f"{host}:{port}", 2, i) for i in range(2)]
+  with ThreadPoolExecutor(2) as pool:
+    ends = [call.result() for call in [pool.submit(roll_call.call, place, 20) for place in places]]
+  assert [list(peers) for peers in ends] == [[1], [0]]
+  for peers in ends:
+    for peer in peers.values():
+      peer.close()
+
+
 @pytest.mark.slow
 def test_another_config_on_one_host_is_refused_by_key(config_file, tmp_path):
   several = Hosts(config_file, tmp_path / "run", 2, only={1: ["--config.train.seed=5"]})
@@ -259,7 +273,8 @@ def test_flags_that_say_too_little_are_refused(config_file, tmp_path, flags, tol
 
 def test_a_pod_that_may_not_ask_who_else_there_is_runs_alone_and_says_so(monkeypatch, capsys):
   monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-  assert roll_call.find(None, None, None, 1) is None and not capsys.readouterr().out  # its package is not installed
+  assert roll_call.find(None, None, None, 1) is None
+  assert "JAX needs pip install kubernetes" in capsys.readouterr().out
 
   def forbidden(*_):
     raise RuntimeError("Kubernetes API Error: 403 - Forbidden\nand a page more")

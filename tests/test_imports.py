@@ -20,7 +20,7 @@ LEAVES = {
   "jaxft.attention": {"jaxft.attention_chunked", "jaxft.dropout"},
   "jaxft.attention_chunked": {"jaxft.dropout"},
   "jaxft.loss": set(),
-  "jaxft.optim": set(),
+  "jaxft.optim": {"jaxft.parts"},
   "jaxft.checks": {"jaxft.files"},
   "jaxft.config": {"jaxft.checks", "jaxft.errors"},
   "jaxft.sharding": {"jaxft.errors"},

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxft import config as settings
 from jaxft import model, program, sharding
 from jaxft.hf import facts
+from jaxft.parts import name_of
 from jaxft.step import State
 
 pytestmark = pytest.mark.slow
@@ -96,31 +97,41 @@ def test_twenty_steps_are_those_of_one_device(family, mesh, stage):
     assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
 
 
+# What the docs say of each weight, by hand: tensor parallelism cuts these, and fsdp all that have a model axis.
+CUT_BY_TENSOR = {"embed.tokens", "output.kernel", "output.bias"}
+CUT_BY_TENSOR |= {f"blocks.attention.{name}" for name in ("qkv.kernel", "qkv.bias", "out.kernel")}
+CUT_BY_TENSOR |= {f"blocks.mlp.{name}" for name in ("up.kernel", "up.bias", "down.kernel")}
+WITHOUT_A_MODEL_AXIS = {"output.bias", "blocks.attention.qkv.bias", "blocks.mlp.up.bias"}
+
+
 def bytes_by_formula(family, mesh, stage):
-  """{"parameters", "gradients", "optimizer"}: bytes a device, from the names of the axes alone (docs/sharding.md)."""
+  """{"parameters", "gradients", "optimizer"}: bytes a device (docs/sharding.md)."""
   _, fsdp, tensor = mesh
-  _, shapes, axes = model.abstract(cfg_of(family), model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))
-  names = jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+  shapes = model.abstract(cfg_of(family), model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
+  leaves = {name_of(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]}
 
   def total(cut):
-    each = (
-      4
-      * math.prod(leaf.shape)
-      // (tensor if {"heads", "mlp", "vocab"} & set(of) else 1)
-      // (fsdp if cut and "embed" in of else 1)
-      for leaf, of in zip(jax.tree.leaves(shapes), names, strict=True)
+    parts = lambda name: (
+      (tensor if name in CUT_BY_TENSOR else 1) * (fsdp if cut and name not in WITHOUT_A_MODEL_AXIS else 1)
     )
-    return sum(each)
+    return sum(4 * math.prod(shape) // parts(name) for name, shape in leaves.items())
 
   # A step count for each leaf, and for each layer of one that is stacked.
-  counts = sum(
-    of_leaf.shape[0] if "layers" in of else 1 for of_leaf, of in zip(jax.tree.leaves(shapes), names, strict=True)
-  )
+  counts = sum(shape[0] if name.startswith("blocks") else 1 for name, shape in leaves.items())
   return {
     "parameters": total(stage >= 3),
     "gradients": total(stage >= 2),
     "optimizer": 2 * total(stage >= 1) + 4 * counts,
   }
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("family", ["gptj", *(pytest.param(it, marks=pytest.mark.wide) for it in ("gpt2", "gpt_neo"))])
+def test_placements_follow_the_formula(family, mesh, stage):
+  run = build(family, mesh, stage)
+  held = {"parameters": run.state.params, "gradients": run.gradients, "optimizer": run.state.opt}
+  assert {what: program.bytes_a_device(tree) for what, tree in held.items()} == bytes_by_formula(family, mesh, stage)
 
 
 @pytest.mark.parametrize("mesh, stage", [((1, 8, 1), stage) for stage in range(4)] + [((2, 2, 2), 3), ((1, 2, 4), 2)])

@@ -37,9 +37,7 @@ def reviews(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [pytest.param("optimizer", marks=wide), "all"])
-@pytest.mark.parametrize(
-  "change", [pytest.param(name, marks=() if name in ("pack", "classification") else wide) for name in CHANGES]
-)
+@pytest.mark.parametrize("change", [pytest.param(name, marks=() if name == "pack" else wide) for name in CHANGES])
 def test_losses_are_those_of_a_run_on_the_device(folder, stories, reviews, tmp_path, change, kept):
   config = tiny.config(folder, reviews if change == "classification" else stories)
   config.train.steps, config.train.micro_batch_size, config.train.sample_prompts = 6, 4, ()

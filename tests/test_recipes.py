@@ -107,6 +107,71 @@ def test_a_model_from_nothing_beats_counting_tokens(tmp_path):
   assert abs(losses[0] - np.log(300)) < 0.2 and losses[-1] < of_counts - 0.5, (losses, of_counts)
 
 
+MARKS = ["<|title|>", "<|steps|>"]
+
+
+@pytest.fixture(scope="module", params=["gpt2", pytest.param("gptj", marks=pytest.mark.wide)])
+def marked(request, small, tmp_path_factory):
+  """A model, and its folder with two more tokens."""
+  folder, out = small, tmp_path_factory.mktemp("models") / "marked"
+  if request.param == "gptj":
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    sizes = dict(n_embd=40, n_layer=2, n_head=5, n_positions=71, rotary_dim=4, vocab_size=293)
+    their = transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes, bos_token_id=0, eos_token_id=0))
+    folder = tmp_path_factory.mktemp("models") / "gptj"
+    their.to(torch.bfloat16).save_pretrained(folder)
+    tiny.write_tokenizer(folder, 293)
+  done = processes.run("jaxft.tokenizer", "--model", folder, "--add", *MARKS, "--out", out)
+  assert "<|title|> is 293, <|steps|> is 294" in done.stdout
+  return folder, out
+
+
+def test_tables_grow_as_transformers_resizes_them(marked):
+  folder, out = marked
+  transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+  theirs.resize_token_embeddings(295)
+  ours = transformers.AutoModelForCausalLM.from_pretrained(out)
+  assert ours.config.vocab_size == theirs.config.vocab_size == 295 and ours.dtype == theirs.dtype
+  wanted = theirs.state_dict()
+  for name, tensor in ours.state_dict().items():
+    assert tensor.shape == wanted[name].shape and tensor.dtype == wanted[name].dtype, name
+    assert torch.equal(tensor[:293], wanted[name][:293]), name
+    torch.testing.assert_close(tensor[293:], wanted[name][293:], atol=2e-3, rtol=0)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+  assert len(tokenizer) == 295 and tokenizer("cat<|steps|>")["input_ids"][-1] == 294
+
+
+@pytest.mark.slow
+def test_marks_are_learned_and_go_out_with_the_model(marked, tmp_path):
+  _, folder = marked
+  steps = {"cat": "sat on mat", "dog": "ran to house", "door": "red", "once": "upon a time"}
+  rows = [{"text": f"<|title|>{title}<|steps|>{text}"} for title, text in steps.items()] * 20
+  file = write(tmp_path / "recipes.jsonl", rows)
+  more = dict(train__steps=120, train__sample_prompts=("<|title|>cat<|steps|>",), data__layout="pad")
+  run = finetune(recipe("gpt2_medium_recipes", folder, file, **more), tmp_path / "run")
+  losses = [line["eval/loss"] for line in run.metrics if "eval/loss" in line]
+  assert losses[-1] < 0.5 < losses[0]
+  for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
+    assert model.tokenizer(MARKS[0])["input_ids"] == [293]
+    prompts = [f"{tiny.EOS}<|title|>{title}<|steps|>" for title in steps]  # as rows begin
+    found = model.generate(prompts, max_new_tokens=20, temperature=0)
+    assert [it.text for it in found] == list(steps.values())
+
+
+def test_tokens_that_cannot_be_added_are_refused(small, tmp_path):
+  for more, message in (
+    (["--model", small, "--add", "<a>", "<a>"], "--add '<a>': a token already"),
+    (["--model", small, "--add", tiny.EOS], "a token already"),
+    (["--model", small, "--add", ""], "must be a text"),
+    (["--model", small], "--model and --add go together"),
+    (["--data", "x.txt", "--add", "<a>"], "--model and --add go together"),
+  ):
+    done = processes.run("jaxft.tokenizer", *more, "--out", tmp_path / "new", check=2)
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_tokenizer_is_refused_what_it_cannot_be(tmp_path):
   text = tiny.write_stories(tmp_path / "text.jsonl", 3, seed=0)
   for more, message in (

@@ -1,5 +1,7 @@
 """Mesh sizes, and the table from logical axes to mesh axes."""
 
+import math
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -53,13 +55,18 @@ def chips(x, y, slices=1):
   return [Chip(n, (i, j, 0), s, "TPU v5 lite") for n, (s, i, j) in enumerate(places)]
 
 
-@pytest.mark.parametrize("x, y, slices", [(2, 4, 1), (4, 4, 1), (8, 8, 1), (16, 16, 1), (4, 4, 2)])
+@pytest.mark.parametrize("x, y, slices", [(2, 4, 1), (4, 4, 1), (8, 8, 1), (16, 16, 1), (4, 4, 2), (2, 4, 4)])
 def test_every_mesh_of_a_slice_has_an_order(x, y, slices):
   """No chips needed: every (data, fsdp, tensor) of powers of two, on one slice or two."""
   devices = chips(x, y, slices)
   powers = [2**i for i in range(9)]
   for shape in [(d, len(devices) // d // t, t) for d in powers for t in (1, 2, 4) if len(devices) % (d * t) == 0]:
+    if math.gcd(shape[0] * shape[1], slices) < slices:
+      with pytest.raises(RequestError, match="tensor parallelism stays within one"):
+        sharding._in_order(devices, shape)
+      continue
     found = sharding._in_order(devices, shape)
+    assert all(len({chip.slice_index for chip in group}) == 1 for group in found.reshape(-1, shape[2]))
     assert found.shape == shape and {chip.id for chip in found.flat} == set(range(len(devices)))
 
 

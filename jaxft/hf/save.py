@@ -48,6 +48,7 @@ def export(
   dtype: str = "float32",
   max_shard_size: str = "5GB",
   card: str = "",
+  tokenizer: Any = None,
 ) -> dict[str, Any]:
   """Writes `params` as a model that transformers' `from_pretrained(out)` loads, and returns its parity report.
 
@@ -56,6 +57,7 @@ def export(
     params: parameters as `model.abstract` nests them, on any mesh.
     checkpoint: where the config and the tokenizer files come from.
     dtype: of `EXPORT_DTYPES`, or "source": for each tensor the dtype that it has in the checkpoint's folder.
+    tokenizer: one of transformers' to write; None: the files of the checkpoint's folder.
     card: text of the model card (README.md); empty: the checkpoint's own, if it has one.
 
   Raises:
@@ -82,8 +84,10 @@ def export(
       {key: value for key, value in checkpoint.hf_config.items() if key not in NOT_EXPORTED}
       | {"architectures": [checkpoint.architecture], "dtype": main_dtype, "torch_dtype": main_dtype},
     )
+    if tokenizer:
+      tokenizer.save_pretrained(partial)
     for name in COPIED:
-      if (checkpoint.folder / name).is_file():
+      if (checkpoint.folder / name).is_file() and not (tokenizer and name in repo.TOKENIZER_FILES):
         shutil.copyfile(checkpoint.folder / name, partial / name)
     if not checkpoint.cfg.classes and not (partial / "generation_config.json").exists():
       ids = {key: checkpoint.hf_config[key] for key in ("bos_token_id", "eos_token_id") if key in checkpoint.hf_config}

@@ -148,7 +148,7 @@ def candidates(config: ConfigDict, cfg: ModelConfig, target: targets.Target) -> 
         "mesh.zero_stage": stage,
         "train.micro_batch_size": micro,
       }
-      if offload.faults(cfg, platform, tensor, chosen["memory.offload"]):
+      if offload.faults(platform, (rough.shapes, rough.states), chosen["memory.offload"]):
         continue
       B = micro or rows
       state, other = rough.state_bytes(chosen), rough.other_bytes(chosen, B)

@@ -39,7 +39,8 @@ class Rough(NamedTuple):
   def of(cls, config: ConfigDict, cfg: ModelConfig, target: targets.Target) -> "Rough":
     whole = model.abstract(cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
     shapes, frozen = parts.split(whole, cfg.trained)
-    return cls(config, cfg, target, shapes, jax.eval_shape(optim.optimizer(config.optim).init, shapes), frozen)
+    states = jax.eval_shape(optim.optimizer(config.optim).init, shapes)
+    return cls(config, cfg, target, optim.kept_in(config.model.param_dtype, shapes, cfg.trained), states, frozen)
 
   @property
   def weights(self) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -23,6 +24,7 @@ from jaxft.run.tracking import console, say
 from jaxft.run.watchdog import Watchdog, end_when_jax_aborts
 
 START_TIMEOUT, PEER_TIMEOUT = 300, 60  # seconds
+_asked = itertools.count()  # the same in all processes
 
 
 @contextmanager
@@ -37,14 +39,16 @@ def joined(place: Place | None, start_timeout: int = START_TIMEOUT, peer_timeout
     return
   console.quiet = place.process != 0
   say(f"waiting for {place.processes} processes at {place.coordinator}")
-  watchdog = Watchdog(place, roll_call.call(place, start_timeout), peer_timeout)
-  end_when_jax_aborts()
+  peers = roll_call.call(place, start_timeout)
+  watchdog = Watchdog(place, peers, peer_timeout)
+  end_when_jax_aborts(peers[0] if place.process else None)
   jax.distributed.initialize(
     place.coordinator,
     place.processes,
     place.process,
     initialization_timeout=start_timeout,
     heartbeat_timeout_seconds=10 * peer_timeout,  # the watchdog is to be first, with a name
+    cluster_detection_method="deactivate" if alone_on_its_node() else None,
   )
   try:
     yield
@@ -61,13 +65,18 @@ def joined(place: Place | None, start_timeout: int = START_TIMEOUT, peer_timeout
   watchdog.end(0, "")
 
 
+def alone_on_its_node() -> bool:
+  """Whether SLURM or Open MPI has started one process here: it is to have all devices, and JAX would give it the first."""
+  tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0], os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+  return "1" in tasks and "JAX_LOCAL_DEVICE_IDS" not in os.environ
+
+
 def versions() -> dict[str, str]:
   """Of what computes, and of jaxft's own files."""
   files = sorted(Path(jaxft.__file__).parent.rglob("*.py"))
   own = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-  found = {
-    name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-  }
+  packages = "jax", "jaxlib", "jax-cuda13-plugin", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy"
+  found = {it.name: it.version for it in importlib.metadata.distributions() if it.name in packages}
   return found | {"jaxft": f"{jaxft.__version__} ({own})", "python": platform.python_version()}
 
 
@@ -78,6 +87,7 @@ def agree(topic: str, facts: dict[str, Any]) -> None:
   from jax._src.distributed import global_state  # its key-value store is JAX's own, and Orbax's, way to compare notes
 
   store, me = global_state.client, jax.process_index()
+  topic = f"{topic}/{next(_asked)}"  # keys are set once, and a program may train twice
   patience = 24 * 3_600_000  # ms: others may be tokenising or exporting; one that is lost is the watchdog's to find
   store.key_value_set(f"jaxft/{topic}/{me}", json.dumps(facts, default=str))
   if me == 0:
@@ -102,12 +112,12 @@ def must_share(folder: Path) -> None:
     return
   from jax._src.distributed import global_state
 
-  store, mark = global_state.client, folder / "run.hosts"
+  store, mark, key = global_state.client, folder / "run.hosts", next(_asked)
   if jax.process_index() == 0:
     text = f"{os.getpid()} {time.time_ns()}"
     write_whole(mark, text)
-    store.key_value_set("jaxft/mark", text)
-  text = store.blocking_key_value_get("jaxft/mark", 600_000)
+    store.key_value_set(f"jaxft/mark/{key}", text)
+  text = store.blocking_key_value_get(f"jaxft/mark/{key}", 600_000)
   until = time.monotonic() + 30  # network disks show a new file late
   while not (seen := mark.is_file() and mark.read_text() == text) and time.monotonic() < until:
     time.sleep(0.5)

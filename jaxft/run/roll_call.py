@@ -1,6 +1,8 @@
 """Who is there: process 0 waits for all others on the coordinator's port, before JAX takes it over."""
 
+import importlib.util
 import json
+import os
 import socket
 import time
 import warnings
@@ -40,6 +42,11 @@ def find(coordinator: str | None, processes: int | None, process: int | None, ti
       raise RequestError(f"looking for the other processes: {first_line(error)}; {ALL_THREE}") from error
     say(f"running alone: the other processes, if there are any, were not found ({first_line(error)}); {ALL_THREE}")
     return None
+  pod = "KUBERNETES_SERVICE_HOST" in os.environ
+  if pod and given == (None, None, None) and not (coordinator or importlib.util.find_spec("kubernetes")):
+    say(
+      f"running alone: to find the other pods of a job, if there are any, JAX needs pip install kubernetes; {ALL_THREE}"
+    )
   known = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
   if all(value is None for value in known.values()) or processes == 1:
     return None
@@ -56,6 +63,7 @@ def find(coordinator: str | None, processes: int | None, process: int | None, ti
 def call(place: Place, timeout: int) -> dict[int, socket.socket]:
   """Calls the roll. Returns connections to the other processes: of process 0 to all of them, of the others to process 0."""
   host, _, port = place.coordinator.rpartition(":")
+  host = host.removeprefix("[").removesuffix("]")  # of an IPv6 address
   return (
     _wait_for_all(int(port), place, timeout) if place.process == 0 else {0: _answer(host, int(port), place, timeout)}
   )
@@ -87,7 +95,7 @@ def _wait_for_all(port: int, place: Place, timeout: int) -> dict[int, socket.soc
         continue  # something else that tries ports
       if processes != place.processes:
         fault = f"--num_processes={processes} on process {other}, and {place.processes} on process 0"
-      elif not 0 < other < processes or other in there and not _closed(there[other]):  # it may have been started again
+      elif not 0 < other < processes or other in there and not closed(there[other]):  # it may have been started again
         fault = f"--process_id={other}: another process has it too (at {address[0]})"
       there[other] = peer
   missing = [str(i) for i in range(1, place.processes) if i not in there]
@@ -108,10 +116,13 @@ def _answer(host: str, port: int, place: Place, timeout: int) -> socket.socket:
       peer = socket.create_connection((host, port), timeout=5)
       send(peer, {"process": place.process, "processes": place.processes})
       verdict = json.loads(_line(peer, until + 5))
+      if not isinstance(verdict, dict):
+        raise ValueError("something else listens there")
       break
     except (OSError, ValueError) as error:
       if time.monotonic() > until:
-        raise PeerLost(f"process 0 at {host}:{port} did not answer within {timeout} s ({error})") from error
+        told = f"did not answer within {timeout} s, or had all its processes before"
+        raise PeerLost(f"process 0 at {host}:{port} {told} ({error})") from error
       time.sleep(0.3)
   if "refused" in verdict:
     raise RequestError(verdict["refused"])
@@ -132,7 +143,7 @@ def _line(peer: socket.socket, until: float) -> bytes:
   return line
 
 
-def _closed(peer: socket.socket) -> bool:
+def closed(peer: socket.socket) -> bool:
   peer.setblocking(False)
   try:
     return peer.recv(1, socket.MSG_PEEK) == b""

@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from jaxft.errors import PeerLost, Preempted
-from jaxft.run.roll_call import Place, send
+from jaxft.run.roll_call import Place, closed, send
 
 GRACE = 15  # seconds that others have to end by themselves after one has ended with an error
 
@@ -108,10 +108,16 @@ def _end(why: str) -> None:
   os._exit(PeerLost.exit_code)
 
 
-def end_when_jax_aborts() -> None:
-  """When process 0 dies, JAX's client aborts at once (jax 0.10 to 0.12: LOG(FATAL)), which may come before the watchdog."""
+def end_when_jax_aborts(coordinator: socket.socket | None) -> None:
+  """When process 0 dies, JAX's client aborts at once (jax 0.10 to 0.12: LOG(FATAL)), which may come before the watchdog.
+
+  Args:
+    coordinator: the connection to process 0; None in it itself. While it is open the abort has another reason, and goes on.
+  """
 
   def handler(_: int) -> None:
+    if coordinator is None or not closed(coordinator):
+      return
     print("error: JAX has given up, most likely because process 0 is gone; the same command continues", file=sys.stderr)
     faulthandler.dump_traceback()
     os._exit(PeerLost.exit_code)
