@@ -22,18 +22,18 @@ class Beams:
     self.done = False
     self._count, self._penalty, self._most = count, length_penalty, most
 
-  def advance(self, scores: np.ndarray, beams: np.ndarray, tokens: np.ndarray, end: int) -> list[int]:
+  def advance(self, scores: np.ndarray, beams: np.ndarray, tokens: np.ndarray, ends: frozenset[int]) -> list[int]:
     """Takes the 2 x count best continuations, best first; returns from which beam each of the next ones comes.
 
     Args:
       scores: sums of log-probabilities.
-      beams, tokens: what each continues, and with which token; one that is `end` ends the text.
+      beams, tokens: what each continues, and with which token; one of `ends` ends the text.
     """
     length = len(self.running[0].ids) + 1
     goes_on, sources, last = [], [], length == self._most
     for place, (score, beam, token) in enumerate(zip(scores.tolist(), beams.tolist(), tokens.tolist(), strict=True)):
       text = Text(score, [*self.running[beam].ids, token])
-      if token != end and not last:
+      if token not in ends and not last:
         goes_on.append(text)
         sources.append(beam)
       elif place < self._count and not self.done:  # only what is among the best ends
@@ -47,7 +47,6 @@ class Beams:
     self.done = self.done or len(self.ended) == self._count and best <= self.ended[-1].score
     return sources
 
-  def best(self, end: int) -> list[int]:
-    """The ids of the best text, without the end token."""
-    ids = self.ended[0].ids
-    return ids[:-1] if ids[-1] == end else ids
+  def best(self, count: int, ends: frozenset[int]) -> list[list[int]]:
+    """The ids of the best texts, without the end token."""
+    return [text.ids[:-1] if text.ids[-1] in ends else text.ids for text in self.ended[:count]]

@@ -1,12 +1,16 @@
 """Text from a model: python -m jaxft.generate --model PATH_OR_ID [--prompt TEXT ...] [--prompt_file F] [--json]"""
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+from jaxft import generation
 from jaxft.command_line import add_model_flags, open_model
 from jaxft.errors import RequestError, run_command
+from jaxft.pretrained import Pretrained
 from jaxft.sample import Sampling
 
 
@@ -17,32 +21,56 @@ def main() -> None:
   add_model_flags(parser)
   parser.add_argument("--prompt", nargs="+", action="extend", default=[], metavar="TEXT", help="text to complete")
   parser.add_argument("--prompt_file", metavar="F", help="a file with one prompt a line")
+  parser.add_argument(
+    "--stop_strings", nargs="+", default=[], metavar="TEXT", help="end a text when it has one of these"
+  )
   for name, default in Sampling._field_defaults.items():
     parser.add_argument(
-      f"--{name}", type=type(default), default=default, help=f"as in transformers (default: {default})"
+      f"--{name}",
+      type=type(default),
+      help=f"as in transformers (default: what the model's {generation.FILE} says, or {default})",
     )
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   arguments = parser.parse_args()
-  sampling = {name: getattr(arguments, name) for name in Sampling._fields}
-  Sampling(**sampling).check()
+  sampling = {name: value for name in Sampling._fields if (value := getattr(arguments, name)) is not None}
+  Sampling(**sampling).check_values()  # before a model is read
+  how = sampling | {"stop_strings": arguments.stop_strings}
 
   prompts = arguments.prompt + (_lines(Path(arguments.prompt_file)) if arguments.prompt_file else [])
   interactive = not prompts and sys.stdin.isatty() and not arguments.json
   if not prompts and not interactive:
     raise RequestError("--prompt is missing: give a text, --prompt_file, or a terminal to ask on")
   ready = open_model(arguments)
-  while interactive:
+  if interactive:
+    return talk(ready, how)
+  completions = ready.generate(prompts, **how)
+  if arguments.json:
+    print(json.dumps({"completions": [completion._asdict() for completion in completions]}, ensure_ascii=False))
+  else:
+    print("\n\n".join(completion.prompt + completion.text for completion in completions))
+
+
+def talk(ready: Pretrained, how: dict[str, Any]) -> None:
+  """Asks for prompts on the terminal, which remembers them (arrow up), and writes each completion as it comes."""
+  with contextlib.suppress(ImportError):  # `input` edits lines with it, where the platform has it
+    import readline  # noqa: F401
+
+  beams = how.get("num_beams", 1) > 1 or how.get("num_return_sequences", 1) > 1  # which are there at the end alone
+  tell = None if beams else lambda text, added: print(added, end="", flush=True)
+  while True:
     try:
       prompt = input("prompt> ")
     except (EOFError, KeyboardInterrupt):
       print()
       return
-    print(prompt + ready.generate([prompt], **sampling)[0].text)
-  completions = ready.generate(prompts, **sampling)
-  if arguments.json:
-    print(json.dumps({"completions": [completion._asdict() for completion in completions]}, ensure_ascii=False))
-  else:
-    print("\n\n".join(completion.prompt + completion.text for completion in completions))
+    try:
+      print("" if beams else prompt, end="", flush=True)
+      completions = ready.generate([prompt], tell=tell, **how)
+      print("\n\n".join(it.prompt + it.text for it in completions) if beams else "")
+    except KeyboardInterrupt:  # enough of this one
+      print()
+    except RequestError as error:  # a prompt that is too long
+      print(f"error: {error}")
 
 
 def _lines(file: Path) -> list[str]:

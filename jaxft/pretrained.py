@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jaxft import attention, model, offload, optim, parts, sharding, weights
+from jaxft import attention, generation, model, offload, optim, parts, sharding, weights
 from jaxft import config as settings
 from jaxft.architecture import CHOSEN
 from jaxft.data import loader, tokens
@@ -25,7 +26,7 @@ from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
 from jaxft.program import memory_of, prepare_backend
 from jaxft.run.checkpoint import NOT_READ, Checkpoints
-from jaxft.sample import Generator, Sampling
+from jaxft.sample import Generator
 from jaxft.step import Changing, evaluate, make_eval_step
 
 
@@ -82,18 +83,43 @@ class Pretrained:
     placed = sharding.place(shapes, sharding.shardings_of("parameters", shapes, axes, self.mesh))
     return graph, offload.on_host(placed) if self._on_host else placed
 
-  def generate(self, prompts: list[str], **sampling: Any) -> list[Completion]:
-    """Completes each prompt; `sampling` takes the fields of `jaxft.sample.Sampling`, whose names are transformers'."""
+  def generate(
+    self,
+    prompts: list[str],
+    *,
+    stop_strings: Sequence[str] = (),
+    tell: Callable[[int, str], None] | None = None,
+    **sampling: Any,
+  ) -> list[Completion]:
+    """Completes each prompt, `num_return_sequences` times; `sampling` takes the fields of `jaxft.sample.Sampling`, whose names
+    are transformers'. What is not given is as the model's generation_config.json says, where it says something.
+
+    Args:
+      stop_strings: a text ends when one of these is in it, with the token that makes it so.
+      tell: gets the number of a completion and what was added to its text, as it comes.
+    """
     self._must_write_text()
+    config = generation.of(self.source.folder, sampling)
+    if stop_strings and config.sampling.num_beams > 1:
+      raise RequestError(f"--stop_strings={list(stop_strings)}: beams end at the end token alone")
     if isinstance(prompts, str):
       raise RequestError(f"prompts={prompts!r}: give a list of texts")
     for prompt in prompts:
       if not is_text(prompt):
         raise RequestError(f"prompt {prompt!r}: not valid text (UTF-8)")
+    listener = generation.Listener(self.tokenizer, stop_strings, tell)
     ids = self._generator(
-      self.params, [self.tokenizer(prompt)["input_ids"] for prompt in prompts], Sampling(**sampling)
+      self.params,
+      [self.tokenizer(prompt)["input_ids"] for prompt in prompts],
+      config.sampling,
+      ends=config.ends,
+      watch=listener,
     )
-    return [Completion(prompt, self.tokenizer.decode(new), new) for prompt, new in zip(prompts, ids, strict=True)]
+    each = [prompt for prompt in prompts for _ in range(config.sampling.num_return_sequences)]
+    found = [Completion(prompt, self.tokenizer.decode(new), new) for prompt, new in zip(each, ids, strict=True)]
+    for text, completion in enumerate(found):
+      listener.told_all(text, completion.text)
+    return found
 
   def evaluate(
     self,

@@ -4,6 +4,7 @@ B prompts, T columns read at once, S columns of the cache, V vocabulary
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jaxft.errors import RequestError
 from jaxft.filters import History
 from jaxft.model import Cache, ModelConfig
 
+Watch = Callable[[int, list[int]], bool]
 BUCKET = 64  # prompts and caches are padded to multiples of this many columns: few shapes, few compilations
 
 
@@ -31,13 +33,27 @@ class Sampling(NamedTuple):
   no_repeat_ngram_size: int = 0  # 0: runs of tokens may be repeated
   num_beams: int = 1
   length_penalty: float = 1.0  # of beams: scores are divided by length to this power
+  num_return_sequences: int = 1  # texts for each prompt
   seed: int = 0
 
   def of_program(self) -> "Sampling":
     """With what needs no other program left out."""
-    return self._replace(temperature=float(self.temperature > 0), seed=0, max_new_tokens=1, length_penalty=1.0)
+    return self._replace(
+      temperature=float(self.temperature > 0), seed=0, max_new_tokens=1, length_penalty=1.0, num_return_sequences=1
+    )
 
   def check(self) -> None:
+    """Raises RequestError on a value that means nothing, alone or with the others."""
+    self.check_values()
+    if self.num_beams > 1 and self.temperature:
+      raise RequestError(f"--num_beams={self.num_beams}: beams are not drawn; give --temperature=0 too")
+    if not self.temperature and self.num_return_sequences > self.num_beams:
+      raise RequestError(
+        f"--num_return_sequences={self.num_return_sequences}: --temperature=0 gives {self.num_beams} of a prompt; draw, or "
+        "give it as many --num_beams"
+      )
+
+  def check_values(self) -> None:
     """Raises RequestError on a value that means nothing."""
     for name, fine, wanted in (
       ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
@@ -48,13 +64,12 @@ class Sampling(NamedTuple):
       ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0; 1 changes nothing"),
       ("num_beams", 1 <= self.num_beams <= 256, "from 1 to 256"),
       ("length_penalty", abs(self.length_penalty) < float("inf"), "a finite number"),
+      ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),
       ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (no such rule) or more"),
       ("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295"),
     ):
       if not fine:
         raise RequestError(f"--{name}={getattr(self, name)}: must be {wanted}")
-    if self.num_beams > 1 and self.temperature:
-      raise RequestError(f"--num_beams={self.num_beams}: beams are not drawn; give --temperature=0 too")
 
 
 class Generator:
@@ -77,42 +92,71 @@ class Generator:
     self._prefill = jax.jit(prefill, static_argnames="S")
     self._step = jax.jit(step, donate_argnums=1)
 
-  def __call__(self, params: Any, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
-    """The tokens that follow each prompt, up to and without the end token.
+  def __call__(
+    self,
+    params: Any,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    *,
+    ends: frozenset[int] = frozenset(),
+    watch: Watch = lambda text, ids: False,
+  ) -> list[list[int]]:
+    """The tokens that follow each prompt, up to and without the end token: `num_return_sequences` texts for each, together.
 
-    Prompt i draws with keys from (seed, i, position), so neither the other prompts nor their padding change its text.
+    Text s of prompt i draws with keys from (seed, i, s, position), so neither the others nor their padding change it.
     Raises RequestError for a prompt that fills the model's positions.
+
+    Args:
+      ends: tokens that end a text beside the end token.
+      watch: told of each token, with the number of the text and its tokens so far; true ends the text with it. Not with beams.
     """
     sampling.check()
     if not prompts:
       return []
-    rows = [prompt or [self.eos_token_id] for prompt in prompts for _ in range(sampling.num_beams)]
-    texts = Texts.of(rows, sampling.max_new_tokens, self._cfg.P, sampling.num_beams)
+    each = max(sampling.num_beams, sampling.num_return_sequences)
+    rows = [prompt or [self.eos_token_id] for prompt in prompts for _ in range(each)]
+    texts, ends = Texts.of(rows, sampling.max_new_tokens, self._cfg.P, each), ends | {self.eos_token_id}
     logits_BV, cache = self._prefill(params, *texts.prompts(), S=texts.ids_BS.shape[1])
-    go_on = self._likeliest if sampling.num_beams > 1 else self._chosen
-    return go_on(params, logits_BV, cache, texts, sampling)
+    if sampling.num_beams > 1:
+      return self._likeliest(params, logits_BV, cache, texts, sampling, ends)
+    return self._chosen(params, logits_BV, cache, texts, sampling, ends, watch)
 
   def _chosen(
-    self, params: Any, logits_BV: jax.Array, cache: Cache, texts: "Texts", sampling: Sampling
+    self,
+    params: Any,
+    logits_BV: jax.Array,
+    cache: Cache,
+    texts: "Texts",
+    sampling: Sampling,
+    ends: frozenset[int],
+    watch: Watch,
   ) -> list[list[int]]:
     """A token after the other: the likeliest, or drawn."""
     count = len(texts.lengths_B)
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), jnp.arange(count))
+    keys_B = keys_of(sampling.seed, count, sampling.num_return_sequences)
     completions, open_rows, temperature = [[] for _ in range(count)], set(range(count)), sampling.temperature or 1
     for n in range(texts.new):
       next_B = choose(logits_BV, keys_B, jnp.int32(n), jnp.float32(temperature), texts.history(), sampling.of_program())
       for row, token in enumerate(np.asarray(next_B).tolist()):
-        if token == self.eos_token_id:
+        if token in ends:
           open_rows.discard(row)
         if row in open_rows:
           completions[row].append(token)
+          if watch(row, completions[row]):
+            open_rows.discard(row)
       if not open_rows or n == texts.new - 1:
         break
       logits_BV, cache = self._step(params, cache, *texts.add(np.asarray(next_B)))
     return completions
 
   def _likeliest(
-    self, params: Any, logits_BV: jax.Array, cache: Cache, texts: "Texts", sampling: Sampling
+    self,
+    params: Any,
+    logits_BV: jax.Array,
+    cache: Cache,
+    texts: "Texts",
+    sampling: Sampling,
+    ends: frozenset[int],
   ) -> list[list[int]]:
     """Whole texts by beam search: `num_beams` rows for each prompt."""
     W = sampling.num_beams
@@ -120,9 +164,9 @@ class Generator:
     while True:
       sums = np.array([[text.score for text in prompt.running] for prompt in prompts], np.float32)
       best = map(np.asarray, continuations(logits_BV, sums, texts.history(), sampling.of_program()))
-      sources = [prompt.advance(*row, self.eos_token_id) for prompt, *row in zip(prompts, *best, strict=True)]
+      sources = [prompt.advance(*row, ends) for prompt, *row in zip(prompts, *best, strict=True)]
       if all(prompt.done for prompt in prompts):
-        return [prompt.best(self.eos_token_id) for prompt in prompts]
+        return [ids for prompt in prompts for ids in prompt.best(sampling.num_return_sequences, ends)]
       rows = np.concatenate([np.array(of) + W * i for i, of in enumerate(sources)])
       texts.take(rows)
       cache = _take(cache, rows)
@@ -226,6 +270,18 @@ def choose(
   logits_BV = filters.keep_likely(logits_BV / temperature, sampling.top_k, sampling.top_p, sampling.min_p)
   keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, n)
   return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def keys_of(seed: int, count: int, each: int) -> jax.Array:
+  """A key for each of `count` texts, `each` of which are of one prompt: the first has the key of a prompt that has but one."""
+  text_B = jnp.arange(count)
+  of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), text_B // each)
+  if each == 1:
+    return of_prompt
+  more = jax.vmap(lambda key, s: jax.random.fold_in(key, jnp.uint32(2**31) + s))(
+    of_prompt, (text_B % each).astype(jnp.uint32)
+  )
+  return jax.vmap(jax.lax.select)(text_B % each == 0, of_prompt, more)
 
 
 def _bucket(columns: int) -> int:

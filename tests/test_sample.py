@@ -1,5 +1,8 @@
 """Generation: transformers' tokens, and no prompt is changed by its neighbours."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,3 +214,65 @@ def test_sampling_that_means_nothing_is_refused(ready, wrong):
 def test_a_prompt_that_fills_the_model_is_refused(ready):
   with pytest.raises(RequestError, match=r"prompt 2 has \d+ tokens and the model 71 positions"):
     ready.generate(["a", "cat dog " * 60])
+
+
+def test_several_texts_of_a_prompt_are_its_own(ready):
+  how = dict(max_new_tokens=12, seed=3)
+  alone = ready.generate(PROMPTS, **how)
+  three = ready.generate(PROMPTS, num_return_sequences=3, **how)
+  assert [it.prompt for it in three] == [prompt for prompt in PROMPTS for _ in range(3)]
+  assert [it.token_ids for it in three[::3]] == [it.token_ids for it in alone]  # the first is that of one
+  assert len({tuple(it.token_ids) for it in three}) == len(three)
+  assert three[:3] == ready.generate(PROMPTS[:1], num_return_sequences=3, **how)
+
+
+def test_beams_give_their_best_texts(ready, folder):
+  torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+  found = ready.generate(PROMPTS[:2], temperature=0, num_beams=4, num_return_sequences=3, max_new_tokens=10)
+  for i, prompt in enumerate(PROMPTS[:2]):
+    ids = torch.tensor([ready.tokenizer(prompt)["input_ids"]])
+    how = dict(do_sample=False, num_beams=4, num_return_sequences=3, max_new_tokens=10, pad_token_id=292)
+    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **how)[:, ids.shape[1] :].tolist()
+    wanted = [[token for token in row if token not in (0, 292)] for row in out]
+    assert [it.token_ids for it in found[3 * i : 3 * i + 3]] == wanted
+
+
+def test_a_text_stops_at_a_stop_string_and_is_told_as_it_comes(ready):
+  (whole,) = ready.generate(["Once upon"], temperature=0, max_new_tokens=30)
+  stop = whole.text[len(whole.text) // 2 :][:3]
+  told = {}
+  tell = lambda text, added: told.update({text: told.get(text, "") + added})
+  found = ready.generate(["Once upon", "The"], temperature=0, max_new_tokens=30, stop_strings=[stop, "@@"], tell=tell)
+  assert stop in found[0].text and whole.text.startswith(found[0].text)
+  assert stop not in ready.tokenizer.decode(found[0].token_ids[:-1])
+  assert [told[0], told[1]] == [it.text for it in found]
+
+
+def test_the_models_own_generation_config_is_respected(folder, tmp_path):
+  model = shutil.copytree(folder, tmp_path / "model")
+
+  def says(**what):
+    (model / "generation_config.json").write_text(json.dumps(what))
+    return pretrained.load(model)
+
+  plain = pretrained.load(folder)
+  greedy = plain.generate(PROMPTS, temperature=0, max_new_tokens=9)
+  assert says(do_sample=False, max_new_tokens=9).generate(PROMPTS) == greedy
+  assert says(do_sample=False, max_new_tokens=30).generate(PROMPTS, max_new_tokens=9) == greedy  # what is given counts
+  drawn = plain.generate(PROMPTS, temperature=0.5, top_k=7, max_new_tokens=9)
+  assert says(temperature=0.5, top_k=7).generate(PROMPTS, max_new_tokens=9) == drawn
+  ends = {it.token_ids[4] for it in greedy}
+  for ours, whole in zip(says(do_sample=False, eos_token_id=[0, *ends], max_new_tokens=9).generate(PROMPTS), greedy):
+    at = next(i for i, token in enumerate(whole.token_ids) if token in ends)
+    assert ours.token_ids == whole.token_ids[:at]
+  for wrong, message in (
+    (dict(top_k="x"), "top_k='x': must be a number"),
+    (dict(top_p=3.0), "--top_p=3.0.*has top_p=3.0"),
+  ):
+    with pytest.raises(RequestError, match=message):
+      says(**wrong).generate(PROMPTS)
+  (model / "generation_config.json").write_text("[")
+  with pytest.raises(RequestError, match="not JSON"):
+    pretrained.load(model).generate(PROMPTS)

@@ -1,0 +1,76 @@
+"""How a model is to write: what its generation_config.json says, where a text is to stop, and telling it as it comes."""
+
+import collections
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxft.errors import RequestError, first_line
+from jaxft.sample import Sampling
+
+FILE = "generation_config.json"
+UNFINISHED = "\ufffd"  # what a tokenizer makes of bytes that are no character yet
+
+
+class Generation(NamedTuple):
+  sampling: Sampling
+  ends: frozenset[int]  # tokens that end a text
+
+
+def of(folder: Path, given: Mapping[str, Any]) -> Generation:
+  """What is given, then what the folder's generation_config.json says, then the defaults of `Sampling`.
+
+  `do_sample: false` in the file is temperature 0 here, unless a temperature is given. Raises RequestError for a file that
+  cannot be read, or a value that means nothing.
+  """
+  file, says = Path(folder) / FILE, {}
+  if file.is_file():
+    try:
+      says = json.loads(file.read_text(encoding="utf-8"))
+      if not isinstance(says, dict):
+        raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+      raise RequestError(f"{file}: not JSON that can be read ({first_line(error)})") from error
+  defaults = Sampling._field_defaults
+  known = {name: says[name] for name in defaults if name != "seed" and says.get(name) is not None}
+  if says.get("do_sample") is False:
+    known["temperature"] = 0.0
+  for name, value in known.items():
+    number = int | float if isinstance(defaults[name], float) else int
+    if not isinstance(value, number) or isinstance(value, bool):
+      raise RequestError(f"{file}: {name}={value!r}: must be a number")
+    known[name] = type(defaults[name])(value)
+  sampling = Sampling(**known | dict(given))
+  try:
+    sampling.check()
+  except RequestError as error:
+    among = (
+      f" ({file} has {', '.join(f'{name}={known[name]}' for name in known)})" if known.keys() - given.keys() else ""
+    )
+    raise RequestError(f"{error}{among}") from error
+  ends = says.get("eos_token_id")
+  ends = ends if isinstance(ends, list) else [ends]
+  return Generation(sampling, frozenset(end for end in ends if isinstance(end, int)))
+
+
+class Listener:
+  """For `Generator`: ends a text at a stop string, and tells what is added to each text as it comes."""
+
+  def __init__(self, tokenizer: Any, stop_strings: Sequence[str], tell: Callable[[int, str], None] | None):
+    if not all(stop_strings):
+      raise RequestError("--stop_strings: must be texts, and not empty")
+    self._decode, self._stops, self._tell, self._told = tokenizer.decode, stop_strings, tell, collections.Counter()
+    self._longest = max((len(stop.encode()) for stop in stop_strings), default=0)
+
+  def __call__(self, text: int, ids: list[int]) -> bool:
+    if self._tell and not (whole := self._decode(ids)).endswith(UNFINISHED):
+      self.told_all(text, whole)
+    tail = self._decode(ids[-self._longest - 1 :]) if self._stops else ""  # a token is at least a byte
+    return any(stop in tail for stop in self._stops)
+
+  def told_all(self, text: int, whole: str) -> None:
+    """Tells what of the text has not been told."""
+    if self._tell and len(whole) > self._told[text]:
+      self._tell(text, whole[self._told[text] :])
+      self._told[text] = len(whole)
