@@ -21,8 +21,8 @@ class Generation(NamedTuple):
 def of(folder: Path, given: Mapping[str, Any]) -> Generation:
   """What is given, then what the folder's generation_config.json says, then the defaults of `Sampling`.
 
-  `do_sample: false` in the file is temperature 0 here, unless a temperature is given. Raises RequestError for a file that
-  cannot be read, or a value that means nothing.
+  `do_sample: false` in the file, or beams without `do_sample`, is temperature 0 here, unless a temperature is given. Raises
+  RequestError for a file that cannot be read, or a value that means nothing.
   """
   file, says = Path(folder) / FILE, {}
   if file.is_file():
@@ -34,7 +34,8 @@ def of(folder: Path, given: Mapping[str, Any]) -> Generation:
       raise RequestError(f"{file}: not JSON that can be read ({first_line(error)})") from error
   defaults = Sampling._field_defaults
   known = {name: says[name] for name in defaults if name != "seed" and says.get(name) is not None}
-  if says.get("do_sample") is False:
+  beams = known.get("num_beams", 1) != 1 and not says.get("do_sample")  # transformers draws only where it is told to
+  if says.get("do_sample") is False or beams:
     known["temperature"] = 0.0
   for name, value in known.items():
     number = int | float if isinstance(defaults[name], float) else int

@@ -311,7 +311,9 @@ def gather_on(mesh: Mesh, zero_stage: int = 3) -> Callable:
       return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, use)))
 
     @jax.custom_vjp
-    def whole(x):
+    def whole(
+      x,
+    ):  # as it is stored first: XLA would else gather the float32 weight that a cast one comes from, twice the bytes
       return placed(placed(x, stored), USED)
 
     whole.defvjp(lambda x: (whole(x), None), lambda _, gradient: (placed(gradient, back),))

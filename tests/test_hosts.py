@@ -22,7 +22,7 @@ from jax._src import clusters
 from safetensors.numpy import load_file
 
 from jaxft.errors import RequestError
-from jaxft.run import roll_call
+from jaxft.run import hosts, roll_call
 
 FROZEN = 8  # seconds of silence that count as lost here
 wide = pytest.mark.wide
@@ -288,6 +288,24 @@ def test_a_pod_that_may_not_ask_who_else_there_is_runs_alone_and_says_so(monkeyp
   with pytest.raises(RequestError, match="looking for the other processes: Kubernetes API Error"):
     roll_call.find(None, 2, None, 1)
   assert roll_call.find(None, 1, None, 1) is None
+
+
+@pytest.mark.parametrize(
+  "environment, alone",
+  [
+    ({}, False),
+    ({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, True),
+    ({"SLURM_STEP_TASKS_PER_NODE": "8(x4)"}, False),
+    ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+    ({"SLURM_STEP_TASKS_PER_NODE": "1", "JAX_LOCAL_DEVICE_IDS": "0,1"}, False),
+  ],
+)
+def test_one_process_a_node_has_all_of_its_devices(monkeypatch, environment, alone):
+  for name in ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE", "JAX_LOCAL_DEVICE_IDS"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  assert hosts.alone_on_its_node() == alone
 
 
 def test_two_processes_of_one_number_and_strangers_on_the_port(config_file, tmp_path):

@@ -263,6 +263,8 @@ def test_the_models_own_generation_config_is_respected(folder, tmp_path):
   assert says(do_sample=False, max_new_tokens=30).generate(PROMPTS, max_new_tokens=9) == greedy  # what is given counts
   drawn = plain.generate(PROMPTS, temperature=0.5, top_k=7, max_new_tokens=9)
   assert says(temperature=0.5, top_k=7).generate(PROMPTS, max_new_tokens=9) == drawn
+  beams = plain.generate(PROMPTS, temperature=0, num_beams=3, max_new_tokens=9)
+  assert says(num_beams=3, max_new_tokens=9).generate(PROMPTS) == beams
   ends = {it.token_ids[4] for it in greedy}
   for ours, whole in zip(says(do_sample=False, eos_token_id=[0, *ends], max_new_tokens=9).generate(PROMPTS), greedy):
     at = next(i for i, token in enumerate(whole.token_ids) if token in ends)
