@@ -1,5 +1,5 @@
 """Trains, and notes the rows that each device of this process is given: python tests/noted_batches.py FILE [arguments of
-jaxft.train] writes {"step/name/accumulation step/row": SHA-256 of its bytes}."""
+jaxft.train] writes {"step/name/place in the batch": SHA-256 of the row's bytes}."""
 
 import hashlib
 import json
@@ -17,8 +17,9 @@ def noted(batches, file: Path):
       for shard in array.addressable_shards:
         first = shard.index[1].start or 0
         for a, b in ((a, b) for a in range(shard.data.shape[0]) for b in range(shard.data.shape[1])):
+          place = a * array.shape[1] + first + b  # the same with and without accumulation
           digest = hashlib.sha256(bytes(shard.data[a, b])).hexdigest()
-          assert rows.setdefault(f"{step}/{name}/{a}/{first + b}", digest) == digest  # its copies on other devices
+          assert rows.setdefault(f"{step}/{name}/{place}", digest) == digest  # its copies on other devices
     file.write_text(json.dumps(rows))
     yield batch
 

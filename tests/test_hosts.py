@@ -18,6 +18,7 @@ import noted_batches
 import numpy as np
 import processes
 import pytest
+import tiny
 from jax._src import clusters
 from safetensors.numpy import load_file
 
@@ -99,11 +100,12 @@ def on_one(config_file, tmp_path_factory):
 
 
 def noted_in(folder, count):
-  """The rows of each process, and all of them together: a row is given to one process."""
-  parts = [json.loads((folder / f"{i}.json").read_text()) for i in range(count)]
-  whole = {place: digest for part in parts for place, digest in part.items()}
-  assert sum(map(len, parts)) == len(whole)
-  return whole
+  """The rows that the processes were given, by their place; one that several were given is the same row."""
+  rows = {}
+  for i in range(count):
+    for place, digest in json.loads((folder / f"{i}.json").read_text()).items():
+      assert rows.setdefault(place, digest) == digest
+  return rows
 
 
 def close(a, b):
@@ -120,6 +122,8 @@ def test_several_processes_are_one_run_and_their_checkpoints_anyones(config_file
   assert several.codes() == [0] * count, several.said()
   close(processes.losses(workdir), processes.losses(of_one))
   assert noted_in(tmp_path, count) == rows_of_one  # every byte of every batch
+  held = [len(json.loads((tmp_path / f"{i}.json").read_text())) for i in range(count)]
+  assert held == [len(rows_of_one) // count] * count  # each row is given to one process
   first, *others = several.said()
   assert "exported to" in first and not any("step" in said for said in others)  # one of them speaks
   # Their checkpoint restores in one process, which goes on from the middle.
@@ -127,6 +131,36 @@ def test_several_processes_are_one_run_and_their_checkpoints_anyones(config_file
   done = processes.train(config_file, workdir, "--config.mesh.fsdp=1", "--config.train.save_every=6")
   assert "continuing at step 6" in done.stdout
   close(processes.losses(workdir), processes.losses(of_one))
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory):
+  """A model that tensor parallelism divides."""
+  return tiny.write_gpt2(tmp_path_factory.mktemp("even") / "model", seed=0, N=4, F=52)
+
+
+@pytest.mark.slow
+@wide
+@pytest.mark.parametrize(
+  "count, devices, mesh",
+  [
+    (2, 2, {"mesh.fsdp": 2, "mesh.tensor": 2}),
+    (2, 2, {"mesh.fsdp": 1, "mesh.tensor": 4}),  # a tensor group of two processes
+    (2, 2, {"mesh.fsdp": -1, "train.micro_batch_size": 1}),
+    (4, 1, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.zero_stage": 1, "train.micro_batch_size": 1}),
+    (2, 2, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.zero_stage": 0}),
+  ],
+)
+def test_every_kind_of_parallelism_crosses_processes(config_file, tmp_path, even, count, devices, mesh):
+  model = f"--config.model.path={even}"
+  one = Hosts(config_file, tmp_path / "one", 1, model, "--config.mesh.fsdp=4", devices=4, notes=tmp_path)
+  assert one.codes() == [0], one.said()
+  rows = noted_in(tmp_path, 1)
+  flags = [f"--config.{key}={value}" for key, value in mesh.items()]
+  several = Hosts(config_file, tmp_path / "run", count, model, *flags, devices=devices, notes=tmp_path)
+  assert several.codes() == [0] * count, several.said()
+  close(processes.losses(tmp_path / "run"), processes.losses(tmp_path / "one"))
+  assert noted_in(tmp_path, count) == rows
 
 
 @pytest.mark.slow
@@ -221,6 +255,8 @@ def test_a_lost_process_ends_the_others_with_code_5(config_file, tmp_path, count
   assert taken < (60 if number == signal.SIGKILL else FROZEN + 30)
   for text in said:
     assert re.search(rf"error: .*process ({lost}|0) is (gone|frozen)", text) and "most recent call first" in text, text
+  if lost:  # process 0 hears of all others; to them it may be process 0 that went first
+    assert f"process {lost} is" in said[0]
 
 
 @pytest.mark.slow
