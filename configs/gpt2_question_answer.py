@@ -9,7 +9,7 @@ A row has a question and an answer; --config.data.prompt_column and --config.dat
 
 Hardware   one 8 GB GPU: 3.3 GiB of 7.4 (XLA's own analysis, jax 0.10.2, 2026-11-22; not yet run on one)
 Expect     not measured yet: it needs the weights and a GPU. Answers should end by themselves, before --max_new_tokens
-Keeps      a model forgets what it does not see: compare --data other_text.txt before and after with jaxft.evaluate
+Keeps      a model forgets what it does not see: --config.data.unrelated=other_text.txt is evaluated before and after
 """
 
 from jaxft import config

@@ -100,6 +100,8 @@ def together(v: Mapping[str, Any]) -> list[str]:
       lines.append(f"config.{name}={v[name]!r}: goes with evaluations; set config.train.eval_every")
   if v["data.nats_column"] and v["data.format"] != "text":
     lines.append(f"config.data.nats_column={v['data.nats_column']!r}: goes with data.format=text only")
+  if v["data.unrelated"] and v["data.format"] == "classification":
+    lines.append(f"config.data.unrelated={v['data.unrelated']!r}: a model that classifies has no loss on other text")
   if not v["data.validation"] and not v["data.validation_fraction"]:
     lines.append("config.data.validation_fraction=0.0: nothing is held out; name sources in config.data.validation")
   if v["model.head"] == "classification" and v["train.sample_prompts"]:

@@ -167,7 +167,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
   """--model, or --workdir with --step: what `open_model` opens."""
   which = parser.add_mutually_exclusive_group(required=True)
   which.add_argument("--model", metavar="PATH_OR_ID", help="a Hugging Face folder or hub id")
-  which.add_argument("--workdir", metavar="DIR", help="a run: the model of its newest checkpoint")
+  which.add_argument(
+    "--workdir",
+    metavar="DIR",
+    help="a run: the model of its best checkpoint where train.keep_best_metric is set, else of its newest",
+  )
   parser.add_argument("--step", type=int, metavar="N", help="with --workdir: the checkpoint of this step")
   parser.add_argument("--revision", default="main", help="with --model: branch, tag or commit (default: main)")
   parser.add_argument(

@@ -80,6 +80,12 @@ SETTINGS = (
     "it an epoch passes so often over its documents: stories.jsonl@0.5",
   ),
   Setting("data.validation", (), anything, "sources to evaluate on; empty: split off the training documents"),
+  Setting(
+    "data.unrelated",
+    (),
+    anything,
+    "sources of text that has nothing to do with data.train: evaluated before and after, to see what was forgotten",
+  ),
   Setting("data.validation_fraction", 0.05, between(0, 1), "share of documents held out when data.validation is empty"),
   Setting(
     "data.format",
@@ -253,6 +259,7 @@ FREE_ON_RESUME = frozenset(
     "export.max_shard_size",
     "export.push_to_hub",
     "data.nats_column",
+    "data.unrelated",
     "data.cache_dir",
   }
 )

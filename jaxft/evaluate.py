@@ -48,7 +48,9 @@ def main() -> None:
     if "accuracy" in result:
       told = f"accuracy {result['accuracy']:.1%}, F1 {result['f1']:.3f}, {told}, over {result['tokens']:,} texts"
     else:
-      told += f" nats a token, perplexity {result['perplexity']:.2f}, over {result['tokens']:,} tokens"
+      told += f" nats a token, perplexity {result['perplexity']:.2f}, "
+      told += f"{result['bits_per_byte']:.4f} bits a byte, " if "bits_per_byte" in result else ""
+      told += f"over {result['tokens']:,} tokens"
     print(told)
 
 

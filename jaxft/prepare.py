@@ -31,7 +31,7 @@ def main() -> None:
   lines = settings.faults(config)
   if not lines:
     lines += repo.faults(config.model.path, weights=False)
-    lines += sources.faults(config.data.train, config.data.validation)
+    lines += sources.faults(config.data)
   if lines:
     raise RequestError("\n".join(lines))
   source = repo.find(config.model.path, config.model.revision, weights=False)

@@ -26,6 +26,7 @@ from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
 from jaxft.program import memory_of, prepare_backend
 from jaxft.run.checkpoint import NOT_READ, Checkpoints
+from jaxft.run.tracking import bits_per_byte
 from jaxft.sample import Generator
 from jaxft.step import Changing, evaluate, make_eval_step
 
@@ -129,12 +130,13 @@ class Pretrained:
     like: ConfigDict | None = None,
     **settings_of_data: Any,
   ) -> dict[str, Any]:
-    """{"loss": nats per token, "perplexity", "tokens"} over all rows of the sources, end tokens included.
+    """{"loss": nats per token, "perplexity", "tokens", "bits_per_byte"} over all rows of the sources, end tokens included.
 
     The text is one stream cut into rows of `sequence_length` tokens (0: as many as the model has positions), each token
-    weighs the same, and the batch size changes nothing but speed. Of a model that classifies: {"loss": nats per text,
-    "perplexity", "tokens": texts, "accuracy", "f1"}, of rows with a text and a label; f1 is that of the second of two classes,
-    or the mean of more. Raises RequestError when there is nothing to read.
+    weighs the same, and the batch size changes nothing but speed. Bits per byte, of the UTF-8 bytes that the tokens learned
+    stand for, compare models of different tokenizers; they are left out where a tokenizer does not work on bytes. Of a model
+    that classifies: {"loss": nats per text, "perplexity", "tokens": texts, "accuracy", "f1"}, of rows with a text and a label;
+    f1 is that of the second of two classes, or the mean of more. Raises RequestError when there is nothing to read.
 
     Args:
       like: the `data` section of a run, whose format and layout are then used.
@@ -164,7 +166,10 @@ class Pretrained:
       loader.evaluation_batches(rows, batch_size=whole_batches, sharding=sharding.batch_sharding(self.mesh)),
     )
     told = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
-    return told if found.confusion_CC is None else told | {"accuracy": found.accuracy, "f1": found.f1}
+    if found.confusion_CC is not None:
+      return told | {"accuracy": found.accuracy, "f1": found.f1}
+    nbytes = tokens.bytes_learned(rows, self.tokenizer)
+    return told | ({"bits_per_byte": bits_per_byte(found.loss, found.tokens, nbytes)} if nbytes else {})
 
   @property
   def labels(self) -> list[str]:
@@ -230,13 +235,16 @@ def load(
 
 
 def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: str = "auto") -> Pretrained:
-  """The model of a run's checkpoint, the newest or that of `step`; raises RequestError when the run has none."""
+  """The model of a run's checkpoint: that of `step`, else the best of a run that keeps it, else the newest.
+
+  Raises RequestError when the run has none.
+  """
   workdir = Path(workdir)
   file = workdir / "config.json"
   if not file.is_file():
     raise RequestError(f"workdir {str(workdir)!r}: no config.json in it, so it is not a run's folder")
   config = settings.read(file)
-  checkpoints = Checkpoints(workdir / "checkpoints")
+  checkpoints = Checkpoints(workdir / "checkpoints", best=config.train.keep_best_metric)
   steps = checkpoints.steps()
   if not steps or step is not None and step not in steps:
     raise RequestError(
@@ -246,7 +254,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   source = repo.find(config.model.path, config.model.revision, weights=partly, torch_bin=config.model.torch_bin)
   if config.model.config and config.model.init == "scratch":
     source = repo.Checkpoint(source.folder, *repo.read_config(Path(config.model.config)))
-  at = steps[-1] if step is None else step
+  at = step if step is not None else checkpoints.best() or steps[-1]
   meta = checkpoints.meta(at)
   if meta.get("frozen") and repo.fingerprint(source, whole=True) != meta["frozen"]:
     raise RequestError(

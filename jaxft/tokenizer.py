@@ -98,7 +98,7 @@ def main() -> None:
     ids, parity = added_tokens.write(repo.find(arguments.model), arguments.add, out)
     print(f"{', '.join(f'{name} is {id}' for name, id in ids.items())}; {out}: {in_words(parity)}")
     return
-  if lines := sources.faults(tuple(arguments.data), ()):
+  if lines := sources.faults({"train": arguments.data}):
     raise RequestError("\n".join(line.replace("config.data.train", "--data") for line in lines))
   data = settings.default().data
   data.text_column = arguments.text_column

@@ -16,7 +16,7 @@ from jaxft import command_line, model, parts, sharding
 from jaxft import config as settings
 from jaxft import program as programs
 from jaxft import step as step_functions
-from jaxft.data import loader, sources, tokens
+from jaxft.data import loader, memorised, sources, tokens
 from jaxft.data.report import prepare, run_length
 from jaxft.errors import Preempted, RequestError, first_line, run_command
 from jaxft.files import write_whole
@@ -30,7 +30,7 @@ from jaxft.run import hosts
 from jaxft.run.checkpoint import Checkpoints, nbytes
 from jaxft.run.guards import StopRequest, must_have_room, only_writer
 from jaxft.run.profile import Profile
-from jaxft.run.resume import refuse_another_run, resume
+from jaxft.run.resume import best_weights, refuse_another_run, resume
 from jaxft.run.tracking import Meter, Reporter, console, say
 from jaxft.sample import Generator, Sampling
 from jaxft.step import State, name_bad_leaves
@@ -61,7 +61,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
       lines.append(f"config.export.out={str(out)!r}: the run itself is written there; name a folder of its own")
     if config.export.push_to_hub:
       lines += [f"config.export.{line}" for line in push.faults(config.export.push_to_hub)]
-    lines += sources.faults(config.data.train, config.data.validation)
+    lines += sources.faults(config.data)
   if not lines:  # reading a model's config takes seconds, most of them to import transformers
     lines += repo.faults(config.model.path, config.model.init == "pretrained", config.model.torch_bin)
   if lines:
@@ -209,21 +209,26 @@ def finetune(
     reporter = Reporter(config, workdir, start, total_steps, tokens_seen, data.floor, device, at_peak)
     generator = Generator(program.graph, cfg, tokenizer.eos_token_id)
 
-    def evaluate(step: int, when: str) -> dict[str, float]:
+    limit = config.train.eval_batches * program.rows_at_once
+    held_out_bytes = 0 if data.labels else tokens.bytes_learned(data.validation, tokenizer, limit)
+
+    def evaluation(rows: Any) -> step_functions.Evaluation:
       batches = loader.evaluation_batches(
-        data.validation,
-        batch_size=program.rows_at_once,
-        limit=config.train.eval_batches,
-        sharding=program.batch_sharding,
+        rows, batch_size=program.rows_at_once, limit=config.train.eval_batches, sharding=program.batch_sharding
       )
-      return reporter.evaluation(step, when, step_functions.evaluate(eval_step, state.weights, batches))
+      return step_functions.evaluate(eval_step, state.weights, batches)
+
+    def evaluate(step: int, when: str) -> dict[str, float]:
+      unrelated = evaluation(data.unrelated) if data.unrelated else None
+      return reporter.evaluation(step, when, evaluation(data.validation), held_out_bytes, unrelated)
 
     def sample(step: int, when: str) -> None:
       prompts = list(config.train.sample_prompts)
       sampling = Sampling(config.train.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=config.train.seed)
       completions = generator(state.weights, [tokenizer(prompt)["input_ids"] for prompt in prompts], sampling)
-      for prompt, ids in zip(prompts, completions, strict=True):
-        reporter.sample(step, when, prompt, tokenizer.decode(ids))
+      known = memorised.shares(completions, rows.tokens.ids)
+      for prompt, ids, share in zip(prompts, completions, known, strict=True):
+        reporter.sample(step, when, prompt, tokenizer.decode(ids), share)
 
     if start == 0:
       evaluate(0, "before")
@@ -239,7 +244,7 @@ def finetune(
       start=start,
       sharding=program.batch_sharding,
     )
-    pending, found, patience = None, {}, config.train.early_stopping_patience
+    step, pending, found, patience = start, None, {}, config.train.early_stopping_patience
     ended_early = start > 0 and 0 < patience <= reporter.evaluations_without_gain()
     name_leaves = lambda bad: name_bad_leaves(bad, program.state)
     profile = until_the_end.enter_context(Profile(workdir / "profile", start + 3, config.train.profile_steps))
@@ -256,15 +261,9 @@ def finetune(
           reporter.step(step - 1, jax.device_get(pending), meter, name_leaves)
         checkpoints.wait()  # a save goes on beside one step, so that a kill costs at most save_every + 1 of them
         pending, last = numbers, step == total_steps
-        due = {
-          what
-          for what, every in (
-            ("eval", config.train.eval_every),
-            ("sample", config.train.sample_every),
-            ("save", config.train.save_every),
-          )
-          if last or every and step % every == 0
-        }
+        every = {"eval": config.train.eval_every, "save": config.train.save_every, "sample": config.train.sample_every}
+        due = {what for what, steps in every.items() if steps and step % steps == 0}
+        due = (due | {"eval", "save"}) - {"sample"} if last else due  # what is exported is sampled, below
         stopping = stop.at(step)
         if due or stopping:
           reporter.step(step, jax.device_get(pending), meter, name_leaves)
@@ -274,7 +273,7 @@ def finetune(
               found = evaluate(step, "after" if last else f"step {step}")
               ended_early = 0 < patience <= reporter.evaluations_without_gain()
             if "sample" in due:
-              sample(step, "after" if last else "during")
+              sample(step, "during")
             best = "eval" in due and config.train.keep_best_metric
             if "save" in due or stopping or best or ended_early:
               checkpoints.save(
@@ -290,6 +289,14 @@ def finetune(
       if stop.at(total_steps + 1):
         raise Preempted(f"{stop.received}: all steps are saved; the same command exports the model")
 
+    # ---- What goes out: the last weights or, where they are kept, the best -----------------------------------------------
+    if config.train.keep_best_metric:
+      frozen, state = state.frozen, None  # there may be no room for two
+      step, best = best_weights(checkpoints, program.state.changing)
+      state = State(*best, frozen)
+      say(f"step {step} has the least {config.train.keep_best_metric}: its weights are exported")
+    sample(step, "after")
+
     # ---- Export: a Hugging Face folder, read back and compared -----------------------------------------------------------
     state = state.changing  # the frozen weights are read again, as precise as they are in the checkpoint
     if cfg.lora_rank:
@@ -300,13 +307,13 @@ def finetune(
       source,
       dtype=config.export.dtype,
       max_shard_size=config.export.max_shard_size,
-      card=model_card(workdir, total_steps),
+      card=model_card(workdir, step),
     )
     if jax.process_index() == 0:
       say(f"exported to {out}: {in_words(parity)}")
     if jax.process_index() == 0 and config.export.push_to_hub:
       say(f"uploaded to {push.push(out, config.export.push_to_hub)}")
-    say(reporter.summary())
+    say(reporter.summary(step))
   return Run(workdir, reporter.metrics.all, reporter.samples.all, out)
 
 

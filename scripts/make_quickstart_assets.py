@@ -19,6 +19,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets" / "quickstart"
 VOCABULARY = 768
 # Seeds of the stories: no story of the validation set is in the training set.
 TRAIN, VALIDATION, PRETRAIN = range(0, 2000), range(10_000, 10_200), range(20_000, 26_000)
+UNRELATED = range(30_000, 30_040)
 SHAPE = {"n_positions": 256, "n_embd": 128, "n_layer": 4, "n_head": 4}
 
 
@@ -52,6 +53,7 @@ def main() -> None:
   model.mkdir(parents=True, exist_ok=True)
   write_stories(ASSETS / "stories.jsonl", "village", TRAIN)
   write_stories(ASSETS / "validation.jsonl", "village", VALIDATION)
+  write_stories(ASSETS / "ships_logs.jsonl", "sea", UNRELATED)
   with tempfile.TemporaryDirectory() as scratch:
     empty = Path(scratch) / "empty"
     empty.mkdir()

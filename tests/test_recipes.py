@@ -5,6 +5,7 @@ import random
 import runpy
 from pathlib import Path
 
+import jax
 import numpy as np
 import processes
 import pytest
@@ -31,6 +32,7 @@ def recipe(name, folder, train, **more):
   config.data.cache_dir = str(train.parent / "tokens")
   config.train.epochs, config.train.micro_batch_size, config.optim.warmup_steps = 0.0, 0, 5
   config.optim.learning_rate = 3e-3
+  config.mesh.data, config.mesh.fsdp = 1, 1  # other tests are about meshes
   for setting, value in more.items():
     section, key = setting.split("__")
     config[section][key] = value
@@ -105,6 +107,34 @@ def test_a_model_from_nothing_beats_counting_tokens(tmp_path):
   shares = np.bincount(ids, minlength=300) / len(ids)
   of_counts = -sum(p * np.log(p) for p in shares if p)
   assert abs(losses[0] - np.log(300)) < 0.2 and losses[-1] < of_counts - 0.5, (losses, of_counts)
+
+
+@pytest.mark.slow
+def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path):
+  rng = random.Random(0)
+  joke = lambda: " ".join(rng.choices(tiny.WORDS, k=20))
+  file = tmp_path / "jokes.csv"
+  file.write_text("Joke\n" + "".join(f"{joke()}\n" for _ in range(40)))
+  other = write(tmp_path / "other.jsonl", [{"Joke": " ".join(sorted(joke().split()))} for _ in range(9)])
+  begin = file.read_text().splitlines()[1].split()[:3]
+  more = dict(
+    train__steps=400, train__batch_size=16, train__eval_every=10, train__save_every=80, train__sample_every=20
+  )
+  more |= dict(train__sample_prompts=(tiny.EOS + " ".join(begin),), train__sample_tokens=20, model__dropout=0.0)
+  config = recipe("gpt2_jokes", small, file, **more, optim__learning_rate=1e-2, data__unrelated=(str(other),))
+  run = finetune(config, tmp_path / "run")
+  evals = {line["step"]: line["eval/loss"] for line in run.metrics if "eval/loss" in line}
+  best, last = min(evals, key=evals.get), max(evals)
+  assert last == best + 3 * 10 < 400  # patience of three evaluations
+  assert all("eval/unrelated_loss" in line for line in run.metrics if "eval/loss" in line)
+  for model in (jaxft.load(run.export), jaxft.pretrained.load_workdir(run.workdir)):
+    text = jaxft.pretrained.load_workdir(run.workdir, last)
+    weights = [jax.tree.leaves(it.params) for it in (model, text)]
+    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(*weights))
+  assert f"{evals[best]:.4f} at step {best:,}" in (run.export / "README.md").read_text()
+  assert [line["step"] for line in run.samples if line["when"] == "after"] == [best]
+  again = finetune(config, run.workdir)  # a run that is through says the same once more
+  assert again.samples == run.samples and again.metrics == run.metrics
 
 
 MARKS = ["<|title|>", "<|steps|>"]

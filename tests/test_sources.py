@@ -67,7 +67,7 @@ def test_a_folder_is_read_without_what_is_hidden_and_what_is_unknown_is_counted(
   assert sorted(texts(str(tmp_path), notes=notes)) == ["B.TXT", "a.txt"]
   assert notes["files in folders that are of no kind that is read"] == 1
   os.mkfifo(tmp_path / "pipe.txt")
-  assert "not an ordinary file" in sources.faults((str(tmp_path / "pipe.txt"),), ())[0]
+  assert "not an ordinary file" in sources.faults({"train": (str(tmp_path / "pipe.txt"),)})[0]
 
 
 def test_byte_order_marks_and_crlf_are_reported(tmp_path):
@@ -167,7 +167,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, told):
 def test_missing_sources_are_named(tmp_path, monkeypatch, source):
   monkeypatch.chdir(tmp_path)
   for train, validation in (((source,), ()), ((), (source,)), ((f"{source}@2",), ())):
-    (line,) = sources.faults(train, validation)
+    (line,) = sources.faults({"train": train, "validation": validation})
     assert repr(source) in line
 
 
@@ -196,6 +196,6 @@ def test_a_weight_stands_after_its_source(tmp_path, monkeypatch):
   assert sources.weighted("folder@2") == ("folder@2", 1.0)
   write(tmp_path, "a.txt", "x")
   for weight in ("0", "101", "nan", "-1", "1e3", "x", ""):
-    assert "a number above 0 and at most 100" in sources.faults((f"a.txt@{weight}",), ())[0]
+    assert "a number above 0 and at most 100" in sources.faults({"train": (f"a.txt@{weight}",)})[0]
   assert sources.weighted("a.txt@1.") == ("a.txt", 1.0)
-  assert sources.faults((), ("a.txt@2",))  # what is evaluated is read once
+  assert sources.faults({"validation": ("a.txt@2",)})  # what is evaluated is read once

@@ -45,7 +45,8 @@ class Data(NamedTuple):
   labels: list[str]  # of the classification format, in the order of their numbers
   floor: float | None  # nats per validation token that no model can go below, where the source knows it
   fingerprint: str  # of the training examples and how they lie in rows
-  held_out: str  # fingerprint of the validation examples
+  held_out: str  # fingerprint of the validation examples, and of the unrelated text
+  unrelated: Rows | None  # of text to evaluate before and after
   report: dict[str, Any]
 
   def to_json(self, train: ConfigDict) -> str:
@@ -105,9 +106,20 @@ def prepare(
     manifest["labels"],
     floor,
     hashlib.sha256(layout.encode()).hexdigest(),
-    cache.fingerprint("validation", manifest),
+    " ".join([cache.fingerprint("validation", manifest), *sources.fingerprint(data.unrelated, "validation")]),
+    _unrelated(data, tokenizer) if data.unrelated else None,
     _report(manifest, stored, laid_out, data.sequence_length),
   )
+
+
+def _unrelated(data: ConfigDict, tokenizer: Any) -> Rows:
+  """What `data.unrelated` names as text, in rows like those of the run, which one program evaluates."""
+  how = ConfigDict(data.to_dict() | {"format": "text", "nats_column": ""})
+  nothing = collections.Counter()
+  stored = tokens.in_memory(examples(data.unrelated, "validation", how, nothing, nothing), tokenizer)
+  if not len(stored):
+    raise RequestError(f"config.data.unrelated={data.unrelated!r}: no text in it")
+  return lay_out(stored, how, tokenizer.eos_token_id)
 
 
 def _sources(data: ConfigDict) -> dict[str, list]:

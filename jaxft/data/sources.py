@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,10 +84,11 @@ def weighted(source: str) -> tuple[str, float]:
   return name, weight
 
 
-def faults(train: tuple[str, ...], validation: tuple[str, ...]) -> list[str]:
-  """One line for each local source that cannot be found."""
+def faults(data: Mapping[str, Any]) -> list[str]:
+  """One line for each local source in `config.data` that cannot be found."""
+  named = [(key, source) for key in ("train", "validation", "unrelated") for source in data.get(key) or ()]
   lines = []
-  for key, source in [("train", name) for name in train] + [("validation", name) for name in validation]:
+  for key, source in named:
     try:
       name = weighted(source)[0] if key == "train" else source
       if not name.startswith("hub:"):

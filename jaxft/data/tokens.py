@@ -78,6 +78,31 @@ def ids_dtype(tokenizer: Any) -> np.dtype:
   return np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
 
 
+def byte_lengths(tokenizer: Any) -> np.ndarray | None:
+  """(V,) bytes of text that each token stands for, 0 for the end token; None of a tokenizer that does not work on bytes."""
+  backend = tokenizer.backend_tokenizer
+  if (json.loads(backend.to_str())["decoder"] or {}).get("type") != "ByteLevel":
+    return None
+  vocabulary, added = tokenizer.get_vocab(), backend.get_added_tokens_decoder()
+  lengths_V = np.zeros(max(vocabulary.values()) + 1, np.int64)
+  for (
+    token,
+    i,
+  ) in vocabulary.items():  # each byte is a letter of its own there; tokens that were added stand as they are
+    lengths_V[i] = len(added[i].content.encode()) if i in added else len(token)
+  lengths_V[tokenizer.eos_token_id] = 0
+  return lengths_V
+
+
+def bytes_learned(rows: Any, tokenizer: Any, limit: int = 0) -> int:
+  """Bytes of text that the targets of the rows stand for, of the first `limit` (0: all); 0 where that is not known."""
+  lengths_V = byte_lengths(tokenizer)
+  if lengths_V is None:
+    return 0
+  some = (rows[i] for i in range(min(len(rows), limit or len(rows))))
+  return sum(int(lengths_V[row["targets"][row["mask"]]].sum()) for row in some)
+
+
 def encode(examples: list[Example], tokenizer: Any, dtype: np.dtype) -> Encoded:
   """Token ids of the examples, made on all cores. Nothing is added but end tokens, and nothing trimmed.
 

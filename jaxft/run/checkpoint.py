@@ -61,6 +61,7 @@ class Checkpoints:
       in_pieces: read and write some leaves at a time, and wait for it: the host has no room for a copy of the state.
     """
     self.folder, self._closed, self._nbytes = folder, False, 0
+    self._by_metric = bool(best)
     self._keep, self._in_pieces, self._verified, self._has_saved = keep, in_pieces, ReadBack(None), False
     lowest = lambda metrics: metrics.get(best, math.inf) if metrics else math.inf
     kept = [LatestN(keep), self._verified]
@@ -172,6 +173,10 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
+
+  def best(self) -> int | None:
+    """The step with the least value of the metric that was named; None where none of those that are kept has it."""
+    return self._manager.best_step() if self._by_metric else None
 
   def to_come(self, total_steps: int, train: ConfigDict) -> int:
     """How many more checkpoints the disk will have to hold at once, until a run of so many steps is through."""

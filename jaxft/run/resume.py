@@ -3,12 +3,13 @@
 import json
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from jaxft import config as settings
 from jaxft.architecture import CHOSEN
 from jaxft.errors import RequestError, StorageError, Unreadable
-from jaxft.run.checkpoint import Checkpoints, described
+from jaxft.run.checkpoint import NOT_READ, Checkpoints, described
 from jaxft.run.tracking import say
 from jaxft.step import Changing
 
@@ -66,6 +67,21 @@ def refuse_another_run(
       lines.append(f"{checkpoints.folder} holds another run: {ALLOWED}")
       raise RequestError("\n".join(lines))
     return
+
+
+def best_weights(checkpoints: Checkpoints, like: Changing) -> tuple[int, Changing]:
+  """The step of the best checkpoint, and its weights alone; the newest one's, with a line, where the best cannot be read."""
+  unread = Changing(NOT_READ, like.params, jax.tree.map(lambda _: NOT_READ, like.opt))
+  best, newest = checkpoints.best(), checkpoints.steps()[-1]
+  try:
+    return best, checkpoints.restore(best, unread)
+  except Unreadable:
+    raise
+  except StorageError as error:
+    if best == newest:
+      raise
+    say(f"{error}; it was the best, and the newest is taken instead")
+    return newest, checkpoints.restore(newest, unread)
 
 
 def resume(checkpoints: Checkpoints, like: Changing, total_steps: int, strict: bool) -> tuple[Changing | None, int]:

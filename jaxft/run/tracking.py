@@ -49,7 +49,7 @@ class Lines:
   """A .jsonl file of one object a line, each with a "step", which after a resume holds no line of a lost step."""
 
   def __init__(self, file: Path, last_step: int, writes: bool):
-    """Drops lines after `last_step`, which the run is about to write again; -1 drops all.
+    """Drops lines after `last_step` and those of the end, which the run is about to write again; -1 drops all.
 
     writes: false in all processes of a run but one; they only remember.
     """
@@ -59,7 +59,7 @@ class Lines:
       for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
           values = json.loads(line)
-          if values["step"] <= last_step:
+          if values["step"] <= last_step and values.get("when") != "after":
             self.all.append(values)
         except (ValueError, KeyError, TypeError):
           continue  # cut short by a kill in the middle of a write
@@ -203,17 +203,28 @@ class Reporter:
           "Try a lower config.optim.learning_rate, or look at the data of this step"
         )
 
-  def evaluation(self, step: int, when: str, what: Any) -> dict[str, float]:
-    """Takes a `step.Evaluation`; raises NumericsError when its loss is not finite."""
+  def evaluation(
+    self, step: int, when: str, what: Any, nbytes: int = 0, unrelated: Any | None = None
+  ) -> dict[str, float]:
+    """Takes a `step.Evaluation` of text of so many bytes (0: not known), and one of `data.unrelated`.
+
+    Raises NumericsError when the first has no finite loss.
+    """
     if not math.isfinite(what.loss):
       raise NumericsError(f"{when}: eval loss {what.loss}: the weights give no finite numbers on the validation text")
     floor = {} if self._floor is None else {"eval/floor": self._floor}
     found = {"eval/loss": what.loss, "eval/perplexity": what.perplexity}
+    if nbytes:
+      found["eval/bits_per_byte"] = bits_per_byte(what.loss, what.tokens, nbytes)
     beside = "" if self._floor is None else f" (the text's own entropy: {self._floor:.4f})"
     rest = f"perplexity {what.perplexity:.2f}"
     if what.confusion_CC is not None:
       found |= {"eval/accuracy": what.accuracy, "eval/f1": what.f1}
       rest = f"accuracy {what.accuracy:.1%}, F1 {what.f1:.3f}"
+    if unrelated:
+      perplexity = finite_or_text(unrelated.perplexity)
+      found |= {"eval/unrelated_loss": finite_or_text(unrelated.loss), "eval/unrelated_perplexity": perplexity}
+      rest += f"; on unrelated text {unrelated.loss:.4f}"
     self.metrics.write(step, found | floor)
     say(f"{when}: eval loss {what.loss:.4f}{beside}, {rest}")
     return found
@@ -223,17 +234,24 @@ class Reporter:
     losses = self.metrics.values("eval/loss")
     return len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__) if losses else 0
 
-  def sample(self, step: int, when: str, prompt: str, text: str) -> None:
-    self.samples.write(step, {"when": when, "prompt": prompt, "text": text, "seed": self._seed})
+  def sample(self, step: int, when: str, prompt: str, text: str, known: float | None) -> None:
+    """`known`: share of the text's runs of 8 tokens that stand in the training text; None where it is shorter."""
+    about = {"when": when, "prompt": prompt, "text": text, "seed": self._seed}
+    self.samples.write(step, about if known is None else about | {"memorised_8grams": round(known, 4)})
     say(f"  [{when}] {prompt}|{text}".replace("\n", "\n    "))
 
-  def summary(self) -> str:
-    """Eval loss before and after, and the floor, in one line."""
-    losses = self.metrics.values("eval/loss")
+  def summary(self, step: int) -> str:
+    """Eval loss before and at this step, and the floor, in one line."""
+    losses = [line["eval/loss"] for line in self.metrics.all if "eval/loss" in line and line["step"] <= step]
     if not losses:  # a finished run whose metrics.jsonl is gone
       return "metrics.jsonl has no eval loss of this run"
     floor = "" if self._floor is None else f"; the text's own entropy: {self._floor:.4f}"
     return f"eval loss {losses[0]:.4f} -> {losses[-1]:.4f} ({100 * (losses[-1] / losses[0] - 1):+.1f} %){floor}"
+
+
+def bits_per_byte(loss: float, tokens: int, nbytes: int) -> float:
+  """Of a loss in nats a token over so many tokens, which stand for so many bytes of text."""
+  return loss * tokens / (math.log(2) * nbytes)
 
 
 def finite_or_text(number: float) -> float | str:
