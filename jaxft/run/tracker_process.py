@@ -1,7 +1,8 @@
 """The process that serves one tracker: python -m jaxft.run.tracker_process WRITER
 
-One JSON message a line on standard input, one answer a line on standard output. The first message is a `trackers.Run`; then come
-{"metrics": [lines], "samples": [lines], "end": null or {"status", "why"}}. When the input ends without an end, the run was killed.
+One JSON message a line on standard input, one answer a line on standard output. The first message is a `trackers.Run`, which is
+not answered; then come {"metrics": [lines], "samples": [lines], "end": null or {"status", "why"}}. Where the input ends without
+an end, the run was killed.
 """
 
 import json

@@ -1,7 +1,7 @@
 """TensorBoard, MLflow, W&B and Trackio, each told of a run in its own way.
 
-Only tracker_process.py imports this, in a process that serves one of them. Where a library has environment variables, they win over
-the defaults here, which keep everything in the workdir.
+Only tracker_process.py imports this, in a process that serves one of them. Where a library has environment variables, they win
+over the defaults here, which keep everything in the workdir.
 """
 
 import json
@@ -22,7 +22,7 @@ class Run(NamedTuple):
   workdir: str
   name: str  # empty: not set
   settings: dict[str, Any]  # of the config, by dotted name
-  samples: list[dict[str, Any]]  # lines of samples.jsonl from before the resume
+  samples: list[dict[str, Any]]  # lines of samples.jsonl that it has been given before the resume
 
   @property
   def some_name(self) -> str:
@@ -124,8 +124,7 @@ class MLflow:
 
 
 class WandB:
-  """A run of W&B: online with an API key, else offline, for `wandb sync`. Each piece of a resumed offline run is a folder of its own
-  with the same run id."""
+  """Online with an API key, else offline, for `wandb sync`. Pieces of a resumed offline run are folders with the same id."""
 
   def __init__(self, run: Run):
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -141,8 +140,7 @@ class WandB:
     self._wandb = wandb
     self._run = wandb.init(
       **given,
-      # The library would take the console, the code, the command line and its own readings of the host. Settings of this run are
-      # what it is told, and readings come with the metrics.
+      # By itself the library takes the console, the code, the command line, the git remote and readings of the host.
       settings=wandb.Settings(
         console="off", save_code=False, disable_git=True, x_disable_meta=True, x_disable_stats=True
       ),

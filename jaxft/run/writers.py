@@ -1,12 +1,12 @@
 """Feeds trackers without ever waiting for them.
 
-A tracker's library runs in a process of its own (tracker_process.py), and a thread here speaks with it. So what the library does (it
-raises, hangs, prints, leaves threads and hooks for the exit behind, wants the interpreter for itself while it is imported) does not reach
-the run, and when the run is killed there is a process left that says so.
+A tracker's library runs in a process of its own (tracker_process.py), and a thread here speaks with it. So the run does not feel
+it: the library may raise, hang, print, take the interpreter for itself while it is imported, leave threads and hooks behind. And
+when the run is killed, there is a process left that says so.
 
-A piece of a run that is resumed goes on with the tracker's run, whose id is in WORKDIR/trackers.json. Steps that were lost and are
-taken again are not sent again: they have the same losses bit for bit, and TensorBoard, MLflow and Trackio would draw both points, while
-W&B refuses steps that go back. A run that begins again, at step 0, is a new run everywhere.
+A run that is resumed goes on as the same run of the tracker; its id is in WORKDIR/trackers.json. Steps that were lost and are
+taken again are not sent again: they have the same losses bit for bit; TensorBoard, MLflow and Trackio would draw both, and W&B
+refuses a step below its last. A run that begins again, at step 0, is a new run everywhere.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def _installed(module: str) -> bool:
 
 
 class Writers:
-  """All trackers of a run; none in processes other than the first. A context manager, whose end tells them how the run ended."""
+  """All trackers of a run; in processes other than the first there are none. The end of the context tells them how it ended."""
 
   def __init__(self, config: ConfigDict, workdir: Path, start: int, metrics: Lines, samples: Lines, writes: bool):
     """Reads WORKDIR/trackers.json, and writes it; raises StorageError.
@@ -83,16 +83,15 @@ class Writers:
     self._run |= {"workdir": str(workdir.absolute()), "settings": _without_logins(settings.flatten(config))}
     self._run["name"] = masked(self._run["name"])
     self._known, self._kept = before.get("writers", []), {"metrics": metrics.all[:], "samples": samples.all[:]}
-    self._sent = {
-      place for kind, it in (("metrics", metrics), ("samples", samples)) for place in _places(kind, it.dropped)
-    }
+    self._told = samples.all + samples.dropped
+    self._sent = _places("metrics", metrics.dropped) | _places("samples", samples.dropped)
     known = [name for name in TRACKERS if name in {*self._known, *self._names}]
     write_whole(file, json.dumps({"id": self._run["id"], "writers": known}) + "\n")
 
   def __enter__(self) -> "Writers":
     for name in self._names:
       if name in self._known:
-        self._writers.append(Writer(name, self._run | {"samples": self._kept["samples"]}, {}, self._sent))
+        self._writers.append(Writer(name, self._run | {"samples": self._told}, {}, self._sent))
       else:  # one that is new to a run gets all of it
         self._writers.append(Writer(name, self._run | {"samples": []}, self._kept, set()))
     return self
