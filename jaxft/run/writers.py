@@ -1,8 +1,7 @@
 """Feeds trackers without ever waiting for them.
 
-A tracker's library runs in a process of its own (tracker_process.py), and a thread here speaks with it. So the run does not feel
-it: the library may raise, hang, print, take the interpreter for itself while it is imported, leave threads and hooks behind. And
-when the run is killed, there is a process left that says so.
+A tracker's library runs in a process of its own (tracker_process.py), and a thread here speaks with it. So the run does not
+feel it: the library may raise, hang, print, hold the interpreter while it is imported, leave threads and hooks behind. And when the run is killed, there is a process left that says so.
 
 A run that is resumed goes on as the same run of the tracker; its id is in WORKDIR/trackers.json. Steps that were lost and are
 taken again are not sent again: they have the same losses bit for bit; TensorBoard, MLflow and Trackio would draw both, and W&B
