@@ -1,7 +1,8 @@
 """Feeds trackers without ever waiting for them.
 
 A tracker's library runs in a process of its own (tracker_process.py), and a thread here speaks with it. So the run does not
-feel it: the library may raise, hang, print, hold the interpreter while it is imported, leave threads and hooks behind. And when the run is killed, there is a process left that says so.
+feel it: the library may raise, hang, print, hold the interpreter while it is imported, leave threads and hooks behind. And when
+the run is killed, there is a process left that says so.
 
 A run that is resumed goes on as the same run of the tracker; its id is in WORKDIR/trackers.json. Steps that were lost and are
 taken again are not sent again: they have the same losses bit for bit; TensorBoard, MLflow and Trackio would draw both, and W&B
@@ -23,7 +24,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-import jaxft
 from jaxft import config as settings
 from jaxft.checks import TRACKERS
 from jaxft.errors import Preempted, first_line
@@ -186,7 +186,6 @@ class Writer(threading.Thread):
 
 
 def _start(writer: str) -> subprocess.Popen:
-  home = str(Path(jaxft.__file__).parent.parent)
   return subprocess.Popen(
     [sys.executable, "-m", "jaxft.run.tracker_process", writer],
     stdin=subprocess.PIPE,
@@ -194,7 +193,6 @@ def _start(writer: str) -> subprocess.Popen:
     stderr=subprocess.DEVNULL,
     text=True,
     encoding="utf-8",
-    env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))},
     start_new_session=True,  # Ctrl-C is for the run
   )
 
