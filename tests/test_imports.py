@@ -49,7 +49,7 @@ LEAVES = {
   "jaxft.run.secrets": set(),
   "jaxft.run.system": set(),
   "jaxft.run.trackers": set(),
-  "jaxft.run.tracker_process": {"jaxft.errors", "jaxft.run", "jaxft.run.secrets", "jaxft.run.trackers"},
+  "jaxft.run.tracker_process": {"jaxft.errors", "jaxft.run.secrets", "jaxft.run.trackers"},
   "jaxft.run.profile": {"jaxft.run.tracking"},
   "jaxft.run.watchdog": {"jaxft.errors", "jaxft.run.roll_call"},
   "jaxft.plan.hlo": set(),
