@@ -1,5 +1,6 @@
 """What a right value of a setting is, alone and next to the others; `jaxft.config` says which setting wants what."""
 
+import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +9,9 @@ from jaxft.files import is_text
 
 # A check looks at one value and returns what a right value would be, or None when the value is right.
 Check = Callable[[Any], str | None]
+
+TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
+ALWAYS = ("console", "jsonl")  # writers that may be named, and are always there
 
 
 def at_least(low: float) -> Check:
@@ -38,6 +42,16 @@ def template(x: str) -> str | None:
   prompt, completion = "{prompt}", "{completion}"
   fine = x.count(prompt) == 1 == x.count(completion) and x.index(prompt) < x.index(completion)
   return None if fine else "text with {prompt} and after it {completion}, each once"
+
+
+def writers(x: tuple[str, ...]) -> str | None:
+  for i, name in enumerate(x):
+    if name not in TRACKERS + ALWAYS:
+      near = difflib.get_close_matches(name, TRACKERS + ALWAYS, 1, cutoff=0.4)
+      return f"some of {', '.join(TRACKERS)}" + (f"; for {name!r}, did you mean {near[0]}?" if near else "")
+    if name in x[:i]:
+      return f"different writers; {name} is there twice"
+  return None
 
 
 def compute_dtype(x: str) -> str | None:

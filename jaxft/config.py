@@ -24,6 +24,7 @@ from jaxft.checks import (
   one_of,
   size_or_rest,
   template,
+  writers,
 )
 from jaxft.errors import RequestError, first_line
 
@@ -223,6 +224,20 @@ SETTINGS = (
     "empty: what PEFT takes, c_attn of GPT-2 and q_proj and v_proj of the others",
   ),
   Setting("lora.layers", (), anything, 'layers with an adapter, such as "0-3", "11"; empty: all'),
+  Setting(
+    "tracking.writers",
+    (),
+    writers,
+    "trackers that are told of the run, beside the console and metrics.jsonl: tensorboard, mlflow, wandb, trackio; "
+    "docs/trackers.md",
+  ),
+  Setting("tracking.run_name", "", anything, "name of the run in trackers; empty: the workdir's"),
+  Setting(
+    "tracking.system_metrics",
+    False,
+    anything,
+    "tell the load and memory of the host of process 0 and of its devices too, in metrics.jsonl and trackers",
+  ),
   Setting("export.out", "", anything, "folder for the Hugging Face model; empty: WORKDIR/export"),
   Setting("export.dtype", "float32", one_of("float32", "bfloat16", "float16"), "dtype of the exported weights"),
   Setting("export.max_shard_size", "5GB", file_size, "largest weight file: a number and KB, MB, GB or TB"),
@@ -254,6 +269,9 @@ FREE_ON_RESUME = frozenset(
     "memory.remat",
     "memory.offload",
     "memory.loss_chunk",
+    "tracking.writers",
+    "tracking.run_name",
+    "tracking.system_metrics",
     "export.out",
     "export.dtype",
     "export.max_shard_size",

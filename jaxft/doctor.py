@@ -33,6 +33,10 @@ EXTRAS = {
   "jax-cuda13-plugin": ("planning for GPUs", "plan"),
   "nvidia-cudnn-cu13": ("an NVIDIA GPU", "cuda"),
   "libtpu": ("a TPU", "tpu"),
+  "tensorboardX": ("TensorBoard", "tracking"),
+  "mlflow-skinny": ("MLflow", "tracking"),
+  "wandb": ("W&B", "tracking"),
+  "trackio": ("Trackio", "tracking"),
 }
 
 

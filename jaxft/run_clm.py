@@ -81,6 +81,10 @@ SAME = {
   "eval_steps": Same("train.eval_every", _whole),
   "save_steps": Same("train.save_every", _whole),
   "save_total_limit": Same("train.keep"),
+  "report_to": Same(
+    "tracking.writers", _choice(none="", tensorboard="tensorboard", mlflow="mlflow", wandb="wandb", trackio="trackio")
+  ),
+  "run_name": Same("tracking.run_name"),
 }
 # Whether, and with what, evaluations and checkpoints are made.
 STRATEGIES = {"eval_strategy": ("eval_steps", "train.eval_every"), "save_strategy": ("save_steps", "train.save_every")}
@@ -109,7 +113,6 @@ REFUSED = {
   "deepspeed": SHARDING,
   "fsdp": SHARDING,
   "fsdp_config": SHARDING,
-  "report_to": "console and metrics.jsonl are written always",
   "config_name": "config.model.init=scratch with config.model.config draws new weights; read ones have their own config.json",
   "max_train_samples": SAMPLES,
   "max_eval_samples": SAMPLES,
@@ -200,7 +203,7 @@ def _given(words: list[str]) -> tuple[list[str], dict[str, str]]:
 
 def _ours(name: str, value: str, given: dict[str, str]) -> list[str]:
   """What a flag is here; raises ValueError with the reason where it is nothing."""
-  if name in REFUSED and not (name == "report_to" and value == "none"):
+  if name in REFUSED:
     raise ValueError(REFUSED[name])
   if name == WORKDIR:
     return [f"--workdir={value}"]

@@ -31,7 +31,9 @@ from jaxft.run.checkpoint import Checkpoints, nbytes
 from jaxft.run.guards import StopRequest, must_have_room, only_writer
 from jaxft.run.profile import Profile
 from jaxft.run.resume import best_weights, refuse_another_run, resume
+from jaxft.run.system import SystemMetrics
 from jaxft.run.tracking import Meter, Reporter, console, say
+from jaxft.run.writers import Writers, missing
 from jaxft.sample import Generator, Sampling
 from jaxft.step import State, name_bad_leaves
 from jaxft.weights import first as first_weights
@@ -62,6 +64,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
     if config.export.push_to_hub:
       lines += [f"config.export.{line}" for line in push.faults(config.export.push_to_hub)]
     lines += sources.faults(config.data)
+    lines += missing(config)
   if not lines:  # reading a model's config takes seconds, most of them to import transformers
     lines += repo.faults(config.model.path, config.model.init == "pretrained", config.model.torch_bin)
   if lines:
@@ -206,7 +209,11 @@ def finetune(
       write_whole(workdir / "data_report.json", data.to_json(config.train))
     model_flops = flops.of_model(cfg, config.train.batch_size, rows.T)
     at_peak = estimate.seconds_at_peak(targets.here(device, mesh.size), mesh.size, model_flops)
-    reporter = Reporter(config, workdir, start, total_steps, tokens_seen, data.floor, device, at_peak)
+    first = jax.process_index() == 0
+    system = until_the_end.enter_context(SystemMetrics(first and config.tracking.system_metrics))
+    reporter = Reporter(config, workdir, start, total_steps, tokens_seen, data.floor, device, at_peak, system)
+    writers = Writers(config, workdir, start, reporter.metrics, reporter.samples, first)
+    reporter.also = until_the_end.enter_context(writers).put
     generator = Generator(program.graph, cfg, tokenizer.eos_token_id)
 
     limit = config.train.eval_batches * program.rows_at_once

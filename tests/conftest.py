@@ -1,6 +1,7 @@
 """Eight fake devices, a shared compile cache, and small models made without jaxft."""
 
 import os
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -110,3 +111,15 @@ def finished(config_file, tmp_path_factory):
   """A whole, undisturbed run."""
   workdir = tmp_path_factory.mktemp("runs") / "whole"
   return workdir, processes.train(config_file, workdir)
+
+
+@pytest.fixture
+def small_disk():
+  """A disk of 4 MiB, outside pytest's folders: one left by a run that was killed would stop pytest from removing them."""
+  place = Path(tempfile.mkdtemp(prefix="jaxft-disk-"))
+  if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True).returncode:
+    place.rmdir()
+    pytest.skip("mounting a small disk needs root")
+  yield place
+  subprocess.run(["umount", "--lazy", str(place)], check=True)
+  place.rmdir()

@@ -53,6 +53,8 @@ def test_a_typo_gets_the_nearest_name(name, near):
     ("mesh.fsdp", 0, "-1"),
     ("data.train", (), "empty"),
     ("optim.b2", 1.0, "below 1"),
+    ("tracking.writers", ("jsonl", "wandbb"), "for 'wandbb', did you mean wandb?"),
+    ("tracking.writers", ("mlflow", "mlflow"), "mlflow is there twice"),
     ("model.path", "", "empty"),
     ("data.train", (1,), "text"),
     ("train.epochs", 1.0, "one of the two"),

@@ -4,9 +4,6 @@ import contextlib
 import itertools
 import random
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 from interrupted import Interrupted, assert_same, same_bits, state, steps
@@ -44,18 +41,6 @@ def test_a_full_disk_ends_with_code_4_and_costs_nothing(interruptible, undisturb
     assert code == 0, said
     assert_same(run, undisturbed[0])
   record_property("torture", {"what": "disk full: ENOSPC where files are written, RLIMIT_FSIZE", "tried": filled})
-
-
-@pytest.fixture
-def small_disk():
-  """A disk of 4 MiB, outside pytest's folders: one left by a run that was killed would stop pytest from removing them."""
-  place = Path(tempfile.mkdtemp(prefix="jaxft-disk-"))
-  if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True).returncode:
-    place.rmdir()
-    pytest.skip("mounting a small disk needs root")
-  yield place
-  subprocess.run(["umount", "--lazy", str(place)], check=True)
-  place.rmdir()
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxft.errors import NumericsError, StorageError
 from jaxft.files import refused, write_whole
+from jaxft.run.system import SystemMetrics
 
 
 class Story(Console):
@@ -54,13 +55,14 @@ class Lines:
     writes: false in all processes of a run but one; they only remember.
     """
     self.all: list[dict[str, Any]] = []
+    self.dropped: list[dict[str, Any]] = []
     self._file, self._writes = file, writes
     if file.exists():
       for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
           values = json.loads(line)
-          if values["step"] <= last_step and values.get("when") != "after":
-            self.all.append(values)
+          kept = values["step"] <= last_step and values.get("when") != "after"
+          (self.all if kept else self.dropped).append(values)
         except (ValueError, KeyError, TypeError):
           continue  # cut short by a kill in the middle of a write
     if writes:
@@ -146,6 +148,7 @@ class Reporter:
     floor: float | None,
     device: jax.Device,
     seconds_at_peak: float | None = None,
+    system: SystemMetrics | None = None,
   ):
     """`seconds_at_peak`: of a step, for its MFU; None where the device's peak is not known."""
     self.tokens_seen, self.clock = tokens_seen, Clock()
@@ -162,6 +165,8 @@ class Reporter:
     self.metrics, self.samples = (
       Lines(workdir / name, last_kept, writes) for name in ("metrics.jsonl", "samples.jsonl")
     )
+    self.also: Callable[[str, dict[str, Any]], None] = lambda kind, line: None  # gets each line that was written
+    self._system = system
 
   def step(self, step: int, numbers: dict[str, Any], meter: Meter, name_bad_leaves: Callable[[Any], list[str]]) -> None:
     """Takes the metrics of a train step; raises NumericsError after `train.max_bad_steps` bad ones in a row."""
@@ -174,7 +179,7 @@ class Reporter:
       speed += f"  MFU {mfu['perf/mfu']:.0%}"
     meter.at(step, f"loss {loss:.4f}  {speed}")
     if step % self._train.log_every == 0 or step == self._total or numbers["bad"]:
-      self.metrics.write(
+      self._write(
         step,
         {
           "train/loss": finite_or_text(loss),
@@ -185,6 +190,7 @@ class Reporter:
           "perf/step_seconds": round(self.clock.step_seconds, 4),
           **mfu,
           "memory/peak_bytes": peak_bytes(self._device),
+          **(self._system.latest if self._system else {}),
         },
       )
       if not console.is_terminal:
@@ -202,6 +208,10 @@ class Reporter:
           f"{what}, for {self._bad_in_a_row} step(s) in a row; they changed no weight. "
           "Try a lower config.optim.learning_rate, or look at the data of this step"
         )
+
+  def _write(self, step: int, values: dict[str, Any]) -> None:
+    self.metrics.write(step, values)
+    self.also("metrics", self.metrics.all[-1])
 
   def evaluation(
     self, step: int, when: str, what: Any, nbytes: int = 0, unrelated: Any | None = None
@@ -225,7 +235,7 @@ class Reporter:
       perplexity = finite_or_text(unrelated.perplexity)
       found |= {"eval/unrelated_loss": finite_or_text(unrelated.loss), "eval/unrelated_perplexity": perplexity}
       rest += f"; on unrelated text {unrelated.loss:.4f}"
-    self.metrics.write(step, found | floor)
+    self._write(step, found | floor)
     say(f"{when}: eval loss {what.loss:.4f}{beside}, {rest}")
     return found
 
@@ -238,6 +248,7 @@ class Reporter:
     """`known`: share of the text's runs of 8 tokens that stand in the training text; None where it is shorter."""
     about = {"when": when, "prompt": prompt, "text": text, "seed": self._seed}
     self.samples.write(step, about if known is None else about | {"memorised_8grams": round(known, 4)})
+    self.also("samples", self.samples.all[-1])
     say(f"  [{when}] {prompt}|{text}".replace("\n", "\n    "))
 
   def summary(self, step: int) -> str:
