@@ -27,11 +27,12 @@ from jaxft.hf.verify import in_words
 from jaxft.plan import estimate, figures, flops, show, targets
 from jaxft.plan.answer import plan_here
 from jaxft.run import hosts
+from jaxft.run.about import leaving_a_report
 from jaxft.run.checkpoint import Checkpoints, nbytes
 from jaxft.run.guards import StopRequest, must_have_room, only_writer
 from jaxft.run.profile import Profile
 from jaxft.run.resume import refuse_another_run, resume
-from jaxft.run.tracking import Meter, Reporter, console, say
+from jaxft.run.tracking import Meter, Reporter, console, peak_of, say
 from jaxft.sample import Generator, Sampling
 from jaxft.step import State, name_bad_leaves
 from jaxft.weights import first as first_weights
@@ -207,6 +208,24 @@ def finetune(
     model_flops = flops.of_model(cfg, config.train.batch_size, rows.T)
     at_peak = estimate.seconds_at_peak(targets.here(device, mesh.size), mesh.size, model_flops)
     reporter = Reporter(config, workdir, start, total_steps, tokens_seen, data.floor, device, at_peak)
+    until_the_end.enter_context(
+      leaving_a_report(
+        workdir,
+        {
+          "step": start,
+          "total_steps": total_steps,
+          "model": {
+            "type": source.hf_config["model_type"],
+            "parameters": parts.count(program.state.weights, cfg),
+            "trained": parts.count(program.state.params, cfg),
+            "compute_dtype": program.compute.dtype.name,
+          },
+          "devices": {"count": mesh.size, "kind": device.device_kind, "processes": jax.process_count()},
+          "mesh": dict(mesh.shape),
+          "memory": {"planned": memory, "host": programs.bytes_on_host(program), "peak_of": peak_of(device)},
+        },
+      )
+    )
     generator = Generator(program.graph, cfg, tokenizer.eos_token_id)
 
     def evaluate(step: int, when: str) -> dict[str, float]:

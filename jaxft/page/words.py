@@ -1,0 +1,129 @@
+"""How pages say numbers and settings, and what a run came to."""
+
+import datetime
+from typing import Any, NamedTuple
+
+from jaxft.page.record import Record, number, part, whole
+
+# What `jaxft.errors` ends a run with.
+ENDINGS = {
+  0: "finished",
+  3: "ended: loss or gradient not finite",
+  4: "ended: storage",
+  5: "ended: another process of the run was lost",
+  75: "stopped when asked to, and saved: the same command continues",
+  130: "interrupted",
+}
+NO_CHANGE = 0.005  # a change of the eval loss by a smaller share is no news
+
+
+def figure(value: float | None) -> str:
+  """11.11, 0.4701, 66,787: four digits, and all before the point; "?" for None."""
+  if value is None:
+    return "?"
+  if abs(value) >= 1e7 or value and abs(value) < 1e-3:
+    return f"{value:.3g}"
+  return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}" if value else "0"
+
+
+def percent(share: float) -> str:
+  return f"{100 * share:.1f} %"
+
+
+def setting(value: Any, most: int = 300) -> str:
+  """A value as the command line would take it, or lists of them."""
+  text = ", ".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+  text = "none" if text == "" else text
+  return text if len(text) <= most else f"{text[:most]} ... ({len(text):,} characters)"
+
+
+def model_name(record: Record) -> str:
+  """A hub id, or the last two parts of a path."""
+  return setting("/".join(str(record.config.get("model.path") or "a model").rstrip("/").split("/")[-2:]), 80)
+
+
+def state(record: Record) -> tuple[bool, str]:
+  """Whether the run came to its end, and how it stands, in a line or, of a failure, more."""
+  ending, total, last = part(record.about, "ending"), record.total_steps, record.last_step
+  code, why = whole(ending, "exit_code"), ending.get("why")
+  at = f"step {last:,}" + (f" of {total:,}" if total else "")
+  if code == 0:
+    early = total and last < total
+    return True, f"ended early at {at}: no lower eval loss" if early else f"finished at step {last:,}"
+  if code is not None:
+    said = f"\n{setting(why, 2000)}" if why else ""
+    return False, f"Stopped at {at}, exit code {code} ({ENDINGS.get(code, 'a fault of the program')}).{said}"
+  if not record.about and total and last >= total:
+    return True, f"finished at step {last:,}"
+  return False, f"Stopped at {at}: the run was killed, or is still going on. The same command continues it."
+
+
+class Outcome(NamedTuple):
+  """The measure that the page is about, before and after."""
+
+  name: str
+  key: str
+  unit: str
+  before: float
+  after: float | None  # None where nothing was evaluated after the first steps
+  better: bool | None  # None where it hardly changed, or is not known
+
+
+def outcome(record: Record) -> Outcome | None:
+  """Accuracy of a model that classifies, else the eval loss; None where nothing was evaluated."""
+  key, name, unit = "eval/loss", "eval loss", "nats a token"
+  if record.classifies and any(number(line, "eval/accuracy") is not None for line in record.metrics):
+    key, name, unit = "eval/accuracy", "accuracy", "share of the held-out texts"
+  points = record.points(key)
+  if not points:
+    return None
+  before, after = points[0][1], points[-1][1]
+  if len(points) == 1 or points[-1][0] == points[0][0]:
+    return Outcome(name, key, unit, before, None, None)
+  change = after - before
+  better = None if abs(change) < NO_CHANGE * abs(before) else (change > 0) == (key == "eval/accuracy")
+  return Outcome(name, key, unit, before, after, better)
+
+
+def told(key: str, value: float | None) -> str:
+  """A value of metrics.jsonl, as people say it."""
+  shares = ("eval/accuracy", "perf/mfu", "eval/memorised_8grams")
+  return "?" if value is None else percent(value) if key in shares else figure(value)
+
+
+def headline(record: Record, finished: bool) -> str:
+  """Did fine-tuning do anything? In one line."""
+  found = outcome(record)
+  if found is None:
+    losses = record.points("train/loss")
+    if not losses:
+      return "No step was logged and nothing was evaluated"
+    first, last = (figure(loss) for _, loss in (losses[0], losses[-1]))
+    return f"Not evaluated; the training loss went from {first} to {last}"
+  value = lambda it: told(found.key, it)
+  if found.after is None:
+    return f"{found.name.capitalize()} before the first step: {value(found.before)}" + (
+      "" if finished else "; none after"
+    )
+  rose = found.after > found.before
+  verb = ("rose" if rose else "fell") if found.better is not None else "hardly changed:"
+  return f"{found.name.capitalize()} {verb} from {value(found.before)} to {value(found.after)}"
+
+
+def time_span(record: Record) -> str | None:
+  """When the run was started, and how long its only start took."""
+  starts, ended = record.starts, part(record.about, "ending").get("at")
+  if not starts:
+    return None
+  try:
+    begun = datetime.datetime.fromisoformat(starts[0]["at"])
+    said = begun.strftime("%d %B %Y, %H:%M UTC").lstrip("0")
+    if len(starts) > 1:
+      return f"{said}; started {len(starts)} times"
+    took = int((datetime.datetime.fromisoformat(ended) - begun).total_seconds()) if isinstance(ended, str) else None
+  except (KeyError, TypeError, ValueError):
+    return None
+  if took is None:
+    return said
+  hours, minutes = took // 3600, took // 60 % 60
+  return f"{said}; took " + (f"{hours:,} h {minutes} min" if hours else f"{minutes} min {took % 60} s")
