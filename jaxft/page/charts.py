@@ -3,7 +3,7 @@
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jaxft.page.markup import Html, tag
@@ -22,7 +22,7 @@ class Series(NamedTuple):
   colour: int = 0
   dots: bool = False  # few values, each of its own: dots, joined by a line
   noisy: bool = False  # drawn faint, with its mean over windows of steps on top
-  only_mean: bool = False  # of a noisy line
+  only_mean: bool = False  # only that mean is drawn: for several noisy lines in one chart
 
 
 def chart(
@@ -43,7 +43,9 @@ def chart(
     floor: name and value of a dashed line across.
     faults: steps that are marked at the bottom.
   """
-  series = [it for it in series if it.points]
+  series = [
+    it._replace(points=means(it.points)) if it.only_mean and _long(it.points) else it for it in series if it.points
+  ]
   if not series:
     return None
   steps = [x for it in series for x, _ in it.points] + list(faults)
@@ -91,26 +93,32 @@ def chart(
   )
 
 
-def _ends(values: list[float], scale, from_zero: bool) -> tuple[float, float]:
-  """The ends of the values' axis, with some air; below zero only where values are."""
+def _ends(values: list[float], scale: Callable[[float], float], from_zero: bool) -> tuple[float, float]:
+  """The ends of the values' axis: with some air, or from zero to the round number above all."""
   low, high = min(map(scale, values)), max(map(scale, values))
+  if from_zero and low == 0 < high:
+    return 0.0, _apart(0.0, high) * math.ceil(high / _apart(0.0, high) - 1e-9)
   air = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
-  return low if from_zero and low == 0 else low - air, high + air
+  return low - air, high + air
 
 
-def _line(it: Series, across, down) -> list[Html]:
+def _line(it: Series, across: Callable[[float], float], down: Callable[[float], float]) -> list[Html]:
   """The line, and what is on it; the one that the script reads out has the name."""
   colour = f"s{it.colour % len(LIGHT)}"
   at = lambda points: [f"{across(x):.1f},{down(y):.1f}" for x, y in points]
   poly = lambda points, how, name=None: tag("polyline", points=" ".join(at(points)), class_=how, data_name=name)
-  if it.noisy and len(it.points) > 2 * WINDOWS:
-    drawn = [] if it.only_mean else [poly(thinned(it.points), f"faint {colour}")]
-    return [*drawn, poly(means(it.points), f"line {colour}", it.name)]
+  if it.noisy and _long(it.points):
+    return [poly(thinned(it.points), f"faint {colour}"), poly(means(it.points), f"line {colour}", it.name)]
   drawn = [poly(thinned(it.points), f"line {colour}", it.name)]
   if it.dots or len(it.points) == 1:
     places = " ".join("M" + pair.replace(",", " ") + " h0" for pair in at(thinned(it.points)))
     drawn.append(tag("path", d=places, class_=f"dots {colour}"))
   return drawn
+
+
+def _long(points: Points) -> bool:
+  """Whether a mean of it tells more than the line."""
+  return len(points) > 2 * WINDOWS
 
 
 def _level(y: float, how: str) -> Html:
@@ -152,12 +160,17 @@ def _spans(points: Points, count: int) -> list[range]:
   return [range(start, end) for start, end in itertools.pairwise([*starts, len(points)]) if end > start]
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-  """Up to `most` round numbers, 1, 2 or 5 times a power of ten apart, from `low` to `high`."""
-  raw = (high - low) / (most - 1)
-  unit = 10.0 ** math.floor(math.log10(raw))
-  apart = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw * (1 - 1e-9))
+def ticks(low: float, high: float) -> list[float]:
+  """Round numbers from `low` to `high`."""
+  apart = _apart(low, high)
   return [i * apart for i in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)]
+
+
+def _apart(low: float, high: float) -> float:
+  """1, 2 or 5 times a power of ten: how far apart up to seven ticks are."""
+  least = (high - low) / 6
+  unit = 10.0 ** math.floor(math.log10(least))
+  return next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= least * (1 - 1e-9))
 
 
 def log_ticks(low: float, high: float) -> list[float]:

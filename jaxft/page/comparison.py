@@ -7,7 +7,6 @@ from jaxft.page import markup, samples, words
 from jaxft.page.charts import Series, chart
 from jaxft.page.markup import Html, section, table, tag
 from jaxft.page.record import Record, whole
-from jaxft.page.run import MEASURES
 from jaxft.page.style import LIGHT
 from jaxft.plan.show import size
 
@@ -58,16 +57,16 @@ def _first_screen(title: str, named: list[tuple[str, Record]]) -> Html:
 
 
 def _results(named: list[tuple[str, Record]]) -> Html:
-  keys = [key for key in MEASURES if any(record.points(key) for _, record in named)]
+  keys = words.measured([record for _, record in named])
   rows = []
   for i, (name, record) in enumerate(named):
     ends = [(points[0][1], points[-1][1]) if (points := record.points(key)) else None for key in keys]
     cells = ["" if it is None else " → ".join(words.told(key, v) for v in it) for key, it in zip(keys, ends)]
     peak, speed = max((v for _, v in record.points("memory/peak_bytes")), default=None), "perf/tokens_per_second"
     finished, state = words.state(record)
-    state = state if finished else tag("span", state.splitlines()[0].split(":")[0], class_="bad")
-    rows.append([[_swatch(i), name], *cells, words.figure(record.typical(speed)), size(peak), state])
-  return table(["run", *(MEASURES[key] for key in keys), "tokens/s", "most memory", "state"], rows, "numbers")
+    state = tag("small", state.splitlines()[0].split(":")[0], class_=None if finished else "bad")
+    rows.append([[_swatch(i), name, state], *cells, words.figure(record.typical(speed)), size(peak)])
+  return table(["run", *(words.MEASURES[key] for key in keys), "tokens/s", "most memory"], rows, "numbers runs")
 
 
 def _swatch(i: int) -> Html:

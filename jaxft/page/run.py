@@ -12,22 +12,20 @@ from jaxft.page.record import Record, number, part, whole
 from jaxft.plan.show import PARTS, size
 
 MOST_EVALUATIONS = 24  # rows of the table
-# What a page tells of an evaluation, where it was measured: key, name in the table.
-MEASURES = {
-  "eval/loss": "eval loss",
-  "eval/perplexity": "perplexity",
-  "eval/accuracy": "accuracy",
-  "eval/f1": "F1",
-  "eval/unrelated_loss": "loss on unrelated text",
-  "eval/unrelated_perplexity": "its perplexity",
-  "eval/memorised_8grams": "8-grams of samples found in the training text",
-}
 
 
 def page(record: Record) -> str:
   """The HTML of the run."""
-  parts = [_first_screen(record), _curves(record), _samples(record), _evaluations(record), _memory(record)]
-  parts += [_data(record), _how(record), _again(record)]
+  pairs = [tag("div", _evaluations(record), _memory(record), class_="pair")]
+  parts = [
+    _first_screen(record),
+    _curves(record),
+    _samples(record),
+    *pairs,
+    _data(record),
+    _how(record),
+    _again(record),
+  ]
   return markup.page(f"{record.name}: {words.model_name(record)}", *parts)
 
 
@@ -70,15 +68,10 @@ def _floor(record: Record) -> float | None:
 def _tiles(record: Record) -> Html:
   """The figures that people look for first."""
   tiles = []
-  for key, name in MEASURES.items():
+  for key in words.measured([record]):
     points = record.points(key)
-    if points and key != "eval/unrelated_loss":
-      name = {
-        "eval/unrelated_perplexity": "perplexity, unrelated text",
-        "eval/memorised_8grams": "8-grams by heart",
-      }.get(key, name)
-      values = [words.told(key, points[0][1])] + ([words.told(key, points[-1][1])] if len(points) > 1 else [])
-      tiles.append((name, " → ".join(values), None))
+    values = [words.told(key, value) for _, value in (points[0], points[-1])[: len(points)]]
+    tiles.append((words.MEASURES[key], " → ".join(values), None))
   if (floor := _floor(record)) is not None:
     tiles.append(("the text's own entropy", words.figure(floor), None))
   if tokens := record.points("train/tokens"):
@@ -134,7 +127,7 @@ def _samples(record: Record) -> Html | None:
 
 
 def _evaluations(record: Record) -> Html | None:
-  keys = [key for key in MEASURES if record.points(key)]
+  keys = words.measured([record])
   lines = [line for line in record.metrics if any(number(line, key) is not None for key in keys)]
   if not lines:
     return None
@@ -145,9 +138,13 @@ def _evaluations(record: Record) -> Html | None:
   more = f"{len(lines) - len(rows):,} more evaluations are in metrics.jsonl." if len(lines) > len(rows) else None
   return section(
     "Evaluations",
-    table(["step", *(MEASURES[key] for key in keys)], rows, "numbers"),
+    table(["step", *(words.MEASURES[key] for key in keys)], rows, "numbers"),
     tag("p", more, class_="note") if more else None,
+    tag("p", BY_HEART, class_="note") if "eval/memorised_8grams" in keys else None,
   )
+
+
+BY_HEART = "8-grams by heart: the share of the samples' runs of eight tokens that are in the training text."
 
 
 def _memory(record: Record) -> Html | None:

@@ -35,12 +35,12 @@ section { margin-top: 3rem; padding-top: 1.5rem; border-top: 1px solid var(--lin
 .state.bad { border-color: var(--bad); color: inherit; }
 dl.tiles { display: flex; flex-wrap: wrap; gap: 1px; margin: 1.5rem 0; background: var(--line);
   border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
-.tiles div { background: var(--card); padding: .75rem 1rem; flex: 1 1 10.2rem; }
+.tiles div { background: var(--card); padding: .75rem 1rem; flex: 1 1 auto; min-width: 9rem; }
 .tiles dt { color: var(--soft); font-size: .8125rem; }
 .tiles dd { margin: .1rem 0 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums;
-  letter-spacing: -.01em; }
+  letter-spacing: -.01em; white-space: nowrap; }
 .tiles small { display: block; font-weight: 400; font-size: .8125rem; letter-spacing: 0; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: .75rem;
+.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14rem), 1fr)); gap: .75rem;
   margin: 0 0 1rem; align-items: start; }
 .text { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .95rem; margin: 0; }
 .text b { display: block; color: var(--soft); font-size: .8125rem; font-weight: 600; margin-bottom: .25rem; }
@@ -52,16 +52,20 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { text-align: left; vertical-align: top; padding: .34rem 1.4rem .34rem 0; border-bottom: 1px solid var(--grid); }
 th { font-weight: 400; color: var(--soft); } thead th { font-size: .8125rem; }
 .numbers td, .numbers thead th:not(:first-child) { text-align: right; white-space: nowrap; }
+.runs tbody th { min-width: 10rem; max-width: 16rem; color: var(--text); overflow-wrap: anywhere; }
+.runs small { display: block; font-size: .8125rem; }
 .facts { width: 100%; } .facts th { white-space: nowrap; } .facts td { width: 100%; overflow-wrap: anywhere; }
 .facts th, .facts td { max-width: 70vw; }
 pre, code { font: .84rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; margin: 0 0 1rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: .5rem 0 1rem; } summary { cursor: pointer; color: var(--soft); margin-bottom: .6rem; }
+.pair { display: flex; flex-wrap: wrap; gap: 0 2.5rem; } .pair > section { flex: 1 1 auto; min-width: min(100%, 26rem);
+  max-width: 100%; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.75rem 2rem; }
 .charts > .wide { grid-column: 1 / -1; }
 figure { margin: 0; min-width: 0; }
-figcaption { margin-bottom: .5rem; line-height: 1.4; } figcaption b { font-weight: 600; margin-right: .4rem; }
+figcaption { margin-bottom: .85rem; line-height: 1.4; } figcaption b { font-weight: 600; margin-right: .4rem; }
 .keys { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .8125rem; color: var(--soft); margin-top: .15rem; }
 .key { display: inline-flex; align-items: center; gap: .4rem; overflow-wrap: anywhere; }
 .key svg { flex: none; width: 1.3rem; height: .7rem; }
@@ -93,7 +97,7 @@ path, line, polyline { fill: none; vector-effect: non-scaling-stroke; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .8125rem; }
 @media (max-width: 30rem) { main { padding: 1.5rem 1rem 3rem; } section { margin-top: 2.2rem; }
   .wide .plot { height: 15rem; } .plot { margin-left: 2.8rem; }
-  .tiles div { flex-basis: 9rem; padding: .6rem .8rem; } .tiles dd { font-size: 1.05rem; }
+  .tiles div { min-width: 8rem; padding: .6rem .8rem; } .tiles dd { font-size: 1.05rem; }
   .facts tr { display: block; padding: .3rem 0; border-bottom: 1px solid var(--grid); }
   .facts th, .facts td { display: block; border: 0; padding: 0; max-width: none; } }
 """

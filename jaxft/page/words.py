@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 from jaxft.page.record import Record, number, part, whole
 
-# What `jaxft.errors` ends a run with.
+# Exit codes of a run that did not finish.
 ENDINGS = {
-  0: "finished",
-  3: "ended: loss or gradient not finite",
-  4: "ended: storage",
-  5: "ended: another process of the run was lost",
-  75: "stopped when asked to, and saved: the same command continues",
+  2: "the request is wrong",
+  3: "loss or gradient not finite",
+  4: "storage",
+  5: "another process of the run was lost",
+  75: "asked to stop",
   130: "interrupted",
 }
 NO_CHANGE = 0.005  # a change of the eval loss by a smaller share is no news
@@ -31,9 +31,9 @@ def percent(share: float) -> str:
 
 
 def setting(value: Any, most: int = 300) -> str:
-  """A value as the command line would take it, or lists of them."""
-  text = ", ".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
-  text = "none" if text == "" else text
+  """The value of a setting, cut short where it is long."""
+  text = ", ".join(map(str, value)) if isinstance(value, tuple) else "not set" if value is None else str(value)
+  text = text or "empty"
   return text if len(text) <= most else f"{text[:most]} ... ({len(text):,} characters)"
 
 
@@ -56,6 +56,24 @@ def state(record: Record) -> tuple[bool, str]:
   if not record.about and total and last >= total:
     return True, f"finished at step {last:,}"
   return False, f"Stopped at {at}: the run was killed, or is still going on. The same command continues it."
+
+
+# What a page tells of an evaluation, where it was measured.
+MEASURES = {
+  "eval/accuracy": "accuracy",
+  "eval/f1": "F1",
+  "eval/loss": "eval loss",
+  "eval/perplexity": "perplexity",
+  "eval/unrelated_loss": "loss, unrelated text",
+  "eval/unrelated_perplexity": "perplexity, unrelated text",
+  "eval/memorised_8grams": "8-grams by heart",
+}
+
+
+def measured(records: list[Record]) -> list[str]:
+  """The keys of MEASURES that any of the runs has; the perplexity of labels says nothing."""
+  apart = {"eval/perplexity"} if any(record.classifies for record in records) else set()
+  return [key for key in MEASURES if key not in apart and any(record.points(key) for record in records)]
 
 
 class Outcome(NamedTuple):

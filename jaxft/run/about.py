@@ -21,7 +21,7 @@ from jaxft.run import hosts
 from jaxft.run.tracking import say
 
 # What decides the devices and the compiled program beside the command line.
-VARIABLES = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
+VARIABLES = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES", "XLA_FLAGS")
 
 
 @contextlib.contextmanager
