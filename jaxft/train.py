@@ -205,9 +205,6 @@ def finetune(
     if jax.process_index() == 0:
       write_whole(workdir / "config.json", settings.to_json(config))
       write_whole(workdir / "data_report.json", data.to_json(config.train))
-    model_flops = flops.of_model(cfg, config.train.batch_size, rows.T)
-    at_peak = estimate.seconds_at_peak(targets.here(device, mesh.size), mesh.size, model_flops)
-    reporter = Reporter(config, workdir, start, total_steps, tokens_seen, data.floor, device, at_peak)
     until_the_end.enter_context(
       leaving_a_report(
         workdir,
@@ -226,6 +223,9 @@ def finetune(
         },
       )
     )
+    model_flops = flops.of_model(cfg, config.train.batch_size, rows.T)
+    at_peak = estimate.seconds_at_peak(targets.here(device, mesh.size), mesh.size, model_flops)
+    reporter = Reporter(config, workdir, start, total_steps, tokens_seen, data.floor, device, at_peak)
     generator = Generator(program.graph, cfg, tokenizer.eos_token_id)
 
     def evaluate(step: int, when: str) -> dict[str, float]:

@@ -232,8 +232,8 @@ def test_thinning_keeps_the_ends_and_every_spike():
   [
     (0, 715, ["0", "200", "400", "600"]),
     (0, 2e-5, ["0", "5e-6", "1e-5", "1.5e-5", "2e-5"]),
-    (0, 12_000, ["0", "5k", "10k"]),
-    (-1, 0.2, ["-1", "-0.5", "0"]),
+    (0, 12_000, ["0", "2k", "4k", "6k", "8k", "10k", "12k"]),
+    (-1, 0.2, ["-1", "-0.8", "-0.6", "-0.4", "-0.2", "0", "0.2"]),
     (3, 3.0004, ["3", "3.0001", "3.0002", "3.0003", "3.0004"]),
   ],
 )
@@ -255,12 +255,25 @@ def test_several_runs_are_compared(tmp_path):
 
 
 def test_measures_that_are_there_are_shown(tmp_path):
-  lines = [
-    {"step": step, "eval/loss": 2.0 + sign, "eval/unrelated_loss": 3.5 - sign, "eval/memorised_8grams": 0.123 + step}
-    for step, sign in ((0, 1), (9, 0))
+  lines = [{"step": step, "eval/loss": 3.0 - step, "eval/unrelated_loss": 3.5 + step} for step in (0, 1)]
+  samples = [
+    {"step": step, "when": when, "prompt": prompt, "text": "x", "seed": 0, "memorised_8grams": step * share}
+    for step, when in ((0, "before"), (1, "after"))
+    for prompt, share in (("a", 0.1), ("b", 0.4))
   ]
-  page = shown(write(tmp_path / "w", metrics__jsonl="\n".join(map(json.dumps, lines))))
-  assert "unrelated text" in page.text and "12.3 %" in page.text and "3.500" in page.text
+  files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": "\n".join(map(json.dumps, samples))}
+  page = shown(write(tmp_path / "w", **files))
+  assert "loss, unrelated text3.500 → 4.500" in page.text and "step 1; 40.0 % by heart" in page.text
+  assert "8-grams by heart0.0 % → 25.0 %" in page.text
+
+
+@pytest.mark.parametrize("samples", [None, '{"step": 50, "when": "after", "prompt": "a", "text": "b"}'])
+def test_where_the_best_weights_are_exported_it_is_their_loss_that_counts(tmp_path, samples):
+  lines = [{"step": step, "eval/loss": loss} for step, loss in ((0, 4.0), (50, 2.0), (100, 3.0))]
+  files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": samples}
+  page = shown(write(tmp_path / "w", changes={"train.keep_best_metric": "eval/loss"}, **files))
+  assert "Eval loss fell from 4.000 to 2.000" in page.text
+  assert "The weights of step 50 were exported, of 100 steps the best" in page.text
 
 
 @pytest.mark.parametrize(

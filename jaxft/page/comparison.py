@@ -60,12 +60,14 @@ def _results(named: list[tuple[str, Record]]) -> Html:
   keys = words.measured([record for _, record in named])
   rows = []
   for i, (name, record) in enumerate(named):
-    ends = [(points[0][1], points[-1][1]) if (points := record.points(key)) else None for key in keys]
-    cells = ["" if it is None else " → ".join(words.told(key, v) for v in it) for key, it in zip(keys, ends)]
-    peak, speed = max((v for _, v in record.points("memory/peak_bytes")), default=None), "perf/tokens_per_second"
+    cells = [" → ".join(words.told(key, value) for value in record.ends(key)) for key in keys]
+    peak, speed = (
+      max((v for _, v in record.points("memory/peak_bytes")), default=None),
+      record.typical("perf/tokens_per_second"),
+    )
     finished, state = words.state(record)
     state = tag("small", state.splitlines()[0].split(":")[0], class_=None if finished else "bad")
-    rows.append([[_swatch(i), name, state], *cells, words.figure(record.typical(speed)), size(peak)])
+    rows.append([[_swatch(i), name, state], *cells, words.figure(speed) if speed is not None else "?", size(peak)])
   return table(["run", *(words.MEASURES[key] for key in keys), "tokens/s", "most memory"], rows, "numbers runs")
 
 

@@ -47,6 +47,26 @@ class Record(NamedTuple):
     return None
 
   @property
+  def exported_step(self) -> int:
+    """Of the weights that went out: the last step's or, where a metric chose them, the best."""
+    after = [it["step"] for it in self.samples if it["when"] == "after"]
+    chosen = self.points(self.config.get("train.keep_best_metric") or "")
+    if not after and chosen and whole(self.about, "ending", "exit_code") == 0:
+      return min(chosen, key=lambda it: it[1])[0]
+    return after[-1] if after else self.last_step
+
+  def ends(self, key: str) -> list[float]:
+    """The first value of `key` and the one of the exported weights: one, if only the first was measured; none, if none was."""
+    points = [point for point in self.points(key) if point[0] <= self.exported_step]
+    return [points[0][1], points[-1][1]] if points and points[-1][0] > points[0][0] else [it for _, it in points[:1]]
+
+  def memorised(self, when: str) -> float | None:
+    """The mean share of 8-grams of the samples before or after that stand in the training text."""
+    found = [number(it, "memorised_8grams") for it in self.samples if it["when"] == when]
+    found = [it for it in found if it is not None]
+    return sum(found) / len(found) if found else None
+
+  @property
   def faults(self) -> list[int]:
     """Steps whose loss or gradient norm was no finite number: they are in metrics.jsonl as text."""
     return [line["step"] for line in self.metrics if any(type(line.get(key)) is str for key in NORMS)]

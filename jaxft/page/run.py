@@ -47,18 +47,19 @@ def _first_screen(record: Record) -> Html:
 def _lead(record: Record) -> list[Any]:
   """What the headline means: of which text, and how far it could have gone."""
   found, floor, held_out = words.outcome(record), _floor(record), whole(record.data, "rows", "held_out")
-  text = f"Measured on {held_out:,} documents that were held out" if held_out else "Measured on text that was held out"
   if found is None:
     return ["There is no evaluation in metrics.jsonl."]
+  text = (
+    f"Measured on {held_out:,} documents that were held out." if held_out else "Measured on text that was held out."
+  )
+  said = [tag("span", "It is worse than before. ", class_="bad"), text] if found.better is False else [text]
   if found.key == "eval/loss" and floor is not None and found.after is not None and found.before > floor:
     gone = (found.before - found.after) / (found.before - floor)
-    above = f"{words.figure(found.after - floor)} nats a token above"
-    return [
-      f"{text}. It is {above} the text's own entropy, which no model can go below: {words.percent(gone)} of the way."
-    ]
-  if found.better is False:
-    return [tag("span", "It is worse than before.", class_="bad"), f" {text}."]
-  return [f"{text}."]
+    above = f" It is {words.figure(found.after - floor)} nats a token above the text's own entropy, which no model can go below"
+    said.append(f"{above}: {words.percent(gone)} of the way.")
+  if found.after is not None and record.exported_step < record.last_step:
+    said.append(f" The weights of step {record.exported_step:,} were exported, of {record.last_step:,} steps the best.")
+  return said
 
 
 def _floor(record: Record) -> float | None:
@@ -69,9 +70,9 @@ def _tiles(record: Record) -> Html:
   """The figures that people look for first."""
   tiles = []
   for key in words.measured([record]):
-    points = record.points(key)
-    values = [words.told(key, value) for _, value in (points[0], points[-1])[: len(points)]]
-    tiles.append((words.MEASURES[key], " → ".join(values), None))
+    tiles.append((words.MEASURES[key], " → ".join(words.told(key, value) for value in record.ends(key)), None))
+  if known := [words.percent(it) for when in ("before", "after") if (it := record.memorised(when)) is not None]:
+    tiles.append(("8-grams by heart", " → ".join(known), "of the samples"))
   if (floor := _floor(record)) is not None:
     tiles.append(("the text's own entropy", words.figure(floor), None))
   if tokens := record.points("train/tokens"):
@@ -123,6 +124,8 @@ def _samples(record: Record) -> Html | None:
     return None
   seeds = sorted({str(it["seed"]) for it in record.samples if "seed" in it})
   told = f"The same prompts (grey) and the same seed ({words.setting(', '.join(seeds))}), drawn by the same rules."
+  if any("memorised_8grams" in it for it in record.samples):
+    told += " By heart: the share of a sample's runs of eight tokens that stand in the training text."
   return section("Samples", tag("p", told, class_="note"), *samples.all_of(found))
 
 
@@ -140,11 +143,7 @@ def _evaluations(record: Record) -> Html | None:
     "Evaluations",
     table(["step", *(words.MEASURES[key] for key in keys)], rows, "numbers"),
     tag("p", more, class_="note") if more else None,
-    tag("p", BY_HEART, class_="note") if "eval/memorised_8grams" in keys else None,
   )
-
-
-BY_HEART = "8-grams by heart: the share of the samples' runs of eight tokens that are in the training text."
 
 
 def _memory(record: Record) -> Html | None:
@@ -240,7 +239,7 @@ def _how(record: Record) -> Html:
     ("processes", whole(devices, "processes") if (whole(devices, "processes") or 1) > 1 else None),
     ("mesh", " x ".join(f"{name}={count}" for name, count in mesh.items())),
     *(("started", it) for it in _starts(record)),
-    ("versions", ", ".join(f"{name} {it}" for name, it in part(about, "versions").items())),
+    ("versions", ", ".join(f"{name} {it}" for name, it in sorted(part(about, "versions").items()))),
     ("commit", about.get("commit")),
   ]
   chosen = [

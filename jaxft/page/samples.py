@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from jaxft.page.markup import Html, tag
-from jaxft.page.record import Record
+from jaxft.page.record import Record, number
 
 MOST_PROMPTS, MOST_SIDES, MOST_TEXT, MOST_PROMPT = 30, 4, 3000, 500  # a page stays below 3 MB whatever the samples hold
 
@@ -21,6 +21,8 @@ def by_prompt(record: Record) -> dict[str, list[Side]]:
   for it in record.samples:
     after = it["when"] == "after"
     title = f"{it['when']}, step {it['step']:,}" if it["step"] else it["when"]
+    if (known := number(it, "memorised_8grams")) is not None:
+      title += f"; {100 * known:.1f} % by heart"
     found.setdefault(it["prompt"], []).append(Side(title, it["prompt"], it["text"], after))
   return found
 

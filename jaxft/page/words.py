@@ -3,7 +3,7 @@
 import datetime
 from typing import Any, NamedTuple
 
-from jaxft.page.record import Record, number, part, whole
+from jaxft.page.record import Record, part, whole
 
 # Exit codes of a run that did not finish.
 ENDINGS = {
@@ -17,10 +17,8 @@ ENDINGS = {
 NO_CHANGE = 0.005  # a change of the eval loss by a smaller share is no news
 
 
-def figure(value: float | None) -> str:
-  """11.11, 0.4701, 66,787: four digits, and all before the point; "?" for None."""
-  if value is None:
-    return "?"
+def figure(value: float) -> str:
+  """11.11, 0.4701, 66,787: four digits, and all before the point."""
   if abs(value) >= 1e7 or value and abs(value) < 1e-3:
     return f"{value:.3g}"
   return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}" if value else "0"
@@ -64,9 +62,9 @@ MEASURES = {
   "eval/f1": "F1",
   "eval/loss": "eval loss",
   "eval/perplexity": "perplexity",
+  "eval/bits_per_byte": "bits a byte",
   "eval/unrelated_loss": "loss, unrelated text",
   "eval/unrelated_perplexity": "perplexity, unrelated text",
-  "eval/memorised_8grams": "8-grams by heart",
 }
 
 
@@ -77,36 +75,29 @@ def measured(records: list[Record]) -> list[str]:
 
 
 class Outcome(NamedTuple):
-  """The measure that the page is about, before and after."""
+  """The measure that the page is about."""
 
   name: str
   key: str
-  unit: str
   before: float
-  after: float | None  # None where nothing was evaluated after the first steps
+  after: float | None  # of the exported weights; None where nothing was evaluated after the first step
   better: bool | None  # None where it hardly changed, or is not known
 
 
 def outcome(record: Record) -> Outcome | None:
   """Accuracy of a model that classifies, else the eval loss; None where nothing was evaluated."""
-  key, name, unit = "eval/loss", "eval loss", "nats a token"
-  if record.classifies and any(number(line, "eval/accuracy") is not None for line in record.metrics):
-    key, name, unit = "eval/accuracy", "accuracy", "share of the held-out texts"
-  points = record.points(key)
-  if not points:
-    return None
-  before, after = points[0][1], points[-1][1]
-  if len(points) == 1 or points[-1][0] == points[0][0]:
-    return Outcome(name, key, unit, before, None, None)
-  change = after - before
-  better = None if abs(change) < NO_CHANGE * abs(before) else (change > 0) == (key == "eval/accuracy")
-  return Outcome(name, key, unit, before, after, better)
+  by_accuracy = record.classifies and bool(record.points("eval/accuracy"))
+  key, name = ("eval/accuracy", "accuracy") if by_accuracy else ("eval/loss", "eval loss")
+  ends = record.ends(key)
+  if len(ends) < 2:
+    return Outcome(name, key, ends[0], None, None) if ends else None
+  change = ends[1] - ends[0]
+  return Outcome(name, key, *ends, None if abs(change) < NO_CHANGE * abs(ends[0]) else (change > 0) == by_accuracy)
 
 
-def told(key: str, value: float | None) -> str:
+def told(key: str, value: float) -> str:
   """A value of metrics.jsonl, as people say it."""
-  shares = ("eval/accuracy", "perf/mfu", "eval/memorised_8grams")
-  return "?" if value is None else percent(value) if key in shares else figure(value)
+  return percent(value) if key == "eval/accuracy" else figure(value)
 
 
 def headline(record: Record, finished: bool) -> str:
