@@ -32,7 +32,7 @@ from jaxft.run.checkpoint import Checkpoints, nbytes
 from jaxft.run.guards import StopRequest, must_have_room, only_writer
 from jaxft.run.profile import Profile
 from jaxft.run.resume import refuse_another_run, resume
-from jaxft.run.tracking import Meter, Reporter, console, peak_of, say
+from jaxft.run.tracking import Meter, Reporter, console, say
 from jaxft.sample import Generator, Sampling
 from jaxft.step import State, name_bad_leaves
 from jaxft.weights import first as first_weights
@@ -208,6 +208,7 @@ def finetune(
     until_the_end.enter_context(
       leaving_a_report(
         workdir,
+        mesh,
         {
           "step": start,
           "total_steps": total_steps,
@@ -217,9 +218,7 @@ def finetune(
             "trained": parts.count(program.state.params, cfg),
             "compute_dtype": program.compute.dtype.name,
           },
-          "devices": {"count": mesh.size, "kind": device.device_kind, "processes": jax.process_count()},
-          "mesh": dict(mesh.shape),
-          "memory": {"planned": memory, "host": programs.bytes_on_host(program), "peak_of": peak_of(device)},
+          "memory": {"planned": memory, "host": programs.bytes_on_host(program)},
         },
       )
     )

@@ -18,27 +18,29 @@ from jaxft.files import write_whole
 from jaxft.page import record
 from jaxft.page import run as run_page
 from jaxft.run import hosts
-from jaxft.run.tracking import say
+from jaxft.run.tracking import peak_of, say
 
 # What decides the devices and the compiled program beside the command line.
 VARIABLES = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES", "XLA_FLAGS")
 
 
 @contextlib.contextmanager
-def leaving_a_report(workdir: Path, facts: dict[str, Any]) -> Iterator[None]:
+def leaving_a_report(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, Any]) -> Iterator[None]:
   """Inside it the run goes on; before it about.json is written, after it how the run ended, and the page.
 
   A disk that does not take them costs a line of the story, not the run. Only process 0 writes.
 
   Args:
-    facts: what only the run knows of itself; "step" is where this start begins.
+    facts: what only the run knows of itself: "step", where this start begins, and "total_steps", "model", "memory".
   """
   if jax.process_index() > 0:
     yield
     return
   about = {"starts": []}
   with _at_most_a_line("about.json"):
-    this = {"at": _now()} | {key: facts[key] for key in ("step", "devices", "mesh")}
+    device = mesh.local_devices[0]
+    devices = {"count": mesh.size, "kind": device.device_kind, "processes": jax.process_count()}
+    this = {"at": _now(), "step": facts["step"], "devices": devices, "mesh": dict(mesh.shape)}
     starts = record.json_object(workdir / "about.json", []).get("starts") if facts["step"] else []
     about = {"starts": [*(starts if isinstance(starts, list) else []), this]} | {
       "command": command(),
@@ -47,6 +49,9 @@ def leaving_a_report(workdir: Path, facts: dict[str, Any]) -> Iterator[None]:
       "commit": commit(Path(jaxft.__file__).parent.parent),
       "versions": hosts.versions(),
       **facts,
+      "memory": facts["memory"] | {"peak_of": peak_of(device)},
+      "devices": devices,
+      "mesh": dict(mesh.shape),
     }
     _write(workdir, about)
   ending = {"exit_code": 0, "why": ""}
