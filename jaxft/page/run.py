@@ -189,7 +189,7 @@ def _data(record: Record) -> Html | None:
   rows += dropped or [["dropped", "0", "0"]]
   facts = [
     ("read from", words.setting(record.config.get("data.train"), 2000)),
-    ("held out from", words.setting(record.config.get("data.validation"), 2000)),
+    ("held out", _held_out(record)),
     ("rows of tokens", _of(report, "sequences", ", ", (("trained", "trained on"), ("held_out", "held out")))),
     ("tokens a document", _of(report, "tokens_per_row", ", ", ((it, it) for it in LENGTHS))),
     ("padding", words.percent(share) if (share := number(report, "padding_share")) is not None else None),
@@ -203,6 +203,12 @@ def _data(record: Record) -> Html | None:
     table(["", "documents", "tokens"], rows, "numbers"),
     table([], [[name, value] for name, value in facts if value], "facts"),
   )
+
+
+def _held_out(record: Record) -> str:
+  sources, fraction = record.config.get("data.validation"), number(record.config, "data.validation_fraction")
+  drawn = not sources and fraction is not None
+  return f"{words.percent(fraction)} of the documents, drawn" if drawn else words.setting(sources, 2000)
 
 
 LENGTHS = ("shortest", "median", "mean", "longest")
