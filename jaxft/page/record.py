@@ -26,10 +26,6 @@ class Record(NamedTuple):
     return self.config.get("model.head") == "classification"
 
   @property
-  def evaluations(self) -> list[dict[str, Any]]:
-    return [line for line in self.metrics if number(line, "eval/loss") is not None]
-
-  @property
   def last_step(self) -> int:
     return max((line["step"] for line in self.metrics), default=0)
 
@@ -57,7 +53,8 @@ class Record(NamedTuple):
 
   def ends(self, key: str) -> list[float]:
     """The first value of `key` and the one of the exported weights: one, if only the first was measured; none, if none was."""
-    points = [point for point in self.points(key) if point[0] <= self.exported_step]
+    exported = self.exported_step
+    points = [point for point in self.points(key) if point[0] <= exported]
     return [points[0][1], points[-1][1]] if points and points[-1][0] > points[0][0] else [it for _, it in points[:1]]
 
   def memorised(self, when: str) -> float | None:
