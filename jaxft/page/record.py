@@ -1,7 +1,6 @@
 """What a workdir tells of its run. Files that are missing or damaged are told in `notes`; what there is can be shown."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +90,7 @@ def number(values: Any, *keys: str) -> float | None:
   """The number at values[key][key]...; None where there is none."""
   for key in keys:
     values = values.get(key) if isinstance(values, dict) else None
-  if type(values) not in (int, float) or abs(values) > LARGEST or not math.isfinite(values):
+  if type(values) not in (int, float) or not abs(values) <= LARGEST:  # which NaN is not either
     return None
   return values
 
