@@ -286,7 +286,11 @@ def test_where_the_best_weights_are_exported_it_is_their_loss_that_counts(tmp_pa
     ({"about__json": '{"starts": 3, "ending": [], "model": 4, "memory": {"planned": 7}, "mesh": "x"}'}, "Stopped"),
     ({"data_report__json": '{"rows": 3, "tokens": {"read": "many", "dropped": 1}}'}, "What was run"),
     (
-      {"metrics__jsonl": '{"step": 1, "train/loss": "nan", "eval/loss": true, "perf/mfu": 1e999}\n'},
+      {"data_report__json": '{"rows": {"read": 9, "trained": 2, "held_out": 3, "dropped": {"x": 1}}, "tokens": {}}'},
+      "3 documents are not accounted for",
+    ),
+    (
+      {"metrics__jsonl": '{"step": 1, "train/loss": "nan", "eval/loss": true, "perf/mfu": NaN}\n'},
       "No step was logged",
     ),
     (
