@@ -27,6 +27,7 @@ from jaxft.hf.verify import in_words
 from jaxft.plan import estimate, figures, flops, show, targets
 from jaxft.plan.answer import plan_here
 from jaxft.run import hosts
+from jaxft.run.about import leaving_a_report
 from jaxft.run.checkpoint import Checkpoints, nbytes
 from jaxft.run.guards import StopRequest, must_have_room, only_writer
 from jaxft.run.profile import Profile
@@ -207,6 +208,23 @@ def finetune(
     if jax.process_index() == 0:
       write_whole(workdir / "config.json", settings.to_json(config))
       write_whole(workdir / "data_report.json", data.to_json(config.train))
+    until_the_end.enter_context(
+      leaving_a_report(
+        workdir,
+        mesh,
+        {
+          "step": start,
+          "total_steps": total_steps,
+          "model": {
+            "type": source.hf_config["model_type"],
+            "parameters": parts.count(program.state.weights, cfg),
+            "trained": parts.count(program.state.params, cfg),
+            "compute_dtype": program.compute.dtype.name,
+          },
+          "memory": {"planned": memory, "host": programs.bytes_on_host(program)},
+        },
+      )
+    )
     model_flops = flops.of_model(cfg, config.train.batch_size, rows.T)
     at_peak = estimate.seconds_at_peak(targets.here(device, mesh.size), mesh.size, model_flops)
     first = jax.process_index() == 0

@@ -11,7 +11,7 @@ FILES = {
   for file in ROOT.rglob("*.py")
 }
 COMMANDS = {"jaxft.train", "jaxft.prepare", "jaxft.evaluate", "jaxft.generate", "jaxft.export", "jaxft.doctor"}
-COMMANDS |= {"jaxft.plan.__main__"}
+COMMANDS |= {"jaxft.plan.__main__", "jaxft.report"}
 # The only imports of jaxft that each leaf has. A new leaf module goes here, with as few as it can.
 LEAVES = {
   "jaxft.errors": set(),
@@ -57,6 +57,12 @@ LEAVES = {
   "jaxft.plan.estimate": {"jaxft.plan.targets"},
   "jaxft.plan.show": {"jaxft.run.tracking"},
   "jaxft.plan.targets": {"jaxft.errors"},
+  "jaxft.page.style": {"jaxft.plan.show"},
+  "jaxft.page.markup": {"jaxft.page.style", "jaxft.run.tracking"},
+  "jaxft.page.charts": {"jaxft.page.markup", "jaxft.page.style"},
+  "jaxft.page.record": {"jaxft.config", "jaxft.errors"},
+  "jaxft.page.samples": {"jaxft.page.markup", "jaxft.page.record"},
+  "jaxft.page.words": {"jaxft.page.record"},
   "jaxft.run.checkpoint": {"jaxft.errors", "jaxft.run.checksums"},
   "jaxft.run.checksums": {"jaxft.sharding"},
 }

@@ -272,6 +272,12 @@ def finite_or_text(number: float) -> float | str:
 
 def peak_bytes(device: jax.Device) -> int:
   """Most memory in use so far: of the device where it keeps count, else of this process."""
-  stats = device.memory_stats() or {}
+  if peak_of(device) == "device":
+    return device.memory_stats()["peak_bytes_in_use"]
   kib = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux and bytes on macOS
-  return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
+
+
+def peak_of(device: jax.Device) -> str:
+  """What `peak_bytes` is of: "device" or "process"."""
+  return "device" if (device.memory_stats() or {}).get("peak_bytes_in_use") else "process"

@@ -1,0 +1,1 @@
+"""Pages of runs: what a workdir tells (record), drawn (charts) and put into one HTML file (run, comparison)."""

@@ -1,0 +1,121 @@
+"""The page of several runs: which is the best, how they went, and what was different."""
+
+import os
+from pathlib import Path
+
+from jaxft.page import markup, samples, words
+from jaxft.page.charts import Series, chart
+from jaxft.page.markup import Html, section, table, tag
+from jaxft.page.record import Record, whole
+from jaxft.page.style import LIGHT
+from jaxft.plan.show import size
+
+MOST_PROMPTS = 5
+# Settings that say where something lies, not what is done.
+PLACES = ("data.cache_dir", "export.out")
+
+
+def page(records: list[Record]) -> str:
+  """The HTML of two runs or more, in the order given."""
+  named = list(zip(_names(records), records, strict=True))
+  title = f"{len(records)} runs compared"
+  parts = [_first_screen(title, named), _curves(named), _differences(named), _samples(named)]
+  return markup.page(title, *parts)
+
+
+def _names(records: list[Record]) -> list[str]:
+  """The folders' own names, with as many of the folders they are in as it takes to tell the runs apart."""
+  paths = [record.workdir.resolve() for record in records]
+  for parts in range(1, max(len(path.parts) for path in paths) + 1):
+    names = [str(Path(*path.parts[-parts:])) for path in paths]
+    if len(set(names)) == len(names):
+      return names
+  return [f"{name} ({i})" for i, name in enumerate(map(os.fspath, paths), 1)]
+
+
+def _first_screen(title: str, named: list[tuple[str, Record]]) -> Html:
+  found = {name: it for name, record in named if (it := words.outcome(record)) and it.after is not None}
+  headline, measures = title, {it.key for it in found.values()}
+  if len(found) > 1 and len(measures) == 1:
+    key = measures.pop()
+    pick = max if key == "eval/accuracy" else min
+    best = pick(found, key=lambda name: found[name].after)
+    word = "highest" if key == "eval/accuracy" else "lowest"
+    headline = f"{best} has the {word} {found[best].name}: {words.told(key, found[best].after)}"
+  held_out = {whole(record.data, "tokens", "held_out") for _, record in named}
+  unlike = (
+    "The runs were evaluated on different texts: their eval losses cannot be compared." if len(held_out) > 1 else None
+  )
+  return tag(
+    "header",
+    tag("p", title, class_="over"),
+    tag("h1", headline),
+    tag("p", unlike, class_="state bad") if unlike else None,
+    [tag("p", f"{name}: {note}.", class_="state") for name, record in named for note in record.notes],
+    _results(named),
+  )
+
+
+def _results(named: list[tuple[str, Record]]) -> Html:
+  keys = words.measured([record for _, record in named])
+  rows = []
+  for i, (name, record) in enumerate(named):
+    cells = [" → ".join(words.told(key, value) for value in record.ends(key)) for key in keys]
+    peak, speed = (
+      max((v for _, v in record.points("memory/peak_bytes")), default=None),
+      record.typical("perf/tokens_per_second"),
+    )
+    finished, state = words.state(record)
+    state = tag("small", state.splitlines()[0].split(":")[0], class_=None if finished else "bad")
+    rows.append([[_swatch(i), name, state], *cells, words.figure(speed) if speed is not None else "?", size(peak)])
+  return table(["run", *(words.MEASURES[key] for key in keys), "tokens/s", "most memory"], rows, "numbers runs")
+
+
+def _swatch(i: int) -> Html:
+  line = tag("path", d="M0 5 h18", class_=f"line s{i % len(LIGHT)}")
+  return tag("svg", line, viewBox="0 0 26 10", width=26, height=10, aria_hidden="true")
+
+
+def _curves(named: list[tuple[str, Record]]) -> Html | None:
+  def lines(key: str, points=Record.points, **how) -> list[Series]:
+    return [Series(name, points(record, key), i, **how) for i, (name, record) in enumerate(named)]
+
+  noisy, speed = {"noisy": True, "only_mean": True}, "perf/tokens_per_second"
+  figures = [
+    chart("Eval loss", "nats a token", lines("eval/loss", dots=True), wide=True),
+    chart("Training loss", "means over steps", lines("train/loss", **noisy), wide=True),
+    chart("Accuracy", "share of the held-out texts", lines("eval/accuracy", dots=True), from_zero=True),
+    chart("Learning rate", "by step", lines("train/learning_rate"), from_zero=True),
+    chart("Gradient norm", "before clipping", lines("train/grad_norm", **noisy)),
+    chart("Speed", "tokens a second", lines(speed, Record.steady, **noisy), from_zero=True),
+  ]
+  drawn = [it for it in figures if it]
+  return section("How they went", tag("div", drawn, class_="charts")) if drawn else None
+
+
+def _differences(named: list[tuple[str, Record]]) -> Html:
+  names = sorted({key for _, record in named for key in record.config} - set(PLACES))
+  rows = []
+  for key in names:
+    values = [record.config.get(key) for _, record in named]
+    if any(value != values[0] for value in values):
+      rows.append([key, *map(words.setting, values)])
+  same = tag("p", "None: the runs have the same settings.", class_="note") if not rows else None
+  return section("Settings that differ", same or table(["", *(name for name, _ in named)], rows))
+
+
+def _samples(named: list[tuple[str, Record]]) -> Html | None:
+  """What each run made in the end of the prompts that it shares with another."""
+  last = {name: {prompt: sides[-1] for prompt, sides in samples.by_prompt(record).items()} for name, record in named}
+  prompts = [it for it in dict.fromkeys(prompt for of in last.values() for prompt in of)]
+  shared = [it for it in prompts if sum(it in of for of in last.values()) > 1]
+  if not shared:
+    return None
+  groups = [
+    samples.sides(
+      [of[prompt]._replace(title=f"{name}: {of[prompt].title}") for name, of in last.items() if prompt in of]
+    )
+    for prompt in shared[:MOST_PROMPTS]
+  ]
+  more = f"{len(shared) - MOST_PROMPTS:,} more prompts are in samples.jsonl." if len(shared) > MOST_PROMPTS else None
+  return section("The last samples", *groups, tag("p", more, class_="note") if more else None)

@@ -1,0 +1,168 @@
+"""What a workdir tells of its run. Files that are missing or damaged are told in `notes`; what there is can be shown."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxft import config as settings
+from jaxft.errors import RequestError, first_line
+
+LARGEST = 1e300  # of what is drawn: sums and differences of such numbers are still finite
+
+
+class Record(NamedTuple):
+  workdir: Path
+  name: str
+  config: dict[str, Any]  # {"train.steps": 715, ...}
+  about: dict[str, Any]  # about.json; empty where a run left none
+  data: dict[str, Any]  # data_report.json
+  metrics: list[dict[str, Any]]  # in the order of their steps
+  samples: list[dict[str, Any]]
+  notes: list[str]  # what could not be read
+
+  @property
+  def classifies(self) -> bool:
+    return self.config.get("model.head") == "classification"
+
+  @property
+  def last_step(self) -> int:
+    return max((line["step"] for line in self.metrics), default=0)
+
+  @property
+  def starts(self) -> list[dict[str, Any]]:
+    """When, where and at which step the run was started and continued."""
+    found = self.about.get("starts")
+    return [it for it in found if isinstance(it, dict)] if isinstance(found, list) else []
+
+  @property
+  def total_steps(self) -> int | None:
+    for place, key in ((self.about, "total_steps"), (self.data, "steps_in_all"), (self.config, "train.steps")):
+      if total := whole(place, key):
+        return total
+    return None
+
+  @property
+  def exported_step(self) -> int:
+    """Of the weights that went out: the last step's or, where a metric chose them, the best."""
+    after = [it["step"] for it in self.samples if it["when"] == "after"]
+    chosen = self.points(self.config.get("train.keep_best_metric") or "")
+    if not after and chosen and whole(self.about, "ending", "exit_code") == 0:
+      return min(chosen, key=lambda it: it[1])[0]
+    return after[-1] if after else self.last_step
+
+  def ends(self, key: str) -> list[float]:
+    """The first value of `key` and the one of the exported weights: one, if only the first was measured; none, if none was."""
+    exported = self.exported_step
+    points = [point for point in self.points(key) if point[0] <= exported]
+    return [points[0][1], points[-1][1]] if points and points[-1][0] > points[0][0] else [it for _, it in points[:1]]
+
+  def memorised(self, when: str) -> float | None:
+    """The mean share of 8-grams of the samples before or after that stand in the training text."""
+    found = [number(it, "memorised_8grams") for it in self.samples if it["when"] == when]
+    found = [it for it in found if it is not None]
+    return sum(found) / len(found) if found else None
+
+  @property
+  def faults(self) -> list[int]:
+    """Steps whose loss or gradient norm was no finite number: they are in metrics.jsonl as text."""
+    return [line["step"] for line in self.metrics if any(type(line.get(key)) is str for key in NORMS)]
+
+  def points(self, key: str) -> list[tuple[int, float]]:
+    """(step, value) of every line that has a number for `key`."""
+    found = ((line["step"], number(line, key)) for line in self.metrics)
+    return [(step, value) for step, value in found if value is not None]
+
+  def steady(self, key: str) -> list[tuple[int, float]]:
+    """`points` of a speed, without those of steps that were read at one moment, which seem to have taken no time."""
+    most = 4 * (self.typical(key) or 0)
+    return [(step, value) for step, value in self.points(key) if value <= most]
+
+  def typical(self, key: str) -> float | None:
+    """The median of the values of `key`: a first step that compiles, or a pause, does not count."""
+    values = sorted(value for _, value in self.points(key))
+    return values[len(values) // 2] if values else None
+
+
+NORMS = ("train/loss", "train/grad_norm")
+
+
+def number(values: Any, *keys: str) -> float | None:
+  """The number at values[key][key]...; None where there is none."""
+  for key in keys:
+    values = values.get(key) if isinstance(values, dict) else None
+  if type(values) not in (int, float) or not abs(values) <= LARGEST:  # which NaN is not either
+    return None
+  return values
+
+
+def whole(values: Any, *keys: str) -> int | None:
+  found = number(values, *keys)
+  return int(found) if found is not None else None
+
+
+def part(values: dict[str, Any], key: str) -> dict[str, Any]:
+  """The object at `key`; an empty one where there is none."""
+  found = values.get(key)
+  return found if isinstance(found, dict) else {}
+
+
+def read(workdir: Path) -> Record:
+  """Raises RequestError when the folder is not one that a run has begun to write."""
+  file, notes = workdir / "config.json", []
+  if not file.is_file():
+    what = "has no config.json" if workdir.is_dir() else "no such folder"
+    raise RequestError(f"{workdir}: {what}; name a folder that jaxft.train has written (its --workdir)")
+  try:
+    config = json.loads(file.read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError) as error:
+    raise RequestError(f"{file}: {first_line(error)}; it is not the config of a run") from error
+  if not isinstance(config, dict) or not isinstance(config.get("train"), dict):
+    raise RequestError(f"{file}: no settings of jaxft.train in it; name a folder that jaxft.train has written")
+  return Record(
+    workdir,
+    workdir.resolve().name,
+    settings.flatten(config),
+    json_object(workdir / "about.json", notes),
+    json_object(workdir / "data_report.json", notes),
+    sorted(_lines(workdir / "metrics.jsonl", notes), key=lambda line: line["step"]),
+    [it for it in _lines(workdir / "samples.jsonl", notes) if all(type(it.get(key)) is str for key in SAMPLE)],
+    notes,
+  )
+
+
+SAMPLE = ("when", "prompt", "text")
+
+
+def json_object(file: Path, notes: list[str]) -> dict[str, Any]:
+  """The object in a .json file; an empty one, and a line in `notes`, where there is none."""
+  try:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(found, dict):
+      return found
+    notes.append(f"{file.name} holds no JSON object: what it tells is left out")
+  except FileNotFoundError:
+    notes.append(f"There is no {file.name}: what it tells is left out")
+  except (OSError, ValueError, RecursionError) as error:
+    notes.append(f"{file.name} cannot be read ({first_line(error)}): what it tells is left out")
+  return {}
+
+
+def _lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
+  """The objects of a .jsonl file that have a step; the others are counted in `notes`."""
+  try:
+    texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
+  except OSError as error:
+    told = "There is no" if isinstance(error, FileNotFoundError) else f"{error.strerror}:"
+    notes.append(f"{told} {file.name}: what it tells is left out")
+    return []
+  found = []
+  for text in texts:
+    try:
+      values = json.loads(text)
+    except (ValueError, RecursionError):
+      continue
+    if isinstance(values, dict) and type(values.get("step")) is int and 0 <= values["step"] <= settings.LARGEST:
+      found.append(values)
+  if lost := len(texts) - len(found):
+    notes.append(f"{lost:,} of {len(texts):,} lines of {file.name} cannot be read; a kill cuts the last one short")
+  return found

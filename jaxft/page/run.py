@@ -1,0 +1,293 @@
+"""The page of one run: did fine-tuning do anything, how did it go, and how to do it again."""
+
+import itertools
+import shlex
+from typing import Any
+
+from jaxft import config as settings
+from jaxft.page import markup, samples, words
+from jaxft.page.charts import Series, chart
+from jaxft.page.markup import Html, section, table, tag
+from jaxft.page.record import Record, number, part, whole
+from jaxft.plan.show import PARTS, size
+
+MOST_EVALUATIONS = 24  # rows of the table
+
+
+def page(record: Record) -> str:
+  """The HTML of the run."""
+  pairs = [tag("div", _evaluations(record), _memory(record), class_="pair")]
+  parts = [
+    _first_screen(record),
+    _curves(record),
+    _samples(record),
+    *pairs,
+    _data(record),
+    _how(record),
+    _again(record),
+  ]
+  return markup.page(f"{record.name}: {words.model_name(record)}", *parts)
+
+
+def _first_screen(record: Record) -> Html:
+  finished, state = words.state(record)
+  over = [record.name, words.model_name(record), state if finished else None, words.time_span(record)]
+  return tag(
+    "header",
+    tag("p", " · ".join(filter(None, over)), class_="over"),
+    tag("h1", words.headline(record, finished)),
+    tag("p", _lead(record), class_="lead"),
+    None if finished else tag("p", state, class_="state bad"),
+    [tag("p", note + ".", class_="state") for note in record.notes],
+    _tiles(record),
+    _before_and_after(record),
+  )
+
+
+def _lead(record: Record) -> list[Any]:
+  """What the headline means: of which text, and how far it could have gone."""
+  found, floor, held_out = words.outcome(record), _floor(record), whole(record.data, "rows", "held_out")
+  if found is None:
+    return ["There is no evaluation in metrics.jsonl."]
+  text = (
+    f"Measured on {held_out:,} documents that were held out." if held_out else "Measured on text that was held out."
+  )
+  said = [tag("span", "It is worse than before. ", class_="bad"), text] if found.better is False else [text]
+  if found.key == "eval/loss" and floor is not None and found.after is not None and found.before > floor:
+    gone = (found.before - found.after) / (found.before - floor)
+    above = f" It is {words.figure(found.after - floor)} nats a token above the text's own entropy, which no model can go below"
+    said.append(f"{above}: {words.percent(gone)} of the way.")
+  if found.after is not None and record.exported_step < record.last_step:
+    said.append(f" The weights of step {record.exported_step:,} were exported, of {record.last_step:,} steps the best.")
+  return said
+
+
+def _floor(record: Record) -> float | None:
+  return next((line["eval/floor"] for line in record.metrics if number(line, "eval/floor") is not None), None)
+
+
+def _tiles(record: Record) -> Html:
+  """The figures that people look for first."""
+  tiles = []
+  for key in words.measured([record]):
+    tiles.append((words.MEASURES[key], " → ".join(words.told(key, value) for value in record.ends(key)), None))
+  if known := [words.percent(it) for when in ("before", "after") if (it := record.memorised(when)) is not None]:
+    tiles.append(("8-grams by heart", " → ".join(known), "of the samples"))
+  if (floor := _floor(record)) is not None:
+    tiles.append(("the text's own entropy", words.figure(floor), None))
+  if tokens := record.points("train/tokens"):
+    tiles.append(("tokens trained on", f"{int(tokens[-1][1]):,}", f"in {record.last_step:,} steps"))
+  if (speed := record.typical("perf/tokens_per_second")) is not None:
+    mfu = record.typical("perf/mfu")
+    tiles.append(("tokens a second", words.figure(speed), None if mfu is None else f"MFU {words.percent(mfu)}"))
+  items = [tag("div", tag("dt", it[0]), tag("dd", it[1], tag("small", it[2]) if it[2] else None)) for it in tiles]
+  return tag("dl", items, class_="tiles") if items else markup.inside()
+
+
+def _before_and_after(record: Record) -> Html | None:
+  """One prompt, at the beginning and at the end."""
+  for found in samples.by_prompt(record).values():
+    if len(found) > 1:
+      return samples.sides([found[0], found[-1]], most_text=420)
+  return None
+
+
+def _curves(record: Record) -> Html | None:
+  evaluated = [Series("training text", record.points("train/loss"), 0, noisy=True)]
+  evaluated += [Series("held-out text", record.points("eval/loss"), 1, dots=True)]
+  evaluated += [Series("unrelated text", record.points("eval/unrelated_loss"), 3, dots=True)]
+  floor, speed = _floor(record), lambda name, key: [Series(name, record.steady(key), noisy=True)]
+  unit = "nats a text" if record.classifies else "nats a token"
+  figures = [
+    chart("Loss", unit, evaluated, floor=floor and ("entropy", floor), faults=record.faults, wide=True),
+    chart(
+      "Held-out texts told right",
+      "share",
+      [Series(name, record.points(key), i + 1, dots=True) for i, (name, key) in enumerate(CLASSIFIED)],
+      from_zero=True,
+    ),
+    chart("Learning rate", "by step", [Series("rate", record.points("train/learning_rate"))], from_zero=True),
+    chart("Gradient norm", "before clipping", [Series("norm", record.points("train/grad_norm"), noisy=True)]),
+    chart("Speed", "tokens a second", speed("tokens/s", "perf/tokens_per_second"), from_zero=True),
+    chart("MFU", "share of the peak", speed("MFU", "perf/mfu"), from_zero=True),
+  ]
+  drawn = [it for it in figures if it]
+  return section("How it went", tag("div", drawn, class_="charts")) if drawn else None
+
+
+CLASSIFIED = (("accuracy", "eval/accuracy"), ("F1", "eval/f1"))
+
+
+def _samples(record: Record) -> Html | None:
+  found = samples.by_prompt(record)
+  if not found:
+    return None
+  seeds = sorted({str(it["seed"]) for it in record.samples if "seed" in it})
+  told = f"The same prompts (grey) and the same seed ({words.setting(', '.join(seeds))}), drawn by the same rules."
+  if any("memorised_8grams" in it for it in record.samples):
+    told += " By heart: the share of a sample's runs of eight tokens that stand in the training text."
+  return section("Samples", tag("p", told, class_="note"), *samples.all_of(found))
+
+
+def _evaluations(record: Record) -> Html | None:
+  keys = words.measured([record])
+  lines = [line for line in record.metrics if any(number(line, key) is not None for key in keys)]
+  if not lines:
+    return None
+  rows = [
+    [f"{line['step']:,}", *("" if (v := number(line, key)) is None else words.told(key, v) for key in keys)]
+    for line in samples.spread(lines, MOST_EVALUATIONS)
+  ]
+  more = f"{len(lines) - len(rows):,} more evaluations are in metrics.jsonl." if len(lines) > len(rows) else None
+  return section(
+    "Evaluations",
+    table(["step", *(words.MEASURES[key] for key in keys)], rows, "numbers"),
+    tag("p", more, class_="note") if more else None,
+  )
+
+
+def _memory(record: Record) -> Html | None:
+  memory = part(record.about, "memory")
+  planned = {name: nbytes for name in PARTS if (nbytes := number(memory, "planned", name))}
+  peaks, rows, bar = record.points("memory/peak_bytes"), [], None
+  if planned:
+    whole_of = max(sum(planned.values()), max((peak for _, peak in peaks), default=0) if _of_device(memory) else 0)
+    bar = tag("div", [_part(name, nbytes / whole_of) for name, nbytes in planned.items()], class_="bar")
+    rows = [[[_dot(name), name], size(nbytes)] for name, nbytes in planned.items()]
+    rows.append(["planned, a device", tag("b", size(sum(planned.values())))])
+  if host := number(memory, "host"):
+    rows.append(["planned, of the host for each device", size(host)])
+  if peaks:
+    of = "a device" if _of_device(memory) else "the whole process: Python, JAX and the data too"
+    rows.append([f"measured at most, {of}", tag("b", size(max(peak for _, peak in peaks)))])
+  if not rows:
+    return None
+  told = "Planned by the compiler before any memory was taken; measured while the run went on."
+  return section("Memory", tag("p", told, class_="note"), bar, table([], rows, "numbers"))
+
+
+def _of_device(memory: dict[str, Any]) -> bool:
+  return memory.get("peak_of") == "device"
+
+
+def _part(name: str, share: float) -> Html:
+  return tag("div", style=f"width:{share:.2%}", class_=name, title=name)
+
+
+def _dot(name: str) -> Html:
+  return tag("span", class_=f"dot {name}")
+
+
+def _data(record: Record) -> Html | None:
+  report, kinds = record.data, ("rows", "tokens")
+  if not any(part(report, kind) for kind in kinds):
+    return None
+  counts = lambda key: [f"{n:,}" if (n := whole(report, kind, key)) is not None else "" for kind in kinds]
+  reasons = sorted({reason for kind in kinds for reason in part(part(report, kind), "dropped")})[:50]
+  dropped = [[f"dropped: {it}", *(f"{whole(report, kind, 'dropped', it) or 0:,}" for kind in kinds)] for it in reasons]
+  rows = [["read", *counts("read")], ["trained on", *counts("trained")], ["held out", *counts("held_out")]]
+  rows += dropped or [["dropped", "0", "0"]]
+  facts = [
+    ("read from", words.setting(record.config.get("data.train"), 2000)),
+    ("held out", _held_out(record)),
+    ("rows of tokens", _of(report, "sequences", ", ", (("trained", "trained on"), ("held_out", "held out")))),
+    ("tokens a document", _of(report, "tokens_per_row", ", ", ((it, it) for it in LENGTHS))),
+    ("padding", words.percent(share) if (share := number(report, "padding_share")) is not None else None),
+    ("duplicates", f"{n:,}" if (n := whole(report, "duplicates")) is not None else None),
+    ("classes", words.setting(tuple(labels)) if isinstance(labels := report.get("labels"), list) else None),
+    *((note, f"{n:,}") for note in list(part(report, "notes"))[:50] if (n := whole(report, "notes", note))),
+  ]
+  return section(
+    "Data",
+    tag("p", _sum(report), class_="note"),
+    table(["", "documents", "tokens"], rows, "numbers"),
+    table([], [[name, value] for name, value in facts if value], "facts"),
+  )
+
+
+def _held_out(record: Record) -> str:
+  sources, fraction = record.config.get("data.validation"), number(record.config, "data.validation_fraction")
+  drawn = not sources and fraction is not None
+  return f"{words.percent(fraction)} of the documents, drawn" if drawn else words.setting(sources, 2000)
+
+
+LENGTHS = ("shortest", "median", "mean", "longest")
+
+
+def _of(report: dict[str, Any], key: str, between: str, names) -> str:
+  return between.join(f"{told} {n:,}" for name, told in names if (n := number(report, key, name)) is not None)
+
+
+def _sum(report: dict[str, Any]) -> Html:
+  """Whether everything that was read is accounted for."""
+  off = []
+  for kind, name in (("rows", "documents"), ("tokens", "tokens")):
+    dropped = part(part(report, kind), "dropped")
+    kept = [whole(report, kind, key) or 0 for key in ("trained", "held_out")]
+    kept += [whole(dropped, reason) or 0 for reason in dropped]
+    if difference := (whole(report, kind, "read") or 0) - sum(kept):
+      off.append(f"{difference:,} {name} are not accounted for")
+  if off:
+    return tag("span", "; ".join(off) + ".", class_="bad")
+  return markup.inside("Read = trained on + held out + dropped, to the last document and token.")
+
+
+def _how(record: Record) -> Html:
+  about, config = record.about, record.config
+  model, devices, mesh = (part(about, key) for key in ("model", "devices", "mesh"))
+  parameters, trained = whole(model, "parameters"), whole(model, "trained")
+  some = f", {trained:,} of them trained" if trained and trained != parameters else ""
+  kind = " ".join(str(model[key]) for key in ("type",) if key in model)
+  facts = [
+    ("model", words.setting(f"{kind} from {config.get('model.path')}".strip(), 500)),
+    ("parameters", f"{parameters:,}{some}, computed in {model.get('compute_dtype', '?')}" if parameters else None),
+    ("devices", _devices(about) if devices else None),
+    ("processes", whole(devices, "processes") if (whole(devices, "processes") or 1) > 1 else None),
+    ("mesh", " x ".join(f"{name}={count}" for name, count in mesh.items())),
+    *(("started", it) for it in _starts(record)),
+    ("versions", ", ".join(f"{name} {it}" for name, it in sorted(part(about, "versions").items()))),
+    ("commit", about.get("commit")),
+  ]
+  chosen = [
+    [name, words.setting(value)]
+    for name, value in sorted(config.items())
+    if value is not None and (name not in settings.BY_NAME or value != settings.BY_NAME[name].default)
+  ]
+  return section(
+    "What was run",
+    table([], [[name, words.setting(str(value), 2000)] for name, value in facts if value], "facts"),
+    tag("h3", "Settings that are not at their default"),
+    table([], chosen, "facts"),
+    tag("p", "All of them are in config.json.", class_="note"),
+  )
+
+
+def _starts(record: Record) -> list[str]:
+  """Where a run that was continued has been; nothing of one that ran through."""
+  return [
+    f"at step {whole(it, 'step') or 0:,}, {it.get('at')}, on {_devices(it)}"
+    for it in (samples.spread(record.starts, 8) if len(record.starts) > 1 else [])
+  ]
+
+
+def _devices(of: dict[str, Any]) -> str:
+  return f"{whole(of, 'devices', 'count')} x {part(of, 'devices').get('kind')}"
+
+
+def _again(record: Record) -> Html:
+  """What to type to get the same run."""
+  about, lines = record.about, []
+  if about.get("command"):
+    if folder := about.get("folder"):
+      lines.append(f"cd {shlex.quote(str(folder))}")
+    if commit := about.get("commit"):
+      lines.append(f"git checkout {shlex.quote(str(commit))}")
+    given = itertools.starmap("{}={}".format, ((k, shlex.quote(str(v))) for k, v in part(about, "environment").items()))
+    lines.append(" ".join([*given, str(about["command"])]))
+    told = "The command as it was given; with another --workdir it begins from the start."
+  else:
+    file = str(record.workdir / "config.json")
+    lines += ["python - <<'END'", "from pathlib import Path", "import jaxft", "from jaxft import config"]
+    lines += [f'jaxft.finetune(config.read(Path({file!r})), "runs/again")', "END"]
+    told = "This run was not started by a command that is known; its config.json starts the same."
+  return section("Again", tag("p", told, class_="note"), tag("pre", "\n".join(lines)))

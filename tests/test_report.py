@@ -1,0 +1,329 @@
+"""Pages of runs: written at the end whatever the end, rebuilt from what a workdir holds, and safe to open."""
+
+import html.parser
+import json
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import processes
+import pytest
+import tiny
+
+from jaxft import config as settings
+from jaxft.errors import NumericsError, RequestError
+from jaxft.page import charts, comparison, markup, record, run
+from jaxft.run import about
+from jaxft.train import finetune
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"'\u202e\x1b[2J\x00"
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+OUTSIDE = re.compile(r"^(https?:)?//", re.IGNORECASE)
+
+
+class Page(html.parser.HTMLParser):
+  """Raises AssertionError where tags do not match, or where something would be loaded."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.open, self.words, self.found, self.attributes = [], [], [], []
+    self.feed(text)
+    self.close()
+    assert not self.open
+    self.text = " ".join("".join(self.words).split())
+
+  def handle_starttag(self, tag, attributes):
+    self.found.append(tag)
+    self.attributes += attributes
+    assert tag not in ("img", "iframe", "object", "embed", "base", "form")
+    for name, value in attributes:
+      assert not name.startswith("on"), (tag, name)
+      assert name not in ("src", "srcset", "href", "poster", "action") or value == "data:,", (tag, name, value)
+      assert "url(" not in (value or ""), (tag, name, value)
+    if tag not in VOID:
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag, tag
+
+  def handle_data(self, data):
+    inside = self.open[-1] if self.open else ""
+    if inside == "style":
+      assert "url(" not in data and "@import" not in data
+    elif inside != "script":
+      self.words.append(data)
+
+
+def write(folder: Path, steps=100, every=1, evals=(0, 50, 100), changes=(), **files) -> Path:
+  """A workdir as a run of GPT-2 leaves it, without the run; `files` take the place of its own."""
+  folder.mkdir(parents=True)
+  config = settings.default()
+  config.model.path, config.data.train, config.train.steps = "gpt2", ("stories.jsonl",), steps
+  for name, value in dict(changes).items():
+    section, key = name.split(".")
+    config[section][key] = value
+  loss = lambda step: 1 + 3 * math.exp(-5 * step / steps)
+  lines = [{"step": step, "eval/loss": loss(step), "eval/perplexity": math.exp(loss(step))} for step in evals]
+  lines += [
+    {
+      "step": step,
+      "train/loss": loss(step) + 0.1 * math.sin(12.9 * step),
+      "train/learning_rate": 1e-3 * (1 - step / steps),
+      "train/grad_norm": 1 + step % 7 / 10,
+      "train/tokens": 256 * step,
+      "perf/tokens_per_second": 1000.0 + step % 13,
+      "perf/mfu": 0.41,
+      "memory/peak_bytes": 3 * 2**29,
+    }
+    for step in range(every, steps + 1, every)
+  ]
+  samples = [{"step": 0, "when": "before", "prompt": "Once", "text": " grey ships", "seed": 0}]
+  samples += [{"step": steps, "when": "after", "prompt": "Once", "text": " upon a time", "seed": 0}]
+  counts = {"read": 120, "trained": 100, "held_out": 15, "dropped": {"not text": 5}}
+  facts = {
+    "starts": [{"at": "2026-11-22T10:00:00Z", "step": 0, "devices": {"count": 1, "kind": "cpu"}, "mesh": {"data": 1}}],
+    "command": "python -m jaxft.train --config 'my configs/x.py'",
+    "environment": {"XLA_FLAGS": "--a --b"},
+    "total_steps": steps,
+    "model": {"type": "gpt2", "parameters": 124_439_808, "trained": 124_439_808, "compute_dtype": "bfloat16"},
+    "devices": {"count": 1, "kind": "NVIDIA H100"},
+    "memory": {"planned": {"parameters": 2**29, "activations": 2**28}, "host": 0, "peak_of": "device"},
+    "ending": {"at": "2026-11-22T11:02:03Z", "exit_code": 0, "why": ""},
+  }
+  contents = {
+    "config.json": settings.to_json(config),
+    "about.json": json.dumps(facts),
+    "data_report.json": json.dumps({"rows": counts, "tokens": {it: n for it, n in counts.items()}}),
+    "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"])),
+    "samples.jsonl": "".join(json.dumps(line) + "\n" for line in samples),
+  }
+  for name, content in (contents | {name.replace("__", "."): text for name, text in files.items()}).items():
+    if content is not None:
+      (folder / name).write_text(content, encoding="utf-8")
+  return folder
+
+
+def shown(workdir: Path) -> Page:
+  return Page(run.page(record.read(workdir)))
+
+
+def test_a_run_leaves_its_page_and_what_it_was_started_with(finished):
+  workdir, done = finished
+  assert f"report: {workdir}/report.html" in done.stdout
+  page = Page((workdir / "report.html").read_text())
+  assert page.found.count("polyline") >= 4
+  started = json.loads((workdir / "about.json").read_text())
+  assert started["ending"]["exit_code"] == 0 and started["total_steps"] == 12 and len(started["starts"]) == 1
+  assert started["command"].startswith("python -m jaxft.train --config ") and started["command"] in page.text
+  assert started["model"]["parameters"] > 10_000 and started["memory"]["planned"]["parameters"] > 40_000
+  losses = [line["eval/loss"] for line in processes.lines(workdir / "metrics.jsonl") if "eval/loss" in line]
+  assert f"from {losses[0]:#.4g} to {losses[-1]:#.4g}" in page.text
+  for sample in processes.lines(workdir / "samples.jsonl"):
+    assert sample["when"] in page.text
+  report = json.loads((workdir / "data_report.json").read_text())
+  assert f"{report['tokens']['trained']:,}" in page.text and "to the last document and token" in page.text
+  kept = (workdir / "report.html").read_text()
+  assert f"written to {workdir}/report.html" in processes.run("jaxft.report", workdir).stdout
+  assert (workdir / "report.html").read_text() == kept
+
+
+def test_a_run_that_fails_or_cannot_write_its_page_ends_as_it_would(config, tmp_path, capsys):
+  config.optim.learning_rate, config.optim.warmup_steps, config.optim.clip_norm = 1e38, 0, 0.0
+  with pytest.raises(NumericsError):
+    finetune(config, tmp_path / "nan")
+  page = Page((tmp_path / "nan" / "report.html").read_text())
+  assert re.search(r"Stopped at step \d+ of 12, exit code 3 .*gradient not finite\).*changed no weight", page.text)
+  assert "not finite, not applied" in page.text
+  assert ("class", "fault") in page.attributes
+  config.optim.learning_rate = 1e-3
+  (tmp_path / "full" / "report.html").mkdir(parents=True)
+  (tmp_path / "full" / "about.json").mkdir()
+  assert finetune(config, tmp_path / "full").metrics
+  said = capsys.readouterr().out
+  assert said.count("is not written") == 2 and "report.html is not written (" in said
+
+
+def test_a_run_that_was_killed_is_told_from_one_that_is_done(tmp_path):
+  killed = json.loads((write(tmp_path / "w") / "about.json").read_text())
+  del killed["ending"]
+  killed["total_steps"] = 400
+  page = shown(write(tmp_path / "killed", evals=(0,), about__json=json.dumps(killed)))
+  assert "Stopped at step 100 of 400: the run was killed" in page.text
+  assert "Eval loss before the first step: 4.000; none after" in page.text
+  killed["ending"] = {"at": "2026-11-22T11:00:00Z", "exit_code": 75, "why": "SIGTERM: saved at step 100 of 400"}
+  page = shown(write(tmp_path / "stopped", about__json=json.dumps(killed)))
+  assert "exit code 75" in page.text and "SIGTERM: saved at step 100 of 400" in page.text
+  assert "Stopped" not in shown(write(tmp_path / "done")).text
+
+
+def test_a_run_without_evaluations_has_a_page(tmp_path):
+  page = shown(write(tmp_path / "w", evals=()))
+  assert "Not evaluated; the training loss went from" in page.text and "Learning rate" in page.text
+  page = shown(write(tmp_path / "empty", metrics__jsonl="", samples__jsonl=""))
+  assert "No step was logged" in page.text and "svg" not in page.found
+
+
+def test_a_classification_run_is_told_by_accuracy(folder, tmp_path):
+  rows = [{"text": f"the {word} cat", "label": str(len(word) > 3)} for word in tiny.WORDS * 8]
+  (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  config = tiny.config(folder, tmp_path / "rows.jsonl")
+  config.model.head = config.data.format = "classification"
+  config.data.layout, config.train.sample_prompts = "pad", ()
+  lines = finetune(config, tmp_path / "w").metrics
+  page = Page((tmp_path / "w" / "report.html").read_text())
+  accuracy = [f"{100 * line['eval/accuracy']:.1f} %" for line in lines if "eval/accuracy" in line]
+  assert re.search(f"Accuracy (rose|fell|hardly changed:) from {accuracy[0]} to {accuracy[-1]}", page.text)
+  assert "F1" in page.text and "nats a text" in page.text and "Samples" not in page.text
+
+
+def test_hostile_text_is_shown_as_text(tmp_path):
+  sample = {"step": 0, "when": HOSTILE, "prompt": HOSTILE, "text": HOSTILE + "\ud800", "seed": HOSTILE}
+  about_it = {"command": HOSTILE, "folder": HOSTILE, "model": {"type": HOSTILE}, "versions": {HOSTILE: HOSTILE}}
+  about_it |= {"ending": {"exit_code": 4, "why": HOSTILE}, "mesh": {HOSTILE: HOSTILE}, "devices": {"kind": HOSTILE}}
+  counts = {"read": 1, "trained": 1, "held_out": 0, "dropped": {HOSTILE: 1}}
+  workdir = write(
+    tmp_path / '<b onclick="x">',
+    changes={"data.train": (HOSTILE,), "model.path": HOSTILE},
+    samples__jsonl="".join(json.dumps(sample | {"step": step}) + "\n" for step in (0, 9)),
+    about__json=json.dumps(about_it),
+    data_report__json=json.dumps({"rows": counts, "tokens": counts, "notes": {HOSTILE: 3}, "labels": [HOSTILE]}),
+  )
+  clean = shown(write(tmp_path / "w")).found
+  for text in (run.page(record.read(workdir)), comparison.page([record.read(workdir)] * 2)):
+    page = Page(text)
+    assert page.found.count("script") == clean.count("script") == 1 and "b" in clean
+    assert page.text.count("<script>alert(1)</script>") > 4 and "onerror=alert(2)" in page.text
+    assert "\x00" not in text and "\x1b" not in text
+    text.encode()
+
+
+def test_a_page_forbids_every_request_and_every_script_but_its_own(tmp_path):
+  text = run.page(record.read(write(tmp_path / "w")))
+  policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1]
+  assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
+  assert not re.search(r"https?://", text.replace(markup.SCRIPT, ""))
+
+
+def test_a_page_stays_small_however_long_the_run(tmp_path):
+  long = {"when": "during", "prompt": "<" * 5000, "text": '"' * 50_000, "seed": 0}
+  texts = [json.dumps(long | {"step": step, "prompt": f"{step % 50}" + long["prompt"]}) for step in range(400)]
+  every = range(0, 100_001, 20)
+  workdir = write(tmp_path / "w", steps=100_000, evals=every, samples__jsonl="\n".join(texts))
+  found = record.read(workdir)
+  page = run.page(found)
+  assert 100_000 < len(page.encode()) < 3_000_000
+  Page(page)
+  assert len(comparison.page([found] * 3).encode()) < 3_000_000
+
+
+def test_thinning_keeps_the_ends_and_every_spike():
+  points = [(step, 1.0) for step in range(100_000)]
+  points[77_777], points[33_333] = (77_777, 50.0), (33_333, -50.0)
+  kept = charts.thinned(points)
+  assert len(kept) <= 2 * charts.COLUMNS + 2 and kept == sorted(kept)
+  assert {points[0], points[-1], points[77_777], points[33_333]} <= set(kept)
+  assert charts.thinned(points[:900]) == points[:900]
+  assert sum(y for _, y in charts.means([(step, step % 2) for step in range(12_000)])) / charts.WINDOWS == 0.5
+
+
+@pytest.mark.parametrize(
+  "low, high, told",
+  [
+    (0, 715, ["0", "200", "400", "600"]),
+    (0, 2e-5, ["0", "5e-6", "1e-5", "1.5e-5", "2e-5"]),
+    (0, 12_000, ["0", "2k", "4k", "6k", "8k", "10k", "12k"]),
+    (-1, 0.2, ["-1", "-0.8", "-0.6", "-0.4", "-0.2", "0", "0.2"]),
+    (3, 3.0004, ["3", "3.0001", "3.0002", "3.0003", "3.0004"]),
+  ],
+)
+def test_ticks_are_round(low, high, told):
+  assert charts.labels(charts.ticks(low, high)) == told
+
+
+def test_several_runs_are_compared(tmp_path):
+  workdirs = [write(tmp_path / "plain"), write(tmp_path / "fast", changes={"optim.learning_rate": 3e-3})]
+  lines = [{"step": 0, "eval/loss": 4.0}, {"step": 100, "eval/loss": 0.5, "eval/unrelated_loss": 7.25}]
+  workdirs.append(write(tmp_path / "best", metrics__jsonl="\n".join(map(json.dumps, lines))))
+  done = processes.run("jaxft.report", *workdirs, cwd=tmp_path)
+  assert done.stdout == "written to comparison.html\n"
+  page = Page((tmp_path / "comparison.html").read_text())
+  assert "best has the lowest eval loss: 0.5000" in page.text and "7.250" in page.text
+  assert re.search(r"optim.learning_rate\s*5e-05\s*0.003\s*5e-05", " ".join(page.words))
+  assert "train.steps" not in page.text and page.text.count("upon a time") == 3
+  assert page.found.count("figure") == 5
+
+
+def test_measures_that_are_there_are_shown(tmp_path):
+  lines = [{"step": step, "eval/loss": 3.0 - step, "eval/unrelated_loss": 3.5 + step} for step in (0, 1)]
+  samples = [
+    {"step": step, "when": when, "prompt": prompt, "text": "x", "seed": 0, "memorised_8grams": step * share}
+    for step, when in ((0, "before"), (1, "after"))
+    for prompt, share in (("a", 0.1), ("b", 0.4))
+  ]
+  files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": "\n".join(map(json.dumps, samples))}
+  page = shown(write(tmp_path / "w", **files))
+  assert "loss, unrelated text3.500 → 4.500" in page.text and "step 1; 40.0 % by heart" in page.text
+  assert "8-grams by heart0.0 % → 25.0 %" in page.text
+
+
+@pytest.mark.parametrize("samples", [None, '{"step": 50, "when": "after", "prompt": "a", "text": "b"}'])
+def test_where_the_best_weights_are_exported_it_is_their_loss_that_counts(tmp_path, samples):
+  lines = [{"step": step, "eval/loss": loss} for step, loss in ((0, 4.0), (50, 2.0), (100, 3.0))]
+  files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": samples}
+  page = shown(write(tmp_path / "w", changes={"train.keep_best_metric": "eval/loss"}, **files))
+  assert "Eval loss fell from 4.000 to 2.000" in page.text
+  assert "The weights of step 50 were exported, of 100 steps the best" in page.text
+
+
+@pytest.mark.parametrize(
+  "files, told",
+  [
+    ({"metrics__jsonl": '{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra'}, "1 of 2 lines of metrics.jsonl"),
+    ({"metrics__jsonl": None}, "There is no metrics.jsonl"),
+    ({"samples__jsonl": "[]\n3\nnull\n{}\n"}, "4 of 4 lines of samples.jsonl"),
+    ({"about__json": "{"}, "about.json cannot be read"),
+    ({"about__json": '{"starts": 3, "ending": [], "model": 4, "memory": {"planned": 7}, "mesh": "x"}'}, "Stopped"),
+    ({"data_report__json": '{"rows": 3, "tokens": {"read": "many", "dropped": 1}}'}, "What was run"),
+    (
+      {"data_report__json": '{"rows": {"read": 9, "trained": 2, "held_out": 3, "dropped": {"x": 1}}, "tokens": {}}'},
+      "3 documents are not accounted for",
+    ),
+    (
+      {"metrics__jsonl": '{"step": 1, "train/loss": "nan", "eval/loss": true, "perf/mfu": NaN}\n'},
+      "No step was logged",
+    ),
+    (
+      {"metrics__jsonl": '{"step": 1e400}\n{"step": 3, "train/loss": 1e308}\n{"step": 4, "train/loss": -1e299}'},
+      "1 of 3",
+    ),
+  ],
+)
+def test_what_is_damaged_is_told_and_the_rest_shown(tmp_path, files, told):
+  assert re.search(told, shown(write(tmp_path / "w", **files)).text)
+
+
+def test_what_is_no_workdir_is_refused_in_a_line(tmp_path):
+  for folder, told in ((tmp_path / "none", "no such folder"), (tmp_path, "has no config.json")):
+    done = processes.run("jaxft.report", folder, check=2)
+    assert told in done.stderr and done.stderr.count("\n") == 1
+  (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+  with pytest.raises(RequestError, match="no settings of jaxft.train"):
+    record.read(tmp_path)
+  done = processes.run("jaxft.report", write(tmp_path / "w"), "--out", tmp_path / "no" / "x.html", check=2)
+  assert "--out=" in done.stderr and "no such folder" in done.stderr
+
+
+def test_the_commit_of_a_checkout_is_found(tmp_path):
+  git = lambda *words: subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+  assert about.commit(tmp_path) is None
+  git("init", "-q", "-b", "main")
+  git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-q", "--allow-empty", "-m", "x")
+  head = git("rev-parse", "HEAD").strip()
+  assert about.commit(tmp_path) == head
+  git("worktree", "add", "-q", "tree", "-b", "other")
+  assert about.commit(tmp_path / "tree") == head
+  git("pack-refs", "--all")
+  assert about.commit(tmp_path) == about.commit(tmp_path / "tree") == head
+  git("checkout", "-q", "--detach")
+  assert about.commit(tmp_path) == head
