@@ -36,7 +36,7 @@ SMALL = {
   "train --config": "--config.data.sequence_length=32 --config.train.epochs=0.0 --config.train.steps=2 "
   "--config.train.batch_size=4 --config.train.micro_batch_size=2 --config.train.sample_tokens=4 --config.optim.warmup_steps=1 "
   "--config.mesh.fsdp=1",
-  "train --model_name_or_path": "--block_size 32 --max_steps 2 --warmup_steps 1",
+  "train --model_name_or_path": "--block_size 32 --max_steps 2 --warmup_steps 1 --config.mesh.fsdp=1",
   "generate": "--max_new_tokens 4",
   "evaluate": "--sequence_length 32",
   "export --workdir": "--step 2",
