@@ -109,7 +109,9 @@ def test_a_model_from_nothing_beats_counting_tokens(tmp_path):
 
 @pytest.mark.slow
 def test_stories_are_drawn_learned_and_end(small, tmp_path, monkeypatch):
-  config = recipe("gpt2_tinystories", small, tmp_path / "none", train__steps=150, train__sample_every=75)
+  config = recipe(
+    "gpt2_tinystories", small, tmp_path / "none", train__steps=300, train__sample_every=150, train__sample_tokens=25
+  )
   fresh = runpy.run_path(str(CONFIGS / "gpt2_tinystories.py"))["get_config"]()
   assert (fresh.data.limit_train, fresh.data.limit_validation) == (100_000, 5_000)
   prompts = fresh.train.sample_prompts
