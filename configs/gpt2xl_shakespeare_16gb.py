@@ -1,9 +1,10 @@
 """GPT-2 XL (1.5B), all of it, on one 16 GB GPU: Shakespeare, three passes.
 
-    python -m jaxft.train --config configs/gpt2xl_shakespeare_16gb.py --config.data.train=shakespeare.txt
+    python -m jaxft.train --config configs/gpt2xl_shakespeare_16gb.py --config.data.train=shakespeare/
     python -m jaxft.plan --config configs/gpt2xl_shakespeare_16gb.py --device t4   # what it takes, without the card
 
-Data       any text: the complete works are book 100 of Project Gutenberg, about 1.8 M tokens
+Data       any text, as a folder of .txt files of which some are held out, such as one a play; a single file has to be cut by
+           --config.data.separator. The complete works are book 100 of Project Gutenberg, about 1.8 M tokens
 Hardware   one 16 GB GPU and 32 GB of host memory: weights, gradient and Adam's moments, 23 GiB, stay on the host, and a layer
            at a time is on the device. A T4, which has no bfloat16, takes 3.8 GiB of 14 (XLA's own analysis, jax 0.10.2,
            2026-11-21; not yet run on one)
@@ -21,7 +22,7 @@ from jaxft import config
 def get_config():
   c = config.default()
   c.model.path = "gpt2-xl"
-  c.data.train = ("shakespeare.txt",)
+  c.data.train = ("shakespeare/",)
   c.data.sequence_length = 1024
 
   c.train.epochs = 3.0

@@ -45,6 +45,7 @@ LONGEST = (
   "test_full_disks",
   "test_compiled",
   "test_train",
+  "test_pages",
 )
 
 

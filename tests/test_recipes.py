@@ -137,6 +137,48 @@ def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path)
   assert again.samples == run.samples and again.metrics == run.metrics
 
 
+@pytest.mark.slow
+def test_stories_are_drawn_learned_and_end(small, tmp_path, monkeypatch):
+  config = recipe(
+    "gpt2_tinystories", small, tmp_path / "none", train__steps=300, train__sample_every=150, train__sample_tokens=25
+  )
+  fresh = runpy.run_path(str(CONFIGS / "gpt2_tinystories.py"))["get_config"]()
+  assert (fresh.data.limit_train, fresh.data.limit_validation) == (100_000, 5_000)
+  prompts = fresh.train.sample_prompts
+  for prompt, what in zip(
+    prompts, ("cat with magic powers", "cloud that could laugh", "Mia looked up at the star"), strict=True
+  ):
+    assert what in prompt
+  endings = (" and the big cat ran.", " with the small dog.", " on a blue house.")
+  stories = [{"text": prompt + ending} for prompt, ending in zip(prompts, endings, strict=True)]
+  # The data set of the hub, as its files lie in a folder of that name: datasets takes it from there.
+  (tmp_path / "roneneldan/TinyStories").mkdir(parents=True)
+  for split, count in (("train", 100), ("validation", 10)):
+    write(tmp_path / f"roneneldan/TinyStories/{split}.jsonl", stories * count)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+  config.data.train, config.data.validation = fresh.data.train, fresh.data.validation
+  config.data.limit_train, config.data.limit_validation = 240, 24
+  run = finetune(config, tmp_path / "run")
+
+  rows = json.loads((run.workdir / "data_report.json").read_text())["rows"]
+  assert (rows["read"], rows["trained"], rows["held_out"]) == (330, 240, 24)
+  losses = [line["eval/loss"] for line in run.metrics if "eval/loss" in line]
+  assert losses[-1] < 0.3 < 3 < losses[0]
+  assert [(it["when"], it["prompt"]) for it in run.samples] == [
+    (when, prompt) for when in ("before", "during", "after") for prompt in prompts
+  ]
+  texts = {when: [it["text"] for it in run.samples if it["when"] == when] for when in ("before", "after")}
+  told = lambda when: sum(ending in text for ending, text in zip(endings, texts[when], strict=True))
+  assert told("before") == 0 and told("after") >= 2  # drawn, not the likeliest
+  for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
+    found = model.evaluate(*fresh.data.validation, sequence_length=64)
+    assert found["loss"] < 0.3
+    assert [it.text for it in model.generate(list(prompts), max_new_tokens=20, temperature=0)] == list(endings)
+  parity = model.export(tmp_path / "half", dtype="bfloat16")
+  assert jaxft.load(tmp_path / "half").evaluate(*fresh.data.validation, sequence_length=64)["loss"] < 0.35, parity
+
+
 MARKS = ["<|title|>", "<|steps|>"]
 
 

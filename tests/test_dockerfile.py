@@ -1,0 +1,115 @@
+"""The Dockerfile, as far as it can be tried without Docker: what it copies is there, enough to install, and runs elsewhere.
+
+Not tried here: the base image, CUDA's wheels, and a GPU inside a container.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pages
+import pytest
+from packaging.specifiers import SpecifierSet
+
+PROJECT = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())
+NO_COMMENTS = re.sub(r"^#.*\n", "", (pages.ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+LINES = [line.split(maxsplit=1) for line in NO_COMMENTS.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def of(instruction):
+  return [rest for name, rest in LINES if name == instruction]
+
+
+def copied():
+  """(what, the folder that is current then, where it goes) of each COPY."""
+  place = "/"
+  for name, rest in LINES:
+    if name == "WORKDIR":
+      place = rest
+    if name == "COPY":
+      *what, where = rest.split()
+      yield what, place, where
+
+
+def installed():
+  """What pip is given, without its options."""
+  commands = [shlex.split(rest) for rest in of("RUN") if "pip install" in rest]
+  return [word for words in commands for word in words[words.index("install") + 1 :] if not word.startswith("-")]
+
+
+def test_it_installs_an_extra_for_a_python_that_there_is():
+  (base,) = of("FROM")
+  version = re.fullmatch(r"python:(\d+\.\d+)-slim", base)[1]
+  assert SpecifierSet(PROJECT["project"]["requires-python"]).contains(f"{version}.0")
+  (what,) = installed()
+  extras = re.fullmatch(r"\.\[([\w,]+)\]", what)[1].split(",")
+  assert extras == ["cuda"] and set(extras) <= PROJECT["project"]["optional-dependencies"].keys()
+
+
+def test_what_is_copied_is_there_and_not_ignored():
+  rules = [line for line in (pages.ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+  assert rules[0] == "*"
+  for what, _, _ in copied():
+    for name in what:
+      assert (pages.ROOT / name).exists(), name
+      assert f"!{name}" in rules, f"{name}: .dockerignore leaves it out"
+  assert {rule[1:] for rule in rules if rule[0] == "!"} == {name for what, _, _ in copied() for name in what}
+
+
+def test_it_does_not_run_as_root_and_keeps_what_it_writes():
+  names = [name for name, _ in LINES]
+  user = re.search(r"useradd .*?(\w+) &&", of("RUN")[0])[1]
+  assert of("USER") == [user] and names.index("USER") > max(i for i, name in enumerate(names) if name == "RUN")
+  (volumes,), (environment,) = of("VOLUME"), of("ENV")
+  volumes = json.loads(volumes)
+  owned = re.search(rf"chown -R {user} (.*)", of("RUN")[0])[1].split()
+  assert all(any(Path(volume).is_relative_to(place) for place in owned) for volume in volumes)
+  for variable in ("HF_HOME", "XDG_CACHE_HOME"):
+    place = dict(word.split("=") for word in environment.split())[variable]
+    assert any(Path(place).is_relative_to(volume) for volume in volumes), variable
+  assert json.loads(of("CMD")[0]) == ["python", "-m", "jaxft.doctor"] and not of("ENTRYPOINT")
+
+
+@pytest.mark.slow
+def test_what_is_copied_can_be_installed_and_run(tmp_path):
+  """pip builds jaxft from what is copied, and no more, and the commands of the README's `docker run` are taken from there."""
+  for what, place, where in copied():
+    for name in what:
+      folder = tmp_path / f"image{place}"
+      folder.mkdir(parents=True, exist_ok=True)
+      if (pages.ROOT / name).is_dir():
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(pages.ROOT / name, folder / where, ignore=ignored)
+      else:
+        shutil.copy(pages.ROOT / name, folder / where)
+  source, work, site = (tmp_path / name for name in ("image/src", "image/work", "site"))
+  options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(site)]
+  run([sys.executable, "-m", "pip", "install", *options, "."], source)
+  commands = [command for page in pages.PAGES for command in docker_runs(page)]
+  assert commands
+  for command in commands:
+    words = [*command, "--print_config"] if "--config" in command else command
+    done = run([sys.executable, *words[1:]], work, PYTHONPATH=str(site))
+    assert "jaxft" in done.stdout or "config.model.path" in done.stdout
+  where = run([sys.executable, "-c", "import jaxft; print(jaxft.__file__)"], work, PYTHONPATH=str(site))
+  assert Path(where.stdout.strip()).is_relative_to(site)
+
+
+def docker_runs(page):
+  """What containers of a page run."""
+  for block in pages.blocks(page, ""):
+    for line in block.replace("\\\n", " ").splitlines():
+      if line.startswith("docker run ") and " jaxft " in line:
+        yield shlex.split(line.partition(" jaxft ")[2], comments=True)
+
+
+def run(words, place, **environment):
+  done = subprocess.run(words, cwd=place, capture_output=True, text=True, env=os.environ | environment)
+  assert done.returncode == 0, done.stdout + done.stderr
+  return done

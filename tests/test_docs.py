@@ -1,0 +1,89 @@
+"""The pages themselves: links lead somewhere, files, settings, commands and names that they mention are there."""
+
+import ast
+import importlib
+import re
+import tomllib
+
+import pages
+import pytest
+
+import jaxft
+from jaxft import config as settings
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FILES = re.compile(r"\b(?:tests|configs|docs|benchmarks|scripts|assets|examples|jaxft)/[\w./-]*\w")
+SETTING = re.compile(r"\bconfig\.([a-z]+\.[a-z_0-9]+)")
+SECTIONS = {name.split(".")[0] for name in settings.BY_NAME}
+PROJECT = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())["project"]
+# Named, and not here: any config; a folder of transformers.
+NOT_HERE = {"configs/X.py", "examples/pytorch/language-modeling"}
+everywhere = pytest.mark.parametrize("name", [*pages.PAGES, *pages.CONFIGS])
+
+
+def anchors(file):
+  """Of each heading, as GitHub makes them."""
+  headings = re.findall(r"^#+ +(.+)$", pages.prose(str(file.relative_to(pages.ROOT))), re.MULTILINE)
+  return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", pages.PAGES)
+def test_links_lead_somewhere(name):
+  for target in LINK.findall(pages.prose(name)):
+    if "://" in target:
+      continue
+    path, _, anchor = target.partition("#")
+    file = (pages.ROOT / name).parent / path if path else pages.ROOT / name
+    assert file.exists(), f"{name}: {target}"
+    assert not anchor or anchor in anchors(file.resolve()), f"{name}: {target}"
+
+
+@everywhere
+def test_files_that_are_named_are_there(name):
+  for path in set(FILES.findall(pages.text_of(name))) - NOT_HERE:
+    assert (pages.ROOT / path).exists(), f"{name}: {path}"
+
+
+def test_a_page_that_nothing_leads_to_is_not_found():
+  linked = {
+    str(((pages.ROOT / name).parent / target.partition("#")[0]).resolve().relative_to(pages.ROOT))
+    for name in pages.PAGES
+    for target in LINK.findall(pages.prose(name))
+    if "://" not in target
+  }
+  assert {name for name in pages.PAGES if name.startswith("docs/")} <= linked
+  readme = pages.text_of("README.md")
+  assert [name for name in pages.CONFIGS if name.removeprefix("configs/") not in readme] == []
+
+
+@everywhere
+def test_settings_that_are_named_are_there(name):
+  text = pages.text_of(name)
+  quoted = pages.INLINE.findall(pages.prose(name))
+  quoted = [code for code in quoted if code.split(".")[0] in SECTIONS and not code.endswith(".py")]
+  named = SETTING.findall(text) + [it[0] for code in quoted if (it := re.match(r"[a-z]+\.[a-z_0-9]+", code))]
+  assert [setting for setting in named if setting not in settings.BY_NAME] == [], name
+
+
+@everywhere
+def test_commands_extras_and_targets_that_are_named_are_there(name):
+  text = pages.text_of(name)
+  for module in set(re.findall(r"python -m (jaxft\.\w+)", text)):
+    found = importlib.import_module(module)
+    assert hasattr(found, "main") or importlib.import_module(f"{module}.__main__").main, f"{name}: {module}"
+  for extra in re.findall(r"\.\[([\w,]+)\]", text):
+    assert set(extra.split(",")) <= PROJECT["optional-dependencies"].keys(), f"{name}: {extra}"
+  targets = re.findall(r"^([\w-]+):", (pages.ROOT / "Makefile").read_text(), re.MULTILINE)
+  code = [*pages.INLINE.findall(pages.prose(name)), *"\n".join(pages.blocks(name, "")).splitlines()]
+  for line in code:
+    if target := re.match(r"(?:\$ )?make ([a-z][\w-]*)", line.strip()):
+      assert target[1] in targets, f"{name}: make {target[1]}"
+
+
+@pytest.mark.parametrize("name", pages.PAGES)
+def test_python_on_a_page_is_right(name):
+  for block in pages.steps(name):
+    if block.kind == "python":
+      for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "jaxft":
+          assert hasattr(jaxft, node.attr), f"{name}: jaxft.{node.attr}"

@@ -1,0 +1,167 @@
+"""What the pages and the docstrings of configs/ have a reader run, run: as written, in their order, on small stand-ins.
+
+Each page is followed in a folder of its own, in which the models and data sets that it names are: a folder `gpt2` is taken
+before the hub's model of that name, and a folder `stanfordnlp/imdb` before its data set. So nothing of a command is replaced;
+SMALL is what is added to it, so that it takes seconds.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import pages
+import pytest
+import tiny
+
+import jaxft
+from jaxft import command_line
+from jaxft import config as settings
+from jaxft.plan import __main__ as plan
+from jaxft.plan import answer, targets
+
+pytestmark = [
+  # ml_collections (1.1) loads config files with it.
+  pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning"),
+  # peft (0.21) asks transformers so.
+  pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+MODELS = ("gpt2", "gpt2-medium", "gpt2-xl", "EleutherAI/gpt-neo-2.7B", "EleutherAI/gpt-j-6b")
+SMALL = {
+  "train --config": "--config.data.sequence_length=32 --config.train.epochs=0.0 --config.train.steps=2 "
+  "--config.train.batch_size=4 --config.train.micro_batch_size=2 --config.train.sample_tokens=4 --config.optim.warmup_steps=1 "
+  "--config.mesh.fsdp=1",
+  "train --model_name_or_path": "--block_size 32 --max_steps 2 --warmup_steps 1 --config.mesh.fsdp=1",
+  "generate": "--max_new_tokens 4",
+  "evaluate": "--sequence_length 32",
+  "export --workdir": "--step 2",
+  "tokenizer --data": "--vocab_size 300",
+}
+# Read and checked, and no more.
+NOT_RUN = {
+  "python -m jaxft.train --config configs/X.py --workdir /shared/run --coordinator host0:7777 --num_processes 4 "
+  "--process_id 0": "needs four hosts; tests/test_hosts.py has processes in their place",
+}
+FOLLOWED = {name: pages.steps(name) for name in (*pages.PAGES, *pages.CONFIGS)}
+PLANS = sorted(
+  {" ".join(pages.words(step.text)) for steps in FOLLOWED.values() for step in steps if "jaxft.plan " in step.text}
+)
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+  """A folder with everything that the pages name, but for what they make."""
+  place, rng = tmp_path_factory.mktemp("stand_ins"), random.Random(0)
+  for name in ("configs", "assets"):
+    (place / name).symlink_to(pages.ROOT / name)
+  first = tiny.write_gpt2(place / "first", seed=0, P=1024, L=12, std=0.05)  # a page names layer 11
+  for name in MODELS:
+    shutil.copytree(first, place / name)
+  story = lambda: tiny.story(rng)
+  texts = [{"text": story()} for _ in range(100)]
+  for name in ("my_texts/stories", "roneneldan/TinyStories/train", "roneneldan/TinyStories/validation"):
+    write(place / f"{name}.jsonl", texts)
+  write(place / "recipes.jsonl", [{"text": f"<|title|>{story()}<|steps|>{story()}"} for _ in range(40)])
+  write(place / "pairs.jsonl", [{"question": "where is the cat?", "answer": "on the mat"}] * 40)
+  for name in ("stanfordnlp/imdb/train", "stanfordnlp/imdb/test"):
+    write(place / f"{name}.jsonl", [{"text": story(), "label": i % 2} for i in range(40)])
+  (place / "shakespeare").mkdir()
+  for name in ("my_texts", "held_out", "other_text", *(f"shakespeare/{i}" for i in range(20))):
+    (place / f"{name}.txt").write_text("\n".join(story() for _ in range(200)))
+  return place
+
+
+def write(file, rows):
+  file.parent.mkdir(parents=True, exist_ok=True)
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, steps in FOLLOWED.items() if steps])
+def test_a_page_can_be_followed(name, stand_ins, tmp_path, monkeypatch):
+  import datasets
+
+  monkeypatch.chdir(shutil.copytree(stand_ins, tmp_path / "place", symlinks=True))
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+  if name == "README.md":
+    shutil.copytree("gpt2", "runs/quickstart/export")  # as `make quickstart` leaves one
+  names = {"jaxft": jaxft}  # what one block of Python defines, the next may use
+  for i, step in enumerate(steps := FOLLOWED[name]):
+    if step.kind == "python":
+      follow_python(step.text, names)
+    elif step not in (plans := [it for it in steps if "jaxft.plan " in it.text]):
+      follow(step.text, [later.text for later in steps[i + 1 :] if later not in plans], monkeypatch)
+
+
+def follow_python(text, names):
+  """A block of Python as it is; one for transformers or PEFT where torch, which they need, is there."""
+  others = [package for package in ("transformers", "peft") if package in text]
+  if others and not importlib.util.find_spec("torch"):
+    return
+  names |= {package: importlib.import_module(package) for package in others}
+  exec(compile(text, "<a block of the page>", "exec"), names)
+
+
+def follow(command, later, monkeypatch):
+  """Runs a command in this process, which has imported everything; a training whose run no later step uses only compiles."""
+  words = pages.words(command.replace("--config ...", "--config configs/quickstart.py"))
+  name = words[2].removeprefix("jaxft.")
+  if command in NOT_RUN:
+    words[words.index("configs/X.py")] = "configs/quickstart.py"
+    monkeypatch.setattr(sys, "argv", words[2:])
+    assert command_line.parse_train().place
+    return
+  words += SMALL.get(name, SMALL.get(" ".join([name, *words[3:4]]), "")).split()
+  if name == "train" and not any(run_folder(words) in text for text in later):
+    words.append("--dry_run")
+  monkeypatch.setattr(sys, "argv", words[2:])
+  try:
+    importlib.import_module(f"jaxft.{name}").main()
+  except SystemExit as error:  # doctor ends with one
+    assert not error.code, command
+  if name == "tokenizer" and "--data" in words:  # "change n_embd, n_layer ... for another size"
+    file = Path(words[words.index("--out") + 1]) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(n_embd=40, n_layer=2, n_head=5)))
+
+
+def run_folder(words):
+  for flag in ("--workdir", "--output_dir"):
+    if flag in words:
+      return words[words.index(flag) + 1]
+  return f"runs/{Path(words[words.index('--config') + 1]).stem}"
+
+
+def test_what_is_not_run_is_on_a_page():
+  assert NOT_RUN.keys() <= {step.text for steps in FOLLOWED.values() for step in steps}
+
+
+@pytest.mark.parametrize("command", PLANS)
+def test_what_is_planned_is_there(command, monkeypatch):
+  """All but the compiling: settings, hardware, and that the models need no network."""
+  monkeypatch.chdir(pages.ROOT)
+  monkeypatch.setattr(sys, "argv", words_of_plan(command))
+  arguments = command_line.parse(plan.USAGE, ("fit", "json"), ("html", "prices"), several=("device",))
+  assert not settings.faults(arguments.config)
+  assert all(targets.find(name) for text in arguments.device for name in text.split(","))
+  assert answer.model_facts(arguments.config).L > 1
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("command", PLANS)
+def test_plans_of_the_pages_fit(command, monkeypatch):
+  monkeypatch.chdir(pages.ROOT)
+  monkeypatch.setattr(sys, "argv", [*words_of_plan(command), "--json"])
+  with contextlib.redirect_stdout(io.StringIO()) as said:
+    plan.main()
+  told = json.loads(said.getvalue())
+  assert all(it["fits"] for it in told.get("plans", [told])), told
+
+
+def words_of_plan(command):
+  return pages.words(command.replace("--config ...", "--config configs/quickstart.py"))[2:]
