@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 from jaxft import command_line, model, parts, sharding
 from jaxft import config as settings
 from jaxft import program as programs
-from jaxft import step as step_functions
-from jaxft.data import loader, memorised, sources, tokens
+from jaxft.data import loader, sources, tokens
 from jaxft.data.report import prepare, run_length
 from jaxft.errors import Preempted, RequestError, first_line, run_command
 from jaxft.files import write_whole
@@ -30,12 +29,13 @@ from jaxft.run import hosts
 from jaxft.run.about import leaving_a_report
 from jaxft.run.checkpoint import Checkpoints, nbytes
 from jaxft.run.guards import StopRequest, must_have_room, only_writer
+from jaxft.run.judge import Judge
 from jaxft.run.profile import Profile
 from jaxft.run.resume import best_weights, refuse_another_run, resume
 from jaxft.run.system import SystemMetrics
 from jaxft.run.tracking import Meter, Reporter, console, say
 from jaxft.run.writers import Writers, missing
-from jaxft.sample import Generator, Sampling
+from jaxft.sample import Generator
 from jaxft.step import State, name_bad_leaves
 from jaxft.weights import first as first_weights
 from jaxft.weights import plain, plain_shapes
@@ -208,23 +208,11 @@ def finetune(
     if jax.process_index() == 0:
       write_whole(workdir / "config.json", settings.to_json(config))
       write_whole(workdir / "data_report.json", data.to_json(config.train))
-    until_the_end.enter_context(
-      leaving_a_report(
-        workdir,
-        mesh,
-        {
-          "step": start,
-          "total_steps": total_steps,
-          "model": {
-            "type": source.hf_config["model_type"],
-            "parameters": parts.count(program.state.weights, cfg),
-            "trained": parts.count(program.state.params, cfg),
-            "compute_dtype": program.compute.dtype.name,
-          },
-          "memory": {"planned": memory, "host": programs.bytes_on_host(program)},
-        },
-      )
-    )
+    kind = {"type": source.hf_config["model_type"], "compute_dtype": program.compute.dtype.name}
+    sizes = {"parameters": parts.count(program.state.weights, cfg), "trained": parts.count(program.state.params, cfg)}
+    needs = {"planned": memory, "host": programs.bytes_on_host(program)}
+    told = {"step": start, "total_steps": total_steps, "model": kind | sizes, "memory": needs}
+    until_the_end.enter_context(leaving_a_report(workdir, mesh, told))
     model_flops = flops.of_model(cfg, config.train.batch_size, rows.T)
     at_peak = estimate.seconds_at_peak(targets.here(device, mesh.size), mesh.size, model_flops)
     first = jax.process_index() == 0
@@ -233,31 +221,10 @@ def finetune(
     writers = Writers(config, workdir, start, reporter.metrics, reporter.samples, first)
     reporter.also = until_the_end.enter_context(writers).put
     generator = Generator(program.graph, cfg, tokenizer.eos_token_id)
-
-    limit = config.train.eval_batches * program.rows_at_once
-    held_out_bytes = 0 if data.labels else tokens.bytes_learned(data.validation, tokenizer, limit)
-
-    def evaluation(rows: Any) -> step_functions.Evaluation:
-      batches = loader.evaluation_batches(
-        rows, batch_size=program.rows_at_once, limit=config.train.eval_batches, sharding=program.batch_sharding
-      )
-      return step_functions.evaluate(eval_step, state.weights, batches)
-
-    def evaluate(step: int, when: str) -> dict[str, float]:
-      unrelated = evaluation(data.unrelated) if data.unrelated else None
-      return reporter.evaluation(step, when, evaluation(data.validation), held_out_bytes, unrelated)
-
-    def sample(step: int, when: str) -> None:
-      prompts = list(config.train.sample_prompts)
-      sampling = Sampling(config.train.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=config.train.seed)
-      completions = generator(state.weights, [tokenizer(prompt)["input_ids"] for prompt in prompts], sampling)
-      known = memorised.shares(completions, rows.tokens.ids)
-      for prompt, ids, share in zip(prompts, completions, known, strict=True):
-        reporter.sample(step, when, prompt, tokenizer.decode(ids), share)
-
+    judge = Judge(config, program, eval_step, generator, data, tokenizer, reporter)
     if start == 0:
-      evaluate(0, "before")
-      sample(0, "before")
+      judge.evaluate(state.weights, 0, "before")
+      judge.sample(state.weights, 0, "before")
 
     # ---- Train: step n + 1 is under way before the numbers of step n are read -----------------------------------------
     batches = loader.training_batches(
@@ -295,10 +262,10 @@ def finetune(
           pending = None
           with reporter.clock.paused():
             if "eval" in due:
-              found = evaluate(step, "after" if last else f"step {step}")
+              found = judge.evaluate(state.weights, step, "after" if last else f"step {step}")
               ended_early = 0 < patience <= reporter.evaluations_without_gain()
             if "sample" in due:
-              sample(step, "during")
+              judge.sample(state.weights, step, "during")
             best = "eval" in due and config.train.keep_best_metric
             if "save" in due or stopping or best or ended_early:
               checkpoints.save(
@@ -320,7 +287,7 @@ def finetune(
       step, best = best_weights(checkpoints, program.state.changing)
       state = State(*best, frozen)
       say(f"step {step} has the least {config.train.keep_best_metric}: its weights are exported")
-    sample(step, "after")
+    judge.sample(state.weights, step, "after")
 
     # ---- Export: a Hugging Face folder, read back and compared -----------------------------------------------------------
     state = state.changing  # the frozen weights are read again, as precise as they are in the checkpoint

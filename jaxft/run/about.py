@@ -18,6 +18,7 @@ from jaxft.files import write_whole
 from jaxft.page import record
 from jaxft.page import run as run_page
 from jaxft.run import hosts
+from jaxft.run.secrets import masked
 from jaxft.run.tracking import peak_of, say
 
 # What decides the devices and the compiled program beside the command line.
@@ -95,7 +96,7 @@ def command() -> str | None:
   """The command line that started this process, for a shell; None where that is not `python -m jaxft...`: a notebook, say."""
   words = sys.orig_argv
   begin = next((i for i, word in enumerate(words) if word.startswith("jaxft.") and words[i - 1] == "-m"), None)
-  return None if begin is None else shlex.join(["python", "-m", *words[begin:]])
+  return None if begin is None else masked(shlex.join(["python", "-m", *words[begin:]]))
 
 
 def commit(checkout: Path) -> str | None:

@@ -1,0 +1,51 @@
+"""What the weights of a run are worth while it goes on: the loss on held-out and on unrelated text, and what they write."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxft import step as steps
+from jaxft.data import loader, memorised, tokens
+from jaxft.data.report import Data, Rows
+from jaxft.program import Program
+from jaxft.run.tracking import Reporter
+from jaxft.sample import Generator, Sampling
+
+
+class Judge:
+  """Evaluates and samples, and has the reporter tell it."""
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    program: Program,
+    eval_step: Any,
+    generator: Generator,
+    data: Data,
+    tokenizer: Any,
+    reporter: Reporter,
+  ):
+    """`eval_step`: compiled for `program.eval_batch`."""
+    self._config, self._program, self._eval_step, self._generator = config.train, program, eval_step, generator
+    self._data, self._tokenizer, self._reporter = data, tokenizer, reporter
+    limit = config.train.eval_batches * program.rows_at_once
+    self._held_out_bytes = 0 if data.labels else tokens.bytes_learned(data.validation, tokenizer, limit)
+
+  def evaluate(self, weights: Any, step: int, when: str) -> dict[str, float]:
+    """What of it goes into metrics.jsonl; raises NumericsError when the loss is not finite."""
+    unrelated = self._evaluation(weights, self._data.unrelated) if self._data.unrelated else None
+    held_out = self._evaluation(weights, self._data.validation)
+    return self._reporter.evaluation(step, when, held_out, self._held_out_bytes, unrelated)
+
+  def _evaluation(self, weights: Any, rows: Rows) -> steps.Evaluation:
+    at_once, sharding = self._program.rows_at_once, self._program.batch_sharding
+    batches = loader.evaluation_batches(rows, batch_size=at_once, limit=self._config.eval_batches, sharding=sharding)
+    return steps.evaluate(self._eval_step, weights, batches)
+
+  def sample(self, weights: Any, step: int, when: str) -> None:
+    prompts, seed = list(self._config.sample_prompts), self._config.seed
+    sampling = Sampling(self._config.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=seed)
+    found = self._generator(weights, [self._tokenizer(prompt)["input_ids"] for prompt in prompts], sampling)
+    known = memorised.shares(found, self._data.train.tokens.ids)
+    for prompt, ids, share in zip(prompts, found, known, strict=True):
+      self._reporter.sample(step, when, prompt, self._tokenizer.decode(ids), share)
