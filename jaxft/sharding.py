@@ -310,13 +310,13 @@ def gather_on(mesh: Mesh, zero_stage: int = 3) -> Callable:
     def placed(x: jax.Array, use: int) -> jax.Array:
       return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, use)))
 
-    @jax.custom_vjp
-    def whole(
-      x,
-    ):  # as it is stored first: XLA would else gather the float32 weight that a cast one comes from, twice the bytes
+    def used(x: jax.Array) -> jax.Array:
+      # As it is stored first: XLA would else gather the float32 weight that a cast one comes from, twice the bytes.
       return placed(placed(x, stored), USED)
 
-    whole.defvjp(lambda x: (whole(x), None), lambda _, gradient: (placed(gradient, back),))
+    whole = jax.custom_vjp(used)
+    # Not `whole` again inside: to a policy of rematerialisation that is a call, and its result would be kept for each layer.
+    whole.defvjp(lambda x: (used(x), None), lambda _, gradient: (placed(gradient, back),))
     return whole(x)
 
   return gather

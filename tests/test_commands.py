@@ -154,7 +154,9 @@ def test_evaluate_generate_and_export(finished, stories, tmp_path):
       3,
     ).stdout
   )
-  assert from_run.keys() == {"loss", "perplexity", "tokens"} and from_run["tokens"] == from_export["tokens"]
+  assert (
+    from_run.keys() == {"loss", "perplexity", "tokens", "bits_per_byte"} and from_run["tokens"] == from_export["tokens"]
+  )
   assert from_run["loss"] == pytest.approx(from_export["loss"], rel=1e-6)
   prompts = tmp_path / "prompts.txt"
   prompts.write_text("a cat\n")
