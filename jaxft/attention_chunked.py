@@ -116,6 +116,8 @@ class Chunked(NamedTuple):
   def logits(self, chunk: Chunk, q, k, rest: Rest) -> jax.Array:
     """(B, N, C, keys) in float32, the lowest number where a query does not see a key."""
     rows, columns = rest.offset + chunk.start + jnp.arange(chunk.C), jnp.arange(chunk.first, chunk.last)
+    # Tied to the queries: else the mask is the same in all layers, and is made once for all chunks, heads and rows and kept.
+    rows, _ = jax.lax.optimization_barrier((rows, q[0, 0, 0, 0]))
     distance = rows[:, None] - columns
     visible = distance >= 0
     if self.window is not None:

@@ -172,7 +172,12 @@ SETTINGS = (
     "names of the weights to train, as the checkpoint has them, with * for anything: transformer.h.11.*, "
     "transformer.ln_f.*; the others stay as they are; empty: all are trained",
   ),
-  Setting("optim.name", "adamw", one_of("adamw", "adafactor", "lion", "sgd"), "optimizer"),
+  Setting(
+    "optim.name",
+    "adamw",
+    one_of("adamw", "adafactor", "lion", "muon", "sgd"),
+    "optimizer; muon: for matrices of layers, and adamw for the rest",
+  ),
   Setting("optim.learning_rate", 5e-5, above(0), "peak learning rate"),
   Setting("optim.schedule", "linear", one_of("constant", "linear", "cosine"), "course after the warm-up"),
   Setting("optim.warmup_steps", 0, at_least(0), "steps of linear warm-up, from 0"),

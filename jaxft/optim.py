@@ -1,10 +1,13 @@
 """Learning-rate schedules, optimizers, and which weights decay."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import optax.contrib
 from ml_collections import ConfigDict
 
 from jaxft.parts import name_of
@@ -54,14 +57,47 @@ def optimizer(optim: ConfigDict) -> optax.GradientTransformation:
 
 def of_layer(optim: ConfigDict, path: Any) -> optax.GradientTransformation:
   """The optimizer of the leaf at this path, or of one layer of it."""
+  adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=jnp.dtype(optim.state_dtype))
   scale = {
-    "adamw": optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=jnp.dtype(optim.state_dtype)),
+    "adamw": adam,
+    "muon": _muon(optim) if is_stacked(path) and path[-1].key == "kernel" else adam,
     "lion": optax.scale_by_lion(optim.b1, optim.b2, mu_dtype=jnp.dtype(optim.state_dtype)),
     # Adafactor (arXiv:1804.04235) without its own learning rate: factored second moment, then clipping by block.
     "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
     "sgd": optax.trace(optim.b1, accumulator_dtype=jnp.dtype(optim.state_dtype)),
   }[optim.name]
   return optax.chain(scale, optax.add_decayed_weights(optim.weight_decay)) if decays(path) else scale
+
+
+# Of the kernel of a layer, by its axes: (D, F) or (F, D), (N, H, D), and (D, 3, N, H), whose queries, keys and values are
+# three matrices.
+MATRICES = {
+  2: optax.contrib.MuonDimensionNumbers(0, 1),
+  3: optax.contrib.MuonDimensionNumbers((0, 1), 2),
+  4: optax.contrib.MuonDimensionNumbers(0, (2, 3)),
+}
+
+
+def _muon(optim: ConfigDict) -> optax.GradientTransformation:
+  """Muon (Jordan et al., 2024) for one matrix: its momentum, made orthogonal.
+
+  Scaled as in arXiv:2502.16982, so that a learning rate for AdamW is one for it too.
+  """
+  dtype = jnp.dtype(optim.state_dtype)
+  of = lambda x: optax.contrib.scale_by_muon(beta=optim.b1, mu_dtype=dtype, weight_dimension_numbers=MATRICES[x.ndim])
+
+  def init(x: jax.Array) -> Any:
+    state = of(x).init(x)
+    return state.count, state.mu  # optax keeps the coefficients of its iteration there too: constants
+
+  def update(grad: jax.Array, state: Any, _: Any = None) -> tuple[jax.Array, Any]:
+    constants = of(grad).init(grad).ns_coeffs
+    orthogonal, after = of(grad).update(grad, optax.contrib.MuonState(*state, constants))
+    axes = MATRICES[grad.ndim]
+    rows, columns = (math.prod(np.take(grad.shape, np.atleast_1d(of))) for of in axes)
+    return 0.2 * max(rows, columns) ** 0.5 * orthogonal, (after.count, after.mu)
+
+  return optax.GradientTransformation(init, update)
 
 
 def dtype_of(path: Any, leaf: Any, dtype: Any) -> Any:

@@ -127,7 +127,7 @@ def test_over_several_devices_too(monkeypatch, kept, fsdp, tensor):
 
 @pytest.mark.slow
 @pytest.mark.wide
-@pytest.mark.parametrize("name", ["lion", "sgd", "adafactor"])
+@pytest.mark.parametrize("name", ["lion", "sgd", "adafactor", "muon"])
 @pytest.mark.parametrize("kept", ["optimizer", "all"])
 def test_every_optimizer(kept, name):
   how = dict(steps=6, optim__name=name, optim__learning_rate=1e-3)

@@ -59,7 +59,7 @@ def test_a_parameter_of_no_known_kind_is_refused():
     optim.optimizer(settings.default().optim).init({"block": {"gate": jnp.zeros(3)}})
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
 def test_a_layer_of_a_stack_is_updated_as_it_would_be_alone(name):
   settings_ = settings.default().optim
   settings_.name, settings_.weight_decay = name, 0.1
@@ -67,11 +67,13 @@ def test_a_layer_of_a_stack_is_updated_as_it_would_be_alone(name):
   stack, grads = ({"kernel": 10**k * rng.standard_normal((3, 130, 150)).astype(np.float32)} for k in (0, 1))
   together = updated(settings_, {"blocks": stack}, {"blocks": grads})["blocks"]["kernel"]
   for i in range(3):
-    alone = updated(settings_, {"other": {"kernel": stack["kernel"][i]}}, {"other": {"kernel": grads["kernel"][i]}})
-    np.testing.assert_allclose(together[i], alone["other"]["kernel"], rtol=1e-6)
+    # Muon is for layers: its one layer is a stack too.
+    place, one = ("blocks", slice(i, i + 1)) if name == "muon" else ("other", i)
+    alone = updated(settings_, {place: {"kernel": stack["kernel"][one]}}, {place: {"kernel": grads["kernel"][one]}})
+    np.testing.assert_allclose(together[one], alone[place]["kernel"], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
 def test_every_optimizer_begins_with_zeros(name):
   """`program.begin` relies on it where the state is on the host."""
   settings_ = settings.default().optim
@@ -79,3 +81,21 @@ def test_every_optimizer_begins_with_zeros(name):
   params = {"blocks": {"kernel": jnp.ones((3, 130, 150))}, "embed": {"tokens": jnp.ones((130, 150))}}
   state = optim.optimizer(settings_).init(params)
   assert jax.tree.leaves(state) and not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state))
+
+
+def test_muon_makes_queries_keys_and_values_orthogonal_each_for_itself():
+  settings_ = settings.default().optim
+  settings_.name = "muon"
+  rng = np.random.default_rng(0)
+  shapes = {"qkv": (2, 12, 3, 5, 4), "out": (2, 5, 4, 12), "up": (2, 12, 47)}
+  grads = {"blocks": {name: {"kernel": rng.standard_normal(shape)} for name, shape in shapes.items()}}
+  grads["blocks"]["qkv"]["kernel"][:, :, 2] *= 1e-3  # values have small gradients
+  grads = jax.tree.map(jnp.float32, grads)
+  zeros = jax.tree.map(jnp.zeros_like, grads)
+  tx = optim.optimizer(settings_)
+  found = jax.device_get(tx.update(grads, tx.init(zeros), zeros)[0])["blocks"]
+  matrices = [(found["qkv"]["kernel"][0, :, i].reshape(12, 20), 20) for i in range(3)]
+  matrices += [(found["out"]["kernel"][1].reshape(20, 12), 20), (found["up"]["kernel"][1], 47)]
+  for matrix, longer in matrices:
+    values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * longer**0.5)
+    assert values.min() > 0.4 and values.max() < 1.3, values

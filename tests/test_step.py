@@ -80,9 +80,9 @@ def test_a_mesh_draws_the_dropout_of_one_device(folder, accumulation):
   assert_close(other, state, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
 def test_every_optimizer_learns_on_a_mesh(folder, name):
-  rate = {"adamw": 3e-3, "lion": 3e-4, "sgd": 1e-2, "adafactor": 1e-2}[name]
+  rate = {"adamw": 3e-3, "lion": 3e-4, "sgd": 1e-2, "adafactor": 1e-2, "muon": 1e-3}[name]
   losses, state, _ = train(folder, 12, mesh=dict(fsdp=8), name=name, learning_rate=rate, schedule="constant")
   one, _, _ = train(folder, 12, name=name, learning_rate=rate, schedule="constant")
   np.testing.assert_allclose(losses, one, rtol=2e-5)
