@@ -6,7 +6,7 @@
 
 A row of jokes.csv has the joke in the column Joke; --config.data.text_column names another.
 
-Hardware   one 8 GB GPU: PEAK GiB of 7.4 (XLA's own analysis, jax 0.10.2, 2026-11-22; not yet run on one)
+Hardware   one 8 GB GPU: 3.2 GiB of 7.4 (XLA's own analysis, jax 0.10.2, 2026-11-22; not yet run on one)
 Ends       when the eval loss has not fallen in three evaluations, at the latest after 20 passes
 Watch      "memorised_8grams" of each sample in samples.jsonl: the share of its runs of 8 tokens that stand in the training
            text. A model that tells the jokes it has read is near 1

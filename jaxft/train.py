@@ -59,7 +59,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
   lines = settings.faults(config)
   if not lines:
     out = export_folder(config, workdir)
-    lines += save.faults(out)
+    lines += [f"config.export.out: {line}" for line in save.faults(out)]
     if out.absolute() in (workdir.absolute(), *workdir.absolute().parents, (workdir / "checkpoints").absolute()):
       lines.append(f"config.export.out={str(out)!r}: the run itself is written there; name a folder of its own")
     if config.export.push_to_hub:

@@ -20,6 +20,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 # A file in configs/ -> hardware that its docstring names.
 HARDWARE = {
   "gpt2_from_scratch": ("rtx4090",),
+  "gpt2_jokes": ("rtx3070",),
   "gpt2_medium_recipes": ("rtx3070",),
   "gpt2_question_answer": ("rtx3070",),
   "gpt2_reviews_classification": ("rtx3070",),

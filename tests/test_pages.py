@@ -67,6 +67,7 @@ def stand_ins(tmp_path_factory):
   for name in ("my_texts/stories", "roneneldan/TinyStories/train", "roneneldan/TinyStories/validation"):
     write(place / f"{name}.jsonl", texts)
   write(place / "recipes.jsonl", [{"text": f"<|title|>{story()}<|steps|>{story()}"} for _ in range(40)])
+  (place / "jokes.csv").write_text("\n".join(["Joke", *(story() for _ in range(40))]))
   write(place / "pairs.jsonl", [{"question": "where is the cat?", "answer": "on the mat"}] * 40)
   for name in ("stanfordnlp/imdb/train", "stanfordnlp/imdb/test"):
     write(place / f"{name}.jsonl", [{"text": story(), "label": i % 2} for i in range(40)])

@@ -4,6 +4,7 @@ import datetime
 from typing import Any, NamedTuple
 
 from jaxft.page.record import Record, part, whole
+from jaxft.run.secrets import masked
 
 # Exit codes of a run that did not finish.
 ENDINGS = {
@@ -31,7 +32,7 @@ def percent(share: float) -> str:
 def setting(value: Any, most: int = 300) -> str:
   """The value of a setting, cut short where it is long."""
   text = ", ".join(map(str, value)) if isinstance(value, tuple) else "not set" if value is None else str(value)
-  text = text or "empty"
+  text = masked(text) or "empty"
   return text if len(text) <= most else f"{text[:most]} ... ({len(text):,} characters)"
 
 
