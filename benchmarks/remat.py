@@ -29,8 +29,9 @@ def main() -> None:
     "|---|---|---|---|",
   ]
   with Compiler() as compiler:
-    for remat in ("none", "dots", "full"):
+    for remat, chunk in (("none", -1), ("dots", -1), ("full", -1), ("full", 32)):
       config = settings.default()
+      config.memory.loss_chunk = chunk
       config.model.path, config.memory.remat, config.train.steps = asked.model, remat, 100
       config.train.batch_size, config.data.sequence_length, config.data.train = asked.rows, asked.length, ("none",)
       answer = compiler(Request(settings.to_json(config), cfg, asked.device))
@@ -38,7 +39,7 @@ def main() -> None:
         raise SystemExit(f"error: {remat}: {answer}")
       gib = lambda nbytes: f"{nbytes / 2**30:.2f} GiB"
       lines.append(
-        f"| `{remat}` | {gib(answer['peak_bytes'])} | {gib(answer['breakdown']['activations'])} | "
+        f"| `{remat}`{'' if chunk < 0 else f', `memory.loss_chunk={chunk}`'} | {gib(answer['peak_bytes'])} | {gib(answer['breakdown']['activations'])} | "
         f"{answer['flops'] / answer['model_flops']:.2f} |"
       )
       print(lines[-1], flush=True)
