@@ -38,8 +38,9 @@ def main() -> None:
       if "peak_bytes" not in answer:
         raise SystemExit(f"error: {remat}: {answer}")
       gib = lambda nbytes: f"{nbytes / 2**30:.2f} GiB"
+      smaller = "" if chunk < 0 else f", `memory.loss_chunk={chunk}`"
       lines.append(
-        f"| `{remat}`{'' if chunk < 0 else f', `memory.loss_chunk={chunk}`'} | {gib(answer['peak_bytes'])} | {gib(answer['breakdown']['activations'])} | "
+        f"| `{remat}`{smaller} | {gib(answer['peak_bytes'])} | {gib(answer['breakdown']['activations'])} | "
         f"{answer['flops'] / answer['model_flops']:.2f} |"
       )
       print(lines[-1], flush=True)
