@@ -85,7 +85,7 @@ SETTINGS = (
     "data.unrelated",
     (),
     anything,
-    "sources of text that has nothing to do with data.train: evaluated before and after, to see what was forgotten",
+    "sources of text that has nothing to do with data.train: evaluated with the held-out text, to see what was forgotten",
   ),
   Setting("data.validation_fraction", 0.05, between(0, 1), "share of documents held out when data.validation is empty"),
   Setting(

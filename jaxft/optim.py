@@ -124,7 +124,11 @@ def kept_in(dtype: Any, shapes: Any, trained: Any = ()) -> Any:
 
 def _over_layers(optim: ConfigDict, path: Any) -> optax.GradientTransformation:
   one = of_layer(optim, path)
-  return optax.GradientTransformation(jax.vmap(one.init), jax.vmap(one.update)) if is_stacked(path) else one
+  if not is_stacked(path):
+    return one
+  # One after the other where a layer's matrix must be whole: all at once, a device would have all layers of it.
+  in_turn = lambda *operands: jax.lax.map(lambda of_layer: one.update(*of_layer), operands)
+  return optax.GradientTransformation(jax.vmap(one.init), in_turn if optim.name == "muon" else jax.vmap(one.update))
 
 
 def is_stacked(path: Any) -> bool:

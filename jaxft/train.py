@@ -240,6 +240,7 @@ def finetune(
     ended_early = start > 0 and 0 < patience <= reporter.evaluations_without_gain()
     name_leaves = lambda bad: name_bad_leaves(bad, program.state)
     profile = until_the_end.enter_context(Profile(workdir / "profile", start + 3, config.train.profile_steps))
+    until_the_end.callback(stop.hold)  # a signal while trackers are waited for changes nothing of how the run ended
     reporter.clock.restart()
     with stop.held(), Meter("training", total_steps, start) as meter:
       for step in range(start + 1, 0 if ended_early else total_steps + 1):
@@ -284,9 +285,8 @@ def finetune(
     # ---- What goes out: the last weights or, where they are kept, the best -----------------------------------------------
     if config.train.keep_best_metric:
       frozen, state = state.frozen, None  # there may be no room for two
-      step, best = best_weights(checkpoints, program.state.changing)
+      step, best = best_weights(checkpoints, program.state.changing, strict)
       state = State(*best, frozen)
-      say(f"step {step} has the least {config.train.keep_best_metric}: its weights are exported")
     judge.sample(state.weights, step, "after")
 
     # ---- Export: a Hugging Face folder, read back and compared -----------------------------------------------------------

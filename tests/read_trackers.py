@@ -76,14 +76,15 @@ def wandb(workdir):
       ids |= {record.run.run_id} - {""}
       line = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
       for key, value in line.items():
-        if not key.startswith(("_", "samples")):
+        if key == "samples.path":  # as the history has it: a file alone is one that W&B may have refused
+          table = file.parent / "files" / value
+        elif not key.startswith(("_", "samples")):
           metrics.setdefault(key, []).append([line["_step"], float(value)])
       for item in record.summary.update:
         status = json.loads(item.value_json) if "status" in (item.key, *item.nested_key) else status
       if record.HasField("exit"):
         exits.append(record.exit.exit_code)
-  tables = sorted((workdir / "wandb").rglob("*.table.json"), key=lambda file: file.stat().st_mtime)
-  text = "".join("".join(row[2:4]) for row in json.loads(tables[-1].read_text())["data"])
+  text = "".join("".join(row[2:4]) for row in json.loads(table.read_text())["data"])
   return {"metrics": metrics, "settings": settings, "status": f"{exits[-1:]} {status}", "text": text, "runs": len(ids)}
 
 

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 import jaxft
+from jaxft.errors import StorageError
 from jaxft.train import finetune
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -126,15 +127,28 @@ def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path)
   evals = {line["step"]: line["eval/loss"] for line in run.metrics if "eval/loss" in line}
   best, last = min(evals, key=evals.get), max(evals)
   assert last == best + 3 * 10 < 400  # patience of three evaluations
-  assert all("eval/unrelated_loss" in line for line in run.metrics if "eval/loss" in line)
-  for model in (jaxft.load(run.export), jaxft.pretrained.load_workdir(run.workdir)):
-    text = jaxft.pretrained.load_workdir(run.workdir, last)
-    weights = [jax.tree.leaves(it.params) for it in (model, text)]
-    assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(*weights))
+  unrelated = {line["step"]: line["eval/unrelated_loss"] for line in run.metrics if "eval/loss" in line}
+  of = lambda model: [np.asarray(leaf) for leaf in jax.tree.leaves(model.params)]
+  same = lambda a, b: all(map(np.array_equal, of(a), of(b)))
+  wanted, newest = (jaxft.pretrained.load_workdir(run.workdir, step) for step in (best, last))
+  assert not same(wanted, newest)
+  assert same(jaxft.pretrained.load_workdir(run.workdir), wanted) and same(jaxft.load(run.export), wanted)
+  how = dict(sequence_length=64, like=config.data, format="text")
+  assert wanted.evaluate(str(other), **how)["loss"] == pytest.approx(unrelated[best], rel=1e-5)
   assert f"{evals[best]:.4f} at step {best:,}" in (run.export / "README.md").read_text()
   assert [line["step"] for line in run.samples if line["when"] == "after"] == [best]
   again = finetune(config, run.workdir)  # a run that is through says the same once more
   assert again.samples == run.samples and again.metrics == run.metrics
+  # The best one damaged: set aside, or refused if that is asked for.
+  for file in (run.workdir / f"checkpoints/{best}/state").rglob("*"):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[:-9])
+  with pytest.raises(StorageError, match=f"checkpoints/{best}: damaged"):
+    finetune(config, run.workdir, strict=True)
+  finetune(config, run.workdir)
+  assert (run.workdir / f"checkpoints/damaged-{best}").is_dir()
+  assert same(jaxft.load(run.export), jaxft.pretrained.load_workdir(run.workdir))  # the next best
+  assert not same(jaxft.load(run.export), wanted)
 
 
 @pytest.mark.slow

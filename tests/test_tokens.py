@@ -62,3 +62,13 @@ def test_ids_are_transformers_own_for_ten_thousand_strings(tmp_path):
   for i, ids in enumerate(wanted):
     np.testing.assert_array_equal(ours.ids[ours.starts_N1[i] : ours.starts_N1[i + 1]], [*ids, 50256])
   assert ours.ids.dtype == np.uint16
+
+
+def test_tokens_stand_for_the_bytes_of_their_text(tmp_path):
+  tokenizer = tokens.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50_304)
+  lengths_V = tokens.byte_lengths(tokenizer)
+  for text in ("Hello world, naïve café 日本 🎉\n\n  x", "a" * 50, "", "<|endoftext|> b"):
+    assert lengths_V[tokenizer(text)["input_ids"]].sum() == len(text.replace("<|endoftext|>", "").encode())
+  rows = [{"targets": np.array(tokenizer("naïve café")["input_ids"]), "mask": np.array([True] * 4 + [False])}]
+  rows[0]["mask"] = np.arange(len(rows[0]["targets"])) > 0  # the first, "na", is no target
+  assert tokens.bytes_learned(rows * 3, tokenizer, limit=2) == 2 * len("ïve café".encode())

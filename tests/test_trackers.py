@@ -62,6 +62,8 @@ def tell(workdir, names, steps, start=0, ending=None, kept=None):
       samples.write(step, {"when": "during", "prompt": "Once", "text": f" text{step}", "seed": 0})
       told.put("metrics", metrics.all[-1])
       told.put("samples", samples.all[-1])
+    samples.write(steps[0], {"when": "after", "prompt": "Once", "text": " of the best", "seed": 0})  # an earlier step
+    told.put("samples", samples.all[-1])
     if ending:
       raise ending
 
@@ -86,6 +88,7 @@ def test_a_tracker_is_told_everything_once_and_how_each_piece_ended(name, tmp_pa
   assert losses[3:] == pytest.approx([1 / 4, 1 / 5, 1 / 6])
   assert math.isnan(losses[1]) and losses[2] > 1e308  # MLflow's database has no infinity
   assert [found["text"].count(f"text{step}") for step in range(1, 7)] == [1] * 6
+  assert found["text"].count(" of the best") == 2
   assert float(found["settings"]["optim.learning_rate"]) == 5e-5
   assert found["settings"]["model.path"] == "https://***@host/model?token=***"
 

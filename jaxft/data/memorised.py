@@ -8,7 +8,7 @@ AT_ONCE = 2**20  # tokens of the training text that are looked at together
 def shares(texts: list[list[int]], ids: np.ndarray, n: int = 8) -> list[float | None]:
   """Of each text the share of its runs of `n` tokens that also stand in `ids`, the training text; None of a shorter text.
 
-  Runs are compared by hashes of 64 bits: among a billion tokens one of twenty million runs is taken for another.
+  Runs are compared by hashes of 64 bits: among a billion tokens one of eighteen billion runs is taken for another.
   """
   wanted = [_hashes(np.array(text, np.uint64), n) for text in texts]
   everything = np.unique(np.concatenate([*wanted, np.zeros(1, np.uint64)]))

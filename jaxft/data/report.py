@@ -46,7 +46,7 @@ class Data(NamedTuple):
   floor: float | None  # nats per validation token that no model can go below, where the source knows it
   fingerprint: str  # of the training examples and how they lie in rows
   held_out: str  # fingerprint of the validation examples, and of the unrelated text
-  unrelated: Rows | None  # of text to evaluate before and after
+  unrelated: Rows | None  # of text to evaluate too
   report: dict[str, Any]
 
   def to_json(self, train: ConfigDict) -> str:

@@ -59,7 +59,7 @@ def leaving_a_report(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, An
   try:
     yield
   except BaseException as error:
-    ending = {"exit_code": _exit_code(error), "why": str(error) or type(error).__name__}
+    ending = {"exit_code": _exit_code(error), "why": masked(str(error)) or type(error).__name__}
     raise
   finally:
     with _at_most_a_line("report.html"):

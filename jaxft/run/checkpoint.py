@@ -61,9 +61,8 @@ class Checkpoints:
       in_pieces: read and write some leaves at a time, and wait for it: the host has no room for a copy of the state.
     """
     self.folder, self._closed, self._nbytes = folder, False, 0
-    self._by_metric = bool(best)
     self._keep, self._in_pieces, self._verified, self._has_saved = keep, in_pieces, ReadBack(None), False
-    lowest = lambda metrics: metrics.get(best, math.inf) if metrics else math.inf
+    self._lowest = lowest = lambda metrics: metrics.get(best, math.inf) if metrics else math.inf
     kept = [LatestN(keep), self._verified]
     if best:
       kept.append(BestN(get_metric_fn=lowest, reverse=True, n=1, keep_checkpoints_without_metrics=False))
@@ -176,7 +175,8 @@ class Checkpoints:
 
   def best(self) -> int | None:
     """The step with the least value of the metric that was named; None where none of those that are kept has it."""
-    return self._manager.best_step() if self._by_metric else None
+    step = self._manager.best_step()
+    return step if step is not None and self._lowest(self._manager.metrics(step)) < math.inf else None
 
   def to_come(self, total_steps: int, train: ConfigDict) -> int:
     """How many more checkpoints the disk will have to hold at once, until a run of so many steps is through."""

@@ -55,6 +55,10 @@ class StopRequest:
     finally:
       self._held = False
 
+  def hold(self) -> None:
+    """From now on a signal is only remembered."""
+    self._held = True
+
   def at(self, step: int) -> bool:
     """Whether the run is to stop after this step: the same answer in all processes."""
     if jax.process_count() == 1:

@@ -44,6 +44,8 @@ class Judge:
 
   def sample(self, weights: Any, step: int, when: str) -> None:
     prompts, seed = list(self._config.sample_prompts), self._config.seed
+    if not prompts:
+      return  # without a look through the training text
     sampling = Sampling(self._config.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=seed)
     found = self._generator(weights, [self._tokenizer(prompt)["input_ids"] for prompt in prompts], sampling)
     known = memorised.shares(found, self._data.train.tokens.ids)

@@ -69,19 +69,27 @@ def refuse_another_run(
     return
 
 
-def best_weights(checkpoints: Checkpoints, like: Changing) -> tuple[int, Changing]:
-  """The step of the best checkpoint, and its weights alone; the newest one's, with a line, where the best cannot be read."""
+def best_weights(checkpoints: Checkpoints, like: Changing, strict: bool) -> tuple[int, Changing]:
+  """The step of the best checkpoint, or the newest where none that is kept was evaluated, and its weights alone.
+
+  Damaged ones are set aside, or raise if `strict`. Raises StorageError where none is sound.
+  """
   unread = Changing(NOT_READ, like.params, jax.tree.map(lambda _: NOT_READ, like.opt))
-  best, newest = checkpoints.best(), checkpoints.steps()[-1]
-  try:
-    return best, checkpoints.restore(best, unread)
-  except Unreadable:
-    raise
-  except StorageError as error:
-    if best == newest:
+  while True:
+    best = checkpoints.best()
+    step = checkpoints.steps()[-1] if best is None else best
+    try:
+      weights = checkpoints.restore(step, unread)
+    except Unreadable:
       raise
-    say(f"{error}; it was the best, and the newest is taken instead")
-    return newest, checkpoints.restore(newest, unread)
+    except StorageError as error:
+      if strict or len(checkpoints.steps()) == 1:
+        raise
+      say(f"{error}; set aside as {checkpoints.set_aside(step).name}, and taking the next one")
+      continue
+    why = "no checkpoint that is kept was evaluated" if best is None else "the best of the checkpoints that are kept"
+    say(f"exporting the weights of step {step}: {why}")
+    return step, weights
 
 
 def resume(checkpoints: Checkpoints, like: Changing, total_steps: int, strict: bool) -> tuple[Changing | None, int]:

@@ -147,16 +147,20 @@ class WandB:
     )
     self._run.config.update(run.settings, allow_val_change=True)
     self.where = self._run.url or self._run.dir
-    self._samples = list(run.samples)
+    self._samples, self._newest = list(run.samples), self._run.step
 
   def write(self, metrics: list[tuple[int, Metrics]], samples: list[dict[str, Any]]) -> None:
     for step, values in metrics:
       self._run.log(values, step=step)
+      self._newest = max(self._newest, step)
     if samples:
       self._samples += samples
+      self._newest = max(self._newest, samples[-1]["step"])
       columns = ["step", "when", "prompt", "text"]
       rows = [[line[column] for column in columns] for line in self._samples]
-      self._run.log({"samples": self._wandb.Table(columns=columns, data=rows)}, step=samples[-1]["step"])
+      self._run.log(
+        {"samples": self._wandb.Table(columns=columns, data=rows)}, step=self._newest
+      )  # one before is dropped
 
   def end(self, status: str, why: str, step: int) -> None:
     self._run.summary["status"] = f"{status}: {why}" if why else status

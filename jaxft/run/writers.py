@@ -198,9 +198,9 @@ def _start(writer: str) -> subprocess.Popen:
 
 
 def _places(kind: str, lines: list[dict[str, Any]]) -> set[Any]:
-  """What each line tells of: (step, key) for each number, (step, prompt) for each sample."""
+  """What each line tells of: (step, key) for each number, (step, when, prompt) for each sample."""
   if kind == "samples":
-    return {(line["step"], line.get("prompt")) for line in lines}
+    return {(line["step"], line.get("when"), line.get("prompt")) for line in lines}
   return {(line["step"], key) for line in lines for key in line if not key.startswith("system/")}
 
 
