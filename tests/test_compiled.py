@@ -92,6 +92,13 @@ def test_layers_are_gathered_one_at_a_time_and_gradients_come_back_cut(h100x8):
 
 
 @pytest.mark.slow
+@pytest.mark.wide
+def test_muon_has_one_layer_whole_at_a_time(compiler):
+  answer = compiler(request(GPTJ, "h100x8", 32, 2048, optim__name="muon"))
+  assert answer["peak_bytes"] < 14 * GIB and not whole_stacks(hlo.collectives(answer["text"]))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name, device",
   [
