@@ -273,7 +273,7 @@ def test_where_the_best_weights_are_exported_it_is_their_loss_that_counts(tmp_pa
   files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": samples}
   page = shown(write(tmp_path / "w", changes={"train.keep_best_metric": "eval/loss"}, **files))
   assert "Eval loss fell from 4.000 to 2.000" in page.text
-  assert "The weights of step 50 were exported, of 100 steps the best" in page.text
+  assert "The weights of step 50 of 100 were exported, the best that were kept" in page.text
 
 
 @pytest.mark.parametrize(

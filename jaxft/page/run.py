@@ -58,7 +58,9 @@ def _lead(record: Record) -> list[Any]:
     above = f" It is {words.figure(found.after - floor)} nats a token above the text's own entropy, which no model can go below"
     said.append(f"{above}: {words.percent(gone)} of the way.")
   if found.after is not None and record.exported_step < record.last_step:
-    said.append(f" The weights of step {record.exported_step:,} were exported, of {record.last_step:,} steps the best.")
+    said.append(
+      f" The weights of step {record.exported_step:,} of {record.last_step:,} were exported, the best that were kept."
+    )
   return said
 
 
@@ -281,7 +283,7 @@ def _again(record: Record) -> Html:
     if folder := about.get("folder"):
       lines.append(f"cd {shlex.quote(str(folder))}")
     if commit := about.get("commit"):
-      lines.append(f"git checkout {shlex.quote(str(commit))}")
+      lines.append(f"# jaxft at commit {commit}")
     given = itertools.starmap("{}={}".format, ((k, shlex.quote(str(v))) for k, v in part(about, "environment").items()))
     lines.append(" ".join([*given, str(about["command"])]))
     told = "The command as it was given; with another --workdir it begins from the start."
