@@ -70,7 +70,9 @@ def test_a_layer_of_a_stack_is_updated_as_it_would_be_alone(name):
     # Muon is for layers: its one layer is a stack too.
     place, one = ("blocks", slice(i, i + 1)) if name == "muon" else ("other", i)
     alone = updated(settings_, {place: {"kernel": stack["kernel"][one]}}, {place: {"kernel": grads["kernel"][one]}})
-    np.testing.assert_allclose(together[one], alone[place]["kernel"], rtol=1e-6, atol=1e-7)
+    # Its matrix products round as the loop they are in has it; the others do the same sums.
+    how = dict(rtol=1e-5, atol=1e-6) if name == "muon" else dict(rtol=1e-6)
+    np.testing.assert_allclose(together[one], alone[place]["kernel"], **how)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
