@@ -36,8 +36,8 @@ Full fine-tuning with AdamW, rows of as many tokens as the model has positions (
 `--config.memory.remat=full --config.memory.loss_chunk=256 --config.model.dropout=0`. Each cell: the most rows a device takes at
 once (`--config.train.micro_batch_size`, in powers of two up to {most}), the peak of a device, and `memory.offload` where it is
 needed. Every cell accumulates two such parts; with `all` each further one takes the input of its layers, {input} a row for
-GPT-J-6B, and otherwise nothing. Where no part fits (-) a batch that is not accumulated may, without the sum of gradients: GPT-J-6B
-does on a v5e:2x4, as `gptj_6b_v5e8.py` below.
+GPT-J-6B, and otherwise nothing. Where no part fits (-) a batch that is not accumulated may, without the sum of gradients:
+GPT-J-6B does on a v5e:2x4, as `gptj_6b_v5e8.py` below.
 
 The train step of every cell was compiled for that hardware by `python scripts/make_hardware_page.py`, {date}, {versions}; none
 of it was run there. {margin} of the memory that a process gets stays free. A T4 has no bfloat16, and computes in float32. With
