@@ -195,7 +195,7 @@ def test_a_full_disk_is_told_of_and_changes_nothing(tmp_path, small_disk, monkey
   tell(tmp_path, ["tensorboard", "trackio", "mlflow"], range(1, 4))
   said = capsys.readouterr().out
   for name in ("tensorboard", "trackio", "mlflow"):
-    assert f"{name}: " in said and "6 of 6 lines did not arrive" in said.split(f"{name}: ")[-1].splitlines()[0], said
+    assert f"{name}: " in said and "7 of 7 lines did not arrive" in said.split(f"{name}: ")[-1].splitlines()[0], said
 
 
 @pytest.mark.slow
