@@ -42,7 +42,7 @@ GPT-J-6B does on a v5e:2x4, as `gptj_6b_v5e8.py` below.
 The train step of every cell was compiled for that hardware by `python scripts/make_hardware_page.py`, {date}, {versions}; none
 of it was run there. {margin} of the memory that a process gets stays free. A T4 has no bfloat16, and computes in float32. With
 GPT-2's own dropout of 0.1 a device takes a little more. On one machine the fastest settings are those that
-`python -m jaxft.plan --fit` finds; this page says what is possible.
+`--fit` of `jaxft.plan` finds; this page says what is possible.
 
 """
 CONFIGS_HEAD = """

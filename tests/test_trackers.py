@@ -185,7 +185,6 @@ def test_a_tracker_that_hangs_costs_a_step_microseconds_and_lines_beyond_the_mos
   assert seconds < 1e-3
 
 
-@pytest.mark.wide  # seen to hang when run alone, 2026-11-22: to be looked into
 def test_a_full_disk_is_told_of_and_changes_nothing(tmp_path, small_disk, monkeypatch, capsys):
   with (small_disk / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
     while ballast.write(bytes(4096)):

@@ -6,6 +6,7 @@ over the defaults here, which keep everything in the workdir.
 
 import json
 import os
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -47,9 +48,12 @@ class TensorBoard:
     folder = os.environ.get("TENSORBOARD_LOGGING_DIR")
     self.where = str(Path(folder) / f"{run.some_name}-{run.id[:6]}" if folder else Path(run.workdir) / "tensorboard")
     # Two pieces that start in the same second would have one file name: the second would replace the first.
+    # A full disk ends tensorboardX's thread, and a bounded queue that nobody empties would be waited for for ever.
     self._writer = SummaryWriter(
-      self.where, purge_step=None if run.resumed else 0, filename_suffix=f".{time.time_ns()}"
+      self.where, max_queue=0, purge_step=None if run.resumed else 0, filename_suffix=f".{time.time_ns()}"
     )
+    self._died: list[BaseException] = []
+    threading.excepthook = lambda ended: self._died.append(ended.exc_value)
     self._prompts: dict[str, int] = {}
     values = {key: value if isinstance(value, int | float | str) else str(value) for key, value in run.settings.items()}
     for summary in hparams(values, {"eval/loss": None})[:2]:  # the third would say that the run has succeeded
@@ -65,10 +69,14 @@ class TensorBoard:
       number = self._prompts.setdefault(line["prompt"], len(self._prompts) + 1)
       self._writer.add_text(f"samples/{number}", f"**{line['prompt']}**{line['text']}", line["step"])
     self._writer.flush()
+    if self._died:
+      raise self._died[0]
 
   def end(self, status: str, why: str, step: int) -> None:
     self._writer.add_text("status", f"{status}: {why}" if why else status, step)
     self._writer.close()
+    if self._died:
+      raise self._died[0]
 
 
 class MLflow:
