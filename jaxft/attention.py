@@ -91,7 +91,7 @@ def attention(
   if kernel == "splash" and plain:
     return _splash(q_BTNH, k_BSNH, v_BSNH, scale, window, q_segments_BT)
   rest = Rest(offset, q_segments_BT, k_segments_BS, keys_BN)
-  if kernel == "reference":
+  if kernel == "reference" or T == 1:  # a token after the other: there is little to keep out of memory
     return _reference(q_BTNH, k_BSNH, v_BSNH, rest, scale, window, dropout_rate)
   return Chunked(scale, window, dropout_rate)(q_BTNH, k_BSNH, v_BSNH, rest)
 

@@ -26,17 +26,37 @@ ACTIVATIONS = ("batch", None, "act_embed")  # their logical axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of the columns seen so far, for all layers; written in place inside a jitted function."""
+  """Keys and values of the columns seen so far; written in place inside a jitted function."""
 
-  k_LBSNH: jax.Array
-  v_LBSNH: jax.Array
+  k: Any  # (L, B, N, S, H), or a tuple: of each layer (B, N, S, H)
+  v: Any
   segments_BS: jax.Array  # 0: padding or not written yet
   used: jax.Array  # columns written, the same for every row
 
   @classmethod
   def empty(cls, cfg: ModelConfig, B: int, S: int, dtype: Any) -> "Cache":
-    kv = jnp.zeros((cfg.L, B, S, cfg.N, cfg.H), dtype)
+    kv = jnp.zeros((cfg.L, B, cfg.N, S, cfg.H), dtype)
     return cls(kv, kv, jnp.zeros((B, S), jnp.int32), jnp.int32(0))
+
+  def apart(self) -> "Cache":
+    """With arrays of its own for each layer."""
+    return dataclasses.replace(self, k=tuple(jnp.unstack(self.k)), v=tuple(jnp.unstack(self.v)))
+
+  def take(self, rows: jax.Array) -> "Cache":
+    """Of these rows."""
+    k, v = jax.tree.map(lambda x: jnp.take(x, rows, x.ndim - 4), (self.k, self.v))
+    return Cache(k, v, self.segments_BS[rows], self.used)
+
+  def write(self, kv: Any, layer: Any, new_BTNH: jax.Array) -> tuple[Any, jax.Array]:
+    """`kv`, which is k or v, with more columns in a layer, and all columns of that layer, (B, S, N, H)."""
+    new_BNTH, start = jnp.moveaxis(new_BTNH, 2, 1), (0, 0, self.used, 0)
+    if isinstance(kv, tuple):
+      all_BNSH = jax.lax.dynamic_update_slice(kv[layer], new_BNTH, start)
+      kv = (*kv[:layer], all_BNSH, *kv[layer + 1 :])
+    else:
+      kv = jax.lax.dynamic_update_slice(kv, new_BNTH[None], (layer, *start))
+      all_BNSH = jax.lax.dynamic_index_in_dim(kv, layer, keepdims=False)
+    return kv, jnp.moveaxis(all_BNSH, 1, 2)
 
 
 class Decoder(nnx.Module):
@@ -77,22 +97,29 @@ class Decoder(nnx.Module):
     rows_BTD = self.look_up(ids_BT) if rows_BTD is None else rows_BTD
     return self._run(rows_BTD, segments_BT, positions_BT, keys_B, None, cached)[0]
 
-  def extend(self, cache: Cache, ids_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array):
+  def extend(
+    self,
+    cache: Cache,
+    ids_BT: jax.Array,
+    segments_BT: jax.Array,
+    positions_BT: jax.Array,
+    layers: list[dict] | None = None,
+  ) -> tuple[jax.Array, Cache]:
     """Reads T more columns after those in the cache: hidden states (B, T, D) and the longer cache.
 
     The caller sees to it that the cache has room: `cache.used + T <= S`.
+
+    Args:
+      layers: weights of each layer, for a cache that is `apart`; None: they are stacked in `blocks`.
     """
     segments_BS = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, (0, cache.used))
 
     def cached(layer, kv, k_BTNH, v_BTNH):
-      start = (layer, 0, cache.used, 0, 0)
-      kv = tuple(jax.lax.dynamic_update_slice(old, new[None], start) for old, new in zip(kv, (k_BTNH, v_BTNH)))
-      k_BSNH, v_BSNH = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in kv)
-      return (k_BSNH, v_BSNH, segments_BS, cache.used), kv
+      (k, k_BSNH), (v, v_BSNH) = cache.write(kv[0], layer, k_BTNH), cache.write(kv[1], layer, v_BTNH)
+      return (k_BSNH, v_BSNH, segments_BS, cache.used), (k, v)
 
-    h_BTD, (k, v) = self._run(
-      self.look_up(ids_BT), segments_BT, positions_BT, None, (cache.k_LBSNH, cache.v_LBSNH), cached
-    )
+    rows_BTD, kv = self.look_up(ids_BT), (cache.k, cache.v)
+    h_BTD, (k, v) = self._run(rows_BTD, segments_BT, positions_BT, None, kv, cached, layers)
     return h_BTD, Cache(k, v, segments_BS, cache.used + ids_BT.shape[1])
 
   def head(self) -> Head:
@@ -145,7 +172,7 @@ class Decoder(nnx.Module):
     kinds = self.cfg.kinds_of_window
     return jnp.array([kinds.index(window) for window in self.cfg.windows]) if len(kinds) > 1 else None
 
-  def _run(self, rows_BTD, segments_BT, positions_BT, keys_B, kv, cached):
+  def _run(self, rows_BTD, segments_BT, positions_BT, keys_B, kv, cached, layers=None):
     embed_keys_B, layers_keys_B = split(keys_B, 2)
     if positions_BT is None:
       positions_BT = default_positions(rows_BTD)
@@ -161,12 +188,16 @@ class Decoder(nnx.Module):
 
       return (self.layer(block, x_BTD, positions_BT, segments_BT, kind, keys_B, cached_here), kv), None
 
-    x_BTD = self.enter(rows_BTD, positions_BT, embed_keys_B)
+    x_BTD, kinds_L = self.enter(rows_BTD, positions_BT, embed_keys_B), self.window_of_layers()
+    if layers is not None:
+      graph, carry = nnx.graphdef(self.blocks), (x_BTD, kv)
+      for index, weights in enumerate(layers):
+        kind = None if kinds_L is None else kinds_L[index]
+        carry, _ = layer(carry, (nnx.merge(graph, weights), index, kind, None))
+      return self.norm(carry[0]), carry[1]
     keys_LB = None if layers_keys_B is None else split(layers_keys_B, self.cfg.L)
     layer = rematerialised(layer, self.compute.remat)
-    (x_BTD, kv), _ = jax.lax.scan(
-      layer, (x_BTD, kv), (self.blocks, jnp.arange(self.cfg.L), self.window_of_layers(), keys_LB)
-    )
+    (x_BTD, kv), _ = jax.lax.scan(layer, (x_BTD, kv), (self.blocks, jnp.arange(self.cfg.L), kinds_L, keys_LB))
     return self.norm(x_BTD), kv
 
 

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft import beams, filters
+from jaxft import beams, filters, views
 from jaxft.errors import RequestError
 from jaxft.filters import History
 from jaxft.model import Cache, ModelConfig
 
 Watch = Callable[[int, list[int]], bool]
+Step = Callable[..., tuple[jax.Array, Cache]]  # (cache, ids, segments, positions) -> logits, cache
 BUCKET = 64  # prompts and caches are padded to multiples of this many columns: few shapes, few compilations
 
 
@@ -78,19 +79,20 @@ class Generator:
   def __init__(self, graph: nnx.GraphDef, cfg: ModelConfig, eos_token_id: int):
     self._cfg, self.eos_token_id = cfg, eos_token_id
 
-    def step(params, cache, ids_BT, segments_BT, positions_BT):
+    def step(params, layers, cache, ids_BT, segments_BT, positions_BT):
       decoder = nnx.merge(graph, params)
-      h_BTD, cache = decoder.extend(cache, ids_BT, segments_BT, positions_BT)
+      h_BTD, cache = decoder.extend(cache, ids_BT, segments_BT, positions_BT, layers)
       # Whole on every device: each process looks at them, and each draws the same.
       return decoder.compute.constrain(decoder.logits(h_BTD[:, -1]), (None, None)), cache
 
-    def prefill(params, ids_BT, segments_BT, positions_BT, S):
+    def prefill(params, ids_BT, segments_BT, positions_BT, S, apart):
       decoder = nnx.merge(graph, params)
       cache = Cache.empty(cfg, ids_BT.shape[0], S, decoder.compute.dtype)
-      return step(params, cache, ids_BT, segments_BT, positions_BT)
+      logits_BV, cache = step(params, None, cache, ids_BT, segments_BT, positions_BT)
+      return logits_BV, cache.apart() if apart else cache
 
-    self._prefill = jax.jit(prefill, static_argnames="S")
-    self._step = jax.jit(step, donate_argnums=1)
+    self._prefill = jax.jit(prefill, static_argnames=("S", "apart"))
+    self._step = jax.jit(step, donate_argnums=2)
 
   def __call__(
     self,
@@ -116,14 +118,17 @@ class Generator:
     each = max(sampling.num_beams, sampling.num_return_sequences)
     rows = [prompt or [self.eos_token_id] for prompt in prompts for _ in range(each)]
     texts, ends = Texts.of(rows, sampling.max_new_tokens, self._cfg.P, each), ends | {self.eos_token_id}
-    logits_BV, cache = self._prefill(params, *texts.prompts(), S=texts.ids_BS.shape[1])
+    layers = views.of_layers(params["blocks"], self._cfg.L)
+    logits_BV, cache = self._prefill(params, *texts.prompts(), S=texts.ids_BS.shape[1], apart=layers is not None)
+    # The stack is no argument of the step then; a layer tells what a block is.
+    step = functools.partial(self._step, params if layers is None else params | {"blocks": layers[0]}, layers)
     if sampling.num_beams > 1:
-      return self._likeliest(params, logits_BV, cache, texts, sampling, ends)
-    return self._chosen(params, logits_BV, cache, texts, sampling, ends, watch)
+      return self._likeliest(step, logits_BV, cache, texts, sampling, ends)
+    return self._chosen(step, logits_BV, cache, texts, sampling, ends, watch)
 
   def _chosen(
     self,
-    params: Any,
+    step: Step,
     logits_BV: jax.Array,
     cache: Cache,
     texts: "Texts",
@@ -146,12 +151,12 @@ class Generator:
             open_rows.discard(row)
       if not open_rows or n == texts.new - 1:
         break
-      logits_BV, cache = self._step(params, cache, *texts.add(np.asarray(next_B)))
+      logits_BV, cache = step(cache, *texts.add(np.asarray(next_B)))
     return completions
 
   def _likeliest(
     self,
-    params: Any,
+    step: Step,
     logits_BV: jax.Array,
     cache: Cache,
     texts: "Texts",
@@ -171,7 +176,7 @@ class Generator:
       texts.take(rows)
       cache = _take(cache, rows)
       last = np.array([text.ids[-1] for prompt in prompts for text in prompt.running], np.int32)
-      logits_BV, cache = self._step(params, cache, *texts.add(last))
+      logits_BV, cache = step(cache, *texts.add(last))
 
 
 class Texts:
@@ -223,9 +228,7 @@ class Texts:
     return History(self.ids_BS.copy(), there_BS, np.int32(self._end))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _take(cache: Cache, rows: jax.Array) -> Cache:
-  return Cache(cache.k_LBSNH[:, rows], cache.v_LBSNH[:, rows], cache.segments_BS[rows], cache.used)
+_take = jax.jit(Cache.take, donate_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
