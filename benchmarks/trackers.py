@@ -1,10 +1,15 @@
 """What trackers cost a step of GPT-2 124M: python benchmarks/trackers.py [--rows 1] [--length 128] [--writers ...]
 
-Steps in turns: with a line sent to every tracker after each step (a run sends one in `train.log_every`), and without. Trackers
-have written what they got before the turn without them begins. Random weights; nothing is read.
+Steps in turns of `train.log_every`: without trackers; with a line to each at the beginning of the turn, as a run sends it; and
+the same with trackers that are broken: servers that take the connection and never say a word, and a folder that is a file.
+Random weights; nothing is read.
 """
 
 import argparse
+import contextlib
+import datetime
+import os
+import socket
 import statistics
 import tempfile
 import time
@@ -25,7 +30,7 @@ from jaxft.run.tracking import Lines, console
 from jaxft.run.writers import Writers
 from jaxft.step import State
 
-TURNS, STEPS = 8, 5
+TURNS = 6
 LINE = {"train/loss": 3.2, "train/learning_rate": 5e-5, "train/grad_norm": 1.1, "train/tokens": 10**6}
 LINE |= {"perf/tokens_per_second": 1e4, "perf/step_seconds": 0.1, "memory/peak_bytes": 10**9}
 
@@ -50,36 +55,61 @@ def main() -> None:
   batch = jax.device_put({"ids": ids, "targets": ids, "mask": np.ones(ids.shape, bool)}, run.batch_sharding)
 
   console.quiet = True
-  seconds = {"with": [], "without": []}
-  with tempfile.TemporaryDirectory() as folder:
+  seconds, steps = {"without": [], "with": [], "broken": []}, config.train.log_every
+  with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as silent:
     lines = [Lines(Path(folder) / name, -1, True) for name in ("metrics.jsonl", "samples.jsonl")]
-    with Writers(config, Path(folder), 0, *lines, True) as trackers:
-      step = 0
-      for turn in range(TURNS + 1):
-        for what in ("with", "without") if turn % 2 else ("without", "with"):
-          for _ in range(STEPS):
-            started, step = time.monotonic(), step + 1
+    for name in ("working", "broken"):
+      (Path(folder) / name).mkdir()
+    with contextlib.ExitStack() as until_the_end:
+      working = until_the_end.enter_context(Writers(config, Path(folder) / "working", 0, *lines, True))
+      send(working, 0)
+      wait_for(working)
+      break_all(f"http://127.0.0.1:{silent.getsockname()[1]}", Path(folder) / "file")
+      broken = until_the_end.enter_context(Writers(config, Path(folder) / "broken", 0, *lines, True))
+      for turn in range(1, TURNS + 1):
+        for what, writers in {"without": None, "with": working, "broken": broken}.items():
+          started = time.monotonic()
+          if writers:
+            send(writers, turn)
+          for _ in range(steps):
             state, numbers = train_step(state, batch)
             jax.block_until_ready((state, numbers))
-            if what == "with":
-              trackers.put("metrics", {"step": step} | LINE)
-            if turn:  # the first opens the trackers
-              seconds[what].append(time.monotonic() - started)
-          while any(it._arrived < it._given for it in trackers._writers):
-            time.sleep(0.1)
+          seconds[what].append((time.monotonic() - started) / steps)
+          wait_for(working)
   median = {what: statistics.median(found) for what, found in seconds.items()}
   spread = (max(seconds["without"]) - min(seconds["without"])) / median["without"]
-  change = median["with"] / median["without"] - 1
   where = f"{jax.devices()[0].device_kind}, {arguments.rows} x {T} tokens"
-  text = f"{where}, {TURNS} turns of {STEPS} steps each way, the medians:\n\n"
-  text += "| | a step | of a step |\n|---|---|---|\n"
-  text += f"| without trackers | {median['without']:.3f} s | |\n"
   names = ", ".join(config.tracking.writers)
-  text += (
-    f"| a line after each step to {names} | {median['with']:.3f} s | {change:+.1%} (steps differ by {spread:.0%}) |"
+  rows = {"without": "without trackers", "with": f"a line to {names}", "broken": "the same, and all of them broken"}
+  text = (
+    f"{datetime.date.today()}, {where}, a line in {steps} steps, the medians of {TURNS} turns (those without trackers "
   )
+  text += f"differ by {spread:.0%}):\n\n| | a step | of a step |\n|---|---|---|\n"
+  for what, name in rows.items():
+    change = "" if what == "without" else f"{median[what] / median['without'] - 1:+.1%}"
+    text += f"| {name} | {median[what]:.3f} s | {change} |\n"
   print(text)
-  put("what trackers cost", "benchmarks/trackers.py", text)
+  put("what trackers cost", "benchmarks/trackers.py", text.rstrip())
+
+
+def send(writers: Writers, turn: int) -> None:
+  writers.put("metrics", {"step": turn} | LINE)
+
+
+def wait_for(writers: Writers) -> None:
+  while any(it._arrived < it._given for it in writers._writers):
+    time.sleep(0.1)
+
+
+def break_all(server: str, file: Path) -> None:
+  file.touch()
+  os.environ |= {
+    "MLFLOW_TRACKING_URI": server,
+    "WANDB_BASE_URL": server,
+    "WANDB_MODE": "online",
+    "WANDB_API_KEY": "0" * 40,
+  }
+  os.environ |= {"TENSORBOARD_LOGGING_DIR": str(file), "TRACKIO_DIR": str(file)}
 
 
 if __name__ == "__main__":
