@@ -218,7 +218,7 @@ def rematerialised(layer: Callable, remat: str) -> Callable:
 
 
 def compute_dtype(name: str, device: jax.Device) -> Any:
-  """The dtype of activations: "auto" is bfloat16, but float32 where that is slow (a CPU, jax 0.12) or missing.
+  """The dtype of activations: "auto" is bfloat16, but float32 where that gains little (a CPU: docs/speed.md) or is missing.
 
   NVIDIA GPUs have it from compute capability 8.0 on: a T4 (7.5) and a V100 (7.0) do not.
   """
