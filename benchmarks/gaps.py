@@ -79,7 +79,9 @@ def drawn(found: list[Busy]) -> str:
   rows = []
   for row, it in enumerate(found):
     begin, scale = it.spans[0][0], (width - 160) / it.total
-    rows.append(f'<text x="4" y="{30 * row + 25}" font-family="sans-serif" font-size="12" fill="#808080">{it.device}</text>')
+    rows.append(
+      f'<text x="4" y="{30 * row + 25}" font-family="sans-serif" font-size="12" fill="#808080">{it.device}</text>'
+    )
     rows += [
       f'<rect x="{150 + (b - begin) * scale:.2f}" y="{30 * row + 10}" width="{(e - b) * scale:.2f}" height="22" '
       'fill="#3465a4"/>'

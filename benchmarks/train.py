@@ -3,6 +3,7 @@
 The same model with random weights, the same batch, length, optimizer and precision. Each turn is a process of its own, and the
 contenders take turns; medians count. jaxft is the whole of `jaxft.finetune`; the peer is Trainer with the attention and compile
 settings that its documentation names. The table goes into docs/benchmarks.md. On a GPU bfloat16 is used, on a CPU float32.
+Caches of compiled programs are empty in the first turn. jaxft also reads, checks and tokenises its text before its first step.
 
 Needs torch, transformers and accelerate beside jaxft.
 """
@@ -42,10 +43,11 @@ def parsed() -> argparse.Namespace:
   parser.add_argument("--turns", type=int, default=3)
   parser.add_argument("--dropout", type=float, default=0.0)
   parser.add_argument(
-    "--remat", default="none", choices=("none", "dots", "full"), help="of jaxft; Trainer keeps everything"
+    "--remat", default="dots", choices=("none", "dots", "full"), help="of jaxft; Trainer keeps everything"
   )
   parser.add_argument("--only", nargs="*", default=list(CONTENDERS), help="contenders")
   parser.add_argument("--measure", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+  parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
   return parser.parse_args()
 
 
@@ -56,24 +58,30 @@ def main() -> None:
       measured = with_jaxft(asked, Path(folder)) if asked.measure == "jaxft" else with_trainer(asked, Path(folder))
     return print(json.dumps(measured))
   found = {name: [] for name in asked.only}
-  for turn in range(asked.turns):
-    for name in list(found):
-      try:
-        found[name].append(measure(name))
-      except subprocess.CalledProcessError:  # a batch that a peer has no memory for is an answer
-        print(f"{name}: ended with an error, see above", flush=True)
-        found[name].append(None)
-        continue
-      now = found[name][-1]
-      print(f"turn {turn + 1}, {name}: {now['tokens_per_second']:,.0f} tokens/s, loss {now['loss']:.3f}", flush=True)
+  with tempfile.TemporaryDirectory() as caches:
+    for turn in range(asked.turns):
+      for name in list(found):
+        try:
+          found[name].append(measure(name, caches))
+        except subprocess.CalledProcessError:  # a batch that a peer has no memory for is an answer
+          print(f"{name}: ended with an error, see above", flush=True)
+          found[name].append(None)
+          continue
+        now = found[name][-1]
+        print(
+          f"turn {turn + 1}, {name}: first step after {now['first_step']:.1f} s, {now['tokens_per_second']:,.0f} tokens/s, "
+          f"loss {now['loss']:.3f}",
+          flush=True,
+        )
   text = table(asked, {name: [it for it in turns if it] for name, turns in found.items()})
   print(text)
   page.put(f"training {asked.model} on a {'CPU' if device_of(found) == 'cpu' else 'GPU'}", "benchmarks/train.py", text)
 
 
-def measure(name: str) -> dict:
-  command = [sys.executable, *sys.argv, "--measure", name]
-  done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+def measure(name: str, caches: str) -> dict:
+  command = [sys.executable, *sys.argv, "--measure", name, "--began", str(time.time())]
+  places = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": caches, "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
+  done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | places)
   return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -85,8 +93,17 @@ def with_jaxft(asked: argparse.Namespace, folder: Path) -> dict:
 
   import jaxft
   from jaxft import config as settings
+  from jaxft import train
   from jaxft.hf.published import PUBLISHED
 
+  say, first_step = train.say, []
+
+  def heard(text: str) -> None:
+    say(text)
+    if text.startswith("first step after"):
+      first_step.append(time.time() - asked.began)
+
+  train.say = heard
   tiny.write_gpt2_bpe(folder)
   (folder / "config.json").write_text(json.dumps(PUBLISHED[asked.model]))
   texts = (" ".join(str(n * n) for n in range(m, m + asked.length)) for m in range(8 * asked.rows))
@@ -111,6 +128,7 @@ def with_jaxft(asked: argparse.Namespace, folder: Path) -> dict:
     "peak": lines[-1]["memory/peak_bytes"],
     "loss": lines[-1]["train/loss"],
     "device": jax.devices()[0].device_kind,
+    "first_step": first_step[0],
   }
 
 
@@ -133,7 +151,7 @@ def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
       setattr(config, name, asked.dropout)
   config.use_cache = False
   model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=how["attention"])
-  cuda, marks = torch.cuda.is_available(), []
+  cuda, marks, first_step = torch.cuda.is_available(), [], []
   rows = torch.randint(config.vocab_size, (64 * asked.rows, asked.length), generator=torch.Generator().manual_seed(0))
 
   class Rows(torch.utils.data.Dataset):
@@ -145,10 +163,13 @@ def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
 
   class Watch(transformers.TrainerCallback):
     def on_step_end(self, arguments, state, control, **_) -> None:
-      if state.global_step in (WARM_UP, WARM_UP + asked.steps):
+      if state.global_step in (1, WARM_UP, WARM_UP + asked.steps):
         if cuda:
           torch.cuda.synchronize()
-        marks.append(time.monotonic())
+        if state.global_step == 1:
+          first_step.append(time.time() - asked.began)
+        else:
+          marks.append(time.monotonic())
 
   trainer = transformers.Trainer(
     model=model,
@@ -177,6 +198,7 @@ def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
     "peak": peak,
     "loss": float(losses[-1]),
     "device": torch.cuda.get_device_name() if cuda else "cpu",
+    "first_step": first_step[0],
   }
 
 
@@ -207,20 +229,22 @@ def table(asked: argparse.Namespace, found: dict[str, list[dict]]) -> str:
   lines = [
     f"{datetime.date.today()}, {os.cpu_count()} CPU cores{'' if device == 'cpu' else f', {device}'}, Python "
     f"{platform.python_version()}, {versions}. {asked.model}, {asked.rows} x {asked.length} tokens, {precision}, AdamW, "
-    f"dropout {asked.dropout:g}; medians of {asked.turns} turns of {asked.steps} steps. In brackets the slowest and fastest.",
+    f"dropout {asked.dropout:g}, `memory.remat={asked.remat}`; medians of {asked.turns} turns of {asked.steps} steps. In "
+    "brackets the slowest and fastest. First step: how long after the command it is over, in the first turn and in later ones.",
     "",
-    "| | tokens/s | to Trainer's best | peak memory |",
-    "|---|---|---|---|",
+    "| | tokens/s | to Trainer's best | peak memory | first step, caches empty | and filled |",
+    "|---|---|---|---|---|---|",
   ]
   for name, turns in found.items():
     if not turns:
-      lines.append(f"| {name} | it ended with an error | | |")
+      lines.append(f"| {name} | it ended with an error | | | | |")
       continue
     speeds = sorted(turn["tokens_per_second"] for turn in turns)
     ratio = f"{speed(name) / speed(best):.2f}" if best else ""
     lines.append(
       f"| {name} | {speed(name):,.0f} ({speeds[0]:,.0f} to {speeds[-1]:,.0f}) | {ratio} | "
-      f"{median(name, 'peak') / 2**30:.2f} GiB |"
+      f"{median(name, 'peak') / 2**30:.2f} GiB | {turns[0]['first_step']:.1f} s | "
+      f"{statistics.median(turn['first_step'] for turn in turns[1:] or turns):.1f} s |"
     )
   return "\n".join(lines)
 
