@@ -17,30 +17,32 @@ def main() -> None:
     nargs="+",
     default=[],
     metavar="SOURCE",
-    help="file, glob, folder or hub:NAME[:SPLIT]; default with --workdir: the run's own validation data",
+    help="file, glob, folder or hub:NAME[:SPLIT]; default with --workdir: what the run has held out",
   )
-  parser.add_argument("--text_column", default="text", help="column that holds the text (default: text)")
+  parser.add_argument("--text_column", help="column that holds the text (default: as the run has it, or text)")
   parser.add_argument(
-    "--label_column", default="label", help="column that holds the label, for a model that classifies (default: label)"
+    "--label_column", help="column that holds the label, for a model that classifies (default: as the run, or label)"
   )
-  parser.add_argument("--sequence_length", type=int, default=0, help="tokens a row (default: the model's positions)")
+  parser.add_argument(
+    "--sequence_length", type=int, default=0, help="tokens a row (default: as the run, or the model's positions)"
+  )
   parser.add_argument(
     "--batch_size", type=int, default=8, help="rows at once; changes speed and memory only (default: 8)"
   )
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   arguments = parser.parse_args()
 
-  data, length, like = arguments.data, arguments.sequence_length, None
-  if not data and arguments.workdir and (file := Path(arguments.workdir) / "config.json").is_file():
-    config = settings.read(file)
-    data, like = list(config.data.validation), config.data
-    length = length or config.data.sequence_length
-  if not data:
+  if not arguments.data and not arguments.workdir:
     raise RequestError("--data is missing: name a file, a glob, a folder or hub:NAME")
-
   ready = open_model(arguments)
-  column = {} if like else {"text_column": arguments.text_column, "label_column": arguments.label_column}
-  result = ready.evaluate(*data, sequence_length=length, batch_size=arguments.batch_size, like=like, **column)
+  how = {"sequence_length": arguments.sequence_length, "batch_size": arguments.batch_size}
+  if arguments.data:
+    columns = {name: value for name in ("text_column", "label_column") if (value := getattr(arguments, name))}
+    like = settings.read(Path(arguments.workdir) / "config.json").data if arguments.workdir else None
+    how["sequence_length"] = arguments.sequence_length or (like.sequence_length if like else 0)
+    result = ready.evaluate(*arguments.data, like=like, **how, **columns)
+  else:
+    result = ready.evaluate_held_out(**how)
   if arguments.json:
     print(json.dumps(result))
   else:

@@ -11,6 +11,7 @@ from jaxft import generation
 from jaxft.command_line import add_model_flags, open_model
 from jaxft.errors import RequestError, run_command
 from jaxft.pretrained import Pretrained
+from jaxft.run.tracking import visible
 from jaxft.sample import Sampling
 
 
@@ -41,8 +42,12 @@ def main() -> None:
   if not prompts and not interactive:
     raise RequestError("--prompt is missing: give a text, --prompt_file, or a terminal to ask on")
   ready = open_model(arguments)
+  if left_out := generation.of(ready.source.folder, sampling).not_followed:
+    print(f"{ready.source.folder / generation.FILE}: not followed: {', '.join(left_out)}", file=sys.stderr)
   if interactive:
     return talk(ready, how)
+  if len(prompts) == 1 and sys.stdout.isatty() and not arguments.json:
+    return write(ready, prompts[0], how)
   completions = ready.generate(prompts, **how)
   if arguments.json:
     print(json.dumps({"completions": [completion._asdict() for completion in completions]}, ensure_ascii=False))
@@ -55,8 +60,6 @@ def talk(ready: Pretrained, how: dict[str, Any]) -> None:
   with contextlib.suppress(ImportError):  # `input` edits lines with it, where the platform has it
     import readline  # noqa: F401
 
-  beams = how.get("num_beams", 1) > 1 or how.get("num_return_sequences", 1) > 1  # which are there at the end alone
-  tell = None if beams else lambda text, added: print(added, end="", flush=True)
   while True:
     try:
       prompt = input("prompt> ")
@@ -64,13 +67,24 @@ def talk(ready: Pretrained, how: dict[str, Any]) -> None:
       print()
       return
     try:
-      print("" if beams else prompt, end="", flush=True)
-      completions = ready.generate([prompt], tell=tell, **how)
-      print("\n\n".join(it.prompt + it.text for it in completions) if beams else "")
+      write(ready, prompt, how)
     except KeyboardInterrupt:  # enough of this one
       print()
     except RequestError as error:  # a prompt that is too long
       print(f"error: {error}")
+
+
+def write(ready: Pretrained, prompt: str, how: dict[str, Any]) -> None:
+  """Writes what follows a prompt to the terminal, as it comes; several texts of it, which beams may be, one after the other."""
+  given = {name: value for name, value in how.items() if name in Sampling._fields}
+  sampling = generation.of(ready.source.folder, given).sampling
+  if sampling.num_beams > 1 or sampling.num_return_sequences > 1:
+    found = ready.generate([prompt], **how)
+    print("\n\n".join(visible(it.prompt + it.text) for it in found))
+  else:
+    print(visible(prompt), end="", flush=True)
+    ready.generate([prompt], tell=lambda _, added: print(visible(added), end="", flush=True), **how)
+    print()
 
 
 def _lines(file: Path) -> list[str]:

@@ -13,16 +13,25 @@ FILE = "generation_config.json"
 UNFINISHED = "\ufffd"  # what a tokenizer makes of bytes that are no character yet
 
 
+# What else a generation_config.json may have that would change a text.
+NOT_FOLLOWED = (
+  "early_stopping max_length min_length min_new_tokens bad_words_ids suppress_tokens begin_suppress_tokens stop_strings "
+  "forced_bos_token_id forced_eos_token_id sequence_bias typical_p epsilon_cutoff eta_cutoff renormalize_logits "
+  "exponential_decay_length_penalty encoder_repetition_penalty num_beam_groups diversity_penalty penalty_alpha"
+).split()
+
+
 class Generation(NamedTuple):
   sampling: Sampling
   ends: frozenset[int]  # tokens that end a text
+  not_followed: tuple[str, ...]  # names in the file
 
 
 def of(folder: Path, given: Mapping[str, Any]) -> Generation:
   """What is given, then what the folder's generation_config.json says, then the defaults of `Sampling`.
 
-  `do_sample: false` in the file, or beams without `do_sample`, is temperature 0 here, unless a temperature is given. Raises
-  RequestError for a file that cannot be read, or a value that means nothing.
+  `do_sample: false` in the file, or beams without `do_sample`, is temperature 0 here, unless a temperature is given. A text is
+  drawn where nothing says how. Raises RequestError for a file that cannot be read, or a value that means nothing.
   """
   file, says = Path(folder) / FILE, {}
   if file.is_file():
@@ -34,7 +43,7 @@ def of(folder: Path, given: Mapping[str, Any]) -> Generation:
       raise RequestError(f"{file}: not JSON that can be read ({first_line(error)})") from error
   defaults = Sampling._field_defaults
   known = {name: says[name] for name in defaults if name != "seed" and says.get(name) is not None}
-  beams = known.get("num_beams", 1) != 1 and not says.get("do_sample")  # transformers draws only where it is told to
+  beams = (known | dict(given)).get("num_beams", 1) != 1 and not says.get("do_sample")
   if says.get("do_sample") is False or beams:
     known["temperature"] = 0.0
   for name, value in known.items():
@@ -52,7 +61,8 @@ def of(folder: Path, given: Mapping[str, Any]) -> Generation:
     raise RequestError(f"{error}{among}") from error
   ends = says.get("eos_token_id")
   ends = ends if isinstance(ends, list) else [ends]
-  return Generation(sampling, frozenset(end for end in ends if isinstance(end, int)))
+  not_followed = tuple(name for name in NOT_FOLLOWED if says.get(name))
+  return Generation(sampling, frozenset(end for end in ends if isinstance(end, int)), not_followed)
 
 
 class Listener:

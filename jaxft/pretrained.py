@@ -17,7 +17,7 @@ from jaxft import attention, generation, model, offload, optim, parts, sharding,
 from jaxft import config as settings
 from jaxft.architecture import CHOSEN
 from jaxft.data import loader, tokens
-from jaxft.data.report import examples, lay_out
+from jaxft.data.report import Rows, examples, lay_out, prepare
 from jaxft.errors import RequestError
 from jaxft.files import is_text
 from jaxft.hf import chosen, repo, save
@@ -158,6 +158,21 @@ class Pretrained:
     rows = lay_out(text, how, self.tokenizer.eos_token_id)
     if not len(rows):
       raise RequestError(f"data source {data}: its rows leave nothing to predict in rows of {length} tokens")
+    return self._evaluate(rows, batch_size)
+
+  def evaluate_held_out(self, *, sequence_length: int = 0, batch_size: int = 8) -> dict[str, Any]:
+    """`evaluate` over what the run that the weights are from has held out: all rows of it, made or cached as the run has.
+
+    Raises RequestError for weights that are no run's.
+    """
+    if not self.run:
+      raise RequestError(f"{self.source.folder}: no run, so nothing was held out; name a text")
+    how = settings.read(self.run[0] / "config.json").data
+    how.update(sequence_length=sequence_length or how.sequence_length, unrelated=())
+    data = prepare(how, self.tokenizer, repo.tokenizer_fingerprint(self.source.folder))
+    return self._evaluate(data.validation, batch_size)
+
+  def _evaluate(self, rows: Rows, batch_size: int) -> dict[str, Any]:
     parts = sharding.batch_parts(self.mesh)
     whole_batches = -(-batch_size // parts) * parts
     found = evaluate(

@@ -147,7 +147,7 @@ class Generator:
           open_rows.discard(row)
         if row in open_rows:
           completions[row].append(token)
-          if watch(row, completions[row]):
+          if watch(row, completions[row]) or len(completions[row]) == texts.most_B[row]:
             open_rows.discard(row)
       if not open_rows or n == texts.new - 1:
         break
@@ -165,7 +165,7 @@ class Generator:
   ) -> list[list[int]]:
     """Whole texts by beam search: `num_beams` rows for each prompt."""
     W = sampling.num_beams
-    prompts = [beams.Beams(W, sampling.length_penalty, texts.new) for _ in range(len(texts.lengths_B) // W)]
+    prompts = [beams.Beams(W, sampling.length_penalty, most) for most in texts.most_B[::W].tolist()]
     while True:
       sums = np.array([[text.score for text in prompt.running] for prompt in prompts], np.float32)
       best = map(np.asarray, continuations(logits_BV, sums, texts.history(), sampling.of_program()))
@@ -175,20 +175,21 @@ class Generator:
       rows = np.concatenate([np.array(of) + W * i for i, of in enumerate(sources)])
       texts.take(rows)
       cache = _take(cache, rows)
-      last = np.array([text.ids[-1] for prompt in prompts for text in prompt.running], np.int32)
+      last = np.array([(text.ids or [0])[-1] for prompt in prompts for text in prompt.running], np.int32)
       logits_BV, cache = step(cache, *texts.add(last))
 
 
 class Texts:
   """Prompts and what follows them, in rows that end in the same column."""
 
-  def __init__(self, ids_BS: np.ndarray, lengths_B: np.ndarray, T: int, new: int):
-    self.ids_BS, self.lengths_B, self.new = ids_BS, lengths_B, new
-    self._T, self._end = T, T
+  def __init__(self, ids_BS: np.ndarray, lengths_B: np.ndarray, T: int, most_B: np.ndarray, P: int):
+    """`most_B`: tokens that may follow each prompt."""
+    self.ids_BS, self.lengths_B, self.most_B, self.new = ids_BS, lengths_B, most_B, int(most_B.max())
+    self._T, self._end, self._P = T, T, P
 
   @classmethod
   def of(cls, rows: list[list[int]], new: int, P: int, repeated: int) -> "Texts":
-    """Rows for prompts, and for at most `new` more tokens; raises RequestError for one that fills the P positions.
+    """Rows for prompts, each with at most `new` more tokens, up to P positions; raises RequestError for one that fills them.
 
     Args:
       repeated: how often each prompt is there.
@@ -198,12 +199,12 @@ class Texts:
       raise RequestError(
         f"prompt {lengths_B.argmax() // repeated + 1} has {lengths_B.max()} tokens and the model {P} positions; shorten it"
       )
-    new = min(new, P - int(lengths_B.max()))
+    most_B = np.minimum(new, P - lengths_B)
     T = _bucket(lengths_B.max())
-    ids_BS = np.zeros((len(rows), _bucket(T + new)), np.int32)
+    ids_BS = np.zeros((len(rows), _bucket(T + most_B.max())), np.int32)
     for row, prompt in zip(ids_BS, rows, strict=True):
       row[T - len(prompt) : T] = prompt  # padded on the left
-    return cls(ids_BS, lengths_B, T, new)
+    return cls(ids_BS, lengths_B, T, most_B, P)
 
   def prompts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, segments and positions (B, T) of what is there at first."""
@@ -214,7 +215,7 @@ class Texts:
   def add(self, ids_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Writes a token to each row; its id, segment and position (B, 1)."""
     self.ids_BS[:, self._end], self._end = ids_B, self._end + 1
-    positions_B1 = (self.lengths_B + self._end - self._T - 1)[:, None].astype(np.int32)
+    positions_B1 = np.minimum(self.lengths_B + self._end - self._T - 1, self._P - 1)[:, None].astype(np.int32)
     return ids_B[:, None], np.ones_like(positions_B1), positions_B1
 
   def take(self, rows: np.ndarray) -> None:

@@ -6,61 +6,47 @@ its own: the libraries are slow to import, warn, and keep their folders in globa
 
 import json
 import os
-import sqlite3
 import struct
 import sys
 from pathlib import Path
 
 
 def tensorboard(workdir):
-  from tensorboardX.crc32c import crc32c
-  from tensorboardX.proto.event_pb2 import Event
-  from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+  from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-  def masked_crc(data):
-    crc = crc32c(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-  found = {"metrics": {}, "settings": {}, "text": "", "status": "", "runs": 0}
-  for file in sorted((workdir / "tensorboard").iterdir()):
-    data, at = file.read_bytes(), 0
-    while at < len(data):
-      (length,), (crc,) = struct.unpack_from("<Q", data, at), struct.unpack_from("<I", data, at + 8)
-      record = data[at + 12 : at + 12 + length]
-      assert crc == masked_crc(data[at : at + 8])
-      assert struct.unpack_from("<I", data, at + 12 + length)[0] == masked_crc(record)
-      at += 16 + length
-      event = Event.FromString(record)
-      if event.HasField("session_log"):  # TensorBoard hides what came before, from this step on
-        found["runs"] += event.step == 0
-        found["metrics"] = {key: [p for p in it if p[0] < event.step] for key, it in found["metrics"].items()}
-      for value in event.summary.value:
-        name = value.metadata.plugin_data.plugin_name
-        if name == "hparams":
-          start = HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
-          for key, it in start.hparams.items():
-            found["settings"][key] = getattr(it, it.WhichOneof("kind"))
-        elif value.tag.startswith("status/"):
-          found["status"] = value.tensor.string_val[0].decode()
-        elif value.tag.startswith("samples/"):
-          found["text"] += value.tensor.string_val[0].decode()
-        elif value.WhichOneof("value") == "simple_value":
-          found["metrics"].setdefault(value.tag, []).append([event.step, value.simple_value])
-  return found
+  events = EventAccumulator(str(workdir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+  texts = {
+    tag: [it.tensor_proto.string_val[0].decode() for it in events.Tensors(tag)] for tag in events.Tags()["tensors"]
+  }
+  start = HParamsPluginData.FromString(events.PluginTagToContent("hparams")["_hparams_/session_start_info"])
+  return {
+    "metrics": {tag: [[it.step, it.value] for it in events.Scalars(tag)] for tag in events.Tags()["scalars"]},
+    "settings": {key: getattr(it, it.WhichOneof("kind")) for key, it in start.session_start_info.hparams.items()},
+    "status": texts["status/text_summary"][-1],
+    "text": "".join(text for tag, found in texts.items() if tag.startswith("samples/") for text in found),
+    "runs": len(
+      {file.parent for file in (workdir / "tensorboard").rglob("events*")}
+    ),  # TensorBoard calls a folder a run
+  }
 
 
 def mlflow(workdir):
-  with sqlite3.connect(workdir / "mlflow.db") as db:
-    (runs,) = db.execute("select count(*) from runs").fetchone()
-    (status,) = db.execute("select status from runs").fetchone()
-    tags = dict(db.execute("select key, value from tags"))
-    metrics = {}
-    for key, step, value, is_nan in db.execute("select key, step, value, is_nan from metrics order by timestamp, step"):
-      metrics.setdefault(key, []).append([step, float("nan") if is_nan else value])
-    text = "".join(file.read_text() for file in (workdir / "mlartifacts").rglob("samples.txt"))
-    settings = dict(db.execute("select key, value from params"))
-  said = f"{status} {tags.get('jaxft.status')}"
-  return {"metrics": metrics, "settings": settings, "status": said, "text": text, "runs": runs}
+  from mlflow import MlflowClient
+
+  client = MlflowClient(f"sqlite:///{workdir}/mlflow.db")
+  runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+  run = runs[0]
+  histories = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+  return {
+    "metrics": {
+      key: [[it.step, it.value] for it in sorted(of, key=lambda it: it.step)] for key, of in histories.items()
+    },
+    "settings": run.data.params,
+    "status": f"{run.info.status} {run.data.tags.get('jaxft.status')}",
+    "text": "".join(file.read_text() for file in (workdir / "mlartifacts").rglob("samples.txt")),
+    "runs": len(runs),
+  }
 
 
 def wandb(workdir):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import filters, pretrained, sample
+from jaxft import filters, generation, model, pretrained, sample, sharding, views
 from jaxft.errors import RequestError
 from jaxft.sample import Sampling
 
@@ -38,6 +38,35 @@ def test_a_ragged_batch_equals_one_by_one(ready, sampling):
   assert together[0] == alone[0]
   padded = ready.generate([PROMPTS[0], "The house " * 5], max_new_tokens=5, **sampling)
   assert padded[0].token_ids == alone[0].token_ids[:5]
+
+
+@pytest.mark.parametrize("sampling", [dict(temperature=0), dict(seed=5, top_k=0), dict(temperature=0, num_beams=3)])
+def test_a_long_neighbour_does_not_end_a_text(ready, sampling):
+  """The model has 71 positions: a prompt of 60 tokens leaves room for 11 more, one of a few for all 40."""
+  long = "the cat and " * 20
+  while len(ready.tokenizer(long)["input_ids"]) > 60:
+    long = long[:-1]
+  together = ready.generate([PROMPTS[0], long], max_new_tokens=40, **sampling)
+  assert together == [*ready.generate([PROMPTS[0]], max_new_tokens=40, **sampling), together[1]]
+  assert together[1] == ready.generate([long], max_new_tokens=40, **sampling)[0]
+  assert len(together[1].token_ids) <= 71 - len(ready.tokenizer(long)["input_ids"]) < 20
+
+
+def test_one_device_which_reads_layers_where_they_lie_writes_what_eight_write(ready):
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  params = jax.device_put(ready.params, device)
+  assert views.of_layers(params["blocks"], ready.source.cfg.L) and not views.of_layers(ready.params["blocks"], 1)
+  graph, *_ = model.abstract(ready.source.cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))
+  alone = sample.Generator(graph, ready.source.cfg, ready.tokenizer.eos_token_id)
+  prompts = [ready.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+  for sampling in (
+    Sampling(20, temperature=0),
+    Sampling(20, top_k=0, seed=3, num_return_sequences=2),
+    Sampling(20, temperature=0, repetition_penalty=1.5, no_repeat_ngram_size=2),
+    Sampling(20, temperature=0, num_beams=4, num_return_sequences=2),
+  ):
+    assert alone(params, prompts, sampling) == ready._generator(ready.params, prompts, sampling)
+  assert alone._step._cache_size() == 3  # rows of a prompt each, of two, of four
 
 
 def test_a_temperature_near_zero_is_greedy(ready):
@@ -197,7 +226,7 @@ def test_samples_follow_their_probabilities():
     dict(top_k=-2),
     dict(min_p=1.5),
     dict(num_beams=0),
-    dict(num_beams=2),
+    dict(num_beams=2, temperature=1.0),
     dict(length_penalty=float("inf")),
     dict(repetition_penalty=0.0),
     dict(no_repeat_ngram_size=-1),
@@ -265,6 +294,9 @@ def test_the_models_own_generation_config_is_respected(folder, tmp_path):
   assert says(temperature=0.5, top_k=7).generate(PROMPTS, max_new_tokens=9) == drawn
   beams = plain.generate(PROMPTS, temperature=0, num_beams=3, max_new_tokens=9)
   assert says(num_beams=3, max_new_tokens=9).generate(PROMPTS) == beams
+  assert plain.generate(PROMPTS, num_beams=3, max_new_tokens=9) == beams  # transformers draws where it is told to only
+  says(early_stopping=True, min_length=0, max_length=20)
+  assert generation.of(model, {}).not_followed == ("early_stopping", "max_length")
   ends = {it.token_ids[4] for it in greedy}
   for ours, whole in zip(says(do_sample=False, eos_token_id=[0, *ends], max_new_tokens=9).generate(PROMPTS), greedy):
     at = next(i for i, token in enumerate(whole.token_ids) if token in ends)

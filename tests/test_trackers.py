@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -185,17 +186,26 @@ def test_a_tracker_that_hangs_costs_a_step_microseconds_and_lines_beyond_the_mos
   assert seconds < 1e-3
 
 
-def test_a_full_disk_is_told_of_and_changes_nothing(tmp_path, small_disk, monkeypatch, capsys):
+@pytest.mark.slow
+def test_a_full_disk_is_told_of_and_changes_nothing(config, tmp_path, small_disk, monkeypatch, capsys):
+  plain = finetune(config, tmp_path / "plain")
+  capsys.readouterr()
   with (small_disk / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
     while ballast.write(bytes(4096)):
       pass
   monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(small_disk))
   monkeypatch.setenv("TRACKIO_DIR", str(small_disk / "trackio"))
   monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{small_disk}/mlflow.db")
-  tell(tmp_path, ["tensorboard", "trackio", "mlflow"], range(1, 4))
+  config.tracking.writers = ("tensorboard", "trackio", "mlflow")
+  tracked = finetune(config, tmp_path / "tracked")
+  losses = lambda run: [line["train/loss"] for line in run.metrics if "train/loss" in line]
+  assert losses(tracked) == losses(plain)
+  assert (tracked.export / "model.safetensors").read_bytes() == (plain.export / "model.safetensors").read_bytes()
+  given = len(tracked.metrics) + len(tracked.samples)
   said = capsys.readouterr().out
-  for name in ("tensorboard", "trackio", "mlflow"):
-    assert f"{name}: " in said and "7 of 7 lines did not arrive" in said.split(f"{name}: ")[-1].splitlines()[0], said
+  for name in config.tracking.writers:
+    lost = re.match(rf"(\d+) of {given} lines did not arrive", said.split(f"{name}: ")[-1])
+    assert lost and int(lost[1]) >= given - 1, said  # a first one may find a place
 
 
 @pytest.mark.slow

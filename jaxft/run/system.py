@@ -34,8 +34,11 @@ class SystemMetrics(threading.Thread):
     process, gpus = psutil.Process(), _Gpus()
     psutil.cpu_percent()  # the first call begins the interval that the next one tells of
     while not self._ended.is_set():
-      with contextlib.suppress(Exception):  # of a driver, or of a container without /proc: the reading before stays
-        self.latest = _of_host(process) | _of_devices() | gpus.read()
+      found = {}
+      for read in (lambda: _of_host(process), _of_devices, gpus.read):
+        with contextlib.suppress(Exception):  # of a driver, or of a container without /proc: the others are told
+          found |= read()
+      self.latest = found
       self._ended.wait(EVERY)
 
 
@@ -73,6 +76,7 @@ class _Gpus:
   def read(self) -> dict[str, float]:
     found = {}
     for i, handle in enumerate(self._handles):
-      found[f"system/gpu{i}_percent"] = self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu
-      found[f"system/gpu{i}_memory_bytes"] = self._nvml.nvmlDeviceGetMemoryInfo(handle).used
+      with contextlib.suppress(self._nvml.NVMLError):  # a part of a card (MIG, vGPU) tells no load
+        found[f"system/gpu{i}_memory_bytes"] = self._nvml.nvmlDeviceGetMemoryInfo(handle).used
+        found[f"system/gpu{i}_percent"] = self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu
     return found

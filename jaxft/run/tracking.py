@@ -25,6 +25,11 @@ from jaxft.run.system import SystemMetrics
 class Story(Console):
   """A console whose reader may go away: rich would end the run then."""
 
+  @property
+  def live(self) -> bool:
+    """Whether bars can be drawn. rich takes a file for a terminal where FORCE_COLOR is set, as many CI services do."""
+    return self.is_terminal and not self.is_dumb_terminal and self.file.isatty()
+
   def on_broken_pipe(self) -> None:
     self.quiet = True
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -94,7 +99,7 @@ class Meter:
       TimeRemainingColumn(),
       TextColumn("{task.fields[note]}"),
     )
-    self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    self._bar = Progress(*columns, console=console, transient=True, disable=not console.live)
     self._task = self._bar.add_task(what, total=total, completed=done, note="")
 
   def __enter__(self) -> "Meter":
@@ -193,7 +198,7 @@ class Reporter:
           **(self._system.latest if self._system else {}),
         },
       )
-      if not console.is_terminal:
+      if not console.live:
         left = round((self._total - step) * self.clock.step_seconds)
         say(f"step {step}/{self._total}  loss {loss:.4f}  lr {rate:.2e}  {speed}  {left // 60}:{left % 60:02} left")
       self.clock.restart()

@@ -1,0 +1,109 @@
+"""What a user sees: a terminal's bar and prompt, and a log without anything that steers a terminal."""
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from processes import ROOT, train
+
+pytestmark = pytest.mark.slow
+ESCAPE = "\x1b"
+
+
+class Terminal:
+  """A command on a pseudo-terminal of 24 rows and 100 columns."""
+
+  def __init__(self, *command, **env):
+    self.text, (mine, theirs) = "", pty.openpty()
+    self._fd = mine
+    self.resize(24, 100)
+    self.process = subprocess.Popen(
+      [sys.executable, "-m", *map(str, command)],
+      stdin=theirs,
+      stdout=theirs,
+      stderr=theirs,
+      env=os.environ | {"TERM": "xterm-256color"} | env,
+      cwd=ROOT,
+      start_new_session=True,
+      preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+
+  def resize(self, rows, columns):
+    fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+  def send(self, keys):
+    os.write(self._fd, keys.encode())
+
+  def until(self, pattern, seconds=120):
+    """Reads until the pattern is there; what came before it and it are taken."""
+    end = time.monotonic() + seconds
+    while not (found := re.search(pattern, self.text)):
+      assert time.monotonic() < end, f"{pattern!r} did not come: {self.text[-2000:]!r}"
+      try:
+        self.text += os.read(self._fd, 65536).decode(errors="replace")
+      except OSError:  # the other side is closed
+        assert re.search(pattern, self.text), f"{pattern!r} did not come: {self.text[-2000:]!r}"
+    taken, self.text = self.text[: found.end()], self.text[found.end() :]
+    return taken
+
+  def end(self):
+    """All that comes until the command ends, and its exit code."""
+    try:
+      while more := os.read(self._fd, 65536):
+        self.text += more.decode(errors="replace")
+    except OSError:
+      pass
+    return self.text, self.process.wait(60)
+
+
+def test_a_terminal_has_a_bar_which_survives_another_size_and_ctrl_c_saves(config_file, tmp_path):
+  flags = ("--config.train.steps=100000", "--config.train.save_every=0")
+  terminal = Terminal("jaxft.train", "--config", config_file, "--workdir", tmp_path / "w", *flags)
+  terminal.until(r"training.*\d+/100000.*tokens/s")
+  terminal.resize(11, 37)
+  os.kill(terminal.process.pid, signal.SIGWINCH)
+  terminal.until(r"\d+/100000")
+  terminal.send("\x03")
+  said, code = terminal.end()
+  assert code == 130 or code == 0, (code, said)
+  assert "Traceback" not in said and re.search(r"step \d+", said) and list((tmp_path / "w" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_log_has_lines_and_nothing_that_steers_a_terminal(config_file, tmp_path, variable, monkeypatch):
+  monkeypatch.setenv(variable, "1")
+  done = train(config_file, tmp_path / "w", "--config.train.log_every=4", "--config.train.sample_prompts=")
+  assert ESCAPE not in done.stdout + done.stderr and "\r" not in done.stdout
+  assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")] == ["4/12", "8/12", "12/12"]
+
+
+def test_a_prompt_is_asked_for_answered_as_it_comes_and_remembered(folder):
+  terminal = Terminal("jaxft.generate", "--model", folder, "--temperature", 0, "--max_new_tokens", 9)
+  terminal.until("prompt> ")
+  terminal.send("Once upon\n")
+  first = terminal.until("prompt> ")
+  terminal.send(f"{ESCAPE}[A\n")  # arrow up
+  again = terminal.until("prompt> ")
+  answer = first.replace("\r", "").split("\n")[1]
+  assert answer.startswith("Once upon") and len(answer) > len("Once upon") and answer in again.replace("\r", "")
+  terminal.send("\x04")
+  said, code = terminal.end()
+  assert code == 0 and "Traceback" not in said
+
+
+def test_one_prompt_is_answered_as_it_comes_too(folder):
+  flags = ("--prompt", "Once upon", "--temperature", 0, "--max_new_tokens", 9)
+  on_terminal, code = Terminal("jaxft.generate", "--model", folder, *flags).end()
+  piped = subprocess.run(
+    [sys.executable, "-m", "jaxft.generate", "--model", folder, *map(str, flags)], capture_output=True, text=True
+  )
+  assert code == 0 and on_terminal.replace("\r", "") == piped.stdout and piped.stdout.startswith("Once upon")
