@@ -48,7 +48,8 @@ def test_a_long_neighbour_does_not_end_a_text(ready, sampling):
     long = long[:-1]
   together = ready.generate([PROMPTS[0], long], max_new_tokens=40, **sampling)
   assert together == [*ready.generate([PROMPTS[0]], max_new_tokens=40, **sampling), together[1]]
-  assert together[1] == ready.generate([long], max_new_tokens=40, **sampling)[0]
+  if "seed" not in sampling:  # the second prompt draws with other keys than a first one
+    assert together[1] == ready.generate([long], max_new_tokens=40, **sampling)[0]
   assert len(together[1].token_ids) <= 71 - len(ready.tokenizer(long)["input_ids"]) < 20
 
 
