@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import signal
 import struct
 import subprocess
@@ -13,6 +14,8 @@ import time
 
 import pytest
 from processes import ROOT, train
+
+from jaxft.run.tracking import visible
 
 pytestmark = pytest.mark.slow
 ESCAPE = "\x1b"
@@ -47,7 +50,8 @@ class Terminal:
     """Reads until the pattern is there; what came before it and it are taken."""
     end = time.monotonic() + seconds
     while not (found := re.search(pattern, self.text)):
-      assert time.monotonic() < end, f"{pattern!r} did not come: {self.text[-2000:]!r}"
+      left = end - time.monotonic()
+      assert left > 0 and select.select([self._fd], [], [], left)[0], f"{pattern!r} did not come: {self.text[-2000:]!r}"
       try:
         self.text += os.read(self._fd, 65536).decode(errors="replace")
       except OSError:  # the other side is closed
@@ -71,11 +75,11 @@ def test_a_terminal_has_a_bar_which_survives_another_size_and_ctrl_c_saves(confi
   terminal.until(r"training.*\d+/100000.*tokens/s")
   terminal.resize(11, 37)
   os.kill(terminal.process.pid, signal.SIGWINCH)
-  terminal.until(r"\d+/100000")
+  terminal.until("training")
   terminal.send("\x03")
   said, code = terminal.end()
-  assert code == 130 or code == 0, (code, said)
-  assert "Traceback" not in said and re.search(r"step \d+", said) and list((tmp_path / "w" / "checkpoints").iterdir())
+  assert code == 75 and "stopped: SIGINT: saved at step" in said, (code, said)
+  assert "Traceback" not in said and list((tmp_path / "w" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
@@ -106,4 +110,5 @@ def test_one_prompt_is_answered_as_it_comes_too(folder):
   piped = subprocess.run(
     [sys.executable, "-m", "jaxft.generate", "--model", folder, *map(str, flags)], capture_output=True, text=True
   )
-  assert code == 0 and on_terminal.replace("\r", "") == piped.stdout and piped.stdout.startswith("Once upon")
+  assert code == 0 and piped.stdout.startswith("Once upon")
+  assert on_terminal.replace("\r", "") == visible(piped.stdout)  # what a model writes may steer a terminal
