@@ -290,12 +290,36 @@ def test_the_search_finds_what_fits_and_says_why_the_rest_lost():
     )
 
 
+@pytest.mark.parametrize(
+  "limit, most, compiles, why",
+  [
+    ("MOST_COMPILES", 1, 1, "the search ended after 1 compiles"),
+    ("MOST_SECONDS", 0, 0, "the search ended after 0 s"),
+  ],
+)
+@pytest.mark.parametrize("needs", [1, 60])
+def test_a_search_that_is_cut_short_says_so(monkeypatch, limit, most, compiles, why, needs):
+  monkeypatch.setattr(fit, limit, most)
+  config, target = published("gpt2-large", train__batch_size=8, data__sequence_length=1024), targets.find("rtx4090")
+  of, asked = fake_plan(lambda c: needs * 2**30)
+  advice = fit.search(config, answer.model_facts(config), target, of)
+  assert len(asked) == compiles == len(advice["best"]) + len(advice["lost"])
+  assert advice["ended_early"] == why and "estimated to be slower" not in advice["not_compiled"]
+  assert compiles + sum(advice["not_compiled"].values()) == advice["candidates"] and advice["not_compiled"][why] > 0
+  said = show.why_not({"advice": advice})
+  assert f"{advice['not_compiled'][why]} not compiled: {why}" in said
+  assert not any("nothing of what was tried fits" in line or "state alone take" in line for line in said)
+  assert any(line.endswith(f"before {why}; there may be one") for line in said) == (not advice["best"])
+
+
 def test_the_search_compiles_nothing_where_state_alone_is_too_large(monkeypatch):
   monkeypatch.setitem(fit.CHOICES, "memory.offload", ("none",))
   config = published("EleutherAI/gpt-j-6b", train__batch_size=8, data__sequence_length=2048)
   of, asked = fake_plan(lambda c: 0)
   advice = fit.search(config, answer.model_facts(config), targets.find("t4"), of)
-  assert not asked and not advice["best"]
+  assert not asked and not advice["best"] and advice["ended_early"] is None
+  assert "nothing of what was tried fits" in (last := show.why_not({"advice": advice})[-1])
+  assert "weights, gradient and optimizer state alone take" in last
   assert advice["least_state_bytes"] > 16 * 6.05e9 > targets.find("t4").usable_bytes  # weights, gradient, two moments
 
 

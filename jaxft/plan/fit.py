@@ -46,7 +46,8 @@ def search(
   """{"best": plans that fit with a margin, fastest first; "lost": what was compiled and why it lost; "not_compiled": why not}.
 
   Formulas put candidates in order and leave out what is far too large; each compiled plan corrects the formula for the next.
-  The search ends with enough plans that fit, as all others are slower by the formula, or with nothing left that could fit.
+  The search ends with enough plans that fit, as all others are slower by the formula, or with nothing left that could fit; or,
+  before that, after so many compiles or seconds, which "ended_early" then says.
 
   Args:
     plan_of: compiles one config.
@@ -57,14 +58,14 @@ def search(
   least = min((it.state_bytes for it in untried), default=None)
   count, correction, fitting, lost = len(untried), dict.fromkeys(CHOICES["memory.remat"], 1.0), [], []
   size = lambda it: it.state_bytes + correction[it.settings["memory.remat"]] * it.other_bytes
-  started, frugal = time.monotonic(), 0
-  while untried and len(fitting) < shown and len(fitting) + len(lost) < MOST_COMPILES:
+  started, frugal, ended_early = time.monotonic(), 0, None
+  while untried and len(fitting) < shown:
     candidate = next((it for it in untried if size(it) <= room), None)
     if candidate is None:  # by the formula nothing fits: the smallest decides
       candidate, frugal = min(untried, key=size), frugal + 1
       if candidate.state_bytes > room or frugal > 2 or fitting:
         break
-    if time.monotonic() - started > MOST_SECONDS:
+    if ended_early := _had_enough(len(fitting) + len(lost), time.monotonic() - started):
       break
     untried.remove(candidate)
     flags = overrides(config, candidate.settings, target.count)
@@ -99,10 +100,18 @@ def search(
     "not_compiled": {
       "weights, gradient and optimizer state alone are too large": len(over),
       "estimated not to fit": len(too_large) - len(over),
-      "estimated to be slower": len(untried) - len(too_large),
+      ended_early or "estimated to be slower": len(untried) - len(too_large),
     },
+    "ended_early": ended_early,
     "least_state_bytes": least,
   }
+
+
+def _had_enough(compiles: int, seconds: float) -> str | None:
+  """Why a search ends that is not over."""
+  if compiles >= MOST_COMPILES:
+    return f"the search ended after {MOST_COMPILES} compiles"
+  return f"the search ended after {MOST_SECONDS} s" if seconds > MOST_SECONDS else None
 
 
 def changed(config: ConfigDict, settings: dict[str, Any]) -> ConfigDict:

@@ -170,11 +170,15 @@ def why_not(plan: dict[str, Any]) -> list[str]:
   lines = [f"{' '.join(it['overrides']) or 'as it is'}: {it['why']}" for it in advice["lost"]]
   lines += [f"{count} not compiled: {why}" for why, count in advice["not_compiled"].items() if count]
   if not advice["best"]:
-    least = advice["least_state_bytes"]
-    state = "" if least is None else f": weights, gradient and optimizer state alone take {size(least)} a device"
-    lines.append(
-      f"nothing of what was tried fits {size(advice['room_bytes'])} (5 % of the usable memory is to stay free){state}"
-    )
+    least = advice["least_state_bytes"] or 0
+    room = f"{size(advice['room_bytes'])} (5 % of the usable memory is to stay free)"
+    if advice["ended_early"]:
+      lines.append(f"none that fits {room} was found before {advice['ended_early']}; there may be one")
+    elif least > advice["room_bytes"]:
+      state = f"weights, gradient and optimizer state alone take {size(least)} a device"
+      lines.append(f"nothing of what was tried fits {room}: {state}")
+    else:
+      lines.append(f"nothing of what was tried fits {room}")
   return lines
 
 
@@ -194,7 +198,7 @@ def _advice(plan: dict[str, Any]) -> Iterable[RenderableType]:
     for row in rows:
       found.add_row(*row)
     yield found
-  yield Text("\n".join(["the rest:" if rows else "no settings that fit:", *why_not(plan)]), "grey50")
+  yield Text("\n".join(["the rest:" if rows else "no settings that fit were found:", *why_not(plan)]), "grey50")
 
 
 def _lines(pairs: list[tuple[str, str]]) -> Table:
