@@ -1,5 +1,6 @@
 """Plans: operations against a hand count, the roofline's arithmetic, answers and refusals of the command, memory by hand."""
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import processes
 import pytest
+from rich.console import Console
 
 import jaxft
 from jaxft import config as settings
@@ -126,6 +128,21 @@ def test_roofline():
   assert targets.find("t4").facts.rate("float32") == pytest.approx(8.14e12, rel=1e-3)
 
 
+def test_every_kind_has_a_public_source_and_what_it_says_of_links_is_both_ways_together():
+  assert targets.SOURCES.keys() == targets.GPUS.keys() | targets.TPUS.keys()
+  assert all(url.startswith("https://") for url in targets.SOURCES.values())
+  both_ways = {"v5e": 400, "v5p": 1200, "v6e": 800, "tpu7x": 1200}  # GB/s a chip
+  assert {kind: 2 * it.devices * it.link / 10**9 for kind, it in targets.TPUS.items()} == both_ways
+  assert targets.find("tpu7x:2x2x1").count == 8 and targets.find("v5p:2x2x1").count == 4
+  # A box with eight GeForce cards is one machine: nothing goes over a network, and a mesh cuts over all of them.
+  box = targets.find("rtx4090x8")
+  assert box.link == box.facts.bus
+  config = published("gpt2")
+  assert (1, 8, 1) in fit.meshes(answer.model_facts(config), box) and (1, 2, 4) in fit.meshes(
+    answer.model_facts(config), box
+  )
+
+
 def test_a_run_tells_its_mfu_where_the_peak_is_known(config, tmp_path):
   numbers = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens": 8, "bad": False}
   for at_peak in (None, 1e-6):
@@ -199,6 +216,20 @@ def test_json_is_one_object_with_the_keys_of_the_contract(on_cpu):
   assert (one["cost"], two["cost"]) == ({"per_hour": 0.25}, {"per_hour": 0.5})
 
 
+def test_one_of_several_devices_that_refuses_leaves_the_others_their_plans(config_file, tmp_path):
+  page, flags = tmp_path / "plan.html", ("--config.mesh.fsdp=2", "--config.mesh.data=1")
+  done = plan("--config", config_file, "--device", "cpu,cpux2", *flags, "--json", "--html", page)
+  refused, planned = json.loads(done.stdout)["plans"]
+  assert refused.keys() >= KEYS and planned.keys() >= KEYS and planned["fits"] is True
+  assert "config.mesh.fsdp=2" in refused["refused"] and "does not fit 1 devices" in refused["refused"]
+  told = {"device": "cpu", "fits": False, "usable_bytes": refused["usable_bytes"], "versions": planned["versions"]}
+  assert {key: refused[key] for key in KEYS} == dict.fromkeys(KEYS) | told
+  assert "does not fit 1 devices" in page.read_text() and "activations" in page.read_text()
+  console = Console(file=io.StringIO(), width=200)
+  console.print(show.table(refused))
+  assert "as it is: --device='cpu'" in console.file.getvalue()
+
+
 def test_the_page_needs_nothing_from_elsewhere(on_cpu):
   text = on_cpu[1].read_text()
   assert "prefers-color-scheme: dark" in text and "activations" in text
@@ -232,6 +263,19 @@ def test_a_compiler_that_is_not_installed_is_named_with_the_command(monkeypatch)
   monkeypatch.setattr(compile, "_installed", lambda module: False)
   with pytest.raises(RequestError, match=r'compiler is not installed; pip install "jaxft\[plan\]"'):
     jaxft.plan_for(published(), "h100")
+
+
+def test_the_users_own_flags_are_compiled_with_but_for_autotuning(monkeypatch):
+  """Autotuning needs the device; the last of two settings of a flag counts."""
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4 --xla_gpu_enable_triton_gemm=false")
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=true")
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  it = compile.environment()
+  assert it["XLA_FLAGS"].split() == [*os.environ["XLA_FLAGS"].split(), "--xla_gpu_autotune_level=0"]
+  assert it["LIBTPU_INIT_ARGS"].split() == [os.environ["LIBTPU_INIT_ARGS"], program.LIBTPU_STACK]
+  assert it["JAX_PLATFORMS"] == "cpu" and it["PATH"] == os.environ["PATH"]
+  monkeypatch.delenv("XLA_FLAGS")
+  assert compile.environment()["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
 
 
 def test_a_compiler_that_dies_is_told_in_a_line(monkeypatch):
@@ -359,7 +403,7 @@ def test_the_peak_is_that_of_compiling_the_step_by_hand(device, kept):
     capture_output=True,
     text=True,
     check=True,
-    env=os.environ | compile.ENVIRONMENT,
+    env=compile.environment(),
   )
   by_hand = int(done.stdout.split("peak ")[1])
   print(

@@ -14,7 +14,7 @@ from jaxft.run.tracking import console
 USAGE = """python -m jaxft.plan --config configs/X.py --device NAME [--config.a.b=value ...] [--fit] [--json] [--html FILE]
 
   --config FILE      a file with get_config(); see configs/. Its data need not be there, and no weights are read
-  --device NAME      t4, rtx4090, a100-80gb, h100, h100x8, ..., or a slice of TPUs such as v5e:2x4 or v6e:2x4, or cpu, cpux8.
+  --device NAME      t4, rtx4090, a100-80gb, h100, h100x8, ..., or a slice of TPUs such as v5e:2x4 or tpu7x:2x2x1, or cpux8.
                      Several: the flag several times, or NAME,NAME
   --config.a.b=VALUE any setting
   --fit              look for the fastest settings that fit; where the config does not fit, one that does is looked for anyway

@@ -18,6 +18,11 @@ from jaxft.model import ModelConfig
 from jaxft.plan import compile, estimate, figures, fit, targets
 from jaxft.program import Program
 
+# What the compiler tells in every plan, and is None in one that was refused.
+ALWAYS = (
+  *("devices", "peak_bytes", "breakdown", "host_bytes", "flops", "collective_bytes", "step_seconds_estimate"),
+  "compile_seconds",
+)
 PACKAGES = {"gpu": ("jax-cuda13-plugin",), "tpu": ("libtpu",), "cpu": ()}
 
 
@@ -45,13 +50,24 @@ def plans_for(
   prices: Mapping[str, float] = MappingProxyType({}),
   tell: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-  """`plan_for` several devices, one after the other; `tell` takes lines on what goes on."""
+  """`plan_for` several devices, one after the other; `tell` takes lines on what goes on.
+
+  One of several that does not go with the config has a plan with the reason as "refused"; alone it is a RequestError.
+  """
   if lines := settings.faults(config):
     raise RequestError("\n".join(lines))
   wanted = [targets.find(device) for device in devices]  # a mistyped one is told before any is compiled
   cfg = model_facts(config)
+  plans = []
   with compile.Compiler() as compiler:
-    return [_plan(compiler, config, cfg, target, search, prices.get(target.kind), tell) for target in wanted]
+    for target in wanted:
+      try:
+        plans.append(_plan(compiler, config, cfg, target, search, prices.get(target.kind), tell))
+      except RequestError as error:
+        if len(wanted) == 1:
+          raise
+        plans.append(_refused(config, target, error))
+  return plans
 
 
 def model_facts(config: ConfigDict) -> ModelConfig:
@@ -91,7 +107,7 @@ def _plan(
     if not search:
       raise
     tell(f"as it is: {error}")  # a batch or a mesh that does not go with this target; the search has its own
-    plan = _about(config, target) | {"fits": False, "refused": str(error)}
+    plan = _refused(config, target, error)
   if search or not plan["fits"]:
     plan["advice"] = fit.search(config, cfg, target, of, tell, shown=fit.SHOWN if search else 1)
   return plan
@@ -108,6 +124,10 @@ def plan_here(
   plan = _told(config, targets.here(device, mesh.size), found)
   share = program.memory_of(device) // (mesh.size if device.platform == "cpu" else 1)
   return plan | {"usable_bytes": share, "fits": max(plan["peak_bytes"], plan["eval_peak_bytes"]) <= share}
+
+
+def _refused(config: ConfigDict, target: targets.Target, error: RequestError) -> dict[str, Any]:
+  return _about(config, target) | dict.fromkeys(ALWAYS) | {"fits": False, "refused": str(error)}
 
 
 def _about(config: ConfigDict, target: targets.Target) -> dict[str, Any]:

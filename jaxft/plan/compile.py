@@ -20,6 +20,7 @@ from jaxft.model import ModelConfig
 from jaxft.plan import targets
 from jaxft.plan.figures import figures
 
+# Over the caller's own; flags of the compilers come after the caller's, which a run has too, and of two the last counts.
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",  # do not look for a device: the topology brings its own
   "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no driver here, so the version checks cannot run
@@ -30,6 +31,7 @@ ENVIRONMENT = {
   "TF_CPP_MIN_LOG_LEVEL": "3",
   "JAX_TRACEBACK_FILTERING": "off",  # the last line of what it says is then the error
 }
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 PLUGINS = {"gpu": "jax_plugins.xla_cuda13", "tpu": "libtpu"}
 INSTALL = 'pip install "jaxft[plan]"'
 
@@ -88,7 +90,7 @@ class Compiler:
       stdout=subprocess.PIPE,
       stderr=self._stderr,
       text=True,
-      env=os.environ | ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(cpus)},
+      env=environment() | {"JAX_NUM_CPU_DEVICES": str(cpus)},
     )
 
   def _end(self) -> None:
@@ -97,6 +99,12 @@ class Compiler:
       self._child.communicate()
       self._stderr.close()
       self._child = None
+
+
+def environment() -> dict[str, str]:
+  """Of the process that compiles."""
+  flags = {name: f"{os.environ.get(name, '')} {ENVIRONMENT[name]}".strip() for name in FLAGS}
+  return os.environ | ENVIRONMENT | flags
 
 
 def _installed(module: str) -> bool:

@@ -1,8 +1,9 @@
-"""Hardware that can be compiled for without having it: its facts, each from the maker's public data sheet.
+"""Hardware that can be compiled for without having it: its facts, each from the maker's public data sheet (`SOURCES`).
 
 GPUs: NVIDIA's data sheets and architecture white papers (memory, bandwidth, dense bfloat16 or float16 tensor rate with float32
 accumulation, multiprocessors), and the CUDA C++ programming guide's table of compute capabilities (threads, shared memory).
-TPUs: Google Cloud's pages on each version (HBM, bandwidth, bfloat16 rate); usable memory is what libtpu's compiler grants.
+TPUs: Google Cloud's pages on each version (HBM, bandwidth, bfloat16 rate, links, of which they give both ways together); usable
+memory is what libtpu's compiler grants.
 """
 
 import difflib
@@ -36,7 +37,7 @@ class Gpu(NamedTuple):
   threads: int  # a multiprocessor
   flops: int  # dense tensor cores, 16-bit in, float32 accumulation
   link: int  # bytes/s to each neighbour in a node, one way
-  node: int = 8  # devices of a node as they are rented
+  node: int = 8  # devices of a machine as they are rented, or built
   bfloat16: bool = True
 
   def rate(self, dtype: str) -> int:
@@ -58,11 +59,14 @@ class Gpu(NamedTuple):
 
 
 class Tpu(NamedTuple):
+  """Of a device, which is a chip; a TPU7x has two devices, with half of its memory, bandwidth, rate and links each."""
+
   label: str
   usable: int  # bytes
   bandwidth: int
   flops: int
-  link: int  # bytes/s of all links of a chip, one way
+  link: int  # bytes/s of all its links, one way
+  devices: int = 1  # a chip
   bfloat16: bool = True
 
   def rate(self, dtype: str) -> int:
@@ -81,25 +85,19 @@ KB, MB = 2**10, 2**20
 NVLINK3, NVLINK4, NVLINK5, PCIE3, PCIE4, PCIE5 = 300 * GIGA, 450 * GIGA, 900 * GIGA, 14 * GIGA, 28 * GIGA, 56 * GIGA
 GPUS = {
   "t4": Gpu("Tesla T4", (7, 5), 40, 1.59, 15 * GIB, 320 * GIGA, 4 * MB, 64 * KB, 1024, 65 * TERA, PCIE3, 4, False),
-  "rtx3060": Gpu(
-    "GeForce RTX 3060", (8, 6), 28, 1.777, 12 * GIB, 360 * GIGA, 3 * MB, 100 * KB, 1536, 25 * TERA, PCIE4, 1
-  ),
-  "rtx3070": Gpu(
-    "GeForce RTX 3070", (8, 6), 46, 1.725, 8 * GIB, 448 * GIGA, 4 * MB, 100 * KB, 1536, 40 * TERA, PCIE4, 1
-  ),
-  "rtx3090": Gpu(
-    "GeForce RTX 3090", (8, 6), 82, 1.695, 24 * GIB, 936 * GIGA, 6 * MB, 100 * KB, 1536, 71 * TERA, PCIE4, 2
-  ),
+  "rtx3060": Gpu("GeForce RTX 3060", (8, 6), 28, 1.777, 12 * GIB, 360 * GIGA, 3 * MB, 100 * KB, 1536, 25 * TERA, PCIE4),
+  "rtx3070": Gpu("GeForce RTX 3070", (8, 6), 46, 1.725, 8 * GIB, 448 * GIGA, 4 * MB, 100 * KB, 1536, 40 * TERA, PCIE4),
+  "rtx3090": Gpu("GeForce RTX 3090", (8, 6), 82, 1.695, 24 * GIB, 936 * GIGA, 6 * MB, 100 * KB, 1536, 71 * TERA, PCIE4),
   "a10g": Gpu("A10G", (8, 6), 80, 1.71, 45 * GIB // 2, 600 * GIGA, 6 * MB, 100 * KB, 1536, 70 * TERA, PCIE4),
   "l4": Gpu("L4", (8, 9), 58, 2.04, 45 * GIB // 2, 300 * GIGA, 48 * MB, 100 * KB, 1536, 121 * TERA, PCIE4),
   "rtx4080": Gpu(
-    "GeForce RTX 4080", (8, 9), 76, 2.505, 16 * GIB, 717 * GIGA, 64 * MB, 100 * KB, 1536, 97 * TERA, PCIE4, 1
+    "GeForce RTX 4080", (8, 9), 76, 2.505, 16 * GIB, 717 * GIGA, 64 * MB, 100 * KB, 1536, 97 * TERA, PCIE4
   ),
   "rtx4090": Gpu(
-    "GeForce RTX 4090", (8, 9), 128, 2.52, 24 * GIB, 1008 * GIGA, 72 * MB, 100 * KB, 1536, 165 * TERA, PCIE4, 2
+    "GeForce RTX 4090", (8, 9), 128, 2.52, 24 * GIB, 1008 * GIGA, 72 * MB, 100 * KB, 1536, 165 * TERA, PCIE4
   ),
   "rtx5090": Gpu(
-    "GeForce RTX 5090", (12, 0), 170, 2.41, 32 * GIB, 1792 * GIGA, 96 * MB, 100 * KB, 1536, 209 * TERA, PCIE5, 2
+    "GeForce RTX 5090", (12, 0), 170, 2.41, 32 * GIB, 1792 * GIGA, 96 * MB, 100 * KB, 1536, 209 * TERA, PCIE5
   ),
   "a100-40gb": Gpu(
     "A100-SXM4-40GB", (8, 0), 108, 1.41, 40 * GIB, 1555 * GIGA, 40 * MB, 164 * KB, 2048, 312 * TERA, NVLINK3
@@ -112,9 +110,27 @@ GPUS = {
   "b200": Gpu("B200", (10, 0), 148, 1.965, 179 * GIB, 7700 * GIGA, 126 * MB, 228 * KB, 2048, 2250 * TERA, NVLINK5),
 }
 TPUS = {
-  "v5e": Tpu("TPU v5e", int(15.75 * GIB), 819 * GIGA, 197 * TERA, 100 * GIGA),
-  "v5p": Tpu("TPU v5p", int(95.74 * GIB), 2765 * GIGA, 459 * TERA, 300 * GIGA),
-  "v6e": Tpu("TPU v6e", int(31.25 * GIB), 1640 * GIGA, 918 * TERA, 200 * GIGA),
+  "v5e": Tpu("TPU v5 lite", int(15.75 * GIB), 819 * GIGA, 197 * TERA, 200 * GIGA),
+  "v5p": Tpu("TPU v5", int(95.74 * GIB), 2765 * GIGA, 459 * TERA, 600 * GIGA),
+  "v6e": Tpu("TPU v6 lite", int(31.25 * GIB), 1640 * GIGA, 918 * TERA, 400 * GIGA),
+  "tpu7x": Tpu("TPU7x", int(94.75 * GIB), 3690 * GIGA, 2307 * TERA // 2, 300 * GIGA, 2),
+}
+NVIDIA, GEFORCE = "https://www.nvidia.com/en-us/", "https://images.nvidia.com/aem-dam/Solutions/geforce/"
+AMPERE = "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf"
+ADA = f"{GEFORCE}ada/nvidia-ada-gpu-architecture.pdf"
+SOURCES = {
+  "t4": f"{NVIDIA}data-center/tesla-t4/",
+  "rtx3060": f"{NVIDIA}geforce/graphics-cards/30-series/rtx-3060-3060ti/",
+  **dict.fromkeys(("rtx3070", "rtx3090"), AMPERE),
+  "a10g": "https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf",
+  "l4": f"{NVIDIA}data-center/l4/",
+  **dict.fromkeys(("rtx4080", "rtx4090"), ADA),
+  "rtx5090": f"{GEFORCE}blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf",
+  **dict.fromkeys(("a100-40gb", "a100-80gb"), f"{NVIDIA}data-center/a100/"),
+  "h100": f"{NVIDIA}data-center/h100/",
+  "h200": f"{NVIDIA}data-center/h200/",
+  "b200": f"{NVIDIA}data-center/dgx-b200/",
+  **{kind: f"https://docs.cloud.google.com/tpu/docs/{kind}" for kind in TPUS},
 }
 NOT_HERE = {
   "v100": "CUDA 13, which jaxft's plugin is for, no longer knows its compute capability 7.0; JAX with CUDA 12 does",
@@ -154,9 +170,9 @@ def find(name: str) -> Target:
   """The target of `h100`, `h100x8`, `v5e:2x4`, `cpu`, `cpux8`, ...; raises RequestError with the nearest that there is."""
   if name.partition("x")[0].partition(":")[0] in NOT_HERE:
     raise RequestError(f"--device={name!r}: {NOT_HERE[name.partition('x')[0].partition(':')[0]]}")
-  tpu = re.fullmatch(r"(v\w+):(\d+(?:x\d+){1,2})", name)
+  tpu = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
   if tpu and tpu[1] in TPUS:
-    return Target(name, tpu[1], math.prod(map(int, tpu[2].split("x"))), tpu[2])
+    return Target(name, tpu[1], TPUS[tpu[1]].devices * math.prod(map(int, tpu[2].split("x"))), tpu[2])
   for kind in ("cpu", *GPUS):
     many = re.fullmatch(rf"{re.escape(kind)}(?:x(\d+))?", name)
     if many and int(many[1] or 1) > 0:
@@ -198,22 +214,20 @@ def read_prices(file: Path) -> dict[str, float]:
 
 def here(device: jax.Device, count: int) -> Target:
   """The target that this device, which is there, is one of; without facts where it is of no kind that is known here."""
-  tpus = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
-  kind = tpus.get(device.device_kind, "")
-  for name, gpu in GPUS.items():
-    if device.platform == "gpu" and gpu.label == device.device_kind.removeprefix("NVIDIA "):
-      kind = name
+  label = device.device_kind.removeprefix("NVIDIA ")
+  kind = next((kind for kind, facts in (GPUS | TPUS).items() if facts.label == label), "")
   return Target(f"{count} x {device.device_kind}", kind, count, "")
 
 
 def devices(target: Target) -> list[Any]:
-  """Devices to compile for. Only in a process whose environment is that of `compile.ENVIRONMENT`; raises RequestError."""
+  """Devices to compile for. Only in a process whose environment is that of `compile.environment`; raises RequestError."""
   from jax.experimental import topologies
 
   if target.kind == "cpu":
     return jax.devices("cpu")[: target.count]
   if target.kind in TPUS:
-    one = {"chips_per_host_bounds": (1, 1, 1)} if target.count == 1 else {}  # a machine with one chip; else it has four
+    alone = target.count == target.facts.devices
+    one = {"chips_per_host_bounds": (1, 1, 1)} if alone else {}  # a machine with one chip; else it has four
     return list(topologies.get_topology_desc(platform="tpu", topology_name=target.name, **one).devices)
   gpu = GPUS[target.kind]
   hosts = -(-target.count // gpu.node)
