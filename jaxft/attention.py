@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxft.attention_chunked import KEPT, Chunked, Rest
 from jaxft.dropout import dropout_of_queries
 
+FASTEST = {"gpu": "cudnn", "tpu": "splash"}  # elsewhere chunked
 KERNELS = ("cudnn", "splash", "chunked", "reference")
 LANES = 128  # of a TPU's vector unit: what splash wants lengths to be multiples of
 SPLASH_BLOCK = 512  # queries and keys a turn, as MaxText has it; not measured here
@@ -44,6 +45,16 @@ def why_not(kernel: str, device: jax.Device, dtype: Any, H: int, segments: bool 
   if kernel in ("cudnn", "splash") and dropout:
     return "it has no dropout that is the same on every mesh"
   return ""
+
+
+def taken(kernel: str, device: jax.Device, *what: Any) -> tuple[str, str]:
+  """What training with `kernel` takes, and why that is not the fastest of this kind of device; `what` is as in `why_not`."""
+  fastest = FASTEST.get(device.platform, "chunked")
+  if why_not(kernel, device, *what):
+    kernel = "chunked"
+  if kernel == fastest:
+    return kernel, ""
+  return kernel, f"not {fastest}: {why_not(fastest, device, *what) or 'it is not asked for'}"
 
 
 def is_result(primitive: Any, *_: Any, **params: Any) -> bool:

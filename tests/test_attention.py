@@ -107,6 +107,23 @@ class Device:
       self.compute_capability = compute_capability
 
 
+def test_what_training_takes_is_told_with_why_it_is_not_the_fastest():
+  told = lambda kernel, device, *what: kernels.taken(kernel, Device(*device), jnp.bfloat16, *what)
+  assert told("cudnn", ("gpu", "9.0"), 64, False, False) == ("cudnn", "")
+  dropout = "it has no dropout that is the same on every mesh"
+  assert told("cudnn", ("gpu", "9.0"), 64, False, True) == ("chunked", f"not cudnn: {dropout}")
+  assert told("cudnn", ("gpu", "9.0"), 64, True, False) == (
+    "chunked",
+    "not cudnn: it does not keep packed examples apart",
+  )
+  kernel, why = told("chunked", ("gpu", "8.9"), 256, False, False)  # GPT-J
+  assert kernel == "chunked" and why == "not cudnn: it takes heads of 8, 16 ... 128 here, and the model's have 256"
+  assert told("chunked", ("gpu", "9.0"), 64, False, False) == ("chunked", "not cudnn: it is not asked for")
+  assert told("splash", ("tpu",), 64, True, False) == ("splash", "")
+  assert told("splash", ("tpu",), 64, True, True) == ("chunked", f"not splash: {dropout}")
+  assert told("chunked", ("cpu",), 64, True, True) == ("chunked", "")
+
+
 def test_each_device_gets_its_kernel():
   pick = lambda device, dtype, H: kernels.kernel_for(Device(*device), dtype, H)
   assert pick(("cpu",), jnp.float32, 64) == "chunked"

@@ -21,7 +21,7 @@ from jaxft import program, sharding
 from jaxft.errors import RequestError
 from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
-from jaxft.plan import answer, compile, estimate, fit, flops, hlo, show, targets
+from jaxft.plan import answer, compile, estimate, figures, fit, flops, hlo, show, targets
 from jaxft.plan.figures import blank_row
 from jaxft.run.tracking import Meter, Reporter
 
@@ -212,6 +212,7 @@ def test_json_is_one_object_with_the_keys_of_the_contract(on_cpu):
     assert sum(found["breakdown"].values()) == found["peak_bytes"] <= found["usable_bytes"]
   assert (one["devices"], two["devices"]) == (1, 2) and two["collective_bytes"] and not one["collective_bytes"]
   assert one["flops"] == two["flops"] > one["model_flops"]
+  assert one["attention"] == {"kernel": "chunked", "why_not_faster": ""}
   assert one["step_seconds_estimate"] is None  # nothing is known of this CPU's speed
   assert (one["cost"], two["cost"]) == ({"per_hour": 0.25}, {"per_hour": 0.5})
 
@@ -276,6 +277,17 @@ def test_the_users_own_flags_are_compiled_with_but_for_autotuning(monkeypatch):
   assert it["JAX_PLATFORMS"] == "cpu" and it["PATH"] == os.environ["PATH"]
   monkeypatch.delenv("XLA_FLAGS")
   assert compile.environment()["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
+
+
+@pytest.mark.parametrize(
+  "said",
+  [
+    "Ran out of memory in memory space hbm. Used 21.26G of 15.75G hbm. Exceeded hbm capacity by 5.51G.",
+    "Ran out of memory on HBM, the total memory required for HLO temporaries (21.26G) exceeds available HBM (15.75G).",
+  ],
+)
+def test_both_ways_in_which_libtpu_says_that_memory_is_short_are_understood(said):
+  assert figures.SHORT.search(said).groups() == ("21.26", "G", "15.75", "G")
 
 
 def test_a_compiler_that_dies_is_told_in_a_line(monkeypatch):

@@ -161,6 +161,7 @@ def _told(
     "mesh": found["mesh"],
     "accumulation_steps": found["accumulation_steps"],
     "compute_dtype": found["compute_dtype"],
+    "attention": found["attention"],
   }
   if refused:  # the compiler's own limit counts
     plan |= {"fits": False, "peak_bytes": found["needs_bytes"], "usable_bytes": found["has_bytes"]}

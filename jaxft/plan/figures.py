@@ -10,12 +10,14 @@ import numpy as np
 from jaxlib.mlir import ir
 from ml_collections import ConfigDict
 
-from jaxft import offload, program, sharding
+from jaxft import attention, offload, program, sharding
 from jaxft.model import ModelConfig
 from jaxft.plan import flops, hlo, targets
 from jaxft.program import Program
 from jaxft.run.checkpoint import nbytes
 
+# What libtpu says where memory is short, of all that a program takes or, before it gets so far, of its temporaries.
+SHORT = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT])(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -41,7 +43,7 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-      short = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+      short = SHORT.search(str(error))
       if not short:
         raise
       needs, has = (int(float(short[i]) * UNITS[short[i + 1]]) for i in (1, 3))
@@ -60,12 +62,15 @@ def of_traced(run: Program, config: ConfigDict, cfg: ModelConfig, traced: Any) -
   """What is known before a compiler runs. Bytes are of one device, operations ("flops") of the whole step."""
   A, B, T = run.batch["ids"].shape
   mesh = run.batch_sharding.mesh
+  rows = cfg.H, "segments" in run.batch, cfg.attention_dropout > 0
+  kernel, why_not_faster = attention.taken(run.compute.attention, mesh.devices.flat[0], run.compute.dtype, *rows)
   return {
     "device_kind": mesh.devices.flat[0].device_kind,
     "devices": mesh.size,
     "mesh": dict(mesh.shape),
     "accumulation_steps": A,
     "compute_dtype": run.compute.dtype.name,
+    "attention": {"kernel": kernel, "why_not_faster": why_not_faster},
     "arguments": arguments(run),
     "gradient_bytes": 0 if run.offload == "all" else program.bytes_a_device(run.gradients),
     "host_bytes": program.bytes_on_host(run),

@@ -95,9 +95,11 @@ def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
   """Everything but the memory of a device, as pairs of a name and what is said of it."""
   mesh = " x ".join(f"{name}={count}" for name, count in plan["mesh"].items())
   sent = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in plan["collective_bytes"].items() if nbytes) or "none"
+  kernel, why = plan["attention"]["kernel"], plan["attention"]["why_not_faster"]
   pairs = [
     ("devices", f"{plan['devices']} x {plan['device_kind']}, mesh {mesh}, computing in {plan['compute_dtype']}"),
     ("step", f"{plan['tokens']:,} tokens in {plan['accumulation_steps']} accumulation step(s)"),
+    ("attention", kernel + (f" ({why})" if why else "")),
     ("logits", f"{size(plan['logits_bytes'])} at once, float32, among the activations"),
     ("disk", f"{size(plan['checkpoint_bytes'])} for a checkpoint"),
     (
