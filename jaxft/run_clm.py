@@ -81,6 +81,7 @@ SAME = {
   "eval_steps": Same("train.eval_every", _whole),
   "save_steps": Same("train.save_every", _whole),
   "save_total_limit": Same("train.keep"),
+  "load_best_model_at_end": Same("train.keep_best_metric", _only_true("eval/loss")),
   "report_to": Same(
     "tracking.writers", _choice(none="", tensorboard="tensorboard", mlflow="mlflow", wandb="wandb", trackio="trackio")
   ),
@@ -89,6 +90,7 @@ SAME = {
 # Whether, and with what, evaluations and checkpoints are made.
 STRATEGIES = {"eval_strategy": ("eval_steps", "train.eval_every"), "save_strategy": ("save_steps", "train.save_every")}
 PUSH, HUB_NAME = "push_to_hub", "hub_model_id"
+BEST = "metric_for_best_model"
 PER_DEVICE, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 WORKDIR = "output_dir"
 # True of every run here, so that they may be said.
@@ -107,8 +109,6 @@ REFUSED = {
   "warmup_ratio": "--warmup_steps says how many",
   "overwrite_output_dir": "a run that is there is continued; name another --output_dir to begin anew",
   "resume_from_checkpoint": "the same command with the same --output_dir continues a run",
-  "load_best_model_at_end": "config.train.keep_best_metric=eval/loss keeps that checkpoint; export it with --step",
-  "metric_for_best_model": "config.train.keep_best_metric says it",
   "per_device_eval_batch_size": "an evaluation takes as many rows at once as a training step",
   "deepspeed": SHARDING,
   "fsdp": SHARDING,
@@ -131,7 +131,11 @@ REFUSED = {
   "local_rank": "processes are found out, or told by --process_id",
 }
 KNOWN = (
-  SAME.keys() | STRATEGIES.keys() | {PER_DEVICE, ACCUMULATION, WORKDIR, PUSH, HUB_NAME} | set(ALWAYS) | REFUSED.keys()
+  SAME.keys()
+  | STRATEGIES.keys()
+  | {PER_DEVICE, ACCUMULATION, WORKDIR, PUSH, HUB_NAME, BEST}
+  | set(ALWAYS)
+  | REFUSED.keys()
 )
 
 
@@ -152,7 +156,6 @@ def get_config() -> ConfigDict:
   config = settings.default()
   config.data.sequence_length = 1024
   config.train.epochs = 3.0
-  config.train.batch_size = 8
   config.train.log_every = 500
   return config
 
@@ -181,7 +184,7 @@ def translate(words: list[str]) -> tuple[list[str], PerDevice | None]:
     raise RequestError("\n".join(lines))
   config = [] if has_config else [f"--config={__file__}"]
   counted = None
-  if {PER_DEVICE, ACCUMULATION} & given.keys():
+  if {PER_DEVICE, ACCUMULATION} & given.keys() or not has_config and not batch:
     counted = PerDevice(int(given.get(PER_DEVICE, 8)), int(given.get(ACCUMULATION, 1)))
   return [*config, *rest, *ours], counted
 
@@ -211,6 +214,8 @@ def _ours(name: str, value: str, given: dict[str, str]) -> list[str]:
     _whole(value)
   if name == "do_train" and not _is_true(value) or name == "do_eval" and "do_train" not in given:
     raise ValueError("this command trains; jaxft.evaluate measures a model")
+  if name == BEST and value not in ("eval_loss", "loss"):
+    raise ValueError("there is only eval_loss here")
   if name == PUSH and _is_true(value):
     if HUB_NAME not in given:
       raise ValueError(f"give --{HUB_NAME} OWNER/NAME too")
@@ -242,6 +247,7 @@ def table() -> str:
       f"| `--{name}` | `no`: `--config.{setting}=0`; `steps`: as `--{steps}` says |"
       for name, (steps, setting) in STRATEGIES.items()
     ),
+    f"| `--{BEST}` | `eval_loss`, as `--load_best_model_at_end` has it in any case; refused: another |",
     f"| `--{PUSH}` with `--{HUB_NAME}` | `--config.export.push_to_hub` |",
     *(f"| `--{name}` | always so |" for name in ALWAYS),
     *(f"| `--{name}` | refused: {reason} |" for name, reason in REFUSED.items()),

@@ -60,7 +60,36 @@ def test_a_command_of_run_clm_is_understood(monkeypatch):
 def test_steps_take_the_place_of_epochs(monkeypatch):
   arguments = parsed(monkeypatch, "--model_name_or_path=gpt2", "--dataset_name", "wikitext", "--max_steps", "30")
   assert (arguments.config.train.steps, arguments.config.train.epochs) == (30, 0)
-  assert arguments.config.data.train == ("hub:wikitext",) and arguments.per_device is None
+  assert arguments.config.data.train == ("hub:wikitext",)
+
+
+@pytest.mark.parametrize(
+  "words, rows",
+  [
+    ("", 8),
+    ("--per_device_train_batch_size 2", 2),
+    ("--config.train.batch_size 8", None),
+    ("--config=configs/quickstart.py", None),
+  ],
+)
+def test_a_batch_is_counted_by_device_unless_the_config_says_it(monkeypatch, words, rows):
+  monkeypatch.chdir(ROOT)
+  found = parsed(monkeypatch, "--model_name_or_path=gpt2", *words.split())
+  assert (found.per_device and found.per_device.rows) == rows
+  if rows:
+    found.per_device.into(found.config, 4)
+    assert (found.config.train.batch_size, found.config.train.micro_batch_size) == (4 * rows, rows)
+
+
+def test_the_best_checkpoint_is_what_goes_out(monkeypatch):
+  words = (
+    "--model_name_or_path=gpt2 --train_file a.txt --eval_strategy steps --eval_steps 50 --load_best_model_at_end True"
+  )
+  for more in ("", "--metric_for_best_model eval_loss"):
+    config = parsed(monkeypatch, *words.split(), *more.split()).config
+    assert config.train.keep_best_metric == "eval/loss" and not settings.faults(config)
+  alone = parsed(monkeypatch, "--model_name_or_path=gpt2", "--metric_for_best_model=loss").config
+  assert not alone.train.keep_best_metric
 
 
 def test_flags_go_with_a_config_file_and_with_its_settings(monkeypatch):
@@ -110,6 +139,10 @@ def test_the_order_of_flags_is_of_no_account(monkeypatch, words):
     ("--eval_strategy epoch", "there is only no, and steps, here"),
     ("--eval_strategy steps", "--eval_strategy=steps: give --eval_steps too"),
     ("--optim sgd", "there is only adamw_torch"),
+    (
+      "--load_best_model_at_end --metric_for_best_model accuracy",
+      "--metric_for_best_model=accuracy: there is only eval_loss",
+    ),
     ("--config x.py --gradient_accumulation_steps 2", "of how many rows"),
     ("--per_device_train_batch_size 2 --config.train.batch_size=8", "a batch by device is given too"),
     ("--per_device_train_batch_size two", "give a whole number"),
