@@ -12,7 +12,10 @@ import pytest
 import tiny
 
 import jaxft
+from jaxft.data import report
 from jaxft.errors import StorageError
+from jaxft.hf import repo
+from jaxft.page.words import figure
 from jaxft.train import finetune
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -25,9 +28,13 @@ def small(tmp_path_factory):
   return tiny.write_gpt2(tmp_path_factory.mktemp("models") / "small", seed=0, std=0.05)
 
 
+def fresh(name):
+  return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
+
+
 def recipe(name, folder, train, **more):
   """The config, with this model and data, and as long as the stand-in needs."""
-  config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
+  config = fresh(name)
   config.model.path, config.data.train, config.data.validation = str(folder), (str(train),), ()
   config.data.sequence_length, config.data.limit_validation = 64, 0
   config.data.cache_dir = str(train.parent / "tokens")
@@ -51,8 +58,7 @@ def test_reviews_are_told_apart(small, tmp_path):
 
   def review(i):
     words = rng.choices(GOOD if i % 2 else BAD, k=3) + rng.choices(tiny.WORDS[:4], k=rng.randint(1, 9))
-    rng.shuffle(words)
-    return {"text": " ".join(words), "label": i % 2}
+    return {"text": " ".join(rng.sample(words, len(words))), "label": i % 2}
 
   rows, unseen = (
     write(tmp_path / f"{name}.jsonl", [review(i) for i in range(n)]) for name, n in (("rows", 300), ("new", 100))
@@ -60,6 +66,8 @@ def test_reviews_are_told_apart(small, tmp_path):
   run = finetune(recipe("gpt2_reviews_classification", small, rows, train__steps=60), tmp_path / "run")
   evals = [line for line in run.metrics if "eval/accuracy" in line]
   assert evals[0]["eval/accuracy"] < 0.8 < 0.9 < evals[-1]["eval/accuracy"]
+  card = (run.export / "README.md").read_text()
+  assert "tag: text-classification\n" in card and "import AutoModelForSequenceClassification," in card
   for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
     found = model.evaluate(str(unseen))
     assert found["tokens"] == 100 and found["accuracy"] > 0.9 and found["f1"] > 0.9
@@ -70,7 +78,7 @@ def test_reviews_are_told_apart(small, tmp_path):
 def test_answers_are_learned_and_end(small, tmp_path):
   answers = {"cat": "the red mat", "dog": "a big house", "door": "blue", "sun": "once upon a time"}
   pairs = [{"question": f"where is the {what}?", "answer": answer} for what, answer in answers.items()] * 20
-  file = write(tmp_path / "pairs.jsonl", pairs)
+  file, other = write(tmp_path / "pairs.jsonl", pairs), tiny.write_stories(tmp_path / "other.jsonl", 9, seed=3)
   run = finetune(
     recipe(
       "gpt2_question_answer",
@@ -78,11 +86,15 @@ def test_answers_are_learned_and_end(small, tmp_path):
       file,
       train__steps=120,
       train__sample_prompts=("Question: where is the cat? Answer:",),
+      data__unrelated=(str(other),),
     ),
     tmp_path / "run",
   )
-  losses = [line["eval/loss"] for line in run.metrics if "eval/loss" in line]
-  assert losses[-1] < 0.1 < losses[0]
+  evals = [line for line in run.metrics if "eval/loss" in line]
+  assert evals[-1]["eval/loss"] < 0.1 < evals[0]["eval/loss"]
+  # What became of other text: told before and after, in metrics and on the page.
+  ends = [figure(line["eval/unrelated_perplexity"]) for line in (evals[0], evals[-1])]
+  assert f"<dt>perplexity, unrelated text</dt><dd>{' → '.join(ends)}" in (run.workdir / "report.html").read_text()
   for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
     prompts = [f"Question: where is the {what}? Answer:" for what in answers]
     found = model.generate(prompts, max_new_tokens=20, temperature=0)
@@ -119,7 +131,7 @@ def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path)
   other = write(tmp_path / "other.jsonl", [{"Joke": " ".join(sorted(joke().split()))} for _ in range(9)])
   begin = file.read_text().splitlines()[1].split()[:3]
   more = dict(
-    train__steps=400, train__batch_size=16, train__eval_every=10, train__save_every=80, train__sample_every=20
+    train__steps=400, train__batch_size=16, train__eval_every=10, train__save_every=80, train__sample_every=10
   )
   more |= dict(train__sample_prompts=(tiny.EOS + " ".join(begin),), train__sample_tokens=20, model__dropout=0.0)
   config = recipe("gpt2_jokes", small, file, **more, optim__learning_rate=1e-2, data__unrelated=(str(other),))
@@ -137,6 +149,17 @@ def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path)
   assert wanted.evaluate(str(other), **how)["loss"] == pytest.approx(unrelated[best], rel=1e-5)
   assert f"{evals[best]:.4f} at step {best:,}" in (run.export / "README.md").read_text()
   assert [line["step"] for line in run.samples if line["when"] == "after"] == [best]
+  # By heart: as a plain search in the training text counts it, of what the model draws with the prompt and seed of the run.
+  read = report.prepare(config.data, wanted.tokenizer, repo.tokenizer_fingerprint(small)).train.tokens.ids.tolist()
+  runs_of_8 = lambda ids: [tuple(ids[i : i + 8]) for i in range(len(ids) - 7)]
+  told, known = {it["step"]: it for it in run.samples}, set(runs_of_8(read))
+  for model, step in ((jaxft.load(small), 0), (newest, last)):
+    (drawn,) = model.generate(
+      list(config.train.sample_prompts), max_new_tokens=20, temperature=0.8, top_k=0, top_p=0.95, seed=0
+    )
+    share = np.mean([it in known for it in runs_of_8(drawn.token_ids)])
+    assert told[step]["text"] == drawn.text and told[step]["memorised_8grams"] == pytest.approx(share, abs=1e-4)
+  assert told[0]["memorised_8grams"] < 0.1 < told[last]["memorised_8grams"]
   again = finetune(config, run.workdir)  # a run that is through says the same once more
   assert again.samples == run.samples and again.metrics == run.metrics
   # The best one damaged: set aside, or refused if that is asked for.
@@ -156,9 +179,9 @@ def test_stories_are_drawn_learned_and_end(small, tmp_path, monkeypatch):
   config = recipe(
     "gpt2_tinystories", small, tmp_path / "none", train__steps=300, train__sample_every=150, train__sample_tokens=25
   )
-  fresh = runpy.run_path(str(CONFIGS / "gpt2_tinystories.py"))["get_config"]()
-  assert (fresh.data.limit_train, fresh.data.limit_validation) == (100_000, 5_000)
-  prompts = fresh.train.sample_prompts
+  wanted = fresh("gpt2_tinystories")
+  assert (wanted.data.limit_train, wanted.data.limit_validation) == (100_000, 5_000)
+  prompts = wanted.train.sample_prompts
   for prompt, what in zip(
     prompts, ("cat with magic powers", "cloud that could laugh", "Mia looked up at the star"), strict=True
   ):
@@ -171,7 +194,7 @@ def test_stories_are_drawn_learned_and_end(small, tmp_path, monkeypatch):
     write(tmp_path / f"roneneldan/TinyStories/{split}.jsonl", stories * count)
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-  config.data.train, config.data.validation = fresh.data.train, fresh.data.validation
+  config.data.train, config.data.validation = wanted.data.train, wanted.data.validation
   config.data.limit_train, config.data.limit_validation = 240, 24
   run = finetune(config, tmp_path / "run")
 
@@ -186,11 +209,11 @@ def test_stories_are_drawn_learned_and_end(small, tmp_path, monkeypatch):
   told = lambda when: sum(ending in text for ending, text in zip(endings, texts[when], strict=True))
   assert told("before") == 0 and told("after") >= 2  # drawn, not the likeliest
   for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
-    found = model.evaluate(*fresh.data.validation, sequence_length=64)
+    found = model.evaluate(*wanted.data.validation, sequence_length=64)
     assert found["loss"] < 0.3
     assert [it.text for it in model.generate(list(prompts), max_new_tokens=20, temperature=0)] == list(endings)
   parity = model.export(tmp_path / "half", dtype="bfloat16")
-  assert jaxft.load(tmp_path / "half").evaluate(*fresh.data.validation, sequence_length=64)["loss"] < 0.35, parity
+  assert jaxft.load(tmp_path / "half").evaluate(*wanted.data.validation, sequence_length=64)["loss"] < 0.35, parity
 
 
 MARKS = ["<|title|>", "<|steps|>"]

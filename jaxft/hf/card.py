@@ -10,7 +10,7 @@ from jaxft import config as settings
 
 CARD = """---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 {base}tags:
 - jaxft
 ---
@@ -24,13 +24,18 @@ pipeline_tag: text-generation
 {facts}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+from transformers import {auto}, AutoTokenizer
+model = {auto}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
 `parity.json` says how far this folder's logits are from those of the model that was trained.
 """
+# What a model does, as the hub's tag of it, and the class that loads it.
+KINDS = {
+  "lm": ("text-generation", "AutoModelForCausalLM"),
+  "classification": ("text-classification", "AutoModelForSequenceClassification"),
+}
 
 
 def model_card(workdir: Path, step: int) -> str:
@@ -55,7 +60,13 @@ def model_card(workdir: Path, step: int) -> str:
     floor = f" (entropy of the text: {first['eval/floor']:.4f})" if "eval/floor" in first else ""
     losses = [f"{line['eval/loss']:.4f} at step {line['step']:,}" for line in (first, last)]
     facts["eval loss"] = ", ".join(losses) + floor
+    for key, what in (("eval/accuracy", "accuracy"), ("eval/f1", "F1")):
+      if key in first:
+        facts[what] = ", ".join(f"{line[key]:.4f} at step {line['step']:,}" for line in (first, last))
+  task, auto = KINDS[config.model.head]
   return CARD.format(
+    task=task,
+    auto=auto,
     base=f"base_model: {path}\n" if hub_id else "",
     name=f"{name}, fine-tuned" if pretrained else name,
     what=f"Fine-tuned from `{path if hub_id else name}`" if pretrained else "Trained from new weights",
