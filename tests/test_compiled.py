@@ -212,7 +212,7 @@ def gpt2(compiler):
 
 
 def has_no_giants(answer, B=8, T=1024, V=50304, D=768, N=12):
-  """Neither all probabilities nor all logits, whatever their shape; the largest, the input of every layer, is smaller."""
+  """Neither all probabilities nor all logits, whatever their shape; the inputs of all layers, and the table, are smaller."""
   shapes = shapes_in(answer["text"])
   assert (V, D) in shapes and not [shape for shape in shapes if shape.count(T) > 1]
   largest = max(shapes, key=math.prod)
@@ -227,18 +227,18 @@ def test_gpt2_on_a_gpu_takes_cudnn_and_has_no_giants(gpt2):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "model, device, kernel",
+  "model, device, rows, kernel",
   [
-    ("gpt2", "v5e:1x1", "splash_mha_dkv"),
+    ("gpt2", "v5e:1x1", 4, "splash_mha_dkv"),  # with eight rows libtpu 0.0.42 takes twice as long
     # Every other layer has a window.
-    pytest.param("EleutherAI/gpt-neo-125m", "h100", "__cudnn$fmhaSoftmaxBackward", marks=pytest.mark.wide),
-    pytest.param("gpt2", "t4", "", marks=pytest.mark.wide),
+    pytest.param("EleutherAI/gpt-neo-125m", "h100", 8, "__cudnn$fmhaSoftmaxBackward", marks=pytest.mark.wide),
+    pytest.param("gpt2", "t4", 8, "", marks=pytest.mark.wide),
   ],
 )
-def test_no_program_has_giants(compiler, model, device, kernel):
-  answer = compiler(request(model, device, 8, 1024, dropout=0.0, memory__loss_chunk=-1))
+def test_no_program_has_giants(compiler, model, device, rows, kernel):
+  answer = compiler(request(model, device, rows, 1024, dropout=0.0, memory__loss_chunk=-1))
   assert kernel in answer["text"]
-  has_no_giants(answer)
+  has_no_giants(answer, B=rows)
 
 
 @pytest.mark.slow
