@@ -260,10 +260,11 @@ def test_mistakes_are_one_line_and_exit_code_2(config_file, arguments, message):
   assert not done.stdout
 
 
-def test_a_compiler_that_is_not_installed_is_named_with_the_command(monkeypatch):
+@pytest.mark.parametrize("search", [False, True])
+def test_a_compiler_that_is_not_installed_is_named_with_the_command(monkeypatch, search):
   monkeypatch.setattr(compile, "_installed", lambda module: False)
   with pytest.raises(RequestError, match=r'compiler is not installed; pip install "jaxft\[plan\]"'):
-    jaxft.plan_for(published(), "h100")
+    jaxft.plan_for(published(), "h100", search=search)
 
 
 def test_the_users_own_flags_are_compiled_with_but_for_autotuning(monkeypatch):

@@ -101,6 +101,7 @@ def _plan(
     found = compiler(compile.Request(settings.to_json(config), dataclasses.asdict(cfg), target.name))
     return _told(config, target, found, price)
 
+  compile.must_be_installed(target)
   try:
     plan = of(config)
   except RequestError as error:

@@ -61,9 +61,7 @@ class Compiler:
     Raises RequestError when the compiler for the device is not installed, or the process dies.
     """
     target = targets.find(request.device)
-    plugin = "tpu" if target.kind in targets.TPUS else "gpu" if target.kind in targets.GPUS else None
-    if plugin and not _installed(PLUGINS[plugin]):
-      raise RequestError(f"--device={request.device!r}: its compiler is not installed; {INSTALL}")
+    must_be_installed(target)
     cpus = target.count if target.kind == "cpu" else 1
     if self._child is None or cpus > self._cpus:
       self._start(cpus)
@@ -105,6 +103,13 @@ def environment() -> dict[str, str]:
   """Of the process that compiles."""
   flags = {name: f"{os.environ.get(name, '')} {ENVIRONMENT[name]}".strip() for name in FLAGS}
   return os.environ | ENVIRONMENT | flags
+
+
+def must_be_installed(target: targets.Target) -> None:
+  """Raises RequestError, with the command that installs it, where the compiler for the target is missing."""
+  plugin = "tpu" if target.kind in targets.TPUS else "gpu" if target.kind in targets.GPUS else None
+  if plugin and not _installed(PLUGINS[plugin]):
+    raise RequestError(f"--device={target.name!r}: its compiler is not installed; {INSTALL}")
 
 
 def _installed(module: str) -> bool:
