@@ -5,6 +5,7 @@ notebooks do not have: magics, widgets, pictures.
 """
 
 import ast
+import importlib.util
 import json
 import re
 import subprocess
@@ -43,6 +44,23 @@ def test_its_code_is_python_and_names_what_is_there(file):
       assert not re.fullmatch(r"c\.\w+\.\w+", name) or name.removeprefix("c.") in settings.BY_NAME, name
   for path in re.findall(r"`((?:docs|configs|examples)/[\w./]+)`", "\n".join(cells(file, "markdown"))):
     assert (pages.ROOT / path).exists(), path
+
+
+@each
+@pytest.mark.parametrize(
+  "there, wanted", [("jaxft", []), ("checkout", [sys.executable]), ("", ["git", sys.executable])]
+)
+def test_it_installs_jaxft_where_there_is_none(file, there, wanted, tmp_path, monkeypatch):
+  commands = []
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "path", [*sys.path])
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == there else None)
+  monkeypatch.setattr(subprocess, "run", lambda words, check: commands.append(words))
+  if there == "checkout":
+    (tmp_path / there).mkdir()
+  exec(cells(file, "code")[0], {})
+  assert [words[0] for words in commands] == wanted
+  assert (str(tmp_path / "checkout") in sys.path) == bool(wanted)
 
 
 @pytest.mark.slow
