@@ -11,6 +11,7 @@ import importlib.util
 import io
 import json
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ import tiny
 import jaxft
 from jaxft import command_line
 from jaxft import config as settings
+from jaxft.hf.published import PUBLISHED
 from jaxft.plan import __main__ as plan
 from jaxft.plan import answer, targets
 
@@ -61,7 +63,10 @@ def stand_ins(tmp_path_factory):
     (place / name).symlink_to(pages.ROOT / name)
   first = tiny.write_gpt2(place / "first", seed=0, P=1024, L=12, std=0.05)  # a page names layer 11
   for name in MODELS:
-    shutil.copytree(first, place / name)
+    if (family := PUBLISHED[name]["model_type"]) == "gpt2":
+      shutil.copytree(first, place / name)
+    else:
+      tiny.write_family(place / name, family, seed=0, P=1024, std=0.05)
   story = lambda: tiny.story(rng)
   texts = [{"text": story()} for _ in range(100)]
   for name in ("my_texts/stories", "roneneldan/TinyStories/train", "roneneldan/TinyStories/validation"):
@@ -119,7 +124,7 @@ def follow(command, later, monkeypatch):
     assert command_line.parse_train().place
     return
   words += SMALL.get(name, SMALL.get(" ".join([name, *words[3:4]]), "")).split()
-  if name == "train" and not any(run_folder(words) in text for text in later):
+  if name == "train" and not is_named(run_folder(words), later):
     words.append("--dry_run")
   monkeypatch.setattr(sys, "argv", words[2:])
   try:
@@ -136,6 +141,18 @@ def run_folder(words):
     if flag in words:
       return words[words.index(flag) + 1]
   return f"runs/{Path(words[words.index('--config') + 1]).stem}"
+
+
+def is_named(folder, texts):
+  """The folder or something in it, not one whose name begins as its own."""
+  return any(re.search(rf"(?<![\w./-]){re.escape(folder)}(?![\w.-])", text) for text in texts)
+
+
+def test_a_folder_is_named_by_its_whole_name():
+  assert is_named("runs/gptj", ["export --workdir runs/gptj --out x"]) and is_named(
+    "runs/a", ['load("runs/a/adapter")']
+  )
+  assert not is_named("runs/gptj", ["--workdir runs/gptj8", "--workdir runs/gptj_tpu", "--workdir old/runs/gptj"])
 
 
 def test_what_is_not_run_is_on_a_page():

@@ -97,6 +97,22 @@ def gpt2_shapes(V: int, P: int, D: int, F: int, L: int) -> dict[str, tuple[int, 
   return {"transformer." + name: shape for name, shape in shapes.items()}
 
 
+def shapes_of(family: str, V: int, P: int, D: int, F: int, L: int) -> dict[str, tuple[int, ...]]:
+  """Published names and shapes; matrices of GPT-Neo and GPT-J have their outputs first."""
+  if family == "gpt2":
+    return gpt2_shapes(V, P, D, F, L)
+  neo = family == "gpt_neo"
+  attention, up, down = ("attn.attention", "mlp.c_fc", "mlp.c_proj") if neo else ("attn", "mlp.fc_in", "mlp.fc_out")
+  layer = {f"{norm}.{part}": (D,) for norm in ("ln_1", "ln_2")[: 1 + neo] for part in ("weight", "bias")}
+  layer |= {f"{attention}.{part}_proj.weight": (D, D) for part in ("q", "k", "v", "out")}
+  layer |= {f"{up}.weight": (F, D), f"{up}.bias": (F,), f"{down}.weight": (D, F), f"{down}.bias": (D,)}
+  layer |= {f"{attention}.out_proj.bias": (D,)} if neo else {}
+  shapes = {"wte.weight": (V, D), "ln_f.weight": (D,), "ln_f.bias": (D,)} | ({"wpe.weight": (P, D)} if neo else {})
+  shapes |= {f"h.{i}.{name}": shape for i in range(L) for name, shape in layer.items()}
+  head = {} if neo else {"lm_head.weight": (V, D), "lm_head.bias": (V,)}
+  return {"transformer." + name: shape for name, shape in shapes.items()} | head
+
+
 def gpt2_tensors(shapes: dict[str, tuple[int, ...]], seed: int, std: float) -> dict[str, np.ndarray]:
   """All random, float32: biases and norms too."""
   rng = np.random.default_rng(seed)
@@ -149,6 +165,20 @@ def write_gpt2(
   )
   if tokenizer:
     write_tokenizer(folder, V)
+  return folder
+
+
+def write_family(folder: Path, family: str, *, seed: int, P: int, std: float, V: int = 293) -> Path:
+  """A complete folder of a model of FAMILIES, with P positions."""
+  folder.mkdir(parents=True)
+  names = ("max_position_embeddings", "hidden_size", "intermediate_size", "num_layers")
+  names = names if family == "gpt_neo" else ("n_positions", "n_embd", "n_inner", "n_layer")
+  about = {"model_type": family, "vocab_size": V, "bos_token_id": 0, "eos_token_id": 0} | FAMILIES[family]
+  about |= {names[0]: P, "tie_word_embeddings": family != "gptj"}
+  tensors = gpt2_tensors(shapes_of(family, V, *(about[name] for name in names)), seed, std)
+  save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+  (folder / "config.json").write_text(json.dumps(about))
+  write_tokenizer(folder, V)
   return folder
 
 
