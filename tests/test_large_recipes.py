@@ -2,10 +2,11 @@
 
 import jax
 import numpy as np
+import processes
 import pytest
 import tiny
 from safetensors.numpy import load_file
-from test_recipes import fresh, recipe
+from test_recipes import MARKS, fresh, recipe
 
 import jaxft
 from jaxft.hf.published import PUBLISHED
@@ -63,3 +64,14 @@ def test_a_large_model_learns_and_goes_out(name, texts, models, tmp_path):
     scale = wanted.lora.alpha / wanted.lora.rank
     assert B.any()
     np.testing.assert_allclose(after[key], before[key] + scale * B @ A, atol=1e-6)
+
+
+def test_marks_take_the_rows_of_gptj_that_no_token_uses(tmp_path):
+  folder = tiny.write_family(tmp_path / "model", "gptj", seed=0, P=71, std=0.05, V=300)
+  tiny.write_tokenizer(folder, 293)
+  processes.run("jaxft.tokenizer", "--model", folder, "--add", *MARKS, "--out", tmp_path / "marked")
+  before, after = (load_file(it / "model.safetensors") for it in (folder, tmp_path / "marked"))
+  for name in ("transformer.wte.weight", "lm_head.weight", "lm_head.bias"):
+    np.testing.assert_allclose(after[name][293:295], np.stack([before[name].mean(0)] * 2), atol=1e-6)
+    after[name][293:295] = before[name][293:295]
+  assert all(after[name].tobytes() == before[name].tobytes() for name in before)
