@@ -155,6 +155,16 @@ def test_a_folder_is_named_by_its_whole_name():
   assert not is_named("runs/gptj", ["--workdir runs/gptj8", "--workdir runs/gptj_tpu", "--workdir old/runs/gptj"])
 
 
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_trainings_that_differ_have_folders_of_their_own(name):
+  """The second would find its run finished, and do nothing."""
+  trainings = {step.text for step in FOLLOWED[name] if step.text.startswith(f"{pages.COMMAND}train ")}
+  folders = [
+    run_folder(pages.words(text)) for text in trainings if "--dry_run" not in text and "--config ..." not in text
+  ]
+  assert len(folders) == len(set(folders)), folders
+
+
 def test_what_is_not_run_is_on_a_page():
   assert NOT_RUN.keys() <= {step.text for steps in FOLLOWED.values() for step in steps}
 
