@@ -115,11 +115,17 @@ def test_a_model_from_nothing_beats_counting_tokens(tmp_path):
   (folder / "config.json").write_text(json.dumps(about | dict(n_embd=40, n_layer=2, n_head=5, n_positions=64)))
   run = finetune(recipe("gpt2_from_scratch", folder, text, train__steps=150, train__batch_size=16), tmp_path / "run")
   losses = [line["eval/loss"] for line in run.metrics if "eval/loss" in line]
-  tokenizer = jaxft.load(run.export).tokenizer
+  exported = jaxft.load(run.export)
+  tokenizer = exported.tokenizer
   ids = [i for line in text.read_text().splitlines() for i in [*tokenizer(json.loads(line)["text"])["input_ids"], 0]]
   shares = np.bincount(ids, minlength=300) / len(ids)
   of_counts = -sum(p * np.log(p) for p in shares if p)
   assert abs(losses[0] - np.log(300)) < 0.2 and losses[-1] < of_counts - 0.5, (losses, of_counts)
+  held_out = jaxft.pretrained.load_workdir(run.workdir).evaluate_held_out()
+  assert held_out["loss"] == pytest.approx(losses[-1], rel=1e-5)
+  assert exported.evaluate(str(text), sequence_length=64)["loss"] < of_counts - 0.5
+  (told,) = exported.generate([" ".join(tiny.WORDS[:4])], max_new_tokens=12, temperature=0)
+  assert set(told.text.split()[:-1]) <= set(tiny.WORDS)
 
 
 @pytest.mark.slow
@@ -261,6 +267,8 @@ def test_marks_are_learned_and_go_out_with_the_model(marked, tmp_path):
   run = finetune(recipe("gpt2_medium_recipes", folder, file, **more), tmp_path / "run")
   losses = [line["eval/loss"] for line in run.metrics if "eval/loss" in line]
   assert losses[-1] < 0.5 < losses[0]
+  held_out = jaxft.pretrained.load_workdir(run.workdir).evaluate_held_out()
+  assert held_out["loss"] == pytest.approx(losses[-1], rel=1e-5)
   for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
     assert model.tokenizer(MARKS[0])["input_ids"] == [293]
     prompts = [f"{tiny.EOS}<|title|>{title}<|steps|>" for title in steps]  # as rows begin
