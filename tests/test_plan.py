@@ -191,6 +191,33 @@ def test_bytes_moved_count_slices_in_loops():
   assert 15 * row <= hlo.moved(text) <= 25 * row
 
 
+OF_A_TPU = """
+%all-reduce-scatter.1 (input: bf16[64,8]) -> bf16[16,8] {
+  %all-reduce.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=1, to_apply=%add
+  ROOT %dynamic-slice.1 = bf16[16,8]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.1, %zero, %zero)
+}
+
+%body.1 (param.1: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
+  %custom-call.1 = bf16[64,8]{1,0} custom-call(%param.1), custom_call_target="tpu_custom_call", backend_config={"of": {
+}}, metadata={op_name="a kernel"}
+  %fusion.1 = bf16[16,8]{1,0} fusion(%custom-call.1), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
+%condition.1 (param.2: (s32[], bf16[16,8])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(12)
+  ROOT %lt.1 = pred[]{:T(512)} compare(%get-tuple-element.1, %constant.1), direction=LT
+}
+
+ENTRY %main (param.3: bf16[16,8]) -> bf16[16,8] {
+  %while.1 = (s32[]{:T(128)}, bf16[16,8]{1,0}) while(%tuple.1), condition=%condition.1, body=%body.1
+}
+"""
+
+
+def test_loops_of_tpu_programs_whose_compiler_notes_no_turns_are_counted():
+  assert hlo.by_kind(hlo.collectives(OF_A_TPU)) == {"reduce-scatter": 12 * 2 * 64 * 8}
+
+
 def plan(*arguments, check=0, **how):
   return processes.run("jaxft.plan", *arguments, check=check, **how)
 

@@ -12,6 +12,8 @@ SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)|(?:called|branch)_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 # Instructions that name memory or steer, and move nothing themselves.
 STILL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
@@ -39,7 +41,9 @@ def collectives(text: str) -> list[Collective]:
     for line in lines:
       match = COLLECTIVE.search(line)
       if match and times[name]:
-        found.append(Collective(match[2], _largest(match[1]), times[name]))
+        # libtpu's fusion of an all-reduce with a slice of it, which is what travels.
+        kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else match[2]
+        found.append(Collective(kind, _largest(match[1]), times[name]))
   return found
 
 
@@ -171,7 +175,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
       name = head[1]
       found[name] = []
       entry = name if line.startswith("ENTRY") else entry
-    elif line.startswith("}"):
+    elif line.startswith("}") and not line.startswith("}}"):  # that is the end of what describes a Pallas kernel
       name = None
     elif name:
       found[name].append(line)
@@ -185,14 +189,22 @@ def _times(computations: dict[str, list[str]], entry: str) -> collections.Counte
   def visit(name: str, count: int) -> None:
     times[name] += count
     for line in computations.get(name, ()):
-      trips = TRIPS.search(line)
-      inside = count * int(trips[1]) if trips and " while(" in line else count
+      inside = count * _trips(line, computations) if " while(" in line else count
       for one, several in CALLED.findall(line):
         for called in [one] if one else re.findall(r"[\w.\-]+", several):
           visit(called, inside)
 
   visit(entry, 1)
   return times
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+  """Of a loop: as the compiler notes them or, as libtpu (0.0.42) does not, what its counter is compared with; else 1."""
+  if known := TRIPS.search(line):
+    return int(known[1])
+  condition = "\n".join(computations.get(CONDITION.search(line)[1], ()))
+  limits = LIMIT.findall(condition)
+  return int(limits[0]) if len(limits) == 1 and "direction=LT" in condition else 1
 
 
 def _largest(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
