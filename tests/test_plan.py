@@ -197,10 +197,20 @@ OF_A_TPU = """
   ROOT %dynamic-slice.1 = bf16[16,8]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.1, %zero, %zero)
 }
 
+%async_collective_fusion.1 (input: bf16[16,8]) -> bf16[64,8] {
+  ROOT %all-gather.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%input), channel_id=2, dimensions={0}
+}
+
+%async_collective_fusion.2 (input: bf16[16,8]) -> bf16[64,8] {
+  ROOT %all-gather.2 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%input), channel_id=2, dimensions={0}
+}
+
 %body.1 (param.1: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
   %custom-call.1 = bf16[64,8]{1,0} custom-call(%param.1), custom_call_target="tpu_custom_call", backend_config={"of": {
 }}, metadata={op_name="a kernel"}
   %fusion.1 = bf16[16,8]{1,0} fusion(%custom-call.1), kind=kCustom, calls=%all-reduce-scatter.1
+  %fusion.2 = bf16[64,8]{1,0} fusion(%fusion.1), kind=kCustom, calls=%async_collective_fusion.1
+  %fusion.3 = bf16[64,8]{1,0} fusion(%fusion.2), kind=kCustom, calls=%async_collective_fusion.2
 }
 
 %condition.1 (param.2: (s32[], bf16[16,8])) -> pred[] {
@@ -215,7 +225,8 @@ ENTRY %main (param.3: bf16[16,8]) -> bf16[16,8] {
 
 
 def test_loops_of_tpu_programs_whose_compiler_notes_no_turns_are_counted():
-  assert hlo.by_kind(hlo.collectives(OF_A_TPU)) == {"reduce-scatter": 12 * 2 * 64 * 8}
+  nbytes = 12 * 2 * 64 * 8
+  assert hlo.by_kind(hlo.collectives(OF_A_TPU)) == {"reduce-scatter": nbytes, "all-gather": nbytes}
 
 
 def plan(*arguments, check=0, **how):

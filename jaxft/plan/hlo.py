@@ -12,6 +12,7 @@ SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)|(?:called|branch)_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+CHANNEL = re.compile(r"channel_id=(\d+)")
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
@@ -36,11 +37,15 @@ def collectives(text: str) -> list[Collective]:
   """Every collective of a program, from `compiled.as_text()`."""
   computations, entry = _computations(text)
   times = _times(computations, entry)
-  found = []
+  found, spread = [], set()
   for name, lines in computations.items():
     for line in lines:
       match = COLLECTIVE.search(line)
       if match and times[name]:
+        if "fus" in name and (channel := CHANNEL.search(line)):  # libtpu spreads one over several fusions
+          if channel[1] in spread:
+            continue
+          spread.add(channel[1])
         # libtpu's fusion of an all-reduce with a slice of it, which is what travels.
         kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else match[2]
         found.append(Collective(kind, _largest(match[1]), times[name]))
