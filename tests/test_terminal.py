@@ -19,6 +19,13 @@ from jaxft.run.tracking import visible
 
 pytestmark = pytest.mark.slow
 ESCAPE = "\x1b"
+# Ctrl-C reaches what has the terminal as its own; `preexec_fn` would fork a process with JAX's threads in it.
+OWN_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 
 
 class Terminal:
@@ -29,14 +36,12 @@ class Terminal:
     self._fd = mine
     self.resize(24, 100)
     self.process = subprocess.Popen(
-      [sys.executable, "-m", *map(str, command)],
+      [sys.executable, "-c", OWN_TERMINAL, "-m", *map(str, command)],
       stdin=theirs,
       stdout=theirs,
       stderr=theirs,
       env=os.environ | {"TERM": "xterm-256color"} | env,
       cwd=ROOT,
-      start_new_session=True,
-      preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
     os.close(theirs)
 
