@@ -254,6 +254,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
 
   Raises RequestError when the run has none.
   """
+  prepare_backend()  # before a checkpoint asks for devices
   workdir = Path(workdir)
   file = workdir / "config.json"
   if not file.is_file():
