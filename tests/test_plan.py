@@ -21,7 +21,7 @@ from jaxft import program, sharding
 from jaxft.errors import RequestError
 from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
-from jaxft.plan import answer, compile, estimate, figures, fit, flops, hlo, show, targets
+from jaxft.plan import answer, compile, estimate, figures, fit, flops, show, targets
 from jaxft.plan.figures import blank_row
 from jaxft.run.tracking import Meter, Reporter
 
@@ -180,55 +180,6 @@ def test_costs_come_from_the_users_table_alone(tmp_path):
     targets.read_prices(tmp_path / "none.json")
 
 
-def test_bytes_moved_count_slices_in_loops():
-  """A loop of five turns that adds row i of a matrix: it reads rows, not the matrix, each turn."""
-
-  def total(x):
-    return jax.lax.fori_loop(0, 5, lambda i, s: s + jax.lax.dynamic_index_in_dim(x, i, keepdims=False), x[0])
-
-  text = jax.jit(total).lower(jax.ShapeDtypeStruct((5, 100_000), np.float32)).compile().as_text()
-  row = 4 * 100_000
-  assert 15 * row <= hlo.moved(text) <= 25 * row
-
-
-OF_A_TPU = """
-%all-reduce-scatter.1 (input: bf16[64,8]) -> bf16[16,8] {
-  %all-reduce.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=1, to_apply=%add
-  ROOT %dynamic-slice.1 = bf16[16,8]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.1, %zero, %zero)
-}
-
-%async_collective_fusion.1 (input: bf16[16,8]) -> bf16[64,8] {
-  ROOT %all-gather.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%input), channel_id=2, dimensions={0}
-}
-
-%async_collective_fusion.2 (input: bf16[16,8]) -> bf16[64,8] {
-  ROOT %all-gather.2 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%input), channel_id=2, dimensions={0}
-}
-
-%body.1 (param.1: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
-  %custom-call.1 = bf16[64,8]{1,0} custom-call(%param.1), custom_call_target="tpu_custom_call", backend_config={"of": {
-}}, metadata={op_name="a kernel"}
-  %fusion.1 = bf16[16,8]{1,0} fusion(%custom-call.1), kind=kCustom, calls=%all-reduce-scatter.1
-  %fusion.2 = bf16[64,8]{1,0} fusion(%fusion.1), kind=kCustom, calls=%async_collective_fusion.1
-  %fusion.3 = bf16[64,8]{1,0} fusion(%fusion.2), kind=kCustom, calls=%async_collective_fusion.2
-}
-
-%condition.1 (param.2: (s32[], bf16[16,8])) -> pred[] {
-  %constant.1 = s32[]{:T(128)} constant(12)
-  ROOT %lt.1 = pred[]{:T(512)} compare(%get-tuple-element.1, %constant.1), direction=LT
-}
-
-ENTRY %main (param.3: bf16[16,8]) -> bf16[16,8] {
-  %while.1 = (s32[]{:T(128)}, bf16[16,8]{1,0}) while(%tuple.1), condition=%condition.1, body=%body.1
-}
-"""
-
-
-def test_loops_of_tpu_programs_whose_compiler_notes_no_turns_are_counted():
-  nbytes = 12 * 2 * 64 * 8
-  assert hlo.by_kind(hlo.collectives(OF_A_TPU)) == {"reduce-scatter": nbytes, "all-gather": nbytes}
-
-
 def plan(*arguments, check=0, **how):
   return processes.run("jaxft.plan", *arguments, check=check, **how)
 
@@ -352,70 +303,6 @@ def test_published_models_are_known_without_a_network(monkeypatch, tmp_path):
   assert answer.model_facts(published("openai-community/gpt2")) == answer.model_facts(published("gpt2"))
   with pytest.raises(RequestError, match="2048: the model has 1024 positions"):
     answer.model_facts(published("gpt2", data__sequence_length=2048))
-
-
-def fake_plan(needs):
-  """A compiler whose programs need what `needs` says of a config."""
-  asked = []
-
-  def of(config):
-    asked.append(config)
-    return {"peak_bytes": int(needs(config)), "host_bytes": 0, "step_seconds_estimate": None, "accumulation_steps": 1}
-
-  return of, asked
-
-
-def test_the_search_finds_what_fits_and_says_why_the_rest_lost():
-  config, target = published("gpt2-large", train__batch_size=8, data__sequence_length=1024), targets.find("rtx4090")
-  cfg, GIB = answer.model_facts(config), 2**30
-  needs = {"none": 60, "dots": 30, "full": 20}
-  of, asked = fake_plan(lambda c: needs[c.memory.remat] * GIB + c.train.micro_batch_size)
-  advice = fit.search(config, cfg, target, of)
-  assert advice["best"] and all("--config.memory.remat=full" in it["overrides"] for it in advice["best"])
-  assert all(it["peak_bytes"] <= advice["room_bytes"] < target.usable_bytes for it in advice["best"])
-  assert all("does not fit, by" in it["why"] for it in advice["lost"]) and len(asked) <= fit.MOST_COMPILES
-  compiled = len(advice["best"]) + len(advice["lost"])
-  assert compiled == len(asked) and compiled + sum(advice["not_compiled"].values()) == advice["candidates"]
-  # What is to be pasted is what was compiled.
-  for it in advice["best"]:
-    changed = fit.changed(config, it["settings"])
-    again = settings.from_json(settings.to_json(changed))
-    assert fit.overrides(changed, it["settings"], target.count) == [] and settings.flatten(again) == settings.flatten(
-      changed
-    )
-
-
-@pytest.mark.parametrize(
-  "limit, most, compiles, why",
-  [
-    ("MOST_COMPILES", 1, 1, "the search ended after 1 compiles"),
-    ("MOST_SECONDS", 0, 0, "the search ended after 0 s"),
-  ],
-)
-@pytest.mark.parametrize("needs", [1, 60])
-def test_a_search_that_is_cut_short_says_so(monkeypatch, limit, most, compiles, why, needs):
-  monkeypatch.setattr(fit, limit, most)
-  config, target = published("gpt2-large", train__batch_size=8, data__sequence_length=1024), targets.find("rtx4090")
-  of, asked = fake_plan(lambda c: needs * 2**30)
-  advice = fit.search(config, answer.model_facts(config), target, of)
-  assert len(asked) == compiles == len(advice["best"]) + len(advice["lost"])
-  assert advice["ended_early"] == why and "estimated to be slower" not in advice["not_compiled"]
-  assert compiles + sum(advice["not_compiled"].values()) == advice["candidates"] and advice["not_compiled"][why] > 0
-  said = show.why_not({"advice": advice})
-  assert f"{advice['not_compiled'][why]} not compiled: {why}" in said
-  assert not any("nothing of what was tried fits" in line or "state alone take" in line for line in said)
-  assert any(line.endswith(f"before {why}; there may be one") for line in said) == (not advice["best"])
-
-
-def test_the_search_compiles_nothing_where_state_alone_is_too_large(monkeypatch):
-  monkeypatch.setitem(fit.CHOICES, "memory.offload", ("none",))
-  config = published("EleutherAI/gpt-j-6b", train__batch_size=8, data__sequence_length=2048)
-  of, asked = fake_plan(lambda c: 0)
-  advice = fit.search(config, answer.model_facts(config), targets.find("t4"), of)
-  assert not asked and not advice["best"] and advice["ended_early"] is None
-  assert "nothing of what was tried fits" in (last := show.why_not({"advice": advice})[-1])
-  assert "weights, gradient and optimizer state alone take" in last
-  assert advice["least_state_bytes"] > 16 * 6.05e9 > targets.find("t4").usable_bytes  # weights, gradient, two moments
 
 
 def test_the_table_says_what_is_missing():

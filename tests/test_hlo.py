@@ -1,0 +1,55 @@
+"""What is read out of compiled programs: bytes moved, collectives, the turns of loops."""
+
+import jax
+import numpy as np
+
+from jaxft.plan import hlo
+
+
+def test_bytes_moved_count_slices_in_loops():
+  """A loop of five turns that adds row i of a matrix: it reads rows, not the matrix, each turn."""
+
+  def total(x):
+    return jax.lax.fori_loop(0, 5, lambda i, s: s + jax.lax.dynamic_index_in_dim(x, i, keepdims=False), x[0])
+
+  text = jax.jit(total).lower(jax.ShapeDtypeStruct((5, 100_000), np.float32)).compile().as_text()
+  row = 4 * 100_000
+  assert 15 * row <= hlo.moved(text) <= 25 * row
+
+
+OF_A_TPU = """
+%all-reduce-scatter.1 (input: bf16[64,8]) -> bf16[16,8] {
+  %all-reduce.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=1, to_apply=%add
+  ROOT %dynamic-slice.1 = bf16[16,8]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.1, %zero, %zero)
+}
+
+%async_collective_fusion.1 (input: bf16[16,8]) -> bf16[64,8] {
+  ROOT %all-gather.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%input), channel_id=2, dimensions={0}
+}
+
+%async_collective_fusion.2 (input: bf16[16,8]) -> bf16[64,8] {
+  ROOT %all-gather.2 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%input), channel_id=2, dimensions={0}
+}
+
+%body.1 (param.1: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
+  %custom-call.1 = bf16[64,8]{1,0} custom-call(%param.1), custom_call_target="tpu_custom_call", backend_config={"of": {
+}}, metadata={op_name="a kernel"}
+  %fusion.1 = bf16[16,8]{1,0} fusion(%custom-call.1), kind=kCustom, calls=%all-reduce-scatter.1
+  %fusion.2 = bf16[64,8]{1,0} fusion(%fusion.1), kind=kCustom, calls=%async_collective_fusion.1
+  %fusion.3 = bf16[64,8]{1,0} fusion(%fusion.2), kind=kCustom, calls=%async_collective_fusion.2
+}
+
+%condition.1 (param.2: (s32[], bf16[16,8])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(12)
+  ROOT %lt.1 = pred[]{:T(512)} compare(%get-tuple-element.1, %constant.1), direction=LT
+}
+
+ENTRY %main (param.3: bf16[16,8]) -> bf16[16,8] {
+  %while.1 = (s32[]{:T(128)}, bf16[16,8]{1,0}) while(%tuple.1), condition=%condition.1, body=%body.1
+}
+"""
+
+
+def test_loops_of_tpu_programs_whose_compiler_notes_no_turns_are_counted():
+  nbytes = 12 * 2 * 64 * 8
+  assert hlo.by_kind(hlo.collectives(OF_A_TPU)) == {"reduce-scatter": nbytes, "all-gather": nbytes}
