@@ -55,8 +55,8 @@ def test_a_run_leaves_what_the_contract_lists(finished):
   assert "eval loss" in done.stdout and "continuing" not in done.stdout
 
 
-def test_running_again_after_the_end_changes_nothing(finished, config_file):
-  workdir, _ = finished
+def test_running_again_after_the_end_changes_nothing(finished, config_file, tmp_path):
+  workdir = shutil.copytree(finished[0], tmp_path / "w")  # other files' tests read the run's own record of its starts
   before = losses(workdir), (workdir / "export" / "model.safetensors").read_bytes()
   assert "continuing at step 12 of 12" in train(config_file, workdir).stdout
   assert (losses(workdir), (workdir / "export" / "model.safetensors").read_bytes()) == before
