@@ -1,13 +1,18 @@
-"""How long devices wait between the programs of a run: python benchmarks/gaps.py WORKDIR [--picture gaps.svg]
+"""How long devices wait between the programs of a run: python benchmarks/gaps.py [WORKDIR] [--steps 5] [--picture gaps.svg]
 
-WORKDIR is that of a run with `--config.train.profile_steps=N`; what JAX's profiler wrote there is read. Prints the traced
-time of each device, how much of it programs ran, and the longest wait as a share of a step; draws the time line.
+WORKDIR is that of a run with `--config.train.profile_steps=N`; what JAX's profiler wrote there is read, and the traced time of
+each device is printed, how much of it programs ran, and the longest wait as a share of a step. Without WORKDIR a run is made:
+`--model` with random weights; the figures and their picture go into docs/benchmarks.md.
 """
 
 import argparse
+import re
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import page
+import scratch
 from jax.profiler import ProfileData
 
 
@@ -28,20 +33,59 @@ class Busy(NamedTuple):
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("workdir", type=Path)
-  parser.add_argument("--steps", type=int, required=True, help="that were traced")
-  parser.add_argument("--picture", type=Path)
+  parser.add_argument("workdir", type=Path, nargs="?")
+  parser.add_argument("--steps", type=int, default=5, help="that are, or were, traced")
+  parser.add_argument("--picture", type=Path, help="file for the time line, as SVG")
+  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.published)")
+  parser.add_argument("--rows", type=int, default=2, help="of a batch")
+  parser.add_argument("--length", type=int, default=512, help="tokens a row")
+  parser.add_argument("--dropout", type=float, default=0.1)
   asked = parser.parse_args()
-  found = [busy for file in sorted(asked.workdir.rglob("*.xplane.pb")) for busy in of_file(file)]
+  if asked.workdir:
+    found = spans_of(asked.workdir)
+    if asked.picture:
+      asked.picture.write_text(drawn(found), encoding="utf-8")
+    return print(told(found, asked.steps))
+  with tempfile.TemporaryDirectory() as folder:
+    device = train(asked, Path(folder))
+    found = spans_of(Path(folder))
+  where = "a CPU" if device == "cpu" else device
+  picture = asked.picture or page.PAGE.parent / f"gaps-{re.sub('[^a-z0-9]+', '-', device.lower())}.svg"
+  picture.write_text(drawn(found), encoding="utf-8")
+  about = (
+    f"{page.machine(device, 'jax')}: {asked.steps} steps of {asked.model}, {asked.rows} x {asked.length} tokens, dropout "
+    f"{asked.dropout:g}, random weights, traced by `config.train.profile_steps`. {told(found, asked.steps)}"
+  )
+  print(about)
+  picture_of = f"![{asked.steps} steps one after the other, with the waits between them]({picture.name})"
+  page.put(f"between programs, {asked.model} on {where}", "benchmarks/gaps.py", f"{about}\n\n{picture_of}")
+
+
+def train(asked: argparse.Namespace, folder: Path) -> str:
+  """Traces a run; returns the device that it was on."""
+  import jax
+
+  import jaxft
+
+  config = scratch.config_of(folder, asked.model, asked.rows, asked.length, asked.steps + 5, asked.dropout)
+  config.train.profile_steps = asked.steps
+  jaxft.finetune(config, folder / "run")
+  return jax.devices()[0].device_kind
+
+
+def spans_of(folder: Path) -> list[Busy]:
+  return [busy for file in sorted(folder.rglob("*.xplane.pb")) for busy in of_file(file)]
+
+
+def told(found: list[Busy], steps: int) -> str:
+  lines = []
   for it in found:
-    step = it.total / asked.steps
-    print(
+    longest, step = max(it.gaps, default=0), it.total / steps
+    lines.append(
       f"{it.device}: {it.total / 1e6:,.1f} ms, {step / 1e6:,.1f} ms a step; programs ran "
-      f"{1 - sum(it.gaps) / it.total:.2%} of it; longest wait {max(it.gaps, default=0) / 1e6:.2f} ms, "
-      f"{max(it.gaps, default=0) / step:.2%} of a step"
+      f"{1 - sum(it.gaps) / it.total:.2%} of it; the longest wait was {longest / 1e6:.2f} ms, {longest / step:.2%} of a step."
     )
-  if asked.picture:
-    asked.picture.write_text(drawn(found), encoding="utf-8")
+  return "\n".join(lines)
 
 
 def of_file(file: Path) -> list[Busy]:

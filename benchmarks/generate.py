@@ -6,10 +6,8 @@ float32. The table goes into docs/benchmarks.md. Needs torch and transformers be
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import page
-from train import ROOT, _version, quiet
+from scratch import ROOT
+from train import quiet
 
 CONTENDERS = "jaxft", "transformers"
 
@@ -121,14 +120,13 @@ def measured(asked: argparse.Namespace, generate: Callable, device: str) -> dict
 
 
 def table(asked: argparse.Namespace, turns: dict[str, list[dict]]) -> str:
-  versions = ", ".join(f"{name} {_version(name)}" for name in ("jax", "torch", "transformers"))
   device = turns["jaxft"][0]["device"]
   ours, theirs = (turns[name][0]["written"] for name in CONTENDERS)
   same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), len(ours))
   lines = [
-    f"{datetime.date.today()}, {os.cpu_count()} CPU cores{'' if device == 'cpu' else f', {device}'}, Python "
-    f"{platform.python_version()}, {versions}. {asked.model}, prompts of {asked.prompt} tokens, {asked.new} new ones, greedy; "
-    f"medians of {asked.turns} turns, in brackets the slowest and fastest. The first {same} tokens of both are the same.",
+    f"{page.machine(device, 'jax', 'torch', 'transformers')}. {asked.model}, prompts of {asked.prompt} tokens, "
+    f"{asked.new} new ones, greedy; medians of {asked.turns} turns, in brackets the slowest and fastest. The first {same} "
+    "tokens of both are the same.",
     "",
     "| prompts at once | jaxft, tokens/s | transformers, tokens/s | ratio |",
     "|---|---|---|---|",

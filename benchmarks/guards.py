@@ -6,7 +6,6 @@ are some), in turns; then, beside them, a step's line in metrics.jsonl and the c
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import page
 from flax import nnx
 
 from jaxft import config as settings
@@ -83,18 +83,23 @@ def main() -> None:
       reporter.step(step, host, meter, lambda bad: [])
     told = (time.monotonic() - started) / 1000
 
-  every = config.train.save_every
-  print(f"{arguments.rows} x {arguments.length}, {jax.devices()[0].device_kind}, jax {jax.__version__}")
-  for name, values in seconds.items():
-    print(f"{name:8} {median[name]:.3f} s a step  {json.dumps([round(s, 3) for s in values])}")
-  extra = {
-    "the look at all numbers": median["guarded"] - median["bare"],
-    "a line of metrics": told,
-    f"checksums, once in {every} steps": sums / every,
-  }
-  for what, more in extra.items():
-    print(f"{what}: {1000 * more:.2f} ms a step, {100 * more / median['bare']:+.2f} %")
-  print(f"together: {100 * sum(extra.values()) / median['bare']:+.2f} %")
+  every, bare = config.train.save_every, median["bare"]
+  share = lambda more: f"{100 * more / bare:+.2f} %"
+  spread = (max(seconds["bare"]) - min(seconds["bare"])) / bare
+  lines = [
+    f"{page.machine(jax.devices()[0].device_kind, 'jax')}, GPT-2 124M shape, {arguments.rows} x {arguments.length} tokens: "
+    f"medians of {TURNS} steps of each kind, in turns.",
+    "",
+    "| | a step | of a step |",
+    "|---|---|---|",
+    f"| without guards | {bare:.2f} s | (the turns differ by {100 * spread:.0f} %) |",
+    "| with the look over gradients, weights and optimizer state, and the update that depends on it | "
+    f"{median['guarded']:.2f} s | {share(median['guarded'] - bare)} |",
+    f"| a line of metrics | {1000 * told:.2f} ms | {share(told)} |",
+    f"| checksums of a checkpoint, once in {every} steps | {1000 * sums / every:.1f} ms | {share(sums / every)} |",
+  ]
+  print("\n".join(lines))
+  page.put("what safety costs", "benchmarks/guards.py", "\n".join(lines))
 
 
 if __name__ == "__main__":

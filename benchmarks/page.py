@@ -1,8 +1,19 @@
 """Where benchmarks put what they found: docs/benchmarks.md, each in a section of its own."""
 
+import datetime
+import importlib.metadata
+import os
+import platform
 from pathlib import Path
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+
+
+def machine(device: str, *packages: str) -> str:
+  """The date, the machine and the versions: what each section begins with. `device`: as its framework calls it, or "cpu"."""
+  what = [str(datetime.date.today()), f"{os.cpu_count()} CPU cores", *([] if device == "cpu" else [device])]
+  what += [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)]
+  return ", ".join(what)
 
 
 def put(what: str, command: str, text: str) -> None:
@@ -14,3 +25,10 @@ def put(what: str, command: str, text: str) -> None:
   before, _, rest = old.partition(begin)
   _, _, after = rest.partition(end)
   PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return "missing"

@@ -1,8 +1,9 @@
 """The plan's peak against the measured one, on one GPU: python benchmarks/plan_vs_measured.py
 
 Each point is planned with `jaxft.plan`, for the card that is here and as if it were not, then trained for three steps in a
-process of its own (`benchmarks/offload.py`), whose allocator tells the most bytes it had in use. Prints a table, the median and
-the largest error; some twenty minutes on one 80 GB card, less what does not fit. Without a GPU it prints the points alone.
+process of its own (`benchmarks/offload.py`), whose allocator tells the most bytes it had in use. A table, the median and the
+largest error go into docs/benchmarks.md; some twenty minutes on one 80 GB card, less what does not fit. Without a GPU it prints
+the points alone.
 
 A plan is made without autotuning, which needs the card, and has no workspace of cuDNN's, which only the library on the card
 tells; what is measured has both.
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 import offload
+import page
 
 # model, rows, rows at once, tokens a row, remat, offload
 POINTS = (
@@ -62,8 +64,11 @@ def kind_of_this_gpu() -> str:
 
 def main() -> None:
   kind = kind_of_this_gpu()
-  print("| model | rows x tokens, at once | remat | offload | planned | measured | error | a step |")
-  print("|---|---|---|---|---|---|---|---|")
+  lines = [
+    "| model | rows x tokens, at once | remat | offload | planned | measured | error | a step |",
+    f"|{'---|' * 8}",
+  ]
+  print("\n".join(lines))
   if not kind:
     for point in POINTS:
       print(f"{line_of(point)} | | | |")
@@ -83,15 +88,19 @@ def main() -> None:
     found = taken
     error = planned / found["measured_bytes"] - 1
     errors.append(abs(error))
-    print(
-      f"{line_of(point)} | {show.size(planned)} | "
-      f"{show.size(found['measured_bytes'])} | {100 * error:+.1f} % | {found['seconds']:.2f} s |",
-      flush=True,
+    lines.append(
+      f"{line_of(point)} | {show.size(planned)} | {show.size(found['measured_bytes'])} | {100 * error:+.1f} % | "
+      f"{found['seconds']:.2f} s |"
     )
+    print(lines[-1], flush=True)
   if found is None:
     sys.exit("no point could be measured")
-  print(f"\n{found['device_kind']}, jax {found['jax']}, {len(errors)} points", end=": ")
-  print(f"median error {100 * statistics.median(errors):.1f} %, largest {100 * max(errors):.1f} %")
+  about = (
+    f"{page.machine(found['device_kind'], 'jax')}: {len(errors)} points, median error {100 * statistics.median(errors):.1f} %, "
+    f"largest {100 * max(errors):.1f} %."
+  )
+  print(f"\n{about}")
+  page.put("the plan's peak against the measured one", "benchmarks/plan_vs_measured.py", "\n".join([about, "", *lines]))
 
 
 if __name__ == "__main__":

@@ -4,27 +4,28 @@ The same model with random weights, the same batch, length, optimizer and precis
 contenders take turns; medians count. jaxft is the whole of `jaxft.finetune`; the peer is Trainer with the attention and compile
 settings that its documentation names. The table goes into docs/benchmarks.md. On a GPU bfloat16 is used, on a CPU float32.
 Caches of compiled programs are empty in the first turn. jaxft also reads, checks and tokenises its text before its first step.
+Neither saves anything: a turn ends after its last step. Memory on a GPU is the most that was in use, by either one's allocator;
+MFU is the peer's speed too by jaxft's formula (docs/speed.md).
 
 Needs torch, transformers and accelerate beside jaxft.
 """
 
 import argparse
-import datetime
-import importlib.metadata
+import contextlib
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import page
+from scratch import ROOT, config_of
 
-ROOT = Path(__file__).parent.parent
 WARM_UP = 2  # steps that do not count: compiling, and the first allocations
 CONTENDERS = {
   "jaxft": {},
@@ -85,43 +86,36 @@ def measure(name: str, caches: str) -> dict:
   return json.loads(done.stdout.splitlines()[-1])
 
 
+class LastStep(Exception):
+  """All steps of a turn were measured."""
+
+
 def with_jaxft(asked: argparse.Namespace, folder: Path) -> dict:
   """A run of `jaxft.finetune`, by its own metrics."""
-  sys.path.insert(0, str(ROOT / "tests"))
   import jax
-  import tiny
 
-  import jaxft
-  from jaxft import config as settings
   from jaxft import train
-  from jaxft.hf.published import PUBLISHED
 
-  say, first_step = train.say, []
+  config = config_of(folder, asked.model, asked.rows, asked.length, WARM_UP + asked.steps + 1, asked.dropout)
+  config.memory.remat = asked.remat
+  say, report, first_step = train.say, train.Reporter.step, []
 
   def heard(text: str) -> None:
     say(text)
     if text.startswith("first step after"):
       first_step.append(time.time() - asked.began)
 
-  train.say = heard
-  tiny.write_gpt2_bpe(folder)
-  (folder / "config.json").write_text(json.dumps(PUBLISHED[asked.model]))
-  texts = (" ".join(str(n * n) for n in range(m, m + asked.length)) for m in range(8 * asked.rows))
-  (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-  config = settings.default()
-  config.model.path, config.model.init, config.model.dropout = str(folder), "scratch", asked.dropout
-  config.data.train, config.data.sequence_length, config.data.cache_dir = (
-    ("text.txt",),
-    asked.length,
-    str(folder / "tokens"),
-  )
-  config.data.train, config.data.limit_validation = (str(folder / "texts.jsonl"),), 1
-  config.train.batch_size, config.train.steps, config.train.log_every = asked.rows, WARM_UP + asked.steps, 1
-  config.train.eval_every = config.train.save_every = 0
-  config.train.sample_prompts, config.memory.remat = (), asked.remat
-  with quiet():
-    run = jaxft.finetune(config, folder / "run")
-  lines = [line for line in run.metrics if "train/loss" in line]
+  def reported(reporter, step: int, *rest) -> None:
+    report(reporter, step, *rest)
+    if step == WARM_UP + asked.steps:
+      raise LastStep
+
+  # A checkpoint of GPT-J and its export take 90 GiB of disk, which no figure here needs.
+  train.say, train.Reporter.step, train.must_have_room = heard, reported, lambda *_: None
+  with quiet(), contextlib.suppress(LastStep):
+    train.finetune(config, folder / "run")
+  lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+  lines = [line for line in lines if "train/loss" in line]
   seconds = [line["perf/step_seconds"] for line in lines[WARM_UP:]]
   return {
     "tokens_per_second": asked.rows * asked.length * len(seconds) / sum(seconds),
@@ -137,11 +131,9 @@ def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
   import torch
   import transformers
 
-  how = CONTENDERS[asked.measure]
-  sys.path.insert(0, str(ROOT))
   from jaxft.hf.published import PUBLISHED
 
-  facts = dict(PUBLISHED[asked.model])
+  how, facts = CONTENDERS[asked.measure], dict(PUBLISHED[asked.model])
   config = transformers.AutoConfig.for_model(facts.pop("model_type"), **facts)
   rates = [
     name for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "embed_dropout", "resid_dropout")
@@ -150,8 +142,9 @@ def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
     if hasattr(config, name):
       setattr(config, name, asked.dropout)
   config.use_cache = False
-  model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=how["attention"])
   cuda, marks, first_step = torch.cuda.is_available(), [], []
+  with torch.device("cuda" if cuda else "cpu"):  # drawing six billion numbers on a CPU takes minutes
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=how["attention"])
   rows = torch.randint(config.vocab_size, (64 * asked.rows, asked.length), generator=torch.Generator().manual_seed(0))
 
   class Rows(torch.utils.data.Dataset):
@@ -192,7 +185,7 @@ def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
   with quiet():
     trainer.train()
   losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-  peak = torch.cuda.max_memory_reserved() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   return {
     "tokens_per_second": asked.rows * asked.length * asked.steps / (marks[1] - marks[0]),
     "peak": peak,
@@ -219,41 +212,47 @@ def device_of(found: dict) -> str:
 
 
 def table(asked: argparse.Namespace, found: dict[str, list[dict]]) -> str:
-  versions = ", ".join(f"{name} {_version(name)}" for name in ("jax", "torch", "transformers", "accelerate"))
   device = device_of(found)
-  precision = "float32" if device == "cpu" else "bfloat16"
+  precision, full_speed = ("float32" if device == "cpu" else "bfloat16"), tokens_per_second_at_peak(asked, device)
   peers = {name: turns for name, turns in found.items() if name != "jaxft" and turns}
   median = lambda name, key: statistics.median(turn[key] for turn in found[name])
   speed = lambda name: median(name, "tokens_per_second")
   best = max(peers, key=speed, default=None)
+  versions = page.machine(device, "jax", "torch", "transformers", "accelerate")
+  columns = ["", "tokens/s", "to Trainer's best", *(["MFU"] if full_speed else []), "peak memory"]
+  columns += ["first step, caches empty", "and filled"]
   lines = [
-    f"{datetime.date.today()}, {os.cpu_count()} CPU cores{'' if device == 'cpu' else f', {device}'}, Python "
-    f"{platform.python_version()}, {versions}. {asked.model}, {asked.rows} x {asked.length} tokens, {precision}, AdamW, "
-    f"dropout {asked.dropout:g}, `memory.remat={asked.remat}`; medians of {asked.turns} turns of {asked.steps} steps. In "
-    "brackets the slowest and fastest. First step: how long after the command it is over, in the first turn and in later ones.",
+    f"{versions}. {asked.model}, {asked.rows} x {asked.length} tokens, {precision}, AdamW, dropout {asked.dropout:g}, "
+    f"`memory.remat={asked.remat}`; medians of {asked.turns} turns of {asked.steps} steps. In brackets the slowest and "
+    "fastest. First step: how long after the command it is over, in the first turn and in later ones.",
     "",
-    "| | tokens/s | to Trainer's best | peak memory | first step, caches empty | and filled |",
-    "|---|---|---|---|---|---|",
+    f"| {' | '.join(columns)} |",
+    f"|{'---|' * len(columns)}",
   ]
   for name, turns in found.items():
     if not turns:
-      lines.append(f"| {name} | it ended with an error | | | | |")
+      lines.append(f"| {name} | it ended with an error |{' |' * (len(columns) - 2)}")
       continue
     speeds = sorted(turn["tokens_per_second"] for turn in turns)
-    ratio = f"{speed(name) / speed(best):.2f}" if best else ""
-    lines.append(
-      f"| {name} | {speed(name):,.0f} ({speeds[0]:,.0f} to {speeds[-1]:,.0f}) | {ratio} | "
-      f"{median(name, 'peak') / 2**30:.2f} GiB | {turns[0]['first_step']:.1f} s | "
-      f"{statistics.median(turn['first_step'] for turn in turns[1:] or turns):.1f} s |"
-    )
+    cells = [name, f"{speed(name):,.0f} ({speeds[0]:,.0f} to {speeds[-1]:,.0f})"]
+    cells.append(f"{speed(name) / speed(best):.2f}" if best else "")
+    cells += [f"{speed(name) / full_speed:.1%}"] if full_speed else []
+    cells += [f"{median(name, 'peak') / 2**30:.2f} GiB", f"{turns[0]['first_step']:.1f} s"]
+    cells.append(f"{statistics.median(turn['first_step'] for turn in turns[1:] or turns):.1f} s")
+    lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 
 
-def _version(package: str) -> str:
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return "missing"
+def tokens_per_second_at_peak(asked: argparse.Namespace, device: str) -> float | None:
+  """Of a device that never waits, by the model's FLOPs and the data sheet; None where jaxft has no data sheet of it."""
+  from jaxft.hf import facts
+  from jaxft.hf.published import PUBLISHED
+  from jaxft.plan import estimate, flops, targets
+
+  target = targets.here(types.SimpleNamespace(device_kind=device), 1)
+  model_flops = flops.of_model(facts.model_config(PUBLISHED[asked.model]), asked.rows, asked.length)
+  seconds = estimate.seconds_at_peak(target, 1, model_flops)
+  return None if seconds is None else asked.rows * asked.length / seconds
 
 
 if __name__ == "__main__":
