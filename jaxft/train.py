@@ -239,19 +239,21 @@ def finetune(
     step, pending, found, patience = start, None, {}, config.train.early_stopping_patience
     ended_early = start > 0 and 0 < patience <= reporter.evaluations_without_gain()
     name_leaves = lambda bad: name_bad_leaves(bad, program.state)
-    profile = until_the_end.enter_context(Profile(workdir / "profile", start + 3, config.train.profile_steps))
+    profile = until_the_end.enter_context(
+      Profile(workdir / "profile", start + 3, config.train.profile_steps, reporter.clock.paused)
+    )
     until_the_end.callback(stop.hold)  # a signal while trackers are waited for changes nothing of how the run ended
     reporter.clock.restart()
     with stop.held(), Meter("training", total_steps, start) as meter:
       for step in range(start + 1, 0 if ended_early else total_steps + 1):
-        profile.before(step)
+        profile.before(step, pending)
         state, numbers = train_step(state, next(batches))
-        profile.after(step, numbers)
         if step == start + 1:
           jax.block_until_ready(numbers)
           say(f"first step after {time.monotonic() - beginning:.1f} s")
         if pending:
           reporter.step(step - 1, jax.device_get(pending), meter, name_leaves)
+        profile.after(step, numbers)
         checkpoints.wait()  # a save goes on beside one step, so that a kill costs at most save_every + 1 of them
         pending, last = numbers, step == total_steps
         every = {"eval": config.train.eval_every, "save": config.train.save_every, "sample": config.train.sample_every}
