@@ -216,7 +216,8 @@ SETTINGS = (
     "memory.loss_chunk",
     -1,
     at_least(-1),
-    "positions a row whose logits exist at once; -1: as many as 128 MiB hold; 0: all of them",
+    "positions a row whose logits exist at once; -1: as many as 128 MiB hold, on a GPU or TPU 512 MiB unless `memory.remat` is "
+    "full; 0: all of them",
   ),
   Setting("lora.rank", 0, at_least(0), "rank of adapters that are trained in place of the weights; 0: none"),
   Setting("lora.alpha", 16.0, above(0), "adapters are scaled by alpha / rank"),

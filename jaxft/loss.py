@@ -3,13 +3,18 @@
 B batch, T length, V vocabulary, D model
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-LOGITS_BYTES = 2**27  # of float32 at once: 667 tokens of GPT-2, enough to keep any device busy
+LOGITS_BYTES = 2**27  # of float32 at once: 667 tokens of GPT-2
+# Each chunk casts the table, reads it, adds to its gradient: some 20 bytes a weight, against 6 operations a weight and token.
+# An H100 makes 180 to 300 operations in the time of a byte, a TPU v5e 240, a CPU 10: of 667 tokens a chunk GPUs and TPUs would
+# spend as long on the table as on the products.
+MORE_LOGITS_BYTES = 2**29
 
 
 class Head(NamedTuple):
@@ -62,13 +67,22 @@ def cross_entropy_sum(
   return total((head.table_VD, head.bias_V), parts(h_BTD), parts(targets_BT), parts(mask_BT))
 
 
-def chunk_of(asked: int, B: int, T: int, V: int) -> int:
-  """The `chunk` for B rows of T positions of a device and its V rows of the table: asked for, or with -1 as many as
-  take at most `LOGITS_BYTES`."""
+def chunk_of(asked: int, B: int, T: int, V: int, most_bytes: int) -> int:
+  """The `chunk` for B rows of T positions of a device and its V rows of the table: asked for; with -1 what takes between half
+  of `most_bytes` and all of it, so that the last chunk lacks least: what it lacks is computed too."""
   if asked >= 0:
     return asked
-  most = max(1, LOGITS_BYTES // (4 * B * V))
-  return 0 if most >= T else most - most % 64 if most > 64 else most
+  most = max(1, most_bytes // (4 * B * V))
+  if most >= T:
+    return 0
+  unit = 64 if most >= 64 else 1
+  chunks = range(unit * math.ceil(most / 2 / unit), most + 1, unit)
+  return min(chunks, key=lambda chunk: (-T % chunk, -chunk))
+
+
+def most_logits(platform: str, remat: str) -> int:
+  """Bytes of logits that the choice of -1 may take on a "cpu", "gpu" or "tpu"; little where memory comes first."""
+  return LOGITS_BYTES if platform == "cpu" or remat == "full" else MORE_LOGITS_BYTES
 
 
 def logits(h: jax.Array, head: Head) -> jax.Array:

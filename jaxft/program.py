@@ -215,7 +215,8 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   gradients = sharding.shardings_of("gradients", shapes, axes, mesh, zero_stage)
   rows = 1 if cfg.classes else compute.rows(cfg) // tensor
   at_once = config.train.batch_size // A // sharding.batch_parts(mesh)
-  chunk = loss.chunk_of(config.memory.loss_chunk, at_once, config.data.sequence_length, rows)
+  most = loss.most_logits(device.platform, config.memory.remat)
+  chunk = loss.chunk_of(config.memory.loss_chunk, at_once, config.data.sequence_length, rows, most)
   how = {"loss_chunk": chunk, "seed": config.train.seed, "trained": cfg.trained}
   copy, kept = (), config.memory.offload
   if kept == "none":

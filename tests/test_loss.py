@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxft import loss
 
@@ -72,3 +74,20 @@ def test_what_is_masked_counts_for_nothing():
     )
   d_h = jax.grad(cross_entropy_sum)(h, table, bias, targets, mask)
   assert (d_h[~mask] == 0).all() and (np.abs(d_h[mask]).sum(-1) > 0).all()
+
+
+@given(st.integers(1, 64), st.integers(1, 2048), st.sampled_from([293, 6300, 50304]), st.sampled_from([2**27, 2**29]))
+def test_the_chosen_chunk_fits_and_computes_little_that_is_not_there(B, T, V, most_bytes):
+  chunk, most = loss.chunk_of(-1, B, T, V, most_bytes), max(1, most_bytes // (4 * B * V))
+  if not chunk:
+    assert most >= T
+    return
+  assert most / 2 <= chunk <= most < T
+  assert most < 64 or chunk % 64 == 0
+  if most >= 128 and T % 256 == 0:
+    assert -T % chunk <= T / 20
+
+
+def test_more_logits_where_the_table_costs_most():
+  assert loss.most_logits("gpu", "dots") == loss.most_logits("tpu", "none") == 4 * loss.most_logits("cpu", "dots")
+  assert loss.most_logits("gpu", "full") == loss.most_logits("cpu", "full")

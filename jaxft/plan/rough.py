@@ -85,7 +85,8 @@ class Rough(NamedTuple):
     kept = {"none": inside, "dots": (6 * cfg.D + cfg.F) * self.width, "full": cfg.D * self.width}
     layers = cfg.L * kept[settings["memory.remat"]] + 2 * (inside + 2 * scores)
     rows, tensor = self._output_rows(settings), settings["mesh.tensor"]
-    chunk = loss.chunk_of(settings["memory.loss_chunk"], B, T, int(rows))
+    most = loss.most_logits("cpu" if self.target.kind == "cpu" else "gpu", settings["memory.remat"])
+    chunk = loss.chunk_of(settings["memory.loss_chunk"], B, T, int(rows), most)
     logits = B * (min(chunk, T) or T) * rows * (8 + self.width)
     gathered = self.width * self.weights / cfg.L / tensor + (self.width + 4) * cfg.D * rows
     if settings["memory.offload"] == "all":  # the inputs of all layers and accumulation steps; a layer and its gradient
