@@ -43,14 +43,20 @@ def main() -> None:
   asked = parser.parse_args()
   if asked.workdir:
     found = spans_of(asked.workdir)
+    if not found:
+      raise SystemExit(f"error: no trace of a device under {asked.workdir}; train with --config.train.profile_steps=5")
     if asked.picture:
       asked.picture.write_text(drawn(found), encoding="utf-8")
     return print(told(found, asked.steps))
   with tempfile.TemporaryDirectory() as folder:
     device = train(asked, Path(folder))
     found = spans_of(Path(folder))
+  if not found or (device != "cpu" and not found[0].device.startswith("/device:")):
+    raise SystemExit(f"error: the trace tells nothing of {device}: can JAX's profiler read its counters here?")
   where = "a CPU" if device == "cpu" else device
-  picture = asked.picture or page.PAGE.parent / f"gaps-{re.sub('[^a-z0-9]+', '-', device.lower())}.svg"
+  picture = (
+    asked.picture or page.PAGE.parent / f"gaps-{re.sub('[^a-z0-9]+', '-', f'{asked.model} {device}'.lower())}.svg"
+  )
   picture.write_text(drawn(found), encoding="utf-8")
   about = (
     f"{page.machine(device, 'jax')}: {asked.steps} steps of {asked.model}, {asked.rows} x {asked.length} tokens, dropout "
@@ -107,10 +113,11 @@ def of_file(file: Path) -> list[Busy]:
   return on_devices or found
 
 
-def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def union(spans: list[tuple[float, float]], apart: float = 0.0) -> list[tuple[float, float]]:
+  """In order, and one where there is no more than `apart` between two."""
   joined = [spans[0]]
   for begin, end in spans[1:]:
-    if begin <= joined[-1][1]:
+    if begin <= joined[-1][1] + apart:
       joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
     else:
       joined.append((begin, end))
@@ -119,7 +126,10 @@ def union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def drawn(found: list[Busy]) -> str:
   """A time line as SVG, a row for each device."""
-  width, height = 900, 30 * len(found) + 10
+  width, height = (
+    900,
+    30 * len(found) + 10,
+  )  # a GPU runs thousands of kernels: those with less than 0.1 between them are one
   rows = []
   for row, it in enumerate(found):
     begin, scale = it.spans[0][0], (width - 160) / it.total
@@ -129,7 +139,7 @@ def drawn(found: list[Busy]) -> str:
     rows += [
       f'<rect x="{150 + (b - begin) * scale:.2f}" y="{30 * row + 10}" width="{(e - b) * scale:.2f}" height="22" '
       'fill="#3465a4"/>'
-      for b, e in it.spans
+      for b, e in union(it.spans, 0.1 / scale)
     ]
   return f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">{"".join(rows)}</svg>\n'
 

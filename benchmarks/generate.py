@@ -111,9 +111,10 @@ def measured(asked: argparse.Namespace, generate: Callable, device: str) -> dict
   speed, written = {}, None
   for rows in asked.rows:
     prompts = np.random.default_rng(0).integers(1000, 40_000, (rows, asked.prompt)).tolist()
-    found = generate(prompts)
+    generate(prompts)
     began = time.monotonic()
-    assert generate(prompts) == found and all(len(text) == asked.new for text in found)
+    found = generate(prompts)
+    assert all(len(text) == asked.new for text in found)
     speed[rows] = rows * asked.new / (time.monotonic() - began)
     written = written or found[0]
   return {"speed": speed, "written": written, "device": device}

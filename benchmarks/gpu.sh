@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, one after the other: bash benchmarks/gpu.sh
 #
-# Needs one GPU, and torch (built for it), transformers and accelerate beside jaxft. Nothing is downloaded: weights are random. Tables
-# go into docs/benchmarks.md as they are done; what fails, or has no room on this card, is named at the end, and the rest runs.
-# An hour or two on one large card; MODELS=gpt2 bash benchmarks/gpu.sh trains the smallest only. Without a GPU the same commands
-# run on the CPU, with gpt2 alone and small batches.
+# Needs one GPU, and torch (built for it), transformers and accelerate beside jaxft. Nothing is downloaded: weights are random.
+# Tables go into docs/benchmarks.md as they are done; what fails, or has no room on this card, is named at the end, and the rest
+# runs. An hour or two on one large card; MODELS=gpt2 TURNS=1 bash benchmarks/gpu.sh trains the smallest only, once. Without a GPU
+# the same commands run on the CPU, with gpt2 alone and small batches.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -14,16 +14,22 @@ run() {
   "$python" "$@" || failed+=("python $*")
 }
 
-if [ "$("$python" -c 'import jax; print(jax.default_backend())')" = gpu ]; then
+backend=$("$python" -c 'import jax; print(jax.default_backend())')
+if [ "$backend" != gpu ] && nvidia-smi >/dev/null 2>&1; then
+  echo "error: there is a GPU, and JAX computes on the $backend: pip install 'jax[cuda13]'"
+  exit 2
+fi
+
+if [ "$backend" = gpu ]; then
   run benchmarks/attention.py --rows 8
   for model in ${MODELS:-gpt2 gpt2-medium gpt2-xl EleutherAI/gpt-j-6b}; do
     case $model in
-      gpt2) batch="--rows 16 --length 1024 --steps 30 --remat none" ;;
-      gpt2-medium) batch="--rows 16 --length 1024 --steps 20 --remat none" ;;
-      gpt2-xl) batch="--rows 8 --length 1024 --steps 10 --remat dots" ;;
-      *) batch="--rows 4 --length 2048 --steps 10 --remat full" ;;
+      gpt2) how="--rows 16 --length 1024 --steps 100 --remat none" ;;
+      gpt2-medium) how="--rows 16 --length 1024 --steps 50 --remat none" ;;
+      gpt2-xl) how="--rows 8 --length 1024 --steps 20 --remat dots" ;;
+      *) how="--rows 4 --length 2048 --steps 10 --remat full --checkpointing" ;; # Trainer has no room for it otherwise
     esac
-    run benchmarks/train.py --model "$model" $batch
+    run benchmarks/train.py --model "$model" --warm_up 5 --turns "${TURNS:-3}" $how
   done
   run benchmarks/gaps.py --rows 16 --length 1024 --dropout 0
   run benchmarks/generate.py

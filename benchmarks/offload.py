@@ -1,8 +1,8 @@
 """Optimizer steps of a model that is larger than the device: python benchmarks/offload.py [--model EleutherAI/gpt-j-6b]
 
 On a GPU XLA's pool is held to `--pool` GiB, so that a large card stands in for a small one; elsewhere there is no such limit.
-Weights and tokens are random; nothing is read. Prints the plan's peak beside the measured one, tokens/s and bytes over the bus,
-which is what a line of docs/benchmarks.md needs.
+Weights and tokens are random; nothing is read. The plan's peak beside the measured one, tokens/s and bytes over the bus go into
+docs/benchmarks.md.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import os
 import shutil
 import subprocess
 import time
+
+import page
 
 
 def arguments() -> argparse.Namespace:
@@ -65,9 +67,14 @@ def main() -> None:
     config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:1]), asked.steps, figures.blank_row(config, cfg)
   )
   rng = np.random.default_rng(0)
-  random = lambda leaf: jax.make_array_from_callback(
-    leaf.shape, leaf.sharding, lambda index: 0.02 * rng.standard_normal(leaf.shape, np.float32)
-  )
+  program.must_hold(run, config)
+
+  def drawn(leaf) -> np.ndarray:
+    numbers = rng.standard_normal(leaf.shape, np.float32)
+    numbers *= np.float32(0.02)
+    return numbers
+
+  random = lambda leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: drawn(leaf))
   state = program.begin(run, jax.tree.map(random, run.state.params), {})
   traced = run.train_step.trace(run.state, run.batch)
   started = time.monotonic()
@@ -86,9 +93,16 @@ def main() -> None:
   device = jax.devices()[0]
   measured = (device.memory_stats() or {}).get("peak_bytes_in_use")
   typical = sorted(seconds)[len(seconds) // 2]
-  print(f"{device.device_kind}, jax {jax.__version__}, {asked.model}, {asked.rows} x {asked.length}, {asked.offload}")
-  print(f"measured peak {show.size(measured)}, planned {show.size(planned['peak_bytes'])}")
-  print(f"{asked.rows * asked.length / typical:,.0f} tokens/s, {show.size(planned['bus_bytes'])} over the bus a step")
+  peaks = f"Measured peak {show.size(measured)}, planned {show.size(planned['peak_bytes'])}"
+  pool = f", {asked.pool:g} GiB of the card for XLA" if asked.pool else ""
+  text = (
+    f"{page.machine(device.device_kind, 'jax')}: {asked.model}, {asked.rows} x {asked.length} tokens, "
+    f"`memory.offload={asked.offload}`{pool}. {peaks}; {asked.rows * asked.length / typical:,.0f} tokens/s, "
+    f"{show.size(planned['bus_bytes'])} over the bus a step."
+  )
+  print(text)
+  if device.platform != "cpu" and not asked.json:
+    page.put(f"a model larger than the device, {asked.model}", "benchmarks/offload.py", text)
   if asked.json:
     found = {"measured_bytes": measured, "planned_bytes": planned["peak_bytes"], "seconds": typical}
     print(json.dumps(found | {"device_kind": device.device_kind, "jax": jax.__version__}))

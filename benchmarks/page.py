@@ -4,6 +4,8 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import shlex
+import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -21,7 +23,8 @@ def put(what: str, command: str, text: str) -> None:
   begin, end = f"<!-- {what} -->", f"<!-- end of {what} -->"
   old = PAGE.read_text(encoding="utf-8")
   if begin not in old:
-    old += f"\n## {what[0].upper() + what[1:]}: `python {command}`\n\n{begin}\n{end}\n"
+    given = shlex.join([command, *sys.argv[1:]])  # a section is of the command that made it first
+    old += f"\n## {what[0].upper() + what[1:]}: `python {given}`\n\n{begin}\n{end}\n"
   before, _, rest = old.partition(begin)
   _, _, after = rest.partition(end)
   PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")

@@ -39,14 +39,13 @@ POINTS = (
 FLAGS = ("model", "rows", "micro", "length", "remat", "offload")
 
 
-def measured(point: tuple) -> dict | None:
-  """What three steps of the point take; None, with the last line that it said, where it fails."""
+def measured(point: tuple) -> dict:
+  """What three steps of the point take, or {"error": the last line that it said}."""
   flags = [f"--{name}={value}" for name, value in zip(FLAGS, point, strict=True)]
   command = [sys.executable, str(Path(offload.__file__)), *flags, "--steps=3", "--pool=0", "--json"]
   done = subprocess.run(command, capture_output=True, text=True)
   if done.returncode:
-    print(f"{point}: {(done.stderr.strip() or 'it said nothing').splitlines()[-1]}", file=sys.stderr)
-    return None
+    return {"error": f"code {done.returncode}: {(done.stderr.strip() or 'it said nothing').splitlines()[-1][:200]}"}
   return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -79,11 +78,14 @@ def main() -> None:
   import jaxft
   from jaxft.plan import show
 
-  errors, found = [], None
+  errors, found, failed = [], None, 0
   for point in POINTS:
     asked = argparse.Namespace(**dict(zip(FLAGS, point, strict=True)), optimizer="adamw", steps=3)
     planned = jaxft.plan_for(offload.config_of(asked), kind)["peak_bytes"]
-    if (taken := measured(point)) is None:
+    if "error" in (taken := measured(point)):
+      failed += 1
+      lines.append(f"| {' | '.join([line_of(point)[2:], show.size(planned), taken['error']])} | | |")
+      print(lines[-1], flush=True)
       continue
     found = taken
     error = planned / found["measured_bytes"] - 1
@@ -96,11 +98,13 @@ def main() -> None:
   if found is None:
     sys.exit("no point could be measured")
   about = (
-    f"{page.machine(found['device_kind'], 'jax')}: {len(errors)} points, median error {100 * statistics.median(errors):.1f} %, "
-    f"largest {100 * max(errors):.1f} %."
+    f"{page.machine(found['device_kind'], 'jax')}: {len(errors)} of {len(POINTS)} points ran, median error "
+    f"{100 * statistics.median(errors):.1f} %, largest {100 * max(errors):.1f} %."
   )
   print(f"\n{about}")
   page.put("the plan's peak against the measured one", "benchmarks/plan_vs_measured.py", "\n".join([about, "", *lines]))
+  if failed:
+    sys.exit(f"{failed} points failed, see above")
 
 
 if __name__ == "__main__":

@@ -60,8 +60,10 @@ def cross_entropy_sum(
     (loss, d_arrays), d_h = jax.lax.scan(add, zeros, (h, targets, mask))
     return loss, (d_arrays, d_h)
 
-  def backward(kept, d_loss):
-    return *jax.tree.map(lambda x: x * d_loss.astype(x.dtype), kept), None, None
+  def backward(
+    kept, d_loss
+  ):  # rounded after it is scaled: 1 / tokens in bfloat16 is up to 0.4 % off, for all layers alike
+    return *jax.tree.map(lambda x: (x.astype(jnp.float32) * d_loss).astype(x.dtype), kept), None, None
 
   total.defvjp(forward, backward)
   return total((head.table_VD, head.bias_V), parts(h_BTD), parts(targets_BT), parts(mask_BT))

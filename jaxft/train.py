@@ -239,12 +239,10 @@ def finetune(
     step, pending, found, patience = start, None, {}, config.train.early_stopping_patience
     ended_early = start > 0 and 0 < patience <= reporter.evaluations_without_gain()
     name_leaves = lambda bad: name_bad_leaves(bad, program.state)
-    profile = until_the_end.enter_context(
-      Profile(workdir / "profile", start + 3, config.train.profile_steps, reporter.clock.paused)
-    )
+    profile = Profile(workdir / "profile", start + 3, config.train.profile_steps, total_steps, reporter.clock.paused)
     until_the_end.callback(stop.hold)  # a signal while trackers are waited for changes nothing of how the run ended
     reporter.clock.restart()
-    with stop.held(), Meter("training", total_steps, start) as meter:
+    with stop.held(), profile, Meter("training", total_steps, start) as meter:
       for step in range(start + 1, 0 if ended_early else total_steps + 1):
         profile.before(step, pending)
         state, numbers = train_step(state, next(batches))

@@ -51,7 +51,7 @@ LEAVES = {
   "jaxft.run.system": set(),
   "jaxft.run.trackers": set(),
   "jaxft.run.tracker_process": {"jaxft.errors", "jaxft.run.secrets", "jaxft.run.trackers"},
-  "jaxft.run.profile": {"jaxft.run.tracking"},
+  "jaxft.run.profile": {"jaxft.errors", "jaxft.run.tracking"},
   "jaxft.run.watchdog": {"jaxft.errors", "jaxft.run.roll_call"},
   "jaxft.plan.hlo": set(),
   "jaxft.plan.flops": set(),

@@ -74,6 +74,25 @@ def test_steps_are_traced_and_the_trace_tells_of_waits(config, tmp_path, monkeyp
   assert (tmp_path / "gaps.svg").read_text().count("<rect") == 2
 
 
+def test_a_trace_that_cannot_be_written_costs_a_line_and_ends_before_the_evaluation(
+  config, tmp_path, monkeypatch, capsys
+):
+  config.train.steps, config.train.profile_steps, stopped = 4, 5, []
+
+  def full():
+    stopped.append(len(processes.lines(tmp_path / "w" / "metrics.jsonl")))
+    raise OSError("No space left on device")
+
+  stop = jax.profiler.stop_trace
+  monkeypatch.setattr(jax.profiler, "stop_trace", full)
+  try:
+    run = finetune(config, tmp_path / "w")
+  finally:
+    stop()
+  assert stopped == [1 + 3] and run.metrics[-1]["step"] == 4  # the first evaluation, and steps 1 to 3
+  assert f"no trace in {tmp_path / 'w' / 'profile'}: No space left on device" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "gptj"])

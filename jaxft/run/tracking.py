@@ -120,10 +120,16 @@ class Clock:
     self.restart()
 
   def restart(self) -> None:
-    self._started, self._steps, self._tokens = time.monotonic(), 0, 0
+    self._counted = time.monotonic()
+    self.go_on()
 
   def count(self, tokens: int) -> None:
-    self._steps, self._tokens = self._steps + 1, self._tokens + tokens
+    """A step is over."""
+    self._steps, self._tokens, self._counted = self._steps + 1, self._tokens + tokens, time.monotonic()
+
+  def go_on(self) -> None:
+    """Counts from the end of the last step, so what was done since, while devices worked at the next one, is part of that."""
+    self._started, self._steps, self._tokens = self._counted, 0, 0
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -133,11 +139,11 @@ class Clock:
 
   @property
   def tokens_per_second(self) -> float:
-    return self._tokens / max(time.monotonic() - self._started, 1e-9)
+    return self._tokens / max(self._counted - self._started, 1e-9)
 
   @property
   def step_seconds(self) -> float:
-    return (time.monotonic() - self._started) / max(self._steps, 1)
+    return (self._counted - self._started) / max(self._steps, 1)
 
 
 class Reporter:
@@ -201,7 +207,7 @@ class Reporter:
       if not console.live:
         left = round((self._total - step) * self.clock.step_seconds)
         say(f"step {step}/{self._total}  loss {loss:.4f}  lr {rate:.2e}  {speed}  {left // 60}:{left % 60:02} left")
-      self.clock.restart()
+      self.clock.go_on()
     self._bad_in_a_row = self._bad_in_a_row + 1 if numbers["bad"] else 0
     if numbers["bad"]:
       leaves = name_bad_leaves(numbers["bad_leaves"])
