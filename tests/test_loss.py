@@ -57,6 +57,14 @@ def test_chunks_scale_the_gradient_of_the_hidden_states_exactly(tokens):
   assert abs(np.sum(whole * parts) / np.sum(whole * whole) - 1) < 3e-4
 
 
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_gradients_have_the_dtypes_of_what_they_are_of(chunk):
+  h, table, bias, targets, mask = inputs()
+  given = tuple(jnp.asarray(x, jnp.bfloat16) for x in (h, table, bias))
+  of = lambda h, table, bias: loss.cross_entropy_sum(h, loss.Head(table, bias), targets, mask, chunk) / 7
+  assert {x.dtype for x in jax.grad(of, (0, 1, 2))(*given)} == {jnp.dtype(jnp.bfloat16)}
+
+
 def test_equals_optax():
   h, table, bias, targets, mask = inputs()
   wanted = optax.softmax_cross_entropy_with_integer_labels(jnp.einsum("BTD,VD->BTV", h, table) + bias, targets)
