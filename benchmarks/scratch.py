@@ -19,7 +19,7 @@ def config_of(folder: Path, model: str, rows: int, length: int, steps: int, drop
 
   tiny.write_gpt2_bpe(folder)
   (folder / "config.json").write_text(json.dumps(PUBLISHED[model]))
-  texts = (" ".join(str(n * n) for n in range(m, m + length)) for m in range(8 * rows))
+  texts = (" ".join(str(n * n) for n in range(m, m + length)) for m in range(max(64, 8 * rows)))
   (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
   config = settings.default()
   config.model.path, config.model.init, config.model.dropout = str(folder), "scratch", dropout
