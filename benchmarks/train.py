@@ -179,7 +179,7 @@ def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
           torch.cuda.synchronize()
         if state.global_step == 1:
           first_step.append(time.time() - asked.began)
-        else:
+        if state.global_step > 1 or asked.warm_up == 1:
           marks.append(time.monotonic())
 
   trainer = transformers.Trainer(
