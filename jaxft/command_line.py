@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxft import config as settings
-from jaxft import pretrained, run_clm
+from jaxft import backend, pretrained, run_clm
 from jaxft.errors import RequestError
 from jaxft.run import hosts, roll_call
 
@@ -26,6 +26,7 @@ USAGE = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config
   --print_config     print the settings of this run and end
   --strict           end, with exit code 4, at a damaged checkpoint instead of going back to the one before it
   --allow_change     continue a run although settings that shape what is learned have changed
+  --require gpu      end, with exit code 2, where JAX would compute on anything else; or tpu
 
 The flags of transformers' run_clm.py that mean the same thing are understood: docs/recipes/run_clm.md.
 
@@ -38,6 +39,7 @@ Several hosts, the same command on each; under SLURM, Open MPI, Kubernetes and o
 """
 
 
+REQUIRED = ("gpu", "tpu")
 SWITCHES = ("dry_run", "print_config", "strict", "allow_change")
 
 
@@ -48,6 +50,7 @@ class TrainArguments(NamedTuple):
   print_config: bool
   strict: bool
   allow_change: bool
+  require: str | None
   place: roll_call.Place | None
   start_timeout: int
   peer_timeout: int
@@ -63,11 +66,13 @@ def parse_train() -> TrainArguments:
     "peer_timeout": hosts.PEER_TIMEOUT,
   }
   sys.argv[1:], per_device = run_clm.translate(sys.argv[1:])
-  values = parse(USAGE, SWITCHES, ("workdir", "coordinator"), numbers)
+  values = parse(USAGE, SWITCHES, ("workdir", "require", "coordinator"), numbers)
   workdir = Path(values.workdir) if values.workdir else Path("runs") / Path(values.config_file).stem
   for name in ("start_timeout", "peer_timeout"):
     if getattr(values, name) < 1:
       raise RequestError(f"--{name}={getattr(values, name)}: must be at least 1 second")
+  if values.require not in (None, *REQUIRED):
+    raise RequestError(f"--require={values.require!r}: must be one of {', '.join(REQUIRED)}")
   place = None
   if not values.print_config:
     place = roll_call.find(values.coordinator, values.num_processes, values.process_id, values.start_timeout)
@@ -75,6 +80,7 @@ def parse_train() -> TrainArguments:
     values.config,
     workdir,
     *(getattr(values, name) for name in SWITCHES),
+    values.require,
     place,
     values.start_timeout,
     values.peer_timeout,
@@ -174,14 +180,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--step", type=int, metavar="N", help="with --workdir: the checkpoint of this step")
   parser.add_argument("--revision", default="main", help="with --model: branch, tag or commit (default: main)")
+  parser.add_argument("--require", choices=REQUIRED, help="end where JAX would compute on anything else")
   parser.add_argument(
     "--torch_bin", action="store_true", help="with --model: read pytorch_model*.bin through torch, weights_only"
   )
 
 
 def open_model(arguments: argparse.Namespace) -> pretrained.Pretrained:
+  if arguments.step is not None and not arguments.workdir:
+    raise RequestError("--step goes with --workdir: a Hugging Face folder has no steps")
+  backend.prepare_backend()
+  backend.must_run_on(arguments.require)
   if arguments.workdir:
     return pretrained.load_workdir(arguments.workdir, arguments.step)
-  if arguments.step is not None:
-    raise RequestError("--step goes with --workdir: a Hugging Face folder has no steps")
   return pretrained.load(arguments.model, arguments.revision, torch_bin=arguments.torch_bin)

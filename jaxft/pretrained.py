@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from jaxft import attention, generation, model, offload, optim, parts, sharding, weights
 from jaxft import config as settings
 from jaxft.architecture import CHOSEN
+from jaxft.backend import memory_of, must_run_on, prepare_backend
 from jaxft.data import loader, tokens
 from jaxft.data.report import Rows, examples, lay_out, prepare
 from jaxft.errors import RequestError
@@ -24,7 +25,6 @@ from jaxft.hf import chosen, repo, save
 from jaxft.hf import load as hf_load
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
-from jaxft.program import memory_of, prepare_backend
 from jaxft.run.checkpoint import NOT_READ, Checkpoints
 from jaxft.run.tracking import bits_per_byte
 from jaxft.sample import Generator
@@ -48,6 +48,7 @@ class Pretrained:
 
   def __init__(self, source: repo.Checkpoint, compute_dtype: str = "auto", on_host: bool = False):
     prepare_backend()
+    must_run_on(None)
     self.source = source
     self.tokenizer = tokens.load_tokenizer(source.folder, source.cfg.V)
     self.mesh = sharding.make_mesh(settings.default().mesh)

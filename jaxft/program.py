@@ -1,9 +1,6 @@
 """The programs of a run, for devices that are there or not: shapes, shardings and jitted steps. No memory is taken here."""
 
-import glob
 import math
-import os
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -14,36 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from jaxft import attention, loss, model, offload, optim, parts, sharding
+from jaxft import attention, backend, loss, model, offload, optim, parts, sharding
 from jaxft.data import loader
 from jaxft.errors import RequestError
-from jaxft.files import cache_folder
 from jaxft.step import Changing, State, make_eval_step, make_gradient, make_look, make_train_step, make_update
-
-# Without it libtpu 0.0.42's compiler overflows a stack on GPT-2 with dropout, from four rows at once on: a segmentation fault.
-LIBTPU_STACK = "--fibers_default_thread_stack_size=1048576"
-
-# What Linux shows of one: NVIDIA's (on Windows' Linux too), AMD's, Google's TPUs.
-ACCELERATORS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/*")
-
-
-def prepare_backend() -> None:
-  """What is to be said before JAX first looks for devices, where neither a flag nor the environment says otherwise.
-
-  Compiled programs are kept in the user's cache folder; XLA may take 95 % of a GPU (its own default leaves a quarter) and, for
-  what `memory.offload` keeps there, all of the host's memory (its default is 64 GB). Where there is no accelerator, JAX is told
-  so: the compilers of jaxft[plan], which look like some, would complain at length.
-  """
-  if not jax.config.jax_platforms and sys.platform == "linux" and not any(map(glob.glob, ACCELERATORS)):
-    jax.config.update("jax_platforms", "cpu")
-  if not jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
-  if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its former name
-    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
-  os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(-(-memory_of_host() // 2**30)))
-  tpu = os.environ.get("LIBTPU_INIT_ARGS", "")  # jax adds to it too
-  if "stack_size" not in tpu:
-    os.environ["LIBTPU_INIT_ARGS"] = f"{tpu} {LIBTPU_STACK}".strip()
 
 
 class Program(NamedTuple):
@@ -88,28 +59,25 @@ def bytes_a_device(tree: Any) -> int:
   return sum(map(shard, jax.tree.leaves(tree)))
 
 
-def memory_of(device: jax.Device) -> int:
-  """Bytes of a device that is there: of a CPU all that the machine has, however many share it."""
-  return (device.memory_stats() or {}).get("bytes_limit") or memory_of_host()
-
-
-def memory_of_host() -> int:
-  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def must_hold(program: Program, config: ConfigDict) -> None:
   """Raises RequestError when a device cannot hold its part of the state and of one batch, or the host what is kept there; what
   is computed comes on top."""
   mesh = program.batch_sharding.mesh
   device, on_host = mesh.local_devices[0], bytes_on_host(program) * len(mesh.local_devices)
-  if on_host > memory_of_host():
+  fewer = (
+    "config.model.param_dtype=bfloat16, config.optim.name=adafactor or config.optim.state_dtype=bfloat16 needs fewer "
+    "(docs/memory.md)"
+  )
+  what = f"config.memory.offload={program.offload}: the host is to keep {on_host:,} bytes and"
+  if on_host > (has := backend.memory_of_host()):
+    raise RequestError(f"{what} has {has:,}; {fewer}")
+  if device.platform == "gpu" and on_host > (limit := backend.pinned_limit()):
     raise RequestError(
-      f"config.memory.offload={program.offload}: the host is to keep {on_host:,} bytes and has {memory_of_host():,}; "
-      "config.model.param_dtype=bfloat16, config.optim.name=adafactor or config.optim.state_dtype=bfloat16 needs fewer "
-      "(docs/memory.md)"
+      f"{what} this process may pin {limit:,}; set {backend.PINNED_LIMIT} (GiB) before it starts, or, where the machine has more "
+      f"memory than it shows, {backend.HOST_MEMORY}; {fewer}"
     )
   held = program.state if program.offload == "none" else ()
-  limit, state, batch = memory_of(device), bytes_a_device(held), bytes_a_device(program.batch)
+  limit, state, batch = backend.memory_of(device), bytes_a_device(held), bytes_a_device(program.batch)
   if state + batch > limit:
     raise RequestError(
       f"config.train.batch_size={config.train.batch_size}, config.data.sequence_length={config.data.sequence_length}, "
@@ -122,6 +90,25 @@ def bytes_on_host(program: Program) -> int:
   """A device's part of what the host keeps: weights and optimizer state, and with "all" the gradient too."""
   gradient = [leaf for leaf in jax.tree.leaves(program.gradients) if program.offload == "all" and offload.is_kept(leaf)]
   return state_on_host(program) + bytes_a_device(gradient)
+
+
+def bytes_on_every_host(config: ConfigDict, cfg: model.ModelConfig) -> int | None:
+  """Most bytes that one host keeps for `memory.offload`, before JAX has looked for devices; None where it depends on them."""
+  if config.memory.offload == "none":
+    return 0
+  if config.mesh.data == -1 or config.mesh.zero_stage < max(sharding.ZERO.values()):
+    return None  # each device has a copy
+  whole = model.abstract(cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
+  shapes, frozen = parts.split(whole, cfg.trained)
+  moments = jax.eval_shape(optim.optimizer(config.optim).init, shapes)
+  weights = optim.kept_in(config.model.param_dtype, shapes, cfg.trained)
+  there = [
+    weights,
+    moments,
+    *([weights, frozen] if config.memory.offload == "all" else []),
+  ]  # the gradient is as the weights
+  nbytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(there) if offload.is_kept(leaf))
+  return config.mesh.data * nbytes
 
 
 def state_on_host(program: Program) -> int:

@@ -19,7 +19,7 @@ from jaxft.errors import RequestError, StorageError, run_command
 from jaxft.files import refused, write_whole
 from jaxft.hf import added_tokens, repo
 from jaxft.hf.verify import in_words
-from jaxft.program import prepare_backend
+from jaxft.backend import must_run_on, prepare_backend
 
 END = "<|endoftext|>"
 BYTES = 256  # of which every text is made: the first tokens after the end token
@@ -95,6 +95,7 @@ def main() -> None:
     raise RequestError(f"--out={arguments.out!r}: it is there; name a new folder")
   if arguments.model:
     prepare_backend()
+    must_run_on(None)
     ids, parity = added_tokens.write(repo.find(arguments.model), arguments.add, out)
     print(f"{', '.join(f'{name} is {id}' for name, id in ids.items())}; {out}: {in_words(parity)}")
     return

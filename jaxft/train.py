@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxft import command_line, model, parts, sharding
+from jaxft import backend, command_line, model, parts, sharding
 from jaxft import config as settings
 from jaxft import program as programs
 from jaxft.data import loader, sources, tokens
@@ -24,7 +24,7 @@ from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
 from jaxft.hf.verify import in_words
 from jaxft.plan import estimate, figures, flops, show, targets
-from jaxft.plan.answer import plan_here
+from jaxft.plan.answer import model_facts, plan_here
 from jaxft.run import hosts
 from jaxft.run.about import leaving_a_report
 from jaxft.run.checkpoint import Checkpoints, nbytes
@@ -83,6 +83,7 @@ def finetune(
   dry_run: bool = False,
   strict: bool = False,
   allow_change: bool = False,
+  require: str | None = None,
 ) -> Run | None:
   """Fine-tunes as `config` says, continuing what `workdir` holds, and exports the result.
 
@@ -92,15 +93,20 @@ def finetune(
     dry_run: compile, tell the memory, and return None: no weights are read and nothing is written.
     strict: a damaged checkpoint ends the run, instead of being set aside for the one before it.
     allow_change: continue although settings that shape what is learned have changed since the run was started.
+    require: "gpu" or "tpu": what JAX must compute on; None: whatever it finds.
 
   Raises:
     RequestError, NumericsError, StorageError, Preempted: see `jaxft.errors`.
   """
   workdir = Path(workdir)
-  programs.prepare_backend()
+  backend.prepare_backend()
   flags = {"--workdir": workdir, "--dry_run": dry_run, "--strict": strict, "--allow_change": allow_change}
   hosts.agree("command", flags | settings.named(config) | hosts.versions())
   check(config, workdir)
+  if config.memory.offload != "none":
+    on_host = programs.bytes_on_every_host(config, model_facts(config))
+    backend.limit_pinned_memory(on_host or backend.memory_of_host())
+  backend.must_run_on(require)
   beginning = time.monotonic()
   with contextlib.ExitStack() as until_the_end:
     stop = until_the_end.enter_context(StopRequest())
@@ -186,6 +192,8 @@ def finetune(
       raise RequestError(
         f"this run does not compile for {device.device_kind}: {first_line(error)}; {SMALLER}"
       ) from error
+    if program.offload != "none":
+      backend.must_slice_right(train_step, device.platform)
     memory = figures.memory_of_step(program, train_step.memory_analysis())["breakdown"]
     say(
       f"compiled in {time.monotonic() - started:.1f} s; a device needs {show.size(sum(memory.values()))}: "
@@ -313,13 +321,13 @@ def main() -> None:
   arguments = command_line.parse_train()
   if arguments.print_config:
     if arguments.per_device:
-      programs.prepare_backend()
+      backend.prepare_backend()
       arguments.per_device.into(arguments.config, jax.device_count())
     print(settings.describe(arguments.config))
     return
   with hosts.joined(arguments.place, arguments.start_timeout, arguments.peer_timeout):
     if arguments.per_device:
-      programs.prepare_backend()
+      backend.prepare_backend()
       arguments.per_device.into(arguments.config, jax.device_count())
     finetune(
       arguments.config,
@@ -327,6 +335,7 @@ def main() -> None:
       dry_run=arguments.dry_run,
       strict=arguments.strict,
       allow_change=arguments.allow_change,
+      require=arguments.require,
     )
 
 

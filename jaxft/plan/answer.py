@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxft import config as settings
-from jaxft import program
+from jaxft import backend
 from jaxft.errors import RequestError
 from jaxft.hf import chosen, facts, repo
 from jaxft.hf.published import PUBLISHED
@@ -123,7 +123,7 @@ def plan_here(
   found = figures.of_traced(run, config, cfg, traced) | figures.of_compiled(run, compiled)
   found |= {"eval_peak_bytes": figures.eval_peak_bytes(run, eval_compiled), "compile_seconds": None}
   plan = _told(config, targets.here(device, mesh.size), found)
-  share = program.memory_of(device) // (mesh.size if device.platform == "cpu" else 1)
+  share = backend.memory_of(device) // (mesh.size if device.platform == "cpu" else 1)
   return plan | {"usable_bytes": share, "fits": max(plan["peak_bytes"], plan["eval_peak_bytes"]) <= share}
 
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxft import backend
 from jaxft import config as settings
-from jaxft import program
 from jaxft.errors import JaxftError, RequestError, first_line
 from jaxft.model import ModelConfig
 from jaxft.plan import targets
@@ -27,7 +27,7 @@ ENVIRONMENT = {
   "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # autotuning would need the device
   "TPU_SKIP_MDS_QUERY": "1",  # do not look for a metadata server
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is taken, so two plans may be made at once
-  "LIBTPU_INIT_ARGS": program.LIBTPU_STACK,
+  "LIBTPU_INIT_ARGS": backend.LIBTPU_STACK,
   "TF_CPP_MIN_LOG_LEVEL": "3",
   "JAX_TRACEBACK_FILTERING": "off",  # the last line of what it says is then the error
 }
@@ -102,6 +102,8 @@ class Compiler:
 def environment() -> dict[str, str]:
   """Of the process that compiles."""
   flags = {name: f"{os.environ.get(name, '')} {ENVIRONMENT[name]}".strip() for name in FLAGS}
+  if backend.slices_are_wrong():
+    flags["XLA_FLAGS"] = backend.without_annotator(flags["XLA_FLAGS"])
   return os.environ | ENVIRONMENT | flags
 
 

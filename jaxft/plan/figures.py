@@ -10,7 +10,7 @@ import numpy as np
 from jaxlib.mlir import ir
 from ml_collections import ConfigDict
 
-from jaxft import attention, offload, program, sharding
+from jaxft import attention, backend, offload, program, sharding
 from jaxft.model import ModelConfig
 from jaxft.plan import flops, hlo, targets
 from jaxft.program import Program
@@ -48,6 +48,7 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
         raise
       needs, has = (int(float(short[i]) * UNITS[short[i + 1]]) for i in (1, 3))
       return found | {"needs_bytes": needs, "has_bytes": has} | seconds()
+  backend.must_slice_right(compiled, mesh.devices.flat[0].platform)
   found |= of_compiled(run, compiled) | {"eval_peak_bytes": eval_peak_bytes(run, eval_compiled.result())} | seconds()
   return found | ({"text": compiled.as_text()} if text else {})
 

@@ -120,12 +120,12 @@ def _instruction(line: str) -> Instruction | None:
 def _moved(program: Program, body: dict[str, Instruction], it: Instruction) -> int:
   if it.op in STILL or it.op.endswith("-done"):
     return 0
-  if it.op.endswith("-start"):
-    return it.nbytes  # of what goes in and what comes out
-  if it.op == "fusion":
+  if it.op in ("fusion", "fusion-start"):  # the second is one that goes on beside others, up to its "-done"
     (fused,) = it.called
     read = sum(_read(program, fused, i, body[name].nbytes) for i, name in enumerate(it.operands) if name in body)
     return read + _written(program, fused)
+  if it.op.endswith("-start"):
+    return it.nbytes  # of what goes in and what comes out
   if it.op in ("dynamic-slice", "slice", "gather"):
     return 2 * it.nbytes
   if it.op == "dynamic-update-slice":

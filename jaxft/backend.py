@@ -1,0 +1,231 @@
+"""How JAX is set up before it looks for devices, what this machine has, and whether JAX found it."""
+
+import functools
+import glob
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+from jaxft.errors import RequestError, first_line
+from jaxft.files import cache_folder
+
+GIB = 2**30
+# Without it libtpu 0.0.42's compiler overflows a stack on GPT-2 with dropout, from four rows at once on: a segmentation fault.
+LIBTPU_STACK = "--fibers_default_thread_stack_size=1048576"
+
+# Linux shows an NVIDIA GPU by its device nodes or, before anything has used it, by its driver alone.
+NVIDIA = ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version")
+ACCELERATORS = (*NVIDIA, "/dev/kfd", "/dev/accel*", "/dev/vfio/*")  # AMD's, Google's TPUs
+PCI = "/sys/bus/pci/devices/*"
+PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+
+# XLA's pool of pinned host memory: in whole GiB, read when JAX starts. It grows by doubling, up to this, and what it has pinned
+# no other process gets: the whole machine can stop (GPT-J's 90 GiB pinned 126 of 128).
+PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+PINNED_SHARE = 0.8
+PINNED_BY_DEFAULT = 64 * GIB  # XLA's own limit
+# The pool has gaps: by a model of its allocator it takes 1.03 to 1.45 times what a run keeps there, for GPT-2 124M to GPT-J-6B
+# with adamw, lion, adafactor and sgd (2026-11-28; not measured on a GPU).
+PINNED_HEADROOM = 1.5
+HOST_MEMORY = "JAXFT_HOST_MEMORY_GIB"  # for machines that show another size than they have
+
+# Before jax 0.11.1 XLA annotates slices of arrays with the loop's counter in place of their index (openxla/xla #46231, mended
+# in #46308): on a GPU `memory.offload=all` would add the gradient of the last layer to the first.
+FIRST_RIGHT_SLICES = (0, 11, 1)
+ANNOTATOR = "dynamic-slice-annotator"
+ANNOTATION = '"dynamic_slice_config"'
+DISABLED = "--xla_disable_hlo_passes="
+
+
+def prepare_backend() -> None:
+  """Set what JAX reads before it first looks for devices, where neither a flag nor the environment says otherwise.
+
+  Compiled programs are cached in the user's folder; XLA may take 95 % of a GPU (its own default leaves a quarter), and pin 80 %
+  of the host's memory for what `memory.offload` keeps there (its default is 64 GB; see `limit_pinned_memory`). Where there is no
+  accelerator, JAX is told so: the compilers of jaxft[plan], which look like some, would complain at length.
+  """
+  if not jax.config.jax_platforms and sys.platform == "linux" and not _any(ACCELERATORS):
+    jax.config.update("jax_platforms", "cpu")
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
+  if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its former name
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+  os.environ.setdefault(PINNED_LIMIT, _whole_gib(PINNED_SHARE * memory_of_host()))
+  if slices_are_wrong():
+    os.environ["XLA_FLAGS"] = without_annotator(os.environ.get("XLA_FLAGS", ""))
+  tpu = os.environ.get("LIBTPU_INIT_ARGS", "")  # jax adds to it too
+  if "stack_size" not in tpu:
+    os.environ["LIBTPU_INIT_ARGS"] = f"{tpu} {LIBTPU_STACK}".strip()
+
+
+# ---- Slices of arrays in loops, on GPUs ------------------------------------------------------------------------------
+
+
+def slices_are_wrong() -> bool:
+  """Whether this jax's XLA annotates slices on a GPU with the wrong offset."""
+  return jax.__version_info__ < FIRST_RIGHT_SLICES
+
+
+def without_annotator(flags: str) -> str:
+  """XLA_FLAGS that keep XLA from annotating slices; they become kernels, which compute the index themselves."""
+  words = flags.split()
+  passes = [word.removeprefix(DISABLED) for word in words if word.startswith(DISABLED)]  # the last one counts
+  if passes and ANNOTATOR in passes[-1].split(","):
+    return flags
+  return " ".join([*words, DISABLED + ",".join([*passes[-1:], ANNOTATOR])])
+
+
+def must_slice_right(compiled: jax.stages.Compiled, platform: str) -> None:
+  """Raises RequestError where a program for a GPU was compiled with wrong offsets: JAX had read XLA_FLAGS before they were set."""
+  if slices_are_wrong() and platform == "gpu" and ANNOTATION in compiled.as_text():
+    raise RequestError(
+      f"config.memory.offload: jax {jax.__version__} writes to the wrong layers on a GPU (openxla/xla #46231), and was started "
+      f"before jaxft could prevent it; set XLA_FLAGS={DISABLED}{ANNOTATOR} before Python starts, or install jax 0.11.1 or newer"
+    )
+
+
+# ---- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory_of(device: jax.Device) -> int:
+  """Bytes of a device that is there: of a CPU all that the machine has, however many share it."""
+  return (device.memory_stats() or {}).get("bytes_limit") or memory_of_host()
+
+
+def memory_of_host() -> int:
+  """Bytes of memory that this process may use: $JAXFT_HOST_MEMORY_GIB, or what the machine and the control group allow.
+
+  Raises RequestError when the variable is no number.
+  """
+  if wanted := os.environ.get(HOST_MEMORY):
+    try:
+      return _positive(float(wanted) * GIB)
+    except (ValueError, OverflowError) as error:
+      raise RequestError(f"{HOST_MEMORY}={wanted!r}: must be a number of GiB, such as 128") from error
+  return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_limits_of_groups()])
+
+
+def limit_pinned_memory(host_bytes: int) -> None:
+  """Let XLA pin no more than a run needs that keeps `host_bytes` there, where that is less than `prepare_backend` allows.
+
+  It is of no effect where the environment has a limit of the user's, or JAX has started already.
+  """
+  from jax._src import xla_bridge  # JAX has no public way to ask
+
+  most = PINNED_SHARE * memory_of_host()
+  if os.environ.get(PINNED_LIMIT) == _whole_gib(most) and not xla_bridge.backends_are_initialized():
+    os.environ[PINNED_LIMIT] = _whole_gib(min(most, PINNED_HEADROOM * host_bytes))
+
+
+def pinned_limit() -> int:
+  """Bytes of the host's memory that XLA may pin for GPUs."""
+  try:
+    return int(os.environ[PINNED_LIMIT]) * GIB
+  except (KeyError, ValueError):  # XLA reads it likewise
+    return PINNED_BY_DEFAULT
+
+
+def _whole_gib(nbytes: float) -> str:
+  return str(max(1, -int(-nbytes // GIB)))
+
+
+def _positive(number: float) -> int:
+  if not 0 < number < 2**60:
+    raise ValueError(number)
+  return int(number)
+
+
+def _limits_of_groups() -> list[int]:
+  """Memory limits of the control groups that this process is in, as a container or SLURM sets them."""
+  try:
+    groups = Path("/proc/self/cgroup").read_text().splitlines()
+  except OSError:
+    return []
+  root = Path("/sys/fs/cgroup")
+  files = [root / "memory" / "memory.limit_in_bytes"]  # version 1
+  for name in {line.rpartition(":")[2].lstrip("/") for line in groups}:
+    files += [
+      folder / "memory.max" for folder in (root / name, *(root / name).parents) if root in (folder, *folder.parents)
+    ]
+  limits = []
+  for file in files:
+    try:
+      limits.append(int(file.read_text()))
+    except (OSError, ValueError):  # not there, or "max"
+      pass
+  return [limit for limit in limits if limit > 0]
+
+
+# ---- Was it the device that was wanted? --------------------------------------------------------------------------------
+
+
+def must_run_on(wanted: str | None) -> None:
+  """Start JAX; warn where it computes on the CPU of a machine that has an NVIDIA GPU.
+
+  Args:
+    wanted: "gpu", "tpu" or "cpu"; None: whatever there is.
+
+  Raises RequestError when JAX does not start, or computes on anything else than `wanted`.
+  """
+  try:
+    found = jax.default_backend()
+  except RuntimeError as error:
+    raise RequestError(f"JAX does not start: {first_line(error)}{_platforms()}") from error
+  reason = why_no_gpu() if found == "cpu" else ""
+  if wanted and found != wanted:
+    raise RequestError(f"--require {wanted}: JAX computes on the {found}{': ' if reason else ''}{reason}{_platforms()}")
+  if reason:
+    _warn(f"this machine has an NVIDIA GPU, but JAX computes on the CPU: {reason}")
+
+
+def why_no_gpu() -> str:
+  """Why JAX, which computes on the CPU, does not use the NVIDIA GPU of this machine; "" where there is none."""
+  if not has_nvidia_gpu():
+    return ""
+  if "cpu" in (os.environ.get("JAX_PLATFORMS") or "").split(",")[:1]:
+    return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} is set"
+  hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+  if hidden is not None and hidden.strip() in ("", "-1"):
+    return f"CUDA_VISIBLE_DEVICES={hidden!r} hides it"
+  if not any(map(_found, PLUGINS)):
+    return 'JAX has no CUDA plugin; pip install "jaxft[cuda]"'
+  if not _any(NVIDIA):
+    return "its driver is not loaded, or this container does not see it; nvidia-smi should list it"
+  return "CUDA does not start; nvidia-smi should list the GPU, and python -m jaxft.doctor the versions"
+
+
+def has_nvidia_gpu() -> bool:
+  """Whether Linux shows one, with a driver or without."""
+  return _any(NVIDIA) or any(map(_is_nvidia_display, glob.glob(PCI)))
+
+
+def _is_nvidia_display(device: str) -> bool:
+  try:
+    vendor, kind = ((Path(device) / name).read_text().strip() for name in ("vendor", "class"))
+  except OSError:
+    return False
+  return vendor == "0x10de" and kind.startswith("0x03")
+
+
+@functools.cache  # once in a process
+def _warn(line: str) -> None:
+  print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _platforms() -> str:
+  wanted = os.environ.get("JAX_PLATFORMS")
+  return f" (JAX_PLATFORMS={wanted})" if wanted else ""
+
+
+def _any(patterns: tuple[str, ...]) -> bool:
+  return any(map(glob.glob, patterns))
+
+
+def _found(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is not None
+  except ModuleNotFoundError:
+    return False
