@@ -1,10 +1,13 @@
 """How JAX is set up before it looks for devices, what this machine has, and whether JAX found it."""
 
+import contextlib
 import functools
 import glob
 import importlib.util
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -43,9 +46,9 @@ DISABLED = "--xla_disable_hlo_passes="
 def prepare_backend() -> None:
   """Set what JAX reads before it first looks for devices, where neither a flag nor the environment says otherwise.
 
-  Compiled programs are cached in the user's folder; XLA may take 95 % of a GPU (its own default leaves a quarter), and pin 80 %
-  of the host's memory for what `memory.offload` keeps there (its default is 64 GB; see `limit_pinned_memory`). Where there is no
-  accelerator, JAX is told so: the compilers of jaxft[plan], which look like some, would complain at length.
+  Compiled programs are cached in the user's folder. XLA may take 95 % of a GPU (its own default leaves a quarter), and pin 80 %
+  of the host's memory for what `memory.offload` keeps there (its default is 64 GB; see `limit_pinned_memory`). Where there is
+  no accelerator, JAX is told so: the compilers of jaxft[plan], which look like some, would complain at length.
   """
   if not jax.config.jax_platforms and sys.platform == "linux" and not _any(ACCELERATORS):
     jax.config.update("jax_platforms", "cpu")
@@ -79,12 +82,35 @@ def without_annotator(flags: str) -> str:
 
 
 def must_slice_right(compiled: jax.stages.Compiled, platform: str) -> None:
-  """Raises RequestError where a program for a GPU was compiled with wrong offsets: JAX had read XLA_FLAGS before they were set."""
+  """Raises RequestError where a program for a GPU has annotated slices that may be wrong: JAX started without our XLA_FLAGS."""
   if slices_are_wrong() and platform == "gpu" and ANNOTATION in compiled.as_text():
     raise RequestError(
-      f"config.memory.offload: jax {jax.__version__} writes to the wrong layers on a GPU (openxla/xla #46231), and was started "
-      f"before jaxft could prevent it; set XLA_FLAGS={DISABLED}{ANNOTATOR} before Python starts, or install jax 0.11.1 or newer"
+      f"config.memory.offload: jax {jax.__version__} writes gradients to the wrong layers on a GPU (openxla/xla #46231), and "
+      f"started before jaxft could prevent it; set XLA_FLAGS={DISABLED}{ANNOTATOR} before Python starts, or install jax 0.11.1 "
+      "or newer"
     )
+
+
+# ---- Versions --------------------------------------------------------------------------------------------------------
+
+
+def crashes_on_cpu_meshes() -> bool:
+  """Whether XLA's CPU compiler ends the process on programs for several devices: that of jax 0.11.2, not of 0.11.1 or 0.12."""
+  return jax.__version_info__ == (0, 11, 2)
+
+
+def faults_of_version() -> list[str]:
+  """One line for each fault that this jax is known to have."""
+  lines = []
+  if slices_are_wrong():
+    lines.append(
+      f"jax {jax.__version__}: XLA reads and writes wrong slices on GPUs (openxla/xla #46231); jaxft turns that pass off"
+    )
+  if crashes_on_cpu_meshes():
+    lines.append(
+      f"jax {jax.__version__}: XLA's CPU compiler crashes on several devices, which are refused; one device, GPUs and TPUs work"
+    )
+  return lines
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------
@@ -170,21 +196,31 @@ def must_run_on(wanted: str | None) -> None:
 
   Raises RequestError when JAX does not start, or computes on anything else than `wanted`.
   """
-  try:
-    found = jax.default_backend()
-  except RuntimeError as error:
-    raise RequestError(f"JAX does not start: {first_line(error)}{_platforms()}") from error
-  reason = why_no_gpu() if found == "cpu" else ""
+  found, reason = start()
   if wanted and found != wanted:
-    raise RequestError(f"--require {wanted}: JAX computes on the {found}{': ' if reason else ''}{reason}{_platforms()}")
+    raise RequestError(f"--require {wanted}: JAX computes on the {found}{': ' if reason else ''}{reason}")
   if reason:
     _warn(f"this machine has an NVIDIA GPU, but JAX computes on the CPU: {reason}")
 
 
-def why_no_gpu() -> str:
-  """Why JAX, which computes on the CPU, does not use the NVIDIA GPU of this machine; "" where there is none."""
-  if not has_nvidia_gpu():
-    return ""
+def start() -> tuple[str, str]:
+  """Start JAX, in silence: what it computes on, and why that is not the machine's NVIDIA GPU, "" where it is or there is none.
+
+  Raises RequestError when JAX finds nothing to compute on.
+  """
+  with _jax_says() as said:
+    try:
+      found = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # the second where a plugin of $JAX_PLATFORMS does not load
+      reason = said[-1] if said else first_line(error)
+      wanted = f" (JAX_PLATFORMS={os.environ['JAX_PLATFORMS']})" if os.environ.get("JAX_PLATFORMS") else ""
+      raise RequestError(
+        f"JAX finds no device{wanted}: {reason}; python -m jaxft.doctor shows what is installed"
+      ) from error
+  return found, _why_no_gpu(said) if found == "cpu" and has_nvidia_gpu() else ""
+
+
+def _why_no_gpu(said: list[str]) -> str:
   if "cpu" in (os.environ.get("JAX_PLATFORMS") or "").split(",")[:1]:
     return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} is set"
   hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -194,7 +230,26 @@ def why_no_gpu() -> str:
     return 'JAX has no CUDA plugin; pip install "jaxft[cuda]"'
   if not _any(NVIDIA):
     return "its driver is not loaded, or this container does not see it; nvidia-smi should list it"
-  return "CUDA does not start; nvidia-smi should list the GPU, and python -m jaxft.doctor the versions"
+  return f"CUDA does not start ({said[-1] if said else 'JAX does not say why'}); nvidia-smi should list the GPU"
+
+
+@contextlib.contextmanager
+def _jax_says() -> Iterator[list[str]]:
+  """Collects, a line each, what JAX would log while it starts: pages of traceback where a plugin does not load."""
+  said, logger = [], logging.getLogger("jax._src.xla_bridge")
+
+  class Collect(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+      said.append(first_line(record.exc_info[1]) if record.exc_info else record.getMessage())
+
+  handler, propagated = Collect(logging.WARNING), logger.propagate
+  logger.addHandler(handler)
+  logger.propagate = False
+  try:
+    yield said
+  finally:
+    logger.removeHandler(handler)
+    logger.propagate = propagated
 
 
 def has_nvidia_gpu() -> bool:
@@ -213,11 +268,6 @@ def _is_nvidia_display(device: str) -> bool:
 @functools.cache  # once in a process
 def _warn(line: str) -> None:
   print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
-def _platforms() -> str:
-  wanted = os.environ.get("JAX_PLATFORMS")
-  return f" (JAX_PLATFORMS={wanted})" if wanted else ""
 
 
 def _any(patterns: tuple[str, ...]) -> bool:

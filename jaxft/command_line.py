@@ -11,8 +11,8 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxft import config as settings
 from jaxft import backend, pretrained, run_clm
+from jaxft import config as settings
 from jaxft.errors import RequestError
 from jaxft.run import hosts, roll_call
 

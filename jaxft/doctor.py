@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxft.errors import first_line
+from jaxft.errors import RequestError, first_line
 
 PACKAGES = (
   "jax",
@@ -57,9 +57,23 @@ def main() -> None:
     import flax.nnx  # noqa: F401 - flax fails at import beside a jax it was not made for
     import jax
 
+    from jaxft import backend
+
+    backend.prepare_backend()
+    found, reason = backend.start()
     for device in jax.devices():
       limit = (device.memory_stats() or {}).get("bytes_limit")
       table.add_row(f"device {device.id}", device.device_kind + (f", {limit / 2**30:.1f} GiB" if limit else ""))
+    if found == "gpu":
+      table.add_row(
+        "pinned memory", f"up to {backend.pinned_limit() / 2**30:.0f} GiB of the host's, for config.memory.offload"
+      )
+    elif reason:
+      faults.append(f"this machine has an NVIDIA GPU, but JAX computes on the {found}: {reason}")
+    for line in backend.faults_of_version():
+      table.add_row("known fault", line)
+  except RequestError as error:
+    faults.append(str(error))
   except Exception as error:
     faults.append(f"jax and flax do not start ({first_line(error)}): pip install --force-reinstall jaxft")
   table.add_row("memory", _memory())

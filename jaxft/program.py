@@ -73,8 +73,8 @@ def must_hold(program: Program, config: ConfigDict) -> None:
     raise RequestError(f"{what} has {has:,}; {fewer}")
   if device.platform == "gpu" and on_host > (limit := backend.pinned_limit()):
     raise RequestError(
-      f"{what} this process may pin {limit:,}; set {backend.PINNED_LIMIT} (GiB) before it starts, or, where the machine has more "
-      f"memory than it shows, {backend.HOST_MEMORY}; {fewer}"
+      f"{what} XLA may pin {limit:,} in this process; set {backend.PINNED_LIMIT} (GiB) before it starts or, where the machine "
+      f"has more memory than it shows, {backend.HOST_MEMORY}; {fewer}"
     )
   held = program.state if program.offload == "none" else ()
   limit, state, batch = backend.memory_of(device), bytes_a_device(held), bytes_a_device(program.batch)

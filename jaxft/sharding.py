@@ -13,6 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from ml_collections import ConfigDict
 
+from jaxft import backend
 from jaxft.errors import RequestError, first_line
 
 # Logical axis -> mesh axes, for arrays cut as far as they can be and as the maths uses them. A weight is stored in slices along
@@ -49,6 +50,10 @@ def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mes
   devices = list(jax.devices() if devices is None else devices)
   shape = mesh_shape(sizes, len(devices))
   needed = math.prod(shape.values())
+  if needed > 1 and devices[0].platform == "cpu" and backend.crashes_on_cpu_meshes():
+    raise RequestError(
+      f"{_asked(sizes)}: the CPU compiler of jax {jax.__version__} crashes on several devices; install another jax, or use one"
+    )
   of_process = collections.Counter(device.process_index for device in devices)
   if len(set(of_process.values())) > 1:
     told = ", ".join(f"process {process} has {count}" for process, count in sorted(of_process.items()))

@@ -13,13 +13,13 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxft import config as settings
+from jaxft.backend import must_run_on, prepare_backend
 from jaxft.data import sources
 from jaxft.data.report import examples
 from jaxft.errors import RequestError, StorageError, run_command
 from jaxft.files import refused, write_whole
 from jaxft.hf import added_tokens, repo
 from jaxft.hf.verify import in_words
-from jaxft.backend import must_run_on, prepare_backend
 
 END = "<|endoftext|>"
 BYTES = 256  # of which every text is made: the first tokens after the end token

@@ -6,7 +6,6 @@ reads a compiled program and computes the index of every annotated slice, iterat
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -245,9 +244,3 @@ def mismatches(found: list[Slice]) -> list[str]:
       if it.annotated != it.indexed
     }
   )
-
-
-def sizes(shape: str) -> int:
-  """Bytes of an array."""
-  dtype, dims, _ = ARRAY.match(shape).groups()
-  return BYTES[dtype] * math.prod(int(n) for n in dims.split(",") if n)

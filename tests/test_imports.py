@@ -15,6 +15,7 @@ COMMANDS |= {"jaxft.plan.__main__", "jaxft.report"}
 # The only imports of jaxft that each leaf has. A new leaf module goes here, with as few as it can.
 LEAVES = {
   "jaxft.errors": set(),
+  "jaxft.backend": {"jaxft.errors", "jaxft.files"},
   "jaxft.files": {"jaxft.errors"},
   "jaxft.dropout": set(),
   "jaxft.attention": {"jaxft.attention_chunked", "jaxft.dropout"},
@@ -23,7 +24,7 @@ LEAVES = {
   "jaxft.optim": {"jaxft.parts"},
   "jaxft.checks": {"jaxft.files"},
   "jaxft.config": {"jaxft.checks", "jaxft.errors"},
-  "jaxft.sharding": {"jaxft.errors"},
+  "jaxft.sharding": {"jaxft.backend", "jaxft.errors"},
   "jaxft.architecture": set(),
   "jaxft.lora": {"jaxft.architecture", "jaxft.dropout"},
   "jaxft.parts": set(),

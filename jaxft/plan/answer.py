@@ -9,8 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxft import config as settings
 from jaxft import backend
+from jaxft import config as settings
 from jaxft.errors import RequestError
 from jaxft.hf import chosen, facts, repo
 from jaxft.hf.published import PUBLISHED
@@ -149,6 +149,14 @@ def _version(package: str) -> str | None:
     return None
 
 
+def _pinned(found: dict[str, Any], target: targets.Target) -> int:
+  """Most bytes of a host that XLA pins for its GPUs (`backend.limit_pinned_memory`), if the host has as many."""
+  if target.kind not in targets.GPUS:
+    return 0
+  here = min(found["devices"], target.facts.node)
+  return int(backend.PINNED_HEADROOM * here * found["host_bytes"])
+
+
 def _told(
   config: ConfigDict, target: targets.Target, found: dict[str, Any], price: float | None = None
 ) -> dict[str, Any]:
@@ -192,6 +200,7 @@ def _told(
     "model_flops": found["model_flops"],
     "tokens": found["tokens"],
     "bus_bytes": found["bus_bytes"],
+    "pinned_bytes": _pinned(found, target),
     "moved_bytes": found.get("moved_bytes"),
     "collective_bytes": found.get("collective_bytes", {}),
     "step_seconds_estimate": roofline and roofline.step_seconds,

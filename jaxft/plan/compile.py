@@ -42,7 +42,7 @@ class Request(NamedTuple):
   config: str  # as `jaxft.config.to_json` writes it
   cfg: dict[str, Any]  # fields of the ModelConfig
   device: str
-  text: bool = False  # return the compiled program's text too
+  text: bool = False  # return the compiled programs' texts too
 
 
 class Compiler:

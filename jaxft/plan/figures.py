@@ -28,7 +28,7 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
   program tells. Raises RequestError, or what the compiler raises for any other reason.
 
   Args:
-    text: give the compiled program's text too.
+    text: give the compiled programs' texts too, as "text" and "eval_text".
   """
   mesh = sharding.make_mesh(config.mesh, targets.devices(target))
   run = program.build(config, cfg, mesh, max(config.train.steps, 1), blank_row(config, cfg))
@@ -49,8 +49,9 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
       needs, has = (int(float(short[i]) * UNITS[short[i + 1]]) for i in (1, 3))
       return found | {"needs_bytes": needs, "has_bytes": has} | seconds()
   backend.must_slice_right(compiled, mesh.devices.flat[0].platform)
-  found |= of_compiled(run, compiled) | {"eval_peak_bytes": eval_peak_bytes(run, eval_compiled.result())} | seconds()
-  return found | ({"text": compiled.as_text()} if text else {})
+  evaluation = eval_compiled.result()
+  found |= of_compiled(run, compiled) | {"eval_peak_bytes": eval_peak_bytes(run, evaluation)} | seconds()
+  return found | ({"text": compiled.as_text(), "eval_text": evaluation.as_text()} if text else {})
 
 
 def eval_peak_bytes(run: Program, compiled: Any) -> int:

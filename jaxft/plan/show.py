@@ -105,7 +105,12 @@ def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
     (
       "host memory",
       f"{size(plan['host_bytes'])} for each device"
-      + (f", {size(plan['bus_bytes'])} a step over the bus" if plan["bus_bytes"] else ""),
+      + (f", {size(plan['bus_bytes'])} a step over the bus" if plan["bus_bytes"] else "")
+      + (
+        f"; XLA pins up to {size(plan['pinned_bytes'])}, at most 80 % of what the host has"
+        if plan["pinned_bytes"]
+        else ""
+      ),
     ),
     (
       "operations",

@@ -82,17 +82,18 @@ def versions() -> dict[str, str]:
 
 def agree(topic: str, facts: dict[str, Any]) -> None:
   """Raises RequestError in every process, with a line for each fact that is not the same in all of them."""
-  if jax.process_count() == 1:
-    return
   from jax._src.distributed import global_state  # its key-value store is JAX's own, and Orbax's, way to compare notes
 
-  store, me = global_state.client, jax.process_index()
+  # jax.process_count() would start JAX, whose environment is not complete yet.
+  store, me, processes = global_state.client, global_state.process_id, global_state.num_processes
+  if store is None or processes == 1:
+    return
   topic = f"{topic}/{next(_asked)}"  # keys are set once, and a program may train twice
   patience = 24 * 3_600_000  # ms: others may be tokenising or exporting; one that is lost is the watchdog's to find
   store.key_value_set(f"jaxft/{topic}/{me}", json.dumps(facts, default=str))
   if me == 0:
     lines = []
-    for other in range(1, jax.process_count()):
+    for other in range(1, processes):
       theirs = json.loads(store.blocking_key_value_get(f"jaxft/{topic}/{other}", patience))
       ours = json.loads(json.dumps(facts, default=str))
       lines += [

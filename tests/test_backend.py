@@ -1,0 +1,255 @@
+"""What JAX is set up with, and what is said or refused where it would compute on another device than the machine has."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+from processes import ROOT
+
+from jaxft import backend, program, sharding
+from jaxft import config as settings
+from jaxft.errors import RequestError
+from jaxft.hf import facts
+from jaxft.hf.published import PUBLISHED
+from jaxft.plan.figures import blank_row
+
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+  """As on a machine without a GPU, whose user has set nothing."""
+  for name in (backend.PINNED_LIMIT, backend.HOST_MEMORY, "XLA_FLAGS", "CUDA_VISIBLE_DEVICES"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(backend, "NVIDIA", ("/nowhere",))
+  monkeypatch.setattr(backend, "PCI", "/nowhere/*")
+  backend._warn.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+  """As on one with an NVIDIA driver."""
+  (tmp_path / "nvidiactl").touch()
+  monkeypatch.setattr(backend, "NVIDIA", (str(tmp_path / "nvidiactl"),))
+
+
+# ---- Slices in loops, and other faults of a version --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "before, after",
+  [
+    ("", "--xla_disable_hlo_passes=dynamic-slice-annotator"),
+    ("--xla_a=1", "--xla_a=1 --xla_disable_hlo_passes=dynamic-slice-annotator"),
+    (
+      "--xla_disable_hlo_passes=b,c",
+      "--xla_disable_hlo_passes=b,c --xla_disable_hlo_passes=b,c,dynamic-slice-annotator",
+    ),
+  ],
+)
+def test_the_annotator_of_slices_is_turned_off_beside_what_the_user_has_turned_off(before, after):
+  assert backend.without_annotator(before) == after == backend.without_annotator(after)
+
+
+@pytest.mark.parametrize(
+  "version, wrong, crashes",
+  [
+    ((0, 10, 2), True, False),
+    ((0, 11, 0), True, False),
+    ((0, 11, 1), False, False),
+    ((0, 11, 2), False, True),
+    ((0, 12, 0), False, False),
+  ],
+)
+def test_faults_are_known_by_version(monkeypatch, version, wrong, crashes):
+  monkeypatch.setattr(jax, "__version_info__", version)
+  assert (backend.slices_are_wrong(), backend.crashes_on_cpu_meshes()) == (wrong, crashes)
+  assert len(backend.faults_of_version()) == wrong + crashes
+  backend.prepare_backend()
+  assert (backend.ANNOTATOR in os.environ.get("XLA_FLAGS", "")) == wrong
+
+
+def test_a_wrong_program_is_refused_where_jax_started_before(monkeypatch):
+  compiled = SimpleNamespace(as_text=lambda: 'backend_config={"dynamic_slice_config":{}}')
+  monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+  with pytest.raises(RequestError, match="install jax 0.11.1 or newer"):
+    backend.must_slice_right(compiled, "gpu")
+  backend.must_slice_right(compiled, "cpu")
+  backend.must_slice_right(SimpleNamespace(as_text=lambda: ""), "gpu")
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+  backend.must_slice_right(compiled, "gpu")
+
+
+def test_several_cpu_devices_are_refused_where_the_compiler_would_crash(monkeypatch):
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+  sizes = settings.default().mesh
+  sizes.fsdp = -1
+  assert sharding.make_mesh(sizes, jax.devices()[:1]).size == 1
+  with pytest.raises(RequestError, match="crashes on several devices"):
+    sharding.make_mesh(sizes, jax.devices()[:2])
+
+
+# ---- Memory of the host -----------------------------------------------------------------------------------------------
+
+
+def test_memory_of_the_host_is_what_the_variable_says(monkeypatch):
+  shown = backend.memory_of_host()
+  assert 0 < shown <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  monkeypatch.setenv(backend.HOST_MEMORY, "128")
+  assert backend.memory_of_host() == 128 * GIB
+  for wrong in ("much", "0", "-3", "nan", "inf", "1e400"):
+    monkeypatch.setenv(backend.HOST_MEMORY, wrong)
+    with pytest.raises(RequestError, match="JAXFT_HOST_MEMORY_GIB=.*must be a number of GiB"):
+      backend.memory_of_host()
+
+
+def test_xla_pins_80_percent_of_the_host_or_what_a_run_needs_with_headroom(monkeypatch):
+  from jax._src import xla_bridge
+
+  monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
+  monkeypatch.setenv(backend.HOST_MEMORY, "128")
+  backend.prepare_backend()
+  assert os.environ[backend.PINNED_LIMIT] == "103"  # whole GiB, upwards
+  backend.limit_pinned_memory(90 * GIB)
+  assert backend.pinned_limit() == 103 * GIB
+  backend.limit_pinned_memory(20 * GIB)
+  assert backend.pinned_limit() == 30 * GIB
+  monkeypatch.setenv(backend.PINNED_LIMIT, "104")  # the user's own
+  backend.prepare_backend()
+  backend.limit_pinned_memory(20 * GIB)
+  assert backend.pinned_limit() == 104 * GIB
+
+
+def test_a_limit_of_pinned_memory_stays_once_jax_has_started(monkeypatch):
+  monkeypatch.setenv(backend.HOST_MEMORY, "128")
+  backend.prepare_backend()
+  jax.devices()
+  backend.limit_pinned_memory(20 * GIB)
+  assert backend.pinned_limit() == 103 * GIB
+
+
+@pytest.mark.parametrize("model", ["gpt2", "EleutherAI/gpt-neo-125m", "EleutherAI/gpt-j-6b"])
+@pytest.mark.parametrize(
+  "more",
+  [
+    {"memory.offload": "all"},
+    {"memory.offload": "optimizer", "optim.name": "adafactor"},
+    {"memory.offload": "all", "model.param_dtype": "bfloat16", "optim.name": "lion"},
+    {"memory.offload": "none"},
+  ],
+  ids=str,
+)
+def test_bytes_on_the_host_are_known_before_there_are_devices(model, more):
+  """And are those of the program itself."""
+  config = settings.default()
+  for name, value in more.items():
+    section, key = name.split(".")
+    config[section][key] = value
+  cfg = dataclasses.replace(facts.model_config(PUBLISHED[model]), L=2)
+  run = program.build(config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:1]), 10, blank_row(config, cfg))
+  assert program.bytes_on_every_host(config, cfg) == program.bytes_on_host(run)
+
+
+def test_bytes_on_the_host_depend_on_devices_where_each_has_a_copy():
+  config, cfg = settings.default(), facts.model_config(PUBLISHED["gpt2"])
+  config.memory.offload = "all"
+  one = program.bytes_on_every_host(config, cfg)
+  config.mesh.data = 2
+  assert program.bytes_on_every_host(config, cfg) == 2 * one
+  config.mesh.data = -1
+  assert program.bytes_on_every_host(config, cfg) is None
+  config.mesh.data, config.mesh.zero_stage = 1, 1
+  assert program.bytes_on_every_host(config, cfg) is None
+
+
+def test_more_than_xla_may_pin_is_refused(monkeypatch):
+  config = settings.default()
+  config.memory.offload = "all"
+  cfg = facts.model_config(PUBLISHED["gpt2"])
+  run = program.build(config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:1]), 10, blank_row(config, cfg))
+  program.must_hold(run, config)
+  gpu = SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 8 * GIB}, device_kind="a card")
+  batch = SimpleNamespace(mesh=SimpleNamespace(local_devices=[gpu]))
+  on_gpu = SimpleNamespace(**{name: getattr(run, name) for name in run._fields}, kept=run.kept, batch_sharding=batch)
+  monkeypatch.setenv(backend.PINNED_LIMIT, "1")
+  with pytest.raises(
+    RequestError, match="XLA may pin 1,073,741,824 .* XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB .*JAXFT_HOST_MEM"
+  ):
+    program.must_hold(on_gpu, config)
+  monkeypatch.setenv(backend.PINNED_LIMIT, "2")
+  program.must_hold(on_gpu, config)
+
+
+# ---- The CPU, where there is a GPU -------------------------------------------------------------------------------------
+
+
+def test_nothing_is_said_on_a_machine_without_a_gpu(capsys):
+  backend.must_run_on(None)
+  assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+  "environment, plugin, reason",
+  [
+    ({"JAX_PLATFORMS": "cpu"}, True, "JAX_PLATFORMS=cpu is set"),
+    ({"CUDA_VISIBLE_DEVICES": ""}, True, "CUDA_VISIBLE_DEVICES='' hides it"),
+    ({"CUDA_VISIBLE_DEVICES": "-1"}, True, "CUDA_VISIBLE_DEVICES='-1' hides it"),
+    ({}, False, 'JAX has no CUDA plugin; pip install "jaxft[cuda]"'),
+    ({}, True, "CUDA does not start"),
+  ],
+)
+def test_the_cpu_in_place_of_a_gpu_is_told_once_and_refused_where_a_gpu_is_required(
+  gpu, monkeypatch, capsys, environment, plugin, reason
+):
+  monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(backend, "_found", lambda name: plugin)
+  backend.must_run_on(None)
+  backend.must_run_on(None)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith(f"warning: this machine has an NVIDIA GPU, but JAX computes on the CPU: {reason}")
+  with pytest.raises(RequestError, match="--require gpu: JAX computes on the cpu: ") as told:
+    backend.must_run_on("gpu")
+  assert reason in str(told.value)
+
+
+def test_a_card_without_a_driver_is_seen_too(monkeypatch, tmp_path):
+  monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+  monkeypatch.setattr(backend, "PCI", str(tmp_path / "*"))
+  monkeypatch.setattr(backend, "_found", lambda name: True)
+  for name, vendor, kind in (("audio", "0x10de", "0x040300"), ("other", "0x1af4", "0x030000")):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "vendor").write_text(f"{vendor}\n")
+    (tmp_path / name / "class").write_text(f"{kind}\n")
+  assert not backend.has_nvidia_gpu() and backend.start() == ("cpu", "")
+  (tmp_path / "other" / "vendor").write_text("0x10de\n")
+  assert "its driver is not loaded" in backend.start()[1]
+
+
+def test_require_is_refused_for_other_devices_too():
+  with pytest.raises(RequestError, match="--require tpu: JAX computes on the cpu"):
+    backend.must_run_on("tpu")
+
+
+@pytest.mark.slow
+def test_commands_refuse_the_cpu_where_a_gpu_is_required(config_file, folder, tmp_path):
+  """In one line, with exit code 2, before they have written anything."""
+  train = ["jaxft.train", "--config", str(config_file), "--workdir", str(tmp_path / "run")]
+  generate = ["jaxft.generate", "--model", str(folder), "--prompt", "a"]
+  for command, said, environment in (
+    ([*generate, "--require", "gpu"], "error: --require gpu: JAX computes on the cpu", {}),
+    ([*train, "--require=gpus"], "error: --require='gpus': must be one of gpu, tpu", {}),
+    (train, "error: JAX finds no device (JAX_PLATFORMS=cuda): ", {"JAX_PLATFORMS": "cuda"}),
+  ):
+    done = subprocess.run(
+      [sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith(said), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+  assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "config.json").exists()
