@@ -298,3 +298,15 @@ def test_contenders_of_several_commands_share_a_table():
   dots, none = (text.splitlines()[4:] for _, text in found.values())
   assert [row.split("|")[1].strip() for row in dots] == ["jaxft", "Trainer, SDPA", "Trainer, eager"]
   assert "| 300 (300 to 300) | 1.50 |" in dots[0] and "out of memory" in dots[1] and "| 1.25 |" in none[0]
+
+
+def test_the_heading_of_a_section_has_no_files_of_this_machine(tmp_path, monkeypatch):
+  monkeypatch.setattr(page, "OUT", str(tmp_path))
+  monkeypatch.setattr(sys, "argv", ["x.py", "--rows", "8", "--caches", "/here/it/is", "--trace", "--model", "gpt2"])
+  page.put("a table", "benchmarks/x.py", "| 1 |", H100)
+  (line,) = lines(tmp_path / "results.jsonl")
+  assert line["command"] == "benchmarks/x.py --rows 8 --trace --model gpt2" and line["device"] == H100
+  text = page.with_sections("head\n", [line, line | {"text": "| 2 |"}])
+  assert (
+    text.startswith("head\n\n## A table: `python benchmarks/x.py --rows 8") and "| 1 |" not in text and "| 2 |" in text
+  )
