@@ -57,7 +57,7 @@ def prepare_backend() -> None:
   if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its former name
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
   os.environ.setdefault(PINNED_LIMIT, _whole_gib(PINNED_SHARE * memory_of_host()))
-  if slices_are_wrong():
+  if slices_are_wrong() and (_any(ACCELERATORS) or sys.platform != "linux"):
     os.environ["XLA_FLAGS"] = without_annotator(os.environ.get("XLA_FLAGS", ""))
   tpu = os.environ.get("LIBTPU_INIT_ARGS", "")  # jax adds to it too
   if "stack_size" not in tpu:

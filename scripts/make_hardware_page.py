@@ -1,9 +1,10 @@
 """Writes docs/hardware.md: what each published model takes on each kind of hardware, by the real compilers.
 
-    python scripts/make_hardware_page.py          # needs the plan extra; about half an hour on two cores
+    python scripts/make_hardware_page.py          # needs the plan extra; about an hour on two cores
 
 For each model and target: the least `memory.offload` with which a row fits, the most rows at once and the peak. For each file
-in configs/: its plan for the hardware that its docstring names.
+in configs/: its plan for the hardware that its docstring names. The search for the most rows begins with those of the page that
+is there.
 """
 
 import dataclasses
@@ -63,8 +64,9 @@ As they are, for the hardware that their docstrings name. Seconds a step are an 
 class Cells:
   """Asks the compiler, and remembers."""
 
-  def __init__(self, compiler: compile.Compiler):
-    self._compiler, self._known, self._lines = compiler, {}, {}
+  def __init__(self, compiler: compile.Compiler, before: dict[tuple[str, str, str], int]):
+    """`before`: rows that fitted when the page was made last, by model, target and offload."""
+    self._compiler, self._before, self._known, self._lines = compiler, before, {}, {}
 
   def peak(self, model: str, target: targets.Target, kept: str, rows: int) -> float:
     """Bytes of a device with so many rows on each; infinite where the compiler refuses."""
@@ -89,16 +91,20 @@ class Cells:
       self._lines[key] = one, max(four - one, 1) / 3 if four < math.inf else math.inf
     return self._lines[key]
 
+  def likely(self, model: str, target: targets.Target, kept: str) -> int:
+    """The most rows that fit, if the peak grows in a straight line; 1 where one is too many."""
+    if self.peak(model, target, kept, 1) > (room := (1 - MARGIN) * target.usable_bytes):
+      return 1
+    one, slope = self.line(model, target, kept)
+    return max(rows for rows in (2**n for n in range(MOST_ROWS.bit_length())) if one + (rows - 1) * slope <= room)
+
   def largest(self, model: str, target: targets.Target, kept: str) -> tuple[int, float] | None:
     """The most rows that fit, with their peak; None where one is too many."""
     room = (1 - MARGIN) * target.usable_bytes
     state = 16 * parameter_count(facts.model_config(PUBLISHED[model])) / target.count
     if kept == "none" and state > room:  # float32 weights, gradient and two moments
       return None
-    one, slope = self.line(model, target, kept)
-    rows = 1
-    while rows < MOST_ROWS and one + (2 * rows - 1) * slope <= room:
-      rows *= 2
+    rows = self._before.get((model, target.name, kept)) or self.likely(model, target, kept)
     while rows and self.peak(model, target, kept, rows) > room:
       rows //= 2
     if not rows:
@@ -118,6 +124,18 @@ class Cells:
         rows, peak = found
         return f"{rows}, {show.size(peak)}" + ("" if kept == "none" else f", `{kept}`")
     return "-"
+
+
+def rows_before(page: str) -> dict[tuple[str, str, str], int]:
+  """The most rows of each cell of a page, by model, target and offload."""
+  table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+  found, names = {}, [cell.partition(",")[0] for cell in table[0][1:]]
+  for model, *cells in table:
+    for name, cell in zip(names, cells):
+      if match := re.fullmatch(r"(\d+), [\d.]+ GiB(?:, `(\w+)`)?", cell):
+        whole = next((it for it in MODELS if it.rpartition("/")[2] == model), model)
+        found[whole, name, match[2] or "none"] = int(match[1])
+  return found
 
 
 def config_lines() -> list[str]:
@@ -148,7 +166,7 @@ def main() -> None:
     "|---" * (len(wanted) + 1) + "|",
   ]
   with compile.Compiler() as compiler:
-    cells = Cells(compiler)
+    cells = Cells(compiler, rows_before(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {})
     for model in MODELS:
       lines.append(f"| {model.rpartition('/')[2]} | " + " | ".join(cells.cell(model, it) for it in wanted) + " |")
       print(lines[-1], flush=True)

@@ -24,7 +24,8 @@ GIB = 2**30
 def clean(monkeypatch):
   """As on a machine without a GPU, whose user has set nothing."""
   for name in (backend.PINNED_LIMIT, backend.HOST_MEMORY, "XLA_FLAGS", "CUDA_VISIBLE_DEVICES"):
-    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(name, "")  # so that what a test leaves there is undone
+    monkeypatch.delenv(name)
   monkeypatch.setattr(backend, "NVIDIA", ("/nowhere",))
   monkeypatch.setattr(backend, "PCI", "/nowhere/*")
   backend._warn.cache_clear()
@@ -69,6 +70,10 @@ def test_faults_are_known_by_version(monkeypatch, version, wrong, crashes):
   monkeypatch.setattr(jax, "__version_info__", version)
   assert (backend.slices_are_wrong(), backend.crashes_on_cpu_meshes()) == (wrong, crashes)
   assert len(backend.faults_of_version()) == wrong + crashes
+  monkeypatch.setattr(backend, "ACCELERATORS", ("/nowhere",))
+  backend.prepare_backend()
+  assert "XLA_FLAGS" not in os.environ  # it is of no account without a GPU
+  monkeypatch.setattr(backend, "ACCELERATORS", ("/dev/null",))
   backend.prepare_backend()
   assert (backend.ANNOTATOR in os.environ.get("XLA_FLAGS", "")) == wrong
 

@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 
 import jaxft
+from jaxft import backend, program, sharding
 from jaxft import config as settings
-from jaxft import program, sharding
 from jaxft.errors import RequestError
 from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
@@ -262,11 +262,12 @@ def test_the_users_own_flags_are_compiled_with_but_for_autotuning(monkeypatch):
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=true")
   monkeypatch.setenv("JAX_PLATFORMS", "cuda")
   it = compile.environment()
-  assert it["XLA_FLAGS"].split() == [*os.environ["XLA_FLAGS"].split(), "--xla_gpu_autotune_level=0"]
-  assert it["LIBTPU_INIT_ARGS"].split() == [os.environ["LIBTPU_INIT_ARGS"], program.LIBTPU_STACK]
+  ours = ["--xla_gpu_autotune_level=0", *backend.without_annotator("").split() * backend.slices_are_wrong()]
+  assert it["XLA_FLAGS"].split() == [*os.environ["XLA_FLAGS"].split(), *ours]
+  assert it["LIBTPU_INIT_ARGS"].split() == [os.environ["LIBTPU_INIT_ARGS"], backend.LIBTPU_STACK]
   assert it["JAX_PLATFORMS"] == "cpu" and it["PATH"] == os.environ["PATH"]
   monkeypatch.delenv("XLA_FLAGS")
-  assert compile.environment()["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
+  assert compile.environment()["XLA_FLAGS"].split() == ours
 
 
 @pytest.mark.parametrize(
