@@ -98,15 +98,13 @@ def bytes_on_every_host(config: ConfigDict, cfg: model.ModelConfig) -> int | Non
     return 0
   if config.mesh.data == -1 or config.mesh.zero_stage < max(sharding.ZERO.values()):
     return None  # each device has a copy
-  whole = model.abstract(cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
-  shapes, frozen = parts.split(whole, cfg.trained)
+  if cfg.trained:
+    return None  # the export has all weights there, frozen ones too, in float32
+  shapes = model.abstract(cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
   moments = jax.eval_shape(optim.optimizer(config.optim).init, shapes)
   weights = optim.kept_in(config.model.param_dtype, shapes, cfg.trained)
-  there = [
-    weights,
-    moments,
-    *([weights, frozen] if config.memory.offload == "all" else []),
-  ]  # the gradient is as the weights
+  gradient = weights if config.memory.offload == "all" else ()
+  there = weights, moments, gradient
   nbytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(there) if offload.is_kept(leaf))
   return config.mesh.data * nbytes
 

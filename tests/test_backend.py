@@ -169,6 +169,9 @@ def test_bytes_on_the_host_depend_on_devices_where_each_has_a_copy():
   assert program.bytes_on_every_host(config, cfg) is None
   config.mesh.data, config.mesh.zero_stage = 1, 1
   assert program.bytes_on_every_host(config, cfg) is None
+  config.mesh.zero_stage = 3
+  assert program.bytes_on_every_host(config, cfg) == one
+  assert program.bytes_on_every_host(config, dataclasses.replace(cfg, trained=(("norm.scale", ()),))) is None
 
 
 def test_more_than_xla_may_pin_is_refused(monkeypatch):
