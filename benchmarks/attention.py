@@ -3,7 +3,7 @@
 Outputs and all three gradients, over lengths, windows, packed rows and heads of every family, in bfloat16; in float32 on a CPU.
 The error is the largest difference over the largest number; that of the formula itself in the same dtype is beside it. Ends
 with an error where a kernel's is more than twice the formula's and more than 1e-5. Then the time of forward and backward of
-`--rows` of `--length`. The table goes into docs/benchmarks.md.
+`--rows` of `--length`, unless `--rows 0`. The table goes into docs/benchmarks.md.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 
+import children
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,40 +71,57 @@ def timed(kernel: str, B: int, T: int, N: int, H: int, dtype, packed: bool, wind
   return 1000 * statistics.median(taken)
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--rows", type=int, default=2, help="of the batch that is timed")
+  parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="of these models")
+  parser.add_argument("--kernels", nargs="+", choices=KERNELS[:-1], default=KERNELS[:-1])
+  parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens a row, for the errors")
+  parser.add_argument("--rows", type=int, default=2, help="of the batch that is timed; 0: none is")
   parser.add_argument("--length", type=int, default=1024, help="tokens a row of it")
-  asked = parser.parse_args()
-  device = jax.devices()[0]
-  dtype, where = (jnp.float32, "a CPU") if device.platform == "cpu" else (jnp.bfloat16, device.device_kind)
+  return parser.parse_args()
+
+
+def main() -> None:
+  asked = parsed()
+  device = children.jax_device()
+  dtype, cpu = (jnp.float32, True) if device.platform == "cpu" else (jnp.bfloat16, False)
   lines, faults = [], []
-  for (family, (N, H, local)), packed, kernel in itertools.product(HEADS.items(), (False, True), KERNELS[:-1]):
+  for family, packed, kernel in itertools.product(asked.heads, (False, True), asked.kernels):
+    N, H, local = HEADS[family]
     if why_not(kernel, device, dtype, H, packed):
       continue
     for window in dict.fromkeys((None, local)):
-      what = (N, H, dtype, packed, window)
-      worst, formula = np.max([compared(kernel, T, *what) for T in LENGTHS], 0)
-      times = [timed(it, asked.rows, asked.length, *what) for it in (kernel, "reference")]
+      how = (N, H, dtype, packed, window)
+      worst, formula = np.max([compared(kernel, T, *how) for T in asked.lengths], 0)
+      times = [timed(it, asked.rows, asked.length, *how) for it in (kernel, "reference") if asked.rows]
       rows = ("packed" if packed else "plain") + (f", window {window}" if window else "")
-      lines.append(
-        f"| {family} | {N} x {H} | {rows} | {kernel} | {worst:.1e} | {formula:.1e} | {times[0]:,.2f} ms | {times[1]:,.2f} ms |"
-      )
+      cells = [family, f"{N} x {H}", rows, kernel, f"{worst:.1e}", f"{formula:.1e}", *(f"{it:,.2f} ms" for it in times)]
+      lines.append(f"| {' | '.join(cells)} |")
       print(lines[-1], flush=True)
+      found = {"heads": family, "kernel": kernel, "rows": rows, "error": worst, "formula_error": formula}
+      page.note("attention", device=device.device_kind, **found, milliseconds=times)
       if not worst <= max(2 * formula, 1e-5):
         faults.append(lines[-1])
-  about = (
-    f"{page.machine('cpu' if where == 'a CPU' else where, 'jax')}. {jnp.dtype(dtype)}; errors over lengths of "
-    f"{', '.join(map(str, LENGTHS))} (output and gradients, the worst); times of forward and backward of {asked.rows} x "
-    f"{asked.length} tokens, medians of nine."
-  )
-  head = [
-    "| heads of | | rows | kernel | its error | the formula's error | its time | the formula's time |",
-    f"|{'---|' * 8}",
-  ]
-  page.put(f"attention on {where}", "benchmarks/attention.py", "\n".join([about, "", *head, *lines]))
+  if not lines:
+    sys.exit(f"none of {', '.join(asked.kernels)} is for a {device.device_kind}")
+  put(asked, "cpu" if cpu else device.device_kind, dtype, lines)
   if faults:
     sys.exit("further from float32 than the formula is:\n" + "\n".join(faults))
+
+
+def put(asked: argparse.Namespace, device: str, dtype, lines: list[str]) -> None:
+  """The table, into the page; one of errors only is a section of its own."""
+  head = ["heads of", "", "rows", "kernel", "its error", "the formula's error"]
+  about = (
+    f"{page.machine(device, 'jax')}. {jnp.dtype(dtype)}; errors over lengths of {', '.join(map(str, asked.lengths))} "
+    "(output and gradients, the worst)"
+  )
+  if asked.rows:
+    head += ["its time", "the formula's time"]
+    about += f"; times of forward and backward of {asked.rows} x {asked.length} tokens, medians of nine"
+  table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]
+  what = "attention on" if asked.rows else "attention's errors on"
+  page.put(f"{what} {page.where(device)}", "benchmarks/attention.py", "\n".join([f"{about}.", "", *table]), device)
 
 
 if __name__ == "__main__":

@@ -4,25 +4,23 @@ Each measurement is a process of its own with its own cache folder; they take tu
 """
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
+import children
 import page
 
-ROOT = Path(__file__).parent.parent
 TURNS = 3
 MODELS = {"gpt2": 12, "gpt2-xl": 48}
 ONE = """
 import sys, time
 import numpy as np
-from jaxft import config, program, sharding
+from jaxft import backend, config, program, sharding
 from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
-program.prepare_backend()
+backend.prepare_backend()
 c = config.default()
 c.train.batch_size, c.memory.loss_chunk = 1, 128
 cfg, T = facts.model_config(PUBLISHED[sys.argv[1]]), 512
@@ -63,7 +61,7 @@ def main() -> None:
 
 
 def measure(model: str, cache: str) -> float:
-  environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": cache, "JAX_PLATFORMS": "cpu"}
+  environment = children.environment(XDG_CACHE_HOME=cache, JAX_PLATFORMS="cpu")
   environment.pop("JAX_COMPILATION_CACHE_DIR", None)
   done = subprocess.run([sys.executable, "-c", ONE, model], stdout=subprocess.PIPE, check=True, env=environment)
   return float(done.stdout)

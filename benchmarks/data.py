@@ -14,9 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
+import children
 import page
+from children import ROOT
 
-ROOT = Path(__file__).parent.parent
 T = 512
 NAMES = {
   "jaxft": "jaxft: read, check, tokenise, write with checksums, lay out",
@@ -77,7 +78,7 @@ def measure(name: str, cache: Path, folder: Path) -> dict:
   command = [sys.executable, __file__, "--measure", name, "--folder", str(cache)]
   if name.startswith("loader"):
     command = ["taskset", "-c", "0", *command]
-  done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+  done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=children.environment())
   return json.loads(done.stdout.splitlines()[-1])
 
 

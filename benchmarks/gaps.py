@@ -1,12 +1,15 @@
 """How long devices wait between the programs of a run: python benchmarks/gaps.py [WORKDIR] [--steps 5] [--picture gaps.svg]
 
 WORKDIR is that of a run with `--config.train.profile_steps=N`; what JAX's profiler wrote there is read, and the traced time of
-each device is printed, how much of it programs ran, and the longest wait as a share of a step. Without WORKDIR a run is made:
-`--model` with random weights; the figures and their picture go into docs/benchmarks.md.
+each device is printed, how much of it programs ran, the longest wait as a share of a step, and the kernels that took longest.
+Without WORKDIR a run is made: `--model` with random weights, which ends after the traced steps, without a checkpoint or an
+export; the figures and their picture go into docs/benchmarks.md, and the trace into `--trace FILE.tar.gz`.
 """
 
 import argparse
+import collections
 import re
+import tarfile
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -30,8 +33,13 @@ class Busy(NamedTuple):
   def total(self) -> float:
     return self.spans[-1][1] - self.spans[0][0]
 
+  @property
+  def share(self) -> float:
+    """Of the time, that programs ran."""
+    return 1 - sum(self.gaps) / self.total
 
-def main() -> None:
+
+def parsed() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("workdir", type=Path, nargs="?")
   parser.add_argument("--steps", type=int, default=5, help="that are, or were, traced")
@@ -40,43 +48,82 @@ def main() -> None:
   parser.add_argument("--rows", type=int, default=2, help="of a batch")
   parser.add_argument("--length", type=int, default=512, help="tokens a row")
   parser.add_argument("--dropout", type=float, default=0.1)
-  asked = parser.parse_args()
+  parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
+  parser.add_argument("--trace", type=Path, help="file for the trace, as .tar.gz: without it none is kept")
+  return parser.parse_args()
+
+
+def main() -> None:
+  asked = parsed()
   if asked.workdir:
     found = spans_of(asked.workdir)
     if not found:
       raise SystemExit(f"error: no trace of a device under {asked.workdir}; train with --config.train.profile_steps=5")
     if asked.picture:
       asked.picture.write_text(drawn(found), encoding="utf-8")
-    return print(told(found, asked.steps))
+    return print(f"{told(found, asked.steps)}\n{kernels_told(asked.workdir, asked.steps)}".strip())
   with tempfile.TemporaryDirectory() as folder:
     device = train(asked, Path(folder))
-    found = spans_of(Path(folder))
+    if asked.trace:
+      with tarfile.open(asked.trace, "w:gz") as file:
+        file.add(Path(folder) / "run" / "profile", "profile")
+    found, kernels = spans_of(Path(folder)), kernels_told(Path(folder), asked.steps)
   if not found or (device != "cpu" and not found[0].device.startswith("/device:")):
     raise SystemExit(f"error: the trace tells nothing of {device}: can JAX's profiler read its counters here?")
-  where = "a CPU" if device == "cpu" else device
-  picture = (
-    asked.picture or page.PAGE.parent / f"gaps-{re.sub('[^a-z0-9]+', '-', f'{asked.model} {device}'.lower())}.svg"
-  )
+  print(kernels)
+  put(asked, found, device)
+
+
+def put(asked: argparse.Namespace, found: list[Busy], device: str) -> None:
+  """The figures and their picture, into the page."""
+  name = f"gaps-{re.sub('[^a-z0-9]+', '-', f'{asked.model} {device}'.lower())}.svg"
+  picture = asked.picture or page.pictures() / name
   picture.write_text(drawn(found), encoding="utf-8")
+  text = told(found, asked.steps)
   about = (
     f"{page.machine(device, 'jax')}: {asked.steps} steps of {asked.model}, {asked.rows} x {asked.length} tokens, dropout "
-    f"{asked.dropout:g}, random weights, traced by `config.train.profile_steps`. {told(found, asked.steps)}"
+    f"{asked.dropout:g}, `memory.remat={asked.remat}`, random weights, traced by `config.train.profile_steps`. {text}"
   )
   print(about)
-  picture_of = f"![{asked.steps} steps one after the other, with the waits between them]({picture.name})"
-  page.put(f"between programs, {asked.model} on {where}", "benchmarks/gaps.py", f"{about}\n\n{picture_of}")
+  page.note("gaps", device=device, picture=picture.name, shown_as=name, busy=[it.share for it in found], told=text)
+  picture_of = f"![{asked.steps} steps one after the other, with the waits between them]({name})"
+  what = f"between programs, {asked.model} on {page.where(device)}"
+  page.put(what, "benchmarks/gaps.py", f"{about}\n\n{picture_of}", device)
 
 
 def train(asked: argparse.Namespace, folder: Path) -> str:
   """Traces a run; returns the device that it was on."""
   import jax
 
-  import jaxft
-
-  config = scratch.config_of(folder, asked.model, asked.rows, asked.length, asked.steps + 5, asked.dropout)
-  config.train.profile_steps = asked.steps
-  jaxft.finetune(config, folder / "run")
+  # Two steps are not traced, and the trace is written after the last traced one.
+  last = asked.steps + 4
+  config = scratch.config_of(folder, asked.model, asked.rows, asked.length, last + 1, asked.dropout)
+  config.train.profile_steps, config.memory.remat = asked.steps, asked.remat
+  scratch.finetune_until(last, config, folder / "run")
   return jax.devices()[0].device_kind
+
+
+def longest_kernels(folder: Path, most: int = 25) -> dict[str, list[tuple[str, float]]]:
+  """{device: [(kernel, milliseconds of all its calls), ...]}, the longest first; of GPUs."""
+  found = {}
+  for file in sorted(folder.rglob("*.xplane.pb")):
+    for plane in ProfileData.from_file(str(file)).planes:
+      total = collections.Counter()
+      for line in plane.lines:
+        if plane.name.startswith("/device:") and line.name.startswith("Stream"):
+          for event in line.events:
+            total[event.name] += event.duration_ns / 1e6
+      if total:
+        found[plane.name] = total.most_common(most)
+  return found
+
+
+def kernels_told(folder: Path, steps: int) -> str:
+  lines = []
+  for device, kernels in longest_kernels(folder).items():
+    lines += [f"{device}: the kernels that took longest"]
+    lines += [f"  {milliseconds / steps:8.3f} ms a step  {name[:140]}" for name, milliseconds in kernels]
+  return "\n".join(lines)
 
 
 def spans_of(folder: Path) -> list[Busy]:
@@ -89,7 +136,7 @@ def told(found: list[Busy], steps: int) -> str:
     longest, step = max(it.gaps, default=0), it.total / steps
     lines.append(
       f"{it.device}: {it.total / 1e6:,.1f} ms, {step / 1e6:,.1f} ms a step; programs ran "
-      f"{1 - sum(it.gaps) / it.total:.2%} of it; the longest wait was {longest / 1e6:.2f} ms, {longest / step:.2%} of a step."
+      f"{it.share:.2%} of it; the longest wait was {longest / 1e6:.2f} ms, {longest / step:.2%} of a step."
     )
   return "\n".join(lines)
 

@@ -1,27 +1,27 @@
 """Generation, side by side with transformers' generate and its cache: python benchmarks/generate.py [--model gpt2] [--new 128]
 
-The same random weights, the same prompts of random tokens, greedy. Each turn is a process of its own, and the two take turns;
-the first call of each, which compiles or allocates, does not count; medians do. On a GPU both compute in bfloat16, on a CPU in
-float32. The table goes into docs/benchmarks.md. Needs torch and transformers beside jaxft.
+The same random weights, the same prompts of random tokens, greedy. Each turn is a process of its own, and the contenders take
+turns; the first call of each, which compiles or allocates, does not count; medians do. On a GPU all compute in bfloat16, on a
+CPU in float32. With a static cache (`cache_implementation="static"`) transformers compiles its forward pass on a GPU. The table
+goes into docs/benchmarks.md after each contender; `--contenders jaxft transformers=60` takes these only, and ends one that has
+not answered after so many seconds. Needs torch and transformers beside jaxft.
 """
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import children
 import numpy as np
 import page
-from scratch import ROOT
-from train import quiet
+from children import ROOT, quiet
 
-CONTENDERS = "jaxft", "transformers"
+CONTENDERS = "jaxft", "transformers", "transformers, static cache"
 
 
 def parsed() -> argparse.Namespace:
@@ -31,6 +31,14 @@ def parsed() -> argparse.Namespace:
   parser.add_argument("--new", type=int, default=128, help="tokens that follow it")
   parser.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="prompts at once")
   parser.add_argument("--turns", type=int, default=3)
+  parser.add_argument(
+    "--contenders",
+    type=children.contender(CONTENDERS),
+    nargs="+",
+    metavar="NAME[=SECONDS]",
+    default=[(name, None) for name in CONTENDERS],
+    help="default: all, without a limit",
+  )
   parser.add_argument("--measure", choices=CONTENDERS, help=argparse.SUPPRESS)
   parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
   return parser.parse_args()
@@ -40,23 +48,30 @@ def main() -> None:
   asked = parsed()
   if asked.measure:
     with quiet():
-      opened = {"jaxft": with_jaxft, "transformers": with_transformers}[asked.measure]
+      opened = with_jaxft if asked.measure == "jaxft" else with_transformers
       found = measured(asked, *opened(asked))
     return print(json.dumps(found))
+  turns, wrong = {name: [] for name, _ in asked.contenders}, []
   with tempfile.TemporaryDirectory() as folder:
     write_model(asked, Path(folder))
-    turns = {name: [] for name in CONTENDERS}
-    for turn in range(asked.turns):
-      for name in CONTENDERS:
-        command = [sys.executable, *sys.argv, "--measure", name, "--folder", folder]
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        turns[name].append(json.loads(done.stdout.splitlines()[-1]))
-        told = ", ".join(f"{speed:,.1f} tokens/s at {rows}" for rows, speed in turns[name][-1]["speed"].items())
-        print(f"turn {turn + 1}, {name}: {told}", flush=True)
-  text = table(asked, turns)
-  print(text)
-  where = "CPU" if turns["jaxft"][0]["device"] == "cpu" else "GPU"
-  page.put(f"generating with {asked.model} on a {where}", "benchmarks/generate.py", text)
+    for turn in range(1, asked.turns + 1):
+      for name, seconds in asked.contenders:
+        now = children.answer([sys.executable, *sys.argv, "--measure", name, "--folder", folder], seconds)
+        page.note("generate", model=asked.model, contender=name, turn=turn, prompt=asked.prompt, new=asked.new, **now)
+        if "error" in now:
+          wrong.append(f"turn {turn}, {name}: {now['error']}")
+          print(wrong[-1], flush=True)
+          continue
+        turns[name].append(now)
+        told = ", ".join(f"{speed:,.1f} tokens/s at {rows}" for rows, speed in now["tokens_per_second"].items())
+        print(f"turn {turn}, {name}: {told}", flush=True)
+        device = now["device"]
+        what = f"generating with {asked.model} on {page.where(device)}"
+        page.put(what, "benchmarks/generate.py", text := table(asked, {k: of for k, of in turns.items() if of}), device)
+  if any(turns.values()):
+    print(text)
+  if wrong:
+    sys.exit("\n".join(wrong))
 
 
 def write_model(asked: argparse.Namespace, folder: Path) -> None:
@@ -75,24 +90,23 @@ def write_model(asked: argparse.Namespace, folder: Path) -> None:
 
 
 def with_jaxft(asked: argparse.Namespace) -> tuple[Callable, str]:
-  import jax
-
   import jaxft
   from jaxft.sample import Sampling
 
+  device = children.jax_device()
   ready = jaxft.load(asked.folder)
   sampling = Sampling(max_new_tokens=asked.new, temperature=0)
   # Token ids in and out, as the peer has them; no end token of random weights should cut a text short.
   generator = ready._generator
   generator.eos_token_id = -1
-  return lambda prompts: generator(ready.params, prompts, sampling), jax.devices()[0].device_kind
+  return lambda prompts: generator(ready.params, prompts, sampling), device.device_kind
 
 
 def with_transformers(asked: argparse.Namespace) -> tuple[Callable, str]:
   import torch
   import transformers
 
-  cuda = torch.cuda.is_available()
+  cuda = children.torch_device() == "cuda"
   dtype = torch.bfloat16 if cuda else torch.float32
   model = transformers.AutoModelForCausalLM.from_pretrained(asked.folder, dtype=dtype, attn_implementation="sdpa")
   model = model.eval().to("cuda" if cuda else "cpu")
@@ -100,6 +114,7 @@ def with_transformers(asked: argparse.Namespace) -> tuple[Callable, str]:
   def generate(prompts: list[list[int]]) -> list[list[int]]:
     ids = torch.tensor(prompts, device=model.device)
     how = dict(max_new_tokens=asked.new, min_new_tokens=asked.new, do_sample=False, use_cache=True)
+    how |= {"cache_implementation": "static"} if "static" in asked.measure else {}
     found = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **how)
     return found[:, ids.shape[1] :].tolist()
 
@@ -117,26 +132,29 @@ def measured(asked: argparse.Namespace, generate: Callable, device: str) -> dict
     assert all(len(text) == asked.new for text in found)
     speed[rows] = rows * asked.new / (time.monotonic() - began)
     written = written or found[0]
-  return {"speed": speed, "written": written, "device": device}
+  return {"tokens_per_second": speed, "first_tokens": written, "device": device}
 
 
 def table(asked: argparse.Namespace, turns: dict[str, list[dict]]) -> str:
-  device = turns["jaxft"][0]["device"]
-  ours, theirs = (turns[name][0]["written"] for name in CONTENDERS)
-  same = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), len(ours))
+  first = {name: of[0]["first_tokens"] for name, of in turns.items()}
+  same = sum(np.logical_and.accumulate([len(set(tokens)) == 1 for tokens in zip(*first.values(), strict=True)]))
+  peers = [name for name in turns if name != "jaxft"]
+  ratios = [f"to {name}" for name in peers] if "jaxft" in turns else []
+  columns = ["prompts at once", *(f"{name}, tokens/s" for name in turns), *ratios]
   lines = [
-    f"{page.machine(device, 'jax', 'torch', 'transformers')}. {asked.model}, prompts of {asked.prompt} tokens, "
-    f"{asked.new} new ones, greedy; medians of {asked.turns} turns, in brackets the slowest and fastest. The first {same} "
-    "tokens of both are the same.",
+    f"{page.machine(next(iter(turns.values()))[0]['device'], 'jax', 'torch', 'transformers')}. {asked.model}, prompts of "
+    f"{asked.prompt} tokens, {asked.new} new ones, greedy; medians of {asked.turns} turns, in brackets the slowest and "
+    f"fastest. The first {same} tokens of all are the same.",
     "",
-    "| prompts at once | jaxft, tokens/s | transformers, tokens/s | ratio |",
-    "|---|---|---|---|",
+    f"| {' | '.join(columns)} |",
+    f"|{'---|' * len(columns)}",
   ]
   for rows in map(str, asked.rows):
-    speeds = {name: sorted(turn["speed"][rows] for turn in turns[name]) for name in CONTENDERS}
-    cells = [f"{statistics.median(of):,.1f} ({of[0]:,.1f} to {of[-1]:,.1f})" for of in speeds.values()]
-    ratio = statistics.median(speeds["jaxft"]) / statistics.median(speeds["transformers"])
-    lines.append(f"| {rows} | {' | '.join(cells)} | {ratio:.2f} |")
+    speeds = {name: sorted(turn["tokens_per_second"][rows] for turn in of) for name, of in turns.items()}
+    median = {name: statistics.median(of) for name, of in speeds.items()}
+    cells = [f"{median[name]:,.1f} ({of[0]:,.1f} to {of[-1]:,.1f})" for name, of in speeds.items()]
+    cells += [f"{median['jaxft'] / median[name]:.2f}" for name in peers if ratios]
+    lines.append(f"| {rows} | {' | '.join(cells)} |")
   return "\n".join(lines)
 
 

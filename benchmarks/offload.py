@@ -9,13 +9,16 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import time
 
+import children
+import numpy as np
 import page
 
 
-def arguments() -> argparse.Namespace:
+def parsed() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--model", default="EleutherAI/gpt-j-6b", help="one of the published sizes (jaxft.hf.published)")
   parser.add_argument("--rows", type=int, default=1, help="of a batch")
@@ -51,61 +54,95 @@ def hold_pool(gib: float) -> None:
     os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{gib * 1024 / mib:.6f}"
 
 
-def main() -> None:
-  asked = arguments()
-  hold_pool(asked.pool)
+def repeated(block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """The numbers of `block` again and again: to draw each of 6 billion takes a minute."""
+  return np.resize(block, shape)
+
+
+def prepared(asked: argparse.Namespace) -> tuple:
+  """The run, its random state, its compiled step, and what is planned of it."""
   import jax
-  import numpy as np
 
   from jaxft import program, sharding
   from jaxft.plan import answer, figures, show
 
-  program.prepare_backend()
+  device = children.jax_device()
   config = config_of(asked)
   cfg = answer.model_facts(config)
-  run = program.build(
-    config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:1]), asked.steps, figures.blank_row(config, cfg)
-  )
-  rng = np.random.default_rng(0)
+  mesh = sharding.make_mesh(config.mesh, [device])
+  run = program.build(config, cfg, mesh, asked.steps, figures.blank_row(config, cfg))
   program.must_hold(run, config)
-
-  def drawn(leaf) -> np.ndarray:
-    numbers = rng.standard_normal(leaf.shape, np.float32)
-    numbers *= np.float32(0.02)
-    return numbers
-
-  random = lambda leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: drawn(leaf))
-  state = program.begin(run, jax.tree.map(random, run.state.params), {})
-  traced = run.train_step.trace(run.state, run.batch)
+  # A prime number of them: rows of a matrix are not alike.
+  block = np.random.default_rng(0).standard_normal(2**24 + 43, np.float32) * np.float32(0.02)
+  placed = lambda leaf: jax.make_array_from_callback(
+    leaf.shape, leaf.sharding, lambda index: repeated(block, leaf.sharding.shard_shape(leaf.shape))
+  )
   started = time.monotonic()
+  state = program.begin(run, jax.tree.map(placed, run.state.params), {})
+  drawn = time.monotonic()
+  traced = run.train_step.trace(run.state, run.batch)
   step = traced.lower().compile()
   planned = figures.of_traced(run, config, cfg, traced) | figures.of_compiled(run, step)
-  print(f"compiled in {time.monotonic() - started:.1f} s; planned peak {show.size(planned['peak_bytes'])}", flush=True)
-  seconds = []
+  print(
+    f"state made in {drawn - started:.1f} s, compiled in {time.monotonic() - drawn:.1f} s; planned peak "
+    f"{show.size(planned['peak_bytes'])}, on the host {show.size(planned['host_bytes'])}",
+    flush=True,
+  )
+  return run, cfg.V, state, step, planned
+
+
+def taken(asked: argparse.Namespace, run, vocabulary: int, state, step) -> list[dict]:
+  """Steps of random tokens."""
+  import jax
+
+  rng, found = np.random.default_rng(1), []
   for i in range(asked.steps):
-    ids = rng.integers(cfg.V, size=(*run.batch["ids"].shape[:2], asked.length + 1), dtype=np.int32)
+    ids = rng.integers(vocabulary, size=(*run.batch["ids"].shape[:2], asked.length + 1), dtype=np.int32)
     batch = {"ids": ids[..., :-1], "targets": ids[..., 1:], "mask": np.ones(ids[..., 1:].shape, bool)}
     started = time.monotonic()
     state, numbers = step(state, jax.device_put(batch, run.batch_sharding))
     loss = float(numbers["loss"])
-    seconds.append(time.monotonic() - started)
-    print(f"step {i + 1}/{asked.steps}  loss {loss:.4f}  {seconds[-1]:.2f} s", flush=True)
+    found.append({"loss": loss, "step_seconds": time.monotonic() - started})
+    print(f"step {i + 1}/{asked.steps}  loss {loss:.4f}  {found[-1]['step_seconds']:.2f} s", flush=True)
+  return found
+
+
+def main() -> None:
+  asked = parsed()
+  hold_pool(asked.pool)
+  import jax
+
+  from jaxft.plan import show
+
+  run, vocabulary, state, step, planned = prepared(asked)
+  steps = taken(asked, run, vocabulary, state, step)
   device = jax.devices()[0]
-  measured = (device.memory_stats() or {}).get("peak_bytes_in_use")
-  typical = sorted(seconds)[len(seconds) // 2]
-  peaks = f"Measured peak {show.size(measured)}, planned {show.size(planned['peak_bytes'])}"
+  found = {
+    "settings": {key: value for key, value in vars(asked).items() if key != "json"},
+    "device": device.device_kind,
+    "jax": jax.__version__,
+    "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+    "planned_peak_bytes": planned["peak_bytes"],
+    "host_bytes": planned["host_bytes"],
+    "bus_bytes": planned["bus_bytes"],
+    "step_seconds": statistics.median(it["step_seconds"] for it in steps),
+    "loss": [it["loss"] for it in steps],
+  }
+  found["tokens_per_second"] = asked.rows * asked.length / found["step_seconds"]
+  if asked.json:
+    return print(json.dumps(found))
+  page.note("offload", **found)
   pool = f", {asked.pool:g} GiB of the card for XLA" if asked.pool else ""
   text = (
     f"{page.machine(device.device_kind, 'jax')}: {asked.model}, {asked.rows} x {asked.length} tokens, "
-    f"`memory.offload={asked.offload}`{pool}. {peaks}; {asked.rows * asked.length / typical:,.0f} tokens/s, "
-    f"{show.size(planned['bus_bytes'])} over the bus a step."
+    f"`memory.offload={asked.offload}`{pool}. Measured peak {show.size(found['peak_bytes'])}, planned "
+    f"{show.size(found['planned_peak_bytes'])}; {found['step_seconds']:.2f} s a step, {found['tokens_per_second']:,.0f} "
+    f"tokens/s, {show.size(found['bus_bytes'])} over the bus a step."
   )
   print(text)
-  if device.platform != "cpu" and not asked.json:
-    page.put(f"a model larger than the device, {asked.model}", "benchmarks/offload.py", text)
-  if asked.json:
-    found = {"measured_bytes": measured, "planned_bytes": planned["peak_bytes"], "seconds": typical}
-    print(json.dumps(found | {"device_kind": device.device_kind, "jax": jax.__version__}))
+  if page.OUT or device.platform != "cpu":
+    what = f"a model larger than the device, {asked.model} on {page.where(device.device_kind)}"
+    page.put(what, "benchmarks/offload.py", text, device.device_kind)
 
 
 if __name__ == "__main__":

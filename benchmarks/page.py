@@ -1,14 +1,23 @@
-"""Where benchmarks put what they found: docs/benchmarks.md, each in a section of its own."""
+"""Where benchmarks put what they found: docs/benchmarks.md, each in a section of its own.
+
+With BENCHMARKS_OUT=FOLDER that page is left alone: figures and sections are lines of FOLDER/results.jsonl, appended as they
+come, and benchmarks/gpu_tables.py makes a page of them. The standard library only.
+"""
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+OUT = os.environ.get("BENCHMARKS_OUT")
+_noted: list[dict[str, Any]] = []
 
 
 def machine(device: str, *packages: str) -> str:
@@ -18,16 +27,81 @@ def machine(device: str, *packages: str) -> str:
   return ", ".join(what)
 
 
-def put(what: str, command: str, text: str) -> None:
-  """Puts a result into the page, in the place of the last one of its name."""
+def where(device: str) -> str:
+  """A device as the name of a section has it."""
+  return "a CPU" if device == "cpu" else device
+
+
+def pictures() -> Path:
+  """The folder for pictures: beside the page."""
+  return Path(OUT) if OUT else PAGE.parent
+
+
+def note(benchmark: str, **found: Any) -> dict[str, Any]:
+  """Keeps figures as they are; one write a line, so that several processes may append to a file."""
+  part = {"part": os.environ["BENCHMARKS_PART"]} if "BENCHMARKS_PART" in os.environ else {}
+  line = {"benchmark": benchmark, **part, "at": round(time.time()), **found}
+  if OUT:
+    Path(OUT).mkdir(parents=True, exist_ok=True)
+    with (Path(OUT) / "results.jsonl").open("a", encoding="utf-8") as file:
+      file.write(json.dumps(line) + "\n")
+  _noted.append(line)
+  return line
+
+
+def noted(benchmark: str) -> list[dict[str, Any]]:
+  """Lines of `note`: all that FOLDER has with BENCHMARKS_OUT=FOLDER, else those of this process."""
+  lines = read(Path(OUT) / "results.jsonl") if OUT else _noted
+  return [line for line in lines if line["benchmark"] == benchmark]
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+  """The lines of a results.jsonl; one that was cut off while it was written is left out."""
+  found = []
+  for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
+    try:
+      found.append(json.loads(line))
+    except ValueError:
+      continue
+  return found
+
+
+def put(what: str, command: str, text: str, device: str = "cpu") -> None:
+  """Puts a result into the page, in the place of the last one of its name.
+
+  Args:
+    device: that the figures are of, as its framework calls it.
+  """
+  command = shlex.join([command, *without_paths(sys.argv[1:])])
+  if OUT:
+    note("section", what=what, command=command, text=text, device=device)
+  else:
+    PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), what, command, text), encoding="utf-8")
+
+
+def without_paths(words: list[str]) -> list[str]:
+  """A command's flags without those for files of this machine."""
+  return [
+    word for word, after in zip(words, [*words[1:], ""]) if not word.startswith("/") and not after.startswith("/")
+  ]
+
+
+def with_section(page: str, what: str, command: str, text: str) -> str:
+  """The page with a section, whose heading is of the command that made it first."""
   begin, end = f"<!-- {what} -->", f"<!-- end of {what} -->"
-  old = PAGE.read_text(encoding="utf-8")
-  if begin not in old:
-    given = shlex.join([command, *sys.argv[1:]])  # a section is of the command that made it first
-    old += f"\n## {what[0].upper() + what[1:]}: `python {given}`\n\n{begin}\n{end}\n"
-  before, _, rest = old.partition(begin)
+  if begin not in page:
+    page += f"\n## {what[0].upper() + what[1:]}: `python {command}`\n\n{begin}\n{end}\n"
+  before, _, rest = page.partition(begin)
   _, _, after = rest.partition(end)
-  PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+  return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def with_sections(page: str, lines: list[dict[str, Any]]) -> str:
+  """The page with every section of a results.jsonl, the newest of each name."""
+  for line in lines:
+    if line["benchmark"] == "section":
+      page = with_section(page, line["what"], line["command"], line["text"])
+  return page
 
 
 def _version(package: str) -> str:

@@ -15,9 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import children
 import numpy as np
+from children import ROOT
 
-ROOT = Path(__file__).parent.parent
 T, PADDING, STEPS, STEP_T = 300, 43, 10, 64  # longer than GPT-Neo's window of 256, with padding too
 RATE, DECAY, EPS = 1e-3, 0.1, 1e-6
 HEADER = """# Parity with transformers
@@ -207,8 +208,8 @@ def masks() -> dict[str, np.ndarray]:
 def measure(name: str, layers: int) -> dict:
   with tempfile.TemporaryDirectory() as folder:
     child = [sys.executable, __file__, "--folder", folder]
-    subprocess.run([*child, "--reference", name, str(layers)], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    compared = subprocess.run(child, check=True, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    subprocess.run([*child, "--reference", name, str(layers)], check=True, env=children.environment())
+    compared = subprocess.run(child, check=True, stdout=subprocess.PIPE, env=children.environment())
   return json.loads(compared.stdout.splitlines()[-1])
 
 

@@ -3,7 +3,10 @@
 Each point is planned with `jaxft.plan`, for the card that is here and as if it were not, then trained for three steps in a
 process of its own (`benchmarks/offload.py`), whose allocator tells the most bytes it had in use. A table, the median and the
 largest error go into docs/benchmarks.md; some twenty minutes on one 80 GB card, less what does not fit. Without a GPU it prints
-the points alone.
+the points alone, with their numbers; `--points 0 3` takes these.
+
+Plans need no card: `--plans FILE --device h100` makes those of the points, anywhere, and ends; `--plans FILE` on the machine
+with the card takes what is in the file.
 
 A plan is made without autotuning, which needs the card, and has no workspace of cuDNN's, which only the library on the card
 tells; what is measured has both.
@@ -12,10 +15,10 @@ tells; what is measured has both.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import offload
 import page
 
@@ -39,14 +42,35 @@ POINTS = (
 FLAGS = ("model", "rows", "micro", "length", "remat", "offload")
 
 
+def parsed() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  numbers = range(len(POINTS))
+  parser.add_argument("--points", type=int, nargs="+", choices=numbers, default=list(numbers), metavar="N")
+  parser.add_argument("--plans", type=Path, help="JSON file of plans: read, and written where one was not there")
+  parser.add_argument("--device", help="plan for it, and measure nothing; needs --plans")
+  asked = parser.parse_args()
+  if asked.device and not asked.plans:
+    parser.error("--device needs --plans, where the plans are kept")
+  return asked
+
+
+def planned(point: tuple, kind: str, file: Path | None) -> int:
+  """The peak of a point's plan, in bytes; out of `file`, where it is there."""
+  import jaxft
+
+  key, plans = f"{kind}: {line_of(point)}", json.loads(file.read_text()) if file and file.exists() else {}
+  if key not in plans:
+    how = argparse.Namespace(**dict(zip(FLAGS, point, strict=True)), optimizer="adamw", steps=3)
+    plans[key] = jaxft.plan_for(offload.config_of(how), kind)["peak_bytes"]
+    if file:
+      file.write_text(json.dumps(plans, indent=2) + "\n")
+  return plans[key]
+
+
 def measured(point: tuple) -> dict:
-  """What three steps of the point take, or {"error": the last line that it said}."""
+  """What three steps of the point take, or {"error": ...}."""
   flags = [f"--{name}={value}" for name, value in zip(FLAGS, point, strict=True)]
-  command = [sys.executable, str(Path(offload.__file__)), *flags, "--steps=3", "--pool=0", "--json"]
-  done = subprocess.run(command, capture_output=True, text=True)
-  if done.returncode:
-    return {"error": f"code {done.returncode}: {(done.stderr.strip() or 'it said nothing').splitlines()[-1][:200]}"}
-  return json.loads(done.stdout.splitlines()[-1])
+  return children.answer([sys.executable, offload.__file__, *flags, "--steps=3", "--pool=0", "--json"])
 
 
 def line_of(point: tuple) -> str:
@@ -56,55 +80,68 @@ def line_of(point: tuple) -> str:
 
 
 def kind_of_this_gpu() -> str:
-  """As `jaxft.plan` calls it; in a process of its own, so that this one holds no memory of the card."""
-  code = "import jax; from jaxft.plan import targets; print(targets.here(jax.devices()[0], 1).kind)"
-  return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+  """As `jaxft.plan` calls it, or nothing; in a process of its own, so that this one holds no memory of the card."""
+  code = (
+    "import sys; sys.path.append(sys.argv[1]); import json, children; from jaxft.plan import targets; "
+    "print(json.dumps({'kind': targets.here(children.jax_device(), 1).kind}))"
+  )
+  found = children.answer([sys.executable, "-c", code, str(Path(__file__).parent)])
+  return found["kind"] if "kind" in found else sys.exit(f"error: no device: {found['error']}")
 
 
 def main() -> None:
-  kind = kind_of_this_gpu()
-  lines = [
-    "| model | rows x tokens, at once | remat | offload | planned | measured | error | a step |",
-    f"|{'---|' * 8}",
-  ]
-  print("\n".join(lines))
-  if not kind:
-    for point in POINTS:
-      print(f"{line_of(point)} | | | |")
-    print(
-      "\nno GPU here that jaxft.plan knows: on one this fills the table, and tells the median and the largest error"
-    )
-    return
-  import jaxft
   from jaxft.plan import show
 
-  errors, found, failed = [], None, 0
-  for point in POINTS:
-    asked = argparse.Namespace(**dict(zip(FLAGS, point, strict=True)), optimizer="adamw", steps=3)
-    planned = jaxft.plan_for(offload.config_of(asked), kind)["peak_bytes"]
-    if "error" in (taken := measured(point)):
-      failed += 1
-      lines.append(f"| {' | '.join([line_of(point)[2:], show.size(planned), taken['error']])} | | |")
-      print(lines[-1], flush=True)
-      continue
-    found = taken
-    error = planned / found["measured_bytes"] - 1
-    errors.append(abs(error))
-    lines.append(
-      f"{line_of(point)} | {show.size(planned)} | {show.size(found['measured_bytes'])} | {100 * error:+.1f} % | "
-      f"{found['seconds']:.2f} s |"
+  asked = parsed()
+  points = [POINTS[i] for i in asked.points]
+  if asked.device:
+    for point in points:
+      print(f"{line_of(point)} | {show.size(planned(point, asked.device, asked.plans))} |", flush=True)
+    return
+  if not (kind := kind_of_this_gpu()):
+    for i, point in zip(asked.points, points, strict=True):
+      print(f"{i:2} {line_of(point)} |")
+    return print(
+      "no GPU here that jaxft.plan knows: on one this fills a table, and tells the median and the largest error"
     )
-    print(lines[-1], flush=True)
-  if found is None:
-    sys.exit("no point could be measured")
+  found, text = [], "no point could be measured"
+  for point in points:
+    found.append((point, planned(point, kind, asked.plans), noted(point, kind)))
+    if any("error" not in taken for _, _, taken in found):
+      text = put(found)
+  print(text)
+  if failed := sum("error" in taken for _, _, taken in found):
+    sys.exit(f"{failed} points failed, see above")
+
+
+def noted(point: tuple, kind: str) -> dict:
+  """`measured`, told and noted."""
+  now = measured(point)
+  print(f"{line_of(point)} | {now.get('error') or now['peak_bytes']} |", flush=True)
+  return page.note("plan_vs_measured", point=point, kind=kind, **now)
+
+
+def put(found: list[tuple[tuple, int, dict]]) -> str:
+  """The table, into the page."""
+  from jaxft.plan import show
+
+  errors, device, lines = [], None, []
+  for point, plan, taken in found:
+    if "error" in taken:
+      lines.append(f"{line_of(point)} | {show.size(plan)} | {taken['error']} | | |")
+      continue
+    device, error = taken["device"], plan / taken["peak_bytes"] - 1
+    errors.append(abs(error))
+    cells = [show.size(plan), show.size(taken["peak_bytes"]), f"{100 * error:+.1f} %", f"{taken['step_seconds']:.2f} s"]
+    lines.append(f"{line_of(point)} | {' | '.join(cells)} |")
+  head = "| model | rows x tokens, at once | remat | offload | planned | measured | error | a step |"
   about = (
-    f"{page.machine(found['device_kind'], 'jax')}: {len(errors)} of {len(POINTS)} points ran, median error "
+    f"{page.machine(device, 'jax')}: {len(errors)} of {len(found)} points ran, median error "
     f"{100 * statistics.median(errors):.1f} %, largest {100 * max(errors):.1f} %."
   )
-  print(f"\n{about}")
-  page.put("the plan's peak against the measured one", "benchmarks/plan_vs_measured.py", "\n".join([about, "", *lines]))
-  if failed:
-    sys.exit(f"{failed} points failed, see above")
+  text = "\n".join([about, "", head, f"|{'---|' * 8}", *lines])
+  page.put("the plan's peak against the measured one", "benchmarks/plan_vs_measured.py", text, device)
+  return text
 
 
 if __name__ == "__main__":

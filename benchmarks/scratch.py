@@ -1,12 +1,15 @@
 """A run of a published size with random weights on text that is made up: nothing is downloaded."""
 
+import contextlib
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from children import ROOT
 from ml_collections import ConfigDict
-
-ROOT = Path(__file__).parent.parent
 
 
 def config_of(folder: Path, model: str, rows: int, length: int, steps: int, dropout: float = 0.0) -> ConfigDict:
@@ -29,3 +32,43 @@ def config_of(folder: Path, model: str, rows: int, length: int, steps: int, drop
   config.train.eval_every = config.train.save_every = 0
   config.train.sample_prompts = ()
   return config
+
+
+class LastStep(Exception):
+  """All steps that are wanted were taken."""
+
+
+def finetune_until(
+  last: int,
+  config: ConfigDict,
+  workdir: Path,
+  after_step: Callable[[int, dict[str, Any]], None] = lambda step, numbers: None,
+  said: Callable[[str], None] = lambda line: None,
+) -> None:
+  """`jaxft.finetune`, which ends after step `last` without a checkpoint or an export: those of GPT-J take 90 GiB of disk.
+
+  Args:
+    last: less than `config.train.steps`; after the last one a run is evaluated first.
+    after_step: takes the number and the metrics of each step.
+    said: takes each line that the run says.
+  """
+  from jaxft import train
+
+  report, say, room = train.Reporter.step, train.say, train.must_have_room
+
+  def step(reporter, number: int, numbers: dict[str, Any], *rest) -> None:
+    report(reporter, number, numbers, *rest)
+    after_step(number, numbers)
+    if number == last:
+      raise LastStep
+
+  def heard(line: str) -> None:
+    say(line)
+    said(line)
+
+  train.Reporter.step, train.say, train.must_have_room = step, heard, lambda *_: None
+  try:
+    with contextlib.suppress(LastStep):
+      train.finetune(config, workdir, require=os.environ.get("BENCHMARKS_REQUIRE"))
+  finally:
+    train.Reporter.step, train.say, train.must_have_room = report, say, room

@@ -28,7 +28,7 @@ HAS_TORCH = all(map(importlib.util.find_spec, ("torch", "transformers", "acceler
 NEED_TORCH = {"warm", "agree", "streamed", "train124", "generate", "eager"}
 NAMES = [part.name for part in gpu_parts.PARTS]
 # What differs from another part in nothing but shapes and contenders runs before a release.
-LIKE_OTHERS = {"neo", "xl", "more124", "dropout", "none124", "eager", "medium", "kernels"}
+LIKE_OTHERS = {"warm", "agree", "neo", "xl", "more124", "dropout", "none124", "eager", "medium", "kernels"}
 SAY = "-c \"print('said')\""
 OUT_FILES = {"summary.txt", "results.jsonl", "logs.txt", "benchmarks.md"}
 
