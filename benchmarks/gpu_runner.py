@@ -115,9 +115,10 @@ class Runner:
 
   def say(self, line: str) -> None:
     line = f"[{time.monotonic() - self._began:.0f} s] {line}"
-    print(line, flush=True)
     with (self.out / "summary.txt").open("a", encoding="utf-8") as file:
       file.write(line + "\n")
+    with contextlib.suppress(OSError):  # nobody may listen any more
+      print(line, flush=True)
 
   def note(self, benchmark: str, **found: Any) -> None:
     with (self.out / "results.jsonl").open("a", encoding="utf-8") as file:

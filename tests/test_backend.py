@@ -46,10 +46,7 @@ def gpu(monkeypatch, tmp_path):
   [
     ("", "--xla_disable_hlo_passes=dynamic-slice-annotator"),
     ("--xla_a=1", "--xla_a=1 --xla_disable_hlo_passes=dynamic-slice-annotator"),
-    (
-      "--xla_disable_hlo_passes=b,c",
-      "--xla_disable_hlo_passes=b,c --xla_disable_hlo_passes=b,c,dynamic-slice-annotator",
-    ),
+    ("--xla_disable_hlo_passes=b,c", "--xla_disable_hlo_passes=b,c --xla_disable_hlo_passes=dynamic-slice-annotator"),
   ],
 )
 def test_the_annotator_of_slices_is_turned_off_beside_what_the_user_has_turned_off(before, after):

@@ -34,7 +34,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_request_ends_in_one_line_before_three_seconds(config_file, tmp_path, fault):
+def test_a_wrong_request_ends_in_one_line_before_five_seconds(config_file, tmp_path, fault):
   arguments, told = FAULTS[fault]
   (tmp_path / "broken.py").write_text("def get_config():\n  return nothing\n")
   arguments = [argument.format(tmp=tmp_path) for argument in arguments]
@@ -48,7 +48,7 @@ def test_a_wrong_request_ends_in_one_line_before_three_seconds(config_file, tmp_
     and told in done.stderr
   )
   # Processor time: what the issue of a busy machine cannot change.
-  assert after.children_user + after.children_system - before.children_user - before.children_system < 3
+  assert after.children_user + after.children_system - before.children_user - before.children_system < 5
   assert not (tmp_path / "w").exists()
 
 
