@@ -17,7 +17,7 @@
 set -uo pipefail
 began=$(date +%s)
 [ $# -eq 2 ] && [[ $2 =~ ^[0-9]+$ ]] || { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-phase=$1 seconds=$2
+phase=$1 seconds=$((10#$2)) # 0450 is no octal number
 out=$(mkdir -p "${OUT:=runs/gpu}" && cd "$OUT" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}

@@ -322,12 +322,14 @@ def main() -> None:
   if arguments.print_config:
     if arguments.per_device:
       backend.prepare_backend()
+      backend.must_run_on(arguments.require)
       arguments.per_device.into(arguments.config, jax.device_count())
     print(settings.describe(arguments.config))
     return
   with hosts.joined(arguments.place, arguments.start_timeout, arguments.peer_timeout):
     if arguments.per_device:
       backend.prepare_backend()
+      backend.must_run_on(arguments.require)
       arguments.per_device.into(arguments.config, jax.device_count())
     finetune(
       arguments.config,
