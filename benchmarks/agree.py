@@ -35,7 +35,6 @@ Tensors = dict[str, np.ndarray]
 def parsed() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.published)")
-  parser.add_argument("--tiny", action="store_true", help="two narrow layers of its family, to try the command")
   parser.add_argument("--rows", type=int, default=8, help="of a batch")
   parser.add_argument("--length", type=int, default=1024, help="tokens a row")
   parser.add_argument("--steps", type=int, default=30)
@@ -91,24 +90,13 @@ def distance(found: Tensors, reference: Tensors) -> float:
 # ---- torch -----------------------------------------------------------------------------------------------------------------
 
 
-def model_facts(asked: argparse.Namespace) -> dict[str, Any]:
-  from jaxft.hf.published import PUBLISHED
-
-  facts = dict(PUBLISHED[asked.model])
-  if asked.tiny and facts["model_type"] == "gpt_neo":
-    facts |= dict(hidden_size=64, num_layers=2, num_heads=4, max_position_embeddings=128, window_size=16)
-    facts |= dict(attention_types=[[["global", "local"], 1]])
-  elif asked.tiny:
-    facts |= dict(n_embd=64, n_layer=2, n_head=4, n_positions=128)
-  return facts
-
-
 def torch_model(asked: argparse.Namespace, device: str):
   """Random weights, no dropout; biases and norms are not all zeros and ones."""
   import torch
   import transformers
+  from models import PUBLISHED
 
-  facts = model_facts(asked)
+  facts = dict(PUBLISHED[asked.model])
   config = transformers.AutoConfig.for_model(facts.pop("model_type"), **facts)
   for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "embed_dropout", "attention_dropout", "resid_dropout"):
     if hasattr(config, name):
@@ -324,7 +312,7 @@ def limit(what: str, compared: dict[str, tuple[float, float]]) -> float:
 
 
 def name_of(asked: argparse.Namespace) -> str:
-  return f"{asked.model}{', two narrow layers' if asked.tiny else ''}, offload {' and '.join(asked.offloads)}"
+  return f"{asked.model}, offload {' and '.join(asked.offloads)}"
 
 
 def told(run: dict[str, Any]) -> str:

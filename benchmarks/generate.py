@@ -80,8 +80,7 @@ def write_model(asked: argparse.Namespace, folder: Path) -> None:
 
   sys.path.insert(0, str(ROOT / "tests"))
   import tiny
-
-  from jaxft.hf.published import PUBLISHED
+  from models import PUBLISHED
 
   facts = dict(PUBLISHED[asked.model])
   config = transformers.AutoConfig.for_model(facts.pop("model_type"), **facts)

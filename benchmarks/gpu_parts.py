@@ -21,14 +21,14 @@ from gpu_runner import Part, Runner
 
 TRAIN = "benchmarks/train.py --caches {caches} --turns {turns} --length 1024 --warm_up 5"
 GPT2 = f"{TRAIN} --model gpt2 --rows 8 --steps 40"
-TINY = "--model distilgpt2 --rows 1 --length 64 --steps 1 --warm_up 1"
+TINY = "--model tiny-gpt2 --rows 1 --length 64 --steps 1 --warm_up 1"
 SMOKE = (
   "-m jaxft.train --config configs/quickstart.py --workdir {work}/smoke {require} --config.train.epochs=0 "
   "--config.train.steps=30 --config.train.eval_every=0 --config.train.save_every=0 --config.optim.warmup_steps=5 "
   "--config.train.sample_tokens=24"
 )
 TINY_SMOKE = (
-  "--config.train.steps=2 --config.optim.warmup_steps=1 --config.train.sample_tokens=2 --config.data.sequence_length=32 "
+  "--config.train.steps=2 --config.optim.warmup_steps=1 --config.train.sample_prompts=() --config.data.sequence_length=32 "
   "--config.train.eval_batches=1"
 )
 OFFLOAD = "benchmarks/offload.py --rows 1 --length 2048 --steps 4 --pool 8"
@@ -45,11 +45,12 @@ PARTS = (
   Part("warm", 1, 110, 30, f'{GPT2} --steps 1 --measure {COMPILED}"', f'{TINY} --measure "Trainer, SDPA"', "first"),
   Part(
     "agree", 1, 100, 40, "benchmarks/agree.py --model gpt2 --rows 8 --length 1024 --steps 30 --remat dots",
-    "--tiny --rows 2 --length 64 --steps 2", "second", 0.25,
+    "--model tiny-gpt2 --rows 2 --length 64 --steps 2", "second", 0.25,
   ),
   Part(
     "streamed", 1, 110, 40, "benchmarks/agree.py --model EleutherAI/gpt-neo-125m --rows 4 --length 1024 --steps 6 "
-    "--remat full --offloads all none --trace", "--tiny --rows 2 --length 64 --steps 2", "second", 0.15,
+    "--remat full --offloads all none --trace", "--model tiny-gpt-neo --rows 2 --length 64 --steps 2",
+    "second", 0.15,
   ),
   Part(
     "train124", 1, 260, 30,
@@ -59,11 +60,11 @@ PARTS = (
   # ---- Phase 2: what is timed, each alone ------------------------------------------------------------------------------
   # XLA's pool of pinned memory grows by doubling: without a limit 90 GiB pin 126. GPT-J's is above the default.
   Part(
-    "gptj", 2, 240, 90, f"{OFFLOAD} --model EleutherAI/gpt-j-6b", "--model distilgpt2 --length 64 --steps 1",
+    "gptj", 2, 240, 90, f"{OFFLOAD} --model EleutherAI/gpt-j-6b", "--model tiny-gpt2 --length 64 --steps 1",
     environment={"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "104"},
   ),
   Part(
-    "neo", 2, 130, 60, f"{OFFLOAD} --model EleutherAI/gpt-neo-2.7B", "--model distilgpt2 --length 64 --steps 1",
+    "neo", 2, 130, 60, f"{OFFLOAD} --model EleutherAI/gpt-neo-2.7B", "--model tiny-gpt2 --length 64 --steps 1",
     environment={"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "48"}, instead_of="gptj",
   ),
   Part(
@@ -73,11 +74,11 @@ PARTS = (
   Part(
     "generate", 2, 130, 45, 'benchmarks/generate.py --turns {turns} --new 128 --rows 1 8 --contenders jaxft={45} '
     'transformers={30} "transformers, static cache={60}"',
-    '--model distilgpt2 --new 4 --rows 1 --contenders jaxft "transformers, static cache"',
+    '--model tiny-gpt2 --new 4 --rows 1 --contenders jaxft "transformers, static cache"',
   ),
   Part(
     "trace", 2, 70, 30, "benchmarks/gaps.py --rows 8 --length 1024 --dropout 0 --remat dots --picture {out}/gaps.svg "
-    "--trace {out}/trace.tar.gz", "--model distilgpt2 --rows 1 --length 32 --steps 2",
+    "--trace {out}/trace.tar.gz", "--model tiny-gpt2 --rows 1 --length 32 --steps 2",
   ),
   Part(
     "more124", 2, 110, 30,
@@ -119,6 +120,7 @@ def parsed(arguments: list[str] | None = None) -> tuple[argparse.Namespace, tupl
   parser.add_argument("--out", type=Path, required=True, help="folder for the results")
   parser.add_argument("--parts", nargs="+", metavar="PART", help="these only")
   parser.add_argument("--tiny", action="store_true", help="try the commands on a CPU, with tiny shapes")
+  parser.add_argument("--check", action="store_true", help="only whether this command line is right")
   parser.add_argument("--turns", type=int, default=1, help="of what is timed beside others")
   asked = parser.parse_args(arguments)
   parts = tuple(part for part in PARTS if asked.phase in ("all", str(part.phase)))
@@ -132,6 +134,8 @@ def parsed(arguments: list[str] | None = None) -> tuple[argparse.Namespace, tupl
 
 def main() -> int:
   asked, parts = parsed()
+  if asked.check:
+    return 0
   free = asked.tiny or not asked.seconds
   runner = Runner(asked.out, asked.seconds or math.inf, asked.tiny, asked.turns, patience=10 if free else 1)
 

@@ -66,8 +66,7 @@ class Log:
 
   def _write(self, line: str) -> None:
     self._written += len(line)
-    with self._file.open("a", encoding="utf-8") as file:
-      file.write(f"{self._name} | {line}\n")
+    append(self._file, f"{self._name} | {line}")
 
 
 class Runner:
@@ -115,14 +114,12 @@ class Runner:
 
   def say(self, line: str) -> None:
     line = f"[{time.monotonic() - self._began:.0f} s] {line}"
-    with (self.out / "summary.txt").open("a", encoding="utf-8") as file:
-      file.write(line + "\n")
+    append(self.out / "summary.txt", line)
     with contextlib.suppress(OSError):  # nobody may listen any more
       print(line, flush=True)
 
   def note(self, benchmark: str, **found: Any) -> None:
-    with (self.out / "results.jsonl").open("a", encoding="utf-8") as file:
-      file.write(json.dumps({"benchmark": benchmark, "at": round(time.time()), **found}) + "\n")
+    append(self.out / "results.jsonl", json.dumps({"benchmark": benchmark, "at": round(time.time()), **found}))
 
   def _run(self, part: Part, work: Path) -> None:
     seconds = min(part.limit * self.patience, self.left - 4)
@@ -187,7 +184,8 @@ class Runner:
     if part.share:
       where["XLA_CLIENT_MEM_FRACTION"] = str(part.share)
     about = {"BENCHMARKS_OUT": str(self.out), "BENCHMARKS_PART": part.name, "PYTHONUNBUFFERED": "1"}
-    return children.environment(**(part.environment | where), **about)
+    of_part = {name: os.environ.get(name, value) for name, value in part.environment.items()}
+    return children.environment(**(of_part | where), **about)
 
   def _checked(self, part: Part, state: str, began: float) -> str:
     """The state, if the part's figures are of a GPU."""
@@ -208,8 +206,9 @@ class Runner:
     if self.tiny:
       text = f"**Tiny shapes on a CPU, to try the commands: what is new here is no measurement.**\n\n{text}"
     whole = self.out / "benchmarks.md.part"
-    whole.write_text(text, encoding="utf-8")
-    whole.replace(self.out / "benchmarks.md")
+    with contextlib.suppress(OSError):
+      whole.write_text(text, encoding="utf-8")
+      whole.replace(self.out / "benchmarks.md")
 
   def end(self) -> int:
     """Names what did not run, and returns the exit code."""
@@ -219,6 +218,12 @@ class Runner:
       self.say(f"skipped, no time was left: {', '.join(skipped)}")
     self.say(f"failed: {', '.join(failed)}" if failed else "no part failed")
     return 1 if failed else 0
+
+
+def append(file: Path, line: str) -> None:
+  """Adds a line. On a full disk it is lost, and nothing else is: what is printed stays."""
+  with contextlib.suppress(OSError), file.open("a", encoding="utf-8") as stream:
+    stream.write(line + "\n")
 
 
 def kill_session(session: int) -> None:

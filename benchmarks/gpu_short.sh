@@ -24,19 +24,24 @@ python=${PYTHON:-python3}
 work=${TMPDIR:-/tmp}/jaxft-gpu-$(id -u)
 mkdir -p "$work"
 log() { sed "s/^/$1 | /" >>"$out/logs.txt"; }
+# shellcheck disable=SC2206 # PARTS is several words
+flags=(--out "$out" --turns "${TURNS:-1}" ${GPU_TINY:+--tiny} ${PARTS:+--parts $PARTS})
+"$python" benchmarks/gpu_parts.py "$phase" "$seconds" "${flags[@]}" --check || exit 2 # before anything is set up
 
 export TF_CPP_MIN_LOG_LEVEL=2 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 export XDG_CACHE_HOME=$work/cache # compiled programs stay for the next phase
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 if compgen -G ".whl/*.whl" >/dev/null; then
-  "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$work/site" \
-    .whl/*.whl 2>&1 | log pip
+  timeout -k 5 90 "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+    --target "$work/site" .whl/*.whl 2>&1 | log pip
+  code=${PIPESTATUS[0]}
+  [ "$code" -eq 0 ] || echo "pip ended with code $code (124: after 90 s); see $out/logs.txt" | tee -a "$out/summary.txt" >&2
   export PYTHONPATH=$PWD:$work/site:${PYTHONPATH#*:}
 fi
 
 # ---- What the machine is. nvidia-smi first: the driver's files in /dev may come into being with its first call ---------------
 {
-  nvidia-smi
+  timeout -k 5 30 nvidia-smi
   ls -la /dev/nvidia* /dev/dxg
   free -g
   nproc
@@ -62,6 +67,4 @@ fi
 
 left=$((seconds - ($(date +%s) - began)))
 [ "$seconds" -eq 0 ] && left=0 || left=$((left > 1 ? left : 1))
-# shellcheck disable=SC2086 # PARTS is several words
-exec "$python" benchmarks/gpu_parts.py "$phase" "$left" --out "$out" --turns "${TURNS:-1}" ${GPU_TINY:+--tiny} \
-  ${PARTS:+--parts $PARTS}
+exec "$python" benchmarks/gpu_parts.py "$phase" "$left" "${flags[@]}"

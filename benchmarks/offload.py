@@ -62,6 +62,7 @@ def repeated(block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def prepared(asked: argparse.Namespace) -> tuple:
   """The run, its random state, its compiled step, and what is planned of it."""
   import jax
+  import models  # noqa: F401 - the tiny ones, for answer.model_facts
 
   from jaxft import program, sharding
   from jaxft.plan import answer, figures, show

@@ -16,9 +16,9 @@ def config_of(folder: Path, model: str, rows: int, length: int, steps: int, drop
   """The settings of such a run; writes the model's config.json, a tokenizer and the text into `folder`."""
   sys.path.insert(0, str(ROOT / "tests"))
   import tiny
+  from models import PUBLISHED
 
   from jaxft import config as settings
-  from jaxft.hf.published import PUBLISHED
 
   tiny.write_gpt2_bpe(folder)
   (folder / "config.json").write_text(json.dumps(PUBLISHED[model]))

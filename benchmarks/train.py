@@ -28,9 +28,8 @@ import children
 import page
 import train_tables
 from children import quiet
+from models import PUBLISHED
 from scratch import config_of, finetune_until
-
-from jaxft.hf.published import PUBLISHED
 
 CONTENDERS = {
   "jaxft": {},

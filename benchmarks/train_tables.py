@@ -6,8 +6,7 @@ import types
 from typing import Any
 
 import page
-
-from jaxft.hf.published import PUBLISHED
+from models import PUBLISHED
 
 SAME = "model", "rows", "length", "dropout", "checkpointing"  # settings that contenders of a table share
 Line = dict[str, Any]

@@ -5,9 +5,9 @@
 
 Data       any text, as a folder of .txt files of which some are held out, such as one a play; a single file has to be cut by
            --config.data.separator. The complete works are book 100 of Project Gutenberg, about 1.8 M tokens
-Hardware   one 16 GB GPU and 32 GB of host memory: weights, gradient and Adam's moments, 23 GiB, stay on the host, and a layer
-           at a time is on the device. A T4, which has no bfloat16, takes 3.8 GiB of 14 (XLA's own analysis, jax 0.10.2,
-           2026-11-21; not yet run on one)
+Hardware   one 16 GB GPU and 48 GB of host memory: weights, gradient and Adam's moments, 23 GiB, stay on the host, and a layer
+           at a time is on the device; 32 GB will do with --config.optim.state_dtype=bfloat16, 20 GiB. A T4,
+           which has no bfloat16, takes 3.8 GiB of 14 (XLA's own analysis, jax 0.10.2, 2026-11-21; not yet run on one)
 Length     some 220 steps of 8 x 1024 tokens a pass
 Bus        44 GB a step to the device and 25 back: 6 s of PCI Express 3 at 80 %; arithmetic takes 26 s on a T4, by the plan
 Expect     not measured yet: it needs the weights and a GPU

@@ -10,8 +10,8 @@ Bus        168 GB a step to the device and 97 back, however many rows a batch ha
            takes 19 s on an RTX 3070, by the plan. Each sampled token fetches all weights, 24 GB, so samples are short
 Expect     not measured yet: it needs the weights and a GPU
 
-With 64 GB of host memory: --config.optim.name=adafactor, 45 GiB; with 32 GB --config.model.param_dtype=bfloat16 as well, 24 GiB
-(docs/memory.md has a table).
+With 96 GB of host memory: --config.optim.name=adafactor, 45 GiB; with 48 GB --config.model.param_dtype=bfloat16 as well, 24 GiB
+(docs/memory.md has a table, and why a machine needs more than that: "Pinned memory").
 The batch is accumulated a row at a time: each layer is fetched once for all of its rows.
 """
 

@@ -22,7 +22,9 @@ LIBTPU_STACK = "--fibers_default_thread_stack_size=1048576"
 # Linux shows an NVIDIA GPU by its device nodes or, before anything has used it, by its driver alone.
 NVIDIA = ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version")
 ACCELERATORS = (*NVIDIA, "/dev/kfd", "/dev/accel*", "/dev/vfio/*")  # AMD's, Google's TPUs
+GROUPS, GROUP_FILES = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 PCI = "/sys/bus/pci/devices/*"
+REQUIRED = ("gpu", "tpu")
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 # XLA's pool of pinned host memory: in whole GiB, read when JAX starts. It grows by doubling, up to this, and what it has pinned
@@ -32,7 +34,7 @@ PINNED_SHARE = 0.8
 PINNED_BY_DEFAULT = 64 * GIB  # XLA's own limit
 # The pool has gaps: by a model of its allocator it takes 1.03 to 1.45 times what a run keeps there, for GPT-2 124M to GPT-J-6B
 # with adamw, lion, adafactor and sgd (2026-11-28; not measured on a GPU).
-PINNED_HEADROOM = 1.5
+PINNED_LEAST, PINNED_MOST, PINNED_HEADROOM = 1.03, 1.45, 1.5
 HOST_MEMORY = "JAXFT_HOST_MEMORY_GIB"  # for machines that show another size than they have
 
 # Before jax 0.11.1 XLA annotates slices of arrays with the loop's counter in place of their index (openxla/xla #46231, mended
@@ -50,14 +52,15 @@ def prepare_backend() -> None:
   of the host's memory for what `memory.offload` keeps there (its default is 64 GB; see `limit_pinned_memory`). Where there is
   no accelerator, JAX is told so: the compilers of jaxft[plan], which look like some, would complain at length.
   """
-  if not jax.config.jax_platforms and sys.platform == "linux" and not _any(ACCELERATORS):
+  accelerated = sys.platform != "linux" or _any(ACCELERATORS) or has_nvidia_gpu()
+  if not jax.config.jax_platforms and not accelerated:
     jax.config.update("jax_platforms", "cpu")
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
   if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its former name
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
   os.environ.setdefault(PINNED_LIMIT, _whole_gib(PINNED_SHARE * memory_of_host()))
-  if slices_are_wrong() and (_any(ACCELERATORS) or sys.platform != "linux"):
+  if slices_are_wrong() and accelerated:
     os.environ["XLA_FLAGS"] = without_annotator(os.environ.get("XLA_FLAGS", ""))
   tpu = os.environ.get("LIBTPU_INIT_ARGS", "")  # jax adds to it too
   if "stack_size" not in tpu:
@@ -133,16 +136,25 @@ def memory_of_host() -> int:
   return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_limits_of_groups()])
 
 
-def limit_pinned_memory(host_bytes: int) -> None:
-  """Let XLA pin no more than a run needs that keeps `host_bytes` there, where that is less than `prepare_backend` allows.
+def most_pinned(host_bytes: int | None) -> int | None:
+  """Bytes that XLA may pin for a run that keeps `host_bytes` there, if the host has as many; None where that is not known."""
+  return None if host_bytes is None else int(PINNED_HEADROOM * host_bytes)
+
+
+def limit_pinned_memory(host_bytes: int | None) -> None:
+  """Let XLA pin no more than `most_pinned`, where that is less than `prepare_backend` allows.
 
   It is of no effect where the environment has a limit of the user's, or JAX has started already.
   """
   from jax._src import xla_bridge  # JAX has no public way to ask
 
-  most = PINNED_SHARE * memory_of_host()
-  if os.environ.get(PINNED_LIMIT) == _whole_gib(most) and not xla_bridge.backends_are_initialized():
-    os.environ[PINNED_LIMIT] = _whole_gib(min(most, PINNED_HEADROOM * host_bytes))
+  most, needed = PINNED_SHARE * memory_of_host(), most_pinned(host_bytes)
+  if (
+    needed is not None
+    and os.environ.get(PINNED_LIMIT) == _whole_gib(most)
+    and not xla_bridge.backends_are_initialized()
+  ):
+    os.environ[PINNED_LIMIT] = _whole_gib(min(most, needed))
 
 
 def pinned_limit() -> int:
@@ -158,7 +170,7 @@ def _whole_gib(nbytes: float) -> str:
 
 
 def _positive(number: float) -> int:
-  if not 0 < number < 2**60:
+  if not 1 <= number < 2**60:
     raise ValueError(number)
   return int(number)
 
@@ -166,15 +178,14 @@ def _positive(number: float) -> int:
 def _limits_of_groups() -> list[int]:
   """Memory limits of the control groups that this process is in, as a container or SLURM sets them."""
   try:
-    groups = Path("/proc/self/cgroup").read_text().splitlines()
+    groups = GROUPS.read_text().splitlines()
   except OSError:
     return []
-  root = Path("/sys/fs/cgroup")
-  files = [root / "memory" / "memory.limit_in_bytes"]  # version 1
-  for name in {line.rpartition(":")[2].lstrip("/") for line in groups}:
-    files += [
-      folder / "memory.max" for folder in (root / name, *(root / name).parents) if root in (folder, *folder.parents)
-    ]
+  files = []
+  for line in groups:  # id:controllers:/path, the controllers empty in version 2
+    name = line.split(":", 2)[2].lstrip("/")
+    for folder in (name, *map(str, Path(name).parents)):
+      files += [GROUP_FILES / folder / "memory.max", GROUP_FILES / "memory" / folder / "memory.limit_in_bytes"]
   limits = []
   for file in files:
     try:
@@ -187,14 +198,21 @@ def _limits_of_groups() -> list[int]:
 # ---- Was it the device that was wanted? --------------------------------------------------------------------------------
 
 
+def must_be_known(wanted: str | None) -> None:
+  """Raises RequestError where this is nothing that can be required."""
+  if wanted not in (None, *REQUIRED):
+    raise RequestError(f"--require={wanted!r}: must be one of {', '.join(REQUIRED)}")
+
+
 def must_run_on(wanted: str | None) -> None:
   """Start JAX; warn where it computes on the CPU of a machine that has an NVIDIA GPU.
 
   Args:
-    wanted: "gpu", "tpu" or "cpu"; None: whatever there is.
+    wanted: one of REQUIRED; None: whatever there is.
 
   Raises RequestError when JAX does not start, or computes on anything else than `wanted`.
   """
+  must_be_known(wanted)
   found, reason = start()
   if wanted and found != wanted:
     raise RequestError(f"--require {wanted}: JAX computes on the {found}{': ' if reason else ''}{reason}")
@@ -220,10 +238,10 @@ def start() -> tuple[str, str]:
 
 
 def _why_no_gpu(said: list[str]) -> str:
-  if "cpu" in (os.environ.get("JAX_PLATFORMS") or "").split(",")[:1]:
-    return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} is set"
+  if (jax.config.jax_platforms or "").startswith("cpu"):
+    return f"JAX_PLATFORMS={jax.config.jax_platforms} is set"
   hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-  if hidden is not None and hidden.strip() in ("", "-1"):
+  if hidden is not None and hidden.strip() in ("", "-1", "NoDevFiles"):
     return f"CUDA_VISIBLE_DEVICES={hidden!r} hides it"
   if not any(map(_found, PLUGINS)):
     return 'JAX has no CUDA plugin; pip install "jaxft[cuda]"'

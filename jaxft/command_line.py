@@ -39,7 +39,6 @@ Several hosts, the same command on each; under SLURM, Open MPI, Kubernetes and o
 """
 
 
-REQUIRED = ("gpu", "tpu")
 SWITCHES = ("dry_run", "print_config", "strict", "allow_change")
 
 
@@ -71,8 +70,7 @@ def parse_train() -> TrainArguments:
   for name in ("start_timeout", "peer_timeout"):
     if getattr(values, name) < 1:
       raise RequestError(f"--{name}={getattr(values, name)}: must be at least 1 second")
-  if values.require not in (None, *REQUIRED):
-    raise RequestError(f"--require={values.require!r}: must be one of {', '.join(REQUIRED)}")
+  backend.must_be_known(values.require)
   place = None
   if not values.print_config:
     place = roll_call.find(values.coordinator, values.num_processes, values.process_id, values.start_timeout)
@@ -180,7 +178,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument("--step", type=int, metavar="N", help="with --workdir: the checkpoint of this step")
   parser.add_argument("--revision", default="main", help="with --model: branch, tag or commit (default: main)")
-  parser.add_argument("--require", choices=REQUIRED, help="end where JAX would compute on anything else")
+  parser.add_argument("--require", choices=backend.REQUIRED, help="end where JAX would compute on anything else")
   parser.add_argument(
     "--torch_bin", action="store_true", help="with --model: read pytorch_model*.bin through torch, weights_only"
   )

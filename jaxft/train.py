@@ -99,13 +99,13 @@ def finetune(
     RequestError, NumericsError, StorageError, Preempted: see `jaxft.errors`.
   """
   workdir = Path(workdir)
+  backend.must_be_known(require)
   backend.prepare_backend()
   flags = {"--workdir": workdir, "--dry_run": dry_run, "--strict": strict, "--allow_change": allow_change}
   hosts.agree("command", flags | settings.named(config) | hosts.versions())
   check(config, workdir)
   if config.memory.offload != "none":
-    on_host = programs.bytes_on_every_host(config, model_facts(config))
-    backend.limit_pinned_memory(on_host or backend.memory_of_host())
+    backend.limit_pinned_memory(programs.bytes_on_every_host(config, model_facts(config)))
   backend.must_run_on(require)
   beginning = time.monotonic()
   with contextlib.ExitStack() as until_the_end:
@@ -163,6 +163,8 @@ def finetune(
     cfg = chosen.as_configured(source.cfg, config, source.hf_config["model_type"])
     program = programs.build(config, cfg, mesh, total_steps, rows[0])
     programs.must_hold(program, config)
+    if warning := programs.may_not_be_pinned(program):
+      say(warning)
     say(
       f"{source.hf_config['model_type']} from {config.model.path}: {parts.count(program.state.weights, cfg):,} parameters, "
       + (f"{parts.count(program.state.params, cfg):,} of them trained, " if cfg.trained else "")

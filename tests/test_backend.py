@@ -29,6 +29,10 @@ def clean(monkeypatch):
   monkeypatch.setattr(backend, "NVIDIA", ("/nowhere",))
   monkeypatch.setattr(backend, "PCI", "/nowhere/*")
   backend._warn.cache_clear()
+  before = jax.config.jax_platforms
+  jax.devices()  # JAX has started, with what tests/conftest.py says
+  yield
+  jax.config.update("jax_platforms", before)
 
 
 @pytest.fixture
@@ -95,6 +99,16 @@ def test_several_cpu_devices_are_refused_where_the_compiler_would_crash(monkeypa
     sharding.make_mesh(sizes, jax.devices()[:2])
 
 
+def test_jax_looks_for_devices_where_linux_shows_one(monkeypatch, tmp_path):
+  """A card without its driver's files too: they may come into being when CUDA starts."""
+  monkeypatch.setattr(backend, "ACCELERATORS", ("/nowhere",))
+  for has_card, platforms in ((False, "cpu"), (True, None)):
+    jax.config.update("jax_platforms", None)
+    monkeypatch.setattr(backend, "has_nvidia_gpu", lambda has_card=has_card: has_card)
+    backend.prepare_backend()
+    assert jax.config.jax_platforms == platforms
+
+
 # ---- Memory of the host -----------------------------------------------------------------------------------------------
 
 
@@ -103,10 +117,30 @@ def test_memory_of_the_host_is_what_the_variable_says(monkeypatch):
   assert 0 < shown <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   monkeypatch.setenv(backend.HOST_MEMORY, "128")
   assert backend.memory_of_host() == 128 * GIB
-  for wrong in ("much", "0", "-3", "nan", "inf", "1e400"):
+  for wrong in ("much", "0", "1e-12", "-3", "nan", "inf", "1e400"):
     monkeypatch.setenv(backend.HOST_MEMORY, wrong)
     with pytest.raises(RequestError, match="JAXFT_HOST_MEMORY_GIB=.*must be a number of GiB"):
       backend.memory_of_host()
+
+
+@pytest.mark.parametrize(
+  "groups, files, limit",
+  [
+    ("0::/a/b\n", {"a/memory.max": "max", "a/b/memory.max": f"{3 * GIB}"}, 3 * GIB),
+    ("0::/a/b\n", {"a/memory.max": f"{2 * GIB}", "a/b/memory.max": f"{3 * GIB}"}, 2 * GIB),
+    ("5:memory:/slurm/job_7\n4:cpu:/\n", {"memory/slurm/job_7/memory.limit_in_bytes": f"{2 * GIB}"}, 2 * GIB),
+    ("5:memory:/slurm/job_7\n4:cpu:/\n", {"memory/memory.limit_in_bytes": f"{4 * GIB}"}, 4 * GIB),
+  ],
+)
+def test_memory_of_the_host_is_what_its_control_groups_allow(monkeypatch, tmp_path, groups, files, limit):
+  """Those of containers and of SLURM, in versions 1 and 2, and of the groups around them."""
+  (tmp_path / "cgroup").write_text(groups)
+  for name, text in files.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(f"{text}\n")
+  monkeypatch.setattr(backend, "GROUPS", tmp_path / "cgroup")
+  monkeypatch.setattr(backend, "GROUP_FILES", tmp_path)
+  assert min(backend._limits_of_groups()) == limit
 
 
 def test_xla_pins_80_percent_of_the_host_or_what_a_run_needs_with_headroom(monkeypatch):
@@ -117,6 +151,8 @@ def test_xla_pins_80_percent_of_the_host_or_what_a_run_needs_with_headroom(monke
   backend.prepare_backend()
   assert os.environ[backend.PINNED_LIMIT] == "103"  # whole GiB, upwards
   backend.limit_pinned_memory(90 * GIB)
+  assert backend.pinned_limit() == 103 * GIB
+  backend.limit_pinned_memory(None)  # what is kept depends on devices that are not known yet
   assert backend.pinned_limit() == 103 * GIB
   backend.limit_pinned_memory(20 * GIB)
   assert backend.pinned_limit() == 30 * GIB
@@ -182,11 +218,14 @@ def test_more_than_xla_may_pin_is_refused(monkeypatch):
   on_gpu = SimpleNamespace(**{name: getattr(run, name) for name in run._fields}, kept=run.kept, batch_sharding=batch)
   monkeypatch.setenv(backend.PINNED_LIMIT, "1")
   with pytest.raises(
-    RequestError, match="XLA may pin 1,073,741,824 .* XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB .*JAXFT_HOST_MEM"
+    RequestError, match="XLA, .*, may pin 1,073,741,824 .* XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB .*JAXFT_HOST_MEM"
   ):
     program.must_hold(on_gpu, config)
-  monkeypatch.setenv(backend.PINNED_LIMIT, "2")
+  monkeypatch.setenv(backend.PINNED_LIMIT, "2")  # of which 1.9 GiB are kept: it may be too few
   program.must_hold(on_gpu, config)
+  assert "may pin 2,147,483,648: should it run out" in program.may_not_be_pinned(on_gpu)
+  monkeypatch.setenv(backend.PINNED_LIMIT, "3")
+  assert program.may_not_be_pinned(on_gpu) == program.may_not_be_pinned(run) == ""
 
 
 # ---- The CPU, where there is a GPU -------------------------------------------------------------------------------------
@@ -203,6 +242,7 @@ def test_nothing_is_said_on_a_machine_without_a_gpu(capsys):
     ({"JAX_PLATFORMS": "cpu"}, True, "JAX_PLATFORMS=cpu is set"),
     ({"CUDA_VISIBLE_DEVICES": ""}, True, "CUDA_VISIBLE_DEVICES='' hides it"),
     ({"CUDA_VISIBLE_DEVICES": "-1"}, True, "CUDA_VISIBLE_DEVICES='-1' hides it"),
+    ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, True, "CUDA_VISIBLE_DEVICES='NoDevFiles' hides it"),
     ({}, False, 'JAX has no CUDA plugin; pip install "jaxft[cuda]"'),
     ({}, True, "CUDA does not start"),
   ],
@@ -213,6 +253,7 @@ def test_the_cpu_in_place_of_a_gpu_is_told_once_and_refused_where_a_gpu_is_requi
   monkeypatch.delenv("JAX_PLATFORMS", raising=False)
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
+  jax.config.update("jax_platforms", environment.get("JAX_PLATFORMS"))
   monkeypatch.setattr(backend, "_found", lambda name: plugin)
   backend.must_run_on(None)
   backend.must_run_on(None)
@@ -224,7 +265,7 @@ def test_the_cpu_in_place_of_a_gpu_is_told_once_and_refused_where_a_gpu_is_requi
 
 
 def test_a_card_without_a_driver_is_seen_too(monkeypatch, tmp_path):
-  monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+  jax.config.update("jax_platforms", None)
   monkeypatch.setattr(backend, "PCI", str(tmp_path / "*"))
   monkeypatch.setattr(backend, "_found", lambda name: True)
   for name, vendor, kind in (("audio", "0x10de", "0x040300"), ("other", "0x1af4", "0x030000")):

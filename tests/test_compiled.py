@@ -78,7 +78,9 @@ def with_right_slices(request, answer):
   if backend.slices_are_wrong():
     assert not any(map(slice_offsets.count, texts))
     return answer
-  found = [it for text in texts for it in slice_offsets.slices(text)]
+  each = [slice_offsets.slices(text) for text in texts]
+  found = sum(each, [])
+  assert [len({it.name for it in of}) for of in each] == [slice_offsets.count(text) for text in texts]
   assert not slice_offsets.mismatches(found)
   if kept == "all":  # the gradients of layers, backward, or of adapters alone
     assert any(it.on_host and it.backward for it in found)

@@ -1,10 +1,8 @@
 """Settings that nobody should give: each is refused by its name before anything is compiled, or the run goes ahead."""
 
-import os
 import random
 import sys
 
-import numpy as np
 import processes
 import pytest
 
@@ -82,8 +80,8 @@ def test_those_that_pass_the_check_compile_or_are_named(config_file, tmp_path, m
   record_property("torture", {"what": "fuzzed configs that pass the check, compiled", "tried": run})
 
 
-def test_a_refusal_is_one_line_within_three_seconds(config_file, tmp_path):
-  """In a process of its own, with imports: less than 3 s of processor time, one line a fault, no traceback."""
-  before = np.sum(os.times()[2:4])
-  processes.train(config_file, tmp_path / "w", "--config.train.steps=" + "9" * 400, check=2)
-  assert np.sum(os.times()[2:4]) - before < 3
+def test_a_refusal_is_one_line(config_file, tmp_path):
+  """In a process of its own: one line a fault, no traceback, nothing written."""
+  done = processes.train(config_file, tmp_path / "w", "--config.train.steps=" + "9" * 400, check=2)
+  assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: config.train.steps")
+  assert not (tmp_path / "w").exists()

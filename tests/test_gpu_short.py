@@ -108,7 +108,7 @@ def test_figures_of_a_gpu_become_tables_and_the_expectation_of_a_config(tiny, ro
   folder = tmp_path / "h100"
   shutil.copytree(tiny, folder)
   text = (tiny / "results.jsonl").read_text().replace('"device": "cpu"', f'"device": "{H100}"').replace("a CPU", H100)
-  text = text.replace('"peak_bytes": null', '"peak_bytes": 6000000000').replace("distilgpt2", "gpt2")
+  text = text.replace('"peak_bytes": null', '"peak_bytes": 6000000000').replace("tiny-gpt2", "gpt2")
   (folder / "results.jsonl").write_text(text + '{"benchmark": "tra')  # the last line is cut off
   done = tables(root, tiny, folder)
   assert done.returncode == 0, done.stderr
@@ -182,7 +182,12 @@ def test_a_part_in_place_of_another_runs_where_that_one_failed(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name", ["attention", *(pytest.param(name, marks=pytest.mark.slow) for name in ("smoke", "gptj", "trace"))]
+  "name",
+  [
+    "attention",
+    pytest.param("smoke", marks=pytest.mark.slow),
+    *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.wide]) for name in ("gptj", "trace")),
+  ],
 )
 def test_a_part_without_a_gpu_ends_in_one_line(name, tmp_path, monkeypatch):
   monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")  # JAX falls back to the CPU
@@ -251,6 +256,21 @@ def test_of_a_long_log_the_beginning_and_the_end_are_kept(tmp_path):
   Runner(tmp_path).run((part("talks", "-c \"[print(f'line {i}', 'x' * 90) for i in range(5000)]\""),))
   log = (tmp_path / "logs.txt").read_text()
   assert len(log) < 150_000 and "talks | line 0 x" in log and "[...]" in log and "talks | line 4999 x" in log
+
+
+def test_a_part_goes_on_where_its_log_cannot_be_written(tmp_path):
+  """As on a full disk: what it says is read on, or it would wait for ever."""
+  (tmp_path / "logs.txt").mkdir()
+  runner = Runner(tmp_path)
+  runner.run((part("talks", "-c \"[print(f'line {i}', 'x' * 90) for i in range(5000)]\""),))
+  assert runner.states == {"talks": "ok"} and "line 4999" in (tmp_path / "summary.txt").read_text()
+
+
+def test_a_variable_of_the_user_counts_before_that_of_a_part(tmp_path, monkeypatch):
+  asks = part("asks", SAY, environment={"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "104"})
+  for own in ("104", "48"):
+    assert Runner(tmp_path).environment(asks)["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] == own
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "48")
 
 
 @pytest.mark.parametrize(

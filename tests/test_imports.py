@@ -57,7 +57,7 @@ LEAVES = {
   "jaxft.plan.hlo": set(),
   "jaxft.plan.flops": set(),
   "jaxft.plan.estimate": {"jaxft.plan.targets"},
-  "jaxft.plan.show": {"jaxft.run.tracking"},
+  "jaxft.plan.show": {"jaxft.backend", "jaxft.run.tracking"},
   "jaxft.plan.targets": {"jaxft.errors"},
   "jaxft.page.style": {"jaxft.plan.show"},
   "jaxft.page.markup": {"jaxft.page.style", "jaxft.run.tracking"},

@@ -149,14 +149,6 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _pinned(found: dict[str, Any], target: targets.Target) -> int:
-  """Most bytes of a host that XLA pins for its GPUs (`backend.limit_pinned_memory`), if the host has as many."""
-  if target.kind not in targets.GPUS:
-    return 0
-  here = min(found["devices"], target.facts.node)
-  return int(backend.PINNED_HEADROOM * here * found["host_bytes"])
-
-
 def _told(
   config: ConfigDict, target: targets.Target, found: dict[str, Any], price: float | None = None
 ) -> dict[str, Any]:
@@ -200,7 +192,7 @@ def _told(
     "model_flops": found["model_flops"],
     "tokens": found["tokens"],
     "bus_bytes": found["bus_bytes"],
-    "pinned_bytes": _pinned(found, target),
+    "pinned_bytes": backend.most_pinned(found["bytes_on_every_host"]) if target.kind in targets.GPUS else 0,
     "moved_bytes": found.get("moved_bytes"),
     "collective_bytes": found.get("collective_bytes", {}),
     "step_seconds_estimate": roofline and roofline.step_seconds,

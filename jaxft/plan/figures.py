@@ -48,7 +48,8 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
         raise
       needs, has = (int(float(short[i]) * UNITS[short[i + 1]]) for i in (1, 3))
       return found | {"needs_bytes": needs, "has_bytes": has} | seconds()
-  backend.must_slice_right(compiled, mesh.devices.flat[0].platform)
+  if run.offload != "none":
+    backend.must_slice_right(compiled, mesh.devices.flat[0].platform)
   evaluation = eval_compiled.result()
   found |= of_compiled(run, compiled) | {"eval_peak_bytes": eval_peak_bytes(run, evaluation)} | seconds()
   return found | ({"text": compiled.as_text(), "eval_text": evaluation.as_text()} if text else {})
@@ -76,6 +77,7 @@ def of_traced(run: Program, config: ConfigDict, cfg: ModelConfig, traced: Any) -
     "arguments": arguments(run),
     "gradient_bytes": 0 if run.offload == "all" else program.bytes_a_device(run.gradients),
     "host_bytes": program.bytes_on_host(run),
+    "bytes_on_every_host": program.bytes_on_every_host(config, cfg),
     "checkpoint_bytes": nbytes(run.state.changing),
     "bus_bytes": sum(
       offload.traffic(

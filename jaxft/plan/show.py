@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from jaxft.backend import PINNED_SHARE
 from jaxft.run.tracking import visible
 
 GIB = 2**30
@@ -91,6 +92,13 @@ def table(plan: dict[str, Any]) -> RenderableType:
   return Group(*parts)
 
 
+def _pinned(nbytes: int | None) -> str:
+  if nbytes == 0:
+    return ""
+  most = f"{100 * PINNED_SHARE:.0f} % of what the host has"
+  return f"; XLA pins up to {most if nbytes is None else f'{size(nbytes)}, at most {most}'}"
+
+
 def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
   """Everything but the memory of a device, as pairs of a name and what is said of it."""
   mesh = " x ".join(f"{name}={count}" for name, count in plan["mesh"].items())
@@ -106,11 +114,7 @@ def facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
       "host memory",
       f"{size(plan['host_bytes'])} for each device"
       + (f", {size(plan['bus_bytes'])} a step over the bus" if plan["bus_bytes"] else "")
-      + (
-        f"; XLA pins up to {size(plan['pinned_bytes'])}, at most 80 % of what the host has"
-        if plan["pinned_bytes"]
-        else ""
-      ),
+      + _pinned(plan["pinned_bytes"]),
     ),
     (
       "operations",
