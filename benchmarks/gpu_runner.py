@@ -90,12 +90,13 @@ class Runner:
     return self._deadline - time.monotonic()
 
   def run(self, parts: tuple[Part, ...]) -> None:
-    """One group after the other."""
+    """One group after the other; of tiny shapes, of which nothing is timed, two parts beside each other."""
     with tempfile.TemporaryDirectory(prefix="jaxft-gpu-", ignore_cleanup_errors=True) as work:
       while parts:
         beside = 1
         while parts[0].group and beside < len(parts) and parts[beside].group == parts[0].group:
           beside += 1
+        beside = 2 if self.tiny else beside
         threads = [threading.Thread(target=self._run, args=(part, Path(work)), daemon=True) for part in parts[:beside]]
         for thread in threads:
           thread.start()
