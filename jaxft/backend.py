@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -20,8 +20,8 @@ GIB = 2**30
 LIBTPU_STACK = "--fibers_default_thread_stack_size=1048576"
 
 # Linux shows an NVIDIA GPU by its device nodes or, before anything has used it, by its driver alone.
-NVIDIA = ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version")
-ACCELERATORS = (*NVIDIA, "/dev/kfd", "/dev/accel*", "/dev/vfio/*")  # AMD's, Google's TPUs
+NVIDIA = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/usr/lib/wsl/lib/libcuda.so.1")
+ACCELERATORS = (*NVIDIA, "/dev/kfd", "/dev/accel*", "/dev/vfio/*", "/dev/dxg")  # AMD's, Google's TPUs, any on Windows
 GROUPS, GROUP_FILES = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 PCI = "/sys/bus/pci/devices/*"
 REQUIRED = ("gpu", "tpu")
@@ -32,9 +32,10 @@ PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 PINNED_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 PINNED_SHARE = 0.8
 PINNED_BY_DEFAULT = 64 * GIB  # XLA's own limit
-# The pool has gaps: by a model of its allocator it takes 1.03 to 1.45 times what a run keeps there, for GPT-2 124M to GPT-J-6B
-# with adamw, lion, adafactor and sgd (2026-11-28; not measured on a GPU).
-PINNED_LEAST, PINNED_MOST, PINNED_HEADROOM = 1.03, 1.45, 1.5
+# The pool has gaps: by `pool_holds` it takes 1.03 to 1.45 times what a run keeps there, for GPT-2 124M to GPT-J-6B with adamw,
+# lion, adafactor and sgd (2026-11-28; not measured on a GPU).
+PINNED_HEADROOM = 1.5
+POOL_BEGINS, POOL_ROUNDS = 2 * 2**20, 256  # bytes
 HOST_MEMORY = "JAXFT_HOST_MEMORY_GIB"  # for machines that show another size than they have
 
 # Before jax 0.11.1 XLA annotates slices of arrays with the loop's counter in place of their index (openxla/xla #46231, mended
@@ -43,6 +44,8 @@ FIRST_RIGHT_SLICES = (0, 11, 1)
 ANNOTATOR = "dynamic-slice-annotator"
 ANNOTATION = '"dynamic_slice_config"'
 DISABLED = "--xla_disable_hlo_passes="
+
+_set_here: set[str] = set()  # variables of the environment that this process has set
 
 
 def prepare_backend() -> None:
@@ -59,7 +62,9 @@ def prepare_backend() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
   if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its former name
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
-  os.environ.setdefault(PINNED_LIMIT, _whole_gib(PINNED_SHARE * memory_of_host()))
+  if not os.environ.get(PINNED_LIMIT):
+    os.environ[PINNED_LIMIT] = _whole_gib(PINNED_SHARE * memory_of_host())
+    _set_here.add(PINNED_LIMIT)
   if slices_are_wrong() and accelerated:
     os.environ["XLA_FLAGS"] = without_annotator(os.environ.get("XLA_FLAGS", ""))
   tpu = os.environ.get("LIBTPU_INIT_ARGS", "")  # jax adds to it too
@@ -148,13 +153,34 @@ def limit_pinned_memory(host_bytes: int | None) -> None:
   """
   from jax._src import xla_bridge  # JAX has no public way to ask
 
-  most, needed = PINNED_SHARE * memory_of_host(), most_pinned(host_bytes)
-  if (
-    needed is not None
-    and os.environ.get(PINNED_LIMIT) == _whole_gib(most)
-    and not xla_bridge.backends_are_initialized()
-  ):
-    os.environ[PINNED_LIMIT] = _whole_gib(min(most, needed))
+  needed = most_pinned(host_bytes)
+  if needed is not None and PINNED_LIMIT in _set_here and not xla_bridge.backends_are_initialized():
+    os.environ[PINNED_LIMIT] = _whole_gib(min(PINNED_SHARE * memory_of_host(), needed))
+
+
+def pool_holds(blocks: Iterable[int], limit: int) -> bool:
+  """Whether XLA's pool of pinned memory can hold these blocks, in bytes, taken one after the other.
+
+  A model of its allocator (tsl's BFCAllocator): it asks for regions of twice the size of the last, up to what is left of the
+  limit, and a block lies in one region, in the smallest gap that is large enough.
+  """
+  gaps, left, region = [], limit, POOL_BEGINS
+  for block in blocks:
+    block = -(-block // POOL_ROUNDS) * POOL_ROUNDS
+    if fitting := [gap for gap in gaps if gap >= block]:
+      gaps.remove(min(fitting))
+      gaps.append(min(fitting) - block)
+      continue
+    if block > left:
+      return False
+    grown = region
+    while block > grown:
+      grown *= 2
+    taken = min(grown, left)
+    left -= taken
+    gaps.append(taken - block)
+    region = grown if grown > region else 2 * region
+  return True
 
 
 def pinned_limit() -> int:
@@ -217,11 +243,16 @@ def must_run_on(wanted: str | None) -> None:
   if wanted and found != wanted:
     raise RequestError(f"--require {wanted}: JAX computes on the {found}{': ' if reason else ''}{reason}")
   if reason:
-    _warn(f"this machine has an NVIDIA GPU, but JAX computes on the CPU: {reason}")
+    _warn(on_the_cpu(reason))
+
+
+def on_the_cpu(reason: str) -> str:
+  """What to say where JAX computes on the CPU for this reason."""
+  return f"{'this machine has an NVIDIA GPU, but ' if has_nvidia_gpu() else ''}JAX computes on the CPU: {reason}"
 
 
 def start() -> tuple[str, str]:
-  """Start JAX, in silence: what it computes on, and why that is not the machine's NVIDIA GPU, "" where it is or there is none.
+  """Start JAX, in silence: what it computes on, and why that is the CPU where there is an accelerator, or JAX looked for one.
 
   Raises RequestError when JAX finds nothing to compute on.
   """
@@ -234,15 +265,24 @@ def start() -> tuple[str, str]:
       raise RequestError(
         f"JAX finds no device{wanted}: {reason}; python -m jaxft.doctor shows what is installed"
       ) from error
-  return found, _why_no_gpu(said) if found == "cpu" and has_nvidia_gpu() else ""
+  if found != "cpu":
+    return found, ""
+  if has_nvidia_gpu():
+    return found, chosen() or _why_no_gpu(said)
+  return found, said[-1] if said else ""
 
 
-def _why_no_gpu(said: list[str]) -> str:
+def chosen() -> str:
+  """Which variable chooses the CPU in place of an NVIDIA GPU; "" where none does."""
   if (jax.config.jax_platforms or "").startswith("cpu"):
     return f"JAX_PLATFORMS={jax.config.jax_platforms} is set"
   hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
   if hidden is not None and hidden.strip() in ("", "-1", "NoDevFiles"):
     return f"CUDA_VISIBLE_DEVICES={hidden!r} hides it"
+  return ""
+
+
+def _why_no_gpu(said: list[str]) -> str:
   if not any(map(_found, PLUGINS)):
     return 'JAX has no CUDA plugin; pip install "jaxft[cuda]"'
   if not _any(NVIDIA):

@@ -68,8 +68,10 @@ def main() -> None:
       table.add_row(
         "pinned memory", f"up to {backend.pinned_limit() / 2**30:.0f} GiB of the host's, for config.memory.offload"
       )
+    elif backend.chosen() and backend.has_nvidia_gpu():
+      table.add_row("device", backend.on_the_cpu(reason))
     elif reason:
-      faults.append(f"this machine has an NVIDIA GPU, but JAX computes on the {found}: {reason}")
+      faults.append(backend.on_the_cpu(reason))
     for line in backend.faults_of_version():
       table.add_row("known fault", line)
   except RequestError as error:

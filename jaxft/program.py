@@ -71,11 +71,10 @@ def must_hold(program: Program, config: ConfigDict) -> None:
   what = f"config.memory.offload={program.offload}: the host is to keep {on_host:,} bytes and"
   if on_host > (has := backend.memory_of_host()):
     raise RequestError(f"{what} has {has:,}; {fewer}")
-  if device.platform == "gpu" and backend.PINNED_LEAST * on_host > (limit := backend.pinned_limit()):
+  if device.platform == "gpu" and on_host > (limit := backend.pinned_limit()):
     raise RequestError(
-      f"{what} XLA, whose pool takes {backend.PINNED_LEAST} to {backend.PINNED_MOST} times as many, may pin {limit:,} in this "
-      f"process; set {backend.PINNED_LIMIT} (GiB) before it starts or, where the machine has more memory than it shows, "
-      f"{backend.HOST_MEMORY}; {fewer}"
+      f"{what} XLA may pin {limit:,} in this process; set {backend.PINNED_LIMIT} (GiB) before it starts or, where the machine "
+      f"has more memory than it shows, {backend.HOST_MEMORY}; {fewer}"
     )
   held = program.state if program.offload == "none" else ()
   limit, state, batch = backend.memory_of(device), bytes_a_device(held), bytes_a_device(program.batch)
@@ -90,13 +89,16 @@ def must_hold(program: Program, config: ConfigDict) -> None:
 def may_not_be_pinned(program: Program) -> str:
   """A line to warn with where XLA's pool of pinned memory may be too small for what the host keeps; else ""."""
   devices = program.batch_sharding.mesh.local_devices
-  on_host, limit = bytes_on_host(program) * len(devices), backend.pinned_limit()
-  if devices[0].platform != "gpu" or backend.PINNED_MOST * on_host <= limit:
+  on_host, limit = bytes_on_host(program), backend.pinned_limit()
+  kept = zip(*map(jax.tree.leaves, (program.state, program.kept)), strict=True)
+  blocks = [bytes_a_device(leaf) for leaf, there in kept if there]
+  blocks.append(on_host - sum(blocks))  # the gradient is one
+  if devices[0].platform != "gpu" or backend.pool_holds(blocks * len(devices), limit):
     return ""
   return (
-    f"warning: the host is to keep {on_host:,} bytes and XLA, whose pool takes {backend.PINNED_LEAST} to {backend.PINNED_MOST} "
-    f"times as many, may pin {limit:,}: should it run out of host memory, set {backend.PINNED_LIMIT} (GiB) before the run "
-    "starts (docs/memory.md)"
+    f"warning: the host is to keep {on_host * len(devices):,} bytes; with the gaps between them that may be more than the "
+    f"{limit:,} that XLA may pin. If it runs out of host memory, set {backend.PINNED_LIMIT} (GiB) before the run starts "
+    "(docs/memory.md)"
   )
 
 

@@ -28,6 +28,7 @@ def clean(monkeypatch):
     monkeypatch.delenv(name)
   monkeypatch.setattr(backend, "NVIDIA", ("/nowhere",))
   monkeypatch.setattr(backend, "PCI", "/nowhere/*")
+  monkeypatch.setattr(backend, "_set_here", set())
   backend._warn.cache_clear()
   before = jax.config.jax_platforms
   jax.devices()  # JAX has started, with what tests/conftest.py says
@@ -156,10 +157,26 @@ def test_xla_pins_80_percent_of_the_host_or_what_a_run_needs_with_headroom(monke
   assert backend.pinned_limit() == 103 * GIB
   backend.limit_pinned_memory(20 * GIB)
   assert backend.pinned_limit() == 30 * GIB
-  monkeypatch.setenv(backend.PINNED_LIMIT, "104")  # the user's own
+
+
+@pytest.mark.parametrize("own", ["103", "104"])  # the first is the default, too
+def test_a_limit_of_the_user_stays(monkeypatch, own):
+  from jax._src import xla_bridge
+
+  monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
+  monkeypatch.setenv(backend.HOST_MEMORY, "128")
+  monkeypatch.setenv(backend.PINNED_LIMIT, own)
   backend.prepare_backend()
   backend.limit_pinned_memory(20 * GIB)
-  assert backend.pinned_limit() == 104 * GIB
+  assert backend.pinned_limit() == int(own) * GIB
+
+
+def test_a_pool_that_grows_by_doubling_has_gaps():
+  """Blocks of 3 MiB lie in regions of 4, 4 and 8, the last of which may be what is left of the limit."""
+  block = 3 * 2**20
+  for count, least in ((1, 3), (2, 7), (3, 11), (4, 14)):
+    assert backend.pool_holds([block] * count, least * 2**20)
+    assert not backend.pool_holds([block] * count, least * 2**20 - 1)
 
 
 def test_a_limit_of_pinned_memory_stays_once_jax_has_started(monkeypatch):
@@ -218,14 +235,16 @@ def test_more_than_xla_may_pin_is_refused(monkeypatch):
   on_gpu = SimpleNamespace(**{name: getattr(run, name) for name in run._fields}, kept=run.kept, batch_sharding=batch)
   monkeypatch.setenv(backend.PINNED_LIMIT, "1")
   with pytest.raises(
-    RequestError, match="XLA, .*, may pin 1,073,741,824 .* XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB .*JAXFT_HOST_MEM"
+    RequestError, match="XLA may pin 1,073,741,824 .* XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB .*JAXFT_HOST_MEM"
   ):
     program.must_hold(on_gpu, config)
-  monkeypatch.setenv(backend.PINNED_LIMIT, "2")  # of which 1.9 GiB are kept: it may be too few
+  monkeypatch.setenv(backend.PINNED_LIMIT, "2")
   program.must_hold(on_gpu, config)
-  assert "may pin 2,147,483,648: should it run out" in program.may_not_be_pinned(on_gpu)
-  monkeypatch.setenv(backend.PINNED_LIMIT, "3")
-  assert program.may_not_be_pinned(on_gpu) == program.may_not_be_pinned(run) == ""
+  assert program.may_not_be_pinned(on_gpu) == ""
+  monkeypatch.setattr(backend, "pinned_limit", lambda: program.bytes_on_host(run))  # no byte for gaps
+  program.must_hold(on_gpu, config)
+  assert program.may_not_be_pinned(run) == ""
+  assert "warning: the host is to keep 1,991,5" in program.may_not_be_pinned(on_gpu)
 
 
 # ---- The CPU, where there is a GPU -------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from jaxft.errors import RequestError, first_line
 
 GIB, TERA, GIGA = 2**30, 10**12, 10**9
 # Memory is what nvidia-smi tells of a card: error correction takes some of an A10G's and an L4's. A process gets less: the
-# driver, the CUDA context and NCCL take some, and XLA's pool is the rest (`program.prepare_backend`).
+# driver, the CUDA context and NCCL take some, and XLA's pool is the rest (`backend.prepare_backend`).
 GPU_SHARE = 0.93
 CUDNN = (9, 28)  # what jax[cuda13] brings today
 
