@@ -5,7 +5,9 @@
 # into docs/benchmarks.md. What it needs, where results go, and variables such as PARTS: see benchmarks/gpu_short.sh.
 set -uo pipefail
 export OUT=${OUT:-runs/gpu} TURNS=${TURNS:-3}
+[ "${GPU_TINY:-0}" = 0 ] && GPU_TINY=
 bash "$(dirname "$0")/gpu_short.sh" all 0
 code=$?
+export PYTHONPATH=${TMPDIR:-/tmp}/jaxft-gpu-$(id -u)/site${PYTHONPATH:+:$PYTHONPATH} # as gpu_short.sh has it
 [ $code -le 1 ] && [ -z "${GPU_TINY:-}" ] && "${PYTHON:-python3}" "$(dirname "$0")/gpu_tables.py" "$OUT"
 exit $code

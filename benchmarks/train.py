@@ -70,7 +70,8 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
   asked = parsed()
   if asked.measure:
-    return print(json.dumps(measured(asked)))
+    print(json.dumps(found := measured(asked)))
+    sys.exit("error" in found)
   wrong, devices = [], set()
   with contextlib.ExitStack() as until_the_end:
     if not asked.caches:

@@ -16,7 +16,9 @@ def sections(lines: list[Line]) -> dict[str, tuple[str, str]]:
   """{name of a section: (device, text)}: one for each batch, device and `memory.remat` that jaxft was measured with."""
   found = {}
   for device in dict.fromkeys(line["device"] for line in lines if "device" in line):
-    on_it = [line for line in lines if line.get("device", device) == device]  # an error tells no device
+    folders = {line.get("folder") for line in lines if line.get("device") == device}
+    # An error has no device: it is of those that its folder has.
+    on_it = [line for line in lines if line.get("device", device) == device and line.get("folder") in folders]
     for line in on_it:
       if line["contender"] == "jaxft" and "error" not in line:
         found[name_of(line["settings"], device)] = device, table(of_table(on_it, line["settings"]), device)
@@ -37,7 +39,14 @@ def of_table(lines: list[Line], settings: Line) -> dict[str, list[Line]]:
     same = (*SAME, "remat") if line["contender"] == "jaxft" else SAME
     if all(line["settings"][name] == settings[name] for name in same):
       found.setdefault(line["contender"], []).append(line)
-  return found
+  return {name: of_newest_run(turns) for name, turns in found.items()}
+
+
+def of_newest_run(turns: list[Line]) -> list[Line]:
+  """Those of the newest of several runs into one folder; of one that has figures, if any has."""
+  sound = [turn for turn in turns if "error" not in turn] or turns
+  newest = max((float(turn.get("run", 0)) for turn in sound), default=0)
+  return [turn for turn in turns if float(turn.get("run", 0)) == newest]
 
 
 def table(found: dict[str, list[Line]], device: str) -> str:

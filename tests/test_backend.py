@@ -1,6 +1,7 @@
 """What JAX is set up with, and what is said or refused where it would compute on another device than the machine has."""
 
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
@@ -8,9 +9,10 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+import tiny
 from processes import ROOT
 
-from jaxft import backend, program, sharding
+from jaxft import backend, doctor, program, sharding, train
 from jaxft import config as settings
 from jaxft.errors import RequestError
 from jaxft.hf import facts
@@ -299,6 +301,49 @@ def test_a_card_without_a_driver_is_seen_too(monkeypatch, tmp_path):
 def test_require_is_refused_for_other_devices_too():
   with pytest.raises(RequestError, match="--require tpu: JAX computes on the cpu"):
     backend.must_run_on("tpu")
+
+
+def test_what_jax_says_is_told_where_it_looked_for_another_device(monkeypatch, capsys):
+  """As of a TPU that does not answer, on a machine without an NVIDIA GPU."""
+
+  def falls_back():
+    logging.getLogger("jax._src.xla_bridge").warning("A TPU may be present. Falling back to cpu.")
+    return "cpu"
+
+  monkeypatch.setattr(jax, "default_backend", falls_back)
+  backend.must_run_on(None)
+  assert capsys.readouterr().err == "warning: JAX computes on the CPU: A TPU may be present. Falling back to cpu.\n"
+
+
+@pytest.mark.parametrize("hidden, code", [(None, 2), ("-1", 0)])
+def test_doctor_names_faults_of_the_version_and_a_gpu_that_jax_does_not_find(gpu, monkeypatch, capsys, hidden, code):
+  """But for one that the user has hidden."""
+  jax.config.update("jax_platforms", None)
+  monkeypatch.setattr(backend, "prepare_backend", lambda: None)
+  monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+  monkeypatch.setattr(sys, "argv", ["doctor"])
+  if hidden:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+  with pytest.raises(SystemExit) as ended:
+    doctor.main()
+  out, err = capsys.readouterr()
+  assert ended.value.code == code and "compiler crashes on several devices" in out
+  told = "this machine has an NVIDIA GPU, but JAX computes on the CPU: "
+  assert told in " ".join((err if code else out).split())
+
+
+@pytest.mark.slow
+def test_a_run_limits_what_xla_pins_and_looks_at_its_slices(folder, stories, tmp_path, monkeypatch, capsys):
+  seen, config = [], tiny.config(folder, stories)
+  monkeypatch.setattr(backend, "limit_pinned_memory", lambda nbytes: seen.append(nbytes))
+  monkeypatch.setattr(backend, "must_slice_right", lambda compiled, platform: seen.append(platform))
+  monkeypatch.setattr(program, "may_not_be_pinned", lambda run: "warning: of gaps")
+  train.finetune(config, tmp_path / "resident", dry_run=True)
+  assert seen == []
+  config.memory.offload = "all"
+  train.finetune(config, tmp_path / "streamed", dry_run=True)
+  assert len(seen) == 2 and seen[0] > 0 and seen[1] == "cpu"
+  assert "warning: of gaps" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -137,6 +137,9 @@ def test_every_shipped_config_fits_the_hardware_that_it_names(compiler, name, de
   cfg = dataclasses.asdict(plan.model_facts(config))
   answer = compiler(compile.Request(settings.to_json(config), cfg, device, text=True))
   assert "refused" not in answer and "needs_bytes" not in answer, answer
+  if config.memory.offload != "none" and targets.find(device).kind in targets.GPUS:
+    pinned = plan._told(config, targets.find(device), answer)["pinned_bytes"]
+    assert pinned == int(backend.PINNED_HEADROOM * answer["bytes_on_every_host"]) > answer["host_bytes"]
   usable = targets.find(device).usable_bytes
   assert max(answer["peak_bytes"], answer["eval_peak_bytes"]) <= usable
   if answer["devices"] > 1:

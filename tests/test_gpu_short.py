@@ -29,6 +29,7 @@ NEED_TORCH = {"warm", "agree", "streamed", "train124", "generate", "eager"}
 NAMES = [part.name for part in gpu_parts.PARTS]
 # What differs from another part in nothing but shapes and contenders runs before a release.
 LIKE_OTHERS = {"warm", "agree", "neo", "xl", "more124", "dropout", "none124", "eager", "medium", "kernels"}
+start = Runner._start
 SAY = "-c \"print('said')\""
 OUT_FILES = {"summary.txt", "results.jsonl", "logs.txt", "benchmarks.md"}
 
@@ -109,15 +110,16 @@ def test_figures_of_a_gpu_become_tables_and_the_expectation_of_a_config(tiny, ro
   shutil.copytree(tiny, folder)
   text = (tiny / "results.jsonl").read_text().replace('"device": "cpu"', f'"device": "{H100}"').replace("a CPU", H100)
   text = text.replace('"peak_bytes": null', '"peak_bytes": 6000000000').replace("tiny-gpt2", "gpt2")
+  (folder / "gaps.svg").write_text("of the card")
   (folder / "results.jsonl").write_text(text + '{"benchmark": "tra')  # the last line is cut off
-  done = tables(root, tiny, folder)
+  done = tables(root, folder, tiny)
   assert done.returncode == 0, done.stderr
   assert "lines are of a CPU, and left out" in done.stdout
   written = (root / "docs" / "benchmarks.md").read_text()
   assert f"<!-- a model larger than the device, gpt2 on {H100} -->" in written
   assert not HAS_TORCH or f"<!-- training gpt2 on {H100}, 1 x 64 tokens, dropout 0, remat dots -->" in written
   assert f"| gptj, gpt2, 1 x 64, offload=all, remat=full | {H100} | " in written
-  assert (root / "docs" / "gaps-gpt2-cpu.svg").read_text() == (tiny / "gaps.svg").read_text()  # the name is the run's
+  assert (root / "docs" / "gaps-gpt2-cpu.svg").read_text() == "of the card"  # the name is the run's
   config = (root / "configs" / "gptj_6b_8gb.py").read_text()
   assert f"With random ones on a {H100}" in " ".join(config.split()) and "5.59 GiB" in config
   assert "not measured yet: it needs" in (root / "configs" / "gptj_6b_24gb.py").read_text()
@@ -165,6 +167,16 @@ def test_a_part_that_is_killed_or_crashes_costs_only_itself(tmp_path):
   told = {line["name"]: line["told"] for line in lines(tmp_path / "results.jsonl")}
   assert told == {"killed": "begun", "crashes": "ValueError: 12", "beside": "said", "next": "said"}
   assert runner.end() == 1
+
+
+def test_a_part_that_cannot_be_started_is_a_failure(tmp_path, monkeypatch):
+  (tmp_path / "results.jsonl").write_text('null\n{"benchmark": 3}\n')  # lines that are none of ours cost nothing
+  runner = Runner(tmp_path)
+  monkeypatch.setattr(
+    Runner, "_start", lambda self, part, work: 1 / 0 if part.name == "one" else start(self, part, work)
+  )
+  runner.run((part("one", SAY), part("two", SAY)))
+  assert runner.states == {"one": "ZeroDivisionError: division by zero", "two": "ok"} and runner.end() == 1
 
 
 def test_a_part_for_which_no_time_is_left_is_skipped_and_named(tmp_path):
@@ -239,12 +251,14 @@ def test_a_run_that_is_cut_off_has_what_was_written(ending, tmp_path):
     assert time.monotonic() < until and runner.poll() is None
     time.sleep(0.05)
   runner.send_signal(ending)
+  time.sleep(0.01)
+  runner.send_signal(ending)  # as an impatient user does
   assert runner.wait(20) == (-9 if ending == signal.SIGKILL else 128 + ending)
   second = int(log.read_text().split("second | ")[1].split()[0])
-  if ending == signal.SIGKILL:
-    gpu_runner.kill_session(second)
-  else:
-    assert not gpu_runner.session_members(second)
+  while gpu_runner.session_members(second):  # after SIGKILL the kernel ends them
+    assert time.monotonic() < until
+    time.sleep(0.05)
+  if ending != signal.SIGKILL:
     assert f"ended by {ending.name}" in (tmp_path / "summary.txt").read_text()
   assert "first: ok, 0 s | said" in (tmp_path / "summary.txt").read_text()
   assert [line["name"] for line in lines(tmp_path / "results.jsonl") if line.get("state") == "ok"] == ["first"]
@@ -267,6 +281,7 @@ def test_a_part_goes_on_where_its_log_cannot_be_written(tmp_path):
 
 
 def test_a_variable_of_the_user_counts_before_that_of_a_part(tmp_path, monkeypatch):
+  monkeypatch.delenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", raising=False)
   asks = part("asks", SAY, environment={"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "104"})
   for own in ("104", "48"):
     assert Runner(tmp_path).environment(asks)["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] == own
@@ -279,6 +294,9 @@ def test_a_variable_of_the_user_counts_before_that_of_a_part(tmp_path, monkeypat
     (["1"], "", "bash benchmarks/gpu_short.sh 1 330"),
     (["1", "soon"], "", "bash benchmarks/gpu_short.sh 1 330"),
     (["7", "330"], "", "invalid choice: '7'"),
+    (["--help", "330"], "", "bash benchmarks/gpu_short.sh 1 330"),
+    (["1", "99999999999999999999"], "", "bash benchmarks/gpu_short.sh 1 330"),
+    (["1", "330"], "smoke --check", "bash benchmarks/gpu_short.sh 1 330"),
     (["1", "330"], "smoke gptj", "no part of phase 1: gptj; there are smoke, attention"),
   ],
 )
@@ -318,6 +336,15 @@ def test_contenders_of_several_commands_share_a_table():
   dots, none = (text.splitlines()[4:] for _, text in found.values())
   assert [row.split("|")[1].strip() for row in dots] == ["jaxft", "Trainer, SDPA", "Trainer, eager"]
   assert "| 300 (300 to 300) | 1.50 |" in dots[0] and "out of memory" in dots[1] and "| 1.25 |" in none[0]
+
+
+def test_of_several_runs_into_a_folder_the_newest_figures_of_a_contender_are_shown():
+  import train_tables
+
+  turns = [{"run": "1.5", "tokens_per_second": 1}, {"run": "2.5", "tokens_per_second": 2}, {"run": "3.5", "error": "x"}]
+  assert train_tables.of_newest_run(turns) == turns[1:2]
+  assert train_tables.of_newest_run(turns[2:]) == turns[2:] and train_tables.of_newest_run([]) == []
+  assert train_tables.of_newest_run([{"error": "x"}, {"a": 1}]) == [{"error": "x"}, {"a": 1}]  # without gpu_parts.py
 
 
 def test_the_heading_of_a_section_has_no_files_of_this_machine(tmp_path, monkeypatch):
