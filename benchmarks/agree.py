@@ -53,9 +53,7 @@ def main() -> None:
     return with_torch(asked) if asked.side == "torch" else with_jaxft(asked)
   with tempfile.TemporaryDirectory() as folder:
     command = [sys.executable, *sys.argv, "--folder", folder, "--side"]
-    start = lambda side: subprocess.Popen(
-      [*command, side], env=children.environment(), preexec_fn=children.end_with_parent
-    )
+    start = lambda side: subprocess.Popen([*command, side], env=children.environment())
     theirs, ours = start("torch"), start("jaxft")
     try:
       while ours.poll() is None and theirs.poll() in (None, 0):

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -12,19 +11,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def environment(**more: str) -> dict[str, str]:
   """This process's, with the checkout in front of what PYTHONPATH has."""
   paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
   return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | more
-
-
-def end_with_parent() -> None:
-  """For `preexec_fn`: on Linux the child is killed when its parent is, or it would keep the card."""
-  if _prctl:
-    _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def jax_device():
@@ -54,8 +46,7 @@ def torch_device() -> str:
 
 def answer(command: list[str], seconds: float | None = None) -> dict:
   """The JSON of a command's last line, or {"error": why there is none}. After `seconds` it is killed, with what it started."""
-  how = {"stdout": subprocess.PIPE, "env": environment(), "process_group": 0, "preexec_fn": end_with_parent}
-  with subprocess.Popen(command, **how) as child:
+  with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), process_group=0) as child:
     try:
       lines = child.communicate(timeout=seconds)[0].decode(errors="replace").splitlines()
     except subprocess.TimeoutExpired:

@@ -177,7 +177,6 @@ class Runner:
         env=self.environment(part),
         cwd=ROOT,
         start_new_session=True,
-        preexec_fn=children.end_with_parent,
       )
       self._running[part.name] = threading.current_thread(), child
     return child
