@@ -5,30 +5,38 @@ WORKDIR ?= runs/quickstart
 # compiled programs.
 WORKERS = -n $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) * 3 + 1) / 2 ))) --maxprocesses 6 \
   --dist loadfile --no-loadscope-reorder
+PYTEST = $(VENV)/bin/python -m pytest
 
-.PHONY: quickstart test test-wide torture test-quick lint assets
+.PHONY: quickstart test test-all torture coverage mutants lint assets
 
 quickstart: $(VENV)/installed  ## install, then fine-tune the embedded model on the embedded stories
 	$(VENV)/bin/python -m jaxft.train --config configs/quickstart.py --workdir $(WORKDIR)
 
-test: $(VENV)/installed-test lint  ## the tests
-	$(VENV)/bin/python -m pytest $(WORKERS) -m "not wide"
+test: $(VENV)/installed-dev lint  ## every module, command, model family and kind of fault at least once
+	$(PYTEST) $(WORKERS) -m "not slow and not wide"
 
-test-wide: $(VENV)/installed-test  ## more shapes, formats and sizes
-	$(VENV)/bin/python -m pytest $(WORKERS) -m wide
+test-all: test $(VENV)/installed-dev-all  ## then more cases, real sizes, GPU and TPU compilers, trackers
+	$(PYTEST) $(WORKERS) -m "slow and not wide"
 
-torture: $(VENV)/installed-test  ## kills, signals, damage, full disks: hundreds of each; writes its table into docs/reliability.md
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --torture $(addprefix tests/test_, kills.py signals.py \
+torture: $(VENV)/installed-dev-all  ## before a release, hours: hundreds of each fault, with a table in docs/reliability.md; every shape
+	$(PYTEST) -n 2 --dist worksteal --torture $(addprefix tests/test_, kills.py signals.py \
 	  full_disks.py corruption.py not_finite.py other_meshes.py fuzzed_configs.py hosts.py soak.py)
+	$(PYTEST) $(WORKERS) -m wide
 
-test-quick: $(VENV)/installed-test  ## the tests that take seconds
-	$(VENV)/bin/python -m pytest $(WORKERS) -m "not slow and not wide"
+coverage: $(VENV)/installed-dev  ## the lines of jaxft that `make test` runs, sub-processes counted
+	rm -f .coverage*
+	FRESH_PROCESSES=1 $(VENV)/bin/python -m coverage run -m pytest $(WORKERS) -m "not slow and not wide"
+	$(VENV)/bin/python -m coverage combine --quiet
+	$(VENV)/bin/python -m coverage report
 
-lint: $(VENV)/installed-test
+mutants: $(VENV)/installed-dev  ## thirty faults, put into a copy one at a time: does `make test` notice?
+	$(VENV)/bin/python scripts/mutants.py
+
+lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-assets: $(VENV)/installed-test  ## make assets/quickstart again (about ten minutes on two cores)
+assets: $(VENV)/installed-dev  ## make assets/quickstart again (about ten minutes on two cores)
 	$(VENV)/bin/python scripts/make_quickstart_assets.py
 
 $(VENV)/bin/python:
@@ -40,6 +48,10 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/bin/python pyproject.toml
-	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+$(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/installed
+
+$(VENV)/installed-dev-all: $(VENV)/bin/python pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev-all]'
+	touch $@ $(VENV)/installed-dev $(VENV)/installed

@@ -9,6 +9,7 @@ from pathlib import Path
 # Before jax starts. Sub-processes inherit the cache: a program is compiled once in a whole test run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jaxft-test-xla-{os.getuid()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of what tests do
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compilers for other hardware are installed, and would look for it
 
@@ -30,10 +31,11 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-  """`@pytest.mark.parts(few, many)`: a test in so many parts, many with --torture."""
+  """`@pytest.mark.parts(few, many)`: a test in so many parts, many with --torture; `make test` runs the first."""
   if marker := metafunc.definition.get_closest_marker("parts"):
     few, many = marker.args
-    metafunc.parametrize("part", range(many if metafunc.config.getoption("--torture") else few))
+    parts = range(many if metafunc.config.getoption("--torture") else few)
+    metafunc.parametrize("part", [pytest.param(i, marks=[pytest.mark.slow] * (i > 0)) for i in parts])
 
 
 # The files that take minutes begin first, so that no worker is left with one of them at the end.

@@ -114,7 +114,9 @@ def arm(place: str, count: int, action: str) -> None:
 
 
 def main() -> None:
-  sys.modules["torch"] = None  # exports are compared with it elsewhere; here its import would be most of a start
+  sys.modules.setdefault(
+    "torch", None
+  )  # exports are compared with it elsewhere; here its import would be most of a start
   place, count, action, *arguments = sys.argv[1:]
   if largest := os.environ.get("LARGEST_FILE"):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(largest), int(largest)))

@@ -3,13 +3,13 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import fault_points
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import preloaded
 import processes
 
 STEPS, SAVE_EVERY = 12, 3
@@ -35,11 +35,11 @@ class Interrupted:
     self.workdir, self.config_file, self.moment = workdir, config_file, workdir.with_name(f"{workdir.name}.moment")
 
   def start(self, place="nowhere", count=1, action="none", largest_file=None):
-    command = [sys.executable, fault_points.__file__, place, str(count), action]
+    command = [fault_points.__file__, place, str(count), action]
     command += ["--config", str(self.config_file), "--workdir", str(self.workdir)]
     command += [f"--config.data.cache_dir={self.workdir.with_name(f'{self.workdir.name}.tokens')}"]
     self.moment.unlink(missing_ok=True)
-    return subprocess.Popen(
+    return preloaded.Popen(
       command,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,

@@ -1,9 +1,9 @@
 """jaxft's commands in processes of their own, and what they leave behind."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+import preloaded
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
@@ -18,9 +18,7 @@ def get_config():
 
 
 def run(*arguments, check=0, **how):
-  done = subprocess.run(
-    [sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, timeout=300, **how
-  )
+  done = preloaded.run(["-m", *arguments], capture_output=True, text=True, timeout=300, **how)
   assert check is None or done.returncode == check, done.stdout + done.stderr
   assert "Traceback" not in done.stderr
   return done

@@ -10,6 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from jaxft import attention as kernels
 from jaxft.attention import attention
+from jaxft.dropout import dropout_of_queries
 
 B, N, H = 2, 3, 8
 
@@ -41,7 +42,16 @@ def segments_of(T):
 
 
 @pytest.mark.parametrize(
-  "T, window", [(1, None), (7, None), (7, 3), (128, None), (131, 1), (300, None), (300, 200), (1031, 5)]
+  "T, window",
+  [
+    (7, 3),
+    (131, None),
+    (300, 200),
+    *(
+      pytest.param(*it, marks=pytest.mark.slow)
+      for it in ((1, None), (7, None), (128, None), (131, 1), (300, None), (1031, 5))
+    ),
+  ],
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_chunks_give_what_the_formula_gives(T, window, packed):
@@ -52,7 +62,14 @@ def test_chunks_give_what_the_formula_gives(T, window, packed):
   close(both(*data, kernel="chunked", **how), both(*data, kernel="reference", **how), 2e-6)
 
 
-@pytest.mark.parametrize("T, rate, window", [(1, 0.1, None), (131, 0.5, None), (300, 0.1, 5)])
+@pytest.mark.parametrize(
+  "T, rate, window",
+  [
+    pytest.param(1, 0.1, None, marks=pytest.mark.slow),
+    pytest.param(131, 0.5, None, marks=pytest.mark.slow),
+    (300, 0.1, 5),
+  ],
+)
 @pytest.mark.parametrize("packed", [False, True])
 def test_dropout_in_chunks_has_the_bits_of_the_formula(T, rate, window, packed):
   keys_BN = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(jax.random.key(3), row), N))(jnp.arange(B))
@@ -66,7 +83,14 @@ def test_dropout_in_chunks_has_the_bits_of_the_formula(T, rate, window, packed):
     assert np.abs(np.asarray(expected[0]) - np.asarray(both(*data, scale=0.3, window=window)[0])).max() > 0.01
 
 
-@pytest.mark.parametrize("T, S, offset", [(1, 300, 299), (5, 17, 3), (131, 300, 169)])
+@pytest.mark.parametrize(
+  "T, S, offset",
+  [
+    (1, 300, 299),
+    pytest.param(5, 17, 3, marks=pytest.mark.slow),
+    (131, 300, 169),
+  ],
+)
 @pytest.mark.parametrize("known", [True, False])
 def test_chunks_with_a_cache(T, S, offset, known):
   data, segments = inputs(T, S), jnp.ones((B, S), jnp.int32).at[:, :2].set(0)
@@ -76,7 +100,7 @@ def test_chunks_with_a_cache(T, S, offset, known):
   np.testing.assert_allclose(chunked, of("reference")(offset), atol=2e-6)
 
 
-@pytest.mark.parametrize("T", [131, 300])
+@pytest.mark.parametrize("T", [131, pytest.param(300, marks=pytest.mark.slow)])
 def test_chunks_in_bfloat16_are_as_near_as_the_formula_is(T):
   """To the formula in float32, of the same inputs."""
   data, how = inputs(T, T, jnp.bfloat16), {"scale": 0.3}
@@ -87,9 +111,15 @@ def test_chunks_in_bfloat16_are_as_near_as_the_formula_is(T):
 
 
 @pytest.mark.parametrize(
-  "T, window, packed", [(128, None, False), (300, 128, False), (300, None, True), (512, 200, True)]
+  "T, window, packed",
+  [
+    pytest.param(128, None, False, marks=pytest.mark.slow),
+    (300, 128, False),
+    pytest.param(300, None, True, marks=pytest.mark.slow),
+    pytest.param(512, 200, True, marks=pytest.mark.slow),
+  ],
 )
-@pytest.mark.parametrize("H", [64, 128])
+@pytest.mark.parametrize("H", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_splash_gives_what_the_formula_gives(T, window, packed, H, monkeypatch):
   """The kernel itself, interpreted."""
   monkeypatch.setattr(splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True))
@@ -134,3 +164,9 @@ def test_each_device_gets_its_kernel():
   assert pick(("gpu", "9.0"), jnp.float32, 64) == "chunked"
   assert pick(("gpu", "7.5"), jnp.bfloat16, 64) == "chunked"
   assert pick(("gpu", "9.0"), jnp.bfloat16, 20) == "chunked"
+
+
+def test_dropout_of_attention_keeps_the_mean():
+  keys_BN = jax.random.split(jax.random.key(0), (4, 5))
+  factors = np.asarray(dropout_of_queries(keys_BN, 0.3, jnp.arange(64), 64))
+  assert abs(factors.mean() - 1) < 0.02 and abs((factors == 0).mean() - 0.3) < 0.02

@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 import tiny
 
 from jaxft import config as settings
 from jaxft.data import report, tokens
 from jaxft.errors import StorageError
+from jaxft.hf import repo
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,10 +137,17 @@ def get_config():
   return c
 """
   )
-  command = [sys.executable, "-m", "jaxft.prepare", "--config", tmp_path / "config.py", "--json"]
-  both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+  command = ["-m", "jaxft.prepare", "--config", tmp_path / "config.py", "--json"]
+  both = [preloaded.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
   outputs = [process.communicate() for process in both]
   assert [process.returncode for process in both] == [0, 0], outputs
   one, other = (json.loads(out) for out, _ in outputs)
   assert one == other and one["rows"]["read"] == 8_000
   assert len(entries(tmp_path / "cache")) == 1
+
+
+def test_a_tokenizer_that_changed_by_one_byte_is_another(folder, tmp_path):
+  other = shutil.copytree(folder, tmp_path / "other")
+  before, text = repo.tokenizer_fingerprint(other), (other / "tokenizer.json").read_bytes()
+  (other / "tokenizer.json").write_bytes(bytes([*text[:-2], text[-2] ^ 1, text[-1]]))  # of the same length
+  assert repo.tokenizer_fingerprint(other) != before

@@ -5,13 +5,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
+import preloaded
 import pytest
 from processes import ROOT, lines, losses, run, train
-
-pytestmark = pytest.mark.slow
 
 
 def test_a_run_leaves_what_the_contract_lists(finished):
@@ -55,6 +53,7 @@ def test_a_run_leaves_what_the_contract_lists(finished):
   assert "eval loss" in done.stdout and "continuing" not in done.stdout
 
 
+@pytest.mark.slow
 def test_running_again_after_the_end_changes_nothing(finished, config_file, tmp_path):
   workdir = shutil.copytree(finished[0], tmp_path / "w")  # other files' tests read the run's own record of its starts
   before = losses(workdir), (workdir / "export" / "model.safetensors").read_bytes()
@@ -70,8 +69,8 @@ def wait_for(condition, process, seconds=120):
 
 
 def start(config_file, workdir, *more):
-  return subprocess.Popen(
-    [sys.executable, "-m", "jaxft.train", "--config", str(config_file), "--workdir", str(workdir), *more],
+  return preloaded.Popen(
+    ["-m", "jaxft.train", "--config", config_file, "--workdir", workdir, *more],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -122,6 +121,7 @@ def test_another_run_in_the_same_workdir_is_refused_by_key(finished, config_file
   assert "config.train.steps=20: the run was started with 12" in done.stderr and losses(finished[0]) == before
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_end_with_exit_3(config_file, tmp_path):
   done = train(config_file, tmp_path, "--config.optim.learning_rate=1e30", "--config.optim.warmup_steps=0", check=3)
   assert "error: step" in done.stderr and "learning_rate" in done.stderr
@@ -129,6 +129,7 @@ def test_numbers_that_are_not_finite_end_with_exit_3(config_file, tmp_path):
   assert bad and not (tmp_path / "export").exists()
 
 
+@pytest.mark.slow
 def test_dry_run_and_print_config_write_nothing(config_file, tmp_path):
   assert "MiB" in train(config_file, tmp_path / "w", "--dry_run").stdout
   assert "config.optim.learning_rate = 0.001" in train(config_file, tmp_path / "w", "--print_config").stdout
@@ -196,7 +197,9 @@ def test_evaluate_generate_and_export(finished, stories, tmp_path):
   run("jaxft.generate", "--model", tmp_path / "ten", "--prompt", "a", "--max_new_tokens", 2)
 
 
-@pytest.mark.parametrize("block", ["checkpoints", "config.json", "metrics.jsonl"])
+@pytest.mark.parametrize(
+  "block", ["checkpoints", *(pytest.param(it, marks=pytest.mark.slow) for it in ("config.json", "metrics.jsonl"))]
+)
 def test_a_workdir_that_cannot_be_written_ends_with_exit_4(config_file, tmp_path, block):
   if block == "checkpoints":
     (tmp_path / block).write_text("a file where a folder must be")
@@ -206,6 +209,7 @@ def test_a_workdir_that_cannot_be_written_ends_with_exit_4(config_file, tmp_path
   assert len(done.stderr.splitlines()) == 1 and block in done.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_survives_the_loss_of_its_records(config_file, finished, tmp_path):
   shutil.copytree(finished[0], tmp_path / "w")
   (tmp_path / "w" / "metrics.jsonl").write_bytes(b"\xff\xfe garbage")
@@ -243,6 +247,7 @@ def test_doctor_finds_this_machine_sound():
   assert "jaxlib" in out and "device 0" in out and 'pip install "jaxft[cuda]"' in out
 
 
+@pytest.mark.slow
 def test_the_same_from_python(folder, stories, tmp_path):
   """In a process of its own: jax there sees one device."""
   script = f"""
@@ -257,13 +262,14 @@ print(model.generate(["a cat"], max_new_tokens=3)[0])
 assert abs(model.evaluate({str(stories)!r}, sequence_length=32)["loss"] - run.metrics[-1]["eval/loss"]) < 0.5
 model.export({str(tmp_path / "again")!r})
 """
-  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+  done = preloaded.run(["-c", script], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
     tmp_path / "w" / "export" / "model.safetensors"
   ).read_bytes()
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_train_the_same(config_file, finished, tmp_path):
   eight = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8")
   done = train(config_file, tmp_path, "--config.mesh.fsdp=8", env=eight)
@@ -276,8 +282,8 @@ def test_one_and_eight_devices_train_the_same(config_file, finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_reader_of_the_output_may_go_away(config_file, tmp_path):
-  command = [sys.executable, "-m", "jaxft.train", "--config", str(config_file), "--workdir", str(tmp_path / "run")]
-  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  command = ["-m", "jaxft.train", "--config", config_file, "--workdir", tmp_path / "run"]
+  process = preloaded.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   process.stdout.readline()
   process.stdout.close()
   _, said = process.communicate(timeout=240)

@@ -17,8 +17,7 @@ from jaxft.run.checkpoint import Checkpoints
 from jaxft.run.resume import resume
 from jaxft.train import finetune
 
-pytestmark = pytest.mark.slow
-PER_PART = 20
+PER_PART = 10
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +80,7 @@ def states(run, like):
   return {step: jax.device_get(opened.restore(step, like)) for step in opened.steps()}
 
 
-@pytest.mark.slow
-@pytest.mark.parts(5, 125)
+@pytest.mark.parts(8, 250)
 def test_a_damaged_checkpoint_is_never_loaded(run, like, states, tmp_path, part, record_property, capsys):
   rng, tried = np.random.default_rng(part), Tried()
   newest = run[1] / "checkpoints" / "12"
@@ -122,8 +120,7 @@ def test_when_all_are_damaged_the_run_says_so_and_removes_nothing(run, like, tmp
   assert all((tmp_path / "c" / step).exists() for step in ("4", "8", "12"))
 
 
-@pytest.mark.slow
-@pytest.mark.parts(3, 75)
+@pytest.mark.parts(6, 150)
 def test_a_damaged_token_cache_is_made_again(run, tmp_path, part, record_property):
   rng, tried, config = np.random.default_rng(part), Tried(), run[0].copy_and_resolve_references()
   tokenizer = tokens.load_tokenizer(Path(config.model.path), 293)
@@ -149,8 +146,7 @@ def opened(folder: Path):
   return jax.device_get(found.params), found.source.cfg, found.tokenizer("Once upon a naïve 東京")["input_ids"]
 
 
-@pytest.mark.slow
-@pytest.mark.parts(2, 50)
+@pytest.mark.parts(4, 100)
 def test_a_damaged_export_is_refused(run, tmp_path, part, record_property):
   rng, tried = np.random.default_rng(part), Tried()
   names = [file.name for file in files_in(run[1] / "export")]

@@ -51,7 +51,7 @@ def wanted(folder, rows):
   return nats, count
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize("devices", [*(pytest.param(it, marks=pytest.mark.slow) for it in (1, 2, 4)), 8])
 def test_the_loss_is_torchs_for_any_batch_size_and_devices(devices, folder, text, wanted, monkeypatch):
   all_of_them = sharding.make_mesh
   monkeypatch.setattr(sharding, "make_mesh", lambda sizes: all_of_them(sizes, jax.devices()[:devices]))

@@ -73,9 +73,12 @@ CLASSES = {
   "gpt_neo": (transformers.GPTNeoConfig, transformers.GPTNeoForCausalLM),
   "gptj": (transformers.GPTJConfig, transformers.GPTJForCausalLM),
 }
+PUBLISHED_TIED = {"gpt2": True, "gpt_neo": True, "gptj": False}
 CASES = [
   pytest.param(
-    (family, sizes, tied), id=f"{family}-{i}-{'tied' if tied else 'untied'}", marks=[pytest.mark.wide] * (i > 0)
+    (family, sizes, tied),
+    id=f"{family}-{i}-{'tied' if tied else 'untied'}",
+    marks=[pytest.mark.wide] * (i > 0) + [pytest.mark.slow] * (tied != PUBLISHED_TIED[family]),
   )
   for family, all_sizes in (("gpt2", GPT2), ("gpt_neo", GPT_NEO), ("gptj", GPTJ))
   for i, sizes in enumerate(all_sizes)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.errors import RequestError, StorageError
+from jaxft.errors import Preempted, RequestError, StorageError
+from jaxft.files import write_whole
 from jaxft.pretrained import load_workdir
 from jaxft.run import checkpoint, guards
-from jaxft.run.tracking import Lines
+from jaxft.run.tracking import Lines, Reporter
 from jaxft.step import State, name_bad_leaves
 from jaxft.train import finetune
 
@@ -150,3 +152,40 @@ def test_lines_of_a_process_that_does_not_write_are_remembered_only(tmp_path):
   lines.write(1, {"x": 2})
   assert lines.values("x") == [2] and not list(tmp_path.iterdir())
   assert jax.process_index() == 0
+
+
+def test_the_best_is_the_least(tmp_path):
+  kept = checkpoint.Checkpoints(tmp_path / "c", 2, best="eval/loss")
+  for step, loss in enumerate([3.0, 1.0, 2.0, 2.5], 1):
+    kept.save(step, {"x": jnp.arange(7.0)}, {"config": {}}, {"eval/loss": loss})
+  kept.wait()
+  assert kept.best() == 2
+  kept.close()
+  assert checkpoint.Checkpoints(tmp_path / "c", 2, best="eval/loss").best() == 2
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
+  file = tmp_path / "about.json"
+  write_whole(file, "before")
+
+  def full(_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(StorageError, match="about.json: No space left"):
+    write_whole(file, "after")
+  assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_signal_between_saves_is_saved_at_its_step(config, tmp_path, monkeypatch):
+  step = Reporter.step
+
+  def stopped(self, number, *rest):
+    step(self, number, *rest)
+    if number == 2:
+      signal.raise_signal(signal.SIGUSR1)
+
+  monkeypatch.setattr(Reporter, "step", stopped)
+  with pytest.raises(Preempted, match="SIGUSR1: saved at step 3 of 12"):
+    finetune(config, tmp_path / "run")
+  assert checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").steps() == [3]

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import fault_points
 import noted_batches
 import numpy as np
+import preloaded
 import processes
 import pytest
 import tiny
@@ -57,8 +57,8 @@ class Hosts:
       command = [noted_batches.__file__, notes / f"{i}.json"] if notes else command
       command += ["--config", config_file, "--workdir", workdir, *more, *place, *(only or {}).get(i, ())]
       with output.open("w") as stream:
-        self.all[i] = subprocess.Popen(
-          [sys.executable, *map(str, command)],
+        self.all[i] = preloaded.Popen(
+          command,
           stdout=stream,
           stderr=subprocess.STDOUT,
           cwd=homes and homes[i],
@@ -113,7 +113,6 @@ def close(a, b):
   np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("count, devices", [(2, 2), pytest.param(4, 2, marks=wide)])
 def test_several_processes_are_one_run_and_their_checkpoints_anyones(config_file, tmp_path, on_one, count, devices):
   workdir, (of_one, rows_of_one) = tmp_path / "run", on_one
@@ -226,7 +225,6 @@ def test_every_number_of_processes_goes_on_from_every_other(
   record_property("torture", {"what": "ordered pairs of 1, 2 and 4 processes", "tried": 1})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   "count, lost, number",
   [
@@ -259,7 +257,6 @@ def test_a_lost_process_ends_the_others_with_code_5(config_file, tmp_path, count
     assert f"process {lost} is" in said[0]
 
 
-@pytest.mark.slow
 def test_a_process_that_does_not_come_is_named(config_file, tmp_path):
   several = Hosts(config_file, tmp_path / "run", 4, "--start_timeout=12", present=(0, 2))
   assert several.codes(60) == [5, 5]

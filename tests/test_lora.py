@@ -118,7 +118,14 @@ def test_every_way_to_train_a_part_comes_to_the_same(family, part, way):
     assert np.linalg.norm(ours - other) <= 3e-5 * np.linalg.norm(other)
 
 
-@pytest.mark.parametrize("family, part", [("gpt2", LAST_LAYER), ("gpt_neo", ADAPTERS), ("gptj", ADAPTERS)])
+@pytest.mark.parametrize(
+  "family, part",
+  [
+    ("gpt2", LAST_LAYER),
+    pytest.param("gpt_neo", ADAPTERS, marks=pytest.mark.slow),
+    pytest.param("gptj", ADAPTERS, marks=pytest.mark.slow),
+  ],
+)
 def test_nothing_changes_but_what_is_trained(family, part):
   _, state, cfg = alone(family, tuple(part.items()))
   before, layers = weights(family, cfg), dict(cfg.trained)

@@ -16,7 +16,6 @@ from jaxft.hf import facts
 from jaxft.parts import name_of
 from jaxft.step import State
 
-pytestmark = pytest.mark.slow
 STEPS, ROWS, T = 20, 8, 13
 SIZES = dict(L=3, N=8, D=40, F=88)
 # (data, fsdp, tensor): every way to write 8 as a product of three.
@@ -85,7 +84,9 @@ def every_case():
   always += [(family, mesh, 3) for family in ("gpt_neo", "gptj") for mesh in ((1, 8, 1), (2, 2, 2))]
   for family in tiny.FAMILIES:
     for case in CASES + MORE:
-      yield pytest.param(family, *case, marks=() if (family, *case) in always else pytest.mark.wide)
+      first = (family, *case) == ("gpt2", (2, 2, 2), 3)
+      marks = [pytest.mark.slow] * (not first) + [pytest.mark.wide] * ((family, *case) not in always)
+      yield pytest.param(family, *case, marks=marks)
 
 
 @pytest.mark.parametrize("family, mesh, stage", list(every_case()))
@@ -125,6 +126,7 @@ def bytes_by_formula(family, mesh, stage):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("family", ["gptj", *(pytest.param(it, marks=pytest.mark.wide) for it in ("gpt2", "gpt_neo"))])
@@ -134,6 +136,7 @@ def test_placements_follow_the_formula(family, mesh, stage):
   assert {what: program.bytes_a_device(tree) for what, tree in held.items()} == bytes_by_formula(family, mesh, stage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh, stage", [((1, 8, 1), stage) for stage in range(4)] + [((2, 2, 2), 3), ((1, 2, 4), 2)])
 @pytest.mark.parametrize("family", ["gpt2", *(pytest.param(it, marks=pytest.mark.wide) for it in ("gpt_neo", "gptj"))])
 def test_bytes_of_a_device_follow_the_formula(family, mesh, stage):

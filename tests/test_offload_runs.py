@@ -4,11 +4,10 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 
 import fault_points
 import numpy as np
+import preloaded
 import processes
 import pytest
 import tiny
@@ -64,7 +63,7 @@ def test_a_killed_run_goes_on_bit_for_bit(config_file, tmp_path, kept):
   processes.train(config_file, tmp_path / "whole", *flags)
   for place, count in (("step told", 8), ("save handed over", 1), ("state restored", 1), ("export begun", 1)):
     command = [fault_points.__file__, place, count, "SIGKILL", "--config", config_file, "--workdir", tmp_path / "run"]
-    done = subprocess.run([sys.executable, *map(str, [*command, *flags])], capture_output=True, text=True)
+    done = preloaded.run([*command, *flags], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
   processes.train(config_file, tmp_path / "run", *flags)
   assert processes.losses(tmp_path / "run") == processes.losses(tmp_path / "whole")

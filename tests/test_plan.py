@@ -366,3 +366,12 @@ def test_what_does_not_fit_is_an_answer_with_flags_that_do(tmp_path):
   flags = found["advice"]["best"][0]["overrides"]
   again = json.loads(plan("--config", file, "--device", "t4", "--json", *flags).stdout)
   assert again["fits"] is True and again["peak_bytes"] == found["advice"]["best"][0]["peak_bytes"]
+
+
+def test_memory_that_libtpu_lacks_is_told_in_its_units(config, monkeypatch):
+  def short(*_, **__):
+    raise jax.errors.JaxRuntimeError("Ran out of memory in memory space hbm. Used 21.26G of 15.75G hbm.")
+
+  monkeypatch.setattr(jax.stages.Lowered, "compile", short)
+  found = figures.figures(config, answer.model_facts(config), targets.find("cpu"))
+  assert (found["needs_bytes"], found["has_bytes"]) == (int(21.26 * 2**30), int(15.75 * 2**30))

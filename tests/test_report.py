@@ -327,3 +327,8 @@ def test_the_commit_of_a_checkout_is_found(tmp_path):
   assert about.commit(tmp_path) == about.commit(tmp_path / "tree") == head
   git("checkout", "-q", "--detach")
   assert about.commit(tmp_path) == head
+
+
+def test_quotes_in_names_end_no_attribute(tmp_path):
+  workdirs = [write(tmp_path / name) for name in ('a" onload="x', "b")]
+  Page(comparison.page([record.read(it) for it in workdirs]))

@@ -40,7 +40,10 @@ def test_a_ragged_batch_equals_one_by_one(ready, sampling):
   assert padded[0].token_ids == alone[0].token_ids[:5]
 
 
-@pytest.mark.parametrize("sampling", [dict(temperature=0), dict(seed=5, top_k=0), dict(temperature=0, num_beams=3)])
+@pytest.mark.parametrize(
+  "sampling",
+  [pytest.param(dict(temperature=0), marks=pytest.mark.slow), dict(seed=5, top_k=0), dict(temperature=0, num_beams=3)],
+)
 def test_a_long_neighbour_does_not_end_a_text(ready, sampling):
   """The model has 71 positions: a prompt of 60 tokens leaves room for 11 more, one of a few for all 40."""
   long = "the cat and " * 20

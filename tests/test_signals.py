@@ -9,7 +9,7 @@ import time
 import pytest
 from interrupted import Interrupted, assert_same, steps
 
-SIGNALS = 4  # of a part
+SIGNALS = 2  # of a part
 PHASES = {  # where a signal meets the run, and whether there is anything to save by then
   "compile": "program built",
   "data": "batch made",
@@ -26,8 +26,7 @@ PHASES = {  # where a signal meets the run, and whether there is anything to sav
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parts(3, 30)
+@pytest.mark.parts(6, 60)
 def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
   interruptible, undisturbed, tmp_path, part, record_property
 ):
@@ -63,6 +62,7 @@ def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
   shutil.rmtree(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(interruptible, tmp_path):
   run = Interrupted(interruptible, tmp_path / "run")
   process = run.start("save begun", 1, "SIGTERM")

@@ -5,6 +5,7 @@ import sys
 import threading
 from pathlib import Path
 
+import preloaded
 import processes
 import pytest
 
@@ -43,8 +44,8 @@ def test_two_thousand_steps_take_no_more_than_five_hundred(config_file, tmp_path
   settings = {"steps": STEPS, "save_every": EVERY, "eval_every": 100, "log_every": 20}
   flags = [f"--config.train.{name}={value}" for name, value in settings.items()]
   code = WATCHED.format(tests=str(processes.ROOT / "tests"))
-  done = processes.subprocess.run(
-    [sys.executable, "-c", code, "--config", str(config_file), "--workdir", str(tmp_path / "run"), *flags],
+  done = preloaded.run(
+    ["-c", code, "--config", config_file, "--workdir", tmp_path / "run", *flags],
     capture_output=True,
     text=True,
     timeout=1500,

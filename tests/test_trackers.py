@@ -253,6 +253,7 @@ def test_a_library_that_is_not_there_is_named_with_the_command_that_installs_it(
     ("see postgresql://u@db, http://ok/x@y", "see postgresql://***@db, http://ok/x@y"),
     ("http://host/?a=1&api_key=s3cret&b=2#c", "http://host/?a=1&api_key=***&b=2#c"),
     ("me@host.org", "me@host.org"),
+    ("with hf_AbCdEfGhIjKlMnOpQr in it", "with *** in it"),
   ],
 )
 def test_logins_in_addresses_are_masked(text, shown):

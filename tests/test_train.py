@@ -74,6 +74,7 @@ def test_steps_are_traced_and_the_trace_tells_of_waits(config, tmp_path, monkeyp
   assert (tmp_path / "gaps.svg").read_text().count("<rect") == 2
 
 
+@pytest.mark.slow
 def test_a_trace_that_cannot_be_written_costs_a_line_and_ends_before_the_evaluation(
   config, tmp_path, monkeypatch, capsys
 ):

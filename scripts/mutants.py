@@ -1,0 +1,454 @@
+"""How many faults do the tests catch? Thirty, of one line each, are put into a copy of jaxft, one after the other.
+
+    python scripts/mutants.py                 # by the tests that take seconds; 27 of them must be caught
+    python scripts/mutants.py --all           # by the slow tests too; all must be caught
+    python scripts/mutants.py --only loader   # those that have this word in their line; no table is written
+
+Needs the test extra, and torch: faults that only another implementation shows are caught beside transformers alone. For each
+fault the tests run that are to catch it, in a copy of the checkout. It is caught when one of them fails; when all of them pass
+it has escaped, and anything else is an error of this file. The same tests must pass without any fault first.
+
+The table goes into docs/reliability.md. A change that rewrites a line of FAULTS rewrites the fault too: one that can no longer
+be put in ends the script before it begins.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- mutants -->", "<!-- /mutants -->"
+MUST_BE_CAUGHT = 27  # by the tests that take seconds
+MOST_SECONDS = 3600  # for the tests of one fault
+PASSED, FAILED = 0, 1  # pytest's exit codes
+# Of pytest's summary: the test, without its parameters.
+LINE = re.compile(r"^(?:FAILED|ERROR) (?:tests/)?([\w.]+(?:::\w+)*)", re.MULTILINE)
+
+
+class Fault(NamedTuple):
+  name: str  # what goes wrong
+  file: str
+  old: str  # occurs once in the file
+  new: str
+  tests: tuple[str, ...]  # files in tests/ that are to catch it
+
+
+FAULTS = (
+  # ---- The model ---------------------------------------------------------------------------------------------------------
+  Fault(
+    "a window of attention is one key too wide",
+    "jaxft/attention_chunked.py",
+    "visible = visible & (distance < self.window)",
+    "visible = visible & (distance <= self.window)",
+    ("test_attention.py",),
+  ),
+  Fault(
+    "the halves of a rotated pair are swapped",
+    "jaxft/layers.py",
+    "even, odd = pairs[..., 0], pairs[..., 1]",
+    "odd, even = pairs[..., 0], pairs[..., 1]",
+    ("test_classification.py",),
+  ),
+  Fault(
+    "dropout of attention does not scale what is left",
+    "jaxft/dropout.py",
+    "return jax.vmap(jax.vmap(of_head))(keys_BN).astype(jnp.float32) / (1 - rate)",
+    "return jax.vmap(jax.vmap(of_head))(keys_BN).astype(jnp.float32)",
+    ("test_attention.py", "test_model.py", "test_step.py"),
+  ),
+  Fault(
+    "merging leaves out the scale of adapters",
+    "jaxft/lora.py",
+    "change = (cfg.lora_scale * product(a[i], b[i], places)[columns] for i in range(len(a))[rows])",
+    "change = (product(a[i], b[i], places)[columns] for i in range(len(a))[rows])",
+    ("test_lora.py",),
+  ),
+  # ---- A step ------------------------------------------------------------------------------------------------------------
+  Fault(
+    "the gradient is divided by the tokens of the first accumulation step",
+    "jaxft/step.py",
+    'tokens = jnp.sum(batch["mask"])',
+    'tokens = jnp.sum(batch["mask"][0])',
+    ("test_step.py",),
+  ),
+  Fault(
+    "Adam's second moment decays as the first does",
+    "jaxft/optim.py",
+    "adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps,",
+    "adam = optax.scale_by_adam(optim.b1, optim.b1, optim.eps,",
+    ("test_step.py",),
+  ),
+  Fault(
+    "the course after the warm-up begins a step late",
+    "jaxft/optim.py",
+    "optax.linear_schedule(0.0, peak, warmup), after], [warmup])",
+    "optax.linear_schedule(0.0, peak, warmup), after], [warmup + 1])",
+    ("test_optim.py",),
+  ),
+  Fault(
+    "the scales of norms decay",
+    "jaxft/optim.py",
+    "return name in DECAYED\n",
+    'return name != "bias"\n',
+    ("test_optim.py",),
+  ),
+  Fault(
+    "rounding by chance mostly rounds towards zero",
+    "jaxft/rounding.py",
+    "jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)",
+    "jax.random.bits(key, x.shape, jnp.uint8).astype(jnp.uint32)",
+    ("test_rounding.py",),
+  ),
+  Fault(
+    "weights are whole where they are stored, and cut where they are used",
+    "jaxft/sharding.py",
+    '"embed": (("fsdp",), ()),',
+    '"embed": ((), ("fsdp",)),',
+    ("test_sharding.py",),
+  ),
+  Fault(
+    "offloaded layers go backward from the first to the last",
+    "jaxft/offload.py",
+    "jax.lax.scan(backward, dx, (inputs, layers), reverse=True)",
+    "jax.lax.scan(backward, dx, (inputs, layers))",
+    ("test_offload.py",),
+  ),
+  # ---- Text --------------------------------------------------------------------------------------------------------------
+  Fault(
+    "the first token of a completion is not learned",
+    "jaxft/data/pack.py",
+    "return at - starts[example] >= self.tokens.prompts_N[example]",
+    "return at - starts[example] > self.tokens.prompts_N[example]",
+    ("test_data.py",),
+  ),
+  Fault(
+    "end tokens are masked as padding is",
+    "jaxft/data/pack.py",
+    "mask[here] = piece.stop - n + np.arange(n) - start >= prompt",
+    "mask[here] = (piece.stop - n + np.arange(n) - start >= prompt) & (values[1:] != self._end)",
+    ("test_data.py", "test_packing.py"),
+  ),
+  Fault(
+    "the last row is dropped where it is not full",
+    "jaxft/data/pack.py",
+    "rows = np.arange(-(-len(tokens.ids) // T))",
+    "rows = np.arange(len(tokens.ids) // T)",
+    ("test_data.py",),
+  ),
+  Fault(
+    "a run that goes on takes its last batch again",
+    "jaxft/data/loader.py",
+    "grain.MapDataset.source(steps)[start:]",
+    "grain.MapDataset.source(steps)[max(start - 1, 0) :]",
+    ("test_loader.py",),
+  ),
+  Fault(
+    "what is held out is trained on too",
+    "jaxft/data/report.py",
+    "np.flatnonzero(batch_to == place)",
+    "np.flatnonzero(batch_to >= place)",
+    ("test_data.py",),
+  ),
+  Fault(
+    "tokens are not made again for a tokenizer of the same size",
+    "jaxft/hf/repo.py",
+    'name.encode() + b"\\0" + hashlib.sha256((folder / name).read_bytes()).digest()',
+    'name.encode() + b"\\0" + str((folder / name).stat().st_size).encode()',
+    ("test_cache.py", "test_hf.py"),
+  ),
+  Fault(
+    "top_p leaves out the token that reaches it",
+    "jaxft/filters.py",
+    "cut_BV = (tail_BV <= 1 - top_p)",
+    "cut_BV = (jnp.pad(tail_BV, [(0, 0), (1, 0)])[:, :-1] <= 1 - top_p)",
+    ("test_sample.py",),
+  ),
+  Fault(
+    "logits are multiplied by the temperature",
+    "jaxft/sample.py",
+    "filters.keep_likely(logits_BV / temperature,",
+    "filters.keep_likely(logits_BV * temperature,",
+    ("test_sample.py",),
+  ),
+  # ---- Folders of models -------------------------------------------------------------------------------------------------
+  Fault(
+    "a square matrix of GPT-Neo is read and written transposed",
+    "jaxft/hf/tables.py",
+    'Rule("h.{}.attn.attention.out_proj.weight", "blocks.attention.out.kernel", "D (N H) -> N H D")',
+    'Rule("h.{}.attn.attention.out_proj.weight", "blocks.attention.out.kernel", "(N H) D -> N H D")',
+    ("test_classification.py",),
+  ),
+  Fault(
+    "an export has the dtype of its first tensor everywhere",
+    "jaxft/hf/unload.py",
+    "return lambda name: source[short_name(name)]",
+    "return lambda name: next(iter(source.values()))",
+    ("test_hf.py",),
+  ),
+  # ---- A run -------------------------------------------------------------------------------------------------------------
+  Fault(
+    "checksums of a checkpoint are not compared where it is read",
+    "jaxft/run/checkpoint.py",
+    "wrong = [name for name in names if wanted.get(name) != found.get(name)]",
+    "wrong = [name for name in names if name not in wanted or name not in found]",
+    ("test_checkpoint.py", "test_corruption.py"),
+  ),
+  Fault(
+    "the worst checkpoint is taken for the best",
+    "jaxft/run/checkpoint.py",
+    'best_mode="min",',
+    'best_mode="max",',
+    ("test_guards.py", "test_recipes.py"),
+  ),
+  Fault(
+    "a run that is asked to stop says that it has saved, and has not",
+    "jaxft/train.py",
+    'if "save" in due or stopping or best or ended_early:',
+    'if "save" in due or best or ended_early:',
+    ("test_guards.py", "test_signals.py"),
+  ),
+  Fault(
+    "a file is written in place, not beside it and renamed",
+    "jaxft/files.py",
+    'partial = file.with_name(file.name + ".partial")',
+    "partial = file",
+    ("test_guards.py", "test_full_disks.py", "test_kills.py"),
+  ),
+  Fault(
+    "every error ends with exit code 1",
+    "jaxft/errors.py",
+    "return error.exit_code",
+    "return JaxftError.exit_code",
+    ("test_report.py",),
+  ),
+  Fault(
+    "a token of the hub is recorded",
+    "jaxft/run/secrets.py",
+    'return HUB_TOKEN.sub("***", PARAMETER.sub(r"\\1***", LOGIN.sub("***@", text)))',
+    'return PARAMETER.sub(r"\\1***", LOGIN.sub("***@", text))',
+    ("test_trackers.py",),
+  ),
+  # ---- Plans and pages ---------------------------------------------------------------------------------------------------
+  Fault(
+    "the search for settings forgets the optimizer state",
+    "jaxft/plan/rough.py",
+    "return int(weights + gradient + moments)",
+    "return int(weights + gradient)",
+    ("test_fit.py",),
+  ),
+  Fault(
+    "a TPU's compiler is taken to count in powers of ten",
+    "jaxft/plan/figures.py",
+    'UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}',
+    'UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}',
+    ("test_plan.py", "test_compiled.py"),
+  ),
+  Fault(
+    "quotes are not escaped on a page",
+    "jaxft/page/markup.py",
+    'return html.escape(visible(text.encode(errors="backslashreplace").decode()))',
+    'return html.escape(visible(text.encode(errors="backslashreplace").decode()), quote=False)',
+    ("test_report.py",),
+  ),
+)
+
+
+class Outcome(NamedTuple):
+  """What became of a fault."""
+
+  fault: Fault
+  by: str  # the test that failed; "": none, it has escaped
+  error: str  # what kept the tests from running; "": nothing
+  seconds: float
+
+
+class Copy:
+  """A copy of the checkout, in which the tests run as in the checkout itself."""
+
+  def __init__(self, folder: Path, markers: str):
+    self._folder, self._markers = folder, markers
+    self._environment = os.environ | {"PYTHONPATH": str(folder)}
+
+  def is_what_is_imported(self) -> None:
+    """Raises SystemExit where another jaxft would be tested, the one that is installed."""
+    command = [sys.executable, "-c", "import jaxft; print(jaxft.__file__)"]
+    done = subprocess.run(command, cwd=self._folder.parent, env=self._environment, capture_output=True, text=True)
+    if done.stdout.strip() != str(self._folder / "jaxft" / "__init__.py"):
+      raise SystemExit(f"error: not the copy in {self._folder} is tested but {done.stdout or done.stderr}")
+
+  def test(self, names: Iterable[str], most_seconds: int | None = None) -> subprocess.CompletedProcess:
+    """Runs these files of tests/ up to the first test that fails; raises TimeoutExpired."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", "-m", self._markers]
+    return subprocess.run(
+      [*command, *(f"tests/{name}" for name in names)],
+      cwd=self._folder,
+      env=self._environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      errors="replace",
+      timeout=most_seconds,
+    )
+
+  def catch(self, fault: Fault) -> Outcome:
+    """Puts the fault in, runs its tests, and takes it out again."""
+    began, file = time.monotonic(), self._folder / fault.file
+    before, times = file.read_text(encoding="utf-8"), file.stat()
+    try:
+      file.write_text(before.replace(fault.old, fault.new), encoding="utf-8")
+      done = self.test(fault.tests, MOST_SECONDS)
+    except subprocess.TimeoutExpired:
+      return Outcome(fault, "", f"no end after {MOST_SECONDS} s", time.monotonic() - began)
+    finally:
+      file.write_text(before, encoding="utf-8")
+      os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # Python tells what it has compiled by time and size
+    by, error = "", ""
+    if done.returncode == FAILED:
+      by = first_failure(done.stdout)
+    elif done.returncode != PASSED:
+      error = f"pytest ended with code {done.returncode}: {last_line(done.stdout)}"
+    return Outcome(fault, by, error, time.monotonic() - began)
+
+
+def first_failure(said: str) -> str:
+  """The test that has failed, of pytest's output."""
+  found = LINE.search(said)
+  return found[1] if found else last_line(said)
+
+
+def last_line(said: str) -> str:
+  return (said.strip().splitlines() or ["nothing was said"])[-1]
+
+
+def must_go_in(faults: Iterable[Fault], folder: Path) -> None:
+  """Raises SystemExit with a line for each fault that cannot be put into the files as they are."""
+  lines = []
+  for fault in faults:
+    text = (folder / fault.file).read_text(encoding="utf-8")
+    if (count := text.count(fault.old)) != 1:
+      lines.append(f"error: {fault.name!r}: {count} times in {fault.file}: {fault.old!r}")
+      continue
+    compile(text.replace(fault.old, fault.new), fault.file, "exec")
+    missing = [name for name in fault.tests if not (folder / "tests" / name).is_file()]
+    lines += [f"error: {fault.name!r}: there is no tests/{name}" for name in missing]
+  if lines:
+    raise SystemExit("\n".join(lines))
+
+
+def must_pass(faults: Iterable[Fault], copies: list[Copy]) -> None:
+  """Raises SystemExit where a test fails without any fault."""
+  names = sorted({name for fault in faults for name in fault.tests})
+  with ThreadPoolExecutor(len(copies)) as pool:
+    parts = [names[i :: len(copies)] for i in range(len(copies))]
+    for done in pool.map(lambda copy, part: copy.test(part) if part else None, copies, parts):
+      if done and done.returncode != PASSED:
+        print(done.stdout, file=sys.stderr)
+        raise SystemExit(f"error: without any fault: {first_failure(done.stdout)}")
+  print(f"without any fault all pass: {', '.join(names)}", flush=True)
+
+
+def copy_checkout(to: Path) -> None:
+  """The files that git knows or does not ignore, as they are now."""
+  command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+  listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+  for name in filter(None, listed.split("\0")):
+    if (ROOT / name).is_file():
+      (to / name).parent.mkdir(parents=True, exist_ok=True)
+      shutil.copy2(ROOT / name, to / name)
+
+
+def catch_all(faults: list[Fault], copies: list[Copy]) -> list[Outcome]:
+  """Tells of each fault as it comes; returns them in their order."""
+  free = queue.SimpleQueue()
+  for copy in copies:
+    free.put(copy)
+
+  def catch(fault: Fault) -> Outcome:
+    copy = free.get()
+    try:
+      return copy.catch(fault)
+    finally:
+      free.put(copy)
+
+  with ThreadPoolExecutor(len(copies)) as pool:
+    begun = [pool.submit(catch, fault) for fault in faults]
+    for done in as_completed(begun):
+      it = done.result()
+      print(f"{it.fault.name}: {it.error or it.by or 'ESCAPED'} ({it.seconds:.0f} s)", flush=True)
+  return [it.result() for it in begun]
+
+
+def table(outcomes: list[Outcome], what: str) -> str:
+  """The faults in Markdown, and a line on how they were looked for."""
+  lines = ["| fault | file | caught by |", "|---|---|---|"]
+  for it in outcomes:
+    by = "**error**" if it.error else f"`{it.by}`" if it.by else "**escaped**"
+    lines.append(f"| {it.fault.name} | `{it.fault.file}` | {by} |")
+  versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "torch"))
+  count = sum(bool(it.by) for it in outcomes)
+  today = f"{datetime.date.today()}, Python {platform.python_version()}, {versions}"
+  return "\n".join([*lines, "", f"{count} of {len(outcomes)} caught by {what}; {today}."])
+
+
+def write_into_page(text: str) -> None:
+  """Between the marks, or at the end where the page has none."""
+  page = PAGE.read_text(encoding="utf-8")
+  if BEGIN not in page:
+    page += (
+      "\n## Faults that the tests catch\n\n`scripts/mutants.py` puts these into a copy of jaxft, one after the other, and "
+      f"writes this table:\n\n{BEGIN}\n{END}\n"
+    )
+  before, _, rest = page.partition(BEGIN)
+  PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--all", action="store_true", help="run slow tests too")
+  parser.add_argument("--only", default="", metavar="WORD", help="faults with this in their name, file or tests")
+  parser.add_argument("-n", type=int, default=2, metavar="WORKERS", help="faults at a time (default: 2)")
+  arguments = parser.parse_args()
+  chosen = [it for it in FAULTS if arguments.only in " ".join((it.name, it.file, *it.tests))]
+  if not chosen or arguments.n < 1:
+    parser.error(f"no fault has {arguments.only!r} in its line" if not chosen else "-n: give 1 or more")
+  if not importlib.util.find_spec("torch"):
+    parser.error("torch is not installed here, and some faults show only beside transformers")
+  markers = "not wide" if arguments.all else "not slow and not wide"
+  with tempfile.TemporaryDirectory(prefix="jaxft-mutants-") as place:
+    folders = [Path(place).resolve() / str(i) for i in range(min(arguments.n, len(chosen)))]
+    copy_checkout(folders[0])
+    for folder in folders[1:]:
+      shutil.copytree(folders[0], folder)
+    must_go_in(FAULTS, folders[0])
+    copies = [Copy(folder, markers) for folder in folders]
+    for copy in copies:
+      copy.is_what_is_imported()
+    must_pass(chosen, copies)
+    outcomes = catch_all(chosen, copies)
+  text = table(outcomes, "all tests but the wide ones" if arguments.all else "the tests that take seconds")
+  print(f"\n{text}")
+  if len(chosen) == len(FAULTS):
+    write_into_page(text)
+  if any(it.error for it in outcomes):
+    return 1
+  needed = MUST_BE_CAUGHT if len(chosen) == len(FAULTS) and not arguments.all else len(chosen)
+  return 0 if sum(bool(it.by) for it in outcomes) >= needed else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())
