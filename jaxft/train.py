@@ -149,7 +149,7 @@ def finetune(
         f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {total_steps} steps of the run"
       )
     about = {"config": config.to_dict(), "total_steps": total_steps, "data": data.fingerprint, "labels": data.labels}
-    about |= {"versions": hosts.versions()}
+    about |= {"versions": dict(hosts.versions())}
     say(
       f"{data.report['rows']['trained']:,} documents with {data.report['tokens']['trained']:,} tokens to train on, in "
       f"{len(rows):,} rows of {rows.T}; {data.report['rows']['held_out']:,} documents held out; {total_steps:,} steps"

@@ -1,10 +1,12 @@
 """Eight fake devices, a shared compile cache, and small models made without jaxft."""
 
+import json
 import os
 import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 # Before jax starts. Sub-processes inherit the cache: a program is compiled once in a whole test run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jaxft-test-xla-{os.getuid()}"))
@@ -15,6 +17,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compilers for other hardwar
 
 import jax
 import pytest
+from filelock import FileLock
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -22,6 +25,11 @@ import interrupted
 import processes
 import tiny
 import torture
+
+
+class Said(NamedTuple):
+  stdout: str
+  stderr: str
 
 
 def pytest_addoption(parser):
@@ -51,7 +59,11 @@ LONGEST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items):
+  for item in items:
+    if (marker := item.get_closest_marker("slow_for")) and {*marker.args} & {*item.callspec.id.split("-")}:
+      item.add_marker(pytest.mark.slow)
   place = {name: i for i, name in enumerate(LONGEST)}
   items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
@@ -63,15 +75,32 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-  """A GPT-2 folder as transformers would write it: odd, distinct sizes, every bias random."""
-  return tiny.write_gpt2(tmp_path_factory.mktemp("models") / "tiny", seed=0)
+def shared(tmp_path_factory):
+  """`shared(name, make)`: a folder that the first worker makes, by make(folder), and all of them look at."""
+  workers = "PYTEST_XDIST_WORKER" in os.environ
+  home = tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.getbasetemp()
+
+  def made(name, make):
+    with FileLock(home / f"{name}.lock"):
+      if not (home / f"{name}.made").exists():
+        (home / name).mkdir()
+        make(home / name)
+        (home / f"{name}.made").touch()
+    return home / name
+
+  return made
 
 
 @pytest.fixture(scope="session")
-def stories(tmp_path_factory) -> Path:
+def folder(shared) -> Path:
+  """A GPT-2 folder as transformers would write it: odd, distinct sizes, every bias random."""
+  return shared("models", lambda home: tiny.write_gpt2(home / "tiny", seed=0)) / "tiny"
+
+
+@pytest.fixture(scope="session")
+def stories(shared) -> Path:
   """A .jsonl of small stories."""
-  return tiny.write_stories(tmp_path_factory.mktemp("data") / "stories.jsonl", 120, seed=0)
+  return shared("data", lambda home: tiny.write_stories(home / "stories.jsonl", 120, seed=0)) / "stories.jsonl"
 
 
 @pytest.fixture
@@ -81,39 +110,53 @@ def config(folder, stories):
 
 
 @pytest.fixture(scope="session")
-def config_file(tmp_path_factory, folder, stories):
-  file = tmp_path_factory.mktemp("configs") / "small.py"
-  file.write_text(
-    processes.CONFIG.format(tests=str(processes.ROOT / "tests"), folder=str(folder), stories=str(stories))
-  )
-  return file
-
-
-@pytest.fixture(scope="session")
-def interruptible(tmp_path_factory, folder, stories):
-  file = tmp_path_factory.mktemp("configs") / "interrupted.py"
+def configs(shared, folder, stories):
   places = {"tests": str(processes.ROOT / "tests"), "folder": str(folder), "stories": str(stories)}
-  file.write_text(interrupted.CONFIG.format(**places))
-  return file
+
+  def make(home):
+    (home / "small.py").write_text(processes.CONFIG.format(**places))
+    (home / "interrupted.py").write_text(interrupted.CONFIG.format(**places))
+
+  return shared("configs", make)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(interruptible, tmp_path_factory):
+def config_file(configs):
+  return configs / "small.py"
+
+
+@pytest.fixture(scope="session")
+def interruptible(configs):
+  return configs / "interrupted.py"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(interruptible, shared):
   """What a run that nobody interrupts leaves, twice the same, and the seconds that it takes once its programs are compiled."""
-  runs = [interrupted.Interrupted(interruptible, tmp_path_factory.mktemp("runs") / "undisturbed") for _ in range(2)]
-  for run in runs:
-    began = time.monotonic()
-    code, said, _ = run.end(run.start())
-    assert code == 0, said
-  interrupted.assert_same(runs[0], runs[1].result())
-  return runs[1].result(), time.monotonic() - began
+
+  def make(home):
+    for name in ("first", "second"):
+      run, began = interrupted.Interrupted(interruptible, home / name), time.monotonic()
+      code, said, _ = run.end(run.start())
+      assert code == 0, said
+      (home / "seconds").write_text(str(time.monotonic() - began))
+
+  home = shared("undisturbed", make)
+  first, second = (interrupted.Interrupted(interruptible, home / name) for name in ("first", "second"))
+  interrupted.assert_same(first, second.result())
+  return second.result(), float((home / "seconds").read_text())
 
 
 @pytest.fixture(scope="session")
-def finished(config_file, tmp_path_factory):
-  """A whole, undisturbed run."""
-  workdir = tmp_path_factory.mktemp("runs") / "whole"
-  return workdir, processes.train(config_file, workdir)
+def finished(config_file, shared):
+  """A whole, undisturbed run: its workdir, and all that it said."""
+
+  def make(home):
+    done = processes.train(config_file, home / "whole")
+    (home / "said").write_text(json.dumps([done.stdout, done.stderr]))
+
+  home = shared("finished", make)
+  return home / "whole", Said(*json.loads((home / "said").read_text()))
 
 
 @pytest.fixture

@@ -77,6 +77,7 @@ def start(config_file, workdir, *more):
   )
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_continues(config_file, tmp_path):
   long = "--config.train.steps=4000"
   process = start(config_file, tmp_path, long)
@@ -97,6 +98,7 @@ def test_a_signal_saves_and_the_same_command_continues(config_file, tmp_path):
   assert f"continuing at step {step} of 4000" in output
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config_file, finished, tmp_path):
   shutil.copytree(finished[0], tmp_path / "w")
   newest = tmp_path / "w" / "checkpoints" / "12"

@@ -72,6 +72,7 @@ def test_training_ends_when_evaluations_get_no_better(config, tmp_path):
   assert (run.export / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_ends_a_strict_run(config, tmp_path):
   finetune(config, tmp_path / "run")
   newest = max(int(entry.name) for entry in (tmp_path / "run" / "checkpoints").iterdir() if entry.name.isdecimal())

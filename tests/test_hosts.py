@@ -113,6 +113,7 @@ def close(a, b):
   np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count, devices", [(2, 2), pytest.param(4, 2, marks=wide)])
 def test_several_processes_are_one_run_and_their_checkpoints_anyones(config_file, tmp_path, on_one, count, devices):
   workdir, (of_one, rows_of_one) = tmp_path / "run", on_one

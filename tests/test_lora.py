@@ -188,6 +188,7 @@ def test_a_run_with_adapters_leaves_a_plain_model_and_goes_on_bit_for_bit(finetu
   assert read.generate(["Once"], temperature=0) == jaxft.load(run.export).generate(["Once"], temperature=0)
 
 
+@pytest.mark.slow
 def test_a_base_that_has_changed_is_refused(finetuned, folder, tmp_path):
   run, config = finetuned
   other = shutil.copytree(folder, tmp_path / "other")

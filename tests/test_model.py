@@ -44,6 +44,7 @@ def close(a, b, rtol):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * np.abs(y).max()), a, b)
 
 
+@pytest.mark.slow
 def test_logits_and_every_gradient_equal_transformers(folder):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")

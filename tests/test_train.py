@@ -127,6 +127,7 @@ def test_a_warm_up_longer_than_the_run_is_refused(config, tmp_path):
     finetune(config, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["pack", *(pytest.param(it, marks=pytest.mark.wide) for it in ("pad", "concat"))])
 def test_a_model_learns_where_to_end(folder, tmp_path, layout):
   """Ten short examples by heart: greedy completions are theirs, and end by themselves."""

@@ -48,7 +48,7 @@ def leaving_a_report(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, An
       "folder": os.getcwd(),
       "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
       "commit": commit(Path(jaxft.__file__).parent.parent),
-      "versions": hosts.versions(),
+      "versions": dict(hosts.versions()),
       **facts,
       "memory": facts["memory"] | {"peak_of": peak_of(device)},
       "devices": devices,

@@ -1,5 +1,6 @@
 """Several processes as one run: they meet (roll_call.py), watch each other (watchdog.py), and must agree."""
 
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -8,9 +9,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -71,13 +73,17 @@ def alone_on_its_node() -> bool:
   return "1" in tasks and "JAX_LOCAL_DEVICE_IDS" not in os.environ
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def versions() -> Mapping[str, str]:
   """Of what computes, and of jaxft's own files."""
   files = sorted(Path(jaxft.__file__).parent.rglob("*.py"))
   own = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
   packages = "jax", "jaxlib", "jax-cuda13-plugin", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy"
-  found = {it.name: it.version for it in importlib.metadata.distributions() if it.name in packages}
-  return found | {"jaxft": f"{jaxft.__version__} ({own})", "python": platform.python_version()}
+  found = {"jaxft": f"{jaxft.__version__} ({own})", "python": platform.python_version()}
+  for name in packages:
+    with suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  return MappingProxyType(found)
 
 
 def agree(topic: str, facts: dict[str, Any]) -> None:
