@@ -70,6 +70,7 @@ def test_chunks_give_what_the_formula_gives(T, window, packed):
     (300, 0.1, 5),
   ],
 )
+@pytest.mark.slow_for("True")
 @pytest.mark.parametrize("packed", [False, True])
 def test_dropout_in_chunks_has_the_bits_of_the_formula(T, rate, window, packed):
   keys_BN = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(jax.random.key(3), row), N))(jnp.arange(B))

@@ -71,7 +71,7 @@ def test_labels_and_logits_are_transformers_own(theirs):
   assert all(abs(sum(label.probabilities.values()) - 1) < 1e-6 for label in found)
 
 
-@pytest.mark.slow_for("gpt_neo")
+@pytest.mark.slow_for("gpt_neo", "gptj")
 def test_the_padding_token_may_be_any(theirs, tmp_path):
   """Export compares with transformers, which looks for the last token that is not padding."""
   _, folder = theirs
@@ -82,6 +82,7 @@ def test_the_padding_token_may_be_any(theirs, tmp_path):
     jaxft.load(other).export(tmp_path / f"out{pad}")
 
 
+@pytest.mark.slow_for("bfloat16")
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_out_again(theirs, tmp_path, dtype):
   their, folder = theirs
@@ -128,7 +129,7 @@ def test_numbers_of_classes(theirs, tmp_path):
     load.load(other, shapes, jax.tree.map(lambda _: HERE, shapes))
 
 
-@pytest.mark.slow_for("gpt_neo")
+@pytest.mark.slow_for("gpt2", "gpt_neo")
 def test_accuracy_and_f1_are_those_of_the_labels_one_by_one(theirs, tmp_path):
   ours, file = jaxft.load(theirs[1]), tmp_path / "rows.jsonl"
   rng = np.random.default_rng(0)

@@ -172,7 +172,7 @@ def test_loss_and_every_gradient(case):
     ), name
 
 
-@pytest.mark.slow_for("gpt_neo", "gptj")
+@pytest.mark.slow
 def test_ten_adamw_steps(case):
   theirs, folder, checkpoint, graph, params = case
   theirs = type(theirs).from_pretrained(folder, attn_implementation="eager").train()
@@ -236,7 +236,7 @@ def test_each_tensor_keeps_a_dtype_of_its_own(case, tmp_path):
     assert after[name].dtype == tensor.dtype and after[name].view().tobytes() == tensor.tobytes()
 
 
-@pytest.mark.slow_for("float16")
+@pytest.mark.slow_for("float16", "20KB")
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_from_narrow_sources_whole_and_sharded(case, tmp_path, dtype, shard_size):

@@ -8,12 +8,12 @@ import re
 import pytest
 from interrupted import Interrupted, assert_same, same_bits, state, steps
 
-DISKS = 2  # of a part
+DISKS = 1  # of a part
 WRITING = ["save begun", "arrays written", "checkpoint in place", "file written, not renamed", "line of metrics"]
 WRITING += ["weights exported", "export to be put in place", "tokens written"]
 
 
-@pytest.mark.parts(3, 50)
+@pytest.mark.parts(5, 100)
 def test_a_full_disk_ends_with_code_4_and_costs_nothing(interruptible, undisturbed, tmp_path, part, record_property):
   rng, filled, run = random.Random(part), 0, None
   names = map("run{}".format, itertools.count())

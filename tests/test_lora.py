@@ -164,6 +164,7 @@ def finetuned(config, tmp_path):
   return finetune(config, tmp_path / "run"), config
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_leaves_a_plain_model_and_goes_on_bit_for_bit(finetuned, folder, tmp_path):
   run, config = finetuned
   base, exported = (load_file(at / "model.safetensors") for at in (folder, run.export))

@@ -93,7 +93,7 @@ def test_scan_equals_a_plain_loop(folder):
   np.testing.assert_allclose(decoder(ids), decoder.norm(x), rtol=1e-5, atol=1e-5)  # values are around 1
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_remat_changes_no_gradient(folder, remat):
   cfg, graph, params = opened(folder)
   _, again, _ = opened(folder, Compute(remat=remat))

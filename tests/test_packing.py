@@ -70,7 +70,7 @@ def relative_difference(ours, theirs):
   return norm(jax.tree.map(np.subtract, ours, theirs)) / norm(theirs)
 
 
-@pytest.mark.slow_for("gptj")
+@pytest.mark.slow_for("gptj", "gpt2")
 def test_packed_rows_learn_what_single_rows_learn(decoder):
   examples = stored([5, 9, 3, 11, 24, 2, 7, 8, 13, 4])
   packed, single = (batch(ExampleRows(examples, T, EOS, pack=pack)) for pack in (True, False))
@@ -97,7 +97,7 @@ def test_an_example_changes_its_own_logits_only(decoder):
     assert (before[0, segments == segment] != after[0, segments == segment]).any()
 
 
-@pytest.mark.slow_for("gptj")
+@pytest.mark.slow_for("gptj", "gpt2")
 @pytest.mark.parametrize("pack", [True, False])
 def test_what_lies_in_padding_changes_nothing(decoder, pack):
   row = batch(ExampleRows(stored([5, 9, 3]), T, EOS, pack=pack))

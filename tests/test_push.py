@@ -84,6 +84,7 @@ def test_every_file_arrives_and_the_token_is_nowhere_else(folder, tmp_path, hub)
   assert not any(SECRET.encode() in content for content in written.values())
 
 
+@pytest.mark.slow
 def test_a_hub_that_fails_leaves_the_folder_and_says_how_to_go_on(folder, tmp_path, hub):
   hub.broken = True
   done = export(folder, tmp_path / "out", "someone/stories", hub)

@@ -164,6 +164,7 @@ def test_a_run_without_evaluations_has_a_page(tmp_path):
   assert "No step was logged" in page.text and "svg" not in page.found
 
 
+@pytest.mark.slow
 def test_a_classification_run_is_told_by_accuracy(folder, tmp_path):
   rows = [{"text": f"the {word} cat", "label": str(len(word) > 3)} for word in tiny.WORDS * 8]
   (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -205,6 +206,7 @@ def test_a_page_forbids_every_request_and_every_script_but_its_own(tmp_path):
   assert not re.search(r"https?://", text.replace(markup.SCRIPT, ""))
 
 
+@pytest.mark.slow
 def test_a_page_stays_small_however_long_the_run(tmp_path):
   long = {"when": "during", "prompt": "<" * 5000, "text": '"' * 50_000, "seed": 0}
   texts = [json.dumps(long | {"step": step, "prompt": f"{step % 50}" + long["prompt"]}) for step in range(400)]

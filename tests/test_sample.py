@@ -31,6 +31,7 @@ def test_greedy_tokens_equal_transformers(ready, folder):
     assert completion.token_ids == (wanted[: wanted.index(0)] if 0 in wanted else wanted)
 
 
+@pytest.mark.slow_for("sampling0")
 @pytest.mark.parametrize("sampling", [dict(temperature=0), dict(temperature=0.9, top_k=20, top_p=0.9, seed=5)])
 def test_a_ragged_batch_equals_one_by_one(ready, sampling):
   together = ready.generate(PROMPTS, max_new_tokens=20, **sampling)
@@ -44,6 +45,7 @@ def test_a_ragged_batch_equals_one_by_one(ready, sampling):
   "sampling",
   [pytest.param(dict(temperature=0), marks=pytest.mark.slow), dict(seed=5, top_k=0), dict(temperature=0, num_beams=3)],
 )
+@pytest.mark.slow_for("sampling2")
 def test_a_long_neighbour_does_not_end_a_text(ready, sampling):
   """The model has 71 positions: a prompt of 60 tokens leaves room for 11 more, one of a few for all 40."""
   long = "the cat and " * 20
@@ -56,6 +58,7 @@ def test_a_long_neighbour_does_not_end_a_text(ready, sampling):
   assert len(together[1].token_ids) <= 71 - len(ready.tokenizer(long)["input_ids"]) < 20
 
 
+@pytest.mark.slow
 def test_one_device_which_reads_layers_where_they_lie_writes_what_eight_write(ready):
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params = jax.device_put(ready.params, device)

@@ -57,6 +57,7 @@ def test_a_kernel_that_is_not_there_is_refused(config, tmp_path, kernel, device)
     finetune(config, tmp_path, dry_run=True)
 
 
+@pytest.mark.slow
 def test_steps_are_traced_and_the_trace_tells_of_waits(config, tmp_path, monkeypatch):
   config.train.steps, config.train.profile_steps, written, stop = 6, 2, [], jax.profiler.stop_trace
 
@@ -150,6 +151,7 @@ def test_a_model_learns_where_to_end(folder, tmp_path, layout):
   assert all(len(completion.token_ids) < 30 for completion in completions)
 
 
+@pytest.mark.slow
 def test_prompts_are_answered(folder, tmp_path):
   file = tmp_path / "pairs.jsonl"
   pairs = [("the cat", " sat on mat"), ("the dog", " ran to house"), ("the red", " door")]
