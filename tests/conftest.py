@@ -13,8 +13,8 @@ from typing import NamedTuple
 # Before jax starts. Sub-processes inherit the cache: a program is compiled once in a whole test run.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jaxft-test-xla-{os.getuid()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Compiling is most of what tests do: without LLVM's optimizations it takes half as long (27 s, not 50, for four train steps), and
-# with the older of two code generators a third of that less; jaxlib 0.11 has the newer one alone. `make torture` has neither.
+# Compiling is most of what tests do. Without LLVM's optimizations it takes half as long (27 s, not 50, for four train steps);
+# with the older of two code generators, which jaxlib 0.11 no longer has, a third less than that. `make torture` does not.
 if "--torture" not in sys.argv:
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -58,13 +58,18 @@ def pytest_generate_tests(metafunc):
 # The files that take minutes begin first, so that no worker is left with one of them at the end.
 LONGEST = (
   "test_kills",
-  "test_commands",
   "test_signals",
-  "test_hosts",
   "test_full_disks",
+  "test_hosts",
+  "test_commands",
   "test_compiled",
   "test_train",
   "test_pages",
+  "test_sample",
+  "test_guards",
+  "test_families",
+  "test_step",
+  "test_plan",
 )
 
 

@@ -120,6 +120,7 @@ def test_another_model_text_or_optimizer_is_refused_by_name(config, folder, stor
     finetune(config, tmp_path / "run", allow_change=True)
 
 
+@pytest.mark.slow
 def test_a_torn_line_of_metrics_stops_no_export_and_a_broken_config_is_named(config, tmp_path):
   run = finetune(config, tmp_path / "run")
   metrics = run.workdir / "metrics.jsonl"

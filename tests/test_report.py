@@ -128,6 +128,7 @@ def test_a_run_leaves_its_page_and_what_it_was_started_with(finished):
   assert (workdir / "report.html").read_text() == kept
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_or_cannot_write_its_page_ends_as_it_would(config, tmp_path, capsys):
   config.optim.learning_rate, config.optim.warmup_steps, config.optim.clip_norm = 1e38, 0, 0.0
   with pytest.raises(NumericsError):

@@ -20,6 +20,7 @@ def ready(folder):
   return pretrained.load(folder)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_equal_transformers(ready, folder):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
@@ -174,6 +175,7 @@ RULES = [
 ]
 
 
+@pytest.mark.slow_for("rules0", "rules1")
 @pytest.mark.parametrize("rules", RULES)
 def test_rules_give_transformers_tokens_alone_and_in_a_ragged_batch(ready, folder, rules):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
@@ -197,6 +199,7 @@ def test_rules_give_transformers_tokens_alone_and_in_a_ragged_batch(ready, folde
     (19, dict(num_beams=2, no_repeat_ngram_size=2, repetition_penalty=1.3)),
   ],
 )
+@pytest.mark.slow_for("rules0", "rules2", "rules3")
 def test_beams_are_transformers_own_alone_and_in_a_ragged_batch(ready, folder, end, rules):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
@@ -286,6 +289,7 @@ def test_a_text_stops_at_a_stop_string_and_is_told_as_it_comes(ready):
   assert [told[0], told[1]] == [it.text for it in found]
 
 
+@pytest.mark.slow
 def test_the_models_own_generation_config_is_respected(folder, tmp_path):
   model = shutil.copytree(folder, tmp_path / "model")
 

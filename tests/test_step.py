@@ -63,6 +63,7 @@ def assert_close(state, other, rtol=1e-5):
   )
 
 
+@pytest.mark.slow_for("4", "8")
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
 def test_micro_batches_are_one_batch(folder, accumulation):
   losses, state, _ = train(folder, dropout=0.1)
@@ -80,6 +81,7 @@ def test_a_mesh_draws_the_dropout_of_one_device(folder, accumulation):
   assert_close(other, state, 1e-4)
 
 
+@pytest.mark.slow_for("adamw", "lion", "sgd")
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
 def test_every_optimizer_learns_on_a_mesh(folder, name):
   rate = {"adamw": 3e-3, "lion": 3e-4, "sgd": 1e-2, "adafactor": 1e-2, "muon": 1e-3}[name]

@@ -75,6 +75,7 @@ def read(name, workdir):
   return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tracker_is_told_everything_once_and_how_each_piece_ended(name, tmp_path):
   failed, preempted, _ = ENDINGS[name]
