@@ -11,33 +11,10 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxft import backend, pretrained, run_clm
+from jaxft import backend, pretrained, run_clm, usage
 from jaxft import config as settings
 from jaxft.errors import RequestError
 from jaxft.run import hosts, roll_call
-
-USAGE = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config.section.key=value ...]
-
-  --config FILE      a file with get_config(); see configs/
-  --workdir DIR      where the run is written, and found again (default: runs/NAME_OF_CONFIG)
-  --config.a.b=VALUE any setting; --print_config lists them all with their meaning. Settings that take several texts,
-                     such as data.train, take the flag several times
-  --dry_run          compile and tell the memory, train nothing
-  --print_config     print the settings of this run and end
-  --strict           end, with exit code 4, at a damaged checkpoint instead of going back to the one before it
-  --allow_change     continue a run although settings that shape what is learned have changed
-  --require gpu      end, with exit code 2, where JAX would compute on anything else; or tpu
-
-The flags of transformers' run_clm.py that mean the same thing are understood: docs/recipes/run_clm.md.
-
-Several hosts, the same command on each; under SLURM, Open MPI, Kubernetes and on TPU pods these are found out:
-  --coordinator HOST:PORT   of process 0
-  --num_processes N         of the run
-  --process_id I            of this process, from 0
-  --start_timeout SECONDS   to wait for the others (default: 300)
-  --peer_timeout SECONDS    of silence after which another process counts as lost (default: 60)
-"""
-
 
 SWITCHES = ("dry_run", "print_config", "strict", "allow_change")
 
@@ -65,7 +42,7 @@ def parse_train() -> TrainArguments:
     "peer_timeout": hosts.PEER_TIMEOUT,
   }
   sys.argv[1:], per_device = run_clm.translate(sys.argv[1:])
-  values = parse(USAGE, SWITCHES, ("workdir", "require", "coordinator"), numbers)
+  values = parse(usage.TRAIN, SWITCHES, ("workdir", "require", "coordinator"), numbers)
   workdir = Path(values.workdir) if values.workdir else Path("runs") / Path(values.config_file).stem
   for name in ("start_timeout", "peer_timeout"):
     if getattr(values, name) < 1:
@@ -87,7 +64,7 @@ def parse_train() -> TrainArguments:
 
 
 def parse(
-  usage: str,
+  text: str,
   switches: tuple[str, ...] = (),
   texts: tuple[str, ...] = (),
   numbers: Mapping[str, int | None] = MappingProxyType({}),
@@ -95,11 +72,11 @@ def parse(
 ) -> SimpleNamespace:
   """`config`, `config_file` and the command's own flags, out of `sys.argv`, which ml_collections reads too.
 
-  Raises RequestError with every unknown setting, or the first other fault. `--help` prints `usage` and ends the process. Flags
+  Raises RequestError with every unknown setting, or the first other fault. `--help` prints `text` and ends the process. Flags
   in `several` may be repeated, and give lists.
   """
   if {"-h", "--help"} & set(sys.argv[1:]) or len(sys.argv) == 1:
-    print(usage)
+    print(text)
     sys.exit(0 if len(sys.argv) > 1 else 2)
   argv = [_quoted("-" + word if word.startswith("-config.") else word) for word in sys.argv]
   names = [word.removeprefix("--config.").split("=")[0] for word in argv[1:] if word.startswith("--config.")]

@@ -9,24 +9,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxft import command_line
+from jaxft import command_line, usage
 from jaxft import config as settings
 from jaxft.data import report, sources, tokens
 from jaxft.errors import RequestError, run_command
 from jaxft.hf import repo
 from jaxft.run.tracking import Meter, say, visible
 
-USAGE = """python -m jaxft.prepare --config configs/X.py [--config.section.key=value ...] [--json]
-
-  --config FILE      a file with get_config(); see configs/
-  --config.a.b=VALUE any setting; those of `data` decide what is read and how
-  --json             print the content of data_report.json, and nothing else, on standard output
-"""
 PREVIEW = 3  # rows shown
 
 
 def main() -> None:
-  arguments = command_line.parse(USAGE, ("json",))
+  arguments = command_line.parse(usage.PREPARE, ("json",))
   config = arguments.config
   lines = settings.faults(config)
   if not lines:

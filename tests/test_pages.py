@@ -21,7 +21,7 @@ import pytest
 import tiny
 
 import jaxft
-from jaxft import command_line
+from jaxft import command_line, usage
 from jaxft import config as settings
 from jaxft.hf.published import PUBLISHED
 from jaxft.plan import __main__ as plan
@@ -174,7 +174,7 @@ def test_what_is_planned_is_there(command, monkeypatch):
   """All but the compiling: settings, hardware, and that the models need no network."""
   monkeypatch.chdir(pages.ROOT)
   monkeypatch.setattr(sys, "argv", words_of_plan(command))
-  arguments = command_line.parse(plan.USAGE, ("fit", "json"), ("html", "prices"), several=("device",))
+  arguments = command_line.parse(usage.PLAN, ("fit", "json"), ("html", "prices"), several=("device",))
   assert not settings.faults(arguments.config)
   assert all(targets.find(name) for text in arguments.device for name in text.split(","))
   assert answer.model_facts(arguments.config).L > 1

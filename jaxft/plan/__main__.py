@@ -4,31 +4,16 @@ import json
 import sys
 from pathlib import Path
 
-from jaxft import command_line
+from jaxft import command_line, usage
 from jaxft.errors import RequestError, run_command
 from jaxft.files import write_whole
 from jaxft.plan import show, targets
 from jaxft.plan.answer import plans_for
 from jaxft.run.tracking import console
 
-USAGE = """python -m jaxft.plan --config configs/X.py --device NAME [--config.a.b=value ...] [--fit] [--json] [--html FILE]
-
-  --config FILE      a file with get_config(); see configs/. Its data need not be there, and no weights are read
-  --device NAME      t4, rtx4090, a100-80gb, h100, h100x8, ..., or a slice of TPUs such as v5e:2x4 or tpu7x:2x2x1, or cpux8.
-                     Several: the flag several times, or NAME,NAME
-  --config.a.b=VALUE any setting
-  --fit              look for the fastest settings that fit; where the config does not fit, one that does is looked for anyway
-  --prices FILE      what a device costs an hour, by your own table: JSON such as {"h100": 2.5, "v5e": 1.2}
-  --json             print one JSON object, and nothing else, on standard output
-  --html FILE        write a page
-
-Compiles the train step with the compiler of that device, which need not be there. A plan that does not fit is an answer too:
-the exit code is 0.
-"""
-
 
 def main() -> None:
-  arguments = command_line.parse(USAGE, ("fit", "json"), ("html", "prices"), several=("device",))
+  arguments = command_line.parse(usage.PLAN, ("fit", "json"), ("html", "prices"), several=("device",))
   devices = [name for text in arguments.device for name in text.split(",")]
   if not devices:
     raise RequestError("--device is missing; name one, such as h100x8, rtx4090 or v5e:2x4")
