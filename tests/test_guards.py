@@ -87,6 +87,7 @@ def test_a_damaged_checkpoint_ends_a_strict_run(config, tmp_path):
   finetune(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_change_goes_on_only_when_it_is_allowed(config, tmp_path):
   finetune(config, tmp_path / "run")
   config.train.steps = 14

@@ -206,6 +206,7 @@ def test_json_is_one_object_with_the_keys_of_the_contract(on_cpu):
   assert (one["cost"], two["cost"]) == ({"per_hour": 0.25}, {"per_hour": 0.5})
 
 
+@pytest.mark.slow
 def test_one_of_several_devices_that_refuses_leaves_the_others_their_plans(config_file, tmp_path):
   page, flags = tmp_path / "plan.html", ("--config.mesh.fsdp=2", "--config.mesh.data=1")
   done = plan("--config", config_file, "--device", "cpu,cpux2", *flags, "--json", "--html", page)

@@ -255,6 +255,7 @@ def test_a_prompt_that_fills_the_model_is_refused(ready):
     ready.generate(["a", "cat dog " * 60])
 
 
+@pytest.mark.slow
 def test_several_texts_of_a_prompt_are_its_own(ready):
   how = dict(max_new_tokens=12, seed=3)
   alone = ready.generate(PROMPTS, **how)

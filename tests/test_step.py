@@ -81,7 +81,7 @@ def test_a_mesh_draws_the_dropout_of_one_device(folder, accumulation):
   assert_close(other, state, 1e-4)
 
 
-@pytest.mark.slow_for("adamw", "lion", "sgd")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
 def test_every_optimizer_learns_on_a_mesh(folder, name):
   rate = {"adamw": 3e-3, "lion": 3e-4, "sgd": 1e-2, "adafactor": 1e-2, "muon": 1e-3}[name]
@@ -127,6 +127,7 @@ def test_a_step_that_is_not_finite_changes_nothing(folder, fsdp, accumulation):
   )
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_seed_and_step_alone(folder):
   assert train(folder, dropout=0.3)[0] == train(folder, dropout=0.3)[0] != train(folder)[0]
   same_batch = train(folder, 1, dropout=0.3)[2][0]["loss"]
