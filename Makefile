@@ -1,9 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
-# Three workers on two cores: many tests wait for a process of their own. A file stays in one worker: its tests share models and
-# compiled programs.
-WORKERS = -n $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) * 3 + 1) / 2 ))) --maxprocesses 6 \
+# Two workers a core: many tests wait for a process of their own. A file stays in one worker: its tests share models and compiled
+# programs.
+WORKERS = -n $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 ))) --maxprocesses 8 \
   --dist loadfile --no-loadscope-reorder
 PYTEST = $(VENV)/bin/python -m pytest
 

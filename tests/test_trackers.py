@@ -240,6 +240,7 @@ def test_a_library_that_is_not_there_is_named_with_the_command_that_installs_it(
   (tmp_path / "no_such_tracker").mkdir()  # a folder of that name beside the run is no library
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.setitem(writers.MODULES, "wandb", ("no_such_tracker",))
+  monkeypatch.setitem(writers.MODULES, "tensorboard", ("json",))  # is there
   config = tiny.config(folder, stories)
   config.tracking.writers = ("tensorboard", "wandb")
   line = r'config.tracking.writers: wandb needs no_such_tracker, not installed here: pip install "jaxft\[tracking\]"'
