@@ -13,7 +13,7 @@ from interrupted import SAVE_EVERY, Interrupted, assert_same
 KILLS = 2  # of a part
 
 
-@pytest.mark.parts(10, 150)
+@pytest.mark.parts(5, 150)
 def test_killed_runs_end_as_undisturbed_ones(interruptible, undisturbed, tmp_path, part, record_property):
   rng, killed, places, lost, run = random.Random(part), 0, set(), [0], None
   wanted, seconds = undisturbed
