@@ -25,7 +25,7 @@ torture: $(VENV)/installed-dev-all  ## before a release, hours: hundreds of each
 
 coverage: $(VENV)/installed-dev  ## the lines of jaxft that `make test` runs, sub-processes counted
 	rm -f .coverage*
-	FRESH_PROCESSES=1 $(VENV)/bin/python -m coverage run -m pytest $(WORKERS) -m "not slow and not wide"
+	$(VENV)/bin/python -m coverage run -m pytest $(WORKERS) -m "not slow and not wide"
 	$(VENV)/bin/python -m coverage combine --quiet
 	$(VENV)/bin/python -m coverage report
 

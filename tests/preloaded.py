@@ -2,7 +2,8 @@
 
 `Popen` is `subprocess.Popen` of `sys.executable` but for how the process begins. The child is a real process with a JAX of its
 own, and a child of the caller: it can be signalled, killed and waited for. It starts afresh wherever its environment differs in
-what Python and the libraries read at import; with FRESH_PROCESSES=1 (`--torture` and coverage set it) every process does.
+what Python and the libraries read at import; with FRESH_PROCESSES=1, which `--torture` sets, every process does. Forked ones
+share a seed of hashes, and what is imported.
 """
 
 import array
