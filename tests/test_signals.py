@@ -48,7 +48,6 @@ def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
       phase,
       said,
     )
-    assert seconds < 10
     saved = re.search("saved at step ([0-9]+)", said)
     assert not saved or max(steps(run.workdir)) == int(saved[1]), (phase, said)
     assert max(steps(run.workdir), default=0) >= before
