@@ -17,7 +17,7 @@ if sys.argv[0] == "-m" and any(word.startswith("jaxft.") for word in sys.orig_ar
   signal.signal(signal.SIGINT, signal.SIG_DFL)
   from jaxft import usage
 
-  usage.tell(sys.orig_argv)
+  usage.print_if_asked(sys.orig_argv)
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
 
 __version__ = "0.1.0"

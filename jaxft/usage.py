@@ -1,4 +1,4 @@
-"""What --help says of the commands that take a config: told before jax is imported, which takes seconds."""
+"""What --help says of the commands that take a config: printed before jax is imported, which takes seconds."""
 
 import contextlib
 import sys
@@ -48,7 +48,7 @@ the exit code is 0.
 """
 
 
-def tell(command: list[str]) -> None:
+def print_if_asked(command: list[str]) -> None:
   """Prints the usage of `python -m jaxft.X --help` and ends the process; returns where it is not asked for, or not known here.
 
   Args:

@@ -1,10 +1,10 @@
 """How many faults do the tests catch? Thirty, of one line each, are put into a copy of jaxft, one after the other.
 
-    python scripts/mutants.py                 # by the tests that take seconds; 27 of them must be caught
+    python scripts/mutants.py                 # by the tests of `make test`; 27 of them must be caught
     python scripts/mutants.py --all           # by the slow tests too; all must be caught
     python scripts/mutants.py --only loader   # those that have this word in their line; no table is written
 
-Needs the test extra, and torch: faults that only another implementation shows are caught beside transformers alone. For each
+Needs the dev extra, and torch: faults that only another implementation shows are caught beside transformers alone. For each
 fault the tests run that are to catch it, in a copy of the checkout. It is caught when one of them fails; when all of them pass
 it has escaped, and anything else is an error of this file. The same tests must pass without any fault first.
 
@@ -33,7 +33,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- mutants -->", "<!-- /mutants -->"
-MUST_BE_CAUGHT = 27  # by the tests that take seconds
+MUST_BE_CAUGHT = 27  # by `make test`
 MOST_SECONDS = 3600  # for the tests of one fault
 PASSED, FAILED = 0, 1  # pytest's exit codes
 # Of pytest's summary: the test, without its parameters.
@@ -440,7 +440,7 @@ def main() -> int:
       copy.is_what_is_imported()
     must_pass(chosen, copies)
     outcomes = catch_all(chosen, copies)
-  text = table(outcomes, "all tests but the wide ones" if arguments.all else "the tests that take seconds")
+  text = table(outcomes, "all tests but the wide ones" if arguments.all else "`make test`")
   print(f"\n{text}")
   if len(chosen) == len(FAULTS):
     write_into_page(text)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,8 @@ from typing import NamedTuple
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jaxft-test-xla-{os.getuid()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Compiling is most of what tests do. Without LLVM's optimizations it takes half as long (27 s, not 50, for four train steps);
-# with the older of two code generators, which jaxlib 0.11 no longer has, a third less than that. `make torture` does not.
+# with the older of two code generators, which jaxlib 0.11 no longer has, a third less than that. With --torture programs are
+# compiled as users compile them.
 if "--torture" not in sys.argv:
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -97,6 +99,7 @@ def shared(tmp_path_factory):
   def made(name, make):
     with FileLock(home / f"{name}.lock"):
       if not (home / f"{name}.made").exists():
+        shutil.rmtree(home / name, ignore_errors=True)  # of a worker that failed
         (home / name).mkdir()
         make(home / name)
         (home / f"{name}.made").touch()
@@ -125,11 +128,11 @@ def config(folder, stories):
 
 @pytest.fixture(scope="session")
 def configs(shared, folder, stories):
-  places = {"tests": str(processes.ROOT / "tests"), "folder": str(folder), "stories": str(stories)}
+  paths = {"tests": str(processes.ROOT / "tests"), "folder": str(folder), "stories": str(stories)}
 
   def make(home):
-    (home / "small.py").write_text(processes.CONFIG.format(**places))
-    (home / "interrupted.py").write_text(interrupted.CONFIG.format(**places))
+    (home / "small.py").write_text(processes.CONFIG.format(**paths))
+    (home / "interrupted.py").write_text(interrupted.CONFIG.format(**paths))
 
   return shared("configs", make)
 

@@ -114,9 +114,8 @@ def arm(place: str, count: int, action: str) -> None:
 
 
 def main() -> None:
-  sys.modules.setdefault(
-    "torch", None
-  )  # exports are compared with it elsewhere; here its import would be most of a start
+  # Importing torch would be most of a start; where it is imported already (preloaded.py), exports are compared with it.
+  sys.modules.setdefault("torch", None)
   place, count, action, *arguments = sys.argv[1:]
   if largest := os.environ.get("LARGEST_FILE"):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(largest), int(largest)))

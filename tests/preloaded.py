@@ -68,7 +68,7 @@ def _read_at_import(env):
 
 
 def _ask(request, streams):
-  """The new process."""
+  """The process id of the new process."""
   server = _server()
   fds = array.array("i", streams)
   server.sendmsg([json.dumps(request).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
@@ -78,9 +78,8 @@ def _ask(request, streams):
 @functools.cache
 def _server():
   """Our end of the socket to the process that forks."""
-  if ctypes.CDLL(None, use_errno=True).prctl(
-    PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0
-  ):  # its grandchildren become our children
+  prctl = ctypes.CDLL(None, use_errno=True).prctl
+  if prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):  # the server's grandchildren become our children
     raise OSError(ctypes.get_errno(), "prctl")
   ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
   ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
@@ -109,16 +108,16 @@ def _serve(server):
     if not text:
       os._exit(0)
     streams = array.array("i", ancillary[0][2])
-    told, tell = os.pipe()
-    if between := os.fork():
-      os.waitpid(between, 0)  # only then is the new process the caller's child
-      server.send(os.read(told, 64))
+    reading, writing = os.pipe()
+    if intermediate := os.fork():
+      os.waitpid(intermediate, 0)  # only then is the new process the caller's child
+      server.send(os.read(reading, 64))
     elif child := os.fork():
-      os.write(tell, str(child).encode())
+      os.write(writing, str(child).encode())
       os._exit(0)
-    for number in (told, tell):
+    for number in (reading, writing):
       os.close(number)
-    if not between:
+    if not intermediate:
       server.close()
       return _become(json.loads(text), streams)
     for stream in streams:
