@@ -3,7 +3,7 @@ VENV ?= .venv
 WORKDIR ?= runs/quickstart
 # A worker a core: with two, each test takes twice the processor's time (2026-11, two cores: 300 s, not 440). A file stays in one
 # worker: its tests share models and compiled programs.
-WORKERS = -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+WORKERS = -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 PYTEST = $(VENV)/bin/python -m pytest
 
 .PHONY: quickstart test test-all torture coverage mutants lint assets
