@@ -18,7 +18,7 @@ import jaxft
 from jaxft import config as settings
 from jaxft import lora, model, parts, program, sharding
 from jaxft.errors import RequestError
-from jaxft.hf import chosen, facts
+from jaxft.hf import chosen, facts, peft, repo, unload
 from jaxft.hf.published import PUBLISHED
 from jaxft.step import State
 from jaxft.train import finetune
@@ -155,6 +155,34 @@ def test_merged_weights_are_the_model_with_adapters(family, targets):
   without = nnx.merge(model.abstract(plain_cfg, run.compute)[0], lora.without_adapters(params))
   assert np.abs(logits[0] - np.asarray(without.logits(without(ids)))).max() > 0.1
   np.testing.assert_allclose(logits[1], logits[0], atol=1e-5 * np.abs(logits[0]).max())
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_files_of_adapters_hold_what_merging_adds(family, tmp_path):
+  lora_config = dict(lora__rank=3, lora__alpha=5.0, lora__targets=ODD_TARGETS[family], lora__layers=("0", "2"))
+  cfg, run = build(family, **lora_config)
+  state = begin(run, cfg, family)
+  untrained = lambda path, x: x.at[1].set(0) if path[-1].key == "lora_b" else x  # in the layer that has no adapter
+  trained, params = (jax.tree_util.tree_map_with_path(untrained, tree) for tree in (state.params, state.weights))
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": 293} | tiny.FAMILIES[family]))
+  source = repo.find(str(tmp_path), weights=False)
+  peft.write(tmp_path / "adapter", trained, cfg, source, changed(settings.default(), **lora_config))
+  about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+  file = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+  scale, layers = about["lora_alpha"] / about["r"], about["layers_to_transform"]
+  assert {name.split(".")[4] for name in file} == {str(i) for i in layers} == {"0", "2"}
+  tensors = lambda params: {it.name: it.make() for it in unload.hf_tensors(params, source)}
+  before, merged = tensors(lora.without_adapters(params)), tensors(lora.merge(params, cfg))
+  for name, tensor in merged.items():
+    module = f"base_model.model.{name.removesuffix('.weight')}"
+    if f"{module}.lora_A.weight" not in file:
+      assert tensor.tobytes() == before[name].tobytes(), name
+      continue
+    change = scale * file.pop(f"{module}.lora_B.weight") @ file.pop(f"{module}.lora_A.weight")
+    change = change.T if about["fan_in_fan_out"] else change
+    assert np.abs(change).max() > 0.01
+    np.testing.assert_allclose(tensor - before[name], change, atol=1e-6, err_msg=name)
+  assert not file
 
 
 @pytest.fixture

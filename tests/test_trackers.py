@@ -20,6 +20,7 @@ from jaxft import config as settings
 from jaxft.errors import NumericsError, Preempted, RequestError
 from jaxft.run import writers
 from jaxft.run.secrets import masked
+from jaxft.run.system import SystemMetrics
 from jaxft.run.tracking import Lines
 from jaxft.run.writers import Writers
 from jaxft.train import check, finetune
@@ -75,7 +76,7 @@ def read(name, workdir):
   return json.loads(done.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.slow_for("mlflow", "wandb", "trackio")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tracker_is_told_everything_once_and_how_each_piece_ended(name, tmp_path):
   failed, preempted, _ = ENDINGS[name]
@@ -103,6 +104,17 @@ def test_a_run_that_begins_again_is_a_new_run_and_a_tracker_that_comes_later_get
   assert read("mlflow", tmp_path)["runs"] == 2
   steps = {name: [step for step, _ in read(name, tmp_path)["metrics"]["train/tokens"]] for name in NAMES[::3]}
   assert steps == {"tensorboard": [1, 2, 3, 4], "trackio": [1, 2, 3, 4, 5]}
+
+
+def test_the_load_of_this_host_is_read_while_a_run_goes_on():
+  with SystemMetrics(True) as metrics:
+    until = time.monotonic() + 30
+    while not metrics.latest and time.monotonic() < until:
+      time.sleep(0.01)
+  assert 0 < metrics.latest["system/memory_percent"] <= 100
+  assert 10e6 < metrics.latest["system/process_memory_bytes"] < metrics.latest["system/memory_used_bytes"]
+  with SystemMetrics(False) as metrics:
+    assert not metrics.is_alive()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`finetune` in this process: every family, from new weights, on one device and on eight."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import jaxft
 from jaxft.errors import NumericsError, RequestError
 from jaxft.pretrained import load_workdir
+from jaxft.run.profile import Profile
 from jaxft.train import finetune
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +57,25 @@ def test_a_kernel_that_is_not_there_is_refused(config, tmp_path, kernel, device)
   config.model.attention = kernel
   with pytest.raises(RequestError, match=f"config.model.attention={kernel}: it is for {device}, and this is a cpu"):
     finetune(config, tmp_path, dry_run=True)
+
+
+def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path, capsys):
+  paused = []
+
+  @contextlib.contextmanager
+  def pause():
+    paused.append(step)
+    yield
+
+  with Profile(tmp_path, 2, 2, 5, pause) as profile:
+    for step in range(1, 6):
+      profile.before(step, None)
+      numbers = jax.block_until_ready(jax.numpy.ones(3) + step)
+      profile.after(step, numbers)
+  assert paused == [2, 3] and len(list(tmp_path.rglob("*.xplane.pb"))) == 1
+  assert f"steps 2 to 3 are traced in {tmp_path}" in capsys.readouterr().out
+  Profile(tmp_path, 6, 2, 5, pause)
+  assert "nothing is traced: the first step that would be is 6, and the last of the run is 5" in capsys.readouterr().out
 
 
 @pytest.mark.slow
