@@ -61,14 +61,18 @@ def pytest_generate_tests(metafunc):
 
 # The files that take minutes begin first, so that no worker is left with one of them at the end.
 LONGEST = (
+  "test_compiled",
+  "test_pages",
+  "test_recipes",
   "test_kills",
   "test_signals",
+  "test_gpu_short",
   "test_full_disks",
   "test_hosts",
   "test_commands",
-  "test_compiled",
+  "test_notebook",
+  "test_lora",
   "test_train",
-  "test_pages",
   "test_sample",
   "test_guards",
   "test_families",

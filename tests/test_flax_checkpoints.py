@@ -102,11 +102,11 @@ def test_the_same_weights_from_either_format(folder, flax_folder):
 
 @pytest.mark.slow
 def test_damaged_msgpack_is_refused_in_one_line(flax_folder):
-  """Every header byte changed, and every kind of truncation: refused by name, or the same names and shapes as before."""
+  """Every other header byte changed, and every kind of truncation: refused by name, or the same names and shapes as before."""
   file = flax_folder / "flax_model.msgpack"
   good, rng = file.read_bytes(), np.random.default_rng(0)
   refused = 0
-  for at in [*range(0, 400), *rng.integers(len(good), size=100)]:
+  for at in [*range(0, 400, 2), *rng.integers(len(good), size=50)]:
     bad = bytearray(good)
     bad[at] ^= 1 << int(rng.integers(8))
     file.write_bytes(bad if at % 3 else good[:at])
@@ -115,7 +115,7 @@ def test_damaged_msgpack_is_refused_in_one_line(flax_folder):
     except RequestError as error:
       refused += 1
       assert str(flax_folder) in str(error) and len(str(error).splitlines()) == 1
-  assert refused > 200
+  assert refused > 100
 
 
 @pytest.mark.parametrize("bomb", [

@@ -93,10 +93,8 @@ WAYS = {
 }
 ALWAYS = [  # the others are wide
   ("gpt2", "adapters", "accumulated"),
-  ("gpt2", "only", "all offloaded"),
   ("gpt_neo", "only", "eight"),
   ("gptj", "adapters", "all offloaded, accumulated"),
-  ("gptj", "adapters", "zero 1"),
 ]
 CASES = [
   pytest.param(
