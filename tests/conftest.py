@@ -84,8 +84,10 @@ LONGEST = (
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items):
   for item in items:
-    if (marker := item.get_closest_marker("slow_for")) and {*marker.args} & {*item.callspec.id.split("-")}:
-      item.add_marker(pytest.mark.slow)
+    for name in ("slow", "wide"):
+      marker = item.get_closest_marker(f"{name}_for")
+      if marker and {*marker.args} & {*item.callspec.id.split("-")}:
+        item.add_marker(name)
   place = {name: i for i, name in enumerate(LONGEST)}
   items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 

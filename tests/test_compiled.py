@@ -36,7 +36,9 @@ HARDWARE = {
   "quickstart": ("cpu",),
 }
 # Programs like another's: GPT-2 that fits one card. `make torture` compiles these too.
-LIKE_OTHERS = {"gpt2_from_scratch", "gpt2_jokes", "gpt2_medium_recipes", "gpt2_question_answer"}
+LIKE_OTHERS = {
+  f"gpt2_{name}" for name in "from_scratch jokes medium_recipes question_answer reviews_classification".split()
+}
 GIB = 2**30
 GPTJ = "EleutherAI/gpt-j-6b"
 L, D = 28, 4096
@@ -169,9 +171,9 @@ def test_a_tpu_chip_holds_less_the_more_there_are(compiler):
 @pytest.mark.parametrize(
   "model, T, most",
   [
-    ("gpt2-xl", 1024, 2.5),
+    pytest.param("gpt2-xl", 1024, 2.5, marks=pytest.mark.wide),
     pytest.param("EleutherAI/gpt-neo-2.7B", 2048, 4, marks=pytest.mark.wide),
-    pytest.param(GPTJ, 2048, 5, marks=pytest.mark.wide),
+    (GPTJ, 2048, 5),
   ],
 )
 def test_weights_and_state_on_the_host_leave_a_layer_on_the_device(compiler, model, T, most):
@@ -222,7 +224,8 @@ def test_what_the_tpu_compiler_cannot_keep_on_the_host_is_refused(compiler):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept, most", [pytest.param("none", 14, marks=pytest.mark.wide), ("all", 5)])
+@pytest.mark.parametrize("kept, most", [("none", 14), ("all", 5)])
+@pytest.mark.wide
 def test_adapters_of_gptj_take_little_more_than_its_weights(compiler, kept, most):
   answer = compiler(request(GPTJ, "h100", 1, 2048, memory__offload=kept, lora__rank=16))
   print(kept, answer["peak_bytes"] / GIB, answer["host_bytes"] / GIB)
@@ -286,6 +289,7 @@ def test_attention_with_dropout_has_no_giants_either(compiler):
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_full_rematerialisation_takes_little_and_computes_little_more(compiler, gpt2):
   # With the default chunk of the loss, 128 MiB of logits, a little more than with one of 32 positions a row, and faster.
   assert gpt2["peak_bytes"] < 2.35 * GIB and gpt2["flops"] < 1.4 * gpt2["model_flops"]

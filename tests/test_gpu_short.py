@@ -29,8 +29,8 @@ H100 = "NVIDIA H100 80GB HBM3"
 HAS_TORCH = all(map(importlib.util.find_spec, ("torch", "transformers", "accelerate")))
 NEED_TORCH = {"warm", "agree", "streamed", "train124", "generate", "eager"}
 NAMES = [part.name for part in gpu_parts.PARTS]
-# What differs from another part in nothing but shapes and contenders runs before a release.
-LIKE_OTHERS = {"warm", "agree", "neo", "xl", "more124", "dropout", "none124", "eager", "medium", "kernels"}
+# What differs from another part in nothing but shapes and contenders, and what takes minutes, runs before a release.
+LIKE_OTHERS = {"train124", "warm", "agree", "neo", "xl", "more124", "dropout", "none124", "eager", "medium", "kernels"}
 start = Runner._start
 SAY = "-c \"print('said')\""
 OUT_FILES = {"summary.txt", "results.jsonl", "logs.txt", "benchmarks.md"}
@@ -75,14 +75,16 @@ def test_each_part_runs_with_tiny_shapes_and_leaves_its_figures(tiny):
   found = {line["benchmark"]: line for line in lines(tiny / "results.jsonl")}
   assert {"run", "part", "section", "attention", "offload", "gaps"} <= found.keys()
   assert found["offload"]["step_seconds"] > 0 and found["offload"]["planned_peak_bytes"] > 0
-  assert not HAS_TORCH or found["agree"]["verdict"] == "agrees" and found["train"]["contender"] == "Trainer, SDPA"
+  assert not HAS_TORCH or found["agree"]["verdict"] == "agrees"
 
 
 @pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("name", sorted(LIKE_OTHERS))
 def test_parts_that_are_like_others_run_too(name, tmp_path):
-  tried(tmp_path, {name})
+  out = tried(tmp_path, {name})
+  if name == "train124" and HAS_TORCH:
+    assert {line.get("contender") for line in lines(out / "results.jsonl")} >= {"Trainer, SDPA"}
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ def kills_of(part):
   return 3 if part else 1  # `make test` runs part 0 alone
 
 
-@pytest.mark.parts(3, 101)
+@pytest.mark.parts(2, 101)
 def test_killed_runs_end_as_undisturbed_ones(interruptible, undisturbed, tmp_path, part, record_property):
   rng, killed, places, lost, run = random.Random(part), 0, set(), [0], None
   wanted, lines = undisturbed

@@ -34,6 +34,7 @@ def models(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*OFFLOADED, "gptj_6b_v5e8", "gptj_6b_lora"])
+@pytest.mark.wide_for("gptj_6b_24gb", "gptneo_2b7_16gb")
 def test_a_large_model_learns_and_goes_out(name, texts, models, tmp_path):
   wanted, chips = fresh(name), jax.device_count() if name == "gptj_6b_v5e8" else 1
   assert (wanted.memory.offload == "all") == (name in OFFLOADED) and wanted.mesh.fsdp == -1

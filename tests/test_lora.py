@@ -92,7 +92,6 @@ WAYS = {
   "full remat": {"memory__remat": "full"},
 }
 ALWAYS = [  # the others are wide
-  ("gpt2", "adapters", "accumulated"),
   ("gpt_neo", "only", "eight"),
   ("gptj", "adapters", "all offloaded, accumulated"),
 ]

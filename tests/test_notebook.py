@@ -64,6 +64,7 @@ def test_it_installs_jaxft_where_there_is_none(file, there, wanted, tmp_path, mo
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_stories_are_told_before_and_after(tmp_path):
   file = pages.ROOT / "examples" / "tinystories.ipynb"
   program = "\n\n".join(cells(file, "code"))

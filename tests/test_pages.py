@@ -45,6 +45,8 @@ SMALL = {
   "tokenizer --data": "--vocab_size 300",
 }
 # Read and checked, and no more.
+# Whose commands are those of a config's docstring, which is followed too.
+LIKE_CONFIGS = {f"docs/recipes/{name}.md" for name in ("from_scratch", "jokes", "medium_recipes", "question_answer")}
 NOT_RUN = {
   "python -m jaxft.train --config configs/X.py --workdir /shared/run --coordinator host0:7777 --num_processes 4 "
   "--process_id 0": "needs four hosts; tests/test_hosts.py has processes in their place",
@@ -88,7 +90,10 @@ def write(file, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, steps in FOLLOWED.items() if steps])
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(name, marks=[pytest.mark.wide] * (name in LIKE_CONFIGS)) for name, steps in FOLLOWED.items() if steps],
+)
 def test_a_page_can_be_followed(name, stand_ins, tmp_path, monkeypatch):
   import datasets
 

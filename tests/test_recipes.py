@@ -75,6 +75,7 @@ def test_reviews_are_told_apart(small, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_answers_are_learned_and_end(small, tmp_path):
   answers = {"cat": "the red mat", "dog": "a big house", "door": "blue", "sun": "once upon a time"}
   pairs = [{"question": f"where is the {what}?", "answer": answer} for what, answer in answers.items()] * 20
@@ -105,6 +106,7 @@ def test_answers_are_learned_and_end(small, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_a_model_from_nothing_beats_counting_tokens(tmp_path):
   text, folder = tmp_path / "text.jsonl", tmp_path / "mine"
   rng = random.Random(0)  # words in an order that can be learned, which their counts do not tell
@@ -181,6 +183,7 @@ def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_stories_are_drawn_learned_and_end(small, tmp_path, monkeypatch):
   config = recipe(
     "gpt2_tinystories", small, tmp_path / "none", train__steps=300, train__sample_every=150, train__sample_tokens=25

@@ -33,7 +33,7 @@ def phases_of(part):
   return list(itertools.islice(itertools.cycle(PHASES), 4 * (part - 1), 4 * part))
 
 
-@pytest.mark.parts(4, 31)
+@pytest.mark.parts(3, 31)
 def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
   interruptible, undisturbed, tmp_path, part, record_property
 ):

@@ -74,6 +74,7 @@ def test_micro_batches_are_one_batch(folder, accumulation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.wide_for("2")
 def test_a_mesh_draws_the_dropout_of_one_device(folder, accumulation):
   losses, state, _ = train(folder, 20, dropout=0.1, accumulation=accumulation)
   again, other, _ = train(folder, 20, dropout=0.1, accumulation=accumulation, mesh=dict(data=2, fsdp=2))
@@ -83,6 +84,7 @@ def test_a_mesh_draws_the_dropout_of_one_device(folder, accumulation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
+@pytest.mark.wide_for("lion", "sgd", "adafactor")
 def test_every_optimizer_learns_on_a_mesh(folder, name):
   rate = {"adamw": 3e-3, "lion": 3e-4, "sgd": 1e-2, "adafactor": 1e-2, "muon": 1e-3}[name]
   losses, state, _ = train(folder, 12, mesh=dict(fsdp=8), name=name, learning_rate=rate, schedule="constant")
@@ -128,6 +130,7 @@ def test_a_step_that_is_not_finite_changes_nothing(folder, fsdp, accumulation):
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_dropout_depends_on_seed_and_step_alone(folder):
   assert train(folder, dropout=0.3)[0] == train(folder, dropout=0.3)[0] != train(folder)[0]
   same_batch = train(folder, 1, dropout=0.3)[2][0]["loss"]

@@ -97,6 +97,7 @@ def test_a_tracker_is_told_everything_once_and_how_each_piece_ended(name, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_a_run_that_begins_again_is_a_new_run_and_a_tracker_that_comes_later_gets_all_of_it(tmp_path):
   tell(tmp_path, ["mlflow", "tensorboard"], [1, 2, 3])
   tell(tmp_path, ["mlflow", "tensorboard"], [1, 2, 3, 4])

@@ -191,6 +191,7 @@ def test_prompts_are_answered(folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_labels_are_learned_and_come_out_as_a_classifier(folder, tmp_path):
   file = tmp_path / "reviews.jsonl"
   kinds = (("cat", "good"), ("dog", "bad"))
