@@ -5,6 +5,9 @@ WORKDIR ?= runs/quickstart
 # worker: its tests share models and compiled programs.
 WORKERS = -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 PYTEST = $(VENV)/bin/python -m pytest
+# Not compiled beforehand, which takes as long as all the rest: Python keeps the compiled modules that it imports.
+INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile --editable
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-all torture coverage mutants lint assets
 
@@ -44,13 +47,13 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python pyproject.toml
-	$(VENV)/bin/python -m pip install --quiet --editable .
+	$(INSTALL) .
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	$(INSTALL) '.[dev]'
 	touch $@ $(VENV)/installed
 
 $(VENV)/installed-dev-all: $(VENV)/bin/python pyproject.toml
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev-all]'
+	$(INSTALL) '.[dev-all]'
 	touch $@ $(VENV)/installed-dev $(VENV)/installed

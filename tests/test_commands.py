@@ -272,6 +272,7 @@ model.export({str(tmp_path / "again")!r})
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_one_and_eight_devices_train_the_same(config_file, finished, tmp_path):
   eight = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8")
   done = train(config_file, tmp_path, "--config.mesh.fsdp=8", env=eight)

@@ -35,9 +35,14 @@ HARDWARE = {
   "gptneo_2b7_16gb": ("t4",),
   "quickstart": ("cpu",),
 }
-# Programs like another's: GPT-2 that fits one card. `make torture` compiles these too.
+# Programs like another's: GPT-2 that fits one card, and GPT-J on one with more room. `make torture` compiles these too.
 LIKE_OTHERS = {
-  f"gpt2_{name}" for name in "from_scratch jokes medium_recipes question_answer reviews_classification".split()
+  "gpt2_from_scratch",
+  "gpt2_jokes",
+  "gpt2_medium_recipes",
+  "gpt2_question_answer",
+  "gpt2_reviews_classification",
+  "gptj_6b_24gb",
 }
 GIB = 2**30
 GPTJ = "EleutherAI/gpt-j-6b"

@@ -173,6 +173,7 @@ def test_loss_and_every_gradient(case):
 
 
 @pytest.mark.slow
+@pytest.mark.wide_for("untied")
 def test_ten_adamw_steps(case):
   theirs, folder, checkpoint, graph, params = case
   theirs = type(theirs).from_pretrained(folder, attn_implementation="eager").train()

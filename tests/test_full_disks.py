@@ -13,7 +13,7 @@ WRITING = ["save begun", "arrays written", "checkpoint in place", "file written,
 WRITING += ["weights exported", "export to be put in place", "tokens written"]
 
 
-@pytest.mark.parts(2, 100)
+@pytest.mark.parts(1, 100)
 def test_a_full_disk_ends_with_code_4_and_costs_nothing(interruptible, undisturbed, tmp_path, part, record_property):
   rng, filled, run = random.Random(part), 0, None
   names = map("run{}".format, itertools.count())

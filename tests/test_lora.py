@@ -92,7 +92,6 @@ WAYS = {
   "full remat": {"memory__remat": "full"},
 }
 ALWAYS = [  # the others are wide
-  ("gpt_neo", "only", "eight"),
   ("gptj", "adapters", "all offloaded, accumulated"),
 ]
 CASES = [
@@ -273,6 +272,7 @@ def test_query_key_and_value_that_share_an_array_are_trained_together():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT 0.21 asks for it
 @pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.wide_for("gpt_neo", "gptj")
 def test_peft_loads_the_adapters_and_gives_the_same_logits(family, stories, tmp_path):
   torch = pytest.importorskip("torch", reason="PEFT is for torch")
   peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")

@@ -86,7 +86,7 @@ def test_the_run_ends_after_so_many_bad_steps_in_a_row_and_leaves_the_weights_al
 
 
 @pytest.mark.slow
-@pytest.mark.parts(4, 34)
+@pytest.mark.parts(2, 34)
 def test_nothing_that_is_not_finite_gets_into_a_state(part, record_property):
   rng = np.random.default_rng(part)
   for i in range(PER_PART):

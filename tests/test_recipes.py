@@ -131,6 +131,7 @@ def test_a_model_from_nothing_beats_counting_tokens(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.wide
 def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path):
   rng = random.Random(0)
   joke = lambda: " ".join(rng.choices(tiny.WORDS, k=20))
