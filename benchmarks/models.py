@@ -1,8 +1,8 @@
 """The published sizes, and two tiny models with which a command can be tried on a CPU."""
 
-from jaxft.hf.published import PUBLISHED
+from jaxft.hf import published
 
-PUBLISHED |= {
+TINY = {
   "tiny-gpt2": {"model_type": "gpt2", "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 4},
   "tiny-gpt-neo": {
     "model_type": "gpt_neo",
@@ -14,3 +14,4 @@ PUBLISHED |= {
     "window_size": 16,
   },
 }
+PUBLISHED = published.PUBLISHED | TINY

@@ -62,13 +62,15 @@ def repeated(block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def prepared(asked: argparse.Namespace) -> tuple:
   """The run, its random state, its compiled step, and what is planned of it."""
   import jax
-  import models  # noqa: F401 - the tiny ones, for answer.model_facts
+  import models
 
   from jaxft import program, sharding
+  from jaxft.hf import published
   from jaxft.plan import answer, figures, show
 
   device = children.jax_device()
   config = config_of(asked)
+  published.PUBLISHED.update(models.TINY)  # for answer.model_facts
   cfg = answer.model_facts(config)
   mesh = sharding.make_mesh(config.mesh, [device])
   run = program.build(config, cfg, mesh, asked.steps, figures.blank_row(config, cfg))

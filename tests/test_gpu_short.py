@@ -20,9 +20,8 @@ import children
 import gpu_parts
 import gpu_runner
 import page
+import train_tables
 from gpu_runner import Part, Runner
-
-from jaxft.hf import published
 
 SCRIPT = ROOT / "benchmarks" / "gpu_short.sh"
 H100 = "NVIDIA H100 80GB HBM3"
@@ -323,14 +322,7 @@ def test_a_contender_that_does_not_answer_is_killed_with_what_it_started():
   }
 
 
-@pytest.fixture
-def train_tables(monkeypatch):
-  """Imported, it adds tiny models to the published ones: to a copy of them here."""
-  monkeypatch.setattr(published, "PUBLISHED", dict(published.PUBLISHED))
-  return importlib.import_module("train_tables")
-
-
-def test_contenders_of_several_commands_share_a_table(train_tables):
+def test_contenders_of_several_commands_share_a_table():
   settings = {"model": "gpt2", "rows": 8, "length": 1024, "steps": 40, "dropout": 0.0, "checkpointing": False}
   settings |= {"filled_caches": True}
   taken = {"first_step_seconds": 9.0, "peak_bytes": 2**30, "device": H100, "turn": 1, "versions": "2026"}
@@ -347,7 +339,7 @@ def test_contenders_of_several_commands_share_a_table(train_tables):
   assert "| 300 (300 to 300) | 1.50 |" in dots[0] and "out of memory" in dots[1] and "| 1.25 |" in none[0]
 
 
-def test_of_several_runs_into_a_folder_the_newest_figures_of_a_contender_are_shown(train_tables):
+def test_of_several_runs_into_a_folder_the_newest_figures_of_a_contender_are_shown():
   turns = [{"run": "1.5", "tokens_per_second": 1}, {"run": "2.5", "tokens_per_second": 2}, {"run": "3.5", "error": "x"}]
   assert train_tables.of_newest_run(turns) == turns[1:2]
   assert train_tables.of_newest_run(turns[2:]) == turns[2:] and train_tables.of_newest_run([]) == []
