@@ -114,13 +114,14 @@ def test_figures_of_a_gpu_become_tables_and_the_expectation_of_a_config(tiny, ro
   text = (tiny / "results.jsonl").read_text().replace('"device": "cpu"', f'"device": "{H100}"').replace("a CPU", H100)
   text = text.replace('"peak_bytes": null', '"peak_bytes": 6000000000').replace("tiny-gpt2", "gpt2")
   (folder / "gaps.svg").write_text("of the card")
-  (folder / "results.jsonl").write_text(text + '{"benchmark": "tra')  # the last line is cut off
+  trained = json.dumps({"benchmark": "train", "at": 1, **trained_by("jaxft", 300.0)}) + "\n"
+  (folder / "results.jsonl").write_text(text + trained + '{"benchmark": "tra')  # the last line is cut off
   done = tables(root, folder, tiny)
   assert done.returncode == 0, done.stderr
   assert "lines are of a CPU, and left out" in done.stdout
   written = (root / "docs" / "benchmarks.md").read_text()
   assert f"<!-- a model larger than the device, gpt2 on {H100} -->" in written
-  assert not HAS_TORCH or f"<!-- training gpt2 on {H100}, 1 x 64 tokens, dropout 0, remat dots -->" in written
+  assert f"<!-- training gpt2 on {H100}, 8 x 1024 tokens, dropout 0, remat dots -->" in written
   assert f"| gptj, gpt2, 1 x 64, offload=all, remat=full | {H100} | " in written
   assert (root / "docs" / "gaps-gpt2-cpu.svg").read_text() == "of the card"  # the name is the run's
   config = (root / "configs" / "gptj_6b_8gb.py").read_text()
@@ -322,15 +323,18 @@ def test_a_contender_that_does_not_answer_is_killed_with_what_it_started():
   }
 
 
-def test_contenders_of_several_commands_share_a_table():
+def trained_by(contender, speed, remat="dots"):
+  """A line of results.jsonl."""
   settings = {"model": "gpt2", "rows": 8, "length": 1024, "steps": 40, "dropout": 0.0, "checkpointing": False}
-  settings |= {"filled_caches": True}
+  settings |= {"filled_caches": True, "remat": remat}
   taken = {"first_step_seconds": 9.0, "peak_bytes": 2**30, "device": H100, "turn": 1, "versions": "2026"}
-  line = lambda contender, speed, remat: {
-    "settings": settings | {"remat": remat}, "contender": contender, "tokens_per_second": speed, **taken
-  }  # fmt: skip
-  error = {"settings": settings | {"remat": "dots"}, "contender": "Trainer, SDPA", "turn": 1, "error": "out of memory"}
-  noted = [line("jaxft", 300.0, "dots"), error, line("jaxft", 250.0, "none"), line("Trainer, eager", 200.0, "dots")]
+  return {"settings": settings, "contender": contender, "tokens_per_second": speed, **taken}
+
+
+def test_contenders_of_several_commands_share_a_table():
+  error = {"contender": "Trainer, SDPA", "turn": 1, "error": "out of memory"}
+  error["settings"] = trained_by("jaxft", 300.0)["settings"]
+  noted = [trained_by("jaxft", 300.0), error, trained_by("jaxft", 250.0, "none"), trained_by("Trainer, eager", 200.0)]
   found = train_tables.sections(json.loads(json.dumps(noted)))
   name = f"training gpt2 on {H100}, 8 x 1024 tokens, dropout 0, remat"
   assert list(found) == [f"{name} dots", f"{name} none"]
