@@ -27,7 +27,8 @@ def test_killed_runs_end_as_undisturbed_ones(interruptible, undisturbed, tmp_pat
       process = run.start(place, rng.choice([1, 1, 2, 3]), "SIGKILL")
     else:
       process, place = run.start(), None
-      list(itertools.islice(process.stdout, rng.randrange(lines)))
+      said = "".join(itertools.islice(process.stdout, rng.randrange(lines)))
+      assert "Traceback" not in said and "damaged" not in said, said
       time.sleep(rng.expovariate(2))  # half a second, more or less
       process.kill()
     code, _, _ = run.end(process)

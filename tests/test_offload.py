@@ -182,8 +182,8 @@ def plain(folder, stories, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", [pytest.param("optimizer", marks=pytest.mark.wide), "all"])
 @pytest.mark.wide
+@pytest.mark.parametrize("kept", ["optimizer", "all"])
 def test_a_run_is_evaluated_saved_resumed_and_exported(plain, tmp_path, kept):
   config, wanted = plain[0].copy_and_resolve_references(), plain[1]
   config.memory.offload = kept

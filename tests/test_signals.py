@@ -10,7 +10,7 @@ import time
 import pytest
 from interrupted import Interrupted, assert_same, steps
 
-PHASES = {  # where a signal meets the run, and whether there is anything to save by then
+PHASES = {  # and where a signal meets the run; `make test-all` tries the first four and "step", `make torture` all of them
   "compile": "program built",
   "evaluation": "evaluation",
   "save": "arrays written",
