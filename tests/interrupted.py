@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import fault_points
@@ -49,7 +50,12 @@ class Interrupted:
 
   def end(self, process):
     """Its exit code, all that it said, and the seconds since the fault."""
-    said, _ = process.communicate(timeout=240)
+    end = threading.Timer(240, process.kill)  # communicate() would leave out what has been read ahead of the last line
+    end.start()
+    said = process.stdout.read()
+    process.stdout.close()
+    process.wait(10)
+    end.cancel()
     assert "Traceback" not in said and "damaged" not in said, said
     assert process.returncode in (0, 4, 75, -signal.SIGKILL), said
     since = time.time() - float(self.moment.read_text()) if self.moment.exists() and self.moment.read_text() else 0.0

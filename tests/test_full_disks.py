@@ -4,23 +4,36 @@ import contextlib
 import itertools
 import random
 import re
+import shutil
 
 import pytest
 from interrupted import Interrupted, assert_same, same_bits, state, steps
 
-DISKS = 1  # of a part
 WRITING = ["save begun", "arrays written", "checkpoint in place", "file written, not renamed", "line of metrics"]
 WRITING += ["weights exported", "export to be put in place", "tokens written"]
 
 
+@pytest.fixture(scope="module")
+def halfway(interruptible, shared):
+  """The workdir of a run that was asked to stop after seven steps of twelve."""
+
+  def make(home):
+    run = Interrupted(interruptible, home / "run")
+    code, said, _ = run.end(run.start("step told", 7, "SIGTERM"))
+    assert code == 75, said
+
+  return shared("halfway", make) / "run"
+
+
 @pytest.mark.parts(1, 100)
-def test_a_full_disk_ends_with_code_4_and_costs_nothing(interruptible, undisturbed, tmp_path, part, record_property):
-  rng, filled, run = random.Random(part), 0, None
-  names = map("run{}".format, itertools.count())
-  while filled < DISKS:
-    run = run or Interrupted(interruptible, tmp_path / next(names))
-    newest = max(steps(run.workdir), default=0)
-    before = newest and state(run.workdir, newest)
+def test_a_full_disk_ends_with_code_4_and_costs_nothing(
+  interruptible, undisturbed, halfway, tmp_path, part, record_property
+):
+  rng = random.Random(part)
+  for number in itertools.count():
+    run = Interrupted(interruptible, shutil.copytree(halfway, tmp_path / f"run{number}"))
+    newest = max(steps(run.workdir))
+    before = state(run.workdir, newest)
     if rng.random() < 0.5:
       process = run.start(rng.choice(WRITING), rng.choice([1, 2, 3]), "ENOSPC")
     else:
@@ -28,18 +41,15 @@ def test_a_full_disk_ends_with_code_4_and_costs_nothing(interruptible, undisturb
     code, said, _ = run.end(process)
     if newest in steps(run.workdir):  # newer ones may have taken its place
       assert same_bits(state(run.workdir, newest), before)
-    assert not newest or max(steps(run.workdir)) >= newest
-    if code == 0:
-      assert_same(run, undisturbed[0])
-      run = None
-      continue
-    assert code == 4 and re.search(r"error: .*/.*bytes", said), said
-    filled += 1
-  if run:
-    code, said, _ = run.end(run.start())
-    assert code == 0, said
-    assert_same(run, undisturbed[0])
-  record_property("torture", {"what": "disk full: ENOSPC where files are written, RLIMIT_FSIZE", "tried": filled})
+    assert max(steps(run.workdir), default=0) >= newest
+    if code:
+      break
+    assert_same(run, undisturbed[0])  # what was left of the run did not come to that place, or wrote no such file
+  assert code == 4 and re.search(r"error: .*/.*bytes", said), said
+  code, said, _ = run.end(run.start())
+  assert code == 0, said
+  assert_same(run, undisturbed[0])
+  record_property("torture", {"what": "disk full: ENOSPC where files are written, RLIMIT_FSIZE", "tried": 1})
 
 
 @pytest.mark.slow

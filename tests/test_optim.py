@@ -43,6 +43,25 @@ def updated(optim_settings, params, grads, steps=3):
   return params
 
 
+def test_lion_and_sgd_are_their_formulas():
+  """Chen et al., 2023: the sign of a mean with b1, and a mean with b2 that is kept; momentum b1 without a mean."""
+  settings_, rng = settings.default().optim, np.random.default_rng(0)
+  grads = [rng.standard_normal((3, 4)).astype(np.float32) for _ in range(3)]
+  settings_.update(b1=0.6, b2=0.95, weight_decay=0.0)
+  lion, sgd, kept, summed = [], [], 0, 0
+  for grad in grads:
+    lion.append(np.sign(0.6 * kept + 0.4 * grad))
+    kept, summed = 0.95 * kept + 0.05 * grad, grad + 0.6 * summed
+    sgd.append(summed)
+  for name, wanted in (("lion", lion), ("sgd", sgd)):
+    settings_.name = name
+    tx, params = optim.optimizer(settings_), {"block": {"kernel": jnp.ones((3, 4))}}
+    state = tx.init(params)
+    for grad, direction in zip(grads, wanted, strict=True):
+      found, state = tx.update({"block": {"kernel": jnp.asarray(grad)}}, state, params)
+      np.testing.assert_allclose(found["block"]["kernel"], direction, rtol=1e-5, atol=1e-7)
+
+
 def test_matrices_decay_and_biases_and_norms_do_not():
   settings_ = settings.default().optim
   settings_.weight_decay = 0.5

@@ -129,6 +129,30 @@ def test_a_step_that_is_not_finite_changes_nothing(folder, fsdp, accumulation):
   )
 
 
+def test_dropout_is_drawn_anew_in_each_step(folder, monkeypatch):
+  """The same rows and the same weights twice."""
+  (first,) = batches(repo.find(str(folder)).cfg, 1)
+  monkeypatch.setitem(globals(), "batches", lambda cfg, steps: [first] * steps)
+  (once, again), (plain, same) = (train(folder, 2, dropout=p, learning_rate=1e-30)[0] for p in (0.3, 0.0))
+  assert plain == same and abs(once - again) > 1e-4
+
+
+def test_ids_that_the_vocabulary_has_not_change_nothing(folder, monkeypatch):
+  """Also those of rows that pad the table."""
+  V, before = repo.find(str(folder)).cfg.V, []
+  rows = list(batches(repo.find(str(folder)).cfg, 4))
+  for batch, (name, id) in zip(rows[1:], (("ids", V), ("targets", V + 1), ("ids", -1)), strict=True):
+    batch["mask"] = np.ones((ROWS, T), bool)
+    batch[name] = batch[name].copy()
+    batch[name][5, 7] = id
+  monkeypatch.setitem(globals(), "batches", lambda cfg, steps: rows[:steps])
+  _, state, metrics = train(folder, 4, spoil=lambda state: before.append(jax.device_get(state)) or state)
+  assert [bool(numbers["bad"]) for numbers in metrics] == [False, True, True, True]
+  jax.tree.map(
+    np.testing.assert_array_equal, jax.device_get((state.params, state.opt)), (before[0].params, before[0].opt)
+  )
+
+
 @pytest.mark.slow
 @pytest.mark.wide
 def test_dropout_depends_on_seed_and_step_alone(folder):
