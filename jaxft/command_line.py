@@ -144,23 +144,6 @@ def _reason(error: Exception) -> str:
   return f"--config: the config file does not run: {type(error).__name__}: {text}"
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-  """--model, or --workdir with --step: what `open_model` opens."""
-  which = parser.add_mutually_exclusive_group(required=True)
-  which.add_argument("--model", metavar="PATH_OR_ID", help="a Hugging Face folder or hub id")
-  which.add_argument(
-    "--workdir",
-    metavar="DIR",
-    help="a run: the model of its best checkpoint where train.keep_best_metric is set, else of its newest",
-  )
-  parser.add_argument("--step", type=int, metavar="N", help="with --workdir: the checkpoint of this step")
-  parser.add_argument("--revision", default="main", help="with --model: branch, tag or commit (default: main)")
-  parser.add_argument("--require", choices=backend.REQUIRED, help="end where JAX would compute on anything else")
-  parser.add_argument(
-    "--torch_bin", action="store_true", help="with --model: read pytorch_model*.bin through torch, weights_only"
-  )
-
-
 def open_model(arguments: argparse.Namespace) -> pretrained.Pretrained:
   if arguments.step is not None and not arguments.workdir:
     raise RequestError("--step goes with --workdir: a Hugging Face folder has no steps")

@@ -1,36 +1,16 @@
 """What a model makes of a text, or of labels: python -m jaxft.evaluate --model PATH_OR_ID --data SOURCE [--json]"""
 
-import argparse
 import json
 from pathlib import Path
 
 from jaxft import config as settings
-from jaxft.command_line import add_model_flags, open_model
+from jaxft import parsers
+from jaxft.command_line import open_model
 from jaxft.errors import RequestError, run_command
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser("python -m jaxft.evaluate", description="Loss and perplexity of a model on a text.")
-  add_model_flags(parser)
-  parser.add_argument(
-    "--data",
-    nargs="+",
-    default=[],
-    metavar="SOURCE",
-    help="file, glob, folder or hub:NAME[:SPLIT]; default with --workdir: what the run has held out",
-  )
-  parser.add_argument("--text_column", help="column that holds the text (default: as the run has it, or text)")
-  parser.add_argument(
-    "--label_column", help="column that holds the label, for a model that classifies (default: as the run, or label)"
-  )
-  parser.add_argument(
-    "--sequence_length", type=int, default=0, help="tokens a row (default: as the run, or the model's positions)"
-  )
-  parser.add_argument(
-    "--batch_size", type=int, default=8, help="rows at once; changes speed and memory only (default: 8)"
-  )
-  parser.add_argument("--json", action="store_true", help="print one JSON object")
-  arguments = parser.parse_args()
+  arguments = parsers.evaluate().parse_args()
 
   if not arguments.data and not arguments.workdir:
     raise RequestError("--data is missing: name a file, a glob, a folder or hub:NAME")

@@ -1,14 +1,13 @@
 """Text from a model: python -m jaxft.generate --model PATH_OR_ID [--prompt TEXT ...] [--prompt_file F] [--json]"""
 
-import argparse
 import contextlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from jaxft import generation
-from jaxft.command_line import add_model_flags, open_model
+from jaxft import generation, parsers
+from jaxft.command_line import open_model
 from jaxft.errors import RequestError, run_command
 from jaxft.pretrained import Pretrained
 from jaxft.run.tracking import visible
@@ -16,23 +15,7 @@ from jaxft.sample import Sampling
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    "python -m jaxft.generate", description="Completes prompts. With none, on a terminal, it asks."
-  )
-  add_model_flags(parser)
-  parser.add_argument("--prompt", nargs="+", action="extend", default=[], metavar="TEXT", help="text to complete")
-  parser.add_argument("--prompt_file", metavar="F", help="a file with one prompt a line")
-  parser.add_argument(
-    "--stop_strings", nargs="+", default=[], metavar="TEXT", help="end a text when it has one of these"
-  )
-  for name, default in Sampling._field_defaults.items():
-    parser.add_argument(
-      f"--{name}",
-      type=type(default),
-      help=f"as in transformers (default: what the model's {generation.FILE} says, or {default})",
-    )
-  parser.add_argument("--json", action="store_true", help="print one JSON object")
-  arguments = parser.parse_args()
+  arguments = parsers.generate().parse_args()
   sampling = {name: value for name in Sampling._fields if (value := getattr(arguments, name)) is not None}
   Sampling(**sampling).check_values()  # before a model is read
   how = sampling | {"stop_strings": arguments.stop_strings}

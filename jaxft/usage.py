@@ -1,4 +1,4 @@
-"""What --help says of the commands that take a config: printed before jax is imported, which takes seconds."""
+"""What --help says: printed before jax is imported, which takes seconds. Of the commands that take a config it is here."""
 
 import contextlib
 import sys
@@ -54,9 +54,17 @@ def print_if_asked(command: list[str]) -> None:
   Args:
     command: `sys.orig_argv`.
   """
+  if not {"-h", "--help"} & {*command}:
+    return
   texts = {"jaxft.train": TRAIN, "jaxft.prepare": PREPARE, "jaxft.plan": PLAN}
   text = next((texts[word] for word in command if word in texts), None)
-  if text and {"-h", "--help"} & {*command}:
+  if text is None:
+    from jaxft import parsers
+
+    names = {f"jaxft.{name}": name for name in ("generate", "evaluate", "export", "tokenizer", "report")}
+    name = next((names[word] for word in command if word in names), None)
+    text = name and getattr(parsers, name)().format_help().rstrip()
+  if text:
     with contextlib.suppress(BrokenPipeError):
       print(text, flush=True)
     sys.exit()
