@@ -95,10 +95,11 @@ def write_stories(folder: Path, count: int) -> None:
 
 def prepared(cache: Path, layout: str = "concat"):
   from jaxft import config as settings
-  from jaxft.data import report, tokens
+  from jaxft.data import report
+  from jaxft.hf import tokenizer as tokenizers
 
   folder = Path((cache / "from").read_text())
-  tokenizer = tokens.load_tokenizer(folder, 50257)
+  tokenizer = tokenizers.load(folder, 50257)
   data = settings.default().data
   data.update(train=(str(folder / "stories.jsonl"),), sequence_length=T, layout=layout, cache_dir=str(cache / "tokens"))
   data.validation_fraction = 0.01

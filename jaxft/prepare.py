@@ -11,9 +11,10 @@ from rich.text import Text
 
 from jaxft import command_line, usage
 from jaxft import config as settings
-from jaxft.data import report, sources, tokens
+from jaxft.data import report, sources
 from jaxft.errors import RequestError, run_command
 from jaxft.hf import repo
+from jaxft.hf import tokenizer as tokenizers
 from jaxft.run.tracking import Meter, say, visible
 
 PREVIEW = 3  # rows shown
@@ -33,13 +34,13 @@ def main() -> None:
     raise RequestError(
       f"config.data.sequence_length={config.data.sequence_length}: the model has {source.cfg.P} positions"
     )
-  tokenizer = tokens.load_tokenizer(source.folder, source.cfg.V)
+  tokenizer = tokenizers.load(source.folder, source.cfg.V)
   tell = (lambda line: print(line, file=sys.stderr)) if arguments.json else say
   with Meter("tokenising", 1) as meter:
     data = report.prepare(
       config.data,
       tokenizer,
-      repo.tokenizer_fingerprint(source.folder),
+      tokenizers.fingerprint(tokenizer),
       lambda done, total: meter.at(done, total=total),
       tell,
     )

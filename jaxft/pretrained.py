@@ -20,11 +20,13 @@ from jaxft.backend import memory_of, must_run_on, prepare_backend
 from jaxft.data import loader, tokens
 from jaxft.data.report import Rows, examples, lay_out, prepare
 from jaxft.errors import RequestError
-from jaxft.files import is_text
+from jaxft.files import exists, is_text
 from jaxft.hf import chosen, repo, save
 from jaxft.hf import load as hf_load
+from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
+from jaxft.run import checkpoint
 from jaxft.run.checkpoint import NOT_READ, Checkpoints
 from jaxft.run.tracking import bits_per_byte
 from jaxft.sample import Generator
@@ -50,7 +52,7 @@ class Pretrained:
     prepare_backend()
     must_run_on(None)
     self.source = source
-    self.tokenizer = tokens.load_tokenizer(source.folder, source.cfg.V)
+    self.tokenizer = tokenizers.load(source.folder, source.cfg.V)
     self.mesh = sharding.make_mesh(settings.default().mesh)
     dtype = model.compute_dtype(compute_dtype, self.mesh.devices.flat[0])
     compute = model.Compute(
@@ -67,6 +69,7 @@ class Pretrained:
     self.graph, self.shapes = self._placed(source.cfg, compute)
     self.params: Any = None  # set by load and load_workdir
     self.run: tuple[Path, int] | None = None  # the workdir and step that the weights are from; None: from `source`
+    self._record: dict[str, Any] = {}  # of the checkpoint
     self._generator = Generator(self.graph, source.cfg, self.tokenizer.eos_token_id)
 
     def scores(params, ids_BT, last_B):
@@ -112,7 +115,7 @@ class Pretrained:
     listener = generation.Listener(self.tokenizer, stop_strings, tell)
     ids = self._generator(
       self.params,
-      [self.tokenizer(prompt)["input_ids"] for prompt in prompts],
+      [tokens.prompt_ids(self.tokenizer, prompt) for prompt in prompts],
       config.sampling,
       ends=config.ends,
       watch=listener,
@@ -164,14 +167,20 @@ class Pretrained:
   def evaluate_held_out(self, *, sequence_length: int = 0, batch_size: int = 8) -> dict[str, Any]:
     """`evaluate` over what the run that the weights are from has held out: all rows of it, made or cached as the run has.
 
-    Raises RequestError for weights that are no run's.
+    Raises RequestError for weights that are no run's, and where the text is not what it was.
     """
     if not self.run:
       raise RequestError(f"{self.source.folder}: no run, so nothing was held out; name a text")
-    how = settings.read(self.run[0] / "config.json").data
+    how = _found_again(settings.read(self.run[0] / "config.json").data, self._record)
     how.update(sequence_length=sequence_length or how.sequence_length, unrelated=())
-    data = prepare(how, self.tokenizer, repo.tokenizer_fingerprint(self.source.folder))
-    return self._evaluate(data.validation, batch_size)
+    data = prepare(how, self.tokenizer, tokenizers.fingerprint(self.tokenizer))
+    if data.held_out != self._record.get("held_out", data.held_out):
+      raise RequestError(
+        f"{self.run[0]}: the text of config.data is not what it was, and what is held out of it now may have been trained on; "
+        "name a text with --data"
+      )
+    rows = data.of_classes(self.labels).validation if self.labels else data.validation
+    return self._evaluate(rows, batch_size)
 
   def _evaluate(self, rows: Rows, batch_size: int) -> dict[str, Any]:
     parts = sharding.batch_parts(self.mesh)
@@ -190,8 +199,7 @@ class Pretrained:
   @property
   def labels(self) -> list[str]:
     """Names of the classes, in the order of their numbers; [] for a language model."""
-    names = self.source.hf_config.get("id2label") or {}
-    return [names.get(str(i), f"LABEL_{i}") for i in range(self.source.cfg.classes)]
+    return self.source.labels
 
   def classify(self, texts: list[str], batch_size: int = 8) -> list[Label]:
     """The likeliest class of each text, by a model with a classification head; texts are read up to the model's positions.
@@ -201,7 +209,7 @@ class Pretrained:
     cfg = self.source.cfg
     if not cfg.classes:
       raise RequestError(f"{self.source.folder}: a language model has no classes to choose from")
-    ids = [self.tokenizer(text)["input_ids"][: cfg.P] or [self.tokenizer.eos_token_id] for text in texts]
+    ids = [tokens.text_ids(self.tokenizer, text)[: cfg.P] for text in texts]
     labels = []
     for start in range(0, len(ids), batch_size):
       part = ids[start : start + batch_size]
@@ -223,13 +231,21 @@ class Pretrained:
     rounded. card "": the facts of the run, or the checkpoint's own card.
     """
     if self.run and not card:
-      card = model_card(*self.run)
+      card = model_card(*self.run, bool(self._record.get("local_model", True)))
     dtype = dtype or ("float32" if self.run else "source")
     if dtype not in (*EXPORT_DTYPES, "source"):
       raise RequestError(f"dtype={dtype!r}: must be one of {', '.join(EXPORT_DTYPES)}, source")
     if wanted := settings.file_size(max_shard_size):
       raise RequestError(f"max_shard_size={max_shard_size!r}: must be {wanted}")
-    return save.export(Path(out), self.params, self.source, dtype=dtype, max_shard_size=max_shard_size, card=card)
+    return save.export(
+      Path(out),
+      self.params,
+      self.source,
+      dtype=dtype,
+      max_shard_size=max_shard_size,
+      card=card,
+      tokenizer=self.tokenizer,
+    )
 
   def _must_write_text(self) -> None:
     if self.source.cfg.classes:
@@ -260,6 +276,8 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   file = workdir / "config.json"
   if not file.is_file():
     raise RequestError(f"workdir {str(workdir)!r}: no config.json in it, so it is not a run's folder")
+  if lines := checkpoint.faults(workdir / "checkpoints"):
+    raise RequestError("\n".join(lines))
   config = settings.read(file)
   checkpoints = Checkpoints(workdir / "checkpoints", best=config.train.keep_best_metric)
   steps = checkpoints.steps()
@@ -267,19 +285,16 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
     raise RequestError(
       f"workdir {str(workdir)!r}: no checkpoint{'' if step is None else f' of step {step}'}; it has {steps or 'none'}"
     )
-  partly = bool(config.lora.rank or config.train.only)
-  source = repo.find(config.model.path, config.model.revision, weights=partly, torch_bin=config.model.torch_bin)
-  if config.model.config and config.model.init == "scratch":
-    source = repo.Checkpoint(source.folder, *repo.read_config(Path(config.model.config)))
   at = step if step is not None else checkpoints.best() or steps[-1]
   meta = checkpoints.meta(at)
+  source = _source_of(workdir, config, meta)
   if meta.get("frozen") and repo.fingerprint(source, whole=True) != meta["frozen"]:
     raise RequestError(
       f"config.model.path={config.model.path!r}: its weights, of which the run of {str(workdir)!r} has trained a part, are not "
       "what they were"
     )
   if meta["labels"]:
-    source = repo.with_classes(source, meta["labels"], tokens.load_tokenizer(source.folder, source.cfg.V).eos_token_id)
+    source = repo.with_classes(source, meta["labels"], tokenizers.load(source.folder, source.cfg.V))
   trained_as = settings.from_json(json.dumps(meta["config"]))
   cfg = chosen.as_configured(source.cfg, trained_as, source.hf_config["model_type"])
   now, was = json.loads(json.dumps(dataclasses.asdict(cfg))), meta.get("model", {})
@@ -287,7 +302,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
     name for name in was if now.get(name) != was[name] and name not in CHOSEN and not name.endswith("dropout")
   ]:
     raise RequestError(
-      f"config.json of config.model.path={config.model.path!r}: {other[0]} is {now.get(other[0])!r}, and was {was[other[0]]!r} "
+      f"{source.folder / 'config.json'}: {other[0]} is {now.get(other[0])!r}, and was {was[other[0]]!r} "
       f"when the run of {str(workdir)!r} was started"
     )
   # Where a part of it was trained, the whole in float32 may be more than the device holds.
@@ -296,7 +311,35 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   trained = optim.kept_in(trained_as.model.param_dtype, ready.shapes_of_trained(cfg), cfg.trained)
   states = jax.eval_shape(optim.optimizer(config.optim).init, trained)
   unread = Changing(NOT_READ, trained, jax.tree.map(lambda _: NOT_READ, states))
-  ready.run = workdir, at
+  ready.run, ready._record = (workdir, at), meta
   ready.params = weights.plain(checkpoints.restore(at, unread).params, cfg, source, ready.shapes)
   checkpoints.close()
   return ready
+
+
+def _source_of(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> repo.Checkpoint:
+  """The model that a run trains: what the workdir keeps of it, or the folder itself where some of the weights are frozen."""
+  if not (config.lora.rank or config.train.only) and (kept := workdir / "model").is_dir():
+    return repo.Checkpoint(kept, *repo.read_config(kept / "config.json"))
+  path, partly = config.model.path, bool(config.lora.rank or config.train.only)
+  if record.get("local_model"):  # and never the hub's of that name
+    path = _again(path, record)
+  source = repo.find(path, config.model.revision, weights=partly, torch_bin=config.model.torch_bin)
+  if config.model.config and config.model.init == "scratch":
+    source = repo.Checkpoint(source.folder, *repo.read_config(Path(_again(config.model.config, record))))
+  return source
+
+
+def _found_again(data: ConfigDict, record: dict[str, Any]) -> ConfigDict:
+  """`config.data` with the sources where they were when the run was started, wherever this command is."""
+  found = ConfigDict(data)
+  for key in ("train", "validation"):
+    found[key] = tuple(name if name.startswith("hub:") else _again(name, record) for name in data[key])
+  found.cache_dir = _again(data.cache_dir, record) if data.cache_dir else ""
+  return found
+
+
+def _again(path: str, record: dict[str, Any]) -> str:
+  """A relative path from the folder in which the run was started, or from this one where it is there alone."""
+  there = Path(record.get("started_in", "")) / path
+  return path if exists(Path(path)) and not exists(there) else str(there)

@@ -4,7 +4,6 @@ The folder is what `config.model.init=scratch` begins with: tokenizer.json and a
 in a model that is there: python -m jaxft.tokenizer --model PATH_OR_ID --add "<|title|>" "<|end|>" --out FOLDER
 """
 
-import argparse
 import collections
 import json
 from collections.abc import Iterable
@@ -13,12 +12,14 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxft import config as settings
+from jaxft import parsers
 from jaxft.backend import must_run_on, prepare_backend
 from jaxft.data import sources
 from jaxft.data.report import examples
 from jaxft.errors import RequestError, StorageError, run_command
 from jaxft.files import refused, write_whole
 from jaxft.hf import added_tokens, repo
+from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.verify import in_words
 
 END = "<|endoftext|>"
@@ -62,32 +63,22 @@ def write(texts: Iterable[str], vocab_size: int, folder: Path, **sizes: int | fl
     vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
   )
   tokenizer.train_from_iterator(texts, trainer)
-  about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END}
+  from transformers import PreTrainedTokenizerFast  # most of a second to import
+
+  config = GPT2 | {"vocab_size": tokenizer.get_vocab_size()} | sizes
+  config |= {"n_ctx": config["n_positions"]}
+  wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in {
-      "tokenizer.json": json.loads(tokenizer.to_str()),
-      "tokenizer_config.json": about,
-      "config.json": GPT2 | {"vocab_size": tokenizer.get_vocab_size()} | sizes,
-    }.items():
-      write_whole(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    tokenizers.write(wrapped, folder, folder, positions=config["n_positions"], pad_token_id=None)
   except OSError as error:
     raise StorageError(f"--out={str(folder)!r}: {refused(folder, error)}") from error
   return tokenizer
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(
-    "python -m jaxft.tokenizer", description="A BPE tokenizer of your own text, or a model with tokens of your own."
-  )
-  begin = parser.add_mutually_exclusive_group(required=True)
-  begin.add_argument("--data", nargs="+", metavar="SOURCE", help="file, glob, folder or hub:NAME[:SPLIT]")
-  begin.add_argument("--model", metavar="PATH_OR_ID", help="model to add tokens to")
-  parser.add_argument("--add", nargs="+", metavar="TOKEN", help="with --model: the special tokens to add")
-  parser.add_argument("--text_column", default="text", help="column that holds the text (default: text)")
-  parser.add_argument("--vocab_size", type=int, default=16384, help="tokens (default: 16384)")
-  parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; a new one")
-  arguments = parser.parse_args()
+  arguments = parsers.tokenizer().parse_args()
   out = Path(arguments.out)
   if bool(arguments.model) != bool(arguments.add):
     raise RequestError("--model and --add go together: the model to add tokens to, and the tokens")

@@ -15,17 +15,18 @@ from ml_collections import ConfigDict
 from jaxft import backend, command_line, model, parts, sharding
 from jaxft import config as settings
 from jaxft import program as programs
-from jaxft.data import loader, sources, tokens
+from jaxft.data import loader, sources
 from jaxft.data.report import prepare, run_length
 from jaxft.errors import Preempted, RequestError, first_line, run_command
 from jaxft.files import write_whole
 from jaxft.hf import chosen, peft, push, repo, save
+from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
 from jaxft.hf.verify import in_words
 from jaxft.plan import estimate, figures, flops, show, targets
 from jaxft.plan.answer import model_facts, plan_here
-from jaxft.run import hosts
+from jaxft.run import checkpoint, hosts
 from jaxft.run.about import leaving_a_report
 from jaxft.run.checkpoint import Checkpoints, nbytes
 from jaxft.run.guards import StopRequest, must_have_room, only_writer
@@ -60,6 +61,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
   if not lines:
     out = export_folder(config, workdir)
     lines += [f"config.export.out: {line}" for line in save.faults(out)]
+    lines += [f"--workdir: {line}" for line in checkpoint.faults(workdir / "checkpoints")]
     if out.absolute() in (workdir.absolute(), *workdir.absolute().parents, (workdir / "checkpoints").absolute()):
       lines.append(f"config.export.out={str(out)!r}: the run itself is written there; name a folder of its own")
     if config.export.push_to_hub:
@@ -129,15 +131,22 @@ def finetune(
       raise RequestError(
         f"config.data.sequence_length={config.data.sequence_length}: the model has {source.cfg.P} positions"
       )
-    tokenizer = tokens.load_tokenizer(source.folder, source.cfg.V)
+    tokenizer = tokenizers.load(source.folder, source.cfg.V)
 
     # ---- Data: every document and every token accounted for ------------------------------------------------------------
     with Meter("tokenising", 1) as meter:
       told = lambda done, total: meter.at(done, total=total)
-      data = prepare(config.data, tokenizer, repo.tokenizer_fingerprint(source.folder), told, say)
+      data = prepare(config.data, tokenizer, tokenizers.fingerprint(tokenizer), told, say)
+    if data.labels:
+      source = repo.with_classes(source, data.labels, tokenizer)
+      data = data.of_classes(source.labels)
+    elif source.cfg.classes:
+      raise RequestError(f"config.model.path={config.model.path!r}: a model that classifies; set config.model.head")
+    save.rehearse(source, tokenizer)
     frozen = bool(config.lora.rank or config.train.only)
     weights = repo.fingerprint(source, whole=frozen or jax.process_count() > 1) if pretrained else ""
     same = {"config.data, as it is cut into tokens": data.fingerprint, "its validation text": data.held_out}
+    same |= {"config.data.unrelated": data.beside}
     same |= {"the files of config.model.path": weights}
     hosts.agree("data", same | {f"config.json of the model: {key}": it for key, it in source.hf_config.items()})
     rows = data.train
@@ -148,18 +157,20 @@ def finetune(
       raise RequestError(
         f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {total_steps} steps of the run"
       )
-    about = {"config": config.to_dict(), "total_steps": total_steps, "data": data.fingerprint, "labels": data.labels}
-    about |= {"versions": dict(hosts.versions())}
+    about = {
+      "config": config.to_dict(),
+      "total_steps": total_steps,
+      "data": data.fingerprint,
+      "held_out": data.held_out,
+    }
+    about |= {"versions": dict(hosts.versions()), "started_in": str(Path.cwd())}
+    about["local_model"] = repo.is_local(config.model.path)
     say(
       f"{data.report['rows']['trained']:,} documents with {data.report['tokens']['trained']:,} tokens to train on, in "
       f"{len(rows):,} rows of {rows.T}; {data.report['rows']['held_out']:,} documents held out; {total_steps:,} steps"
     )
 
     # ---- Model: shapes and shardings -------------------------------------------------------------------------------------
-    if data.labels:
-      source = repo.with_classes(source, data.labels, tokenizer.eos_token_id)
-    elif source.cfg.classes:
-      raise RequestError(f"config.model.path={config.model.path!r}: a model that classifies; set config.model.head")
     cfg = chosen.as_configured(source.cfg, config, source.hf_config["model_type"])
     program = programs.build(config, cfg, mesh, total_steps, rows[0])
     programs.must_hold(program, config)
@@ -172,7 +183,7 @@ def finetune(
     )
 
     # ---- Workdir: is it this run's? ------------------------------------------------------------------------------------
-    about |= {"model": dataclasses.asdict(cfg), "frozen": weights if frozen else ""}
+    about |= {"model": dataclasses.asdict(cfg), "labels": data.labels, "frozen": weights if frozen else ""}
     checkpoints, out = None, export_folder(config, workdir)
     if not dry_run:
       folder, best, offloaded = workdir / "checkpoints", config.train.keep_best_metric, program.offload != "none"
@@ -218,6 +229,7 @@ def finetune(
     if jax.process_index() == 0:
       write_whole(workdir / "config.json", settings.to_json(config))
       write_whole(workdir / "data_report.json", data.to_json(config.train))
+      save.keep_about(workdir / "model", source, tokenizer)
     kind = {"type": source.hf_config["model_type"], "compute_dtype": program.compute.dtype.name}
     sizes = {"parameters": parts.count(program.state.weights, cfg), "trained": parts.count(program.state.params, cfg)}
     needs = {"planned": memory, "host": programs.bytes_on_host(program)}
@@ -309,7 +321,8 @@ def finetune(
       source,
       dtype=config.export.dtype,
       max_shard_size=config.export.max_shard_size,
-      card=model_card(workdir, step),
+      card=model_card(workdir, step, about["local_model"]),
+      tokenizer=tokenizer,
     )
     if jax.process_index() == 0:
       say(f"exported to {out}: {in_words(parity)}")

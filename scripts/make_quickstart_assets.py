@@ -60,14 +60,9 @@ def main() -> None:
     write_tokenizer(empty)
     write_stories(Path(scratch) / "logs.jsonl", "sea", PRETRAIN)
     trained = pretrain(empty, Path(scratch) / "logs.jsonl", Path(scratch) / "run")
-    for name in (
-      "model.safetensors",
-      "config.json",
-      "generation_config.json",
-      "tokenizer.json",
-      "tokenizer_config.json",
-    ):
-      shutil.copyfile(trained / name, model / name)
+    for file in trained.iterdir():
+      if file.name not in ("parity.json", "README.md"):
+        shutil.copyfile(file, model / file.name)
 
 
 if __name__ == "__main__":

@@ -166,10 +166,10 @@ FAULTS = (
   ),
   Fault(
     "tokens are not made again for a tokenizer of the same size",
-    "jaxft/hf/repo.py",
-    'name.encode() + b"\\0" + hashlib.sha256((folder / name).read_bytes()).digest()',
-    'name.encode() + b"\\0" + str((folder / name).stat().st_size).encode()',
-    ("test_cache.py", "test_hf.py"),
+    "jaxft/hf/tokenizer.py",
+    "return hashlib.sha256(said.encode()).hexdigest()",
+    "return hashlib.sha256(str(len(said)).encode()).hexdigest()",
+    ("test_cache.py", "test_tokenizer.py"),
   ),
   Fault(
     "top_p leaves out the token that reaches it",

@@ -9,9 +9,13 @@ import pytest
 import tiny
 
 import jaxft
+from jaxft import config as settings
 from jaxft import model
+from jaxft.data import report
+from jaxft.data.formats import class_numbers
 from jaxft.errors import RequestError
-from jaxft.hf import facts, load, repo
+from jaxft.hf import facts, load, repo, save
+from jaxft.hf import tokenizer as tokenizers
 
 torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
 transformers = pytest.importorskip("transformers")
@@ -159,3 +163,90 @@ def test_f1_of_two_classes_is_that_of_the_second():
 
   found = Evaluation(0.5, 10, np.array([[5, 1], [2, 2]]))
   assert (found.accuracy, found.f1) == (0.7, 2 * 2 / (2 * 2 + 1 + 2))
+
+
+# What a config.json may say of a head that is not there any more, or of padding.
+LEFT_OVER = {
+  "pad_token_id": [None, 0, 5, 292, 100_000],
+  "num_labels": [1, 2, 3],
+  "_num_labels": [1, 7],
+  "id2label": [{"0": "LABEL_0"}, {"0": "a", "1": "b"}],
+  "label2id": [{"LABEL_0": 0}],
+  "problem_type": ["regression", "multi_label_classification", None],
+  "finetuning_task": ["sst2"],
+  "use_cache": [False],
+  "summary_type": ["cls_index"],
+}
+
+
+@pytest.mark.parts(12, 12)
+def test_a_new_head_on_five_configs_answers_batches_in_transformers(folder, tmp_path, part):
+  """Whatever the config says of another head or of padding; three texts of three lengths, padded by the export's tokenizer."""
+  for seed in range(5 * part, 5 * part + 5):
+    rng = np.random.default_rng(seed)
+    source, out = shutil.copytree(folder, tmp_path / str(seed)), tmp_path / f"{seed}-out"
+    names = rng.choice(list(LEFT_OVER), rng.integers(1, 6), replace=False)
+    more = {name: LEFT_OVER[name][rng.integers(len(LEFT_OVER[name]))] for name in names}
+    about = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(about | more))
+    if rng.random() < 0.3:
+      says = json.loads((source / "tokenizer_config.json").read_text())
+      (source / "tokenizer_config.json").write_text(json.dumps(says | {"pad_token": "!"}))
+    tokenizer = tokenizers.load(source, 293)
+    labels = [f"class {i}" for i in range(rng.integers(2, 5))]
+    checkpoint = repo.with_classes(repo.find(str(source)), labels, tokenizer)
+    save.rehearse(checkpoint, tokenizer)
+    _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
+    params = load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+    save.export(out, params, checkpoint, tokenizer=tokenizer)
+    their = transformers.AutoModelForSequenceClassification.from_pretrained(out)
+    texts = ["the cat sat on the mat and ran", "the dog", "cat"]
+    with torch.no_grad():
+      found = their(**transformers.AutoTokenizer.from_pretrained(out)(texts, padding=True, return_tensors="pt")).logits
+    ours = np.stack([label.logits_C for label in jaxft.load(out).classify(texts)])
+    np.testing.assert_allclose(found.numpy(), ours, atol=1e-4, err_msg=str(more))
+    assert their.config.num_labels == len(labels) and their.config.id2label == dict(enumerate(labels)), more
+
+
+def test_labels_find_their_class_by_name_then_by_case_then_by_number():
+  names = ["entailment", "neutral", "contradiction"]
+  assert class_numbers(sorted(names), names) == [2, 0, 1]
+  assert class_numbers(["neutral"], names) == [1]
+  assert class_numbers(["ENTAILMENT", "Neutral"], names) == [0, 1]
+  assert class_numbers(["0", "2"], names) == [0, 2]
+  assert class_numbers(["1", "0"], ["1", "0"]) == [0, 1]  # names, though they look like numbers
+  for labels in (["neutral", "other"], ["0", "3"], ["Neutral", "1"]):
+    with pytest.raises(RequestError, match=f"label '{labels[-1]}'|label '{labels[0]}'"):
+      class_numbers(labels, names)
+
+
+def test_a_head_whose_classes_are_in_another_order_is_trained_on(theirs, tmp_path):
+  """The rows get the numbers that the head has; the data may lack a class."""
+  _, folder = theirs
+  (tmp_path / "rows.jsonl").write_text(
+    "".join(json.dumps({"text": f"the cat {i}", "label": label}) + "\n" for i in range(9) for label in ("good", "bad"))
+  )
+  data = settings.default().data
+  data.update(format="classification", train=(str(tmp_path / "rows.jsonl"),), sequence_length=16)
+  data.update(validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
+  tokenizer = tokenizers.load(folder, 293)
+  source = repo.with_classes(repo.find(str(folder)), ["bad", "good"], tokenizer)
+  assert source.labels == LABELS and not source.new_head
+  found = report.prepare(data, tokenizer, "").of_classes(source.labels)
+  assert found.labels == LABELS
+  assert {int(row["targets"].max()) for row in (found.train[i] for i in range(len(found.train)))} == {0, 2}
+
+
+def test_padding_that_ends_each_text_is_refused_before_training(theirs, tmp_path):
+  """transformers would read the class at the token before it."""
+  from tokenizers.processors import TemplateProcessing
+
+  _, folder = theirs
+  other = shutil.copytree(folder, tmp_path / "m")
+  tokenizer = tokenizers.load(other, 293)
+  ends = TemplateProcessing(single=f"$A {tiny.EOS}", special_tokens=[(tiny.EOS, 0)])
+  tokenizer.backend_tokenizer.post_processor = ends
+  with pytest.raises(RequestError, match="give the tokenizer a pad_token of its own"):
+    source = repo.find(str(other))
+    repo.with_classes(source._replace(hf_config=source.hf_config | {"pad_token_id": None}), LABELS, tokenizer)
+  assert repo.with_classes(repo.find(str(other)), LABELS, tokenizer).hf_config["pad_token_id"] == 292

@@ -10,9 +10,10 @@ import pytest
 import tiny
 
 from jaxft import pretrained, program, sharding
-from jaxft.data import report, tokens
+from jaxft.data import report
 from jaxft.errors import RequestError, StorageError
 from jaxft.hf import repo
+from jaxft.hf import tokenizer as tokenizers
 from jaxft.run.checkpoint import Checkpoints
 from jaxft.run.resume import resume
 from jaxft.train import finetune
@@ -123,8 +124,8 @@ def test_when_all_are_damaged_the_run_says_so_and_removes_nothing(run, like, tmp
 @pytest.mark.parts(6, 150)
 def test_a_damaged_token_cache_is_made_again(run, tmp_path, part, record_property):
   rng, tried, config = np.random.default_rng(part), Tried(), run[0].copy_and_resolve_references()
-  tokenizer = tokens.load_tokenizer(Path(config.model.path), 293)
-  prepare = lambda: report.prepare(config.data, tokenizer, repo.tokenizer_fingerprint(Path(config.model.path)))
+  tokenizer = tokenizers.load(Path(config.model.path), 293)
+  prepare = lambda: report.prepare(config.data, tokenizer, tokenizers.fingerprint(tokenizer))
   wanted = prepare().train
   names = [file.relative_to(run[0].data.cache_dir) for file in files_in(Path(run[0].data.cache_dir))]
   for i in range(PER_PART):

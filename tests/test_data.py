@@ -15,6 +15,7 @@ from jaxft.data import report, tokens
 from jaxft.data.formats import Example
 from jaxft.data.pack import ConcatRows, ExampleRows, LabelRows, best_fit
 from jaxft.errors import RequestError
+from jaxft.hf import tokenizer as tokenizers
 
 EOS = 0
 PIECES = ["a", " cat", "\n", "\r\n", "  ", '"', ",", "é", "東", "🐈", "\u2028", "\x00", "\t", "'", "\\", "ß", "The dog"]
@@ -22,7 +23,7 @@ PIECES = ["a", " cat", "\n", "\r\n", "  ", '"', ",", "é", "東", "🐈", "\u202
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-  return tokens.load_tokenizer(folder, 293)
+  return tokenizers.load(folder, 293)
 
 
 def prepared(tokenizer, cache, files, **data):
@@ -256,7 +257,7 @@ def test_only_the_completion_is_learned(tokenizer):
     # "a" + "a" is one token that holds both: it is learned whole.
     merged = len(tokenizer("aa")["input_ids"]) == 1
     assert texts == sorted([" sat on", "the dog", "aa" if merged else "a", " mat"])
-  batch = tokens.encode(examples, tokenizer, np.uint16)
+  batch = tokens.encode(examples, tokens.Reader(tokenizer), np.uint16)
   assert batch.merged == merged
 
 

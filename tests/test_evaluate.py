@@ -15,6 +15,7 @@ from jaxft import pretrained, sharding
 from jaxft.data import tokens
 from jaxft.data.report import examples, lay_out
 from jaxft.errors import RequestError
+from jaxft.hf import tokenizer as tokenizers
 
 T = 31
 
@@ -31,7 +32,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(folder, text):
   how = ConfigDict(settings.default().data)
-  how.sequence_length, tokenizer = T, tokens.load_tokenizer(folder, 293)
+  how.sequence_length, tokenizer = T, tokenizers.load(folder, 293)
   stored = tokens.in_memory(examples([str(text)], "validation", how, {}, {}), tokenizer)
   laid_out = lay_out(stored, how, tokenizer.eos_token_id)
   return [laid_out[i] for i in range(len(laid_out))]

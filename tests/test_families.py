@@ -265,6 +265,10 @@ def test_config_reads_back_the_same(case, tmp_path):
   theirs, folder, checkpoint, _, params = case
   save.export(tmp_path / "out", params, checkpoint)
   before, after = (type(theirs.config).from_pretrained(path).to_dict() for path in (folder, tmp_path / "out"))
+  assert after.pop("n_ctx", None) in (
+    None,
+    checkpoint.cfg.P,
+  )  # for llama.cpp's converter; transformers does not read it
   assert before == after
 
 

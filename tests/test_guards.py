@@ -46,6 +46,42 @@ def test_room_on_the_disk_is_asked_for_with_the_bytes(tmp_path):
     guards.must_have_room({tmp_path: 10, tmp_path / "not" / "there": 10**18 - 10}, "checkpoints")
 
 
+def test_folders_on_one_disk_share_its_room(tmp_path, monkeypatch):
+  monkeypatch.setattr(guards.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
+  guards.must_have_room({tmp_path / "a": 60, tmp_path / "b": 40}, "checkpoints")
+  with pytest.raises(StorageError, match="b: checkpoints need 110 bytes and the disk has 100 free"):
+    guards.must_have_room({tmp_path / "a": 60, tmp_path / "b": 50}, "checkpoints")
+
+
+def test_a_second_signal_is_the_systems_own(monkeypatch):
+  sent = []
+  with guards.StopRequest() as stop, stop.held():
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.received == "SIGUSR1" and signal.getsignal(signal.SIGTERM) == stop._note
+    monkeypatch.setattr(guards.os, "kill", lambda pid, number: sent.append((pid, number, signal.getsignal(number))))
+    stop._note(signal.SIGTERM, None)
+  assert sent == [(os.getpid(), signal.SIGTERM, signal.SIG_DFL)]
+
+
+def test_a_save_is_waited_for_after_one_step(config, tmp_path, monkeypatch):
+  """So that a kill costs at most `save_every` + 1 steps, however slow the disk is."""
+  events, wait, save, told = [], checkpoint.Checkpoints.wait, checkpoint.Checkpoints.save, Reporter.step
+  monkeypatch.setattr(checkpoint.Checkpoints, "wait", lambda self: (events.append("wait"), wait(self))[1])
+  monkeypatch.setattr(
+    checkpoint.Checkpoints,
+    "save",
+    lambda self, step, *rest: (save(self, step, *rest), events.append(("save", step)))[0],
+  )
+  monkeypatch.setattr(
+    Reporter, "step", lambda self, step, *rest: (events.append(("told", step)), told(self, step, *rest))[1]
+  )
+  config.train.save_every = 3
+  finetune(config, tmp_path / "run")
+  for step in (3, 6, 9):
+    after = events[events.index(("save", step)) :]
+    assert "wait" in after[: after.index(("told", step + 2))], after
+
+
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
   kept = checkpoint.Checkpoints(tmp_path / "c", 2, best="eval/loss")
   state = {"x": jnp.arange(7.0)}
@@ -105,6 +141,9 @@ def test_another_model_text_or_optimizer_is_refused_by_name(config, folder, stor
   (model / "config.json").write_text(json.dumps(json.loads(facts) | {"layer_norm_epsilon": 0.5}))  # of the same shapes
   with pytest.raises(RequestError, match="norm_eps is 0.5; the run was started with 1e-05"):
     finetune(config, tmp_path / "run")
+  assert load_workdir(tmp_path / "run").source.cfg.norm_eps == 1e-5  # the run keeps the config that it trained
+  kept = tmp_path / "run" / "model" / "config.json"
+  kept.write_text(json.dumps(json.loads(kept.read_text()) | {"layer_norm_epsilon": 0.5}))
   with pytest.raises(RequestError, match="norm_eps is 0.5, and was 1e-05 when the run"):
     load_workdir(tmp_path / "run")
   (model / "config.json").write_text(facts)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from jaxft import model
-from jaxft.data import tokens
 from jaxft.errors import RequestError
 from jaxft.hf import load, repo
+from jaxft.hf import tokenizer as tokenizers
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 CONFIG_VALUES = [None, -1, 0, 1, 10**9, 2**70, 1.5, float("nan"), "x", "", [], {}, [1], True, "../../etc/passwd"]
@@ -161,7 +161,7 @@ def test_hostile_folders(kind, folder, watched):
       _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
       params = load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
       assert all(a.shape == b.shape for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(shapes)))
-      tokens.load_tokenizer(checkpoint.folder, checkpoint.cfg.V)
+      tokenizers.load(checkpoint.folder, checkpoint.cfg.V)
     except RequestError as error:
       refused += 1
       assert str(home / "m") in str(error) and len(str(error).splitlines()) == 1

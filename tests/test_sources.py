@@ -199,3 +199,29 @@ def test_a_weight_stands_after_its_source(tmp_path, monkeypatch):
     assert "a number above 0 and at most 100" in sources.faults({"train": (f"a.txt@{weight}",)})[0]
   assert sources.weighted("a.txt@1.") == ("a.txt", 1.0)
   assert sources.faults({"validation": ("a.txt@2",)})  # what is evaluated is read once
+
+
+def test_a_label_has_the_name_that_the_datasets_library_gives_it(tmp_path, monkeypatch):
+  datasets = pytest.importorskip("datasets")
+  monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+  features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+  rows = datasets.Dataset.from_dict({"text": ["good", "bad", "so so"], "label": [1, 0, -1]}, features=features)
+  (tmp_path / "imdb").mkdir()
+  rows.to_parquet(str(tmp_path / "imdb" / "train.parquet"))
+  data = settings.default().data
+  data.update(format="classification", on_bad_row="skip")
+  for source in (str(tmp_path / "imdb"), f"hub:{tmp_path / 'imdb'}"):
+    dropped, notes = collections.Counter(), collections.Counter()
+    found = list(report.examples((source,), "train", data, dropped, notes))
+    assert [(example.text, example.label) for example in found] == [("good", "pos"), ("bad", "neg")]
+    assert sum(dropped.values()) == 1
+
+
+def test_labels_that_are_whole_numbers_are_labels_whatever_their_type(tmp_path):
+  (tmp_path / "a.jsonl").write_text(
+    '{"text": "a", "label": 1.0}\n{"text": "b", "label": 0}\n{"text": "c", "label": 0.5}\n{"text": "d", "label": NaN}\n'
+  )
+  data = settings.default().data
+  data.update(format="classification", on_bad_row="skip")
+  found = report.examples((str(tmp_path / "a.jsonl"),), "train", data, collections.Counter(), collections.Counter())
+  assert [example.label for example in found] == ["1", "0"]

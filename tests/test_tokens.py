@@ -9,6 +9,7 @@ import tiny
 
 from jaxft.data import tokens
 from jaxft.data.formats import Example
+from jaxft.hf import tokenizer as tokenizers
 
 EOS = 0
 PIECES = ["a", " cat", "\n", "\r\n", "  ", '"', ",", "é", "東", "🐈", "\u2028", "\x00", "\t", "'", "\\", "ß", "The dog"]
@@ -16,15 +17,18 @@ PIECES = ["a", " cat", "\n", "\r\n", "  ", '"', ",", "é", "東", "🐈", "\u202
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_long_text_in_parts_gives_the_tokens_of_the_whole(tmp_path, monkeypatch, seed):
-  tokenizer = tokens.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50257)
+  tokenizer = tokenizers.load(tiny.write_gpt2_bpe(tmp_path), 50257)
   rng = np.random.default_rng(seed)
   pieces = [*PIECES, " ", " ", "\n", "'s", " 12", "\u3000", "\x1c", "<|endoftext|>", "don't", "\xa0x"]
   text = "".join(pieces[i] for i in rng.integers(len(pieces), size=400))
   monkeypatch.setattr(tokens, "CHARACTERS_AT_ONCE", 64)
-  parts = tokens._parts(text, tokenizer)
+  parts = tokens._parts(text, tokens.Reader(tokenizer))
   assert "".join(parts) == text and len(parts) > 10
   whole = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-  assert tokens.encode([Example(text)], tokenizer, np.uint16).ids[0].tolist() == [*whole, tokenizer.eos_token_id]
+  assert tokens.encode([Example(text)], tokens.Reader(tokenizer), np.uint16).ids[0].tolist() == [
+    *whole,
+    tokenizer.eos_token_id,
+  ]
 
 
 def test_what_a_trainer_left_in_the_tokenizer_is_not_applied(folder, tmp_path):
@@ -42,14 +46,14 @@ def test_what_a_trainer_left_in_the_tokenizer_is_not_applied(folder, tmp_path):
   (tmp_path / "saved" / "tokenizer.json").write_text(json.dumps(saved))
   texts = ["the cat sat on the mat and ran", "a"]
   plain, other = (
-    tokens.in_memory(map(Example, texts), tokens.load_tokenizer(at, 293)) for at in (folder, tmp_path / "saved")
+    tokens.in_memory(map(Example, texts), tokenizers.load(at, 293)) for at in (folder, tmp_path / "saved")
   )
   np.testing.assert_array_equal(plain.ids, other.ids)
 
 
 def test_ids_are_transformers_own_for_ten_thousand_strings(tmp_path):
   """Real GPT-2 BPE: digits, control characters, CJK, emoji, blanks, and strings of anything."""
-  tokenizer = tokens.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50257)
+  tokenizer = tokenizers.load(tiny.write_gpt2_bpe(tmp_path), 50257)
   rng = np.random.default_rng(0)
   planes = [(32, 127), (0, 32), (128, 0x250), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF), (0x600, 0x6FF), (0x2000, 0x2070)]
   texts = []
@@ -65,7 +69,7 @@ def test_ids_are_transformers_own_for_ten_thousand_strings(tmp_path):
 
 
 def test_tokens_stand_for_the_bytes_of_their_text(tmp_path):
-  tokenizer = tokens.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50_304)
+  tokenizer = tokenizers.load(tiny.write_gpt2_bpe(tmp_path), 50_304)
   lengths_V = tokens.byte_lengths(tokenizer)
   for text in ("Hello world, naïve café 日本 🎉\n\n  x", "a" * 50, "", "<|endoftext|> b"):
     assert lengths_V[tokenizer(text)["input_ids"]].sum() == len(text.replace("<|endoftext|>", "").encode())

@@ -1,6 +1,8 @@
 """Rows to examples: what is text, where the loss begins, what the label is. One function a format."""
 
+import collections
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -62,9 +64,29 @@ def _text(columns: dict[str, Any], data: ConfigDict, setting: str) -> str:
 def _label(columns: dict[str, Any], data: ConfigDict) -> str:
   column = data.label_column
   value = columns.get(column)
+  if isinstance(value, float) and value.is_integer():  # what pandas makes of whole numbers in a column with gaps
+    value = int(value)
   if isinstance(value, bool | int | str) and str(value) and is_text(str(value)):
     return str(value)
   raise BadRow(f"column {column!r} is no label ({type(value).__name__} {str(value)[:40]!r}; config.data.label_column)")
+
+
+def class_numbers(labels: list[str], classes: Sequence[str]) -> list[int]:
+  """The number of each label's class: by name, by name in other case, or by its number where all labels are numbers.
+
+  Raises RequestError for a label that is no class.
+  """
+  by_case = collections.Counter(name.casefold() for name in classes)
+  ways = (
+    {name: i for i, name in enumerate(classes)},
+    {name.casefold(): i for i, name in enumerate(classes) if by_case[name.casefold()] == 1},
+    {str(i): i for i in range(len(classes))},
+  )
+  for number, same in zip(ways, (str, str.casefold, str), strict=True):
+    if all(same(label) in number for label in labels):
+      return [number[same(label)] for label in labels]
+  unknown = next(label for label in labels if label not in ways[0])
+  raise RequestError(f"label {unknown!r}: the model's are {', '.join(map(repr, classes))}")
 
 
 def _nats(columns: dict[str, Any], data: ConfigDict) -> float:

@@ -1,6 +1,7 @@
 """The data of a run, read and accounted for: every row and every token is trained on, held out or dropped, and why."""
 
 import collections
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -45,9 +46,18 @@ class Data(NamedTuple):
   labels: list[str]  # of the classification format, in the order of their numbers
   floor: float | None  # nats per validation token that no model can go below, where the source knows it
   fingerprint: str  # of the training examples and how they lie in rows
-  held_out: str  # fingerprint of the validation examples, and of the unrelated text
+  held_out: str  # fingerprint of the validation examples
+  beside: str  # fingerprint of the unrelated text
   unrelated: Rows | None  # of text to evaluate too
   report: dict[str, Any]
+
+  def of_classes(self, classes: list[str]) -> "Data":
+    """The same rows with the numbers that the labels have among `classes`; raises RequestError for a label that is none."""
+    number = np.array(formats.class_numbers(self.labels, classes), np.int32)
+    renumbered = lambda rows: LabelRows(
+      dataclasses.replace(rows.tokens, labels_N=number[np.asarray(rows.tokens.labels_N)]), rows.T
+    )
+    return self._replace(train=renumbered(self.train), validation=renumbered(self.validation), labels=list(classes))
 
   def to_json(self, train: ConfigDict) -> str:
     """The content of data_report.json, for a run of `config.train`; raises RequestError as `run_length` does."""
@@ -90,6 +100,11 @@ def prepare(
     return made
 
   entry, manifest = cache.open_or_make(folder, key, make, say)
+  if manifest["lost"]:
+    say(
+      f"{manifest['lost']:,} of {manifest['characters']:,} characters have no token in the model's tokenizer: they are left "
+      "out, or read as its unknown token"
+    )
   stored = {name: cache.tokens(entry, name, manifest) for name in SPLITS}
   laid_out = {name: lay_out(stored[name], data, tokenizer.eos_token_id) for name in SPLITS}
   for name, rows in laid_out.items():
@@ -106,7 +121,8 @@ def prepare(
     manifest["labels"],
     floor,
     hashlib.sha256(layout.encode()).hexdigest(),
-    " ".join([cache.fingerprint("validation", manifest), *sources.fingerprint(data.unrelated, "validation")]),
+    cache.fingerprint("validation", manifest),
+    " ".join(sources.fingerprint(data.unrelated, "validation")),
     _unrelated(data, tokenizer) if data.unrelated else None,
     _report(manifest, stored, laid_out, data.sequence_length),
   )
@@ -180,7 +196,7 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[st
 
   dtype = tokens.ids_dtype(tokenizer)
   writers = {name: cache.Writer(folder, name, dtype) for name in SPLITS}
-  done = merged = 0
+  done = merged = lost = characters = 0
   again = collections.Counter()  # the second pass meets the same bad rows, which the first has counted
   for source, of, often in zip(all_sources, places, passes):
     for number_of_pass in range(often.max(initial=0)):
@@ -194,7 +210,8 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[st
             nats = [batch[i].nats for i in mine if batch[i].nats is not None]
             label_ids = [number[batch[i].label] for i in mine if batch[i].label is not None]
             writers[name].examples([encoded.ids[i] for i in mine], [encoded.prompts[i] for i in mine], label_ids, nats)
-        merged += encoded.merged
+        merged, lost = merged + encoded.merged, lost + encoded.lost
+        characters += sum(len(example.text) for example in batch)
         done += len(batch)
         tell(done, total)
   if done != total:
@@ -202,13 +219,21 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[st
   more = sum(int(np.maximum(of, 1).sum()) - len(of) for of in passes)
   if more:
     notes["rows read again, as their weight says"] = more
+  files = {name: about for writer in writers.values() for name, about in writer.close().items()}
+  if 2 * lost > characters:
+    raise RequestError(
+      f"config.model.path: its tokenizer has no token for {lost:,} of the {characters:,} characters of config.data; "
+      "take a model whose tokenizer was made for such text"
+    )
   return {
-    "files": {name: about for writer in writers.values() for name, about in writer.close().items()},
+    "files": files,
     "labels": labels,
     "read": sum(counts) + bad + more,
     "dropped": dict(dropped),
     "duplicates": duplicates,
     "merged": merged,
+    "characters": characters,
+    "lost": lost,
     "notes": {note: count for note, count in notes.items() if count},
   }
 
@@ -284,6 +309,7 @@ def _report(
       "held_out": kept["validation"],
       "dropped": dict(dropped),
     },
+    "characters": {"read": manifest["characters"], "without_a_token": manifest["lost"]},
     "end_tokens": {"trained": accounts["train"].ends, "held_out": accounts["validation"].ends},
     "sequence_length": T,
     "sequences": {name: len(laid_out[split]) for name, split in (("trained", "train"), ("held_out", "validation"))},

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ from jaxft.files import exists
 
 READABLE = (".txt", ".jsonl", ".csv", ".parquet")
 COMPRESSED = (".gz", ".zst")  # after any of them but .parquet, which compresses its own columns
+# Of a run or a model, in whose folder text may lie too.
+OWN_FILES = ("metrics.jsonl", "samples.jsonl", "merges.txt", "vocab.txt")
+MODEL_FILES = (".safetensors", ".msgpack", ".bin", "tokenizer.json", "tokenizer_config.json")
 BOM = b"\xef\xbb\xbf"
 
 
@@ -38,7 +42,10 @@ def find_files(source: str) -> list[Path]:
   """The files that a path, a glob or a folder stands for, sorted; raises RequestError when there are none."""
   path = Path(source)
   if exists(path) and path.is_dir():
-    files, what = [p for p in _inside(path) if kind(p)], f"no {', '.join(READABLE)} file in this folder"
+    files, what = (
+      [p for p in _inside(path, collections.Counter()) if kind(p)],
+      f"no {', '.join(READABLE)} file in this folder",
+    )
   elif exists(path):
     files, what = [path] if path.is_file() else [], "not an ordinary file"
   else:
@@ -57,12 +64,30 @@ def find_files(source: str) -> list[Path]:
   return files
 
 
-def _inside(folder: Path) -> list[Path]:
-  """The files of a folder and of the folders in it, but for hidden ones."""
-  files = folder.rglob("*")
-  return sorted(
-    p for p in files if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-  )
+def _inside(folder: Path, notes: collections.Counter) -> list[Path]:
+  """The files of a folder and of the folders in it, but for hidden ones, and for runs and models, which hold no text to learn.
+
+  The folder itself may be a run's or a model's, with text beside: of that the text is taken.
+  """
+  files = []
+  for at, folders, names in os.walk(folder):
+    folders[:] = [name for name in folders if not name.startswith(".")]
+    holds = {name: what for name in folders if (what := _not_text(Path(at, name)))}
+    notes.update(f"{what}, left out" for what in holds.values())
+    folders[:] = [name for name in folders if name not in holds]
+    own = OWN_FILES if _not_text(Path(at)) else ()
+    files += [Path(at, name) for name in names if not name.startswith(".") and name not in own]
+  return sorted(file for file in files if file.is_file())
+
+
+def _not_text(folder: Path) -> str:
+  """What a folder is that holds no text to learn, though it has files of kinds that are read; "" for any other."""
+  names = {path.name for path in folder.iterdir()} if os.access(folder, os.R_OK) else set()
+  if "run.lock" in names or {"config.json", "metrics.jsonl"} <= names:
+    return "folders of runs"
+  if "parity.json" in names or "config.json" in names and any(name.endswith(MODEL_FILES) for name in names):
+    return "folders of models"
+  return "Python environments" if "pyvenv.cfg" in names else ""
 
 
 def weighted(source: str) -> tuple[str, float]:
@@ -131,11 +156,15 @@ def read(
   for source in sources:
     if source.startswith("hub:"):
       with _named(source):
-        for number, columns in enumerate(_hub(source, split), 1):
-          yield Row(f"{source}, row {number}", columns)
+        rows = _hub(source, split)
+        names = _class_names(rows.features or {})
+        for number, columns in enumerate(rows, 1):
+          yield Row(f"{source}, row {number}", _with_names(columns, names))
       continue
     if Path(source).is_dir():
-      notes["files in folders that are of no kind that is read"] += sum(not kind(p) for p in _inside(Path(source)))
+      notes["files in folders that are of no kind that is read"] += sum(
+        not kind(p) for p in _inside(Path(source), notes)
+      )
     for file in find_files(source):
       with _named(file):
         yield from _file_rows(file, text_column, separator, notes)
@@ -173,11 +202,12 @@ def _file_rows(file: Path, text_column: str, separator: str, notes: collections.
   if kind(file) == ".parquet":
     import pyarrow.parquet
 
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000):
+    content, number = pyarrow.parquet.ParquetFile(file), 0
+    names = _class_names(_features(content.schema_arrow.metadata or {}))
+    for batch in content.iter_batches(1000):
       for row, fault in _parquet(batch):
         number += 1
-        yield Row(f"{file}, row {number}", row, fault)
+        yield Row(f"{file}, row {number}", _with_names(row, names), fault)
     return
   import pyarrow
 
@@ -187,6 +217,33 @@ def _file_rows(file: Path, text_column: str, separator: str, notes: collections.
       stream.read(3)
     reader = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv}[kind(file)]
     yield from reader(file, stream, text_column, separator, notes)
+
+
+def _features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
+  """What the datasets library says of the columns in a parquet file that it has written."""
+  try:
+    return json.loads(metadata[b"huggingface"])["info"]["features"]
+  except (KeyError, TypeError, ValueError, RecursionError):
+    return {}
+
+
+def _class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
+  """The names of the classes of each column that holds their numbers (datasets.ClassLabel, or what a file says of one)."""
+  found = {}
+  for column, feature in features.items():
+    about = feature if isinstance(feature, dict) else {"_type": type(feature).__name__, **vars(feature)}
+    if about.get("_type") == "ClassLabel" and isinstance(about.get("names"), list):
+      found[column] = about["names"]
+  return found
+
+
+def _with_names(columns: dict[str, Any], names: Mapping[str, list[str]]) -> dict[str, Any]:
+  """The columns with a name for each class number; a number without one, such as -1 for no label, becomes no label."""
+  for column in names.keys() & columns.keys():
+    number = columns[column]
+    if isinstance(number, int):
+      columns = columns | {column: names[column][number] if 0 <= number < len(names[column]) else None}
+  return columns
 
 
 def _parquet(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:

@@ -1,20 +1,23 @@
 """Examples to token ids, and how examples lie in memory or in a file."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.data.formats import Example
-from jaxft.errors import RequestError, first_line
+from jaxft.data.formats import Example, class_numbers
 
 # Given to the tokenizer together: it spreads texts over the cores, and takes some 200 bytes a character (tokenizers 0.23).
 AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**20
+# The letter that stands for each byte in GPT-2's vocabulary and ByteLevel's: itself where it can be seen, else one from 256 on.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {byte: chr(byte) for byte in VISIBLE}
+BYTES |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
 BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 
 
@@ -45,32 +48,7 @@ class Encoded(NamedTuple):
   ids: list[np.ndarray]
   prompts: list[int]
   merged: int  # examples in which one token holds the end of the prompt and the beginning of the completion
-
-
-def load_tokenizer(folder: Path, V: int) -> Any:
-  """The tokenizer of a checkpoint folder; raises RequestError when there is none that fits a table of V tokens."""
-  from transformers import AutoTokenizer  # most of a second to import: a mistyped config should not wait for it
-
-  try:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not hasattr(tokenizer, "backend_tokenizer"):
-      raise TypeError(f"{type(tokenizer).__name__} is no tokenizer of one text")
-  except Exception as error:  # transformers raises whatever its readers raise
-    raise RequestError(
-      f"{folder}: no tokenizer that can be read ({first_line(error)}); the folder needs "
-      "tokenizer.json, or vocab.json and merges.txt"
-    ) from error
-  # A folder that a Trainer has saved may hold the length it cut texts to, or padded them to.
-  tokenizer.backend_tokenizer.no_truncation()
-  tokenizer.backend_tokenizer.no_padding()
-  if tokenizer.eos_token_id is None:
-    raise RequestError(f"{folder}: the tokenizer has no end token; set eos_token in tokenizer_config.json")
-  largest = max(tokenizer.get_vocab().values())
-  if largest >= V:
-    raise RequestError(
-      f"{folder}: the tokenizer has {len(tokenizer)} tokens, up to id {largest}, and the model's table only {V} rows"
-    )
-  return tokenizer
+  lost: int  # characters that no token stands for: dropped, or read as the unknown token
 
 
 def ids_dtype(tokenizer: Any) -> np.dtype:
@@ -79,7 +57,10 @@ def ids_dtype(tokenizer: Any) -> np.dtype:
 
 
 def byte_lengths(tokenizer: Any) -> np.ndarray | None:
-  """(V,) bytes of text that each token stands for, 0 for the end token; None of a tokenizer that does not work on bytes."""
+  """(V,) bytes of text that each token stands for, 0 for the end token and what the tokenizer itself puts around a text.
+
+  None of a tokenizer that does not work on bytes.
+  """
   backend = tokenizer.backend_tokenizer
   if (json.loads(backend.to_str())["decoder"] or {}).get("type") != "ByteLevel":
     return None
@@ -90,7 +71,8 @@ def byte_lengths(tokenizer: Any) -> np.ndarray | None:
     i,
   ) in vocabulary.items():  # each byte is a letter of its own there; tokens that were added stand as they are
     lengths_V[i] = len(added[i].content.encode()) if i in added else len(token)
-  lengths_V[tokenizer.eos_token_id] = 0
+  before, after = around(tokenizer)
+  lengths_V[[tokenizer.eos_token_id, *before, *after]] = 0
   return lengths_V
 
 
@@ -103,13 +85,70 @@ def bytes_learned(rows: Any, tokenizer: Any, limit: int = 0) -> int:
   return sum(int(lengths_V[row["targets"][row["mask"]]].sum()) for row in some)
 
 
-def encode(examples: list[Example], tokenizer: Any, dtype: np.dtype) -> Encoded:
-  """Token ids of the examples, made on all cores. Nothing is added but end tokens, and nothing trimmed.
+def around(tokenizer: Any) -> tuple[list[int], list[int]]:
+  """The ids that a tokenizer itself puts before and after a text, as BERT's [CLS] and [SEP]; mostly none."""
+  backend = tokenizer.backend_tokenizer
+  ordinary = (token for token, id in tokenizer.get_vocab().items() if id not in backend.get_added_tokens_decoder())
+  text = next((text for text in ("a", "1", *itertools.islice(ordinary, 9)) if _ids(backend, text)), "a")
+  whole = backend.encode(text)
+  special = whole.special_tokens_mask
+  if 0 not in special:
+    return [], []
+  return whole.ids[: special.index(0)], whole.ids[len(special) - special[::-1].index(0) :]
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+  """The tokens of a text that is to be continued: those that a document which begins with it begins with."""
+  return around(tokenizer)[0] + _ids(tokenizer.backend_tokenizer, text)
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+  """The tokens of a whole text, to classify: an empty one is the end token."""
+  before, after = around(tokenizer)
+  return before + _ids(tokenizer.backend_tokenizer, text) + after or [tokenizer.eos_token_id]
+
+
+def _ids(backend: Any, text: str) -> list[int]:
+  return backend.encode(text, add_special_tokens=False).ids
+
+
+class Reader:
+  """What there is to know of a tokenizer before it reads many texts: looked up once, for a large one takes 0.1 s."""
+
+  def __init__(self, tokenizer: Any):
+    self.tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
+    rules = json.loads(self.backend.to_str())
+    self.before, self.after = around(tokenizer)
+    self.end = tokenizer.eos_token_id
+    self.cuts_at_blanks = _cuts_at_blanks(rules)
+    model, vocabulary = rules["model"], tokenizer.get_vocab()
+    works_on_bytes = (rules["decoder"] or {}).get("type") == "ByteLevel"
+    self._missing = [byte for byte, letter in BYTES.items() if letter not in vocabulary] if works_on_bytes else None
+    falls_back = model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    self.loses_nothing = self._missing == [] or falls_back
+    unknown = model.get("unk_token")
+    self._unknown = vocabulary.get(unknown, -1) if unknown is not None else model.get("unk_id", -1)
+
+  def lost(self, text: str, encoding: Any) -> int:
+    """Characters of a text that no token stands for: dropped, or read as the unknown one. Blanks are not counted."""
+    if self._missing is not None:
+      code = np.frombuffer(text.encode(), np.uint8)
+      number = np.cumsum((code & 0xC0) != 0x80)  # of the character that each byte is of
+      return len(np.unique(number[np.isin(code, self._missing)]))
+    gone = np.ones(len(text), bool)
+    for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+      gone[start:stop] = id == self._unknown  # the last of a character's tokens: the first may be the blank before it
+    return sum(not text[i].isspace() for i in np.flatnonzero(gone))
+
+
+def encode(examples: list[Example], reader: Reader, dtype: np.dtype) -> Encoded:
+  """Token ids of the examples, made on all cores. Nothing is added but end tokens and what the tokenizer itself puts around a
+  text, and nothing trimmed.
 
   Where a prompt ends among the tokens is found by their places in the text, never by searching for ids: a token that holds
   the end of the prompt and the beginning of the completion is learned.
   """
-  fast = tokenizer.backend_tokenizer
+  fast, lost = reader.backend, 0
   texts, prompts, merged = [example.text for example in examples], [0] * len(examples), 0
   if any(example.prompt for example in examples):
     found = fast.encode_batch(texts, add_special_tokens=False)
@@ -117,26 +156,42 @@ def encode(examples: list[Example], tokenizer: Any, dtype: np.dtype) -> Encoded:
       prompts[i] = sum(stop <= example.prompt for _, stop in encoding.offsets)
       before = encoding.offsets[prompts[i] - 1][1] if prompts[i] else 0
       merged += before < example.prompt and prompts[i] < len(encoding.offsets)
+      lost += 0 if reader.loses_nothing else reader.lost(example.text, encoding)
     ids = [[np.array(encoding.ids, dtype)] for encoding in found]
   else:
     ids = [[] for _ in texts]
-    parts = ((i, part) for i, text in enumerate(texts) for part in _parts(text, tokenizer))
+    parts = ((i, part) for i, text in enumerate(texts) for part in _parts(text, reader))
+    encode_batch = fast.encode_batch_fast if reader.loses_nothing else fast.encode_batch  # the fast one tells no places
     for group in _grouped(parts, lambda part: len(part[1])):
-      found = fast.encode_batch_fast([part for _, part in group], add_special_tokens=False)
-      for (i, _), encoding in zip(group, found, strict=True):
+      found = encode_batch([part for _, part in group], add_special_tokens=False)
+      for (i, part), encoding in zip(group, found, strict=True):
         ids[i].append(np.array(encoding.ids, dtype))
-  ends = [np.array([] if example.label is not None else [tokenizer.eos_token_id], dtype) for example in examples]
-  ids = [np.concatenate([*arrays, end]) for arrays, end in zip(ids, ends, strict=True)]
-  return Encoded(ids, prompts, merged)
+        lost += 0 if reader.loses_nothing else reader.lost(part, encoding)
+  for i, example in enumerate(examples):
+    before, after = _ends(example, reader)
+    prompts[i] += len(before) if prompts[i] else 0
+    ids[i] = np.concatenate([np.array(before, dtype), *ids[i], np.array(after, dtype)])
+  return Encoded(ids, prompts, merged, lost)
 
 
-def _parts(text: str, tokenizer: Any) -> list[str]:
+def _ends(example: Example, reader: Reader) -> tuple[list[int], list[int]]:
+  """What stands before and after the tokens of an example's text.
+
+  A document has the end token after it; before it there is one too, of the document before, so none is put there.
+  """
+  if example.label is not None:
+    return reader.before, reader.after
+  before = [] if reader.before == [reader.end] else reader.before
+  return before, reader.after if reader.after[-1:] == [reader.end] else [*reader.after, reader.end]
+
+
+def _parts(text: str, reader: Reader) -> list[str]:
   """A long text in parts that give the same tokens as the whole, so that all cores and little memory will do.
 
   GPT-2's way to cut a text into words, which is ByteLevel's in the tokenizers library, never joins what stands before a single
   blank with what stands after it. A text of a tokenizer with another way is left whole.
   """
-  if len(text) <= CHARACTERS_AT_ONCE or not _cuts_at_blanks(tokenizer):
+  if len(text) <= CHARACTERS_AT_ONCE or not reader.cuts_at_blanks:
     return [text]
   parts, start = [], 0
   while blank := BETWEEN_WORDS.search(text, start + CHARACTERS_AT_ONCE // 8):
@@ -145,40 +200,36 @@ def _parts(text: str, tokenizer: Any) -> list[str]:
   return [*parts, text[start:]]
 
 
-def _cuts_at_blanks(tokenizer: Any) -> bool:
-  backend = tokenizer.backend_tokenizer
-  blank_tokens = any(" " in added.content for added in backend.get_added_tokens_decoder().values())
-  if backend.normalizer is not None or blank_tokens:
+def _cuts_at_blanks(rules: dict[str, Any]) -> bool:
+  if rules["normalizer"] is not None or any(" " in added["content"] for added in rules["added_tokens"]):
     return False
-  way = json.loads(backend.to_str())["pre_tokenizer"] or {}
+  way = rules["pre_tokenizer"] or {}
   return way.get("type") == "ByteLevel" and not way.get("add_prefix_space") and way.get("use_regex", True)
 
 
 def in_memory(examples: Iterable[Example], tokenizer: Any, labels: Sequence[str] = ()) -> Tokens:
-  """Examples as Tokens that no file holds; raises RequestError for a label that is none of `labels`, in their order."""
-  dtype, ids, prompts, numbers = ids_dtype(tokenizer), [], [], []
-  number = {label: i for i, label in enumerate(labels)}
+  """Examples as Tokens that no file holds; raises RequestError for a label that is none of `labels`."""
+  dtype, ids, prompts, found = ids_dtype(tokenizer), [], [], []
   for some, encoded in encode_all(examples, tokenizer, dtype):
-    if unknown := [example.label for example in some if example.label is not None and example.label not in number]:
-      raise RequestError(f"label {unknown[0]!r}: the model's are {', '.join(map(repr, labels))}")
-    numbers += [number[example.label] for example in some if example.label is not None]
+    found += [example.label for example in some if example.label is not None]
     ids += encoded.ids
     prompts += encoded.prompts
+  number = dict(zip(names := sorted(set(found)), class_numbers(names, labels), strict=True))
   return Tokens(
     np.concatenate([np.zeros(0, dtype), *ids]),
     np.cumsum([0, *map(len, ids)], dtype=np.int64),
     np.array(prompts, np.int32),
-    np.array(numbers, np.int32),
+    np.array([number[label] for label in found], np.int32),
     np.zeros(0, np.float64),
   )
 
 
 def encode_all(examples: Iterable[Example], tokenizer: Any, dtype: np.dtype) -> Iterator[tuple[list[Example], Encoded]]:
   """The examples in lists, each with what `encode` makes of it; the next list is read meanwhile."""
-  before = None
+  before, reader = None, Reader(tokenizer)
   with ThreadPoolExecutor(1) as worker:  # the tokenizer lets go of Python's lock
     for group in _grouped(examples, lambda example: len(example.text)):
-      begun = worker.submit(encode, group, tokenizer, dtype)
+      begun = worker.submit(encode, group, reader, dtype)
       if before:
         yield before[0], before[1].result()
       before = group, begun

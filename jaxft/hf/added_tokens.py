@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxft import model
-from jaxft.data import tokens
 from jaxft.errors import RequestError
 from jaxft.hf import load, repo, save
+from jaxft.hf import tokenizer as tokenizers
 
 TABLES = (("embed", "tokens"), ("output", "kernel"), ("output", "bias"))  # those that have a row for each token
 
@@ -24,7 +24,7 @@ def write(source: repo.Checkpoint, names: list[str], out: Path) -> tuple[dict[st
 
   Raises RequestError for a name that is a token already, or empty.
   """
-  tokenizer = tokens.load_tokenizer(source.folder, source.cfg.V)
+  tokenizer = tokenizers.load(source.folder, source.cfg.V)
   known = tokenizer.get_vocab()
   for i, name in enumerate(names):
     if not name or name in known or name in names[:i]:

@@ -38,15 +38,18 @@ KINDS = {
 }
 
 
-def model_card(workdir: Path, step: int) -> str:
+def model_card(workdir: Path, step: int, local: bool) -> str:
   """README.md of a model exported at `step`: the facts of the run, as the files of its workdir tell them.
+
+  Args:
+    local: the model that it began with is a folder, not a hub id, whose page the hub would link.
 
   Local paths are cut to their last part.
   """
   config = settings.read(workdir / "config.json")
   path, pretrained = config.model.path, config.model.init == "pretrained"
   name = path.rstrip("/").split("/")[-1]
-  hub_id = pretrained and path.count("/") <= 1 and not path.startswith((".", "/"))
+  hub_id = pretrained and not local
   facts = {
     "training text": ", ".join(source.rstrip("/").split("/")[-1] for source in config.data.train),
     "steps": f"{step:,} of {config.train.batch_size} sequences of {config.data.sequence_length} tokens",

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxft.data import tokens
 from jaxft.errors import RequestError, first_line
 from jaxft.files import exists
 from jaxft.hf import facts
@@ -15,20 +16,14 @@ from jaxft.hf.tables import FAMILIES, Family
 from jaxft.model import ModelConfig
 
 # What a folder needs to be used and to be exported again; weights in other formats stay on the hub.
-WANTED = ["*.json", "*.txt", "*.safetensors", "tokenizer.model", "README.md"]
+WANTED = ["*.json", "*.txt", "*.safetensors", "*.model", "*.jinja", "README.md"]
 FORMATS = ("model.safetensors", "flax_model.msgpack")  # the first that is there is read
-TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "vocab.json",
-  "merges.txt",
-  "special_tokens_map.json",
-  "added_tokens.json",
-)
+OF_ANOTHER_HEAD = ("num_labels", "_num_labels", "problem_type", "finetuning_task")  # keys of config.json
 LARGEST_TEXT = (
   2**28
 )  # bytes of a .json or .txt file, which is read whole; the tokenizer.json of a large vocabulary has 2^25
 PARITY = "parity.json"  # what an export was compared with, and the checksums of its files
+ADAPTER = "adapter_config.json"  # PEFT's
 PICKLE = "pytorch_model.bin"  # read last, and only when it is asked for
 
 
@@ -49,27 +44,42 @@ class Checkpoint(NamedTuple):
   def architecture(self) -> str:
     return self.family.classifier if self.cfg.classes else self.family.architecture
 
+  @property
+  def labels(self) -> list[str]:
+    """Names of the classes, in the order of their numbers; [] for a language model."""
+    names = self.hf_config.get("id2label") or {}
+    return [names.get(str(i), f"LABEL_{i}") for i in range(self.cfg.classes)]
 
-def with_classes(checkpoint: Checkpoint, labels: list[str], pad_token_id: int) -> Checkpoint:
-  """The checkpoint with a classification head for these labels, in place of its language head.
 
-  One that has a head for the same labels keeps it; raises RequestError for a head of other labels.
+def with_classes(checkpoint: Checkpoint, labels: list[str], tokenizer: Any) -> Checkpoint:
+  """The checkpoint with a classification head: its own, else a new one for these labels in place of its language head.
+
+  Raises RequestError where transformers could not tell padding from what the tokenizer itself puts after a text.
   """
-  names = {str(i): label for i, label in enumerate(labels)}
-  if checkpoint.cfg.classes:
-    theirs = checkpoint.hf_config.get("id2label") or {str(i): f"LABEL_{i}" for i in range(checkpoint.cfg.classes)}
-    if theirs != names:
-      raise RequestError(f"{checkpoint.folder}: its classes are {list(theirs.values())}, those of the data {labels}")
-    return checkpoint
-  about = {
+  kept = checkpoint.cfg.classes > 0
+  labels = checkpoint.labels if kept else labels
+  about = {key: value for key, value in checkpoint.hf_config.items() if kept or key not in OF_ANOTHER_HEAD} | {
     "architectures": [checkpoint.family.classifier],
-    "id2label": names,
+    "id2label": {str(i): label for i, label in enumerate(labels)},
     "label2id": {label: i for i, label in enumerate(labels)},
-    # transformers looks for the last token that is not this one; padding is all that comes after it in jaxft's rows.
-    "pad_token_id": checkpoint.hf_config.get("pad_token_id", pad_token_id),
+    "problem_type": "single_label_classification",
+    "pad_token_id": padding(checkpoint, tokenizer),
   }
   cfg = dataclasses.replace(checkpoint.cfg, classes=len(labels))
-  return checkpoint._replace(hf_config=checkpoint.hf_config | about, cfg=cfg, new_head=True)
+  return checkpoint._replace(hf_config=about, cfg=cfg, new_head=not kept)
+
+
+def padding(checkpoint: Checkpoint, tokenizer: Any) -> int:
+  """The token that rows are filled up with: transformers reads the class at the last token that is not this one."""
+  said, after = checkpoint.hf_config.get("pad_token_id"), tokens.around(tokenizer)[1]
+  known = said if said in tokenizer.get_vocab().values() else None
+  chosen = next(id for id in (tokenizer.pad_token_id, known, tokenizer.eos_token_id) if id is not None)
+  if after[-1:] == [chosen]:
+    raise RequestError(
+      f"{checkpoint.folder}: the tokenizer ends each text with {tokenizer.convert_ids_to_tokens(chosen)!r}, which is the "
+      "padding token too, and transformers would overlook it; give the tokenizer a pad_token of its own"
+    )
+  return chosen
 
 
 def faults(path: str, weights: bool = True, torch_bin: bool = False) -> list[str]:
@@ -117,6 +127,12 @@ def _check_folder(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
     raise RequestError(f"model folder {str(folder)!r}: no such folder; give one, or a hub id such as gpt2")
   config_file = folder / "config.json"
   _refuse_odd_files(folder)
+  if (folder / ADAPTER).is_file() and not config_file.is_file():
+    base = json_object(folder / ADAPTER).get("base_model_name_or_path")
+    raise RequestError(
+      f"model folder {str(folder)!r}: a PEFT adapter of {str(base)[:200]!r}, without the model itself; give the model that it "
+      "was merged into (WORKDIR/export of the run, or what peft's merge_and_unload saved)"
+    )
   if not config_file.is_file():
     raise RequestError(
       f"model folder {str(folder)!r}: no config.json in it, so it is not a Hugging Face model; "
@@ -130,20 +146,11 @@ def _check_folder(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
 
 def read_config(file: Path) -> tuple[dict[str, Any], ModelConfig]:
   """A parsed config.json and the facts in it; raises RequestError naming the file."""
-  hf_config = _json_object(file)
+  hf_config = json_object(file)
   try:
     return hf_config, facts.model_config(hf_config)
   except RequestError as error:
     raise RequestError(f"{file.parent}: {error}") from error
-
-
-def tokenizer_fingerprint(folder: Path) -> str:
-  """Changes with any byte of the tokenizer's files."""
-  digest = hashlib.sha256()
-  for name in TOKENIZER_FILES:
-    if (folder / name).is_file():
-      digest.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
-  return digest.hexdigest()
 
 
 def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
@@ -186,7 +193,7 @@ def must_be_as_exported(folder: Path, weights: bool) -> None:
   """
   if not (folder / PARITY).is_file():
     return
-  wanted = _json_object(folder / PARITY).get("sha256", {})
+  wanted = json_object(folder / PARITY).get("sha256", {})
   if not isinstance(wanted, dict):
     raise RequestError(f"{folder / PARITY}: its checksums are not a list of files; export again, or remove it")
   chosen = [name for name in wanted if name.endswith(".safetensors") == weights]
@@ -209,7 +216,7 @@ def _sha256(file: Path) -> str | None:
 
 
 def _shards(index: Path, suffix: str) -> list[str]:
-  where = _json_object(index).get("weight_map")
+  where = json_object(index).get("weight_map")
   if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
     raise RequestError(f"{index}: not an index of weights: it has no weight_map of file names")
   for name in where.values():
@@ -225,7 +232,7 @@ def _is_file(file: Path) -> bool:
     return False
 
 
-def _json_object(file: Path) -> dict[str, Any]:
+def json_object(file: Path) -> dict[str, Any]:
   try:
     content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=without_doubles)
   except (OSError, ValueError, RecursionError) as error:

@@ -4,6 +4,8 @@ import collections
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from jaxft.errors import RequestError, StorageError
 from jaxft.files import refused, write_whole
 from jaxft.hf import load, repo
+from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.tables import EMBEDDING, full_name
 from jaxft.hf.unload import DtypeOf, Outgoing, dtypes, hf_tensors
-from jaxft.hf.verify import verify
+from jaxft.hf.verify import must_read_config, verify
 
 # Keys of config.json that name code to be loaded: there is none of it in an export.
 NOT_EXPORTED = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "trust_remote_code")
-COPIED = (*repo.TOKENIZER_FILES, "generation_config.json", "chat_template.jinja", "README.md")
+GENERATION = "generation_config.json"
 
 
 def faults(out: Path) -> list[str]:
@@ -55,9 +58,9 @@ def export(
   Args:
     out: the folder; one that is already there is replaced if it is empty or an earlier export, and else refused.
     params: parameters as `model.abstract` nests them, on any mesh.
-    checkpoint: where the config and the tokenizer files come from.
+    checkpoint: where the config comes from.
     dtype: of `EXPORT_DTYPES`, or "source": for each tensor the dtype that it has in the checkpoint's folder.
-    tokenizer: one of transformers' to write; None: the files of the checkpoint's folder.
+    tokenizer: what `jaxft.hf.tokenizer.load` returned; None: none is written.
     card: text of the model card (README.md); empty: the checkpoint's own, if it has one.
 
   Raises:
@@ -79,22 +82,12 @@ def export(
     dtype_of = dtypes(checkpoint, dtype)
     _write_weights(partial, params, checkpoint, dtype_of, max_shard_size)
     main_dtype = dtype_of(full_name(EMBEDDING)).name
-    _write_json(
-      partial / "config.json",
-      {key: value for key, value in checkpoint.hf_config.items() if key not in NOT_EXPORTED}
-      | {"architectures": [checkpoint.architecture], "dtype": main_dtype, "torch_dtype": main_dtype},
-    )
-    if tokenizer:
-      tokenizer.save_pretrained(partial)
-    for name in COPIED:
-      if (checkpoint.folder / name).is_file() and not (tokenizer and name in repo.TOKENIZER_FILES):
-        shutil.copyfile(checkpoint.folder / name, partial / name)
-    if not checkpoint.cfg.classes and not (partial / "generation_config.json").exists():
-      ids = {key: checkpoint.hf_config[key] for key in ("bos_token_id", "eos_token_id") if key in checkpoint.hf_config}
-      _write_json(partial / "generation_config.json", ids)
+    write_about(partial, checkpoint, tokenizer, {"dtype": main_dtype, "torch_dtype": main_dtype})
+    if (checkpoint.folder / "README.md").is_file():
+      shutil.copyfile(checkpoint.folder / "README.md", partial / "README.md")
     if card:
       (partial / "README.md").write_text(card, encoding="utf-8")
-    parity = verify(partial, params, checkpoint, dtype_of) | {"sha256": repo.checksums(partial)}
+    parity = verify(partial, params, checkpoint, dtype_of, tokenizer) | {"sha256": repo.checksums(partial)}
     _write_json(partial / repo.PARITY, parity)
     _put_in_place(partial, out)
   except OSError as error:
@@ -102,6 +95,62 @@ def export(
   finally:
     shutil.rmtree(partial, ignore_errors=True)
   return parity
+
+
+def write_about(folder: Path, checkpoint: repo.Checkpoint, tokenizer: Any, more: Mapping[str, Any]) -> None:
+  """Writes all of a model but its weights and its card: config.json with `more` in it, generation_config.json, tokenizer.
+
+  Of both configs the tokens that begin, end and fill up a text are the tokenizer's, with which the model was trained.
+  """
+  hf_config = {key: value for key, value in checkpoint.hf_config.items() if key not in NOT_EXPORTED}
+  hf_config |= {"architectures": [checkpoint.architecture], **more, **_special_ids(hf_config, tokenizer)}
+  if checkpoint.cfg.classes and tokenizer:
+    hf_config["pad_token_id"] = repo.padding(checkpoint, tokenizer)
+  if hf_config["model_type"] == "gpt2":
+    hf_config.setdefault("n_ctx", hf_config["n_positions"])  # which llama.cpp's converter asks for
+  _write_json(folder / "config.json", hf_config)
+  source = checkpoint.folder / GENERATION
+  says = repo.json_object(source) if source.is_file() else {}
+  if not checkpoint.cfg.classes or says:
+    says = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id") if key in hf_config} | says
+    _write_json(folder / GENERATION, says | _special_ids(says, tokenizer))
+  if tokenizer:
+    positions, pad = checkpoint.cfg.P, hf_config.get("pad_token_id")
+    tokenizers.write(tokenizer, checkpoint.folder, folder, positions=positions, pad_token_id=pad)
+
+
+def keep_about(folder: Path, checkpoint: repo.Checkpoint, tokenizer: Any) -> None:
+  """`write_about` under another name, renamed when it is whole: what a run needs of its model once that is elsewhere."""
+  partial = folder.with_name(f".{folder.name}.jaxft-partial")
+  try:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    write_about(partial, checkpoint, tokenizer, {})
+    _put_in_place(partial, folder)
+  except OSError as error:
+    raise StorageError(f"{folder}: {refused(folder, error)}") from error
+
+
+def _special_ids(says: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+  """The tokenizer's special tokens, as the keys of a config; what else may end a text there stays."""
+  if tokenizer is None:
+    return {}
+  found = {"bos_token_id": tokenizers.begins(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+  found |= {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
+  if isinstance(ends := says.get("eos_token_id"), list):
+    found["eos_token_id"] = [found["eos_token_id"], *(end for end in ends if end != found["eos_token_id"])]
+  return found
+
+
+def rehearse(checkpoint: repo.Checkpoint, tokenizer: Any) -> None:
+  """Raises RequestError where transformers would not read config and tokenizer of an export as they are meant.
+
+  To be asked before training: what is wrong with them is known long before there are weights to write.
+  """
+  with tempfile.TemporaryDirectory(prefix="jaxft-") as folder:
+    write_about(Path(folder), checkpoint, tokenizer, {})
+    must_read_config(Path(folder), checkpoint)
+    tokenizers.must_read_alike(Path(folder), tokenizer)
 
 
 def _write_weights(

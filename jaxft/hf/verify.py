@@ -13,6 +13,7 @@ import jaxft
 from jaxft import model
 from jaxft.errors import RequestError, StorageError, first_line
 from jaxft.hf import load, repo
+from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.tables import EMBEDDING, full_name
 from jaxft.hf.unload import DtypeOf, as_written, hf_tensors
 
@@ -22,7 +23,9 @@ LOGITS_LIMIT = 500_000_000  # parameters; larger models are compared tensor by t
 TOLERANCE, RELATIVE = 1e-4, 1e-4
 
 
-def verify(folder: Path, params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf) -> dict[str, Any]:
+def verify(
+  folder: Path, params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf, tokenizer: Any = None
+) -> dict[str, Any]:
   """Reads the folder back and compares: every tensor bit for bit, and logits in float32.
 
   The logits of the folder are transformers' own where torch is installed, else those of jaxft's model with the weights read
@@ -41,13 +44,15 @@ def verify(folder: Path, params: Any, checkpoint: repo.Checkpoint, dtype_of: Dty
   back = repo.find(str(folder))
   if back.cfg != checkpoint.cfg:
     raise StorageError(f"{folder}: config.json read back describes another model: {back.cfg}, not {checkpoint.cfg}")
+  if tokenizer:
+    tokenizers.must_read_alike(folder, tokenizer)
   dtype = dtype_of(full_name(EMBEDDING))
   report = {"tensors": "bit for bit", "dtype": dtype.name}
   graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
   if model.parameter_count(checkpoint.cfg) > LOGITS_LIMIT or jax.process_count() > 1:
     return report | {"logits_max_abs_difference": None, "reference": "tensors only: logits would take a second model"}
 
-  ids_BT = _some_ids(checkpoint)
+  ids_BT, lengths_B = _some_rows(back)
   if importlib.util.find_spec("torch"):
     reference, theirs = _transformers_logits(folder, ids_BT, bool(checkpoint.cfg.classes))
   else:
@@ -58,7 +63,8 @@ def verify(folder: Path, params: Any, checkpoint: repo.Checkpoint, dtype_of: Dty
   on_device = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), params))
   ours = logits(graph, as_written(on_device, checkpoint, dtype_of), ids_BT)
   if checkpoint.cfg.classes:  # the last token's are what transformers gives
-    ours, theirs = ours[:, -1], theirs.reshape(len(ids_BT), -1, checkpoint.cfg.classes)[:, -1]
+    rows, last_B = np.arange(len(ids_BT)), lengths_B - 1
+    ours, theirs = ours[rows, last_B], theirs if theirs.ndim == 2 else theirs[rows, last_B]
   difference = float(np.max(np.abs(ours - theirs)))
   tolerance = max(TOLERANCE, RELATIVE * float(np.abs(theirs).max()))
   if not difference <= tolerance:
@@ -70,7 +76,7 @@ def verify(folder: Path, params: Any, checkpoint: repo.Checkpoint, dtype_of: Dty
     "logits_max_abs_difference": difference,
     "tolerance": tolerance,
     "reference": reference,
-    "tokens_compared": int(ids_BT.size),
+    "tokens_compared": int(lengths_B.sum()),
   }
 
 
@@ -91,10 +97,32 @@ def logits(graph: nnx.GraphDef, params: Any, ids_BT: np.ndarray) -> np.ndarray:
   return np.asarray(jax.jit(run)(params))
 
 
-def _some_ids(checkpoint: repo.Checkpoint) -> np.ndarray:
-  """Random tokens, none of them the padding one: transformers' classifiers look for the last that is not."""
-  choice = np.flatnonzero(np.arange(checkpoint.cfg.V) != checkpoint.hf_config.get("pad_token_id"))
-  return np.random.default_rng(0).choice(choice, (1, min(checkpoint.cfg.P, 128))).astype(np.int32)
+def must_read_config(folder: Path, checkpoint: repo.Checkpoint) -> None:
+  """Raises RequestError where transformers does not read config.json, or reads another number of classes in it."""
+  import transformers
+
+  try:
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+  except Exception as error:  # whatever is wrong with a key
+    raise RequestError(
+      f"{checkpoint.folder}: transformers does not read its config.json ({first_line(error)})"
+    ) from error
+  if checkpoint.cfg.classes and config.num_labels != checkpoint.cfg.classes:
+    raise RequestError(
+      f"{checkpoint.folder}: transformers reads {config.num_labels} classes in its config.json, not {checkpoint.cfg.classes}"
+    )
+
+
+def _some_rows(checkpoint: repo.Checkpoint) -> tuple[np.ndarray, np.ndarray]:
+  """(B, T) random tokens and the length of each row: one; of a classifier two, the second half of it padding.
+
+  None of the tokens is the padding one: transformers' classifiers look for the last that is not.
+  """
+  T, pad = min(checkpoint.cfg.P, 128), checkpoint.hf_config.get("pad_token_id")
+  choice = np.flatnonzero(np.arange(checkpoint.cfg.V) != pad)
+  lengths_B = np.array([T, (T + 1) // 2][: 1 + (checkpoint.cfg.classes > 0 and pad is not None)])
+  ids_BT = np.random.default_rng(0).choice(choice, (len(lengths_B), T)).astype(np.int32)
+  return np.where(np.arange(T) < lengths_B[:, None], ids_BT, pad or 0), lengths_B
 
 
 def _transformers_logits(folder: Path, ids_BT: np.ndarray, classifies: bool) -> tuple[str, np.ndarray]:

@@ -47,7 +47,7 @@ class Judge:
     if not prompts:
       return  # without a look through the training text
     sampling = Sampling(self._config.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=seed)
-    found = self._generator(weights, [self._tokenizer(prompt)["input_ids"] for prompt in prompts], sampling)
+    found = self._generator(weights, [tokens.prompt_ids(self._tokenizer, prompt) for prompt in prompts], sampling)
     known = memorised.shares(found, self._data.train.tokens.ids)
     for prompt, ids, share in zip(prompts, found, known, strict=True):
       self._reporter.sample(step, when, prompt, self._tokenizer.decode(ids), share)

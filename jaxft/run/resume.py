@@ -54,6 +54,8 @@ def refuse_another_run(
       )
     if meta["data"] != about["data"]:
       lines.append("config.data: the training text, or how it is cut into tokens, is not what the run was started with")
+    if meta.get("held_out", about["held_out"]) != about["held_out"]:  # a record of before 2026-11-28 has none
+      lines.append("config.data: the held-out text is not what the run was started with")
     if meta["total_steps"] != about["total_steps"]:
       lines.append(f"{about['total_steps']} steps in all: the run was started for {meta['total_steps']}")
     if about["total_steps"] < step:

@@ -1,0 +1,272 @@
+"""The tokenizer of a Hugging Face folder: read, looked at, and written so that transformers 4 and 5 and other tools read it.
+
+What AutoTokenizer returns is not believed: of a folder without a vocabulary transformers 5 makes a tokenizer of one token, and
+of a vocab.json without its merges one that spells every word (5.24, measured).
+"""
+
+import hashlib
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from jaxft.errors import RequestError, first_line
+
+CONFIG = "tokenizer_config.json"
+# Copied where a tokenizer was read from one, beside the tokenizer.json that is always written.
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.model")
+# transformers 4 and 5 both know it, and it takes everything from tokenizer.json. 5 saves TokenizersBackend, unknown to 4.
+ANY_CLASS = "PreTrainedTokenizerFast"
+# Arguments of a loader, which transformers 5 writes too: they say where a file was, not what the tokenizer is.
+LOADER = (
+  "is_local local_files_only name_or_path tokenizer_file vocab_file merges_file special_tokens_map_file added_tokens_file "
+  "auto_map trust_remote_code backend files_loaded device_map slow_tokenizer_class use_fast from_slow cache_dir revision token"
+).split()
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SAMPLED = 1000  # tokens of a vocabulary that are looked at
+UNFINISHED = "\ufffd"
+# Every byte that UTF-8 has, and texts as they come.
+CODES = itertools.chain(
+  range(128),
+  range(0x80, 0x800, 0x41),
+  range(0x800, 0xD800, 0x3F1),
+  range(0xE000, 0x10000, 0x7F1),
+  range(0x10000, 0x110000, 0x8F2F),
+)
+PROBE = (
+  "".join(map(chr, CODES)),
+  "The miller found a bell; it wasn't hers. She slept until 12:30, didn't she?",
+  "  two blanks,\ttab,\n\nlines\r\n and   more  ",
+  "naïve café, Straße, ÅNGSTRÖM, déjà vu, Ω ≈ 3.14159",
+  "東京は日本の首都です。 Привет, мир! مرحبا बिल्ली 🐈‍⬛👍🏽",
+  "def f(x): return x**2 == {'a': [1, 2]}  # https://example.org/?q=a&b=c",
+)
+
+
+def load(folder: Path, V: int) -> Any:
+  """The tokenizer of a folder, as transformers loads it; it reads text back, or is refused.
+
+  Args:
+    V: rows of the model's table.
+
+  Raises RequestError for a folder without a vocabulary, for one whose tokens no text gives, or that contradicts itself, and for
+  a tokenizer without an end token or with more tokens than the table has rows.
+  """
+  from transformers import AutoTokenizer  # most of a second to import: a mistyped config should not wait for it
+
+  try:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+      raise TypeError(f"{type(tokenizer).__name__} is no tokenizer of one text")
+    tokenizer = _as_the_file_says(tokenizer, folder)
+  except Exception as error:  # transformers raises whatever its readers raise
+    raise RequestError(
+      f"{folder}: no tokenizer that can be read ({first_line(error)}); the folder needs "
+      "tokenizer.json, or vocab.json and merges.txt"
+    ) from error
+  # A folder that a Trainer has saved may hold the length it cut texts to, or padded them to.
+  tokenizer.backend_tokenizer.no_truncation()
+  tokenizer.backend_tokenizer.no_padding()
+  if fault := _no_vocabulary(tokenizer, folder):
+    raise RequestError(f"{folder}: {fault}")
+  if tokenizer.eos_token_id is None:
+    raise RequestError(f"{folder}: the tokenizer has no end token; set eos_token in {CONFIG}")
+  largest = max(tokenizer.get_vocab().values())
+  if largest >= V:
+    raise RequestError(
+      f"{folder}: the tokenizer has {len(tokenizer)} tokens, up to id {largest}, and the model's table only {V} rows"
+    )
+  return tokenizer
+
+
+def _as_the_file_says(tokenizer: Any, folder: Path) -> Any:
+  """`tokenizer`, or what tokenizer.json says where the class that transformers 5 took for it cuts a text into other tokens.
+
+  Classes of transformers 5, such as GPT2Tokenizer, take the vocabulary from tokenizer.json and the rest from their own code;
+  those of transformers 4 take all of it (5.24 and 4.57, measured).
+  """
+  file = folder / "tokenizer.json"
+  if not file.is_file() or type(tokenizer).__name__ in (ANY_CLASS, "TokenizersBackend"):
+    return tokenizer
+  said = Tokenizer.from_file(str(file))
+  said.no_truncation()
+  if all(_ids(said, text) == _ids(tokenizer.backend_tokenizer, text) for text in PROBE):
+    return tokenizer
+  from transformers import PreTrainedTokenizerFast
+
+  return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+
+
+def _no_vocabulary(tokenizer: Any, folder: Path) -> str:
+  """Why this cannot be the tokenizer of a model; "" where nothing speaks against it."""
+  vocabulary, added = tokenizer.get_vocab(), tokenizer.backend_tokenizer.get_added_tokens_decoder()
+  ordinary = [id for id in sorted(vocabulary.values()) if id not in added]
+  needs = "the folder needs tokenizer.json, or vocab.json and merges.txt, as its model was saved with"
+  if (folder / "encoder.json").is_file() and (folder / "vocab.bpe").is_file():
+    needs = "rename encoder.json to vocab.json, and vocab.bpe to merges.txt"
+  if not ordinary:
+    return f"no tokenizer: {len(vocabulary)} tokens, and none of them stands for text; {needs}"
+  some = ordinary[:: max(1, len(ordinary) // SAMPLED)]
+  texts = tokenizer.backend_tokenizer.decode_batch([[id] for id in some], skip_special_tokens=False)
+  words = [(id, text) for id, text in zip(some, texts, strict=True) if _is_word(text)]
+  if len(words) > 9 and not any(_ids(tokenizer.backend_tokenizer, text) == [id] for id, text in words):
+    return (
+      f"the tokenizer cuts {words[-1][1]!r}, and every other of its tokens that was tried, into pieces: its merges are "
+      f"missing, or of another vocabulary; {needs}"
+    )
+  return _other_ids(tokenizer, folder / "added_tokens.json")
+
+
+def _is_word(text: str) -> bool:
+  return len(text.strip()) > 1 and UNFINISHED not in text
+
+
+def _other_ids(tokenizer: Any, file: Path) -> str:
+  """How added_tokens.json, which transformers 5 does not read beside a tokenizer.json, contradicts the tokenizer."""
+  if not file.is_file():
+    return ""
+  try:
+    said = json.loads(file.read_text(encoding="utf-8"))
+    other = [(token, id) for token, id in said.items() if tokenizer.get_vocab().get(token, id) != id]
+  except (OSError, ValueError, RecursionError, AttributeError) as error:
+    return f"{file.name}: {first_line(error)}"
+  return "".join(
+    f"{file.name} says {token!r} is {id}, and the tokenizer {tokenizer.get_vocab()[token]}" for token, id in other[:1]
+  )
+
+
+def _ids(backend: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
+  return backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+def fingerprint(tokenizer: Any) -> str:
+  """Changes with whatever changes the tokens of a text: vocabulary, rules, the tokens that begin and end one."""
+  said = json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id]) + tokenizer.backend_tokenizer.to_str()
+  return hashlib.sha256(said.encode()).hexdigest()
+
+
+def write(tokenizer: Any, source: Path, out: Path, *, positions: int, pad_token_id: int | None) -> None:
+  """Writes the files of a tokenizer: the same ids in transformers 4 and 5, and what converters look for beside them.
+
+  Args:
+    source: the folder that it was read from, whose tokenizer_config.json is kept but for what is untrue of `out`.
+    positions: of the model: the length that `truncation=True` cuts to, unless the source names a shorter one.
+    pad_token_id: of the model's config.json: its token is the padding token, where the tokenizer has none.
+  """
+  backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+  model, added = backend["model"], tokenizer.backend_tokenizer.get_added_tokens_decoder()
+  merges = model.get("merges") or []
+  if merges and not any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
+    model["merges"] = [" ".join(merge) for merge in merges]  # what tokenizers before 0.20 read
+  _write_json(out / "tokenizer.json", backend)
+
+  named = _named(tokenizer, backend, pad_token_id)
+  extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", ()) or ()]
+  about = {key: value for key, value in _config(source).items() if key not in LOADER}
+  about.pop("extra_special_tokens", None)  # a list of which transformers 4 cannot read
+  longest = about.get("model_max_length")
+  longest = min(positions, longest) if isinstance(longest, int) and longest > 0 else positions
+  about |= named | {"tokenizer_class": _class(about, tokenizer), "model_max_length": int(longest)}
+  about |= {"additional_special_tokens": extra} if extra else {}
+  # A class of transformers 4 gives token_type_ids unless told not to, and GPT-2 adds their embeddings to a text's.
+  about["model_input_names"] = ["input_ids", "attention_mask"]
+  about.setdefault("clean_up_tokenization_spaces", bool(tokenizer.clean_up_tokenization_spaces))
+  about["added_tokens_decoder"] = {str(id): _as_json(token) for id, token in sorted(added.items())}
+  _write_json(out / CONFIG, about)
+  _write_json(out / "special_tokens_map.json", named | ({"additional_special_tokens": extra} if extra else {}))
+
+  files = _vocabulary_files(backend)
+  for name, text in files.items():
+    (out / name).write_text(text, encoding="utf-8")
+  beyond = {token.content: id for id, token in sorted(added.items()) if token.content not in (model.get("vocab") or {})}
+  if files and beyond:
+    _write_json(out / "added_tokens.json", beyond)
+  for name in (*SENTENCEPIECE, "chat_template.jinja"):
+    if (source / name).is_file():
+      shutil.copyfile(source / name, out / name)
+
+
+def _named(tokenizer: Any, backend: dict[str, Any], pad_token_id: int | None) -> dict[str, str]:
+  """The special tokens by name. There are always one that begins a text, the end token as for jaxft, and an unknown one, though
+  bytes are never unknown: converters ask for both."""
+  named = {name: str(token) for name in NAMED if (token := getattr(tokenizer, name)) is not None}
+  model = backend["model"]
+  unknown = model.get("unk_token")
+  if unknown is None and isinstance(model.get("unk_id"), int):
+    unknown = model["vocab"][model["unk_id"]][0]
+  named.setdefault("bos_token", named["eos_token"])
+  named.setdefault("unk_token", unknown or named["eos_token"])
+  if pad_token_id is not None and 0 <= pad_token_id < len(tokenizer):
+    named.setdefault("pad_token", tokenizer.convert_ids_to_tokens(pad_token_id))
+  return named
+
+
+def _class(about: dict[str, Any], tokenizer: Any) -> str:
+  """The class that the source names, where both transformers 4 and 5 have it and 5 took it; else one that takes any."""
+  import transformers
+
+  name = str(about.get("tokenizer_class") or type(tokenizer).__name__)
+  taken = name.removesuffix("Fast") == type(tokenizer).__name__.removesuffix("Fast")
+  return name if taken and not name.endswith("Backend") and hasattr(transformers, name) else ANY_CLASS
+
+
+def _vocabulary_files(backend: dict[str, Any]) -> dict[str, str]:
+  """The vocabulary in the files that tools from before tokenizer.json read, where they can say all of it."""
+  model = backend["model"]
+  vocabulary = model.get("vocab")
+  if not isinstance(vocabulary, dict) or sorted(vocabulary.values()) != list(range(len(vocabulary))):
+    return {}
+  if model["type"] == "WordPiece" and not any("\n" in token for token in vocabulary):
+    return {"vocab.txt": "".join(token + "\n" for token in sorted(vocabulary, key=vocabulary.get))}
+  way = backend["pre_tokenizer"] or {}
+  as_gpt2 = way.get("type") == "ByteLevel" and way.get("use_regex", True) and not backend["normalizer"]
+  if model["type"] == "BPE" and as_gpt2 and all(isinstance(merge, str) for merge in model["merges"]):
+    merges = "".join(merge + "\n" for merge in model["merges"])
+    return {"vocab.json": json.dumps(vocabulary, ensure_ascii=False), "merges.txt": f"#version: 0.2\n{merges}"}
+  return {}
+
+
+def must_read_alike(folder: Path, tokenizer: Any) -> None:
+  """Raises RequestError where transformers reads the tokenizer that was written to `folder` as another one."""
+  from transformers import AutoTokenizer
+
+  again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+  special = [str(token.content) for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()]
+  for text in (*PROBE, *(f"word{token}word {token}, {token} {token}" for token in special[:20])):
+    for how in (False, True):
+      wanted, found = (_ids(one.backend_tokenizer, text, how) for one in (tokenizer, again))
+      if wanted != found:
+        raise RequestError(
+          f"{folder}: its tokenizer cannot be written: transformers reads {text[:60]!r} back as {len(found)} other tokens "
+          f"({found[:8]} ..., not {wanted[:8]} ...)"
+        )
+  for name, wanted in (("bos_token_id", begins(tokenizer)), ("eos_token_id", tokenizer.eos_token_id)):
+    if getattr(again, name) != wanted:
+      raise RequestError(
+        f"{folder}: its tokenizer cannot be written: {name} is {getattr(again, name)} when read back, not {wanted}"
+      )
+
+
+def begins(tokenizer: Any) -> int:
+  """The token that begins a text: the tokenizer's own, else the end token."""
+  return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def _config(source: Path) -> dict[str, Any]:
+  try:
+    about = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError):  # there need not be one
+    return {}
+  return about if isinstance(about, dict) else {}
+
+
+def _as_json(token: Any) -> dict[str, Any]:
+  fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+  return {field: getattr(token, field) for field in fields}
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+  file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,123 @@
+"""Where a run lives: any path that the file system has works for workdir, export and data, or is refused at once."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import jaxft
+from jaxft.data import report
+from jaxft.errors import RequestError
+from jaxft.hf import tokenizer as tokenizers
+from jaxft.pretrained import load_workdir
+from jaxft.run.checkpoint import Checkpoints
+from jaxft.train import check
+
+NAMES = [
+  "plain", "a b", " c", "d ", "e#f", "g?h", "i%20j", "k%l", "[1]", "lr[1e-4]", "{x}", "a:b", "é", "e\u0301", "日本", "🐈",
+  "a+b", "a&b", "a=b", "a'b", 'a"b', "a,b", "a;b", "a@b", "a@2", "a|b", "~x", "$HOME", "a\\b", "new\nline", "tab\tx", "*", "**",
+  "-x", "--workdir", "..a", ".hidden", "a!b", "a^b`c", "x" * 200,
+]  # fmt: skip
+REFUSED = set("*?[]\\")
+STATE = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.int32(7)}
+LIKE = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
+
+
+@pytest.fixture(scope="module")
+def ready(folder):
+  return jaxft.load(folder)
+
+
+@pytest.mark.parts(5, 5)
+def test_forty_names_of_folders(ready, folder, tmp_path, part):
+  for i, name in enumerate(NAMES[part::5]):
+    root = tmp_path / str(i) / name
+    root.mkdir(parents=True)
+    config = tiny.config(folder, tiny.write_stories(root / "stories.jsonl", 20, seed=0))
+    config.data.cache_dir = str(root / "cache")
+    tokenizer = tokenizers.load(folder, 293)
+    source = str(root) if name == "*" else config.data.train[0]
+    config.data.train = (source,)
+    if "*" in name or "?" in name or "[" in name:
+      config.data.train = (str(root),)  # a file of this name would be a pattern
+    data = report.prepare(config.data, tokenizer, "")
+    assert data.report["rows"]["read"] == 20
+    ready.export(root / "out")
+    assert (root / "out" / "parity.json").is_file()
+    tokenizers.must_read_alike(root / "out", tokenizer)
+    before = sorted(path.name for path in root.iterdir())
+    if REFUSED & set(name):
+      with pytest.raises(RequestError, match="--workdir: .* Orbax takes the .* for part of a pattern"):
+        check(config, root / "run")
+      assert sorted(path.name for path in root.iterdir()) == before
+      continue
+    check(config, root / "run")
+    checkpoints = Checkpoints(root / "run" / "checkpoints", 1, writes=True)
+    checkpoints.save(1, STATE, {"x": 1})
+    checkpoints.close()
+    again = Checkpoints(root / "run" / "checkpoints", 1)
+    jax.tree.map(np.testing.assert_array_equal, again.restore(1, LIKE), STATE)
+    again.close()
+
+
+def test_a_finished_run_is_used_from_anywhere_and_without_its_model(finished, folder, stories, tmp_path, monkeypatch):
+  """The workdir has the model's config and tokenizer; relative paths are from where the run was started."""
+  workdir = shutil.copytree(finished[0], tmp_path / "w")
+  about = json.loads((workdir / "config.json").read_text())
+  about["model"]["path"] = "no/such/model"
+  (workdir / "config.json").write_text(json.dumps(about))
+  monkeypatch.chdir("/")
+  there, here = load_workdir(workdir), load_workdir(finished[0])
+  assert there.generate(["the"], max_new_tokens=3, temperature=0) == here.generate(
+    ["the"], max_new_tokens=3, temperature=0
+  )
+  there.export(tmp_path / "out")
+  first, second = ((at / "model.safetensors").read_bytes() for at in (tmp_path / "out", finished[0] / "export"))
+  assert first == second
+
+
+def test_what_was_held_out_is_measured_or_refused(finished, stories, tmp_path):
+  """A text that has grown would be divided anew: what was trained on would be measured as if it had not been."""
+  workdir = shutil.copytree(finished[0], tmp_path / "w")
+  about = json.loads((workdir / "config.json").read_text())
+  mine = shutil.copyfile(stories, tmp_path / "stories.jsonl")
+  about["data"]["train"] = [str(mine)]
+  (workdir / "config.json").write_text(json.dumps(about))
+  ready = load_workdir(workdir)
+  metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  last = [line["eval/loss"] for line in metrics if "eval/loss" in line][-1]
+  assert ready.evaluate_held_out()["loss"] == pytest.approx(last, rel=1e-4)
+  mine.write_text(mine.read_text() + '{"text": "zzz plugh"}\n' * 60)
+  with pytest.raises(
+    RequestError, match="what is held out of it now may have been trained on; name a text with --data"
+  ):
+    load_workdir(workdir).evaluate_held_out()
+
+
+def test_a_folder_of_text_is_read_without_the_runs_and_models_in_it(finished, folder, tmp_path):
+  (tmp_path / "sub").mkdir()
+  tiny.write_stories(tmp_path / "a.jsonl", 7, seed=0)
+  tiny.write_stories(tmp_path / "sub" / "b.jsonl", 5, seed=1)
+  shutil.copytree(finished[0], tmp_path / "runs" / "mine")
+  shutil.copytree(finished[0] / "export", tmp_path / "sub" / "export")
+  shutil.copytree(folder, tmp_path / "model")
+  (tmp_path / "model" / "merges.txt").write_text("#version: 0.2\n")
+  (tmp_path / "half" / "checkpoints").mkdir(parents=True)
+  for name in ("run.lock", "metrics.jsonl"):  # of a run that has just begun
+    (tmp_path / "half" / name).touch()
+  data = tiny.config(folder, tmp_path).data
+  data.cache_dir = str(tmp_path / "cache")
+  tokenizer = tokenizers.load(folder, 293)
+  first = report.prepare(data, tokenizer, "")
+  assert first.report["rows"]["read"] == 12
+  assert (
+    first.report["notes"]["folders of runs, left out"] == 2
+    and first.report["notes"]["folders of models, left out"] == 2
+  )
+  for name in ("metrics.jsonl", "samples.jsonl", "run.lock"):  # the folder is now a workdir itself
+    shutil.copyfile(finished[0] / name, tmp_path / name)
+  assert report.prepare(data, tokenizer, "").held_out == first.held_out

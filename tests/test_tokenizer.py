@@ -1,0 +1,324 @@
+"""Tokenizers of strangers: each reads text back, and so does the one of the export, or it is refused before training."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
+
+from jaxft import config as settings
+from jaxft.data import report, tokens
+from jaxft.data.formats import Example
+from jaxft.errors import RequestError
+from jaxft.hf import repo, save
+from jaxft.hf import tokenizer as tokenizers
+
+END, BEGIN, PAD, UNKNOWN = "<|endoftext|>", "<s>", "<pad>", "<unk>"
+WORDPIECE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "dog", "sat", "on", "mat", ".", "ran", "far"]
+rng = random.Random(7)
+TEXTS = [tiny.story(rng) for _ in range(44)]
+TEXTS += ["", " ", f"one{END}two", "12 bells: 東京 QUICK!", "\ttab\n\n  blanks ", "naïve\u0301 🐈‍⬛"]
+
+
+def wordpiece(folder):
+  """A GPT-2 with BERT's tokenizer, as the Chinese ones have: vocab.txt alone."""
+  tiny.write_gpt2(folder, seed=1, V=len(WORDPIECE), tokenizer=False)
+  (folder / "vocab.txt").write_text("\n".join(WORDPIECE) + "\n")
+  about = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "eos_token": "[SEP]"}
+  (folder / "tokenizer_config.json").write_text(json.dumps(about))
+  return folder
+
+
+def trained(kind, special, alphabet=None):
+  """A small tokenizer of one kind, learned from the stories."""
+  texts = [tiny.story(random.Random(i)) for i in range(40)]
+  if kind == "bytes" or kind == "gaps":
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    every = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else []
+    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=every, show_progress=False)
+    texts = texts if kind == "bytes" else ["the miller found a bell and slept"] * 9
+  elif kind == "bpe":
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=[*special, UNKNOWN], show_progress=False)
+  elif kind == "wordpiece":
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=[*special, UNKNOWN], show_progress=False)
+  else:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+      vocab_size=120, special_tokens=[*special, UNKNOWN], unk_token=UNKNOWN, show_progress=False
+    )
+  tokenizer.train_from_iterator(texts, trainer)
+  return tokenizer
+
+
+KINDS = ("bytes", "gaps", "bpe", "wordpiece", "unigram")
+# What people's folders lack or have too much of.
+CHANGES = ("none", "stale", "no tokenizer.json", "no merges", "config alone", "nothing", "contradiction", "trainer's")
+
+
+def write_folder(folder, seed):
+  """A tokenizer folder drawn at random: kind, post-processor, added tokens, class, and which files there are."""
+  tiny.write_gpt2(folder, seed=0, V=400, tokenizer=False)
+  rng = random.Random(seed)
+  kind = KINDS[seed % len(KINDS)]
+  special = [END, BEGIN, PAD][: rng.randint(1, 3)]
+  tokenizer = trained(kind, special)
+  around = rng.choice(["", "", "begin", "end", "both"]) if BEGIN in special else rng.choice(["", "end"])
+  if around:
+    before, after = f"{BEGIN} " * (around != "end"), f" {END}" * (around != "begin")
+    ids = [(token, tokenizer.token_to_id(token)) for token in (BEGIN, END) if token in special]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{before}$A{after}", special_tokens=ids)
+  if rng.random() < 0.4:
+    tokenizer.add_special_tokens(["<|title|>"])
+  if rng.random() < 0.3:
+    tokenizer.add_tokens(["quick", "東京都"])
+  about = {"eos_token": END} | ({"bos_token": BEGIN} if BEGIN in special and rng.random() < 0.7 else {})
+  about |= {"pad_token": PAD} if PAD in special and rng.random() < 0.7 else {}
+  classes = ["PreTrainedTokenizerFast", "TokenizersBackend", "Stranger"] + ["GPT2Tokenizer", None] * (kind == "bytes")
+  about |= {"tokenizer_class": name} if (name := rng.choice(classes)) else {}
+  about |= rng.choice([{}, {"is_local": True, "model_max_length": 10**30}, {"model_max_length": 9}])
+  change = rng.choice(CHANGES) if rng.random() < 0.6 else "none"
+  tokenizer.save(str(folder / "tokenizer.json"))
+  if kind in ("bytes", "gaps"):
+    tokenizer.model.save(str(folder))
+  if change == "stale":
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": END, "cls_token": END}))
+  if change == "no tokenizer.json":
+    (folder / "tokenizer.json").unlink()
+    about["tokenizer_class"] = "GPT2Tokenizer"
+  if change == "no merges":
+    (folder / "tokenizer.json").unlink()
+    (folder / "merges.txt").unlink(missing_ok=True)
+    about["tokenizer_class"] = "GPT2Tokenizer"
+  if change in ("config alone", "nothing"):
+    for file in folder.iterdir():
+      if file.name not in ("config.json", "model.safetensors"):
+        file.unlink()
+    about["tokenizer_class"] = "GPT2Tokenizer"
+  if change == "contradiction":
+    (folder / "added_tokens.json").write_text(json.dumps({END: 7}))
+  if change == "trainer's":
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+  if change != "nothing":
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+  return kind, change
+
+
+def lost(tokenizer, text):
+  return next(encoded.lost for _, encoded in tokens.encode_all([Example(text)], tokenizer, np.dtype(np.uint16)))
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_hundred_folders_are_refused_or_read_alike_after_the_export(tmp_path, part):
+  refused = 0
+  for seed in range(25 * part, 25 * part + 25):
+    folder, out = tmp_path / str(seed), tmp_path / f"{seed}-out"
+    out.mkdir()
+    kind, change = write_folder(folder, seed)
+    source = repo.find(str(folder))
+    try:
+      tokenizer = tokenizers.load(folder, source.cfg.V)
+      save.rehearse(source, tokenizer)
+    except RequestError as error:
+      assert change in ("no tokenizer.json", "no merges", "config alone", "nothing", "contradiction"), (
+        seed,
+        kind,
+        error,
+      )
+      assert str(error).startswith(str(folder)) and "\n" not in str(error)
+      refused += 1
+      continue
+    assert change not in ("config alone", "nothing", "contradiction"), (seed, kind)
+    save.write_about(out, source, tokenizer, {})
+    again = AutoTokenizer.from_pretrained(out)
+    for text in TEXTS:
+      for add in (False, True):
+        wanted = tokenizer(text, add_special_tokens=add)["input_ids"]
+        assert again(text, add_special_tokens=add)["input_ids"] == wanted, (seed, kind, change, text)
+      if tokens.Reader(tokenizer).loses_nothing and not kind == "unigram":
+        assert again.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    assert tokenizers.fingerprint(tokenizers.load(out, source.cfg.V)) == tokenizers.fingerprint(tokenizer), (seed, kind)
+    about = json.loads((out / "tokenizer_config.json").read_text())
+    assert about["model_max_length"] <= source.cfg.P and "is_local" not in about
+    assert about["model_input_names"] == ["input_ids", "attention_mask"] and about["unk_token"]
+    assert about["tokenizer_class"] in ("PreTrainedTokenizerFast", "GPT2Tokenizer")
+    config = json.loads((out / "config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.eos_token_id
+  assert 0 < refused < 15
+
+
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
+  """Of which transformers 5 makes a tokenizer of one token, the end token."""
+  for name, files in {
+    "none": {},
+    "config alone": {"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'},
+    "OpenAI's names": {"encoder.json": "{}", "vocab.bpe": "#version: 0.2\n"},
+  }.items():
+    folder = tmp_path / name
+    tiny.write_gpt2(folder, seed=0, tokenizer=False)
+    for file, text in files.items():
+      (folder / file).write_text(text)
+    wanted = (
+      "rename encoder.json to vocab.json" if "encoder.json" in files else "needs tokenizer.json, or vocab.json and"
+    )
+    with pytest.raises(RequestError, match=wanted):
+      tokenizers.load(folder, 293)
+
+
+def test_a_vocabulary_without_its_merges_is_refused(tmp_path):
+  tiny.write_gpt2_bpe(tmp_path)
+  assert len(tokenizers.load(tmp_path, 50257)("The cat sat")["input_ids"]) == 3
+  (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+  with pytest.raises(RequestError, match="its merges are missing"):
+    tokenizers.load(tmp_path, 50257)
+
+
+def test_ids_that_two_files_tell_differently_are_refused(folder, tmp_path):
+  other = shutil.copytree(folder, tmp_path / "m")
+  (other / "added_tokens.json").write_text(json.dumps({tiny.EOS: 0}))
+  tokenizers.load(other, 293)
+  (other / "added_tokens.json").write_text(json.dumps({tiny.EOS: 5}))
+  with pytest.raises(RequestError, match=r"added_tokens.json says '<\|endoftext\|>' is 5, and the tokenizer 0"):
+    tokenizers.load(other, 293)
+
+
+def test_what_tokenizer_json_says_goes_before_what_a_class_makes_of_it(folder, tmp_path):
+  """GPT2Tokenizer of transformers 5 cuts words in its own way, whatever tokenizer.json says; that of 4 does not."""
+  other = shutil.copytree(folder, tmp_path / "m")
+  about = json.loads((other / "tokenizer.json").read_text())
+  about["normalizer"] = {"type": "Lowercase"}
+  (other / "tokenizer.json").write_text(json.dumps(about))
+  (other / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": tiny.EOS}))
+  said = Tokenizer.from_file(str(other / "tokenizer.json")).encode("The CAT").ids
+  source = repo.find(str(other))
+  tokenizer = tokenizers.load(other, 293)
+  assert tokens.prompt_ids(tokenizer, "The CAT") == said
+  save.write_about(tmp_path, source, tokenizer, {})
+  assert AutoTokenizer.from_pretrained(tmp_path)("The CAT")["input_ids"] == said
+
+
+def test_the_vocabulary_of_a_wordpiece_model_is_in_the_export(tmp_path):
+  source = repo.find(str(wordpiece(tmp_path / "bert")))
+  tokenizer, out = tokenizers.load(source.folder, source.cfg.V), tmp_path / "out"
+  out.mkdir()
+  save.write_about(out, source, tokenizer, {})
+  assert (out / "vocab.txt").read_text().split() == WORDPIECE
+  again = AutoTokenizer.from_pretrained(out)
+  assert again("the cat sat")["input_ids"] == AutoTokenizer.from_pretrained(source.folder)("the cat sat")["input_ids"]
+  assert again("the cat")["input_ids"] == [2, 5, 6, 3]
+
+
+def test_another_vocab_txt_is_tokenised_again(tmp_path):
+  folder = wordpiece(tmp_path / "bert")
+  (tmp_path / "t.jsonl").write_text('{"text": "the cat sat on the mat."}\n{"text": "the dog ran far."}\n' * 9)
+  data = settings.default().data
+  data.update(train=(str(tmp_path / "t.jsonl"),), sequence_length=8, validation_fraction=0.2)
+  data.cache_dir, read = str(tmp_path / "cache"), []
+  for words in (WORDPIECE, WORDPIECE[:5] + WORDPIECE[5:][::-1]):
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    tokenizer = tokenizers.load(folder, len(words))
+    found = report.prepare(data, tokenizer, tokenizers.fingerprint(tokenizer))
+    read.append(tokenizer.decode(found.train[0]["targets"]))
+  assert read[0] == read[1] and len([entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]) == 2
+
+
+def test_prompts_and_texts_to_classify_are_cut_as_the_training_text(tmp_path):
+  """Also by a tokenizer that puts [CLS] before each text and [SEP], here the end token, after it."""
+  tokenizer = tokenizers.load(wordpiece(tmp_path / "bert"), len(WORDPIECE))
+  document = tokens.in_memory([Example("the cat")], tokenizer).ids.tolist()
+  assert document == tokenizer("the cat")["input_ids"] == [2, 5, 6, 3]
+  assert tokens.prompt_ids(tokenizer, "the cat") == document[:-1]
+  assert tokens.text_ids(tokenizer, "the cat") == document
+  labelled = tokens.in_memory([Example("the cat", label="a")], tokenizer, ["a"])
+  assert labelled.ids.tolist() == document
+  asked = tokens.in_memory([Example("the cat sat", prompt=len("the cat"))], tokenizer)
+  assert asked.ids.tolist() == [2, 5, 6, 8, 3] and asked.prompts_N.tolist() == [3]
+
+
+def test_an_end_token_that_begins_each_text_is_there_once(tmp_path):
+  """GPT-2's add_bos_token: before a document there is the end token of the one before."""
+  tiny.write_gpt2_bpe(tmp_path)
+  about = json.loads((tmp_path / "tokenizer_config.json").read_text())
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(about | {"add_bos_token": True}))
+  tokenizer = tokenizers.load(tmp_path, 50257)
+  assert tokens.prompt_ids(tokenizer, "The cat") == [50256, 464, 3797]
+  assert tokens.in_memory([Example("The cat")], tokenizer).ids.tolist() == [464, 3797, 50256]
+
+
+def test_characters_without_a_token_are_counted(tmp_path):
+  counts = {}
+  for kind in KINDS:
+    folder = tmp_path / kind
+    folder.mkdir()
+    trained(kind, [END]).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+      json.dumps({"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    tokenizer = tokenizers.load(folder, 400)
+    counts[kind] = [lost(tokenizer, text) for text in ("the miller", "Ж the Ж Ж", "")]
+  assert counts["bytes"] == [0, 0, 0] and all(
+    count == [0, 3, 0] for kind, count in counts.items() if kind != "bytes"
+  ), counts
+
+
+def test_the_report_tells_what_was_lost_and_a_text_of_another_language_is_refused(tmp_path):
+  folder, said = tmp_path / "gaps", []
+  folder.mkdir()
+  trained("gaps", [END]).save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps({"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"})
+  )
+  (folder / "config.json").write_text('{"model_type": "gpt2"}')
+  tokenizer, data = tokenizers.load(folder, 400), settings.default().data
+  for name, text in (("few", "the miller ЖЖ"), ("most", "ЖЖЖЖЖ the")):
+    (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{text}"}}\n' * 20)
+  data.update(train=(str(tmp_path / "few.jsonl"),), sequence_length=8, cache_dir=str(tmp_path / "cache"))
+  found = report.prepare(data, tokenizer, "", say=said.append)
+  assert found.report["characters"] == {"read": 20 * 13, "without_a_token": 40}
+  assert said[-1].startswith("40 of 260 characters have no token in the model's tokenizer")
+  data.train = (str(tmp_path / "most.jsonl"),)
+  with pytest.raises(RequestError, match="no token for 100 of the 180 characters"):
+    report.prepare(data, tokenizer, "")
+
+
+def test_the_end_token_that_was_learned_ends_a_text_of_the_export(tmp_path):
+  """And what else the source's configs let end one."""
+  folder = tmp_path / "m"
+  tiny.write_gpt2(folder, seed=3)
+  tokenizer = tokenizers.load(folder, 293)
+  end, about = tokenizer.convert_ids_to_tokens(7), json.loads((folder / "tokenizer_config.json").read_text())
+  (folder / "tokenizer_config.json").write_text(json.dumps(about | {"eos_token": end}))
+  (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7, 9], "temperature": 0.5}))
+  source = repo.find(str(folder))
+  save.write_about(tmp_path, source, tokenizers.load(folder, 293), {})
+  read = lambda name: json.loads((tmp_path / name).read_text())
+  assert read("config.json")["eos_token_id"] == 7 and read("config.json")["n_ctx"] == source.cfg.P
+  assert read("generation_config.json") == {"bos_token_id": 0, "eos_token_id": [7, 0, 9], "temperature": 0.5}
+
+
+def test_what_older_readers_need_is_in_the_folder(folder, tmp_path):
+  """tokenizers before 0.20 read merges as texts, slow tokenizers vocab.json and merges.txt, 4.30 special_tokens_map.json."""
+  source = repo.find(str(folder))
+  save.write_about(tmp_path, source, tokenizers.load(folder, 293), {})
+  merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+  assert all(isinstance(merge, str) for merge in merges)
+  assert (tmp_path / "merges.txt").read_text().splitlines()[1:] == merges
+  assert len(json.loads((tmp_path / "vocab.json").read_text())) == 293
+  (tmp_path / "tokenizer.json").unlink()
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+  slow, wanted = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(folder)
+  assert all(slow(text)["input_ids"] == wanted(text)["input_ids"] for text in TEXTS)
