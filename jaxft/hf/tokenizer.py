@@ -144,7 +144,7 @@ def _ids(backend: Tokenizer, text: str, add_special_tokens: bool = False) -> lis
 
 def fingerprint(tokenizer: Any) -> str:
   """Changes with whatever changes the tokens of a text: vocabulary, rules, the tokens that begin and end one."""
-  said = json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id]) + tokenizer.backend_tokenizer.to_str()
+  said = json.dumps([begins(tokenizer), tokenizer.eos_token_id]) + tokenizer.backend_tokenizer.to_str()
   return hashlib.sha256(said.encode()).hexdigest()
 
 
