@@ -21,5 +21,6 @@ ENV HF_HOME=/cache/huggingface \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 VOLUME ["/work/runs", "/cache"]
 
-USER jaxft
+# By number: Kubernetes does not take a name for a user that is not root (runAsNonRoot).
+USER 1000
 CMD ["python", "-m", "jaxft.doctor"]

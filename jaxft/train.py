@@ -125,6 +125,11 @@ def finetune(
     # ---- Source: facts and tokenizer; no weights yet --------------------------------------------------------------------
     pretrained = config.model.init == "pretrained"
     source = repo.find(config.model.path, config.model.revision, pretrained, config.model.torch_bin)
+    if source.adapter and config.lora.rank:
+      raise RequestError(
+        f"config.model.path={config.model.path!r}: adapters, and config.lora.rank asks for more; nothing could load those "
+        f"alone; merge them first: python -m jaxft.export --model {config.model.path} --out MERGED"
+      )
     if config.model.config and not pretrained:
       source = repo.Checkpoint(source.folder, *repo.read_config(Path(config.model.config)))
     if config.data.sequence_length > source.cfg.P:
@@ -310,6 +315,7 @@ def finetune(
       step, best = best_weights(checkpoints, program.state.changing, strict)
       state = State(*best, frozen)
     judge.sample(state.weights, step, "after")
+    told["exported_step"] = step
 
     # ---- Export: a Hugging Face folder, read back and compared -----------------------------------------------------------
     state = state.changing  # the frozen weights are read again, as precise as they are in the checkpoint

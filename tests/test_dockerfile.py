@@ -64,8 +64,8 @@ def test_what_is_copied_is_there_and_not_ignored():
 
 def test_it_does_not_run_as_root_and_keeps_what_it_writes():
   names = [name for name, _ in LINES]
-  user = re.search(r"useradd .*?(\w+) &&", of("RUN")[0])[1]
-  assert of("USER") == [user] and names.index("USER") > max(i for i, name in enumerate(names) if name == "RUN")
+  number, user = re.search(r"useradd --uid (\d+) .*?(\w+) &&", of("RUN")[0]).groups()
+  assert of("USER") == [number] and names.index("USER") > max(i for i, name in enumerate(names) if name == "RUN")
   (volumes,), (environment,) = of("VOLUME"), of("ENV")
   volumes = json.loads(volumes)
   owned = re.search(rf"chown -R {user} (.*)", of("RUN")[0])[1].split()

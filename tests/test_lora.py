@@ -17,8 +17,9 @@ from test_offload import ROWS, STEPS, T, batch
 import jaxft
 from jaxft import config as settings
 from jaxft import lora, model, parts, program, sharding
+from jaxft import weights as weights_of_runs
 from jaxft.errors import RequestError
-from jaxft.hf import chosen, facts, peft, repo, unload
+from jaxft.hf import chosen, facts, load, peft, repo, unload
 from jaxft.hf.published import PUBLISHED
 from jaxft.step import State
 from jaxft.train import finetune
@@ -162,7 +163,8 @@ def test_files_of_adapters_hold_what_merging_adds(family, tmp_path):
   trained, params = (jax.tree_util.tree_map_with_path(untrained, tree) for tree in (state.params, state.weights))
   (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": 293} | tiny.FAMILIES[family]))
   source = repo.find(str(tmp_path), weights=False)
-  peft.write(tmp_path / "adapter", trained, cfg, source, changed(settings.default(), **lora_config))
+  named = changed(settings.default(), model__path="gpt2", **lora_config)
+  peft.write(tmp_path / "adapter", trained, cfg, source, named)
   about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
   file = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
   scale, layers = about["lora_alpha"] / about["r"], about["layers_to_transform"]
@@ -179,6 +181,46 @@ def test_files_of_adapters_hold_what_merging_adds(family, tmp_path):
     assert np.abs(change).max() > 0.01
     np.testing.assert_allclose(tensor - before[name], change, atol=1e-6, err_msg=name)
   assert not file
+  card = (tmp_path / "adapter" / "README.md").read_text()
+  assert "base_model: gpt2\n" in card and "Rank 3, alpha 5, on " in card
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_folder_of_adapters_is_a_model(family, tmp_path):
+  """Its base, found by name, merged with them as it is read."""
+  base = tmp_path / "base"
+  if family == "gpt2":
+    tiny.write_gpt2(base, seed=0, **{"P": 17, "D": 40, "F": 88, "L": 3, "N": 8})
+  else:
+    tiny.write_family(base, family, seed=0, P=17, std=0.2)
+  lora_config = dict(lora__rank=3, lora__alpha=5.0, lora__targets=ODD_TARGETS[family], lora__layers=("0", "2"))
+  cfg, run = build(family, **lora_config)
+  state, source = begin(run, cfg, family), repo.find(str(base))
+  untrained = lambda path, x: x.at[1].set(0) if path[-1].key == "lora_b" else x
+  trained = jax.tree_util.tree_map_with_path(untrained, state.params)
+  folder, named = tmp_path / "adapter", changed(settings.default(), model__path=str(base), **lora_config)
+  peft.write(folder, trained, cfg, source, named)
+  wanted = weights_of_runs.plain(trained, cfg, source, weights_of_runs.plain_shapes(run))
+  adapted = repo.find(str(folder))
+  shapes = weights_of_runs.plain_shapes(run)
+  places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+  found = load.load(adapted, shapes, places)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, wanted)
+  assert repo.fingerprint(adapted) != repo.fingerprint(source)
+  about = json.loads((folder / "adapter_config.json").read_text())
+  for change, told in (
+    ({"use_dora": True}, "use_dora=True: only plain LoRA"),
+    ({"peft_type": "IA3"}, "peft_type='IA3': only plain LoRA"),
+    ({"modules_to_save": ["score"]}, "modules_to_save"),
+    ({"base_model_name_or_path": "no/such/folder/here"}, "adapters of 'no/such/folder/here', which is not there"),
+    ({"base_model_name_or_path": None}, "names no model"),
+  ):
+    (folder / "adapter_config.json").write_text(json.dumps(about | change))
+    with pytest.raises(RequestError, match=told):
+      repo.find(str(folder))
+  (folder / "adapter_config.json").write_text(json.dumps(about | {"r": 4}))
+  with pytest.raises(RequestError, match="or of rank 4"):
+    load.load(repo.find(str(folder)), shapes, places)
 
 
 @pytest.fixture

@@ -279,6 +279,14 @@ def test_where_the_best_weights_are_exported_it_is_their_loss_that_counts(tmp_pa
   assert "The weights of step 50 of 100 were exported, the best that were kept" in page.text
 
 
+def test_where_training_made_it_worse_the_page_says_so(tmp_path):
+  """The least loss is that of step 0, of which there is no checkpoint to export."""
+  lines = [{"step": step, "eval/loss": loss} for step, loss in ((0, 2.0), (50, 3.0), (100, 2.5))]
+  files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": None}
+  page = shown(write(tmp_path / "w", changes={"train.keep_best_metric": "eval/loss"}, **files))
+  assert "Eval loss rose from 2.000 to 2.500" in page.text and "It is worse than before" in page.text
+
+
 @pytest.mark.parametrize(
   "files, told",
   [

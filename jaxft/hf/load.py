@@ -15,7 +15,15 @@ from safetensors import SafetensorError, safe_open
 
 from jaxft.errors import RequestError, first_line
 from jaxft.hf import flax_msgpack, torch_pickle
-from jaxft.hf.repo import Checkpoint, must_be_as_exported, weight_files, without_doubles
+from jaxft.hf.repo import (
+  ADAPTER,
+  ADAPTER_WEIGHTS,
+  Checkpoint,
+  json_object,
+  must_be_as_exported,
+  weight_files,
+  without_doubles,
+)
 from jaxft.hf.tables import (
   EMBEDDING,
   HEAD,
@@ -169,10 +177,55 @@ def _named(checkpoint: Checkpoint) -> dict[str, Tensor]:
       raise RequestError(
         f"{checkpoint.folder}: {HEAD} differs from {EMBEDDING}, but config.json ties them (tie_word_embeddings)"
       )
+  if checkpoint.adapter:
+    _merge(checkpoint, named)
   if checkpoint.new_head:  # it takes the place of the language head
     for name in (HEAD, HEAD_BIAS):
       named.pop(name, None)
   return named
+
+
+class Merged(NamedTuple):
+  """A matrix with what a LoRA adapter adds to it."""
+
+  tensor: Tensor
+  a: np.ndarray  # (rank, inputs), float32
+  b: np.ndarray  # (outputs, rank), float32, with the scale of the adapter in it
+  inputs_first: bool  # as Conv1D's matrices lie
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.tensor.shape
+
+  def view(self) -> np.ndarray:
+    change = self.a.T @ self.b.T if self.inputs_first else self.b @ self.a
+    return self.tensor.view().astype(np.float32) + change
+
+
+def _merge(checkpoint: Checkpoint, named: dict[str, Any]) -> None:
+  """Puts a `Merged` in the place of each tensor that the adapters change; raises RequestError for one that is not there."""
+  file, about = checkpoint.adapter / ADAPTER_WEIGHTS, json_object(checkpoint.adapter / ADAPTER)
+  rank, alpha = about.get("r"), about.get("lora_alpha")
+  if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    raise RequestError(f"{checkpoint.adapter / ADAPTER}: r={rank!r} and lora_alpha={alpha!r} must be numbers")
+  found = _safetensors(file)
+  pairs = {name.removesuffix(".lora_A.weight") for name in found if name.endswith(".lora_A.weight")}
+  other = found.keys() - {f"{pair}.lora_{part}.weight" for pair in pairs for part in "AB"}
+  missing = [name for pair in pairs if (name := f"{pair}.lora_B.weight") not in found]
+  if other or missing or not pairs:
+    raise RequestError(
+      f"{file}: {min([*other, *missing], default='no tensor in it')!r}: not the adapters of plain LoRA"
+    )
+  for pair in sorted(pairs):
+    name = short_name(pair.removeprefix("base_model.model.") + ".weight")
+    a, b = (found[f"{pair}.lora_{part}.weight"].view().astype(np.float32) for part in "AB")
+    inputs_first = checkpoint.hf_config["model_type"] == "gpt2"
+    fits = (a.shape[-1], b.shape[0]) if inputs_first else (b.shape[0], a.shape[-1])
+    if name not in named or named[name].shape != fits or not a.shape[0] == b.shape[-1] == rank:
+      raise RequestError(
+        f"{file}: {pair!r} {a.shape}, {b.shape}: no such matrix in {checkpoint.folder}, or of rank {rank}"
+      )
+    named[name] = Merged(named[name], a, alpha / rank * b, inputs_first)
 
 
 def _new_scores(shape: tuple[int, ...], std: float) -> Callable[[tuple[slice, ...]], np.ndarray]:

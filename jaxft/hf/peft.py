@@ -14,10 +14,40 @@ from safetensors.numpy import load_file, save_file
 from jaxft.errors import StorageError
 from jaxft.files import refused, write_whole
 from jaxft.hf.chosen import modules
-from jaxft.hf.repo import Checkpoint
+from jaxft.hf.repo import Checkpoint, is_local
 from jaxft.hf.tables import SCORE, full_name
 from jaxft.lora import MODULES, places_of, whole
 from jaxft.model import ModelConfig
+
+CARD = """---
+library_name: peft
+{base}tags:
+- lora
+- jaxft
+---
+
+# LoRA adapters for `{name}`
+
+Rank {r}, alpha {lora_alpha:g}, on {modules}. Trained with jaxft.
+
+```python
+from peft import {auto}
+model = {auto}.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def _card(about: dict[str, Any]) -> str:
+  """README.md of the adapters; a base that is a folder is named by its last part, and not as a hub id."""
+  path = about["base_model_name_or_path"]
+  local = is_local(path)
+  return CARD.format(
+    base="" if local else f"base_model: {path}\n",
+    name=path.rstrip("/").split("/")[-1] if local else path,
+    modules=", ".join(f"`{name}`" for name in about["target_modules"]),
+    auto="AutoPeftModelForSequenceClassification" if about["task_type"] == "SEQ_CLS" else "AutoPeftModelForCausalLM",
+    **{key: about[key] for key in ("r", "lora_alpha")},
+  )
 
 
 def write(folder: Path, trained: Any, cfg: ModelConfig, source: Checkpoint, config: ConfigDict) -> None:
@@ -71,6 +101,7 @@ def write(folder: Path, trained: Any, cfg: ModelConfig, source: Checkpoint, conf
       raise StorageError(f"adapters to {folder}: {wrong[0]!r} read back differs; the disk is not to be trusted")
     partial.rename(folder / "adapter_model.safetensors")
     write_whole(folder / "adapter_config.json", json.dumps(about, indent=2) + "\n")
+    write_whole(folder / "README.md", _card(about))
   except (OSError, SafetensorError) as error:
     raise StorageError(f"adapters to {folder}: {refused(folder, error)}") from error
   finally:

@@ -23,7 +23,12 @@ LARGEST_TEXT = (
   2**28
 )  # bytes of a .json or .txt file, which is read whole; the tokenizer.json of a large vocabulary has 2^25
 PARITY = "parity.json"  # what an export was compared with, and the checksums of its files
-ADAPTER = "adapter_config.json"  # PEFT's
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+# Its keys -> what plain LoRA has there; anything that counts as false will do as well.
+PLAIN_LORA = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM",), "bias": ("none",), "use_dora": (), "use_rslora": ()}
+PLAIN_LORA |= {
+  key: () for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "lora_bias")
+}
 PICKLE = "pytorch_model.bin"  # read last, and only when it is asked for
 
 
@@ -35,6 +40,7 @@ class Checkpoint(NamedTuple):
   cfg: ModelConfig
   torch_bin: bool = False  # pickles may be read
   new_head: bool = False  # the classes are the run's own: their scores are not in the folder
+  adapter: Path | None = None  # LoRA adapters of PEFT that are merged into the weights as they are read
 
   @property
   def family(self) -> Family:
@@ -128,11 +134,7 @@ def _check_folder(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
   config_file = folder / "config.json"
   _refuse_odd_files(folder)
   if (folder / ADAPTER).is_file() and not config_file.is_file():
-    base = json_object(folder / ADAPTER).get("base_model_name_or_path")
-    raise RequestError(
-      f"model folder {str(folder)!r}: a PEFT adapter of {str(base)[:200]!r}, without the model itself; give the model that it "
-      "was merged into (WORKDIR/export of the run, or what peft's merge_and_unload saved)"
-    )
+    return _with_base(folder, weights, torch_bin)
   if not config_file.is_file():
     raise RequestError(
       f"model folder {str(folder)!r}: no config.json in it, so it is not a Hugging Face model; "
@@ -142,6 +144,28 @@ def _check_folder(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
   if weights:
     weight_files(folder, torch_bin)
   return Checkpoint(folder, *read_config(config_file), torch_bin)
+
+
+def _with_base(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
+  """A folder of LoRA adapters as the model that they are for, which is found by its name there, and merged with them when read.
+
+  Raises RequestError for adapters whose maths is not built.
+  """
+  about = json_object(folder / ADAPTER)
+  for key, plain in PLAIN_LORA.items():
+    if about.get(key) and about[key] not in plain:
+      raise RequestError(
+        f"{folder / ADAPTER}: {key}={about[key]!r}: only plain LoRA can be merged here; merge it with PEFT (merge_and_unload), "
+        "and give the model"
+      )
+  base, revision = about.get("base_model_name_or_path"), about.get("revision") or "main"
+  if not isinstance(base, str) or not base or not isinstance(revision, str):
+    raise RequestError(f"{folder / ADAPTER}: base_model_name_or_path={base!r} names no model")
+  try:
+    found = find(base, revision, weights, torch_bin)
+  except RequestError as error:
+    raise RequestError(f"{folder}: adapters of {base!r}, which is not there ({first_line(error)})") from error
+  return found._replace(adapter=folder)
 
 
 def read_config(file: Path) -> tuple[dict[str, Any], ModelConfig]:
@@ -275,7 +299,8 @@ def _refuse_odd_files(folder: Path) -> None:
 def fingerprint(checkpoint: Checkpoint, whole: bool = False) -> str:
   """Tells the weights of one folder from another's: by all bytes, or by sizes and 64 KB at each of 17 places in each file."""
   digest, sample = hashlib.sha256(json.dumps(checkpoint.hf_config, sort_keys=True).encode()), 2**16
-  for file in weight_files(checkpoint.folder, checkpoint.torch_bin):
+  adapter = [checkpoint.adapter / name for name in (ADAPTER, ADAPTER_WEIGHTS)] if checkpoint.adapter else []
+  for file in (*weight_files(checkpoint.folder, checkpoint.torch_bin), *adapter):
     size = file.stat().st_size
     digest.update(f"{file.name} {size} ".encode())
     with file.open("rb") as stream:

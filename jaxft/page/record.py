@@ -44,8 +44,11 @@ class Record(NamedTuple):
   @property
   def exported_step(self) -> int:
     """Of the weights that went out: the last step's or, where a metric chose them, the best."""
+    if (exported := whole(self.about, "exported_step")) is not None:
+      return exported
+    # A run of before 2026-11-28. There is no checkpoint of step 0.
     after = [it["step"] for it in self.samples if it["when"] == "after"]
-    chosen = self.points(self.config.get("train.keep_best_metric") or "")
+    chosen = [it for it in self.points(self.config.get("train.keep_best_metric") or "") if it[0]]
     if not after and chosen and whole(self.about, "ending", "exit_code") == 0:
       return min(chosen, key=lambda it: it[1])[0]
     return after[-1] if after else self.last_step
