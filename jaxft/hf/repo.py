@@ -26,9 +26,11 @@ PARITY = "parity.json"  # what an export was compared with, and the checksums of
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 # Its keys -> what plain LoRA has there; anything that counts as false will do as well.
 PLAIN_LORA = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM",), "bias": ("none",), "use_dora": (), "use_rslora": ()}
-PLAIN_LORA |= {
-  key: () for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "lora_bias")
-}
+OTHER_LORA = (
+  "rank_pattern alpha_pattern modules_to_save trainable_token_indices lora_bias layer_replication target_parameters "
+)
+OTHER_LORA += "use_qalora use_bdlora alora_invocation_tokens arrow_config"
+PLAIN_LORA |= {key: () for key in OTHER_LORA.split()}
 PICKLE = "pytorch_model.bin"  # read last, and only when it is asked for
 
 

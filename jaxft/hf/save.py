@@ -107,7 +107,7 @@ def write_about(folder: Path, checkpoint: repo.Checkpoint, tokenizer: Any, more:
   if checkpoint.cfg.classes and tokenizer:
     hf_config["pad_token_id"] = repo.padding(checkpoint, tokenizer)
   if hf_config["model_type"] == "gpt2":
-    hf_config.setdefault("n_ctx", hf_config["n_positions"])  # which llama.cpp's converter asks for
+    hf_config.setdefault("n_ctx", checkpoint.cfg.P)  # which llama.cpp's converter asks for
   _write_json(folder / "config.json", hf_config)
   source = checkpoint.folder / GENERATION
   says = repo.json_object(source) if source.is_file() else {}
