@@ -174,7 +174,10 @@ class Pretrained:
     how = _found_again(settings.read(self.run[0] / "config.json").data, self._record)
     how.update(sequence_length=sequence_length or how.sequence_length, unrelated=())
     data = prepare(how, self.tokenizer, tokenizers.fingerprint(self.tokenizer))
-    if data.held_out != self._record.get("held_out", data.held_out):
+    same = data.held_out == self._record.get("held_out", data.held_out)
+    if "held_out" not in self._record and not sequence_length:  # a run of before 2026-11-28
+      same = data.fingerprint == self._record["data"]
+    if not same:
       raise RequestError(
         f"{self.run[0]}: the text of config.data is not what it was, and what is held out of it now may have been trained on; "
         "name a text with --data"
@@ -233,6 +236,8 @@ class Pretrained:
     if self.run and not card:
       card = model_card(*self.run, bool(self._record.get("local_model", True)))
     dtype = dtype or ("float32" if self.run else "source")
+    if self.run and dtype == "source":
+      raise RequestError(f"dtype={dtype!r}: a run's weights have none; name {', '.join(EXPORT_DTYPES)}")
     if dtype not in (*EXPORT_DTYPES, "source"):
       raise RequestError(f"dtype={dtype!r}: must be one of {', '.join(EXPORT_DTYPES)}, source")
     if wanted := settings.file_size(max_shard_size):
@@ -319,8 +324,9 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
 
 def _source_of(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> repo.Checkpoint:
   """The model that a run trains: what the workdir keeps of it, or the folder itself where some of the weights are frozen."""
-  if not (config.lora.rank or config.train.only) and (kept := workdir / "model").is_dir():
-    return repo.Checkpoint(kept, *repo.read_config(kept / "config.json"))
+  for kept in (workdir / "model", workdir / ".model.jaxft-old"):  # the second: of a start that was killed just then
+    if not (config.lora.rank or config.train.only) and kept.is_dir():
+      return repo.Checkpoint(kept, *repo.read_config(kept / "config.json"))
   path, partly = config.model.path, bool(config.lora.rank or config.train.only)
   if record.get("local_model"):  # and never the hub's of that name
     path = _again(path, record)

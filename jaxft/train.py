@@ -127,8 +127,8 @@ def finetune(
     source = repo.find(config.model.path, config.model.revision, pretrained, config.model.torch_bin)
     if source.adapter and config.lora.rank:
       raise RequestError(
-        f"config.model.path={config.model.path!r}: adapters, and config.lora.rank asks for more; nothing could load those "
-        f"alone; merge them first: python -m jaxft.export --model {config.model.path} --out MERGED"
+        f"config.model.path={config.model.path!r}: a folder of adapters, and adapters on top of it could not be used "
+        f"without it; merge it first: python -m jaxft.export --model {config.model.path} --out MERGED"
       )
     if config.model.config and not pretrained:
       source = repo.Checkpoint(source.folder, *repo.read_config(Path(config.model.config)))

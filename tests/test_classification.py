@@ -154,7 +154,7 @@ def test_accuracy_and_f1_are_those_of_the_labels_one_by_one(theirs, tmp_path):
     assert found["f1"] == pytest.approx(np.mean(each))
     assert found["loss"] == pytest.approx(np.mean(np.log(np.exp(logits).sum(-1)) - gold), rel=1e-5)
   file.write_text('{"text": "the cat", "label": "great"}\n')
-  with pytest.raises(RequestError, match="label 'great': the model's are 'bad', 'so so', 'good'"):
+  with pytest.raises(RequestError, match="label 'great': the model's classes are 'bad', 'so so', 'good'"):
     ours.evaluate(str(file))
 
 
@@ -250,3 +250,13 @@ def test_padding_that_ends_each_text_is_refused_before_training(theirs, tmp_path
     source = repo.find(str(other))
     repo.with_classes(source._replace(hf_config=source.hf_config | {"pad_token_id": None}), LABELS, tokenizer)
   assert repo.with_classes(repo.find(str(other)), LABELS, tokenizer).hf_config["pad_token_id"] == 292
+
+
+def test_names_from_a_data_set_find_the_classes_of_a_head_without_names():
+  from jaxft.data.sources import ClassName
+
+  names = [ClassName("neg", 0), ClassName("pos", 1)]
+  assert class_numbers(names, ["LABEL_0", "LABEL_1"]) == class_numbers(names, ["0", "1"]) == [0, 1]
+  assert class_numbers(names, ["pos", "neg"]) == [1, 0]
+  with pytest.raises(RequestError, match="label 'neg': the model's classes are 'LABEL_0'"):
+    class_numbers(["neg", "pos"], ["LABEL_0", "LABEL_1"])  # of a file that says no numbers

@@ -22,7 +22,7 @@ NAMES = [
   "a+b", "a&b", "a=b", "a'b", 'a"b', "a,b", "a;b", "a@b", "a@2", "a|b", "~x", "$HOME", "a\\b", "new\nline", "tab\tx", "*", "**",
   "-x", "--workdir", "..a", ".hidden", "a!b", "a^b`c", "x" * 200,
 ]  # fmt: skip
-REFUSED = set("*?[]\\")
+REFUSED = ("[", "**", "\\")
 STATE = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.int32(7)}
 LIKE = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), STATE)
 
@@ -50,7 +50,7 @@ def test_forty_names_of_folders(ready, folder, tmp_path, part):
     assert (root / "out" / "parity.json").is_file()
     tokenizers.must_read_alike(root / "out", tokenizer)
     before = sorted(path.name for path in root.iterdir())
-    if REFUSED & set(name):
+    if any(part in name for part in REFUSED):
       with pytest.raises(RequestError, match="--workdir: .* Orbax takes the .* for part of a pattern"):
         check(config, root / "run")
       assert sorted(path.name for path in root.iterdir()) == before

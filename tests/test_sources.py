@@ -225,3 +225,16 @@ def test_labels_that_are_whole_numbers_are_labels_whatever_their_type(tmp_path):
   data.update(format="classification", on_bad_row="skip")
   found = report.examples((str(tmp_path / "a.jsonl"),), "train", data, collections.Counter(), collections.Counter())
   assert [example.label for example in found] == ["1", "0"]
+
+
+def test_features_of_any_kind_are_read_past(tmp_path):
+  """As datasets 2 and 3 wrote them: a list of a dict for a list, and null."""
+  table = pyarrow.table({"text": ["a", "b"], "label": [0, 1]})
+  for features in (
+    {"text": {"dtype": "string", "_type": "Value"}, "messages": [{"role": {"_type": "Value"}}]},
+    None,
+    3,
+  ):
+    about = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    pyarrow.parquet.write_table(table.replace_schema_metadata(about), tmp_path / "a.parquet")
+    assert texts(str(tmp_path / "a.parquet")) == ["a", "b"]

@@ -322,3 +322,50 @@ def test_what_older_readers_need_is_in_the_folder(folder, tmp_path):
   (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
   slow, wanted = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(folder)
   assert all(slow(text)["input_ids"] == wanted(text)["input_ids"] for text in TEXTS)
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
+@pytest.mark.parametrize("said", [True, False, None])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_blank_before_a_text_is_as_transformers_has_it(tmp_path, name, said, prefix):
+  """add_prefix_space is in two files, and may be in none; the export says it in both, for transformers 4."""
+  tiny.write_gpt2(tmp_path / "m", seed=0)
+  about = json.loads((tmp_path / "m" / "tokenizer.json").read_text())
+  about["pre_tokenizer"]["add_prefix_space"] = prefix
+  (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(about))
+  says = {"tokenizer_class": name, "eos_token": tiny.EOS} | ({} if said is None else {"add_prefix_space": said})
+  (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(says))
+  wanted = AutoTokenizer.from_pretrained(tmp_path / "m")("the cat", add_special_tokens=False)["input_ids"]
+  tokenizer = tokenizers.load(tmp_path / "m", 293)
+  assert tokens.prompt_ids(tokenizer, "the cat") == wanted
+  save.write_about(tmp_path, repo.find(str(tmp_path / "m")), tokenizer, {})
+  assert AutoTokenizer.from_pretrained(tmp_path)("the cat")["input_ids"] == wanted
+  written = [json.loads((tmp_path / file).read_text()) for file in ("tokenizer.json", "tokenizer_config.json")]
+  assert written[0]["pre_tokenizer"]["add_prefix_space"] == written[1]["add_prefix_space"]
+
+
+def test_a_vocabulary_of_added_letters_reads_text(tmp_path):
+  tokenizer = Tokenizer(models.BPE())
+  tokenizer.add_special_tokens([END])
+  tokenizer.add_tokens(list("abcdefgh "))
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  (tmp_path / "tokenizer_config.json").write_text(
+    json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END})
+  )
+  (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+  loaded = tokenizers.load(tmp_path, 400)
+  assert loaded.decode(tokens.prompt_ids(loaded, "a bad cab")).replace(" ", "") == "abadcab"
+
+
+def test_what_a_normalizer_or_an_added_token_reads_is_not_lost(tmp_path):
+  for normalizer in (None, normalizers.Lowercase()):
+    tokenizer = trained("gaps", [END])
+    tokenizer.normalizer = normalizer or tokenizer.normalizer
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+      json.dumps({"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    loaded = tokenizers.load(tmp_path, 400)
+    assert lost(loaded, f"the miller{END}found ЖЖ") == 2
+    assert lost(loaded, "THE MILLER") == (0 if normalizer else 9)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxft.data.sources import Row
+from jaxft.data.sources import ClassName, Row
 from jaxft.errors import RequestError
 from jaxft.files import is_text
 
@@ -67,12 +67,12 @@ def _label(columns: dict[str, Any], data: ConfigDict) -> str:
   if isinstance(value, float) and value.is_integer():  # what pandas makes of whole numbers in a column with gaps
     value = int(value)
   if isinstance(value, bool | int | str) and str(value) and is_text(str(value)):
-    return str(value)
+    return value if isinstance(value, ClassName) else str(value)
   raise BadRow(f"column {column!r} is no label ({type(value).__name__} {str(value)[:40]!r}; config.data.label_column)")
 
 
 def class_numbers(labels: list[str], classes: Sequence[str]) -> list[int]:
-  """The number of each label's class: by name, by name in other case, or by its number where all labels are numbers.
+  """The number of each label's class: by name, by name in other case, or by its number where labels or classes are numbers.
 
   Raises RequestError for a label that is no class.
   """
@@ -85,8 +85,11 @@ def class_numbers(labels: list[str], classes: Sequence[str]) -> list[int]:
   for number, same in zip(ways, (str, str.casefold, str), strict=True):
     if all(same(label) in number for label in labels):
       return [number[same(label)] for label in labels]
+  nameless = all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(classes))
+  if nameless and all(isinstance(label, ClassName) and label.number < len(classes) for label in labels):
+    return [label.number for label in labels]
   unknown = next(label for label in labels if label not in ways[0])
-  raise RequestError(f"label {unknown!r}: the model's are {', '.join(map(repr, classes))}")
+  raise RequestError(f"label {unknown!r}: the model's classes are {', '.join(map(repr, classes))}")
 
 
 def _nats(columns: dict[str, Any], data: ConfigDict) -> float:

@@ -118,7 +118,10 @@ def prepare(
   return Data(
     laid_out["train"],
     laid_out["validation"],
-    manifest["labels"],
+    [
+      sources.ClassName(label, number) if number is not None else label
+      for label, number in zip(manifest["labels"], manifest["numbers"], strict=True)
+    ],
     floor,
     hashlib.sha256(layout.encode()).hexdigest(),
     cache.fingerprint("validation", manifest),
@@ -228,6 +231,7 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[st
   return {
     "files": files,
     "labels": labels,
+    "numbers": [getattr(label, "number", None) for label in labels],
     "read": sum(counts) + bad + more,
     "dropped": dict(dropped),
     "duplicates": duplicates,

@@ -18,9 +18,21 @@ from jaxft.files import exists
 READABLE = (".txt", ".jsonl", ".csv", ".parquet")
 COMPRESSED = (".gz", ".zst")  # after any of them but .parquet, which compresses its own columns
 # Of a run or a model, in whose folder text may lie too.
+OWN_FOLDERS = ("checkpoints", "profile", "export", "adapter", "model", "tensorboard", "mlartifacts", "wandb", "trackio")
 OWN_FILES = ("metrics.jsonl", "samples.jsonl", "merges.txt", "vocab.txt")
 MODEL_FILES = (".safetensors", ".msgpack", ".bin", "tokenizer.json", "tokenizer_config.json")
 BOM = b"\xef\xbb\xbf"
+
+
+class ClassName(str):
+  """The name of a class, and its number where the name is from."""
+
+  number: int
+
+  def __new__(cls, name: str, number: int) -> "ClassName":
+    made = super().__new__(cls, name)
+    made.number = number
+    return made
 
 
 class Row(NamedTuple):
@@ -72,10 +84,13 @@ def _inside(folder: Path, notes: collections.Counter) -> list[Path]:
   files = []
   for at, folders, names in os.walk(folder):
     folders[:] = [name for name in folders if not name.startswith(".")]
+    this = _not_text(Path(at))
     holds = {name: what for name in folders if (what := _not_text(Path(at, name)))}
+    holds |= {name: "folders of runs" for name in folders if this == "folders of runs" and name in OWN_FOLDERS}
     notes.update(f"{what}, left out" for what in holds.values())
     folders[:] = [name for name in folders if name not in holds]
-    own = OWN_FILES if _not_text(Path(at)) else ()
+    own = {name for name in names if this and name in OWN_FILES}
+    notes["files of a run or a model, left out"] += len(own)
     files += [Path(at, name) for name in names if not name.startswith(".") and name not in own]
   return sorted(file for file in files if file.is_file())
 
@@ -222,18 +237,20 @@ def _file_rows(file: Path, text_column: str, separator: str, notes: collections.
 def _features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
   """What the datasets library says of the columns in a parquet file that it has written."""
   try:
-    return json.loads(metadata[b"huggingface"])["info"]["features"]
+    features = json.loads(metadata[b"huggingface"])["info"]["features"]
   except (KeyError, TypeError, ValueError, RecursionError):
     return {}
+  return features if isinstance(features, dict) else {}
 
 
 def _class_names(features: Mapping[str, Any]) -> dict[str, list[str]]:
   """The names of the classes of each column that holds their numbers (datasets.ClassLabel, or what a file says of one)."""
   found = {}
   for column, feature in features.items():
-    about = feature if isinstance(feature, dict) else {"_type": type(feature).__name__, **vars(feature)}
-    if about.get("_type") == "ClassLabel" and isinstance(about.get("names"), list):
-      found[column] = about["names"]
+    about = feature if isinstance(feature, dict) else {"_type": type(feature).__name__}
+    names = about.get("names", getattr(feature, "names", None))
+    if about.get("_type") == "ClassLabel" and isinstance(names, list) and all(isinstance(name, str) for name in names):
+      found[column] = [ClassName(name, number) for number, name in enumerate(names)]
   return found
 
 

@@ -88,13 +88,18 @@ def bytes_learned(rows: Any, tokenizer: Any, limit: int = 0) -> int:
 def around(tokenizer: Any) -> tuple[list[int], list[int]]:
   """The ids that a tokenizer itself puts before and after a text, as BERT's [CLS] and [SEP]; mostly none."""
   backend = tokenizer.backend_tokenizer
-  ordinary = (token for token, id in tokenizer.get_vocab().items() if id not in backend.get_added_tokens_decoder())
-  text = next((text for text in ("a", "1", *itertools.islice(ordinary, 9)) if _ids(backend, text)), "a")
+  text = next((text for text in itertools.islice(_some_texts(tokenizer), 9) if _ids(backend, text)), "a")
   whole = backend.encode(text)
   special = whole.special_tokens_mask
   if 0 not in special:
     return [], []
   return whole.ids[: special.index(0)], whole.ids[len(special) - special[::-1].index(0) :]
+
+
+def _some_texts(tokenizer: Any) -> Iterator[str]:
+  yield from ("a", "1")
+  added = tokenizer.backend_tokenizer.get_added_tokens_decoder()  # with a large vocabulary a tenth of a second
+  yield from (token for token, id in tokenizer.get_vocab().items() if id not in added)
 
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
@@ -123,15 +128,20 @@ class Reader:
     self.cuts_at_blanks = _cuts_at_blanks(rules)
     model, vocabulary = rules["model"], tokenizer.get_vocab()
     works_on_bytes = (rules["decoder"] or {}).get("type") == "ByteLevel"
-    self._missing = [byte for byte, letter in BYTES.items() if letter not in vocabulary] if works_on_bytes else None
+    plain = works_on_bytes and rules["normalizer"] is None  # else the bytes of a text are not those that are looked up
+    self._missing = [byte for byte, letter in BYTES.items() if letter not in vocabulary] if plain else None
+    self._added = [added["content"] for added in rules["added_tokens"]]
+    letters = all(letter in vocabulary for letter in BYTES.values())
     falls_back = model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
-    self.loses_nothing = self._missing == [] or falls_back
+    self.loses_nothing = works_on_bytes and letters or falls_back
     unknown = model.get("unk_token")
     self._unknown = vocabulary.get(unknown, -1) if unknown is not None else model.get("unk_id", -1)
 
   def lost(self, text: str, encoding: Any) -> int:
     """Characters of a text that no token stands for: dropped, or read as the unknown one. Blanks are not counted."""
     if self._missing is not None:
+      for token in self._added:
+        text = text.replace(token, "")
       code = np.frombuffer(text.encode(), np.uint8)
       number = np.cumsum((code & 0xC0) != 0x80)  # of the character that each byte is of
       return len(np.unique(number[np.isin(code, self._missing)]))

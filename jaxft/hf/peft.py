@@ -75,7 +75,7 @@ def write(folder: Path, trained: Any, cfg: ModelConfig, source: Checkpoint, conf
   about = {
     "peft_type": "LORA",
     "task_type": "SEQ_CLS" if cfg.classes else "CAUSAL_LM",
-    "base_model_name_or_path": config.model.path,
+    "base_model_name_or_path": os.path.abspath(config.model.path) if is_local(config.model.path) else config.model.path,
     "revision": config.model.revision,
     "r": cfg.lora_rank,
     "lora_alpha": config.lora.alpha,

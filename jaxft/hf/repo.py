@@ -31,6 +31,7 @@ OTHER_LORA = (
 )
 OTHER_LORA += "use_qalora use_bdlora alora_invocation_tokens arrow_config"
 PLAIN_LORA |= {key: () for key in OTHER_LORA.split()}
+PLAIN_LORA["init_lora_weights"] = (True, "gaussian")  # others change the base as well
 PICKLE = "pytorch_model.bin"  # read last, and only when it is asked for
 
 
@@ -163,6 +164,10 @@ def _with_base(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
   base, revision = about.get("base_model_name_or_path"), about.get("revision") or "main"
   if not isinstance(base, str) or not base or not isinstance(revision, str):
     raise RequestError(f"{folder / ADAPTER}: base_model_name_or_path={base!r} names no model")
+  if weights and not (folder / ADAPTER_WEIGHTS).is_file():
+    raise RequestError(f"{folder}: no {ADAPTER_WEIGHTS} in it (an adapter_model.bin is a pickle, and not read)")
+  if (Path(base) / ADAPTER).is_file() and not (Path(base) / "config.json").is_file():
+    raise RequestError(f"{folder}: adapters of {base!r}, which is a folder of adapters itself; merge that one first")
   try:
     found = find(base, revision, weights, torch_bin)
   except RequestError as error:

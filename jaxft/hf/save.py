@@ -123,6 +123,7 @@ def keep_about(folder: Path, checkpoint: repo.Checkpoint, tokenizer: Any) -> Non
   """`write_about` under another name, renamed when it is whole: what a run needs of its model once that is elsewhere."""
   partial = folder.with_name(f".{folder.name}.jaxft-partial")
   try:
+    _put_back(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     write_about(partial, checkpoint, tokenizer, {})

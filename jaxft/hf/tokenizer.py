@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from jaxft.errors import RequestError, first_line
 
@@ -93,6 +94,10 @@ def _as_the_file_says(tokenizer: Any, folder: Path) -> Any:
     return tokenizer
   said = Tokenizer.from_file(str(file))
   said.no_truncation()
+  # Whether a text gets a blank before it is the class's or tokenizer_config.json's to say, in transformers 4 too.
+  for one, other in ((said.pre_tokenizer, tokenizer.backend_tokenizer.pre_tokenizer),):
+    if isinstance(one, ByteLevel) and isinstance(other, ByteLevel):
+      one.add_prefix_space = other.add_prefix_space
   if all(_ids(said, text) == _ids(tokenizer.backend_tokenizer, text) for text in PROBE):
     return tokenizer
   from transformers import PreTrainedTokenizerFast
@@ -103,7 +108,7 @@ def _as_the_file_says(tokenizer: Any, folder: Path) -> Any:
 def _no_vocabulary(tokenizer: Any, folder: Path) -> str:
   """Why this cannot be the tokenizer of a model; "" where nothing speaks against it."""
   vocabulary, added = tokenizer.get_vocab(), tokenizer.backend_tokenizer.get_added_tokens_decoder()
-  ordinary = [id for id in sorted(vocabulary.values()) if id not in added]
+  ordinary = [id for id in sorted(vocabulary.values()) if id not in added or not added[id].special]
   needs = "the folder needs tokenizer.json, or vocab.json and merges.txt, as its model was saved with"
   if (folder / "encoder.json").is_file() and (folder / "vocab.bpe").is_file():
     needs = "rename encoder.json to vocab.json, and vocab.bpe to merges.txt"
@@ -117,24 +122,24 @@ def _no_vocabulary(tokenizer: Any, folder: Path) -> str:
       f"the tokenizer cuts {words[-1][1]!r}, and every other of its tokens that was tried, into pieces: its merges are "
       f"missing, or of another vocabulary; {needs}"
     )
-  return _other_ids(tokenizer, folder / "added_tokens.json")
+  return _other_ids(vocabulary, folder / "added_tokens.json")
 
 
 def _is_word(text: str) -> bool:
   return len(text.strip()) > 1 and UNFINISHED not in text
 
 
-def _other_ids(tokenizer: Any, file: Path) -> str:
+def _other_ids(vocabulary: dict[str, int], file: Path) -> str:
   """How added_tokens.json, which transformers 5 does not read beside a tokenizer.json, contradicts the tokenizer."""
   if not file.is_file():
     return ""
   try:
     said = json.loads(file.read_text(encoding="utf-8"))
-    other = [(token, id) for token, id in said.items() if tokenizer.get_vocab().get(token, id) != id]
+    other = [(token, id) for token, id in said.items() if vocabulary.get(token, id) != id]
   except (OSError, ValueError, RecursionError, AttributeError) as error:
     return f"{file.name}: {first_line(error)}"
   return "".join(
-    f"{file.name} says {token!r} is {id}, and the tokenizer {tokenizer.get_vocab()[token]}" for token, id in other[:1]
+    f"{file.name} says {token!r} is {id}, and the tokenizer {vocabulary[token]}" for token, id in other[:1]
   )
 
 
@@ -166,7 +171,11 @@ def write(tokenizer: Any, source: Path, out: Path, *, positions: int, pad_token_
   named = _named(tokenizer, backend, pad_token_id)
   extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", ()) or ()]
   about = {key: value for key, value in _config(source).items() if key not in LOADER}
-  about.pop("extra_special_tokens", None)  # a list of which transformers 4 cannot read
+  if not isinstance(about.get("extra_special_tokens"), dict):  # transformers 4 cannot read a list there
+    about.pop("extra_special_tokens", None)
+  about.pop("add_prefix_space", None)
+  if "add_prefix_space" in (backend["pre_tokenizer"] or {}):  # else transformers 4 sets its own
+    about["add_prefix_space"] = backend["pre_tokenizer"]["add_prefix_space"]
   longest = about.get("model_max_length")
   longest = min(positions, longest) if isinstance(longest, int) and longest > 0 else positions
   about |= named | {"tokenizer_class": _class(about, tokenizer), "model_max_length": int(longest)}
@@ -190,8 +199,8 @@ def write(tokenizer: Any, source: Path, out: Path, *, positions: int, pad_token_
 
 
 def _named(tokenizer: Any, backend: dict[str, Any], pad_token_id: int | None) -> dict[str, str]:
-  """The special tokens by name. There are always one that begins a text, the end token as for jaxft, and an unknown one, though
-  bytes are never unknown: converters ask for both."""
+  """The special tokens by name. Converters ask for one that begins a text, and for an unknown one: where the tokenizer has none
+  it is the end token, from which jaxft begins a text too."""
   named = {name: str(token) for name in NAMED if (token := getattr(tokenizer, name)) is not None}
   model = backend["model"]
   unknown = model.get("unk_token")

@@ -33,9 +33,7 @@ NOT_READ = ocp.PLACEHOLDER
 READ_AT_ONCE = 2**28  # bytes of a leaf, or of several, that are read at once where there is no room for all
 CHUNK = 2**26  # bytes that are compressed at once, and that a file is to have: Orbax makes a file in memory, as a whole
 HALF_WRITTEN, GONE = ".orbax-checkpoint-tmp", "to-be-deleted"  # in the names of folders beside the checkpoints
-PATTERN = (
-  "*?[]\\"  # what a pattern is made of: Orbax collects the files of a checkpoint by one, and does not escape the path
-)
+PATTERN = ("[", "**", "\\")  # Orbax collects the files of a checkpoint by a pattern, and does not escape the path
 # Reasons why a sound file cannot be read here and now.
 REFUSED = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Permission denied", "Operation not permitted")
 REFUSED += ("Too many open files", "Cannot allocate memory", "Stale file handle")
@@ -43,11 +41,11 @@ REFUSED += ("Too many open files", "Cannot allocate memory", "Stale file handle"
 
 def faults(folder: Path) -> list[str]:
   """Why checkpoints in this folder could not be read again, at most one line."""
-  letters = [letter for letter in PATTERN if letter in str(folder.absolute())]
+  found = [part for part in PATTERN if part in str(folder.absolute())]
   return [
-    f"{str(folder)!r}: Orbax takes the {letter} in the path of a checkpoint for part of a pattern (0.12), and would not "
+    f"{str(folder)!r}: Orbax takes the {part} in the path of a checkpoint for part of a pattern (0.12), and would not "
     f"find what it has saved; name a folder without any of {' '.join(PATTERN)}"
-    for letter in letters[:1]
+    for part in found[:1]
   ]
 
 
