@@ -1,8 +1,10 @@
 """Files that are there whole or not at all."""
 
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from jaxft.errors import StorageError
 
@@ -22,6 +24,11 @@ def write_whole(file: Path, text: str) -> None:
   except OSError as error:
     partial.unlink(missing_ok=True)
     raise StorageError(f"{file}: {refused(file, error)}") from error
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+  """`write_whole` of a JSON object; raises StorageError."""
+  write_whole(file, json.dumps(content, indent=2) + "\n")
 
 
 def refused(file: Path, error: Exception) -> str:

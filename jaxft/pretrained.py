@@ -171,7 +171,7 @@ class Pretrained:
     """
     if not self.run:
       raise RequestError(f"{self.source.folder}: no run, so nothing was held out; name a text")
-    how = _found_again(settings.read(self.run[0] / "config.json").data, self._record)
+    how = _resolve_sources(settings.read(self.run[0] / "config.json").data, self._record)
     how.update(sequence_length=sequence_length or how.sequence_length, unrelated=())
     data = prepare(how, self.tokenizer, tokenizers.fingerprint(self.tokenizer))
     same = data.held_out == self._record.get("held_out", data.held_out)
@@ -182,7 +182,7 @@ class Pretrained:
         f"{self.run[0]}: the text of config.data is not what it was, and what is held out of it now may have been trained on; "
         "name a text with --data"
       )
-    rows = data.of_classes(self.labels).validation if self.labels else data.validation
+    rows = data.with_class_ids(self.labels).validation if self.labels else data.validation
     return self._evaluate(rows, batch_size)
 
   def _evaluate(self, rows: Rows, batch_size: int) -> dict[str, Any]:
@@ -292,7 +292,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
     )
   at = step if step is not None else checkpoints.best() or steps[-1]
   meta = checkpoints.meta(at)
-  source = _source_of(workdir, config, meta)
+  source = _checkpoint_of(workdir, config, meta)
   if meta.get("frozen") and repo.fingerprint(source, whole=True) != meta["frozen"]:
     raise RequestError(
       f"config.model.path={config.model.path!r}: its weights, of which the run of {str(workdir)!r} has trained a part, are not "
@@ -322,30 +322,30 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   return ready
 
 
-def _source_of(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> repo.Checkpoint:
+def _checkpoint_of(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> repo.Checkpoint:
   """The model that a run trains: what the workdir keeps of it, or the folder itself where some of the weights are frozen."""
-  for kept in (workdir / "model", workdir / ".model.jaxft-old"):  # the second: of a start that was killed just then
-    if not (config.lora.rank or config.train.only) and kept.is_dir():
-      return repo.Checkpoint(kept, *repo.read_config(kept / "config.json"))
+  for folder in (workdir / "model", workdir / ".model.jaxft-old"):  # the second: of a start that was killed just then
+    if not (config.lora.rank or config.train.only) and folder.is_dir():
+      return repo.Checkpoint(folder, *repo.read_config(folder / "config.json"))
   path, partly = config.model.path, bool(config.lora.rank or config.train.only)
   if record.get("local_model"):  # and never the hub's of that name
-    path = _again(path, record)
+    path = _resolve(path, record)
   source = repo.find(path, config.model.revision, weights=partly, torch_bin=config.model.torch_bin)
   if config.model.config and config.model.init == "scratch":
-    source = repo.Checkpoint(source.folder, *repo.read_config(Path(_again(config.model.config, record))))
+    source = repo.Checkpoint(source.folder, *repo.read_config(Path(_resolve(config.model.config, record))))
   return source
 
 
-def _found_again(data: ConfigDict, record: dict[str, Any]) -> ConfigDict:
+def _resolve_sources(data: ConfigDict, record: dict[str, Any]) -> ConfigDict:
   """`config.data` with the sources where they were when the run was started, wherever this command is."""
   found = ConfigDict(data)
   for key in ("train", "validation"):
-    found[key] = tuple(name if name.startswith("hub:") else _again(name, record) for name in data[key])
-  found.cache_dir = _again(data.cache_dir, record) if data.cache_dir else ""
+    found[key] = tuple(name if name.startswith("hub:") else _resolve(name, record) for name in data[key])
+  found.cache_dir = _resolve(data.cache_dir, record) if data.cache_dir else ""
   return found
 
 
-def _again(path: str, record: dict[str, Any]) -> str:
+def _resolve(path: str, record: dict[str, Any]) -> str:
   """A relative path from the folder in which the run was started, or from this one where it is there alone."""
   there = Path(record.get("started_in", "")) / path
   return path if exists(Path(path)) and not exists(there) else str(there)

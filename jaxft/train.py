@@ -144,14 +144,14 @@ def finetune(
       data = prepare(config.data, tokenizer, tokenizers.fingerprint(tokenizer), told, say)
     if data.labels:
       source = repo.with_classes(source, data.labels, tokenizer)
-      data = data.of_classes(source.labels)
+      data = data.with_class_ids(source.labels)
     elif source.cfg.classes:
       raise RequestError(f"config.model.path={config.model.path!r}: a model that classifies; set config.model.head")
-    save.rehearse(source, tokenizer)
+    save.check_exportable(source, tokenizer)
     frozen = bool(config.lora.rank or config.train.only)
     weights = repo.fingerprint(source, whole=frozen or jax.process_count() > 1) if pretrained else ""
     same = {"config.data, as it is cut into tokens": data.fingerprint, "its validation text": data.held_out}
-    same |= {"config.data.unrelated": data.beside}
+    same |= {"config.data.unrelated": data.unrelated_fingerprint}
     same |= {"the files of config.model.path": weights}
     hosts.agree("data", same | {f"config.json of the model: {key}": it for key, it in source.hf_config.items()})
     rows = data.train
@@ -234,7 +234,7 @@ def finetune(
     if jax.process_index() == 0:
       write_whole(workdir / "config.json", settings.to_json(config))
       write_whole(workdir / "data_report.json", data.to_json(config.train))
-      save.keep_about(workdir / "model", source, tokenizer)
+      save.replace_config_and_tokenizer(workdir / "model", source, tokenizer)
     kind = {"type": source.hf_config["model_type"], "compute_dtype": program.compute.dtype.name}
     sizes = {"parameters": parts.count(program.state.weights, cfg), "trained": parts.count(program.state.params, cfg)}
     needs = {"planned": memory, "host": programs.bytes_on_host(program)}

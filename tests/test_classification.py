@@ -195,7 +195,7 @@ def test_a_new_head_on_five_configs_answers_batches_in_transformers(folder, tmp_
     tokenizer = tokenizers.load(source, 293)
     labels = [f"class {i}" for i in range(rng.integers(2, 5))]
     checkpoint = repo.with_classes(repo.find(str(source)), labels, tokenizer)
-    save.rehearse(checkpoint, tokenizer)
+    save.check_exportable(checkpoint, tokenizer)
     _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
     params = load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
     save.export(out, params, checkpoint, tokenizer=tokenizer)
@@ -232,7 +232,7 @@ def test_a_head_whose_classes_are_in_another_order_is_trained_on(theirs, tmp_pat
   tokenizer = tokenizers.load(folder, 293)
   source = repo.with_classes(repo.find(str(folder)), ["bad", "good"], tokenizer)
   assert source.labels == LABELS and not source.new_head
-  found = report.prepare(data, tokenizer, "").of_classes(source.labels)
+  found = report.prepare(data, tokenizer, "").with_class_ids(source.labels)
   assert found.labels == LABELS
   assert {int(row["targets"].max()) for row in (found.train[i] for i in range(len(found.train)))} == {0, 2}
 

@@ -257,7 +257,7 @@ def test_only_the_completion_is_learned(tokenizer):
     # "a" + "a" is one token that holds both: it is learned whole.
     merged = len(tokenizer("aa")["input_ids"]) == 1
     assert texts == sorted([" sat on", "the dog", "aa" if merged else "a", " mat"])
-  batch = tokens.encode(examples, tokens.Reader(tokenizer), np.uint16)
+  batch = tokens.encode(examples, tokens.TokenizerInfo(tokenizer), np.uint16)
   assert batch.merged == merged
 
 

@@ -53,7 +53,7 @@ LEAVES = {
   "jaxft.data.loader": set(),
   "jaxft.data.cache": {"jaxft.data.tokens", "jaxft.errors", "jaxft.files"},
   "jaxft.hf.tables": set(),
-  "jaxft.hf.tokenizer": {"jaxft.errors"},
+  "jaxft.hf.tokenizer": {"jaxft.errors", "jaxft.files"},
   "jaxft.hf.flax_msgpack": set(),
   "jaxft.hf.torch_pickle": set(),
   "jaxft.hf.push": {"jaxft.errors"},

@@ -48,7 +48,7 @@ def test_forty_names_of_folders(ready, folder, tmp_path, part):
     assert data.report["rows"]["read"] == 20
     ready.export(root / "out")
     assert (root / "out" / "parity.json").is_file()
-    tokenizers.must_read_alike(root / "out", tokenizer)
+    tokenizers.verify(root / "out", tokenizer)
     before = sorted(path.name for path in root.iterdir())
     if any(part in name for part in REFUSED):
       with pytest.raises(RequestError, match="--workdir: .* Orbax takes the .* for part of a pattern"):

@@ -131,7 +131,7 @@ def test_a_hundred_folders_are_refused_or_read_alike_after_the_export(tmp_path, 
     source = repo.find(str(folder))
     try:
       tokenizer = tokenizers.load(folder, source.cfg.V)
-      save.rehearse(source, tokenizer)
+      save.check_exportable(source, tokenizer)
     except RequestError as error:
       assert change in ("no tokenizer.json", "no merges", "config alone", "nothing", "contradiction"), (
         seed,
@@ -142,13 +142,13 @@ def test_a_hundred_folders_are_refused_or_read_alike_after_the_export(tmp_path, 
       refused += 1
       continue
     assert change not in ("config alone", "nothing", "contradiction"), (seed, kind)
-    save.write_about(out, source, tokenizer, {})
+    save.write_config_and_tokenizer(out, source, tokenizer, {})
     again = AutoTokenizer.from_pretrained(out)
     for text in TEXTS:
       for add in (False, True):
         wanted = tokenizer(text, add_special_tokens=add)["input_ids"]
         assert again(text, add_special_tokens=add)["input_ids"] == wanted, (seed, kind, change, text)
-      if tokens.Reader(tokenizer).loses_nothing and not kind == "unigram":
+      if tokens.TokenizerInfo(tokenizer).loses_nothing and not kind == "unigram":
         assert again.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert tokenizers.fingerprint(tokenizers.load(out, source.cfg.V)) == tokenizers.fingerprint(tokenizer), (seed, kind)
     about = json.loads((out / "tokenizer_config.json").read_text())
@@ -206,7 +206,7 @@ def test_what_tokenizer_json_says_goes_before_what_a_class_makes_of_it(folder, t
   source = repo.find(str(other))
   tokenizer = tokenizers.load(other, 293)
   assert tokens.prompt_ids(tokenizer, "The CAT") == said
-  save.write_about(tmp_path, source, tokenizer, {})
+  save.write_config_and_tokenizer(tmp_path, source, tokenizer, {})
   assert AutoTokenizer.from_pretrained(tmp_path)("The CAT")["input_ids"] == said
 
 
@@ -214,7 +214,7 @@ def test_the_vocabulary_of_a_wordpiece_model_is_in_the_export(tmp_path):
   source = repo.find(str(wordpiece(tmp_path / "bert")))
   tokenizer, out = tokenizers.load(source.folder, source.cfg.V), tmp_path / "out"
   out.mkdir()
-  save.write_about(out, source, tokenizer, {})
+  save.write_config_and_tokenizer(out, source, tokenizer, {})
   assert (out / "vocab.txt").read_text().split() == WORDPIECE
   again = AutoTokenizer.from_pretrained(out)
   assert again("the cat sat")["input_ids"] == AutoTokenizer.from_pretrained(source.folder)("the cat sat")["input_ids"]
@@ -304,7 +304,7 @@ def test_the_end_token_that_was_learned_ends_a_text_of_the_export(tmp_path):
   (folder / "tokenizer_config.json").write_text(json.dumps(about | {"eos_token": end}))
   (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7, 9], "temperature": 0.5}))
   source = repo.find(str(folder))
-  save.write_about(tmp_path, source, tokenizers.load(folder, 293), {})
+  save.write_config_and_tokenizer(tmp_path, source, tokenizers.load(folder, 293), {})
   read = lambda name: json.loads((tmp_path / name).read_text())
   assert read("config.json")["eos_token_id"] == 7 and read("config.json")["n_ctx"] == source.cfg.P
   assert read("generation_config.json") == {"bos_token_id": 0, "eos_token_id": [7, 0, 9], "temperature": 0.5}
@@ -313,7 +313,7 @@ def test_the_end_token_that_was_learned_ends_a_text_of_the_export(tmp_path):
 def test_what_older_readers_need_is_in_the_folder(folder, tmp_path):
   """tokenizers before 0.20 read merges as texts, slow tokenizers vocab.json and merges.txt, 4.30 special_tokens_map.json."""
   source = repo.find(str(folder))
-  save.write_about(tmp_path, source, tokenizers.load(folder, 293), {})
+  save.write_config_and_tokenizer(tmp_path, source, tokenizers.load(folder, 293), {})
   merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
   assert all(isinstance(merge, str) for merge in merges)
   assert (tmp_path / "merges.txt").read_text().splitlines()[1:] == merges
@@ -338,7 +338,7 @@ def test_a_blank_before_a_text_is_as_transformers_has_it(tmp_path, name, said, p
   wanted = AutoTokenizer.from_pretrained(tmp_path / "m")("the cat", add_special_tokens=False)["input_ids"]
   tokenizer = tokenizers.load(tmp_path / "m", 293)
   assert tokens.prompt_ids(tokenizer, "the cat") == wanted
-  save.write_about(tmp_path, repo.find(str(tmp_path / "m")), tokenizer, {})
+  save.write_config_and_tokenizer(tmp_path, repo.find(str(tmp_path / "m")), tokenizer, {})
   assert AutoTokenizer.from_pretrained(tmp_path)("the cat")["input_ids"] == wanted
   written = [json.loads((tmp_path / file).read_text()) for file in ("tokenizer.json", "tokenizer_config.json")]
   assert written[0]["pre_tokenizer"]["add_prefix_space"] == written[1]["add_prefix_space"]

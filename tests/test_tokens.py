@@ -22,10 +22,10 @@ def test_a_long_text_in_parts_gives_the_tokens_of_the_whole(tmp_path, monkeypatc
   pieces = [*PIECES, " ", " ", "\n", "'s", " 12", "\u3000", "\x1c", "<|endoftext|>", "don't", "\xa0x"]
   text = "".join(pieces[i] for i in rng.integers(len(pieces), size=400))
   monkeypatch.setattr(tokens, "CHARACTERS_AT_ONCE", 64)
-  parts = tokens._parts(text, tokens.Reader(tokenizer))
+  parts = tokens._parts(text, tokens.TokenizerInfo(tokenizer))
   assert "".join(parts) == text and len(parts) > 10
   whole = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-  assert tokens.encode([Example(text)], tokens.Reader(tokenizer), np.uint16).ids[0].tolist() == [
+  assert tokens.encode([Example(text)], tokens.TokenizerInfo(tokenizer), np.uint16).ids[0].tolist() == [
     *whole,
     tokenizer.eos_token_id,
   ]

@@ -47,11 +47,11 @@ class Data(NamedTuple):
   floor: float | None  # nats per validation token that no model can go below, where the source knows it
   fingerprint: str  # of the training examples and how they lie in rows
   held_out: str  # fingerprint of the validation examples
-  beside: str  # fingerprint of the unrelated text
+  unrelated_fingerprint: str  # fingerprint of the unrelated text
   unrelated: Rows | None  # of text to evaluate too
   report: dict[str, Any]
 
-  def of_classes(self, classes: list[str]) -> "Data":
+  def with_class_ids(self, classes: list[str]) -> "Data":
     """The same rows with the numbers that the labels have among `classes`; raises RequestError for a label that is none."""
     number = np.array(formats.class_numbers(self.labels, classes), np.int32)
     renumbered = lambda rows: LabelRows(

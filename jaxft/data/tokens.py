@@ -48,7 +48,7 @@ class Encoded(NamedTuple):
   ids: list[np.ndarray]
   prompts: list[int]
   merged: int  # examples in which one token holds the end of the prompt and the beginning of the completion
-  lost: int  # characters that no token stands for: dropped, or read as the unknown token
+  lost: int  # characters without a token in the vocabulary: dropped, or read as the unknown token
 
 
 def ids_dtype(tokenizer: Any) -> np.dtype:
@@ -71,7 +71,7 @@ def byte_lengths(tokenizer: Any) -> np.ndarray | None:
     i,
   ) in vocabulary.items():  # each byte is a letter of its own there; tokens that were added stand as they are
     lengths_V[i] = len(added[i].content.encode()) if i in added else len(token)
-  before, after = around(tokenizer)
+  before, after = special_ids_around(tokenizer)
   lengths_V[[tokenizer.eos_token_id, *before, *after]] = 0
   return lengths_V
 
@@ -85,7 +85,7 @@ def bytes_learned(rows: Any, tokenizer: Any, limit: int = 0) -> int:
   return sum(int(lengths_V[row["targets"][row["mask"]]].sum()) for row in some)
 
 
-def around(tokenizer: Any) -> tuple[list[int], list[int]]:
+def special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
   """The ids that a tokenizer itself puts before and after a text, as BERT's [CLS] and [SEP]; mostly none."""
   backend = tokenizer.backend_tokenizer
   text = next((text for text in itertools.islice(_some_texts(tokenizer), 9) if _ids(backend, text)), "a")
@@ -104,12 +104,12 @@ def _some_texts(tokenizer: Any) -> Iterator[str]:
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
   """The tokens of a text that is to be continued: those that a document which begins with it begins with."""
-  return around(tokenizer)[0] + _ids(tokenizer.backend_tokenizer, text)
+  return special_ids_around(tokenizer)[0] + _ids(tokenizer.backend_tokenizer, text)
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
   """The tokens of a whole text, to classify: an empty one is the end token."""
-  before, after = around(tokenizer)
+  before, after = special_ids_around(tokenizer)
   return before + _ids(tokenizer.backend_tokenizer, text) + after or [tokenizer.eos_token_id]
 
 
@@ -117,13 +117,13 @@ def _ids(backend: Any, text: str) -> list[int]:
   return backend.encode(text, add_special_tokens=False).ids
 
 
-class Reader:
+class TokenizerInfo:
   """What there is to know of a tokenizer before it reads many texts: looked up once, for a large one takes 0.1 s."""
 
   def __init__(self, tokenizer: Any):
     self.tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
     rules = json.loads(self.backend.to_str())
-    self.before, self.after = around(tokenizer)
+    self.before, self.after = special_ids_around(tokenizer)
     self.end = tokenizer.eos_token_id
     self.cuts_at_blanks = _cuts_at_blanks(rules)
     model, vocabulary = rules["model"], tokenizer.get_vocab()
@@ -138,7 +138,7 @@ class Reader:
     self._unknown = vocabulary.get(unknown, -1) if unknown is not None else model.get("unk_id", -1)
 
   def lost(self, text: str, encoding: Any) -> int:
-    """Characters of a text that no token stands for: dropped, or read as the unknown one. Blanks are not counted."""
+    """Characters of a text without a token in the vocabulary: dropped, or read as the unknown one. Blanks are not counted."""
     if self._missing is not None:
       for token in self._added:
         text = text.replace(token, "")
@@ -151,14 +151,14 @@ class Reader:
     return sum(not text[i].isspace() for i in np.flatnonzero(gone))
 
 
-def encode(examples: list[Example], reader: Reader, dtype: np.dtype) -> Encoded:
+def encode(examples: list[Example], info: TokenizerInfo, dtype: np.dtype) -> Encoded:
   """Token ids of the examples, made on all cores. Nothing is added but end tokens and what the tokenizer itself puts around a
   text, and nothing trimmed.
 
   Where a prompt ends among the tokens is found by their places in the text, never by searching for ids: a token that holds
   the end of the prompt and the beginning of the completion is learned.
   """
-  fast, lost = reader.backend, 0
+  fast, lost = info.backend, 0
   texts, prompts, merged = [example.text for example in examples], [0] * len(examples), 0
   if any(example.prompt for example in examples):
     found = fast.encode_batch(texts, add_special_tokens=False)
@@ -166,42 +166,42 @@ def encode(examples: list[Example], reader: Reader, dtype: np.dtype) -> Encoded:
       prompts[i] = sum(stop <= example.prompt for _, stop in encoding.offsets)
       before = encoding.offsets[prompts[i] - 1][1] if prompts[i] else 0
       merged += before < example.prompt and prompts[i] < len(encoding.offsets)
-      lost += 0 if reader.loses_nothing else reader.lost(example.text, encoding)
+      lost += 0 if info.loses_nothing else info.lost(example.text, encoding)
     ids = [[np.array(encoding.ids, dtype)] for encoding in found]
   else:
     ids = [[] for _ in texts]
-    parts = ((i, part) for i, text in enumerate(texts) for part in _parts(text, reader))
-    encode_batch = fast.encode_batch_fast if reader.loses_nothing else fast.encode_batch  # the fast one tells no places
+    parts = ((i, part) for i, text in enumerate(texts) for part in _parts(text, info))
+    encode_batch = fast.encode_batch_fast if info.loses_nothing else fast.encode_batch  # the fast one tells no places
     for group in _grouped(parts, lambda part: len(part[1])):
       found = encode_batch([part for _, part in group], add_special_tokens=False)
       for (i, part), encoding in zip(group, found, strict=True):
         ids[i].append(np.array(encoding.ids, dtype))
-        lost += 0 if reader.loses_nothing else reader.lost(part, encoding)
+        lost += 0 if info.loses_nothing else info.lost(part, encoding)
   for i, example in enumerate(examples):
-    before, after = _ends(example, reader)
+    before, after = _ends(example, info)
     prompts[i] += len(before) if prompts[i] else 0
     ids[i] = np.concatenate([np.array(before, dtype), *ids[i], np.array(after, dtype)])
   return Encoded(ids, prompts, merged, lost)
 
 
-def _ends(example: Example, reader: Reader) -> tuple[list[int], list[int]]:
-  """What stands before and after the tokens of an example's text.
+def _ends(example: Example, info: TokenizerInfo) -> tuple[list[int], list[int]]:
+  """Special ids that are put before and after the tokens of an example's text.
 
   A document has the end token after it; before it there is one too, of the document before, so none is put there.
   """
   if example.label is not None:
-    return reader.before, reader.after
-  before = [] if reader.before == [reader.end] else reader.before
-  return before, reader.after if reader.after[-1:] == [reader.end] else [*reader.after, reader.end]
+    return info.before, info.after
+  before = [] if info.before == [info.end] else info.before
+  return before, info.after if info.after[-1:] == [info.end] else [*info.after, info.end]
 
 
-def _parts(text: str, reader: Reader) -> list[str]:
+def _parts(text: str, info: TokenizerInfo) -> list[str]:
   """A long text in parts that give the same tokens as the whole, so that all cores and little memory will do.
 
   GPT-2's way to cut a text into words, which is ByteLevel's in the tokenizers library, never joins what stands before a single
   blank with what stands after it. A text of a tokenizer with another way is left whole.
   """
-  if len(text) <= CHARACTERS_AT_ONCE or not reader.cuts_at_blanks:
+  if len(text) <= CHARACTERS_AT_ONCE or not info.cuts_at_blanks:
     return [text]
   parts, start = [], 0
   while blank := BETWEEN_WORDS.search(text, start + CHARACTERS_AT_ONCE // 8):
@@ -236,10 +236,10 @@ def in_memory(examples: Iterable[Example], tokenizer: Any, labels: Sequence[str]
 
 def encode_all(examples: Iterable[Example], tokenizer: Any, dtype: np.dtype) -> Iterator[tuple[list[Example], Encoded]]:
   """The examples in lists, each with what `encode` makes of it; the next list is read meanwhile."""
-  before, reader = None, Reader(tokenizer)
+  before, info = None, TokenizerInfo(tokenizer)
   with ThreadPoolExecutor(1) as worker:  # the tokenizer lets go of Python's lock
     for group in _grouped(examples, lambda example: len(example.text)):
-      begun = worker.submit(encode, group, reader, dtype)
+      begun = worker.submit(encode, group, info, dtype)
       if before:
         yield before[0], before[1].result()
       before = group, begun

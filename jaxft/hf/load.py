@@ -203,7 +203,7 @@ class Merged(NamedTuple):
 
 
 def _merge(checkpoint: Checkpoint, named: dict[str, Any]) -> None:
-  """Puts a `Merged` in the place of each tensor that the adapters change; raises RequestError for one that is not there."""
+  """Replaces each tensor that the adapters change by a `Merged`; raises RequestError for one that is not there."""
   file, about = checkpoint.adapter / ADAPTER_WEIGHTS, json_object(checkpoint.adapter / ADAPTER)
   rank, alpha = about.get("r"), about.get("lora_alpha")
   if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):

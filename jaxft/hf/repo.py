@@ -65,9 +65,9 @@ def with_classes(checkpoint: Checkpoint, labels: list[str], tokenizer: Any) -> C
 
   Raises RequestError where transformers could not tell padding from what the tokenizer itself puts after a text.
   """
-  kept = checkpoint.cfg.classes > 0
-  labels = checkpoint.labels if kept else labels
-  about = {key: value for key, value in checkpoint.hf_config.items() if kept or key not in OF_ANOTHER_HEAD} | {
+  has_head = checkpoint.cfg.classes > 0
+  labels = checkpoint.labels if has_head else labels
+  about = {key: value for key, value in checkpoint.hf_config.items() if has_head or key not in OF_ANOTHER_HEAD} | {
     "architectures": [checkpoint.family.classifier],
     "id2label": {str(i): label for i, label in enumerate(labels)},
     "label2id": {label: i for i, label in enumerate(labels)},
@@ -75,12 +75,12 @@ def with_classes(checkpoint: Checkpoint, labels: list[str], tokenizer: Any) -> C
     "pad_token_id": padding(checkpoint, tokenizer),
   }
   cfg = dataclasses.replace(checkpoint.cfg, classes=len(labels))
-  return checkpoint._replace(hf_config=about, cfg=cfg, new_head=not kept)
+  return checkpoint._replace(hf_config=about, cfg=cfg, new_head=not has_head)
 
 
 def padding(checkpoint: Checkpoint, tokenizer: Any) -> int:
   """The token that rows are filled up with: transformers reads the class at the last token that is not this one."""
-  said, after = checkpoint.hf_config.get("pad_token_id"), tokens.around(tokenizer)[1]
+  said, after = checkpoint.hf_config.get("pad_token_id"), tokens.special_ids_around(tokenizer)[1]
   known = said if said in tokenizer.get_vocab().values() else None
   chosen = next(id for id in (tokenizer.pad_token_id, known, tokenizer.eos_token_id) if id is not None)
   if after[-1:] == [chosen]:

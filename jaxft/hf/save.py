@@ -14,7 +14,7 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from jaxft.errors import RequestError, StorageError
-from jaxft.files import refused, write_whole
+from jaxft.files import refused, write_json
 from jaxft.hf import load, repo
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.tables import EMBEDDING, full_name
@@ -82,13 +82,13 @@ def export(
     dtype_of = dtypes(checkpoint, dtype)
     _write_weights(partial, params, checkpoint, dtype_of, max_shard_size)
     main_dtype = dtype_of(full_name(EMBEDDING)).name
-    write_about(partial, checkpoint, tokenizer, {"dtype": main_dtype, "torch_dtype": main_dtype})
+    write_config_and_tokenizer(partial, checkpoint, tokenizer, {"dtype": main_dtype, "torch_dtype": main_dtype})
     if (checkpoint.folder / "README.md").is_file():
       shutil.copyfile(checkpoint.folder / "README.md", partial / "README.md")
     if card:
       (partial / "README.md").write_text(card, encoding="utf-8")
     parity = verify(partial, params, checkpoint, dtype_of, tokenizer) | {"sha256": repo.checksums(partial)}
-    _write_json(partial / repo.PARITY, parity)
+    write_json(partial / repo.PARITY, parity)
     _put_in_place(partial, out)
   except OSError as error:
     raise StorageError(f"export to {out}: {refused(out, error)}; what was there before has not been changed") from error
@@ -97,7 +97,9 @@ def export(
   return parity
 
 
-def write_about(folder: Path, checkpoint: repo.Checkpoint, tokenizer: Any, more: Mapping[str, Any]) -> None:
+def write_config_and_tokenizer(
+  folder: Path, checkpoint: repo.Checkpoint, tokenizer: Any, more: Mapping[str, Any]
+) -> None:
   """Writes all of a model but its weights and its card: config.json with `more` in it, generation_config.json, tokenizer.
 
   Of both configs the tokens that begin, end and fill up a text are the tokenizer's, with which the model was trained.
@@ -108,25 +110,28 @@ def write_about(folder: Path, checkpoint: repo.Checkpoint, tokenizer: Any, more:
     hf_config["pad_token_id"] = repo.padding(checkpoint, tokenizer)
   if hf_config["model_type"] == "gpt2":
     hf_config.setdefault("n_ctx", checkpoint.cfg.P)  # which llama.cpp's converter asks for
-  _write_json(folder / "config.json", hf_config)
+  write_json(folder / "config.json", hf_config)
   source = checkpoint.folder / GENERATION
   says = repo.json_object(source) if source.is_file() else {}
   if not checkpoint.cfg.classes or says:
     says = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id") if key in hf_config} | says
-    _write_json(folder / GENERATION, says | _special_ids(says, tokenizer))
+    write_json(folder / GENERATION, says | _special_ids(says, tokenizer))
   if tokenizer:
     positions, pad = checkpoint.cfg.P, hf_config.get("pad_token_id")
     tokenizers.write(tokenizer, checkpoint.folder, folder, positions=positions, pad_token_id=pad)
 
 
-def keep_about(folder: Path, checkpoint: repo.Checkpoint, tokenizer: Any) -> None:
-  """`write_about` under another name, renamed when it is whole: what a run needs of its model once that is elsewhere."""
+def replace_config_and_tokenizer(folder: Path, checkpoint: repo.Checkpoint, tokenizer: Any) -> None:
+  """Replaces a folder by what `write_config_and_tokenizer` writes, in one rename.
+
+  A run does so in its workdir, whose checkpoints can then be used when the folder of the model is gone.
+  """
   partial = folder.with_name(f".{folder.name}.jaxft-partial")
   try:
     _put_back(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    write_about(partial, checkpoint, tokenizer, {})
+    write_config_and_tokenizer(partial, checkpoint, tokenizer, {})
     _put_in_place(partial, folder)
   except OSError as error:
     raise StorageError(f"{folder}: {refused(folder, error)}") from error
@@ -136,22 +141,22 @@ def _special_ids(says: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
   """The tokenizer's special tokens, as the keys of a config; what else may end a text there stays."""
   if tokenizer is None:
     return {}
-  found = {"bos_token_id": tokenizers.begins(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+  found = {"bos_token_id": tokenizers.bos_token_id(tokenizer), "eos_token_id": tokenizer.eos_token_id}
   found |= {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
   if isinstance(ends := says.get("eos_token_id"), list):
     found["eos_token_id"] = [found["eos_token_id"], *(end for end in ends if end != found["eos_token_id"])]
   return found
 
 
-def rehearse(checkpoint: repo.Checkpoint, tokenizer: Any) -> None:
+def check_exportable(checkpoint: repo.Checkpoint, tokenizer: Any) -> None:
   """Raises RequestError where transformers would not read config and tokenizer of an export as they are meant.
 
   To be asked before training: what is wrong with them is known long before there are weights to write.
   """
   with tempfile.TemporaryDirectory(prefix="jaxft-") as folder:
-    write_about(Path(folder), checkpoint, tokenizer, {})
+    write_config_and_tokenizer(Path(folder), checkpoint, tokenizer, {})
     must_read_config(Path(folder), checkpoint)
-    tokenizers.must_read_alike(Path(folder), tokenizer)
+    tokenizers.verify(Path(folder), tokenizer)
 
 
 def _write_weights(
@@ -161,7 +166,7 @@ def _write_weights(
   for file, tensors in files.items():
     _write_safetensors(folder / file, tensors)
   if plan.is_sharded:
-    _write_json(
+    write_json(
       folder / "model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     )
 
@@ -207,10 +212,6 @@ def _write_safetensors(file: Path, tensors: dict[str, Outgoing]) -> None:
         stream.write(piece.view(np.uint8).data)
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-  write_whole(file, json.dumps(content, indent=2) + "\n")
 
 
 def _put_in_place(partial: Path, out: Path) -> None:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from jaxft.errors import RequestError, first_line
+from jaxft.files import write_json
 
 CONFIG = "tokenizer_config.json"
 # Copied where a tokenizer was read from one, beside the tokenizer.json that is always written.
@@ -87,7 +88,7 @@ def _as_the_file_says(tokenizer: Any, folder: Path) -> Any:
   """`tokenizer`, or what tokenizer.json says where the class that transformers 5 took for it cuts a text into other tokens.
 
   Classes of transformers 5, such as GPT2Tokenizer, take the vocabulary from tokenizer.json and the rest from their own code;
-  those of transformers 4 take all of it (5.24 and 4.57, measured).
+  those of transformers 4 take all of it but add_prefix_space (5.24 and 4.57, measured).
   """
   file = folder / "tokenizer.json"
   if not file.is_file() or type(tokenizer).__name__ in (ANY_CLASS, "TokenizersBackend"):
@@ -95,9 +96,9 @@ def _as_the_file_says(tokenizer: Any, folder: Path) -> Any:
   said = Tokenizer.from_file(str(file))
   said.no_truncation()
   # Whether a text gets a blank before it is the class's or tokenizer_config.json's to say, in transformers 4 too.
-  for one, other in ((said.pre_tokenizer, tokenizer.backend_tokenizer.pre_tokenizer),):
-    if isinstance(one, ByteLevel) and isinstance(other, ByteLevel):
-      one.add_prefix_space = other.add_prefix_space
+  file_way, class_way = said.pre_tokenizer, tokenizer.backend_tokenizer.pre_tokenizer
+  if isinstance(file_way, ByteLevel) and isinstance(class_way, ByteLevel):
+    file_way.add_prefix_space = class_way.add_prefix_space
   if all(_ids(said, text) == _ids(tokenizer.backend_tokenizer, text) for text in PROBE):
     return tokenizer
   from transformers import PreTrainedTokenizerFast
@@ -113,7 +114,7 @@ def _no_vocabulary(tokenizer: Any, folder: Path) -> str:
   if (folder / "encoder.json").is_file() and (folder / "vocab.bpe").is_file():
     needs = "rename encoder.json to vocab.json, and vocab.bpe to merges.txt"
   if not ordinary:
-    return f"no tokenizer: {len(vocabulary)} tokens, and none of them stands for text; {needs}"
+    return f"no tokenizer: {len(vocabulary)} tokens, and none of them is text; {needs}"
   some = ordinary[:: max(1, len(ordinary) // SAMPLED)]
   texts = tokenizer.backend_tokenizer.decode_batch([[id] for id in some], skip_special_tokens=False)
   words = [(id, text) for id, text in zip(some, texts, strict=True) if _is_word(text)]
@@ -149,7 +150,7 @@ def _ids(backend: Tokenizer, text: str, add_special_tokens: bool = False) -> lis
 
 def fingerprint(tokenizer: Any) -> str:
   """Changes with whatever changes the tokens of a text: vocabulary, rules, the tokens that begin and end one."""
-  said = json.dumps([begins(tokenizer), tokenizer.eos_token_id]) + tokenizer.backend_tokenizer.to_str()
+  said = json.dumps([bos_token_id(tokenizer), tokenizer.eos_token_id]) + tokenizer.backend_tokenizer.to_str()
   return hashlib.sha256(said.encode()).hexdigest()
 
 
@@ -157,7 +158,7 @@ def write(tokenizer: Any, source: Path, out: Path, *, positions: int, pad_token_
   """Writes the files of a tokenizer: the same ids in transformers 4 and 5, and what converters look for beside them.
 
   Args:
-    source: the folder that it was read from, whose tokenizer_config.json is kept but for what is untrue of `out`.
+    source: the folder that it was read from, whose tokenizer_config.json is taken over but for what is untrue of `out`.
     positions: of the model: the length that `truncation=True` cuts to, unless the source names a shorter one.
     pad_token_id: of the model's config.json: its token is the padding token, where the tokenizer has none.
   """
@@ -166,7 +167,7 @@ def write(tokenizer: Any, source: Path, out: Path, *, positions: int, pad_token_
   merges = model.get("merges") or []
   if merges and not any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
     model["merges"] = [" ".join(merge) for merge in merges]  # what tokenizers before 0.20 read
-  _write_json(out / "tokenizer.json", backend)
+  write_json(out / "tokenizer.json", backend)
 
   named = _named(tokenizer, backend, pad_token_id)
   extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", ()) or ()]
@@ -184,15 +185,15 @@ def write(tokenizer: Any, source: Path, out: Path, *, positions: int, pad_token_
   about["model_input_names"] = ["input_ids", "attention_mask"]
   about.setdefault("clean_up_tokenization_spaces", bool(tokenizer.clean_up_tokenization_spaces))
   about["added_tokens_decoder"] = {str(id): _as_json(token) for id, token in sorted(added.items())}
-  _write_json(out / CONFIG, about)
-  _write_json(out / "special_tokens_map.json", named | ({"additional_special_tokens": extra} if extra else {}))
+  write_json(out / CONFIG, about)
+  write_json(out / "special_tokens_map.json", named | ({"additional_special_tokens": extra} if extra else {}))
 
   files = _vocabulary_files(backend)
   for name, text in files.items():
     (out / name).write_text(text, encoding="utf-8")
   beyond = {token.content: id for id, token in sorted(added.items()) if token.content not in (model.get("vocab") or {})}
   if files and beyond:
-    _write_json(out / "added_tokens.json", beyond)
+    write_json(out / "added_tokens.json", beyond)
   for name in (*SENTENCEPIECE, "chat_template.jinja"):
     if (source / name).is_file():
       shutil.copyfile(source / name, out / name)
@@ -238,7 +239,7 @@ def _vocabulary_files(backend: dict[str, Any]) -> dict[str, str]:
   return {}
 
 
-def must_read_alike(folder: Path, tokenizer: Any) -> None:
+def verify(folder: Path, tokenizer: Any) -> None:
   """Raises RequestError where transformers reads the tokenizer that was written to `folder` as another one."""
   from transformers import AutoTokenizer
 
@@ -252,14 +253,14 @@ def must_read_alike(folder: Path, tokenizer: Any) -> None:
           f"{folder}: its tokenizer cannot be written: transformers reads {text[:60]!r} back as {len(found)} other tokens "
           f"({found[:8]} ..., not {wanted[:8]} ...)"
         )
-  for name, wanted in (("bos_token_id", begins(tokenizer)), ("eos_token_id", tokenizer.eos_token_id)):
+  for name, wanted in (("bos_token_id", bos_token_id(tokenizer)), ("eos_token_id", tokenizer.eos_token_id)):
     if getattr(again, name) != wanted:
       raise RequestError(
         f"{folder}: its tokenizer cannot be written: {name} is {getattr(again, name)} when read back, not {wanted}"
       )
 
 
-def begins(tokenizer: Any) -> int:
+def bos_token_id(tokenizer: Any) -> int:
   """The token that begins a text: the tokenizer's own, else the end token."""
   return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
@@ -275,7 +276,3 @@ def _config(source: Path) -> dict[str, Any]:
 def _as_json(token: Any) -> dict[str, Any]:
   fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
   return {field: getattr(token, field) for field in fields}
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-  file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
