@@ -237,6 +237,14 @@ def test_a_head_whose_classes_are_in_another_order_is_trained_on(theirs, tmp_pat
   assert {int(row["targets"].max()) for row in (found.train[i] for i in range(len(found.train)))} == {0, 2}
 
 
+def test_padding_is_a_token_that_the_tokenizer_has(theirs):
+  _, folder = theirs
+  source, tokenizer = repo.find(str(folder)), tokenizers.load(folder, 293)
+  for said, wanted in ((5, 5), (None, 0), (100_000, 0)):
+    other = source._replace(hf_config=source.hf_config | {"pad_token_id": said})
+    assert repo.with_classes(other, LABELS, tokenizer).hf_config["pad_token_id"] == wanted
+
+
 def test_padding_that_ends_each_text_is_refused_before_training(theirs, tmp_path):
   """transformers would read the class at the token before it."""
   from tokenizers.processors import TemplateProcessing

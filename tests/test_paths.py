@@ -18,7 +18,7 @@ from jaxft.run.checkpoint import Checkpoints
 from jaxft.train import check
 
 NAMES = [
-  "plain", "a b", " c", "d ", "e#f", "g?h", "i%20j", "k%l", "[1]", "lr[1e-4]", "{x}", "a:b", "é", "e\u0301", "日本", "🐈",
+  "lr[1e-4]", "plain", "a b", " c", "d ", "e#f", "g?h", "i%20j", "k%l", "[1]", "{x}", "a:b", "é", "e\u0301", "日本", "🐈",
   "a+b", "a&b", "a=b", "a'b", 'a"b', "a,b", "a;b", "a@b", "a@2", "a|b", "~x", "$HOME", "a\\b", "new\nline", "tab\tx", "*", "**",
   "-x", "--workdir", "..a", ".hidden", "a!b", "a^b`c", "x" * 200,
 ]  # fmt: skip
