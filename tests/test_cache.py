@@ -75,6 +75,14 @@ def test_whatever_the_tokens_depend_on_makes_another_entry(tokenizer, tmp_path, 
   assert told.tokenised and len(entries(tmp_path / "c")) == 2
 
 
+def test_an_entry_with_other_fields_is_made_again(tokenizer, tmp_path, stories, monkeypatch):
+  with monkeypatch.context() as older:
+    older.delitem(report.Manifest.__annotations__, "numbers")
+    prepare(tokenizer, tmp_path, stories)
+  _, told = prepare(tokenizer, tmp_path, stories)
+  assert told.tokenised and len(entries(tmp_path)) == 2
+
+
 def damages(entry):
   """(what is done, to which file) for every file and every kind of damage."""
   for file in sorted(entry.iterdir()):

@@ -19,7 +19,7 @@ from jaxft.data.tokens import Tokens
 from jaxft.errors import StorageError
 from jaxft.files import refused, write_whole
 
-VERSION = 3  # of the files; another one is another entry
+VERSION = 4  # of the files; another one is another entry
 PARTS = {"ids": None, "starts_N1": np.int64, "prompts_N": np.int32, "labels_N": np.int32, "nats_N": np.float64}
 
 

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -74,6 +74,21 @@ class Data(NamedTuple):
     return json.dumps(self.report | epoch, indent=2) + "\n"
 
 
+class Manifest(TypedDict):
+  """What an entry of the token cache says of itself. An entry with other fields, of an older jaxft, is not opened."""
+
+  files: dict[str, dict[str, Any]]  # of cache.Writer.close
+  labels: list[str]
+  numbers: list[int | None]  # of the labels, where the data gives names and numbers
+  read: int  # rows
+  dropped: dict[str, int]  # reason -> rows
+  duplicates: int
+  merged: int  # prompts whose end lies inside a token
+  characters: int
+  lost: int  # characters without a token
+  notes: dict[str, int]
+
+
 def prepare(
   data: ConfigDict,
   tokenizer: Any,
@@ -90,10 +105,11 @@ def prepare(
     "sources": _sources(data),
     "tokenizer": tokenizer_fingerprint,
     "settings": {name: data[name] for name in SHAPING},
+    "manifest": sorted(Manifest.__annotations__),
   }
   folder = Path(data.cache_dir) if data.cache_dir else cache_folder("tokens")
 
-  def make(to: Path) -> dict[str, Any]:
+  def make(to: Path) -> Manifest:
     made = _make(to, data, tokenizer, tell)
     if _sources(data) != key["sources"]:
       raise RequestError("config.data: a source has changed while it was read; run again")
@@ -169,7 +185,7 @@ class Source(NamedTuple):
   weight: float
 
 
-def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[str, Any]:
+def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> Manifest:
   """Writes the token files: a first pass counts the examples, for the second to know which of them are wanted."""
   rng = np.random.default_rng(data.shuffle_seed)
   dropped, notes, labels, seen = collections.Counter(), collections.Counter(), set(), set()
@@ -228,18 +244,18 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> dict[st
       f"config.model.path: its tokenizer has no token for {lost:,} of the {characters:,} characters of config.data; "
       "take a model whose tokenizer was made for such text"
     )
-  return {
-    "files": files,
-    "labels": labels,
-    "numbers": [getattr(label, "number", None) for label in labels],
-    "read": sum(counts) + bad + more,
-    "dropped": dict(dropped),
-    "duplicates": duplicates,
-    "merged": merged,
-    "characters": characters,
-    "lost": lost,
-    "notes": {note: count for note, count in notes.items() if count},
-  }
+  return Manifest(
+    files=files,
+    labels=labels,
+    numbers=[getattr(label, "number", None) for label in labels],
+    read=sum(counts) + bad + more,
+    dropped=dict(dropped),
+    duplicates=duplicates,
+    merged=merged,
+    characters=characters,
+    lost=lost,
+    notes={note: count for note, count in notes.items() if count},
+  )
 
 
 def _number_first(label: str) -> tuple:
@@ -288,9 +304,7 @@ def lay_out(stored: tokens.Tokens, data: ConfigDict, end: int) -> Rows:
   return ExampleRows(stored, data.sequence_length, end, pack=data.layout == "pack")
 
 
-def _report(
-  manifest: dict[str, Any], stored: dict[str, tokens.Tokens], laid_out: dict[str, Rows], T: int
-) -> dict[str, Any]:
+def _report(manifest: Manifest, stored: dict[str, tokens.Tokens], laid_out: dict[str, Rows], T: int) -> dict[str, Any]:
   """data_report.json, less what depends on the batch."""
   train, held_out = stored["train"], stored["validation"]
   accounts = {name: rows.account for name, rows in laid_out.items()}
