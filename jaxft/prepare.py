@@ -34,7 +34,7 @@ def main() -> None:
     raise RequestError(
       f"config.data.sequence_length={config.data.sequence_length}: the model has {source.cfg.P} positions"
     )
-  tokenizer = tokenizers.load(source.folder, source.cfg.V)
+  tokenizer = tokenizers.load(source.tokenizer_folder, source.cfg.V)
   tell = (lambda line: print(line, file=sys.stderr)) if arguments.json else say
   with Meter("tokenising", 1) as meter:
     data = report.prepare(

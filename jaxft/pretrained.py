@@ -52,7 +52,7 @@ class Pretrained:
     prepare_backend()
     must_run_on(None)
     self.source = source
-    self.tokenizer = tokenizers.load(source.folder, source.cfg.V)
+    self.tokenizer = tokenizers.load(source.tokenizer_folder, source.cfg.V)
     self.mesh = sharding.make_mesh(settings.default().mesh)
     dtype = model.compute_dtype(compute_dtype, self.mesh.devices.flat[0])
     compute = model.Compute(
@@ -128,7 +128,7 @@ class Pretrained:
 
   def evaluate(
     self,
-    *data: str,
+    *data: str | Path,
     sequence_length: int = 0,
     batch_size: int = 8,
     like: ConfigDict | None = None,
@@ -155,7 +155,7 @@ class Pretrained:
     how.update(settings_of_data, sequence_length=length)
     if self.source.cfg.classes:
       how.format = "classification"
-    nothing = collections.Counter()
+    nothing, data = collections.Counter(), tuple(map(str, data))
     text = tokens.in_memory(examples(data, "validation", how, nothing, nothing), self.tokenizer, self.labels)
     if not len(text):
       raise RequestError(f"data source {data}: no rows in it")
@@ -231,13 +231,12 @@ class Pretrained:
     """Writes a verified Hugging Face folder and returns its parity report; see `jaxft.hf.save.export`.
 
     dtype None: float32 for a run's weights, and for those of a checkpoint the dtype that each is stored in, so that nothing is
-    rounded. card "": the facts of the run, or the checkpoint's own card.
+    rounded. dtype "source", of a run: what each has in the model that the run began with. card "": the facts of the run, or the
+    checkpoint's own card.
     """
     if self.run and not card:
       card = model_card(*self.run, bool(self._record.get("local_model", True)))
     dtype = dtype or ("float32" if self.run else "source")
-    if self.run and dtype == "source":
-      raise RequestError(f"dtype={dtype!r}: a run's weights have none; name {', '.join(EXPORT_DTYPES)}")
     if dtype not in (*EXPORT_DTYPES, "source"):
       raise RequestError(f"dtype={dtype!r}: must be one of {', '.join(EXPORT_DTYPES)}, source")
     if wanted := settings.file_size(max_shard_size):
@@ -250,7 +249,15 @@ class Pretrained:
       max_shard_size=max_shard_size,
       card=card,
       tokenizer=self.tokenizer,
+      stored=self._begun_with() if self.run and dtype == "source" else None,
     )
+
+  def _begun_with(self) -> repo.Checkpoint:
+    """The model that the run of these weights began with; raises RequestError where there was none, or is none any more."""
+    config = settings.read(self.run[0] / "config.json")
+    if config.model.init == "scratch":
+      raise RequestError(f"dtype='source': the run began with new weights; name one of {', '.join(EXPORT_DTYPES)}")
+    return _model_of(config, self._record)
 
   def _must_write_text(self) -> None:
     if self.source.cfg.classes:
@@ -299,7 +306,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
       "what they were"
     )
   if meta["labels"]:
-    source = repo.with_classes(source, meta["labels"], tokenizers.load(source.folder, source.cfg.V))
+    source = repo.with_classes(source, meta["labels"], tokenizers.load(source.tokenizer_folder, source.cfg.V))
   trained_as = settings.from_json(json.dumps(meta["config"]))
   cfg = chosen.as_configured(source.cfg, trained_as, source.hf_config["model_type"])
   now, was = json.loads(json.dumps(dataclasses.asdict(cfg))), meta.get("model", {})
@@ -327,13 +334,16 @@ def _checkpoint_of(workdir: Path, config: ConfigDict, record: dict[str, Any]) ->
   for folder in (workdir / "model", workdir / ".model.jaxft-old"):  # the second: of a start that was killed just then
     if not (config.lora.rank or config.train.only) and folder.is_dir():
       return repo.Checkpoint(folder, *repo.read_config(folder / "config.json"))
-  path, partly = config.model.path, bool(config.lora.rank or config.train.only)
-  if record.get("local_model"):  # and never the hub's of that name
-    path = _resolve(path, record)
-  source = repo.find(path, config.model.revision, weights=partly, torch_bin=config.model.torch_bin)
+  source = _model_of(config, record, weights=bool(config.lora.rank or config.train.only))
   if config.model.config and config.model.init == "scratch":
     source = repo.Checkpoint(source.folder, *repo.read_config(Path(_resolve(config.model.config, record))))
   return source
+
+
+def _model_of(config: ConfigDict, record: dict[str, Any], weights: bool = True) -> repo.Checkpoint:
+  """What `config.model.path` names: a folder where the run was started, and then never the hub's model of that name."""
+  path = _resolve(config.model.path, record) if record.get("local_model") else config.model.path
+  return repo.find(path, config.model.revision, weights=weights, torch_bin=config.model.torch_bin)
 
 
 def _resolve_sources(data: ConfigDict, record: dict[str, Any]) -> ConfigDict:

@@ -136,7 +136,7 @@ def finetune(
       raise RequestError(
         f"config.data.sequence_length={config.data.sequence_length}: the model has {source.cfg.P} positions"
       )
-    tokenizer = tokenizers.load(source.folder, source.cfg.V)
+    tokenizer = tokenizers.load(source.tokenizer_folder, source.cfg.V)
 
     # ---- Data: every document and every token accounted for ------------------------------------------------------------
     with Meter("tokenising", 1) as meter:

@@ -35,7 +35,9 @@ def mlflow(workdir):
   from mlflow import MlflowClient
 
   client = MlflowClient(f"sqlite:///{workdir}/mlflow.db")
-  runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+  experiments = client.search_experiments()
+  runs = client.search_runs([experiment.experiment_id for experiment in experiments])
+  (kind,) = {experiment.tags.get("mlflow.experimentKind") for experiment in experiments if experiment.name != "Default"}
   run = runs[0]
   histories = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
   return {
@@ -44,6 +46,7 @@ def mlflow(workdir):
     },
     "settings": run.data.params,
     "status": f"{run.info.status} {run.data.tags.get('jaxft.status')}",
+    "kind": kind,
     "text": "".join(file.read_text() for file in (workdir / "mlartifacts").rglob("samples.txt")),
     "runs": len(runs),
   }

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxft.errors import RequestError
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.pretrained import load_workdir
 from jaxft.run.checkpoint import Checkpoints
-from jaxft.train import check
+from jaxft.train import check, finetune
 
 NAMES = [
   "lr[1e-4]", "plain", "a b", " c", "d ", "e#f", "g?h", "i%20j", "k%l", "[1]", "{x}", "a:b", "é", "e\u0301", "日本", "🐈",
@@ -95,6 +96,57 @@ def test_what_was_held_out_is_measured_or_refused(finished, stories, tmp_path):
   with pytest.raises(
     RequestError, match="what is held out of it now may have been trained on; name a text with --data"
   ):
+    load_workdir(workdir).evaluate_held_out()
+
+
+def test_a_run_of_relative_names_is_used_from_another_folder(folder, stories, tmp_path, monkeypatch):
+  """Its model and texts are those of the folder in which it was started, and not the hub's or others of the same names."""
+  here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+  shutil.copytree(folder, here / "mine" / "model")
+  tiny.write_gpt2(elsewhere / "mine" / "model", seed=5)
+  for root, seed in ((here, 1), (elsewhere, 2)):
+    tiny.write_stories(root / "stories.jsonl", 40, seed=0)
+    tiny.write_stories(root / "held_out.jsonl", 9, seed=seed)
+  config = tiny.config(Path("mine/model"), Path("stories.jsonl"))
+  config.data.validation, config.data.cache_dir = ("held_out.jsonl",), "tokens"
+  config.train.steps, config.train.sample_prompts, config.lora.rank = 2, (), 2
+  monkeypatch.chdir(here)
+  run = finetune(config, "run")
+  last = [line["eval/loss"] for line in run.metrics if "eval/loss" in line][-1]
+  card = (here / "run" / "export" / "README.md").read_text()
+  assert "base_model" not in card and "base_model" not in (here / "run" / "adapter" / "README.md").read_text()
+  assert json.loads((here / "run" / "about.json").read_text())["exported_step"] == 2
+
+  monkeypatch.chdir(elsewhere)
+  workdir = here / "run"
+  of_run, adapted = load_workdir(workdir), jaxft.load(workdir / "adapter")
+  assert of_run.evaluate_held_out()["loss"] == pytest.approx(last, rel=1e-5)
+  assert adapted.evaluate(here / "held_out.jsonl", sequence_length=32) == of_run.evaluate(
+    here / "held_out.jsonl", sequence_length=32
+  )
+  exported = (workdir / "export" / "model.safetensors").read_bytes()
+  for i, (ready, dtype) in enumerate([(of_run, None), (of_run, "source"), (adapted, None)]):
+    ready.export(elsewhere / f"out{i}", dtype=dtype)
+    assert (elsewhere / f"out{i}" / "model.safetensors").read_bytes() == exported
+  assert "base_model" not in (elsewhere / "out0" / "README.md").read_text()
+
+  # A tokenizer among the adapters is the one that they were trained with.
+  for name in ("tokenizer.json", "tokenizer_config.json"):
+    shutil.copyfile(workdir / "export" / name, workdir / "adapter" / name)
+  named = (workdir / "adapter" / "tokenizer_config.json").read_text().replace("<|endoftext|>", "e")
+  (workdir / "adapter" / "tokenizer_config.json").write_text(named)
+  assert jaxft.load(workdir / "adapter").tokenizer.eos_token == "e"
+
+  # What has changed since is refused, not measured and not trained on.
+  monkeypatch.chdir(here)
+  config.model.path = "run/adapter"
+  with pytest.raises(RequestError, match="a folder of adapters, and adapters on top of it .* merge it first"):
+    finetune(config, "another")
+  config.model.path = "mine/model"
+  shutil.copyfile(elsewhere / "held_out.jsonl", here / "held_out.jsonl")
+  with pytest.raises(RequestError, match="the held-out text is not what the run was started with"):
+    finetune(config, "run")
+  with pytest.raises(RequestError, match="name a text with --data"):
     load_workdir(workdir).evaluate_held_out()
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -308,6 +309,14 @@ def test_the_end_token_that_was_learned_ends_a_text_of_the_export(tmp_path):
   read = lambda name: json.loads((tmp_path / name).read_text())
   assert read("config.json")["eos_token_id"] == 7 and read("config.json")["n_ctx"] == source.cfg.P
   assert read("generation_config.json") == {"bos_token_id": 0, "eos_token_id": [7, 0, 9], "temperature": 0.5}
+
+
+def test_the_quickstarts_model_has_the_files_of_an_export(tmp_path):
+  source = repo.find(str(Path(__file__).parent.parent / "assets" / "quickstart" / "model"))
+  save.write_config_and_tokenizer(tmp_path, source, tokenizers.load(source.folder, source.cfg.V), {})
+  for file in tmp_path.iterdir():
+    read = json.loads if file.suffix == ".json" else str
+    assert read((source.folder / file.name).read_text()) == read(file.read_text()), file.name
 
 
 def test_what_older_readers_need_is_in_the_folder(folder, tmp_path):

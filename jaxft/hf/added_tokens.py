@@ -24,7 +24,7 @@ def write(source: repo.Checkpoint, names: list[str], out: Path) -> tuple[dict[st
 
   Raises RequestError for a name that is a token already, or empty.
   """
-  tokenizer = tokenizers.load(source.folder, source.cfg.V)
+  tokenizer = tokenizers.load(source.tokenizer_folder, source.cfg.V)
   known = tokenizer.get_vocab()
   for i, name in enumerate(names):
     if not name or name in known or name in names[:i]:

@@ -54,6 +54,14 @@ class Checkpoint(NamedTuple):
     return self.family.classifier if self.cfg.classes else self.family.architecture
 
   @property
+  def tokenizer_folder(self) -> Path:
+    """Where the tokenizer is: adapters may have their own, with which they were trained."""
+    own = self.adapter and any(
+      (self.adapter / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")
+    )
+    return self.adapter if own else self.folder
+
+  @property
   def labels(self) -> list[str]:
     """Names of the classes, in the order of their numbers; [] for a language model."""
     names = self.hf_config.get("id2label") or {}

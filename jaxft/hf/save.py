@@ -52,6 +52,7 @@ def export(
   max_shard_size: str = "5GB",
   card: str = "",
   tokenizer: Any = None,
+  stored: repo.Checkpoint | None = None,
 ) -> dict[str, Any]:
   """Writes `params` as a model that transformers' `from_pretrained(out)` loads, and returns its parity report.
 
@@ -59,7 +60,8 @@ def export(
     out: the folder; one that is already there is replaced if it is empty or an earlier export, and else refused.
     params: parameters as `model.abstract` nests them, on any mesh.
     checkpoint: where the config comes from.
-    dtype: of `EXPORT_DTYPES`, or "source": for each tensor the dtype that it has in the checkpoint's folder.
+    dtype: of `EXPORT_DTYPES`, or "source": for each tensor the dtype that it has in `stored`, and float32 if it is not there.
+    stored: None: `checkpoint`.
     tokenizer: what `jaxft.hf.tokenizer.load` returned; None: none is written.
     card: text of the model card (README.md); empty: the checkpoint's own, if it has one.
 
@@ -70,7 +72,7 @@ def export(
   In a run of several processes all of them must call it; process 0 writes, and returns the report that the others return empty.
   """
   if jax.process_index() > 0:
-    return _hand_over(params, checkpoint, dtypes(checkpoint, dtype), max_shard_size)
+    return _hand_over(params, checkpoint, dtypes(stored or checkpoint, dtype), max_shard_size)
   if lines := faults(out):
     raise RequestError("\n".join(lines))
   out = Path(os.path.abspath(out))
@@ -79,7 +81,7 @@ def export(
     _put_back(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    dtype_of = dtypes(checkpoint, dtype)
+    dtype_of = dtypes(stored or checkpoint, dtype)
     _write_weights(partial, params, checkpoint, dtype_of, max_shard_size)
     main_dtype = dtype_of(full_name(EMBEDDING)).name
     write_config_and_tokenizer(partial, checkpoint, tokenizer, {"dtype": main_dtype, "torch_dtype": main_dtype})
@@ -118,7 +120,7 @@ def write_config_and_tokenizer(
     write_json(folder / GENERATION, says | _special_ids(says, tokenizer))
   if tokenizer:
     positions, pad = checkpoint.cfg.P, hf_config.get("pad_token_id")
-    tokenizers.write(tokenizer, checkpoint.folder, folder, positions=positions, pad_token_id=pad)
+    tokenizers.write(tokenizer, checkpoint.tokenizer_folder, folder, positions=positions, pad_token_id=pad)
 
 
 def replace_config_and_tokenizer(folder: Path, checkpoint: repo.Checkpoint, tokenizer: Any) -> None:

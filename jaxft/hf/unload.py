@@ -24,13 +24,13 @@ DtypeOf = Callable[[str], np.dtype]  # of each tensor, by its full name
 
 
 def dtypes(checkpoint: repo.Checkpoint, dtype: str) -> DtypeOf:
-  """One of `EXPORT_DTYPES` for every tensor; or, for "source", what each has in the checkpoint's folder."""
+  """One of `EXPORT_DTYPES` for every tensor; or, for "source", what each has in the checkpoint (a new head: float32)."""
   if dtype != "source":
     return lambda name: EXPORT_DTYPES[dtype]
   source = {
     short_name(name): tensor.dtype for name, tensor in load.tensors(checkpoint.folder, checkpoint.torch_bin).items()
   }
-  return lambda name: source[short_name(name)]
+  return lambda name: source.get(short_name(name), EXPORT_DTYPES["float32"])
 
 
 class Outgoing(NamedTuple):
