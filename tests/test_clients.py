@@ -27,7 +27,7 @@ ASKED = {
   "texts": ["the cat sat on the mat", "cat", "once upon a time, naïve 東京"],
   "prompts": ["the cat", "Once upon"],
 }
-NAMES = ("quickstart", "scratch", "added", "gpt2", "gpt_neo", "gptj", "wordpiece", "classifier")
+NAMES = ("quickstart", "scratch", "added", "gpt2", "gpt_neo", "gptj", "prefix", "wordpiece", "classifier")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,16 @@ def saved_by_transformers_5(source, out):
   return out
 
 
+def prefix_space(source, out):
+  """A tokenizer that reads a text as if a blank were before it."""
+  shutil.copytree(source, out)
+  said = json.loads((out / "tokenizer.json").read_text())
+  said["pre_tokenizer"]["add_prefix_space"] = True
+  (out / "tokenizer.json").write_text(json.dumps(said))
+  about = json.loads((out / "tokenizer_config.json").read_text())
+  (out / "tokenizer_config.json").write_text(json.dumps(about | {"add_prefix_space": True}))
+
+
 def as_classifier(source, out):
   read = tokenizers.load(source, 293)
   checkpoint = repo.with_classes(repo.find(str(source)), ["bad", "good", "so so"], read)
@@ -92,6 +102,7 @@ def exports(tmp_path_factory):
   (sources["wordpiece"] / "vocab.txt").write_text("\n".join(words) + "\n")
   about = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "eos_token": "[SEP]"}
   (sources["wordpiece"] / "tokenizer_config.json").write_text(json.dumps(about))
+  prefix_space(sources["gpt2"], sources["prefix"])
   for name in NAMES[:-1]:
     jaxft.load(sources[name]).export(home / name)
   as_classifier(sources["gpt2"], home / "classifier")

@@ -77,8 +77,11 @@ def test_a_finished_run_is_used_from_anywhere_and_without_its_model(finished, fo
     ["the"], max_new_tokens=3, temperature=0
   )
   there.export(tmp_path / "out")
-  first, second = ((at / "model.safetensors").read_bytes() for at in (tmp_path / "out", finished[0] / "export"))
-  assert first == second
+  here.export(tmp_path / "as_stored", dtype="source")
+  folders = (finished[0] / "export", tmp_path / "out", tmp_path / "as_stored")
+  assert len({(at / "model.safetensors").read_bytes() for at in folders}) == 1
+  with pytest.raises(RequestError, match="no/such/model"):  # whose dtypes nobody knows now
+    there.export(tmp_path / "not", dtype="source")
 
 
 def test_what_was_held_out_is_measured_or_refused(finished, stories, tmp_path):
