@@ -15,8 +15,9 @@ import sys
 if sys.argv[0] == "-m" and any(word.startswith("jaxft.") for word in sys.orig_argv):
   # `python -m jaxft.X` is importing: Ctrl-C ends it without pages of traceback. `run_command` takes the signal back.
   signal.signal(signal.SIGINT, signal.SIG_DFL)
-  from jaxft import usage
+  from jaxft import surroundings, usage
 
+  surroundings.set_right()
   usage.print_if_asked(sys.orig_argv)
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
 

@@ -45,6 +45,15 @@ ANNOTATOR = "dynamic-slice-annotator"
 ANNOTATION = '"dynamic_slice_config"'
 DISABLED = "--xla_disable_hlo_passes="
 
+# Flags of JAX that change types, shapes or random numbers of a program. jaxft's programs are made for these values.
+TYPES = {
+  "jax_enable_x64": False,
+  "jax_numpy_dtype_promotion": "standard",
+  "jax_numpy_rank_promotion": "allow",
+  "jax_default_prng_impl": "threefry2x32",
+  "jax_threefry_partitionable": True,  # the same numbers on any mesh
+}
+
 _set_here: set[str] = set()  # variables of the environment that this process has set
 
 
@@ -55,6 +64,10 @@ def prepare_backend() -> None:
   of the host's memory for what `memory.offload` keeps there (its default is 64 GB; see `limit_pinned_memory`). Where there is
   no accelerator, JAX is told so: the compilers of jaxft[plan], which look like some, would complain at length.
   """
+  for flag, wanted in TYPES.items():
+    if (value := getattr(jax.config, flag, wanted)) != wanted:
+      jax.config.update(flag, wanted)
+      _warn(f"{flag.upper()}={value}: jaxft's programs are made for {wanted}, which is set now")
   accelerated = sys.platform != "linux" or _any(ACCELERATORS) or has_nvidia_gpu()
   if not jax.config.jax_platforms and not accelerated:
     jax.config.update("jax_platforms", "cpu")

@@ -8,7 +8,7 @@ import sys
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from jaxft.errors import RequestError, first_line
 
@@ -44,7 +44,7 @@ def main() -> None:
   argparse.ArgumentParser(
     "python -m jaxft.doctor", description="Tells what is installed, and what is missing."
   ).parse_args()
-  table = Table(show_header=False, box=None)
+  table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False, box=None)
   faults = []
   table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
   for name in ("jaxft", *PACKAGES):

@@ -1,5 +1,6 @@
 """What can end a command, and the exit code each ending has (README, "Exit codes")."""
 
+import os
 import signal
 import sys
 import traceback
@@ -78,18 +79,28 @@ def _but_for_closed_loops(unraisable: Any) -> None:
     sys.__unraisablehook__(unraisable)
 
 
-def tell(error: BaseException) -> int:
-  """Says on standard error why a command ends, and returns its exit code."""
+def exit_code(error: BaseException) -> int:
+  """The exit code of a command that ends with this."""
   if isinstance(error, JaxftError | Preempted):
-    label = "stopped" if isinstance(error, Preempted) else "error"
-    for line in str(error).splitlines():
-      print(f"{label}: {shortened(line)}", file=sys.stderr)
     return error.exit_code
-  if isinstance(error, OSError):  # a full disk, a folder that may not be written: its text names the file
-    print(f"error: {error}", file=sys.stderr)
+  if isinstance(error, OSError):  # a full disk, a folder that may not be written
     return StorageError.exit_code
-  if isinstance(error, KeyboardInterrupt):
-    print("stopped: interrupted", file=sys.stderr)
-    return 130
-  traceback.print_exception(error)  # a fault of jaxft's own
-  return JaxftError.exit_code
+  return 130 if isinstance(error, KeyboardInterrupt) else JaxftError.exit_code
+
+
+def tell(error: BaseException) -> int:
+  """Says on standard error why a command ends, if there is still somebody to hear it, and returns its exit code."""
+  try:
+    if isinstance(error, JaxftError | Preempted):
+      label = "stopped" if isinstance(error, Preempted) else "error"
+      for line in str(error).splitlines():
+        print(f"{label}: {shortened(line)}", file=sys.stderr)
+    elif isinstance(error, OSError):  # its text names the file
+      print(f"error: {error}", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):
+      print("stopped: interrupted", file=sys.stderr)
+    else:
+      traceback.print_exception(error)  # a fault of jaxft's own
+  except OSError:  # a terminal that is gone, a log on a full disk
+    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # or Python tries again at its end, and changes the exit code
+  return exit_code(error)

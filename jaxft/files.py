@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jaxft.errors import StorageError
+from jaxft.errors import RequestError, StorageError
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -38,8 +38,14 @@ def refused(file: Path, error: Exception) -> str:
 
 
 def cache_folder(name: str) -> Path:
-  """Where jaxft keeps what it can make again: XDG_CACHE_HOME/jaxft/NAME, or ~/.cache/jaxft/NAME."""
-  return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxft" / name
+  """Where jaxft keeps what it can make again: XDG_CACHE_HOME/jaxft/NAME, or ~/.cache/jaxft/NAME.
+
+  Raises RequestError where there is no home.
+  """
+  try:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxft" / name
+  except RuntimeError as error:
+    raise RequestError(f"this user has no home to keep caches in; set XDG_CACHE_HOME to a folder ({error})") from error
 
 
 def exists(path: Path) -> bool:

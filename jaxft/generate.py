@@ -33,7 +33,8 @@ def main() -> None:
     return write(ready, prompts[0], how)
   completions = ready.generate(prompts, **how)
   if arguments.json:
-    print(json.dumps({"completions": [completion._asdict() for completion in completions]}, ensure_ascii=False))
+    told = {"completions": [completion._asdict() for completion in completions]}
+    print(json.dumps(told, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
   else:
     print("\n\n".join(completion.prompt + completion.text for completion in completions))
 
@@ -72,7 +73,8 @@ def write(ready: Pretrained, prompt: str, how: dict[str, Any]) -> None:
 
 def _lines(file: Path) -> list[str]:
   try:
-    return file.read_text(encoding="utf-8").splitlines()
+    text = file.read_text(encoding="utf-8-sig")
+    return text.removesuffix("\n").split("\n") if text else []
   except (OSError, UnicodeDecodeError) as error:
     raise RequestError(f"--prompt_file {str(file)!r}: {error}") from error
 

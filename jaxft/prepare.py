@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from jaxft import command_line, usage
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _table(found: dict[str, Any]) -> Table:
-  table = Table(show_header=False, box=None)
+  table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False, box=None)
   for name, value in found.items():
     if isinstance(value, dict):
       value = (

@@ -15,6 +15,7 @@ COMMANDS |= {"jaxft.plan.__main__", "jaxft.report"}
 # The only imports of jaxft that each leaf has. A new leaf module goes here, with as few as it can.
 LEAVES = {
   "jaxft.errors": set(),
+  "jaxft.surroundings": set(),
   "jaxft.usage": {"jaxft.parsers"},
   "jaxft.backend": {"jaxft.errors", "jaxft.files"},
   "jaxft.files": {"jaxft.errors"},

@@ -1,10 +1,14 @@
 """Runs that are asked to stop, in every phase, save and end as undisturbed ones, bit for bit."""
 
 import itertools
+import json
+import os
 import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -41,7 +45,7 @@ def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
   phases = phases_of(part)
   while stopped < len(phases):
     run = run or Interrupted(interruptible, tmp_path / f"run{stopped}{'again' * again}")
-    number = rng.choice(["SIGTERM", "SIGINT", "SIGUSR1"])
+    number = rng.choice(["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
     phase, before = phases[stopped], max(steps(run.workdir), default=0)
     code, said, seconds = run.end(run.start(PHASES[phase], 1 if again else rng.choice([1, 1, 2]), number))
     if code == 0:  # what was left of the run does not pass the place so often: a new one does
@@ -64,7 +68,9 @@ def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
     assert code == 0, said
     assert_same(run, undisturbed[0])
   figures = {"slowest end, seconds": round(slowest, 1)}
-  record_property("torture", {"what": "SIGTERM, SIGINT, SIGUSR1 in every phase", "tried": stopped, "figures": figures})
+  record_property(
+    "torture", {"what": "SIGTERM, SIGINT, SIGUSR1, SIGHUP in every phase", "tried": stopped, "figures": figures}
+  )
   shutil.rmtree(tmp_path)
 
 
@@ -77,3 +83,33 @@ def test_a_second_signal_ends_at_once(interruptible, tmp_path):
   process.terminate()
   assert process.wait(10) == -signal.SIGTERM
   process.stdout.close()
+
+
+def test_a_terminal_that_goes_away_loses_nothing(config_file, tmp_path):
+  """An ssh that drops: SIGHUP from the kernel and from the shell, and nowhere to print."""
+  ours, theirs = os.openpty()
+  own_terminal = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+  )
+  arguments = [
+    sys.executable,
+    "-m",
+    "jaxft.train",
+    "--config",
+    config_file,
+    "--workdir",
+    tmp_path / "run",
+    "--config.train.steps=9999",
+  ]
+  command = [sys.executable, "-c", own_terminal, *map(str, arguments)]
+  process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+  os.close(theirs)
+  shown = b""
+  while b"tokens/s" not in shown:  # a bar, on a terminal
+    shown += os.read(ours, 4096)
+  os.close(ours)
+  process.send_signal(signal.SIGHUP)
+  assert process.wait(60) == 75
+  assert steps(tmp_path / "run")
+  about = json.loads((tmp_path / "run" / "about.json").read_text())
+  assert about["ending"]["why"].startswith("SIGHUP: saved at step ")

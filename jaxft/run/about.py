@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 import jaxft
-from jaxft.errors import JaxftError, Preempted, StorageError, first_line
+from jaxft.errors import StorageError, exit_code, first_line
 from jaxft.files import write_whole
 from jaxft.page import record
 from jaxft.page import run as run_page
@@ -59,7 +59,7 @@ def leaving_a_report(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, An
   try:
     yield
   except BaseException as error:
-    ending = {"exit_code": _exit_code(error), "why": masked(str(error)) or type(error).__name__}
+    ending = {"exit_code": exit_code(error), "why": masked(str(error)) or type(error).__name__}
     raise
   finally:
     with _at_most_a_line("report.html"):
@@ -80,13 +80,6 @@ def _at_most_a_line(name: str) -> Iterator[None]:
 
 def _write(workdir: Path, about: dict[str, Any]) -> None:
   write_whole(workdir / "about.json", json.dumps(about, indent=2) + "\n")
-
-
-def _exit_code(error: BaseException) -> int:
-  """What `errors.tell` ends the process with."""
-  if isinstance(error, JaxftError | Preempted):
-    return error.exit_code
-  return 130 if isinstance(error, KeyboardInterrupt) else StorageError.exit_code if isinstance(error, OSError) else 1
 
 
 def _now() -> str:

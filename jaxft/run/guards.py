@@ -17,14 +17,15 @@ from jax.experimental import multihost_utils
 from jaxft.errors import Preempted, RequestError, StorageError
 from jaxft.files import refused, write_whole
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
   """Inside `with StopRequest() as stop` a first signal ends the run at the next safe point, a second one the process.
 
   Where nothing would be lost it is safe at once: Preempted is raised out of whatever goes on. Inside `with stop.held():` the
-  signal is only remembered, for `at(step)` to find.
+  signal is only remembered, for `at(step)` to find. A terminal that goes away sends SIGHUP more than once: the kernel does, and
+  the shell.
   """
 
   def __init__(self):
@@ -38,6 +39,8 @@ class StopRequest:
       handlers = {number: self._pass_on if several else self._note for number in SIGNALS}
       if several:
         del handlers[signal.SIGTERM]
+      if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: the run is to outlive its terminal
+        del handlers[signal.SIGHUP]
       self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     except ValueError:  # not the main thread (a notebook's worker, say): the host program keeps its own handlers
       self._before = {}
@@ -68,18 +71,23 @@ class StopRequest:
     self.received = self.received or "SIGTERM"
     return True
 
-  def _note(self, number: int, _: FrameType | None) -> None:
-    if self.received:
+  def _again(self, number: int) -> bool:
+    """Whether this is not the first signal. But for SIGHUP, which is not heard twice, the second ends the process."""
+    if self.received and number != signal.SIGHUP:
       signal.signal(number, signal.SIG_DFL)
       os.kill(os.getpid(), number)
+    return self.received is not None
+
+  def _note(self, number: int, _: FrameType | None) -> None:
+    if self._again(number):
+      return
     self.received = signal.Signals(number).name
     if not self._held:
       raise Preempted(f"{self.received}: nothing was lost; the same command continues")
 
   def _pass_on(self, number: int, _: FrameType | None) -> None:
-    if self.received:
-      signal.signal(number, signal.SIG_DFL)
-      os.kill(os.getpid(), number)
+    if self._again(number):
+      return
     self.received = signal.Signals(number).name
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -40,7 +40,7 @@ def joined(place: Place | None, start_timeout: int = START_TIMEOUT, peer_timeout
     yield
     return
   console.quiet = place.process != 0
-  say(f"waiting for {place.processes} processes at {place.coordinator}")
+  say(f"waiting for {place.processes} processes at {place.coordinator}; to run alone: --num_processes=1")
   peers = roll_call.call(place, start_timeout)
   watchdog = Watchdog(place, peers, peer_timeout)
   end_when_jax_aborts(peers[0] if place.process else None)

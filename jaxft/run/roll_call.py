@@ -105,7 +105,7 @@ def _wait_for_all(port: int, place: Place, timeout: int) -> dict[int, socket.soc
   if fault:
     raise RequestError(fault)
   if lost:
-    raise PeerLost(f"{lost}; {len(there) + 1} of {place.processes} are there")
+    raise PeerLost(f"{lost}; {len(there) + 1} of {place.processes} are there; to run this one alone: --num_processes=1")
   return there
 
 

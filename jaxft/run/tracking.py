@@ -1,6 +1,7 @@
 """What a run says while it runs: lines on the console, metrics.jsonl and samples.jsonl in the workdir."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -29,6 +30,15 @@ class Story(Console):
   def live(self) -> bool:
     """Whether bars can be drawn. rich takes a file for a terminal where FORCE_COLOR is set, as many CI services do."""
     return self.is_terminal and not self.is_dumb_terminal and self.file.isatty()
+
+  def __exit__(self, *ending: Any) -> None:
+    """Ends a piece of output, which is then written; all of rich's goes through here."""
+    try:
+      super().__exit__(*ending)
+    except OSError as error:
+      if error.errno != errno.EIO:  # what a terminal says that is gone; a log on a full disk may have room again
+        raise
+      self.on_broken_pipe()
 
   def on_broken_pipe(self) -> None:
     self.quiet = True

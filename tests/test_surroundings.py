@@ -1,0 +1,128 @@
+"""Processes that are started without streams, a home, a width, or with flags of JAX that jaxft's programs are not made for."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+from processes import ROOT
+
+from jaxft import backend, surroundings
+from jaxft.data import cache
+
+MODEL = ROOT / "assets" / "quickstart" / "model"
+GENERATE = ("generate", "--model", MODEL, "--prompt", "Once", "--max_new_tokens", "2", "--json")
+# What one meets: (variables, or a redirection of the shell; exit code; what is then said on standard error).
+KINDS = [
+  ({"JAX_ENABLE_X64": "1"}, 0, "warning: JAX_ENABLE_X64=True: jaxft's programs are made for False"),
+  ({"JAX_NUMPY_DTYPE_PROMOTION": "strict"}, 0, "made for standard"),
+  ({"JAX_NUMPY_RANK_PROMOTION": "raise"}, 0, "made for allow"),
+  ({"JAX_DEFAULT_PRNG_IMPL": "rbg"}, 0, "made for threefry2x32"),
+  ({"JAX_THREEFRY_PARTITIONABLE": "0"}, 0, "made for True"),
+  ({"JAX_DEBUG_NANS": "1"}, 0, ""),
+  ({"JAX_PLATFORMS": "cuda"}, 2, r"error: JAX finds no device \(JAX_PLATFORMS=cuda\)"),
+  ({"JAX_PLATFORMS": "tpu,gpu"}, 2, "error: JAX finds no device"),
+  ({"COLUMNS": "0"}, 0, ""),
+  ({"COLUMNS": "12"}, 0, ""),
+  ({"COLUMNS": "many"}, 0, ""),
+  ({"TERM": "dumb"}, 0, ""),
+  ({"PYTHONIOENCODING": "ascii"}, 0, ""),
+  ({"PYTHONIOENCODING": "cp1252"}, 0, ""),
+  ({"LC_ALL": "C", "PYTHONUTF8": "0"}, 0, ""),
+  ({"LANG": "", "PYTHONWARNINGS": "ignore"}, 0, ""),
+  ({"XDG_CACHE_HOME": "/proc/none"}, 0, ""),
+  ({"HOME": ""}, 0, ""),
+  ({"TMPDIR": "/no/such/folder"}, 0, ""),
+  ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, 0, ""),
+  ({"OMP_NUM_THREADS": "0"}, 0, ""),
+  ({"FORCE_COLOR": "1"}, 0, ""),
+  (">&-", 0, ""),
+  ("2>&-", 0, ""),
+  ("<&-", 0, ""),
+  ("<&- >&- 2>&-", 0, ""),
+]
+
+
+def start(words, change):
+  variables, redirection = (change, "") if isinstance(change, dict) else ({}, change)
+  command = [
+    "sh",
+    "-c",
+    f'exec "$@" {redirection}',
+    "sh",
+    sys.executable,
+    "-m",
+    f"jaxft.{words[0]}",
+    *map(str, words[1:]),
+  ]
+  return subprocess.run(
+    command, env=os.environ | variables, capture_output=True, text=True, errors="replace", timeout=300
+  )
+
+
+def ends_well(change, code, told):
+  done = start(GENERATE, change)
+  assert done.returncode == code, (change, done.stderr[-2000:])
+  assert "Traceback" not in done.stderr and re.search(told, done.stderr), (change, done.stderr)
+  if code == 0 and ">&-" not in change:
+    assert json.loads(done.stdout)["completions"][0]["prompt"] == "Once", change
+
+
+@pytest.mark.parts(3, 7)
+def test_thirty_environments(part):
+  """The first part: what changes types, and closed streams. The others: each kind once, and a pair of them."""
+  if part == 0:
+    ends_well({name: value for change, _, _ in KINDS[:5] for name, value in change.items()}, 0, "made for threefry2x32")
+    ends_well("<&- 2>&-", 0, "")
+    return
+  for change, code, told in KINDS[part - 1 :: 6]:
+    ends_well(change, code, told)
+  good = [change for change, code, _ in KINDS if not code and isinstance(change, dict)]
+  first, second = random.Random(part).sample(good, 2)
+  ends_well(first | second, 0, "")
+
+
+def test_a_user_without_a_home_gets_a_folder_of_temporary_files(tmp_path, monkeypatch):
+  def nobody(_):
+    raise KeyError("uid not found")
+
+  monkeypatch.delenv("HOME")
+  monkeypatch.setattr(surroundings.pwd, "getpwuid", nobody)
+  monkeypatch.setattr(surroundings.tempfile, "gettempdir", lambda: str(tmp_path))
+  surroundings.set_right()
+  (home,) = tmp_path.iterdir()
+  assert os.environ["HOME"] == str(home) and home.stat().st_mode & 0o777 == 0o700
+  monkeypatch.delenv("HOME")
+  monkeypatch.setattr(surroundings.os, "getuid", lambda: 12345)
+  (tmp_path / "jaxft-home-12345").mkdir()  # another user's
+  surroundings.set_right()
+  assert "HOME" not in os.environ
+
+
+def test_nothing_is_printed_into_less_than_forty_columns(monkeypatch):
+  for said, used in (("0", "40"), ("12", "40"), ("200", "200"), ("", "")):
+    monkeypatch.setenv("COLUMNS", said)
+    surroundings.set_right()
+    assert os.environ["COLUMNS"] == used
+
+
+def test_flags_that_change_types_are_set_back(capsys):
+  jax.config.update("jax_enable_x64", True)
+  backend.prepare_backend()
+  assert not jax.config.jax_enable_x64
+  assert "JAX_ENABLE_X64=True" in capsys.readouterr().err
+
+
+def test_a_token_cache_that_cannot_be_written_is_read(tmp_path, monkeypatch):
+  def make(folder):
+    writer = cache.Writer(folder, "train", "int32")
+    return {"files": writer.close()}
+
+  made = cache.open_or_make(tmp_path, {"a": 1}, make, print)
+  monkeypatch.setattr(cache.os, "access", lambda path, how: False)  # as root, who may write everywhere
+  monkeypatch.setattr(cache.FileLock, "acquire", lambda *_, **__: pytest.fail("a lock is a file that is written"))
+  assert cache.open_or_make(tmp_path, {"a": 1}, make, print) == made
