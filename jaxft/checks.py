@@ -1,5 +1,6 @@
 """What a right value of a setting is, alone and next to the others; `jaxft.config` says which setting wants what."""
 
+import codecs
 import difflib
 import re
 from collections.abc import Callable, Mapping
@@ -36,6 +37,15 @@ def size_or_rest(x: int) -> str | None:
 
 def file_size(x: str) -> str | None:
   return None if re.fullmatch(r"[1-9]\d*[KMGT]B", x) else "a whole number and KB, MB, GB or TB, such as 5GB"
+
+
+def encoding(x: str) -> str | None:
+  try:
+    codecs.getincrementaldecoder(x)()
+    "".encode(x)  # not one of bytes to bytes
+  except (LookupError, ValueError, TypeError):
+    return "the name of an encoding, such as utf-8, cp1252, latin-1 or utf-16"
+  return None
 
 
 def template(x: str) -> str | None:

@@ -20,6 +20,7 @@ from jaxft.checks import (
   at_least,
   between,
   compute_dtype,
+  encoding,
   file_size,
   one_of,
   size_or_rest,
@@ -104,6 +105,7 @@ SETTINGS = (
     template,
     "how a prompt and its completion are put together; what follows the prompt's text is learned from {completion} on",
   ),
+  Setting("data.encoding", "utf-8", encoding, "of text, JSON and CSV files: utf-8, cp1252, latin-1, utf-16, ..."),
   Setting("data.separator", "", anything, "text that cuts a .txt file into documents; empty: a file is one document"),
   Setting(
     "data.on_bad_row", "error", one_of("error", "skip"), "end the run at a row that is no text, or count it and go on"

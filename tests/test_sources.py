@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import os
+import random
+import zipfile
 
 import pyarrow
 import pyarrow.parquet
@@ -238,3 +240,214 @@ def test_features_of_any_kind_are_read_past(tmp_path):
     about = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
     pyarrow.parquet.write_table(table.replace_schema_metadata(about), tmp_path / "a.parquet")
     assert texts(str(tmp_path / "a.parquet")) == ["a", "b"]
+
+
+def compressed(content, suffix):
+  import bz2
+  import lzma
+
+  ways = {".bz2": bz2.compress, ".xz": lzma.compress, ".gz": gzip.compress, "": bytes}
+  return ways[suffix](content.encode())
+
+
+@pytest.mark.parametrize("suffix", ["", ".bz2", ".xz"])
+def test_formats_that_people_have(tmp_path, suffix):
+  rows = [{"text": TEXT, "x": 1}, {"text": "b", "x": [2]}]
+  table = io.StringIO(newline="")
+  csv.writer(table, delimiter="\t").writerows([["x", "text"], [1, TEXT], [2, "b"]])
+  for name, content in (
+    ("a.json", json.dumps(rows)),
+    ("b.json", json.dumps(rows, indent=2)),
+    ("c.json", "\n".join(map(json.dumps, rows))),
+    ("d.ndjson", "\n".join(map(json.dumps, rows))),
+    ("e.tsv", table.getvalue()),
+    ("f.csv", table.getvalue().replace("\t", ";")),
+  ):
+    if name == "f.csv":
+      content = "x;text\n1;a, b\n2;c\n"
+    file = tmp_path / (name + suffix)
+    file.write_bytes(compressed(content, suffix))
+    assert texts(str(file)) == (["a, b", "c"] if name == "f.csv" else [TEXT, "b"]), name
+  (tmp_path / f"g.md{suffix}").write_bytes(compressed("# A\n", suffix))
+  assert texts(str(tmp_path / f"g.md{suffix}")) == ["# A\n"]
+
+
+def test_an_archive_is_the_files_in_it(tmp_path):
+  table = io.BytesIO()
+  pyarrow.parquet.write_table(pyarrow.table({"text": ["p"]}), table)
+  with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+    for name, content in (
+      ("b/z.txt", TEXT), ("a.csv", "text\nx\n"), ("c.parquet", table.getvalue()), ("d.pdf", "no"), ("e.zip", "no"),
+      ("__MACOSX/b/._z.txt", "no"), (".hidden/f.txt", "no"),
+    ):  # fmt: skip
+      archive.writestr(name, content)
+  notes = collections.Counter()
+  assert texts(str(tmp_path / "a.zip"), notes=notes) == ["x", TEXT, "p"]
+  assert notes["files in archives that are of no kind that is read"] == 2
+  (tmp_path / "cut.zip").write_bytes((tmp_path / "a.zip").read_bytes()[:-30])
+  with pytest.raises(RequestError, match="cut.zip: "):
+    texts(str(tmp_path / "cut.zip"))
+  with pytest.raises(RequestError, match="bad.csv, row 1: no column 'text'"):
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+      archive.writestr("bad.csv", "a\nb\n")
+    texts(str(tmp_path / "b.zip"))
+
+
+def test_what_the_datasets_library_saves_is_read(tmp_path, monkeypatch):
+  datasets = pytest.importorskip("datasets")
+  features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+  rows = datasets.Dataset.from_dict({"text": ["good", "bad"], "label": [1, 0]}, features=features)
+  saved = datasets.DatasetDict({"train": rows, "test": rows.select([1])})
+  saved.save_to_disk(str(tmp_path / "saved"), num_shards={"train": 2, "test": 1})
+  found = read(str(tmp_path / "saved"), format="classification")
+  assert [(example.text, example.label) for example in found] == [("good", "pos"), ("bad", "neg")]
+  assert texts(str(tmp_path / "saved" / "test")) == ["bad"]
+  (file,) = (tmp_path / "saved" / "test").glob("*.arrow")
+  assert texts(str(file)) == ["bad"]
+  assert "no split 'validation' in it (test, train)" in sources.faults({"validation": (str(tmp_path / "saved"),)})[0]
+  with pyarrow.OSFile(str(tmp_path / "b.arrow"), "wb") as out, pyarrow.ipc.new_file(out, rows.data.schema) as writer:
+    writer.write_table(rows.data.table)
+  assert texts(str(tmp_path / "b.arrow")) == ["good", "bad"]
+  file.unlink()
+  with pytest.raises(RequestError, match="which state.json names, is not there"):
+    texts(str(tmp_path / "saved" / "test"))
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-16", "utf-8-sig", "UTF_8"])
+def test_text_in_another_encoding_is_read_if_it_is_named(tmp_path, encoding):
+  text = "naïve café\r\n" * 20_000  # longer than a piece
+  (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+  (tmp_path / "b.csv").write_bytes(f'text,x\n"{text}",1\n'.encode(encoding))
+  (tmp_path / "c.jsonl").write_bytes((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode(encoding))
+  for name in ("a.txt", "b.csv", "c.jsonl"):
+    assert texts(str(tmp_path / name), encoding=encoding) == [text], name
+  if encoding in ("cp1252", "latin-1"):
+    for name in ("a.txt", "c.jsonl"):
+      with pytest.raises(RequestError, match="config.data.encoding names another"):
+        texts(str(tmp_path / name))
+  (tmp_path / "d.txt").write_bytes(b"\x81")
+  if encoding == "cp1252":
+    with pytest.raises(RequestError, match="d.txt: "):
+      texts(str(tmp_path / "d.txt"), encoding=encoding)
+
+
+def test_links_are_followed_once_and_what_may_not_be_read_is_refused(tmp_path, monkeypatch):
+  for name in ("data/a.txt", "data/sub/b.txt", "elsewhere/c.txt", "elsewhere/deep/d.txt"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(name[-5:])
+  data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+  (data / "linked").symlink_to(elsewhere)
+  (data / "again").symlink_to(elsewhere)
+  (data / "sub" / "loop").symlink_to(data)
+  (elsewhere / "up").symlink_to(tmp_path)
+  (data / "nothing").symlink_to(tmp_path / "gone")
+  notes = collections.Counter()
+  assert sorted(texts(str(data), notes=notes)) == ["a.txt", "b.txt", "c.txt", "d.txt"]
+  assert notes["links to folders that are read anyway, left out"] == 3
+  assert notes["links that lead nowhere, left out"] == 1
+  scan = os.scandir
+
+  def refuse(folder):
+    if str(folder).endswith("deep"):
+      raise PermissionError(13, "Permission denied", str(folder))
+    return scan(folder)
+
+  monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
+  with pytest.raises(RequestError, match="deep: Permission denied"):
+    texts(str(data))
+
+
+def test_only_columns_that_are_asked_for_are_looked_at(tmp_path):
+  assert texts(write(tmp_path, "spam.csv", "label,text,,,\nham,hello,,,\n")) == ["hello"]
+  assert texts(write(tmp_path, "b.csv", "x,x,text\n1,2,hello\n")) == ["hello"]
+  dates = pyarrow.array([10**15], pyarrow.timestamp("ms"))  # after the year 9999
+  pyarrow.parquet.write_table(pyarrow.table({"text": ["hello"], "when": dates}), tmp_path / "a.parquet")
+  assert texts(str(tmp_path / "a.parquet")) == ["hello"]
+  with pytest.raises(RequestError, match="row 1: no column 'body' .it has 'text', 'when'"):
+    read(str(tmp_path / "a.parquet"), text_column="body")
+  twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+  pyarrow.parquet.write_table(twice, tmp_path / "b.parquet")
+  with pytest.raises(RequestError, match="b.parquet: two columns are called 'text'"):
+    read(str(tmp_path / "b.parquet"))
+
+
+def test_a_folder_of_one_unusual_kind_is_read_and_of_several_asked_about(tmp_path):
+  write(tmp_path, "a.json", '[{"text": "a"}]')
+  assert texts(str(tmp_path)) == ["a"]
+  write(tmp_path, "README.md", "what this is")
+  with pytest.raises(RequestError, match=r"several kinds \(.json, .md\) in this folder; name those to read"):
+    texts(str(tmp_path))
+  write(tmp_path, "b.jsonl", '{"text": "b"}')
+  notes = collections.Counter()
+  assert texts(str(tmp_path), notes=notes) == ["b"]
+  assert notes["files in folders that are read only if they are named (.json, .md, .zip, ...)"] == 2
+  with pytest.raises(RequestError, match="one JSON object, with 'data', and not a list of rows"):
+    texts(write(tmp_path, "c.json", json.dumps({"data": [{"text": "a"}]}, indent=1)))
+
+
+def a_folder(rng, home):
+  """A data folder as people have them, and how many documents are in it."""
+  good = 0
+  for place in range(rng.randint(1, 4)):
+    folder = home / rng.choice(["", "a", "b", "a/c"])
+    folder.mkdir(parents=True, exist_ok=True)
+    kind, count = (
+      rng.choice([".txt", ".jsonl", ".csv", ".parquet", ".jsonl.gz", ".csv.xz", ".txt.bz2"]),
+      rng.randint(1, 5),
+    )
+    texts = [rng.choice(["a cat", "é\r\n", " x ", "🐈" * 9]) + str(rng.random()) for _ in range(count)]
+    name = f"{rng.choice(['x', 'part [1]', '日本'])}{place}{kind}"
+    if kind == ".parquet":
+      pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / name)
+    else:
+      table = io.StringIO(newline="")
+      csv.writer(table).writerows([["text", "", ""], *([text, 1, 2] for text in texts)])
+      lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+      content = lines if "jsonl" in kind else table.getvalue() if "csv" in kind else "".join(texts)
+      last = kind if kind in (".xz", ".gz", ".bz2") else "." + kind.split(".")[-1]
+      (folder / name).write_bytes(compressed(content, last if last in (".xz", ".gz", ".bz2") else ""))
+      count = 1 if ".txt" in kind else count
+    good += count
+  bad = 0
+  if rng.random() < 0.5:
+    bad = rng.randint(1, 3)
+    (home / "bad.jsonl").write_text('{"text": null}\n' * bad)
+  if rng.random() < 0.5:  # linked from elsewhere, twice
+    away = home.parent / f"{home.name}-away"
+    away.mkdir()
+    (away / "w.txt").write_text(f"away {rng.random()}")
+    (home / "link").symlink_to(away)
+    (home / "link2").symlink_to(away)
+    good += 1
+  if rng.random() < 0.3:
+    (home / "loop").symlink_to(home)
+  if rng.random() < 0.3:
+    (home / "gone.txt").symlink_to(home / "nowhere")
+  if rng.random() < 0.4:  # a run, which holds no text
+    (home / "runs" / "one").mkdir(parents=True)
+    for name in ("run.lock", "samples.jsonl"):
+      (home / "runs" / "one" / name).write_text('{"text": "written by a model"}\n')
+  if rng.random() < 0.3:
+    (home / "README.md").write_text("no data")
+  return good, bad
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_sixty_folders_read_is_trained_and_held_out_and_dropped(tmp_path, folder, part):
+  from jaxft.hf import tokenizer as tokenizers
+
+  tokenizer = tokenizers.load(folder, 293)
+  for i in range(20):
+    home = tmp_path / str(i)
+    home.mkdir()
+    good, bad = a_folder(random.Random(f"{part} {i}"), home)
+    data = settings.default().data
+    data.update(
+      train=(str(home),), validation_fraction=0.3, sequence_length=8, on_bad_row="skip", cache_dir=str(tmp_path / "c")
+    )
+    if good < 3:
+      continue  # too few to be divided
+    rows = report.prepare(data, tokenizer, "").report
+    dropped = sum(rows["rows"]["dropped"].values())
+    assert rows["rows"]["read"] == good + bad and dropped == bad, (i, rows)
+    assert rows["rows"]["read"] == rows["rows"]["trained"] + rows["rows"]["held_out"] + dropped, (i, rows)

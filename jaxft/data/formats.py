@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxft.data.sources import ClassName, Row
+from jaxft.data.readers import ClassName, Row
 from jaxft.errors import RequestError
 from jaxft.files import is_text
 
@@ -39,6 +39,13 @@ def example(row: Row, data: ConfigDict) -> Example:
   between, _, after = rest.partition(COMPLETION)
   asked = before + prompt + between
   return Example(asked + _text(row.columns, data, "completion_column") + after, prompt=len(asked))
+
+
+def columns(data: ConfigDict) -> tuple[str, ...]:
+  """The columns that `example` looks at."""
+  of = {"text": ("text_column",), "classification": ("text_column", "label_column")}
+  names = [data[setting] for setting in of.get(data.format, ("prompt_column", "completion_column"))]
+  return (*names, *filter(None, [data.nats_column]))
 
 
 def reason(fault: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxft.data import cache, formats, sources, tokens
+from jaxft.data import cache, formats, readers, sources, tokens
 from jaxft.data.formats import BadRow, Example
 from jaxft.data.pack import ConcatRows, ExampleRows, LabelRows
 from jaxft.errors import RequestError
@@ -32,6 +32,7 @@ SHAPING = (
   "nats_column",
   "template",
   "separator",
+  "encoding",
   "validation_fraction",
   "limit_train",
   "limit_validation",
@@ -135,7 +136,7 @@ def prepare(
     laid_out["train"],
     laid_out["validation"],
     [
-      sources.ClassName(label, number) if number is not None else label
+      readers.ClassName(label, number) if number is not None else label
       for label, number in zip(manifest["labels"], manifest["numbers"], strict=True)
     ],
     floor,
@@ -169,7 +170,8 @@ def examples(
   names: tuple[str, ...], split: str, data: ConfigDict, dropped: collections.Counter, notes: collections.Counter
 ) -> Iterator[Example]:
   """The examples of all rows. Bad ones are counted in `dropped`, or raise RequestError."""
-  rows = sources.read(names, split, text_column=data.text_column, separator=data.separator, notes=notes)
+  how = sources.How(formats.columns(data), data.text_column, data.separator, data.encoding)
+  rows = sources.read(names, split, how, notes)
   for row in rows:
     try:
       yield formats.example(row, data)

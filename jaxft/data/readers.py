@@ -1,0 +1,326 @@
+"""The rows of one file, by the end of its name."""
+
+import codecs
+import collections
+import contextlib
+import csv
+import io
+import json
+import lzma
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO, NamedTuple
+
+from jaxft.errors import RequestError, first_line
+
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # after any of STREAMED
+STREAMED = (".txt", ".jsonl", ".csv", ".md", ".ndjson", ".json", ".tsv")
+READABLE = (*STREAMED, ".parquet", ".arrow", ".zip")
+# What is read of a folder. The others lie beside data for other ends (README.md, dataset_infos.json, a zip of the same files):
+# they are read where they are named, or where a folder has nothing else.
+USUAL = (".txt", ".jsonl", ".csv", ".parquet")
+BOM = b"\xef\xbb\xbf"
+# Of pyarrow, zlib and zstd: OSError, ValueError or OverflowError. RuntimeError: an archive with a password.
+ERRORS = (OSError, ValueError, OverflowError, EOFError, lzma.LZMAError, zipfile.BadZipFile, RuntimeError)
+
+
+class Row(NamedTuple):
+  """A row as the source has it, or why there is none."""
+
+  where: str  # file and number
+  columns: dict[str, Any]  # all names; the values of those that were asked for
+  fault: str = ""
+
+
+class How(NamedTuple):
+  """How files are read: settings of `config.data`."""
+
+  columns: tuple[str, ...]  # those asked for: no other is decoded
+  text_column: str = "text"  # the name of what a file of plain text holds
+  separator: str = ""
+  encoding: str = "utf-8"
+
+
+class ClassName(str):
+  """The name of a class, and its number where the name is from."""
+
+  number: int
+
+  def __new__(cls, name: str, number: int) -> "ClassName":
+    made = super().__new__(cls, name)
+    made.number = number
+    return made
+
+
+def kind(file: PurePath) -> str:
+  """The suffix that says how a file is read, without that of a compression; "" for a file that is not read."""
+  last = file.suffix.lower()
+  if last in COMPRESSED:
+    suffix = PurePath(file.stem).suffix.lower()
+    return suffix if suffix in STREAMED else ""
+  return last if last in READABLE else ""
+
+
+def rows(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
+  """All rows of a file. Those that do not parse come with a fault; a file that cannot be read at all raises one of ERRORS."""
+  if kind(file) == ".zip":
+    yield from _archive(file, how, notes)
+  elif kind(file) in STREAMED:
+    with _open(file) as stream:
+      yield from _streamed(str(file), kind(file), stream, how, notes)
+  else:
+    yield from _table(str(file), kind(file), file, how)
+
+
+def _archive(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
+  with zipfile.ZipFile(file) as archive:
+    for name in sorted(archive.namelist()):
+      path = PurePath(name)
+      if name.endswith("/") or path.parts[0] == "__MACOSX" or any(part.startswith(".") for part in path.parts):
+        continue
+      if path.suffix.lower() in COMPRESSED or (of := kind(path)) in ("", ".zip"):
+        notes["files in archives that are of no kind that is read"] += 1
+        continue
+      with archive.open(name) as raw:
+        if of in STREAMED:
+          yield from _streamed(f"{file}: {name}", of, io.BufferedReader(raw), how, notes)
+        else:
+          yield from _table(f"{file}: {name}", of, io.BytesIO(raw.read()), how)
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[io.BufferedReader]:
+  """The bytes of a file, decompressed."""
+  if file.suffix.lower() == ".xz":
+    with lzma.open(file) as stream:
+      yield io.BufferedReader(stream)
+    return
+  import pyarrow
+
+  with pyarrow.input_stream(str(file), compression="detect") as raw, io.BufferedReader(raw) as stream:
+    yield stream
+
+
+class _AsUTF8(io.RawIOBase):
+  """A stream in another encoding, as UTF-8."""
+
+  def __init__(self, stream: BinaryIO, encoding: str):
+    self._stream, self._decoder, self._rest = stream, codecs.getincrementaldecoder(encoding)(), b""
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, into: Any) -> int:
+    while not self._rest:
+      piece = self._stream.read(2**16)
+      self._rest = self._decoder.decode(piece, final=not piece).encode("utf-8", "surrogatepass")
+      if not piece:
+        break
+    size = min(len(into), len(self._rest))
+    into[:size], self._rest = self._rest[:size], self._rest[size:]
+    return size
+
+
+# ---- Text, JSON, CSV ---------------------------------------------------------------------------------------------------
+
+
+def _streamed(where: str, kind: str, stream: io.BufferedReader, how: How, notes: collections.Counter) -> Iterator[Row]:
+  if how.encoding.lower().replace("_", "-") not in ("utf-8", "utf8"):
+    stream = io.BufferedReader(_AsUTF8(stream, how.encoding))
+  if stream.peek(3)[:3] == BOM:
+    notes["files with a byte order mark"] += 1
+    stream.read(3)
+  if kind in (".txt", ".md"):
+    yield from _text(where, stream, how, notes)
+  elif kind in (".csv", ".tsv"):
+    yield from _csv(where, stream, how, notes, "\t" if kind == ".tsv" else ",")
+  elif kind == ".json":
+    yield from _json(where, stream, notes)
+  else:
+    yield from _json_lines(where, stream, notes)
+
+
+def _text(where: str, stream: io.BufferedReader, how: How, notes: collections.Counter) -> Iterator[Row]:
+  """The file as one row, or as many as `separator` cuts it into."""
+  content = stream.read()
+  notes[".txt files with \\r\\n, which is kept"] += b"\r\n" in content
+  parts = content.split(how.separator.encode()) if how.separator else [content]
+  for number, part in enumerate(parts, 1):
+    at = f"{where}, part {number}" if how.separator else where
+    if how.separator and not part.strip():  # what lies before a first separator, or after a last
+      notes["parts between separators with nothing but blanks in them, left out"] += 1
+      continue
+    try:
+      yield Row(at, {how.text_column: part.decode()})
+    except UnicodeDecodeError as error:
+      yield Row(at, {}, _not_utf8(error))
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+  return f"not UTF-8 ({error.reason} at byte {error.start}; config.data.encoding names another, such as cp1252)"
+
+
+def _json(where: str, stream: io.BufferedReader, notes: collections.Counter) -> Iterator[Row]:
+  """An array of objects, or an object a line."""
+  content = stream.read()
+  try:
+    found = json.loads(content)
+  except (ValueError, RecursionError):  # of which the first line is whole, and more follows
+    yield from _json_lines(where, io.BytesIO(content), notes)
+    return
+  if isinstance(found, dict) and any(isinstance(value, list) for value in found.values()):
+    raise RequestError(
+      f"{where}: one JSON object, with {', '.join(map(repr, found))[:200]}, and not a list of rows; "
+      "write the list in it into a file of its own"
+    )
+  for number, row in enumerate(found if isinstance(found, list) else [found], 1):
+    at = f"{where}, row {number}"
+    yield Row(at, row) if isinstance(row, dict) else Row(at, {}, "not a JSON object")
+
+
+def _json_lines(where: str, stream: Iterable[bytes], notes: collections.Counter) -> Iterator[Row]:
+  for number, line in enumerate(stream, 1):
+    at = f"{where}, row {number}"
+    if not line.strip():
+      notes["blank lines, left out"] += 1
+      continue
+    try:
+      row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+      yield Row(at, {}, _not_utf8(error))
+    except (ValueError, RecursionError) as error:
+      yield Row(at, {}, f"not JSON ({first_line(error)})")
+    else:
+      yield Row(at, row) if isinstance(row, dict) else Row(at, {}, "not a JSON object")
+
+
+def _csv(where: str, stream: io.BufferedReader, how: How, notes: collections.Counter, delimiter: str) -> Iterator[Row]:
+  csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a chapter
+  delimiter = _delimiter(stream.peek().splitlines()[:1], how, notes, delimiter)
+  # Bytes that are no UTF-8 become halves of surrogate pairs, which `is_text` finds in the row that has them.
+  lines = csv.reader(
+    io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline=""), delimiter=delimiter, strict=True
+  )
+  names = next(lines, [])
+  _must_be_one(where, names, how)
+  number = 0
+  while True:
+    number += 1
+    at = f"{where}, row {number}"
+    try:
+      cells = next(lines)
+    except StopIteration:
+      return
+    except csv.Error as error:  # a quote that is never closed, or closed in the middle of a cell
+      yield Row(at, {}, f"not CSV ({error}, at line {lines.line_num})")
+      continue
+    if not cells:  # an empty line, which csv.writer never writes for a row
+      number -= 1
+    elif len(cells) > len(names):
+      yield Row(at, {}, f"more cells than the first line names ({len(cells)} and {len(names)}; is a comma not quoted?)")
+    else:
+      yield Row(at, dict(zip(names, cells)))
+
+
+def _delimiter(first: list[bytes], how: How, notes: collections.Counter, usual: str) -> str:
+  """What divides the cells: another where the first line has a column that is asked for only if it is divided by that."""
+  header = b"".join(first).decode(errors="replace")
+  for delimiter in (usual, ";", "\t"):
+    try:
+      names = next(csv.reader([header], delimiter=delimiter), [])
+    except csv.Error:
+      continue
+    if set(names) & set(how.columns):
+      notes[f"csv files whose cells are divided by {delimiter!r}"] += delimiter != usual
+      return delimiter
+  return usual
+
+
+def _must_be_one(where: str, names: list[str], how: How) -> None:
+  """Raises RequestError for a column that is asked for and is there twice; other names may be, as the empty one often is."""
+  if twice := [name for name in how.columns if names.count(name) > 1]:
+    raise RequestError(f"{where}: two columns are called {twice[0]!r}")
+
+
+# ---- Tables of pyarrow -------------------------------------------------------------------------------------------------
+
+
+def _table(where: str, kind: str, file: Path | io.BytesIO, how: How) -> Iterator[Row]:
+  import pyarrow.parquet
+
+  if kind == ".parquet":
+    content = pyarrow.parquet.ParquetFile(file)
+    schema, count = content.schema_arrow, content.metadata.num_rows
+    batches = lambda names: content.iter_batches(1000, columns=names)
+  else:
+    content = _arrow(file)
+    schema, count = content.schema, content.num_rows
+    batches = lambda names: content.select(names).to_batches(1000)
+  _must_be_one(where, schema.names, how)
+  nothing, wanted = dict.fromkeys(schema.names), [name for name in how.columns if name in schema.names]
+  if not wanted:
+    yield from (Row(f"{where}, row {number}", nothing) for number in range(1, count + 1))
+    return
+  names, number = class_names(_features(schema.metadata or {})), 0
+  for batch in batches(wanted):
+    for row, fault in _rows_of(batch):
+      number += 1
+      yield Row(f"{where}, row {number}", with_names(nothing | row, names), fault)
+
+
+def _arrow(file: Path | io.BytesIO) -> Any:
+  """A table of pyarrow, mapped into memory: as the datasets library writes it, a stream, or a file with an index."""
+  import pyarrow.ipc
+
+  source = pyarrow.memory_map(str(file)) if isinstance(file, Path) else pyarrow.py_buffer(file.getvalue())
+  try:
+    return pyarrow.ipc.open_stream(source).read_all()
+  except pyarrow.ArrowInvalid:
+    if isinstance(file, Path):
+      source.seek(0)
+    return pyarrow.ipc.open_file(source).read_all()
+
+
+def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
+  """Rows of a pyarrow batch; one by one where there is a value that Python cannot have (bytes that are no UTF-8, a date)."""
+  try:
+    yield from ((row, "") for row in batch.to_pylist())
+    return
+  except (ValueError, OverflowError):
+    pass
+  for i in range(len(batch)):
+    try:
+      (row,) = batch.slice(i, 1).to_pylist()
+      yield row, ""
+    except (ValueError, OverflowError) as error:
+      yield {}, f"a value cannot be read ({first_line(error)})"
+
+
+def _features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
+  """What the datasets library says of the columns in a table that it has written."""
+  try:
+    features = json.loads(metadata[b"huggingface"])["info"]["features"]
+  except (KeyError, TypeError, ValueError, RecursionError):
+    return {}
+  return features if isinstance(features, dict) else {}
+
+
+def class_names(features: Mapping[str, Any]) -> dict[str, list[ClassName]]:
+  """The names of the classes of each column that holds their numbers (datasets.ClassLabel, or what a file says of one)."""
+  found = {}
+  for column, feature in features.items():
+    about = feature if isinstance(feature, dict) else {"_type": type(feature).__name__}
+    names = about.get("names", getattr(feature, "names", None))
+    if about.get("_type") == "ClassLabel" and isinstance(names, list) and all(isinstance(name, str) for name in names):
+      found[column] = [ClassName(name, number) for number, name in enumerate(names)]
+  return found
+
+
+def with_names(columns: dict[str, Any], names: Mapping[str, list[ClassName]]) -> dict[str, Any]:
+  """The columns with a name for each class number; a number without one, such as -1 for no label, becomes no label."""
+  for column in names.keys() & columns.keys():
+    number = columns[column]
+    if isinstance(number, int):
+      columns = columns | {column: names[column][number] if 0 <= number < len(names[column]) else None}
+  return columns
