@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,12 +172,16 @@ class Pretrained:
     """
     if not self.run:
       raise RequestError(f"{self.source.folder}: no run, so nothing was held out; name a text")
-    how = _resolve_sources(settings.read(self.run[0] / "config.json").data, self._record)
-    how.update(sequence_length=sequence_length or how.sequence_length, unrelated=())
+    how = _resolve_sources(settings.read(self.run[0] / "config.json").data, self.run[0], self._record)
+    how.unrelated = ()
     data = prepare(how, self.tokenizer, tokenizers.fingerprint(self.tokenizer))
-    same = data.held_out == self._record.get("held_out", data.held_out)
-    if "held_out" not in self._record and not sequence_length:  # a run of before 2026-11-28
+    if "held_out" in self._record:
+      same = data.held_out == self._record["held_out"]
+    else:  # a run of before 2026-11-28
       same = data.fingerprint == self._record["data"]
+    if same and sequence_length:
+      how.sequence_length = sequence_length
+      data = prepare(how, self.tokenizer, tokenizers.fingerprint(self.tokenizer))
     if not same:
       raise RequestError(
         f"{self.run[0]}: the text of config.data is not what it was, and what is held out of it now may have been trained on; "
@@ -257,7 +262,7 @@ class Pretrained:
     config = settings.read(self.run[0] / "config.json")
     if config.model.init == "scratch":
       raise RequestError(f"dtype='source': the run began with new weights; name one of {', '.join(EXPORT_DTYPES)}")
-    return _model_of(config, self._record)
+    return _model_of(config, self.run[0], self._record)
 
   def _must_write_text(self) -> None:
     if self.source.cfg.classes:
@@ -331,31 +336,34 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
 
 def _checkpoint_of(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> repo.Checkpoint:
   """The model that a run trains: what the workdir keeps of it, or the folder itself where some of the weights are frozen."""
-  for folder in (workdir / "model", workdir / ".model.jaxft-old"):  # the second: of a start that was killed just then
-    if not (config.lora.rank or config.train.only) and folder.is_dir():
-      return repo.Checkpoint(folder, *repo.read_config(folder / "config.json"))
-  source = _model_of(config, record, weights=bool(config.lora.rank or config.train.only))
+  folder = save.kept(workdir)
+  if folder and not (config.lora.rank or config.train.only):
+    return repo.Checkpoint(folder, *repo.read_config(folder / "config.json"))
+  source = _model_of(config, workdir, record, weights=bool(config.lora.rank or config.train.only))
   if config.model.config and config.model.init == "scratch":
-    source = repo.Checkpoint(source.folder, *repo.read_config(Path(_resolve(config.model.config, record))))
+    source = repo.Checkpoint(source.folder, *repo.read_config(Path(_resolve(config.model.config, workdir, record))))
   return source
 
 
-def _model_of(config: ConfigDict, record: dict[str, Any], weights: bool = True) -> repo.Checkpoint:
+def _model_of(config: ConfigDict, workdir: Path, record: dict[str, Any], weights: bool = True) -> repo.Checkpoint:
   """What `config.model.path` names: a folder where the run was started, and then never the hub's model of that name."""
-  path = _resolve(config.model.path, record) if record.get("local_model") else config.model.path
+  path = _resolve(config.model.path, workdir, record) if record.get("local_model") else config.model.path
   return repo.find(path, config.model.revision, weights=weights, torch_bin=config.model.torch_bin)
 
 
-def _resolve_sources(data: ConfigDict, record: dict[str, Any]) -> ConfigDict:
+def _resolve_sources(data: ConfigDict, workdir: Path, record: dict[str, Any]) -> ConfigDict:
   """`config.data` with the sources where they were when the run was started, wherever this command is."""
   found = ConfigDict(data)
   for key in ("train", "validation"):
-    found[key] = tuple(name if name.startswith("hub:") else _resolve(name, record) for name in data[key])
-  found.cache_dir = _resolve(data.cache_dir, record) if data.cache_dir else ""
+    found[key] = tuple(name if name.startswith("hub:") else _resolve(name, workdir, record) for name in data[key])
+  cache = _resolve(data.cache_dir, workdir, record) if data.cache_dir else ""
+  found.cache_dir = cache if cache and exists(Path(cache)) else ""
   return found
 
 
-def _resolve(path: str, record: dict[str, Any]) -> str:
-  """A relative path from the folder in which the run was started, or from this one where it is there alone."""
-  there = Path(record.get("started_in", "")) / path
-  return path if exists(Path(path)) and not exists(there) else str(there)
+def _resolve(path: str, workdir: Path, record: dict[str, Any]) -> str:
+  """Where a path of the config leads: from the folder in which the run was started; beside the workdir, as far as it was then,
+  where both have been moved; or from here."""
+  then = Path(record.get("started_in", "")) / path
+  moved = workdir.absolute() / os.path.relpath(then, record["workdir"]) if "workdir" in record else then
+  return str(next((found for found in (then, moved, Path(path)) if exists(found)), then))

@@ -62,8 +62,15 @@ def check(config: ConfigDict, workdir: Path) -> None:
     out = export_folder(config, workdir)
     lines += [f"config.export.out: {line}" for line in save.faults(out)]
     lines += [f"--workdir: {line}" for line in checkpoint.faults(workdir / "checkpoints")]
-    if out.absolute() in (workdir.absolute(), *workdir.absolute().parents, (workdir / "checkpoints").absolute()):
+    lines += [f"--workdir: {line}" for line in save.faults_of_workdir(workdir)]
+    there, here = out.resolve(), workdir.resolve()
+    own = [here / name for name in sources.OWN_FOLDERS if name != "export"]
+    if there in (here, *here.parents) or any(there.is_relative_to(folder) for folder in own):
       lines.append(f"config.export.out={str(out)!r}: the run itself is written there; name a folder of its own")
+    if config.model.path and repo.is_local(config.model.path) and Path(config.model.path).resolve() == here:
+      lines.append(
+        f"--workdir: {str(workdir)!r} is config.model.path, whose config.json the run would replace by its own"
+      )
     if config.export.push_to_hub:
       lines += [f"config.export.{line}" for line in push.faults(config.export.push_to_hub)]
     lines += sources.faults(config.data)
@@ -168,7 +175,7 @@ def finetune(
       "data": data.fingerprint,
       "held_out": data.held_out,
     }
-    about |= {"versions": dict(hosts.versions()), "started_in": str(Path.cwd())}
+    about |= {"versions": dict(hosts.versions()), "started_in": str(Path.cwd()), "workdir": str(workdir.absolute())}
     about["local_model"] = repo.is_local(config.model.path)
     say(
       f"{data.report['rows']['trained']:,} documents with {data.report['tokens']['trained']:,} tokens to train on, in "
@@ -234,7 +241,7 @@ def finetune(
     if jax.process_index() == 0:
       write_whole(workdir / "config.json", settings.to_json(config))
       write_whole(workdir / "data_report.json", data.to_json(config.train))
-      save.replace_config_and_tokenizer(workdir / "model", source, tokenizer)
+      save.replace_config_and_tokenizer(workdir, source, tokenizer)
     kind = {"type": source.hf_config["model_type"], "compute_dtype": program.compute.dtype.name}
     sizes = {"parameters": parts.count(program.state.weights, cfg), "trained": parts.count(program.state.params, cfg)}
     needs = {"planned": memory, "host": programs.bytes_on_host(program)}

@@ -1,5 +1,6 @@
 """Classification heads in and out, against transformers' own."""
 
+import dataclasses
 import json
 import shutil
 
@@ -189,6 +190,9 @@ def test_a_new_head_on_five_configs_answers_batches_in_transformers(folder, tmp_
     more = {name: LEFT_OVER[name][rng.integers(len(LEFT_OVER[name]))] for name in names}
     about = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(about | more))
+    if rng.random() < 0.3:  # as people set it for generation
+      says = json.loads((source / "tokenizer_config.json").read_text())
+      (source / "tokenizer_config.json").write_text(json.dumps(says | {"padding_side": "left"}))
     if rng.random() < 0.3:
       says = json.loads((source / "tokenizer_config.json").read_text())
       (source / "tokenizer_config.json").write_text(json.dumps(says | {"pad_token": "!"}))
@@ -200,7 +204,7 @@ def test_a_new_head_on_five_configs_answers_batches_in_transformers(folder, tmp_
     params = load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
     save.export(out, params, checkpoint, tokenizer=tokenizer)
     their = transformers.AutoModelForSequenceClassification.from_pretrained(out)
-    texts = ["the cat sat on the mat and ran", "the dog", "cat"]
+    texts = ["the cat sat on the mat and ran", "the dog" + tokenizer.decode([5]), "cat"]
     with torch.no_grad():
       found = their(**transformers.AutoTokenizer.from_pretrained(out)(texts, padding=True, return_tensors="pt")).logits
     ours = np.stack([label.logits_C for label in jaxft.load(out).classify(texts)])
@@ -243,6 +247,8 @@ def test_padding_is_a_token_that_the_tokenizer_has(theirs):
   for said, wanted in ((5, 5), (None, 0), (100_000, 0)):
     other = source._replace(hf_config=source.hf_config | {"pad_token_id": said})
     assert repo.with_classes(other, LABELS, tokenizer).hf_config["pad_token_id"] == wanted
+    new = other._replace(cfg=dataclasses.replace(other.cfg, classes=0))  # 5 is a letter, which texts may end with
+    assert repo.with_classes(new, LABELS, tokenizer).hf_config["pad_token_id"] == 0
 
 
 def test_padding_that_ends_each_text_is_refused_before_training(theirs, tmp_path):
@@ -261,10 +267,26 @@ def test_padding_that_ends_each_text_is_refused_before_training(theirs, tmp_path
 
 
 def test_names_from_a_data_set_find_the_classes_of_a_head_without_names():
-  from jaxft.data.sources import ClassName
+  from jaxft.data.readers import ClassName
 
   names = [ClassName("neg", 0), ClassName("pos", 1)]
   assert class_numbers(names, ["LABEL_0", "LABEL_1"]) == class_numbers(names, ["0", "1"]) == [0, 1]
   assert class_numbers(names, ["pos", "neg"]) == [1, 0]
   with pytest.raises(RequestError, match="label 'neg': the model's classes are 'LABEL_0'"):
     class_numbers(["neg", "pos"], ["LABEL_0", "LABEL_1"])  # of a file that says no numbers
+
+
+def test_two_rows_of_two_lengths_are_compared_with_transformers(theirs):
+  from jaxft.hf import verify
+
+  ids_BT, lengths_B = verify._some_rows(repo.find(str(theirs[1])))
+  assert len(ids_BT) == 2 and lengths_B[0] > lengths_B[1] and (ids_BT[1, lengths_B[1] :] == 292).all()
+
+
+def test_numbers_as_a_csv_has_them_find_their_classes():
+  assert class_numbers(["1.0", "0.0", "1.0"], ["neg", "pos"]) == [1, 0, 1]
+  assert class_numbers(["True", "False"], ["LABEL_0", "LABEL_1"]) == [1, 0]
+  with pytest.raises(RequestError, match="label '2.0'"):
+    class_numbers(["2.0"], ["neg", "pos"])
+  with pytest.raises(RequestError, match="label 'True'"):
+    class_numbers(["True"], ["a", "b", "c"])

@@ -142,7 +142,7 @@ def test_another_model_text_or_optimizer_is_refused_by_name(config, folder, stor
   with pytest.raises(RequestError, match="norm_eps is 0.5; the run was started with 1e-05"):
     finetune(config, tmp_path / "run")
   assert load_workdir(tmp_path / "run").source.cfg.norm_eps == 1e-5  # the run keeps the config that it trained
-  kept = tmp_path / "run" / "model" / "config.json"
+  kept = tmp_path / "run" / "run.model" / "config.json"
   kept.write_text(json.dumps(json.loads(kept.read_text()) | {"layer_norm_epsilon": 0.5}))
   with pytest.raises(RequestError, match="norm_eps is 0.5, and was 1e-05 when the run"):
     load_workdir(tmp_path / "run")

@@ -11,8 +11,9 @@ import pytest
 import tiny
 
 import jaxft
-from jaxft.data import report
+from jaxft.data import report, sources
 from jaxft.errors import RequestError
+from jaxft.hf import added_tokens, repo, save
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.pretrained import load_workdir
 from jaxft.run.checkpoint import Checkpoints
@@ -49,7 +50,7 @@ def test_forty_names_of_folders(ready, folder, tmp_path, part):
     assert data.report["rows"]["read"] == 20
     ready.export(root / "out")
     assert (root / "out" / "parity.json").is_file()
-    tokenizers.verify(root / "out", tokenizer)
+    tokenizers.verify(root / "out", tokenizer, folder)
     before = sorted(path.name for path in root.iterdir())
     if any(part in name for part in REFUSED):
       with pytest.raises(RequestError, match="--workdir: .* Orbax takes the .* for part of a pattern"):
@@ -80,8 +81,77 @@ def test_a_finished_run_is_used_from_anywhere_and_without_its_model(finished, fo
   here.export(tmp_path / "as_stored", dtype="source")
   folders = (finished[0] / "export", tmp_path / "out", tmp_path / "as_stored")
   assert len({(at / "model.safetensors").read_bytes() for at in folders}) == 1
+  (tmp_path / "[1]").mkdir()
+  with pytest.raises(RequestError, match="Orbax takes the . for part of a pattern|Orbax takes the .* in the path"):
+    load_workdir(shutil.copytree(finished[0], tmp_path / "[1]" / "w"))
   with pytest.raises(RequestError, match="no/such/model"):  # whose dtypes nobody knows now
     there.export(tmp_path / "not", dtype="source")
+
+
+def test_what_is_in_a_workdir_is_never_taken_for_the_runs_own(folder, stories, tmp_path):
+  """The run keeps its model's config there; a model of the user's, or anything else, stays as it is."""
+  config = tiny.config(folder, stories)
+  (tmp_path / "model").mkdir()
+  (tmp_path / "model" / "my_code.py").write_text("import this")
+  check(config, tmp_path)
+  source, tokenizer = repo.find(str(folder)), tokenizers.load(folder, 293)
+  save.replace_config_and_tokenizer(tmp_path, source, tokenizer)
+  assert (tmp_path / "model" / "my_code.py").is_file() and save.kept(tmp_path) == tmp_path / "run.model"
+  save.replace_config_and_tokenizer(tmp_path, source, tokenizer)  # its own is replaced
+  (tmp_path / "run.model" / "model.safetensors").write_text("mine")
+  with pytest.raises(RequestError, match="'model.safetensors' is none of it"):
+    check(config, tmp_path)
+  with pytest.raises(RequestError, match="'model.safetensors' is none of it"):
+    save.replace_config_and_tokenizer(tmp_path, source, tokenizer)
+  assert (tmp_path / "run.model" / "model.safetensors").read_text() == "mine"
+  mine = shutil.copytree(folder, tmp_path / "mine")
+  config.model.path = str(mine)
+  with pytest.raises(RequestError, match="--workdir: .* is config.model.path"):
+    check(config, tmp_path / "mine" / ".." / "mine")
+
+
+def test_a_start_that_is_killed_between_two_renames_leaves_the_old_config(folder, tmp_path, monkeypatch):
+  source, tokenizer = repo.find(str(folder)), tokenizers.load(folder, 293)
+  save.replace_config_and_tokenizer(tmp_path, source, tokenizer)
+  rename = Path.rename
+
+  def killed(path, to):
+    if path.name.endswith("jaxft-partial"):
+      raise KeyboardInterrupt
+    return rename(path, to)
+
+  with monkeypatch.context() as dying, pytest.raises(KeyboardInterrupt):
+    dying.setattr(Path, "rename", killed)
+    save.replace_config_and_tokenizer(tmp_path, source, tokenizer)
+  assert save.kept(tmp_path) and tokenizers.load(save.kept(tmp_path), 293)
+  save.replace_config_and_tokenizer(tmp_path, source, tokenizer)
+  assert [path.name for path in tmp_path.iterdir()] == ["run.model"]
+
+
+def test_an_export_through_a_link_is_where_the_link_leads(ready, tmp_path):
+  disk = tmp_path / "disk" / "out"
+  disk.mkdir(parents=True)
+  (tmp_path / "export").symlink_to(disk)
+  for _ in range(2):
+    ready.export(tmp_path / "export")
+    assert (tmp_path / "export").is_symlink() and (disk / "parity.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "export"]
+
+
+def test_places_where_no_export_can_be_written_are_told_before_training(folder, stories, tmp_path):
+  config = tiny.config(folder, stories)
+  (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+  (tmp_path / "file").touch()
+  for out, told in (
+    (tmp_path / ("x" * 245), "File name too long"),
+    (tmp_path / "file" / "out", "is no folder"),
+    (tmp_path / "gone", "a link that leads nowhere"),
+    *((tmp_path / "run" / name, "the run itself is written there") for name in sources.OWN_FOLDERS if name != "export"),
+    (tmp_path / "run" / "checkpoints" / "x", "the run itself is written there"),
+  ):
+    config.export.out = str(out)
+    with pytest.raises(RequestError, match=f"config.export.out.*{told}"):
+      check(config, tmp_path / "run")
 
 
 def test_what_was_held_out_is_measured_or_refused(finished, stories, tmp_path):
@@ -96,10 +166,14 @@ def test_what_was_held_out_is_measured_or_refused(finished, stories, tmp_path):
   last = [line["eval/loss"] for line in metrics if "eval/loss" in line][-1]
   assert ready.evaluate_held_out()["loss"] == pytest.approx(last, rel=1e-4)
   mine.write_text(mine.read_text() + '{"text": "zzz plugh"}\n' * 60)
-  with pytest.raises(
-    RequestError, match="what is held out of it now may have been trained on; name a text with --data"
-  ):
+  refused = "what is held out of it now may have been trained on; name a text with --data"
+  with pytest.raises(RequestError, match=refused):
     load_workdir(workdir).evaluate_held_out()
+  ready = load_workdir(workdir)
+  del ready._record["held_out"]  # a run of before 2026-11-28
+  for length in (0, 24, 32):
+    with pytest.raises(RequestError, match=refused):
+      ready.evaluate_held_out(sequence_length=length)
 
 
 def test_a_run_of_relative_names_is_used_from_another_folder(folder, stories, tmp_path, monkeypatch):
@@ -133,12 +207,27 @@ def test_a_run_of_relative_names_is_used_from_another_folder(folder, stories, tm
     assert (elsewhere / f"out{i}" / "model.safetensors").read_bytes() == exported
   assert "base_model" not in (elsewhere / "out0" / "README.md").read_text()
 
+  # All of it moved: what was beside the workdir is still beside it.
+  shutil.copytree(here, tmp_path / "moved", ignore=shutil.ignore_patterns("tokens"))
+  here.rename(tmp_path / "away")
+  assert load_workdir(tmp_path / "moved" / "run").evaluate_held_out()["loss"] == pytest.approx(last, rel=1e-5)
+  (tmp_path / "away").rename(here)
+
   # A tokenizer among the adapters is the one that they were trained with.
   for name in ("tokenizer.json", "tokenizer_config.json"):
     shutil.copyfile(workdir / "export" / name, workdir / "adapter" / name)
   named = (workdir / "adapter" / "tokenizer_config.json").read_text().replace("<|endoftext|>", "e")
   (workdir / "adapter" / "tokenizer_config.json").write_text(named)
   assert jaxft.load(workdir / "adapter").tokenizer.eos_token == "e"
+  # Beside the base's config.json, and with a base that is named from the folder, they are adapters still.
+  shutil.copyfile(here / "mine" / "model" / "config.json", workdir / "adapter" / "config.json")
+  about = json.loads((workdir / "adapter" / "adapter_config.json").read_text())
+  about["base_model_name_or_path"] = "../../mine/model"
+  (workdir / "adapter" / "adapter_config.json").write_text(json.dumps(about))
+  monkeypatch.chdir("/")
+  assert repo.find(str(workdir / "adapter")).folder.samefile(here / "mine" / "model")
+  added_tokens.write(repo.find(str(workdir / "adapter")), ["<|new|>"], elsewhere / "added")
+  assert jaxft.load(elsewhere / "added").tokenizer.eos_token == "e"
 
   # What has changed since is refused, not measured and not trained on.
   monkeypatch.chdir(here)
@@ -164,6 +253,12 @@ def test_a_folder_of_text_is_read_without_the_runs_and_models_in_it(finished, fo
   (tmp_path / "half" / "checkpoints").mkdir(parents=True)
   for name in ("run.lock", "metrics.jsonl"):  # of a run that has just begun
     (tmp_path / "half" / name).touch()
+  for name in ("lora/adapter_config.json", "lora/merges.txt", "tf/config.json", "tf/tf_model.h5", "tf/merges.txt"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+  (tmp_path / "bpe").mkdir()
+  for name in ("tokenizer.json", "merges.txt"):
+    (tmp_path / "bpe" / name).write_text("{}")
   data = tiny.config(folder, tmp_path).data
   data.cache_dir = str(tmp_path / "cache")
   tokenizer = tokenizers.load(folder, 293)
@@ -171,8 +266,12 @@ def test_a_folder_of_text_is_read_without_the_runs_and_models_in_it(finished, fo
   assert first.report["rows"]["read"] == 12
   assert (
     first.report["notes"]["folders of runs, left out"] == 2
-    and first.report["notes"]["folders of models, left out"] == 2
+    and first.report["notes"]["folders of models, left out"] == 4
   )
+  assert {path.name for path in sources.find_files(f"{tmp_path}/**/*.jsonl", "train")} == {"a.jsonl", "b.jsonl"}
+  with pytest.raises(RequestError, match="no such file"):  # nothing but the run's own
+    sources.find_files(f"{tmp_path}/runs/mine/m*.jsonl", "train")
+  assert sources.find_files(f"{tmp_path}/runs/mine/metrics.jsonl", "train")  # whoever names it wants it
   for name in ("metrics.jsonl", "samples.jsonl", "run.lock"):  # the folder is now a workdir itself
     shutil.copyfile(finished[0] / name, tmp_path / name)
   assert report.prepare(data, tokenizer, "").held_out == first.held_out

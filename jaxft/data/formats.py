@@ -87,9 +87,10 @@ def class_numbers(labels: list[str], classes: Sequence[str]) -> list[int]:
   ways = (
     {name: i for i, name in enumerate(classes)},
     {name.casefold(): i for i, name in enumerate(classes) if by_case[name.casefold()] == 1},
-    {str(i): i for i in range(len(classes))},
+    {number: i for i in range(len(classes)) for number in (str(i), f"{i}.0")}
+    | ({"false": 0, "true": 1} if len(classes) == 2 else {}),
   )
-  for number, same in zip(ways, (str, str.casefold, str), strict=True):
+  for number, same in zip(ways, (str, str.casefold, str.casefold), strict=True):
     if all(same(label) in number for label in labels):
       return [number[same(label)] for label in labels]
   nameless = all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(classes))

@@ -1,8 +1,10 @@
 """Rows out of files and hub data sets, one at a time: nothing is in memory whole, but for each .txt and .json file."""
 
 import collections
+import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -16,9 +18,20 @@ from jaxft.errors import RequestError, first_line
 from jaxft.files import exists
 
 # Of a run or a model, in whose folder text may lie too.
-OWN_FOLDERS = ("checkpoints", "profile", "export", "adapter", "model", "tensorboard", "mlartifacts", "wandb", "trackio")
+OWN_FOLDERS = (
+  "checkpoints",
+  "profile",
+  "export",
+  "adapter",
+  "run.model",
+  "tensorboard",
+  "mlartifacts",
+  "wandb",
+  "trackio",
+)
 OWN_FILES = ("metrics.jsonl", "samples.jsonl", "merges.txt", "vocab.txt")
-MODEL_FILES = (".safetensors", ".msgpack", ".bin", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = (".safetensors", ".msgpack", ".bin", ".h5", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json"}
 # What datasets.Dataset.save_to_disk writes, and DatasetDict.save_to_disk.
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 
@@ -36,8 +49,7 @@ def find_files(source: str, split: str, notes: collections.Counter | None = None
   if exists(path):
     files, what = [path] if path.is_file() else [], "not an ordinary file"
   else:
-    files = sorted(Path(p) for p in glob.glob(source, recursive=True) if Path(p).is_file())
-    what = "no such file or folder"
+    files, what = _matches(source, collections.Counter() if notes is None else notes), "no such file or folder"
   if not files:
     raise RequestError(f"data source {source!r}: {what}; give a file, a glob, a folder or hub:NAME")
   for file in files:
@@ -116,11 +128,43 @@ def _inside(folder: Path, notes: collections.Counter) -> list[Path]:
       else:
         folders.append(name)
         seen.add(of)
-    own = {name for name in names if this and name in OWN_FILES}
+    own = _own_files(this, names)
     notes["files of a run or a model, left out"] += len(own)
     files += [Path(at, name) for name in names if not name.startswith(".") and name not in own]
   notes["links that lead nowhere, left out"] += sum(not exists(file) for file in files)
   return sorted(file for file in files if exists(file) and file.is_file())
+
+
+def _matches(pattern: str, notes: collections.Counter) -> list[Path]:
+  """The files that match a pattern, but for those of runs and models in folders that it does not name itself."""
+  parts = Path(pattern).parts
+  plain = list(itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1]))
+  base, files = Path(*plain), []
+
+  @functools.cache
+  def holds_none(folder: Path) -> bool:
+    if folder == base:
+      return False
+    run = _not_text(folder.parent) == "folders of runs" and folder.name in OWN_FOLDERS
+    return run or bool(_not_text(folder)) or holds_none(folder.parent)
+
+  for file in sorted(Path(match) for match in glob.glob(pattern, recursive=True)):
+    if not file.is_file():
+      continue
+    if (
+      holds_none(file.parent)
+      or glob.has_magic(parts[-1])
+      and file.name in _own_files(_not_text(file.parent), [path.name for path in file.parent.iterdir()])
+    ):
+      notes["files of a run or a model, left out"] += 1
+    else:
+      files.append(file)
+  return files
+
+
+def _own_files(what: str, names: list[str]) -> set[str]:
+  """Which files of a folder, which is of this kind, are a run's or a model's, and no text."""
+  return {name for name in names if name in OWN_FILES and (what or TOKENIZER_FILES & {*names})}
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -133,7 +177,11 @@ def _not_text(folder: Path) -> str:
   names = {path.name for path in folder.iterdir()} if os.access(folder, os.R_OK | os.X_OK) else set()
   if "run.lock" in names or {"config.json", "metrics.jsonl"} <= names:
     return "folders of runs"
-  if "parity.json" in names or "config.json" in names and any(name.endswith(MODEL_FILES) for name in names):
+  if (
+    names & {"parity.json", "adapter_config.json"}
+    or "config.json" in names
+    and any(name.endswith(MODEL_FILES) for name in names)
+  ):
     return "folders of models"
   return "Python environments" if "pyvenv.cfg" in names else ""
 

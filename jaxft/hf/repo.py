@@ -12,6 +12,7 @@ from jaxft.data import tokens
 from jaxft.errors import RequestError, first_line
 from jaxft.files import exists
 from jaxft.hf import facts
+from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.tables import FAMILIES, Family
 from jaxft.model import ModelConfig
 
@@ -56,9 +57,7 @@ class Checkpoint(NamedTuple):
   @property
   def tokenizer_folder(self) -> Path:
     """Where the tokenizer is: adapters may have their own, with which they were trained."""
-    own = self.adapter and any(
-      (self.adapter / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt")
-    )
+    own = self.adapter and any((self.adapter / name).is_file() for name in tokenizers.VOCABULARIES)
     return self.adapter if own else self.folder
 
   @property
@@ -89,7 +88,10 @@ def with_classes(checkpoint: Checkpoint, labels: list[str], tokenizer: Any) -> C
 def padding(checkpoint: Checkpoint, tokenizer: Any) -> int:
   """The token that rows are filled up with: transformers reads the class at the last token that is not this one."""
   said, after = checkpoint.hf_config.get("pad_token_id"), tokens.special_ids_around(tokenizer)[1]
-  known = said if said in tokenizer.get_vocab().values() else None
+  # A head that was trained has learned with what its config.json says. A new one's must be no token that texts have.
+  has_head = checkpoint.cfg.classes and not checkpoint.new_head
+  fine = said in tokenizer.get_vocab().values() if has_head else tokenizers.is_special(tokenizer, said)
+  known = said if fine else None
   chosen = next(id for id in (tokenizer.pad_token_id, known, tokenizer.eos_token_id) if id is not None)
   if after[-1:] == [chosen]:
     raise RequestError(
@@ -144,7 +146,8 @@ def _check_folder(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
     raise RequestError(f"model folder {str(folder)!r}: no such folder; give one, or a hub id such as gpt2")
   config_file = folder / "config.json"
   _refuse_odd_files(folder)
-  if (folder / ADAPTER).is_file() and not config_file.is_file():
+  of_a_model = [*FORMATS, PICKLE, *(f"{name}.index.json" for name in (*FORMATS, PICKLE))]
+  if (folder / ADAPTER).is_file() and not (config_file.is_file() and any((folder / it).is_file() for it in of_a_model)):
     return _with_base(folder, weights, torch_bin)
   if not config_file.is_file():
     raise RequestError(
@@ -174,6 +177,8 @@ def _with_base(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
     raise RequestError(f"{folder / ADAPTER}: base_model_name_or_path={base!r} names no model")
   if weights and not (folder / ADAPTER_WEIGHTS).is_file():
     raise RequestError(f"{folder}: no {ADAPTER_WEIGHTS} in it (an adapter_model.bin is a pickle, and not read)")
+  if not exists(Path(base)) and exists(folder / base):
+    base = str(folder / base)
   if (Path(base) / ADAPTER).is_file() and not (Path(base) / "config.json").is_file():
     raise RequestError(f"{folder}: adapters of {base!r}, which is a folder of adapters itself; merge that one first")
   try:

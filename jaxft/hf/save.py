@@ -1,6 +1,7 @@
 """Weights -> a Hugging Face folder, written under a temporary name, read back, compared, and only then put in place."""
 
 import collections
+import contextlib
 import json
 import os
 import shutil
@@ -24,23 +25,36 @@ from jaxft.hf.verify import must_read_config, verify
 # Keys of config.json that name code to be loaded: there is none of it in an export.
 NOT_EXPORTED = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "trust_remote_code")
 GENERATION = "generation_config.json"
+# Where a run keeps config and tokenizer of its model, in its workdir, and the files that may be in it.
+KEPT = "run.model"
+WRITTEN = ("config.json", GENERATION, *tokenizers.FILES)
 
 
 def faults(out: Path) -> list[str]:
-  """What is in the way of an export to `out`, at most one line. Only what jaxft has exported is ever replaced."""
-  out = Path(os.path.abspath(out))
-  if out in (Path.cwd(), *Path.cwd().parents):
-    return [f"export to {str(out)!r}: this is where the command was started; name a folder to be made"]
+  """What is in the way of an export to `out`, at most one line. Only what jaxft has exported is ever replaced.
+
+  A link leads to where the export is written, which may be another disk.
+  """
+  named = str(out)
   try:
+    if out.is_symlink() and not out.exists():
+      return [f"export to {named!r}: a link that leads nowhere; make {os.readlink(out)!r}, or name another folder"]
+    out = Path(os.path.realpath(out))
+    if out in (Path.cwd(), *Path.cwd().parents):
+      return [f"export to {named!r}: this is where the command was started; name a folder to be made"]
+    above = next(path for path in out.parents if os.path.lexists(path))
+    if not above.is_dir():
+      return [f"export to {named!r}: {above} is no folder"]
+    for name in (*out.relative_to(above).parts, _partial(out).name, _old(out).name):
+      with contextlib.suppress(FileNotFoundError):
+        os.lstat(above / name)  # a name may be too long
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
       return []
     if (out / repo.PARITY).is_file() and not any(inside.is_dir() for inside in out.iterdir()):
       return []
   except OSError as error:
-    return [f"export to {str(out)!r}: {error.strerror}"]
-  return [
-    f"export to {str(out)!r}: it is there, and is no earlier export (no {repo.PARITY} in it); name another folder"
-  ]
+    return [f"export to {named!r}: {error.strerror}"]
+  return [f"export to {named!r}: it is there, and is no earlier export (no {repo.PARITY} in it); name another folder"]
 
 
 def export(
@@ -75,8 +89,8 @@ def export(
     return _hand_over(params, checkpoint, dtypes(stored or checkpoint, dtype), max_shard_size)
   if lines := faults(out):
     raise RequestError("\n".join(lines))
-  out = Path(os.path.abspath(out))
-  partial = out.with_name(f".{out.name}.jaxft-partial")
+  out = Path(os.path.realpath(out))
+  partial = _partial(out)
   try:
     _put_back(out)
     shutil.rmtree(partial, ignore_errors=True)
@@ -110,8 +124,8 @@ def write_config_and_tokenizer(
   hf_config |= {"architectures": [checkpoint.architecture], **more, **_special_ids(hf_config, tokenizer)}
   if checkpoint.cfg.classes and tokenizer:
     hf_config["pad_token_id"] = repo.padding(checkpoint, tokenizer)
-  if hf_config["model_type"] == "gpt2":
-    hf_config.setdefault("n_ctx", checkpoint.cfg.P)  # which llama.cpp's converter asks for
+  if hf_config["model_type"] == "gpt2" and hf_config.get("n_ctx") is None:
+    hf_config["n_ctx"] = checkpoint.cfg.P  # which llama.cpp's converter asks for
   write_json(folder / "config.json", hf_config)
   source = checkpoint.folder / GENERATION
   says = repo.json_object(source) if source.is_file() else {}
@@ -119,24 +133,48 @@ def write_config_and_tokenizer(
     says = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id") if key in hf_config} | says
     write_json(folder / GENERATION, says | _special_ids(says, tokenizer))
   if tokenizer:
+    more = (
+      {"padding_side": "right"} if checkpoint.cfg.classes else {}
+    )  # jaxft's and, without position_ids, transformers'
     positions, pad = checkpoint.cfg.P, hf_config.get("pad_token_id")
-    tokenizers.write(tokenizer, checkpoint.tokenizer_folder, folder, positions=positions, pad_token_id=pad)
+    tokenizers.write(tokenizer, checkpoint.tokenizer_folder, folder, more, positions=positions, pad_token_id=pad)
 
 
-def replace_config_and_tokenizer(folder: Path, checkpoint: repo.Checkpoint, tokenizer: Any) -> None:
-  """Replaces a folder by what `write_config_and_tokenizer` writes, in one rename.
+def faults_of_workdir(workdir: Path) -> list[str]:
+  """Why config and tokenizer cannot be kept in a workdir, at most one line: what is there is not what a run has written."""
+  folder = workdir / KEPT
+  try:
+    strange = [file.name for file in folder.iterdir() if file.name not in WRITTEN or not file.is_file()]
+  except FileNotFoundError:
+    strange = []
+  except OSError as error:
+    return [f"{str(folder)!r}: {error.strerror}"]
+  return [f"{str(folder)!r}: a run keeps its model's config there, and {name!r} is none of it" for name in strange[:1]]
 
-  A run does so in its workdir, whose checkpoints can then be used when the folder of the model is gone.
+
+def replace_config_and_tokenizer(workdir: Path, checkpoint: repo.Checkpoint, tokenizer: Any) -> None:
+  """Replaces WORKDIR/run.model by what `write_config_and_tokenizer` writes, in one rename.
+
+  The run's checkpoints can then be used when the folder of the model is gone. Raises RequestError where anything else is there.
   """
-  partial = folder.with_name(f".{folder.name}.jaxft-partial")
+  folder = workdir / KEPT
+  partial = _partial(folder)
   try:
     _put_back(folder)
+    if lines := faults_of_workdir(workdir):
+      raise RequestError("\n".join(lines))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     write_config_and_tokenizer(partial, checkpoint, tokenizer, {})
     _put_in_place(partial, folder)
   except OSError as error:
     raise StorageError(f"{folder}: {refused(folder, error)}") from error
+
+
+def kept(workdir: Path) -> Path | None:
+  """The folder of a workdir with config and tokenizer of its model; None where a run of before 2026-11-28 has none."""
+  folders = (workdir / KEPT, _old(workdir / KEPT))  # the second: of a start that was killed just then
+  return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
 def _special_ids(says: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -158,7 +196,7 @@ def check_exportable(checkpoint: repo.Checkpoint, tokenizer: Any) -> None:
   with tempfile.TemporaryDirectory(prefix="jaxft-") as folder:
     write_config_and_tokenizer(Path(folder), checkpoint, tokenizer, {})
     must_read_config(Path(folder), checkpoint)
-    tokenizers.verify(Path(folder), tokenizer)
+    tokenizers.verify(Path(folder), tokenizer, checkpoint.tokenizer_folder)
 
 
 def _write_weights(
@@ -234,6 +272,10 @@ def _put_back(out: Path) -> None:
   """Where something ended the process between the two renames, the old model gets its name again."""
   if _old(out).exists() and not out.exists():
     _old(out).rename(out)
+
+
+def _partial(out: Path) -> Path:
+  return out.with_name(f".{out.name}.jaxft-partial")
 
 
 def _old(out: Path) -> Path:

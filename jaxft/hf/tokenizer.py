@@ -8,10 +8,12 @@ import hashlib
 import itertools
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from tokenizers.pre_tokenizers import ByteLevel
 
 from jaxft.errors import RequestError, first_line
@@ -20,6 +22,23 @@ from jaxft.files import write_json
 CONFIG = "tokenizer_config.json"
 # Copied where a tokenizer was read from one, beside the tokenizer.json that is always written.
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.model")
+VOCABULARIES = (
+  "tokenizer.json",
+  "vocab.json",
+  "vocab.txt",
+  *SENTENCEPIECE,
+)  # a folder with one of them has a tokenizer
+# All that `write` may write.
+FILES = (
+  "tokenizer.json",
+  CONFIG,
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+  "vocab.txt",
+)
+FILES += (*SENTENCEPIECE, "chat_template.jinja")
 # transformers 4 and 5 both know it, and it takes everything from tokenizer.json. 5 saves TokenizersBackend, unknown to 4.
 ANY_CLASS = "PreTrainedTokenizerFast"
 # Arguments of a loader, which transformers 5 writes too: they say where a file was, not what the tokenizer is.
@@ -72,6 +91,10 @@ def load(folder: Path, V: int) -> Any:
   # A folder that a Trainer has saved may hold the length it cut texts to, or padded them to.
   tokenizer.backend_tokenizer.no_truncation()
   tokenizer.backend_tokenizer.no_padding()
+  if isinstance(tokenizer.backend_tokenizer.pre_tokenizer, ByteLevel) and not tokenizer.backend_tokenizer.decoder:
+    tokenizer.backend_tokenizer.decoder = (
+      decoders.ByteLevel()
+    )  # else texts come back with a letter of its own for each byte
   if fault := _no_vocabulary(tokenizer, folder):
     raise RequestError(f"{folder}: {fault}")
   if tokenizer.eos_token_id is None:
@@ -113,10 +136,11 @@ def _no_vocabulary(tokenizer: Any, folder: Path) -> str:
   needs = "the folder needs tokenizer.json, or vocab.json and merges.txt, as its model was saved with"
   if (folder / "encoder.json").is_file() and (folder / "vocab.bpe").is_file():
     needs = "rename encoder.json to vocab.json, and vocab.bpe to merges.txt"
-  if not ordinary:
-    return f"no tokenizer: {len(vocabulary)} tokens, and none of them is text; {needs}"
+  unknown = tokenizer.unk_token_id
   some = ordinary[:: max(1, len(ordinary) // SAMPLED)]
   texts = tokenizer.backend_tokenizer.decode_batch([[id] for id in some], skip_special_tokens=False)
+  if not any(text.strip() for id, text in zip(some, texts, strict=True) if id != unknown):
+    return f"no tokenizer: {len(vocabulary)} tokens, and none of them is text; {needs}"
   words = [(id, text) for id, text in zip(some, texts, strict=True) if _is_word(text)]
   if len(words) > 9 and not any(_ids(tokenizer.backend_tokenizer, text) == [id] for id, text in words):
     return (
@@ -154,13 +178,23 @@ def fingerprint(tokenizer: Any) -> str:
   return hashlib.sha256(said.encode()).hexdigest()
 
 
-def write(tokenizer: Any, source: Path, out: Path, *, positions: int, pad_token_id: int | None) -> None:
+def write(
+  tokenizer: Any,
+  source: Path,
+  out: Path,
+  more: Mapping[str, Any] = MappingProxyType({}),
+  *,
+  positions: int,
+  pad_token_id: int | None,
+) -> None:
   """Writes the files of a tokenizer: the same ids in transformers 4 and 5, and what converters look for beside them.
 
   Args:
     source: the folder that it was read from, whose tokenizer_config.json is taken over but for what is untrue of `out`.
+    more: for tokenizer_config.json.
     positions: of the model: the length that `truncation=True` cuts to, unless the source names a shorter one.
-    pad_token_id: of the model's config.json: its token is the padding token, where the tokenizer has none.
+    pad_token_id: of the model's config.json: its token is the padding token, where the tokenizer has none and it is a special
+      token. An ordinary one would vanish from texts, as what transformers takes for special does.
   """
   backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
   model, added = backend["model"], tokenizer.backend_tokenizer.get_added_tokens_decoder()
@@ -180,7 +214,7 @@ def write(tokenizer: Any, source: Path, out: Path, *, positions: int, pad_token_
   longest = about.get("model_max_length")
   longest = min(positions, longest) if isinstance(longest, int) and longest > 0 else positions
   about |= named | {"tokenizer_class": _class(about, tokenizer), "model_max_length": int(longest)}
-  about |= {"additional_special_tokens": extra} if extra else {}
+  about |= ({"additional_special_tokens": extra} if extra else {}) | dict(more)
   # A class of transformers 4 gives token_type_ids unless told not to, and GPT-2 adds their embeddings to a text's.
   about["model_input_names"] = ["input_ids", "attention_mask"]
   about.setdefault("clean_up_tokenization_spaces", bool(tokenizer.clean_up_tokenization_spaces))
@@ -209,9 +243,17 @@ def _named(tokenizer: Any, backend: dict[str, Any], pad_token_id: int | None) ->
     unknown = model["vocab"][model["unk_id"]][0]
   named.setdefault("bos_token", named["eos_token"])
   named.setdefault("unk_token", unknown or named["eos_token"])
-  if pad_token_id is not None and 0 <= pad_token_id < len(tokenizer):
+  if is_special(tokenizer, pad_token_id):
     named.setdefault("pad_token", tokenizer.convert_ids_to_tokens(pad_token_id))
   return named
+
+
+def is_special(tokenizer: Any, id: Any) -> bool:
+  """Whether a token is none that a text is made of."""
+  if not isinstance(id, int):  # null in a config.json
+    return False
+  added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+  return added[id].special if id in added else id in (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def _class(about: dict[str, Any], tokenizer: Any) -> str:
@@ -239,25 +281,26 @@ def _vocabulary_files(backend: dict[str, Any]) -> dict[str, str]:
   return {}
 
 
-def verify(folder: Path, tokenizer: Any) -> None:
-  """Raises RequestError where transformers reads the tokenizer that was written to `folder` as another one."""
+def verify(folder: Path, tokenizer: Any, source: Path) -> None:
+  """Raises RequestError where transformers reads the tokenizer of `source` that was written to `folder` as another one."""
   from transformers import AutoTokenizer
 
   again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-  special = [str(token.content) for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()]
+  both = [one.backend_tokenizer.get_added_tokens_decoder().values() for one in (tokenizer, again)]
+  special = sorted({str(token.content) for tokens in both for token in tokens})
+  what = f"{source}: its tokenizer cannot be written"
   for text in (*PROBE, *(f"word{token}word {token}, {token} {token}" for token in special[:20])):
     for how in (False, True):
       wanted, found = (_ids(one.backend_tokenizer, text, how) for one in (tokenizer, again))
       if wanted != found:
         raise RequestError(
-          f"{folder}: its tokenizer cannot be written: transformers reads {text[:60]!r} back as {len(found)} other tokens "
-          f"({found[:8]} ..., not {wanted[:8]} ...)"
+          f"{what}: transformers reads {text[:60]!r} back as {len(found)} other tokens ({found[:8]} ..., not {wanted[:8]} ...)"
         )
+    if tokenizer.decode(wanted, skip_special_tokens=True) != again.decode(wanted, skip_special_tokens=True):
+      raise RequestError(f"{what}: transformers makes another text of the tokens of {text[:60]!r}")
   for name, wanted in (("bos_token_id", bos_token_id(tokenizer)), ("eos_token_id", tokenizer.eos_token_id)):
     if getattr(again, name) != wanted:
-      raise RequestError(
-        f"{folder}: its tokenizer cannot be written: {name} is {getattr(again, name)} when read back, not {wanted}"
-      )
+      raise RequestError(f"{what}: {name} is {getattr(again, name)} when read back, not {wanted}")
 
 
 def bos_token_id(tokenizer: Any) -> int:

@@ -45,7 +45,7 @@ def verify(
   if back.cfg != checkpoint.cfg:
     raise StorageError(f"{folder}: config.json read back describes another model: {back.cfg}, not {checkpoint.cfg}")
   if tokenizer:
-    tokenizers.verify(folder, tokenizer)
+    tokenizers.verify(folder, tokenizer, checkpoint.tokenizer_folder)
   dtype = dtype_of(full_name(EMBEDDING))
   report = {"tensors": "bit for bit", "dtype": dtype.name}
   graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
