@@ -5,18 +5,22 @@ import random
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+import jaxft
 from jaxft import config as settings
+from jaxft import model, sample
 from jaxft.data import report, tokens
 from jaxft.data.formats import Example
 from jaxft.errors import RequestError
-from jaxft.hf import repo, save
+from jaxft.hf import load, repo, save, verify
 from jaxft.hf import tokenizer as tokenizers
+from jaxft.train import finetune
 
 END, BEGIN, PAD, UNKNOWN = "<|endoftext|>", "<s>", "<pad>", "<unk>"
 WORDPIECE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "dog", "sat", "on", "mat", ".", "ran", "far"]
@@ -247,6 +251,90 @@ def test_prompts_and_texts_to_classify_are_cut_as_the_training_text(tmp_path):
   assert labelled.ids.tolist() == document
   asked = tokens.in_memory([Example("the cat sat", prompt=len("the cat"))], tokenizer)
   assert asked.ids.tolist() == [2, 5, 6, 8, 3] and asked.prompts_N.tolist() == [3]
+
+
+def test_whatever_reads_a_text_cuts_it_as_the_training_does(tmp_path, monkeypatch):
+  source, asked = wordpiece(tmp_path / "bert"), []
+  call = sample.Generator.__call__
+  monkeypatch.setattr(
+    sample.Generator,
+    "__call__",
+    lambda self, weights, ids, *more, **how: (asked.append(ids), call(self, weights, ids, *more, **how))[1],
+  )
+  ready = jaxft.load(source)
+  ready.generate(["the cat"], max_new_tokens=1)
+  (tmp_path / "t.jsonl").write_text('{"text": "the cat sat on the mat."}\n{"text": "the dog ran far."}\n' * 9)
+  config = tiny.config(source, tmp_path / "t.jsonl")
+  config.train.steps, config.train.sample_prompts, config.data.sequence_length = 1, ("the cat",), 8
+  config.optim.warmup_steps = 0
+  run = finetune(config, tmp_path / "run")
+  assert asked == [[[2, 5, 6]]] * 3  # generate, before and after
+  assert (run.export / "vocab.txt").read_text().split() == WORDPIECE
+
+  classifier = repo.with_classes(repo.find(str(source)), ["a", "b"], ready.tokenizer)
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  _, shapes, _ = model.abstract(classifier.cfg, model.Compute())
+  params = load.load(classifier, shapes, jax.tree.map(lambda _: here, shapes))
+  save.export(tmp_path / "classifier", params, classifier, tokenizer=ready.tokenizer)
+  again = jaxft.load(tmp_path / "classifier")
+  wanted = verify.logits(again.graph, again.params, np.array([[2, 5, 6, 3]], np.int32))[0, -1]
+  np.testing.assert_allclose(again.classify(["the cat"])[0].logits_C, wanted, atol=1e-5)
+
+  # What cannot be exported is told before the first step.
+  monkeypatch.setattr(tokenizers, "verify", lambda *_: (_ for _ in ()).throw(RequestError("cannot be written")))
+  with pytest.raises(RequestError, match="cannot be written"):
+    finetune(config, tmp_path / "another")
+  assert not (tmp_path / "another" / "metrics.jsonl").exists()
+
+
+def test_tokens_that_are_bytes_come_back_as_text_without_a_decoder_too(folder, tmp_path):
+  other = shutil.copytree(folder, tmp_path / "m")
+  about = json.loads((other / "tokenizer.json").read_text())
+  (other / "tokenizer.json").write_text(json.dumps(about | {"decoder": None}))
+  tokenizer = tokenizers.load(other, 293)
+  assert tokenizer.decode(tokens.prompt_ids(tokenizer, "the café, twice")) == "the café, twice"
+  save.write_config_and_tokenizer(tmp_path, repo.find(str(other)), tokenizer, {})
+  assert json.loads((tmp_path / "tokenizer.json").read_text())["decoder"]["type"] == "ByteLevel"
+
+
+@pytest.mark.parametrize("name", ["T5Tokenizer", "MBartTokenizer"])
+def test_a_class_without_its_vocabulary_is_refused(tmp_path, name):
+  """transformers 5.24 makes a tokenizer of special tokens alone, which reads every text as unknown."""
+  tiny.write_gpt2(tmp_path / "m", seed=0, tokenizer=False)
+  (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "eos_token": "</s>"}))
+  with pytest.raises(RequestError, match="none of them is text|no tokenizer that can be read"):
+    tokenizers.load(tmp_path / "m", 50257)
+
+
+def test_a_padding_token_of_config_json_that_is_a_letter_stays_one(folder, tmp_path):
+  """Old checkpoints have 0, which is "!" there. As a special token it would vanish from every text."""
+  other = shutil.copytree(folder, tmp_path / "m")
+  tokenizer = tokenizers.load(other, 293)
+  about = json.loads((other / "config.json").read_text())
+  for text in ("!", " the", "e"):
+    (pad, *_) = tokens.prompt_ids(tokenizer, text)
+    (other / "config.json").write_text(json.dumps(about | {"pad_token_id": pad}))
+    out = tmp_path / f"out{pad}"
+    jaxft.load(other).export(out)
+    again = AutoTokenizer.from_pretrained(out)
+    for said in ("Great movie!", "the the e!"):
+      assert again.decode(again(said)["input_ids"], skip_special_tokens=True) == said
+    assert json.loads((out / "config.json").read_text())["pad_token_id"] == pad
+
+
+def test_the_tokenizers_own_padding_and_its_other_files_are_in_the_export(folder, tmp_path):
+  other = shutil.copytree(folder, tmp_path / "m")
+  says = json.loads((other / "tokenizer_config.json").read_text())
+  (other / "tokenizer_config.json").write_text(json.dumps(says | {"pad_token": "!"}))
+  for name in ("spiece.model", "chat_template.jinja"):
+    (other / name).write_text(name)
+  tokenizer = tokenizers.load(other, 293)
+  save.write_config_and_tokenizer(tmp_path, repo.find(str(other)), tokenizer, {})
+  for name in ("config.json", "generation_config.json"):
+    said = json.loads((tmp_path / name).read_text()).get("pad_token_id")
+    assert said == tokenizer.pad_token_id is not None, name
+  assert (tmp_path / "spiece.model").read_text() == "spiece.model"
+  assert (tmp_path / "chat_template.jinja").read_text() == "chat_template.jinja"
 
 
 def test_an_end_token_that_begins_each_text_is_there_once(tmp_path):
