@@ -219,6 +219,29 @@ def test_a_label_has_the_name_that_the_datasets_library_gives_it(tmp_path, monke
     assert sum(dropped.values()) == 1
 
 
+def test_classes_have_the_order_of_the_data_set(tmp_path, folder):
+  """As before their names were known, and as run_classification.py has it."""
+  datasets = pytest.importorskip("datasets")
+  from jaxft.hf import tokenizer as tokenizers
+
+  features = datasets.Features(
+    {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg", "a"])}
+  )
+  rows = datasets.Dataset.from_dict({"text": ["the cat"] * 20, "label": [0, 1] * 10}, features=features)
+  rows.to_parquet(str(tmp_path / "train.parquet"))
+  data = settings.default().data
+  data.update(train=(str(tmp_path),), format="classification", sequence_length=8, cache_dir=str(tmp_path / "c"))
+  for _ in range(2):  # the second is read from the cache
+    found = report.prepare(data, tokenizers.load(folder, 293), "")
+    assert found.labels == ["pos", "neg"]
+  mixed = tmp_path / "mixed"
+  mixed.mkdir()
+  (tmp_path / "train.parquet").rename(mixed / "a.parquet")
+  (mixed / "b.jsonl").write_text('{"text": "the dog", "label": "zzz"}\n' * 9)
+  data.train = (str(mixed),)
+  assert report.prepare(data, tokenizers.load(folder, 293), "").labels == ["neg", "pos", "zzz"]
+
+
 def test_labels_that_are_whole_numbers_are_labels_whatever_their_type(tmp_path):
   (tmp_path / "a.jsonl").write_text(
     '{"text": "a", "label": 1.0}\n{"text": "b", "label": 0}\n{"text": "c", "label": 0.5}\n{"text": "d", "label": NaN}\n'

@@ -208,7 +208,9 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> Manifes
   passes = [_passes(source.weight, of, rng, dropped) for source, of in zip(all_sources, places)]
   if not any((of == TRAIN).any() and often[of == TRAIN].any() for of, often in zip(places, passes)):
     raise RequestError(f"config.data.train={data.train!r}: the weights leave no document to train on")
-  labels = sorted(labels - {None}, key=_number_first)
+  labels = labels - {None}
+  numbered = all(isinstance(label, readers.ClassName) for label in labels)  # a data set's own order
+  labels = sorted(labels, key=(lambda label: label.number) if numbered else _number_first)
   if len(labels) == 1:
     raise RequestError(
       f"config.data.label_column={data.label_column!r}: all rows have the label {labels[0]!r}; give two or more"
