@@ -2,6 +2,10 @@
 
 import argparse
 import ast
+import importlib.machinery
+import importlib.util
+import itertools
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +18,10 @@ from ml_collections import ConfigDict, config_flags
 from jaxft import backend, pretrained, run_clm, usage
 from jaxft import config as settings
 from jaxft.errors import RequestError
+from jaxft.files import at_home
 from jaxft.run import hosts, roll_call
 
+WITH_ESCAPES = ("data.separator", "data.template")
 SWITCHES = ("dry_run", "print_config", "strict", "allow_change")
 
 
@@ -43,7 +49,7 @@ def parse_train() -> TrainArguments:
   }
   sys.argv[1:], per_device = run_clm.translate(sys.argv[1:])
   values = parse(usage.TRAIN, SWITCHES, ("workdir", "require", "coordinator"), numbers)
-  workdir = Path(values.workdir) if values.workdir else Path("runs") / Path(values.config_file).stem
+  workdir = Path(at_home(values.workdir)) if values.workdir else Path("runs") / Path(values.config_file).stem
   for name in ("start_timeout", "peer_timeout"):
     if getattr(values, name) < 1:
       raise RequestError(f"--{name}={getattr(values, name)}: must be at least 1 second")
@@ -78,13 +84,15 @@ def parse(
   if {"-h", "--help"} & set(sys.argv[1:]) or len(sys.argv) == 1:
     print(text)
     sys.exit(0 if len(sys.argv) > 1 else 2)
-  argv = [_quoted("-" + word if word.startswith("-config.") else word) for word in sys.argv]
+  argv = _whole_words(sys.argv)
   names = [word.removeprefix("--config.").split("=")[0] for word in argv[1:] if word.startswith("--config.")]
   if lines := settings.unknown(names):
     raise RequestError("\n".join(lines))
+  argv, file = _without_config_file([_quoted(word) for word in argv])
+  config = _of_file(file) if file else settings.default()
 
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file("config", flag_values=values)
+  config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
   for name in texts:
     flags.DEFINE_string(name, None, "", flag_values=values)
   for name in several:
@@ -95,37 +103,73 @@ def parse(
     flags.DEFINE_bool(name, False, "", flag_values=values)
   try:
     rest = values(argv)
-    file = values["config"].config_filename if values["config"].present else None
-    if file and not Path(file).is_file():
-      raise RequestError(f"--config: {file!r}: no such file; name one such as configs/quickstart.py")
-    config = values.config
-    if file and not isinstance(config, ConfigDict):
-      raise RequestError(f"--config: get_config() in {file} returned no ConfigDict; start from jaxft.config.default()")
-  except RequestError:
-    raise
-  except (
-    Exception,
-    SystemExit,
-  ) as error:  # whatever the config file raises while it runs, or the parser on an override
+  except Exception as error:  # whatever the parser raises on an override
     raise RequestError(_reason(error)) from error
   if rest[1:]:
     raise RequestError(f"{rest[1]!r}: not a flag; --help shows what there is")
-  if config is None:
+  if file is None:
     raise RequestError("--config is missing; name a file, such as --config configs/quickstart.py")
-  for name, value in settings.flatten(config).items():
-    if value == ("",):  # --config.data.validation= says: none
-      section, key = name.split(".")
-      config[section][key] = ()
+  config = settings.normalised(config)
   return SimpleNamespace(
     config=config, config_file=file, **{name: values[name].value for name in (*switches, *texts, *several, *numbers)}
   )
+
+
+def _whole_words(argv: list[str]) -> list[str]:
+  """The words with each --config.key=value in one, however it was written: -config.key, or the value as the next word."""
+  words, rest = [], iter(argv)
+  for word in rest:
+    word = "-" + word if word.startswith("-config") else word
+    setting = settings.BY_NAME.get(word.removeprefix("--config."))
+    if setting and word.startswith("--config.") and not isinstance(setting.default, bool):
+      word = "=".join([word, *itertools.islice(rest, 1)])
+    words.append(word)
+  return words
+
+
+def _without_config_file(words: list[str]) -> tuple[list[str], str | None]:
+  """The words but for --config FILE, and FILE."""
+  others, file, rest = [], None, iter(words)
+  for word in rest:
+    if word == "--config":
+      file = next(rest, None)
+    elif word.startswith("--config="):
+      file = word.removeprefix("--config=")
+    else:
+      others.append(word)
+  return others, file
+
+
+def _of_file(file: str) -> ConfigDict:
+  """What get_config() in a file returns; FILE:TEXT gives it the text. Raises RequestError whatever goes wrong in the file."""
+  path, arguments = Path(at_home(file)), []
+  if not path.is_file() and ":" in file:
+    path, arguments = Path(file.rpartition(":")[0]), [file.rpartition(":")[2]]
+  if not path.is_file():
+    raise RequestError(f"--config: {file!r}: no such file; name one such as configs/quickstart.py")
+  loader = importlib.machinery.SourceFileLoader("jaxft_config", str(path))
+  module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+  sys.modules[loader.name] = module  # where dataclasses look for theirs
+  try:
+    loader.exec_module(module)
+    config = module.get_config(*arguments)
+  except (Exception, SystemExit) as error:  # whatever the file raises while it runs
+    text = " ".join(str(error).split())
+    raise RequestError(f"--config: the config file does not run: {type(error).__name__}: {text}") from error
+  if not isinstance(config, ConfigDict):
+    raise RequestError(f"--config: get_config() in {path} returned no ConfigDict; start from jaxft.config.default()")
+  return config
 
 
 def _quoted(word: str) -> str:
   """A text for a setting that takes several, as the parser wants it: in quotes, or a blank or a bracket would confuse it."""
   name, equals, value = word.partition("=")
   setting = settings.BY_NAME.get(name.removeprefix("--config."))
-  if not equals or setting is None or not isinstance(setting.default, tuple):
+  if not equals or setting is None:
+    return word
+  if setting.name in WITH_ESCAPES:
+    return f"{name}={unescaped(value, name.removeprefix('--'))}"
+  if not isinstance(setting.default, tuple):
     return word
   try:
     return word if isinstance(ast.literal_eval(value), tuple) else f"{name}={value!r}"
@@ -133,15 +177,17 @@ def _quoted(word: str) -> str:
     return f"{name}={value!r}"
 
 
+def unescaped(text: str, name: str) -> str:
+  """A text of the command line with line ends and tabs for \\n, \\r and \\t, which no shell makes of them; says so."""
+  found = re.sub(r"\\([nrt])", lambda match: {"n": "\n", "r": "\r", "t": "\t"}[match[1]], text)
+  if found != text:
+    print(f"{name}={text}: read as {found!r}", file=sys.stderr)
+  return found
+
+
 def _reason(error: Exception) -> str:
-  """What went wrong, in one line, without the parser's own words around it."""
-  text = " ".join(line.strip() for line in str(error).splitlines())
-  if "Traceback" in text:  # config_flags has put one into its message; its last line says what went wrong
-    text = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
-    return f"--config: the config file does not run: {text}"
-  if isinstance(error, flags.Error):
-    return text.removeprefix("flag ")
-  return f"--config: the config file does not run: {type(error).__name__}: {text}"
+  """What is wrong with a flag, in one line, without the parser's own words around it."""
+  return " ".join(line.strip() for line in str(error).splitlines()).removeprefix("flag ")
 
 
 def open_model(arguments: argparse.Namespace) -> pretrained.Pretrained:

@@ -6,10 +6,12 @@ A config file (`configs/X.py`) has `get_config()`, which starts from `default()`
 import difflib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from jaxft import checks
@@ -28,6 +30,7 @@ from jaxft.checks import (
   writers,
 )
 from jaxft.errors import RequestError, first_line
+from jaxft.files import at_home
 
 
 class Setting(NamedTuple):
@@ -252,6 +255,15 @@ SETTINGS = (
   Setting("export.push_to_hub", "", anything, "hub repository (OWNER/NAME) to upload the export to; empty: none"),
 )
 LARGEST = 2**31 - 1  # of a whole number: steps and rows are counted in 32 bits
+PATHS = (
+  "model.path",
+  "model.config",
+  "data.train",
+  "data.validation",
+  "data.unrelated",
+  "data.cache_dir",
+  "export.out",
+)
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 # Settings that may differ when a run is resumed: they change what is written, never what is learned.
@@ -293,14 +305,83 @@ FREE_ON_RESUME = frozenset(
 
 def default() -> ConfigDict:
   """Every setting at its default, locked: an unknown key raises AttributeError with the nearest right name."""
-  config = ConfigDict()
+  config = ConfigDict(type_safe=False)  # `normalised` and `faults` look at types
   for setting in SETTINGS:
     section, key = setting.name.split(".")
     if section not in config:
-      config[section] = ConfigDict()
+      config[section] = ConfigDict(type_safe=False)
     kind = isinstance(setting.default, type)
     config[section][key] = config_dict.placeholder(setting.default) if kind else setting.default
   return config.lock()
+
+
+def normalised(config: ConfigDict) -> ConfigDict:
+  """A copy with the types that the settings have, where a value means one thing; `faults` tells of the rest.
+
+  A path is its text, a text a tuple of it, a number of numpy the number, 1e3 is 1000, and ~ the user's home.
+  """
+  made = ConfigDict(type_safe=False)
+  for name, value in flatten(config).items():
+    section, _, key = name.partition(".")
+    if not key:  # no section: `faults` tells of it
+      made[section] = value
+      continue
+    if section not in made:
+      made[section] = ConfigDict(type_safe=False)
+    made[section][key] = _plain(BY_NAME[name], value) if name in BY_NAME else value
+  return made.lock()
+
+
+def _plain(setting: Setting, value: Any) -> Any:
+  kind = setting.default if isinstance(setting.default, type) else type(setting.default)
+  if kind is tuple:
+    several = value if isinstance(value, tuple) else () if value == "" else (value,)
+    several = () if several == ("",) else several  # --config.data.validation= says: none
+    return tuple(_text_of(item, setting) for item in several)
+  value = _text_of(value, setting)
+  if isinstance(value, np.generic):
+    value = value.item()
+  if isinstance(value, int | float) and not isinstance(value, bool):
+    if kind is float:
+      return float(value) if abs(value) < 2**1000 else value
+    if kind is int and isinstance(value, float) and value.is_integer():
+      return int(value)
+  return value
+
+
+def _text_of(value: Any, setting: Setting) -> Any:
+  value = os.fspath(value) if isinstance(value, os.PathLike) else value
+  return at_home(value) if setting.name in PATHS and isinstance(value, str) else value
+
+
+# What other tools call a setting, where that is nearer to another one's name.
+ELSEWHERE = {
+  "lr": "optim.learning_rate",
+  "wd": "optim.weight_decay",
+  "max_grad_norm": "optim.clip_norm",
+  "grad_clip": "optim.clip_norm",
+  "warmup": "optim.warmup_steps",
+  "lr_scheduler_type": "optim.schedule",
+  "num_train_epochs": "train.epochs",
+  "num_epochs": "train.epochs",
+  "max_steps": "train.steps",
+  "max_iters": "train.steps",
+  "per_device_train_batch_size": "train.micro_batch_size",
+  "gradient_accumulation_steps": "train.micro_batch_size",
+  "block_size": "data.sequence_length",
+  "max_length": "data.sequence_length",
+  "max_seq_length": "data.sequence_length",
+  "context_length": "data.sequence_length",
+  "output_dir": "export.out",
+  "model_name_or_path": "model.path",
+  "train_file": "data.train",
+  "fp16": "model.compute_dtype",
+  "bf16": "model.compute_dtype",
+  "gradient_checkpointing": "memory.remat",
+  "r": "lora.rank",
+  "target_modules": "lora.targets",
+  "report_to": "tracking.writers",
+}
 
 
 def unknown(names: list[str]) -> list[str]:
@@ -308,6 +389,9 @@ def unknown(names: list[str]) -> list[str]:
   lines = []
   for name in names:
     if name not in BY_NAME:
+      if there := ELSEWHERE.get(name.split(".")[-1]):
+        lines.append(f"config.{name}: there is no such setting; here it is {there}")
+        continue
       # The last part decides what was meant: `optim.lerning_rate`, `train.learning_rate` and `learning_rate` alike.
       by_key = {known.split(".")[1]: known for known in BY_NAME}
       near = difflib.get_close_matches(name, BY_NAME, 1) or [
@@ -376,13 +460,10 @@ def from_json(text: str) -> ConfigDict:
   if lines := unknown(list(flat)):
     raise RequestError("\n".join(lines))
   config = default()
-  try:
-    for name, value in flat.items():
-      section, key = name.split(".")
-      if value is not None:
-        config[section][key] = value
-  except TypeError as error:
-    raise RequestError(f"config.{name}={value!r}: {error}") from error
+  for name, value in flat.items():
+    section, key = name.split(".")
+    if value is not None:
+      config[section][key] = value
   if lines := faults(config):
     raise RequestError("\n".join(lines))
   return config

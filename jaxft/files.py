@@ -8,6 +8,8 @@ from typing import Any
 
 from jaxft.errors import RequestError, StorageError
 
+LFS = b"version https://git-lfs.github.com/spec/"
+
 
 def write_whole(file: Path, text: str) -> None:
   """Writes under a temporary name, syncs to disk, renames: a kill or a full disk leaves what was there before.
@@ -46,6 +48,22 @@ def cache_folder(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxft" / name
   except RuntimeError as error:
     raise RequestError(f"this user has no home to keep caches in; set XDG_CACHE_HOME to a folder ({error})") from error
+
+
+def at_home(path: str) -> str:
+  """A path with the user's home for its ~, which no shell makes of --x=~/y; but for a file that is called so."""
+  return os.path.expanduser(path) if path.startswith("~") and not os.path.lexists(path) else path
+
+
+def must_be_fetched(file: Path) -> None:
+  """Raises RequestError for a git-lfs pointer, which stands for a file that was not fetched."""
+  try:
+    with file.open("rb") as stream:
+      pointer = stream.read(len(LFS)) == LFS
+  except OSError:
+    return  # whoever reads it says so
+  if pointer:
+    raise RequestError(f"{file}: a git-lfs pointer, not the file itself; run git lfs pull in its folder")
 
 
 def exists(path: Path) -> bool:

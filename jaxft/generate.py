@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft import generation, parsers
-from jaxft.command_line import open_model
+from jaxft.command_line import open_model, unescaped
 from jaxft.errors import RequestError, run_command
 from jaxft.pretrained import Pretrained
 from jaxft.run.tracking import visible
@@ -18,7 +18,7 @@ def main() -> None:
   arguments = parsers.generate().parse_args()
   sampling = {name: value for name in Sampling._fields if (value := getattr(arguments, name)) is not None}
   Sampling(**sampling).check_values()  # before a model is read
-  how = sampling | {"stop_strings": arguments.stop_strings}
+  how = sampling | {"stop_strings": [unescaped(text, "--stop_strings") for text in arguments.stop_strings]}
 
   prompts = arguments.prompt + (_lines(Path(arguments.prompt_file)) if arguments.prompt_file else [])
   interactive = not prompts and sys.stdin.isatty() and not arguments.json

@@ -3,10 +3,15 @@
 import argparse
 from pathlib import Path
 
+from jaxft.files import at_home
 from jaxft.sampling import Sampling
 
 DTYPES = ("float32", "bfloat16", "float16")  # of `jaxft.hf.unload.EXPORT_DTYPES`
 DEVICES = ("gpu", "tpu")  # `jaxft.backend.REQUIRED`
+
+
+def _path(path: str) -> Path:
+  return Path(at_home(path))
 
 
 def generate() -> argparse.ArgumentParser:
@@ -15,7 +20,7 @@ def generate() -> argparse.ArgumentParser:
   )
   _add_model_flags(parser)
   parser.add_argument("--prompt", nargs="+", action="extend", default=[], metavar="TEXT", help="text to complete")
-  parser.add_argument("--prompt_file", metavar="F", help="a file with one prompt a line")
+  parser.add_argument("--prompt_file", type=at_home, metavar="F", help="a file with one prompt a line")
   parser.add_argument(
     "--stop_strings", nargs="+", default=[], metavar="TEXT", help="end a text when it has one of these"
   )
@@ -35,6 +40,7 @@ def evaluate() -> argparse.ArgumentParser:
   parser.add_argument(
     "--data",
     nargs="+",
+    type=at_home,
     default=[],
     metavar="SOURCE",
     help="file, glob, folder or hub:NAME[:SPLIT]; default with --workdir: what the run has held out",
@@ -58,7 +64,9 @@ def export() -> argparse.ArgumentParser:
     "python -m jaxft.export", description="Writes a Hugging Face folder and verifies it."
   )
   _add_model_flags(parser)
-  parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; an earlier export is replaced")
+  parser.add_argument(
+    "--out", required=True, type=at_home, metavar="DIR", help="folder to write; replaces an earlier export"
+  )
   parser.add_argument(
     "--dtype",
     choices=DTYPES,
@@ -74,12 +82,16 @@ def tokenizer() -> argparse.ArgumentParser:
     "python -m jaxft.tokenizer", description="A BPE tokenizer of your own text, or a model with tokens of your own."
   )
   begin = parser.add_mutually_exclusive_group(required=True)
-  begin.add_argument("--data", nargs="+", metavar="SOURCE", help="file, glob, folder or hub:NAME[:SPLIT]")
-  begin.add_argument("--model", metavar="PATH_OR_ID", help="model to add tokens to")
+  begin.add_argument("--data", nargs="+", type=at_home, metavar="SOURCE", help="file, glob, folder or hub:NAME[:SPLIT]")
+  begin.add_argument("--model", type=at_home, metavar="PATH_OR_ID", help="model to add tokens to")
+  parser.add_argument("--revision", default="main", help="with --model: branch, tag or commit (default: main)")
+  parser.add_argument(
+    "--torch_bin", action="store_true", help="with --model: read pytorch_model*.bin through torch, weights_only"
+  )
   parser.add_argument("--add", nargs="+", metavar="TOKEN", help="with --model: the special tokens to add")
   parser.add_argument("--text_column", default="text", help="column that holds the text (default: text)")
   parser.add_argument("--vocab_size", type=int, default=16384, help="tokens (default: 16384)")
-  parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; a new one")
+  parser.add_argument("--out", required=True, type=at_home, metavar="FOLDER", help="folder to write; a new one")
   return parser
 
 
@@ -87,9 +99,9 @@ def report() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     "python -m jaxft.report", description="Writes the page of a run again, or one that compares several runs."
   )
-  parser.add_argument("workdirs", nargs="+", type=Path, metavar="WORKDIR", help="what a run was given as --workdir")
+  parser.add_argument("workdirs", nargs="+", type=_path, metavar="WORKDIR", help="what a run was given as --workdir")
   parser.add_argument(
-    "--out", type=Path, metavar="FILE", help="the page (default: WORKDIR/report.html; of several: comparison.html)"
+    "--out", type=_path, metavar="FILE", help="the page (default: WORKDIR/report.html; of several: comparison.html)"
   )
   return parser
 
@@ -97,9 +109,10 @@ def report() -> argparse.ArgumentParser:
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
   """--model, or --workdir with --step: what `command_line.open_model` opens."""
   which = parser.add_mutually_exclusive_group(required=True)
-  which.add_argument("--model", metavar="PATH_OR_ID", help="a Hugging Face folder or hub id")
+  which.add_argument("--model", type=at_home, metavar="PATH_OR_ID", help="a Hugging Face folder or hub id")
   which.add_argument(
     "--workdir",
+    type=at_home,
     metavar="DIR",
     help="a run: the model of its best checkpoint where train.keep_best_metric is set, else of its newest",
   )

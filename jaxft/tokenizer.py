@@ -87,7 +87,9 @@ def main() -> None:
   if arguments.model:
     prepare_backend()
     must_run_on(None)
-    ids, parity = added_tokens.write(repo.find(arguments.model), arguments.add, out)
+    ids, parity = added_tokens.write(
+      repo.find(arguments.model, arguments.revision, torch_bin=arguments.torch_bin), arguments.add, out
+    )
     print(f"{', '.join(f'{name} is {id}' for name, id in ids.items())}; {out}: {in_words(parity)}")
     return
   if lines := sources.faults({"train": arguments.data}):

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from jaxft import backend, command_line, model, parts, sharding
 from jaxft import config as settings
 from jaxft import program as programs
-from jaxft.data import loader, sources
+from jaxft.data import loader, sources, tokens
 from jaxft.data.report import prepare, run_length
 from jaxft.errors import Preempted, RequestError, first_line, run_command
 from jaxft.files import write_whole
@@ -107,7 +107,7 @@ def finetune(
   Raises:
     RequestError, NumericsError, StorageError, Preempted: see `jaxft.errors`.
   """
-  workdir = Path(workdir)
+  workdir, config = Path(workdir), settings.normalised(config)
   backend.must_be_known(require)
   backend.prepare_backend()
   flags = {"--workdir": workdir, "--dry_run": dry_run, "--strict": strict, "--allow_change": allow_change}
@@ -144,6 +144,13 @@ def finetune(
         f"config.data.sequence_length={config.data.sequence_length}: the model has {source.cfg.P} positions"
       )
     tokenizer = tokenizers.load(source.tokenizer_folder, source.cfg.V)
+
+    for prompt in config.train.sample_prompts:
+      if (length := len(tokens.prompt_ids(tokenizer, prompt))) >= source.cfg.P:
+        raise RequestError(
+          f"config.train.sample_prompts: {prompt[:40]!r}... has {length} tokens and the model {source.cfg.P} positions; "
+          "shorten it"
+        )
 
     # ---- Data: every document and every token accounted for ------------------------------------------------------------
     with Meter("tokenising", 1) as meter:

@@ -338,3 +338,50 @@ def test_exported_folder_is_transformers_own(folder, tmp_path):
     )
   ours, tokenizer = (transformers.AutoTokenizer.from_pretrained(at) for at in (folder, tmp_path / "out"))
   assert tokenizer("the naïve cat")["input_ids"] == ours("the naïve cat")["input_ids"]
+
+
+def test_only_what_is_read_of_a_folder_is_looked_at(folder, tmp_path):
+  """Environments, logs and corpora lie beside models; --model=. is a common way to name one."""
+  other = shutil.copytree(folder, tmp_path / "m")
+  for name in ("wandb/debug-core.log", ".venv/bin/python", "last"):
+    (other / name).parent.mkdir(parents=True, exist_ok=True)
+    (other / name).symlink_to("/no/such/place")
+  os.mkfifo(other / "pipe")
+  with (other / "train.txt").open("wb") as sparse:
+    sparse.truncate(repo.LARGEST_TEXT + 1)
+  checkpoint, params = read(other)
+  save.export(tmp_path / "out", params, checkpoint)
+  with (other / "merges.txt").open("wb") as sparse:
+    sparse.truncate(repo.LARGEST_TEXT + 1)
+  with pytest.raises(RequestError, match="merges.txt: .* bytes are too many"):
+    read(other)
+  (other / "merges.txt").unlink()
+  (other / "model.safetensors").rename(tmp_path / "shared")
+  (other / "model.safetensors").symlink_to(tmp_path / "shared")
+  with pytest.raises(RequestError, match="a link that leads out of this folder; copy .*: cp -rL "):
+    read(other)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_git_lfs_pointer_is_named(folder, tmp_path, name):
+  other = shutil.copytree(folder, tmp_path / "m")
+  (other / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+  with pytest.raises(RequestError, match=f"{name}: a git-lfs pointer.*git lfs pull"):
+    read(other)
+
+
+def test_an_address_leads_to_the_id():
+  for address in ("https://huggingface.co/gpt2", "huggingface.co/gpt2/tree/main", "https://hf.co/gpt2/"):
+    for told in (repo.faults(address)[0], str(pytest.raises(RequestError, repo.find, address).value)):
+      assert told.endswith("an address; give the id alone: gpt2")
+  assert repo.faults("https://huggingface.co/EleutherAI/gpt-neo-125m")[0].endswith("alone: EleutherAI/gpt-neo-125m")
+
+
+def test_a_weight_beyond_float16_is_named_before_anything_is_written(folder, tmp_path):
+  checkpoint, params = read(folder)
+  is_up = lambda path: [key.key for key in path[-2:]] == ["up", "kernel"]
+  params = jax.tree_util.tree_map_with_path(lambda path, x: x.at[1].mul(1e8) if is_up(path) else x, params)
+  with pytest.raises(RequestError, match=r"h\.1\.mlp\.c_fc\.weight has a weight of .* and float16 ends at 65504"):
+    save.export(tmp_path / "out", params, checkpoint, dtype="float16")
+  assert not list(tmp_path.iterdir())
+  save.export(tmp_path / "out", params, checkpoint, dtype="bfloat16")

@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple
 
 from jaxft.errors import RequestError, first_line
+from jaxft.files import must_be_fetched
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # after any of STREAMED
 STREAMED = (".txt", ".jsonl", ".csv", ".md", ".ndjson", ".json", ".tsv")
@@ -64,6 +65,7 @@ def kind(file: PurePath) -> str:
 
 def rows(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
   """All rows of a file. Those that do not parse come with a fault; a file that cannot be read at all raises one of ERRORS."""
+  must_be_fetched(file)
   if kind(file) == ".zip":
     yield from _archive(file, how, notes)
   elif kind(file) in STREAMED:

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ OWN_FOLDERS = (
 OWN_FILES = ("metrics.jsonl", "samples.jsonl", "merges.txt", "vocab.txt")
 MODEL_FILES = (".safetensors", ".msgpack", ".bin", ".h5", "tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json"}
+ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([\w.-]+(?:/[\w.-]+)?)(?:/.*)?")
 # What datasets.Dataset.save_to_disk writes, and DatasetDict.save_to_disk.
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 
@@ -50,6 +52,8 @@ def find_files(source: str, split: str, notes: collections.Counter | None = None
     files, what = [path] if path.is_file() else [], "not an ordinary file"
   else:
     files, what = _matches(source, collections.Counter() if notes is None else notes), "no such file or folder"
+  if not files and (address := ADDRESS.fullmatch(source)):
+    raise RequestError(f"data source {source!r}: an address; give hub:{address[1]}")
   if not files:
     raise RequestError(f"data source {source!r}: {what}; give a file, a glob, a folder or hub:NAME")
   for file in files:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxft.data import tokens
 from jaxft.errors import RequestError, first_line
-from jaxft.files import exists
+from jaxft.files import exists, must_be_fetched
 from jaxft.hf import facts
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.tables import FAMILIES, Family
@@ -23,6 +23,10 @@ OF_ANOTHER_HEAD = ("num_labels", "_num_labels", "problem_type", "finetuning_task
 LARGEST_TEXT = (
   2**28
 )  # bytes of a .json or .txt file, which is read whole; the tokenizer.json of a large vocabulary has 2^25
+ADDRESS = re.compile(
+  r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+(?:/[\w.-]+)?)(?:/tree/.*|/blob/.*|/)?"
+)
+WEIGHTS = (".safetensors", ".msgpack", ".bin")
 PARITY = "parity.json"  # what an export was compared with, and the checksums of its files
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 # Its keys -> what plain LoRA has there; anything that counts as false will do as well.
@@ -33,6 +37,17 @@ OTHER_LORA = (
 OTHER_LORA += "use_qalora use_bdlora alora_invocation_tokens arrow_config"
 PLAIN_LORA |= {key: () for key in OTHER_LORA.split()}
 PLAIN_LORA["init_lora_weights"] = (True, "gaussian")  # others change the base as well
+# All that is read of a folder, besides weights and their index.
+READ = {
+  "config.json",
+  "generation_config.json",
+  "README.md",
+  "encoder.json",
+  "vocab.bpe",
+  PARITY,
+  ADAPTER,
+  *tokenizers.FILES,
+}
 PICKLE = "pytorch_model.bin"  # read last, and only when it is asked for
 
 
@@ -104,6 +119,8 @@ def padding(checkpoint: Checkpoint, tokenizer: Any) -> int:
 def faults(path: str, weights: bool = True, torch_bin: bool = False) -> list[str]:
   """What is wrong with config.model.path if it is a folder, at most one line; a hub id is not looked up here."""
   try:
+    if path and ADDRESS.fullmatch(path):
+      find(path)
     if path and is_local(path):
       _check_folder(Path(path), weights, torch_bin)
   except RequestError as error:
@@ -123,6 +140,8 @@ def find(path: str, revision: str = "main", weights: bool = True, torch_bin: boo
     weights: whether the folder must hold weights.
     torch_bin: whether pytorch_model*.bin may be read, where there are no others.
   """
+  if address := ADDRESS.fullmatch(path):
+    raise RequestError(f"model {path!r}: an address; give the id alone: {address[1]}")
   if is_local(path):
     return _check_folder(Path(path), weights, torch_bin)
   import huggingface_hub
@@ -303,17 +322,26 @@ def _inside(folder: Path, named_in: Path, names: list[str]) -> list[Path]:
 
 
 def _refuse_odd_files(folder: Path) -> None:
-  """Weights, tokenizer and card are read, and some are copied into exports: none may be a file from elsewhere, or a pipe."""
+  """Weights, tokenizer and card are read, and some are copied into exports: none may be a file from elsewhere, or a pipe.
+
+  Whatever else lies in the folder is not looked at.
+  """
   # The hub's cache links each file to ../../blobs/HASH: its own folders, models--X/snapshots/Y, are what may be left.
   home = folder.resolve()
   home = home.parent.parent if home.parent.name == "snapshots" else home
-  for file in folder.rglob("*"):
+  for file in sorted(folder.iterdir()):
+    if file.name not in READ and not file.name.endswith(WEIGHTS) and not file.name.endswith(".index.json"):
+      continue
     if file.is_symlink() and not file.resolve().is_relative_to(home):
-      raise RequestError(f"{file}: a link that leads out of this folder")
+      raise RequestError(
+        f"{file}: a link that leads out of this folder; copy the folder with the files themselves: cp -rL {folder} COPY"
+      )
     if not file.is_file() and not file.is_dir():
       raise RequestError(f"{file}: not an ordinary file")
     if file.suffix in (".json", ".txt") and file.stat().st_size > LARGEST_TEXT:
       raise RequestError(f"{file}: {file.stat().st_size:,} bytes are too many for such a file")
+    if file.is_file():
+      must_be_fetched(file)
 
 
 def fingerprint(checkpoint: Checkpoint, whole: bool = False) -> str:

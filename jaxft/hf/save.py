@@ -19,7 +19,7 @@ from jaxft.files import refused, write_json
 from jaxft.hf import load, repo
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.tables import EMBEDDING, full_name
-from jaxft.hf.unload import DtypeOf, Outgoing, dtypes, hf_tensors
+from jaxft.hf.unload import DtypeOf, Outgoing, dtypes, hf_tensors, in_float32
 from jaxft.hf.verify import must_read_config, verify
 
 # Keys of config.json that name code to be loaded: there is none of it in an export.
@@ -85,8 +85,10 @@ def export(
 
   In a run of several processes all of them must call it; process 0 writes, and returns the report that the others return empty.
   """
+  dtype_of = dtypes(stored or checkpoint, dtype)
+  _must_hold(params, checkpoint, dtype_of)
   if jax.process_index() > 0:
-    return _hand_over(params, checkpoint, dtypes(stored or checkpoint, dtype), max_shard_size)
+    return _hand_over(params, checkpoint, dtype_of, max_shard_size)
   if lines := faults(out):
     raise RequestError("\n".join(lines))
   out = Path(os.path.realpath(out))
@@ -95,7 +97,6 @@ def export(
     _put_back(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    dtype_of = dtypes(stored or checkpoint, dtype)
     _write_weights(partial, params, checkpoint, dtype_of, max_shard_size)
     main_dtype = dtype_of(full_name(EMBEDDING)).name
     write_config_and_tokenizer(partial, checkpoint, tokenizer, {"dtype": main_dtype, "torch_dtype": main_dtype})
@@ -197,6 +198,19 @@ def check_exportable(checkpoint: repo.Checkpoint, tokenizer: Any) -> None:
     write_config_and_tokenizer(Path(folder), checkpoint, tokenizer, {})
     must_read_config(Path(folder), checkpoint)
     tokenizers.verify(Path(folder), tokenizer, checkpoint.tokenizer_folder)
+
+
+def _must_hold(params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf) -> None:
+  """Raises RequestError for a weight that is beyond the largest number of the dtype that it would be written in."""
+  limit = float(np.finfo(np.float16).max)
+  for tensor in hf_tensors(params, checkpoint, in_float32):
+    if (dtype := dtype_of(tensor.name)) == np.float16:
+      largest = max((float(np.abs(piece).max(initial=0)) for piece in tensor.pieces()), default=0.0)
+      if largest > limit:
+        raise RequestError(
+          f"{tensor.name} has a weight of {largest:.6g}, and {dtype.name} ends at {limit:.0f}; export in "
+          "bfloat16 or float32"
+        )
 
 
 def _write_weights(

@@ -1,5 +1,6 @@
 """pytorch_model*.bin: pickles, read by torch alone, in the mode that builds tensors and runs nothing."""
 
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +30,7 @@ class TorchTensor(NamedTuple):
 def arrays(file: Path) -> dict[str, TorchTensor]:
   """The float tensors of a state dict by name; causal masks are left out.
 
-  Raises ImportError without torch, and ValueError for anything that is no state dict of float32, float16 or bfloat16 tensors
-  in the zip format that torch has written since 1.6 (2020): only that one can be mapped.
+  Raises ImportError without torch, and ValueError for anything that is no state dict of float32, float16 or bfloat16 tensors.
   """
   import torch
 
@@ -40,7 +40,14 @@ def arrays(file: Path) -> dict[str, TorchTensor]:
     torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
   }
   try:
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    try:
+      content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:
+      if zipfile.is_zipfile(file):
+        raise
+      content = torch.load(
+        file, map_location="cpu", weights_only=True
+      )  # of before torch 1.6 (2020): all of it in memory
   except Exception as error:  # of many classes: a pickle can be wrong in many ways
     raise ValueError(str(error)) from error
   if not isinstance(content, dict):

@@ -54,6 +54,7 @@ def plans_for(
 
   One of several that does not go with the config has a plan with the reason as "refused"; alone it is a RequestError.
   """
+  config = settings.normalised(config)
   if lines := settings.faults(config):
     raise RequestError("\n".join(lines))
   wanted = [targets.find(device) for device in devices]  # a mistyped one is told before any is compiled

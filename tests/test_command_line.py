@@ -1,0 +1,174 @@
+"""Words of the command line and values of a config file as people write them: they mean one thing, or are refused in a line."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from jaxft import command_line, parsers, usage
+from jaxft import config as settings
+from jaxft.errors import RequestError
+from jaxft.train import finetune
+
+CONFIG = "from jaxft.config import default\ndef get_config(*given):\n  c = default()\n{lines}  return c\n"
+# Values of each type as they may stand on a command line, and what they mean.
+TEXTS = [
+  "my file.txt", "Once upon a time, there was", "a,b", "(1)", "[x]", "'quoted'", 'say "x"', "None", "True", "12", "1e3", "-x",
+  "--x", "a=b", "$HOME", "日本 é", "#", "{prompt}", "a\\b", "*.txt", "hub:x/y:train@2", "C:\\data", "lambda: 0", "()", "",
+  " ", "~", "0x10",
+]  # fmt: skip
+NUMBERS = [("7", 7), ("0", 0), ("1000000", 1_000_000)]
+REALS = [("1e-4", 1e-4), ("1", 1.0), (".5", 0.5), ("3E-5", 3e-5)]
+SEVERAL = ("data.train", "data.validation", "train.sample_prompts")
+ONE = ("tracking.run_name", "data.text_column", "model.revision", "export.push_to_hub")
+
+
+def config_file(folder, *lines, name="c.py"):
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / name).write_text(CONFIG.format(lines="".join(f"  {line}\n" for line in lines)))
+  return str(folder / name)
+
+
+def parsed(monkeypatch, *words):
+  monkeypatch.setattr(sys, "argv", ["jaxft.train", *words])
+  return command_line.parse(usage.TRAIN, ("dry_run",), ("workdir",)).config
+
+
+def value_of(config, name):
+  return settings.flatten(config)[name]
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_hundred_values_of_every_awkward_kind(monkeypatch, tmp_path, part):
+  monkeypatch.setenv("HOME", "/home/me")
+  file, rng = config_file(tmp_path), random.Random(part)
+  for _ in range(25):
+    kind = rng.choice(["one", "several", "number", "real"])
+    if kind in ("one", "several"):
+      name, said = rng.choice(ONE if kind == "one" else SEVERAL), rng.choice(TEXTS)
+      home = "/home/me" if name.startswith("data.t") and kind == "several" and said == "~" else None
+      home = "/home/me" if name == "data.validation" and said == "~" else home
+      wanted = said if kind == "one" else () if said in ("", "()") else (home or said,)
+    else:
+      name = rng.choice(["train.seed", "train.steps"] if kind == "number" else ["optim.learning_rate", "optim.b1"])
+      said, wanted = rng.choice(NUMBERS if kind == "number" else REALS)
+    spellings = [
+      [f"--config.{name}={said}"],
+      [f"-config.{name}={said}"],
+      [f"--config.{name}", said],
+      [f"-config.{name}", said],
+    ]
+    before = [["--config", file], [f"--config={file}"]]
+    for words in spellings:
+      found = value_of(parsed(monkeypatch, *rng.choice(before), *words, "--dry_run"), name)
+      assert found == wanted and type(found) is type(wanted), (words, found)
+
+
+def test_several_values_are_several_flags(monkeypatch, tmp_path):
+  words = ["--config.data.train", "a b.txt", "--config.data.train=c.txt", "--config.data.train=('d',)"]
+  assert parsed(monkeypatch, "--config", config_file(tmp_path), *words).data.train[:2] == ("a b.txt", "c.txt")
+
+
+def test_line_ends_and_tabs_are_said_to_be_meant(monkeypatch, tmp_path, capsys):
+  file = config_file(tmp_path)
+  config = parsed(
+    monkeypatch, "--config", file, r"--config.data.separator=\n\n", r"--config.data.template={prompt}\n{completion}"
+  )
+  assert (config.data.separator, config.data.template) == ("\n\n", "{prompt}\n{completion}")
+  assert r"config.data.separator=\n\n: read as '\n\n'" in capsys.readouterr().err
+  assert parsed(monkeypatch, "--config", file, r"--config.tracking.run_name=a\n").tracking.run_name == r"a\n"
+  assert command_line.unescaped("\n|\\d", "x") == "\n|\\d" and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("folder", ["2026-01-01T10:30", "a b", "é日本", "[x]", "c.d", "-e", "$HOME", "a=b"])
+def test_a_config_file_may_lie_anywhere(monkeypatch, tmp_path, folder):
+  lines = ("c.train.seed = 5", "from pathlib import Path", "c.model.path = Path(__file__).parent / 'model'")
+  config = parsed(monkeypatch, "--config", config_file(tmp_path / folder, *lines), "--config.train.steps=3")
+  assert (config.train.seed, config.train.steps) == (5, 3) and config.model.path == str(tmp_path / folder / "model")
+
+
+def test_a_config_file_is_given_what_stands_after_a_colon(monkeypatch, tmp_path):
+  file = config_file(tmp_path, "c.train.seed = int(given[0]) if given else 1")
+  assert parsed(monkeypatch, "--config", file).train.seed == 1
+  assert parsed(monkeypatch, "--config", f"{file}:7").train.seed == 7
+
+
+def test_values_of_a_config_file_mean_what_they_are(monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", "/home/me")
+  lines = (
+    "import numpy, pathlib",
+    "c.data.train = 'a.txt'",
+    "c.data.validation = [pathlib.Path('~/b.txt'), 'c.txt']",
+    "c.optim.learning_rate, c.optim.weight_decay = numpy.float32(0.5), 0",
+    "c.train.steps, c.train.seed = 1e3, numpy.int64(4)",
+    "c.export.out = pathlib.Path('~/out')",
+    "c.train.sample_prompts, c.model.path = 'Once', 'gpt2'",
+    "c.tracking.system_metrics = numpy.bool_(True)",
+  )
+  config = parsed(monkeypatch, "--config", config_file(tmp_path, *lines))
+  assert config.data.train == ("a.txt",) and config.data.validation == ("/home/me/b.txt", "c.txt")
+  assert (config.optim.learning_rate, config.optim.weight_decay) == (0.5, 0.0)
+  assert (config.train.steps, config.train.seed, config.tracking.system_metrics) == (1000, 4, True)
+  assert config.export.out == "/home/me/out" and config.train.sample_prompts == ("Once",)
+  assert type(config.train.steps) is int
+  assert all(type(value).__module__ == "builtins" for value in settings.flatten(config).values())
+  assert settings.from_json(settings.to_json(config)).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+  "line, told",
+  [
+    ("c.optim.learning_rate = 'fast'", "config.optim.learning_rate='fast': must be a number"),
+    ("c.train.steps = 1.5", "config.train.steps=1.5: must be a whole number"),
+    ("c.data.train = 3", "config.data.train=.3,.: must be text, or a tuple of texts"),
+    ("c.tracking.system_metrics = 'yes'", "config.tracking.system_metrics='yes': must be True or False"),
+    ("c.train.stepz = 3", "--config: the config file does not run: AttributeError: .*did you mean.*steps"),
+    ("raise SystemExit(3)", "--config: the config file does not run: SystemExit: 3"),
+    ("import no_such_module", "does not run: ModuleNotFoundError"),
+    ("c = 3", "returned no ConfigDict"),
+    ("c.data.encoding = 'utf-99'", "config.data.encoding='utf-99': must be the name of an encoding"),
+    ("c.data.encoding = 'base64'", "must be the name of an encoding"),
+  ],
+)
+def test_what_means_nothing_is_refused(monkeypatch, tmp_path, line, told):
+  with pytest.raises(RequestError, match=told.replace("did you mean.*", "")):
+    config = parsed(monkeypatch, "--config", config_file(tmp_path, line))
+    if lines := settings.faults(config):
+      raise RequestError("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+  "name, there",
+  [("optim.lr", "optim.learning_rate"), ("max_steps", "train.steps"), ("data.block_size", "data.sequence_length")],
+)
+def test_names_of_other_tools_lead_to_those_of_here(name, there):
+  assert settings.unknown([name]) == [f"config.{name}: there is no such setting; here it is {there}"]
+  assert set(settings.ELSEWHERE.values()) <= set(settings.BY_NAME)
+  assert not any(name in {known.split(".")[1] for known in settings.BY_NAME} for name in settings.ELSEWHERE)
+
+
+def test_a_tilde_is_the_home_but_for_a_file_of_that_name(monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  monkeypatch.chdir(tmp_path)
+  assert parsers.export().parse_args(["--model", "gpt2", "--out=~/x"]).out == str(tmp_path / "home" / "x")
+  monkeypatch.setattr(sys, "argv", ["x", "--config", config_file(tmp_path), "--workdir=~/run", "--print_config"])
+  assert command_line.parse_train().workdir == tmp_path / "home" / "run"
+  (tmp_path / "~").mkdir()
+  assert parsers.evaluate().parse_args(["--model", "~", "--data", "~/a"]).model == "~"
+  assert os.listdir("~") == [] and Path("~").is_dir()
+
+
+def test_a_python_users_config_stays_as_it_is(folder, stories, tmp_path):
+  """And a prompt that is too long is told with its name, before anything is compiled."""
+  config = tiny.config(folder, stories)
+  config.data.train, config.optim.learning_rate = Path(stories), np.float32(1e-3)
+  config.train.sample_prompts = "the cat " * 99
+  with pytest.raises(
+    RequestError, match="config.train.sample_prompts: 'the cat the cat .* tokens and the model 71 positions"
+  ):
+    finetune(config, tmp_path / "run")
+  assert config.data.train == Path(stories) and not (tmp_path / "run" / "metrics.jsonl").exists()
