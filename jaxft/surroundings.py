@@ -6,6 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+STREAMS = {"stdin": (0, "r"), "stdout": (1, "w"), "stderr": (2, "w")}
 NARROWEST = 40  # columns: below it rich cuts numbers
 
 
@@ -19,13 +20,15 @@ def set_right() -> None:
 def _open_closed_streams() -> None:
   """A stream that was closed (`>&-`) becomes the null device. Else the next file that is opened would take its place, and
   whatever a library prints would be written into it."""
-  for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-    if getattr(sys, name) is None:
-      try:
-        os.fstat(number)  # Python has closed nothing itself: if it is there it is somebody's file
-      except OSError:
-        os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
-      setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+  closed = [name for name in STREAMS if getattr(sys, name) is None]
+  for number in range(3):
+    try:
+      os.fstat(number)  # Python has opened nothing of its own there
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+  for name in closed:
+    number, mode = STREAMS[name]
+    setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
 
 
 def _find_a_home() -> None:

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import random
+import socket
+import urllib.parse
 import zipfile
 
 import pyarrow
@@ -474,3 +476,61 @@ def test_sixty_folders_read_is_trained_and_held_out_and_dropped(tmp_path, folder
     dropped = sum(rows["rows"]["dropped"].values())
     assert rows["rows"]["read"] == good + bad and dropped == bad, (i, rows)
     assert rows["rows"]["read"] == rows["rows"]["trained"] + rows["rows"]["held_out"] + dropped, (i, rows)
+
+
+def test_one_of_several_configurations_is_named(tmp_path):
+  for name, text in (("a", "x"), ("b", "y")):
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+  files = "".join(
+    f"- config_name: {config}\n  data_files: {file}.jsonl\n" for config, file in (("raw", "a"), ("clean", "b"))
+  )
+  (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+  with pytest.raises(
+    RequestError, match=r"name one of its configurations as hub:.*/CONFIGURATION\[:SPLIT\]: raw, clean$"
+  ):
+    read(f"hub:{tmp_path}")
+  assert texts(f"hub:{tmp_path}/clean") == ["y"] and texts(f"hub:{tmp_path}/raw:train") == ["x"]
+  with pytest.raises(RequestError, match="/CONFIGURATION.*: raw, clean$"):
+    read(f"hub:{tmp_path}/dirty")
+  assert sources._configuration("owner/name/raw") == ("owner/name", "raw")
+  assert sources._configuration("owner/name") == ("owner/name", None) and sources._configuration("imdb") == (
+    "imdb",
+    None,
+  )
+
+
+def test_an_id_without_an_owner_may_have_a_configuration(monkeypatch):
+  datasets = pytest.importorskip("datasets")
+  asked = []
+
+  def load(name, configuration, split):
+    asked.append((name, configuration, split))
+    if configuration is None:
+      raise datasets.exceptions.DatasetNotFoundError(f"{name} is not there")
+    return "rows"
+
+  monkeypatch.setattr(datasets, "load_dataset", load)
+  assert sources._hub("hub:glue/sst2:validation", "train") == "rows"
+  assert asked == [("glue/sst2", None, "validation"), ("glue", "sst2", "validation")]
+
+
+def test_a_hub_that_does_not_answer_is_told_in_seconds(monkeypatch):
+  pytest.importorskip("datasets")
+  from huggingface_hub import constants
+
+  for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+  with socket.create_server(("127.0.0.1", 0)) as there:
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{there.getsockname()[1]}")
+    assert sources._answers(urllib.parse.urlsplit(constants.ENDPOINT))
+  with pytest.raises(RequestError, match="127.0.0.1 does not answer, and the data set is not in the cache; check"):
+    read("hub:nobody/nothing")
+  assert constants.HF_HUB_OFFLINE is False
+  with pytest.raises(RequestError, match="an address; give hub:stanfordnlp/imdb"):
+    read("https://huggingface.co/datasets/stanfordnlp/imdb/viewer")
+
+
+def test_a_git_lfs_pointer_is_no_text(tmp_path):
+  with pytest.raises(RequestError, match="a.parquet: a git-lfs pointer"):
+    read(write(tmp_path, "a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"))

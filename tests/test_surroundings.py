@@ -47,8 +47,7 @@ KINDS = [
 ]
 
 
-def start(words, change):
-  variables, redirection = (change, "") if isinstance(change, dict) else ({}, change)
+def start(words, variables, redirection):
   command = [
     "sh",
     "-c",
@@ -64,26 +63,43 @@ def start(words, change):
   )
 
 
-def ends_well(change, code, told):
-  done = start(GENERATE, change)
+def ends_well(change, code, told, redirection=""):
+  variables, redirection = (change, redirection) if isinstance(change, dict) else ({}, change)
+  done = start(GENERATE, variables, redirection)
   assert done.returncode == code, (change, done.stderr[-2000:])
   assert "Traceback" not in done.stderr and re.search(told, done.stderr), (change, done.stderr)
-  if code == 0 and ">&-" not in change:
+  if code == 0 and ">&-" not in redirection.replace("2>&-", ""):
     assert json.loads(done.stdout)["completions"][0]["prompt"] == "Once", change
 
 
 @pytest.mark.parts(3, 7)
 def test_thirty_environments(part):
-  """The first part: what changes types, and closed streams. The others: each kind once, and a pair of them."""
+  """The first part: all that changes types at once, and no input. The others: each kind once, and a pair of them."""
   if part == 0:
-    ends_well({name: value for change, _, _ in KINDS[:5] for name, value in change.items()}, 0, "made for threefry2x32")
-    ends_well("<&- 2>&-", 0, "")
+    types = {name: value for change, _, _ in KINDS[:5] for name, value in change.items()}
+    ends_well(types, 0, "made for threefry2x32", "<&-")
     return
   for change, code, told in KINDS[part - 1 :: 6]:
     ends_well(change, code, told)
   good = [change for change, code, _ in KINDS if not code and isinstance(change, dict)]
   first, second = random.Random(part).sample(good, 2)
   ends_well(first | second, 0, "")
+
+
+@pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]])
+def test_a_stream_that_is_closed_is_the_null_device(tmp_path, closed):
+  """Else the next file that is opened would take its place, and what is printed would be written into it."""
+  code = (
+    "import os, sys; from jaxft import surroundings; surroundings.set_right()\n"
+    f"file = os.open({str(tmp_path / 'file')!r}, os.O_WRONLY | os.O_CREAT)\n"
+    "print('printed'); print('said', file=sys.stderr); sys.stdout.flush(); os.write(1, b'x'); os.write(2, b'y')\n"
+    "sys.exit(file < 3 or bool(sys.stdin.read()))"
+  )
+  redirections = " ".join(f"{number}{'<' if number == 0 else '>'}&-" for number in closed)
+  done = subprocess.run(
+    ["sh", "-c", f'exec "$@" {redirections}', "sh", sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.DEVNULL
+  )
+  assert done.returncode == 0 and (tmp_path / "file").read_bytes() == b""
 
 
 def test_a_user_without_a_home_gets_a_folder_of_temporary_files(tmp_path, monkeypatch):
@@ -126,3 +142,12 @@ def test_a_token_cache_that_cannot_be_written_is_read(tmp_path, monkeypatch):
   monkeypatch.setattr(cache.os, "access", lambda path, how: False)  # as root, who may write everywhere
   monkeypatch.setattr(cache.FileLock, "acquire", lambda *_, **__: pytest.fail("a lock is a file that is written"))
   assert cache.open_or_make(tmp_path, {"a": 1}, make, print) == made
+
+
+def test_a_folder_called_jaxft_does_not_hide_the_package(tmp_path):
+  """git clone jaxft; pip install -e jaxft; and then work beside the checkout: jaxft/ there is no package."""
+  (tmp_path / "jaxft" / "jaxft").mkdir(parents=True)
+  code = "import jaxft; print(jaxft.__file__, jaxft.load.__name__)"
+  environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+  done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0 and done.stdout.split()[1] == "load", done.stderr

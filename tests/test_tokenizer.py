@@ -311,7 +311,7 @@ def test_a_padding_token_of_config_json_that_is_a_letter_stays_one(folder, tmp_p
   other = shutil.copytree(folder, tmp_path / "m")
   tokenizer = tokenizers.load(other, 293)
   about = json.loads((other / "config.json").read_text())
-  for text in ("!", " the", "e"):
+  for text in ("!", " the"):
     (pad, *_) = tokens.prompt_ids(tokenizer, text)
     (other / "config.json").write_text(json.dumps(about | {"pad_token_id": pad}))
     out = tmp_path / f"out{pad}"

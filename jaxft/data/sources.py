@@ -1,6 +1,7 @@
 """Rows out of files and hub data sets, one at a time: nothing is in memory whole, but for each .txt and .json file."""
 
 import collections
+import contextlib
 import functools
 import glob
 import hashlib
@@ -9,7 +10,11 @@ import json
 import math
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +38,7 @@ OWN_FOLDERS = (
 OWN_FILES = ("metrics.jsonl", "samples.jsonl", "merges.txt", "vocab.txt")
 MODEL_FILES = (".safetensors", ".msgpack", ".bin", ".h5", "tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json"}
+PATIENCE = 5  # seconds for the hub to answer
 ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([\w.-]+(?:/[\w.-]+)?)(?:/.*)?")
 # What datasets.Dataset.save_to_disk writes, and DatasetDict.save_to_disk.
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
@@ -282,10 +288,81 @@ def _hub(source: str, split: str) -> Any:
 
   name, _, chosen = source.removeprefix("hub:").partition(":")
   if not name:
-    raise RequestError(f"data source {source!r}: no name; give hub:NAME or hub:NAME:SPLIT")
+    raise RequestError(
+      f"data source {source!r}: no name; give hub:NAME, hub:NAME:SPLIT or hub:NAME/CONFIGURATION:SPLIT"
+    )
+  name, configuration = _configuration(name)
   try:
-    return datasets.load_dataset(name, split=chosen or split)
+    with _without_waiting(name):
+      return _load(datasets, name, configuration, chosen or split)
   except Exception as error:  # hub, network and format errors share no class; all mean that this source cannot be read
+    if there := re.search(r"vailable(?: configs)?: \[(.*?)\]", str(error)):
+      names = there[1].replace("'", "")
+      raise RequestError(
+        f"data source {source!r}: name one of its configurations as hub:{name}/CONFIGURATION[:SPLIT]: {names}"
+      ) from error
     raise RequestError(
       f"data source {source!r}: {first_line(error)}; check the name and the split, or download it and give the files"
     ) from error
+
+
+def _configuration(name: str) -> tuple[str, str | None]:
+  """The name of a data set and, after a slash, of one of its configurations: a hub id has at most one slash of its own."""
+  head, _, tail = name.rpartition("/")
+  if exists(Path(name)) or not head:
+    return name, None
+  return (head, tail) if exists(Path(head)) or head.count("/") == 1 else (name, None)
+
+
+def _load(datasets: Any, name: str, configuration: str | None, split: str) -> Any:
+  try:
+    return datasets.load_dataset(name, configuration, split=split)
+  except datasets.exceptions.DatasetNotFoundError:
+    head, _, tail = name.rpartition("/")  # of an id without an owner: glue/sst2
+    if configuration or not head:
+      raise
+    try:
+      return datasets.load_dataset(head, tail, split=split)
+    except datasets.exceptions.DatasetNotFoundError:
+      pass
+    raise
+
+
+@contextlib.contextmanager
+def _without_waiting(name: str) -> Iterator[None]:
+  """Where the hub does not answer: look at what is cached, and nowhere else. The libraries would try again for a minute."""
+  import datasets
+  from huggingface_hub import constants
+
+  host = urllib.parse.urlsplit(constants.ENDPOINT)
+  as_it_is = constants.HF_HUB_OFFLINE or exists(Path(name)) or urllib.request.getproxies() or _answers(host)
+  if as_it_is:
+    yield
+    return
+  before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+  constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+  try:
+    yield
+  except OSError as error:  # not found, or offline
+    raise OSError(f"{host.hostname} does not answer, and the data set is not in the cache") from error
+  finally:
+    constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _answers(host: urllib.parse.SplitResult) -> bool:
+  """Whether a server takes connections; asked in a thread, as looking up a name may take long."""
+
+  def ask() -> bool:
+    try:
+      socket.create_connection((host.hostname, host.port or (80 if host.scheme == "http" else 443)), PATIENCE).close()
+    except OSError:
+      return False
+    return True
+
+  asked = ThreadPoolExecutor(1)
+  try:
+    return asked.submit(ask).result(PATIENCE)
+  except TimeoutError:
+    return False
+  finally:
+    asked.shutdown(wait=False)
