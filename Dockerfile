@@ -7,9 +7,9 @@ RUN useradd --uid 1000 --create-home jaxft && mkdir -p /work/runs /cache && chow
 
 # What is installed, apart from what is run below: a config that changes does not install 3 GB again.
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY jaxft jaxft
-RUN --mount=type=cache,target=/root/.cache/pip pip install '.[cuda]'
+RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint=constraints.txt '.[cuda]'
 
 WORKDIR /work
 COPY configs configs

@@ -14,10 +14,12 @@ def main() -> None:
 
   if not arguments.data and not arguments.workdir:
     raise RequestError("--data is missing: name a file, a glob, a folder or hub:NAME")
+  if arguments.layout and not arguments.data:
+    raise RequestError(f"--layout={arguments.layout}: goes with --data; what a run has held out is read as in the run")
   ready = open_model(arguments)
   how = {"sequence_length": arguments.sequence_length, "batch_size": arguments.batch_size}
   if arguments.data:
-    columns = {name: value for name in ("text_column", "label_column") if (value := getattr(arguments, name))}
+    columns = {name: value for name in ("text_column", "label_column", "layout") if (value := getattr(arguments, name))}
     like = settings.read(Path(arguments.workdir) / "config.json").data if arguments.workdir else None
     how["sequence_length"] = arguments.sequence_length or (like.sequence_length if like else 0)
     result = ready.evaluate(*arguments.data, like=like, **how, **columns)

@@ -7,6 +7,7 @@ from jaxft.files import at_home
 from jaxft.sampling import Sampling
 
 DTYPES = ("float32", "bfloat16", "float16")  # of `jaxft.hf.unload.EXPORT_DTYPES`
+LAYOUTS = ("concat", "pack", "pad")  # of `config.data.layout`
 DEVICES = ("gpu", "tpu")  # `jaxft.backend.REQUIRED`
 
 
@@ -48,6 +49,12 @@ def evaluate() -> argparse.ArgumentParser:
   parser.add_argument("--text_column", help="column that holds the text (default: as the run has it, or text)")
   parser.add_argument(
     "--label_column", help="column that holds the label, for a model that classifies (default: as the run, or label)"
+  )
+  parser.add_argument(
+    "--layout",
+    choices=LAYOUTS,
+    help="concat: one stream cut into rows; pad: each text alone, as lm-eval has it; pack: several of them in a row "
+    "(default: as the run has it, or concat)",
   )
   parser.add_argument(
     "--sequence_length", type=int, default=0, help="tokens a row (default: as the run, or the model's positions)"

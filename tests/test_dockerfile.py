@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pages
 import pytest
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 PROJECT = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())
@@ -41,6 +42,21 @@ def installed():
   """What pip is given, without its options."""
   commands = [shlex.split(rest) for rest in of("RUN") if "pip install" in rest]
   return [word for words in commands for word in words[words.index("install") + 1 :] if not word.startswith("-")]
+
+
+def test_each_package_has_the_version_that_was_tried():
+  lines = (pages.ROOT / "constraints.txt").read_text().splitlines()
+  pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+  (base,) = of("FROM")
+  there = {"python_version": re.search(r"\d+\.\d+", base)[0]}
+  for dependency in map(Requirement, PROJECT["project"]["dependencies"]):
+    if dependency.marker and not dependency.marker.evaluate(there):
+      continue
+    version = pinned[dependency.name.lower().replace("_", "-")]
+    assert dependency.specifier.contains(version, prereleases=True), dependency
+  assert pinned["jax"] == pinned["jaxlib"]
+  (command,) = [rest for rest in of("RUN") if "pip install" in rest]
+  assert "--constraint=constraints.txt" in shlex.split(command)
 
 
 def test_it_installs_an_extra_for_a_python_that_there_is():

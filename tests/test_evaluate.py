@@ -84,3 +84,21 @@ def test_a_run_is_evaluated_on_what_it_held_out(finished):
 def test_weights_of_no_run_have_nothing_held_out(folder):
   with pytest.raises(RequestError, match="no run, so nothing was held out"):
     pretrained.load(folder).evaluate_held_out()
+
+
+def test_the_layout_may_be_named_on_the_command_line(folder, stories, monkeypatch, capsys):
+  import sys
+
+  from jaxft import evaluate
+
+  words = ["jaxft.evaluate", "--model", str(folder), "--data", str(stories), "--sequence_length", "32", "--json"]
+  ready, found = pretrained.load(folder), {}
+  for layout in ("concat", "pad"):
+    monkeypatch.setattr(sys, "argv", [*words, "--layout", layout])
+    evaluate.main()
+    found[layout] = json.loads(capsys.readouterr().out)
+    assert found[layout] == ready.evaluate(stories, sequence_length=32, layout=layout)
+  assert found["pad"] != found["concat"]
+  monkeypatch.setattr(sys, "argv", ["jaxft.evaluate", "--workdir", "x", "--layout", "pad"])
+  with pytest.raises(RequestError, match="--layout=pad: goes with --data"):
+    evaluate.main()
