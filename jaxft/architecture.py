@@ -41,6 +41,7 @@ class ModelConfig:
   out_bias: bool = True
   tied: bool = True  # the output table is the token embedding
   head_bias: bool = False
+  exact_gelu: bool = False  # by the error function, as Cerebras-GPT has it; else by its approximation with tanh
   classes: int = 0  # above 0: a classification head in place of the language head
   # What a run makes of the model (`hf/chosen.py`): adapters beside the products named, and which weights it trains.
   lora_rank: int = 0

@@ -134,12 +134,13 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
   def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
     F, D, how = cfg.F, cfg.D, {"cfg": cfg, "compute": compute, "rngs": rngs}
+    self.exact_gelu = cfg.exact_gelu
     self.up = Einsum("up", "MD,DF->MF", (D, F), ("embed", "mlp"), inputs=1, std=cfg.init_std, **how)
     std = cfg.init_std / (2 * cfg.L) ** 0.5
     self.down = Einsum("down", "MF,FD->MD", (F, D), ("mlp", "embed"), inputs=1, std=std, **how)
 
   def __call__(self, x_BTD, adapter_keys):
-    h_BTF = jax.nn.gelu(self.up(x_BTD, adapter_keys[0]), approximate=True)  # transformers' `gelu_new`
+    h_BTF = jax.nn.gelu(self.up(x_BTD, adapter_keys[0]), approximate=not self.exact_gelu)
     return self.down(h_BTF, adapter_keys[1])
 
 

@@ -1,5 +1,6 @@
 """Folders in and out: exact both ways, and every fault of a folder is named."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -160,7 +161,6 @@ def test_weights_that_do_not_fit_are_named(folder, tmp_path, change, told):
   [
     (dict(model_type="llama"), "model_type='llama'"),
     (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
-    (dict(reorder_and_upcast_attn=True), "reorder_and_upcast_attn"),
     (dict(activation_function="relu"), "activation_function='relu'"),
     (dict(n_layer=10**9), "n_layer=1000000000"),
     (dict(n_embd=0), "n_embd=0 is no size"),
@@ -384,4 +384,30 @@ def test_a_weight_beyond_float16_is_named_before_anything_is_written(folder, tmp
   with pytest.raises(RequestError, match=r"h\.1\.mlp\.c_fc\.weight has a weight of .* and float16 ends at 65504"):
     save.export(tmp_path / "out", params, checkpoint, dtype="float16")
   assert not list(tmp_path.iterdir())
-  save.export(tmp_path / "out", params, checkpoint, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+  "family, more",
+  [
+    ("gpt2", {"activation_function": "gelu"}),  # Cerebras-GPT
+    ("gpt2", {"scale_attn_weights": False, "reorder_and_upcast_attn": True, "activation_function": "gelu_fast"}),
+    ("gpt_neo", {"activation_function": "gelu_accurate"}),
+    ("gptj", {"activation_function": "gelu_pytorch_tanh"}),
+    ("gptj", {"activation_function": "gelu_python"}),
+  ],
+)
+def test_other_activations_and_scales_are_transformers_own(family, more, tmp_path):
+  """An export compares its logits with transformers'; and those of the other gelu are farther away."""
+  pytest.importorskip("torch")
+  tiny.write_family(tmp_path / "m", family, seed=3, P=17, std=0.5)
+  about = json.loads((tmp_path / "m" / "config.json").read_text())
+  (tmp_path / "m" / "config.json").write_text(json.dumps(about | more))
+  checkpoint, params = read(tmp_path / "m")
+  report = save.export(tmp_path / "out", params, checkpoint)
+  assert "transformers" in report["reference"] and report["logits_max_abs_difference"] < report["tolerance"]
+  written = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert {key: written[key] for key in more} == more
+  plain = dataclasses.replace(checkpoint.cfg, exact_gelu=not checkpoint.cfg.exact_gelu)
+  ids = np.arange(13)[None] % checkpoint.cfg.V
+  ours, other = (verify.logits(model.abstract(cfg, model.Compute())[0], params, ids) for cfg in (checkpoint.cfg, plain))
+  assert np.abs(ours - other).max() > 5 * report["logits_max_abs_difference"]

@@ -8,16 +8,12 @@ from jaxft.errors import RequestError
 from jaxft.model import ModelConfig
 
 # config.json key -> the only value whose maths is built; a missing key has this value in transformers too.
-GPT2_FIXED = {
-  "activation_function": "gelu_new",
-  "scale_attn_weights": True,
-  "scale_attn_by_inverse_layer_idx": False,
-  "reorder_and_upcast_attn": False,
-  "add_cross_attention": False,
-}
+# reorder_and_upcast_attn is no such key: scores are in float32 here whatever it says.
+GPT2_FIXED = {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 FIXED = {"quantization_config": None}
-GPT_NEO_FIXED = {"activation_function": "gelu_new"}
-GPTJ_FIXED = {"activation_function": "gelu_new"}
+# transformers' names of one function, gelu by tanh, and of the other, by the error function.
+TANH_GELU = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh")
+EXACT_GELU = ("gelu", "gelu_python")
 
 
 def gpt2(config: dict[str, Any]) -> ModelConfig:
@@ -37,13 +33,13 @@ def gpt2(config: dict[str, Any]) -> ModelConfig:
     attention_dropout=_rate(config, "attn_pdrop"),
     residual_dropout=_rate(config, "resid_pdrop"),
     init_std=config["initializer_range"],
-    attention_scale=H**-0.5,
+    attention_scale=H**-0.5 if config["scale_attn_weights"] else 1.0,
+    exact_gelu=_exact_gelu(config),
     tied=config["tie_word_embeddings"],
   )
 
 
 def gpt_neo(config: dict[str, Any]) -> ModelConfig:
-  _refuse_others(config, GPT_NEO_FIXED)
   D, N, L = _size(config, "hidden_size"), _size(config, "num_heads"), _size(config, "num_layers", at_most=2**16)
   window, kinds = _size(config, "window_size", at_most=2**30), config["attention_layers"]
   if len(kinds) != L or set(kinds) - {"global", "local"}:
@@ -64,12 +60,12 @@ def gpt_neo(config: dict[str, Any]) -> ModelConfig:
     attention_scale=1.0,  # the published models were trained without one
     windows=tuple(window if kind == "local" else 0 for kind in kinds),
     qkv_bias=False,
+    exact_gelu=_exact_gelu(config),
     tied=config["tie_word_embeddings"],
   )
 
 
 def gptj(config: dict[str, Any]) -> ModelConfig:
-  _refuse_others(config, GPTJ_FIXED)
   D, N = _size(config, "n_embd"), _size(config, "n_head")
   H, rotary_dim = _head_size("n_embd", D, "n_head", N), config["rotary_dim"]
   if not isinstance(rotary_dim, int) or rotary_dim % 2 or not 0 < rotary_dim <= H:
@@ -94,6 +90,7 @@ def gptj(config: dict[str, Any]) -> ModelConfig:
     out_bias=False,
     tied=config["tie_word_embeddings"],
     head_bias=True,
+    exact_gelu=_exact_gelu(config),
   )
 
 
@@ -145,6 +142,15 @@ def _refuse_others(config: dict[str, Any], fixed: dict[str, Any]) -> None:
   for key, value in fixed.items():
     if config.get(key, value) != value:
       raise RequestError(f"config.json: {key}={config[key]!r} is not supported, only {value!r}")
+
+
+def _exact_gelu(config: dict[str, Any]) -> bool:
+  name = config["activation_function"]
+  if name not in TANH_GELU + EXACT_GELU:
+    raise RequestError(
+      f"config.json: activation_function={name!r} is not supported, only {', '.join(TANH_GELU + EXACT_GELU)}"
+    )
+  return name in EXACT_GELU
 
 
 def _size(config: dict[str, Any], key: str, otherwise: int = 0, at_most: int = 2**24) -> int:
