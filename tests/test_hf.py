@@ -390,10 +390,14 @@ def test_a_weight_beyond_float16_is_named_before_anything_is_written(folder, tmp
   "family, more",
   [
     ("gpt2", {"activation_function": "gelu"}),  # Cerebras-GPT
-    ("gpt2", {"scale_attn_weights": False, "reorder_and_upcast_attn": True, "activation_function": "gelu_fast"}),
-    ("gpt_neo", {"activation_function": "gelu_accurate"}),
+    pytest.param(
+      "gpt2",
+      {"scale_attn_weights": False, "reorder_and_upcast_attn": True, "activation_function": "gelu_fast"},
+      marks=pytest.mark.slow,
+    ),
+    pytest.param("gpt_neo", {"activation_function": "gelu_accurate"}, marks=pytest.mark.slow),
     ("gptj", {"activation_function": "gelu_pytorch_tanh"}),
-    ("gptj", {"activation_function": "gelu_python"}),
+    pytest.param("gptj", {"activation_function": "gelu_python"}, marks=pytest.mark.slow),
   ],
 )
 def test_other_activations_and_scales_are_transformers_own(family, more, tmp_path):

@@ -260,10 +260,10 @@ def test_a_lost_process_ends_the_others_with_code_5(config_file, tmp_path, count
 
 def test_a_process_that_does_not_come_is_named(config_file, tmp_path):
   several = Hosts(config_file, tmp_path / "run", 4, "--start_timeout=12", present=(0, 2))
+  alone = Hosts(config_file, tmp_path / "alone", 2, "--start_timeout=3", present=(1,))
   assert several.codes(60) == [5, 5]
   for text in several.said():
     assert "error: process 1, 3 did not come within 12 s" in text and "Traceback" not in text
-  alone = Hosts(config_file, tmp_path / "alone", 2, "--start_timeout=3", present=(1,))
   assert alone.codes(60) == [5]
   assert re.search(r"error: process 0 at 127.0.0.1:\d+ did not answer within 3 s", alone.said()[0])
 

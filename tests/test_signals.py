@@ -85,6 +85,7 @@ def test_a_second_signal_ends_at_once(interruptible, tmp_path):
   process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_goes_away_loses_nothing(config_file, tmp_path):
   """An ssh that drops: SIGHUP from the kernel and from the shell, and nowhere to print."""
   ours, theirs = os.openpty()

@@ -72,14 +72,17 @@ def ends_well(change, code, told, redirection=""):
     assert json.loads(done.stdout)["completions"][0]["prompt"] == "Once", change
 
 
-@pytest.mark.parts(3, 7)
+@pytest.mark.slow
+def test_all_that_changes_types_at_once():
+  types = {name: value for change, _, _ in KINDS[:5] for name, value in change.items()}
+  ends_well(types, 0, "made for threefry2x32", "<&-")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [pytest.param(i, marks=[pytest.mark.wide] * (i > 1)) for i in range(6)])
 def test_thirty_environments(part):
-  """The first part: all that changes types at once, and no input. The others: each kind once, and a pair of them."""
-  if part == 0:
-    types = {name: value for change, _, _ in KINDS[:5] for name, value in change.items()}
-    ends_well(types, 0, "made for threefry2x32", "<&-")
-    return
-  for change, code, told in KINDS[part - 1 :: 6]:
+  """Each kind once, and a pair of them."""
+  for change, code, told in KINDS[part::6]:
     ends_well(change, code, told)
   good = [change for change, code, _ in KINDS if not code and isinstance(change, dict)]
   first, second = random.Random(part).sample(good, 2)
