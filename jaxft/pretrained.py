@@ -336,7 +336,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
 
 def _checkpoint_of(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> repo.Checkpoint:
   """The model that a run trains: what the workdir keeps of it, or the folder itself where some of the weights are frozen."""
-  folder = save.kept(workdir)
+  folder = save.run_model(workdir)
   if folder and not (config.lora.rank or config.train.only):
     return repo.Checkpoint(folder, *repo.read_config(folder / "config.json"))
   source = _model_of(config, workdir, record, weights=bool(config.lora.rank or config.train.only))

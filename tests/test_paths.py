@@ -96,7 +96,7 @@ def test_what_is_in_a_workdir_is_never_taken_for_the_runs_own(folder, stories, t
   check(config, tmp_path)
   source, tokenizer = repo.find(str(folder)), tokenizers.load(folder, 293)
   save.replace_config_and_tokenizer(tmp_path, source, tokenizer)
-  assert (tmp_path / "model" / "my_code.py").is_file() and save.kept(tmp_path) == tmp_path / "run.model"
+  assert (tmp_path / "model" / "my_code.py").is_file() and save.run_model(tmp_path) == tmp_path / "run.model"
   save.replace_config_and_tokenizer(tmp_path, source, tokenizer)  # its own is replaced
   (tmp_path / "run.model" / "model.safetensors").write_text("mine")
   with pytest.raises(RequestError, match="'model.safetensors' is none of it"):
@@ -123,7 +123,7 @@ def test_a_start_that_is_killed_between_two_renames_leaves_the_old_config(folder
   with monkeypatch.context() as dying, pytest.raises(KeyboardInterrupt):
     dying.setattr(Path, "rename", killed)
     save.replace_config_and_tokenizer(tmp_path, source, tokenizer)
-  assert save.kept(tmp_path) and tokenizers.load(save.kept(tmp_path), 293)
+  assert save.run_model(tmp_path) and tokenizers.load(save.run_model(tmp_path), 293)
   save.replace_config_and_tokenizer(tmp_path, source, tokenizer)
   assert [path.name for path in tmp_path.iterdir()] == ["run.model"]
 

@@ -524,6 +524,7 @@ def test_a_hub_that_does_not_answer_is_told_in_seconds(monkeypatch):
   with socket.create_server(("127.0.0.1", 0)) as there:
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{there.getsockname()[1]}")
     assert sources._answers(urllib.parse.urlsplit(constants.ENDPOINT))
+  sources._answers.cache_clear()  # now it is gone
   with pytest.raises(RequestError, match="127.0.0.1 does not answer, and the data set is not in the cache; check"):
     read("hub:nobody/nothing")
   assert constants.HF_HUB_OFFLINE is False

@@ -161,15 +161,17 @@ def _matches(pattern: str, notes: collections.Counter) -> list[Path]:
   for file in sorted(Path(match) for match in glob.glob(pattern, recursive=True)):
     if not file.is_file():
       continue
-    if (
-      holds_none(file.parent)
-      or glob.has_magic(parts[-1])
-      and file.name in _own_files(_not_text(file.parent), [path.name for path in file.parent.iterdir()])
-    ):
+    # Few names are a run's or a model's own: only for those the folder is looked at.
+    maybe_own = glob.has_magic(parts[-1]) and file.name in OWN_FILES
+    if holds_none(file.parent) or maybe_own and _is_own(file):
       notes["files of a run or a model, left out"] += 1
     else:
       files.append(file)
   return files
+
+
+def _is_own(file: Path) -> bool:
+  return file.name in _own_files(_not_text(file.parent), [path.name for path in file.parent.iterdir()])
 
 
 def _own_files(what: str, names: list[str]) -> set[str]:
@@ -349,6 +351,7 @@ def _without_waiting(name: str) -> Iterator[None]:
     constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
+@functools.cache  # once in a process: a data set is opened several times
 def _answers(host: urllib.parse.SplitResult) -> bool:
   """Whether a server takes connections; asked in a thread, as looking up a name may take long."""
 

@@ -25,8 +25,8 @@ from jaxft.hf.verify import must_read_config, verify
 # Keys of config.json that name code to be loaded: there is none of it in an export.
 NOT_EXPORTED = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "trust_remote_code")
 GENERATION = "generation_config.json"
-# Where a run keeps config and tokenizer of its model, in its workdir, and the files that may be in it.
-KEPT = "run.model"
+# The folder in a workdir with config and tokenizer of the run's model, and the files that may be in it.
+RUN_MODEL = "run.model"
 WRITTEN = ("config.json", GENERATION, *tokenizers.FILES)
 
 
@@ -134,23 +134,22 @@ def write_config_and_tokenizer(
     says = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id") if key in hf_config} | says
     write_json(folder / GENERATION, says | _special_ids(says, tokenizer))
   if tokenizer:
-    more = (
-      {"padding_side": "right"} if checkpoint.cfg.classes else {}
-    )  # jaxft's and, without position_ids, transformers'
+    # jaxft pads on the right, and transformers must where no position_ids are given.
+    more = {"padding_side": "right"} if checkpoint.cfg.classes else {}
     positions, pad = checkpoint.cfg.P, hf_config.get("pad_token_id")
     tokenizers.write(tokenizer, checkpoint.tokenizer_folder, folder, more, positions=positions, pad_token_id=pad)
 
 
 def faults_of_workdir(workdir: Path) -> list[str]:
-  """Why config and tokenizer cannot be kept in a workdir, at most one line: what is there is not what a run has written."""
-  folder = workdir / KEPT
+  """Why config and tokenizer cannot be written into a workdir, at most one line: other files have the folder's name."""
+  folder = workdir / RUN_MODEL
   try:
     strange = [file.name for file in folder.iterdir() if file.name not in WRITTEN or not file.is_file()]
   except FileNotFoundError:
     strange = []
   except OSError as error:
     return [f"{str(folder)!r}: {error.strerror}"]
-  return [f"{str(folder)!r}: a run keeps its model's config there, and {name!r} is none of it" for name in strange[:1]]
+  return [f"{str(folder)!r}: a run writes its model's config there, and {name!r} is none of it" for name in strange[:1]]
 
 
 def replace_config_and_tokenizer(workdir: Path, checkpoint: repo.Checkpoint, tokenizer: Any) -> None:
@@ -158,7 +157,7 @@ def replace_config_and_tokenizer(workdir: Path, checkpoint: repo.Checkpoint, tok
 
   The run's checkpoints can then be used when the folder of the model is gone. Raises RequestError where anything else is there.
   """
-  folder = workdir / KEPT
+  folder = workdir / RUN_MODEL
   partial = _partial(folder)
   try:
     _put_back(folder)
@@ -172,9 +171,9 @@ def replace_config_and_tokenizer(workdir: Path, checkpoint: repo.Checkpoint, tok
     raise StorageError(f"{folder}: {refused(folder, error)}") from error
 
 
-def kept(workdir: Path) -> Path | None:
+def run_model(workdir: Path) -> Path | None:
   """The folder of a workdir with config and tokenizer of its model; None where a run of before 2026-11-28 has none."""
-  folders = (workdir / KEPT, _old(workdir / KEPT))  # the second: of a start that was killed just then
+  folders = (workdir / RUN_MODEL, _old(workdir / RUN_MODEL))  # the second: of a start that was killed just then
   return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 

@@ -22,12 +22,8 @@ from jaxft.files import write_json
 CONFIG = "tokenizer_config.json"
 # Copied where a tokenizer was read from one, beside the tokenizer.json that is always written.
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.model")
-VOCABULARIES = (
-  "tokenizer.json",
-  "vocab.json",
-  "vocab.txt",
-  *SENTENCEPIECE,
-)  # a folder with one of them has a tokenizer
+# A folder with one of them has a tokenizer.
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE)
 # All that `write` may write.
 FILES = (
   "tokenizer.json",
@@ -92,9 +88,8 @@ def load(folder: Path, V: int) -> Any:
   tokenizer.backend_tokenizer.no_truncation()
   tokenizer.backend_tokenizer.no_padding()
   if isinstance(tokenizer.backend_tokenizer.pre_tokenizer, ByteLevel) and not tokenizer.backend_tokenizer.decoder:
-    tokenizer.backend_tokenizer.decoder = (
-      decoders.ByteLevel()
-    )  # else texts come back with a letter of its own for each byte
+    # Without it a text comes back with a letter for each byte: "Ġthe" for " the".
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
   if fault := _no_vocabulary(tokenizer, folder):
     raise RequestError(f"{folder}: {fault}")
   if tokenizer.eos_token_id is None:

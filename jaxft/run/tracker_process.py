@@ -45,12 +45,8 @@ class Service:
 
 
 def main() -> None:
-  for number in (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGHUP,
-  ):  # meant for the run, which then says how it ended
+  # These are meant for the run, which then says how it ended.
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
   os.nice(10)
   answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
