@@ -93,7 +93,8 @@ def _of_folder(folder: Path, split: str, notes: collections.Counter) -> list[Pat
     raise RequestError(
       f"data source {str(folder)!r}: no {', '.join(READABLE)} file in this folder; give a file, a glob, a folder or hub:NAME"
     )
-  if left := collections.Counter(kind(file) for file in files if file not in set(found)):
+  read = set(found)
+  if left := collections.Counter(kind(file) for file in files if file not in read):
     notes["files in folders that are of no kind that is read"] += left.pop("", 0)
     notes["files in folders that are read only if they are named (.json, .md, .zip, ...)"] += left.total()
   return found
