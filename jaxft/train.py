@@ -345,6 +345,8 @@ def finetune(
       tokenizer=tokenizer,
     )
     if jax.process_index() == 0:
+      told["export"] = {"folder": str(out.absolute())} | {key: it for key, it in parity.items() if key != "sha256"}
+      told["export"] |= {"adapter": str((workdir / "adapter").absolute())} if cfg.lora_rank else {}
       say(f"exported to {out}: {in_words(parity)}")
     if jax.process_index() == 0 and config.export.push_to_hub:
       say(f"uploaded to {push.push(out, config.export.push_to_hub)}")

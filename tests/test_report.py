@@ -13,12 +13,12 @@ import tiny
 
 from jaxft import config as settings
 from jaxft.errors import NumericsError, RequestError
-from jaxft.page import charts, comparison, markup, record, run
+from jaxft.page import charts, comparison, markup, record, run, samples, words
 from jaxft.run import about
 from jaxft.train import finetune
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"'\u202e\x1b[2J\x00"
-VOID = {"meta", "link", "img", "br", "hr", "input"}
+VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}
 OUTSIDE = re.compile(r"^(https?:)?//", re.IGNORECASE)
 
 
@@ -231,6 +231,87 @@ def test_thinning_keeps_the_ends_and_every_spike():
 
 
 @pytest.mark.parametrize(
+  "low, high, told", [(0, 715, [0, 200, 400]), (6, 7, [6]), (0, 12, [0, 2, 4, 6, 8]), (0, 4, [0, 1, 2, 3])]
+)
+def test_steps_on_an_axis_are_whole_and_leave_room_for_the_last(low, high, told):
+  assert charts.step_ticks(low, high) == told
+  drawn = charts.chart("Loss", "nats", [charts.Series("a", [(low, 1.0), (high, 2.0)])])
+  assert f"step {high}</span>" in drawn and not re.search(r'class="x"[^>]*>[^<]*\.', drawn)
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0), (0.2, 0.4), (1.0, 1.0)])
+def test_a_share_is_drawn_from_0_to_1(values):
+  drawn = charts.chart("Accuracy", "share", [charts.Series("accuracy", list(enumerate(values)))], share=True)
+  assert re.findall(r'class="y"[^>]*>([^<]+)', drawn) == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+  drawn = charts.chart("Rate", "", [charts.Series("rate", [(0, 0.0), (1, 0.0)])], from_zero=True)
+  assert "-" not in "".join(re.findall(r'class="y"[^>]*>([^<]+)', drawn))
+
+
+def test_one_point_is_told_and_not_drawn(tmp_path):
+  page = shown(write(tmp_path / "w", steps=1, evals=()))
+  assert "svg" not in page.found
+  assert re.search(r"Logged once: training loss \d\.\d+ at step 1, learning rate 0 at step 1, gradient norm", page.text)
+
+
+EXPORT = {
+  "folder": "/models/out",
+  "dtype": "bfloat16",
+  "tensors": "bit for bit",
+  "logits_max_abs_difference": 6e-8,
+  "reference": "transformers 5.24.0, torch 2.13.0",
+}
+
+
+@pytest.mark.parametrize(
+  "head, auto, ours",
+  [
+    ("lm", "CausalLM", "jaxft.generate --model /models/out"),
+    ("classification", "SequenceClassification", "jaxft.load('/models/out').classify("),
+  ],
+)
+def test_the_export_is_on_the_page(tmp_path, head, auto, ours):
+  changes, about_it = {"model.head": head}, {"export": EXPORT | {"adapter": "/w/adapter"}, "exported_step": 50}
+  page = shown(write(tmp_path / "w", changes=changes, about__json=json.dumps(about_it)))
+  for told in (
+    "The exported model",
+    "of step 50, in bfloat16",
+    "bit for bit",
+    "within 6.0e-08",
+    "transformers 5.24.0",
+    "/w/adapter",
+  ):
+    assert told in page.text, told
+  assert f"AutoModelFor{auto}.from_pretrained('/models/out')" in page.text and ours in page.text
+  assert "The exported model" not in shown(write(tmp_path / "failed", about__json="{}")).text
+
+
+def test_nothing_is_cut_without_a_sign(tmp_path):
+  text = " ".join(f"word{i}" for i in range(1000))
+  lines = [
+    {"step": step, "when": when, "prompt": "Once", "text": " " + text} for step, when in ((0, "before"), (9, "after"))
+  ]
+  page = shown(write(tmp_path / "w", samples__jsonl="\n".join(map(json.dumps, lines))))
+  ends = re.findall(r"(\S+)…", page.text)
+  assert len(ends) == 4 and all(re.fullmatch(r"word\d+", it) and f" {it} " in text for it in ends)
+  assert samples.beginning("x" * 500, 420) == "x" * 420 + "…" and samples.beginning("short", 420) == "short"
+
+
+def test_a_sample_that_the_first_screen_shows_whole_is_not_shown_twice(tmp_path):
+  page = shown(write(tmp_path / "w"))
+  assert page.text.count("grey ships") == 1 and "Samples" not in page.text
+
+
+@pytest.mark.parametrize("number, told", [(1, "1 held-out document."), (2000, "2,000 held-out documents.")])
+def test_counts_are_told_as_people_say_them(tmp_path, number, told):
+  counts = {"read": number, "trained": 0, "held_out": number, "dropped": {}}
+  report = json.dumps({"rows": counts, "tokens": counts})
+  assert told in shown(write(tmp_path / "w", data_report__json=report)).text
+  assert [words.duration(it) for it in (59, 61, 3600)] == ["59 s", "1 min 1 s", "1 h 0 min"]
+  assert [words.speed(it) for it in (66787.4, 941.0, 15.8)] == ["66,787", "941", "15.8"]
+  assert words.told("eval/f1", 0.0) == "0.0 %"
+
+
+@pytest.mark.parametrize(
   "low, high, told",
   [
     (0, 715, ["0", "200", "400", "600"]),
@@ -259,21 +340,21 @@ def test_several_runs_are_compared(tmp_path):
 
 def test_measures_that_are_there_are_shown(tmp_path):
   lines = [{"step": step, "eval/loss": 3.0 - step, "eval/unrelated_loss": 3.5 + step} for step in (0, 1)]
-  samples = [
+  drawn = [
     {"step": step, "when": when, "prompt": prompt, "text": "x", "seed": 0, "memorised_8grams": step * share}
     for step, when in ((0, "before"), (1, "after"))
     for prompt, share in (("a", 0.1), ("b", 0.4))
   ]
-  files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": "\n".join(map(json.dumps, samples))}
+  files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": "\n".join(map(json.dumps, drawn))}
   page = shown(write(tmp_path / "w", **files))
   assert "loss, unrelated text3.500 → 4.500" in page.text and "step 1; 40.0 % by heart" in page.text
   assert "8-grams by heart0.0 % → 25.0 %" in page.text
 
 
-@pytest.mark.parametrize("samples", [None, '{"step": 50, "when": "after", "prompt": "a", "text": "b"}'])
-def test_where_the_best_weights_are_exported_it_is_their_loss_that_counts(tmp_path, samples):
+@pytest.mark.parametrize("drawn", [None, '{"step": 50, "when": "after", "prompt": "a", "text": "b"}'])
+def test_where_the_best_weights_are_exported_it_is_their_loss_that_counts(tmp_path, drawn):
   lines = [{"step": step, "eval/loss": loss} for step, loss in ((0, 4.0), (50, 2.0), (100, 3.0))]
-  files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": samples}
+  files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": drawn}
   page = shown(write(tmp_path / "w", changes={"train.keep_best_metric": "eval/loss"}, **files))
   assert "Eval loss fell from 4.000 to 2.000" in page.text
   assert "The weights of step 50 of 100 were exported, the best that were kept" in page.text

@@ -31,32 +31,35 @@ def chart(
   series: list[Series],
   *,
   from_zero: bool = False,
+  share: bool = False,
   floor: tuple[str, float] | None = None,
   faults: Sequence[float] = (),
   wide: bool = False,
 ) -> Html | None:
-  """A figure of some lines over the steps; None where there is nothing to draw.
+  """A figure of some lines over the steps; None where all values are of one step: that is no line.
 
-  The values' axis is logarithmic where the largest is more than ten times the least, unless it is `from_zero`.
+  The values' axis is logarithmic where the largest is more than ten times the least, unless it is `from_zero` or a `share`.
 
   Args:
+    from_zero: the axis begins at 0.
+    share: the axis goes from 0 to 1.
     floor: name and value of a dashed line across.
     faults: steps that are marked at the bottom.
   """
   series = [
     it._replace(points=means(it.points)) if it.only_mean and _long(it.points) else it for it in series if it.points
   ]
-  if not series:
+  steps = [x for it in series for x, _ in it.points]
+  if len(set(steps)) < 2:
     return None
-  steps = [x for it in series for x, _ in it.points] + list(faults)
   values = [y for it in series for _, y in it.points] + ([floor[1]] if floor else [])
-  log = not from_zero and min(values) > 0 and max(values) > 10 * min(values)
+  log = not (from_zero or share) and min(values) > 0 and max(values) > 10 * min(values)
   scale = math.log10 if log else float
-  x0, x1 = min(steps), max(max(steps), min(steps) + 1)
-  y0, y1 = _ends([0.0, *values] if from_zero else values, scale, from_zero)
+  x0, x1 = min([*steps, *faults]), max([*steps, *faults])
+  y0, y1 = (0.0, 1.0) if share else _ends([0.0, *values] if from_zero else values, scale, from_zero)
   across = lambda x: SIDE * (x - x0) / (x1 - x0)
   down = lambda y: SIDE * (y1 - scale(y)) / (y1 - y0)
-  x_ticks, y_ticks = ticks(x0, x1), log_ticks(y0, y1) if log else ticks(y0, y1)
+  x_ticks, y_ticks = step_ticks(x0, x1), log_ticks(y0, y1) if log else ticks(y0, y1)
 
   drawn = [_level(down(y), "grid") for y in y_ticks] + [_level(SIDE, "axis")]
   for it in series:
@@ -75,6 +78,7 @@ def chart(
   beside += [
     tag("span", text, class_="x", style=f"left:{across(x) / SIDE:.2%}") for x, text in zip(x_ticks, labels(x_ticks))
   ]
+  beside.append(tag("span", f"step {math.floor(x1):,}", class_="x last"))
   if floor:
     beside.append(tag("span", f"{floor[0]} {floor[1]:.4g}", class_="at", style=f"top:{down(floor[1]) / SIDE:.2%}"))
   keys = [_key(it) for it in series] if len(series) > 1 else []
@@ -96,7 +100,8 @@ def chart(
 def _ends(values: list[float], scale: Callable[[float], float], from_zero: bool) -> tuple[float, float]:
   """The ends of the values' axis: with some air, or from zero to the round number above all."""
   low, high = min(map(scale, values)), max(map(scale, values))
-  if from_zero and low == 0 < high:
+  if from_zero and low == 0:
+    high = high or 1.0
     return 0.0, _apart(0.0, high) * math.ceil(high / _apart(0.0, high) - 1e-9)
   air = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
   return low - air, high + air
@@ -162,7 +167,15 @@ def _spans(points: Points, count: int) -> list[range]:
 
 def ticks(low: float, high: float) -> list[float]:
   """Round numbers from `low` to `high`."""
-  apart = _apart(low, high)
+  return _multiples(_apart(low, high), low, high)
+
+
+def step_ticks(low: float, high: float) -> list[float]:
+  """Round whole numbers from `low` on, and none where the label of the last step is: in the last quarter."""
+  return _multiples(max(1.0, _apart(low, high)), low, high - 0.25 * (high - low))
+
+
+def _multiples(apart: float, low: float, high: float) -> list[float]:
   return [i * apart for i in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)]
 
 

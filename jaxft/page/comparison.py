@@ -67,7 +67,7 @@ def _results(named: list[tuple[str, Record]]) -> Html:
     )
     finished, state = words.state(record)
     state = tag("small", state.splitlines()[0].split(":")[0], class_=None if finished else "bad")
-    rows.append([[_swatch(i), name, state], *cells, words.figure(speed) if speed is not None else "?", size(peak)])
+    rows.append([[_swatch(i), name, state], *cells, words.speed(speed) if speed is not None else "?", size(peak)])
   return table(["run", *(words.MEASURES[key] for key in keys), "tokens/s", "most memory"], rows, "numbers runs")
 
 
@@ -84,8 +84,8 @@ def _curves(named: list[tuple[str, Record]]) -> Html | None:
   figures = [
     chart("Eval loss", "nats a token", lines("eval/loss", dots=True), wide=True),
     chart("Training loss", "means over steps", lines("train/loss", **noisy), wide=True),
-    chart("Accuracy", "share of the held-out texts", lines("eval/accuracy", dots=True), from_zero=True),
-    chart("Learning rate", "by step", lines("train/learning_rate"), from_zero=True),
+    chart("Accuracy", "share of the held-out texts", lines("eval/accuracy", dots=True), share=True),
+    chart("Learning rate", "", lines("train/learning_rate"), from_zero=True),
     chart("Gradient norm", "before clipping", lines("train/grad_norm", **noisy)),
     chart("Speed", "tokens a second", lines(speed, Record.steady, **noisy), from_zero=True),
   ]

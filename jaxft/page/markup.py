@@ -44,6 +44,11 @@ def escape(text: str) -> str:
   return html.escape(visible(text.encode(errors="backslashreplace").decode()))
 
 
+def breakable(text: str) -> Html:
+  """The text, which a narrow screen breaks behind a slash before it does within a word."""
+  return Html(escape(text).replace("/", "/<wbr>"))
+
+
 def table(head: list[Any], rows: list[list[Any]], class_: str | None = None) -> Html:
   """The first cell of a row is its name; the table scrolls sideways where the screen is narrower."""
   body = [tag("tr", tag("th", row[0], scope="row"), [tag("td", cell) for cell in row[1:]]) for row in rows]

@@ -12,6 +12,7 @@ from jaxft.page.record import Record, number, part, whole
 from jaxft.plan.show import PARTS, size
 
 MOST_EVALUATIONS = 24  # rows of the table
+TEASER = 420  # letters of each of the two samples on the first screen
 
 
 def page(record: Record) -> str:
@@ -19,6 +20,7 @@ def page(record: Record) -> str:
   pairs = [tag("div", _evaluations(record), _memory(record), class_="pair")]
   parts = [
     _first_screen(record),
+    _exported(record),
     _curves(record),
     _samples(record),
     *pairs,
@@ -49,14 +51,15 @@ def _lead(record: Record) -> list[Any]:
   found, floor, held_out = words.outcome(record), _floor(record), whole(record.data, "rows", "held_out")
   if found is None:
     return ["There is no evaluation in metrics.jsonl."]
-  text = (
-    f"Measured on {held_out:,} documents that were held out." if held_out else "Measured on text that was held out."
-  )
+  noun = "text" if record.classifies else "document"
+  text = f"Measured on {words.count(held_out, f'held-out {noun}')}." if held_out else "Measured on held-out text."
   said = [tag("span", "It is worse than before. ", class_="bad"), text] if found.better is False else [text]
   if found.key == "eval/loss" and floor is not None and found.after is not None and found.before > floor:
-    gone = (found.before - found.after) / (found.before - floor)
-    above = f" It is {words.figure(found.after - floor)} nats a token above the text's own entropy, which no model can go below"
-    said.append(f"{above}: {words.percent(gone)} of the way.")
+    gained, all_of_it = found.before - found.after, found.before - floor
+    said.append(
+      f" The run gained {words.percent(gained / all_of_it)} of the {words.figure(all_of_it)} nats a token that lie between the "
+      "loss before it and the text's own entropy, below which no model can go."
+    )
   if found.after is not None and record.exported_step < record.last_step:
     said.append(
       f" The weights of step {record.exported_step:,} of {record.last_step:,} were exported, the best that were kept."
@@ -78,10 +81,10 @@ def _tiles(record: Record) -> Html:
   if (floor := _floor(record)) is not None:
     tiles.append(("the text's own entropy", words.figure(floor), None))
   if tokens := record.points("train/tokens"):
-    tiles.append(("tokens trained on", f"{int(tokens[-1][1]):,}", f"in {record.last_step:,} steps"))
+    tiles.append(("tokens trained on", f"{int(tokens[-1][1]):,}", f"in {words.count(record.last_step, 'step')}"))
   if (speed := record.typical("perf/tokens_per_second")) is not None:
     mfu = record.typical("perf/mfu")
-    tiles.append(("tokens a second", words.figure(speed), None if mfu is None else f"MFU {words.percent(mfu)}"))
+    tiles.append(("tokens a second", words.speed(speed), None if mfu is None else f"MFU {words.percent(mfu)}"))
   items = [tag("div", tag("dt", it[0]), tag("dd", it[1], tag("small", it[2]) if it[2] else None)) for it in tiles]
   return tag("dl", items, class_="tiles") if items else markup.inside()
 
@@ -90,8 +93,43 @@ def _before_and_after(record: Record) -> Html | None:
   """One prompt, at the beginning and at the end."""
   for found in samples.by_prompt(record).values():
     if len(found) > 1:
-      return samples.sides([found[0], found[-1]], most_text=420)
+      return samples.sides([found[0], found[-1]], most_text=TEASER)
   return None
+
+
+def _exported(record: Record) -> Html | None:
+  """The folder that went out, how it was verified, and how to load it."""
+  export = part(record.about, "export")
+  folder = export.get("folder")
+  if not isinstance(folder, str):
+    return None
+  difference = number(export, "logits_max_abs_difference")
+  logits = None
+  if difference is not None:
+    logits = f"within {difference:.1e} of the trained model's, in float32, computed by {export.get('reference')}"
+  facts = [
+    ("folder", folder),
+    ("weights", f"of step {record.exported_step:,}, in {export.get('dtype')}"),
+    ("read back", f"all tensors are {export.get('tensors')} what was trained"),
+    ("logits", logits or export.get("reference")),
+    ("LoRA adapter", export.get("adapter")),
+  ]
+  auto = "AutoModelForCausalLM"
+  ours = shlex.join(["python", "-m", "jaxft.generate", "--model", folder, "--prompt", "..."])
+  if record.classifies:
+    auto = "AutoModelForSequenceClassification"
+    ours = f"import jaxft\njaxft.load({folder!r}).classify(['...'])"
+  lines = [
+    f"from transformers import {auto}, AutoTokenizer",
+    f"model = {auto}.from_pretrained({folder!r})",
+    f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
+  ]
+  return section(
+    "The exported model",
+    _facts(facts),
+    tag("pre", markup.breakable("\n".join(lines))),
+    tag("pre", markup.breakable(ours)),
+  )
 
 
 def _curves(record: Record) -> Html | None:
@@ -103,27 +141,45 @@ def _curves(record: Record) -> Html | None:
   figures = [
     chart("Loss", unit, evaluated, floor=floor and ("entropy", floor), faults=record.faults, wide=True),
     chart(
-      "Held-out texts told right",
+      "Held-out texts classified",
       "share",
       [Series(name, record.points(key), i + 1, dots=True) for i, (name, key) in enumerate(CLASSIFIED)],
-      from_zero=True,
+      share=True,
     ),
-    chart("Learning rate", "by step", [Series("rate", record.points("train/learning_rate"))], from_zero=True),
+    chart("Learning rate", "", [Series("rate", record.points("train/learning_rate"))], from_zero=True),
     chart("Gradient norm", "before clipping", [Series("norm", record.points("train/grad_norm"), noisy=True)]),
     chart("Speed", "tokens a second", speed("tokens/s", "perf/tokens_per_second"), from_zero=True),
     chart("MFU", "share of the peak", speed("MFU", "perf/mfu"), from_zero=True),
   ]
   drawn = [it for it in figures if it]
-  return section("How it went", tag("div", drawn, class_="charts")) if drawn else None
+  parts = [tag("div", drawn, class_="charts") if drawn else None, _logged_once(record)]
+  return section("How it went", *parts) if any(parts) else None
 
 
 CLASSIFIED = (("accuracy", "eval/accuracy"), ("F1", "eval/f1"))
 
 
+def _logged_once(record: Record) -> Html | None:
+  """What a chart would show as a lone dot."""
+  lone = {name: points[0] for name, key in LOGGED if len(points := record.points(key)) == 1}
+  if not lone:
+    return None
+  values = ", ".join(f"{name} {words.figure(value)} at step {step:,}" for name, (step, value) in lone.items())
+  return tag("p", f"Logged once: {values}.", class_="once")
+
+
+LOGGED = (
+  ("training loss", "train/loss"),
+  ("learning rate", "train/learning_rate"),
+  ("gradient norm", "train/grad_norm"),
+)
+
+
 def _samples(record: Record) -> Html | None:
   found = samples.by_prompt(record)
-  if not found:
-    return None
+  shown = [side for sides in found.values() for side in sides]
+  if not found or len(found) == 1 and len(shown) == 2 and all(len(side.text) <= TEASER for side in shown):
+    return None  # the first screen shows all of them
   seeds = sorted({str(it["seed"]) for it in record.samples if "seed" in it})
   told = f"The same prompts (grey) and the same seed ({words.setting(', '.join(seeds))}), drawn by the same rules."
   if any("memorised_8grams" in it for it in record.samples):
@@ -203,7 +259,7 @@ def _data(record: Record) -> Html | None:
     "Data",
     tag("p", _sum(report), class_="note"),
     table(["", "documents", "tokens"], rows, "numbers"),
-    table([], [[name, value] for name, value in facts if value], "facts"),
+    _facts(facts),
   )
 
 
@@ -248,19 +304,31 @@ def _how(record: Record) -> Html:
     ("mesh", " x ".join(f"{name}={count}" for name, count in mesh.items())),
     *(("started", it) for it in _starts(record)),
     ("versions", ", ".join(f"{name} {it}" for name, it in sorted(part(about, "versions").items()))),
-    ("commit", about.get("commit")),
+    ("commit", _short(about.get("commit"))),
   ]
   chosen = [
-    [name, words.setting(value)]
+    (name, words.setting(value))
     for name, value in sorted(config.items())
     if value is not None and (name not in settings.BY_NAME or value != settings.BY_NAME[name].default)
   ]
   return section(
     "What was run",
-    table([], [[name, words.setting(str(value), 2000)] for name, value in facts if value], "facts"),
+    _facts(facts),
     tag("h3", "Settings that are not at their default"),
-    table([], chosen, "facts"),
+    _facts(chosen),
     tag("p", "All of them are in config.json.", class_="note"),
+  )
+
+
+def _short(commit: Any) -> str | None:
+  """As much of a commit's name as tells it apart."""
+  return str(commit)[:12] if commit else None
+
+
+def _facts(facts: list[tuple[str, Any]]) -> Html:
+  """A table of names and values, without those that are not known; a path breaks behind its slashes."""
+  return table(
+    [], [[name, markup.breakable(words.setting(str(value), 2000))] for name, value in facts if value], "facts"
   )
 
 
@@ -283,7 +351,7 @@ def _again(record: Record) -> Html:
     if folder := about.get("folder"):
       lines.append(f"cd {shlex.quote(str(folder))}")
     if commit := about.get("commit"):
-      lines.append(f"# jaxft at commit {commit}")
+      lines.append(f"# jaxft at commit {_short(commit)}")
     given = itertools.starmap("{}={}".format, ((k, shlex.quote(str(v))) for k, v in part(about, "environment").items()))
     lines.append(" ".join([*given, str(about["command"])]))
     told = "The command as it was given; with another --workdir it begins from the start."
@@ -292,4 +360,4 @@ def _again(record: Record) -> Html:
     lines += ["python - <<'END'", "from pathlib import Path", "import jaxft", "from jaxft import config"]
     lines += [f'jaxft.finetune(config.read(Path({file!r})), "runs/again")', "END"]
     told = "This run was not started by a command that is known; its config.json starts the same."
-  return section("Again", tag("p", told, class_="note"), tag("pre", "\n".join(lines)))
+  return section("Again", tag("p", told, class_="note"), tag("pre", markup.breakable("\n".join(lines))))

@@ -40,10 +40,17 @@ def sides(shown: list[Side], most_text: int = MOST_TEXT) -> Html:
 
 
 def _side(side: Side, most: int) -> Html:
-  cut = tag("i", " ...") if len(side.text) > most else None
-  prompt = side.prompt if len(side.prompt) <= MOST_PROMPT else "... " + side.prompt[-MOST_PROMPT:]
-  text = tag("div", tag("i", prompt), side.text[:most], cut, dir="auto")
+  prompt = side.prompt if len(side.prompt) <= MOST_PROMPT else "… " + side.prompt[-MOST_PROMPT:]
+  text = tag("div", tag("i", prompt), beginning(side.text, most), dir="auto")
   return tag("div", tag("b", side.title), text, class_="text after" if side.after else "text")
+
+
+def beginning(text: str, most: int) -> str:
+  """At most `most` letters of it, cut behind a word where there is one, with a sign."""
+  if len(text) <= most:
+    return text
+  words = text[:most].rsplit(maxsplit=1)[0]
+  return (words if len(words) > most // 2 else text[:most]) + "…"
 
 
 def all_of(found: dict[str, list[Side]]) -> list[Html]:

@@ -9,11 +9,11 @@ DARK = ("#6cb6f0", "#f0885a", "#4fc3a1", "#d59ad0", "#dcb84c", "#8fd0ee")
 STYLE = (
   """
 :root { color-scheme: light dark; --ground: #fbfbfa; --card: #fff; --text: #1b1c1e; --soft: #5d6166; --line: #e3e3e0;
-  --grid: #ececea; --bad: #b3261e; --good: #00795a; """
+  --grid: #ececea; --shade: #0003; --bad: #b3261e; --good: #00795a; """
   + " ".join(f"--c{i}: {colour};" for i, colour in enumerate(LIGHT))
   + """ }
 @media (prefers-color-scheme: dark) { :root { --ground: #131416; --card: #1a1c1f; --text: #e7e7e4; --soft: #a0a4a9;
-  --line: #303338; --grid: #26292d; --bad: #ff8a80; --good: #4fc3a1; """
+  --line: #303338; --grid: #26292d; --shade: #000c; --bad: #ff8a80; --good: #4fc3a1; """
   + " ".join(f"--c{i}: {colour};" for i, colour in enumerate(DARK))
   + """ } }
 * { box-sizing: border-box; }
@@ -33,25 +33,31 @@ section { margin-top: 3rem; padding-top: 1.5rem; border-top: 1px solid var(--lin
 .state { border-left: 3px solid var(--soft); padding: .5rem .9rem; background: var(--card); max-width: none;
   overflow-wrap: anywhere; white-space: pre-line; }
 .state.bad { border-color: var(--bad); color: inherit; }
-dl.tiles { display: flex; flex-wrap: wrap; gap: 1px; margin: 1.5rem 0; background: var(--line);
-  border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
-.tiles div { background: var(--card); padding: .75rem 1rem; flex: 1 1 auto; min-width: 9rem; }
+dl.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(11rem, 45%), 1fr)); margin: 1.5rem 0;
+  background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
+.tiles div { padding: .75rem 1rem; margin: 0 -1px -1px 0; border: solid var(--line); border-width: 0 1px 1px 0; }
 .tiles dt { color: var(--soft); font-size: .8125rem; }
 .tiles dd { margin: .1rem 0 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums;
-  letter-spacing: -.01em; white-space: nowrap; }
+  letter-spacing: -.01em; }
 .tiles small { display: block; font-weight: 400; font-size: .8125rem; letter-spacing: 0; }
 .sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14rem), 1fr)); gap: .75rem;
   margin: 0 0 1rem; align-items: start; }
 .text { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .95rem; margin: 0; }
 .text b { display: block; color: var(--soft); font-size: .8125rem; font-weight: 600; margin-bottom: .25rem; }
 .text.after { border-color: var(--c0); } .text.after b { color: var(--c0); }
-.text div { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24rem; overflow-y: auto; font-size: .9375rem; }
+.text div { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9375rem; }
 .text i { font-style: normal; color: var(--soft); }
-.scroll { overflow-x: auto; margin: 0 0 1rem; }
+/* A shadow at the side to which a table goes on: the ground's own colour covers it where the table ends. */
+.scroll { overflow-x: auto; margin: 0 0 1rem; background:
+  linear-gradient(to right, var(--ground) 2rem, transparent) local 0 0 / 4rem 100% no-repeat,
+  linear-gradient(to left, var(--ground) 2rem, transparent) local 100% 0 / 4rem 100% no-repeat,
+  linear-gradient(to right, var(--shade), transparent) scroll 0 0 / 1rem 100% no-repeat,
+  linear-gradient(to left, var(--shade), transparent) scroll 100% 0 / 1rem 100% no-repeat; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9375rem; }
 th, td { text-align: left; vertical-align: top; padding: .34rem 1.4rem .34rem 0; border-bottom: 1px solid var(--grid); }
 th { font-weight: 400; color: var(--soft); } thead th { font-size: .8125rem; }
 .numbers td, .numbers thead th:not(:first-child) { text-align: right; white-space: nowrap; }
+.numbers thead th { white-space: normal; vertical-align: bottom; }
 .runs tbody th { min-width: 10rem; max-width: 16rem; color: var(--text); overflow-wrap: anywhere; }
 .runs small { display: block; font-size: .8125rem; }
 .facts { width: 100%; } .facts th { white-space: nowrap; } .facts td { width: 100%; overflow-wrap: anywhere; }
@@ -63,6 +69,7 @@ details { margin: .5rem 0 1rem; } summary { cursor: pointer; color: var(--soft);
 .pair { display: flex; flex-wrap: wrap; gap: 0 2.5rem; } .pair > section { flex: 1 1 auto; min-width: min(100%, 26rem);
   max-width: 100%; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.75rem 2rem; }
+.once { margin-top: 1.75rem; }
 .charts > .wide { grid-column: 1 / -1; }
 figure { margin: 0; min-width: 0; }
 figcaption { margin-bottom: .85rem; line-height: 1.4; } figcaption b { font-weight: 600; margin-right: .4rem; }
@@ -76,6 +83,7 @@ figcaption { margin-bottom: .85rem; line-height: 1.4; } figcaption b { font-weig
   font-variant-numeric: tabular-nums; pointer-events: none; }
 .plot .y { right: 100%; margin-right: .5rem; transform: translateY(-50%); }
 .plot .x { top: 100%; margin-top: .5rem; transform: translateX(-50%); }
+.plot .last { left: auto; right: 0; transform: none; }
 .plot .at { right: .2rem; transform: translateY(-125%); }
 .plot .tip { top: -.2rem; padding: .4rem .55rem; line-height: 1.45; background: var(--card); color: var(--text);
   border: 1px solid var(--line); border-radius: 6px; white-space: pre; z-index: 1; }

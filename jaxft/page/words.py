@@ -25,6 +25,24 @@ def figure(value: float) -> str:
   return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}" if value else "0"
 
 
+def speed(tokens: float) -> str:
+  """Tokens a second: 66,787, 941, 15.8."""
+  return f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.3g}"
+
+
+def count(number: float, noun: str) -> str:
+  """1 document, 2,000 documents."""
+  return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def duration(seconds: int) -> str:
+  """59 s, 3 min 20 s, 1,000 h 5 min."""
+  hours, minutes = seconds // 3600, seconds // 60 % 60
+  if hours:
+    return f"{hours:,} h {minutes} min"
+  return f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
+
+
 def percent(share: float) -> str:
   return f"{100 * share:.1f} %"
 
@@ -69,6 +87,9 @@ MEASURES = {
 }
 
 
+SHARES = ("eval/accuracy", "eval/f1")
+
+
 def measured(records: list[Record]) -> list[str]:
   """The keys of MEASURES that any of the runs has; the perplexity of labels says nothing."""
   apart = {"eval/perplexity"} if any(record.classifies for record in records) else set()
@@ -98,7 +119,7 @@ def outcome(record: Record) -> Outcome | None:
 
 def told(key: str, value: float) -> str:
   """A value of metrics.jsonl, as people say it."""
-  return percent(value) if key == "eval/accuracy" else figure(value)
+  return percent(value) if key in SHARES else figure(value)
 
 
 def headline(record: Record, finished: bool) -> str:
@@ -135,5 +156,4 @@ def time_span(record: Record) -> str | None:
     return None
   if took is None:
     return said
-  hours, minutes = took // 3600, took // 60 % 60
-  return f"{said}; took " + (f"{hours:,} h {minutes} min" if hours else f"{minutes} min {took % 60} s")
+  return f"{said}; took {duration(took)}"

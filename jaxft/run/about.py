@@ -63,7 +63,7 @@ def leaving_a_report(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, An
     raise
   finally:
     with _at_most_a_line("report.html"):
-      exported = {key: facts[key] for key in ("exported_step",) if key in facts}
+      exported = {key: facts[key] for key in ("exported_step", "export") if key in facts}
       _write(workdir, about | exported | {"ending": {"at": _now(), **ending}})
       write_whole(workdir / "report.html", run_page.page(record.read(workdir)))
       say(f"report: {workdir / 'report.html'}")
