@@ -5,7 +5,7 @@ B batch, T length, V vocabulary, P positions, D model, F feed-forward, L layers,
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,9 @@ class ModelConfig:
   # What tells the families apart. GPT-2: none of it; GPT-Neo: no query/key/value biases, no scale, windows; GPT-J: rotary
   # positions, parallel blocks, no attention biases, a head of its own.
   attention_scale: float
+  divided_by_depth: bool = (
+    False  # attention_scale is divided by 1, 2, 3, ... in the layers, as stanford-crfm's GPT-2s have it
+  )
   windows: tuple[int, ...] = ()  # per layer, 0 for a layer that sees everything; (): all do
   rotary_dim: int = 0  # leading dimensions of each head that are rotated; 0: a table of learned positions instead
   parallel: bool = False  # attention and feed-forward both read the same norm and are added at once
@@ -59,6 +62,16 @@ class ModelConfig:
 
   def with_dropout(self, rate: float) -> "ModelConfig":
     return dataclasses.replace(self, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
+
+
+class OfLayer(NamedTuple):
+  """What tells one layer from the others beside its weights; None where nothing does. Arrays (L,) of all layers, () of one."""
+
+  window: jax.Array | None  # its place in `kinds_of_window`
+  depth: jax.Array | None  # 1, 2, 3, ...: what its attention_scale is divided by
+
+  def at(self, index: Any) -> "OfLayer":
+    return jax.tree.map(lambda x_L: x_L[index], self)
 
 
 # Fields that follow from settings of a run.

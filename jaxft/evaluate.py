@@ -17,7 +17,7 @@ def main() -> None:
   if arguments.layout and not arguments.data:
     raise RequestError(f"--layout={arguments.layout}: goes with --data; what a run has held out is read as in the run")
   ready = open_model(arguments)
-  how = {"sequence_length": arguments.sequence_length, "batch_size": arguments.batch_size}
+  how = {name: getattr(arguments, name) for name in ("sequence_length", "batch_size", "stride")}
   if arguments.data:
     columns = {name: value for name in ("text_column", "label_column", "layout") if (value := getattr(arguments, name))}
     like = settings.read(Path(arguments.workdir) / "config.json").data if arguments.workdir else None

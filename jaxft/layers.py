@@ -95,15 +95,17 @@ class Attention(nnx.Module):
       **how,
     )
 
-  def __call__(self, x_BTD, positions_BT, segments_BT, kind, cached, keys_B, adapter_keys):
+  def __call__(self, x_BTD, positions_BT, segments_BT, of_layer, cached, keys_B, adapter_keys):
     q_BTNH, k_BTNH, v_BTNH = jnp.unstack(self.qkv(x_BTD, adapter_keys[0]), axis=2)
+    if of_layer.depth is not None:
+      q_BTNH = (q_BTNH.astype(jnp.float32) / of_layer.depth).astype(q_BTNH.dtype)
     if self.cfg.rotary_dim:
       q_BTNH, k_BTNH = (rotate(x, positions_BT, self.cfg.rotary_dim) for x in (q_BTNH, k_BTNH))
     k_BSNH, v_BSNH, segments_BS, offset = cached(k_BTNH, v_BTNH)
     keys_BN = None if keys_B is None else split(keys_B, self.cfg.N).T
     operands = (q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN)
     ways = [functools.partial(self.attend, window, offset) for window in self.cfg.kinds_of_window]
-    attended_BTNH = ways[0](*operands) if kind is None else jax.lax.switch(kind, ways, *operands)
+    attended_BTNH = ways[0](*operands) if of_layer.window is None else jax.lax.switch(of_layer.window, ways, *operands)
     return self.out(attended_BTNH, adapter_keys[1])
 
   def attend(self, window, offset, *operands):
@@ -152,10 +154,10 @@ class Block(nnx.Module):
       self.norm2 = LayerNorm(cfg, compute)
     self.attention, self.mlp = Attention(cfg, compute, rngs), Mlp(cfg, compute, rngs)
 
-  def __call__(self, x_BTD, positions_BT, segments_BT, kind, cached, keys_B):
+  def __call__(self, x_BTD, positions_BT, segments_BT, of_layer, cached, keys_B):
     keys = split(keys_B, 7)
     rate, normed_BTD = self.cfg.residual_dropout, self.norm1(x_BTD)
-    attended_BTD = self.attention(normed_BTD, positions_BT, segments_BT, kind, cached, keys[0], keys[3:5])
+    attended_BTD = self.attention(normed_BTD, positions_BT, segments_BT, of_layer, cached, keys[0], keys[3:5])
     attended_BTD = dropout(attended_BTD, rate, keys[1])
     if self.cfg.parallel:
       return x_BTD + attended_BTD + dropout(self.mlp(normed_BTD, keys[5:]), rate, keys[2])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft import attention
-from jaxft.architecture import Compute, ModelConfig, weight
+from jaxft.architecture import Compute, ModelConfig, OfLayer, weight
 from jaxft.dropout import dropout, split
 from jaxft.layers import Block, Embed, LayerNorm, Output
 from jaxft.loss import Head, logits
@@ -162,15 +162,17 @@ class Decoder(nnx.Module):
       rows_BTD = rows_BTD + weight(self.embed.positions, self.compute)[positions_BT]
     return self.compute.constrain(dropout(rows_BTD, self.cfg.embed_dropout, keys_B), ACTIVATIONS)
 
-  def layer(self, block: Block, x_BTD, positions_BT, segments_BT, kind, keys_B, cached) -> jax.Array:
+  def layer(self, block: Block, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached) -> jax.Array:
     """One layer: what goes into it to what comes out."""
-    x_BTD = block(x_BTD, positions_BT, segments_BT, kind, cached, keys_B)
+    x_BTD = block(x_BTD, positions_BT, segments_BT, of_layer, cached, keys_B)
     return self.compute.constrain(x_BTD, ACTIVATIONS)
 
-  def window_of_layers(self) -> jax.Array | None:
-    """Of each layer its place in `kinds_of_window`; None where all are alike."""
+  def of_layers(self) -> OfLayer:
+    """What tells the layers apart."""
     kinds = self.cfg.kinds_of_window
-    return jnp.array([kinds.index(window) for window in self.cfg.windows]) if len(kinds) > 1 else None
+    windows_L = jnp.array([kinds.index(window) for window in self.cfg.windows]) if len(kinds) > 1 else None
+    depths_L = jnp.arange(1, self.cfg.L + 1, dtype=jnp.float32) if self.cfg.divided_by_depth else None
+    return OfLayer(windows_L, depths_L)
 
   def _run(self, rows_BTD, segments_BT, positions_BT, keys_B, kv, cached, layers=None):
     embed_keys_B, layers_keys_B = split(keys_B, 2)
@@ -179,25 +181,24 @@ class Decoder(nnx.Module):
 
     def layer(carry, xs):
       x_BTD, kv = carry
-      block, index, kind, keys_B = xs
+      block, index, of_layer, keys_B = xs
 
       def cached_here(k_BTNH, v_BTNH):
         nonlocal kv
         seen, kv = cached(index, kv, k_BTNH, v_BTNH)
         return seen
 
-      return (self.layer(block, x_BTD, positions_BT, segments_BT, kind, keys_B, cached_here), kv), None
+      return (self.layer(block, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached_here), kv), None
 
-    x_BTD, kinds_L = self.enter(rows_BTD, positions_BT, embed_keys_B), self.window_of_layers()
+    x_BTD, of_layers = self.enter(rows_BTD, positions_BT, embed_keys_B), self.of_layers()
     if layers is not None:
       graph, carry = nnx.graphdef(self.blocks), (x_BTD, kv)
       for index, weights in enumerate(layers):
-        kind = None if kinds_L is None else kinds_L[index]
-        carry, _ = layer(carry, (nnx.merge(graph, weights), index, kind, None))
+        carry, _ = layer(carry, (nnx.merge(graph, weights), index, of_layers.at(index), None))
       return self.norm(carry[0]), carry[1]
     keys_LB = None if layers_keys_B is None else split(layers_keys_B, self.cfg.L)
     layer = rematerialised(layer, self.compute.remat)
-    (x_BTD, kv), _ = jax.lax.scan(layer, (x_BTD, kv), (self.blocks, jnp.arange(self.cfg.L), kinds_L, keys_LB))
+    (x_BTD, kv), _ = jax.lax.scan(layer, (x_BTD, kv), (self.blocks, jnp.arange(self.cfg.L), of_layers, keys_LB))
     return self.norm(x_BTD), kv
 
 

@@ -134,15 +134,15 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str
       return _each(part, (rows, positions, embed_keys_AB))
 
     x, enter_vjp = jax.vjp(enter, rest, rows)
-    kinds = model.window_of_layers()
+    of_layers = model.of_layers()
 
     def layer(block, x, index):
-      module, kind = with_(blocks=block).blocks, None if kinds is None else kinds[index]
+      module, of_layer = with_(blocks=block).blocks, of_layers.at(index)
 
       def of_part(xs):
         x_BTD, positions_BT, segments_BT, keys_B = xs
         cached = lambda k, v: (k, v, segments_BT, 0)
-        return model.layer(module, x_BTD, positions_BT, segments_BT, kind, keys_B, cached)
+        return model.layer(module, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached)
 
       keys_AB = None if keys_LAB is None else keys_LAB[index]
       return _each(rematerialised(of_part, remat), (x, positions, batch.get("segments"), keys_AB))

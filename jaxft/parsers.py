@@ -60,6 +60,13 @@ def evaluate() -> argparse.ArgumentParser:
     "--sequence_length", type=int, default=0, help="tokens a row (default: as the run, or the model's positions)"
   )
   parser.add_argument(
+    "--stride",
+    type=int,
+    default=0,
+    help="rows of one stream that overlap, this many tokens apart: more context for each token, as transformers' page on "
+    "perplexity has it (default: rows do not overlap)",
+  )
+  parser.add_argument(
     "--batch_size", type=int, default=8, help="rows at once; changes speed and memory only (default: 8)"
   )
   parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -19,6 +19,7 @@ from jaxft import config as settings
 from jaxft.architecture import CHOSEN
 from jaxft.backend import memory_of, must_run_on, prepare_backend
 from jaxft.data import loader, tokens
+from jaxft.data.pack import StridedRows
 from jaxft.data.report import Rows, examples, lay_out, prepare
 from jaxft.errors import RequestError
 from jaxft.files import exists, is_text
@@ -132,6 +133,7 @@ class Pretrained:
     *data: str | Path,
     sequence_length: int = 0,
     batch_size: int = 8,
+    stride: int = 0,
     like: ConfigDict | None = None,
     **settings_of_data: Any,
   ) -> dict[str, Any]:
@@ -144,6 +146,8 @@ class Pretrained:
     f1 is that of the second of two classes, or the mean of more. Raises RequestError when there is nothing to read.
 
     Args:
+      stride: rows of the stream that overlap, this many tokens apart, as transformers' page on perplexity has them: each token
+        counts once, and sees at least sequence_length - stride tokens before it. It takes sequence_length / stride as long.
       like: the `data` section of a run, whose format and layout are then used.
       settings_of_data: settings of that section by name, such as text_column.
     """
@@ -156,6 +160,11 @@ class Pretrained:
     how.update(settings_of_data, sequence_length=length)
     if self.source.cfg.classes:
       how.format = "classification"
+    self._must_overlap(stride, length)
+    if stride and how.layout != "concat":
+      if "layout" in settings_of_data:
+        raise RequestError(f"--stride={stride}: its rows overlap in one stream, --layout=concat, not {how.layout}")
+      how.layout = "concat"
     nothing, data = collections.Counter(), tuple(map(str, data))
     text = tokens.in_memory(examples(data, "validation", how, nothing, nothing), self.tokenizer, self.labels)
     if not len(text):
@@ -163,9 +172,11 @@ class Pretrained:
     rows = lay_out(text, how, self.tokenizer.eos_token_id)
     if not len(rows):
       raise RequestError(f"data source {data}: its rows leave nothing to predict in rows of {length} tokens")
-    return self._evaluate(rows, batch_size)
+    return self._evaluate(
+      StridedRows(text, length, self.tokenizer.eos_token_id, stride) if stride else rows, batch_size
+    )
 
-  def evaluate_held_out(self, *, sequence_length: int = 0, batch_size: int = 8) -> dict[str, Any]:
+  def evaluate_held_out(self, *, sequence_length: int = 0, batch_size: int = 8, stride: int = 0) -> dict[str, Any]:
     """`evaluate` over what the run that the weights are from has held out: all rows of it, made or cached as the run has.
 
     Raises RequestError for weights that are no run's, and where the text is not what it was.
@@ -174,6 +185,7 @@ class Pretrained:
       raise RequestError(f"{self.source.folder}: no run, so nothing was held out; name a text")
     how = _resolve_sources(settings.read(self.run[0] / "config.json").data, self.run[0], self._record)
     how.unrelated = ()
+    self._must_overlap(stride, sequence_length or how.sequence_length)
     data = prepare(how, self.tokenizer, tokenizers.fingerprint(self.tokenizer))
     if "held_out" in self._record:
       same = data.held_out == self._record["held_out"]
@@ -188,7 +200,15 @@ class Pretrained:
         "name a text with --data"
       )
     rows = data.with_class_ids(self.labels).validation if self.labels else data.validation
+    if stride:
+      rows = StridedRows(rows.tokens, how.sequence_length, self.tokenizer.eos_token_id, stride)
     return self._evaluate(rows, batch_size)
+
+  def _must_overlap(self, stride: int, length: int) -> None:
+    if stride and self.labels:
+      raise RequestError(f"--stride={stride}: a model that classifies reads each text once")
+    if stride and not 1 <= stride < length:
+      raise RequestError(f"--stride={stride}: must be from 1 to {length - 1}, below the {length} tokens of a row")
 
   def _evaluate(self, rows: Rows, batch_size: int) -> dict[str, Any]:
     parts = sharding.batch_parts(self.mesh)

@@ -12,7 +12,7 @@ from processes import run
 
 from jaxft import config as settings
 from jaxft import pretrained, sharding
-from jaxft.data import tokens
+from jaxft.data import pack, tokens
 from jaxft.data.report import examples, lay_out
 from jaxft.errors import RequestError
 from jaxft.hf import tokenizer as tokenizers
@@ -100,3 +100,65 @@ def test_the_layout_may_be_named_on_the_command_line(folder, stories, monkeypatc
   monkeypatch.setattr(sys, "argv", ["jaxft.evaluate", "--workdir", "x", "--layout", "pad"])
   with pytest.raises(RequestError, match="--layout=pad: goes with --data"):
     evaluate.main()
+
+
+def as_documented(folder, ids, length, stride):
+  """Nats of all tokens and how many: transformers' page on perplexity, but that a window weighs as much as it has targets.
+
+  There the mean of a window is weighed with one target less than it has, where all of them have a token before them.
+  """
+  torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
+  transformers = pytest.importorskip("transformers")
+  model, nats, count, prev_end_loc = transformers.AutoModelForCausalLM.from_pretrained(folder), 0.0, 0, 0
+  input_ids = torch.tensor([ids])
+  for begin_loc in range(0, input_ids.size(1), stride):
+    end_loc = min(begin_loc + length, input_ids.size(1))
+    labels = input_ids[:, begin_loc:end_loc].clone()
+    labels[:, : -(end_loc - prev_end_loc)] = -100
+    targets = int((labels[:, 1:] != -100).sum())
+    with torch.no_grad():
+      nats += float(model(input_ids[:, begin_loc:end_loc], labels=labels).loss) * targets
+    count, prev_end_loc = count + targets, end_loc
+    if end_loc == input_ids.size(1):
+      break
+  return nats / count, count
+
+
+@pytest.mark.parametrize("length, stride", [(31, 16), (31, 7), (13, 12), (71, 70)])
+def test_a_stride_is_that_of_transformers_page_on_perplexity(folder, text, rows, length, stride):
+  ready = pretrained.load(folder)
+  ids = np.concatenate([row["targets"][row["mask"]] for row in rows])
+  loss, count = as_documented(folder, [ready.tokenizer.eos_token_id, *ids.tolist()], length, stride)
+  found = ready.evaluate(str(text), sequence_length=length, stride=stride)
+  assert found["tokens"] == count == len(ids) and found["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_each_learned_token_is_a_target_once_whatever_the_stride():
+  rng = np.random.default_rng(0)
+  for _ in range(300):
+    lengths = rng.integers(1, 9, rng.integers(1, 9))
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    prompts = np.minimum(rng.integers(0, 4, len(lengths)), lengths - 1).astype(np.int32)
+    stored = tokens.Tokens(np.arange(1, starts[-1] + 1), starts, prompts, np.zeros(0, np.int32), np.zeros(0))
+    T = int(rng.integers(2, 12))
+    rows = pack.StridedRows(stored, T, 0, int(rng.integers(1, T)))
+    found = [rows[i] for i in range(len(rows))]
+    targets = np.concatenate([row["targets"][row["mask"]] for row in found])
+    learned = [i + 1 for start, stop, p in zip(starts, starts[1:], prompts) for i in range(start + p, stop)]
+    assert targets.tolist() == learned
+    assert all((row["ids"] + 1 == row["targets"])[row["mask"]].all() for row in found)
+
+
+def test_a_stride_that_cannot_be_is_refused(folder, stories, finished):
+  ready = pretrained.load(folder)
+  for stride in (-1, 31, 40):
+    with pytest.raises(RequestError, match=f"--stride={stride}: must be from 1 to 30"):
+      ready.evaluate(stories, sequence_length=31, stride=stride)
+  with pytest.raises(RequestError, match="--layout=concat, not pad"):
+    ready.evaluate(stories, stride=2, layout="pad")
+  of_run = pretrained.load_workdir(finished[0])
+  found = of_run.evaluate_held_out(stride=9)
+  assert found["tokens"] == of_run.evaluate_held_out()["tokens"]
+  assert found["loss"] != of_run.evaluate_held_out()["loss"]
+  with pytest.raises(RequestError, match="--stride=99: must be from 1 to"):
+    of_run.evaluate_held_out(stride=99)

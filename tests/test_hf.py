@@ -160,7 +160,7 @@ def test_weights_that_do_not_fit_are_named(folder, tmp_path, change, told):
   "change, told",
   [
     (dict(model_type="llama"), "model_type='llama'"),
-    (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+    (dict(add_cross_attention=True), "add_cross_attention"),
     (dict(activation_function="relu"), "activation_function='relu'"),
     (dict(n_layer=10**9), "n_layer=1000000000"),
     (dict(n_embd=0), "n_embd=0 is no size"),
@@ -395,6 +395,7 @@ def test_a_weight_beyond_float16_is_named_before_anything_is_written(folder, tmp
       {"scale_attn_weights": False, "reorder_and_upcast_attn": True, "activation_function": "gelu_fast"},
       marks=pytest.mark.slow,
     ),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),  # stanford-crfm's
     pytest.param("gpt_neo", {"activation_function": "gelu_accurate"}, marks=pytest.mark.slow),
     ("gptj", {"activation_function": "gelu_pytorch_tanh"}),
     pytest.param("gptj", {"activation_function": "gelu_python"}, marks=pytest.mark.slow),
@@ -411,7 +412,10 @@ def test_other_activations_and_scales_are_transformers_own(family, more, tmp_pat
   assert "transformers" in report["reference"] and report["logits_max_abs_difference"] < report["tolerance"]
   written = json.loads((tmp_path / "out" / "config.json").read_text())
   assert {key: written[key] for key in more} == more
-  plain = dataclasses.replace(checkpoint.cfg, exact_gelu=not checkpoint.cfg.exact_gelu)
+  change = (
+    {"divided_by_depth": False} if checkpoint.cfg.divided_by_depth else {"exact_gelu": not checkpoint.cfg.exact_gelu}
+  )
+  plain = dataclasses.replace(checkpoint.cfg, **change)
   ids = np.arange(13)[None] % checkpoint.cfg.V
   ours, other = (verify.logits(model.abstract(cfg, model.Compute())[0], params, ids) for cfg in (checkpoint.cfg, plain))
   assert np.abs(ours - other).max() > 5 * report["logits_max_abs_difference"]

@@ -20,6 +20,8 @@ from jaxft.step import State
 from jaxft.train import finetune
 
 STEPS, ROWS, T = 20, 8, 13
+# And a GPT-2 whose layers differ by more than their weights.
+FAMILIES = tiny.FAMILIES | {"gpt2 by depth": tiny.FAMILIES["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}}
 
 
 def build(family, kept, accumulation=1, fsdp=1, tensor=1, **more):
@@ -30,8 +32,8 @@ def build(family, kept, accumulation=1, fsdp=1, tensor=1, **more):
   for name, value in more.items():
     section, key = name.split("__")
     config[section][key] = value
-  vocabulary = {"model_type": family, "vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0}
-  cfg = facts.model_config(vocabulary | tiny.FAMILIES[family]).with_dropout(0.1)
+  vocabulary = {"model_type": family.split()[0], "vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0}
+  cfg = facts.model_config(vocabulary | FAMILIES[family]).with_dropout(0.1)
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
   mesh = sharding.make_mesh(config.mesh, jax.devices()[: fsdp * tensor])
   return cfg, program.build(config, cfg, mesh, STEPS, row)
@@ -89,9 +91,9 @@ def close(found, wanted, rtol):
 
 
 def every_case():
-  """All of them; three always run."""
-  always = [("gpt2", "all", 4), ("gptj", "all", 1), ("gpt_neo", "optimizer", 4)]
-  for case in itertools.product(tiny.FAMILIES, ("optimizer", "all"), (1, 4)):
+  """All of them; four always run."""
+  always = [("gpt2", "all", 4), ("gptj", "all", 1), ("gpt_neo", "optimizer", 4), ("gpt2 by depth", "all", 1)]
+  for case in itertools.product(FAMILIES, ("optimizer", "all"), (1, 4)):
     yield pytest.param(*case, marks=() if case in always else pytest.mark.wide)
 
 

@@ -32,6 +32,17 @@ def test_greedy_tokens_equal_transformers(ready, folder):
     assert completion.token_ids == (wanted[: wanted.index(0)] if 0 in wanted else wanted)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_scores_that_are_divided_by_depth_give_transformers_tokens(devices, folder, tmp_path, monkeypatch):
+  shutil.copytree(folder, tmp_path / "m")
+  config = json.loads((tmp_path / "m" / "config.json").read_text()) | {"scale_attn_by_inverse_layer_idx": True}
+  (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+  all_of_them = sharding.make_mesh
+  monkeypatch.setattr(sharding, "make_mesh", lambda sizes: all_of_them(sizes, jax.devices()[:devices]))
+  test_greedy_tokens_equal_transformers(pretrained.load(tmp_path / "m"), tmp_path / "m")
+
+
 @pytest.mark.slow_for("sampling0")
 @pytest.mark.parametrize("sampling", [dict(temperature=0), dict(temperature=0.9, top_k=20, top_p=0.9, seed=5)])
 def test_a_ragged_batch_equals_one_by_one(ready, sampling):

@@ -50,7 +50,7 @@ class ConcatRows:
     before = self.tokens.ids[start - 1] if start else self._end
     row, mask = np.zeros(self.T + 1, np.int32), np.zeros(self.T, bool)
     row[0], row[1 : 1 + stop - start] = before, self.tokens.ids[start:stop]
-    mask[: stop - start] = self._learned(start, stop)
+    mask[: stop - start] = self.learned(start, stop)
     return {"ids": row[:-1], "targets": row[1:], "mask": mask}
 
   def _teaches(self, rows: int) -> np.ndarray:
@@ -62,7 +62,7 @@ class ConcatRows:
     np.add.at(change, (stops[learned] - 1) // self.T + 1, -1)
     return np.cumsum(change[:-1]) > 0
 
-  def _learned(self, start: int, stop: int) -> np.ndarray | bool:
+  def learned(self, start: int, stop: int) -> np.ndarray | bool:
     """Which of the tokens start ... stop - 1 are no prompt."""
     starts = self.tokens.starts_N1
     first, last = np.searchsorted(starts, (start, stop - 1), side="right") - 1
@@ -71,6 +71,29 @@ class ConcatRows:
     at = np.arange(start, stop)
     example = np.searchsorted(starts, at, side="right") - 1
     return at - starts[example] >= self.tokens.prompts_N[example]
+
+
+class StridedRows:
+  """The stream of `ConcatRows` in windows of T tokens that overlap, to evaluate with more context; an end token begins it.
+
+  Windows begin `stride` tokens apart. Each token is a target once, in the first window that has it, so all but those of the
+  first window see at least T - stride tokens before them. These are the windows of transformers' page on perplexity.
+  """
+
+  def __init__(self, tokens: Tokens, T: int, end: int, stride: int):
+    self._rows, self.T, self._end, self._stride = ConcatRows(tokens, T, end), T, end, stride
+
+  def __len__(self) -> int:
+    return 1 - (-max(0, len(self._rows.tokens.ids) + 1 - self.T) // self._stride)
+
+  def __getitem__(self, i: int) -> Row:
+    stored, begin = self._rows.tokens.ids, i * self._stride  # the window's first token is stored[begin - 1]
+    stop = min(begin + self.T - 1, len(stored))
+    first = begin - self._stride + self.T - 1 if i else 0  # of its targets; those before it were the last window's
+    row, mask = np.zeros(self.T + 1, np.int32), np.zeros(self.T, bool)
+    row[0], row[1 : 1 + stop - begin] = stored[begin - 1] if i else self._end, stored[begin:stop]
+    mask[first - begin : stop - begin] = self._rows.learned(first, stop)
+    return {"ids": row[:-1], "targets": row[1:], "mask": mask}
 
 
 class Piece(NamedTuple):

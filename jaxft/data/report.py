@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 
 from jaxft.data import cache, formats, readers, sources, tokens
 from jaxft.data.formats import BadRow, Example
-from jaxft.data.pack import ConcatRows, ExampleRows, LabelRows
+from jaxft.data.pack import ConcatRows, ExampleRows, LabelRows, StridedRows
 from jaxft.errors import RequestError
 from jaxft.files import cache_folder
 
-Rows = ConcatRows | ExampleRows | LabelRows
+Rows = ConcatRows | ExampleRows | LabelRows | StridedRows
 Tell = Callable[[int, int], None]  # examples tokenised, and how many there will be
 OUT, TRAIN, HELD_OUT = 0, 1, 2
 SPLITS = {"train": TRAIN, "validation": HELD_OUT}

@@ -9,7 +9,7 @@ from jaxft.model import ModelConfig
 
 # config.json key -> the only value whose maths is built; a missing key has this value in transformers too.
 # reorder_and_upcast_attn is no such key: scores are in float32 here whatever it says.
-GPT2_FIXED = {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+GPT2_FIXED = {"add_cross_attention": False}
 FIXED = {"quantization_config": None}
 # transformers' names of one function, gelu by tanh, and of the other, by the error function.
 TANH_GELU = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh")
@@ -34,6 +34,7 @@ def gpt2(config: dict[str, Any]) -> ModelConfig:
     residual_dropout=_rate(config, "resid_pdrop"),
     init_std=config["initializer_range"],
     attention_scale=H**-0.5 if config["scale_attn_weights"] else 1.0,
+    divided_by_depth=bool(config["scale_attn_by_inverse_layer_idx"]),
     exact_gelu=_exact_gelu(config),
     tied=config["tie_word_embeddings"],
   )
