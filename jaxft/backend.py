@@ -45,13 +45,16 @@ ANNOTATOR = "dynamic-slice-annotator"
 ANNOTATION = '"dynamic_slice_config"'
 DISABLED = "--xla_disable_hlo_passes="
 
-# Flags of JAX that change types, shapes or random numbers of a program. jaxft's programs are made for these values.
-TYPES = {
+# Flags of JAX that change types, shapes or random numbers of a program, or forbid what it does. jaxft's are made for these.
+FLAGS = {
   "jax_enable_x64": False,
   "jax_numpy_dtype_promotion": "standard",
   "jax_numpy_rank_promotion": "allow",
   "jax_default_prng_impl": "threefry2x32",
   "jax_threefry_partitionable": True,  # the same numbers on any mesh
+  "jax_transfer_guard": None,
+  "jax_no_tracing": False,
+  "jax_no_execution": False,
 }
 
 _set_here: set[str] = set()  # variables of the environment that this process has set
@@ -64,7 +67,7 @@ def prepare_backend() -> None:
   of the host's memory for what `memory.offload` keeps there (its default is 64 GB; see `limit_pinned_memory`). Where there is
   no accelerator, JAX is told so: the compilers of jaxft[plan], which look like some, would complain at length.
   """
-  for flag, wanted in TYPES.items():
+  for flag, wanted in FLAGS.items():
     if (value := getattr(jax.config, flag, wanted)) != wanted:
       jax.config.update(flag, wanted)
       _warn(f"{flag.upper()}={value}: jaxft's programs are made for {wanted}, which is set now")

@@ -1,10 +1,15 @@
-"""What a process may be started without, set right before anything else is imported: streams, a home, a width to print in."""
+"""What a process may be started without, set right before anything else is imported: streams, a home, a width to print in.
+
+And with: variables that a library reads while it is imported, and does not understand.
+"""
 
 import os
 import pwd
+import re
 import sys
 import tempfile
 from pathlib import Path
+from types import TracebackType
 
 STREAMS = {"stdin": (0, "r"), "stdout": (1, "w"), "stderr": (2, "w")}
 NARROWEST = 40  # columns: below it rich cuts numbers
@@ -15,6 +20,7 @@ def set_right() -> None:
   _open_closed_streams()
   _find_a_home()
   _print_wide_enough()
+  sys.excepthook = _tell_variable  # until `errors.run_command` takes over
 
 
 def _open_closed_streams() -> None:
@@ -50,3 +56,16 @@ def _print_wide_enough() -> None:
   columns = os.environ.get("COLUMNS", "")
   if columns.isdecimal() and int(columns) < NARROWEST:
     os.environ["COLUMNS"] = str(NARROWEST)
+
+
+def _tell_variable(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+  """An import that fails at a variable of the environment, such as JAX_ENABLE_X64=maybe, ends in one line with exit code 2."""
+  said = str(error)
+  named = [name for name in os.environ if re.search(rf"\b{re.escape(name)}\b", said.upper())]
+  named += [name for name, value in os.environ.items() if value and repr(value) in said]
+  if kind is ValueError and named:
+    name, said = named[0], " ".join(said.split())
+    print(f"error: {name}={os.environ[name]!r}: {said}; unset it, or give it another value", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(2)
+  sys.__excepthook__(kind, error, trace)
