@@ -73,8 +73,7 @@ def write(ready: Pretrained, prompt: str, how: dict[str, Any]) -> None:
 
 def _lines(file: Path) -> list[str]:
   try:
-    text = file.read_text(encoding="utf-8-sig")
-    return text.removesuffix("\n").split("\n") if text else []
+    return [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
   except (OSError, UnicodeDecodeError) as error:
     raise RequestError(f"--prompt_file {str(file)!r}: {error}") from error
 

@@ -21,7 +21,9 @@ def generate() -> argparse.ArgumentParser:
   )
   _add_model_flags(parser)
   parser.add_argument("--prompt", nargs="+", action="extend", default=[], metavar="TEXT", help="text to complete")
-  parser.add_argument("--prompt_file", type=at_home, metavar="F", help="a file with one prompt a line")
+  parser.add_argument(
+    "--prompt_file", type=at_home, metavar="F", help="a file with one prompt a line; empty lines are left out"
+  )
   parser.add_argument(
     "--stop_strings", nargs="+", default=[], metavar="TEXT", help="end a text when it has one of these"
   )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import filters, generation, model, pretrained, sample, sharding, views
+from jaxft import filters, generate, generation, model, pretrained, sample, sharding, views
 from jaxft.errors import RequestError
 from jaxft.sample import Sampling
 
@@ -333,3 +333,12 @@ def test_the_models_own_generation_config_is_respected(folder, tmp_path):
   (model / "generation_config.json").write_text("[")
   with pytest.raises(RequestError, match="not JSON"):
     pretrained.load(model).generate(PROMPTS)
+
+
+def test_a_prompt_file_has_one_prompt_a_line(tmp_path):
+  """A line ends at its end alone, not at a form feed or U+2028; a byte order mark is no text."""
+  (tmp_path / "f").write_bytes("\ufeffthe cat\r\n\r\n  \nthe dog\fran\u2028far\x85\x1caway\n café\n\n".encode())
+  assert generate._lines(tmp_path / "f") == ["the cat", "the dog\fran\u2028far\x85\x1caway", " café"]
+  (tmp_path / "f").write_bytes(b"caf\xe9")
+  with pytest.raises(RequestError, match="--prompt_file '.*f': 'utf-8' codec"):
+    generate._lines(tmp_path / "f")

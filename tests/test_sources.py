@@ -370,6 +370,8 @@ def test_links_are_followed_once_and_what_may_not_be_read_is_refused(tmp_path, m
   assert sorted(texts(str(data), notes=notes)) == ["a.txt", "b.txt", "c.txt", "d.txt"]
   assert notes["links to folders that are read anyway, left out"] == 3
   assert notes["links that lead nowhere, left out"] == 1
+  notes = collections.Counter()
+  assert texts(f"{data}/*", notes=notes) == ["a.txt"] and notes["links that lead nowhere, left out"] == 1
   scan = os.scandir
 
   def refuse(folder):

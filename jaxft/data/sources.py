@@ -161,6 +161,7 @@ def _matches(pattern: str, notes: collections.Counter) -> list[Path]:
 
   for file in sorted(Path(match) for match in glob.glob(pattern, recursive=True)):
     if not file.is_file():
+      notes["links that lead nowhere, left out"] += not exists(file)
       continue
     # Few names are a run's or a model's own: only for those the folder is looked at.
     maybe_own = glob.has_magic(parts[-1]) and file.name in OWN_FILES
