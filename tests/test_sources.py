@@ -384,12 +384,18 @@ def test_links_are_followed_once_and_what_may_not_be_read_is_refused(tmp_path, m
     texts(str(data))
 
 
-def test_only_columns_that_are_asked_for_are_looked_at(tmp_path):
+def test_only_columns_that_are_asked_for_are_looked_at(tmp_path, monkeypatch):
   assert texts(write(tmp_path, "spam.csv", "label,text,,,\nham,hello,,,\n")) == ["hello"]
   assert texts(write(tmp_path, "b.csv", "x,x,text\n1,2,hello\n")) == ["hello"]
   dates = pyarrow.array([10**15], pyarrow.timestamp("ms"))  # after the year 9999
   pyarrow.parquet.write_table(pyarrow.table({"text": ["hello"], "when": dates}), tmp_path / "a.parquet")
   assert texts(str(tmp_path / "a.parquet")) == ["hello"]
+  datasets = pytest.importorskip("datasets")
+  monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+  (tmp_path / "hub").mkdir()
+  (tmp_path / "a.parquet").rename(tmp_path / "hub" / "train.parquet")
+  assert texts(f"hub:{tmp_path / 'hub'}:train") == ["hello"]
+  (tmp_path / "hub" / "train.parquet").rename(tmp_path / "a.parquet")
   with pytest.raises(RequestError, match="row 1: no column 'body' .it has 'text', 'when'"):
     read(str(tmp_path / "a.parquet"), text_column="body")
   twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])

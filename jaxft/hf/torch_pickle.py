@@ -45,9 +45,8 @@ def arrays(file: Path) -> dict[str, TorchTensor]:
     except RuntimeError:
       if zipfile.is_zipfile(file):
         raise
-      content = torch.load(
-        file, map_location="cpu", weights_only=True
-      )  # of before torch 1.6 (2020): all of it in memory
+      # Of before torch 1.6 (2020): all of it in memory.
+      content = torch.load(file, map_location="cpu", weights_only=True)
   except Exception as error:  # of many classes: a pickle can be wrong in many ways
     raise ValueError(str(error)) from error
   if not isinstance(content, dict):
