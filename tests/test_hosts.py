@@ -265,6 +265,10 @@ def test_a_process_that_does_not_come_is_named(config_file, tmp_path):
   for text in several.said():
     assert "error: process 1, 3 did not come within 12 s" in text and "Traceback" not in text
   assert alone.codes(60) == [5]
+  assert (
+    "waiting for 4 processes at 127.0.0.1" in several.said()[0]
+    and "to run alone: --num_processes=1" in several.said()[0]
+  )
   assert re.search(r"error: process 0 at 127.0.0.1:\d+ did not answer within 3 s", alone.said()[0])
 
 

@@ -6,6 +6,10 @@ import sys
 import pytest
 from processes import ROOT, run, train
 
+from jaxft import program
+from jaxft.errors import RequestError
+from jaxft.train import finetune
+
 FAULTS = {
   "typo": (
     ["--config.optim.learnig_rate=1"],
@@ -107,3 +111,12 @@ def test_the_other_commands_refuse_in_one_line_too(finished, tmp_path, arguments
   workdir, _ = finished
   done = run(*(a.format(export=workdir / "export", workdir=workdir) for a in arguments), check=2, cwd=tmp_path)
   assert told in done.stderr.splitlines()[-1] and done.stdout == ""
+
+
+def test_a_sample_prompt_that_is_too_long_is_told_before_anything_is_compiled(config, tmp_path, monkeypatch):
+  monkeypatch.setattr(program, "build", lambda *_: pytest.fail("compiled"))
+  config.train.sample_prompts = ("short", "the cat " * 100)
+  with pytest.raises(
+    RequestError, match=r"config.train.sample_prompts: 'the cat .* tokens and the model \d+ positions"
+  ):
+    finetune(config, tmp_path / "w")

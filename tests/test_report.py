@@ -121,6 +121,7 @@ def test_a_run_leaves_its_page_and_what_it_was_started_with(finished):
   assert f"from {losses[0]:#.4g} to {losses[-1]:#.4g}" in page.text
   for sample in processes.lines(workdir / "samples.jsonl"):
     assert sample["when"] in page.text
+  assert "The exported model" in page.text and f"from_pretrained('{workdir}/export')" in page.text
   report = json.loads((workdir / "data_report.json").read_text())
   assert f"{report['tokens']['trained']:,}" in page.text and "to the last document and token" in page.text
   kept = (workdir / "report.html").read_text()

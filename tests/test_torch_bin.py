@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxft import model
+from jaxft import model, tokenizer
 from jaxft.errors import RequestError
 from jaxft.hf import load, repo
 
@@ -102,6 +102,17 @@ def test_no_pickle_runs_anything(pickled, tmp_path):
 def test_what_is_no_state_dict_is_named(pickled, change, told):
   with pytest.raises(RequestError, match=told):
     read(pickled(change))
+
+
+@pytest.mark.slow
+def test_tokens_are_added_to_it_too(folder, pickled, tmp_path, monkeypatch):
+  words = ["jaxft.tokenizer", "--model", str(pickled()), "--add", "<|new|>", "--out", str(tmp_path / "out")]
+  monkeypatch.setattr("sys.argv", words)
+  with pytest.raises(RequestError, match="--torch_bin"):
+    tokenizer.main()
+  monkeypatch.setattr("sys.argv", [*words, "--torch_bin"])
+  tokenizer.main()
+  assert repo.find(str(tmp_path / "out")).cfg.V == repo.find(str(folder)).cfg.V + 1
 
 
 def test_files_of_before_torch_1_6_are_read(pickled, folder):
