@@ -6,7 +6,10 @@ from pathlib import Path
 from jaxft import config as settings
 from jaxft import parsers
 from jaxft.command_line import open_model
+from jaxft.data import sources
 from jaxft.errors import RequestError, run_command
+
+NUMBERS = ("sequence_length", "batch_size", "stride")
 
 
 def main() -> None:
@@ -16,8 +19,16 @@ def main() -> None:
     raise RequestError("--data is missing: name a file, a glob, a folder or hub:NAME")
   if arguments.layout and not arguments.data:
     raise RequestError(f"--layout={arguments.layout}: goes with --data; what a run has held out is read as in the run")
+  lines = [line.replace("config.data.validation", "--data") for line in sources.faults({"validation": arguments.data})]
+  lines += [
+    f"--{name}={value}: must be at least 1"
+    for name in NUMBERS
+    if (value := getattr(arguments, name)) < (name == "batch_size")
+  ]
+  if lines:
+    raise RequestError("\n".join(lines))
   ready = open_model(arguments)
-  how = {name: getattr(arguments, name) for name in ("sequence_length", "batch_size", "stride")}
+  how = {name: getattr(arguments, name) for name in NUMBERS}
   if arguments.data:
     columns = {name: value for name in ("text_column", "label_column", "layout") if (value := getattr(arguments, name))}
     like = settings.read(Path(arguments.workdir) / "config.json").data if arguments.workdir else None

@@ -25,8 +25,9 @@ def main() -> None:
   config = arguments.config
   lines = settings.faults(config)
   if not lines:
-    lines += repo.faults(config.model.path, weights=False)
     lines += sources.faults(config.data)
+  if not lines:  # as in train.py: reading a model's config takes seconds
+    lines += repo.faults(config.model.path, weights=False)
   if lines:
     raise RequestError("\n".join(lines))
   source = repo.find(config.model.path, config.model.revision, weights=False)

@@ -87,11 +87,15 @@ def test_a_wrong_request_waits_for_no_package_that_takes_seconds_to_import(confi
   [
     (["jaxft.evaluate", "--model", "{export}"], "--data is missing"),
     (["jaxft.evaluate", "--data", "x"], "--model --workdir is required"),
-    (["jaxft.evaluate", "--model", "/nowhere/x", "--data", "x"], "no such folder"),
+    (["jaxft.evaluate", "--model", "/nowhere/x", "--data", "{workdir}/metrics.jsonl"], "no such folder"),
     (["jaxft.evaluate", "--model", "{export}", "--data", "nowhere.txt"], "no such file"),
     (
-      ["jaxft.evaluate", "--model", "{export}", "--data", "x", "--sequence_length", "9999"],
+      ["jaxft.evaluate", "--model", "{export}", "--data", "{workdir}/metrics.jsonl", "--sequence_length", "9999"],
       "--sequence_length=9999: must be from 2 to 71",
+    ),
+    (
+      ["jaxft.evaluate", "--model", "/nowhere", "--data", "{workdir}/metrics.jsonl", "--stride", "-1"],
+      "--stride=-1: must be",
     ),
     (["jaxft.generate", "--model", "{export}"], "--prompt is missing"),
     (
