@@ -53,6 +53,7 @@ FLAGS = {
   "jax_default_prng_impl": "threefry2x32",
   "jax_threefry_partitionable": True,  # the same numbers on any mesh
   "jax_transfer_guard": None,
+  "jax_default_device": None,
   "jax_no_tracing": False,
   "jax_no_execution": False,
 }

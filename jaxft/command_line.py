@@ -13,12 +13,12 @@ from types import MappingProxyType, SimpleNamespace
 from typing import NamedTuple
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from jaxft import backend, pretrained, run_clm, usage
 from jaxft import config as settings
 from jaxft.errors import RequestError
-from jaxft.files import at_home
+from jaxft.files import at_home, exists
 from jaxft.run import hosts, roll_call
 
 WITH_ESCAPES = ("data.separator", "data.template")
@@ -142,11 +142,11 @@ def _without_config_file(words: list[str]) -> tuple[list[str], str | None]:
 
 def _of_file(file: str) -> ConfigDict:
   """What get_config() in a file returns; FILE:TEXT gives it the text. Raises RequestError whatever goes wrong in the file."""
-  path, arguments = Path(at_home(file)), []
-  if not path.is_file() and ":" in file:
-    path, arguments = Path(file.rpartition(":")[0]), [file.rpartition(":")[2]]
-  if not path.is_file():
+  ends = [len(file), *(i for i in reversed(range(len(file))) if file[i] == ":")]
+  end = next((end for end in ends if _is_file(Path(at_home(file[:end])))), None)
+  if end is None:
     raise RequestError(f"--config: {file!r}: no such file; name one such as configs/quickstart.py")
+  path, arguments = Path(at_home(file[:end])), [file[end + 1 :]] if end < len(file) else []
   loader = importlib.machinery.SourceFileLoader("jaxft_config", str(path))
   module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
   sys.modules[loader.name] = module  # where dataclasses look for theirs
@@ -158,7 +158,11 @@ def _of_file(file: str) -> ConfigDict:
     raise RequestError(f"--config: the config file does not run: {type(error).__name__}: {text}") from error
   if not isinstance(config, ConfigDict):
     raise RequestError(f"--config: get_config() in {path} returned no ConfigDict; start from jaxft.config.default()")
-  return config
+  return config.as_configdict() if isinstance(config, FrozenConfigDict) else config
+
+
+def _is_file(path: Path) -> bool:
+  return exists(path) and path.is_file()
 
 
 def _quoted(word: str) -> str:
@@ -172,9 +176,11 @@ def _quoted(word: str) -> str:
   if not isinstance(setting.default, tuple):
     return word
   try:
-    return word if isinstance(ast.literal_eval(value), tuple) else f"{name}={value!r}"
-  except (ValueError, SyntaxError):
-    return f"{name}={value!r}"
+    found = ast.literal_eval(value)
+  except Exception:  # a text, which may be any odd Python: {[]} is a TypeError, a thousand dashes a RecursionError
+    found = None
+  texts = isinstance(found, tuple) and all(isinstance(it, str) for it in found)
+  return word if texts else f"{name}={value!r}"
 
 
 def unescaped(text: str, name: str) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from jaxft import checks
@@ -334,13 +333,14 @@ def normalised(config: ConfigDict) -> ConfigDict:
 
 def _plain(setting: Setting, value: Any) -> Any:
   kind = setting.default if isinstance(setting.default, type) else type(setting.default)
+  if hasattr(value, "tolist"):  # of numpy, pandas
+    value = value.tolist()
   if kind is tuple:
+    value = tuple(value) if isinstance(value, list) else value
     several = value if isinstance(value, tuple) else () if value == "" else (value,)
     several = () if several == ("",) else several  # --config.data.validation= says: none
     return tuple(_text_of(item, setting) for item in several)
   value = _text_of(value, setting)
-  if isinstance(value, np.generic):
-    value = value.item()
   if isinstance(value, int | float) and not isinstance(value, bool):
     if kind is float:
       return float(value) if abs(value) < 2**1000 else value

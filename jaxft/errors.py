@@ -1,5 +1,6 @@
 """What can end a command, and the exit code each ending has (README, "Exit codes")."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -70,7 +71,15 @@ def run_command(main: Callable[[], None]) -> None:
   sys.unraisablehook = _but_for_closed_loops
   try:
     main()
-  except (JaxftError, Preempted, OSError, KeyboardInterrupt) as error:
+  except (Preempted, KeyboardInterrupt) as error:
+    # Raised anywhere, inside a compiler too, whose threads may be under way: Python's own end crashes there (jax 0.10.2), with
+    # another exit code.
+    code = tell(error)
+    with contextlib.suppress(OSError):
+      sys.stdout.flush()
+      sys.stderr.flush()
+    os._exit(code)
+  except (JaxftError, OSError) as error:
     sys.exit(tell(error))
 
 

@@ -46,9 +46,12 @@ def _find_a_home() -> None:
     pwd.getpwuid(os.getuid())
   except KeyError:
     home = Path(tempfile.gettempdir()) / f"jaxft-home-{os.getuid()}"
-    home.mkdir(mode=0o700, exist_ok=True)
-    if home.stat().st_uid == os.getuid() and not home.is_symlink():  # else it is another's
-      os.environ["HOME"] = str(home)
+    try:
+      home.mkdir(mode=0o700, exist_ok=True)
+      own = home.lstat().st_uid == os.getuid() and not home.is_symlink()
+    except OSError:  # a file of that name
+      own = False
+    os.environ["HOME"] = str(home) if own else tempfile.mkdtemp(prefix="jaxft-home-")
 
 
 def _print_wide_enough() -> None:

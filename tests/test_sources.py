@@ -368,7 +368,7 @@ def test_links_are_followed_once_and_what_may_not_be_read_is_refused(tmp_path, m
   (data / "nothing").symlink_to(tmp_path / "gone")
   notes = collections.Counter()
   assert sorted(texts(str(data), notes=notes)) == ["a.txt", "b.txt", "c.txt", "d.txt"]
-  assert notes["links to folders that are read anyway, left out"] == 3
+  assert notes[sources.SEEN] == 3
   assert notes["links that lead nowhere, left out"] == 1
   notes = collections.Counter()
   assert texts(f"{data}/*", notes=notes) == ["a.txt"] and notes["links that lead nowhere, left out"] == 1
@@ -408,7 +408,9 @@ def test_a_folder_of_one_unusual_kind_is_read_and_of_several_asked_about(tmp_pat
   write(tmp_path, "a.json", '[{"text": "a"}]')
   assert texts(str(tmp_path)) == ["a"]
   write(tmp_path, "README.md", "what this is")
-  with pytest.raises(RequestError, match=r"several kinds \(.json, .md\) in this folder; name those to read"):
+  with pytest.raises(
+    RequestError, match=r"several kinds \(.json, .md\) in it; name those, such as .*/\*.SUFFIX, to read"
+  ):
     texts(str(tmp_path))
   write(tmp_path, "b.jsonl", '{"text": "b"}')
   notes = collections.Counter()

@@ -13,9 +13,10 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple
 
 from jaxft.errors import RequestError, first_line
-from jaxft.files import must_be_fetched
+from jaxft.files import is_text, must_be_fetched
 
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # after any of STREAMED
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # pyarrow's names
+COMPRESSED = (*CODECS, ".xz")  # after any of STREAMED
 STREAMED = (".txt", ".jsonl", ".csv", ".md", ".ndjson", ".json", ".tsv")
 READABLE = (*STREAMED, ".parquet", ".arrow", ".zip")
 # What is read of a folder. The others lie beside data for other ends (README.md, dataset_infos.json, a zip of the same files):
@@ -76,32 +77,58 @@ def rows(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
 
 
 def _archive(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
+  """The rows of the files in a zip: of those that are read of a folder, as long as it lies outside of a zip."""
   with zipfile.ZipFile(file) as archive:
-    for name in sorted(archive.namelist()):
-      path = PurePath(name)
-      if name.endswith("/") or path.parts[0] == "__MACOSX" or any(part.startswith(".") for part in path.parts):
+    kinds = {}
+    for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
+      path = PurePath(entry.filename)
+      if entry.is_dir() or "__MACOSX" in path.parts[:1] or any(part.startswith(".") for part in path.parts):
         continue
-      if path.suffix.lower() in COMPRESSED or (of := kind(path)) in ("", ".zip"):
-        notes["files in archives that are of no kind that is read"] += 1
-        continue
-      with archive.open(name) as raw:
+      kinds[entry] = "" if path.suffix.lower() in COMPRESSED or kind(path) == ".zip" else kind(path)
+    read = chosen(
+      f"data source {str(file)!r}", {entry: of for entry, of in kinds.items() if of}, "unpack it, and name those"
+    )
+    unknown = sum(not of for of in kinds.values())
+    notes["files in archives that are of no kind that is read"] += unknown
+    notes["files in archives that are read only where there is no other kind (.json, .md, ...)"] += (
+      len(kinds) - unknown - len(read)
+    )
+    for entry in read:
+      where, of = f"{file}: {entry.filename}", kinds[entry]
+      with archive.open(entry) as raw:
         if of in STREAMED:
-          yield from _streamed(f"{file}: {name}", of, io.BufferedReader(raw), how, notes)
+          yield from _streamed(where, of, io.BufferedReader(raw), how, notes)
         else:
-          yield from _table(f"{file}: {name}", of, io.BytesIO(raw.read()), how)
+          yield from _table(where, of, io.BytesIO(raw.read()), how)
+
+
+def chosen(where: str, kinds: dict[Any, str], way_out: str) -> list[Any]:
+  """Which files of a folder or an archive are read: those of USUAL kinds, or all of one kind where there are none of them.
+
+  Raises RequestError for several unusual kinds.
+  """
+  if usual := [file for file, kind in kinds.items() if kind in USUAL]:
+    return usual
+  if len(found := sorted(set(kinds.values()))) > 1:
+    raise RequestError(f"{where}: files of several kinds ({', '.join(found)}) in it; {way_out} to read")
+  return list(kinds)
 
 
 @contextlib.contextmanager
 def _open(file: Path) -> Iterator[io.BufferedReader]:
-  """The bytes of a file, decompressed."""
-  if file.suffix.lower() == ".xz":
-    with lzma.open(file) as stream:
-      yield io.BufferedReader(stream)
-    return
-  import pyarrow
+  """The bytes of a file, decompressed. Python opens it: its name may be no UTF-8, and its suffix in capitals."""
+  last = file.suffix.lower()
+  with file.open("rb") as raw:
+    if last == ".xz":
+      with lzma.open(raw) as content:
+        yield io.BufferedReader(content)
+    elif last in CODECS:
+      import pyarrow
 
-  with pyarrow.input_stream(str(file), compression="detect") as raw, io.BufferedReader(raw) as stream:
-    yield stream
+      with pyarrow.input_stream(raw, compression=CODECS[last]) as content, io.BufferedReader(content) as stream:
+        yield stream
+    else:
+      yield raw
 
 
 class _AsUTF8(io.RawIOBase):
@@ -135,10 +162,15 @@ def _streamed(where: str, kind: str, stream: io.BufferedReader, how: How, notes:
     stream.read(3)
   if kind in (".txt", ".md"):
     yield from _text(where, stream, how, notes)
-  elif kind in (".csv", ".tsv"):
-    yield from _csv(where, stream, how, notes, "\t" if kind == ".tsv" else ",")
+  elif kind == ".csv":
+    yield from _csv(where, stream, how, notes, ",", csv.QUOTE_MINIMAL)
+  elif kind == ".tsv":
+    content = stream.read()
+    quoting = _quoting_of_tsv(content)
+    notes[".tsv files whose quotes are letters"] += quoting == csv.QUOTE_NONE
+    yield from _csv(where, io.BufferedReader(io.BytesIO(content)), how, notes, "\t", quoting)
   elif kind == ".json":
-    yield from _json(where, stream, notes)
+    yield from _json(where, stream, how, notes)
   else:
     yield from _json_lines(where, stream, notes)
 
@@ -163,7 +195,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
   return f"not UTF-8 ({error.reason} at byte {error.start}; config.data.encoding names another, such as cp1252)"
 
 
-def _json(where: str, stream: io.BufferedReader, notes: collections.Counter) -> Iterator[Row]:
+def _json(where: str, stream: io.BufferedReader, how: How, notes: collections.Counter) -> Iterator[Row]:
   """An array of objects, or an object a line."""
   content = stream.read()
   try:
@@ -171,7 +203,9 @@ def _json(where: str, stream: io.BufferedReader, notes: collections.Counter) -> 
   except (ValueError, RecursionError):  # of which the first line is whole, and more follows
     yield from _json_lines(where, io.BytesIO(content), notes)
     return
-  if isinstance(found, dict) and any(isinstance(value, list) for value in found.values()):
+  if (
+    isinstance(found, dict) and not found.keys() & {*how.columns} and any(isinstance(it, list) for it in found.values())
+  ):
     raise RequestError(
       f"{where}: one JSON object, with {', '.join(map(repr, found))[:200]}, and not a list of rows; "
       "write the list in it into a file of its own"
@@ -197,13 +231,33 @@ def _json_lines(where: str, stream: Iterable[bytes], notes: collections.Counter)
       yield Row(at, row) if isinstance(row, dict) else Row(at, {}, "not a JSON object")
 
 
-def _csv(where: str, stream: io.BufferedReader, how: How, notes: collections.Counter, delimiter: str) -> Iterator[Row]:
+def _quoting_of_tsv(content: bytes) -> int:
+  """Some tools put cells in quotes, as in csv; for others a quote is a letter, and rows between two of them would become one.
+
+  So it is where such a cell goes over lines that all have as many tabs as the first, and where csv's rules do not hold.
+  """
+  csv.field_size_limit(2**31 - 1)
+  text = content.decode(errors="replace")
+  rows = csv.reader(io.StringIO(text, newline=""), "excel-tab", strict=True)
+  try:
+    over_lines = any("\n" in cell for row in rows for cell in row)
+  except csv.Error:
+    return csv.QUOTE_NONE
+  tabs = {line.count("\t") for line in text.split("\n") if line.strip()} if over_lines else ()
+  return csv.QUOTE_NONE if len(tabs) == 1 and tabs != {0} else csv.QUOTE_MINIMAL
+
+
+def _csv(
+  where: str, stream: io.BufferedReader, how: How, notes: collections.Counter, delimiter: str, quoting: int
+) -> Iterator[Row]:
   csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a chapter
   delimiter = _delimiter(stream.peek().splitlines()[:1], how, notes, delimiter)
   # Bytes that are no UTF-8 become halves of surrogate pairs, which `is_text` finds in the row that has them.
-  lines = csv.reader(
-    io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline=""), delimiter=delimiter, strict=True
-  )
+  with io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="") as text:
+    yield from _cells(where, csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True), how)
+
+
+def _cells(where: str, lines: Any, how: How) -> Iterator[Row]:
   names = next(lines, [])
   _must_be_one(where, names, how)
   number = 0
@@ -252,7 +306,9 @@ def _table(where: str, kind: str, file: Path | io.BytesIO, how: How) -> Iterator
   import pyarrow.parquet
 
   if kind == ".parquet":
-    content = pyarrow.parquet.ParquetFile(file)
+    content = pyarrow.parquet.ParquetFile(
+      file if isinstance(file, io.BytesIO) or is_text(str(file)) else file.open("rb")
+    )
     schema, count = content.schema_arrow, content.metadata.num_rows
     batches = lambda names: content.iter_batches(1000, columns=names)
   else:
@@ -275,7 +331,10 @@ def _arrow(file: Path | io.BytesIO) -> Any:
   """A table of pyarrow, mapped into memory: as the datasets library writes it, a stream, or a file with an index."""
   import pyarrow.ipc
 
-  source = pyarrow.memory_map(str(file)) if isinstance(file, Path) else pyarrow.py_buffer(file.getvalue())
+  if isinstance(file, Path):
+    source = pyarrow.memory_map(str(file)) if is_text(str(file)) else pyarrow.PythonFile(file.open("rb"))
+  else:
+    source = pyarrow.py_buffer(file.getvalue())
   try:
     return pyarrow.ipc.open_stream(source).read_all()
   except pyarrow.ArrowInvalid:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import fnmatch
 import functools
 import glob
 import hashlib
@@ -13,13 +14,13 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxft.data import readers
-from jaxft.data.readers import READABLE, USUAL, How, Row, kind
+from jaxft.data.readers import READABLE, How, Row, kind
 from jaxft.errors import RequestError, first_line
 from jaxft.files import exists
 
@@ -40,6 +41,7 @@ MODEL_FILES = (".safetensors", ".msgpack", ".bin", ".h5", "tokenizer.json", "tok
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json"}
 PATIENCE = 5  # seconds for the hub to answer
 ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([\w.-]+(?:/[\w.-]+)?)(?:/.*)?")
+SEEN = "links to folders that are read anyway, or that hold this one, left out"
 # What datasets.Dataset.save_to_disk writes, and DatasetDict.save_to_disk.
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 
@@ -73,22 +75,16 @@ def find_files(source: str, split: str, notes: collections.Counter | None = None
 
 def _of_folder(folder: Path, split: str, notes: collections.Counter) -> list[Path]:
   """The files of a folder that are read: those of the usual kinds, or all of one kind where there are none of them."""
-  if (folder / SAVED_SPLITS).is_file():
+  if _says(folder / SAVED_SPLITS, "splits"):
     if not (folder / split).is_dir():
       there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
       raise RequestError(f"data source {str(folder)!r}: no split {split!r} in it ({there}); name one as {folder}/SPLIT")
     folder = folder / split
-  if (folder / SAVED).is_file():
+  if _says(folder / SAVED, "_data_files"):
     return _of_saved(folder)
   files = _inside(folder, notes)
-  found = [file for file in files if kind(file) in USUAL]
-  if not found:
-    found = [file for file in files if kind(file)]
-    if len(kinds := sorted(set(map(kind, found)))) > 1:
-      raise RequestError(
-        f"data source {str(folder)!r}: files of several kinds ({', '.join(kinds)}) in this folder; name those to read, "
-        f"such as {folder}/*{kinds[0]}"
-      )
+  kinds = {file: of for file in files if (of := kind(file))}
+  found = readers.chosen(f"data source {str(folder)!r}", kinds, f"name those, such as {folder}/*.SUFFIX,")
   if not found:
     raise RequestError(
       f"data source {str(folder)!r}: no {', '.join(READABLE)} file in this folder; give a file, a glob, a folder or hub:NAME"
@@ -98,6 +94,15 @@ def _of_folder(folder: Path, split: str, notes: collections.Counter) -> list[Pat
     notes["files in folders that are of no kind that is read"] += left.pop("", 0)
     notes["files in folders that are read only if they are named (.json, .md, .zip, ...)"] += left.total()
   return found
+
+
+def _says(file: Path, key: str) -> bool:
+  """Whether this is a JSON object with the key: other tools have files of the same names."""
+  try:
+    found = json.loads(file.read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError):
+    return False
+  return isinstance(found, dict) and isinstance(found.get(key), list)
 
 
 def _of_saved(folder: Path) -> list[Path]:
@@ -121,29 +126,64 @@ def _inside(folder: Path, notes: collections.Counter) -> list[Path]:
   Links to folders are followed, and each folder is read once. The folder itself may be a run's or a model's, with text beside:
   of that the text is taken. Raises RequestError for a folder that may not be read.
   """
-
-  def refuse(error: OSError) -> None:
-    raise RequestError(f"data source {str(folder)!r}: {error.filename}: {error.strerror}") from error
-
-  files, seen = [], {_identity(above) for above in (folder.resolve(), *folder.resolve().parents)}
-  for at, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+  refuse, files = _refusing(str(folder)), []
+  for at, folders, names in _walk(folder, refuse, notes):
     folders[:] = sorted(name for name in folders if not name.startswith("."))
-    this = _not_text(Path(at))
-    holds = {name: what for name in folders if (what := _not_text(Path(at, name)))}
+    this = _not_text(at)
+    holds = {name: what for name in folders if (what := _not_text(at / name))}
     holds |= {name: "folders of runs" for name in folders if this == "folders of runs" and name in OWN_FOLDERS}
     notes.update(f"{what}, left out" for what in holds.values())
-    named, folders[:] = [name for name in folders if name not in holds], []
-    for name in named:
-      if (of := _identity(Path(at, name))) in seen:
-        notes["links to folders that are read anyway, left out"] += 1
-      else:
-        folders.append(name)
-        seen.add(of)
+    folders[:] = [name for name in folders if name not in holds]
     own = _own_files(this, names)
     notes["files of a run or a model, left out"] += len(own)
-    files += [Path(at, name) for name in names if not name.startswith(".") and name not in own]
-  notes["links that lead nowhere, left out"] += sum(not exists(file) for file in files)
-  return sorted(file for file in files if exists(file) and file.is_file())
+    files += [at / name for name in names if not name.startswith(".") and name not in own]
+  try:
+    there = [file for file in files if _is_there(file, notes)]
+  except PermissionError as error:
+    refuse(error)
+  return sorted(file for file in there if file.is_file())
+
+
+def _refusing(source: str) -> Callable[[OSError], NoReturn]:
+  def refuse(error: OSError) -> NoReturn:
+    raise RequestError(f"data source {source!r}: {error.filename}: {error.strerror}") from error
+
+  return refuse
+
+
+def _walk(
+  folder: Path, refuse: Callable[[OSError], NoReturn], notes: collections.Counter
+) -> Iterator[tuple[Path, list[str], list[str]]]:
+  """As os.walk, which also enters only what is left of its folders. Links are followed, and each folder is entered once."""
+  seen = {_identity(above) for above in folder.resolve().parents}
+
+  def walk(at: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    try:
+      if (which := _identity(at)) in seen:
+        notes[SEEN] += 1
+        return
+      seen.add(which)
+      entries = [(entry.name, entry.is_dir()) for entry in os.scandir(at)]
+    except OSError as error:
+      refuse(error)
+    folders = [name for name, is_folder in entries if is_folder]
+    yield at, folders, [name for name, is_folder in entries if not is_folder]
+    for name in folders:
+      yield from walk(at / name)
+
+  yield from walk(folder)
+
+
+def _is_there(file: Path, notes: collections.Counter) -> bool:
+  """Whether a name in a folder leads to something; raises PermissionError where nobody may know."""
+  try:
+    file.stat()
+  except PermissionError:
+    raise
+  except OSError:  # a link to nothing, or to itself
+    notes["links that lead nowhere, left out"] += 1
+    return False
+  return True
 
 
 def _matches(pattern: str, notes: collections.Counter) -> list[Path]:
@@ -151,6 +191,7 @@ def _matches(pattern: str, notes: collections.Counter) -> list[Path]:
   parts = Path(pattern).parts
   plain = list(itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1]))
   base, files = Path(*plain), []
+  identity = functools.cache(_identity)
 
   @functools.cache
   def holds_none(folder: Path) -> bool:
@@ -159,10 +200,18 @@ def _matches(pattern: str, notes: collections.Counter) -> list[Path]:
     run = _not_text(folder.parent) == "folders of runs" and folder.name in OWN_FOLDERS
     return run or bool(_not_text(folder)) or holds_none(folder.parent)
 
-  for file in sorted(Path(match) for match in glob.glob(pattern, recursive=True)):
-    if not file.is_file():
-      notes["links that lead nowhere, left out"] += not exists(file)
+  refuse, seen = _refusing(pattern), set()
+  start = Path(parts[0]) if Path(pattern).is_absolute() else Path()
+  for file in sorted(_expanded(start, parts[start.is_absolute() :], refuse)):
+    try:
+      if not _is_there(file, notes) or not file.is_file():
+        continue
+    except PermissionError as error:
+      refuse(error)
+    if (which := (identity(file.parent), file.name)) in seen:
+      notes[SEEN] += 1
       continue
+    seen.add(which)
     # Few names are a run's or a model's own: only for those the folder is looked at.
     maybe_own = glob.has_magic(parts[-1]) and file.name in OWN_FILES
     if holds_none(file.parent) or maybe_own and _is_own(file):
@@ -170,6 +219,34 @@ def _matches(pattern: str, notes: collections.Counter) -> list[Path]:
     else:
       files.append(file)
   return files
+
+
+def _expanded(folder: Path, parts: tuple[str, ...], refuse: Callable[[OSError], NoReturn]) -> Iterator[Path]:
+  """What a pattern stands for in a folder, as glob.glob(recursive=True) has it, but that ** enters each folder once, and that a
+  folder that may not be read is not passed over. A link that leads nowhere is among it."""
+  part, rest = parts[0], parts[1:]
+  if part == "**":
+    for at, folders, names in _walk(folder, refuse, collections.Counter()):
+      folders[:] = sorted(name for name in folders if not name.startswith("."))
+      yield from _expanded(at, rest, refuse) if rest else (at / name for name in names if not name.startswith("."))
+  elif not glob.has_magic(part):
+    found = folder / part
+    if rest and found.is_dir():
+      yield from _expanded(found, rest, refuse)
+    elif not rest and os.path.lexists(found):
+      yield found
+  else:
+    try:
+      names = sorted(os.listdir(folder))
+    except OSError as error:
+      refuse(error)
+    for name in fnmatch.filter(names, part):
+      if name.startswith(".") and not part.startswith("."):
+        continue
+      if not rest:
+        yield folder / name
+      elif (folder / name).is_dir():
+        yield from _expanded(folder / name, rest, refuse)
 
 
 def _is_own(file: Path) -> bool:

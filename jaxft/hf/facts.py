@@ -12,7 +12,7 @@ from jaxft.model import ModelConfig
 GPT2_FIXED = {"add_cross_attention": False}
 FIXED = {"quantization_config": None}
 # transformers' names of one function, gelu by tanh, and of the other, by the error function.
-TANH_GELU = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh")
+TANH_GELU = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
 EXACT_GELU = ("gelu", "gelu_python")
 
 

@@ -3,14 +3,16 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxft.data import tokens
 from jaxft.errors import RequestError, first_line
-from jaxft.files import exists, must_be_fetched
+from jaxft.files import exists, is_text, must_be_fetched
 from jaxft.hf import facts
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.tables import FAMILIES, Family
@@ -24,9 +26,10 @@ LARGEST_TEXT = (
   2**28
 )  # bytes of a .json or .txt file, which is read whole; the tokenizer.json of a large vocabulary has 2^25
 ADDRESS = re.compile(
-  r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+(?:/[\w.-]+)?)(?:/tree/.*|/blob/.*|/)?"
+  r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(datasets/)?([\w.-]+(?:/(?!tree/|blob/|resolve/)[\w.-]+)?)"
+  r"(?:/(?:tree|blob|resolve)/.*|/)?(?:[?#].*)?",
+  re.IGNORECASE,
 )
-WEIGHTS = (".safetensors", ".msgpack", ".bin")
 PARITY = "parity.json"  # what an export was compared with, and the checksums of its files
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 # Its keys -> what plain LoRA has there; anything that counts as false will do as well.
@@ -119,7 +122,7 @@ def padding(checkpoint: Checkpoint, tokenizer: Any) -> int:
 def faults(path: str, weights: bool = True, torch_bin: bool = False) -> list[str]:
   """What is wrong with config.model.path if it is a folder, at most one line; a hub id is not looked up here."""
   try:
-    if path and ADDRESS.fullmatch(path):
+    if path and not exists(Path(path)) and ADDRESS.fullmatch(path):
       find(path)
     if path and is_local(path):
       _check_folder(Path(path), weights, torch_bin)
@@ -140,8 +143,10 @@ def find(path: str, revision: str = "main", weights: bool = True, torch_bin: boo
     weights: whether the folder must hold weights.
     torch_bin: whether pytorch_model*.bin may be read, where there are no others.
   """
-  if address := ADDRESS.fullmatch(path):
-    raise RequestError(f"model {path!r}: an address; give the id alone: {address[1]}")
+  if not exists(Path(path)) and (address := ADDRESS.fullmatch(path)):
+    if address[1]:
+      raise RequestError(f"model {path!r}: the address of a data set, not of a model")
+    raise RequestError(f"model {path!r}: an address; give the id alone: {address[2]}")
   if is_local(path):
     return _check_folder(Path(path), weights, torch_bin)
   import huggingface_hub
@@ -164,7 +169,7 @@ def _check_folder(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
   if not folder.is_dir():
     raise RequestError(f"model folder {str(folder)!r}: no such folder; give one, or a hub id such as gpt2")
   config_file = folder / "config.json"
-  _refuse_odd_files(folder)
+  _refuse_odd_files(folder, [name for name in READ if os.path.lexists(folder / name)])
   of_a_model = [*FORMATS, PICKLE, *(f"{name}.index.json" for name in (*FORMATS, PICKLE))]
   if (folder / ADAPTER).is_file() and not (config_file.is_file() and any((folder / it).is_file() for it in of_a_model)):
     return _with_base(folder, weights, torch_bin)
@@ -196,6 +201,8 @@ def _with_base(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
     raise RequestError(f"{folder / ADAPTER}: base_model_name_or_path={base!r} names no model")
   if weights and not (folder / ADAPTER_WEIGHTS).is_file():
     raise RequestError(f"{folder}: no {ADAPTER_WEIGHTS} in it (an adapter_model.bin is a pickle, and not read)")
+  if weights:
+    _refuse_odd_files(folder, [ADAPTER_WEIGHTS])
   if not exists(Path(base)) and exists(folder / base):
     base = str(folder / base)
   if (Path(base) / ADAPTER).is_file() and not (Path(base) / "config.json").is_file():
@@ -223,9 +230,10 @@ def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
   """
   for single in (*FORMATS, PICKLE) if torch_bin else FORMATS:
     index = folder / f"{single}.index.json"
-    if (folder / single).is_file():
+    if os.path.lexists(folder / single):
       return _inside(folder, folder / single, [single])
-    if index.is_file():
+    if os.path.lexists(index):
+      _refuse_odd_files(folder, [index.name])
       return _inside(folder, index, _shards(index, Path(single).suffix))
   pickled = any(folder.glob("pytorch_model*.bin"))
   raise RequestError(
@@ -288,13 +296,6 @@ def _shards(index: Path, suffix: str) -> list[str]:
   return sorted(set(where.values()))
 
 
-def _is_file(file: Path) -> bool:
-  try:
-    return file.is_file()
-  except OSError:  # a name that is too long
-    return False
-
-
 def json_object(file: Path) -> dict[str, Any]:
   try:
     content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=without_doubles)
@@ -316,22 +317,26 @@ def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _inside(folder: Path, named_in: Path, names: list[str]) -> list[Path]:
   for name in names:
-    if Path(name).name != name or "\0" in name or not _is_file(folder / name):
+    if Path(name).name != name or "\0" in name or not is_text(name) or not _is_there(folder / name):
       raise RequestError(f"{named_in}: {name[:100]!r} is not a file of this folder")
+  _refuse_odd_files(folder, names)
   return [folder / name for name in names]
 
 
-def _refuse_odd_files(folder: Path) -> None:
-  """Weights, tokenizer and card are read, and some are copied into exports: none may be a file from elsewhere, or a pipe.
+def _is_there(file: Path) -> bool:
+  """Whether there is something that may be a file: a link that leads nowhere is refused later, with what can be done."""
+  return os.path.lexists(file) and not file.is_dir()
+
+
+def _refuse_odd_files(folder: Path, names: Iterable[str]) -> None:
+  """Files that are read, and some of them copied into exports: none may be a file from elsewhere, or a pipe.
 
   Whatever else lies in the folder is not looked at.
   """
   # The hub's cache links each file to ../../blobs/HASH: its own folders, models--X/snapshots/Y, are what may be left.
   home = folder.resolve()
   home = home.parent.parent if home.parent.name == "snapshots" else home
-  for file in sorted(folder.iterdir()):
-    if file.name not in READ and not file.name.endswith(WEIGHTS) and not file.name.endswith(".index.json"):
-      continue
+  for file in (folder / name for name in sorted(names)):
     if file.is_symlink() and not file.resolve().is_relative_to(home):
       raise RequestError(
         f"{file}: a link that leads out of this folder; copy the folder with the files themselves: cp -rL {folder} COPY"

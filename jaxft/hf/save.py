@@ -15,7 +15,7 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from jaxft.errors import RequestError, StorageError
-from jaxft.files import refused, write_json
+from jaxft.files import is_text, refused, write_json
 from jaxft.hf import load, repo
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.tables import EMBEDDING, full_name
@@ -36,6 +36,8 @@ def faults(out: Path) -> list[str]:
   A link leads to where the export is written, which may be another disk.
   """
   named = str(out)
+  if not is_text(str(out.absolute())):
+    return [f"export to {named!r}: its name is not UTF-8, which tokenizers cannot write to; name another folder"]
   try:
     if out.is_symlink() and not out.exists():
       return [f"export to {named!r}: a link that leads nowhere; make {os.readlink(out)!r}, or name another folder"]
@@ -201,14 +203,13 @@ def check_exportable(checkpoint: repo.Checkpoint, tokenizer: Any) -> None:
 
 def _must_hold(params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf) -> None:
   """Raises RequestError for a weight that is beyond the largest number of the dtype that it would be written in."""
-  limit = float(np.finfo(np.float16).max)
+  limit = 65520  # float16 ends at 65504, to which what is below this is rounded
   for tensor in hf_tensors(params, checkpoint, in_float32):
     if (dtype := dtype_of(tensor.name)) == np.float16:
       largest = max((float(np.abs(piece).max(initial=0)) for piece in tensor.pieces()), default=0.0)
-      if largest > limit:
+      if not largest < limit:  # NaN neither
         raise RequestError(
-          f"{tensor.name} has a weight of {largest:.6g}, and {dtype.name} ends at {limit:.0f}; export in "
-          "bfloat16 or float32"
+          f"{tensor.name} has a weight of {largest:.6g}, and {dtype.name} ends at 65504; export in bfloat16 or float32"
         )
 
 

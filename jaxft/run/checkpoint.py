@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxft.errors import NumericsError, StorageError, Unreadable, first_line
+from jaxft.files import is_text
 from jaxft.run.checksums import checksums, not_finite, of_box
 
 # After a failed read Orbax (0.12.8) leaves tasks behind that nobody awaits; asyncio would log each with a traceback, pages
@@ -41,6 +42,8 @@ REFUSED += ("Too many open files", "Cannot allocate memory", "Stale file handle"
 
 def faults(folder: Path) -> list[str]:
   """Why checkpoints in this folder could not be read again, at most one line."""
+  if not is_text(str(folder.absolute())):
+    return [f"{str(folder)!r}: its name is not UTF-8, and Orbax would not save there (0.12); name another folder"]
   found = [part for part in PATTERN if part in str(folder.absolute())]
   return [
     f"{str(folder)!r}: Orbax takes the {part} in the path of a checkpoint for part of a pattern (0.12), and would not "
