@@ -287,6 +287,7 @@ def finetune(
       for step in range(start + 1, 0 if ended_early else total_steps + 1):
         profile.before(step, pending)
         state, numbers = train_step(state, next(batches))
+        told["reached"] = step
         if step == start + 1:
           jax.block_until_ready(numbers)
           say(f"first step after {time.monotonic() - beginning:.1f} s")

@@ -95,6 +95,25 @@ def test_a_config_file_is_given_what_stands_after_a_colon(monkeypatch, tmp_path)
   file = config_file(tmp_path, "c.train.seed = int(given[0]) if given else 1")
   assert parsed(monkeypatch, "--config", file).train.seed == 1
   assert parsed(monkeypatch, "--config", f"{file}:7").train.seed == 7
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert parsed(monkeypatch, "--config", f"~/{Path(file).name}:7").train.seed == 7
+  file = config_file(tmp_path, "c.train.seed = len(given[0])")
+  assert parsed(monkeypatch, "--config", f"{file}:7:8").train.seed == 3
+
+
+@pytest.mark.parametrize("text", ["{[]}", "{[1]: 2}", "1, 2, 3", "1,2", "-" * 4000 + "1", "(1,)", "()x", "'a', 2"])
+def test_a_prompt_may_be_odd_python(monkeypatch, tmp_path, text):
+  file = config_file(tmp_path)
+  assert parsed(monkeypatch, "--config", file, f"--config.train.sample_prompts={text}").train.sample_prompts == (text,)
+
+
+def test_arrays_and_frozen_configs_are_what_they_hold(monkeypatch, tmp_path):
+  lines = "import numpy", "c.data.train = numpy.array(['a', 'b'])", "c.train.steps = numpy.array(3)"
+  config = parsed(monkeypatch, "--config", config_file(tmp_path / "a", *lines))
+  assert config.data.train == ("a", "b") and config.train.steps == 3
+  lines = "import ml_collections", "c.train.seed = 7", "c = ml_collections.FrozenConfigDict(c)"
+  config = parsed(monkeypatch, "--config", config_file(tmp_path / "b", *lines), "--config.train.steps=3")
+  assert (config.train.seed, config.train.steps) == (7, 3)
 
 
 def test_values_of_a_config_file_mean_what_they_are(monkeypatch, tmp_path):

@@ -362,6 +362,27 @@ def test_only_what_is_read_of_a_folder_is_looked_at(folder, tmp_path):
     read(other)
 
 
+def test_weights_that_are_not_read_may_be_anything(folder, tmp_path):
+  """What `git lfs pull --include model.safetensors` leaves, and a Trainer's optimizer on another disk."""
+  other, pointer = (
+    shutil.copytree(folder, tmp_path / "m"),
+    "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+  )
+  for name in ("pytorch_model.bin", "flax_model.msgpack", "optimizer.bin", "foo.index.json"):
+    (other / name).write_text(pointer)
+  for name in ("adapter_model.safetensors", "scheduler.bin", "flax_model-00001-of-00002.msgpack"):
+    (other / name).symlink_to("/no/such/place")
+  os.mkfifo(other / "events.safetensors")
+  read(other)
+  (other / "model.safetensors").unlink()
+  with pytest.raises(RequestError, match="flax_model.msgpack: a git-lfs pointer"):
+    read(other)
+  (other / "flax_model.msgpack").unlink()
+  os.mkfifo(other / "model.safetensors")
+  with pytest.raises(RequestError, match="model.safetensors: not an ordinary file"):
+    read(other)
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_git_lfs_pointer_is_named(folder, tmp_path, name):
   other = shutil.copytree(folder, tmp_path / "m")
@@ -375,6 +396,16 @@ def test_an_address_leads_to_the_id():
     for told in (repo.faults(address)[0], str(pytest.raises(RequestError, repo.find, address).value)):
       assert told.endswith("an address; give the id alone: gpt2")
   assert repo.faults("https://huggingface.co/EleutherAI/gpt-neo-125m")[0].endswith("alone: EleutherAI/gpt-neo-125m")
+  for rest in ("?x=1", "#model", "/resolve/main/model.safetensors", "/blob/main/config.json"):
+    assert repo.faults(f"https://HuggingFace.co/gpt2{rest}")[0].endswith("alone: gpt2")
+  assert repo.faults("hf://gpt2")[0].endswith("alone: gpt2")
+  assert "of a data set" in repo.faults("https://huggingface.co/datasets/imdb")[0]
+
+
+def test_a_folder_may_be_called_like_an_address(folder, tmp_path, monkeypatch):
+  shutil.copytree(folder, tmp_path / "huggingface.co" / "gpt2")
+  monkeypatch.chdir(tmp_path)
+  assert not repo.faults("huggingface.co/gpt2") and repo.find("huggingface.co/gpt2").cfg.V == 293
 
 
 def test_a_weight_beyond_float16_is_named_before_anything_is_written(folder, tmp_path):
@@ -384,6 +415,15 @@ def test_a_weight_beyond_float16_is_named_before_anything_is_written(folder, tmp
   with pytest.raises(RequestError, match=r"h\.1\.mlp\.c_fc\.weight has a weight of .* and float16 ends at 65504"):
     save.export(tmp_path / "out", params, checkpoint, dtype="float16")
   assert not list(tmp_path.iterdir())
+  is_bias = lambda path: [key.key for key in path[-2:]] == ["up", "bias"]
+  change = lambda to: jax.tree_util.tree_map_with_path(
+    lambda path, x: x.at[1].set(to) if is_bias(path) else x, read(folder)[1]
+  )
+  save.export(tmp_path / "out", change(65519.0), checkpoint, dtype="float16")  # which float16 has as 65504
+  with pytest.raises(RequestError, match="c_fc.bias has a weight of nan"):
+    save.export(tmp_path / "out", change(float("nan")), checkpoint, dtype="float16")
+  with pytest.raises(RequestError, match="logits of the model in memory are no numbers: a weight is NaN or infinite"):
+    save.export(tmp_path / "out", change(float("nan")), checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Where a run lives: any path that the file system has works for workdir, export and data, or is refused at once."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -152,6 +153,10 @@ def test_places_where_no_export_can_be_written_are_told_before_training(folder, 
     config.export.out = str(out)
     with pytest.raises(RequestError, match=f"config.export.out.*{told}"):
       check(config, tmp_path / "run")
+  config.export.out, strange = "", tmp_path / os.fsdecode(b"caf\xe9")
+  with pytest.raises(RequestError, match="--workdir: .*: its name is not UTF-8"):
+    check(config, strange)
+  assert "its name is not UTF-8" in save.faults(strange)[0]
 
 
 def test_what_was_held_out_is_measured_or_refused(finished, stories, tmp_path):

@@ -112,7 +112,7 @@ def test_a_run_leaves_its_page_and_what_it_was_started_with(finished):
   workdir, done = finished
   assert f"report: {workdir}/report.html" in done.stdout
   page = Page((workdir / "report.html").read_text())
-  assert page.found.count("polyline") >= 4
+  assert page.found.count("<polyline") >= 4
   started = json.loads((workdir / "about.json").read_text())
   assert started["ending"]["exit_code"] == 0 and started["total_steps"] == 12 and len(started["starts"]) == 1
   assert started["command"].startswith("python -m jaxft.train --config ") and started["command"] in page.text
@@ -252,6 +252,52 @@ def test_one_point_is_told_and_not_drawn(tmp_path):
   page = shown(write(tmp_path / "w", steps=1, evals=()))
   assert "svg" not in page.found
   assert re.search(r"Logged once: training loss \d\.\d+ at step 1, learning rate 0 at step 1, gradient norm", page.text)
+
+
+def test_a_run_is_as_far_as_its_last_step_not_its_last_line(tmp_path):
+  stopped = {"reached": 90, "total_steps": 3000, "ending": {"exit_code": 75, "why": "SIGHUP: saved at step 90 of 3000"}}
+  page = shown(write(tmp_path / "w", steps=50, evals=(0,), about__json=json.dumps(stopped)))
+  assert "Stopped at step 90 of 3,000, exit code 75" in page.text
+
+
+def test_ticks_of_a_logarithmic_axis_have_units_of_their_own():
+  assert [charts.label(it) for it in (1e-5, 1e-3, 0.5, 100, 2e4, 1e10, 1e20)] == [
+    "1e-5",
+    "0.001",
+    "0.5",
+    "100",
+    "20k",
+    "10G",
+    "1e20",
+  ]
+  drawn = charts.chart("Loss", "nats", [charts.Series("a", [(0, 0.001), (1, 1e10)])])
+  assert re.findall(r'class="y"[^>]*>([^<]+)', drawn)[0] == "0.01"
+
+
+def test_what_is_not_finite_is_told(tmp_path):
+  lines = [
+    {"step": step, "eval/loss": loss, "eval/perplexity": known}
+    for step, loss, known in ((0, 4.0, 54.6), (9, 1e9, "inf"))
+  ]
+  page = shown(write(tmp_path / "w", metrics__jsonl="\n".join(map(json.dumps, lines))))
+  assert "perplexity54.60 → inf" in page.text and re.search(r"91.000e\+09inf|91e\+09inf", page.text)
+
+
+def test_a_classifier_counts_texts(tmp_path):
+  page = shown(write(tmp_path / "w", changes={"model.head": "classification"}))
+  assert "texts trained on" in page.text and "texts a second" in page.text and "tokens a second" not in page.text
+
+
+def test_a_line_of_one_point_is_no_line_beside_others():
+  of = lambda *series: charts.chart("Loss", "nats", list(series))
+  held_out, lone = (
+    charts.Series("held out", [(0, 1.0), (6, 0.5)], dots=True),
+    charts.Series("training", [(6, 0.7)], noisy=True),
+  )
+  assert (
+    of(held_out, lone).count("<polyline") == 1
+    and of(held_out, charts.Series("a", [(0, 1.0), (6, 1.0)])).count("<polyline") == 2
+  )
 
 
 EXPORT = {

@@ -86,6 +86,24 @@ def test_a_second_signal_ends_at_once(interruptible, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_xla_compiles_has_its_exit_code(config_file, tmp_path, number):
+  """Python's own end crashed there, with 139: the compiler's threads were under way (jax 0.10.2)."""
+  command = [sys.executable, "-m", "jaxft.train", "--config", config_file, "--workdir", tmp_path / "run"]
+  environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+  process = subprocess.Popen(
+    list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+  )
+  for line in process.stdout:
+    if "computing in" in line:
+      break
+  time.sleep(2)
+  process.send_signal(number)
+  said = process.communicate(timeout=60)[0]
+  assert process.returncode == 75 and "the same command continues" in said, said
+
+
+@pytest.mark.slow
 def test_a_terminal_that_goes_away_loses_nothing(config_file, tmp_path):
   """An ssh that drops: SIGHUP from the kernel and from the shell, and nowhere to print."""
   ours, theirs = os.openpty()

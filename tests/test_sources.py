@@ -2,14 +2,18 @@
 
 import collections
 import csv
+import glob
 import gzip
 import io
 import json
 import os
+import pathlib
 import random
 import socket
 import urllib.parse
+import warnings
 import zipfile
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -312,6 +316,19 @@ def test_an_archive_is_the_files_in_it(tmp_path):
   (tmp_path / "cut.zip").write_bytes((tmp_path / "a.zip").read_bytes()[:-30])
   with pytest.raises(RequestError, match="cut.zip: "):
     texts(str(tmp_path / "cut.zip"))
+  with zipfile.ZipFile(tmp_path / "beside.zip", "w") as archive, warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Duplicate name")
+    for name, content in (
+      ("a.csv", "text\nx\n"),
+      ("README.md", "no"),
+      ("info.json", "{}"),
+      (".", "no"),
+      ("a.csv", "text\ny\n"),
+    ):
+      archive.writestr(name, content)
+  notes = collections.Counter()
+  assert texts(str(tmp_path / "beside.zip"), notes=notes) == ["x", "y"]
+  assert sum(count for note, count in notes.items() if "archives" in note) == 2
   with pytest.raises(RequestError, match="bad.csv, row 1: no column 'text'"):
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
       archive.writestr("bad.csv", "a\nb\n")
@@ -336,6 +353,47 @@ def test_what_the_datasets_library_saves_is_read(tmp_path, monkeypatch):
   file.unlink()
   with pytest.raises(RequestError, match="which state.json names, is not there"):
     texts(str(tmp_path / "saved" / "test"))
+
+
+def test_quotes_of_a_tsv_are_letters_where_they_cannot_be_those_of_csv(tmp_path):
+  stray = "\n".join(["label\ttext", *(f"{i}\t{chr(34) * (i == 3)}row {i}{chr(34) * (i == 6)}" for i in range(20))])
+  notes = collections.Counter()
+  assert texts(write(tmp_path, "a.tsv", stray), notes=notes) == stray.replace("\t", "\n").split("\n")[3::2]
+  assert notes[".tsv files whose quotes are letters"] == 1
+  assert texts(write(tmp_path, "b.tsv", 'text\tx\na "quoted" word\t1\n"so" it goes\t2\n')) == [
+    'a "quoted" word',
+    '"so" it goes',
+  ]
+  assert texts(write(tmp_path, "c.tsv", 'text\tx\n"two\nlines"\t1\n"a ""b"""\t2\n')) == ["two\nlines", 'a "b"']
+
+
+def test_files_of_odd_names_are_read(tmp_path):
+  (tmp_path / "A.TXT.GZ").write_bytes(gzip.compress(b"a"))
+  (tmp_path / "B.JSONL").write_text('{"text": "b"}')
+  table = pyarrow.table({"text": ["c"]})
+  pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+  with pyarrow.ipc.new_file(tmp_path / "d.arrow", table.schema) as file:
+    file.write(table)
+  (tmp_path / "d.arrow").rename(tmp_path / "arrow")
+  os.rename(tmp_path / "c.parquet", os.fsencode(tmp_path) + b"/caf\xe9.parquet")
+  (tmp_path / os.fsdecode(b"caf\xe9.txt.bz2")).write_bytes(compressed("e", ".bz2"))
+  assert sorted(texts(str(tmp_path))) == ["a", "b", "c", "e"]
+  os.rename(tmp_path / "arrow", os.fsencode(tmp_path) + b"/caf\xe9.arrow")
+  assert texts(str(tmp_path / os.fsdecode(b"caf\xe9.arrow"))) == ["c"]
+
+
+def test_other_tools_files_of_the_same_names_are_not_those_of_datasets(tmp_path):
+  write(tmp_path, "a.txt", "a")
+  for name in ("state.json", "dataset_dict.json"):
+    for content in ('{"last_page": 3}', "[1]", "no JSON"):
+      write(tmp_path, name, content)
+      assert texts(str(tmp_path)) == ["a"]
+
+
+def test_a_json_of_one_row_may_have_lists(tmp_path):
+  assert texts(write(tmp_path, "a.json", '{"text": "a", "tags": [1, 2]}')) == ["a"]
+  with pytest.raises(RequestError, match="one JSON object, with 'rows', and not a list of rows"):
+    texts(write(tmp_path, "b.json", '{"rows": [{"text": "a"}]}'))
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-16", "utf-8-sig", "UTF_8"])
@@ -372,16 +430,46 @@ def test_links_are_followed_once_and_what_may_not_be_read_is_refused(tmp_path, m
   assert notes["links that lead nowhere, left out"] == 1
   notes = collections.Counter()
   assert texts(f"{data}/*", notes=notes) == ["a.txt"] and notes["links that lead nowhere, left out"] == 1
-  scan = os.scandir
+  notes = collections.Counter()  # of patterns; with glob.glob two loops would be 2^40 folders
+  assert sorted(texts(f"{data}/**/*.txt", notes=notes)) == ["a.txt", "b.txt", "c.txt", "d.txt"]
+  assert notes[sources.SEEN] == 3 and texts(f"{data}/*/b.txt") == ["b.txt"]
+  assert sorted(texts(f"{data}/**")) == ["a.txt", "b.txt", "c.txt", "d.txt"]
 
-  def refuse(folder):
-    if str(folder).endswith("deep"):
-      raise PermissionError(13, "Permission denied", str(folder))
-    return scan(folder)
+  def refusing(function):
+    def refuse(path, *more, **how):
+      if str(path).endswith(("deep", "d.txt")):
+        raise PermissionError(13, "Permission denied", str(path))
+      return function(path, *more, **how)
 
-  monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
-  with pytest.raises(RequestError, match="deep: Permission denied"):
-    texts(str(data))
+    return refuse
+
+  folder, pattern, stars = str(data), f"{data}/**/*.txt", f"{data}/l*/d*/*.txt"
+  for module, name, those in (  # root may read everything
+    (os, "scandir", [folder, pattern]),
+    (os, "listdir", [stars]),
+    (pathlib.Path, "stat", [folder, pattern, stars]),
+  ):
+    with monkeypatch.context() as patch:
+      patch.setattr(module, name, refusing(getattr(module, name)))
+      patch.setattr(os, "access", lambda path, _: not str(path).endswith("deep"))
+      for source in those:
+        with pytest.raises(RequestError, match="(deep|d.txt): Permission denied"):
+          texts(source)
+
+
+def test_patterns_are_those_of_glob(tmp_path):
+  for name in ("a.txt", "b/a.txt", "b/.h.txt", ".c/a.txt", "b/c/d.txt", "b/c/e[1].txt", "B.TXT", "f/b/c/d.txt"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(name)
+  for pattern in (
+    "*", "*.txt", "**", "**/*.txt", "**/c/*", "b/**/*", "*/a.txt", "?.txt", "[ab].txt", "b/**", "**/.h.txt", ".*/*.txt",
+    "**/b/**/*.txt", "b/c/e[[]1].txt", "b/c/*[!1].txt", "b/.*", "**/**/d.txt", "*/*/*.txt", "b/../*.txt", "../*/a.txt",
+  ):  # fmt: skip
+    there = sorted(
+      Path(it).resolve() for it in glob.glob(f"{tmp_path}/{pattern}", recursive=True) if os.path.isfile(it)
+    )
+    found = sources._matches(f"{tmp_path}/{pattern}", collections.Counter())
+    assert sorted(it.resolve() for it in found) == sorted({*there}), pattern
 
 
 def test_only_columns_that_are_asked_for_are_looked_at(tmp_path, monkeypatch):

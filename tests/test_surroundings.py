@@ -28,6 +28,7 @@ KINDS = [
   ({"JAX_ENABLE_X64": "maybe"}, 2, "error: JAX_ENABLE_X64='maybe': invalid truth value"),
   ({"JAX_NUM_CPU_DEVICES": "x"}, 2, "error: JAX_NUM_CPU_DEVICES='x': Invalid value"),
   ({"HF_HUB_DOWNLOAD_TIMEOUT": "x"}, 2, "error: HF_HUB_DOWNLOAD_TIMEOUT='x': invalid literal"),
+  ({"JAX_DEFAULT_DEVICE": "gpu"}, 0, "made for None"),
   ({"JAX_DEBUG_NANS": "1"}, 0, ""),
   ({"JAX_PLATFORMS": "cuda"}, 2, r"error: JAX finds no device \(JAX_PLATFORMS=cuda\)"),
   ({"JAX_PLATFORMS": "tpu,gpu"}, 2, "error: JAX finds no device"),
@@ -124,7 +125,14 @@ def test_a_user_without_a_home_gets_a_folder_of_temporary_files(tmp_path, monkey
   monkeypatch.setattr(surroundings.os, "getuid", lambda: 12345)
   (tmp_path / "jaxft-home-12345").mkdir()  # another user's
   surroundings.set_right()
-  assert "HOME" not in os.environ
+  assert (
+    os.environ["HOME"].startswith(f"{tmp_path}/jaxft-home-") and os.environ["HOME"] != f"{tmp_path}/jaxft-home-12345"
+  )
+  monkeypatch.delenv("HOME")
+  (tmp_path / "jaxft-home-12345").rmdir()
+  (tmp_path / "jaxft-home-12345").touch()
+  surroundings.set_right()
+  assert os.path.isdir(os.environ["HOME"])
 
 
 def test_nothing_is_printed_into_less_than_forty_columns(monkeypatch):

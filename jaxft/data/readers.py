@@ -73,7 +73,10 @@ def rows(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
     with _open(file) as stream:
       yield from _streamed(str(file), kind(file), stream, how, notes)
   else:
-    yield from _table(str(file), kind(file), file, how)
+    with (
+      contextlib.nullcontext(file) if is_text(str(file)) else file.open("rb") as source
+    ):  # pyarrow opens no other names
+      yield from _table(str(file), kind(file), source, how)
 
 
 def _archive(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
@@ -82,7 +85,12 @@ def _archive(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
     kinds = {}
     for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
       path = PurePath(entry.filename)
-      if entry.is_dir() or "__MACOSX" in path.parts[:1] or any(part.startswith(".") for part in path.parts):
+      if (
+        entry.is_dir()
+        or not path.parts
+        or "__MACOSX" in path.parts[:1]
+        or any(part.startswith(".") for part in path.parts)
+      ):
         continue
       kinds[entry] = "" if path.suffix.lower() in COMPRESSED or kind(path) == ".zip" else kind(path)
     read = chosen(
@@ -302,13 +310,11 @@ def _must_be_one(where: str, names: list[str], how: How) -> None:
 # ---- Tables of pyarrow -------------------------------------------------------------------------------------------------
 
 
-def _table(where: str, kind: str, file: Path | io.BytesIO, how: How) -> Iterator[Row]:
+def _table(where: str, kind: str, file: Path | BinaryIO, how: How) -> Iterator[Row]:
   import pyarrow.parquet
 
   if kind == ".parquet":
-    content = pyarrow.parquet.ParquetFile(
-      file if isinstance(file, io.BytesIO) or is_text(str(file)) else file.open("rb")
-    )
+    content = pyarrow.parquet.ParquetFile(file)
     schema, count = content.schema_arrow, content.metadata.num_rows
     batches = lambda names: content.iter_batches(1000, columns=names)
   else:
@@ -327,14 +333,11 @@ def _table(where: str, kind: str, file: Path | io.BytesIO, how: How) -> Iterator
       yield Row(f"{where}, row {number}", with_names(nothing | row, names), fault)
 
 
-def _arrow(file: Path | io.BytesIO) -> Any:
+def _arrow(file: Path | BinaryIO) -> Any:
   """A table of pyarrow, mapped into memory: as the datasets library writes it, a stream, or a file with an index."""
   import pyarrow.ipc
 
-  if isinstance(file, Path):
-    source = pyarrow.memory_map(str(file)) if is_text(str(file)) else pyarrow.PythonFile(file.open("rb"))
-  else:
-    source = pyarrow.py_buffer(file.getvalue())
+  source = pyarrow.memory_map(str(file)) if isinstance(file, Path) else pyarrow.py_buffer(file.read())
   try:
     return pyarrow.ipc.open_stream(source).read_all()
   except pyarrow.ArrowInvalid:

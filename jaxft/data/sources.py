@@ -202,7 +202,7 @@ def _matches(pattern: str, notes: collections.Counter) -> list[Path]:
 
   refuse, seen = _refusing(pattern), set()
   start = Path(parts[0]) if Path(pattern).is_absolute() else Path()
-  for file in sorted(_expanded(start, parts[start.is_absolute() :], refuse)):
+  for file in sorted(_expanded(start, parts[start.is_absolute() :], refuse, notes)):
     try:
       if not _is_there(file, notes) or not file.is_file():
         continue
@@ -221,18 +221,22 @@ def _matches(pattern: str, notes: collections.Counter) -> list[Path]:
   return files
 
 
-def _expanded(folder: Path, parts: tuple[str, ...], refuse: Callable[[OSError], NoReturn]) -> Iterator[Path]:
+def _expanded(
+  folder: Path, parts: tuple[str, ...], refuse: Callable[[OSError], NoReturn], notes: collections.Counter
+) -> Iterator[Path]:
   """What a pattern stands for in a folder, as glob.glob(recursive=True) has it, but that ** enters each folder once, and that a
   folder that may not be read is not passed over. A link that leads nowhere is among it."""
   part, rest = parts[0], parts[1:]
   if part == "**":
-    for at, folders, names in _walk(folder, refuse, collections.Counter()):
+    for at, folders, names in _walk(folder, refuse, notes):
       folders[:] = sorted(name for name in folders if not name.startswith("."))
-      yield from _expanded(at, rest, refuse) if rest else (at / name for name in names if not name.startswith("."))
+      yield from (
+        _expanded(at, rest, refuse, notes) if rest else (at / name for name in names if not name.startswith("."))
+      )
   elif not glob.has_magic(part):
     found = folder / part
     if rest and found.is_dir():
-      yield from _expanded(found, rest, refuse)
+      yield from _expanded(found, rest, refuse, notes)
     elif not rest and os.path.lexists(found):
       yield found
   else:
@@ -246,7 +250,7 @@ def _expanded(folder: Path, parts: tuple[str, ...], refuse: Callable[[OSError], 
       if not rest:
         yield folder / name
       elif (folder / name).is_dir():
-        yield from _expanded(folder / name, rest, refuse)
+        yield from _expanded(folder / name, rest, refuse, notes)
 
 
 def _is_own(file: Path) -> bool:

@@ -49,6 +49,8 @@ def chart(
   series = [
     it._replace(points=means(it.points)) if it.only_mean and _long(it.points) else it for it in series if it.points
   ]
+  if any(len(it.points) > 1 for it in series):
+    series = [it for it in series if len(it.points) > 1 or it.dots]
   steps = [x for it in series for x, _ in it.points]
   if len(set(steps)) < 2:
     return None
@@ -72,9 +74,8 @@ def chart(
   svg = tag(
     "svg", drawn, viewBox=f"0 0 {SIDE} {SIDE}", preserveAspectRatio="none", role="img", aria_label=f"{title}, {unit}"
   )
-  beside = [
-    tag("span", text, class_="y", style=f"top:{down(y) / SIDE:.2%}") for y, text in zip(y_ticks, labels(y_ticks))
-  ]
+  y_labels = map(label, y_ticks) if log else labels(y_ticks)
+  beside = [tag("span", text, class_="y", style=f"top:{down(y) / SIDE:.2%}") for y, text in zip(y_ticks, y_labels)]
   beside += [
     tag("span", text, class_="x", style=f"left:{across(x) / SIDE:.2%}") for x, text in zip(x_ticks, labels(x_ticks))
   ]
@@ -193,6 +194,14 @@ def log_ticks(low: float, high: float) -> list[float]:
   factors = (1, 2, 5) if len(exponents) <= 4 else (1,)
   found = [factor * 10.0**e for e in exponents[::every] for factor in factors]
   return [it for it in found if low <= math.log10(it) <= high]
+
+
+def label(number: float) -> str:
+  """A tick of a logarithmic axis, each in a unit of its own: 0.001, 50, 10k, 1e-07, 1e+20."""
+  if not 1e-4 <= number < 1e15:
+    return _with_exponent(number)
+  unit, letter = next((it for it in UNITS if number >= 10 * it[0]), (1.0, ""))
+  return f"{number / unit:,.10g}{letter}"
 
 
 def labels(numbers: list[float]) -> list[str]:

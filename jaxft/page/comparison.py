@@ -60,7 +60,7 @@ def _results(named: list[tuple[str, Record]]) -> Html:
   keys = words.measured([record for _, record in named])
   rows = []
   for i, (name, record) in enumerate(named):
-    cells = [" → ".join(words.told(key, value) for value in record.ends(key)) for key in keys]
+    cells = [" → ".join(words.told(key, value) for value in record.cells(key)) for key in keys]
     peak, speed = (
       max((v for _, v in record.points("memory/peak_bytes")), default=None),
       record.typical("perf/tokens_per_second"),

@@ -26,7 +26,8 @@ class Record(NamedTuple):
 
   @property
   def last_step(self) -> int:
-    return max((line["step"] for line in self.metrics), default=0)
+    """The last one that was taken, or as far as is known: not every step is logged."""
+    return max([whole(self.about, "reached") or 0, *(line["step"] for line in self.metrics)])
 
   @property
   def starts(self) -> list[dict[str, Any]]:
@@ -55,9 +56,15 @@ class Record(NamedTuple):
 
   def ends(self, key: str) -> list[float]:
     """The first value of `key` and the one of the exported weights: one, if only the first was measured; none, if none was."""
+    return [value for value in self.cells(key) if not isinstance(value, str)]
+
+  def cells(self, key: str) -> list[float | str]:
+    """`ends`, and as text what is no finite number: the perplexity of a large loss is "inf"."""
     exported = self.exported_step
-    points = [point for point in self.points(key) if point[0] <= exported]
-    return [points[0][1], points[-1][1]] if points and points[-1][0] > points[0][0] else [it for _, it in points[:1]]
+    found = [
+      (line["step"], cell) for line in self.metrics if line["step"] <= exported and (cell := cell_of(line, key)) != ""
+    ]
+    return [found[0][1], found[-1][1]] if found and found[-1][0] > found[0][0] else [it for _, it in found[:1]]
 
   def memorised(self, when: str) -> float | None:
     """The mean share of 8-grams of the samples before or after that stand in the training text."""
@@ -96,6 +103,14 @@ def number(values: Any, *keys: str) -> float | None:
   if type(values) not in (int, float) or not abs(values) <= LARGEST:  # which NaN is not either
     return None
   return values
+
+
+def cell_of(line: dict[str, Any], key: str) -> float | str:
+  """What a line of metrics.jsonl has for `key`: a number, the text that stands for one that is not finite, or ""."""
+  value = number(line, key)
+  if value is None:
+    return line[key] if line.get(key) in ("inf", "-inf", "nan") else ""
+  return value
 
 
 def whole(values: Any, *keys: str) -> int | None:

@@ -8,7 +8,7 @@ from jaxft import config as settings
 from jaxft.page import markup, samples, words
 from jaxft.page.charts import Series, chart
 from jaxft.page.markup import Html, section, table, tag
-from jaxft.page.record import Record, number, part, whole
+from jaxft.page.record import Record, cell_of, number, part, whole
 from jaxft.plan.show import PARTS, size
 
 MOST_EVALUATIONS = 24  # rows of the table
@@ -75,16 +75,20 @@ def _tiles(record: Record) -> Html:
   """The figures that people look for first."""
   tiles = []
   for key in words.measured([record]):
-    tiles.append((words.MEASURES[key], " → ".join(words.told(key, value) for value in record.ends(key)), None))
+    tiles.append((words.MEASURES[key], " → ".join(words.told(key, value) for value in record.cells(key)), None))
   if known := [words.percent(it) for when in ("before", "after") if (it := record.memorised(when)) is not None]:
     tiles.append(("8-grams by heart", " → ".join(known), "of the samples"))
   if (floor := _floor(record)) is not None:
     tiles.append(("the text's own entropy", words.figure(floor), None))
   if tokens := record.points("train/tokens"):
-    tiles.append(("tokens trained on", f"{int(tokens[-1][1]):,}", f"in {words.count(record.last_step, 'step')}"))
+    tiles.append(
+      (f"{words.unit(record)}s trained on", f"{int(tokens[-1][1]):,}", f"in {words.count(record.last_step, 'step')}")
+    )
   if (speed := record.typical("perf/tokens_per_second")) is not None:
     mfu = record.typical("perf/mfu")
-    tiles.append(("tokens a second", words.speed(speed), None if mfu is None else f"MFU {words.percent(mfu)}"))
+    tiles.append(
+      (f"{words.unit(record)}s a second", words.speed(speed), None if mfu is None else f"MFU {words.percent(mfu)}")
+    )
   items = [tag("div", tag("dt", it[0]), tag("dd", it[1], tag("small", it[2]) if it[2] else None)) for it in tiles]
   return tag("dl", items, class_="tiles") if items else markup.inside()
 
@@ -137,9 +141,9 @@ def _curves(record: Record) -> Html | None:
   evaluated += [Series("held-out text", record.points("eval/loss"), 1, dots=True)]
   evaluated += [Series("unrelated text", record.points("eval/unrelated_loss"), 3, dots=True)]
   floor, speed = _floor(record), lambda name, key: [Series(name, record.steady(key), noisy=True)]
-  unit = "nats a text" if record.classifies else "nats a token"
+  of = words.unit(record)
   figures = [
-    chart("Loss", unit, evaluated, floor=floor and ("entropy", floor), faults=record.faults, wide=True),
+    chart("Loss", f"nats a {of}", evaluated, floor=floor and ("entropy", floor), faults=record.faults, wide=True),
     chart(
       "Held-out texts classified",
       "share",
@@ -148,7 +152,7 @@ def _curves(record: Record) -> Html | None:
     ),
     chart("Learning rate", "", [Series("rate", record.points("train/learning_rate"))], from_zero=True),
     chart("Gradient norm", "before clipping", [Series("norm", record.points("train/grad_norm"), noisy=True)]),
-    chart("Speed", "tokens a second", speed("tokens/s", "perf/tokens_per_second"), from_zero=True),
+    chart("Speed", f"{of}s a second", speed(f"{of}s/s", "perf/tokens_per_second"), from_zero=True),
     chart("MFU", "share of the peak", speed("MFU", "perf/mfu"), from_zero=True),
   ]
   drawn = [it for it in figures if it]
@@ -193,7 +197,7 @@ def _evaluations(record: Record) -> Html | None:
   if not lines:
     return None
   rows = [
-    [f"{line['step']:,}", *("" if (v := number(line, key)) is None else words.told(key, v) for key in keys)]
+    [f"{line['step']:,}", *(words.told(key, cell_of(line, key)) for key in keys)]
     for line in samples.spread(lines, MOST_EVALUATIONS)
   ]
   more = f"{len(lines) - len(rows):,} more evaluations are in metrics.jsonl." if len(lines) > len(rows) else None

@@ -43,6 +43,11 @@ def duration(seconds: int) -> str:
   return f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
 
 
+def unit(record: Record) -> str:
+  """What a run learns from, and counts: the labels of texts, or tokens."""
+  return "text" if record.classifies else "token"
+
+
 def percent(share: float) -> str:
   return f"{100 * share:.1f} %"
 
@@ -117,8 +122,10 @@ def outcome(record: Record) -> Outcome | None:
   return Outcome(name, key, *ends, None if abs(change) < NO_CHANGE * abs(ends[0]) else (change > 0) == by_accuracy)
 
 
-def told(key: str, value: float) -> str:
+def told(key: str, value: float | str) -> str:
   """A value of metrics.jsonl, as people say it."""
+  if isinstance(value, str):
+    return value
   return percent(value) if key in SHARES else figure(value)
 
 

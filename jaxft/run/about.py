@@ -32,7 +32,8 @@ def leaving_a_report(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, An
   A disk that does not take them costs a line of the story, not the run. Only process 0 writes.
 
   Args:
-    facts: what only the run knows of itself: "step", where this start begins, and "total_steps", "model", "memory".
+    facts: what only the run knows of itself: "step", where this start begins, and "total_steps", "model", "memory";
+      later "reached", the last step that was taken, "exported_step" and "export".
   """
   if jax.process_index() > 0:
     yield
@@ -63,8 +64,8 @@ def leaving_a_report(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, An
     raise
   finally:
     with _at_most_a_line("report.html"):
-      exported = {key: facts[key] for key in ("exported_step", "export") if key in facts}
-      _write(workdir, about | exported | {"ending": {"at": _now(), **ending}})
+      later = {key: facts[key] for key in ("reached", "exported_step", "export") if key in facts}
+      _write(workdir, about | later | {"ending": {"at": _now(), **ending}})
       write_whole(workdir / "report.html", run_page.page(record.read(workdir)))
       say(f"report: {workdir / 'report.html'}")
 
