@@ -78,7 +78,7 @@ LEAVES = {
   "jaxft.page.record": {"jaxft.config", "jaxft.errors"},
   "jaxft.page.samples": {"jaxft.page.markup", "jaxft.page.record"},
   "jaxft.page.words": {"jaxft.page.record", "jaxft.run.secrets"},
-  "jaxft.run.checkpoint": {"jaxft.errors", "jaxft.run.checksums"},
+  "jaxft.run.checkpoint": {"jaxft.errors", "jaxft.files", "jaxft.run.checksums"},
   "jaxft.run.checksums": {"jaxft.sharding"},
 }
 

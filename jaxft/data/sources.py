@@ -14,10 +14,10 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jaxft.data import readers
 from jaxft.data.readers import READABLE, How, Row, kind
@@ -126,46 +126,40 @@ def _inside(folder: Path, notes: collections.Counter) -> list[Path]:
   Links to folders are followed, and each folder is read once. The folder itself may be a run's or a model's, with text beside:
   of that the text is taken. Raises RequestError for a folder that may not be read.
   """
-  refuse, files = _refusing(str(folder)), []
-  for at, folders, names in _walk(folder, refuse, notes):
-    folders[:] = sorted(name for name in folders if not name.startswith("."))
-    this = _not_text(at)
-    holds = {name: what for name in folders if (what := _not_text(at / name))}
-    holds |= {name: "folders of runs" for name in folders if this == "folders of runs" and name in OWN_FOLDERS}
-    notes.update(f"{what}, left out" for what in holds.values())
-    folders[:] = [name for name in folders if name not in holds]
-    own = _own_files(this, names)
-    notes["files of a run or a model, left out"] += len(own)
-    files += [at / name for name in names if not name.startswith(".") and name not in own]
+  files = []
+  with _readable(str(folder)):
+    for at, folders, names in _walk(folder, notes):
+      folders[:] = sorted(name for name in folders if not name.startswith("."))
+      this = _not_text(at)
+      holds = {name: what for name in folders if (what := _not_text(at / name))}
+      holds |= {name: "folders of runs" for name in folders if this == "folders of runs" and name in OWN_FOLDERS}
+      notes.update(f"{what}, left out" for what in holds.values())
+      folders[:] = [name for name in folders if name not in holds]
+      own = _own_files(this, names)
+      notes["files of a run or a model, left out"] += len(own)
+      files += [at / name for name in names if not name.startswith(".") and name not in own]
+    return sorted(file for file in files if _is_there(file, notes) and file.is_file())
+
+
+@contextlib.contextmanager
+def _readable(source: str) -> Iterator[None]:
+  """A folder that may not be read becomes one line."""
   try:
-    there = [file for file in files if _is_there(file, notes)]
-  except PermissionError as error:
-    refuse(error)
-  return sorted(file for file in there if file.is_file())
-
-
-def _refusing(source: str) -> Callable[[OSError], NoReturn]:
-  def refuse(error: OSError) -> NoReturn:
+    yield
+  except OSError as error:
     raise RequestError(f"data source {source!r}: {error.filename}: {error.strerror}") from error
 
-  return refuse
 
-
-def _walk(
-  folder: Path, refuse: Callable[[OSError], NoReturn], notes: collections.Counter
-) -> Iterator[tuple[Path, list[str], list[str]]]:
+def _walk(folder: Path, notes: collections.Counter) -> Iterator[tuple[Path, list[str], list[str]]]:
   """As os.walk, which also enters only what is left of its folders. Links are followed, and each folder is entered once."""
   seen = {_identity(above) for above in folder.resolve().parents}
 
   def walk(at: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    try:
-      if (which := _identity(at)) in seen:
-        notes[SEEN] += 1
-        return
-      seen.add(which)
-      entries = [(entry.name, entry.is_dir()) for entry in os.scandir(at)]
-    except OSError as error:
-      refuse(error)
+    if (which := _identity(at)) in seen:
+      notes[SEEN] += 1
+      return
+    seen.add(which)
+    entries = [(entry.name, entry.is_dir()) for entry in os.scandir(at)]
     folders = [name for name, is_folder in entries if is_folder]
     yield at, folders, [name for name, is_folder in entries if not is_folder]
     for name in folders:
@@ -200,14 +194,12 @@ def _matches(pattern: str, notes: collections.Counter) -> list[Path]:
     run = _not_text(folder.parent) == "folders of runs" and folder.name in OWN_FOLDERS
     return run or bool(_not_text(folder)) or holds_none(folder.parent)
 
-  refuse, seen = _refusing(pattern), set()
   start = Path(parts[0]) if Path(pattern).is_absolute() else Path()
-  for file in sorted(_expanded(start, parts[start.is_absolute() :], refuse, notes)):
-    try:
-      if not _is_there(file, notes) or not file.is_file():
-        continue
-    except PermissionError as error:
-      refuse(error)
+  with _readable(pattern):
+    matching = sorted(_expanded(start, parts[start.is_absolute() :], notes))
+    matching = [file for file in matching if _is_there(file, notes) and file.is_file()]
+  seen = set()
+  for file in matching:
     if (which := (identity(file.parent), file.name)) in seen:
       notes[SEEN] += 1
       continue
@@ -221,36 +213,28 @@ def _matches(pattern: str, notes: collections.Counter) -> list[Path]:
   return files
 
 
-def _expanded(
-  folder: Path, parts: tuple[str, ...], refuse: Callable[[OSError], NoReturn], notes: collections.Counter
-) -> Iterator[Path]:
+def _expanded(folder: Path, parts: tuple[str, ...], notes: collections.Counter) -> Iterator[Path]:
   """What a pattern stands for in a folder, as glob.glob(recursive=True) has it, but that ** enters each folder once, and that a
-  folder that may not be read is not passed over. A link that leads nowhere is among it."""
+  folder that may not be read is not passed over, but raises OSError. A link that leads nowhere is among it."""
   part, rest = parts[0], parts[1:]
   if part == "**":
-    for at, folders, names in _walk(folder, refuse, notes):
+    for at, folders, names in _walk(folder, notes):
       folders[:] = sorted(name for name in folders if not name.startswith("."))
-      yield from (
-        _expanded(at, rest, refuse, notes) if rest else (at / name for name in names if not name.startswith("."))
-      )
+      yield from _expanded(at, rest, notes) if rest else (at / name for name in names if not name.startswith("."))
   elif not glob.has_magic(part):
     found = folder / part
     if rest and found.is_dir():
-      yield from _expanded(found, rest, refuse, notes)
+      yield from _expanded(found, rest, notes)
     elif not rest and os.path.lexists(found):
       yield found
   else:
-    try:
-      names = sorted(os.listdir(folder))
-    except OSError as error:
-      refuse(error)
-    for name in fnmatch.filter(names, part):
+    for name in fnmatch.filter(sorted(os.listdir(folder)), part):
       if name.startswith(".") and not part.startswith("."):
         continue
       if not rest:
         yield folder / name
       elif (folder / name).is_dir():
-        yield from _expanded(folder / name, rest, refuse, notes)
+        yield from _expanded(folder / name, rest, notes)
 
 
 def _is_own(file: Path) -> bool:
