@@ -89,7 +89,7 @@ def test_scan_equals_a_plain_loop(folder):
   x = params["embed"]["tokens"][ids] + params["embed"]["positions"]
   for layer in range(cfg.L):
     block = jax.tree.map(lambda a, layer=layer: a[layer], decoder.blocks)
-    x = block(x, None, None, None, lambda k, v: (k, v, None, 0), None)
+    x = block(x, None, None, decoder.of_layers().at(layer), lambda k, v: (k, v, None, 0), None)
   np.testing.assert_allclose(decoder(ids), decoder.norm(x), rtol=1e-5, atol=1e-5)  # values are around 1
 
 
