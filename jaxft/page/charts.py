@@ -197,10 +197,10 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def label(number: float) -> str:
-  """A tick of a logarithmic axis, each in a unit of its own: 0.001, 50, 10k, 1e-07, 1e+20."""
+  """A tick of a logarithmic axis, each in a unit of its own: 0.001, 1,000, 10k, 1M, 1e-7, 1e20."""
   if not 1e-4 <= number < 1e15:
     return _with_exponent(number)
-  unit, letter = next((it for it in UNITS if number >= 10 * it[0]), (1.0, ""))
+  unit, letter = next((it for it in UNITS if number >= max(it[0], 1e4)), (1.0, ""))
   return f"{number / unit:,.10g}{letter}"
 
 

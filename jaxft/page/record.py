@@ -106,11 +106,11 @@ def number(values: Any, *keys: str) -> float | None:
 
 
 def cell_of(line: dict[str, Any], key: str) -> float | str:
-  """What a line of metrics.jsonl has for `key`: a number, the text that stands for one that is not finite, or ""."""
-  value = number(line, key)
-  if value is None:
-    return line[key] if line.get(key) in ("inf", "-inf", "nan") else ""
-  return value
+  """What a line of metrics.jsonl has for `key`: a number, a text for one that is not finite or cannot be drawn, or ""."""
+  value, found = number(line, key), line.get(key)
+  if value is not None:
+    return value
+  return f"{found:.3g}" if type(found) in (int, float) else found if found in ("inf", "-inf", "nan") else ""
 
 
 def whole(values: Any, *keys: str) -> int | None:
