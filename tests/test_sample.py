@@ -33,7 +33,7 @@ def test_greedy_tokens_equal_transformers(ready, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.wide)])
 def test_scores_that_are_divided_by_depth_give_transformers_tokens(devices, folder, tmp_path, monkeypatch):
   shutil.copytree(folder, tmp_path / "m")
   config = json.loads((tmp_path / "m" / "config.json").read_text()) | {"scale_attn_by_inverse_layer_idx": True}

@@ -86,7 +86,7 @@ def test_a_second_signal_ends_at_once(interruptible, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.wide)])
 def test_a_signal_while_xla_compiles_has_its_exit_code(config_file, tmp_path, number):
   """Python's own end crashed there, with 139: the compiler's threads were under way (jax 0.10.2)."""
   command = [sys.executable, "-m", "jaxft.train", "--config", config_file, "--workdir", tmp_path / "run"]
