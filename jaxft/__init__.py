@@ -7,6 +7,7 @@ model.generate(["Once upon a time"])
 jaxft.plan_for(config, "h100x8")["fits"]       # without having one
 """
 
+import gc
 import importlib
 import os
 import signal
@@ -18,6 +19,7 @@ if sys.argv[0] == "-m" and any(word.startswith("jaxft.") for word in sys.orig_ar
   from jaxft import surroundings, usage
 
   surroundings.set_right()
+  gc.disable()  # until everything is imported: a tenth of the time that takes goes into looking for garbage
   usage.print_if_asked(sys.orig_argv)
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
 

@@ -1,6 +1,7 @@
 """What can end a command, and the exit code each ending has (README, "Exit codes")."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -65,7 +66,9 @@ def shortened(line: str) -> str:
 def run_command(main: Callable[[], None]) -> None:
   """Runs a command's `main` and turns its endings into exit codes."""
   signal.signal(signal.SIGINT, signal.default_int_handler)  # jaxft/__init__.py gave it away
-  sys.excepthook = sys.__excepthook__  # everything is imported
+  # Everything is imported.
+  sys.excepthook = sys.__excepthook__
+  gc.enable()
   for stream in (sys.stdout, sys.stderr):  # a terminal or a log that is not in UTF-8 must not end a run
     stream.reconfigure(errors="backslashreplace")
   sys.unraisablehook = _but_for_closed_loops

@@ -168,3 +168,9 @@ def test_a_folder_called_jaxft_does_not_hide_the_package(tmp_path):
   environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
   done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
   assert done.returncode == 0 and done.stdout.split()[1] == "load", done.stderr
+
+
+def test_a_command_looks_for_garbage_again_once_it_is_imported():
+  code = "import gc; gc.disable(); from jaxft import errors; errors.run_command(lambda: print(gc.isenabled()))"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.stdout == "True\n", done.stderr
