@@ -73,8 +73,8 @@ def test_what_parsers_offer_is_what_there_is():
 
 def test_a_wrong_request_waits_for_no_package_that_takes_seconds_to_import(config_file, tmp_path):
   code = (
-    "import atexit, runpy, sys; "
-    "atexit.register(lambda: print(sorted({'torch', 'transformers', 'datasets'} & sys.modules.keys()))); "
+    "import os, runpy, sys; end, slow = os._exit, {'torch', 'transformers', 'datasets'}; "
+    "os._exit = lambda code: print(sorted(slow & sys.modules.keys()), flush=True) or end(code); "
     "runpy.run_module('jaxft.train', run_name='__main__', alter_sys=True)"
   )
   flags = [f"--config={config_file}", f"--workdir={tmp_path / 'w'}", "--config.optim.learning_rate=-1"]
