@@ -69,7 +69,8 @@ def prepare_backend() -> None:
   no accelerator, JAX is told so: the compilers of jaxft[plan], which look like some, would complain at length.
   """
   for flag, wanted in FLAGS.items():
-    if (value := getattr(jax.config, flag, wanted)) != wanted:
+    value = getattr(jax.config, flag, wanted)
+    if value != wanted and not isinstance(value, jax.Device):  # a device is chosen by a program, not by the environment
       jax.config.update(flag, wanted)
       _warn(f"{flag.upper()}={value}: jaxft's programs are made for {wanted}, which is set now")
   accelerated = sys.platform != "linux" or _any(ACCELERATORS) or has_nvidia_gpu()

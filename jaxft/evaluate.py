@@ -9,7 +9,7 @@ from jaxft.command_line import open_model
 from jaxft.data import sources
 from jaxft.errors import RequestError, run_command
 
-NUMBERS = ("sequence_length", "batch_size", "stride")
+LEAST = {"sequence_length": 0, "batch_size": 1, "stride": 0}  # 0: not given
 
 
 def main() -> None:
@@ -20,15 +20,11 @@ def main() -> None:
   if arguments.layout and not arguments.data:
     raise RequestError(f"--layout={arguments.layout}: goes with --data; what a run has held out is read as in the run")
   lines = [line.replace("config.data.validation", "--data") for line in sources.faults({"validation": arguments.data})]
-  lines += [
-    f"--{name}={value}: must be at least 1"
-    for name in NUMBERS
-    if (value := getattr(arguments, name)) < (name == "batch_size")
-  ]
+  how = {name: getattr(arguments, name) for name in LEAST}
+  lines += [f"--{name}={value}: must be at least 1" for name, value in how.items() if value < LEAST[name]]
   if lines:
     raise RequestError("\n".join(lines))
   ready = open_model(arguments)
-  how = {name: getattr(arguments, name) for name in NUMBERS}
   if arguments.data:
     columns = {name: value for name in ("text_column", "label_column", "layout") if (value := getattr(arguments, name))}
     like = settings.read(Path(arguments.workdir) / "config.json").data if arguments.workdir else None

@@ -2,12 +2,19 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from jaxft.errors import RequestError, StorageError
 
+# An address of a model or a data set of the hub, or of a page or a file of it.
+HUB_ADDRESS = re.compile(
+  r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?P<datasets>datasets/)?"
+  r"(?P<id>[\w.-]+(?:/(?!(?:tree|blob|resolve|viewer)(?:/|$))[\w.-]+)?)(?:[/?#].*)?",
+  re.IGNORECASE,
+)
 LFS = b"version https://git-lfs.github.com/spec/"
 
 

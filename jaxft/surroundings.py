@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
+# Variables that a library may refuse while it is imported. Others, such as PATH, are words that any message may have.
+PREFIXES = ("JAX_", "XLA_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "DATASETS_", "TF_")
 STREAMS = {"stdin": (0, "r"), "stdout": (1, "w"), "stderr": (2, "w")}
 NARROWEST = 40  # columns: below it rich cuts numbers
 
@@ -63,9 +65,9 @@ def _print_wide_enough() -> None:
 
 def _tell_variable(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
   """An import that fails at a variable of the environment, such as JAX_ENABLE_X64=maybe, ends in one line with exit code 2."""
-  said = str(error)
-  named = [name for name in os.environ if re.search(rf"\b{re.escape(name)}\b", said.upper())]
-  named += [name for name, value in os.environ.items() if value and repr(value) in said]
+  said, variables = str(error), {name: it for name, it in os.environ.items() if name.startswith(PREFIXES)}
+  named = [name for name in variables if re.search(rf"\b{re.escape(name)}\b", said.upper())]
+  named += [name for name, value in variables.items() if value and repr(value) in said]
   if kind is ValueError and named:
     name, said = named[0], " ".join(said.split())
     print(f"error: {name}={os.environ[name]!r}: {said}; unset it, or give it another value", file=sys.stderr)

@@ -396,7 +396,7 @@ def test_an_address_leads_to_the_id():
     for told in (repo.faults(address)[0], str(pytest.raises(RequestError, repo.find, address).value)):
       assert told.endswith("an address; give the id alone: gpt2")
   assert repo.faults("https://huggingface.co/EleutherAI/gpt-neo-125m")[0].endswith("alone: EleutherAI/gpt-neo-125m")
-  for rest in ("?x=1", "#model", "/resolve/main/model.safetensors", "/blob/main/config.json"):
+  for rest in ("?x=1", "#model", "/resolve/main/model.safetensors", "/blob/main/config.json", "/tree"):
     assert repo.faults(f"https://HuggingFace.co/gpt2{rest}")[0].endswith("alone: gpt2")
   assert repo.faults("hf://gpt2")[0].endswith("alone: gpt2")
   assert "of a data set" in repo.faults("https://huggingface.co/datasets/imdb")[0]

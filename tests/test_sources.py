@@ -626,6 +626,11 @@ def test_a_hub_that_does_not_answer_is_told_in_seconds(monkeypatch):
   with pytest.raises(RequestError, match="127.0.0.1 does not answer, and the data set is not in the cache; check"):
     read("hub:nobody/nothing")
   assert constants.HF_HUB_OFFLINE is False
+  for rest in ("", "/viewer/plain_text/train", "?x=1"):
+    with pytest.raises(RequestError, match="an address; give hub:imdb$"):
+      texts(f"https://huggingface.co/datasets/imdb{rest}")
+  with pytest.raises(RequestError, match="no such file or folder"):
+    texts("https://huggingface.co/gpt2")
   with pytest.raises(RequestError, match="an address; give hub:stanfordnlp/imdb"):
     read("https://huggingface.co/datasets/stanfordnlp/imdb/viewer")
 

@@ -170,7 +170,24 @@ def test_a_folder_called_jaxft_does_not_hide_the_package(tmp_path):
   assert done.returncode == 0 and done.stdout.split()[1] == "load", done.stderr
 
 
-def test_a_command_looks_for_garbage_again_once_it_is_imported():
-  code = "import gc; gc.disable(); from jaxft import errors; errors.run_command(lambda: print(gc.isenabled()))"
-  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-  assert done.stdout == "True\n", done.stderr
+def test_only_variables_of_libraries_are_blamed_for_an_import_that_fails(monkeypatch, capsys):
+  codes = []
+  monkeypatch.setattr(surroundings.os, "_exit", codes.append)
+  monkeypatch.setenv("HF_TIMEOUT", "soon")
+  surroundings._tell_variable(ValueError, ValueError("invalid literal for int(): 'soon'"), None)
+  assert codes == [2] and capsys.readouterr().err.startswith("error: HF_TIMEOUT='soon': invalid literal")
+  for told in ("the path and the home of this user", f"not a number: {os.environ['PATH']!r}"):
+    surroundings._tell_variable(ValueError, ValueError(told), None)
+    assert capsys.readouterr().err == f"ValueError: {told}\n"
+  assert codes == [2]
+
+
+def test_a_device_that_a_program_has_chosen_stays_chosen():
+  before = jax.config.jax_default_device
+  try:
+    for chosen in (jax.devices()[1], None):
+      jax.config.update("jax_default_device", chosen)
+      backend.prepare_backend()
+      assert jax.config.jax_default_device == chosen
+  finally:
+    jax.config.update("jax_default_device", before)

@@ -73,33 +73,26 @@ def rows(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
     with _open(file) as stream:
       yield from _streamed(str(file), kind(file), stream, how, notes)
   else:
-    with (
-      contextlib.nullcontext(file) if is_text(str(file)) else file.open("rb") as source
-    ):  # pyarrow opens no other names
+    # pyarrow opens no file whose name is not UTF-8.
+    with contextlib.nullcontext(file) if is_text(str(file)) else file.open("rb") as source:
       yield from _table(str(file), kind(file), source, how)
 
 
 def _archive(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
-  """The rows of the files in a zip: of those that are read of a folder, as long as it lies outside of a zip."""
+  """The rows of the files in a zip, of which those are read that would be read in a folder."""
   with zipfile.ZipFile(file) as archive:
     kinds = {}
     for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
       path = PurePath(entry.filename)
-      if (
-        entry.is_dir()
-        or not path.parts
-        or "__MACOSX" in path.parts[:1]
-        or any(part.startswith(".") for part in path.parts)
-      ):
+      hidden = any(part == "__MACOSX" or part.startswith(".") for part in path.parts)
+      if hidden or entry.is_dir() or not path.parts:
         continue
       kinds[entry] = "" if path.suffix.lower() in COMPRESSED or kind(path) == ".zip" else kind(path)
-    read = chosen(
-      f"data source {str(file)!r}", {entry: of for entry, of in kinds.items() if of}, "unpack it, and name those"
-    )
-    unknown = sum(not of for of in kinds.values())
-    notes["files in archives that are of no kind that is read"] += unknown
-    notes["files in archives that are read only where there is no other kind (.json, .md, ...)"] += (
-      len(kinds) - unknown - len(read)
+    known = {entry: of for entry, of in kinds.items() if of}
+    read = chosen(f"data source {str(file)!r}", known, "unpack it, and name those")
+    notes["files in archives that are of no kind that is read"] += len(kinds) - len(known)
+    notes["files in archives that are read only where there is no other kind (.json, .md, ...)"] += len(known) - len(
+      read
     )
     for entry in read:
       where, of = f"{file}: {entry.filename}", kinds[entry]
@@ -211,9 +204,8 @@ def _json(where: str, stream: io.BufferedReader, how: How, notes: collections.Co
   except (ValueError, RecursionError):  # of which the first line is whole, and more follows
     yield from _json_lines(where, io.BytesIO(content), notes)
     return
-  if (
-    isinstance(found, dict) and not found.keys() & {*how.columns} and any(isinstance(it, list) for it in found.values())
-  ):
+  is_row = isinstance(found, dict) and found.keys() & {*how.columns}
+  if isinstance(found, dict) and not is_row and any(isinstance(value, list) for value in found.values()):
     raise RequestError(
       f"{where}: one JSON object, with {', '.join(map(repr, found))[:200]}, and not a list of rows; "
       "write the list in it into a file of its own"
@@ -240,9 +232,10 @@ def _json_lines(where: str, stream: Iterable[bytes], notes: collections.Counter)
 
 
 def _quoting_of_tsv(content: bytes) -> int:
-  """Some tools put cells in quotes, as in csv; for others a quote is a letter, and rows between two of them would become one.
+  """Whether quotes enclose cells, as in csv, or are letters: csv.QUOTE_MINIMAL or csv.QUOTE_NONE.
 
-  So it is where such a cell goes over lines that all have as many tabs as the first, and where csv's rules do not hold.
+  Read as csv, two stray quotes make one row of all rows between them. So quotes are letters if the file is no valid csv, or if
+  a quoted cell spans lines although every line has the tabs of a whole row.
   """
   csv.field_size_limit(2**31 - 1)
   text = content.decode(errors="replace")

@@ -22,7 +22,7 @@ from typing import Any
 from jaxft.data import readers
 from jaxft.data.readers import READABLE, How, Row, kind
 from jaxft.errors import RequestError, first_line
-from jaxft.files import exists
+from jaxft.files import HUB_ADDRESS, exists
 
 # Of a run or a model, in whose folder text may lie too.
 OWN_FOLDERS = (
@@ -40,7 +40,6 @@ OWN_FILES = ("metrics.jsonl", "samples.jsonl", "merges.txt", "vocab.txt")
 MODEL_FILES = (".safetensors", ".msgpack", ".bin", ".h5", "tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json"}
 PATIENCE = 5  # seconds for the hub to answer
-ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([\w.-]+(?:/[\w.-]+)?)(?:/.*)?")
 SEEN = "links to folders that are read anyway, or that hold this one, left out"
 # What datasets.Dataset.save_to_disk writes, and DatasetDict.save_to_disk.
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
@@ -60,8 +59,8 @@ def find_files(source: str, split: str, notes: collections.Counter | None = None
     files, what = [path] if path.is_file() else [], "not an ordinary file"
   else:
     files, what = _matches(source, collections.Counter() if notes is None else notes), "no such file or folder"
-  if not files and (address := ADDRESS.fullmatch(source)):
-    raise RequestError(f"data source {source!r}: an address; give hub:{address[1]}")
+  if not files and (address := HUB_ADDRESS.fullmatch(source)) and address["datasets"]:
+    raise RequestError(f"data source {source!r}: an address; give hub:{address['id']}")
   if not files:
     raise RequestError(f"data source {source!r}: {what}; give a file, a glob, a folder or hub:NAME")
   for file in files:
@@ -75,12 +74,12 @@ def find_files(source: str, split: str, notes: collections.Counter | None = None
 
 def _of_folder(folder: Path, split: str, notes: collections.Counter) -> list[Path]:
   """The files of a folder that are read: those of the usual kinds, or all of one kind where there are none of them."""
-  if _says(folder / SAVED_SPLITS, "splits"):
+  if _has_list(folder / SAVED_SPLITS, "splits"):
     if not (folder / split).is_dir():
       there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
       raise RequestError(f"data source {str(folder)!r}: no split {split!r} in it ({there}); name one as {folder}/SPLIT")
     folder = folder / split
-  if _says(folder / SAVED, "_data_files"):
+  if _has_list(folder / SAVED, "_data_files"):
     return _of_saved(folder)
   files = _inside(folder, notes)
   kinds = {file: of for file in files if (of := kind(file))}
@@ -96,8 +95,8 @@ def _of_folder(folder: Path, split: str, notes: collections.Counter) -> list[Pat
   return found
 
 
-def _says(file: Path, key: str) -> bool:
-  """Whether this is a JSON object with the key: other tools have files of the same names."""
+def _has_list(file: Path, key: str) -> bool:
+  """Whether this is a JSON object with a list at `key`: other tools write files of the same names."""
   try:
     found = json.loads(file.read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError):
@@ -151,21 +150,19 @@ def _readable(source: str) -> Iterator[None]:
 
 
 def _walk(folder: Path, notes: collections.Counter) -> Iterator[tuple[Path, list[str], list[str]]]:
-  """As os.walk, which also enters only what is left of its folders. Links are followed, and each folder is entered once."""
+  """os.walk, which follows links, enters each folder once, and raises OSError for one that may not be read."""
+
+  def refuse(error: OSError) -> None:
+    raise error
+
   seen = {_identity(above) for above in folder.resolve().parents}
-
-  def walk(at: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    if (which := _identity(at)) in seen:
+  for at, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+    if (which := _identity(Path(at))) in seen:
       notes[SEEN] += 1
-      return
+      folders.clear()
+      continue
     seen.add(which)
-    entries = [(entry.name, entry.is_dir()) for entry in os.scandir(at)]
-    folders = [name for name, is_folder in entries if is_folder]
-    yield at, folders, [name for name, is_folder in entries if not is_folder]
-    for name in folders:
-      yield from walk(at / name)
-
-  yield from walk(folder)
+    yield Path(at), folders, names
 
 
 def _is_there(file: Path, notes: collections.Counter) -> bool:

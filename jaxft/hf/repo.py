@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxft.data import tokens
 from jaxft.errors import RequestError, first_line
-from jaxft.files import exists, is_text, must_be_fetched
+from jaxft.files import HUB_ADDRESS, exists, is_text, must_be_fetched
 from jaxft.hf import facts
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.tables import FAMILIES, Family
@@ -25,11 +25,6 @@ OF_ANOTHER_HEAD = ("num_labels", "_num_labels", "problem_type", "finetuning_task
 LARGEST_TEXT = (
   2**28
 )  # bytes of a .json or .txt file, which is read whole; the tokenizer.json of a large vocabulary has 2^25
-ADDRESS = re.compile(
-  r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(datasets/)?([\w.-]+(?:/(?!tree/|blob/|resolve/)[\w.-]+)?)"
-  r"(?:/(?:tree|blob|resolve)/.*|/)?(?:[?#].*)?",
-  re.IGNORECASE,
-)
 PARITY = "parity.json"  # what an export was compared with, and the checksums of its files
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 # Its keys -> what plain LoRA has there; anything that counts as false will do as well.
@@ -122,8 +117,7 @@ def padding(checkpoint: Checkpoint, tokenizer: Any) -> int:
 def faults(path: str, weights: bool = True, torch_bin: bool = False) -> list[str]:
   """What is wrong with config.model.path if it is a folder, at most one line; a hub id is not looked up here."""
   try:
-    if path and not exists(Path(path)) and ADDRESS.fullmatch(path):
-      find(path)
+    _refuse_address(path)
     if path and is_local(path):
       _check_folder(Path(path), weights, torch_bin)
   except RequestError as error:
@@ -143,10 +137,7 @@ def find(path: str, revision: str = "main", weights: bool = True, torch_bin: boo
     weights: whether the folder must hold weights.
     torch_bin: whether pytorch_model*.bin may be read, where there are no others.
   """
-  if not exists(Path(path)) and (address := ADDRESS.fullmatch(path)):
-    if address[1]:
-      raise RequestError(f"model {path!r}: the address of a data set, not of a model")
-    raise RequestError(f"model {path!r}: an address; give the id alone: {address[2]}")
+  _refuse_address(path)
   if is_local(path):
     return _check_folder(Path(path), weights, torch_bin)
   import huggingface_hub
@@ -163,6 +154,13 @@ def find(path: str, revision: str = "main", weights: bool = True, torch_bin: boo
       "check the id, or give a folder"
     ) from error
   return _check_folder(folder, weights, torch_bin)
+
+
+def _refuse_address(path: str) -> None:
+  if not exists(Path(path)) and (address := HUB_ADDRESS.fullmatch(path)):
+    if address["datasets"]:
+      raise RequestError(f"model {path!r}: the address of a data set, not of a model")
+    raise RequestError(f"model {path!r}: an address; give the id alone: {address['id']}")
 
 
 def _check_folder(folder: Path, weights: bool, torch_bin: bool) -> Checkpoint:
@@ -317,13 +315,13 @@ def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _inside(folder: Path, named_in: Path, names: list[str]) -> list[Path]:
   for name in names:
-    if Path(name).name != name or "\0" in name or not is_text(name) or not _is_there(folder / name):
+    if Path(name).name != name or "\0" in name or not is_text(name) or not _may_be_file(folder / name):
       raise RequestError(f"{named_in}: {name[:100]!r} is not a file of this folder")
   _refuse_odd_files(folder, names)
   return [folder / name for name in names]
 
 
-def _is_there(file: Path) -> bool:
+def _may_be_file(file: Path) -> bool:
   """Whether there is something that may be a file: a link that leads nowhere is refused later, with what can be done."""
   return os.path.lexists(file) and not file.is_dir()
 

@@ -65,12 +65,12 @@ def verify(
   if checkpoint.cfg.classes:  # the last token's are what transformers gives
     rows, last_B = np.arange(len(ids_BT)), lengths_B - 1
     ours, theirs = ours[rows, last_B], theirs if theirs.ndim == 2 else theirs[rows, last_B]
-  difference = float(np.max(np.abs(ours - theirs)))
-  tolerance = max(TOLERANCE, RELATIVE * float(np.abs(theirs).max()))
   if not np.isfinite(ours).all():
     raise RequestError(
       f"export to {folder}: the logits of the model in memory are no numbers: a weight is NaN or infinite"
     )
+  difference = float(np.max(np.abs(ours - theirs)))
+  tolerance = max(TOLERANCE, RELATIVE * float(np.abs(theirs).max()))
   if not difference <= tolerance:
     raise StorageError(
       f"{folder}: its float32 logits differ by {difference:.1e} from the trained model's ({reference}); "
