@@ -12,6 +12,7 @@ from jaxft.files import is_text
 Check = Callable[[Any], str | None]
 
 TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
+FIELD = re.compile(r"\{([^{}]+)\}")  # of a template
 ALWAYS = ("console", "jsonl")  # writers that may be named, and are always there
 
 
@@ -48,10 +49,20 @@ def encoding(x: str) -> str | None:
   return None
 
 
-def template(x: str) -> str | None:
-  prompt, completion = "{prompt}", "{completion}"
-  fine = x.count(prompt) == 1 == x.count(completion) and x.index(prompt) < x.index(completion)
-  return None if fine else "text with {prompt} and after it {completion}, each once"
+def config_overrides(x: str) -> str | None:
+  fine = all(re.fullmatch(r"\s*\w+\s*=\s*[^=,]+", pair) for pair in x.split(",")) if x.strip() else not x
+  return None if fine else "pairs such as n_embd=512,n_layer=4"
+
+
+def _template(v: Mapping[str, Any]) -> list[str]:
+  """What is wrong with `data.template`, whose fields are a prompt and a completion or, of plain text, columns."""
+  x, prompt, completion = v["data.template"], "{prompt}", "{completion}"
+  if v["data.format"] == "text":
+    fine, wanted = FIELD.search(x), "text with the name of a column in braces, such as {question}"
+  else:
+    fine = x.count(prompt) == 1 == x.count(completion) and x.index(prompt) < x.index(completion)
+    wanted = "text with {prompt} and after it {completion}, each once"
+  return [] if fine else [f"config.data.template={x!r}: must be {wanted}"]
 
 
 def writers(x: tuple[str, ...]) -> str | None:
@@ -93,7 +104,7 @@ def wrong_type(default: Any, value: Any) -> str | None:
 
 def together(v: Mapping[str, Any]) -> list[str]:
   """What is wrong with values, each right by itself, of all settings: one line each."""
-  lines = []
+  lines = _template(v)
   if not v["model.path"]:
     lines.append("config.model.path: empty; name a hub id (gpt2) or a folder")
   if not v["data.train"]:
@@ -126,8 +137,13 @@ def together(v: Mapping[str, Any]) -> list[str]:
     lines.append(f"config.data.nats_column={v['data.nats_column']!r}: goes with data.format=text only")
   if v["data.unrelated"] and v["data.format"] == "classification":
     lines.append(f"config.data.unrelated={v['data.unrelated']!r}: a model that classifies has no loss on other text")
-  if not v["data.validation"] and not v["data.validation_fraction"]:
-    lines.append("config.data.validation_fraction=0.0: nothing is held out; name sources in config.data.validation")
+  held_out = v["data.validation"] or v["data.validation_fraction"]
+  for name in ("train.keep_best_metric", "train.early_stopping_patience"):
+    if v[name] and not held_out:
+      lines.append(
+        f"config.{name}={v[name]!r}: nothing is held out with config.data.validation_fraction=0; name sources in "
+        "config.data.validation"
+      )
   if v["model.head"] == "classification" and v["train.sample_prompts"]:
     lines.append("config.train.sample_prompts: a model with a classification head writes no text; leave it empty")
   rest = [f"config.mesh.{axis}=-1" for axis in ("data", "fsdp", "tensor") if v[f"mesh.{axis}"] == -1]
@@ -136,7 +152,12 @@ def together(v: Mapping[str, Any]) -> list[str]:
   peak, end = v["optim.learning_rate"], v["optim.end_learning_rate"]
   if end > peak:
     lines.append(f"config.optim.end_learning_rate={end}: above config.optim.learning_rate={peak}")
-  warmup, steps = v["optim.warmup_steps"], v["train.steps"]
-  if steps and warmup > steps:
-    lines.append(f"config.optim.warmup_steps={warmup}: more than config.train.steps={steps}")
+  warmup, ratio = v["optim.warmup_steps"], v["optim.warmup_ratio"]
+  if warmup and ratio:
+    lines.append(f"config.optim.warmup_steps={warmup} and config.optim.warmup_ratio={ratio}: set one of the two")
+  if v["model.config_overrides"] and v["model.init"] != "scratch":
+    lines.append(
+      f"config.model.config_overrides={v['model.config_overrides']!r}: weights that are read have their own sizes; "
+      "config.model.init=scratch draws new ones"
+    )
   return lines

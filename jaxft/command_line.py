@@ -22,7 +22,8 @@ from jaxft.files import at_home, exists
 from jaxft.run import hosts, roll_call
 
 WITH_ESCAPES = ("data.separator", "data.template")
-SWITCHES = ("dry_run", "print_config", "strict", "allow_change")
+SWITCHES = ("dry_run", "print_config", "strict", "allow_change", "overwrite_output_dir")
+VALUES = ("workdir", "require", "coordinator")
 
 
 class TrainArguments(NamedTuple):
@@ -32,6 +33,7 @@ class TrainArguments(NamedTuple):
   print_config: bool
   strict: bool
   allow_change: bool
+  overwrite_output_dir: bool
   require: str | None
   place: roll_call.Place | None
   start_timeout: int
@@ -47,8 +49,8 @@ def parse_train() -> TrainArguments:
     "start_timeout": hosts.START_TIMEOUT,
     "peer_timeout": hosts.PEER_TIMEOUT,
   }
-  sys.argv[1:], per_device = run_clm.translate(sys.argv[1:])
-  values = parse(usage.TRAIN, SWITCHES, ("workdir", "require", "coordinator"), numbers)
+  sys.argv[1:], per_device = run_clm.translate(sys.argv[1:], (*SWITCHES, *VALUES, *numbers))
+  values = parse(usage.TRAIN, SWITCHES, VALUES, numbers)
   workdir = Path(at_home(values.workdir)) if values.workdir else Path("runs") / Path(values.config_file).stem
   for name in ("start_timeout", "peer_timeout"):
     if getattr(values, name) < 1:
@@ -85,11 +87,13 @@ def parse(
     print(text)
     sys.exit(0 if len(sys.argv) > 1 else 2)
   argv = _whole_words(sys.argv)
+  given = dict(word.removeprefix("--config.").split("=", 1) for word in argv[1:] if re.match(r"--config\.[^=]*=", word))
   names = [word.removeprefix("--config.").split("=")[0] for word in argv[1:] if word.startswith("--config.")]
   if lines := settings.unknown(names):
     raise RequestError("\n".join(lines))
   argv, file = _without_config_file([_quoted(word) for word in argv])
   config = _of_file(file) if file else settings.default()
+  _make_way(given, config, file)
 
   values = flags.FlagValues()
   config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -113,6 +117,31 @@ def parse(
   return SimpleNamespace(
     config=config, config_file=file, **{name: values[name].value for name in (*switches, *texts, *several, *numbers)}
   )
+
+
+def _make_way(given: Mapping[str, str], config: ConfigDict, file: str | None) -> None:
+  """Prepares the config of a file for the settings that are given on the command line.
+
+  A setting beats its counterpart in the file, and training text brings its own held-out text.
+  """
+  for pair in settings.COUNTERPARTS:
+    for one, other in (pair, pair[::-1]):
+      section, key = other.split(".")
+      nothing = given.get(one, "0").strip("0.") == ""
+      if not nothing and other not in given and section in config and key in config[section]:
+        config[section][key] = settings.BY_NAME[other].default
+  data = config.get("data", {})
+  if "data.train" in given and "data.validation" not in given and data.get("validation"):
+    print(
+      f"{file}: its config.data.validation goes with its own config.data.train; a share of what is given is held out "
+      "instead (config.data.validation_fraction)",
+      file=sys.stderr,
+    )
+    data.validation = ()
+  for name, setting in settings.BY_NAME.items():
+    section, key = name.split(".")
+    if setting.words and name in given and section in config and key in config[section]:
+      config[section][key] = str(config[section][key])  # the parser takes text for text only; `normalised` takes both
 
 
 def _whole_words(argv: list[str]) -> list[str]:

@@ -21,11 +21,11 @@ from jaxft.checks import (
   at_least,
   between,
   compute_dtype,
+  config_overrides,
   encoding,
   file_size,
   one_of,
   size_or_rest,
-  template,
   writers,
 )
 from jaxft.errors import RequestError, first_line
@@ -37,8 +37,10 @@ class Setting(NamedTuple):
   default: Any  # the type itself where no default makes sense (the value is then None)
   check: Check
   doc: str
+  words: tuple[str, ...] = ()  # values of another type than the default's
 
 
+EPOCH = ("epoch",)
 SETTINGS = (
   Setting("model.path", "", anything, "checkpoint to start from: a Hugging Face hub id or a folder"),
   Setting("model.revision", "main", anything, "branch, tag or commit of the hub id"),
@@ -57,6 +59,18 @@ SETTINGS = (
     "lm writes text; classification tells the labels of data.format=classification apart",
   ),
   Setting("model.config", "", anything, "config.json of the model to draw from scratch; empty: the one in model.path"),
+  Setting(
+    "model.config_overrides",
+    "",
+    config_overrides,
+    "keys of that config.json with other values, for a model drawn from scratch: n_embd=512,n_layer=4",
+  ),
+  Setting(
+    "model.tokenizer",
+    "",
+    anything,
+    "folder or hub id of another tokenizer; empty: the one in model.path",
+  ),
   Setting(
     "model.compute_dtype",
     "auto",
@@ -90,12 +104,19 @@ SETTINGS = (
     anything,
     "sources of text that has nothing to do with data.train: evaluated with the held-out text, to see what was forgotten",
   ),
-  Setting("data.validation_fraction", 0.05, between(0, 1), "share of documents held out when data.validation is empty"),
+  Setting(
+    "data.validation_fraction",
+    0.05,
+    between(0, 1),
+    "share of documents held out when data.validation is empty; of fewer documents than that the end of each; 0: nothing "
+    "is held out, and there is no eval loss",
+  ),
   Setting(
     "data.format",
     "text",
     one_of("text", "prompt_completion", "classification"),
-    "what a row is: text to learn, a prompt and the completion to learn, or text and its label",
+    "what a row is: text to learn, a prompt and the completion to learn, or text and its label (the folder's name, for .txt "
+    "files)",
   ),
   Setting("data.text_column", "text", anything, "column that holds the text"),
   Setting("data.prompt_column", "prompt", anything, "column of the prompt, for prompt_completion"),
@@ -104,14 +125,16 @@ SETTINGS = (
   Setting(
     "data.template",
     "{prompt}{completion}",
-    template,
-    "how a prompt and its completion are put together; what follows the prompt's text is learned from {completion} on",
+    anything,
+    "how a prompt and its completion are put together; what follows the prompt's text is learned from {completion} on. With "
+    "data.format=text another one puts columns of the row together, all of it to be learned: Question: {q}. Answer: {a}",
   ),
   Setting("data.encoding", "utf-8", encoding, "of text, JSON and CSV files: utf-8, cp1252, latin-1, utf-16, ..."),
   Setting("data.separator", "", anything, "text that cuts a .txt file into documents; empty: a file is one document"),
   Setting(
     "data.on_bad_row", "error", one_of("error", "skip"), "end the run at a row that is no text, or count it and go on"
   ),
+  Setting("data.duplicates", "keep", one_of("keep", "drop"), "what becomes of a document that was read before"),
   Setting(
     "data.layout",
     "concat",
@@ -148,10 +171,22 @@ SETTINGS = (
     "optimizer steps, from the third on, that JAX's profiler traces into WORKDIR/profile",
   ),
   Setting("train.seed", 0, between(0, 2**31), "seed of dropout, of new weights and of the samples"),
-  Setting("train.log_every", 10, at_least(1), "steps between lines of metrics.jsonl"),
-  Setting("train.eval_every", 0, at_least(0), "steps between evaluations; 0: only before the first and after the last"),
+  Setting("train.log_every", 10, at_least(1), "steps between lines of metrics.jsonl, or epoch", EPOCH),
+  Setting(
+    "train.eval_every",
+    0,
+    at_least(0),
+    "steps between evaluations, or epoch; 0: only before the first and after the last",
+    EPOCH,
+  ),
+  Setting(
+    "train.eval_batch_size",
+    0,
+    at_least(0),
+    "sequences an evaluation takes at once, over all devices; 0: as many as training does",
+  ),
   Setting("train.eval_batches", 0, at_least(0), "batches an evaluation; 0: all validation rows"),
-  Setting("train.save_every", 500, at_least(0), "steps between checkpoints; 0: only after the last"),
+  Setting("train.save_every", 500, at_least(0), "steps between checkpoints, or epoch; 0: only after the last", EPOCH),
   Setting("train.keep", 2, at_least(1), "newest checkpoints to keep"),
   Setting(
     "train.keep_best_metric",
@@ -184,7 +219,13 @@ SETTINGS = (
   ),
   Setting("optim.learning_rate", 5e-5, above(0), "peak learning rate"),
   Setting("optim.schedule", "linear", one_of("constant", "linear", "cosine"), "course after the warm-up"),
-  Setting("optim.warmup_steps", 0, at_least(0), "steps of linear warm-up, from 0"),
+  Setting(
+    "optim.warmup_steps",
+    0,
+    at_least(0),
+    "steps of linear warm-up, from 0; where the run has fewer, a tenth of them",
+  ),
+  Setting("optim.warmup_ratio", 0.0, between(0, 1), "share of all steps to warm up in; goes without warmup_steps"),
   Setting("optim.end_learning_rate", 0.0, at_least(0), "learning rate that linear and cosine end at"),
   Setting("optim.weight_decay", 0.0, at_least(0), "decoupled decay of matrices and embeddings (not biases, not norms)"),
   Setting("optim.b1", 0.9, between(0, 1), "decay of the first moment (momentum for sgd)"),
@@ -243,6 +284,12 @@ SETTINGS = (
   ),
   Setting("tracking.run_name", "", anything, "name of the run in trackers; empty: the workdir's"),
   Setting(
+    "tracking.logging_dir",
+    "",
+    anything,
+    "folder of TensorBoard's files, one in it for each run; empty: WORKDIR/tensorboard",
+  ),
+  Setting(
     "tracking.system_metrics",
     False,
     anything,
@@ -257,13 +304,19 @@ LARGEST = 2**31 - 1  # of a whole number: steps and rows are counted in 32 bits
 PATHS = (
   "model.path",
   "model.config",
+  "model.tokenizer",
   "data.train",
   "data.validation",
   "data.unrelated",
   "data.cache_dir",
+  "tracking.logging_dir",
   "export.out",
 )
 BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+# Settings that say the same thing in two ways: where one is on the command line, the other one of the config file is set to
+# its default.
+COUNTERPARTS = (("train.steps", "train.epochs"), ("optim.warmup_steps", "optim.warmup_ratio"))
 
 # Settings that may differ when a run is resumed: they change what is written, never what is learned.
 FREE_ON_RESUME = frozenset(
@@ -273,6 +326,7 @@ FREE_ON_RESUME = frozenset(
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",
+    "train.eval_batch_size",
     "train.save_every",
     "train.keep",
     "train.keep_best_metric",
@@ -290,6 +344,7 @@ FREE_ON_RESUME = frozenset(
     "memory.loss_chunk",
     "tracking.writers",
     "tracking.run_name",
+    "tracking.logging_dir",
     "tracking.system_metrics",
     "export.out",
     "export.dtype",
@@ -341,6 +396,8 @@ def _plain(setting: Setting, value: Any) -> Any:
     several = () if several == ("",) else several  # --config.data.validation= says: none
     return tuple(_text_of(item, setting) for item in several)
   value = _text_of(value, setting)
+  if setting.words and isinstance(value, str) and value.isdecimal():  # of the command line, which takes text here
+    return int(value)
   if isinstance(value, int | float) and not isinstance(value, bool):
     if kind is float:
       return float(value) if abs(value) < 2**1000 else value
@@ -425,8 +482,10 @@ def faults(config: ConfigDict) -> list[str]:
   lines = unknown(list(values)) + [f"config.{name}: missing" for name in BY_NAME if name not in values]
   for name in BY_NAME.keys() & values.keys():
     setting, value = BY_NAME[name], values[name]
+    if value in setting.words:
+      continue
     if wanted := checks.wrong_type(setting.default, value):
-      lines.append(f"config.{name}={value!r}: must be {wanted}")
+      lines.append(f"config.{name}={value!r}: must be {' or '.join([wanted, *setting.words])}")
     elif isinstance(value, float) and not math.isfinite(value):
       lines.append(f"config.{name}={value}: not a finite number")
     elif isinstance(value, int) and abs(value) > LARGEST:

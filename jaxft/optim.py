@@ -17,12 +17,22 @@ DECAYED = {"kernel", "tokens", "positions", "score", "lora_a", "lora_b"}
 NOT_DECAYED = {"bias", "scale"}
 
 
+def warmup_steps(optim: ConfigDict, total_steps: int) -> int:
+  """Steps of warm-up of a run of so many: `warmup_steps`, or a tenth of all where there are fewer; else `warmup_ratio` of them.
+
+  Shares are rounded up, as transformers does.
+  """
+  if optim.warmup_steps > total_steps:
+    return math.ceil(total_steps / 10)
+  return optim.warmup_steps or math.ceil(total_steps * optim.warmup_ratio)
+
+
 def schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
   """Learning rate of optimizer step 0, 1, 2, ...: a linear warm-up from 0, then constant, linear or cosine.
 
   The same course as transformers' `get_*_schedule_with_warmup`, with an end that may be above 0.
   """
-  peak, warmup, end = optim.learning_rate, optim.warmup_steps, optim.end_learning_rate
+  peak, warmup, end = optim.learning_rate, warmup_steps(optim, total_steps), optim.end_learning_rate
   rest = max(total_steps - warmup, 1)
   after = {
     "constant": optax.constant_schedule(peak),

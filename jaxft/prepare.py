@@ -14,6 +14,7 @@ from jaxft import config as settings
 from jaxft.data import report, sources
 from jaxft.errors import RequestError, run_command
 from jaxft.hf import repo
+from jaxft.hf import source as model_source
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.run.tracking import Meter, say, visible
 
@@ -30,7 +31,7 @@ def main() -> None:
     lines += repo.faults(config.model.path, weights=False)
   if lines:
     raise RequestError("\n".join(lines))
-  source = repo.find(config.model.path, config.model.revision, weights=False)
+  source = model_source.find(config.model, weights=False)
   if config.data.sequence_length > source.cfg.P:
     raise RequestError(
       f"config.data.sequence_length={config.data.sequence_length}: the model has {source.cfg.P} positions"

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +19,14 @@ from jaxft import attention, generation, model, offload, optim, parts, sharding,
 from jaxft import config as settings
 from jaxft.architecture import CHOSEN
 from jaxft.backend import memory_of, must_run_on, prepare_backend
-from jaxft.data import loader, tokens
+from jaxft.data import formats, loader, tokens
 from jaxft.data.pack import StridedRows
 from jaxft.data.report import Rows, examples, lay_out, prepare
 from jaxft.errors import RequestError
 from jaxft.files import exists, is_text
 from jaxft.hf import chosen, repo, save
 from jaxft.hf import load as hf_load
+from jaxft.hf import source as model_source
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
@@ -158,6 +160,8 @@ class Pretrained:
       raise RequestError(f"--batch_size={batch_size}: must be at least 1")
     how = ConfigDict(like or settings.default().data)
     how.update(settings_of_data, sequence_length=length)
+    if "text_column" in settings_of_data or how.format != (like or how).format:
+      how.template = settings_of_data.get("template", formats.PLAIN)
     if self.source.cfg.classes:
       how.format = "classification"
     self._must_overlap(stride, length)
@@ -166,7 +170,7 @@ class Pretrained:
         raise RequestError(f"--stride={stride}: its rows overlap in one stream, --layout=concat, not {how.layout}")
       how.layout = "concat"
     nothing, data = collections.Counter(), tuple(map(str, data))
-    text = tokens.in_memory(examples(data, "validation", how, nothing, nothing), self.tokenizer, self.labels)
+    text = tokens.in_memory(examples(data, "validation", how, nothing, nothing, _tell), self.tokenizer, self.labels)
     if not len(text):
       raise RequestError(f"data source {data}: no rows in it")
     rows = lay_out(text, how, self.tokenizer.eos_token_id)
@@ -199,6 +203,8 @@ class Pretrained:
         f"{self.run[0]}: the text of config.data is not what it was, and what is held out of it now may have been trained on; "
         "name a text with --data"
       )
+    if not data.validation:
+      raise RequestError(f"{self.run[0]}: the run held nothing out; name a text with --data")
     rows = data.with_class_ids(self.labels).validation if self.labels else data.validation
     if stride:
       rows = StridedRows(rows.tokens, how.sequence_length, self.tokenizer.eos_token_id, stride)
@@ -360,8 +366,15 @@ def _checkpoint_of(workdir: Path, config: ConfigDict, record: dict[str, Any]) ->
   if folder and not (config.lora.rank or config.train.only):
     return repo.Checkpoint(folder, *repo.read_config(folder / "config.json"))
   source = _model_of(config, workdir, record, weights=bool(config.lora.rank or config.train.only))
-  if config.model.config and config.model.init == "scratch":
-    source = repo.Checkpoint(source.folder, *repo.read_config(Path(_resolve(config.model.config, workdir, record))))
+  if config.model.tokenizer:
+    local = repo.is_local(config.model.tokenizer)
+    name = _resolve(config.model.tokenizer, workdir, record) if local else config.model.tokenizer
+    source = source._replace(tokenizer=model_source.tokenizer_folder(name))
+  if config.model.init == "scratch":
+    named = ConfigDict(config.model.to_dict())
+    named.config = _resolve(named.config, workdir, record) if named.config else ""
+    found = model_source.sizes(named, source.hf_config, source.folder / "config.json")
+    source = repo.Checkpoint(source.folder, *found, tokenizer=source.tokenizer)
   return source
 
 
@@ -369,6 +382,10 @@ def _model_of(config: ConfigDict, workdir: Path, record: dict[str, Any], weights
   """What `config.model.path` names: a folder where the run was started, and then never the hub's model of that name."""
   path = _resolve(config.model.path, workdir, record) if record.get("local_model") else config.model.path
   return repo.find(path, config.model.revision, weights=weights, torch_bin=config.model.torch_bin)
+
+
+def _tell(line: str) -> None:
+  print(line, file=sys.stderr)
 
 
 def _resolve_sources(data: ConfigDict, workdir: Path, record: dict[str, Any]) -> ConfigDict:

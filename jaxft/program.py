@@ -28,18 +28,15 @@ class Program(NamedTuple):
   gradient: Any  # (state, batch) -> (loss, gradient, tokens)
   train_step: Any  # (state, batch) -> (state, metrics); the state is donated
   eval_step: Any  # (parameters, batch) -> (sum of the loss, tokens)
+  eval_rows: int  # that an eval step takes
   offload: str  # what is in the host's memory: nothing, "optimizer" state and weights, or "all", gradients too
   loss_chunk: int  # positions a row whose logits exist at once; 0: all
 
   @property
-  def rows_at_once(self) -> int:
-    return self.batch["ids"].shape[1]
-
-  @property
   def eval_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of an eval step: one part of a training batch."""
+    """Of an eval step."""
     return {
-      name: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+      name: jax.ShapeDtypeStruct((1, self.eval_rows, *leaf.shape[2:]), leaf.dtype, sharding=leaf.sharding)
       for name, leaf in self.batch.items()
     }
 
@@ -217,7 +214,11 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   rows = 1 if cfg.classes else compute.rows(cfg) // tensor
   at_once = config.train.batch_size // A // sharding.batch_parts(mesh)
   most = loss.most_logits(device.platform, config.memory.remat)
-  chunk = loss.chunk_of(config.memory.loss_chunk, at_once, config.data.sequence_length, rows, most)
+  eval_rows = sharding.eval_rows(config.train, mesh)
+  chunk, eval_chunk = (
+    loss.chunk_of(config.memory.loss_chunk, of_a_device, config.data.sequence_length, rows, most)
+    for of_a_device in (at_once, eval_rows // sharding.batch_parts(mesh))
+  )
   how = {"loss_chunk": chunk, "seed": config.train.seed, "trained": cfg.trained}
   copy, kept = (), config.memory.offload
   if kept == "none":
@@ -248,7 +249,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     clip_norm=config.optim.clip_norm,
     seed=config.train.seed,
   )
-  eval_step = make_eval_step(graph, loss_chunk=chunk)
+  eval_step = make_eval_step(graph, loss_chunk=eval_chunk)
   if A > 1 and kept != "all":  # several are added up in float32
     shapes = precise
   if kept != "none":
@@ -266,6 +267,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     jax.jit(gradient, out_shardings=(whole, gradients, whole)),
     jax.jit(step, donate_argnums=0, out_shardings=(places, whole)),
     jax.jit(eval_step),
+    eval_rows,
     kept,
     chunk,
   )

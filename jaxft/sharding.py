@@ -196,6 +196,17 @@ def accumulation_steps(train: ConfigDict, mesh: Mesh) -> int:
   return train.batch_size // at_once
 
 
+def eval_rows(train: ConfigDict, mesh: Mesh) -> int:
+  """Rows that an evaluation takes at once; raises RequestError when they cannot be split over the devices."""
+  parts = batch_parts(mesh)
+  if train.eval_batch_size % parts:
+    raise RequestError(
+      f"config.train.eval_batch_size={train.eval_batch_size}: must be a multiple of {parts} devices "
+      "(config.mesh.data x config.mesh.fsdp)"
+    )
+  return train.eval_batch_size or train.batch_size // accumulation_steps(train, mesh)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Of a batch (accumulation step, row, column): rows are split over `batch_parts`."""
   return NamedSharding(mesh, PartitionSpec(None, RULES["batch"][CUT], None))

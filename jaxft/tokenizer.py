@@ -6,6 +6,7 @@ in a model that is there: python -m jaxft.tokenizer --model PATH_OR_ID --add "<|
 
 import collections
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -97,7 +98,8 @@ def main() -> None:
   data = settings.default().data
   data.text_column = arguments.text_column
   nothing = collections.Counter()
-  texts = (example.text for example in examples(tuple(arguments.data), "train", data, nothing, nothing))
+  tell = lambda line: print(line, file=sys.stderr)
+  texts = (example.text for example in examples(tuple(arguments.data), "train", data, nothing, nothing, tell))
   tokens = write(texts, arguments.vocab_size, out).get_vocab_size()
   print(
     f"{tokens:,} tokens in {out}/tokenizer.json, and {out}/config.json of a GPT-2 124M with them: change its n_embd, "

@@ -5,6 +5,7 @@ The same command again continues a run that was stopped or killed. `finetune` is
 
 import contextlib
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +13,15 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxft import backend, command_line, model, parts, sharding
+from jaxft import backend, command_line, model, optim, parts, sharding
 from jaxft import config as settings
 from jaxft import program as programs
 from jaxft.data import loader, sources, tokens
-from jaxft.data.report import prepare, run_length
+from jaxft.data.report import Data, prepare, run_length
 from jaxft.errors import Preempted, RequestError, first_line, run_command
 from jaxft.files import write_whole
 from jaxft.hf import chosen, peft, push, repo, save
+from jaxft.hf import source as model_source
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
@@ -29,12 +31,12 @@ from jaxft.plan.answer import model_facts, plan_here
 from jaxft.run import checkpoint, hosts
 from jaxft.run.about import leaving_a_report
 from jaxft.run.checkpoint import Checkpoints, nbytes
-from jaxft.run.guards import StopRequest, must_have_room, only_writer
+from jaxft.run.guards import StopRequest, move_aside, must_have_room, only_writer
 from jaxft.run.judge import Judge
 from jaxft.run.profile import Profile
 from jaxft.run.resume import best_weights, refuse_another_run, resume
 from jaxft.run.system import SystemMetrics
-from jaxft.run.tracking import Meter, Reporter, console, say
+from jaxft.run.tracking import Meter, Reporter, console, due_at, say
 from jaxft.run.writers import Writers, missing
 from jaxft.sample import Generator
 from jaxft.step import State, name_bad_leaves
@@ -81,8 +83,48 @@ def check(config: ConfigDict, workdir: Path) -> None:
     raise RequestError("\n".join(lines))
 
 
+def adapted(config: ConfigDict, data: Data, total_steps: int) -> list[str]:
+  """A line for each thing that this run does in another way than `config` says, as its data is too small for it.
+
+  Raises RequestError for what needs an evaluation where nothing is held out.
+  """
+  lines, rows, train = [], len(data.train), config.train
+  if rows < train.batch_size:
+    lines.append(
+      f"config.train.batch_size={train.batch_size}: the training text fills only {_count(rows, 'row')}, so each step takes "
+      "all of it and masks the rest of the batch"
+    )
+  if config.optim.warmup_steps > total_steps:
+    steps = optim.warmup_steps(config.optim, total_steps)
+    lines.append(
+      f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {_count(total_steps, 'step')} of the run; "
+      f"{_count(steps, 'step')} instead, a tenth of them"
+    )
+  if not data.validation:
+    for name in ("keep_best_metric", "early_stopping_patience"):
+      if train[name]:
+        raise RequestError(
+          f"config.train.{name}={train[name]!r}: nothing is held out of {_count(data.report['rows']['read'], 'row')}; "
+          "name sources in config.data.validation"
+        )
+    lines.append("nothing is held out, so there is no eval loss; config.data.validation names text to evaluate on")
+  return lines
+
+
+def _count(n: int, what: str) -> str:
+  return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def export_folder(config: ConfigDict, workdir: Path) -> Path:
   return Path(config.export.out) if config.export.out else workdir / "export"
+
+
+def _read_by(config: ConfigDict) -> list[Path]:
+  """The files and folders that a run reads."""
+  data = config.data
+  named = [sources.weighted(name)[0] for name in data.train] + [*data.validation, *data.unrelated]
+  named += [config.model.path, config.model.config, config.model.tokenizer, data.cache_dir]
+  return [Path(name) for name in named if name and not name.startswith("hub:")]
 
 
 def finetune(
@@ -92,6 +134,7 @@ def finetune(
   dry_run: bool = False,
   strict: bool = False,
   allow_change: bool = False,
+  overwrite: bool = False,
   require: str | None = None,
 ) -> Run | None:
   """Fine-tunes as `config` says, continuing what `workdir` holds, and exports the result.
@@ -102,6 +145,7 @@ def finetune(
     dry_run: compile, tell the memory, and return None: no weights are read and nothing is written.
     strict: a damaged checkpoint ends the run, instead of being set aside for the one before it.
     allow_change: continue although settings that shape what is learned have changed since the run was started.
+    overwrite: begin a new run; one that is in `workdir` is moved to a folder beside it, which is told.
     require: "gpu" or "tpu": what JAX must compute on; None: whatever it finds.
 
   Raises:
@@ -111,6 +155,7 @@ def finetune(
   backend.must_be_known(require)
   backend.prepare_backend()
   flags = {"--workdir": workdir, "--dry_run": dry_run, "--strict": strict, "--allow_change": allow_change}
+  flags |= {"--overwrite_output_dir": overwrite}
   hosts.agree("command", flags | settings.named(config) | hosts.versions())
   check(config, workdir)
   if config.memory.offload != "none":
@@ -120,6 +165,8 @@ def finetune(
   with contextlib.ExitStack() as until_the_end:
     stop = until_the_end.enter_context(StopRequest())
     if not dry_run:
+      if overwrite and jax.process_index() == 0 and (aside := move_aside(workdir, _read_by(config))):
+        say(f"{workdir}: moved to {aside}; a new run begins (--overwrite_output_dir)")
       until_the_end.enter_context(only_writer(workdir))
       hosts.must_share(workdir)
     # ---- Mesh ----------------------------------------------------------------------------------------------------------
@@ -131,14 +178,12 @@ def finetune(
 
     # ---- Source: facts and tokenizer; no weights yet --------------------------------------------------------------------
     pretrained = config.model.init == "pretrained"
-    source = repo.find(config.model.path, config.model.revision, pretrained, config.model.torch_bin)
+    source = model_source.find(config.model)
     if source.adapter and config.lora.rank:
       raise RequestError(
         f"config.model.path={config.model.path!r}: a folder of adapters, and adapters on top of it could not be used "
         f"without it; merge it first: python -m jaxft.export --model {config.model.path} --out MERGED"
       )
-    if config.model.config and not pretrained:
-      source = repo.Checkpoint(source.folder, *repo.read_config(Path(config.model.config)))
     if config.data.sequence_length > source.cfg.P:
       raise RequestError(
         f"config.data.sequence_length={config.data.sequence_length}: the model has {source.cfg.P} positions"
@@ -172,10 +217,8 @@ def finetune(
     rows_in_all, total_steps = run_length(rows, config.train)
     if total_steps > settings.LARGEST:
       raise RequestError(f"config.train.epochs={config.train.epochs}: more than {settings.LARGEST:,} steps")
-    if config.optim.warmup_steps > total_steps:
-      raise RequestError(
-        f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {total_steps} steps of the run"
-      )
+    for line in adapted(config, data, total_steps):
+      say(line)
     about = {
       "config": config.to_dict(),
       "total_steps": total_steps,
@@ -184,9 +227,11 @@ def finetune(
     }
     about |= {"versions": dict(hosts.versions()), "started_in": str(Path.cwd()), "workdir": str(workdir.absolute())}
     about["local_model"] = repo.is_local(config.model.path)
+    found = data.report
     say(
-      f"{data.report['rows']['trained']:,} documents with {data.report['tokens']['trained']:,} tokens to train on, in "
-      f"{len(rows):,} rows of {rows.T}; {data.report['rows']['held_out']:,} documents held out; {total_steps:,} steps"
+      f"{_count(found['rows']['trained'], 'document')} with {_count(found['tokens']['trained'], 'token')} to train on, in "
+      f"{_count(len(rows), 'row')} of {rows.T}; {_count(found['rows']['held_out'], 'document')} with "
+      f"{_count(found['tokens']['held_out'], 'token')} held out; {_count(total_steps, 'step')}"
     )
 
     # ---- Model: shapes and shardings -------------------------------------------------------------------------------------
@@ -209,7 +254,7 @@ def finetune(
       checkpoints = Checkpoints(folder, config.train.keep, best, writes=True, in_pieces=offloaded)
       until_the_end.callback(checkpoints.abandon)
       refuse_another_run(checkpoints, program.state.changing, config, about, allow_change)
-      to_come = checkpoints.to_come(total_steps, config.train)
+      to_come = checkpoints.to_come(total_steps, config.train, -(-len(rows) // config.train.batch_size))
       exported = EXPORT_DTYPES[config.export.dtype].itemsize * model.parameter_count(source.cfg)
       needed = {folder: to_come * nbytes(program.state.changing), out: exported}
       must_have_room(needed, f"{to_come} checkpoints of this run and its export")
@@ -258,7 +303,9 @@ def finetune(
     at_peak = estimate.seconds_at_peak(targets.here(device, mesh.size), mesh.size, model_flops)
     first = jax.process_index() == 0
     system = until_the_end.enter_context(SystemMetrics(first and config.tracking.system_metrics))
-    reporter = Reporter(config, workdir, start, total_steps, tokens_seen, data.floor, device, at_peak, system)
+    reporter = Reporter(
+      config, workdir, start, total_steps, tokens_seen, data.floor, device, at_peak, system, len(rows)
+    )
     writers = Writers(config, workdir, start, reporter.metrics, reporter.samples, first)
     reporter.also = until_the_end.enter_context(writers).put
     generator = Generator(program.graph, cfg, tokenizer.eos_token_id)
@@ -277,6 +324,7 @@ def finetune(
       start=start,
       sharding=program.batch_sharding,
     )
+    is_due = functools.partial(due_at, rows=len(rows), batch_size=config.train.batch_size)
     step, pending, found, patience = start, None, {}, config.train.early_stopping_patience
     ended_early = start > 0 and 0 < patience <= reporter.evaluations_without_gain()
     name_leaves = lambda bad: name_bad_leaves(bad, program.state)
@@ -296,8 +344,7 @@ def finetune(
         profile.after(step, numbers)
         checkpoints.wait()  # a save goes on beside one step, so that a kill costs at most save_every + 1 of them
         pending, last = numbers, step == total_steps
-        every = {"eval": config.train.eval_every, "save": config.train.save_every, "sample": config.train.sample_every}
-        due = {what for what, steps in every.items() if steps and step % steps == 0}
+        due = {what for what in ("eval", "save", "sample") if is_due(config.train[f"{what}_every"], step)}
         due = (due | {"eval", "save"}) - {"sample"} if last else due  # what is exported is sampled, below
         stopping = stop.at(step)
         if due or stopping:
@@ -375,6 +422,7 @@ def main() -> None:
       dry_run=arguments.dry_run,
       strict=arguments.strict,
       allow_change=arguments.allow_change,
+      overwrite=arguments.overwrite_output_dir,
       require=arguments.require,
     )
 

@@ -13,6 +13,7 @@ TRAIN = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config
   --print_config     print the settings of this run and end
   --strict           end, with exit code 4, at a damaged checkpoint instead of going back to the one before it
   --allow_change     continue a run although settings that shape what is learned have changed
+  --overwrite_output_dir  begin a new run; one that is in the workdir is moved to a folder beside it
   --require gpu      end, with exit code 2, where JAX would compute on anything else; or tpu
 
 The flags of transformers' run_clm.py that mean the same thing are understood: docs/recipes/run_clm.md.

@@ -59,7 +59,10 @@ def test_a_typo_gets_the_nearest_name(name, near):
     ("data.train", (1,), "text"),
     ("train.epochs", 1.0, "one of the two"),
     ("mesh.data", -1, "only one"),
-    ("optim.warmup_steps", 11, "more than"),
+    ("optim.warmup_ratio", 1.0, "below 1"),
+    ("train.eval_every", "epochs", "a whole number or epoch"),
+    ("data.template", "Answer:", "name of a column in braces"),
+    ("model.config_overrides", "n_embd=8", "model.init=scratch"),
     ("optim.end_learning_rate", 1.0, "above"),
   ],
 )

@@ -49,7 +49,7 @@ LEAVES = {
   "jaxft.parsers": {"jaxft.files", "jaxft.sampling"},
   "jaxft.data.readers": {"jaxft.errors", "jaxft.files"},
   "jaxft.data.sources": {"jaxft.data.readers", "jaxft.errors", "jaxft.files"},
-  "jaxft.data.formats": {"jaxft.data.readers", "jaxft.errors", "jaxft.files"},
+  "jaxft.data.formats": {"jaxft.checks", "jaxft.data.readers", "jaxft.errors", "jaxft.files"},
   "jaxft.data.tokens": {"jaxft.data.formats"},
   "jaxft.data.pack": {"jaxft.data.tokens"},
   "jaxft.data.loader": set(),

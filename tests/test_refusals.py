@@ -25,7 +25,7 @@ FAULTS = {
   ),
   "no config": (["--config=nowhere.py"], "'nowhere.py': no such file"),
   "broken config": (["--config={tmp}/broken.py"], "the config file does not run: NameError"),
-  "mistyped flag": (["--wokdir=x"], "'wokdir'. Did you mean: workdir"),
+  "mistyped flag": (["--wokdir=x"], "--wokdir: no such flag; did you mean --workdir?"),
   "stray word": (["x"], "'x': not a flag"),
   "one dash": (["-config.optim.learnig_rate=1"], "config.optim.learnig_rate: there is no such setting"),
   "export over the run": (["--config.export.out={tmp}/w"], "the run itself is written there"),

@@ -1,5 +1,7 @@
 """run_clm.py's flags: what they come to, what is refused, and that the page says the same as the code."""
 
+import dataclasses
+import difflib
 import sys
 from pathlib import Path
 
@@ -38,7 +40,6 @@ def test_a_command_of_run_clm_is_understood(monkeypatch):
     "model.path": "gpt2",
     "data.train": ("a.txt",),
     "data.validation": ("b.txt",),
-    "data.validation_fraction": 0.1,
     "data.sequence_length": 512,
     "train.epochs": 2.0,
     "train.seed": 5,
@@ -101,24 +102,137 @@ def test_flags_go_with_a_config_file_and_with_its_settings(monkeypatch):
 
 
 def test_what_means_nothing_here_is_refused_with_every_reason(monkeypatch):
-  words = "--model_name_or_path gpt2 --fp16 --deepspeed ds.json --lr_scheduler_type polynomial --warmup_steps 0.1 --bf16 False"
+  words = "--model_name_or_path gpt2 --fsdp full_shard --lr_scheduler_type polynomial --warmup_steps 1.5 --bf16 False"
   with pytest.raises(RequestError) as refusal:
     parsed(monkeypatch, *words.split())
   lines = str(refusal.value).splitlines()
   assert [line.split(":")[0] for line in lines] == [
-    "--fp16",
-    "--deepspeed=ds.json",
+    "--fsdp=full_shard",
     "--lr_scheduler_type=polynomial",
-    "--warmup_steps=0.1",
+    "--warmup_steps=1.5",
     "--bf16=False",
   ]
-  with pytest.raises(RequestError, match="lerning_rate"):
-    parsed(monkeypatch, "--model_name_or_path=gpt2", "--lerning_rate=1")
+
+
+# A command's own words -> settings that they come to, and the lines that are told, by their beginnings.
+SAID = [
+  ("--fp16", {"model.compute_dtype": "auto"}, ["--fp16: float16 is not there yet"]),
+  ("--fp16 False", {"model.compute_dtype": "auto"}, []),
+  ("--overwrite_cache", {}, []),
+  ("--use_fast_tokenizer False", {}, ["--use_fast_tokenizer=False: the fast tokenizer is read"]),
+  ("--no_use_fast_tokenizer", {}, ["--use_fast_tokenizer=False"]),
+  ("--evaluation_strategy=steps --eval_steps 200", {"train.eval_every": 200}, []),
+  ("--eval_strategy steps", {"train.eval_every": 500}, []),
+  ("--eval_strategy steps --logging_steps 20", {"train.eval_every": 20, "train.log_every": 20}, []),
+  ("--eval_strategy epoch", {"train.eval_every": "epoch"}, []),
+  ("--eval_strategy epoch --eval_steps 7", {"train.eval_every": "epoch"}, ["--eval_steps=7: of no account"]),
+  ("--save_strategy epoch --logging_strategy epoch", {"train.save_every": "epoch", "train.log_every": "epoch"}, []),
+  ("--save_strategy best --eval_strategy epoch", {"train.save_every": 0, "train.keep_best_metric": "eval/loss"}, []),
+  ("--logging_strategy no", {"train.log_every": 500}, ["--logging_strategy=no: metrics.jsonl is written"]),
+  ("--warmup_ratio 0.1", {"optim.warmup_ratio": 0.1}, []),
+  ("--warmup_steps 0.1", {"optim.warmup_ratio": 0.1, "optim.warmup_steps": 0}, []),
+  ("--warmup_steps 5 --warmup_ratio 0.1", {"optim.warmup_steps": 5, "optim.warmup_ratio": 0.0}, ["--warmup_ratio=0.1"]),
+  ("--max_train_samples 9", {"data.limit_train": 9}, ["--max_train_samples=9: so many documents"]),
+  ("--max-eval-samples 9", {"data.limit_validation": 9}, ["--max_eval_samples=9: so many documents"]),
+  ("--tokenizer_name here", {"model.tokenizer": "here"}, []),
+  ("--torch_dtype bfloat16", {"model.param_dtype": "bfloat16", "model.compute_dtype": "bfloat16"}, []),
+  ("--dtype float16", {"model.param_dtype": "bfloat16"}, ["--torch_dtype=float16: weights are kept in bfloat16"]),
+  ("--torch_dtype auto", {"model.param_dtype": "float32"}, ["--torch_dtype=auto: weights are kept in float32"]),
+  ("--logging_dir logs", {"tracking.logging_dir": "logs"}, ["--logging_dir=logs: of TensorBoard's files"]),
+  ("--logging_dir logs --report_to tensorboard", {"tracking.writers": ("tensorboard",)}, []),
+  ("--adafactor", {"optim.name": "adafactor"}, []),
+  ("--local_rank=0 --resume_from_checkpoint True --trust_remote_code False", {}, []),
+]
+
+
+@pytest.mark.parametrize("words, wanted, told", SAID)
+def test_a_flag_is_done_and_what_was_done_is_told(monkeypatch, capsys, words, wanted, told):
+  config = parsed(monkeypatch, "--model_name_or_path=gpt2", "--train_file=a.txt", *words.split()).config
+  found = settings.flatten(config)
+  assert {name: found[name] for name in wanted} == wanted and not settings.faults(config)
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == len(told) and all(map(str.startswith, lines, told)), lines
+
+
+def test_an_evaluation_has_a_batch_of_its_own(monkeypatch):
+  words = "--model_name_or_path=gpt2 --train_file=a.txt --per_device_eval_batch_size 16"
+  found = parsed(monkeypatch, *words.split())
+  found.per_device.into(found.config, 4)
+  assert (found.config.train.batch_size, found.config.train.eval_batch_size) == (8 * 4, 16 * 4)
+  config = str(ROOT / "configs" / "gpt2_jokes.py")
+  found = parsed(monkeypatch, f"--config={config}", "--per_device_eval_batch_size=16")
+  found.per_device.into(found.config, 1)
+  assert (found.config.train.batch_size, found.config.train.eval_batch_size) == (64, 16)
+
+
+def test_new_weights_are_what_run_clm_begins_with_without_a_checkpoint(monkeypatch, capsys):
+  words = "--model_type gpt2 --tokenizer_name mine --config_overrides=n_embd=1024,n_layer=48 --train_file a.txt"
+  model = parsed(monkeypatch, *words.split()).config.model
+  assert (model.path, model.init, model.tokenizer) == ("mine", "scratch", "mine")
+  assert model.config_overrides == "model_type=gpt2,n_embd=1024,n_layer=48"
+  assert "new weights are drawn" in capsys.readouterr().err
+  model = parsed(monkeypatch, *"--config_name sizes --tokenizer_name mine --train_file a.txt".split()).config.model
+  assert (model.path, model.init, model.tokenizer) == ("sizes", "scratch", "mine")
+
+
+def test_a_dataset_of_the_hub_is_evaluated_on_its_own_split(monkeypatch, tmp_path, capsys):
+  pytest.importorskip("datasets")
+  for name in ("train", "validation"):
+    (tmp_path / "small" / f"{name}.jsonl").parent.mkdir(exist_ok=True)
+    (tmp_path / "small" / f"{name}.jsonl").write_text('{"text": "a"}\n')
+  words = ["--model_name_or_path=gpt2", "--dataset_name", str(tmp_path / "small")]
+  data = parsed(monkeypatch, *words).config.data
+  assert data.train == (f"hub:{tmp_path / 'small'}",) and data.validation == (f"hub:{tmp_path / 'small'}:validation",)
+  assert "evaluated on its split validation" in capsys.readouterr().err
+  (tmp_path / "small" / "validation.jsonl").unlink()
+  assert parsed(monkeypatch, *words).config.data.validation == ()
+
+
+def test_only_the_run_itself_is_resumed(monkeypatch, tmp_path):
+  for name in ("run/checkpoints/3", "run/checkpoints/12", "theirs"):
+    (tmp_path / name).mkdir(parents=True)
+  (tmp_path / "theirs" / "trainer_state.json").write_text("{}")
+  words = ["--model_name_or_path=gpt2", "--train_file=a.txt", f"--output_dir={tmp_path / 'run'}"]
+  for fine in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "12"):
+    assert parsed(monkeypatch, *words, f"--resume_from_checkpoint={fine}").workdir == tmp_path / "run"
+  for wrong, message in (
+    (tmp_path / "run" / "checkpoints" / "3", "not the newest checkpoint"),
+    (tmp_path / "theirs", "a checkpoint of transformers' Trainer; --model_name_or_path"),
+    ("False", "--overwrite_output_dir begins a new one"),
+  ):
+    with pytest.raises(RequestError, match=message):
+      parsed(monkeypatch, *words, f"--resume_from_checkpoint={wrong}")
+
+
+def test_all_flags_of_transformers_are_known():
+  transformers = pytest.importorskip("transformers")
+  names = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+  assert not names - run_clm.KNOWN
+
+
+# A flag with a letter less, with two letters swapped, and with a blank of another kind, each of another flag.
+MISTYPED = sorted(name for name in run_clm.KNOWN if len(name) > 7)
+
+
+@pytest.mark.parametrize("spell", [
+  lambda name: name[:4] + name[5:],
+  lambda name: name[:-1],
+  lambda name: name[:3] + name[4] + name[3] + name[5:] if name[3] != name[4] else name[:2] + name[3:],
+])  # fmt: skip
+def test_a_mistyped_flag_gets_the_nearest_of_all(monkeypatch, spell):
+  wrong = [name for name in MISTYPED if spell(name) not in run_clm.KNOWN]
+  assert len(wrong) > 100
+  for name in wrong:
+    with pytest.raises(RequestError) as refusal:
+      parsed(monkeypatch, "--model_name_or_path=gpt2", "--train_file=a.txt", f"--{spell(name)}=1")
+    line = str(refusal.value)
+    assert "\n" not in line and line.startswith(f"--{spell(name)}: no such flag; did you mean --"), line
+    assert difflib.SequenceMatcher(None, line.split("mean --")[1].rstrip("?"), name).ratio() > 0.8, line
 
 
 def test_every_setting_named_is_one():
   assert {same.setting for same in run_clm.SAME.values()} <= settings.BY_NAME.keys()
-  groups = [set(run_clm.SAME), {*run_clm.ALWAYS}, set(run_clm.REFUSED)]
+  groups = [set(run_clm.SAME), set(run_clm.ALWAYS), set(run_clm.REFUSED), set(run_clm.OLD_NAMES)]
   assert sum(map(len, groups)) == len(set.union(*groups))
 
 
@@ -136,8 +250,12 @@ def test_the_order_of_flags_is_of_no_account(monkeypatch, words):
     ("--do_train False", "this command trains"),
     ("--do_eval", "this command trains"),
     ("--push_to_hub", "--push_to_hub: give --hub_model_id OWNER/NAME too"),
-    ("--eval_strategy epoch", "there is only no, and steps, here"),
-    ("--eval_strategy steps", "--eval_strategy=steps: give --eval_steps too"),
+    ("--eval_strategy epochs", "there is only no, steps and epoch"),
+    ("--model_type gpt2 --config_name x", "weights that are read have their own config.json"),
+    ("--fp16 --bf16", "--bf16 is given too"),
+    ("--seed 1 --seed 2", "--seed: given twice, as 1 and as 2"),
+    ("--learning_rate 1e-4 --config.optim.learning_rate=2e-4", "--config.optim.learning_rate=2e-4 is given too"),
+    ("--deepspeed nowhere.json", "nowhere.json: no such file"),
     ("--optim sgd", "there is only adamw_torch"),
     (
       "--load_best_model_at_end --metric_for_best_model accuracy",

@@ -109,7 +109,7 @@ BAD = [
   ("a.jsonl", b'{"text": "\xff"}\n', "row 1: not UTF-8 .invalid start byte at byte 10"),
   ("a.txt", b"\xff\xfe", "a.txt: not UTF-8 .invalid start byte at byte 0"),
   ("a.txt", b"", "a.txt: column 'text' is empty"),
-  ("a.csv", "body\nx\n", "row 1: no column 'text'"),
+  ("a.csv", "body,title\nx,y\n", "row 1: no column 'text'"),
   ("a.csv", b"text\nfine\n\xff\n", "row 2: column 'text' is not UTF-8"),
   ("a.csv", "x,text\n1\n", "row 1: no column 'text'"),
   ("a.csv", "text\nthe cat, dog\n", "row 1: more cells than the first line names .2 and 1"),
@@ -331,7 +331,7 @@ def test_an_archive_is_the_files_in_it(tmp_path):
   assert sum(count for note, count in notes.items() if "archives" in note) == 2
   with pytest.raises(RequestError, match="bad.csv, row 1: no column 'text'"):
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
-      archive.writestr("bad.csv", "a\nb\n")
+      archive.writestr("bad.csv", "a,c\nb,d\n")
     texts(str(tmp_path / "b.zip"))
 
 

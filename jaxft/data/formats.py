@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from jaxft.checks import FIELD
 from jaxft.data.readers import ClassName, Row
 from jaxft.errors import RequestError
 from jaxft.files import is_text
 
 PROMPT, COMPLETION = "{prompt}", "{completion}"
+PLAIN = PROMPT + COMPLETION  # the default of `data.template`, which says nothing of plain text
 
 
 class Example(NamedTuple):
@@ -30,6 +32,8 @@ def example(row: Row, data: ConfigDict) -> Example:
   if row.fault:
     raise BadRow(row.fault)
   nats = _nats(row.columns, data) if data.nats_column else None
+  if is_templated(data):
+    return Example(_filled(row.columns, data.template), nats=nats)
   if data.format == "text":
     return Example(_text(row.columns, data, "text_column"), nats=nats)
   if data.format == "classification":
@@ -41,11 +45,29 @@ def example(row: Row, data: ConfigDict) -> Example:
   return Example(asked + _text(row.columns, data, "completion_column") + after, prompt=len(asked))
 
 
+def is_templated(data: ConfigDict) -> bool:
+  """Whether the text of a row is put together from its columns, all of it to be learned."""
+  return data.format == "text" and data.template != PLAIN
+
+
+def settings(data: ConfigDict) -> tuple[str, ...]:
+  """The settings of `config.data` that name the columns of its format."""
+  if is_templated(data):
+    return ()
+  of = {"text": ("text_column",), "classification": ("text_column", "label_column")}
+  return of.get(data.format, ("prompt_column", "completion_column"))
+
+
+def label_column(data: ConfigDict) -> str:
+  """The column that the folder of a .txt file is told in; "" where there are no labels."""
+  return data.label_column if data.format == "classification" else ""
+
+
 def columns(data: ConfigDict) -> tuple[str, ...]:
   """The columns that `example` looks at."""
-  of = {"text": ("text_column",), "classification": ("text_column", "label_column")}
-  names = [data[setting] for setting in of.get(data.format, ("prompt_column", "completion_column"))]
-  return (*names, *filter(None, [data.nats_column]))
+  names = [data[setting] for setting in settings(data)]
+  fields = FIELD.findall(data.template) if is_templated(data) else ()
+  return (*names, *dict.fromkeys(fields), *filter(None, [data.nats_column]))
 
 
 def reason(fault: str) -> str:
@@ -53,8 +75,15 @@ def reason(fault: str) -> str:
   return fault.split(" (")[0]
 
 
+def _filled(columns: dict[str, Any], template: str) -> str:
+  return FIELD.sub(lambda field: _cell(columns, field[1], "template"), template)
+
+
 def _text(columns: dict[str, Any], data: ConfigDict, setting: str) -> str:
-  column = data[setting]
+  return _cell(columns, data[setting], setting)
+
+
+def _cell(columns: dict[str, Any], column: str, setting: str) -> str:
   if column not in columns:
     there = ", ".join(map(repr, columns)) or "none"
     raise BadRow(f"no column {column!r} (it has {there}; config.data.{setting} says which)")

@@ -21,22 +21,25 @@ class Steps:
 
   Rows come in a new order each epoch; a batch may straddle two epochs. The global batch is the same rows in the same order for
   any number of processes, each of which takes the places `mine` of every accumulation step. From the row `rows_in_all` on
-  everything is masked: it fills the last batch of a run whose length was given in epochs.
+  everything is masked: it fills the last batch of a run whose length was given in epochs. Of fewer rows than a batch each step
+  takes all, and what is left of the batch is masked.
   """
 
   def __init__(self, rows: Any, *, batch_size: int, accumulation: int, seed: int, rows_in_all: int, mine: np.ndarray):
     self._rows, self._seed, self._rows_in_all = rows, seed, rows_in_all
     self._batch_size, self._accumulation, self._mine = batch_size, accumulation, mine
+    self._each = min(batch_size, len(rows))  # rows of a step
 
   def __len__(self) -> int:
-    return -(-self._rows_in_all // self._batch_size)
+    return -(-self._rows_in_all // self._each)
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-    first = step * self._batch_size
-    places = np.arange(first, first + self._batch_size).reshape(self._accumulation, -1)[:, self._mine]
+    places = np.arange(self._batch_size).reshape(self._accumulation, -1)[:, self._mine]
+    there = places < self._each
+    places = places + step * self._each
     rows = [self._rows[self._shuffled(int(place))] for place in places.reshape(-1)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    batch["mask"] &= places.reshape(-1, 1) < self._rows_in_all
+    batch["mask"] &= (there & (places < self._rows_in_all)).reshape(-1, 1)
     return {name: x.reshape(*places.shape, -1) for name, x in batch.items()}
 
   def _shuffled(self, place: int) -> int:

@@ -38,10 +38,16 @@ class Row(NamedTuple):
 class How(NamedTuple):
   """How files are read: settings of `config.data`."""
 
-  columns: tuple[str, ...]  # those asked for: no other is decoded
+  columns: tuple[str, ...] | None  # those asked for: no other is decoded; None: all
   text_column: str = "text"  # the name of what a file of plain text holds
   separator: str = ""
   encoding: str = "utf-8"
+  label_column: str = ""  # of a file of plain text, for its label; empty: none
+  label: str = ""  # that label, the name of the file's folder
+
+  def of(self, names: Iterable[str]) -> list[str]:
+    """Those of a table's columns that are asked for."""
+    return [name for name in dict.fromkeys(names) if self.columns is None or name in self.columns]
 
 
 class ClassName(str):
@@ -67,6 +73,7 @@ def kind(file: PurePath) -> str:
 def rows(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
   """All rows of a file. Those that do not parse come with a fault; a file that cannot be read at all raises one of ERRORS."""
   must_be_fetched(file)
+  how = how._replace(label=file.resolve().parent.name)
   if kind(file) == ".zip":
     yield from _archive(file, how, notes)
   elif kind(file) in STREAMED:
@@ -96,6 +103,7 @@ def _archive(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
     )
     for entry in read:
       where, of = f"{file}: {entry.filename}", kinds[entry]
+      how = how._replace(label=PurePath(entry.filename).parent.name)
       with archive.open(entry) as raw:
         if of in STREAMED:
           yield from _streamed(where, of, io.BufferedReader(raw), how, notes)
@@ -187,7 +195,8 @@ def _text(where: str, stream: io.BufferedReader, how: How, notes: collections.Co
       notes["parts between separators with nothing but blanks in them, left out"] += 1
       continue
     try:
-      yield Row(at, {how.text_column: part.decode()})
+      label = {how.label_column: how.label} if how.label_column else {}
+      yield Row(at, {how.text_column: part.decode()} | label)
     except UnicodeDecodeError as error:
       yield Row(at, {}, _not_utf8(error))
 
@@ -204,7 +213,7 @@ def _json(where: str, stream: io.BufferedReader, how: How, notes: collections.Co
   except (ValueError, RecursionError):  # of which the first line is whole, and more follows
     yield from _json_lines(where, io.BytesIO(content), notes)
     return
-  is_row = isinstance(found, dict) and found.keys() & {*how.columns}
+  is_row = isinstance(found, dict) and (how.columns is None or found.keys() & {*how.columns})
   if isinstance(found, dict) and not is_row and any(isinstance(value, list) for value in found.values()):
     raise RequestError(
       f"{where}: one JSON object, with {', '.join(map(repr, found))[:200]}, and not a list of rows; "
@@ -288,7 +297,7 @@ def _delimiter(first: list[bytes], how: How, notes: collections.Counter, usual: 
       names = next(csv.reader([header], delimiter=delimiter), [])
     except csv.Error:
       continue
-    if set(names) & set(how.columns):
+    if len(names) > 1 if how.columns is None else set(names) & set(how.columns):
       notes[f"csv files whose cells are divided by {delimiter!r}"] += delimiter != usual
       return delimiter
   return usual
@@ -296,7 +305,7 @@ def _delimiter(first: list[bytes], how: How, notes: collections.Counter, usual: 
 
 def _must_be_one(where: str, names: list[str], how: How) -> None:
   """Raises RequestError for a column that is asked for and is there twice; other names may be, as the empty one often is."""
-  if twice := [name for name in how.columns if names.count(name) > 1]:
+  if twice := [name for name in how.columns or () if names.count(name) > 1]:
     raise RequestError(f"{where}: two columns are called {twice[0]!r}")
 
 
@@ -315,7 +324,7 @@ def _table(where: str, kind: str, file: Path | BinaryIO, how: How) -> Iterator[R
     schema, count = content.schema, content.num_rows
     batches = lambda names: content.select(names).to_batches(1000)
   _must_be_one(where, schema.names, how)
-  nothing, wanted = dict.fromkeys(schema.names), [name for name in how.columns if name in schema.names]
+  nothing, wanted = dict.fromkeys(schema.names), how.of(schema.names)
   if not wanted:
     yield from (Row(f"{where}, row {number}", nothing) for number in range(1, count + 1))
     return

@@ -5,14 +5,14 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxft.data import cache, formats, readers, sources, tokens
+from jaxft.data import cache, columns, formats, readers, sources, tokens
 from jaxft.data.formats import BadRow, Example
 from jaxft.data.pack import ConcatRows, ExampleRows, LabelRows, StridedRows
 from jaxft.errors import RequestError
@@ -38,12 +38,13 @@ SHAPING = (
   "limit_validation",
   "shuffle_seed",
   "on_bad_row",
+  "duplicates",
 )
 
 
 class Data(NamedTuple):
   train: Rows
-  validation: Rows
+  validation: Rows | None  # None: nothing is held out
   labels: list[str]  # of the classification format, in the order of their numbers
   floor: float | None  # nats per validation token that no model can go below, where the source knows it
   fingerprint: str  # of the training examples and how they lie in rows
@@ -58,19 +59,21 @@ class Data(NamedTuple):
     renumbered = lambda rows: LabelRows(
       dataclasses.replace(rows.tokens, labels_N=number[np.asarray(rows.tokens.labels_N)]), rows.T
     )
-    return self._replace(train=renumbered(self.train), validation=renumbered(self.validation), labels=list(classes))
+    validation = renumbered(self.validation) if self.validation else None
+    return self._replace(train=renumbered(self.train), validation=validation, labels=list(classes))
 
   def to_json(self, train: ConfigDict) -> str:
-    """The content of data_report.json, for a run of `config.train`; raises RequestError as `run_length` does."""
+    """The content of data_report.json, for a run of `config.train`; ."""
     _, in_all = run_length(self.train, train)
     steps = -(-len(self.train) // train.batch_size)
     last = len(self.train) - (steps - 1) * train.batch_size
     full = last == train.batch_size
+    rest = "; the next epoch fills the rest, and after the last one it is masked"
+    rest = rest if steps > 1 else "; the rest is masked"
     epoch = {
       "steps_per_epoch": steps,
       "steps_in_all": in_all,
-      "last_step_of_an_epoch": f"{last} of {train.batch_size} sequences"
-      + ("" if full else "; the next epoch fills the rest, and after the last one it is masked"),
+      "last_step_of_an_epoch": f"{last} of {train.batch_size} sequences" + ("" if full else rest),
     }
     return json.dumps(self.report | epoch, indent=2) + "\n"
 
@@ -88,6 +91,8 @@ class Manifest(TypedDict):
   characters: int
   lost: int  # characters without a token
   notes: dict[str, int]
+  said: list[str]  # what was done where the settings do not say it
+  tails: int  # documents whose end is held out
 
 
 def prepare(
@@ -117,6 +122,8 @@ def prepare(
     return made
 
   entry, manifest = cache.open_or_make(folder, key, make, say)
+  for line in manifest["said"]:
+    say(line)
   if manifest["lost"]:
     say(
       f"{manifest['lost']:,} of {manifest['characters']:,} characters have no token in the model's tokenizer: they are left "
@@ -125,16 +132,18 @@ def prepare(
   stored = {name: cache.tokens(entry, name, manifest) for name in SPLITS}
   laid_out = {name: lay_out(stored[name], data, tokenizer.eos_token_id) for name in SPLITS}
   for name, rows in laid_out.items():
-    if not len(rows):
+    if not len(rows) and len(stored[name]):
       raise RequestError(
         f"config.data: the {name} examples leave no row of {data.sequence_length} tokens with anything to learn in it; "
         "raise config.data.sequence_length"
       )
-  floor = float(stored["validation"].nats_N.sum() / len(stored["validation"].ids)) if data.nats_column else None
+  held_out = stored["validation"]
+  known = len(held_out) and len(held_out.nats_N) == len(held_out)
+  floor = float(held_out.nats_N.sum() / len(held_out.ids)) if known else None
   layout = f"{data.layout} {data.sequence_length} {manifest['labels']} {cache.fingerprint('train', manifest)}"
   return Data(
     laid_out["train"],
-    laid_out["validation"],
+    laid_out["validation"] if len(held_out) else None,
     [
       readers.ClassName(label, number) if number is not None else label
       for label, number in zip(manifest["labels"], manifest["numbers"], strict=True)
@@ -150,7 +159,7 @@ def prepare(
 
 def _unrelated(data: ConfigDict, tokenizer: Any) -> Rows:
   """What `data.unrelated` names as text, in rows like those of the run, which one program evaluates."""
-  how = ConfigDict(data.to_dict() | {"format": "text", "nats_column": ""})
+  how = ConfigDict(data.to_dict() | {"format": "text", "nats_column": "", "template": formats.PLAIN})
   nothing = collections.Counter()
   stored = tokens.in_memory(examples(data.unrelated, "validation", how, nothing, nothing), tokenizer)
   if not len(stored):
@@ -167,18 +176,32 @@ def _sources(data: ConfigDict) -> dict[str, list]:
 
 
 def examples(
-  names: tuple[str, ...], split: str, data: ConfigDict, dropped: collections.Counter, notes: collections.Counter
+  names: tuple[str, ...],
+  split: str,
+  data: ConfigDict,
+  dropped: collections.Counter,
+  notes: collections.Counter,
+  say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Example]:
-  """The examples of all rows. Bad ones are counted in `dropped`, or raise RequestError."""
-  how = sources.How(formats.columns(data), data.text_column, data.separator, data.encoding)
-  rows = sources.read(names, split, how, notes)
-  for row in rows:
-    try:
-      yield formats.example(row, data)
-    except BadRow as fault:
-      if data.on_bad_row == "error":
-        raise formats.refuse(row, fault) from fault
-      dropped[formats.reason(str(fault))] += 1
+  """The examples of all rows. Bad ones are counted in `dropped`, or raise RequestError.
+
+  Args:
+    say: told of each column that is read in place of one that is not there.
+  """
+  for name in names:
+    of_source, lines = columns.resolve(name, split, data)
+    for line in lines:
+      say(line)
+    how = sources.How(
+      formats.columns(of_source), data.text_column, data.separator, data.encoding, formats.label_column(of_source)
+    )
+    for row in sources.read((name,), split, how, notes):
+      try:
+        yield formats.example(row, of_source)
+      except BadRow as fault:
+        if data.on_bad_row == "error":
+          raise formats.refuse(row, fault) from fault
+        dropped[formats.reason(str(fault))] += 1
 
 
 class Source(NamedTuple):
@@ -193,18 +216,24 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> Manifes
   dropped, notes, labels, seen = collections.Counter(), collections.Counter(), set(), set()
   all_sources = [Source(name, "train", weight) for name, weight in map(sources.weighted, data.train)]
   all_sources += [Source(name, "validation", 1.0) for name in data.validation]
-  duplicates, counts = 0, []
+  said, counts, read_before = [], [], bytearray()
   for source in all_sources:
     counts.append(0)
-    for example in examples((source.name,), source.split, data, dropped, notes):
+    for example in examples((source.name,), source.split, data, dropped, notes, said.append):
       counts[-1] += 1
       labels.add(example.label)
       digest = hash((example.label, example.text))  # of 64 bits
-      duplicates += digest in seen
+      read_before.append(digest in seen)
       seen.add(digest)
   seen.clear()
   bad = sum(dropped.values())
-  places = _choose(all_sources, counts, data, rng, dropped)
+  duplicates = np.frombuffer(read_before, bool)
+  places, share = _choose(all_sources, counts, duplicates, data, rng, dropped)
+  if share:
+    said.append(
+      f"{_count(sum(counts), 'document')}: the last {100 * share:g} % of each is held out, as a document of its own "
+      "(config.data.validation_fraction)"
+    )
   passes = [_passes(source.weight, of, rng, dropped) for source, of in zip(all_sources, places)]
   if not any((of == TRAIN).any() and often[of == TRAIN].any() for of, often in zip(places, passes)):
     raise RequestError(f"config.data.train={data.train!r}: the weights leave no document to train on")
@@ -219,15 +248,19 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> Manifes
 
   dtype = tokens.ids_dtype(tokenizer)
   writers = {name: cache.Writer(folder, name, dtype) for name in SPLITS}
-  done = merged = lost = characters = 0
+  done = merged = lost = characters = tails = 0
   again = collections.Counter()  # the second pass meets the same bad rows, which the first has counted
   for source, of, often in zip(all_sources, places, passes):
     for number_of_pass in range(often.max(initial=0)):
       wanted = often > number_of_pass
       chosen = itertools.compress(examples((source.name,), source.split, data, again, again), wanted)
       to = iter(of[wanted])
+      if share:
+        places_of_parts = collections.deque()
+        chosen, to = _parts(chosen, share, number_of_pass == 0, places_of_parts), iter(places_of_parts.popleft, None)
       for batch, encoded in tokens.encode_all(chosen, tokenizer, dtype):
         batch_to = np.fromiter(itertools.islice(to, len(batch)), np.uint8, len(batch))
+        tails += int((batch_to == HELD_OUT).sum()) if share else 0
         for name, place in SPLITS.items():
           if len(mine := np.flatnonzero(batch_to == place)):
             nats = [batch[i].nats for i in mine if batch[i].nats is not None]
@@ -237,7 +270,7 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> Manifes
         characters += sum(len(example.text) for example in batch)
         done += len(batch)
         tell(done, total)
-  if done != total:
+  if done != total + tails:
     raise RequestError("config.data: a source has changed while it was read; run again")
   more = sum(int(np.maximum(of, 1).sum()) - len(of) for of in passes)
   if more:
@@ -254,11 +287,13 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> Manifes
     numbers=[getattr(label, "number", None) for label in labels],
     read=sum(counts) + bad + more,
     dropped=dict(dropped),
-    duplicates=duplicates,
+    duplicates=int(duplicates.sum()),
     merged=merged,
     characters=characters,
     lost=lost,
     notes={note: count for note, count in notes.items() if count},
+    said=list(dict.fromkeys(said)),
+    tails=tails,
   )
 
 
@@ -269,23 +304,63 @@ def _number_first(label: str) -> tuple:
 
 
 def _choose(
-  all_sources: list[Source], counts: list[int], data: ConfigDict, rng: np.random.Generator, dropped: collections.Counter
-) -> list[np.ndarray]:
-  """For each source the split that each of its examples goes to; raises RequestError when one would be empty."""
+  all_sources: list[Source],
+  counts: list[int],
+  duplicates: np.ndarray,
+  data: ConfigDict,
+  rng: np.random.Generator,
+  dropped: collections.Counter,
+) -> tuple[list[np.ndarray], float]:
+  """For each source the split that each of its examples goes to, and the share that is held out at the end of each document.
+
+  That share is 0 where whole documents are held out. Raises RequestError when there is nothing to train on, or to evaluate on
+  although sources are named for it.
+  """
   places = np.concatenate([np.full(n, SPLITS[source.split], np.uint8) for source, n in zip(all_sources, counts)])
-  if not data.validation:
-    places[rng.permutation(len(places))[: round(len(places) * data.validation_fraction)]] = HELD_OUT
+  if data.duplicates == "drop" and duplicates.any():
+    places[duplicates] = OUT
+    dropped["duplicates"] = int(duplicates.sum())
+  share = 0.0
+  if not data.validation and data.validation_fraction:
+    there = np.flatnonzero(places == TRAIN)
+    some = round(len(there) * data.validation_fraction)
+    if not some and data.format == "text":
+      share = data.validation_fraction
+    elif not some and len(there) > 1:
+      some = 1
+    places[rng.permutation(there)[:some]] = HELD_OUT
   for name, place in SPLITS.items():
     there, limit = np.flatnonzero(places == place), data[f"limit_{name}"]
-    if not len(there):
+    if not len(there) and (place == TRAIN or data.validation):
       raise RequestError(
-        f"config.data: no {name} examples ({sum(counts)} good rows, {sum(dropped.values())} bad ones, "
-        f"validation_fraction={data.validation_fraction}); give more data, or name some in config.data.validation"
+        f"config.data: no {name} examples ({_count(sum(counts), 'good row')}, {sum(dropped.values())} dropped); give more data"
       )
     if limit and limit < len(there):
       places[rng.permutation(there)[limit:]] = OUT
       dropped[f"limit_{name}"] = len(there) - limit
-  return np.split(places, np.cumsum(counts)[:-1])
+  return np.split(places, np.cumsum(counts)[:-1]), share
+
+
+def _parts(
+  documents: Iterable[Example], share: float, with_end: bool, places: collections.deque[int]
+) -> Iterator[Example]:
+  """Each document without its end, to train on, and its end, to be held out, cut behind a blank where there is one near.
+
+  Args:
+    with_end: whether the ends are wanted.
+    places: gets the split of each example that comes.
+  """
+  for document in documents:
+    at = len(document.text) - max(1, round(len(document.text) * share))
+    at = document.text.rfind(" ", at // 2, at) + 1 or at
+    places.append(TRAIN)
+    if not at:  # of one letter
+      yield document
+      continue
+    yield document._replace(text=document.text[:at], nats=None)
+    if with_end:
+      places.append(HELD_OUT)
+      yield document._replace(text=document.text[at:], nats=None)
 
 
 def _passes(weight: float, places: np.ndarray, rng: np.random.Generator, dropped: collections.Counter) -> np.ndarray:
@@ -322,7 +397,7 @@ def _report(manifest: Manifest, stored: dict[str, tokens.Tokens], laid_out: dict
     "rows": {
       "read": manifest["read"],
       "trained": len(train) - accounts["train"].empty,
-      "held_out": len(held_out) - accounts["validation"].empty,
+      "held_out": len(held_out) - accounts["validation"].empty - manifest["tails"],
       "dropped": manifest["dropped"] | ({"the prompt leaves no room in a row": empty} if empty else {}),
     },
     "tokens": {
@@ -348,19 +423,20 @@ def _report(manifest: Manifest, stored: dict[str, tokens.Tokens], laid_out: dict
     "padding_share": round(1 - accounts["train"].columns / (len(laid_out["train"]) * T), 4),
     "duplicates": manifest["duplicates"],
     "prompt_ends_inside_a_token": manifest["merged"],
-    "notes": manifest["notes"],
+    "notes": manifest["notes"] | ({"documents whose end is held out": manifest["tails"]} if manifest["tails"] else {}),
   } | ({"labels": manifest["labels"]} if manifest["labels"] else {})
 
 
 def run_length(rows: Rows, train: ConfigDict) -> tuple[int, int]:
-  """Rows and optimizer steps of a run of `config.train`; raises RequestError, with the numbers, when there are too few rows.
+  """Rows and optimizer steps of a run of `config.train`.
 
   A run of so many steps goes through the rows as often as it takes; one of so many epochs masks the rest of its last step.
+  Where all rows are fewer than a batch, a step takes all of them and masks the rest.
   """
-  rows_in_all = train.steps * train.batch_size or max(1, round(train.epochs * len(rows)))
-  if train.batch_size > (len(rows) if train.steps else rows_in_all):
-    raise RequestError(
-      f"config.train.batch_size={train.batch_size}: the training text fills only {len(rows)} rows of {rows.T} tokens; "
-      "take a smaller batch, shorter rows (config.data.sequence_length) or more text"
-    )
-  return rows_in_all, -(-rows_in_all // train.batch_size)
+  a_step = min(train.batch_size, len(rows))
+  rows_in_all = train.steps * a_step or max(1, round(train.epochs * len(rows)))
+  return rows_in_all, -(-rows_in_all // a_step)
+
+
+def _count(n: int, what: str) -> str:
+  return f"{n:,} {what}{'' if n == 1 else 's'}"

@@ -322,7 +322,13 @@ def read(sources: tuple[str, ...], split: str, how: How, notes: collections.Coun
       with _named(source):
         yield from _of_hub(source, split, how)
       continue
-    for file in find_files(source, split, notes):
+    files = find_files(source, split, notes)
+    # Where folders name the labels, a file that lies in none of them has none.
+    in_folders = how.label_column and any(file.parent != Path(source) for file in files)
+    for file in files:
+      if in_folders and file.parent == Path(source) and kind(file) in (".txt", ".md"):
+        yield Row(str(file), {}, "not in one of the folders that name the labels")
+        continue
       with _named(file):
         yield from readers.rows(file, how, notes)
 
@@ -330,7 +336,7 @@ def read(sources: tuple[str, ...], split: str, how: How, notes: collections.Coun
 def _of_hub(source: str, split: str, how: How) -> Iterator[Row]:
   rows = _hub(source, split)
   nothing, names = dict.fromkeys(rows.column_names), readers.class_names(rows.features or {})
-  wanted = [name for name in how.columns if name in nothing]
+  wanted = how.of(nothing)
   for number, columns in enumerate(rows.select_columns(wanted) if wanted else [{}] * len(rows), 1):
     yield Row(f"{source}, row {number}", readers.with_names(nothing | columns, names))
 
@@ -370,6 +376,18 @@ def _hub(source: str, split: str) -> Any:
     raise RequestError(
       f"data source {source!r}: {first_line(error)}; check the name and the split, or download it and give the files"
     ) from error
+
+
+def has_split(source: str, split: str) -> bool:
+  """Whether a hub data set has a split of that name; False where that cannot be known: reading it says why."""
+  import datasets
+
+  name, configuration = _configuration(source.removeprefix("hub:"))
+  try:
+    with _without_waiting(name):
+      return split in datasets.get_dataset_split_names(name, configuration)
+  except Exception:  # hub, network and format errors share no class
+    return False
 
 
 def _configuration(name: str) -> tuple[str, str | None]:

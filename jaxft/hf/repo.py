@@ -58,6 +58,7 @@ class Checkpoint(NamedTuple):
   torch_bin: bool = False  # pickles may be read
   new_head: bool = False  # the classes are the run's own: their scores are not in the folder
   adapter: Path | None = None  # LoRA adapters of PEFT that are merged into the weights as they are read
+  tokenizer: Path | None = None  # folder of another tokenizer than the model's own
 
   @property
   def family(self) -> Family:
@@ -70,6 +71,8 @@ class Checkpoint(NamedTuple):
   @property
   def tokenizer_folder(self) -> Path:
     """Where the tokenizer is: adapters may have their own, with which they were trained."""
+    if self.tokenizer:
+      return self.tokenizer
     own = self.adapter and any((self.adapter / name).is_file() for name in tokenizers.VOCABULARIES)
     return self.adapter if own else self.folder
 

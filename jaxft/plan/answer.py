@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from jaxft import backend
 from jaxft import config as settings
 from jaxft.errors import RequestError
-from jaxft.hf import chosen, facts, repo
+from jaxft.hf import chosen, facts, repo, source
 from jaxft.hf.published import PUBLISHED
 from jaxft.model import ModelConfig
 from jaxft.plan import compile, estimate, figures, fit, targets
@@ -75,12 +75,20 @@ def model_facts(config: ConfigDict) -> ModelConfig:
   """The architecture that `config` trains, without its weights; of the published models without a network too."""
   path, published = config.model.path, {name.lower(): value for name, value in PUBLISHED.items()}
   name = path.lower().removeprefix("openai-community/")
-  if config.model.config and config.model.init == "scratch":
-    hf_config, cfg = repo.read_config(Path(config.model.config))
-  elif name in published and not repo.is_local(path):
+  scratch = config.model.init == "scratch"
+  if config.model.config and scratch:
+    return _as_run(config, *source.sizes(config.model))
+  if name in published and not repo.is_local(path):
     hf_config, cfg = published[name], facts.model_config(published[name])
   else:
     _, hf_config, cfg, *_ = repo.find(path, config.model.revision, weights=False)
+  if scratch:
+    hf_config, cfg = source.sizes(config.model, hf_config, Path(path) / "config.json")
+  return _as_run(config, hf_config, cfg)
+
+
+def _as_run(config: ConfigDict, hf_config: dict[str, Any], cfg: ModelConfig) -> ModelConfig:
+  """The architecture as a run of `config` changes it; raises RequestError for rows that are too long for it."""
   if config.data.sequence_length > cfg.P:
     raise RequestError(f"config.data.sequence_length={config.data.sequence_length}: the model has {cfg.P} positions")
   if config.model.head == "classification" and not cfg.classes:

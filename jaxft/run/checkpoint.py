@@ -192,11 +192,12 @@ class Checkpoints:
     step = self._manager.best_step()
     return step if step is not None and self._lowest(self._manager.metrics(step)) < math.inf else None
 
-  def to_come(self, total_steps: int, train: ConfigDict) -> int:
+  def to_come(self, total_steps: int, train: ConfigDict, steps_of_epoch: int) -> int:
     """How many more checkpoints the disk will have to hold at once, until a run of so many steps is through."""
-    steps, everies = self.steps(), [train.save_every or total_steps]
+    of = lambda every: (steps_of_epoch if every == "epoch" else every) or total_steps
+    steps, everies = self.steps(), [of(train.save_every)]
     if train.keep_best_metric:
-      everies.append(train.eval_every or total_steps)
+      everies.append(of(train.eval_every))
     saves = sum(-(-(total_steps - max(steps, default=0)) // every) for every in everies)
     at_once = max(train.keep, 2) + bool(train.keep_best_metric) + 1  # while the next one is written
     return min(saves, max(at_once - len(steps), 1))

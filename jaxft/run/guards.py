@@ -1,11 +1,12 @@
 """What watches over a run: signals that ask it to stop, one writer a workdir, room on the disk."""
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -123,6 +124,36 @@ def _holder(about: Path) -> str:
     return f"process {holder['pid']} on {holder['host']}"
   except (OSError, ValueError, KeyError, TypeError):
     return "another run"
+
+
+def move_aside(workdir: Path, used: Iterable[Path]) -> Path | None:
+  """Renames the folder of a run, so that a new one may begin there, and returns its new name; None where there is no run.
+
+  Args:
+    workdir: the folder.
+    used: what the new run reads, none of which may lie in it.
+
+  Raises:
+    RequestError: something that is used lies there, or another run writes there.
+    StorageError: it cannot be renamed.
+  """
+  if not (workdir / "checkpoints").exists() and not (workdir / "metrics.jsonl").exists():
+    return None
+  for path in (Path.cwd(), *used):
+    if path.resolve().is_relative_to(workdir.resolve()):
+      raise RequestError(
+        f"--overwrite_output_dir: {path} lies in {workdir}, which would be moved aside; name another --workdir"
+      )
+  there = workdir.resolve()
+  names = (there.with_name(f"{there.name}.{number}") for number in itertools.count(1))
+  aside = next(name for name in names if not os.path.lexists(name))
+  with only_writer(there):
+    try:
+      there.rename(aside)
+    except OSError as error:
+      raise StorageError(f"--overwrite_output_dir: {workdir}: {refused(workdir, error)}") from error
+  (aside / "run.lock.json").unlink(missing_ok=True)
+  return aside
 
 
 def must_have_room(needed: dict[Path, int], what: str) -> None:

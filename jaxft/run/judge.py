@@ -28,17 +28,20 @@ class Judge:
     """`eval_step`: compiled for `program.eval_batch`."""
     self._config, self._program, self._eval_step, self._generator = config.train, program, eval_step, generator
     self._data, self._tokenizer, self._reporter = data, tokenizer, reporter
-    limit = config.train.eval_batches * program.rows_at_once
-    self._held_out_bytes = 0 if data.labels else tokens.bytes_learned(data.validation, tokenizer, limit)
+    limit = config.train.eval_batches * program.eval_rows
+    known = data.validation and not data.labels
+    self._held_out_bytes = tokens.bytes_learned(data.validation, tokenizer, limit) if known else 0
 
   def evaluate(self, weights: Any, step: int, when: str) -> dict[str, float]:
-    """What of it goes into metrics.jsonl; raises NumericsError when the loss is not finite."""
+    """What of it goes into metrics.jsonl, {} where nothing is held out; raises NumericsError when the loss is not finite."""
+    if not self._data.validation:
+      return {}
     unrelated = self._evaluation(weights, self._data.unrelated) if self._data.unrelated else None
     held_out = self._evaluation(weights, self._data.validation)
     return self._reporter.evaluation(step, when, held_out, self._held_out_bytes, unrelated)
 
   def _evaluation(self, weights: Any, rows: Rows) -> steps.Evaluation:
-    at_once, sharding = self._program.rows_at_once, self._program.batch_sharding
+    at_once, sharding = self._program.eval_rows, self._program.batch_sharding
     batches = loader.evaluation_batches(rows, batch_size=at_once, limit=self._config.eval_batches, sharding=sharding)
     return steps.evaluate(self._eval_step, weights, batches)
 

@@ -13,6 +13,7 @@ from jaxft.run.checkpoint import NOT_READ, Checkpoints, described
 from jaxft.run.tracking import say
 from jaxft.step import Changing
 
+LENGTH = ("config.train.steps", "config.train.epochs")  # what only makes a run longer or shorter
 ANOTHER, ALLOWED = (
   "name another --workdir",
   "go back to its settings, name another --workdir, or go on with --allow_change",
@@ -33,7 +34,13 @@ def refuse_another_run(
       raise
     except StorageError:
       continue  # `resume` will say so
-    lines = settings.changed(meta["config"], config)
+    lines, longer = settings.changed(meta["config"], config), ""
+    if meta["total_steps"] < about["total_steps"]:
+      lines = [line for line in lines if line.split("=")[0] not in LENGTH]
+      longer = (
+        f"{about['total_steps']} steps in all instead of {meta['total_steps']}: going on at step {step}, with the learning "
+        "rate as a run of that length has it"
+      )
     now = json.loads(json.dumps(about["model"]))
     lines += [
       f"config.json of config.model.path={config.model.path!r}: {name} is {now.get(name)!r}; the run was started with {was!r}"
@@ -56,7 +63,7 @@ def refuse_another_run(
       lines.append("config.data: the training text, or how it is cut into tokens, is not what the run was started with")
     if meta.get("held_out", about["held_out"]) != about["held_out"]:  # a record of before 2026-11-28 has none
       lines.append("config.data: the held-out text is not what the run was started with")
-    if meta["total_steps"] != about["total_steps"]:
+    if meta["total_steps"] > about["total_steps"]:
       lines.append(f"{about['total_steps']} steps in all: the run was started for {meta['total_steps']}")
     if about["total_steps"] < step:
       raise RequestError(
@@ -68,6 +75,8 @@ def refuse_another_run(
     elif lines:
       lines.append(f"{checkpoints.folder} holds another run: {ALLOWED}")
       raise RequestError("\n".join(lines))
+    if longer:
+      say(longer)
     return
 
 

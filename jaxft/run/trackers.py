@@ -45,7 +45,7 @@ class TensorBoard:
     from tensorboardX import SummaryWriter
     from tensorboardX.summary import hparams
 
-    folder = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    folder = run.settings.get("tracking.logging_dir") or os.environ.get("TENSORBOARD_LOGGING_DIR")
     self.where = str(Path(folder) / f"{run.some_name}-{run.id[:6]}" if folder else Path(run.workdir) / "tensorboard")
     # Two pieces that start in the same second would have one file name: the second would replace the first.
     # A full disk ends tensorboardX's thread, and a bounded queue that nobody empties would be waited for for ever.

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
@@ -170,8 +171,9 @@ class Reporter:
     device: jax.Device,
     seconds_at_peak: float | None = None,
     system: SystemMetrics | None = None,
+    rows: int = 1,
   ):
-    """`seconds_at_peak`: of a step, for its MFU; None where the device's peak is not known."""
+    """`seconds_at_peak`: of a step, for its MFU; None where the device's peak is not known. `rows`: of an epoch."""
     self.tokens_seen, self.clock = tokens_seen, Clock()
     self._train, self._seed, self._total, self._floor, self._device = (
       config.train,
@@ -181,6 +183,7 @@ class Reporter:
       device,
     )
     self._bad_in_a_row, self._seconds_at_peak = 0, seconds_at_peak
+    self._is_due = functools.partial(due_at, config.train.log_every, rows=rows, batch_size=config.train.batch_size)
     last_kept = start if start else -1  # a run that begins again evaluates and samples again
     writes = jax.process_index() == 0
     self.metrics, self.samples = (
@@ -199,7 +202,7 @@ class Reporter:
       mfu = {"perf/mfu": round(self._seconds_at_peak / self.clock.step_seconds, 4)}
       speed += f"  MFU {mfu['perf/mfu']:.0%}"
     meter.at(step, f"loss {loss:.4f}  {speed}")
-    if step % self._train.log_every == 0 or step == self._total or numbers["bad"]:
+    if self._is_due(step) or step == self._total or numbers["bad"]:
       self._write(
         step,
         {
@@ -276,9 +279,17 @@ class Reporter:
     """Eval loss before and at this step, and the floor, in one line."""
     losses = [line["eval/loss"] for line in self.metrics.all if "eval/loss" in line and line["step"] <= step]
     if not losses:  # a finished run whose metrics.jsonl is gone
-      return "metrics.jsonl has no eval loss of this run"
+      return "no eval loss: nothing was held out, or metrics.jsonl of this run is gone"
     floor = "" if self._floor is None else f"; the text's own entropy: {self._floor:.4f}"
     return f"eval loss {losses[0]:.4f} -> {losses[-1]:.4f} ({100 * (losses[-1] / losses[0] - 1):+.1f} %){floor}"
+
+
+def due_at(every: int | str, step: int, rows: int, batch_size: int) -> bool:
+  """Whether what happens every so many steps (0: never), or at the end of each epoch of so many rows, is due after a step."""
+  if every == "epoch":
+    a_step = min(batch_size, rows)
+    return step * a_step // rows > (step - 1) * a_step // rows
+  return every > 0 and step % every == 0
 
 
 def bits_per_byte(loss: float, tokens: int, nbytes: int) -> float:
