@@ -36,12 +36,6 @@ CONFIGS = {
 }
 
 
-def test_a_batch_larger_than_the_text_is_refused_with_the_numbers(config, tmp_path):
-  config.train.batch_size = 1000
-  with pytest.raises(RequestError, match=r"batch_size=1000: the training text fills only \d+ rows of 32 tokens"):
-    finetune(config, tmp_path)
-
-
 def test_weights_that_are_not_finite_end_the_run_before_it_begins(config, folder, tmp_path):
   damaged = shutil.copytree(folder, tmp_path / "damaged")
   tensors = load_file(folder / "model.safetensors")

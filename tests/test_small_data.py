@@ -1,0 +1,261 @@
+"""Data as it comes: other names of columns, folders as labels, templates, duplicates, and very little text."""
+
+import collections
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from jaxft import config as settings
+from jaxft.data import report
+from jaxft.data.loader import Steps
+from jaxft.errors import RequestError
+from jaxft.hf import tokenizer as tokenizers
+from jaxft.pretrained import load_workdir
+from jaxft.run.tracking import due_at
+from jaxft.train import finetune
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+  return tokenizers.load(folder, 293)
+
+
+def prepared(tokenizer, tmp_path, *files, **data):
+  """The data, and the lines that were said of it."""
+  config, said = settings.default(), []
+  how = {"sequence_length": 16, "cache_dir": str(tmp_path / "cache"), "layout": "pad", **data}
+  config.data.update(train=tuple(map(str, files)), **how)
+  return report.prepare(config.data, tokenizer, "a tokenizer", say=said.append), said
+
+
+def read(*names, **how):
+  data, said = settings.default().data, []
+  data.update(how)
+  nothing = collections.Counter()
+  return list(report.examples(tuple(map(str, names)), "train", data, nothing, nothing, said.append)), said
+
+
+def table(tmp_path, kind, rows):
+  """The rows as a file of that kind."""
+  file = tmp_path / f"rows.{kind}"
+  if kind == "jsonl":
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  elif kind == "parquet":
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+  else:
+    sign = ";" if kind == "semicolons.csv" else ","
+    file.write_text("\n".join([sign.join(rows[0]), *(sign.join(map(str, row.values())) for row in rows)]) + "\n")
+  return file
+
+
+KINDS = ["jsonl", "parquet", "csv", "semicolons.csv"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("asked", ["joke", "text", "JOKE "])
+def test_the_only_text_of_a_row_is_read_and_told(tmp_path, kind, asked):
+  file = table(tmp_path, kind, [{"ID": i, "Joke": f"a cat {i}", "score": 0.5} for i in range(3)])
+  found, said = read(file, text_column=asked)
+  assert [example.text for example in found] == ["a cat 0", "a cat 1", "a cat 2"]
+  assert said == [f"{file}: column 'Joke' is read, as config.data.text_column={asked!r} is not there"]
+  assert read(file, text_column="Joke")[1] == []
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_two_texts_in_a_row_are_asked_about(tmp_path, kind):
+  file = table(tmp_path, kind, [{"title": "a", "body": "b"}])
+  with pytest.raises(RequestError, match="row 1: no column 'text' .it has 'title', 'body'; config.data.text_column"):
+    read(file)
+
+
+@pytest.mark.parametrize("names", [("prompt", "response"), ("Question", "ANSWER"), ("instruction", "output")])
+def test_a_question_and_its_answer_are_known_by_their_usual_names(tmp_path, names):
+  file = table(tmp_path, "jsonl", [dict(zip(names, ("who?", "me"))) | {"id": "x"}])
+  how = {"format": "prompt_completion", "prompt_column": "question", "completion_column": "answer"}
+  (example,), said = read(file, **how, template="Q {prompt} A {completion}")
+  assert example.text == "Q who? A me" and example.prompt == len("Q who? A ") and len(said) == 2
+  several = table(tmp_path, "jsonl", [{"prompt": "a", "instruction": "b", "response": "c"}])
+  with pytest.raises(RequestError, match="no column 'question'"):
+    read(several, **how)
+
+
+def test_a_template_of_plain_text_is_learned_whole(tmp_path, tokenizer):
+  file = table(tmp_path, "jsonl", [{"Prompt": "who?", "response": "me"}])
+  (example,), said = read(file, template="Question: {prompt}. Answer: {response}")
+  assert example.text == "Question: who?. Answer: me" and example.prompt == 0
+  assert said == [f"{file}: column 'Prompt' is read for {{prompt}} of config.data.template"]
+  with pytest.raises(RequestError, match="no column 'reply' .it has 'Prompt', 'response'; config.data.template"):
+    read(file, template="{prompt} {reply}")
+  plain = tmp_path / "a.txt"
+  plain.write_text("a cat")
+  (example,), said = read(plain, template="Question: {prompt}. Answer: {response}")
+  assert example.text == "a cat" and "its text is read as it is" in said[0]
+  # Evaluated on other text, a text that goes through no template.
+  data, _ = prepared(tokenizer, tmp_path, file, template="Q: {prompt}. A: {response}", unrelated=(str(plain),))
+  assert tokenizer.decode(data.unrelated.tokens.ids[:-1]) == "a cat"
+
+
+def test_folders_are_labels(tmp_path):
+  for name, text in (("pos/1", "good"), ("pos/2", "fine"), ("neg/1", "dull")):
+    (tmp_path / "reviews" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "reviews" / f"{name}.txt").write_text(text)
+  wanted = {("good", "pos"), ("fine", "pos"), ("dull", "neg")}
+  reviews = tmp_path / "reviews"
+  for names in ([reviews], [reviews / "*" / "*.txt"], [reviews / "pos", reviews / "neg"]):
+    found, _ = read(*names, format="classification")
+    assert {(example.text, example.label) for example in found} == wanted
+  (reviews / "urls.txt").write_text("https://example.org")
+  with pytest.raises(RequestError, match="urls.txt: not in one of the folders that name the labels"):
+    read(reviews, format="classification")
+  assert len(read(reviews, format="classification", on_bad_row="skip")[0]) == 3
+  assert len(read(reviews)[0]) == 4  # text without labels
+
+
+def test_duplicates_are_counted_and_dropped_where_that_is_wanted(tokenizer, tmp_path):
+  texts = ["a cat", "a dog", "a cat", "a mat", "a dog", "a cat"]
+  file = table(tmp_path, "jsonl", [{"text": text} for text in texts])
+  kept, _ = prepared(tokenizer, tmp_path, file, validation_fraction=0.0)
+  assert (kept.report["duplicates"], len(kept.train)) == (3, 6)
+  data, _ = prepared(tokenizer, tmp_path, file, validation_fraction=0.0, duplicates="drop")
+  rows = data.report["rows"]
+  assert (rows["read"], rows["trained"], rows["dropped"]) == (6, 3, {"duplicates": 3})
+  assert {tokenizer.decode(row["targets"][row["mask"]][:-1]) for row in data.train} == {"a cat", "a dog", "a mat"}
+  # A document that was trained on is not evaluated on.
+  other = tmp_path / "other.jsonl"
+  other.write_text('{"text": "a mat"}\n{"text": "a hat"}\n')
+  data, _ = prepared(tokenizer, tmp_path, file, validation=(str(other),), duplicates="drop")
+  assert [tokenizer.decode(row["targets"][row["mask"]][:-1]) for row in data.validation] == ["a hat"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_the_end_of_few_documents_is_held_out(tokenizer, tmp_path, count):
+  texts = [" ".join(f"cat {i} {j}" for j in range(100)) for i in range(count)]
+  file = table(tmp_path, "jsonl", [{"text": text} for text in texts])
+  data, said = prepared(tokenizer, tmp_path, file, layout="concat")
+  heads, tails = (
+    [tokenizer.decode(rows.tokens.ids[a : b - 1]) for a, b in zip(rows.tokens.starts_N1, rows.tokens.starts_N1[1:])]
+    for rows in (data.train, data.validation)
+  )
+  assert [head + tail for head, tail in zip(heads, tails, strict=True)] == texts
+  assert all(0.03 < len(tail) / len(text) < 0.08 for tail, text in zip(tails, texts))
+  rows = data.report["rows"]
+  assert (rows["read"], rows["trained"], rows["held_out"]) == (count, count, 0)
+  assert data.report["notes"]["documents whose end is held out"] == count
+  assert said[0].startswith(f"{count} document{'s' if count > 1 else ''}: the last 5 % of each is held out")
+
+
+def test_a_document_that_is_passed_over_twice_has_its_end_held_out_once(tokenizer, tmp_path):
+  file = tmp_path / "a.txt"
+  file.write_text(" ".join(f"cat {i}" for i in range(100)))
+  once, _ = prepared(tokenizer, tmp_path, file, layout="concat")
+  twice, _ = prepared(tokenizer, tmp_path, f"{file}@2", layout="concat")
+  assert np.array_equal(once.validation.tokens.ids, twice.validation.tokens.ids)
+  assert len(twice.train.tokens.ids) == 2 * len(once.train.tokens.ids)
+
+
+def test_few_pairs_hold_out_one_and_one_pair_none(tokenizer, tmp_path):
+  how = dict(format="prompt_completion", prompt_column="q", completion_column="a")
+  pairs = [{"q": f"cat {i}?", "a": "mat"} for i in range(3)]
+  data, _ = prepared(tokenizer, tmp_path, table(tmp_path, "jsonl", pairs), **how)
+  assert (len(data.train), len(data.validation)) == (2, 1)
+  data, _ = prepared(tokenizer, tmp_path, table(tmp_path, "jsonl", pairs[:1]), **how)
+  assert (len(data.train), data.validation) == (1, None)
+
+
+def test_the_floor_is_told_only_where_all_of_it_is_known(tokenizer, tmp_path):
+  file = table(tmp_path, "jsonl", [{"text": f"cat {i}", "nats": 2.0} for i in range(40)])
+  data, said = prepared(tokenizer, tmp_path, file, nats_column="nats")
+  assert data.floor and not said
+  data, said = prepared(tokenizer, tmp_path, file, nats_column="bits")
+  assert data.floor is None and said == [f"{file}: no column 'bits' (config.data.nats_column), so no floor of the loss"]
+
+
+@pytest.mark.parametrize("rows, batch_size, accumulation", [(1, 8, 1), (3, 8, 2), (7, 8, 8), (8, 8, 2), (13, 4, 2)])
+def test_a_step_of_fewer_rows_than_a_batch_takes_each_once(rows, batch_size, accumulation):
+  data = [{"ids": np.array([i]), "mask": np.array([True])} for i in range(rows)]
+  each, epochs = min(rows, batch_size), 3
+  steps = Steps(
+    data, batch_size=batch_size, accumulation=accumulation, seed=5, rows_in_all=epochs * rows,
+    mine=np.arange(batch_size // accumulation),
+  )  # fmt: skip
+  assert len(steps) == -(-epochs * rows // each)
+  seen = collections.Counter()
+  for step in range(len(steps)):
+    batch = steps[step]
+    assert batch["ids"].shape == (accumulation, batch_size // accumulation, 1)
+    there = batch["ids"][batch["mask"]].tolist()
+    assert len(there) <= each
+    if rows < batch_size:
+      assert sorted(there) == list(range(rows))
+    seen.update(there)
+  assert seen == dict.fromkeys(range(rows), epochs)
+
+
+@pytest.mark.parametrize("rows, batch_size", [(1, 8), (13, 4), (16, 4), (5, 3), (100, 7)])
+def test_the_end_of_each_epoch_is_due_once(rows, batch_size):
+  a_step = min(rows, batch_size)
+  steps = range(1, -(-5 * rows // a_step) + 1)
+  due = [step for step in steps if due_at("epoch", step, rows, batch_size)]
+  assert due == sorted({-(-epoch * rows // a_step) for epoch in range(1, 6)})
+  assert [step for step in range(1, 9) if due_at(3, step, rows, batch_size)] == [3, 6]
+  assert not any(due_at(0, step, rows, batch_size) for step in steps)
+
+
+@pytest.fixture(scope="module")
+def little(tmp_path_factory):
+  file = tmp_path_factory.mktemp("little") / "a.txt"
+  file.write_text("the cat sat on the mat and ran to the big red house")
+  return file
+
+
+def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, tmp_path, capsys):
+  config.data.train = (str(little),)
+  config.train.steps, config.train.epochs, config.optim.warmup_steps = 0, 4.0, 50
+  config.train.eval_every, config.train.save_every, config.train.eval_batch_size = "epoch", "epoch", 16
+  run = finetune(config, tmp_path / "run")
+  said = capsys.readouterr().out
+  assert "config.train.batch_size=8: the training text fills only 1 row, so each step takes all of it" in said
+  assert "config.optim.warmup_steps=50: more than the 4 steps of the run; 1 step instead, a tenth of them" in said
+  assert [line["step"] for line in run.metrics if "eval/loss" in line] == [0, 1, 2, 3, 4]
+  rates = [line["train/learning_rate"] for line in run.metrics if "train/loss" in line]
+  assert rates == pytest.approx([0, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
+  seen = [line["train/tokens"] for line in run.metrics if "train/loss" in line]
+  assert seen == [n * seen[0] for n in (1, 2, 3, 4)]
+  # The same folder with more epochs goes on; with fewer, or another rate, it is another run.
+  config.train.epochs = 6.0
+  longer = finetune(config, tmp_path / "run")
+  assert "6 steps in all instead of 4: going on at step 4" in capsys.readouterr().out
+  assert [line["step"] for line in longer.metrics if "eval/loss" in line] == [0, 1, 2, 3, 4, 5, 6]
+  assert longer.metrics[-2]["train/learning_rate"] == pytest.approx(1e-3 / 5)
+  for setting, value in (("epochs", 5.0), ("seed", 3)):
+    other = config.copy_and_resolve_references()
+    other.train[setting] = value
+    with pytest.raises(RequestError, match=f"config.train.{setting}={value}: the run was started with"):
+      finetune(other, tmp_path / "run")
+  # A new run moves it aside, whole; this one holds nothing out.
+  config.train.epochs, config.train.seed, config.data.validation_fraction = 1.0, 3, 0.0
+  before = {it.name for it in (tmp_path / "run").iterdir()}
+  run = finetune(config, tmp_path / "run", overwrite=True)
+  said = capsys.readouterr().out
+  assert f"moved to {tmp_path / 'run.1'}" in said
+  assert {it.name for it in (tmp_path / "run.1").iterdir()} == before - {"run.lock.json"}
+  assert load_workdir(tmp_path / "run.1").run[1] == 6
+  assert "nothing is held out, so there is no eval loss" in said and "no eval loss: nothing was held out" in said
+  assert [line["step"] for line in run.metrics] == [1] and not any("eval/loss" in line for line in run.metrics)
+  assert (run.export / "model.safetensors").exists() and (run.workdir / "report.html").exists()
+  with pytest.raises(RequestError, match="the run held nothing out; name a text with --data"):
+    load_workdir(run.workdir).evaluate_held_out()
+  config.data.cache_dir = str(tmp_path / "run" / "tokens")
+  with pytest.raises(RequestError, match="lies in .*run, which would be moved aside"):
+    finetune(config, tmp_path / "run", overwrite=True)
+
+
+def test_the_best_of_no_evaluations_is_refused(config, tmp_path):
+  file = table(tmp_path, "jsonl", [{"prompt": "cat", "completion": "mat"}])
+  config.data.train, config.data.format = (str(file),), "prompt_completion"
+  config.train.eval_every, config.train.keep_best_metric = 1, "eval/loss"
+  with pytest.raises(RequestError, match="config.train.keep_best_metric='eval/loss': nothing is held out of 1 row"):
+    finetune(config, tmp_path / "other")
