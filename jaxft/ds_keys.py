@@ -167,7 +167,7 @@ def _tensor(reading: Reading, _: str, value: Any) -> str:
 
 ORDERED = "XLA orders the transfers, a layer at a time"
 WHOLE = "always so: the export is a whole model in --config.export.dtype"
-QUANTIZED = "what devices send is not quantized: the numbers are better, and more bytes travel"
+QUANTIZED = "what devices send is not quantized: the numbers are more exact, and more bytes travel"
 STAGE3 = {
   "prefetch_bucket_size": ORDERED,
   "param_persistence_threshold": ORDERED,

@@ -409,6 +409,7 @@ def test_the_batch_is_told_to_whoever_counts_devices(rows, accumulation, batch):
     ({"sequence_parallel_size": 2}, "sequence_parallel_size=2", "set it to 1"),
     ({"zero_optimisation.stage": 2}, "zero_optimisation.stage", f"did you mean {ZERO}.stage?"),
     ({f"{ZERO}.overlap_com": True}, f"{ZERO}.overlap_com", f"did you mean {ZERO}.overlap_comm?"),
+    ({"weight_dcay": 0.1}, "weight_dcay", "did you mean optimizer.params.weight_decay?"),
     ({"stage": 2}, "stage", f"did you mean {ZERO}.stage?"),
     ({"foo.enabled": 2}, "foo.enabled", "docs/recipes/deepspeed.md"),
   ],
@@ -441,6 +442,37 @@ def test_a_known_key_is_never_unknown(key):
         translated(config)
       except RequestError as refusal:
         assert "no such key" not in str(refusal) and "\n" not in str(refusal)
+
+
+def test_rows_tell_what_another_key_has_decided():
+  became = {
+    entry.key: entry.became
+    for entry in translated(
+      nested(
+        {
+          f"{ZERO}.cpu_offload": False,
+          f"{ZERO}.offload_param.device": "cpu",
+          f"{ZERO}.offload_optimizer.device": "cpu",
+          "tensorboard.enabled": True,
+          "tensorboard.job_name": "a",
+          "csv_monitor.enabled": True,
+          "csv_monitor.job_name": "b",
+          "bf16.enabled": True,
+          "fp16.enabled": "auto",
+          "optimizer.type": "AdamW",
+          "optimizer.params.lr": 1e-4,
+          "scheduler.type": "WarmupLR",
+          "scheduler.params.warmup_max_lr": 1e-5,
+        }
+      )
+    ).entries
+  }
+  assert became[f"{ZERO}.cpu_offload"] == "nothing: it is off"
+  assert became[f"{ZERO}.offload_optimizer.device"] == became[f"{ZERO}.offload_param.device"]
+  assert became[f"{ZERO}.offload_param.device"].startswith("--config.memory.offload=all ")
+  assert became["csv_monitor.job_name"] == "nothing: the run is called a"
+  assert became["fp16.enabled"] == "auto: bf16.enabled is true"
+  assert became["optimizer.params.lr"].startswith("nothing: scheduler.params.warmup_max_lr is the peak")
 
 
 def test_rows_for_a_terminal():
@@ -595,11 +627,12 @@ def test_whatever_is_in_a_file_it_is_understood_or_refused(tmp_path):
 
 
 def test_a_large_file_is_refused_in_moments(tmp_path):
-  many = {"elasticity": {f"a{i}": i for i in range(20_000)}, **{f"zero_optimizatio{i}": i for i in range(20_000)}}
+  many = {"elasticity": {f"a{i}": i for i in range(20_000)}, ZERO: {f"overlap_com{i}": i for i in range(20_000)}}
   with pytest.raises(RequestError) as refusal:
     ds_config.read(written(tmp_path, json.dumps(many)))
   lines = str(refusal.value).splitlines()
-  assert len(lines) == 20_001 and "did you mean zero_optimization?" in lines[1] and "did you mean" not in lines[-1]
+  hint = f"did you mean {ZERO}.overlap_comm?"
+  assert len(lines) == 20_001 and hint in lines[1] and hint not in lines[-1]
 
 
 def test_the_page_has_the_table_of_the_code():
