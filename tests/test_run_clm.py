@@ -273,9 +273,3 @@ def test_halves_of_a_request_are_refused(monkeypatch, words, message):
 
 def test_the_page_has_the_table_of_the_code():
   assert run_clm.table() in (ROOT / "docs" / "recipes" / "run_clm.md").read_text()
-
-
-def test_settings_that_the_deepspeed_page_names_are_settings():
-  text = (ROOT / "docs" / "recipes" / "deepspeed.md").read_text()
-  names = {word.split("=")[0].strip("`,|; ").removeprefix("--config.") for word in text.split() if "--config." in word}
-  assert names and names <= settings.BY_NAME.keys(), names - settings.BY_NAME.keys()
