@@ -13,10 +13,9 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from jaxft import config as settings
-from jaxft import ds_config
 from jaxft.data import sources
 from jaxft.errors import RequestError
-from jaxft.files import exists
+from jaxft.files import at_home
 
 
 class Same(NamedTuple):
@@ -570,19 +569,27 @@ class Command:
     """Has been read already."""
 
   def _read_deepspeed(self, value: str) -> None:
-    file = Path(value)
-    if not exists(file):
-      raise RequestError(f"--{DEEPSPEED}={value}: no such file; give a ds_config.json")
-    self._file = ds_config.read(file)
-    beaten, by_flag = {}, {same.setting: name for name, same in SAME.items()}
+    """Takes what a ds_config.json says and no flag or setting of the command line says, and prints what became of it."""
+    from jaxft import ds_config, ds_keys  # tables that few commands need
+
+    self._file = ds_config.read(Path(at_home(value)))
+    beaten = {}
     for setting, of_file in self._file.settings.items():
-      flag = next((name for name in self._given if by_flag.get(setting) == name), None)
-      word = next((word for word in self._rest if word.startswith(f"--config.{setting}=")), None)
-      if flag or word:
-        beaten[setting] = word or f"--{flag}={self._given[flag]}"
+      if beats := self._beats(setting):
+        beaten[setting] = beats
       else:
         self.ours[setting] = of_file
+    for key, flag in ((ds_keys.ROWS, PER_DEVICE), (ds_keys.ACCUMULATION, ACCUMULATION), (ds_keys.BATCH, PER_DEVICE)):
+      if flag in self._given:
+        beaten[key] = f"--{flag}={self._given[flag]}"
     print(ds_config.table(self._file.entries, beaten), file=sys.stderr)
+
+  def _beats(self, setting: str) -> str | None:
+    """What the command line says of a setting, or of its counterpart; None where it says nothing."""
+    same = {setting, *(other for pair in settings.COUNTERPARTS if setting in pair for other in pair)}
+    words = [word for word in self._rest if any(word.startswith(f"--config.{name}=") for name in same)]
+    flags = [f"--{name}={self._given[name]}" for name in self._given if name in SAME and SAME[name].setting in same]
+    return next(iter([*words, *flags]), None)
 
   def add_batch(self) -> None:
     """Finds out the batch, from flags, the DeepSpeed file and the defaults; raises ValueError where they contradict."""

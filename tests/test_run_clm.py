@@ -255,7 +255,7 @@ def test_the_order_of_flags_is_of_no_account(monkeypatch, words):
     ("--fp16 --bf16", "--bf16 is given too"),
     ("--seed 1 --seed 2", "--seed: given twice, as 1 and as 2"),
     ("--learning_rate 1e-4 --config.optim.learning_rate=2e-4", "--config.optim.learning_rate=2e-4 is given too"),
-    ("--deepspeed nowhere.json", "nowhere.json: no such file"),
+    ("--deepspeed nowhere.json", "nowhere.json: no such file; name a ds_config.json"),
     ("--optim sgd", "there is only adamw_torch"),
     (
       "--load_best_model_at_end --metric_for_best_model accuracy",

@@ -97,7 +97,9 @@ def load(folder: Path, V: int) -> Any:
   largest = max(tokenizer.get_vocab().values())
   if largest >= V:
     raise RequestError(
-      f"{folder}: the tokenizer has {len(tokenizer)} tokens, up to id {largest}, and the model's table only {V} rows"
+      f"{folder}: the tokenizer has {len(tokenizer)} tokens, up to id {largest}, and the model's table only {V} rows; "
+      "python -m jaxft.tokenizer --model MODEL --add TOKEN makes room for tokens in a model; for new weights set "
+      f"config.model.config_overrides=vocab_size={largest + 1}"
     )
   return tokenizer
 

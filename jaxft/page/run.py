@@ -50,7 +50,10 @@ def _lead(record: Record) -> list[Any]:
   """What the headline means: of which text, and how far it could have gone."""
   found, floor, held_out = words.outcome(record), _floor(record), whole(record.data, "rows", "held_out")
   if found is None:
-    return ["There is no evaluation in metrics.jsonl."]
+    nothing = not record.config.get("data.validation") and number(record.config, "data.validation_fraction") == 0
+    return [
+      "Nothing was held out, so there is no eval loss." if nothing else "There is no evaluation in metrics.jsonl."
+    ]
   noun = "text" if record.classifies else "document"
   text = f"Measured on {words.count(held_out, f'held-out {noun}')}." if held_out else "Measured on held-out text."
   said = [tag("span", "It is worse than before. ", class_="bad"), text] if found.better is False else [text]
@@ -269,8 +272,12 @@ def _data(record: Record) -> Html | None:
 
 def _held_out(record: Record) -> str:
   sources, fraction = record.config.get("data.validation"), number(record.config, "data.validation_fraction")
-  drawn = not sources and fraction is not None
-  return f"{words.percent(fraction)} of the documents, drawn" if drawn else words.setting(sources, 2000)
+  if sources or fraction is None:
+    return words.setting(sources, 2000)
+  if not fraction:
+    return "nothing"
+  ends = whole(record.data, "notes", "documents whose end is held out")
+  return f"the last {words.percent(fraction)} of each" if ends else f"{words.percent(fraction)} of the documents, drawn"
 
 
 LENGTHS = ("shortest", "median", "mean", "longest")

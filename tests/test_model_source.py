@@ -1,0 +1,66 @@
+"""What `config.model` names: another tokenizer, and the sizes of a model that is drawn from scratch."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+
+import jaxft
+from jaxft import config as settings
+from jaxft.errors import RequestError
+from jaxft.hf import source
+from jaxft.train import finetune
+
+
+def model(folder, **more):
+  config = settings.default().model
+  config.update(path=str(folder), **more)
+  return config
+
+
+def test_overrides_have_the_types_that_config_json_has(folder):
+  found = source.find(model(folder, init="scratch", config_overrides="n_embd=20, n_layer=2,embd_pdrop=0.5"))
+  assert (found.cfg.D, found.cfg.L) == (20, 2) and found.hf_config["embd_pdrop"] == 0.5
+  assert found.cfg.P == source.find(model(folder)).cfg.P  # the rest is the folder's
+  same = source.find(model(folder, init="scratch", config_overrides="tie_word_embeddings=True,model_type=gpt2"))
+  assert same.cfg == source.find(model(folder, init="scratch")).cfg
+
+
+@pytest.mark.parametrize(
+  "overrides, message",
+  [
+    ("n_emb=16", "'n_emb' is no key of .*; did you mean n_embd"),
+    ("n_embd=many", "n_embd=many: must be a number, as 40 is"),
+    ("n_embd=1.5", "n_embd=1.5: must be a number"),
+    ("n_embd=True", "n_embd=True: must be a number"),
+    ("tie_word_embeddings=1", "must be True or False"),
+    ("n_embd=41", "config_overrides='n_embd=41'"),
+    ("model_type=gptj", "model_type=gptj: .* is of a gpt2"),
+  ],
+)
+def test_overrides_that_no_model_can_have_are_refused(folder, overrides, message):
+  with pytest.raises(RequestError, match=message):
+    source.find(model(folder, init="scratch", config_overrides=overrides))
+
+
+@pytest.mark.slow
+def test_another_tokenizer_is_read_and_goes_out_with_the_model(config, folder, tmp_path):
+  (tmp_path / "words").mkdir()
+  tiny.write_tokenizer(tmp_path / "words", 280)  # with other tokens than the model's own
+  config.model.tokenizer, config.train.steps = str(tmp_path / "words"), 1
+  config.model.init, config.model.config_overrides = "scratch", "n_layer=1"
+  run = finetune(config, tmp_path / "run")
+  shutil.rmtree(tmp_path / "words")
+  for found in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
+    assert len(found.tokenizer) == 280 and found.source.cfg.L == 1
+  assert json.loads((run.export / "config.json").read_text())["n_layer"] == 1
+
+
+@pytest.mark.parametrize(
+  "name, message", [("gone", "no tokenizer.json, vocab.json in it"), ("nobody/here", "the hub gave none")]
+)
+def test_a_tokenizer_that_is_not_there_is_refused(folder, tmp_path, name, message):
+  (tmp_path / "gone").mkdir()
+  with pytest.raises(RequestError, match=f"config.model.tokenizer=.*{message}"):
+    source.find(model(folder, tokenizer=str(tmp_path / name) if name == "gone" else name))
