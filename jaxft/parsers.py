@@ -123,8 +123,6 @@ class ModelParser(Parser):
 
   def settle(self, arguments: argparse.Namespace, rest: list[str]) -> None:
     word = vars(arguments).pop("MODEL")
-    if word is None and rest:  # argparse of Python 3.11 looks for it before the first flag only
-      word, rest = at_home(rest[0]), rest[1:]
     if rest:
       self.error(f"{rest[0]!r}: a word too many; a text with blanks goes in quotes")
     if word is not None:

@@ -156,6 +156,14 @@ def test_a_stop_token_is_a_stop_string_and_says_what_differs(told, ready):
   assert said.err.startswith("--stop_token: as --stop_strings: the text ends with it") and said.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("words, asked", [(["--no_cuda"], [("jax_platforms", "cpu")]), (["--use_cpu=False"], [])])
+def test_the_cpu_is_asked_for_before_a_model_is_opened(told, ready, monkeypatch, words, asked):
+  seen = []
+  monkeypatch.setattr(generate.jax.config, "update", lambda *setting: seen.append(setting))
+  monkeypatch.setattr(generate, "open_model", lambda _: ready if seen == asked else pytest.fail(str(seen)))
+  assert completions(told("--json", "--max_new_tokens=2", "--prompt=x", *words))
+
+
 def test_what_is_of_no_account_is_told_once(told):
   said = told("--json", "--max_length=30", "--max_new_tokens=3", "--prompt=x")
   assert said.err == "--max_length=30: of no account, as --max_new_tokens=3 is given\n"

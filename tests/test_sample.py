@@ -327,6 +327,16 @@ def test_no_text_ends_before_its_least_length(ready, monkeypatch, beams):
   assert len(found.token_ids) == 6
 
 
+def test_a_text_may_end_once_it_is_long_enough():
+  for sampling in (Sampling(9, min_length=5), Sampling(max_length=9, min_length=5)):
+    texts, short = sample.Texts.of([[1, 2, 3], [1], [1] * 6], sampling, 71, 1), []
+    for _ in range(5):
+      short.append(texts.early(frozenset({7})).short_B.tolist())
+      texts.add(np.zeros(3, np.int32))
+    assert [sum(row) for row in zip(*short, strict=True)] == [2, 4, 0]
+  assert texts.most_B.tolist() == [6, 8, 3]
+
+
 def test_only_a_least_length_needs_another_program(ready):
   count = sample.choose._cache_size
   made = []
