@@ -1,37 +1,55 @@
 """Text from a model: python -m jaxft.generate --model PATH_OR_ID [--prompt TEXT ...] [--prompt_file F] [--json]"""
 
+import argparse
 import contextlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxft import generation, parsers
+import jax
+
+from jaxft import generation, parsers, run_generation
 from jaxft.command_line import open_model, unescaped
 from jaxft.errors import RequestError, run_command
-from jaxft.pretrained import Pretrained
+from jaxft.hf import repo
+from jaxft.pretrained import Completion, Pretrained
 from jaxft.run.tracking import visible
-from jaxft.sample import Sampling
+from jaxft.sampling import Sampling, settled
 
 
 def main() -> None:
   arguments = parsers.generate().parse_args()
-  sampling = {name: value for name in Sampling._fields if (value := getattr(arguments, name)) is not None}
-  Sampling(**sampling).check_values()  # before a model is read
-  how = sampling | {"stop_strings": [unescaped(text, "--stop_strings") for text in arguments.stop_strings]}
+  given = given_of(arguments)  # looked at before a model is read
+  stops = [unescaped(text, "--stop_strings") for text in arguments.stop_strings or []]
+  _tell_what_differs(arguments)
 
   prompts = arguments.prompt + (_lines(Path(arguments.prompt_file)) if arguments.prompt_file else [])
-  interactive = not prompts and sys.stdin.isatty() and not arguments.json
+  asked = bool(prompts or arguments.prompt_file)
+  if asked and not prompts:
+    raise RequestError(f"--prompt_file {arguments.prompt_file!r}: no line in it has a prompt")
+  interactive = not asked and sys.stdin.isatty() and not arguments.json
+  if not asked and not sys.stdin.isatty():
+    prompts = _piped()
   if not prompts and not interactive:
-    raise RequestError("--prompt is missing: give a text, --prompt_file, or a terminal to ask on")
-  ready = open_model(arguments)
-  if left_out := generation.of(ready.source.folder, sampling).not_followed:
-    print(f"{ready.source.folder / generation.FILE}: not followed: {', '.join(left_out)}", file=sys.stderr)
+    raise RequestError(
+      "--prompt is missing: give a text, --prompt_file, lines on standard input, or a terminal to ask on"
+    )
+  if arguments.use_cpu:
+    jax.config.update("jax_platforms", "cpu")  # before it looks for devices
+  if arguments.model_type and arguments.model:
+    found = repo.find(arguments.model, arguments.revision, weights=False)
+    _must_be_of(arguments.model_type, found)
+  writer = Writer(open_model(arguments), given, stops, arguments.prefix or "")
+  if arguments.model_type:
+    _must_be_of(arguments.model_type, writer.ready.source)
+  writer.tell_settings()
   if interactive:
-    return talk(ready, how)
+    return talk(writer)
   if len(prompts) == 1 and sys.stdout.isatty() and not arguments.json:
-    return write(ready, prompts[0], how)
-  completions = ready.generate(prompts, **how)
+    return writer.write(prompts[0])
+  completions = writer.complete(prompts)
   if arguments.json:
     told = {"completions": [completion._asdict() for completion in completions]}
     print(json.dumps(told, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
@@ -39,7 +57,41 @@ def main() -> None:
     print("\n\n".join(completion.prompt + completion.text for completion in completions))
 
 
-def talk(ready: Pretrained, how: dict[str, Any]) -> None:
+class Writer:
+  """A model, and how it is to write."""
+
+  def __init__(self, ready: Pretrained, given: dict[str, Any], stops: list[str], prefix: str):
+    self.ready, self._given, self._stops, self._prefix = ready, given, stops, prefix
+
+  def tell_settings(self) -> None:
+    """Says what of the given and of the model's generation_config.json is of no account."""
+    found = generation.of(self.ready.source.folder, self._given)
+    if found.not_followed:
+      print(f"{found.file}: not followed: {', '.join(found.not_followed)}", file=sys.stderr)
+    for line in found.lines:
+      print(line, file=sys.stderr)
+
+  def complete(self, prompts: list[str], tell: Callable[[int, str], None] | None = None) -> list[Completion]:
+    """The completions, whose prompts are without the prefix that the model reads before them."""
+    whole = [self._prefix + prompt for prompt in prompts]
+    found = self.ready.generate(whole, stop_strings=self._stops, tell=tell, **self._given)
+    return [it._replace(prompt=it.prompt.removeprefix(self._prefix)) for it in found]
+
+  def write(self, prompt: str) -> None:
+    """Writes what follows a prompt to the terminal, as it comes; of several texts one after the other.
+
+    Beams may be several.
+    """
+    sampling = generation.of(self.ready.source.folder, self._given).sampling
+    if sampling.num_beams > 1 or sampling.num_return_sequences > 1:
+      print("\n\n".join(visible(it.prompt + it.text) for it in self.complete([prompt])))
+    else:
+      print(visible(prompt), end="", flush=True)
+      self.complete([prompt], tell=lambda _, added: print(visible(added), end="", flush=True))
+      print()
+
+
+def talk(writer: Writer) -> None:
   """Asks for prompts on the terminal, which remembers them (arrow up), and writes each completion as it comes."""
   with contextlib.suppress(ImportError):  # `input` edits lines with it, where the platform has it
     import readline  # noqa: F401
@@ -51,31 +103,83 @@ def talk(ready: Pretrained, how: dict[str, Any]) -> None:
       print()
       return
     try:
-      write(ready, prompt, how)
+      writer.write(prompt)
     except KeyboardInterrupt:  # enough of this one
       print()
     except RequestError as error:  # a prompt that is too long
       print(f"error: {error}")
 
 
-def write(ready: Pretrained, prompt: str, how: dict[str, Any]) -> None:
-  """Writes what follows a prompt to the terminal, as it comes; several texts of it, which beams may be, one after the other."""
-  given = {name: value for name, value in how.items() if name in Sampling._fields}
-  sampling = generation.of(ready.source.folder, given).sampling
-  if sampling.num_beams > 1 or sampling.num_return_sequences > 1:
-    found = ready.generate([prompt], **how)
-    print("\n\n".join(visible(it.prompt + it.text) for it in found))
-  else:
-    print(visible(prompt), end="", flush=True)
-    ready.generate([prompt], tell=lambda _, added: print(visible(added), end="", flush=True), **how)
-    print()
+def given_of(arguments: argparse.Namespace) -> dict[str, Any]:
+  """Fields of `Sampling`, and do_sample, of the command line, and what --model_type adds to them.
+
+  Raises RequestError on values that mean nothing, alone or together, by the names that were given.
+  """
+  names = (*Sampling._fields, "do_sample")
+  given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+  if arguments.model_type:
+    added = run_generation.unsaid(given)
+    told = ", ".join(f"{name}={value}" for name, value in added.items())
+    print(
+      f"--model_type={arguments.model_type}: as run_generation.py has it: {told or 'all is given'}", file=sys.stderr
+    )
+    given |= added
+  try:
+    Sampling(**{name: value for name, value in given.items() if name in Sampling._fields}).check_values()
+    settled(given)
+  except RequestError as error:
+    text = str(error)
+    for name, called in arguments.called.items():
+      text = text.replace(f"--{name}=", f"--{called}=")
+    raise RequestError(text) from error
+  return given
+
+
+def _tell_what_differs(arguments: argparse.Namespace) -> None:
+  """Refuses flags that are nothing here, and says what those are that are not quite what they were."""
+  for name, (value, why) in run_generation.ALWAYS.items():
+    if getattr(arguments, name) is (not value):
+      raise RequestError(f"--{name}={not value}: {why}; leave it out")
+  for name, reason in run_generation.REFUSED.items():
+    if value := getattr(arguments, name):
+      raise RequestError(f"--{name}={value}: {reason}")
+  if arguments.use_cpu and arguments.require:
+    raise RequestError(f"--use_cpu and --require={arguments.require}: leave one of the two out")
+  if arguments.fp16:
+    print(f"--{arguments.called.get('fp16', 'fp16')}: {run_generation.ABOUT['fp16']}", file=sys.stderr)
+  if "stop_strings" in arguments.called:
+    print(
+      "--stop_token: as --stop_strings: the text ends with it, and run_generation.py leaves it out", file=sys.stderr
+    )
+
+
+def _must_be_of(model_type: str, source: repo.Checkpoint) -> None:
+  """Raises RequestError for a model of another family."""
+  if run_generation.FAMILIES[model_type] != (found := source.hf_config["model_type"]):
+    raise RequestError(
+      f"--model_type={model_type}: {source.folder / 'config.json'} says {found}; give --model_type={found}"
+    )
 
 
 def _lines(file: Path) -> list[str]:
   try:
-    return [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    return _prompts(file.read_text(encoding="utf-8-sig"))
   except (OSError, UnicodeDecodeError) as error:
     raise RequestError(f"--prompt_file {str(file)!r}: {error}") from error
+
+
+def _piped() -> list[str]:
+  """The prompts on standard input."""
+  try:
+    with open(sys.stdin.fileno(), encoding="utf-8-sig", closefd=False) as stream:
+      return _prompts(stream.read())
+  except (OSError, UnicodeDecodeError) as error:
+    raise RequestError(f"--prompt is missing, and standard input cannot be read: {error}") from error
+
+
+def _prompts(text: str) -> list[str]:
+  """One a line; empty lines are none."""
+  return [line for line in text.split("\n") if line.strip()]
 
 
 if __name__ == "__main__":

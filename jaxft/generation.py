@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxft.errors import RequestError, first_line
 from jaxft.sample import Sampling
+from jaxft.sampling import LIMITS, must_be_drawn, settled
 
 FILE = "generation_config.json"
 UNFINISHED = "\ufffd"  # what a tokenizer makes of bytes that are no character yet
@@ -15,7 +16,7 @@ UNFINISHED = "\ufffd"  # what a tokenizer makes of bytes that are no character y
 
 # What else a generation_config.json may have that would change a text.
 NOT_FOLLOWED = (
-  "early_stopping max_length min_length min_new_tokens bad_words_ids suppress_tokens begin_suppress_tokens stop_strings "
+  "early_stopping bad_words_ids suppress_tokens begin_suppress_tokens stop_strings "
   "forced_bos_token_id forced_eos_token_id sequence_bias typical_p epsilon_cutoff eta_cutoff renormalize_logits "
   "exponential_decay_length_penalty encoder_repetition_penalty num_beam_groups diversity_penalty penalty_alpha"
 ).split()
@@ -25,14 +26,29 @@ class Generation(NamedTuple):
   sampling: Sampling
   ends: frozenset[int]  # tokens that end a text
   not_followed: tuple[str, ...]  # names in the file
+  lines: tuple[str, ...]  # what is of no account, and why
+  file: Path
+  of_file: dict[str, Any]  # what of `sampling` the file says
+
+  def among(self, error: RequestError) -> RequestError:
+    """The error, with what the file has to do with it."""
+    named = [f"{name}={value}" for name, value in self.of_file.items() if f"--{name}=" in str(error)]
+    return RequestError(f"{error} ({self.file} has {', '.join(named)})") if named else error
 
 
 def of(folder: Path, given: Mapping[str, Any]) -> Generation:
   """What is given, then what the folder's generation_config.json says, then the defaults of `Sampling`.
 
   `do_sample: false` in the file, or beams without `do_sample`, is temperature 0 here, unless a temperature is given. A text is
-  drawn where nothing says how. Raises RequestError for a file that cannot be read, or a value that means nothing.
+  drawn where nothing says how. Where max_length and max_new_tokens are both given, or both in the file, the latter counts, as
+  in transformers; so with min_length and min_new_tokens. Raises RequestError for a file that cannot be read, or a value that
+  means nothing.
+
+  Args:
+    given: fields of `Sampling`, and `do_sample`.
   """
+  given, lines = settled(given)
+  drawn = given.pop("do_sample", None)
   file, says = Path(folder) / FILE, {}
   if file.is_file():
     try:
@@ -43,26 +59,46 @@ def of(folder: Path, given: Mapping[str, Any]) -> Generation:
       raise RequestError(f"{file}: not JSON that can be read ({first_line(error)})") from error
   defaults = Sampling._field_defaults
   known = {name: says[name] for name in defaults if name != "seed" and says.get(name) is not None}
-  beams = (known | dict(given)).get("num_beams", 1) != 1 and not says.get("do_sample")
-  if says.get("do_sample") is False or beams:
+  beams = (known | given).get("num_beams", 1) != 1 and not says.get("do_sample")
+  if not drawn and (says.get("do_sample") is False or beams):
     known["temperature"] = 0.0
   for name, value in known.items():
     number = int | float if isinstance(defaults[name], float) else int
     if not isinstance(value, number) or isinstance(value, bool):
       raise RequestError(f"{file}: {name}={value!r}: must be a number")
     known[name] = type(defaults[name])(value)
-  sampling = Sampling(**known | dict(given))
-  try:
-    sampling.check()
-  except RequestError as error:
-    among = (
-      f" ({file} has {', '.join(f'{name}={known[name]}' for name in known)})" if known.keys() - given.keys() else ""
-    )
-    raise RequestError(f"{error}{among}") from error
+  lines += _beaten(known, given, file)
+  known = {name: value for name, value in known.items() if name not in given}
+  sampling = Sampling(**known | given)
   ends = says.get("eos_token_id")
   ends = ends if isinstance(ends, list) else [ends]
   not_followed = tuple(name for name in NOT_FOLLOWED if says.get(name))
-  return Generation(sampling, frozenset(end for end in ends if isinstance(end, int)), not_followed)
+  ends = frozenset(end for end in ends if isinstance(end, int))
+  found = Generation(sampling, ends, not_followed, tuple(lines), file, known)
+  try:
+    if drawn:
+      must_be_drawn(sampling.temperature, sampling.num_beams)
+    sampling.check()
+  except RequestError as error:
+    raise found.among(error) from error
+  return found
+
+
+def _beaten(known: dict[str, Any], given: Mapping[str, Any], file: Path) -> list[str]:
+  """Takes out of the file's limits those that do not count beside others, given or its own; a line for each other's."""
+  lines = []
+  for whole, new in LIMITS:
+    if new in given:
+      lost, why = whole, f"--{new}={given[new]} is given"
+    elif given.get(whole):
+      lost, why = new, f"--{whole}={given[whole]} is given"
+    elif new in known and whole not in given:
+      lost, why = whole, f"{new}={known[new]} is there too"
+    else:
+      continue
+    if value := known.pop(lost, 0):
+      lines.append(f"{file}: {lost}={value}: of no account, as {why}")
+  return lines
 
 
 class Listener:

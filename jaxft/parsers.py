@@ -1,8 +1,16 @@
 """What the commands that take no config understand, and their --help: made before jax is imported, which takes seconds."""
 
 import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from jaxft import run_generation
+from jaxft.errors import RequestError
 from jaxft.files import at_home
 from jaxft.sampling import Sampling
 
@@ -11,35 +19,197 @@ LAYOUTS = ("concat", "pack", "pad")  # of `config.data.layout`
 DEVICES = ("gpu", "tpu")  # `jaxft.backend.REQUIRED`
 
 
+TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+WEIGHTS = ("*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin")
+LEAST_LIKENESS = 0.6  # of a flag that is meant, by difflib
+
+
+class Parser(argparse.ArgumentParser):
+  """Whose faults are RequestErrors of one line; names may have dashes for underscores, and no name is guessed."""
+
+  def __init__(self, command: str, description: str):
+    super().__init__(command, description=description, allow_abbrev=False)
+    self._same: dict[str, str] = {}
+
+  def add_switch(self, flag: str, help: str) -> None:
+    """A flag that is true alone, or takes True or False; None where it is not given."""
+    self.add_argument(flag, nargs="?", const=True, type=_truth, metavar="True|False", help=help)
+
+  def add_same(self, name: str, other: str) -> None:
+    """--NAME, another name of the flag --OTHER, which is there already and is None where it is not given."""
+    action, self._same[name] = self._option_string_actions[f"--{other}"], other
+    nargs = 1 if action.nargs == "+" else action.nargs
+    self.add_argument(
+      f"--{name}", nargs=nargs, const=action.const, type=action.type, metavar=action.metavar, help=f"= --{other}"
+    )
+
+  def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+    words = list(sys.argv[1:] if args is None else args)
+    arguments, rest = self.parse_known_args(self._with_known_names(words), namespace)
+    arguments.called = {}  # flags that were given by another name -> that name
+    for name, other in self._same.items():
+      value = vars(arguments).pop(name)
+      if value is not None:
+        self._set(arguments, other, value, f"--{name}")
+        arguments.called[other] = name
+    self.settle(arguments, rest)
+    return arguments
+
+  def settle(self, arguments: argparse.Namespace, rest: list[str]) -> None:
+    """What is to be done when all words are read, and some are left over."""
+    if rest:
+      self.error(f"{rest[0]!r}: a word too many; --help shows what there is")
+
+  def error(self, message: str) -> None:
+    raise RequestError(message.removeprefix("argument "))
+
+  def _set(self, arguments: argparse.Namespace, name: str, value: Any, said: str) -> None:
+    there = getattr(arguments, name)
+    if there is not None and there != value:
+      self.error(f"{said}={_told(value)} and --{name}={_told(there)} are one setting; give one of them")
+    setattr(arguments, name, value)
+
+  def _with_known_names(self, words: list[str]) -> list[str]:
+    """The words with each name of a flag as it is known here. argparse would tell what is missing before what is mistyped."""
+    found = []
+    for i, word in enumerate(words):
+      name, equals, value = word.partition("=")
+      if word == "--":
+        return found + words[i:]
+      if name in self._option_string_actions or not re.fullmatch(r"--?[^\W\d][\w.-]*", name):
+        known = name
+      elif (known := "--" + name[2:].replace("-", "_")) not in self._option_string_actions:
+        self.error(f"{name}: no such flag{self._meant(name)}")
+      action = self._option_string_actions.get(known)
+      if action and action.nargs == "?" and not equals and "".join(words[i + 1 : i + 2]).lower() not in TRUTH:
+        equals, value = "=", "True"  # or the next word, which may be a model, would be its value
+      found.append(known + equals + value)
+    return found
+
+  def _meant(self, name: str) -> str:
+    """The flags that are most like this name."""
+    name = name.strip("-").lower().replace("-", "_")
+    like = {
+      flag: difflib.SequenceMatcher(None, flag[2:], name).ratio()
+      for flag in self._option_string_actions
+      if flag.startswith("--")
+    }
+    best = max(like.values())
+    if best < LEAST_LIKENESS:
+      return "; --help shows what there is"
+    return f"; did you mean {' or '.join(flag for flag, likeness in like.items() if likeness == best)}?"
+
+
+class ModelParser(Parser):
+  """Of a command that opens a model: MODEL, --model or --model_name_or_path, or --workdir with --step."""
+
+  def __init__(self, command: str, description: str):
+    super().__init__(command, description)
+    self.add_argument("MODEL", nargs="?", type=at_home, help="= --model")
+    self.add_argument("--model", type=at_home, metavar="PATH_OR_ID", help="a Hugging Face folder or hub id, or a run")
+    self.add_same("model_name_or_path", "model")
+    self.add_argument(
+      "--workdir",
+      type=at_home,
+      metavar="DIR",
+      help="a run: the model of its best checkpoint where train.keep_best_metric is set, else of its newest",
+    )
+    self.add_argument("--step", type=int, metavar="N", help="with --workdir: the checkpoint of this step")
+    self.add_argument("--revision", default="main", help="with --model: branch, tag or commit (default: main)")
+    self.add_argument("--require", choices=DEVICES, help="end where JAX would compute on anything else")
+    self.add_argument(
+      "--torch_bin", action="store_true", help="with --model: read pytorch_model*.bin through torch, weights_only"
+    )
+
+  def settle(self, arguments: argparse.Namespace, rest: list[str]) -> None:
+    word = vars(arguments).pop("MODEL")
+    if rest:
+      self.error(f"{rest[0]!r}: a word too many; a text with blanks goes in quotes")
+    if word is not None:
+      self._set(arguments, "model", word, "MODEL")
+    if arguments.model is not None and arguments.workdir is not None:
+      self.error(f"--model={arguments.model} and --workdir={arguments.workdir}: give one of them")
+    if arguments.model is None and arguments.workdir is None:
+      self.error("--model is missing: name a Hugging Face folder or hub id, or a run with --workdir")
+    if arguments.model is not None and _is_run(Path(arguments.model)):
+      print(f"--model={arguments.model}: a run, read as --workdir={arguments.model}", file=sys.stderr)
+      arguments.workdir, arguments.model = arguments.model, None
+
+
+def _is_run(folder: Path) -> bool:
+  """Whether a folder is what a run was given as --workdir, and no Hugging Face folder."""
+  try:
+    if not (folder / "checkpoints").is_dir() or any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+      return False
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError):
+    return False
+  return isinstance(config, dict) and all(isinstance(config.get(section), dict) for section in ("data", "train"))
+
+
+def _truth(text: str) -> bool:
+  if text.lower() not in TRUTH:
+    raise argparse.ArgumentTypeError(f"{text!r}: must be True or False")
+  return TRUTH[text.lower()]
+
+
+def _told(value: Any) -> str:
+  return " ".join(value) if isinstance(value, list) else str(value)
+
+
 def _path(path: str) -> Path:
   return Path(at_home(path))
 
 
-def generate() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    "python -m jaxft.generate", description="Completes prompts. With none, on a terminal, it asks."
+def generate() -> ModelParser:
+  parser = ModelParser("python -m jaxft.generate", description="Completes prompts. With none, on a terminal, it asks.")
+  parser.add_argument(
+    "--prompt",
+    nargs="+",
+    action="extend",
+    default=[],
+    metavar="TEXT",
+    help="text to complete (with no prompt, and no terminal: the lines of standard input)",
   )
-  _add_model_flags(parser)
-  parser.add_argument("--prompt", nargs="+", action="extend", default=[], metavar="TEXT", help="text to complete")
   parser.add_argument(
     "--prompt_file", type=at_home, metavar="F", help="a file with one prompt a line; empty lines are left out"
   )
-  parser.add_argument(
-    "--stop_strings", nargs="+", default=[], metavar="TEXT", help="end a text when it has one of these"
-  )
+  parser.add_argument("--stop_strings", nargs="+", metavar="TEXT", help="end a text when it has one of these")
   for name, default in Sampling._field_defaults.items():
     parser.add_argument(
       f"--{name}",
       type=type(default),
       help=f"as in transformers (default: what the model's generation_config.json says, or {default})",
     )
+  parser.add_switch("--do_sample", "False: as --temperature=0; True: draw, whatever generation_config.json says")
+  parser.add_argument("--prefix", metavar="TEXT", help="text that the model reads before each prompt")
+  _add_flags_of_transformers(parser)
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   return parser
 
 
-def evaluate() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser("python -m jaxft.evaluate", description="Loss and perplexity of a model on a text.")
-  _add_model_flags(parser)
+def _add_flags_of_transformers(parser: Parser) -> None:
+  parser.add_argument(
+    "--model_type",
+    type=str.lower,
+    choices=run_generation.FAMILIES,
+    help="of the model; where nothing is said it is done as run_generation.py has it",
+  )
+  parser.add_switch("--use_cpu", "compute on the CPU")
+  parser.add_switch("--fp16", "bfloat16 where the device has it, as always")
+  for name, (value, why) in run_generation.ALWAYS.items():
+    parser.add_switch(f"--{name}", f"{value}, always so: {why}")
+  name, about = run_generation.PADDING
+  parser.add_argument(f"--{name}", type=int, metavar="N", help=about)
+  for name, reason in run_generation.REFUSED.items():
+    parser.add_argument(f"--{name}", metavar="X", help=f"refused: {reason}")
+  for name, other in run_generation.SAME.items():
+    if other != "model":
+      parser.add_same(name, other)
+
+
+def evaluate() -> ModelParser:
+  parser = ModelParser("python -m jaxft.evaluate", description="Loss and perplexity of a model on a text.")
   parser.add_argument(
     "--data",
     nargs="+",
@@ -75,11 +245,8 @@ def evaluate() -> argparse.ArgumentParser:
   return parser
 
 
-def export() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    "python -m jaxft.export", description="Writes a Hugging Face folder and verifies it."
-  )
-  _add_model_flags(parser)
+def export() -> ModelParser:
+  parser = ModelParser("python -m jaxft.export", description="Writes a Hugging Face folder and verifies it.")
   parser.add_argument(
     "--out", required=True, type=at_home, metavar="DIR", help="folder to write; replaces an earlier export"
   )
@@ -93,8 +260,8 @@ def export() -> argparse.ArgumentParser:
   return parser
 
 
-def tokenizer() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+def tokenizer() -> Parser:
+  parser = Parser(
     "python -m jaxft.tokenizer", description="A BPE tokenizer of your own text, or a model with tokens of your own."
   )
   begin = parser.add_mutually_exclusive_group(required=True)
@@ -111,8 +278,8 @@ def tokenizer() -> argparse.ArgumentParser:
   return parser
 
 
-def report() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+def report() -> Parser:
+  parser = Parser(
     "python -m jaxft.report", description="Writes the page of a run again, or one that compares several runs."
   )
   parser.add_argument("workdirs", nargs="+", type=_path, metavar="WORKDIR", help="what a run was given as --workdir")
@@ -120,21 +287,3 @@ def report() -> argparse.ArgumentParser:
     "--out", type=_path, metavar="FILE", help="the page (default: WORKDIR/report.html; of several: comparison.html)"
   )
   return parser
-
-
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-  """--model, or --workdir with --step: what `command_line.open_model` opens."""
-  which = parser.add_mutually_exclusive_group(required=True)
-  which.add_argument("--model", type=at_home, metavar="PATH_OR_ID", help="a Hugging Face folder or hub id")
-  which.add_argument(
-    "--workdir",
-    type=at_home,
-    metavar="DIR",
-    help="a run: the model of its best checkpoint where train.keep_best_metric is set, else of its newest",
-  )
-  parser.add_argument("--step", type=int, metavar="N", help="with --workdir: the checkpoint of this step")
-  parser.add_argument("--revision", default="main", help="with --model: branch, tag or commit (default: main)")
-  parser.add_argument("--require", choices=DEVICES, help="end where JAX would compute on anything else")
-  parser.add_argument(
-    "--torch_bin", action="store_true", help="with --model: read pytorch_model*.bin through torch, weights_only"
-  )

@@ -101,7 +101,10 @@ class Pretrained:
     **sampling: Any,
   ) -> list[Completion]:
     """Completes each prompt, `num_return_sequences` times; `sampling` takes the fields of `jaxft.sample.Sampling`, whose names
-    are transformers'. What is not given is as the model's generation_config.json says, where it says something.
+    are transformers', and `do_sample`. What is not given is as the model's generation_config.json says.
+
+    `max_new_tokens` counts, and not `max_length`, where both are given, as in transformers; so does
+    `min_new_tokens`, and not `min_length`.
 
     Args:
       stop_strings: a text ends when one of these is in it, with the token that makes it so.
@@ -117,13 +120,16 @@ class Pretrained:
       if not is_text(prompt):
         raise RequestError(f"prompt {prompt!r}: not valid text (UTF-8)")
     listener = generation.Listener(self.tokenizer, stop_strings, tell)
-    ids = self._generator(
-      self.params,
-      [tokens.prompt_ids(self.tokenizer, prompt) for prompt in prompts],
-      config.sampling,
-      ends=config.ends,
-      watch=listener,
-    )
+    try:
+      ids = self._generator(
+        self.params,
+        [tokens.prompt_ids(self.tokenizer, prompt) for prompt in prompts],
+        config.sampling,
+        ends=config.ends,
+        watch=listener,
+      )
+    except RequestError as error:
+      raise config.among(error) from error
     each = [prompt for prompt in prompts for _ in range(config.sampling.num_return_sequences)]
     found = [Completion(prompt, self.tokenizer.decode(new), new) for prompt, new in zip(each, ids, strict=True)]
     for text, completion in enumerate(found):

@@ -5,7 +5,7 @@ B prompts, T columns read at once, S columns of the cache, V vocabulary
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,13 @@ from jaxft.sampling import Sampling
 Watch = Callable[[int, list[int]], bool]
 Step = Callable[..., tuple[jax.Array, Cache]]  # (cache, ids, segments, positions) -> logits, cache
 BUCKET = 64  # prompts and caches are padded to multiples of this many columns: few shapes, few compilations
+
+
+class Early(NamedTuple):
+  """Texts that are too short to end."""
+
+  short_B: np.ndarray
+  ends_E: np.ndarray  # the tokens that end a text
 
 
 class Generator:
@@ -67,7 +74,7 @@ class Generator:
       return []
     each = max(sampling.num_beams, sampling.num_return_sequences)
     rows = [prompt or [self.eos_token_id] for prompt in prompts for _ in range(each)]
-    texts, ends = Texts.of(rows, sampling.max_new_tokens, self._cfg.P, each), ends | {self.eos_token_id}
+    texts, ends = Texts.of(rows, sampling, self._cfg.P, each), ends | {self.eos_token_id}
     layers = views.of_layers(params["blocks"], self._cfg.L)
     logits_BV, cache = self._prefill(params, *texts.prompts(), S=texts.ids_BS.shape[1], apart=layers is not None)
     # The stack is no argument of the step then; a layer tells what a block is.
@@ -91,7 +98,15 @@ class Generator:
     keys_B = keys_of(sampling.seed, count, sampling.num_return_sequences)
     completions, open_rows, temperature = [[] for _ in range(count)], set(range(count)), sampling.temperature or 1
     for n in range(texts.new):
-      next_B = choose(logits_BV, keys_B, jnp.int32(n), jnp.float32(temperature), texts.history(), sampling.of_program())
+      next_B = choose(
+        logits_BV,
+        keys_B,
+        jnp.int32(n),
+        jnp.float32(temperature),
+        texts.history(),
+        sampling.of_program(),
+        texts.early(ends),
+      )
       for row, token in enumerate(np.asarray(next_B).tolist()):
         if token in ends:
           open_rows.discard(row)
@@ -118,7 +133,8 @@ class Generator:
     prompts = [beams.Beams(W, sampling.length_penalty, most) for most in texts.most_B[::W].tolist()]
     while True:
       sums = np.array([[text.score for text in prompt.running] for prompt in prompts], np.float32)
-      best = map(np.asarray, continuations(logits_BV, sums, texts.history(), sampling.of_program()))
+      best = continuations(logits_BV, sums, texts.history(), sampling.of_program(), texts.early(ends))
+      best = map(np.asarray, best)
       sources = [prompt.advance(*row, ends) for prompt, *row in zip(prompts, *best, strict=True)]
       if all(prompt.done for prompt in prompts):
         return [ids for prompt in prompts for ids in prompt.best(sampling.num_return_sequences, ends)]
@@ -132,29 +148,30 @@ class Generator:
 class Texts:
   """Prompts and what follows them, in rows that end in the same column."""
 
-  def __init__(self, ids_BS: np.ndarray, lengths_B: np.ndarray, T: int, most_B: np.ndarray, P: int):
-    """`most_B`: tokens that may follow each prompt."""
-    self.ids_BS, self.lengths_B, self.most_B, self.new = ids_BS, lengths_B, most_B, int(most_B.max())
+  def __init__(
+    self, ids_BS: np.ndarray, lengths_B: np.ndarray, T: int, fewest_B: np.ndarray, most_B: np.ndarray, P: int
+  ):
+    """`fewest_B`, `most_B`: tokens that must, and that may, follow each prompt."""
+    self.ids_BS, self.lengths_B, self.new = ids_BS, lengths_B, int(most_B.max())
+    self.fewest_B, self.most_B = fewest_B, most_B
     self._T, self._end, self._P = T, T, P
 
   @classmethod
-  def of(cls, rows: list[list[int]], new: int, P: int, repeated: int) -> "Texts":
-    """Rows for prompts, each with at most `new` more tokens, up to P positions; raises RequestError for one that fills them.
+  def of(cls, rows: list[list[int]], sampling: Sampling, P: int, repeated: int) -> "Texts":
+    """Rows for prompts, each with as many more tokens as `sampling` allows, up to P positions.
+
+    Raises RequestError for a prompt that leaves no room, or not enough for what must follow it.
 
     Args:
       repeated: how often each prompt is there.
     """
     lengths_B = np.array([len(row) for row in rows])
-    if lengths_B.max() >= P:
-      raise RequestError(
-        f"prompt {lengths_B.argmax() // repeated + 1} has {lengths_B.max()} tokens and the model {P} positions; shorten it"
-      )
-    most_B = np.minimum(new, P - lengths_B)
+    fewest_B, most_B = _limits(lengths_B, sampling, P, repeated)
     T = _bucket(lengths_B.max())
     ids_BS = np.zeros((len(rows), _bucket(T + most_B.max())), np.int32)
     for row, prompt in zip(ids_BS, rows, strict=True):
       row[T - len(prompt) : T] = prompt  # padded on the left
-    return cls(ids_BS, lengths_B, T, most_B, P)
+    return cls(ids_BS, lengths_B, T, fewest_B, most_B, P)
 
   def prompts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, segments and positions (B, T) of what is there at first."""
@@ -168,6 +185,12 @@ class Texts:
     positions_B1 = np.minimum(self.lengths_B + self._end - self._T - 1, self._P - 1)[:, None].astype(np.int32)
     return ids_B[:, None], np.ones_like(positions_B1), positions_B1
 
+  def early(self, ends: frozenset[int]) -> Early | None:
+    """Which texts may not end with the next token; None where none of them has to be of any length."""
+    if not self.fewest_B.any():
+      return None  # and the programs are those without this rule
+    return Early(self._end - self._T < self.fewest_B, np.array(sorted(ends), np.int32))
+
   def take(self, rows: np.ndarray) -> None:
     """Goes on from these rows."""
     self.ids_BS = self.ids_BS[rows]
@@ -179,45 +202,83 @@ class Texts:
     return History(self.ids_BS.copy(), there_BS, np.int32(self._end))
 
 
+def _limits(lengths_B: np.ndarray, sampling: Sampling, P: int, repeated: int) -> tuple[np.ndarray, np.ndarray]:
+  """How many tokens must, and how many may, follow prompts of these lengths; see `Texts.of`."""
+  longest, length = int(lengths_B.argmax()), int(lengths_B.max())
+  about = f"prompt {longest // repeated + 1} has {length} tokens"
+  if length >= P:
+    raise RequestError(f"{about} and the model {P} positions; shorten it")
+  if sampling.max_length and length >= sampling.max_length:
+    raise RequestError(
+      f"{about}, and --max_length={sampling.max_length} counts them too; give --max_length={length + 1} or more, or "
+      "--max_new_tokens, which does not"
+    )
+  most_B = sampling.max_length - lengths_B if sampling.max_length else np.full_like(lengths_B, sampling.max_new_tokens)
+  most_B = np.minimum(most_B, P - lengths_B)
+  least = "min_new_tokens" if sampling.min_new_tokens else "min_length"
+  fewest_B = np.maximum(0, sampling.min_length - lengths_B)
+  if sampling.min_new_tokens:
+    fewest_B = np.full_like(lengths_B, sampling.min_new_tokens)
+  if (fewest_B > most_B).any():
+    row = int((fewest_B - most_B).argmax())
+    most = "max_length" if sampling.max_length else "max_new_tokens"
+    limit = f"--{most}={getattr(sampling, most)}" if most_B[row] < P - lengths_B[row] else f"the model's {P} positions"
+    raise RequestError(
+      f"prompt {row // repeated + 1} has {lengths_B[row]} tokens: --{least}={getattr(sampling, least)} wants {fewest_B[row]} "
+      f"more, and {limit} {'leaves' if limit[0] == '-' else 'leave'} {most_B[row]}; lower the one or raise the other"
+    )
+  return fewest_B, most_B
+
+
 _take = jax.jit(Cache.take, donate_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
 def continuations(
-  logits_BV: jax.Array, sums_PW: jax.Array, history: History, sampling: Sampling
+  logits_BV: jax.Array, sums_PW: jax.Array, history: History, sampling: Sampling, early: Early | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Of each of P prompts with W beams the 2 W best continuations: sums of log-probabilities, beams and tokens, (P, 2 W) each.
 
   Twice as many as beams go on, as one of each beam may be its end.
   """
   P, W = sums_PW.shape
-  logp_BV = ruled(jax.nn.log_softmax(logits_BV), history, sampling)
+  logp_BV = ruled(jax.nn.log_softmax(logits_BV), history, sampling, early)
   every_PK = (logp_BV.reshape(P, W, -1) + sums_PW[..., None]).reshape(P, -1)
   best_PK, places_PK = jax.lax.top_k(every_PK, 2 * W)
   V = logits_BV.shape[-1]
   return best_PK, places_PK // V, places_PK % V
 
 
-def ruled(logits_BV: jax.Array, history: History, sampling: Sampling) -> jax.Array:
+def ruled(logits_BV: jax.Array, history: History, sampling: Sampling, early: Early | None) -> jax.Array:
   """Logits, or log-probabilities, under the rules about what the text has already."""
   if sampling.repetition_penalty != 1:
     logits_BV = filters.penalise(logits_BV, history, sampling.repetition_penalty)
   if sampling.no_repeat_ngram_size:
     logits_BV = filters.ban_repeats(logits_BV, history, sampling.no_repeat_ngram_size)
+  if early:
+    end_V = jnp.isin(jnp.arange(logits_BV.shape[-1]), early.ends_E)
+    logits_BV = jnp.where(early.short_B[:, None] & end_V, -jnp.inf, logits_BV)
   return logits_BV
 
 
 @functools.partial(jax.jit, static_argnames="sampling")
 def choose(
-  logits_BV: jax.Array, keys_B: jax.Array, n: jax.Array, temperature: jax.Array, history: History, sampling: Sampling
+  logits_BV: jax.Array,
+  keys_B: jax.Array,
+  n: jax.Array,
+  temperature: jax.Array,
+  history: History,
+  sampling: Sampling,
+  early: Early | None = None,
 ) -> jax.Array:
   """The next token of each row, (B,) int32: the likeliest, or one drawn, after what `sampling` does to the logits.
 
   Args:
     n: tokens drawn before.
     temperature: that of `sampling`, apart so that another one needs no other program; of no account where it is 0 there.
+    early: texts that may not end yet.
   """
-  logits_BV = ruled(logits_BV, history, sampling)
+  logits_BV = ruled(logits_BV, history, sampling, early)
   if not sampling.temperature:
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)
   logits_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # so that no temperature makes infinities of the likeliest

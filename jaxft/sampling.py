@@ -1,14 +1,21 @@
 """How the next token is chosen. No jax here: --help tells these settings."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from jaxft.errors import RequestError
+
+# Of the prompt with what follows it, and of what follows alone. Where both are said, the second counts, as in transformers.
+LIMITS = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
 
 
 class Sampling(NamedTuple):
   """How the next token is chosen; names, meanings and defaults are transformers' own, and temperature 0 is greedy."""
 
   max_new_tokens: int = 100
+  max_length: int = 0  # of the prompt and what follows, and then `max_new_tokens` is of no account; 0: it alone counts
+  min_length: int = 0  # of the prompt and what follows: no end token before
+  min_new_tokens: int = 0  # no end token before; above 0 it counts, and not `min_length`
   temperature: float = 1.0
   top_k: int = 50  # 0: all
   top_p: float = 1.0
@@ -22,13 +29,16 @@ class Sampling(NamedTuple):
 
   def of_program(self) -> "Sampling":
     """With what needs no other program left out."""
+    limits = dict.fromkeys((name for pair in LIMITS for name in pair), 0)
     return self._replace(
-      temperature=float(self.temperature > 0), seed=0, max_new_tokens=1, length_penalty=1.0, num_return_sequences=1
+      temperature=float(self.temperature > 0), seed=0, length_penalty=1.0, num_return_sequences=1, **limits
     )
 
   def check(self) -> None:
     """Raises RequestError on a value that means nothing, alone or with the others."""
     self.check_values()
+    limits = {name: getattr(self, name) for pair in LIMITS for name in pair}
+    check_limits(limits | ({"max_new_tokens": 0} if self.max_length else {}))
     if self.num_beams > 1 and self.temperature:
       raise RequestError(f"--num_beams={self.num_beams}: beams are not drawn; give --temperature=0 too")
     if not self.temperature and self.num_return_sequences > self.num_beams:
@@ -41,6 +51,9 @@ class Sampling(NamedTuple):
     """Raises RequestError on a value that means nothing."""
     for name, fine, wanted in (
       ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+      ("max_length", self.max_length >= 0, "0 (no such limit) or more"),
+      ("min_length", self.min_length >= 0, "0 (no such limit) or more"),
+      ("min_new_tokens", self.min_new_tokens >= 0, "0 (no such limit) or more"),
       ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
       ("top_k", self.top_k >= 0, "0 (all) or more"),
       ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -54,3 +67,51 @@ class Sampling(NamedTuple):
     ):
       if not fine:
         raise RequestError(f"--{name}={getattr(self, name)}: must be {wanted}")
+
+
+def check_limits(limits: Mapping[str, int]) -> None:
+  """Raises RequestError where a text would have to be longer than it may be; a limit that is 0, or missing, is none."""
+  for least, most in (
+    ("min_length", "max_length"),
+    ("min_new_tokens", "max_new_tokens"),
+    ("min_new_tokens", "max_length"),
+  ):
+    if 0 < limits.get(most, 0) < limits.get(least, 0):
+      raise RequestError(
+        f"--{least}={limits[least]}: more than --{most}={limits[most]} allows; lower the one or raise the other"
+      )
+
+
+def must_be_drawn(temperature: float | None, num_beams: int) -> None:
+  """Raises RequestError for what no text can be drawn with; None is a temperature that nobody has said."""
+  if num_beams > 1:
+    raise RequestError(
+      f"--do_sample=True: --num_beams={num_beams} are not drawn; give --do_sample=False, or --num_beams=1"
+    )
+  if temperature == 0:
+    raise RequestError(
+      "--do_sample=True: --temperature=0.0 takes the likeliest token each time; leave one of the two out"
+    )
+
+
+def settled(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+  """What is given, without what is of no account then, and a line for each thing that was left out.
+
+  `do_sample` may be among it: False is temperature 0, as in transformers whatever the temperature. Raises RequestError for
+  two things that cannot both be.
+  """
+  found, lines = dict(given), []
+  temperature = found.get("temperature")
+  if found.get("do_sample"):
+    must_be_drawn(temperature, found.get("num_beams", 1))
+  if found.get("do_sample") is False:
+    if temperature:
+      lines.append(
+        f"--temperature={temperature}: of no account, as --do_sample=False takes the likeliest token each time"
+      )
+    found["temperature"] = 0.0
+  for whole, new in LIMITS:
+    if new in found and found.get(whole):
+      lines.append(f"--{whole}={found.pop(whole)}: of no account, as --{new}={found[new]} is given")
+  check_limits(found)
+  return found, lines

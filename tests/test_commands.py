@@ -182,6 +182,11 @@ def test_evaluate_generate_and_export(finished, stories, tmp_path):
   )
   assert [c["prompt"] for c in out["completions"]] == ["Once upon", "the dog", "a cat"]
   assert all(len(c["token_ids"]) <= 5 for c in out["completions"])
+  prompts.write_text("a cat\n\nthe dog\n")
+  with prompts.open() as piped:
+    done = run("jaxft.generate", workdir, "--max-new-tokens", 2, "--json", stdin=piped)
+  assert [c["prompt"] for c in json.loads(done.stdout)["completions"]] == ["a cat", "the dog"]
+  assert f"--model={workdir}: a run, read as --workdir={workdir}" in done.stderr.splitlines()
   run(
     "jaxft.export",
     "--workdir",

@@ -128,7 +128,8 @@ def follow(command, later, monkeypatch):
     monkeypatch.setattr(sys, "argv", words[2:])
     assert command_line.parse_train().place
     return
-  words += SMALL.get(name, SMALL.get(" ".join([name, *words[3:4]]), "")).split()
+  if not {"--length", "--max_length"} & {*words}:  # of generate, which are short enough
+    words += SMALL.get(name, SMALL.get(" ".join([name, *words[3:4]]), "")).split()
   if name == "train" and not is_named(run_folder(words), later):
     words.append("--dry_run")
   monkeypatch.setattr(sys, "argv", words[2:])

@@ -86,7 +86,8 @@ def test_a_wrong_request_waits_for_no_package_that_takes_seconds_to_import(confi
   "arguments, told",
   [
     (["jaxft.evaluate", "--model", "{export}"], "--data is missing"),
-    (["jaxft.evaluate", "--data", "x"], "--model --workdir is required"),
+    (["jaxft.evaluate", "--data", "x"], "--model is missing: name a Hugging Face folder or hub id, or a run"),
+    (["jaxft.export", "--modle", "{export}", "--out", "x"], "--modle: no such flag; did you mean --model?"),
     (["jaxft.evaluate", "--model", "/nowhere/x", "--data", "{workdir}/metrics.jsonl"], "no such folder"),
     (["jaxft.evaluate", "--model", "{export}", "--data", "nowhere.txt"], "no such file"),
     (
@@ -98,6 +99,8 @@ def test_a_wrong_request_waits_for_no_package_that_takes_seconds_to_import(confi
       "--stride=-1: must be",
     ),
     (["jaxft.generate", "--model", "{export}"], "--prompt is missing"),
+    (["jaxft.generate", "--model", "{export}", "--prompt", "x", "--max_length", "1"], "and --max_length=1 counts"),
+    (["jaxft.generate", "--model_type=gptj", "--model={export}", "--prompt=x"], "config.json says gpt2; give"),
     (
       ["jaxft.generate", "--model", "{export}", "--prompt", "x", "--top_p", "7"],
       "--top_p=7.0: must be above 0 and at most 1",
@@ -113,7 +116,8 @@ def test_a_wrong_request_waits_for_no_package_that_takes_seconds_to_import(confi
 )
 def test_the_other_commands_refuse_in_one_line_too(finished, tmp_path, arguments, told):
   workdir, _ = finished
-  done = run(*(a.format(export=workdir / "export", workdir=workdir) for a in arguments), check=2, cwd=tmp_path)
+  arguments = (a.format(export=workdir / "export", workdir=workdir) for a in arguments)
+  done = run(*arguments, check=2, cwd=tmp_path, stdin=subprocess.DEVNULL)
   assert told in done.stderr.splitlines()[-1] and done.stdout == ""
 
 

@@ -202,6 +202,156 @@ def test_rules_give_transformers_tokens_alone_and_in_a_ragged_batch(ready, folde
 
 
 @pytest.mark.parametrize(
+  "rules",
+  [
+    dict(max_length=40, min_length=25),
+    dict(max_new_tokens=25, min_new_tokens=9),
+    dict(max_new_tokens=25, min_new_tokens=1, min_length=25),  # which is of no account then
+    dict(max_length=40, min_length=23, num_beams=3),
+    dict(max_new_tokens=20, min_new_tokens=20, num_beams=2, repetition_penalty=1.3),
+  ],
+)
+@pytest.mark.parametrize("end", [287, 68])  # both come early in some of the texts
+@pytest.mark.slow_for("68", "rules2", "rules3", "rules4")
+def test_limits_are_transformers_own_alone_and_in_a_ragged_batch(ready, folder, end, rules, monkeypatch):
+  torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
+  transformers = pytest.importorskip("transformers")
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+  monkeypatch.setattr(ready, "_generator", sample.Generator(ready.graph, ready.source.cfg, eos_token_id=end))
+  together, longer = ready.generate(PROMPTS, temperature=0, **rules), 0
+  free = {name: value for name, value in rules.items() if not name.startswith("min_")}
+  for found, without in zip(together, ready.generate(PROMPTS, temperature=0, **free), strict=True):
+    assert ready.generate([found.prompt], temperature=0, **rules) == [found]
+    ids = torch.tensor([ready.tokenizer(found.prompt)["input_ids"]])
+    how = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, eos_token_id=end)
+    wanted = theirs.generate(ids, **how, **rules)[0, ids.shape[1] :].tolist()
+    assert found.token_ids == (wanted[: wanted.index(end)] if end in wanted else wanted)
+    longer += len(found.token_ids) > len(without.token_ids)
+  assert longer or rules.get("min_new_tokens") == 1
+
+
+@pytest.mark.parametrize(
+  "says, given",
+  [
+    (dict(max_length=20), {}),  # what was transformers' default is a limit where a file has it
+    (dict(max_length=20, max_new_tokens=7), {}),
+    (dict(max_length=20, min_length=12, min_new_tokens=2), dict(max_new_tokens=30)),
+    (dict(min_length=12, max_length=40), dict(max_length=30, min_new_tokens=5)),
+  ],
+)
+def test_limits_of_a_generation_config_are_as_in_transformers(ready, folder, says, given, monkeypatch, tmp_path):
+  torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
+  transformers = pytest.importorskip("transformers")
+  theirs, end = transformers.AutoModelForCausalLM.from_pretrained(folder), 287
+  theirs.generation_config.update(**says)
+  (tmp_path / generation.FILE).write_text(json.dumps(says))
+  monkeypatch.setattr(ready, "source", ready.source._replace(folder=tmp_path))
+  monkeypatch.setattr(ready, "_generator", sample.Generator(ready.graph, ready.source.cfg, eos_token_id=end))
+  for prompt in PROMPTS[:2]:
+    ids = torch.tensor([ready.tokenizer(prompt)["input_ids"]])
+    how = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, eos_token_id=end)
+    wanted = theirs.generate(ids, **how, **given)[0, ids.shape[1] :].tolist()
+    (found,) = ready.generate([prompt], do_sample=False, **given)
+    assert found.token_ids == (wanted[: wanted.index(end)] if end in wanted else wanted)
+
+
+@pytest.mark.parametrize(
+  "says, given, wanted, told",
+  [
+    ({}, dict(max_length=30, max_new_tokens=5), dict(max_length=0, max_new_tokens=5), ["--max_length=30: of no"]),
+    ({}, dict(min_length=3, min_new_tokens=0), dict(min_length=0), ["--min_length=3: of no account, as --min_new_t"]),
+    (dict(max_length=20), dict(max_new_tokens=5), dict(max_length=0), ["max_length=20: of no account, as --max_new"]),
+    (dict(max_new_tokens=50), dict(max_length=20), dict(max_length=20), ["max_new_tokens=50: of no account, as --ma"]),
+    (dict(max_length=9, max_new_tokens=50), {}, dict(max_length=0), ["max_length=9: of no account, as max_new_tokens"]),
+    (dict(max_length=20), dict(max_length=0), dict(max_length=0, max_new_tokens=100), []),
+    (dict(max_new_tokens=7), dict(max_length=0), dict(max_new_tokens=7), []),
+    (dict(min_length=0, max_length=20), dict(min_new_tokens=2), dict(min_new_tokens=2, max_length=20), []),
+    (dict(do_sample=True), dict(do_sample=False, temperature=0.5), dict(temperature=0.0), ["--temperature=0.5: of no"]),
+    (dict(do_sample=False, temperature=0.5), dict(do_sample=True), dict(temperature=0.5), []),
+  ],
+)
+def test_of_two_that_are_one_setting_one_counts_and_the_other_is_told(tmp_path, says, given, wanted, told):
+  (tmp_path / generation.FILE).write_text(json.dumps(says))
+  found = generation.of(tmp_path, given)
+  assert {name: getattr(found.sampling, name) for name in wanted} == wanted
+  assert len(found.lines) == len(told) and all(text in line for text, line in zip(told, found.lines, strict=True))
+
+
+@pytest.mark.parametrize(
+  "says, given, told",
+  [
+    (
+      {},
+      dict(max_length=4),
+      r"prompt 2 has \d+ tokens, and --max_length=4 counts them too; give --max_length=\d+ or more",
+    ),
+    (dict(max_length=4), {}, r"prompt 2 .*--max_length=4 .*generation_config.json has max_length=4\)"),
+    ({}, dict(min_length=9, max_length=8), "--min_length=9: more than --max_length=8 allows"),
+    (dict(max_length=8), dict(min_length=9), "--min_length=9: .*has max_length=8"),
+    ({}, dict(min_new_tokens=101), "--min_new_tokens=101: more than --max_new_tokens=100 allows"),
+    (
+      {},
+      dict(min_length=70, max_new_tokens=9),
+      r"prompt 1 has 1 tokens: --min_length=70 wants 69 more, .*=9 leaves 9;",
+    ),
+    (
+      {},
+      dict(min_new_tokens=29, max_length=30),
+      r"prompt 2 has \d+ tokens: --min_new_tokens=29 .*--max_length=30 leaves",
+    ),
+    ({}, dict(min_new_tokens=71), r"prompt 2 .*--min_new_tokens=71 wants 71 more, and the model's 71 positions leave"),
+    ({}, dict(do_sample=True, temperature=0), "--do_sample=True: --temperature=0"),
+    (dict(temperature=0), dict(do_sample=True), r"--do_sample=True: --temperature=0.0 .*has temperature=0.0\)"),
+    ({}, dict(do_sample=True, num_beams=2), "--do_sample=True: --num_beams=2 are not drawn"),
+    ({}, dict(max_length=-1), "--max_length=-1: must be 0"),
+  ],
+)
+def test_limits_that_cannot_be_kept_are_refused(ready, monkeypatch, tmp_path, says, given, told):
+  (tmp_path / generation.FILE).write_text(json.dumps(says))
+  monkeypatch.setattr(ready, "source", ready.source._replace(folder=tmp_path))
+  with pytest.raises(RequestError, match=told):
+    ready.generate(["a", "the cat and the dog"], **given)
+
+
+@pytest.mark.parametrize("beams", [dict(num_beams=4), dict(num_beams=1)])
+def test_no_text_ends_before_its_least_length(ready, monkeypatch, beams):
+  generator = sample.Generator(ready.graph, ready.source.cfg, eos_token_id=68)
+  monkeypatch.setattr(ready, "_generator", generator)
+  how, own = dict(temperature=0, max_new_tokens=12) | beams, len(ready.tokenizer("The")["input_ids"])
+  (free,) = ready.generate(["The"], **how)
+  assert len(free.token_ids) < 6
+  limits = (dict(min_new_tokens=6), dict(min_length=6 + own), dict(min_new_tokens=6, min_length=12 + own))
+  found = [ready.generate(["The"], **how, **limit)[0].token_ids for limit in limits]
+  assert found[0] == found[1] == found[2] and len(found[0]) >= 6 and 68 not in found[0][:6]
+  (found,) = ready.generate(["The"], **beams, temperature=0, min_length=6 + own, max_length=6 + own)
+  assert len(found.token_ids) == 6
+
+
+def test_a_text_may_end_once_it_is_long_enough():
+  for sampling in (Sampling(9, min_length=5), Sampling(max_length=9, min_length=5)):
+    texts, short = sample.Texts.of([[1, 2, 3], [1], [1] * 6], sampling, 71, 1), []
+    for _ in range(5):
+      short.append(texts.early(frozenset({7})).short_B.tolist())
+      texts.add(np.zeros(3, np.int32))
+    assert [sum(row) for row in zip(*short, strict=True)] == [2, 4, 0]
+  assert texts.most_B.tolist() == [6, 8, 3]
+
+
+def test_only_a_least_length_needs_another_program(ready):
+  count = sample.choose._cache_size
+  made = []
+  for how in (
+    dict(max_new_tokens=3),
+    dict(max_length=9),
+    dict(min_length=4, max_length=9),
+    dict(min_new_tokens=5, max_new_tokens=9),
+  ):
+    ready.generate(["a cat"], **how)
+    made.append(count())
+  assert made[1] == made[0] and made[2] == made[0] + 1 and made[3] == made[2]
+
+
+@pytest.mark.parametrize(
   "end, rules",  # 19 is the first token of one of them, 146 comes early, 0 late
   [
     (0, dict(num_beams=4)),
@@ -318,8 +468,8 @@ def test_the_models_own_generation_config_is_respected(folder, tmp_path):
   beams = plain.generate(PROMPTS, temperature=0, num_beams=3, max_new_tokens=9)
   assert says(num_beams=3, max_new_tokens=9).generate(PROMPTS) == beams
   assert plain.generate(PROMPTS, num_beams=3, max_new_tokens=9) == beams  # transformers draws where it is told to only
-  says(early_stopping=True, min_length=0, max_length=20)
-  assert generation.of(model, {}).not_followed == ("early_stopping", "max_length")
+  says(early_stopping=True, min_length=0, max_length=20, typical_p=0.9)
+  assert generation.of(model, {}).not_followed == ("early_stopping", "typical_p")
   ends = {it.token_ids[4] for it in greedy}
   for ours, whole in zip(says(do_sample=False, eos_token_id=[0, *ends], max_new_tokens=9).generate(PROMPTS), greedy):
     at = next(i for i, token in enumerate(whole.token_ids) if token in ends)

@@ -1,0 +1,146 @@
+"""Flags of the commands that take no config: mistyped ones are named, other spellings are the same, nothing is guessed."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+from jaxft import parsers
+from jaxft.errors import RequestError
+
+COMMANDS = {
+  "generate": ["--model", "gpt2"],
+  "evaluate": ["--model", "gpt2"],
+  "export": ["--model", "gpt2", "--out", "x"],
+  "tokenizer": ["--data", "x", "--out", "y"],
+  "report": ["runs/x"],
+}
+
+
+def flags(command):
+  known = getattr(parsers, command)()._option_string_actions
+  return [flag for flag in known if flag.startswith("--") and len(flag) > 3]
+
+
+def mistyped(flag):
+  """The flag without each of its letters, and with each two neighbours swapped, but for what is the same or a flag again."""
+  name = flag[2:]
+  dropped = {name[:i] + name[i + 1 :] for i in range(len(name))}
+  swapped = {name[:i] + name[i + 1] + name[i] + name[i + 2 :] for i in range(len(name) - 1)}
+  return {f"--{word}" for word in dropped | swapped if word.strip("-_")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_mistyped_flag_is_refused_with_the_right_one(command):
+  parser, known = getattr(parsers, command)(), set(flags(command)) | {"--k", "--p"}
+  for flag in flags(command):
+    for wrong in sorted(mistyped(flag) - known):
+      for words in ([wrong, "1"], [f"{wrong}=1"], [*COMMANDS[command], wrong, "1"], [wrong.replace("_", "-")]):
+        with pytest.raises(RequestError) as refusal:
+          parser.parse_args(words)
+        said = str(refusal.value)
+        assert refusal.value.exit_code == 2 and "\n" not in said and ": no such flag; did you mean" in said
+        assert flag in said.removesuffix("?").split("did you mean ")[1].split(" or "), (wrong, said)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_beginning_of_a_flag_is_no_flag(command):
+  parser = getattr(parsers, command)()
+  for flag in flags(command):
+    for end in range(5, len(flag)):
+      if flag[:end] not in parser._option_string_actions:
+        with pytest.raises(RequestError, match=f"{flag[:end]}: no such flag"):
+          parser.parse_args([*COMMANDS[command], flag[:end], "1"])
+
+
+@pytest.mark.parametrize(
+  "words, told",
+  [
+    (["--modle", "x"], "--modle: no such flag; did you mean --model?"),
+    (["-model", "x"], "-model: no such flag; did you mean --model?"),
+    (["--top_", "3"], "--top_: no such flag; did you mean --top_k or --top_p?"),
+    (["--config.model.path=x"], "--config.model.path: no such flag; --help shows what there is"),
+    (["x", "y"], "'y': a word too many; a text with blanks goes in quotes"),
+    (["x", "--top_k", "many"], "--top_k: invalid int value: 'many'"),
+    (["x", "--do_sample=maybe"], "--do_sample: 'maybe': must be True or False"),
+    (["--prompt", "x"], "--model is missing: name a Hugging Face folder or hub id, or a run with --workdir"),
+    (["x", "--workdir", "y"], "--model=x and --workdir=y: give one of them"),
+    (["x", "--model=y"], "MODEL=x and --model=y are one setting; give one of them"),
+    (["--model_name_or_path=x", "--model", "y"], "--model_name_or_path=x and --model=y are one setting; give one of"),
+    (["x", "--length=3", "--max-new-tokens=4"], "--length=3 and --max_new_tokens=4 are one setting; give one of them"),
+    (["x", "--k=3", "--top_k=4"], "--k=3 and --top_k=4 are one setting; give one of them"),
+    (["x", "--p=.3", "--top_p=.4"], "--p=0.3 and --top_p=0.4 are one setting; give one of them"),
+    (["x", "--stop_token=a", "--stop_strings", "b"], "--stop_token=a and --stop_strings=b are one setting"),
+    (["x", "--padding_text=a", "--prefix=b"], "--padding_text=a and --prefix=b are one setting"),
+    (["x", "--no_cuda", "--use_cpu=False"], "--no_cuda=True and --use_cpu=False are one setting"),
+  ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(words, told):
+  with pytest.raises(RequestError) as refusal:
+    parsers.generate().parse_args(words)
+  assert str(refusal.value).startswith(told)
+
+
+SPELLINGS = {
+  "model": (["x"], ["--model=x"], ["--model", "x"], ["--model-name-or-path", "x"], ["--model_name_or_path=x"]),
+  "max_new_tokens": (["--length=7"], ["--length", "7"], ["--max-new-tokens=7"], ["--length=7", "--max_new_tokens=7"]),
+  "top_k": (["--k", "7"], ["--top-k=7"], ["--top_k=7"]),
+  "top_p": (["--p", ".7"], ["--top-p=.7"], ["--top_p=.7"]),
+  "stop_strings": (["--stop_token", "a b"], ["--stop-strings=a b"], ["--stop_strings", "a b"]),
+  "prefix": (["--padding_text=a b"], ["--padding-text", "a b"], ["--prefix", "a b"]),
+  "use_cpu": (["--no_cuda"], ["--use_cpu"], ["--no-cuda", "True"], ["--use-cpu=yes"]),
+  "fp16": (["--half"], ["--fp16"], ["--fp16=True"], ["--half", "1"]),
+  "do_sample": (["--do_sample"], ["--do-sample=true"], ["--do_sample", "True"]),
+}
+
+
+def parsed(*parts):
+  arguments = vars(parsers.generate().parse_args([word for part in parts for word in part]))
+  return {name: value for name, value in arguments.items() if name != "called"}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings_of_a_flag_are_one_setting_wherever_they_stand(name):
+  rng, model = random.Random(0), [] if name == "model" else ["--model=m"]
+  plain = parsed(SPELLINGS[name][-1], model, ["--temperature=-1", "--json"])
+  assert plain[name]
+  for words in SPELLINGS[name]:
+    for _ in range(5):
+      parts = [words, ["--temperature", "-1"], ["--json"], model]
+      rng.shuffle(parts)
+      assert parsed(*parts) == plain
+
+
+@pytest.mark.parametrize(
+  "words",
+  ["m --json --top_k 3", "--json m --top_k 3", "--top_k 3 m --json", "--top_k 3 --json m", "--top_k=3 --json -- m"],
+)
+def test_a_model_may_stand_between_flags(words):
+  assert parsed(words.split()) == parsed(["--model=m", "--json", "--top_k=3"])
+
+
+def test_a_switch_takes_no_word_that_is_not_its_own():
+  arguments = parsers.generate().parse_args(["--do_sample", "false", "--jit", "m"])
+  assert (arguments.do_sample, arguments.jit, arguments.model) == (False, True, "m")
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "export"])
+def test_a_run_is_read_as_one_whatever_flag_names_it(command, tmp_path, capsys):
+  run, more = tmp_path / "run", COMMANDS[command][2:]
+  (run / "checkpoints" / "12").mkdir(parents=True)
+  (run / "config.json").write_text(json.dumps({"model": {}, "data": {}, "train": {}}))
+  for words in ([run], ["--model", run], [f"--model_name_or_path={run}"]):
+    found = getattr(parsers, command)().parse_args([*map(str, words), *more, "--step", "12"])
+    assert (found.model, found.workdir, found.step) == (None, str(run), 12)
+    assert capsys.readouterr().err == f"--model={run}: a run, read as --workdir={run}\n"
+  for change in (
+    lambda it: (it / "model.safetensors").touch(),
+    lambda it: (it / "config.json").write_text('{"model_type": "gpt2"}'),
+    lambda it: (it / "config.json").write_text("["),
+    lambda it: (it / "checkpoints" / "12").rmdir() or (it / "checkpoints").rmdir(),
+  ):
+    change(other := shutil.copytree(run, tmp_path / "other"))
+    found = getattr(parsers, command)().parse_args([str(other), *more])
+    assert (found.model, found.workdir) == (str(other), None) and capsys.readouterr().err == ""
+    shutil.rmtree(other)

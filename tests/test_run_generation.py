@@ -1,0 +1,174 @@
+"""Habits of run_generation.py, of run_generate_neo.py and of prompts in a pipe; and that the page says the same as the code."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxft import generate, parsers, pretrained, run_generation
+from jaxft.errors import RequestError
+from jaxft.hf.tables import FAMILIES
+from jaxft.sampling import Sampling
+
+PAGE = Path(__file__).parent.parent / "docs" / "recipes" / "run_generation.md"
+
+
+@pytest.fixture(scope="module")
+def ready(folder):
+  return pretrained.load(folder)
+
+
+@pytest.fixture
+def told(ready, folder, monkeypatch, tmp_path, capsys):
+  """`told(words, piped)`: what the command prints, on both streams, with the model that is there already."""
+  monkeypatch.setattr(generate, "open_model", lambda arguments: ready)
+
+  def run(*words, piped=b"", model=True):
+    (tmp_path / "piped").write_bytes(piped)
+    with (tmp_path / "piped").open() as stream:
+      monkeypatch.setattr(sys, "stdin", stream)
+      monkeypatch.setattr(sys, "argv", ["generate", *([f"--model={folder}"] if model else []), *map(str, words)])
+      generate.main()
+    return capsys.readouterr()
+
+  return run
+
+
+def completions(said):
+  return json.loads(said.out)["completions"]
+
+
+def given(*words):
+  return generate.given_of(parsers.generate().parse_args(["m", *words]))
+
+
+def test_a_command_of_run_generation_is_understood(told, folder, ready):
+  words = f"--model_type=gpt2 --model_name_or_path={folder} --length 9 --k 5 --p 0.8 --json --half --no_cuda".split()
+  said = told(
+    *words, "--use_cache", "--jit", "--pad_token_id=0", "--xlm_language=", "--prompt", "Once upon", model=False
+  )
+  how = dict(max_new_tokens=9, top_k=5, top_p=0.8, temperature=1.0, seed=42)
+  assert completions(said) == [it._asdict() for it in ready.generate(["Once upon"], **how)]
+  first, second = said.err.splitlines()
+  defaults = "temperature=1.0, repetition_penalty=1.0, num_return_sequences=1, do_sample=True, seed=42"
+  assert first == f"--model_type=gpt2: as run_generation.py has it: {defaults}"
+  assert second.startswith("--half: computed in bfloat16 where")
+
+
+@pytest.mark.parametrize(
+  "words, changed",
+  [
+    ("", {}),
+    ("--length 200", dict(max_new_tokens=200)),
+    ("--max_length 50", dict(max_new_tokens=None, max_length=50)),
+    ("--temperature 0", dict(temperature=0.0, do_sample=None)),
+    ("--do_sample False", dict(temperature=None, do_sample=False)),
+    ("--num_beams 4", dict(temperature=None, do_sample=None, num_beams=4)),
+    ("--k 3 --seed 1", dict(top_k=3, seed=1)),
+  ],
+)
+def test_the_scripts_defaults_hold_where_nothing_is_said(words, changed):
+  wanted = run_generation.SCRIPT | changed
+  assert given("--model_type", "gpt2", *words.split()) == {name: it for name, it in wanted.items() if it is not None}
+  said = given(*words.split())
+  assert said == {name: it for name, it in changed.items() if it is not None}
+
+
+def test_families_are_those_there_are(told):
+  assert set(run_generation.FAMILIES.values()) == set(FAMILIES)
+  for name in ("GPT-Neo", "gpt_neo", "gptj", "gpt-j"):
+    family = run_generation.FAMILIES[name.lower()]
+    assert parsers.generate().parse_args(["m", "--model_type", name]).model_type == name.lower()
+    with pytest.raises(
+      RequestError, match=f"--model_type={name.lower()}: .*config.json says gpt2; give --model_type=gpt2"
+    ):
+      told("--model_type", name, "--prompt=x")
+    assert family != "gpt2"
+
+
+def test_every_flag_named_is_one():
+  known = {flag.removeprefix("--") for flag in parsers.generate()._option_string_actions}
+  named = [*run_generation.SAME, *run_generation.SAME.values(), *run_generation.ABOUT, *run_generation.ALWAYS]
+  assert {*named, *run_generation.REFUSED, run_generation.PADDING[0], "model_type"} <= known
+  assert set(run_generation.SCRIPT) <= {*Sampling._fields, "do_sample"}
+
+
+@pytest.mark.parametrize(
+  "words, told_of",
+  [
+    ("--early_stopping", "--early_stopping=True: beams go on until"),
+    ("--use_cache=False", "--use_cache=False: keys and values"),
+    ("--jit False", "--jit=False: every step is compiled"),
+    ("--xlm_language en", "--xlm_language=en: XLM models"),
+    ("--no_cuda --require gpu", "--use_cpu and --require=gpu"),
+    ("--length=-1", "--length=-1: must be at least 1"),
+    ("--k=-1", "--k=-1: must be 0"),
+    ("--do_sample --temperature=0", "--do_sample=True: --temperature=0"),
+    ("--min_length=9 --max_length=8", "--min_length=9: more than --max_length=8"),
+  ],
+)
+def test_what_means_nothing_here_is_refused_before_a_model_is_read(told, monkeypatch, words, told_of):
+  monkeypatch.setattr(generate, "open_model", lambda arguments: pytest.fail("read a model"))
+  with pytest.raises(RequestError, match=re.escape(told_of)):
+    told(*words.split(), "--prompt=x")
+
+
+def test_prompts_may_come_through_a_pipe(told, ready):
+  lines = b"\xef\xbb\xbfthe cat\r\n\r\n  \nthe caf\xc3\xa9\x0cran\na cat"
+  said = told("--json", "--temperature=0", "--max_new_tokens=4", piped=lines)
+  wanted = ready.generate(["the cat", "the café\fran", "a cat"], temperature=0, max_new_tokens=4)
+  assert completions(said) == [it._asdict() for it in wanted] and said.err == ""
+  assert told("--temperature=0", "--max_new_tokens=4", piped=b"the cat\n").out == "the cat" + wanted[0].text + "\n"
+  alone = told("--json", "--max_new_tokens=4", "--temperature=0", "--prompt", "the cat", piped=b"\xff, not read")
+  assert completions(alone) == [wanted[0]._asdict()]
+
+
+@pytest.mark.parametrize(
+  "piped, message", [(b"", "--prompt is missing: "), (b" \n\n", "--prompt is missing: "), (b"\xff", "UTF-8|utf-8")]
+)
+def test_a_pipe_without_prompts_is_refused_in_one_line(told, piped, message):
+  with pytest.raises(RequestError, match=message) as refusal:
+    told("--json", piped=piped)
+  assert "\n" not in str(refusal.value) and str(refusal.value).startswith("--prompt is missing")
+
+
+def test_a_file_without_prompts_is_refused(told, tmp_path):
+  (tmp_path / "none.txt").write_text(" \n\n")
+  with pytest.raises(RequestError, match="--prompt_file '.*none.txt': no line in it has a prompt"):
+    told("--prompt_file", tmp_path / "none.txt", piped=b"a cat")
+
+
+def test_a_prefix_is_read_and_not_printed(told, ready):
+  how = ("--temperature=0", "--max_new_tokens=4", "--padding_text", "the dog and ")
+  (wanted,) = ready.generate(["the dog and the cat"], temperature=0, max_new_tokens=4)
+  assert completions(told(*how, "--json", "--prompt=the cat")) == [wanted._replace(prompt="the cat")._asdict()]
+  assert told(*how, piped=b"the cat").out == "the cat" + wanted.text + "\n"
+
+
+def test_a_stop_token_is_a_stop_string_and_says_what_differs(told, ready):
+  how = dict(temperature=0, max_new_tokens=30)
+  (whole,) = ready.generate(["Once upon"], **how)
+  stop = whole.text[len(whole.text) // 2 :][:3]
+  said = told("--json", "--temperature=0", "--max_new_tokens=30", f"--stop_token={stop}", "--prompt=Once upon")
+  assert completions(said) == [it._asdict() for it in ready.generate(["Once upon"], stop_strings=[stop], **how)]
+  assert said.err.startswith("--stop_token: as --stop_strings: the text ends with it") and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, asked", [(["--no_cuda"], [("jax_platforms", "cpu")]), (["--use_cpu=False"], [])])
+def test_the_cpu_is_asked_for_before_a_model_is_opened(told, ready, monkeypatch, words, asked):
+  seen = []
+  monkeypatch.setattr(generate.jax.config, "update", lambda *setting: seen.append(setting))
+  monkeypatch.setattr(generate, "open_model", lambda _: ready if seen == asked else pytest.fail(str(seen)))
+  assert completions(told("--json", "--max_new_tokens=2", "--prompt=x", *words))
+
+
+def test_what_is_of_no_account_is_told_once(told):
+  said = told("--json", "--max_length=30", "--max_new_tokens=3", "--prompt=x")
+  assert said.err == "--max_length=30: of no account, as --max_new_tokens=3 is given\n"
+
+
+def test_the_page_has_the_table_of_the_code():
+  page = PAGE.read_text()
+  assert run_generation.table() in page and run_generation.script_defaults() in page
