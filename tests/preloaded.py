@@ -47,13 +47,15 @@ class Popen(subprocess.Popen):
     self._close_pipe_fds(*pipes)
 
 
-def run(arguments, *, capture_output=False, timeout=None, check=False, **how):
+def run(arguments, *, input=None, capture_output=False, timeout=None, check=False, **how):
   """As `subprocess.run`."""
+  if input is not None:
+    how["stdin"] = subprocess.PIPE
   if capture_output:
     how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
   with Popen(arguments, **how) as process:
     try:
-      said, errors = process.communicate(timeout=timeout)
+      said, errors = process.communicate(input, timeout=timeout)
     except BaseException:
       process.kill()
       raise
