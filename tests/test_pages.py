@@ -76,6 +76,9 @@ def stand_ins(tmp_path_factory):
   write(place / "recipes.jsonl", [{"text": f"<|title|>{story()}<|steps|>{story()}"} for _ in range(40)])
   (place / "jokes.csv").write_text("\n".join(["Joke", *(story() for _ in range(40))]))
   write(place / "pairs.jsonl", [{"question": "where is the cat?", "answer": "on the mat"}] * 40)
+  lines = [{"prompt": f"where is the {word}", "response": "[kkshhhh] on the mat"} for word in tiny.WORDS * 2]
+  for name in ("samdotme/vader-speak/train", "lines"):
+    write(place / f"{name}.jsonl", lines)
   for name in ("stanfordnlp/imdb/train", "stanfordnlp/imdb/test"):
     write(place / f"{name}.jsonl", [{"text": story(), "label": i % 2} for i in range(40)])
   (place / "shakespeare").mkdir()
