@@ -91,7 +91,8 @@ def loads_in_transformers(export, prompt):
   ours = typed(
     f"generate --model {shlex.quote(str(export))} --prompt {shlex.quote(prompt)} --max_new_tokens 8 --do_sample False"
   )
-  assert ours.stdout == tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+  theirs = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+  assert ours.stdout == f"{prompt}{theirs}\n"
 
 
 # ---- GPT-2 XL and GPT-Neo 2.7B with DeepSpeed ----------------------------------------------------------------------------
