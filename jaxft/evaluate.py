@@ -3,11 +3,15 @@
 import json
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Column, Table
+
 from jaxft import config as settings
 from jaxft import parsers
 from jaxft.command_line import open_model
 from jaxft.data import sources
 from jaxft.errors import RequestError, run_command
+from jaxft.run.tracking import visible
 
 LEAST = {"sequence_length": 0, "batch_size": 1, "stride": 0}  # 0: not given
 
@@ -43,6 +47,16 @@ def main() -> None:
       told += f"{result['bits_per_byte']:.4f} bits a byte, " if "bits_per_byte" in result else ""
       told += f"over {result['tokens']:,} tokens"
     print(told)
+    print_confusion(result.get("confusion", {}))
+
+
+def print_confusion(confusion: dict[str, dict[str, int]]) -> None:
+  """Prints how many texts of each label were taken for which."""
+  if confusion:
+    table = Table("", *(Column(visible(f"taken for {name}"), justify="right") for name in confusion), box=None)
+    for name, row in confusion.items():
+      table.add_row(visible(name), *(f"{count:,}" for count in row.values()))
+    Console(soft_wrap=True, highlight=False, markup=False).print(table)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,8 @@ class Pretrained:
     The text is one stream cut into rows of `sequence_length` tokens (0: as many as the model has positions), each token
     weighs the same, and the batch size changes nothing but speed. Bits per byte, of the UTF-8 bytes that the tokens learned
     stand for, compare models of different tokenizers; they are left out where a tokenizer does not work on bytes. Of a model
-    that classifies: {"loss": nats per text, "perplexity", "tokens": texts, "accuracy", "f1"}, of rows with a text and a label;
+    that classifies: {"loss": nats per text, "perplexity", "tokens": texts, "accuracy", "f1", "confusion": {label: {what it was
+    taken for: texts}}}, of rows with a text and a label;
     f1 is that of the second of two classes, or the mean of more. Raises RequestError when there is nothing to read.
 
     Args:
@@ -232,7 +233,11 @@ class Pretrained:
     )
     told = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
     if found.confusion_CC is not None:
-      return told | {"accuracy": found.accuracy, "f1": found.f1}
+      confusion = {
+        name: dict(zip(self.labels, row, strict=True))
+        for name, row in zip(self.labels, found.confusion_CC.tolist(), strict=True)
+      }
+      return told | {"accuracy": found.accuracy, "f1": found.f1, "confusion": confusion}
     nbytes = tokens.bytes_learned(rows, self.tokenizer)
     return told | ({"bits_per_byte": bits_per_byte(found.loss, found.tokens, nbytes)} if nbytes else {})
 

@@ -5,6 +5,7 @@ python -m jaxft.train --model_name_or_path gpt2 --train_file my_texts.txt --do_t
 
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -130,7 +131,7 @@ PER_DEVICE, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation
 EVAL_PER_DEVICE = "per_device_eval_batch_size"
 WORKDIR, OVERWRITE, RESUME = "output_dir", "overwrite_output_dir", "resume_from_checkpoint"
 DATASET, CONFIGURATION = "dataset_name", "dataset_config_name"
-MODEL_TYPE, CONFIG_NAME = "model_type", "config_name"
+MODEL_TYPE, CONFIG_NAME, CACHE = "model_type", "config_name", "cache_dir"
 DEEPSPEED, FLOAT_16, DTYPE = "deepspeed", "fp16", "torch_dtype"
 LOADER = "the loader has nothing to set: it reads memory-mapped tokens"
 NO_DDP, NO_TORCH = "XLA makes the collectives", "it is torch's; XLA compiles every step"
@@ -216,7 +217,6 @@ REFUSED = {
   "hub_strategy": "the model is uploaded once, at the end",
   "hub_always_push": "the model is uploaded once, at the end",
   "hub_revision": "the model is uploaded to the branch main",
-  "cache_dir": "HF_HOME names the folder for what is downloaded, --config.data.cache_dir the one for tokens",
   "dataloader_drop_last": "the last rows of an epoch are in the same batch as the first of the next: none is dropped",
   "label_smoothing_factor": "the loss is plain cross-entropy",
   "label_names": "targets are the tokens themselves",
@@ -249,7 +249,7 @@ REFUSED = {
 KNOWN = (
   SAME.keys() | STRATEGIES.keys() | OLD_NAMES.keys() | ALWAYS.keys() | REFUSED.keys()
   | {PUSH, HUB_NAME, BEST, PER_DEVICE, ACCUMULATION, EVAL_PER_DEVICE, WORKDIR, OVERWRITE, RESUME, DATASET, CONFIGURATION}
-  | {MODEL_TYPE, CONFIG_NAME, DEEPSPEED, FLOAT_16, DTYPE}
+  | {MODEL_TYPE, CONFIG_NAME, CACHE, DEEPSPEED, FLOAT_16, DTYPE}
 )  # fmt: skip
 
 
@@ -528,6 +528,12 @@ class Command:
       f"not the newest checkpoint of --{WORKDIR}={workdir}, which is the one that is continued; leave it out"
     )
 
+  def _cache_dir(self, value: str) -> None:
+    """Has models and data sets downloaded to a folder. Both libraries read where to when they are imported, which is later."""
+    self._set("data.cache_dir", str(Path(value) / "tokens"), CACHE)
+    os.environ["HF_HUB_CACHE"] = os.environ["HF_DATASETS_CACHE"] = at_home(value)
+    self.notes.append(f"--{CACHE}={value}: for downloads and tokens")
+
   def _hub_model_id(self, value: str) -> None:
     pass  # goes with --push_to_hub
 
@@ -644,6 +650,7 @@ def table() -> str:
     f"| `--{WORKDIR}` | `--workdir` |",
     f"| `--{OVERWRITE}` | a new run: one that is in `--{WORKDIR}` is moved to a folder beside it, which is told |",
     f"| `--{RESUME}` | always so: the same command continues; refused: another checkpoint than the newest of `--{WORKDIR}` |",
+    f"| `--{CACHE}` | folder for downloads and tokens |",
     f"| `--{DATASET}` with `--{CONFIGURATION}` | `--config.data.train=hub:NAME/CONFIGURATION` |",
     f"| `--{MODEL_TYPE}`, `--{CONFIG_NAME}` | without `--model_name_or_path` `--config.model.init=scratch`: new weights |",
     f"| `--{PER_DEVICE}` | `--config.train.micro_batch_size`; times devices and accumulation `--config.train.batch_size` |",

@@ -1,6 +1,7 @@
 """Classification heads in and out, against transformers' own."""
 
 import dataclasses
+import collections
 import json
 import shutil
 
@@ -153,6 +154,8 @@ def test_accuracy_and_f1_are_those_of_the_labels_one_by_one(theirs, tmp_path):
     assert found["tokens"] == len(texts)
     assert found["accuracy"] == pytest.approx(np.mean([a == b for a, b in zip(true, predicted, strict=True)]))
     assert found["f1"] == pytest.approx(np.mean(each))
+    pairs = collections.Counter(zip(true, predicted, strict=True))
+    assert found["confusion"] == {a: {b: pairs[a, b] for b in LABELS} for a in LABELS}
     assert found["loss"] == pytest.approx(np.mean(np.log(np.exp(logits).sum(-1)) - gold), rel=1e-5)
   file.write_text('{"text": "the cat", "label": "great"}\n')
   with pytest.raises(RequestError, match="label 'great': the model's classes are 'bad', 'so so', 'good'"):

@@ -140,6 +140,7 @@ SAID = [
   ("--torch_dtype auto", {"model.param_dtype": "float32"}, ["--torch_dtype=auto: weights are kept in float32"]),
   ("--logging_dir logs", {"tracking.logging_dir": "logs"}, ["--logging_dir=logs: of TensorBoard's files"]),
   ("--logging_dir logs --report_to tensorboard", {"tracking.writers": ("tensorboard",)}, []),
+  ("--cache_dir here", {"data.cache_dir": "here/tokens"}, ["--cache_dir=here: for downloads and tokens"]),
   ("--adafactor", {"optim.name": "adafactor"}, []),
   ("--local_rank=0 --resume_from_checkpoint True --trust_remote_code False", {}, []),
 ]
@@ -147,6 +148,8 @@ SAID = [
 
 @pytest.mark.parametrize("words, wanted, told", SAID)
 def test_a_flag_is_done_and_what_was_done_is_told(monkeypatch, capsys, words, wanted, told):
+  for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+    monkeypatch.setenv(name, "elsewhere")  # which --cache_dir changes
   config = parsed(monkeypatch, "--model_name_or_path=gpt2", "--train_file=a.txt", *words.split()).config
   found = settings.flatten(config)
   assert {name: found[name] for name in wanted} == wanted and not settings.faults(config)

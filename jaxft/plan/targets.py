@@ -88,6 +88,7 @@ GPUS = {
   "rtx3060": Gpu("GeForce RTX 3060", (8, 6), 28, 1.777, 12 * GIB, 360 * GIGA, 3 * MB, 100 * KB, 1536, 25 * TERA, PCIE4),
   "rtx3070": Gpu("GeForce RTX 3070", (8, 6), 46, 1.725, 8 * GIB, 448 * GIGA, 4 * MB, 100 * KB, 1536, 40 * TERA, PCIE4),
   "rtx3090": Gpu("GeForce RTX 3090", (8, 6), 82, 1.695, 24 * GIB, 936 * GIGA, 6 * MB, 100 * KB, 1536, 71 * TERA, PCIE4),
+  "a10": Gpu("A10", (8, 6), 72, 1.695, 45 * GIB // 2, 600 * GIGA, 6 * MB, 100 * KB, 1536, 125 * TERA, PCIE4),
   "a10g": Gpu("A10G", (8, 6), 80, 1.71, 45 * GIB // 2, 600 * GIGA, 6 * MB, 100 * KB, 1536, 70 * TERA, PCIE4),
   "l4": Gpu("L4", (8, 9), 58, 2.04, 45 * GIB // 2, 300 * GIGA, 48 * MB, 100 * KB, 1536, 121 * TERA, PCIE4),
   "rtx4080": Gpu(
@@ -122,6 +123,7 @@ SOURCES = {
   "t4": f"{NVIDIA}data-center/tesla-t4/",
   "rtx3060": f"{NVIDIA}geforce/graphics-cards/30-series/rtx-3060-3060ti/",
   **dict.fromkeys(("rtx3070", "rtx3090"), AMPERE),
+  "a10": f"{NVIDIA}data-center/products/a10-gpu/",
   "a10g": "https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf",
   "l4": f"{NVIDIA}data-center/l4/",
   **dict.fromkeys(("rtx4080", "rtx4090"), ADA),
