@@ -1,7 +1,7 @@
 """Classification heads in and out, against transformers' own."""
 
-import dataclasses
 import collections
+import dataclasses
 import json
 import shutil
 
