@@ -191,3 +191,34 @@ def test_a_python_users_config_stays_as_it_is(folder, stories, tmp_path):
   ):
     finetune(config, tmp_path / "run")
   assert config.data.train == Path(stories) and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+  "file, words, wanted",
+  [
+    (("c.train.steps = 8",), ["train.epochs=3"], {"train.steps": 0, "train.epochs": 3.0}),
+    (("c.train.epochs = 3.0",), ["train.steps=8"], {"train.steps": 8, "train.epochs": 0.0}),
+    (("c.train.epochs = 3.0",), ["train.steps=0"], {"train.steps": 0, "train.epochs": 3.0}),
+    (("c.optim.warmup_steps = 8",), ["optim.warmup_ratio=0.1"], {"optim.warmup_steps": 0, "optim.warmup_ratio": 0.1}),
+    (("c.optim.warmup_ratio = 0.1",), ["optim.warmup_steps=8"], {"optim.warmup_steps": 8, "optim.warmup_ratio": 0.0}),
+    (("c.train.eval_every = 8",), ["train.eval_every=epoch"], {"train.eval_every": "epoch"}),
+    (("c.train.eval_every = 'epoch'",), ["train.eval_every=8"], {"train.eval_every": 8}),
+    (("c.train.eval_every = 'epoch'",), ["train.seed=8"], {"train.eval_every": "epoch"}),
+    (("c.data.validation = 'v.txt'",), ["data.train=t.txt"], {"data.train": ("t.txt",), "data.validation": ()}),
+    (("c.data.validation = 'v.txt'",), ["data.train=t", "data.validation=w"], {"data.validation": ("w",)}),
+    (("c.data.validation = 'v.txt'",), ["train.seed=8"], {"data.validation": ("v.txt",)}),
+  ],
+)
+def test_a_setting_of_the_command_line_beats_its_counterpart_in_the_file(
+  monkeypatch, tmp_path, capsys, file, words, wanted
+):
+  config = parsed(monkeypatch, "--config", config_file(tmp_path, *file), *(f"--config.{word}" for word in words))
+  assert {name: value_of(config, name) for name in wanted} == wanted
+  dropped = wanted.get("data.validation") == ()
+  assert ("its config.data.validation goes with its own config.data.train" in capsys.readouterr().err) == dropped
+
+
+def test_both_on_the_command_line_are_refused(monkeypatch, tmp_path):
+  file = config_file(tmp_path, "c.model.path, c.data.train = 'm', 't'")
+  config = parsed(monkeypatch, "--config", file, "--config.train.steps=8", "--config.train.epochs=3")
+  assert settings.faults(config) == ["config.train.steps=8 and config.train.epochs=3.0: set one of the two"]
