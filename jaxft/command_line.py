@@ -140,8 +140,13 @@ def _make_way(given: Mapping[str, str], config: ConfigDict, file: str | None) ->
     data.validation = ()
   for name, setting in settings.BY_NAME.items():
     section, key = name.split(".")
-    if setting.words and name in given and section in config and key in config[section]:
-      config[section][key] = str(config[section][key])  # the parser takes text for text only; `normalised` takes both
+    if name not in given or section not in config or key not in config[section]:
+      continue
+    # The parser takes what the value of the file is: text for text, several for several.
+    if setting.words:
+      config[section][key] = str(config[section][key])
+    elif isinstance(setting.default, tuple):
+      config[section][key] = ()
 
 
 def _whole_words(argv: list[str]) -> list[str]:
