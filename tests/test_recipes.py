@@ -298,7 +298,6 @@ def test_a_tokenizer_is_refused_what_it_cannot_be(tmp_path):
   for more, message in (
     (["--vocab_size", "256", "--out", tmp_path / "a"], "must be at least 257"),
     (["--out", tmp_path], "it is there; name a new folder"),
-    (["--out", tmp_path / "b", "--text_column", "txt"], "no column 'txt'"),
   ):
     done = processes.run("jaxft.tokenizer", "--data", text, *more, check=2)
     assert message in done.stderr and "Traceback" not in done.stderr

@@ -137,12 +137,6 @@ def test_every_family_trains_from_new_weights_and_comes_back(family, stories, tm
   assert back.evaluate(str(held_out), sequence_length=32)["loss"] == pytest.approx(last, abs=0.3)
 
 
-def test_a_warm_up_longer_than_the_run_is_refused(config, tmp_path):
-  config.train.steps, config.train.epochs, config.optim.warmup_steps = 0, 0.1, 500
-  with pytest.raises(RequestError, match=r"warmup_steps=500: more than the \d+ steps"):
-    finetune(config, tmp_path)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["pack", *(pytest.param(it, marks=pytest.mark.wide) for it in ("pad", "concat"))])
 def test_a_model_learns_where_to_end(folder, tmp_path, layout):
