@@ -12,6 +12,9 @@ Length     100,000 stories are about 22 M tokens: some 1,350 steps of 32 x 512 t
 Expect     not measured yet: it needs the hub and a GPU. Look at the eval loss before and after, and whether the completions
            stay with the child and the animal they began with
 
+Tracker    load, memory, disk, network and GPU power go into metrics.jsonl; --config.tracking.writers=mlflow is the one flag
+           for MLflow, which gets them too (docs/trackers.md)
+
 Compared with the usual recipe (AdamW, 5e-5, batch 8, padded rows): rows are packed, so no token of a batch is padding; the
 batch is larger and the rate with it; a cosine with a warm-up, because one pass ends while a linear decay is still moving.
 """
@@ -34,16 +37,21 @@ def get_config():
   c.train.eval_every = 250
   c.train.save_every = 250
   c.train.sample_prompts = (
-    "Once upon a time there was a cat with magic powers",
-    "There was a cloud that could laugh",
-    "Mia looked up at the star",
+    "There was a cat with magic powers. It could turn invisible. But one day, the cat lost its magic and",
+    "There was a cloud that could laugh. It laughed every day. But one day, the cloud didn't laugh. "
+    "The animals in the forest decided to",
+    "Every night, Mia looked at the stars. But one night, one star twinkled differently. It seemed to be "
+    "sending a message. Mia thought hard about what it could mean and",
   )
+  c.train.sample_tokens = 250
 
   c.optim.learning_rate = 2e-4
   c.optim.schedule = "cosine"
   c.optim.warmup_steps = 50
   c.optim.weight_decay = 0.1
   c.optim.b2 = 0.95
+
+  c.tracking.system_metrics = True
 
   c.memory.loss_chunk = 128  # 50,257 logits a token: whole, they would be the largest array of the step
   return c

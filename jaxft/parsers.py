@@ -271,7 +271,12 @@ def tokenizer() -> Parser:
   parser.add_argument(
     "--torch_bin", action="store_true", help="with --model: read pytorch_model*.bin through torch, weights_only"
   )
-  parser.add_argument("--add", nargs="+", metavar="TOKEN", help="with --model: the special tokens to add")
+  parser.add_argument(
+    "--add",
+    nargs="+",
+    metavar="[ROLE=]TOKEN",
+    help="with --model: the special tokens to add; bos=, eos= or pad= before one, new or not, gives it that role",
+  )
   parser.add_argument("--text_column", default="text", help="column that holds the text (default: text)")
   parser.add_argument("--vocab_size", type=int, default=16384, help="tokens (default: 16384)")
   parser.add_argument("--out", required=True, type=at_home, metavar="FOLDER", help="folder to write; a new one")

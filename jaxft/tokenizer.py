@@ -1,7 +1,8 @@
 """A tokenizer of your own text: python -m jaxft.tokenizer --data SOURCE [...] --vocab_size N --out FOLDER
 
 The folder is what `config.model.init=scratch` begins with: tokenizer.json and a config.json, no weights. Or tokens of your own
-in a model that is there: python -m jaxft.tokenizer --model PATH_OR_ID --add "<|title|>" "<|end|>" --out FOLDER
+in a model that is there, with a role or without one:
+python -m jaxft.tokenizer --model PATH_OR_ID --add "<|title|>" "bos=<|start|>" "pad=[PAD]" --out FOLDER
 """
 
 import collections
@@ -9,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -17,6 +19,7 @@ from jaxft import parsers
 from jaxft.backend import must_run_on, prepare_backend
 from jaxft.data import sources
 from jaxft.data.report import examples
+from jaxft.data.tokens import TokenizerInfo
 from jaxft.errors import RequestError, StorageError, run_command
 from jaxft.files import refused, write_whole
 from jaxft.hf import added_tokens, repo
@@ -88,10 +91,10 @@ def main() -> None:
   if arguments.model:
     prepare_backend()
     must_run_on(None)
-    ids, parity = added_tokens.write(
-      repo.find(arguments.model, arguments.revision, torch_bin=arguments.torch_bin), arguments.add, out
-    )
+    source = repo.find(arguments.model, arguments.revision, torch_bin=arguments.torch_bin)
+    grown, ids, parity = added_tokens.write(source, arguments.add, out)
     print(f"{', '.join(f'{name} is {id}' for name, id in ids.items())}; {out}: {in_words(parity)}")
+    print(_roles(grown))
     return
   if lines := sources.faults({"train": arguments.data}):
     raise RequestError("\n".join(line.replace("config.data.train", "--data") for line in lines))
@@ -105,6 +108,16 @@ def main() -> None:
     f"{tokens:,} tokens in {out}/tokenizer.json, and {out}/config.json of a GPT-2 124M with them: change its n_embd, "
     f"n_layer, n_head and n_positions for another size, then --config.model.init=scratch --config.model.path={out}"
   )
+
+
+def _roles(tokenizer: Any) -> str:
+  """What the tokens with a role do from now on."""
+  begins = TokenizerInfo(tokenizer).begin is not None
+  told = f"a text ends with {tokenizer.eos_token!r} in training, and "
+  told += (
+    f"begins with {tokenizer.bos_token!r}, as a prompt then should" if begins else "the next one is learned from it"
+  )
+  return told if tokenizer.pad_token is None else f"{told}; transformers pads with {tokenizer.pad_token!r}"
 
 
 if __name__ == "__main__":

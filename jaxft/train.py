@@ -302,7 +302,7 @@ def finetune(
     model_flops = flops.of_model(cfg, config.train.batch_size, rows.T)
     at_peak = estimate.seconds_at_peak(targets.here(device, mesh.size), mesh.size, model_flops)
     first = jax.process_index() == 0
-    system = until_the_end.enter_context(SystemMetrics(first and config.tracking.system_metrics))
+    system = until_the_end.enter_context(SystemMetrics(first and config.tracking.system_metrics, workdir))
     reporter = Reporter(
       config, workdir, start, total_steps, tokens_seen, data.floor, device, at_peak, system, len(rows)
     )

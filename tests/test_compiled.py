@@ -27,6 +27,7 @@ HARDWARE = {
   "gpt2_question_answer": ("rtx3070",),
   "gpt2_reviews_classification": ("rtx3070",),
   "gpt2_tinystories": ("rtx4090",),
+  "gpt2_vader_speak": ("t4",),
   "gpt2xl_shakespeare_16gb": ("t4",),
   "gptj_6b_24gb": ("rtx4090",),
   "gptj_6b_8gb": ("rtx3070",),
@@ -42,6 +43,7 @@ LIKE_OTHERS = {
   "gpt2_medium_recipes",
   "gpt2_question_answer",
   "gpt2_reviews_classification",
+  "gpt2_vader_speak",
   "gptj_6b_24gb",
 }
 GIB = 2**30

@@ -45,7 +45,7 @@ SMALL = {
   "tokenizer --data": "--vocab_size 300",
 }
 # All their commands are in a config's docstring, which is followed too.
-LIKE_CONFIGS = {f"docs/recipes/{name}.md" for name in ("jokes", "medium_recipes")}
+LIKE_CONFIGS = {"docs/recipes/jokes.md"}
 # Read and checked, and no more.
 NOT_RUN = {
   "python -m jaxft.train --config configs/X.py --workdir /shared/run --coordinator host0:7777 --num_processes 4 "
@@ -76,6 +76,9 @@ def stand_ins(tmp_path_factory):
   write(place / "recipes.jsonl", [{"text": f"<|title|>{story()}<|steps|>{story()}"} for _ in range(40)])
   (place / "jokes.csv").write_text("\n".join(["Joke", *(story() for _ in range(40))]))
   write(place / "pairs.jsonl", [{"question": "where is the cat?", "answer": "on the mat"}] * 40)
+  lines = [{"prompt": f"where is the {word}", "response": "[kkshhhh] on the mat"} for word in tiny.WORDS * 2]
+  for name in ("samdotme/vader-speak/train", "lines"):
+    write(place / f"{name}.jsonl", lines)
   for name in ("stanfordnlp/imdb/train", "stanfordnlp/imdb/test"):
     write(place / f"{name}.jsonl", [{"text": story(), "label": i % 2} for i in range(40)])
   (place / "shakespeare").mkdir()

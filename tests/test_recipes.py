@@ -193,11 +193,9 @@ def test_stories_are_drawn_learned_and_end(small, tmp_path, monkeypatch):
   )
   wanted = fresh("gpt2_tinystories")
   assert (wanted.data.limit_train, wanted.data.limit_validation) == (100_000, 5_000)
-  prompts = wanted.train.sample_prompts
-  for prompt, what in zip(
-    prompts, ("cat with magic powers", "cloud that could laugh", "Mia looked up at the star"), strict=True
-  ):
-    assert what in prompt
+  begin = ("There was a cat with magic powers. ", "There was a cloud that could laugh. ", "Every night, Mia looked at ")
+  assert all(map(str.startswith, wanted.train.sample_prompts, begin)) and wanted.train.sample_tokens == 250
+  prompts = config.train.sample_prompts = tuple(prompt.split(".")[0] for prompt in begin)  # which fit this model's rows
   endings = (" and the big cat ran.", " with the small dog.", " on a blue house.")
   stories = [{"text": prompt + ending} for prompt, ending in zip(prompts, endings, strict=True)]
   # The data set of the hub, as its files lie in a folder of that name: datasets takes it from there.

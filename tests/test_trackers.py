@@ -1,5 +1,6 @@
 """Trackers: what they are told is read back from their own files, and nothing that they do reaches the run."""
 
+import collections
 import contextlib
 import json
 import math
@@ -11,14 +12,16 @@ import sqlite3
 import subprocess
 import sys
 import time
+import types
 
+import psutil
 import pytest
 import read_trackers
 import tiny
 
 from jaxft import config as settings
 from jaxft.errors import NumericsError, Preempted, RequestError
-from jaxft.run import writers
+from jaxft.run import system, writers
 from jaxft.run.secrets import masked
 from jaxft.run.system import SystemMetrics
 from jaxft.run.tracking import Lines
@@ -109,15 +112,94 @@ def test_a_run_that_begins_again_is_a_new_run_and_a_tracker_that_comes_later_get
   assert steps == {"tensorboard": [1, 2, 3, 4], "trackio": [1, 2, 3, 4, 5]}
 
 
-def test_the_load_of_this_host_is_read_while_a_run_goes_on():
-  with SystemMetrics(True) as metrics:
+def readings_of(workdir):
+  """The first readings of a thread that has just begun."""
+  with SystemMetrics(True, workdir) as metrics:
     until = time.monotonic() + 30
     while not metrics.latest and time.monotonic() < until:
       time.sleep(0.01)
-  assert 0 < metrics.latest["system/memory_percent"] <= 100
-  assert 10e6 < metrics.latest["system/process_memory_bytes"] < metrics.latest["system/memory_used_bytes"]
-  with SystemMetrics(False) as metrics:
+  metrics.join()
+  return metrics.latest
+
+
+def test_the_load_of_this_host_is_read_while_a_run_goes_on(tmp_path):
+  found = readings_of(tmp_path)
+  assert 0 < found["system/memory_percent"] <= 100
+  assert 10e6 < found["system/process_memory_bytes"] < found["system/memory_used_bytes"]
+  assert found["system/disk_used_bytes"] == pytest.approx(psutil.disk_usage(str(tmp_path)).used, rel=0.1)
+  assert 0 < found["system/disk_percent"] <= 100
+  with SystemMetrics(False, tmp_path) as metrics:
     assert not metrics.is_alive()
+
+
+def test_disk_and_network_are_counted_from_the_first_reading(tmp_path, monkeypatch):
+  Counters = collections.namedtuple("Counters", "bytes_sent bytes_recv read_bytes write_bytes")
+  of_disk = iter([None, Counters(0, 0, 1000, 2000), Counters(0, 0, 1003, 2005)])  # None: no disk is there yet
+  of_network = iter([Counters(7, 70, 0, 0), Counters(8, 90, 0, 0)])
+  monkeypatch.setattr(psutil, "disk_io_counters", lambda: next(of_disk))
+  monkeypatch.setattr(psutil, "net_io_counters", lambda: next(of_network))
+  *_, disk, network = system._of_host(tmp_path)
+  assert disk() == {}
+  assert disk() == {"system/disk_read_bytes": 0, "system/disk_written_bytes": 0}
+  assert disk() == {"system/disk_read_bytes": 3, "system/disk_written_bytes": 5}
+  assert network() == {"system/network_sent_bytes": 0, "system/network_received_bytes": 0}
+  assert network() == {"system/network_sent_bytes": 1, "system/network_received_bytes": 20}
+
+
+class Nvml:
+  """The functions of pynvml that are called, of two cards: the second is a part of one, and tells its memory alone."""
+
+  class NVMLError(Exception):
+    pass
+
+  nvmlInit = staticmethod(lambda: None)
+  nvmlDeviceGetCount = staticmethod(lambda: 2)
+  nvmlDeviceGetHandleByIndex = staticmethod(lambda i: i)
+
+  @staticmethod
+  def nvmlDeviceGetMemoryInfo(handle):
+    return types.SimpleNamespace(total=8 * 2**30, used=2 * 2**30)
+
+  @classmethod
+  def only_of_the_first(cls, handle, value):
+    if handle:
+      raise cls.NVMLError("Not Supported")
+    return value
+
+  @classmethod
+  def nvmlDeviceGetUtilizationRates(cls, handle):
+    return types.SimpleNamespace(gpu=cls.only_of_the_first(handle, 93))
+
+  @classmethod
+  def nvmlDeviceGetPowerUsage(cls, handle):
+    return cls.only_of_the_first(handle, 61_500)
+
+  @classmethod
+  def nvmlDeviceGetEnforcedPowerLimit(cls, handle):
+    return cls.only_of_the_first(handle, 70_000)
+
+
+def test_each_reading_of_a_gpu_is_told_whatever_else_fails(tmp_path, monkeypatch):
+  gpu = lambda found: {key.removeprefix("system/"): value for key, value in found.items() if "/gpu" in key}
+  monkeypatch.setitem(sys.modules, "pynvml", Nvml)
+  memory = {"memory_bytes": 2 * 2**30, "memory_percent": 25}
+  first = memory | {"percent": 93, "power_watts": 61.5, "power_limit_watts": 70}
+  wanted = {f"gpu0_{key}": value for key, value in first.items()} | {f"gpu1_{key}": it for key, it in memory.items()}
+  assert gpu(readings_of(tmp_path)) == wanted
+
+  def broken(*_):
+    raise OSError("no /proc in this container")
+
+  for name in ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetPowerUsage"):
+    monkeypatch.setattr(Nvml, name, broken)
+  for name in ("virtual_memory", "disk_usage", "cpu_percent"):
+    monkeypatch.setattr(psutil, name, broken)
+  found = readings_of(tmp_path)
+  assert gpu(found) == {"gpu0_percent": 93, "gpu0_power_limit_watts": 70}
+  assert found["system/process_memory_bytes"] > 0
+  assert not {"system/memory_percent", "system/disk_percent"} & found.keys()
+  monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
+  assert gpu(found := readings_of(tmp_path)) == {} and found["system/process_memory_bytes"] > 0
 
 
 @pytest.mark.slow

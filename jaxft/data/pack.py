@@ -108,17 +108,19 @@ class ExampleRows:
   """Examples that do not see each other: one a row ("pad"), or several with segments and positions of their own ("pack").
 
   A text that is longer than a row is cut in pieces for "pack" and cut short for "pad"; a prompt with its completion is cut
-  short for both. The first token of a text is predicted from an end token; the first of a prompt is not learned.
+  short for both. The first token of a text is predicted from an end token, or from the one that begins each document where
+  there is one; the first of a prompt is not learned.
   """
 
-  def __init__(self, tokens: Tokens, T: int, end: int, *, pack: bool):
+  def __init__(self, tokens: Tokens, T: int, end: int, *, pack: bool, texts: bool = False):
+    """`texts`: examples have no prompt; one token that is not learned is what begins the document."""
     self.tokens, self.T, self._end, self._pack = tokens, T, end, pack
     starts, prompts = np.asarray(tokens.starts_N1), np.asarray(tokens.prompts_N)
     # A prompt's first token is an input only, so such an example may have a token more.
     room_N = T + (prompts > 0)
     lengths_N = np.diff(starts)
     long_N = lengths_N > room_N
-    in_pieces = long_N & (prompts == 0) & pack
+    in_pieces = long_N & (prompts <= int(texts)) & pack
     dropped = int((lengths_N - room_N)[long_N & ~in_pieces].sum())
     pieces = []
     for i in range(len(lengths_N)):
@@ -130,7 +132,9 @@ class ExampleRows:
     # A prompt that leaves no room for its completion teaches nothing.
     learned = [piece for piece in pieces if prompts[piece.example] < piece.stop - starts[piece.example]]
     dropped += sum(piece.stop - piece.start for piece in pieces) - sum(p.stop - p.start for p in learned)
-    columns = [piece.stop - piece.start - int(prompts[piece.example] > 0) for piece in learned]
+    # Where a piece begins with a token that is not learned, that one is an input only.
+    inputs_only = [piece.start < starts[piece.example] + prompts[piece.example] for piece in learned]
+    columns = [piece.stop - piece.start - int(more) for piece, more in zip(learned, inputs_only, strict=True)]
     self.account = Account(
       columns=sum(columns),
       ends=sum(piece.stop == int(starts[piece.example + 1]) for piece in learned),
@@ -150,7 +154,7 @@ class ExampleRows:
     for segment, piece in enumerate(self._rows[i], 1):
       start, prompt = int(self.tokens.starts_N1[piece.example]), int(self.tokens.prompts_N[piece.example])
       values = self.tokens.ids[piece.start : piece.stop].astype(np.int32)
-      if not prompt:
+      if piece.start >= start + prompt:
         before = self._end if piece.start == start else self.tokens.ids[piece.start - 1]
         values = np.concatenate([[np.int32(before)], values])
       n = len(values) - 1

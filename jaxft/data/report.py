@@ -380,7 +380,8 @@ def lay_out(stored: tokens.Tokens, data: ConfigDict, end: int) -> Rows:
     return LabelRows(stored, data.sequence_length)
   if data.layout == "concat":
     return ConcatRows(stored, data.sequence_length, end)
-  return ExampleRows(stored, data.sequence_length, end, pack=data.layout == "pack")
+  texts = data.format == "text"
+  return ExampleRows(stored, data.sequence_length, end, pack=data.layout == "pack", texts=texts)
 
 
 def _report(manifest: Manifest, stored: dict[str, tokens.Tokens], laid_out: dict[str, Rows], T: int) -> dict[str, Any]:

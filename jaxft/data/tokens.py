@@ -25,6 +25,7 @@ BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 class Tokens:
   """Examples one after another, each with the end token after it (but for those that have a label).
 
+  Before each is the token that begins a document, where the tokenizer has one (see `first_id`).
   Arrays may be memory-mapped. N examples.
   """
 
@@ -72,7 +73,8 @@ def byte_lengths(tokenizer: Any) -> np.ndarray | None:
   ) in vocabulary.items():  # each byte is a letter of its own there; tokens that were added stand as they are
     lengths_V[i] = len(added[i].content.encode()) if i in added else len(token)
   before, after = special_ids_around(tokenizer)
-  lengths_V[[tokenizer.eos_token_id, *before, *after]] = 0
+  begin = first_id(tokenizer, before)
+  lengths_V[[tokenizer.eos_token_id, *before, *after, *([] if begin is None else [begin])]] = 0
   return lengths_V
 
 
@@ -102,9 +104,32 @@ def _some_texts(tokenizer: Any) -> Iterator[str]:
   yield from (token for token, id in tokenizer.get_vocab().items() if id not in added)
 
 
+def first_id(tokenizer: Any, before: list[int]) -> int | None:
+  """The token that begins each document: the tokenizer's bos token, where that is another than its end token.
+
+  None where documents have no such token: their texts are learned from the end token of the
+  document before. So it is too where the tokenizer itself puts another token than bos before a
+  text: its texts begin with that one.
+
+  Args:
+    before: what the tokenizer itself puts before a text, of `special_ids_around`.
+  """
+  begin = tokenizer.bos_token_id
+  return begin if begin != tokenizer.eos_token_id and before[:1] in ([], [begin]) else None
+
+
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-  """The tokens of a text that is to be continued: those that a document which begins with it begins with."""
-  return special_ids_around(tokenizer)[0] + _ids(tokenizer.backend_tokenizer, text)
+  """The tokens of a text that is to be continued, as transformers' `tokenizer(text)` gives them.
+
+  GPT-2's tokenizer puts no bos token before a text. So none is put here, for the same prompt to
+  have the same continuation in transformers; a prompt that is to begin a document begins with that
+  token's text. No text at all does begin a document.
+  """
+  before = special_ids_around(tokenizer)[0]
+  if ids := before + _ids(tokenizer.backend_tokenizer, text):
+    return ids
+  begin = first_id(tokenizer, before)
+  return [] if begin is None else [begin]
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
@@ -124,7 +149,7 @@ class TokenizerInfo:
     self.tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
     rules = json.loads(self.backend.to_str())
     self.before, self.after = special_ids_around(tokenizer)
-    self.end = tokenizer.eos_token_id
+    self.end, self.begin = tokenizer.eos_token_id, first_id(tokenizer, self.before)
     self.cuts_at_blanks = _cuts_at_blanks(rules)
     model, vocabulary = rules["model"], tokenizer.get_vocab()
     works_on_bytes = (rules["decoder"] or {}).get("type") == "ByteLevel"
@@ -152,8 +177,8 @@ class TokenizerInfo:
 
 
 def encode(examples: list[Example], info: TokenizerInfo, dtype: np.dtype) -> Encoded:
-  """Token ids of the examples, made on all cores. Nothing is added but end tokens and what the tokenizer itself puts around a
-  text, and nothing trimmed.
+  """Token ids of the examples, made on all cores. Nothing is added but what begins and ends a
+  document (see `_ends`), and nothing trimmed.
 
   Where a prompt ends among the tokens is found by their places in the text, never by searching for ids: a token that holds
   the end of the prompt and the beginning of the completion is learned.
@@ -178,20 +203,30 @@ def encode(examples: list[Example], info: TokenizerInfo, dtype: np.dtype) -> Enc
         ids[i].append(np.array(encoding.ids, dtype))
         lost += 0 if info.loses_nothing else info.lost(part, encoding)
   for i, example in enumerate(examples):
-    before, after = _ends(example, info)
+    of_text = np.concatenate([np.zeros(0, dtype), *ids[i]])
+    before, after = _ends(example, info, of_text)
     prompts[i] += len(before) if prompts[i] else 0
-    ids[i] = np.concatenate([np.array(before, dtype), *ids[i], np.array(after, dtype)])
+    if info.begin is not None and example.label is None:
+      prompts[i] = max(1, prompts[i])  # the token that begins a document is given, never learned
+    ids[i] = np.concatenate([np.array(before, dtype), of_text, np.array(after, dtype)])
   return Encoded(ids, prompts, merged, lost)
 
 
-def _ends(example: Example, info: TokenizerInfo) -> tuple[list[int], list[int]]:
+def _ends(example: Example, info: TokenizerInfo, of_text: np.ndarray) -> tuple[list[int], list[int]]:
   """Special ids that are put before and after the tokens of an example's text.
 
-  A document has the end token after it; before it there is one too, of the document before, so none is put there.
+  A document has the end token after it, which is learned. Before it there is one too, of the
+  document before, so none is put there, and the first token of a text is learned from that one. A
+  tokenizer whose bos token is another than its end token has the document begin with it (`bos text
+  eos`): the first token of the text, or of the prompt, then follows bos, and bos itself is never a
+  target. A text that begins with it already, or a tokenizer that puts it there by itself, does not
+  get it twice.
   """
   if example.label is not None:
     return info.before, info.after
   before = [] if info.before == [info.end] else info.before
+  if info.begin is not None and before in ([], [info.begin]):
+    before = [] if of_text[:1].tolist() == [info.begin] else [info.begin]
   return before, info.after if info.after[-1:] == [info.end] else [*info.after, info.end]
 
 

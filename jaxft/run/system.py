@@ -1,7 +1,9 @@
-"""Load and memory of the host that this process runs on and of the devices that it drives."""
+"""Load and memory of the host that this process runs on and of the devices that it drives, its disk, network and power."""
 
 import contextlib
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,10 +19,11 @@ class SystemMetrics(threading.Thread):
   Of this host only: to gather the others' would be a collective that training waits for.
   """
 
-  def __init__(self, on: bool):
+  def __init__(self, on: bool, workdir: Path):
+    """`workdir`: of the run; its disk is the one that is told."""
     super().__init__(name="jaxft-system", daemon=True)
     self.latest: dict[str, float] = {}
-    self._on, self._ended = on, threading.Event()
+    self._on, self._workdir, self._ended = on, workdir, threading.Event()
 
   def __enter__(self) -> "SystemMetrics":
     if self._on:
@@ -31,25 +34,55 @@ class SystemMetrics(threading.Thread):
     self._ended.set()
 
   def run(self) -> None:
-    process, gpus = psutil.Process(), _Gpus()
-    psutil.cpu_percent()  # the first call begins the interval that the next one tells of
+    readings = [*_of_host(self._workdir), _of_devices, *_of_gpus()]
+    with contextlib.suppress(Exception):
+      psutil.cpu_percent()  # the first call begins the interval that the next one tells of
     while not self._ended.is_set():
       found = {}
-      for read in (lambda: _of_host(process), _of_devices, gpus.read):
+      for read in readings:
         with contextlib.suppress(Exception):  # of a driver, or of a container without /proc: the others are told
           found |= read()
       self.latest = found
       self._ended.wait(EVERY)
 
 
-def _of_host(process: psutil.Process) -> dict[str, float]:
-  memory = psutil.virtual_memory()
-  return {
-    "system/cpu_percent": psutil.cpu_percent(),
-    "system/memory_percent": memory.percent,
-    "system/memory_used_bytes": memory.total - memory.available,
-    "system/process_memory_bytes": process.memory_info().rss,
-  }
+Reading = Callable[[], dict[str, float]]  # one that may fail alone
+
+
+def _of_host(workdir: Path) -> list[Reading]:
+  def memory() -> dict[str, float]:
+    it = psutil.virtual_memory()
+    return {"system/memory_percent": it.percent, "system/memory_used_bytes": it.total - it.available}
+
+  def disk() -> dict[str, float]:
+    it = psutil.disk_usage(str(workdir))
+    return {"system/disk_percent": it.percent, "system/disk_used_bytes": it.used}
+
+  return [
+    lambda: {"system/cpu_percent": psutil.cpu_percent()},
+    memory,
+    lambda: {"system/process_memory_bytes": psutil.Process().memory_info().rss},
+    disk,
+    _since_now("disk", {"read": "read_bytes", "written": "write_bytes"}, psutil.disk_io_counters),
+    _since_now("network", {"sent": "bytes_sent", "received": "bytes_recv"}, psutil.net_io_counters),
+  ]
+
+
+def _since_now(what: str, fields: dict[str, str], counters: Callable[[], Any]) -> Reading:
+  """What the host's counters, which began with the host, have counted since the first reading."""
+  first = []
+
+  def read() -> dict[str, float]:
+    now = counters()
+    if now is None:  # of a host without such a device
+      return {}
+    if not first:
+      first.append(now)
+    return {
+      f"system/{what}_{name}_bytes": getattr(now, field) - getattr(first[0], field) for name, field in fields.items()
+    }
+
+  return read
 
 
 def _of_devices() -> dict[str, float]:
@@ -58,25 +91,28 @@ def _of_devices() -> dict[str, float]:
   return {f"system/device{i}_bytes": it["bytes_in_use"] for i, it in stats.items() if "bytes_in_use" in it}
 
 
-class _Gpus:
+def _of_gpus() -> list[Reading]:
   """NVIDIA's own readings, through the package nvidia-ml-py; none without it or without a driver."""
+  try:
+    import pynvml
 
-  def __init__(self):
-    self._nvml: ModuleType | None = None
-    self._handles: list[Any] = []
-    try:
-      import pynvml
+    pynvml.nvmlInit()
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+  except Exception:  # ImportError; NVMLError where there is no driver
+    return []
+  return [reading for i, handle in enumerate(handles) for reading in _of_gpu(pynvml, handle, f"system/gpu{i}")]
 
-      pynvml.nvmlInit()
-      self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-      self._nvml = pynvml
-    except Exception:  # ImportError; NVMLError where there is no driver
-      return
 
-  def read(self) -> dict[str, float]:
-    found = {}
-    for i, handle in enumerate(self._handles):
-      with contextlib.suppress(self._nvml.NVMLError):  # a part of a card (MIG, vGPU) tells no load
-        found[f"system/gpu{i}_memory_bytes"] = self._nvml.nvmlDeviceGetMemoryInfo(handle).used
-        found[f"system/gpu{i}_percent"] = self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu
-    return found
+def _of_gpu(nvml: ModuleType, handle: Any, name: str) -> list[Reading]:
+  """Each alone: a part of a card (MIG, vGPU) tells no load, and some cards tell no power or no limit of it."""
+
+  def memory() -> dict[str, float]:
+    it = nvml.nvmlDeviceGetMemoryInfo(handle)
+    return {f"{name}_memory_bytes": it.used, f"{name}_memory_percent": 100 * it.used / it.total}
+
+  return [
+    memory,
+    lambda: {f"{name}_percent": nvml.nvmlDeviceGetUtilizationRates(handle).gpu},
+    lambda: {f"{name}_power_watts": nvml.nvmlDeviceGetPowerUsage(handle) / 1000},  # told in milliwatts
+    lambda: {f"{name}_power_limit_watts": nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000},
+  ]

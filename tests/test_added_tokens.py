@@ -1,0 +1,235 @@
+"""Tokens with a role: what `jaxft.tokenizer --add ROLE=TOKEN` writes, what a document begins with, and what stays as it was."""
+
+import hashlib
+import json
+import random
+import shutil
+
+import processes
+import pytest
+import tiny
+from ml_collections import ConfigDict
+from test_tokenizer import WORDPIECE, wordpiece
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+import jaxft
+from jaxft.data import tokens
+from jaxft.data.formats import Example
+from jaxft.data.pack import ConcatRows, ExampleRows, StridedRows
+from jaxft.data.report import lay_out
+from jaxft.errors import RequestError
+from jaxft.hf import added_tokens, repo
+from jaxft.hf import tokenizer as tokenizers
+from jaxft.train import finetune
+
+BEGIN, PAD, TITLE, END = "<|startoftext|>", "[PAD]", "<|title|>", tiny.EOS
+BEGIN_ID, PAD_ID, TITLE_ID, END_ID = 293, 294, 295, 0
+ADD = (f"bos={BEGIN}", f"pad={PAD}", TITLE)
+
+
+@pytest.fixture(scope="module")
+def made(folder, tmp_path_factory):
+  """A model folder with a token that begins a text, one that fills up rows, and one without a role."""
+  out = tmp_path_factory.mktemp("models") / "roles"
+  done = processes.run("jaxft.tokenizer", "--model", folder, "--add", *ADD, "--out", out)
+  assert f"{BEGIN} is {BEGIN_ID}, {PAD} is {PAD_ID}, {TITLE} is {TITLE_ID}" in done.stdout
+  assert f"begins with {BEGIN!r}, as a prompt then should; transformers pads with {PAD!r}" in done.stdout
+  return out
+
+
+@pytest.fixture(scope="module")
+def tokenizer(made):
+  return tokenizers.load(made, 296)
+
+
+def must_have_the_roles(folder):
+  """In each file that says them, and as transformers reads it."""
+  for name in ("config.json", "generation_config.json"):
+    said = json.loads((folder / name).read_text())
+    assert [said[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [BEGIN_ID, END_ID, PAD_ID], name
+  for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    said = json.loads((folder / name).read_text())
+    assert [said[f"{role}_token"] for role in ("bos", "eos", "pad")] == [BEGIN, END, PAD], name
+  again = AutoTokenizer.from_pretrained(folder)
+  assert (again.bos_token, again.eos_token, again.pad_token) == (BEGIN, END, PAD)
+  assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (BEGIN_ID, END_ID, PAD_ID)
+  return again
+
+
+def test_roles_are_what_transformers_reads(made):
+  must_have_the_roles(made)
+
+
+@pytest.mark.slow
+def test_roles_go_through_training_and_out(made, stories, tmp_path):
+  config = tiny.config(made, stories)
+  config.train.steps, config.train.eval_every, config.train.save_every, config.data.layout = 2, 2, 2, "pad"
+  config.train.sample_prompts, config.optim.warmup_steps = ("", f"{BEGIN}once"), 0
+  run = finetune(config, tmp_path / "run")
+  must_have_the_roles(run.workdir / "run.model")
+  again = must_have_the_roles(run.export)
+
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(run.export)
+  assert theirs.get_input_embeddings().weight.shape[0] == 296
+  again.padding_side = "left"
+  prompts = [f"{BEGIN}the cat", f"{BEGIN}once upon a time the big dog"]
+  batch = again(prompts, return_tensors="pt", padding=True)
+  assert batch["input_ids"][0, 0] == PAD_ID and batch["input_ids"][1, 0] == BEGIN_ID
+  with torch.no_grad():
+    found = theirs.generate(**batch, max_new_tokens=9, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    begun = theirs.generate(max_new_tokens=9, do_sample=False)[0]  # of no prompt
+  texts = again.batch_decode(found, skip_special_tokens=True)
+  ours = jaxft.load(run.export)
+  assert [it.text for it in ours.generate(prompts, max_new_tokens=9, temperature=0)] == texts
+  (empty,) = ours.generate([""], max_new_tokens=9, temperature=0)
+  assert begun.tolist()[: 1 + len(empty.token_ids)] == [BEGIN_ID, *empty.token_ids]
+
+
+def cut(tokenizer, text):
+  return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def read(example, tokenizer):
+  """Ids of one example, and how many of them are not learned."""
+  found = tokens.in_memory([example], tokenizer, ["a", "b"])
+  return found.ids.tolist(), int(found.prompts_N[0])
+
+
+def test_a_document_begins_with_the_token_that_is_there_for_it(tokenizer):
+  text, asked = "the big cat sat", "where is it?"
+  document = [BEGIN_ID, *cut(tokenizer, text), END_ID]
+  assert read(Example(text), tokenizer) == (document, 1)
+  assert read(Example(BEGIN + text), tokenizer) == (document, 1)  # not twice
+  whole = [BEGIN_ID, *cut(tokenizer, asked), *cut(tokenizer, " red"), END_ID]
+  assert read(Example(asked + " red", prompt=len(asked)), tokenizer) == (whole, 1 + len(cut(tokenizer, asked)))
+  begun = Example(BEGIN + asked + " red", prompt=len(BEGIN + asked))
+  assert read(begun, tokenizer) == (whole, 1 + len(cut(tokenizer, asked)))
+  assert tokenizer.decode(cut(tokenizer, " the")[0]) == " t"  # in which a prompt of one blank ends
+  assert read(Example(" the", prompt=1), tokenizer) == ([BEGIN_ID, *cut(tokenizer, " the"), END_ID], 1)
+  assert read(Example(text, label="a"), tokenizer) == (cut(tokenizer, text), 0)
+  assert tokens.prompt_ids(tokenizer, text) == tokenizer(text)["input_ids"] == cut(tokenizer, text)
+  assert tokens.prompt_ids(tokenizer, "") == [BEGIN_ID]
+  assert tokens.text_ids(tokenizer, "") == [END_ID]
+  assert tokens.byte_lengths(tokenizer)[[BEGIN_ID, END_ID]].tolist() == [0, 0]
+
+
+def test_a_tokenizer_that_puts_it_there_itself_does_not_get_it_twice(made):
+  own = tokenizers.load(made, 296)
+  own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+    single=f"{BEGIN} $A", special_tokens=[(BEGIN, BEGIN_ID)]
+  )
+  assert read(Example("the cat"), own) == ([BEGIN_ID, *cut(own, "the cat"), END_ID], 1)
+  assert read(Example("the cat", label="a"), own) == ([BEGIN_ID, *cut(own, "the cat")], 0)
+  assert tokens.prompt_ids(own, "the cat") == own("the cat")["input_ids"] == [BEGIN_ID, *cut(own, "the cat")]
+  # One that begins a text with another token: as its texts begin, and as before.
+  own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+    single=f"{TITLE} $A", special_tokens=[(TITLE, TITLE_ID)]
+  )
+  assert read(Example("the cat"), own) == ([TITLE_ID, *cut(own, "the cat"), END_ID], 0)
+  assert tokens.prompt_ids(own, "") == [TITLE_ID]
+
+
+def learned(rows):
+  """(input, target) of each target that is learned, by row."""
+  picked = [rows[i] for i in range(len(rows))]
+  return [[(int(i), int(t)) for i, t, m in zip(r["ids"], r["targets"], r["mask"], strict=True) if m] for r in picked]
+
+
+@pytest.mark.parametrize("layout", ["concat", "pad", "pack"])
+def test_the_first_token_of_a_text_follows_it_and_it_is_never_a_target(tokenizer, layout):
+  texts = ["the cat", "once upon a time the dog sat on mat and ran to big red house", "small blue door"]
+  stored = tokens.in_memory(map(Example, texts), tokenizer)
+  T = 7
+  rows = lay_out(stored, ConfigDict({"format": "text", "layout": layout, "sequence_length": T}), END_ID)
+  pairs, documents = learned(rows), [[*cut(tokenizer, text), END_ID] for text in texts]
+  wanted = [list(zip([BEGIN_ID, *ids], ids, strict=False)) for ids in documents]
+  if layout == "pad":  # one a row, cut short at T targets
+    assert pairs == [of[:T] for of in wanted]
+  else:  # every token of every text, once: a long one goes on in its next piece
+    assert sorted(sum(pairs, [])) == sorted(sum(wanted, []))
+  assert rows.account.ends == sum(target == END_ID for _, target in sum(pairs, [])) or layout == "pad"
+  assert rows.account.columns + sum(rows.account.dropped.values()) <= len(stored.ids)
+  if layout == "concat":
+    strided = learned(StridedRows(stored, T, END_ID, 3))
+    assert sorted(sum(strided, [])) == sorted(sum(wanted, []))
+
+
+def test_without_such_a_token_every_token_is_as_it_was(folder, tmp_path):
+  """Whose bos token is the end token, or who have none; also one that puts tokens of its own around a text."""
+  rng = random.Random(3)
+  kinds = [tokenizers.load(folder, 293), tokenizers.load(wordpiece(tmp_path / "bert"), len(WORDPIECE))]
+  none = tokenizers.load(folder, 293)
+  none.bos_token = None
+  for tokenizer, before in zip([*kinds, none], ([], [2], []), strict=True):
+    end = tokenizer.eos_token_id
+    for _ in range(60):
+      text = tiny.story(rng)
+      prompt = rng.choice([0, rng.randint(1, len(text) - 1)])
+      found = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+      given = sum(stop <= prompt for _, stop in found.offsets) if prompt else 0
+      ids = [*before, *found.ids, end]
+      assert read(Example(text, prompt=prompt), tokenizer) == (ids, given + len(before) if given else 0)
+      assert tokens.prompt_ids(tokenizer, text) == ids[:-1]
+    assert tokens.prompt_ids(tokenizer, "") == before
+    stored = tokens.in_memory([Example(tiny.story(rng)) for _ in range(30)], tokenizer)
+    stream = [end, *stored.ids.tolist()]
+    flat = sum(learned(ConcatRows(stored, 13, end)), [])
+    assert flat == list(zip(stream, stream[1:], strict=False))
+    pieces = sum(learned(ExampleRows(stored, 13, end, pack=True, texts=True)), [])
+    assert sorted(pieces) == sorted(flat)  # the token before a text is an end token there too
+
+
+def test_a_value_is_a_token_or_a_role_with_one():
+  assert added_tokens.read("<|title|>") == ("<|title|>", "")
+  assert added_tokens.read("a=b") == ("a=b", "") and added_tokens.read("=x") == ("=x", "")
+  assert added_tokens.read("bos=<s>") == added_tokens.read("bos_token=<s>") == ("<s>", "bos")
+  assert added_tokens.read("pad=a=b") == ("a=b", "pad")
+  for role in ("unk", "sep", "cls", "mask"):
+    with pytest.raises(RequestError, match=rf"--add '{role}=<x>': the roles are bos, eos, pad, .* give '<x>' alone"):
+      added_tokens.read(f"{role}=<x>")
+  for value in ("", "pad="):
+    with pytest.raises(RequestError, match="must be a text"):
+      added_tokens.read(value)
+
+
+def test_only_the_role_of_a_token_that_exists_changes(made, folder, tmp_path):
+  tokenizer, ids, _ = added_tokens.write(repo.find(str(made)), [f"pad={END}", f"eos={TITLE}"], tmp_path / "out")
+  assert ids == {END: END_ID, TITLE: TITLE_ID} and len(tokenizer) == 296
+  weights = [(at / "model.safetensors").read_bytes() for at in (made, tmp_path / "out")]
+  assert weights[0] == weights[1]
+  for name in ("config.json", "generation_config.json"):
+    said = json.loads((tmp_path / "out" / name).read_text())
+    assert [said[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [BEGIN_ID, TITLE_ID, END_ID], name
+  plain = repo.find(str(folder))
+  for values, message in (
+    (["pad=t"], "--add 'pad=t': a token that texts are made of"),
+    (["eos=Ġt"], "--add 'eos=Ġt': a token that texts are made of"),
+    (["pad=<a>", "pad=<b>"], "--add 'pad=<b>': pad is '<a>' already"),
+    (["pad=<a>", "<a>"], "--add '<a>': a token already"),
+  ):
+    with pytest.raises(RequestError, match=message):
+      added_tokens.write(plain, values, tmp_path / "none")
+  assert not (tmp_path / "none").exists()
+  itself = repo.find(str(shutil.copytree(folder, tmp_path / "itself")))
+  about = json.loads((itself.folder / "tokenizer.json").read_text())
+  begins = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, END_ID)])
+  about["post_processor"] = json.loads(begins.__getstate__())
+  (itself.folder / "tokenizer.json").write_text(json.dumps(about))
+  with pytest.raises(RequestError, match=r"--add 'bos=<x>': .* itself begins each text with '<\|endoftext\|>'; take"):
+    added_tokens.write(itself, ["bos=<x>"], tmp_path / "none")
+  both, ids, _ = added_tokens.write(plain, ["pad=<x>", "bos=<x>"], tmp_path / "both")
+  assert (both.pad_token_id, both.bos_token_id, len(both)) == (293, 293, 294)
+
+
+def test_tokens_of_before_are_made_again(tokenizer, folder):
+  """A cache of a tokenizer whose documents begin with its bos token is not that of one whose documents did not."""
+  plain = tokenizers.load(folder, 293)
+
+  def of_before(it):
+    said = json.dumps([tokenizers.bos_token_id(it), it.eos_token_id]) + it.backend_tokenizer.to_str()
+    return hashlib.sha256(said.encode()).hexdigest()
+
+  assert tokenizers.fingerprint(plain) == of_before(plain)
+  assert tokenizers.fingerprint(tokenizer) != of_before(tokenizer)
