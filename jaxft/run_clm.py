@@ -133,6 +133,7 @@ WORKDIR, OVERWRITE, RESUME = "output_dir", "overwrite_output_dir", "resume_from_
 DATASET, CONFIGURATION = "dataset_name", "dataset_config_name"
 MODEL_TYPE, CONFIG_NAME, CACHE = "model_type", "config_name", "cache_dir"
 DEEPSPEED, FLOAT_16, DTYPE = "deepspeed", "fp16", "torch_dtype"
+STREAMING, STREAMED = "streaming", "the data set is downloaded, and its tokens made once and memory-mapped"
 LOADER = "the loader has nothing to set: it reads memory-mapped tokens"
 NO_DDP, NO_TORCH = "XLA makes the collectives", "it is torch's; XLA compiles every step"
 NO_METRICS = "an evaluation tells loss and perplexity, or accuracy and F1"
@@ -198,7 +199,6 @@ ONLY_TRUE = {
 SHARDING = "config.mesh and config.memory say how a run is spread: docs/sharding.md"
 TOKEN = "the token is read where huggingface_hub keeps it, or from HF_TOKEN"
 REFUSED = {
-  "streaming": "tokens are made once and kept (config.data.cache_dir), and memory-mapped; leave it out",
   "trust_remote_code": "no code from a checkpoint is ever run; leave it out",
   "fsdp": SHARDING,
   "fsdp_config": SHARDING,
@@ -249,7 +249,7 @@ REFUSED = {
 KNOWN = (
   SAME.keys() | STRATEGIES.keys() | OLD_NAMES.keys() | ALWAYS.keys() | REFUSED.keys()
   | {PUSH, HUB_NAME, BEST, PER_DEVICE, ACCUMULATION, EVAL_PER_DEVICE, WORKDIR, OVERWRITE, RESUME, DATASET, CONFIGURATION}
-  | {MODEL_TYPE, CONFIG_NAME, CACHE, DEEPSPEED, FLOAT_16, DTYPE}
+  | {MODEL_TYPE, CONFIG_NAME, CACHE, STREAMING, DEEPSPEED, FLOAT_16, DTYPE}
 )  # fmt: skip
 
 
@@ -528,6 +528,10 @@ class Command:
       f"not the newest checkpoint of --{WORKDIR}={workdir}, which is the one that is continued; leave it out"
     )
 
+  def _streaming(self, value: str) -> None:
+    if _is_true(value):
+      self.notes.append(f"--{STREAMING}: {STREAMED}")
+
   def _cache_dir(self, value: str) -> None:
     """Has models and data sets downloaded to a folder. Both libraries read where to when they are imported, which is later."""
     self._set("data.cache_dir", str(Path(value) / "tokens"), CACHE)
@@ -650,6 +654,7 @@ def table() -> str:
     f"| `--{WORKDIR}` | `--workdir` |",
     f"| `--{OVERWRITE}` | a new run: one that is in `--{WORKDIR}` is moved to a folder beside it, which is told |",
     f"| `--{RESUME}` | always so: the same command continues; refused: another checkpoint than the newest of `--{WORKDIR}` |",
+    f"| `--{STREAMING}` | {STREAMED} |",
     f"| `--{CACHE}` | folder for downloads and tokens |",
     f"| `--{DATASET}` with `--{CONFIGURATION}` | `--config.data.train=hub:NAME/CONFIGURATION` |",
     f"| `--{MODEL_TYPE}`, `--{CONFIG_NAME}` | without `--model_name_or_path` `--config.model.init=scratch`: new weights |",

@@ -140,6 +140,7 @@ SAID = [
   ("--torch_dtype auto", {"model.param_dtype": "float32"}, ["--torch_dtype=auto: weights are kept in float32"]),
   ("--logging_dir logs", {"tracking.logging_dir": "logs"}, ["--logging_dir=logs: of TensorBoard's files"]),
   ("--logging_dir logs --report_to tensorboard", {"tracking.writers": ("tensorboard",)}, []),
+  ("--streaming", {}, ["--streaming: the data set is downloaded"]),
   ("--cache_dir here", {"data.cache_dir": "here/tokens"}, ["--cache_dir=here: for downloads and tokens"]),
   ("--adafactor", {"optim.name": "adafactor"}, []),
   ("--local_rank=0 --resume_from_checkpoint True --trust_remote_code False", {}, []),

@@ -40,6 +40,20 @@ def test_mesh_that_does_not_fit_names_the_numbers(asked):
     mesh(*asked)
 
 
+@pytest.mark.parametrize("rows, micro, wanted", [(0, 0, 16), (0, 1, 8), (32, 1, 32), (8, 0, 8)])
+def test_an_evaluation_takes_its_own_rows_or_those_of_training(rows, micro, wanted):
+  train = settings.default().train
+  train.batch_size, train.micro_batch_size, train.eval_batch_size = 16, micro, rows
+  assert sharding.eval_rows(train, mesh(1, -1)) == wanted
+
+
+def test_rows_of_an_evaluation_that_cannot_be_split_are_refused():
+  train = settings.default().train
+  train.batch_size, train.eval_batch_size = 16, 12
+  with pytest.raises(RequestError, match="config.train.eval_batch_size=12: must be a multiple of 8 devices"):
+    sharding.eval_rows(train, mesh(1, -1))
+
+
 class Chip:
   """A device as `mesh_utils` looks at it."""
 
