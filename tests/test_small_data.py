@@ -94,7 +94,9 @@ def test_a_template_of_plain_text_is_learned_whole(tmp_path, tokenizer):
   (example,), said = read(plain, template="Question: {prompt}. Answer: {response}")
   assert example.text == "a cat" and "its text is read as it is" in said[0]
   # Evaluated on other text, a text that goes through no template.
-  data, _ = prepared(tokenizer, tmp_path, file, template="Q: {prompt}. A: {response}", unrelated=(str(plain),))
+  other = tmp_path / "other.jsonl"
+  other.write_text('{"text": "a cat", "prompt": "a dog", "response": "a mat"}\n')
+  data, _ = prepared(tokenizer, tmp_path, file, template="Q: {prompt}. A: {response}", unrelated=(str(other),))
   assert tokenizer.decode(data.unrelated.tokens.ids[:-1]) == "a cat"
 
 
