@@ -61,6 +61,7 @@ def pytest_generate_tests(metafunc):
 
 # The files that take minutes begin first, so that no worker is left with one of them at the end.
 LONGEST = (
+  "test_shipped_configs",
   "test_compiled",
   "test_pages",
   "test_recipes",

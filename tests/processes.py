@@ -17,8 +17,8 @@ def get_config():
 """
 
 
-def run(*arguments, check=0, **how):
-  done = preloaded.run(["-m", *arguments], capture_output=True, text=True, timeout=300, **how)
+def run(*arguments, check=0, timeout=300, **how):
+  done = preloaded.run(["-m", *arguments], capture_output=True, text=True, timeout=timeout, **how)
   assert check is None or done.returncode == check, done.stdout + done.stderr
   assert "Traceback" not in done.stderr
   return done

@@ -168,17 +168,45 @@ def write_gpt2(
   return folder
 
 
-def write_family(folder: Path, family: str, *, seed: int, P: int, std: float, V: int = 293) -> Path:
-  """A complete folder of a model of FAMILIES, with P positions."""
+def write_family(
+  folder: Path,
+  family: str,
+  *,
+  seed: int,
+  P: int,
+  std: float,
+  V: int = 293,
+  end: int = 0,
+  tokenizer: bool = True,
+  **sizes,
+) -> Path:
+  """A complete folder of a model of FAMILIES, with P positions; `sizes` are keys of config.json with other values."""
   folder.mkdir(parents=True)
   names = ("max_position_embeddings", "hidden_size", "intermediate_size", "num_layers")
   names = names if family == "gpt_neo" else ("n_positions", "n_embd", "n_inner", "n_layer")
-  about = {"model_type": family, "vocab_size": V, "bos_token_id": 0, "eos_token_id": 0} | FAMILIES[family]
-  about |= {names[0]: P, "tie_word_embeddings": family != "gptj"}
+  about = {"model_type": family, "vocab_size": V, "bos_token_id": end, "eos_token_id": end} | FAMILIES[family]
+  about |= {names[0]: P, "tie_word_embeddings": family != "gptj"} | sizes
   tensors = gpt2_tensors(shapes_of(family, V, *(about[name] for name in names)), seed, std)
   save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
   (folder / "config.json").write_text(json.dumps(about))
-  write_tokenizer(folder, V)
+  if tokenizer:
+    write_tokenizer(folder, V)
+  return folder
+
+
+def write_published(folder: Path, family: str) -> Path:
+  """A model with the tokenizer, the table and the positions of the published ones, and next to nothing between."""
+  neo, gptj = family == "gpt_neo", family == "gptj"
+  sizes = dict(n_embd=8, n_layer=1, n_head=1, n_inner=16)
+  if neo:  # a layer of each kind; the window is its own
+    sizes = dict(hidden_size=8, num_layers=2, num_heads=1, intermediate_size=16, window_size=256)
+    sizes |= dict(attention_types=[[["global", "local"], 1]])
+  P, V = 1024 if family == "gpt2" else 2048, 50400 if gptj else 50257
+  more = dict(V=V, end=50256, tokenizer=False, **sizes)
+  write_gpt2_bpe(write_family(folder, family, seed=0, P=P, std=0.05, **more))
+  if gptj:  # its table was rounded up, and the rows have names
+    extra = {f"<|extratoken_{i}|>": 50256 + i for i in range(1, V - 50256)}
+    (folder / "added_tokens.json").write_text(json.dumps(extra))
   return folder
 
 
