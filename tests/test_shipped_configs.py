@@ -27,7 +27,7 @@ MODELS = ("gpt2", "gpt2-medium", "gpt2-xl", "EleutherAI/gpt-neo-2.7B", "Eleuther
 MORE = {"quickstart": ["--config.train.steps=5"]}
 EIGHT_DEVICES = ("gptj_6b_v5e8",)
 CHEAP = "quickstart"
-WIDE = ("gptj_6b_24gb", "gptneo_2b7_16gb", "gpt2_jokes")
+WIDE = ("gptj_6b_24gb", "gpt2xl_shakespeare_16gb", "gptneo_2b7_16gb", "gpt2_jokes")
 
 
 @pytest.fixture(scope="module")
