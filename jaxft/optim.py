@@ -20,10 +20,10 @@ NOT_DECAYED = {"bias", "scale"}
 def warmup_steps(optim: ConfigDict, total_steps: int) -> int:
   """Steps of warm-up of a run of so many: `warmup_steps`, or a tenth of all where there are fewer; else `warmup_ratio` of them.
 
-  Shares are rounded up, as transformers does.
+  The ratio is rounded up, as transformers does; the tenth down, as the first step of a warm-up has a rate of 0.
   """
   if optim.warmup_steps > total_steps:
-    return math.ceil(total_steps / 10)
+    return total_steps // 10
   return optim.warmup_steps or math.ceil(total_steps * optim.warmup_ratio)
 
 

@@ -120,3 +120,23 @@ def test_muon_makes_queries_keys_and_values_orthogonal_each_for_itself():
   for matrix, longer in matrices:
     values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * longer**0.5)
     assert values.min() > 0.4 and values.max() < 1.3, values
+
+
+@pytest.mark.parametrize(
+  "warmup, ratio, steps, wanted",
+  [
+    (5, 0.0, 20, 5),
+    (20, 0.0, 20, 20),
+    (21, 0.0, 20, 2),
+    (50, 0.0, 7, 0),
+    (9, 0.0, 1, 0),
+    (0, 0.1, 25, 3),
+    (0, 0.0, 9, 0),
+  ],
+)
+def test_steps_of_warm_up(warmup, ratio, steps, wanted):
+  config = settings.default().optim
+  config.warmup_steps, config.warmup_ratio = warmup, ratio
+  assert optim.warmup_steps(config, steps) == wanted
+  rates = [float(optim.schedule(config, steps)(step)) for step in range(steps)]
+  assert max(rates) > 0 and (rates[0] > 0) == (wanted == 0)

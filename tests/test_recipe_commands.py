@@ -196,7 +196,7 @@ def test_a_folder_of_texts_and_zero_3(there):
   )
   assert "--config.memory.offload=all" in done.stderr
   assert "config.train.batch_size=128: the training text fills only" in done.stdout
-  assert "config.optim.warmup_steps=10: more than the 1 step of the run; 1 step instead" in done.stdout
+  assert "config.optim.warmup_steps=10: more than the 1 step of the run; 0 steps instead" in done.stdout
   config = json.loads((there / "out" / "config.json").read_text())
   assert (config["train"]["eval_every"], config["train"]["eval_batch_size"]) == ("epoch", 8)
   loads_in_transformers(there / "out" / "export", "once upon a time")

@@ -220,10 +220,10 @@ def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, 
   run = finetune(config, tmp_path / "run")
   said = capsys.readouterr().out
   assert "config.train.batch_size=8: the training text fills only 1 row, so each step takes all of it" in said
-  assert "config.optim.warmup_steps=50: more than the 4 steps of the run; 1 step instead, a tenth of them" in said
+  assert "config.optim.warmup_steps=50: more than the 4 steps of the run; 0 steps instead, a tenth of them" in said
   assert [line["step"] for line in run.metrics if "eval/loss" in line] == [0, 1, 2, 3, 4]
   rates = [line["train/learning_rate"] for line in run.metrics if "train/loss" in line]
-  assert rates == pytest.approx([0, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
+  assert rates == pytest.approx([1e-3, 1e-3 * 3 / 4, 1e-3 / 2, 1e-3 / 4])
   seen = [line["train/tokens"] for line in run.metrics if "train/loss" in line]
   assert seen == [n * seen[0] for n in (1, 2, 3, 4)]
   # The same folder with more epochs goes on; with fewer, or another rate, it is another run.
@@ -231,7 +231,7 @@ def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, 
   longer = finetune(config, tmp_path / "run")
   assert "6 steps in all instead of 4: going on at step 4" in capsys.readouterr().out
   assert [line["step"] for line in longer.metrics if "eval/loss" in line] == [0, 1, 2, 3, 4, 5, 6]
-  assert longer.metrics[-2]["train/learning_rate"] == pytest.approx(1e-3 / 5)
+  assert longer.metrics[-2]["train/learning_rate"] == pytest.approx(1e-3 / 6)
   for setting, value in (("epochs", 5.0), ("seed", 3)):
     other = config.copy_and_resolve_references()
     other.train[setting] = value
