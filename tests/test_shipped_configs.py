@@ -27,13 +27,8 @@ MODELS = ("gpt2", "gpt2-medium", "gpt2-xl", "EleutherAI/gpt-neo-2.7B", "Eleuther
 MORE = {"quickstart": ["--config.train.steps=5"]}
 EIGHT_DEVICES = ("gptj_6b_v5e8",)
 CHEAP = "quickstart"
-<<<<<<< HEAD
 WIDE = ("gptj_6b_24gb", "gptj_6b_v5e8", "gptneo_2b7_16gb", "gpt2xl_shakespeare_16gb", "gpt2_jokes")
 WIDE += ("gpt2_medium_recipes", "gpt2_tinystories", "gpt2_from_scratch")
-=======
-WIDE = ("gptj_6b_24gb", "gptj_6b_v5e8", "gptneo_2b7_16gb", "gpt2xl_shakespeare_16gb", "gpt2_jokes")
-WIDE += ("gpt2_medium_recipes", "gpt2_tinystories", "gpt2_from_scratch")
->>>>>>> d5bb7d5cf2ed3590418800fea2d379a79aea1a76
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +87,7 @@ def cases():
     yield pytest.param(name, marks=slow + [pytest.mark.wide] * (name in WIDE))
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("name", cases())
-=======
 @pytest.mark.parametrize("name", [*cases()])
->>>>>>> d5bb7d5cf2ed3590418800fea2d379a79aea1a76
 def test_a_config_runs_as_it_is(name, place, tmp_path):
   config, workdir = runpy.run_path(str(CONFIGS[name]))["get_config"](), tmp_path / "run"
   devices = 8 if name in EIGHT_DEVICES else 1
