@@ -132,9 +132,13 @@ def _make_way(given: Mapping[str, str], config: ConfigDict, file: str | None) ->
         config[section][key] = settings.BY_NAME[other].default
   data = config.get("data", {})
   if "data.train" in given and "data.validation" not in given and data.get("validation"):
+    if "data.validation_fraction" not in given and not data.get("validation_fraction"):
+      data.validation_fraction = settings.BY_NAME["data.validation_fraction"].default
+    share = given.get("data.validation_fraction", data.validation_fraction)
+    own = data.validation if isinstance(data.validation, str) else data.validation[0]
     print(
-      f"{file}: its config.data.validation goes with its own config.data.train; a share of what is given is held out "
-      "instead (config.data.validation_fraction)",
+      f"{file}: its config.data.validation goes with its own config.data.train; of what is given a share of {share} is "
+      f"held out instead (to keep it: --config.data.validation={own})",
       file=sys.stderr,
     )
     data.validation = ()
@@ -227,7 +231,9 @@ def unescaped(text: str, name: str) -> str:
 
 def _reason(error: Exception) -> str:
   """What is wrong with a flag, in one line, without the parser's own words around it."""
-  return " ".join(line.strip() for line in str(error).splitlines()).removeprefix("flag ")
+  text = " ".join(line.strip() for line in str(error).splitlines()).removeprefix("flag ")
+  text = re.sub(r"invalid literal for int\(\) with base \d+: (.*)", r"\1 is no whole number", text)
+  return re.sub(r"could not convert string to float: (.*)", r"\1 is no number", text)
 
 
 def open_model(arguments: argparse.Namespace) -> pretrained.Pretrained:

@@ -124,7 +124,7 @@ class ModelParser(Parser):
   def settle(self, arguments: argparse.Namespace, rest: list[str]) -> None:
     word = vars(arguments).pop("MODEL")
     if rest:
-      self.error(f"{rest[0]!r}: a word too many; a text with blanks goes in quotes")
+      self.error(f"{rest[0]!r}: a word too many; give a text to complete as --prompt, in quotes where it has blanks")
     if word is not None:
       self._set(arguments, "model", word, "MODEL")
     if arguments.model is not None and arguments.workdir is not None:

@@ -23,7 +23,8 @@ class Same(NamedTuple):
   """A setting that means the same."""
 
   setting: str
-  value: Callable[[str], str] = str  # raises ValueError with the reason where the value cannot mean anything
+  # None: nothing is set. Raises ValueError with the reason where the value cannot mean anything.
+  value: Callable[[str], str | None] = str
 
 
 def _choice(**choices: str) -> Callable[[str], str]:
@@ -43,22 +44,22 @@ def _whole(text: str) -> str:
 
 
 def _number(text: str) -> str:
-  if not math.isfinite(float(text)):
-    raise ValueError("give a finite number")
+  try:
+    fine = math.isfinite(float(text))
+  except ValueError:
+    fine = False
+  if not fine:
+    raise ValueError("give a number")
   return text
 
 
 def _share(text: str) -> str:
-  return str(float(text) / 100)
+  return str(float(_number(text)) / 100)
 
 
-def _only_true(setting_value: str) -> Callable[[str], str]:
-  def value(text: str) -> str:
-    if not _is_true(text):
-      raise ValueError("leave the flag out instead")
-    return setting_value
-
-  return value
+def _switch(on: str, off: str | None = None) -> Callable[[str], str | None]:
+  """The value of a setting for True, and for False, where None leaves it as it is."""
+  return lambda text: on if _is_true(text) else off
 
 
 def _is_true(text: str) -> bool:
@@ -91,7 +92,7 @@ SAME = {
     "optim.name",
     _choice(adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw", adafactor="adafactor", lion_32bit="lion"),
   ),
-  "adafactor": Same("optim.name", _only_true("adafactor")),
+  "adafactor": Same("optim.name", _switch("adafactor")),
   "weight_decay": Same("optim.weight_decay", _number),
   "adam_beta1": Same("optim.b1", _number),
   "adam_beta2": Same("optim.b2", _number),
@@ -99,15 +100,15 @@ SAME = {
   "max_grad_norm": Same("optim.clip_norm", _number),
   "seed": Same("train.seed", _whole),
   "data_seed": Same("data.shuffle_seed", _whole),
-  "bf16": Same("model.compute_dtype", _only_true("bfloat16")),
-  "gradient_checkpointing": Same("memory.remat", _only_true("full")),
-  "activation_checkpointing": Same("memory.remat", _only_true("full")),
+  "bf16": Same("model.compute_dtype", _switch("bfloat16", "float32")),
+  "gradient_checkpointing": Same("memory.remat", _switch("full")),
+  "activation_checkpointing": Same("memory.remat", _switch("full")),
   "logging_dir": Same("tracking.logging_dir"),
   "logging_steps": Same("train.log_every", _whole),
   "eval_steps": Same("train.eval_every", _whole),
   "save_steps": Same("train.save_every", _whole),
   "save_total_limit": Same("train.keep", _whole),
-  "load_best_model_at_end": Same("train.keep_best_metric", _only_true("eval/loss")),
+  "load_best_model_at_end": Same("train.keep_best_metric", _switch("eval/loss")),
   "report_to": Same(
     "tracking.writers", _choice(none="", tensorboard="tensorboard", mlflow="mlflow", wandb="wandb", trackio="trackio")
   ),
@@ -253,18 +254,51 @@ KNOWN = (
 )  # fmt: skip
 
 
+# Those that may stand alone, for True.
+SWITCHES = {
+  "bf16",
+  FLOAT_16,
+  "gradient_checkpointing",
+  "activation_checkpointing",
+  "adafactor",
+  "load_best_model_at_end",
+}
+SWITCHES |= {OVERWRITE, RESUME, PUSH, STREAMING}
+# What people type for a flag with a name that is nearer to another one's.
+MEANT = {
+  "model": "model_name_or_path",
+  "data": "train_file",
+  "resume": RESUME,
+  "overwrite": OVERWRITE,
+  "batch_size": PER_DEVICE,
+  "train_batch_size": PER_DEVICE,
+  "eval_batch_size": EVAL_PER_DEVICE,
+  "lr": "learning_rate",
+  "epochs": "num_train_epochs",
+  "steps": "max_steps",
+  "max_length": "block_size",
+  "max_seq_length": "block_size",
+}
+
+
 class PerDevice(NamedTuple):
   """A batch as run_clm.py counts it; None where the config says it."""
 
   rows: int | None
   accumulation: int
   eval_rows: int | None = None
+  batch_size: int | None = None  # of a DeepSpeed config that says all three
 
   def into(self, config: ConfigDict, devices: int) -> None:
-    """Sets the batch of a run on so many devices."""
+    """Sets the batch of a run on so many devices; raises RequestError where a DeepSpeed config says another."""
     if self.rows:
       config.train.micro_batch_size = self.rows
       config.train.batch_size = self.rows * self.accumulation * devices
+    if self.batch_size and self.batch_size != config.train.batch_size:
+      raise RequestError(
+        f"--{DEEPSPEED}: train_batch_size={self.batch_size} is not {self.rows} rows x {self.accumulation} accumulation steps "
+        f"x {devices} devices; leave one of them out, or say auto"
+      )
     if self.eval_rows:
       config.train.eval_batch_size = self.eval_rows * devices
 
@@ -339,9 +373,8 @@ def _given(words: list[str], own: set[str]) -> tuple[list[str], dict[str, str], 
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-  near = difflib.get_close_matches(name, known, 1) or [
-    f"config.{setting}" for setting in settings.BY_NAME if setting.split(".")[1] == name.split(".")[-1]
-  ]
+  near = [MEANT[name]] if name in MEANT else difflib.get_close_matches(name, known, 1)
+  near = near or [f"config.{setting}" for setting in settings.BY_NAME if setting.split(".")[1] == name.split(".")[-1]]
   return f"did you mean --{near[0]}?" if near else "--help and docs/recipes/run_clm.md tell what there is"
 
 
@@ -359,6 +392,8 @@ class Command:
 
   def add(self, name: str, value: str) -> None:
     """Takes a flag; raises ValueError with the reason where it means nothing here."""
+    if not value and name not in SWITCHES and (name in SAME or hasattr(self, f"_{name}")):
+      raise ValueError("give a value")
     if name in REFUSED:
       if value.lower() in ("false", "0", "no", "none"):
         return  # --trust_remote_code False asks for what always happens
@@ -373,7 +408,10 @@ class Command:
       self._set(SAME[name].setting, SAME[name].value(value), name)
 
   def _set(self, setting: str, value: object, flag: str) -> None:
-    words = [word for word in self._rest if word.startswith(f"--config.{setting}=")]
+    if value is None:
+      return
+    same = {setting, *(other for pair in settings.COUNTERPARTS if setting in pair for other in pair)}
+    words = [word for word in self._rest if any(word.startswith(f"--config.{name}=") for name in same)]
     if words and words[-1] != f"--config.{setting}={value}":
       raise ValueError(f"{words[-1]} is given too; leave one of the two out")
     self.ours[setting] = value
@@ -406,28 +444,31 @@ class Command:
     if value == "steps" and steps not in self._given and name != "save_strategy":
       self.ours[setting] = SAME["logging_steps"].value(self._given.get("logging_steps", "500"))
     elif value == "epoch":
-      self.ours[setting] = "epoch"
+      self._set(setting, "epoch", name)
     elif value == "best":
-      self.ours |= {setting: 0, "train.keep_best_metric": "eval/loss"}
+      self._set(setting, 0, name)
+      self._set("train.keep_best_metric", "eval/loss", name)
     elif value == "no" and name == "logging_strategy":
       self.notes.append("--logging_strategy=no: metrics.jsonl is written all the same, every 500 steps")
       self.ours[setting] = 500
     elif value == "no":
-      self.ours[setting] = 0
+      self._set(setting, 0, name)
 
   def _max_steps(self, value: str) -> None:
     if value != "-1":
-      self.ours |= {"train.steps": _whole(value), "train.epochs": 0.0}
+      self._set("train.steps", _whole(value), "max_steps")
+      self.ours["train.epochs"] = 0.0
 
   def _num_train_epochs(self, value: str) -> None:
     if not self._is_off("num_train_epochs"):
-      self.ours |= {"train.epochs": _number(value), "train.steps": 0}
+      self._set("train.epochs", _number(value), "num_train_epochs")
+      self.ours["train.steps"] = 0
 
   def _warmup_steps(self, value: str) -> None:
-    if 0 < float(value) < 1:  # transformers 5: a share
+    if 0 < float(_number(value)) < 1:  # transformers 5: a share
       return self._set("optim.warmup_ratio", value, "warmup_steps")
     self._set("optim.warmup_steps", _whole(value), "warmup_steps")
-    if float(self._given.get("warmup_ratio", 0)) and int(value):
+    if float(_number(self._given.get("warmup_ratio", "0"))) and int(value):
       self.notes.append(f"--warmup_ratio={self._given['warmup_ratio']}: --warmup_steps={value} says how many")
 
   def _warmup_ratio(self, value: str) -> None:
@@ -508,6 +549,8 @@ class Command:
       self.notes.append(f"--{DTYPE}={value}: weights are kept in {which}" + (": " + FLOAT16 if value != "auto" else ""))
 
   def _output_dir(self, value: str) -> None:
+    if words := [word for word in self._rest if word.startswith("--workdir")]:
+      raise ValueError(f"{words[0]} is given too; leave one of the two out")
     self._rest.append(f"--workdir={value}")
 
   def _overwrite_output_dir(self, value: str) -> None:
@@ -515,12 +558,13 @@ class Command:
       self._rest.append(f"--{OVERWRITE}")
 
   def _resume_from_checkpoint(self, value: str) -> None:
-    workdir = Path(self._given.get(WORKDIR, "."))
+    words = [word.partition("=")[2] for word in self._rest if word.startswith("--workdir=")]
+    workdir = Path(at_home(self._given.get(WORKDIR) or next(iter(words), ".")))
     if OVERWRITE in self._given and _is_true(self._given[OVERWRITE]):
       raise ValueError(f"--{OVERWRITE} begins a new run; leave one of the two out")
     if value.lower() == "false":
       raise ValueError(f"a run that is there is continued; --{OVERWRITE} begins a new one")
-    if value.lower() in ("true", "") or _is_newest(Path(value), workdir):
+    if value.lower() in ("true", "") or _is_newest(Path(at_home(value)), workdir):
       return  # a run is continued always
     if (Path(value) / "trainer_state.json").exists():
       raise ValueError(f"a checkpoint of transformers' Trainer; --model_name_or_path={value} begins with its weights")
@@ -551,10 +595,6 @@ class Command:
   def _metric_for_best_model(self, value: str) -> None:
     if value not in ("eval_loss", "loss"):
       raise ValueError("there is only eval_loss here")
-
-  def _load_best_model_at_end(self, value: str) -> None:
-    if _is_true(value):
-      self.ours["train.keep_best_metric"] = "eval/loss"
 
   def _logging_dir(self, value: str) -> None:
     self._set("tracking.logging_dir", value, "logging_dir")
@@ -613,15 +653,20 @@ class Command:
     eval_rows = int(given[EVAL_PER_DEVICE]) if given.get(EVAL_PER_DEVICE, "").isdecimal() else None
     if ACCUMULATION in given and not rows and self.has_config:
       raise ValueError(f"--{ACCUMULATION}: of how many rows? give --{PER_DEVICE} too, or config.train.batch_size")
-    if file and file.batch_size and not counted and not words:
-      self.ours["train.batch_size"] = file.batch_size
-      if file.rows:
-        self.ours["train.micro_batch_size"] = file.rows
-      rows = None
+    batch_size = file.batch_size if file and not counted and not words else None
+    if batch_size and not (file.rows and file.accumulation):
+      self.ours["train.batch_size"] = batch_size
+      self.ours["train.micro_batch_size"] = file.rows or 0
+      if file.accumulation:
+        raise ValueError(
+          f"--{DEEPSPEED}: train_batch_size={batch_size} with gradient_accumulation_steps={file.accumulation}: give "
+          "train_micro_batch_size_per_gpu in place of one of the two"
+        )
+      rows = batch_size = None
     elif not rows and (counted or not self.has_config and not words):
       rows = 8
     if rows or eval_rows:
-      self.batch = PerDevice(rows, each or 1, eval_rows)
+      self.batch = PerDevice(rows, each or 1, eval_rows, batch_size)
 
 
 def _at_least_one(text: str) -> None:

@@ -31,7 +31,7 @@ from jaxft.plan.answer import model_facts, plan_here
 from jaxft.run import checkpoint, hosts
 from jaxft.run.about import leaving_a_report
 from jaxft.run.checkpoint import Checkpoints, nbytes
-from jaxft.run.guards import StopRequest, move_aside, must_have_room, only_writer
+from jaxft.run.guards import StopRequest, move_aside, must_have_room, must_not_be_read, only_writer
 from jaxft.run.judge import Judge
 from jaxft.run.profile import Profile
 from jaxft.run.resume import best_weights, refuse_another_run, resume
@@ -165,8 +165,8 @@ def finetune(
   with contextlib.ExitStack() as until_the_end:
     stop = until_the_end.enter_context(StopRequest())
     if not dry_run:
-      if overwrite and jax.process_index() == 0 and (aside := move_aside(workdir, _read_by(config))):
-        say(f"{workdir}: moved to {aside}; a new run begins (--overwrite_output_dir)")
+      if overwrite:
+        must_not_be_read(workdir, _read_by(config))
       until_the_end.enter_context(only_writer(workdir))
       hosts.must_share(workdir)
     # ---- Mesh ----------------------------------------------------------------------------------------------------------
@@ -224,6 +224,8 @@ def finetune(
       "total_steps": total_steps,
       "data": data.fingerprint,
       "held_out": data.held_out,
+      "rows_in_all": rows_in_all,
+      "rows_of_step": min(len(rows), config.train.batch_size),
     }
     about |= {"versions": dict(hosts.versions()), "started_in": str(Path.cwd()), "workdir": str(workdir.absolute())}
     about["local_model"] = repo.is_local(config.model.path)
@@ -248,16 +250,21 @@ def finetune(
 
     # ---- Workdir: is it this run's? ------------------------------------------------------------------------------------
     about |= {"model": dataclasses.asdict(cfg), "labels": data.labels, "frozen": weights if frozen else ""}
-    checkpoints, out = None, export_folder(config, workdir)
-    if not dry_run:
+    out = export_folder(config, workdir)
+
+    def opened() -> Checkpoints:
+      """The checkpoints of this run, and room for those to come; raises where they are of another."""
       folder, best, offloaded = workdir / "checkpoints", config.train.keep_best_metric, program.offload != "none"
-      checkpoints = Checkpoints(folder, config.train.keep, best, writes=True, in_pieces=offloaded)
-      until_the_end.callback(checkpoints.abandon)
-      refuse_another_run(checkpoints, program.state.changing, config, about, allow_change)
-      to_come = checkpoints.to_come(total_steps, config.train, -(-len(rows) // config.train.batch_size))
+      found = Checkpoints(folder, config.train.keep, best, writes=True, in_pieces=offloaded)
+      until_the_end.callback(found.abandon)
+      refuse_another_run(found, program.state.changing, config, about, allow_change)
+      to_come = found.to_come(total_steps, config.train, -(-len(rows) // config.train.batch_size))
       exported = EXPORT_DTYPES[config.export.dtype].itemsize * model.parameter_count(source.cfg)
       needed = {folder: to_come * nbytes(program.state.changing), out: exported}
       must_have_room(needed, f"{to_come} checkpoints of this run and its export")
+      return found
+
+    checkpoints = None if dry_run or overwrite else opened()
 
     # ---- Compile: what the step needs is known before any of it is taken ----------------------------------------------
     started = time.monotonic()
@@ -281,6 +288,11 @@ def finetune(
         console.print(show.table(plan_here(config, cfg, program, traced, train_step, eval_step)))
       return None
     hosts.agree("compiled", {})  # a collective gives up on a process that comes 30 s late
+    if overwrite:  # now that nothing is left to refuse
+      if jax.process_index() == 0 and (aside := move_aside(workdir)):
+        say(f"{workdir}: what was there is moved to {aside}; a new run begins (--overwrite_output_dir)")
+      hosts.agree("moved", {})
+      checkpoints = opened()
 
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
@@ -327,6 +339,11 @@ def finetune(
     is_due = functools.partial(due_at, rows=len(rows), batch_size=config.train.batch_size)
     step, pending, found, patience = start, None, {}, config.train.early_stopping_patience
     ended_early = start > 0 and 0 < patience <= reporter.evaluations_without_gain()
+    if ended_early and start < total_steps:
+      say(
+        f"config.train.early_stopping_patience={patience}: no lower eval loss in as many evaluations, so nothing more is "
+        "trained; a higher one, or 0, goes on"
+      )
     name_leaves = lambda bad: name_bad_leaves(bad, program.state)
     profile = Profile(workdir / "profile", start + 3, config.train.profile_steps, total_steps, reporter.clock.paused)
     until_the_end.callback(stop.hold)  # a signal while trackers are waited for changes nothing of how the run ended

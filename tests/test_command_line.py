@@ -218,6 +218,16 @@ def test_a_setting_of_the_command_line_beats_its_counterpart_in_the_file(
   assert ("its config.data.validation goes with its own config.data.train" in capsys.readouterr().err) == dropped
 
 
+def test_text_that_is_given_has_a_share_held_out_whatever_the_file_says(monkeypatch, tmp_path, capsys):
+  file = config_file(tmp_path, "c.data.validation, c.data.validation_fraction = ('v.txt',), 0.0")
+  config = parsed(monkeypatch, "--config", file, "--config.data.train=t.txt")
+  assert (config.data.validation, config.data.validation_fraction) == ((), 0.05)
+  told = "a share of 0.05 is held out instead (to keep it: --config.data.validation=v.txt)"
+  assert told in capsys.readouterr().err
+  config = parsed(monkeypatch, "--config", file, "--config.data.train=t.txt", "--config.data.validation_fraction=0")
+  assert config.data.validation_fraction == 0
+
+
 def test_both_on_the_command_line_are_refused(monkeypatch, tmp_path):
   file = config_file(tmp_path, "c.model.path, c.data.train = 'm', 't'")
   config = parsed(monkeypatch, "--config", file, "--config.train.steps=8", "--config.train.epochs=3")

@@ -61,7 +61,7 @@ def test_the_beginning_of_a_flag_is_no_flag(command):
     (["-model", "x"], "-model: no such flag; did you mean --model?"),
     (["--top_", "3"], "--top_: no such flag; did you mean --top_k or --top_p?"),
     (["--config.model.path=x"], "--config.model.path: no such flag; --help shows what there is"),
-    (["x", "y"], "'y': a word too many; a text with blanks goes in quotes"),
+    (["x", "y"], "'y': a word too many; give a text to complete as --prompt"),
     (["x", "--top_k", "many"], "--top_k: invalid int value: 'many'"),
     (["x", "--do_sample=maybe"], "--do_sample: 'maybe': must be True or False"),
     (["--prompt", "x"], "--model is missing: name a Hugging Face folder or hub id, or a run with --workdir"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import sys
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_flags_go_with_a_config_file_and_with_its_settings(monkeypatch):
 
 
 def test_what_means_nothing_here_is_refused_with_every_reason(monkeypatch):
-  words = "--model_name_or_path gpt2 --fsdp full_shard --lr_scheduler_type polynomial --warmup_steps 1.5 --bf16 False"
+  words = "--model_name_or_path gpt2 --fsdp full_shard --lr_scheduler_type polynomial --warmup_steps 1.5"
   with pytest.raises(RequestError) as refusal:
     parsed(monkeypatch, *words.split())
   lines = str(refusal.value).splitlines()
@@ -110,13 +111,14 @@ def test_what_means_nothing_here_is_refused_with_every_reason(monkeypatch):
     "--fsdp=full_shard",
     "--lr_scheduler_type=polynomial",
     "--warmup_steps=1.5",
-    "--bf16=False",
   ]
 
 
 # A command's own words -> settings that they come to, and the lines that are told, by their beginnings.
 SAID = [
   ("--fp16", {"model.compute_dtype": "auto"}, ["--fp16: float16 is not there yet"]),
+  ("--bf16 False", {"model.compute_dtype": "float32"}, []),
+  ("--gradient_checkpointing False --adafactor False --load_best_model_at_end False", {"memory.remat": "dots"}, []),
   ("--fp16 False", {"model.compute_dtype": "auto"}, []),
   ("--overwrite_cache", {}, []),
   ("--use_fast_tokenizer False", {}, ["--use_fast_tokenizer=False: the fast tokenizer is read"]),
@@ -225,13 +227,40 @@ MISTYPED = sorted(name for name in run_clm.KNOWN if len(name) > 7)
 ])  # fmt: skip
 def test_a_mistyped_flag_gets_the_nearest_of_all(monkeypatch, spell):
   wrong = [name for name in MISTYPED if spell(name) not in run_clm.KNOWN]
+  told = []
   assert len(wrong) > 100
   for name in wrong:
     with pytest.raises(RequestError) as refusal:
       parsed(monkeypatch, "--model_name_or_path=gpt2", "--train_file=a.txt", f"--{spell(name)}=1")
     line = str(refusal.value)
     assert "\n" not in line and line.startswith(f"--{spell(name)}: no such flag; did you mean --"), line
-    assert difflib.SequenceMatcher(None, line.split("mean --")[1].rstrip("?"), name).ratio() > 0.8, line
+    told.append(line.split("mean --")[1].rstrip("?"))
+    assert difflib.SequenceMatcher(None, told[-1], name).ratio() > 0.8, line
+  # Few flags are as near to another one: per_device_train_batch_size without a letter is not among them.
+  assert sum(map(str.__eq__, told, wrong)) > 0.97 * len(wrong)
+
+
+@pytest.mark.parametrize(
+  "typed, meant",
+  [("lr", "learning_rate"), ("model", "model_name_or_path"), ("resume", "resume_from_checkpoint"),
+   ("batch_size", "per_device_train_batch_size"), ("overwrite", "overwrite_output_dir"), ("epochs", "num_train_epochs")],
+)  # fmt: skip
+def test_what_people_type_leads_to_what_they_mean(monkeypatch, typed, meant):
+  with pytest.raises(RequestError, match=f"--{typed}: no such flag; did you mean --{meant}"):
+    parsed(monkeypatch, "--model_name_or_path=gpt2", f"--{typed}=1")
+
+
+@pytest.mark.parametrize("devices, fine", [(1, False), (4, True)])
+def test_a_deepspeed_batch_must_come_out(monkeypatch, tmp_path, devices, fine):
+  batch = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
+  (tmp_path / "ds.json").write_text(json.dumps(batch))
+  found = parsed(monkeypatch, "--model_name_or_path=gpt2", "--train_file=a.txt", f"--deepspeed={tmp_path / 'ds.json'}")
+  if fine:
+    found.per_device.into(found.config, devices)
+    assert (found.config.train.batch_size, found.config.train.micro_batch_size) == (32, 4)
+  else:
+    with pytest.raises(RequestError, match="train_batch_size=32 is not 4 rows x 2 accumulation steps x 1 devices"):
+      found.per_device.into(found.config, devices)
 
 
 def test_every_setting_named_is_one():
@@ -259,6 +288,12 @@ def test_the_order_of_flags_is_of_no_account(monkeypatch, words):
     ("--fp16 --bf16", "--bf16 is given too"),
     ("--seed 1 --seed 2", "--seed: given twice, as 1 and as 2"),
     ("--learning_rate 1e-4 --config.optim.learning_rate=2e-4", "--config.optim.learning_rate=2e-4 is given too"),
+    ("--num_train_epochs 3 --config.train.steps=5", "--num_train_epochs=3: --config.train.steps=5 is given too"),
+    ("--max_steps 5 --config.train.epochs=2", "--max_steps=5: --config.train.epochs=2 is given too"),
+    ("--workdir=a --output_dir b", "--output_dir=b: --workdir=a is given too"),
+    ("--output_dir --do_train", "--output_dir: give a value"),
+    ("--learning_rate --do_train", "--learning_rate: give a value"),
+    ("--learning_rate fast", "--learning_rate=fast: give a number"),
     ("--deepspeed nowhere.json", "nowhere.json: no such file; name a ds_config.json"),
     ("--optim sgd", "there is only adamw_torch"),
     (

@@ -14,6 +14,8 @@ from jaxft.data.loader import Steps
 from jaxft.errors import RequestError
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.pretrained import load_workdir
+from jaxft.run import resume
+from jaxft.run.guards import move_aside
 from jaxft.run.tracking import due_at
 from jaxft.train import finetune
 
@@ -71,6 +73,38 @@ def test_two_texts_in_a_row_are_asked_about(tmp_path, kind):
     read(file)
 
 
+@pytest.mark.parametrize(
+  "content, wanted",
+  [
+    ("id,joke,author\n1,,Ann\n2,a cat,Bob\n3,a dog,Cy\n", None),  # the first is blank, and both are text
+    ("when,what\n3/5/84,1984\n4/5/84,a cat\n5/5/84,a dog\n", "what"),
+    ("ID,Joke\n1,\n2,\n3,a cat\n", "Joke"),
+    ("n,m\n1,2\n", None),
+  ],
+)
+def test_more_than_a_row_is_looked_at_for_the_text(tmp_path, content, wanted):
+  (tmp_path / "a.csv").write_text(content)
+  if wanted is None:
+    with pytest.raises(RequestError, match="row 1: no column 'text'"):
+      read(tmp_path / "a.csv")
+  else:
+    _, said = read(tmp_path / "a.csv", on_bad_row="skip")
+    assert f"column {wanted!r} is read" in said[0]
+
+
+def test_each_file_of_a_folder_has_its_own_columns(tmp_path):
+  for name, content in (
+    ("a.csv", "ID,Joke\n1,a cat\n"),
+    ("b.txt", "a dog"),
+    ("c.csv", "Text\na mat\n"),
+    ("d.csv", "TEXT\nhat\n"),
+  ):
+    (tmp_path / name).write_text(content)
+  found, said = read(tmp_path)
+  assert [example.text for example in found] == ["a cat", "a dog", "a mat", "hat"]
+  assert [line.split(":")[0] for line in said] == [str(tmp_path / name) for name in ("a.csv", "c.csv", "d.csv")]
+
+
 @pytest.mark.parametrize("names", [("prompt", "response"), ("Question", "ANSWER"), ("instruction", "output")])
 def test_a_question_and_its_answer_are_known_by_their_usual_names(tmp_path, names):
   file = table(tmp_path, "jsonl", [dict(zip(names, ("who?", "me"))) | {"id": "x"}])
@@ -92,7 +126,9 @@ def test_a_template_of_plain_text_is_learned_whole(tmp_path, tokenizer):
   plain = tmp_path / "a.txt"
   plain.write_text("a cat")
   (example,), said = read(plain, template="Question: {prompt}. Answer: {response}")
-  assert example.text == "a cat" and "its text is read as it is" in said[0]
+  assert example.text == "a cat" and "so it is read as it is" in said[0]
+  with pytest.raises(RequestError, match="no column 'asked' .it has 'Prompt', 'response'; config.data.template"):
+    read(file, template="{asked}")
   # Evaluated on other text, a text that goes through no template.
   other = tmp_path / "other.jsonl"
   other.write_text('{"text": "a cat", "prompt": "a dog", "response": "a mat"}\n')
@@ -109,6 +145,11 @@ def test_folders_are_labels(tmp_path):
   for names in ([reviews], [reviews / "*" / "*.txt"], [reviews / "pos", reviews / "neg"]):
     found, _ = read(*names, format="classification")
     assert {(example.text, example.label) for example in found} == wanted
+  (tmp_path / "blobs").mkdir()
+  for i, file in enumerate(sorted(reviews.glob("*/*.txt"))):  # as the hub's cache has files
+    file.rename(tmp_path / "blobs" / str(i))
+    file.symlink_to(tmp_path / "blobs" / str(i))
+  assert {(example.text, example.label) for example in read(reviews, format="classification")[0]} == wanted
   (reviews / "urls.txt").write_text("https://example.org")
   with pytest.raises(RequestError, match="urls.txt: not in one of the folders that name the labels"):
     read(reviews, format="classification")
@@ -147,6 +188,15 @@ def test_the_end_of_few_documents_is_held_out(tokenizer, tmp_path, count):
   assert (rows["read"], rows["trained"], rows["held_out"]) == (count, count, 0)
   assert data.report["notes"]["documents whose end is held out"] == count
   assert said[0].startswith(f"{count} document{'s' if count > 1 else ''}: the last 5 % of each is held out")
+
+
+@pytest.mark.parametrize("text", ["x" * 600 + " " + "y" * 400, "\n".join(["word"] * 300), "字" * 500])
+@pytest.mark.parametrize("share", [0.05, 0.6])
+def test_the_end_that_is_held_out_is_about_its_share(tokenizer, tmp_path, text, share):
+  (tmp_path / "a.txt").write_text(text)
+  data, _ = prepared(tokenizer, tmp_path, tmp_path / "a.txt", layout="concat", validation_fraction=share)
+  of_tail = len(tokenizer.decode(data.validation.tokens.ids[:-1])) / len(text)
+  assert share * 0.9 <= of_tail <= 2 * share
 
 
 def test_a_document_that_is_passed_over_twice_has_its_end_held_out_once(tokenizer, tmp_path):
@@ -239,21 +289,53 @@ def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, 
       finetune(other, tmp_path / "run")
   # A new run moves it aside, whole; this one holds nothing out.
   config.train.epochs, config.train.seed, config.data.validation_fraction = 1.0, 3, 0.0
+  config.data.unrelated = (str(little),)
   before = {it.name for it in (tmp_path / "run").iterdir()}
   run = finetune(config, tmp_path / "run", overwrite=True)
   said = capsys.readouterr().out
-  assert f"moved to {tmp_path / 'run.1'}" in said
-  assert {it.name for it in (tmp_path / "run.1").iterdir()} == before - {"run.lock.json"}
+  assert f"is moved to {tmp_path / 'run.1'}" in said
+  assert {it.name for it in (tmp_path / "run.1").iterdir()} == before - {"run.lock"}
   assert load_workdir(tmp_path / "run.1").run[1] == 6
   assert "nothing is held out, so there is no eval loss" in said and "no eval loss: nothing was held out" in said
-  assert [line["step"] for line in run.metrics] == [1] and not any("eval/loss" in line for line in run.metrics)
+  assert not any("eval/loss" in line for line in run.metrics)
+  assert [line["step"] for line in run.metrics if "eval/unrelated_loss" in line] == [0, 1]
   assert (run.export / "model.safetensors").exists()
   assert "Nothing was held out, so there is no eval loss." in (run.workdir / "report.html").read_text()
   with pytest.raises(RequestError, match="the run held nothing out; name a text with --data"):
     load_workdir(run.workdir).evaluate_held_out()
+  # What is refused moves nothing, and a link stays one.
+  config.data.sequence_length = 4096
+  (tmp_path / "link").symlink_to(tmp_path / "run")
+  with pytest.raises(RequestError, match="the model has 71 positions"):
+    finetune(config, tmp_path / "link", overwrite=True)
+  assert load_workdir(tmp_path / "link").run[1] == 1 and not (tmp_path / "run.2").exists()
+  assert move_aside(tmp_path / "link") == tmp_path / "run.2" and {it.name for it in (tmp_path / "run").iterdir()} == {
+    "run.lock"
+  }
+  (tmp_path / "run" / "checkpoints").mkdir()
   config.data.cache_dir = str(tmp_path / "run" / "tokens")
   with pytest.raises(RequestError, match="lies in .*run, which would be moved aside"):
     finetune(config, tmp_path / "run", overwrite=True)
+
+
+@pytest.mark.slow
+def test_a_longer_run_tells_what_keeps_it_from_going_on(config, tmp_path, capsys):
+  config.train.steps, config.train.eval_every, config.train.early_stopping_patience = 20, 1, 1
+  config.optim.learning_rate, config.optim.warmup_steps = 3.0, 0  # no loss falls with it
+  finetune(config, tmp_path / "run")
+  config.train.steps = 30
+  run = finetune(config, tmp_path / "run")
+  assert "early_stopping_patience=1: no lower eval loss in as many evaluations" in capsys.readouterr().out
+  last = run.metrics[-1]["step"]
+  config.train.early_stopping_patience = 0
+  assert finetune(config, tmp_path / "run").metrics[-1]["step"] == 30 > last
+
+
+@pytest.mark.parametrize("step, there, wanted", [(9, 133, 11), (8, 133, 0), (9, 144, 0)])
+def test_rows_that_a_longer_run_has_passed_are_told(step, there, wanted):
+  meta, about = {"rows_in_all": there, "total_steps": 9}, {"rows_in_all": 266, "rows_of_step": 16}
+  told = resume._masked(meta, about, step)
+  assert (f"{wanted} rows, masked in its last step, are left out" in told) if wanted else told == ""
 
 
 def test_the_best_of_no_evaluations_is_refused(config, tmp_path):

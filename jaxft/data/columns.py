@@ -2,14 +2,14 @@
 
 import collections
 import itertools
-import re
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jaxft.checks import FIELD
-from jaxft.data import formats, sources
+from jaxft.data import formats, readers, sources
 
 # What data sets call them. A name counts where the source has none of the name that is asked for, and one of these.
 USUAL = {
@@ -17,8 +17,8 @@ USUAL = {
   "completion_column": ("completion", "response", "answer", "output", "reply"),
   "label_column": ("label", "labels", "class", "category", "sentiment", "target"),
 }
-LOOKED_AT = 100  # rows at the beginning, for one that can be read
-NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?", re.IGNORECASE)
+LOOKED_AT = 100  # rows at the beginning
+PLAIN = (".txt", ".md")
 
 
 def resolve(name: str, split: str, data: ConfigDict) -> tuple[ConfigDict, list[str]]:
@@ -27,47 +27,51 @@ def resolve(name: str, split: str, data: ConfigDict) -> tuple[ConfigDict, list[s
   A name that nothing stands for stays as it is: the first row is refused then.
 
   Args:
-    name: a source.
+    name: a file, or a hub data set.
     split: of a hub data set that names none.
     data: `config.data`.
   """
   wanted = formats.columns(data)
-  row = _first_row(name, split, data, wanted)
-  if row.keys() >= {*wanted}:
+  rows = _first_rows(name, split, data, wanted)
+  if not rows or rows[0].keys() >= {*wanted}:
     return data, []
-  row = _first_row(name, split, data, None)
+  if readers.kind(PurePath(name)) in PLAIN and formats.is_templated(data):
+    plain = ConfigDict(data.to_dict() | {"template": formats.PLAIN})
+    return plain, ["plain text has no columns for config.data.template, so it is read as it is"]
+  if not (rows := _first_rows(name, split, data, None)):  # values that Python cannot have
+    return data, []
   found, lines = ConfigDict(data), []
-  if formats.is_templated(data) and row and not any(_there(field, row) for field in FIELD.findall(data.template)):
-    lines.append(f"{name}: none of the columns of config.data.template, so its text is read as it is")
-    found.template = formats.PLAIN
-  for setting in formats.settings(found):
-    if (column := _column(setting, row, found)) not in (None, found[setting]):
-      lines.append(f"{name}: column {column!r} is read, as config.data.{setting}={found[setting]!r} is not there")
+  for setting in formats.settings(data):
+    if (column := _column(setting, rows, found)) not in (None, found[setting]):
+      lines.append(f"column {column!r} is read, as config.data.{setting}={found[setting]!r} is not there")
       found[setting] = column
-  if formats.is_templated(found):
+  if formats.is_templated(data):
     for field in FIELD.findall(data.template):
-      if (column := _there(field, row)) not in (None, field):
-        lines.append(f"{name}: column {column!r} is read for {{{field}}} of config.data.template")
+      if (column := _there(field, rows[0])) not in (None, field):
+        lines.append(f"column {column!r} is read for {{{field}}} of config.data.template")
         found.template = found.template.replace(f"{{{field}}}", f"{{{column}}}")
-  if row and data.nats_column and data.nats_column not in row:
-    lines.append(f"{name}: no column {data.nats_column!r} (config.data.nats_column), so no floor of the loss")
+  if data.nats_column and data.nats_column not in rows[0]:
+    lines.append(f"no column {data.nats_column!r} (config.data.nats_column), so no floor of the loss")
     found.nats_column = ""
   return found, lines
 
 
-def _first_row(name: str, split: str, data: ConfigDict, columns: tuple[str, ...] | None) -> dict[str, Any]:
+def _first_rows(name: str, split: str, data: ConfigDict, columns: tuple[str, ...] | None) -> list[dict[str, Any]]:
+  """The good ones of the first rows: one of them, or LOOKED_AT where all columns are asked for."""
   how = sources.How(columns, data.text_column, data.separator, data.encoding, formats.label_column(data))
-  rows = sources.read((name,), split, how, collections.Counter())
-  return next((row.columns for row in itertools.islice(rows, LOOKED_AT) if not row.fault), {})
+  rows = itertools.islice(sources.read((name,), split, how, collections.Counter()), LOOKED_AT)
+  return [
+    row.columns for row in itertools.islice((row for row in rows if not row.fault), None if columns is None else 1)
+  ]
 
 
-def _column(setting: str, row: dict[str, Any], data: ConfigDict) -> str | None:
-  """The column of a row that a setting stands for; None where several may, or none."""
-  if same := _there(data[setting], row):
+def _column(setting: str, rows: list[dict[str, Any]], data: ConfigDict) -> str | None:
+  """The column that a setting stands for; None where several may, or none."""
+  if same := _there(data[setting], rows[0]):
     return same
   if setting in USUAL:
-    return _one(name for name in row if name.strip().casefold() in USUAL[setting])
-  return _one(name for name, value in row.items() if _is_text(value))
+    return _one(name for name in rows[0] if name.strip().casefold() in USUAL[setting])
+  return _one(name for name in rows[0] if _is_text([row.get(name) for row in rows]))
 
 
 def _there(wanted: str, row: dict[str, Any]) -> str | None:
@@ -82,5 +86,8 @@ def _one(names: Iterable[str]) -> str | None:
   return found[0] if len(found) == 1 else None
 
 
-def _is_text(value: Any) -> bool:
-  return isinstance(value, str) and bool(value.strip()) and not NUMBER.fullmatch(value.strip())
+def _is_text(values: list[Any]) -> bool:
+  """Whether most of what is there has letters: not numbers, and not dates."""
+  there = [value for value in values if value not in (None, "")]
+  with_letters = sum(isinstance(value, str) and any(map(str.isalpha, value)) for value in there)
+  return 2 * with_letters > len(there)

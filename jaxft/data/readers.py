@@ -73,7 +73,7 @@ def kind(file: PurePath) -> str:
 def rows(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
   """All rows of a file. Those that do not parse come with a fault; a file that cannot be read at all raises one of ERRORS."""
   must_be_fetched(file)
-  how = how._replace(label=file.resolve().parent.name)
+  how = how._replace(label=file.absolute().parent.name)
   if kind(file) == ".zip":
     yield from _archive(file, how, notes)
   elif kind(file) in STREAMED:

@@ -188,20 +188,26 @@ def examples(
   Args:
     say: told of each column that is read in place of one that is not there.
   """
-  for name in names:
-    of_source, lines = columns.resolve(name, split, data)
+  of_file, told = data, set()
+
+  def how(name: str) -> sources.How:
+    nonlocal of_file
+    of_file, lines = columns.resolve(name, split, data)
     for line in lines:
-      say(line)
-    how = sources.How(
-      formats.columns(of_source), data.text_column, data.separator, data.encoding, formats.label_column(of_source)
+      if line not in told:  # of the files of a folder the first alone
+        say(f"{name}: {line}")
+        told.add(line)
+    return sources.How(
+      formats.columns(of_file), data.text_column, data.separator, data.encoding, formats.label_column(of_file)
     )
-    for row in sources.read((name,), split, how, notes):
-      try:
-        yield formats.example(row, of_source)
-      except BadRow as fault:
-        if data.on_bad_row == "error":
-          raise formats.refuse(row, fault) from fault
-        dropped[formats.reason(str(fault))] += 1
+
+  for row in sources.read(names, split, how, notes):
+    try:
+      yield formats.example(row, of_file)
+    except BadRow as fault:
+      if data.on_bad_row == "error":
+        raise formats.refuse(row, fault) from fault
+      dropped[formats.reason(str(fault))] += 1
 
 
 class Source(NamedTuple):
@@ -230,9 +236,10 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> Manifes
   duplicates = np.frombuffer(read_before, bool)
   places, share = _choose(all_sources, counts, duplicates, data, rng, dropped)
   if share:
+    whole = sum(int((of == TRAIN).sum()) for of in places)
     said.append(
-      f"{_count(sum(counts), 'document')}: the last {100 * share:g} % of each is held out, as a document of its own "
-      "(config.data.validation_fraction)"
+      f"{_count(whole, 'document')}: the last {100 * share:g} % of each is held out, as a document of its own "
+      "(config.data.validation_fraction)" + (", whatever config.data.limit_validation is" * bool(data.limit_validation))
     )
   passes = [_passes(source.weight, of, rng, dropped) for source, of in zip(all_sources, places)]
   if not any((of == TRAIN).any() and often[of == TRAIN].any() for of, often in zip(places, passes)):
@@ -324,16 +331,17 @@ def _choose(
   if not data.validation and data.validation_fraction:
     there = np.flatnonzero(places == TRAIN)
     some = round(len(there) * data.validation_fraction)
-    if not some and data.format == "text":
-      share = data.validation_fraction
-    elif not some and len(there) > 1:
-      some = 1
+    if some in (0, len(there)):  # too few documents for whole ones
+      share = data.validation_fraction if data.format == "text" else 0.0
+      some = 0 if share or len(there) < 2 else max(1, some - 1)
     places[rng.permutation(there)[:some]] = HELD_OUT
   for name, place in SPLITS.items():
     there, limit = np.flatnonzero(places == place), data[f"limit_{name}"]
     if not len(there) and (place == TRAIN or data.validation):
       raise RequestError(
-        f"config.data: no {name} examples ({_count(sum(counts), 'good row')}, {sum(dropped.values())} dropped); give more data"
+        f"config.data: no {name} examples ({_count(sum(counts), 'good row')}, {sum(dropped.values())} dropped"
+        + "".join(f", {reason}: {count:,}" for reason, count in dropped.items())
+        + "); give more data"
       )
     if limit and limit < len(there):
       places[rng.permutation(there)[limit:]] = OUT
@@ -351,8 +359,9 @@ def _parts(
     places: gets the split of each example that comes.
   """
   for document in documents:
-    at = len(document.text) - max(1, round(len(document.text) * share))
-    at = document.text.rfind(" ", at // 2, at) + 1 or at
+    end = max(1, round(len(document.text) * share))
+    at = len(document.text) - end
+    at = document.text.rfind(" ", max(0, at - end), at) + 1 or at
     places.append(TRAIN)
     if not at:  # of one letter
       yield document

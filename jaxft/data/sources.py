@@ -14,7 +14,7 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -308,29 +308,35 @@ def fingerprint(sources: tuple[str, ...], split: str) -> list[str]:
   return lines
 
 
-def read(sources: tuple[str, ...], split: str, how: How, notes: collections.Counter) -> Iterator[Row]:
+def read(
+  sources: tuple[str, ...], split: str, how: How | Callable[[str], How], notes: collections.Counter
+) -> Iterator[Row]:
   """All rows of the sources, in order.
 
   Rows that do not parse come as rows with a fault; a file that cannot be read at all raises RequestError.
 
   Args:
+    how: to read all of them, or what is asked about each file, or hub data set, before it is opened.
     split: of hub data sets that name none.
     notes: counts what was seen on the way: files with a byte order mark, .txt files with \\r\\n.
   """
   for source in sources:
     if source.startswith("hub:"):
+      of_this = how(source) if callable(how) else how
       with _named(source):
-        yield from _of_hub(source, split, how)
+        yield from _of_hub(source, split, of_this)
       continue
     files = find_files(source, split, notes)
     # Where folders name the labels, a file that lies in none of them has none.
-    in_folders = how.label_column and any(file.parent != Path(source) for file in files)
+    in_folders = any(file.parent != Path(source) for file in files)
     for file in files:
-      if in_folders and file.parent == Path(source) and kind(file) in (".txt", ".md"):
+      of_this = how(str(file)) if callable(how) else how
+      beside = in_folders and of_this.label_column and file.parent == Path(source)
+      if beside and kind(file) in (".txt", ".md"):
         yield Row(str(file), {}, "not in one of the folders that name the labels")
         continue
       with _named(file):
-        yield from readers.rows(file, how, notes)
+        yield from readers.rows(file, of_this, notes)
 
 
 def _of_hub(source: str, split: str, how: How) -> Iterator[Row]:

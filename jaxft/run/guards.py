@@ -126,33 +126,33 @@ def _holder(about: Path) -> str:
     return "another run"
 
 
-def move_aside(workdir: Path, used: Iterable[Path]) -> Path | None:
-  """Renames the folder of a run, so that a new one may begin there, and returns its new name; None where there is no run.
-
-  Args:
-    workdir: the folder.
-    used: what the new run reads, none of which may lie in it.
-
-  Raises:
-    RequestError: something that is used lies there, or another run writes there.
-    StorageError: it cannot be renamed.
-  """
-  if not (workdir / "checkpoints").exists() and not (workdir / "metrics.jsonl").exists():
-    return None
+def must_not_be_read(workdir: Path, used: Iterable[Path]) -> None:
+  """Raises RequestError where something that a new run reads lies in a workdir whose run is to be moved aside."""
   for path in (Path.cwd(), *used):
     if path.resolve().is_relative_to(workdir.resolve()):
       raise RequestError(
         f"--overwrite_output_dir: {path} lies in {workdir}, which would be moved aside; name another --workdir"
       )
+
+
+def move_aside(workdir: Path) -> Path | None:
+  """Moves all that a workdir holds, but for its lock, into a new folder beside it.
+
+  The checkpoints go last: a run that is killed meanwhile still has them. Returns the folder; None where there is no run.
+  Raises StorageError.
+  """
+  if not (workdir / "checkpoints").exists() and not (workdir / "metrics.jsonl").exists():
+    return None
   there = workdir.resolve()
   names = (there.with_name(f"{there.name}.{number}") for number in itertools.count(1))
   aside = next(name for name in names if not os.path.lexists(name))
-  with only_writer(there):
-    try:
-      there.rename(aside)
-    except OSError as error:
-      raise StorageError(f"--overwrite_output_dir: {workdir}: {refused(workdir, error)}") from error
-  (aside / "run.lock.json").unlink(missing_ok=True)
+  try:
+    aside.mkdir()
+    entries = [entry for entry in there.iterdir() if entry.name not in ("run.lock", "run.lock.json")]
+    for entry in sorted(entries, key=lambda entry: entry.name == "checkpoints"):
+      entry.rename(aside / entry.name)
+  except OSError as error:
+    raise StorageError(f"--overwrite_output_dir: {workdir}: {refused(workdir, error)}") from error
   return aside
 
 

@@ -34,9 +34,11 @@ class Judge:
 
   def evaluate(self, weights: Any, step: int, when: str) -> dict[str, float]:
     """What of it goes into metrics.jsonl, {} where nothing is held out; raises NumericsError when the loss is not finite."""
-    if not self._data.validation:
-      return {}
     unrelated = self._evaluation(weights, self._data.unrelated) if self._data.unrelated else None
+    if not self._data.validation:
+      if unrelated:
+        self._reporter.unrelated(step, when, unrelated)
+      return {}
     held_out = self._evaluation(weights, self._data.validation)
     return self._reporter.evaluation(step, when, held_out, self._held_out_bytes, unrelated)
 

@@ -39,7 +39,7 @@ def refuse_another_run(
       lines = [line for line in lines if line.split("=")[0] not in LENGTH]
       longer = (
         f"{about['total_steps']} steps in all instead of {meta['total_steps']}: going on at step {step}, with the learning "
-        "rate as a run of that length has it"
+        "rate as a run of that length has it" + _masked(meta, about, step)
       )
     now = json.loads(json.dumps(about["model"]))
     lines += [
@@ -78,6 +78,15 @@ def refuse_another_run(
     if longer:
       say(longer)
     return
+
+
+def _masked(meta: dict[str, Any], about: dict[str, Any], step: int) -> str:
+  """What is said of rows that the last step of a shorter run had masked, and that the longer one has passed then."""
+  there = meta.get("rows_in_all")
+  if not there or step < meta["total_steps"]:
+    return ""
+  passed = min(step * about["rows_of_step"], about["rows_in_all"]) - there
+  return f"; {passed} rows, masked in its last step, are left out of one epoch" if passed > 0 else ""
 
 
 def best_weights(checkpoints: Checkpoints, like: Changing, strict: bool) -> tuple[int, Changing]:

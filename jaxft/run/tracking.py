@@ -256,12 +256,16 @@ class Reporter:
       found |= {"eval/accuracy": what.accuracy, "eval/f1": what.f1}
       rest = f"accuracy {what.accuracy:.1%}, F1 {what.f1:.3f}"
     if unrelated:
-      perplexity = finite_or_text(unrelated.perplexity)
-      found |= {"eval/unrelated_loss": finite_or_text(unrelated.loss), "eval/unrelated_perplexity": perplexity}
+      found |= _of_unrelated(unrelated)
       rest += f"; on unrelated text {unrelated.loss:.4f}"
     self._write(step, found | floor)
     say(f"{when}: eval loss {what.loss:.4f}{beside}, {rest}")
     return found
+
+  def unrelated(self, step: int, when: str, what: Any) -> None:
+    """Takes a `step.Evaluation` of `data.unrelated`, where nothing else is held out."""
+    self._write(step, _of_unrelated(what))
+    say(f"{when}: on unrelated text {what.loss:.4f}")
 
   def evaluations_without_gain(self) -> int:
     """How many evaluations there were since the one with the least loss."""
@@ -282,6 +286,11 @@ class Reporter:
       return "no eval loss: nothing was held out, or metrics.jsonl of this run is gone"
     floor = "" if self._floor is None else f"; the text's own entropy: {self._floor:.4f}"
     return f"eval loss {losses[0]:.4f} -> {losses[-1]:.4f} ({100 * (losses[-1] / losses[0] - 1):+.1f} %){floor}"
+
+
+def _of_unrelated(what: Any) -> dict[str, float | str]:
+  perplexity = finite_or_text(what.perplexity)
+  return {"eval/unrelated_loss": finite_or_text(what.loss), "eval/unrelated_perplexity": perplexity}
 
 
 def due_at(every: int | str, step: int, rows: int, batch_size: int) -> bool:
