@@ -21,7 +21,7 @@ FAULTS = {
   "negative": (["--config.train.batch_size=-1"], "config.train.batch_size=-1: must be at least 1"),
   "wrong type": (
     ["--config.train.batch_size=many"],
-    "--config.train.batch_size=many: invalid literal for int() with base 10: 'many'",
+    "--config.train.batch_size=many: 'many' is no whole number",
   ),
   "no config": (["--config=nowhere.py"], "'nowhere.py': no such file"),
   "broken config": (["--config={tmp}/broken.py"], "the config file does not run: NameError"),

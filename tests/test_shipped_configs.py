@@ -26,7 +26,6 @@ MODELS = ("gpt2", "gpt2-medium", "gpt2-xl", "EleutherAI/gpt-neo-2.7B", "Eleuther
 # The one config with a data set of its own, of 2,000 rows: three minutes without it.
 MORE = {"quickstart": ["--config.train.steps=5"]}
 EIGHT_DEVICES = ("gptj_6b_v5e8",)
-CHEAP = "quickstart"
 WIDE = ("gptj_6b_24gb", "gptj_6b_v5e8", "gptneo_2b7_16gb", "gpt2xl_shakespeare_16gb", "gpt2_jokes")
 WIDE += ("gpt2_medium_recipes", "gpt2_tinystories", "gpt2_from_scratch")
 
@@ -81,12 +80,12 @@ def write(file, rows):
 
 
 def cases():
-  """Each config. All but the cheapest are slow; those like another that take longer are wide."""
+  """Each config; those like another that take longer are wide."""
   for name in CONFIGS:
-    slow = [pytest.mark.slow] * (name != CHEAP)
-    yield pytest.param(name, marks=slow + [pytest.mark.wide] * (name in WIDE))
+    yield pytest.param(name, marks=[pytest.mark.wide] * (name in WIDE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*cases()])
 def test_a_config_runs_as_it_is(name, place, tmp_path):
   config, workdir = runpy.run_path(str(CONFIGS[name]))["get_config"](), tmp_path / "run"
