@@ -82,6 +82,10 @@ def stand_ins(tmp_path_factory):
   for name in ("stanfordnlp/imdb/train", "stanfordnlp/imdb/test"):
     write(place / f"{name}.jsonl", [{"text": story(), "label": i % 2} for i in range(40)])
   (place / "shakespeare").mkdir()
+  for i in range(40):
+    folder = place / "reviews" / ("pos", "neg")[i % 2]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{i}.txt").write_text("a fine film" if i % 2 == 0 else "a dull film")
   for name in ("my_texts", "held_out", "other_text", *(f"shakespeare/{i}" for i in range(20))):
     (place / f"{name}.txt").write_text("\n".join(story() for _ in range(200)))
   return place
