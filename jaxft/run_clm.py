@@ -324,12 +324,13 @@ def translate(words: list[str], own: Iterable[str] = ()) -> tuple[list[str], Per
   Raises:
     RequestError: with every flag that cannot mean anything here, and the reason, or the nearest one that is known.
   """
-  rest, given, lines = _given(words, {*own})
+  rest, given, lines, notes = _given(words, {*own})
   if lines:
     raise RequestError("\n".join(lines))
   if not given:
     return rest, None
   command = Command(rest, given)
+  command.notes += notes
   for name, value in given.items():
     try:
       command.add(name, value)
@@ -347,9 +348,9 @@ def translate(words: list[str], own: Iterable[str] = ()) -> tuple[list[str], Per
   return [*config, *rest, *(f"--config.{setting}={value}" for setting, value in command.ours.items())], command.batch
 
 
-def _given(words: list[str], own: set[str]) -> tuple[list[str], dict[str, str], list[str]]:
-  """The words that are none of run_clm.py's, the values of those that are, in order, and a line for each unknown flag."""
-  rest, given, lines, i = [], {}, [], 0
+def _given(words: list[str], own: set[str]) -> tuple[list[str], dict[str, str], list[str], list[str]]:
+  """The words that are none of run_clm.py's, the values of those that are, and lines of unknown and of repeated flags."""
+  rest, given, lines, notes, i = [], {}, [], [], 0
   switches = own | {f"no{name}" for name in own}
   while i < len(words):
     word, i = words[i], i + 1
@@ -363,13 +364,13 @@ def _given(words: list[str], own: set[str]) -> tuple[list[str], dict[str, str], 
       if not equals and i < len(words) and not words[i].startswith("--"):
         value, i = words[i], i + 1
       if given.get(name, value) != value:
-        lines.append(f"--{name}: given twice, as {given[name]} and as {value}")
+        notes.append(f"--{name}={given[name]}: given again, as {value}, which counts")
       given[name] = value
     elif word.startswith("--") and name not in (*switches, "", "help", "config") and not name.startswith("config."):
       lines.append(f"{word.split('=')[0]}: no such flag; {_nearest(name, KNOWN | own)}")
     else:
       rest.append(word)
-  return rest, given, lines
+  return rest, given, lines, notes
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -126,8 +126,9 @@ def test_a_damaged_checkpoint_ends_a_strict_run(config, tmp_path):
 @pytest.mark.slow
 def test_a_change_goes_on_only_when_it_is_allowed(config, tmp_path):
   finetune(config, tmp_path / "run")
-  config.train.steps = 14
-  with pytest.raises(RequestError, match="(?s)config.train.steps=14: the run was started with 12.*--allow_change"):
+  config.train.steps, config.optim.learning_rate = 14, 5e-4  # longer it may be, with another rate it is another run
+  refused = r"(?s)^config.optim.learning_rate=0.0005: the run was started with 0.001\n[^\n]*--allow_change"
+  with pytest.raises(RequestError, match=refused):
     finetune(config, tmp_path / "run")
   run = finetune(config, tmp_path / "run", allow_change=True)
   assert max(line["step"] for line in run.metrics) == 14
