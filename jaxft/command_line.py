@@ -96,7 +96,10 @@ def parse(
   _make_way(given, config, file)
 
   values = flags.FlagValues()
-  config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+  try:
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+  except Exception as error:  # a section of the file that is none
+    raise RequestError(f"--config: {_reason(error)}") from error
   for name in texts:
     flags.DEFINE_string(name, None, "", flag_values=values)
   for name in several:
@@ -124,33 +127,36 @@ def _make_way(given: Mapping[str, str], config: ConfigDict, file: str | None) ->
 
   A setting beats its counterpart in the file, and training text brings its own held-out text.
   """
+  before = settings.flatten(config)
+
+  def put(name: str, value: object) -> None:
+    section, key = name.split(".")
+    with config.ignore_type():
+      config[section][key] = value
+
   for pair in settings.COUNTERPARTS:
     for one, other in (pair, pair[::-1]):
-      section, key = other.split(".")
       nothing = given.get(one, "0").strip("0.") == ""
-      if not nothing and other not in given and section in config and key in config[section]:
-        config[section][key] = settings.BY_NAME[other].default
-  data = config.get("data", {})
-  if "data.train" in given and "data.validation" not in given and data.get("validation"):
-    if "data.validation_fraction" not in given and not data.get("validation_fraction"):
-      data.validation_fraction = settings.BY_NAME["data.validation_fraction"].default
-    share = given.get("data.validation_fraction", data.validation_fraction)
-    own = data.validation if isinstance(data.validation, str) else data.validation[0]
+      if not nothing and other not in given and other in before:
+        put(other, settings.BY_NAME[other].default)
+  if "data.train" in given and "data.validation" not in given and before.get("data.validation"):
+    share = given.get("data.validation_fraction") or before.get("data.validation_fraction")
+    if not share and "data.validation_fraction" in before:
+      share = settings.BY_NAME["data.validation_fraction"].default
+      put("data.validation_fraction", share)
+    own = before["data.validation"]
     print(
       f"{file}: its config.data.validation goes with its own config.data.train; of what is given a share of {share} is "
-      f"held out instead (to keep it: --config.data.validation={own})",
+      f"held out instead (to keep it: --config.data.validation={own[0] if isinstance(own, tuple) else own})",
       file=sys.stderr,
     )
-    data.validation = ()
-  for name, setting in settings.BY_NAME.items():
-    section, key = name.split(".")
-    if name not in given or section not in config or key not in config[section]:
-      continue
+    put("data.validation", ())
+  for name in given.keys() & before.keys() & settings.BY_NAME.keys():
     # The parser takes what the value of the file is: text for text, several for several.
-    if setting.words:
-      config[section][key] = str(config[section][key])
-    elif isinstance(setting.default, tuple):
-      config[section][key] = ()
+    if settings.BY_NAME[name].words:
+      put(name, str(before[name]))
+    elif isinstance(settings.BY_NAME[name].default, tuple):
+      put(name, ())
 
 
 def _whole_words(argv: list[str]) -> list[str]:

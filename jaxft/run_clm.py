@@ -411,11 +411,13 @@ class Command:
   def _set(self, setting: str, value: object, flag: str) -> None:
     if value is None:
       return
-    same = {setting, *(other for pair in settings.COUNTERPARTS if setting in pair for other in pair)}
-    words = [word for word in self._rest if any(word.startswith(f"--config.{name}=") for name in same)]
+    words = self._words_of(_with_counterpart(setting))
     if words and words[-1] != f"--config.{setting}={value}":
       raise ValueError(f"{words[-1]} is given too; leave one of the two out")
     self.ours[setting] = value
+
+  def _words_of(self, names: set[str]) -> list[str]:
+    return [word for word in self._rest if any(word.startswith(f"--config.{name}=") for name in names)]
 
   def _is_off(self, name: str) -> bool:
     """Whether another flag says that this one is of no account."""
@@ -637,8 +639,8 @@ class Command:
 
   def _beats(self, setting: str) -> str | None:
     """What the command line says of a setting, or of its counterpart; None where it says nothing."""
-    same = {setting, *(other for pair in settings.COUNTERPARTS if setting in pair for other in pair)}
-    words = [word for word in self._rest if any(word.startswith(f"--config.{name}=") for name in same)]
+    same = _with_counterpart(setting)
+    words = self._words_of(same)
     flags = [f"--{name}={self._given[name]}" for name in self._given if name in SAME and SAME[name].setting in same]
     return next(iter([*words, *flags]), None)
 
@@ -668,6 +670,10 @@ class Command:
       rows = 8
     if rows or eval_rows:
       self.batch = PerDevice(rows, each or 1, eval_rows, batch_size)
+
+
+def _with_counterpart(setting: str) -> set[str]:
+  return {setting, *(other for pair in settings.COUNTERPARTS if setting in pair for other in pair)}
 
 
 def _at_least_one(text: str) -> None:

@@ -228,6 +228,15 @@ def test_text_that_is_given_has_a_share_held_out_whatever_the_file_says(monkeypa
   assert config.data.validation_fraction == 0
 
 
+@pytest.mark.parametrize("line", ["import pathlib; c.data.validation = pathlib.Path('v.txt')", "c = Odd(); c.data = 3"])
+def test_odd_values_of_a_file_are_no_traceback_beside_flags(monkeypatch, tmp_path, line):
+  file = config_file(tmp_path, "from ml_collections import ConfigDict as Odd", line)
+  try:
+    assert parsed(monkeypatch, "--config", file, "--config.data.train=t.txt").data.validation == ()
+  except RequestError as refusal:
+    assert "\n" not in str(refusal)
+
+
 def test_both_on_the_command_line_are_refused(monkeypatch, tmp_path):
   file = config_file(tmp_path, "c.model.path, c.data.train = 'm', 't'")
   config = parsed(monkeypatch, "--config", file, "--config.train.steps=8", "--config.train.epochs=3")

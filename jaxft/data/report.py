@@ -63,7 +63,7 @@ class Data(NamedTuple):
     return self._replace(train=renumbered(self.train), validation=validation, labels=list(classes))
 
   def to_json(self, train: ConfigDict) -> str:
-    """The content of data_report.json, for a run of `config.train`; ."""
+    """The content of data_report.json, for a run of `config.train`."""
     _, in_all = run_length(self.train, train)
     steps = -(-len(self.train) // train.batch_size)
     last = len(self.train) - (steps - 1) * train.batch_size
