@@ -415,7 +415,7 @@ def finetune(
       say(f"exported to {out}: {in_words(parity)}")
     if jax.process_index() == 0 and config.export.push_to_hub:
       say(f"uploaded to {push.push(out, config.export.push_to_hub)}")
-    say(reporter.summary(step))
+    say(reporter.summary(step) if data.validation else "no eval loss: nothing was held out")
   return Run(workdir, reporter.metrics.all, reporter.samples.all, out)
 
 

@@ -296,10 +296,11 @@ def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, 
   assert f"is moved to {tmp_path / 'run.1'}" in said
   assert {it.name for it in (tmp_path / "run.1").iterdir()} == before - {"run.lock"}
   assert load_workdir(tmp_path / "run.1").run[1] == 6
-  assert "nothing is held out, so there is no eval loss" in said and "no eval loss: nothing was held out" in said
+  assert "nothing is held out, so there is no eval loss" in said and "no eval loss: nothing was held out\n" in said
   assert not any("eval/loss" in line for line in run.metrics)
   assert [line["step"] for line in run.metrics if "eval/unrelated_loss" in line] == [0, 1]
   assert (run.export / "model.safetensors").exists()
+  assert "| eval loss | none: nothing was held out |" in (run.export / "README.md").read_text()
   assert "Nothing was held out, so there is no eval loss." in (run.workdir / "report.html").read_text()
   with pytest.raises(RequestError, match="the run held nothing out; name a text with --data"):
     load_workdir(run.workdir).evaluate_held_out()

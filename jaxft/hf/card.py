@@ -57,6 +57,8 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
   }
   for report in _objects(workdir / "data_report.json"):
     facts["training text"] += f": {report['rows']['trained']:,} documents, {report['tokens']['trained']:,} tokens"
+    if not report["tokens"]["held_out"]:
+      facts["eval loss"] = "none: nothing was held out"
   evals = [line for line in _objects(workdir / "metrics.jsonl") if "eval/loss" in line and line["step"] <= step]
   if evals:
     first, last = evals[0], evals[-1]

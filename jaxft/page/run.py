@@ -50,7 +50,7 @@ def _lead(record: Record) -> list[Any]:
   """What the headline means: of which text, and how far it could have gone."""
   found, floor, held_out = words.outcome(record), _floor(record), whole(record.data, "rows", "held_out")
   if found is None:
-    nothing = not record.config.get("data.validation") and number(record.config, "data.validation_fraction") == 0
+    nothing = whole(record.data, "tokens", "held_out") == 0
     return [
       "Nothing was held out, so there is no eval loss." if nothing else "There is no evaluation in metrics.jsonl."
     ]

@@ -283,7 +283,7 @@ class Reporter:
     """Eval loss before and at this step, and the floor, in one line."""
     losses = [line["eval/loss"] for line in self.metrics.all if "eval/loss" in line and line["step"] <= step]
     if not losses:  # a finished run whose metrics.jsonl is gone
-      return "no eval loss: nothing was held out, or metrics.jsonl of this run is gone"
+      return "no eval loss: metrics.jsonl of this run is gone"
     floor = "" if self._floor is None else f"; the text's own entropy: {self._floor:.4f}"
     return f"eval loss {losses[0]:.4f} -> {losses[-1]:.4f} ({100 * (losses[-1] / losses[0] - 1):+.1f} %){floor}"
 
