@@ -83,7 +83,7 @@ def refuse_another_run(
 def _masked(meta: dict[str, Any], about: dict[str, Any], step: int) -> str:
   """What is said of rows that the last step of a shorter run had masked, and that the longer one has passed then."""
   there = meta.get("rows_in_all")
-  if not there or step < meta["total_steps"]:
+  if not there:
     return ""
   passed = min(step * about["rows_of_step"], about["rows_in_all"]) - there
   return f"; {passed} rows, masked in its last step, are left out of one epoch" if passed > 0 else ""
