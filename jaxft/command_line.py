@@ -49,7 +49,7 @@ def parse_train() -> TrainArguments:
     "start_timeout": hosts.START_TIMEOUT,
     "peer_timeout": hosts.PEER_TIMEOUT,
   }
-  sys.argv[1:], per_device = run_clm.translate(sys.argv[1:], (*SWITCHES, *VALUES, *numbers))
+  sys.argv[1:], per_device = run_clm.translate(_whole_words(sys.argv[1:]), (*SWITCHES, *VALUES, *numbers))
   values = parse(usage.TRAIN, SWITCHES, VALUES, numbers)
   workdir = Path(at_home(values.workdir)) if values.workdir else Path("runs") / Path(values.config_file).stem
   for name in ("start_timeout", "peer_timeout"):
@@ -114,7 +114,7 @@ def parse(
     raise RequestError(_reason(error)) from error
   if rest[1:]:
     raise RequestError(f"{rest[1]!r}: not a flag; --help shows what there is")
-  if file is None:
+  if not file:
     raise RequestError("--config is missing; name a file, such as --config configs/quickstart.py")
   config = settings.normalised(config)
   return SimpleNamespace(
@@ -136,8 +136,9 @@ def _make_way(given: Mapping[str, str], config: ConfigDict, file: str | None) ->
 
   for pair in settings.COUNTERPARTS:
     for one, other in (pair, pair[::-1]):
-      nothing = given.get(one, "0").strip("0.") == ""
-      if not nothing and other not in given and other in before:
+      # 0 steps are no steps at all, and the epochs count; 0 steps of warm-up are none.
+      says = one in given and (one.startswith("optim.") or given[one].strip("0.") != "")
+      if says and other not in given and other in before:
         put(other, settings.BY_NAME[other].default)
   if "data.train" in given and "data.validation" not in given and before.get("data.validation"):
     share = given.get("data.validation_fraction") or before.get("data.validation_fraction")
@@ -153,10 +154,13 @@ def _make_way(given: Mapping[str, str], config: ConfigDict, file: str | None) ->
     put("data.validation", ())
   for name in given.keys() & before.keys() & settings.BY_NAME.keys():
     # The parser takes what the value of the file is: text for text, several for several.
+    default = settings.BY_NAME[name].default
     if settings.BY_NAME[name].words:
       put(name, str(before[name]))
-    elif isinstance(settings.BY_NAME[name].default, tuple):
+    elif isinstance(default, tuple):
       put(name, ())
+    elif not isinstance(default, type) and type(before[name]) is not type(default):
+      put(name, default)
 
 
 def _whole_words(argv: list[str]) -> list[str]:

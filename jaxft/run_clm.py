@@ -6,6 +6,7 @@ python -m jaxft.train --model_name_or_path gpt2 --train_file my_texts.txt --do_t
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -38,9 +39,26 @@ def _choice(**choices: str) -> Callable[[str], str]:
 
 
 def _whole(text: str) -> str:
-  if not text.isdecimal():
+  try:
+    number = float(text)
+  except ValueError:
+    number = -1.0
+  if not (number >= 0 and number.is_integer()):
     raise ValueError("give a whole number")
-  return text
+  return str(int(number))
+
+
+def _at_least_one(text: str) -> str:
+  if int(found := _whole(text)) < 1:
+    raise ValueError("must be at least 1")
+  return found
+
+
+def _every(text: str) -> str:
+  """How many steps apart; transformers takes a share of all steps too."""
+  if text.startswith("0.") and 0 < float(_number(text)) < 1:
+    raise ValueError("a share of the steps means nothing here; give a number of steps")
+  return _at_least_one(text)
 
 
 def _number(text: str) -> str:
@@ -53,19 +71,33 @@ def _number(text: str) -> str:
   return text
 
 
+def _at_most(text: str) -> str:
+  """How many checkpoints are kept; transformers keeps all where that is 0 or less."""
+  return str(settings.LARGEST) if re.fullmatch("-[0-9]+|0", text) else _whole(text)
+
+
 def _share(text: str) -> str:
   return str(float(_number(text)) / 100)
 
 
-def _switch(on: str, off: str | None = None) -> Callable[[str], str | None]:
+def _switch(on: str, off: str | None) -> Callable[[str], str | None]:
   """The value of a setting for True, and for False, where None leaves it as it is."""
   return lambda text: on if _is_true(text) else off
 
 
 def _is_true(text: str) -> bool:
+  if text.lower() not in ("true", "1", "yes", "y", "t", "", "false", "0", "no", "n", "f"):
+    raise ValueError("give True or False")
   return text.lower() in ("true", "1", "yes", "y", "t", "")
 
 
+def _trackers(text: str) -> str:
+  known = _choice(none="", **{name: name for name in TRACKERS})
+  names = [name for word in text.split(",") if (name := known(word.strip()))]
+  return str(tuple(names)) if names[1:] else "".join(names)
+
+
+TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 FLOAT16 = (
   "float16 is not there yet; computed in bfloat16 where the device has it, else in float32, which need no loss scale"
 )
@@ -77,9 +109,9 @@ SAME = {
   "train_file": Same("data.train"),
   "validation_file": Same("data.validation"),
   "validation_split_percentage": Same("data.validation_fraction", _share),
-  "max_train_samples": Same("data.limit_train", _whole),
-  "max_eval_samples": Same("data.limit_validation", _whole),
-  "block_size": Same("data.sequence_length", _whole),
+  "max_train_samples": Same("data.limit_train", _at_least_one),
+  "max_eval_samples": Same("data.limit_validation", _at_least_one),
+  "block_size": Same("data.sequence_length", _at_least_one),
   "learning_rate": Same("optim.learning_rate", _number),
   "num_train_epochs": Same("train.epochs", _number),
   "max_steps": Same("train.steps", _whole),
@@ -92,7 +124,7 @@ SAME = {
     "optim.name",
     _choice(adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw", adafactor="adafactor", lion_32bit="lion"),
   ),
-  "adafactor": Same("optim.name", _switch("adafactor")),
+  "adafactor": Same("optim.name", _switch("adafactor", None)),
   "weight_decay": Same("optim.weight_decay", _number),
   "adam_beta1": Same("optim.b1", _number),
   "adam_beta2": Same("optim.b2", _number),
@@ -101,17 +133,15 @@ SAME = {
   "seed": Same("train.seed", _whole),
   "data_seed": Same("data.shuffle_seed", _whole),
   "bf16": Same("model.compute_dtype", _switch("bfloat16", "float32")),
-  "gradient_checkpointing": Same("memory.remat", _switch("full")),
-  "activation_checkpointing": Same("memory.remat", _switch("full")),
+  "gradient_checkpointing": Same("memory.remat", _switch("full", "dots")),
+  "activation_checkpointing": Same("memory.remat", _switch("full", "dots")),
   "logging_dir": Same("tracking.logging_dir"),
-  "logging_steps": Same("train.log_every", _whole),
-  "eval_steps": Same("train.eval_every", _whole),
-  "save_steps": Same("train.save_every", _whole),
-  "save_total_limit": Same("train.keep", _whole),
-  "load_best_model_at_end": Same("train.keep_best_metric", _switch("eval/loss")),
-  "report_to": Same(
-    "tracking.writers", _choice(none="", tensorboard="tensorboard", mlflow="mlflow", wandb="wandb", trackio="trackio")
-  ),
+  "logging_steps": Same("train.log_every", _every),
+  "eval_steps": Same("train.eval_every", _every),
+  "save_steps": Same("train.save_every", _every),
+  "save_total_limit": Same("train.keep", _at_most),
+  "load_best_model_at_end": Same("train.keep_best_metric", _switch("eval/loss", "")),
+  "report_to": Same("tracking.writers", _trackers),
   "run_name": Same("tracking.run_name"),
 }
 # When something happens, and the flag and the setting that say how often.
@@ -130,6 +160,7 @@ PUSH, HUB_NAME = "push_to_hub", "hub_model_id"
 BEST = "metric_for_best_model"
 PER_DEVICE, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 EVAL_PER_DEVICE = "per_device_eval_batch_size"
+BATCH = {"train.batch_size", "train.micro_batch_size"}
 WORKDIR, OVERWRITE, RESUME = "output_dir", "overwrite_output_dir", "resume_from_checkpoint"
 DATASET, CONFIGURATION = "dataset_name", "dataset_config_name"
 MODEL_TYPE, CONFIG_NAME, CACHE = "model_type", "config_name", "cache_dir"
@@ -138,22 +169,25 @@ STREAMING, STREAMED = "streaming", "the data set is downloaded, and its tokens m
 LOADER = "the loader has nothing to set: it reads memory-mapped tokens"
 NO_DDP, NO_TORCH = "XLA makes the collectives", "it is torch's; XLA compiles every step"
 NO_METRICS = "an evaluation tells loss and perplexity, or accuracy and F1"
-# Flags that ask for what every run does, or for what changes no result, with the reason where it is not plain.
+# Flags that ask for what every run does, or for what changes no result, with the reason where another value asks for more.
 ALWAYS = {
   "do_train": "",
   "do_eval": "weights are evaluated before the first step and after the last in any case",
   "low_cpu_mem_usage": "",
-  "eval_on_start": "",
+  "eval_on_start": "weights are evaluated before the first step in any case",
   "prediction_loss_only": "",
-  "logging_first_step": "",
+  "logging_first_step": "weights are evaluated before the first step, whose own loss is in no line of its own",
   "logging_nan_inf_filter": "what is not finite is told, and never applied",
   "include_num_input_tokens_seen": "",
+  "past_index": "no state is handed on from batch to batch",
+  "ray_scope": "no hyper-parameters are searched",
+  "use_legacy_prediction_loop": "",
   "include_tokens_per_second": "",
   "skip_memory_metrics": "",
   "full_determinism": "",
   "enable_jit_checkpoint": "",
   "save_safetensors": "weights are written as safetensors",
-  "average_tokens_across_devices": "",
+  "average_tokens_across_devices": "the loss is a mean over the tokens of all devices",
   "remove_unused_columns": "",
   "overwrite_cache": "tokens are made anew when text, tokenizer or settings change",
   "use_fast_tokenizer": "the fast tokenizer is read, whose tokens are the same",
@@ -169,6 +203,9 @@ ALWAYS = {
   "torch_compile_backend": NO_TORCH,
   "torch_compile_mode": NO_TORCH,
   "torch_empty_cache_steps": NO_TORCH,
+  "torchdynamo": NO_TORCH,
+  "jit_mode_eval": NO_TORCH,
+  "use_ipex": NO_TORCH,
   "use_liger_kernel": "config.model.attention and XLA choose the kernels",
   "half_precision_backend": "there is one",
   "fp16_opt_level": "there is one",
@@ -185,13 +222,35 @@ ALWAYS = {
   "ddp_broadcast_buffers": NO_DDP,
   "ddp_static_graph": NO_DDP,
   "ddp_backend": NO_DDP,
+  "xpu_backend": NO_DDP,
   "ddp_timeout": "--peer_timeout says how long a silent process is waited for",
   "local_rank": "processes are found out",
 } | dict.fromkeys(
   "preprocessing_num_workers dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
-  "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order".split(),
+  "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order dispatch_batches split_batches".split(),
   LOADER,
 )  # fmt: skip
+# Those that take a value, and those of which False asks for what always happens.
+VALUED = {
+  *(
+    "log_level log_level_replica torch_compile_backend torch_compile_mode torch_empty_cache_steps fp16_opt_level"
+  ).split(),
+  *("half_precision_backend fp16_backend gradient_checkpointing_kwargs activation_checkpointing_kwargs").split(),
+  *("eval_accumulation_steps ddp_bucket_cap_mb ddp_backend ddp_timeout local_rank past_index ray_scope").split(),
+  *("preprocessing_num_workers dataloader_num_workers dataloader_prefetch_factor torchdynamo xpu_backend").split(),
+  *("dataloader_multiprocessing_context include_num_input_tokens_seen").split(),
+}
+ONLY_FALSE = {
+  *("disable_tqdm log_on_each_node save_on_each_node bf16_full_eval fp16_full_eval logging_first_step").split(),
+  *("use_cache jit_mode_eval use_ipex").split(),
+}
+# Values of others that change nothing.
+PLAIN = {
+  "log_level": ("passive",),
+  "log_level_replica": ("passive", "warning"),
+  "ddp_timeout": ("1800",),
+  "local_rank": ("-1", "0"),
+}
 # Of these only True asks for what always happens.
 ONLY_TRUE = {
   "keep_linebreaks": "text without its newlines is other text; leave them out of the file",
@@ -203,6 +262,8 @@ REFUSED = {
   "trust_remote_code": "no code from a checkpoint is ever run; leave it out",
   "fsdp": SHARDING,
   "fsdp_config": SHARDING,
+  "fsdp_min_num_params": SHARDING,
+  "fsdp_transformer_layer_cls_to_wrap": SHARDING,
   "sharded_ddp": SHARDING,
   "accelerator_config": SHARDING,
   "parallelism_config": SHARDING,
@@ -218,10 +279,11 @@ REFUSED = {
   "hub_strategy": "the model is uploaded once, at the end",
   "hub_always_push": "the model is uploaded once, at the end",
   "hub_revision": "the model is uploaded to the branch main",
-  "dataloader_drop_last": "the last rows of an epoch are in the same batch as the first of the next: none is dropped",
-  "label_smoothing_factor": "the loss is plain cross-entropy",
+  "dataloader_drop_last": "the last rows of an epoch are in the same batch as the first of the next, so none is dropped: "
+  "leave it out",
+  "label_smoothing_factor": "the loss is plain cross-entropy; leave it out",
   "label_names": "targets are the tokens themselves",
-  "neftune_noise_alpha": "there is no noise on embeddings",
+  "neftune_noise_alpha": "there is no noise on embeddings; --config.model.dropout is what there is",
   "do_predict": "python -m jaxft.generate and python -m jaxft.evaluate use a model",
   "auto_find_batch_size": "python -m jaxft.plan --fit finds the largest batch that fits, before the run",
   "group_by_length": "--config.data.layout=pack leaves no padding to save",
@@ -237,6 +299,7 @@ REFUSED = {
   "greater_is_better": "less eval loss is better",
   "eval_delay": "--config.train.eval_every says when weights are evaluated",
   "include_for_metrics": NO_METRICS,
+  "include_inputs_for_metrics": NO_METRICS,
   "save_only_model": "a checkpoint has what a run needs to continue; the model alone is in WORKDIR/export",
   "ignore_data_skip": "a run that continues takes the rows that come next, and looks them up at once",
   "restore_callback_states_from_checkpoint": "a run that continues has all of its state",
@@ -246,7 +309,11 @@ REFUSED = {
   "trackio_bucket_id": "docs/trackers.md says how to name projects",
   "trackio_static_space_id": "docs/trackers.md says how to name projects",
   "debug": "a step that is not finite is told with the tensors that are not",
+  "tpu_metrics_debug": "a step that is not finite is told with the tensors that are not",
 }
+# Values that ask for what always happens, as no value at all does.
+NOTHING = {"false", "0", "0.0", "no", "none", "{}", "[]"}
+DEFAULTS = {"train_sampling_strategy": "random", "hub_strategy": "every_save"}
 KNOWN = (
   SAME.keys() | STRATEGIES.keys() | OLD_NAMES.keys() | ALWAYS.keys() | REFUSED.keys()
   | {PUSH, HUB_NAME, BEST, PER_DEVICE, ACCUMULATION, EVAL_PER_DEVICE, WORKDIR, OVERWRITE, RESUME, DATASET, CONFIGURATION}
@@ -275,6 +342,8 @@ MEANT = {
   "eval_batch_size": EVAL_PER_DEVICE,
   "lr": "learning_rate",
   "epochs": "num_train_epochs",
+  "epoch": "num_train_epochs",
+  "grad_accum": ACCUMULATION,
   "steps": "max_steps",
   "max_length": "block_size",
   "max_seq_length": "block_size",
@@ -336,12 +405,13 @@ def translate(words: list[str], own: Iterable[str] = ()) -> tuple[list[str], Per
       command.add(name, value)
     except ValueError as error:
       lines.append(f"--{name}{'=' + value if value else ''}: {error}")
-  try:
-    command.add_batch()
-  except ValueError as error:
-    lines.append(str(error))
   if lines:
     raise RequestError("\n".join(lines))
+  try:
+    command.add_deepspeed()
+    command.add_batch()
+  except ValueError as error:
+    raise RequestError(str(error)) from error
   for line in command.notes:
     print(line, file=sys.stderr)
   config = [] if command.has_config else [f"--config={__file__}"]
@@ -368,6 +438,8 @@ def _given(words: list[str], own: set[str]) -> tuple[list[str], dict[str, str], 
       given[name] = value
     elif word.startswith("--") and name not in (*switches, "", "help", "config") and not name.startswith("config."):
       lines.append(f"{word.split('=')[0]}: no such flag; {_nearest(name, KNOWN | own)}")
+    elif word.startswith("-") and word[1:2].isalpha() and name in KNOWN | switches:
+      lines.append(f"{word.split('=')[0]}: no such flag; did you mean --{name}?")
     else:
       rest.append(word)
   return rest, given, lines, notes
@@ -388,15 +460,14 @@ class Command:
     self.notes: list[str] = []
     self.batch: PerDevice | None = None
     self._given, self._rest, self._file = given, rest, None
-    if DEEPSPEED in given:
-      self._read_deepspeed(given[DEEPSPEED])
+    self._set_by: dict[str, str] = {}  # setting -> flag, with its value
 
   def add(self, name: str, value: str) -> None:
     """Takes a flag; raises ValueError with the reason where it means nothing here."""
     if not value and name not in SWITCHES and (name in SAME or hasattr(self, f"_{name}")):
       raise ValueError("give a value")
     if name in REFUSED:
-      if value.lower() in ("false", "0", "no", "none"):
+      if value.lower() in NOTHING or value == DEFAULTS.get(name):
         return  # --trust_remote_code False asks for what always happens
       raise ValueError(REFUSED[name])
     if name in ALWAYS:
@@ -411,20 +482,28 @@ class Command:
   def _set(self, setting: str, value: object, flag: str) -> None:
     if value is None:
       return
-    words = self._words_of(_with_counterpart(setting))
+    words, other = self._words_of(_with_counterpart(setting)), self._set_by.get(setting)
     if words and words[-1] != f"--config.{setting}={value}":
       raise ValueError(f"{words[-1]} is given too; leave one of the two out")
-    self.ours[setting] = value
+    if other and self.ours[setting] != value:
+      raise ValueError(f"{other} is given too; leave one of the two out")
+    self.ours[setting], self._set_by[setting] = value, f"--{flag}={self._given.get(flag, value)}"
 
   def _words_of(self, names: set[str]) -> list[str]:
     return [word for word in self._rest if any(word.startswith(f"--config.{name}=") for name in names)]
 
   def _is_off(self, name: str) -> bool:
     """Whether another flag says that this one is of no account."""
-    if name == "num_train_epochs" and self._given.get("max_steps", "-1") != "-1":
+    if name == "num_train_epochs" and _says_steps(self._given.get("max_steps", "-1")):
       self.notes.append(
         f"--num_train_epochs={self._given[name]}: --max_steps={self._given['max_steps']} says when to end"
       )
+      return True
+    if name == "bf16" and not _is_true(self._given[name]) and _is_true(self._given.get(FLOAT_16, "False")):
+      return True
+    if name in ("warmup_steps", "warmup_ratio") and self._given.get("lr_scheduler_type") == "constant":
+      if float(_number(self._given[name])):
+        self.notes.append(f"--{name}={self._given[name]}: constant has no warm-up; constant_with_warmup has one")
       return True
     of = {steps: self._given.get(strategy) for strategy, (steps, _) in STRATEGIES.items()}
     if of.get(name) in ("no", "epoch", "best"):
@@ -433,19 +512,29 @@ class Command:
     return False
 
   def _always(self, name: str, value: str) -> None:
-    if name == "do_train" and not _is_true(value) or name == "do_eval" and "do_train" not in self._given:
+    alone = name == "do_eval" and _is_true(value) and "do_train" not in self._given
+    if name == "do_train" and not _is_true(value) or alone:
       raise ValueError("this command trains; python -m jaxft.evaluate --model MODEL --data FILE measures a model")
     if name in ONLY_TRUE and not _is_true(value):
       raise ValueError(ONLY_TRUE[name])
-    if ALWAYS[name] and value.lower() == "false":
+    if name in VALUED:
+      more = value.lower() not in PLAIN.get(name, ()) and ALWAYS[name] not in (LOADER, NO_TORCH, NO_DDP)
+    else:
+      more = _is_true(value) == (name in ONLY_FALSE)
+    if ALWAYS[name] and more:
       self.notes.append(f"--{name}={value}: {ALWAYS[name]}")
 
   def _strategy(self, name: str, value: str) -> None:
     steps, setting = STRATEGIES[name]
     if value not in ("no", "steps", "epoch", *(["best"] if name == "save_strategy" else [])):
       raise ValueError("there is only no, steps and epoch")
-    if value == "steps" and steps not in self._given and name != "save_strategy":
-      self.ours[setting] = SAME["logging_steps"].value(self._given.get("logging_steps", "500"))
+    if value == "steps":
+      if steps in self._given or self._words_of({setting}):
+        return
+      if self.has_config and (steps == "save_steps" or "logging_steps" not in self._given):
+        raise ValueError(f"how many? give --{steps} too")
+      if steps != "save_steps":
+        self._set(setting, _every(self._given.get("logging_steps", "500")), name)
     elif value == "epoch":
       self._set(setting, "epoch", name)
     elif value == "best":
@@ -453,12 +542,12 @@ class Command:
       self._set("train.keep_best_metric", "eval/loss", name)
     elif value == "no" and name == "logging_strategy":
       self.notes.append("--logging_strategy=no: metrics.jsonl is written all the same, every 500 steps")
-      self.ours[setting] = 500
+      self._set(setting, 500, name)
     elif value == "no":
       self._set(setting, 0, name)
 
   def _max_steps(self, value: str) -> None:
-    if value != "-1":
+    if _says_steps(value):
       self._set("train.steps", _whole(value), "max_steps")
       self.ours["train.epochs"] = 0.0
 
@@ -468,20 +557,44 @@ class Command:
       self.ours["train.steps"] = 0
 
   def _warmup_steps(self, value: str) -> None:
+    if self._is_off("warmup_steps"):
+      return
     if 0 < float(_number(value)) < 1:  # transformers 5: a share
       return self._set("optim.warmup_ratio", value, "warmup_steps")
     self._set("optim.warmup_steps", _whole(value), "warmup_steps")
-    if float(_number(self._given.get("warmup_ratio", "0"))) and int(value):
+    if float(_number(self._given.get("warmup_ratio", "0"))) and int(_whole(value)):
       self.notes.append(f"--warmup_ratio={self._given['warmup_ratio']}: --warmup_steps={value} says how many")
 
   def _warmup_ratio(self, value: str) -> None:
     number = float(_number(value))
     if not 0 <= number < 1:
       raise ValueError("must be at least 0 and below 1: a share of the steps")
-    if self._given.get("warmup_steps", "0") == "0":
+    if not self._is_off("warmup_ratio") and not float(_number(self._given.get("warmup_steps", "0"))):
       self._set("optim.warmup_ratio", value, "warmup_ratio")
 
+  def _lr_scheduler_type(self, value: str) -> None:
+    self._set("optim.schedule", SAME["lr_scheduler_type"].value(value), "lr_scheduler_type")
+    if value == "constant" and not self._words_of({"optim.warmup_steps", "optim.warmup_ratio"}):
+      self._set("optim.warmup_steps", 0, "lr_scheduler_type")
+
+  def _seed(self, value: str) -> None:
+    self._set("train.seed", _whole(value), "seed")
+    if "data_seed" in self._given or self._words_of({"data.shuffle_seed"}):
+      return
+    self._set("data.shuffle_seed", _whole(value), "seed")
+    if not {"validation_file", DATASET} & self._given.keys():
+      self.notes.append(
+        f"--seed={value}: of the order of rows, and of what is held out, too; --data_seed gives these another"
+      )
+
+  def _optim(self, value: str) -> None:
+    if value == "sgd":
+      raise ValueError("--config.optim.name=sgd --config.optim.b1=0 is torch's SGD; b1 is its momentum")
+    self._set("optim.name", SAME["optim"].value(value), "optim")
+
   def _dataset_name(self, value: str) -> None:
+    if "train_file" in self._given:
+      raise ValueError(f"--train_file={self._given['train_file']} is given too; leave one of the two out")
     name = f"hub:{value}/{self._given[CONFIGURATION]}" if CONFIGURATION in self._given else f"hub:{value}"
     self._set("data.train", name, DATASET)
     if "validation_file" not in self._given and sources.has_split(name, "validation"):
@@ -504,7 +617,7 @@ class Command:
     self._limit("max_eval_samples", value)
 
   def _limit(self, name: str, value: str) -> None:
-    self._set(SAME[name].setting, _whole(value), name)
+    self._set(SAME[name].setting, _at_least_one(value), name)
     self.notes.append(
       f"--{name}={value}: so many documents (rows of the data), drawn; run_clm.py takes its first blocks"
     )
@@ -538,7 +651,7 @@ class Command:
   def _fp16(self, value: str) -> None:
     if not _is_true(value):
       return
-    if "bf16" in self._given:
+    if _is_true(self._given.get("bf16", "False")):
       raise ValueError("--bf16 is given too; leave one of the two out")
     self._set("model.compute_dtype", "auto", FLOAT_16)
     self.notes.append(f"--fp16: {FLOAT16}")
@@ -547,7 +660,7 @@ class Command:
     which = _choice(auto="float32", float32="float32", bfloat16="bfloat16", float16="bfloat16")(value)
     self._set("model.param_dtype", which, DTYPE)
     if which == "bfloat16":
-      self._set("model.compute_dtype", which, DTYPE)
+      self._set("model.compute_dtype", which if value == which else "auto", DTYPE)
     if value in ("auto", "float16"):
       self.notes.append(f"--{DTYPE}={value}: weights are kept in {which}" + (": " + FLOAT16 if value != "auto" else ""))
 
@@ -561,19 +674,31 @@ class Command:
       self._rest.append(f"--{OVERWRITE}")
 
   def _resume_from_checkpoint(self, value: str) -> None:
-    words = [word.partition("=")[2] for word in self._rest if word.startswith("--workdir=")]
-    workdir = Path(at_home(self._given.get(WORKDIR) or next(iter(words), ".")))
+    workdir = self._workdir()
     if OVERWRITE in self._given and _is_true(self._given[OVERWRITE]):
       raise ValueError(f"--{OVERWRITE} begins a new run; leave one of the two out")
     if value.lower() == "false":
       raise ValueError(f"a run that is there is continued; --{OVERWRITE} begins a new one")
-    if value.lower() in ("true", "") or _is_newest(Path(at_home(value)), workdir):
-      return  # a run is continued always
+    if value.lower() in ("true", ""):  # a run is continued always
+      if not _checkpoints(workdir):
+        self.notes.append(f"--{RESUME}: {workdir} has no checkpoint, so a new run begins")
+      return
+    if _is_newest(Path(at_home(value)), workdir):
+      return
     if (Path(value) / "trainer_state.json").exists():
       raise ValueError(f"a checkpoint of transformers' Trainer; --model_name_or_path={value} begins with its weights")
     raise ValueError(
       f"not the newest checkpoint of --{WORKDIR}={workdir}, which is the one that is continued; leave it out"
     )
+
+  def _workdir(self) -> Path:
+    """The folder of the run, as far as the command line says it."""
+    said = [
+      value or "".join(self._rest[i + 1 : i + 2])
+      for i, (name, _, value) in enumerate(word.partition("=") for word in self._rest)
+      if name == "--workdir"
+    ]
+    return Path(at_home(self._given.get(WORKDIR) or next(iter(said), f"runs/{Path(__file__).stem}")))
 
   def _streaming(self, value: str) -> None:
     if _is_true(value):
@@ -619,44 +744,57 @@ class Command:
     _at_least_one(value)
 
   def _deepspeed(self, value: str) -> None:
-    """Has been read already."""
+    """Is read when all flags are known, which beat it."""
 
-  def _read_deepspeed(self, value: str) -> None:
+  def add_deepspeed(self) -> None:
     """Takes what a ds_config.json says and no flag or setting of the command line says, and prints what became of it."""
     from jaxft import ds_config, ds_keys  # tables that few commands need
 
-    self._file = ds_config.read(Path(at_home(value)))
-    beaten = {}
+    if not (value := self._given.get(DEEPSPEED)):
+      return
+    self._file, beaten = ds_config.read(Path(at_home(value))), {}
     for setting, of_file in self._file.settings.items():
       if beats := self._beats(setting):
         beaten[setting] = beats
       else:
         self.ours[setting] = of_file
-    for key, flag in ((ds_keys.ROWS, PER_DEVICE), (ds_keys.ACCUMULATION, ACCUMULATION), (ds_keys.BATCH, PER_DEVICE)):
-      if flag in self._given:
-        beaten[key] = f"--{flag}={self._given[flag]}"
+    counted = {flag: f"--{flag}={self._given[flag]}" for flag in (PER_DEVICE, ACCUMULATION) if flag in self._given}
+    for key, flags in (
+      (ds_keys.ROWS, (PER_DEVICE,)),
+      (ds_keys.ACCUMULATION, (ACCUMULATION,)),
+      (ds_keys.BATCH, counted),
+    ):
+      said = {"train.batch_size"} if key == ds_keys.BATCH else BATCH
+      if beats := [*self._words_of(said), *(counted[flag] for flag in flags if flag in counted)]:
+        beaten[key] = beats[0]
     print(ds_config.table(self._file.entries, beaten), file=sys.stderr)
 
   def _beats(self, setting: str) -> str | None:
     """What the command line says of a setting, or of its counterpart; None where it says nothing."""
     same = _with_counterpart(setting)
-    words = self._words_of(same)
-    flags = [f"--{name}={self._given[name]}" for name in self._given if name in SAME and SAME[name].setting in same]
-    return next(iter([*words, *flags]), None)
+    return next(iter([*self._words_of(same), *(flag for name, flag in self._set_by.items() if name in same)]), None)
 
   def add_batch(self) -> None:
     """Finds out the batch, from flags, the DeepSpeed file and the defaults; raises ValueError where they contradict."""
     given, file = self._given, self._file
-    words = [w for w in self._rest if w.startswith(("--config.train.batch_size", "--config.train.micro_batch_size"))]
+    words = self._words_of(BATCH)
     counted = {PER_DEVICE, ACCUMULATION} & given.keys()
     if words and counted:
       raise ValueError(f"{words[0]}: a batch by device is given too; leave one of the two out")
-    rows = int(given[PER_DEVICE]) if given.get(PER_DEVICE, "").isdecimal() else file and file.rows
-    each = int(given[ACCUMULATION]) if given.get(ACCUMULATION, "").isdecimal() else file and file.accumulation
-    eval_rows = int(given[EVAL_PER_DEVICE]) if given.get(EVAL_PER_DEVICE, "").isdecimal() else None
-    if ACCUMULATION in given and not rows and self.has_config:
-      raise ValueError(f"--{ACCUMULATION}: of how many rows? give --{PER_DEVICE} too, or config.train.batch_size")
-    batch_size = file.batch_size if file and not counted and not words else None
+    if words and file and file.batch_size and not self._words_of({"train.batch_size"}):
+      self.ours["train.batch_size"] = file.batch_size
+    file = None if words else file  # the command line says it
+    of = {flag: int(_at_least_one(given[flag])) for flag in (*counted, EVAL_PER_DEVICE) if flag in given}
+    rows = of.get(PER_DEVICE, file and file.rows)
+    each = of.get(ACCUMULATION, file and file.accumulation)
+    eval_rows = of.get(EVAL_PER_DEVICE)
+    if each and not rows and self.has_config and not (file and file.batch_size):
+      flag = ACCUMULATION if ACCUMULATION in given else DEEPSPEED
+      raise ValueError(
+        f"--{flag}={given[flag]}: {each} accumulation steps of how many rows? give --{PER_DEVICE} too, or "
+        "--config.train.batch_size and --config.train.micro_batch_size in its place"
+      )
+    batch_size = file.batch_size if file and not counted else None
     if batch_size and not (file.rows and file.accumulation):
       self.ours["train.batch_size"] = batch_size
       self.ours["train.micro_batch_size"] = file.rows or 0
@@ -676,15 +814,19 @@ def _with_counterpart(setting: str) -> set[str]:
   return {setting, *(other for pair in settings.COUNTERPARTS if setting in pair for other in pair)}
 
 
-def _at_least_one(text: str) -> None:
-  if int(_whole(text)) < 1:
-    raise ValueError("must be at least 1")
+def _says_steps(max_steps: str) -> bool:
+  """Whether --max_steps says when to end; with 0 or less the epochs do."""
+  return not re.fullmatch("-[0-9]+|0", max_steps)
+
+
+def _checkpoints(workdir: Path) -> list[int]:
+  folder = workdir / "checkpoints"
+  return [int(it.name) for it in folder.iterdir() if it.name.isdecimal()] if folder.is_dir() else []
 
 
 def _is_newest(path: Path, workdir: Path) -> bool:
   """Whether a path names a run, or the checkpoint of it that is continued: the newest."""
-  there, folder = path.resolve(), (workdir / "checkpoints").resolve()
-  steps = [int(it.name) for it in folder.iterdir() if it.name.isdecimal()] if folder.is_dir() else []
+  there, folder, steps = path.resolve(), (workdir / "checkpoints").resolve(), _checkpoints(workdir)
   return there in (workdir.resolve(), folder, *([folder / str(max(steps))] if steps else []))
 
 

@@ -143,10 +143,51 @@ SAID = [
   ("--logging_dir logs", {"tracking.logging_dir": "logs"}, ["--logging_dir=logs: of TensorBoard's files"]),
   ("--logging_dir logs --report_to tensorboard", {"tracking.writers": ("tensorboard",)}, []),
   ("--streaming", {}, ["--streaming: the data set is downloaded"]),
-  ("--seed 1 --seed 2", {"train.seed": 2}, ["--seed=1: given again, as 2, which counts"]),
+  (
+    "--seed 1 --seed 2",
+    {"train.seed": 2, "data.shuffle_seed": 2},
+    ["--seed=1: given again, as 2, which counts", "--seed=2: of the order of rows, and of what is held out, too"],
+  ),
+  ("--seed 1 --data_seed 2", {"train.seed": 1, "data.shuffle_seed": 2}, []),
+  ("--seed 1 --validation_file v.txt", {"train.seed": 1, "data.shuffle_seed": 1}, []),
+  ("--seed 1 --config.data.shuffle_seed 2", {"train.seed": 1, "data.shuffle_seed": 2}, []),
+  ("--lr_scheduler_type constant --warmup_steps 3", {"optim.warmup_steps": 0}, ["--warmup_steps=3: constant has no"]),
+  (
+    "--warmup_ratio 0.1 --lr_scheduler_type constant",
+    {"optim.warmup_ratio": 0},
+    ["--warmup_ratio=0.1: constant has no"],
+  ),
+  ("--lr_scheduler_type constant_with_warmup --warmup_steps 3", {"optim.warmup_steps": 3}, []),
+  ("--eval_strategy steps --config.train.eval_every=7", {"train.eval_every": 7}, []),
+  ("--logging_strategy steps --config.train.log_every 7", {"train.log_every": 7}, []),
+  ("--eval_strategy steps --logging_steps 3", {"train.eval_every": 3, "train.log_every": 3}, []),
+  ("--eval_strategy steps", {"train.eval_every": 500}, []),
+  ("--max_steps 0 --num_train_epochs 2", {"train.epochs": 2.0, "train.steps": 0}, []),
+  ("--max_steps -100 --num_train_epochs 2", {"train.epochs": 2.0, "train.steps": 0}, []),
+  ("--max_steps 1_0 --logging_steps 3.0 --save_total_limit 1e1", {"train.steps": 10, "train.keep": 10}, []),
+  ("--save_total_limit -1", {"train.keep": settings.LARGEST}, []),
+  ("--bf16 False --fp16", {}, ["--fp16: float16 is not there yet"]),
+  ("--no_bf16", {"model.compute_dtype": "float32"}, []),
+  ("--dtype float16", {"model.compute_dtype": "auto"}, ["--torch_dtype=float16"]),
+  ("--report_to mlflow,wandb", {"tracking.writers": ("mlflow", "wandb")}, []),
+  ("--report_to none", {"tracking.writers": ()}, []),
+  ("--logging_first_step", {}, ["--logging_first_step=: weights are evaluated before the first step"]),
+  ("--logging_first_step 0 --eval_on_start --disable_tqdm no --log_level passive", {}, []),
+  ("--bf16_full_eval True --disable_tqdm 1", {}, ["--bf16_full_eval=True: an ev", "--disable_tqdm=1: a log"]),
+  ("--eval_on_start 0 --ddp_timeout 7200", {}, ["--eval_on_start=0: weights", "--ddp_timeout=7200: --peer_timeout"]),
+  (
+    "--label_smoothing_factor 0.0 --neftune_noise_alpha None --lr_scheduler_kwargs {} --hub_strategy every_save",
+    {},
+    [],
+  ),
   ("--cache_dir here", {"data.cache_dir": "here/tokens"}, ["--cache_dir=here: for downloads and tokens"]),
   ("--adafactor", {"optim.name": "adafactor"}, []),
-  ("--local_rank=0 --resume_from_checkpoint True --trust_remote_code False", {}, []),
+  ("--local_rank=0 --trust_remote_code False", {}, []),
+  (
+    "--resume_from_checkpoint --config.train.seed=1 --workdir nowhere",
+    {"train.seed": 1},
+    ["--resume_from_checkpoint: nowhere has no checkpoint, so a new run begins"],
+  ),
 ]
 
 
@@ -264,6 +305,69 @@ def test_a_deepspeed_batch_must_come_out(monkeypatch, tmp_path, devices, fine):
       found.per_device.into(found.config, devices)
 
 
+@pytest.mark.parametrize(
+  "batch, words, wanted, told",
+  [
+    ((None, 4, 2), ["--config.train.batch_size=32"], (32, 0), "--config.train.batch_size=32 is given, and wins"),
+    ((16, 4, 2), ["--config.train.batch_size", "32"], (32, 0), "--config.train.batch_size=32 is given, and wins"),
+    ((16, None, None), ["--config.train.micro_batch_size=2"], (16, 2), ""),
+    ((16, 8, None), ["--config.train.micro_batch_size=2"], (16, 2), "--config.train.micro_batch_size=2 is given"),
+    ((16, None, None), ["--gradient_accumulation_steps=4"], (32, 8), "--gradient_accumulation_steps=4 is given"),
+    ((None, None, 2), ["--per_device_train_batch_size=4"], (8, 4), ""),
+    ((None, None, 2), ["--config={config}"], None, "--deepspeed=.*: 2 accumulation steps of how many rows"),
+  ],
+)
+def test_the_command_line_beats_the_batch_of_a_deepspeed_config(
+  monkeypatch, tmp_path, capsys, batch, words, wanted, told
+):
+  names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+  (tmp_path / "ds.json").write_text(json.dumps({name: it for name, it in zip(names, batch, strict=True) if it}))
+  words = [word.format(config=ROOT / "configs" / "quickstart.py") for word in words]
+  words += ["--model_name_or_path=gpt2", "--train_file=a.txt", f"--deepspeed={tmp_path / 'ds.json'}"]
+  if wanted is None:
+    with pytest.raises(RequestError, match=told):
+      parsed(monkeypatch, *words)
+    return
+  found = parsed(monkeypatch, *words)
+  if found.per_device:
+    found.per_device.into(found.config, 1)
+  assert (found.config.train.batch_size, found.config.train.micro_batch_size) == wanted
+  assert told in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("word", ["--config.optim.learning_rate=3e-5", "--config.optim.learning_rate 3e-5", "--fp16"])
+def test_the_command_line_beats_a_deepspeed_config(monkeypatch, tmp_path, capsys, word):
+  optimizer = {"type": "AdamW", "params": {"lr": 1e-4}}
+  (tmp_path / "ds.json").write_text(json.dumps({"bf16": {"enabled": True}, "optimizer": optimizer}))
+  words = ["--model_name_or_path=gpt2", "--train_file=a.txt", f"--deepspeed={tmp_path / 'ds.json'}", *word.split()]
+  config = parsed(monkeypatch, *words).config
+  rate, dtype = (1e-4, "auto") if word == "--fp16" else (3e-5, "bfloat16")
+  assert (config.optim.learning_rate, config.model.compute_dtype) == (rate, dtype)
+  assert "is given, and wins" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+  "words, wanted",
+  [
+    ("--load_best_model_at_end False", {"train.keep_best_metric": ""}),
+    ("--gradient_checkpointing False", {"memory.remat": "dots"}),
+    ("--warmup_steps 0", {"optim.warmup_steps": 0, "optim.warmup_ratio": 0.0}),
+    ("--lr_scheduler_type constant", {"optim.warmup_steps": 0, "optim.warmup_ratio": 0.0}),
+    ("--config.optim.warmup_steps 0", {"optim.warmup_ratio": 0.0}),
+    ("--adafactor False", {"optim.name": "lion"}),
+    ("--save_strategy no", {"train.save_every": 0}),
+  ],
+)
+def test_a_flag_that_says_no_beats_a_config_file(monkeypatch, tmp_path, words, wanted):
+  file = tmp_path / "c.py"
+  lines = ["c.train.keep_best_metric, c.train.eval_every = 'eval/loss', 4", "c.memory.remat = 'full'"]
+  lines += ["c.optim.warmup_ratio, c.train.save_every, c.optim.name = 0.2, 'epoch', 'lion'"]
+  text = "\n  ".join(["from jaxft import config\ndef get_config():", "c = config.default()", *lines, "return c"])
+  file.write_text(text)
+  found = settings.flatten(parsed(monkeypatch, "-config", str(file), "--train_file=a.txt", *words.split()).config)
+  assert {name: found[name] for name in wanted} == wanted and found["train.batch_size"] == 8
+
+
 def test_every_setting_named_is_one():
   assert {same.setting for same in run_clm.SAME.values()} <= settings.BY_NAME.keys()
   groups = [set(run_clm.SAME), set(run_clm.ALWAYS), set(run_clm.REFUSED), set(run_clm.OLD_NAMES)]
@@ -295,12 +399,29 @@ def test_the_order_of_flags_is_of_no_account(monkeypatch, words):
     ("--learning_rate --do_train", "--learning_rate: give a value"),
     ("--learning_rate fast", "--learning_rate=fast: give a number"),
     ("--deepspeed nowhere.json", "nowhere.json: no such file; name a ds_config.json"),
-    ("--optim sgd", "there is only adamw_torch"),
+    ("--optim rmsprop", "there is only adamw_torch"),
+    ("--optim sgd", "--config.optim.name=sgd --config.optim.b1=0 is torch's SGD"),
+    ("--learning_rate 1e-4 --config.optim.learning_rate 2e-4", "--config.optim.learning_rate=2e-4 is given too"),
+    ("--train_file a.txt --config.data.train v.txt", "--config.data.train=v.txt is given too"),
+    ("--seed 5 -config.train.seed 3", "--config.train.seed=3 is given too"),
+    ("--train_file a.txt --dataset_name a/b", "--train_file=a.txt is given too"),
+    ("--optim lion_32bit --adafactor", "--optim=lion_32bit is given too"),
+    ("--bf16 ture", "--bf16=ture: give True or False"),
+    ("--overwrite_cache banana", "--overwrite_cache=banana: give True or False"),
+    ("--do_train yess", "--do_train=yess: give True or False"),
+    ("--eval_steps 0.1", "--eval_steps=0.1: a share of the steps means nothing here; give a number of steps"),
+    ("--eval_strategy steps --eval_steps 0", "--eval_steps=0: must be at least 1"),
+    ("--max_train_samples 0", "--max_train_samples=0: must be at least 1"),
+    ("--config x.py --eval_strategy steps", "--eval_strategy=steps: how many.* give --eval_steps too"),
+    ("--group_by_length", "leaves no padding"),
+    ("-seed 5", "-seed: no such flag; did you mean --seed"),
+    ("--deepspeed", "--deepspeed: give a value"),
+    ("--config= --seed 3", "--config is missing"),
     (
       "--load_best_model_at_end --metric_for_best_model accuracy",
       "--metric_for_best_model=accuracy: there is only eval_loss",
     ),
-    ("--config x.py --gradient_accumulation_steps 2", "of how many rows"),
+    ("--config x.py --gradient_accumulation_steps 2", "2 accumulation steps of how many rows"),
     ("--per_device_train_batch_size 2 --config.train.batch_size=8", "a batch by device is given too"),
     ("--per_device_train_batch_size two", "give a whole number"),
   ],
