@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import difflib
 import importlib.machinery
 import importlib.util
 import itertools
@@ -28,6 +29,7 @@ VALUES = ("workdir", "require", "coordinator")
 
 class TrainArguments(NamedTuple):
   config: ConfigDict
+  config_file: Path
   workdir: Path
   dry_run: bool
   print_config: bool
@@ -61,6 +63,7 @@ def parse_train() -> TrainArguments:
     place = roll_call.find(values.coordinator, values.num_processes, values.process_id, values.start_timeout)
   return TrainArguments(
     values.config,
+    Path(at_home(values.config_file)),
     workdir,
     *(getattr(values, name) for name in SWITCHES),
     values.require,
@@ -110,6 +113,10 @@ def parse(
     flags.DEFINE_bool(name, False, "", flag_values=values)
   try:
     rest = values(argv)
+  except flags.UnrecognizedFlagError as error:
+    raise RequestError(
+      f"--{error.flagname}: no such flag; {_meant(error.flagname, [*switches, *texts, *numbers])}"
+    ) from error
   except Exception as error:  # whatever the parser raises on an override
     raise RequestError(_reason(error)) from error
   if rest[1:]:
@@ -195,6 +202,8 @@ def _of_file(file: str) -> ConfigDict:
   if end is None:
     raise RequestError(f"--config: {file!r}: no such file; name one such as configs/quickstart.py")
   path, arguments = Path(at_home(file[:end])), [file[end + 1 :]] if end < len(file) else []
+  if path.suffix == ".json":
+    raise RequestError(f"--config: {file!r}: a config is Python with a get_config(), such as configs/quickstart.py")
   loader = importlib.machinery.SourceFileLoader("jaxft_config", str(path))
   module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
   sys.modules[loader.name] = module  # where dataclasses look for theirs
@@ -239,9 +248,19 @@ def unescaped(text: str, name: str) -> str:
   return found
 
 
+def _meant(name: str, own: list[str]) -> str:
+  """The flag that was meant, or the setting that has this name, or another one elsewhere."""
+  if near := difflib.get_close_matches(name, own, 1):
+    return f"did you mean --{near[0]}?"
+  setting = settings.ELSEWHERE.get(name) or (run_clm.SAME[name].setting if name in run_clm.SAME else None)
+  setting = setting or next((known for known in settings.BY_NAME if known.split(".")[1] == name), None)
+  return f"did you mean --config.{setting}?" if setting else "--help shows what there is"
+
+
 def _reason(error: Exception) -> str:
   """What is wrong with a flag, in one line, without the parser's own words around it."""
   text = " ".join(line.strip() for line in str(error).splitlines()).removeprefix("flag ")
+  text = re.sub(r"\('Non-boolean argument to boolean flag', '?(.*?)'?\)", r"\1 is neither true nor false", text)
   text = re.sub(r"invalid literal for int\(\) with base \d+: (.*)", r"\1 is no whole number", text)
   return re.sub(r"could not convert string to float: (.*)", r"\1 is no number", text)
 

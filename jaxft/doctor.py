@@ -1,6 +1,5 @@
 """Versions, devices, memory and disk, and what is missing: python -m jaxft.doctor"""
 
-import argparse
 import importlib.metadata
 import platform
 import shutil
@@ -10,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from jaxft.errors import RequestError, first_line
+from jaxft import parsers
+from jaxft.errors import RequestError, first_line, run_command
 
 PACKAGES = (
   "jax",
@@ -41,9 +41,7 @@ EXTRAS = {
 
 
 def main() -> None:
-  argparse.ArgumentParser(
-    "python -m jaxft.doctor", description="Tells what is installed, and what is missing."
-  ).parse_args()
+  parsers.Parser("python -m jaxft.doctor", "Tells what is installed, and what is missing.").parse_args()
   table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False, box=None)
   faults = []
   table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -103,4 +101,4 @@ def _memory() -> str:
 
 
 if __name__ == "__main__":
-  main()
+  run_command(main)

@@ -18,10 +18,14 @@ from jaxft.pretrained import Completion, Pretrained
 from jaxft.run.tracking import visible
 from jaxft.sampling import Sampling, settled
 
+EVERYTHING = 2**30  # tokens: until the model has no position left, as run_generation.py has it for a negative --length
+
 
 def main() -> None:
   arguments = parsers.generate().parse_args()
   given = given_of(arguments)  # looked at before a model is read
+  if "stop_strings" in arguments.called:  # run_generation.py: no stop token
+    arguments.stop_strings = [text for text in arguments.stop_strings if text]
   stops = [unescaped(text, "--stop_strings") for text in arguments.stop_strings or []]
   _tell_what_differs(arguments)
 
@@ -70,6 +74,10 @@ class Writer:
       print(f"{found.file}: not followed: {', '.join(found.not_followed)}", file=sys.stderr)
     for line in found.lines:
       print(line, file=sys.stderr)
+    positions = self.ready.source.cfg.P
+    for name in ("max_new_tokens", "max_length"):
+      if positions < self._given.get(name, 0) < EVERYTHING:
+        print(f"--{name}={self._given[name]}: a text ends at the model's {positions} positions", file=sys.stderr)
 
   def complete(self, prompts: list[str], tell: Callable[[int, str], None] | None = None) -> list[Completion]:
     """The completions, whose prompts are without the prefix that the model reads before them."""
@@ -117,6 +125,8 @@ def given_of(arguments: argparse.Namespace) -> dict[str, Any]:
   """
   names = (*Sampling._fields, "do_sample")
   given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+  if arguments.called.get("max_new_tokens") == "length" and given["max_new_tokens"] < 0:
+    given["max_new_tokens"] = EVERYTHING
   if arguments.model_type:
     added = run_generation.unsaid(given)
     told = ", ".join(f"{name}={value}" for name, value in added.items())
@@ -171,7 +181,7 @@ def _lines(file: Path) -> list[str]:
 def _piped() -> list[str]:
   """The prompts on standard input."""
   try:
-    with open(sys.stdin.fileno(), encoding="utf-8-sig", closefd=False) as stream:
+    with open(sys.stdin.fileno(), encoding="utf-8-sig", newline="", closefd=False) as stream:
       return _prompts(stream.read())
   except (OSError, UnicodeDecodeError) as error:
     raise RequestError(f"--prompt is missing, and standard input cannot be read: {error}") from error
@@ -179,7 +189,7 @@ def _piped() -> list[str]:
 
 def _prompts(text: str) -> list[str]:
   """One a line; empty lines are none."""
-  return [line for line in text.split("\n") if line.strip()]
+  return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
 
 
 if __name__ == "__main__":

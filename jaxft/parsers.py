@@ -21,6 +21,16 @@ DEVICES = ("gpu", "tpu")  # `jaxft.backend.REQUIRED`
 
 TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 WEIGHTS = ("*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin")
+# What other tools call a flag, where that is nearer to another one's name, or to none.
+MEANT = {
+  "block_size": "--sequence_length",
+  "max_seq_length": "--sequence_length",
+  "validation_file": "--data",
+  "train_file": "--data",
+  "per_device_eval_batch_size": "--batch_size",
+  "output_dir": "--out",
+  "num_samples": "--num_return_sequences",
+}
 LEAST_LIKENESS = 0.6  # of a flag that is meant, by difflib
 
 
@@ -89,6 +99,8 @@ class Parser(argparse.ArgumentParser):
   def _meant(self, name: str) -> str:
     """The flags that are most like this name."""
     name = name.strip("-").lower().replace("-", "_")
+    if MEANT.get(name) in self._option_string_actions:
+      return f"; did you mean {MEANT[name]}?"
     like = {
       flag: difflib.SequenceMatcher(None, flag[2:], name).ratio()
       for flag in self._option_string_actions

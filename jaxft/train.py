@@ -17,7 +17,7 @@ from jaxft import backend, command_line, model, optim, parts, sharding
 from jaxft import config as settings
 from jaxft import program as programs
 from jaxft.data import loader, sources, tokens
-from jaxft.data.report import Data, prepare, run_length
+from jaxft.data.report import ENDS_HELD_OUT, Data, prepare, run_length
 from jaxft.errors import Preempted, RequestError, first_line, run_command
 from jaxft.files import write_whole
 from jaxft.hf import chosen, peft, push, repo, save
@@ -31,7 +31,15 @@ from jaxft.plan.answer import model_facts, plan_here
 from jaxft.run import checkpoint, hosts
 from jaxft.run.about import leaving_a_report
 from jaxft.run.checkpoint import Checkpoints, nbytes
-from jaxft.run.guards import StopRequest, move_aside, must_have_room, must_not_be_read, only_writer
+from jaxft.run.guards import (
+  StopRequest,
+  has_content,
+  move_aside,
+  must_be_movable,
+  must_have_room,
+  must_not_be_read,
+  only_writer,
+)
 from jaxft.run.judge import Judge
 from jaxft.run.profile import Profile
 from jaxft.run.resume import best_weights, refuse_another_run, resume
@@ -57,7 +65,7 @@ class Run(NamedTuple):
   export: Path  # the Hugging Face folder
 
 
-def check(config: ConfigDict, workdir: Path) -> None:
+def check(config: ConfigDict, workdir: Path, overwrite: bool = False) -> None:
   """Raises RequestError with every fault that can be seen without building anything."""
   lines = settings.faults(config)
   if not lines:
@@ -72,6 +80,11 @@ def check(config: ConfigDict, workdir: Path) -> None:
     if config.model.path and repo.is_local(config.model.path) and Path(config.model.path).resolve() == here:
       lines.append(
         f"--workdir: {str(workdir)!r} is config.model.path, whose config.json the run would replace by its own"
+      )
+    elif save.is_model(workdir) and not overwrite:
+      lines.append(
+        f"--workdir: {str(workdir)!r} has the config.json of a model, which the run would replace by its own; name another "
+        "folder, or have all of it moved aside by --overwrite_output_dir"
       )
     if config.export.push_to_hub:
       lines += [f"config.export.{line}" for line in push.faults(config.export.push_to_hub)]
@@ -109,6 +122,18 @@ def adapted(config: ConfigDict, data: Data, total_steps: int) -> list[str]:
         )
     lines.append("nothing is held out, so there is no eval loss; config.data.validation names text to evaluate on")
   return lines
+
+
+def _in_words(report: dict[str, Any], rows: int) -> str:
+  """What is trained on, held out and left out, in a line."""
+  documents, of_tokens, ends = report["rows"], report["tokens"], report["notes"].get(ENDS_HELD_OUT, 0)
+  held_out = f"the ends of {_count(ends, 'document')}" if ends else _count(documents["held_out"], "document")
+  left_out = ", ".join(f"{reason}: {n:,}" for reason, n in documents["dropped"].items() if n)
+  return (
+    f"{_count(documents['trained'], 'document')} with {_count(of_tokens['trained'], 'token')} to train on, in "
+    f"{_count(rows, 'row')} of {report['sequence_length']}; {held_out} with {_count(of_tokens['held_out'], 'token')} held out"
+    + (f"; left out: {left_out}" if left_out else "")
+  )
 
 
 def _count(n: int, what: str) -> str:
@@ -157,7 +182,7 @@ def finetune(
   flags = {"--workdir": workdir, "--dry_run": dry_run, "--strict": strict, "--allow_change": allow_change}
   flags |= {"--overwrite_output_dir": overwrite}
   hosts.agree("command", flags | settings.named(config) | hosts.versions())
-  check(config, workdir)
+  check(config, workdir, overwrite)
   if config.memory.offload != "none":
     backend.limit_pinned_memory(programs.bytes_on_every_host(config, model_facts(config)))
   backend.must_run_on(require)
@@ -169,6 +194,8 @@ def finetune(
         must_not_be_read(workdir, _read_by(config))
       until_the_end.enter_context(only_writer(workdir))
       hosts.must_share(workdir)
+      if overwrite and jax.process_index() == 0 and has_content(workdir):
+        must_be_movable(workdir)
     # ---- Mesh ----------------------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
     device = mesh.local_devices[0]
@@ -179,6 +206,8 @@ def finetune(
     # ---- Source: facts and tokenizer; no weights yet --------------------------------------------------------------------
     pretrained = config.model.init == "pretrained"
     source = model_source.find(config.model)
+    if overwrite:  # adapters name a model of their own
+      must_not_be_read(workdir, [source.folder, source.tokenizer_folder])
     if source.adapter and config.lora.rank:
       raise RequestError(
         f"config.model.path={config.model.path!r}: a folder of adapters, and adapters on top of it could not be used "
@@ -202,6 +231,8 @@ def finetune(
       told = lambda done, total: meter.at(done, total=total)
       data = prepare(config.data, tokenizer, tokenizers.fingerprint(tokenizer), told, say)
     if data.labels:
+      some = ", ".join(map(str, data.labels[:20])) + ", ..." * (len(data.labels) > 20)
+      say(f"{len(data.labels)} classes: {some}")
       source = repo.with_classes(source, data.labels, tokenizer)
       data = data.with_class_ids(source.labels)
     elif source.cfg.classes:
@@ -229,12 +260,7 @@ def finetune(
     }
     about |= {"versions": dict(hosts.versions()), "started_in": str(Path.cwd()), "workdir": str(workdir.absolute())}
     about["local_model"] = repo.is_local(config.model.path)
-    found = data.report
-    say(
-      f"{_count(found['rows']['trained'], 'document')} with {_count(found['tokens']['trained'], 'token')} to train on, in "
-      f"{_count(len(rows), 'row')} of {rows.T}; {_count(found['rows']['held_out'], 'document')} with "
-      f"{_count(found['tokens']['held_out'], 'token')} held out; {_count(total_steps, 'step')}"
-    )
+    say(f"{_in_words(data.report, len(rows))}; {_count(total_steps, 'step')}")
 
     # ---- Model: shapes and shardings -------------------------------------------------------------------------------------
     cfg = chosen.as_configured(source.cfg, config, source.hf_config["model_type"])
@@ -253,18 +279,23 @@ def finetune(
     out = export_folder(config, workdir)
 
     def opened() -> Checkpoints:
-      """The checkpoints of this run, and room for those to come; raises where they are of another."""
-      folder, best, offloaded = workdir / "checkpoints", config.train.keep_best_metric, program.offload != "none"
-      found = Checkpoints(folder, config.train.keep, best, writes=True, in_pieces=offloaded)
+      """The checkpoints of this run; raises where they are of another."""
+      best, in_pieces = config.train.keep_best_metric, program.offload != "none"
+      found = Checkpoints(workdir / "checkpoints", config.train.keep, best, writes=True, in_pieces=in_pieces)
       until_the_end.callback(found.abandon)
       refuse_another_run(found, program.state.changing, config, about, allow_change)
-      to_come = found.to_come(total_steps, config.train, -(-len(rows) // config.train.batch_size))
-      exported = EXPORT_DTYPES[config.export.dtype].itemsize * model.parameter_count(source.cfg)
-      needed = {folder: to_come * nbytes(program.state.changing), out: exported}
-      must_have_room(needed, f"{to_come} checkpoints of this run and its export")
       return found
 
     checkpoints = None if dry_run or overwrite else opened()
+    again = "the same command" + ", without --overwrite_output_dir," * overwrite
+    if not dry_run:
+      steps_of_epoch = -(-len(rows) // config.train.batch_size)
+      to_come = checkpoint.to_come(
+        checkpoints.steps() if checkpoints else [], total_steps, config.train, steps_of_epoch
+      )
+      exported = EXPORT_DTYPES[config.export.dtype].itemsize * model.parameter_count(source.cfg)
+      needed = {workdir / "checkpoints": to_come * nbytes(program.state.changing), out: exported}
+      must_have_room(needed, f"{to_come} checkpoints of this run and its export")
 
     # ---- Compile: what the step needs is known before any of it is taken ----------------------------------------------
     started = time.monotonic()
@@ -288,20 +319,26 @@ def finetune(
         console.print(show.table(plan_here(config, cfg, program, traced, train_step, eval_step)))
       return None
     hosts.agree("compiled", {})  # a collective gives up on a process that comes 30 s late
-    if overwrite:  # now that nothing is left to refuse
-      if jax.process_index() == 0 and (aside := move_aside(workdir)):
-        say(f"{workdir}: what was there is moved to {aside}; a new run begins (--overwrite_output_dir)")
-      hosts.agree("moved", {})
-      checkpoints = opened()
-
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
-    saved, tokens_seen = resume(checkpoints, program.state.changing, total_steps, strict)
+    if overwrite:
+      saved, tokens_seen = None, 0
+    else:
+      saved, tokens_seen = resume(checkpoints, program.state.changing, total_steps, strict)
     if saved is None:
       state = programs.begin(program, *first_weights(program, cfg, source, config))
     else:
       state = State(*saved, first_weights(program, cfg, source, config)[1] if cfg.trained else {})
     start = int(state.step)
+    if overwrite:  # now that nothing is left to refuse
+      hosts.agree("read", {})
+      with stop.held():
+        if jax.process_index() == 0 and has_content(workdir):
+          say(f"{workdir}: what was there is moved to {move_aside(workdir)}; a new run begins (--overwrite_output_dir)")
+        hosts.agree("moved", {})
+      if jax.process_index() == 0 and out.is_dir() and any(out.iterdir()):
+        say(f"{out}: what is there is replaced when the run ends")
+      checkpoints = opened()
     if jax.process_index() == 0:
       write_whole(workdir / "config.json", settings.to_json(config))
       write_whole(workdir / "data_report.json", data.to_json(config.train))
@@ -380,13 +417,13 @@ def finetune(
               )
         if stopping:
           checkpoints.close()
-          raise Preempted(f"{stop.received}: saved at step {step} of {total_steps}; the same command continues")
+          raise Preempted(f"{stop.received}: saved at step {step} of {total_steps}; {again} continues")
         if ended_early:
           say(f"no lower eval loss in {patience} evaluations: ended at step {step} of {total_steps}")
           break
       checkpoints.close()
       if stop.at(total_steps + 1):
-        raise Preempted(f"{stop.received}: all steps are saved; the same command exports the model")
+        raise Preempted(f"{stop.received}: all steps are saved; {again} exports the model")
 
     # ---- What goes out: the last weights or, where they are kept, the best -----------------------------------------------
     if config.train.keep_best_metric:
@@ -428,6 +465,8 @@ def main() -> None:
       arguments.per_device.into(arguments.config, jax.device_count())
     print(settings.describe(arguments.config))
     return
+  if arguments.overwrite_output_dir:
+    must_not_be_read(arguments.workdir, [arguments.config_file])
   with hosts.joined(arguments.place, arguments.start_timeout, arguments.peer_timeout):
     if arguments.per_device:
       backend.prepare_backend()

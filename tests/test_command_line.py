@@ -237,6 +237,35 @@ def test_odd_values_of_a_file_are_no_traceback_beside_flags(monkeypatch, tmp_pat
     assert "\n" not in str(refusal)
 
 
+@pytest.mark.parametrize("value", ["np.int64(8)", "None", "[8]", "len", "True", "8.5"])
+def test_a_setting_beats_whatever_stands_in_the_file(monkeypatch, tmp_path, value):
+  file = config_file(tmp_path, "import numpy as np", "with c.ignore_type():", f"  c.train.steps = {value}")
+  assert parsed(monkeypatch, "--config", file, "--config.train.steps=4").train.steps == 4
+
+
+@pytest.mark.parametrize(
+  "words, told",
+  [
+    (["--block_size=8"], "--block_size: no such flag; did you mean --config.data.sequence_length?"),
+    (["--train_file", "x"], "--train_file: no such flag; did you mean --config.data.train?"),
+    (["--jsno"], "--jsno: no such flag; did you mean --json?"),
+    (["--json=maybe"], "--json=maybe: maybe is neither true nor false"),
+    (["--remat=full"], "--remat: no such flag; did you mean --config.memory.remat?"),
+  ],
+)
+def test_flags_that_another_command_has_lead_to_settings(monkeypatch, tmp_path, words, told):
+  monkeypatch.setattr(sys, "argv", ["prepare", "--config", config_file(tmp_path), *words])
+  with pytest.raises(RequestError) as refusal:
+    command_line.parse("usage", ("json",))
+  assert told in str(refusal.value)
+
+
+def test_a_config_of_json_is_said_to_be_none(monkeypatch, tmp_path):
+  (tmp_path / "c.json").write_text('{"train": null}')
+  with pytest.raises(RequestError, match="a config is Python with a get_config"):
+    parsed(monkeypatch, "--config", str(tmp_path / "c.json"), "--config.train.steps=4")
+
+
 def test_both_on_the_command_line_are_refused(monkeypatch, tmp_path):
   file = config_file(tmp_path, "c.model.path, c.data.train = 'm', 't'")
   config = parsed(monkeypatch, "--config", file, "--config.train.steps=8", "--config.train.epochs=3")

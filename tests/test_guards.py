@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,30 @@ with guards.only_writer(Path({str(tmp_path / "run")!r})): pass
       in done.stderr
     )
   with guards.only_writer(tmp_path / "run"):
+    pass
+
+
+def test_a_workdir_is_moved_aside_with_its_lock_and_never_from_under_a_run(tmp_path, monkeypatch):
+  workdir = tmp_path / "run"
+  with guards.only_writer(workdir / "of_another"):
+    with guards.only_writer(workdir):
+      with pytest.raises(RequestError, match=f"process {os.getpid()} on .* is writing in .*run/of_another; stop it"):
+        guards.must_be_movable(workdir)
+  with guards.only_writer(workdir):
+    guards.must_be_movable(workdir)
+    (workdir / "metrics.jsonl").touch()
+    assert guards.move_aside(workdir) == tmp_path / "run.1"
+    assert sorted(it.name for it in workdir.iterdir()) == sorted(guards.LOCK)
+    assert sorted(it.name for it in (tmp_path / "run.1").iterdir()) == ["metrics.jsonl", "of_another"]
+    with pytest.raises(RequestError, match="is writing there"), guards.only_writer(workdir):
+      pass
+  with pytest.raises(RequestError, match="/proc is a mount point"):
+    guards.must_be_movable(Path("/proc"))
+  monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+  with pytest.raises(RequestError, match="may not be written to"):
+    guards.must_be_movable(workdir)
+  (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+  with pytest.raises(RequestError, match="a link that leads nowhere"), guards.only_writer(tmp_path / "link"):
     pass
 
 
@@ -229,6 +254,8 @@ def test_a_signal_between_saves_is_saved_at_its_step(config, tmp_path, monkeypat
       signal.raise_signal(signal.SIGUSR1)
 
   monkeypatch.setattr(Reporter, "step", stopped)
-  with pytest.raises(Preempted, match="SIGUSR1: saved at step 3 of 12"):
-    finetune(config, tmp_path / "run")
+  with pytest.raises(
+    Preempted, match="SIGUSR1: saved at step 3 of 12; the same command, without --overwrite_output_dir,"
+  ):
+    finetune(config, tmp_path / "run", overwrite=True)
   assert checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").steps() == [3]

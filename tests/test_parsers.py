@@ -58,6 +58,7 @@ def test_the_beginning_of_a_flag_is_no_flag(command):
   "words, told",
   [
     (["--modle", "x"], "--modle: no such flag; did you mean --model?"),
+    (["--num_samples", "3"], "--num_samples: no such flag; did you mean --num_return_sequences?"),
     (["-model", "x"], "-model: no such flag; did you mean --model?"),
     (["--top_", "3"], "--top_: no such flag; did you mean --top_k or --top_p?"),
     (["--config.model.path=x"], "--config.model.path: no such flag; --help shows what there is"),

@@ -103,7 +103,7 @@ def test_every_flag_named_is_one():
     ("--jit False", "--jit=False: every step is compiled"),
     ("--xlm_language en", "--xlm_language=en: XLM models"),
     ("--no_cuda --require gpu", "--use_cpu and --require=gpu"),
-    ("--length=-1", "--length=-1: must be at least 1"),
+    ("--max_new_tokens=-1", "--max_new_tokens=-1: must be at least 1"),
     ("--k=-1", "--k=-1: must be 0"),
     ("--do_sample --temperature=0", "--do_sample=True: --temperature=0"),
     ("--min_length=9 --max_length=8", "--min_length=9: more than --max_length=8"),
@@ -116,9 +116,9 @@ def test_what_means_nothing_here_is_refused_before_a_model_is_read(told, monkeyp
 
 
 def test_prompts_may_come_through_a_pipe(told, ready):
-  lines = b"\xef\xbb\xbfthe cat\r\n\r\n  \nthe caf\xc3\xa9\x0cran\na cat"
+  lines = b"\xef\xbb\xbfthe cat\r\n\r\n  \nthe caf\xc3\xa9\x0cr\ran\na cat"
   said = told("--json", "--temperature=0", "--max_new_tokens=4", piped=lines)
-  wanted = ready.generate(["the cat", "the café\fran", "a cat"], temperature=0, max_new_tokens=4)
+  wanted = ready.generate(["the cat", "the café\fr\ran", "a cat"], temperature=0, max_new_tokens=4)
   assert completions(said) == [it._asdict() for it in wanted] and said.err == ""
   assert told("--temperature=0", "--max_new_tokens=4", piped=b"the cat\n").out == "the cat" + wanted[0].text + "\n"
   alone = told("--json", "--max_new_tokens=4", "--temperature=0", "--prompt", "the cat", piped=b"\xff, not read")
@@ -162,6 +162,16 @@ def test_the_cpu_is_asked_for_before_a_model_is_opened(told, ready, monkeypatch,
   monkeypatch.setattr(generate.jax.config, "update", lambda *setting: seen.append(setting))
   monkeypatch.setattr(generate, "open_model", lambda _: ready if seen == asked else pytest.fail(str(seen)))
   assert completions(told("--json", "--max_new_tokens=2", "--prompt=x", *words))
+
+
+def test_a_text_ends_where_the_model_has_no_position_left(told, ready):
+  (wanted,) = ready.generate(["the cat"], temperature=0, max_new_tokens=1000)
+  how = ("--json", "--temperature=0", "--prompt=the cat", "--stop_token=")
+  said = told(*how, "--length=-1")
+  assert completions(said) == [wanted._asdict()] and len(said.err.splitlines()) == 1
+  said = told(*how, "--length=1000")
+  assert completions(said) == [wanted._asdict()]
+  assert f"--max_new_tokens=1000: a text ends at the model's {ready.source.cfg.P} positions\n" in said.err
 
 
 def test_what_is_of_no_account_is_told_once(told):

@@ -2,22 +2,25 @@
 
 import collections
 import json
+import re
+import shutil
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxft import config as settings
 from jaxft.data import report
 from jaxft.data.loader import Steps
-from jaxft.errors import RequestError
+from jaxft.errors import RequestError, StorageError
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.pretrained import load_workdir
 from jaxft.run import resume
-from jaxft.run.guards import move_aside
+from jaxft.run.guards import has_content, move_aside
 from jaxft.run.tracking import due_at
-from jaxft.train import finetune
+from jaxft.train import check, finetune
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,33 @@ def test_each_file_of_a_folder_has_its_own_columns(tmp_path):
   found, said = read(tmp_path)
   assert [example.text for example in found] == ["a cat", "a dog", "a mat", "hat"]
   assert [line.split(":")[0] for line in said] == [str(tmp_path / name) for name in ("a.csv", "c.csv", "d.csv")]
+
+
+@pytest.mark.parametrize(
+  "first, other, how, missing",
+  [
+    ({"title": "a"}, {"title": "b", "text": "c"}, {}, "text"),
+    ({"question": "a", "answer": "b"}, {"prompt": "c", "completion": "d"}, {"format": "prompt_completion"}, "prompt"),
+  ],
+)
+def test_a_column_that_the_first_row_lacks_is_not_another_one(tmp_path, first, other, how, missing):
+  file = table(tmp_path, "jsonl", [first, first | other, first | other])
+  with pytest.raises(RequestError, match=f"row 1: no column '{missing}'"):
+    read(file, **how)
+  assert len(read(file, **how, on_bad_row="skip")[0]) == 2
+
+
+def test_a_label_is_no_text(tmp_path):
+  file = table(tmp_path, "csv", [{"Review": "good", "sentiment": "pos"}, {"Review": "dull", "sentiment": "neg"}])
+  found, said = read(file, format="classification")
+  assert [(example.text, example.label) for example in found] == [("good", "pos"), ("dull", "neg")] and len(said) == 2
+
+
+def test_text_in_utf_16_is_asked_about(tmp_path):
+  (tmp_path / "a.csv").write_bytes("Joke\na cat\n".encode("utf-16"))
+  with pytest.raises(RequestError, match="a.csv: begins as UTF-16 does.* set config.data.encoding=utf-16"):
+    read(tmp_path / "a.csv")
+  assert [example.text for example in read(tmp_path / "a.csv", encoding="utf-16")[0]] == ["a cat"]
 
 
 @pytest.mark.parametrize("names", [("prompt", "response"), ("Question", "ANSWER"), ("instruction", "output")])
@@ -199,6 +229,12 @@ def test_the_end_that_is_held_out_is_about_its_share(tokenizer, tmp_path, text, 
   assert share * 0.9 <= of_tail <= 2 * share
 
 
+def test_a_document_is_never_held_out_whole(tokenizer, tmp_path):
+  file = table(tmp_path, "jsonl", [{"text": text} for text in ("ab", "the cat", "x y")])
+  data, _ = prepared(tokenizer, tmp_path, file, layout="concat", validation_fraction=0.999)
+  assert "".join(tokenizer.decode(data.validation.tokens.ids).split("<|endoftext|>")) == "bhe cat y"
+
+
 def test_a_document_that_is_passed_over_twice_has_its_end_held_out_once(tokenizer, tmp_path):
   file = tmp_path / "a.txt"
   file.write_text(" ".join(f"cat {i}" for i in range(100)))
@@ -269,6 +305,10 @@ def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, 
   config.train.eval_every, config.train.save_every, config.train.eval_batch_size = "epoch", "epoch", 16
   run = finetune(config, tmp_path / "run")
   said = capsys.readouterr().out
+  assert re.search(
+    r"1 document with \d+ tokens to train on, in 1 row of 32; the ends of 1 document with \d tokens held out;", said
+  )
+  assert "| steps | 4 of 1 sequence of 32 tokens |" in (run.export / "README.md").read_text()
   assert "config.train.batch_size=8: the training text fills only 1 row, so each step takes all of it" in said
   assert "config.optim.warmup_steps=50: more than the 4 steps of the run; 0 steps instead, a tenth of them" in said
   assert [line["step"] for line in run.metrics if "eval/loss" in line] == [0, 1, 2, 3, 4]
@@ -310,6 +350,24 @@ def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, 
   with pytest.raises(RequestError, match="the model has 71 positions"):
     finetune(config, tmp_path / "link", overwrite=True)
   assert load_workdir(tmp_path / "link").run[1] == 1 and not (tmp_path / "run.2").exists()
+  # So is a model that cannot be read, and a disk that has no room.
+  config.data.sequence_length, there = 32, {it.name for it in (tmp_path / "run").iterdir()}
+  shutil.copytree(config.model.path, tmp_path / "model")
+  tensors = load_file(tmp_path / "model" / "model.safetensors")
+  del tensors["transformer.h.0.mlp.c_fc.weight"]
+  save_file(tensors, tmp_path / "model" / "model.safetensors")
+  for changes, refusal in (
+    ({"model.path": str(tmp_path / "model")}, (RequestError, "h.0.mlp.c_fc.weight' is missing")),
+    (
+      {"train.keep": 2**31 - 1, "train.save_every": 1, "train.steps": 10**9, "train.epochs": 0.0},
+      (StorageError, "need"),
+    ),
+  ):
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict(changes)
+    with pytest.raises(refusal[0], match=refusal[1]):
+      finetune(other, tmp_path / "link", overwrite=True)
+    assert {it.name for it in (tmp_path / "run").iterdir()} == there and not (tmp_path / "run.2").exists()
   assert move_aside(tmp_path / "link") == tmp_path / "run.2" and {it.name for it in (tmp_path / "run").iterdir()} == {
     "run.lock"
   }
@@ -317,6 +375,15 @@ def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, 
   config.data.cache_dir = str(tmp_path / "run" / "tokens")
   with pytest.raises(RequestError, match="lies in .*run, which would be moved aside"):
     finetune(config, tmp_path / "run", overwrite=True)
+
+
+def test_a_folder_of_a_model_is_no_workdir(config, folder, tmp_path):
+  (tmp_path / "model").mkdir()
+  shutil.copy(folder / "config.json", tmp_path / "model")
+  with pytest.raises(RequestError, match="model' has the config.json of a model.* --overwrite_output_dir"):
+    finetune(config, tmp_path / "model")
+  check(config, tmp_path / "model", overwrite=True)
+  assert has_content(tmp_path / "model") and not has_content(tmp_path)
 
 
 @pytest.mark.slow

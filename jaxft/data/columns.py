@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import PurePath
 from typing import Any
 
@@ -40,17 +40,20 @@ def resolve(name: str, split: str, data: ConfigDict) -> tuple[ConfigDict, list[s
     return plain, ["plain text has no columns for config.data.template, so it is read as it is"]
   if not (rows := _first_rows(name, split, data, None)):  # values that Python cannot have
     return data, []
-  found, lines = ConfigDict(data), []
-  for setting in formats.settings(data):
-    if (column := _column(setting, rows, found)) not in (None, found[setting]):
+  names = {name: None for row in rows for name in row}  # in their order; a row of JSON may lack some
+  found, lines, taken = ConfigDict(data), [], set()
+  for setting in sorted(formats.settings(data), key=lambda setting: setting not in USUAL):
+    column = _column(setting, rows, [name for name in names if name not in taken], found)
+    if column not in (None, found[setting]):
       lines.append(f"column {column!r} is read, as config.data.{setting}={found[setting]!r} is not there")
       found[setting] = column
+    taken.add(column)
   if formats.is_templated(data):
     for field in FIELD.findall(data.template):
-      if (column := _there(field, rows[0])) not in (None, field):
+      if (column := _there(field, names)) not in (None, field):
         lines.append(f"column {column!r} is read for {{{field}}} of config.data.template")
         found.template = found.template.replace(f"{{{field}}}", f"{{{column}}}")
-  if data.nats_column and data.nats_column not in rows[0]:
+  if data.nats_column and data.nats_column not in names:
     lines.append(f"no column {data.nats_column!r} (config.data.nats_column), so no floor of the loss")
     found.nats_column = ""
   return found, lines
@@ -65,20 +68,20 @@ def _first_rows(name: str, split: str, data: ConfigDict, columns: tuple[str, ...
   ]
 
 
-def _column(setting: str, rows: list[dict[str, Any]], data: ConfigDict) -> str | None:
-  """The column that a setting stands for; None where several may, or none."""
-  if same := _there(data[setting], rows[0]):
+def _column(setting: str, rows: list[dict[str, Any]], names: list[str], data: ConfigDict) -> str | None:
+  """The one of some columns that a setting stands for; None where several may, or none."""
+  if same := _there(data[setting], names):
     return same
   if setting in USUAL:
-    return _one(name for name in rows[0] if name.strip().casefold() in USUAL[setting])
-  return _one(name for name in rows[0] if _is_text([row.get(name) for row in rows]))
+    return _one(name for name in names if name.strip().casefold() in USUAL[setting])
+  return _one(name for name in names if _is_text([row.get(name) for row in rows]))
 
 
-def _there(wanted: str, row: dict[str, Any]) -> str | None:
+def _there(wanted: str, names: Collection[str]) -> str | None:
   """The column of that name or, if there is one, of that name in other case."""
-  if wanted in row:
+  if wanted in names:
     return wanted
-  return _one(name for name in row if name.strip().casefold() == wanted.strip().casefold())
+  return _one(name for name in names if name.strip().casefold() == wanted.strip().casefold())
 
 
 def _one(names: Iterable[str]) -> str | None:

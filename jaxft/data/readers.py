@@ -166,6 +166,8 @@ class _AsUTF8(io.RawIOBase):
 def _streamed(where: str, kind: str, stream: io.BufferedReader, how: How, notes: collections.Counter) -> Iterator[Row]:
   if how.encoding.lower().replace("_", "-") not in ("utf-8", "utf8"):
     stream = io.BufferedReader(_AsUTF8(stream, how.encoding))
+  elif stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    raise RequestError(f"{where}: begins as UTF-16 does, which Excel calls Unicode; set config.data.encoding=utf-16")
   if stream.peek(3)[:3] == BOM:
     notes["files with a byte order mark"] += 1
     stream.read(3)

@@ -23,6 +23,7 @@ Tell = Callable[[int, int], None]  # examples tokenised, and how many there will
 OUT, TRAIN, HELD_OUT = 0, 1, 2
 SPLITS = {"train": TRAIN, "validation": HELD_OUT}
 # The settings that decide which tokens there are; the others decide how they lie in rows.
+ENDS_HELD_OUT = "documents whose end is held out"
 SHAPING = (
   "format",
   "text_column",
@@ -360,7 +361,7 @@ def _parts(
   """
   for document in documents:
     end = max(1, round(len(document.text) * share))
-    at = len(document.text) - end
+    at = max(len(document.text) - end, min(1, len(document.text) - 1))  # a letter is left at least
     at = document.text.rfind(" ", max(0, at - end), at) + 1 or at
     places.append(TRAIN)
     if not at:  # of one letter
@@ -433,7 +434,7 @@ def _report(manifest: Manifest, stored: dict[str, tokens.Tokens], laid_out: dict
     "padding_share": round(1 - accounts["train"].columns / (len(laid_out["train"]) * T), 4),
     "duplicates": manifest["duplicates"],
     "prompt_ends_inside_a_token": manifest["merged"],
-    "notes": manifest["notes"] | ({"documents whose end is held out": manifest["tails"]} if manifest["tails"] else {}),
+    "notes": manifest["notes"] | ({ENDS_HELD_OUT: manifest["tails"]} if manifest["tails"] else {}),
   } | ({"labels": manifest["labels"]} if manifest["labels"] else {})
 
 

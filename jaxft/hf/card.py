@@ -56,7 +56,11 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
     "optimizer": f"{config.optim.name}, peak learning rate {config.optim.learning_rate:g}, {config.optim.schedule}",
   }
   for report in _objects(workdir / "data_report.json"):
-    facts["training text"] += f": {report['rows']['trained']:,} documents, {report['tokens']['trained']:,} tokens"
+    documents, rows = report["rows"]["trained"], min(config.train.batch_size, report["sequences"]["trained"])
+    facts["training text"] += (
+      f": {documents:,} document{'' if documents == 1 else 's'}, {report['tokens']['trained']:,} tokens"
+    )
+    facts["steps"] = f"{step:,} of {rows} sequence{'' if rows == 1 else 's'} of {config.data.sequence_length} tokens"
     if not report["tokens"]["held_out"]:
       facts["eval loss"] = "none: nothing was held out"
   evals = [line for line in _objects(workdir / "metrics.jsonl") if "eval/loss" in line and line["step"] <= step]

@@ -154,6 +154,15 @@ def faults_of_workdir(workdir: Path) -> list[str]:
   return [f"{str(folder)!r}: a run writes its model's config there, and {name!r} is none of it" for name in strange[:1]]
 
 
+def is_model(folder: Path) -> bool:
+  """Whether a folder has the config.json of a model, and not that of a run."""
+  try:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError):
+    return False
+  return isinstance(config, dict) and "model_type" in config
+
+
 def replace_config_and_tokenizer(workdir: Path, checkpoint: repo.Checkpoint, tokenizer: Any) -> None:
   """Replaces WORKDIR/run.model by what `write_config_and_tokenizer` writes, in one rename.
 

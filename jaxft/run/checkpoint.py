@@ -192,16 +192,6 @@ class Checkpoints:
     step = self._manager.best_step()
     return step if step is not None and self._lowest(self._manager.metrics(step)) < math.inf else None
 
-  def to_come(self, total_steps: int, train: ConfigDict, steps_of_epoch: int) -> int:
-    """How many more checkpoints the disk will have to hold at once, until a run of so many steps is through."""
-    of = lambda every: (steps_of_epoch if every == "epoch" else every) or total_steps
-    steps, everies = self.steps(), [of(train.save_every)]
-    if train.keep_best_metric:
-      everies.append(of(train.eval_every))
-    saves = sum(-(-(total_steps - max(steps, default=0)) // every) for every in everies)
-    at_once = max(train.keep, 2) + bool(train.keep_best_metric) + 1  # while the next one is written
-    return min(saves, max(at_once - len(steps), 1))
-
   def meta(self, step: int) -> dict[str, Any]:
     """The record of a checkpoint; raises StorageError when it cannot be read, or is not what was saved."""
 
@@ -276,6 +266,21 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free
         reason += f"; it takes {self._nbytes:,} bytes and the disk has {free:,} free"
       raise StorageError(f"checkpoint in {self.folder}: {reason}") from error
+
+
+def to_come(steps: list[int], total_steps: int, train: ConfigDict, steps_of_epoch: int) -> int:
+  """How many more checkpoints the disk will have to hold at once, until a run of so many steps is through.
+
+  Args:
+    steps: those of the checkpoints that are there.
+  """
+  of = lambda every: (steps_of_epoch if every == "epoch" else every) or total_steps
+  everies = [of(train.save_every)]
+  if train.keep_best_metric:
+    everies.append(of(train.eval_every))
+  saves = sum(-(-(total_steps - max(steps, default=0)) // every) for every in everies)
+  at_once = max(train.keep, 2) + bool(train.keep_best_metric) + 1  # while the next one is written
+  return min(saves, max(at_once - len(steps), 1))
 
 
 def is_refusal(error: Exception) -> bool:

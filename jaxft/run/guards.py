@@ -18,6 +18,8 @@ from jax.experimental import multihost_utils
 from jaxft.errors import Preempted, RequestError, StorageError
 from jaxft.files import refused, write_whole
 
+LOCK = ("run.lock", "run.lock.json")
+REPLACED = ("checkpoints", "metrics.jsonl", "config.json", "report.html", "export")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -99,9 +101,11 @@ def only_writer(workdir: Path) -> Iterator[None]:
   if jax.process_index() > 0:  # process 0 writes
     yield
     return
+  if workdir.is_symlink() and not workdir.exists():
+    raise RequestError(f"--workdir={str(workdir)!r}: a link that leads nowhere; make the folder, or name another one")
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    lock, about = FileLock(workdir / "run.lock"), workdir / "run.lock.json"
+    lock, about = FileLock(workdir / LOCK[0]), workdir / LOCK[1]
     try:
       lock.acquire(timeout=0)
     except Timeout:
@@ -135,22 +139,51 @@ def must_not_be_read(workdir: Path, used: Iterable[Path]) -> None:
       )
 
 
-def move_aside(workdir: Path) -> Path | None:
-  """Moves all that a workdir holds, but for its lock, into a new folder beside it.
+def must_be_movable(workdir: Path) -> None:
+  """Raises RequestError where a workdir cannot be moved aside, or a run is going on in a folder of it."""
+  there = workdir.resolve()
+  if os.path.ismount(there):
+    raise RequestError(
+      f"--overwrite_output_dir: {workdir} is a mount point, which cannot be moved; name a folder in it"
+    )
+  if not os.access(there.parent, os.W_OK):
+    raise RequestError(
+      f"--overwrite_output_dir: {workdir} would be moved aside, and {there.parent} may not be written to; name another "
+      "--workdir"
+    )
+  for file in there.glob("**/run.lock"):
+    if file.parent == there:
+      continue
+    lock = FileLock(file)
+    try:
+      lock.acquire(timeout=0)
+    except Timeout:
+      raise RequestError(
+        f"--overwrite_output_dir: {_holder(file.with_name('run.lock.json'))} is writing in {file.parent}; stop it, or name "
+        "another --workdir"
+      ) from None
+    lock.release()
 
-  The checkpoints go last: a run that is killed meanwhile still has them. Returns the folder; None where there is no run.
-  Raises StorageError.
+
+def has_content(workdir: Path) -> bool:
+  """Whether a workdir has anything that a new run would replace."""
+  return any((workdir / name).exists() for name in REPLACED)
+
+
+def move_aside(workdir: Path) -> Path:
+  """Renames a workdir, and makes a new one, in which the lock goes on. Returns the other name; raises StorageError.
+
+  All of it is in one of the two folders at any moment.
   """
-  if not (workdir / "checkpoints").exists() and not (workdir / "metrics.jsonl").exists():
-    return None
   there = workdir.resolve()
   names = (there.with_name(f"{there.name}.{number}") for number in itertools.count(1))
   aside = next(name for name in names if not os.path.lexists(name))
   try:
-    aside.mkdir()
-    entries = [entry for entry in there.iterdir() if entry.name not in ("run.lock", "run.lock.json")]
-    for entry in sorted(entries, key=lambda entry: entry.name == "checkpoints"):
-      entry.rename(aside / entry.name)
+    there.rename(aside)
+    there.mkdir()
+    for name in LOCK:
+      if (aside / name).exists():
+        (aside / name).rename(there / name)
   except OSError as error:
     raise StorageError(f"--overwrite_output_dir: {workdir}: {refused(workdir, error)}") from error
   return aside

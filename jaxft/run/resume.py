@@ -86,7 +86,8 @@ def _masked(meta: dict[str, Any], about: dict[str, Any], step: int) -> str:
   if not there:
     return ""
   passed = min(step * about["rows_of_step"], about["rows_in_all"]) - there
-  return f"; {passed} rows, masked in its last step, are left out of one epoch" if passed > 0 else ""
+  what = "1 row, masked in its last step, is" if passed == 1 else f"{passed} rows, masked in its last step, are"
+  return f"; {what} left out of one epoch" if passed > 0 else ""
 
 
 def best_weights(checkpoints: Checkpoints, like: Changing, strict: bool) -> tuple[int, Changing]:

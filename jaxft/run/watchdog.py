@@ -98,11 +98,13 @@ class Watchdog(threading.Thread):
     _end(why)
 
 
+def _again() -> str:
+  return "the same command" + ", without --overwrite_output_dir," * ("--overwrite_output_dir" in sys.argv)
+
+
 def _end(why: str) -> None:
   """Ends the process here and now: the main thread may wait in a collective for ever."""
-  print(
-    f"error: {why}; the same command continues from the newest checkpoint. Where this process was:", file=sys.stderr
-  )
+  print(f"error: {why}; {_again()} continues from the newest checkpoint. Where this process was:", file=sys.stderr)
   faulthandler.dump_traceback()
   sys.stderr.flush()
   os._exit(PeerLost.exit_code)
@@ -118,7 +120,7 @@ def end_when_jax_aborts(coordinator: socket.socket | None) -> None:
   def handler(_: int) -> None:
     if coordinator is None or not closed(coordinator):
       return
-    print("error: JAX has given up, most likely because process 0 is gone; the same command continues", file=sys.stderr)
+    print(f"error: JAX has given up, most likely because process 0 is gone; {_again()} continues", file=sys.stderr)
     faulthandler.dump_traceback()
     os._exit(PeerLost.exit_code)
 
