@@ -836,6 +836,7 @@ def table() -> str:
     "max_train_samples": "documents, drawn",
     "max_eval_samples": "documents, drawn",
     "max_steps": "beats `--num_train_epochs`",
+    "seed": "and, without `--data_seed`, `--config.data.shuffle_seed`",
     "warmup_steps": "below 1, as transformers 5 has it, `--config.optim.warmup_ratio`",
     "config_overrides": "of new weights",
     "logging_dir": "with `--report_to tensorboard`",
@@ -846,7 +847,7 @@ def table() -> str:
   ]
   lines += [
     f"| `--{WORKDIR}` | `--workdir` |",
-    f"| `--{OVERWRITE}` | a new run: one that is in `--{WORKDIR}` is moved to a folder beside it, which is told |",
+    f"| `--{OVERWRITE}` | a new run: one that is in `--{WORKDIR}` is moved to a folder beside it, which is told; the command that goes on leaves it out |",
     f"| `--{RESUME}` | always so: the same command continues; refused: another checkpoint than the newest of `--{WORKDIR}` |",
     f"| `--{STREAMING}` | {STREAMED} |",
     f"| `--{CACHE}` | folder for downloads and tokens |",

@@ -247,6 +247,7 @@ def test_a_setting_beats_whatever_stands_in_the_file(monkeypatch, tmp_path, valu
   "words, told",
   [
     (["--block_size=8"], "--block_size: no such flag; did you mean --config.data.sequence_length?"),
+    (["--max_length=8"], "--max_length: no such flag; did you mean --config.data.sequence_length?"),
     (["--train_file", "x"], "--train_file: no such flag; did you mean --config.data.train?"),
     (["--jsno"], "--jsno: no such flag; did you mean --json?"),
     (["--json=maybe"], "--json=maybe: maybe is neither true nor false"),
