@@ -847,7 +847,8 @@ def table() -> str:
   ]
   lines += [
     f"| `--{WORKDIR}` | `--workdir` |",
-    f"| `--{OVERWRITE}` | a new run: one that is in `--{WORKDIR}` is moved to a folder beside it, which is told; the command that goes on leaves it out |",
+    f"| `--{OVERWRITE}` | a new run: one that is in `--{WORKDIR}` is moved to a folder beside it, which is told; the command "
+    "that goes on leaves it out |",
     f"| `--{RESUME}` | always so: the same command continues; refused: another checkpoint than the newest of `--{WORKDIR}` |",
     f"| `--{STREAMING}` | {STREAMED} |",
     f"| `--{CACHE}` | folder for downloads and tokens |",
