@@ -30,6 +30,10 @@ PHASES = {  # and where a signal meets the run; `make test-all` tries the first 
 }
 
 
+# A run under nohup does not hear SIGHUP, and tests may be run under it.
+SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1"] + ["SIGHUP"] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+
+
 def phases_of(part):
   """One for part 0, which `make test` runs alone; then four each, in turn."""
   if not part:
@@ -45,7 +49,7 @@ def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
   phases = phases_of(part)
   while stopped < len(phases):
     run = run or Interrupted(interruptible, tmp_path / f"run{stopped}{'again' * again}")
-    number = rng.choice(["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+    number = rng.choice(SIGNALS)
     phase, before = phases[stopped], max(steps(run.workdir), default=0)
     code, said, seconds = run.end(run.start(PHASES[phase], 1 if again else rng.choice([1, 1, 2]), number))
     if code == 0:  # what was left of the run does not pass the place so often: a new one does
