@@ -154,8 +154,8 @@ def _make_way(given: Mapping[str, str], config: ConfigDict, file: str | None) ->
       put("data.validation_fraction", share)
     own = before["data.validation"]
     print(
-      f"{file}: its config.data.validation goes with its own config.data.train; of what is given a share of {share} is "
-      f"held out instead (to keep it: --config.data.validation={own[0] if isinstance(own, tuple) else own})",
+      f"{file}: its config.data.validation goes with its own config.data.train; a share of {share} of the "
+      f"new text is held out instead (to keep it: --config.data.validation={own[0] if isinstance(own, tuple) else own})",
       file=sys.stderr,
     )
     put("data.validation", ())

@@ -41,7 +41,7 @@ EXTRAS = {
 
 
 def main() -> None:
-  parsers.Parser("python -m jaxft.doctor", "Tells what is installed, and what is missing.").parse_args()
+  parsers.Parser("python -m jaxft.doctor", "Prints what is installed, and what is missing.").parse_args()
   table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False, box=None)
   faults = []
   table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")

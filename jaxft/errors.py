@@ -62,6 +62,11 @@ def shortened(line: str) -> str:
   return line if len(line) <= 2000 else f"{line[:1000]} ... {line[-1000:]}"
 
 
+def same_command(overwrite: bool) -> str:
+  """What continues a run, in words. `overwrite`: it was started with --overwrite_output_dir, which would begin again."""
+  return "the same command" + ", without --overwrite_output_dir," * overwrite
+
+
 def run_command(main: Callable[[], None]) -> None:
   """Runs a command's `main` and turns its endings into exit codes."""
   signal.signal(signal.SIGINT, signal.default_int_handler)  # jaxft/__init__.py gave it away

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from jaxft import config as settings
+from jaxft.checks import TRACKERS
 from jaxft.data import sources
 from jaxft.errors import RequestError
 from jaxft.files import at_home
@@ -72,7 +73,7 @@ def _number(text: str) -> str:
 
 
 def _at_most(text: str) -> str:
-  """How many checkpoints are kept; transformers keeps all where that is 0 or less."""
+  """The number of checkpoints to keep; transformers keeps all where it is 0 or less."""
   return str(settings.LARGEST) if re.fullmatch("-[0-9]+|0", text) else _whole(text)
 
 
@@ -97,7 +98,6 @@ def _trackers(text: str) -> str:
   return str(tuple(names)) if names[1:] else "".join(names)
 
 
-TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 FLOAT16 = (
   "float16 is not there yet; computed in bfloat16 where the device has it, else in float32, which need no loss scale"
 )
@@ -168,7 +168,7 @@ DEEPSPEED, FLOAT_16, DTYPE = "deepspeed", "fp16", "torch_dtype"
 STREAMING, STREAMED = "streaming", "the data set is downloaded, and its tokens made once and memory-mapped"
 LOADER = "the loader has nothing to set: it reads memory-mapped tokens"
 NO_DDP, NO_TORCH = "XLA makes the collectives", "it is torch's; XLA compiles every step"
-NO_METRICS = "an evaluation tells loss and perplexity, or accuracy and F1"
+NO_METRICS = "an evaluation reports loss and perplexity, or accuracy and F1"
 # Flags that ask for what every run does, or for what changes no result, with the reason where another value asks for more.
 ALWAYS = {
   "do_train": "",
@@ -176,7 +176,7 @@ ALWAYS = {
   "low_cpu_mem_usage": "",
   "eval_on_start": "weights are evaluated before the first step in any case",
   "prediction_loss_only": "",
-  "logging_first_step": "weights are evaluated before the first step, whose own loss is in no line of its own",
+  "logging_first_step": "weights are evaluated before the first step, whose loss is not logged separately",
   "logging_nan_inf_filter": "what is not finite is told, and never applied",
   "include_num_input_tokens_seen": "",
   "past_index": "no state is handed on from batch to batch",
@@ -308,8 +308,8 @@ REFUSED = {
   "trackio_space_id": "docs/trackers.md says how to name projects",
   "trackio_bucket_id": "docs/trackers.md says how to name projects",
   "trackio_static_space_id": "docs/trackers.md says how to name projects",
-  "debug": "a step that is not finite is told with the tensors that are not",
-  "tpu_metrics_debug": "a step that is not finite is told with the tensors that are not",
+  "debug": "a step with a NaN or an infinity is reported with the names of such tensors",
+  "tpu_metrics_debug": "a step with a NaN or an infinity is reported with the names of such tensors",
 }
 # Values that ask for what always happens, as no value at all does.
 NOTHING = {"false", "0", "0.0", "no", "none", "{}", "[]"}
@@ -584,7 +584,7 @@ class Command:
     self._set("data.shuffle_seed", _whole(value), "seed")
     if not {"validation_file", DATASET} & self._given.keys():
       self.notes.append(
-        f"--seed={value}: of the order of rows, and of what is held out, too; --data_seed gives these another"
+        f"--seed={value}: orders the rows and draws the held-out text too; --data_seed is a seed for these alone"
       )
 
   def _optim(self, value: str) -> None:
@@ -847,8 +847,8 @@ def table() -> str:
   ]
   lines += [
     f"| `--{WORKDIR}` | `--workdir` |",
-    f"| `--{OVERWRITE}` | a new run: one that is in `--{WORKDIR}` is moved to a folder beside it, which is told; the command "
-    "that goes on leaves it out |",
+    f"| `--{OVERWRITE}` | a new run: one that is in `--{WORKDIR}` is renamed, and the new name printed; the command that "
+    "continues leaves the flag out |",
     f"| `--{RESUME}` | always so: the same command continues; refused: another checkpoint than the newest of `--{WORKDIR}` |",
     f"| `--{STREAMING}` | {STREAMED} |",
     f"| `--{CACHE}` | folder for downloads and tokens |",

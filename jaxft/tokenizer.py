@@ -113,11 +113,11 @@ def main() -> None:
 def _roles(tokenizer: Any) -> str:
   """What the tokens with a role do from now on."""
   begins = TokenizerInfo(tokenizer).begin is not None
-  told = f"a text ends with {tokenizer.eos_token!r} in training, and "
-  told += (
+  line = f"a text ends with {tokenizer.eos_token!r} in training, and "
+  line += (
     f"begins with {tokenizer.bos_token!r}, as a prompt then should" if begins else "the next one is learned from it"
   )
-  return told if tokenizer.pad_token is None else f"{told}; transformers pads with {tokenizer.pad_token!r}"
+  return line if tokenizer.pad_token is None else f"{line}; transformers pads with {tokenizer.pad_token!r}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from jaxft import config as settings
 from jaxft import program as programs
 from jaxft.data import loader, sources, tokens
 from jaxft.data.report import ENDS_HELD_OUT, Data, prepare, run_length
-from jaxft.errors import Preempted, RequestError, first_line, run_command
+from jaxft.errors import Preempted, RequestError, first_line, run_command, same_command
 from jaxft.files import write_whole
 from jaxft.hf import chosen, peft, push, repo, save
 from jaxft.hf import source as model_source
@@ -48,6 +48,7 @@ from jaxft.run.tracking import Meter, Reporter, console, due_at, say
 from jaxft.run.writers import Writers, missing
 from jaxft.sample import Generator
 from jaxft.step import State, name_bad_leaves
+from jaxft.units import count
 from jaxft.weights import first as first_weights
 from jaxft.weights import plain, plain_shapes
 
@@ -104,20 +105,20 @@ def adapted(config: ConfigDict, data: Data, total_steps: int) -> list[str]:
   lines, rows, train = [], len(data.train), config.train
   if rows < train.batch_size:
     lines.append(
-      f"config.train.batch_size={train.batch_size}: the training text fills only {_count(rows, 'row')}, so each step takes "
+      f"config.train.batch_size={train.batch_size}: the training text fills only {count(rows, 'row')}, so each step takes "
       "all of it and masks the rest of the batch"
     )
   if config.optim.warmup_steps > total_steps:
     steps = optim.warmup_steps(config.optim, total_steps)
     lines.append(
-      f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {_count(total_steps, 'step')} of the run; "
-      f"{_count(steps, 'step')} instead, a tenth of them"
+      f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {count(total_steps, 'step')} of the run; "
+      f"{count(steps, 'step')} instead, a tenth of them"
     )
   if not data.validation:
     for name in ("keep_best_metric", "early_stopping_patience"):
       if train[name]:
         raise RequestError(
-          f"config.train.{name}={train[name]!r}: nothing is held out of {_count(data.report['rows']['read'], 'row')}; "
+          f"config.train.{name}={train[name]!r}: nothing is held out of {count(data.report['rows']['read'], 'row')}; "
           "name sources in config.data.validation"
         )
     lines.append("nothing is held out, so there is no eval loss; config.data.validation names text to evaluate on")
@@ -127,17 +128,13 @@ def adapted(config: ConfigDict, data: Data, total_steps: int) -> list[str]:
 def _in_words(report: dict[str, Any], rows: int) -> str:
   """What is trained on, held out and left out, in a line."""
   documents, of_tokens, ends = report["rows"], report["tokens"], report["notes"].get(ENDS_HELD_OUT, 0)
-  held_out = f"the ends of {_count(ends, 'document')}" if ends else _count(documents["held_out"], "document")
+  held_out = f"the ends of {count(ends, 'document')}" if ends else count(documents["held_out"], "document")
   left_out = ", ".join(f"{reason}: {n:,}" for reason, n in documents["dropped"].items() if n)
   return (
-    f"{_count(documents['trained'], 'document')} with {_count(of_tokens['trained'], 'token')} to train on, in "
-    f"{_count(rows, 'row')} of {report['sequence_length']}; {held_out} with {_count(of_tokens['held_out'], 'token')} held out"
+    f"{count(documents['trained'], 'document')} with {count(of_tokens['trained'], 'token')} to train on, in "
+    f"{count(rows, 'row')} of {report['sequence_length']}; {held_out} with {count(of_tokens['held_out'], 'token')} held out"
     + (f"; left out: {left_out}" if left_out else "")
   )
-
-
-def _count(n: int, what: str) -> str:
-  return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def export_folder(config: ConfigDict, workdir: Path) -> Path:
@@ -260,7 +257,7 @@ def finetune(
     }
     about |= {"versions": dict(hosts.versions()), "started_in": str(Path.cwd()), "workdir": str(workdir.absolute())}
     about["local_model"] = repo.is_local(config.model.path)
-    say(f"{_in_words(data.report, len(rows))}; {_count(total_steps, 'step')}")
+    say(f"{_in_words(data.report, len(rows))}; {count(total_steps, 'step')}")
 
     # ---- Model: shapes and shardings -------------------------------------------------------------------------------------
     cfg = chosen.as_configured(source.cfg, config, source.hf_config["model_type"])
@@ -287,7 +284,7 @@ def finetune(
       return found
 
     checkpoints = None if dry_run or overwrite else opened()
-    again = "the same command" + ", without --overwrite_output_dir," * overwrite
+    again = same_command(overwrite)
     if not dry_run:
       steps_of_epoch = -(-len(rows) // config.train.batch_size)
       to_come = checkpoint.to_come(
@@ -319,11 +316,11 @@ def finetune(
         console.print(show.table(plan_here(config, cfg, program, traced, train_step, eval_step)))
       return None
     hosts.agree("compiled", {})  # a collective gives up on a process that comes 30 s late
+
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
-    if overwrite:
-      saved, tokens_seen = None, 0
-    else:
+    saved, tokens_seen = None, 0
+    if checkpoints:
       saved, tokens_seen = resume(checkpoints, program.state.changing, total_steps, strict)
     if saved is None:
       state = programs.begin(program, *first_weights(program, cfg, source, config))
@@ -337,7 +334,7 @@ def finetune(
           say(f"{workdir}: what was there is moved to {move_aside(workdir)}; a new run begins (--overwrite_output_dir)")
         hosts.agree("moved", {})
       if jax.process_index() == 0 and out.is_dir() and any(out.iterdir()):
-        say(f"{out}: what is there is replaced when the run ends")
+        say(f"{out}: the export in it will be replaced when the run ends")
       checkpoints = opened()
     if jax.process_index() == 0:
       write_whole(workdir / "config.json", settings.to_json(config))

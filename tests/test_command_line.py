@@ -222,7 +222,7 @@ def test_text_that_is_given_has_a_share_held_out_whatever_the_file_says(monkeypa
   file = config_file(tmp_path, "c.data.validation, c.data.validation_fraction = ('v.txt',), 0.0")
   config = parsed(monkeypatch, "--config", file, "--config.data.train=t.txt")
   assert (config.data.validation, config.data.validation_fraction) == ((), 0.05)
-  told = "a share of 0.05 is held out instead (to keep it: --config.data.validation=v.txt)"
+  told = "a share of 0.05 of the new text is held out instead (to keep it: --config.data.validation=v.txt)"
   assert told in capsys.readouterr().err
   config = parsed(monkeypatch, "--config", file, "--config.data.train=t.txt", "--config.data.validation_fraction=0")
   assert config.data.validation_fraction == 0

@@ -27,6 +27,15 @@ def anchors(file):
   return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_each_fault_of_mutants_has_its_line():
+  script = pages.ROOT / "scripts" / "mutants.py"
+  assigned = (node for node in ast.parse(script.read_text()).body if isinstance(node, ast.Assign))
+  (faults,) = (node for node in assigned if ast.unparse(node.targets[0]) == "FAULTS")
+  for call in faults.value.elts:
+    _, file, old, new, _ = (ast.literal_eval(argument) for argument in call.args)
+    assert (pages.ROOT / file).read_text().count(old) == 1 and old != new, f"{file}: {old}"
+
+
 @pytest.mark.parametrize("name", pages.PAGES)
 def test_links_lead_somewhere(name):
   for target in LINK.findall(pages.prose(name)):

@@ -53,6 +53,11 @@ def test_a_workdir_is_moved_aside_with_its_lock_and_never_from_under_a_run(tmp_p
     assert sorted(it.name for it in (tmp_path / "run.1").iterdir()) == ["metrics.jsonl", "of_another"]
     with pytest.raises(RequestError, match="is writing there"), guards.only_writer(workdir):
       pass
+  with monkeypatch.context() as quota:
+    quota.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(122, "Disk quota exceeded")))
+    with pytest.raises(StorageError, match="Disk quota exceeded"):
+      guards.move_aside(workdir)
+  assert (workdir / guards.LOCK[0]).exists() and not (tmp_path / "run.2").exists()
   with pytest.raises(RequestError, match="/proc is a mount point"):
     guards.must_be_movable(Path("/proc"))
   monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere

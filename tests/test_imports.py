@@ -16,6 +16,7 @@ COMMANDS |= {"jaxft.plan.__main__", "jaxft.report"}
 LEAVES = {
   "jaxft.errors": set(),
   "jaxft.surroundings": set(),
+  "jaxft.units": set(),
   "jaxft.usage": {"jaxft.parsers"},
   "jaxft.backend": {"jaxft.errors", "jaxft.files"},
   "jaxft.files": {"jaxft.errors"},

@@ -146,7 +146,7 @@ SAID = [
   (
     "--seed 1 --seed 2",
     {"train.seed": 2, "data.shuffle_seed": 2},
-    ["--seed=1: given again, as 2, which counts", "--seed=2: of the order of rows, and of what is held out, too"],
+    ["--seed=1: given again, as 2, which counts", "--seed=2: orders the rows and draws the held-out text too"],
   ),
   ("--seed 1 --data_seed 2", {"train.seed": 1, "data.shuffle_seed": 2}, []),
   ("--seed 1 --validation_file v.txt", {"train.seed": 1, "data.shuffle_seed": 1}, []),

@@ -403,7 +403,7 @@ def test_a_longer_run_tells_what_keeps_it_from_going_on(config, tmp_path, capsys
 def test_rows_that_a_longer_run_has_passed_are_told(step, there, wanted):
   meta, about = {"rows_in_all": there, "total_steps": 9}, {"rows_in_all": 266, "rows_of_step": 16}
   told = resume._masked(meta, about, step)
-  assert (f"{wanted} rows, masked in its last step, are left out" in told) if wanted else told == ""
+  assert (f"left out of one epoch: {wanted} rows that its last step had masked" in told) if wanted else told == ""
 
 
 def test_the_best_of_no_evaluations_is_refused(config, tmp_path):

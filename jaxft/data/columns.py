@@ -18,7 +18,6 @@ USUAL = {
   "label_column": ("label", "labels", "class", "category", "sentiment", "target"),
 }
 LOOKED_AT = 100  # rows at the beginning
-PLAIN = (".txt", ".md")
 
 
 def resolve(name: str, split: str, data: ConfigDict) -> tuple[ConfigDict, list[str]]:
@@ -35,13 +34,14 @@ def resolve(name: str, split: str, data: ConfigDict) -> tuple[ConfigDict, list[s
   rows = _first_rows(name, split, data, wanted)
   if not rows or rows[0].keys() >= {*wanted}:
     return data, []
-  if readers.kind(PurePath(name)) in PLAIN and formats.is_templated(data):
+  if readers.kind(PurePath(name)) in readers.PLAIN_TEXT and formats.is_templated(data):
     plain = ConfigDict(data.to_dict() | {"template": formats.PLAIN})
     return plain, ["plain text has no columns for config.data.template, so it is read as it is"]
   if not (rows := _first_rows(name, split, data, None)):  # values that Python cannot have
     return data, []
   names = {name: None for row in rows for name in row}  # in their order; a row of JSON may lack some
   found, lines, taken = ConfigDict(data), [], set()
+  # Those with usual names first: what is the label, or the prompt, is not the text.
   for setting in sorted(formats.settings(data), key=lambda setting: setting not in USUAL):
     column = _column(setting, rows, [name for name in names if name not in taken], found)
     if column not in (None, found[setting]):
@@ -69,7 +69,7 @@ def _first_rows(name: str, split: str, data: ConfigDict, columns: tuple[str, ...
 
 
 def _column(setting: str, rows: list[dict[str, Any]], names: list[str], data: ConfigDict) -> str | None:
-  """The one of some columns that a setting stands for; None where several may, or none."""
+  """The column, one of `names`, that a setting means; None where there are several candidates, or none."""
   if same := _there(data[setting], names):
     return same
   if setting in USUAL:
@@ -90,7 +90,7 @@ def _one(names: Iterable[str]) -> str | None:
 
 
 def _is_text(values: list[Any]) -> bool:
-  """Whether most of what is there has letters: not numbers, and not dates."""
+  """Whether most values that are not empty have letters: not numbers, and not dates."""
   there = [value for value in values if value not in (None, "")]
   with_letters = sum(isinstance(value, str) and any(map(str.isalpha, value)) for value in there)
   return 2 * with_letters > len(there)

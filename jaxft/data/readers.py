@@ -16,6 +16,7 @@ from jaxft.errors import RequestError, first_line
 from jaxft.files import is_text, must_be_fetched
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # pyarrow's names
+PLAIN_TEXT = (".txt", ".md")
 COMPRESSED = (*CODECS, ".xz")  # after any of STREAMED
 STREAMED = (".txt", ".jsonl", ".csv", ".md", ".ndjson", ".json", ".tsv")
 READABLE = (*STREAMED, ".parquet", ".arrow", ".zip")
@@ -171,7 +172,7 @@ def _streamed(where: str, kind: str, stream: io.BufferedReader, how: How, notes:
   if stream.peek(3)[:3] == BOM:
     notes["files with a byte order mark"] += 1
     stream.read(3)
-  if kind in (".txt", ".md"):
+  if kind in PLAIN_TEXT:
     yield from _text(where, stream, how, notes)
   elif kind == ".csv":
     yield from _csv(where, stream, how, notes, ",", csv.QUOTE_MINIMAL)

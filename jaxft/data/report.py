@@ -17,13 +17,14 @@ from jaxft.data.formats import BadRow, Example
 from jaxft.data.pack import ConcatRows, ExampleRows, LabelRows, StridedRows
 from jaxft.errors import RequestError
 from jaxft.files import cache_folder
+from jaxft.units import count
 
 Rows = ConcatRows | ExampleRows | LabelRows | StridedRows
 Tell = Callable[[int, int], None]  # examples tokenised, and how many there will be
 OUT, TRAIN, HELD_OUT = 0, 1, 2
 SPLITS = {"train": TRAIN, "validation": HELD_OUT}
+ENDS_HELD_OUT = "documents whose end is held out"  # a note of data_report.json
 # The settings that decide which tokens there are; the others decide how they lie in rows.
-ENDS_HELD_OUT = "documents whose end is held out"
 SHAPING = (
   "format",
   "text_column",
@@ -189,15 +190,15 @@ def examples(
   Args:
     say: told of each column that is read in place of one that is not there.
   """
-  of_file, told = data, set()
+  of_file, printed = data, set()
 
   def how(name: str) -> sources.How:
     nonlocal of_file
     of_file, lines = columns.resolve(name, split, data)
     for line in lines:
-      if line not in told:  # of the files of a folder the first alone
+      if line not in printed:  # of the files of a folder the first alone
         say(f"{name}: {line}")
-        told.add(line)
+        printed.add(line)
     return sources.How(
       formats.columns(of_file), data.text_column, data.separator, data.encoding, formats.label_column(of_file)
     )
@@ -239,7 +240,7 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> Manifes
   if share:
     whole = sum(int((of == TRAIN).sum()) for of in places)
     said.append(
-      f"{_count(whole, 'document')}: the last {100 * share:g} % of each is held out, as a document of its own "
+      f"{count(whole, 'document')}: the last {100 * share:g} % of each is held out, as a separate document "
       "(config.data.validation_fraction)" + (", whatever config.data.limit_validation is" * bool(data.limit_validation))
     )
   passes = [_passes(source.weight, of, rng, dropped) for source, of in zip(all_sources, places)]
@@ -340,7 +341,7 @@ def _choose(
     there, limit = np.flatnonzero(places == place), data[f"limit_{name}"]
     if not len(there) and (place == TRAIN or data.validation):
       raise RequestError(
-        f"config.data: no {name} examples ({_count(sum(counts), 'good row')}, {sum(dropped.values())} dropped"
+        f"config.data: no {name} examples ({count(sum(counts), 'good row')}, {sum(dropped.values())} dropped"
         + "".join(f", {reason}: {count:,}" for reason, count in dropped.items())
         + "); give more data"
       )
@@ -447,7 +448,3 @@ def run_length(rows: Rows, train: ConfigDict) -> tuple[int, int]:
   a_step = min(train.batch_size, len(rows))
   rows_in_all = train.steps * a_step or max(1, round(train.epochs * len(rows)))
   return rows_in_all, -(-rows_in_all // a_step)
-
-
-def _count(n: int, what: str) -> str:
-  return f"{n:,} {what}{'' if n == 1 else 's'}"

@@ -316,7 +316,7 @@ def read(
   Rows that do not parse come as rows with a fault; a file that cannot be read at all raises RequestError.
 
   Args:
-    how: to read all of them, or what is asked about each file, or hub data set, before it is opened.
+    how: to read all of them, or a function that is called with the name of each file, or hub data set, before it is opened.
     split: of hub data sets that name none.
     notes: counts what was seen on the way: files with a byte order mark, .txt files with \\r\\n.
   """
@@ -332,7 +332,7 @@ def read(
     for file in files:
       of_this = how(str(file)) if callable(how) else how
       beside = in_folders and of_this.label_column and file.parent == Path(source)
-      if beside and kind(file) in (".txt", ".md"):
+      if beside and kind(file) in readers.PLAIN_TEXT:
         yield Row(str(file), {}, "not in one of the folders that name the labels")
         continue
       with _named(file):

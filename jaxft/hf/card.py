@@ -7,6 +7,7 @@ from typing import Any
 
 import jaxft
 from jaxft import config as settings
+from jaxft.units import count
 
 CARD = """---
 library_name: transformers
@@ -57,10 +58,8 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
   }
   for report in _objects(workdir / "data_report.json"):
     documents, rows = report["rows"]["trained"], min(config.train.batch_size, report["sequences"]["trained"])
-    facts["training text"] += (
-      f": {documents:,} document{'' if documents == 1 else 's'}, {report['tokens']['trained']:,} tokens"
-    )
-    facts["steps"] = f"{step:,} of {rows} sequence{'' if rows == 1 else 's'} of {config.data.sequence_length} tokens"
+    facts["training text"] += f": {count(documents, 'document')}, {report['tokens']['trained']:,} tokens"
+    facts["steps"] = f"{step:,} of {count(rows, 'sequence')} of {config.data.sequence_length} tokens"
     if not report["tokens"]["held_out"]:
       facts["eval loss"] = "none: nothing was held out"
   evals = [line for line in _objects(workdir / "metrics.jsonl") if "eval/loss" in line and line["step"] <= step]

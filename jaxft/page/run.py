@@ -10,6 +10,7 @@ from jaxft.page.charts import Series, chart
 from jaxft.page.markup import Html, section, table, tag
 from jaxft.page.record import Record, cell_of, number, part, whole
 from jaxft.plan.show import PARTS, size
+from jaxft.units import count
 
 MOST_EVALUATIONS = 24  # rows of the table
 TEASER = 420  # letters of each of the two samples on the first screen
@@ -55,7 +56,7 @@ def _lead(record: Record) -> list[Any]:
       "Nothing was held out, so there is no eval loss." if nothing else "There is no evaluation in metrics.jsonl."
     ]
   noun = "text" if record.classifies else "document"
-  text = f"Measured on {words.count(held_out, f'held-out {noun}')}." if held_out else "Measured on held-out text."
+  text = f"Measured on {count(held_out, f'held-out {noun}')}." if held_out else "Measured on held-out text."
   said = [tag("span", "It is worse than before. ", class_="bad"), text] if found.better is False else [text]
   if found.key == "eval/loss" and floor is not None and found.after is not None and found.before > floor:
     gained, all_of_it = found.before - found.after, found.before - floor
@@ -85,7 +86,7 @@ def _tiles(record: Record) -> Html:
     tiles.append(("the text's own entropy", words.figure(floor), None))
   if tokens := record.points("train/tokens"):
     tiles.append(
-      (f"{words.unit(record)}s trained on", f"{int(tokens[-1][1]):,}", f"in {words.count(record.last_step, 'step')}")
+      (f"{words.unit(record)}s trained on", f"{int(tokens[-1][1]):,}", f"in {count(record.last_step, 'step')}")
     )
   if (speed := record.typical("perf/tokens_per_second")) is not None:
     mfu = record.typical("perf/mfu")

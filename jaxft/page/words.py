@@ -30,11 +30,6 @@ def speed(tokens: float) -> str:
   return f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.3g}"
 
 
-def count(number: float, noun: str) -> str:
-  """1 document, 2,000 documents."""
-  return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
 def duration(seconds: int) -> str:
   """59 s, 3 min 20 s, 1,000 h 5 min."""
   hours, minutes = seconds // 3600, seconds // 60 % 60

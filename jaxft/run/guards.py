@@ -131,7 +131,7 @@ def _holder(about: Path) -> str:
 
 
 def must_not_be_read(workdir: Path, used: Iterable[Path]) -> None:
-  """Raises RequestError where something that a new run reads lies in a workdir whose run is to be moved aside."""
+  """Raises RequestError where a new run reads something in the workdir that is to be moved aside."""
   for path in (Path.cwd(), *used):
     if path.resolve().is_relative_to(workdir.resolve()):
       raise RequestError(
@@ -180,7 +180,11 @@ def move_aside(workdir: Path) -> Path:
   aside = next(name for name in names if not os.path.lexists(name))
   try:
     there.rename(aside)
-    there.mkdir()
+    try:
+      there.mkdir()
+    except OSError:  # a quota
+      aside.rename(there)
+      raise
     for name in LOCK:
       if (aside / name).exists():
         (aside / name).rename(there / name)

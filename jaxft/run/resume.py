@@ -12,6 +12,7 @@ from jaxft.errors import RequestError, StorageError, Unreadable
 from jaxft.run.checkpoint import NOT_READ, Checkpoints, described
 from jaxft.run.tracking import say
 from jaxft.step import Changing
+from jaxft.units import count
 
 LENGTH = ("config.train.steps", "config.train.epochs")  # what only makes a run longer or shorter
 ANOTHER, ALLOWED = (
@@ -86,8 +87,7 @@ def _masked(meta: dict[str, Any], about: dict[str, Any], step: int) -> str:
   if not there:
     return ""
   passed = min(step * about["rows_of_step"], about["rows_in_all"]) - there
-  what = "1 row, masked in its last step, is" if passed == 1 else f"{passed} rows, masked in its last step, are"
-  return f"; {what} left out of one epoch" if passed > 0 else ""
+  return f"; left out of one epoch: {count(passed, 'row')} that its last step had masked" if passed > 0 else ""
 
 
 def best_weights(checkpoints: Checkpoints, like: Changing, strict: bool) -> tuple[int, Changing]:

@@ -20,7 +20,7 @@ class SystemMetrics(threading.Thread):
   """
 
   def __init__(self, on: bool, workdir: Path):
-    """`workdir`: of the run; its disk is the one that is told."""
+    """`workdir`: of the run; its disk is the one that is measured."""
     super().__init__(name="jaxft-system", daemon=True)
     self.latest: dict[str, float] = {}
     self._on, self._workdir, self._ended = on, workdir, threading.Event()
@@ -36,7 +36,7 @@ class SystemMetrics(threading.Thread):
   def run(self) -> None:
     readings = [*_of_host(self._workdir), _of_devices, *_of_gpus()]
     with contextlib.suppress(Exception):
-      psutil.cpu_percent()  # the first call begins the interval that the next one tells of
+      psutil.cpu_percent()  # the first call begins the interval that the next one covers
     while not self._ended.is_set():
       found = {}
       for read in readings:
@@ -104,7 +104,7 @@ def _of_gpus() -> list[Reading]:
 
 
 def _of_gpu(nvml: ModuleType, handle: Any, name: str) -> list[Reading]:
-  """Each alone: a part of a card (MIG, vGPU) tells no load, and some cards tell no power or no limit of it."""
+  """Each alone: a part of a card (MIG, vGPU) reports no load, and some cards report no power or no limit of it."""
 
   def memory() -> dict[str, float]:
     it = nvml.nvmlDeviceGetMemoryInfo(handle)
@@ -113,6 +113,6 @@ def _of_gpu(nvml: ModuleType, handle: Any, name: str) -> list[Reading]:
   return [
     memory,
     lambda: {f"{name}_percent": nvml.nvmlDeviceGetUtilizationRates(handle).gpu},
-    lambda: {f"{name}_power_watts": nvml.nvmlDeviceGetPowerUsage(handle) / 1000},  # told in milliwatts
+    lambda: {f"{name}_power_watts": nvml.nvmlDeviceGetPowerUsage(handle) / 1000},  # NVML counts milliwatts
     lambda: {f"{name}_power_limit_watts": nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000},
   ]

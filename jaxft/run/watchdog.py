@@ -16,7 +16,7 @@ import threading
 import time
 from typing import Any
 
-from jaxft.errors import PeerLost, Preempted
+from jaxft.errors import PeerLost, Preempted, same_command
 from jaxft.run.roll_call import Place, closed, send
 
 GRACE = 15  # seconds that others have to end by themselves after one has ended with an error
@@ -98,13 +98,10 @@ class Watchdog(threading.Thread):
     _end(why)
 
 
-def _again() -> str:
-  return "the same command" + ", without --overwrite_output_dir," * ("--overwrite_output_dir" in sys.argv)
-
-
 def _end(why: str) -> None:
   """Ends the process here and now: the main thread may wait in a collective for ever."""
-  print(f"error: {why}; {_again()} continues from the newest checkpoint. Where this process was:", file=sys.stderr)
+  again = same_command("--overwrite_output_dir" in sys.argv)
+  print(f"error: {why}; {again} continues from the newest checkpoint. Where this process was:", file=sys.stderr)
   faulthandler.dump_traceback()
   sys.stderr.flush()
   os._exit(PeerLost.exit_code)
@@ -120,7 +117,8 @@ def end_when_jax_aborts(coordinator: socket.socket | None) -> None:
   def handler(_: int) -> None:
     if coordinator is None or not closed(coordinator):
       return
-    print(f"error: JAX has given up, most likely because process 0 is gone; {_again()} continues", file=sys.stderr)
+    again = same_command("--overwrite_output_dir" in sys.argv)
+    print(f"error: JAX has given up, most likely because process 0 is gone; {again} continues", file=sys.stderr)
     faulthandler.dump_traceback()
     os._exit(PeerLost.exit_code)
 
