@@ -593,8 +593,6 @@ class Command:
     self._set("optim.name", SAME["optim"].value(value), "optim")
 
   def _dataset_name(self, value: str) -> None:
-    if "train_file" in self._given:
-      raise ValueError(f"--train_file={self._given['train_file']} is given too; leave one of the two out")
     name = f"hub:{value}/{self._given[CONFIGURATION]}" if CONFIGURATION in self._given else f"hub:{value}"
     self._set("data.train", name, DATASET)
     if "validation_file" not in self._given and sources.has_split(name, "validation"):
@@ -617,7 +615,7 @@ class Command:
     self._limit("max_eval_samples", value)
 
   def _limit(self, name: str, value: str) -> None:
-    self._set(SAME[name].setting, _at_least_one(value), name)
+    self._set(SAME[name].setting, SAME[name].value(value), name)
     self.notes.append(
       f"--{name}={value}: so many documents (rows of the data), drawn; run_clm.py takes its first blocks"
     )
