@@ -215,7 +215,7 @@ def jaxft_run(asked: argparse.Namespace, source, device, offload: str) -> tuple[
   if asked.trace and offload == asked.offloads[0]:
     state = traced(asked.folder / "trace", step, state, batch(0))
   del state
-  _, gradients, _ = run.gradient(begin(), batch(0))  # after the steps, whose peak is wanted alone
+  _, gradients, _ = run.grad_fn(begin(), batch(0))  # after the steps, whose peak is wanted alone
   return found, as_torch(gradients, source), update
 
 
@@ -266,7 +266,7 @@ def as_torch(tree: Any, source) -> Tensors:
   """Parameters or gradients as transformers names and shapes them."""
   from jaxft.hf import unload
 
-  return {it.name: np.array(it.make(), np.float32) for it in unload.hf_tensors(tree, source)}
+  return {it.name: np.array(it.to_numpy(), np.float32) for it in unload.hf_tensors(tree, source)}
 
 
 # ---- What is told of both --------------------------------------------------------------------------------------------------

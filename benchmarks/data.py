@@ -147,7 +147,7 @@ def loader(cache: Path, layout: str) -> dict:
   from jaxft.data.loader import Steps
 
   found, _ = prepared(cache, layout)
-  how = dict(batch_size=32, accumulation=1, seed=0, rows_in_all=32 * 10**6, mine=np.arange(32))
+  how = dict(batch_size=32, accumulation=1, seed=0, total_rows=32 * 10**6, local_rows=np.arange(32))
   steps = grain.MapDataset.source(Steps(found.train, **how)).to_iter_dataset(
     grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
   )

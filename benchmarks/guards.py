@@ -80,7 +80,7 @@ def main() -> None:
     host = jax.device_get(numbers)
     started = time.monotonic()
     for step in range(1, 1001):
-      reporter.step(step, host, meter, lambda bad: [])
+      reporter.log_step(step, host, meter, lambda bad: [])
     told = (time.monotonic() - started) / 1000
 
   every, bare = config.train.save_every, median["bare"]

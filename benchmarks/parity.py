@@ -143,7 +143,7 @@ def compare(folder: Path) -> None:
   with safe_open(folder / "gradients.safetensors", "numpy") as theirs:
     for tensor in unload.hf_tensors(gradients, source):
       gradient = theirs.get_tensor(tensor.name)
-      worst = float(np.abs(tensor.make() - gradient).max() / np.abs(gradient).max())
+      worst = float(np.abs(tensor.to_numpy() - gradient).max() / np.abs(gradient).max())
       found["gradient"] = max(found["gradient"], worst)
   del gradients
 
@@ -165,7 +165,7 @@ def compare(folder: Path) -> None:
   found["weights"] = found["table"] = 0.0
   with safe_open(folder / "trained.safetensors", "numpy") as theirs:
     for tensor in unload.hf_tensors(state.params, source):
-      difference = np.abs(tensor.make() - theirs.get_tensor(tensor.name))
+      difference = np.abs(tensor.to_numpy() - theirs.get_tensor(tensor.name))
       if tensor.name.endswith("c_attn.bias"):
         difference = np.delete(difference, np.s_[source.cfg.D : 2 * source.cfg.D])
       where = "table" if tensor.name == "transformer.wte.weight" else "weights"

@@ -93,11 +93,11 @@ def main() -> None:
 
 
 def send(writers: Writers, turn: int) -> None:
-  writers.put("metrics", {"step": turn} | LINE)
+  writers.log("metrics", {"step": turn} | LINE)
 
 
 def wait_for(writers: Writers) -> None:
-  while any(it._arrived < it._given for it in writers._writers):
+  while any(it._arrived < it._given for it in writers._clients):
     time.sleep(0.1)
 
 

@@ -56,7 +56,7 @@ class ModelConfig:
   ] = ()  # (path, its layers), ... as `parts.py` reads it; (): everything
 
   @property
-  def kinds_of_window(self) -> tuple[int, ...]:
+  def distinct_windows(self) -> tuple[int, ...]:
     """The different windows among the layers; 0: none."""
     return tuple(sorted(set(self.windows))) or (0,)
 
@@ -67,7 +67,7 @@ class ModelConfig:
 class OfLayer(NamedTuple):
   """What tells one layer from the others beside its weights; None where nothing does. Arrays (L,) of all layers, () of one."""
 
-  window: jax.Array | None  # its place in `kinds_of_window`
+  window: jax.Array | None  # its place in `distinct_windows`
   depth: jax.Array | None  # 1, 2, 3, ...: what its attention_scale is divided by
 
   def at(self, index: Any) -> "OfLayer":
@@ -86,16 +86,16 @@ class Compute:
   remat: str = "none"
   constrain: Place = lambda x, axes: x  # activations
   gather: Place = lambda x, axes: x  # weights
-  read: Callable[[jax.Array], jax.Array] = lambda rows: rows  # rows of a table, as they come from where it is stored
-  add: Callable[[jax.Array], jax.Array] = lambda rows: rows  # and as they go to where its gradient is
+  shard_rows: Callable[[jax.Array], jax.Array] = lambda rows: rows  # rows of a table, as they come from where it is stored
+  shard_row_grads: Callable[[jax.Array], jax.Array] = lambda rows: rows  # and as they go to where its gradient is
   attention: str = "reference"  # of `attention.KERNELS`
   # (function, logical axes of its array arguments, of its result) -> the function, in which each device sees its own part
-  on_each_device: Callable[[Callable, Any, Any], Callable] = lambda f, axes_in, axes_out: f
+  shard_map: Callable[[Callable, Any, Any], Callable] = lambda f, axes_in, axes_out: f
   vocab_multiple: int = 1  # tables are padded to a multiple of so many rows: any mesh can then split them
 
-  fetch: Callable[[jax.Array], jax.Array] = lambda x: x  # a weight from where it is kept
+  to_device: Callable[[jax.Array], jax.Array] = lambda x: x  # a weight from where it is kept
 
-  def rows(self, cfg: ModelConfig) -> int:
+  def padded_vocab(self, cfg: ModelConfig) -> int:
     """Rows of the tables of a vocabulary of `cfg.V`."""
     return -(-cfg.V // self.vocab_multiple) * self.vocab_multiple
 
@@ -108,4 +108,4 @@ def weight(param: nnx.Param, compute: Compute) -> jax.Array:
   axes = param.out_sharding
   if param.ndim == len(axes) - 1:
     axes = axes[1:]  # inside the scan the layer axis is gone, its name is not
-  return compute.gather(compute.fetch(param[...]).astype(compute.dtype), axes)
+  return compute.gather(compute.to_device(param[...]).astype(compute.dtype), axes)

@@ -37,7 +37,7 @@ class TrainArguments(NamedTuple):
   allow_change: bool
   overwrite_output_dir: bool
   require: str | None
-  place: roll_call.Place | None
+  process_info: roll_call.Place | None
   start_timeout: int
   peer_timeout: int
   per_device: run_clm.PerDevice | None
@@ -58,16 +58,16 @@ def parse_train() -> TrainArguments:
     if getattr(values, name) < 1:
       raise RequestError(f"--{name}={getattr(values, name)}: must be at least 1 second")
   backend.must_be_known(values.require)
-  place = None
+  process_info = None
   if not values.print_config:
-    place = roll_call.find(values.coordinator, values.num_processes, values.process_id, values.start_timeout)
+    process_info = roll_call.find(values.coordinator, values.num_processes, values.process_id, values.start_timeout)
   return TrainArguments(
     values.config,
     Path(at_home(values.config_file)),
     workdir,
     *(getattr(values, name) for name in SWITCHES),
     values.require,
-    place,
+    process_info,
     values.start_timeout,
     values.peer_timeout,
     per_device,
@@ -79,12 +79,12 @@ def parse(
   switches: tuple[str, ...] = (),
   texts: tuple[str, ...] = (),
   numbers: Mapping[str, int | None] = MappingProxyType({}),
-  several: tuple[str, ...] = (),
+  list_flags: tuple[str, ...] = (),
 ) -> SimpleNamespace:
   """`config`, `config_file` and the command's own flags, out of `sys.argv`, which ml_collections reads too.
 
   Raises RequestError with every unknown setting, or the first other fault. `--help` prints `text` and ends the process. Flags
-  in `several` may be repeated, and give lists.
+  in `list_flags` may be repeated, and give lists.
   """
   if {"-h", "--help"} & set(sys.argv[1:]) or len(sys.argv) == 1:
     print(text)
@@ -105,7 +105,7 @@ def parse(
     raise RequestError(f"--config: {_reason(error)}") from error
   for name in texts:
     flags.DEFINE_string(name, None, "", flag_values=values)
-  for name in several:
+  for name in list_flags:
     flags.DEFINE_multi_string(name, [], "", flag_values=values)
   for name, default in numbers.items():
     flags.DEFINE_integer(name, default, "", flag_values=values)
@@ -125,7 +125,7 @@ def parse(
     raise RequestError("--config is missing; name a file, such as --config configs/quickstart.py")
   config = settings.normalised(config)
   return SimpleNamespace(
-    config=config, config_file=file, **{name: values[name].value for name in (*switches, *texts, *several, *numbers)}
+    config=config, config_file=file, **{name: values[name].value for name in (*switches, *texts, *list_flags, *numbers)}
   )
 
 
@@ -162,7 +162,7 @@ def _make_way(given: Mapping[str, str], config: ConfigDict, file: str | None) ->
   for name in given.keys() & before.keys() & settings.BY_NAME.keys():
     # The parser takes what the value of the file is: text for text, several for several.
     default = settings.BY_NAME[name].default
-    if settings.BY_NAME[name].words:
+    if settings.BY_NAME[name].literals:
       put(name, str(before[name]))
     elif isinstance(default, tuple):
       put(name, ())

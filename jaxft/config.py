@@ -37,7 +37,7 @@ class Setting(NamedTuple):
   default: Any  # the type itself where no default makes sense (the value is then None)
   check: Check
   doc: str
-  words: tuple[str, ...] = ()  # values of another type than the default's
+  literals: tuple[str, ...] = ()  # values of another type than the default's
 
 
 EPOCH = ("epoch",)
@@ -396,7 +396,7 @@ def _plain(setting: Setting, value: Any) -> Any:
     several = () if several == ("",) else several  # --config.data.validation= says: none
     return tuple(_text_of(item, setting) for item in several)
   value = _text_of(value, setting)
-  if setting.words and isinstance(value, str) and value.isdecimal():  # of the command line, which takes text here
+  if setting.literals and isinstance(value, str) and value.isdecimal():  # of the command line, which takes text here
     return int(value)
   if isinstance(value, int | float) and not isinstance(value, bool):
     if kind is float:
@@ -482,10 +482,10 @@ def faults(config: ConfigDict) -> list[str]:
   lines = unknown(list(values)) + [f"config.{name}: missing" for name in BY_NAME if name not in values]
   for name in BY_NAME.keys() & values.keys():
     setting, value = BY_NAME[name], values[name]
-    if value in setting.words:
+    if value in setting.literals:
       continue
     if wanted := checks.wrong_type(setting.default, value):
-      lines.append(f"config.{name}={value!r}: must be {' or '.join([wanted, *setting.words])}")
+      lines.append(f"config.{name}={value!r}: must be {' or '.join([wanted, *setting.literals])}")
     elif isinstance(value, float) and not math.isfinite(value):
       lines.append(f"config.{name}={value}: not a finite number")
     elif isinstance(value, int) and abs(value) > LARGEST:

@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 
   key: str
   value: Any
-  became: str  # "--config.mesh.zero_stage=2", "nothing: why" or "auto: as the flags or their defaults say"
+  outcome: str  # "--config.mesh.zero_stage=2", "nothing: why" or "auto: as the flags or their defaults say"
 
 
 class Translated(NamedTuple):

@@ -24,7 +24,7 @@ EVERYTHING = 2**30  # tokens: until the model has no position left, as run_gener
 def main() -> None:
   arguments = parsers.generate().parse_args()
   given = given_of(arguments)  # looked at before a model is read
-  if "stop_strings" in arguments.called:  # run_generation.py: no stop token
+  if "stop_strings" in arguments.given_as:  # run_generation.py: no stop token
     arguments.stop_strings = [text for text in arguments.stop_strings if text]
   stops = [unescaped(text, "--stop_strings") for text in arguments.stop_strings or []]
   _tell_what_differs(arguments)
@@ -70,9 +70,9 @@ class Writer:
   def tell_settings(self) -> None:
     """Says what of the given and of the model's generation_config.json is of no account."""
     found = generation.of(self.ready.source.folder, self._given)
-    if found.not_followed:
-      print(f"{found.file}: not followed: {', '.join(found.not_followed)}", file=sys.stderr)
-    for line in found.lines:
+    if found.ignored:
+      print(f"{found.file}: not followed: {', '.join(found.ignored)}", file=sys.stderr)
+    for line in found.warnings:
       print(line, file=sys.stderr)
     positions = self.ready.source.cfg.P
     for name in ("max_new_tokens", "max_length"):
@@ -125,7 +125,7 @@ def given_of(arguments: argparse.Namespace) -> dict[str, Any]:
   """
   names = (*Sampling._fields, "do_sample")
   given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-  if arguments.called.get("max_new_tokens") == "length" and given["max_new_tokens"] < 0:
+  if arguments.given_as.get("max_new_tokens") == "length" and given["max_new_tokens"] < 0:
     given["max_new_tokens"] = EVERYTHING
   if arguments.model_type:
     added = run_generation.unsaid(given)
@@ -135,11 +135,11 @@ def given_of(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     given |= added
   try:
-    Sampling(**{name: value for name, value in given.items() if name in Sampling._fields}).check_values()
+    Sampling(**{name: value for name, value in given.items() if name in Sampling._fields}).validate_values()
     settled(given)
   except RequestError as error:
     text = str(error)
-    for name, called in arguments.called.items():
+    for name, called in arguments.given_as.items():
       text = text.replace(f"--{name}=", f"--{called}=")
     raise RequestError(text) from error
   return given
@@ -156,8 +156,8 @@ def _tell_what_differs(arguments: argparse.Namespace) -> None:
   if arguments.use_cpu and arguments.require:
     raise RequestError(f"--use_cpu and --require={arguments.require}: leave one of the two out")
   if arguments.fp16:
-    print(f"--{arguments.called.get('fp16', 'fp16')}: {run_generation.ABOUT['fp16']}", file=sys.stderr)
-  if "stop_strings" in arguments.called:
+    print(f"--{arguments.given_as.get('fp16', 'fp16')}: {run_generation.ABOUT['fp16']}", file=sys.stderr)
+  if "stop_strings" in arguments.given_as:
     print(
       "--stop_token: as --stop_strings: the text ends with it, and run_generation.py leaves it out", file=sys.stderr
     )

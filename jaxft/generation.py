@@ -24,13 +24,13 @@ NOT_FOLLOWED = (
 
 class Generation(NamedTuple):
   sampling: Sampling
-  ends: frozenset[int]  # tokens that end a text
-  not_followed: tuple[str, ...]  # names in the file
-  lines: tuple[str, ...]  # what is of no account, and why
+  stop_ids: frozenset[int]  # tokens that end a text
+  ignored: tuple[str, ...]  # names in the file
+  warnings: tuple[str, ...]  # what is of no account, and why
   file: Path
   of_file: dict[str, Any]  # what of `sampling` the file says
 
-  def among(self, error: RequestError) -> RequestError:
+  def with_context(self, error: RequestError) -> RequestError:
     """The error, with what the file has to do with it."""
     named = [f"{name}={value}" for name, value in self.of_file.items() if f"--{name}=" in str(error)]
     return RequestError(f"{error} ({self.file} has {', '.join(named)})") if named else error
@@ -78,9 +78,9 @@ def of(folder: Path, given: Mapping[str, Any]) -> Generation:
   try:
     if drawn:
       must_be_drawn(sampling.temperature, sampling.num_beams)
-    sampling.check()
+    sampling.validate()
   except RequestError as error:
-    raise found.among(error) from error
+    raise found.with_context(error) from error
   return found
 
 
@@ -112,11 +112,11 @@ class Listener:
 
   def __call__(self, text: int, ids: list[int]) -> bool:
     if self._tell and not (whole := self._decode(ids)).endswith(UNFINISHED):
-      self.told_all(text, whole)
+      self.flush(text, whole)
     tail = self._decode(ids[-self._longest - 1 :]) if self._stops else ""  # a token is at least a byte
     return any(stop in tail for stop in self._stops)
 
-  def told_all(self, text: int, whole: str) -> None:
+  def flush(self, text: int, whole: str) -> None:
     """Tells what of the text has not been told."""
     if self._tell and len(whole) > self._told[text]:
       self._tell(text, whole[self._told[text] :])

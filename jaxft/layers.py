@@ -104,7 +104,7 @@ class Attention(nnx.Module):
     k_BSNH, v_BSNH, segments_BS, offset = cached(k_BTNH, v_BTNH)
     keys_BN = None if keys_B is None else split(keys_B, self.cfg.N).T
     operands = (q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN)
-    ways = [functools.partial(self.attend, window, offset) for window in self.cfg.kinds_of_window]
+    ways = [functools.partial(self.attend, window, offset) for window in self.cfg.distinct_windows]
     attended_BTNH = ways[0](*operands) if of_layer.window is None else jax.lax.switch(of_layer.window, ways, *operands)
     return self.out(attended_BTNH, adapter_keys[1])
 
@@ -130,7 +130,7 @@ class Attention(nnx.Module):
       return local(*operands)
     heads, columns = ("batch", None, "heads", None), ("batch", None)
     axes = (heads, heads, heads, columns, columns, ("batch", "heads"))
-    return self.compute.on_each_device(local, axes, heads)(*operands)
+    return self.compute.shard_map(local, axes, heads)(*operands)
 
 
 class Mlp(nnx.Module):
@@ -185,13 +185,13 @@ class Output(nnx.Module):
     if not cfg.tied:
       self.kernel = table(cfg, compute, rngs)
     if cfg.head_bias:
-      self.bias = nnx.Param(jnp.zeros(compute.rows(cfg)), out_sharding=("vocab",))
+      self.bias = nnx.Param(jnp.zeros(compute.padded_vocab(cfg)), out_sharding=("vocab",))
 
 
 def table(cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs) -> nnx.Param:
   """New rows of all tokens; those that pad the table are 0, and stay so: they have no gradient and nothing to decay."""
   rows_VD = cfg.init_std * jax.random.normal(rngs.params(), (cfg.V, cfg.D))
-  padded_VD = jnp.pad(rows_VD, [(0, compute.rows(cfg) - cfg.V), (0, 0)])
+  padded_VD = jnp.pad(rows_VD, [(0, compute.padded_vocab(cfg) - cfg.V), (0, 0)])
   return nnx.Param(padded_VD, out_sharding=("vocab", "embed"))
 
 

@@ -88,16 +88,16 @@ class Decoder(nnx.Module):
       segments_BT: tokens see only tokens of their own segment; None: one segment a row.
       positions_BT: position ids; None: 0, 1, 2, ...
       keys_B: dropout keys, one for each row; None: no dropout.
-      rows_BTD: what `look_up` gives for the ids, where their gradient is wanted (`with_rows`); None: it is called.
+      rows_BTD: what `embed_tokens` gives for the ids, where their gradient is wanted (`add_embedding_grads`); None: it is called.
     """
 
     def cached(layer, cache, k, v):
       return (k, v, segments_BT, 0), cache
 
-    rows_BTD = self.look_up(ids_BT) if rows_BTD is None else rows_BTD
+    rows_BTD = self.embed_tokens(ids_BT) if rows_BTD is None else rows_BTD
     return self._run(rows_BTD, segments_BT, positions_BT, keys_B, None, cached)[0]
 
-  def extend(
+  def forward_cached(
     self,
     cache: Cache,
     ids_BT: jax.Array,
@@ -118,7 +118,7 @@ class Decoder(nnx.Module):
       (k, k_BSNH), (v, v_BSNH) = cache.write(kv[0], layer, k_BTNH), cache.write(kv[1], layer, v_BTNH)
       return (k_BSNH, v_BSNH, segments_BS, cache.used), (k, v)
 
-    rows_BTD, kv = self.look_up(ids_BT), (cache.k, cache.v)
+    rows_BTD, kv = self.embed_tokens(ids_BT), (cache.k, cache.v)
     h_BTD, (k, v) = self._run(rows_BTD, segments_BT, positions_BT, None, kv, cached, layers)
     return h_BTD, Cache(k, v, segments_BS, cache.used + ids_BT.shape[1])
 
@@ -127,8 +127,8 @@ class Decoder(nnx.Module):
     if self.cfg.classes:
       return Head(weight(self.output.score, self.compute))
     table = self.embed.tokens if self.cfg.tied else self.output.kernel
-    table_VD = self.compute.fetch(table[...])
-    bias_V = self.compute.fetch(self.output.bias[...]).astype(jnp.float32) if self.cfg.head_bias else None
+    table_VD = self.compute.to_device(table[...])
+    bias_V = self.compute.to_device(self.output.bias[...]).astype(jnp.float32) if self.cfg.head_bias else None
     rows = table_VD.shape[0]
     if rows > self.cfg.V:
       bias_V = jnp.where(jnp.arange(rows) < self.cfg.V, 0.0 if bias_V is None else bias_V, -jnp.inf)
@@ -139,12 +139,12 @@ class Decoder(nnx.Module):
     """(..., D) -> (..., V) in float32; (..., classes) of a model that classifies, where the last real token's count."""
     return logits(h, self.head())[..., : self.cfg.classes or self.cfg.V]
 
-  def look_up(self, ids_BT: jax.Array) -> jax.Array:
+  def embed_tokens(self, ids_BT: jax.Array) -> jax.Array:
     """Rows of the token table, (B, T, D). They are read where the table is stored: it is never whole on a device for them."""
-    rows_BTD = self.compute.fetch(self.embed.tokens[...])[ids_BT].astype(self.compute.dtype)
-    return self.compute.constrain(self.compute.read(rows_BTD), ACTIVATIONS)
+    rows_BTD = self.compute.to_device(self.embed.tokens[...])[ids_BT].astype(self.compute.dtype)
+    return self.compute.constrain(self.compute.shard_rows(rows_BTD), ACTIVATIONS)
 
-  def with_rows(self, gradient: dict, ids: jax.Array, d_rows: jax.Array) -> dict:
+  def add_embedding_grads(self, gradient: dict, ids: jax.Array, d_rows: jax.Array) -> dict:
     """The gradient of the parameters with that of the rows that were looked up.
 
     They are added to what the head has left there, in float32: a second table would take as much memory again, and bfloat16
@@ -153,23 +153,23 @@ class Decoder(nnx.Module):
     if "tokens" not in gradient.get("embed", {}):
       return gradient
     table_VD = gradient["embed"]["tokens"]
-    table_VD = table_VD.at[ids].add(self.compute.add(d_rows).astype(table_VD.dtype))
+    table_VD = table_VD.at[ids].add(self.compute.shard_row_grads(d_rows).astype(table_VD.dtype))
     return gradient | {"embed": gradient["embed"] | {"tokens": table_VD}}
 
-  def enter(self, rows_BTD: jax.Array, positions_BT: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+  def embed_inputs(self, rows_BTD: jax.Array, positions_BT: jax.Array, keys_B: jax.Array | None) -> jax.Array:
     """What goes into the first layer, (B, T, D)."""
     if not self.cfg.rotary_dim:
       rows_BTD = rows_BTD + weight(self.embed.positions, self.compute)[positions_BT]
     return self.compute.constrain(dropout(rows_BTD, self.cfg.embed_dropout, keys_B), ACTIVATIONS)
 
-  def layer(self, block: Block, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached) -> jax.Array:
+  def apply_layer(self, block: Block, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached) -> jax.Array:
     """One layer: what goes into it to what comes out."""
     x_BTD = block(x_BTD, positions_BT, segments_BT, of_layer, cached, keys_B)
     return self.compute.constrain(x_BTD, ACTIVATIONS)
 
-  def of_layers(self) -> OfLayer:
+  def layer_info(self) -> OfLayer:
     """What tells the layers apart."""
-    kinds = self.cfg.kinds_of_window
+    kinds = self.cfg.distinct_windows
     windows_L = jnp.array([kinds.index(window) for window in self.cfg.windows]) if len(kinds) > 1 else None
     depths_L = jnp.arange(1, self.cfg.L + 1, dtype=jnp.float32) if self.cfg.divided_by_depth else None
     return OfLayer(windows_L, depths_L)
@@ -188,9 +188,9 @@ class Decoder(nnx.Module):
         seen, kv = cached(index, kv, k_BTNH, v_BTNH)
         return seen
 
-      return (self.layer(block, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached_here), kv), None
+      return (self.apply_layer(block, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached_here), kv), None
 
-    x_BTD, of_layers = self.enter(rows_BTD, positions_BT, embed_keys_B), self.of_layers()
+    x_BTD, of_layers = self.embed_inputs(rows_BTD, positions_BT, embed_keys_B), self.layer_info()
     if layers is not None:
       graph, carry = nnx.graphdef(self.blocks), (x_BTD, kv)
       for index, weights in enumerate(layers):

@@ -88,7 +88,7 @@ def kept_of(state: State, offload: str) -> State:
   """Of each leaf of the state, or of its shapes, whether the host keeps it."""
   of = lambda tree, there: jax.tree.map(lambda leaf: there and is_kept(leaf), tree)
   return State(
-    False, *(of(tree, offload != "none") for tree in (state.params, state.opt)), of(state.frozen, offload == "all")
+    False, *(of(tree, offload != "none") for tree in (state.params, state.opt_state)), of(state.frozen, offload == "all")
   )
 
 
@@ -111,7 +111,7 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str
   only_trained = masked(trained)
 
   def gradient(state: State, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
-    params, (A, B, T) = state.weights, batch["ids"].shape
+    params, (A, B, T) = state.all_params, batch["ids"].shape
     tokens = jnp.sum(batch["mask"])
     scale = 1 / jnp.maximum(tokens, 1).astype(jnp.float32)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -127,14 +127,14 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str
     # ---- Forward: embedding, then layer after layer; the input of each is kept -------------------------------------
     embed = fetch(params["embed"])
     rest = {name: leaf for name, leaf in embed.items() if name != "tokens"}
-    rows = _each(with_(embed=embed).look_up, batch["ids"])
+    rows = _each(with_(embed=embed).embed_tokens, batch["ids"])
 
     def enter(rest, rows):
-      part = lambda xs: with_(embed=params["embed"] | rest).enter(*xs)
+      part = lambda xs: with_(embed=params["embed"] | rest).embed_inputs(*xs)
       return _each(part, (rows, positions, embed_keys_AB))
 
     x, enter_vjp = jax.vjp(enter, rest, rows)
-    of_layers = model.of_layers()
+    of_layers = model.layer_info()
 
     def layer(block, x, index):
       module, of_layer = with_(blocks=block).blocks, of_layers.at(index)
@@ -142,7 +142,7 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str
       def of_part(xs):
         x_BTD, positions_BT, segments_BT, keys_B = xs
         cached = lambda k, v: (k, v, segments_BT, 0)
-        return model.layer(module, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached)
+        return model.apply_layer(module, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached)
 
       keys_AB = None if keys_LAB is None else keys_LAB[index]
       return _each(rematerialised(of_part, remat), (x, positions, batch.get("segments"), keys_AB))
@@ -187,7 +187,7 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str
       fetch(d_top["embed"]["tokens"]) if "tokens" in d_top.get("embed", {}) else jnp.zeros_like(embed["tokens"])
     )
     d_embed = {name: d for name, d in ({"tokens": d_tokens} | d_rest).items() if name in state.params.get("embed", {})}
-    d_embed = store(model.with_rows({"embed": d_embed}, batch["ids"], d_rows))
+    d_embed = store(model.add_embedding_grads({"embed": d_embed}, batch["ids"], d_rows))
     found = {**d_top, **d_embed, **d_blocks}
     return loss, {name: found[name] for name in state.params}, tokens
 
@@ -247,8 +247,8 @@ def make_look(gradients: Any) -> Callable:
       x = fetch(cut.read(leaf, i)).astype(jnp.float32)
       return found[0] + jnp.sum(x * x), jnp.maximum(found[1], jnp.max(jnp.abs(x)))
 
-    squares, largest = jax.lax.fori_loop(0, cut.parts, add, (jnp.float32(0), jnp.float32(0)))
-    return jnp.stack([jnp.where(part.counts, squares, 0), largest])
+    squares, largest = jax.lax.fori_loop(0, cut.num_chunks, add, (jnp.float32(0), jnp.float32(0)))
+    return jnp.stack([jnp.where(part.is_primary, squares, 0), largest])
 
   everyone = sharding.on_parts(jax.tree.leaves(gradients), of_part)
 
@@ -271,7 +271,7 @@ def make_update(config: ConfigDict, places: Any, trained: Any = ()) -> Callable:
   def of_leaf(path, place, key, param, grad, states, good, scale, rate):
     tx, cut = optim.of_layer(config, path), Cut.of(path, param, param.shape[0] // place.shard_shape(param.shape)[0])
     if any(leaf.ndim and leaf.shape[:1] != param.shape[:1] for leaf in jax.tree.leaves(states)):
-      cut = cut._replace(parts=1)  # an optimizer that measures over the whole table
+      cut = cut._replace(num_chunks=1)  # an optimizer that measures over the whole table
     in_parts = lambda leaf: leaf.shape[:1] == param.shape[:1]  # others, such as step counts, are the same for all parts
     read = lambda leaf, i: fetch(cut.read(leaf, i) if in_parts(leaf) else leaf)
 
@@ -287,7 +287,7 @@ def make_update(config: ConfigDict, places: Any, trained: Any = ()) -> Callable:
       p = rounding.by_chance(p - rate * direction, param.dtype, jax.random.fold_in(key, i))
       return write(now[0], p, i), jax.tree.map(lambda x, y: write(x, y, i), now[1], new)
 
-    return jax.lax.fori_loop(0, jnp.where(good, cut.parts, 0), turn, (param, states))
+    return jax.lax.fori_loop(0, jnp.where(good, cut.num_chunks, 0), turn, (param, states))
 
   def update(
     good: jax.Array, grads: Any, scale: jax.Array, rate: jax.Array, keys: Any, params: Any, opt: Any
@@ -330,7 +330,7 @@ class Cut(NamedTuple):
   """How a leaf is cut along its first axis into parts that are on the device one after the other."""
 
   layers: bool  # a part is a layer, without the axis of layers; otherwise it is some rows of each device's
-  parts: int
+  num_chunks: int
   devices: int = 1  # that share the rows
 
   @classmethod
@@ -345,15 +345,15 @@ class Cut(NamedTuple):
   def read(self, x: jax.Array, i: jax.Array) -> jax.Array:
     if self.layers:
       return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-    if self.parts == 1:
+    if self.num_chunks == 1:
       return x
-    rows = x.shape[0] // self.devices // self.parts
+    rows = x.shape[0] // self.devices // self.num_chunks
     return jax.lax.dynamic_slice_in_dim(self._by_device(x), i * rows, rows, 1)
 
   def write(self, x: jax.Array, new: jax.Array, i: jax.Array) -> jax.Array:
     if self.layers:
       return jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
-    if self.parts == 1:
+    if self.num_chunks == 1:
       return new
     return jax.lax.dynamic_update_slice_in_dim(self._by_device(x), new, i * new.shape[1], 1).reshape(x.shape)
 

@@ -56,12 +56,12 @@ class Parser(argparse.ArgumentParser):
   def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
     words = list(sys.argv[1:] if args is None else args)
     arguments, rest = self.parse_known_args(self._with_known_names(words), namespace)
-    arguments.called = {}  # flags that were given by another name -> that name
+    arguments.given_as = {}  # flags that were given by another name -> that name
     for name, other in self._same.items():
       value = vars(arguments).pop(name)
       if value is not None:
         self._set(arguments, other, value, f"--{name}")
-        arguments.called[other] = name
+        arguments.given_as[other] = name
     self.settle(arguments, rest)
     return arguments
 

@@ -43,7 +43,7 @@ def main() -> None:
       config.data,
       tokenizer,
       tokenizers.fingerprint(tokenizer),
-      lambda done, total: meter.at(done, total=total),
+      lambda done, total: meter.update(done, total=total),
       tell,
     )
   found = json.loads(data.to_json(config.train))

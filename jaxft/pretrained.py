@@ -63,11 +63,11 @@ class Pretrained:
       dtype,
       constrain=sharding.constrain_on(self.mesh),
       gather=sharding.gather_on(self.mesh),
-      read=sharding.rows_on(self.mesh, 3, "parameters"),
+      shard_rows=sharding.rows_on(self.mesh, 3, "parameters"),
       attention=attention.kernel_for(self.mesh.devices.flat[0], dtype, source.cfg.H),
-      on_each_device=sharding.on_each_device_of(self.mesh),
+      shard_map=sharding.on_each_device_of(self.mesh),
       vocab_multiple=sharding.VOCAB_MULTIPLE,
-      fetch=offload.fetch if on_host else lambda x: x,
+      to_device=offload.fetch if on_host else lambda x: x,
     )
     self._on_host = on_host  # and a layer at a time on the device
     self.graph, self.shapes = self._placed(source.cfg, compute)
@@ -83,7 +83,7 @@ class Pretrained:
     self._scores = jax.jit(scores)
     self._eval_step = jax.jit(make_eval_step(self.graph, loss_chunk=128))
 
-  def shapes_of_trained(self, cfg: model.ModelConfig) -> Any:
+  def trained_shapes(self, cfg: model.ModelConfig) -> Any:
     """Shapes of what a run of `cfg` trains, placed as the weights of this model are."""
     return parts.split(self._placed(cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))[1], cfg.trained)[0]
 
@@ -125,15 +125,15 @@ class Pretrained:
         self.params,
         [tokens.prompt_ids(self.tokenizer, prompt) for prompt in prompts],
         config.sampling,
-        ends=config.ends,
-        watch=listener,
+        stop_ids=config.stop_ids,
+        on_token=listener,
       )
     except RequestError as error:
-      raise config.among(error) from error
+      raise config.with_context(error) from error
     each = [prompt for prompt in prompts for _ in range(config.sampling.num_return_sequences)]
     found = [Completion(prompt, self.tokenizer.decode(new), new) for prompt, new in zip(each, ids, strict=True)]
     for text, completion in enumerate(found):
-      listener.told_all(text, completion.text)
+      listener.flush(text, completion.text)
     return found
 
   def evaluate(
@@ -199,7 +199,7 @@ class Pretrained:
     self._must_overlap(stride, sequence_length or how.sequence_length)
     data = prepare(how, self.tokenizer, tokenizers.fingerprint(self.tokenizer))
     if "held_out" in self._record:
-      same = data.held_out == self._record["held_out"]
+      same = data.validation_fingerprint == self._record["held_out"]
     else:  # a run of before 2026-11-28
       same = data.fingerprint == self._record["data"]
     if same and sequence_length:
@@ -333,14 +333,14 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   if lines := checkpoint.faults(workdir / "checkpoints"):
     raise RequestError("\n".join(lines))
   config = settings.read(file)
-  checkpoints = Checkpoints(workdir / "checkpoints", best=config.train.keep_best_metric)
+  checkpoints = Checkpoints(workdir / "checkpoints", best_metric=config.train.keep_best_metric)
   steps = checkpoints.steps()
   if not steps or step is not None and step not in steps:
     raise RequestError(
       f"workdir {str(workdir)!r}: no checkpoint{'' if step is None else f' of step {step}'}; it has {steps or 'none'}"
     )
-  at = step if step is not None else checkpoints.best() or steps[-1]
-  meta = checkpoints.meta(at)
+  at = step if step is not None else checkpoints.best_step() or steps[-1]
+  meta = checkpoints.metadata(at)
   source = _checkpoint_of(workdir, config, meta)
   if meta.get("frozen") and repo.fingerprint(source, whole=True) != meta["frozen"]:
     raise RequestError(
@@ -362,7 +362,7 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   # Where a part of it was trained, the whole in float32 may be more than the device holds.
   too_large = bool(cfg.trained) and 5 * model.parameter_count(source.cfg) > memory_of(jax.local_devices()[0])
   ready = Pretrained(source, compute_dtype, on_host=config.memory.offload == "all" or too_large)
-  trained = optim.kept_in(trained_as.model.param_dtype, ready.shapes_of_trained(cfg), cfg.trained)
+  trained = optim.kept_in(trained_as.model.param_dtype, ready.trained_shapes(cfg), cfg.trained)
   states = jax.eval_shape(optim.optimizer(config.optim).init, trained)
   unread = Changing(NOT_READ, trained, jax.tree.map(lambda _: NOT_READ, states))
   ready.run, ready._record = (workdir, at), meta

@@ -23,9 +23,9 @@ class Program(NamedTuple):
   tx: optax.GradientTransformation
   state: State  # shapes with their shardings
   batch: dict[str, jax.ShapeDtypeStruct]  # of an optimizer step, likewise
-  copy: Any  # of the weights on the device, where `offload` is "optimizer"; else ()
-  gradients: Any  # shapes with their shardings of what `gradient` gives
-  gradient: Any  # (state, batch) -> (loss, gradient, tokens)
+  compute_params: Any  # of the weights on the device, where `offload` is "optimizer"; else ()
+  grad_shapes: Any  # shapes with their shardings of what `gradient` gives
+  grad_fn: Any  # (state, batch) -> (loss, gradient, tokens)
   train_step: Any  # (state, batch) -> (state, metrics); the state is donated
   eval_step: Any  # (parameters, batch) -> (sum of the loss, tokens)
   eval_rows: int  # that an eval step takes
@@ -41,7 +41,7 @@ class Program(NamedTuple):
     }
 
   @property
-  def kept(self) -> State:
+  def host_mask(self) -> State:
     """Of each leaf of the state whether the host keeps it."""
     return offload.kept_of(self.state, self.offload)
 
@@ -87,7 +87,7 @@ def may_not_be_pinned(program: Program) -> str:
   """A line to warn with where XLA's pool of pinned memory may be too small for what the host keeps; else ""."""
   devices = program.batch_sharding.mesh.local_devices
   on_host, limit = bytes_on_host(program), backend.pinned_limit()
-  kept = zip(*map(jax.tree.leaves, (program.state, program.kept)), strict=True)
+  kept = zip(*map(jax.tree.leaves, (program.state, program.host_mask)), strict=True)
   blocks = [bytes_a_device(leaf) for leaf, there in kept if there]
   blocks.append(on_host - sum(blocks))  # the gradient is one
   if devices[0].platform != "gpu" or backend.pool_holds(blocks * len(devices), limit):
@@ -101,7 +101,7 @@ def may_not_be_pinned(program: Program) -> str:
 
 def bytes_on_host(program: Program) -> int:
   """A device's part of what the host keeps: weights and optimizer state, and with "all" the gradient too."""
-  gradient = [leaf for leaf in jax.tree.leaves(program.gradients) if program.offload == "all" and offload.is_kept(leaf)]
+  gradient = [leaf for leaf in jax.tree.leaves(program.grad_shapes) if program.offload == "all" and offload.is_kept(leaf)]
   return state_on_host(program) + bytes_a_device(gradient)
 
 
@@ -124,7 +124,7 @@ def bytes_on_every_host(config: ConfigDict, cfg: model.ModelConfig) -> int | Non
 
 def state_on_host(program: Program) -> int:
   """`bytes_on_host` without the gradient."""
-  leaves = zip(*map(jax.tree.leaves, (program.state, program.kept)), strict=True)
+  leaves = zip(*map(jax.tree.leaves, (program.state, program.host_mask)), strict=True)
   return bytes_a_device([leaf for leaf, there in leaves if there])
 
 
@@ -152,14 +152,14 @@ def begin(program: Program, params: Any, frozen: Any) -> State:
   """The state before the first step, of parameters that are placed as the program's; those that are trained are donated."""
   if program.offload == "none":
     new = lambda params: Changing(jnp.int32(0), params, program.tx.init(params))
-    places = jax.tree.map(lambda leaf: leaf.sharding, program.state.changing)
+    places = jax.tree.map(lambda leaf: leaf.sharding, program.state.checkpointable)
     return State(*jax.jit(new, out_shardings=places, donate_argnums=0)(params), frozen)
   # On the host every optimizer begins with zeros, without a detour over the device.
   zeros = lambda leaf: jax.make_array_from_callback(
     leaf.shape, leaf.sharding, lambda index: np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
   )
   step = jax.device_put(jnp.int32(0), program.state.step.sharding)
-  return State(step, params, jax.tree.map(zeros, program.state.opt), frozen)
+  return State(step, params, jax.tree.map(zeros, program.state.opt_state), frozen)
 
 
 def kernel(config: ConfigDict, cfg: model.ModelConfig, device: jax.Device, dtype: Any, packed: bool) -> str:
@@ -194,9 +194,9 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     sharding.rows_on(mesh, zero_stage, "parameters"),
     sharding.rows_on(mesh, zero_stage, "gradients"),
     attention=kernel(config, cfg, device, dtype, packed="segments" in row),
-    on_each_device=sharding.on_each_device_of(mesh),
+    shard_map=sharding.on_each_device_of(mesh),
     vocab_multiple=sharding.VOCAB_MULTIPLE,
-    fetch=offload.fetch if config.memory.offload != "none" else lambda x: x,
+    to_device=offload.fetch if config.memory.offload != "none" else lambda x: x,
   )
   graph, whole_shapes, whole_axes = model.abstract(cfg, compute)
   (shapes, frozen), (axes, frozen_axes) = (parts.split(tree, cfg.trained) for tree in (whole_shapes, whole_axes))
@@ -208,10 +208,10 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   )
   frozen = sharding.place(frozen, sharding.shardings_of("parameters", frozen, frozen_axes, mesh, zero_stage))
   state = State(*sharding.state_like(tx, shapes, axes, mesh, zero_stage), frozen)
-  if lines := offload.faults(device.platform, (state.params, state.opt, state.frozen), config.memory.offload):
+  if lines := offload.faults(device.platform, (state.params, state.opt_state, state.frozen), config.memory.offload):
     raise RequestError("\n".join(lines))
   gradients = sharding.shardings_of("gradients", shapes, axes, mesh, zero_stage)
-  rows = 1 if cfg.classes else compute.rows(cfg) // tensor
+  rows = 1 if cfg.classes else compute.padded_vocab(cfg) // tensor
   at_once = config.train.batch_size // A // sharding.batch_parts(mesh)
   most = loss.most_logits(device.platform, config.memory.remat)
   eval_rows = sharding.eval_rows(config.train, mesh)
@@ -223,7 +223,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
   copy, kept = (), config.memory.offload
   if kept == "none":
     gradient = make_gradient(graph, gradients=gradients, **how)
-    changing = jax.tree.map(lambda leaf: leaf.sharding, state.changing)
+    changing = jax.tree.map(lambda leaf: leaf.sharding, state.checkpointable)
     look, update = make_look(sharding.not_finite_on((gradients, changing))), make_update(tx, cfg.trained)
   else:
     if kept == "optimizer":
@@ -236,7 +236,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     else:
       gradient = offload.make_gradient(graph, remat=config.memory.remat, **how)
       gradients = jax.tree.map(lambda leaf: leaf.sharding, offload.on_host(sharding.place(shapes, gradients)))
-    state = state._replace(params=offload.on_host(state.params), opt=offload.on_host(state.opt))
+    state = state._replace(params=offload.on_host(state.params), opt_state=offload.on_host(state.opt_state))
     if kept == "all":
       state = state._replace(frozen=offload.on_host(state.frozen))
     places = jax.tree.map(lambda leaf: leaf.sharding, state.params)
@@ -254,7 +254,7 @@ def build(config: ConfigDict, cfg: model.ModelConfig, mesh: Mesh, total_steps: i
     shapes = precise
   if kept != "none":
     on_host = offload.kept_of(state, kept)
-    step, eval_step = offload.told(step, on_host), offload.told(eval_step, on_host.weights)
+    step, eval_step = offload.told(step, on_host), offload.told(eval_step, on_host.all_params)
   places = jax.tree.map(lambda leaf: leaf.sharding, state)
   return Program(
     graph,

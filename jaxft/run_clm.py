@@ -358,7 +358,7 @@ class PerDevice(NamedTuple):
   eval_rows: int | None = None
   batch_size: int | None = None  # of a DeepSpeed config that says all three
 
-  def into(self, config: ConfigDict, devices: int) -> None:
+  def apply_to(self, config: ConfigDict, devices: int) -> None:
     """Sets the batch of a run on so many devices; raises RequestError where a DeepSpeed config says another."""
     if self.rows:
       config.train.micro_batch_size = self.rows

@@ -26,7 +26,7 @@ BUCKET = 64  # prompts and caches are padded to multiples of this many columns: 
 class Early(NamedTuple):
   """Texts that are too short to end."""
 
-  short_B: np.ndarray
+  too_short_B: np.ndarray
   ends_E: np.ndarray  # the tokens that end a text
 
 
@@ -38,7 +38,7 @@ class Generator:
 
     def step(params, layers, cache, ids_BT, segments_BT, positions_BT):
       decoder = nnx.merge(graph, params)
-      h_BTD, cache = decoder.extend(cache, ids_BT, segments_BT, positions_BT, layers)
+      h_BTD, cache = decoder.forward_cached(cache, ids_BT, segments_BT, positions_BT, layers)
       # Whole on every device: each process looks at them, and each draws the same.
       return decoder.compute.constrain(decoder.logits(h_BTD[:, -1]), (None, None)), cache
 
@@ -57,8 +57,8 @@ class Generator:
     prompts: list[list[int]],
     sampling: Sampling,
     *,
-    ends: frozenset[int] = frozenset(),
-    watch: Watch = lambda text, ids: False,
+    stop_ids: frozenset[int] = frozenset(),
+    on_token: Watch = lambda text, ids: False,
   ) -> list[list[int]]:
     """The tokens that follow each prompt, up to and without the end token: `num_return_sequences` texts for each, together.
 
@@ -66,22 +66,22 @@ class Generator:
     Raises RequestError for a prompt that fills the model's positions.
 
     Args:
-      ends: tokens that end a text beside the end token.
-      watch: told of each token, with the number of the text and its tokens so far; true ends the text with it. Not with beams.
+      stop_ids: tokens that end a text beside the end token.
+      on_token: told of each token, with the number of the text and its tokens so far; true ends the text with it. Not with beams.
     """
-    sampling.check()
+    sampling.validate()
     if not prompts:
       return []
     each = max(sampling.num_beams, sampling.num_return_sequences)
     rows = [prompt or [self.eos_token_id] for prompt in prompts for _ in range(each)]
-    texts, ends = Texts.of(rows, sampling, self._cfg.P, each), ends | {self.eos_token_id}
+    texts, stop_ids = Texts.from_prompts(rows, sampling, self._cfg.P, each), stop_ids | {self.eos_token_id}
     layers = views.of_layers(params["blocks"], self._cfg.L)
     logits_BV, cache = self._prefill(params, *texts.prompts(), S=texts.ids_BS.shape[1], apart=layers is not None)
     # The stack is no argument of the step then; a layer tells what a block is.
     step = functools.partial(self._step, params if layers is None else params | {"blocks": layers[0]}, layers)
     if sampling.num_beams > 1:
-      return self._likeliest(step, logits_BV, cache, texts, sampling, ends)
-    return self._chosen(step, logits_BV, cache, texts, sampling, ends, watch)
+      return self._likeliest(step, logits_BV, cache, texts, sampling, stop_ids)
+    return self._chosen(step, logits_BV, cache, texts, sampling, stop_ids, on_token)
 
   def _chosen(
     self,
@@ -90,8 +90,8 @@ class Generator:
     cache: Cache,
     texts: "Texts",
     sampling: Sampling,
-    ends: frozenset[int],
-    watch: Watch,
+    stop_ids: frozenset[int],
+    on_token: Watch,
   ) -> list[list[int]]:
     """A token after the other: the likeliest, or drawn."""
     count = len(texts.lengths_B)
@@ -104,19 +104,19 @@ class Generator:
         jnp.int32(n),
         jnp.float32(temperature),
         texts.history(),
-        sampling.of_program(),
-        texts.early(ends),
+        sampling.for_jit(),
+        texts.min_length(stop_ids),
       )
       for row, token in enumerate(np.asarray(next_B).tolist()):
-        if token in ends:
+        if token in stop_ids:
           open_rows.discard(row)
         if row in open_rows:
           completions[row].append(token)
-          if watch(row, completions[row]) or len(completions[row]) == texts.most_B[row]:
+          if on_token(row, completions[row]) or len(completions[row]) == texts.max_new_B[row]:
             open_rows.discard(row)
       if not open_rows or n == texts.new - 1:
         break
-      logits_BV, cache = step(cache, *texts.add(np.asarray(next_B)))
+      logits_BV, cache = step(cache, *texts.append(np.asarray(next_B)))
     return completions
 
   def _likeliest(
@@ -126,38 +126,38 @@ class Generator:
     cache: Cache,
     texts: "Texts",
     sampling: Sampling,
-    ends: frozenset[int],
+    stop_ids: frozenset[int],
   ) -> list[list[int]]:
     """Whole texts by beam search: `num_beams` rows for each prompt."""
     W = sampling.num_beams
-    prompts = [beams.Beams(W, sampling.length_penalty, most) for most in texts.most_B[::W].tolist()]
+    prompts = [beams.Beams(W, sampling.length_penalty, most) for most in texts.max_new_B[::W].tolist()]
     while True:
       sums = np.array([[text.score for text in prompt.running] for prompt in prompts], np.float32)
-      best = continuations(logits_BV, sums, texts.history(), sampling.of_program(), texts.early(ends))
+      best = continuations(logits_BV, sums, texts.history(), sampling.for_jit(), texts.min_length(stop_ids))
       best = map(np.asarray, best)
-      sources = [prompt.advance(*row, ends) for prompt, *row in zip(prompts, *best, strict=True)]
+      sources = [prompt.advance(*row, stop_ids) for prompt, *row in zip(prompts, *best, strict=True)]
       if all(prompt.done for prompt in prompts):
-        return [ids for prompt in prompts for ids in prompt.best(sampling.num_return_sequences, ends)]
+        return [ids for prompt in prompts for ids in prompt.best(sampling.num_return_sequences, stop_ids)]
       rows = np.concatenate([np.array(of) + W * i for i, of in enumerate(sources)])
       texts.take(rows)
       cache = _take(cache, rows)
       last = np.array([(text.ids or [0])[-1] for prompt in prompts for text in prompt.running], np.int32)
-      logits_BV, cache = step(cache, *texts.add(last))
+      logits_BV, cache = step(cache, *texts.append(last))
 
 
 class Texts:
   """Prompts and what follows them, in rows that end in the same column."""
 
   def __init__(
-    self, ids_BS: np.ndarray, lengths_B: np.ndarray, T: int, fewest_B: np.ndarray, most_B: np.ndarray, P: int
+    self, ids_BS: np.ndarray, lengths_B: np.ndarray, T: int, min_new_B: np.ndarray, max_new_B: np.ndarray, P: int
   ):
-    """`fewest_B`, `most_B`: tokens that must, and that may, follow each prompt."""
-    self.ids_BS, self.lengths_B, self.new = ids_BS, lengths_B, int(most_B.max())
-    self.fewest_B, self.most_B = fewest_B, most_B
+    """`min_new_B`, `max_new_B`: tokens that must, and that may, follow each prompt."""
+    self.ids_BS, self.lengths_B, self.new = ids_BS, lengths_B, int(max_new_B.max())
+    self.min_new_B, self.max_new_B = min_new_B, max_new_B
     self._T, self._end, self._P = T, T, P
 
   @classmethod
-  def of(cls, rows: list[list[int]], sampling: Sampling, P: int, repeated: int) -> "Texts":
+  def from_prompts(cls, rows: list[list[int]], sampling: Sampling, P: int, repeated: int) -> "Texts":
     """Rows for prompts, each with as many more tokens as `sampling` allows, up to P positions.
 
     Raises RequestError for a prompt that leaves no room, or not enough for what must follow it.
@@ -166,12 +166,12 @@ class Texts:
       repeated: how often each prompt is there.
     """
     lengths_B = np.array([len(row) for row in rows])
-    fewest_B, most_B = _limits(lengths_B, sampling, P, repeated)
+    min_new_B, max_new_B = _limits(lengths_B, sampling, P, repeated)
     T = _bucket(lengths_B.max())
-    ids_BS = np.zeros((len(rows), _bucket(T + most_B.max())), np.int32)
+    ids_BS = np.zeros((len(rows), _bucket(T + max_new_B.max())), np.int32)
     for row, prompt in zip(ids_BS, rows, strict=True):
       row[T - len(prompt) : T] = prompt  # padded on the left
-    return cls(ids_BS, lengths_B, T, fewest_B, most_B, P)
+    return cls(ids_BS, lengths_B, T, min_new_B, max_new_B, P)
 
   def prompts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, segments and positions (B, T) of what is there at first."""
@@ -179,17 +179,17 @@ class Texts:
     segments_BT = (np.arange(T) >= begins_B1).astype(np.int32)
     return self.ids_BS[:, :T], segments_BT, np.maximum(np.arange(T) - begins_B1, 0).astype(np.int32)
 
-  def add(self, ids_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  def append(self, ids_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Writes a token to each row; its id, segment and position (B, 1)."""
     self.ids_BS[:, self._end], self._end = ids_B, self._end + 1
     positions_B1 = np.minimum(self.lengths_B + self._end - self._T - 1, self._P - 1)[:, None].astype(np.int32)
     return ids_B[:, None], np.ones_like(positions_B1), positions_B1
 
-  def early(self, ends: frozenset[int]) -> Early | None:
+  def min_length(self, stop_ids: frozenset[int]) -> Early | None:
     """Which texts may not end with the next token; None where none of them has to be of any length."""
-    if not self.fewest_B.any():
+    if not self.min_new_B.any():
       return None  # and the programs are those without this rule
-    return Early(self._end - self._T < self.fewest_B, np.array(sorted(ends), np.int32))
+    return Early(self._end - self._T < self.min_new_B, np.array(sorted(stop_ids), np.int32))
 
   def take(self, rows: np.ndarray) -> None:
     """Goes on from these rows."""
@@ -203,7 +203,7 @@ class Texts:
 
 
 def _limits(lengths_B: np.ndarray, sampling: Sampling, P: int, repeated: int) -> tuple[np.ndarray, np.ndarray]:
-  """How many tokens must, and how many may, follow prompts of these lengths; see `Texts.of`."""
+  """How many tokens must, and how many may, follow prompts of these lengths; see `Texts.from_prompts`."""
   longest, length = int(lengths_B.argmax()), int(lengths_B.max())
   about = f"prompt {longest // repeated + 1} has {length} tokens"
   if length >= P:
@@ -213,21 +213,21 @@ def _limits(lengths_B: np.ndarray, sampling: Sampling, P: int, repeated: int) ->
       f"{about}, and --max_length={sampling.max_length} counts them too; give --max_length={length + 1} or more, or "
       "--max_new_tokens, which does not"
     )
-  most_B = sampling.max_length - lengths_B if sampling.max_length else np.full_like(lengths_B, sampling.max_new_tokens)
-  most_B = np.minimum(most_B, P - lengths_B)
+  max_new_B = sampling.max_length - lengths_B if sampling.max_length else np.full_like(lengths_B, sampling.max_new_tokens)
+  max_new_B = np.minimum(max_new_B, P - lengths_B)
   least = "min_new_tokens" if sampling.min_new_tokens else "min_length"
-  fewest_B = np.maximum(0, sampling.min_length - lengths_B)
+  min_new_B = np.maximum(0, sampling.min_length - lengths_B)
   if sampling.min_new_tokens:
-    fewest_B = np.full_like(lengths_B, sampling.min_new_tokens)
-  if (fewest_B > most_B).any():
-    row = int((fewest_B - most_B).argmax())
+    min_new_B = np.full_like(lengths_B, sampling.min_new_tokens)
+  if (min_new_B > max_new_B).any():
+    row = int((min_new_B - max_new_B).argmax())
     most = "max_length" if sampling.max_length else "max_new_tokens"
-    limit = f"--{most}={getattr(sampling, most)}" if most_B[row] < P - lengths_B[row] else f"the model's {P} positions"
+    limit = f"--{most}={getattr(sampling, most)}" if max_new_B[row] < P - lengths_B[row] else f"the model's {P} positions"
     raise RequestError(
-      f"prompt {row // repeated + 1} has {lengths_B[row]} tokens: --{least}={getattr(sampling, least)} wants {fewest_B[row]} "
-      f"more, and {limit} {'leaves' if limit[0] == '-' else 'leave'} {most_B[row]}; lower the one or raise the other"
+      f"prompt {row // repeated + 1} has {lengths_B[row]} tokens: --{least}={getattr(sampling, least)} wants {min_new_B[row]} "
+      f"more, and {limit} {'leaves' if limit[0] == '-' else 'leave'} {max_new_B[row]}; lower the one or raise the other"
     )
-  return fewest_B, most_B
+  return min_new_B, max_new_B
 
 
 _take = jax.jit(Cache.take, donate_argnums=0)
@@ -257,7 +257,7 @@ def ruled(logits_BV: jax.Array, history: History, sampling: Sampling, early: Ear
     logits_BV = filters.ban_repeats(logits_BV, history, sampling.no_repeat_ngram_size)
   if early:
     end_V = jnp.isin(jnp.arange(logits_BV.shape[-1]), early.ends_E)
-    logits_BV = jnp.where(early.short_B[:, None] & end_V, -jnp.inf, logits_BV)
+    logits_BV = jnp.where(early.too_short_B[:, None] & end_V, -jnp.inf, logits_BV)
   return logits_BV
 
 

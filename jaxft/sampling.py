@@ -27,16 +27,16 @@ class Sampling(NamedTuple):
   num_return_sequences: int = 1  # texts for each prompt
   seed: int = 0
 
-  def of_program(self) -> "Sampling":
+  def for_jit(self) -> "Sampling":
     """With what needs no other program left out."""
     limits = dict.fromkeys((name for pair in LIMITS for name in pair), 0)
     return self._replace(
       temperature=float(self.temperature > 0), seed=0, length_penalty=1.0, num_return_sequences=1, **limits
     )
 
-  def check(self) -> None:
+  def validate(self) -> None:
     """Raises RequestError on a value that means nothing, alone or with the others."""
-    self.check_values()
+    self.validate_values()
     limits = {name: getattr(self, name) for pair in LIMITS for name in pair}
     check_limits(limits | ({"max_new_tokens": 0} if self.max_length else {}))
     if self.num_beams > 1 and self.temperature:
@@ -47,7 +47,7 @@ class Sampling(NamedTuple):
         "give it as many --num_beams"
       )
 
-  def check_values(self) -> None:
+  def validate_values(self) -> None:
     """Raises RequestError on a value that means nothing."""
     for name, fine, wanted in (
       ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),

@@ -216,9 +216,9 @@ class Part(NamedTuple):
   """What a device has of an array."""
 
   values: jax.Array
-  starts: tuple[Any, ...]  # where it begins along each axis
+  offsets: tuple[Any, ...]  # where it begins along each axis
   shape: tuple[int, ...]  # of the whole array
-  counts: Any  # false on a device whose part another one, which counts, has too
+  is_primary: Any  # false on a device whose part another one, which counts, has too
 
 
 def on_parts(shardings: list[Sharding], of_part: Callable[[Part], jax.Array]) -> Callable[[list[jax.Array]], jax.Array]:

@@ -33,18 +33,18 @@ class State(NamedTuple):
 
   step: jax.Array  # optimizer steps done, skipped ones included
   params: Any  # those that are trained
-  opt: Any
+  opt_state: Any
   frozen: Any = {}  # those that are not
 
   @property
-  def weights(self) -> Any:
+  def all_params(self) -> Any:
     """All parameters of the model."""
     return join(self.params, self.frozen)
 
   @property
-  def changing(self) -> Changing:
+  def checkpointable(self) -> Changing:
     """Without the frozen weights, which can be read again where they came from."""
-    return Changing(self.step, self.params, self.opt)
+    return Changing(self.step, self.params, self.opt_state)
 
 
 def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients: Any, trained: Any = ()) -> Callable:
@@ -75,11 +75,11 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients:
 
     def of_part(index, part):
       # Scaled before the backward pass: its numbers then do not grow with the size of the batch.
-      B, model = part["ids"].shape[0], nnx.merge(graph, state.weights)
+      B, model = part["ids"].shape[0], nnx.merge(graph, state.all_params)
       keys_B = row_keys(key, index * B, B)
       scaled = lambda params, rows: scale * loss_sum(join(params, state.frozen), rows, part, keys_B)
-      loss, (grads, d_rows) = jax.value_and_grad(scaled, (0, 1))(state.params, model.look_up(part["ids"]))
-      return loss, place(model.with_rows(grads, part["ids"], d_rows))
+      loss, (grads, d_rows) = jax.value_and_grad(scaled, (0, 1))(state.params, model.embed_tokens(part["ids"]))
+      return loss, place(model.add_embedding_grads(grads, part["ids"], d_rows))
 
     A = batch["ids"].shape[0]
     if A == 1:  # no second copy of the gradient for runs that do not accumulate
@@ -150,16 +150,16 @@ def make_train_step(
 
   def train_step(state: State, batch: dict) -> tuple[State, dict]:
     loss, grads, tokens = gradient(state, batch)
-    norm, bad_leaves = look(grads, state.changing)
+    norm, bad_leaves = look(grads, state.checkpointable)
     good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~bad_leaves.any()
     scale = jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else jnp.float32(1)
     rate = schedule(state.step)
 
     keys = rounding.keys(seed, state.step, state.params)
-    params, opt = update(good, grads, scale, rate, keys, state.params, state.opt)
+    params, opt = update(good, grads, scale, rate, keys, state.params, state.opt_state)
     metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
     metrics |= {"bad": ~good, "bad_leaves": bad_leaves}
-    return state._replace(step=state.step + 1, params=params, opt=opt), metrics
+    return state._replace(step=state.step + 1, params=params, opt_state=opt), metrics
 
   return train_step
 
@@ -173,7 +173,7 @@ def in_range(part: dict, cfg: Any) -> jax.Array:
 def name_bad_leaves(bad_leaves: Any, state: State) -> list[str]:
   """The names behind `metrics["bad_leaves"]`."""
   names = lambda tree: [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-  every = [f"the gradient of {name}" for name in names(state.params)] + [name[1:] for name in names(state.changing)]
+  every = [f"the gradient of {name}" for name in names(state.params)] + [name[1:] for name in names(state.checkpointable)]
   return [name for name, bad in zip(every, bad_leaves, strict=True) if bad]
 
 

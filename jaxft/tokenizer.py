@@ -112,7 +112,7 @@ def main() -> None:
 
 def _roles(tokenizer: Any) -> str:
   """What the tokens with a role do from now on."""
-  begins = TokenizerInfo(tokenizer).begin is not None
+  begins = TokenizerInfo(tokenizer).bos_id is not None
   line = f"a text ends with {tokenizer.eos_token!r} in training, and "
   line += (
     f"begins with {tokenizer.bos_token!r}, as a prompt then should" if begins else "the next one is learned from it"

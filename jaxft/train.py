@@ -225,7 +225,7 @@ def finetune(
 
     # ---- Data: every document and every token accounted for ------------------------------------------------------------
     with Meter("tokenising", 1) as meter:
-      told = lambda done, total: meter.at(done, total=total)
+      told = lambda done, total: meter.update(done, total=total)
       data = prepare(config.data, tokenizer, tokenizers.fingerprint(tokenizer), told, say)
     if data.labels:
       some = ", ".join(map(str, data.labels[:20])) + ", ..." * (len(data.labels) > 20)
@@ -237,12 +237,12 @@ def finetune(
     save.check_exportable(source, tokenizer)
     frozen = bool(config.lora.rank or config.train.only)
     weights = repo.fingerprint(source, whole=frozen or jax.process_count() > 1) if pretrained else ""
-    same = {"config.data, as it is cut into tokens": data.fingerprint, "its validation text": data.held_out}
+    same = {"config.data, as it is cut into tokens": data.fingerprint, "its validation text": data.validation_fingerprint}
     same |= {"config.data.unrelated": data.unrelated_fingerprint}
     same |= {"the files of config.model.path": weights}
     hosts.agree("data", same | {f"config.json of the model: {key}": it for key, it in source.hf_config.items()})
     rows = data.train
-    rows_in_all, total_steps = run_length(rows, config.train)
+    total_rows, total_steps = run_length(rows, config.train)
     if total_steps > settings.LARGEST:
       raise RequestError(f"config.train.epochs={config.train.epochs}: more than {settings.LARGEST:,} steps")
     for line in adapted(config, data, total_steps):
@@ -251,8 +251,8 @@ def finetune(
       "config": config.to_dict(),
       "total_steps": total_steps,
       "data": data.fingerprint,
-      "held_out": data.held_out,
-      "rows_in_all": rows_in_all,
+      "held_out": data.validation_fingerprint,
+      "rows_in_all": total_rows,
       "rows_of_step": min(len(rows), config.train.batch_size),
     }
     about |= {"versions": dict(hosts.versions()), "started_in": str(Path.cwd()), "workdir": str(workdir.absolute())}
@@ -266,7 +266,7 @@ def finetune(
     if warning := programs.may_not_be_pinned(program):
       say(warning)
     say(
-      f"{source.hf_config['model_type']} from {config.model.path}: {parts.count(program.state.weights, cfg):,} parameters, "
+      f"{source.hf_config['model_type']} from {config.model.path}: {parts.count(program.state.all_params, cfg):,} parameters, "
       + (f"{parts.count(program.state.params, cfg):,} of them trained, " if cfg.trained else "")
       + f"computing in {program.compute.dtype}"
     )
@@ -277,10 +277,10 @@ def finetune(
 
     def opened() -> Checkpoints:
       """The checkpoints of this run; raises where they are of another."""
-      best, in_pieces = config.train.keep_best_metric, program.offload != "none"
-      found = Checkpoints(workdir / "checkpoints", config.train.keep, best, writes=True, in_pieces=in_pieces)
-      until_the_end.callback(found.abandon)
-      refuse_another_run(found, program.state.changing, config, about, allow_change)
+      best, low_memory = config.train.keep_best_metric, program.offload != "none"
+      found = Checkpoints(workdir / "checkpoints", config.train.keep, best, writes=True, low_memory=low_memory)
+      until_the_end.callback(found.close_quietly)
+      refuse_another_run(found, program.state.checkpointable, config, about, allow_change)
       return found
 
     checkpoints = None if dry_run or overwrite else opened()
@@ -291,7 +291,7 @@ def finetune(
         checkpoints.steps() if checkpoints else [], total_steps, config.train, steps_of_epoch
       )
       exported = EXPORT_DTYPES[config.export.dtype].itemsize * model.parameter_count(source.cfg)
-      needed = {workdir / "checkpoints": to_come * nbytes(program.state.changing), out: exported}
+      needed = {workdir / "checkpoints": to_come * nbytes(program.state.checkpointable), out: exported}
       must_have_room(needed, f"{to_come} checkpoints of this run and its export")
 
     # ---- Compile: what the step needs is known before any of it is taken ----------------------------------------------
@@ -299,7 +299,7 @@ def finetune(
     try:
       traced = program.train_step.trace(program.state, program.batch)
       train_step = traced.lower().compile()
-      eval_step = program.eval_step.lower(program.state.weights, program.eval_batch).compile()
+      eval_step = program.eval_step.lower(program.state.all_params, program.eval_batch).compile()
     except jax.errors.JaxRuntimeError as error:
       raise RequestError(
         f"this run does not compile for {device.device_kind}: {first_line(error)}; {SMALLER}"
@@ -321,7 +321,7 @@ def finetune(
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
     saved, tokens_seen = None, 0
     if checkpoints:
-      saved, tokens_seen = resume(checkpoints, program.state.changing, total_steps, strict)
+      saved, tokens_seen = resume(checkpoints, program.state.checkpointable, total_steps, strict)
     if saved is None:
       state = programs.begin(program, *first_weights(program, cfg, source, config))
     else:
@@ -329,7 +329,7 @@ def finetune(
     start = int(state.step)
     if overwrite:  # now that nothing is left to refuse
       hosts.agree("read", {})
-      with stop.held():
+      with stop.deferred():
         if jax.process_index() == 0 and has_content(workdir):
           say(f"{workdir}: what was there is moved to {move_aside(workdir)}; a new run begins (--overwrite_output_dir)")
         hosts.agree("moved", {})
@@ -341,24 +341,24 @@ def finetune(
       write_whole(workdir / "data_report.json", data.to_json(config.train))
       save.replace_config_and_tokenizer(workdir, source, tokenizer)
     kind = {"type": source.hf_config["model_type"], "compute_dtype": program.compute.dtype.name}
-    sizes = {"parameters": parts.count(program.state.weights, cfg), "trained": parts.count(program.state.params, cfg)}
+    sizes = {"parameters": parts.count(program.state.all_params, cfg), "trained": parts.count(program.state.params, cfg)}
     needs = {"planned": memory, "host": programs.bytes_on_host(program)}
     told = {"step": start, "total_steps": total_steps, "model": kind | sizes, "memory": needs}
     until_the_end.enter_context(leaving_a_report(workdir, mesh, told))
-    model_flops = flops.of_model(cfg, config.train.batch_size, rows.T)
+    model_flops = flops.of_model(cfg, config.train.batch_size, rows.seq_len)
     at_peak = estimate.seconds_at_peak(targets.here(device, mesh.size), mesh.size, model_flops)
     first = jax.process_index() == 0
     system = until_the_end.enter_context(SystemMetrics(first and config.tracking.system_metrics, workdir))
     reporter = Reporter(
-      config, workdir, start, total_steps, tokens_seen, data.floor, device, at_peak, system, len(rows)
+      config, workdir, start, total_steps, tokens_seen, data.entropy_floor, device, at_peak, system, len(rows)
     )
     writers = Writers(config, workdir, start, reporter.metrics, reporter.samples, first)
-    reporter.also = until_the_end.enter_context(writers).put
+    reporter.on_entry = until_the_end.enter_context(writers).log
     generator = Generator(program.graph, cfg, tokenizer.eos_token_id)
     judge = Judge(config, program, eval_step, generator, data, tokenizer, reporter)
     if start == 0:
-      judge.evaluate(state.weights, 0, "before")
-      judge.sample(state.weights, 0, "before")
+      judge.evaluate(state.all_params, 0, "before")
+      judge.sample(state.all_params, 0, "before")
 
     # ---- Train: step n + 1 is under way before the numbers of step n are read -----------------------------------------
     batches = loader.training_batches(
@@ -366,13 +366,13 @@ def finetune(
       batch_size=config.train.batch_size,
       accumulation=program.batch["ids"].shape[0],
       seed=config.data.shuffle_seed,
-      rows_in_all=rows_in_all,
+      total_rows=total_rows,
       start=start,
       sharding=program.batch_sharding,
     )
     is_due = functools.partial(due_at, rows=len(rows), batch_size=config.train.batch_size)
     step, pending, found, patience = start, None, {}, config.train.early_stopping_patience
-    ended_early = start > 0 and 0 < patience <= reporter.evaluations_without_gain()
+    ended_early = start > 0 and 0 < patience <= reporter.evals_since_best()
     if ended_early and start < total_steps:
       say(
         f"config.train.early_stopping_patience={patience}: no lower eval loss in as many evaluations, so nothing more is "
@@ -380,37 +380,37 @@ def finetune(
       )
     name_leaves = lambda bad: name_bad_leaves(bad, program.state)
     profile = Profile(workdir / "profile", start + 3, config.train.profile_steps, total_steps, reporter.clock.paused)
-    until_the_end.callback(stop.hold)  # a signal while trackers are waited for changes nothing of how the run ended
+    until_the_end.callback(stop.defer)  # a signal while trackers are waited for changes nothing of how the run ended
     reporter.clock.restart()
-    with stop.held(), profile, Meter("training", total_steps, start) as meter:
+    with stop.deferred(), profile, Meter("training", total_steps, start) as meter:
       for step in range(start + 1, 0 if ended_early else total_steps + 1):
-        profile.before(step, pending)
+        profile.on_step_begin(step, pending)
         state, numbers = train_step(state, next(batches))
         told["reached"] = step
         if step == start + 1:
           jax.block_until_ready(numbers)
           say(f"first step after {time.monotonic() - beginning:.1f} s")
         if pending:
-          reporter.step(step - 1, jax.device_get(pending), meter, name_leaves)
-        profile.after(step, numbers)
+          reporter.log_step(step - 1, jax.device_get(pending), meter, name_leaves)
+        profile.on_step_end(step, numbers)
         checkpoints.wait()  # a save goes on beside one step, so that a kill costs at most save_every + 1 of them
         pending, last = numbers, step == total_steps
         due = {what for what in ("eval", "save", "sample") if is_due(config.train[f"{what}_every"], step)}
         due = (due | {"eval", "save"}) - {"sample"} if last else due  # what is exported is sampled, below
-        stopping = stop.at(step)
+        stopping = stop.should_stop(step)
         if due or stopping:
-          reporter.step(step, jax.device_get(pending), meter, name_leaves)
+          reporter.log_step(step, jax.device_get(pending), meter, name_leaves)
           pending = None
           with reporter.clock.paused():
             if "eval" in due:
-              found = judge.evaluate(state.weights, step, "after" if last else f"step {step}")
-              ended_early = 0 < patience <= reporter.evaluations_without_gain()
+              found = judge.evaluate(state.all_params, step, "after" if last else f"step {step}")
+              ended_early = 0 < patience <= reporter.evals_since_best()
             if "sample" in due:
-              judge.sample(state.weights, step, "during")
+              judge.sample(state.all_params, step, "during")
             best = "eval" in due and config.train.keep_best_metric
             if "save" in due or stopping or best or ended_early:
               checkpoints.save(
-                step, state.changing, about | {"tokens": reporter.tokens_seen}, found if "eval" in due else {}
+                step, state.checkpointable, about | {"tokens": reporter.tokens_seen}, found if "eval" in due else {}
               )
         if stopping:
           checkpoints.close()
@@ -419,19 +419,19 @@ def finetune(
           say(f"no lower eval loss in {patience} evaluations: ended at step {step} of {total_steps}")
           break
       checkpoints.close()
-      if stop.at(total_steps + 1):
+      if stop.should_stop(total_steps + 1):
         raise Preempted(f"{stop.received}: all steps are saved; {again} exports the model")
 
     # ---- What goes out: the last weights or, where they are kept, the best -----------------------------------------------
     if config.train.keep_best_metric:
       frozen, state = state.frozen, None  # there may be no room for two
-      step, best = best_weights(checkpoints, program.state.changing, strict)
+      step, best = best_weights(checkpoints, program.state.checkpointable, strict)
       state = State(*best, frozen)
-    judge.sample(state.weights, step, "after")
+    judge.sample(state.all_params, step, "after")
     told["exported_step"] = step
 
     # ---- Export: a Hugging Face folder, read back and compared -----------------------------------------------------------
-    state = state.changing  # the frozen weights are read again, as precise as they are in the checkpoint
+    state = state.checkpointable  # the frozen weights are read again, as precise as they are in the checkpoint
     if cfg.lora_rank:
       peft.write(workdir / "adapter", state.params, cfg, source, config)
     parity = save.export(
@@ -450,7 +450,7 @@ def finetune(
     if jax.process_index() == 0 and config.export.push_to_hub:
       say(f"uploaded to {push.push(out, config.export.push_to_hub)}")
     say(reporter.summary(step) if data.validation else "no eval loss: nothing was held out")
-  return Run(workdir, reporter.metrics.all, reporter.samples.all, out)
+  return Run(workdir, reporter.metrics.entries, reporter.samples.entries, out)
 
 
 def main() -> None:
@@ -459,16 +459,16 @@ def main() -> None:
     if arguments.per_device:
       backend.prepare_backend()
       backend.must_run_on(arguments.require)
-      arguments.per_device.into(arguments.config, jax.device_count())
+      arguments.per_device.apply_to(arguments.config, jax.device_count())
     print(settings.describe(arguments.config))
     return
   if arguments.overwrite_output_dir:
     must_not_be_read(arguments.workdir, [arguments.config_file])
-  with hosts.joined(arguments.place, arguments.start_timeout, arguments.peer_timeout):
+  with hosts.joined(arguments.process_info, arguments.start_timeout, arguments.peer_timeout):
     if arguments.per_device:
       backend.prepare_backend()
       backend.must_run_on(arguments.require)
-      arguments.per_device.into(arguments.config, jax.device_count())
+      arguments.per_device.apply_to(arguments.config, jax.device_count())
     finetune(
       arguments.config,
       arguments.workdir,

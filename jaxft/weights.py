@@ -15,7 +15,7 @@ from jaxft.program import Program
 
 def first(program: Program, cfg: ModelConfig, source: Checkpoint, config: ConfigDict) -> tuple[Any, Any]:
   """The weights that are trained and the frozen ones: of the checkpoint, or drawn; adapters are drawn in any case."""
-  shapes = program.state.weights
+  shapes = program.state.all_params
   if config.model.init == "scratch":
     return programs.draw(program, cfg, config.train.seed, shapes), {}
   plain = lora.without_adapters(shapes)
@@ -42,7 +42,7 @@ def plain(trained: Any, cfg: ModelConfig, source: Checkpoint, shapes: Any) -> An
 
 def plain_shapes(program: Program) -> Any:
   """`plain`'s shapes for a program's weights; where some are frozen, in the host's memory: in float32 they may be too many."""
-  shapes = jax.tree.map(lambda leaf: leaf.update(dtype="float32"), lora.without_adapters(program.state.weights))
+  shapes = jax.tree.map(lambda leaf: leaf.update(dtype="float32"), lora.without_adapters(program.state.all_params))
   return offload.on_host(shapes) if program.state.frozen else shapes
 
 

@@ -85,7 +85,7 @@ class Cells:
 
   def line(self, model: str, target: targets.Target, kept: str) -> tuple[float, float]:
     """Bytes of one row, and of each further one: the peak grows in a straight line, nearly, and alike on most GPUs."""
-    key = (model, kept, target.count, target.kind in targets.GPUS, target.facts.bfloat16)
+    key = (model, kept, target.count, target.kind in targets.GPUS, target.spec.bfloat16)
     if key not in self._lines:
       one, four = self.peak(model, target, kept, 1), self.peak(model, target, kept, 4)
       self._lines[key] = one, max(four - one, 1) / 3 if four < math.inf else math.inf

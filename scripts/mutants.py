@@ -261,8 +261,8 @@ FAULTS = (
   Fault(
     "quotes are not escaped on a page",
     "jaxft/page/markup.py",
-    'return html.escape(visible(text.encode(errors="backslashreplace").decode()))',
-    'return html.escape(visible(text.encode(errors="backslashreplace").decode()), quote=False)',
+    'return html.escape(escape_controls(text.encode(errors="backslashreplace").decode()))',
+    'return html.escape(escape_controls(text.encode(errors="backslashreplace").decode()), quote=False)',
     ("test_report.py",),
   ),
 )

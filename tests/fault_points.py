@@ -28,7 +28,7 @@ PLACES = {
   "evaluation": ("jaxft.step:evaluate", "before"),
   "sample": ("jaxft.sample:Generator.__call__", "before"),
   "batch made": ("jaxft.data.loader:Steps.__getitem__", "before"),
-  "step told": ("jaxft.run.tracking:Reporter.step", "before"),
+  "step told": ("jaxft.run.tracking:Reporter.log_step", "before"),
   "line of metrics": ("jaxft.run.tracking:Lines.write", "torn"),
   "checksums": ("jaxft.run.checkpoint:checksums", "before"),
   "save begun": ("orbax.checkpoint:CheckpointManager.save", "before"),

@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
   state = {str(i): jax.make_array_from_callback(SHAPE, place, draw(i).__getitem__) for i in range(LEAVES)}
   like = {name: jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=place) for name in state}
   wanted = checksums(state)
-  checkpoints = Checkpoints(folder, 1, writes=True, in_pieces=True)
+  checkpoints = Checkpoints(folder, 1, writes=True, low_memory=True)
   with Peak() as save:  # and the first one is read back
     checkpoints.save(1, state, {})
   del state

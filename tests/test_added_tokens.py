@@ -103,11 +103,11 @@ def test_a_document_begins_with_the_token_that_is_there_for_it(tokenizer):
   assert read(Example(text), tokenizer) == (document, 1)
   assert read(Example(BEGIN + text), tokenizer) == (document, 1)  # not twice
   whole = [BEGIN_ID, *cut(tokenizer, asked), *cut(tokenizer, " red"), END_ID]
-  assert read(Example(asked + " red", prompt=len(asked)), tokenizer) == (whole, 1 + len(cut(tokenizer, asked)))
-  begun = Example(BEGIN + asked + " red", prompt=len(BEGIN + asked))
+  assert read(Example(asked + " red", prompt_chars=len(asked)), tokenizer) == (whole, 1 + len(cut(tokenizer, asked)))
+  begun = Example(BEGIN + asked + " red", prompt_chars=len(BEGIN + asked))
   assert read(begun, tokenizer) == (whole, 1 + len(cut(tokenizer, asked)))
   assert tokenizer.decode(cut(tokenizer, " the")[0]) == " t"  # in which a prompt of one blank ends
-  assert read(Example(" the", prompt=1), tokenizer) == ([BEGIN_ID, *cut(tokenizer, " the"), END_ID], 1)
+  assert read(Example(" the", prompt_chars=1), tokenizer) == ([BEGIN_ID, *cut(tokenizer, " the"), END_ID], 1)
   assert read(Example(text, label="a"), tokenizer) == (cut(tokenizer, text), 0)
   assert tokens.prompt_ids(tokenizer, text) == tokenizer(text)["input_ids"] == cut(tokenizer, text)
   assert tokens.prompt_ids(tokenizer, "") == [BEGIN_ID]
@@ -149,8 +149,8 @@ def test_the_first_token_of_a_text_follows_it_and_it_is_never_a_target(tokenizer
     assert pairs == [of[:T] for of in wanted]
   else:  # every token of every text, once: a long one goes on in its next piece
     assert sorted(sum(pairs, [])) == sorted(sum(wanted, []))
-  assert rows.account.ends == sum(target == END_ID for _, target in sum(pairs, [])) or layout == "pad"
-  assert rows.account.columns + sum(rows.account.dropped.values()) <= len(stored.ids)
+  assert rows.stats.eos_targets == sum(target == END_ID for _, target in sum(pairs, [])) or layout == "pad"
+  assert rows.stats.filled + sum(rows.stats.dropped.values()) <= len(stored.ids)
   if layout == "concat":
     strided = learned(StridedRows(stored, T, END_ID, 3))
     assert sorted(sum(strided, [])) == sorted(sum(wanted, []))
@@ -170,7 +170,7 @@ def test_without_such_a_token_every_token_is_as_it_was(folder, tmp_path):
       found = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
       given = sum(stop <= prompt for _, stop in found.offsets) if prompt else 0
       ids = [*before, *found.ids, end]
-      assert read(Example(text, prompt=prompt), tokenizer) == (ids, given + len(before) if given else 0)
+      assert read(Example(text, prompt_chars=prompt), tokenizer) == (ids, given + len(before) if given else 0)
       assert tokens.prompt_ids(tokenizer, text) == ids[:-1]
     assert tokens.prompt_ids(tokenizer, "") == before
     stored = tokens.in_memory([Example(tiny.story(rng)) for _ in range(30)], tokenizer)

@@ -234,7 +234,7 @@ def test_more_than_xla_may_pin_is_refused(monkeypatch):
   program.must_hold(run, config)
   gpu = SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 8 * GIB}, device_kind="a card")
   batch = SimpleNamespace(mesh=SimpleNamespace(local_devices=[gpu]))
-  on_gpu = SimpleNamespace(**{name: getattr(run, name) for name in run._fields}, kept=run.kept, batch_sharding=batch)
+  on_gpu = SimpleNamespace(**{name: getattr(run, name) for name in run._fields}, host_mask=run.host_mask, batch_sharding=batch)
   monkeypatch.setenv(backend.PINNED_LIMIT, "1")
   with pytest.raises(
     RequestError, match="XLA may pin 1,073,741,824 .* XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB .*JAXFT_HOST_MEM"

@@ -37,7 +37,7 @@ def test_state_and_record_come_back(tmp_path):
   checkpoints.close()
   again = Checkpoints(tmp_path, 2)
   jax.tree.map(np.testing.assert_array_equal, again.restore(3, LIKE), STATE)
-  assert again.meta(2)["tokens"] == 20 and again.meta(2)["step"] == 2
+  assert again.metadata(2)["tokens"] == 20 and again.metadata(2)["step"] == 2
 
 
 def test_the_last_one_that_was_read_back_stays_until_a_newer_one_was(tmp_path, monkeypatch):

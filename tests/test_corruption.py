@@ -71,7 +71,7 @@ def like(run, folder):
   config, _ = run
   cfg = repo.find(str(folder)).cfg
   row = {"ids": np.zeros(32, np.int32), "targets": np.zeros(32, np.int32), "mask": np.zeros(32, bool)}
-  return program.build(config, cfg, sharding.make_mesh(config.mesh), 12, row).state.changing
+  return program.build(config, cfg, sharding.make_mesh(config.mesh), 12, row).state.checkpointable
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,7 @@ def test_the_floor_is_nats_per_held_out_token(tokenizer, tmp_path):
   file = tmp_path / "a.jsonl"
   file.write_text('{"text": "cat", "nats": 2.5}\n{"text": "and dog", "nats": 4}\n')
   data = prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), nats_column="nats")
-  assert data.floor == pytest.approx(6.5 / data.report["tokens"]["held_out"])
+  assert data.entropy_floor == pytest.approx(6.5 / data.report["tokens"]["held_out"])
   with file.open("a") as more:
     more.write('{"text": "mat", "nats": "many"}\n')
   with pytest.raises(RequestError, match="row 3: column 'nats' is no finite number"):
@@ -218,15 +218,15 @@ def test_sources_with_the_same_files_in_other_groups_are_other_data(tokenizer, t
 
 
 def test_rows_of_nothing_but_prompt_are_dropped_and_counted(tokenizer):
-  examples = [Example("the cat sat on mat " * 9 + "dog", prompt=171), Example("the dog"), Example("a" * 40, prompt=40)]
+  examples = [Example("the cat sat on mat " * 9 + "dog", prompt_chars=171), Example("the dog"), Example("a" * 40, prompt_chars=40)]
   text = stored(tokenizer, examples)
   rows = ConcatRows(text, 7, EOS)
   masks = np.concatenate([rows[i]["mask"] for i in range(len(rows))])
   assert all(rows[i]["mask"].any() for i in range(len(rows))) and len(rows) < len(text.ids) // 7
   assert masks.sum() == (text.lengths_N - text.prompts_N).sum()
-  (lost,) = rows.account.dropped.values()
-  assert lost == len(text.ids) - rows.account.columns > 0
-  assert rows.account.ends == (learned(rows) == EOS).sum() == 3
+  (lost,) = rows.stats.dropped.values()
+  assert lost == len(text.ids) - rows.stats.filled > 0
+  assert rows.stats.eos_targets == (learned(rows) == EOS).sum() == 3
 
 
 @pytest.mark.parametrize("layout", ["concat", "pack", "pad"])
@@ -245,7 +245,7 @@ def stored(tokenizer, examples):
 
 def test_only_the_completion_is_learned(tokenizer):
   pairs = [("the cat", " sat on"), ("", "the dog"), ("a", "a"), ("once upon a time the", " mat")]
-  examples = [Example(prompt + completion, prompt=len(prompt)) for prompt, completion in pairs]
+  examples = [Example(prompt + completion, prompt_chars=len(prompt)) for prompt, completion in pairs]
   for rows in (
     ExampleRows(stored(tokenizer, examples), 24, EOS, pack=False),
     ExampleRows(stored(tokenizer, examples), 24, EOS, pack=True),
@@ -256,7 +256,7 @@ def test_only_the_completion_is_learned(tokenizer):
     merged = len(tokenizer("aa")["input_ids"]) == 1
     assert texts == sorted([" sat on", "the dog", "aa" if merged else "a", " mat"])
   batch = tokens.encode(examples, tokens.TokenizerInfo(tokenizer), np.uint16)
-  assert batch.merged == merged
+  assert batch.straddling == merged
 
 
 def test_a_prompt_that_fills_the_row_is_dropped_by_name(tokenizer, tmp_path):

@@ -104,7 +104,7 @@ def test_the_configs_of_the_recipes_are_understood(config, stage, offload):
   keys = [entry.key for entry in found.entries]
   assert keys[:2] == ["fp16.enabled", "fp16.loss_scale"] and keys[-1] == "wall_clock_breakdown"
   assert len(keys) == len(set(keys)) == sum(1 for _ in ds_config._leaves(config))
-  became = {entry.key: entry.became for entry in found.entries}
+  became = {entry.key: entry.outcome for entry in found.entries}
   assert became["optimizer.params.lr"] == "auto: as the flags or their defaults say"
   assert became[f"{ZERO}.overlap_comm"].startswith("nothing: ")
   assert "in a line" in became["scheduler.type"] and "float32 elsewhere" in became["fp16.enabled"]
@@ -254,7 +254,7 @@ ADAMW, DECAYING, COSINE = (
 def test_what_a_key_comes_to(dotted, wanted):
   found = translated(nested(dotted))
   assert found.settings == wanted
-  told = " ".join(entry.became for entry in found.entries)
+  told = " ".join(entry.outcome for entry in found.entries)
   for name, value in wanted.items():  # nothing is set that no row tells
     for part in value if isinstance(value, tuple) else (value,):
       assert f"--config.{name}={part}" in told
@@ -318,7 +318,7 @@ def test_the_batch_is_told_to_whoever_counts_devices(rows, accumulation, batch):
   config = {ds_keys.ROWS: rows or "auto", ds_keys.ACCUMULATION: accumulation or "auto", ds_keys.BATCH: batch or "auto"}
   found = translated(config)
   assert found[:4] == ({}, rows, accumulation, batch)
-  assert [entry.became.split(":")[0] == "auto" for entry in found.entries] == [n is None for n in found[1:4]]
+  assert [entry.outcome.split(":")[0] == "auto" for entry in found.entries] == [n is None for n in found[1:4]]
 
 
 @pytest.mark.parametrize(
@@ -446,7 +446,7 @@ def test_a_known_key_is_never_unknown(key):
 
 def test_rows_tell_what_another_key_has_decided():
   became = {
-    entry.key: entry.became
+    entry.key: entry.outcome
     for entry in translated(
       nested(
         {
@@ -512,7 +512,7 @@ def written(folder, content):
 def test_a_file_is_read_as_deepspeed_reads_it(tmp_path, text):
   found = ds_config.read(written(tmp_path, text))
   assert found.settings == {"model.compute_dtype": "auto", "mesh.zero_stage": 2}
-  notes = [entry.value for entry in found.entries if "a comment" in entry.became]
+  notes = [entry.value for entry in found.entries if "a comment" in entry.outcome]
   assert notes == (["// # /* ,]", '"//,}'] if "_note" in text else [])
 
 

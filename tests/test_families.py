@@ -145,7 +145,7 @@ def test_logits_with_padding_on_either_side(case):
 
 
 def grads_by_name(grads, checkpoint):
-  return {tensor.name: tensor.make() for tensor in unload.hf_tensors(grads, checkpoint)}
+  return {tensor.name: tensor.to_numpy() for tensor in unload.hf_tensors(grads, checkpoint)}
 
 
 def test_loss_and_every_gradient(case):

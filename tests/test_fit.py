@@ -41,8 +41,8 @@ def test_the_search_finds_what_fits_and_says_why_the_rest_lost():
 @pytest.mark.parametrize(
   "limit, most, compiles, why",
   [
-    ("MOST_COMPILES", 1, 1, "the search ended after 1 compiles"),
-    ("MOST_SECONDS", 0, 0, "the search ended after 0 s"),
+    ("MAX_COMPILES", 1, 1, "the search ended after 1 compiles"),
+    ("MAX_SECONDS", 0, 0, "the search ended after 0 s"),
   ],
 )
 @pytest.mark.parametrize("needs", [1, 60])

@@ -85,17 +85,17 @@ def test_folders_on_one_disk_share_its_room(tmp_path, monkeypatch):
 
 def test_a_second_signal_is_the_systems_own(monkeypatch):
   sent = []
-  with guards.StopRequest() as stop, stop.held():
+  with guards.StopRequest() as stop, stop.deferred():
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert stop.received == "SIGUSR1" and signal.getsignal(signal.SIGTERM) == stop._note
+    assert stop.received == "SIGUSR1" and signal.getsignal(signal.SIGTERM) == stop._on_signal
     monkeypatch.setattr(guards.os, "kill", lambda pid, number: sent.append((pid, number, signal.getsignal(number))))
-    stop._note(signal.SIGTERM, None)
+    stop._on_signal(signal.SIGTERM, None)
   assert sent == [(os.getpid(), signal.SIGTERM, signal.SIG_DFL)]
 
 
 def test_a_save_is_waited_for_after_one_step(config, tmp_path, monkeypatch):
   """So that a kill costs at most `save_every` + 1 steps, however slow the disk is."""
-  events, wait, save, told = [], checkpoint.Checkpoints.wait, checkpoint.Checkpoints.save, Reporter.step
+  events, wait, save, told = [], checkpoint.Checkpoints.wait, checkpoint.Checkpoints.save, Reporter.log_step
   monkeypatch.setattr(checkpoint.Checkpoints, "wait", lambda self: (events.append("wait"), wait(self))[1])
   monkeypatch.setattr(
     checkpoint.Checkpoints,
@@ -103,7 +103,7 @@ def test_a_save_is_waited_for_after_one_step(config, tmp_path, monkeypatch):
     lambda self, step, *rest: (save(self, step, *rest), events.append(("save", step)))[0],
   )
   monkeypatch.setattr(
-    Reporter, "step", lambda self, step, *rest: (events.append(("told", step)), told(self, step, *rest))[1]
+    Reporter, "log_step", lambda self, step, *rest: (events.append(("told", step)), told(self, step, *rest))[1]
   )
   config.train.save_every = 3
   finetune(config, tmp_path / "run")
@@ -113,14 +113,14 @@ def test_a_save_is_waited_for_after_one_step(config, tmp_path, monkeypatch):
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
-  kept = checkpoint.Checkpoints(tmp_path / "c", 2, best="eval/loss")
+  kept = checkpoint.Checkpoints(tmp_path / "c", 2, best_metric="eval/loss")
   state = {"x": jnp.arange(7.0)}
   for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.6, 2.7], 1):
     kept.save(step, state, {"config": {}}, {"eval/loss": loss})
   kept.wait()
   assert kept.steps() == [2, 5, 6]
   kept.close()
-  again = checkpoint.Checkpoints(tmp_path / "c", 2, best="eval/loss", writes=True)  # another process knows it too
+  again = checkpoint.Checkpoints(tmp_path / "c", 2, best_metric="eval/loss", writes=True)  # another process knows it too
   for step in (7, 8):
     again.save(step, state, {"config": {}}, {"eval/loss": 2.0})
   again.close()
@@ -228,13 +228,13 @@ def test_lines_of_a_process_that_does_not_write_are_remembered_only(tmp_path):
 
 
 def test_the_best_is_the_least(tmp_path):
-  kept = checkpoint.Checkpoints(tmp_path / "c", 2, best="eval/loss")
+  kept = checkpoint.Checkpoints(tmp_path / "c", 2, best_metric="eval/loss")
   for step, loss in enumerate([3.0, 1.0, 2.0, 2.5], 1):
     kept.save(step, {"x": jnp.arange(7.0)}, {"config": {}}, {"eval/loss": loss})
   kept.wait()
-  assert kept.best() == 2
+  assert kept.best_step() == 2
   kept.close()
-  assert checkpoint.Checkpoints(tmp_path / "c", 2, best="eval/loss").best() == 2
+  assert checkpoint.Checkpoints(tmp_path / "c", 2, best_metric="eval/loss").best_step() == 2
 
 
 def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
@@ -251,14 +251,14 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
 
 
 def test_a_signal_between_saves_is_saved_at_its_step(config, tmp_path, monkeypatch):
-  step = Reporter.step
+  step = Reporter.log_step
 
   def stopped(self, number, *rest):
     step(self, number, *rest)
     if number == 2:
       signal.raise_signal(signal.SIGUSR1)
 
-  monkeypatch.setattr(Reporter, "step", stopped)
+  monkeypatch.setattr(Reporter, "log_step", stopped)
   with pytest.raises(
     Preempted, match="SIGUSR1: saved at step 3 of 12; the same command, without --overwrite_output_dir,"
   ):

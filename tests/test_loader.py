@@ -19,7 +19,7 @@ def rows():
 
 
 def collect(rows, steps, **how):
-  how = dict(batch_size=6, accumulation=1, seed=3, rows_in_all=10**6, start=0, sharding=HERE) | how
+  how = dict(batch_size=6, accumulation=1, seed=3, total_rows=10**6, start=0, sharding=HERE) | how
   batches = loader.training_batches(rows, **how)
   return [jax.device_get(next(batches)) for _ in range(steps)]
 
@@ -50,11 +50,11 @@ def test_the_global_batch_does_not_depend_on_hosts():
   for _ in range(1000):
     accumulation, hosts = int(rng.choice([1, 2, 3])), int(rng.choice([2, 4]))
     how = dict(
-      batch_size=12 * accumulation, accumulation=accumulation, seed=int(rng.integers(2**32)), rows_in_all=10**6
+      batch_size=12 * accumulation, accumulation=accumulation, seed=int(rng.integers(2**32)), total_rows=10**6
     )
     step = int(rng.integers(1000))
-    whole = loader.Steps(rows, **how, mine=np.arange(12))[step]
-    parts = [loader.Steps(rows, **how, mine=mine)[step] for mine in np.split(np.arange(12), hosts)]
+    whole = loader.Steps(rows, **how, local_rows=np.arange(12))[step]
+    parts = [loader.Steps(rows, **how, local_rows=mine)[step] for mine in np.split(np.arange(12), hosts)]
     for name, x in whole.items():
       np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], axis=1), x)
 
@@ -66,7 +66,7 @@ def test_accumulation_cuts_the_same_batch(rows):
 
 
 def test_what_lies_past_the_last_epoch_is_masked(rows):
-  masks = np.concatenate([batch["mask"].reshape(6, 5) for batch in collect(rows, 6, rows_in_all=2 * 17)])
+  masks = np.concatenate([batch["mask"].reshape(6, 5) for batch in collect(rows, 6, total_rows=2 * 17)])
   assert masks[:34].all() and not masks[34:].any()
 
 

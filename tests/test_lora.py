@@ -126,7 +126,7 @@ def test_every_way_to_train_a_part_comes_to_the_same(family, part, way):
 def test_nothing_changes_but_what_is_trained(family, part):
   _, state, cfg = alone(family, tuple(part.items()))
   before, layers = weights(family, cfg), dict(cfg.trained)
-  for path, leaf in jax.tree_util.tree_flatten_with_path(state.weights)[0]:
+  for path, leaf in jax.tree_util.tree_flatten_with_path(state.all_params)[0]:
     name, old = parts.name_of(path), functools.reduce(lambda node, key: node[key.key], path, before)
     if name not in layers:
       assert leaf.tobytes() == old.tobytes(), name
@@ -134,7 +134,7 @@ def test_nothing_changes_but_what_is_trained(family, part):
       for i in range(len(leaf)) if layers[name] else ():
         assert (leaf[i].tobytes() == old[i].tobytes()) == (i not in layers[name]), (name, i)
       assert leaf.tobytes() != old.tobytes(), name
-  moments = [leaf for leaf in jax.tree.leaves(state.opt) if leaf.ndim > 1]
+  moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim > 1]
   assert len(moments) == 2 * len([leaf for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1])
 
 
@@ -143,7 +143,7 @@ def test_nothing_changes_but_what_is_trained(family, part):
 def test_merged_weights_are_the_model_with_adapters(family, targets):
   wanted = ODD_TARGETS[family] if targets == "odd" else (targets,)
   cfg, run = build(family, lora__rank=3, lora__targets=wanted)
-  params = begin(run, cfg, family).weights
+  params = begin(run, cfg, family).all_params
   ids = jax.random.randint(jax.random.key(0), (3, T), 0, 293)
   with_adapters = nnx.merge(run.graph, params)
   plain_cfg = dataclasses.replace(cfg, lora_rank=0, lora_targets=(), trained=())
@@ -160,7 +160,7 @@ def test_files_of_adapters_hold_what_merging_adds(family, tmp_path):
   cfg, run = build(family, **lora_config)
   state = begin(run, cfg, family)
   untrained = lambda path, x: x.at[1].set(0) if path[-1].key == "lora_b" else x  # in the layer that has no adapter
-  trained, params = (jax.tree_util.tree_map_with_path(untrained, tree) for tree in (state.params, state.weights))
+  trained, params = (jax.tree_util.tree_map_with_path(untrained, tree) for tree in (state.params, state.all_params))
   (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": 293} | tiny.FAMILIES[family]))
   source = repo.find(str(tmp_path), weights=False)
   named = changed(settings.default(), model__path="gpt2", **lora_config)
@@ -169,7 +169,7 @@ def test_files_of_adapters_hold_what_merging_adds(family, tmp_path):
   file = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
   scale, layers = about["lora_alpha"] / about["r"], about["layers_to_transform"]
   assert {name.split(".")[4] for name in file} == {str(i) for i in layers} == {"0", "2"}
-  tensors = lambda params: {it.name: it.make() for it in unload.hf_tensors(params, source)}
+  tensors = lambda params: {it.name: it.to_numpy() for it in unload.hf_tensors(params, source)}
   before, merged = tensors(lora.without_adapters(params)), tensors(lora.merge(params, cfg))
   for name, tensor in merged.items():
     module = f"base_model.model.{name.removesuffix('.weight')}"
@@ -274,7 +274,7 @@ def test_a_base_that_has_changed_is_refused(finetuned, folder, tmp_path):
 
 def test_positions_alone_with_everything_on_the_host():
   _, run = build("gpt2", memory__offload="all", train__only=("transformer.wpe.weight",))
-  assert [path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(run.gradients)[0]] == ["positions"]
+  assert [path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(run.grad_shapes)[0]] == ["positions"]
   run.train_step.lower(run.state, run.batch)
 
 

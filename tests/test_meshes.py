@@ -35,7 +35,7 @@ def weights(family):
   """New weights, with noise in every bias and norm too."""
   compute, rng = model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE), np.random.default_rng(0)
   params = jax.device_get(nnx.to_pure_dict(nnx.state(model.build(cfg_of(family), compute))))
-  noisy = lambda path, x: x if x.shape[0] == compute.rows(cfg_of(family)) else x + 0.1 * rng.standard_normal(x.shape)
+  noisy = lambda path, x: x if x.shape[0] == compute.padded_vocab(cfg_of(family)) else x + 0.1 * rng.standard_normal(x.shape)
   return jax.tree_util.tree_map_with_path(lambda path, x: noisy(path, x).astype(np.float32), params)
 
 
@@ -132,7 +132,7 @@ def bytes_by_formula(family, mesh, stage):
 @pytest.mark.parametrize("family", ["gptj", *(pytest.param(it, marks=pytest.mark.wide) for it in ("gpt2", "gpt_neo"))])
 def test_placements_follow_the_formula(family, mesh, stage):
   run = build(family, mesh, stage)
-  held = {"parameters": run.state.params, "gradients": run.gradients, "optimizer": run.state.opt}
+  held = {"parameters": run.state.params, "gradients": run.grad_shapes, "optimizer": run.state.opt_state}
   assert {what: program.bytes_a_device(tree) for what, tree in held.items()} == bytes_by_formula(family, mesh, stage)
 
 
@@ -142,7 +142,7 @@ def test_placements_follow_the_formula(family, mesh, stage):
 def test_bytes_of_a_device_follow_the_formula(family, mesh, stage):
   run = build(family, mesh, stage)
   state = begin(run, family)
-  held = {"parameters": state.params, "gradients": run.gradient(state, batch(run, 0))[1], "optimizer": state.opt}
+  held = {"parameters": state.params, "gradients": run.grad_fn(state, batch(run, 0))[1], "optimizer": state.opt_state}
   for device in range(8):
     measured = {
       what: sum(leaf.addressable_shards[device].data.nbytes for leaf in jax.tree.leaves(tree))

@@ -65,7 +65,7 @@ def test_logits_and_every_gradient_equal_transformers(folder):
     wanted = theirs.pop(tensor.name).grad.numpy()
     # Relative to the largest entry of the tensor. A key's bias moves no softmax: its own gradient is rounding around
     # zero, but in GPT-2 it is a part of c_attn.bias and measured by the whole.
-    np.testing.assert_allclose(tensor.make(), wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=tensor.name)
+    np.testing.assert_allclose(tensor.to_numpy(), wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=tensor.name)
   assert set(theirs) <= {"lm_head.weight"}
 
 
@@ -89,7 +89,7 @@ def test_scan_equals_a_plain_loop(folder):
   x = params["embed"]["tokens"][ids] + params["embed"]["positions"]
   for layer in range(cfg.L):
     block = jax.tree.map(lambda a, layer=layer: a[layer], decoder.blocks)
-    x = block(x, None, None, decoder.of_layers().at(layer), lambda k, v: (k, v, None, 0), None)
+    x = block(x, None, None, decoder.layer_info().at(layer), lambda k, v: (k, v, None, 0), None)
   np.testing.assert_allclose(decoder(ids), decoder.norm(x), rtol=1e-5, atol=1e-5)  # values are around 1
 
 
@@ -125,7 +125,7 @@ def test_reading_with_a_cache_equals_reading_at_once(folder):
   cache, parts = Cache.empty(cfg, 2, 64, jnp.float32), []
   for start, end in ((0, 11), (11, 12), (12, 23)):
     positions = np.arange(start, end)[None].repeat(2, 0)
-    h, cache = decoder.extend(cache, ids[:, start:end], np.ones_like(ids[:, start:end]), positions)
+    h, cache = decoder.forward_cached(cache, ids[:, start:end], np.ones_like(ids[:, start:end]), positions)
     parts.append(h)
   np.testing.assert_allclose(jnp.concatenate(parts, 1), decoder(ids), rtol=1e-5, atol=1e-5)
 

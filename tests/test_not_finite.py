@@ -102,8 +102,8 @@ def test_nothing_that_is_not_finite_gets_into_a_state(part, record_property):
       params, leaf = poisoned(rng, state.params, value)
       state, named = state._replace(params=params), f"params{names(params)[leaf]}"
     if where == "optimizer":
-      opt, leaf = poisoned(rng, state.opt, value)
-      state, named = state._replace(opt=opt), f"opt{names(opt)[leaf]}"
+      opt, leaf = poisoned(rng, state.opt_state, value)
+      state, named = state._replace(opt_state=opt), f"opt{names(opt)[leaf]}"
     if where in ("ids", "targets"):
       change = {where: (at, int(rng.choice([-1, V + 10**6, 2**31 - 1])))}
     if where == "gradient":  # finite weights, and activations that overflow on the way
@@ -117,6 +117,6 @@ def test_nothing_that_is_not_finite_gets_into_a_state(part, record_property):
     after, numbers = run.train_step(placed, batch(run, part, **change))
     assert numbers["bad"], (family, accumulation, devices, where, value)
     assert named is None or named in name_bad_leaves(numbers["bad_leaves"], run.state), named
-    assert same_bits(after.params, state.params) and same_bits(after.opt, state.opt)
+    assert same_bits(after.params, state.params) and same_bits(after.opt_state, state.opt_state)
     assert int(after.step) == int(state.step) + 1
   record_property("torture", {"what": "NaN, Inf or ids that are not there", "tried": PER_PART})

@@ -104,7 +104,7 @@ def test_twenty_steps_are_those_of_weights_on_the_device(family, kept, accumulat
   wanted, theirs = resident(family)
   np.testing.assert_allclose(losses, wanted, rtol=1e-6)
   close(jax.device_get(state.params), theirs.params, 1e-6)
-  for leaf in jax.tree.leaves((state.params, state.opt)):
+  for leaf in jax.tree.leaves((state.params, state.opt_state)):
     assert leaf.sharding.memory_kind == ("pinned_host" if leaf.ndim > 1 else "device")
   assert run.train_step._cache_size() == 1
 
@@ -162,7 +162,7 @@ def test_a_step_is_that_of_weights_on_the_device_and_one_that_is_not_finite_chan
   after, numbers = run.train_step(state, batch(run, 0))
   assert numbers["bad"] and int(after.step) == 1
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), before.params)
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.opt), before.opt)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.opt_state), before.opt_state)
 
 
 @pytest.mark.slow
@@ -227,5 +227,5 @@ def test_a_run_is_evaluated_saved_resumed_and_exported(plain, tmp_path, kept):
 def test_accumulated_gradients_add_up_in_float32():
   """The copy on the device is in bfloat16, and so is the gradient of one accumulation step."""
   _, run = build("gpt2", "optimizer", accumulation=4, model__compute_dtype="bfloat16")
-  _, gradient, _ = jax.eval_shape(run.gradient, run.state, run.batch)
+  _, gradient, _ = jax.eval_shape(run.grad_fn, run.state, run.batch)
   assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}

@@ -111,7 +111,7 @@ def test_what_lies_in_padding_changes_nothing(decoder, pack):
 
 def test_positions_begin_anew_and_long_texts_are_cut_in_pieces():
   rows = ExampleRows(stored([30, 4, 50]), T, EOS, pack=True)
-  assert rows.account.cut == 2 and not rows.account.dropped
+  assert rows.stats.overlong == 2 and not rows.stats.dropped
   learned, ids = [], []
   for i in range(len(rows)):
     row = rows[i]

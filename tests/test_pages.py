@@ -133,7 +133,7 @@ def follow(command, later, monkeypatch):
   if command in NOT_RUN:
     words[words.index("configs/X.py")] = "configs/quickstart.py"
     monkeypatch.setattr(sys, "argv", words[2:])
-    assert command_line.parse_train().place
+    assert command_line.parse_train().process_info
     return
   if not {"--length", "--max_length"} & {*words}:  # of generate, which are short enough
     words += SMALL.get(name, SMALL.get(" ".join([name, *words[3:4]]), "")).split()
@@ -187,7 +187,7 @@ def test_what_is_planned_is_there(command, monkeypatch):
   """All but the compiling: settings, hardware, and that the models need no network."""
   monkeypatch.chdir(pages.ROOT)
   monkeypatch.setattr(sys, "argv", words_of_plan(command))
-  arguments = command_line.parse(usage.PLAN, ("fit", "json"), ("html", "prices"), several=("device",))
+  arguments = command_line.parse(usage.PLAN, ("fit", "json"), ("html", "prices"), list_flags=("device",))
   assert not settings.faults(arguments.config)
   assert all(targets.find(name) for text in arguments.device for name in text.split(","))
   assert answer.model_facts(arguments.config).L > 1

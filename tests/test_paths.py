@@ -279,4 +279,4 @@ def test_a_folder_of_text_is_read_without_the_runs_and_models_in_it(finished, fo
   assert sources.find_files(f"{tmp_path}/runs/mine/metrics.jsonl", "train")  # whoever names it wants it
   for name in ("metrics.jsonl", "samples.jsonl", "run.lock"):  # the folder is now a workdir itself
     shutil.copyfile(finished[0] / name, tmp_path / name)
-  assert report.prepare(data, tokenizer, "").held_out == first.held_out
+  assert report.prepare(data, tokenizer, "").validation_fingerprint == first.validation_fingerprint

@@ -125,7 +125,7 @@ def test_roofline():
   assert it.mfu == pytest.approx(10**14 / (2.5 * 989 * 10**12))
   # Across nodes the network card is the way; a T4's float32 goes through its cores, 2 x 40 x 64 x 1.59 GHz.
   assert targets.find("h100x16").link == 50 * 10**9 and target.link == 450 * 10**9
-  assert targets.find("t4").facts.rate("float32") == pytest.approx(8.14e12, rel=1e-3)
+  assert targets.find("t4").spec.peak_flops("float32") == pytest.approx(8.14e12, rel=1e-3)
 
 
 def test_every_kind_has_a_public_source_and_what_it_says_of_links_is_both_ways_together():
@@ -136,7 +136,7 @@ def test_every_kind_has_a_public_source_and_what_it_says_of_links_is_both_ways_t
   assert targets.find("tpu7x:2x2x1").count == 8 and targets.find("v5p:2x2x1").count == 4
   # A box with eight GeForce cards is one machine: nothing goes over a network, and a mesh cuts over all of them.
   box = targets.find("rtx4090x8")
-  assert box.link == box.facts.bus
+  assert box.link == box.spec.bus
   config = published("gpt2")
   assert (1, 8, 1) in fit.meshes(answer.model_facts(config), box) and (1, 2, 4) in fit.meshes(
     answer.model_facts(config), box
@@ -150,8 +150,8 @@ def test_a_run_tells_its_mfu_where_the_peak_is_known(config, tmp_path):
     workdir.mkdir()
     reporter = Reporter(config, workdir, 0, 1, 0, None, jax.devices()[0], at_peak)
     with Meter("training", 1) as meter:
-      reporter.step(1, numbers, meter, lambda bad: [])
-    (line,) = reporter.metrics.all
+      reporter.log_step(1, numbers, meter, lambda bad: [])
+    (line,) = reporter.metrics.entries
     assert (line.get("perf/mfu") is None) == (at_peak is None)
     if at_peak:
       assert 0 < line["perf/mfu"] < 1
@@ -323,7 +323,7 @@ config = settings.from_json(sys.stdin.read())
 cfg = answer.model_facts(config)
 mesh = sharding.make_mesh(config.mesh, targets.devices(targets.find(sys.argv[1])))
 run = program.build(config, cfg, mesh, 100, blank_row(config, cfg))
-memory = with_host_arguments(run.train_step.lower(run.state, run.batch), run, run.kept).compile().memory_analysis()
+memory = with_host_arguments(run.train_step.lower(run.state, run.batch), run, run.host_mask).compile().memory_analysis()
 on_tpu = sys.argv[1].startswith("v")
 print("peak", memory.peak_memory_in_bytes if on_tpu else memory.argument_size_in_bytes + memory.temp_size_in_bytes)
 """

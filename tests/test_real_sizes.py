@@ -110,7 +110,7 @@ def test_three_steps_of_gpt2_small_on_a_cpu(gpt2, tmp_path):
     batch_size=BATCH,
     accumulation=1,
     seed=0,
-    rows_in_all=STEPS * BATCH,
+    total_rows=STEPS * BATCH,
     start=0,
     sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
   )

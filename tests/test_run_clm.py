@@ -34,7 +34,7 @@ def test_a_command_of_run_clm_is_understood(monkeypatch):
   words += " --validation_split_percentage 10 --report_to none --gradient_checkpointing --adam_beta2 0.95 --do_eval"
   arguments = parsed(monkeypatch, *words.split())
   found = settings.flatten(arguments.config)
-  arguments.per_device.into(arguments.config, 8)
+  arguments.per_device.apply_to(arguments.config, 8)
   assert (arguments.config.train.batch_size, arguments.config.train.micro_batch_size) == (4 * 3 * 8, 4)
   assert arguments.workdir == Path("out")
   wanted = {
@@ -79,7 +79,7 @@ def test_a_batch_is_counted_by_device_unless_the_config_says_it(monkeypatch, wor
   found = parsed(monkeypatch, "--model_name_or_path=gpt2", *words.split())
   assert (found.per_device and found.per_device.rows) == rows
   if rows:
-    found.per_device.into(found.config, 4)
+    found.per_device.apply_to(found.config, 4)
     assert (found.config.train.batch_size, found.config.train.micro_batch_size) == (4 * rows, rows)
 
 
@@ -205,11 +205,11 @@ def test_a_flag_is_done_and_what_was_done_is_told(monkeypatch, capsys, words, wa
 def test_an_evaluation_has_a_batch_of_its_own(monkeypatch):
   words = "--model_name_or_path=gpt2 --train_file=a.txt --per_device_eval_batch_size 16"
   found = parsed(monkeypatch, *words.split())
-  found.per_device.into(found.config, 4)
+  found.per_device.apply_to(found.config, 4)
   assert (found.config.train.batch_size, found.config.train.eval_batch_size) == (8 * 4, 16 * 4)
   config = str(ROOT / "configs" / "gpt2_jokes.py")
   found = parsed(monkeypatch, f"--config={config}", "--per_device_eval_batch_size=16")
-  found.per_device.into(found.config, 1)
+  found.per_device.apply_to(found.config, 1)
   assert (found.config.train.batch_size, found.config.train.eval_batch_size) == (64, 16)
 
 
@@ -298,11 +298,11 @@ def test_a_deepspeed_batch_must_come_out(monkeypatch, tmp_path, devices, fine):
   (tmp_path / "ds.json").write_text(json.dumps(batch))
   found = parsed(monkeypatch, "--model_name_or_path=gpt2", "--train_file=a.txt", f"--deepspeed={tmp_path / 'ds.json'}")
   if fine:
-    found.per_device.into(found.config, devices)
+    found.per_device.apply_to(found.config, devices)
     assert (found.config.train.batch_size, found.config.train.micro_batch_size) == (32, 4)
   else:
     with pytest.raises(RequestError, match="train_batch_size=32 is not 4 rows x 2 accumulation steps x 1 devices"):
-      found.per_device.into(found.config, devices)
+      found.per_device.apply_to(found.config, devices)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_the_command_line_beats_the_batch_of_a_deepspeed_config(
     return
   found = parsed(monkeypatch, *words)
   if found.per_device:
-    found.per_device.into(found.config, 1)
+    found.per_device.apply_to(found.config, 1)
   assert (found.config.train.batch_size, found.config.train.micro_batch_size) == wanted
   assert told in " ".join(capsys.readouterr().err.split())
 

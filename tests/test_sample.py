@@ -274,7 +274,7 @@ def test_of_two_that_are_one_setting_one_counts_and_the_other_is_told(tmp_path, 
   (tmp_path / generation.FILE).write_text(json.dumps(says))
   found = generation.of(tmp_path, given)
   assert {name: getattr(found.sampling, name) for name in wanted} == wanted
-  assert len(found.lines) == len(told) and all(text in line for text, line in zip(told, found.lines, strict=True))
+  assert len(found.warnings) == len(told) and all(text in line for text, line in zip(told, found.warnings, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -329,12 +329,12 @@ def test_no_text_ends_before_its_least_length(ready, monkeypatch, beams):
 
 def test_a_text_may_end_once_it_is_long_enough():
   for sampling in (Sampling(9, min_length=5), Sampling(max_length=9, min_length=5)):
-    texts, short = sample.Texts.of([[1, 2, 3], [1], [1] * 6], sampling, 71, 1), []
+    texts, short = sample.Texts.from_prompts([[1, 2, 3], [1], [1] * 6], sampling, 71, 1), []
     for _ in range(5):
-      short.append(texts.early(frozenset({7})).short_B.tolist())
-      texts.add(np.zeros(3, np.int32))
+      short.append(texts.min_length(frozenset({7})).too_short_B.tolist())
+      texts.append(np.zeros(3, np.int32))
     assert [sum(row) for row in zip(*short, strict=True)] == [2, 4, 0]
-  assert texts.most_B.tolist() == [6, 8, 3]
+  assert texts.max_new_B.tolist() == [6, 8, 3]
 
 
 def test_only_a_least_length_needs_another_program(ready):
@@ -469,7 +469,7 @@ def test_the_models_own_generation_config_is_respected(folder, tmp_path):
   assert says(num_beams=3, max_new_tokens=9).generate(PROMPTS) == beams
   assert plain.generate(PROMPTS, num_beams=3, max_new_tokens=9) == beams  # transformers draws where it is told to only
   says(early_stopping=True, min_length=0, max_length=20, typical_p=0.9)
-  assert generation.of(model, {}).not_followed == ("early_stopping", "typical_p")
+  assert generation.of(model, {}).ignored == ("early_stopping", "typical_p")
   ends = {it.token_ids[4] for it in greedy}
   for ours, whole in zip(says(do_sample=False, eos_token_id=[0, *ends], max_new_tokens=9).generate(PROMPTS), greedy):
     at = next(i for i, token in enumerate(whole.token_ids) if token in ends)

@@ -33,7 +33,7 @@ def prepared(tokenizer, tmp_path, *files, **data):
   config, said = settings.default(), []
   how = {"sequence_length": 16, "cache_dir": str(tmp_path / "cache"), "layout": "pad", **data}
   config.data.update(train=tuple(map(str, files)), **how)
-  return report.prepare(config.data, tokenizer, "a tokenizer", say=said.append), said
+  return report.prepare(config.data, tokenizer, "a tokenizer", log=said.append), said
 
 
 def read(*names, **how):
@@ -256,9 +256,9 @@ def test_few_pairs_hold_out_one_and_one_pair_none(tokenizer, tmp_path):
 def test_the_floor_is_told_only_where_all_of_it_is_known(tokenizer, tmp_path):
   file = table(tmp_path, "jsonl", [{"text": f"cat {i}", "nats": 2.0} for i in range(40)])
   data, said = prepared(tokenizer, tmp_path, file, nats_column="nats")
-  assert data.floor and not said
+  assert data.entropy_floor and not said
   data, said = prepared(tokenizer, tmp_path, file, nats_column="bits")
-  assert data.floor is None and said == [f"{file}: no column 'bits' (config.data.nats_column), so no floor of the loss"]
+  assert data.entropy_floor is None and said == [f"{file}: no column 'bits' (config.data.nats_column), so no floor of the loss"]
 
 
 @pytest.mark.parametrize("rows, batch_size, accumulation", [(1, 8, 1), (3, 8, 2), (7, 8, 8), (8, 8, 2), (13, 4, 2)])
@@ -266,8 +266,8 @@ def test_a_step_of_fewer_rows_than_a_batch_takes_each_once(rows, batch_size, acc
   data = [{"ids": np.array([i]), "mask": np.array([True])} for i in range(rows)]
   each, epochs = min(rows, batch_size), 3
   steps = Steps(
-    data, batch_size=batch_size, accumulation=accumulation, seed=5, rows_in_all=epochs * rows,
-    mine=np.arange(batch_size // accumulation),
+    data, batch_size=batch_size, accumulation=accumulation, seed=5, total_rows=epochs * rows,
+    local_rows=np.arange(batch_size // accumulation),
   )  # fmt: skip
   assert len(steps) == -(-epochs * rows // each)
   seen = collections.Counter()

@@ -103,7 +103,7 @@ def opened(folder):
 
 def test_state_dtype_is_that_of_the_first_moment(folder):
   _, state, _ = train(folder, 1, state_dtype="bfloat16")
-  dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(state.opt)}
+  dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(state.opt_state)}
   assert dtypes == {"int32", "bfloat16", "float32"}
 
 
@@ -118,14 +118,14 @@ def test_a_step_that_is_not_finite_changes_nothing(folder, fsdp, accumulation):
     kernel = state.params["blocks"]["mlp"]["up"]["kernel"]
     bad = jax.device_put(kernel.at[0, 0, 0].set(jnp.nan), kernel.sharding)
     params = jax.tree.map(lambda a: bad if a is kernel else a, state.params)
-    spoiled.append(jax.device_get(State(state.step, params, state.opt)))
-    return State(state.step, params, state.opt)
+    spoiled.append(jax.device_get(State(state.step, params, state.opt_state)))
+    return State(state.step, params, state.opt_state)
 
   _, state, metrics = train(folder, 2, mesh=dict(fsdp=fsdp), accumulation=accumulation, spoil=spoil)
   assert [bool(numbers["bad"]) for numbers in metrics] == [False, True]
   assert np.isnan(metrics[1]["loss"]) and int(state.step) == 2
   jax.tree.map(
-    np.testing.assert_array_equal, jax.device_get((state.params, state.opt)), (spoiled[0].params, spoiled[0].opt)
+    np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), (spoiled[0].params, spoiled[0].opt_state)
   )
 
 
@@ -149,7 +149,7 @@ def test_ids_that_the_vocabulary_has_not_change_nothing(folder, monkeypatch):
   _, state, metrics = train(folder, 4, spoil=lambda state: before.append(jax.device_get(state)) or state)
   assert [bool(numbers["bad"]) for numbers in metrics] == [False, True, True, True]
   jax.tree.map(
-    np.testing.assert_array_equal, jax.device_get((state.params, state.opt)), (before[0].params, before[0].opt)
+    np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), (before[0].params, before[0].opt_state)
   )
 
 

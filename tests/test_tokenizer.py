@@ -123,7 +123,7 @@ def write_folder(folder, seed):
 
 
 def lost(tokenizer, text):
-  return next(encoded.lost for _, encoded in tokens.encode_all([Example(text)], tokenizer, np.dtype(np.uint16)))
+  return next(encoded.unknown_chars for _, encoded in tokens.encode_all([Example(text)], tokenizer, np.dtype(np.uint16)))
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -249,7 +249,7 @@ def test_prompts_and_texts_to_classify_are_cut_as_the_training_text(tmp_path):
   assert tokens.text_ids(tokenizer, "the cat") == document
   labelled = tokens.in_memory([Example("the cat", label="a")], tokenizer, ["a"])
   assert labelled.ids.tolist() == document
-  asked = tokens.in_memory([Example("the cat sat", prompt=len("the cat"))], tokenizer)
+  asked = tokens.in_memory([Example("the cat sat", prompt_chars=len("the cat"))], tokenizer)
   assert asked.ids.tolist() == [2, 5, 6, 8, 3] and asked.prompts_N.tolist() == [3]
 
 
@@ -376,7 +376,7 @@ def test_the_report_tells_what_was_lost_and_a_text_of_another_language_is_refuse
   for name, text in (("few", "the miller ЖЖ"), ("most", "ЖЖЖЖЖ the")):
     (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{text}"}}\n' * 20)
   data.update(train=(str(tmp_path / "few.jsonl"),), sequence_length=8, cache_dir=str(tmp_path / "cache"))
-  found = report.prepare(data, tokenizer, "", say=said.append)
+  found = report.prepare(data, tokenizer, "", log=said.append)
   assert found.report["characters"] == {"read": 20 * 13, "without_a_token": 40}
   assert said[-1].startswith("40 of 260 characters have no token in the model's tokenizer")
   data.train = (str(tmp_path / "most.jsonl"),)

@@ -44,7 +44,7 @@ def nothing_set(monkeypatch):
     if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_", "TENSORBOARD_")):
       monkeypatch.delenv(name)
   monkeypatch.setenv("NETRC", os.devnull)  # somebody's key for W&B
-  monkeypatch.setattr(writers, "PATIENCE", 120)  # other tests may want the same cores
+  monkeypatch.setattr(writers, "SHUTDOWN_TIMEOUT", 120)  # other tests may want the same cores
 
 
 @pytest.fixture
@@ -65,10 +65,10 @@ def tell(workdir, names, steps, start=0, ending=None, kept=None):
         step, {"train/loss": ("nan", "inf")[step - 2] if step in (2, 3) else 1 / step, "train/tokens": 7 * step}
       )
       samples.write(step, {"when": "during", "prompt": "Once", "text": f" text{step}", "seed": 0})
-      told.put("metrics", metrics.all[-1])
-      told.put("samples", samples.all[-1])
+      told.log("metrics", metrics.entries[-1])
+      told.log("samples", samples.entries[-1])
     samples.write(steps[0], {"when": "after", "prompt": "Once", "text": " of the best", "seed": 0})  # an earlier step
-    told.put("samples", samples.all[-1])
+    told.log("samples", samples.entries[-1])
     if ending:
       raise ending
 
@@ -244,7 +244,7 @@ def test_trackers_that_raise_hang_or_die_change_nothing_and_are_told_of_once(
   monkeypatch.setenv("WANDB_BASE_URL", silent_server)
   monkeypatch.setenv("WANDB_API_KEY", KEY)
   monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "file"))  # raises
-  monkeypatch.setattr(writers, "PATIENCE", 2)
+  monkeypatch.setattr(writers, "SHUTDOWN_TIMEOUT", 2)
   start = writers._start
 
   def start_and_kill(name):
@@ -253,7 +253,7 @@ def test_trackers_that_raise_hang_or_die_change_nothing_and_are_told_of_once(
       process.kill()
     return process
 
-  monkeypatch.setattr(writers, "_start", start_and_kill)
+  monkeypatch.setattr(writers, "_start_worker", start_and_kill)
   config.tracking.writers = NAMES
   tracked = finetune(config, tmp_path / "tracked")
   losses = lambda run: [line["train/loss"] for line in run.metrics if "train/loss" in line]
@@ -268,17 +268,17 @@ def test_a_tracker_that_hangs_costs_a_step_microseconds_and_lines_beyond_the_mos
   tmp_path, monkeypatch, silent_server, capsys, record_property
 ):
   monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
-  monkeypatch.setattr(writers, "PATIENCE", 0.1)
-  monkeypatch.setattr(writers, "MOST", 1000)
+  monkeypatch.setattr(writers, "SHUTDOWN_TIMEOUT", 0.1)
+  monkeypatch.setattr(writers, "MAX_QUEUE", 1000)
   config = settings.default()
   config.tracking.writers = ("mlflow",)
   metrics, samples = (Lines(tmp_path / name, -1, True) for name in ("metrics.jsonl", "samples.jsonl"))
   with Writers(config, tmp_path, 0, metrics, samples, True) as told:
     began = time.perf_counter()
     for step in range(5000):
-      told.put("metrics", {"step": step, "train/loss": 1.0})
+      told.log("metrics", {"step": step, "train/loss": 1.0})
     seconds = (time.perf_counter() - began) / 5000
-    assert sum(map(len, told._writers[0]._lines.values())) <= 1000
+    assert sum(map(len, told._clients[0]._lines.values())) <= 1000
   assert "5,000 of 5,000 lines did not arrive" in capsys.readouterr().out
   print(f"{seconds * 1e6:.1f} microseconds a line")
   assert seconds < 1e-3
@@ -318,8 +318,8 @@ config, workdir = settings.default(), Path({str(tmp_path)!r})
 config.tracking.writers = ("mlflow",)
 metrics, samples = Lines(workdir / "metrics.jsonl", -1, True), Lines(workdir / "samples.jsonl", -1, True)
 with Writers(config, workdir, 0, metrics, samples, True) as told:
-  told.put("metrics", {{"step": 1, "train/loss": 2.5}})
-  while not told._writers[0]._arrived:
+  told.log("metrics", {{"step": 1, "train/loss": 2.5}})
+  while not told._clients[0]._arrived:
     time.sleep(0.1)
   os.kill(os.getpid(), signal.SIGKILL)
 """

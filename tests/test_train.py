@@ -63,9 +63,9 @@ def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path, capsys):
 
   with Profile(tmp_path, 2, 2, 5, pause) as profile:
     for step in range(1, 6):
-      profile.before(step, None)
+      profile.on_step_begin(step, None)
       numbers = jax.block_until_ready(jax.numpy.ones(3) + step)
-      profile.after(step, numbers)
+      profile.on_step_end(step, numbers)
   assert paused == [2, 3] and len(list(tmp_path.rglob("*.xplane.pb"))) == 1
   assert f"steps 2 to 3 are traced in {tmp_path}" in capsys.readouterr().out
   Profile(tmp_path, 6, 2, 5, pause)

@@ -121,7 +121,7 @@ class Numbers:
 
 def in_order(rows: Rows, config: ConfigDict) -> Rows:
   """The rows as the run takes them: several epochs, each in an order of its own."""
-  how = dict(batch_size=B, accumulation=1, rows_in_all=STEPS * B, mine=np.arange(B))
+  how = dict(batch_size=B, accumulation=1, total_rows=STEPS * B, local_rows=np.arange(B))
   steps = loader.Steps(Numbers(len(rows)), seed=config.data.shuffle_seed, **how)
   return [rows[i] for step in range(STEPS) for i in steps[step]["row"].reshape(-1)]
 
@@ -218,7 +218,7 @@ def test_the_same_weights_decay(family, tmp_path):
   _, shapes, _ = model.abstract(source.cfg, model.Compute())
   mark = lambda path, leaf: jnp.full(leaf.shape, optim.decays(path))
   marks = jax.tree_util.tree_map_with_path(mark, shapes)
-  ours = {tensor.name: bool(tensor.make().all()) for tensor in unload.hf_tensors(marks, source)}
+  ours = {tensor.name: bool(tensor.to_numpy().all()) for tensor in unload.hf_tensors(marks, source)}
   their = language_model(folder)
   run = transformers.Trainer(their, arguments(tmp_path / "theirs", weight_decay=0.1))
   groups = run.create_optimizer().param_groups

@@ -62,7 +62,7 @@ class Writer:
 
 
 def open_or_make(
-  folder: Path, key: Mapping[str, Any], make: Callable[[Path], dict[str, Any]], say: Callable[[str], None]
+  folder: Path, key: Mapping[str, Any], make: Callable[[Path], dict[str, Any]], log: Callable[[str], None]
 ) -> tuple[Path, dict[str, Any]]:
   """The entry of `key` and its manifest: the one that is there and sound, else one that `make` writes.
 
@@ -87,13 +87,13 @@ def open_or_make(
     try:
       lock.acquire(timeout=1)
     except Timeout:
-      say(f"another process is tokenising the same text; waiting for it ({lock.lock_file})")
+      log(f"another process is tokenising the same text; waiting for it ({lock.lock_file})")
       lock.acquire()
     if entry.exists():
       manifest, fault = _check(entry, text)
       if not fault:
         return entry, manifest
-      say(f"token cache {entry}: {fault}; tokenising again")
+      log(f"token cache {entry}: {fault}; tokenising again")
       _remove(entry)
     _remove(partial)  # of a process that was killed
     partial.mkdir()

@@ -18,7 +18,7 @@ PLAIN = PROMPT + COMPLETION  # the default of `data.template`, which says nothin
 
 class Example(NamedTuple):
   text: str
-  prompt: int = 0  # characters of the text that are not learned
+  prompt_chars: int = 0  # characters of the text that are not learned
   label: str | None = None
   nats: float | None = None  # -log p(text) where the source says so
 
@@ -42,7 +42,7 @@ def example(row: Row, data: ConfigDict) -> Example:
   before, _, rest = data.template.partition(PROMPT)
   between, _, after = rest.partition(COMPLETION)
   asked = before + prompt + between
-  return Example(asked + _text(row.columns, data, "completion_column") + after, prompt=len(asked))
+  return Example(asked + _text(row.columns, data, "completion_column") + after, prompt_chars=len(asked))
 
 
 def is_templated(data: ConfigDict) -> bool:

@@ -20,14 +20,14 @@ class Steps:
   """What this process holds of the batch of each optimizer step: {"ids", ...}, each (A, B / processes, T).
 
   Rows come in a new order each epoch; a batch may straddle two epochs. The global batch is the same rows in the same order for
-  any number of processes, each of which takes the places `mine` of every accumulation step. From the row `rows_in_all` on
+  any number of processes, each of which takes the places `local_rows` of every accumulation step. From the row `total_rows` on
   everything is masked: it fills the last batch of a run whose length was given in epochs. Of fewer rows than a batch each step
   takes all, and what is left of the batch is masked.
   """
 
-  def __init__(self, rows: Any, *, batch_size: int, accumulation: int, seed: int, rows_in_all: int, mine: np.ndarray):
-    self._rows, self._seed, self._rows_in_all = rows, seed, rows_in_all
-    self._batch_size, self._accumulation, self._mine = batch_size, accumulation, mine
+  def __init__(self, rows: Any, *, batch_size: int, accumulation: int, seed: int, total_rows: int, local_rows: np.ndarray):
+    self._rows, self._seed, self._rows_in_all = rows, seed, total_rows
+    self._batch_size, self._accumulation, self._mine = batch_size, accumulation, local_rows
     self._each = min(batch_size, len(rows))  # rows of a step
 
   def __len__(self) -> int:
@@ -55,24 +55,24 @@ def _seed_of(seed: int, epoch: int) -> int:
 
 
 def training_batches(
-  rows: Any, *, batch_size: int, accumulation: int, seed: int, rows_in_all: int, start: int, sharding: Sharding
+  rows: Any, *, batch_size: int, accumulation: int, seed: int, total_rows: int, start: int, sharding: Sharding
 ) -> Iterator[Batch]:
   """Batches of the optimizer steps `start`, `start + 1`, ..., each {"ids", ...} of shape (A, B, T), on the devices."""
   B = batch_size // accumulation
-  mine = places_here(sharding, B)
-  steps = Steps(rows, batch_size=batch_size, accumulation=accumulation, seed=seed, rows_in_all=rows_in_all, mine=mine)
+  local_rows = places_here(sharding, B)
+  steps = Steps(rows, batch_size=batch_size, accumulation=accumulation, seed=seed, total_rows=total_rows, local_rows=local_rows)
   # Threads, not processes: rows are slices of one array, and copying them releases the GIL soon enough.
   options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
   for batch in grain.MapDataset.source(steps)[start:].to_iter_dataset(options):
-    yield _place(batch, sharding, B, mine)
+    yield _place(batch, sharding, B, local_rows)
 
 
 def evaluation_batches(rows: Any, *, batch_size: int, sharding: Sharding, limit: int = 0) -> Iterator[Batch]:
   """All rows once, in order, or those of the first `limit` batches; the last batch is filled up with masked rows."""
-  mine, blank = places_here(sharding, batch_size), jax.tree.map(np.zeros_like, rows[0])
+  local_rows, blank = places_here(sharding, batch_size), jax.tree.map(np.zeros_like, rows[0])
   for start in range(0, min(len(rows), limit * batch_size or len(rows)), batch_size):
-    picked = [rows[start + i] if start + i < len(rows) else blank for i in mine.tolist()]
-    yield _place(jax.tree.map(lambda *columns: np.stack(columns)[None], *picked), sharding, batch_size, mine)
+    picked = [rows[start + i] if start + i < len(rows) else blank for i in local_rows.tolist()]
+    yield _place(jax.tree.map(lambda *columns: np.stack(columns)[None], *picked), sharding, batch_size, local_rows)
 
 
 def like(row: dict[str, Any], A: int, B: int, sharding: Sharding) -> Batch:
@@ -86,11 +86,11 @@ def places_here(sharding: Sharding, B: int) -> np.ndarray:
   return np.unique(np.concatenate([np.arange(B)[index[1]] for index in held]))
 
 
-def _place(batch: dict[str, np.ndarray], sharding: Sharding, B: int, mine: np.ndarray) -> Batch:
+def _place(batch: dict[str, np.ndarray], sharding: Sharding, B: int, local_rows: np.ndarray) -> Batch:
   """The parts of all processes as one batch of B rows a step, on the devices."""
 
   def array(x: np.ndarray) -> jax.Array:
-    part = lambda index: x[:, np.searchsorted(mine, np.arange(B)[index[1]])]
+    part = lambda index: x[:, np.searchsorted(local_rows, np.arange(B)[index[1]])]
     return jax.make_array_from_callback((x.shape[0], B, x.shape[2]), sharding, part)
 
   return {name: array(x) for name, x in batch.items()}

@@ -16,9 +16,9 @@ Row = dict[str, np.ndarray]
 class Account(NamedTuple):
   """What became of the examples when they were laid out."""
 
-  columns: int  # that hold a token
-  ends: int  # end tokens among the targets
-  cut: int = 0  # examples that do not fit a row whole
+  filled: int  # that hold a token
+  eos_targets: int  # end tokens among the targets
+  overlong: int = 0  # examples that do not fit a row whole
   empty: int = 0  # examples with nothing left to learn, and so left out
   dropped: dict[str, int] = {}  # tokens, by reason
 
@@ -31,13 +31,13 @@ class ConcatRows:
   """
 
   def __init__(self, tokens: Tokens, T: int, end: int):
-    self.tokens, self.T, self._end = tokens, T, end
+    self.tokens, self.seq_len, self._end = tokens, T, end
     rows = np.arange(-(-len(tokens.ids) // T))
     self._rows = rows[self._teaches(len(rows))] if np.any(tokens.prompts_N) else rows
     lost = sum(min(T, len(tokens.ids) - int(i) * T) for i in np.setdiff1d(rows, self._rows))
-    self.account = Account(
-      columns=len(tokens.ids) - lost,
-      ends=len(tokens) if not len(tokens.labels_N) else 0,
+    self.stats = Account(
+      filled=len(tokens.ids) - lost,
+      eos_targets=len(tokens) if not len(tokens.labels_N) else 0,
       dropped={"rows of nothing but prompt": lost} if lost else {},
     )
 
@@ -45,10 +45,10 @@ class ConcatRows:
     return len(self._rows)
 
   def __getitem__(self, i: int) -> Row:
-    start = int(self._rows[i]) * self.T
-    stop = min(start + self.T, len(self.tokens.ids))
+    start = int(self._rows[i]) * self.seq_len
+    stop = min(start + self.seq_len, len(self.tokens.ids))
     before = self.tokens.ids[start - 1] if start else self._end
-    row, mask = np.zeros(self.T + 1, np.int32), np.zeros(self.T, bool)
+    row, mask = np.zeros(self.seq_len + 1, np.int32), np.zeros(self.seq_len, bool)
     row[0], row[1 : 1 + stop - start] = before, self.tokens.ids[start:stop]
     mask[: stop - start] = self.learned(start, stop)
     return {"ids": row[:-1], "targets": row[1:], "mask": mask}
@@ -58,8 +58,8 @@ class ConcatRows:
     starts, stops = self.tokens.starts_N1[:-1] + self.tokens.prompts_N, self.tokens.starts_N1[1:]
     change = np.zeros(rows + 1, np.int64)
     learned = starts < stops
-    np.add.at(change, starts[learned] // self.T, 1)
-    np.add.at(change, (stops[learned] - 1) // self.T + 1, -1)
+    np.add.at(change, starts[learned] // self.seq_len, 1)
+    np.add.at(change, (stops[learned] - 1) // self.seq_len + 1, -1)
     return np.cumsum(change[:-1]) > 0
 
   def learned(self, start: int, stop: int) -> np.ndarray | bool:
@@ -81,16 +81,16 @@ class StridedRows:
   """
 
   def __init__(self, tokens: Tokens, T: int, end: int, stride: int):
-    self._rows, self.T, self._end, self._stride = ConcatRows(tokens, T, end), T, end, stride
+    self._rows, self.seq_len, self._end, self._stride = ConcatRows(tokens, T, end), T, end, stride
 
   def __len__(self) -> int:
-    return 1 - (-max(0, len(self._rows.tokens.ids) + 1 - self.T) // self._stride)
+    return 1 - (-max(0, len(self._rows.tokens.ids) + 1 - self.seq_len) // self._stride)
 
   def __getitem__(self, i: int) -> Row:
     stored, begin = self._rows.tokens.ids, i * self._stride  # the window's first token is stored[begin - 1]
-    stop = min(begin + self.T - 1, len(stored))
-    first = begin - self._stride + self.T - 1 if i else 0  # of its targets; those before it were the last window's
-    row, mask = np.zeros(self.T + 1, np.int32), np.zeros(self.T, bool)
+    stop = min(begin + self.seq_len - 1, len(stored))
+    first = begin - self._stride + self.seq_len - 1 if i else 0  # of its targets; those before it were the last window's
+    row, mask = np.zeros(self.seq_len + 1, np.int32), np.zeros(self.seq_len, bool)
     row[0], row[1 : 1 + stop - begin] = stored[begin - 1] if i else self._end, stored[begin:stop]
     mask[first - begin : stop - begin] = self._rows.learned(first, stop)
     return {"ids": row[:-1], "targets": row[1:], "mask": mask}
@@ -114,7 +114,7 @@ class ExampleRows:
 
   def __init__(self, tokens: Tokens, T: int, end: int, *, pack: bool, texts: bool = False):
     """`texts`: examples have no prompt; one token that is not learned is what begins the document."""
-    self.tokens, self.T, self._end, self._pack = tokens, T, end, pack
+    self.tokens, self.seq_len, self._end, self._pack = tokens, T, end, pack
     starts, prompts = np.asarray(tokens.starts_N1), np.asarray(tokens.prompts_N)
     # A prompt's first token is an input only, so such an example may have a token more.
     room_N = T + (prompts > 0)
@@ -135,10 +135,10 @@ class ExampleRows:
     # Where a piece begins with a token that is not learned, that one is an input only.
     inputs_only = [piece.start < starts[piece.example] + prompts[piece.example] for piece in learned]
     columns = [piece.stop - piece.start - int(more) for piece, more in zip(learned, inputs_only, strict=True)]
-    self.account = Account(
-      columns=sum(columns),
-      ends=sum(piece.stop == int(starts[piece.example + 1]) for piece in learned),
-      cut=int(long_N.sum()),
+    self.stats = Account(
+      filled=sum(columns),
+      eos_targets=sum(piece.stop == int(starts[piece.example + 1]) for piece in learned),
+      overlong=int(long_N.sum()),
       empty=len(pieces) - len(learned),
       dropped={"cut to the length of a row": dropped} if dropped else {},
     )
@@ -149,8 +149,8 @@ class ExampleRows:
     return len(self._rows)
 
   def __getitem__(self, i: int) -> Row:
-    ids, targets, segments, positions = np.zeros((4, self.T), np.int32)
-    mask, at = np.zeros(self.T, bool), 0
+    ids, targets, segments, positions = np.zeros((4, self.seq_len), np.int32)
+    mask, at = np.zeros(self.seq_len, bool), 0
     for segment, piece in enumerate(self._rows[i], 1):
       start, prompt = int(self.tokens.starts_N1[piece.example]), int(self.tokens.prompts_N[piece.example])
       values = self.tokens.ids[piece.start : piece.stop].astype(np.int32)
@@ -170,13 +170,13 @@ class LabelRows:
   """One text a row, cut short where it is longer; the target is its class, at its last token."""
 
   def __init__(self, tokens: Tokens, T: int):
-    self.tokens, self.T = tokens, T
+    self.tokens, self.seq_len = tokens, T
     over = np.maximum(tokens.lengths_N - T, 0)
     lost = int(over.sum())
-    self.account = Account(
-      columns=len(tokens.ids) - lost,
-      ends=0,
-      cut=int((over > 0).sum()),
+    self.stats = Account(
+      filled=len(tokens.ids) - lost,
+      eos_targets=0,
+      overlong=int((over > 0).sum()),
       dropped={"cut to the length of a row": lost} if lost else {},
     )
 
@@ -184,10 +184,10 @@ class LabelRows:
     return len(self.tokens)
 
   def __getitem__(self, i: int) -> Row:
-    ids, targets = np.zeros((2, self.T), np.int32)
-    values = self.tokens.ids[self.tokens.starts_N1[i] : self.tokens.starts_N1[i + 1]][: self.T]
+    ids, targets = np.zeros((2, self.seq_len), np.int32)
+    values = self.tokens.ids[self.tokens.starts_N1[i] : self.tokens.starts_N1[i + 1]][: self.seq_len]
     ids[: len(values)], targets[len(values) - 1] = values, self.tokens.labels_N[i]
-    return {"ids": ids, "targets": targets, "mask": np.arange(self.T) == len(values) - 1}
+    return {"ids": ids, "targets": targets, "mask": np.arange(self.seq_len) == len(values) - 1}
 
 
 def best_fit(lengths: list[int], T: int) -> list[list[int]]:

@@ -48,9 +48,9 @@ class Data(NamedTuple):
   train: Rows
   validation: Rows | None  # None: nothing is held out
   labels: list[str]  # of the classification format, in the order of their numbers
-  floor: float | None  # nats per validation token that no model can go below, where the source knows it
+  entropy_floor: float | None  # nats per validation token that no model can go below, where the source knows it
   fingerprint: str  # of the training examples and how they lie in rows
-  held_out: str  # fingerprint of the validation examples
+  validation_fingerprint: str  # fingerprint of the validation examples
   unrelated_fingerprint: str  # fingerprint of the unrelated text
   unrelated: Rows | None  # of text to evaluate too
   report: dict[str, Any]
@@ -59,7 +59,7 @@ class Data(NamedTuple):
     """The same rows with the numbers that the labels have among `classes`; raises RequestError for a label that is none."""
     number = np.array(formats.class_numbers(self.labels, classes), np.int32)
     renumbered = lambda rows: LabelRows(
-      dataclasses.replace(rows.tokens, labels_N=number[np.asarray(rows.tokens.labels_N)]), rows.T
+      dataclasses.replace(rows.tokens, labels_N=number[np.asarray(rows.tokens.labels_N)]), rows.seq_len
     )
     validation = renumbered(self.validation) if self.validation else None
     return self._replace(train=renumbered(self.train), validation=validation, labels=list(classes))
@@ -102,7 +102,7 @@ def prepare(
   tokenizer: Any,
   tokenizer_fingerprint: str,
   tell: Tell = lambda done, total: None,
-  say: Callable[[str], None] = lambda line: None,
+  log: Callable[[str], None] = lambda line: None,
 ) -> Data:
   """Reads, splits, samples, tokenises and lays out what `config.data` names, or opens what an earlier run has kept of it.
 
@@ -123,11 +123,11 @@ def prepare(
       raise RequestError("config.data: a source has changed while it was read; run again")
     return made
 
-  entry, manifest = cache.open_or_make(folder, key, make, say)
+  entry, manifest = cache.open_or_make(folder, key, make, log)
   for line in manifest["said"]:
-    say(line)
+    log(line)
   if manifest["lost"]:
-    say(
+    log(
       f"{manifest['lost']:,} of {manifest['characters']:,} characters have no token in the model's tokenizer: they are left "
       "out, or read as its unknown token"
     )
@@ -183,12 +183,12 @@ def examples(
   data: ConfigDict,
   dropped: collections.Counter,
   notes: collections.Counter,
-  say: Callable[[str], None] = lambda line: None,
+  log: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Example]:
   """The examples of all rows. Bad ones are counted in `dropped`, or raise RequestError.
 
   Args:
-    say: told of each column that is read in place of one that is not there.
+    log: told of each column that is read in place of one that is not there.
   """
   of_file, printed = data, set()
 
@@ -197,7 +197,7 @@ def examples(
     of_file, lines = columns.resolve(name, split, data)
     for line in lines:
       if line not in printed:  # of the files of a folder the first alone
-        say(f"{name}: {line}")
+        log(f"{name}: {line}")
         printed.add(line)
     return sources.How(
       formats.columns(of_file), data.text_column, data.separator, data.encoding, formats.label_column(of_file)
@@ -275,7 +275,7 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> Manifes
             nats = [batch[i].nats for i in mine if batch[i].nats is not None]
             label_ids = [number[batch[i].label] for i in mine if batch[i].label is not None]
             writers[name].examples([encoded.ids[i] for i in mine], [encoded.prompts[i] for i in mine], label_ids, nats)
-        merged, lost = merged + encoded.merged, lost + encoded.lost
+        merged, lost = merged + encoded.straddling, lost + encoded.unknown_chars
         characters += sum(len(example.text) for example in batch)
         done += len(batch)
         tell(done, total)
@@ -398,7 +398,7 @@ def lay_out(stored: tokens.Tokens, data: ConfigDict, end: int) -> Rows:
 def _report(manifest: Manifest, stored: dict[str, tokens.Tokens], laid_out: dict[str, Rows], T: int) -> dict[str, Any]:
   """data_report.json, less what depends on the batch."""
   train, held_out = stored["train"], stored["validation"]
-  accounts = {name: rows.account for name, rows in laid_out.items()}
+  accounts = {name: rows.stats for name, rows in laid_out.items()}
   dropped = collections.Counter()
   for account in accounts.values():
     dropped.update(account.dropped)
@@ -419,7 +419,7 @@ def _report(manifest: Manifest, stored: dict[str, tokens.Tokens], laid_out: dict
       "dropped": dict(dropped),
     },
     "characters": {"read": manifest["characters"], "without_a_token": manifest["lost"]},
-    "end_tokens": {"trained": accounts["train"].ends, "held_out": accounts["validation"].ends},
+    "end_tokens": {"trained": accounts["train"].eos_targets, "held_out": accounts["validation"].eos_targets},
     "sequence_length": T,
     "sequences": {name: len(laid_out[split]) for name, split in (("trained", "train"), ("held_out", "validation"))},
     "tokens_per_row": {
@@ -429,10 +429,10 @@ def _report(manifest: Manifest, stored: dict[str, tokens.Tokens], laid_out: dict
       "longest": int(lengths_N.max()),
     },
     "longer_than_a_sequence": {
-      "rows": accounts["train"].cut,
-      "share": round(accounts["train"].cut / len(train), 4),
+      "rows": accounts["train"].overlong,
+      "share": round(accounts["train"].overlong / len(train), 4),
     },
-    "padding_share": round(1 - accounts["train"].columns / (len(laid_out["train"]) * T), 4),
+    "padding_share": round(1 - accounts["train"].filled / (len(laid_out["train"]) * T), 4),
     "duplicates": manifest["duplicates"],
     "prompt_ends_inside_a_token": manifest["merged"],
     "notes": manifest["notes"] | ({ENDS_HELD_OUT: manifest["tails"]} if manifest["tails"] else {}),
@@ -446,5 +446,5 @@ def run_length(rows: Rows, train: ConfigDict) -> tuple[int, int]:
   Where all rows are fewer than a batch, a step takes all of them and masks the rest.
   """
   a_step = min(train.batch_size, len(rows))
-  rows_in_all = train.steps * a_step or max(1, round(train.epochs * len(rows)))
-  return rows_in_all, -(-rows_in_all // a_step)
+  total_rows = train.steps * a_step or max(1, round(train.epochs * len(rows)))
+  return total_rows, -(-total_rows // a_step)

@@ -48,8 +48,8 @@ class Encoded(NamedTuple):
 
   ids: list[np.ndarray]
   prompts: list[int]
-  merged: int  # examples in which one token holds the end of the prompt and the beginning of the completion
-  lost: int  # characters without a token in the vocabulary: dropped, or read as the unknown token
+  straddling: int  # examples in which one token holds the end of the prompt and the beginning of the completion
+  unknown_chars: int  # characters without a token in the vocabulary: dropped, or read as the unknown token
 
 
 def ids_dtype(tokenizer: Any) -> np.dtype:
@@ -149,7 +149,7 @@ class TokenizerInfo:
     self.tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
     rules = json.loads(self.backend.to_str())
     self.before, self.after = special_ids_around(tokenizer)
-    self.end, self.begin = tokenizer.eos_token_id, first_id(tokenizer, self.before)
+    self.eos_id, self.bos_id = tokenizer.eos_token_id, first_id(tokenizer, self.before)
     self.cuts_at_blanks = _cuts_at_blanks(rules)
     model, vocabulary = rules["model"], tokenizer.get_vocab()
     works_on_bytes = (rules["decoder"] or {}).get("type") == "ByteLevel"
@@ -185,12 +185,12 @@ def encode(examples: list[Example], info: TokenizerInfo, dtype: np.dtype) -> Enc
   """
   fast, lost = info.backend, 0
   texts, prompts, merged = [example.text for example in examples], [0] * len(examples), 0
-  if any(example.prompt for example in examples):
+  if any(example.prompt_chars for example in examples):
     found = fast.encode_batch(texts, add_special_tokens=False)
     for i, (example, encoding) in enumerate(zip(examples, found, strict=True)):
-      prompts[i] = sum(stop <= example.prompt for _, stop in encoding.offsets)
+      prompts[i] = sum(stop <= example.prompt_chars for _, stop in encoding.offsets)
       before = encoding.offsets[prompts[i] - 1][1] if prompts[i] else 0
-      merged += before < example.prompt and prompts[i] < len(encoding.offsets)
+      merged += before < example.prompt_chars and prompts[i] < len(encoding.offsets)
       lost += 0 if info.loses_nothing else info.lost(example.text, encoding)
     ids = [[np.array(encoding.ids, dtype)] for encoding in found]
   else:
@@ -206,7 +206,7 @@ def encode(examples: list[Example], info: TokenizerInfo, dtype: np.dtype) -> Enc
     of_text = np.concatenate([np.zeros(0, dtype), *ids[i]])
     before, after = _ends(example, info, of_text)
     prompts[i] += len(before) if prompts[i] else 0
-    if info.begin is not None and example.label is None:
+    if info.bos_id is not None and example.label is None:
       prompts[i] = max(1, prompts[i])  # the token that begins a document is given, never learned
     ids[i] = np.concatenate([np.array(before, dtype), of_text, np.array(after, dtype)])
   return Encoded(ids, prompts, merged, lost)
@@ -224,10 +224,10 @@ def _ends(example: Example, info: TokenizerInfo, of_text: np.ndarray) -> tuple[l
   """
   if example.label is not None:
     return info.before, info.after
-  before = [] if info.before == [info.end] else info.before
-  if info.begin is not None and before in ([], [info.begin]):
-    before = [] if of_text[:1].tolist() == [info.begin] else [info.begin]
-  return before, info.after if info.after[-1:] == [info.end] else [*info.after, info.end]
+  before = [] if info.before == [info.eos_id] else info.before
+  if info.bos_id is not None and before in ([], [info.bos_id]):
+    before = [] if of_text[:1].tolist() == [info.bos_id] else [info.bos_id]
+  return before, info.after if info.after[-1:] == [info.eos_id] else [*info.after, info.eos_id]
 
 
 def _parts(text: str, info: TokenizerInfo) -> list[str]:

@@ -30,8 +30,8 @@ def modules(model_type: str) -> dict[str, str]:
   """Of a layer's matrix products: {name in the checkpoint: the one of `jaxft.lora.MODULES` that adapts it}."""
   found = {}
   for rule in FAMILIES[model_type].rules:
-    if rule.by_layer and rule.ours.endswith(".kernel"):
-      target = rule.ours.split(".")[-2]
+    if rule.by_layer and rule.param.endswith(".kernel"):
+      target = rule.param.split(".")[-2]
       targets = "qkv" if len(rule.names) > 1 else [target]
       found |= dict(zip(map(_module, rule.names), targets, strict=True))
   return found
@@ -87,8 +87,8 @@ def _named(cfg: ModelConfig, patterns: tuple[str, ...], model_type: str) -> tupl
         )
       if all(matches):
         layers.append(layer)
-    if layers or rule.ours == "output.score" and cfg.classes:  # a new head would stay as it is drawn
-      trained.append((rule.ours, tuple(layers) if rule.by_layer and len(layers) < cfg.L else ()))
+    if layers or rule.param == "output.score" and cfg.classes:  # a new head would stay as it is drawn
+      trained.append((rule.param, tuple(layers) if rule.by_layer and len(layers) < cfg.L else ()))
   if unused:
     names = [name for rule in FAMILIES[model_type].rules for _, some in _names(rule, cfg) for name in some]
     raise RequestError(
@@ -104,7 +104,7 @@ def _names(rule: Rule, cfg: ModelConfig) -> Iterator[tuple[int, list[str]]]:
     "output.bias": cfg.head_bias and not cfg.classes,
     "output.score": bool(cfg.classes),
   }
-  if here.get(rule.ours, True):
+  if here.get(rule.param, True):
     for layer in range(cfg.L if rule.by_layer else 1):
       yield layer, [full_name(name.format(layer)) for name in rule.names]
 

@@ -59,7 +59,7 @@ class Tensor(NamedTuple):
     view = np.memmap(self.file, self.dtype, "r", self.offset, stored)
     return view.T if self.transposed else view
 
-  def holds(self, pieces: Iterable[np.ndarray]) -> bool:
+  def bytes_equal(self, chunks: Iterable[np.ndarray]) -> bool:
     """Whether the file's bytes are those of the pieces, one after another."""
     left = math.prod(self.shape) * self.dtype.itemsize
     with self.file.open("rb") as stream:
@@ -139,7 +139,7 @@ def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
   source = _named(checkpoint)
   paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
   wanted = {".".join(key.key for key in path): leaf for path, leaf in paths}
-  rules = {rule.ours: rule for rule in checkpoint.family.rules}
+  rules = {rule.param: rule for rule in checkpoint.family.rules}
   readers = {}
   for path, leaf in wanted.items():
     shape = leaf.shape

@@ -215,7 +215,7 @@ def _must_hold(params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf) -> N
   limit = 65520  # float16 ends at 65504, to which what is below this is rounded
   for tensor in hf_tensors(params, checkpoint, in_float32):
     if (dtype := dtype_of(tensor.name)) == np.float16:
-      largest = max((float(np.abs(piece).max(initial=0)) for piece in tensor.pieces()), default=0.0)
+      largest = max((float(np.abs(piece).max(initial=0)) for piece in tensor.chunks()), default=0.0)
       if not largest < limit:  # NaN neither
         raise RequestError(
           f"{tensor.name} has a weight of {largest:.6g}, and {dtype.name} ends at 65504; export in bfloat16 or float32"
@@ -256,7 +256,7 @@ def _hand_over(params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf, max_
   files, _ = _files(params, checkpoint, dtype_of, max_shard_size)
   written = [tensor for tensors in files.values() for tensor in tensors.values()]
   for tensor in (*written, *hf_tensors(params, checkpoint, dtype_of)):
-    collections.deque(tensor.pieces(), maxlen=0)
+    collections.deque(tensor.chunks(), maxlen=0)
   return {}
 
 
@@ -271,7 +271,7 @@ def _write_safetensors(file: Path, tensors: dict[str, Outgoing]) -> None:
   with file.open("wb") as stream:
     stream.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
-      for piece in tensor.pieces():
+      for piece in tensor.chunks():
         stream.write(piece.view(np.uint8).data)
     stream.flush()
     os.fsync(stream.fileno())

@@ -13,7 +13,7 @@ import numpy as np
 
 class Rule(NamedTuple):
   hf: str | tuple[str, ...]  # names in the checkpoint; {} is the layer, which is axis 0 of ours
-  ours: str  # path of the parameter
+  param: str  # path of the parameter
   layout: str
 
   @property

@@ -39,11 +39,11 @@ class Outgoing(NamedTuple):
   name: str
   dtype: np.dtype
   shape: tuple[int, ...]
-  pieces: Callable[[], Iterator[np.ndarray]]
+  chunks: Callable[[], Iterator[np.ndarray]]
 
-  def make(self) -> np.ndarray:
+  def to_numpy(self) -> np.ndarray:
     """All of it."""
-    return np.concatenate([piece.reshape(-1) for piece in self.pieces()]).reshape(self.shape)
+    return np.concatenate([piece.reshape(-1) for piece in self.chunks()]).reshape(self.shape)
 
   @property
   def nbytes(self) -> int:
@@ -58,9 +58,9 @@ def hf_tensors(params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf = in_
   """Parameters as the checkpoint's family names and shapes them; gradients too."""
   leaves = {".".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
   for rule in checkpoint.family.rules:
-    if rule.ours not in leaves:
+    if rule.param not in leaves:
       continue  # a head that is tied, or one of the other kind
-    leaf = leaves.pop(rule.ours)
+    leaf = leaves.pop(rule.param)
     real = unpadded(rule.layout, leaf.shape[1:] if rule.by_layer else leaf.shape, checkpoint.cfg.V)
     shape = hf_shape(rule.layout, real)
     for layer in range(leaf.shape[0] if rule.by_layer else 1):

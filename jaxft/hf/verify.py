@@ -35,7 +35,7 @@ def verify(
   written = load.tensors(folder)
   for tensor in hf_tensors(params, checkpoint, dtype_of):
     there = written.pop(tensor.name)
-    if there.shape != tensor.shape or not there.holds(tensor.pieces()):
+    if there.shape != tensor.shape or not there.bytes_equal(tensor.chunks()):
       raise StorageError(
         f"{folder}: tensor {tensor.name!r} read back differs from what was written; the disk is not to be trusted"
       )

@@ -33,7 +33,7 @@ def chart(
   from_zero: bool = False,
   share: bool = False,
   floor: tuple[str, float] | None = None,
-  faults: Sequence[float] = (),
+  nonfinite_steps: Sequence[float] = (),
   wide: bool = False,
 ) -> Html | None:
   """A figure of some lines over the steps; None where all values are of one step: that is no line.
@@ -44,7 +44,7 @@ def chart(
     from_zero: the axis begins at 0.
     share: the axis goes from 0 to 1.
     floor: name and value of a dashed line across.
-    faults: steps that are marked at the bottom.
+    nonfinite_steps: steps that are marked at the bottom.
   """
   series = [
     it._replace(points=means(it.points)) if it.only_mean and _long(it.points) else it for it in series if it.points
@@ -57,7 +57,7 @@ def chart(
   values = [y for it in series for _, y in it.points] + ([floor[1]] if floor else [])
   log = not (from_zero or share) and min(values) > 0 and max(values) > 10 * min(values)
   scale = math.log10 if log else float
-  x0, x1 = min([*steps, *faults]), max([*steps, *faults])
+  x0, x1 = min([*steps, *nonfinite_steps]), max([*steps, *nonfinite_steps])
   y0, y1 = (0.0, 1.0) if share else _ends([0.0, *values] if from_zero else values, scale, from_zero)
   across = lambda x: SIDE * (x - x0) / (x1 - x0)
   down = lambda y: SIDE * (y1 - scale(y)) / (y1 - y0)
@@ -68,8 +68,8 @@ def chart(
     drawn += _line(it, across, down)
   if floor:
     drawn.append(_level(down(floor[1]), "floor"))
-  if faults:
-    marks = " ".join(f"M{across(x):.1f} {SIDE} v-60" for x, _ in thinned([(x, 0.0) for x in faults]))
+  if nonfinite_steps:
+    marks = " ".join(f"M{across(x):.1f} {SIDE} v-60" for x, _ in thinned([(x, 0.0) for x in nonfinite_steps]))
     drawn.append(tag("path", d=marks, class_="fault"))
   svg = tag(
     "svg", drawn, viewBox=f"0 0 {SIDE} {SIDE}", preserveAspectRatio="none", role="img", aria_label=f"{title}, {unit}"
@@ -83,7 +83,7 @@ def chart(
   if floor:
     beside.append(tag("span", f"{floor[0]} {floor[1]:.4g}", class_="at", style=f"top:{down(floor[1]) / SIDE:.2%}"))
   keys = [_key(it) for it in series] if len(series) > 1 else []
-  if faults:
+  if nonfinite_steps:
     keys.append(_key_of(tag("path", d="M13 10 v-10", class_="fault"), "not finite, not applied"))
   return tag(
     "figure",

@@ -63,7 +63,7 @@ def _results(named: list[tuple[str, Record]]) -> Html:
     cells = [" → ".join(words.told(key, value) for value in record.cells(key)) for key in keys]
     peak, speed = (
       max((v for _, v in record.points("memory/peak_bytes")), default=None),
-      record.typical("perf/tokens_per_second"),
+      record.median("perf/tokens_per_second"),
     )
     finished, state = words.state(record)
     state = tag("small", state.splitlines()[0].split(":")[0], class_=None if finished else "bad")
@@ -87,7 +87,7 @@ def _curves(named: list[tuple[str, Record]]) -> Html | None:
     chart("Accuracy", "share of the held-out texts", lines("eval/accuracy", dots=True), share=True),
     chart("Learning rate", "", lines("train/learning_rate"), from_zero=True),
     chart("Gradient norm", "before clipping", lines("train/grad_norm", **noisy)),
-    chart("Speed", "tokens a second", lines(speed, Record.steady, **noisy), from_zero=True),
+    chart("Speed", "tokens a second", lines(speed, Record.without_outliers, **noisy), from_zero=True),
   ]
   drawn = [it for it in figures if it]
   return section("How they went", tag("div", drawn, class_="charts")) if drawn else None

@@ -54,7 +54,7 @@ class Record(NamedTuple):
       return min(chosen, key=lambda it: it[1])[0]
     return after[-1] if after else self.last_step
 
-  def ends(self, key: str) -> list[float]:
+  def first_and_final(self, key: str) -> list[float]:
     """The first value of `key` and the one of the exported weights: one, if only the first was measured; none, if none was."""
     return [value for value in self.cells(key) if not isinstance(value, str)]
 
@@ -66,14 +66,14 @@ class Record(NamedTuple):
     ]
     return [found[0][1], found[-1][1]] if found and found[-1][0] > found[0][0] else [it for _, it in found[:1]]
 
-  def memorised(self, when: str) -> float | None:
+  def memorized_share(self, when: str) -> float | None:
     """The mean share of 8-grams of the samples before or after that stand in the training text."""
     found = [number(it, "memorised_8grams") for it in self.samples if it["when"] == when]
     found = [it for it in found if it is not None]
     return sum(found) / len(found) if found else None
 
   @property
-  def faults(self) -> list[int]:
+  def nonfinite_steps(self) -> list[int]:
     """Steps whose loss or gradient norm was no finite number: they are in metrics.jsonl as text."""
     return [line["step"] for line in self.metrics if any(type(line.get(key)) is str for key in NORMS)]
 
@@ -82,12 +82,12 @@ class Record(NamedTuple):
     found = ((line["step"], number(line, key)) for line in self.metrics)
     return [(step, value) for step, value in found if value is not None]
 
-  def steady(self, key: str) -> list[tuple[int, float]]:
+  def without_outliers(self, key: str) -> list[tuple[int, float]]:
     """`points` of a speed, without those of steps that were read at one moment, which seem to have taken no time."""
-    most = 4 * (self.typical(key) or 0)
+    most = 4 * (self.median(key) or 0)
     return [(step, value) for step, value in self.points(key) if value <= most]
 
-  def typical(self, key: str) -> float | None:
+  def median(self, key: str) -> float | None:
     """The median of the values of `key`: a first step that compiles, or a pause, does not count."""
     values = sorted(value for _, value in self.points(key))
     return values[len(values) // 2] if values else None

@@ -80,7 +80,7 @@ def _tiles(record: Record) -> Html:
   tiles = []
   for key in words.measured([record]):
     tiles.append((words.MEASURES[key], " → ".join(words.told(key, value) for value in record.cells(key)), None))
-  if known := [words.percent(it) for when in ("before", "after") if (it := record.memorised(when)) is not None]:
+  if known := [words.percent(it) for when in ("before", "after") if (it := record.memorized_share(when)) is not None]:
     tiles.append(("8-grams by heart", " → ".join(known), "of the samples"))
   if (floor := _floor(record)) is not None:
     tiles.append(("the text's own entropy", words.figure(floor), None))
@@ -88,8 +88,8 @@ def _tiles(record: Record) -> Html:
     tiles.append(
       (f"{words.unit(record)}s trained on", f"{int(tokens[-1][1]):,}", f"in {count(record.last_step, 'step')}")
     )
-  if (speed := record.typical("perf/tokens_per_second")) is not None:
-    mfu = record.typical("perf/mfu")
+  if (speed := record.median("perf/tokens_per_second")) is not None:
+    mfu = record.median("perf/mfu")
     tiles.append(
       (f"{words.unit(record)}s a second", words.speed(speed), None if mfu is None else f"MFU {words.percent(mfu)}")
     )
@@ -144,10 +144,10 @@ def _curves(record: Record) -> Html | None:
   evaluated = [Series("training text", record.points("train/loss"), 0, noisy=True)]
   evaluated += [Series("held-out text", record.points("eval/loss"), 1, dots=True)]
   evaluated += [Series("unrelated text", record.points("eval/unrelated_loss"), 3, dots=True)]
-  floor, speed = _floor(record), lambda name, key: [Series(name, record.steady(key), noisy=True)]
+  floor, speed = _floor(record), lambda name, key: [Series(name, record.without_outliers(key), noisy=True)]
   of = words.unit(record)
   figures = [
-    chart("Loss", f"nats a {of}", evaluated, floor=floor and ("entropy", floor), faults=record.faults, wide=True),
+    chart("Loss", f"nats a {of}", evaluated, floor=floor and ("entropy", floor), nonfinite_steps=record.nonfinite_steps, wide=True),
     chart(
       "Held-out texts classified",
       "share",

@@ -110,7 +110,7 @@ def outcome(record: Record) -> Outcome | None:
   """Accuracy of a model that classifies, else the eval loss; None where nothing was evaluated."""
   by_accuracy = record.classifies and bool(record.points("eval/accuracy"))
   key, name = ("eval/accuracy", "accuracy") if by_accuracy else ("eval/loss", "eval loss")
-  ends = record.ends(key)
+  ends = record.first_and_final(key)
   if len(ends) < 2:
     return Outcome(name, key, ends[0], None, None) if ends else None
   change = ends[1] - ends[0]

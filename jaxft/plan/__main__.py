@@ -13,7 +13,7 @@ from jaxft.run.tracking import console
 
 
 def main() -> None:
-  arguments = command_line.parse(usage.PLAN, ("fit", "json"), ("html", "prices"), several=("device",))
+  arguments = command_line.parse(usage.PLAN, ("fit", "json"), ("html", "prices"), list_flags=("device",))
   devices = [name for text in arguments.device for name in text.split(",")]
   if not devices:
     raise RequestError("--device is missing; name one, such as h100x8, rtx4090 or v5e:2x4")

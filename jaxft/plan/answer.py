@@ -15,7 +15,8 @@ from jaxft.errors import RequestError
 from jaxft.hf import chosen, facts, repo, source
 from jaxft.hf.published import PUBLISHED
 from jaxft.model import ModelConfig
-from jaxft.plan import compile, estimate, figures, fit, targets
+from jaxft.plan import compile, estimate, figures, targets
+from jaxft.plan.fit import SHOWN, search
 from jaxft.program import Program
 
 # What the compiler tells in every plan, and is None in one that was refused.
@@ -101,7 +102,7 @@ def _plan(
   config: ConfigDict,
   cfg: ModelConfig,
   target: targets.Target,
-  search: bool,
+  do_search: bool,
   price: float | None,
   tell: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -114,12 +115,12 @@ def _plan(
   try:
     plan = of(config)
   except RequestError as error:
-    if not search:
+    if not do_search:
       raise
     tell(f"as it is: {error}")  # a batch or a mesh that does not go with this target; the search has its own
     plan = _refused(config, target, error)
-  if search or not plan["fits"]:
-    plan["advice"] = fit.search(config, cfg, target, of, tell, shown=fit.SHOWN if search else 1)
+  if do_search or not plan["fits"]:
+    plan["advice"] = search(config, cfg, target, of, tell, shown=SHOWN if do_search else 1)
   return plan
 
 
@@ -181,9 +182,9 @@ def _told(
   else:
     plan |= {name: found[name] for name in ("peak_bytes", "eval_peak_bytes", "breakdown", "host_bytes")}
     plan["fits"] = max(found["peak_bytes"], found["eval_peak_bytes"]) <= plan["usable_bytes"]
-  roofline = None
+  step_estimate = None
   if not refused:
-    roofline = estimate.roofline(
+    step_estimate = estimate.roofline(
       target,
       found["devices"],
       dtype=found["compute_dtype"],
@@ -204,9 +205,9 @@ def _told(
     "pinned_bytes": backend.most_pinned(found["bytes_on_every_host"]) if target.kind in targets.GPUS else 0,
     "moved_bytes": found.get("moved_bytes"),
     "collective_bytes": found.get("collective_bytes", {}),
-    "step_seconds_estimate": roofline and roofline.step_seconds,
-    "cost": estimate.costs(price, target, roofline),
-    "estimate": estimate.told(roofline, target, found["compute_dtype"]),
-    "rows_to_hide_the_bus": roofline and roofline.rows_to_hide_the_bus(config.train.batch_size),
+    "step_seconds_estimate": step_estimate and step_estimate.step_seconds,
+    "cost": estimate.costs(price, target, step_estimate),
+    "estimate": estimate.told(step_estimate, target, found["compute_dtype"]),
+    "rows_to_hide_the_bus": step_estimate and step_estimate.rows_to_hide_the_bus(config.train.batch_size),
     "compile_seconds": found["compile_seconds"],
   }

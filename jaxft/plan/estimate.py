@@ -78,10 +78,10 @@ def roofline(
     tokens: of a step.
     bus_bytes: between the host's memory and a device (`offload.traffic`).
   """
-  facts = target.facts
+  facts = target.spec
   if facts is None:
     return None
-  compute = flops / devices / (efficiency.compute * facts.rate(dtype))
+  compute = flops / devices / (efficiency.compute * facts.peak_flops(dtype))
   memory = moved_bytes / (efficiency.memory * facts.bandwidth)
   sent = sum(SENT[kind](devices) * nbytes for kind, nbytes in collective_bytes.items())
   network = sent / (efficiency.network * target.link)
@@ -93,7 +93,7 @@ def roofline(
 
 def seconds_at_peak(target: Target, devices: int, model_flops: int) -> float | None:
   """A step's, if no device ever waited: over what it takes this is its MFU. None for a device whose speed is not known."""
-  return None if target.facts is None else model_flops / (devices * target.facts.rate("bfloat16"))
+  return None if target.spec is None else model_flops / (devices * target.spec.peak_flops("bfloat16"))
 
 
 def costs(price: float | None, target: Target, estimate: Estimate | None) -> dict[str, float]:
@@ -110,11 +110,11 @@ def told(estimate: Estimate | None, target: Target, dtype: str, efficiency: Effi
   """The estimate with all that it rests on, for JSON."""
   if estimate is None:
     return {}
-  facts = target.facts
+  facts = target.spec
   return estimate._asdict() | {
     "bound_by": estimate.bound_by,
     "peak": {
-      "flops": facts.rate(dtype),
+      "flops": facts.peak_flops(dtype),
       "memory_bytes_per_second": facts.bandwidth,
       "link_bytes_per_second": target.link,
       "bus_bytes_per_second": facts.bus,

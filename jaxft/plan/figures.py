@@ -34,11 +34,11 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
   run = program.build(config, cfg, mesh, max(config.train.steps, 1), blank_row(config, cfg))
   started = time.monotonic()
   traced = run.train_step.trace(run.state, run.batch)
-  lowered, found = with_host_arguments(traced.lower(), run, run.kept), of_traced(run, config, cfg, traced)
+  lowered, found = with_host_arguments(traced.lower(), run, run.host_mask), of_traced(run, config, cfg, traced)
   seconds = lambda: {"compile_seconds": round(time.monotonic() - started, 1)}
   # libtpu works on one core: it takes 75 s for GPT-J's train step on eight chips, and 15 s for the eval step.
   with ThreadPoolExecutor(1) as beside:
-    lowered_eval = with_host_arguments(run.eval_step.lower(run.state.weights, run.eval_batch), run, run.kept.weights)
+    lowered_eval = with_host_arguments(run.eval_step.lower(run.state.all_params, run.eval_batch), run, run.host_mask.all_params)
     eval_compiled = beside.submit(lowered_eval.compile)
     try:
       compiled = lowered.compile()
@@ -57,7 +57,7 @@ def figures(config: ConfigDict, cfg: ModelConfig, target: targets.Target, text: 
 
 def eval_peak_bytes(run: Program, compiled: Any) -> int:
   """Most memory of a device while the compiled eval step runs, beside the optimizer state, which stays where it is."""
-  weights = program.bytes_a_device([leaf for leaf, there in _with(run.state.weights, run.kept.weights) if there])
+  weights = program.bytes_a_device([leaf for leaf, there in _with(run.state.all_params, run.host_mask.all_params) if there])
   return peak_bytes(compiled.memory_analysis(), run, weights) + arguments(run)["optimizer"]
 
 
@@ -75,15 +75,15 @@ def of_traced(run: Program, config: ConfigDict, cfg: ModelConfig, traced: Any) -
     "compute_dtype": run.compute.dtype.name,
     "attention": {"kernel": kernel, "why_not_faster": why_not_faster},
     "arguments": arguments(run),
-    "gradient_bytes": 0 if run.offload == "all" else program.bytes_a_device(run.gradients),
+    "gradient_bytes": 0 if run.offload == "all" else program.bytes_a_device(run.grad_shapes),
     "host_bytes": program.bytes_on_host(run),
     "bytes_on_every_host": program.bytes_on_every_host(config, cfg),
-    "checkpoint_bytes": nbytes(run.state.changing),
+    "checkpoint_bytes": nbytes(run.state.checkpointable),
     "bus_bytes": sum(
       offload.traffic(
         run.offload,
         run.state.params,
-        run.state.opt,
+        run.state.opt_state,
         run.state.frozen,
         cfg.tied and not cfg.classes,
         program.bytes_a_device,
@@ -147,8 +147,8 @@ def logits_bytes(run: Program, cfg: ModelConfig) -> int:
 
 def arguments(run: Program) -> dict[str, int]:
   """Bytes a device of what goes into the step."""
-  kept = run.kept
-  parts = {"parameters": (run.state.weights, kept.weights), "optimizer": (run.state.opt, kept.opt)}
+  kept = run.host_mask
+  parts = {"parameters": (run.state.all_params, kept.all_params), "optimizer": (run.state.opt_state, kept.opt_state)}
   bytes_here = lambda *trees: program.bytes_a_device([leaf for leaf, there in _with(*trees) if not there])
   return {what: bytes_here(*trees) for what, trees in parts.items()} | {"batch": program.bytes_a_device(run.batch)}
 
@@ -167,8 +167,8 @@ def memory_of_step(run: Program, memory: Any) -> dict[str, Any]:
   # Counters, and what tiles of a TPU fill up.
   other = memory.argument_size_in_bytes - (program.state_on_host(run) if _is_cpu(run) else 0) - sum(parts.values())
   rest = peak - sum(parts.values()) - other
-  copy = min(program.bytes_a_device(run.copy), rest)
-  gradients = 0 if run.offload == "all" else min(program.bytes_a_device(run.gradients), rest - copy)
+  copy = min(program.bytes_a_device(run.compute_params), rest)
+  gradients = 0 if run.offload == "all" else min(program.bytes_a_device(run.grad_shapes), rest - copy)
   parts |= {"parameters": parts["parameters"] + copy, "gradients": gradients}
   return {"peak_bytes": peak, "breakdown": parts | {"activations": rest - copy - gradients, "other": other}}
 

@@ -167,7 +167,7 @@ def candidates(config: ConfigDict, cfg: ModelConfig, target: targets.Target) -> 
 
 def meshes(cfg: ModelConfig, target: targets.Target) -> list[tuple[int, int, int]]:
   """(data, fsdp, tensor) over all devices: weights over all of them, over those of a node, or copies; tensor within a node."""
-  n, facts = target.count, target.facts
+  n, facts = target.count, target.spec
   node = min(n, facts.node if isinstance(facts, targets.Gpu) else n)
   found = []
   for tensor in (1, 2, 4, 8):

@@ -60,7 +60,7 @@ class Rough(NamedTuple):
   @property
   def width(self) -> int:
     """Bytes of a number as it is computed with."""
-    facts = self.target.facts
+    facts = self.target.spec
     return 4 if not (facts and facts.bfloat16) or self.config.model.compute_dtype == "float32" else 2
 
   def cut(self, settings: dict[str, Any], what: str, nbytes: int) -> int:
@@ -100,7 +100,7 @@ class Rough(NamedTuple):
     """A step: operations, bytes moved and bytes sent, of which nothing overlaps wholly."""
     config, cfg, target = self.config, self.cfg, self.target
     data, fsdp, tensor, stage = (settings[f"mesh.{name}"] for name in ("data", "fsdp", "tensor", "zero_stage"))
-    T, rows, facts = config.data.sequence_length, self._output_rows(settings), target.facts
+    T, rows, facts = config.data.sequence_length, self._output_rows(settings), target.spec
     steps = config.train.batch_size // (data * fsdp) // B  # of accumulation
     tokens = B * T * steps
     layers, attention = TIMES[settings["memory.remat"]]
@@ -116,7 +116,7 @@ class Rough(NamedTuple):
     sent += ring(data) * 2 * steps * self.cut(settings, "gradients", self.trained)
     sent += ring(tensor) * 2 * (layers + 1) * cfg.L * tokens * cfg.D * self.width
     share, dtype = estimate.EFFICIENCY, "float32" if self.width == 4 else "bfloat16"
-    speeds = (facts.rate(dtype), facts.bandwidth, target.link) if facts else UNKNOWN[:3]
+    speeds = (facts.peak_flops(dtype), facts.bandwidth, target.link) if facts else UNKNOWN[:3]
     work = (products * tokens / tensor, moved, sent)
     parts = [n / (part * speed) for n, part, speed in zip(work, share[:3], speeds, strict=True)]
     bus = sum(

@@ -40,7 +40,7 @@ class Gpu(NamedTuple):
   node: int = 8  # devices of a machine as they are rented, or built
   bfloat16: bool = True
 
-  def rate(self, dtype: str) -> int:
+  def peak_flops(self, dtype: str) -> int:
     """FLOP/s of matrix products: float32 ones go through TF32 at half the 16-bit rate (XLA's default), or through the cores."""
     if dtype != "float32":
       return self.flops
@@ -69,7 +69,7 @@ class Tpu(NamedTuple):
   devices: int = 1  # a chip
   bfloat16: bool = True
 
-  def rate(self, dtype: str) -> int:
+  def peak_flops(self, dtype: str) -> int:
     """FLOP/s of matrix products: XLA rounds the operands of float32 ones to bfloat16 (its default precision on TPUs)."""
     return self.flops
 
@@ -150,13 +150,13 @@ class Target(NamedTuple):
   topology: str  # of a TPU slice, such as 2x4
 
   @property
-  def facts(self) -> Gpu | Tpu | None:
+  def spec(self) -> Gpu | Tpu | None:
     return GPUS.get(self.kind) or TPUS.get(self.kind)
 
   @property
   def usable_bytes(self) -> int:
     """What a process really gets of a device's memory; devices of the kind cpu share what this machine has."""
-    facts = self.facts
+    facts = self.spec
     if facts is None:
       return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.count
     return int(GPU_SHARE * facts.memory) if isinstance(facts, Gpu) else facts.usable
@@ -164,7 +164,7 @@ class Target(NamedTuple):
   @property
   def link(self) -> int:
     """bytes/s that a device sends to others, over the slowest way that a collective over all of them takes."""
-    facts = self.facts
+    facts = self.spec
     return min(BETWEEN_NODES, facts.link) if isinstance(facts, Gpu) and self.count > facts.node else facts.link
 
 
@@ -228,7 +228,7 @@ def devices(target: Target) -> list[Any]:
   if target.kind == "cpu":
     return jax.devices("cpu")[: target.count]
   if target.kind in TPUS:
-    alone = target.count == target.facts.devices
+    alone = target.count == target.spec.devices
     one = {"chips_per_host_bounds": (1, 1, 1)} if alone else {}  # a machine with one chip; else it has four
     return list(topologies.get_topology_desc(platform="tpu", topology_name=target.name, **one).devices)
   gpu = GPUS[target.kind]

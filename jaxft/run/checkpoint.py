@@ -65,28 +65,28 @@ class ReadBack:
 class Checkpoints:
   """The checkpoints of one run: `folder/STEP/` with the state and a JSON record about it, written in the background."""
 
-  def __init__(self, folder: Path, keep: int = 1, best: str = "", *, writes: bool = False, in_pieces: bool = False):
+  def __init__(self, folder: Path, keep: int = 1, best_metric: str = "", *, writes: bool = False, low_memory: bool = False):
     """Opens the folder, making it if need be; raises StorageError when it cannot.
 
     Args:
       keep: newest checkpoints to keep; the last that was read back stays too, until a newer one has been.
-      best: keep the one with the least value of this metric too.
+      best_metric: keep the one with the least value of this metric too.
       writes: this run is the folder's only writer, and removes what a killed one left half written or half deleted.
-      in_pieces: read and write some leaves at a time, and wait for it: the host has no room for a copy of the state.
+      low_memory: read and write some leaves at a time, and wait for it: the host has no room for a copy of the state.
     """
     self.folder, self._closed, self._nbytes = folder, False, 0
-    self._keep, self._in_pieces, self._verified, self._has_saved = keep, in_pieces, ReadBack(None), False
-    self._lowest = lowest = lambda metrics: metrics.get(best, math.inf) if metrics else math.inf
+    self._keep, self._low_memory, self._verified, self._has_saved = keep, low_memory, ReadBack(None), False
+    self._lowest = lowest = lambda metrics: metrics.get(best_metric, math.inf) if metrics else math.inf
     kept = [LatestN(keep), self._verified]
-    if best:
+    if best_metric:
       kept.append(BestN(get_metric_fn=lowest, reverse=True, n=1, keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
       preservation_policy=AnyPreservationPolicy(kept),
-      best_fn=lowest if best else None,  # without it Orbax writes no metrics, and another process knows of no best one
+      best_fn=lowest if best_metric else None,  # without it Orbax writes no metrics, and another process knows of no best one
       best_mode="min",
       todelete_subdir=GONE,  # so that none is ever half there under its own name
     )
-    piece = {"save_device_host_concurrent_gb": 1, "is_prioritized_key_fn": lambda _: False} if in_pieces else {}
+    piece = {"save_device_host_concurrent_gb": 1, "is_prioritized_key_fn": lambda _: False} if low_memory else {}
     handlers = {"state": ocp.PyTreeCheckpointHandler(**piece), "meta": ocp.JsonCheckpointHandler()}
     self._or_storage_error(lambda: folder.mkdir(parents=True, exist_ok=True))
     if writes:
@@ -117,7 +117,7 @@ class Checkpoints:
     self._nbytes = nbytes(state)
     if not self._or_storage_error(write):
       raise StorageError(f"{self.folder / str(step)}: not saved")
-    if self._in_pieces or not self._has_saved:
+    if self._low_memory or not self._has_saved:
       self.wait()
     if not self._has_saved:
       self._read_back(step, state)
@@ -129,7 +129,7 @@ class Checkpoints:
 
   def verify(self, step: int, like: Any) -> None:
     """Reads a checkpoint back, each process some chunks of it, and compares checksums; raises StorageError."""
-    wanted = self.meta(step)["checksums"]
+    wanted = self.metadata(step)["checksums"]
     folder = self.folder.absolute() / str(step) / "state"
     leaves = jax.tree_util.tree_flatten_with_path(like)[0]
     names = list(ocp.tree.to_flat_dict(like, sep="."))  # as Orbax names their folders
@@ -145,7 +145,7 @@ class Checkpoints:
       if found != wanted[name := jax.tree_util.keystr(path)]:
         raise StorageError(f"{self.folder / str(step)}: {name} read back is not what was written")
 
-  def set_aside(self, step: int) -> Path:
+  def quarantine(self, step: int) -> Path:
     """Renames a damaged checkpoint, out of the way of the one that the run will save at this step; returns its new place."""
     names = (self.folder / (f"damaged-{step}" + (f"-{number}" if number > 1 else "")) for number in itertools.count(1))
     aside = next(name for name in names if not name.exists())
@@ -178,7 +178,7 @@ class Checkpoints:
     self._closed = True
     self._sweep(half_written=False)
 
-  def abandon(self) -> None:
+  def close_quietly(self) -> None:
     """Closes after an error, whose story is told already."""
     if not self._closed:
       with contextlib.suppress(Exception):
@@ -187,12 +187,12 @@ class Checkpoints:
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
 
-  def best(self) -> int | None:
+  def best_step(self) -> int | None:
     """The step with the least value of the metric that was named; None where none of those that are kept has it."""
     step = self._manager.best_step()
     return step if step is not None and self._lowest(self._manager.metrics(step)) < math.inf else None
 
-  def meta(self, step: int) -> dict[str, Any]:
+  def metadata(self, step: int) -> dict[str, Any]:
     """The record of a checkpoint; raises StorageError when it cannot be read, or is not what was saved."""
 
     def read() -> tuple[dict[str, Any], bool]:
@@ -209,9 +209,9 @@ class Checkpoints:
 
     A leaf of `like` that is `NOT_READ` stays so.
     """
-    wanted = self.meta(step)["checksums"]
+    wanted = self.metadata(step)["checksums"]
     state = like
-    for some in _in_groups(like) if self._in_pieces else [like]:
+    for some in _in_groups(like) if self._low_memory else [like]:
       state = jax.tree.map(lambda new, old: old if new is NOT_READ else new, self._restore(step, some), state)
     found = checksums(jax.tree.map(lambda x: None if x is NOT_READ else x, state))
     left_out = {

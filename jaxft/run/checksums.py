@@ -45,7 +45,7 @@ def _compiled(shardings: tuple[Any, ...], of_part: Callable, together: Callable)
 
     def row(i: jax.Array) -> jax.Array:
       values = jax.device_put(jax.lax.dynamic_slice_in_dim(x, i, 1), jax.memory.Space.Device)
-      return of_part(part._replace(values=values, starts=(part.starts[0] + i, *part.starts[1:])))
+      return of_part(part._replace(values=values, offsets=(part.offsets[0] + i, *part.offsets[1:])))
 
     two = lambda i, found: together(jnp.stack([found, row(i)])).astype(found.dtype)
     return jax.lax.fori_loop(1, x.shape[0], two, row(0))
@@ -63,11 +63,11 @@ def _of_part(part: sharding.Part) -> jax.Array:
   bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
   index, stride = jnp.zeros(x.shape, jnp.uint32), 1
   for axis in reversed(range(x.ndim)):
-    along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.asarray(part.starts[axis]).astype(jnp.uint32)
+    along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.asarray(part.offsets[axis]).astype(jnp.uint32)
     index = index + along * jnp.uint32(stride % 2**32)
     stride *= part.shape[axis]
   factor = (index * jnp.uint32(KNUTH)) ^ (index >> 16) | jnp.uint32(1)
-  return jnp.where(part.counts, jnp.sum(bits * factor, dtype=jnp.uint32), jnp.uint32(0))
+  return jnp.where(part.is_primary, jnp.sum(bits * factor, dtype=jnp.uint32), jnp.uint32(0))
 
 
 def of_box(x: np.ndarray, starts: tuple[int, ...], shape: tuple[int, ...]) -> int:

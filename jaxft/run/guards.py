@@ -26,20 +26,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 class StopRequest:
   """Inside `with StopRequest() as stop` a first signal ends the run at the next safe point, a second one the process.
 
-  Where nothing would be lost it is safe at once: Preempted is raised out of whatever goes on. Inside `with stop.held():` the
-  signal is only remembered, for `at(step)` to find. A terminal that goes away sends SIGHUP more than once: the kernel does, and
+  Where nothing would be lost it is safe at once: Preempted is raised out of whatever goes on. Inside `with stop.deferred():` the
+  signal is only remembered, for `should_stop(step)` to find. A terminal that goes away sends SIGHUP more than once: the kernel does, and
   the shell.
   """
 
   def __init__(self):
     self.received: str | None = None
-    self._held = False
+    self._deferred = False
 
   def __enter__(self) -> "StopRequest":
     several = jax.process_count() > 1
     try:
       # With several processes JAX listens for SIGTERM, and finds a step at which all of them stop.
-      handlers = {number: self._pass_on if several else self._note for number in SIGNALS}
+      handlers = {number: self._pass_on if several else self._on_signal for number in SIGNALS}
       if several:
         del handlers[signal.SIGTERM]
       if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: the run is to outlive its terminal
@@ -54,18 +54,18 @@ class StopRequest:
       signal.signal(number, handler)
 
   @contextmanager
-  def held(self) -> Iterator[None]:
-    self._held = True
+  def deferred(self) -> Iterator[None]:
+    self._deferred = True
     try:
       yield
     finally:
-      self._held = False
+      self._deferred = False
 
-  def hold(self) -> None:
+  def defer(self) -> None:
     """From now on a signal is only remembered."""
-    self._held = True
+    self._deferred = True
 
-  def at(self, step: int) -> bool:
+  def should_stop(self, step: int) -> bool:
     """Whether the run is to stop after this step: the same answer in all processes."""
     if jax.process_count() == 1:
       return self.received is not None
@@ -81,11 +81,11 @@ class StopRequest:
       os.kill(os.getpid(), number)
     return self.received is not None
 
-  def _note(self, number: int, _: FrameType | None) -> None:
+  def _on_signal(self, number: int, _: FrameType | None) -> None:
     if self._again(number):
       return
     self.received = signal.Signals(number).name
-    if not self._held:
+    if not self._deferred:
       raise Preempted(f"{self.received}: nothing was lost; the same command continues")
 
   def _pass_on(self, number: int, _: FrameType | None) -> None:

@@ -39,15 +39,15 @@ def joined(place: Place | None, start_timeout: int = START_TIMEOUT, peer_timeout
   if place is None:
     yield
     return
-  console.quiet = place.process != 0
-  say(f"waiting for {place.processes} processes at {place.coordinator}; to run alone: --num_processes=1")
+  console.quiet = place.process_id != 0
+  say(f"waiting for {place.num_processes} processes at {place.coordinator}; to run alone: --num_processes=1")
   peers = roll_call.call(place, start_timeout)
   watchdog = Watchdog(place, peers, peer_timeout)
-  end_when_jax_aborts(peers[0] if place.process else None)
+  end_when_jax_aborts(peers[0] if place.process_id else None)
   jax.distributed.initialize(
     place.coordinator,
-    place.processes,
-    place.process,
+    place.num_processes,
+    place.process_id,
     initialization_timeout=start_timeout,
     heartbeat_timeout_seconds=10 * peer_timeout,  # the watchdog is to be first, with a name
     cluster_detection_method="deactivate" if alone_on_its_node() else None,
@@ -59,12 +59,12 @@ def joined(place: Place | None, start_timeout: int = START_TIMEOUT, peer_timeout
       # A collective whose other end is gone fails here before the watchdog knows why; a bug waits the same seconds.
       time.sleep(peer_timeout + 5 if isinstance(error, jax.errors.JaxRuntimeError) else 5)
     code = tell(error)
-    watchdog.end(code, str(error).splitlines()[0] if str(error) else type(error).__name__)
+    watchdog.announce_exit(code, str(error).splitlines()[0] if str(error) else type(error).__name__)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
   agree("the end", {})  # process 0 may still be exporting, and is watched until it is done
-  watchdog.end(0, "")
+  watchdog.announce_exit(0, "")
 
 
 def alone_on_its_node() -> bool:

@@ -37,10 +37,10 @@ class Judge:
     unrelated = self._evaluation(weights, self._data.unrelated) if self._data.unrelated else None
     if not self._data.validation:
       if unrelated:
-        self._reporter.unrelated(step, when, unrelated)
+        self._reporter.log_unrelated(step, when, unrelated)
       return {}
     held_out = self._evaluation(weights, self._data.validation)
-    return self._reporter.evaluation(step, when, held_out, self._held_out_bytes, unrelated)
+    return self._reporter.log_eval(step, when, held_out, self._held_out_bytes, unrelated)
 
   def _evaluation(self, weights: Any, rows: Rows) -> steps.Evaluation:
     at_once, sharding = self._program.eval_rows, self._program.batch_sharding
@@ -55,4 +55,4 @@ class Judge:
     found = self._generator(weights, [tokens.prompt_ids(self._tokenizer, prompt) for prompt in prompts], sampling)
     known = memorised.shares(found, self._data.train.tokens.ids)
     for prompt, ids, share in zip(prompts, found, known, strict=True):
-      self._reporter.sample(step, when, prompt, self._tokenizer.decode(ids), share)
+      self._reporter.log_sample(step, when, prompt, self._tokenizer.decode(ids), share)

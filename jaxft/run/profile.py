@@ -33,13 +33,13 @@ class Profile:
     if self._under_way:
       self._stop()
 
-  def before(self, step: int, numbers: Any) -> None:
+  def on_step_begin(self, step: int, numbers: Any) -> None:
     """`numbers`: what the step before it gives."""
     if self._first == step <= self._last:
       jax.block_until_ready(numbers)
       self._under_way = self._tried(lambda: jax.profiler.start_trace(self._folder))
 
-  def after(self, step: int, numbers: Any) -> None:
+  def on_step_end(self, step: int, numbers: Any) -> None:
     if self._under_way and step == self._last:
       jax.block_until_ready(numbers)
       self._stop()

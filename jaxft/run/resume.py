@@ -30,7 +30,7 @@ def refuse_another_run(
   """
   for step in reversed(checkpoints.steps()):
     try:
-      meta = checkpoints.meta(step)
+      meta = checkpoints.metadata(step)
     except Unreadable:
       raise
     except StorageError:
@@ -97,7 +97,7 @@ def best_weights(checkpoints: Checkpoints, like: Changing, strict: bool) -> tupl
   """
   unread = Changing(NOT_READ, like.params, jax.tree.map(lambda _: NOT_READ, like.opt))
   while True:
-    best = checkpoints.best()
+    best = checkpoints.best_step()
     step = checkpoints.steps()[-1] if best is None else best
     try:
       weights = checkpoints.restore(step, unread)
@@ -106,7 +106,7 @@ def best_weights(checkpoints: Checkpoints, like: Changing, strict: bool) -> tupl
     except StorageError as error:
       if strict or len(checkpoints.steps()) == 1:
         raise
-      say(f"{error}; set aside as {checkpoints.set_aside(step).name}, and taking the next one")
+      say(f"{error}; set aside as {checkpoints.quarantine(step).name}, and taking the next one")
       continue
     why = "no checkpoint that is kept was evaluated" if best is None else "the best of the checkpoints that are kept"
     say(f"exporting the weights of step {step}: {why}")
@@ -121,7 +121,7 @@ def resume(checkpoints: Checkpoints, like: Changing, total_steps: int, strict: b
   damaged = {}
   for step in reversed(checkpoints.steps()):
     try:
-      state, seen = checkpoints.restore(step, like), checkpoints.meta(step)["tokens"]
+      state, seen = checkpoints.restore(step, like), checkpoints.metadata(step)["tokens"]
     except Unreadable:
       raise
     except StorageError as error:
@@ -130,7 +130,7 @@ def resume(checkpoints: Checkpoints, like: Changing, total_steps: int, strict: b
       damaged[step] = str(error)
       continue
     for bad, reason in damaged.items():
-      say(f"{reason}; set aside as {checkpoints.set_aside(bad).name}, and going on from the one before it")
+      say(f"{reason}; set aside as {checkpoints.quarantine(bad).name}, and going on from the one before it")
     say(f"continuing at step {step} of {total_steps}")
     return state, seen
   if damaged:

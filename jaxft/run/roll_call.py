@@ -18,8 +18,8 @@ class Place(NamedTuple):
   """Where this process stands among those of a run."""
 
   coordinator: str  # HOST:PORT of process 0
-  processes: int
-  process: int
+  num_processes: int
+  process_id: int
 
 
 def find(coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> Place | None:
@@ -65,7 +65,7 @@ def call(place: Place, timeout: int) -> dict[int, socket.socket]:
   host, _, port = place.coordinator.rpartition(":")
   host = host.removeprefix("[").removesuffix("]")  # of an IPv6 address
   return (
-    _wait_for_all(int(port), place, timeout) if place.process == 0 else {0: _answer(host, int(port), place, timeout)}
+    _wait_for_all(int(port), place, timeout) if place.process_id == 0 else {0: _answer(host, int(port), place, timeout)}
   )
 
 
@@ -75,12 +75,12 @@ def _wait_for_all(port: int, place: Place, timeout: int) -> dict[int, socket.soc
   try:
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
-    listener = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=place.processes)
+    listener = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=place.num_processes)
   except OSError as error:
     raise RequestError(f"--coordinator={place.coordinator}: cannot listen on port {port} ({error.strerror})") from error
   fault, peers = "", []
   with listener:
-    while len(there) < place.processes - 1 and not fault:
+    while len(there) < place.num_processes - 1 and not fault:
       listener.settimeout(max(0.01, until - time.monotonic()))
       try:
         peer, address = listener.accept()
@@ -93,19 +93,19 @@ def _wait_for_all(port: int, place: Place, timeout: int) -> dict[int, socket.soc
         continue
       except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         continue  # something else that tries ports
-      if processes != place.processes:
-        fault = f"--num_processes={processes} on process {other}, and {place.processes} on process 0"
+      if processes != place.num_processes:
+        fault = f"--num_processes={processes} on process {other}, and {place.num_processes} on process 0"
       elif not 0 < other < processes or other in there and not closed(there[other]):  # it may have been started again
         fault = f"--process_id={other}: another process has it too (at {address[0]})"
       there[other] = peer
-  missing = [str(i) for i in range(1, place.processes) if i not in there]
+  missing = [str(i) for i in range(1, place.num_processes) if i not in there]
   lost = "" if fault or not missing else f"process {', '.join(missing)} did not come within {timeout} s"
   for peer in peers:
     send(peer, {"refused": fault} if fault else {"lost": lost} if lost else {"go": True})
   if fault:
     raise RequestError(fault)
   if lost:
-    raise PeerLost(f"{lost}; {len(there) + 1} of {place.processes} are there; to run this one alone: --num_processes=1")
+    raise PeerLost(f"{lost}; {len(there) + 1} of {place.num_processes} are there; to run this one alone: --num_processes=1")
   return there
 
 
@@ -114,7 +114,7 @@ def _answer(host: str, port: int, place: Place, timeout: int) -> socket.socket:
   while True:
     try:
       peer = socket.create_connection((host, port), timeout=5)
-      send(peer, {"process": place.process, "processes": place.processes})
+      send(peer, {"process": place.process_id, "processes": place.num_processes})
       verdict = json.loads(_line(peer, until + 5))
       if not isinstance(verdict, dict):
         raise ValueError("something else listens there")

@@ -37,7 +37,7 @@ class Service:
       if metrics or message["samples"]:
         self._tracker.write(metrics, message["samples"])
       if message["end"]:
-        self._tracker.end(**message["end"], step=self._step)
+        self._tracker.finish(**message["end"], step=self._step)
     except Exception as error:  # whatever a library, a network or a disk comes up with: the run goes on
       said = first_line(error)
       return {"failed": masked(said if type(error).__name__ in said else f"{type(error).__name__}: {said}")}

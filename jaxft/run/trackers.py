@@ -26,7 +26,7 @@ class Run(NamedTuple):
   samples: list[dict[str, Any]]  # lines of samples.jsonl that it has been given before the resume
 
   @property
-  def some_name(self) -> str:
+  def display_name(self) -> str:
     return self.name or Path(self.workdir).name
 
 
@@ -46,7 +46,7 @@ class TensorBoard:
     from tensorboardX.summary import hparams
 
     folder = run.settings.get("tracking.logging_dir") or os.environ.get("TENSORBOARD_LOGGING_DIR")
-    self.where = str(Path(folder) / f"{run.some_name}-{run.id[:6]}" if folder else Path(run.workdir) / "tensorboard")
+    self.where = str(Path(folder) / f"{run.display_name}-{run.id[:6]}" if folder else Path(run.workdir) / "tensorboard")
     # Two pieces that start in the same second would have one file name: the second would replace the first.
     # A full disk ends tensorboardX's thread, and a bounded queue that nobody empties would be waited for for ever.
     self._writer = SummaryWriter(
@@ -72,7 +72,7 @@ class TensorBoard:
     if self._died:
       raise self._died[0]
 
-  def end(self, status: str, why: str, step: int) -> None:
+  def finish(self, status: str, why: str, step: int) -> None:
     self._writer.add_text("status", f"{status}: {why}" if why else status, step)
     self._writer.close()
     if self._died:
@@ -116,7 +116,7 @@ class MLflow:
     if found:
       return found[0].info.run_id
     tags = json.loads(os.environ.get("MLFLOW_TAGS") or "{}") | {"jaxft.id": run.id}
-    return self._client.create_run(experiment, tags=tags, run_name=run.some_name).info.run_id
+    return self._client.create_run(experiment, tags=tags, run_name=run.display_name).info.run_id
 
   def write(self, metrics: list[tuple[int, Metrics]], samples: list[dict[str, Any]]) -> None:
     from mlflow.entities import Metric
@@ -130,7 +130,7 @@ class MLflow:
       lines = (f"[{it['when']}, step {it['step']}] {it['prompt']}|{it['text']}\n" for it in self._samples)
       self._client.log_text(self._id, "\n".join(lines), "samples.txt")
 
-  def end(self, status: str, why: str, step: int) -> None:
+  def finish(self, status: str, why: str, step: int) -> None:
     self._client.set_tag(self._id, "jaxft.status", f"{status} at step {step}" + (f": {why}" if why else ""))
     self._client.set_terminated(self._id, self.STATUS[status])
 
@@ -146,7 +146,7 @@ class WandB:
     chosen |= {"resume": ("WANDB_RESUME", "allow")}
     given = {name: value for name, (variable, value) in chosen.items() if not os.environ.get(variable)}
     if run.name or not os.environ.get("WANDB_NAME"):
-      given["name"] = run.some_name
+      given["name"] = run.display_name
     if not os.environ.get("WANDB_MODE"):
       given["mode"] = "online" if wandb.login(prompt=False) else "offline"
     self._wandb = wandb
@@ -174,7 +174,7 @@ class WandB:
         {"samples": self._wandb.Table(columns=columns, data=rows)}, step=self._newest
       )  # one before is dropped
 
-  def end(self, status: str, why: str, step: int) -> None:
+  def finish(self, status: str, why: str, step: int) -> None:
     self._run.summary["status"] = f"{status}: {why}" if why else status
     if status == "preempted":
       self._run.mark_preempting()
@@ -196,7 +196,7 @@ class Trackio:
     self._run = trackio.init(
       os.environ.get("TRACKIO_PROJECT") or PROJECT,
       # Runs are told apart by their names: the id keeps two workdirs of one name apart.
-      f"{run.some_name}-{run.id[:6]}",
+      f"{run.display_name}-{run.id[:6]}",
       config=run.settings,
       resume="allow",
       embed=False,
@@ -215,7 +215,7 @@ class Trackio:
       self._run.log({f"samples/{number}": text}, line["step"])
     self._raise_faults()
 
-  def end(self, status: str, why: str, step: int) -> None:
+  def finish(self, status: str, why: str, step: int) -> None:
     levels = {"finished": self._trackio.AlertLevel.INFO, "failed": self._trackio.AlertLevel.ERROR}
     self._run.alert(status, why or None, levels.get(status, self._trackio.AlertLevel.WARN), step)
     self._run.finish()

@@ -70,7 +70,7 @@ class Lines:
 
     writes: false in all processes of a run but one; they only remember.
     """
-    self.all: list[dict[str, Any]] = []
+    self.entries: list[dict[str, Any]] = []
     self.dropped: list[dict[str, Any]] = []
     self._file, self._writes = file, writes
     if file.exists():
@@ -78,25 +78,25 @@ class Lines:
         try:
           values = json.loads(line)
           kept = values["step"] <= last_step and values.get("when") != "after"
-          (self.all if kept else self.dropped).append(values)
+          (self.entries if kept else self.dropped).append(values)
         except (ValueError, KeyError, TypeError):
           continue  # cut short by a kill in the middle of a write
     if writes:
-      write_whole(file, "".join(json.dumps(values) + "\n" for values in self.all))
+      write_whole(file, "".join(json.dumps(values) + "\n" for values in self.entries))
 
   def write(self, step: int, values: dict[str, Any]) -> None:
-    self.all.append({"step": step} | values)
+    self.entries.append({"step": step} | values)
     if not self._writes:
       return
     try:
       with self._file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(self.all[-1], allow_nan=False) + "\n")
+        stream.write(json.dumps(self.entries[-1], allow_nan=False) + "\n")
     except OSError as error:
       raise StorageError(f"{self._file}: {refused(self._file, error)}") from error
 
   def values(self, key: str) -> list[Any]:
     """All values of `key`, oldest first."""
-    return [line[key] for line in self.all if key in line]
+    return [line[key] for line in self.entries if key in line]
 
 
 class Meter:
@@ -120,7 +120,7 @@ class Meter:
   def __exit__(self, *_) -> None:
     self._bar.stop()
 
-  def at(self, done: int, note: str = "", total: int | None = None) -> None:
+  def update(self, done: int, note: str = "", total: int | None = None) -> None:
     self._bar.update(self._task, completed=done, note=note, total=total)
 
 
@@ -132,13 +132,13 @@ class Clock:
 
   def restart(self) -> None:
     self._counted = time.monotonic()
-    self.go_on()
+    self.reset()
 
   def count(self, tokens: int) -> None:
     """A step is over."""
     self._steps, self._tokens, self._counted = self._steps + 1, self._tokens + tokens, time.monotonic()
 
-  def go_on(self) -> None:
+  def reset(self) -> None:
     """Counts from the end of the last step, so what was done since, while devices worked at the next one, is part of that."""
     self._started, self._steps, self._tokens = self._counted, 0, 0
 
@@ -189,10 +189,10 @@ class Reporter:
     self.metrics, self.samples = (
       Lines(workdir / name, last_kept, writes) for name in ("metrics.jsonl", "samples.jsonl")
     )
-    self.also: Callable[[str, dict[str, Any]], None] = lambda kind, line: None  # gets each line that was written
+    self.on_entry: Callable[[str, dict[str, Any]], None] = lambda kind, line: None  # gets each line that was written
     self._system = system
 
-  def step(self, step: int, numbers: dict[str, Any], meter: Meter, name_bad_leaves: Callable[[Any], list[str]]) -> None:
+  def log_step(self, step: int, numbers: dict[str, Any], meter: Meter, name_bad_leaves: Callable[[Any], list[str]]) -> None:
     """Takes the metrics of a train step; raises NumericsError after `train.max_bad_steps` bad ones in a row."""
     loss, norm, rate = (float(numbers[key]) for key in ("loss", "grad_norm", "learning_rate"))
     self.tokens_seen += int(numbers["tokens"])
@@ -201,7 +201,7 @@ class Reporter:
     if self._seconds_at_peak:
       mfu = {"perf/mfu": round(self._seconds_at_peak / self.clock.step_seconds, 4)}
       speed += f"  MFU {mfu['perf/mfu']:.0%}"
-    meter.at(step, f"loss {loss:.4f}  {speed}")
+    meter.update(step, f"loss {loss:.4f}  {speed}")
     if self._is_due(step) or step == self._total or numbers["bad"]:
       self._write(
         step,
@@ -220,7 +220,7 @@ class Reporter:
       if not console.live:
         left = round((self._total - step) * self.clock.step_seconds)
         say(f"step {step}/{self._total}  loss {loss:.4f}  lr {rate:.2e}  {speed}  {left // 60}:{left % 60:02} left")
-      self.clock.go_on()
+      self.clock.reset()
     self._bad_in_a_row = self._bad_in_a_row + 1 if numbers["bad"] else 0
     if numbers["bad"]:
       leaves = name_bad_leaves(numbers["bad_leaves"])
@@ -235,9 +235,9 @@ class Reporter:
 
   def _write(self, step: int, values: dict[str, Any]) -> None:
     self.metrics.write(step, values)
-    self.also("metrics", self.metrics.all[-1])
+    self.on_entry("metrics", self.metrics.entries[-1])
 
-  def evaluation(
+  def log_eval(
     self, step: int, when: str, what: Any, nbytes: int = 0, unrelated: Any | None = None
   ) -> dict[str, float]:
     """Takes a `step.Evaluation` of text of so many bytes (0: not known), and one of `data.unrelated`.
@@ -262,26 +262,26 @@ class Reporter:
     say(f"{when}: eval loss {what.loss:.4f}{beside}, {rest}")
     return found
 
-  def unrelated(self, step: int, when: str, what: Any) -> None:
+  def log_unrelated(self, step: int, when: str, what: Any) -> None:
     """Takes a `step.Evaluation` of `data.unrelated`, where nothing else is held out."""
     self._write(step, _of_unrelated(what))
     say(f"{when}: on unrelated text {what.loss:.4f}")
 
-  def evaluations_without_gain(self) -> int:
+  def evals_since_best(self) -> int:
     """How many evaluations there were since the one with the least loss."""
     losses = self.metrics.values("eval/loss")
     return len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__) if losses else 0
 
-  def sample(self, step: int, when: str, prompt: str, text: str, known: float | None) -> None:
+  def log_sample(self, step: int, when: str, prompt: str, text: str, known: float | None) -> None:
     """`known`: share of the text's runs of 8 tokens that stand in the training text; None where it is shorter."""
     about = {"when": when, "prompt": prompt, "text": text, "seed": self._seed}
     self.samples.write(step, about if known is None else about | {"memorised_8grams": round(known, 4)})
-    self.also("samples", self.samples.all[-1])
+    self.on_entry("samples", self.samples.entries[-1])
     say(f"  [{when}] {prompt}|{text}".replace("\n", "\n    "))
 
   def summary(self, step: int) -> str:
     """Eval loss before and at this step, and the floor, in one line."""
-    losses = [line["eval/loss"] for line in self.metrics.all if "eval/loss" in line and line["step"] <= step]
+    losses = [line["eval/loss"] for line in self.metrics.entries if "eval/loss" in line and line["step"] <= step]
     if not losses:  # a finished run whose metrics.jsonl is gone
       return "no eval loss: metrics.jsonl of this run is gone"
     floor = "" if self._floor is None else f"; the text's own entropy: {self._floor:.4f}"

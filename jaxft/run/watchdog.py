@@ -31,7 +31,7 @@ class Watchdog(threading.Thread):
     self._ending = False
     self.start()
 
-  def end(self, code: int, why: str) -> None:
+  def announce_exit(self, code: int, why: str) -> None:
     """Says that this process is about to end, so that the others do not take it for lost.
 
     Process 0 stays, for a while, until all others have ended: JAX's service is in it, and they may end for the same reason.
@@ -39,8 +39,8 @@ class Watchdog(threading.Thread):
     self._ending = True
     with self._lock:
       for peer in self._peers.values():
-        send(peer, {"ended": self._place.process, "code": code, "why": why})
-    if code and self._place.process == 0:
+        send(peer, {"ended": self._place.process_id, "code": code, "why": why})
+    if code and self._place.process_id == 0:
       self.join(GRACE + 5)  # the others give up first, and say why: without JAX's service they would be aborted
 
   def run(self) -> None:
@@ -69,7 +69,7 @@ class Watchdog(threading.Thread):
             patience = self._limit if message["code"] == Preempted.exit_code else GRACE
             why = f"process {message['ended']} ended with exit code {message['code']}: {message['why']}"
             doomed = doomed or (time.monotonic() + patience, why)
-          if self._place.process == 0 and message["code"]:
+          if self._place.process_id == 0 and message["code"]:
             self._tell(message)
           if message["ended"] == process:  # a closed connection is no news from here on
             waiting.unregister(key.fileobj)
@@ -93,7 +93,7 @@ class Watchdog(threading.Thread):
   def _lost(self, why: str) -> None:
     if self._ending:  # with an exit code of its own
       return
-    if self._place.process == 0:
+    if self._place.process_id == 0:
       self._tell({"lost": why})
     _end(why)
 

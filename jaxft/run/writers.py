@@ -73,7 +73,7 @@ class Writers:
       metrics, samples: what is kept of the pieces before, and what a resume has dropped.
       writes: false in all processes but one.
     """
-    self._names, self._writers = chosen(config) if writes else [], []
+    self._names, self._clients = chosen(config) if writes else [], []
     if not self._names:
       return
     file = workdir / "trackers.json"
@@ -81,8 +81,8 @@ class Writers:
     self._run = {"id": before.get("id") or uuid.uuid4().hex, "resumed": bool(before), "name": config.tracking.run_name}
     self._run |= {"workdir": str(workdir.absolute()), "settings": _without_logins(settings.flatten(config))}
     self._run["name"] = masked(self._run["name"])
-    self._known, self._kept = before.get("writers", []), {"metrics": metrics.all[:], "samples": samples.all[:]}
-    self._told = samples.all + samples.dropped
+    self._known, self._kept = before.get("writers", []), {"metrics": metrics.entries[:], "samples": samples.entries[:]}
+    self._told = samples.entries + samples.dropped
     self._sent = _places("metrics", metrics.dropped) | _places("samples", samples.dropped)
     known = [name for name in TRACKERS if name in {*self._known, *self._names}]
     write_whole(file, json.dumps({"id": self._run["id"], "writers": known}) + "\n")
@@ -90,21 +90,21 @@ class Writers:
   def __enter__(self) -> "Writers":
     for name in self._names:
       if name in self._known:
-        self._writers.append(Writer(name, self._run | {"samples": self._told}, {}, self._sent))
+        self._clients.append(Writer(name, self._run | {"samples": self._told}, {}, self._sent))
       else:  # one that is new to a run gets all of it
-        self._writers.append(Writer(name, self._run | {"samples": []}, self._kept, set()))
+        self._clients.append(Writer(name, self._run | {"samples": []}, self._kept, set()))
     return self
 
-  def put(self, kind: str, line: dict[str, Any]) -> None:
+  def log(self, kind: str, line: dict[str, Any]) -> None:
     """`kind`: metrics or samples. Returns at once."""
-    for writer in self._writers:
-      writer.put(kind, line)
+    for writer in self._clients:
+      writer.log(kind, line)
 
   def __exit__(self, _, error: BaseException | None, __) -> None:
     status, until = _ending(error), time.monotonic() + PATIENCE
-    for writer in self._writers:
-      writer.end(status)
-    for writer in self._writers:
+    for writer in self._clients:
+      writer.finish(status)
+    for writer in self._clients:
       writer.wait(until)
 
 
@@ -121,7 +121,7 @@ class Writer(threading.Thread):
     self._process: subprocess.Popen | None = None
     self.start()
 
-  def put(self, kind: str, line: dict[str, Any]) -> None:
+  def log(self, kind: str, line: dict[str, Any]) -> None:
     if self._sent and self._sent.issuperset(_places(kind, [line])):
       return
     with self._changed:
@@ -130,7 +130,7 @@ class Writer(threading.Thread):
         self._lines[kind].append(line)
         self._changed.notify()
 
-  def end(self, status: dict[str, str]) -> None:
+  def finish(self, status: dict[str, str]) -> None:
     with self._changed:
       self._end = status
       self._changed.notify()
