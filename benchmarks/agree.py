@@ -173,7 +173,7 @@ def with_jaxft(asked: argparse.Namespace) -> None:
 
   device = children.jax_device()
   wait_for(asked.folder / "model written")
-  source, runs = repo.find(str(asked.folder / "model")), []
+  source, runs = repo.resolve(str(asked.folder / "model")), []
   for offload in asked.offloads:
     figures, gradient, update = jaxft_run(asked, source, device, offload)
     runs.append((figures, gradient, update))
@@ -191,11 +191,11 @@ def jaxft_run(asked: argparse.Namespace, source, device, offload: str) -> tuple[
 
   config, T = config_of(asked, offload), asked.length
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.ones(T, bool)}
-  run = program.build(config, source.cfg, sharding.make_mesh(config.mesh, [device]), asked.steps, row)
+  run = program.build_train_program(config, source.cfg, sharding.make_mesh(config.mesh, [device]), asked.steps, row)
   began = time.monotonic()
   step = run.train_step.trace(run.state, run.batch).lower().compile()
-  compiled, planned = time.monotonic() - began, figures.memory_of_step(run, step.memory_analysis())
-  begin = lambda: program.begin(run, *weights.first(run, source.cfg, source, config))
+  compiled, planned = time.monotonic() - began, figures.memory_breakdown(run, step.memory_analysis())
+  begin = lambda: program.init_train_state(run, *weights.load_or_init_params(run, source.cfg, source, config))
   batch = lambda i: jax.device_put(batch_of(some_ids(asked, i)), run.batch_sharding)
   state = begin()
   before = as_torch(state.params, source)

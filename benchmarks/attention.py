@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import page
 
-from jaxft.attention import KERNELS, attention, why_not
+from jaxft.attention import KERNELS, attention, unsupported_reason
 
 HEADS = {"gpt2": (12, 64, None), "EleutherAI/gpt-neo-2.7B": (20, 128, 256), "EleutherAI/gpt-j-6b": (16, 256, None)}
 LENGTHS = 127, 512, 1031
@@ -88,7 +88,7 @@ def main() -> None:
   lines, faults = [], []
   for family, packed, kernel in itertools.product(asked.heads, (False, True), asked.kernels):
     N, H, local = HEADS[family]
-    if why_not(kernel, device, dtype, H, packed):
+    if unsupported_reason(kernel, device, dtype, H, packed):
       continue
     for window in dict.fromkeys((None, local)):
       how = (N, H, dtype, packed, window)

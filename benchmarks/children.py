@@ -28,8 +28,8 @@ def jax_device():
 
   from jaxft import backend
 
-  backend.prepare_backend()
-  backend.must_run_on(os.environ.get("BENCHMARKS_REQUIRE"))
+  backend.configure_jax()
+  backend.require_device(os.environ.get("BENCHMARKS_REQUIRE"))
   return jax.devices()[0]
 
 

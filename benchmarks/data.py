@@ -104,7 +104,7 @@ def prepared(cache: Path, layout: str = "concat"):
   data.update(train=(str(folder / "stories.jsonl"),), sequence_length=T, layout=layout, cache_dir=str(cache / "tokens"))
   data.validation_fraction = 0.01
   started = time.perf_counter()
-  found = report.prepare(data, tokenizer, "gpt2")
+  found = report.prepare_data(data, tokenizer, "gpt2")
   return found, time.perf_counter() - started
 
 
@@ -144,11 +144,11 @@ def loader(cache: Path, layout: str) -> dict:
   import grain
   import numpy as np
 
-  from jaxft.data.loader import Steps
+  from jaxft.data.loader import BatchSource
 
   found, _ = prepared(cache, layout)
   how = dict(batch_size=32, accumulation=1, seed=0, total_rows=32 * 10**6, local_rows=np.arange(32))
-  steps = grain.MapDataset.source(Steps(found.train, **how)).to_iter_dataset(
+  steps = grain.MapDataset.source(BatchSource(found.train, **how)).to_iter_dataset(
     grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
   )
   batches = iter(steps)

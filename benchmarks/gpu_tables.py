@@ -73,7 +73,9 @@ def plan_errors(lines: list[Line]) -> str:
     planned, peak = line["planned_peak_bytes"], line["peak_bytes"]
     errors.append(planned / peak - 1)
     name = f"{line.get('part', line['benchmark'])}, {model_of(line)}"
-    rows.append(f"| {name} | {line['device']} | {show.size(planned)} | {show.size(peak)} | {100 * errors[-1]:+.1f} % |")
+    rows.append(
+      f"| {name} | {line['device']} | {show.format_bytes(planned)} | {show.format_bytes(peak)} | {100 * errors[-1]:+.1f} % |"
+    )
   if not both:
     return ""
   median, largest = statistics.median(map(abs, errors)), max(map(abs, errors))
@@ -101,7 +103,7 @@ def expectation(line: Line) -> str:
   pool = f", of which XLA had {it['pool']:g} GiB" if it["pool"] else ""
   return (
     f"losses are not measured yet: they need the weights. With random ones on a {line['device']}{pool}, {it['rows']} x "
-    f"{it['length']} tokens a step ({day}, jax {line['jax']}): a peak of {show.size(line['peak_bytes'])}, "
+    f"{it['length']} tokens a step ({day}, jax {line['jax']}): a peak of {show.format_bytes(line['peak_bytes'])}, "
     f"{line['step_seconds']:.2f} s a step, {line['tokens_per_second']:,.0f} tokens/s"
   )
 

@@ -21,25 +21,25 @@ from jaxft import config as settings
 from jaxft import model, program, sharding
 from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
-from jaxft.run.checkpoint import checksums, not_finite
-from jaxft.run.tracking import Meter, Reporter, console
-from jaxft.step import State
+from jaxft.run.checkpoint import checksums, nonfinite_leaves
+from jaxft.run.tracking import ProgressBar, Reporter, console
+from jaxft.step import TrainState
 
 TURNS = 5
 
 
 def build(config, unguarded: bool):
-  cfg, T = facts.model_config(PUBLISHED["gpt2"]).with_dropout(0.0), config.data.sequence_length
+  cfg, T = facts.from_hf_config(PUBLISHED["gpt2"]).with_dropout(0.0), config.data.sequence_length
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-  found = sharding.not_finite_on
+  found = sharding.make_nonfinite_check
   if unguarded:  # "nothing is wrong" is then known when the program is compiled, and all that rests on it is left out
-    sharding.not_finite_on = lambda shardings: lambda tree: jnp.zeros(len(jax.tree.leaves(tree)), bool)
+    sharding.make_nonfinite_check = lambda shardings: lambda tree: jnp.zeros(len(jax.tree.leaves(tree)), bool)
     finite, jnp.isfinite = jnp.isfinite, lambda x: jnp.ones(jnp.shape(x), bool)
   try:
-    run = program.build(config, cfg, sharding.make_mesh(config.mesh), 100, row)
+    run = program.build_train_program(config, cfg, sharding.make_mesh(config.mesh), 100, row)
     return cfg, run, run.train_step.lower(run.state, run.batch).compile()
   finally:
-    sharding.not_finite_on = found
+    sharding.make_nonfinite_check = found
     if unguarded:
       jnp.isfinite = finite
 
@@ -54,8 +54,8 @@ def main() -> None:
   cfg, run, guarded = build(config, False)
   _, _, bare = build(config, True)
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  new = lambda: nnx.to_pure_dict(nnx.state(model.build(cfg, run.compute)))
-  state = jax.jit(lambda: State(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places)()
+  new = lambda: nnx.to_pure_dict(nnx.state(model.init_model(cfg, run.compute)))
+  state = jax.jit(lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places)()
   rng = np.random.default_rng(0)
   ids = rng.integers(cfg.V, size=run.batch["ids"].shape, dtype=np.int32)
   batch = jax.device_put({"ids": ids, "targets": ids, "mask": np.ones(ids.shape, bool)}, run.batch_sharding)
@@ -70,12 +70,12 @@ def main() -> None:
   median = {name: statistics.median(values) for name, values in seconds.items()}
 
   started = time.monotonic()
-  checksums(state), not_finite(state)  # compiles
+  checksums(state), nonfinite_leaves(state)  # compiles
   compiled = time.monotonic()
-  checksums(state), not_finite(state)
+  checksums(state), nonfinite_leaves(state)
   sums = time.monotonic() - compiled
   console.quiet = True
-  with tempfile.TemporaryDirectory() as folder, Meter("training", 1) as meter:
+  with tempfile.TemporaryDirectory() as folder, ProgressBar("training", 1) as meter:
     reporter = Reporter(config, Path(folder), 0, 10**9, 0, None, jax.devices()[0])
     host = jax.device_get(numbers)
     started = time.monotonic()

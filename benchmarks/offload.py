@@ -71,24 +71,24 @@ def prepared(asked: argparse.Namespace) -> tuple:
   device = children.jax_device()
   config = config_of(asked)
   published.PUBLISHED.update(models.TINY)  # for answer.model_facts
-  cfg = answer.model_facts(config)
+  cfg = answer.resolve_model_config(config)
   mesh = sharding.make_mesh(config.mesh, [device])
-  run = program.build(config, cfg, mesh, asked.steps, figures.blank_row(config, cfg))
-  program.must_hold(run, config)
+  run = program.build_train_program(config, cfg, mesh, asked.steps, figures.dummy_row(config, cfg))
+  program.check_fits(run, config)
   # A prime number of them: rows of a matrix are not alike.
   block = np.random.default_rng(0).standard_normal(2**24 + 43, np.float32) * np.float32(0.02)
   placed = lambda leaf: jax.make_array_from_callback(
     leaf.shape, leaf.sharding, lambda index: repeated(block, leaf.sharding.shard_shape(leaf.shape))
   )
   started = time.monotonic()
-  state = program.begin(run, jax.tree.map(placed, run.state.params), {})
+  state = program.init_train_state(run, jax.tree.map(placed, run.state.params), {})
   drawn = time.monotonic()
   traced = run.train_step.trace(run.state, run.batch)
   step = traced.lower().compile()
-  planned = figures.of_traced(run, config, cfg, traced) | figures.of_compiled(run, step)
+  planned = figures.measure_traced(run, config, cfg, traced) | figures.measure_compiled(run, step)
   print(
     f"state made in {drawn - started:.1f} s, compiled in {time.monotonic() - drawn:.1f} s; planned peak "
-    f"{show.size(planned['peak_bytes'])}, on the host {show.size(planned['host_bytes'])}",
+    f"{show.format_bytes(planned['peak_bytes'])}, on the host {show.format_bytes(planned['host_bytes'])}",
     flush=True,
   )
   return run, cfg.V, state, step, planned
@@ -138,9 +138,9 @@ def main() -> None:
   pool = f", {asked.pool:g} GiB of the card for XLA" if asked.pool else ""
   text = (
     f"{page.machine(device.device_kind, 'jax')}: {asked.model}, {asked.rows} x {asked.length} tokens, "
-    f"`memory.offload={asked.offload}`{pool}. Measured peak {show.size(found['peak_bytes'])}, planned "
-    f"{show.size(found['planned_peak_bytes'])}; {found['step_seconds']:.2f} s a step, {found['tokens_per_second']:,.0f} "
-    f"tokens/s, {show.size(found['bus_bytes'])} over the bus a step."
+    f"`memory.offload={asked.offload}`{pool}. Measured peak {show.format_bytes(found['peak_bytes'])}, planned "
+    f"{show.format_bytes(found['planned_peak_bytes'])}; {found['step_seconds']:.2f} s a step, {found['tokens_per_second']:,.0f} "
+    f"tokens/s, {show.format_bytes(found['bus_bytes'])} over the bus a step."
   )
   print(text)
   if page.OUT or device.platform != "cpu":

@@ -111,12 +111,12 @@ def compare(folder: Path) -> None:
   from jaxft import model, program, sharding
   from jaxft.hf import load, repo, unload
   from jaxft.loss import cross_entropy_sum
-  from jaxft.step import State
+  from jaxft.step import TrainState
 
-  source = repo.find(str(folder / "model"))
-  graph, shapes, _ = model.abstract(source.cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))
+  source = repo.resolve(str(folder / "model"))
+  graph, shapes, _ = model.abstract_model(source.cfg, model.ComputeConfig(vocab_multiple=sharding.VOCAB_MULTIPLE))
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  params = load.load(source, shapes, jax.tree.map(lambda _: here, shapes))
+  params = load.load_params(source, shapes, jax.tree.map(lambda _: here, shapes))
   wanted = np.load(folder / "numbers.npz")
   found = {"parameters": model.parameter_count(source.cfg)}
 
@@ -155,8 +155,8 @@ def compare(folder: Path) -> None:
     "targets": np.zeros(STEP_T - 1, np.int32),
     "mask": np.ones(STEP_T - 1, bool),
   }
-  run = program.build(config, source.cfg, sharding.make_mesh(config.mesh), STEPS, row)
-  state = State(jnp.int32(0), params, run.tx.init(params))
+  run = program.build_train_program(config, source.cfg, sharding.make_mesh(config.mesh), STEPS, row)
+  state = TrainState(jnp.int32(0), params, run.tx.init(params))
   del params
   for step in range(STEPS):
     ids = some_ids(step, STEP_T).astype(np.int32)[None]
@@ -184,12 +184,12 @@ def with_layers(config: dict, layers: int) -> dict:
 
 def layers_that_fit(config: dict, memory: int) -> tuple[int, int]:
   """How many layers can be trained in `memory` bytes, and how many there are: four copies, one more for both to load."""
-  from jaxft.hf.facts import model_config
+  from jaxft.hf.facts import from_hf_config
   from jaxft.model import parameter_count
 
-  layers = model_config(config).L
+  layers = from_hf_config(config).L
   for fewer in range(layers, 1, -1):
-    if 20 * parameter_count(model_config(with_layers(config, fewer))) < memory:
+    if 20 * parameter_count(from_hf_config(with_layers(config, fewer))) < memory:
       return fewer, layers
   return 1, layers
 

@@ -96,7 +96,7 @@ def main() -> None:
   points = [POINTS[i] for i in asked.points]
   if asked.device:
     for point in points:
-      print(f"{line_of(point)} | {show.size(planned(point, asked.device, asked.plans))} |", flush=True)
+      print(f"{line_of(point)} | {show.format_bytes(planned(point, asked.device, asked.plans))} |", flush=True)
     return
   if not (kind := kind_of_this_gpu()):
     for i, point in zip(asked.points, points, strict=True):
@@ -128,11 +128,16 @@ def put(found: list[tuple[tuple, int, dict]]) -> str:
   errors, device, lines = [], None, []
   for point, plan, taken in found:
     if "error" in taken:
-      lines.append(f"{line_of(point)} | {show.size(plan)} | {taken['error']} | | |")
+      lines.append(f"{line_of(point)} | {show.format_bytes(plan)} | {taken['error']} | | |")
       continue
     device, error = taken["device"], plan / taken["peak_bytes"] - 1
     errors.append(abs(error))
-    cells = [show.size(plan), show.size(taken["peak_bytes"]), f"{100 * error:+.1f} %", f"{taken['step_seconds']:.2f} s"]
+    cells = [
+      show.format_bytes(plan),
+      show.format_bytes(taken["peak_bytes"]),
+      f"{100 * error:+.1f} %",
+      f"{taken['step_seconds']:.2f} s",
+    ]
     lines.append(f"{line_of(point)} | {' | '.join(cells)} |")
   head = "| model | rows x tokens, at once | remat | offload | planned | measured | error | a step |"
   about = (

@@ -13,7 +13,7 @@ import page
 from jaxft import config as settings
 from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
-from jaxft.plan.compile import Compiler, Request
+from jaxft.plan.compile import Compiler, CompileRequest
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
   parser.add_argument("--rows", type=int, default=8)
   parser.add_argument("--length", type=int, default=1024)
   asked = parser.parse_args()
-  cfg = dataclasses.asdict(facts.model_config(PUBLISHED[asked.model]).with_dropout(0.0))
+  cfg = dataclasses.asdict(facts.from_hf_config(PUBLISHED[asked.model]).with_dropout(0.0))
   lines = [
     "| `memory.remat` | peak | beside weights, optimizer and gradient | computed / needed |",
     "|---|---|---|---|",
@@ -34,7 +34,7 @@ def main() -> None:
       config.memory.loss_chunk = chunk
       config.model.path, config.memory.remat, config.train.steps = asked.model, remat, 100
       config.train.batch_size, config.data.sequence_length, config.data.train = asked.rows, asked.length, ("none",)
-      answer = compiler(Request(settings.to_json(config), cfg, asked.device))
+      answer = compiler(CompileRequest(settings.to_json(config), cfg, asked.device))
       if "peak_bytes" not in answer:
         raise SystemExit(f"error: {remat}: {answer}")
       gib = lambda nbytes: f"{nbytes / 2**30:.2f} GiB"

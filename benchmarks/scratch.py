@@ -54,7 +54,7 @@ def finetune_until(
   """
   from jaxft import train
 
-  report, say, room = train.Reporter.log_step, train.say, train.must_have_room
+  report, say, room = train.Reporter.log_step, train.log, train.check_disk_space
 
   def step(reporter, number: int, numbers: dict[str, Any], *rest) -> None:
     report(reporter, number, numbers, *rest)
@@ -66,9 +66,9 @@ def finetune_until(
     say(line)
     said(line)
 
-  train.Reporter.log_step, train.say, train.must_have_room = step, heard, lambda *_: None
+  train.Reporter.log_step, train.log, train.check_disk_space = step, heard, lambda *_: None
   try:
     with contextlib.suppress(LastStep):
       train.finetune(config, workdir, require=os.environ.get("BENCHMARKS_REQUIRE"))
   finally:
-    train.Reporter.log_step, train.say, train.must_have_room = report, say, room
+    train.Reporter.log_step, train.log, train.check_disk_space = report, say, room

@@ -26,9 +26,9 @@ from jaxft import model, program, sharding
 from jaxft.checks import TRACKERS
 from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
-from jaxft.run.tracking import Lines, console
-from jaxft.run.writers import Writers
-from jaxft.step import State
+from jaxft.run.tracking import JsonlLog, console
+from jaxft.run.writers import TrackerGroup
+from jaxft.step import TrainState
 
 TURNS = 6
 LINE = {"train/loss": 3.2, "train/learning_rate": 5e-5, "train/grad_norm": 1.1, "train/tokens": 10**6}
@@ -44,28 +44,28 @@ def main() -> None:
   config = settings.default()
   config.train.batch_size, config.data.sequence_length = arguments.rows, arguments.length
   config.tracking.writers = tuple(arguments.writers.split(","))
-  cfg, T = facts.model_config(PUBLISHED["gpt2"]).with_dropout(0.0), arguments.length
+  cfg, T = facts.from_hf_config(PUBLISHED["gpt2"]).with_dropout(0.0), arguments.length
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-  run = program.build(config, cfg, sharding.make_mesh(config.mesh), 100, row)
+  run = program.build_train_program(config, cfg, sharding.make_mesh(config.mesh), 100, row)
   train_step = run.train_step.lower(run.state, run.batch).compile()
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  new = lambda: nnx.to_pure_dict(nnx.state(model.build(cfg, run.compute)))
-  state = jax.jit(lambda: State(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places)()
+  new = lambda: nnx.to_pure_dict(nnx.state(model.init_model(cfg, run.compute)))
+  state = jax.jit(lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places)()
   ids = np.random.default_rng(0).integers(cfg.V, size=run.batch["ids"].shape, dtype=np.int32)
   batch = jax.device_put({"ids": ids, "targets": ids, "mask": np.ones(ids.shape, bool)}, run.batch_sharding)
 
   console.quiet = True
   seconds, steps = {"without": [], "with": [], "broken": []}, config.train.log_every
   with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as silent:
-    lines = [Lines(Path(folder) / name, -1, True) for name in ("metrics.jsonl", "samples.jsonl")]
+    lines = [JsonlLog(Path(folder) / name, -1, True) for name in ("metrics.jsonl", "samples.jsonl")]
     for name in ("working", "broken"):
       (Path(folder) / name).mkdir()
     with contextlib.ExitStack() as until_the_end:
-      working = until_the_end.enter_context(Writers(config, Path(folder) / "working", 0, *lines, True))
+      working = until_the_end.enter_context(TrackerGroup(config, Path(folder) / "working", 0, *lines, True))
       send(working, 0)
       wait_for(working)
       break_all(f"http://127.0.0.1:{silent.getsockname()[1]}", Path(folder) / "file")
-      broken = until_the_end.enter_context(Writers(config, Path(folder) / "broken", 0, *lines, True))
+      broken = until_the_end.enter_context(TrackerGroup(config, Path(folder) / "broken", 0, *lines, True))
       for turn in range(1, TURNS + 1):
         for what, writers in {"without": None, "with": working, "broken": broken}.items():
           started = time.monotonic()
@@ -92,11 +92,11 @@ def main() -> None:
   put("what trackers cost", "benchmarks/trackers.py", text.rstrip())
 
 
-def send(writers: Writers, turn: int) -> None:
+def send(writers: TrackerGroup, turn: int) -> None:
   writers.log("metrics", {"step": turn} | LINE)
 
 
-def wait_for(writers: Writers) -> None:
+def wait_for(writers: TrackerGroup) -> None:
   while any(it._arrived < it._given for it in writers._clients):
     time.sleep(0.1)
 

@@ -151,7 +151,7 @@ def with_jaxft(asked: argparse.Namespace, folder: Path) -> dict:
   """A run of `jaxft.finetune`: its steps as its own reporter hears of them."""
   import jax
 
-  from jaxft.run.tracking import peak_bytes, peak_of
+  from jaxft.run.tracking import peak_memory_bytes, peak_memory_source
 
   last = asked.warm_up + asked.steps
   config = config_of(folder, asked.model, asked.rows, asked.length, last + 1, asked.dropout)
@@ -169,10 +169,10 @@ def with_jaxft(asked: argparse.Namespace, folder: Path) -> dict:
 
   finetune_until(last, config, folder / "run", after_step, said)
   device, found = jax.devices()[0], taken(asked, marks, losses, first_step)
-  if peak_of(device) == "device":  # a CPU's is that of the process
+  if peak_memory_source(device) == "device":  # a CPU's is that of the process
     about = json.loads((folder / "run" / "about.json").read_text())
     found["planned_peak_bytes"] = sum(about["memory"]["planned"].values())
-  return found | {"peak_bytes": peak_bytes(device), "device": device.device_kind}
+  return found | {"peak_bytes": peak_memory_bytes(device), "device": device.device_kind}
 
 
 def taken(asked: argparse.Namespace, marks: list[float], losses: list[float], first_step: list[float]) -> dict:

@@ -101,7 +101,9 @@ def tokens_per_second_at_peak(settings: Line, device: str) -> float | None:
   from jaxft.hf import facts
   from jaxft.plan import estimate, flops, targets
 
-  target = targets.here(types.SimpleNamespace(device_kind=device), 1)
-  model_flops = flops.of_model(facts.model_config(PUBLISHED[settings["model"]]), settings["rows"], settings["length"])
-  seconds = estimate.seconds_at_peak(target, 1, model_flops)
+  target = targets.local_target(types.SimpleNamespace(device_kind=device), 1)
+  model_flops = flops.model_flops(
+    facts.from_hf_config(PUBLISHED[settings["model"]]), settings["rows"], settings["length"]
+  )
+  seconds = estimate.ideal_step_seconds(target, 1, model_flops)
   return None if seconds is None else settings["rows"] * settings["length"] / seconds

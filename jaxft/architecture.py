@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 # Called on every activation, or on every weight where it is used, with the logical name of each axis.
-Place = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+ConstrainFn = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,29 +64,31 @@ class ModelConfig:
     return dataclasses.replace(self, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
 
 
-class OfLayer(NamedTuple):
+class LayerInfo(NamedTuple):
   """What tells one layer from the others beside its weights; None where nothing does. Arrays (L,) of all layers, () of one."""
 
   window: jax.Array | None  # its place in `distinct_windows`
   depth: jax.Array | None  # 1, 2, 3, ...: what its attention_scale is divided by
 
-  def at(self, index: Any) -> "OfLayer":
+  def at(self, index: Any) -> "LayerInfo":
     return jax.tree.map(lambda x_L: x_L[index], self)
 
 
 # Fields that follow from settings of a run.
-CHOSEN = ("lora_rank", "lora_scale", "lora_dropout", "lora_targets", "trained")
+RUN_FIELDS = ("lora_rank", "lora_scale", "lora_dropout", "lora_targets", "trained")
 
 
 @dataclasses.dataclass(frozen=True)
-class Compute:
+class ComputeConfig:
   """How a model is run: what a user may choose without changing what is computed (but for rounding)."""
 
   dtype: Any = jnp.float32
   remat: str = "none"
-  constrain: Place = lambda x, axes: x  # activations
-  gather: Place = lambda x, axes: x  # weights
-  shard_rows: Callable[[jax.Array], jax.Array] = lambda rows: rows  # rows of a table, as they come from where it is stored
+  constrain: ConstrainFn = lambda x, axes: x  # activations
+  gather: ConstrainFn = lambda x, axes: x  # weights
+  shard_rows: Callable[[jax.Array], jax.Array] = lambda rows: (
+    rows
+  )  # rows of a table, as they come from where it is stored
   shard_row_grads: Callable[[jax.Array], jax.Array] = lambda rows: rows  # and as they go to where its gradient is
   attention: str = "reference"  # of `attention.KERNELS`
   # (function, logical axes of its array arguments, of its result) -> the function, in which each device sees its own part
@@ -100,7 +102,7 @@ class Compute:
     return -(-cfg.V // self.vocab_multiple) * self.vocab_multiple
 
 
-def weight(param: nnx.Param, compute: Compute) -> jax.Array:
+def gather_weight(param: nnx.Param, compute: ComputeConfig) -> jax.Array:
   """A parameter as the maths uses it: cast first and then gathered, so that half the bytes travel in bfloat16.
 
   The backward pass casts and gathers again: kept from the forward pass, the layers' weights would be the whole model.

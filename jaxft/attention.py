@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft.attention_chunked import KEPT, Chunked, Rest
-from jaxft.dropout import dropout_of_queries
+from jaxft.attention_chunked import CHECKPOINT_NAME, ChunkedAttention, NonDiffArgs
+from jaxft.dropout import attention_dropout_mask
 
 FASTEST = {"gpu": "cudnn", "tpu": "splash"}  # elsewhere chunked
 KERNELS = ("cudnn", "splash", "chunked", "reference")
@@ -20,12 +20,14 @@ LANES = 128  # of a TPU's vector unit: what splash wants lengths to be multiples
 SPLASH_BLOCK = 512  # queries and keys a turn, as MaxText has it; not measured here
 
 
-def kernel_for(device: jax.Device, dtype: Any, H: int) -> str:
+def fastest_kernel(device: jax.Device, dtype: Any, H: int) -> str:
   """The fastest kernel that a device has for this dtype and head size."""
-  return next(kernel for kernel in KERNELS if not why_not(kernel, device, dtype, H))
+  return next(kernel for kernel in KERNELS if not unsupported_reason(kernel, device, dtype, H))
 
 
-def why_not(kernel: str, device: jax.Device, dtype: Any, H: int, segments: bool = False, dropout: bool = False) -> str:
+def unsupported_reason(
+  kernel: str, device: jax.Device, dtype: Any, H: int, segments: bool = False, dropout: bool = False
+) -> str:
   """What keeps a device from using a kernel for this dtype, head size and kind of rows; "": nothing."""
   if kernel == "splash":
     if device.platform != "tpu":
@@ -47,19 +49,19 @@ def why_not(kernel: str, device: jax.Device, dtype: Any, H: int, segments: bool 
   return ""
 
 
-def taken(kernel: str, device: jax.Device, *what: Any) -> tuple[str, str]:
-  """What training with `kernel` takes, and why that is not the fastest of this kind of device; `what` is as in `why_not`."""
+def resolve_kernel(kernel: str, device: jax.Device, *what: Any) -> tuple[str, str]:
+  """What training with `kernel` takes, and why that is not the fastest of this kind of device; `what` is as in `unsupported_reason`."""
   fastest = FASTEST.get(device.platform, "chunked")
-  if why_not(kernel, device, *what):
+  if unsupported_reason(kernel, device, *what):
     kernel = "chunked"
   if kernel == fastest:
     return kernel, ""
-  return kernel, f"not {fastest}: {why_not(fastest, device, *what) or 'it is not asked for'}"
+  return kernel, f"not {fastest}: {unsupported_reason(fastest, device, *what) or 'it is not asked for'}"
 
 
-def is_result(primitive: Any, *_: Any, **params: Any) -> bool:
+def attention_saveable(primitive: Any, *_: Any, **params: Any) -> bool:
   """A policy for `jax.checkpoint`: keep what kernels give, so that none of them runs twice."""
-  return primitive.name.startswith("dot_product_attention_fwd") or params.get("name") == KEPT
+  return primitive.name.startswith("dot_product_attention_fwd") or params.get("name") == CHECKPOINT_NAME
 
 
 def attention(
@@ -101,10 +103,10 @@ def attention(
     )
   if kernel == "splash" and plain:
     return _splash(q_BTNH, k_BSNH, v_BSNH, scale, window, q_segments_BT)
-  rest = Rest(offset, q_segments_BT, k_segments_BS, keys_BN)
+  rest = NonDiffArgs(offset, q_segments_BT, k_segments_BS, keys_BN)
   if kernel == "reference" or T == 1:  # a token after the other: there is little to keep out of memory
     return _reference(q_BTNH, k_BSNH, v_BSNH, rest, scale, window, dropout_rate)
-  return Chunked(scale, window, dropout_rate)(q_BTNH, k_BSNH, v_BSNH, rest)
+  return ChunkedAttention(scale, window, dropout_rate)(q_BTNH, k_BSNH, v_BSNH, rest)
 
 
 def _reference(q_BTNH, k_BSNH, v_BSNH, rest, scale, window, dropout_rate):
@@ -120,7 +122,7 @@ def _reference(q_BTNH, k_BSNH, v_BSNH, rest, scale, window, dropout_rate):
   # The lowest finite number, not -inf: a row with no visible key stays finite (and is masked from the loss anyway).
   p_BNTS = jax.nn.softmax(jnp.where(visible, logits_BNTS, jnp.finfo(jnp.float32).min))
   if rest.keys_BN is not None:
-    p_BNTS = p_BNTS * dropout_of_queries(rest.keys_BN, dropout_rate, jnp.arange(T), S)
+    p_BNTS = p_BNTS * attention_dropout_mask(rest.keys_BN, dropout_rate, jnp.arange(T), S)
   return jnp.einsum("BNTS,BSNH->BTNH", p_BNTS.astype(v_BSNH.dtype), v_BSNH)
 
 
@@ -154,5 +156,5 @@ def _splash_kernel(T: int, N: int, window: int | None) -> Any:
     head_shards=1,
     q_seq_shards=1,
     block_sizes=sizes,
-    residual_checkpoint_name=KEPT,
+    residual_checkpoint_name=CHECKPOINT_NAME,
   )

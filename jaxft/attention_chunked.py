@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.dropout import dropout_of_queries
+from jaxft.dropout import attention_dropout_mask
 
-QUERIES = 128  # at least, at once
-KEPT = "attention"  # the name, for `jax.checkpoint`, of what the backward pass reads beside queries, keys and values
-MOST_WRITTEN_OUT = 8  # chunks that are written out, each with only the keys that it can see
+MIN_CHUNK = 128  # at least, at once
+CHECKPOINT_NAME = (
+  "attention"  # the name, for `jax.checkpoint`, of what the backward pass reads beside queries, keys and values
+)
+MAX_UNROLLED = 8  # chunks that are written out, each with only the keys that it can see
 
 
 class Chunk(NamedTuple):
@@ -34,7 +36,7 @@ class Chunk(NamedTuple):
     return jax.lax.slice_in_dim(x, self.first, self.last, axis=axis)
 
 
-class Rest(NamedTuple):
+class NonDiffArgs(NamedTuple):
   """What has no gradient."""
 
   offset: Any
@@ -43,17 +45,17 @@ class Rest(NamedTuple):
   keys_BN: jax.Array | None
 
 
-class Chunked(NamedTuple):
+class ChunkedAttention(NamedTuple):
   """`attention` in chunks of queries, with what is the same for all of them."""
 
   scale: float
   window: int | None
   dropout_rate: float
 
-  def __call__(self, q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, rest: Rest) -> jax.Array:
+  def __call__(self, q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, rest: NonDiffArgs) -> jax.Array:
     """(B, T, N, H), as `attention.attention` has it."""
     T, S = q_BTNH.shape[1], k_BSNH.shape[1]
-    C = min(T, -(-T // MOST_WRITTEN_OUT // QUERIES) * QUERIES)
+    C = min(T, -(-T // MAX_UNROLLED // MIN_CHUNK) * MIN_CHUNK)
     # Dropout's bits are hundreds of operations: written out eight times, a compiler for TPUs takes minutes for them.
     looped = rest.keys_BN is not None
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_BTNH, k_BSNH, v_BSNH))
@@ -69,14 +71,14 @@ class Chunked(NamedTuple):
     def forward(q, k, v, rest):
       if looped:
         one = lambda start: self.forward(Chunk(start, C, 0, S), q, k, v, rest)
-        out, log_sum = map(joined, jax.lax.map(one, jnp.arange(0, q.shape[2], C)))
+        out, log_sum = map(merge_chunks, jax.lax.map(one, jnp.arange(0, q.shape[2], C)))
       else:
         # One after the other: XLA would look for fusions across chunks, which for GPT-J on an RTX 4090 takes it 23 s instead of
         # 3, and has the scores of several in memory (2.4 GiB instead of 0.7 for 8 x 2048 tokens; jax 0.10.2).
         in_turn = jax.lax.optimization_barrier
         pairs = [in_turn(self.forward(chunk, q, k, v, rest)) for chunk in self.chunks(T, S, C, rest.offset)]
         out, log_sum = (jnp.concatenate(pieces, 2) for pieces in zip(*pairs))
-      out, log_sum = (checkpoint_name(x, KEPT) for x in (out, log_sum))
+      out, log_sum = (checkpoint_name(x, CHECKPOINT_NAME) for x in (out, log_sum))
       return out, (q, k, v, rest, out, log_sum)
 
     def backward(kept, d_out):
@@ -89,7 +91,7 @@ class Chunked(NamedTuple):
           return jax.tree.map(jnp.add, total, tuple(more)), dq
 
         total, dq = jax.lax.scan(turn, total, jnp.arange(0, q.shape[2], C))
-        dq = joined(dq)
+        dq = merge_chunks(dq)
       else:
         dqs = []
         for chunk in self.chunks(T, S, C, rest.offset):
@@ -113,7 +115,7 @@ class Chunked(NamedTuple):
       found.append(Chunk(start, last - start, first, min(offset + last, S)))
     return found
 
-  def logits(self, chunk: Chunk, q, k, rest: Rest) -> jax.Array:
+  def logits(self, chunk: Chunk, q, k, rest: NonDiffArgs) -> jax.Array:
     """(B, N, C, keys) in float32, the lowest number where a query does not see a key."""
     rows, columns = rest.offset + chunk.start + jnp.arange(chunk.C), jnp.arange(chunk.first, chunk.last)
     # Tied to the queries: else the mask is the same in all layers, and is made once for all chunks, heads and rows and kept.
@@ -128,11 +130,11 @@ class Chunked(NamedTuple):
     x = jnp.einsum("BNTH,BNSH->BNTS", chunk.queries(q), chunk.keys(k), preferred_element_type=jnp.float32)
     return jnp.where(visible, self.scale * x, jnp.finfo(jnp.float32).min)
 
-  def dropout(self, chunk: Chunk, rest: Rest) -> jax.Array:
+  def dropout(self, chunk: Chunk, rest: NonDiffArgs) -> jax.Array:
     rows = chunk.start + jnp.arange(chunk.C)
-    return dropout_of_queries(rest.keys_BN, self.dropout_rate, rows, chunk.last)[..., chunk.first :]
+    return attention_dropout_mask(rest.keys_BN, self.dropout_rate, rows, chunk.last)[..., chunk.first :]
 
-  def forward(self, chunk: Chunk, q, k, v, rest: Rest) -> tuple[jax.Array, jax.Array]:
+  def forward(self, chunk: Chunk, q, k, v, rest: NonDiffArgs) -> tuple[jax.Array, jax.Array]:
     """Output (B, N, C, H) of a chunk, and the logarithm of each query's sum (B, N, C)."""
     x = self.logits(chunk, q, k, rest)
     largest = x.max(-1, keepdims=True)
@@ -143,7 +145,9 @@ class Chunked(NamedTuple):
     out = jnp.einsum("BNTS,BNSH->BNTH", p.astype(v.dtype), chunk.keys(v), preferred_element_type=jnp.float32) / total
     return out.astype(v.dtype), (largest + jnp.log(total))[..., 0]
 
-  def backward(self, chunk: Chunk, q, k, v, rest: Rest, out, log_sum, d_out) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def backward(
+    self, chunk: Chunk, q, k, v, rest: NonDiffArgs, out, log_sum, d_out
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of a chunk's queries, and its parts of those of the keys and values that it sees."""
     d_out, seen = chunk.queries(d_out), chunk.keys(v)
     p = jnp.exp(self.logits(chunk, q, k, rest) - chunk.queries(log_sum)[..., None])
@@ -160,7 +164,7 @@ class Chunked(NamedTuple):
     return dq, dk, dv
 
 
-def joined(parts: jax.Array) -> jax.Array:
+def merge_chunks(parts: jax.Array) -> jax.Array:
   """(chunks, B, N, C, ...) -> (B, N, chunks x C, ...)."""
   x = jnp.moveaxis(parts, 0, 2)
   return x.reshape(*x.shape[:2], -1, *x.shape[4:])

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-NEVER = -1e9  # the score of a beam that is not there
+NEG_INF = -1e9  # the score of a beam that is not there
 
 
-class Text(NamedTuple):
+class Hypothesis(NamedTuple):
   score: float  # of one that goes on, the sum of its log-probabilities; of one that has ended, that by its length
   ids: list[int]
 
@@ -17,8 +17,8 @@ class Beams:
 
   def __init__(self, count: int, length_penalty: float, most: int):
     """`count` beams of at most `most` tokens; a score is divided by length ** `length_penalty`."""
-    self.running = [Text(0.0 if beam == 0 else NEVER, []) for beam in range(count)]
-    self.ended: list[Text] = []
+    self.running = [Hypothesis(0.0 if beam == 0 else NEG_INF, []) for beam in range(count)]
+    self.ended: list[Hypothesis] = []
     self.done = False
     self._count, self._penalty, self._most = count, length_penalty, most
 
@@ -32,12 +32,12 @@ class Beams:
     length = len(self.running[0].ids) + 1
     goes_on, sources, last = [], [], length == self._most
     for place, (score, beam, token) in enumerate(zip(scores.tolist(), beams.tolist(), tokens.tolist(), strict=True)):
-      text = Text(score, [*self.running[beam].ids, token])
+      text = Hypothesis(score, [*self.running[beam].ids, token])
       if token not in ends and not last:
         goes_on.append(text)
         sources.append(beam)
       elif place < self._count and not self.done:  # only what is among the best ends
-        self.ended.append(Text(score / length**self._penalty, text.ids))
+        self.ended.append(Hypothesis(score / length**self._penalty, text.ids))
     self.ended = sorted(self.ended, key=lambda text: -text.score)[: self._count]
     if last:
       self.done = True

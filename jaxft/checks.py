@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxft.files import is_text
+from jaxft.files import is_encodable
 
 # A check looks at one value and returns what a right value would be, or None when the value is right.
 Check = Callable[[Any], str | None]
 
 TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
-FIELD = re.compile(r"\{([^{}]+)\}")  # of a template
-ALWAYS = ("console", "jsonl")  # writers that may be named, and are always there
+TEMPLATE_FIELD = re.compile(r"\{([^{}]+)\}")  # of a template
+BUILTIN_WRITERS = ("console", "jsonl")  # writers that may be named, and are always there
 
 
 def at_least(low: float) -> Check:
@@ -32,7 +32,7 @@ def one_of(*choices: str) -> Check:
   return lambda x: None if x in choices else "one of " + ", ".join(choices)
 
 
-def size_or_rest(x: int) -> str | None:
+def axis_size(x: int) -> str | None:
   return None if x == -1 or x >= 1 else "a number of devices, or -1 for all that are left"
 
 
@@ -54,11 +54,11 @@ def config_overrides(x: str) -> str | None:
   return None if fine else "pairs such as n_embd=512,n_layer=4"
 
 
-def _template(v: Mapping[str, Any]) -> list[str]:
+def _validate_template(v: Mapping[str, Any]) -> list[str]:
   """What is wrong with `data.template`, whose fields are a prompt and a completion or, of plain text, columns."""
   x, prompt, completion = v["data.template"], "{prompt}", "{completion}"
   if v["data.format"] == "text":
-    fine, wanted = FIELD.search(x), "text with the name of a column in braces, such as {question}"
+    fine, wanted = TEMPLATE_FIELD.search(x), "text with the name of a column in braces, such as {question}"
   else:
     fine = x.count(prompt) == 1 == x.count(completion) and x.index(prompt) < x.index(completion)
     wanted = "text with {prompt} and after it {completion}, each once"
@@ -67,8 +67,8 @@ def _template(v: Mapping[str, Any]) -> list[str]:
 
 def writers(x: tuple[str, ...]) -> str | None:
   for i, name in enumerate(x):
-    if name not in TRACKERS + ALWAYS:
-      near = difflib.get_close_matches(name, TRACKERS + ALWAYS, 1, cutoff=0.4)
+    if name not in TRACKERS + BUILTIN_WRITERS:
+      near = difflib.get_close_matches(name, TRACKERS + BUILTIN_WRITERS, 1, cutoff=0.4)
       return f"some of {', '.join(TRACKERS)}" + (f"; for {name!r}, did you mean {near[0]}?" if near else "")
     if name in x[:i]:
       return f"different writers; {name} is there twice"
@@ -81,11 +81,11 @@ def compute_dtype(x: str) -> str | None:
   return one_of("auto", "float32", "bfloat16")(x)
 
 
-def anything(_: Any) -> None:
+def any_value(_: Any) -> None:
   return None
 
 
-def wrong_type(default: Any, value: Any) -> str | None:
+def type_error(default: Any, value: Any) -> str | None:
   """What a value of this setting must be, if it is not: a config file can put anything anywhere."""
   optional = isinstance(default, type)
   kind = default if optional else type(default)
@@ -97,14 +97,14 @@ def wrong_type(default: Any, value: Any) -> str | None:
   else:
     fine = isinstance(value, int | float if kind is float else kind) and (kind is bool) == isinstance(value, bool)
     wanted = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[kind]
-  if fine and not all(is_text(item) and "\0" not in item for item in (value if kind is tuple else (str(value),))):
+  if fine and not all(is_encodable(item) and "\0" not in item for item in (value if kind is tuple else (str(value),))):
     fine, wanted = False, "text in UTF-8, without NUL"
   return None if fine else wanted
 
 
-def together(v: Mapping[str, Any]) -> list[str]:
+def validate_combinations(v: Mapping[str, Any]) -> list[str]:
   """What is wrong with values, each right by itself, of all settings: one line each."""
-  lines = _template(v)
+  lines = _validate_template(v)
   if not v["model.path"]:
     lines.append("config.model.path: empty; name a hub id (gpt2) or a folder")
   if not v["data.train"]:

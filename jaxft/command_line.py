@@ -19,12 +19,12 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from jaxft import backend, pretrained, run_clm, usage
 from jaxft import config as settings
 from jaxft.errors import RequestError
-from jaxft.files import at_home, exists
+from jaxft.files import exists, expand_user
 from jaxft.run import hosts, roll_call
 
-WITH_ESCAPES = ("data.separator", "data.template")
-SWITCHES = ("dry_run", "print_config", "strict", "allow_change", "overwrite_output_dir")
-VALUES = ("workdir", "require", "coordinator")
+ESCAPED_SETTINGS = ("data.separator", "data.template")
+BOOL_FLAGS = ("dry_run", "print_config", "strict", "allow_change", "overwrite_output_dir")
+STR_FLAGS = ("workdir", "require", "coordinator")
 
 
 class TrainArguments(NamedTuple):
@@ -37,10 +37,10 @@ class TrainArguments(NamedTuple):
   allow_change: bool
   overwrite_output_dir: bool
   require: str | None
-  process_info: roll_call.Place | None
+  process_info: roll_call.ProcessInfo | None
   start_timeout: int
   peer_timeout: int
-  per_device: run_clm.PerDevice | None
+  per_device: run_clm.PerDeviceBatch | None
 
 
 def parse_train() -> TrainArguments:
@@ -51,21 +51,23 @@ def parse_train() -> TrainArguments:
     "start_timeout": hosts.START_TIMEOUT,
     "peer_timeout": hosts.PEER_TIMEOUT,
   }
-  sys.argv[1:], per_device = run_clm.translate(_whole_words(sys.argv[1:]), (*SWITCHES, *VALUES, *numbers))
-  values = parse(usage.TRAIN, SWITCHES, VALUES, numbers)
-  workdir = Path(at_home(values.workdir)) if values.workdir else Path("runs") / Path(values.config_file).stem
+  sys.argv[1:], per_device = run_clm.translate(_whole_words(sys.argv[1:]), (*BOOL_FLAGS, *STR_FLAGS, *numbers))
+  values = parse(usage.TRAIN, BOOL_FLAGS, STR_FLAGS, numbers)
+  workdir = Path(expand_user(values.workdir)) if values.workdir else Path("runs") / Path(values.config_file).stem
   for name in ("start_timeout", "peer_timeout"):
     if getattr(values, name) < 1:
       raise RequestError(f"--{name}={getattr(values, name)}: must be at least 1 second")
-  backend.must_be_known(values.require)
+  backend.validate_require(values.require)
   process_info = None
   if not values.print_config:
-    process_info = roll_call.find(values.coordinator, values.num_processes, values.process_id, values.start_timeout)
+    process_info = roll_call.detect_processes(
+      values.coordinator, values.num_processes, values.process_id, values.start_timeout
+    )
   return TrainArguments(
     values.config,
-    Path(at_home(values.config_file)),
+    Path(expand_user(values.config_file)),
     workdir,
-    *(getattr(values, name) for name in SWITCHES),
+    *(getattr(values, name) for name in BOOL_FLAGS),
     values.require,
     process_info,
     values.start_timeout,
@@ -92,7 +94,7 @@ def parse(
   argv = _whole_words(sys.argv)
   given = dict(word.removeprefix("--config.").split("=", 1) for word in argv[1:] if re.match(r"--config\.[^=]*=", word))
   names = [word.removeprefix("--config.").split("=")[0] for word in argv[1:] if word.startswith("--config.")]
-  if lines := settings.unknown(names):
+  if lines := settings.unknown_settings(names):
     raise RequestError("\n".join(lines))
   argv, file = _without_config_file([_quoted(word) for word in argv])
   config = _of_file(file) if file else settings.default()
@@ -123,7 +125,7 @@ def parse(
     raise RequestError(f"{rest[1]!r}: not a flag; --help shows what there is")
   if not file:
     raise RequestError("--config is missing; name a file, such as --config configs/quickstart.py")
-  config = settings.normalised(config)
+  config = settings.normalize(config)
   return SimpleNamespace(
     config=config, config_file=file, **{name: values[name].value for name in (*switches, *texts, *list_flags, *numbers)}
   )
@@ -141,7 +143,7 @@ def _make_way(given: Mapping[str, str], config: ConfigDict, file: str | None) ->
     with config.ignore_type():
       config[section][key] = value
 
-  for pair in settings.COUNTERPARTS:
+  for pair in settings.EXCLUSIVE_PAIRS:
     for one, other in (pair, pair[::-1]):
       # 0 steps are no steps at all, and the epochs count; 0 steps of warm-up are none.
       says = one in given and (one.startswith("optim.") or given[one].strip("0.") != "")
@@ -198,10 +200,10 @@ def _without_config_file(words: list[str]) -> tuple[list[str], str | None]:
 def _of_file(file: str) -> ConfigDict:
   """What get_config() in a file returns; FILE:TEXT gives it the text. Raises RequestError whatever goes wrong in the file."""
   ends = [len(file), *(i for i in reversed(range(len(file))) if file[i] == ":")]
-  end = next((end for end in ends if _is_file(Path(at_home(file[:end])))), None)
+  end = next((end for end in ends if _is_file(Path(expand_user(file[:end])))), None)
   if end is None:
     raise RequestError(f"--config: {file!r}: no such file; name one such as configs/quickstart.py")
-  path, arguments = Path(at_home(file[:end])), [file[end + 1 :]] if end < len(file) else []
+  path, arguments = Path(expand_user(file[:end])), [file[end + 1 :]] if end < len(file) else []
   if path.suffix == ".json":
     raise RequestError(f"--config: {file!r}: a config is Python with a get_config(), such as configs/quickstart.py")
   loader = importlib.machinery.SourceFileLoader("jaxft_config", str(path))
@@ -228,8 +230,8 @@ def _quoted(word: str) -> str:
   setting = settings.BY_NAME.get(name.removeprefix("--config."))
   if not equals or setting is None:
     return word
-  if setting.name in WITH_ESCAPES:
-    return f"{name}={unescaped(value, name.removeprefix('--'))}"
+  if setting.name in ESCAPED_SETTINGS:
+    return f"{name}={unescape(value, name.removeprefix('--'))}"
   if not isinstance(setting.default, tuple):
     return word
   try:
@@ -240,7 +242,7 @@ def _quoted(word: str) -> str:
   return word if texts else f"{name}={value!r}"
 
 
-def unescaped(text: str, name: str) -> str:
+def unescape(text: str, name: str) -> str:
   """A text of the command line with line ends and tabs for \\n, \\r and \\t, which no shell makes of them; says so."""
   found = re.sub(r"\\([nrt])", lambda match: {"n": "\n", "r": "\r", "t": "\t"}[match[1]], text)
   if found != text:
@@ -252,7 +254,7 @@ def _meant(name: str, own: list[str]) -> str:
   """The flag that was meant, or the setting that has this name, or another one elsewhere."""
   if near := difflib.get_close_matches(name, own, 1):
     return f"did you mean --{near[0]}?"
-  setting = settings.ELSEWHERE.get(name) or (run_clm.SAME[name].setting if name in run_clm.SAME else None)
+  setting = settings.FOREIGN_NAMES.get(name) or (run_clm.MAPPED[name].setting if name in run_clm.MAPPED else None)
   setting = setting or next((known for known in settings.BY_NAME if known.split(".")[1] == name), None)
   return f"did you mean --config.{setting}?" if setting else "--help shows what there is"
 
@@ -265,11 +267,11 @@ def _reason(error: Exception) -> str:
   return re.sub(r"could not convert string to float: (.*)", r"\1 is no number", text)
 
 
-def open_model(arguments: argparse.Namespace) -> pretrained.Pretrained:
+def load_model(arguments: argparse.Namespace) -> pretrained.Pretrained:
   if arguments.step is not None and not arguments.workdir:
     raise RequestError("--step goes with --workdir: a Hugging Face folder has no steps")
-  backend.prepare_backend()
-  backend.must_run_on(arguments.require)
+  backend.configure_jax()
+  backend.require_device(arguments.require)
   if arguments.workdir:
     return pretrained.load_workdir(arguments.workdir, arguments.step)
   return pretrained.load(arguments.model, arguments.revision, torch_bin=arguments.torch_bin)

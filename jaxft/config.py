@@ -17,19 +17,19 @@ from jaxft import checks
 from jaxft.checks import (
   Check,
   above,
-  anything,
+  any_value,
   at_least,
+  axis_size,
   between,
   compute_dtype,
   config_overrides,
   encoding,
   file_size,
   one_of,
-  size_or_rest,
   writers,
 )
 from jaxft.errors import RequestError, first_line
-from jaxft.files import at_home
+from jaxft.files import expand_user
 
 
 class Setting(NamedTuple):
@@ -42,12 +42,12 @@ class Setting(NamedTuple):
 
 EPOCH = ("epoch",)
 SETTINGS = (
-  Setting("model.path", "", anything, "checkpoint to start from: a Hugging Face hub id or a folder"),
-  Setting("model.revision", "main", anything, "branch, tag or commit of the hub id"),
+  Setting("model.path", "", any_value, "checkpoint to start from: a Hugging Face hub id or a folder"),
+  Setting("model.revision", "main", any_value, "branch, tag or commit of the hub id"),
   Setting(
     "model.torch_bin",
     False,
-    anything,
+    any_value,
     "read pytorch_model*.bin, a pickle, where there are no other weights: through torch, which then must be installed, "
     "with weights_only=True",
   ),
@@ -58,7 +58,7 @@ SETTINGS = (
     one_of("lm", "classification"),
     "lm writes text; classification tells the labels of data.format=classification apart",
   ),
-  Setting("model.config", "", anything, "config.json of the model to draw from scratch; empty: the one in model.path"),
+  Setting("model.config", "", any_value, "config.json of the model to draw from scratch; empty: the one in model.path"),
   Setting(
     "model.config_overrides",
     "",
@@ -68,7 +68,7 @@ SETTINGS = (
   Setting(
     "model.tokenizer",
     "",
-    anything,
+    any_value,
     "folder or hub id of another tokenizer; empty: the one in model.path",
   ),
   Setting(
@@ -93,15 +93,15 @@ SETTINGS = (
   Setting(
     "data.train",
     (),
-    anything,
+    any_value,
     "one or more sources: hub:NAME[:SPLIT], or a .txt, .jsonl, .csv or .parquet file, glob or folder; with @WEIGHT after "
     "it an epoch passes so often over its documents: stories.jsonl@0.5",
   ),
-  Setting("data.validation", (), anything, "sources to evaluate on; empty: split off the training documents"),
+  Setting("data.validation", (), any_value, "sources to evaluate on; empty: split off the training documents"),
   Setting(
     "data.unrelated",
     (),
-    anything,
+    any_value,
     "sources of text that has nothing to do with data.train: evaluated with the held-out text, to see what was forgotten",
   ),
   Setting(
@@ -118,19 +118,19 @@ SETTINGS = (
     "what a row is: text to learn, a prompt and the completion to learn, or text and its label (the folder's name, for .txt "
     "files)",
   ),
-  Setting("data.text_column", "text", anything, "column that holds the text"),
-  Setting("data.prompt_column", "prompt", anything, "column of the prompt, for prompt_completion"),
-  Setting("data.completion_column", "completion", anything, "column of the completion, for prompt_completion"),
-  Setting("data.label_column", "label", anything, "column of the label, for classification"),
+  Setting("data.text_column", "text", any_value, "column that holds the text"),
+  Setting("data.prompt_column", "prompt", any_value, "column of the prompt, for prompt_completion"),
+  Setting("data.completion_column", "completion", any_value, "column of the completion, for prompt_completion"),
+  Setting("data.label_column", "label", any_value, "column of the label, for classification"),
   Setting(
     "data.template",
     "{prompt}{completion}",
-    anything,
+    any_value,
     "how a prompt and its completion are put together; what follows the prompt's text is learned from {completion} on. With "
     "data.format=text another one puts columns of the row together, all of it to be learned: Question: {q}. Answer: {a}",
   ),
   Setting("data.encoding", "utf-8", encoding, "of text, JSON and CSV files: utf-8, cp1252, latin-1, utf-16, ..."),
-  Setting("data.separator", "", anything, "text that cuts a .txt file into documents; empty: a file is one document"),
+  Setting("data.separator", "", any_value, "text that cuts a .txt file into documents; empty: a file is one document"),
   Setting(
     "data.on_bad_row", "error", one_of("error", "skip"), "end the run at a row that is no text, or count it and go on"
   ),
@@ -142,12 +142,12 @@ SETTINGS = (
     "concat: one stream cut into rows; pack: several examples a row that do not see each other; pad: one example a row",
   ),
   Setting(
-    "data.cache_dir", "", anything, "folder that keeps the tokens; empty: ~/.cache/jaxft/tokens (or XDG_CACHE_HOME)"
+    "data.cache_dir", "", any_value, "folder that keeps the tokens; empty: ~/.cache/jaxft/tokens (or XDG_CACHE_HOME)"
   ),
   Setting(
     "data.nats_column",
     "",
-    anything,
+    any_value,
     "column with -log p of each document in nats, where the text was drawn from "
     "a known distribution: the floor no model can beat is then printed beside the eval loss",
   ),
@@ -201,13 +201,13 @@ SETTINGS = (
     "evaluations without a lower eval loss that end the run; 0: none do",
   ),
   Setting("train.max_bad_steps", 1, at_least(1), "non-finite steps in a row that end the run (they change no weight)"),
-  Setting("train.sample_prompts", (), anything, "prompts completed before and after training, with the same seed"),
+  Setting("train.sample_prompts", (), any_value, "prompts completed before and after training, with the same seed"),
   Setting("train.sample_every", 0, at_least(0), "steps between further samples; 0: only before and after"),
   Setting("train.sample_tokens", 100, at_least(1), "tokens drawn for each prompt"),
   Setting(
     "train.only",
     (),
-    anything,
+    any_value,
     "names of the weights to train, as the checkpoint has them, with * for anything: transformer.h.11.*, "
     "transformer.ln_f.*; the others stay as they are; empty: all are trained",
   ),
@@ -233,10 +233,10 @@ SETTINGS = (
   Setting("optim.eps", 1e-8, at_least(1e-30), "added to the root of the second moment"),
   Setting("optim.clip_norm", 1.0, at_least(0), "largest global norm of the gradient; 0: no clipping"),
   Setting("optim.state_dtype", "float32", one_of("float32", "bfloat16"), "dtype of the first moment"),
-  Setting("mesh.data", 1, size_or_rest, "devices that hold copies and split the batch; -1: the rest"),
-  Setting("mesh.fsdp", -1, size_or_rest, "devices that split weights, optimizer state and the batch; -1: the rest"),
+  Setting("mesh.data", 1, axis_size, "devices that hold copies and split the batch; -1: the rest"),
+  Setting("mesh.fsdp", -1, axis_size, "devices that split weights, optimizer state and the batch; -1: the rest"),
   Setting(
-    "mesh.tensor", 1, size_or_rest, "devices that split heads, feed-forward and vocabulary of each layer; -1: the rest"
+    "mesh.tensor", 1, axis_size, "devices that split heads, feed-forward and vocabulary of each layer; -1: the rest"
   ),
   Setting(
     "mesh.zero_stage",
@@ -270,11 +270,11 @@ SETTINGS = (
   Setting(
     "lora.targets",
     (),
-    anything,
+    any_value,
     "matrices with an adapter, by the ends of their names in the checkpoint: c_attn, mlp.c_proj, q_proj, ..., or all-linear; "
     "empty: what PEFT takes, c_attn of GPT-2 and q_proj and v_proj of the others",
   ),
-  Setting("lora.layers", (), anything, 'layers with an adapter, such as "0-3", "11"; empty: all'),
+  Setting("lora.layers", (), any_value, 'layers with an adapter, such as "0-3", "11"; empty: all'),
   Setting(
     "tracking.writers",
     (),
@@ -282,26 +282,26 @@ SETTINGS = (
     "trackers that are told of the run, beside the console and metrics.jsonl: tensorboard, mlflow, wandb, trackio; "
     "docs/trackers.md",
   ),
-  Setting("tracking.run_name", "", anything, "name of the run in trackers; empty: the workdir's"),
+  Setting("tracking.run_name", "", any_value, "name of the run in trackers; empty: the workdir's"),
   Setting(
     "tracking.logging_dir",
     "",
-    anything,
+    any_value,
     "folder of TensorBoard's files, one in it for each run; empty: WORKDIR/tensorboard",
   ),
   Setting(
     "tracking.system_metrics",
     False,
-    anything,
+    any_value,
     "tell the load and memory of the host of process 0 and of its devices too, in metrics.jsonl and trackers",
   ),
-  Setting("export.out", "", anything, "folder for the Hugging Face model; empty: WORKDIR/export"),
+  Setting("export.out", "", any_value, "folder for the Hugging Face model; empty: WORKDIR/export"),
   Setting("export.dtype", "float32", one_of("float32", "bfloat16", "float16"), "dtype of the exported weights"),
   Setting("export.max_shard_size", "5GB", file_size, "largest weight file: a number and KB, MB, GB or TB"),
-  Setting("export.push_to_hub", "", anything, "hub repository (OWNER/NAME) to upload the export to; empty: none"),
+  Setting("export.push_to_hub", "", any_value, "hub repository (OWNER/NAME) to upload the export to; empty: none"),
 )
-LARGEST = 2**31 - 1  # of a whole number: steps and rows are counted in 32 bits
-PATHS = (
+MAX_INT = 2**31 - 1  # of a whole number: steps and rows are counted in 32 bits
+PATH_SETTINGS = (
   "model.path",
   "model.config",
   "model.tokenizer",
@@ -316,10 +316,10 @@ BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 # Settings that say the same thing in two ways: where one is on the command line, the other one of the config file is set to
 # its default.
-COUNTERPARTS = (("train.steps", "train.epochs"), ("optim.warmup_steps", "optim.warmup_ratio"))
+EXCLUSIVE_PAIRS = (("train.steps", "train.epochs"), ("optim.warmup_steps", "optim.warmup_ratio"))
 
 # Settings that may differ when a run is resumed: they change what is written, never what is learned.
-FREE_ON_RESUME = frozenset(
+MUTABLE_ON_RESUME = frozenset(
   {
     "model.attention",
     "train.profile_steps",
@@ -359,7 +359,7 @@ FREE_ON_RESUME = frozenset(
 
 def default() -> ConfigDict:
   """Every setting at its default, locked: an unknown key raises AttributeError with the nearest right name."""
-  config = ConfigDict(type_safe=False)  # `normalised` and `faults` look at types
+  config = ConfigDict(type_safe=False)  # `normalize` and `validate` look at types
   for setting in SETTINGS:
     section, key = setting.name.split(".")
     if section not in config:
@@ -369,24 +369,24 @@ def default() -> ConfigDict:
   return config.lock()
 
 
-def normalised(config: ConfigDict) -> ConfigDict:
-  """A copy with the types that the settings have, where a value means one thing; `faults` tells of the rest.
+def normalize(config: ConfigDict) -> ConfigDict:
+  """A copy with the types that the settings have, where a value means one thing; `validate` tells of the rest.
 
   A path is its text, a text a tuple of it, a number of numpy the number, 1e3 is 1000, and ~ the user's home.
   """
   made = ConfigDict(type_safe=False)
   for name, value in flatten(config).items():
     section, _, key = name.partition(".")
-    if not key:  # no section: `faults` tells of it
+    if not key:  # no section: `validate` tells of it
       made[section] = value
       continue
     if section not in made:
       made[section] = ConfigDict(type_safe=False)
-    made[section][key] = _plain(BY_NAME[name], value) if name in BY_NAME else value
+    made[section][key] = _normalize_value(BY_NAME[name], value) if name in BY_NAME else value
   return made.lock()
 
 
-def _plain(setting: Setting, value: Any) -> Any:
+def _normalize_value(setting: Setting, value: Any) -> Any:
   kind = setting.default if isinstance(setting.default, type) else type(setting.default)
   if hasattr(value, "tolist"):  # of numpy, pandas
     value = value.tolist()
@@ -394,8 +394,8 @@ def _plain(setting: Setting, value: Any) -> Any:
     value = tuple(value) if isinstance(value, list) else value
     several = value if isinstance(value, tuple) else () if value == "" else (value,)
     several = () if several == ("",) else several  # --config.data.validation= says: none
-    return tuple(_text_of(item, setting) for item in several)
-  value = _text_of(value, setting)
+    return tuple(_expand_path(item, setting) for item in several)
+  value = _expand_path(value, setting)
   if setting.literals and isinstance(value, str) and value.isdecimal():  # of the command line, which takes text here
     return int(value)
   if isinstance(value, int | float) and not isinstance(value, bool):
@@ -406,13 +406,13 @@ def _plain(setting: Setting, value: Any) -> Any:
   return value
 
 
-def _text_of(value: Any, setting: Setting) -> Any:
+def _expand_path(value: Any, setting: Setting) -> Any:
   value = os.fspath(value) if isinstance(value, os.PathLike) else value
-  return at_home(value) if setting.name in PATHS and isinstance(value, str) else value
+  return expand_user(value) if setting.name in PATH_SETTINGS and isinstance(value, str) else value
 
 
 # What other tools call a setting, where that is nearer to another one's name.
-ELSEWHERE = {
+FOREIGN_NAMES = {
   "lr": "optim.learning_rate",
   "wd": "optim.weight_decay",
   "max_grad_norm": "optim.clip_norm",
@@ -441,12 +441,12 @@ ELSEWHERE = {
 }
 
 
-def unknown(names: list[str]) -> list[str]:
+def unknown_settings(names: list[str]) -> list[str]:
   """One line for each name that is no setting, with the nearest one that is."""
   lines = []
   for name in names:
     if name not in BY_NAME:
-      if there := ELSEWHERE.get(name.split(".")[-1]):
+      if there := FOREIGN_NAMES.get(name.split(".")[-1]):
         lines.append(f"config.{name}: there is no such setting; here it is {there}")
         continue
       # The last part decides what was meant: `optim.lerning_rate`, `train.learning_rate` and `learning_rate` alike.
@@ -471,37 +471,37 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   return flat
 
 
-def named(config: ConfigDict) -> dict[str, Any]:
+def with_prefix(config: ConfigDict) -> dict[str, Any]:
   """{"config.train.steps": 3, ...}: as messages name settings."""
   return {f"config.{name}": value for name, value in flatten(config).items()}
 
 
-def faults(config: ConfigDict) -> list[str]:
+def validate(config: ConfigDict) -> list[str]:
   """Everything wrong with the values themselves, one line each; files and devices are looked at elsewhere."""
   values = flatten(config)
-  lines = unknown(list(values)) + [f"config.{name}: missing" for name in BY_NAME if name not in values]
+  lines = unknown_settings(list(values)) + [f"config.{name}: missing" for name in BY_NAME if name not in values]
   for name in BY_NAME.keys() & values.keys():
     setting, value = BY_NAME[name], values[name]
     if value in setting.literals:
       continue
-    if wanted := checks.wrong_type(setting.default, value):
+    if wanted := checks.type_error(setting.default, value):
       lines.append(f"config.{name}={value!r}: must be {' or '.join([wanted, *setting.literals])}")
     elif isinstance(value, float) and not math.isfinite(value):
       lines.append(f"config.{name}={value}: not a finite number")
-    elif isinstance(value, int) and abs(value) > LARGEST:
-      lines.append(f"config.{name}: a number of {len(str(abs(value)))} digits; at most {LARGEST:,}")
+    elif isinstance(value, int) and abs(value) > MAX_INT:
+      lines.append(f"config.{name}: a number of {len(str(abs(value)))} digits; at most {MAX_INT:,}")
     elif value is not None and (wanted := setting.check(value)):
       lines.append(f"config.{name}={value!r}: must be {wanted}")
-  return sorted(lines) or checks.together(values)
+  return sorted(lines) or checks.validate_combinations(values)
 
 
-def changed(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
+def diff_from_saved(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
   """The settings that shape what is learned and differ between a saved config and this one, one line each."""
   before, now = flatten(default()) | flatten(saved), flatten(config)  # a setting that was not there yet had its default
   return [
     f"config.{name}={now.get(name)!r}: the run was started with {before.get(name)!r}"
     for name in sorted(before.keys() | now.keys())
-    if name not in FREE_ON_RESUME and before.get(name) != now.get(name)
+    if name not in MUTABLE_ON_RESUME and before.get(name) != now.get(name)
   ]
 
 
@@ -516,19 +516,19 @@ def from_json(text: str) -> ConfigDict:
     flat = flatten(json.loads(text))
   except (ValueError, AttributeError, RecursionError) as error:
     raise RequestError(f"config.json of the run: not a config ({first_line(error)})") from error
-  if lines := unknown(list(flat)):
+  if lines := unknown_settings(list(flat)):
     raise RequestError("\n".join(lines))
   config = default()
   for name, value in flat.items():
     section, key = name.split(".")
     if value is not None:
       config[section][key] = value
-  if lines := faults(config):
+  if lines := validate(config):
     raise RequestError("\n".join(lines))
   return config
 
 
-def read(file: Path) -> ConfigDict:
+def load_run_config(file: Path) -> ConfigDict:
   """The config.json that a run has left; raises RequestError when it is not what `to_json` wrote."""
   try:
     return from_json(file.read_text(encoding="utf-8"))

@@ -57,8 +57,8 @@ def main() -> None:
 
     from jaxft import backend
 
-    backend.prepare_backend()
-    found, reason = backend.start()
+    backend.configure_jax()
+    found, reason = backend.init_backend()
     for device in jax.devices():
       limit = (device.memory_stats() or {}).get("bytes_limit")
       table.add_row(f"device {device.id}", device.device_kind + (f", {limit / 2**30:.1f} GiB" if limit else ""))
@@ -66,11 +66,11 @@ def main() -> None:
       table.add_row(
         "pinned memory", f"up to {backend.pinned_limit() / 2**30:.0f} GiB of the host's, for config.memory.offload"
       )
-    elif backend.chosen() and backend.has_nvidia_gpu():
-      table.add_row("device", backend.on_the_cpu(reason))
+    elif backend.cpu_override() and backend.has_nvidia_gpu():
+      table.add_row("device", backend.cpu_warning(reason))
     elif reason:
-      faults.append(backend.on_the_cpu(reason))
-    for line in backend.faults_of_version():
+      faults.append(backend.cpu_warning(reason))
+    for line in backend.known_bugs():
       table.add_row("known fault", line)
   except RequestError as error:
     faults.append(str(error))

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 
 
-def row_keys(key: jax.Array, first: jax.Array | int, rows: int) -> jax.Array:
+def per_row_keys(key: jax.Array, first: jax.Array | int, rows: int) -> jax.Array:
   """Keys of rows `first`, `first + 1`, ... of a batch."""
   return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(rows))
 
 
-def split(keys_B: jax.Array | None, parts: int) -> jax.Array | tuple[None, ...]:
+def split_keys(keys_B: jax.Array | None, parts: int) -> jax.Array | tuple[None, ...]:
   """Keys (parts, B) for so many parts of a computation."""
   if keys_B is None:
     return (None,) * parts
@@ -24,7 +24,7 @@ def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
   return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), 0)
 
 
-def dropout_of_queries(keys_BN: jax.Array, rate: float, queries_T: jax.Array, S: int) -> jax.Array:
+def attention_dropout_mask(keys_BN: jax.Array, rate: float, queries_T: jax.Array, S: int) -> jax.Array:
   """Factors (B, N, T, S) for the probabilities of these queries to the first S keys: 0, or 1 / (1 - rate).
 
   Each query has bits of its own, and those of the first keys do not depend on S: so any part can be made alone.

@@ -21,7 +21,7 @@ LAST_COMMA = re.compile(r'"(?:\\.|[^"\\\n])*"|,(?=\s*[}\]])', re.DOTALL)
 COMMENT_KEYS = ("_", "//", "#", "$")
 HINTS = 20  # lines that say which key was meant; looking for it takes milliseconds
 SECTIONS = ds_keys.sections()
-NAMES = (*ds_keys.known(), *sorted(SECTIONS))
+NAMES = (*ds_keys.known_keys(), *sorted(SECTIONS))
 TIMES = Counter(name.rpartition(".")[2] for name in NAMES)
 LAST_PARTS = {last: name for name in NAMES if TIMES[last := name.rpartition(".")[2]] == 1}
 
@@ -34,7 +34,7 @@ class Entry(NamedTuple):
   outcome: str  # "--config.mesh.zero_stage=2", "nothing: why" or "auto: as the flags or their defaults say"
 
 
-class Translated(NamedTuple):
+class ParsedConfig(NamedTuple):
   """What a file says; a batch is counted by the run, which knows its devices."""
 
   settings: dict[str, Any]  # by the names of `jaxft.config.SETTINGS`
@@ -59,7 +59,7 @@ class _Object(dict):
     self.twice = [name for name in self if names.count(name) > 1] if len(self) < len(names) else []
 
 
-def read(file: Path) -> Translated:
+def read(file: Path) -> ParsedConfig:
   """Translates a ds_config.json, which may have comments and a comma too many, as DeepSpeed's own reader allows.
 
   Args:
@@ -94,7 +94,7 @@ def read(file: Path) -> Translated:
   return translate(content, str(file))
 
 
-def translate(config: Mapping[str, Any], where: str) -> Translated:
+def translate(config: Mapping[str, Any], where: str) -> ParsedConfig:
   """Translates what a file has, or the dictionary that a script gives to `TrainingArguments(deepspeed=...)`.
 
   Args:
@@ -120,15 +120,15 @@ def translate(config: Mapping[str, Any], where: str) -> Translated:
       lines.append(f"{where}: {key}={_shown(value)}: {error}")
   if lines:
     raise RequestError("\n".join(lines))
-  batch = (count(reading.values.get(name)) for name in (ds_keys.ROWS, ds_keys.ACCUMULATION, ds_keys.BATCH))
-  return Translated(reading.settings, *batch, entries)
+  batch = (count(reading.values.get(name)) for name in (ds_keys.MICRO_BATCH, ds_keys.ACCUMULATION, ds_keys.TRAIN_BATCH))
+  return ParsedConfig(reading.settings, *batch, entries)
 
 
-def table(entries: Iterable[Entry], overridden: Mapping[str, str]) -> str:
+def format_table(entries: Iterable[Entry], overridden: Mapping[str, str]) -> str:
   """Aligned columns for a terminal: the key, its value, and what it has become.
 
   Args:
-    entries: of `Translated`.
+    entries: of `ParsedConfig`.
     overridden: the flag that says otherwise, by the name of the setting, or by the key for what is no setting of its own
       (`gradient_accumulation_steps`); the row tells it.
 
@@ -173,7 +173,7 @@ def _became(reading: Reading, key: str, value: Any) -> str:
   if is_section and (value is None or value == {}):
     return "nothing: empty"
   if rule is None and is_section:
-    inside = next(name for name in ds_keys.known() if name.startswith(f"{key}."))
+    inside = next(name for name in ds_keys.known_keys() if name.startswith(f"{key}."))
     raise ValueError(f"give an object with its keys, such as {inside.removeprefix(f'{key}.')}")
   if rule is None:
     raise LookupError("DeepSpeed has no such key")
@@ -187,7 +187,7 @@ def _became(reading: Reading, key: str, value: Any) -> str:
 def _rule(reading: Reading, key: str) -> Rule | None:
   """The rule of a key in this file; None where DeepSpeed has no such key."""
   section, _, param = key.partition(".params.")
-  if param and section in ds_keys.KINDS:
+  if param and section in ds_keys.TYPES:
     return _rule_of_param(reading, section, param)
   if key in ds_keys.RULES:
     return ds_keys.RULES[key]
@@ -199,7 +199,7 @@ def _rule(reading: Reading, key: str) -> Rule | None:
 
 def _rule_of_param(reading: Reading, section: str, param: str) -> Rule | None:
   """The rule of a parameter, which the type of the optimizer or the scheduler decides."""
-  kinds = {name.lower(): kind for name, kind in ds_keys.KINDS[section].items()}
+  kinds = {name.lower(): kind for name, kind in ds_keys.TYPES[section].items()}
   if f"{section}.type" not in reading.values:
 
     def read(*_: Any) -> str:

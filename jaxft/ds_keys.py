@@ -6,7 +6,7 @@
 import math
 from typing import Any
 
-from jaxft.ds_kinds import KERNELS, KINDS, REFUSED, optimizer, scheduler
+from jaxft.ds_kinds import KERNELS, REFUSED, TYPES, optimizer, scheduler
 from jaxft.ds_rules import (
   AUTO,
   Reading,
@@ -26,9 +26,13 @@ from jaxft.ds_rules import (
 
 ZERO = "zero_optimization"
 
-# ---- The batch. `jaxft.ds_config.Translated` has these numbers, as only the run knows how many devices there are.
+# ---- The batch. `jaxft.ds_config.ParsedConfig` has these numbers, as only the run knows how many devices there are.
 
-ROWS, ACCUMULATION, BATCH = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
+MICRO_BATCH, ACCUMULATION, TRAIN_BATCH = (
+  "train_micro_batch_size_per_gpu",
+  "gradient_accumulation_steps",
+  "train_batch_size",
+)
 
 
 def _rows(_: Reading, __: str, value: Any) -> str:
@@ -45,7 +49,7 @@ def _batch(reading: Reading, _: str, value: Any) -> str:
   batch = count(value)
   if batch is None:
     return "nothing: null"
-  others = {name: reading.values.get(name) for name in (ROWS, ACCUMULATION)}
+  others = {name: reading.values.get(name) for name in (MICRO_BATCH, ACCUMULATION)}
   others = {name: n for name, n in others.items() if isinstance(n, int) and not isinstance(n, bool) and n > 0}
   if others and batch % math.prod(others.values()):
     product = " x ".join(f"{name} ({n})" for name, n in others.items())
@@ -64,7 +68,7 @@ FLOAT32 = ("float32", "fp32", "torch.float32", "float")
 
 
 def _dtype_of(reading: Reading, key: str) -> str:
-  """What `model.compute_dtype` is where this key is true."""
+  """What `model.resolve_dtype` is where this key is true."""
   if key == "amp.enabled":
     level = reading.values.get("amp.opt_level")
     return LEVELS.get(level, "auto") if isinstance(level, str) else "auto"
@@ -300,8 +304,10 @@ COUNTED = "jaxft.plan counts operations and bytes; --config.train.profile_steps 
 STORED = "checkpoints are in --workdir, which all hosts must see"
 LOADED = "rows are counted by step: none is dropped, and a mesh of another shape reads the same"
 RULES = {
-  BATCH: Rule("`--config.train.batch_size` (rows per optimizer step, over all devices)", _batch),
-  ROWS: Rule("`--config.train.micro_batch_size`; times accumulation and devices `--config.train.batch_size`", _rows),
+  TRAIN_BATCH: Rule("`--config.train.batch_size` (rows per optimizer step, over all devices)", _batch),
+  MICRO_BATCH: Rule(
+    "`--config.train.micro_batch_size`; times accumulation and devices `--config.train.batch_size`", _rows
+  ),
   ACCUMULATION: Rule("times rows and devices `--config.train.batch_size`", _accumulation),
   "gradient_clipping": sets("optim.clip_norm"),
   "optimizer.type": Rule("", optimizer),
@@ -422,7 +428,7 @@ CURRICULUM = "rows are drawn by data.shuffle_seed, in one length: leave it out"
 # Sections that are refused where they are on, by `enabled` or by being there.
 SWITCHED = {
   "sparse_attention": "attention is dense: leave it out; GPT-Neo's local layers are as its config.json has them",
-  "elasticity": f"a run keeps its batch on any number of devices: give {BATCH}, and leave elasticity out",
+  "elasticity": f"a run keeps its batch on any number of devices: give {TRAIN_BATCH}, and leave elasticity out",
   "curriculum_learning": CURRICULUM,
   "data_efficiency": CURRICULUM,
   "progressive_layer_drop": "all layers are trained: leave it out; config.train.only freezes some",
@@ -439,24 +445,24 @@ SWITCHED = {
 
 def sections() -> set[str]:
   """Everything that holds keys."""
-  names = [*RULES, *(f"{name}.x" for name in FREE | SWITCHED), *(f"{section}.params.x" for section in KINDS)]
+  names = [*RULES, *(f"{name}.x" for name in FREE | SWITCHED), *(f"{section}.params.x" for section in TYPES)]
   return {name[:i] for name in names for i in range(len(name)) if name[i] == "."}
 
 
-def known() -> list[str]:
+def known_keys() -> list[str]:
   """Every key by its dotted name; of sections with free keys the section."""
   params = [
-    f"{section}.params.{name}" for section, kinds in KINDS.items() for it in kinds.values() for name in it.params
+    f"{section}.params.{name}" for section, kinds in TYPES.items() for it in kinds.values() for name in it.params
   ]
   return [*RULES, *dict.fromkeys(params), *FREE, *SWITCHED]
 
 
-def markdown() -> str:
+def markdown_table() -> str:
   """All of them in a table, for docs/recipes/deepspeed.md."""
   rows = {}  # (the section, what is said) -> the last parts of its keys
   for key, rule in RULES.items():
     section, _, name = key.rpartition(".")
-    if name == "type" and section in KINDS:
+    if name == "type" and section in TYPES:
       _add_kinds(rows, section)
     else:
       rows.setdefault((section, rule.says), []).append(name)
@@ -468,7 +474,7 @@ def markdown() -> str:
 
 def _add_kinds(rows: dict[tuple[str, str], list[str]], section: str) -> None:
   """Rows of the types of the optimizer or the scheduler, and of their parameters."""
-  setting, kinds = {"optimizer": "optim.name", "scheduler": "optim.schedule"}[section], KINDS[section]
+  setting, kinds = {"optimizer": "optim.name", "scheduler": "optim.schedule"}[section], TYPES[section]
   for name, kind in kinds.items():
     rows.setdefault((f"{section}.type=", f"`--config.{setting}={kind.setting}`"), []).append(name)
   for name, why in REFUSED[section].items():

@@ -280,5 +280,5 @@ def scheduler(reading: Reading, _: str, value: Any) -> str:
   return reading.set("optim.schedule", kind.setting, "; ".join(said))
 
 
-KINDS = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
+TYPES = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
 REFUSED = {"optimizer": REFUSED_OPTIMIZERS, "scheduler": REFUSED_SCHEDULERS}

@@ -51,11 +51,11 @@ def given(name: str, value: Any) -> str:
 def checked(name: str, value: Any) -> Any:
   """The value with the type of this setting; raises ValueError with what it must be."""
   setting = settings.BY_NAME[name]
-  if is_number(value) and not abs(value) <= settings.LARGEST:  # nor NaN
-    raise ValueError(f"at most {settings.LARGEST:,}")
+  if is_number(value) and not abs(value) <= settings.MAX_INT:  # nor NaN
+    raise ValueError(f"at most {settings.MAX_INT:,}")
   if isinstance(setting.default, float) and is_number(value):
     value = float(value)
-  wanted = checks.wrong_type(setting.default, value) or setting.check(value)
+  wanted = checks.type_error(setting.default, value) or setting.check(value)
   if wanted:
     raise ValueError(f"must be {wanted}")
   return value
@@ -130,6 +130,6 @@ def count(value: Any) -> int | None:
   """A number of rows or steps; None for "auto", and for null. Raises ValueError for anything else."""
   if value is None or value == "auto":
     return None
-  if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= settings.LARGEST:
-    raise ValueError(f"must be a whole number from 1 to {settings.LARGEST:,}")
+  if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= settings.MAX_INT:
+    raise ValueError(f"must be a whole number from 1 to {settings.MAX_INT:,}")
   return value

@@ -33,11 +33,11 @@ class StorageError(JaxftError):
   exit_code = 4
 
 
-class Unreadable(StorageError):
+class CheckpointReadError(StorageError):
   """A checkpoint that may be sound cannot be read here and now: no permission, no memory, no handles."""
 
 
-class PeerLost(JaxftError):
+class PeerLostError(JaxftError):
   """Another process of the run did not come, died or froze."""
 
   exit_code = 5
@@ -57,7 +57,7 @@ def first_line(error: Exception) -> str:
   return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def shortened(line: str) -> str:
+def truncate(line: str) -> str:
   """The line without its middle, if it is long: a value in it may be a file's whole content."""
   return line if len(line) <= 2000 else f"{line[:1000]} ... {line[-1000:]}"
 
@@ -73,11 +73,11 @@ def run_command(main: Callable[[], None]) -> None:
   sys.excepthook = sys.__excepthook__  # everything is imported
   for stream in (sys.stdout, sys.stderr):  # a terminal or a log that is not in UTF-8 must not end a run
     stream.reconfigure(errors="backslashreplace")
-  sys.unraisablehook = _but_for_closed_loops
+  sys.unraisablehook = _ignore_closed_loops
   try:
     main()
   except (JaxftError, Preempted, OSError, KeyboardInterrupt) as error:
-    code = tell(error)
+    code = print_error(error)
     with contextlib.suppress(OSError):
       sys.stdout.flush()
       sys.stderr.flush()
@@ -85,7 +85,7 @@ def run_command(main: Callable[[], None]) -> None:
     os._exit(code)
 
 
-def _but_for_closed_loops(unraisable: Any) -> None:
+def _ignore_closed_loops(unraisable: Any) -> None:
   """After a write that failed, which is raised, TensorStore (0.1.86) tells this of every other array, half a page each."""
   if str(unraisable.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(unraisable)
@@ -100,13 +100,13 @@ def exit_code(error: BaseException) -> int:
   return 130 if isinstance(error, KeyboardInterrupt) else JaxftError.exit_code
 
 
-def tell(error: BaseException) -> int:
+def print_error(error: BaseException) -> int:
   """Says on standard error why a command ends, if there is still somebody to hear it, and returns its exit code."""
   try:
     if isinstance(error, JaxftError | Preempted):
       label = "stopped" if isinstance(error, Preempted) else "error"
       for line in str(error).splitlines():
-        print(f"{label}: {shortened(line)}", file=sys.stderr)
+        print(f"{label}: {truncate(line)}", file=sys.stderr)
     elif isinstance(error, OSError):  # its text names the file
       print(f"error: {error}", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):

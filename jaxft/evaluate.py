@@ -8,12 +8,12 @@ from rich.table import Column, Table
 
 from jaxft import config as settings
 from jaxft import parsers
-from jaxft.command_line import open_model
+from jaxft.command_line import load_model
 from jaxft.data import sources
 from jaxft.errors import RequestError, run_command
-from jaxft.run.tracking import visible
+from jaxft.run.tracking import escape_controls
 
-LEAST = {"sequence_length": 0, "batch_size": 1, "stride": 0}  # 0: not given
+MIN_VALUES = {"sequence_length": 0, "batch_size": 1, "stride": 0}  # 0: not given
 
 
 def main() -> None:
@@ -23,15 +23,17 @@ def main() -> None:
     raise RequestError("--data is missing: name a file, a glob, a folder or hub:NAME")
   if arguments.layout and not arguments.data:
     raise RequestError(f"--layout={arguments.layout}: goes with --data; what a run has held out is read as in the run")
-  lines = [line.replace("config.data.validation", "--data") for line in sources.faults({"validation": arguments.data})]
-  how = {name: getattr(arguments, name) for name in LEAST}
-  lines += [f"--{name}={value}: must be at least 1" for name, value in how.items() if value < LEAST[name]]
+  lines = [
+    line.replace("config.data.validation", "--data") for line in sources.validate({"validation": arguments.data})
+  ]
+  how = {name: getattr(arguments, name) for name in MIN_VALUES}
+  lines += [f"--{name}={value}: must be at least 1" for name, value in how.items() if value < MIN_VALUES[name]]
   if lines:
     raise RequestError("\n".join(lines))
-  ready = open_model(arguments)
+  ready = load_model(arguments)
   if arguments.data:
     columns = {name: value for name in ("text_column", "label_column", "layout") if (value := getattr(arguments, name))}
-    like = settings.read(Path(arguments.workdir) / "config.json").data if arguments.workdir else None
+    like = settings.load_run_config(Path(arguments.workdir) / "config.json").data if arguments.workdir else None
     how["sequence_length"] = arguments.sequence_length or (like.sequence_length if like else 0)
     result = ready.evaluate(*arguments.data, like=like, **how, **columns)
   else:
@@ -53,9 +55,9 @@ def main() -> None:
 def print_confusion(confusion: dict[str, dict[str, int]]) -> None:
   """Prints how many texts of each label were taken for which."""
   if confusion:
-    table = Table("", *(Column(visible(f"taken for {name}"), justify="right") for name in confusion), box=None)
+    table = Table("", *(Column(escape_controls(f"taken for {name}"), justify="right") for name in confusion), box=None)
     for name, row in confusion.items():
-      table.add_row(visible(name), *(f"{count:,}" for count in row.values()))
+      table.add_row(escape_controls(name), *(f"{count:,}" for count in row.values()))
     Console(soft_wrap=True, highlight=False, markup=False).print(table)
 
 

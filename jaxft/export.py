@@ -3,22 +3,22 @@
 from pathlib import Path
 
 from jaxft import parsers
-from jaxft.command_line import open_model
+from jaxft.command_line import load_model
 from jaxft.errors import RequestError, run_command
 from jaxft.hf import push, save
-from jaxft.hf.verify import in_words
+from jaxft.hf.verify import format_parity
 
 
 def main() -> None:
   arguments = parsers.export().parse_args()
-  lines = save.faults(Path(arguments.out))
-  lines += push.faults(arguments.push_to_hub) if arguments.push_to_hub is not None else []
+  lines = save.validate(Path(arguments.out))
+  lines += push.validate(arguments.push_to_hub) if arguments.push_to_hub is not None else []
   if lines:
     raise RequestError("\n".join(lines))
-  parity = open_model(arguments).export(arguments.out, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size)
-  print(f"exported to {arguments.out}: {in_words(parity)}")
+  parity = load_model(arguments).export(arguments.out, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size)
+  print(f"exported to {arguments.out}: {format_parity(parity)}")
   if arguments.push_to_hub:
-    print(f"uploaded to {push.push(Path(arguments.out), arguments.push_to_hub)}")
+    print(f"uploaded to {push.push_to_hub(Path(arguments.out), arguments.push_to_hub)}")
 
 
 if __name__ == "__main__":

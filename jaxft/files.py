@@ -10,15 +10,15 @@ from typing import Any
 from jaxft.errors import RequestError, StorageError
 
 # An address of a model or a data set of the hub, or of a page or a file of it.
-HUB_ADDRESS = re.compile(
+HUB_URL = re.compile(
   r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?P<datasets>datasets/)?"
   r"(?P<id>[\w.-]+(?:/(?!(?:tree|blob|resolve|viewer)(?:/|$))[\w.-]+)?)(?:[/?#].*)?",
   re.IGNORECASE,
 )
-LFS = b"version https://git-lfs.github.com/spec/"
+LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 
 
-def write_whole(file: Path, text: str) -> None:
+def atomic_write(file: Path, text: str) -> None:
   """Writes under a temporary name, syncs to disk, renames: a kill or a full disk leaves what was there before.
 
   Raises StorageError.
@@ -32,21 +32,21 @@ def write_whole(file: Path, text: str) -> None:
     os.replace(partial, file)
   except OSError as error:
     partial.unlink(missing_ok=True)
-    raise StorageError(f"{file}: {refused(file, error)}") from error
+    raise StorageError(f"{file}: {write_failure(file, error)}") from error
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-  """`write_whole` of a JSON object; raises StorageError."""
-  write_whole(file, json.dumps(content, indent=2) + "\n")
+  """`atomic_write` of a JSON object; raises StorageError."""
+  atomic_write(file, json.dumps(content, indent=2) + "\n")
 
 
-def refused(file: Path, error: Exception) -> str:
+def write_failure(file: Path, error: Exception) -> str:
   """Why a file could not be written, and how much room there is."""
   there = next((folder for folder in file.absolute().parents if folder.exists()), Path("/"))
   return f"{getattr(error, 'strerror', None) or error}; {shutil.disk_usage(there).free:,} bytes are free there"
 
 
-def cache_folder(name: str) -> Path:
+def cache_dir(name: str) -> Path:
   """Where jaxft keeps what it can make again: XDG_CACHE_HOME/jaxft/NAME, or ~/.cache/jaxft/NAME.
 
   Raises RequestError where there is no home.
@@ -57,16 +57,16 @@ def cache_folder(name: str) -> Path:
     raise RequestError(f"this user has no home to keep caches in; set XDG_CACHE_HOME to a folder ({error})") from error
 
 
-def at_home(path: str) -> str:
+def expand_user(path: str) -> str:
   """A path with the user's home for its ~, which no shell makes of --x=~/y; but for a file that is called so."""
   return os.path.expanduser(path) if path.startswith("~") and not os.path.lexists(path) else path
 
 
-def must_be_fetched(file: Path) -> None:
+def reject_lfs_pointer(file: Path) -> None:
   """Raises RequestError for a git-lfs pointer, which stands for a file that was not fetched."""
   try:
     with file.open("rb") as stream:
-      pointer = stream.read(len(LFS)) == LFS
+      pointer = stream.read(len(LFS_HEADER)) == LFS_HEADER
   except OSError:
     return  # whoever reads it says so
   if pointer:
@@ -81,7 +81,7 @@ def exists(path: Path) -> bool:
     return False
 
 
-def is_text(text: str) -> bool:
+def is_encodable(text: str) -> bool:
   """False for what no UTF-8 file can hold: halves of surrogate pairs, which JSON's \\u escapes and stray bytes give."""
   try:
     text.encode()

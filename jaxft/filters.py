@@ -17,14 +17,14 @@ class History(NamedTuple):
   end: jax.Array  # the column that comes next
 
 
-def penalise(logits_BV: jax.Array, history: History, penalty: float) -> jax.Array:
+def penalize_repeats(logits_BV: jax.Array, history: History, penalty: float) -> jax.Array:
   """Makes each token of the text less likely: its logit divided by `penalty`, or multiplied where it is negative (CTRL,
   arXiv:1909.05858)."""
-  seen_BV = _marked(history.ids_BS, history.there_BS, logits_BV.shape[-1])
+  seen_BV = _token_mask(history.ids_BS, history.there_BS, logits_BV.shape[-1])
   return jnp.where(seen_BV, jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty), logits_BV)
 
 
-def ban_repeats(logits_BV: jax.Array, history: History, n: int) -> jax.Array:
+def ban_repeated_ngrams(logits_BV: jax.Array, history: History, n: int) -> jax.Array:
   """-inf for each token that would end a run of n tokens which the text has already."""
   ids_BS, there_BS, end = history
   starts = ids_BS.shape[1] - n + 1
@@ -36,11 +36,11 @@ def ban_repeats(logits_BV: jax.Array, history: History, n: int) -> jax.Array:
     last_B1 = jax.lax.dynamic_slice_in_dim(ids_BS, jnp.maximum(end - (n - 1) + k, 0), 1, 1)
     last_there_B1 = jax.lax.dynamic_slice_in_dim(there_BS, jnp.maximum(end - (n - 1) + k, 0), 1, 1)
     same_BS &= (ids_BS[:, k : k + starts] == last_B1) & there_BS[:, k : k + starts] & last_there_B1 & (end >= n - 1)
-  banned_BV = _marked(ids_BS[:, n - 1 :], same_BS & there_BS[:, n - 1 :], logits_BV.shape[-1])
+  banned_BV = _token_mask(ids_BS[:, n - 1 :], same_BS & there_BS[:, n - 1 :], logits_BV.shape[-1])
   return jnp.where(banned_BV, -jnp.inf, logits_BV)
 
 
-def keep_likely(logits_BV: jax.Array, top_k: int, top_p: float, min_p: float) -> jax.Array:
+def filter_logits(logits_BV: jax.Array, top_k: int, top_p: float, min_p: float) -> jax.Array:
   """-inf for every token outside the k likeliest, then outside the smallest set that holds top_p of the rest, then below
   min_p times the likeliest one's probability.
 
@@ -63,7 +63,7 @@ def keep_likely(logits_BV: jax.Array, top_k: int, top_p: float, min_p: float) ->
   return logits_BV
 
 
-def _marked(ids_BS: jax.Array, there_BS: jax.Array, V: int) -> jax.Array:
+def _token_mask(ids_BS: jax.Array, there_BS: jax.Array, V: int) -> jax.Array:
   """(B, V), true for the ids of a row that are there."""
   rows = jnp.arange(len(ids_BS))[:, None]
   return jnp.zeros((len(ids_BS), V), bool).at[rows, ids_BS].max(there_BS)

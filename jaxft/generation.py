@@ -8,21 +8,21 @@ from typing import Any, NamedTuple
 
 from jaxft.errors import RequestError, first_line
 from jaxft.sample import Sampling
-from jaxft.sampling import LIMITS, must_be_drawn, settled
+from jaxft.sampling import LENGTH_LIMITS, resolve_sampling, validate_do_sample
 
-FILE = "generation_config.json"
-UNFINISHED = "\ufffd"  # what a tokenizer makes of bytes that are no character yet
+FILE_NAME = "generation_config.json"
+REPLACEMENT_CHAR = "\ufffd"  # what a tokenizer makes of bytes that are no character yet
 
 
 # What else a generation_config.json may have that would change a text.
-NOT_FOLLOWED = (
+UNSUPPORTED = (
   "early_stopping bad_words_ids suppress_tokens begin_suppress_tokens stop_strings "
   "forced_bos_token_id forced_eos_token_id sequence_bias typical_p epsilon_cutoff eta_cutoff renormalize_logits "
   "exponential_decay_length_penalty encoder_repetition_penalty num_beam_groups diversity_penalty penalty_alpha"
 ).split()
 
 
-class Generation(NamedTuple):
+class GenerationConfig(NamedTuple):
   sampling: Sampling
   stop_ids: frozenset[int]  # tokens that end a text
   ignored: tuple[str, ...]  # names in the file
@@ -36,7 +36,7 @@ class Generation(NamedTuple):
     return RequestError(f"{error} ({self.file} has {', '.join(named)})") if named else error
 
 
-def of(folder: Path, given: Mapping[str, Any]) -> Generation:
+def load(folder: Path, given: Mapping[str, Any]) -> GenerationConfig:
   """What is given, then what the folder's generation_config.json says, then the defaults of `Sampling`.
 
   `do_sample: false` in the file, or beams without `do_sample`, is temperature 0 here, unless a temperature is given. A text is
@@ -47,9 +47,9 @@ def of(folder: Path, given: Mapping[str, Any]) -> Generation:
   Args:
     given: fields of `Sampling`, and `do_sample`.
   """
-  given, lines = settled(given)
+  given, lines = resolve_sampling(given)
   drawn = given.pop("do_sample", None)
-  file, says = Path(folder) / FILE, {}
+  file, says = Path(folder) / FILE_NAME, {}
   if file.is_file():
     try:
       says = json.loads(file.read_text(encoding="utf-8"))
@@ -67,27 +67,27 @@ def of(folder: Path, given: Mapping[str, Any]) -> Generation:
     if not isinstance(value, number) or isinstance(value, bool):
       raise RequestError(f"{file}: {name}={value!r}: must be a number")
     known[name] = type(defaults[name])(value)
-  lines += _beaten(known, given, file)
+  lines += _drop_overridden(known, given, file)
   known = {name: value for name, value in known.items() if name not in given}
   sampling = Sampling(**known | given)
   ends = says.get("eos_token_id")
   ends = ends if isinstance(ends, list) else [ends]
-  not_followed = tuple(name for name in NOT_FOLLOWED if says.get(name))
+  not_followed = tuple(name for name in UNSUPPORTED if says.get(name))
   ends = frozenset(end for end in ends if isinstance(end, int))
-  found = Generation(sampling, ends, not_followed, tuple(lines), file, known)
+  found = GenerationConfig(sampling, ends, not_followed, tuple(lines), file, known)
   try:
     if drawn:
-      must_be_drawn(sampling.temperature, sampling.num_beams)
+      validate_do_sample(sampling.temperature, sampling.num_beams)
     sampling.validate()
   except RequestError as error:
     raise found.with_context(error) from error
   return found
 
 
-def _beaten(known: dict[str, Any], given: Mapping[str, Any], file: Path) -> list[str]:
+def _drop_overridden(known: dict[str, Any], given: Mapping[str, Any], file: Path) -> list[str]:
   """Takes out of the file's limits those that do not count beside others, given or its own; a line for each other's."""
   lines = []
-  for whole, new in LIMITS:
+  for whole, new in LENGTH_LIMITS:
     if new in given:
       lost, why = whole, f"--{new}={given[new]} is given"
     elif given.get(whole):
@@ -101,7 +101,7 @@ def _beaten(known: dict[str, Any], given: Mapping[str, Any], file: Path) -> list
   return lines
 
 
-class Listener:
+class TextStreamer:
   """For `Generator`: ends a text at a stop string, and tells what is added to each text as it comes."""
 
   def __init__(self, tokenizer: Any, stop_strings: Sequence[str], tell: Callable[[int, str], None] | None):
@@ -111,7 +111,7 @@ class Listener:
     self._longest = max((len(stop.encode()) for stop in stop_strings), default=0)
 
   def __call__(self, text: int, ids: list[int]) -> bool:
-    if self._tell and not (whole := self._decode(ids)).endswith(UNFINISHED):
+    if self._tell and not (whole := self._decode(ids)).endswith(REPLACEMENT_CHAR):
       self.flush(text, whole)
     tail = self._decode(ids[-self._longest - 1 :]) if self._stops else ""  # a token is at least a byte
     return any(stop in tail for stop in self._stops)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft import lora
-from jaxft.architecture import Compute, ModelConfig, weight
+from jaxft.architecture import ComputeConfig, ModelConfig, gather_weight
 from jaxft.attention import attention
-from jaxft.dropout import dropout, split
+from jaxft.dropout import dropout, split_keys
 
 
 class Einsum(nnx.Module):
@@ -32,7 +32,7 @@ class Einsum(nnx.Module):
     inputs: int,
     std: float,
     cfg: ModelConfig,
-    compute: Compute,
+    compute: ComputeConfig,
     rngs: nnx.Rngs,
     bias: bool = True,
   ):
@@ -40,15 +40,15 @@ class Einsum(nnx.Module):
     self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), out_sharding=axes)
     if bias:
       self.bias = nnx.Param(jnp.zeros(shape[inputs:]), out_sharding=axes[inputs:])
-    if lora.adapts(cfg, name):
+    if lora.has_adapter(cfg, name):
       self.adapter = lora.Adapter(name, equation, shape, axes, inputs=inputs, cfg=cfg, compute=compute, rngs=rngs)
 
   def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
     """keys_B: of the adapter's dropout."""
     # Rows and columns as one axis: XLA's CPU compiler transposes a whole gradient where it is to be summed over two.
     rows = x.shape[:2]
-    y = jnp.einsum(self.equation, x.reshape(-1, *x.shape[2:]), weight(self.kernel, self.compute))
-    y = y + weight(self.bias, self.compute) if hasattr(self, "bias") else y
+    y = jnp.einsum(self.equation, x.reshape(-1, *x.shape[2:]), gather_weight(self.kernel, self.compute))
+    y = y + gather_weight(self.bias, self.compute) if hasattr(self, "bias") else y
     y = y + self.adapter(x, keys_B) if hasattr(self, "adapter") else y
     return y.reshape(*rows, *y.shape[1:])
 
@@ -56,7 +56,7 @@ class Einsum(nnx.Module):
 class LayerNorm(nnx.Module):
   """Layer normalisation, in float32 whatever the dtype of its input."""
 
-  def __init__(self, cfg: ModelConfig, compute: Compute):
+  def __init__(self, cfg: ModelConfig, compute: ComputeConfig):
     self.eps, self.compute = cfg.norm_eps, compute
     self.scale = nnx.Param(jnp.ones(cfg.D), out_sharding=("embed",))
     self.bias = nnx.Param(jnp.zeros(cfg.D), out_sharding=("embed",))
@@ -66,11 +66,11 @@ class LayerNorm(nnx.Module):
     y_BTD = x_BTD.astype(jnp.float32)
     y_BTD = y_BTD - y_BTD.mean(-1, keepdims=True)
     y_BTD = y_BTD * jax.lax.rsqrt((y_BTD * y_BTD).mean(-1, keepdims=True) + self.eps)
-    return (y_BTD * weight(self.scale, f32) + weight(self.bias, f32)).astype(x_BTD.dtype)
+    return (y_BTD * gather_weight(self.scale, f32) + gather_weight(self.bias, f32)).astype(x_BTD.dtype)
 
 
 class Attention(nnx.Module):
-  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+  def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     self.cfg, self.compute = cfg, compute
     D, N, H = cfg.D, cfg.N, cfg.H
     how = {"cfg": cfg, "compute": compute, "rngs": rngs}
@@ -100,9 +100,9 @@ class Attention(nnx.Module):
     if of_layer.depth is not None:
       q_BTNH = (q_BTNH.astype(jnp.float32) / of_layer.depth).astype(q_BTNH.dtype)
     if self.cfg.rotary_dim:
-      q_BTNH, k_BTNH = (rotate(x, positions_BT, self.cfg.rotary_dim) for x in (q_BTNH, k_BTNH))
+      q_BTNH, k_BTNH = (apply_rope(x, positions_BT, self.cfg.rotary_dim) for x in (q_BTNH, k_BTNH))
     k_BSNH, v_BSNH, segments_BS, offset = cached(k_BTNH, v_BTNH)
-    keys_BN = None if keys_B is None else split(keys_B, self.cfg.N).T
+    keys_BN = None if keys_B is None else split_keys(keys_B, self.cfg.N).T
     operands = (q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN)
     ways = [functools.partial(self.attend, window, offset) for window in self.cfg.distinct_windows]
     attended_BTNH = ways[0](*operands) if of_layer.window is None else jax.lax.switch(of_layer.window, ways, *operands)
@@ -134,7 +134,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+  def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     F, D, how = cfg.F, cfg.D, {"cfg": cfg, "compute": compute, "rngs": rngs}
     self.exact_gelu = cfg.exact_gelu
     self.up = Einsum("up", "MD,DF->MF", (D, F), ("embed", "mlp"), inputs=1, std=cfg.init_std, **how)
@@ -147,7 +147,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+  def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     self.cfg = cfg
     self.norm1 = LayerNorm(cfg, compute)
     if not cfg.parallel:
@@ -155,7 +155,7 @@ class Block(nnx.Module):
     self.attention, self.mlp = Attention(cfg, compute, rngs), Mlp(cfg, compute, rngs)
 
   def __call__(self, x_BTD, positions_BT, segments_BT, of_layer, cached, keys_B):
-    keys = split(keys_B, 7)
+    keys = split_keys(keys_B, 7)
     rate, normed_BTD = self.cfg.residual_dropout, self.norm1(x_BTD)
     attended_BTD = self.attention(normed_BTD, positions_BT, segments_BT, of_layer, cached, keys[0], keys[3:5])
     attended_BTD = dropout(attended_BTD, rate, keys[1])
@@ -166,36 +166,36 @@ class Block(nnx.Module):
 
 
 class Embed(nnx.Module):
-  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
-    self.tokens = table(cfg, compute, rngs)
+  def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
+    self.tokens = init_embedding(cfg, compute, rngs)
     if not cfg.rotary_dim:
       self.positions = nnx.Param(
         cfg.init_std * jax.random.normal(rngs.params(), (cfg.P, cfg.D)), out_sharding=(None, "embed")
       )
 
 
-class Output(nnx.Module):
+class OutputHead(nnx.Module):
   """What the head has of its own: a table if it is not tied, a bias if there is one; or the scores of the classes."""
 
-  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+  def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     if cfg.classes:
       scores = cfg.init_std * jax.random.normal(rngs.params(), (cfg.classes, cfg.D))
       self.score = nnx.Param(scores, out_sharding=(None, "embed"))
       return
     if not cfg.tied:
-      self.kernel = table(cfg, compute, rngs)
+      self.kernel = init_embedding(cfg, compute, rngs)
     if cfg.head_bias:
       self.bias = nnx.Param(jnp.zeros(compute.padded_vocab(cfg)), out_sharding=("vocab",))
 
 
-def table(cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs) -> nnx.Param:
+def init_embedding(cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs) -> nnx.Param:
   """New rows of all tokens; those that pad the table are 0, and stay so: they have no gradient and nothing to decay."""
   rows_VD = cfg.init_std * jax.random.normal(rngs.params(), (cfg.V, cfg.D))
   padded_VD = jnp.pad(rows_VD, [(0, compute.padded_vocab(cfg) - cfg.V), (0, 0)])
   return nnx.Param(padded_VD, out_sharding=("vocab", "embed"))
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rotary_dim: int) -> jax.Array:
+def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array, rotary_dim: int) -> jax.Array:
   """Rotary positions (Su et al., arXiv:2104.09864) as GPT-J has them: pairs (0, 1), (2, 3), ... of the first dimensions.
 
   Angles, sines and the rotation are in float32: bfloat16 rounds position 257 to 256.

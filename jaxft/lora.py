@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxft.architecture import Compute, ModelConfig, weight
+from jaxft.architecture import ComputeConfig, ModelConfig, gather_weight
 from jaxft.dropout import dropout
 
 # What may be named in `ModelConfig.lora_targets` -> the module of a layer that makes it.
-MODULES = {
+TARGET_MODULES = {
   "qkv": ("attention", "qkv"),
   "q": ("attention", "qkv"),
   "k": ("attention", "qkv"),
@@ -42,10 +42,10 @@ class Adapter(nnx.Module):
     *,
     inputs: int,
     cfg: ModelConfig,
-    compute: Compute,
+    compute: ComputeConfig,
     rngs: nnx.Rngs,
   ):
-    self.cfg, self.compute, self.places = cfg, compute, places_of(cfg, name)
+    self.cfg, self.compute, self.places = cfg, compute, qkv_slots(cfg, name)
     places = self.places
     left, kernel = equation.partition("->")[0].split(",")
     group, skipped = ((len(places),), 1) if places else ((), 0)
@@ -64,17 +64,19 @@ class Adapter(nnx.Module):
   def __call__(self, x: jax.Array, keys_B: jax.Array | None) -> jax.Array:
     """What is to be added to the product (M, ...) of x (B, T, ...)."""
     x = dropout(x, self.cfg.lora_dropout, keys_B).reshape(-1, *x.shape[2:])
-    thin = jnp.einsum(self.down, x, weight(self.lora_a, self.compute))
-    more = jnp.einsum(self.up, thin, weight(self.lora_b, self.compute)) * jnp.asarray(self.cfg.lora_scale, x.dtype)
-    return _spread(more, self.places, 1) if self.places else more
+    thin = jnp.einsum(self.down, x, gather_weight(self.lora_a, self.compute))
+    more = jnp.einsum(self.up, thin, gather_weight(self.lora_b, self.compute)) * jnp.asarray(
+      self.cfg.lora_scale, x.dtype
+    )
+    return _scatter_qkv(more, self.places, 1) if self.places else more
 
 
-def adapts(cfg: ModelConfig, module: str) -> bool:
+def has_adapter(cfg: ModelConfig, module: str) -> bool:
   """Whether this module of a layer has an adapter."""
-  return any(MODULES[target][1] == module for target in cfg.lora_targets)
+  return any(TARGET_MODULES[target][1] == module for target in cfg.lora_targets)
 
 
-def places_of(cfg: ModelConfig, module: str) -> tuple[int, ...]:
+def qkv_slots(cfg: ModelConfig, module: str) -> tuple[int, ...]:
   """Which of query, key and value have matrices of their own in this module; (): it has one pair for all."""
   return tuple(i for i, name in enumerate("qkv") if name in cfg.lora_targets) if module == "qkv" else ()
 
@@ -87,45 +89,47 @@ def merge(params: dict, cfg: ModelConfig) -> dict:
   if not cfg.lora_rank:
     return params
   blocks = {name: dict(part) if name in ("attention", "mlp") else part for name, part in params["blocks"].items()}
-  for layer, module in sorted({MODULES[target] for target in cfg.lora_targets}):  # processes gather in the same order
+  for layer, module in sorted(
+    {TARGET_MODULES[target] for target in cfg.lora_targets}
+  ):  # processes gather in the same order
     part = dict(blocks[layer][module])
-    adapter, kernel, places = part.pop("adapter"), part["kernel"], places_of(cfg, module)
-    a, b = (whole(adapter[name]) for name in ("lora_a", "lora_b"))
+    adapter, kernel, places = part.pop("adapter"), part["kernel"], qkv_slots(cfg, module)
+    a, b = (gather_to_host(adapter[name]) for name in ("lora_a", "lora_b"))
     local = {str(shard.index): shard.data for shard in kernel.addressable_shards}
 
     def merged(index, a=a, b=b, local=local, places=places):
       rows, columns = index[0], index[1:]
-      change = (cfg.lora_scale * product(a[i], b[i], places)[columns] for i in range(len(a))[rows])
+      change = (cfg.lora_scale * lora_delta(a[i], b[i], places)[columns] for i in range(len(a))[rows])
       return np.stack([kernel + more for kernel, more in zip(np.asarray(local[str(index)]), change, strict=True)])
 
     blocks[layer][module] = part | {"kernel": jax.make_array_from_callback(kernel.shape, kernel.sharding, merged)}
   return params | {"blocks": blocks}
 
 
-def product(a: np.ndarray, b: np.ndarray, places: tuple[int, ...]) -> np.ndarray:
+def lora_delta(a: np.ndarray, b: np.ndarray, places: tuple[int, ...]) -> np.ndarray:
   """A B of one layer, shaped as the kernel."""
   groups = int(bool(places))
   change = a.reshape(*a.shape[:groups], -1, a.shape[-1]) @ b.reshape(*b.shape[: groups + 1], -1)
   change = change.reshape(*a.shape[:-1], *b.shape[groups + 1 :])
-  return np.asarray(_spread(np.moveaxis(change, 0, 1), places, 1)) if places else change
+  return np.asarray(_scatter_qkv(np.moveaxis(change, 0, 1), places, 1)) if places else change
 
 
-def adapters(tree: dict) -> dict:
+def select_adapters(tree: dict) -> dict:
   """Of a tree of parameters those of adapters; nothing else of it."""
   inside = {
-    name: part if name == "adapter" else adapters(part) for name, part in tree.items() if isinstance(part, dict)
+    name: part if name == "adapter" else select_adapters(part) for name, part in tree.items() if isinstance(part, dict)
   }
   return {name: part for name, part in inside.items() if part}
 
 
-def whole(x: jax.Array) -> np.ndarray:
+def gather_to_host(x: jax.Array) -> np.ndarray:
   """All of an array, which is small, on every process."""
   if x.is_fully_addressable:
     return np.asarray(x)
   return np.asarray(jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x))
 
 
-def _spread(x: jax.Array, places: tuple[int, ...], axis: int) -> jax.Array:
+def _scatter_qkv(x: jax.Array, places: tuple[int, ...], axis: int) -> jax.Array:
   """What there is of query, key and value along an axis, with zeros for the others."""
   there = dict(zip(places, jnp.unstack(x, axis=axis), strict=True))
   return jnp.stack([there.get(i, jnp.zeros_like(there[places[0]])) for i in range(3)], axis)

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-LOGITS_BYTES = 2**27  # of float32 at once: 667 tokens of GPT-2
+SMALL_LOGITS_BYTES = 2**27  # of float32 at once: 667 tokens of GPT-2
 # Each chunk casts the table, reads it, adds to its gradient: some 20 bytes a weight, against 6 operations a weight and token.
 # An H100 makes 180 to 300 operations in the time of a byte, a TPU v5e 240, a CPU 10: of 667 tokens a chunk GPUs and TPUs would
 # spend as long on the table as on the products.
-MORE_LOGITS_BYTES = 2**29
+LARGE_LOGITS_BYTES = 2**29
 
 
 class Head(NamedTuple):
@@ -70,7 +70,7 @@ def cross_entropy_sum(
   return total((head.table_VD, head.bias_V), parts(h_BTD), parts(targets_BT), parts(mask_BT))
 
 
-def chunk_of(asked: int, B: int, T: int, V: int, most_bytes: int) -> int:
+def choose_chunk(asked: int, B: int, T: int, V: int, most_bytes: int) -> int:
   """The `chunk` for B rows of T positions of a device and its V rows of the table: asked for; with -1 what takes between half
   of `most_bytes` and all of it, so that the last chunk lacks least: what it lacks is computed too."""
   if asked >= 0:
@@ -83,12 +83,12 @@ def chunk_of(asked: int, B: int, T: int, V: int, most_bytes: int) -> int:
   return min(chunks, key=lambda chunk: (-T % chunk, -chunk))
 
 
-def most_logits(platform: str, remat: str) -> int:
+def max_logits_bytes(platform: str, remat: str) -> int:
   """Bytes of logits that the choice of -1 may take on a "cpu", "gpu" or "tpu"; little where memory comes first."""
-  return LOGITS_BYTES if platform == "cpu" or remat == "full" else MORE_LOGITS_BYTES
+  return SMALL_LOGITS_BYTES if platform == "cpu" or remat == "full" else LARGE_LOGITS_BYTES
 
 
-def logits(h: jax.Array, head: Head) -> jax.Array:
+def compute_logits(h: jax.Array, head: Head) -> jax.Array:
   """(..., D) -> (..., V) in float32."""
   y = jnp.einsum("...D,VD->...V", h, head.gather(head.table_VD), preferred_element_type=jnp.float32)
   return y if head.bias_V is None else y + head.bias_V
@@ -104,7 +104,7 @@ def _of_table(h_BTD, table_VD, bias_V, targets_BT, mask_BT):
 
 
 def _forward(h_BTD, table_VD, bias_V, targets_BT, mask_BT):
-  logits_BTV = logits(h_BTD, Head(table_VD, bias_V))
+  logits_BTV = compute_logits(h_BTD, Head(table_VD, bias_V))
   gold_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
   largest_BT = jnp.max(logits_BTV, -1)
   odds_BTV = jnp.exp(logits_BTV - largest_BT[..., None])  # kept, for the exponential is most of what is not a product

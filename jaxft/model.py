@@ -13,19 +13,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft import attention
-from jaxft.architecture import Compute, ModelConfig, OfLayer, weight
-from jaxft.dropout import dropout, split
-from jaxft.layers import Block, Embed, LayerNorm, Output
-from jaxft.loss import Head, logits
+from jaxft.architecture import ComputeConfig, LayerInfo, ModelConfig, gather_weight
+from jaxft.dropout import dropout, split_keys
+from jaxft.layers import Block, Embed, LayerNorm, OutputHead
+from jaxft.loss import Head, compute_logits
 
 # Cheap to do again, and what they make of a weight is as large as the layer.
-CAST_OR_PLACED = {"convert_element_type", "sharding_constraint"}
-ACTIVATIONS = ("batch", None, "act_embed")  # their logical axes
+CHEAP_PRIMITIVES = {"convert_element_type", "sharding_constraint"}
+ACTIVATION_AXES = ("batch", None, "act_embed")  # their logical axes
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cache:
+class KVCache:
   """Keys and values of the columns seen so far; written in place inside a jitted function."""
 
   k: Any  # (L, B, N, S, H), or a tuple: of each layer (B, N, S, H)
@@ -34,18 +34,18 @@ class Cache:
   used: jax.Array  # columns written, the same for every row
 
   @classmethod
-  def empty(cls, cfg: ModelConfig, B: int, S: int, dtype: Any) -> "Cache":
+  def empty(cls, cfg: ModelConfig, B: int, S: int, dtype: Any) -> "KVCache":
     kv = jnp.zeros((cfg.L, B, cfg.N, S, cfg.H), dtype)
     return cls(kv, kv, jnp.zeros((B, S), jnp.int32), jnp.int32(0))
 
-  def apart(self) -> "Cache":
+  def apart(self) -> "KVCache":
     """With arrays of its own for each layer."""
     return dataclasses.replace(self, k=tuple(jnp.unstack(self.k)), v=tuple(jnp.unstack(self.v)))
 
-  def take(self, rows: jax.Array) -> "Cache":
+  def take(self, rows: jax.Array) -> "KVCache":
     """Of these rows."""
     k, v = jax.tree.map(lambda x: jnp.take(x, rows, x.ndim - 4), (self.k, self.v))
-    return Cache(k, v, self.segments_BS[rows], self.used)
+    return KVCache(k, v, self.segments_BS[rows], self.used)
 
   def write(self, kv: Any, layer: Any, new_BTNH: jax.Array) -> tuple[Any, jax.Array]:
     """`kv`, which is k or v, with more columns in a layer, and all columns of that layer, (B, S, N, H)."""
@@ -62,7 +62,7 @@ class Cache:
 class Decoder(nnx.Module):
   """Token ids in, hidden states out; `head` turns hidden states into logits."""
 
-  def __init__(self, cfg: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+  def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     self.cfg, self.compute = cfg, compute
     self.embed = Embed(cfg, compute, rngs)
     # One Block whose parameters have a leading layer axis; `lax.scan` below walks along it.
@@ -70,7 +70,7 @@ class Decoder(nnx.Module):
     self.blocks = stack(rngs.split(cfg.L))
     self.norm = LayerNorm(cfg, compute)
     if cfg.classes or not cfg.tied or cfg.head_bias:
-      self.output = Output(cfg, compute, rngs)
+      self.output = OutputHead(cfg, compute, rngs)
 
   def __call__(
     self,
@@ -99,12 +99,12 @@ class Decoder(nnx.Module):
 
   def forward_cached(
     self,
-    cache: Cache,
+    cache: KVCache,
     ids_BT: jax.Array,
     segments_BT: jax.Array,
     positions_BT: jax.Array,
     layers: list[dict] | None = None,
-  ) -> tuple[jax.Array, Cache]:
+  ) -> tuple[jax.Array, KVCache]:
     """Reads T more columns after those in the cache: hidden states (B, T, D) and the longer cache.
 
     The caller sees to it that the cache has room: `cache.used + T <= S`.
@@ -120,12 +120,12 @@ class Decoder(nnx.Module):
 
     rows_BTD, kv = self.embed_tokens(ids_BT), (cache.k, cache.v)
     h_BTD, (k, v) = self._run(rows_BTD, segments_BT, positions_BT, None, kv, cached, layers)
-    return h_BTD, Cache(k, v, segments_BS, cache.used + ids_BT.shape[1])
+    return h_BTD, KVCache(k, v, segments_BS, cache.used + ids_BT.shape[1])
 
   def head(self) -> Head:
     """The output table and its bias, in float32: minus infinity for rows that are padding."""
     if self.cfg.classes:
-      return Head(weight(self.output.score, self.compute))
+      return Head(gather_weight(self.output.score, self.compute))
     table = self.embed.tokens if self.cfg.tied else self.output.kernel
     table_VD = self.compute.to_device(table[...])
     bias_V = self.compute.to_device(self.output.bias[...]).astype(jnp.float32) if self.cfg.head_bias else None
@@ -137,12 +137,12 @@ class Decoder(nnx.Module):
 
   def logits(self, h: jax.Array) -> jax.Array:
     """(..., D) -> (..., V) in float32; (..., classes) of a model that classifies, where the last real token's count."""
-    return logits(h, self.head())[..., : self.cfg.classes or self.cfg.V]
+    return compute_logits(h, self.head())[..., : self.cfg.classes or self.cfg.V]
 
   def embed_tokens(self, ids_BT: jax.Array) -> jax.Array:
     """Rows of the token table, (B, T, D). They are read where the table is stored: it is never whole on a device for them."""
     rows_BTD = self.compute.to_device(self.embed.tokens[...])[ids_BT].astype(self.compute.dtype)
-    return self.compute.constrain(self.compute.shard_rows(rows_BTD), ACTIVATIONS)
+    return self.compute.constrain(self.compute.shard_rows(rows_BTD), ACTIVATION_AXES)
 
   def add_embedding_grads(self, gradient: dict, ids: jax.Array, d_rows: jax.Array) -> dict:
     """The gradient of the parameters with that of the rows that were looked up.
@@ -159,23 +159,23 @@ class Decoder(nnx.Module):
   def embed_inputs(self, rows_BTD: jax.Array, positions_BT: jax.Array, keys_B: jax.Array | None) -> jax.Array:
     """What goes into the first layer, (B, T, D)."""
     if not self.cfg.rotary_dim:
-      rows_BTD = rows_BTD + weight(self.embed.positions, self.compute)[positions_BT]
-    return self.compute.constrain(dropout(rows_BTD, self.cfg.embed_dropout, keys_B), ACTIVATIONS)
+      rows_BTD = rows_BTD + gather_weight(self.embed.positions, self.compute)[positions_BT]
+    return self.compute.constrain(dropout(rows_BTD, self.cfg.embed_dropout, keys_B), ACTIVATION_AXES)
 
   def apply_layer(self, block: Block, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached) -> jax.Array:
     """One layer: what goes into it to what comes out."""
     x_BTD = block(x_BTD, positions_BT, segments_BT, of_layer, cached, keys_B)
-    return self.compute.constrain(x_BTD, ACTIVATIONS)
+    return self.compute.constrain(x_BTD, ACTIVATION_AXES)
 
-  def layer_info(self) -> OfLayer:
+  def layer_info(self) -> LayerInfo:
     """What tells the layers apart."""
     kinds = self.cfg.distinct_windows
     windows_L = jnp.array([kinds.index(window) for window in self.cfg.windows]) if len(kinds) > 1 else None
     depths_L = jnp.arange(1, self.cfg.L + 1, dtype=jnp.float32) if self.cfg.divided_by_depth else None
-    return OfLayer(windows_L, depths_L)
+    return LayerInfo(windows_L, depths_L)
 
   def _run(self, rows_BTD, segments_BT, positions_BT, keys_B, kv, cached, layers=None):
-    embed_keys_B, layers_keys_B = split(keys_B, 2)
+    embed_keys_B, layers_keys_B = split_keys(keys_B, 2)
     if positions_BT is None:
       positions_BT = default_positions(rows_BTD)
 
@@ -196,8 +196,8 @@ class Decoder(nnx.Module):
       for index, weights in enumerate(layers):
         carry, _ = layer(carry, (nnx.merge(graph, weights), index, of_layers.at(index), None))
       return self.norm(carry[0]), carry[1]
-    keys_LB = None if layers_keys_B is None else split(layers_keys_B, self.cfg.L)
-    layer = rematerialised(layer, self.compute.remat)
+    keys_LB = None if layers_keys_B is None else split_keys(layers_keys_B, self.cfg.L)
+    layer = apply_remat(layer, self.compute.remat)
     (x_BTD, kv), _ = jax.lax.scan(layer, (x_BTD, kv), (self.blocks, jnp.arange(self.cfg.L), of_layers, keys_LB))
     return self.norm(x_BTD), kv
 
@@ -207,18 +207,18 @@ def default_positions(x: jax.Array) -> jax.Array:
   return jnp.arange(x.shape[1])[None]
 
 
-def rematerialised(layer: Callable, remat: str) -> Callable:
+def apply_remat(layer: Callable, remat: str) -> Callable:
   policies = jax.checkpoint_policies
   policy = {
-    "none": lambda primitive, *_, **__: primitive.name not in CAST_OR_PLACED,
-    "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention.is_result),
+    "none": lambda primitive, *_, **__: primitive.name not in CHEAP_PRIMITIVES,
+    "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention.attention_saveable),
     "full": policies.nothing_saveable,
   }[remat]
   # prevent_cse guards against a compiler that undoes the recomputation; inside a scan it cannot, and guarding costs.
   return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
-def compute_dtype(name: str, device: jax.Device) -> Any:
+def resolve_dtype(name: str, device: jax.Device) -> Any:
   """The dtype of activations: "auto" is bfloat16, but float32 where that gains little (a CPU: docs/speed.md) or is missing.
 
   NVIDIA GPUs have it from compute capability 8.0 on: a T4 (7.5) and a V100 (7.0) do not.
@@ -231,22 +231,22 @@ def compute_dtype(name: str, device: jax.Device) -> Any:
 
 def parameter_count(cfg: ModelConfig) -> int:
   """Parameters of the model, without rows that pad its tables."""
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(cfg, Compute())[1]))
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(cfg, ComputeConfig())[1]))
 
 
-def build(cfg: ModelConfig, compute: Compute, seed: int = 0) -> Decoder:
+def init_model(cfg: ModelConfig, compute: ComputeConfig, seed: int = 0) -> Decoder:
   """A decoder with new weights. Under `jax.jit` with out_shardings the weights are born sharded."""
   # Placement is decided in sharding.py, from the axis names; flax must not look for a mesh here.
   with nnx.use_eager_sharding(False):
     return Decoder(cfg, compute, nnx.Rngs(seed))
 
 
-def abstract(cfg: ModelConfig, compute: Compute) -> tuple[nnx.GraphDef, dict, dict]:
+def abstract_model(cfg: ModelConfig, compute: ComputeConfig) -> tuple[nnx.GraphDef, dict, dict]:
   """A decoder without memory: its graph, its parameters as shapes, and the logical axis names of each parameter.
 
   The two dicts are nested alike. `nnx.merge(graph, parameters)` gives the decoder back, with real parameters too.
   """
-  graph, state = nnx.split(nnx.eval_shape(lambda: build(cfg, compute)))
+  graph, state = nnx.split(nnx.eval_shape(lambda: init_model(cfg, compute)))
   axes = {}
   for path, param in nnx.to_flat_state(state):
     node = axes

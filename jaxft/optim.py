@@ -10,7 +10,7 @@ import optax
 import optax.contrib
 from ml_collections import ConfigDict
 
-from jaxft.parts import name_of
+from jaxft.parts import param_name
 
 # The last part of a parameter's path says what it is; a new name must be placed here before it can be trained.
 DECAYED = {"kernel", "tokens", "positions", "score", "lora_a", "lora_b"}
@@ -27,7 +27,7 @@ def warmup_steps(optim: ConfigDict, total_steps: int) -> int:
   return optim.warmup_steps or math.ceil(total_steps * optim.warmup_ratio)
 
 
-def schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
+def make_schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
   """Learning rate of optimizer step 0, 1, 2, ...: a linear warm-up from 0, then constant, linear or cosine.
 
   The same course as transformers' `get_*_schedule_with_warmup`, with an end that may be above 0.
@@ -42,7 +42,7 @@ def schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
 
-def optimizer(optim: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
   """Turns clipped gradients into a direction; the step multiplies it by the learning rate and subtracts it.
 
   Each leaf has a state of its own, and so has each layer in a leaf that stacks them: a layer can be updated alone, and what an
@@ -52,12 +52,12 @@ def optimizer(optim: ConfigDict) -> optax.GradientTransformation:
 
   def init(params: Any) -> Any:
     # In float32, whatever the parameters are in: moments follow `optim.state_dtype` alone.
-    begin = lambda path, leaf: _over_layers(optim, path).init(leaf.astype(jnp.float32))
+    begin = lambda path, leaf: _map_over_layers(optim, path).init(leaf.astype(jnp.float32))
     return jax.tree_util.tree_map_with_path(begin, params)
 
   def update(grads: Any, states: Any, params: Any) -> tuple[Any, Any]:
     def of_leaf(path, param, grad, state):
-      return _over_layers(optim, path).update(grad, state, param)
+      return _map_over_layers(optim, path).update(grad, state, param)
 
     pairs = jax.tree_util.tree_map_with_path(of_leaf, params, grads, states)
     return tuple(jax.tree.map(lambda _, pair, part=part: pair[part], params, pairs) for part in (0, 1))
@@ -65,7 +65,7 @@ def optimizer(optim: ConfigDict) -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
-def of_layer(optim: ConfigDict, path: Any) -> optax.GradientTransformation:
+def make_leaf_optimizer(optim: ConfigDict, path: Any) -> optax.GradientTransformation:
   """The optimizer of the leaf at this path, or of one layer of it."""
   adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=jnp.dtype(optim.state_dtype))
   scale = {
@@ -76,12 +76,12 @@ def of_layer(optim: ConfigDict, path: Any) -> optax.GradientTransformation:
     "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
     "sgd": optax.trace(optim.b1, accumulator_dtype=jnp.dtype(optim.state_dtype)),
   }[optim.name]
-  return optax.chain(scale, optax.add_decayed_weights(optim.weight_decay)) if decays(path) else scale
+  return optax.chain(scale, optax.add_decayed_weights(optim.weight_decay)) if has_weight_decay(path) else scale
 
 
 # Of the kernel of a layer, by its axes: (D, F) or (F, D), (N, H, D), and (D, 3, N, H), whose queries, keys and values are
 # three matrices.
-MATRICES = {
+MUON_AXES = {
   2: optax.contrib.MuonDimensionNumbers(0, 1),
   3: optax.contrib.MuonDimensionNumbers((0, 1), 2),
   4: optax.contrib.MuonDimensionNumbers(0, (2, 3)),
@@ -94,7 +94,7 @@ def _muon(optim: ConfigDict) -> optax.GradientTransformation:
   Scaled as in arXiv:2502.16982, so that a learning rate for AdamW is one for it too.
   """
   dtype = jnp.dtype(optim.state_dtype)
-  of = lambda x: optax.contrib.scale_by_muon(beta=optim.b1, mu_dtype=dtype, weight_dimension_numbers=MATRICES[x.ndim])
+  of = lambda x: optax.contrib.scale_by_muon(beta=optim.b1, mu_dtype=dtype, weight_dimension_numbers=MUON_AXES[x.ndim])
 
   def init(x: jax.Array) -> Any:
     state = of(x).init(x)
@@ -103,14 +103,14 @@ def _muon(optim: ConfigDict) -> optax.GradientTransformation:
   def update(grad: jax.Array, state: Any, _: Any = None) -> tuple[jax.Array, Any]:
     constants = of(grad).init(grad).ns_coeffs
     orthogonal, after = of(grad).update(grad, optax.contrib.MuonState(*state, constants))
-    axes = MATRICES[grad.ndim]
+    axes = MUON_AXES[grad.ndim]
     rows, columns = (math.prod(np.take(grad.shape, np.atleast_1d(of))) for of in axes)
     return 0.2 * max(rows, columns) ** 0.5 * orthogonal, (after.count, after.mu)
 
   return optax.GradientTransformation(init, update)
 
 
-def dtype_of(path: Any, leaf: Any, dtype: Any) -> Any:
+def param_dtype(path: Any, leaf: Any, dtype: Any) -> Any:
   """Of the parameter at this path, where matrices of layers are to be in `dtype`.
 
   What all layers share stays as it is, as its gradient is a sum of several; adapters stay too, which are small.
@@ -118,7 +118,7 @@ def dtype_of(path: Any, leaf: Any, dtype: Any) -> Any:
   return dtype if is_stacked(path) and path[-1].key == "kernel" else leaf.dtype
 
 
-def kept_in(dtype: Any, shapes: Any, trained: Any = ()) -> Any:
+def with_param_dtype(dtype: Any, shapes: Any, trained: Any = ()) -> Any:
   """Shapes of parameters with the matrices of layers in `dtype`.
 
   Args:
@@ -127,13 +127,13 @@ def kept_in(dtype: Any, shapes: Any, trained: Any = ()) -> Any:
   parted = {name for name, layers in trained if layers}
 
   def as_kept(path, leaf):
-    return leaf if name_of(path) in parted else leaf.update(dtype=dtype_of(path, leaf, jnp.dtype(dtype)))
+    return leaf if param_name(path) in parted else leaf.update(dtype=param_dtype(path, leaf, jnp.dtype(dtype)))
 
   return jax.tree_util.tree_map_with_path(as_kept, shapes)
 
 
-def _over_layers(optim: ConfigDict, path: Any) -> optax.GradientTransformation:
-  one = of_layer(optim, path)
+def _map_over_layers(optim: ConfigDict, path: Any) -> optax.GradientTransformation:
+  one = make_leaf_optimizer(optim, path)
   if not is_stacked(path):
     return one
   # One after the other where a layer's matrix must be whole: all at once, a device would have all layers of it.
@@ -146,7 +146,7 @@ def is_stacked(path: Any) -> bool:
   return path[0].key == "blocks"
 
 
-def decays(path: Any) -> bool:
+def has_weight_decay(path: Any) -> bool:
   """True for matrices and embeddings, False for biases and norms; raises KeyError on a parameter of neither kind."""
   name = path[-1].key
   if name not in DECAYED | NOT_DECAYED:

@@ -11,18 +11,18 @@ from typing import Any
 
 from jaxft import run_generation
 from jaxft.errors import RequestError
-from jaxft.files import at_home
+from jaxft.files import expand_user
 from jaxft.sampling import Sampling
 
 DTYPES = ("float32", "bfloat16", "float16")  # of `jaxft.hf.unload.EXPORT_DTYPES`
 LAYOUTS = ("concat", "pack", "pad")  # of `config.data.layout`
-DEVICES = ("gpu", "tpu")  # `jaxft.backend.REQUIRED`
+DEVICES = ("gpu", "tpu")  # `jaxft.backend.REQUIRE_CHOICES`
 
 
-TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-WEIGHTS = ("*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin")
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+WEIGHT_PATTERNS = ("*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin")
 # What other tools call a flag, where that is nearer to another one's name, or to none.
-MEANT = {
+SUGGESTIONS = {
   "block_size": "--sequence_length",
   "max_seq_length": "--sequence_length",
   "validation_file": "--data",
@@ -31,7 +31,7 @@ MEANT = {
   "output_dir": "--out",
   "num_samples": "--num_return_sequences",
 }
-LEAST_LIKENESS = 0.6  # of a flag that is meant, by difflib
+MIN_SIMILARITY = 0.6  # of a flag that is meant, by difflib
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
       elif (known := "--" + name[2:].replace("-", "_")) not in self._option_string_actions:
         self.error(f"{name}: no such flag{self._meant(name)}")
       action = self._option_string_actions.get(known)
-      if action and action.nargs == "?" and not equals and "".join(words[i + 1 : i + 2]).lower() not in TRUTH:
+      if action and action.nargs == "?" and not equals and "".join(words[i + 1 : i + 2]).lower() not in BOOLEANS:
         equals, value = "=", "True"  # or the next word, which may be a model, would be its value
       found.append(known + equals + value)
     return found
@@ -99,15 +99,15 @@ class Parser(argparse.ArgumentParser):
   def _meant(self, name: str) -> str:
     """The flags that are most like this name."""
     name = name.strip("-").lower().replace("-", "_")
-    if MEANT.get(name) in self._option_string_actions:
-      return f"; did you mean {MEANT[name]}?"
+    if SUGGESTIONS.get(name) in self._option_string_actions:
+      return f"; did you mean {SUGGESTIONS[name]}?"
     like = {
       flag: difflib.SequenceMatcher(None, flag[2:], name).ratio()
       for flag in self._option_string_actions
       if flag.startswith("--")
     }
     best = max(like.values())
-    if best < LEAST_LIKENESS:
+    if best < MIN_SIMILARITY:
       return "; --help shows what there is"
     return f"; did you mean {' or '.join(flag for flag, likeness in like.items() if likeness == best)}?"
 
@@ -117,12 +117,14 @@ class ModelParser(Parser):
 
   def __init__(self, command: str, description: str):
     super().__init__(command, description)
-    self.add_argument("MODEL", nargs="?", type=at_home, help="= --model")
-    self.add_argument("--model", type=at_home, metavar="PATH_OR_ID", help="a Hugging Face folder or hub id, or a run")
+    self.add_argument("MODEL", nargs="?", type=expand_user, help="= --model")
+    self.add_argument(
+      "--model", type=expand_user, metavar="PATH_OR_ID", help="a Hugging Face folder or hub id, or a run"
+    )
     self.add_same("model_name_or_path", "model")
     self.add_argument(
       "--workdir",
-      type=at_home,
+      type=expand_user,
       metavar="DIR",
       help="a run: the model of its best checkpoint where train.keep_best_metric is set, else of its newest",
     )
@@ -151,7 +153,7 @@ class ModelParser(Parser):
 def _is_run(folder: Path) -> bool:
   """Whether a folder is what a run was given as --workdir, and no Hugging Face folder."""
   try:
-    if not (folder / "checkpoints").is_dir() or any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+    if not (folder / "checkpoints").is_dir() or any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
       return False
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError):
@@ -160,9 +162,9 @@ def _is_run(folder: Path) -> bool:
 
 
 def _truth(text: str) -> bool:
-  if text.lower() not in TRUTH:
+  if text.lower() not in BOOLEANS:
     raise argparse.ArgumentTypeError(f"{text!r}: must be True or False")
-  return TRUTH[text.lower()]
+  return BOOLEANS[text.lower()]
 
 
 def _told(value: Any) -> str:
@@ -170,7 +172,7 @@ def _told(value: Any) -> str:
 
 
 def _path(path: str) -> Path:
-  return Path(at_home(path))
+  return Path(expand_user(path))
 
 
 def generate() -> ModelParser:
@@ -184,7 +186,7 @@ def generate() -> ModelParser:
     help="text to complete (with no prompt, and no terminal: the lines of standard input)",
   )
   parser.add_argument(
-    "--prompt_file", type=at_home, metavar="F", help="a file with one prompt a line; empty lines are left out"
+    "--prompt_file", type=expand_user, metavar="F", help="a file with one prompt a line; empty lines are left out"
   )
   parser.add_argument("--stop_strings", nargs="+", metavar="TEXT", help="end a text when it has one of these")
   for name, default in Sampling._field_defaults.items():
@@ -204,18 +206,18 @@ def _add_flags_of_transformers(parser: Parser) -> None:
   parser.add_argument(
     "--model_type",
     type=str.lower,
-    choices=run_generation.FAMILIES,
+    choices=run_generation.MODEL_TYPES,
     help="of the model; where nothing is said it is done as run_generation.py has it",
   )
   parser.add_switch("--use_cpu", "compute on the CPU")
   parser.add_switch("--fp16", "bfloat16 where the device has it, as always")
-  for name, (value, why) in run_generation.ALWAYS.items():
+  for name, (value, why) in run_generation.FIXED.items():
     parser.add_switch(f"--{name}", f"{value}, always so: {why}")
-  name, about = run_generation.PADDING
+  name, about = run_generation.PAD_TOKEN
   parser.add_argument(f"--{name}", type=int, metavar="N", help=about)
-  for name, reason in run_generation.REFUSED.items():
+  for name, reason in run_generation.UNSUPPORTED.items():
     parser.add_argument(f"--{name}", metavar="X", help=f"refused: {reason}")
-  for name, other in run_generation.SAME.items():
+  for name, other in run_generation.ALIASES.items():
     if other != "model":
       parser.add_same(name, other)
 
@@ -225,7 +227,7 @@ def evaluate() -> ModelParser:
   parser.add_argument(
     "--data",
     nargs="+",
-    type=at_home,
+    type=expand_user,
     default=[],
     metavar="SOURCE",
     help="file, glob, folder or hub:NAME[:SPLIT]; default with --workdir: what the run has held out",
@@ -260,7 +262,7 @@ def evaluate() -> ModelParser:
 def export() -> ModelParser:
   parser = ModelParser("python -m jaxft.export", description="Writes a Hugging Face folder and verifies it.")
   parser.add_argument(
-    "--out", required=True, type=at_home, metavar="DIR", help="folder to write; replaces an earlier export"
+    "--out", required=True, type=expand_user, metavar="DIR", help="folder to write; replaces an earlier export"
   )
   parser.add_argument(
     "--dtype",
@@ -277,8 +279,10 @@ def tokenizer() -> Parser:
     "python -m jaxft.tokenizer", description="A BPE tokenizer of your own text, or a model with tokens of your own."
   )
   begin = parser.add_mutually_exclusive_group(required=True)
-  begin.add_argument("--data", nargs="+", type=at_home, metavar="SOURCE", help="file, glob, folder or hub:NAME[:SPLIT]")
-  begin.add_argument("--model", type=at_home, metavar="PATH_OR_ID", help="model to add tokens to")
+  begin.add_argument(
+    "--data", nargs="+", type=expand_user, metavar="SOURCE", help="file, glob, folder or hub:NAME[:SPLIT]"
+  )
+  begin.add_argument("--model", type=expand_user, metavar="PATH_OR_ID", help="model to add tokens to")
   parser.add_argument("--revision", default="main", help="with --model: branch, tag or commit (default: main)")
   parser.add_argument(
     "--torch_bin", action="store_true", help="with --model: read pytorch_model*.bin through torch, weights_only"
@@ -291,7 +295,7 @@ def tokenizer() -> Parser:
   )
   parser.add_argument("--text_column", default="text", help="column that holds the text (default: text)")
   parser.add_argument("--vocab_size", type=int, default=16384, help="tokens (default: 16384)")
-  parser.add_argument("--out", required=True, type=at_home, metavar="FOLDER", help="folder to write; a new one")
+  parser.add_argument("--out", required=True, type=expand_user, metavar="FOLDER", help="folder to write; a new one")
   return parser
 
 

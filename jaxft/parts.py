@@ -14,7 +14,7 @@ import numpy as np
 Trained = tuple[tuple[str, tuple[int, ...]], ...]
 
 
-def split(tree: dict, trained: Trained) -> tuple[dict, dict]:
+def partition(tree: dict, trained: Trained) -> tuple[dict, dict]:
   """A tree of parameters as two: what is trained, whole leaves, and what is frozen."""
   if not trained:
     return tree, {}
@@ -22,26 +22,28 @@ def split(tree: dict, trained: Trained) -> tuple[dict, dict]:
   return _only(tree, "", lambda name: name in names), _only(tree, "", lambda name: name not in names)
 
 
-def join(trained: dict, frozen: dict) -> dict:
-  """The inverse of `split`."""
+def combine(trained: dict, frozen: dict) -> dict:
+  """The inverse of `partition`."""
   if not frozen:
     return trained
-  both = {name: join(trained[name], frozen[name]) for name in trained.keys() & frozen.keys()}
+  both = {name: combine(trained[name], frozen[name]) for name in trained.keys() & frozen.keys()}
   merged = trained | frozen | both
   return {name: merged[name] for name in sorted(merged)}
 
 
-def like(tree: dict, shapes: dict) -> dict:
+def select_like(tree: dict, shapes: dict) -> dict:
   """Of a tree what `shapes`, which may have less in it, has."""
-  return {name: like(tree[name], part) if isinstance(part, dict) else tree[name] for name, part in shapes.items()}
+  return {
+    name: select_like(tree[name], part) if isinstance(part, dict) else tree[name] for name, part in shapes.items()
+  }
 
 
-def masked(trained: Trained) -> Callable[..., jax.Array]:
+def make_layer_mask(trained: Trained) -> Callable[..., jax.Array]:
   """(path of a leaf, array shaped like it) -> the array, 0 in layers that are frozen; with `layer`, of that one layer alone."""
   layers = {name: chosen for name, chosen in trained if chosen}
 
   def of_leaf(path: Any, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
-    chosen = layers.get(name_of(path))
+    chosen = layers.get(param_name(path))
     if chosen is None:
       return x
     if layer is not None:
@@ -52,17 +54,17 @@ def masked(trained: Trained) -> Callable[..., jax.Array]:
   return of_leaf
 
 
-def count(tree: dict, cfg: Any) -> int:
+def num_params(tree: dict, cfg: Any) -> int:
   """Parameters in a tree of them, without rows that pad the vocabulary of `cfg` (a `ModelConfig`)."""
 
   def size(path: Any, leaf: Any) -> int:
-    rows = cfg.V if name_of(path) in ("embed.tokens", "output.kernel", "output.bias") else leaf.shape[0]
+    rows = cfg.V if param_name(path) in ("embed.tokens", "output.kernel", "output.bias") else leaf.shape[0]
     return rows * math.prod(leaf.shape[1:])
 
   return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(size, tree)))
 
 
-def name_of(path: Any) -> str:
+def param_name(path: Any) -> str:
   """The name of a leaf at this path of a tree of parameters."""
   return ".".join(key.key for key in path)
 

@@ -16,30 +16,30 @@ from jaxft.errors import RequestError, run_command
 from jaxft.hf import repo
 from jaxft.hf import source as model_source
 from jaxft.hf import tokenizer as tokenizers
-from jaxft.run.tracking import Meter, say, visible
+from jaxft.run.tracking import ProgressBar, escape_controls, log
 
-PREVIEW = 3  # rows shown
+PREVIEW_ROWS = 3  # rows shown
 
 
 def main() -> None:
   arguments = command_line.parse(usage.PREPARE, ("json",))
   config = arguments.config
-  lines = settings.faults(config)
+  lines = settings.validate(config)
   if not lines:
-    lines += sources.faults(config.data)
+    lines += sources.validate(config.data)
   if not lines:  # as in train.py: reading a model's config takes seconds
-    lines += repo.faults(config.model.path, weights=False)
+    lines += repo.validate(config.model.path, weights=False)
   if lines:
     raise RequestError("\n".join(lines))
-  source = model_source.find(config.model, weights=False)
+  source = model_source.resolve(config.model, weights=False)
   if config.data.sequence_length > source.cfg.P:
     raise RequestError(
       f"config.data.sequence_length={config.data.sequence_length}: the model has {source.cfg.P} positions"
     )
   tokenizer = tokenizers.load(source.tokenizer_folder, source.cfg.V)
-  tell = (lambda line: print(line, file=sys.stderr)) if arguments.json else say
-  with Meter("tokenising", 1) as meter:
-    data = report.prepare(
+  tell = (lambda line: print(line, file=sys.stderr)) if arguments.json else log
+  with ProgressBar("tokenising", 1) as meter:
+    data = report.prepare_data(
       config.data,
       tokenizer,
       tokenizers.fingerprint(tokenizer),
@@ -52,7 +52,7 @@ def main() -> None:
     return
   console = Console(soft_wrap=True, highlight=False)
   console.print(_table(found))
-  for i in np.linspace(0, len(data.train) - 1, min(PREVIEW, len(data.train))).astype(int):
+  for i in np.linspace(0, len(data.train) - 1, min(PREVIEW_ROWS, len(data.train))).astype(int):
     console.print(Text(f"\nrow {i}, learned in green, not learned in grey:", style="bold"))
     console.print(_preview(data.train[i], tokenizer, data.labels))
 
@@ -62,16 +62,16 @@ def _table(found: dict[str, Any]) -> Table:
   for name, value in found.items():
     if isinstance(value, dict):
       value = (
-        ", ".join(f"{key.replace('_', ' ')} {_number(of)}" for key, of in value.items() if of not in ({}, None))
+        ", ".join(f"{key.replace('_', ' ')} {_format_number(of)}" for key, of in value.items() if of not in ({}, None))
         or "none"
       )
-    table.add_row(name.replace("_", " "), Text(visible(_number(value))))
+    table.add_row(name.replace("_", " "), Text(escape_controls(_format_number(value))))
   return table
 
 
-def _number(value: Any) -> str:
+def _format_number(value: Any) -> str:
   if isinstance(value, dict):
-    return "(" + ", ".join(f"{key} {_number(of)}" for key, of in value.items()) + ")"
+    return "(" + ", ".join(f"{key} {_format_number(of)}" for key, of in value.items()) + ")"
   return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -79,12 +79,14 @@ def _preview(row: dict[str, np.ndarray], tokenizer: Any, labels: list[str]) -> T
   """The row's text, coloured by whether each token is learned; what follows the last learned token is padding."""
   text, last = Text(), int(np.flatnonzero(row["mask"])[-1])  # no row is without a learned token
   if labels:
-    return Text(visible(tokenizer.decode(row["ids"][: last + 1])), "grey50").append(
+    return Text(escape_controls(tokenizer.decode(row["ids"][: last + 1])), "grey50").append(
       f" -> {labels[row['targets'][last]]}", "green"
     )
   runs = np.flatnonzero(np.diff(row["mask"][: last + 1])) + 1
   for start, stop in zip([0, *runs], [*runs, last + 1], strict=True):
-    text.append(visible(tokenizer.decode(row["targets"][start:stop])), "green" if row["mask"][start] else "grey50")
+    text.append(
+      escape_controls(tokenizer.decode(row["targets"][start:stop])), "green" if row["mask"][start] else "grey50"
+    )
   return text
 
 

@@ -17,13 +17,13 @@ from ml_collections import ConfigDict
 
 from jaxft import attention, generation, model, offload, optim, parts, sharding, weights
 from jaxft import config as settings
-from jaxft.architecture import CHOSEN
-from jaxft.backend import memory_of, must_run_on, prepare_backend
+from jaxft.architecture import RUN_FIELDS
+from jaxft.backend import configure_jax, device_memory_bytes, require_device
 from jaxft.data import formats, loader, tokens
-from jaxft.data.pack import StridedRows
-from jaxft.data.report import Rows, examples, lay_out, prepare
+from jaxft.data.pack import SlidingWindowDataset
+from jaxft.data.report import TokenDataset, build_dataset, prepare_data, read_examples
 from jaxft.errors import RequestError
-from jaxft.files import exists, is_text
+from jaxft.files import exists, is_encodable
 from jaxft.hf import chosen, repo, save
 from jaxft.hf import load as hf_load
 from jaxft.hf import source as model_source
@@ -31,10 +31,10 @@ from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
 from jaxft.run import checkpoint
-from jaxft.run.checkpoint import NOT_READ, Checkpoints
+from jaxft.run.checkpoint import PLACEHOLDER, CheckpointManager
 from jaxft.run.tracking import bits_per_byte
 from jaxft.sample import Generator
-from jaxft.step import Changing, evaluate, make_eval_step
+from jaxft.step import CheckpointState, evaluate, make_eval_step
 
 
 class Completion(NamedTuple):
@@ -52,22 +52,22 @@ class Label(NamedTuple):
 class Pretrained:
   """A checkpoint in memory, sharded over all devices."""
 
-  def __init__(self, source: repo.Checkpoint, compute_dtype: str = "auto", on_host: bool = False):
-    prepare_backend()
-    must_run_on(None)
+  def __init__(self, source: repo.HFCheckpoint, compute_dtype: str = "auto", on_host: bool = False):
+    configure_jax()
+    require_device(None)
     self.source = source
     self.tokenizer = tokenizers.load(source.tokenizer_folder, source.cfg.V)
     self.mesh = sharding.make_mesh(settings.default().mesh)
-    dtype = model.compute_dtype(compute_dtype, self.mesh.devices.flat[0])
-    compute = model.Compute(
+    dtype = model.resolve_dtype(compute_dtype, self.mesh.devices.flat[0])
+    compute = model.ComputeConfig(
       dtype,
-      constrain=sharding.constrain_on(self.mesh),
-      gather=sharding.gather_on(self.mesh),
-      shard_rows=sharding.rows_on(self.mesh, 3, "parameters"),
-      attention=attention.kernel_for(self.mesh.devices.flat[0], dtype, source.cfg.H),
-      shard_map=sharding.on_each_device_of(self.mesh),
+      constrain=sharding.make_constrain(self.mesh),
+      gather=sharding.make_gather(self.mesh),
+      shard_rows=sharding.make_shard_rows(self.mesh, 3, "parameters"),
+      attention=attention.fastest_kernel(self.mesh.devices.flat[0], dtype, source.cfg.H),
+      shard_map=sharding.make_shard_map(self.mesh),
       vocab_multiple=sharding.VOCAB_MULTIPLE,
-      to_device=offload.fetch if on_host else lambda x: x,
+      to_device=offload.to_device if on_host else lambda x: x,
     )
     self._on_host = on_host  # and a layer at a time on the device
     self.graph, self.shapes = self._placed(source.cfg, compute)
@@ -85,12 +85,14 @@ class Pretrained:
 
   def trained_shapes(self, cfg: model.ModelConfig) -> Any:
     """Shapes of what a run of `cfg` trains, placed as the weights of this model are."""
-    return parts.split(self._placed(cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))[1], cfg.trained)[0]
+    return parts.partition(
+      self._placed(cfg, model.ComputeConfig(vocab_multiple=sharding.VOCAB_MULTIPLE))[1], cfg.trained
+    )[0]
 
-  def _placed(self, cfg: model.ModelConfig, compute: model.Compute) -> tuple[nnx.GraphDef, Any]:
-    graph, shapes, axes = model.abstract(cfg, compute)
-    placed = sharding.place(shapes, sharding.shardings_of("parameters", shapes, axes, self.mesh))
-    return graph, offload.on_host(placed) if self._on_host else placed
+  def _placed(self, cfg: model.ModelConfig, compute: model.ComputeConfig) -> tuple[nnx.GraphDef, Any]:
+    graph, shapes, axes = model.abstract_model(cfg, compute)
+    placed = sharding.with_shardings(shapes, sharding.tree_shardings("parameters", shapes, axes, self.mesh))
+    return graph, offload.with_host_memory(placed) if self._on_host else placed
 
   def generate(
     self,
@@ -111,19 +113,19 @@ class Pretrained:
       tell: gets the number of a completion and what was added to its text, as it comes.
     """
     self._must_write_text()
-    config = generation.of(self.source.folder, sampling)
+    config = generation.load(self.source.folder, sampling)
     if stop_strings and config.sampling.num_beams > 1:
       raise RequestError(f"--stop_strings={list(stop_strings)}: beams end at the end token alone")
     if isinstance(prompts, str):
       raise RequestError(f"prompts={prompts!r}: give a list of texts")
     for prompt in prompts:
-      if not is_text(prompt):
+      if not is_encodable(prompt):
         raise RequestError(f"prompt {prompt!r}: not valid text (UTF-8)")
-    listener = generation.Listener(self.tokenizer, stop_strings, tell)
+    listener = generation.TextStreamer(self.tokenizer, stop_strings, tell)
     try:
       ids = self._generator(
         self.params,
-        [tokens.prompt_ids(self.tokenizer, prompt) for prompt in prompts],
+        [tokens.encode_prompt(self.tokenizer, prompt) for prompt in prompts],
         config.sampling,
         stop_ids=config.stop_ids,
         on_token=listener,
@@ -168,7 +170,7 @@ class Pretrained:
     how = ConfigDict(like or settings.default().data)
     how.update(settings_of_data, sequence_length=length)
     if "text_column" in settings_of_data or how.format != (like or how).format:
-      how.template = settings_of_data.get("template", formats.PLAIN)
+      how.template = settings_of_data.get("template", formats.DEFAULT_TEMPLATE)
     if self.source.cfg.classes:
       how.format = "classification"
     self._must_overlap(stride, length)
@@ -177,14 +179,16 @@ class Pretrained:
         raise RequestError(f"--stride={stride}: its rows overlap in one stream, --layout=concat, not {how.layout}")
       how.layout = "concat"
     nothing, data = collections.Counter(), tuple(map(str, data))
-    text = tokens.in_memory(examples(data, "validation", how, nothing, nothing, _tell), self.tokenizer, self.labels)
+    text = tokens.encode_in_memory(
+      read_examples(data, "validation", how, nothing, nothing, _print_stderr), self.tokenizer, self.labels
+    )
     if not len(text):
       raise RequestError(f"data source {data}: no rows in it")
-    rows = lay_out(text, how, self.tokenizer.eos_token_id)
+    rows = build_dataset(text, how, self.tokenizer.eos_token_id)
     if not len(rows):
       raise RequestError(f"data source {data}: its rows leave nothing to predict in rows of {length} tokens")
     return self._evaluate(
-      StridedRows(text, length, self.tokenizer.eos_token_id, stride) if stride else rows, batch_size
+      SlidingWindowDataset(text, length, self.tokenizer.eos_token_id, stride) if stride else rows, batch_size
     )
 
   def evaluate_held_out(self, *, sequence_length: int = 0, batch_size: int = 8, stride: int = 0) -> dict[str, Any]:
@@ -194,17 +198,17 @@ class Pretrained:
     """
     if not self.run:
       raise RequestError(f"{self.source.folder}: no run, so nothing was held out; name a text")
-    how = _resolve_sources(settings.read(self.run[0] / "config.json").data, self.run[0], self._record)
+    how = _resolve_sources(settings.load_run_config(self.run[0] / "config.json").data, self.run[0], self._record)
     how.unrelated = ()
     self._must_overlap(stride, sequence_length or how.sequence_length)
-    data = prepare(how, self.tokenizer, tokenizers.fingerprint(self.tokenizer))
+    data = prepare_data(how, self.tokenizer, tokenizers.fingerprint(self.tokenizer))
     if "held_out" in self._record:
       same = data.validation_fingerprint == self._record["held_out"]
     else:  # a run of before 2026-11-28
       same = data.fingerprint == self._record["data"]
     if same and sequence_length:
       how.sequence_length = sequence_length
-      data = prepare(how, self.tokenizer, tokenizers.fingerprint(self.tokenizer))
+      data = prepare_data(how, self.tokenizer, tokenizers.fingerprint(self.tokenizer))
     if not same:
       raise RequestError(
         f"{self.run[0]}: the text of config.data is not what it was, and what is held out of it now may have been trained on; "
@@ -214,7 +218,7 @@ class Pretrained:
       raise RequestError(f"{self.run[0]}: the run held nothing out; name a text with --data")
     rows = data.with_class_ids(self.labels).validation if self.labels else data.validation
     if stride:
-      rows = StridedRows(rows.tokens, how.sequence_length, self.tokenizer.eos_token_id, stride)
+      rows = SlidingWindowDataset(rows.tokens, how.sequence_length, self.tokenizer.eos_token_id, stride)
     return self._evaluate(rows, batch_size)
 
   def _must_overlap(self, stride: int, length: int) -> None:
@@ -223,13 +227,13 @@ class Pretrained:
     if stride and not 1 <= stride < length:
       raise RequestError(f"--stride={stride}: must be from 1 to {length - 1}, below the {length} tokens of a row")
 
-  def _evaluate(self, rows: Rows, batch_size: int) -> dict[str, Any]:
-    parts = sharding.batch_parts(self.mesh)
+  def _evaluate(self, rows: TokenDataset, batch_size: int) -> dict[str, Any]:
+    parts = sharding.data_parallel_size(self.mesh)
     whole_batches = -(-batch_size // parts) * parts
     found = evaluate(
       self._eval_step,
       self.params,
-      loader.evaluation_batches(rows, batch_size=whole_batches, sharding=sharding.batch_sharding(self.mesh)),
+      loader.eval_batches(rows, batch_size=whole_batches, sharding=sharding.batch_sharding(self.mesh)),
     )
     told = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
     if found.confusion_CC is not None:
@@ -238,7 +242,7 @@ class Pretrained:
         for name, row in zip(self.labels, found.confusion_CC.tolist(), strict=True)
       }
       return told | {"accuracy": found.accuracy, "f1": found.f1, "confusion": confusion}
-    nbytes = tokens.bytes_learned(rows, self.tokenizer)
+    nbytes = tokens.target_bytes(rows, self.tokenizer)
     return told | ({"bits_per_byte": bits_per_byte(found.loss, found.tokens, nbytes)} if nbytes else {})
 
   @property
@@ -254,7 +258,7 @@ class Pretrained:
     cfg = self.source.cfg
     if not cfg.classes:
       raise RequestError(f"{self.source.folder}: a language model has no classes to choose from")
-    ids = [tokens.text_ids(self.tokenizer, text)[: cfg.P] for text in texts]
+    ids = [tokens.encode_text(self.tokenizer, text)[: cfg.P] for text in texts]
     labels = []
     for start in range(0, len(ids), batch_size):
       part = ids[start : start + batch_size]
@@ -270,7 +274,7 @@ class Pretrained:
   def export(
     self, out: str | Path, *, dtype: str | None = None, max_shard_size: str = "5GB", card: str = ""
   ) -> dict[str, Any]:
-    """Writes a verified Hugging Face folder and returns its parity report; see `jaxft.hf.save.export`.
+    """Writes a verified Hugging Face folder and returns its parity report; see `jaxft.hf.save.export_model`.
 
     dtype None: float32 for a run's weights, and for those of a checkpoint the dtype that each is stored in, so that nothing is
     rounded. dtype "source", of a run: what each has in the model that the run began with. card "": the facts of the run, or the
@@ -283,7 +287,7 @@ class Pretrained:
       raise RequestError(f"dtype={dtype!r}: must be one of {', '.join(EXPORT_DTYPES)}, source")
     if wanted := settings.file_size(max_shard_size):
       raise RequestError(f"max_shard_size={max_shard_size!r}: must be {wanted}")
-    return save.export(
+    return save.export_model(
       Path(out),
       self.params,
       self.source,
@@ -294,12 +298,12 @@ class Pretrained:
       stored=self._begun_with() if self.run and dtype == "source" else None,
     )
 
-  def _begun_with(self) -> repo.Checkpoint:
+  def _begun_with(self) -> repo.HFCheckpoint:
     """The model that the run of these weights began with; raises RequestError where there was none, or is none any more."""
-    config = settings.read(self.run[0] / "config.json")
+    config = settings.load_run_config(self.run[0] / "config.json")
     if config.model.init == "scratch":
       raise RequestError(f"dtype='source': the run began with new weights; name one of {', '.join(EXPORT_DTYPES)}")
-    return _model_of(config, self.run[0], self._record)
+    return _base_model(config, self.run[0], self._record)
 
   def _must_write_text(self) -> None:
     if self.source.cfg.classes:
@@ -315,8 +319,8 @@ def load(
 
   torch_bin: also where it has nothing but pytorch_model*.bin, which torch then reads (weights_only).
   """
-  ready = Pretrained(repo.find(str(path_or_id), revision, torch_bin=torch_bin), compute_dtype)
-  ready.params = hf_load.load(ready.source, ready.shapes, jax.tree.map(lambda leaf: leaf.sharding, ready.shapes))
+  ready = Pretrained(repo.resolve(str(path_or_id), revision, torch_bin=torch_bin), compute_dtype)
+  ready.params = hf_load.load_params(ready.source, ready.shapes, jax.tree.map(lambda leaf: leaf.sharding, ready.shapes))
   return ready
 
 
@@ -325,15 +329,15 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
 
   Raises RequestError when the run has none.
   """
-  prepare_backend()  # before a checkpoint asks for devices
+  configure_jax()  # before a checkpoint asks for devices
   workdir = Path(workdir)
   file = workdir / "config.json"
   if not file.is_file():
     raise RequestError(f"workdir {str(workdir)!r}: no config.json in it, so it is not a run's folder")
-  if lines := checkpoint.faults(workdir / "checkpoints"):
+  if lines := checkpoint.validate_path(workdir / "checkpoints"):
     raise RequestError("\n".join(lines))
-  config = settings.read(file)
-  checkpoints = Checkpoints(workdir / "checkpoints", best_metric=config.train.keep_best_metric)
+  config = settings.load_run_config(file)
+  checkpoints = CheckpointManager(workdir / "checkpoints", best_metric=config.train.keep_best_metric)
   steps = checkpoints.steps()
   if not steps or step is not None and step not in steps:
     raise RequestError(
@@ -341,61 +345,61 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
     )
   at = step if step is not None else checkpoints.best_step() or steps[-1]
   meta = checkpoints.metadata(at)
-  source = _checkpoint_of(workdir, config, meta)
+  source = _model_of_run(workdir, config, meta)
   if meta.get("frozen") and repo.fingerprint(source, whole=True) != meta["frozen"]:
     raise RequestError(
       f"config.model.path={config.model.path!r}: its weights, of which the run of {str(workdir)!r} has trained a part, are not "
       "what they were"
     )
   if meta["labels"]:
-    source = repo.with_classes(source, meta["labels"], tokenizers.load(source.tokenizer_folder, source.cfg.V))
+    source = repo.with_class_head(source, meta["labels"], tokenizers.load(source.tokenizer_folder, source.cfg.V))
   trained_as = settings.from_json(json.dumps(meta["config"]))
-  cfg = chosen.as_configured(source.cfg, trained_as, source.hf_config["model_type"])
+  cfg = chosen.apply_config(source.cfg, trained_as, source.hf_config["model_type"])
   now, was = json.loads(json.dumps(dataclasses.asdict(cfg))), meta.get("model", {})
   if other := [
-    name for name in was if now.get(name) != was[name] and name not in CHOSEN and not name.endswith("dropout")
+    name for name in was if now.get(name) != was[name] and name not in RUN_FIELDS and not name.endswith("dropout")
   ]:
     raise RequestError(
       f"{source.folder / 'config.json'}: {other[0]} is {now.get(other[0])!r}, and was {was[other[0]]!r} "
       f"when the run of {str(workdir)!r} was started"
     )
   # Where a part of it was trained, the whole in float32 may be more than the device holds.
-  too_large = bool(cfg.trained) and 5 * model.parameter_count(source.cfg) > memory_of(jax.local_devices()[0])
+  too_large = bool(cfg.trained) and 5 * model.parameter_count(source.cfg) > device_memory_bytes(jax.local_devices()[0])
   ready = Pretrained(source, compute_dtype, on_host=config.memory.offload == "all" or too_large)
-  trained = optim.kept_in(trained_as.model.param_dtype, ready.trained_shapes(cfg), cfg.trained)
-  states = jax.eval_shape(optim.optimizer(config.optim).init, trained)
-  unread = Changing(NOT_READ, trained, jax.tree.map(lambda _: NOT_READ, states))
+  trained = optim.with_param_dtype(trained_as.model.param_dtype, ready.trained_shapes(cfg), cfg.trained)
+  states = jax.eval_shape(optim.make_optimizer(config.optim).init, trained)
+  unread = CheckpointState(PLACEHOLDER, trained, jax.tree.map(lambda _: PLACEHOLDER, states))
   ready.run, ready._record = (workdir, at), meta
-  ready.params = weights.plain(checkpoints.restore(at, unread).params, cfg, source, ready.shapes)
+  ready.params = weights.merge_params(checkpoints.restore(at, unread).params, cfg, source, ready.shapes)
   checkpoints.close()
   return ready
 
 
-def _checkpoint_of(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> repo.Checkpoint:
+def _model_of_run(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> repo.HFCheckpoint:
   """The model that a run trains: what the workdir keeps of it, or the folder itself where some of the weights are frozen."""
-  folder = save.run_model(workdir)
+  folder = save.find_run_model(workdir)
   if folder and not (config.lora.rank or config.train.only):
-    return repo.Checkpoint(folder, *repo.read_config(folder / "config.json"))
-  source = _model_of(config, workdir, record, weights=bool(config.lora.rank or config.train.only))
+    return repo.HFCheckpoint(folder, *repo.read_config(folder / "config.json"))
+  source = _base_model(config, workdir, record, weights=bool(config.lora.rank or config.train.only))
   if config.model.tokenizer:
     local = repo.is_local(config.model.tokenizer)
-    name = _resolve(config.model.tokenizer, workdir, record) if local else config.model.tokenizer
-    source = source._replace(tokenizer=model_source.tokenizer_folder(name))
+    name = _resolve_path(config.model.tokenizer, workdir, record) if local else config.model.tokenizer
+    source = source._replace(tokenizer=model_source.resolve_tokenizer(name))
   if config.model.init == "scratch":
     named = ConfigDict(config.model.to_dict())
-    named.config = _resolve(named.config, workdir, record) if named.config else ""
-    found = model_source.sizes(named, source.hf_config, source.folder / "config.json")
-    source = repo.Checkpoint(source.folder, *found, tokenizer=source.tokenizer)
+    named.config = _resolve_path(named.config, workdir, record) if named.config else ""
+    found = model_source.scratch_config(named, source.hf_config, source.folder / "config.json")
+    source = repo.HFCheckpoint(source.folder, *found, tokenizer=source.tokenizer)
   return source
 
 
-def _model_of(config: ConfigDict, workdir: Path, record: dict[str, Any], weights: bool = True) -> repo.Checkpoint:
+def _base_model(config: ConfigDict, workdir: Path, record: dict[str, Any], weights: bool = True) -> repo.HFCheckpoint:
   """What `config.model.path` names: a folder where the run was started, and then never the hub's model of that name."""
-  path = _resolve(config.model.path, workdir, record) if record.get("local_model") else config.model.path
-  return repo.find(path, config.model.revision, weights=weights, torch_bin=config.model.torch_bin)
+  path = _resolve_path(config.model.path, workdir, record) if record.get("local_model") else config.model.path
+  return repo.resolve(path, config.model.revision, weights=weights, torch_bin=config.model.torch_bin)
 
 
-def _tell(line: str) -> None:
+def _print_stderr(line: str) -> None:
   print(line, file=sys.stderr)
 
 
@@ -403,13 +407,13 @@ def _resolve_sources(data: ConfigDict, workdir: Path, record: dict[str, Any]) ->
   """`config.data` with the sources where they were when the run was started, wherever this command is."""
   found = ConfigDict(data)
   for key in ("train", "validation"):
-    found[key] = tuple(name if name.startswith("hub:") else _resolve(name, workdir, record) for name in data[key])
-  cache = _resolve(data.cache_dir, workdir, record) if data.cache_dir else ""
+    found[key] = tuple(name if name.startswith("hub:") else _resolve_path(name, workdir, record) for name in data[key])
+  cache = _resolve_path(data.cache_dir, workdir, record) if data.cache_dir else ""
   found.cache_dir = cache if cache and exists(Path(cache)) else ""
   return found
 
 
-def _resolve(path: str, workdir: Path, record: dict[str, Any]) -> str:
+def _resolve_path(path: str, workdir: Path, record: dict[str, Any]) -> str:
   """Where a path of the config leads: from the folder in which the run was started; beside the workdir, as far as it was then,
   where both have been moved; or from here."""
   then = Path(record.get("started_in", "")) / path

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jaxft import parsers
 from jaxft.errors import RequestError, run_command
-from jaxft.files import write_whole
+from jaxft.files import atomic_write
 from jaxft.page import comparison, record, run
 
 
@@ -15,8 +15,8 @@ def main() -> None:
   out = arguments.out or (Path("comparison.html") if several else workdirs[0] / "report.html")
   if out.is_dir() or not out.parent.is_dir():
     raise RequestError(f"--out={str(out)!r}: " + ("a folder; name a file in it" if out.is_dir() else "no such folder"))
-  records = [record.read(workdir) for workdir in workdirs]
-  write_whole(out, comparison.page(records) if several else run.page(records[0]))
+  records = [record.load(workdir) for workdir in workdirs]
+  atomic_write(out, comparison.render(records) if several else run.render(records[0]))
   for it in records:
     for note in it.notes:
       print(f"{it.workdir}: {note}")

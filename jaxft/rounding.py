@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-STREAM = 0x726F756E  # of random numbers, apart from that of dropout
+RNG_STREAM = 0x726F756E  # of random numbers, apart from that of dropout
 
 
-def by_chance(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
   """`x`, float32, in `dtype`: float32 as it is, or one of the two neighbours in bfloat16, of which the mean is `x`.
 
   What bfloat16 can say exactly stays as it is, and what is not finite stays so.
@@ -24,15 +24,17 @@ def by_chance(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
   return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))  # a NaN's bits would carry into another number
 
 
-def layers_by_chance(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
-  """`by_chance` of each layer of stacked ones, with a key of its own."""
+def stochastic_round_layers(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+  """`stochastic_round` of each layer of stacked ones, with a key of its own."""
   if dtype == x.dtype:
     return x
-  return jax.vmap(lambda layer, i: by_chance(layer, dtype, jax.random.fold_in(key, i)))(x, jnp.arange(x.shape[0]))
+  return jax.vmap(lambda layer, i: stochastic_round(layer, dtype, jax.random.fold_in(key, i)))(
+    x, jnp.arange(x.shape[0])
+  )
 
 
-def keys(seed: int, step: jax.Array, params: Any) -> Any:
+def rounding_keys(seed: int, step: jax.Array, params: Any) -> Any:
   """A key for each leaf of the parameters in this step of a run."""
-  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAM), step)
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), RNG_STREAM), step)
   leaves, tree = jax.tree.flatten(params)
   return jax.tree.unflatten(tree, [jax.random.fold_in(key, i) for i in range(len(leaves))])

@@ -18,10 +18,10 @@ from jaxft import config as settings
 from jaxft.checks import TRACKERS
 from jaxft.data import sources
 from jaxft.errors import RequestError
-from jaxft.files import at_home
+from jaxft.files import expand_user
 
 
-class Same(NamedTuple):
+class MapsTo(NamedTuple):
   """A setting that means the same."""
 
   setting: str
@@ -74,7 +74,7 @@ def _number(text: str) -> str:
 
 def _at_most(text: str) -> str:
   """The number of checkpoints to keep; transformers keeps all where it is 0 or less."""
-  return str(settings.LARGEST) if re.fullmatch("-[0-9]+|0", text) else _whole(text)
+  return str(settings.MAX_INT) if re.fullmatch("-[0-9]+|0", text) else _whole(text)
 
 
 def _share(text: str) -> str:
@@ -101,48 +101,48 @@ def _trackers(text: str) -> str:
 FLOAT16 = (
   "float16 is not there yet; computed in bfloat16 where the device has it, else in float32, which need no loss scale"
 )
-SAME = {
-  "model_name_or_path": Same("model.path"),
-  "model_revision": Same("model.revision"),
-  "tokenizer_name": Same("model.tokenizer"),
-  "config_overrides": Same("model.config_overrides"),
-  "train_file": Same("data.train"),
-  "validation_file": Same("data.validation"),
-  "validation_split_percentage": Same("data.validation_fraction", _share),
-  "max_train_samples": Same("data.limit_train", _at_least_one),
-  "max_eval_samples": Same("data.limit_validation", _at_least_one),
-  "block_size": Same("data.sequence_length", _at_least_one),
-  "learning_rate": Same("optim.learning_rate", _number),
-  "num_train_epochs": Same("train.epochs", _number),
-  "max_steps": Same("train.steps", _whole),
-  "lr_scheduler_type": Same(
+MAPPED = {
+  "model_name_or_path": MapsTo("model.path"),
+  "model_revision": MapsTo("model.revision"),
+  "tokenizer_name": MapsTo("model.tokenizer"),
+  "config_overrides": MapsTo("model.config_overrides"),
+  "train_file": MapsTo("data.train"),
+  "validation_file": MapsTo("data.validation"),
+  "validation_split_percentage": MapsTo("data.validation_fraction", _share),
+  "max_train_samples": MapsTo("data.limit_train", _at_least_one),
+  "max_eval_samples": MapsTo("data.limit_validation", _at_least_one),
+  "block_size": MapsTo("data.sequence_length", _at_least_one),
+  "learning_rate": MapsTo("optim.learning_rate", _number),
+  "num_train_epochs": MapsTo("train.epochs", _number),
+  "max_steps": MapsTo("train.steps", _whole),
+  "lr_scheduler_type": MapsTo(
     "optim.schedule", _choice(linear="linear", cosine="cosine", constant="constant", constant_with_warmup="constant")
   ),
-  "warmup_steps": Same("optim.warmup_steps", _whole),
-  "warmup_ratio": Same("optim.warmup_ratio", _number),
-  "optim": Same(
+  "warmup_steps": MapsTo("optim.warmup_steps", _whole),
+  "warmup_ratio": MapsTo("optim.warmup_ratio", _number),
+  "optim": MapsTo(
     "optim.name",
     _choice(adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw", adafactor="adafactor", lion_32bit="lion"),
   ),
-  "adafactor": Same("optim.name", _switch("adafactor", None)),
-  "weight_decay": Same("optim.weight_decay", _number),
-  "adam_beta1": Same("optim.b1", _number),
-  "adam_beta2": Same("optim.b2", _number),
-  "adam_epsilon": Same("optim.eps", _number),
-  "max_grad_norm": Same("optim.clip_norm", _number),
-  "seed": Same("train.seed", _whole),
-  "data_seed": Same("data.shuffle_seed", _whole),
-  "bf16": Same("model.compute_dtype", _switch("bfloat16", "float32")),
-  "gradient_checkpointing": Same("memory.remat", _switch("full", "dots")),
-  "activation_checkpointing": Same("memory.remat", _switch("full", "dots")),
-  "logging_dir": Same("tracking.logging_dir"),
-  "logging_steps": Same("train.log_every", _every),
-  "eval_steps": Same("train.eval_every", _every),
-  "save_steps": Same("train.save_every", _every),
-  "save_total_limit": Same("train.keep", _at_most),
-  "load_best_model_at_end": Same("train.keep_best_metric", _switch("eval/loss", "")),
-  "report_to": Same("tracking.writers", _trackers),
-  "run_name": Same("tracking.run_name"),
+  "adafactor": MapsTo("optim.name", _switch("adafactor", None)),
+  "weight_decay": MapsTo("optim.weight_decay", _number),
+  "adam_beta1": MapsTo("optim.b1", _number),
+  "adam_beta2": MapsTo("optim.b2", _number),
+  "adam_epsilon": MapsTo("optim.eps", _number),
+  "max_grad_norm": MapsTo("optim.clip_norm", _number),
+  "seed": MapsTo("train.seed", _whole),
+  "data_seed": MapsTo("data.shuffle_seed", _whole),
+  "bf16": MapsTo("model.compute_dtype", _switch("bfloat16", "float32")),
+  "gradient_checkpointing": MapsTo("memory.remat", _switch("full", "dots")),
+  "activation_checkpointing": MapsTo("memory.remat", _switch("full", "dots")),
+  "logging_dir": MapsTo("tracking.logging_dir"),
+  "logging_steps": MapsTo("train.log_every", _every),
+  "eval_steps": MapsTo("train.eval_every", _every),
+  "save_steps": MapsTo("train.save_every", _every),
+  "save_total_limit": MapsTo("train.keep", _at_most),
+  "load_best_model_at_end": MapsTo("train.keep_best_metric", _switch("eval/loss", "")),
+  "report_to": MapsTo("tracking.writers", _trackers),
+  "run_name": MapsTo("tracking.run_name"),
 }
 # When something happens, and the flag and the setting that say how often.
 STRATEGIES = {
@@ -150,7 +150,7 @@ STRATEGIES = {
   "eval_strategy": ("eval_steps", "train.eval_every"),
   "save_strategy": ("save_steps", "train.save_every"),
 }
-OLD_NAMES = {
+ALIASES = {
   "evaluation_strategy": "eval_strategy",
   "dtype": "torch_dtype",
   "per_gpu_train_batch_size": "per_device_train_batch_size",
@@ -170,7 +170,7 @@ LOADER = "the loader has nothing to set: it reads memory-mapped tokens"
 NO_DDP, NO_TORCH = "XLA makes the collectives", "it is torch's; XLA compiles every step"
 NO_METRICS = "an evaluation reports loss and perplexity, or accuracy and F1"
 # Flags that ask for what every run does, or for what changes no result, with the reason where another value asks for more.
-ALWAYS = {
+NO_OPS = {
   "do_train": "",
   "do_eval": "weights are evaluated before the first step and after the last in any case",
   "low_cpu_mem_usage": "",
@@ -258,7 +258,7 @@ ONLY_TRUE = {
 }
 SHARDING = "config.mesh and config.memory say how a run is spread: docs/sharding.md"
 TOKEN = "the token is read where huggingface_hub keeps it, or from HF_TOKEN"
-REFUSED = {
+UNSUPPORTED = {
   "trust_remote_code": "no code from a checkpoint is ever run; leave it out",
   "fsdp": SHARDING,
   "fsdp_config": SHARDING,
@@ -314,15 +314,15 @@ REFUSED = {
 # Values that ask for what always happens, as no value at all does.
 NOTHING = {"false", "0", "0.0", "no", "none", "{}", "[]"}
 DEFAULTS = {"train_sampling_strategy": "random", "hub_strategy": "every_save"}
-KNOWN = (
-  SAME.keys() | STRATEGIES.keys() | OLD_NAMES.keys() | ALWAYS.keys() | REFUSED.keys()
+KNOWN_FLAGS = (
+  MAPPED.keys() | STRATEGIES.keys() | ALIASES.keys() | NO_OPS.keys() | UNSUPPORTED.keys()
   | {PUSH, HUB_NAME, BEST, PER_DEVICE, ACCUMULATION, EVAL_PER_DEVICE, WORKDIR, OVERWRITE, RESUME, DATASET, CONFIGURATION}
   | {MODEL_TYPE, CONFIG_NAME, CACHE, STREAMING, DEEPSPEED, FLOAT_16, DTYPE}
 )  # fmt: skip
 
 
 # Those that may stand alone, for True.
-SWITCHES = {
+BOOL_FLAGS = {
   "bf16",
   FLOAT_16,
   "gradient_checkpointing",
@@ -330,9 +330,9 @@ SWITCHES = {
   "adafactor",
   "load_best_model_at_end",
 }
-SWITCHES |= {OVERWRITE, RESUME, PUSH, STREAMING}
+BOOL_FLAGS |= {OVERWRITE, RESUME, PUSH, STREAMING}
 # What people type for a flag with a name that is nearer to another one's.
-MEANT = {
+SUGGESTIONS = {
   "model": "model_name_or_path",
   "data": "train_file",
   "resume": RESUME,
@@ -350,7 +350,7 @@ MEANT = {
 }
 
 
-class PerDevice(NamedTuple):
+class PerDeviceBatch(NamedTuple):
   """A batch as run_clm.py counts it; None where the config says it."""
 
   rows: int | None
@@ -381,7 +381,7 @@ def get_config() -> ConfigDict:
   return config
 
 
-def translate(words: list[str], own: Iterable[str] = ()) -> tuple[list[str], PerDevice | None]:
+def translate(words: list[str], own: Iterable[str] = ()) -> tuple[list[str], PerDeviceBatch | None]:
   """The words of a command line with run_clm.py's flags as jaxft's own, and the batch where it is counted by device.
 
   Tells, on standard error, what a flag became where that is not plain.
@@ -398,7 +398,7 @@ def translate(words: list[str], own: Iterable[str] = ()) -> tuple[list[str], Per
     raise RequestError("\n".join(lines))
   if not given:
     return rest, None
-  command = Command(rest, given)
+  command = FlagTranslator(rest, given)
   command.notes += notes
   for name, value in given.items():
     try:
@@ -426,19 +426,19 @@ def _given(words: list[str], own: set[str]) -> tuple[list[str], dict[str, str], 
     word, i = words[i], i + 1
     name, equals, value = word.lstrip("-").partition("=")
     name = name.replace("-", "_")
-    negated = name.removeprefix("no_") if name.startswith("no_") and name not in KNOWN else ""
-    if word.startswith("--") and negated in KNOWN:
-      given[OLD_NAMES.get(negated, negated)] = "False"
-    elif word.startswith("--") and name in KNOWN:
-      name = OLD_NAMES.get(name, name)
+    negated = name.removeprefix("no_") if name.startswith("no_") and name not in KNOWN_FLAGS else ""
+    if word.startswith("--") and negated in KNOWN_FLAGS:
+      given[ALIASES.get(negated, negated)] = "False"
+    elif word.startswith("--") and name in KNOWN_FLAGS:
+      name = ALIASES.get(name, name)
       if not equals and i < len(words) and not words[i].startswith("--"):
         value, i = words[i], i + 1
       if given.get(name, value) != value:
         notes.append(f"--{name}={given[name]}: given again, as {value}, which counts")
       given[name] = value
     elif word.startswith("--") and name not in (*switches, "", "help", "config") and not name.startswith("config."):
-      lines.append(f"{word.split('=')[0]}: no such flag; {_nearest(name, KNOWN | own)}")
-    elif word.startswith("-") and word[1:2].isalpha() and name in KNOWN | switches:
+      lines.append(f"{word.split('=')[0]}: no such flag; {_nearest(name, KNOWN_FLAGS | own)}")
+    elif word.startswith("-") and word[1:2].isalpha() and name in KNOWN_FLAGS | switches:
       lines.append(f"{word.split('=')[0]}: no such flag; did you mean --{name}?")
     else:
       rest.append(word)
@@ -446,38 +446,38 @@ def _given(words: list[str], own: set[str]) -> tuple[list[str], dict[str, str], 
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-  near = [MEANT[name]] if name in MEANT else difflib.get_close_matches(name, known, 1)
+  near = [SUGGESTIONS[name]] if name in SUGGESTIONS else difflib.get_close_matches(name, known, 1)
   near = near or [f"config.{setting}" for setting in settings.BY_NAME if setting.split(".")[1] == name.split(".")[-1]]
   return f"did you mean --{near[0]}?" if near else "--help and docs/recipes/run_clm.md tell what there is"
 
 
-class Command:
+class FlagTranslator:
   """A command line of run_clm.py while it is read."""
 
   def __init__(self, rest: list[str], given: dict[str, str]):
     self.has_config = any(word == "--config" or word.startswith("--config=") for word in rest)
     self.ours: dict[str, object] = {}  # setting -> value
     self.notes: list[str] = []
-    self.batch: PerDevice | None = None
+    self.batch: PerDeviceBatch | None = None
     self._given, self._rest, self._file = given, rest, None
     self._set_by: dict[str, str] = {}  # setting -> flag, with its value
 
   def add(self, name: str, value: str) -> None:
     """Takes a flag; raises ValueError with the reason where it means nothing here."""
-    if not value and name not in SWITCHES and (name in SAME or hasattr(self, f"_{name}")):
+    if not value and name not in BOOL_FLAGS and (name in MAPPED or hasattr(self, f"_{name}")):
       raise ValueError("give a value")
-    if name in REFUSED:
+    if name in UNSUPPORTED:
       if value.lower() in NOTHING or value == DEFAULTS.get(name):
         return  # --trust_remote_code False asks for what always happens
-      raise ValueError(REFUSED[name])
-    if name in ALWAYS:
+      raise ValueError(UNSUPPORTED[name])
+    if name in NO_OPS:
       return self._always(name, value)
     if name in STRATEGIES:
       return self._strategy(name, value)
     if method := getattr(self, f"_{name}", None):
       return method(value)
-    if name in SAME and not self._is_off(name):
-      self._set(SAME[name].setting, SAME[name].value(value), name)
+    if name in MAPPED and not self._is_off(name):
+      self._set(MAPPED[name].setting, MAPPED[name].value(value), name)
 
   def _set(self, setting: str, value: object, flag: str) -> None:
     if value is None:
@@ -518,11 +518,11 @@ class Command:
     if name in ONLY_TRUE and not _is_true(value):
       raise ValueError(ONLY_TRUE[name])
     if name in VALUED:
-      more = value.lower() not in PLAIN.get(name, ()) and ALWAYS[name] not in (LOADER, NO_TORCH, NO_DDP)
+      more = value.lower() not in PLAIN.get(name, ()) and NO_OPS[name] not in (LOADER, NO_TORCH, NO_DDP)
     else:
       more = _is_true(value) == (name in ONLY_FALSE)
-    if ALWAYS[name] and more:
-      self.notes.append(f"--{name}={value}: {ALWAYS[name]}")
+    if NO_OPS[name] and more:
+      self.notes.append(f"--{name}={value}: {NO_OPS[name]}")
 
   def _strategy(self, name: str, value: str) -> None:
     steps, setting = STRATEGIES[name]
@@ -573,7 +573,7 @@ class Command:
       self._set("optim.warmup_ratio", value, "warmup_ratio")
 
   def _lr_scheduler_type(self, value: str) -> None:
-    self._set("optim.schedule", SAME["lr_scheduler_type"].value(value), "lr_scheduler_type")
+    self._set("optim.schedule", MAPPED["lr_scheduler_type"].value(value), "lr_scheduler_type")
     if value == "constant" and not self._words_of({"optim.warmup_steps", "optim.warmup_ratio"}):
       self._set("optim.warmup_steps", 0, "lr_scheduler_type")
 
@@ -590,7 +590,7 @@ class Command:
   def _optim(self, value: str) -> None:
     if value == "sgd":
       raise ValueError("--config.optim.name=sgd --config.optim.b1=0 is torch's SGD; b1 is its momentum")
-    self._set("optim.name", SAME["optim"].value(value), "optim")
+    self._set("optim.name", MAPPED["optim"].value(value), "optim")
 
   def _dataset_name(self, value: str) -> None:
     name = f"hub:{value}/{self._given[CONFIGURATION]}" if CONFIGURATION in self._given else f"hub:{value}"
@@ -615,7 +615,7 @@ class Command:
     self._limit("max_eval_samples", value)
 
   def _limit(self, name: str, value: str) -> None:
-    self._set(SAME[name].setting, SAME[name].value(value), name)
+    self._set(MAPPED[name].setting, MAPPED[name].value(value), name)
     self.notes.append(
       f"--{name}={value}: so many documents (rows of the data), drawn; run_clm.py takes its first blocks"
     )
@@ -681,7 +681,7 @@ class Command:
       if not _checkpoints(workdir):
         self.notes.append(f"--{RESUME}: {workdir} has no checkpoint, so a new run begins")
       return
-    if _is_newest(Path(at_home(value)), workdir):
+    if _is_newest(Path(expand_user(value)), workdir):
       return
     if (Path(value) / "trainer_state.json").exists():
       raise ValueError(f"a checkpoint of transformers' Trainer; --model_name_or_path={value} begins with its weights")
@@ -696,7 +696,7 @@ class Command:
       for i, (name, _, value) in enumerate(word.partition("=") for word in self._rest)
       if name == "--workdir"
     ]
-    return Path(at_home(self._given.get(WORKDIR) or next(iter(said), f"runs/{Path(__file__).stem}")))
+    return Path(expand_user(self._given.get(WORKDIR) or next(iter(said), f"runs/{Path(__file__).stem}")))
 
   def _streaming(self, value: str) -> None:
     if _is_true(value):
@@ -705,7 +705,7 @@ class Command:
   def _cache_dir(self, value: str) -> None:
     """Has models and data sets downloaded to a folder. Both libraries read where to when they are imported, which is later."""
     self._set("data.cache_dir", str(Path(value) / "tokens"), CACHE)
-    os.environ["HF_HUB_CACHE"] = os.environ["HF_DATASETS_CACHE"] = at_home(value)
+    os.environ["HF_HUB_CACHE"] = os.environ["HF_DATASETS_CACHE"] = expand_user(value)
     self.notes.append(f"--{CACHE}={value}: for downloads and tokens")
 
   def _hub_model_id(self, value: str) -> None:
@@ -730,7 +730,7 @@ class Command:
   def _report_to(self, value: str) -> None:
     if value == "all":
       raise ValueError("name those to tell: tensorboard, mlflow, wandb or trackio")
-    self._set("tracking.writers", SAME["report_to"].value(value), "report_to")
+    self._set("tracking.writers", MAPPED["report_to"].value(value), "report_to")
 
   def _per_device_train_batch_size(self, value: str) -> None:
     _at_least_one(value)
@@ -750,7 +750,7 @@ class Command:
 
     if not (value := self._given.get(DEEPSPEED)):
       return
-    self._file, beaten = ds_config.read(Path(at_home(value))), {}
+    self._file, beaten = ds_config.read(Path(expand_user(value))), {}
     for setting, of_file in self._file.settings.items():
       if beats := self._beats(setting):
         beaten[setting] = beats
@@ -758,14 +758,14 @@ class Command:
         self.ours[setting] = of_file
     counted = {flag: f"--{flag}={self._given[flag]}" for flag in (PER_DEVICE, ACCUMULATION) if flag in self._given}
     for key, flags in (
-      (ds_keys.ROWS, (PER_DEVICE,)),
+      (ds_keys.MICRO_BATCH, (PER_DEVICE,)),
       (ds_keys.ACCUMULATION, (ACCUMULATION,)),
-      (ds_keys.BATCH, counted),
+      (ds_keys.TRAIN_BATCH, counted),
     ):
-      said = {"train.batch_size"} if key == ds_keys.BATCH else BATCH
+      said = {"train.batch_size"} if key == ds_keys.TRAIN_BATCH else BATCH
       if beats := [*self._words_of(said), *(counted[flag] for flag in flags if flag in counted)]:
         beaten[key] = beats[0]
-    print(ds_config.table(self._file.entries, beaten), file=sys.stderr)
+    print(ds_config.format_table(self._file.entries, beaten), file=sys.stderr)
 
   def _beats(self, setting: str) -> str | None:
     """What the command line says of a setting, or of its counterpart; None where it says nothing."""
@@ -805,11 +805,11 @@ class Command:
     elif not rows and (counted or not self.has_config and not words):
       rows = 8
     if rows or eval_rows:
-      self.batch = PerDevice(rows, each or 1, eval_rows, batch_size)
+      self.batch = PerDeviceBatch(rows, each or 1, eval_rows, batch_size)
 
 
 def _with_counterpart(setting: str) -> set[str]:
-  return {setting, *(other for pair in settings.COUNTERPARTS if setting in pair for other in pair)}
+  return {setting, *(other for pair in settings.EXCLUSIVE_PAIRS if setting in pair for other in pair)}
 
 
 def _says_steps(max_steps: str) -> bool:
@@ -828,7 +828,7 @@ def _is_newest(path: Path, workdir: Path) -> bool:
   return there in (workdir.resolve(), folder, *([folder / str(max(steps))] if steps else []))
 
 
-def table() -> str:
+def markdown_table() -> str:
   """All flags in Markdown, for docs/recipes/run_clm.md."""
   special = {
     "max_train_samples": "documents, drawn",
@@ -841,7 +841,7 @@ def table() -> str:
   }
   lines = [
     f"| `--{name}` | `--config.{same.setting}`{'; ' + special[name] if name in special else ''} |"
-    for name, same in SAME.items()
+    for name, same in MAPPED.items()
   ]
   lines += [
     f"| `--{WORKDIR}` | `--workdir` |",
@@ -864,8 +864,8 @@ def table() -> str:
     ),
     f"| `--{BEST}` | `eval_loss`, as `--load_best_model_at_end` has it in any case; refused: another |",
     f"| `--{PUSH}` with `--{HUB_NAME}` | `--config.export.push_to_hub` |",
-    *(f"| `--{name}` | as `--{new}` |" for name, new in OLD_NAMES.items()),
-    *(f"| `--{name}` | always so{': ' + reason if reason else ''} |" for name, reason in ALWAYS.items()),
-    *(f"| `--{name}` | refused: {reason} |" for name, reason in REFUSED.items()),
+    *(f"| `--{name}` | as `--{new}` |" for name, new in ALIASES.items()),
+    *(f"| `--{name}` | always so{': ' + reason if reason else ''} |" for name, reason in NO_OPS.items()),
+    *(f"| `--{name}` | refused: {reason} |" for name, reason in UNSUPPORTED.items()),
   ]
   return "\n".join(["| run_clm.py | jaxft |", "|---|---|", *lines])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Other names of flags of `jaxft.generate`.
-SAME = {
+ALIASES = {
   "model_name_or_path": "model",
   "length": "max_new_tokens",
   "k": "top_k",
@@ -18,9 +18,9 @@ SAME = {
   "half": "fp16",
 }
 # Values of --model_type -> model_type in the config.json of the model.
-FAMILIES = {"gpt2": "gpt2", "gpt_neo": "gpt_neo", "gpt-neo": "gpt_neo", "gptj": "gptj", "gpt-j": "gptj"}
+MODEL_TYPES = {"gpt2": "gpt2", "gpt_neo": "gpt_neo", "gpt-neo": "gpt_neo", "gptj": "gptj", "gpt-j": "gptj"}
 # What run_generation.py gives to generate() where its command line says nothing. --model_type, which it demands, asks for it.
-SCRIPT = {
+SCRIPT_DEFAULTS = {
   "max_new_tokens": 20,
   "temperature": 1.0,
   "top_k": 0,
@@ -31,15 +31,15 @@ SCRIPT = {
   "seed": 42,
 }
 # What always holds here, so that it may be said, and the opposite is refused.
-ALWAYS = {
+FIXED = {
   "use_cache": (True, "keys and values of earlier tokens are always kept"),
   "jit": (True, "every step is compiled"),
   "early_stopping": (False, "beams go on until no better text can come"),
 }
-PADDING = "pad_token_id", "accepted: padding never changes a text"
-REFUSED = {"xlm_language": "XLM models are not read here; leave it out"}
+PAD_TOKEN = "pad_token_id", "accepted: padding never changes a text"
+UNSUPPORTED = {"xlm_language": "XLM models are not read here; leave it out"}
 # Flags that are other here than in the script, or that run_generation.py alone has.
-ABOUT = {
+FLAG_NOTES = {
   "model_type": "asks for run_generation.py's defaults, above; must be the model_type of the model's config.json",
   "stop_token": "`--stop_strings`: the text ends with it, and run_generation.py leaves it out",
   "prefix": "text that the model reads before each prompt; it is not printed",
@@ -52,26 +52,26 @@ ABOUT = {
 }
 
 
-def unsaid(given: Mapping[str, Any]) -> dict[str, Any]:
+def missing_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
   """What the script's defaults add to what is given."""
   left_out = {"max_new_tokens"} if given.get("max_length") else set()
   greedy = given.get("temperature") == 0 or given.get("do_sample") is False or given.get("num_beams", 1) > 1
   left_out |= {"temperature", "do_sample"} if greedy else set()
-  return {name: value for name, value in SCRIPT.items() if name not in given and name not in left_out}
+  return {name: value for name, value in SCRIPT_DEFAULTS.items() if name not in given and name not in left_out}
 
 
-def table() -> str:
+def markdown_table() -> str:
   """All flags in Markdown, for docs/recipes/run_generation.md."""
-  lines = [f"| `--{name}` | {ABOUT.get(name, f'`--{same}`')} |" for name, same in SAME.items()]
-  lines += [f"| `--{name}` | {about} |" for name, about in ABOUT.items() if name not in SAME]
+  lines = [f"| `--{name}` | {FLAG_NOTES.get(name, f'`--{same}`')} |" for name, same in ALIASES.items()]
+  lines += [f"| `--{name}` | {about} |" for name, about in FLAG_NOTES.items() if name not in ALIASES]
   lines += [
-    f"| `--{name}` | `{value}`, always so: {why}; refused: `{not value}` |" for name, (value, why) in ALWAYS.items()
+    f"| `--{name}` | `{value}`, always so: {why}; refused: `{not value}` |" for name, (value, why) in FIXED.items()
   ]
-  lines.append(f"| `--{PADDING[0]}` | {PADDING[1]} |")
-  lines += [f"| `--{name}` | refused: {reason} |" for name, reason in REFUSED.items()]
+  lines.append(f"| `--{PAD_TOKEN[0]}` | {PAD_TOKEN[1]} |")
+  lines += [f"| `--{name}` | refused: {reason} |" for name, reason in UNSUPPORTED.items()]
   return "\n".join(["| flag | here |", "|---|---|", *lines])
 
 
-def script_defaults() -> str:
+def format_defaults() -> str:
   """The defaults of run_generation.py as a sentence has them."""
-  return ", ".join(f"`--{name}={value}`" for name, value in SCRIPT.items())
+  return ", ".join(f"`--{name}={value}`" for name, value in SCRIPT_DEFAULTS.items())

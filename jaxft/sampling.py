@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jaxft.errors import RequestError
 
 # Of the prompt with what follows it, and of what follows alone. Where both are said, the second counts, as in transformers.
-LIMITS = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
+LENGTH_LIMITS = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
 
 
 class Sampling(NamedTuple):
@@ -29,7 +29,7 @@ class Sampling(NamedTuple):
 
   def for_jit(self) -> "Sampling":
     """With what needs no other program left out."""
-    limits = dict.fromkeys((name for pair in LIMITS for name in pair), 0)
+    limits = dict.fromkeys((name for pair in LENGTH_LIMITS for name in pair), 0)
     return self._replace(
       temperature=float(self.temperature > 0), seed=0, length_penalty=1.0, num_return_sequences=1, **limits
     )
@@ -37,8 +37,8 @@ class Sampling(NamedTuple):
   def validate(self) -> None:
     """Raises RequestError on a value that means nothing, alone or with the others."""
     self.validate_values()
-    limits = {name: getattr(self, name) for pair in LIMITS for name in pair}
-    check_limits(limits | ({"max_new_tokens": 0} if self.max_length else {}))
+    limits = {name: getattr(self, name) for pair in LENGTH_LIMITS for name in pair}
+    validate_lengths(limits | ({"max_new_tokens": 0} if self.max_length else {}))
     if self.num_beams > 1 and self.temperature:
       raise RequestError(f"--num_beams={self.num_beams}: beams are not drawn; give --temperature=0 too")
     if not self.temperature and self.num_return_sequences > self.num_beams:
@@ -69,7 +69,7 @@ class Sampling(NamedTuple):
         raise RequestError(f"--{name}={getattr(self, name)}: must be {wanted}")
 
 
-def check_limits(limits: Mapping[str, int]) -> None:
+def validate_lengths(limits: Mapping[str, int]) -> None:
   """Raises RequestError where a text would have to be longer than it may be; a limit that is 0, or missing, is none."""
   for least, most in (
     ("min_length", "max_length"),
@@ -82,7 +82,7 @@ def check_limits(limits: Mapping[str, int]) -> None:
       )
 
 
-def must_be_drawn(temperature: float | None, num_beams: int) -> None:
+def validate_do_sample(temperature: float | None, num_beams: int) -> None:
   """Raises RequestError for what no text can be drawn with; None is a temperature that nobody has said."""
   if num_beams > 1:
     raise RequestError(
@@ -94,7 +94,7 @@ def must_be_drawn(temperature: float | None, num_beams: int) -> None:
     )
 
 
-def settled(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def resolve_sampling(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
   """What is given, without what is of no account then, and a line for each thing that was left out.
 
   `do_sample` may be among it: False is temperature 0, as in transformers whatever the temperature. Raises RequestError for
@@ -103,15 +103,15 @@ def settled(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
   found, lines = dict(given), []
   temperature = found.get("temperature")
   if found.get("do_sample"):
-    must_be_drawn(temperature, found.get("num_beams", 1))
+    validate_do_sample(temperature, found.get("num_beams", 1))
   if found.get("do_sample") is False:
     if temperature:
       lines.append(
         f"--temperature={temperature}: of no account, as --do_sample=False takes the likeliest token each time"
       )
     found["temperature"] = 0.0
-  for whole, new in LIMITS:
+  for whole, new in LENGTH_LIMITS:
     if new in found and found.get(whole):
       lines.append(f"--{whole}={found.pop(whole)}: of no account, as --{new}={found[new]} is given")
-  check_limits(found)
+  validate_lengths(found)
   return found, lines

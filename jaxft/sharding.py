@@ -31,13 +31,13 @@ RULES = {
   "layers": ((), ()),
   None: ((), ()),
 }
-CUT, USED = 0, 1
+STORED, COMPUTE = 0, 1
 # What ZeRO (arXiv:1910.02054) cuts over the fsdp axis, and from which stage on; below it each device has a copy.
-ZERO = {"optimizer": 1, "gradients": 2, "parameters": 3}
+MIN_ZERO_STAGE = {"optimizer": 1, "gradients": 2, "parameters": 3}
 # Tables of the vocabulary are padded to a multiple of this many rows: every power of two up to it divides them, matrix units
 # are full, and the padding is the same on every mesh, so that a checkpoint fits them all.
 VOCAB_MULTIPLE = 128
-AXES = ("data", "fsdp", "tensor")  # of a mesh
+MESH_AXES = ("data", "fsdp", "tensor")  # of a mesh
 
 
 def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
@@ -50,41 +50,41 @@ def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mes
   devices = list(jax.devices() if devices is None else devices)
   shape = mesh_shape(sizes, len(devices))
   needed = math.prod(shape.values())
-  if needed > 1 and devices[0].platform == "cpu" and backend.crashes_on_cpu_meshes():
+  if needed > 1 and devices[0].platform == "cpu" and backend.has_cpu_mesh_bug():
     raise RequestError(
-      f"{_asked(sizes)}: the CPU compiler of jax {jax.__version__} crashes on several devices; install another jax, or use one"
+      f"{_describe(sizes)}: the CPU compiler of jax {jax.__version__} crashes on several devices; install another jax, or use one"
     )
   of_process = collections.Counter(device.process_index for device in devices)
   if len(set(of_process.values())) > 1:
     told = ", ".join(f"process {process} has {count}" for process, count in sorted(of_process.items()))
     raise RequestError(f"{told} devices: all processes must have as many; one may have lost a device (jaxft.doctor)")
   if len({device.process_index for device in devices[:needed]}) < len({device.process_index for device in devices}):
-    raise RequestError(f"{_asked(sizes)}: leaves processes without a device; use all {len(devices)} devices")
+    raise RequestError(f"{_describe(sizes)}: leaves processes without a device; use all {len(devices)} devices")
   # Auto: the compiler chooses collectives from the constraints. jax.make_mesh would default to Explicit (jax 0.10).
   return Mesh(
-    _in_order(devices[:needed], tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)
+    _arrange_devices(devices[:needed], tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)
   )
 
 
 def mesh_shape(sizes: ConfigDict, devices: int) -> dict[str, int]:
   """The sizes of the mesh's axes over so many devices, with what -1 stands for; raises RequestError as `make_mesh` does."""
-  asked = {name: sizes[name] for name in AXES}
+  asked = {name: sizes[name] for name in MESH_AXES}
   fixed = math.prod(size for size in asked.values() if size != -1)
   shape = {name: devices // fixed if size == -1 else size for name, size in asked.items()}
   needed = math.prod(shape.values())
   if needed > devices or needed == 0 or (-1 in asked.values() and needed != devices):
     raise RequestError(
-      f"{_asked(sizes)}: does not fit {devices} devices; the product must be at most {devices}, "
+      f"{_describe(sizes)}: does not fit {devices} devices; the product must be at most {devices}, "
       "and with -1 it must divide it"
     )
   return shape
 
 
-def _asked(sizes: ConfigDict) -> str:
-  return ", ".join(f"config.mesh.{name}={sizes[name]}" for name in AXES)
+def _describe(sizes: ConfigDict) -> str:
+  return ", ".join(f"config.mesh.{name}={sizes[name]}" for name in MESH_AXES)
 
 
-def _in_order(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+def _arrange_devices(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
   """The devices in the order in which a slice or a cluster is fast; several slices share the first axes, `tensor` none."""
   if devices[0].platform == "cpu":  # the order is of no account, and the rows of a process are next to each other
     return np.array(devices).reshape(shape)
@@ -111,7 +111,7 @@ def _in_order(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
   )
 
 
-def faults(cfg: Any, mesh: Mesh) -> list[str]:
+def validate_mesh(cfg: Any, mesh: Mesh) -> list[str]:
   """One line for each size of the model (a `model.ModelConfig`) that the mesh cannot cut."""
   fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
   lines = [
@@ -126,7 +126,7 @@ def faults(cfg: Any, mesh: Mesh) -> list[str]:
   ]
 
 
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, use: int) -> PartitionSpec:
+def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, use: int) -> PartitionSpec:
   """The partition of one array. An axis that its mesh axes do not divide stays whole."""
   entries, taken = [], set()
   for name, size in zip(axes, shape, strict=True):
@@ -139,18 +139,20 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, use: 
   return PartitionSpec(*entries)
 
 
-def shardings_of(what: str, shapes: Any, axes: Any, mesh: Mesh, zero_stage: int = 3) -> Any:
+def tree_shardings(what: str, shapes: Any, axes: Any, mesh: Mesh, zero_stage: int = 3) -> Any:
   """A NamedSharding for every leaf of the parameters, or of the "gradients" or "optimizer" moments that are shaped like them.
 
   Args:
-    what: of `ZERO`.
-    shapes, axes: the trees of `model.abstract`.
+    what: of `MIN_ZERO_STAGE`.
+    shapes, axes: the trees of `model.abstract_model`.
   """
-  use = CUT if zero_stage >= ZERO[what] else USED
-  return jax.tree.map(lambda shape, names: NamedSharding(mesh, spec(names, shape.shape, mesh, use)), shapes, axes)
+  use = STORED if zero_stage >= MIN_ZERO_STAGE[what] else COMPUTE
+  return jax.tree.map(
+    lambda shape, names: NamedSharding(mesh, partition_spec(names, shape.shape, mesh, use)), shapes, axes
+  )
 
 
-def optimizer_shardings(tx: optax.GradientTransformation, shapes: Any, moments: Any, mesh: Mesh) -> Any:
+def opt_state_shardings(tx: optax.GradientTransformation, shapes: Any, moments: Any, mesh: Mesh) -> Any:
   """Moments have the shardings `moments`; what has another shape than its parameter (counts) is replicated."""
 
   def of_leaf(shape, sharding, states):
@@ -163,30 +165,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def place(shapes: Any, shardings: Any) -> Any:
+def with_shardings(shapes: Any, shardings: Any) -> Any:
   """The shapes with their shardings in them."""
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
   )
 
 
-def state_like(
+def abstract_state(
   tx: optax.GradientTransformation, shapes: Any, axes: Any, mesh: Mesh, zero_stage: int
 ) -> tuple[Any, Any, Any]:
   """Shapes and shardings of (step, parameters, optimizer state): what to compile for, and what to restore into."""
-  parameters, moments = (shardings_of(what, shapes, axes, mesh, zero_stage) for what in ("parameters", "optimizer"))
-  opt = place(jax.eval_shape(tx.init, shapes), optimizer_shardings(tx, shapes, moments, mesh))
-  return jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), place(shapes, parameters), opt
+  parameters, moments = (tree_shardings(what, shapes, axes, mesh, zero_stage) for what in ("parameters", "optimizer"))
+  opt = with_shardings(jax.eval_shape(tx.init, shapes), opt_state_shardings(tx, shapes, moments, mesh))
+  return jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), with_shardings(shapes, parameters), opt
 
 
-def batch_parts(mesh: Mesh) -> int:
+def data_parallel_size(mesh: Mesh) -> int:
   """How many ways rows of a batch are split: over all devices but those that share rows for tensor parallelism."""
-  return math.prod(mesh.shape[axis] for axis in RULES["batch"][CUT])
+  return math.prod(mesh.shape[axis] for axis in RULES["batch"][STORED])
 
 
 def accumulation_steps(train: ConfigDict, mesh: Mesh) -> int:
   """Accumulation steps that a batch is cut into; raises RequestError when rows do not come out whole."""
-  parts = batch_parts(mesh)
+  parts = data_parallel_size(mesh)
   at_once = min(train.micro_batch_size * parts or train.batch_size, train.batch_size)
   if train.batch_size % at_once or at_once % parts:
     raise RequestError(
@@ -196,9 +198,9 @@ def accumulation_steps(train: ConfigDict, mesh: Mesh) -> int:
   return train.batch_size // at_once
 
 
-def eval_rows(train: ConfigDict, mesh: Mesh) -> int:
+def eval_batch_size(train: ConfigDict, mesh: Mesh) -> int:
   """Rows that an evaluation takes at once; raises RequestError when they cannot be split over the devices."""
-  parts = batch_parts(mesh)
+  parts = data_parallel_size(mesh)
   if train.eval_batch_size % parts:
     raise RequestError(
       f"config.train.eval_batch_size={train.eval_batch_size}: must be a multiple of {parts} devices "
@@ -208,11 +210,11 @@ def eval_rows(train: ConfigDict, mesh: Mesh) -> int:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of a batch (accumulation step, row, column): rows are split over `batch_parts`."""
-  return NamedSharding(mesh, PartitionSpec(None, RULES["batch"][CUT], None))
+  """Of a batch (accumulation step, row, column): rows are split over `data_parallel_size`."""
+  return NamedSharding(mesh, PartitionSpec(None, RULES["batch"][STORED], None))
 
 
-class Part(NamedTuple):
+class LocalShard(NamedTuple):
   """What a device has of an array."""
 
   values: jax.Array
@@ -221,7 +223,9 @@ class Part(NamedTuple):
   is_primary: Any  # false on a device whose part another one, which counts, has too
 
 
-def on_parts(shardings: list[Sharding], of_part: Callable[[Part], jax.Array]) -> Callable[[list[jax.Array]], jax.Array]:
+def map_shards(
+  shardings: list[Sharding], of_part: Callable[[LocalShard], jax.Array]
+) -> Callable[[list[jax.Array]], jax.Array]:
   """leaves -> `of_part` of what each device has of each leaf, (devices, leaves, ...).
 
   Each device looks at what it holds, and one collective tells all: one for each leaf would be dozens that wait for nothing, and
@@ -232,17 +236,19 @@ def on_parts(shardings: list[Sharding], of_part: Callable[[Part], jax.Array]) ->
   """
   meshes = {sharding.mesh if isinstance(sharding, NamedSharding) else None for sharding in shardings}
   if len(meshes) != 1 or None in meshes:
-    return lambda leaves: jnp.stack([of_part(Part(leaf, (0,) * leaf.ndim, leaf.shape, True)) for leaf in leaves])[None]
+    return lambda leaves: jnp.stack([of_part(LocalShard(leaf, (0,) * leaf.ndim, leaf.shape, True)) for leaf in leaves])[
+      None
+    ]
   (mesh,) = meshes
 
-  def part_of(local: jax.Array, sharding: NamedSharding) -> Part:
+  def part_of(local: jax.Array, sharding: NamedSharding) -> LocalShard:
     axes = [sharding.spec[i] if i < len(sharding.spec) else None for i in range(local.ndim)]
     places = [jax.lax.axis_index(names) if names else 0 for names in axes]
-    shape = tuple(size * _parts(mesh, names) for size, names in zip(local.shape, axes))
+    shape = tuple(size * _axis_size(mesh, names) for size, names in zip(local.shape, axes))
     cut_by = {name for names in axes if names for name in (names if isinstance(names, tuple) else (names,))}
     copies = [name for name in mesh.axis_names if name not in cut_by]
     counts = (jax.lax.axis_index(tuple(copies)) == 0) if copies else True
-    return Part(local, tuple(place * size for place, size in zip(places, local.shape)), shape, counts)
+    return LocalShard(local, tuple(place * size for place, size in zip(places, local.shape)), shape, counts)
 
   def look(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([of_part(part_of(leaf, sharding)) for leaf, sharding in zip(leaves, shardings, strict=True)])[None]
@@ -251,30 +257,30 @@ def on_parts(shardings: list[Sharding], of_part: Callable[[Part], jax.Array]) ->
   return jax.shard_map(look, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(mesh.axis_names), check_vma=False)
 
 
-def _parts(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
+def _axis_size(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
   return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
 
 
-def not_finite_on(shardings: Any) -> Callable:
+def make_nonfinite_check(shardings: Any) -> Callable:
   """tree -> for each leaf, in order, whether it holds a NaN or an infinity.
 
   The tree is placed as `shardings`, a tree like it, says.
   """
   # A NaN is the maximum wherever it is; isfinite(leaf).all() takes four times as long and 500 MB (GPT-2 124M on a CPU).
-  everyone = on_parts(jax.tree.leaves(shardings), lambda part: ~jnp.isfinite(jnp.max(jnp.abs(part.values))))
+  everyone = map_shards(jax.tree.leaves(shardings), lambda part: ~jnp.isfinite(jnp.max(jnp.abs(part.values))))
   return lambda tree: everyone(jax.tree.leaves(tree)).any(axis=0)
 
 
-def constrain_on(mesh: Mesh) -> Callable:
+def make_constrain(mesh: Mesh) -> Callable:
   """For the activations of a model on this mesh: (array, its logical axes) -> the array, placed."""
 
   def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, USED)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh, COMPUTE)))
 
   return constrain
 
 
-def on_each_device_of(mesh: Mesh) -> Callable:
+def make_shard_map(mesh: Mesh) -> Callable:
   """For what no device needs another for: (function, axes of each array argument, of the result) -> the function, sharded.
 
   A compiler that is left to split a kernel would gather its arguments first. An argument may be None.
@@ -285,9 +291,9 @@ def on_each_device_of(mesh: Mesh) -> Callable:
       return f
 
     def sharded(*arguments: jax.Array | None) -> jax.Array:
-      of = lambda x, axes: None if x is None else spec(axes, x.shape, mesh, USED)
+      of = lambda x, axes: None if x is None else partition_spec(axes, x.shape, mesh, COMPUTE)
       specs = tuple(map(of, arguments, axes_in))
-      out = spec(axes_out, arguments[0].shape, mesh, USED)
+      out = partition_spec(axes_out, arguments[0].shape, mesh, COMPUTE)
       return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
 
     return sharded
@@ -295,7 +301,7 @@ def on_each_device_of(mesh: Mesh) -> Callable:
   return on_each_device
 
 
-def rows_on(mesh: Mesh, zero_stage: int, what: str) -> Callable:
+def make_shard_rows(mesh: Mesh, zero_stage: int, what: str) -> Callable:
   """For rows (..., T, D) of a table of the vocabulary: rows -> the rows, cut as the table, or its gradient, is.
 
   Each device then looks up its slice of every row, or adds it up. B T D numbers travel instead of V D: for GPT-J a tenth.
@@ -303,7 +309,7 @@ def rows_on(mesh: Mesh, zero_stage: int, what: str) -> Callable:
   Args:
     what: "parameters" or "gradients".
   """
-  if zero_stage < ZERO[what]:
+  if zero_stage < MIN_ZERO_STAGE[what]:
     return lambda rows: rows
 
   def cut(rows: jax.Array) -> jax.Array:
@@ -315,20 +321,20 @@ def rows_on(mesh: Mesh, zero_stage: int, what: str) -> Callable:
   return cut
 
 
-def gather_on(mesh: Mesh, zero_stage: int = 3) -> Callable:
+def make_gather(mesh: Mesh, zero_stage: int = 3) -> Callable:
   """For the weights of a model on this mesh: (array, its logical axes) -> the array as the maths uses it.
 
   The gradient comes back cut where gradients are: a constraint alone would have it whole on every device first.
   """
-  back, stored = (CUT if zero_stage >= ZERO[what] else USED for what in ("gradients", "parameters"))
+  back, stored = (STORED if zero_stage >= MIN_ZERO_STAGE[what] else COMPUTE for what in ("gradients", "parameters"))
 
   def gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     def placed(x: jax.Array, use: int) -> jax.Array:
-      return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, use)))
+      return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh, use)))
 
     def used(x: jax.Array) -> jax.Array:
       # As it is stored first: XLA would else gather the float32 weight that a cast one comes from, twice the bytes.
-      return placed(placed(x, stored), USED)
+      return placed(placed(x, stored), COMPUTE)
 
     whole = jax.custom_vjp(used)
     # Not `whole` again inside: to a policy of rematerialisation that is a call, and its result would be kept for each layer.

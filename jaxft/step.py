@@ -15,12 +15,12 @@ import optax
 from flax import nnx
 
 from jaxft import rounding
-from jaxft.dropout import row_keys
+from jaxft.dropout import per_row_keys
 from jaxft.loss import cross_entropy_sum
-from jaxft.parts import join, masked
+from jaxft.parts import combine, make_layer_mask
 
 
-class Changing(NamedTuple):
+class CheckpointState(NamedTuple):
   """Everything that training changes, and everything a checkpoint holds."""
 
   step: jax.Array
@@ -28,7 +28,7 @@ class Changing(NamedTuple):
   opt: Any
 
 
-class State(NamedTuple):
+class TrainState(NamedTuple):
   """What training changes, and the weights that it leaves as they are."""
 
   step: jax.Array  # optimizer steps done, skipped ones included
@@ -39,15 +39,15 @@ class State(NamedTuple):
   @property
   def all_params(self) -> Any:
     """All parameters of the model."""
-    return join(self.params, self.frozen)
+    return combine(self.params, self.frozen)
 
   @property
-  def checkpointable(self) -> Changing:
+  def checkpointable(self) -> CheckpointState:
     """Without the frozen weights, which can be read again where they came from."""
-    return Changing(self.step, self.params, self.opt_state)
+    return CheckpointState(self.step, self.params, self.opt_state)
 
 
-def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients: Any, trained: Any = ()) -> Callable:
+def make_grad_fn(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients: Any, trained: Any = ()) -> Callable:
   """Returns `gradient(state, batch) -> (loss, gradient, tokens)`.
 
   The loss is a sum over the unmasked targets of the whole global batch divided by their count, so it does not depend on how
@@ -57,18 +57,20 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients:
     gradients: a sharding for every leaf of the gradient.
     trained: `ModelConfig.trained`.
   """
-  only_trained = masked(trained)
+  only_trained = make_layer_mask(trained)
 
   def loss_sum(params, rows, part, keys_B):
     model = nnx.merge(graph, params)
-    loss = cross_entropy_sum(hidden(model, part, keys_B, rows), model.head(), part["targets"], part["mask"], loss_chunk)
-    return jnp.where(in_range(part, model.cfg), loss, jnp.nan)
+    loss = cross_entropy_sum(
+      hidden_states(model, part, keys_B, rows), model.head(), part["targets"], part["mask"], loss_chunk
+    )
+    return jnp.where(ids_in_range(part, model.cfg), loss, jnp.nan)
 
   def place(grads):
     grads = jax.tree_util.tree_map_with_path(only_trained, grads)
     return jax.tree.map(jax.lax.with_sharding_constraint, grads, gradients)
 
-  def gradient(state: State, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
+  def gradient(state: TrainState, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
     tokens = jnp.sum(batch["mask"])
     scale = 1 / jnp.maximum(tokens, 1).astype(jnp.float32)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -76,15 +78,15 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients:
     def of_part(index, part):
       # Scaled before the backward pass: its numbers then do not grow with the size of the batch.
       B, model = part["ids"].shape[0], nnx.merge(graph, state.all_params)
-      keys_B = row_keys(key, index * B, B)
-      scaled = lambda params, rows: scale * loss_sum(join(params, state.frozen), rows, part, keys_B)
+      keys_B = per_row_keys(key, index * B, B)
+      scaled = lambda params, rows: scale * loss_sum(combine(params, state.frozen), rows, part, keys_B)
       loss, (grads, d_rows) = jax.value_and_grad(scaled, (0, 1))(state.params, model.embed_tokens(part["ids"]))
       return loss, place(model.add_embedding_grads(grads, part["ids"], d_rows))
 
     A = batch["ids"].shape[0]
     if A == 1:  # no second copy of the gradient for runs that do not accumulate
       return *of_part(0, jax.tree.map(lambda x: x[0], batch)), tokens
-    # In float32, also where weights are a copy in bfloat16 (`offload.make_gradient_of_copy`).
+    # In float32, also where weights are a copy in bfloat16 (`offload.make_copy_grad_fn`).
     zeros = place(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.params))
     add = lambda total, xs: (jax.tree.map(lambda t, part: t + part.astype(t.dtype), total, of_part(*xs)), None)
     (loss, grads), _ = jax.lax.scan(add, (jnp.float32(0), zeros), (jnp.arange(A), batch))
@@ -93,17 +95,17 @@ def make_gradient(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients:
   return gradient
 
 
-def make_look(not_finite: Callable) -> Callable:
+def make_grad_stats(not_finite: Callable) -> Callable:
   """Returns `look(gradient, state) -> (norm, bad)`: for each leaf of the two in order whether it is not finite.
 
   Args:
-    not_finite: `sharding.not_finite_on` for (gradient, state).
+    not_finite: `sharding.make_nonfinite_check` for (gradient, state).
   """
   norm = lambda grads: optax.tree_utils.tree_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
   return lambda grads, state: (norm(grads), not_finite((grads, state)))
 
 
-def make_update(tx: optax.GradientTransformation, trained: Any = ()) -> Callable:
+def make_update_fn(tx: optax.GradientTransformation, trained: Any = ()) -> Callable:
   """Returns `update(good, gradient, scale, rate, keys, params, opt) -> (params, opt)`, as before where `good` is false.
 
   `scale` is what the gradient is multiplied with, `rate` the learning rate, and `keys` what each parameter is rounded by.
@@ -111,7 +113,7 @@ def make_update(tx: optax.GradientTransformation, trained: Any = ()) -> Callable
   Args:
     trained: `ModelConfig.trained`.
   """
-  only_trained = masked(trained)
+  only_trained = make_layer_mask(trained)
 
   def update(
     good: jax.Array, grads: Any, scale: jax.Array, rate: jax.Array, keys: Any, params: Any, opt: Any
@@ -124,7 +126,7 @@ def make_update(tx: optax.GradientTransformation, trained: Any = ()) -> Callable
       direction, opt = tx.update(jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads), opt, precise)
 
       def move(path, old, p, d, key):
-        return rounding.layers_by_chance(p - rate * only_trained(path, d), old.dtype, key)
+        return rounding.stochastic_round_layers(p - rate * only_trained(path, d), old.dtype, key)
 
       return jnp.bool(False), jax.tree_util.tree_map_with_path(move, params, precise, direction, keys), opt
 
@@ -140,7 +142,7 @@ def make_train_step(
 
   When loss, gradient, or a leaf of the state is not finite, the step changes nothing but `state.step`: `metrics["bad"]` is
   true, and `metrics["bad_leaves"]` tells which leaves of the gradient, and then of the weights and of the optimizer state, are
-  not finite (`name_bad_leaves`). A weight that is no number shows here even where no row of the batch reads it. It is the old
+  not finite (`nonfinite_leaf_names`). A weight that is no number shows here even where no row of the batch reads it. It is the old
   state that is looked at: the new one would have to exist whole beside it (1.3 GiB more on each of eight H100 for GPT-J-6B).
 
   Args:
@@ -148,14 +150,14 @@ def make_train_step(
     seed: of the run.
   """
 
-  def train_step(state: State, batch: dict) -> tuple[State, dict]:
+  def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
     loss, grads, tokens = gradient(state, batch)
     norm, bad_leaves = look(grads, state.checkpointable)
     good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~bad_leaves.any()
     scale = jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else jnp.float32(1)
     rate = schedule(state.step)
 
-    keys = rounding.keys(seed, state.step, state.params)
+    keys = rounding.rounding_keys(seed, state.step, state.params)
     params, opt = update(good, grads, scale, rate, keys, state.params, state.opt_state)
     metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
     metrics |= {"bad": ~good, "bad_leaves": bad_leaves}
@@ -164,26 +166,30 @@ def make_train_step(
   return train_step
 
 
-def in_range(part: dict, cfg: Any) -> jax.Array:
+def ids_in_range(part: dict, cfg: Any) -> jax.Array:
   """Whether ids and targets are ones that the tables have: XLA takes the nearest row for one that is not, in silence."""
   inside = lambda ids, rows: jnp.all((ids >= 0) & (ids < rows))
   return inside(part["ids"], cfg.V) & inside(part["targets"], max(cfg.V, cfg.classes))
 
 
-def name_bad_leaves(bad_leaves: Any, state: State) -> list[str]:
+def nonfinite_leaf_names(bad_leaves: Any, state: TrainState) -> list[str]:
   """The names behind `metrics["bad_leaves"]`."""
   names = lambda tree: [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-  every = [f"the gradient of {name}" for name in names(state.params)] + [name[1:] for name in names(state.checkpointable)]
+  every = [f"the gradient of {name}" for name in names(state.params)] + [
+    name[1:] for name in names(state.checkpointable)
+  ]
   return [name for name, bad in zip(every, bad_leaves, strict=True) if bad]
 
 
-def hidden(model: Any, part: dict, keys_B: jax.Array | None = None, rows_BTD: jax.Array | None = None) -> jax.Array:
+def hidden_states(
+  model: Any, part: dict, keys_B: jax.Array | None = None, rows_BTD: jax.Array | None = None
+) -> jax.Array:
   """Hidden states (B, T, D) of a part of a batch."""
   how = {"segments_BT": part.get("segments"), "positions_BT": part.get("positions")}
   return model(part["ids"], **how, keys_B=keys_B, rows_BTD=rows_BTD)
 
 
-class Evaluation(NamedTuple):
+class EvalResult(NamedTuple):
   """What a model makes of a text."""
 
   loss: float  # nats per unmasked target
@@ -209,12 +215,12 @@ class Evaluation(NamedTuple):
 
 
 def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> Callable:
-  """Returns `eval_step(params, batch) -> sums` as in `Evaluation`, so that batches of any size add up exactly."""
+  """Returns `eval_step(params, batch) -> sums` as in `EvalResult`, so that batches of any size add up exactly."""
 
   def eval_step(params: Any, batch: dict) -> tuple[jax.Array, ...]:
     model = nnx.merge(graph, params)
     part = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
-    h_BTD = hidden(model, part)
+    h_BTD = hidden_states(model, part)
     loss = cross_entropy_sum(h_BTD, model.head(), part["targets"], part["mask"], loss_chunk)
     sums = loss, jnp.sum(part["mask"])
     if not model.cfg.classes:
@@ -227,7 +233,7 @@ def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> Callable:
   return eval_step
 
 
-def evaluate(eval_step: Callable, params: Any, batches: Iterable[dict]) -> Evaluation:
+def evaluate(eval_step: Callable, params: Any, batches: Iterable[dict]) -> EvalResult:
   """The model on all batches. Sums stay on the device until the end, and no batch waits for the one before it, but on a CPU."""
   found = []
   for batch in batches:
@@ -239,4 +245,4 @@ def evaluate(eval_step: Callable, params: Any, batches: Iterable[dict]) -> Evalu
   losses, counts, *confusions = zip(*found, strict=True)
   tokens = sum(int(count) for count in counts)
   loss = sum(float(loss) for loss in losses) / max(tokens, 1)
-  return Evaluation(loss, tokens, sum(np.asarray(one, np.int64) for one in confusions[0]) if confusions else None)
+  return EvalResult(loss, tokens, sum(np.asarray(one, np.int64) for one in confusions[0]) if confusions else None)

@@ -12,20 +12,20 @@ from pathlib import Path
 from types import TracebackType
 
 # Variables that a library may refuse while it is imported. Others, such as PATH, are words that any message may have.
-PREFIXES = ("JAX_", "XLA_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "DATASETS_", "TF_")
+ENV_PREFIXES = ("JAX_", "XLA_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "DATASETS_", "TF_")
 STREAMS = {"stdin": (0, "r"), "stdout": (1, "w"), "stderr": (2, "w")}
-NARROWEST = 40  # columns: below it rich cuts numbers
+MIN_COLUMNS = 40  # columns: below it rich cuts numbers
 
 
-def set_right() -> None:
+def setup() -> None:
   """Give the process what its parent did not."""
-  _open_closed_streams()
-  _find_a_home()
-  _print_wide_enough()
-  sys.excepthook = _tell_variable  # until `errors.run_command` takes over
+  _reopen_std_streams()
+  _ensure_home()
+  _ensure_min_width()
+  sys.excepthook = _env_error_hook  # until `errors.run_command` takes over
 
 
-def _open_closed_streams() -> None:
+def _reopen_std_streams() -> None:
   """A stream that was closed (`>&-`) becomes the null device. Else the next file that is opened would take its place, and
   whatever a library prints would be written into it."""
   closed = [name for name in STREAMS if getattr(sys, name) is None]
@@ -39,7 +39,7 @@ def _open_closed_streams() -> None:
     setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
 
 
-def _find_a_home() -> None:
+def _ensure_home() -> None:
   """Where neither $HOME nor the user's entry in /etc/passwd says where caches may lie, as in a container that runs as another
   user than its image has: a folder of temporary files, of this user alone."""
   if os.environ.get("HOME"):
@@ -56,16 +56,16 @@ def _find_a_home() -> None:
     os.environ["HOME"] = str(home) if own else tempfile.mkdtemp(prefix="jaxft-home-")
 
 
-def _print_wide_enough() -> None:
+def _ensure_min_width() -> None:
   """$COLUMNS is 0 in some containers and under expect."""
   columns = os.environ.get("COLUMNS", "")
-  if columns.isdecimal() and int(columns) < NARROWEST:
-    os.environ["COLUMNS"] = str(NARROWEST)
+  if columns.isdecimal() and int(columns) < MIN_COLUMNS:
+    os.environ["COLUMNS"] = str(MIN_COLUMNS)
 
 
-def _tell_variable(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _env_error_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
   """An import that fails at a variable of the environment, such as JAX_ENABLE_X64=maybe, ends in one line with exit code 2."""
-  said, variables = str(error), {name: it for name, it in os.environ.items() if name.startswith(PREFIXES)}
+  said, variables = str(error), {name: it for name, it in os.environ.items() if name.startswith(ENV_PREFIXES)}
   named = [name for name in variables if re.search(rf"\b{re.escape(name)}\b", said.upper())]
   named += [name for name, value in variables.items() if value and repr(value) in said]
   if kind is ValueError and named:

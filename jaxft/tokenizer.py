@@ -16,20 +16,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxft import config as settings
 from jaxft import parsers
-from jaxft.backend import must_run_on, prepare_backend
+from jaxft.backend import configure_jax, require_device
 from jaxft.data import sources
-from jaxft.data.report import examples
+from jaxft.data.report import read_examples
 from jaxft.data.tokens import TokenizerInfo
 from jaxft.errors import RequestError, StorageError, run_command
-from jaxft.files import refused, write_whole
+from jaxft.files import atomic_write, write_failure
 from jaxft.hf import added_tokens, repo
 from jaxft.hf import tokenizer as tokenizers
-from jaxft.hf.verify import in_words
+from jaxft.hf.verify import format_parity
 
-END = "<|endoftext|>"
-BYTES = 256  # of which every text is made: the first tokens after the end token
+END_OF_TEXT = "<|endoftext|>"
+NUM_BYTES = 256  # of which every text is made: the first tokens after the end token
 # GPT-2 124M, whose sizes are a beginning: n_positions is the longest row, and n_embd, n_layer and n_head are free.
-GPT2 = {
+GPT2_CONFIG = {
   "model_type": "gpt2",
   "architectures": ["GPT2LMHeadModel"],
   "n_positions": 1024,
@@ -48,7 +48,7 @@ GPT2 = {
 }
 
 
-def write(texts: Iterable[str], vocab_size: int, folder: Path, **sizes: int | float) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, **sizes: int | float) -> Tokenizer:
   """Writes a byte-level BPE tokenizer as GPT-2's, learned from `texts`, and the config.json of a GPT-2 with its vocabulary.
 
   Args:
@@ -57,27 +57,29 @@ def write(texts: Iterable[str], vocab_size: int, folder: Path, **sizes: int | fl
 
   Raises RequestError for a vocabulary that cannot hold all bytes, StorageError when the folder cannot be written.
   """
-  if vocab_size <= BYTES:
-    raise RequestError(f"--vocab_size={vocab_size}: must be at least {BYTES + 1}, for {BYTES} bytes and the end token")
+  if vocab_size <= NUM_BYTES:
+    raise RequestError(
+      f"--vocab_size={vocab_size}: must be at least {NUM_BYTES + 1}, for {NUM_BYTES} bytes and the end token"
+    )
   tokenizer = Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
   alphabet = pre_tokenizers.ByteLevel.alphabet()
   trainer = trainers.BpeTrainer(
-    vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
   )
   tokenizer.train_from_iterator(texts, trainer)
   from transformers import PreTrainedTokenizerFast  # most of a second to import
 
-  config = GPT2 | {"vocab_size": tokenizer.get_vocab_size()} | sizes
+  config = GPT2_CONFIG | {"vocab_size": tokenizer.get_vocab_size()} | sizes
   config |= {"n_ctx": config["n_positions"]}
-  wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
+  wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    tokenizers.write(wrapped, folder, folder, positions=config["n_positions"], pad_token_id=None)
+    atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    tokenizers.save(wrapped, folder, folder, positions=config["n_positions"], pad_token_id=None)
   except OSError as error:
-    raise StorageError(f"--out={str(folder)!r}: {refused(folder, error)}") from error
+    raise StorageError(f"--out={str(folder)!r}: {write_failure(folder, error)}") from error
   return tokenizer
 
 
@@ -89,28 +91,28 @@ def main() -> None:
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise RequestError(f"--out={arguments.out!r}: it is there; name a new folder")
   if arguments.model:
-    prepare_backend()
-    must_run_on(None)
-    source = repo.find(arguments.model, arguments.revision, torch_bin=arguments.torch_bin)
-    grown, ids, parity = added_tokens.write(source, arguments.add, out)
-    print(f"{', '.join(f'{name} is {id}' for name, id in ids.items())}; {out}: {in_words(parity)}")
-    print(_roles(grown))
+    configure_jax()
+    require_device(None)
+    source = repo.resolve(arguments.model, arguments.revision, torch_bin=arguments.torch_bin)
+    grown, ids, parity = added_tokens.add_tokens(source, arguments.add, out)
+    print(f"{', '.join(f'{name} is {id}' for name, id in ids.items())}; {out}: {format_parity(parity)}")
+    print(_describe_roles(grown))
     return
-  if lines := sources.faults({"train": arguments.data}):
+  if lines := sources.validate({"train": arguments.data}):
     raise RequestError("\n".join(line.replace("config.data.train", "--data") for line in lines))
   data = settings.default().data
   data.text_column = arguments.text_column
   nothing = collections.Counter()
   tell = lambda line: print(line, file=sys.stderr)
-  texts = (example.text for example in examples(tuple(arguments.data), "train", data, nothing, nothing, tell))
-  tokens = write(texts, arguments.vocab_size, out).get_vocab_size()
+  texts = (example.text for example in read_examples(tuple(arguments.data), "train", data, nothing, nothing, tell))
+  tokens = train_tokenizer(texts, arguments.vocab_size, out).get_vocab_size()
   print(
     f"{tokens:,} tokens in {out}/tokenizer.json, and {out}/config.json of a GPT-2 124M with them: change its n_embd, "
     f"n_layer, n_head and n_positions for another size, then --config.model.init=scratch --config.model.path={out}"
   )
 
 
-def _roles(tokenizer: Any) -> str:
+def _describe_roles(tokenizer: Any) -> str:
   """What the tokens with a role do from now on."""
   begins = TokenizerInfo(tokenizer).bos_id is not None
   line = f"a text ends with {tokenizer.eos_token!r} in training, and "

@@ -17,47 +17,47 @@ from jaxft import backend, command_line, model, optim, parts, sharding
 from jaxft import config as settings
 from jaxft import program as programs
 from jaxft.data import loader, sources, tokens
-from jaxft.data.report import ENDS_HELD_OUT, Data, prepare, run_length
+from jaxft.data.report import HELD_OUT_TAILS, PreparedData, num_rows_and_steps, prepare_data
 from jaxft.errors import Preempted, RequestError, first_line, run_command, same_command
-from jaxft.files import write_whole
+from jaxft.files import atomic_write
 from jaxft.hf import chosen, peft, push, repo, save
 from jaxft.hf import source as model_source
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.card import model_card
 from jaxft.hf.unload import EXPORT_DTYPES
-from jaxft.hf.verify import in_words
+from jaxft.hf.verify import format_parity
 from jaxft.plan import estimate, figures, flops, show, targets
-from jaxft.plan.answer import model_facts, plan_here
+from jaxft.plan.answer import plan_from_compiled, resolve_model_config
 from jaxft.run import checkpoint, hosts
-from jaxft.run.about import leaving_a_report
-from jaxft.run.checkpoint import Checkpoints, nbytes
+from jaxft.run.about import record_run
+from jaxft.run.checkpoint import CheckpointManager, tree_nbytes
 from jaxft.run.guards import (
-  StopRequest,
+  PreemptionHandler,
+  check_disk_space,
+  check_movable,
+  check_not_an_input,
   has_content,
+  lock_workdir,
   move_aside,
-  must_be_movable,
-  must_have_room,
-  must_not_be_read,
-  only_writer,
 )
-from jaxft.run.judge import Judge
-from jaxft.run.profile import Profile
-from jaxft.run.resume import best_weights, refuse_another_run, resume
+from jaxft.run.judge import Evaluator
+from jaxft.run.profile import Profiler
+from jaxft.run.resume import check_same_run, restore_best, restore_latest
 from jaxft.run.system import SystemMetrics
-from jaxft.run.tracking import Meter, Reporter, console, due_at, say
-from jaxft.run.writers import Writers, missing
+from jaxft.run.tracking import ProgressBar, Reporter, console, due_at, log
+from jaxft.run.writers import TrackerGroup, missing_packages
 from jaxft.sample import Generator
-from jaxft.step import State, name_bad_leaves
-from jaxft.units import count
-from jaxft.weights import first as first_weights
-from jaxft.weights import plain, plain_shapes
+from jaxft.step import TrainState, nonfinite_leaf_names
+from jaxft.units import format_count
+from jaxft.weights import load_or_init_params as first_weights
+from jaxft.weights import merge_params, merged_shapes
 
-SMALLER = (
+OOM_ADVICE = (
   "a smaller config.train.micro_batch_size, config.memory.remat=full or config.memory.loss_chunk=128 need less memory"
 )
 
 
-class Run(NamedTuple):
+class TrainOutput(NamedTuple):
   """A finished run."""
 
   workdir: Path
@@ -66,38 +66,38 @@ class Run(NamedTuple):
   export: Path  # the Hugging Face folder
 
 
-def check(config: ConfigDict, workdir: Path, overwrite: bool = False) -> None:
+def validate(config: ConfigDict, workdir: Path, overwrite: bool = False) -> None:
   """Raises RequestError with every fault that can be seen without building anything."""
-  lines = settings.faults(config)
+  lines = settings.validate(config)
   if not lines:
-    out = export_folder(config, workdir)
-    lines += [f"config.export.out: {line}" for line in save.faults(out)]
-    lines += [f"--workdir: {line}" for line in checkpoint.faults(workdir / "checkpoints")]
-    lines += [f"--workdir: {line}" for line in save.faults_of_workdir(workdir)]
+    out = export_dir(config, workdir)
+    lines += [f"config.export.out: {line}" for line in save.validate(out)]
+    lines += [f"--workdir: {line}" for line in checkpoint.validate_path(workdir / "checkpoints")]
+    lines += [f"--workdir: {line}" for line in save.validate_workdir(workdir)]
     there, here = out.resolve(), workdir.resolve()
-    own = [here / name for name in sources.OWN_FOLDERS if name != "export"]
+    own = [here / name for name in sources.RUN_FOLDERS if name != "export"]
     if there in (here, *here.parents) or any(there.is_relative_to(folder) for folder in own):
       lines.append(f"config.export.out={str(out)!r}: the run itself is written there; name a folder of its own")
     if config.model.path and repo.is_local(config.model.path) and Path(config.model.path).resolve() == here:
       lines.append(
         f"--workdir: {str(workdir)!r} is config.model.path, whose config.json the run would replace by its own"
       )
-    elif save.is_model(workdir) and not overwrite:
+    elif save.is_hf_model(workdir) and not overwrite:
       lines.append(
         f"--workdir: {str(workdir)!r} has the config.json of a model, which the run would replace by its own; name another "
         "folder, or have all of it moved aside by --overwrite_output_dir"
       )
     if config.export.push_to_hub:
-      lines += [f"config.export.{line}" for line in push.faults(config.export.push_to_hub)]
-    lines += sources.faults(config.data)
-    lines += missing(config)
+      lines += [f"config.export.{line}" for line in push.validate(config.export.push_to_hub)]
+    lines += sources.validate(config.data)
+    lines += missing_packages(config)
   if not lines:  # reading a model's config takes seconds, most of them to import transformers
-    lines += repo.faults(config.model.path, config.model.init == "pretrained", config.model.torch_bin)
+    lines += repo.validate(config.model.path, config.model.init == "pretrained", config.model.torch_bin)
   if lines:
     raise RequestError("\n".join(lines))
 
 
-def adapted(config: ConfigDict, data: Data, total_steps: int) -> list[str]:
+def small_data_warnings(config: ConfigDict, data: PreparedData, total_steps: int) -> list[str]:
   """A line for each thing that this run does in another way than `config` says, as its data is too small for it.
 
   Raises RequestError for what needs an evaluation where nothing is held out.
@@ -105,46 +105,48 @@ def adapted(config: ConfigDict, data: Data, total_steps: int) -> list[str]:
   lines, rows, train = [], len(data.train), config.train
   if rows < train.batch_size:
     lines.append(
-      f"config.train.batch_size={train.batch_size}: the training text fills only {count(rows, 'row')}, so each step takes "
+      f"config.train.batch_size={train.batch_size}: the training text fills only {format_count(rows, 'row')}, so each step takes "
       "all of it and masks the rest of the batch"
     )
   if config.optim.warmup_steps > total_steps:
     steps = optim.warmup_steps(config.optim, total_steps)
     lines.append(
-      f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {count(total_steps, 'step')} of the run; "
-      f"{count(steps, 'step')} instead, a tenth of them"
+      f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {format_count(total_steps, 'step')} of the run; "
+      f"{format_count(steps, 'step')} instead, a tenth of them"
     )
   if not data.validation:
     for name in ("keep_best_metric", "early_stopping_patience"):
       if train[name]:
         raise RequestError(
-          f"config.train.{name}={train[name]!r}: nothing is held out of {count(data.report['rows']['read'], 'row')}; "
+          f"config.train.{name}={train[name]!r}: nothing is held out of {format_count(data.report['rows']['read'], 'row')}; "
           "name sources in config.data.validation"
         )
     lines.append("nothing is held out, so there is no eval loss; config.data.validation names text to evaluate on")
   return lines
 
 
-def _in_words(report: dict[str, Any], rows: int) -> str:
+def _data_summary(report: dict[str, Any], rows: int) -> str:
   """What is trained on, held out and left out, in a line."""
-  documents, of_tokens, ends = report["rows"], report["tokens"], report["notes"].get(ENDS_HELD_OUT, 0)
-  held_out = f"the ends of {count(ends, 'document')}" if ends else count(documents["held_out"], "document")
+  documents, of_tokens, ends = report["rows"], report["tokens"], report["notes"].get(HELD_OUT_TAILS, 0)
+  held_out = (
+    f"the ends of {format_count(ends, 'document')}" if ends else format_count(documents["held_out"], "document")
+  )
   left_out = ", ".join(f"{reason}: {n:,}" for reason, n in documents["dropped"].items() if n)
   return (
-    f"{count(documents['trained'], 'document')} with {count(of_tokens['trained'], 'token')} to train on, in "
-    f"{count(rows, 'row')} of {report['sequence_length']}; {held_out} with {count(of_tokens['held_out'], 'token')} held out"
+    f"{format_count(documents['trained'], 'document')} with {format_count(of_tokens['trained'], 'token')} to train on, in "
+    f"{format_count(rows, 'row')} of {report['sequence_length']}; {held_out} with {format_count(of_tokens['held_out'], 'token')} held out"
     + (f"; left out: {left_out}" if left_out else "")
   )
 
 
-def export_folder(config: ConfigDict, workdir: Path) -> Path:
+def export_dir(config: ConfigDict, workdir: Path) -> Path:
   return Path(config.export.out) if config.export.out else workdir / "export"
 
 
-def _read_by(config: ConfigDict) -> list[Path]:
+def _input_paths(config: ConfigDict) -> list[Path]:
   """The files and folders that a run reads."""
   data = config.data
-  named = [sources.weighted(name)[0] for name in data.train] + [*data.validation, *data.unrelated]
+  named = [sources.parse_weight(name)[0] for name in data.train] + [*data.validation, *data.unrelated]
   named += [config.model.path, config.model.config, config.model.tokenizer, data.cache_dir]
   return [Path(name) for name in named if name and not name.startswith("hub:")]
 
@@ -158,7 +160,7 @@ def finetune(
   allow_change: bool = False,
   overwrite: bool = False,
   require: str | None = None,
-) -> Run | None:
+) -> TrainOutput | None:
   """Fine-tunes as `config` says, continuing what `workdir` holds, and exports the result.
 
   Args:
@@ -173,38 +175,38 @@ def finetune(
   Raises:
     RequestError, NumericsError, StorageError, Preempted: see `jaxft.errors`.
   """
-  workdir, config = Path(workdir), settings.normalised(config)
-  backend.must_be_known(require)
-  backend.prepare_backend()
+  workdir, config = Path(workdir), settings.normalize(config)
+  backend.validate_require(require)
+  backend.configure_jax()
   flags = {"--workdir": workdir, "--dry_run": dry_run, "--strict": strict, "--allow_change": allow_change}
   flags |= {"--overwrite_output_dir": overwrite}
-  hosts.agree("command", flags | settings.named(config) | hosts.versions())
-  check(config, workdir, overwrite)
+  hosts.assert_all_equal("command", flags | settings.with_prefix(config) | hosts.package_versions())
+  validate(config, workdir, overwrite)
   if config.memory.offload != "none":
-    backend.limit_pinned_memory(programs.bytes_on_every_host(config, model_facts(config)))
-  backend.must_run_on(require)
+    backend.limit_pinned_memory(programs.max_host_bytes(config, resolve_model_config(config)))
+  backend.require_device(require)
   beginning = time.monotonic()
   with contextlib.ExitStack() as until_the_end:
-    stop = until_the_end.enter_context(StopRequest())
+    stop = until_the_end.enter_context(PreemptionHandler())
     if not dry_run:
       if overwrite:
-        must_not_be_read(workdir, _read_by(config))
-      until_the_end.enter_context(only_writer(workdir))
-      hosts.must_share(workdir)
+        check_not_an_input(workdir, _input_paths(config))
+      until_the_end.enter_context(lock_workdir(workdir))
+      hosts.check_shared_folder(workdir)
       if overwrite and jax.process_index() == 0 and has_content(workdir):
-        must_be_movable(workdir)
+        check_movable(workdir)
     # ---- Mesh ----------------------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
     device = mesh.local_devices[0]
-    say(
+    log(
       f"{mesh.size} x {device.device_kind}, mesh " + " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     )
 
     # ---- Source: facts and tokenizer; no weights yet --------------------------------------------------------------------
     pretrained = config.model.init == "pretrained"
-    source = model_source.find(config.model)
+    source = model_source.resolve(config.model)
     if overwrite:  # adapters name a model of their own
-      must_not_be_read(workdir, [source.folder, source.tokenizer_folder])
+      check_not_an_input(workdir, [source.folder, source.tokenizer_folder])
     if source.adapter and config.lora.rank:
       raise RequestError(
         f"config.model.path={config.model.path!r}: a folder of adapters, and adapters on top of it could not be used "
@@ -217,36 +219,41 @@ def finetune(
     tokenizer = tokenizers.load(source.tokenizer_folder, source.cfg.V)
 
     for prompt in config.train.sample_prompts:
-      if (length := len(tokens.prompt_ids(tokenizer, prompt))) >= source.cfg.P:
+      if (length := len(tokens.encode_prompt(tokenizer, prompt))) >= source.cfg.P:
         raise RequestError(
           f"config.train.sample_prompts: {prompt[:40]!r}... has {length} tokens and the model {source.cfg.P} positions; "
           "shorten it"
         )
 
     # ---- Data: every document and every token accounted for ------------------------------------------------------------
-    with Meter("tokenising", 1) as meter:
+    with ProgressBar("tokenising", 1) as meter:
       told = lambda done, total: meter.update(done, total=total)
-      data = prepare(config.data, tokenizer, tokenizers.fingerprint(tokenizer), told, say)
+      data = prepare_data(config.data, tokenizer, tokenizers.fingerprint(tokenizer), told, log)
     if data.labels:
       some = ", ".join(map(str, data.labels[:20])) + ", ..." * (len(data.labels) > 20)
-      say(f"{len(data.labels)} classes: {some}")
-      source = repo.with_classes(source, data.labels, tokenizer)
+      log(f"{len(data.labels)} classes: {some}")
+      source = repo.with_class_head(source, data.labels, tokenizer)
       data = data.with_class_ids(source.labels)
     elif source.cfg.classes:
       raise RequestError(f"config.model.path={config.model.path!r}: a model that classifies; set config.model.head")
     save.check_exportable(source, tokenizer)
     frozen = bool(config.lora.rank or config.train.only)
     weights = repo.fingerprint(source, whole=frozen or jax.process_count() > 1) if pretrained else ""
-    same = {"config.data, as it is cut into tokens": data.fingerprint, "its validation text": data.validation_fingerprint}
+    same = {
+      "config.data, as it is cut into tokens": data.fingerprint,
+      "its validation text": data.validation_fingerprint,
+    }
     same |= {"config.data.unrelated": data.unrelated_fingerprint}
     same |= {"the files of config.model.path": weights}
-    hosts.agree("data", same | {f"config.json of the model: {key}": it for key, it in source.hf_config.items()})
+    hosts.assert_all_equal(
+      "data", same | {f"config.json of the model: {key}": it for key, it in source.hf_config.items()}
+    )
     rows = data.train
-    total_rows, total_steps = run_length(rows, config.train)
-    if total_steps > settings.LARGEST:
-      raise RequestError(f"config.train.epochs={config.train.epochs}: more than {settings.LARGEST:,} steps")
-    for line in adapted(config, data, total_steps):
-      say(line)
+    total_rows, total_steps = num_rows_and_steps(rows, config.train)
+    if total_steps > settings.MAX_INT:
+      raise RequestError(f"config.train.epochs={config.train.epochs}: more than {settings.MAX_INT:,} steps")
+    for line in small_data_warnings(config, data, total_steps):
+      log(line)
     about = {
       "config": config.to_dict(),
       "total_steps": total_steps,
@@ -255,44 +262,48 @@ def finetune(
       "rows_in_all": total_rows,
       "rows_of_step": min(len(rows), config.train.batch_size),
     }
-    about |= {"versions": dict(hosts.versions()), "started_in": str(Path.cwd()), "workdir": str(workdir.absolute())}
+    about |= {
+      "versions": dict(hosts.package_versions()),
+      "started_in": str(Path.cwd()),
+      "workdir": str(workdir.absolute()),
+    }
     about["local_model"] = repo.is_local(config.model.path)
-    say(f"{_in_words(data.report, len(rows))}; {count(total_steps, 'step')}")
+    log(f"{_data_summary(data.report, len(rows))}; {format_count(total_steps, 'step')}")
 
     # ---- Model: shapes and shardings -------------------------------------------------------------------------------------
-    cfg = chosen.as_configured(source.cfg, config, source.hf_config["model_type"])
-    program = programs.build(config, cfg, mesh, total_steps, rows[0])
-    programs.must_hold(program, config)
-    if warning := programs.may_not_be_pinned(program):
-      say(warning)
-    say(
-      f"{source.hf_config['model_type']} from {config.model.path}: {parts.count(program.state.all_params, cfg):,} parameters, "
-      + (f"{parts.count(program.state.params, cfg):,} of them trained, " if cfg.trained else "")
+    cfg = chosen.apply_config(source.cfg, config, source.hf_config["model_type"])
+    program = programs.build_train_program(config, cfg, mesh, total_steps, rows[0])
+    programs.check_fits(program, config)
+    if warning := programs.pinned_memory_warning(program):
+      log(warning)
+    log(
+      f"{source.hf_config['model_type']} from {config.model.path}: {parts.num_params(program.state.all_params, cfg):,} parameters, "
+      + (f"{parts.num_params(program.state.params, cfg):,} of them trained, " if cfg.trained else "")
       + f"computing in {program.compute.dtype}"
     )
 
     # ---- Workdir: is it this run's? ------------------------------------------------------------------------------------
     about |= {"model": dataclasses.asdict(cfg), "labels": data.labels, "frozen": weights if frozen else ""}
-    out = export_folder(config, workdir)
+    out = export_dir(config, workdir)
 
-    def opened() -> Checkpoints:
+    def opened() -> CheckpointManager:
       """The checkpoints of this run; raises where they are of another."""
       best, low_memory = config.train.keep_best_metric, program.offload != "none"
-      found = Checkpoints(workdir / "checkpoints", config.train.keep, best, writes=True, low_memory=low_memory)
+      found = CheckpointManager(workdir / "checkpoints", config.train.keep, best, writes=True, low_memory=low_memory)
       until_the_end.callback(found.close_quietly)
-      refuse_another_run(found, program.state.checkpointable, config, about, allow_change)
+      check_same_run(found, program.state.checkpointable, config, about, allow_change)
       return found
 
     checkpoints = None if dry_run or overwrite else opened()
     again = same_command(overwrite)
     if not dry_run:
       steps_of_epoch = -(-len(rows) // config.train.batch_size)
-      to_come = checkpoint.to_come(
+      to_come = checkpoint.num_new_checkpoints(
         checkpoints.steps() if checkpoints else [], total_steps, config.train, steps_of_epoch
       )
       exported = EXPORT_DTYPES[config.export.dtype].itemsize * model.parameter_count(source.cfg)
-      needed = {workdir / "checkpoints": to_come * nbytes(program.state.checkpointable), out: exported}
-      must_have_room(needed, f"{to_come} checkpoints of this run and its export")
+      needed = {workdir / "checkpoints": to_come * tree_nbytes(program.state.checkpointable), out: exported}
+      check_disk_space(needed, f"{to_come} checkpoints of this run and its export")
 
     # ---- Compile: what the step needs is known before any of it is taken ----------------------------------------------
     started = time.monotonic()
@@ -302,66 +313,69 @@ def finetune(
       eval_step = program.eval_step.lower(program.state.all_params, program.eval_batch).compile()
     except jax.errors.JaxRuntimeError as error:
       raise RequestError(
-        f"this run does not compile for {device.device_kind}: {first_line(error)}; {SMALLER}"
+        f"this run does not compile for {device.device_kind}: {first_line(error)}; {OOM_ADVICE}"
       ) from error
     if program.offload != "none":
-      backend.must_slice_right(train_step, device.platform)
-    memory = figures.memory_of_step(program, train_step.memory_analysis())["breakdown"]
-    say(
-      f"compiled in {time.monotonic() - started:.1f} s; a device needs {show.size(sum(memory.values()))}: "
-      + ", ".join(f"{what} {show.size(nbytes)}" for what, nbytes in memory.items() if nbytes)
+      backend.check_slices(train_step, device.platform)
+    memory = figures.memory_breakdown(program, train_step.memory_analysis())["breakdown"]
+    log(
+      f"compiled in {time.monotonic() - started:.1f} s; a device needs {show.format_bytes(sum(memory.values()))}: "
+      + ", ".join(f"{what} {show.format_bytes(nbytes)}" for what, nbytes in memory.items() if nbytes)
     )
     if dry_run:
       if jax.process_index() == 0:
-        console.print(show.table(plan_here(config, cfg, program, traced, train_step, eval_step)))
+        console.print(show.render_plan(plan_from_compiled(config, cfg, program, traced, train_step, eval_step)))
       return None
-    hosts.agree("compiled", {})  # a collective gives up on a process that comes 30 s late
+    hosts.assert_all_equal("compiled", {})  # a collective gives up on a process that comes 30 s late
 
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
     saved, tokens_seen = None, 0
     if checkpoints:
-      saved, tokens_seen = resume(checkpoints, program.state.checkpointable, total_steps, strict)
+      saved, tokens_seen = restore_latest(checkpoints, program.state.checkpointable, total_steps, strict)
     if saved is None:
-      state = programs.begin(program, *first_weights(program, cfg, source, config))
+      state = programs.init_train_state(program, *first_weights(program, cfg, source, config))
     else:
-      state = State(*saved, first_weights(program, cfg, source, config)[1] if cfg.trained else {})
+      state = TrainState(*saved, first_weights(program, cfg, source, config)[1] if cfg.trained else {})
     start = int(state.step)
     if overwrite:  # now that nothing is left to refuse
-      hosts.agree("read", {})
+      hosts.assert_all_equal("read", {})
       with stop.deferred():
         if jax.process_index() == 0 and has_content(workdir):
-          say(f"{workdir}: what was there is moved to {move_aside(workdir)}; a new run begins (--overwrite_output_dir)")
-        hosts.agree("moved", {})
+          log(f"{workdir}: what was there is moved to {move_aside(workdir)}; a new run begins (--overwrite_output_dir)")
+        hosts.assert_all_equal("moved", {})
       if jax.process_index() == 0 and out.is_dir() and any(out.iterdir()):
-        say(f"{out}: the export in it will be replaced when the run ends")
+        log(f"{out}: the export in it will be replaced when the run ends")
       checkpoints = opened()
     if jax.process_index() == 0:
-      write_whole(workdir / "config.json", settings.to_json(config))
-      write_whole(workdir / "data_report.json", data.to_json(config.train))
-      save.replace_config_and_tokenizer(workdir, source, tokenizer)
+      atomic_write(workdir / "config.json", settings.to_json(config))
+      atomic_write(workdir / "data_report.json", data.to_json(config.train))
+      save.save_run_model(workdir, source, tokenizer)
     kind = {"type": source.hf_config["model_type"], "compute_dtype": program.compute.dtype.name}
-    sizes = {"parameters": parts.count(program.state.all_params, cfg), "trained": parts.count(program.state.params, cfg)}
-    needs = {"planned": memory, "host": programs.bytes_on_host(program)}
+    sizes = {
+      "parameters": parts.num_params(program.state.all_params, cfg),
+      "trained": parts.num_params(program.state.params, cfg),
+    }
+    needs = {"planned": memory, "host": programs.host_bytes(program)}
     told = {"step": start, "total_steps": total_steps, "model": kind | sizes, "memory": needs}
-    until_the_end.enter_context(leaving_a_report(workdir, mesh, told))
-    model_flops = flops.of_model(cfg, config.train.batch_size, rows.seq_len)
-    at_peak = estimate.seconds_at_peak(targets.here(device, mesh.size), mesh.size, model_flops)
+    until_the_end.enter_context(record_run(workdir, mesh, told))
+    model_flops = flops.model_flops(cfg, config.train.batch_size, rows.seq_len)
+    at_peak = estimate.ideal_step_seconds(targets.local_target(device, mesh.size), mesh.size, model_flops)
     first = jax.process_index() == 0
     system = until_the_end.enter_context(SystemMetrics(first and config.tracking.system_metrics, workdir))
     reporter = Reporter(
       config, workdir, start, total_steps, tokens_seen, data.entropy_floor, device, at_peak, system, len(rows)
     )
-    writers = Writers(config, workdir, start, reporter.metrics, reporter.samples, first)
+    writers = TrackerGroup(config, workdir, start, reporter.metrics, reporter.samples, first)
     reporter.on_entry = until_the_end.enter_context(writers).log
     generator = Generator(program.graph, cfg, tokenizer.eos_token_id)
-    judge = Judge(config, program, eval_step, generator, data, tokenizer, reporter)
+    judge = Evaluator(config, program, eval_step, generator, data, tokenizer, reporter)
     if start == 0:
       judge.evaluate(state.all_params, 0, "before")
       judge.sample(state.all_params, 0, "before")
 
     # ---- Train: step n + 1 is under way before the numbers of step n are read -----------------------------------------
-    batches = loader.training_batches(
+    batches = loader.train_batches(
       rows,
       batch_size=config.train.batch_size,
       accumulation=program.batch["ids"].shape[0],
@@ -374,22 +388,22 @@ def finetune(
     step, pending, found, patience = start, None, {}, config.train.early_stopping_patience
     ended_early = start > 0 and 0 < patience <= reporter.evals_since_best()
     if ended_early and start < total_steps:
-      say(
+      log(
         f"config.train.early_stopping_patience={patience}: no lower eval loss in as many evaluations, so nothing more is "
         "trained; a higher one, or 0, goes on"
       )
-    name_leaves = lambda bad: name_bad_leaves(bad, program.state)
-    profile = Profile(workdir / "profile", start + 3, config.train.profile_steps, total_steps, reporter.clock.paused)
+    name_leaves = lambda bad: nonfinite_leaf_names(bad, program.state)
+    profile = Profiler(workdir / "profile", start + 3, config.train.profile_steps, total_steps, reporter.clock.paused)
     until_the_end.callback(stop.defer)  # a signal while trackers are waited for changes nothing of how the run ended
     reporter.clock.restart()
-    with stop.deferred(), profile, Meter("training", total_steps, start) as meter:
+    with stop.deferred(), profile, ProgressBar("training", total_steps, start) as meter:
       for step in range(start + 1, 0 if ended_early else total_steps + 1):
         profile.on_step_begin(step, pending)
         state, numbers = train_step(state, next(batches))
         told["reached"] = step
         if step == start + 1:
           jax.block_until_ready(numbers)
-          say(f"first step after {time.monotonic() - beginning:.1f} s")
+          log(f"first step after {time.monotonic() - beginning:.1f} s")
         if pending:
           reporter.log_step(step - 1, jax.device_get(pending), meter, name_leaves)
         profile.on_step_end(step, numbers)
@@ -416,7 +430,7 @@ def finetune(
           checkpoints.close()
           raise Preempted(f"{stop.received}: saved at step {step} of {total_steps}; {again} continues")
         if ended_early:
-          say(f"no lower eval loss in {patience} evaluations: ended at step {step} of {total_steps}")
+          log(f"no lower eval loss in {patience} evaluations: ended at step {step} of {total_steps}")
           break
       checkpoints.close()
       if stop.should_stop(total_steps + 1):
@@ -425,18 +439,18 @@ def finetune(
     # ---- What goes out: the last weights or, where they are kept, the best -----------------------------------------------
     if config.train.keep_best_metric:
       frozen, state = state.frozen, None  # there may be no room for two
-      step, best = best_weights(checkpoints, program.state.checkpointable, strict)
-      state = State(*best, frozen)
+      step, best = restore_best(checkpoints, program.state.checkpointable, strict)
+      state = TrainState(*best, frozen)
     judge.sample(state.all_params, step, "after")
     told["exported_step"] = step
 
     # ---- Export: a Hugging Face folder, read back and compared -----------------------------------------------------------
     state = state.checkpointable  # the frozen weights are read again, as precise as they are in the checkpoint
     if cfg.lora_rank:
-      peft.write(workdir / "adapter", state.params, cfg, source, config)
-    parity = save.export(
+      peft.save_adapters(workdir / "adapter", state.params, cfg, source, config)
+    parity = save.export_model(
       out,
-      plain(state.params, cfg, source, plain_shapes(program)),
+      merge_params(state.params, cfg, source, merged_shapes(program)),
       source,
       dtype=config.export.dtype,
       max_shard_size=config.export.max_shard_size,
@@ -446,28 +460,28 @@ def finetune(
     if jax.process_index() == 0:
       told["export"] = {"folder": str(out.absolute())} | {key: it for key, it in parity.items() if key != "sha256"}
       told["export"] |= {"adapter": str((workdir / "adapter").absolute())} if cfg.lora_rank else {}
-      say(f"exported to {out}: {in_words(parity)}")
+      log(f"exported to {out}: {format_parity(parity)}")
     if jax.process_index() == 0 and config.export.push_to_hub:
-      say(f"uploaded to {push.push(out, config.export.push_to_hub)}")
-    say(reporter.summary(step) if data.validation else "no eval loss: nothing was held out")
-  return Run(workdir, reporter.metrics.entries, reporter.samples.entries, out)
+      log(f"uploaded to {push.push_to_hub(out, config.export.push_to_hub)}")
+    log(reporter.summary(step) if data.validation else "no eval loss: nothing was held out")
+  return TrainOutput(workdir, reporter.metrics.entries, reporter.samples.entries, out)
 
 
 def main() -> None:
   arguments = command_line.parse_train()
   if arguments.print_config:
     if arguments.per_device:
-      backend.prepare_backend()
-      backend.must_run_on(arguments.require)
+      backend.configure_jax()
+      backend.require_device(arguments.require)
       arguments.per_device.apply_to(arguments.config, jax.device_count())
     print(settings.describe(arguments.config))
     return
   if arguments.overwrite_output_dir:
-    must_not_be_read(arguments.workdir, [arguments.config_file])
-  with hosts.joined(arguments.process_info, arguments.start_timeout, arguments.peer_timeout):
+    check_not_an_input(arguments.workdir, [arguments.config_file])
+  with hosts.distributed_context(arguments.process_info, arguments.start_timeout, arguments.peer_timeout):
     if arguments.per_device:
-      backend.prepare_backend()
-      backend.must_run_on(arguments.require)
+      backend.configure_jax()
+      backend.require_device(arguments.require)
       arguments.per_device.apply_to(arguments.config, jax.device_count())
     finetune(
       arguments.config,

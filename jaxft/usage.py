@@ -49,7 +49,7 @@ the exit code is 0.
 """
 
 
-def print_if_asked(command: list[str]) -> None:
+def print_help(command: list[str]) -> None:
   """Prints the usage of `python -m jaxft.X --help` and ends the process; returns where it is not asked for, or not known here.
 
   Args:

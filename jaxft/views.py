@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 
-def of_layers(blocks: Any, L: int) -> list[Any] | None:
+def unstack_layers(blocks: Any, L: int) -> list[Any] | None:
   """Of each of L layers the weights, nothing copied; None where that is not to be had: other devices, several, bfloat16.
 
   The views hold on to the stacked arrays, which cannot be donated while there is one.
   """
   leaves = jax.tree.leaves(blocks)
-  if not all(_readable(leaf) for leaf in leaves):
+  if not all(_is_viewable(leaf) for leaf in leaves):
     return None
   (device,) = leaves[0].devices()
   stacks = jax.tree.map(np.from_dlpack, blocks)
@@ -25,6 +25,6 @@ def of_layers(blocks: Any, L: int) -> list[Any] | None:
   return jax.device_put(layers, device, may_alias=True)
 
 
-def _readable(leaf: jax.Array) -> bool:
+def _is_viewable(leaf: jax.Array) -> bool:
   on = leaf.devices()
   return len(on) == 1 and next(iter(on)).platform == "cpu" and leaf.dtype == np.float32

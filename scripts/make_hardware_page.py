@@ -23,7 +23,7 @@ from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
 from jaxft.model import parameter_count
 from jaxft.plan import compile, show, targets
-from jaxft.plan.fit import MARGIN
+from jaxft.plan.fit import MEMORY_MARGIN
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, CONFIGS = ROOT / "docs" / "hardware.md", sorted((ROOT / "configs").glob("*.py"))
@@ -72,13 +72,13 @@ class Cells:
     """Bytes of a device with so many rows on each; infinite where the compiler refuses."""
     key = (model, target.name, kept, rows)
     if key not in self._known:
-      cfg = facts.model_config(PUBLISHED[model])
+      cfg = facts.from_hf_config(PUBLISHED[model])
       config = settings.default()
       config.model.path, config.data.train, config.train.steps = model, ("texts",), 100
       config.data.sequence_length, config.train.batch_size = cfg.P, 2 * rows * target.count
       config.train.micro_batch_size, config.model.dropout = rows, 0.0
       config.memory.remat, config.memory.loss_chunk, config.memory.offload = "full", 256, kept
-      found = self._compiler(compile.Request(settings.to_json(config), dataclasses.asdict(cfg), target.name))
+      found = self._compiler(compile.CompileRequest(settings.to_json(config), dataclasses.asdict(cfg), target.name))
       self._known[key] = max(found.get("peak_bytes", math.inf), found.get("eval_peak_bytes", 0))
       print(f"{model} {target.name} {kept} {rows}: {self._known[key] / 2**30:.2f} GiB", file=sys.stderr, flush=True)
     return self._known[key]
@@ -93,15 +93,15 @@ class Cells:
 
   def likely(self, model: str, target: targets.Target, kept: str) -> int:
     """The most rows that fit, if the peak grows in a straight line; 1 where one is too many."""
-    if self.peak(model, target, kept, 1) > (room := (1 - MARGIN) * target.usable_bytes):
+    if self.peak(model, target, kept, 1) > (room := (1 - MEMORY_MARGIN) * target.usable_bytes):
       return 1
     one, slope = self.line(model, target, kept)
     return max(rows for rows in (2**n for n in range(MOST_ROWS.bit_length())) if one + (rows - 1) * slope <= room)
 
   def largest(self, model: str, target: targets.Target, kept: str) -> tuple[int, float] | None:
     """The most rows that fit, with their peak; None where one is too many."""
-    room = (1 - MARGIN) * target.usable_bytes
-    state = 16 * parameter_count(facts.model_config(PUBLISHED[model])) / target.count
+    room = (1 - MEMORY_MARGIN) * target.usable_bytes
+    state = 16 * parameter_count(facts.from_hf_config(PUBLISHED[model])) / target.count
     if kept == "none" and state > room:  # float32 weights, gradient and two moments
       return None
     rows = self._before.get((model, target.name, kept)) or self.likely(model, target, kept)
@@ -122,7 +122,7 @@ class Cells:
         return "the compiler fails"
       if found:
         rows, peak = found
-        return f"{rows}, {show.size(peak)}" + ("" if kept == "none" else f", `{kept}`")
+        return f"{rows}, {show.format_bytes(peak)}" + ("" if kept == "none" else f", `{kept}`")
     return "-"
 
 
@@ -152,17 +152,17 @@ def config_lines() -> list[str]:
       peak = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0))
       seconds = plan["step_seconds_estimate"]
       lines.append(
-        f"| `{file.name}` | {device} | {show.size(peak)} of {show.size(plan['usable_bytes'])} | "
-        f"{show.size(plan['host_bytes']) if plan['host_bytes'] else '-'} | {f'{seconds:.1f} s' if seconds else '-'} |"
+        f"| `{file.name}` | {device} | {show.format_bytes(peak)} of {show.format_bytes(plan['usable_bytes'])} | "
+        f"{show.format_bytes(plan['host_bytes']) if plan['host_bytes'] else '-'} | {f'{seconds:.1f} s' if seconds else '-'} |"
       )
       print(lines[-1], flush=True)
   return lines
 
 
 def main() -> None:
-  wanted = [targets.find(name) for name in TARGETS]
+  wanted = [targets.parse_device(name) for name in TARGETS]
   lines = [
-    "| | " + " | ".join(f"{it.name}, {show.size(it.usable_bytes)}" for it in wanted) + " |",
+    "| | " + " | ".join(f"{it.name}, {show.format_bytes(it.usable_bytes)}" for it in wanted) + " |",
     "|---" * (len(wanted) + 1) + "|",
   ]
   with compile.Compiler() as compiler:
@@ -170,14 +170,14 @@ def main() -> None:
     for model in MODELS:
       lines.append(f"| {model.rpartition('/')[2]} | " + " | ".join(cells.cell(model, it) for it in wanted) + " |")
       print(lines[-1], flush=True)
-  gptj = facts.model_config(PUBLISHED["EleutherAI/gpt-j-6b"])
+  gptj = facts.from_hf_config(PUBLISHED["EleutherAI/gpt-j-6b"])
   versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jax-cuda13-plugin", "libtpu"))
   head = HEAD.format(
     most=MOST_ROWS,
-    input=show.size(2 * gptj.L * gptj.P * gptj.D),
+    input=show.format_bytes(2 * gptj.L * gptj.P * gptj.D),
     date=datetime.date.today(),
     versions=versions,
-    margin=f"{MARGIN:.0%}",
+    margin=f"{MEMORY_MARGIN:.0%}",
   )
   page = head + "\n".join(lines) + "\n"
   PAGE.write_text(page, encoding="utf-8")  # an hour's work, whatever a config does

@@ -32,7 +32,7 @@ def write_stories(file: Path, genre: str, seeds: range) -> None:
 def write_tokenizer(folder: Path) -> None:
   """A tokenizer learned from both genres, and GPT-2's config.json at another size."""
   texts = (story_grammar.write(genre, seed).text for genre in story_grammar.GENRES for seed in PRETRAIN[:2000])
-  tokenizer.write(texts, VOCABULARY, folder, **SHAPE)
+  tokenizer.train_tokenizer(texts, VOCABULARY, folder, **SHAPE)
 
 
 def pretrain(empty: Path, text: Path, workdir: Path) -> Path:

@@ -74,8 +74,8 @@ FAULTS = (
   Fault(
     "merging leaves out the scale of adapters",
     "jaxft/lora.py",
-    "change = (cfg.lora_scale * product(a[i], b[i], places)[columns] for i in range(len(a))[rows])",
-    "change = (product(a[i], b[i], places)[columns] for i in range(len(a))[rows])",
+    "change = (cfg.lora_scale * lora_delta(a[i], b[i], places)[columns] for i in range(len(a))[rows])",
+    "change = (lora_delta(a[i], b[i], places)[columns] for i in range(len(a))[rows])",
     ("test_lora.py",),
   ),
   # ---- A step ------------------------------------------------------------------------------------------------------------

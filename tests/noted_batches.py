@@ -26,7 +26,7 @@ def noted(batches, file: Path):
 
 if __name__ == "__main__":
   file, *arguments = sys.argv[1:]
-  original = loader.training_batches
-  loader.training_batches = lambda *args, **how: noted(original(*args, **how), Path(file))
+  original = loader.train_batches
+  loader.train_batches = lambda *args, **how: noted(original(*args, **how), Path(file))
   sys.argv = ["jaxft.train", *arguments]
   runpy.run_module("jaxft.train", run_name="__main__", alter_sys=True)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft import sharding
 from jaxft.config import default
-from jaxft.run.checkpoint import Checkpoints
+from jaxft.run.checkpoint import CheckpointManager
 from jaxft.run.checksums import checksums
 
 LEAVES, SHAPE = 3, (16, 2**15, 256)  # 512 MiB each
@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
   state = {str(i): jax.make_array_from_callback(SHAPE, place, draw(i).__getitem__) for i in range(LEAVES)}
   like = {name: jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=place) for name in state}
   wanted = checksums(state)
-  checkpoints = Checkpoints(folder, 1, writes=True, low_memory=True)
+  checkpoints = CheckpointManager(folder, 1, writes=True, low_memory=True)
   with Peak() as save:  # and the first one is read back
     checkpoints.save(1, state, {})
   del state

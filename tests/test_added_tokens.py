@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 import jaxft
 from jaxft.data import tokens
 from jaxft.data.formats import Example
-from jaxft.data.pack import ConcatRows, ExampleRows, StridedRows
-from jaxft.data.report import lay_out
+from jaxft.data.pack import ConcatDataset, PackedDataset, SlidingWindowDataset
+from jaxft.data.report import build_dataset
 from jaxft.errors import RequestError
 from jaxft.hf import added_tokens, repo
 from jaxft.hf import tokenizer as tokenizers
@@ -93,7 +93,7 @@ def cut(tokenizer, text):
 
 def read(example, tokenizer):
   """Ids of one example, and how many of them are not learned."""
-  found = tokens.in_memory([example], tokenizer, ["a", "b"])
+  found = tokens.encode_in_memory([example], tokenizer, ["a", "b"])
   return found.ids.tolist(), int(found.prompts_N[0])
 
 
@@ -109,10 +109,10 @@ def test_a_document_begins_with_the_token_that_is_there_for_it(tokenizer):
   assert tokenizer.decode(cut(tokenizer, " the")[0]) == " t"  # in which a prompt of one blank ends
   assert read(Example(" the", prompt_chars=1), tokenizer) == ([BEGIN_ID, *cut(tokenizer, " the"), END_ID], 1)
   assert read(Example(text, label="a"), tokenizer) == (cut(tokenizer, text), 0)
-  assert tokens.prompt_ids(tokenizer, text) == tokenizer(text)["input_ids"] == cut(tokenizer, text)
-  assert tokens.prompt_ids(tokenizer, "") == [BEGIN_ID]
-  assert tokens.text_ids(tokenizer, "") == [END_ID]
-  assert tokens.byte_lengths(tokenizer)[[BEGIN_ID, END_ID]].tolist() == [0, 0]
+  assert tokens.encode_prompt(tokenizer, text) == tokenizer(text)["input_ids"] == cut(tokenizer, text)
+  assert tokens.encode_prompt(tokenizer, "") == [BEGIN_ID]
+  assert tokens.encode_text(tokenizer, "") == [END_ID]
+  assert tokens.token_byte_lengths(tokenizer)[[BEGIN_ID, END_ID]].tolist() == [0, 0]
 
 
 def test_a_tokenizer_that_puts_it_there_itself_does_not_get_it_twice(made):
@@ -122,13 +122,13 @@ def test_a_tokenizer_that_puts_it_there_itself_does_not_get_it_twice(made):
   )
   assert read(Example("the cat"), own) == ([BEGIN_ID, *cut(own, "the cat"), END_ID], 1)
   assert read(Example("the cat", label="a"), own) == ([BEGIN_ID, *cut(own, "the cat")], 0)
-  assert tokens.prompt_ids(own, "the cat") == own("the cat")["input_ids"] == [BEGIN_ID, *cut(own, "the cat")]
+  assert tokens.encode_prompt(own, "the cat") == own("the cat")["input_ids"] == [BEGIN_ID, *cut(own, "the cat")]
   # One that begins a text with another token: as its texts begin, and as before.
   own.backend_tokenizer.post_processor = processors.TemplateProcessing(
     single=f"{TITLE} $A", special_tokens=[(TITLE, TITLE_ID)]
   )
   assert read(Example("the cat"), own) == ([TITLE_ID, *cut(own, "the cat"), END_ID], 0)
-  assert tokens.prompt_ids(own, "") == [TITLE_ID]
+  assert tokens.encode_prompt(own, "") == [TITLE_ID]
 
 
 def learned(rows):
@@ -140,9 +140,9 @@ def learned(rows):
 @pytest.mark.parametrize("layout", ["concat", "pad", "pack"])
 def test_the_first_token_of_a_text_follows_it_and_it_is_never_a_target(tokenizer, layout):
   texts = ["the cat", "once upon a time the dog sat on mat and ran to big red house", "small blue door"]
-  stored = tokens.in_memory(map(Example, texts), tokenizer)
+  stored = tokens.encode_in_memory(map(Example, texts), tokenizer)
   T = 7
-  rows = lay_out(stored, ConfigDict({"format": "text", "layout": layout, "sequence_length": T}), END_ID)
+  rows = build_dataset(stored, ConfigDict({"format": "text", "layout": layout, "sequence_length": T}), END_ID)
   pairs, documents = learned(rows), [[*cut(tokenizer, text), END_ID] for text in texts]
   wanted = [list(zip([BEGIN_ID, *ids], ids, strict=False)) for ids in documents]
   if layout == "pad":  # one a row, cut short at T targets
@@ -152,7 +152,7 @@ def test_the_first_token_of_a_text_follows_it_and_it_is_never_a_target(tokenizer
   assert rows.stats.eos_targets == sum(target == END_ID for _, target in sum(pairs, [])) or layout == "pad"
   assert rows.stats.filled + sum(rows.stats.dropped.values()) <= len(stored.ids)
   if layout == "concat":
-    strided = learned(StridedRows(stored, T, END_ID, 3))
+    strided = learned(SlidingWindowDataset(stored, T, END_ID, 3))
     assert sorted(sum(strided, [])) == sorted(sum(wanted, []))
 
 
@@ -171,38 +171,38 @@ def test_without_such_a_token_every_token_is_as_it_was(folder, tmp_path):
       given = sum(stop <= prompt for _, stop in found.offsets) if prompt else 0
       ids = [*before, *found.ids, end]
       assert read(Example(text, prompt_chars=prompt), tokenizer) == (ids, given + len(before) if given else 0)
-      assert tokens.prompt_ids(tokenizer, text) == ids[:-1]
-    assert tokens.prompt_ids(tokenizer, "") == before
-    stored = tokens.in_memory([Example(tiny.story(rng)) for _ in range(30)], tokenizer)
+      assert tokens.encode_prompt(tokenizer, text) == ids[:-1]
+    assert tokens.encode_prompt(tokenizer, "") == before
+    stored = tokens.encode_in_memory([Example(tiny.story(rng)) for _ in range(30)], tokenizer)
     stream = [end, *stored.ids.tolist()]
-    flat = sum(learned(ConcatRows(stored, 13, end)), [])
+    flat = sum(learned(ConcatDataset(stored, 13, end)), [])
     assert flat == list(zip(stream, stream[1:], strict=False))
-    pieces = sum(learned(ExampleRows(stored, 13, end, pack=True, texts=True)), [])
+    pieces = sum(learned(PackedDataset(stored, 13, end, pack=True, texts=True)), [])
     assert sorted(pieces) == sorted(flat)  # the token before a text is an end token there too
 
 
 def test_a_value_is_a_token_or_a_role_with_one():
-  assert added_tokens.read("<|title|>") == ("<|title|>", "")
-  assert added_tokens.read("a=b") == ("a=b", "") and added_tokens.read("=x") == ("=x", "")
-  assert added_tokens.read("bos=<s>") == added_tokens.read("bos_token=<s>") == ("<s>", "bos")
-  assert added_tokens.read("pad=a=b") == ("a=b", "pad")
+  assert added_tokens.parse_token_spec("<|title|>") == ("<|title|>", "")
+  assert added_tokens.parse_token_spec("a=b") == ("a=b", "") and added_tokens.parse_token_spec("=x") == ("=x", "")
+  assert added_tokens.parse_token_spec("bos=<s>") == added_tokens.parse_token_spec("bos_token=<s>") == ("<s>", "bos")
+  assert added_tokens.parse_token_spec("pad=a=b") == ("a=b", "pad")
   for role in ("unk", "sep", "cls", "mask"):
     with pytest.raises(RequestError, match=rf"--add '{role}=<x>': the roles are bos, eos, pad, .* give '<x>' alone"):
-      added_tokens.read(f"{role}=<x>")
+      added_tokens.parse_token_spec(f"{role}=<x>")
   for value in ("", "pad="):
     with pytest.raises(RequestError, match="must be a text"):
-      added_tokens.read(value)
+      added_tokens.parse_token_spec(value)
 
 
 def test_only_the_role_of_a_token_that_exists_changes(made, folder, tmp_path):
-  tokenizer, ids, _ = added_tokens.write(repo.find(str(made)), [f"pad={END}", f"eos={TITLE}"], tmp_path / "out")
+  tokenizer, ids, _ = added_tokens.add_tokens(repo.resolve(str(made)), [f"pad={END}", f"eos={TITLE}"], tmp_path / "out")
   assert ids == {END: END_ID, TITLE: TITLE_ID} and len(tokenizer) == 296
   weights = [(at / "model.safetensors").read_bytes() for at in (made, tmp_path / "out")]
   assert weights[0] == weights[1]
   for name in ("config.json", "generation_config.json"):
     said = json.loads((tmp_path / "out" / name).read_text())
     assert [said[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [BEGIN_ID, TITLE_ID, END_ID], name
-  plain = repo.find(str(folder))
+  plain = repo.resolve(str(folder))
   for values, message in (
     (["pad=t"], "--add 'pad=t': a token that texts are made of"),
     (["eos=Ġt"], "--add 'eos=Ġt': a token that texts are made of"),
@@ -210,16 +210,16 @@ def test_only_the_role_of_a_token_that_exists_changes(made, folder, tmp_path):
     (["pad=<a>", "<a>"], "--add '<a>': a token already"),
   ):
     with pytest.raises(RequestError, match=message):
-      added_tokens.write(plain, values, tmp_path / "none")
+      added_tokens.add_tokens(plain, values, tmp_path / "none")
   assert not (tmp_path / "none").exists()
-  itself = repo.find(str(shutil.copytree(folder, tmp_path / "itself")))
+  itself = repo.resolve(str(shutil.copytree(folder, tmp_path / "itself")))
   about = json.loads((itself.folder / "tokenizer.json").read_text())
   begins = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, END_ID)])
   about["post_processor"] = json.loads(begins.__getstate__())
   (itself.folder / "tokenizer.json").write_text(json.dumps(about))
   with pytest.raises(RequestError, match=r"--add 'bos=<x>': .* itself begins each text with '<\|endoftext\|>'; take"):
-    added_tokens.write(itself, ["bos=<x>"], tmp_path / "none")
-  both, ids, _ = added_tokens.write(plain, ["pad=<x>", "bos=<x>"], tmp_path / "both")
+    added_tokens.add_tokens(itself, ["bos=<x>"], tmp_path / "none")
+  both, ids, _ = added_tokens.add_tokens(plain, ["pad=<x>", "bos=<x>"], tmp_path / "both")
   assert (both.pad_token_id, both.bos_token_id, len(both)) == (293, 293, 294)
 
 

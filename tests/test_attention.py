@@ -10,7 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from jaxft import attention as kernels
 from jaxft.attention import attention
-from jaxft.dropout import dropout_of_queries
+from jaxft.dropout import attention_dropout_mask
 
 B, N, H = 2, 3, 8
 
@@ -139,7 +139,7 @@ class Device:
 
 
 def test_what_training_takes_is_told_with_why_it_is_not_the_fastest():
-  told = lambda kernel, device, *what: kernels.taken(kernel, Device(*device), jnp.bfloat16, *what)
+  told = lambda kernel, device, *what: kernels.resolve_kernel(kernel, Device(*device), jnp.bfloat16, *what)
   assert told("cudnn", ("gpu", "9.0"), 64, False, False) == ("cudnn", "")
   dropout = "it has no dropout that is the same on every mesh"
   assert told("cudnn", ("gpu", "9.0"), 64, False, True) == ("chunked", f"not cudnn: {dropout}")
@@ -156,7 +156,7 @@ def test_what_training_takes_is_told_with_why_it_is_not_the_fastest():
 
 
 def test_each_device_gets_its_kernel():
-  pick = lambda device, dtype, H: kernels.kernel_for(Device(*device), dtype, H)
+  pick = lambda device, dtype, H: kernels.fastest_kernel(Device(*device), dtype, H)
   assert pick(("cpu",), jnp.float32, 64) == "chunked"
   assert pick(("tpu",), jnp.bfloat16, 64) == "splash"
   assert pick(("gpu", "9.0"), jnp.bfloat16, 256) == "cudnn"
@@ -169,5 +169,5 @@ def test_each_device_gets_its_kernel():
 
 def test_dropout_of_attention_keeps_the_mean():
   keys_BN = jax.random.split(jax.random.key(0), (4, 5))
-  factors = np.asarray(dropout_of_queries(keys_BN, 0.3, jnp.arange(64), 64))
+  factors = np.asarray(attention_dropout_mask(keys_BN, 0.3, jnp.arange(64), 64))
   assert abs(factors.mean() - 1) < 0.02 and abs((factors == 0).mean() - 0.3) < 0.02

@@ -17,7 +17,7 @@ from jaxft import config as settings
 from jaxft.errors import RequestError
 from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
-from jaxft.plan.figures import blank_row
+from jaxft.plan.figures import dummy_row
 
 GIB = 2**30
 
@@ -25,12 +25,12 @@ GIB = 2**30
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
   """As on a machine without a GPU, whose user has set nothing."""
-  for name in (backend.PINNED_LIMIT, backend.HOST_MEMORY, "XLA_FLAGS", "CUDA_VISIBLE_DEVICES"):
+  for name in (backend.PINNED_LIMIT_ENV, backend.HOST_MEMORY_ENV, "XLA_FLAGS", "CUDA_VISIBLE_DEVICES"):
     monkeypatch.setenv(name, "")  # so that what a test leaves there is undone
     monkeypatch.delenv(name)
-  monkeypatch.setattr(backend, "NVIDIA", ("/nowhere",))
-  monkeypatch.setattr(backend, "PCI", "/nowhere/*")
-  monkeypatch.setattr(backend, "_set_here", set())
+  monkeypatch.setattr(backend, "NVIDIA_PATHS", ("/nowhere",))
+  monkeypatch.setattr(backend, "PCI_DEVICES", "/nowhere/*")
+  monkeypatch.setattr(backend, "_own_env_vars", set())
   backend._warn.cache_clear()
   before = jax.config.jax_platforms
   jax.devices()  # JAX has started, with what tests/conftest.py says
@@ -42,7 +42,7 @@ def clean(monkeypatch):
 def gpu(monkeypatch, tmp_path):
   """As on one with an NVIDIA driver."""
   (tmp_path / "nvidiactl").touch()
-  monkeypatch.setattr(backend, "NVIDIA", (str(tmp_path / "nvidiactl"),))
+  monkeypatch.setattr(backend, "NVIDIA_PATHS", (str(tmp_path / "nvidiactl"),))
 
 
 # ---- Slices in loops, and other faults of a version --------------------------------------------------------------------
@@ -57,7 +57,7 @@ def gpu(monkeypatch, tmp_path):
   ],
 )
 def test_the_annotator_of_slices_is_turned_off_beside_what_the_user_has_turned_off(before, after):
-  assert backend.without_annotator(before) == after == backend.without_annotator(after)
+  assert backend.disable_slice_pass(before) == after == backend.disable_slice_pass(after)
 
 
 @pytest.mark.parametrize(
@@ -72,25 +72,25 @@ def test_the_annotator_of_slices_is_turned_off_beside_what_the_user_has_turned_o
 )
 def test_faults_are_known_by_version(monkeypatch, version, wrong, crashes):
   monkeypatch.setattr(jax, "__version_info__", version)
-  assert (backend.slices_are_wrong(), backend.crashes_on_cpu_meshes()) == (wrong, crashes)
-  assert len(backend.faults_of_version()) == wrong + crashes
-  monkeypatch.setattr(backend, "ACCELERATORS", ("/nowhere",))
-  backend.prepare_backend()
+  assert (backend.has_slice_bug(), backend.has_cpu_mesh_bug()) == (wrong, crashes)
+  assert len(backend.known_bugs()) == wrong + crashes
+  monkeypatch.setattr(backend, "ACCELERATOR_PATHS", ("/nowhere",))
+  backend.configure_jax()
   assert "XLA_FLAGS" not in os.environ  # it is of no account without a GPU
-  monkeypatch.setattr(backend, "ACCELERATORS", ("/dev/null",))
-  backend.prepare_backend()
-  assert (backend.ANNOTATOR in os.environ.get("XLA_FLAGS", "")) == wrong
+  monkeypatch.setattr(backend, "ACCELERATOR_PATHS", ("/dev/null",))
+  backend.configure_jax()
+  assert (backend.SLICE_PASS in os.environ.get("XLA_FLAGS", "")) == wrong
 
 
 def test_a_wrong_program_is_refused_where_jax_started_before(monkeypatch):
   compiled = SimpleNamespace(as_text=lambda: 'backend_config={"dynamic_slice_config":{}}')
   monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
   with pytest.raises(RequestError, match="install jax 0.11.1 or newer"):
-    backend.must_slice_right(compiled, "gpu")
-  backend.must_slice_right(compiled, "cpu")
-  backend.must_slice_right(SimpleNamespace(as_text=lambda: ""), "gpu")
+    backend.check_slices(compiled, "gpu")
+  backend.check_slices(compiled, "cpu")
+  backend.check_slices(SimpleNamespace(as_text=lambda: ""), "gpu")
   monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-  backend.must_slice_right(compiled, "gpu")
+  backend.check_slices(compiled, "gpu")
 
 
 def test_several_cpu_devices_are_refused_where_the_compiler_would_crash(monkeypatch):
@@ -104,11 +104,11 @@ def test_several_cpu_devices_are_refused_where_the_compiler_would_crash(monkeypa
 
 def test_jax_looks_for_devices_where_linux_shows_one(monkeypatch, tmp_path):
   """A card without its driver's files too: they may come into being when CUDA starts."""
-  monkeypatch.setattr(backend, "ACCELERATORS", ("/nowhere",))
+  monkeypatch.setattr(backend, "ACCELERATOR_PATHS", ("/nowhere",))
   for has_card, platforms in ((False, "cpu"), (True, None)):
     jax.config.update("jax_platforms", None)
     monkeypatch.setattr(backend, "has_nvidia_gpu", lambda has_card=has_card: has_card)
-    backend.prepare_backend()
+    backend.configure_jax()
     assert jax.config.jax_platforms == platforms
 
 
@@ -116,14 +116,14 @@ def test_jax_looks_for_devices_where_linux_shows_one(monkeypatch, tmp_path):
 
 
 def test_memory_of_the_host_is_what_the_variable_says(monkeypatch):
-  shown = backend.memory_of_host()
+  shown = backend.host_memory_bytes()
   assert 0 < shown <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  monkeypatch.setenv(backend.HOST_MEMORY, "128")
-  assert backend.memory_of_host() == 128 * GIB
+  monkeypatch.setenv(backend.HOST_MEMORY_ENV, "128")
+  assert backend.host_memory_bytes() == 128 * GIB
   for wrong in ("much", "0", "1e-12", "-3", "nan", "inf", "1e400"):
-    monkeypatch.setenv(backend.HOST_MEMORY, wrong)
+    monkeypatch.setenv(backend.HOST_MEMORY_ENV, wrong)
     with pytest.raises(RequestError, match="JAXFT_HOST_MEMORY_GIB=.*must be a number of GiB"):
-      backend.memory_of_host()
+      backend.host_memory_bytes()
 
 
 @pytest.mark.parametrize(
@@ -141,18 +141,18 @@ def test_memory_of_the_host_is_what_its_control_groups_allow(monkeypatch, tmp_pa
   for name, text in files.items():
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(f"{text}\n")
-  monkeypatch.setattr(backend, "GROUPS", tmp_path / "cgroup")
-  monkeypatch.setattr(backend, "GROUP_FILES", tmp_path)
-  assert min(backend._limits_of_groups()) == limit
+  monkeypatch.setattr(backend, "CGROUP_FILE", tmp_path / "cgroup")
+  monkeypatch.setattr(backend, "CGROUP_ROOT", tmp_path)
+  assert min(backend._cgroup_limits()) == limit
 
 
 def test_xla_pins_80_percent_of_the_host_or_what_a_run_needs_with_headroom(monkeypatch):
   from jax._src import xla_bridge
 
   monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
-  monkeypatch.setenv(backend.HOST_MEMORY, "128")
-  backend.prepare_backend()
-  assert os.environ[backend.PINNED_LIMIT] == "103"  # whole GiB, upwards
+  monkeypatch.setenv(backend.HOST_MEMORY_ENV, "128")
+  backend.configure_jax()
+  assert os.environ[backend.PINNED_LIMIT_ENV] == "103"  # whole GiB, upwards
   backend.limit_pinned_memory(90 * GIB)
   assert backend.pinned_limit() == 103 * GIB
   backend.limit_pinned_memory(None)  # what is kept depends on devices that are not known yet
@@ -166,9 +166,9 @@ def test_a_limit_of_the_user_stays(monkeypatch, own):
   from jax._src import xla_bridge
 
   monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
-  monkeypatch.setenv(backend.HOST_MEMORY, "128")
-  monkeypatch.setenv(backend.PINNED_LIMIT, own)
-  backend.prepare_backend()
+  monkeypatch.setenv(backend.HOST_MEMORY_ENV, "128")
+  monkeypatch.setenv(backend.PINNED_LIMIT_ENV, own)
+  backend.configure_jax()
   backend.limit_pinned_memory(20 * GIB)
   assert backend.pinned_limit() == int(own) * GIB
 
@@ -177,13 +177,13 @@ def test_a_pool_that_grows_by_doubling_has_gaps():
   """Blocks of 3 MiB lie in regions of 4, 4 and 8, the last of which may be what is left of the limit."""
   block = 3 * 2**20
   for count, least in ((1, 3), (2, 7), (3, 11), (4, 14)):
-    assert backend.pool_holds([block] * count, least * 2**20)
-    assert not backend.pool_holds([block] * count, least * 2**20 - 1)
+    assert backend.pool_fits([block] * count, least * 2**20)
+    assert not backend.pool_fits([block] * count, least * 2**20 - 1)
 
 
 def test_a_limit_of_pinned_memory_stays_once_jax_has_started(monkeypatch):
-  monkeypatch.setenv(backend.HOST_MEMORY, "128")
-  backend.prepare_backend()
+  monkeypatch.setenv(backend.HOST_MEMORY_ENV, "128")
+  backend.configure_jax()
   jax.devices()
   backend.limit_pinned_memory(20 * GIB)
   assert backend.pinned_limit() == 103 * GIB
@@ -206,54 +206,60 @@ def test_bytes_on_the_host_are_known_before_there_are_devices(model, more):
   for name, value in more.items():
     section, key = name.split(".")
     config[section][key] = value
-  cfg = dataclasses.replace(facts.model_config(PUBLISHED[model]), L=2)
-  run = program.build(config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:1]), 10, blank_row(config, cfg))
-  assert program.bytes_on_every_host(config, cfg) == program.bytes_on_host(run)
+  cfg = dataclasses.replace(facts.from_hf_config(PUBLISHED[model]), L=2)
+  run = program.build_train_program(
+    config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:1]), 10, dummy_row(config, cfg)
+  )
+  assert program.max_host_bytes(config, cfg) == program.host_bytes(run)
 
 
 def test_bytes_on_the_host_depend_on_devices_where_each_has_a_copy():
-  config, cfg = settings.default(), facts.model_config(PUBLISHED["gpt2"])
+  config, cfg = settings.default(), facts.from_hf_config(PUBLISHED["gpt2"])
   config.memory.offload = "all"
-  one = program.bytes_on_every_host(config, cfg)
+  one = program.max_host_bytes(config, cfg)
   config.mesh.data = 2
-  assert program.bytes_on_every_host(config, cfg) == 2 * one
+  assert program.max_host_bytes(config, cfg) == 2 * one
   config.mesh.data = -1
-  assert program.bytes_on_every_host(config, cfg) is None
+  assert program.max_host_bytes(config, cfg) is None
   config.mesh.data, config.mesh.zero_stage = 1, 1
-  assert program.bytes_on_every_host(config, cfg) is None
+  assert program.max_host_bytes(config, cfg) is None
   config.mesh.zero_stage = 3
-  assert program.bytes_on_every_host(config, cfg) == one
-  assert program.bytes_on_every_host(config, dataclasses.replace(cfg, trained=(("norm.scale", ()),))) is None
+  assert program.max_host_bytes(config, cfg) == one
+  assert program.max_host_bytes(config, dataclasses.replace(cfg, trained=(("norm.scale", ()),))) is None
 
 
 def test_more_than_xla_may_pin_is_refused(monkeypatch):
   config = settings.default()
   config.memory.offload = "all"
-  cfg = facts.model_config(PUBLISHED["gpt2"])
-  run = program.build(config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:1]), 10, blank_row(config, cfg))
-  program.must_hold(run, config)
+  cfg = facts.from_hf_config(PUBLISHED["gpt2"])
+  run = program.build_train_program(
+    config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:1]), 10, dummy_row(config, cfg)
+  )
+  program.check_fits(run, config)
   gpu = SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 8 * GIB}, device_kind="a card")
   batch = SimpleNamespace(mesh=SimpleNamespace(local_devices=[gpu]))
-  on_gpu = SimpleNamespace(**{name: getattr(run, name) for name in run._fields}, host_mask=run.host_mask, batch_sharding=batch)
-  monkeypatch.setenv(backend.PINNED_LIMIT, "1")
+  on_gpu = SimpleNamespace(
+    **{name: getattr(run, name) for name in run._fields}, host_mask=run.host_mask, batch_sharding=batch
+  )
+  monkeypatch.setenv(backend.PINNED_LIMIT_ENV, "1")
   with pytest.raises(
     RequestError, match="XLA may pin 1,073,741,824 .* XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB .*JAXFT_HOST_MEM"
   ):
-    program.must_hold(on_gpu, config)
-  monkeypatch.setenv(backend.PINNED_LIMIT, "2")
-  program.must_hold(on_gpu, config)
-  assert program.may_not_be_pinned(on_gpu) == ""
-  monkeypatch.setattr(backend, "pinned_limit", lambda: program.bytes_on_host(run))  # no byte for gaps
-  program.must_hold(on_gpu, config)
-  assert program.may_not_be_pinned(run) == ""
-  assert "warning: the host is to keep 1,991,5" in program.may_not_be_pinned(on_gpu)
+    program.check_fits(on_gpu, config)
+  monkeypatch.setenv(backend.PINNED_LIMIT_ENV, "2")
+  program.check_fits(on_gpu, config)
+  assert program.pinned_memory_warning(on_gpu) == ""
+  monkeypatch.setattr(backend, "pinned_limit", lambda: program.host_bytes(run))  # no byte for gaps
+  program.check_fits(on_gpu, config)
+  assert program.pinned_memory_warning(run) == ""
+  assert "warning: the host is to keep 1,991,5" in program.pinned_memory_warning(on_gpu)
 
 
 # ---- The CPU, where there is a GPU -------------------------------------------------------------------------------------
 
 
 def test_nothing_is_said_on_a_machine_without_a_gpu(capsys):
-  backend.must_run_on(None)
+  backend.require_device(None)
   assert capsys.readouterr() == ("", "")
 
 
@@ -275,32 +281,32 @@ def test_the_cpu_in_place_of_a_gpu_is_told_once_and_refused_where_a_gpu_is_requi
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
   jax.config.update("jax_platforms", environment.get("JAX_PLATFORMS"))
-  monkeypatch.setattr(backend, "_found", lambda name: plugin)
-  backend.must_run_on(None)
-  backend.must_run_on(None)
+  monkeypatch.setattr(backend, "_has_module", lambda name: plugin)
+  backend.require_device(None)
+  backend.require_device(None)
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith(f"warning: this machine has an NVIDIA GPU, but JAX computes on the CPU: {reason}")
   with pytest.raises(RequestError, match="--require gpu: JAX computes on the cpu: ") as told:
-    backend.must_run_on("gpu")
+    backend.require_device("gpu")
   assert reason in str(told.value)
 
 
 def test_a_card_without_a_driver_is_seen_too(monkeypatch, tmp_path):
   jax.config.update("jax_platforms", None)
-  monkeypatch.setattr(backend, "PCI", str(tmp_path / "*"))
-  monkeypatch.setattr(backend, "_found", lambda name: True)
+  monkeypatch.setattr(backend, "PCI_DEVICES", str(tmp_path / "*"))
+  monkeypatch.setattr(backend, "_has_module", lambda name: True)
   for name, vendor, kind in (("audio", "0x10de", "0x040300"), ("other", "0x1af4", "0x030000")):
     (tmp_path / name).mkdir()
     (tmp_path / name / "vendor").write_text(f"{vendor}\n")
     (tmp_path / name / "class").write_text(f"{kind}\n")
-  assert not backend.has_nvidia_gpu() and backend.start() == ("cpu", "")
+  assert not backend.has_nvidia_gpu() and backend.init_backend() == ("cpu", "")
   (tmp_path / "other" / "vendor").write_text("0x10de\n")
-  assert "its driver is not loaded" in backend.start()[1]
+  assert "its driver is not loaded" in backend.init_backend()[1]
 
 
 def test_require_is_refused_for_other_devices_too():
   with pytest.raises(RequestError, match="--require tpu: JAX computes on the cpu"):
-    backend.must_run_on("tpu")
+    backend.require_device("tpu")
 
 
 def test_what_jax_says_is_told_where_it_looked_for_another_device(monkeypatch, capsys):
@@ -311,7 +317,7 @@ def test_what_jax_says_is_told_where_it_looked_for_another_device(monkeypatch, c
     return "cpu"
 
   monkeypatch.setattr(jax, "default_backend", falls_back)
-  backend.must_run_on(None)
+  backend.require_device(None)
   assert capsys.readouterr().err == "warning: JAX computes on the CPU: A TPU may be present. Falling back to cpu.\n"
 
 
@@ -319,7 +325,7 @@ def test_what_jax_says_is_told_where_it_looked_for_another_device(monkeypatch, c
 def test_doctor_names_faults_of_the_version_and_a_gpu_that_jax_does_not_find(gpu, monkeypatch, capsys, hidden, code):
   """But for one that the user has hidden."""
   jax.config.update("jax_platforms", None)
-  monkeypatch.setattr(backend, "prepare_backend", lambda: None)
+  monkeypatch.setattr(backend, "configure_jax", lambda: None)
   monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
   monkeypatch.setattr(sys, "argv", ["doctor"])
   if hidden:
@@ -336,8 +342,8 @@ def test_doctor_names_faults_of_the_version_and_a_gpu_that_jax_does_not_find(gpu
 def test_a_run_limits_what_xla_pins_and_looks_at_its_slices(folder, stories, tmp_path, monkeypatch, capsys):
   seen, config = [], tiny.config(folder, stories)
   monkeypatch.setattr(backend, "limit_pinned_memory", lambda nbytes: seen.append(nbytes))
-  monkeypatch.setattr(backend, "must_slice_right", lambda compiled, platform: seen.append(platform))
-  monkeypatch.setattr(program, "may_not_be_pinned", lambda run: "warning: of gaps")
+  monkeypatch.setattr(backend, "check_slices", lambda compiled, platform: seen.append(platform))
+  monkeypatch.setattr(program, "pinned_memory_warning", lambda run: "warning: of gaps")
   train.finetune(config, tmp_path / "resident", dry_run=True)
   assert seen == []
   config.memory.offload = "all"

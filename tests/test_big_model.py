@@ -69,6 +69,6 @@ def test_gpt2_xl_loads_onto_eight_devices_and_goes_out_again(tmp_path):
   assert where.keys() == shapes.keys()
   from jaxft.hf import load
 
-  before, after = load.tensors(folder), load.tensors(tmp_path / "out")
+  before, after = load.list_tensors(folder), load.list_tensors(tmp_path / "out")
   for name in shapes:
     np.testing.assert_array_equal(before[name].view().view(np.uint16), after[name].view().view(np.uint16))

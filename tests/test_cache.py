@@ -36,7 +36,7 @@ class Told(list):
 def prepare(tokenizer, cache, file, fingerprint="a tokenizer", **data):
   config, told = settings.default(), Told()
   config.data.update(train=(str(file),), cache_dir=str(cache), sequence_length=16, **data)
-  return report.prepare(config.data, tokenizer, fingerprint, told.tell, told.append), told
+  return report.prepare_data(config.data, tokenizer, fingerprint, told.tell, told.append), told
 
 
 def entries(cache):

@@ -14,17 +14,17 @@ import peak_of_saving
 import pytest
 
 from jaxft import config, sharding
-from jaxft.errors import NumericsError, StorageError, Unreadable
-from jaxft.run.checkpoint import Checkpoints
+from jaxft.errors import CheckpointReadError, NumericsError, StorageError
+from jaxft.run.checkpoint import CheckpointManager
 from jaxft.run.checksums import checksums
-from jaxft.run.resume import resume
+from jaxft.run.resume import restore_latest
 
 STATE = {"a": jnp.arange(24, dtype=jnp.float32).reshape(4, 6) / 7, "b": (jnp.int32(3), jnp.ones(16, jnp.bfloat16) / 3)}
 LIKE = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), STATE)
 
 
 def saved(folder, steps=(1,), keep=5):
-  checkpoints = Checkpoints(folder, keep)
+  checkpoints = CheckpointManager(folder, keep)
   for step in steps:
     checkpoints.save(step, STATE, {"tokens": 10 * step})
   checkpoints.wait()
@@ -35,18 +35,18 @@ def test_state_and_record_come_back(tmp_path):
   checkpoints = saved(tmp_path, (1, 2, 3), keep=2)
   assert checkpoints.steps() == [2, 3]
   checkpoints.close()
-  again = Checkpoints(tmp_path, 2)
+  again = CheckpointManager(tmp_path, 2)
   jax.tree.map(np.testing.assert_array_equal, again.restore(3, LIKE), STATE)
   assert again.metadata(2)["tokens"] == 20 and again.metadata(2)["step"] == 2
 
 
 def test_the_last_one_that_was_read_back_stays_until_a_newer_one_was(tmp_path, monkeypatch):
   read_back = []
-  verify = Checkpoints.verify
+  verify = CheckpointManager.verify
   monkeypatch.setattr(
-    Checkpoints, "verify", lambda self, step, like: (verify(self, step, like), read_back.append(step))
+    CheckpointManager, "verify", lambda self, step, like: (verify(self, step, like), read_back.append(step))
   )
-  checkpoints = Checkpoints(tmp_path, 3)
+  checkpoints = CheckpointManager(tmp_path, 3)
   for step in range(1, 8):
     checkpoints.save(step, STATE, {})
     checkpoints.wait()
@@ -59,9 +59,9 @@ def test_what_a_killed_run_left_half_written_or_half_deleted_is_removed(tmp_path
   for name in ("3.orbax-checkpoint-tmp", "to-be-deleted"):
     (tmp_path / name / "state").mkdir(parents=True)
   assert (
-    Checkpoints(tmp_path, 5).steps() == [1, 2] and (tmp_path / "to-be-deleted").exists()
+    CheckpointManager(tmp_path, 5).steps() == [1, 2] and (tmp_path / "to-be-deleted").exists()
   )  # a reader touches nothing
-  assert Checkpoints(tmp_path, 5, writes=True).steps() == [1, 2]
+  assert CheckpointManager(tmp_path, 5, writes=True).steps() == [1, 2]
   assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
@@ -73,16 +73,16 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path):
   most = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, most[1]))
   try:
-    with pytest.raises(Unreadable, match="1: cannot be read now .*nothing was changed"):
-      resume(checkpoints, LIKE, 9, strict=False)
+    with pytest.raises(CheckpointReadError, match="1: cannot be read now .*nothing was changed"):
+      restore_latest(checkpoints, LIKE, 9, strict=False)
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, most)
     gc.collect()
-  jax.tree.map(np.testing.assert_array_equal, resume(checkpoints, LIKE, 9, strict=False)[0], STATE)
+  jax.tree.map(np.testing.assert_array_equal, restore_latest(checkpoints, LIKE, 9, strict=False)[0], STATE)
 
 
 def test_donating_right_after_a_save_is_safe(tmp_path):
-  checkpoints = Checkpoints(tmp_path, 2)
+  checkpoints = CheckpointManager(tmp_path, 2)
   state = jax.jit(lambda: {"a": jnp.arange(4_000_000, dtype=jnp.float32)})()
   wanted = np.array(state["a"])
   checkpoints.save(1, state, {})
@@ -127,7 +127,7 @@ def test_no_flipped_bit_is_loaded_silently(tmp_path):
   """Orbax alone loads every one of these (0.12.8)."""
   state = {"a": jnp.asarray(np.random.default_rng(0).standard_normal((64, 64)), jnp.float32)}
   like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-  checkpoints = Checkpoints(tmp_path, 5)
+  checkpoints = CheckpointManager(tmp_path, 5)
   checkpoints.save(1, state, {"tokens": 1})
   checkpoints.close()
   data = max((file for file in tmp_path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
@@ -137,7 +137,7 @@ def test_no_flipped_bit_is_loaded_silently(tmp_path):
     bad = bytearray(good)
     bad[position] ^= 1 << int(rng.integers(8))
     data.write_bytes(bad)
-    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints = CheckpointManager(tmp_path, 2)
     try:
       jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, like), state)  # harmless, or
     except StorageError as error:
@@ -152,7 +152,7 @@ def test_another_shape_or_a_lost_file_is_damage_not_a_traceback(tmp_path):
   for file in tmp_path.rglob("d/*"):
     file.unlink()
   with pytest.raises(StorageError, match="1: damaged"):
-    Checkpoints(tmp_path, 2).restore(1, LIKE)
+    CheckpointManager(tmp_path, 2).restore(1, LIKE)
 
 
 def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):

@@ -14,7 +14,7 @@ import jaxft
 from jaxft import config as settings
 from jaxft import model
 from jaxft.data import report
-from jaxft.data.formats import class_numbers
+from jaxft.data.formats import class_ids
 from jaxft.errors import RequestError
 from jaxft.hf import facts, load, repo, save
 from jaxft.hf import tokenizer as tokenizers
@@ -106,7 +106,7 @@ def test_out_again(theirs, tmp_path, dtype):
       parameter.data = parameter.data.bfloat16().float()
   np.testing.assert_allclose(their_logits(again, ids), their_logits(their, ids), atol=1e-5)
   if not dtype:
-    before, after = load.tensors(folder), load.tensors(tmp_path / "out")
+    before, after = load.list_tensors(folder), load.list_tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(before[name].view().tobytes() == after[name].view().tobytes() for name in before)
 
@@ -125,14 +125,14 @@ def test_numbers_of_classes(theirs, tmp_path):
   config = json.loads((folder / "config.json").read_text())
   for names in ("id2label", "label2id", "num_labels"):
     config.pop(names, None)
-  assert facts.model_config(config).classes == 2
-  assert facts.model_config(config | {"architectures": ["GPT2LMHeadModel"]}).classes == 0
+  assert facts.from_hf_config(config).classes == 2
+  assert facts.from_hf_config(config | {"architectures": ["GPT2LMHeadModel"]}).classes == 0
   with pytest.raises(RequestError, match="num_labels=-1"):
-    facts.model_config(config | {"num_labels": -1})
+    facts.from_hf_config(config | {"num_labels": -1})
   with pytest.raises(RequestError, match="'score.weight' has shape"):
-    other = repo.find(str(folder))._replace(cfg=facts.model_config(config))
-    _, shapes, _ = model.abstract(other.cfg, model.Compute())
-    load.load(other, shapes, jax.tree.map(lambda _: HERE, shapes))
+    other = repo.resolve(str(folder))._replace(cfg=facts.from_hf_config(config))
+    _, shapes, _ = model.abstract_model(other.cfg, model.ComputeConfig())
+    load.load_params(other, shapes, jax.tree.map(lambda _: HERE, shapes))
 
 
 @pytest.mark.slow_for("gpt2", "gpt_neo")
@@ -163,9 +163,9 @@ def test_accuracy_and_f1_are_those_of_the_labels_one_by_one(theirs, tmp_path):
 
 
 def test_f1_of_two_classes_is_that_of_the_second():
-  from jaxft.step import Evaluation
+  from jaxft.step import EvalResult
 
-  found = Evaluation(0.5, 10, np.array([[5, 1], [2, 2]]))
+  found = EvalResult(0.5, 10, np.array([[5, 1], [2, 2]]))
   assert (found.accuracy, found.f1) == (0.7, 2 * 2 / (2 * 2 + 1 + 2))
 
 
@@ -201,11 +201,11 @@ def test_a_new_head_on_five_configs_answers_batches_in_transformers(folder, tmp_
       (source / "tokenizer_config.json").write_text(json.dumps(says | {"pad_token": "!"}))
     tokenizer = tokenizers.load(source, 293)
     labels = [f"class {i}" for i in range(rng.integers(2, 5))]
-    checkpoint = repo.with_classes(repo.find(str(source)), labels, tokenizer)
+    checkpoint = repo.with_class_head(repo.resolve(str(source)), labels, tokenizer)
     save.check_exportable(checkpoint, tokenizer)
-    _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
-    params = load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
-    save.export(out, params, checkpoint, tokenizer=tokenizer)
+    _, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
+    params = load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+    save.export_model(out, params, checkpoint, tokenizer=tokenizer)
     their = transformers.AutoModelForSequenceClassification.from_pretrained(out)
     texts = ["the cat sat on the mat and ran", "the dog" + tokenizer.decode([5]), "cat"]
     with torch.no_grad():
@@ -217,14 +217,14 @@ def test_a_new_head_on_five_configs_answers_batches_in_transformers(folder, tmp_
 
 def test_labels_find_their_class_by_name_then_by_case_then_by_number():
   names = ["entailment", "neutral", "contradiction"]
-  assert class_numbers(sorted(names), names) == [2, 0, 1]
-  assert class_numbers(["neutral"], names) == [1]
-  assert class_numbers(["ENTAILMENT", "Neutral"], names) == [0, 1]
-  assert class_numbers(["0", "2"], names) == [0, 2]
-  assert class_numbers(["1", "0"], ["1", "0"]) == [0, 1]  # names, though they look like numbers
+  assert class_ids(sorted(names), names) == [2, 0, 1]
+  assert class_ids(["neutral"], names) == [1]
+  assert class_ids(["ENTAILMENT", "Neutral"], names) == [0, 1]
+  assert class_ids(["0", "2"], names) == [0, 2]
+  assert class_ids(["1", "0"], ["1", "0"]) == [0, 1]  # names, though they look like numbers
   for labels in (["neutral", "other"], ["0", "3"], ["Neutral", "1"]):
     with pytest.raises(RequestError, match=f"label '{labels[-1]}'|label '{labels[0]}'"):
-      class_numbers(labels, names)
+      class_ids(labels, names)
 
 
 def test_a_head_whose_classes_are_in_another_order_is_trained_on(theirs, tmp_path):
@@ -237,21 +237,21 @@ def test_a_head_whose_classes_are_in_another_order_is_trained_on(theirs, tmp_pat
   data.update(format="classification", train=(str(tmp_path / "rows.jsonl"),), sequence_length=16)
   data.update(validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
   tokenizer = tokenizers.load(folder, 293)
-  source = repo.with_classes(repo.find(str(folder)), ["bad", "good"], tokenizer)
+  source = repo.with_class_head(repo.resolve(str(folder)), ["bad", "good"], tokenizer)
   assert source.labels == LABELS and not source.new_head
-  found = report.prepare(data, tokenizer, "").with_class_ids(source.labels)
+  found = report.prepare_data(data, tokenizer, "").with_class_ids(source.labels)
   assert found.labels == LABELS
   assert {int(row["targets"].max()) for row in (found.train[i] for i in range(len(found.train)))} == {0, 2}
 
 
 def test_padding_is_a_token_that_the_tokenizer_has(theirs):
   _, folder = theirs
-  source, tokenizer = repo.find(str(folder)), tokenizers.load(folder, 293)
+  source, tokenizer = repo.resolve(str(folder)), tokenizers.load(folder, 293)
   for said, wanted in ((5, 5), (None, 0), (100_000, 0)):
     other = source._replace(hf_config=source.hf_config | {"pad_token_id": said})
-    assert repo.with_classes(other, LABELS, tokenizer).hf_config["pad_token_id"] == wanted
+    assert repo.with_class_head(other, LABELS, tokenizer).hf_config["pad_token_id"] == wanted
     new = other._replace(cfg=dataclasses.replace(other.cfg, classes=0))  # 5 is a letter, which texts may end with
-    assert repo.with_classes(new, LABELS, tokenizer).hf_config["pad_token_id"] == 0
+    assert repo.with_class_head(new, LABELS, tokenizer).hf_config["pad_token_id"] == 0
 
 
 def test_padding_that_ends_each_text_is_refused_before_training(theirs, tmp_path):
@@ -264,32 +264,32 @@ def test_padding_that_ends_each_text_is_refused_before_training(theirs, tmp_path
   ends = TemplateProcessing(single=f"$A {tiny.EOS}", special_tokens=[(tiny.EOS, 0)])
   tokenizer.backend_tokenizer.post_processor = ends
   with pytest.raises(RequestError, match="give the tokenizer a pad_token of its own"):
-    source = repo.find(str(other))
-    repo.with_classes(source._replace(hf_config=source.hf_config | {"pad_token_id": None}), LABELS, tokenizer)
-  assert repo.with_classes(repo.find(str(other)), LABELS, tokenizer).hf_config["pad_token_id"] == 292
+    source = repo.resolve(str(other))
+    repo.with_class_head(source._replace(hf_config=source.hf_config | {"pad_token_id": None}), LABELS, tokenizer)
+  assert repo.with_class_head(repo.resolve(str(other)), LABELS, tokenizer).hf_config["pad_token_id"] == 292
 
 
 def test_names_from_a_data_set_find_the_classes_of_a_head_without_names():
   from jaxft.data.readers import ClassName
 
   names = [ClassName("neg", 0), ClassName("pos", 1)]
-  assert class_numbers(names, ["LABEL_0", "LABEL_1"]) == class_numbers(names, ["0", "1"]) == [0, 1]
-  assert class_numbers(names, ["pos", "neg"]) == [1, 0]
+  assert class_ids(names, ["LABEL_0", "LABEL_1"]) == class_ids(names, ["0", "1"]) == [0, 1]
+  assert class_ids(names, ["pos", "neg"]) == [1, 0]
   with pytest.raises(RequestError, match="label 'neg': the model's classes are 'LABEL_0'"):
-    class_numbers(["neg", "pos"], ["LABEL_0", "LABEL_1"])  # of a file that says no numbers
+    class_ids(["neg", "pos"], ["LABEL_0", "LABEL_1"])  # of a file that says no numbers
 
 
 def test_two_rows_of_two_lengths_are_compared_with_transformers(theirs):
   from jaxft.hf import verify
 
-  ids_BT, lengths_B = verify._some_rows(repo.find(str(theirs[1])))
+  ids_BT, lengths_B = verify._random_batch(repo.resolve(str(theirs[1])))
   assert len(ids_BT) == 2 and lengths_B[0] > lengths_B[1] and (ids_BT[1, lengths_B[1] :] == 292).all()
 
 
 def test_numbers_as_a_csv_has_them_find_their_classes():
-  assert class_numbers(["1.0", "0.0", "1.0"], ["neg", "pos"]) == [1, 0, 1]
-  assert class_numbers(["True", "False"], ["LABEL_0", "LABEL_1"]) == [1, 0]
+  assert class_ids(["1.0", "0.0", "1.0"], ["neg", "pos"]) == [1, 0, 1]
+  assert class_ids(["True", "False"], ["LABEL_0", "LABEL_1"]) == [1, 0]
   with pytest.raises(RequestError, match="label '2.0'"):
-    class_numbers(["2.0"], ["neg", "pos"])
+    class_ids(["2.0"], ["neg", "pos"])
   with pytest.raises(RequestError, match="label 'True'"):
-    class_numbers(["True"], ["a", "b", "c"])
+    class_ids(["True"], ["a", "b", "c"])

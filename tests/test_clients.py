@@ -74,10 +74,10 @@ def prefix_space(source, out):
 
 def as_classifier(source, out):
   read = tokenizers.load(source, 293)
-  checkpoint = repo.with_classes(repo.find(str(source)), ["bad", "good", "so so"], read)
-  _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
-  params = load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
-  save.export(out, params, checkpoint, tokenizer=read)
+  checkpoint = repo.with_class_head(repo.resolve(str(source)), ["bad", "good", "so so"], read)
+  _, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
+  params = load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+  save.export_model(out, params, checkpoint, tokenizer=read)
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +93,10 @@ def exports(tmp_path_factory):
     saved_by_transformers_5(first, sources[family])
   sources["quickstart"] = ROOT / "assets" / "quickstart" / "model"
   tiny.write_gpt2(sources["scratch"], seed=6, V=300, tokenizer=False)
-  tokenizer.write((tiny.story(random.Random(i)) for i in range(40)), 300, home / "own", n_positions=71)
+  tokenizer.train_tokenizer((tiny.story(random.Random(i)) for i in range(40)), 300, home / "own", n_positions=71)
   for name in ("tokenizer.json", "tokenizer_config.json"):
     shutil.copyfile(home / "own" / name, sources["scratch"] / name)
-  added_tokens.write(repo.find(str(sources["gpt2"])), ["<|title|>"], sources["added"])
+  added_tokens.add_tokens(repo.resolve(str(sources["gpt2"])), ["<|title|>"], sources["added"])
   tiny.write_gpt2(sources["wordpiece"], seed=7, V=12, tokenizer=False)
   words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "mat", "once", "upon"]
   (sources["wordpiece"] / "vocab.txt").write_text("\n".join(words) + "\n")
@@ -126,7 +126,7 @@ def test_models_that_write_are_read_as_they_are(found, exports, name):
   for i, text in enumerate(ASKED["texts"]):
     ids = ours.tokenizer(text)["input_ids"]
     assert theirs["ids"][i] == ids
-    logits = verify.logits(ours.graph, ours.params, np.array([ids], np.int32))[0]
+    logits = verify.compute_logits(ours.graph, ours.params, np.array([ids], np.int32))[0]
     for what in ("logits", "padded"):
       np.testing.assert_allclose(np.array(theirs[what][i]), logits[:, : ours.source.cfg.V], atol=1e-4, err_msg=what)
   if name != "wordpiece":  # whose [SEP] ends a prompt for a pipeline, and none for jaxft

@@ -81,7 +81,7 @@ def test_line_ends_and_tabs_are_said_to_be_meant(monkeypatch, tmp_path, capsys):
   assert (config.data.separator, config.data.template) == ("\n\n", "{prompt}\n{completion}")
   assert r"config.data.separator=\n\n: read as '\n\n'" in capsys.readouterr().err
   assert parsed(monkeypatch, "--config", file, r"--config.tracking.run_name=a\n").tracking.run_name == r"a\n"
-  assert command_line.unescaped("\n|\\d", "x") == "\n|\\d" and capsys.readouterr().err == ""
+  assert command_line.unescape("\n|\\d", "x") == "\n|\\d" and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("folder", ["2026-01-01T10:30", "a b", "é日本", "[x]", "c.d", "-e", "$HOME", "a=b"])
@@ -156,7 +156,7 @@ def test_values_of_a_config_file_mean_what_they_are(monkeypatch, tmp_path):
 def test_what_means_nothing_is_refused(monkeypatch, tmp_path, line, told):
   with pytest.raises(RequestError, match=told.replace("did you mean.*", "")):
     config = parsed(monkeypatch, "--config", config_file(tmp_path, line))
-    if lines := settings.faults(config):
+    if lines := settings.validate(config):
       raise RequestError("\n".join(lines))
 
 
@@ -165,9 +165,9 @@ def test_what_means_nothing_is_refused(monkeypatch, tmp_path, line, told):
   [("optim.lr", "optim.learning_rate"), ("max_steps", "train.steps"), ("data.block_size", "data.sequence_length")],
 )
 def test_names_of_other_tools_lead_to_those_of_here(name, there):
-  assert settings.unknown([name]) == [f"config.{name}: there is no such setting; here it is {there}"]
-  assert set(settings.ELSEWHERE.values()) <= set(settings.BY_NAME)
-  assert not any(name in {known.split(".")[1] for known in settings.BY_NAME} for name in settings.ELSEWHERE)
+  assert settings.unknown_settings([name]) == [f"config.{name}: there is no such setting; here it is {there}"]
+  assert set(settings.FOREIGN_NAMES.values()) <= set(settings.BY_NAME)
+  assert not any(name in {known.split(".")[1] for known in settings.BY_NAME} for name in settings.FOREIGN_NAMES)
 
 
 def test_a_tilde_is_the_home_but_for_a_file_of_that_name(monkeypatch, tmp_path):
@@ -270,4 +270,4 @@ def test_a_config_of_json_is_said_to_be_none(monkeypatch, tmp_path):
 def test_both_on_the_command_line_are_refused(monkeypatch, tmp_path):
   file = config_file(tmp_path, "c.model.path, c.data.train = 'm', 't'")
   config = parsed(monkeypatch, "--config", file, "--config.train.steps=8", "--config.train.epochs=3")
-  assert settings.faults(config) == ["config.train.steps=8 and config.train.epochs=3.0: set one of the two"]
+  assert settings.validate(config) == ["config.train.steps=8 and config.train.epochs=3.0: set one of the two"]

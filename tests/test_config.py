@@ -18,7 +18,7 @@ def complete():
 
 
 def test_a_complete_config_has_no_fault():
-  assert settings.faults(complete()) == []
+  assert settings.validate(complete()) == []
 
 
 def test_every_setting_is_explained_and_its_default_is_right():
@@ -39,7 +39,7 @@ def test_every_setting_is_explained_and_its_default_is_right():
   ],
 )
 def test_a_typo_gets_the_nearest_name(name, near):
-  line = settings.unknown([name])[0]
+  line = settings.unknown_settings([name])[0]
   assert f"config.{name}" in line and (near is None or f"did you mean {near}?" in line)
 
 
@@ -70,14 +70,14 @@ def test_wrong_values_are_named(name, value, told):
   config = complete()
   section, key = name.split(".")
   config[section][key] = value
-  lines = settings.faults(config)
+  lines = settings.validate(config)
   assert len(lines) == 1 and f"config.{name}" in lines[0] and told in lines[0]
 
 
 def test_all_faults_are_told_at_once():
   config = complete()
   config.train.batch_size, config.optim.b1, config.memory.remat = 0, 2.0, "all"
-  assert len(settings.faults(config)) == 3
+  assert len(settings.validate(config)) == 3
 
 
 def test_json_and_back():
@@ -92,12 +92,14 @@ def test_json_and_back():
 def test_only_what_shapes_learning_must_stay_the_same_on_resume():
   before, now = complete(), complete()
   now.train.save_every, now.mesh.fsdp, now.optim.learning_rate = 7, 2, 1e-3
-  assert [line.split("=")[0] for line in settings.changed(before.to_dict(), now)] == ["config.optim.learning_rate"]
-  assert settings.FREE_ON_RESUME <= settings.BY_NAME.keys()
+  assert [line.split("=")[0] for line in settings.diff_from_saved(before.to_dict(), now)] == [
+    "config.optim.learning_rate"
+  ]
+  assert settings.MUTABLE_ON_RESUME <= settings.BY_NAME.keys()
   # A run from before there were adapters goes on.
   older = before.to_dict()
   del older["lora"], older["train"]["only"]
-  assert settings.changed(older, complete()) == []
+  assert settings.diff_from_saved(older, complete()) == []
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -105,7 +107,7 @@ def test_shipped_configs_are_complete_and_explained(file):
   spec = importlib.util.spec_from_file_location(file.stem, file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  assert settings.faults(module.get_config()) == []
+  assert settings.validate(module.get_config()) == []
   assert f"python -m jaxft.train --config configs/{file.name}" in module.__doc__
 
 
@@ -135,5 +137,5 @@ def test_whatever_a_config_file_puts_there_is_named_or_fine(setting):
     config["model"]["path"], config["data"]["train"], config["train"]["steps"] = "gpt2", ("a.txt",), 10
     section, key = setting.name.split(".")
     config[section][key] = value
-    for line in settings.faults(config):
+    for line in settings.validate(config):
       assert setting.name in line or key in line, (value, line)

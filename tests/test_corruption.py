@@ -14,8 +14,8 @@ from jaxft.data import report
 from jaxft.errors import RequestError, StorageError
 from jaxft.hf import repo
 from jaxft.hf import tokenizer as tokenizers
-from jaxft.run.checkpoint import Checkpoints
-from jaxft.run.resume import resume
+from jaxft.run.checkpoint import CheckpointManager
+from jaxft.run.resume import restore_latest
 from jaxft.train import finetune
 
 PER_PART = 10
@@ -69,14 +69,14 @@ class Tried(collections.Counter):
 @pytest.fixture(scope="module")
 def like(run, folder):
   config, _ = run
-  cfg = repo.find(str(folder)).cfg
+  cfg = repo.resolve(str(folder)).cfg
   row = {"ids": np.zeros(32, np.int32), "targets": np.zeros(32, np.int32), "mask": np.zeros(32, bool)}
-  return program.build(config, cfg, sharding.make_mesh(config.mesh), 12, row).state.checkpointable
+  return program.build_train_program(config, cfg, sharding.make_mesh(config.mesh), 12, row).state.checkpointable
 
 
 @pytest.fixture(scope="module")
 def states(run, like):
-  opened = Checkpoints(run[1] / "checkpoints", 3)
+  opened = CheckpointManager(run[1] / "checkpoints", 3)
   assert opened.steps() == [4, 8, 12]
   return {step: jax.device_get(opened.restore(step, like)) for step in opened.steps()}
 
@@ -93,8 +93,8 @@ def test_a_damaged_checkpoint_is_never_loaded(run, like, states, tmp_path, part,
       tried["harmless"] += 1
       shutil.rmtree(tmp_path / "c")
       continue
-    opened = Checkpoints(tmp_path / "c", 3)
-    state, _ = resume(opened, like, 12, strict=False)
+    opened = CheckpointManager(tmp_path / "c", 3)
+    state, _ = restore_latest(opened, like, 12, strict=False)
     step = int(state.step)
     assert step in (8, 12), (kind, name)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), states[step])
@@ -117,7 +117,7 @@ def test_when_all_are_damaged_the_run_says_so_and_removes_nothing(run, like, tmp
   for step in ("4", "8", "12"):
     (tmp_path / "c" / step / "meta" / "metadata").write_bytes(rng.bytes(100))
   with pytest.raises(StorageError, match="(?s)12: damaged.*4: damaged.*no sound checkpoint is left"):
-    resume(Checkpoints(tmp_path / "c", 3), like, 12, strict=False)
+    restore_latest(CheckpointManager(tmp_path / "c", 3), like, 12, strict=False)
   assert all((tmp_path / "c" / step).exists() for step in ("4", "8", "12"))
 
 
@@ -125,7 +125,7 @@ def test_when_all_are_damaged_the_run_says_so_and_removes_nothing(run, like, tmp
 def test_a_damaged_token_cache_is_made_again(run, tmp_path, part, record_property):
   rng, tried, config = np.random.default_rng(part), Tried(), run[0].copy_and_resolve_references()
   tokenizer = tokenizers.load(Path(config.model.path), 293)
-  prepare = lambda: report.prepare(config.data, tokenizer, tokenizers.fingerprint(tokenizer))
+  prepare = lambda: report.prepare_data(config.data, tokenizer, tokenizers.fingerprint(tokenizer))
   wanted = prepare().train
   names = [file.relative_to(run[0].data.cache_dir) for file in files_in(Path(run[0].data.cache_dir))]
   for i in range(PER_PART):

@@ -13,7 +13,7 @@ import pytest
 from jaxft import config as settings
 from jaxft.data import report, tokens
 from jaxft.data.formats import Example
-from jaxft.data.pack import ConcatRows, ExampleRows, LabelRows, best_fit
+from jaxft.data.pack import ClassificationDataset, ConcatDataset, PackedDataset, best_fit
 from jaxft.errors import RequestError
 from jaxft.hf import tokenizer as tokenizers
 
@@ -29,7 +29,7 @@ def tokenizer(folder):
 def prepared(tokenizer, cache, files, **data):
   config = settings.default()
   config.data.update(train=tuple(map(str, files)), cache_dir=str(cache), **{"sequence_length": 16, **data})
-  return report.prepare(config.data, tokenizer, "a tokenizer")
+  return report.prepare_data(config.data, tokenizer, "a tokenizer")
 
 
 def random_text(rng):
@@ -103,7 +103,7 @@ def test_nothing_is_lost_of_two_thousand_sources(tokenizer, tmp_path, part):
       if layout == "concat":
         assert decoded(ids, tokenizer) == of
       else:  # the same tokens, in the order in which examples have found room
-        plain = learned(ConcatRows(split.tokens, 10**4, EOS))
+        plain = learned(ConcatDataset(split.tokens, 10**4, EOS))
         np.testing.assert_array_equal(np.sort(ids), np.sort(plain))
         assert decoded(plain, tokenizer) == of
 
@@ -118,7 +118,7 @@ def test_a_source_that_changes_while_it_is_read_leaves_no_cache(tokenizer, tmp_p
   config = settings.default()
   config.data.update(train=(str(file),), validation=(str(file),), cache_dir=str(tmp_path / "cache"), sequence_length=4)
   with pytest.raises(RequestError, match="a source has changed while it was read"):
-    report.prepare(config.data, tokenizer, "a tokenizer", tell)
+    report.prepare_data(config.data, tokenizer, "a tokenizer", tell)
   assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
 
 
@@ -131,7 +131,7 @@ def test_one_label_alone_is_refused(tokenizer, tmp_path):
 
 def test_labels_that_are_numbers_come_first_in_their_order(tokenizer):
   labels = ["10", "9", "ten", "\u0663", "9" * 5000, "010"]
-  assert sorted(labels, key=report._number_first) == ["9", "010", "10", "9" * 5000, "ten", "\u0663"]
+  assert sorted(labels, key=report._label_sort_key) == ["9", "010", "10", "9" * 5000, "ten", "\u0663"]
 
 
 def test_splits_and_samples_by_document(tokenizer, tmp_path):
@@ -218,9 +218,13 @@ def test_sources_with_the_same_files_in_other_groups_are_other_data(tokenizer, t
 
 
 def test_rows_of_nothing_but_prompt_are_dropped_and_counted(tokenizer):
-  examples = [Example("the cat sat on mat " * 9 + "dog", prompt_chars=171), Example("the dog"), Example("a" * 40, prompt_chars=40)]
+  examples = [
+    Example("the cat sat on mat " * 9 + "dog", prompt_chars=171),
+    Example("the dog"),
+    Example("a" * 40, prompt_chars=40),
+  ]
   text = stored(tokenizer, examples)
-  rows = ConcatRows(text, 7, EOS)
+  rows = ConcatDataset(text, 7, EOS)
   masks = np.concatenate([rows[i]["mask"] for i in range(len(rows))])
   assert all(rows[i]["mask"].any() for i in range(len(rows))) and len(rows) < len(text.ids) // 7
   assert masks.sum() == (text.lengths_N - text.prompts_N).sum()
@@ -240,22 +244,22 @@ def test_end_tokens_and_padding_are_counted(tokenizer, tmp_path, layout):
 
 
 def stored(tokenizer, examples):
-  return tokens.in_memory(examples, tokenizer)
+  return tokens.encode_in_memory(examples, tokenizer)
 
 
 def test_only_the_completion_is_learned(tokenizer):
   pairs = [("the cat", " sat on"), ("", "the dog"), ("a", "a"), ("once upon a time the", " mat")]
   examples = [Example(prompt + completion, prompt_chars=len(prompt)) for prompt, completion in pairs]
   for rows in (
-    ExampleRows(stored(tokenizer, examples), 24, EOS, pack=False),
-    ExampleRows(stored(tokenizer, examples), 24, EOS, pack=True),
-    ConcatRows(stored(tokenizer, examples), 5, EOS),
+    PackedDataset(stored(tokenizer, examples), 24, EOS, pack=False),
+    PackedDataset(stored(tokenizer, examples), 24, EOS, pack=True),
+    ConcatDataset(stored(tokenizer, examples), 5, EOS),
   ):
     texts = sorted(decoded(learned(rows), tokenizer))
     # "a" + "a" is one token that holds both: it is learned whole.
     merged = len(tokenizer("aa")["input_ids"]) == 1
     assert texts == sorted([" sat on", "the dog", "aa" if merged else "a", " mat"])
-  batch = tokens.encode(examples, tokens.TokenizerInfo(tokenizer), np.uint16)
+  batch = tokens.encode_examples(examples, tokens.TokenizerInfo(tokenizer), np.uint16)
   assert batch.straddling == merged
 
 
@@ -282,7 +286,7 @@ def test_a_class_is_the_target_of_the_last_token(tokenizer, tmp_path):
   rows = [{"text": text, "label": label} for text, label in zip(["the cat", "dog", "sat " * 40, "x"], labels)]
   file.write_text("".join(json.dumps(row) + "\n" for row in rows))
   data = prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), format="classification")
-  assert data.labels == ["9", "10", "ten"] and isinstance(data.train, LabelRows)
+  assert data.labels == ["9", "10", "ten"] and isinstance(data.train, ClassificationDataset)
   for i, row in enumerate(rows):
     ids = tokenizer(row["text"])["input_ids"][:16]
     got = data.train[i]

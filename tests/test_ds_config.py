@@ -315,7 +315,11 @@ def test_other_sections_say_the_dtype_too(dotted, wanted):
   [(4, None, None), (4, 2, None), (4, 2, 32), (None, 2, 32), (4, None, 12), (None, None, 32), (None, 3, None)],
 )
 def test_the_batch_is_told_to_whoever_counts_devices(rows, accumulation, batch):
-  config = {ds_keys.ROWS: rows or "auto", ds_keys.ACCUMULATION: accumulation or "auto", ds_keys.BATCH: batch or "auto"}
+  config = {
+    ds_keys.MICRO_BATCH: rows or "auto",
+    ds_keys.ACCUMULATION: accumulation or "auto",
+    ds_keys.TRAIN_BATCH: batch or "auto",
+  }
   found = translated(config)
   assert found[:4] == ({}, rows, accumulation, batch)
   assert [entry.outcome.split(":")[0] == "auto" for entry in found.entries] == [n is None for n in found[1:4]]
@@ -430,10 +434,10 @@ def test_every_fault_is_told():
   assert refused({"a\nb": "\ud800"})[0].startswith(r'ds.json: "a\nb": DeepSpeed has no such key')
 
 
-@pytest.mark.parametrize("key", ds_keys.known())
+@pytest.mark.parametrize("key", ds_keys.known_keys())
 def test_a_known_key_is_never_unknown(key):
   section = key.partition(".params.")[0]
-  kinds = ds_keys.KINDS.get(section, {})
+  kinds = ds_keys.TYPES.get(section, {})
   types = [name for name, kind in kinds.items() if key.rpartition(".")[2] in kind.params and ".params." in key]
   for kind in types or [None]:
     for value in ("auto", True, False, None, 1, 0.5, "x", [], {}):
@@ -477,7 +481,7 @@ def test_rows_tell_what_another_key_has_decided():
 
 def test_rows_for_a_terminal():
   found = translated(nested({f"{ZERO}.stage": 2, "gradient_accumulation_steps": 4, "gradient_clipping": 1}))
-  lines = ds_config.table(
+  lines = ds_config.format_table(
     found.entries,
     {"mesh.zero_stage": "--config.mesh.zero_stage=3", "gradient_accumulation_steps": "--gradient_accumulation_steps=8"},
   ).splitlines()
@@ -488,10 +492,10 @@ def test_rows_for_a_terminal():
     "gradient_clipping            1  --config.optim.clip_norm=1.0",
   ]
   both = translated(nested(ADAMW | {"optimizer.params.betas": [0.8, 0.9]}))
-  assert ds_config.table(both.entries, {"optim.b2": "--adam_beta2=0.5"}).endswith(
+  assert ds_config.format_table(both.entries, {"optim.b2": "--adam_beta2=0.5"}).endswith(
     "--config.optim.b1=0.8 --config.optim.b2=0.9; --adam_beta2=0.5 is given, and wins"
   )
-  assert ds_config.table([], {}) == ""
+  assert ds_config.format_table([], {}) == ""
 
 
 def written(folder, content):
@@ -582,16 +586,16 @@ def spoiled(config, rng):
       case 2:
         inside.pop(key, None)
       case 3:
-        inside[rng.choice(ds_keys.known()).rpartition(".")[2]] = copy.deepcopy(rng.choice(JUNK))
+        inside[rng.choice(ds_keys.known_keys()).rpartition(".")[2]] = copy.deepcopy(rng.choice(JUNK))
       case 4:
-        config |= nested({rng.choice(ds_keys.known()): copy.deepcopy(rng.choice(JUNK))})
+        config |= nested({rng.choice(ds_keys.known_keys()): copy.deepcopy(rng.choice(JUNK))})
   return config
 
 
 def is_right(name, value):
   setting = settings.BY_NAME[name]
   finite = not isinstance(value, float) or math.isfinite(value)
-  return finite and not checks.wrong_type(setting.default, value) and not setting.check(value)
+  return finite and not checks.type_error(setting.default, value) and not setting.check(value)
 
 
 def test_whatever_is_in_a_config_it_is_understood_or_refused(tmp_path):
@@ -605,7 +609,7 @@ def test_whatever_is_in_a_config_it_is_understood_or_refused(tmp_path):
       outcomes[False] += 1
     else:
       assert all(is_right(name, value) for name, value in found.settings.items()), config
-      assert ds_config.table(found.entries, {}).count("\n") == len(found.entries) - 1
+      assert ds_config.format_table(found.entries, {}).count("\n") == len(found.entries) - 1
       outcomes[True] += 1
   assert min(outcomes.values()) > 100
 
@@ -636,7 +640,7 @@ def test_a_large_file_is_refused_in_moments(tmp_path):
 
 
 def test_the_page_has_the_table_of_the_code():
-  assert ds_keys.markdown() in PAGE.read_text()
+  assert ds_keys.markdown_table() in PAGE.read_text()
 
 
 def test_settings_that_the_page_names_are_settings():

@@ -13,7 +13,7 @@ from processes import run
 from jaxft import config as settings
 from jaxft import pretrained, sharding
 from jaxft.data import pack, tokens
-from jaxft.data.report import examples, lay_out
+from jaxft.data.report import build_dataset, read_examples
 from jaxft.errors import RequestError
 from jaxft.hf import tokenizer as tokenizers
 
@@ -33,8 +33,8 @@ def text(tmp_path_factory):
 def rows(folder, text):
   how = ConfigDict(settings.default().data)
   how.sequence_length, tokenizer = T, tokenizers.load(folder, 293)
-  stored = tokens.in_memory(examples([str(text)], "validation", how, {}, {}), tokenizer)
-  laid_out = lay_out(stored, how, tokenizer.eos_token_id)
+  stored = tokens.encode_in_memory(read_examples([str(text)], "validation", how, {}, {}), tokenizer)
+  laid_out = build_dataset(stored, how, tokenizer.eos_token_id)
   return [laid_out[i] for i in range(len(laid_out))]
 
 
@@ -139,9 +139,9 @@ def test_each_learned_token_is_a_target_once_whatever_the_stride():
     lengths = rng.integers(1, 9, rng.integers(1, 9))
     starts = np.concatenate([[0], np.cumsum(lengths)])
     prompts = np.minimum(rng.integers(0, 4, len(lengths)), lengths - 1).astype(np.int32)
-    stored = tokens.Tokens(np.arange(1, starts[-1] + 1), starts, prompts, np.zeros(0, np.int32), np.zeros(0))
+    stored = tokens.TokenArrays(np.arange(1, starts[-1] + 1), starts, prompts, np.zeros(0, np.int32), np.zeros(0))
     T = int(rng.integers(2, 12))
-    rows = pack.StridedRows(stored, T, 0, int(rng.integers(1, T)))
+    rows = pack.SlidingWindowDataset(stored, T, 0, int(rng.integers(1, T)))
     found = [rows[i] for i in range(len(rows))]
     targets = np.concatenate([row["targets"][row["mask"]] for row in found])
     learned = [i + 1 for start, stop, p in zip(starts, starts[1:], prompts) for i in range(start + p, stop)]

@@ -15,7 +15,7 @@ from jaxft.hf import facts, load, repo, save, unload, verify
 from jaxft.hf.published import PUBLISHED
 from jaxft.loss import cross_entropy_sum
 from jaxft.sample import Generator, Sampling
-from jaxft.step import State
+from jaxft.step import TrainState
 
 torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
 transformers = pytest.importorskip("transformers")
@@ -106,9 +106,9 @@ def case(request, tmp_path_factory):
   theirs.tie_weights()
   folder = tmp_path_factory.mktemp("models") / "m"
   theirs.save_pretrained(folder)
-  checkpoint = repo.find(str(folder))
-  graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
-  return theirs, folder, checkpoint, graph, load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+  checkpoint = repo.resolve(str(folder))
+  graph, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
+  return theirs, folder, checkpoint, graph, load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
 
 
 def ids_for(checkpoint, B, T, seed=0):
@@ -125,7 +125,7 @@ def test_logits(case, T):
   ids = ids_for(checkpoint, 2, T)
   with torch.no_grad():
     wanted = theirs(torch.from_numpy(ids).long()).logits.numpy()
-  assert relative(verify.logits(graph, params, ids), wanted) < 1e-5
+  assert relative(verify.compute_logits(graph, params, ids), wanted) < 1e-5
 
 
 def test_logits_with_padding_on_either_side(case):
@@ -181,9 +181,9 @@ def test_ten_adamw_steps(case):
   config.optim.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-6)
   config.train.batch_size, config.mesh.fsdp = 2, 1
   row = {"ids": np.zeros(63, np.int32), "targets": np.zeros(63, np.int32), "mask": np.zeros(63, bool)}
-  run = program.build(config, checkpoint.cfg, sharding.make_mesh(config.mesh), 10, row)
-  params = load.load(checkpoint, run.state.params, jax.tree.map(lambda leaf: leaf.sharding, run.state.params))
-  state, step = State(jnp.int32(0), params, run.tx.init(params)), run.train_step
+  run = program.build_train_program(config, checkpoint.cfg, sharding.make_mesh(config.mesh), 10, row)
+  params = load.load_params(checkpoint, run.state.params, jax.tree.map(lambda leaf: leaf.sharding, run.state.params))
+  state, step = TrainState(jnp.int32(0), params, run.tx.init(params)), run.train_step
   # jaxft decays matrices and embeddings. In torch those are the parameters with two axes.
   groups = [
     {"params": [p for p in theirs.parameters() if p.ndim == 2], "weight_decay": 0.1},
@@ -210,7 +210,7 @@ def test_ten_adamw_steps(case):
 
 def test_out_again_is_byte_identical_and_transformers_misses_nothing(case, tmp_path):
   _, folder, checkpoint, _, params = case
-  save.export(tmp_path / "out", params, checkpoint)
+  save.export_model(tmp_path / "out", params, checkpoint)
   before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
   assert before.keys() == after.keys()
   assert all(before[name].tobytes() == after[name].tobytes() for name in before)
@@ -227,12 +227,15 @@ def test_each_tensor_keeps_a_dtype_of_its_own(case, tmp_path):
   }
   source = shutil.copytree(folder, tmp_path / "in")
   save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-  checkpoint = repo.find(str(source))
-  _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
-  save.export(
-    tmp_path / "out", load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes)), checkpoint, dtype="source"
+  checkpoint = repo.resolve(str(source))
+  _, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
+  save.export_model(
+    tmp_path / "out",
+    load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes)),
+    checkpoint,
+    dtype="source",
   )
-  after = load.tensors(tmp_path / "out")
+  after = load.list_tensors(tmp_path / "out")
   for name, tensor in tensors.items():
     assert after[name].dtype == tensor.dtype and after[name].view().tobytes() == tensor.tobytes()
 
@@ -244,16 +247,16 @@ def test_from_narrow_sources_whole_and_sharded(case, tmp_path, dtype, shard_size
   theirs, folder, *_ = case
   narrow = type(theirs).from_pretrained(folder, dtype=getattr(torch, dtype))
   narrow.save_pretrained(tmp_path / "in", max_shard_size=shard_size)
-  checkpoint = repo.find(str(tmp_path / "in"))
-  graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
-  params = load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+  checkpoint = repo.resolve(str(tmp_path / "in"))
+  graph, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
+  params = load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
   wide = type(theirs).from_pretrained(tmp_path / "in", dtype=torch.float32, attn_implementation="eager").eval()
   ids = ids_for(checkpoint, 2, 300)
   with torch.no_grad():
     wanted = wide(torch.from_numpy(ids).long()).logits.numpy()
-  assert relative(verify.logits(graph, params, ids), wanted) < 1e-5
-  save.export(tmp_path / "out", params, checkpoint, dtype="source", max_shard_size=shard_size)
-  before, after = load.tensors(tmp_path / "in"), load.tensors(tmp_path / "out")
+  assert relative(verify.compute_logits(graph, params, ids), wanted) < 1e-5
+  save.export_model(tmp_path / "out", params, checkpoint, dtype="source", max_shard_size=shard_size)
+  before, after = load.list_tensors(tmp_path / "in"), load.list_tensors(tmp_path / "out")
   assert before.keys() == after.keys() and len(repo.weight_files(tmp_path / "in")) > (shard_size != "5GB")
   for name in before:
     assert before[name].dtype == after[name].dtype == dtype
@@ -263,7 +266,7 @@ def test_from_narrow_sources_whole_and_sharded(case, tmp_path, dtype, shard_size
 
 def test_config_reads_back_the_same(case, tmp_path):
   theirs, folder, checkpoint, _, params = case
-  save.export(tmp_path / "out", params, checkpoint)
+  save.export_model(tmp_path / "out", params, checkpoint)
   before, after = (type(theirs.config).from_pretrained(path).to_dict() for path in (folder, tmp_path / "out"))
   assert after.pop("n_ctx", None) in (
     None,
@@ -315,8 +318,8 @@ COUNTS = {
 @pytest.mark.parametrize("size", COUNTS)
 def test_published_sizes_have_their_counts_and_names(size):
   config_class, model_class = CLASSES[PUBLISHED[size]["model_type"]]
-  checkpoint = repo.Checkpoint(None, PUBLISHED[size], facts.model_config(PUBLISHED[size]))
-  _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
+  checkpoint = repo.HFCheckpoint(None, PUBLISHED[size], facts.from_hf_config(PUBLISHED[size]))
+  _, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
   with torch.device("meta"):
     theirs = model_class(config_class(**PUBLISHED[size]))
   assert model.parameter_count(checkpoint.cfg) == COUNTS[size] == sum(p.numel() for p in theirs.parameters())

@@ -60,11 +60,11 @@ def written():
 def test_weights_written_by_flax_give_flaxs_logits(written, family):
   ids = np.random.default_rng(0).integers(97, size=(2, 31)).astype(np.int32)
   for folder in (written / family, written / f"{family}-sharded"):
-    checkpoint = repo.find(str(folder))
-    graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
-    params = load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+    checkpoint = repo.resolve(str(folder))
+    graph, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
+    params = load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
     wanted = np.load(written / f"{family}.npy")
-    np.testing.assert_allclose(verify.logits(graph, params, ids), wanted, atol=2e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(verify.compute_logits(graph, params, ids), wanted, atol=2e-5 * np.abs(wanted).max())
   assert len(list((written / f"{family}-sharded").glob("*.msgpack"))) > 1
 
 
@@ -91,9 +91,9 @@ def flax_folder(folder, tmp_path):
 
 
 def read(folder):
-  checkpoint = repo.find(str(folder))
-  _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
-  return load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+  checkpoint = repo.resolve(str(folder))
+  _, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
+  return load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
 
 
 def test_the_same_weights_from_either_format(folder, flax_folder):
@@ -124,7 +124,7 @@ def test_damaged_msgpack_is_refused_in_one_line(flax_folder):
 def test_msgpack_bombs_are_refused(flax_folder, bomb):
   (flax_folder / "flax_model.msgpack").write_bytes(bomb)
   with pytest.raises(RequestError, match="flax_model.msgpack: not a file that Flax wrote"):
-    load.tensors(flax_folder)
+    load.list_tensors(flax_folder)
 
 
 def test_links_that_lead_out_of_the_folder_are_refused(folder, tmp_path):
@@ -133,12 +133,12 @@ def test_links_that_lead_out_of_the_folder_are_refused(folder, tmp_path):
     (tmp_path / "m" / name).write_bytes((folder / name).read_bytes())
   (tmp_path / "m" / "model.safetensors").symlink_to(folder / "model.safetensors")
   with pytest.raises(RequestError, match="link that leads out of this folder"):
-    repo.find(str(tmp_path / "m"))
+    repo.resolve(str(tmp_path / "m"))
   cache = tmp_path / "hub" / "models--x"  # as huggingface_hub lays out its cache
   (cache / "blobs").mkdir(parents=True)
   (cache / "snapshots" / "abc").mkdir(parents=True)
   for name in ("config.json", "model.safetensors"):
     (cache / "blobs" / name).write_bytes((folder / name).read_bytes())
     (cache / "snapshots" / "abc" / name).symlink_to(Path("../../blobs") / name)
-  found = repo.find(str(cache / "snapshots" / "abc"))
-  assert load.tensors(found.folder).keys() == load.tensors(folder).keys()
+  found = repo.resolve(str(cache / "snapshots" / "abc"))
+  assert load.list_tensors(found.folder).keys() == load.list_tensors(folder).keys()

@@ -17,7 +17,7 @@ def test_bytes_moved_count_slices_in_loops():
 
   text = jax.jit(total).lower(jax.ShapeDtypeStruct((5, 100_000), np.float32)).compile().as_text()
   row = 4 * 100_000
-  assert 15 * row <= hlo.moved(text) <= 25 * row
+  assert 15 * row <= hlo.hbm_bytes(text) <= 25 * row
 
 
 OF_A_TPU = """
@@ -55,7 +55,7 @@ ENTRY %main (param.3: bf16[16,8]) -> bf16[16,8] {
 
 def test_loops_of_tpu_programs_whose_compiler_notes_no_turns_are_counted():
   nbytes = 12 * 2 * 64 * 8
-  assert hlo.by_kind(hlo.collectives(OF_A_TPU)) == {"reduce-scatter": nbytes, "all-gather": nbytes}
+  assert hlo.bytes_by_kind(hlo.collectives(OF_A_TPU)) == {"reduce-scatter": nbytes, "all-gather": nbytes}
 
 
 # A forward loop over five layers of 64 x 64 (tanh(x @ w), 8 rows), the backward loop, and an update, compiled for an H100.
@@ -69,5 +69,5 @@ def test_bytes_moved_are_the_same_by_every_version_of_jax(file):
   assert ("fusion-start(" in text) == ("0.10.2" not in file.name) and len(STEPS) == 3
   matrices, rows = 4 * 5 * 64 * 64, 4 * 5 * 8 * 64
   # Matrices: read forward and backward, their gradient zeroed, written and read, read and written by the update; and the rows.
-  assert 7 * matrices < hlo.moved(text) < 14 * matrices + 30 * rows
-  assert hlo.moved(text) == pytest.approx(1_265_950, rel=0.04)
+  assert 7 * matrices < hlo.hbm_bytes(text) < 14 * matrices + 30 * rows
+  assert hlo.hbm_bytes(text) == pytest.approx(1_265_950, rel=0.04)

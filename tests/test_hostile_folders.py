@@ -157,9 +157,9 @@ def test_hostile_folders(kind, folder, watched):
     shutil.copytree(folder, home / "m")
     kind(home / "m", rng)
     try:
-      checkpoint = repo.find(str(home / "m"))
-      _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
-      params = load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+      checkpoint = repo.resolve(str(home / "m"))
+      _, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
+      params = load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
       assert all(a.shape == b.shape for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(shapes)))
       tokenizers.load(checkpoint.folder, checkpoint.cfg.V)
     except RequestError as error:

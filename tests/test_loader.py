@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxft.data import loader, tokens
-from jaxft.data.pack import ConcatRows
+from jaxft.data.pack import ConcatDataset
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 EOS = 0
@@ -15,12 +15,14 @@ EOS = 0
 def rows():
   """17 rows of 5, told apart by their first target."""
   ids = np.arange(1, 1 + 17 * 5, dtype=np.uint16)
-  return ConcatRows(tokens.Tokens(ids, np.array([0, 85]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)), 5, EOS)
+  return ConcatDataset(
+    tokens.TokenArrays(ids, np.array([0, 85]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)), 5, EOS
+  )
 
 
 def collect(rows, steps, **how):
   how = dict(batch_size=6, accumulation=1, seed=3, total_rows=10**6, start=0, sharding=HERE) | how
-  batches = loader.training_batches(rows, **how)
+  batches = loader.train_batches(rows, **how)
   return [jax.device_get(next(batches)) for _ in range(steps)]
 
 
@@ -45,16 +47,16 @@ def test_seeking_equals_going_there(rows, start):
 def test_the_global_batch_does_not_depend_on_hosts():
   """1,000 random (seed, step, accumulation, hosts): the hosts' parts, side by side, are what one host has."""
   rng = np.random.default_rng(0)
-  many = tokens.Tokens(np.arange(10**5) % 5000, np.array([0, 10**5]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0))
-  rows = ConcatRows(many, 5, EOS)
+  many = tokens.TokenArrays(
+    np.arange(10**5) % 5000, np.array([0, 10**5]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)
+  )
+  rows = ConcatDataset(many, 5, EOS)
   for _ in range(1000):
     accumulation, hosts = int(rng.choice([1, 2, 3])), int(rng.choice([2, 4]))
-    how = dict(
-      batch_size=12 * accumulation, accumulation=accumulation, seed=int(rng.integers(2**32)), total_rows=10**6
-    )
+    how = dict(batch_size=12 * accumulation, accumulation=accumulation, seed=int(rng.integers(2**32)), total_rows=10**6)
     step = int(rng.integers(1000))
-    whole = loader.Steps(rows, **how, local_rows=np.arange(12))[step]
-    parts = [loader.Steps(rows, **how, local_rows=mine)[step] for mine in np.split(np.arange(12), hosts)]
+    whole = loader.BatchSource(rows, **how, local_rows=np.arange(12))[step]
+    parts = [loader.BatchSource(rows, **how, local_rows=mine)[step] for mine in np.split(np.arange(12), hosts)]
     for name, x in whole.items():
       np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], axis=1), x)
 
@@ -71,7 +73,7 @@ def test_what_lies_past_the_last_epoch_is_masked(rows):
 
 
 def test_evaluation_sees_each_row_once(rows):
-  batches = list(loader.evaluation_batches(rows, batch_size=6, sharding=HERE))
+  batches = list(loader.eval_batches(rows, batch_size=6, sharding=HERE))
   counted = np.concatenate([np.asarray(batch["targets"])[np.asarray(batch["mask"])] for batch in batches])
   np.testing.assert_array_equal(counted, rows.tokens.ids)
-  assert len(list(loader.evaluation_batches(rows, batch_size=6, limit=2, sharding=HERE))) == 2
+  assert len(list(loader.eval_batches(rows, batch_size=6, limit=2, sharding=HERE))) == 2

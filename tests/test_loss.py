@@ -99,7 +99,7 @@ def test_what_is_masked_counts_for_nothing():
 
 @given(st.integers(1, 64), st.integers(1, 2048), st.sampled_from([293, 6300, 50304]), st.sampled_from([2**27, 2**29]))
 def test_the_chosen_chunk_fits_and_computes_little_that_is_not_there(B, T, V, most_bytes):
-  chunk, most = loss.chunk_of(-1, B, T, V, most_bytes), max(1, most_bytes // (4 * B * V))
+  chunk, most = loss.choose_chunk(-1, B, T, V, most_bytes), max(1, most_bytes // (4 * B * V))
   if not chunk:
     assert most >= T
     return
@@ -110,5 +110,9 @@ def test_the_chosen_chunk_fits_and_computes_little_that_is_not_there(B, T, V, mo
 
 
 def test_more_logits_where_the_table_costs_most():
-  assert loss.most_logits("gpu", "dots") == loss.most_logits("tpu", "none") == 4 * loss.most_logits("cpu", "dots")
-  assert loss.most_logits("gpu", "full") == loss.most_logits("cpu", "full")
+  assert (
+    loss.max_logits_bytes("gpu", "dots")
+    == loss.max_logits_bytes("tpu", "none")
+    == 4 * loss.max_logits_bytes("cpu", "dots")
+  )
+  assert loss.max_logits_bytes("gpu", "full") == loss.max_logits_bytes("cpu", "full")

@@ -13,8 +13,8 @@ from flax import nnx
 from jaxft import config as settings
 from jaxft import model, program, sharding
 from jaxft.hf import facts
-from jaxft.parts import name_of
-from jaxft.step import State
+from jaxft.parts import param_name
+from jaxft.step import TrainState
 
 STEPS, ROWS, T = 20, 8, 13
 SIZES = dict(L=3, N=8, D=40, F=88)
@@ -27,15 +27,17 @@ MORE = [(mesh, stage) for mesh in MESHES for stage in range(4) if (mesh, stage) 
 @functools.cache
 def cfg_of(family):
   vocabulary = {"model_type": family, "vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0}
-  return facts.model_config(vocabulary | tiny.FAMILIES[family]).with_dropout(0.0)
+  return facts.from_hf_config(vocabulary | tiny.FAMILIES[family]).with_dropout(0.0)
 
 
 @functools.cache
 def weights(family):
   """New weights, with noise in every bias and norm too."""
-  compute, rng = model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE), np.random.default_rng(0)
-  params = jax.device_get(nnx.to_pure_dict(nnx.state(model.build(cfg_of(family), compute))))
-  noisy = lambda path, x: x if x.shape[0] == compute.padded_vocab(cfg_of(family)) else x + 0.1 * rng.standard_normal(x.shape)
+  compute, rng = model.ComputeConfig(vocab_multiple=sharding.VOCAB_MULTIPLE), np.random.default_rng(0)
+  params = jax.device_get(nnx.to_pure_dict(nnx.state(model.init_model(cfg_of(family), compute))))
+  noisy = lambda path, x: (
+    x if x.shape[0] == compute.padded_vocab(cfg_of(family)) else x + 0.1 * rng.standard_normal(x.shape)
+  )
   return jax.tree_util.tree_map_with_path(lambda path, x: noisy(path, x).astype(np.float32), params)
 
 
@@ -46,13 +48,13 @@ def build(family, mesh, stage):
   config.train.batch_size = ROWS
   config.optim.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-4)
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-  return program.build(config, cfg_of(family), sharding.make_mesh(config.mesh), STEPS, row)
+  return program.build_train_program(config, cfg_of(family), sharding.make_mesh(config.mesh), STEPS, row)
 
 
 def begin(run, family):
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
   params = jax.device_put(weights(family), places.params)
-  return jax.jit(lambda p: State(jnp.int32(0), p, run.tx.init(p)), out_shardings=places)(params)
+  return jax.jit(lambda p: TrainState(jnp.int32(0), p, run.tx.init(p)), out_shardings=places)(params)
 
 
 def batch(run, step):
@@ -108,8 +110,8 @@ WITHOUT_A_MODEL_AXIS = {"output.bias", "blocks.attention.qkv.bias", "blocks.mlp.
 def bytes_by_formula(family, mesh, stage):
   """{"parameters", "gradients", "optimizer"}: bytes a device (docs/sharding.md)."""
   _, fsdp, tensor = mesh
-  shapes = model.abstract(cfg_of(family), model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
-  leaves = {name_of(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]}
+  shapes = model.abstract_model(cfg_of(family), model.ComputeConfig(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
+  leaves = {param_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]}
 
   def total(cut):
     parts = lambda name: (
@@ -133,7 +135,7 @@ def bytes_by_formula(family, mesh, stage):
 def test_placements_follow_the_formula(family, mesh, stage):
   run = build(family, mesh, stage)
   held = {"parameters": run.state.params, "gradients": run.grad_shapes, "optimizer": run.state.opt_state}
-  assert {what: program.bytes_a_device(tree) for what, tree in held.items()} == bytes_by_formula(family, mesh, stage)
+  assert {what: program.bytes_per_device(tree) for what, tree in held.items()} == bytes_by_formula(family, mesh, stage)
 
 
 @pytest.mark.slow

@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from jaxft import model
-from jaxft.dropout import dropout, row_keys
+from jaxft.dropout import dropout, per_row_keys
 from jaxft.hf import load, repo
 from jaxft.loss import cross_entropy_sum
-from jaxft.model import Cache, Compute
+from jaxft.model import ComputeConfig, KVCache
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -22,9 +22,9 @@ def strict():
 
 
 def opened(folder, compute=None):
-  checkpoint = repo.find(str(folder))
-  graph, shapes, _ = model.abstract(checkpoint.cfg, compute or Compute())
-  return checkpoint.cfg, graph, load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+  checkpoint = repo.resolve(str(folder))
+  graph, shapes, _ = model.abstract_model(checkpoint.cfg, compute or ComputeConfig())
+  return checkpoint.cfg, graph, load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
 
 
 def random_ids(cfg, B=3, T=None, seed=0):
@@ -61,7 +61,7 @@ def test_logits_and_every_gradient_equal_transformers(folder):
 
   ours = jax.grad(loss_of(graph, ids))(params)
   theirs = dict(theirs.named_parameters())
-  for tensor in hf_tensors(ours, repo.find(str(folder))):
+  for tensor in hf_tensors(ours, repo.resolve(str(folder))):
     wanted = theirs.pop(tensor.name).grad.numpy()
     # Relative to the largest entry of the tensor. A key's bias moves no softmax: its own gradient is rounding around
     # zero, but in GPT-2 it is a part of c_attn.bias and measured by the whole.
@@ -96,9 +96,9 @@ def test_scan_equals_a_plain_loop(folder):
 @pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_remat_changes_no_gradient(folder, remat):
   cfg, graph, params = opened(folder)
-  _, again, _ = opened(folder, Compute(remat=remat))
+  _, again, _ = opened(folder, ComputeConfig(remat=remat))
   ids, key = random_ids(cfg), jax.random.key(3)
-  plain, rematted = (jax.value_and_grad(loss_of(g, ids, keys_B=row_keys(key, 0, len(ids)))) for g in (graph, again))
+  plain, rematted = (jax.value_and_grad(loss_of(g, ids, keys_B=per_row_keys(key, 0, len(ids)))) for g in (graph, again))
   activations = lambda f: str(jax.make_jaxpr(f)(params)).count(
     "tanh"
   )  # one to compute gelu, another to compute it again
@@ -122,7 +122,7 @@ def test_segments_are_separate_texts(folder):
 def test_reading_with_a_cache_equals_reading_at_once(folder):
   cfg, graph, params = opened(folder)
   ids, decoder = random_ids(cfg, 2, 23), nnx.merge(graph, params)
-  cache, parts = Cache.empty(cfg, 2, 64, jnp.float32), []
+  cache, parts = KVCache.empty(cfg, 2, 64, jnp.float32), []
   for start, end in ((0, 11), (11, 12), (12, 23)):
     positions = np.arange(start, end)[None].repeat(2, 0)
     h, cache = decoder.forward_cached(cache, ids[:, start:end], np.ones_like(ids[:, start:end]), positions)
@@ -132,19 +132,19 @@ def test_reading_with_a_cache_equals_reading_at_once(folder):
 
 def test_dropout_follows_its_key_and_keeps_the_mean(folder):
   cfg, _, params = opened(folder)
-  graph, _, _ = model.abstract(cfg.with_dropout(0.3), Compute())
+  graph, _, _ = model.abstract_model(cfg.with_dropout(0.3), ComputeConfig())
   decoder, ids = nnx.merge(graph, params), random_ids(cfg)
-  one, same, other = (decoder(ids, keys_B=row_keys(jax.random.key(seed), 0, len(ids))) for seed in (1, 1, 2))
+  one, same, other = (decoder(ids, keys_B=per_row_keys(jax.random.key(seed), 0, len(ids))) for seed in (1, 1, 2))
   np.testing.assert_array_equal(one, same)
   assert not np.allclose(one, other) and not np.allclose(one, decoder(ids))
   x = jnp.ones((400, 400))
-  dropped = dropout(x, 0.3, row_keys(jax.random.key(0), 0, 400))
+  dropped = dropout(x, 0.3, per_row_keys(jax.random.key(0), 0, 400))
   assert abs(float(dropped.mean()) - 1) < 0.01 and abs(float((dropped == 0).mean()) - 0.3) < 0.01
 
 
 def test_bfloat16_stays_near_float32(folder):
   cfg, graph, params = opened(folder)
-  half, _, _ = model.abstract(cfg, Compute(jnp.bfloat16))
+  half, _, _ = model.abstract_model(cfg, ComputeConfig(jnp.bfloat16))
   ids = random_ids(cfg)
   wide, narrow = nnx.merge(graph, params), nnx.merge(half, params)
   assert narrow(ids).dtype == jnp.bfloat16 and narrow.logits(narrow(ids)).dtype == jnp.float32
@@ -168,7 +168,7 @@ def test_new_weights_have_gpt2s_scales():
     init_std=0.02,
     attention_scale=0.25,
   )
-  params = nnx.to_pure_dict(nnx.state(model.build(cfg, Compute(), seed=1)))
+  params = nnx.to_pure_dict(nnx.state(model.init_model(cfg, ComputeConfig(), seed=1)))
   std = lambda a: float(np.std(a))
   assert std(params["embed"]["tokens"]) == pytest.approx(0.02, rel=0.02)
   assert std(params["blocks"]["mlp"]["up"]["kernel"]) == pytest.approx(0.02, rel=0.02)

@@ -20,11 +20,11 @@ def model(folder, **more):
 
 
 def test_overrides_have_the_types_that_config_json_has(folder):
-  found = source.find(model(folder, init="scratch", config_overrides="n_embd=20, n_layer=2,embd_pdrop=0.5"))
+  found = source.resolve(model(folder, init="scratch", config_overrides="n_embd=20, n_layer=2,embd_pdrop=0.5"))
   assert (found.cfg.D, found.cfg.L) == (20, 2) and found.hf_config["embd_pdrop"] == 0.5
-  assert found.cfg.P == source.find(model(folder)).cfg.P  # the rest is the folder's
-  same = source.find(model(folder, init="scratch", config_overrides="tie_word_embeddings=True,model_type=gpt2"))
-  assert same.cfg == source.find(model(folder, init="scratch")).cfg
+  assert found.cfg.P == source.resolve(model(folder)).cfg.P  # the rest is the folder's
+  same = source.resolve(model(folder, init="scratch", config_overrides="tie_word_embeddings=True,model_type=gpt2"))
+  assert same.cfg == source.resolve(model(folder, init="scratch")).cfg
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_overrides_have_the_types_that_config_json_has(folder):
 )
 def test_overrides_that_no_model_can_have_are_refused(folder, overrides, message):
   with pytest.raises(RequestError, match=message):
-    source.find(model(folder, init="scratch", config_overrides=overrides))
+    source.resolve(model(folder, init="scratch", config_overrides=overrides))
 
 
 @pytest.mark.slow
@@ -63,4 +63,4 @@ def test_another_tokenizer_is_read_and_goes_out_with_the_model(config, folder, t
 def test_a_tokenizer_that_is_not_there_is_refused(folder, tmp_path, name, message):
   (tmp_path / "gone").mkdir()
   with pytest.raises(RequestError, match=f"config.model.tokenizer=.*{message}"):
-    source.find(model(folder, tokenizer=str(tmp_path / name) if name == "gone" else name))
+    source.resolve(model(folder, tokenizer=str(tmp_path / name) if name == "gone" else name))

@@ -13,7 +13,7 @@ from jaxft import config as settings
 from jaxft import model, program, sharding
 from jaxft.errors import NumericsError
 from jaxft.hf import facts
-from jaxft.step import State, name_bad_leaves
+from jaxft.step import TrainState, nonfinite_leaf_names
 from jaxft.train import finetune
 
 ROWS, T, V = 32, 7, 293
@@ -32,12 +32,12 @@ def built(family, accumulation, devices):
   config.train.batch_size, config.train.micro_batch_size = ROWS, ROWS // accumulation // devices
   config.optim.weight_decay, config.optim.learning_rate = 0.1, 1e-3
   vocabulary = {"model_type": family, "vocab_size": V, "bos_token_id": 0, "eos_token_id": 0}
-  cfg = facts.model_config(vocabulary | CONFIGS[family]).with_dropout(0.0)
+  cfg = facts.from_hf_config(vocabulary | CONFIGS[family]).with_dropout(0.0)
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-  run = program.build(config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:devices]), 9, row)
+  run = program.build_train_program(config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:devices]), 9, row)
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  new = lambda: nnx.to_pure_dict(nnx.state(model.build(cfg, run.compute)))
-  begin = jax.jit(lambda: State(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places)
+  new = lambda: nnx.to_pure_dict(nnx.state(model.init_model(cfg, run.compute)))
+  begin = jax.jit(lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places)
   state, numbers = run.train_step(begin(), batch(run, 0))
   assert not numbers["bad"]
   return run, jax.device_get(state)
@@ -116,7 +116,7 @@ def test_nothing_that_is_not_finite_gets_into_a_state(part, record_property):
     placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, run.state)
     after, numbers = run.train_step(placed, batch(run, part, **change))
     assert numbers["bad"], (family, accumulation, devices, where, value)
-    assert named is None or named in name_bad_leaves(numbers["bad_leaves"], run.state), named
+    assert named is None or named in nonfinite_leaf_names(numbers["bad_leaves"], run.state), named
     assert same_bits(after.params, state.params) and same_bits(after.opt_state, state.opt_state)
     assert int(after.step) == int(state.step) + 1
   record_property("torture", {"what": "NaN, Inf or ids that are not there", "tried": PER_PART})

@@ -16,7 +16,7 @@ from jaxft import config as settings
 from jaxft import model, offload, program, sharding
 from jaxft.hf import facts
 from jaxft.pretrained import load, load_workdir
-from jaxft.step import State
+from jaxft.step import TrainState
 from jaxft.train import finetune
 
 STEPS, ROWS, T = 20, 8, 13
@@ -33,22 +33,22 @@ def build(family, kept, accumulation=1, fsdp=1, tensor=1, **more):
     section, key = name.split("__")
     config[section][key] = value
   vocabulary = {"model_type": family.split()[0], "vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0}
-  cfg = facts.model_config(vocabulary | FAMILIES[family]).with_dropout(0.1)
+  cfg = facts.from_hf_config(vocabulary | FAMILIES[family]).with_dropout(0.1)
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
   mesh = sharding.make_mesh(config.mesh, jax.devices()[: fsdp * tensor])
-  return cfg, program.build(config, cfg, mesh, STEPS, row)
+  return cfg, program.build_train_program(config, cfg, mesh, STEPS, row)
 
 
 @functools.cache
 def weights(family):
   cfg, run = build(family, "none")
-  return jax.device_get(nnx.to_pure_dict(nnx.state(model.build(cfg, run.compute))))
+  return jax.device_get(nnx.to_pure_dict(nnx.state(model.init_model(cfg, run.compute))))
 
 
 def begin(run, family):
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
   params = jax.tree.map(lambda x, like: x.astype(like.dtype), weights(family), run.state.params)
-  state = State(jnp.int32(0), params, jax.device_get(run.tx.init(params)))
+  state = TrainState(jnp.int32(0), params, jax.device_get(run.tx.init(params)))
   return jax.device_put(state, places)
 
 
@@ -120,7 +120,9 @@ def test_twenty_steps_are_those_of_weights_on_the_device(family, kept, accumulat
   ],
 )
 def test_over_several_devices_too(monkeypatch, kept, fsdp, tensor):
-  monkeypatch.setattr(offload, "ROWS_AT_ONCE", 4 * 40 * 50)  # tables in parts, cut along the axis that devices share
+  monkeypatch.setattr(
+    offload, "TABLE_CHUNK_BYTES", 4 * 40 * 50
+  )  # tables in parts, cut along the axis that devices share
   losses, state, _ = train("gptj", kept, accumulation=2, fsdp=fsdp, tensor=tensor)
   wanted, theirs = resident("gptj")
   np.testing.assert_allclose(losses, wanted, rtol=1e-5)
@@ -167,8 +169,8 @@ def test_a_step_is_that_of_weights_on_the_device_and_one_that_is_not_finite_chan
 
 @pytest.mark.slow
 def test_tables_are_cut_into_rows(monkeypatch):
-  monkeypatch.setattr(offload, "ROWS_AT_ONCE", 4 * 40 * 100)
-  cut = offload.Cut.of((jax.tree_util.DictKey("embed"),), np.zeros((384, 40), np.float32), 1)
+  monkeypatch.setattr(offload, "TABLE_CHUNK_BYTES", 4 * 40 * 100)
+  cut = offload.LeafChunks.of((jax.tree_util.DictKey("embed"),), np.zeros((384, 40), np.float32), 1)
   assert cut == (False, 4, 1)
   losses, state, _ = train("gpt2", "all", steps=4)
   wanted, theirs, _ = train("gpt2", "none", steps=4)

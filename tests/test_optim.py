@@ -14,7 +14,7 @@ from jaxft import optim
 def course(total=20, **optim_settings):
   config = settings.default()
   config.optim.update(learning_rate=1e-3, **optim_settings)
-  schedule = optim.schedule(config.optim, total)
+  schedule = optim.make_schedule(config.optim, total)
   return [float(schedule(step)) for step in range(total + 1)]
 
 
@@ -35,7 +35,7 @@ def test_schedules_follow_transformers_formulas(warmup):
 
 
 def updated(optim_settings, params, grads, steps=3):
-  tx = optim.optimizer(optim_settings)
+  tx = optim.make_optimizer(optim_settings)
   state, update = tx.init(params), jax.jit(tx.update)
   for _ in range(steps):
     direction, state = update(grads, state, params)
@@ -55,7 +55,7 @@ def test_lion_and_sgd_are_their_formulas():
     sgd.append(summed)
   for name, wanted in (("lion", lion), ("sgd", sgd)):
     settings_.name = name
-    tx, params = optim.optimizer(settings_), {"block": {"kernel": jnp.ones((3, 4))}}
+    tx, params = optim.make_optimizer(settings_), {"block": {"kernel": jnp.ones((3, 4))}}
     state = tx.init(params)
     for grad, direction in zip(grads, wanted, strict=True):
       found, state = tx.update({"block": {"kernel": jnp.asarray(grad)}}, state, params)
@@ -75,7 +75,7 @@ def test_matrices_decay_and_biases_and_norms_do_not():
 
 def test_a_parameter_of_no_known_kind_is_refused():
   with pytest.raises(KeyError, match="gate.*DECAYED"):
-    optim.optimizer(settings.default().optim).init({"block": {"gate": jnp.zeros(3)}})
+    optim.make_optimizer(settings.default().optim).init({"block": {"gate": jnp.zeros(3)}})
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
@@ -96,11 +96,11 @@ def test_a_layer_of_a_stack_is_updated_as_it_would_be_alone(name):
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
 def test_every_optimizer_begins_with_zeros(name):
-  """`program.begin` relies on it where the state is on the host."""
+  """`program.init_train_state` relies on it where the state is on the host."""
   settings_ = settings.default().optim
   settings_.name = name
   params = {"blocks": {"kernel": jnp.ones((3, 130, 150))}, "embed": {"tokens": jnp.ones((130, 150))}}
-  state = optim.optimizer(settings_).init(params)
+  state = optim.make_optimizer(settings_).init(params)
   assert jax.tree.leaves(state) and not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state))
 
 
@@ -113,7 +113,7 @@ def test_muon_makes_queries_keys_and_values_orthogonal_each_for_itself():
   grads["blocks"]["qkv"]["kernel"][:, :, 2] *= 1e-3  # values have small gradients
   grads = jax.tree.map(jnp.float32, grads)
   zeros = jax.tree.map(jnp.zeros_like, grads)
-  tx = optim.optimizer(settings_)
+  tx = optim.make_optimizer(settings_)
   found = jax.device_get(tx.update(grads, tx.init(zeros), zeros)[0])["blocks"]
   matrices = [(found["qkv"]["kernel"][0, :, i].reshape(12, 20), 20) for i in range(3)]
   matrices += [(found["out"]["kernel"][1].reshape(20, 12), 20), (found["up"]["kernel"][1], 47)]
@@ -138,5 +138,5 @@ def test_steps_of_warm_up(warmup, ratio, steps, wanted):
   config = settings.default().optim
   config.warmup_steps, config.warmup_ratio = warmup, ratio
   assert optim.warmup_steps(config, steps) == wanted
-  rates = [float(optim.schedule(config, steps)(step)) for step in range(steps)]
+  rates = [float(optim.make_schedule(config, steps)(step)) for step in range(steps)]
   assert max(rates) > 0 and (rates[0] > 0) == (wanted == 0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import test_meshes
 
-from jaxft.run.checkpoint import Checkpoints
+from jaxft.run.checkpoint import CheckpointManager
 
 pytestmark = [pytest.mark.slow, pytest.mark.wide]
 COUNTS, SAVED_AT = (1, 2, 4, 8), 3
@@ -26,13 +26,13 @@ def test_every_number_of_devices_goes_on_from_every_other(tmp_path, record_prope
   saved, follow = {}, {}
   for n, run in runs.items():
     state, _ = steps(run, test_meshes.begin(run, "gpt2"), 0, SAVED_AT)
-    checkpoints = Checkpoints(tmp_path / str(n), 2)
+    checkpoints = CheckpointManager(tmp_path / str(n), 2)
     checkpoints.save(SAVED_AT, state, {})
     checkpoints.close()
     saved[n] = jax.device_get(state)
     _, follow[n] = steps(run, state, SAVED_AT, test_meshes.STEPS)
   for before, after in itertools.permutations(COUNTS, 2):
-    state = Checkpoints(tmp_path / str(before), 2).restore(SAVED_AT, runs[after].state)
+    state = CheckpointManager(tmp_path / str(before), 2).restore(SAVED_AT, runs[after].state)
     assert all(
       leaf.sharding == like.sharding for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(runs[after].state))
     )

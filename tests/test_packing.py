@@ -7,10 +7,10 @@ from flax import nnx
 
 from jaxft import model
 from jaxft.data import tokens
-from jaxft.data.pack import ExampleRows
+from jaxft.data.pack import PackedDataset
 from jaxft.hf import facts
 from jaxft.loss import cross_entropy_sum
-from jaxft.step import hidden
+from jaxft.step import hidden_states
 
 T, EOS = 24, 0
 CONFIGS = {
@@ -29,9 +29,9 @@ CONFIGS = {
 
 @pytest.fixture(params=CONFIGS, scope="module")
 def decoder(request):
-  cfg = facts.model_config({"model_type": request.param, "vocab_size": 97} | CONFIGS[request.param]).with_dropout(0.0)
-  graph, _, _ = model.abstract(cfg, model.Compute())
-  params = nnx.to_pure_dict(nnx.state(model.build(cfg, model.Compute())))
+  cfg = facts.from_hf_config({"model_type": request.param, "vocab_size": 97} | CONFIGS[request.param]).with_dropout(0.0)
+  graph, _, _ = model.abstract_model(cfg, model.ComputeConfig())
+  params = nnx.to_pure_dict(nnx.state(model.init_model(cfg, model.ComputeConfig())))
   noise = np.random.default_rng(0)
   return graph, jax.tree.map(lambda p: p + 0.2 * noise.standard_normal(p.shape).astype(np.float32), params)
 
@@ -42,7 +42,7 @@ def stored(lengths, seed=0):
   prompts = np.array([length // 2 if i % 2 else 0 for i, length in enumerate(lengths)], np.int32)
   ids = rng.integers(1, 97, ends[-1]).astype(np.uint16)
   ids[ends[1:] - 1] = EOS
-  return tokens.Tokens(ids, ends, prompts, np.zeros(0), np.zeros(0))
+  return tokens.TokenArrays(ids, ends, prompts, np.zeros(0), np.zeros(0))
 
 
 def batch(rows):
@@ -57,7 +57,7 @@ def loss_and_gradient(decoder, part):
   def run(params):
     def loss(params):
       net = nnx.merge(graph, params)
-      return cross_entropy_sum(hidden(net, part), net.head(), part["targets"], part["mask"]) / part["mask"].sum()
+      return cross_entropy_sum(hidden_states(net, part), net.head(), part["targets"], part["mask"]) / part["mask"].sum()
 
     return jax.value_and_grad(loss)(params)
 
@@ -73,7 +73,7 @@ def relative_difference(ours, theirs):
 @pytest.mark.slow_for("gptj", "gpt2")
 def test_packed_rows_learn_what_single_rows_learn(decoder):
   examples = stored([5, 9, 3, 11, 24, 2, 7, 8, 13, 4])
-  packed, single = (batch(ExampleRows(examples, T, EOS, pack=pack)) for pack in (True, False))
+  packed, single = (batch(PackedDataset(examples, T, EOS, pack=pack)) for pack in (True, False))
   assert len(packed["ids"]) < len(single["ids"]) and packed["mask"].sum() == single["mask"].sum()
   (loss, gradient), (wanted, wanted_gradient) = (loss_and_gradient(decoder, part) for part in (packed, single))
   np.testing.assert_allclose(loss, wanted, rtol=1e-6)
@@ -85,10 +85,10 @@ def test_packed_rows_learn_what_single_rows_learn(decoder):
 
 def test_an_example_changes_its_own_logits_only(decoder):
   graph, params = decoder
-  row = batch(ExampleRows(stored([6, 7, 8]), T, EOS, pack=True))
+  row = batch(PackedDataset(stored([6, 7, 8]), T, EOS, pack=True))
   segments = row["segments"][0]
   net = nnx.merge(graph, params)
-  logits = jax.jit(lambda ids: net.logits(hidden(net, row | {"ids": ids})))
+  logits = jax.jit(lambda ids: net.logits(hidden_states(net, row | {"ids": ids})))
   before = np.asarray(logits(row["ids"]))
   for segment in set(segments) - {0}:
     changed = np.where(row["segments"] == segment, (row["ids"] + 1) % 97, row["ids"])
@@ -100,7 +100,7 @@ def test_an_example_changes_its_own_logits_only(decoder):
 @pytest.mark.slow_for("gptj", "gpt2")
 @pytest.mark.parametrize("pack", [True, False])
 def test_what_lies_in_padding_changes_nothing(decoder, pack):
-  row = batch(ExampleRows(stored([5, 9, 3]), T, EOS, pack=pack))
+  row = batch(PackedDataset(stored([5, 9, 3]), T, EOS, pack=pack))
   used = row["segments"] > 0 if pack else np.cumsum(row["mask"][:, ::-1], 1)[:, ::-1] > 0
   other = row | {name: np.where(used, row[name], 55) for name in ("ids", "targets")}
   assert (other["ids"] != row["ids"]).any()
@@ -110,7 +110,7 @@ def test_what_lies_in_padding_changes_nothing(decoder, pack):
 
 
 def test_positions_begin_anew_and_long_texts_are_cut_in_pieces():
-  rows = ExampleRows(stored([30, 4, 50]), T, EOS, pack=True)
+  rows = PackedDataset(stored([30, 4, 50]), T, EOS, pack=True)
   assert rows.stats.overlong == 2 and not rows.stats.dropped
   learned, ids = [], []
   for i in range(len(rows)):

@@ -188,9 +188,9 @@ def test_what_is_planned_is_there(command, monkeypatch):
   monkeypatch.chdir(pages.ROOT)
   monkeypatch.setattr(sys, "argv", words_of_plan(command))
   arguments = command_line.parse(usage.PLAN, ("fit", "json"), ("html", "prices"), list_flags=("device",))
-  assert not settings.faults(arguments.config)
-  assert all(targets.find(name) for text in arguments.device for name in text.split(","))
-  assert answer.model_facts(arguments.config).L > 1
+  assert not settings.validate(arguments.config)
+  assert all(targets.parse_device(name) for text in arguments.device for name in text.split(","))
+  assert answer.resolve_model_config(arguments.config).L > 1
 
 
 @pytest.mark.wide

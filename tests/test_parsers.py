@@ -98,7 +98,7 @@ SPELLINGS = {
 
 def parsed(*parts):
   arguments = vars(parsers.generate().parse_args([word for part in parts for word in part]))
-  return {name: value for name, value in arguments.items() if name != "called"}
+  return {name: value for name, value in arguments.items() if name != "given_as"}
 
 
 @pytest.mark.parametrize("name", SPELLINGS)

@@ -17,8 +17,8 @@ from jaxft.errors import RequestError
 from jaxft.hf import added_tokens, repo, save
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.pretrained import load_workdir
-from jaxft.run.checkpoint import Checkpoints
-from jaxft.train import check, finetune
+from jaxft.run.checkpoint import CheckpointManager
+from jaxft.train import finetune, validate
 
 NAMES = [
   "lr[1e-4]", "plain", "a b", " c", "d ", "e#f", "g?h", "i%20j", "k%l", "[1]", "{x}", "a:b", "é", "e\u0301", "日本", "🐈",
@@ -47,7 +47,7 @@ def test_forty_names_of_folders(ready, folder, tmp_path, part):
     config.data.train = (source,)
     if "*" in name or "?" in name or "[" in name:
       config.data.train = (str(root),)  # a file of this name would be a pattern
-    data = report.prepare(config.data, tokenizer, "")
+    data = report.prepare_data(config.data, tokenizer, "")
     assert data.report["rows"]["read"] == 20
     ready.export(root / "out")
     assert (root / "out" / "parity.json").is_file()
@@ -55,14 +55,14 @@ def test_forty_names_of_folders(ready, folder, tmp_path, part):
     before = sorted(path.name for path in root.iterdir())
     if any(part in name for part in REFUSED):
       with pytest.raises(RequestError, match="--workdir: .* Orbax takes the .* for part of a pattern"):
-        check(config, root / "run")
+        validate(config, root / "run")
       assert sorted(path.name for path in root.iterdir()) == before
       continue
-    check(config, root / "run")
-    checkpoints = Checkpoints(root / "run" / "checkpoints", 1, writes=True)
+    validate(config, root / "run")
+    checkpoints = CheckpointManager(root / "run" / "checkpoints", 1, writes=True)
     checkpoints.save(1, STATE, {"x": 1})
     checkpoints.close()
-    again = Checkpoints(root / "run" / "checkpoints", 1)
+    again = CheckpointManager(root / "run" / "checkpoints", 1)
     jax.tree.map(np.testing.assert_array_equal, again.restore(1, LIKE), STATE)
     again.close()
 
@@ -94,26 +94,26 @@ def test_what_is_in_a_workdir_is_never_taken_for_the_runs_own(folder, stories, t
   config = tiny.config(folder, stories)
   (tmp_path / "model").mkdir()
   (tmp_path / "model" / "my_code.py").write_text("import this")
-  check(config, tmp_path)
-  source, tokenizer = repo.find(str(folder)), tokenizers.load(folder, 293)
-  save.replace_config_and_tokenizer(tmp_path, source, tokenizer)
-  assert (tmp_path / "model" / "my_code.py").is_file() and save.run_model(tmp_path) == tmp_path / "run.model"
-  save.replace_config_and_tokenizer(tmp_path, source, tokenizer)  # its own is replaced
+  validate(config, tmp_path)
+  source, tokenizer = repo.resolve(str(folder)), tokenizers.load(folder, 293)
+  save.save_run_model(tmp_path, source, tokenizer)
+  assert (tmp_path / "model" / "my_code.py").is_file() and save.find_run_model(tmp_path) == tmp_path / "run.model"
+  save.save_run_model(tmp_path, source, tokenizer)  # its own is replaced
   (tmp_path / "run.model" / "model.safetensors").write_text("mine")
   with pytest.raises(RequestError, match="'model.safetensors' is none of it"):
-    check(config, tmp_path)
+    validate(config, tmp_path)
   with pytest.raises(RequestError, match="'model.safetensors' is none of it"):
-    save.replace_config_and_tokenizer(tmp_path, source, tokenizer)
+    save.save_run_model(tmp_path, source, tokenizer)
   assert (tmp_path / "run.model" / "model.safetensors").read_text() == "mine"
   mine = shutil.copytree(folder, tmp_path / "mine")
   config.model.path = str(mine)
   with pytest.raises(RequestError, match="--workdir: .* is config.model.path"):
-    check(config, tmp_path / "mine" / ".." / "mine")
+    validate(config, tmp_path / "mine" / ".." / "mine")
 
 
 def test_a_start_that_is_killed_between_two_renames_leaves_the_old_config(folder, tmp_path, monkeypatch):
-  source, tokenizer = repo.find(str(folder)), tokenizers.load(folder, 293)
-  save.replace_config_and_tokenizer(tmp_path, source, tokenizer)
+  source, tokenizer = repo.resolve(str(folder)), tokenizers.load(folder, 293)
+  save.save_run_model(tmp_path, source, tokenizer)
   rename = Path.rename
 
   def killed(path, to):
@@ -123,9 +123,9 @@ def test_a_start_that_is_killed_between_two_renames_leaves_the_old_config(folder
 
   with monkeypatch.context() as dying, pytest.raises(KeyboardInterrupt):
     dying.setattr(Path, "rename", killed)
-    save.replace_config_and_tokenizer(tmp_path, source, tokenizer)
-  assert save.run_model(tmp_path) and tokenizers.load(save.run_model(tmp_path), 293)
-  save.replace_config_and_tokenizer(tmp_path, source, tokenizer)
+    save.save_run_model(tmp_path, source, tokenizer)
+  assert save.find_run_model(tmp_path) and tokenizers.load(save.find_run_model(tmp_path), 293)
+  save.save_run_model(tmp_path, source, tokenizer)
   assert [path.name for path in tmp_path.iterdir()] == ["run.model"]
 
 
@@ -147,16 +147,16 @@ def test_places_where_no_export_can_be_written_are_told_before_training(folder, 
     (tmp_path / ("x" * 245), "File name too long"),
     (tmp_path / "file" / "out", "is no folder"),
     (tmp_path / "gone", "a link that leads nowhere"),
-    *((tmp_path / "run" / name, "the run itself is written there") for name in sources.OWN_FOLDERS if name != "export"),
+    *((tmp_path / "run" / name, "the run itself is written there") for name in sources.RUN_FOLDERS if name != "export"),
     (tmp_path / "run" / "checkpoints" / "x", "the run itself is written there"),
   ):
     config.export.out = str(out)
     with pytest.raises(RequestError, match=f"config.export.out.*{told}"):
-      check(config, tmp_path / "run")
+      validate(config, tmp_path / "run")
   config.export.out, strange = "", tmp_path / os.fsdecode(b"caf\xe9")
   with pytest.raises(RequestError, match="--workdir: .*: its name is not UTF-8"):
-    check(config, strange)
-  assert "its name is not UTF-8" in save.faults(strange)[0]
+    validate(config, strange)
+  assert "its name is not UTF-8" in save.validate(strange)[0]
 
 
 def test_what_was_held_out_is_measured_or_refused(finished, stories, tmp_path):
@@ -230,8 +230,8 @@ def test_a_run_of_relative_names_is_used_from_another_folder(folder, stories, tm
   about["base_model_name_or_path"] = "../../mine/model"
   (workdir / "adapter" / "adapter_config.json").write_text(json.dumps(about))
   monkeypatch.chdir("/")
-  assert repo.find(str(workdir / "adapter")).folder.samefile(here / "mine" / "model")
-  added_tokens.write(repo.find(str(workdir / "adapter")), ["<|new|>"], elsewhere / "added")
+  assert repo.resolve(str(workdir / "adapter")).folder.samefile(here / "mine" / "model")
+  added_tokens.add_tokens(repo.resolve(str(workdir / "adapter")), ["<|new|>"], elsewhere / "added")
   assert jaxft.load(elsewhere / "added").tokenizer.eos_token == "e"
 
   # What has changed since is refused, not measured and not trained on.
@@ -267,7 +267,7 @@ def test_a_folder_of_text_is_read_without_the_runs_and_models_in_it(finished, fo
   data = tiny.config(folder, tmp_path).data
   data.cache_dir = str(tmp_path / "cache")
   tokenizer = tokenizers.load(folder, 293)
-  first = report.prepare(data, tokenizer, "")
+  first = report.prepare_data(data, tokenizer, "")
   assert first.report["rows"]["read"] == 12
   assert (
     first.report["notes"]["folders of runs, left out"] == 2
@@ -279,4 +279,4 @@ def test_a_folder_of_text_is_read_without_the_runs_and_models_in_it(finished, fo
   assert sources.find_files(f"{tmp_path}/runs/mine/metrics.jsonl", "train")  # whoever names it wants it
   for name in ("metrics.jsonl", "samples.jsonl", "run.lock"):  # the folder is now a workdir itself
     shutil.copyfile(finished[0] / name, tmp_path / name)
-  assert report.prepare(data, tokenizer, "").validation_fingerprint == first.validation_fingerprint
+  assert report.prepare_data(data, tokenizer, "").validation_fingerprint == first.validation_fingerprint

@@ -22,8 +22,8 @@ from jaxft.errors import RequestError
 from jaxft.hf import facts
 from jaxft.hf.published import PUBLISHED
 from jaxft.plan import answer, compile, estimate, figures, fit, flops, show, targets
-from jaxft.plan.figures import blank_row
-from jaxft.run.tracking import Meter, Reporter
+from jaxft.plan.figures import dummy_row
+from jaxft.run.tracking import ProgressBar, Reporter
 
 KEYS = {
   "device",
@@ -52,7 +52,7 @@ def published(model="gpt2", **more):
 
 def traced(config, cfg):
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-  run = program.build(config, cfg, mesh, 100, blank_row(config, cfg))
+  run = program.build_train_program(config, cfg, mesh, 100, dummy_row(config, cfg))
   return run, run.train_step.trace(run.state, run.batch)
 
 
@@ -85,47 +85,49 @@ def forward(cfg, T):
 def test_operations_are_those_of_a_hand_count(config, remat, again, chunk, accumulated):
   config.memory.remat, config.memory.loss_chunk = remat, chunk
   config.train.micro_batch_size = config.train.batch_size // accumulated
-  cfg = answer.model_facts(config)
+  cfg = answer.resolve_model_config(config)
   T, tokens = config.data.sequence_length, config.train.batch_size * config.data.sequence_length
   products, rows = forward(cfg, T), -(-cfg.V // sharding.VOCAB_MULTIPLE) * sharding.VOCAB_MULTIPLE
   layer = 3 * sum(products.values()) + sum(products[name] for name in again)
   head = 3 * 2 * cfg.D * rows  # in chunks too
   _, step = traced(config, cfg)
-  assert flops.of_jaxpr(step.jaxpr) == tokens * (cfg.L * layer + head)
+  assert flops.jaxpr_flops(step.jaxpr) == tokens * (cfg.L * layer + head)
 
 
 def test_the_models_own_operations_are_those_of_a_step_that_computes_only_scores_twice(config):
-  cfg = answer.model_facts(config)
+  cfg = answer.resolve_model_config(config)
   _, step = traced(config, cfg)
   B, T = config.train.batch_size, config.data.sequence_length
   padding, scores = 6 * (-cfg.V % sharding.VOCAB_MULTIPLE) * cfg.D * B * T, cfg.L * forward(cfg, T)["scores"] * B * T
-  assert flops.of_jaxpr(step.jaxpr) == flops.of_model(cfg, B, T) + padding + scores
+  assert flops.jaxpr_flops(step.jaxpr) == flops.model_flops(cfg, B, T) + padding + scores
 
 
 def test_what_nothing_needs_is_not_counted_and_the_larger_branch_is():
   x = jax.ShapeDtypeStruct((3, 3), np.float32)
-  assert flops.of_jaxpr(jax.make_jaxpr(lambda a: (a @ a, a)[1])(x)) == 0
+  assert flops.jaxpr_flops(jax.make_jaxpr(lambda a: (a @ a, a)[1])(x)) == 0
   either = lambda a: jax.lax.cond(a[0, 0] > 0, lambda: a @ a, lambda: a @ a @ a)
-  assert flops.of_jaxpr(jax.make_jaxpr(either)(x)) == 2 * 2 * 27
+  assert flops.jaxpr_flops(jax.make_jaxpr(either)(x)) == 2 * 2 * 27
 
 
 def test_roofline():
-  target = targets.find("h100x8")
+  target = targets.parse_device("h100x8")
   how = dict(dtype="bfloat16", tokens=1000, model_flops=8 * 10**14)
-  it = estimate.roofline(
+  it = estimate.estimate_step(
     target, 8, flops=8 * 989 * 10**12, moved_bytes=3352 * 10**9, collective_bytes={"all-reduce": 450 * 10**9}, **how
   )
   assert it.compute_seconds == pytest.approx(1 / 0.5) and it.memory_seconds == pytest.approx(1 / 0.8)
   assert it.network_seconds == pytest.approx(2 * 7 / 8 / 0.7) and it.network_seconds == it.step_seconds
-  streamed = estimate.roofline(target, 8, flops=10, moved_bytes=10, collective_bytes={}, bus_bytes=56 * 10**9, **how)
+  streamed = estimate.estimate_step(
+    target, 8, flops=10, moved_bytes=10, collective_bytes={}, bus_bytes=56 * 10**9, **how
+  )
   assert streamed.bus_seconds == pytest.approx(1 / 0.8) and streamed.bound_by == "bus"
   # Ten rows take 6 s beside 8 s on the bus: 54 rows take 32.4 s, and then the bus is 19.8 % of a step.
   assert streamed._replace(bus_seconds=8, step_seconds=14).rows_to_hide_the_bus(10) == 54
   assert it.bound_by == "network" and it.tokens_per_second == pytest.approx(1000 / 2.5)
   assert it.mfu == pytest.approx(10**14 / (2.5 * 989 * 10**12))
   # Across nodes the network card is the way; a T4's float32 goes through its cores, 2 x 40 x 64 x 1.59 GHz.
-  assert targets.find("h100x16").link == 50 * 10**9 and target.link == 450 * 10**9
-  assert targets.find("t4").spec.peak_flops("float32") == pytest.approx(8.14e12, rel=1e-3)
+  assert targets.parse_device("h100x16").link == 50 * 10**9 and target.link == 450 * 10**9
+  assert targets.parse_device("t4").spec.peak_flops("float32") == pytest.approx(8.14e12, rel=1e-3)
 
 
 def test_every_kind_has_a_public_source_and_what_it_says_of_links_is_both_ways_together():
@@ -133,13 +135,13 @@ def test_every_kind_has_a_public_source_and_what_it_says_of_links_is_both_ways_t
   assert all(url.startswith("https://") for url in targets.SOURCES.values())
   both_ways = {"v5e": 400, "v5p": 1200, "v6e": 800, "tpu7x": 1200}  # GB/s a chip
   assert {kind: 2 * it.devices * it.link / 10**9 for kind, it in targets.TPUS.items()} == both_ways
-  assert targets.find("tpu7x:2x2x1").count == 8 and targets.find("v5p:2x2x1").count == 4
+  assert targets.parse_device("tpu7x:2x2x1").count == 8 and targets.parse_device("v5p:2x2x1").count == 4
   # A box with eight GeForce cards is one machine: nothing goes over a network, and a mesh cuts over all of them.
-  box = targets.find("rtx4090x8")
+  box = targets.parse_device("rtx4090x8")
   assert box.link == box.spec.bus
   config = published("gpt2")
-  assert (1, 8, 1) in fit.meshes(answer.model_facts(config), box) and (1, 2, 4) in fit.meshes(
-    answer.model_facts(config), box
+  assert (1, 8, 1) in fit.meshes(answer.resolve_model_config(config), box) and (1, 2, 4) in fit.meshes(
+    answer.resolve_model_config(config), box
   )
 
 
@@ -149,7 +151,7 @@ def test_a_run_tells_its_mfu_where_the_peak_is_known(config, tmp_path):
     workdir = tmp_path / str(at_peak)
     workdir.mkdir()
     reporter = Reporter(config, workdir, 0, 1, 0, None, jax.devices()[0], at_peak)
-    with Meter("training", 1) as meter:
+    with ProgressBar("training", 1) as meter:
       reporter.log_step(1, numbers, meter, lambda bad: [])
     (line,) = reporter.metrics.entries
     assert (line.get("perf/mfu") is None) == (at_peak is None)
@@ -158,11 +160,14 @@ def test_a_run_tells_its_mfu_where_the_peak_is_known(config, tmp_path):
 
 
 def test_costs_come_from_the_users_table_alone(tmp_path):
-  target = targets.find("h100x8")
+  target = targets.parse_device("h100x8")
   it = estimate.Estimate(1, 1, 1, 0, 2, 5000, 0.4)
-  assert estimate.costs(None, target, it) == {}
-  assert estimate.costs(2.5, target, it) == {"per_hour": 20.0, "per_million_tokens": pytest.approx(20 / 3600 * 200)}
-  assert estimate.costs(0.1, targets.find("cpu"), None) == {"per_hour": 0.1}
+  assert estimate.estimate_cost(None, target, it) == {}
+  assert estimate.estimate_cost(2.5, target, it) == {
+    "per_hour": 20.0,
+    "per_million_tokens": pytest.approx(20 / 3600 * 200),
+  }
+  assert estimate.estimate_cost(0.1, targets.parse_device("cpu"), None) == {"per_hour": 0.1}
   file = tmp_path / "prices.json"
   file.write_text('{"h100": 2.5, "v5e": 1}')
   assert targets.read_prices(file) == {"h100": 2.5, "v5e": 1}
@@ -217,7 +222,7 @@ def test_one_of_several_devices_that_refuses_leaves_the_others_their_plans(confi
   assert {key: refused[key] for key in KEYS} == dict.fromkeys(KEYS) | told
   assert "does not fit 1 devices" in page.read_text() and "activations" in page.read_text()
   console = Console(file=io.StringIO(), width=200)
-  console.print(show.table(refused))
+  console.print(show.render_plan(refused))
   assert "as it is: --device='cpu'" in console.file.getvalue()
 
 
@@ -262,13 +267,13 @@ def test_the_users_own_flags_are_compiled_with_but_for_autotuning(monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4 --xla_gpu_enable_triton_gemm=false")
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=true")
   monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-  it = compile.environment()
-  ours = ["--xla_gpu_autotune_level=0", *backend.without_annotator("").split() * backend.slices_are_wrong()]
+  it = compile.compiler_env()
+  ours = ["--xla_gpu_autotune_level=0", *backend.disable_slice_pass("").split() * backend.has_slice_bug()]
   assert it["XLA_FLAGS"].split() == [*os.environ["XLA_FLAGS"].split(), *ours]
-  assert it["LIBTPU_INIT_ARGS"].split() == [os.environ["LIBTPU_INIT_ARGS"], backend.LIBTPU_STACK]
+  assert it["LIBTPU_INIT_ARGS"].split() == [os.environ["LIBTPU_INIT_ARGS"], backend.LIBTPU_STACK_FLAG]
   assert it["JAX_PLATFORMS"] == "cpu" and it["PATH"] == os.environ["PATH"]
   monkeypatch.delenv("XLA_FLAGS")
-  assert compile.environment()["XLA_FLAGS"].split() == ours
+  assert compile.compiler_env()["XLA_FLAGS"].split() == ours
 
 
 @pytest.mark.parametrize(
@@ -279,13 +284,13 @@ def test_the_users_own_flags_are_compiled_with_but_for_autotuning(monkeypatch):
   ],
 )
 def test_both_ways_in_which_libtpu_says_that_memory_is_short_are_understood(said):
-  assert figures.SHORT.search(said).groups() == ("21.26", "G", "15.75", "G")
+  assert figures.OUT_OF_MEMORY.search(said).groups() == ("21.26", "G", "15.75", "G")
 
 
 def test_a_compiler_that_dies_is_told_in_a_line(monkeypatch):
   quits = lambda command, **how: subprocess.Popen([sys.executable, "-c", "import os; os.abort()"], **how)
   with compile.Compiler() as compiler:
-    request = compile.Request(settings.to_json(published()), {}, "cpu")
+    request = compile.CompileRequest(settings.to_json(published()), {}, "cpu")
     monkeypatch.setattr(compiler, "_start", lambda cpus: _start_with(compiler, quits))
     with pytest.raises(RequestError, match="--device='cpu': the compiler ended with code -6"):
       compiler(request)
@@ -301,17 +306,21 @@ def test_published_models_are_known_without_a_network(monkeypatch, tmp_path):
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
   monkeypatch.chdir(tmp_path)
   for name, hf_config in PUBLISHED.items():
-    assert answer.model_facts(published(name)) == facts.model_config(hf_config)
-  assert answer.model_facts(published("openai-community/gpt2")) == answer.model_facts(published("gpt2"))
+    assert answer.resolve_model_config(published(name)) == facts.from_hf_config(hf_config)
+  assert answer.resolve_model_config(published("openai-community/gpt2")) == answer.resolve_model_config(
+    published("gpt2")
+  )
   with pytest.raises(RequestError, match="2048: the model has 1024 positions"):
-    answer.model_facts(published("gpt2", data__sequence_length=2048))
+    answer.resolve_model_config(published("gpt2", data__sequence_length=2048))
 
 
 def test_the_table_says_what_is_missing():
   plan = {"fits": False, "peak_bytes": 3 * 2**30, "usable_bytes": 2 * 2**30, "breakdown": {"parameters": 3 * 2**30}}
-  assert show.verdict(plan) == "does not fit: needs 3.00 GiB a device, of which there are 2.00 GiB; 1.00 GiB too much"
-  bar = show._bar(plan).plain
-  assert len(bar) == show.BAR and bar.index("│") == 2 * show.BAR // 3
+  assert (
+    show.fit_summary(plan) == "does not fit: needs 3.00 GiB a device, of which there are 2.00 GiB; 1.00 GiB too much"
+  )
+  bar = show._memory_bar(plan).plain
+  assert len(bar) == show.BAR_WIDTH and bar.index("│") == 2 * show.BAR_WIDTH // 3
 
 
 BY_HAND = """
@@ -343,7 +352,7 @@ def test_the_peak_is_that_of_compiling_the_step_by_hand(device, kept):
     capture_output=True,
     text=True,
     check=True,
-    env=compile.environment(),
+    env=compile.compiler_env(),
   )
   by_hand = int(done.stdout.split("peak ")[1])
   print(
@@ -374,5 +383,5 @@ def test_memory_that_libtpu_lacks_is_told_in_its_units(config, monkeypatch):
     raise jax.errors.JaxRuntimeError("Ran out of memory in memory space hbm. Used 21.26G of 15.75G hbm.")
 
   monkeypatch.setattr(jax.stages.Lowered, "compile", short)
-  found = figures.figures(config, answer.model_facts(config), targets.find("cpu"))
+  found = figures.measure_step(config, answer.resolve_model_config(config), targets.parse_device("cpu"))
   assert (found["needs_bytes"], found["has_bytes"]) == (int(21.26 * 2**30), int(15.75 * 2**30))

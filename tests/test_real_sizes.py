@@ -101,12 +101,12 @@ def test_three_steps_of_gpt2_small_on_a_cpu(gpt2, tmp_path):
   import jax
 
   from jaxft.data import loader
-  from jaxft.data.pack import ConcatRows
-  from jaxft.data.tokens import Tokens
+  from jaxft.data.pack import ConcatDataset
+  from jaxft.data.tokens import TokenArrays
 
-  stored = Tokens(np.array(ids), np.array([0, len(ids)]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0))
-  batches = loader.training_batches(
-    ConcatRows(stored, T, tokenizer.eos_token_id),
+  stored = TokenArrays(np.array(ids), np.array([0, len(ids)]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0))
+  batches = loader.train_batches(
+    ConcatDataset(stored, T, tokenizer.eos_token_id),
     batch_size=BATCH,
     accumulation=1,
     seed=0,

@@ -15,7 +15,7 @@ import jaxft
 from jaxft.data import report
 from jaxft.errors import StorageError
 from jaxft.hf import tokenizer as tokenizers
-from jaxft.page.words import figure
+from jaxft.page.words import format_number
 from jaxft.train import finetune
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -94,7 +94,7 @@ def test_answers_are_learned_and_end(small, tmp_path):
   evals = [line for line in run.metrics if "eval/loss" in line]
   assert evals[-1]["eval/loss"] < 0.1 < evals[0]["eval/loss"]
   # What became of other text: told before and after, in metrics and on the page.
-  ends = [figure(line["eval/unrelated_perplexity"]) for line in (evals[0], evals[-1])]
+  ends = [format_number(line["eval/unrelated_perplexity"]) for line in (evals[0], evals[-1])]
   assert f"<dt>perplexity, unrelated text</dt><dd>{' → '.join(ends)}" in (run.workdir / "report.html").read_text()
   for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
     prompts = [f"Question: where is the {what}? Answer:" for what in answers]
@@ -159,7 +159,7 @@ def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path)
   assert f"{evals[best]:.4f} at step {best:,}" in (run.export / "README.md").read_text()
   assert [line["step"] for line in run.samples if line["when"] == "after"] == [best] * 4
   # By heart: as a plain search in the training text counts it, of what the model draws with the prompt and seed of the run.
-  read = report.prepare(
+  read = report.prepare_data(
     config.data, wanted.tokenizer, tokenizers.fingerprint(wanted.tokenizer)
   ).train.tokens.ids.tolist()
   runs_of_8 = lambda ids: [tuple(ids[i : i + 8]) for i in range(len(ids) - 7)]

@@ -68,7 +68,7 @@ def test_what_parsers_offer_is_what_there_is():
   from jaxft import backend, parsers
   from jaxft.hf.unload import EXPORT_DTYPES
 
-  assert parsers.DTYPES == tuple(EXPORT_DTYPES) and parsers.DEVICES == backend.REQUIRED
+  assert parsers.DTYPES == tuple(EXPORT_DTYPES) and parsers.DEVICES == backend.REQUIRE_CHOICES
 
 
 def test_a_wrong_request_waits_for_no_package_that_takes_seconds_to_import(config_file, tmp_path):
@@ -122,7 +122,7 @@ def test_the_other_commands_refuse_in_one_line_too(finished, tmp_path, arguments
 
 
 def test_a_sample_prompt_that_is_too_long_is_told_before_anything_is_compiled(config, tmp_path, monkeypatch):
-  monkeypatch.setattr(program, "build", lambda *_: pytest.fail("compiled"))
+  monkeypatch.setattr(program, "build_train_program", lambda *_: pytest.fail("compiled"))
   config.train.sample_prompts = ("short", "the cat " * 100)
   with pytest.raises(
     RequestError, match=r"config.train.sample_prompts: 'the cat .* tokens and the model \d+ positions"

@@ -105,7 +105,7 @@ def write(folder: Path, steps=100, every=1, evals=(0, 50, 100), changes=(), **fi
 
 
 def shown(workdir: Path) -> Page:
-  return Page(run.page(record.read(workdir)))
+  return Page(run.render(record.load(workdir)))
 
 
 def test_a_run_leaves_its_page_and_what_it_was_started_with(finished):
@@ -193,7 +193,7 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     data_report__json=json.dumps({"rows": counts, "tokens": counts, "notes": {HOSTILE: 3}, "labels": [HOSTILE]}),
   )
   clean = shown(write(tmp_path / "w")).found
-  for text in (run.page(record.read(workdir)), comparison.page([record.read(workdir)] * 2)):
+  for text in (run.render(record.load(workdir)), comparison.render([record.load(workdir)] * 2)):
     page = Page(text)
     assert page.found.count("script") == clean.count("script") == 1 and "b" in clean
     assert page.text.count("<script>alert(1)</script>") > 4 and "onerror=alert(2)" in page.text
@@ -202,7 +202,7 @@ def test_hostile_text_is_shown_as_text(tmp_path):
 
 
 def test_a_page_forbids_every_request_and_every_script_but_its_own(tmp_path):
-  text = run.page(record.read(write(tmp_path / "w")))
+  text = run.render(record.load(write(tmp_path / "w")))
   policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1]
   assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
   assert not re.search(r"https?://", text.replace(markup.SCRIPT, ""))
@@ -214,21 +214,23 @@ def test_a_page_stays_small_however_long_the_run(tmp_path):
   texts = [json.dumps(long | {"step": step, "prompt": f"{step % 50}" + long["prompt"]}) for step in range(400)]
   every = range(0, 100_001, 20)
   workdir = write(tmp_path / "w", steps=100_000, evals=every, samples__jsonl="\n".join(texts))
-  found = record.read(workdir)
-  page = run.page(found)
+  found = record.load(workdir)
+  page = run.render(found)
   assert 100_000 < len(page.encode()) < 3_000_000
   Page(page)
-  assert len(comparison.page([found] * 3).encode()) < 3_000_000
+  assert len(comparison.render([found] * 3).encode()) < 3_000_000
 
 
 def test_thinning_keeps_the_ends_and_every_spike():
   points = [(step, 1.0) for step in range(100_000)]
   points[77_777], points[33_333] = (77_777, 50.0), (33_333, -50.0)
-  kept = charts.thinned(points)
-  assert len(kept) <= 2 * charts.COLUMNS + 2 and kept == sorted(kept)
+  kept = charts.downsample(points)
+  assert len(kept) <= 2 * charts.NUM_COLUMNS + 2 and kept == sorted(kept)
   assert {points[0], points[-1], points[77_777], points[33_333]} <= set(kept)
-  assert charts.thinned(points[:900]) == points[:900]
-  assert sum(y for _, y in charts.means([(step, step % 2) for step in range(12_000)])) / charts.WINDOWS == 0.5
+  assert charts.downsample(points[:900]) == points[:900]
+  assert (
+    sum(y for _, y in charts.window_means([(step, step % 2) for step in range(12_000)])) / charts.NUM_WINDOWS == 0.5
+  )
 
 
 @pytest.mark.parametrize(
@@ -262,7 +264,7 @@ def test_a_run_is_as_far_as_its_last_step_not_its_last_line(tmp_path):
 
 def test_ticks_of_a_logarithmic_axis_have_units_of_their_own():
   told = {1e-5: "1e-5", 1e-3: "0.001", 0.5: "0.5", 1000: "1,000", 2e4: "20k", 1e6: "1M", 1e10: "10G", 1e20: "1e20"}
-  assert {number: charts.label(number) for number in told} == told
+  assert {number: charts.format_tick(number) for number in told} == told
   drawn = charts.chart("Loss", "nats", [charts.Series("a", [(0, 0.001), (1, 1e10)])])
   assert re.findall(r'class="y"[^>]*>([^<]+)', drawn)[0] == "0.01"
 
@@ -332,7 +334,7 @@ def test_nothing_is_cut_without_a_sign(tmp_path):
   page = shown(write(tmp_path / "w", samples__jsonl="\n".join(map(json.dumps, lines))))
   ends = re.findall(r"(\S+)…", page.text)
   assert len(ends) == 4 and all(re.fullmatch(r"word\d+", it) and f" {it} " in text for it in ends)
-  assert samples.beginning("x" * 500, 420) == "x" * 420 + "…" and samples.beginning("short", 420) == "short"
+  assert samples.clip_text("x" * 500, 420) == "x" * 420 + "…" and samples.clip_text("short", 420) == "short"
 
 
 def test_a_sample_that_the_first_screen_shows_whole_is_not_shown_twice(tmp_path):
@@ -345,9 +347,9 @@ def test_counts_are_told_as_people_say_them(tmp_path, number, told):
   counts = {"read": number, "trained": 0, "held_out": number, "dropped": {}}
   report = json.dumps({"rows": counts, "tokens": counts})
   assert told in shown(write(tmp_path / "w", data_report__json=report)).text
-  assert [words.duration(it) for it in (59, 61, 3600)] == ["59 s", "1 min 1 s", "1 h 0 min"]
-  assert [words.speed(it) for it in (66787.4, 941.0, 15.8)] == ["66,787", "941", "15.8"]
-  assert words.told("eval/f1", 0.0) == "0.0 %"
+  assert [words.format_duration(it) for it in (59, 61, 3600)] == ["59 s", "1 min 1 s", "1 h 0 min"]
+  assert [words.format_speed(it) for it in (66787.4, 941.0, 15.8)] == ["66,787", "941", "15.8"]
+  assert words.format_metric("eval/f1", 0.0) == "0.0 %"
 
 
 @pytest.mark.parametrize(
@@ -361,7 +363,7 @@ def test_counts_are_told_as_people_say_them(tmp_path, number, told):
   ],
 )
 def test_ticks_are_round(low, high, told):
-  assert charts.labels(charts.ticks(low, high)) == told
+  assert charts.format_ticks(charts.ticks(low, high)) == told
 
 
 def test_several_runs_are_compared(tmp_path):
@@ -440,26 +442,26 @@ def test_what_is_no_workdir_is_refused_in_a_line(tmp_path):
     assert told in done.stderr and done.stderr.count("\n") == 1
   (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
   with pytest.raises(RequestError, match="no settings of jaxft.train"):
-    record.read(tmp_path)
+    record.load(tmp_path)
   done = processes.run("jaxft.report", write(tmp_path / "w"), "--out", tmp_path / "no" / "x.html", check=2)
   assert "--out=" in done.stderr and "no such folder" in done.stderr
 
 
 def test_the_commit_of_a_checkout_is_found(tmp_path):
   git = lambda *words: subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-  assert about.commit(tmp_path) is None
+  assert about.git_commit(tmp_path) is None
   git("init", "-q", "-b", "main")
   git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-q", "--allow-empty", "-m", "x")
   head = git("rev-parse", "HEAD").strip()
-  assert about.commit(tmp_path) == head
+  assert about.git_commit(tmp_path) == head
   git("worktree", "add", "-q", "tree", "-b", "other")
-  assert about.commit(tmp_path / "tree") == head
+  assert about.git_commit(tmp_path / "tree") == head
   git("pack-refs", "--all")
-  assert about.commit(tmp_path) == about.commit(tmp_path / "tree") == head
+  assert about.git_commit(tmp_path) == about.git_commit(tmp_path / "tree") == head
   git("checkout", "-q", "--detach")
-  assert about.commit(tmp_path) == head
+  assert about.git_commit(tmp_path) == head
 
 
 def test_quotes_in_names_end_no_attribute(tmp_path):
   workdirs = [write(tmp_path / name) for name in ('a" onload="x', "b")]
-  Page(comparison.page([record.read(it) for it in workdirs]))
+  Page(comparison.render([record.load(it) for it in workdirs]))

@@ -56,7 +56,7 @@ def test_a_command_of_run_clm_is_understood(monkeypatch):
     "memory.remat": "full",
   }
   assert {name: found[name] for name in wanted} == wanted
-  assert not settings.faults(arguments.config)
+  assert not settings.validate(arguments.config)
 
 
 def test_steps_take_the_place_of_epochs(monkeypatch):
@@ -89,7 +89,7 @@ def test_the_best_checkpoint_is_what_goes_out(monkeypatch):
   )
   for more in ("", "--metric_for_best_model eval_loss"):
     config = parsed(monkeypatch, *words.split(), *more.split()).config
-    assert config.train.keep_best_metric == "eval/loss" and not settings.faults(config)
+    assert config.train.keep_best_metric == "eval/loss" and not settings.validate(config)
   alone = parsed(monkeypatch, "--model_name_or_path=gpt2", "--metric_for_best_model=loss").config
   assert not alone.train.keep_best_metric
 
@@ -165,7 +165,7 @@ SAID = [
   ("--max_steps 0 --num_train_epochs 2", {"train.epochs": 2.0, "train.steps": 0}, []),
   ("--max_steps -100 --num_train_epochs 2", {"train.epochs": 2.0, "train.steps": 0}, []),
   ("--max_steps 1_0 --logging_steps 3.0 --save_total_limit 1e1", {"train.steps": 10, "train.keep": 10}, []),
-  ("--save_total_limit -1", {"train.keep": settings.LARGEST}, []),
+  ("--save_total_limit -1", {"train.keep": settings.MAX_INT}, []),
   ("--bf16 False --fp16", {}, ["--fp16: float16 is not there yet"]),
   ("--no_bf16", {"model.compute_dtype": "float32"}, []),
   ("--dtype float16", {"model.compute_dtype": "auto"}, ["--torch_dtype=float16"]),
@@ -197,7 +197,7 @@ def test_a_flag_is_done_and_what_was_done_is_told(monkeypatch, capsys, words, wa
     monkeypatch.setenv(name, "elsewhere")  # which --cache_dir changes
   config = parsed(monkeypatch, "--model_name_or_path=gpt2", "--train_file=a.txt", *words.split()).config
   found = settings.flatten(config)
-  assert {name: found[name] for name in wanted} == wanted and not settings.faults(config)
+  assert {name: found[name] for name in wanted} == wanted and not settings.validate(config)
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == len(told) and all(map(str.startswith, lines, told)), lines
 
@@ -255,11 +255,11 @@ def test_only_the_run_itself_is_resumed(monkeypatch, tmp_path):
 def test_all_flags_of_transformers_are_known():
   transformers = pytest.importorskip("transformers")
   names = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-  assert not names - run_clm.KNOWN
+  assert not names - run_clm.KNOWN_FLAGS
 
 
 # A flag with a letter less, with two letters swapped, and with a blank of another kind, each of another flag.
-MISTYPED = sorted(name for name in run_clm.KNOWN if len(name) > 7)
+MISTYPED = sorted(name for name in run_clm.KNOWN_FLAGS if len(name) > 7)
 
 
 @pytest.mark.parametrize("spell", [
@@ -268,7 +268,7 @@ MISTYPED = sorted(name for name in run_clm.KNOWN if len(name) > 7)
   lambda name: name[:3] + name[4] + name[3] + name[5:] if name[3] != name[4] else name[:2] + name[3:],
 ])  # fmt: skip
 def test_a_mistyped_flag_gets_the_nearest_of_all(monkeypatch, spell):
-  wrong = [name for name in MISTYPED if spell(name) not in run_clm.KNOWN]
+  wrong = [name for name in MISTYPED if spell(name) not in run_clm.KNOWN_FLAGS]
   told = []
   assert len(wrong) > 100
   for name in wrong:
@@ -369,8 +369,8 @@ def test_a_flag_that_says_no_beats_a_config_file(monkeypatch, tmp_path, words, w
 
 
 def test_every_setting_named_is_one():
-  assert {same.setting for same in run_clm.SAME.values()} <= settings.BY_NAME.keys()
-  groups = [set(run_clm.SAME), set(run_clm.ALWAYS), set(run_clm.REFUSED), set(run_clm.OLD_NAMES)]
+  assert {same.setting for same in run_clm.MAPPED.values()} <= settings.BY_NAME.keys()
+  groups = [set(run_clm.MAPPED), set(run_clm.NO_OPS), set(run_clm.UNSUPPORTED), set(run_clm.ALIASES)]
   assert sum(map(len, groups)) == len(set.union(*groups))
 
 
@@ -432,4 +432,4 @@ def test_halves_of_a_request_are_refused(monkeypatch, words, message):
 
 
 def test_the_page_has_the_table_of_the_code():
-  assert run_clm.table() in (ROOT / "docs" / "recipes" / "run_clm.md").read_text()
+  assert run_clm.markdown_table() in (ROOT / "docs" / "recipes" / "run_clm.md").read_text()

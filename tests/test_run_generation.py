@@ -23,7 +23,7 @@ def ready(folder):
 @pytest.fixture
 def told(ready, folder, monkeypatch, tmp_path, capsys):
   """`told(words, piped)`: what the command prints, on both streams, with the model that is there already."""
-  monkeypatch.setattr(generate, "open_model", lambda arguments: ready)
+  monkeypatch.setattr(generate, "load_model", lambda arguments: ready)
 
   def run(*words, piped=b"", model=True):
     (tmp_path / "piped").write_bytes(piped)
@@ -41,7 +41,7 @@ def completions(said):
 
 
 def given(*words):
-  return generate.given_of(parsers.generate().parse_args(["m", *words]))
+  return generate.sampling_args(parsers.generate().parse_args(["m", *words]))
 
 
 def test_a_command_of_run_generation_is_understood(told, folder, ready):
@@ -70,16 +70,16 @@ def test_a_command_of_run_generation_is_understood(told, folder, ready):
   ],
 )
 def test_the_scripts_defaults_hold_where_nothing_is_said(words, changed):
-  wanted = run_generation.SCRIPT | changed
+  wanted = run_generation.SCRIPT_DEFAULTS | changed
   assert given("--model_type", "gpt2", *words.split()) == {name: it for name, it in wanted.items() if it is not None}
   said = given(*words.split())
   assert said == {name: it for name, it in changed.items() if it is not None}
 
 
 def test_families_are_those_there_are(told):
-  assert set(run_generation.FAMILIES.values()) == set(FAMILIES)
+  assert set(run_generation.MODEL_TYPES.values()) == set(FAMILIES)
   for name in ("GPT-Neo", "gpt_neo", "gptj", "gpt-j"):
-    family = run_generation.FAMILIES[name.lower()]
+    family = run_generation.MODEL_TYPES[name.lower()]
     assert parsers.generate().parse_args(["m", "--model_type", name]).model_type == name.lower()
     with pytest.raises(
       RequestError, match=f"--model_type={name.lower()}: .*config.json says gpt2; give --model_type=gpt2"
@@ -90,9 +90,9 @@ def test_families_are_those_there_are(told):
 
 def test_every_flag_named_is_one():
   known = {flag.removeprefix("--") for flag in parsers.generate()._option_string_actions}
-  named = [*run_generation.SAME, *run_generation.SAME.values(), *run_generation.ABOUT, *run_generation.ALWAYS]
-  assert {*named, *run_generation.REFUSED, run_generation.PADDING[0], "model_type"} <= known
-  assert set(run_generation.SCRIPT) <= {*Sampling._fields, "do_sample"}
+  named = [*run_generation.ALIASES, *run_generation.ALIASES.values(), *run_generation.FLAG_NOTES, *run_generation.FIXED]
+  assert {*named, *run_generation.UNSUPPORTED, run_generation.PAD_TOKEN[0], "model_type"} <= known
+  assert set(run_generation.SCRIPT_DEFAULTS) <= {*Sampling._fields, "do_sample"}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_every_flag_named_is_one():
   ],
 )
 def test_what_means_nothing_here_is_refused_before_a_model_is_read(told, monkeypatch, words, told_of):
-  monkeypatch.setattr(generate, "open_model", lambda arguments: pytest.fail("read a model"))
+  monkeypatch.setattr(generate, "load_model", lambda arguments: pytest.fail("read a model"))
   with pytest.raises(RequestError, match=re.escape(told_of)):
     told(*words.split(), "--prompt=x")
 
@@ -160,7 +160,7 @@ def test_a_stop_token_is_a_stop_string_and_says_what_differs(told, ready):
 def test_the_cpu_is_asked_for_before_a_model_is_opened(told, ready, monkeypatch, words, asked):
   seen = []
   monkeypatch.setattr(generate.jax.config, "update", lambda *setting: seen.append(setting))
-  monkeypatch.setattr(generate, "open_model", lambda _: ready if seen == asked else pytest.fail(str(seen)))
+  monkeypatch.setattr(generate, "load_model", lambda _: ready if seen == asked else pytest.fail(str(seen)))
   assert completions(told("--json", "--max_new_tokens=2", "--prompt=x", *words))
 
 
@@ -181,4 +181,4 @@ def test_what_is_of_no_account_is_told_once(told):
 
 def test_the_page_has_the_table_of_the_code():
   page = PAGE.read_text()
-  assert run_generation.table() in page and run_generation.script_defaults() in page
+  assert run_generation.markdown_table() in page and run_generation.format_defaults() in page

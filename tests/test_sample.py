@@ -74,8 +74,10 @@ def test_a_long_neighbour_does_not_end_a_text(ready, sampling):
 def test_one_device_which_reads_layers_where_they_lie_writes_what_eight_write(ready):
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params = jax.device_put(ready.params, device)
-  assert views.of_layers(params["blocks"], ready.source.cfg.L) and not views.of_layers(ready.params["blocks"], 1)
-  graph, *_ = model.abstract(ready.source.cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))
+  assert views.unstack_layers(params["blocks"], ready.source.cfg.L) and not views.unstack_layers(
+    ready.params["blocks"], 1
+  )
+  graph, *_ = model.abstract_model(ready.source.cfg, model.ComputeConfig(vocab_multiple=sharding.VOCAB_MULTIPLE))
   alone = sample.Generator(graph, ready.source.cfg, ready.tokenizer.eos_token_id)
   prompts = [ready.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
   for sampling in (
@@ -147,7 +149,7 @@ def test_filters_keep_transformers_tokens():
       wanted = TopPLogitsWarper(top_p)(None, wanted)
     if min_p:
       wanted = MinPLogitsWarper(min_p)(None, wanted)
-    kept = np.isfinite(filters.keep_likely(jnp.asarray(logits), top_k, top_p, min_p))
+    kept = np.isfinite(filters.filter_logits(jnp.asarray(logits), top_k, top_p, min_p))
     np.testing.assert_array_equal(kept, np.isfinite(wanted.numpy()))
 
 
@@ -166,13 +168,13 @@ def test_repetition_rules_are_transformers_own():
   there = (np.arange(S) >= end - lengths[:, None]) & (np.arange(S) < end)
   history = filters.History(jnp.asarray(ids), jnp.asarray(there), jnp.int32(end))
   for n in (1, 2, 3, 4):
-    ours = np.asarray(filters.ban_repeats(jnp.asarray(logits), history, n))
+    ours = np.asarray(filters.ban_repeated_ngrams(jnp.asarray(logits), history, n))
     for row in range(B):
       theirs = torch.from_numpy(ids[row : row + 1, max(0, end - lengths[row]) : end].copy())
       wanted = NoRepeatNGramLogitsProcessor(n)(theirs, torch.from_numpy(logits[row : row + 1]))
       np.testing.assert_array_equal(ours[row], wanted[0].numpy())
   for penalty in (0.7, 1.3):
-    ours = np.asarray(filters.penalise(jnp.asarray(logits), history, penalty))
+    ours = np.asarray(filters.penalize_repeats(jnp.asarray(logits), history, penalty))
     for row in range(B):
       theirs = torch.from_numpy(ids[row : row + 1, max(0, end - lengths[row]) : end].copy())
       wanted = RepetitionPenaltyLogitsProcessor(penalty)(theirs, torch.from_numpy(logits[row : row + 1].copy()))
@@ -244,7 +246,7 @@ def test_limits_of_a_generation_config_are_as_in_transformers(ready, folder, say
   transformers = pytest.importorskip("transformers")
   theirs, end = transformers.AutoModelForCausalLM.from_pretrained(folder), 287
   theirs.generation_config.update(**says)
-  (tmp_path / generation.FILE).write_text(json.dumps(says))
+  (tmp_path / generation.FILE_NAME).write_text(json.dumps(says))
   monkeypatch.setattr(ready, "source", ready.source._replace(folder=tmp_path))
   monkeypatch.setattr(ready, "_generator", sample.Generator(ready.graph, ready.source.cfg, eos_token_id=end))
   for prompt in PROMPTS[:2]:
@@ -271,8 +273,8 @@ def test_limits_of_a_generation_config_are_as_in_transformers(ready, folder, say
   ],
 )
 def test_of_two_that_are_one_setting_one_counts_and_the_other_is_told(tmp_path, says, given, wanted, told):
-  (tmp_path / generation.FILE).write_text(json.dumps(says))
-  found = generation.of(tmp_path, given)
+  (tmp_path / generation.FILE_NAME).write_text(json.dumps(says))
+  found = generation.load(tmp_path, given)
   assert {name: getattr(found.sampling, name) for name in wanted} == wanted
   assert len(found.warnings) == len(told) and all(text in line for text, line in zip(told, found.warnings, strict=True))
 
@@ -307,7 +309,7 @@ def test_of_two_that_are_one_setting_one_counts_and_the_other_is_told(tmp_path, 
   ],
 )
 def test_limits_that_cannot_be_kept_are_refused(ready, monkeypatch, tmp_path, says, given, told):
-  (tmp_path / generation.FILE).write_text(json.dumps(says))
+  (tmp_path / generation.FILE_NAME).write_text(json.dumps(says))
   monkeypatch.setattr(ready, "source", ready.source._replace(folder=tmp_path))
   with pytest.raises(RequestError, match=told):
     ready.generate(["a", "the cat and the dog"], **given)
@@ -329,7 +331,7 @@ def test_no_text_ends_before_its_least_length(ready, monkeypatch, beams):
 
 def test_a_text_may_end_once_it_is_long_enough():
   for sampling in (Sampling(9, min_length=5), Sampling(max_length=9, min_length=5)):
-    texts, short = sample.Texts.from_prompts([[1, 2, 3], [1], [1] * 6], sampling, 71, 1), []
+    texts, short = sample.SequenceBuffer.from_prompts([[1, 2, 3], [1], [1] * 6], sampling, 71, 1), []
     for _ in range(5):
       short.append(texts.min_length(frozenset({7})).too_short_B.tolist())
       texts.append(np.zeros(3, np.int32))
@@ -338,7 +340,7 @@ def test_a_text_may_end_once_it_is_long_enough():
 
 
 def test_only_a_least_length_needs_another_program(ready):
-  count = sample.choose._cache_size
+  count = sample.sample_token._cache_size
   made = []
   for how in (
     dict(max_new_tokens=3),
@@ -383,7 +385,7 @@ def test_samples_follow_their_probabilities():
   logits = jnp.log(jnp.tile(jnp.array([0.5, 0.3, 0.2, 0.0]), (20000, 1)))
   keys = jax.random.split(jax.random.key(0), 20000)
   nothing = filters.History(jnp.zeros((20000, 1), jnp.int32), jnp.zeros((20000, 1), bool), jnp.int32(0))
-  drawn = sample.choose(logits, keys, jnp.int32(0), jnp.float32(1), nothing, Sampling(top_k=0))
+  drawn = sample.sample_token(logits, keys, jnp.int32(0), jnp.float32(1), nothing, Sampling(top_k=0))
   drawn = np.bincount(drawn, minlength=4) / 20000
   np.testing.assert_allclose(drawn, [0.5, 0.3, 0.2, 0], atol=0.015)
 
@@ -469,7 +471,7 @@ def test_the_models_own_generation_config_is_respected(folder, tmp_path):
   assert says(num_beams=3, max_new_tokens=9).generate(PROMPTS) == beams
   assert plain.generate(PROMPTS, num_beams=3, max_new_tokens=9) == beams  # transformers draws where it is told to only
   says(early_stopping=True, min_length=0, max_length=20, typical_p=0.9)
-  assert generation.of(model, {}).ignored == ("early_stopping", "typical_p")
+  assert generation.load(model, {}).ignored == ("early_stopping", "typical_p")
   ends = {it.token_ids[4] for it in greedy}
   for ours, whole in zip(says(do_sample=False, eos_token_id=[0, *ends], max_new_tokens=9).generate(PROMPTS), greedy):
     at = next(i for i, token in enumerate(whole.token_ids) if token in ends)
@@ -488,7 +490,7 @@ def test_the_models_own_generation_config_is_respected(folder, tmp_path):
 def test_a_prompt_file_has_one_prompt_a_line(tmp_path):
   """A line ends at its end alone, not at a form feed or U+2028; a byte order mark is no text."""
   (tmp_path / "f").write_bytes("\ufeffthe cat\r\n\r\n  \nthe dog\fran\u2028far\x85\x1caway\n café\n\n".encode())
-  assert generate._lines(tmp_path / "f") == ["the cat", "the dog\fran\u2028far\x85\x1caway", " café"]
+  assert generate._read_prompt_file(tmp_path / "f") == ["the cat", "the dog\fran\u2028far\x85\x1caway", " café"]
   (tmp_path / "f").write_bytes(b"caf\xe9")
   with pytest.raises(RequestError, match="--prompt_file '.*f': 'utf-8' codec"):
-    generate._lines(tmp_path / "f")
+    generate._read_prompt_file(tmp_path / "f")

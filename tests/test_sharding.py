@@ -44,14 +44,14 @@ def test_mesh_that_does_not_fit_names_the_numbers(asked):
 def test_an_evaluation_takes_its_own_rows_or_those_of_training(rows, micro, wanted):
   train = settings.default().train
   train.batch_size, train.micro_batch_size, train.eval_batch_size = 16, micro, rows
-  assert sharding.eval_rows(train, mesh(1, -1)) == wanted
+  assert sharding.eval_batch_size(train, mesh(1, -1)) == wanted
 
 
 def test_rows_of_an_evaluation_that_cannot_be_split_are_refused():
   train = settings.default().train
   train.batch_size, train.eval_batch_size = 16, 12
   with pytest.raises(RequestError, match="config.train.eval_batch_size=12: must be a multiple of 8 devices"):
-    sharding.eval_rows(train, mesh(1, -1))
+    sharding.eval_batch_size(train, mesh(1, -1))
 
 
 class Chip:
@@ -77,31 +77,33 @@ def test_every_mesh_of_a_slice_has_an_order(x, y, slices):
   for shape in [(d, len(devices) // d // t, t) for d in powers for t in (1, 2, 4) if len(devices) % (d * t) == 0]:
     if math.gcd(shape[0] * shape[1], slices) < slices:
       with pytest.raises(RequestError, match="tensor parallelism stays within one"):
-        sharding._in_order(devices, shape)
+        sharding._arrange_devices(devices, shape)
       continue
-    found = sharding._in_order(devices, shape)
+    found = sharding._arrange_devices(devices, shape)
     assert all(len({chip.slice_index for chip in group}) == 1 for group in found.reshape(-1, shape[2]))
     assert found.shape == shape and {chip.id for chip in found.flat} == set(range(len(devices)))
 
 
 def test_chips_that_cannot_be_laid_out_are_refused_in_words():
   with pytest.raises(RequestError, match=r"a mesh of \(1, 5, 1\).*cannot be laid out"):
-    sharding._in_order(chips(2, 4)[:5], (1, 5, 1))
+    sharding._arrange_devices(chips(2, 4)[:5], (1, 5, 1))
 
 
 def test_weights_are_stored_in_slices_and_used_whole():
   axes, shape = ("layers", "embed", None, "heads", None), (3, 40, 3, 5, 8)
-  assert sharding.spec(axes, shape, mesh(1, 8), sharding.CUT) == P(None, ("fsdp",), None, ("tensor",), None)
-  assert sharding.spec(axes, shape, mesh(1, 8), sharding.USED) == P(None, None, None, ("tensor",), None)
+  assert sharding.partition_spec(axes, shape, mesh(1, 8), sharding.STORED) == P(
+    None, ("fsdp",), None, ("tensor",), None
+  )
+  assert sharding.partition_spec(axes, shape, mesh(1, 8), sharding.COMPUTE) == P(None, None, None, ("tensor",), None)
 
 
 def test_an_axis_that_does_not_divide_stays_whole():
-  assert sharding.spec(("vocab", "embed"), (293, 41), mesh(1, 4, 2), sharding.CUT) == P(None, None)
+  assert sharding.partition_spec(("vocab", "embed"), (293, 41), mesh(1, 4, 2), sharding.STORED) == P(None, None)
 
 
 def test_two_axes_on_one_mesh_axis_are_refused_with_the_spec():
   with pytest.raises(ValueError, match="'embed', 'embed'.*fsdp"):
-    sharding.spec(("embed", "embed"), (40, 40), mesh(1, 8), sharding.CUT)
+    sharding.partition_spec(("embed", "embed"), (40, 40), mesh(1, 8), sharding.STORED)
 
 
 @pytest.mark.parametrize("batch, micro, steps", [(8, 0, 1), (16, 1, 2), (32, 2, 2), (8, 16, 1)])
@@ -120,9 +122,9 @@ def test_batches_that_do_not_come_out_whole_are_refused(batch, micro):
 
 
 def test_heads_that_tensor_parallelism_cannot_cut_are_refused_with_the_sizes_that_can():
-  xl = facts.model_config({"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25})
-  (line,) = sharding.faults(xl, mesh(1, 4, 2))
+  xl = facts.from_hf_config({"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25})
+  (line,) = sharding.validate_mesh(xl, mesh(1, 4, 2))
   assert line == "config.mesh.tensor=2: the model has 25 heads, which 2 devices cannot share; take one of 1, 5, 25"
-  assert not sharding.faults(xl, mesh(1, -1))
-  (line,) = sharding.faults(xl, mesh(1, 6))
+  assert not sharding.validate_mesh(xl, mesh(1, -1))
+  (line,) = sharding.validate_mesh(xl, mesh(1, 6))
   assert line.startswith("config.mesh.fsdp=6: the model is 1600 wide, which 6 devices cannot share")

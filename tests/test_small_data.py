@@ -13,14 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from jaxft import config as settings
 from jaxft.data import report
-from jaxft.data.loader import Steps
+from jaxft.data.loader import BatchSource
 from jaxft.errors import RequestError, StorageError
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.pretrained import load_workdir
 from jaxft.run import resume
 from jaxft.run.guards import has_content, move_aside
 from jaxft.run.tracking import due_at
-from jaxft.train import check, finetune
+from jaxft.train import finetune, validate
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +33,14 @@ def prepared(tokenizer, tmp_path, *files, **data):
   config, said = settings.default(), []
   how = {"sequence_length": 16, "cache_dir": str(tmp_path / "cache"), "layout": "pad", **data}
   config.data.update(train=tuple(map(str, files)), **how)
-  return report.prepare(config.data, tokenizer, "a tokenizer", log=said.append), said
+  return report.prepare_data(config.data, tokenizer, "a tokenizer", log=said.append), said
 
 
 def read(*names, **how):
   data, said = settings.default().data, []
   data.update(how)
   nothing = collections.Counter()
-  return list(report.examples(tuple(map(str, names)), "train", data, nothing, nothing, said.append)), said
+  return list(report.read_examples(tuple(map(str, names)), "train", data, nothing, nothing, said.append)), said
 
 
 def table(tmp_path, kind, rows):
@@ -140,7 +140,7 @@ def test_a_question_and_its_answer_are_known_by_their_usual_names(tmp_path, name
   file = table(tmp_path, "jsonl", [dict(zip(names, ("who?", "me"))) | {"id": "x"}])
   how = {"format": "prompt_completion", "prompt_column": "question", "completion_column": "answer"}
   (example,), said = read(file, **how, template="Q {prompt} A {completion}")
-  assert example.text == "Q who? A me" and example.prompt == len("Q who? A ") and len(said) == 2
+  assert example.text == "Q who? A me" and example.prompt_chars == len("Q who? A ") and len(said) == 2
   several = table(tmp_path, "jsonl", [{"prompt": "a", "instruction": "b", "response": "c"}])
   with pytest.raises(RequestError, match="no column 'question'"):
     read(several, **how)
@@ -149,7 +149,7 @@ def test_a_question_and_its_answer_are_known_by_their_usual_names(tmp_path, name
 def test_a_template_of_plain_text_is_learned_whole(tmp_path, tokenizer):
   file = table(tmp_path, "jsonl", [{"Prompt": "who?", "response": "me"}])
   (example,), said = read(file, template="Question: {prompt}. Answer: {response}")
-  assert example.text == "Question: who?. Answer: me" and example.prompt == 0
+  assert example.text == "Question: who?. Answer: me" and example.prompt_chars == 0
   assert said == [f"{file}: column 'Prompt' is read for {{prompt}} of config.data.template"]
   with pytest.raises(RequestError, match="no column 'reply' .it has 'Prompt', 'response'; config.data.template"):
     read(file, template="{prompt} {reply}")
@@ -258,14 +258,16 @@ def test_the_floor_is_told_only_where_all_of_it_is_known(tokenizer, tmp_path):
   data, said = prepared(tokenizer, tmp_path, file, nats_column="nats")
   assert data.entropy_floor and not said
   data, said = prepared(tokenizer, tmp_path, file, nats_column="bits")
-  assert data.entropy_floor is None and said == [f"{file}: no column 'bits' (config.data.nats_column), so no floor of the loss"]
+  assert data.entropy_floor is None and said == [
+    f"{file}: no column 'bits' (config.data.nats_column), so no floor of the loss"
+  ]
 
 
 @pytest.mark.parametrize("rows, batch_size, accumulation", [(1, 8, 1), (3, 8, 2), (7, 8, 8), (8, 8, 2), (13, 4, 2)])
 def test_a_step_of_fewer_rows_than_a_batch_takes_each_once(rows, batch_size, accumulation):
   data = [{"ids": np.array([i]), "mask": np.array([True])} for i in range(rows)]
   each, epochs = min(rows, batch_size), 3
-  steps = Steps(
+  steps = BatchSource(
     data, batch_size=batch_size, accumulation=accumulation, seed=5, total_rows=epochs * rows,
     local_rows=np.arange(batch_size // accumulation),
   )  # fmt: skip
@@ -382,7 +384,7 @@ def test_a_folder_of_a_model_is_no_workdir(config, folder, tmp_path):
   shutil.copy(folder / "config.json", tmp_path / "model")
   with pytest.raises(RequestError, match="model' has the config.json of a model.* --overwrite_output_dir"):
     finetune(config, tmp_path / "model")
-  check(config, tmp_path / "model", overwrite=True)
+  validate(config, tmp_path / "model", overwrite=True)
   assert has_content(tmp_path / "model") and not has_content(tmp_path)
 
 
@@ -402,7 +404,7 @@ def test_a_longer_run_tells_what_keeps_it_from_going_on(config, tmp_path, capsys
 @pytest.mark.parametrize("step, there, wanted", [(9, 133, 11), (8, 133, 0), (9, 144, 0)])
 def test_rows_that_a_longer_run_has_passed_are_told(step, there, wanted):
   meta, about = {"rows_in_all": there, "total_steps": 9}, {"rows_in_all": 266, "rows_of_step": 16}
-  told = resume._masked(meta, about, step)
+  told = resume._masked_rows_note(meta, about, step)
   assert (f"left out of one epoch: {wanted} rows that its last step had masked" in told) if wanted else told == ""
 
 

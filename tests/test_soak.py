@@ -21,9 +21,9 @@ STEPS, EVERY = 2000, 20
 def watch() -> None:
   """Runs jaxft.train and writes a line every `EVERY` steps, right after a save: step, resident KiB, open files, threads."""
   from jaxft import train
-  from jaxft.run.checkpoint import Checkpoints
+  from jaxft.run.checkpoint import CheckpointManager
 
-  wait, seen = Checkpoints.wait, {"calls": 0}
+  wait, seen = CheckpointManager.wait, {"calls": 0}
 
   def waited(self):
     wait(self)
@@ -33,7 +33,7 @@ def watch() -> None:
       now = (seen["calls"], resident, len(os.listdir("/proc/self/fd")), threading.active_count())
       print("watched", *now, file=sys.stderr, flush=True)
 
-  Checkpoints.wait = waited
+  CheckpointManager.wait = waited
   sys.argv[0] = "jaxft.train"
   train.main()
 

@@ -40,7 +40,7 @@ def read(*names, notes=None, dropped=None, **how):
   data = settings.default().data
   data.update(how)
   dropped = collections.Counter() if dropped is None else dropped
-  return list(report.examples(names, "train", data, dropped, collections.Counter() if notes is None else notes))
+  return list(report.read_examples(names, "train", data, dropped, collections.Counter() if notes is None else notes))
 
 
 def texts(*names, **how):
@@ -75,7 +75,7 @@ def test_a_folder_is_read_without_what_is_hidden_and_what_is_unknown_is_counted(
   assert sorted(texts(str(tmp_path), notes=notes)) == ["B.TXT", "a.txt"]
   assert notes["files in folders that are of no kind that is read"] == 1
   os.mkfifo(tmp_path / "pipe.txt")
-  assert "not an ordinary file" in sources.faults({"train": (str(tmp_path / "pipe.txt"),)})[0]
+  assert "not an ordinary file" in sources.validate({"train": (str(tmp_path / "pipe.txt"),)})[0]
 
 
 def test_byte_order_marks_and_crlf_are_reported(tmp_path):
@@ -91,7 +91,7 @@ def test_prompts_completions_and_labels(tmp_path):
   file = write(tmp_path, "a.jsonl", json.dumps({"prompt": "Q{completion}", "completion": "A", "text": "t", "label": 1}))
   data = dict(format="prompt_completion", template="[{prompt}] -> {completion}!")
   (example,) = read(file, **data)
-  assert example.text == "[Q{completion}] -> A!" and example.text[example.prompt :] == "A!"
+  assert example.text == "[Q{completion}] -> A!" and example.text[example.prompt_chars :] == "A!"
   (example,) = read(file, format="classification")
   assert (example.text, example.label) == ("t", "1")
 
@@ -175,7 +175,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, told):
 def test_missing_sources_are_named(tmp_path, monkeypatch, source):
   monkeypatch.chdir(tmp_path)
   for train, validation in (((source,), ()), ((), (source,)), ((f"{source}@2",), ())):
-    (line,) = sources.faults({"train": train, "validation": validation})
+    (line,) = sources.validate({"train": train, "validation": validation})
     assert repr(source) in line
 
 
@@ -195,18 +195,18 @@ def test_a_fingerprint_changes_with_every_byte_and_no_name(tmp_path):
 
 def test_a_weight_stands_after_its_source(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert sources.weighted("a.txt@0.5") == ("a.txt", 0.5) and sources.weighted("hub:x/y:train@3") == (
+  assert sources.parse_weight("a.txt@0.5") == ("a.txt", 0.5) and sources.parse_weight("hub:x/y:train@3") == (
     "hub:x/y:train",
     3.0,
   )
-  assert sources.weighted("a@b.txt") == ("a@b.txt", 1.0)
+  assert sources.parse_weight("a@b.txt") == ("a@b.txt", 1.0)
   (tmp_path / "folder@2").mkdir()
-  assert sources.weighted("folder@2") == ("folder@2", 1.0)
+  assert sources.parse_weight("folder@2") == ("folder@2", 1.0)
   write(tmp_path, "a.txt", "x")
   for weight in ("0", "101", "nan", "-1", "1e3", "x", ""):
-    assert "a number above 0 and at most 100" in sources.faults({"train": (f"a.txt@{weight}",)})[0]
-  assert sources.weighted("a.txt@1.") == ("a.txt", 1.0)
-  assert sources.faults({"validation": ("a.txt@2",)})  # what is evaluated is read once
+    assert "a number above 0 and at most 100" in sources.validate({"train": (f"a.txt@{weight}",)})[0]
+  assert sources.parse_weight("a.txt@1.") == ("a.txt", 1.0)
+  assert sources.validate({"validation": ("a.txt@2",)})  # what is evaluated is read once
 
 
 def test_a_label_has_the_name_that_the_datasets_library_gives_it(tmp_path, monkeypatch):
@@ -220,7 +220,7 @@ def test_a_label_has_the_name_that_the_datasets_library_gives_it(tmp_path, monke
   data.update(format="classification", on_bad_row="skip")
   for source in (str(tmp_path / "imdb"), f"hub:{tmp_path / 'imdb'}"):
     dropped, notes = collections.Counter(), collections.Counter()
-    found = list(report.examples((source,), "train", data, dropped, notes))
+    found = list(report.read_examples((source,), "train", data, dropped, notes))
     assert [(example.text, example.label) for example in found] == [("good", "pos"), ("bad", "neg")]
     assert sum(dropped.values()) == 1
 
@@ -238,14 +238,14 @@ def test_classes_have_the_order_of_the_data_set(tmp_path, folder):
   data = settings.default().data
   data.update(train=(str(tmp_path),), format="classification", sequence_length=8, cache_dir=str(tmp_path / "c"))
   for _ in range(2):  # the second is read from the cache
-    found = report.prepare(data, tokenizers.load(folder, 293), "")
+    found = report.prepare_data(data, tokenizers.load(folder, 293), "")
     assert found.labels == ["pos", "neg"]
   mixed = tmp_path / "mixed"
   mixed.mkdir()
   (tmp_path / "train.parquet").rename(mixed / "a.parquet")
   (mixed / "b.jsonl").write_text('{"text": "the dog", "label": "zzz"}\n' * 9)
   data.train = (str(mixed),)
-  assert report.prepare(data, tokenizers.load(folder, 293), "").labels == ["neg", "pos", "zzz"]
+  assert report.prepare_data(data, tokenizers.load(folder, 293), "").labels == ["neg", "pos", "zzz"]
 
 
 def test_labels_that_are_whole_numbers_are_labels_whatever_their_type(tmp_path):
@@ -254,7 +254,9 @@ def test_labels_that_are_whole_numbers_are_labels_whatever_their_type(tmp_path):
   )
   data = settings.default().data
   data.update(format="classification", on_bad_row="skip")
-  found = report.examples((str(tmp_path / "a.jsonl"),), "train", data, collections.Counter(), collections.Counter())
+  found = report.read_examples(
+    (str(tmp_path / "a.jsonl"),), "train", data, collections.Counter(), collections.Counter()
+  )
   assert [example.label for example in found] == ["1", "0"]
 
 
@@ -346,7 +348,7 @@ def test_what_the_datasets_library_saves_is_read(tmp_path, monkeypatch):
   assert texts(str(tmp_path / "saved" / "test")) == ["bad"]
   (file,) = (tmp_path / "saved" / "test").glob("*.arrow")
   assert texts(str(file)) == ["bad"]
-  assert "no split 'validation' in it (test, train)" in sources.faults({"validation": (str(tmp_path / "saved"),)})[0]
+  assert "no split 'validation' in it (test, train)" in sources.validate({"validation": (str(tmp_path / "saved"),)})[0]
   with pyarrow.OSFile(str(tmp_path / "b.arrow"), "wb") as out, pyarrow.ipc.new_file(out, rows.data.schema) as writer:
     writer.write_table(rows.data.table)
   assert texts(str(tmp_path / "b.arrow")) == ["good", "bad"]
@@ -426,13 +428,13 @@ def test_links_are_followed_once_and_what_may_not_be_read_is_refused(tmp_path, m
   (data / "nothing").symlink_to(tmp_path / "gone")
   notes = collections.Counter()
   assert sorted(texts(str(data), notes=notes)) == ["a.txt", "b.txt", "c.txt", "d.txt"]
-  assert notes[sources.SEEN] == 3
+  assert notes[sources.SEEN_NOTE] == 3
   assert notes["links that lead nowhere, left out"] == 1
   notes = collections.Counter()
   assert texts(f"{data}/*", notes=notes) == ["a.txt"] and notes["links that lead nowhere, left out"] == 1
   notes = collections.Counter()  # of patterns; with glob.glob two loops would be 2^40 folders
   assert sorted(texts(f"{data}/**/*.txt", notes=notes)) == ["a.txt", "b.txt", "c.txt", "d.txt"]
-  assert notes[sources.SEEN] == 3 and texts(f"{data}/*/b.txt") == ["b.txt"]
+  assert notes[sources.SEEN_NOTE] == 3 and texts(f"{data}/*/b.txt") == ["b.txt"]
   assert sorted(texts(f"{data}/**")) == ["a.txt", "b.txt", "c.txt", "d.txt"]
 
   def refusing(function):
@@ -468,7 +470,7 @@ def test_patterns_are_those_of_glob(tmp_path):
     there = sorted(
       Path(it).resolve() for it in glob.glob(f"{tmp_path}/{pattern}", recursive=True) if os.path.isfile(it)
     )
-    found = sources._matches(f"{tmp_path}/{pattern}", collections.Counter())
+    found = sources._match_glob(f"{tmp_path}/{pattern}", collections.Counter())
     assert sorted(it.resolve() for it in found) == sorted({*there}), pattern
 
 
@@ -570,7 +572,7 @@ def test_sixty_folders_read_is_trained_and_held_out_and_dropped(tmp_path, folder
     )
     if good < 3:
       continue  # too few to be divided
-    rows = report.prepare(data, tokenizer, "").report
+    rows = report.prepare_data(data, tokenizer, "").report
     dropped = sum(rows["rows"]["dropped"].values())
     assert rows["rows"]["read"] == good + bad and dropped == bad, (i, rows)
     assert rows["rows"]["read"] == rows["rows"]["trained"] + rows["rows"]["held_out"] + dropped, (i, rows)
@@ -590,8 +592,10 @@ def test_one_of_several_configurations_is_named(tmp_path):
   assert texts(f"hub:{tmp_path}/clean") == ["y"] and texts(f"hub:{tmp_path}/raw:train") == ["x"]
   with pytest.raises(RequestError, match="/CONFIGURATION.*: raw, clean$"):
     read(f"hub:{tmp_path}/dirty")
-  assert sources._configuration("owner/name/raw") == ("owner/name", "raw")
-  assert sources._configuration("owner/name") == ("owner/name", None) and sources._configuration("imdb") == (
+  assert sources._split_configuration("owner/name/raw") == ("owner/name", "raw")
+  assert sources._split_configuration("owner/name") == ("owner/name", None) and sources._split_configuration(
+    "imdb"
+  ) == (
     "imdb",
     None,
   )
@@ -608,7 +612,7 @@ def test_an_id_without_an_owner_may_have_a_configuration(monkeypatch):
     return "rows"
 
   monkeypatch.setattr(datasets, "load_dataset", load)
-  assert sources._hub("hub:glue/sst2:validation", "train") == "rows"
+  assert sources._open_hub("hub:glue/sst2:validation", "train") == "rows"
   assert asked == [("glue/sst2", None, "validation"), ("glue", "sst2", "validation")]
 
 
@@ -621,8 +625,8 @@ def test_a_hub_that_does_not_answer_is_told_in_seconds(monkeypatch):
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
   with socket.create_server(("127.0.0.1", 0)) as there:
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{there.getsockname()[1]}")
-    assert sources._answers(urllib.parse.urlsplit(constants.ENDPOINT))
-  sources._answers.cache_clear()  # now it is gone
+    assert sources._is_reachable(urllib.parse.urlsplit(constants.ENDPOINT))
+  sources._is_reachable.cache_clear()  # now it is gone
   with pytest.raises(RequestError, match="127.0.0.1 does not answer, and the data set is not in the cache; check"):
     read("hub:nobody/nothing")
   assert constants.HF_HUB_OFFLINE is False

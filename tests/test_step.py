@@ -8,7 +8,7 @@ import pytest
 from jaxft import config as settings
 from jaxft import model, program, sharding
 from jaxft.hf import load, repo
-from jaxft.step import State
+from jaxft.step import TrainState
 
 ROWS, T = 8, 30
 
@@ -29,13 +29,13 @@ def train(folder, steps=3, *, mesh=None, accumulation=1, dropout=0.0, spoil=None
   config.train.batch_size = ROWS
   on = sharding.make_mesh(config.mesh)
   if accumulation > 1:
-    config.train.micro_batch_size = ROWS // accumulation // sharding.batch_parts(on)
-  checkpoint = repo.find(str(folder))
+    config.train.micro_batch_size = ROWS // accumulation // sharding.data_parallel_size(on)
+  checkpoint = repo.resolve(str(folder))
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-  run = program.build(config, checkpoint.cfg.with_dropout(dropout), on, steps, row)
+  run = program.build_train_program(config, checkpoint.cfg.with_dropout(dropout), on, steps, row)
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  params = load.load(checkpoint, run.state.params, places.params)
-  state = jax.jit(lambda p: State(jnp.int32(0), p, run.tx.init(p)), out_shardings=places)(params)
+  params = load.load_params(checkpoint, run.state.params, places.params)
+  state = jax.jit(lambda p: TrainState(jnp.int32(0), p, run.tx.init(p)), out_shardings=places)(params)
   metrics = []
   for batch in batches(checkpoint.cfg, steps):
     batch = {name: jax.device_put(x.reshape(accumulation, -1, T), run.batch_sharding) for name, x in batch.items()}
@@ -90,14 +90,14 @@ def test_every_optimizer_learns_on_a_mesh(folder, name):
   losses, state, _ = train(folder, 12, mesh=dict(fsdp=8), name=name, learning_rate=rate, schedule="constant")
   one, _, _ = train(folder, 12, name=name, learning_rate=rate, schedule="constant")
   np.testing.assert_allclose(losses, one, rtol=2e-5)
-  start = load.load(*opened(folder))
+  start = load.load_params(*opened(folder))
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), *jax.device_get((state.params, start)))
   assert min(jax.tree.leaves(moved)) > 0
 
 
 def opened(folder):
-  checkpoint = repo.find(str(folder))
-  shapes = model.abstract(checkpoint.cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
+  checkpoint = repo.resolve(str(folder))
+  shapes = model.abstract_model(checkpoint.cfg, model.ComputeConfig(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
   return checkpoint, shapes, jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
 
 
@@ -118,20 +118,22 @@ def test_a_step_that_is_not_finite_changes_nothing(folder, fsdp, accumulation):
     kernel = state.params["blocks"]["mlp"]["up"]["kernel"]
     bad = jax.device_put(kernel.at[0, 0, 0].set(jnp.nan), kernel.sharding)
     params = jax.tree.map(lambda a: bad if a is kernel else a, state.params)
-    spoiled.append(jax.device_get(State(state.step, params, state.opt_state)))
-    return State(state.step, params, state.opt_state)
+    spoiled.append(jax.device_get(TrainState(state.step, params, state.opt_state)))
+    return TrainState(state.step, params, state.opt_state)
 
   _, state, metrics = train(folder, 2, mesh=dict(fsdp=fsdp), accumulation=accumulation, spoil=spoil)
   assert [bool(numbers["bad"]) for numbers in metrics] == [False, True]
   assert np.isnan(metrics[1]["loss"]) and int(state.step) == 2
   jax.tree.map(
-    np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), (spoiled[0].params, spoiled[0].opt_state)
+    np.testing.assert_array_equal,
+    jax.device_get((state.params, state.opt_state)),
+    (spoiled[0].params, spoiled[0].opt_state),
   )
 
 
 def test_dropout_is_drawn_anew_in_each_step(folder, monkeypatch):
   """The same rows and the same weights twice."""
-  (first,) = batches(repo.find(str(folder)).cfg, 1)
+  (first,) = batches(repo.resolve(str(folder)).cfg, 1)
   monkeypatch.setitem(globals(), "batches", lambda cfg, steps: [first] * steps)
   (once, again), (plain, same) = (train(folder, 2, dropout=p, learning_rate=1e-30)[0] for p in (0.3, 0.0))
   assert plain == same and abs(once - again) > 1e-4
@@ -139,8 +141,8 @@ def test_dropout_is_drawn_anew_in_each_step(folder, monkeypatch):
 
 def test_ids_that_the_vocabulary_has_not_change_nothing(folder, monkeypatch):
   """Also those of rows that pad the table."""
-  V, before = repo.find(str(folder)).cfg.V, []
-  rows = list(batches(repo.find(str(folder)).cfg, 4))
+  V, before = repo.resolve(str(folder)).cfg.V, []
+  rows = list(batches(repo.resolve(str(folder)).cfg, 4))
   for batch, (name, id) in zip(rows[1:], (("ids", V), ("targets", V + 1), ("ids", -1)), strict=True):
     batch["mask"] = np.ones((ROWS, T), bool)
     batch[name] = batch[name].copy()
@@ -149,7 +151,9 @@ def test_ids_that_the_vocabulary_has_not_change_nothing(folder, monkeypatch):
   _, state, metrics = train(folder, 4, spoil=lambda state: before.append(jax.device_get(state)) or state)
   assert [bool(numbers["bad"]) for numbers in metrics] == [False, True, True, True]
   jax.tree.map(
-    np.testing.assert_array_equal, jax.device_get((state.params, state.opt_state)), (before[0].params, before[0].opt_state)
+    np.testing.assert_array_equal,
+    jax.device_get((state.params, state.opt_state)),
+    (before[0].params, before[0].opt_state),
   )
 
 
@@ -177,7 +181,7 @@ def test_adamw_steps_equal_torchs(folder):
     eps=1e-8,
   )
   linear = transformers.get_linear_schedule_with_warmup(adamw, 0, 3)
-  for batch, ours, numbers in zip(batches(repo.find(str(folder)).cfg, 3), losses, metrics):
+  for batch, ours, numbers in zip(batches(repo.resolve(str(folder)).cfg, 3), losses, metrics):
     batch = {name: torch.from_numpy(x) for name, x in batch.items()}
     logits = theirs(batch["ids"].long()).logits[batch["mask"]]
     loss = torch.nn.functional.cross_entropy(logits, batch["targets"][batch["mask"]].long())

@@ -119,46 +119,46 @@ def test_a_user_without_a_home_gets_a_folder_of_temporary_files(tmp_path, monkey
   monkeypatch.delenv("HOME")
   monkeypatch.setattr(surroundings.pwd, "getpwuid", nobody)
   monkeypatch.setattr(surroundings.tempfile, "gettempdir", lambda: str(tmp_path))
-  surroundings.set_right()
+  surroundings.setup()
   (home,) = tmp_path.iterdir()
   assert os.environ["HOME"] == str(home) and home.stat().st_mode & 0o777 == 0o700
   monkeypatch.delenv("HOME")
   monkeypatch.setattr(surroundings.os, "getuid", lambda: 12345)
   (tmp_path / "jaxft-home-12345").mkdir()  # another user's
-  surroundings.set_right()
+  surroundings.setup()
   assert (
     os.environ["HOME"].startswith(f"{tmp_path}/jaxft-home-") and os.environ["HOME"] != f"{tmp_path}/jaxft-home-12345"
   )
   monkeypatch.delenv("HOME")
   (tmp_path / "jaxft-home-12345").rmdir()
   (tmp_path / "jaxft-home-12345").touch()
-  surroundings.set_right()
+  surroundings.setup()
   assert os.path.isdir(os.environ["HOME"])
 
 
 def test_nothing_is_printed_into_less_than_forty_columns(monkeypatch):
   for said, used in (("0", "40"), ("12", "40"), ("200", "200"), ("", "")):
     monkeypatch.setenv("COLUMNS", said)
-    surroundings.set_right()
+    surroundings.setup()
     assert os.environ["COLUMNS"] == used
 
 
 def test_flags_that_change_types_are_set_back(capsys):
   jax.config.update("jax_enable_x64", True)
-  backend.prepare_backend()
+  backend.configure_jax()
   assert not jax.config.jax_enable_x64
   assert "JAX_ENABLE_X64=True" in capsys.readouterr().err
 
 
 def test_a_token_cache_that_cannot_be_written_is_read(tmp_path, monkeypatch):
   def make(folder):
-    writer = cache.Writer(folder, "train", "int32")
+    writer = cache.TokenWriter(folder, "train", "int32")
     return {"files": writer.close()}
 
-  made = cache.open_or_make(tmp_path, {"a": 1}, make, print)
+  made = cache.load_or_build(tmp_path, {"a": 1}, make, print)
   monkeypatch.setattr(cache.os, "access", lambda path, how: False)  # as root, who may write everywhere
   monkeypatch.setattr(cache.FileLock, "acquire", lambda *_, **__: pytest.fail("a lock is a file that is written"))
-  assert cache.open_or_make(tmp_path, {"a": 1}, make, print) == made
+  assert cache.load_or_build(tmp_path, {"a": 1}, make, print) == made
 
 
 def test_a_folder_called_jaxft_does_not_hide_the_package(tmp_path):
@@ -174,10 +174,10 @@ def test_only_variables_of_libraries_are_blamed_for_an_import_that_fails(monkeyp
   codes = []
   monkeypatch.setattr(surroundings.os, "_exit", codes.append)
   monkeypatch.setenv("HF_TIMEOUT", "soon")
-  surroundings._tell_variable(ValueError, ValueError("invalid literal for int(): 'soon'"), None)
+  surroundings._env_error_hook(ValueError, ValueError("invalid literal for int(): 'soon'"), None)
   assert codes == [2] and capsys.readouterr().err.startswith("error: HF_TIMEOUT='soon': invalid literal")
   for told in ("the path and the home of this user", f"not a number: {os.environ['PATH']!r}"):
-    surroundings._tell_variable(ValueError, ValueError(told), None)
+    surroundings._env_error_hook(ValueError, ValueError(told), None)
     assert capsys.readouterr().err == f"ValueError: {told}\n"
   assert codes == [2]
 
@@ -187,7 +187,7 @@ def test_a_device_that_a_program_has_chosen_stays_chosen():
   try:
     for chosen in (jax.devices()[1], None):
       jax.config.update("jax_default_device", chosen)
-      backend.prepare_backend()
+      backend.configure_jax()
       assert jax.config.jax_default_device == chosen
   finally:
     jax.config.update("jax_default_device", before)

@@ -15,7 +15,7 @@ import time
 import pytest
 from processes import ROOT, train
 
-from jaxft.run.tracking import visible
+from jaxft.run.tracking import escape_controls
 
 pytestmark = pytest.mark.slow
 ESCAPE = "\x1b"
@@ -118,4 +118,4 @@ def test_one_prompt_is_answered_as_it_comes_too(folder):
     [sys.executable, "-m", "jaxft.generate", "--model", folder, *map(str, flags)], capture_output=True, text=True
   )
   assert code == 0 and piped.stdout.startswith("Once upon")
-  assert on_terminal.replace("\r", "") == visible(piped.stdout)  # what a model writes may steer a terminal
+  assert on_terminal.replace("\r", "") == escape_controls(piped.stdout)  # what a model writes may steer a terminal

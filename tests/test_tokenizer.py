@@ -123,7 +123,9 @@ def write_folder(folder, seed):
 
 
 def lost(tokenizer, text):
-  return next(encoded.unknown_chars for _, encoded in tokens.encode_all([Example(text)], tokenizer, np.dtype(np.uint16)))
+  return next(
+    encoded.unknown_chars for _, encoded in tokens.encode_batches([Example(text)], tokenizer, np.dtype(np.uint16))
+  )
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -133,7 +135,7 @@ def test_a_hundred_folders_are_refused_or_read_alike_after_the_export(tmp_path, 
     folder, out = tmp_path / str(seed), tmp_path / f"{seed}-out"
     out.mkdir()
     kind, change = write_folder(folder, seed)
-    source = repo.find(str(folder))
+    source = repo.resolve(str(folder))
     try:
       tokenizer = tokenizers.load(folder, source.cfg.V)
       save.check_exportable(source, tokenizer)
@@ -147,7 +149,7 @@ def test_a_hundred_folders_are_refused_or_read_alike_after_the_export(tmp_path, 
       refused += 1
       continue
     assert change not in ("config alone", "nothing", "contradiction"), (seed, kind)
-    save.write_config_and_tokenizer(out, source, tokenizer, {})
+    save.write_config_files(out, source, tokenizer, {})
     again = AutoTokenizer.from_pretrained(out)
     for text in TEXTS:
       for add in (False, True):
@@ -208,18 +210,18 @@ def test_what_tokenizer_json_says_goes_before_what_a_class_makes_of_it(folder, t
   (other / "tokenizer.json").write_text(json.dumps(about))
   (other / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": tiny.EOS}))
   said = Tokenizer.from_file(str(other / "tokenizer.json")).encode("The CAT").ids
-  source = repo.find(str(other))
+  source = repo.resolve(str(other))
   tokenizer = tokenizers.load(other, 293)
-  assert tokens.prompt_ids(tokenizer, "The CAT") == said
-  save.write_config_and_tokenizer(tmp_path, source, tokenizer, {})
+  assert tokens.encode_prompt(tokenizer, "The CAT") == said
+  save.write_config_files(tmp_path, source, tokenizer, {})
   assert AutoTokenizer.from_pretrained(tmp_path)("The CAT")["input_ids"] == said
 
 
 def test_the_vocabulary_of_a_wordpiece_model_is_in_the_export(tmp_path):
-  source = repo.find(str(wordpiece(tmp_path / "bert")))
+  source = repo.resolve(str(wordpiece(tmp_path / "bert")))
   tokenizer, out = tokenizers.load(source.folder, source.cfg.V), tmp_path / "out"
   out.mkdir()
-  save.write_config_and_tokenizer(out, source, tokenizer, {})
+  save.write_config_files(out, source, tokenizer, {})
   assert (out / "vocab.txt").read_text().split() == WORDPIECE
   again = AutoTokenizer.from_pretrained(out)
   assert again("the cat sat")["input_ids"] == AutoTokenizer.from_pretrained(source.folder)("the cat sat")["input_ids"]
@@ -235,7 +237,7 @@ def test_another_vocab_txt_is_tokenised_again(tmp_path):
   for words in (WORDPIECE, WORDPIECE[:5] + WORDPIECE[5:][::-1]):
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     tokenizer = tokenizers.load(folder, len(words))
-    found = report.prepare(data, tokenizer, tokenizers.fingerprint(tokenizer))
+    found = report.prepare_data(data, tokenizer, tokenizers.fingerprint(tokenizer))
     read.append(tokenizer.decode(found.train[0]["targets"]))
   assert read[0] == read[1] and len([entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]) == 2
 
@@ -243,13 +245,13 @@ def test_another_vocab_txt_is_tokenised_again(tmp_path):
 def test_prompts_and_texts_to_classify_are_cut_as_the_training_text(tmp_path):
   """Also by a tokenizer that puts [CLS] before each text and [SEP], here the end token, after it."""
   tokenizer = tokenizers.load(wordpiece(tmp_path / "bert"), len(WORDPIECE))
-  document = tokens.in_memory([Example("the cat")], tokenizer).ids.tolist()
+  document = tokens.encode_in_memory([Example("the cat")], tokenizer).ids.tolist()
   assert document == tokenizer("the cat")["input_ids"] == [2, 5, 6, 3]
-  assert tokens.prompt_ids(tokenizer, "the cat") == document[:-1]
-  assert tokens.text_ids(tokenizer, "the cat") == document
-  labelled = tokens.in_memory([Example("the cat", label="a")], tokenizer, ["a"])
+  assert tokens.encode_prompt(tokenizer, "the cat") == document[:-1]
+  assert tokens.encode_text(tokenizer, "the cat") == document
+  labelled = tokens.encode_in_memory([Example("the cat", label="a")], tokenizer, ["a"])
   assert labelled.ids.tolist() == document
-  asked = tokens.in_memory([Example("the cat sat", prompt_chars=len("the cat"))], tokenizer)
+  asked = tokens.encode_in_memory([Example("the cat sat", prompt_chars=len("the cat"))], tokenizer)
   assert asked.ids.tolist() == [2, 5, 6, 8, 3] and asked.prompts_N.tolist() == [3]
 
 
@@ -271,13 +273,13 @@ def test_whatever_reads_a_text_cuts_it_as_the_training_does(tmp_path, monkeypatc
   assert asked == [[[2, 5, 6]]] * 3  # generate, before and after
   assert (run.export / "vocab.txt").read_text().split() == WORDPIECE
 
-  classifier = repo.with_classes(repo.find(str(source)), ["a", "b"], ready.tokenizer)
+  classifier = repo.with_class_head(repo.resolve(str(source)), ["a", "b"], ready.tokenizer)
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  _, shapes, _ = model.abstract(classifier.cfg, model.Compute())
-  params = load.load(classifier, shapes, jax.tree.map(lambda _: here, shapes))
-  save.export(tmp_path / "classifier", params, classifier, tokenizer=ready.tokenizer)
+  _, shapes, _ = model.abstract_model(classifier.cfg, model.ComputeConfig())
+  params = load.load_params(classifier, shapes, jax.tree.map(lambda _: here, shapes))
+  save.export_model(tmp_path / "classifier", params, classifier, tokenizer=ready.tokenizer)
   again = jaxft.load(tmp_path / "classifier")
-  wanted = verify.logits(again.graph, again.params, np.array([[2, 5, 6, 3]], np.int32))[0, -1]
+  wanted = verify.compute_logits(again.graph, again.params, np.array([[2, 5, 6, 3]], np.int32))[0, -1]
   np.testing.assert_allclose(again.classify(["the cat"])[0].logits_C, wanted, atol=1e-5)
 
   # What cannot be exported is told before the first step.
@@ -292,8 +294,8 @@ def test_tokens_that_are_bytes_come_back_as_text_without_a_decoder_too(folder, t
   about = json.loads((other / "tokenizer.json").read_text())
   (other / "tokenizer.json").write_text(json.dumps(about | {"decoder": None}))
   tokenizer = tokenizers.load(other, 293)
-  assert tokenizer.decode(tokens.prompt_ids(tokenizer, "the café, twice")) == "the café, twice"
-  save.write_config_and_tokenizer(tmp_path, repo.find(str(other)), tokenizer, {})
+  assert tokenizer.decode(tokens.encode_prompt(tokenizer, "the café, twice")) == "the café, twice"
+  save.write_config_files(tmp_path, repo.resolve(str(other)), tokenizer, {})
   assert json.loads((tmp_path / "tokenizer.json").read_text())["decoder"]["type"] == "ByteLevel"
 
 
@@ -312,7 +314,7 @@ def test_a_padding_token_of_config_json_that_is_a_letter_stays_one(folder, tmp_p
   tokenizer = tokenizers.load(other, 293)
   about = json.loads((other / "config.json").read_text())
   for text in ("!", " the"):
-    (pad, *_) = tokens.prompt_ids(tokenizer, text)
+    (pad, *_) = tokens.encode_prompt(tokenizer, text)
     (other / "config.json").write_text(json.dumps(about | {"pad_token_id": pad}))
     out = tmp_path / f"out{pad}"
     jaxft.load(other).export(out)
@@ -329,7 +331,7 @@ def test_the_tokenizers_own_padding_and_its_other_files_are_in_the_export(folder
   for name in ("spiece.model", "chat_template.jinja"):
     (other / name).write_text(name)
   tokenizer = tokenizers.load(other, 293)
-  save.write_config_and_tokenizer(tmp_path, repo.find(str(other)), tokenizer, {})
+  save.write_config_files(tmp_path, repo.resolve(str(other)), tokenizer, {})
   for name in ("config.json", "generation_config.json"):
     said = json.loads((tmp_path / name).read_text()).get("pad_token_id")
     assert said == tokenizer.pad_token_id is not None, name
@@ -343,8 +345,8 @@ def test_an_end_token_that_begins_each_text_is_there_once(tmp_path):
   about = json.loads((tmp_path / "tokenizer_config.json").read_text())
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(about | {"add_bos_token": True}))
   tokenizer = tokenizers.load(tmp_path, 50257)
-  assert tokens.prompt_ids(tokenizer, "The cat") == [50256, 464, 3797]
-  assert tokens.in_memory([Example("The cat")], tokenizer).ids.tolist() == [464, 3797, 50256]
+  assert tokens.encode_prompt(tokenizer, "The cat") == [50256, 464, 3797]
+  assert tokens.encode_in_memory([Example("The cat")], tokenizer).ids.tolist() == [464, 3797, 50256]
 
 
 def test_characters_without_a_token_are_counted(tmp_path):
@@ -376,12 +378,12 @@ def test_the_report_tells_what_was_lost_and_a_text_of_another_language_is_refuse
   for name, text in (("few", "the miller ЖЖ"), ("most", "ЖЖЖЖЖ the")):
     (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{text}"}}\n' * 20)
   data.update(train=(str(tmp_path / "few.jsonl"),), sequence_length=8, cache_dir=str(tmp_path / "cache"))
-  found = report.prepare(data, tokenizer, "", log=said.append)
+  found = report.prepare_data(data, tokenizer, "", log=said.append)
   assert found.report["characters"] == {"read": 20 * 13, "without_a_token": 40}
   assert said[-1].startswith("40 of 260 characters have no token in the model's tokenizer")
   data.train = (str(tmp_path / "most.jsonl"),)
   with pytest.raises(RequestError, match="no token for 100 of the 180 characters"):
-    report.prepare(data, tokenizer, "")
+    report.prepare_data(data, tokenizer, "")
 
 
 def test_the_end_token_that_was_learned_ends_a_text_of_the_export(tmp_path):
@@ -392,16 +394,16 @@ def test_the_end_token_that_was_learned_ends_a_text_of_the_export(tmp_path):
   end, about = tokenizer.convert_ids_to_tokens(7), json.loads((folder / "tokenizer_config.json").read_text())
   (folder / "tokenizer_config.json").write_text(json.dumps(about | {"eos_token": end}))
   (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7, 9], "temperature": 0.5}))
-  source = repo.find(str(folder))
-  save.write_config_and_tokenizer(tmp_path, source, tokenizers.load(folder, 293), {})
+  source = repo.resolve(str(folder))
+  save.write_config_files(tmp_path, source, tokenizers.load(folder, 293), {})
   read = lambda name: json.loads((tmp_path / name).read_text())
   assert read("config.json")["eos_token_id"] == 7 and read("config.json")["n_ctx"] == source.cfg.P
   assert read("generation_config.json") == {"bos_token_id": 0, "eos_token_id": [7, 0, 9], "temperature": 0.5}
 
 
 def test_the_quickstarts_model_has_the_files_of_an_export(tmp_path):
-  source = repo.find(str(Path(__file__).parent.parent / "assets" / "quickstart" / "model"))
-  save.write_config_and_tokenizer(tmp_path, source, tokenizers.load(source.folder, source.cfg.V), {})
+  source = repo.resolve(str(Path(__file__).parent.parent / "assets" / "quickstart" / "model"))
+  save.write_config_files(tmp_path, source, tokenizers.load(source.folder, source.cfg.V), {})
   for file in tmp_path.iterdir():
     read = json.loads if file.suffix == ".json" else str
     assert read((source.folder / file.name).read_text()) == read(file.read_text()), file.name
@@ -409,8 +411,8 @@ def test_the_quickstarts_model_has_the_files_of_an_export(tmp_path):
 
 def test_what_older_readers_need_is_in_the_folder(folder, tmp_path):
   """tokenizers before 0.20 read merges as texts, slow tokenizers vocab.json and merges.txt, 4.30 special_tokens_map.json."""
-  source = repo.find(str(folder))
-  save.write_config_and_tokenizer(tmp_path, source, tokenizers.load(folder, 293), {})
+  source = repo.resolve(str(folder))
+  save.write_config_files(tmp_path, source, tokenizers.load(folder, 293), {})
   merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
   assert all(isinstance(merge, str) for merge in merges)
   assert (tmp_path / "merges.txt").read_text().splitlines()[1:] == merges
@@ -434,8 +436,8 @@ def test_a_blank_before_a_text_is_as_transformers_has_it(tmp_path, name, said, p
   (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(says))
   wanted = AutoTokenizer.from_pretrained(tmp_path / "m")("the cat", add_special_tokens=False)["input_ids"]
   tokenizer = tokenizers.load(tmp_path / "m", 293)
-  assert tokens.prompt_ids(tokenizer, "the cat") == wanted
-  save.write_config_and_tokenizer(tmp_path, repo.find(str(tmp_path / "m")), tokenizer, {})
+  assert tokens.encode_prompt(tokenizer, "the cat") == wanted
+  save.write_config_files(tmp_path, repo.resolve(str(tmp_path / "m")), tokenizer, {})
   assert AutoTokenizer.from_pretrained(tmp_path)("the cat")["input_ids"] == wanted
   written = [json.loads((tmp_path / file).read_text()) for file in ("tokenizer.json", "tokenizer_config.json")]
   assert written[0]["pre_tokenizer"]["add_prefix_space"] == written[1]["add_prefix_space"]
@@ -451,7 +453,7 @@ def test_a_vocabulary_of_added_letters_reads_text(tmp_path):
   )
   (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
   loaded = tokenizers.load(tmp_path, 400)
-  assert loaded.decode(tokens.prompt_ids(loaded, "a bad cab")).replace(" ", "") == "abadcab"
+  assert loaded.decode(tokens.encode_prompt(loaded, "a bad cab")).replace(" ", "") == "abadcab"
 
 
 def test_what_a_normalizer_or_an_added_token_reads_is_not_lost(tmp_path):

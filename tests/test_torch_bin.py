@@ -19,9 +19,9 @@ HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def read(folder, torch_bin=True):
-  checkpoint = repo.find(str(folder), torch_bin=torch_bin)
-  _, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
-  return load.load(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+  checkpoint = repo.resolve(str(folder), torch_bin=torch_bin)
+  _, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
+  return load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def same(ours, theirs):
 
 def test_it_is_read_only_when_asked(folder, pickled):
   with pytest.raises(RequestError, match="config.model.torch_bin=True"):
-    repo.find(str(pickled()))
+    repo.resolve(str(pickled()))
   with_head = pickled(lambda ts: ts | {"lm_head.weight": ts["transformer.wte.weight"]})  # one storage, two names
   same(read(with_head), read(folder, torch_bin=False))
 
@@ -112,7 +112,7 @@ def test_tokens_are_added_to_it_too(folder, pickled, tmp_path, monkeypatch):
     tokenizer.main()
   monkeypatch.setattr("sys.argv", [*words, "--torch_bin"])
   tokenizer.main()
-  assert repo.find(str(tmp_path / "out")).cfg.V == repo.find(str(folder)).cfg.V + 1
+  assert repo.resolve(str(tmp_path / "out")).cfg.V == repo.resolve(str(folder)).cfg.V + 1
 
 
 def test_files_of_before_torch_1_6_are_read(pickled, folder):

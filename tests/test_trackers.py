@@ -22,11 +22,11 @@ import tiny
 from jaxft import config as settings
 from jaxft.errors import NumericsError, Preempted, RequestError
 from jaxft.run import system, writers
-from jaxft.run.secrets import masked
+from jaxft.run.secrets import redact
 from jaxft.run.system import SystemMetrics
-from jaxft.run.tracking import Lines
-from jaxft.run.writers import Writers
-from jaxft.train import check, finetune
+from jaxft.run.tracking import JsonlLog
+from jaxft.run.writers import TrackerGroup
+from jaxft.train import finetune, validate
 
 NAMES = ("tensorboard", "mlflow", "wandb", "trackio")
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -58,8 +58,8 @@ def tell(workdir, names, steps, start=0, ending=None, kept=None):
   """What a piece of a run tells: a line and a sample for each step. `kept`: the last step that a resume keeps."""
   config = settings.default()
   config.tracking.writers, config.model.path = tuple(names), "https://me:hunter2@host/model?token=hunter3"
-  metrics, samples = (Lines(workdir / name, start or -1, True) for name in ("metrics.jsonl", "samples.jsonl"))
-  with contextlib.suppress(type(ending)), Writers(config, workdir, start, metrics, samples, True) as told:
+  metrics, samples = (JsonlLog(workdir / name, start or -1, True) for name in ("metrics.jsonl", "samples.jsonl"))
+  with contextlib.suppress(type(ending)), TrackerGroup(config, workdir, start, metrics, samples, True) as told:
     for step in steps:
       metrics.write(
         step, {"train/loss": ("nan", "inf")[step - 2] if step in (2, 3) else 1 / step, "train/tokens": 7 * step}
@@ -138,7 +138,7 @@ def test_disk_and_network_are_counted_from_the_first_reading(tmp_path, monkeypat
   of_network = iter([Counters(7, 70, 0, 0), Counters(8, 90, 0, 0)])
   monkeypatch.setattr(psutil, "disk_io_counters", lambda: next(of_disk))
   monkeypatch.setattr(psutil, "net_io_counters", lambda: next(of_network))
-  *_, disk, network = system._of_host(tmp_path)
+  *_, disk, network = system._host_readings(tmp_path)
   assert disk() == {}
   assert disk() == {"system/disk_read_bytes": 0, "system/disk_written_bytes": 0}
   assert disk() == {"system/disk_read_bytes": 3, "system/disk_written_bytes": 5}
@@ -245,7 +245,7 @@ def test_trackers_that_raise_hang_or_die_change_nothing_and_are_told_of_once(
   monkeypatch.setenv("WANDB_API_KEY", KEY)
   monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "file"))  # raises
   monkeypatch.setattr(writers, "SHUTDOWN_TIMEOUT", 2)
-  start = writers._start
+  start = writers._start_worker
 
   def start_and_kill(name):
     process = start(name)
@@ -272,8 +272,8 @@ def test_a_tracker_that_hangs_costs_a_step_microseconds_and_lines_beyond_the_mos
   monkeypatch.setattr(writers, "MAX_QUEUE", 1000)
   config = settings.default()
   config.tracking.writers = ("mlflow",)
-  metrics, samples = (Lines(tmp_path / name, -1, True) for name in ("metrics.jsonl", "samples.jsonl"))
-  with Writers(config, tmp_path, 0, metrics, samples, True) as told:
+  metrics, samples = (JsonlLog(tmp_path / name, -1, True) for name in ("metrics.jsonl", "samples.jsonl"))
+  with TrackerGroup(config, tmp_path, 0, metrics, samples, True) as told:
     began = time.perf_counter()
     for step in range(5000):
       told.log("metrics", {"step": step, "train/loss": 1.0})
@@ -336,13 +336,13 @@ with Writers(config, workdir, 0, metrics, samples, True) as told:
 def test_a_library_that_is_not_there_is_named_with_the_command_that_installs_it(folder, stories, tmp_path, monkeypatch):
   (tmp_path / "no_such_tracker").mkdir()  # a folder of that name beside the run is no library
   monkeypatch.syspath_prepend(tmp_path)
-  monkeypatch.setitem(writers.MODULES, "wandb", ("no_such_tracker",))
-  monkeypatch.setitem(writers.MODULES, "tensorboard", ("json",))  # is there
+  monkeypatch.setitem(writers.REQUIRED_MODULES, "wandb", ("no_such_tracker",))
+  monkeypatch.setitem(writers.REQUIRED_MODULES, "tensorboard", ("json",))  # is there
   config = tiny.config(folder, stories)
   config.tracking.writers = ("tensorboard", "wandb")
   line = r'config.tracking.writers: wandb needs no_such_tracker, not installed here: pip install "jaxft\[tracking\]"'
   with pytest.raises(RequestError, match=f"^{line}$"):
-    check(config, tmp_path / "w")
+    validate(config, tmp_path / "w")
 
 
 @pytest.mark.parametrize(
@@ -356,4 +356,4 @@ def test_a_library_that_is_not_there_is_named_with_the_command_that_installs_it(
   ],
 )
 def test_logins_in_addresses_are_masked(text, shown):
-  assert masked(text) == shown
+  assert redact(text) == shown

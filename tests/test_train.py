@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import jaxft
 from jaxft.errors import NumericsError, RequestError
 from jaxft.pretrained import load_workdir
-from jaxft.run.profile import Profile
+from jaxft.run.profile import Profiler
 from jaxft.train import finetune
 
 ROOT = Path(__file__).parent.parent
@@ -61,14 +61,14 @@ def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path, capsys):
     paused.append(step)
     yield
 
-  with Profile(tmp_path, 2, 2, 5, pause) as profile:
+  with Profiler(tmp_path, 2, 2, 5, pause) as profile:
     for step in range(1, 6):
       profile.on_step_begin(step, None)
       numbers = jax.block_until_ready(jax.numpy.ones(3) + step)
       profile.on_step_end(step, numbers)
   assert paused == [2, 3] and len(list(tmp_path.rglob("*.xplane.pb"))) == 1
   assert f"steps 2 to 3 are traced in {tmp_path}" in capsys.readouterr().out
-  Profile(tmp_path, 6, 2, 5, pause)
+  Profiler(tmp_path, 6, 2, 5, pause)
   assert "nothing is traced: the first step that would be is 6, and the last of the run is 5" in capsys.readouterr().out
 
 

@@ -122,7 +122,7 @@ class Numbers:
 def in_order(rows: Rows, config: ConfigDict) -> Rows:
   """The rows as the run takes them: several epochs, each in an order of its own."""
   how = dict(batch_size=B, accumulation=1, total_rows=STEPS * B, local_rows=np.arange(B))
-  steps = loader.Steps(Numbers(len(rows)), seed=config.data.shuffle_seed, **how)
+  steps = loader.BatchSource(Numbers(len(rows)), seed=config.data.shuffle_seed, **how)
   return [rows[i] for step in range(STEPS) for i in steps[step]["row"].reshape(-1)]
 
 
@@ -214,9 +214,9 @@ def language_model(folder: Path) -> Any:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_same_weights_decay(family, tmp_path):
   folder = tiny.write_family(tmp_path / "model", family, seed=0, P=17, std=0.2)
-  source = repo.find(str(folder))
-  _, shapes, _ = model.abstract(source.cfg, model.Compute())
-  mark = lambda path, leaf: jnp.full(leaf.shape, optim.decays(path))
+  source = repo.resolve(str(folder))
+  _, shapes, _ = model.abstract_model(source.cfg, model.ComputeConfig())
+  mark = lambda path, leaf: jnp.full(leaf.shape, optim.has_weight_decay(path))
   marks = jax.tree_util.tree_map_with_path(mark, shapes)
   ours = {tensor.name: bool(tensor.to_numpy().all()) for tensor in unload.hf_tensors(marks, source)}
   their = language_model(folder)
@@ -240,7 +240,7 @@ def test_a_share_of_the_steps_warms_up(steps, share, tmp_path):
     rates.append(run.optimizer.param_groups[0]["lr"])
     run.optimizer.step()
     run.lr_scheduler.step()
-  course = optim.schedule(config.optim, steps)
+  course = optim.make_schedule(config.optim, steps)
   np.testing.assert_allclose([course(step) for step in range(steps)], rates, rtol=1e-5, atol=1e-12)
 
 

@@ -15,22 +15,22 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from jaxft.data.tokens import Tokens
+from jaxft.data.tokens import TokenArrays
 from jaxft.errors import StorageError
-from jaxft.files import refused, write_whole
+from jaxft.files import atomic_write, write_failure
 
 VERSION = 4  # of the files; another one is another entry
-PARTS = {"ids": None, "starts_N1": np.int64, "prompts_N": np.int32, "labels_N": np.int32, "nats_N": np.float64}
+ARRAYS = {"ids": None, "starts_N1": np.int64, "prompts_N": np.int32, "labels_N": np.int32, "nats_N": np.float64}
 
 
-class Writer:
+class TokenWriter:
   """The files of one set of examples, written as they come."""
 
   def __init__(self, folder: Path, name: str, ids_dtype: np.dtype):
     self._name, self._folder, self._end = name, folder, 0
-    self._dtypes = PARTS | {"ids": ids_dtype}
-    self._files = {part: (folder / f"{name}.{part}").open("wb") for part in PARTS}
-    self._hashes = {part: hashlib.sha256() for part in PARTS}
+    self._dtypes = ARRAYS | {"ids": ids_dtype}
+    self._files = {part: (folder / f"{name}.{part}").open("wb") for part in ARRAYS}
+    self._hashes = {part: hashlib.sha256() for part in ARRAYS}
     self.add("starts_N1", [0])
 
   def add(self, part: str, values: Any) -> None:
@@ -61,7 +61,7 @@ class Writer:
     return about
 
 
-def open_or_make(
+def load_or_build(
   folder: Path, key: Mapping[str, Any], make: Callable[[Path], dict[str, Any]], log: Callable[[str], None]
 ) -> tuple[Path, dict[str, Any]]:
   """The entry of `key` and its manifest: the one that is there and sound, else one that `make` writes.
@@ -69,7 +69,7 @@ def open_or_make(
   Args:
     folder: of all entries; made if need be.
     key: everything that the tokens depend on.
-    make: writes the files of an entry into a folder and returns its manifest, with the "files" of `Writer.close`.
+    make: writes the files of an entry into a folder and returns its manifest, with the "files" of `TokenWriter.close`.
 
   Raises:
     StorageError: the folder cannot be written.
@@ -80,7 +80,7 @@ def open_or_make(
   lock = FileLock(folder / f"{name}.lock")
   try:
     if entry.exists() and not os.access(folder, os.W_OK):  # one that others have made, for readers alone
-      manifest, fault = _check(entry, text)
+      manifest, fault = _verify_entry(entry, text)
       if not fault:
         return entry, manifest
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def open_or_make(
       log(f"another process is tokenising the same text; waiting for it ({lock.lock_file})")
       lock.acquire()
     if entry.exists():
-      manifest, fault = _check(entry, text)
+      manifest, fault = _verify_entry(entry, text)
       if not fault:
         return entry, manifest
       log(f"token cache {entry}: {fault}; tokenising again")
@@ -98,12 +98,12 @@ def open_or_make(
     _remove(partial)  # of a process that was killed
     partial.mkdir()
     manifest = {"made_from": json.loads(text)} | make(partial)
-    write_whole(partial / "manifest.json", json.dumps({"sha256": _sha256(manifest)} | manifest, indent=1))
+    atomic_write(partial / "manifest.json", json.dumps({"sha256": _manifest_checksum(manifest)} | manifest, indent=1))
     partial.rename(entry)
     return entry, manifest
   except OSError as error:
     raise StorageError(
-      f"token cache {folder}: {refused(folder, error)}; --config.data.cache_dir names another folder"
+      f"token cache {folder}: {write_failure(folder, error)}; --config.data.cache_dir names another folder"
     ) from error
   finally:
     if lock.is_locked:
@@ -118,31 +118,31 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def tokens(entry: Path, name: str, manifest: Mapping[str, Any]) -> Tokens:
+def open_arrays(entry: Path, name: str, manifest: Mapping[str, Any]) -> TokenArrays:
   """The examples of one set, memory-mapped."""
-  return Tokens(*(_map(entry / f"{name}.{part}", manifest["files"][f"{name}.{part}"]) for part in PARTS))
+  return TokenArrays(*(_memmap(entry / f"{name}.{part}", manifest["files"][f"{name}.{part}"]) for part in ARRAYS))
 
 
 def fingerprint(name: str, manifest: Mapping[str, Any]) -> str:
   """Tells one set of examples from another."""
-  checksums = [manifest["files"][f"{name}.{part}"]["sha256"] for part in PARTS]
+  checksums = [manifest["files"][f"{name}.{part}"]["sha256"] for part in ARRAYS]
   return hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
-def _map(file: Path, about: Mapping[str, Any]) -> np.ndarray:
+def _memmap(file: Path, about: Mapping[str, Any]) -> np.ndarray:
   dtype = np.dtype(about["dtype"])
   return np.memmap(file, dtype, "r") if about["bytes"] else np.zeros(0, dtype)  # nothing cannot be mapped
 
 
-def _sha256(manifest: Mapping[str, Any]) -> str:
+def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _check(entry: Path, text: str) -> tuple[dict[str, Any], str]:
+def _verify_entry(entry: Path, text: str) -> tuple[dict[str, Any], str]:
   """The manifest of an entry, and what is wrong with the entry."""
   try:
     manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
-    if manifest.pop("sha256") != _sha256(manifest):
+    if manifest.pop("sha256") != _manifest_checksum(manifest):
       return {}, "manifest.json differs from its checksum"
     if manifest["made_from"] != json.loads(text):
       return {}, "its manifest is of another text"

@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 Batch = dict[str, Any]
 
 
-class Steps:
+class BatchSource:
   """What this process holds of the batch of each optimizer step: {"ids", ...}, each (A, B / processes, T).
 
   Rows come in a new order each epoch; a batch may straddle two epochs. The global batch is the same rows in the same order for
@@ -25,7 +25,9 @@ class Steps:
   takes all, and what is left of the batch is masked.
   """
 
-  def __init__(self, rows: Any, *, batch_size: int, accumulation: int, seed: int, total_rows: int, local_rows: np.ndarray):
+  def __init__(
+    self, rows: Any, *, batch_size: int, accumulation: int, seed: int, total_rows: int, local_rows: np.ndarray
+  ):
     self._rows, self._seed, self._rows_in_all = rows, seed, total_rows
     self._batch_size, self._accumulation, self._mine = batch_size, accumulation, local_rows
     self._each = min(batch_size, len(rows))  # rows of a step
@@ -45,48 +47,52 @@ class Steps:
   def _shuffled(self, place: int) -> int:
     """The row at a place in the endless sequence of epochs: Grain's stateless permutation, keyed by seed and epoch."""
     epoch, place = divmod(place, len(self._rows))
-    return index_shuffle(place, max_index=len(self._rows) - 1, seed=_seed_of(self._seed, epoch), rounds=4)
+    return index_shuffle(place, max_index=len(self._rows) - 1, seed=_epoch_seed(self._seed, epoch), rounds=4)
 
 
 @functools.lru_cache(maxsize=16)
-def _seed_of(seed: int, epoch: int) -> int:
+def _epoch_seed(seed: int, epoch: int) -> int:
   """32 bits of both: seed + epoch would give each run the epochs of the run before it."""
   return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-def training_batches(
+def train_batches(
   rows: Any, *, batch_size: int, accumulation: int, seed: int, total_rows: int, start: int, sharding: Sharding
 ) -> Iterator[Batch]:
   """Batches of the optimizer steps `start`, `start + 1`, ..., each {"ids", ...} of shape (A, B, T), on the devices."""
   B = batch_size // accumulation
-  local_rows = places_here(sharding, B)
-  steps = Steps(rows, batch_size=batch_size, accumulation=accumulation, seed=seed, total_rows=total_rows, local_rows=local_rows)
+  local_rows = local_row_indices(sharding, B)
+  steps = BatchSource(
+    rows, batch_size=batch_size, accumulation=accumulation, seed=seed, total_rows=total_rows, local_rows=local_rows
+  )
   # Threads, not processes: rows are slices of one array, and copying them releases the GIL soon enough.
   options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
   for batch in grain.MapDataset.source(steps)[start:].to_iter_dataset(options):
-    yield _place(batch, sharding, B, local_rows)
+    yield _make_global_batch(batch, sharding, B, local_rows)
 
 
-def evaluation_batches(rows: Any, *, batch_size: int, sharding: Sharding, limit: int = 0) -> Iterator[Batch]:
+def eval_batches(rows: Any, *, batch_size: int, sharding: Sharding, limit: int = 0) -> Iterator[Batch]:
   """All rows once, in order, or those of the first `limit` batches; the last batch is filled up with masked rows."""
-  local_rows, blank = places_here(sharding, batch_size), jax.tree.map(np.zeros_like, rows[0])
+  local_rows, blank = local_row_indices(sharding, batch_size), jax.tree.map(np.zeros_like, rows[0])
   for start in range(0, min(len(rows), limit * batch_size or len(rows)), batch_size):
     picked = [rows[start + i] if start + i < len(rows) else blank for i in local_rows.tolist()]
-    yield _place(jax.tree.map(lambda *columns: np.stack(columns)[None], *picked), sharding, batch_size, local_rows)
+    yield _make_global_batch(
+      jax.tree.map(lambda *columns: np.stack(columns)[None], *picked), sharding, batch_size, local_rows
+    )
 
 
-def like(row: dict[str, Any], A: int, B: int, sharding: Sharding) -> Batch:
+def batch_shapes(row: dict[str, Any], A: int, B: int, sharding: Sharding) -> Batch:
   """The shapes of a batch of such rows, to compile for."""
   return {name: jax.ShapeDtypeStruct((A, B, *x.shape), x.dtype, sharding=sharding) for name, x in row.items()}
 
 
-def places_here(sharding: Sharding, B: int) -> np.ndarray:
+def local_row_indices(sharding: Sharding, B: int) -> np.ndarray:
   """Which of B rows the devices of this process hold, in rising order."""
   held = sharding.addressable_devices_indices_map((1, B, 1)).values()
   return np.unique(np.concatenate([np.arange(B)[index[1]] for index in held]))
 
 
-def _place(batch: dict[str, np.ndarray], sharding: Sharding, B: int, local_rows: np.ndarray) -> Batch:
+def _make_global_batch(batch: dict[str, np.ndarray], sharding: Sharding, B: int, local_rows: np.ndarray) -> Batch:
   """The parts of all processes as one batch of B rows a step, on the devices."""
 
   def array(x: np.ndarray) -> jax.Array:

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxft.data.tokens import Tokens
+from jaxft.data.tokens import TokenArrays
 
-Row = dict[str, np.ndarray]
+PackedRow = dict[str, np.ndarray]
 
 
-class Account(NamedTuple):
+class PackingStats(NamedTuple):
   """What became of the examples when they were laid out."""
 
   filled: int  # that hold a token
@@ -23,19 +23,19 @@ class Account(NamedTuple):
   dropped: dict[str, int] = {}  # tokens, by reason
 
 
-class ConcatRows:
+class ConcatDataset:
   """All examples as one stream, cut every T tokens: each token is a target exactly once.
 
   The first token of all is predicted from an end token, as the first of every later example is. The last row is filled up
   with masked columns instead of being dropped; what is dropped are rows of nothing but prompt.
   """
 
-  def __init__(self, tokens: Tokens, T: int, end: int):
+  def __init__(self, tokens: TokenArrays, T: int, end: int):
     self.tokens, self.seq_len, self._end = tokens, T, end
     rows = np.arange(-(-len(tokens.ids) // T))
     self._rows = rows[self._teaches(len(rows))] if np.any(tokens.prompts_N) else rows
     lost = sum(min(T, len(tokens.ids) - int(i) * T) for i in np.setdiff1d(rows, self._rows))
-    self.stats = Account(
+    self.stats = PackingStats(
       filled=len(tokens.ids) - lost,
       eos_targets=len(tokens) if not len(tokens.labels_N) else 0,
       dropped={"rows of nothing but prompt": lost} if lost else {},
@@ -44,7 +44,7 @@ class ConcatRows:
   def __len__(self) -> int:
     return len(self._rows)
 
-  def __getitem__(self, i: int) -> Row:
+  def __getitem__(self, i: int) -> PackedRow:
     start = int(self._rows[i]) * self.seq_len
     stop = min(start + self.seq_len, len(self.tokens.ids))
     before = self.tokens.ids[start - 1] if start else self._end
@@ -73,30 +73,32 @@ class ConcatRows:
     return at - starts[example] >= self.tokens.prompts_N[example]
 
 
-class StridedRows:
-  """The stream of `ConcatRows` in windows of T tokens that overlap, to evaluate with more context; an end token begins it.
+class SlidingWindowDataset:
+  """The stream of `ConcatDataset` in windows of T tokens that overlap, to evaluate with more context; an end token begins it.
 
   Windows begin `stride` tokens apart. Each token is a target once, in the first window that has it, so all but those of the
   first window see at least T - stride tokens before them. These are the windows of transformers' page on perplexity.
   """
 
-  def __init__(self, tokens: Tokens, T: int, end: int, stride: int):
-    self._rows, self.seq_len, self._end, self._stride = ConcatRows(tokens, T, end), T, end, stride
+  def __init__(self, tokens: TokenArrays, T: int, end: int, stride: int):
+    self._rows, self.seq_len, self._end, self._stride = ConcatDataset(tokens, T, end), T, end, stride
 
   def __len__(self) -> int:
     return 1 - (-max(0, len(self._rows.tokens.ids) + 1 - self.seq_len) // self._stride)
 
-  def __getitem__(self, i: int) -> Row:
+  def __getitem__(self, i: int) -> PackedRow:
     stored, begin = self._rows.tokens.ids, i * self._stride  # the window's first token is stored[begin - 1]
     stop = min(begin + self.seq_len - 1, len(stored))
-    first = begin - self._stride + self.seq_len - 1 if i else 0  # of its targets; those before it were the last window's
+    first = (
+      begin - self._stride + self.seq_len - 1 if i else 0
+    )  # of its targets; those before it were the last window's
     row, mask = np.zeros(self.seq_len + 1, np.int32), np.zeros(self.seq_len, bool)
     row[0], row[1 : 1 + stop - begin] = stored[begin - 1] if i else self._end, stored[begin:stop]
     mask[first - begin : stop - begin] = self._rows.learned(first, stop)
     return {"ids": row[:-1], "targets": row[1:], "mask": mask}
 
 
-class Piece(NamedTuple):
+class Span(NamedTuple):
   """Tokens start ... stop - 1 of the store, which are targets of one segment, and the example they are of."""
 
   example: int
@@ -104,7 +106,7 @@ class Piece(NamedTuple):
   stop: int
 
 
-class ExampleRows:
+class PackedDataset:
   """Examples that do not see each other: one a row ("pad"), or several with segments and positions of their own ("pack").
 
   A text that is longer than a row is cut in pieces for "pack" and cut short for "pad"; a prompt with its completion is cut
@@ -112,7 +114,7 @@ class ExampleRows:
   there is one; the first of a prompt is not learned.
   """
 
-  def __init__(self, tokens: Tokens, T: int, end: int, *, pack: bool, texts: bool = False):
+  def __init__(self, tokens: TokenArrays, T: int, end: int, *, pack: bool, texts: bool = False):
     """`texts`: examples have no prompt; one token that is not learned is what begins the document."""
     self.tokens, self.seq_len, self._end, self._pack = tokens, T, end, pack
     starts, prompts = np.asarray(tokens.starts_N1), np.asarray(tokens.prompts_N)
@@ -125,17 +127,17 @@ class ExampleRows:
     pieces = []
     for i in range(len(lengths_N)):
       if not in_pieces[i]:
-        pieces.append(Piece(i, int(starts[i]), int(starts[i] + min(lengths_N[i], room_N[i]))))
+        pieces.append(Span(i, int(starts[i]), int(starts[i] + min(lengths_N[i], room_N[i]))))
         continue
       for start in range(int(starts[i]), int(starts[i + 1]), T):
-        pieces.append(Piece(i, start, min(start + T, int(starts[i + 1]))))
+        pieces.append(Span(i, start, min(start + T, int(starts[i + 1]))))
     # A prompt that leaves no room for its completion teaches nothing.
     learned = [piece for piece in pieces if prompts[piece.example] < piece.stop - starts[piece.example]]
     dropped += sum(piece.stop - piece.start for piece in pieces) - sum(p.stop - p.start for p in learned)
     # Where a piece begins with a token that is not learned, that one is an input only.
     inputs_only = [piece.start < starts[piece.example] + prompts[piece.example] for piece in learned]
     columns = [piece.stop - piece.start - int(more) for piece, more in zip(learned, inputs_only, strict=True)]
-    self.stats = Account(
+    self.stats = PackingStats(
       filled=sum(columns),
       eos_targets=sum(piece.stop == int(starts[piece.example + 1]) for piece in learned),
       overlong=int(long_N.sum()),
@@ -148,7 +150,7 @@ class ExampleRows:
   def __len__(self) -> int:
     return len(self._rows)
 
-  def __getitem__(self, i: int) -> Row:
+  def __getitem__(self, i: int) -> PackedRow:
     ids, targets, segments, positions = np.zeros((4, self.seq_len), np.int32)
     mask, at = np.zeros(self.seq_len, bool), 0
     for segment, piece in enumerate(self._rows[i], 1):
@@ -166,14 +168,14 @@ class ExampleRows:
     return row | {"segments": segments, "positions": positions} if self._pack else row
 
 
-class LabelRows:
+class ClassificationDataset:
   """One text a row, cut short where it is longer; the target is its class, at its last token."""
 
-  def __init__(self, tokens: Tokens, T: int):
+  def __init__(self, tokens: TokenArrays, T: int):
     self.tokens, self.seq_len = tokens, T
     over = np.maximum(tokens.lengths_N - T, 0)
     lost = int(over.sum())
-    self.stats = Account(
+    self.stats = PackingStats(
       filled=len(tokens.ids) - lost,
       eos_targets=0,
       overlong=int((over > 0).sum()),
@@ -183,7 +185,7 @@ class LabelRows:
   def __len__(self) -> int:
     return len(self.tokens)
 
-  def __getitem__(self, i: int) -> Row:
+  def __getitem__(self, i: int) -> PackedRow:
     ids, targets = np.zeros((2, self.seq_len), np.int32)
     values = self.tokens.ids[self.tokens.starts_N1[i] : self.tokens.starts_N1[i + 1]][: self.seq_len]
     ids[: len(values)], targets[len(values) - 1] = values, self.tokens.labels_N[i]

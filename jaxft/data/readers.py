@@ -13,22 +13,22 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple
 
 from jaxft.errors import RequestError, first_line
-from jaxft.files import is_text, must_be_fetched
+from jaxft.files import is_encodable, reject_lfs_pointer
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # pyarrow's names
-PLAIN_TEXT = (".txt", ".md")
-COMPRESSED = (*CODECS, ".xz")  # after any of STREAMED
-STREAMED = (".txt", ".jsonl", ".csv", ".md", ".ndjson", ".json", ".tsv")
-READABLE = (*STREAMED, ".parquet", ".arrow", ".zip")
+TEXT_FORMATS = (".txt", ".md")
+COMPRESSION_SUFFIXES = (*CODECS, ".xz")  # after any of STREAMED
+STREAMED_FORMATS = (".txt", ".jsonl", ".csv", ".md", ".ndjson", ".json", ".tsv")
+READABLE_FORMATS = (*STREAMED_FORMATS, ".parquet", ".arrow", ".zip")
 # What is read of a folder. The others lie beside data for other ends (README.md, dataset_infos.json, a zip of the same files):
 # they are read where they are named, or where a folder has nothing else.
-USUAL = (".txt", ".jsonl", ".csv", ".parquet")
+DEFAULT_FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 BOM = b"\xef\xbb\xbf"
 # Of pyarrow, zlib and zstd: OSError, ValueError or OverflowError. RuntimeError: an archive with a password.
-ERRORS = (OSError, ValueError, OverflowError, EOFError, lzma.LZMAError, zipfile.BadZipFile, RuntimeError)
+READ_ERRORS = (OSError, ValueError, OverflowError, EOFError, lzma.LZMAError, zipfile.BadZipFile, RuntimeError)
 
 
-class Row(NamedTuple):
+class RawRow(NamedTuple):
   """A row as the source has it, or why there is none."""
 
   where: str  # file and number
@@ -36,7 +36,7 @@ class Row(NamedTuple):
   fault: str = ""
 
 
-class How(NamedTuple):
+class ReaderOptions(NamedTuple):
   """How files are read: settings of `config.data`."""
 
   columns: tuple[str, ...] | None  # those asked for: no other is decoded; None: all
@@ -62,31 +62,31 @@ class ClassName(str):
     return made
 
 
-def kind(file: PurePath) -> str:
+def file_format(file: PurePath) -> str:
   """The suffix that says how a file is read, without that of a compression; "" for a file that is not read."""
   last = file.suffix.lower()
-  if last in COMPRESSED:
+  if last in COMPRESSION_SUFFIXES:
     suffix = PurePath(file.stem).suffix.lower()
-    return suffix if suffix in STREAMED else ""
-  return last if last in READABLE else ""
+    return suffix if suffix in STREAMED_FORMATS else ""
+  return last if last in READABLE_FORMATS else ""
 
 
-def rows(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
+def read_rows(file: Path, how: ReaderOptions, notes: collections.Counter) -> Iterator[RawRow]:
   """All rows of a file. Those that do not parse come with a fault; a file that cannot be read at all raises one of ERRORS."""
-  must_be_fetched(file)
+  reject_lfs_pointer(file)
   how = how._replace(label=file.absolute().parent.name)
-  if kind(file) == ".zip":
-    yield from _archive(file, how, notes)
-  elif kind(file) in STREAMED:
-    with _open(file) as stream:
-      yield from _streamed(str(file), kind(file), stream, how, notes)
+  if file_format(file) == ".zip":
+    yield from _read_archive(file, how, notes)
+  elif file_format(file) in STREAMED_FORMATS:
+    with _open_decompressed(file) as stream:
+      yield from _read_stream(str(file), file_format(file), stream, how, notes)
   else:
     # pyarrow opens no file whose name is not UTF-8.
-    with contextlib.nullcontext(file) if is_text(str(file)) else file.open("rb") as source:
-      yield from _table(str(file), kind(file), source, how)
+    with contextlib.nullcontext(file) if is_encodable(str(file)) else file.open("rb") as source:
+      yield from _read_table(str(file), file_format(file), source, how)
 
 
-def _archive(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
+def _read_archive(file: Path, how: ReaderOptions, notes: collections.Counter) -> Iterator[RawRow]:
   """The rows of the files in a zip, of which those are read that would be read in a folder."""
   with zipfile.ZipFile(file) as archive:
     kinds = {}
@@ -95,9 +95,11 @@ def _archive(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
       hidden = any(part == "__MACOSX" or part.startswith(".") for part in path.parts)
       if hidden or entry.is_dir() or not path.parts:
         continue
-      kinds[entry] = "" if path.suffix.lower() in COMPRESSED or kind(path) == ".zip" else kind(path)
+      kinds[entry] = (
+        "" if path.suffix.lower() in COMPRESSION_SUFFIXES or file_format(path) == ".zip" else file_format(path)
+      )
     known = {entry: of for entry, of in kinds.items() if of}
-    read = chosen(f"data source {str(file)!r}", known, "unpack it, and name those")
+    read = select_files(f"data source {str(file)!r}", known, "unpack it, and name those")
     notes["files in archives that are of no kind that is read"] += len(kinds) - len(known)
     notes["files in archives that are read only where there is no other kind (.json, .md, ...)"] += len(known) - len(
       read
@@ -106,18 +108,18 @@ def _archive(file: Path, how: How, notes: collections.Counter) -> Iterator[Row]:
       where, of = f"{file}: {entry.filename}", kinds[entry]
       how = how._replace(label=PurePath(entry.filename).parent.name)
       with archive.open(entry) as raw:
-        if of in STREAMED:
-          yield from _streamed(where, of, io.BufferedReader(raw), how, notes)
+        if of in STREAMED_FORMATS:
+          yield from _read_stream(where, of, io.BufferedReader(raw), how, notes)
         else:
-          yield from _table(where, of, io.BytesIO(raw.read()), how)
+          yield from _read_table(where, of, io.BytesIO(raw.read()), how)
 
 
-def chosen(where: str, kinds: dict[Any, str], way_out: str) -> list[Any]:
+def select_files(where: str, kinds: dict[Any, str], way_out: str) -> list[Any]:
   """Which files of a folder or an archive are read: those of USUAL kinds, or all of one kind where there are none of them.
 
   Raises RequestError for several unusual kinds.
   """
-  if usual := [file for file, kind in kinds.items() if kind in USUAL]:
+  if usual := [file for file, kind in kinds.items() if kind in DEFAULT_FORMATS]:
     return usual
   if len(found := sorted(set(kinds.values()))) > 1:
     raise RequestError(f"{where}: files of several kinds ({', '.join(found)}) in it; {way_out} to read")
@@ -125,7 +127,7 @@ def chosen(where: str, kinds: dict[Any, str], way_out: str) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _open(file: Path) -> Iterator[io.BufferedReader]:
+def _open_decompressed(file: Path) -> Iterator[io.BufferedReader]:
   """The bytes of a file, decompressed. Python opens it: its name may be no UTF-8, and its suffix in capitals."""
   last = file.suffix.lower()
   with file.open("rb") as raw:
@@ -141,7 +143,7 @@ def _open(file: Path) -> Iterator[io.BufferedReader]:
       yield raw
 
 
-class _AsUTF8(io.RawIOBase):
+class _Utf8Stream(io.RawIOBase):
   """A stream in another encoding, as UTF-8."""
 
   def __init__(self, stream: BinaryIO, encoding: str):
@@ -164,30 +166,34 @@ class _AsUTF8(io.RawIOBase):
 # ---- Text, JSON, CSV ---------------------------------------------------------------------------------------------------
 
 
-def _streamed(where: str, kind: str, stream: io.BufferedReader, how: How, notes: collections.Counter) -> Iterator[Row]:
+def _read_stream(
+  where: str, kind: str, stream: io.BufferedReader, how: ReaderOptions, notes: collections.Counter
+) -> Iterator[RawRow]:
   if how.encoding.lower().replace("_", "-") not in ("utf-8", "utf8"):
-    stream = io.BufferedReader(_AsUTF8(stream, how.encoding))
+    stream = io.BufferedReader(_Utf8Stream(stream, how.encoding))
   elif stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
     raise RequestError(f"{where}: begins as UTF-16 does, which Excel calls Unicode; set config.data.encoding=utf-16")
   if stream.peek(3)[:3] == BOM:
     notes["files with a byte order mark"] += 1
     stream.read(3)
-  if kind in PLAIN_TEXT:
-    yield from _text(where, stream, how, notes)
+  if kind in TEXT_FORMATS:
+    yield from _read_text(where, stream, how, notes)
   elif kind == ".csv":
-    yield from _csv(where, stream, how, notes, ",", csv.QUOTE_MINIMAL)
+    yield from _read_csv(where, stream, how, notes, ",", csv.QUOTE_MINIMAL)
   elif kind == ".tsv":
     content = stream.read()
-    quoting = _quoting_of_tsv(content)
+    quoting = _detect_tsv_quoting(content)
     notes[".tsv files whose quotes are letters"] += quoting == csv.QUOTE_NONE
-    yield from _csv(where, io.BufferedReader(io.BytesIO(content)), how, notes, "\t", quoting)
+    yield from _read_csv(where, io.BufferedReader(io.BytesIO(content)), how, notes, "\t", quoting)
   elif kind == ".json":
-    yield from _json(where, stream, how, notes)
+    yield from _read_json(where, stream, how, notes)
   else:
-    yield from _json_lines(where, stream, notes)
+    yield from _read_json_lines(where, stream, notes)
 
 
-def _text(where: str, stream: io.BufferedReader, how: How, notes: collections.Counter) -> Iterator[Row]:
+def _read_text(
+  where: str, stream: io.BufferedReader, how: ReaderOptions, notes: collections.Counter
+) -> Iterator[RawRow]:
   """The file as one row, or as many as `separator` cuts it into."""
   content = stream.read()
   notes[".txt files with \\r\\n, which is kept"] += b"\r\n" in content
@@ -199,22 +205,24 @@ def _text(where: str, stream: io.BufferedReader, how: How, notes: collections.Co
       continue
     try:
       label = {how.label_column: how.label} if how.label_column else {}
-      yield Row(at, {how.text_column: part.decode()} | label)
+      yield RawRow(at, {how.text_column: part.decode()} | label)
     except UnicodeDecodeError as error:
-      yield Row(at, {}, _not_utf8(error))
+      yield RawRow(at, {}, _utf8_error(error))
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
+def _utf8_error(error: UnicodeDecodeError) -> str:
   return f"not UTF-8 ({error.reason} at byte {error.start}; config.data.encoding names another, such as cp1252)"
 
 
-def _json(where: str, stream: io.BufferedReader, how: How, notes: collections.Counter) -> Iterator[Row]:
+def _read_json(
+  where: str, stream: io.BufferedReader, how: ReaderOptions, notes: collections.Counter
+) -> Iterator[RawRow]:
   """An array of objects, or an object a line."""
   content = stream.read()
   try:
     found = json.loads(content)
   except (ValueError, RecursionError):  # of which the first line is whole, and more follows
-    yield from _json_lines(where, io.BytesIO(content), notes)
+    yield from _read_json_lines(where, io.BytesIO(content), notes)
     return
   is_row = isinstance(found, dict) and (how.columns is None or found.keys() & {*how.columns})
   if isinstance(found, dict) and not is_row and any(isinstance(value, list) for value in found.values()):
@@ -224,10 +232,10 @@ def _json(where: str, stream: io.BufferedReader, how: How, notes: collections.Co
     )
   for number, row in enumerate(found if isinstance(found, list) else [found], 1):
     at = f"{where}, row {number}"
-    yield Row(at, row) if isinstance(row, dict) else Row(at, {}, "not a JSON object")
+    yield RawRow(at, row) if isinstance(row, dict) else RawRow(at, {}, "not a JSON object")
 
 
-def _json_lines(where: str, stream: Iterable[bytes], notes: collections.Counter) -> Iterator[Row]:
+def _read_json_lines(where: str, stream: Iterable[bytes], notes: collections.Counter) -> Iterator[RawRow]:
   for number, line in enumerate(stream, 1):
     at = f"{where}, row {number}"
     if not line.strip():
@@ -236,14 +244,14 @@ def _json_lines(where: str, stream: Iterable[bytes], notes: collections.Counter)
     try:
       row = json.loads(line.decode())
     except UnicodeDecodeError as error:
-      yield Row(at, {}, _not_utf8(error))
+      yield RawRow(at, {}, _utf8_error(error))
     except (ValueError, RecursionError) as error:
-      yield Row(at, {}, f"not JSON ({first_line(error)})")
+      yield RawRow(at, {}, f"not JSON ({first_line(error)})")
     else:
-      yield Row(at, row) if isinstance(row, dict) else Row(at, {}, "not a JSON object")
+      yield RawRow(at, row) if isinstance(row, dict) else RawRow(at, {}, "not a JSON object")
 
 
-def _quoting_of_tsv(content: bytes) -> int:
+def _detect_tsv_quoting(content: bytes) -> int:
   """Whether quotes enclose cells, as in csv, or are letters: csv.QUOTE_MINIMAL or csv.QUOTE_NONE.
 
   Read as csv, two stray quotes make one row of all rows between them. So quotes are letters if the file is no valid csv, or if
@@ -260,19 +268,19 @@ def _quoting_of_tsv(content: bytes) -> int:
   return csv.QUOTE_NONE if len(tabs) == 1 and tabs != {0} else csv.QUOTE_MINIMAL
 
 
-def _csv(
-  where: str, stream: io.BufferedReader, how: How, notes: collections.Counter, delimiter: str, quoting: int
-) -> Iterator[Row]:
+def _read_csv(
+  where: str, stream: io.BufferedReader, how: ReaderOptions, notes: collections.Counter, delimiter: str, quoting: int
+) -> Iterator[RawRow]:
   csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a chapter
-  delimiter = _delimiter(stream.peek().splitlines()[:1], how, notes, delimiter)
-  # Bytes that are no UTF-8 become halves of surrogate pairs, which `is_text` finds in the row that has them.
+  delimiter = _detect_delimiter(stream.peek().splitlines()[:1], how, notes, delimiter)
+  # Bytes that are no UTF-8 become halves of surrogate pairs, which `is_encodable` finds in the row that has them.
   with io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="") as text:
-    yield from _cells(where, csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True), how)
+    yield from _read_cells(where, csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True), how)
 
 
-def _cells(where: str, lines: Any, how: How) -> Iterator[Row]:
+def _read_cells(where: str, lines: Any, how: ReaderOptions) -> Iterator[RawRow]:
   names = next(lines, [])
-  _must_be_one(where, names, how)
+  _check_unique(where, names, how)
   number = 0
   while True:
     number += 1
@@ -282,17 +290,19 @@ def _cells(where: str, lines: Any, how: How) -> Iterator[Row]:
     except StopIteration:
       return
     except csv.Error as error:  # a quote that is never closed, or closed in the middle of a cell
-      yield Row(at, {}, f"not CSV ({error}, at line {lines.line_num})")
+      yield RawRow(at, {}, f"not CSV ({error}, at line {lines.line_num})")
       continue
     if not cells:  # an empty line, which csv.writer never writes for a row
       number -= 1
     elif len(cells) > len(names):
-      yield Row(at, {}, f"more cells than the first line names ({len(cells)} and {len(names)}; is a comma not quoted?)")
+      yield RawRow(
+        at, {}, f"more cells than the first line names ({len(cells)} and {len(names)}; is a comma not quoted?)"
+      )
     else:
-      yield Row(at, dict(zip(names, cells)))
+      yield RawRow(at, dict(zip(names, cells)))
 
 
-def _delimiter(first: list[bytes], how: How, notes: collections.Counter, usual: str) -> str:
+def _detect_delimiter(first: list[bytes], how: ReaderOptions, notes: collections.Counter, usual: str) -> str:
   """What divides the cells: another where the first line has a column that is asked for only if it is divided by that."""
   header = b"".join(first).decode(errors="replace")
   for delimiter in (usual, ";", "\t"):
@@ -306,7 +316,7 @@ def _delimiter(first: list[bytes], how: How, notes: collections.Counter, usual: 
   return usual
 
 
-def _must_be_one(where: str, names: list[str], how: How) -> None:
+def _check_unique(where: str, names: list[str], how: ReaderOptions) -> None:
   """Raises RequestError for a column that is asked for and is there twice; other names may be, as the empty one often is."""
   if twice := [name for name in how.columns or () if names.count(name) > 1]:
     raise RequestError(f"{where}: two columns are called {twice[0]!r}")
@@ -315,7 +325,7 @@ def _must_be_one(where: str, names: list[str], how: How) -> None:
 # ---- Tables of pyarrow -------------------------------------------------------------------------------------------------
 
 
-def _table(where: str, kind: str, file: Path | BinaryIO, how: How) -> Iterator[Row]:
+def _read_table(where: str, kind: str, file: Path | BinaryIO, how: ReaderOptions) -> Iterator[RawRow]:
   import pyarrow.parquet
 
   if kind == ".parquet":
@@ -323,22 +333,22 @@ def _table(where: str, kind: str, file: Path | BinaryIO, how: How) -> Iterator[R
     schema, count = content.schema_arrow, content.metadata.num_rows
     batches = lambda names: content.iter_batches(1000, columns=names)
   else:
-    content = _arrow(file)
+    content = _open_arrow(file)
     schema, count = content.schema, content.num_rows
     batches = lambda names: content.select(names).to_batches(1000)
-  _must_be_one(where, schema.names, how)
+  _check_unique(where, schema.names, how)
   nothing, wanted = dict.fromkeys(schema.names), how.of(schema.names)
   if not wanted:
-    yield from (Row(f"{where}, row {number}", nothing) for number in range(1, count + 1))
+    yield from (RawRow(f"{where}, row {number}", nothing) for number in range(1, count + 1))
     return
-  names, number = class_names(_features(schema.metadata or {})), 0
+  names, number = class_names(_hf_features(schema.metadata or {})), 0
   for batch in batches(wanted):
-    for row, fault in _rows_of(batch):
+    for row, fault in _batch_rows(batch):
       number += 1
-      yield Row(f"{where}, row {number}", with_names(nothing | row, names), fault)
+      yield RawRow(f"{where}, row {number}", with_class_names(nothing | row, names), fault)
 
 
-def _arrow(file: Path | BinaryIO) -> Any:
+def _open_arrow(file: Path | BinaryIO) -> Any:
   """A table of pyarrow, mapped into memory: as the datasets library writes it, a stream, or a file with an index."""
   import pyarrow.ipc
 
@@ -351,7 +361,7 @@ def _arrow(file: Path | BinaryIO) -> Any:
     return pyarrow.ipc.open_file(source).read_all()
 
 
-def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
+def _batch_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
   """Rows of a pyarrow batch; one by one where there is a value that Python cannot have (bytes that are no UTF-8, a date)."""
   try:
     yield from ((row, "") for row in batch.to_pylist())
@@ -366,7 +376,7 @@ def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
       yield {}, f"a value cannot be read ({first_line(error)})"
 
 
-def _features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
+def _hf_features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
   """What the datasets library says of the columns in a table that it has written."""
   try:
     features = json.loads(metadata[b"huggingface"])["info"]["features"]
@@ -386,7 +396,7 @@ def class_names(features: Mapping[str, Any]) -> dict[str, list[ClassName]]:
   return found
 
 
-def with_names(columns: dict[str, Any], names: Mapping[str, list[ClassName]]) -> dict[str, Any]:
+def with_class_names(columns: dict[str, Any], names: Mapping[str, list[ClassName]]) -> dict[str, Any]:
   """The columns with a name for each class number; a number without one, such as -1 for no label, becomes no label."""
   for column in names.keys() & columns.keys():
     number = columns[column]

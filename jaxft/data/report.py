@@ -13,19 +13,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxft.data import cache, columns, formats, readers, sources, tokens
-from jaxft.data.formats import BadRow, Example
-from jaxft.data.pack import ConcatRows, ExampleRows, LabelRows, StridedRows
+from jaxft.data.formats import BadRowError, Example
+from jaxft.data.pack import ClassificationDataset, ConcatDataset, PackedDataset, SlidingWindowDataset
 from jaxft.errors import RequestError
-from jaxft.files import cache_folder
-from jaxft.units import count
+from jaxft.files import cache_dir
+from jaxft.units import format_count
 
-Rows = ConcatRows | ExampleRows | LabelRows | StridedRows
-Tell = Callable[[int, int], None]  # examples tokenised, and how many there will be
-OUT, TRAIN, HELD_OUT = 0, 1, 2
-SPLITS = {"train": TRAIN, "validation": HELD_OUT}
-ENDS_HELD_OUT = "documents whose end is held out"  # a note of data_report.json
+TokenDataset = ConcatDataset | PackedDataset | ClassificationDataset | SlidingWindowDataset
+ProgressFn = Callable[[int, int], None]  # examples tokenised, and how many there will be
+DROPPED, TRAIN, VALIDATION = 0, 1, 2
+SPLITS = {"train": TRAIN, "validation": VALIDATION}
+HELD_OUT_TAILS = "documents whose end is held out"  # a note of data_report.json
 # The settings that decide which tokens there are; the others decide how they lie in rows.
-SHAPING = (
+CACHE_KEY_SETTINGS = (
   "format",
   "text_column",
   "prompt_column",
@@ -44,21 +44,21 @@ SHAPING = (
 )
 
 
-class Data(NamedTuple):
-  train: Rows
-  validation: Rows | None  # None: nothing is held out
+class PreparedData(NamedTuple):
+  train: TokenDataset
+  validation: TokenDataset | None  # None: nothing is held out
   labels: list[str]  # of the classification format, in the order of their numbers
   entropy_floor: float | None  # nats per validation token that no model can go below, where the source knows it
   fingerprint: str  # of the training examples and how they lie in rows
   validation_fingerprint: str  # fingerprint of the validation examples
   unrelated_fingerprint: str  # fingerprint of the unrelated text
-  unrelated: Rows | None  # of text to evaluate too
+  unrelated: TokenDataset | None  # of text to evaluate too
   report: dict[str, Any]
 
-  def with_class_ids(self, classes: list[str]) -> "Data":
+  def with_class_ids(self, classes: list[str]) -> "PreparedData":
     """The same rows with the numbers that the labels have among `classes`; raises RequestError for a label that is none."""
-    number = np.array(formats.class_numbers(self.labels, classes), np.int32)
-    renumbered = lambda rows: LabelRows(
+    number = np.array(formats.class_ids(self.labels, classes), np.int32)
+    renumbered = lambda rows: ClassificationDataset(
       dataclasses.replace(rows.tokens, labels_N=number[np.asarray(rows.tokens.labels_N)]), rows.seq_len
     )
     validation = renumbered(self.validation) if self.validation else None
@@ -66,7 +66,7 @@ class Data(NamedTuple):
 
   def to_json(self, train: ConfigDict) -> str:
     """The content of data_report.json, for a run of `config.train`."""
-    _, in_all = run_length(self.train, train)
+    _, in_all = num_rows_and_steps(self.train, train)
     steps = -(-len(self.train) // train.batch_size)
     last = len(self.train) - (steps - 1) * train.batch_size
     full = last == train.batch_size
@@ -97,33 +97,33 @@ class Manifest(TypedDict):
   tails: int  # documents whose end is held out
 
 
-def prepare(
+def prepare_data(
   data: ConfigDict,
   tokenizer: Any,
   tokenizer_fingerprint: str,
-  tell: Tell = lambda done, total: None,
+  tell: ProgressFn = lambda done, total: None,
   log: Callable[[str], None] = lambda line: None,
-) -> Data:
+) -> PreparedData:
   """Reads, splits, samples, tokenises and lays out what `config.data` names, or opens what an earlier run has kept of it.
 
   Raises RequestError when a row is bad (unless they are skipped) or nothing is left to train on, StorageError when the cache
   folder cannot be written.
   """
   key = {
-    "sources": _sources(data),
+    "sources": _source_fingerprints(data),
     "tokenizer": tokenizer_fingerprint,
-    "settings": {name: data[name] for name in SHAPING},
+    "settings": {name: data[name] for name in CACHE_KEY_SETTINGS},
     "manifest": sorted(Manifest.__annotations__),
   }
-  folder = Path(data.cache_dir) if data.cache_dir else cache_folder("tokens")
+  folder = Path(data.cache_dir) if data.cache_dir else cache_dir("tokens")
 
   def make(to: Path) -> Manifest:
-    made = _make(to, data, tokenizer, tell)
-    if _sources(data) != key["sources"]:
+    made = _build_cache(to, data, tokenizer, tell)
+    if _source_fingerprints(data) != key["sources"]:
       raise RequestError("config.data: a source has changed while it was read; run again")
     return made
 
-  entry, manifest = cache.open_or_make(folder, key, make, log)
+  entry, manifest = cache.load_or_build(folder, key, make, log)
   for line in manifest["said"]:
     log(line)
   if manifest["lost"]:
@@ -131,8 +131,8 @@ def prepare(
       f"{manifest['lost']:,} of {manifest['characters']:,} characters have no token in the model's tokenizer: they are left "
       "out, or read as its unknown token"
     )
-  stored = {name: cache.tokens(entry, name, manifest) for name in SPLITS}
-  laid_out = {name: lay_out(stored[name], data, tokenizer.eos_token_id) for name in SPLITS}
+  stored = {name: cache.open_arrays(entry, name, manifest) for name in SPLITS}
+  laid_out = {name: build_dataset(stored[name], data, tokenizer.eos_token_id) for name in SPLITS}
   for name, rows in laid_out.items():
     if not len(rows) and len(stored[name]):
       raise RequestError(
@@ -143,7 +143,7 @@ def prepare(
   known = len(held_out) and len(held_out.nats_N) == len(held_out)
   floor = float(held_out.nats_N.sum() / len(held_out.ids)) if known else None
   layout = f"{data.layout} {data.sequence_length} {manifest['labels']} {cache.fingerprint('train', manifest)}"
-  return Data(
+  return PreparedData(
     laid_out["train"],
     laid_out["validation"] if len(held_out) else None,
     [
@@ -154,30 +154,32 @@ def prepare(
     hashlib.sha256(layout.encode()).hexdigest(),
     cache.fingerprint("validation", manifest),
     " ".join(sources.fingerprint(data.unrelated, "validation")),
-    _unrelated(data, tokenizer) if data.unrelated else None,
-    _report(manifest, stored, laid_out, data.sequence_length),
+    _load_unrelated(data, tokenizer) if data.unrelated else None,
+    build_report(manifest, stored, laid_out, data.sequence_length),
   )
 
 
-def _unrelated(data: ConfigDict, tokenizer: Any) -> Rows:
+def _load_unrelated(data: ConfigDict, tokenizer: Any) -> TokenDataset:
   """What `data.unrelated` names as text, in rows like those of the run, which one program evaluates."""
-  how = ConfigDict(data.to_dict() | {"format": "text", "nats_column": "", "template": formats.PLAIN})
+  how = ConfigDict(data.to_dict() | {"format": "text", "nats_column": "", "template": formats.DEFAULT_TEMPLATE})
   nothing = collections.Counter()
-  stored = tokens.in_memory(examples(data.unrelated, "validation", how, nothing, nothing), tokenizer)
+  stored = tokens.encode_in_memory(read_examples(data.unrelated, "validation", how, nothing, nothing), tokenizer)
   if not len(stored):
     raise RequestError(f"config.data.unrelated={data.unrelated!r}: no text in it")
-  return lay_out(stored, how, tokenizer.eos_token_id)
+  return build_dataset(stored, how, tokenizer.eos_token_id)
 
 
-def _sources(data: ConfigDict) -> dict[str, list]:
+def _source_fingerprints(data: ConfigDict) -> dict[str, list]:
   """What the sources hold now."""
   return {
-    "train": [[sources.fingerprint((name,), "train"), weight] for name, weight in map(sources.weighted, data.train)],
+    "train": [
+      [sources.fingerprint((name,), "train"), weight] for name, weight in map(sources.parse_weight, data.train)
+    ],
     "validation": sources.fingerprint(data.validation, "validation"),
   }
 
 
-def examples(
+def read_examples(
   names: tuple[str, ...],
   split: str,
   data: ConfigDict,
@@ -192,42 +194,42 @@ def examples(
   """
   of_file, printed = data, set()
 
-  def how(name: str) -> sources.How:
+  def how(name: str) -> sources.ReaderOptions:
     nonlocal of_file
     of_file, lines = columns.resolve(name, split, data)
     for line in lines:
       if line not in printed:  # of the files of a folder the first alone
         log(f"{name}: {line}")
         printed.add(line)
-    return sources.How(
-      formats.columns(of_file), data.text_column, data.separator, data.encoding, formats.label_column(of_file)
+    return sources.ReaderOptions(
+      formats.required_columns(of_file), data.text_column, data.separator, data.encoding, formats.label_column(of_file)
     )
 
-  for row in sources.read(names, split, how, notes):
+  for row in sources.read_rows(names, split, how, notes):
     try:
-      yield formats.example(row, of_file)
-    except BadRow as fault:
+      yield formats.to_example(row, of_file)
+    except BadRowError as fault:
       if data.on_bad_row == "error":
-        raise formats.refuse(row, fault) from fault
-      dropped[formats.reason(str(fault))] += 1
+        raise formats.as_request_error(row, fault) from fault
+      dropped[formats.error_category(str(fault))] += 1
 
 
-class Source(NamedTuple):
+class DataSource(NamedTuple):
   name: str
   split: str  # of the setting that names it
   weight: float
 
 
-def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> Manifest:
+def _build_cache(folder: Path, data: ConfigDict, tokenizer: Any, tell: ProgressFn) -> Manifest:
   """Writes the token files: a first pass counts the examples, for the second to know which of them are wanted."""
   rng = np.random.default_rng(data.shuffle_seed)
   dropped, notes, labels, seen = collections.Counter(), collections.Counter(), set(), set()
-  all_sources = [Source(name, "train", weight) for name, weight in map(sources.weighted, data.train)]
-  all_sources += [Source(name, "validation", 1.0) for name in data.validation]
+  all_sources = [DataSource(name, "train", weight) for name, weight in map(sources.parse_weight, data.train)]
+  all_sources += [DataSource(name, "validation", 1.0) for name in data.validation]
   said, counts, read_before = [], [], bytearray()
   for source in all_sources:
     counts.append(0)
-    for example in examples((source.name,), source.split, data, dropped, notes, said.append):
+    for example in read_examples((source.name,), source.split, data, dropped, notes, said.append):
       counts[-1] += 1
       labels.add(example.label)
       digest = hash((example.label, example.text))  # of 64 bits
@@ -236,19 +238,19 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> Manifes
   seen.clear()
   bad = sum(dropped.values())
   duplicates = np.frombuffer(read_before, bool)
-  places, share = _choose(all_sources, counts, duplicates, data, rng, dropped)
+  places, share = _assign_splits(all_sources, counts, duplicates, data, rng, dropped)
   if share:
     whole = sum(int((of == TRAIN).sum()) for of in places)
     said.append(
-      f"{count(whole, 'document')}: the last {100 * share:g} % of each is held out, as a separate document "
+      f"{format_count(whole, 'document')}: the last {100 * share:g} % of each is held out, as a separate document "
       "(config.data.validation_fraction)" + (", whatever config.data.limit_validation is" * bool(data.limit_validation))
     )
-  passes = [_passes(source.weight, of, rng, dropped) for source, of in zip(all_sources, places)]
+  passes = [_repeat_counts(source.weight, of, rng, dropped) for source, of in zip(all_sources, places)]
   if not any((of == TRAIN).any() and often[of == TRAIN].any() for of, often in zip(places, passes)):
     raise RequestError(f"config.data.train={data.train!r}: the weights leave no document to train on")
   labels = labels - {None}
   numbered = all(isinstance(label, readers.ClassName) for label in labels)  # a data set's own order
-  labels = sorted(labels, key=(lambda label: label.number) if numbered else _number_first)
+  labels = sorted(labels, key=(lambda label: label.number) if numbered else _label_sort_key)
   if len(labels) == 1:
     raise RequestError(
       f"config.data.label_column={data.label_column!r}: all rows have the label {labels[0]!r}; give two or more"
@@ -256,20 +258,23 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> Manifes
   number, total = {label: i for i, label in enumerate(labels)}, sum(int(of.sum()) for of in passes)
 
   dtype = tokens.ids_dtype(tokenizer)
-  writers = {name: cache.Writer(folder, name, dtype) for name in SPLITS}
+  writers = {name: cache.TokenWriter(folder, name, dtype) for name in SPLITS}
   done = merged = lost = characters = tails = 0
   again = collections.Counter()  # the second pass meets the same bad rows, which the first has counted
   for source, of, often in zip(all_sources, places, passes):
     for number_of_pass in range(often.max(initial=0)):
       wanted = often > number_of_pass
-      chosen = itertools.compress(examples((source.name,), source.split, data, again, again), wanted)
+      chosen = itertools.compress(read_examples((source.name,), source.split, data, again, again), wanted)
       to = iter(of[wanted])
       if share:
         places_of_parts = collections.deque()
-        chosen, to = _parts(chosen, share, number_of_pass == 0, places_of_parts), iter(places_of_parts.popleft, None)
-      for batch, encoded in tokens.encode_all(chosen, tokenizer, dtype):
+        chosen, to = (
+          _split_documents(chosen, share, number_of_pass == 0, places_of_parts),
+          iter(places_of_parts.popleft, None),
+        )
+      for batch, encoded in tokens.encode_batches(chosen, tokenizer, dtype):
         batch_to = np.fromiter(itertools.islice(to, len(batch)), np.uint8, len(batch))
-        tails += int((batch_to == HELD_OUT).sum()) if share else 0
+        tails += int((batch_to == VALIDATION).sum()) if share else 0
         for name, place in SPLITS.items():
           if len(mine := np.flatnonzero(batch_to == place)):
             nats = [batch[i].nats for i in mine if batch[i].nats is not None]
@@ -306,14 +311,14 @@ def _make(folder: Path, data: ConfigDict, tokenizer: Any, tell: Tell) -> Manifes
   )
 
 
-def _number_first(label: str) -> tuple:
+def _label_sort_key(label: str) -> tuple:
   """Sorts labels that are numbers by their size, before all others; without int(), which stops at 4300 digits."""
   digits = label.lstrip("0") if label.isascii() and label.isdecimal() else None
   return (digits is None, len(digits or ""), digits or "", label)
 
 
-def _choose(
-  all_sources: list[Source],
+def _assign_splits(
+  all_sources: list[DataSource],
   counts: list[int],
   duplicates: np.ndarray,
   data: ConfigDict,
@@ -327,7 +332,7 @@ def _choose(
   """
   places = np.concatenate([np.full(n, SPLITS[source.split], np.uint8) for source, n in zip(all_sources, counts)])
   if data.duplicates == "drop" and duplicates.any():
-    places[duplicates] = OUT
+    places[duplicates] = DROPPED
     dropped["duplicates"] = int(duplicates.sum())
   share = 0.0
   if not data.validation and data.validation_fraction:
@@ -336,22 +341,22 @@ def _choose(
     if some in (0, len(there)):  # too few documents for whole ones
       share = data.validation_fraction if data.format == "text" else 0.0
       some = 0 if share or len(there) < 2 else max(1, some - 1)
-    places[rng.permutation(there)[:some]] = HELD_OUT
+    places[rng.permutation(there)[:some]] = VALIDATION
   for name, place in SPLITS.items():
     there, limit = np.flatnonzero(places == place), data[f"limit_{name}"]
     if not len(there) and (place == TRAIN or data.validation):
       raise RequestError(
-        f"config.data: no {name} examples ({count(sum(counts), 'good row')}, {sum(dropped.values())} dropped"
+        f"config.data: no {name} examples ({format_count(sum(counts), 'good row')}, {sum(dropped.values())} dropped"
         + "".join(f", {reason}: {count:,}" for reason, count in dropped.items())
         + "); give more data"
       )
     if limit and limit < len(there):
-      places[rng.permutation(there)[limit:]] = OUT
+      places[rng.permutation(there)[limit:]] = DROPPED
       dropped[f"limit_{name}"] = len(there) - limit
   return np.split(places, np.cumsum(counts)[:-1]), share
 
 
-def _parts(
+def _split_documents(
   documents: Iterable[Example], share: float, with_end: bool, places: collections.deque[int]
 ) -> Iterator[Example]:
   """Each document without its end, to train on, and its end, to be held out, cut behind a blank where there is one near.
@@ -370,13 +375,15 @@ def _parts(
       continue
     yield document._replace(text=document.text[:at], nats=None)
     if with_end:
-      places.append(HELD_OUT)
+      places.append(VALIDATION)
       yield document._replace(text=document.text[at:], nats=None)
 
 
-def _passes(weight: float, places: np.ndarray, rng: np.random.Generator, dropped: collections.Counter) -> np.ndarray:
+def _repeat_counts(
+  weight: float, places: np.ndarray, rng: np.random.Generator, dropped: collections.Counter
+) -> np.ndarray:
   """How often each example of a source is written. What is left of the weight after whole passes is a share, drawn anew."""
-  often = np.where(places == TRAIN, int(weight), places != OUT)
+  often = np.where(places == TRAIN, int(weight), places != DROPPED)
   trained = np.flatnonzero(places == TRAIN)
   often[rng.permutation(trained)[: round(len(trained) * (weight % 1))]] += 1
   out = int((often[trained] == 0).sum())
@@ -385,17 +392,19 @@ def _passes(weight: float, places: np.ndarray, rng: np.random.Generator, dropped
   return often
 
 
-def lay_out(stored: tokens.Tokens, data: ConfigDict, end: int) -> Rows:
+def build_dataset(stored: tokens.TokenArrays, data: ConfigDict, end: int) -> TokenDataset:
   """The examples in rows of `data.sequence_length` tokens."""
   if data.format == "classification":
-    return LabelRows(stored, data.sequence_length)
+    return ClassificationDataset(stored, data.sequence_length)
   if data.layout == "concat":
-    return ConcatRows(stored, data.sequence_length, end)
+    return ConcatDataset(stored, data.sequence_length, end)
   texts = data.format == "text"
-  return ExampleRows(stored, data.sequence_length, end, pack=data.layout == "pack", texts=texts)
+  return PackedDataset(stored, data.sequence_length, end, pack=data.layout == "pack", texts=texts)
 
 
-def _report(manifest: Manifest, stored: dict[str, tokens.Tokens], laid_out: dict[str, Rows], T: int) -> dict[str, Any]:
+def build_report(
+  manifest: Manifest, stored: dict[str, tokens.TokenArrays], laid_out: dict[str, TokenDataset], T: int
+) -> dict[str, Any]:
   """data_report.json, less what depends on the batch."""
   train, held_out = stored["train"], stored["validation"]
   accounts = {name: rows.stats for name, rows in laid_out.items()}
@@ -435,11 +444,11 @@ def _report(manifest: Manifest, stored: dict[str, tokens.Tokens], laid_out: dict
     "padding_share": round(1 - accounts["train"].filled / (len(laid_out["train"]) * T), 4),
     "duplicates": manifest["duplicates"],
     "prompt_ends_inside_a_token": manifest["merged"],
-    "notes": manifest["notes"] | ({ENDS_HELD_OUT: manifest["tails"]} if manifest["tails"] else {}),
+    "notes": manifest["notes"] | ({HELD_OUT_TAILS: manifest["tails"]} if manifest["tails"] else {}),
   } | ({"labels": manifest["labels"]} if manifest["labels"] else {})
 
 
-def run_length(rows: Rows, train: ConfigDict) -> tuple[int, int]:
+def num_rows_and_steps(rows: TokenDataset, train: ConfigDict) -> tuple[int, int]:
   """Rows and optimizer steps of a run of `config.train`.
 
   A run of so many steps goes through the rows as often as it takes; one of so many epochs masks the rest of its last step.

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.data import readers
-from jaxft.data.readers import READABLE, How, Row, kind
+from jaxft.data.readers import READABLE_FORMATS, RawRow, ReaderOptions, file_format
 from jaxft.errors import RequestError, first_line
-from jaxft.files import HUB_ADDRESS, exists
+from jaxft.files import HUB_URL, exists
 
 # Of a run or a model, in whose folder text may lie too.
-OWN_FOLDERS = (
+RUN_FOLDERS = (
   "checkpoints",
   "profile",
   "export",
@@ -36,13 +36,13 @@ OWN_FOLDERS = (
   "wandb",
   "trackio",
 )
-OWN_FILES = ("metrics.jsonl", "samples.jsonl", "merges.txt", "vocab.txt")
+RUN_FILES = ("metrics.jsonl", "samples.jsonl", "merges.txt", "vocab.txt")
 MODEL_FILES = (".safetensors", ".msgpack", ".bin", ".h5", "tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json"}
-PATIENCE = 5  # seconds for the hub to answer
-SEEN = "links to folders that are read anyway, or that hold this one, left out"
+HUB_TIMEOUT = 5  # seconds for the hub to answer
+SEEN_NOTE = "links to folders that are read anyway, or that hold this one, left out"
 # What datasets.Dataset.save_to_disk writes, and DatasetDict.save_to_disk.
-SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+SAVED_STATE, SAVED_SPLITS = "state.json", "dataset_dict.json"
 
 
 def find_files(source: str, split: str, notes: collections.Counter | None = None) -> list[Path]:
@@ -54,42 +54,42 @@ def find_files(source: str, split: str, notes: collections.Counter | None = None
   """
   path = Path(source)
   if exists(path) and path.is_dir():
-    return _of_folder(path, split, collections.Counter() if notes is None else notes)
+    return _folder_files(path, split, collections.Counter() if notes is None else notes)
   if exists(path):
     files, what = [path] if path.is_file() else [], "not an ordinary file"
   else:
-    files, what = _matches(source, collections.Counter() if notes is None else notes), "no such file or folder"
-  if not files and (address := HUB_ADDRESS.fullmatch(source)) and address["datasets"]:
+    files, what = _match_glob(source, collections.Counter() if notes is None else notes), "no such file or folder"
+  if not files and (address := HUB_URL.fullmatch(source)) and address["datasets"]:
     raise RequestError(f"data source {source!r}: an address; give hub:{address['id']}")
   if not files:
     raise RequestError(f"data source {source!r}: {what}; give a file, a glob, a folder or hub:NAME")
   for file in files:
-    if not kind(file):
+    if not file_format(file):
       raise RequestError(
         f"data source {str(file)!r}: cannot read {file.suffix or 'a file without a suffix'}; it must be one of "
-        f"{', '.join(READABLE)}, and may be compressed ({', '.join(readers.COMPRESSED)}) if it is text, JSON or CSV"
+        f"{', '.join(READABLE_FORMATS)}, and may be compressed ({', '.join(readers.COMPRESSION_SUFFIXES)}) if it is text, JSON or CSV"
       )
   return files
 
 
-def _of_folder(folder: Path, split: str, notes: collections.Counter) -> list[Path]:
+def _folder_files(folder: Path, split: str, notes: collections.Counter) -> list[Path]:
   """The files of a folder that are read: those of the usual kinds, or all of one kind where there are none of them."""
   if _has_list(folder / SAVED_SPLITS, "splits"):
     if not (folder / split).is_dir():
       there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
       raise RequestError(f"data source {str(folder)!r}: no split {split!r} in it ({there}); name one as {folder}/SPLIT")
     folder = folder / split
-  if _has_list(folder / SAVED, "_data_files"):
-    return _of_saved(folder)
-  files = _inside(folder, notes)
-  kinds = {file: of for file in files if (of := kind(file))}
-  found = readers.chosen(f"data source {str(folder)!r}", kinds, f"name those, such as {folder}/*.SUFFIX,")
+  if _has_list(folder / SAVED_STATE, "_data_files"):
+    return _saved_files(folder)
+  files = _list_files(folder, notes)
+  kinds = {file: of for file in files if (of := file_format(file))}
+  found = readers.select_files(f"data source {str(folder)!r}", kinds, f"name those, such as {folder}/*.SUFFIX,")
   if not found:
     raise RequestError(
-      f"data source {str(folder)!r}: no {', '.join(READABLE)} file in this folder; give a file, a glob, a folder or hub:NAME"
+      f"data source {str(folder)!r}: no {', '.join(READABLE_FORMATS)} file in this folder; give a file, a glob, a folder or hub:NAME"
     )
   read = set(found)
-  if left := collections.Counter(kind(file) for file in files if file not in read):
+  if left := collections.Counter(file_format(file) for file in files if file not in read):
     notes["files in folders that are of no kind that is read"] += left.pop("", 0)
     notes["files in folders that are read only if they are named (.json, .md, .zip, ...)"] += left.total()
   return found
@@ -104,44 +104,44 @@ def _has_list(file: Path, key: str) -> bool:
   return isinstance(found, dict) and isinstance(found.get(key), list)
 
 
-def _of_saved(folder: Path) -> list[Path]:
+def _saved_files(folder: Path) -> list[Path]:
   """The files of a folder that datasets.Dataset.save_to_disk has written, in their order."""
   try:
-    state = json.loads((folder / SAVED).read_text(encoding="utf-8"))
+    state = json.loads((folder / SAVED_STATE).read_text(encoding="utf-8"))
     names = [file["filename"] for file in state["_data_files"]]
     if state.get("_indices_data_files") or not all(isinstance(name, str) and Path(name).name == name for name in names):
       raise ValueError("not written by datasets 2.0 or newer")
   except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-    raise RequestError(f"data source {str(folder)!r}: {SAVED}: {first_line(error)}") from error
+    raise RequestError(f"data source {str(folder)!r}: {SAVED_STATE}: {first_line(error)}") from error
   for name in names:
     if not (folder / name).is_file():
-      raise RequestError(f"data source {str(folder)!r}: {name}, which {SAVED} names, is not there")
+      raise RequestError(f"data source {str(folder)!r}: {name}, which {SAVED_STATE} names, is not there")
   return [folder / name for name in names]
 
 
-def _inside(folder: Path, notes: collections.Counter) -> list[Path]:
+def _list_files(folder: Path, notes: collections.Counter) -> list[Path]:
   """The files of a folder and of the folders in it, but for hidden ones, and for runs and models, which hold no text to learn.
 
   Links to folders are followed, and each folder is read once. The folder itself may be a run's or a model's, with text beside:
   of that the text is taken. Raises RequestError for a folder that may not be read.
   """
   files = []
-  with _readable(str(folder)):
+  with _as_request_error(str(folder)):
     for at, folders, names in _walk(folder, notes):
       folders[:] = sorted(name for name in folders if not name.startswith("."))
-      this = _not_text(at)
-      holds = {name: what for name in folders if (what := _not_text(at / name))}
-      holds |= {name: "folders of runs" for name in folders if this == "folders of runs" and name in OWN_FOLDERS}
+      this = _non_text_kind(at)
+      holds = {name: what for name in folders if (what := _non_text_kind(at / name))}
+      holds |= {name: "folders of runs" for name in folders if this == "folders of runs" and name in RUN_FOLDERS}
       notes.update(f"{what}, left out" for what in holds.values())
       folders[:] = [name for name in folders if name not in holds]
-      own = _own_files(this, names)
+      own = _run_files(this, names)
       notes["files of a run or a model, left out"] += len(own)
       files += [at / name for name in names if not name.startswith(".") and name not in own]
-    return sorted(file for file in files if _is_there(file, notes) and file.is_file())
+    return sorted(file for file in files if _is_accessible(file, notes) and file.is_file())
 
 
 @contextlib.contextmanager
-def _readable(source: str) -> Iterator[None]:
+def _as_request_error(source: str) -> Iterator[None]:
   """A folder that may not be read becomes one line."""
   try:
     yield
@@ -155,17 +155,17 @@ def _walk(folder: Path, notes: collections.Counter) -> Iterator[tuple[Path, list
   def refuse(error: OSError) -> None:
     raise error
 
-  seen = {_identity(above) for above in folder.resolve().parents}
+  seen = {_inode(above) for above in folder.resolve().parents}
   for at, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-    if (which := _identity(Path(at))) in seen:
-      notes[SEEN] += 1
+    if (which := _inode(Path(at))) in seen:
+      notes[SEEN_NOTE] += 1
       folders.clear()
       continue
     seen.add(which)
     yield Path(at), folders, names
 
 
-def _is_there(file: Path, notes: collections.Counter) -> bool:
+def _is_accessible(file: Path, notes: collections.Counter) -> bool:
   """Whether a name in a folder leads to something; raises PermissionError where nobody may know."""
   try:
     file.stat()
@@ -177,51 +177,51 @@ def _is_there(file: Path, notes: collections.Counter) -> bool:
   return True
 
 
-def _matches(pattern: str, notes: collections.Counter) -> list[Path]:
+def _match_glob(pattern: str, notes: collections.Counter) -> list[Path]:
   """The files that match a pattern, but for those of runs and models in folders that it does not name itself."""
   parts = Path(pattern).parts
   plain = list(itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1]))
   base, files = Path(*plain), []
-  identity = functools.cache(_identity)
+  identity = functools.cache(_inode)
 
   @functools.cache
   def holds_none(folder: Path) -> bool:
     if folder == base:
       return False
-    run = _not_text(folder.parent) == "folders of runs" and folder.name in OWN_FOLDERS
-    return run or bool(_not_text(folder)) or holds_none(folder.parent)
+    run = _non_text_kind(folder.parent) == "folders of runs" and folder.name in RUN_FOLDERS
+    return run or bool(_non_text_kind(folder)) or holds_none(folder.parent)
 
   start = Path(parts[0]) if Path(pattern).is_absolute() else Path()
-  with _readable(pattern):
-    matching = sorted(_expanded(start, parts[start.is_absolute() :], notes))
-    matching = [file for file in matching if _is_there(file, notes) and file.is_file()]
+  with _as_request_error(pattern):
+    matching = sorted(_expand_glob(start, parts[start.is_absolute() :], notes))
+    matching = [file for file in matching if _is_accessible(file, notes) and file.is_file()]
   seen = set()
   for file in matching:
     if (which := (identity(file.parent), file.name)) in seen:
-      notes[SEEN] += 1
+      notes[SEEN_NOTE] += 1
       continue
     seen.add(which)
     # Few names are a run's or a model's own: only for those the folder is looked at.
-    maybe_own = glob.has_magic(parts[-1]) and file.name in OWN_FILES
-    if holds_none(file.parent) or maybe_own and _is_own(file):
+    maybe_own = glob.has_magic(parts[-1]) and file.name in RUN_FILES
+    if holds_none(file.parent) or maybe_own and _is_run_file(file):
       notes["files of a run or a model, left out"] += 1
     else:
       files.append(file)
   return files
 
 
-def _expanded(folder: Path, parts: tuple[str, ...], notes: collections.Counter) -> Iterator[Path]:
+def _expand_glob(folder: Path, parts: tuple[str, ...], notes: collections.Counter) -> Iterator[Path]:
   """What a pattern stands for in a folder, as glob.glob(recursive=True) has it, but that ** enters each folder once, and that a
   folder that may not be read is not passed over, but raises OSError. A link that leads nowhere is among it."""
   part, rest = parts[0], parts[1:]
   if part == "**":
     for at, folders, names in _walk(folder, notes):
       folders[:] = sorted(name for name in folders if not name.startswith("."))
-      yield from _expanded(at, rest, notes) if rest else (at / name for name in names if not name.startswith("."))
+      yield from _expand_glob(at, rest, notes) if rest else (at / name for name in names if not name.startswith("."))
   elif not glob.has_magic(part):
     found = folder / part
     if rest and found.is_dir():
-      yield from _expanded(found, rest, notes)
+      yield from _expand_glob(found, rest, notes)
     elif not rest and os.path.lexists(found):
       yield found
   else:
@@ -231,24 +231,24 @@ def _expanded(folder: Path, parts: tuple[str, ...], notes: collections.Counter) 
       if not rest:
         yield folder / name
       elif (folder / name).is_dir():
-        yield from _expanded(folder / name, rest, notes)
+        yield from _expand_glob(folder / name, rest, notes)
 
 
-def _is_own(file: Path) -> bool:
-  return file.name in _own_files(_not_text(file.parent), [path.name for path in file.parent.iterdir()])
+def _is_run_file(file: Path) -> bool:
+  return file.name in _run_files(_non_text_kind(file.parent), [path.name for path in file.parent.iterdir()])
 
 
-def _own_files(what: str, names: list[str]) -> set[str]:
+def _run_files(what: str, names: list[str]) -> set[str]:
   """Which files of a folder, which is of this kind, are a run's or a model's, and no text."""
-  return {name for name in names if name in OWN_FILES and (what or TOKENIZER_FILES & {*names})}
+  return {name for name in names if name in RUN_FILES and (what or TOKENIZER_FILES & {*names})}
 
 
-def _identity(folder: Path) -> tuple[int, int]:
+def _inode(folder: Path) -> tuple[int, int]:
   found = folder.stat()
   return found.st_dev, found.st_ino
 
 
-def _not_text(folder: Path) -> str:
+def _non_text_kind(folder: Path) -> str:
   """What a folder is that holds no text to learn, though it has files of kinds that are read; "" for any other."""
   names = {path.name for path in folder.iterdir()} if os.access(folder, os.R_OK | os.X_OK) else set()
   if "run.lock" in names or {"config.json", "metrics.jsonl"} <= names:
@@ -262,14 +262,14 @@ def _not_text(folder: Path) -> str:
   return "Python environments" if "pyvenv.cfg" in names else ""
 
 
-def weighted(source: str) -> tuple[str, float]:
+def parse_weight(source: str) -> tuple[str, float]:
   """A source of training data, and how often an epoch passes over its documents: SOURCE@0.5, SOURCE@3; 1 where it says nothing.
 
   Raises RequestError for a weight that no epoch can have.
   """
   name, at, text = source.rpartition("@")
   if (
-    not at or "/" in text or kind(Path(source)) or exists(Path(source))
+    not at or "/" in text or file_format(Path(source)) or exists(Path(source))
   ):  # a file or a folder may have an @ in its name
     return source, 1.0
   try:
@@ -281,13 +281,13 @@ def weighted(source: str) -> tuple[str, float]:
   return name, weight
 
 
-def faults(data: Mapping[str, Any]) -> list[str]:
+def validate(data: Mapping[str, Any]) -> list[str]:
   """One line for each local source in `config.data` that cannot be found."""
   named = [(key, source) for key in ("train", "validation", "unrelated") for source in data.get(key) or ()]
   lines = []
   for key, source in named:
     try:
-      name = weighted(source)[0] if key == "train" else source
+      name = parse_weight(source)[0] if key == "train" else source
       if not name.startswith("hub:"):
         find_files(name, "train" if key == "train" else "validation")
     except RequestError as error:
@@ -300,17 +300,17 @@ def fingerprint(sources: tuple[str, ...], split: str) -> list[str]:
   lines = []
   for source in sources:
     if source.startswith("hub:"):
-      lines.append("hub " + _hub(source, split)._fingerprint)
+      lines.append("hub " + _open_hub(source, split)._fingerprint)
       continue
     for file in find_files(source, split):
-      with _named(file), file.open("rb") as stream:
-        lines.append(f"{kind(file)} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
+      with _errors_named_after(file), file.open("rb") as stream:
+        lines.append(f"{file_format(file)} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
   return lines
 
 
-def read(
-  sources: tuple[str, ...], split: str, how: How | Callable[[str], How], notes: collections.Counter
-) -> Iterator[Row]:
+def read_rows(
+  sources: tuple[str, ...], split: str, how: ReaderOptions | Callable[[str], ReaderOptions], notes: collections.Counter
+) -> Iterator[RawRow]:
   """All rows of the sources, in order.
 
   Rows that do not parse come as rows with a fault; a file that cannot be read at all raises RequestError.
@@ -323,8 +323,8 @@ def read(
   for source in sources:
     if source.startswith("hub:"):
       of_this = how(source) if callable(how) else how
-      with _named(source):
-        yield from _of_hub(source, split, of_this)
+      with _errors_named_after(source):
+        yield from _read_hub(source, split, of_this)
       continue
     files = find_files(source, split, notes)
     # Where folders name the labels, a file that lies in none of them has none.
@@ -332,22 +332,22 @@ def read(
     for file in files:
       of_this = how(str(file)) if callable(how) else how
       beside = in_folders and of_this.label_column and file.parent == Path(source)
-      if beside and kind(file) in readers.PLAIN_TEXT:
-        yield Row(str(file), {}, "not in one of the folders that name the labels")
+      if beside and file_format(file) in readers.TEXT_FORMATS:
+        yield RawRow(str(file), {}, "not in one of the folders that name the labels")
         continue
-      with _named(file):
-        yield from readers.rows(file, of_this, notes)
+      with _errors_named_after(file):
+        yield from readers.read_rows(file, of_this, notes)
 
 
-def _of_hub(source: str, split: str, how: How) -> Iterator[Row]:
-  rows = _hub(source, split)
+def _read_hub(source: str, split: str, how: ReaderOptions) -> Iterator[RawRow]:
+  rows = _open_hub(source, split)
   nothing, names = dict.fromkeys(rows.column_names), readers.class_names(rows.features or {})
   wanted = how.of(nothing)
   for number, columns in enumerate(rows.select_columns(wanted) if wanted else [{}] * len(rows), 1):
-    yield Row(f"{source}, row {number}", readers.with_names(nothing | columns, names))
+    yield RawRow(f"{source}, row {number}", readers.with_class_names(nothing | columns, names))
 
 
-class _named:
+class _errors_named_after:
   """Whatever goes wrong with a source becomes one line that names it."""
 
   def __init__(self, source: Path | str):
@@ -357,11 +357,11 @@ class _named:
     pass
 
   def __exit__(self, _, error: BaseException | None, __) -> None:
-    if isinstance(error, readers.ERRORS):
+    if isinstance(error, readers.READ_ERRORS):
       raise RequestError(f"{self.source}: {first_line(error)}") from error
 
 
-def _hub(source: str, split: str) -> Any:
+def _open_hub(source: str, split: str) -> Any:
   import datasets  # a second to import: only runs that read from the hub pay for it
 
   name, _, chosen = source.removeprefix("hub:").partition(":")
@@ -369,10 +369,10 @@ def _hub(source: str, split: str) -> Any:
     raise RequestError(
       f"data source {source!r}: no name; give hub:NAME, hub:NAME:SPLIT or hub:NAME/CONFIGURATION:SPLIT"
     )
-  name, configuration = _configuration(name)
+  name, configuration = _split_configuration(name)
   try:
-    with _without_waiting(name):
-      return _load(datasets, name, configuration, chosen or split)
+    with _offline_if_unreachable(name):
+      return _load_dataset(datasets, name, configuration, chosen or split)
   except Exception as error:  # hub, network and format errors share no class; all mean that this source cannot be read
     if there := re.search(r"vailable(?: configs)?: \[(.*?)\]", str(error)):
       names = there[1].replace("'", "")
@@ -388,15 +388,15 @@ def has_split(source: str, split: str) -> bool:
   """Whether a hub data set has a split of that name; False where that cannot be known: reading it says why."""
   import datasets
 
-  name, configuration = _configuration(source.removeprefix("hub:"))
+  name, configuration = _split_configuration(source.removeprefix("hub:"))
   try:
-    with _without_waiting(name):
+    with _offline_if_unreachable(name):
       return split in datasets.get_dataset_split_names(name, configuration)
   except Exception:  # hub, network and format errors share no class
     return False
 
 
-def _configuration(name: str) -> tuple[str, str | None]:
+def _split_configuration(name: str) -> tuple[str, str | None]:
   """The name of a data set and, after a slash, of one of its configurations: a hub id has at most one slash of its own."""
   head, _, tail = name.rpartition("/")
   if exists(Path(name)) or not head:
@@ -404,7 +404,7 @@ def _configuration(name: str) -> tuple[str, str | None]:
   return (head, tail) if exists(Path(head)) or head.count("/") == 1 else (name, None)
 
 
-def _load(datasets: Any, name: str, configuration: str | None, split: str) -> Any:
+def _load_dataset(datasets: Any, name: str, configuration: str | None, split: str) -> Any:
   try:
     return datasets.load_dataset(name, configuration, split=split)
   except datasets.exceptions.DatasetNotFoundError:
@@ -419,13 +419,13 @@ def _load(datasets: Any, name: str, configuration: str | None, split: str) -> An
 
 
 @contextlib.contextmanager
-def _without_waiting(name: str) -> Iterator[None]:
+def _offline_if_unreachable(name: str) -> Iterator[None]:
   """Where the hub does not answer: look at what is cached, and nowhere else. The libraries would try again for a minute."""
   import datasets
   from huggingface_hub import constants
 
   host = urllib.parse.urlsplit(constants.ENDPOINT)
-  as_it_is = constants.HF_HUB_OFFLINE or exists(Path(name)) or urllib.request.getproxies() or _answers(host)
+  as_it_is = constants.HF_HUB_OFFLINE or exists(Path(name)) or urllib.request.getproxies() or _is_reachable(host)
   if as_it_is:
     yield
     return
@@ -440,19 +440,21 @@ def _without_waiting(name: str) -> Iterator[None]:
 
 
 @functools.cache  # once in a process: a data set is opened several times
-def _answers(host: urllib.parse.SplitResult) -> bool:
+def _is_reachable(host: urllib.parse.SplitResult) -> bool:
   """Whether a server takes connections; asked in a thread, as looking up a name may take long."""
 
   def ask() -> bool:
     try:
-      socket.create_connection((host.hostname, host.port or (80 if host.scheme == "http" else 443)), PATIENCE).close()
+      socket.create_connection(
+        (host.hostname, host.port or (80 if host.scheme == "http" else 443)), HUB_TIMEOUT
+      ).close()
     except OSError:
       return False
     return True
 
   asked = ThreadPoolExecutor(1)
   try:
-    return asked.submit(ask).result(PATIENCE)
+    return asked.submit(ask).result(HUB_TIMEOUT)
   except TimeoutError:
     return False
   finally:

@@ -10,22 +10,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxft.data.formats import Example, class_numbers
+from jaxft.data.formats import Example, class_ids
 
 # Given to the tokenizer together: it spreads texts over the cores, and takes some 200 bytes a character (tokenizers 0.23).
-AT_ONCE, CHARACTERS_AT_ONCE = 1000, 2**20
+MAX_BATCH_EXAMPLES, MAX_BATCH_CHARS = 1000, 2**20
 # The letter that stands for each byte in GPT-2's vocabulary and ByteLevel's: itself where it can be seen, else one from 256 on.
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = {byte: chr(byte) for byte in VISIBLE}
-BYTES |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
-BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
+PRINTABLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_TO_UNICODE = {byte: chr(byte) for byte in PRINTABLE_BYTES}
+BYTE_TO_UNICODE |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE_BYTES)))}
+WORD_BOUNDARY = re.compile(r"(?<=\S) (?=\S)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class TokenArrays:
   """Examples one after another, each with the end token after it (but for those that have a label).
 
-  Before each is the token that begins a document, where the tokenizer has one (see `first_id`).
+  Before each is the token that begins a document, where the tokenizer has one (see `document_bos_id`).
   Arrays may be memory-mapped. N examples.
   """
 
@@ -43,7 +43,7 @@ class Tokens:
     return np.diff(self.starts_N1)
 
 
-class Encoded(NamedTuple):
+class EncodedBatch(NamedTuple):
   """The examples of one call of the tokenizer."""
 
   ids: list[np.ndarray]
@@ -57,7 +57,7 @@ def ids_dtype(tokenizer: Any) -> np.dtype:
   return np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
 
 
-def byte_lengths(tokenizer: Any) -> np.ndarray | None:
+def token_byte_lengths(tokenizer: Any) -> np.ndarray | None:
   """(V,) bytes of text that each token stands for, 0 for the end token and what the tokenizer itself puts around a text.
 
   None of a tokenizer that does not work on bytes.
@@ -73,14 +73,14 @@ def byte_lengths(tokenizer: Any) -> np.ndarray | None:
   ) in vocabulary.items():  # each byte is a letter of its own there; tokens that were added stand as they are
     lengths_V[i] = len(added[i].content.encode()) if i in added else len(token)
   before, after = special_ids_around(tokenizer)
-  begin = first_id(tokenizer, before)
+  begin = document_bos_id(tokenizer, before)
   lengths_V[[tokenizer.eos_token_id, *before, *after, *([] if begin is None else [begin])]] = 0
   return lengths_V
 
 
-def bytes_learned(rows: Any, tokenizer: Any, limit: int = 0) -> int:
+def target_bytes(rows: Any, tokenizer: Any, limit: int = 0) -> int:
   """Bytes of text that the targets of the rows stand for, of the first `limit` (0: all); 0 where that is not known."""
-  lengths_V = byte_lengths(tokenizer)
+  lengths_V = token_byte_lengths(tokenizer)
   if lengths_V is None:
     return 0
   some = (rows[i] for i in range(min(len(rows), limit or len(rows))))
@@ -90,7 +90,7 @@ def bytes_learned(rows: Any, tokenizer: Any, limit: int = 0) -> int:
 def special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
   """The ids that a tokenizer itself puts before and after a text, as BERT's [CLS] and [SEP]; mostly none."""
   backend = tokenizer.backend_tokenizer
-  text = next((text for text in itertools.islice(_some_texts(tokenizer), 9) if _ids(backend, text)), "a")
+  text = next((text for text in itertools.islice(_probe_texts(tokenizer), 9) if _encode_plain(backend, text)), "a")
   whole = backend.encode(text)
   special = whole.special_tokens_mask
   if 0 not in special:
@@ -98,13 +98,13 @@ def special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
   return whole.ids[: special.index(0)], whole.ids[len(special) - special[::-1].index(0) :]
 
 
-def _some_texts(tokenizer: Any) -> Iterator[str]:
+def _probe_texts(tokenizer: Any) -> Iterator[str]:
   yield from ("a", "1")
   added = tokenizer.backend_tokenizer.get_added_tokens_decoder()  # with a large vocabulary a tenth of a second
   yield from (token for token, id in tokenizer.get_vocab().items() if id not in added)
 
 
-def first_id(tokenizer: Any, before: list[int]) -> int | None:
+def document_bos_id(tokenizer: Any, before: list[int]) -> int | None:
   """The token that begins each document: the tokenizer's bos token, where that is another than its end token.
 
   None where documents have no such token: their texts are learned from the end token of the
@@ -118,7 +118,7 @@ def first_id(tokenizer: Any, before: list[int]) -> int | None:
   return begin if begin != tokenizer.eos_token_id and before[:1] in ([], [begin]) else None
 
 
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
   """The tokens of a text that is to be continued, as transformers' `tokenizer(text)` gives them.
 
   GPT-2's tokenizer puts no bos token before a text. So none is put here, for the same prompt to
@@ -126,19 +126,19 @@ def prompt_ids(tokenizer: Any, text: str) -> list[int]:
   token's text. No text at all does begin a document.
   """
   before = special_ids_around(tokenizer)[0]
-  if ids := before + _ids(tokenizer.backend_tokenizer, text):
+  if ids := before + _encode_plain(tokenizer.backend_tokenizer, text):
     return ids
-  begin = first_id(tokenizer, before)
+  begin = document_bos_id(tokenizer, before)
   return [] if begin is None else [begin]
 
 
-def text_ids(tokenizer: Any, text: str) -> list[int]:
+def encode_text(tokenizer: Any, text: str) -> list[int]:
   """The tokens of a whole text, to classify: an empty one is the end token."""
   before, after = special_ids_around(tokenizer)
-  return before + _ids(tokenizer.backend_tokenizer, text) + after or [tokenizer.eos_token_id]
+  return before + _encode_plain(tokenizer.backend_tokenizer, text) + after or [tokenizer.eos_token_id]
 
 
-def _ids(backend: Any, text: str) -> list[int]:
+def _encode_plain(backend: Any, text: str) -> list[int]:
   return backend.encode(text, add_special_tokens=False).ids
 
 
@@ -149,14 +149,14 @@ class TokenizerInfo:
     self.tokenizer, self.backend = tokenizer, tokenizer.backend_tokenizer
     rules = json.loads(self.backend.to_str())
     self.before, self.after = special_ids_around(tokenizer)
-    self.eos_id, self.bos_id = tokenizer.eos_token_id, first_id(tokenizer, self.before)
-    self.cuts_at_blanks = _cuts_at_blanks(rules)
+    self.eos_id, self.bos_id = tokenizer.eos_token_id, document_bos_id(tokenizer, self.before)
+    self.cuts_at_blanks = _splits_at_spaces(rules)
     model, vocabulary = rules["model"], tokenizer.get_vocab()
     works_on_bytes = (rules["decoder"] or {}).get("type") == "ByteLevel"
     plain = works_on_bytes and rules["normalizer"] is None  # else the bytes of a text are not those that are looked up
-    self._missing = [byte for byte, letter in BYTES.items() if letter not in vocabulary] if plain else None
+    self._missing = [byte for byte, letter in BYTE_TO_UNICODE.items() if letter not in vocabulary] if plain else None
     self._added = [added["content"] for added in rules["added_tokens"]]
-    letters = all(letter in vocabulary for letter in BYTES.values())
+    letters = all(letter in vocabulary for letter in BYTE_TO_UNICODE.values())
     falls_back = model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
     self.loses_nothing = works_on_bytes and letters or falls_back
     unknown = model.get("unk_token")
@@ -176,9 +176,9 @@ class TokenizerInfo:
     return sum(not text[i].isspace() for i in np.flatnonzero(gone))
 
 
-def encode(examples: list[Example], info: TokenizerInfo, dtype: np.dtype) -> Encoded:
+def encode_examples(examples: list[Example], info: TokenizerInfo, dtype: np.dtype) -> EncodedBatch:
   """Token ids of the examples, made on all cores. Nothing is added but what begins and ends a
-  document (see `_ends`), and nothing trimmed.
+  document (see `_special_ids`), and nothing trimmed.
 
   Where a prompt ends among the tokens is found by their places in the text, never by searching for ids: a token that holds
   the end of the prompt and the beginning of the completion is learned.
@@ -195,24 +195,24 @@ def encode(examples: list[Example], info: TokenizerInfo, dtype: np.dtype) -> Enc
     ids = [[np.array(encoding.ids, dtype)] for encoding in found]
   else:
     ids = [[] for _ in texts]
-    parts = ((i, part) for i, text in enumerate(texts) for part in _parts(text, info))
+    parts = ((i, part) for i, text in enumerate(texts) for part in _split_long_text(text, info))
     encode_batch = fast.encode_batch_fast if info.loses_nothing else fast.encode_batch  # the fast one tells no places
-    for group in _grouped(parts, lambda part: len(part[1])):
+    for group in _batched(parts, lambda part: len(part[1])):
       found = encode_batch([part for _, part in group], add_special_tokens=False)
       for (i, part), encoding in zip(group, found, strict=True):
         ids[i].append(np.array(encoding.ids, dtype))
         lost += 0 if info.loses_nothing else info.lost(part, encoding)
   for i, example in enumerate(examples):
     of_text = np.concatenate([np.zeros(0, dtype), *ids[i]])
-    before, after = _ends(example, info, of_text)
+    before, after = _special_ids(example, info, of_text)
     prompts[i] += len(before) if prompts[i] else 0
     if info.bos_id is not None and example.label is None:
       prompts[i] = max(1, prompts[i])  # the token that begins a document is given, never learned
     ids[i] = np.concatenate([np.array(before, dtype), of_text, np.array(after, dtype)])
-  return Encoded(ids, prompts, merged, lost)
+  return EncodedBatch(ids, prompts, merged, lost)
 
 
-def _ends(example: Example, info: TokenizerInfo, of_text: np.ndarray) -> tuple[list[int], list[int]]:
+def _special_ids(example: Example, info: TokenizerInfo, of_text: np.ndarray) -> tuple[list[int], list[int]]:
   """Special ids that are put before and after the tokens of an example's text.
 
   A document has the end token after it, which is learned. Before it there is one too, of the
@@ -230,37 +230,37 @@ def _ends(example: Example, info: TokenizerInfo, of_text: np.ndarray) -> tuple[l
   return before, info.after if info.after[-1:] == [info.eos_id] else [*info.after, info.eos_id]
 
 
-def _parts(text: str, info: TokenizerInfo) -> list[str]:
+def _split_long_text(text: str, info: TokenizerInfo) -> list[str]:
   """A long text in parts that give the same tokens as the whole, so that all cores and little memory will do.
 
   GPT-2's way to cut a text into words, which is ByteLevel's in the tokenizers library, never joins what stands before a single
   blank with what stands after it. A text of a tokenizer with another way is left whole.
   """
-  if len(text) <= CHARACTERS_AT_ONCE or not info.cuts_at_blanks:
+  if len(text) <= MAX_BATCH_CHARS or not info.cuts_at_blanks:
     return [text]
   parts, start = [], 0
-  while blank := BETWEEN_WORDS.search(text, start + CHARACTERS_AT_ONCE // 8):
+  while blank := WORD_BOUNDARY.search(text, start + MAX_BATCH_CHARS // 8):
     parts.append(text[start : blank.start()])
     start = blank.start()
   return [*parts, text[start:]]
 
 
-def _cuts_at_blanks(rules: dict[str, Any]) -> bool:
+def _splits_at_spaces(rules: dict[str, Any]) -> bool:
   if rules["normalizer"] is not None or any(" " in added["content"] for added in rules["added_tokens"]):
     return False
   way = rules["pre_tokenizer"] or {}
   return way.get("type") == "ByteLevel" and not way.get("add_prefix_space") and way.get("use_regex", True)
 
 
-def in_memory(examples: Iterable[Example], tokenizer: Any, labels: Sequence[str] = ()) -> Tokens:
+def encode_in_memory(examples: Iterable[Example], tokenizer: Any, labels: Sequence[str] = ()) -> TokenArrays:
   """Examples as Tokens that no file holds; raises RequestError for a label that is none of `labels`."""
   dtype, ids, prompts, found = ids_dtype(tokenizer), [], [], []
-  for some, encoded in encode_all(examples, tokenizer, dtype):
+  for some, encoded in encode_batches(examples, tokenizer, dtype):
     found += [example.label for example in some if example.label is not None]
     ids += encoded.ids
     prompts += encoded.prompts
-  number = dict(zip(names := sorted(set(found)), class_numbers(names, labels), strict=True))
-  return Tokens(
+  number = dict(zip(names := sorted(set(found)), class_ids(names, labels), strict=True))
+  return TokenArrays(
     np.concatenate([np.zeros(0, dtype), *ids]),
     np.cumsum([0, *map(len, ids)], dtype=np.int64),
     np.array(prompts, np.int32),
@@ -269,12 +269,14 @@ def in_memory(examples: Iterable[Example], tokenizer: Any, labels: Sequence[str]
   )
 
 
-def encode_all(examples: Iterable[Example], tokenizer: Any, dtype: np.dtype) -> Iterator[tuple[list[Example], Encoded]]:
-  """The examples in lists, each with what `encode` makes of it; the next list is read meanwhile."""
+def encode_batches(
+  examples: Iterable[Example], tokenizer: Any, dtype: np.dtype
+) -> Iterator[tuple[list[Example], EncodedBatch]]:
+  """The examples in lists, each with what `encode_examples` makes of it; the next list is read meanwhile."""
   before, info = None, TokenizerInfo(tokenizer)
   with ThreadPoolExecutor(1) as worker:  # the tokenizer lets go of Python's lock
-    for group in _grouped(examples, lambda example: len(example.text)):
-      begun = worker.submit(encode, group, info, dtype)
+    for group in _batched(examples, lambda example: len(example.text)):
+      begun = worker.submit(encode_examples, group, info, dtype)
       if before:
         yield before[0], before[1].result()
       before = group, begun
@@ -282,13 +284,13 @@ def encode_all(examples: Iterable[Example], tokenizer: Any, dtype: np.dtype) -> 
       yield before[0], before[1].result()
 
 
-def _grouped(items: Iterable[Any], characters: Callable[[Any], int]) -> Iterator[list[Any]]:
+def _batched(items: Iterable[Any], characters: Callable[[Any], int]) -> Iterator[list[Any]]:
   """The items in lists that the tokenizer takes at once: many, for all cores to have some, but no more text than memory."""
   group, size = [], 0
   for item in items:
     group.append(item)
     size += characters(item)
-    if len(group) == AT_ONCE or size > CHARACTERS_AT_ONCE:
+    if len(group) == MAX_BATCH_EXAMPLES or size > MAX_BATCH_CHARS:
       yield group
       group, size = [], 0
   if group:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jaxft
 from jaxft import config as settings
-from jaxft.units import count
+from jaxft.units import format_count
 
 CARD = """---
 library_name: transformers
@@ -33,7 +33,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 `parity.json` says how far this folder's logits are from those of the model that was trained.
 """
 # What a model does, as the hub's tag of it, and the class that loads it.
-KINDS = {
+TASKS = {
   "lm": ("text-generation", "AutoModelForCausalLM"),
   "classification": ("text-classification", "AutoModelForSequenceClassification"),
 }
@@ -47,7 +47,7 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
 
   Local paths are cut to their last part.
   """
-  config = settings.read(workdir / "config.json")
+  config = settings.load_run_config(workdir / "config.json")
   path, pretrained = config.model.path, config.model.init == "pretrained"
   name = path.rstrip("/").split("/")[-1]
   hub_id = pretrained and not local
@@ -56,13 +56,13 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
     "steps": f"{step:,} of {config.train.batch_size} sequences of {config.data.sequence_length} tokens",
     "optimizer": f"{config.optim.name}, peak learning rate {config.optim.learning_rate:g}, {config.optim.schedule}",
   }
-  for report in _objects(workdir / "data_report.json"):
+  for report in _read_json_lines(workdir / "data_report.json"):
     documents, rows = report["rows"]["trained"], min(config.train.batch_size, report["sequences"]["trained"])
-    facts["training text"] += f": {count(documents, 'document')}, {report['tokens']['trained']:,} tokens"
-    facts["steps"] = f"{step:,} of {count(rows, 'sequence')} of {config.data.sequence_length} tokens"
+    facts["training text"] += f": {format_count(documents, 'document')}, {report['tokens']['trained']:,} tokens"
+    facts["steps"] = f"{step:,} of {format_count(rows, 'sequence')} of {config.data.sequence_length} tokens"
     if not report["tokens"]["held_out"]:
       facts["eval loss"] = "none: nothing was held out"
-  evals = [line for line in _objects(workdir / "metrics.jsonl") if "eval/loss" in line and line["step"] <= step]
+  evals = [line for line in _read_json_lines(workdir / "metrics.jsonl") if "eval/loss" in line and line["step"] <= step]
   if evals:
     first, last = evals[0], evals[-1]
     floor = f" (entropy of the text: {first['eval/floor']:.4f})" if "eval/floor" in first else ""
@@ -71,7 +71,7 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
     for key, what in (("eval/accuracy", "accuracy"), ("eval/f1", "F1")):
       if key in first:
         facts[what] = ", ".join(f"{line[key]:.4f} at step {line['step']:,}" for line in (first, last))
-  task, auto = KINDS[config.model.head]
+  task, auto = TASKS[config.model.head]
   return CARD.format(
     task=task,
     auto=auto,
@@ -83,7 +83,7 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
   )
 
 
-def _objects(file: Path) -> list[dict[str, Any]]:
+def _read_json_lines(file: Path) -> list[dict[str, Any]]:
   """The objects of a .json or .jsonl file; none where the user has removed it, nor of a line that a kill has cut short."""
   if not file.is_file():
     return []

@@ -9,47 +9,51 @@ from ml_collections import ConfigDict
 
 from jaxft.errors import RequestError
 from jaxft.hf.tables import FAMILIES, Rule, full_name
-from jaxft.lora import MODULES
+from jaxft.lora import TARGET_MODULES
 from jaxft.model import ModelConfig
 
 # Where `lora.targets` says nothing: what PEFT adapts in each family.
-TARGETS = {"gpt2": ("c_attn",), "gpt_neo": ("q_proj", "v_proj"), "gptj": ("q_proj", "v_proj")}
+DEFAULT_TARGETS = {"gpt2": ("c_attn",), "gpt_neo": ("q_proj", "v_proj"), "gptj": ("q_proj", "v_proj")}
 ALL_LINEAR = "all-linear"
 
 
-def as_configured(cfg: ModelConfig, config: ConfigDict, model_type: str) -> ModelConfig:
+def apply_config(cfg: ModelConfig, config: ConfigDict, model_type: str) -> ModelConfig:
   """The facts of the model as `config` trains it; raises RequestError for a name that the model has not."""
   if config.model.dropout is not None:
     cfg = cfg.with_dropout(config.model.dropout)
   if config.lora.rank:
-    return _with_adapters(cfg, config.lora, model_type)
-  return dataclasses.replace(cfg, trained=_named(cfg, config.train.only, model_type)) if config.train.only else cfg
+    return _with_lora(cfg, config.lora, model_type)
+  return (
+    dataclasses.replace(cfg, trained=_match_params(cfg, config.train.only, model_type)) if config.train.only else cfg
+  )
 
 
-def modules(model_type: str) -> dict[str, str]:
-  """Of a layer's matrix products: {name in the checkpoint: the one of `jaxft.lora.MODULES` that adapts it}."""
+def lora_modules(model_type: str) -> dict[str, str]:
+  """Of a layer's matrix products: {name in the checkpoint: the one of `jaxft.lora.TARGET_MODULES` that adapts it}."""
   found = {}
   for rule in FAMILIES[model_type].rules:
     if rule.by_layer and rule.param.endswith(".kernel"):
       target = rule.param.split(".")[-2]
       targets = "qkv" if len(rule.names) > 1 else [target]
-      found |= dict(zip(map(_module, rule.names), targets, strict=True))
+      found |= dict(zip(map(_module_name, rule.names), targets, strict=True))
   return found
 
 
-def _with_adapters(cfg: ModelConfig, lora: ConfigDict, model_type: str) -> ModelConfig:
-  there, targets = modules(model_type), []
-  for wanted in lora.targets or TARGETS[model_type]:
+def _with_lora(cfg: ModelConfig, lora: ConfigDict, model_type: str) -> ModelConfig:
+  there, targets = lora_modules(model_type), []
+  for wanted in lora.targets or DEFAULT_TARGETS[model_type]:
     matches = [name for name in there if wanted == ALL_LINEAR or name == wanted or name.endswith(f".{wanted}")]
     if not matches:
       raise RequestError(
         f"config.lora.targets: {wanted!r} is no matrix of a {model_type} layer; there are {', '.join(there)}, and {ALL_LINEAR}"
       )
     targets += [there[name] for name in matches]
-  targets = tuple(sorted(set(targets), key=list(MODULES).index))
-  layers = _layers(lora.layers, cfg.L)
+  targets = tuple(sorted(set(targets), key=list(TARGET_MODULES).index))
+  layers = _parse_layers(lora.layers, cfg.L)
   adapters = {
-    ".".join(("blocks", *MODULES[target], "adapter", part)) for target in targets for part in ("lora_a", "lora_b")
+    ".".join(("blocks", *TARGET_MODULES[target], "adapter", part))
+    for target in targets
+    for part in ("lora_a", "lora_b")
   }
   trained = [(path, layers) for path in sorted(adapters)] + [("output.score", ())] * bool(cfg.classes)
   return dataclasses.replace(
@@ -62,7 +66,7 @@ def _with_adapters(cfg: ModelConfig, lora: ConfigDict, model_type: str) -> Model
   )
 
 
-def _layers(chosen: tuple[str, ...], L: int) -> tuple[int, ...]:
+def _parse_layers(chosen: tuple[str, ...], L: int) -> tuple[int, ...]:
   """("0-2", "5") -> (0, 1, 2, 5)."""
   found = set()
   for text in chosen:
@@ -73,12 +77,14 @@ def _layers(chosen: tuple[str, ...], L: int) -> tuple[int, ...]:
   return tuple(sorted(found))
 
 
-def _named(cfg: ModelConfig, patterns: tuple[str, ...], model_type: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _match_params(
+  cfg: ModelConfig, patterns: tuple[str, ...], model_type: str
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
   """`ModelConfig.trained` for weights whose full names match one of the patterns."""
   unused, trained = set(patterns), []
   for rule in FAMILIES[model_type].rules:
     layers = []
-    for layer, names in _names(rule, cfg):
+    for layer, names in _tensor_names(rule, cfg):
       matches = [[pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)] for name in names]
       unused -= {pattern for some in matches for pattern in some}
       if any(matches) and not all(matches):
@@ -90,14 +96,14 @@ def _named(cfg: ModelConfig, patterns: tuple[str, ...], model_type: str) -> tupl
     if layers or rule.param == "output.score" and cfg.classes:  # a new head would stay as it is drawn
       trained.append((rule.param, tuple(layers) if rule.by_layer and len(layers) < cfg.L else ()))
   if unused:
-    names = [name for rule in FAMILIES[model_type].rules for _, some in _names(rule, cfg) for name in some]
+    names = [name for rule in FAMILIES[model_type].rules for _, some in _tensor_names(rule, cfg) for name in some]
     raise RequestError(
       f"config.train.only: {min(unused)!r} is the name of no weight; there are {', '.join(names[:3])}, ... {names[-1]}"
     )
   return tuple(sorted(trained))
 
 
-def _names(rule: Rule, cfg: ModelConfig) -> Iterator[tuple[int, list[str]]]:
+def _tensor_names(rule: Rule, cfg: ModelConfig) -> Iterator[tuple[int, list[str]]]:
   """Of each layer the names of the tensors that a parameter is made of; nothing for one that this model has not."""
   here = {
     "output.kernel": not cfg.tied and not cfg.classes,
@@ -109,6 +115,6 @@ def _names(rule: Rule, cfg: ModelConfig) -> Iterator[tuple[int, list[str]]]:
       yield layer, [full_name(name.format(layer)) for name in rule.names]
 
 
-def _module(name: str) -> str:
+def _module_name(name: str) -> str:
   """ "h.{}.attn.c_attn.weight" -> "attn.c_attn"."""
   return name.removeprefix("h.{}.").removesuffix(".weight")

@@ -13,20 +13,20 @@ import ml_dtypes
 import numpy as np
 
 DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-ARRAY, DEEPEST, LONGEST_KEY = 1, 16, 256  # the extension type; bounds that no checkpoint comes near
+NDARRAY_TYPE, MAX_DEPTH, MAX_KEY_BYTES = 1, 16, 256  # the extension type; bounds that no checkpoint comes near
 
 
-class Malformed(ValueError):
+class MalformedError(ValueError):
   """Not a file that flax.serialization wrote."""
 
 
-def arrays(file: Path) -> Iterator[tuple[tuple[str, ...], np.dtype, tuple[int, ...], int]]:
+def list_arrays(file: Path) -> Iterator[tuple[tuple[str, ...], np.dtype, tuple[int, ...], int]]:
   """(path, dtype, shape, offset of the bytes) of every array in the file; raises Malformed."""
   with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
     reader = _Reader(data)
     yield from reader.node(())
     if reader.at != len(data):
-      raise Malformed(f"{len(data) - reader.at} bytes after its end")
+      raise MalformedError(f"{len(data) - reader.at} bytes after its end")
 
 
 class _Reader:
@@ -35,7 +35,7 @@ class _Reader:
 
   def take(self, count: int) -> bytes:
     if self.at + count > len(self.data):
-      raise Malformed("it ends too early")
+      raise MalformedError("it ends too early")
     self.at += count
     return self.data[self.at - count : self.at]
 
@@ -48,21 +48,21 @@ class _Reader:
     if tag in fixed:
       return tag - fixed.start
     if tag not in wide:
-      raise Malformed(f"no {what} at byte {self.at - 1}")
+      raise MalformedError(f"no {what} at byte {self.at - 1}")
     return self.number(wide[tag])
 
   def text(self) -> str:
     length = self.count("text", range(0xA0, 0xC0), {0xD9: 1, 0xDA: 2})
-    if length > LONGEST_KEY:
-      raise Malformed(f"a key of {length} bytes")
+    if length > MAX_KEY_BYTES:
+      raise MalformedError(f"a key of {length} bytes")
     return self.take(length).decode()
 
   def node(self, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], np.dtype, tuple[int, ...], int]]:
     if self.at < len(self.data) and self.data[self.at] in (0xC7, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8):
       yield path, *self.array(path)
       return
-    if len(path) == DEEPEST:
-      raise Malformed(f"maps nested deeper than {DEEPEST}")
+    if len(path) == MAX_DEPTH:
+      raise MalformedError(f"maps nested deeper than {MAX_DEPTH}")
     for _ in range(self.count("map or array", range(0x80, 0x90), {0xDE: 2, 0xDF: 4})):
       yield from self.node((*path, self.text()))
 
@@ -70,15 +70,15 @@ class _Reader:
     wide = {0xC7: 1, 0xC8: 2, 0xC9: 4}.get(self.number(1))
     length = self.number(wide) if wide else 0
     end = self.at + 1 + length
-    if not wide or self.number(1) != ARRAY or self.number(1) != 0x93:
-      raise Malformed(f"{'.'.join(path)}: an extension that is no array")
+    if not wide or self.number(1) != NDARRAY_TYPE or self.number(1) != 0x93:
+      raise MalformedError(f"{'.'.join(path)}: an extension that is no array")
     axes = self.count("shape", range(0x90, 0xA0), {})
     shape = tuple(self.count("size", range(0x80), {0xCC: 1, 0xCD: 2, 0xCE: 4}) for _ in range(axes))
     name = self.text()
     size = self.count("bytes", range(0), {0xC4: 1, 0xC5: 2, 0xC6: 4})
     if name not in DTYPES or size != math.prod(shape) * DTYPES[name].itemsize or self.at + size != end:
-      raise Malformed(f"{'.'.join(path)}: {size} bytes for {name} of shape {shape}")
+      raise MalformedError(f"{'.'.join(path)}: {size} bytes for {name} of shape {shape}")
     start, self.at = self.at, self.at + size
     if self.at > len(self.data):
-      raise Malformed("it ends too early")
+      raise MalformedError("it ends too early")
     return DTYPES[name], shape, start

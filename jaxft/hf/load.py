@@ -16,33 +16,33 @@ from safetensors import SafetensorError, safe_open
 from jaxft.errors import RequestError, first_line
 from jaxft.hf import flax_msgpack, torch_pickle
 from jaxft.hf.repo import (
-  ADAPTER,
+  ADAPTER_CONFIG,
   ADAPTER_WEIGHTS,
-  Checkpoint,
-  json_object,
-  must_be_as_exported,
+  HFCheckpoint,
+  read_json,
+  reject_duplicate_keys,
+  verify_checksums,
   weight_files,
-  without_doubles,
 )
 from jaxft.hf.tables import (
   EMBEDDING,
-  HEAD,
-  HEAD_BIAS,
+  LM_HEAD,
+  LM_HEAD_BIAS,
   PREFIX,
   SCORE,
   Rule,
+  from_hf,
   hf_shape,
   short_name,
   stacking_axis,
-  to_ours,
-  unpadded,
+  unpadded_shape,
 )
 
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Tensor(NamedTuple):
+class TensorRef(NamedTuple):
   """Where one tensor lies in a file."""
 
   file: Path
@@ -60,20 +60,20 @@ class Tensor(NamedTuple):
     return view.T if self.transposed else view
 
   def bytes_equal(self, chunks: Iterable[np.ndarray]) -> bool:
-    """Whether the file's bytes are those of the pieces, one after another."""
+    """Whether the file's bytes equal those of the chunks, one after another."""
     left = math.prod(self.shape) * self.dtype.itemsize
     with self.file.open("rb") as stream:
       stream.seek(self.offset)
-      for piece in pieces:
-        left -= piece.nbytes
-        if piece.dtype != self.dtype or stream.read(piece.nbytes) != piece.reshape(-1).view(np.uint8).data:
+      for chunk in chunks:
+        left -= chunk.nbytes
+        if chunk.dtype != self.dtype or stream.read(chunk.nbytes) != chunk.reshape(-1).view(np.uint8).data:
           return False
     return left == 0 and not self.transposed
 
 
-def tensors(folder: Path, torch_bin: bool = False) -> dict[str, Tensor | torch_pickle.TorchTensor]:
+def list_tensors(folder: Path, torch_bin: bool = False) -> dict[str, TensorRef | torch_pickle.TorchTensor]:
   """Every tensor of the folder's weight files by its name in torch; nothing but headers is read."""
-  found, readers = {}, {".safetensors": _safetensors, ".msgpack": _flax, ".bin": _torch}
+  found, readers = {}, {".safetensors": _safetensors, ".msgpack": _flax_msgpack, ".bin": _torch}
   for file in weight_files(folder, torch_bin):
     if file.suffix not in readers:
       raise RequestError(f"{file}: not a file of weights; their names end in {', '.join(readers)}")
@@ -84,13 +84,13 @@ def tensors(folder: Path, torch_bin: bool = False) -> dict[str, Tensor | torch_p
   return found
 
 
-def _safetensors(file: Path) -> dict[str, Tensor]:
+def _safetensors(file: Path) -> dict[str, TensorRef]:
   try:
     with safe_open(file, framework="numpy"):  # the library checks header, offsets and length against the file
       pass
     with file.open("rb") as stream:
       size = int.from_bytes(stream.read(8), "little")
-      header = json.loads(stream.read(size), object_pairs_hook=without_doubles)
+      header = json.loads(stream.read(size), object_pairs_hook=reject_duplicate_keys)
   except (SafetensorError, OSError, ValueError, RecursionError) as error:
     raise RequestError(f"{file}: not a safetensors file, or a damaged one ({first_line(error)})") from error
   header.pop("__metadata__", None)
@@ -100,20 +100,20 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
       continue  # causal masks of old checkpoints; a weight of this dtype is then missing by name
     if entry["dtype"] not in DTYPES:
       raise RequestError(f"{file}: tensor {name!r} has dtype {entry['dtype']}, not one of {', '.join(DTYPES)}")
-    found[name] = Tensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+    found[name] = TensorRef(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
   return found
 
 
-def _flax(file: Path) -> dict[str, Tensor]:
+def _flax_msgpack(file: Path) -> dict[str, TensorRef]:
   """Flax names its arrays otherwise, and stores every kernel as the transpose of torch's weight (Conv1D's too)."""
   found = {}
   try:
-    for path, dtype, shape, offset in flax_msgpack.arrays(file):
+    for path, dtype, shape, offset in flax_msgpack.list_arrays(file):
       kernel = path[-1] == "kernel"
       name = ".".join((*path[:-1], "weight" if path[-1] in ("kernel", "embedding", "scale") else path[-1]))
       if name in found:
         raise ValueError(f"{name!r} is in it twice")
-      found[name] = Tensor(file, dtype, shape[::-1] if kernel else shape, offset, transposed=kernel)
+      found[name] = TensorRef(file, dtype, shape[::-1] if kernel else shape, offset, transposed=kernel)
   except (OSError, ValueError, IndexError) as error:
     raise RequestError(f"{file}: not a file that Flax wrote, or a damaged one ({first_line(error)})") from error
   return found
@@ -121,22 +121,22 @@ def _flax(file: Path) -> dict[str, Tensor]:
 
 def _torch(file: Path) -> dict[str, torch_pickle.TorchTensor]:
   try:
-    return torch_pickle.arrays(file)
+    return torch_pickle.load_tensors(file)
   except ImportError as error:
     raise RequestError(f"{file}: torch reads such files, and it is not installed: pip install torch") from error
   except (OSError, ValueError) as error:
     raise RequestError(f"{file}: not weights that torch reads with weights_only ({first_line(error)})") from error
 
 
-def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
-  """The checkpoint's parameters as arrays with these shapes, dtypes and shardings; both trees are those of `model.abstract`.
+def load_params(checkpoint: HFCheckpoint, shapes: Any, shardings: Any) -> Any:
+  """The checkpoint's parameters as arrays with these shapes, dtypes and shardings; both trees are those of `model.abstract_model`.
 
   Each process reads only the slices that its devices hold, and at most one parameter is in host memory besides the arrays
   themselves. Every tensor is used exactly once: an unknown, a missing, a misshaped or an untied one raises RequestError
   with its name. A new classification head is drawn, and takes the place of the language head in the folder.
   """
-  must_be_as_exported(checkpoint.folder, weights=True)
-  source = _named(checkpoint)
+  verify_checksums(checkpoint.folder, weights=True)
+  source = _tensors_by_name(checkpoint)
   paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
   wanted = {".".join(key.key for key in path): leaf for path, leaf in paths}
   rules = {rule.param: rule for rule in checkpoint.family.rules}
@@ -144,10 +144,10 @@ def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
   for path, leaf in wanted.items():
     shape = leaf.shape
     if checkpoint.new_head and rules[path].hf == SCORE:
-      readers[path] = _new_scores(shape, checkpoint.cfg.init_std)
+      readers[path] = _init_scores(shape, checkpoint.cfg.init_std)
       continue
-    pieces = _take(checkpoint, source, rules[path], shape)
-    readers[path] = functools.partial(_slice, rules[path], checkpoint.cfg.V, pieces, shape)
+    pieces = _take_tensors(checkpoint, source, rules[path], shape)
+    readers[path] = functools.partial(_read_slice, rules[path], checkpoint.cfg.V, pieces, shape)
   if source:
     raise RequestError(
       f"{checkpoint.folder}: tensor {min(source)!r} has no place in a {checkpoint.hf_config['model_type']} "
@@ -162,33 +162,33 @@ def load(checkpoint: Checkpoint, shapes: Any, shardings: Any) -> Any:
   return jax.tree.unflatten(structure, arrays)
 
 
-def _named(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def _tensors_by_name(checkpoint: HFCheckpoint) -> dict[str, TensorRef]:
   """The folder's tensors by their names without prefix, less buffers and a tied head."""
   named = {}
-  for name, tensor in tensors(checkpoint.folder, checkpoint.torch_bin).items():
+  for name, tensor in list_tensors(checkpoint.folder, checkpoint.torch_bin).items():
     short = short_name(name)
     if short in named:
       raise RequestError(f"{checkpoint.folder}: tensor {short!r} is there with and without {PREFIX!r}")
     if not any(re.fullmatch(pattern, short) for pattern in checkpoint.family.buffers):
       named[short] = tensor
-  if checkpoint.cfg.tied and HEAD in named:
-    head, embedding = named.pop(HEAD), named.get(EMBEDDING)
+  if checkpoint.cfg.tied and LM_HEAD in named:
+    head, embedding = named.pop(LM_HEAD), named.get(EMBEDDING)
     if embedding is None or not np.array_equal(head.view(), embedding.view()):
       raise RequestError(
-        f"{checkpoint.folder}: {HEAD} differs from {EMBEDDING}, but config.json ties them (tie_word_embeddings)"
+        f"{checkpoint.folder}: {LM_HEAD} differs from {EMBEDDING}, but config.json ties them (tie_word_embeddings)"
       )
   if checkpoint.adapter:
-    _merge(checkpoint, named)
+    _merge_lora(checkpoint, named)
   if checkpoint.new_head:  # it takes the place of the language head
-    for name in (HEAD, HEAD_BIAS):
+    for name in (LM_HEAD, LM_HEAD_BIAS):
       named.pop(name, None)
   return named
 
 
-class Merged(NamedTuple):
+class MergedTensor(NamedTuple):
   """A matrix with what a LoRA adapter adds to it."""
 
-  tensor: Tensor
+  tensor: TensorRef
   a: np.ndarray  # (rank, inputs), float32
   b: np.ndarray  # (outputs, rank), float32, with the scale of the adapter in it
   inputs_first: bool  # as Conv1D's matrices lie
@@ -202,12 +202,12 @@ class Merged(NamedTuple):
     return self.tensor.view().astype(np.float32) + change
 
 
-def _merge(checkpoint: Checkpoint, named: dict[str, Any]) -> None:
-  """Replaces each tensor that the adapters change by a `Merged`; raises RequestError for one that is not there."""
-  file, about = checkpoint.adapter / ADAPTER_WEIGHTS, json_object(checkpoint.adapter / ADAPTER)
+def _merge_lora(checkpoint: HFCheckpoint, named: dict[str, Any]) -> None:
+  """Replaces each tensor that the adapters change by a `MergedTensor`; raises RequestError for one that is not there."""
+  file, about = checkpoint.adapter / ADAPTER_WEIGHTS, read_json(checkpoint.adapter / ADAPTER_CONFIG)
   rank, alpha = about.get("r"), about.get("lora_alpha")
   if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-    raise RequestError(f"{checkpoint.adapter / ADAPTER}: r={rank!r} and lora_alpha={alpha!r} must be numbers")
+    raise RequestError(f"{checkpoint.adapter / ADAPTER_CONFIG}: r={rank!r} and lora_alpha={alpha!r} must be numbers")
   found = _safetensors(file)
   pairs = {name.removesuffix(".lora_A.weight") for name in found if name.endswith(".lora_A.weight")}
   other = found.keys() - {f"{pair}.lora_{part}.weight" for pair in pairs for part in "AB"}
@@ -225,17 +225,22 @@ def _merge(checkpoint: Checkpoint, named: dict[str, Any]) -> None:
       raise RequestError(
         f"{file}: {pair!r} {a.shape}, {b.shape}: no such matrix in {checkpoint.folder}, or of rank {rank}"
       )
-    named[name] = Merged(named[name], a, alpha / rank * b, inputs_first)
+    named[name] = MergedTensor(named[name], a, alpha / rank * b, inputs_first)
 
 
-def _new_scores(shape: tuple[int, ...], std: float) -> Callable[[tuple[slice, ...]], np.ndarray]:
+def _init_scores(shape: tuple[int, ...], std: float) -> Callable[[tuple[slice, ...]], np.ndarray]:
   scores = std * np.random.default_rng(0).standard_normal(shape, np.float32)
   return lambda index: scores[index]
 
 
-def _take(checkpoint: Checkpoint, source: dict[str, Tensor], rule: Rule, shape: tuple[int, ...]) -> list[list[Tensor]]:
+def _take_tensors(
+  checkpoint: HFCheckpoint, source: dict[str, TensorRef], rule: Rule, shape: tuple[int, ...]
+) -> list[list[TensorRef]]:
   """The tensors of a parameter, out of `source`: for each layer, those that are stacked in it."""
-  folder, one_layer = checkpoint.folder, unpadded(rule.layout, shape[1:] if rule.by_layer else shape, checkpoint.cfg.V)
+  folder, one_layer = (
+    checkpoint.folder,
+    unpadded_shape(rule.layout, shape[1:] if rule.by_layer else shape, checkpoint.cfg.V),
+  )
   fits, found = hf_shape(rule.layout, one_layer), []
   for layer in range(shape[0] if rule.by_layer else 1):
     names = [name.format(layer) for name in rule.names]
@@ -248,30 +253,30 @@ def _take(checkpoint: Checkpoint, source: dict[str, Tensor], rule: Rule, shape: 
   return found
 
 
-def _slice(
-  rule: Rule, V: int, layers: list[list[Tensor]], shape: tuple[int, ...], index: tuple[slice, ...]
+def _read_slice(
+  rule: Rule, V: int, layers: list[list[TensorRef]], shape: tuple[int, ...], index: tuple[slice, ...]
 ) -> np.ndarray:
   """The part of a parameter that one device holds, copied out of the files as float32."""
   index = tuple(slice(*cut.indices(size)) for cut, size in zip(index, shape, strict=True))
-  part = _aligned(tuple(cut.stop - cut.start for cut in index))
+  part = _empty_aligned(tuple(cut.stop - cut.start for cut in index))
   into, cuts = (part, index[1:]) if rule.by_layer else (part[None], index)
   chosen = layers[index[0]] if rule.by_layer else layers
-  axis, one_layer = stacking_axis(rule.layout), unpadded(rule.layout, shape[1:] if rule.by_layer else shape, V)
+  axis, one_layer = stacking_axis(rule.layout), unpadded_shape(rule.layout, shape[1:] if rule.by_layer else shape, V)
   if one_layer != shape and not rule.by_layer:  # rows that pad the vocabulary, always the first axis
     real = max(0, V - index[0].start)
     part[real:] = 0
     into = into[:, :real]
   for target, stacked in zip(into, chosen, strict=True):
     if axis is None:
-      target[...] = to_ours(rule.layout, stacked[0].view(), one_layer)[cuts]
+      target[...] = from_hf(rule.layout, stacked[0].view(), one_layer)[cuts]
       continue
     within = cuts[:axis] + cuts[axis + 1 :]
     for place, tensor in zip(np.moveaxis(target, axis, 0), stacked[cuts[axis]], strict=True):
-      place[...] = to_ours(rule.layout, tensor.view(), one_layer)[within]
+      place[...] = from_hf(rule.layout, tensor.view(), one_layer)[within]
   return part
 
 
-def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+def _empty_aligned(shape: tuple[int, ...]) -> np.ndarray:
   """Empty float32 at a multiple of 64 bytes: JAX uses such memory on a CPU as it is, instead of copying it."""
   size = 4 * math.prod(shape)
   raw = np.empty(size + 64, np.uint8)

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxft.errors import StorageError
-from jaxft.files import refused, write_whole
-from jaxft.hf.chosen import modules
-from jaxft.hf.repo import Checkpoint, is_local
+from jaxft.files import atomic_write, write_failure
+from jaxft.hf.chosen import lora_modules
+from jaxft.hf.repo import HFCheckpoint, is_local
 from jaxft.hf.tables import SCORE, full_name
-from jaxft.lora import MODULES, places_of, whole
+from jaxft.lora import TARGET_MODULES, gather_to_host, qkv_slots
 from jaxft.model import ModelConfig
 
 CARD = """---
@@ -37,7 +37,7 @@ model = {auto}.from_pretrained("path/to/this/folder")
 """
 
 
-def _card(about: dict[str, Any]) -> str:
+def _model_card(about: dict[str, Any]) -> str:
   """README.md of the adapters; a base that is a folder is named by its last part, and not as a hub id."""
   path = about["base_model_name_or_path"]
   local = is_local(path)
@@ -50,20 +50,20 @@ def _card(about: dict[str, Any]) -> str:
   )
 
 
-def write(folder: Path, trained: Any, cfg: ModelConfig, source: Checkpoint, config: ConfigDict) -> None:
+def save_adapters(folder: Path, trained: Any, cfg: ModelConfig, source: HFCheckpoint, config: ConfigDict) -> None:
   """Writes the adapters so that `peft.PeftModel.from_pretrained(base, folder)` loads them; raises StorageError.
 
   Args:
     trained: `State.params`; in a run of several processes all must call it, and process 0 writes.
   """
   model_type = source.hf_config["model_type"]
-  adapted = {name: target for name, target in modules(model_type).items() if target in cfg.lora_targets}
+  adapted = {name: target for name, target in lora_modules(model_type).items() if target in cfg.lora_targets}
   layers = dict(cfg.trained)[next(name for name, _ in cfg.trained if name.endswith("lora_a"))]
   found = {}
   for name, target in adapted.items():
-    layer, module = MODULES[target]
-    adapter, places = trained["blocks"][layer][module]["adapter"], places_of(cfg, module)
-    a, b = (whole(adapter[part]) for part in ("lora_a", "lora_b"))
+    layer, module = TARGET_MODULES[target]
+    adapter, places = trained["blocks"][layer][module]["adapter"], qkv_slots(cfg, module)
+    a, b = (gather_to_host(adapter[part]) for part in ("lora_a", "lora_b"))
     if places:
       a, b = (x[:, places.index("qkv".index(target))] for x in (a, b))
     for i in layers or range(cfg.L):
@@ -71,7 +71,7 @@ def write(folder: Path, trained: Any, cfg: ModelConfig, source: Checkpoint, conf
       found[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a[i].reshape(-1, cfg.lora_rank).T)
       found[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[i].reshape(cfg.lora_rank, -1).T)
   if cfg.classes:
-    found[f"base_model.model.{SCORE}"] = whole(trained["output"]["score"])
+    found[f"base_model.model.{SCORE}"] = gather_to_host(trained["output"]["score"])
   about = {
     "peft_type": "LORA",
     "task_type": "SEQ_CLS" if cfg.classes else "CAUSAL_LM",
@@ -100,9 +100,9 @@ def write(folder: Path, trained: Any, cfg: ModelConfig, source: Checkpoint, conf
     if wrong := [name for name, array in found.items() if array.tobytes() != back[name].tobytes()]:
       raise StorageError(f"adapters to {folder}: {wrong[0]!r} read back differs; the disk is not to be trusted")
     partial.rename(folder / "adapter_model.safetensors")
-    write_whole(folder / "adapter_config.json", json.dumps(about, indent=2) + "\n")
-    write_whole(folder / "README.md", _card(about))
+    atomic_write(folder / "adapter_config.json", json.dumps(about, indent=2) + "\n")
+    atomic_write(folder / "README.md", _model_card(about))
   except (OSError, SafetensorError) as error:
-    raise StorageError(f"adapters to {folder}: {refused(folder, error)}") from error
+    raise StorageError(f"adapters to {folder}: {write_failure(folder, error)}") from error
   finally:
     partial.unlink(missing_ok=True)

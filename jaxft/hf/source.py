@@ -13,7 +13,7 @@ from jaxft.hf import tokenizer as tokenizers
 from jaxft.model import ModelConfig
 
 
-def find(model: ConfigDict, weights: bool = True) -> repo.Checkpoint:
+def resolve(model: ConfigDict, weights: bool = True) -> repo.HFCheckpoint:
   """The checkpoint of `config.model`, downloaded if need be.
 
   Args:
@@ -24,14 +24,14 @@ def find(model: ConfigDict, weights: bool = True) -> repo.Checkpoint:
     RequestError: one of what the settings name is not there, or does not go with the others.
   """
   pretrained = model.init == "pretrained"
-  found = repo.find(model.path, model.revision, weights and pretrained, model.torch_bin)
+  found = repo.resolve(model.path, model.revision, weights and pretrained, model.torch_bin)
   if not pretrained:
-    hf_config, cfg = sizes(model, found.hf_config, found.folder / "config.json")
-    found = repo.Checkpoint(found.folder, hf_config, cfg)
-  return found._replace(tokenizer=tokenizer_folder(model.tokenizer)) if model.tokenizer else found
+    hf_config, cfg = scratch_config(model, found.hf_config, found.folder / "config.json")
+    found = repo.HFCheckpoint(found.folder, hf_config, cfg)
+  return found._replace(tokenizer=resolve_tokenizer(model.tokenizer)) if model.tokenizer else found
 
 
-def sizes(
+def scratch_config(
   model: ConfigDict, hf_config: dict[str, Any] | None = None, file: Path | None = None
 ) -> tuple[dict[str, Any], ModelConfig]:
   """The config.json of a model that is drawn from scratch, and the facts in it.
@@ -45,16 +45,16 @@ def sizes(
   """
   if model.config:
     file = Path(model.config)
-    hf_config = repo.json_object(file)
-  hf_config = hf_config | _overrides(model.config_overrides, hf_config, file)
+    hf_config = repo.read_json(file)
+  hf_config = hf_config | _parse_overrides(model.config_overrides, hf_config, file)
   try:
-    return hf_config, facts.model_config(hf_config)
+    return hf_config, facts.from_hf_config(hf_config)
   except RequestError as error:
     among = f" with config.model.config_overrides={model.config_overrides!r}" if model.config_overrides else ""
     raise RequestError(f"{file}{among}: {error}") from error
 
 
-def tokenizer_folder(path: str) -> Path:
+def resolve_tokenizer(path: str) -> Path:
   """The folder of the tokenizer that `config.model.tokenizer` names; raises RequestError where there is none."""
   if repo.is_local(path):
     folder = Path(path)
@@ -68,12 +68,12 @@ def tokenizer_folder(path: str) -> Path:
         f"config.model.tokenizer={path!r}: no such folder, and the hub gave none ({first_line(error)}); check the id, "
         "or give a folder"
       ) from error
-  if not any((folder / name).is_file() for name in tokenizers.VOCABULARIES):
-    raise RequestError(f"config.model.tokenizer={path!r}: no {', '.join(tokenizers.VOCABULARIES[:2])} in it")
+  if not any((folder / name).is_file() for name in tokenizers.VOCAB_FILES):
+    raise RequestError(f"config.model.tokenizer={path!r}: no {', '.join(tokenizers.VOCAB_FILES[:2])} in it")
   return folder
 
 
-def _overrides(text: str, hf_config: dict[str, Any], file: Path | None) -> dict[str, Any]:
+def _parse_overrides(text: str, hf_config: dict[str, Any], file: Path | None) -> dict[str, Any]:
   """The pairs of `config.model.config_overrides`, each a value of the type that config.json has there."""
   found = {}
   for pair in filter(None, (pair.strip() for pair in text.split(","))):
@@ -82,13 +82,13 @@ def _overrides(text: str, hf_config: dict[str, Any], file: Path | None) -> dict[
       near = difflib.get_close_matches(key, hf_config, 1)
       way_out = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(hf_config))}"
       raise RequestError(f"config.model.config_overrides: {key!r} is no key of {file}; {way_out}")
-    found[key] = _value(value, hf_config[key], f"config.model.config_overrides: {pair}")
+    found[key] = _parse_value(value, hf_config[key], f"config.model.config_overrides: {pair}")
     if key == "model_type" and found[key] != hf_config[key]:
       raise RequestError(f"model_type={value}: {file} is of a {hf_config[key]}; name one with --config_name")
   return found
 
 
-def _value(text: str, before: Any, where: str) -> Any:
+def _parse_value(text: str, before: Any, where: str) -> Any:
   if isinstance(before, str):
     return text
   try:

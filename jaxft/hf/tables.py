@@ -35,8 +35,8 @@ class Family(NamedTuple):
 PREFIX = (
   "transformer."  # written before every name but the head's, stripped when read: the oldest checkpoints have none
 )
-HEAD, HEAD_BIAS, SCORE, EMBEDDING = "lm_head.weight", "lm_head.bias", "score.weight", "wte.weight"
-HEADS = (HEAD, HEAD_BIAS, SCORE)
+LM_HEAD, LM_HEAD_BIAS, SCORE, EMBEDDING = "lm_head.weight", "lm_head.bias", "score.weight", "wte.weight"
+HEADS = (LM_HEAD, LM_HEAD_BIAS, SCORE)
 
 COMMON = (
   Rule(EMBEDDING, "embed.tokens", "V D -> V D"),
@@ -44,7 +44,7 @@ COMMON = (
   Rule("ln_f.bias", "norm.bias", "D -> D"),
   Rule("h.{}.ln_1.weight", "blocks.norm1.scale", "D -> D"),
   Rule("h.{}.ln_1.bias", "blocks.norm1.bias", "D -> D"),
-  Rule(HEAD, "output.kernel", "V D -> V D"),  # not read and not written where the head is tied
+  Rule(LM_HEAD, "output.kernel", "V D -> V D"),  # not read and not written where the head is tied
   Rule(SCORE, "output.score", "C D -> C D"),  # C classes, where there are some
 )
 LEARNED_POSITIONS = (Rule("wpe.weight", "embed.positions", "P D -> P D"),)
@@ -86,7 +86,7 @@ GPT_NEO = (  # Linear: outputs first
 )
 GPTJ = (
   *COMMON,
-  Rule(HEAD_BIAS, "output.bias", "V -> V"),
+  Rule(LM_HEAD_BIAS, "output.bias", "V -> V"),
   Rule(tuple(f"h.{{}}.attn.{part}_proj.weight" for part in "qkv"), "blocks.attention.qkv.kernel", "(N H) D -> D Q N H"),
   Rule("h.{}.attn.out_proj.weight", "blocks.attention.out.kernel", "D (N H) -> N H D"),
   Rule("h.{}.mlp.fc_in.weight", "blocks.mlp.up.kernel", "F D -> D F"),
@@ -116,22 +116,22 @@ def short_name(name: str) -> str:
   return name.removeprefix(PREFIX)
 
 
-def unpadded(layout: str, shape: tuple[int, ...], V: int) -> tuple[int, ...]:
+def unpadded_shape(layout: str, shape: tuple[int, ...], V: int) -> tuple[int, ...]:
   """The shape of a parameter without the rows that pad its vocabulary."""
-  _, right = _sides(layout)
+  _, right = _parse_layout(layout)
   return tuple(V if group == ["V"] else size for group, size in zip(right, shape, strict=True))
 
 
 def hf_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   """Shape of one Hugging Face tensor for a parameter (one layer of it) of `shape`."""
-  left, right = _sides(layout)
+  left, right = _parse_layout(layout)
   size = dict(zip((letter for group in right for letter in group), shape, strict=True))
   return tuple(math.prod(size[letter] for letter in group) for group in left)
 
 
-def to_ours(layout: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def from_hf(layout: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   """A view of `tensor` in our layout, less the axis along which tensors are stacked; `tensor` must be contiguous."""
-  left, right = _sides(layout)
+  left, right = _parse_layout(layout)
   order = [group[0] for group in right]
   size = dict(zip(order, shape, strict=True))
   letters = [letter for group in left for letter in group]
@@ -140,11 +140,11 @@ def to_ours(layout: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
 
 
 def to_hf(layout: str, ours: np.ndarray, index: int) -> np.ndarray:
-  """The inverse of `to_ours`, for the tensor that is number `index` of the stacked ones.
+  """The inverse of `from_hf`, for the tensor that is number `index` of the stacked ones.
 
   The result is contiguous: safetensors 0.8 writes wrong bytes for other arrays (safetensors#825).
   """
-  left, right = _sides(layout)
+  left, right = _parse_layout(layout)
   order = [group[0] for group in right]
   letters = [letter for group in left for letter in group]
   shape = hf_shape(layout, ours.shape)
@@ -156,12 +156,12 @@ def to_hf(layout: str, ours: np.ndarray, index: int) -> np.ndarray:
 
 def stacking_axis(layout: str) -> int | None:
   """The axis of ours that no Hugging Face tensor has."""
-  left, right = _sides(layout)
+  left, right = _parse_layout(layout)
   letters = {letter for group in left for letter in group}
   extra = [axis for axis, group in enumerate(right) if group[0] not in letters]
   return extra[0] if extra else None
 
 
-def _sides(layout: str) -> list[list[list[str]]]:
+def _parse_layout(layout: str) -> list[list[list[str]]]:
   """ "D (N H) -> D N H" -> [[[D], [N, H]], [[D], [N], [H]]]"""
   return [[group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w", side)] for side in layout.split("->")]

@@ -27,7 +27,7 @@ class TorchTensor(NamedTuple):
     return whole.numpy()
 
 
-def arrays(file: Path) -> dict[str, TorchTensor]:
+def load_tensors(file: Path) -> dict[str, TorchTensor]:
   """The float tensors of a state dict by name; causal masks are left out.
 
   Raises ImportError without torch, and ValueError for anything that is no state dict of float32, float16 or bfloat16 tensors.

@@ -15,24 +15,26 @@ from jaxft.errors import RequestError, StorageError, first_line
 from jaxft.hf import load, repo
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.hf.tables import EMBEDDING, full_name
-from jaxft.hf.unload import DtypeOf, as_written, hf_tensors
+from jaxft.hf.unload import DtypeFn, hf_tensors, round_to_dtype
 
-LOGITS_LIMIT = 500_000_000  # parameters; larger models are compared tensor by tensor alone, which needs no second copy
+MAX_LOGITS_PARAMS = (
+  500_000_000  # parameters; larger models are compared tensor by tensor alone, which needs no second copy
+)
 # Largest difference of two float32 logits that an export may show, the one the docs promise; and relative to the largest logit,
 # for models whose logits are large (those of the published GPT-2 are around -100, where float32 has steps of 8e-6).
-TOLERANCE, RELATIVE = 1e-4, 1e-4
+ATOL, RTOL = 1e-4, 1e-4
 
 
-def verify(
-  folder: Path, params: Any, checkpoint: repo.Checkpoint, dtype_of: DtypeOf, tokenizer: Any = None
+def verify_export(
+  folder: Path, params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn, tokenizer: Any = None
 ) -> dict[str, Any]:
   """Reads the folder back and compares: every tensor bit for bit, and logits in float32.
 
   The logits of the folder are transformers' own where torch is installed, else those of jaxft's model with the weights read
-  back; `reference` says which. Raises StorageError on any difference above `TOLERANCE` and `RELATIVE` (for a narrower dtype
+  back; `reference` says which. Raises StorageError on any difference above `ATOL` and `RTOL` (for a narrower dtype
   than float32, against the weights as written).
   """
-  written = load.tensors(folder)
+  written = load.list_tensors(folder)
   for tensor in hf_tensors(params, checkpoint, dtype_of):
     there = written.pop(tensor.name)
     if there.shape != tensor.shape or not there.bytes_equal(tensor.chunks()):
@@ -41,27 +43,27 @@ def verify(
       )
   if written:
     raise StorageError(f"{folder}: tensors {sorted(written)} were not meant to be written")
-  back = repo.find(str(folder))
+  back = repo.resolve(str(folder))
   if back.cfg != checkpoint.cfg:
     raise StorageError(f"{folder}: config.json read back describes another model: {back.cfg}, not {checkpoint.cfg}")
   if tokenizer:
     tokenizers.verify(folder, tokenizer, checkpoint.tokenizer_folder)
   dtype = dtype_of(full_name(EMBEDDING))
   report = {"tensors": "bit for bit", "dtype": dtype.name}
-  graph, shapes, _ = model.abstract(checkpoint.cfg, model.Compute())
-  if model.parameter_count(checkpoint.cfg) > LOGITS_LIMIT or jax.process_count() > 1:
+  graph, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
+  if model.parameter_count(checkpoint.cfg) > MAX_LOGITS_PARAMS or jax.process_count() > 1:
     return report | {"logits_max_abs_difference": None, "reference": "tensors only: logits would take a second model"}
 
-  ids_BT, lengths_B = _some_rows(back)
+  ids_BT, lengths_B = _random_batch(back)
   if importlib.util.find_spec("torch"):
     reference, theirs = _transformers_logits(folder, ids_BT, bool(checkpoint.cfg.classes))
   else:
     here = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
     reference = f"jaxft {jaxft.__version__}, weights read back"
-    theirs = logits(graph, load.load(back, shapes, here), ids_BT)
+    theirs = compute_logits(graph, load.load_params(back, shapes, here), ids_BT)
   # A model that is kept on the host is small enough here to be on the device as well.
   on_device = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), params))
-  ours = logits(graph, as_written(on_device, checkpoint, dtype_of), ids_BT)
+  ours = compute_logits(graph, round_to_dtype(on_device, checkpoint, dtype_of), ids_BT)
   if checkpoint.cfg.classes:  # the last token's are what transformers gives
     rows, last_B = np.arange(len(ids_BT)), lengths_B - 1
     ours, theirs = ours[rows, last_B], theirs if theirs.ndim == 2 else theirs[rows, last_B]
@@ -70,7 +72,7 @@ def verify(
       f"export to {folder}: the logits of the model in memory are no numbers: a weight is NaN or infinite"
     )
   difference = float(np.max(np.abs(ours - theirs)))
-  tolerance = max(TOLERANCE, RELATIVE * float(np.abs(theirs).max()))
+  tolerance = max(ATOL, RTOL * float(np.abs(theirs).max()))
   if not difference <= tolerance:
     raise StorageError(
       f"{folder}: its float32 logits differ by {difference:.1e} from the trained model's ({reference}); "
@@ -84,14 +86,14 @@ def verify(
   }
 
 
-def in_words(parity: dict[str, Any]) -> str:
+def format_parity(parity: dict[str, Any]) -> str:
   """What a parity report says, in one line."""
   difference = parity["logits_max_abs_difference"]
   logits = "" if difference is None else f", logits within {difference:.1e} of the model in memory"
   return f"tensors {parity['tensors']}{logits} (reference: {parity['reference']})"
 
 
-def logits(graph: nnx.GraphDef, params: Any, ids_BT: np.ndarray) -> np.ndarray:
+def compute_logits(graph: nnx.GraphDef, params: Any, ids_BT: np.ndarray) -> np.ndarray:
   """(B, T) -> (B, T, V), or (B, T, classes)."""
 
   def run(params):
@@ -101,7 +103,7 @@ def logits(graph: nnx.GraphDef, params: Any, ids_BT: np.ndarray) -> np.ndarray:
   return np.asarray(jax.jit(run)(params))
 
 
-def must_read_config(folder: Path, checkpoint: repo.Checkpoint) -> None:
+def check_hf_config(folder: Path, checkpoint: repo.HFCheckpoint) -> None:
   """Raises RequestError where transformers does not read config.json, or reads another number of classes in it."""
   import transformers
 
@@ -117,7 +119,7 @@ def must_read_config(folder: Path, checkpoint: repo.Checkpoint) -> None:
     )
 
 
-def _some_rows(checkpoint: repo.Checkpoint) -> tuple[np.ndarray, np.ndarray]:
+def _random_batch(checkpoint: repo.HFCheckpoint) -> tuple[np.ndarray, np.ndarray]:
   """(B, T) random tokens and the length of each row: one; of a classifier two, the second half of it padding.
 
   None of the tokens is the padding one: transformers' classifiers look for the last that is not.

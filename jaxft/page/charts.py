@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from jaxft.page.markup import Html, tag
-from jaxft.page.style import LIGHT
+from jaxft.page.markup import Html, element
+from jaxft.page.style import LIGHT_COLOURS
 
-COLUMNS = 500  # of a thinned line, two points in each: more than most screens show
-WINDOWS = 120  # of a noisy line's mean
-SIDE = 1000  # of the box that lines are drawn in, as the script expects it
+NUM_COLUMNS = 500  # of a thinned line, two points in each: more than most screens show
+NUM_WINDOWS = 120  # of a noisy line's mean
+BOX_SIZE = 1000  # of the box that lines are drawn in, as the script expects it
 
 Points = Sequence[tuple[float, float]]  # (step, value), in the order of steps; all finite
 
@@ -47,7 +47,9 @@ def chart(
     nonfinite_steps: steps that are marked at the bottom.
   """
   series = [
-    it._replace(points=means(it.points)) if it.only_mean and _long(it.points) else it for it in series if it.points
+    it._replace(points=window_means(it.points)) if it.only_mean and _is_dense(it.points) else it
+    for it in series
+    if it.points
   ]
   if any(len(it.points) > 1 for it in series):
     series = [it for it in series if len(it.points) > 1 or it.dots]
@@ -58,108 +60,122 @@ def chart(
   log = not (from_zero or share) and min(values) > 0 and max(values) > 10 * min(values)
   scale = math.log10 if log else float
   x0, x1 = min([*steps, *nonfinite_steps]), max([*steps, *nonfinite_steps])
-  y0, y1 = (0.0, 1.0) if share else _ends([0.0, *values] if from_zero else values, scale, from_zero)
-  across = lambda x: SIDE * (x - x0) / (x1 - x0)
-  down = lambda y: SIDE * (y1 - scale(y)) / (y1 - y0)
+  y0, y1 = (0.0, 1.0) if share else _axis_range([0.0, *values] if from_zero else values, scale, from_zero)
+  across = lambda x: BOX_SIZE * (x - x0) / (x1 - x0)
+  down = lambda y: BOX_SIZE * (y1 - scale(y)) / (y1 - y0)
   x_ticks, y_ticks = step_ticks(x0, x1), log_ticks(y0, y1) if log else ticks(y0, y1)
 
-  drawn = [_level(down(y), "grid") for y in y_ticks] + [_level(SIDE, "axis")]
+  drawn = [_horizontal_line(down(y), "grid") for y in y_ticks] + [_horizontal_line(BOX_SIZE, "axis")]
   for it in series:
-    drawn += _line(it, across, down)
+    drawn += _draw_line(it, across, down)
   if floor:
-    drawn.append(_level(down(floor[1]), "floor"))
+    drawn.append(_horizontal_line(down(floor[1]), "floor"))
   if nonfinite_steps:
-    marks = " ".join(f"M{across(x):.1f} {SIDE} v-60" for x, _ in thinned([(x, 0.0) for x in nonfinite_steps]))
-    drawn.append(tag("path", d=marks, class_="fault"))
-  svg = tag(
-    "svg", drawn, viewBox=f"0 0 {SIDE} {SIDE}", preserveAspectRatio="none", role="img", aria_label=f"{title}, {unit}"
+    marks = " ".join(f"M{across(x):.1f} {BOX_SIZE} v-60" for x, _ in downsample([(x, 0.0) for x in nonfinite_steps]))
+    drawn.append(element("path", d=marks, class_="fault"))
+  svg = element(
+    "svg",
+    drawn,
+    viewBox=f"0 0 {BOX_SIZE} {BOX_SIZE}",
+    preserveAspectRatio="none",
+    role="img",
+    aria_label=f"{title}, {unit}",
   )
-  y_labels = map(label, y_ticks) if log else labels(y_ticks)
-  beside = [tag("span", text, class_="y", style=f"top:{down(y) / SIDE:.2%}") for y, text in zip(y_ticks, y_labels)]
-  beside += [
-    tag("span", text, class_="x", style=f"left:{across(x) / SIDE:.2%}") for x, text in zip(x_ticks, labels(x_ticks))
+  y_labels = map(format_tick, y_ticks) if log else format_ticks(y_ticks)
+  beside = [
+    element("span", text, class_="y", style=f"top:{down(y) / BOX_SIZE:.2%}") for y, text in zip(y_ticks, y_labels)
   ]
-  beside.append(tag("span", f"step {math.floor(x1):,}", class_="x last"))
+  beside += [
+    element("span", text, class_="x", style=f"left:{across(x) / BOX_SIZE:.2%}")
+    for x, text in zip(x_ticks, format_ticks(x_ticks))
+  ]
+  beside.append(element("span", f"step {math.floor(x1):,}", class_="x last"))
   if floor:
-    beside.append(tag("span", f"{floor[0]} {floor[1]:.4g}", class_="at", style=f"top:{down(floor[1]) / SIDE:.2%}"))
-  keys = [_key(it) for it in series] if len(series) > 1 else []
+    beside.append(
+      element("span", f"{floor[0]} {floor[1]:.4g}", class_="at", style=f"top:{down(floor[1]) / BOX_SIZE:.2%}")
+    )
+  keys = [_legend_entry(it) for it in series] if len(series) > 1 else []
   if nonfinite_steps:
-    keys.append(_key_of(tag("path", d="M13 10 v-10", class_="fault"), "not finite, not applied"))
-  return tag(
+    keys.append(_legend_mark(element("path", d="M13 10 v-10", class_="fault"), "not finite, not applied"))
+  return element(
     "figure",
-    tag(
+    element(
       "figcaption",
-      tag("b", title),
-      tag("span", unit + (", logarithmic" if log else "")),
-      tag("div", keys, class_="keys") if keys else None,
+      element("b", title),
+      element("span", unit + (", logarithmic" if log else "")),
+      element("div", keys, class_="keys") if keys else None,
     ),
-    tag("div", svg, beside, class_="plot", data_x=f"{x0} {x1}", data_y=f"{y0} {y1}", data_log="1" if log else None),
+    element("div", svg, beside, class_="plot", data_x=f"{x0} {x1}", data_y=f"{y0} {y1}", data_log="1" if log else None),
     class_="wide" if wide else None,
   )
 
 
-def _ends(values: list[float], scale: Callable[[float], float], from_zero: bool) -> tuple[float, float]:
+def _axis_range(values: list[float], scale: Callable[[float], float], from_zero: bool) -> tuple[float, float]:
   """The ends of the values' axis: with some air, or from zero to the round number above all."""
   low, high = min(map(scale, values)), max(map(scale, values))
   if from_zero and low == 0:
     high = high or 1.0
-    return 0.0, _apart(0.0, high) * math.ceil(high / _apart(0.0, high) - 1e-9)
+    return 0.0, _tick_spacing(0.0, high) * math.ceil(high / _tick_spacing(0.0, high) - 1e-9)
   air = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
   return low - air, high + air
 
 
-def _line(it: Series, across: Callable[[float], float], down: Callable[[float], float]) -> list[Html]:
+def _draw_line(it: Series, across: Callable[[float], float], down: Callable[[float], float]) -> list[Html]:
   """The line, and what is on it; the one that the script reads out has the name."""
-  colour = f"s{it.colour % len(LIGHT)}"
+  colour = f"s{it.colour % len(LIGHT_COLOURS)}"
   at = lambda points: [f"{across(x):.1f},{down(y):.1f}" for x, y in points]
-  poly = lambda points, how, name=None: tag("polyline", points=" ".join(at(points)), class_=how, data_name=name)
-  if it.noisy and _long(it.points):
-    return [poly(thinned(it.points), f"faint {colour}"), poly(means(it.points), f"line {colour}", it.name)]
-  drawn = [poly(thinned(it.points), f"line {colour}", it.name)]
+  poly = lambda points, how, name=None: element("polyline", points=" ".join(at(points)), class_=how, data_name=name)
+  if it.noisy and _is_dense(it.points):
+    return [poly(downsample(it.points), f"faint {colour}"), poly(window_means(it.points), f"line {colour}", it.name)]
+  drawn = [poly(downsample(it.points), f"line {colour}", it.name)]
   if it.dots or len(it.points) == 1:
-    places = " ".join("M" + pair.replace(",", " ") + " h0" for pair in at(thinned(it.points)))
-    drawn.append(tag("path", d=places, class_=f"dots {colour}"))
+    places = " ".join("M" + pair.replace(",", " ") + " h0" for pair in at(downsample(it.points)))
+    drawn.append(element("path", d=places, class_=f"dots {colour}"))
   return drawn
 
 
-def _long(points: Points) -> bool:
+def _is_dense(points: Points) -> bool:
   """Whether a mean of it tells more than the line."""
-  return len(points) > 2 * WINDOWS
+  return len(points) > 2 * NUM_WINDOWS
 
 
-def _level(y: float, how: str) -> Html:
-  return tag("line", x1=0, x2=SIDE, y1=f"{y:.1f}", y2=f"{y:.1f}", class_=how)
+def _horizontal_line(y: float, how: str) -> Html:
+  return element("line", x1=0, x2=BOX_SIZE, y1=f"{y:.1f}", y2=f"{y:.1f}", class_=how)
 
 
-def _key(it: Series) -> Html:
-  colour = f"s{it.colour % len(LIGHT)}"
-  mark = [tag("path", d="M0 5 h26", class_=f"line {colour}")]
+def _legend_entry(it: Series) -> Html:
+  colour = f"s{it.colour % len(LIGHT_COLOURS)}"
+  mark = [element("path", d="M0 5 h26", class_=f"line {colour}")]
   if it.dots:
-    mark.append(tag("path", d="M13 5 h0", class_=f"dots {colour}"))
-  return _key_of(mark, it.name)
+    mark.append(element("path", d="M13 5 h0", class_=f"dots {colour}"))
+  return _legend_mark(mark, it.name)
 
 
-def _key_of(mark, name: str) -> Html:
-  return tag("span", tag("svg", mark, viewBox="0 0 26 10", aria_hidden="true"), tag("span", name), class_="key")
+def _legend_mark(mark, name: str) -> Html:
+  return element(
+    "span", element("svg", mark, viewBox="0 0 26 10", aria_hidden="true"), element("span", name), class_="key"
+  )
 
 
-def thinned(points: Points) -> list[tuple[float, float]]:
+def downsample(points: Points) -> list[tuple[float, float]]:
   """The least and the greatest of each of COLUMNS spans of steps, the first and the last: no spike is lost."""
-  if len(points) <= 2 * COLUMNS:
+  if len(points) <= 2 * NUM_COLUMNS:
     return list(points)
   kept = {0, len(points) - 1}
-  for column in _spans(points, COLUMNS):
+  for column in _bins(points, NUM_COLUMNS):
     kept |= {min(column, key=lambda i: points[i][1]), max(column, key=lambda i: points[i][1])}
   return [points[i] for i in sorted(kept)]
 
 
-def means(points: Points) -> list[tuple[float, float]]:
+def window_means(points: Points) -> list[tuple[float, float]]:
   """The mean step and the mean value of each of WINDOWS spans of steps."""
   mean = lambda numbers: sum(numbers) / len(numbers)
-  return [(mean([points[i][0] for i in span]), mean([points[i][1] for i in span])) for span in _spans(points, WINDOWS)]
+  return [
+    (mean([points[i][0] for i in span]), mean([points[i][1] for i in span])) for span in _bins(points, NUM_WINDOWS)
+  ]
 
 
-def _spans(points: Points, count: int) -> list[range]:
+def _bins(points: Points, count: int) -> list[range]:
   """The indices of the points in each of `count` equal spans of steps, without the empty ones."""
   first, last = points[0][0], points[-1][0]
   starts = [bisect.bisect_left(points, first + (last - first) * i / count, key=lambda it: it[0]) for i in range(count)]
@@ -168,19 +184,19 @@ def _spans(points: Points, count: int) -> list[range]:
 
 def ticks(low: float, high: float) -> list[float]:
   """Round numbers from `low` to `high`."""
-  return _multiples(_apart(low, high), low, high)
+  return _tick_multiples(_tick_spacing(low, high), low, high)
 
 
 def step_ticks(low: float, high: float) -> list[float]:
   """Round whole numbers from `low` on, and none where the label of the last step is: in the last quarter."""
-  return _multiples(max(1.0, _apart(low, high)), low, high - 0.25 * (high - low))
+  return _tick_multiples(max(1.0, _tick_spacing(low, high)), low, high - 0.25 * (high - low))
 
 
-def _multiples(apart: float, low: float, high: float) -> list[float]:
+def _tick_multiples(apart: float, low: float, high: float) -> list[float]:
   return [i * apart for i in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)]
 
 
-def _apart(low: float, high: float) -> float:
+def _tick_spacing(low: float, high: float) -> float:
   """1, 2 or 5 times a power of ten: how far apart up to seven ticks are."""
   least = (high - low) / 6
   unit = 10.0 ** math.floor(math.log10(least))
@@ -196,7 +212,7 @@ def log_ticks(low: float, high: float) -> list[float]:
   return [it for it in found if low <= math.log10(it) <= high]
 
 
-def label(number: float) -> str:
+def format_tick(number: float) -> str:
   """A tick of a logarithmic axis, each in a unit of its own: 0.001, 1,000, 10k, 1M, 1e-7, 1e20."""
   if not 1e-4 <= number < 1e15:
     return _with_exponent(number)
@@ -204,7 +220,7 @@ def label(number: float) -> str:
   return f"{number / unit:,.10g}{letter}"
 
 
-def labels(numbers: list[float]) -> list[str]:
+def format_ticks(numbers: list[float]) -> list[str]:
   """The ticks of an axis, all in one unit: 0, 0.0005, 0.001; 0, 2e-5, 4e-5; 0, 5k, 10k."""
   sizes = [abs(it) for it in numbers if it]
   if sizes and (min(sizes) < 1e-4 or max(sizes) >= 1e15):

@@ -5,25 +5,25 @@ from pathlib import Path
 
 from jaxft.page import markup, samples, words
 from jaxft.page.charts import Series, chart
-from jaxft.page.markup import Html, section, table, tag
-from jaxft.page.record import Record, whole
-from jaxft.page.style import LIGHT
-from jaxft.plan.show import size
+from jaxft.page.markup import Html, element, section, table
+from jaxft.page.record import RunRecord, get_int
+from jaxft.page.style import LIGHT_COLOURS
+from jaxft.plan.show import format_bytes
 
-MOST_PROMPTS = 5
+MAX_PROMPTS = 5
 # Settings that say where something lies, not what is done.
-PLACES = ("data.cache_dir", "export.out")
+PATH_SETTINGS = ("data.cache_dir", "export.out")
 
 
-def page(records: list[Record]) -> str:
+def render(records: list[RunRecord]) -> str:
   """The HTML of two runs or more, in the order given."""
-  named = list(zip(_names(records), records, strict=True))
+  named = list(zip(_unique_names(records), records, strict=True))
   title = f"{len(records)} runs compared"
-  parts = [_first_screen(title, named), _curves(named), _differences(named), _samples(named)]
-  return markup.page(title, *parts)
+  parts = [_header(title, named), _curves(named), _differences(named), _samples(named)]
+  return markup.render_page(title, *parts)
 
 
-def _names(records: list[Record]) -> list[str]:
+def _unique_names(records: list[RunRecord]) -> list[str]:
   """The folders' own names, with as many of the folders they are in as it takes to tell the runs apart."""
   paths = [record.workdir.resolve() for record in records]
   for parts in range(1, max(len(path.parts) for path in paths) + 1):
@@ -33,51 +33,53 @@ def _names(records: list[Record]) -> list[str]:
   return [f"{name} ({i})" for i, name in enumerate(map(os.fspath, paths), 1)]
 
 
-def _first_screen(title: str, named: list[tuple[str, Record]]) -> Html:
-  found = {name: it for name, record in named if (it := words.outcome(record)) and it.after is not None}
+def _header(title: str, named: list[tuple[str, RunRecord]]) -> Html:
+  found = {name: it for name, record in named if (it := words.headline_metric(record)) and it.after is not None}
   headline, measures = title, {it.key for it in found.values()}
   if len(found) > 1 and len(measures) == 1:
     key = measures.pop()
     pick = max if key == "eval/accuracy" else min
     best = pick(found, key=lambda name: found[name].after)
     word = "highest" if key == "eval/accuracy" else "lowest"
-    headline = f"{best} has the {word} {found[best].name}: {words.told(key, found[best].after)}"
-  held_out = {whole(record.data, "tokens", "held_out") for _, record in named}
+    headline = f"{best} has the {word} {found[best].name}: {words.format_metric(key, found[best].after)}"
+  held_out = {get_int(record.data, "tokens", "held_out") for _, record in named}
   unlike = (
     "The runs were evaluated on different texts: their eval losses cannot be compared." if len(held_out) > 1 else None
   )
-  return tag(
+  return element(
     "header",
-    tag("p", title, class_="over"),
-    tag("h1", headline),
-    tag("p", unlike, class_="state bad") if unlike else None,
-    [tag("p", f"{name}: {note}.", class_="state") for name, record in named for note in record.notes],
-    _results(named),
+    element("p", title, class_="over"),
+    element("h1", headline),
+    element("p", unlike, class_="state bad") if unlike else None,
+    [element("p", f"{name}: {note}.", class_="state") for name, record in named for note in record.notes],
+    _results_table(named),
   )
 
 
-def _results(named: list[tuple[str, Record]]) -> Html:
-  keys = words.measured([record for _, record in named])
+def _results_table(named: list[tuple[str, RunRecord]]) -> Html:
+  keys = words.measured_metrics([record for _, record in named])
   rows = []
   for i, (name, record) in enumerate(named):
-    cells = [" → ".join(words.told(key, value) for value in record.cells(key)) for key in keys]
+    cells = [" → ".join(words.format_metric(key, value) for value in record.cells(key)) for key in keys]
     peak, speed = (
       max((v for _, v in record.points("memory/peak_bytes")), default=None),
       record.median("perf/tokens_per_second"),
     )
-    finished, state = words.state(record)
-    state = tag("small", state.splitlines()[0].split(":")[0], class_=None if finished else "bad")
-    rows.append([[_swatch(i), name, state], *cells, words.speed(speed) if speed is not None else "?", size(peak)])
-  return table(["run", *(words.MEASURES[key] for key in keys), "tokens/s", "most memory"], rows, "numbers runs")
+    finished, state = words.run_status(record)
+    state = element("small", state.splitlines()[0].split(":")[0], class_=None if finished else "bad")
+    rows.append(
+      [[_swatch(i), name, state], *cells, words.format_speed(speed) if speed is not None else "?", format_bytes(peak)]
+    )
+  return table(["run", *(words.METRIC_NAMES[key] for key in keys), "tokens/s", "most memory"], rows, "numbers runs")
 
 
 def _swatch(i: int) -> Html:
-  line = tag("path", d="M0 5 h18", class_=f"line s{i % len(LIGHT)}")
-  return tag("svg", line, viewBox="0 0 26 10", width=26, height=10, aria_hidden="true")
+  line = element("path", d="M0 5 h18", class_=f"line s{i % len(LIGHT_COLOURS)}")
+  return element("svg", line, viewBox="0 0 26 10", width=26, height=10, aria_hidden="true")
 
 
-def _curves(named: list[tuple[str, Record]]) -> Html | None:
-  def lines(key: str, points=Record.points, **how) -> list[Series]:
+def _curves(named: list[tuple[str, RunRecord]]) -> Html | None:
+  def lines(key: str, points=RunRecord.points, **how) -> list[Series]:
     return [Series(name, points(record, key), i, **how) for i, (name, record) in enumerate(named)]
 
   noisy, speed = {"noisy": True, "only_mean": True}, "perf/tokens_per_second"
@@ -87,24 +89,24 @@ def _curves(named: list[tuple[str, Record]]) -> Html | None:
     chart("Accuracy", "share of the held-out texts", lines("eval/accuracy", dots=True), share=True),
     chart("Learning rate", "", lines("train/learning_rate"), from_zero=True),
     chart("Gradient norm", "before clipping", lines("train/grad_norm", **noisy)),
-    chart("Speed", "tokens a second", lines(speed, Record.without_outliers, **noisy), from_zero=True),
+    chart("Speed", "tokens a second", lines(speed, RunRecord.without_outliers, **noisy), from_zero=True),
   ]
   drawn = [it for it in figures if it]
-  return section("How they went", tag("div", drawn, class_="charts")) if drawn else None
+  return section("How they went", element("div", drawn, class_="charts")) if drawn else None
 
 
-def _differences(named: list[tuple[str, Record]]) -> Html:
-  names = sorted({key for _, record in named for key in record.config} - set(PLACES))
+def _differences(named: list[tuple[str, RunRecord]]) -> Html:
+  names = sorted({key for _, record in named for key in record.config} - set(PATH_SETTINGS))
   rows = []
   for key in names:
     values = [record.config.get(key) for _, record in named]
     if any(value != values[0] for value in values):
-      rows.append([key, *map(words.setting, values)])
-  same = tag("p", "None: the runs have the same settings.", class_="note") if not rows else None
+      rows.append([key, *map(words.format_setting, values)])
+  same = element("p", "None: the runs have the same settings.", class_="note") if not rows else None
   return section("Settings that differ", same or table(["", *(name for name, _ in named)], rows))
 
 
-def _samples(named: list[tuple[str, Record]]) -> Html | None:
+def _samples(named: list[tuple[str, RunRecord]]) -> Html | None:
   """What each run made in the end of the prompts that it shares with another."""
   last = {name: {prompt: sides[-1] for prompt, sides in samples.by_prompt(record).items()} for name, record in named}
   prompts = [it for it in dict.fromkeys(prompt for of in last.values() for prompt in of)]
@@ -112,10 +114,10 @@ def _samples(named: list[tuple[str, Record]]) -> Html | None:
   if not shared:
     return None
   groups = [
-    samples.sides(
+    samples.side_by_side(
       [of[prompt]._replace(title=f"{name}: {of[prompt].title}") for name, of in last.items() if prompt in of]
     )
-    for prompt in shared[:MOST_PROMPTS]
+    for prompt in shared[:MAX_PROMPTS]
   ]
-  more = f"{len(shared) - MOST_PROMPTS:,} more prompts are in samples.jsonl." if len(shared) > MOST_PROMPTS else None
-  return section("The last samples", *groups, tag("p", more, class_="note") if more else None)
+  more = f"{len(shared) - MAX_PROMPTS:,} more prompts are in samples.jsonl." if len(shared) > MAX_PROMPTS else None
+  return section("The last samples", *groups, element("p", more, class_="note") if more else None)

@@ -1,20 +1,20 @@
 """The look of the pages, and the script that shows values under the pointer; a page is whole without the script."""
 
-from jaxft.plan.show import PARTS
+from jaxft.plan.show import MEMORY_COLOURS
 
 # Colours of lines that are told apart: blue, vermilion, green, purple, ochre, sky (after Okabe and Ito), for light and dark.
-LIGHT = ("#0b62a4", "#c1440e", "#00795a", "#8e4585", "#8a6a00", "#2a7fa8")
-DARK = ("#6cb6f0", "#f0885a", "#4fc3a1", "#d59ad0", "#dcb84c", "#8fd0ee")
+LIGHT_COLOURS = ("#0b62a4", "#c1440e", "#00795a", "#8e4585", "#8a6a00", "#2a7fa8")
+DARK_COLOURS = ("#6cb6f0", "#f0885a", "#4fc3a1", "#d59ad0", "#dcb84c", "#8fd0ee")
 
 STYLE = (
   """
 :root { color-scheme: light dark; --ground: #fbfbfa; --card: #fff; --text: #1b1c1e; --soft: #5d6166; --line: #e3e3e0;
   --grid: #ececea; --shade: #0003; --bad: #b3261e; --good: #00795a; """
-  + " ".join(f"--c{i}: {colour};" for i, colour in enumerate(LIGHT))
+  + " ".join(f"--c{i}: {colour};" for i, colour in enumerate(LIGHT_COLOURS))
   + """ }
 @media (prefers-color-scheme: dark) { :root { --ground: #131416; --card: #1a1c1f; --text: #e7e7e4; --soft: #a0a4a9;
   --line: #303338; --grid: #26292d; --shade: #000c; --bad: #ff8a80; --good: #4fc3a1; """
-  + " ".join(f"--c{i}: {colour};" for i, colour in enumerate(DARK))
+  + " ".join(f"--c{i}: {colour};" for i, colour in enumerate(DARK_COLOURS))
   + """ } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--text); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
@@ -94,10 +94,10 @@ path, line, polyline { fill: none; vector-effect: non-scaling-stroke; }
 .dots { stroke-width: 7; stroke-linecap: round; } .floor { stroke: var(--soft); stroke-dasharray: 5 4; }
 .fault { stroke: var(--bad); stroke-width: 2; }
 """
-  + "".join(f".s{i} {{ stroke: var(--c{i}); }}\n" for i in range(len(LIGHT)))
-  + "".join(f".{part} {{ background: {light}; }}\n" for part, (_, light, _) in PARTS.items())
+  + "".join(f".s{i} {{ stroke: var(--c{i}); }}\n" for i in range(len(LIGHT_COLOURS)))
+  + "".join(f".{part} {{ background: {light}; }}\n" for part, (_, light, _) in MEMORY_COLOURS.items())
   + "@media (prefers-color-scheme: dark) {\n"
-  + "".join(f".{part} {{ background: {dark}; }}\n" for part, (_, _, dark) in PARTS.items())
+  + "".join(f".{part} {{ background: {dark}; }}\n" for part, (_, _, dark) in MEMORY_COLOURS.items())
   + "}\n"
   + """.bar { display: flex; height: 1.4rem; margin: .3rem 0 .8rem; background: var(--grid); border-radius: 4px;
   overflow: hidden; }

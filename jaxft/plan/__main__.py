@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxft import command_line, usage
 from jaxft.errors import RequestError, run_command
-from jaxft.files import at_home, write_whole
+from jaxft.files import atomic_write, expand_user
 from jaxft.plan import show, targets
 from jaxft.plan.answer import plans_for
 from jaxft.run.tracking import console
@@ -18,15 +18,15 @@ def main() -> None:
   if not devices:
     raise RequestError("--device is missing; name one, such as h100x8, rtx4090 or v5e:2x4")
   tell = lambda line: print(line, file=sys.stderr, flush=True)
-  prices = targets.read_prices(Path(at_home(arguments.prices))) if arguments.prices else {}
+  prices = targets.read_prices(Path(expand_user(arguments.prices))) if arguments.prices else {}
   plans = plans_for(arguments.config, devices, search=arguments.fit, prices=prices, tell=tell)
   if arguments.html:
-    write_whole(Path(at_home(arguments.html)), show.page(plans))
+    atomic_write(Path(expand_user(arguments.html)), show.html_page(plans))
   if arguments.json:
     print(json.dumps(plans[0] if len(plans) == 1 else {"plans": plans}))
     return
   for plan in plans:
-    console.print(show.table(plan))
+    console.print(show.render_plan(plan))
 
 
 if __name__ == "__main__":

@@ -16,15 +16,15 @@ from jaxft.hf import chosen, facts, repo, source
 from jaxft.hf.published import PUBLISHED
 from jaxft.model import ModelConfig
 from jaxft.plan import compile, estimate, figures, targets
-from jaxft.plan.fit import SHOWN, search
-from jaxft.program import Program
+from jaxft.plan.fit import NUM_PLANS, find_settings
+from jaxft.program import TrainProgram
 
 # What the compiler tells in every plan, and is None in one that was refused.
-ALWAYS = (
+COMPILER_KEYS = (
   *("devices", "peak_bytes", "breakdown", "host_bytes", "flops", "collective_bytes", "step_seconds_estimate"),
   "compile_seconds",
 )
-PACKAGES = {"gpu": ("jax-cuda13-plugin",), "tpu": ("libtpu",), "cpu": ()}
+VERSIONED_PACKAGES = {"gpu": ("jax-cuda13-plugin",), "tpu": ("libtpu",), "cpu": ()}
 
 
 def plan_for(
@@ -55,49 +55,49 @@ def plans_for(
 
   One of several that does not go with the config has a plan with the reason as "refused"; alone it is a RequestError.
   """
-  config = settings.normalised(config)
-  if lines := settings.faults(config):
+  config = settings.normalize(config)
+  if lines := settings.validate(config):
     raise RequestError("\n".join(lines))
-  wanted = [targets.find(device) for device in devices]  # a mistyped one is told before any is compiled
-  cfg = model_facts(config)
+  wanted = [targets.parse_device(device) for device in devices]  # a mistyped one is told before any is compiled
+  cfg = resolve_model_config(config)
   plans = []
   with compile.Compiler() as compiler:
     for target in wanted:
       try:
-        plans.append(_plan(compiler, config, cfg, target, search, prices.get(target.kind), tell))
+        plans.append(_make_plan(compiler, config, cfg, target, search, prices.get(target.kind), tell))
       except RequestError as error:
         if len(wanted) == 1:
           raise
-        plans.append(_refused(config, target, error))
+        plans.append(_refused_plan(config, target, error))
   return plans
 
 
-def model_facts(config: ConfigDict) -> ModelConfig:
+def resolve_model_config(config: ConfigDict) -> ModelConfig:
   """The architecture that `config` trains, without its weights; of the published models without a network too."""
   path, published = config.model.path, {name.lower(): value for name, value in PUBLISHED.items()}
   name = path.lower().removeprefix("openai-community/")
   scratch = config.model.init == "scratch"
   if config.model.config and scratch:
-    return _as_run(config, *source.sizes(config.model))
+    return _apply_run_config(config, *source.scratch_config(config.model))
   if name in published and not repo.is_local(path):
-    hf_config, cfg = published[name], facts.model_config(published[name])
+    hf_config, cfg = published[name], facts.from_hf_config(published[name])
   else:
-    _, hf_config, cfg, *_ = repo.find(path, config.model.revision, weights=False)
+    _, hf_config, cfg, *_ = repo.resolve(path, config.model.revision, weights=False)
   if scratch:
-    hf_config, cfg = source.sizes(config.model, hf_config, Path(path) / "config.json")
-  return _as_run(config, hf_config, cfg)
+    hf_config, cfg = source.scratch_config(config.model, hf_config, Path(path) / "config.json")
+  return _apply_run_config(config, hf_config, cfg)
 
 
-def _as_run(config: ConfigDict, hf_config: dict[str, Any], cfg: ModelConfig) -> ModelConfig:
+def _apply_run_config(config: ConfigDict, hf_config: dict[str, Any], cfg: ModelConfig) -> ModelConfig:
   """The architecture as a run of `config` changes it; raises RequestError for rows that are too long for it."""
   if config.data.sequence_length > cfg.P:
     raise RequestError(f"config.data.sequence_length={config.data.sequence_length}: the model has {cfg.P} positions")
   if config.model.head == "classification" and not cfg.classes:
     cfg = dataclasses.replace(cfg, classes=2)  # as many as the data has labels: of no account for memory
-  return chosen.as_configured(cfg, config, hf_config["model_type"])
+  return chosen.apply_config(cfg, config, hf_config["model_type"])
 
 
-def _plan(
+def _make_plan(
   compiler: compile.Compiler,
   config: ConfigDict,
   cfg: ModelConfig,
@@ -108,42 +108,42 @@ def _plan(
 ) -> dict[str, Any]:
   def of(config: ConfigDict) -> dict[str, Any]:
     tell(f"compiling for {target.name} ...")
-    found = compiler(compile.Request(settings.to_json(config), dataclasses.asdict(cfg), target.name))
-    return _told(config, target, found, price)
+    found = compiler(compile.CompileRequest(settings.to_json(config), dataclasses.asdict(cfg), target.name))
+    return _to_plan(config, target, found, price)
 
-  compile.must_be_installed(target)
+  compile.check_compiler_installed(target)
   try:
     plan = of(config)
   except RequestError as error:
     if not do_search:
       raise
     tell(f"as it is: {error}")  # a batch or a mesh that does not go with this target; the search has its own
-    plan = _refused(config, target, error)
+    plan = _refused_plan(config, target, error)
   if do_search or not plan["fits"]:
-    plan["advice"] = search(config, cfg, target, of, tell, shown=SHOWN if do_search else 1)
+    plan["advice"] = find_settings(config, cfg, target, of, tell, shown=NUM_PLANS if do_search else 1)
   return plan
 
 
-def plan_here(
-  config: ConfigDict, cfg: ModelConfig, run: Program, traced: Any, compiled: Any, eval_compiled: Any
+def plan_from_compiled(
+  config: ConfigDict, cfg: ModelConfig, run: TrainProgram, traced: Any, compiled: Any, eval_compiled: Any
 ) -> dict[str, Any]:
   """The plan of steps that are compiled already, for the devices they will run on; `traced` is the train step's."""
   mesh = run.batch_sharding.mesh
   device = mesh.local_devices[0]
-  found = figures.of_traced(run, config, cfg, traced) | figures.of_compiled(run, compiled)
+  found = figures.measure_traced(run, config, cfg, traced) | figures.measure_compiled(run, compiled)
   found |= {"eval_peak_bytes": figures.eval_peak_bytes(run, eval_compiled), "compile_seconds": None}
-  plan = _told(config, targets.here(device, mesh.size), found)
-  share = backend.memory_of(device) // (mesh.size if device.platform == "cpu" else 1)
+  plan = _to_plan(config, targets.local_target(device, mesh.size), found)
+  share = backend.device_memory_bytes(device) // (mesh.size if device.platform == "cpu" else 1)
   return plan | {"usable_bytes": share, "fits": max(plan["peak_bytes"], plan["eval_peak_bytes"]) <= share}
 
 
-def _refused(config: ConfigDict, target: targets.Target, error: RequestError) -> dict[str, Any]:
-  return _about(config, target) | dict.fromkeys(ALWAYS) | {"fits": False, "refused": str(error)}
+def _refused_plan(config: ConfigDict, target: targets.Target, error: RequestError) -> dict[str, Any]:
+  return _plan_header(config, target) | dict.fromkeys(COMPILER_KEYS) | {"fits": False, "refused": str(error)}
 
 
-def _about(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
+def _plan_header(config: ConfigDict, target: targets.Target) -> dict[str, Any]:
   kind = "tpu" if target.kind in targets.TPUS else "gpu" if target.kind in targets.GPUS else "cpu"
-  packages = ("jaxft", "jax", "jaxlib", *PACKAGES[kind])
+  packages = ("jaxft", "jax", "jaxlib", *VERSIONED_PACKAGES[kind])
   return {
     "device": target.name,
     "model": config.model.path,
@@ -159,14 +159,14 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _told(
+def _to_plan(
   config: ConfigDict, target: targets.Target, found: dict[str, Any], price: float | None = None
 ) -> dict[str, Any]:
   """The figures of the compiler as a plan."""
   if "refused" in found:
     raise RequestError(f"--device={target.name!r}: {found['refused']}")
   refused = "needs_bytes" in found
-  plan = _about(config, target) | {
+  plan = _plan_header(config, target) | {
     "device_kind": found["device_kind"],
     "devices": found["devices"],
     "mesh": found["mesh"],
@@ -184,7 +184,7 @@ def _told(
     plan["fits"] = max(found["peak_bytes"], found["eval_peak_bytes"]) <= plan["usable_bytes"]
   step_estimate = None
   if not refused:
-    step_estimate = estimate.roofline(
+    step_estimate = estimate.estimate_step(
       target,
       found["devices"],
       dtype=found["compute_dtype"],
@@ -202,12 +202,12 @@ def _told(
     "model_flops": found["model_flops"],
     "tokens": found["tokens"],
     "bus_bytes": found["bus_bytes"],
-    "pinned_bytes": backend.most_pinned(found["bytes_on_every_host"]) if target.kind in targets.GPUS else 0,
+    "pinned_bytes": backend.max_pinned_bytes(found["bytes_on_every_host"]) if target.kind in targets.GPUS else 0,
     "moved_bytes": found.get("moved_bytes"),
     "collective_bytes": found.get("collective_bytes", {}),
     "step_seconds_estimate": step_estimate and step_estimate.step_seconds,
-    "cost": estimate.costs(price, target, step_estimate),
-    "estimate": estimate.told(step_estimate, target, found["compute_dtype"]),
+    "cost": estimate.estimate_cost(price, target, step_estimate),
+    "estimate": estimate.to_dict(step_estimate, target, found["compute_dtype"]),
     "rows_to_hide_the_bus": step_estimate and step_estimate.rows_to_hide_the_bus(config.train.batch_size),
     "compile_seconds": found["compile_seconds"],
   }

@@ -18,25 +18,25 @@ from jaxft import config as settings
 from jaxft.errors import JaxftError, RequestError, first_line
 from jaxft.model import ModelConfig
 from jaxft.plan import targets
-from jaxft.plan.figures import figures
+from jaxft.plan.figures import measure_step
 
 # Over the caller's own; flags of the compilers come after the caller's, which a run has too, and of two the last counts.
-ENVIRONMENT = {
+COMPILER_ENV = {
   "JAX_PLATFORMS": "cpu",  # do not look for a device: the topology brings its own
   "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no driver here, so the version checks cannot run
   "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # autotuning would need the device
   "TPU_SKIP_MDS_QUERY": "1",  # do not look for a metadata server
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is taken, so two plans may be made at once
-  "LIBTPU_INIT_ARGS": backend.LIBTPU_STACK,
+  "LIBTPU_INIT_ARGS": backend.LIBTPU_STACK_FLAG,
   "TF_CPP_MIN_LOG_LEVEL": "3",
   "JAX_TRACEBACK_FILTERING": "off",  # the last line of what it says is then the error
 }
-FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 PLUGINS = {"gpu": "jax_plugins.xla_cuda13", "tpu": "libtpu"}
-INSTALL = 'pip install "jaxft[plan]"'
+INSTALL_COMMAND = 'pip install "jaxft[plan]"'
 
 
-class Request(NamedTuple):
+class CompileRequest(NamedTuple):
   """One thing to compile."""
 
   config: str  # as `jaxft.config.to_json` writes it
@@ -55,13 +55,13 @@ class Compiler:
   def __exit__(self, *_) -> None:
     self._end()
 
-  def __call__(self, request: Request) -> dict[str, Any]:
-    """The answer to a request: see `figures`; or {"refused": the reason} where the compiler or jaxft refuses it.
+  def __call__(self, request: CompileRequest) -> dict[str, Any]:
+    """The answer to a request: see `measure_step`; or {"refused": the reason} where the compiler or jaxft refuses it.
 
     Raises RequestError when the compiler for the device is not installed, or the process dies.
     """
-    target = targets.find(request.device)
-    must_be_installed(target)
+    target = targets.parse_device(request.device)
+    check_compiler_installed(target)
     cpus = target.count if target.kind == "cpu" else 1
     if self._child is None or cpus > self._cpus:
       self._start(cpus)
@@ -88,7 +88,7 @@ class Compiler:
       stdout=subprocess.PIPE,
       stderr=self._stderr,
       text=True,
-      env=environment() | {"JAX_NUM_CPU_DEVICES": str(cpus)},
+      env=compiler_env() | {"JAX_NUM_CPU_DEVICES": str(cpus)},
     )
 
   def _end(self) -> None:
@@ -99,19 +99,19 @@ class Compiler:
       self._child = None
 
 
-def environment() -> dict[str, str]:
+def compiler_env() -> dict[str, str]:
   """Of the process that compiles."""
-  flags = {name: f"{os.environ.get(name, '')} {ENVIRONMENT[name]}".strip() for name in FLAGS}
-  if backend.slices_are_wrong():
-    flags["XLA_FLAGS"] = backend.without_annotator(flags["XLA_FLAGS"])
-  return os.environ | ENVIRONMENT | flags
+  flags = {name: f"{os.environ.get(name, '')} {COMPILER_ENV[name]}".strip() for name in FLAG_VARIABLES}
+  if backend.has_slice_bug():
+    flags["XLA_FLAGS"] = backend.disable_slice_pass(flags["XLA_FLAGS"])
+  return os.environ | COMPILER_ENV | flags
 
 
-def must_be_installed(target: targets.Target) -> None:
+def check_compiler_installed(target: targets.Target) -> None:
   """Raises RequestError, with the command that installs it, where the compiler for the target is missing."""
   plugin = "tpu" if target.kind in targets.TPUS else "gpu" if target.kind in targets.GPUS else None
   if plugin and not _installed(PLUGINS[plugin]):
-    raise RequestError(f"--device={target.name!r}: its compiler is not installed; {INSTALL}")
+    raise RequestError(f"--device={target.name!r}: its compiler is not installed; {INSTALL_COMMAND}")
 
 
 def _installed(module: str) -> bool:
@@ -123,10 +123,10 @@ def _installed(module: str) -> bool:
 
 def main() -> None:
   for line in sys.stdin:
-    request = Request(**json.loads(line))
+    request = CompileRequest(**json.loads(line))
     try:
       config, cfg = settings.from_json(request.config), ModelConfig(**request.cfg)
-      answer = figures(config, cfg, targets.find(request.device), request.text)
+      answer = measure_step(config, cfg, targets.parse_device(request.device), request.text)
     # The compilers' own refusals come as the last two as well: a topology that does not exist, an instruction it lacks.
     except (JaxftError, jax.errors.JaxRuntimeError, AssertionError, NotImplementedError) as error:
       answer = {"refused": str(error) if isinstance(error, JaxftError) else first_line(error)}

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxft.plan.targets import Target
 
-NOT_MEASURED = "assumption: jaxft has not been measured on this hardware"
+UNMEASURED = "assumption: jaxft has not been measured on this hardware"
 
 
 class Efficiency(NamedTuple):
@@ -15,12 +15,12 @@ class Efficiency(NamedTuple):
   memory: float = 0.8
   network: float = 0.7
   bus: float = 0.8
-  source: str = NOT_MEASURED
+  source: str = UNMEASURED
 
 
 EFFICIENCY = Efficiency()
 # What a device sends for a collective over n devices, in bytes of the larger of its input and output, by rings.
-SENT = {
+RING_FACTORS = {
   "all-gather": lambda n: (n - 1) / n,
   "reduce-scatter": lambda n: (n - 1) / n,
   "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -48,13 +48,13 @@ class Estimate(NamedTuple):
     return math.ceil(4 * self.bus_seconds / a_row)
 
 
-MFU = "model FLOPs / (step seconds x devices x dense 16-bit peak FLOP/s), model FLOPs without recomputation"
-STEP = (
+MFU_FORMULA = "model FLOPs / (step seconds x devices x dense 16-bit peak FLOP/s), model FLOPs without recomputation"
+STEP_FORMULA = (
   "the longest of compute, memory and network seconds, which are taken to overlap, and the bus seconds, which are not"
 )
 
 
-def roofline(
+def estimate_step(
   target: Target,
   devices: int,
   *,
@@ -73,30 +73,30 @@ def roofline(
     devices: that share the step; not all of a target need be in the mesh.
     dtype: of matrix products.
     flops, model_flops: of the whole step, over all devices (`flops.py`).
-    moved_bytes: between a device's memory and its cores (`hlo.moved`).
-    collective_bytes: of a device, by kind (`hlo.by_kind`).
+    moved_bytes: between a device's memory and its cores (`hlo.hbm_bytes`).
+    collective_bytes: of a device, by kind (`hlo.bytes_by_kind`).
     tokens: of a step.
-    bus_bytes: between the host's memory and a device (`offload.traffic`).
+    bus_bytes: between the host's memory and a device (`offload.host_traffic`).
   """
   facts = target.spec
   if facts is None:
     return None
   compute = flops / devices / (efficiency.compute * facts.peak_flops(dtype))
   memory = moved_bytes / (efficiency.memory * facts.bandwidth)
-  sent = sum(SENT[kind](devices) * nbytes for kind, nbytes in collective_bytes.items())
+  sent = sum(RING_FACTORS[kind](devices) * nbytes for kind, nbytes in collective_bytes.items())
   network = sent / (efficiency.network * target.link)
   bus = bus_bytes / (efficiency.bus * facts.bus)
   seconds = max(compute, memory, network) + bus
-  mfu = seconds_at_peak(target, devices, model_flops) / seconds
+  mfu = ideal_step_seconds(target, devices, model_flops) / seconds
   return Estimate(compute, memory, network, bus, seconds, tokens / seconds, mfu)
 
 
-def seconds_at_peak(target: Target, devices: int, model_flops: int) -> float | None:
+def ideal_step_seconds(target: Target, devices: int, model_flops: int) -> float | None:
   """A step's, if no device ever waited: over what it takes this is its MFU. None for a device whose speed is not known."""
   return None if target.spec is None else model_flops / (devices * target.spec.peak_flops("bfloat16"))
 
 
-def costs(price: float | None, target: Target, estimate: Estimate | None) -> dict[str, float]:
+def estimate_cost(price: float | None, target: Target, estimate: Estimate | None) -> dict[str, float]:
   """{"per_hour", "per_million_tokens"} of all devices of the target, by the user's price for one of them an hour."""
   if price is None:
     return {}
@@ -106,7 +106,9 @@ def costs(price: float | None, target: Target, estimate: Estimate | None) -> dic
   )
 
 
-def told(estimate: Estimate | None, target: Target, dtype: str, efficiency: Efficiency = EFFICIENCY) -> dict[str, Any]:
+def to_dict(
+  estimate: Estimate | None, target: Target, dtype: str, efficiency: Efficiency = EFFICIENCY
+) -> dict[str, Any]:
   """The estimate with all that it rests on, for JSON."""
   if estimate is None:
     return {}
@@ -120,6 +122,6 @@ def told(estimate: Estimate | None, target: Target, dtype: str, efficiency: Effi
       "bus_bytes_per_second": facts.bus,
     },
     "efficiency": efficiency._asdict(),
-    "step_formula": STEP,
-    "mfu_formula": MFU,
+    "step_formula": STEP_FORMULA,
+    "mfu_formula": MFU_FORMULA,
   }

@@ -12,13 +12,13 @@ from jaxft import offload, sharding
 from jaxft.errors import RequestError
 from jaxft.model import ModelConfig
 from jaxft.plan import targets
-from jaxft.plan.rough import Rough
+from jaxft.plan.rough import CostModel
 
-MARGIN = 0.05  # of the usable memory stays free: what the plan says is to be within this of what a device takes
-SHOWN = 3  # plans to find, where they are asked for; one is enough to show a way out
-MOST_COMPILES, MOST_SECONDS = 10, 150
+MEMORY_MARGIN = 0.05  # of the usable memory stays free: what the plan says is to be within this of what a device takes
+NUM_PLANS = 3  # plans to find, where they are asked for; one is enough to show a way out
+MAX_COMPILES, MAX_SECONDS = 10, 150
 # What is tried, with every mesh and every micro-batch that goes into the batch; nothing that changes what is learned.
-CHOICES = {
+SEARCH_SPACE = {
   "memory.offload": ("none", "optimizer", "all"),
   "memory.remat": ("none", "dots", "full"),
   "memory.loss_chunk": (-1, 64),
@@ -34,14 +34,14 @@ class Candidate(NamedTuple):
   other_bytes: float
 
 
-def search(
+def find_settings(
   config: ConfigDict,
   cfg: ModelConfig,
   target: targets.Target,
   plan_of: Callable[[ConfigDict], dict[str, Any]],
   tell: Callable[[str], None] = lambda line: None,
   *,
-  shown: int = SHOWN,
+  shown: int = NUM_PLANS,
 ) -> dict[str, Any]:
   """{"best": plans that fit with a margin, fastest first; "lost": what was compiled and why it lost; "not_compiled": why not}.
 
@@ -53,10 +53,10 @@ def search(
     plan_of: compiles one config.
     shown: how many plans that fit are enough.
   """
-  room = int(target.usable_bytes * (1 - MARGIN))
+  room = int(target.usable_bytes * (1 - MEMORY_MARGIN))
   untried = sorted(candidates(config, cfg, target), key=lambda it: it.seconds)
   least = min((it.state_bytes for it in untried), default=None)
-  count, correction, fitting, lost = len(untried), dict.fromkeys(CHOICES["memory.remat"], 1.0), [], []
+  count, correction, fitting, lost = len(untried), dict.fromkeys(SEARCH_SPACE["memory.remat"], 1.0), [], []
   size = lambda it: it.state_bytes + correction[it.settings["memory.remat"]] * it.other_bytes
   started, frugal, ended_early = time.monotonic(), 0, None
   while untried and len(fitting) < shown:
@@ -65,12 +65,12 @@ def search(
       candidate, frugal = min(untried, key=size), frugal + 1
       if candidate.state_bytes > room or frugal > 2 or fitting:
         break
-    if ended_early := _had_enough(len(fitting) + len(lost), time.monotonic() - started):
+    if ended_early := _budget_exhausted(len(fitting) + len(lost), time.monotonic() - started):
       break
     untried.remove(candidate)
     flags = overrides(config, candidate.settings, target.count)
     try:
-      plan = plan_of(changed(config, candidate.settings))
+      plan = plan_of(with_settings(config, candidate.settings))
     except RequestError as error:
       lost.append({"overrides": flags, "why": str(error)})
       continue
@@ -107,14 +107,14 @@ def search(
   }
 
 
-def _had_enough(compiles: int, seconds: float) -> str | None:
+def _budget_exhausted(compiles: int, seconds: float) -> str | None:
   """Why a search ends that is not over."""
-  if compiles >= MOST_COMPILES:
-    return f"the search ended after {MOST_COMPILES} compiles"
-  return f"the search ended after {MOST_SECONDS} s" if seconds > MOST_SECONDS else None
+  if compiles >= MAX_COMPILES:
+    return f"the search ended after {MAX_COMPILES} compiles"
+  return f"the search ended after {MAX_SECONDS} s" if seconds > MAX_SECONDS else None
 
 
-def changed(config: ConfigDict, settings: dict[str, Any]) -> ConfigDict:
+def with_settings(config: ConfigDict, settings: dict[str, Any]) -> ConfigDict:
   """A copy of the config with these settings."""
   config = copy.deepcopy(config)
   for name, value in settings.items():
@@ -140,7 +140,7 @@ def overrides(config: ConfigDict, settings: dict[str, Any], devices: int) -> lis
 
 def candidates(config: ConfigDict, cfg: ModelConfig, target: targets.Target) -> list[Candidate]:
   """Every mesh of all the target's devices, with every micro-batch and choice, that divides model and batch."""
-  rough, platform = Rough.of(config, cfg, target), "tpu" if target.kind in targets.TPUS else "gpu"
+  rough, platform = CostModel.of(config, cfg, target), "tpu" if target.kind in targets.TPUS else "gpu"
   found = []
   for data, fsdp, tensor in meshes(cfg, target):
     parts = data * fsdp
@@ -149,15 +149,15 @@ def candidates(config: ConfigDict, cfg: ModelConfig, target: targets.Target) -> 
     stages = (3, 2, 1) if fsdp > 1 else (config.mesh.zero_stage,)  # with nothing to cut over, stages are all the same
     rows = config.train.batch_size // parts
     micro_batches = [2**i for i in range(rows.bit_length()) if rows % 2**i == 0 and 2**i < rows] + [0]
-    for stage, micro, *choice in itertools.product(stages, micro_batches, *CHOICES.values()):
-      chosen = dict(zip(CHOICES, choice, strict=True)) | {
+    for stage, micro, *choice in itertools.product(stages, micro_batches, *SEARCH_SPACE.values()):
+      chosen = dict(zip(SEARCH_SPACE, choice, strict=True)) | {
         "mesh.data": data,
         "mesh.fsdp": fsdp,
         "mesh.tensor": tensor,
         "mesh.zero_stage": stage,
         "train.micro_batch_size": micro,
       }
-      if offload.faults(platform, (rough.shapes, rough.states), chosen["memory.offload"]):
+      if offload.validate_offload(platform, (rough.shapes, rough.states), chosen["memory.offload"]):
         continue
       B = micro or rows
       state, other = rough.state_bytes(chosen), rough.other_bytes(chosen, B)

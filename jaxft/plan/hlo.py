@@ -5,20 +5,44 @@ import math
 import re
 from typing import NamedTuple
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
-BYTES |= {"f64": 8, "s64": 8, "u64": 8}
+DTYPE_BYTES = {
+  "pred": 1,
+  "s8": 1,
+  "u8": 1,
+  "f8": 1,
+  "bf16": 2,
+  "f16": 2,
+  "s16": 2,
+  "u16": 2,
+  "f32": 4,
+  "s32": 4,
+  "u32": 4,
+}
+DTYPE_BYTES |= {"f64": 8, "s64": 8, "u64": 8}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)|(?:called|branch)_computations=\{([^}]*)\}")
-TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+COMPUTATION_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+CALLED_COMPUTATIONS = re.compile(
+  r"(?:body|condition|calls|to_apply)=%?([\w.\-]+)|(?:called|branch)_computations=\{([^}]*)\}"
+)
+TRIP_COUNT = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 CHANNEL = re.compile(r"channel_id=(\d+)")
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+LOOP_LIMIT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 # Instructions that name memory or steer, and move nothing themselves.
-STILL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
-STILL |= {"partition-id", "replica-id", "opt-barrier", "optimization-barrier", "iota"}
+NO_TRAFFIC_OPS = {
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "while",
+  "conditional",
+  "call",
+  "after-all",
+}
+NO_TRAFFIC_OPS |= {"partition-id", "replica-id", "opt-barrier", "optimization-barrier", "iota"}
 COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 
 
@@ -30,13 +54,13 @@ class Collective(NamedTuple):
   @property
   def nbytes(self) -> int:
     """Of all its runs."""
-    return self.times * sum(BYTES[dtype] * math.prod(shape) for dtype, shape in self.shapes)
+    return self.times * sum(DTYPE_BYTES[dtype] * math.prod(shape) for dtype, shape in self.shapes)
 
 
 def collectives(text: str) -> list[Collective]:
   """Every collective of a program, from `compiled.as_text()`."""
-  computations, entry = _computations(text)
-  times = _times(computations, entry)
+  computations, entry = _parse_computations(text)
+  times = _execution_counts(computations, entry)
   found, spread = [], set()
   for name, lines in computations.items():
     for line in lines:
@@ -48,11 +72,11 @@ def collectives(text: str) -> list[Collective]:
           spread.add(channel[1])
         # libtpu's fusion of an all-reduce with a slice of it, which is what travels.
         kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else match[2]
-        found.append(Collective(kind, _largest(match[1]), times[name]))
+        found.append(Collective(kind, _largest_shapes(match[1]), times[name]))
   return found
 
 
-def by_kind(found: list[Collective]) -> dict[str, int]:
+def bytes_by_kind(found: list[Collective]) -> dict[str, int]:
   """Bytes of a run of the program for each kind of collective."""
   total = collections.Counter()
   for collective in found:
@@ -60,18 +84,20 @@ def by_kind(found: list[Collective]) -> dict[str, int]:
   return dict(total)
 
 
-def moved(text: str) -> int:
+def hbm_bytes(text: str) -> int:
   """Bytes that the instructions of a program read from a device's memory and write to it, in one run.
 
   A fusion reads its operands and writes its result once. Of an array that is only sliced or updated in place the slice counts:
   the weights of all layers go into every turn of the loop over layers, which reads those of one.
   """
-  computations, entry = _computations(text)
-  program = {name: {i.name: i for i in map(_instruction, lines) if i} for name, lines in computations.items()}
-  inside = {called for body in program.values() for it in body.values() if it.op not in RUNS for called in it.called}
-  times = _times(computations, entry)
+  computations, entry = _parse_computations(text)
+  program = {name: {i.name: i for i in map(_parse_instruction, lines) if i} for name, lines in computations.items()}
+  inside = {
+    called for body in program.values() for it in body.values() if it.op not in CONTROL_FLOW_OPS for called in it.called
+  }
+  times = _execution_counts(computations, entry)
   return sum(
-    times[name] * sum(_moved(program, body, it) for it in body.values())
+    times[name] * sum(_instruction_bytes(program, body, it) for it in body.values())
     for name, body in program.items()
     if times[name] and name not in inside
   )
@@ -91,11 +117,11 @@ class Instruction(NamedTuple):
     return sum(self.shapes)
 
 
-RUNS = {"while", "conditional", "call"}  # what they call are programs, not the inside of an instruction
-Program = dict[str, dict[str, Instruction]]
+CONTROL_FLOW_OPS = {"while", "conditional", "call"}  # what they call are programs, not the inside of an instruction
+HloModule = dict[str, dict[str, Instruction]]
 
 
-def _instruction(line: str) -> Instruction | None:
+def _parse_instruction(line: str) -> Instruction | None:
   match = INSTRUCTION.match(line)
   if not match:
     return None
@@ -105,11 +131,18 @@ def _instruction(line: str) -> Instruction | None:
     depth += {"(": 1, ")": -1}.get(rest[end], 0)
     end += 1
   inner, after = rest[: end - 1], rest[end:]
-  called = [part for one, several in CALLED.findall(after) for part in [one, *re.findall(r"[\w.\-]+", several)] if part]
+  called = [
+    part
+    for one, several in CALLED_COMPUTATIONS.findall(after)
+    for part in [one, *re.findall(r"[\w.\-]+", several)]
+    if part
+  ]
   return Instruction(
     name,
     op,
-    tuple(BYTES[dtype] * math.prod(_dims(dims)) for dtype, dims in SHAPE.findall(shape) if dtype in BYTES),
+    tuple(
+      DTYPE_BYTES[dtype] * math.prod(_parse_dims(dims)) for dtype, dims in SHAPE.findall(shape) if dtype in DTYPE_BYTES
+    ),
     tuple(re.findall(r"%([\w.\-]+)", inner)),
     tuple(called),
     line.lstrip().startswith("ROOT "),
@@ -117,13 +150,15 @@ def _instruction(line: str) -> Instruction | None:
   )
 
 
-def _moved(program: Program, body: dict[str, Instruction], it: Instruction) -> int:
-  if it.op in STILL or it.op.endswith("-done"):
+def _instruction_bytes(program: HloModule, body: dict[str, Instruction], it: Instruction) -> int:
+  if it.op in NO_TRAFFIC_OPS or it.op.endswith("-done"):
     return 0
   if it.op in ("fusion", "fusion-start"):  # the second is one that goes on beside others, up to its "-done"
     (fused,) = it.called
-    read = sum(_read(program, fused, i, body[name].nbytes) for i, name in enumerate(it.operands) if name in body)
-    return read + _written(program, fused)
+    read = sum(
+      _fusion_bytes_read(program, fused, i, body[name].nbytes) for i, name in enumerate(it.operands) if name in body
+    )
+    return read + _fusion_bytes_written(program, fused)
   if it.op.endswith("-start"):
     return it.nbytes  # of what goes in and what comes out
   if it.op in ("dynamic-slice", "slice", "gather"):
@@ -134,7 +169,7 @@ def _moved(program: Program, body: dict[str, Instruction], it: Instruction) -> i
   return sum(written) + sum(body[name].nbytes for name in it.operands if name in body)
 
 
-def _read(program: Program, fused: str, index: int, nbytes: int) -> int:
+def _fusion_bytes_read(program: HloModule, fused: str, index: int, nbytes: int) -> int:
   """Bytes that a fusion reads of one operand, which has `nbytes`."""
   body = program[fused]
   names = {it.name for it in body.values() if it.index == index}
@@ -150,13 +185,13 @@ def _read(program: Program, fused: str, index: int, nbytes: int) -> int:
     elif it.op == "dynamic-update-slice" and at == [0]:
       total += 0  # in place: what it writes is counted as written
     elif it.op == "fusion":
-      total += sum(_read(program, it.called[0], i, nbytes) for i in at)
+      total += sum(_fusion_bytes_read(program, it.called[0], i, nbytes) for i in at)
     elif it.op not in ("tuple", "get-tuple-element"):
       return nbytes
   return min(total, nbytes)
 
 
-def _written(program: Program, fused: str) -> int:
+def _fusion_bytes_written(program: HloModule, fused: str) -> int:
   """Bytes that a fusion writes."""
   body = program[fused]
 
@@ -164,7 +199,7 @@ def _written(program: Program, fused: str) -> int:
     if it.op == "dynamic-update-slice":
       return body[it.operands[1]].nbytes
     if it.op == "fusion":
-      return _written(program, it.called[0])
+      return _fusion_bytes_written(program, it.called[0])
     if it.op in ("bitcast", "get-tuple-element"):
       return min(it.nbytes, of(body[it.operands[0]]))
     return sum(of(body[name]) for name in it.operands) if it.op == "tuple" else it.nbytes
@@ -172,10 +207,10 @@ def _written(program: Program, fused: str) -> int:
   return sum(of(it) for it in body.values() if it.root)
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def _parse_computations(text: str) -> tuple[dict[str, list[str]], str]:
   found, entry, name = {}, "", None
   for line in text.splitlines():
-    head = HEAD.match(line)
+    head = COMPUTATION_HEAD.match(line)
     if head:
       name = head[1]
       found[name] = []
@@ -187,15 +222,15 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return found, entry
 
 
-def _times(computations: dict[str, list[str]], entry: str) -> collections.Counter:
+def _execution_counts(computations: dict[str, list[str]], entry: str) -> collections.Counter:
   """How often each computation runs."""
   times = collections.Counter()
 
   def visit(name: str, count: int) -> None:
     times[name] += count
     for line in computations.get(name, ()):
-      inside = count * _trips(line, computations) if " while(" in line else count
-      for one, several in CALLED.findall(line):
+      inside = count * _trip_count(line, computations) if " while(" in line else count
+      for one, several in CALLED_COMPUTATIONS.findall(line):
         for called in [one] if one else re.findall(r"[\w.\-]+", several):
           visit(called, inside)
 
@@ -203,23 +238,26 @@ def _times(computations: dict[str, list[str]], entry: str) -> collections.Counte
   return times
 
 
-def _trips(line: str, computations: dict[str, list[str]]) -> int:
+def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
   """Of a loop: as the compiler notes them or, as libtpu (0.0.42) does not, what its counter is compared with; else 1."""
-  if known := TRIPS.search(line):
+  if known := TRIP_COUNT.search(line):
     return int(known[1])
   condition = "\n".join(computations.get(CONDITION.search(line)[1], ()))
-  limits = LIMIT.findall(condition)
+  limits = LOOP_LIMIT.findall(condition)
   return int(limits[0]) if len(limits) == 1 and "direction=LT" in condition else 1
 
 
-def _largest(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _largest_shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
   """Of "(what goes in), (what comes out)" the larger; or all of it where it is one group."""
   groups = re.findall(r"\(([^()]*)\)", text.removeprefix("(")) if text.startswith("((") else [text]
   if len(groups) == 1 and text.startswith("("):
     groups = SHAPE.findall(text) and [f"{dtype}[{dims}]" for dtype, dims in SHAPE.findall(text)]
-  parsed = [tuple((dtype, _dims(dims)) for dtype, dims in SHAPE.findall(group) if dtype in BYTES) for group in groups]
-  return max(parsed, key=lambda group: sum(BYTES[dtype] * math.prod(shape) for dtype, shape in group))
+  parsed = [
+    tuple((dtype, _parse_dims(dims)) for dtype, dims in SHAPE.findall(group) if dtype in DTYPE_BYTES)
+    for group in groups
+  ]
+  return max(parsed, key=lambda group: sum(DTYPE_BYTES[dtype] * math.prod(shape) for dtype, shape in group))
 
 
-def _dims(text: str) -> tuple[int, ...]:
+def _parse_dims(text: str) -> tuple[int, ...]:
   return tuple(int(size) for size in text.split(",") if size)

@@ -1,4 +1,4 @@
-"""What settings need, by formulas: rough, and good for an order only. What is compiled corrects the bytes (`fit.search`).
+"""What settings need, by formulas: rough, and good for an order only. What is compiled corrects the bytes (`fit.find_settings`).
 
 B batch, T length, V vocabulary, D model, F feed-forward, L layers, N heads, H head size
 """
@@ -11,21 +11,21 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxft import loss, model, offload, optim, parts, sharding
-from jaxft.attention_chunked import MOST_WRITTEN_OUT
+from jaxft.attention_chunked import MAX_UNROLLED
 from jaxft.model import ModelConfig
 from jaxft.plan import estimate, targets
 
-UNKNOWN = (
+UNKNOWN_SPEEDS = (
   200,
   10,
   1,
   0.2,
 )  # operations, bytes moved, sent and fetched a second of a device without facts: a GPU's ratios
 # How often layers and attention are computed in a step: forward, twice that backward, and once more what is not kept.
-TIMES = {"none": (3, 3), "dots": (3, 4), "full": (4, 4)}
+COMPUTE_PASSES = {"none": (3, 3), "dots": (3, 4), "full": (4, 4)}
 
 
-class Rough(NamedTuple):
+class CostModel(NamedTuple):
   """Formulas for one model, config and target; bytes and seconds are of one device and one step."""
 
   config: ConfigDict
@@ -36,11 +36,13 @@ class Rough(NamedTuple):
   frozen: Any  # of the other parameters
 
   @classmethod
-  def of(cls, config: ConfigDict, cfg: ModelConfig, target: targets.Target) -> "Rough":
-    whole = model.abstract(cfg, model.Compute(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
-    shapes, frozen = parts.split(whole, cfg.trained)
-    states = jax.eval_shape(optim.optimizer(config.optim).init, shapes)
-    return cls(config, cfg, target, optim.kept_in(config.model.param_dtype, shapes, cfg.trained), states, frozen)
+  def of(cls, config: ConfigDict, cfg: ModelConfig, target: targets.Target) -> "CostModel":
+    whole = model.abstract_model(cfg, model.ComputeConfig(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
+    shapes, frozen = parts.partition(whole, cfg.trained)
+    states = jax.eval_shape(optim.make_optimizer(config.optim).init, shapes)
+    return cls(
+      config, cfg, target, optim.with_param_dtype(config.model.param_dtype, shapes, cfg.trained), states, frozen
+    )
 
   @property
   def weights(self) -> int:
@@ -65,7 +67,7 @@ class Rough(NamedTuple):
 
   def cut(self, settings: dict[str, Any], what: str, nbytes: int) -> int:
     """What a device holds of parameters, gradients or optimizer state."""
-    over = settings["mesh.fsdp"] if settings["mesh.zero_stage"] >= sharding.ZERO[what] else 1
+    over = settings["mesh.fsdp"] if settings["mesh.zero_stage"] >= sharding.MIN_ZERO_STAGE[what] else 1
     return nbytes // settings["mesh.tensor"] // over
 
   def state_bytes(self, settings: dict[str, Any]) -> int:
@@ -85,8 +87,8 @@ class Rough(NamedTuple):
     kept = {"none": inside, "dots": (6 * cfg.D + cfg.F) * self.width, "full": cfg.D * self.width}
     layers = cfg.L * kept[settings["memory.remat"]] + 2 * (inside + 2 * scores)
     rows, tensor = self._output_rows(settings), settings["mesh.tensor"]
-    most = loss.most_logits("cpu" if self.target.kind == "cpu" else "gpu", settings["memory.remat"])
-    chunk = loss.chunk_of(settings["memory.loss_chunk"], B, T, int(rows), most)
+    most = loss.max_logits_bytes("cpu" if self.target.kind == "cpu" else "gpu", settings["memory.remat"])
+    chunk = loss.choose_chunk(settings["memory.loss_chunk"], B, T, int(rows), most)
     logits = B * (min(chunk, T) or T) * rows * (8 + self.width)
     gathered = self.width * self.weights / cfg.L / tensor + (self.width + 4) * cfg.D * rows
     if settings["memory.offload"] == "all":  # the inputs of all layers and accumulation steps; a layer and its gradient
@@ -103,7 +105,7 @@ class Rough(NamedTuple):
     T, rows, facts = config.data.sequence_length, self._output_rows(settings), target.spec
     steps = config.train.batch_size // (data * fsdp) // B  # of accumulation
     tokens = B * T * steps
-    layers, attention = TIMES[settings["memory.remat"]]
+    layers, attention = COMPUTE_PASSES[settings["memory.remat"]]
     layer = cfg.L * (8 * cfg.D * cfg.N * cfg.H + 4 * cfg.D * cfg.F)
     products = layers * layer + attention * cfg.L * 4 * cfg.N * cfg.H * T + 3 * 2 * rows * tensor * cfg.D
     inside, _ = self._layer_bytes()
@@ -116,15 +118,15 @@ class Rough(NamedTuple):
     sent += ring(data) * 2 * steps * self.cut(settings, "gradients", self.trained)
     sent += ring(tensor) * 2 * (layers + 1) * cfg.L * tokens * cfg.D * self.width
     share, dtype = estimate.EFFICIENCY, "float32" if self.width == 4 else "bfloat16"
-    speeds = (facts.peak_flops(dtype), facts.bandwidth, target.link) if facts else UNKNOWN[:3]
+    speeds = (facts.peak_flops(dtype), facts.bandwidth, target.link) if facts else UNKNOWN_SPEEDS[:3]
     work = (products * tokens / tensor, moved, sent)
     parts = [n / (part * speed) for n, part, speed in zip(work, share[:3], speeds, strict=True)]
     bus = sum(
-      offload.traffic(
+      offload.host_traffic(
         settings["memory.offload"], *(self.shapes, self.states, self.frozen), cfg.tied, self._held(settings)
       )
     )
-    return max(parts) + 0.1 * sum(parts) + bus / (share.bus * (facts.bus if facts else UNKNOWN[-1]))
+    return max(parts) + 0.1 * sum(parts) + bus / (share.bus * (facts.bus if facts else UNKNOWN_SPEEDS[-1]))
 
   def _held(self, settings: dict[str, Any]) -> Callable[[Any], int]:
     """Bytes of a tree on one device, where all of it is cut."""
@@ -134,7 +136,7 @@ class Rough(NamedTuple):
   def _layer_bytes(self) -> tuple[int, int]:
     """Of a token and layer: what products make and take, and attention's scores of an eighth of the queries."""
     cfg, T = self.cfg, self.config.data.sequence_length
-    return (8 * cfg.D + 3 * cfg.F) * self.width + 8 * cfg.D, cfg.N * T * (4 + self.width) // MOST_WRITTEN_OUT
+    return (8 * cfg.D + 3 * cfg.F) * self.width + 8 * cfg.D, cfg.N * T * (4 + self.width) // MAX_UNROLLED
 
   def _output_rows(self, settings: dict[str, Any]) -> float:
     return self.cfg.classes or self.cfg.V / settings["mesh.tensor"]

@@ -20,9 +20,9 @@ from jaxft.errors import RequestError, first_line
 
 GIB, TERA, GIGA = 2**30, 10**12, 10**9
 # Memory is what nvidia-smi tells of a card: error correction takes some of an A10G's and an L4's. A process gets less: the
-# driver, the CUDA context and NCCL take some, and XLA's pool is the rest (`backend.prepare_backend`).
-GPU_SHARE = 0.93
-CUDNN = (9, 28)  # what jax[cuda13] brings today
+# driver, the CUDA context and NCCL take some, and XLA's pool is the rest (`backend.configure_jax`).
+GPU_USABLE_SHARE = 0.93
+CUDNN_VERSION = (9, 28)  # what jax[cuda13] brings today
 
 
 class Gpu(NamedTuple):
@@ -80,7 +80,7 @@ class Tpu(NamedTuple):
 
 
 # A 400 Gbit/s network card for each GPU, as in NVIDIA's DGX H100; rented nodes of smaller GPUs have less.
-BETWEEN_NODES = 50 * GIGA
+NETWORK_BANDWIDTH = 50 * GIGA
 KB, MB = 2**10, 2**20
 NVLINK3, NVLINK4, NVLINK5, PCIE3, PCIE4, PCIE5 = 300 * GIGA, 450 * GIGA, 900 * GIGA, 14 * GIGA, 28 * GIGA, 56 * GIGA
 GPUS = {
@@ -134,7 +134,7 @@ SOURCES = {
   "b200": f"{NVIDIA}data-center/dgx-b200/",
   **{kind: f"https://docs.cloud.google.com/tpu/docs/{kind}" for kind in TPUS},
 }
-NOT_HERE = {
+UNSUPPORTED = {
   "v100": "CUDA 13, which jaxft's plugin is for, no longer knows its compute capability 7.0; JAX with CUDA 12 does",
   # Two devices a chip come out of its topology, and the compiler then asks for one of two (libtpu 0.0.42 to 0.0.51).
   "v4": "libtpu's compiler ends in an assertion about its two cores a chip when there is no such chip; v5p is its successor",
@@ -159,19 +159,19 @@ class Target(NamedTuple):
     facts = self.spec
     if facts is None:
       return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.count
-    return int(GPU_SHARE * facts.memory) if isinstance(facts, Gpu) else facts.usable
+    return int(GPU_USABLE_SHARE * facts.memory) if isinstance(facts, Gpu) else facts.usable
 
   @property
   def link(self) -> int:
     """bytes/s that a device sends to others, over the slowest way that a collective over all of them takes."""
     facts = self.spec
-    return min(BETWEEN_NODES, facts.link) if isinstance(facts, Gpu) and self.count > facts.node else facts.link
+    return min(NETWORK_BANDWIDTH, facts.link) if isinstance(facts, Gpu) and self.count > facts.node else facts.link
 
 
-def find(name: str) -> Target:
+def parse_device(name: str) -> Target:
   """The target of `h100`, `h100x8`, `v5e:2x4`, `cpu`, `cpux8`, ...; raises RequestError with the nearest that there is."""
-  if name.partition("x")[0].partition(":")[0] in NOT_HERE:
-    raise RequestError(f"--device={name!r}: {NOT_HERE[name.partition('x')[0].partition(':')[0]]}")
+  if name.partition("x")[0].partition(":")[0] in UNSUPPORTED:
+    raise RequestError(f"--device={name!r}: {UNSUPPORTED[name.partition('x')[0].partition(':')[0]]}")
   tpu = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
   if tpu and tpu[1] in TPUS:
     return Target(name, tpu[1], TPUS[tpu[1]].devices * math.prod(map(int, tpu[2].split("x"))), tpu[2])
@@ -214,15 +214,15 @@ def read_prices(file: Path) -> dict[str, float]:
   return prices
 
 
-def here(device: jax.Device, count: int) -> Target:
+def local_target(device: jax.Device, count: int) -> Target:
   """The target that this device, which is there, is one of; without facts where it is of no kind that is known here."""
   label = device.device_kind.removeprefix("NVIDIA ")
   kind = next((kind for kind, facts in (GPUS | TPUS).items() if facts.label == label), "")
   return Target(f"{count} x {device.device_kind}", kind, count, "")
 
 
-def devices(target: Target) -> list[Any]:
-  """Devices to compile for. Only in a process whose environment is that of `compile.environment`; raises RequestError."""
+def compile_devices(target: Target) -> list[Any]:
+  """Devices to compile for. Only in a process whose environment is that of `compile.compiler_env`; raises RequestError."""
   from jax.experimental import topologies
 
   if target.kind == "cpu":
@@ -236,18 +236,18 @@ def devices(target: Target) -> list[Any]:
   found = topologies.get_topology_desc(
     "jaxft", "cuda", target_config=_target_config(gpu), topology=f"1x{hosts}x{target.count // hosts}"
   )
-  _claim_cudnn(gpu.capability)
+  _pretend_cudnn(gpu.capability)
   return list(found.devices)
 
 
-def _claim_cudnn(capability: tuple[int, int]) -> None:
+def _pretend_cudnn(capability: tuple[int, int]) -> None:
   """Lets JAX trace cuDNN's attention for a GPU that is not there: it asks the library and the first device (jax 0.10 to 0.12).
 
   XLA leaves the call in the compiled program as it is; what cuDNN would take as a workspace it cannot say.
   """
   from jax._src.cudnn import fused_attention_stablehlo as calls
 
-  calls.check_cudnn_version = lambda: 10000 * CUDNN[0] + 100 * CUDNN[1]
+  calls.check_cudnn_version = lambda: 10000 * CUDNN_VERSION[0] + 100 * CUDNN_VERSION[1]
   calls.check_compute_capability = lambda least: capability >= tuple(map(int, least.split(".")))
   calls.is_cuda_compute_capability_equal = lambda one: capability == tuple(map(int, one.split(".")))
 
@@ -267,7 +267,7 @@ gpu_device_info {{
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: {CUDNN[0]} minor: {CUDNN[1]} }}
+dnn_version_info {{ major: {CUDNN_VERSION[0]} minor: {CUDNN_VERSION[1]} }}
 runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "NVIDIA {gpu.label}"
 """

@@ -14,19 +14,19 @@ import jax
 
 import jaxft
 from jaxft.errors import StorageError, exit_code, first_line
-from jaxft.files import write_whole
+from jaxft.files import atomic_write
 from jaxft.page import record
 from jaxft.page import run as run_page
 from jaxft.run import hosts
-from jaxft.run.secrets import masked
-from jaxft.run.tracking import peak_of, say
+from jaxft.run.secrets import redact
+from jaxft.run.tracking import log, peak_memory_source
 
 # What decides the devices and the compiled program beside the command line.
-VARIABLES = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES", "XLA_FLAGS")
+ENV_VARIABLES = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES", "XLA_FLAGS")
 
 
 @contextlib.contextmanager
-def leaving_a_report(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, Any]) -> Iterator[None]:
+def record_run(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, Any]) -> Iterator[None]:
   """Inside it the run goes on; before it about.json is written, after it how the run ended, and the page.
 
   A disk that does not take them costs a line of the story, not the run. Only process 0 writes.
@@ -39,19 +39,19 @@ def leaving_a_report(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, An
     yield
     return
   about = {"starts": []}
-  with _at_most_a_line("about.json"):
+  with _log_failure("about.json"):
     device = mesh.local_devices[0]
     devices = {"count": mesh.size, "kind": device.device_kind, "processes": jax.process_count()}
     this = {"at": _now(), "step": facts["step"], "devices": devices, "mesh": dict(mesh.shape)}
-    starts = record.json_object(workdir / "about.json", []).get("starts") if facts["step"] else []
+    starts = record.read_json_object(workdir / "about.json", []).get("starts") if facts["step"] else []
     about = {"starts": [*(starts if isinstance(starts, list) else []), this]} | {
-      "command": command(),
+      "command": shell_command(),
       "folder": os.getcwd(),
-      "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-      "commit": commit(Path(jaxft.__file__).parent.parent),
-      "versions": dict(hosts.versions()),
+      "environment": {name: os.environ[name] for name in ENV_VARIABLES if name in os.environ},
+      "commit": git_commit(Path(jaxft.__file__).parent.parent),
+      "versions": dict(hosts.package_versions()),
       **facts,
-      "memory": facts["memory"] | {"peak_of": peak_of(device)},
+      "memory": facts["memory"] | {"peak_of": peak_memory_source(device)},
       "devices": devices,
       "mesh": dict(mesh.shape),
     }
@@ -60,41 +60,41 @@ def leaving_a_report(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, An
   try:
     yield
   except BaseException as error:
-    ending = {"exit_code": exit_code(error), "why": masked(str(error)) or type(error).__name__}
+    ending = {"exit_code": exit_code(error), "why": redact(str(error)) or type(error).__name__}
     raise
   finally:
-    with _at_most_a_line("report.html"):
+    with _log_failure("report.html"):
       later = {key: facts[key] for key in ("reached", "exported_step", "export") if key in facts}
       _write(workdir, about | later | {"ending": {"at": _now(), **ending}})
-      write_whole(workdir / "report.html", run_page.page(record.read(workdir)))
-      say(f"report: {workdir / 'report.html'}")
+      atomic_write(workdir / "report.html", run_page.render(record.load(workdir)))
+      log(f"report: {workdir / 'report.html'}")
 
 
 @contextlib.contextmanager
-def _at_most_a_line(name: str) -> Iterator[None]:
+def _log_failure(name: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # of any kind: hours of training are worth more than a page
     what = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {first_line(error)}"
-    say(f"{name} is not written ({what}); python -m jaxft.report makes the page again")
+    log(f"{name} is not written ({what}); python -m jaxft.report makes the page again")
 
 
 def _write(workdir: Path, about: dict[str, Any]) -> None:
-  write_whole(workdir / "about.json", json.dumps(about, indent=2) + "\n")
+  atomic_write(workdir / "about.json", json.dumps(about, indent=2) + "\n")
 
 
 def _now() -> str:
   return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def command() -> str | None:
+def shell_command() -> str | None:
   """The command line that started this process, for a shell; None where that is not `python -m jaxft...`: a notebook, say."""
   words = sys.orig_argv
   begin = next((i for i, word in enumerate(words) if word.startswith("jaxft.") and words[i - 1] == "-m"), None)
-  return None if begin is None else masked(shlex.join(["python", "-m", *words[begin:]]))
+  return None if begin is None else redact(shlex.join(["python", "-m", *words[begin:]]))
 
 
-def commit(checkout: Path) -> str | None:
+def git_commit(checkout: Path) -> str | None:
   """The commit of a git checkout, as its files say; None where it is no checkout. What was changed since is not seen."""
   try:
     git = checkout / ".git"

@@ -21,39 +21,41 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from jaxft.errors import NumericsError, StorageError, Unreadable, first_line
-from jaxft.files import is_text
-from jaxft.run.checksums import checksums, not_finite, of_box
+from jaxft.errors import CheckpointReadError, NumericsError, StorageError, first_line
+from jaxft.files import is_encodable
+from jaxft.run.checksums import checksums, chunk_checksum, nonfinite_leaves
 
 # After a failed read Orbax (0.12.8) leaves tasks behind that nobody awaits; asyncio would log each with a traceback, pages
 # after the error has been told in one line.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's: what it logs with a traceback it raises too
 
-NOT_READ = ocp.PLACEHOLDER
-READ_AT_ONCE = 2**28  # bytes of a leaf, or of several, that are read at once where there is no room for all
-CHUNK = 2**26  # bytes that are compressed at once, and that a file is to have: Orbax makes a file in memory, as a whole
-HALF_WRITTEN, GONE = ".orbax-checkpoint-tmp", "to-be-deleted"  # in the names of folders beside the checkpoints
-PATTERN = ("[", "**", "\\")  # Orbax collects the files of a checkpoint by a pattern, and does not escape the path
+PLACEHOLDER = ocp.PLACEHOLDER
+READ_BATCH_BYTES = 2**28  # bytes of a leaf, or of several, that are read at once where there is no room for all
+CHUNK_BYTES = (
+  2**26
+)  # bytes that are compressed at once, and that a file is to have: Orbax makes a file in memory, as a whole
+TMP_MARK, TRASH_DIR = ".orbax-checkpoint-tmp", "to-be-deleted"  # in the names of folders beside the checkpoints
+GLOB_CHARS = ("[", "**", "\\")  # Orbax collects the files of a checkpoint by a pattern, and does not escape the path
 # Reasons why a sound file cannot be read here and now.
-REFUSED = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Permission denied", "Operation not permitted")
-REFUSED += ("Too many open files", "Cannot allocate memory", "Stale file handle")
+TRANSIENT_ERRORS = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Permission denied", "Operation not permitted")
+TRANSIENT_ERRORS += ("Too many open files", "Cannot allocate memory", "Stale file handle")
 
 
-def faults(folder: Path) -> list[str]:
+def validate_path(folder: Path) -> list[str]:
   """Why checkpoints in this folder could not be read again, at most one line."""
-  if not is_text(str(folder.absolute())):
+  if not is_encodable(str(folder.absolute())):
     return [f"{str(folder)!r}: its name is not UTF-8, and Orbax would not save there (0.12); name another folder"]
-  found = [part for part in PATTERN if part in str(folder.absolute())]
+  found = [part for part in GLOB_CHARS if part in str(folder.absolute())]
   return [
     f"{str(folder)!r}: Orbax takes the {part} in the path of a checkpoint for part of a pattern (0.12), and would not "
-    f"find what it has saved; name a folder without any of {' '.join(PATTERN)}"
+    f"find what it has saved; name a folder without any of {' '.join(GLOB_CHARS)}"
     for part in found[:1]
   ]
 
 
 @dataclasses.dataclass
-class ReadBack:
+class KeepVerified:
   """Orbax's policy that keeps the checkpoint that was last read back and found as it was written."""
 
   step: int | None
@@ -62,10 +64,12 @@ class ReadBack:
     return [info.step == self.step for info in checkpoints]
 
 
-class Checkpoints:
+class CheckpointManager:
   """The checkpoints of one run: `folder/STEP/` with the state and a JSON record about it, written in the background."""
 
-  def __init__(self, folder: Path, keep: int = 1, best_metric: str = "", *, writes: bool = False, low_memory: bool = False):
+  def __init__(
+    self, folder: Path, keep: int = 1, best_metric: str = "", *, writes: bool = False, low_memory: bool = False
+  ):
     """Opens the folder, making it if need be; raises StorageError when it cannot.
 
     Args:
@@ -75,16 +79,18 @@ class Checkpoints:
       low_memory: read and write some leaves at a time, and wait for it: the host has no room for a copy of the state.
     """
     self.folder, self._closed, self._nbytes = folder, False, 0
-    self._keep, self._low_memory, self._verified, self._has_saved = keep, low_memory, ReadBack(None), False
+    self._keep, self._low_memory, self._verified, self._has_saved = keep, low_memory, KeepVerified(None), False
     self._lowest = lowest = lambda metrics: metrics.get(best_metric, math.inf) if metrics else math.inf
     kept = [LatestN(keep), self._verified]
     if best_metric:
       kept.append(BestN(get_metric_fn=lowest, reverse=True, n=1, keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
       preservation_policy=AnyPreservationPolicy(kept),
-      best_fn=lowest if best_metric else None,  # without it Orbax writes no metrics, and another process knows of no best one
+      best_fn=lowest
+      if best_metric
+      else None,  # without it Orbax writes no metrics, and another process knows of no best one
       best_mode="min",
-      todelete_subdir=GONE,  # so that none is ever half there under its own name
+      todelete_subdir=TRASH_DIR,  # so that none is ever half there under its own name
     )
     piece = {"save_device_host_concurrent_gb": 1, "is_prioritized_key_fn": lambda _: False} if low_memory else {}
     handlers = {"state": ocp.PyTreeCheckpointHandler(**piece), "meta": ocp.JsonCheckpointHandler()}
@@ -101,20 +107,20 @@ class Checkpoints:
     The first checkpoint of a process is waited for and read back, so that a disk that is not to be trusted shows at once, and
     later the newest one each time the last that was read back is about to be older than the newest `keep`.
     """
-    if wrong := not_finite(state):
+    if wrong := nonfinite_leaves(state):
       raise NumericsError(f"step {step}: not saved: {wrong[0]} is not finite ({len(wrong)} such leaves)")
     self.wait()
     steps = self.steps()
     if steps and self._verified.step not in (steps[-1], *[*steps, step][-self._keep :]):
       self._read_back(steps[-1], state)
-    meta = meta | {"step": step, "leaves": described(state), "checksums": checksums(state)}
+    meta = meta | {"step": step, "leaves": leaf_specs(state), "checksums": checksums(state)}
     meta |= {"sha256": _sha256(meta)}
-    each = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), state)
-    arrays = ocp.args.PyTreeSave(state, save_args=each, ocdbt_target_data_file_size=CHUNK)
+    each = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
+    arrays = ocp.args.PyTreeSave(state, save_args=each, ocdbt_target_data_file_size=CHUNK_BYTES)
     args = ocp.args.Composite(state=arrays, meta=ocp.args.JsonSave(meta))
     # force: without it Orbax leaves out, in silence, a step that is not after the newest.
     write = lambda: self._manager.save(step, args=args, metrics=dict(metrics or {}), force=True)
-    self._nbytes = nbytes(state)
+    self._nbytes = tree_nbytes(state)
     if not self._or_storage_error(write):
       raise StorageError(f"{self.folder / str(step)}: not saved")
     if self._low_memory or not self._has_saved:
@@ -136,7 +142,7 @@ class Checkpoints:
 
     def read() -> list[int]:
       with ThreadPoolExecutor(4) as pool:  # to decompress and to add up; numpy lets go of the interpreter
-        return [_sum_of_boxes(folder, name, leaf, pool) for name, (_, leaf) in zip(names, leaves, strict=True)]
+        return [_local_checksum(folder, name, leaf, pool) for name, (_, leaf) in zip(names, leaves, strict=True)]
 
     sums = np.array(self._read(step, read), np.uint32)
     if jax.process_count() > 1:
@@ -168,8 +174,8 @@ class Checkpoints:
   def _sweep(self, half_written: bool = True) -> None:
     """Removes checkpoints that were to go and, where nothing is being written, those that were never whole."""
     if jax.process_index() == 0:
-      shutil.rmtree(self.folder / GONE, ignore_errors=True)
-      for rest in self.folder.glob(f"*{HALF_WRITTEN}*") if half_written else ():
+      shutil.rmtree(self.folder / TRASH_DIR, ignore_errors=True)
+      for rest in self.folder.glob(f"*{TMP_MARK}*") if half_written else ():
         shutil.rmtree(rest, ignore_errors=True)
 
   def close(self) -> None:
@@ -207,15 +213,15 @@ class Checkpoints:
   def restore(self, step: int, like: Any) -> Any:
     """The state, placed as the ShapeDtypeStructs in `like` say; raises StorageError when it is not what was saved.
 
-    A leaf of `like` that is `NOT_READ` stays so.
+    A leaf of `like` that is `PLACEHOLDER` stays so.
     """
     wanted = self.metadata(step)["checksums"]
     state = like
-    for some in _in_groups(like) if self._low_memory else [like]:
-      state = jax.tree.map(lambda new, old: old if new is NOT_READ else new, self._restore(step, some), state)
-    found = checksums(jax.tree.map(lambda x: None if x is NOT_READ else x, state))
+    for some in _split_by_size(like) if self._low_memory else [like]:
+      state = jax.tree.map(lambda new, old: old if new is PLACEHOLDER else new, self._restore(step, some), state)
+    found = checksums(jax.tree.map(lambda x: None if x is PLACEHOLDER else x, state))
     left_out = {
-      jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_flatten_with_path(like)[0] if x is NOT_READ
+      jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_flatten_with_path(like)[0] if x is PLACEHOLDER
     }
     names = wanted.keys() - left_out | found.keys()
     wrong = [name for name in names if wanted.get(name) != found.get(name)]
@@ -243,7 +249,7 @@ class Checkpoints:
       found = act()
     except Exception as error:  # whatever damage makes Orbax raise
       failure = error
-    outcome = 0 if failure is None else 2 if is_refusal(failure) else 1
+    outcome = 0 if failure is None else 2 if is_transient_error(failure) else 1
     if jax.process_count() > 1:
       outcome = int(np.max(multihost_utils.process_allgather(np.int32(outcome))))
     if not outcome:
@@ -252,7 +258,7 @@ class Checkpoints:
     reason = reason.split(" See full TensorStore")[0]  # which is a page long
     place = self.folder / str(step)
     if outcome == 2:
-      raise Unreadable(
+      raise CheckpointReadError(
         f"{place}: cannot be read now ({reason}); nothing was changed: run again where it can"
       ) from failure
     raise StorageError(f"{place}: damaged ({reason})") from failure
@@ -268,7 +274,7 @@ class Checkpoints:
       raise StorageError(f"checkpoint in {self.folder}: {reason}") from error
 
 
-def to_come(steps: list[int], total_steps: int, train: ConfigDict, steps_of_epoch: int) -> int:
+def num_new_checkpoints(steps: list[int], total_steps: int, train: ConfigDict, steps_of_epoch: int) -> int:
   """How many more checkpoints the disk will have to hold at once, until a run of so many steps is through.
 
   Args:
@@ -283,42 +289,42 @@ def to_come(steps: list[int], total_steps: int, train: ConfigDict, steps_of_epoc
   return min(saves, max(at_once - len(steps), 1))
 
 
-def is_refusal(error: Exception) -> bool:
+def is_transient_error(error: Exception) -> bool:
   """Whether an error while reading tells of this machine and moment rather than of the file."""
   kinds = MemoryError, PermissionError, jax.errors.JaxRuntimeError
-  return isinstance(error, kinds) or any(reason in str(error) for reason in REFUSED)
+  return isinstance(error, kinds) or any(reason in str(error) for reason in TRANSIENT_ERRORS)
 
 
 def _sha256(meta: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def described(state: Any) -> dict[str, str]:
+def leaf_specs(state: Any) -> dict[str, str]:
   """The type and shape of each leaf, by path."""
   leaves = jax.tree_util.tree_flatten_with_path(state)[0]
   return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
-def nbytes(state: Any) -> int:
+def tree_nbytes(state: Any) -> int:
   """What a checkpoint takes on the disk at most, of arrays or of their shapes."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def _in_groups(like: Any) -> list[Any]:
-  """`like` several times, each with at most `READ_AT_ONCE` bytes, or one leaf, to be read."""
+def _split_by_size(like: Any) -> list[Any]:
+  """`like` several times, each with at most `READ_BATCH_BYTES` bytes, or one leaf, to be read."""
   groups, room = [], 0
   for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]:
-    if leaf is not NOT_READ:
-      room -= nbytes(leaf)
+    if leaf is not PLACEHOLDER:
+      room -= tree_nbytes(leaf)
       if room < 0:
         groups.append(set())
-        room = READ_AT_ONCE - nbytes(leaf)
+        room = READ_BATCH_BYTES - tree_nbytes(leaf)
       groups[-1].add(path)
-  only = lambda paths: jax.tree_util.tree_map_with_path(lambda at, x: x if at in paths else NOT_READ, like)
+  only = lambda paths: jax.tree_util.tree_map_with_path(lambda at, x: x if at in paths else PLACEHOLDER, like)
   return [only(paths) for paths in groups]
 
 
-def _sum_of_boxes(folder: Path, name: str, leaf: Any, pool: ThreadPoolExecutor) -> int:
+def _local_checksum(folder: Path, name: str, leaf: Any, pool: ThreadPoolExecutor) -> int:
   """What this process's share of the chunks of a leaf, read as they lie on the disk, adds to its checksum."""
   store = {"driver": "ocdbt", "base": folder.as_uri() + "/", "path": f"{name}/"}
   array = tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
@@ -330,6 +336,6 @@ def _sum_of_boxes(folder: Path, name: str, leaf: Any, pool: ThreadPoolExecutor) 
 
   def of(corner: tuple[int, ...]) -> int:
     box = tuple(slice(start, min(start + size, whole)) for start, size, whole in zip(corner, sizes, leaf.shape))
-    return of_box(array[box].read().result(), corner, leaf.shape)
+    return chunk_checksum(array[box].read().result(), corner, leaf.shape)
 
   return sum(pool.map(of, mine)) % 2**32

@@ -16,14 +16,14 @@ from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
 from jaxft.errors import Preempted, RequestError, StorageError
-from jaxft.files import refused, write_whole
+from jaxft.files import atomic_write, write_failure
 
-LOCK = ("run.lock", "run.lock.json")
-REPLACED = ("checkpoints", "metrics.jsonl", "config.json", "report.html", "export")
+LOCK_FILES = ("run.lock", "run.lock.json")
+RUN_FILES = ("checkpoints", "metrics.jsonl", "config.json", "report.html", "export")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-class StopRequest:
+class PreemptionHandler:
   """Inside `with StopRequest() as stop` a first signal ends the run at the next safe point, a second one the process.
 
   Where nothing would be lost it is safe at once: Preempted is raised out of whatever goes on. Inside `with stop.deferred():` the
@@ -35,7 +35,7 @@ class StopRequest:
     self.received: str | None = None
     self._deferred = False
 
-  def __enter__(self) -> "StopRequest":
+  def __enter__(self) -> "PreemptionHandler":
     several = jax.process_count() > 1
     try:
       # With several processes JAX listens for SIGTERM, and finds a step at which all of them stop.
@@ -96,7 +96,7 @@ class StopRequest:
 
 
 @contextmanager
-def only_writer(workdir: Path) -> Iterator[None]:
+def lock_workdir(workdir: Path) -> Iterator[None]:
   """Holds the workdir's lock, which ends with the process; raises RequestError, with pid and host, when another run has it."""
   if jax.process_index() > 0:  # process 0 writes
     yield
@@ -105,16 +105,16 @@ def only_writer(workdir: Path) -> Iterator[None]:
     raise RequestError(f"--workdir={str(workdir)!r}: a link that leads nowhere; make the folder, or name another one")
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    lock, about = FileLock(workdir / LOCK[0]), workdir / LOCK[1]
+    lock, about = FileLock(workdir / LOCK_FILES[0]), workdir / LOCK_FILES[1]
     try:
       lock.acquire(timeout=0)
     except Timeout:
       raise RequestError(
-        f"--workdir={str(workdir)!r}: {_holder(about)} is writing there; stop it, or name another folder"
+        f"--workdir={str(workdir)!r}: {_lock_owner(about)} is writing there; stop it, or name another folder"
       ) from None
-    write_whole(about, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+    atomic_write(about, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
   except (OSError, NotImplementedError) as error:  # the second: a disk that knows no locks
-    raise StorageError(f"workdir {workdir}: {refused(workdir, error)}") from error
+    raise StorageError(f"workdir {workdir}: {write_failure(workdir, error)}") from error
   try:
     yield
   finally:
@@ -122,7 +122,7 @@ def only_writer(workdir: Path) -> Iterator[None]:
     lock.release()
 
 
-def _holder(about: Path) -> str:
+def _lock_owner(about: Path) -> str:
   try:
     holder = json.loads(about.read_text())
     return f"process {holder['pid']} on {holder['host']}"
@@ -130,7 +130,7 @@ def _holder(about: Path) -> str:
     return "another run"
 
 
-def must_not_be_read(workdir: Path, used: Iterable[Path]) -> None:
+def check_not_an_input(workdir: Path, used: Iterable[Path]) -> None:
   """Raises RequestError where a new run reads something in the workdir that is to be moved aside."""
   for path in (Path.cwd(), *used):
     if path.resolve().is_relative_to(workdir.resolve()):
@@ -139,7 +139,7 @@ def must_not_be_read(workdir: Path, used: Iterable[Path]) -> None:
       )
 
 
-def must_be_movable(workdir: Path) -> None:
+def check_movable(workdir: Path) -> None:
   """Raises RequestError where a workdir cannot be moved aside, or a run is going on in a folder of it."""
   there = workdir.resolve()
   if os.path.ismount(there):
@@ -159,7 +159,7 @@ def must_be_movable(workdir: Path) -> None:
       lock.acquire(timeout=0)
     except Timeout:
       raise RequestError(
-        f"--overwrite_output_dir: {_holder(file.with_name('run.lock.json'))} is writing in {file.parent}; stop it, or name "
+        f"--overwrite_output_dir: {_lock_owner(file.with_name('run.lock.json'))} is writing in {file.parent}; stop it, or name "
         "another --workdir"
       ) from None
     lock.release()
@@ -167,7 +167,7 @@ def must_be_movable(workdir: Path) -> None:
 
 def has_content(workdir: Path) -> bool:
   """Whether a workdir has anything that a new run would replace."""
-  return any((workdir / name).exists() for name in REPLACED)
+  return any((workdir / name).exists() for name in RUN_FILES)
 
 
 def move_aside(workdir: Path) -> Path:
@@ -185,15 +185,15 @@ def move_aside(workdir: Path) -> Path:
     except OSError:  # a quota
       aside.rename(there)
       raise
-    for name in LOCK:
+    for name in LOCK_FILES:
       if (aside / name).exists():
         (aside / name).rename(there / name)
   except OSError as error:
-    raise StorageError(f"--overwrite_output_dir: {workdir}: {refused(workdir, error)}") from error
+    raise StorageError(f"--overwrite_output_dir: {workdir}: {write_failure(workdir, error)}") from error
   return aside
 
 
-def must_have_room(needed: dict[Path, int], what: str) -> None:
+def check_disk_space(needed: dict[Path, int], what: str) -> None:
   """Raises StorageError when a disk has less free than what is needed of it.
 
   Args:

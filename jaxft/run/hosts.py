@@ -18,19 +18,21 @@ from typing import Any
 import jax
 
 import jaxft
-from jaxft.errors import JaxftError, Preempted, RequestError, tell
-from jaxft.files import write_whole
+from jaxft.errors import JaxftError, Preempted, RequestError, print_error
+from jaxft.files import atomic_write
 from jaxft.run import roll_call
-from jaxft.run.roll_call import Place
-from jaxft.run.tracking import console, say
-from jaxft.run.watchdog import Watchdog, end_when_jax_aborts
+from jaxft.run.roll_call import ProcessInfo
+from jaxft.run.tracking import console, log
+from jaxft.run.watchdog import Watchdog, install_abort_handler
 
 START_TIMEOUT, PEER_TIMEOUT = 300, 60  # seconds
-_asked = itertools.count()  # the same in all processes
+_call_counter = itertools.count()  # the same in all processes
 
 
 @contextmanager
-def joined(place: Place | None, start_timeout: int = START_TIMEOUT, peer_timeout: int = PEER_TIMEOUT) -> Iterator[None]:
+def distributed_context(
+  place: ProcessInfo | None, start_timeout: int = START_TIMEOUT, peer_timeout: int = PEER_TIMEOUT
+) -> Iterator[None]:
   """Inside it this process is part of the run, and only process 0 says anything. It does not return from an error: the process
   ends, with the error's exit code, because JAX would wait for the others at exit.
 
@@ -40,17 +42,17 @@ def joined(place: Place | None, start_timeout: int = START_TIMEOUT, peer_timeout
     yield
     return
   console.quiet = place.process_id != 0
-  say(f"waiting for {place.num_processes} processes at {place.coordinator}; to run alone: --num_processes=1")
-  peers = roll_call.call(place, start_timeout)
+  log(f"waiting for {place.num_processes} processes at {place.coordinator}; to run alone: --num_processes=1")
+  peers = roll_call.connect_peers(place, start_timeout)
   watchdog = Watchdog(place, peers, peer_timeout)
-  end_when_jax_aborts(peers[0] if place.process_id else None)
+  install_abort_handler(peers[0] if place.process_id else None)
   jax.distributed.initialize(
     place.coordinator,
     place.num_processes,
     place.process_id,
     initialization_timeout=start_timeout,
     heartbeat_timeout_seconds=10 * peer_timeout,  # the watchdog is to be first, with a name
-    cluster_detection_method="deactivate" if alone_on_its_node() else None,
+    cluster_detection_method="deactivate" if is_only_local_process() else None,
   )
   try:
     yield
@@ -58,23 +60,23 @@ def joined(place: Place | None, start_timeout: int = START_TIMEOUT, peer_timeout
     if not isinstance(error, JaxftError | Preempted | KeyboardInterrupt | SystemExit):
       # A collective whose other end is gone fails here before the watchdog knows why; a bug waits the same seconds.
       time.sleep(peer_timeout + 5 if isinstance(error, jax.errors.JaxRuntimeError) else 5)
-    code = tell(error)
+    code = print_error(error)
     watchdog.announce_exit(code, str(error).splitlines()[0] if str(error) else type(error).__name__)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-  agree("the end", {})  # process 0 may still be exporting, and is watched until it is done
+  assert_all_equal("the end", {})  # process 0 may still be exporting, and is watched until it is done
   watchdog.announce_exit(0, "")
 
 
-def alone_on_its_node() -> bool:
+def is_only_local_process() -> bool:
   """Whether SLURM or Open MPI has started one process here: it is to have all devices, and JAX would give it the first."""
   tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0], os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
   return "1" in tasks and "JAX_LOCAL_DEVICE_IDS" not in os.environ
 
 
 @functools.cache
-def versions() -> Mapping[str, str]:
+def package_versions() -> Mapping[str, str]:
   """Of what computes, and of jaxft's own files."""
   files = sorted(Path(jaxft.__file__).parent.rglob("*.py"))
   own = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
@@ -86,7 +88,7 @@ def versions() -> Mapping[str, str]:
   return MappingProxyType(found)
 
 
-def agree(topic: str, facts: dict[str, Any]) -> None:
+def assert_all_equal(topic: str, facts: dict[str, Any]) -> None:
   """Raises RequestError in every process, with a line for each fact that is not the same in all of them."""
   from jax._src.distributed import global_state  # its key-value store is JAX's own, and Orbax's, way to compare notes
 
@@ -94,7 +96,7 @@ def agree(topic: str, facts: dict[str, Any]) -> None:
   store, me, processes = global_state.client, global_state.process_id, global_state.num_processes
   if store is None or processes == 1:
     return
-  topic = f"{topic}/{next(_asked)}"  # keys are set once, and a program may train twice
+  topic = f"{topic}/{next(_call_counter)}"  # keys are set once, and a program may train twice
   patience = 24 * 3_600_000  # ms: others may be tokenising or exporting; one that is lost is the watchdog's to find
   store.key_value_set(f"jaxft/{topic}/{me}", json.dumps(facts, default=str))
   if me == 0:
@@ -113,21 +115,21 @@ def agree(topic: str, facts: dict[str, Any]) -> None:
     raise RequestError(verdict)
 
 
-def must_share(folder: Path) -> None:
+def check_shared_folder(folder: Path) -> None:
   """Raises RequestError in all processes when the folder is not the same one, on one disk, for all of them."""
   if jax.process_count() == 1:
     return
   from jax._src.distributed import global_state
 
-  store, mark, key = global_state.client, folder / "run.hosts", next(_asked)
+  store, mark, key = global_state.client, folder / "run.hosts", next(_call_counter)
   if jax.process_index() == 0:
     text = f"{os.getpid()} {time.time_ns()}"
-    write_whole(mark, text)
+    atomic_write(mark, text)
     store.key_value_set(f"jaxft/mark/{key}", text)
   text = store.blocking_key_value_get(f"jaxft/mark/{key}", 600_000)
   until = time.monotonic() + 30  # network disks show a new file late
   while not (seen := mark.is_file() and mark.read_text() == text) and time.monotonic() < until:
     time.sleep(0.5)
-  agree("workdir", {f"--workdir={str(folder)!r}, on one disk that all processes share": bool(seen)})
+  assert_all_equal("workdir", {f"--workdir={str(folder)!r}, on one disk that all processes share": bool(seen)})
   if jax.process_index() == 0:
     mark.unlink(missing_ok=True)

@@ -6,22 +6,22 @@ from ml_collections import ConfigDict
 
 from jaxft import step as steps
 from jaxft.data import loader, memorised, tokens
-from jaxft.data.report import Data, Rows
-from jaxft.program import Program
+from jaxft.data.report import PreparedData, TokenDataset
+from jaxft.program import TrainProgram
 from jaxft.run.tracking import Reporter
 from jaxft.sample import Generator, Sampling
 
 
-class Judge:
+class Evaluator:
   """Evaluates and samples, and has the reporter tell it."""
 
   def __init__(
     self,
     config: ConfigDict,
-    program: Program,
+    program: TrainProgram,
     eval_step: Any,
     generator: Generator,
-    data: Data,
+    data: PreparedData,
     tokenizer: Any,
     reporter: Reporter,
   ):
@@ -30,7 +30,7 @@ class Judge:
     self._data, self._tokenizer, self._reporter = data, tokenizer, reporter
     limit = config.train.eval_batches * program.eval_rows
     known = data.validation and not data.labels
-    self._held_out_bytes = tokens.bytes_learned(data.validation, tokenizer, limit) if known else 0
+    self._held_out_bytes = tokens.target_bytes(data.validation, tokenizer, limit) if known else 0
 
   def evaluate(self, weights: Any, step: int, when: str) -> dict[str, float]:
     """What of it goes into metrics.jsonl, {} where nothing is held out; raises NumericsError when the loss is not finite."""
@@ -42,9 +42,9 @@ class Judge:
     held_out = self._evaluation(weights, self._data.validation)
     return self._reporter.log_eval(step, when, held_out, self._held_out_bytes, unrelated)
 
-  def _evaluation(self, weights: Any, rows: Rows) -> steps.Evaluation:
+  def _evaluation(self, weights: Any, rows: TokenDataset) -> steps.EvalResult:
     at_once, sharding = self._program.eval_rows, self._program.batch_sharding
-    batches = loader.evaluation_batches(rows, batch_size=at_once, limit=self._config.eval_batches, sharding=sharding)
+    batches = loader.eval_batches(rows, batch_size=at_once, limit=self._config.eval_batches, sharding=sharding)
     return steps.evaluate(self._eval_step, weights, batches)
 
   def sample(self, weights: Any, step: int, when: str) -> None:
@@ -52,7 +52,7 @@ class Judge:
     if not prompts:
       return  # without a look through the training text
     sampling = Sampling(self._config.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=seed)
-    found = self._generator(weights, [tokens.prompt_ids(self._tokenizer, prompt) for prompt in prompts], sampling)
-    known = memorised.shares(found, self._data.train.tokens.ids)
+    found = self._generator(weights, [tokens.encode_prompt(self._tokenizer, prompt) for prompt in prompts], sampling)
+    known = memorised.ngram_overlap(found, self._data.train.tokens.ids)
     for prompt, ids, share in zip(prompts, found, known, strict=True):
       self._reporter.log_sample(step, when, prompt, self._tokenizer.decode(ids), share)

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 
 from jaxft.errors import first_line
-from jaxft.run.tracking import say
+from jaxft.run.tracking import log
 
 
-class Profile:
+class Profiler:
   """Steps `first`, `first + 1`, ... of this start, `count` of them or up to the last, into a folder. A context manager: a trace
   ends with it.
 
@@ -24,9 +24,9 @@ class Profile:
     self._folder, self._first, self._last, self._paused = folder, first, min(first + count - 1, total), paused
     self._under_way = False
     if count and first > total:
-      say(f"nothing is traced: the first step that would be is {first}, and the last of the run is {total}")
+      log(f"nothing is traced: the first step that would be is {first}, and the last of the run is {total}")
 
-  def __enter__(self) -> "Profile":
+  def __enter__(self) -> "Profiler":
     return self
 
   def __exit__(self, *_) -> None:
@@ -47,13 +47,13 @@ class Profile:
   def _stop(self) -> None:
     self._under_way = False
     if self._tried(jax.profiler.stop_trace):
-      say(f"steps {self._first} to {self._last} are traced in {self._folder}: `xprof {self._folder}` shows them")
+      log(f"steps {self._first} to {self._last} are traced in {self._folder}: `xprof {self._folder}` shows them")
 
   def _tried(self, call: Callable[[], None]) -> bool:
     try:
       with self._paused():
         call()
     except Exception as error:  # a full disk, or a trace that somebody else has begun
-      say(f"no trace in {self._folder}: {first_line(error)}")
+      log(f"no trace in {self._folder}: {first_line(error)}")
       return False
     return True

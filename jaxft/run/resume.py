@@ -7,22 +7,22 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxft import config as settings
-from jaxft.architecture import CHOSEN
-from jaxft.errors import RequestError, StorageError, Unreadable
-from jaxft.run.checkpoint import NOT_READ, Checkpoints, described
-from jaxft.run.tracking import say
-from jaxft.step import Changing
-from jaxft.units import count
+from jaxft.architecture import RUN_FIELDS
+from jaxft.errors import CheckpointReadError, RequestError, StorageError
+from jaxft.run.checkpoint import PLACEHOLDER, CheckpointManager, leaf_specs
+from jaxft.run.tracking import log
+from jaxft.step import CheckpointState
+from jaxft.units import format_count
 
-LENGTH = ("config.train.steps", "config.train.epochs")  # what only makes a run longer or shorter
-ANOTHER, ALLOWED = (
+LENGTH_SETTINGS = ("config.train.steps", "config.train.epochs")  # what only makes a run longer or shorter
+OTHER_WORKDIR, WAYS_OUT = (
   "name another --workdir",
   "go back to its settings, name another --workdir, or go on with --allow_change",
 )
 
 
-def refuse_another_run(
-  checkpoints: Checkpoints, like: Changing, config: ConfigDict, about: dict[str, Any], allow_change: bool
+def check_same_run(
+  checkpoints: CheckpointManager, like: CheckpointState, config: ConfigDict, about: dict[str, Any], allow_change: bool
 ) -> None:
   """Raises RequestError when the newest readable checkpoint is of another run than this one; says so, where that is allowed.
 
@@ -31,31 +31,31 @@ def refuse_another_run(
   for step in reversed(checkpoints.steps()):
     try:
       meta = checkpoints.metadata(step)
-    except Unreadable:
+    except CheckpointReadError:
       raise
     except StorageError:
-      continue  # `resume` will say so
-    lines, longer = settings.changed(meta["config"], config), ""
+      continue  # `restore_latest` will say so
+    lines, longer = settings.diff_from_saved(meta["config"], config), ""
     if meta["total_steps"] < about["total_steps"]:
-      lines = [line for line in lines if line.split("=")[0] not in LENGTH]
+      lines = [line for line in lines if line.split("=")[0] not in LENGTH_SETTINGS]
       longer = (
         f"{about['total_steps']} steps in all instead of {meta['total_steps']}: going on at step {step}, with the learning "
-        "rate as a run of that length has it" + _masked(meta, about, step)
+        "rate as a run of that length has it" + _masked_rows_note(meta, about, step)
       )
     now = json.loads(json.dumps(about["model"]))
     lines += [
       f"config.json of config.model.path={config.model.path!r}: {name} is {now.get(name)!r}; the run was started with {was!r}"
       for name, was in meta.get("model", {}).items()  # a record of before 2026-11-21 has none
-      if now.get(name) != was and name not in CHOSEN  # told as settings already
+      if now.get(name) != was and name not in RUN_FIELDS  # told as settings already
     ]
-    saved, wanted = meta["leaves"], described(like)
+    saved, wanted = meta["leaves"], leaf_specs(like)
     other = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
     if other:
       first = f"{other[0]} is {saved.get(other[0], 'missing')} there and {wanted.get(other[0], 'missing')} in this run"
       lines.append(
         f"{checkpoints.folder / str(step)}: of another model or optimizer: {first} ({len(other)} such leaves)"
       )
-      raise RequestError("\n".join([*lines, f"{checkpoints.folder} holds another run: {ANOTHER}"]))
+      raise RequestError("\n".join([*lines, f"{checkpoints.folder} holds another run: {OTHER_WORKDIR}"]))
     if meta.get("frozen", "") != about["frozen"]:
       lines.append(
         f"config.model.path={config.model.path!r}: its weights, some of which are frozen, are not what they were"
@@ -68,52 +68,54 @@ def refuse_another_run(
       lines.append(f"{about['total_steps']} steps in all: the run was started for {meta['total_steps']}")
     if about["total_steps"] < step:
       raise RequestError(
-        "\n".join([*lines, f"{checkpoints.folder} has a checkpoint of step {step} already: {ANOTHER}"])
+        "\n".join([*lines, f"{checkpoints.folder} has a checkpoint of step {step} already: {OTHER_WORKDIR}"])
       )
     if lines and allow_change:
       for line in lines:
-        say(f"{line}; going on with the change, as --allow_change says")
+        log(f"{line}; going on with the change, as --allow_change says")
     elif lines:
-      lines.append(f"{checkpoints.folder} holds another run: {ALLOWED}")
+      lines.append(f"{checkpoints.folder} holds another run: {WAYS_OUT}")
       raise RequestError("\n".join(lines))
     if longer:
-      say(longer)
+      log(longer)
     return
 
 
-def _masked(meta: dict[str, Any], about: dict[str, Any], step: int) -> str:
+def _masked_rows_note(meta: dict[str, Any], about: dict[str, Any], step: int) -> str:
   """What is said of rows that the last step of a shorter run had masked, and that the longer one has passed then."""
   there = meta.get("rows_in_all")
   if not there:
     return ""
   passed = min(step * about["rows_of_step"], about["rows_in_all"]) - there
-  return f"; left out of one epoch: {count(passed, 'row')} that its last step had masked" if passed > 0 else ""
+  return f"; left out of one epoch: {format_count(passed, 'row')} that its last step had masked" if passed > 0 else ""
 
 
-def best_weights(checkpoints: Checkpoints, like: Changing, strict: bool) -> tuple[int, Changing]:
+def restore_best(checkpoints: CheckpointManager, like: CheckpointState, strict: bool) -> tuple[int, CheckpointState]:
   """The step of the best checkpoint, or the newest where none that is kept was evaluated, and its weights alone.
 
   Damaged ones are set aside, or raise if `strict`. Raises StorageError where none is sound.
   """
-  unread = Changing(NOT_READ, like.params, jax.tree.map(lambda _: NOT_READ, like.opt))
+  unread = CheckpointState(PLACEHOLDER, like.params, jax.tree.map(lambda _: PLACEHOLDER, like.opt))
   while True:
     best = checkpoints.best_step()
     step = checkpoints.steps()[-1] if best is None else best
     try:
       weights = checkpoints.restore(step, unread)
-    except Unreadable:
+    except CheckpointReadError:
       raise
     except StorageError as error:
       if strict or len(checkpoints.steps()) == 1:
         raise
-      say(f"{error}; set aside as {checkpoints.quarantine(step).name}, and taking the next one")
+      log(f"{error}; set aside as {checkpoints.quarantine(step).name}, and taking the next one")
       continue
     why = "no checkpoint that is kept was evaluated" if best is None else "the best of the checkpoints that are kept"
-    say(f"exporting the weights of step {step}: {why}")
+    log(f"exporting the weights of step {step}: {why}")
     return step, weights
 
 
-def resume(checkpoints: Checkpoints, like: Changing, total_steps: int, strict: bool) -> tuple[Changing | None, int]:
+def restore_latest(
+  checkpoints: CheckpointManager, like: CheckpointState, total_steps: int, strict: bool
+) -> tuple[CheckpointState | None, int]:
   """The newest sound checkpoint and the tokens it has seen, or (None, 0) when the run is new.
 
   Damaged ones that are newer are set aside, or raise if `strict`. Raises StorageError when there are some and none is sound.
@@ -122,7 +124,7 @@ def resume(checkpoints: Checkpoints, like: Changing, total_steps: int, strict: b
   for step in reversed(checkpoints.steps()):
     try:
       state, seen = checkpoints.restore(step, like), checkpoints.metadata(step)["tokens"]
-    except Unreadable:
+    except CheckpointReadError:
       raise
     except StorageError as error:
       if strict:
@@ -130,8 +132,8 @@ def resume(checkpoints: Checkpoints, like: Changing, total_steps: int, strict: b
       damaged[step] = str(error)
       continue
     for bad, reason in damaged.items():
-      say(f"{reason}; set aside as {checkpoints.quarantine(bad).name}, and going on from the one before it")
-    say(f"continuing at step {step} of {total_steps}")
+      log(f"{reason}; set aside as {checkpoints.quarantine(bad).name}, and going on from the one before it")
+    log(f"continuing at step {step} of {total_steps}")
     return state, seen
   if damaged:
     last = f"no sound checkpoint is left in {checkpoints.folder}; to start anew name another --workdir"

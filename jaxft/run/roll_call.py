@@ -8,13 +8,13 @@ import time
 import warnings
 from typing import Any, NamedTuple
 
-from jaxft.errors import PeerLost, RequestError, first_line
-from jaxft.run.tracking import say
+from jaxft.errors import PeerLostError, RequestError, first_line
+from jaxft.run.tracking import log
 
-ALL_THREE = "several processes need --coordinator, --num_processes, --process_id"
+REQUIRED_FLAGS = "several processes need --coordinator, --num_processes, --process_id"
 
 
-class Place(NamedTuple):
+class ProcessInfo(NamedTuple):
   """Where this process stands among those of a run."""
 
   coordinator: str  # HOST:PORT of process 0
@@ -22,7 +22,9 @@ class Place(NamedTuple):
   process_id: int
 
 
-def find(coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> Place | None:
+def detect_processes(
+  coordinator: str | None, processes: int | None, process: int | None, timeout: int
+) -> ProcessInfo | None:
   """From the flags, or where they are not given from SLURM, Open MPI, Kubernetes or a TPU's metadata; None for a lone process.
 
   Raises RequestError when only some of it is known.
@@ -39,37 +41,39 @@ def find(coordinator: str | None, processes: int | None, process: int | None, ti
       coordinator, processes, process, _ = detect(*given, None, None, timeout)
   except Exception as error:  # a pod that may not ask who else there is, a metadata server that is silent, ...
     if given != (None, None, None):
-      raise RequestError(f"looking for the other processes: {first_line(error)}; {ALL_THREE}") from error
-    say(f"running alone: the other processes, if there are any, were not found ({first_line(error)}); {ALL_THREE}")
+      raise RequestError(f"looking for the other processes: {first_line(error)}; {REQUIRED_FLAGS}") from error
+    log(f"running alone: the other processes, if there are any, were not found ({first_line(error)}); {REQUIRED_FLAGS}")
     return None
   pod = "KUBERNETES_SERVICE_HOST" in os.environ
   if pod and given == (None, None, None) and not (coordinator or importlib.util.find_spec("kubernetes")):
-    say(
-      f"running alone: to find the other pods of a job, if there are any, JAX needs pip install kubernetes; {ALL_THREE}"
+    log(
+      f"running alone: to find the other pods of a job, if there are any, JAX needs pip install kubernetes; {REQUIRED_FLAGS}"
     )
   known = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
   if all(value is None for value in known.values()) or processes == 1:
     return None
   if missing := [name for name, value in known.items() if value is None]:
-    raise RequestError(f"{', '.join(missing)}: missing; {ALL_THREE}")
+    raise RequestError(f"{', '.join(missing)}: missing; {REQUIRED_FLAGS}")
   host, colon, port = coordinator.rpartition(":")
   if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
     raise RequestError(f"--coordinator={coordinator!r}: must be HOST:PORT of process 0")
   if not 0 <= process < processes:
     raise RequestError(f"--process_id={process}: must be from 0 to {processes - 1} (--num_processes={processes})")
-  return Place(coordinator, processes, process)
+  return ProcessInfo(coordinator, processes, process)
 
 
-def call(place: Place, timeout: int) -> dict[int, socket.socket]:
+def connect_peers(place: ProcessInfo, timeout: int) -> dict[int, socket.socket]:
   """Calls the roll. Returns connections to the other processes: of process 0 to all of them, of the others to process 0."""
   host, _, port = place.coordinator.rpartition(":")
   host = host.removeprefix("[").removesuffix("]")  # of an IPv6 address
   return (
-    _wait_for_all(int(port), place, timeout) if place.process_id == 0 else {0: _answer(host, int(port), place, timeout)}
+    _accept_peers(int(port), place, timeout)
+    if place.process_id == 0
+    else {0: _connect(host, int(port), place, timeout)}
   )
 
 
-def _wait_for_all(port: int, place: Place, timeout: int) -> dict[int, socket.socket]:
+def _accept_peers(port: int, place: ProcessInfo, timeout: int) -> dict[int, socket.socket]:
   there: dict[int, socket.socket] = {}
   until = time.monotonic() + timeout
   try:
@@ -85,7 +89,7 @@ def _wait_for_all(port: int, place: Place, timeout: int) -> dict[int, socket.soc
       try:
         peer, address = listener.accept()
         peers.append(peer)
-        hello = json.loads(_line(peer, time.monotonic() + 5))
+        hello = json.loads(_read_line(peer, time.monotonic() + 5))
         other, processes = int(hello["process"]), int(hello["processes"])
       except TimeoutError:
         if time.monotonic() >= until:
@@ -95,43 +99,47 @@ def _wait_for_all(port: int, place: Place, timeout: int) -> dict[int, socket.soc
         continue  # something else that tries ports
       if processes != place.num_processes:
         fault = f"--num_processes={processes} on process {other}, and {place.num_processes} on process 0"
-      elif not 0 < other < processes or other in there and not closed(there[other]):  # it may have been started again
+      elif (
+        not 0 < other < processes or other in there and not is_closed(there[other])
+      ):  # it may have been started again
         fault = f"--process_id={other}: another process has it too (at {address[0]})"
       there[other] = peer
   missing = [str(i) for i in range(1, place.num_processes) if i not in there]
   lost = "" if fault or not missing else f"process {', '.join(missing)} did not come within {timeout} s"
   for peer in peers:
-    send(peer, {"refused": fault} if fault else {"lost": lost} if lost else {"go": True})
+    send_message(peer, {"refused": fault} if fault else {"lost": lost} if lost else {"go": True})
   if fault:
     raise RequestError(fault)
   if lost:
-    raise PeerLost(f"{lost}; {len(there) + 1} of {place.num_processes} are there; to run this one alone: --num_processes=1")
+    raise PeerLostError(
+      f"{lost}; {len(there) + 1} of {place.num_processes} are there; to run this one alone: --num_processes=1"
+    )
   return there
 
 
-def _answer(host: str, port: int, place: Place, timeout: int) -> socket.socket:
+def _connect(host: str, port: int, place: ProcessInfo, timeout: int) -> socket.socket:
   until = time.monotonic() + timeout
   while True:
     try:
       peer = socket.create_connection((host, port), timeout=5)
-      send(peer, {"process": place.process_id, "processes": place.num_processes})
-      verdict = json.loads(_line(peer, until + 5))
+      send_message(peer, {"process": place.process_id, "processes": place.num_processes})
+      verdict = json.loads(_read_line(peer, until + 5))
       if not isinstance(verdict, dict):
         raise ValueError("something else listens there")
       break
     except (OSError, ValueError) as error:
       if time.monotonic() > until:
         told = f"did not answer within {timeout} s, or had all its processes before"
-        raise PeerLost(f"process 0 at {host}:{port} {told} ({error})") from error
+        raise PeerLostError(f"process 0 at {host}:{port} {told} ({error})") from error
       time.sleep(0.3)
   if "refused" in verdict:
     raise RequestError(verdict["refused"])
   if "lost" in verdict:
-    raise PeerLost(verdict["lost"])
+    raise PeerLostError(verdict["lost"])
   return peer
 
 
-def _line(peer: socket.socket, until: float) -> bytes:
+def _read_line(peer: socket.socket, until: float) -> bytes:
   """One short line; raises OSError when it does not come in time, or the other end closes."""
   line = b""
   while not line.endswith(b"\n") and len(line) < 2000:
@@ -143,7 +151,7 @@ def _line(peer: socket.socket, until: float) -> bytes:
   return line
 
 
-def closed(peer: socket.socket) -> bool:
+def is_closed(peer: socket.socket) -> bool:
   peer.setblocking(False)
   try:
     return peer.recv(1, socket.MSG_PEEK) == b""
@@ -153,7 +161,7 @@ def closed(peer: socket.socket) -> bool:
     return True
 
 
-def send(peer: socket.socket, message: dict[str, Any] | None) -> None:
+def send_message(peer: socket.socket, message: dict[str, Any] | None) -> None:
   try:
     peer.sendall((json.dumps(message) if message else "").encode() + b"\n")
   except OSError:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import psutil  # Orbax requires it
 
-EVERY = 10  # seconds between readings
+INTERVAL = 10  # seconds between readings
 
 
 class SystemMetrics(threading.Thread):
@@ -34,7 +34,7 @@ class SystemMetrics(threading.Thread):
     self._ended.set()
 
   def run(self) -> None:
-    readings = [*_of_host(self._workdir), _of_devices, *_of_gpus()]
+    readings = [*_host_readings(self._workdir), _device_memory, *_gpu_readings()]
     with contextlib.suppress(Exception):
       psutil.cpu_percent()  # the first call begins the interval that the next one covers
     while not self._ended.is_set():
@@ -43,13 +43,13 @@ class SystemMetrics(threading.Thread):
         with contextlib.suppress(Exception):  # of a driver, or of a container without /proc: the others are told
           found |= read()
       self.latest = found
-      self._ended.wait(EVERY)
+      self._ended.wait(INTERVAL)
 
 
-Reading = Callable[[], dict[str, float]]  # one that may fail alone
+ReadFn = Callable[[], dict[str, float]]  # one that may fail alone
 
 
-def _of_host(workdir: Path) -> list[Reading]:
+def _host_readings(workdir: Path) -> list[ReadFn]:
   def memory() -> dict[str, float]:
     it = psutil.virtual_memory()
     return {"system/memory_percent": it.percent, "system/memory_used_bytes": it.total - it.available}
@@ -63,12 +63,12 @@ def _of_host(workdir: Path) -> list[Reading]:
     memory,
     lambda: {"system/process_memory_bytes": psutil.Process().memory_info().rss},
     disk,
-    _since_now("disk", {"read": "read_bytes", "written": "write_bytes"}, psutil.disk_io_counters),
-    _since_now("network", {"sent": "bytes_sent", "received": "bytes_recv"}, psutil.net_io_counters),
+    _counter_deltas("disk", {"read": "read_bytes", "written": "write_bytes"}, psutil.disk_io_counters),
+    _counter_deltas("network", {"sent": "bytes_sent", "received": "bytes_recv"}, psutil.net_io_counters),
   ]
 
 
-def _since_now(what: str, fields: dict[str, str], counters: Callable[[], Any]) -> Reading:
+def _counter_deltas(what: str, fields: dict[str, str], counters: Callable[[], Any]) -> ReadFn:
   """What the host's counters, which began with the host, have counted since the first reading."""
   first = []
 
@@ -85,13 +85,13 @@ def _since_now(what: str, fields: dict[str, str], counters: Callable[[], Any]) -
   return read
 
 
-def _of_devices() -> dict[str, float]:
+def _device_memory() -> dict[str, float]:
   """What JAX has in use; a CPU keeps no count."""
   stats = {device.id: device.memory_stats() or {} for device in jax.local_devices()}
   return {f"system/device{i}_bytes": it["bytes_in_use"] for i, it in stats.items() if "bytes_in_use" in it}
 
 
-def _of_gpus() -> list[Reading]:
+def _gpu_readings() -> list[ReadFn]:
   """NVIDIA's own readings, through the package nvidia-ml-py; none without it or without a driver."""
   try:
     import pynvml
@@ -100,10 +100,10 @@ def _of_gpus() -> list[Reading]:
     handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
   except Exception:  # ImportError; NVMLError where there is no driver
     return []
-  return [reading for i, handle in enumerate(handles) for reading in _of_gpu(pynvml, handle, f"system/gpu{i}")]
+  return [reading for i, handle in enumerate(handles) for reading in _readings_of_gpu(pynvml, handle, f"system/gpu{i}")]
 
 
-def _of_gpu(nvml: ModuleType, handle: Any, name: str) -> list[Reading]:
+def _readings_of_gpu(nvml: ModuleType, handle: Any, name: str) -> list[ReadFn]:
   """Each alone: a part of a card (MIG, vGPU) reports no load, and some cards report no power or no limit of it."""
 
   def memory() -> dict[str, float]:

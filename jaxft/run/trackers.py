@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 PROJECT = "jaxft"  # where a variable of the library names no other
 
 
-class Run(NamedTuple):
+class TrackerRun(NamedTuple):
   """What a tracker is told first."""
 
   id: str  # the same in all pieces of a run that is resumed
@@ -33,7 +33,7 @@ class Run(NamedTuple):
 Metrics = dict[str, float]
 
 
-def numbers(line: dict[str, Any]) -> Metrics:
+def to_floats(line: dict[str, Any]) -> Metrics:
   """A line of metrics.jsonl without its step, "nan" and "inf" as the numbers they stand for."""
   return {key: float(value) for key, value in line.items() if key != "step"}
 
@@ -41,7 +41,7 @@ def numbers(line: dict[str, Any]) -> Metrics:
 class TensorBoard:
   """Event files. A run that begins again hides what its lost beginning had written there (`purge_step`)."""
 
-  def __init__(self, run: Run):
+  def __init__(self, run: TrackerRun):
     from tensorboardX import SummaryWriter
     from tensorboardX.summary import hparams
 
@@ -80,7 +80,7 @@ class TensorBoard:
 
 
 # Without it MLflow's page (3.17) takes the runs for evaluations of a generative application.
-EXPERIMENT = {"mlflow.experimentKind": "custom_model_development"}
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class MLflow:
@@ -88,7 +88,7 @@ class MLflow:
 
   STATUS = {"finished": "FINISHED", "failed": "FAILED", "preempted": "KILLED", "killed": "KILLED"}
 
-  def __init__(self, run: Run):
+  def __init__(self, run: TrackerRun):
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
     from mlflow.entities import Param
@@ -106,12 +106,12 @@ class MLflow:
       self._client.log_batch(self._id, params=params[i : i + 100])
     self._samples = list(run.samples)
 
-  def _find_or_create(self, run: Run, artifacts: str | None) -> str:
+  def _find_or_create(self, run: TrackerRun, artifacts: str | None) -> str:
     experiment = os.environ.get("MLFLOW_EXPERIMENT_ID")
     if not experiment:
       name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
       there = self._client.get_experiment_by_name(name)
-      experiment = there.experiment_id if there else self._client.create_experiment(name, artifacts, EXPERIMENT)
+      experiment = there.experiment_id if there else self._client.create_experiment(name, artifacts, EXPERIMENT_TAGS)
     found = self._client.search_runs([experiment], f"tags.`jaxft.id` = '{run.id}'", max_results=1)
     if found:
       return found[0].info.run_id
@@ -138,7 +138,7 @@ class MLflow:
 class WandB:
   """Online with an API key, else offline, for `wandb sync`. Pieces of a resumed offline run are folders with the same id."""
 
-  def __init__(self, run: Run):
+  def __init__(self, run: TrackerRun):
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
@@ -184,7 +184,7 @@ class WandB:
 class Trackio:
   """A run in Trackio's SQLite file, or on its server; how it ended is an alert, as Trackio has no status."""
 
-  def __init__(self, run: Run):
+  def __init__(self, run: TrackerRun):
     os.environ.setdefault("TRACKIO_DIR", str(Path(run.workdir) / "trackio"))
     import trackio
 
@@ -227,4 +227,4 @@ class Trackio:
       raise RuntimeError(faults[0])
 
 
-LIBRARIES = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB, "trackio": Trackio}
+BACKENDS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB, "trackio": Trackio}

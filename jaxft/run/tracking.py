@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxft.errors import NumericsError, StorageError
-from jaxft.files import refused, write_whole
+from jaxft.files import atomic_write, write_failure
 from jaxft.run.system import SystemMetrics
 
 
-class Story(Console):
+class RunConsole(Console):
   """A console whose reader may go away: rich would end the run then."""
 
   @property
@@ -46,23 +46,23 @@ class Story(Console):
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-console = Story(soft_wrap=True, highlight=False)
+console = RunConsole(soft_wrap=True, highlight=False)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
   """One line of the story. Not rich markup, and no control characters: text comes from users' files."""
   with contextlib.suppress(OSError):  # a log on a full disk: the run goes on as long as its own files can be written
-    console.print(visible(text), markup=False)
+    console.print(escape_controls(text), markup=False)
 
 
-def visible(text: str) -> str:
+def escape_controls(text: str) -> str:
   """The text with control characters, but for line ends and tabs, written out: some of them steer a terminal."""
   return "".join(
     c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in text
   )
 
 
-class Lines:
+class JsonlLog:
   """A .jsonl file of one object a line, each with a "step", which after a resume holds no line of a lost step."""
 
   def __init__(self, file: Path, last_step: int, writes: bool):
@@ -82,7 +82,7 @@ class Lines:
         except (ValueError, KeyError, TypeError):
           continue  # cut short by a kill in the middle of a write
     if writes:
-      write_whole(file, "".join(json.dumps(values) + "\n" for values in self.entries))
+      atomic_write(file, "".join(json.dumps(values) + "\n" for values in self.entries))
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     self.entries.append({"step": step} | values)
@@ -92,14 +92,14 @@ class Lines:
       with self._file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(self.entries[-1], allow_nan=False) + "\n")
     except OSError as error:
-      raise StorageError(f"{self._file}: {refused(self._file, error)}") from error
+      raise StorageError(f"{self._file}: {write_failure(self._file, error)}") from error
 
   def values(self, key: str) -> list[Any]:
     """All values of `key`, oldest first."""
     return [line[key] for line in self.entries if key in line]
 
 
-class Meter:
+class ProgressBar:
   """Progress of something counted: a bar on a terminal, nothing but the story's lines in a log."""
 
   def __init__(self, what: str, total: int, done: int = 0):
@@ -113,7 +113,7 @@ class Meter:
     self._bar = Progress(*columns, console=console, transient=True, disable=not console.live)
     self._task = self._bar.add_task(what, total=total, completed=done, note="")
 
-  def __enter__(self) -> "Meter":
+  def __enter__(self) -> "ProgressBar":
     self._bar.start()
     return self
 
@@ -124,7 +124,7 @@ class Meter:
     self._bar.update(self._task, completed=done, note=note, total=total)
 
 
-class Clock:
+class StepTimer:
   """Wall time of steps since the last restart, without what happens inside `paused`."""
 
   def __init__(self):
@@ -174,7 +174,7 @@ class Reporter:
     rows: int = 1,
   ):
     """`seconds_at_peak`: of a step, for its MFU; None where the device's peak is not known. `rows`: of an epoch."""
-    self.tokens_seen, self.clock = tokens_seen, Clock()
+    self.tokens_seen, self.clock = tokens_seen, StepTimer()
     self._train, self._seed, self._total, self._floor, self._device = (
       config.train,
       config.train.seed,
@@ -187,12 +187,14 @@ class Reporter:
     last_kept = start if start else -1  # a run that begins again evaluates and samples again
     writes = jax.process_index() == 0
     self.metrics, self.samples = (
-      Lines(workdir / name, last_kept, writes) for name in ("metrics.jsonl", "samples.jsonl")
+      JsonlLog(workdir / name, last_kept, writes) for name in ("metrics.jsonl", "samples.jsonl")
     )
     self.on_entry: Callable[[str, dict[str, Any]], None] = lambda kind, line: None  # gets each line that was written
     self._system = system
 
-  def log_step(self, step: int, numbers: dict[str, Any], meter: Meter, name_bad_leaves: Callable[[Any], list[str]]) -> None:
+  def log_step(
+    self, step: int, numbers: dict[str, Any], meter: ProgressBar, name_bad_leaves: Callable[[Any], list[str]]
+  ) -> None:
     """Takes the metrics of a train step; raises NumericsError after `train.max_bad_steps` bad ones in a row."""
     loss, norm, rate = (float(numbers[key]) for key in ("loss", "grad_norm", "learning_rate"))
     self.tokens_seen += int(numbers["tokens"])
@@ -206,27 +208,27 @@ class Reporter:
       self._write(
         step,
         {
-          "train/loss": finite_or_text(loss),
+          "train/loss": json_float(loss),
           "train/learning_rate": rate,
-          "train/grad_norm": finite_or_text(norm),
+          "train/grad_norm": json_float(norm),
           "train/tokens": self.tokens_seen,
           "perf/tokens_per_second": round(self.clock.tokens_per_second, 1),
           "perf/step_seconds": round(self.clock.step_seconds, 4),
           **mfu,
-          "memory/peak_bytes": peak_bytes(self._device),
+          "memory/peak_bytes": peak_memory_bytes(self._device),
           **(self._system.latest if self._system else {}),
         },
       )
       if not console.live:
         left = round((self._total - step) * self.clock.step_seconds)
-        say(f"step {step}/{self._total}  loss {loss:.4f}  lr {rate:.2e}  {speed}  {left // 60}:{left % 60:02} left")
+        log(f"step {step}/{self._total}  loss {loss:.4f}  lr {rate:.2e}  {speed}  {left // 60}:{left % 60:02} left")
       self.clock.reset()
     self._bad_in_a_row = self._bad_in_a_row + 1 if numbers["bad"] else 0
     if numbers["bad"]:
       leaves = name_bad_leaves(numbers["bad_leaves"])
       where = f"; not finite: {leaves[0]}" + (f" and {len(leaves) - 1} more" if leaves[1:] else "") if leaves else ""
       what = f"step {step}: loss {loss}, gradient norm {norm}{where}"
-      say(f"{what}: not applied, the weights are as before")
+      log(f"{what}: not applied, the weights are as before")
       if self._bad_in_a_row >= self._train.max_bad_steps:
         raise NumericsError(
           f"{what}, for {self._bad_in_a_row} step(s) in a row; they changed no weight. "
@@ -240,7 +242,7 @@ class Reporter:
   def log_eval(
     self, step: int, when: str, what: Any, nbytes: int = 0, unrelated: Any | None = None
   ) -> dict[str, float]:
-    """Takes a `step.Evaluation` of text of so many bytes (0: not known), and one of `data.unrelated`.
+    """Takes a `step.EvalResult` of text of so many bytes (0: not known), and one of `data.unrelated`.
 
     Raises NumericsError when the first has no finite loss.
     """
@@ -256,16 +258,16 @@ class Reporter:
       found |= {"eval/accuracy": what.accuracy, "eval/f1": what.f1}
       rest = f"accuracy {what.accuracy:.1%}, F1 {what.f1:.3f}"
     if unrelated:
-      found |= _of_unrelated(unrelated)
+      found |= _unrelated_metrics(unrelated)
       rest += f"; on unrelated text {unrelated.loss:.4f}"
     self._write(step, found | floor)
-    say(f"{when}: eval loss {what.loss:.4f}{beside}, {rest}")
+    log(f"{when}: eval loss {what.loss:.4f}{beside}, {rest}")
     return found
 
   def log_unrelated(self, step: int, when: str, what: Any) -> None:
-    """Takes a `step.Evaluation` of `data.unrelated`, where nothing else is held out."""
-    self._write(step, _of_unrelated(what))
-    say(f"{when}: on unrelated text {what.loss:.4f}")
+    """Takes a `step.EvalResult` of `data.unrelated`, where nothing else is held out."""
+    self._write(step, _unrelated_metrics(what))
+    log(f"{when}: on unrelated text {what.loss:.4f}")
 
   def evals_since_best(self) -> int:
     """How many evaluations there were since the one with the least loss."""
@@ -277,7 +279,7 @@ class Reporter:
     about = {"when": when, "prompt": prompt, "text": text, "seed": self._seed}
     self.samples.write(step, about if known is None else about | {"memorised_8grams": round(known, 4)})
     self.on_entry("samples", self.samples.entries[-1])
-    say(f"  [{when}] {prompt}|{text}".replace("\n", "\n    "))
+    log(f"  [{when}] {prompt}|{text}".replace("\n", "\n    "))
 
   def summary(self, step: int) -> str:
     """Eval loss before and at this step, and the floor, in one line."""
@@ -288,9 +290,9 @@ class Reporter:
     return f"eval loss {losses[0]:.4f} -> {losses[-1]:.4f} ({100 * (losses[-1] / losses[0] - 1):+.1f} %){floor}"
 
 
-def _of_unrelated(what: Any) -> dict[str, float | str]:
-  perplexity = finite_or_text(what.perplexity)
-  return {"eval/unrelated_loss": finite_or_text(what.loss), "eval/unrelated_perplexity": perplexity}
+def _unrelated_metrics(what: Any) -> dict[str, float | str]:
+  perplexity = json_float(what.perplexity)
+  return {"eval/unrelated_loss": json_float(what.loss), "eval/unrelated_perplexity": perplexity}
 
 
 def due_at(every: int | str, step: int, rows: int, batch_size: int) -> bool:
@@ -306,19 +308,19 @@ def bits_per_byte(loss: float, tokens: int, nbytes: int) -> float:
   return loss * tokens / (math.log(2) * nbytes)
 
 
-def finite_or_text(number: float) -> float | str:
+def json_float(number: float) -> float | str:
   """JSON has no NaN: "nan" and "inf" are written as text, so that they are seen for what they are."""
   return number if math.isfinite(number) else str(number)
 
 
-def peak_bytes(device: jax.Device) -> int:
+def peak_memory_bytes(device: jax.Device) -> int:
   """Most memory in use so far: of the device where it keeps count, else of this process."""
-  if peak_of(device) == "device":
+  if peak_memory_source(device) == "device":
     return device.memory_stats()["peak_bytes_in_use"]
   kib = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux and bytes on macOS
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
 
 
-def peak_of(device: jax.Device) -> str:
-  """What `peak_bytes` is of: "device" or "process"."""
+def peak_memory_source(device: jax.Device) -> str:
+  """What `peak_memory_bytes` is of: "device" or "process"."""
   return "device" if (device.memory_stats() or {}).get("peak_bytes_in_use") else "process"

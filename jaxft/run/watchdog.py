@@ -16,16 +16,16 @@ import threading
 import time
 from typing import Any
 
-from jaxft.errors import PeerLost, Preempted, same_command
-from jaxft.run.roll_call import Place, closed, send
+from jaxft.errors import PeerLostError, Preempted, same_command
+from jaxft.run.roll_call import ProcessInfo, is_closed, send_message
 
-GRACE = 15  # seconds that others have to end by themselves after one has ended with an error
+GRACE_SECONDS = 15  # seconds that others have to end by themselves after one has ended with an error
 
 
 class Watchdog(threading.Thread):
   """Sends and hears a line a second; ends the process when another is lost, or has ended with an error."""
 
-  def __init__(self, place: Place, peers: dict[int, socket.socket], limit: int):
+  def __init__(self, place: ProcessInfo, peers: dict[int, socket.socket], limit: int):
     super().__init__(name="jaxft-watchdog", daemon=True)
     self._place, self._peers, self._limit, self._lock = place, peers, limit, threading.Lock()
     self._ending = False
@@ -39,9 +39,9 @@ class Watchdog(threading.Thread):
     self._ending = True
     with self._lock:
       for peer in self._peers.values():
-        send(peer, {"ended": self._place.process_id, "code": code, "why": why})
+        send_message(peer, {"ended": self._place.process_id, "code": code, "why": why})
     if code and self._place.process_id == 0:
-      self.join(GRACE + 5)  # the others give up first, and say why: without JAX's service they would be aborted
+      self.join(GRACE_SECONDS + 5)  # the others give up first, and say why: without JAX's service they would be aborted
 
   def run(self) -> None:
     heard = dict.fromkeys(self._peers, time.monotonic())
@@ -52,7 +52,7 @@ class Watchdog(threading.Thread):
     rests, doomed = dict.fromkeys(self._peers, b""), None
     while heard or doomed and not self._ending:
       for key, _ in waiting.select(timeout=1):
-        process, chunk = key.data, _received(key.fileobj)
+        process, chunk = key.data, _receive(key.fileobj)
         if not chunk and self._ending:
           waiting.unregister(key.fileobj)
           del heard[process]
@@ -66,7 +66,7 @@ class Watchdog(threading.Thread):
             self._lost(message["lost"])
           if message["code"]:
             # One that was preempted has agreed on it with the others, which may take longer to end.
-            patience = self._limit if message["code"] == Preempted.exit_code else GRACE
+            patience = self._limit if message["code"] == Preempted.exit_code else GRACE_SECONDS
             why = f"process {message['ended']} ended with exit code {message['code']}: {message['why']}"
             doomed = doomed or (time.monotonic() + patience, why)
           if self._place.process_id == 0 and message["code"]:
@@ -82,32 +82,32 @@ class Watchdog(threading.Thread):
         self._lost(doomed[1])
       with self._lock:
         for peer in self._peers.values():
-          send(peer, None)
+          send_message(peer, None)
 
   def _tell(self, message: dict[str, Any]) -> None:
     with self._lock:
       for process, peer in self._peers.items():
         if process != message.get("ended"):
-          send(peer, message)
+          send_message(peer, message)
 
   def _lost(self, why: str) -> None:
     if self._ending:  # with an exit code of its own
       return
     if self._place.process_id == 0:
       self._tell({"lost": why})
-    _end(why)
+    _exit_process(why)
 
 
-def _end(why: str) -> None:
+def _exit_process(why: str) -> None:
   """Ends the process here and now: the main thread may wait in a collective for ever."""
   again = same_command("--overwrite_output_dir" in sys.argv)
   print(f"error: {why}; {again} continues from the newest checkpoint. Where this process was:", file=sys.stderr)
   faulthandler.dump_traceback()
   sys.stderr.flush()
-  os._exit(PeerLost.exit_code)
+  os._exit(PeerLostError.exit_code)
 
 
-def end_when_jax_aborts(coordinator: socket.socket | None) -> None:
+def install_abort_handler(coordinator: socket.socket | None) -> None:
   """When process 0 dies, JAX's client aborts at once (jax 0.10 to 0.12: LOG(FATAL)), which may come before the watchdog.
 
   Args:
@@ -115,19 +115,19 @@ def end_when_jax_aborts(coordinator: socket.socket | None) -> None:
   """
 
   def handler(_: int) -> None:
-    if coordinator is None or not closed(coordinator):
+    if coordinator is None or not is_closed(coordinator):
       return
     again = same_command("--overwrite_output_dir" in sys.argv)
     print(f"error: JAX has given up, most likely because process 0 is gone; {again} continues", file=sys.stderr)
     faulthandler.dump_traceback()
-    os._exit(PeerLost.exit_code)
+    os._exit(PeerLostError.exit_code)
 
   callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
-  end_when_jax_aborts.kept = callback  # as long as the process lives
+  install_abort_handler.kept = callback  # as long as the process lives
   ctypes.CDLL(None).signal(signal.SIGABRT, callback)  # Python's own handlers run too late: abort() does not return
 
 
-def _received(peer: socket.socket) -> bytes:
+def _receive(peer: socket.socket) -> bytes:
   try:
     return peer.recv(65536)
   except BlockingIOError:

@@ -27,28 +27,33 @@ from ml_collections import ConfigDict
 from jaxft import config as settings
 from jaxft.checks import TRACKERS
 from jaxft.errors import Preempted, first_line
-from jaxft.files import write_whole
-from jaxft.run.secrets import masked
-from jaxft.run.tracking import Lines, say
+from jaxft.files import atomic_write
+from jaxft.run.secrets import redact
+from jaxft.run.tracking import JsonlLog, log
 
-PATIENCE = 15  # seconds at the end, for all trackers together
-PACE = 1  # seconds between messages: what comes meanwhile goes together
-MOST = 10_000  # lines that wait for a tracker; those that come then are dropped
+SHUTDOWN_TIMEOUT = 15  # seconds at the end, for all trackers together
+SEND_INTERVAL = 1  # seconds between messages: what comes meanwhile goes together
+MAX_QUEUE = 10_000  # lines that wait for a tracker; those that come then are dropped
 # The modules each needs. The last is only for MLflow's own database, which MLFLOW_TRACKING_URI may replace by a server.
-MODULES = {"tensorboard": ("tensorboardX",), "mlflow": ("mlflow",), "wandb": ("wandb",), "trackio": ("trackio",)}
-ONLY_LOCAL = {"mlflow": ("MLFLOW_TRACKING_URI", ("sqlalchemy", "alembic"))}
+REQUIRED_MODULES = {
+  "tensorboard": ("tensorboardX",),
+  "mlflow": ("mlflow",),
+  "wandb": ("wandb",),
+  "trackio": ("trackio",),
+}
+LOCAL_ONLY_MODULES = {"mlflow": ("MLFLOW_TRACKING_URI", ("sqlalchemy", "alembic"))}
 
 
-def chosen(config: ConfigDict) -> list[str]:
+def enabled_trackers(config: ConfigDict) -> list[str]:
   return [name for name in TRACKERS if name in config.tracking.writers]
 
 
-def missing(config: ConfigDict) -> list[str]:
+def missing_packages(config: ConfigDict) -> list[str]:
   """One line for each tracker whose library is not installed; nothing is imported."""
   lines = []
-  for name in chosen(config):
-    variable, more = ONLY_LOCAL.get(name, ("", ()))
-    modules = MODULES[name] + (() if os.environ.get(variable) else more)
+  for name in enabled_trackers(config):
+    variable, more = LOCAL_ONLY_MODULES.get(name, ("", ()))
+    modules = REQUIRED_MODULES[name] + (() if os.environ.get(variable) else more)
     if absent := [module for module in modules if not _installed(module)]:
       lines.append(
         f"config.tracking.writers: {name} needs {' and '.join(absent)}, not installed here: "
@@ -62,10 +67,10 @@ def _installed(module: str) -> bool:
   return spec is not None and spec.origin is not None  # a folder ./wandb, which W&B makes, has none
 
 
-class Writers:
+class TrackerGroup:
   """All trackers of a run; in processes other than the first there are none. The end of the context tells them how it ended."""
 
-  def __init__(self, config: ConfigDict, workdir: Path, start: int, metrics: Lines, samples: Lines, writes: bool):
+  def __init__(self, config: ConfigDict, workdir: Path, start: int, metrics: JsonlLog, samples: JsonlLog, writes: bool):
     """Reads WORKDIR/trackers.json, and writes it; raises StorageError.
 
     Args:
@@ -73,26 +78,26 @@ class Writers:
       metrics, samples: what is kept of the pieces before, and what a resume has dropped.
       writes: false in all processes but one.
     """
-    self._names, self._clients = chosen(config) if writes else [], []
+    self._names, self._clients = enabled_trackers(config) if writes else [], []
     if not self._names:
       return
     file = workdir / "trackers.json"
-    before = _read(file) if start else {}
+    before = _read_manifest(file) if start else {}
     self._run = {"id": before.get("id") or uuid.uuid4().hex, "resumed": bool(before), "name": config.tracking.run_name}
-    self._run |= {"workdir": str(workdir.absolute()), "settings": _without_logins(settings.flatten(config))}
-    self._run["name"] = masked(self._run["name"])
+    self._run |= {"workdir": str(workdir.absolute()), "settings": _redact_settings(settings.flatten(config))}
+    self._run["name"] = redact(self._run["name"])
     self._known, self._kept = before.get("writers", []), {"metrics": metrics.entries[:], "samples": samples.entries[:]}
     self._told = samples.entries + samples.dropped
-    self._sent = _places("metrics", metrics.dropped) | _places("samples", samples.dropped)
+    self._sent = _entry_keys("metrics", metrics.dropped) | _entry_keys("samples", samples.dropped)
     known = [name for name in TRACKERS if name in {*self._known, *self._names}]
-    write_whole(file, json.dumps({"id": self._run["id"], "writers": known}) + "\n")
+    atomic_write(file, json.dumps({"id": self._run["id"], "writers": known}) + "\n")
 
-  def __enter__(self) -> "Writers":
+  def __enter__(self) -> "TrackerGroup":
     for name in self._names:
       if name in self._known:
-        self._clients.append(Writer(name, self._run | {"samples": self._told}, {}, self._sent))
+        self._clients.append(TrackerClient(name, self._run | {"samples": self._told}, {}, self._sent))
       else:  # one that is new to a run gets all of it
-        self._clients.append(Writer(name, self._run | {"samples": []}, self._kept, set()))
+        self._clients.append(TrackerClient(name, self._run | {"samples": []}, self._kept, set()))
     return self
 
   def log(self, kind: str, line: dict[str, Any]) -> None:
@@ -101,18 +106,18 @@ class Writers:
       writer.log(kind, line)
 
   def __exit__(self, _, error: BaseException | None, __) -> None:
-    status, until = _ending(error), time.monotonic() + PATIENCE
+    status, until = _exit_status(error), time.monotonic() + SHUTDOWN_TIMEOUT
     for writer in self._clients:
       writer.finish(status)
     for writer in self._clients:
       writer.wait(until)
 
 
-class Writer(threading.Thread):
+class TrackerClient(threading.Thread):
   """Sends lines to the process of one tracker, and waits for its answers, in place of the run."""
 
   def __init__(self, writer: str, run: dict[str, Any], lines: dict[str, list[dict[str, Any]]], sent: set[Any]):
-    """`lines`: of each kind, to send first; `sent`: places of lines that need not be sent again, see `_places`."""
+    """`lines`: of each kind, to send first; `sent`: places of lines that need not be sent again, see `_entry_keys`."""
     super().__init__(name=f"jaxft-{writer}", daemon=True)
     self._writer, self._run, self._sent = writer, run, sent
     self._lines = {kind: list(lines.get(kind, [])) for kind in ("metrics", "samples")}
@@ -122,11 +127,11 @@ class Writer(threading.Thread):
     self.start()
 
   def log(self, kind: str, line: dict[str, Any]) -> None:
-    if self._sent and self._sent.issuperset(_places(kind, [line])):
+    if self._sent and self._sent.issuperset(_entry_keys(kind, [line])):
       return
     with self._changed:
       self._given += 1
-      if sum(map(len, self._lines.values())) < MOST:
+      if sum(map(len, self._lines.values())) < MAX_QUEUE:
         self._lines[kind].append(line)
         self._changed.notify()
 
@@ -145,11 +150,13 @@ class Writer(threading.Thread):
       self.join(5)
     lost = self._given - self._arrived
     if lost or late:
-      say(f"{self._writer}: {f'not done after {PATIENCE} s; ' * late}{lost:,} of {self._given:,} lines did not arrive")
+      log(
+        f"{self._writer}: {f'not done after {SHUTDOWN_TIMEOUT} s; ' * late}{lost:,} of {self._given:,} lines did not arrive"
+      )
 
   def run(self) -> None:
     try:
-      with _start(self._writer) as self._process:
+      with _start_worker(self._writer) as self._process:
         self._send(self._run)
         ended = False
         while not ended:
@@ -169,7 +176,7 @@ class Writer(threading.Thread):
     """What there is to send, as soon as there is something."""
     with self._changed:
       if self._arrived:
-        self._changed.wait_for(lambda: self._end, PACE)
+        self._changed.wait_for(lambda: self._end, SEND_INTERVAL)
       self._changed.wait_for(lambda: self._end or any(self._lines.values()))
       message = self._lines | {"end": self._end}
       self._lines = {kind: [] for kind in self._lines}
@@ -178,14 +185,14 @@ class Writer(threading.Thread):
   def _take(self, answer: dict[str, str], lines: int) -> None:
     if "failed" not in answer:
       if not self._arrived:
-        say(f"{self._writer}: {answer['where']}")
+        log(f"{self._writer}: {answer['where']}")
       self._arrived += lines
     elif not self._told:
       self._told = True
-      say(f"{self._writer}: {masked(answer['failed'])}; the run goes on, what was sent is lost there")
+      log(f"{self._writer}: {redact(answer['failed'])}; the run goes on, what was sent is lost there")
 
 
-def _start(writer: str) -> subprocess.Popen:
+def _start_worker(writer: str) -> subprocess.Popen:
   return subprocess.Popen(
     [sys.executable, "-m", "jaxft.run.tracker_process", writer],
     stdin=subprocess.PIPE,
@@ -197,21 +204,21 @@ def _start(writer: str) -> subprocess.Popen:
   )
 
 
-def _places(kind: str, lines: list[dict[str, Any]]) -> set[Any]:
+def _entry_keys(kind: str, lines: list[dict[str, Any]]) -> set[Any]:
   """What each line tells of: (step, key) for each number, (step, when, prompt) for each sample."""
   if kind == "samples":
     return {(line["step"], line.get("when"), line.get("prompt")) for line in lines}
   return {(line["step"], key) for line in lines for key in line if not key.startswith("system/")}
 
 
-def _ending(error: BaseException | None) -> dict[str, str]:
+def _exit_status(error: BaseException | None) -> dict[str, str]:
   if error is None:
     return {"status": "finished", "why": ""}
   kinds = {Preempted: "preempted", KeyboardInterrupt: "killed"}
-  return {"status": kinds.get(type(error), "failed"), "why": masked(first_line(error))}
+  return {"status": kinds.get(type(error), "failed"), "why": redact(first_line(error))}
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read_manifest(file: Path) -> dict[str, Any]:
   try:
     it = json.loads(file.read_text(encoding="utf-8"))
     return {"id": str(it["id"]), "writers": list(it["writers"])}
@@ -219,8 +226,8 @@ def _read(file: Path) -> dict[str, Any]:
     return {}
 
 
-def _without_logins(values: dict[str, Any]) -> dict[str, Any]:
-  hidden = lambda value: masked(value) if isinstance(value, str) else value
+def _redact_settings(values: dict[str, Any]) -> dict[str, Any]:
+  hidden = lambda value: redact(value) if isinstance(value, str) else value
   return {
     key: [hidden(it) for it in value] if isinstance(value, tuple) else hidden(value) for key, value in values.items()
   }
