@@ -24,7 +24,8 @@ def main() -> None:
   if arguments.layout and not arguments.data:
     raise RequestError(f"--layout={arguments.layout}: goes with --data; what a run has held out is read as in the run")
   lines = [
-    line.replace("config.data.validation", "--data") for line in sources.validate({"validation": arguments.data})
+    line.replace("config.data.validation", "--data")
+    for line in sources.validate_sources({"validation": arguments.data})
   ]
   how = {name: getattr(arguments, name) for name in MIN_VALUES}
   lines += [f"--{name}={value}: must be at least 1" for name, value in how.items() if value < MIN_VALUES[name]]

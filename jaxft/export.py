@@ -11,8 +11,8 @@ from jaxft.hf.verify import format_parity
 
 def main() -> None:
   arguments = parsers.export().parse_args()
-  lines = save.validate(Path(arguments.out))
-  lines += push.validate(arguments.push_to_hub) if arguments.push_to_hub is not None else []
+  lines = save.validate_export(Path(arguments.out))
+  lines += push.validate_push(arguments.push_to_hub) if arguments.push_to_hub is not None else []
   if lines:
     raise RequestError("\n".join(lines))
   parity = load_model(arguments).export(arguments.out, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size)

@@ -108,7 +108,9 @@ def fetch_layer(stack: Any, index: jax.Array) -> Any:
   return to_device(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack))
 
 
-def make_grad_fn(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str, trained: Any = ()) -> Callable:
+def make_streamed_grad_fn(
+  graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str, trained: Any = ()
+) -> Callable:
   """`step.make_grad_fn` with weights on the host, and the gradient there too."""
   only_trained = make_layer_mask(trained)
 
@@ -232,7 +234,7 @@ def make_copy_grad_fn(gradient: Callable, dtype: Any, places: Any) -> Callable:
   return of_copy
 
 
-def make_grad_stats(gradients: Any) -> Callable:
+def make_streamed_stats(gradients: Any) -> Callable:
   """`step.make_grad_stats` in pieces: the norm of the gradient, and which of its leaves are not finite.
 
   The state is not looked at: 12 more bytes a parameter over the bus. Weights that are no numbers show in the loss, moments in
@@ -262,7 +264,7 @@ def make_grad_stats(gradients: Any) -> Callable:
   return look
 
 
-def make_update_fn(config: ConfigDict, places: Any, trained: Any = ()) -> Callable:
+def make_streamed_update_fn(config: ConfigDict, places: Any, trained: Any = ()) -> Callable:
   """`step.make_update_fn` in place on the host: of each leaf a layer, or some rows of a table, after the other.
 
   Args:

@@ -26,9 +26,9 @@ def main() -> None:
   config = arguments.config
   lines = settings.validate(config)
   if not lines:
-    lines += sources.validate(config.data)
+    lines += sources.validate_sources(config.data)
   if not lines:  # as in train.py: reading a model's config takes seconds
-    lines += repo.validate(config.model.path, weights=False)
+    lines += repo.validate_model(config.model.path, weights=False)
   if lines:
     raise RequestError("\n".join(lines))
   source = model_source.resolve(config.model, weights=False)

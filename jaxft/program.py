@@ -251,7 +251,7 @@ def build_train_program(
       shapes = copy
       gradient = offload.make_copy_grad_fn(make_grad_fn(graph, gradients=gradients, **how), compute.dtype, on_device)
     else:
-      gradient = offload.make_grad_fn(graph, remat=config.memory.remat, **how)
+      gradient = offload.make_streamed_grad_fn(graph, remat=config.memory.remat, **how)
       gradients = jax.tree.map(
         lambda leaf: leaf.sharding, offload.with_host_memory(sharding.with_shardings(shapes, gradients))
       )
@@ -261,7 +261,10 @@ def build_train_program(
     if kept == "all":
       state = state._replace(frozen=offload.with_host_memory(state.frozen))
     places = jax.tree.map(lambda leaf: leaf.sharding, state.params)
-    look, update = offload.make_grad_stats(gradients), offload.make_update_fn(config.optim, places, cfg.trained)
+    look, update = (
+      offload.make_streamed_stats(gradients),
+      offload.make_streamed_update_fn(config.optim, places, cfg.trained),
+    )
   step = make_train_step(
     gradient,
     look,

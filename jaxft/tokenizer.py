@@ -98,7 +98,7 @@ def main() -> None:
     print(f"{', '.join(f'{name} is {id}' for name, id in ids.items())}; {out}: {format_parity(parity)}")
     print(_describe_roles(grown))
     return
-  if lines := sources.validate({"train": arguments.data}):
+  if lines := sources.validate_sources({"train": arguments.data}):
     raise RequestError("\n".join(line.replace("config.data.train", "--data") for line in lines))
   data = settings.default().data
   data.text_column = arguments.text_column

@@ -66,12 +66,12 @@ class TrainOutput(NamedTuple):
   export: Path  # the Hugging Face folder
 
 
-def validate(config: ConfigDict, workdir: Path, overwrite: bool = False) -> None:
+def validate_run(config: ConfigDict, workdir: Path, overwrite: bool = False) -> None:
   """Raises RequestError with every fault that can be seen without building anything."""
   lines = settings.validate(config)
   if not lines:
     out = export_dir(config, workdir)
-    lines += [f"config.export.out: {line}" for line in save.validate(out)]
+    lines += [f"config.export.out: {line}" for line in save.validate_export(out)]
     lines += [f"--workdir: {line}" for line in checkpoint.validate_path(workdir / "checkpoints")]
     lines += [f"--workdir: {line}" for line in save.validate_workdir(workdir)]
     there, here = out.resolve(), workdir.resolve()
@@ -88,11 +88,11 @@ def validate(config: ConfigDict, workdir: Path, overwrite: bool = False) -> None
         "folder, or have all of it moved aside by --overwrite_output_dir"
       )
     if config.export.push_to_hub:
-      lines += [f"config.export.{line}" for line in push.validate(config.export.push_to_hub)]
-    lines += sources.validate(config.data)
+      lines += [f"config.export.{line}" for line in push.validate_push(config.export.push_to_hub)]
+    lines += sources.validate_sources(config.data)
     lines += missing_packages(config)
   if not lines:  # reading a model's config takes seconds, most of them to import transformers
-    lines += repo.validate(config.model.path, config.model.init == "pretrained", config.model.torch_bin)
+    lines += repo.validate_model(config.model.path, config.model.init == "pretrained", config.model.torch_bin)
   if lines:
     raise RequestError("\n".join(lines))
 
@@ -181,7 +181,7 @@ def finetune(
   flags = {"--workdir": workdir, "--dry_run": dry_run, "--strict": strict, "--allow_change": allow_change}
   flags |= {"--overwrite_output_dir": overwrite}
   hosts.assert_all_equal("command", flags | settings.with_prefix(config) | hosts.package_versions())
-  validate(config, workdir, overwrite)
+  validate_run(config, workdir, overwrite)
   if config.memory.offload != "none":
     backend.limit_pinned_memory(programs.max_host_bytes(config, resolve_model_config(config)))
   backend.require_device(require)

@@ -41,7 +41,7 @@ def refused(flags: list[str], names: list[str], config_file, workdir, dry_run: b
   try:
     sys.argv = ["train", "--config", str(config_file), "--workdir", str(workdir), *flags]  # ml_collections reads it too
     arguments = command_line.parse_train()
-    train.validate(arguments.config, arguments.workdir)
+    train.validate_run(arguments.config, arguments.workdir)
     if dry_run:
       train.finetune(arguments.config, arguments.workdir, dry_run=True)
   except RequestError as error:

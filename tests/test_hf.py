@@ -395,19 +395,21 @@ def test_a_git_lfs_pointer_is_named(folder, tmp_path, name):
 
 def test_an_address_leads_to_the_id():
   for address in ("https://huggingface.co/gpt2", "huggingface.co/gpt2/tree/main", "https://hf.co/gpt2/"):
-    for told in (repo.validate(address)[0], str(pytest.raises(RequestError, repo.resolve, address).value)):
+    for told in (repo.validate_model(address)[0], str(pytest.raises(RequestError, repo.resolve, address).value)):
       assert told.endswith("an address; give the id alone: gpt2")
-  assert repo.validate("https://huggingface.co/EleutherAI/gpt-neo-125m")[0].endswith("alone: EleutherAI/gpt-neo-125m")
+  assert repo.validate_model("https://huggingface.co/EleutherAI/gpt-neo-125m")[0].endswith(
+    "alone: EleutherAI/gpt-neo-125m"
+  )
   for rest in ("?x=1", "#model", "/resolve/main/model.safetensors", "/blob/main/config.json", "/tree"):
-    assert repo.validate(f"https://HuggingFace.co/gpt2{rest}")[0].endswith("alone: gpt2")
-  assert repo.validate("hf://gpt2")[0].endswith("alone: gpt2")
-  assert "of a data set" in repo.validate("https://huggingface.co/datasets/imdb")[0]
+    assert repo.validate_model(f"https://HuggingFace.co/gpt2{rest}")[0].endswith("alone: gpt2")
+  assert repo.validate_model("hf://gpt2")[0].endswith("alone: gpt2")
+  assert "of a data set" in repo.validate_model("https://huggingface.co/datasets/imdb")[0]
 
 
 def test_a_folder_may_be_called_like_an_address(folder, tmp_path, monkeypatch):
   shutil.copytree(folder, tmp_path / "huggingface.co" / "gpt2")
   monkeypatch.chdir(tmp_path)
-  assert not repo.validate("huggingface.co/gpt2") and repo.resolve("huggingface.co/gpt2").cfg.V == 293
+  assert not repo.validate_model("huggingface.co/gpt2") and repo.resolve("huggingface.co/gpt2").cfg.V == 293
 
 
 def test_a_weight_beyond_float16_is_named_before_anything_is_written(folder, tmp_path):

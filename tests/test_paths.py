@@ -18,7 +18,7 @@ from jaxft.hf import added_tokens, repo, save
 from jaxft.hf import tokenizer as tokenizers
 from jaxft.pretrained import load_workdir
 from jaxft.run.checkpoint import CheckpointManager
-from jaxft.train import finetune, validate
+from jaxft.train import finetune, validate_run
 
 NAMES = [
   "lr[1e-4]", "plain", "a b", " c", "d ", "e#f", "g?h", "i%20j", "k%l", "[1]", "{x}", "a:b", "é", "e\u0301", "日本", "🐈",
@@ -55,10 +55,10 @@ def test_forty_names_of_folders(ready, folder, tmp_path, part):
     before = sorted(path.name for path in root.iterdir())
     if any(part in name for part in REFUSED):
       with pytest.raises(RequestError, match="--workdir: .* Orbax takes the .* for part of a pattern"):
-        validate(config, root / "run")
+        validate_run(config, root / "run")
       assert sorted(path.name for path in root.iterdir()) == before
       continue
-    validate(config, root / "run")
+    validate_run(config, root / "run")
     checkpoints = CheckpointManager(root / "run" / "checkpoints", 1, writes=True)
     checkpoints.save(1, STATE, {"x": 1})
     checkpoints.close()
@@ -94,21 +94,21 @@ def test_what_is_in_a_workdir_is_never_taken_for_the_runs_own(folder, stories, t
   config = tiny.config(folder, stories)
   (tmp_path / "model").mkdir()
   (tmp_path / "model" / "my_code.py").write_text("import this")
-  validate(config, tmp_path)
+  validate_run(config, tmp_path)
   source, tokenizer = repo.resolve(str(folder)), tokenizers.load(folder, 293)
   save.save_run_model(tmp_path, source, tokenizer)
   assert (tmp_path / "model" / "my_code.py").is_file() and save.find_run_model(tmp_path) == tmp_path / "run.model"
   save.save_run_model(tmp_path, source, tokenizer)  # its own is replaced
   (tmp_path / "run.model" / "model.safetensors").write_text("mine")
   with pytest.raises(RequestError, match="'model.safetensors' is none of it"):
-    validate(config, tmp_path)
+    validate_run(config, tmp_path)
   with pytest.raises(RequestError, match="'model.safetensors' is none of it"):
     save.save_run_model(tmp_path, source, tokenizer)
   assert (tmp_path / "run.model" / "model.safetensors").read_text() == "mine"
   mine = shutil.copytree(folder, tmp_path / "mine")
   config.model.path = str(mine)
   with pytest.raises(RequestError, match="--workdir: .* is config.model.path"):
-    validate(config, tmp_path / "mine" / ".." / "mine")
+    validate_run(config, tmp_path / "mine" / ".." / "mine")
 
 
 def test_a_start_that_is_killed_between_two_renames_leaves_the_old_config(folder, tmp_path, monkeypatch):
@@ -152,11 +152,11 @@ def test_places_where_no_export_can_be_written_are_told_before_training(folder, 
   ):
     config.export.out = str(out)
     with pytest.raises(RequestError, match=f"config.export.out.*{told}"):
-      validate(config, tmp_path / "run")
+      validate_run(config, tmp_path / "run")
   config.export.out, strange = "", tmp_path / os.fsdecode(b"caf\xe9")
   with pytest.raises(RequestError, match="--workdir: .*: its name is not UTF-8"):
-    validate(config, strange)
-  assert "its name is not UTF-8" in save.validate(strange)[0]
+    validate_run(config, strange)
+  assert "its name is not UTF-8" in save.validate_export(strange)[0]
 
 
 def test_what_was_held_out_is_measured_or_refused(finished, stories, tmp_path):

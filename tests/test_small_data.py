@@ -20,7 +20,7 @@ from jaxft.pretrained import load_workdir
 from jaxft.run import resume
 from jaxft.run.guards import has_content, move_aside
 from jaxft.run.tracking import due_at
-from jaxft.train import finetune, validate
+from jaxft.train import finetune, validate_run
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +384,7 @@ def test_a_folder_of_a_model_is_no_workdir(config, folder, tmp_path):
   shutil.copy(folder / "config.json", tmp_path / "model")
   with pytest.raises(RequestError, match="model' has the config.json of a model.* --overwrite_output_dir"):
     finetune(config, tmp_path / "model")
-  validate(config, tmp_path / "model", overwrite=True)
+  validate_run(config, tmp_path / "model", overwrite=True)
   assert has_content(tmp_path / "model") and not has_content(tmp_path)
 
 

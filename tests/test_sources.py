@@ -75,7 +75,7 @@ def test_a_folder_is_read_without_what_is_hidden_and_what_is_unknown_is_counted(
   assert sorted(texts(str(tmp_path), notes=notes)) == ["B.TXT", "a.txt"]
   assert notes["files in folders that are of no kind that is read"] == 1
   os.mkfifo(tmp_path / "pipe.txt")
-  assert "not an ordinary file" in sources.validate({"train": (str(tmp_path / "pipe.txt"),)})[0]
+  assert "not an ordinary file" in sources.validate_sources({"train": (str(tmp_path / "pipe.txt"),)})[0]
 
 
 def test_byte_order_marks_and_crlf_are_reported(tmp_path):
@@ -175,7 +175,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, told):
 def test_missing_sources_are_named(tmp_path, monkeypatch, source):
   monkeypatch.chdir(tmp_path)
   for train, validation in (((source,), ()), ((), (source,)), ((f"{source}@2",), ())):
-    (line,) = sources.validate({"train": train, "validation": validation})
+    (line,) = sources.validate_sources({"train": train, "validation": validation})
     assert repr(source) in line
 
 
@@ -204,9 +204,9 @@ def test_a_weight_stands_after_its_source(tmp_path, monkeypatch):
   assert sources.parse_weight("folder@2") == ("folder@2", 1.0)
   write(tmp_path, "a.txt", "x")
   for weight in ("0", "101", "nan", "-1", "1e3", "x", ""):
-    assert "a number above 0 and at most 100" in sources.validate({"train": (f"a.txt@{weight}",)})[0]
+    assert "a number above 0 and at most 100" in sources.validate_sources({"train": (f"a.txt@{weight}",)})[0]
   assert sources.parse_weight("a.txt@1.") == ("a.txt", 1.0)
-  assert sources.validate({"validation": ("a.txt@2",)})  # what is evaluated is read once
+  assert sources.validate_sources({"validation": ("a.txt@2",)})  # what is evaluated is read once
 
 
 def test_a_label_has_the_name_that_the_datasets_library_gives_it(tmp_path, monkeypatch):
@@ -348,7 +348,10 @@ def test_what_the_datasets_library_saves_is_read(tmp_path, monkeypatch):
   assert texts(str(tmp_path / "saved" / "test")) == ["bad"]
   (file,) = (tmp_path / "saved" / "test").glob("*.arrow")
   assert texts(str(file)) == ["bad"]
-  assert "no split 'validation' in it (test, train)" in sources.validate({"validation": (str(tmp_path / "saved"),)})[0]
+  assert (
+    "no split 'validation' in it (test, train)"
+    in sources.validate_sources({"validation": (str(tmp_path / "saved"),)})[0]
+  )
   with pyarrow.OSFile(str(tmp_path / "b.arrow"), "wb") as out, pyarrow.ipc.new_file(out, rows.data.schema) as writer:
     writer.write_table(rows.data.table)
   assert texts(str(tmp_path / "b.arrow")) == ["good", "bad"]

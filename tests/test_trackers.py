@@ -26,7 +26,7 @@ from jaxft.run.secrets import redact
 from jaxft.run.system import SystemMetrics
 from jaxft.run.tracking import JsonlLog
 from jaxft.run.writers import TrackerGroup
-from jaxft.train import finetune, validate
+from jaxft.train import finetune, validate_run
 
 NAMES = ("tensorboard", "mlflow", "wandb", "trackio")
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -342,7 +342,7 @@ def test_a_library_that_is_not_there_is_named_with_the_command_that_installs_it(
   config.tracking.writers = ("tensorboard", "wandb")
   line = r'config.tracking.writers: wandb needs no_such_tracker, not installed here: pip install "jaxft\[tracking\]"'
   with pytest.raises(RequestError, match=f"^{line}$"):
-    validate(config, tmp_path / "w")
+    validate_run(config, tmp_path / "w")
 
 
 @pytest.mark.parametrize(

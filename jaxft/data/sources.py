@@ -281,7 +281,7 @@ def parse_weight(source: str) -> tuple[str, float]:
   return name, weight
 
 
-def validate(data: Mapping[str, Any]) -> list[str]:
+def validate_sources(data: Mapping[str, Any]) -> list[str]:
   """One line for each local source in `config.data` that cannot be found."""
   named = [(key, source) for key in ("train", "validation", "unrelated") for source in data.get(key) or ()]
   lines = []

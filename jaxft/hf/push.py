@@ -8,7 +8,7 @@ from huggingface_hub.errors import HFValidationError
 from jaxft.errors import RequestError, StorageError, first_line
 
 
-def validate(repo: str) -> list[str]:
+def validate_push(repo: str) -> list[str]:
   """What would keep an upload to `repo` from beginning, as far as it can be known without a network; at most one line."""
   try:
     huggingface_hub.utils.validate_repo_id(repo)
@@ -25,7 +25,7 @@ def push_to_hub(folder: Path, repo: str) -> str:
   Raises RequestError for a name or a login that cannot work, and StorageError when the hub does not take the upload: the
   folder is there still.
   """
-  if lines := validate(repo):
+  if lines := validate_push(repo):
     raise RequestError("\n".join(lines))
   try:
     address = huggingface_hub.create_repo(repo, exist_ok=True)

@@ -117,7 +117,7 @@ def choose_pad_token(checkpoint: HFCheckpoint, tokenizer: Any) -> int:
   return chosen
 
 
-def validate(path: str, weights: bool = True, torch_bin: bool = False) -> list[str]:
+def validate_model(path: str, weights: bool = True, torch_bin: bool = False) -> list[str]:
   """What is wrong with config.model.path if it is a folder, at most one line; a hub id is not looked up here."""
   try:
     _reject_url(path)

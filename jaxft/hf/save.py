@@ -30,7 +30,7 @@ RUN_MODEL = "run.model"
 RUN_MODEL_FILES = ("config.json", GENERATION_CONFIG, *tokenizers.FILES)
 
 
-def validate(out: Path) -> list[str]:
+def validate_export(out: Path) -> list[str]:
   """What is in the way of an export to `out`, at most one line. Only what jaxft has exported is ever replaced.
 
   A link leads to where the export is written, which may be another disk.
@@ -93,7 +93,7 @@ def export_model(
   _check_float16_range(params, checkpoint, dtype_of)
   if jax.process_index() > 0:
     return _join_gathers(params, checkpoint, dtype_of, max_shard_size)
-  if lines := validate(out):
+  if lines := validate_export(out):
     raise RequestError("\n".join(lines))
   out = Path(os.path.realpath(out))
   partial = _partial_path(out)
