@@ -34,7 +34,7 @@ Tensors = dict[str, np.ndarray]
 
 def parsed() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.published)")
+  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)")
   parser.add_argument("--rows", type=int, default=8, help="of a batch")
   parser.add_argument("--length", type=int, default=1024, help="tokens a row")
   parser.add_argument("--steps", type=int, default=30)
@@ -186,16 +186,18 @@ def jaxft_run(asked: argparse.Namespace, source, device, offload: str) -> tuple[
   """Figures of the steps, the first gradient, and the way of the weights."""
   import jax
 
-  from jaxft import program, sharding, weights
-  from jaxft.plan import figures
+  from jaxft.plan import measure
+  from jaxft.sharding.mesh import make_mesh
+  from jaxft.training.build import build_train_program
+  from jaxft.training.init import init_train_state, load_or_init_params
 
   config, T = config_of(asked, offload), asked.length
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.ones(T, bool)}
-  run = program.build_train_program(config, source.cfg, sharding.make_mesh(config.mesh, [device]), asked.steps, row)
+  run = build_train_program(config, source.cfg, make_mesh(config.mesh, [device]), asked.steps, row)
   began = time.monotonic()
   step = run.train_step.trace(run.state, run.batch).lower().compile()
-  compiled, planned = time.monotonic() - began, figures.memory_breakdown(run, step.memory_analysis())
-  begin = lambda: program.init_train_state(run, *weights.load_or_init_params(run, source.cfg, source, config))
+  compiled, planned = time.monotonic() - began, measure.memory_breakdown(run, step.memory_analysis())
+  begin = lambda: init_train_state(run, *load_or_init_params(run, source.cfg, source, config))
   batch = lambda i: jax.device_put(batch_of(some_ids(asked, i)), run.batch_sharding)
   state = begin()
   before = as_torch(state.params, source)
@@ -220,9 +222,9 @@ def jaxft_run(asked: argparse.Namespace, source, device, offload: str) -> tuple[
 
 
 def config_of(asked: argparse.Namespace, offload: str):
-  from jaxft import config as settings
+  import jaxft.config
 
-  config = settings.default()
+  config = jaxft.config.default()
   config.model.path, config.memory.offload, config.memory.remat = str(asked.folder / "model"), offload, asked.remat
   config.optim.update(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, eps=EPS, schedule="linear")
   config.train.batch_size, config.train.steps, config.data.sequence_length = asked.rows, asked.steps, asked.length
@@ -264,9 +266,9 @@ def traced(folder: Path, step, state, batch):
 
 def as_torch(tree: Any, source) -> Tensors:
   """Parameters or gradients as transformers names and shapes them."""
-  from jaxft.hf import unload
+  from jaxft.hf import export_tensors
 
-  return {it.name: np.array(it.to_numpy(), np.float32) for it in unload.hf_tensors(tree, source)}
+  return {it.name: np.array(it.to_numpy(), np.float32) for it in export_tensors.hf_tensors(tree, source)}
 
 
 # ---- What is told of both --------------------------------------------------------------------------------------------------

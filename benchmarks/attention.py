@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import page
 
-from jaxft.attention import KERNELS, attention, unsupported_reason
+from jaxft.model.attention import KERNELS, attention, unsupported_reason
 
 HEADS = {"gpt2": (12, 64, None), "EleutherAI/gpt-neo-2.7B": (20, 128, 256), "EleutherAI/gpt-j-6b": (16, 256, None)}
 LENGTHS = 127, 512, 1031

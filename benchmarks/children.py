@@ -26,7 +26,7 @@ def jax_device():
   """
   import jax
 
-  from jaxft import backend
+  from jaxft.utils import backend
 
   backend.configure_jax()
   backend.require_device(os.environ.get("BENCHMARKS_REQUIRE"))

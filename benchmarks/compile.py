@@ -17,15 +17,18 @@ MODELS = {"gpt2": 12, "gpt2-xl": 48}
 ONE = """
 import sys, time
 import numpy as np
-from jaxft import backend, config, program, sharding
-from jaxft.hf import facts
-from jaxft.hf.published import PUBLISHED
-backend.prepare_backend()
+from jaxft import config
+from jaxft.hf.known_models import PUBLISHED
+from jaxft.hf.model_config import from_hf_config
+from jaxft.sharding.mesh import make_mesh
+from jaxft.training.build import build_train_program
+from jaxft.utils import backend
+backend.configure_jax()
 c = config.default()
 c.train.batch_size, c.memory.loss_chunk = 1, 128
-cfg, T = facts.model_config(PUBLISHED[sys.argv[1]]), 512
+cfg, T = from_hf_config(PUBLISHED[sys.argv[1]]), 512
 row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-run = program.build(c, cfg, sharding.make_mesh(c.mesh), 100, row)
+run = build_train_program(c, cfg, make_mesh(c.mesh), 100, row)
 started = time.monotonic()
 run.train_step.lower(run.state, run.batch).compile()
 print(time.monotonic() - started)

@@ -94,17 +94,17 @@ def write_stories(folder: Path, count: int) -> None:
 
 
 def prepared(cache: Path, layout: str = "concat"):
-  from jaxft import config as settings
-  from jaxft.data import report
-  from jaxft.hf import tokenizer as tokenizers
+  import jaxft.config
+  import jaxft.hf.tokenizer
+  from jaxft.data import dataset
 
   folder = Path((cache / "from").read_text())
-  tokenizer = tokenizers.load(folder, 50257)
-  data = settings.default().data
+  tokenizer = jaxft.hf.tokenizer.load(folder, 50257)
+  data = jaxft.config.default().data
   data.update(train=(str(folder / "stories.jsonl"),), sequence_length=T, layout=layout, cache_dir=str(cache / "tokens"))
   data.validation_fraction = 0.01
   started = time.perf_counter()
-  found = report.prepare_data(data, tokenizer, "gpt2")
+  found = dataset.prepare_data(data, tokenizer, "gpt2")
   return found, time.perf_counter() - started
 
 

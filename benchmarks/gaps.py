@@ -44,7 +44,7 @@ def parsed() -> argparse.Namespace:
   parser.add_argument("workdir", type=Path, nargs="?")
   parser.add_argument("--steps", type=int, default=5, help="that are, or were, traced")
   parser.add_argument("--picture", type=Path, help="file for the time line, as SVG")
-  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.published)")
+  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)")
   parser.add_argument("--rows", type=int, default=2, help="of a batch")
   parser.add_argument("--length", type=int, default=512, help="tokens a row")
   parser.add_argument("--dropout", type=float, default=0.1)

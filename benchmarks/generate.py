@@ -26,7 +26,7 @@ CONTENDERS = "jaxft", "transformers", "transformers, static cache"
 
 def parsed() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.published)")
+  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)")
   parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
   parser.add_argument("--new", type=int, default=128, help="tokens that follow it")
   parser.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="prompts at once")
@@ -90,7 +90,7 @@ def write_model(asked: argparse.Namespace, folder: Path) -> None:
 
 def with_jaxft(asked: argparse.Namespace) -> tuple[Callable, str]:
   import jaxft
-  from jaxft.sample import Sampling
+  from jaxft.generation.sampling import Sampling
 
   device = children.jax_device()
   ready = jaxft.load(asked.folder)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # where jaxft is not installed
 import page
 import train_tables
 
-from jaxft.plan import show
+from jaxft.plan import rendering
 
 Line = dict[str, Any]
 # Of parts of benchmarks/gpu_parts.py that take a step of a config's own model, offload and remat.
@@ -74,7 +74,7 @@ def plan_errors(lines: list[Line]) -> str:
     errors.append(planned / peak - 1)
     name = f"{line.get('part', line['benchmark'])}, {model_of(line)}"
     rows.append(
-      f"| {name} | {line['device']} | {show.format_bytes(planned)} | {show.format_bytes(peak)} | {100 * errors[-1]:+.1f} % |"
+      f"| {name} | {line['device']} | {rendering.format_bytes(planned)} | {rendering.format_bytes(peak)} | {100 * errors[-1]:+.1f} % |"
     )
   if not both:
     return ""
@@ -103,7 +103,7 @@ def expectation(line: Line) -> str:
   pool = f", of which XLA had {it['pool']:g} GiB" if it["pool"] else ""
   return (
     f"losses are not measured yet: they need the weights. With random ones on a {line['device']}{pool}, {it['rows']} x "
-    f"{it['length']} tokens a step ({day}, jax {line['jax']}): a peak of {show.format_bytes(line['peak_bytes'])}, "
+    f"{it['length']} tokens a step ({day}, jax {line['jax']}): a peak of {rendering.format_bytes(line['peak_bytes'])}, "
     f"{line['step_seconds']:.2f} s a step, {line['tokens_per_second']:,.0f} tokens/s"
   )
 

@@ -17,29 +17,33 @@ import numpy as np
 import page
 from flax import nnx
 
-from jaxft import config as settings
-from jaxft import model, program, sharding
-from jaxft.hf import facts
-from jaxft.hf.published import PUBLISHED
-from jaxft.run.checkpoint import checksums, nonfinite_leaves
-from jaxft.run.tracking import ProgressBar, Reporter, console
-from jaxft.step import TrainState
+import jaxft.config
+import jaxft.training.build
+from jaxft.checkpoint.checksums import checksums, nonfinite_leaves
+from jaxft.hf import model_config
+from jaxft.hf.known_models import PUBLISHED
+from jaxft.metrics.reporter import Reporter
+from jaxft.model.decoder import init_model
+from jaxft.sharding import per_device
+from jaxft.sharding.mesh import make_mesh
+from jaxft.training.train_state import TrainState
+from jaxft.utils.console import ProgressBar, console
 
 TURNS = 5
 
 
 def build(config, unguarded: bool):
-  cfg, T = facts.from_hf_config(PUBLISHED["gpt2"]).with_dropout(0.0), config.data.sequence_length
+  cfg, T = model_config.from_hf_config(PUBLISHED["gpt2"]).with_dropout(0.0), config.data.sequence_length
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-  found = sharding.make_nonfinite_check
+  found = per_device.make_nonfinite_check
   if unguarded:  # "nothing is wrong" is then known when the program is compiled, and all that rests on it is left out
-    sharding.make_nonfinite_check = lambda shardings: lambda tree: jnp.zeros(len(jax.tree.leaves(tree)), bool)
+    per_device.make_nonfinite_check = lambda shardings: lambda tree: jnp.zeros(len(jax.tree.leaves(tree)), bool)
     finite, jnp.isfinite = jnp.isfinite, lambda x: jnp.ones(jnp.shape(x), bool)
   try:
-    run = program.build_train_program(config, cfg, sharding.make_mesh(config.mesh), 100, row)
+    run = jaxft.training.build.build_train_program(config, cfg, make_mesh(config.mesh), 100, row)
     return cfg, run, run.train_step.lower(run.state, run.batch).compile()
   finally:
-    sharding.make_nonfinite_check = found
+    per_device.make_nonfinite_check = found
     if unguarded:
       jnp.isfinite = finite
 
@@ -49,12 +53,12 @@ def main() -> None:
   parser.add_argument("--rows", type=int, default=8)
   parser.add_argument("--length", type=int, default=512)
   arguments = parser.parse_args()
-  config = settings.default()
+  config = jaxft.config.default()
   config.train.batch_size, config.data.sequence_length = arguments.rows, arguments.length
   cfg, run, guarded = build(config, False)
   _, _, bare = build(config, True)
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  new = lambda: nnx.to_pure_dict(nnx.state(model.init_model(cfg, run.compute)))
+  new = lambda: nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
   state = jax.jit(lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places)()
   rng = np.random.default_rng(0)
   ids = rng.integers(cfg.V, size=run.batch["ids"].shape, dtype=np.int32)

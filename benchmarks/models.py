@@ -1,6 +1,6 @@
 """The published sizes, and two tiny models with which a command can be tried on a CPU."""
 
-from jaxft.hf import published
+from jaxft.hf import known_models
 
 TINY = {
   "tiny-gpt2": {"model_type": "gpt2", "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 4},
@@ -14,4 +14,4 @@ TINY = {
     "window_size": 16,
   },
 }
-PUBLISHED = published.PUBLISHED | TINY
+PUBLISHED = known_models.PUBLISHED | TINY

@@ -20,7 +20,9 @@ import page
 
 def parsed() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--model", default="EleutherAI/gpt-j-6b", help="one of the published sizes (jaxft.hf.published)")
+  parser.add_argument(
+    "--model", default="EleutherAI/gpt-j-6b", help="one of the published sizes (jaxft.hf.known_models)"
+  )
   parser.add_argument("--rows", type=int, default=1, help="of a batch")
   parser.add_argument("--micro", type=int, default=0, help="rows at once; 0: all")
   parser.add_argument("--length", type=int, default=2048, help="tokens a row")
@@ -35,9 +37,9 @@ def parsed() -> argparse.Namespace:
 
 def config_of(asked: argparse.Namespace):
   """The run's settings; jaxft is imported late, because the size of the pool is set before JAX starts."""
-  from jaxft import config as settings
+  import jaxft.config
 
-  config = settings.default()
+  config = jaxft.config.default()
   config.model.path, config.memory.offload, config.optim.name = asked.model, asked.offload, asked.optimizer
   config.model.dropout, config.data.train, config.train.steps = 0.0, ("random",), asked.steps
   config.train.batch_size, config.train.micro_batch_size = asked.rows, asked.micro
@@ -64,31 +66,33 @@ def prepared(asked: argparse.Namespace) -> tuple:
   import jax
   import models
 
-  from jaxft import program, sharding
-  from jaxft.hf import published
-  from jaxft.plan import answer, figures, show
+  import jaxft.sharding.mesh
+  from jaxft.hf import known_models
+  from jaxft.plan import measure, planner, rendering
+  from jaxft.training.build import build_train_program, check_fits
+  from jaxft.training.init import init_train_state
 
   device = children.jax_device()
   config = config_of(asked)
-  published.PUBLISHED.update(models.TINY)  # for answer.model_facts
-  cfg = answer.resolve_model_config(config)
-  mesh = sharding.make_mesh(config.mesh, [device])
-  run = program.build_train_program(config, cfg, mesh, asked.steps, figures.dummy_row(config, cfg))
-  program.check_fits(run, config)
+  known_models.PUBLISHED.update(models.TINY)  # for answer.model_facts
+  cfg = planner.resolve_model_config(config)
+  mesh = jaxft.sharding.mesh.make_mesh(config.mesh, [device])
+  run = build_train_program(config, cfg, mesh, asked.steps, measure.dummy_row(config, cfg))
+  check_fits(run, config)
   # A prime number of them: rows of a matrix are not alike.
   block = np.random.default_rng(0).standard_normal(2**24 + 43, np.float32) * np.float32(0.02)
   placed = lambda leaf: jax.make_array_from_callback(
     leaf.shape, leaf.sharding, lambda index: repeated(block, leaf.sharding.shard_shape(leaf.shape))
   )
   started = time.monotonic()
-  state = program.init_train_state(run, jax.tree.map(placed, run.state.params), {})
+  state = init_train_state(run, jax.tree.map(placed, run.state.params), {})
   drawn = time.monotonic()
   traced = run.train_step.trace(run.state, run.batch)
   step = traced.lower().compile()
-  planned = figures.measure_traced(run, config, cfg, traced) | figures.measure_compiled(run, step)
+  planned = measure.measure_traced(run, config, cfg, traced) | measure.measure_compiled(run, step)
   print(
     f"state made in {drawn - started:.1f} s, compiled in {time.monotonic() - drawn:.1f} s; planned peak "
-    f"{show.format_bytes(planned['peak_bytes'])}, on the host {show.format_bytes(planned['host_bytes'])}",
+    f"{rendering.format_bytes(planned['peak_bytes'])}, on the host {rendering.format_bytes(planned['host_bytes'])}",
     flush=True,
   )
   return run, cfg.V, state, step, planned
@@ -115,7 +119,7 @@ def main() -> None:
   hold_pool(asked.pool)
   import jax
 
-  from jaxft.plan import show
+  from jaxft.plan import rendering
 
   run, vocabulary, state, step, planned = prepared(asked)
   steps = taken(asked, run, vocabulary, state, step)
@@ -138,9 +142,9 @@ def main() -> None:
   pool = f", {asked.pool:g} GiB of the card for XLA" if asked.pool else ""
   text = (
     f"{page.machine(device.device_kind, 'jax')}: {asked.model}, {asked.rows} x {asked.length} tokens, "
-    f"`memory.offload={asked.offload}`{pool}. Measured peak {show.format_bytes(found['peak_bytes'])}, planned "
-    f"{show.format_bytes(found['planned_peak_bytes'])}; {found['step_seconds']:.2f} s a step, {found['tokens_per_second']:,.0f} "
-    f"tokens/s, {show.format_bytes(found['bus_bytes'])} over the bus a step."
+    f"`memory.offload={asked.offload}`{pool}. Measured peak {rendering.format_bytes(found['peak_bytes'])}, planned "
+    f"{rendering.format_bytes(found['planned_peak_bytes'])}; {found['step_seconds']:.2f} s a step, {found['tokens_per_second']:,.0f} "
+    f"tokens/s, {rendering.format_bytes(found['bus_bytes'])} over the bus a step."
   )
   print(text)
   if page.OUT or device.platform != "cpu":

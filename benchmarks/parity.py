@@ -53,7 +53,7 @@ def reference(name: str, layers: int, folder: Path) -> None:
   import transformers
   from safetensors.torch import save_file
 
-  from jaxft.hf.published import PUBLISHED
+  from jaxft.hf.known_models import PUBLISHED
 
   config = transformers.AutoConfig.for_model(**with_layers(PUBLISHED[name], layers))
   for dropout in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "embed_dropout", "attention_dropout", "resid_dropout"):
@@ -107,18 +107,22 @@ def compare(folder: Path) -> None:
   from flax import nnx
   from safetensors import safe_open
 
-  from jaxft import config as settings
-  from jaxft import model, program, sharding
-  from jaxft.hf import load, repo, unload
-  from jaxft.loss import cross_entropy_sum
-  from jaxft.step import TrainState
+  import jaxft.config
+  import jaxft.model.decoder
+  from jaxft.hf import export_tensors, load_weights, repo
+  from jaxft.model.compute import ComputeConfig
+  from jaxft.model.loss import cross_entropy_sum
+  from jaxft.sharding import rules
+  from jaxft.sharding.mesh import make_mesh
+  from jaxft.training.build import build_train_program
+  from jaxft.training.train_state import TrainState
 
   source = repo.resolve(str(folder / "model"))
-  graph, shapes, _ = model.abstract_model(source.cfg, model.ComputeConfig(vocab_multiple=sharding.VOCAB_MULTIPLE))
+  graph, shapes, _ = jaxft.model.decoder.abstract_model(source.cfg, ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  params = load.load_params(source, shapes, jax.tree.map(lambda _: here, shapes))
+  params = load_weights.load_params(source, shapes, jax.tree.map(lambda _: here, shapes))
   wanted = np.load(folder / "numbers.npz")
-  found = {"parameters": model.parameter_count(source.cfg)}
+  found = {"parameters": jaxft.model.decoder.parameter_count(source.cfg)}
 
   @jax.jit
   def logits(params, ids, real, positions):
@@ -141,13 +145,13 @@ def compare(folder: Path) -> None:
   found["loss"] = abs(float(value) - float(wanted["loss"]))
   found["gradient"] = 0.0
   with safe_open(folder / "gradients.safetensors", "numpy") as theirs:
-    for tensor in unload.hf_tensors(gradients, source):
+    for tensor in export_tensors.hf_tensors(gradients, source):
       gradient = theirs.get_tensor(tensor.name)
       worst = float(np.abs(tensor.to_numpy() - gradient).max() / np.abs(gradient).max())
       found["gradient"] = max(found["gradient"], worst)
   del gradients
 
-  config = settings.default()
+  config = jaxft.config.default()
   config.optim.update(learning_rate=RATE, weight_decay=DECAY, eps=EPS, schedule="linear")
   config.train.batch_size = 2
   row = {
@@ -155,7 +159,7 @@ def compare(folder: Path) -> None:
     "targets": np.zeros(STEP_T - 1, np.int32),
     "mask": np.ones(STEP_T - 1, bool),
   }
-  run = program.build_train_program(config, source.cfg, sharding.make_mesh(config.mesh), STEPS, row)
+  run = build_train_program(config, source.cfg, make_mesh(config.mesh), STEPS, row)
   state = TrainState(jnp.int32(0), params, run.tx.init(params))
   del params
   for step in range(STEPS):
@@ -164,7 +168,7 @@ def compare(folder: Path) -> None:
     state, _ = run.train_step(state, {"ids": ids[..., :-1], "targets": ids[..., 1:], "mask": mask})
   found["weights"] = found["table"] = 0.0
   with safe_open(folder / "trained.safetensors", "numpy") as theirs:
-    for tensor in unload.hf_tensors(state.params, source):
+    for tensor in export_tensors.hf_tensors(state.params, source):
       difference = np.abs(tensor.to_numpy() - theirs.get_tensor(tensor.name))
       if tensor.name.endswith("c_attn.bias"):
         difference = np.delete(difference, np.s_[source.cfg.D : 2 * source.cfg.D])
@@ -184,8 +188,8 @@ def with_layers(config: dict, layers: int) -> dict:
 
 def layers_that_fit(config: dict, memory: int) -> tuple[int, int]:
   """How many layers can be trained in `memory` bytes, and how many there are: four copies, one more for both to load."""
-  from jaxft.hf.facts import from_hf_config
-  from jaxft.model import parameter_count
+  from jaxft.hf.model_config import from_hf_config
+  from jaxft.model.decoder import parameter_count
 
   layers = from_hf_config(config).L
   for fewer in range(layers, 1, -1):
@@ -225,7 +229,7 @@ def main() -> None:
       return reference(arguments.reference[0], int(arguments.reference[1]), arguments.folder)
     return compare(arguments.folder)
 
-  from jaxft.hf.published import PUBLISHED
+  from jaxft.hf.known_models import PUBLISHED
 
   started, rows = datetime.datetime.now(), []
   for name in arguments.only or PUBLISHED:

@@ -82,21 +82,21 @@ def line_of(point: tuple) -> str:
 def kind_of_this_gpu() -> str:
   """As `jaxft.plan` calls it, or nothing; in a process of its own, so that this one holds no memory of the card."""
   code = (
-    "import sys; sys.path.append(sys.argv[1]); import json, children; from jaxft.plan import targets; "
-    "print(json.dumps({'kind': targets.here(children.jax_device(), 1).kind}))"
+    "import sys; sys.path.append(sys.argv[1]); import json, children; from jaxft.hardware import specs; "
+    "print(json.dumps({'kind': specs.local_target(children.jax_device(), 1).kind}))"
   )
   found = children.answer([sys.executable, "-c", code, str(Path(__file__).parent)])
   return found["kind"] if "kind" in found else sys.exit(f"error: no device: {found['error']}")
 
 
 def main() -> None:
-  from jaxft.plan import show
+  from jaxft.plan import rendering
 
   asked = parsed()
   points = [POINTS[i] for i in asked.points]
   if asked.device:
     for point in points:
-      print(f"{line_of(point)} | {show.format_bytes(planned(point, asked.device, asked.plans))} |", flush=True)
+      print(f"{line_of(point)} | {rendering.format_bytes(planned(point, asked.device, asked.plans))} |", flush=True)
     return
   if not (kind := kind_of_this_gpu()):
     for i, point in zip(asked.points, points, strict=True):
@@ -123,18 +123,18 @@ def noted(point: tuple, kind: str) -> dict:
 
 def put(found: list[tuple[tuple, int, dict]]) -> str:
   """The table, into the page."""
-  from jaxft.plan import show
+  from jaxft.plan import rendering
 
   errors, device, lines = [], None, []
   for point, plan, taken in found:
     if "error" in taken:
-      lines.append(f"{line_of(point)} | {show.format_bytes(plan)} | {taken['error']} | | |")
+      lines.append(f"{line_of(point)} | {rendering.format_bytes(plan)} | {taken['error']} | | |")
       continue
     device, error = taken["device"], plan / taken["peak_bytes"] - 1
     errors.append(abs(error))
     cells = [
-      show.format_bytes(plan),
-      show.format_bytes(taken["peak_bytes"]),
+      rendering.format_bytes(plan),
+      rendering.format_bytes(taken["peak_bytes"]),
       f"{100 * error:+.1f} %",
       f"{taken['step_seconds']:.2f} s",
     ]

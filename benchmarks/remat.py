@@ -10,31 +10,31 @@ import importlib.metadata
 
 import page
 
-from jaxft import config as settings
-from jaxft.hf import facts
-from jaxft.hf.published import PUBLISHED
-from jaxft.plan.compile import Compiler, CompileRequest
+import jaxft.config
+from jaxft.hf import model_config
+from jaxft.hf.known_models import PUBLISHED
+from jaxft.plan.aot_compiler import Compiler, CompileRequest
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.published)")
+  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)")
   parser.add_argument("--device", default="h100")
   parser.add_argument("--rows", type=int, default=8)
   parser.add_argument("--length", type=int, default=1024)
   asked = parser.parse_args()
-  cfg = dataclasses.asdict(facts.from_hf_config(PUBLISHED[asked.model]).with_dropout(0.0))
+  cfg = dataclasses.asdict(model_config.from_hf_config(PUBLISHED[asked.model]).with_dropout(0.0))
   lines = [
     "| `memory.remat` | peak | beside weights, optimizer and gradient | computed / needed |",
     "|---|---|---|---|",
   ]
   with Compiler() as compiler:
     for remat, chunk in (("none", -1), ("dots", -1), ("full", -1), ("full", 32)):
-      config = settings.default()
+      config = jaxft.config.default()
       config.memory.loss_chunk = chunk
       config.model.path, config.memory.remat, config.train.steps = asked.model, remat, 100
       config.train.batch_size, config.data.sequence_length, config.data.train = asked.rows, asked.length, ("none",)
-      answer = compiler(CompileRequest(settings.to_json(config), cfg, asked.device))
+      answer = compiler(CompileRequest(jaxft.config.to_json(config), cfg, asked.device))
       if "peak_bytes" not in answer:
         raise SystemExit(f"error: {remat}: {answer}")
       gib = lambda nbytes: f"{nbytes / 2**30:.2f} GiB"

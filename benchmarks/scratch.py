@@ -18,13 +18,13 @@ def config_of(folder: Path, model: str, rows: int, length: int, steps: int, drop
   import tiny
   from models import PUBLISHED
 
-  from jaxft import config as settings
+  import jaxft.config
 
   tiny.write_gpt2_bpe(folder)
   (folder / "config.json").write_text(json.dumps(PUBLISHED[model]))
   texts = (" ".join(str(n * n) for n in range(m, m + length)) for m in range(max(64, 8 * rows)))
   (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-  config = settings.default()
+  config = jaxft.config.default()
   config.model.path, config.model.init, config.model.dropout = str(folder), "scratch", dropout
   config.data.train, config.data.limit_validation = (str(folder / "texts.jsonl"),), 1
   config.data.sequence_length, config.data.cache_dir = length, str(folder / "tokens")
@@ -52,9 +52,12 @@ def finetune_until(
     after_step: takes the number and the metrics of each step.
     said: takes each line that the run says.
   """
+  import jaxft.metrics.reporter
+  import jaxft.training.workdir
   from jaxft import train
+  from jaxft.utils.console import log
 
-  report, say, room = train.Reporter.log_step, train.log, train.check_disk_space
+  report, say, room = jaxft.metrics.reporter.Reporter.log_step, log, jaxft.training.workdir.check_disk_space
 
   def step(reporter, number: int, numbers: dict[str, Any], *rest) -> None:
     report(reporter, number, numbers, *rest)
@@ -66,9 +69,9 @@ def finetune_until(
     say(line)
     said(line)
 
-  train.Reporter.log_step, train.log, train.check_disk_space = step, heard, lambda *_: None
+  jaxft.metrics.reporter.Reporter.log_step, log, jaxft.training.workdir.check_disk_space = step, heard, lambda *_: None
   try:
     with contextlib.suppress(LastStep):
       train.finetune(config, workdir, require=os.environ.get("BENCHMARKS_REQUIRE"))
   finally:
-    train.Reporter.log_step, train.log, train.check_disk_space = report, say, room
+    jaxft.metrics.reporter.Reporter.log_step, log, jaxft.training.workdir.check_disk_space = report, say, room

@@ -21,14 +21,17 @@ import numpy as np
 from flax import nnx
 from page import put
 
-from jaxft import config as settings
-from jaxft import model, program, sharding
-from jaxft.checks import TRACKERS
-from jaxft.hf import facts
-from jaxft.hf.published import PUBLISHED
-from jaxft.run.tracking import JsonlLog, console
-from jaxft.run.writers import TrackerGroup
-from jaxft.step import TrainState
+import jaxft.config
+from jaxft.config_checks import TRACKERS
+from jaxft.hf import model_config
+from jaxft.hf.known_models import PUBLISHED
+from jaxft.metrics.reporter import JsonlLog
+from jaxft.metrics.trackers import TrackerGroup
+from jaxft.model.decoder import init_model
+from jaxft.sharding.mesh import make_mesh
+from jaxft.training.build import build_train_program
+from jaxft.training.train_state import TrainState
+from jaxft.utils.console import console
 
 TURNS = 6
 LINE = {"train/loss": 3.2, "train/learning_rate": 5e-5, "train/grad_norm": 1.1, "train/tokens": 10**6}
@@ -41,15 +44,15 @@ def main() -> None:
   parser.add_argument("--length", type=int, default=128)
   parser.add_argument("--writers", default=",".join(TRACKERS))
   arguments = parser.parse_args()
-  config = settings.default()
+  config = jaxft.config.default()
   config.train.batch_size, config.data.sequence_length = arguments.rows, arguments.length
   config.tracking.writers = tuple(arguments.writers.split(","))
-  cfg, T = facts.from_hf_config(PUBLISHED["gpt2"]).with_dropout(0.0), arguments.length
+  cfg, T = model_config.from_hf_config(PUBLISHED["gpt2"]).with_dropout(0.0), arguments.length
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-  run = program.build_train_program(config, cfg, sharding.make_mesh(config.mesh), 100, row)
+  run = build_train_program(config, cfg, make_mesh(config.mesh), 100, row)
   train_step = run.train_step.lower(run.state, run.batch).compile()
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  new = lambda: nnx.to_pure_dict(nnx.state(model.init_model(cfg, run.compute)))
+  new = lambda: nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
   state = jax.jit(lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places)()
   ids = np.random.default_rng(0).integers(cfg.V, size=run.batch["ids"].shape, dtype=np.int32)
   batch = jax.device_put({"ids": ids, "targets": ids, "mask": np.ones(ids.shape, bool)}, run.batch_sharding)

@@ -43,7 +43,7 @@ SETTINGS = "model", "rows", "length", "steps", "warm_up", "dropout", "remat", "c
 
 def parsed() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.published)")
+  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)")
   parser.add_argument("--rows", type=int, default=4, help="of a batch")
   parser.add_argument("--length", type=int, default=512, help="tokens a row")
   parser.add_argument("--steps", type=int, default=4, help="of a turn, after the warm-up")
@@ -151,7 +151,7 @@ def with_jaxft(asked: argparse.Namespace, folder: Path) -> dict:
   """A run of `jaxft.finetune`: its steps as its own reporter hears of them."""
   import jax
 
-  from jaxft.run.tracking import peak_memory_bytes, peak_memory_source
+  from jaxft.metrics.reporter import peak_memory_bytes, peak_memory_source
 
   last = asked.warm_up + asked.steps
   config = config_of(folder, asked.model, asked.rows, asked.length, last + 1, asked.dropout)

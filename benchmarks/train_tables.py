@@ -98,12 +98,12 @@ def first_steps(turns: list[Line], filled: bool) -> list[str]:
 
 def tokens_per_second_at_peak(settings: Line, device: str) -> float | None:
   """Of a device that never waits, by the model's FLOPs and the data sheet; None where jaxft has no data sheet of it."""
-  from jaxft.hf import facts
-  from jaxft.plan import estimate, flops, targets
+  from jaxft.hardware import flops, roofline, specs
+  from jaxft.hf import model_config
 
-  target = targets.local_target(types.SimpleNamespace(device_kind=device), 1)
+  target = specs.local_target(types.SimpleNamespace(device_kind=device), 1)
   model_flops = flops.model_flops(
-    facts.from_hf_config(PUBLISHED[settings["model"]]), settings["rows"], settings["length"]
+    model_config.from_hf_config(PUBLISHED[settings["model"]]), settings["rows"], settings["length"]
   )
-  seconds = estimate.ideal_step_seconds(target, 1, model_flops)
+  seconds = roofline.ideal_step_seconds(target, 1, model_flops)
   return None if seconds is None else settings["rows"] * settings["length"] / seconds

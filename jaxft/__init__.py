@@ -16,9 +16,10 @@ import sys
 if sys.argv[0] == "-m" and any(word.startswith("jaxft.") for word in sys.orig_argv):
   # `python -m jaxft.X` is importing: Ctrl-C ends it without pages of traceback. `run_command` takes the signal back.
   signal.signal(signal.SIGINT, signal.SIG_DFL)
-  from jaxft import surroundings, usage
+  from jaxft.cli import usage
+  from jaxft.utils import environment
 
-  surroundings.setup()
+  environment.setup()
   gc.set_threshold(10_000, 10, 10)  # of 700: garbage collection took a tenth of the time of the imports
   usage.print_help(sys.orig_argv)
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
@@ -29,7 +30,7 @@ __all__ = ["finetune", "load", "plan_for"]
 _HOMES = {
   "finetune": "jaxft.train",
   "load": "jaxft.pretrained",
-  "plan_for": "jaxft.plan.answer",
+  "plan_for": "jaxft.plan.planner",
 }  # imported when they are first used: jax takes a second
 
 

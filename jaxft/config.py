@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
-from jaxft import checks
-from jaxft.checks import (
+from jaxft import config_checks
+from jaxft.config_checks import (
   Check,
   above,
   any_value,
@@ -29,7 +29,7 @@ from jaxft.checks import (
   writers,
 )
 from jaxft.errors import RequestError, first_line
-from jaxft.files import expand_user
+from jaxft.utils.files import expand_user
 
 
 class Setting(NamedTuple):
@@ -484,7 +484,7 @@ def validate(config: ConfigDict) -> list[str]:
     setting, value = BY_NAME[name], values[name]
     if value in setting.literals:
       continue
-    if wanted := checks.type_error(setting.default, value):
+    if wanted := config_checks.type_error(setting.default, value):
       lines.append(f"config.{name}={value!r}: must be {' or '.join([wanted, *setting.literals])}")
     elif isinstance(value, float) and not math.isfinite(value):
       lines.append(f"config.{name}={value}: not a finite number")
@@ -492,7 +492,7 @@ def validate(config: ConfigDict) -> list[str]:
       lines.append(f"config.{name}: a number of {len(str(abs(value)))} digits; at most {MAX_INT:,}")
     elif value is not None and (wanted := setting.check(value)):
       lines.append(f"config.{name}={value!r}: must be {wanted}")
-  return sorted(lines) or checks.validate_combinations(values)
+  return sorted(lines) or config_checks.validate_combinations(values)
 
 
 def diff_from_saved(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from jaxft import parsers
+from jaxft.cli import parsers
 from jaxft.errors import RequestError, first_line, run_command
 
 PACKAGES = (
@@ -55,7 +55,7 @@ def main() -> None:
     import flax.nnx  # noqa: F401 - flax fails at import beside a jax it was not made for
     import jax
 
-    from jaxft import backend
+    from jaxft.utils import backend
 
     backend.configure_jax()
     found, reason = backend.init_backend()

@@ -6,12 +6,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from jaxft import config as settings
-from jaxft import parsers
-from jaxft.command_line import load_model
+import jaxft.config
+from jaxft.cli import parsers
+from jaxft.cli.flags import load_model
 from jaxft.data import sources
 from jaxft.errors import RequestError, run_command
-from jaxft.run.tracking import escape_controls
+from jaxft.utils.console import escape_controls
 
 MIN_VALUES = {"sequence_length": 0, "batch_size": 1, "stride": 0}  # 0: not given
 
@@ -34,7 +34,7 @@ def main() -> None:
   ready = load_model(arguments)
   if arguments.data:
     columns = {name: value for name in ("text_column", "label_column", "layout") if (value := getattr(arguments, name))}
-    like = settings.load_run_config(Path(arguments.workdir) / "config.json").data if arguments.workdir else None
+    like = jaxft.config.load_run_config(Path(arguments.workdir) / "config.json").data if arguments.workdir else None
     how["sequence_length"] = arguments.sequence_length or (like.sequence_length if like else 0)
     result = ready.evaluate(*arguments.data, like=like, **how, **columns)
   else:

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from jaxft import parsers
-from jaxft.command_line import load_model
+from jaxft.cli import parsers
+from jaxft.cli.flags import load_model
 from jaxft.errors import RequestError, run_command
-from jaxft.hf import push, save
+from jaxft.hf import export, push
 from jaxft.hf.verify import format_parity
 
 
 def main() -> None:
   arguments = parsers.export().parse_args()
-  lines = save.validate_export(Path(arguments.out))
+  lines = export.validate_export(Path(arguments.out))
   lines += push.validate_push(arguments.push_to_hub) if arguments.push_to_hub is not None else []
   if lines:
     raise RequestError("\n".join(lines))

@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
-from jaxft import generation, parsers, run_generation
-from jaxft.command_line import load_model, unescape
+from jaxft.cli import parsers, run_generation
+from jaxft.cli.flags import load_model, unescape
 from jaxft.errors import RequestError, run_command
+from jaxft.generation import generation_config
+from jaxft.generation.sampling import Sampling, resolve_sampling
 from jaxft.hf import repo
 from jaxft.pretrained import Completion, Pretrained
-from jaxft.run.tracking import escape_controls
-from jaxft.sampling import Sampling, resolve_sampling
+from jaxft.utils.console import escape_controls
 
 UNLIMITED_TOKENS = (
   2**30
@@ -71,7 +72,7 @@ class Completer:
 
   def tell_settings(self) -> None:
     """Says what of the given and of the model's generation_config.json is of no account."""
-    found = generation.load(self.ready.source.folder, self._given)
+    found = generation_config.load(self.ready.source.folder, self._given)
     if found.ignored:
       print(f"{found.file}: not followed: {', '.join(found.ignored)}", file=sys.stderr)
     for line in found.warnings:
@@ -92,7 +93,7 @@ class Completer:
 
     Beams may be several.
     """
-    sampling = generation.load(self.ready.source.folder, self._given).sampling
+    sampling = generation_config.load(self.ready.source.folder, self._given).sampling
     if sampling.num_beams > 1 or sampling.num_return_sequences > 1:
       print("\n\n".join(escape_controls(it.prompt + it.text) for it in self.complete([prompt])))
     else:

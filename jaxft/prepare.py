@@ -9,40 +9,39 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from jaxft import command_line, usage
-from jaxft import config as settings
-from jaxft.data import report, sources
+import jaxft.config
+from jaxft.cli import flags, usage
+from jaxft.data import dataset, sources
 from jaxft.errors import RequestError, run_command
-from jaxft.hf import repo
-from jaxft.hf import source as model_source
-from jaxft.hf import tokenizer as tokenizers
-from jaxft.run.tracking import ProgressBar, escape_controls, log
+from jaxft.hf import base_model, repo
+from jaxft.hf.tokenizer import fingerprint, load
+from jaxft.utils.console import ProgressBar, escape_controls, log
 
 PREVIEW_ROWS = 3  # rows shown
 
 
 def main() -> None:
-  arguments = command_line.parse(usage.PREPARE, ("json",))
+  arguments = flags.parse(usage.PREPARE, ("json",))
   config = arguments.config
-  lines = settings.validate(config)
+  lines = jaxft.config.validate(config)
   if not lines:
     lines += sources.validate_sources(config.data)
   if not lines:  # as in train.py: reading a model's config takes seconds
     lines += repo.validate_model(config.model.path, weights=False)
   if lines:
     raise RequestError("\n".join(lines))
-  source = model_source.resolve(config.model, weights=False)
+  source = base_model.resolve(config.model, weights=False)
   if config.data.sequence_length > source.cfg.P:
     raise RequestError(
       f"config.data.sequence_length={config.data.sequence_length}: the model has {source.cfg.P} positions"
     )
-  tokenizer = tokenizers.load(source.tokenizer_folder, source.cfg.V)
+  tokenizer = load(source.tokenizer_folder, source.cfg.V)
   tell = (lambda line: print(line, file=sys.stderr)) if arguments.json else log
   with ProgressBar("tokenising", 1) as meter:
-    data = report.prepare_data(
+    data = dataset.prepare_data(
       config.data,
       tokenizer,
-      tokenizers.fingerprint(tokenizer),
+      fingerprint(tokenizer),
       lambda done, total: meter.update(done, total=total),
       tell,
     )

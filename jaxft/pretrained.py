@@ -15,26 +15,34 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jaxft import attention, generation, model, offload, optim, parts, sharding, weights
-from jaxft import config as settings
-from jaxft.architecture import RUN_FIELDS
-from jaxft.backend import configure_jax, device_memory_bytes, require_device
-from jaxft.data import formats, loader, tokens
-from jaxft.data.pack import SlidingWindowDataset
-from jaxft.data.report import TokenDataset, build_dataset, prepare_data, read_examples
+import jaxft.config
+from jaxft import config_checks
+from jaxft.checkpoint import manager
+from jaxft.checkpoint.manager import PLACEHOLDER, CheckpointManager
+from jaxft.data import formats, loader, tokenize
+from jaxft.data.accounting import TokenDataset
+from jaxft.data.dataset import build_dataset, prepare_data, read_examples
+from jaxft.data.packing import SlidingWindowDataset
 from jaxft.errors import RequestError
-from jaxft.files import exists, is_encodable
-from jaxft.hf import chosen, repo, save
-from jaxft.hf import load as hf_load
-from jaxft.hf import source as model_source
-from jaxft.hf import tokenizer as tokenizers
+from jaxft.generation import generation_config
+from jaxft.generation.sampler import Generator
+from jaxft.hf import base_model, load_weights, repo, tokenizer, trainable_params
 from jaxft.hf.card import model_card
-from jaxft.hf.unload import EXPORT_DTYPES
-from jaxft.run import checkpoint
-from jaxft.run.checkpoint import PLACEHOLDER, CheckpointManager
-from jaxft.run.tracking import bits_per_byte
-from jaxft.sample import Generator
-from jaxft.step import CheckpointState, evaluate, make_eval_step
+from jaxft.hf.export import export_model, find_run_model
+from jaxft.hf.export_tensors import EXPORT_DTYPES
+from jaxft.metrics.reporter import bits_per_byte
+from jaxft.model import attention
+from jaxft.model.compute import ComputeConfig, resolve_dtype
+from jaxft.model.config import RUN_FIELDS, ModelConfig
+from jaxft.model.decoder import abstract_model, parameter_count
+from jaxft.sharding import per_device, rules
+from jaxft.sharding.mesh import make_mesh
+from jaxft.training import offload, optimizer, trainable
+from jaxft.training.eval_step import evaluate, make_eval_step
+from jaxft.training.init import merge_params
+from jaxft.training.train_state import CheckpointState
+from jaxft.utils.backend import configure_jax, device_memory_bytes, require_device
+from jaxft.utils.files import exists, is_encodable
 
 
 class Completion(NamedTuple):
@@ -56,17 +64,17 @@ class Pretrained:
     configure_jax()
     require_device(None)
     self.source = source
-    self.tokenizer = tokenizers.load(source.tokenizer_folder, source.cfg.V)
-    self.mesh = sharding.make_mesh(settings.default().mesh)
-    dtype = model.resolve_dtype(compute_dtype, self.mesh.devices.flat[0])
-    compute = model.ComputeConfig(
+    self.tokenizer = tokenizer.load(source.tokenizer_folder, source.cfg.V)
+    self.mesh = make_mesh(jaxft.config.default().mesh)
+    dtype = resolve_dtype(compute_dtype, self.mesh.devices.flat[0])
+    compute = ComputeConfig(
       dtype,
-      constrain=sharding.make_constrain(self.mesh),
-      gather=sharding.make_gather(self.mesh),
-      shard_rows=sharding.make_shard_rows(self.mesh, 3, "parameters"),
+      constrain=rules.make_constrain(self.mesh),
+      gather=rules.make_gather(self.mesh),
+      shard_rows=rules.make_shard_rows(self.mesh, 3, "parameters"),
       attention=attention.fastest_kernel(self.mesh.devices.flat[0], dtype, source.cfg.H),
-      shard_map=sharding.make_shard_map(self.mesh),
-      vocab_multiple=sharding.VOCAB_MULTIPLE,
+      shard_map=per_device.make_shard_map(self.mesh),
+      vocab_multiple=rules.VOCAB_MULTIPLE,
       to_device=offload.to_device if on_host else lambda x: x,
     )
     self._on_host = on_host  # and a layer at a time on the device
@@ -83,15 +91,13 @@ class Pretrained:
     self._scores = jax.jit(scores)
     self._eval_step = jax.jit(make_eval_step(self.graph, loss_chunk=128))
 
-  def trained_shapes(self, cfg: model.ModelConfig) -> Any:
+  def trained_shapes(self, cfg: ModelConfig) -> Any:
     """Shapes of what a run of `cfg` trains, placed as the weights of this model are."""
-    return parts.partition(
-      self._placed(cfg, model.ComputeConfig(vocab_multiple=sharding.VOCAB_MULTIPLE))[1], cfg.trained
-    )[0]
+    return trainable.partition(self._placed(cfg, ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))[1], cfg.trained)[0]
 
-  def _placed(self, cfg: model.ModelConfig, compute: model.ComputeConfig) -> tuple[nnx.GraphDef, Any]:
-    graph, shapes, axes = model.abstract_model(cfg, compute)
-    placed = sharding.with_shardings(shapes, sharding.tree_shardings("parameters", shapes, axes, self.mesh))
+  def _placed(self, cfg: ModelConfig, compute: ComputeConfig) -> tuple[nnx.GraphDef, Any]:
+    graph, shapes, axes = abstract_model(cfg, compute)
+    placed = rules.with_shardings(shapes, rules.tree_shardings("parameters", shapes, axes, self.mesh))
     return graph, offload.with_host_memory(placed) if self._on_host else placed
 
   def generate(
@@ -102,7 +108,7 @@ class Pretrained:
     tell: Callable[[int, str], None] | None = None,
     **sampling: Any,
   ) -> list[Completion]:
-    """Completes each prompt, `num_return_sequences` times; `sampling` takes the fields of `jaxft.sample.Sampling`, whose names
+    """Completes each prompt, `num_return_sequences` times; `sampling` takes the fields of `jaxft.generation.sampler.Sampling`, whose names
     are transformers', and `do_sample`. What is not given is as the model's generation_config.json says.
 
     `max_new_tokens` counts, and not `max_length`, where both are given, as in transformers; so does
@@ -113,7 +119,7 @@ class Pretrained:
       tell: gets the number of a completion and what was added to its text, as it comes.
     """
     self._must_write_text()
-    config = generation.load(self.source.folder, sampling)
+    config = generation_config.load(self.source.folder, sampling)
     if stop_strings and config.sampling.num_beams > 1:
       raise RequestError(f"--stop_strings={list(stop_strings)}: beams end at the end token alone")
     if isinstance(prompts, str):
@@ -121,11 +127,11 @@ class Pretrained:
     for prompt in prompts:
       if not is_encodable(prompt):
         raise RequestError(f"prompt {prompt!r}: not valid text (UTF-8)")
-    listener = generation.TextStreamer(self.tokenizer, stop_strings, tell)
+    listener = generation_config.TextStreamer(self.tokenizer, stop_strings, tell)
     try:
       ids = self._generator(
         self.params,
-        [tokens.encode_prompt(self.tokenizer, prompt) for prompt in prompts],
+        [tokenize.encode_prompt(self.tokenizer, prompt) for prompt in prompts],
         config.sampling,
         stop_ids=config.stop_ids,
         on_token=listener,
@@ -167,7 +173,7 @@ class Pretrained:
       raise RequestError(f"--sequence_length={length}: must be from 2 to {self.source.cfg.P}, the model's positions")
     if batch_size < 1:
       raise RequestError(f"--batch_size={batch_size}: must be at least 1")
-    how = ConfigDict(like or settings.default().data)
+    how = ConfigDict(like or jaxft.config.default().data)
     how.update(settings_of_data, sequence_length=length)
     if "text_column" in settings_of_data or how.format != (like or how).format:
       how.template = settings_of_data.get("template", formats.DEFAULT_TEMPLATE)
@@ -179,7 +185,7 @@ class Pretrained:
         raise RequestError(f"--stride={stride}: its rows overlap in one stream, --layout=concat, not {how.layout}")
       how.layout = "concat"
     nothing, data = collections.Counter(), tuple(map(str, data))
-    text = tokens.encode_in_memory(
+    text = tokenize.encode_in_memory(
       read_examples(data, "validation", how, nothing, nothing, _print_stderr), self.tokenizer, self.labels
     )
     if not len(text):
@@ -198,17 +204,17 @@ class Pretrained:
     """
     if not self.run:
       raise RequestError(f"{self.source.folder}: no run, so nothing was held out; name a text")
-    how = _resolve_sources(settings.load_run_config(self.run[0] / "config.json").data, self.run[0], self._record)
+    how = _resolve_sources(jaxft.config.load_run_config(self.run[0] / "config.json").data, self.run[0], self._record)
     how.unrelated = ()
     self._must_overlap(stride, sequence_length or how.sequence_length)
-    data = prepare_data(how, self.tokenizer, tokenizers.fingerprint(self.tokenizer))
+    data = prepare_data(how, self.tokenizer, tokenizer.fingerprint(self.tokenizer))
     if "held_out" in self._record:
       same = data.validation_fingerprint == self._record["held_out"]
     else:  # a run of before 2026-11-28
       same = data.fingerprint == self._record["data"]
     if same and sequence_length:
       how.sequence_length = sequence_length
-      data = prepare_data(how, self.tokenizer, tokenizers.fingerprint(self.tokenizer))
+      data = prepare_data(how, self.tokenizer, tokenizer.fingerprint(self.tokenizer))
     if not same:
       raise RequestError(
         f"{self.run[0]}: the text of config.data is not what it was, and what is held out of it now may have been trained on; "
@@ -228,12 +234,12 @@ class Pretrained:
       raise RequestError(f"--stride={stride}: must be from 1 to {length - 1}, below the {length} tokens of a row")
 
   def _evaluate(self, rows: TokenDataset, batch_size: int) -> dict[str, Any]:
-    parts = sharding.data_parallel_size(self.mesh)
+    parts = rules.data_parallel_size(self.mesh)
     whole_batches = -(-batch_size // parts) * parts
     found = evaluate(
       self._eval_step,
       self.params,
-      loader.eval_batches(rows, batch_size=whole_batches, sharding=sharding.batch_sharding(self.mesh)),
+      loader.eval_batches(rows, batch_size=whole_batches, sharding=rules.batch_sharding(self.mesh)),
     )
     told = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
     if found.confusion_CC is not None:
@@ -242,7 +248,7 @@ class Pretrained:
         for name, row in zip(self.labels, found.confusion_CC.tolist(), strict=True)
       }
       return told | {"accuracy": found.accuracy, "f1": found.f1, "confusion": confusion}
-    nbytes = tokens.target_bytes(rows, self.tokenizer)
+    nbytes = tokenize.target_bytes(rows, self.tokenizer)
     return told | ({"bits_per_byte": bits_per_byte(found.loss, found.tokens, nbytes)} if nbytes else {})
 
   @property
@@ -258,7 +264,7 @@ class Pretrained:
     cfg = self.source.cfg
     if not cfg.classes:
       raise RequestError(f"{self.source.folder}: a language model has no classes to choose from")
-    ids = [tokens.encode_text(self.tokenizer, text)[: cfg.P] for text in texts]
+    ids = [tokenize.encode_text(self.tokenizer, text)[: cfg.P] for text in texts]
     labels = []
     for start in range(0, len(ids), batch_size):
       part = ids[start : start + batch_size]
@@ -274,7 +280,7 @@ class Pretrained:
   def export(
     self, out: str | Path, *, dtype: str | None = None, max_shard_size: str = "5GB", card: str = ""
   ) -> dict[str, Any]:
-    """Writes a verified Hugging Face folder and returns its parity report; see `jaxft.hf.save.export_model`.
+    """Writes a verified Hugging Face folder and returns its parity report; see `jaxft.hf.export.export_model`.
 
     dtype None: float32 for a run's weights, and for those of a checkpoint the dtype that each is stored in, so that nothing is
     rounded. dtype "source", of a run: what each has in the model that the run began with. card "": the facts of the run, or the
@@ -285,9 +291,9 @@ class Pretrained:
     dtype = dtype or ("float32" if self.run else "source")
     if dtype not in (*EXPORT_DTYPES, "source"):
       raise RequestError(f"dtype={dtype!r}: must be one of {', '.join(EXPORT_DTYPES)}, source")
-    if wanted := settings.file_size(max_shard_size):
+    if wanted := config_checks.file_size(max_shard_size):
       raise RequestError(f"max_shard_size={max_shard_size!r}: must be {wanted}")
-    return save.export_model(
+    return export_model(
       Path(out),
       self.params,
       self.source,
@@ -300,7 +306,7 @@ class Pretrained:
 
   def _begun_with(self) -> repo.HFCheckpoint:
     """The model that the run of these weights began with; raises RequestError where there was none, or is none any more."""
-    config = settings.load_run_config(self.run[0] / "config.json")
+    config = jaxft.config.load_run_config(self.run[0] / "config.json")
     if config.model.init == "scratch":
       raise RequestError(f"dtype='source': the run began with new weights; name one of {', '.join(EXPORT_DTYPES)}")
     return _base_model(config, self.run[0], self._record)
@@ -320,7 +326,9 @@ def load(
   torch_bin: also where it has nothing but pytorch_model*.bin, which torch then reads (weights_only).
   """
   ready = Pretrained(repo.resolve(str(path_or_id), revision, torch_bin=torch_bin), compute_dtype)
-  ready.params = hf_load.load_params(ready.source, ready.shapes, jax.tree.map(lambda leaf: leaf.sharding, ready.shapes))
+  ready.params = load_weights.load_params(
+    ready.source, ready.shapes, jax.tree.map(lambda leaf: leaf.sharding, ready.shapes)
+  )
   return ready
 
 
@@ -334,9 +342,9 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   file = workdir / "config.json"
   if not file.is_file():
     raise RequestError(f"workdir {str(workdir)!r}: no config.json in it, so it is not a run's folder")
-  if lines := checkpoint.validate_path(workdir / "checkpoints"):
+  if lines := manager.validate_path(workdir / "checkpoints"):
     raise RequestError("\n".join(lines))
-  config = settings.load_run_config(file)
+  config = jaxft.config.load_run_config(file)
   checkpoints = CheckpointManager(workdir / "checkpoints", best_metric=config.train.keep_best_metric)
   steps = checkpoints.steps()
   if not steps or step is not None and step not in steps:
@@ -352,9 +360,9 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
       "what they were"
     )
   if meta["labels"]:
-    source = repo.with_class_head(source, meta["labels"], tokenizers.load(source.tokenizer_folder, source.cfg.V))
-  trained_as = settings.from_json(json.dumps(meta["config"]))
-  cfg = chosen.apply_config(source.cfg, trained_as, source.hf_config["model_type"])
+    source = repo.with_class_head(source, meta["labels"], tokenizer.load(source.tokenizer_folder, source.cfg.V))
+  trained_as = jaxft.config.from_json(json.dumps(meta["config"]))
+  cfg = trainable_params.apply_config(source.cfg, trained_as, source.hf_config["model_type"])
   now, was = json.loads(json.dumps(dataclasses.asdict(cfg))), meta.get("model", {})
   if other := [
     name for name in was if now.get(name) != was[name] and name not in RUN_FIELDS and not name.endswith("dropout")
@@ -364,31 +372,31 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
       f"when the run of {str(workdir)!r} was started"
     )
   # Where a part of it was trained, the whole in float32 may be more than the device holds.
-  too_large = bool(cfg.trained) and 5 * model.parameter_count(source.cfg) > device_memory_bytes(jax.local_devices()[0])
+  too_large = bool(cfg.trained) and 5 * parameter_count(source.cfg) > device_memory_bytes(jax.local_devices()[0])
   ready = Pretrained(source, compute_dtype, on_host=config.memory.offload == "all" or too_large)
-  trained = optim.with_param_dtype(trained_as.model.param_dtype, ready.trained_shapes(cfg), cfg.trained)
-  states = jax.eval_shape(optim.make_optimizer(config.optim).init, trained)
+  trained = optimizer.with_param_dtype(trained_as.model.param_dtype, ready.trained_shapes(cfg), cfg.trained)
+  states = jax.eval_shape(optimizer.make_optimizer(config.optim).init, trained)
   unread = CheckpointState(PLACEHOLDER, trained, jax.tree.map(lambda _: PLACEHOLDER, states))
   ready.run, ready._record = (workdir, at), meta
-  ready.params = weights.merge_params(checkpoints.restore(at, unread).params, cfg, source, ready.shapes)
+  ready.params = merge_params(checkpoints.restore(at, unread).params, cfg, source, ready.shapes)
   checkpoints.close()
   return ready
 
 
 def _model_of_run(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> repo.HFCheckpoint:
   """The model that a run trains: what the workdir keeps of it, or the folder itself where some of the weights are frozen."""
-  folder = save.find_run_model(workdir)
+  folder = find_run_model(workdir)
   if folder and not (config.lora.rank or config.train.only):
     return repo.HFCheckpoint(folder, *repo.read_config(folder / "config.json"))
   source = _base_model(config, workdir, record, weights=bool(config.lora.rank or config.train.only))
   if config.model.tokenizer:
     local = repo.is_local(config.model.tokenizer)
     name = _resolve_path(config.model.tokenizer, workdir, record) if local else config.model.tokenizer
-    source = source._replace(tokenizer=model_source.resolve_tokenizer(name))
+    source = source._replace(tokenizer=base_model.resolve_tokenizer(name))
   if config.model.init == "scratch":
     named = ConfigDict(config.model.to_dict())
     named.config = _resolve_path(named.config, workdir, record) if named.config else ""
-    found = model_source.scratch_config(named, source.hf_config, source.folder / "config.json")
+    found = base_model.scratch_config(named, source.hf_config, source.folder / "config.json")
     source = repo.HFCheckpoint(source.folder, *found, tokenizer=source.tokenizer)
   return source
 

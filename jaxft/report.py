@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from jaxft import parsers
+from jaxft.cli import parsers
 from jaxft.errors import RequestError, run_command
-from jaxft.files import atomic_write
-from jaxft.page import comparison, record, run
+from jaxft.report_page import comparison, run_page, run_record
+from jaxft.utils.files import atomic_write
 
 
 def main() -> None:
@@ -15,8 +15,8 @@ def main() -> None:
   out = arguments.out or (Path("comparison.html") if several else workdirs[0] / "report.html")
   if out.is_dir() or not out.parent.is_dir():
     raise RequestError(f"--out={str(out)!r}: " + ("a folder; name a file in it" if out.is_dir() else "no such folder"))
-  records = [record.load(workdir) for workdir in workdirs]
-  atomic_write(out, comparison.render(records) if several else run.render(records[0]))
+  records = [run_record.load(workdir) for workdir in workdirs]
+  atomic_write(out, comparison.render(records) if several else run_page.render(records[0]))
   for it in records:
     for note in it.notes:
       print(f"{it.workdir}: {note}")

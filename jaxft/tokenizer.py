@@ -14,17 +14,17 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxft import config as settings
-from jaxft import parsers
-from jaxft.backend import configure_jax, require_device
+import jaxft.config
+from jaxft.cli import parsers
 from jaxft.data import sources
-from jaxft.data.report import read_examples
-from jaxft.data.tokens import TokenizerInfo
+from jaxft.data.dataset import read_examples
+from jaxft.data.tokenize import TokenizerInfo
 from jaxft.errors import RequestError, StorageError, run_command
-from jaxft.files import atomic_write, write_failure
 from jaxft.hf import added_tokens, repo
-from jaxft.hf import tokenizer as tokenizers
+from jaxft.hf.tokenizer import save
 from jaxft.hf.verify import format_parity
+from jaxft.utils.backend import configure_jax, require_device
+from jaxft.utils.files import atomic_write, write_failure
 
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTES = 256  # of which every text is made: the first tokens after the end token
@@ -77,7 +77,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, **sizes
   try:
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    tokenizers.save(wrapped, folder, folder, positions=config["n_positions"], pad_token_id=None)
+    save(wrapped, folder, folder, positions=config["n_positions"], pad_token_id=None)
   except OSError as error:
     raise StorageError(f"--out={str(folder)!r}: {write_failure(folder, error)}") from error
   return tokenizer
@@ -100,7 +100,7 @@ def main() -> None:
     return
   if lines := sources.validate_sources({"train": arguments.data}):
     raise RequestError("\n".join(line.replace("config.data.train", "--data") for line in lines))
-  data = settings.default().data
+  data = jaxft.config.default().data
   data.text_column = arguments.text_column
   nothing = collections.Counter()
   tell = lambda line: print(line, file=sys.stderr)

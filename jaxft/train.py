@@ -13,26 +13,49 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jaxft import backend, command_line, model, optim, parts, sharding
-from jaxft import config as settings
-from jaxft import program as programs
-from jaxft.data import loader, sources, tokens
-from jaxft.data.report import HELD_OUT_TAILS, PreparedData, num_rows_and_steps, prepare_data
+import jaxft.config
+from jaxft.checkpoint import manager
+from jaxft.checkpoint.manager import CheckpointManager, tree_nbytes
+from jaxft.cli.flags import parse_train
+from jaxft.data import loader, sources, tokenize
+from jaxft.data.accounting import HELD_OUT_TAILS, num_rows_and_steps
+from jaxft.data.dataset import PreparedData, prepare_data
+from jaxft.distributed import multihost
 from jaxft.errors import Preempted, RequestError, first_line, run_command, same_command
-from jaxft.files import atomic_write
-from jaxft.hf import chosen, peft, push, repo, save
-from jaxft.hf import source as model_source
-from jaxft.hf import tokenizer as tokenizers
+from jaxft.generation.sampler import Generator
+from jaxft.hardware import flops, roofline, specs
+from jaxft.hf import base_model, peft, push, repo, trainable_params
 from jaxft.hf.card import model_card
-from jaxft.hf.unload import EXPORT_DTYPES
+from jaxft.hf.export import (
+  check_exportable,
+  export_model,
+  is_hf_model,
+  save_run_model,
+  validate_export,
+  validate_workdir,
+)
+from jaxft.hf.export_tensors import EXPORT_DTYPES
+from jaxft.hf.tokenizer import fingerprint, load
 from jaxft.hf.verify import format_parity
-from jaxft.plan import estimate, figures, flops, show, targets
-from jaxft.plan.answer import plan_from_compiled, resolve_model_config
-from jaxft.run import checkpoint, hosts
-from jaxft.run.about import record_run
-from jaxft.run.checkpoint import CheckpointManager, tree_nbytes
-from jaxft.run.guards import (
-  PreemptionHandler,
+from jaxft.metrics.reporter import Reporter, due_at
+from jaxft.metrics.system import SystemMetrics
+from jaxft.metrics.trackers import TrackerGroup, missing_packages
+from jaxft.model.decoder import parameter_count
+from jaxft.plan import measure, rendering
+from jaxft.plan.planner import plan_from_compiled, resolve_model_config
+from jaxft.sharding.mesh import make_mesh
+from jaxft.training import optimizer, trainable
+from jaxft.training.build import build_train_program, check_fits, host_bytes, max_host_bytes, pinned_memory_warning
+from jaxft.training.evaluator import Evaluator
+from jaxft.training.init import init_train_state, merge_params, merged_shapes
+from jaxft.training.init import load_or_init_params as first_weights
+from jaxft.training.preemption import PreemptionHandler
+from jaxft.training.profiler import Profiler
+from jaxft.training.resume import check_same_run, restore_best, restore_latest
+from jaxft.training.run_info import record_run
+from jaxft.training.train_state import TrainState
+from jaxft.training.train_step import nonfinite_leaf_names
+from jaxft.training.workdir import (
   check_disk_space,
   check_movable,
   check_not_an_input,
@@ -40,17 +63,10 @@ from jaxft.run.guards import (
   lock_workdir,
   move_aside,
 )
-from jaxft.run.judge import Evaluator
-from jaxft.run.profile import Profiler
-from jaxft.run.resume import check_same_run, restore_best, restore_latest
-from jaxft.run.system import SystemMetrics
-from jaxft.run.tracking import ProgressBar, Reporter, console, due_at, log
-from jaxft.run.writers import TrackerGroup, missing_packages
-from jaxft.sample import Generator
-from jaxft.step import TrainState, nonfinite_leaf_names
-from jaxft.units import format_count
-from jaxft.weights import load_or_init_params as first_weights
-from jaxft.weights import merge_params, merged_shapes
+from jaxft.utils import backend
+from jaxft.utils.console import ProgressBar, console, log
+from jaxft.utils.files import atomic_write
+from jaxft.utils.units import format_count
 
 OOM_ADVICE = (
   "a smaller config.train.micro_batch_size, config.memory.remat=full or config.memory.loss_chunk=128 need less memory"
@@ -68,12 +84,12 @@ class TrainOutput(NamedTuple):
 
 def validate_run(config: ConfigDict, workdir: Path, overwrite: bool = False) -> None:
   """Raises RequestError with every fault that can be seen without building anything."""
-  lines = settings.validate(config)
+  lines = jaxft.config.validate(config)
   if not lines:
     out = export_dir(config, workdir)
-    lines += [f"config.export.out: {line}" for line in save.validate_export(out)]
-    lines += [f"--workdir: {line}" for line in checkpoint.validate_path(workdir / "checkpoints")]
-    lines += [f"--workdir: {line}" for line in save.validate_workdir(workdir)]
+    lines += [f"config.export.out: {line}" for line in validate_export(out)]
+    lines += [f"--workdir: {line}" for line in manager.validate_path(workdir / "checkpoints")]
+    lines += [f"--workdir: {line}" for line in validate_workdir(workdir)]
     there, here = out.resolve(), workdir.resolve()
     own = [here / name for name in sources.RUN_FOLDERS if name != "export"]
     if there in (here, *here.parents) or any(there.is_relative_to(folder) for folder in own):
@@ -82,7 +98,7 @@ def validate_run(config: ConfigDict, workdir: Path, overwrite: bool = False) -> 
       lines.append(
         f"--workdir: {str(workdir)!r} is config.model.path, whose config.json the run would replace by its own"
       )
-    elif save.is_hf_model(workdir) and not overwrite:
+    elif is_hf_model(workdir) and not overwrite:
       lines.append(
         f"--workdir: {str(workdir)!r} has the config.json of a model, which the run would replace by its own; name another "
         "folder, or have all of it moved aside by --overwrite_output_dir"
@@ -109,7 +125,7 @@ def small_data_warnings(config: ConfigDict, data: PreparedData, total_steps: int
       "all of it and masks the rest of the batch"
     )
   if config.optim.warmup_steps > total_steps:
-    steps = optim.warmup_steps(config.optim, total_steps)
+    steps = optimizer.warmup_steps(config.optim, total_steps)
     lines.append(
       f"config.optim.warmup_steps={config.optim.warmup_steps}: more than the {format_count(total_steps, 'step')} of the run; "
       f"{format_count(steps, 'step')} instead, a tenth of them"
@@ -175,15 +191,15 @@ def finetune(
   Raises:
     RequestError, NumericsError, StorageError, Preempted: see `jaxft.errors`.
   """
-  workdir, config = Path(workdir), settings.normalize(config)
+  workdir, config = Path(workdir), jaxft.config.normalize(config)
   backend.validate_require(require)
   backend.configure_jax()
   flags = {"--workdir": workdir, "--dry_run": dry_run, "--strict": strict, "--allow_change": allow_change}
   flags |= {"--overwrite_output_dir": overwrite}
-  hosts.assert_all_equal("command", flags | settings.with_prefix(config) | hosts.package_versions())
+  multihost.assert_all_equal("command", flags | jaxft.config.with_prefix(config) | multihost.package_versions())
   validate_run(config, workdir, overwrite)
   if config.memory.offload != "none":
-    backend.limit_pinned_memory(programs.max_host_bytes(config, resolve_model_config(config)))
+    backend.limit_pinned_memory(max_host_bytes(config, resolve_model_config(config)))
   backend.require_device(require)
   beginning = time.monotonic()
   with contextlib.ExitStack() as until_the_end:
@@ -192,11 +208,11 @@ def finetune(
       if overwrite:
         check_not_an_input(workdir, _input_paths(config))
       until_the_end.enter_context(lock_workdir(workdir))
-      hosts.check_shared_folder(workdir)
+      multihost.check_shared_folder(workdir)
       if overwrite and jax.process_index() == 0 and has_content(workdir):
         check_movable(workdir)
     # ---- Mesh ----------------------------------------------------------------------------------------------------------
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh)
     device = mesh.local_devices[0]
     log(
       f"{mesh.size} x {device.device_kind}, mesh " + " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
@@ -204,7 +220,7 @@ def finetune(
 
     # ---- Source: facts and tokenizer; no weights yet --------------------------------------------------------------------
     pretrained = config.model.init == "pretrained"
-    source = model_source.resolve(config.model)
+    source = base_model.resolve(config.model)
     if overwrite:  # adapters name a model of their own
       check_not_an_input(workdir, [source.folder, source.tokenizer_folder])
     if source.adapter and config.lora.rank:
@@ -216,10 +232,10 @@ def finetune(
       raise RequestError(
         f"config.data.sequence_length={config.data.sequence_length}: the model has {source.cfg.P} positions"
       )
-    tokenizer = tokenizers.load(source.tokenizer_folder, source.cfg.V)
+    tokenizer = load(source.tokenizer_folder, source.cfg.V)
 
     for prompt in config.train.sample_prompts:
-      if (length := len(tokens.encode_prompt(tokenizer, prompt))) >= source.cfg.P:
+      if (length := len(tokenize.encode_prompt(tokenizer, prompt))) >= source.cfg.P:
         raise RequestError(
           f"config.train.sample_prompts: {prompt[:40]!r}... has {length} tokens and the model {source.cfg.P} positions; "
           "shorten it"
@@ -228,7 +244,7 @@ def finetune(
     # ---- Data: every document and every token accounted for ------------------------------------------------------------
     with ProgressBar("tokenising", 1) as meter:
       told = lambda done, total: meter.update(done, total=total)
-      data = prepare_data(config.data, tokenizer, tokenizers.fingerprint(tokenizer), told, log)
+      data = prepare_data(config.data, tokenizer, fingerprint(tokenizer), told, log)
     if data.labels:
       some = ", ".join(map(str, data.labels[:20])) + ", ..." * (len(data.labels) > 20)
       log(f"{len(data.labels)} classes: {some}")
@@ -236,7 +252,7 @@ def finetune(
       data = data.with_class_ids(source.labels)
     elif source.cfg.classes:
       raise RequestError(f"config.model.path={config.model.path!r}: a model that classifies; set config.model.head")
-    save.check_exportable(source, tokenizer)
+    check_exportable(source, tokenizer)
     frozen = bool(config.lora.rank or config.train.only)
     weights = repo.fingerprint(source, whole=frozen or jax.process_count() > 1) if pretrained else ""
     same = {
@@ -245,13 +261,13 @@ def finetune(
     }
     same |= {"config.data.unrelated": data.unrelated_fingerprint}
     same |= {"the files of config.model.path": weights}
-    hosts.assert_all_equal(
+    multihost.assert_all_equal(
       "data", same | {f"config.json of the model: {key}": it for key, it in source.hf_config.items()}
     )
     rows = data.train
     total_rows, total_steps = num_rows_and_steps(rows, config.train)
-    if total_steps > settings.MAX_INT:
-      raise RequestError(f"config.train.epochs={config.train.epochs}: more than {settings.MAX_INT:,} steps")
+    if total_steps > jaxft.config.MAX_INT:
+      raise RequestError(f"config.train.epochs={config.train.epochs}: more than {jaxft.config.MAX_INT:,} steps")
     for line in small_data_warnings(config, data, total_steps):
       log(line)
     about = {
@@ -263,7 +279,7 @@ def finetune(
       "rows_of_step": min(len(rows), config.train.batch_size),
     }
     about |= {
-      "versions": dict(hosts.package_versions()),
+      "versions": dict(multihost.package_versions()),
       "started_in": str(Path.cwd()),
       "workdir": str(workdir.absolute()),
     }
@@ -271,14 +287,14 @@ def finetune(
     log(f"{_data_summary(data.report, len(rows))}; {format_count(total_steps, 'step')}")
 
     # ---- Model: shapes and shardings -------------------------------------------------------------------------------------
-    cfg = chosen.apply_config(source.cfg, config, source.hf_config["model_type"])
-    program = programs.build_train_program(config, cfg, mesh, total_steps, rows[0])
-    programs.check_fits(program, config)
-    if warning := programs.pinned_memory_warning(program):
+    cfg = trainable_params.apply_config(source.cfg, config, source.hf_config["model_type"])
+    program = build_train_program(config, cfg, mesh, total_steps, rows[0])
+    check_fits(program, config)
+    if warning := pinned_memory_warning(program):
       log(warning)
     log(
-      f"{source.hf_config['model_type']} from {config.model.path}: {parts.num_params(program.state.all_params, cfg):,} parameters, "
-      + (f"{parts.num_params(program.state.params, cfg):,} of them trained, " if cfg.trained else "")
+      f"{source.hf_config['model_type']} from {config.model.path}: {trainable.num_params(program.state.all_params, cfg):,} parameters, "
+      + (f"{trainable.num_params(program.state.params, cfg):,} of them trained, " if cfg.trained else "")
       + f"computing in {program.compute.dtype}"
     )
 
@@ -298,10 +314,10 @@ def finetune(
     again = same_command(overwrite)
     if not dry_run:
       steps_of_epoch = -(-len(rows) // config.train.batch_size)
-      to_come = checkpoint.num_new_checkpoints(
+      to_come = manager.num_new_checkpoints(
         checkpoints.steps() if checkpoints else [], total_steps, config.train, steps_of_epoch
       )
-      exported = EXPORT_DTYPES[config.export.dtype].itemsize * model.parameter_count(source.cfg)
+      exported = EXPORT_DTYPES[config.export.dtype].itemsize * parameter_count(source.cfg)
       needed = {workdir / "checkpoints": to_come * tree_nbytes(program.state.checkpointable), out: exported}
       check_disk_space(needed, f"{to_come} checkpoints of this run and its export")
 
@@ -317,16 +333,16 @@ def finetune(
       ) from error
     if program.offload != "none":
       backend.check_slices(train_step, device.platform)
-    memory = figures.memory_breakdown(program, train_step.memory_analysis())["breakdown"]
+    memory = measure.memory_breakdown(program, train_step.memory_analysis())["breakdown"]
     log(
-      f"compiled in {time.monotonic() - started:.1f} s; a device needs {show.format_bytes(sum(memory.values()))}: "
-      + ", ".join(f"{what} {show.format_bytes(nbytes)}" for what, nbytes in memory.items() if nbytes)
+      f"compiled in {time.monotonic() - started:.1f} s; a device needs {rendering.format_bytes(sum(memory.values()))}: "
+      + ", ".join(f"{what} {rendering.format_bytes(nbytes)}" for what, nbytes in memory.items() if nbytes)
     )
     if dry_run:
       if jax.process_index() == 0:
-        console.print(show.render_plan(plan_from_compiled(config, cfg, program, traced, train_step, eval_step)))
+        console.print(rendering.render_plan(plan_from_compiled(config, cfg, program, traced, train_step, eval_step)))
       return None
-    hosts.assert_all_equal("compiled", {})  # a collective gives up on a process that comes 30 s late
+    multihost.assert_all_equal("compiled", {})  # a collective gives up on a process that comes 30 s late
 
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
@@ -334,33 +350,33 @@ def finetune(
     if checkpoints:
       saved, tokens_seen = restore_latest(checkpoints, program.state.checkpointable, total_steps, strict)
     if saved is None:
-      state = programs.init_train_state(program, *first_weights(program, cfg, source, config))
+      state = init_train_state(program, *first_weights(program, cfg, source, config))
     else:
       state = TrainState(*saved, first_weights(program, cfg, source, config)[1] if cfg.trained else {})
     start = int(state.step)
     if overwrite:  # now that nothing is left to refuse
-      hosts.assert_all_equal("read", {})
+      multihost.assert_all_equal("read", {})
       with stop.deferred():
         if jax.process_index() == 0 and has_content(workdir):
           log(f"{workdir}: what was there is moved to {move_aside(workdir)}; a new run begins (--overwrite_output_dir)")
-        hosts.assert_all_equal("moved", {})
+        multihost.assert_all_equal("moved", {})
       if jax.process_index() == 0 and out.is_dir() and any(out.iterdir()):
         log(f"{out}: the export in it will be replaced when the run ends")
       checkpoints = opened()
     if jax.process_index() == 0:
-      atomic_write(workdir / "config.json", settings.to_json(config))
+      atomic_write(workdir / "config.json", jaxft.config.to_json(config))
       atomic_write(workdir / "data_report.json", data.to_json(config.train))
-      save.save_run_model(workdir, source, tokenizer)
+      save_run_model(workdir, source, tokenizer)
     kind = {"type": source.hf_config["model_type"], "compute_dtype": program.compute.dtype.name}
     sizes = {
-      "parameters": parts.num_params(program.state.all_params, cfg),
-      "trained": parts.num_params(program.state.params, cfg),
+      "parameters": trainable.num_params(program.state.all_params, cfg),
+      "trained": trainable.num_params(program.state.params, cfg),
     }
-    needs = {"planned": memory, "host": programs.host_bytes(program)}
+    needs = {"planned": memory, "host": host_bytes(program)}
     told = {"step": start, "total_steps": total_steps, "model": kind | sizes, "memory": needs}
     until_the_end.enter_context(record_run(workdir, mesh, told))
     model_flops = flops.model_flops(cfg, config.train.batch_size, rows.seq_len)
-    at_peak = estimate.ideal_step_seconds(targets.local_target(device, mesh.size), mesh.size, model_flops)
+    at_peak = roofline.ideal_step_seconds(specs.local_target(device, mesh.size), mesh.size, model_flops)
     first = jax.process_index() == 0
     system = until_the_end.enter_context(SystemMetrics(first and config.tracking.system_metrics, workdir))
     reporter = Reporter(
@@ -448,7 +464,7 @@ def finetune(
     state = state.checkpointable  # the frozen weights are read again, as precise as they are in the checkpoint
     if cfg.lora_rank:
       peft.save_adapters(workdir / "adapter", state.params, cfg, source, config)
-    parity = save.export_model(
+    parity = export_model(
       out,
       merge_params(state.params, cfg, source, merged_shapes(program)),
       source,
@@ -468,17 +484,17 @@ def finetune(
 
 
 def main() -> None:
-  arguments = command_line.parse_train()
+  arguments = parse_train()
   if arguments.print_config:
     if arguments.per_device:
       backend.configure_jax()
       backend.require_device(arguments.require)
       arguments.per_device.apply_to(arguments.config, jax.device_count())
-    print(settings.describe(arguments.config))
+    print(jaxft.config.describe(arguments.config))
     return
   if arguments.overwrite_output_dir:
     check_not_an_input(arguments.workdir, [arguments.config_file])
-  with hosts.distributed_context(arguments.process_info, arguments.start_timeout, arguments.peer_timeout):
+  with multihost.distributed_context(arguments.process_info, arguments.start_timeout, arguments.peer_timeout):
     if arguments.per_device:
       backend.configure_jax()
       backend.require_device(arguments.require)

@@ -17,13 +17,14 @@ import sys
 from pathlib import Path
 
 import jaxft
-from jaxft import config as settings
+import jaxft.config
 from jaxft.errors import RequestError
-from jaxft.hf import facts
-from jaxft.hf.published import PUBLISHED
-from jaxft.model import parameter_count
-from jaxft.plan import compile, show, targets
-from jaxft.plan.fit import MEMORY_MARGIN
+from jaxft.hardware import specs
+from jaxft.hf import model_config
+from jaxft.hf.known_models import PUBLISHED
+from jaxft.model.decoder import parameter_count
+from jaxft.plan import aot_compiler, rendering
+from jaxft.plan.search import MEMORY_MARGIN
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, CONFIGS = ROOT / "docs" / "hardware.md", sorted((ROOT / "configs").glob("*.py"))
@@ -64,44 +65,46 @@ As they are, for the hardware that their docstrings name. Seconds a step are an 
 class Cells:
   """Asks the compiler, and remembers."""
 
-  def __init__(self, compiler: compile.Compiler, before: dict[tuple[str, str, str], int]):
+  def __init__(self, compiler: aot_compiler.Compiler, before: dict[tuple[str, str, str], int]):
     """`before`: rows that fitted when the page was made last, by model, target and offload."""
     self._compiler, self._before, self._known, self._lines = compiler, before, {}, {}
 
-  def peak(self, model: str, target: targets.Target, kept: str, rows: int) -> float:
+  def peak(self, model: str, target: specs.Target, kept: str, rows: int) -> float:
     """Bytes of a device with so many rows on each; infinite where the compiler refuses."""
     key = (model, target.name, kept, rows)
     if key not in self._known:
-      cfg = facts.from_hf_config(PUBLISHED[model])
-      config = settings.default()
+      cfg = model_config.from_hf_config(PUBLISHED[model])
+      config = jaxft.config.default()
       config.model.path, config.data.train, config.train.steps = model, ("texts",), 100
       config.data.sequence_length, config.train.batch_size = cfg.P, 2 * rows * target.count
       config.train.micro_batch_size, config.model.dropout = rows, 0.0
       config.memory.remat, config.memory.loss_chunk, config.memory.offload = "full", 256, kept
-      found = self._compiler(compile.CompileRequest(settings.to_json(config), dataclasses.asdict(cfg), target.name))
+      found = self._compiler(
+        aot_compiler.CompileRequest(jaxft.config.to_json(config), dataclasses.asdict(cfg), target.name)
+      )
       self._known[key] = max(found.get("peak_bytes", math.inf), found.get("eval_peak_bytes", 0))
       print(f"{model} {target.name} {kept} {rows}: {self._known[key] / 2**30:.2f} GiB", file=sys.stderr, flush=True)
     return self._known[key]
 
-  def line(self, model: str, target: targets.Target, kept: str) -> tuple[float, float]:
+  def line(self, model: str, target: specs.Target, kept: str) -> tuple[float, float]:
     """Bytes of one row, and of each further one: the peak grows in a straight line, nearly, and alike on most GPUs."""
-    key = (model, kept, target.count, target.kind in targets.GPUS, target.spec.bfloat16)
+    key = (model, kept, target.count, target.kind in specs.GPUS, target.spec.bfloat16)
     if key not in self._lines:
       one, four = self.peak(model, target, kept, 1), self.peak(model, target, kept, 4)
       self._lines[key] = one, max(four - one, 1) / 3 if four < math.inf else math.inf
     return self._lines[key]
 
-  def likely(self, model: str, target: targets.Target, kept: str) -> int:
+  def likely(self, model: str, target: specs.Target, kept: str) -> int:
     """The most rows that fit, if the peak grows in a straight line; 1 where one is too many."""
     if self.peak(model, target, kept, 1) > (room := (1 - MEMORY_MARGIN) * target.usable_bytes):
       return 1
     one, slope = self.line(model, target, kept)
     return max(rows for rows in (2**n for n in range(MOST_ROWS.bit_length())) if one + (rows - 1) * slope <= room)
 
-  def largest(self, model: str, target: targets.Target, kept: str) -> tuple[int, float] | None:
+  def largest(self, model: str, target: specs.Target, kept: str) -> tuple[int, float] | None:
     """The most rows that fit, with their peak; None where one is too many."""
     room = (1 - MEMORY_MARGIN) * target.usable_bytes
-    state = 16 * parameter_count(facts.from_hf_config(PUBLISHED[model])) / target.count
+    state = 16 * parameter_count(model_config.from_hf_config(PUBLISHED[model])) / target.count
     if kept == "none" and state > room:  # float32 weights, gradient and two moments
       return None
     rows = self._before.get((model, target.name, kept)) or self.likely(model, target, kept)
@@ -113,8 +116,8 @@ class Cells:
       rows *= 2
     return rows, self.peak(model, target, kept, rows)
 
-  def cell(self, model: str, target: targets.Target) -> str:
-    for kept in OFFLOAD if target.kind in targets.GPUS else ("none",):
+  def cell(self, model: str, target: specs.Target) -> str:
+    for kept in OFFLOAD if target.kind in specs.GPUS else ("none",):
       try:
         found = self.largest(model, target, kept)
       except RequestError as error:  # the compiler's process has died; the next cell starts another
@@ -122,7 +125,7 @@ class Cells:
         return "the compiler fails"
       if found:
         rows, peak = found
-        return f"{rows}, {show.format_bytes(peak)}" + ("" if kept == "none" else f", `{kept}`")
+        return f"{rows}, {rendering.format_bytes(peak)}" + ("" if kept == "none" else f", `{kept}`")
     return "-"
 
 
@@ -152,29 +155,29 @@ def config_lines() -> list[str]:
       peak = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0))
       seconds = plan["step_seconds_estimate"]
       lines.append(
-        f"| `{file.name}` | {device} | {show.format_bytes(peak)} of {show.format_bytes(plan['usable_bytes'])} | "
-        f"{show.format_bytes(plan['host_bytes']) if plan['host_bytes'] else '-'} | {f'{seconds:.1f} s' if seconds else '-'} |"
+        f"| `{file.name}` | {device} | {rendering.format_bytes(peak)} of {rendering.format_bytes(plan['usable_bytes'])} | "
+        f"{rendering.format_bytes(plan['host_bytes']) if plan['host_bytes'] else '-'} | {f'{seconds:.1f} s' if seconds else '-'} |"
       )
       print(lines[-1], flush=True)
   return lines
 
 
 def main() -> None:
-  wanted = [targets.parse_device(name) for name in TARGETS]
+  wanted = [specs.parse_device(name) for name in TARGETS]
   lines = [
-    "| | " + " | ".join(f"{it.name}, {show.format_bytes(it.usable_bytes)}" for it in wanted) + " |",
+    "| | " + " | ".join(f"{it.name}, {rendering.format_bytes(it.usable_bytes)}" for it in wanted) + " |",
     "|---" * (len(wanted) + 1) + "|",
   ]
-  with compile.Compiler() as compiler:
+  with aot_compiler.Compiler() as compiler:
     cells = Cells(compiler, rows_before(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {})
     for model in MODELS:
       lines.append(f"| {model.rpartition('/')[2]} | " + " | ".join(cells.cell(model, it) for it in wanted) + " |")
       print(lines[-1], flush=True)
-  gptj = facts.from_hf_config(PUBLISHED["EleutherAI/gpt-j-6b"])
+  gptj = model_config.from_hf_config(PUBLISHED["EleutherAI/gpt-j-6b"])
   versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jax-cuda13-plugin", "libtpu"))
   head = HEAD.format(
     most=MOST_ROWS,
-    input=show.format_bytes(2 * gptj.L * gptj.P * gptj.D),
+    input=rendering.format_bytes(2 * gptj.L * gptj.P * gptj.D),
     date=datetime.date.today(),
     versions=versions,
     margin=f"{MEMORY_MARGIN:.0%}",

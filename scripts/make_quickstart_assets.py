@@ -13,7 +13,8 @@ from pathlib import Path
 import story_grammar
 
 import jaxft
-from jaxft import config, tokenizer
+import jaxft.config
+from jaxft import tokenizer
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "quickstart"
 VOCABULARY = 768
@@ -37,7 +38,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def pretrain(empty: Path, text: Path, workdir: Path) -> Path:
   """Trains the model in `empty` from new weights on ships' logs; returns the exported folder."""
-  c = config.default()
+  c = jaxft.config.default()
   c.model.path, c.model.init = str(empty), "scratch"
   c.data.train, c.data.validation_fraction, c.data.nats_column = (str(text),), 0.02, "nats"
   c.data.sequence_length = 256

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxft import sharding
+from jaxft.checkpoint.checksums import checksums
+from jaxft.checkpoint.manager import CheckpointManager
 from jaxft.config import default
-from jaxft.run.checkpoint import CheckpointManager
-from jaxft.run.checksums import checksums
+from jaxft.sharding.mesh import make_mesh
 
 LEAVES, SHAPE = 3, (16, 2**15, 256)  # 512 MiB each
 
@@ -46,7 +46,7 @@ class Peak(threading.Thread):
 
 
 def main(folder: Path) -> None:
-  place = NamedSharding(sharding.make_mesh(default().mesh), PartitionSpec(), memory_kind="pinned_host")
+  place = NamedSharding(make_mesh(default().mesh), PartitionSpec(), memory_kind="pinned_host")
   draw = lambda seed: np.random.default_rng(seed).random(SHAPE, np.float32)
   state = {str(i): jax.make_array_from_callback(SHAPE, place, draw(i).__getitem__) for i in range(LEAVES)}
   like = {name: jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=place) for name in state}

@@ -24,7 +24,7 @@ import warnings
 
 READ_AT_IMPORT = ("JAX_", "HF_", "PYTHON", "TRANSFORMERS_", "XDG_", "HOME", "TMPDIR", "LC_", "LANG", "TOKENIZERS_")
 NUM_DEVICES = "JAX_NUM_CPU_DEVICES"  # the one of them that is set again in the child
-COMMANDS = ("train", "evaluate", "generate", "export", "prepare", "plan.answer", "doctor", "report", "tokenizer")
+COMMANDS = ("train", "evaluate", "generate", "export", "prepare", "plan.planner", "doctor", "report", "tokenizer")
 LIBRARIES = ("orbax.checkpoint", "grain", "transformers.models", "transformers.models.gpt2.configuration_gpt2")
 PR_SET_CHILD_SUBREAPER = 36
 

@@ -14,13 +14,13 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 import jaxft
-from jaxft.data import tokens
+import jaxft.hf.tokenizer
+from jaxft.data import tokenize
+from jaxft.data.dataset import build_dataset
 from jaxft.data.formats import Example
-from jaxft.data.pack import ConcatDataset, PackedDataset, SlidingWindowDataset
-from jaxft.data.report import build_dataset
+from jaxft.data.packing import ConcatDataset, PackedDataset, SlidingWindowDataset
 from jaxft.errors import RequestError
 from jaxft.hf import added_tokens, repo
-from jaxft.hf import tokenizer as tokenizers
 from jaxft.train import finetune
 
 BEGIN, PAD, TITLE, END = "<|startoftext|>", "[PAD]", "<|title|>", tiny.EOS
@@ -40,7 +40,7 @@ def made(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(made):
-  return tokenizers.load(made, 296)
+  return jaxft.hf.tokenizer.load(made, 296)
 
 
 def must_have_the_roles(folder):
@@ -93,7 +93,7 @@ def cut(tokenizer, text):
 
 def read(example, tokenizer):
   """Ids of one example, and how many of them are not learned."""
-  found = tokens.encode_in_memory([example], tokenizer, ["a", "b"])
+  found = tokenize.encode_in_memory([example], tokenizer, ["a", "b"])
   return found.ids.tolist(), int(found.prompts_N[0])
 
 
@@ -109,26 +109,26 @@ def test_a_document_begins_with_the_token_that_is_there_for_it(tokenizer):
   assert tokenizer.decode(cut(tokenizer, " the")[0]) == " t"  # in which a prompt of one blank ends
   assert read(Example(" the", prompt_chars=1), tokenizer) == ([BEGIN_ID, *cut(tokenizer, " the"), END_ID], 1)
   assert read(Example(text, label="a"), tokenizer) == (cut(tokenizer, text), 0)
-  assert tokens.encode_prompt(tokenizer, text) == tokenizer(text)["input_ids"] == cut(tokenizer, text)
-  assert tokens.encode_prompt(tokenizer, "") == [BEGIN_ID]
-  assert tokens.encode_text(tokenizer, "") == [END_ID]
-  assert tokens.token_byte_lengths(tokenizer)[[BEGIN_ID, END_ID]].tolist() == [0, 0]
+  assert tokenize.encode_prompt(tokenizer, text) == tokenizer(text)["input_ids"] == cut(tokenizer, text)
+  assert tokenize.encode_prompt(tokenizer, "") == [BEGIN_ID]
+  assert tokenize.encode_text(tokenizer, "") == [END_ID]
+  assert tokenize.token_byte_lengths(tokenizer)[[BEGIN_ID, END_ID]].tolist() == [0, 0]
 
 
 def test_a_tokenizer_that_puts_it_there_itself_does_not_get_it_twice(made):
-  own = tokenizers.load(made, 296)
+  own = jaxft.hf.tokenizer.load(made, 296)
   own.backend_tokenizer.post_processor = processors.TemplateProcessing(
     single=f"{BEGIN} $A", special_tokens=[(BEGIN, BEGIN_ID)]
   )
   assert read(Example("the cat"), own) == ([BEGIN_ID, *cut(own, "the cat"), END_ID], 1)
   assert read(Example("the cat", label="a"), own) == ([BEGIN_ID, *cut(own, "the cat")], 0)
-  assert tokens.encode_prompt(own, "the cat") == own("the cat")["input_ids"] == [BEGIN_ID, *cut(own, "the cat")]
+  assert tokenize.encode_prompt(own, "the cat") == own("the cat")["input_ids"] == [BEGIN_ID, *cut(own, "the cat")]
   # One that begins a text with another token: as its texts begin, and as before.
   own.backend_tokenizer.post_processor = processors.TemplateProcessing(
     single=f"{TITLE} $A", special_tokens=[(TITLE, TITLE_ID)]
   )
   assert read(Example("the cat"), own) == ([TITLE_ID, *cut(own, "the cat"), END_ID], 0)
-  assert tokens.encode_prompt(own, "") == [TITLE_ID]
+  assert tokenize.encode_prompt(own, "") == [TITLE_ID]
 
 
 def learned(rows):
@@ -140,7 +140,7 @@ def learned(rows):
 @pytest.mark.parametrize("layout", ["concat", "pad", "pack"])
 def test_the_first_token_of_a_text_follows_it_and_it_is_never_a_target(tokenizer, layout):
   texts = ["the cat", "once upon a time the dog sat on mat and ran to big red house", "small blue door"]
-  stored = tokens.encode_in_memory(map(Example, texts), tokenizer)
+  stored = tokenize.encode_in_memory(map(Example, texts), tokenizer)
   T = 7
   rows = build_dataset(stored, ConfigDict({"format": "text", "layout": layout, "sequence_length": T}), END_ID)
   pairs, documents = learned(rows), [[*cut(tokenizer, text), END_ID] for text in texts]
@@ -159,8 +159,8 @@ def test_the_first_token_of_a_text_follows_it_and_it_is_never_a_target(tokenizer
 def test_without_such_a_token_every_token_is_as_it_was(folder, tmp_path):
   """Whose bos token is the end token, or who have none; also one that puts tokens of its own around a text."""
   rng = random.Random(3)
-  kinds = [tokenizers.load(folder, 293), tokenizers.load(wordpiece(tmp_path / "bert"), len(WORDPIECE))]
-  none = tokenizers.load(folder, 293)
+  kinds = [jaxft.hf.tokenizer.load(folder, 293), jaxft.hf.tokenizer.load(wordpiece(tmp_path / "bert"), len(WORDPIECE))]
+  none = jaxft.hf.tokenizer.load(folder, 293)
   none.bos_token = None
   for tokenizer, before in zip([*kinds, none], ([], [2], []), strict=True):
     end = tokenizer.eos_token_id
@@ -171,9 +171,9 @@ def test_without_such_a_token_every_token_is_as_it_was(folder, tmp_path):
       given = sum(stop <= prompt for _, stop in found.offsets) if prompt else 0
       ids = [*before, *found.ids, end]
       assert read(Example(text, prompt_chars=prompt), tokenizer) == (ids, given + len(before) if given else 0)
-      assert tokens.encode_prompt(tokenizer, text) == ids[:-1]
-    assert tokens.encode_prompt(tokenizer, "") == before
-    stored = tokens.encode_in_memory([Example(tiny.story(rng)) for _ in range(30)], tokenizer)
+      assert tokenize.encode_prompt(tokenizer, text) == ids[:-1]
+    assert tokenize.encode_prompt(tokenizer, "") == before
+    stored = tokenize.encode_in_memory([Example(tiny.story(rng)) for _ in range(30)], tokenizer)
     stream = [end, *stored.ids.tolist()]
     flat = sum(learned(ConcatDataset(stored, 13, end)), [])
     assert flat == list(zip(stream, stream[1:], strict=False))
@@ -225,11 +225,11 @@ def test_only_the_role_of_a_token_that_exists_changes(made, folder, tmp_path):
 
 def test_tokens_of_before_are_made_again(tokenizer, folder):
   """A cache of a tokenizer whose documents begin with its bos token is not that of one whose documents did not."""
-  plain = tokenizers.load(folder, 293)
+  plain = jaxft.hf.tokenizer.load(folder, 293)
 
   def of_before(it):
-    said = json.dumps([tokenizers.bos_token_id(it), it.eos_token_id]) + it.backend_tokenizer.to_str()
+    said = json.dumps([jaxft.hf.tokenizer.bos_token_id(it), it.eos_token_id]) + it.backend_tokenizer.to_str()
     return hashlib.sha256(said.encode()).hexdigest()
 
-  assert tokenizers.fingerprint(plain) == of_before(plain)
-  assert tokenizers.fingerprint(tokenizer) != of_before(tokenizer)
+  assert jaxft.hf.tokenizer.fingerprint(plain) == of_before(plain)
+  assert jaxft.hf.tokenizer.fingerprint(tokenizer) != of_before(tokenizer)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-from jaxft import attention as kernels
-from jaxft.attention import attention
-from jaxft.dropout import attention_dropout_mask
+import jaxft.model.attention
+from jaxft.model.attention import attention
+from jaxft.model.dropout import attention_dropout_mask
 
 B, N, H = 2, 3, 8
 
@@ -139,7 +139,9 @@ class Device:
 
 
 def test_what_training_takes_is_told_with_why_it_is_not_the_fastest():
-  told = lambda kernel, device, *what: kernels.resolve_kernel(kernel, Device(*device), jnp.bfloat16, *what)
+  told = lambda kernel, device, *what: jaxft.model.attention.resolve_kernel(
+    kernel, Device(*device), jnp.bfloat16, *what
+  )
   assert told("cudnn", ("gpu", "9.0"), 64, False, False) == ("cudnn", "")
   dropout = "it has no dropout that is the same on every mesh"
   assert told("cudnn", ("gpu", "9.0"), 64, False, True) == ("chunked", f"not cudnn: {dropout}")
@@ -156,7 +158,7 @@ def test_what_training_takes_is_told_with_why_it_is_not_the_fastest():
 
 
 def test_each_device_gets_its_kernel():
-  pick = lambda device, dtype, H: kernels.fastest_kernel(Device(*device), dtype, H)
+  pick = lambda device, dtype, H: jaxft.model.attention.fastest_kernel(Device(*device), dtype, H)
   assert pick(("cpu",), jnp.float32, 64) == "chunked"
   assert pick(("tpu",), jnp.bfloat16, 64) == "splash"
   assert pick(("gpu", "9.0"), jnp.bfloat16, 256) == "cudnn"

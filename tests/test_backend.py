@@ -12,12 +12,17 @@ import pytest
 import tiny
 from processes import ROOT
 
-from jaxft import backend, doctor, program, sharding, train
-from jaxft import config as settings
+import jaxft.config
+import jaxft.train
+import jaxft.training.build
+from jaxft import doctor
 from jaxft.errors import RequestError
-from jaxft.hf import facts
-from jaxft.hf.published import PUBLISHED
-from jaxft.plan.figures import dummy_row
+from jaxft.hf import model_config
+from jaxft.hf.known_models import PUBLISHED
+from jaxft.plan.measure import dummy_row
+from jaxft.sharding.mesh import make_mesh
+from jaxft.training.build import build_train_program, check_fits, host_bytes, max_host_bytes, pinned_memory_warning
+from jaxft.utils import backend
 
 GIB = 2**30
 
@@ -95,11 +100,11 @@ def test_a_wrong_program_is_refused_where_jax_started_before(monkeypatch):
 
 def test_several_cpu_devices_are_refused_where_the_compiler_would_crash(monkeypatch):
   monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-  sizes = settings.default().mesh
+  sizes = jaxft.config.default().mesh
   sizes.fsdp = -1
-  assert sharding.make_mesh(sizes, jax.devices()[:1]).size == 1
+  assert make_mesh(sizes, jax.devices()[:1]).size == 1
   with pytest.raises(RequestError, match="crashes on several devices"):
-    sharding.make_mesh(sizes, jax.devices()[:2])
+    make_mesh(sizes, jax.devices()[:2])
 
 
 def test_jax_looks_for_devices_where_linux_shows_one(monkeypatch, tmp_path):
@@ -202,40 +207,36 @@ def test_a_limit_of_pinned_memory_stays_once_jax_has_started(monkeypatch):
 )
 def test_bytes_on_the_host_are_known_before_there_are_devices(model, more):
   """And are those of the program itself."""
-  config = settings.default()
+  config = jaxft.config.default()
   for name, value in more.items():
     section, key = name.split(".")
     config[section][key] = value
-  cfg = dataclasses.replace(facts.from_hf_config(PUBLISHED[model]), L=2)
-  run = program.build_train_program(
-    config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:1]), 10, dummy_row(config, cfg)
-  )
-  assert program.max_host_bytes(config, cfg) == program.host_bytes(run)
+  cfg = dataclasses.replace(model_config.from_hf_config(PUBLISHED[model]), L=2)
+  run = build_train_program(config, cfg, make_mesh(config.mesh, jax.devices()[:1]), 10, dummy_row(config, cfg))
+  assert max_host_bytes(config, cfg) == host_bytes(run)
 
 
 def test_bytes_on_the_host_depend_on_devices_where_each_has_a_copy():
-  config, cfg = settings.default(), facts.from_hf_config(PUBLISHED["gpt2"])
+  config, cfg = jaxft.config.default(), model_config.from_hf_config(PUBLISHED["gpt2"])
   config.memory.offload = "all"
-  one = program.max_host_bytes(config, cfg)
+  one = max_host_bytes(config, cfg)
   config.mesh.data = 2
-  assert program.max_host_bytes(config, cfg) == 2 * one
+  assert max_host_bytes(config, cfg) == 2 * one
   config.mesh.data = -1
-  assert program.max_host_bytes(config, cfg) is None
+  assert max_host_bytes(config, cfg) is None
   config.mesh.data, config.mesh.zero_stage = 1, 1
-  assert program.max_host_bytes(config, cfg) is None
+  assert max_host_bytes(config, cfg) is None
   config.mesh.zero_stage = 3
-  assert program.max_host_bytes(config, cfg) == one
-  assert program.max_host_bytes(config, dataclasses.replace(cfg, trained=(("norm.scale", ()),))) is None
+  assert max_host_bytes(config, cfg) == one
+  assert max_host_bytes(config, dataclasses.replace(cfg, trained=(("norm.scale", ()),))) is None
 
 
 def test_more_than_xla_may_pin_is_refused(monkeypatch):
-  config = settings.default()
+  config = jaxft.config.default()
   config.memory.offload = "all"
-  cfg = facts.from_hf_config(PUBLISHED["gpt2"])
-  run = program.build_train_program(
-    config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:1]), 10, dummy_row(config, cfg)
-  )
-  program.check_fits(run, config)
+  cfg = model_config.from_hf_config(PUBLISHED["gpt2"])
+  run = build_train_program(config, cfg, make_mesh(config.mesh, jax.devices()[:1]), 10, dummy_row(config, cfg))
+  check_fits(run, config)
   gpu = SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 8 * GIB}, device_kind="a card")
   batch = SimpleNamespace(mesh=SimpleNamespace(local_devices=[gpu]))
   on_gpu = SimpleNamespace(
@@ -245,14 +246,14 @@ def test_more_than_xla_may_pin_is_refused(monkeypatch):
   with pytest.raises(
     RequestError, match="XLA may pin 1,073,741,824 .* XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB .*JAXFT_HOST_MEM"
   ):
-    program.check_fits(on_gpu, config)
+    check_fits(on_gpu, config)
   monkeypatch.setenv(backend.PINNED_LIMIT_ENV, "2")
-  program.check_fits(on_gpu, config)
-  assert program.pinned_memory_warning(on_gpu) == ""
-  monkeypatch.setattr(backend, "pinned_limit", lambda: program.host_bytes(run))  # no byte for gaps
-  program.check_fits(on_gpu, config)
-  assert program.pinned_memory_warning(run) == ""
-  assert "warning: the host is to keep 1,991,5" in program.pinned_memory_warning(on_gpu)
+  check_fits(on_gpu, config)
+  assert pinned_memory_warning(on_gpu) == ""
+  monkeypatch.setattr(backend, "pinned_limit", lambda: host_bytes(run))  # no byte for gaps
+  check_fits(on_gpu, config)
+  assert pinned_memory_warning(run) == ""
+  assert "warning: the host is to keep 1,991,5" in pinned_memory_warning(on_gpu)
 
 
 # ---- The CPU, where there is a GPU -------------------------------------------------------------------------------------
@@ -343,11 +344,11 @@ def test_a_run_limits_what_xla_pins_and_looks_at_its_slices(folder, stories, tmp
   seen, config = [], tiny.config(folder, stories)
   monkeypatch.setattr(backend, "limit_pinned_memory", lambda nbytes: seen.append(nbytes))
   monkeypatch.setattr(backend, "check_slices", lambda compiled, platform: seen.append(platform))
-  monkeypatch.setattr(program, "pinned_memory_warning", lambda run: "warning: of gaps")
-  train.finetune(config, tmp_path / "resident", dry_run=True)
+  monkeypatch.setattr(jaxft.training.build, "pinned_memory_warning", lambda run: "warning: of gaps")
+  jaxft.train.finetune(config, tmp_path / "resident", dry_run=True)
   assert seen == []
   config.memory.offload = "all"
-  train.finetune(config, tmp_path / "streamed", dry_run=True)
+  jaxft.train.finetune(config, tmp_path / "streamed", dry_run=True)
   assert len(seen) == 2 and seen[0] > 0 and seen[1] == "cpu"
   assert "warning: of gaps" in capsys.readouterr().out
 

@@ -67,8 +67,8 @@ def test_gpt2_xl_loads_onto_eight_devices_and_goes_out_again(tmp_path):
   assert len(written) > 3
   where = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
   assert where.keys() == shapes.keys()
-  from jaxft.hf import load
+  from jaxft.hf import load_weights
 
-  before, after = load.list_tensors(folder), load.list_tensors(tmp_path / "out")
+  before, after = load_weights.list_tensors(folder), load_weights.list_tensors(tmp_path / "out")
   for name in shapes:
     np.testing.assert_array_equal(before[name].view().view(np.uint16), after[name].view().view(np.uint16))

@@ -11,17 +11,17 @@ import preloaded
 import pytest
 import tiny
 
-from jaxft import config as settings
-from jaxft.data import report
+import jaxft.config
+import jaxft.hf.tokenizer
+from jaxft.data import accounting, dataset
 from jaxft.errors import StorageError
-from jaxft.hf import tokenizer as tokenizers
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-  return tokenizers.load(folder, 293)
+  return jaxft.hf.tokenizer.load(folder, 293)
 
 
 class Told(list):
@@ -34,9 +34,9 @@ class Told(list):
 
 
 def prepare(tokenizer, cache, file, fingerprint="a tokenizer", **data):
-  config, told = settings.default(), Told()
+  config, told = jaxft.config.default(), Told()
   config.data.update(train=(str(file),), cache_dir=str(cache), sequence_length=16, **data)
-  return report.prepare_data(config.data, tokenizer, fingerprint, told.tell, told.append), told
+  return dataset.prepare_data(config.data, tokenizer, fingerprint, told.tell, told.append), told
 
 
 def entries(cache):
@@ -77,7 +77,7 @@ def test_whatever_the_tokens_depend_on_makes_another_entry(tokenizer, tmp_path, 
 
 def test_an_entry_with_other_fields_is_made_again(tokenizer, tmp_path, stories, monkeypatch):
   with monkeypatch.context() as older:
-    older.delitem(report.Manifest.__annotations__, "numbers")
+    older.delitem(accounting.Manifest.__annotations__, "numbers")
     prepare(tokenizer, tmp_path, stories)
   _, told = prepare(tokenizer, tmp_path, stories)
   assert told.tokenised and len(entries(tmp_path)) == 2
@@ -156,12 +156,14 @@ def get_config():
 
 def test_a_tokenizer_with_one_other_merge_is_another(folder, tmp_path):
   other = shutil.copytree(folder, tmp_path / "other")
-  before = tokenizers.fingerprint(tokenizers.load(other, 293))
-  assert tokenizers.fingerprint(tokenizers.load(shutil.copytree(folder, tmp_path / "same"), 293)) == before
+  before = jaxft.hf.tokenizer.fingerprint(jaxft.hf.tokenizer.load(other, 293))
+  assert (
+    jaxft.hf.tokenizer.fingerprint(jaxft.hf.tokenizer.load(shutil.copytree(folder, tmp_path / "same"), 293)) == before
+  )
   about = json.loads((other / "tokenizer.json").read_text())
   about["model"]["merges"][-1] = ["!", "?"]
   about["model"]["vocab"]["!?"] = about["model"]["vocab"].pop(
     max(about["model"]["vocab"], key=about["model"]["vocab"].get)
   )
   (other / "tokenizer.json").write_text(json.dumps(about))
-  assert tokenizers.fingerprint(tokenizers.load(other, 293)) != before
+  assert jaxft.hf.tokenizer.fingerprint(jaxft.hf.tokenizer.load(other, 293)) != before

@@ -13,11 +13,12 @@ import numpy as np
 import peak_of_saving
 import pytest
 
-from jaxft import config, sharding
+import jaxft.config
+from jaxft.checkpoint.checksums import checksums
+from jaxft.checkpoint.manager import CheckpointManager
 from jaxft.errors import CheckpointReadError, NumericsError, StorageError
-from jaxft.run.checkpoint import CheckpointManager
-from jaxft.run.checksums import checksums
-from jaxft.run.resume import restore_latest
+from jaxft.sharding.mesh import make_mesh
+from jaxft.training.resume import restore_latest
 
 STATE = {"a": jnp.arange(24, dtype=jnp.float32).reshape(4, 6) / 7, "b": (jnp.int32(3), jnp.ones(16, jnp.bfloat16) / 3)}
 LIKE = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), STATE)
@@ -94,10 +95,10 @@ def test_donating_right_after_a_save_is_safe(tmp_path):
 
 
 def test_checksums_do_not_depend_on_the_mesh():
-  sizes = config.default().mesh
+  sizes = jaxft.config.default().mesh
   x = np.random.default_rng(0).standard_normal((8, 16, 3)).astype(np.float32)
   placed = [
-    jax.device_put(x, jax.sharding.NamedSharding(sharding.make_mesh(sizes), jax.sharding.PartitionSpec(*axes)))
+    jax.device_put(x, jax.sharding.NamedSharding(make_mesh(sizes), jax.sharding.PartitionSpec(*axes)))
     for axes in ((), ("fsdp",), (None, "fsdp"))
   ]
   assert len({checksums([array])["[0]"] for array in placed}) == 1

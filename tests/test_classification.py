@@ -11,13 +11,14 @@ import pytest
 import tiny
 
 import jaxft
-from jaxft import config as settings
-from jaxft import model
-from jaxft.data import report
+import jaxft.config
+import jaxft.hf.tokenizer
+from jaxft.data import dataset
 from jaxft.data.formats import class_ids
 from jaxft.errors import RequestError
-from jaxft.hf import facts, load, repo, save
-from jaxft.hf import tokenizer as tokenizers
+from jaxft.hf import export, load_weights, model_config, repo
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.decoder import abstract_model
 
 torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
 transformers = pytest.importorskip("transformers")
@@ -106,7 +107,7 @@ def test_out_again(theirs, tmp_path, dtype):
       parameter.data = parameter.data.bfloat16().float()
   np.testing.assert_allclose(their_logits(again, ids), their_logits(their, ids), atol=1e-5)
   if not dtype:
-    before, after = load.list_tensors(folder), load.list_tensors(tmp_path / "out")
+    before, after = load_weights.list_tensors(folder), load_weights.list_tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(before[name].view().tobytes() == after[name].view().tobytes() for name in before)
 
@@ -125,14 +126,14 @@ def test_numbers_of_classes(theirs, tmp_path):
   config = json.loads((folder / "config.json").read_text())
   for names in ("id2label", "label2id", "num_labels"):
     config.pop(names, None)
-  assert facts.from_hf_config(config).classes == 2
-  assert facts.from_hf_config(config | {"architectures": ["GPT2LMHeadModel"]}).classes == 0
+  assert model_config.from_hf_config(config).classes == 2
+  assert model_config.from_hf_config(config | {"architectures": ["GPT2LMHeadModel"]}).classes == 0
   with pytest.raises(RequestError, match="num_labels=-1"):
-    facts.from_hf_config(config | {"num_labels": -1})
+    model_config.from_hf_config(config | {"num_labels": -1})
   with pytest.raises(RequestError, match="'score.weight' has shape"):
-    other = repo.resolve(str(folder))._replace(cfg=facts.from_hf_config(config))
-    _, shapes, _ = model.abstract_model(other.cfg, model.ComputeConfig())
-    load.load_params(other, shapes, jax.tree.map(lambda _: HERE, shapes))
+    other = repo.resolve(str(folder))._replace(cfg=model_config.from_hf_config(config))
+    _, shapes, _ = abstract_model(other.cfg, ComputeConfig())
+    load_weights.load_params(other, shapes, jax.tree.map(lambda _: HERE, shapes))
 
 
 @pytest.mark.slow_for("gpt2", "gpt_neo")
@@ -163,7 +164,7 @@ def test_accuracy_and_f1_are_those_of_the_labels_one_by_one(theirs, tmp_path):
 
 
 def test_f1_of_two_classes_is_that_of_the_second():
-  from jaxft.step import EvalResult
+  from jaxft.training.eval_step import EvalResult
 
   found = EvalResult(0.5, 10, np.array([[5, 1], [2, 2]]))
   assert (found.accuracy, found.f1) == (0.7, 2 * 2 / (2 * 2 + 1 + 2))
@@ -199,13 +200,13 @@ def test_a_new_head_on_five_configs_answers_batches_in_transformers(folder, tmp_
     if rng.random() < 0.3:
       says = json.loads((source / "tokenizer_config.json").read_text())
       (source / "tokenizer_config.json").write_text(json.dumps(says | {"pad_token": "!"}))
-    tokenizer = tokenizers.load(source, 293)
+    tokenizer = jaxft.hf.tokenizer.load(source, 293)
     labels = [f"class {i}" for i in range(rng.integers(2, 5))]
     checkpoint = repo.with_class_head(repo.resolve(str(source)), labels, tokenizer)
-    save.check_exportable(checkpoint, tokenizer)
-    _, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
-    params = load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
-    save.export_model(out, params, checkpoint, tokenizer=tokenizer)
+    export.check_exportable(checkpoint, tokenizer)
+    _, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
+    params = load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+    export.export_model(out, params, checkpoint, tokenizer=tokenizer)
     their = transformers.AutoModelForSequenceClassification.from_pretrained(out)
     texts = ["the cat sat on the mat and ran", "the dog" + tokenizer.decode([5]), "cat"]
     with torch.no_grad():
@@ -233,20 +234,20 @@ def test_a_head_whose_classes_are_in_another_order_is_trained_on(theirs, tmp_pat
   (tmp_path / "rows.jsonl").write_text(
     "".join(json.dumps({"text": f"the cat {i}", "label": label}) + "\n" for i in range(9) for label in ("good", "bad"))
   )
-  data = settings.default().data
+  data = jaxft.config.default().data
   data.update(format="classification", train=(str(tmp_path / "rows.jsonl"),), sequence_length=16)
   data.update(validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
-  tokenizer = tokenizers.load(folder, 293)
+  tokenizer = jaxft.hf.tokenizer.load(folder, 293)
   source = repo.with_class_head(repo.resolve(str(folder)), ["bad", "good"], tokenizer)
   assert source.labels == LABELS and not source.new_head
-  found = report.prepare_data(data, tokenizer, "").with_class_ids(source.labels)
+  found = dataset.prepare_data(data, tokenizer, "").with_class_ids(source.labels)
   assert found.labels == LABELS
   assert {int(row["targets"].max()) for row in (found.train[i] for i in range(len(found.train)))} == {0, 2}
 
 
 def test_padding_is_a_token_that_the_tokenizer_has(theirs):
   _, folder = theirs
-  source, tokenizer = repo.resolve(str(folder)), tokenizers.load(folder, 293)
+  source, tokenizer = repo.resolve(str(folder)), jaxft.hf.tokenizer.load(folder, 293)
   for said, wanted in ((5, 5), (None, 0), (100_000, 0)):
     other = source._replace(hf_config=source.hf_config | {"pad_token_id": said})
     assert repo.with_class_head(other, LABELS, tokenizer).hf_config["pad_token_id"] == wanted
@@ -260,7 +261,7 @@ def test_padding_that_ends_each_text_is_refused_before_training(theirs, tmp_path
 
   _, folder = theirs
   other = shutil.copytree(folder, tmp_path / "m")
-  tokenizer = tokenizers.load(other, 293)
+  tokenizer = jaxft.hf.tokenizer.load(other, 293)
   ends = TemplateProcessing(single=f"$A {tiny.EOS}", special_tokens=[(tiny.EOS, 0)])
   tokenizer.backend_tokenizer.post_processor = ends
   with pytest.raises(RequestError, match="give the tokenizer a pad_token of its own"):

@@ -14,9 +14,11 @@ import tiny
 from processes import ROOT
 
 import jaxft
-from jaxft import model, tokenizer
-from jaxft.hf import added_tokens, load, repo, save, verify
-from jaxft.hf import tokenizer as tokenizers
+import jaxft.hf.tokenizer
+import jaxft.tokenizer
+from jaxft.hf import added_tokens, export, load_weights, repo, verify
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.decoder import abstract_model
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("torch", reason="transformers 4 computes with it")
@@ -73,11 +75,11 @@ def prefix_space(source, out):
 
 
 def as_classifier(source, out):
-  read = tokenizers.load(source, 293)
+  read = jaxft.hf.tokenizer.load(source, 293)
   checkpoint = repo.with_class_head(repo.resolve(str(source)), ["bad", "good", "so so"], read)
-  _, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
-  params = load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
-  save.export_model(out, params, checkpoint, tokenizer=read)
+  _, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
+  params = load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+  export.export_model(out, params, checkpoint, tokenizer=read)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def exports(tmp_path_factory):
     saved_by_transformers_5(first, sources[family])
   sources["quickstart"] = ROOT / "assets" / "quickstart" / "model"
   tiny.write_gpt2(sources["scratch"], seed=6, V=300, tokenizer=False)
-  tokenizer.train_tokenizer((tiny.story(random.Random(i)) for i in range(40)), 300, home / "own", n_positions=71)
+  jaxft.tokenizer.train_tokenizer((tiny.story(random.Random(i)) for i in range(40)), 300, home / "own", n_positions=71)
   for name in ("tokenizer.json", "tokenizer_config.json"):
     shutil.copyfile(home / "own" / name, sources["scratch"] / name)
   added_tokens.add_tokens(repo.resolve(str(sources["gpt2"])), ["<|title|>"], sources["added"])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxft import command_line, parsers, usage
-from jaxft import config as settings
+import jaxft.config
+from jaxft.cli import flags, parsers, usage
 from jaxft.errors import RequestError
 from jaxft.train import finetune
 
@@ -35,11 +35,11 @@ def config_file(folder, *lines, name="c.py"):
 
 def parsed(monkeypatch, *words):
   monkeypatch.setattr(sys, "argv", ["jaxft.train", *words])
-  return command_line.parse(usage.TRAIN, ("dry_run",), ("workdir",)).config
+  return flags.parse(usage.TRAIN, ("dry_run",), ("workdir",)).config
 
 
 def value_of(config, name):
-  return settings.flatten(config)[name]
+  return jaxft.config.flatten(config)[name]
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -81,7 +81,7 @@ def test_line_ends_and_tabs_are_said_to_be_meant(monkeypatch, tmp_path, capsys):
   assert (config.data.separator, config.data.template) == ("\n\n", "{prompt}\n{completion}")
   assert r"config.data.separator=\n\n: read as '\n\n'" in capsys.readouterr().err
   assert parsed(monkeypatch, "--config", file, r"--config.tracking.run_name=a\n").tracking.run_name == r"a\n"
-  assert command_line.unescape("\n|\\d", "x") == "\n|\\d" and capsys.readouterr().err == ""
+  assert flags.unescape("\n|\\d", "x") == "\n|\\d" and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("folder", ["2026-01-01T10:30", "a b", "é日本", "[x]", "c.d", "-e", "$HOME", "a=b"])
@@ -134,8 +134,8 @@ def test_values_of_a_config_file_mean_what_they_are(monkeypatch, tmp_path):
   assert (config.train.steps, config.train.seed, config.tracking.system_metrics) == (1000, 4, True)
   assert config.export.out == "/home/me/out" and config.train.sample_prompts == ("Once",)
   assert type(config.train.steps) is int
-  assert all(type(value).__module__ == "builtins" for value in settings.flatten(config).values())
-  assert settings.from_json(settings.to_json(config)).to_dict() == config.to_dict()
+  assert all(type(value).__module__ == "builtins" for value in jaxft.config.flatten(config).values())
+  assert jaxft.config.from_json(jaxft.config.to_json(config)).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_values_of_a_config_file_mean_what_they_are(monkeypatch, tmp_path):
 def test_what_means_nothing_is_refused(monkeypatch, tmp_path, line, told):
   with pytest.raises(RequestError, match=told.replace("did you mean.*", "")):
     config = parsed(monkeypatch, "--config", config_file(tmp_path, line))
-    if lines := settings.validate(config):
+    if lines := jaxft.config.validate(config):
       raise RequestError("\n".join(lines))
 
 
@@ -165,9 +165,9 @@ def test_what_means_nothing_is_refused(monkeypatch, tmp_path, line, told):
   [("optim.lr", "optim.learning_rate"), ("max_steps", "train.steps"), ("data.block_size", "data.sequence_length")],
 )
 def test_names_of_other_tools_lead_to_those_of_here(name, there):
-  assert settings.unknown_settings([name]) == [f"config.{name}: there is no such setting; here it is {there}"]
-  assert set(settings.FOREIGN_NAMES.values()) <= set(settings.BY_NAME)
-  assert not any(name in {known.split(".")[1] for known in settings.BY_NAME} for name in settings.FOREIGN_NAMES)
+  assert jaxft.config.unknown_settings([name]) == [f"config.{name}: there is no such setting; here it is {there}"]
+  assert set(jaxft.config.FOREIGN_NAMES.values()) <= set(jaxft.config.BY_NAME)
+  assert not any(name in {known.split(".")[1] for known in jaxft.config.BY_NAME} for name in jaxft.config.FOREIGN_NAMES)
 
 
 def test_a_tilde_is_the_home_but_for_a_file_of_that_name(monkeypatch, tmp_path):
@@ -175,7 +175,7 @@ def test_a_tilde_is_the_home_but_for_a_file_of_that_name(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   assert parsers.export().parse_args(["--model", "gpt2", "--out=~/x"]).out == str(tmp_path / "home" / "x")
   monkeypatch.setattr(sys, "argv", ["x", "--config", config_file(tmp_path), "--workdir=~/run", "--print_config"])
-  assert command_line.parse_train().workdir == tmp_path / "home" / "run"
+  assert flags.parse_train().workdir == tmp_path / "home" / "run"
   (tmp_path / "~").mkdir()
   assert parsers.evaluate().parse_args(["--model", "~", "--data", "~/a"]).model == "~"
   assert os.listdir("~") == [] and Path("~").is_dir()
@@ -257,7 +257,7 @@ def test_a_setting_beats_whatever_stands_in_the_file(monkeypatch, tmp_path, valu
 def test_flags_that_another_command_has_lead_to_settings(monkeypatch, tmp_path, words, told):
   monkeypatch.setattr(sys, "argv", ["prepare", "--config", config_file(tmp_path), *words])
   with pytest.raises(RequestError) as refusal:
-    command_line.parse("usage", ("json",))
+    flags.parse("usage", ("json",))
   assert told in str(refusal.value)
 
 
@@ -270,4 +270,4 @@ def test_a_config_of_json_is_said_to_be_none(monkeypatch, tmp_path):
 def test_both_on_the_command_line_are_refused(monkeypatch, tmp_path):
   file = config_file(tmp_path, "c.model.path, c.data.train = 'm', 't'")
   config = parsed(monkeypatch, "--config", file, "--config.train.steps=8", "--config.train.epochs=3")
-  assert settings.validate(config) == ["config.train.steps=8 and config.train.epochs=3.0: set one of the two"]
+  assert jaxft.config.validate(config) == ["config.train.steps=8 and config.train.epochs=3.0: set one of the two"]

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import slice_offsets
 
-from jaxft import backend
-from jaxft import config as settings
-from jaxft.hf import chosen, facts
-from jaxft.hf.published import PUBLISHED
-from jaxft.model import parameter_count
-from jaxft.plan import answer as plan
-from jaxft.plan import compile, hlo, targets
+import jaxft.config
+from jaxft.hardware import specs
+from jaxft.hf import model_config, trainable_params
+from jaxft.hf.known_models import PUBLISHED
+from jaxft.model.decoder import parameter_count
+from jaxft.plan import aot_compiler, hlo, planner
+from jaxft.utils import backend
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 # A file in configs/ -> hardware that its docstring names.
@@ -52,17 +52,17 @@ L, D = 28, 4096
 
 
 def request(model, device, rows, T, dropout=None, **more):
-  config = settings.default()
+  config = jaxft.config.default()
   config.model.path, config.data.train, config.train.steps = model, ("texts",), 100
   config.data.sequence_length, config.train.batch_size = T, rows
   config.memory.remat, config.memory.loss_chunk = "full", 256
   for name, value in more.items():
     section, key = name.split("__")
     config[section][key] = value
-  cfg = facts.from_hf_config(PUBLISHED[model])
+  cfg = model_config.from_hf_config(PUBLISHED[model])
   config.model.dropout = dropout
-  cfg = chosen.apply_config(cfg, config, PUBLISHED[model]["model_type"])
-  return compile.CompileRequest(settings.to_json(config), dataclasses.asdict(cfg), device, text=True)
+  cfg = trainable_params.apply_config(cfg, config, PUBLISHED[model]["model_type"])
+  return aot_compiler.CompileRequest(jaxft.config.to_json(config), dataclasses.asdict(cfg), device, text=True)
 
 
 def whole_stacks(found):
@@ -76,14 +76,14 @@ def whole_stacks(found):
 
 @pytest.fixture(scope="module")
 def compiler():
-  with compile.Compiler() as it:
+  with aot_compiler.Compiler() as it:
     yield lambda request: with_right_slices(request, it(request))
 
 
 def with_right_slices(request, answer):
   """The answer, once every slice of its programs that XLA annotates is where its index says: openxla/xla #46231."""
-  target, kept = targets.parse_device(request.device), settings.from_json(request.config).memory.offload
-  if target.kind not in targets.GPUS or "text" not in answer:
+  target, kept = specs.parse_device(request.device), jaxft.config.from_json(request.config).memory.offload
+  if target.kind not in specs.GPUS or "text" not in answer:
     return answer
   texts = [answer[name] for name in ("text", "eval_text")]
   if backend.has_slice_bug():
@@ -144,13 +144,13 @@ def test_every_shipped_config_fits_the_hardware_that_it_names(compiler, name, de
   config = file["get_config"]()
   planned_as = re.search(r"jaxft\.plan .*--config\.model\.path=(\S+)", file["__doc__"])
   config.model.path = planned_as[1] if planned_as else config.model.path
-  cfg = dataclasses.asdict(plan.resolve_model_config(config))
-  answer = compiler(compile.CompileRequest(settings.to_json(config), cfg, device, text=True))
+  cfg = dataclasses.asdict(planner.resolve_model_config(config))
+  answer = compiler(aot_compiler.CompileRequest(jaxft.config.to_json(config), cfg, device, text=True))
   assert "refused" not in answer and "needs_bytes" not in answer, answer
-  if config.memory.offload != "none" and targets.parse_device(device).kind in targets.GPUS:
-    pinned = plan._to_plan(config, targets.parse_device(device), answer)["pinned_bytes"]
+  if config.memory.offload != "none" and specs.parse_device(device).kind in specs.GPUS:
+    pinned = planner._to_plan(config, specs.parse_device(device), answer)["pinned_bytes"]
     assert pinned == int(backend.PINNED_HEADROOM * answer["bytes_on_every_host"]) > answer["host_bytes"]
-  usable = targets.parse_device(device).usable_bytes
+  usable = specs.parse_device(device).usable_bytes
   assert max(answer["peak_bytes"], answer["eval_peak_bytes"]) <= usable
   if answer["devices"] > 1:
     found = hlo.collectives(answer["text"])
@@ -187,7 +187,7 @@ def test_weights_and_state_on_the_host_leave_a_layer_on_the_device(compiler, mod
   answer = compiler(request(model, "h100", 1, T, memory__offload="all"))
   assert answer["peak_bytes"] < most * GIB
   # Weights, two moments and the gradient, which waits there for its norm; beside them nothing as large as a layer's state.
-  cfg = facts.from_hf_config(PUBLISHED[model])
+  cfg = model_config.from_hf_config(PUBLISHED[model])
   layer = 12 * (4 * cfg.D * cfg.N * cfg.H + 2 * cfg.D * cfg.F)
   print(answer["host_bytes"] / GIB, answer["host_temporary_bytes"] / GIB, layer / GIB)
   assert answer["host_temporary_bytes"] < layer
@@ -215,7 +215,7 @@ def test_devices_keep_their_own_part_on_the_host_and_exchange_what_they_would_wi
   assert found["all"] == found["none"]
   # The table, too, travels as it is computed with.
   assert not [it for it in large if it.kind == "all-gather" and ("f32", (50304, 768)) in it.shapes]
-  cfg = facts.from_hf_config(PUBLISHED["gpt2"])
+  cfg = model_config.from_hf_config(PUBLISHED["gpt2"])
   assert answer["host_bytes"] < 16.2 * parameter_count(cfg) / 2
 
 
@@ -244,7 +244,7 @@ def test_adapters_of_gptj_take_little_more_than_its_weights(compiler, kept, most
 @pytest.mark.wide
 def test_gptj_fits_one_tpu_chip(compiler):
   answer = compiler(request(GPTJ, "v5e:1x1", 1, 2048, memory__offload="all"))
-  assert answer["peak_bytes"] < targets.parse_device("v5e:1x1").usable_bytes
+  assert answer["peak_bytes"] < specs.parse_device("v5e:1x1").usable_bytes
 
 
 def shapes_in(text):

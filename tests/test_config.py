@@ -5,25 +5,25 @@ from pathlib import Path
 
 import pytest
 
-from jaxft import config as settings
+import jaxft.config
 from jaxft.errors import RequestError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
 
 def complete():
-  config = settings.default()
+  config = jaxft.config.default()
   config.model.path, config.data.train, config.train.steps = "gpt2", ("a.txt",), 10
   return config
 
 
 def test_a_complete_config_has_no_fault():
-  assert settings.validate(complete()) == []
+  assert jaxft.config.validate(complete()) == []
 
 
 def test_every_setting_is_explained_and_its_default_is_right():
-  for setting in settings.SETTINGS:
-    assert len(setting.doc) > 3 and setting.doc in settings.describe(complete())
+  for setting in jaxft.config.SETTINGS:
+    assert len(setting.doc) > 3 and setting.doc in jaxft.config.describe(complete())
     assert isinstance(setting.default, type) or setting.check(setting.default) is None, setting.name
 
 
@@ -39,7 +39,7 @@ def test_every_setting_is_explained_and_its_default_is_right():
   ],
 )
 def test_a_typo_gets_the_nearest_name(name, near):
-  line = settings.unknown_settings([name])[0]
+  line = jaxft.config.unknown_settings([name])[0]
   assert f"config.{name}" in line and (near is None or f"did you mean {near}?" in line)
 
 
@@ -70,36 +70,36 @@ def test_wrong_values_are_named(name, value, told):
   config = complete()
   section, key = name.split(".")
   config[section][key] = value
-  lines = settings.validate(config)
+  lines = jaxft.config.validate(config)
   assert len(lines) == 1 and f"config.{name}" in lines[0] and told in lines[0]
 
 
 def test_all_faults_are_told_at_once():
   config = complete()
   config.train.batch_size, config.optim.b1, config.memory.remat = 0, 2.0, "all"
-  assert len(settings.validate(config)) == 3
+  assert len(jaxft.config.validate(config)) == 3
 
 
 def test_json_and_back():
   config = complete()
   config.model.dropout, config.train.sample_prompts = 0.25, ("a", "b\n")
-  assert settings.from_json(settings.to_json(config)).to_json() == config.to_json()
-  assert settings.from_json(settings.to_json(complete())).to_json() == complete().to_json()
+  assert jaxft.config.from_json(jaxft.config.to_json(config)).to_json() == config.to_json()
+  assert jaxft.config.from_json(jaxft.config.to_json(complete())).to_json() == complete().to_json()
   with pytest.raises(RequestError, match="optim.lr"):
-    settings.from_json('{"optim": {"lr": 1}}')
+    jaxft.config.from_json('{"optim": {"lr": 1}}')
 
 
 def test_only_what_shapes_learning_must_stay_the_same_on_resume():
   before, now = complete(), complete()
   now.train.save_every, now.mesh.fsdp, now.optim.learning_rate = 7, 2, 1e-3
-  assert [line.split("=")[0] for line in settings.diff_from_saved(before.to_dict(), now)] == [
+  assert [line.split("=")[0] for line in jaxft.config.diff_from_saved(before.to_dict(), now)] == [
     "config.optim.learning_rate"
   ]
-  assert settings.MUTABLE_ON_RESUME <= settings.BY_NAME.keys()
+  assert jaxft.config.MUTABLE_ON_RESUME <= jaxft.config.BY_NAME.keys()
   # A run from before there were adapters goes on.
   older = before.to_dict()
   del older["lora"], older["train"]["only"]
-  assert settings.diff_from_saved(older, complete()) == []
+  assert jaxft.config.diff_from_saved(older, complete()) == []
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
@@ -107,11 +107,11 @@ def test_shipped_configs_are_complete_and_explained(file):
   spec = importlib.util.spec_from_file_location(file.stem, file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  assert settings.validate(module.get_config()) == []
+  assert jaxft.config.validate(module.get_config()) == []
   assert f"python -m jaxft.train --config configs/{file.name}" in module.__doc__
 
 
-@pytest.mark.parametrize("setting", settings.SETTINGS, ids=lambda setting: setting.name)
+@pytest.mark.parametrize("setting", jaxft.config.SETTINGS, ids=lambda setting: setting.name)
 def test_whatever_a_config_file_puts_there_is_named_or_fine(setting):
   """A plain dict stands for a config file that went round ConfigDict's own checks."""
   for value in (
@@ -133,9 +133,9 @@ def test_whatever_a_config_file_puts_there_is_named_or_fine(setting):
     b"x",
     object(),
   ):
-    config = settings.default().to_dict()
+    config = jaxft.config.default().to_dict()
     config["model"]["path"], config["data"]["train"], config["train"]["steps"] = "gpt2", ("a.txt",), 10
     section, key = setting.name.split(".")
     config[section][key] = value
-    for line in settings.validate(config):
+    for line in jaxft.config.validate(config):
       assert setting.name in line or key in line, (value, line)

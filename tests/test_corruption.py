@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxft import pretrained, program, sharding
-from jaxft.data import report
+import jaxft.hf.tokenizer
+from jaxft import pretrained
+from jaxft.checkpoint.manager import CheckpointManager
+from jaxft.data import dataset
 from jaxft.errors import RequestError, StorageError
 from jaxft.hf import repo
-from jaxft.hf import tokenizer as tokenizers
-from jaxft.run.checkpoint import CheckpointManager
-from jaxft.run.resume import restore_latest
+from jaxft.sharding.mesh import make_mesh
 from jaxft.train import finetune
+from jaxft.training.build import build_train_program
+from jaxft.training.resume import restore_latest
 
 PER_PART = 10
 
@@ -71,7 +73,7 @@ def like(run, folder):
   config, _ = run
   cfg = repo.resolve(str(folder)).cfg
   row = {"ids": np.zeros(32, np.int32), "targets": np.zeros(32, np.int32), "mask": np.zeros(32, bool)}
-  return program.build_train_program(config, cfg, sharding.make_mesh(config.mesh), 12, row).state.checkpointable
+  return build_train_program(config, cfg, make_mesh(config.mesh), 12, row).state.checkpointable
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +126,8 @@ def test_when_all_are_damaged_the_run_says_so_and_removes_nothing(run, like, tmp
 @pytest.mark.parts(6, 150)
 def test_a_damaged_token_cache_is_made_again(run, tmp_path, part, record_property):
   rng, tried, config = np.random.default_rng(part), Tried(), run[0].copy_and_resolve_references()
-  tokenizer = tokenizers.load(Path(config.model.path), 293)
-  prepare = lambda: report.prepare_data(config.data, tokenizer, tokenizers.fingerprint(tokenizer))
+  tokenizer = jaxft.hf.tokenizer.load(Path(config.model.path), 293)
+  prepare = lambda: dataset.prepare_data(config.data, tokenizer, jaxft.hf.tokenizer.fingerprint(tokenizer))
   wanted = prepare().train
   names = [file.relative_to(run[0].data.cache_dir) for file in files_in(Path(run[0].data.cache_dir))]
   for i in range(PER_PART):

@@ -10,12 +10,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jaxft import config as settings
-from jaxft.data import report, tokens
+import jaxft.config
+import jaxft.hf.tokenizer
+from jaxft.data import dataset, tokenize
 from jaxft.data.formats import Example
-from jaxft.data.pack import ClassificationDataset, ConcatDataset, PackedDataset, best_fit
+from jaxft.data.packing import ClassificationDataset, ConcatDataset, PackedDataset, best_fit
 from jaxft.errors import RequestError
-from jaxft.hf import tokenizer as tokenizers
 
 EOS = 0
 PIECES = ["a", " cat", "\n", "\r\n", "  ", '"', ",", "é", "東", "🐈", "\u2028", "\x00", "\t", "'", "\\", "ß", "The dog"]
@@ -23,13 +23,13 @@ PIECES = ["a", " cat", "\n", "\r\n", "  ", '"', ",", "é", "東", "🐈", "\u202
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-  return tokenizers.load(folder, 293)
+  return jaxft.hf.tokenizer.load(folder, 293)
 
 
 def prepared(tokenizer, cache, files, **data):
-  config = settings.default()
+  config = jaxft.config.default()
   config.data.update(train=tuple(map(str, files)), cache_dir=str(cache), **{"sequence_length": 16, **data})
-  return report.prepare_data(config.data, tokenizer, "a tokenizer")
+  return dataset.prepare_data(config.data, tokenizer, "a tokenizer")
 
 
 def random_text(rng):
@@ -115,10 +115,10 @@ def test_a_source_that_changes_while_it_is_read_leaves_no_cache(tokenizer, tmp_p
   def tell(done, total):
     file.write_text('{"text": "mat"}\n{"text": "dog"}\n')
 
-  config = settings.default()
+  config = jaxft.config.default()
   config.data.update(train=(str(file),), validation=(str(file),), cache_dir=str(tmp_path / "cache"), sequence_length=4)
   with pytest.raises(RequestError, match="a source has changed while it was read"):
-    report.prepare_data(config.data, tokenizer, "a tokenizer", tell)
+    dataset.prepare_data(config.data, tokenizer, "a tokenizer", tell)
   assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
 
 
@@ -131,7 +131,7 @@ def test_one_label_alone_is_refused(tokenizer, tmp_path):
 
 def test_labels_that_are_numbers_come_first_in_their_order(tokenizer):
   labels = ["10", "9", "ten", "\u0663", "9" * 5000, "010"]
-  assert sorted(labels, key=report._label_sort_key) == ["9", "010", "10", "9" * 5000, "ten", "\u0663"]
+  assert sorted(labels, key=dataset._label_sort_key) == ["9", "010", "10", "9" * 5000, "ten", "\u0663"]
 
 
 def test_splits_and_samples_by_document(tokenizer, tmp_path):
@@ -244,7 +244,7 @@ def test_end_tokens_and_padding_are_counted(tokenizer, tmp_path, layout):
 
 
 def stored(tokenizer, examples):
-  return tokens.encode_in_memory(examples, tokenizer)
+  return tokenize.encode_in_memory(examples, tokenizer)
 
 
 def test_only_the_completion_is_learned(tokenizer):
@@ -259,7 +259,7 @@ def test_only_the_completion_is_learned(tokenizer):
     # "a" + "a" is one token that holds both: it is learned whole.
     merged = len(tokenizer("aa")["input_ids"]) == 1
     assert texts == sorted([" sat on", "the dog", "aa" if merged else "a", " mat"])
-  batch = tokens.encode_examples(examples, tokens.TokenizerInfo(tokenizer), np.uint16)
+  batch = tokenize.encode_examples(examples, tokenize.TokenizerInfo(tokenizer), np.uint16)
   assert batch.straddling == merged
 
 

@@ -9,12 +9,12 @@ import pages
 import pytest
 
 import jaxft
-from jaxft import config as settings
+import jaxft.config
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FILES = re.compile(r"\b(?:tests|configs|docs|benchmarks|scripts|assets|examples|jaxft)/[\w./-]*\w")
 SETTING = re.compile(r"\bconfig\.([a-z]+\.[a-z_0-9]+)")
-SECTIONS = {name.split(".")[0] for name in settings.BY_NAME}
+SECTIONS = {name.split(".")[0] for name in jaxft.config.BY_NAME}
 PROJECT = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())["project"]
 # Named, and not here: any config; a folder of transformers.
 NOT_HERE = {"configs/X.py", "examples/pytorch/language-modeling"}
@@ -71,7 +71,7 @@ def test_settings_that_are_named_are_there(name):
   quoted = pages.INLINE.findall(pages.prose(name))
   quoted = [code for code in quoted if code.split(".")[0] in SECTIONS and not code.endswith(".py")]
   named = SETTING.findall(text) + [it[0] for code in quoted if (it := re.match(r"[a-z]+\.[a-z_0-9]+", code))]
-  assert [setting for setting in named if setting not in settings.BY_NAME] == [], name
+  assert [setting for setting in named if setting not in jaxft.config.BY_NAME] == [], name
 
 
 @everywhere

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxft import checks, ds_config, ds_keys
-from jaxft import config as settings
+import jaxft.config
+from jaxft import config_checks
+from jaxft.cli import deepspeed_config, deepspeed_keys, deepspeed_rules, deepspeed_sections
 from jaxft.errors import RequestError
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +70,7 @@ ZERO = "zero_optimization"
 
 
 def translated(config):
-  return ds_config.translate(config, "ds.json")
+  return deepspeed_config.translate(config, "ds.json")
 
 
 def nested(dotted):
@@ -103,7 +104,7 @@ def test_the_configs_of_the_recipes_are_understood(config, stage, offload):
   assert found[1:4] == (None, None, None)
   keys = [entry.key for entry in found.entries]
   assert keys[:2] == ["fp16.enabled", "fp16.loss_scale"] and keys[-1] == "wall_clock_breakdown"
-  assert len(keys) == len(set(keys)) == sum(1 for _ in ds_config._leaves(config))
+  assert len(keys) == len(set(keys)) == sum(1 for _ in deepspeed_config._leaves(config))
   became = {entry.key: entry.outcome for entry in found.entries}
   assert became["optimizer.params.lr"] == "auto: as the flags or their defaults say"
   assert became[f"{ZERO}.overlap_comm"].startswith("nothing: ")
@@ -316,9 +317,9 @@ def test_other_sections_say_the_dtype_too(dotted, wanted):
 )
 def test_the_batch_is_told_to_whoever_counts_devices(rows, accumulation, batch):
   config = {
-    ds_keys.MICRO_BATCH: rows or "auto",
-    ds_keys.ACCUMULATION: accumulation or "auto",
-    ds_keys.TRAIN_BATCH: batch or "auto",
+    deepspeed_keys.MICRO_BATCH: rows or "auto",
+    deepspeed_keys.ACCUMULATION: accumulation or "auto",
+    deepspeed_keys.TRAIN_BATCH: batch or "auto",
   }
   found = translated(config)
   assert found[:4] == ({}, rows, accumulation, batch)
@@ -434,10 +435,10 @@ def test_every_fault_is_told():
   assert refused({"a\nb": "\ud800"})[0].startswith(r'ds.json: "a\nb": DeepSpeed has no such key')
 
 
-@pytest.mark.parametrize("key", ds_keys.known_keys())
+@pytest.mark.parametrize("key", deepspeed_keys.known_keys())
 def test_a_known_key_is_never_unknown(key):
   section = key.partition(".params.")[0]
-  kinds = ds_keys.TYPES.get(section, {})
+  kinds = deepspeed_sections.TYPES.get(section, {})
   types = [name for name, kind in kinds.items() if key.rpartition(".")[2] in kind.params and ".params." in key]
   for kind in types or [None]:
     for value in ("auto", True, False, None, 1, 0.5, "x", [], {}):
@@ -481,7 +482,7 @@ def test_rows_tell_what_another_key_has_decided():
 
 def test_rows_for_a_terminal():
   found = translated(nested({f"{ZERO}.stage": 2, "gradient_accumulation_steps": 4, "gradient_clipping": 1}))
-  lines = ds_config.format_table(
+  lines = deepspeed_config.format_table(
     found.entries,
     {"mesh.zero_stage": "--config.mesh.zero_stage=3", "gradient_accumulation_steps": "--gradient_accumulation_steps=8"},
   ).splitlines()
@@ -492,10 +493,10 @@ def test_rows_for_a_terminal():
     "gradient_clipping            1  --config.optim.clip_norm=1.0",
   ]
   both = translated(nested(ADAMW | {"optimizer.params.betas": [0.8, 0.9]}))
-  assert ds_config.format_table(both.entries, {"optim.b2": "--adam_beta2=0.5"}).endswith(
+  assert deepspeed_config.format_table(both.entries, {"optim.b2": "--adam_beta2=0.5"}).endswith(
     "--config.optim.b1=0.8 --config.optim.b2=0.9; --adam_beta2=0.5 is given, and wins"
   )
-  assert ds_config.format_table([], {}) == ""
+  assert deepspeed_config.format_table([], {}) == ""
 
 
 def written(folder, content):
@@ -514,7 +515,7 @@ def written(folder, content):
   ],
 )
 def test_a_file_is_read_as_deepspeed_reads_it(tmp_path, text):
-  found = ds_config.read(written(tmp_path, text))
+  found = deepspeed_config.read(written(tmp_path, text))
   assert found.settings == {"model.compute_dtype": "auto", "mesh.zero_stage": 2}
   notes = [entry.value for entry in found.entries if "a comment" in entry.outcome]
   assert notes == (["// # /* ,]", '"//,}'] if "_note" in text else [])
@@ -545,7 +546,7 @@ def test_a_file_is_read_as_deepspeed_reads_it(tmp_path, text):
 def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, content, message):
   file = written(tmp_path, content)
   with pytest.raises(RequestError) as refusal:
-    ds_config.read(file)
+    deepspeed_config.read(file)
   assert str(refusal.value).startswith(f"{file}: {message}" if message != "too deep" else f"{file}: ")
   assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
@@ -553,7 +554,7 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, content, mess
 def test_a_file_that_is_none_is_refused(tmp_path):
   for file, message in [(tmp_path / "x", "no such file"), (tmp_path, "not a file"), (Path("a\0b"), "no such file")]:
     with pytest.raises(RequestError, match=message):
-      ds_config.read(file)
+      deepspeed_config.read(file)
 
 
 # Of any kind, at any place.
@@ -586,16 +587,16 @@ def spoiled(config, rng):
       case 2:
         inside.pop(key, None)
       case 3:
-        inside[rng.choice(ds_keys.known_keys()).rpartition(".")[2]] = copy.deepcopy(rng.choice(JUNK))
+        inside[rng.choice(deepspeed_keys.known_keys()).rpartition(".")[2]] = copy.deepcopy(rng.choice(JUNK))
       case 4:
-        config |= nested({rng.choice(ds_keys.known_keys()): copy.deepcopy(rng.choice(JUNK))})
+        config |= nested({rng.choice(deepspeed_keys.known_keys()): copy.deepcopy(rng.choice(JUNK))})
   return config
 
 
 def is_right(name, value):
-  setting = settings.BY_NAME[name]
+  setting = jaxft.config.BY_NAME[name]
   finite = not isinstance(value, float) or math.isfinite(value)
-  return finite and not checks.type_error(setting.default, value) and not setting.check(value)
+  return finite and not config_checks.type_error(setting.default, value) and not setting.check(value)
 
 
 def test_whatever_is_in_a_config_it_is_understood_or_refused(tmp_path):
@@ -609,7 +610,7 @@ def test_whatever_is_in_a_config_it_is_understood_or_refused(tmp_path):
       outcomes[False] += 1
     else:
       assert all(is_right(name, value) for name, value in found.settings.items()), config
-      assert ds_config.format_table(found.entries, {}).count("\n") == len(found.entries) - 1
+      assert deepspeed_config.format_table(found.entries, {}).count("\n") == len(found.entries) - 1
       outcomes[True] += 1
   assert min(outcomes.values()) > 100
 
@@ -625,7 +626,7 @@ def test_whatever_is_in_a_file_it_is_understood_or_refused(tmp_path):
       )
     file = written(tmp_path, bytes(spoilt))
     try:
-      ds_config.read(file)
+      deepspeed_config.read(file)
     except RequestError as refusal:
       assert all(line.startswith(f"{file}: ") for line in str(refusal).splitlines())
 
@@ -633,18 +634,18 @@ def test_whatever_is_in_a_file_it_is_understood_or_refused(tmp_path):
 def test_a_large_file_is_refused_in_moments(tmp_path):
   many = {"elasticity": {f"a{i}": i for i in range(20_000)}, ZERO: {f"overlap_com{i}": i for i in range(20_000)}}
   with pytest.raises(RequestError) as refusal:
-    ds_config.read(written(tmp_path, json.dumps(many)))
+    deepspeed_config.read(written(tmp_path, json.dumps(many)))
   lines = str(refusal.value).splitlines()
   hint = f"did you mean {ZERO}.overlap_comm?"
   assert len(lines) == 20_001 and hint in lines[1] and hint not in lines[-1]
 
 
 def test_the_page_has_the_table_of_the_code():
-  assert ds_keys.markdown_table() in PAGE.read_text()
+  assert deepspeed_keys.markdown_table() in PAGE.read_text()
 
 
 def test_settings_that_the_page_names_are_settings():
   text = PAGE.read_text()
   names = set(re.findall(r"config\.([a-z_]+\.[a-z_0-9]+)", text))
-  assert {"mesh.zero_stage", "memory.offload", "optim.end_learning_rate"} <= names <= settings.BY_NAME.keys()
-  assert f"`{ds_config.AUTO}`" in text
+  assert {"mesh.zero_stage", "memory.offload", "optim.end_learning_rate"} <= names <= jaxft.config.BY_NAME.keys()
+  assert f"`{deepspeed_rules.AUTO}`" in text

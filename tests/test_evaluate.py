@@ -10,12 +10,14 @@ import tiny
 from ml_collections import ConfigDict
 from processes import run
 
-from jaxft import config as settings
-from jaxft import pretrained, sharding
-from jaxft.data import pack, tokens
-from jaxft.data.report import build_dataset, read_examples
+import jaxft.config
+import jaxft.hf.tokenizer
+import jaxft.sharding.mesh
+from jaxft import pretrained
+from jaxft.data import packing, tokenize
+from jaxft.data.dataset import build_dataset, read_examples
 from jaxft.errors import RequestError
-from jaxft.hf import tokenizer as tokenizers
+from jaxft.sharding.mesh import make_mesh
 
 T = 31
 
@@ -31,9 +33,9 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(folder, text):
-  how = ConfigDict(settings.default().data)
-  how.sequence_length, tokenizer = T, tokenizers.load(folder, 293)
-  stored = tokens.encode_in_memory(read_examples([str(text)], "validation", how, {}, {}), tokenizer)
+  how = ConfigDict(jaxft.config.default().data)
+  how.sequence_length, tokenizer = T, jaxft.hf.tokenizer.load(folder, 293)
+  stored = tokenize.encode_in_memory(read_examples([str(text)], "validation", how, {}, {}), tokenizer)
   laid_out = build_dataset(stored, how, tokenizer.eos_token_id)
   return [laid_out[i] for i in range(len(laid_out))]
 
@@ -54,8 +56,8 @@ def wanted(folder, rows):
 
 @pytest.mark.parametrize("devices", [*(pytest.param(it, marks=pytest.mark.slow) for it in (1, 2, 4)), 8])
 def test_the_loss_is_torchs_for_any_batch_size_and_devices(devices, folder, text, wanted, monkeypatch):
-  all_of_them = sharding.make_mesh
-  monkeypatch.setattr(sharding, "make_mesh", lambda sizes: all_of_them(sizes, jax.devices()[:devices]))
+  all_of_them = make_mesh
+  monkeypatch.setattr(jaxft.sharding.mesh, "make_mesh", lambda sizes: all_of_them(sizes, jax.devices()[:devices]))
   ready, (nats, count) = pretrained.load(folder), wanted
   for batch_size in range(1, 9):
     found = ready.evaluate(str(text), sequence_length=T, batch_size=batch_size)
@@ -139,9 +141,9 @@ def test_each_learned_token_is_a_target_once_whatever_the_stride():
     lengths = rng.integers(1, 9, rng.integers(1, 9))
     starts = np.concatenate([[0], np.cumsum(lengths)])
     prompts = np.minimum(rng.integers(0, 4, len(lengths)), lengths - 1).astype(np.int32)
-    stored = tokens.TokenArrays(np.arange(1, starts[-1] + 1), starts, prompts, np.zeros(0, np.int32), np.zeros(0))
+    stored = tokenize.TokenArrays(np.arange(1, starts[-1] + 1), starts, prompts, np.zeros(0, np.int32), np.zeros(0))
     T = int(rng.integers(2, 12))
-    rows = pack.SlidingWindowDataset(stored, T, 0, int(rng.integers(1, T)))
+    rows = packing.SlidingWindowDataset(stored, T, 0, int(rng.integers(1, T)))
     found = [rows[i] for i in range(len(rows))]
     targets = np.concatenate([row["targets"][row["mask"]] for row in found])
     learned = [i + 1 for start, stop, p in zip(starts, starts[1:], prompts) for i in range(start + p, stop)]

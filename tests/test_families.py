@@ -9,13 +9,17 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxft import config as settings
-from jaxft import model, program, sharding
-from jaxft.hf import facts, load, repo, save, unload, verify
-from jaxft.hf.published import PUBLISHED
-from jaxft.loss import cross_entropy_sum
-from jaxft.sample import Generator, Sampling
-from jaxft.step import TrainState
+import jaxft.config
+import jaxft.model.decoder
+from jaxft.generation.sampler import Generator
+from jaxft.generation.sampling import Sampling
+from jaxft.hf import export, export_tensors, load_weights, model_config, repo, verify
+from jaxft.hf.known_models import PUBLISHED
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.loss import cross_entropy_sum
+from jaxft.sharding.mesh import make_mesh
+from jaxft.training.build import build_train_program
+from jaxft.training.train_state import TrainState
 
 torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
 transformers = pytest.importorskip("transformers")
@@ -107,8 +111,14 @@ def case(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp("models") / "m"
   theirs.save_pretrained(folder)
   checkpoint = repo.resolve(str(folder))
-  graph, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
-  return theirs, folder, checkpoint, graph, load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+  graph, shapes, _ = jaxft.model.decoder.abstract_model(checkpoint.cfg, ComputeConfig())
+  return (
+    theirs,
+    folder,
+    checkpoint,
+    graph,
+    load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes)),
+  )
 
 
 def ids_for(checkpoint, B, T, seed=0):
@@ -145,7 +155,7 @@ def test_logits_with_padding_on_either_side(case):
 
 
 def grads_by_name(grads, checkpoint):
-  return {tensor.name: tensor.to_numpy() for tensor in unload.hf_tensors(grads, checkpoint)}
+  return {tensor.name: tensor.to_numpy() for tensor in export_tensors.hf_tensors(grads, checkpoint)}
 
 
 def test_loss_and_every_gradient(case):
@@ -177,12 +187,14 @@ def test_loss_and_every_gradient(case):
 def test_ten_adamw_steps(case):
   theirs, folder, checkpoint, graph, params = case
   theirs = type(theirs).from_pretrained(folder, attn_implementation="eager").train()
-  config = settings.default()
+  config = jaxft.config.default()
   config.optim.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-6)
   config.train.batch_size, config.mesh.fsdp = 2, 1
   row = {"ids": np.zeros(63, np.int32), "targets": np.zeros(63, np.int32), "mask": np.zeros(63, bool)}
-  run = program.build_train_program(config, checkpoint.cfg, sharding.make_mesh(config.mesh), 10, row)
-  params = load.load_params(checkpoint, run.state.params, jax.tree.map(lambda leaf: leaf.sharding, run.state.params))
+  run = build_train_program(config, checkpoint.cfg, make_mesh(config.mesh), 10, row)
+  params = load_weights.load_params(
+    checkpoint, run.state.params, jax.tree.map(lambda leaf: leaf.sharding, run.state.params)
+  )
   state, step = TrainState(jnp.int32(0), params, run.tx.init(params)), run.train_step
   # jaxft decays matrices and embeddings. In torch those are the parameters with two axes.
   groups = [
@@ -210,7 +222,7 @@ def test_ten_adamw_steps(case):
 
 def test_out_again_is_byte_identical_and_transformers_misses_nothing(case, tmp_path):
   _, folder, checkpoint, _, params = case
-  save.export_model(tmp_path / "out", params, checkpoint)
+  export.export_model(tmp_path / "out", params, checkpoint)
   before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
   assert before.keys() == after.keys()
   assert all(before[name].tobytes() == after[name].tobytes() for name in before)
@@ -221,21 +233,21 @@ def test_out_again_is_byte_identical_and_transformers_misses_nothing(case, tmp_p
 
 def test_each_tensor_keeps_a_dtype_of_its_own(case, tmp_path):
   _, folder, _, _, _ = case
-  kinds = [np.dtype("float32"), np.dtype("float16"), load.DTYPES["BF16"]]
+  kinds = [np.dtype("float32"), np.dtype("float16"), load_weights.DTYPES["BF16"]]
   tensors = {
     name: t.astype(kinds[i % 3]) for i, (name, t) in enumerate(load_file(folder / "model.safetensors").items())
   }
   source = shutil.copytree(folder, tmp_path / "in")
   save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
   checkpoint = repo.resolve(str(source))
-  _, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
-  save.export_model(
+  _, shapes, _ = jaxft.model.decoder.abstract_model(checkpoint.cfg, ComputeConfig())
+  export.export_model(
     tmp_path / "out",
-    load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes)),
+    load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes)),
     checkpoint,
     dtype="source",
   )
-  after = load.list_tensors(tmp_path / "out")
+  after = load_weights.list_tensors(tmp_path / "out")
   for name, tensor in tensors.items():
     assert after[name].dtype == tensor.dtype and after[name].view().tobytes() == tensor.tobytes()
 
@@ -248,15 +260,15 @@ def test_from_narrow_sources_whole_and_sharded(case, tmp_path, dtype, shard_size
   narrow = type(theirs).from_pretrained(folder, dtype=getattr(torch, dtype))
   narrow.save_pretrained(tmp_path / "in", max_shard_size=shard_size)
   checkpoint = repo.resolve(str(tmp_path / "in"))
-  graph, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
-  params = load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+  graph, shapes, _ = jaxft.model.decoder.abstract_model(checkpoint.cfg, ComputeConfig())
+  params = load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
   wide = type(theirs).from_pretrained(tmp_path / "in", dtype=torch.float32, attn_implementation="eager").eval()
   ids = ids_for(checkpoint, 2, 300)
   with torch.no_grad():
     wanted = wide(torch.from_numpy(ids).long()).logits.numpy()
   assert relative(verify.compute_logits(graph, params, ids), wanted) < 1e-5
-  save.export_model(tmp_path / "out", params, checkpoint, dtype="source", max_shard_size=shard_size)
-  before, after = load.list_tensors(tmp_path / "in"), load.list_tensors(tmp_path / "out")
+  export.export_model(tmp_path / "out", params, checkpoint, dtype="source", max_shard_size=shard_size)
+  before, after = load_weights.list_tensors(tmp_path / "in"), load_weights.list_tensors(tmp_path / "out")
   assert before.keys() == after.keys() and len(repo.weight_files(tmp_path / "in")) > (shard_size != "5GB")
   for name in before:
     assert before[name].dtype == after[name].dtype == dtype
@@ -266,7 +278,7 @@ def test_from_narrow_sources_whole_and_sharded(case, tmp_path, dtype, shard_size
 
 def test_config_reads_back_the_same(case, tmp_path):
   theirs, folder, checkpoint, _, params = case
-  save.export_model(tmp_path / "out", params, checkpoint)
+  export.export_model(tmp_path / "out", params, checkpoint)
   before, after = (type(theirs.config).from_pretrained(path).to_dict() for path in (folder, tmp_path / "out"))
   assert after.pop("n_ctx", None) in (
     None,
@@ -295,7 +307,7 @@ def test_a_local_layer_sees_its_window_and_no_more(case):
     return
   window = max(checkpoint.cfg.windows)
   q, k, v = np.random.default_rng(0).standard_normal((3, 1, 300, 2, 8), np.float32)
-  from jaxft.attention import attention
+  from jaxft.model.attention import attention
 
   seen = jax.grad(lambda v: attention(q, k, v, scale=1.0, window=window)[0, -1].sum())(v)[0].any((1, 2))
   assert seen[-window:].all() and not seen[:-window].any()
@@ -318,10 +330,12 @@ COUNTS = {
 @pytest.mark.parametrize("size", COUNTS)
 def test_published_sizes_have_their_counts_and_names(size):
   config_class, model_class = CLASSES[PUBLISHED[size]["model_type"]]
-  checkpoint = repo.HFCheckpoint(None, PUBLISHED[size], facts.from_hf_config(PUBLISHED[size]))
-  _, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
+  checkpoint = repo.HFCheckpoint(None, PUBLISHED[size], model_config.from_hf_config(PUBLISHED[size]))
+  _, shapes, _ = jaxft.model.decoder.abstract_model(checkpoint.cfg, ComputeConfig())
   with torch.device("meta"):
     theirs = model_class(config_class(**PUBLISHED[size]))
-  assert model.parameter_count(checkpoint.cfg) == COUNTS[size] == sum(p.numel() for p in theirs.parameters())
-  ours = {tensor.name: tensor.shape for tensor in unload.hf_tensors(shapes, checkpoint)}
+  assert (
+    jaxft.model.decoder.parameter_count(checkpoint.cfg) == COUNTS[size] == sum(p.numel() for p in theirs.parameters())
+  )
+  ours = {tensor.name: tensor.shape for tensor in export_tensors.hf_tensors(shapes, checkpoint)}
   assert ours == {name: tuple(p.shape) for name, p in theirs.named_parameters()}

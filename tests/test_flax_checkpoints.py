@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxft import model
 from jaxft.errors import RequestError
-from jaxft.hf import load, repo, verify
+from jaxft.hf import load_weights, repo, verify
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.decoder import abstract_model
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 # Flax classes are gone from transformers 5; these versions work together on Python 3.11 and 3.12.
@@ -61,8 +62,8 @@ def test_weights_written_by_flax_give_flaxs_logits(written, family):
   ids = np.random.default_rng(0).integers(97, size=(2, 31)).astype(np.int32)
   for folder in (written / family, written / f"{family}-sharded"):
     checkpoint = repo.resolve(str(folder))
-    graph, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
-    params = load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+    graph, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
+    params = load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
     wanted = np.load(written / f"{family}.npy")
     np.testing.assert_allclose(verify.compute_logits(graph, params, ids), wanted, atol=2e-5 * np.abs(wanted).max())
   assert len(list((written / f"{family}-sharded").glob("*.msgpack"))) > 1
@@ -92,8 +93,8 @@ def flax_folder(folder, tmp_path):
 
 def read(folder):
   checkpoint = repo.resolve(str(folder))
-  _, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
-  return load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+  _, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
+  return load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
 
 
 def test_the_same_weights_from_either_format(folder, flax_folder):
@@ -124,7 +125,7 @@ def test_damaged_msgpack_is_refused_in_one_line(flax_folder):
 def test_msgpack_bombs_are_refused(flax_folder, bomb):
   (flax_folder / "flax_model.msgpack").write_bytes(bomb)
   with pytest.raises(RequestError, match="flax_model.msgpack: not a file that Flax wrote"):
-    load.list_tensors(flax_folder)
+    load_weights.list_tensors(flax_folder)
 
 
 def test_links_that_lead_out_of_the_folder_are_refused(folder, tmp_path):
@@ -141,4 +142,4 @@ def test_links_that_lead_out_of_the_folder_are_refused(folder, tmp_path):
     (cache / "blobs" / name).write_bytes((folder / name).read_bytes())
     (cache / "snapshots" / "abc" / name).symlink_to(Path("../../blobs") / name)
   found = repo.resolve(str(cache / "snapshots" / "abc"))
-  assert load.list_tensors(found.folder).keys() == load.list_tensors(folder).keys()
+  assert load_weights.list_tensors(found.folder).keys() == load_weights.list_tensors(folder).keys()

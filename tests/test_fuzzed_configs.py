@@ -6,7 +6,9 @@ import sys
 import processes
 import pytest
 
-from jaxft import command_line, config, train
+import jaxft.cli.flags
+import jaxft.config
+from jaxft import train
 from jaxft.errors import RequestError
 
 VALUES = """0 -1 1 2 1.5 nan inf -inf 1e400 -0.0 1e-400 None True x [] {} 999999999999 a,b ('a','b') ../nowhere /nowhere *.none
@@ -28,7 +30,7 @@ def fuzzed(rng: random.Random) -> tuple[list[str], list[str]]:
   """Flags, and the names that a refusal must have one of."""
   flags, names = [], []
   for _ in range(rng.choice([1, 1, 2])):
-    name = rng.choice(config.SETTINGS).name
+    name = rng.choice(jaxft.config.SETTINGS).name
     if rng.random() < 0.1:
       name = mistyped(rng, name)
     flags.append(f"--config.{name}={rng.choice(VALUES)}")
@@ -40,7 +42,7 @@ def refused(flags: list[str], names: list[str], config_file, workdir, dry_run: b
   """Whether the request is refused; fails when that is done in another way than with a name."""
   try:
     sys.argv = ["train", "--config", str(config_file), "--workdir", str(workdir), *flags]  # ml_collections reads it too
-    arguments = command_line.parse_train()
+    arguments = jaxft.cli.flags.parse_train()
     train.validate_run(arguments.config, arguments.workdir)
     if dry_run:
       train.finetune(arguments.config, arguments.workdir, dry_run=True)

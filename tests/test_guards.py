@@ -13,92 +13,100 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxft.training.workdir
+from jaxft.checkpoint import manager
 from jaxft.errors import Preempted, RequestError, StorageError
-from jaxft.files import atomic_write
+from jaxft.metrics.reporter import JsonlLog, Reporter
 from jaxft.pretrained import load_workdir
-from jaxft.run import checkpoint, guards
-from jaxft.run.tracking import JsonlLog, Reporter
-from jaxft.step import TrainState, nonfinite_leaf_names
 from jaxft.train import finetune
+from jaxft.training import preemption
+from jaxft.training.train_state import TrainState
+from jaxft.training.train_step import nonfinite_leaf_names
+from jaxft.utils.files import atomic_write
 
 
 def test_a_second_run_in_the_same_workdir_is_refused_with_pid_and_host(config, tmp_path):
-  with guards.lock_workdir(tmp_path / "run"):
+  with jaxft.training.workdir.lock_workdir(tmp_path / "run"):
     held = json.loads((tmp_path / "run" / "run.lock.json").read_text())
     script = f"""
 from pathlib import Path
-from jaxft.run import guards
-with guards.only_writer(Path({str(tmp_path / "run")!r})): pass
+from jaxft.training.workdir import lock_workdir
+with lock_workdir(Path({str(tmp_path / "run")!r})): pass
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (
       f"RequestError: --workdir={str(tmp_path / 'run')!r}: process {os.getpid()} on {held['host']} is writing"
       in done.stderr
     )
-  with guards.lock_workdir(tmp_path / "run"):
+  with jaxft.training.workdir.lock_workdir(tmp_path / "run"):
     pass
 
 
 def test_a_workdir_is_moved_aside_with_its_lock_and_never_from_under_a_run(tmp_path, monkeypatch):
   workdir = tmp_path / "run"
-  with guards.lock_workdir(workdir / "of_another"):
-    with guards.lock_workdir(workdir):
+  with jaxft.training.workdir.lock_workdir(workdir / "of_another"):
+    with jaxft.training.workdir.lock_workdir(workdir):
       with pytest.raises(RequestError, match=f"process {os.getpid()} on .* is writing in .*run/of_another; stop it"):
-        guards.check_movable(workdir)
-  with guards.lock_workdir(workdir):
-    guards.check_movable(workdir)
+        jaxft.training.workdir.check_movable(workdir)
+  with jaxft.training.workdir.lock_workdir(workdir):
+    jaxft.training.workdir.check_movable(workdir)
     (workdir / "metrics.jsonl").touch()
-    assert guards.move_aside(workdir) == tmp_path / "run.1"
-    assert sorted(it.name for it in workdir.iterdir()) == sorted(guards.LOCK_FILES)
+    assert jaxft.training.workdir.move_aside(workdir) == tmp_path / "run.1"
+    assert sorted(it.name for it in workdir.iterdir()) == sorted(jaxft.training.workdir.LOCK_FILES)
     assert sorted(it.name for it in (tmp_path / "run.1").iterdir()) == ["metrics.jsonl", "of_another"]
-    with pytest.raises(RequestError, match="is writing there"), guards.lock_workdir(workdir):
+    with pytest.raises(RequestError, match="is writing there"), jaxft.training.workdir.lock_workdir(workdir):
       pass
   with monkeypatch.context() as quota:
     quota.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(122, "Disk quota exceeded")))
     with pytest.raises(StorageError, match="Disk quota exceeded"):
-      guards.move_aside(workdir)
-  assert (workdir / guards.LOCK_FILES[0]).exists() and not (tmp_path / "run.2").exists()
+      jaxft.training.workdir.move_aside(workdir)
+  assert (workdir / jaxft.training.workdir.LOCK_FILES[0]).exists() and not (tmp_path / "run.2").exists()
   with pytest.raises(RequestError, match="/proc is a mount point"):
-    guards.check_movable(Path("/proc"))
+    jaxft.training.workdir.check_movable(Path("/proc"))
   monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
   with pytest.raises(RequestError, match="may not be written to"):
-    guards.check_movable(workdir)
+    jaxft.training.workdir.check_movable(workdir)
   (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-  with pytest.raises(RequestError, match="a link that leads nowhere"), guards.lock_workdir(tmp_path / "link"):
+  with (
+    pytest.raises(RequestError, match="a link that leads nowhere"),
+    jaxft.training.workdir.lock_workdir(tmp_path / "link"),
+  ):
     pass
 
 
 def test_room_on_the_disk_is_asked_for_with_the_bytes(tmp_path):
-  guards.check_disk_space({tmp_path / "not" / "there": 1000}, "checkpoints")
+  jaxft.training.workdir.check_disk_space({tmp_path / "not" / "there": 1000}, "checkpoints")
   with pytest.raises(
     StorageError, match=r"there: checkpoints need 1,000,000,000,000,000,000 bytes and the disk has [\d,]+ free"
   ):
-    guards.check_disk_space({tmp_path: 10, tmp_path / "not" / "there": 10**18 - 10}, "checkpoints")
+    jaxft.training.workdir.check_disk_space({tmp_path: 10, tmp_path / "not" / "there": 10**18 - 10}, "checkpoints")
 
 
 def test_folders_on_one_disk_share_its_room(tmp_path, monkeypatch):
-  monkeypatch.setattr(guards.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
-  guards.check_disk_space({tmp_path / "a": 60, tmp_path / "b": 40}, "checkpoints")
+  monkeypatch.setattr(jaxft.training.workdir.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
+  jaxft.training.workdir.check_disk_space({tmp_path / "a": 60, tmp_path / "b": 40}, "checkpoints")
   with pytest.raises(StorageError, match="b: checkpoints need 110 bytes and the disk has 100 free"):
-    guards.check_disk_space({tmp_path / "a": 60, tmp_path / "b": 50}, "checkpoints")
+    jaxft.training.workdir.check_disk_space({tmp_path / "a": 60, tmp_path / "b": 50}, "checkpoints")
 
 
 def test_a_second_signal_is_the_systems_own(monkeypatch):
   sent = []
-  with guards.PreemptionHandler() as stop, stop.deferred():
+  with preemption.PreemptionHandler() as stop, stop.deferred():
     os.kill(os.getpid(), signal.SIGUSR1)
     assert stop.received == "SIGUSR1" and signal.getsignal(signal.SIGTERM) == stop._on_signal
-    monkeypatch.setattr(guards.os, "kill", lambda pid, number: sent.append((pid, number, signal.getsignal(number))))
+    monkeypatch.setattr(
+      jaxft.training.workdir.os, "kill", lambda pid, number: sent.append((pid, number, signal.getsignal(number)))
+    )
     stop._on_signal(signal.SIGTERM, None)
   assert sent == [(os.getpid(), signal.SIGTERM, signal.SIG_DFL)]
 
 
 def test_a_save_is_waited_for_after_one_step(config, tmp_path, monkeypatch):
   """So that a kill costs at most `save_every` + 1 steps, however slow the disk is."""
-  events, wait, save, told = [], checkpoint.CheckpointManager.wait, checkpoint.CheckpointManager.save, Reporter.log_step
-  monkeypatch.setattr(checkpoint.CheckpointManager, "wait", lambda self: (events.append("wait"), wait(self))[1])
+  events, wait, save, told = [], manager.CheckpointManager.wait, manager.CheckpointManager.save, Reporter.log_step
+  monkeypatch.setattr(manager.CheckpointManager, "wait", lambda self: (events.append("wait"), wait(self))[1])
   monkeypatch.setattr(
-    checkpoint.CheckpointManager,
+    manager.CheckpointManager,
     "save",
     lambda self, step, *rest: (save(self, step, *rest), events.append(("save", step)))[0],
   )
@@ -113,14 +121,14 @@ def test_a_save_is_waited_for_after_one_step(config, tmp_path, monkeypatch):
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
-  kept = checkpoint.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss")
+  kept = manager.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss")
   state = {"x": jnp.arange(7.0)}
   for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.6, 2.7], 1):
     kept.save(step, state, {"config": {}}, {"eval/loss": loss})
   kept.wait()
   assert kept.steps() == [2, 5, 6]
   kept.close()
-  again = checkpoint.CheckpointManager(
+  again = manager.CheckpointManager(
     tmp_path / "c", 2, best_metric="eval/loss", writes=True
   )  # another process knows it too
   for step in (7, 8):
@@ -230,13 +238,13 @@ def test_lines_of_a_process_that_does_not_write_are_remembered_only(tmp_path):
 
 
 def test_the_best_is_the_least(tmp_path):
-  kept = checkpoint.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss")
+  kept = manager.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss")
   for step, loss in enumerate([3.0, 1.0, 2.0, 2.5], 1):
     kept.save(step, {"x": jnp.arange(7.0)}, {"config": {}}, {"eval/loss": loss})
   kept.wait()
   assert kept.best_step() == 2
   kept.close()
-  assert checkpoint.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss").best_step() == 2
+  assert manager.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss").best_step() == 2
 
 
 def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
@@ -265,4 +273,4 @@ def test_a_signal_between_saves_is_saved_at_its_step(config, tmp_path, monkeypat
     Preempted, match="SIGUSR1: saved at step 3 of 12; the same command, without --overwrite_output_dir,"
   ):
     finetune(config, tmp_path / "run", overwrite=True)
-  assert checkpoint.CheckpointManager(tmp_path / "run" / "checkpoints").steps() == [3]
+  assert manager.CheckpointManager(tmp_path / "run" / "checkpoints").steps() == [3]

@@ -13,18 +13,19 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from jaxft import model
+import jaxft.hf.tokenizer
+import jaxft.model.decoder
 from jaxft.errors import RequestError, StorageError
-from jaxft.hf import facts, load, repo, save, unload, verify
-from jaxft.hf import tokenizer as tokenizers
+from jaxft.hf import export, export_tensors, load_weights, model_config, repo, verify
+from jaxft.model.compute import ComputeConfig
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def read(folder, shardings=None):
   checkpoint = repo.resolve(str(folder))
-  _, shapes, axes = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
-  return checkpoint, load.load_params(
+  _, shapes, axes = jaxft.model.decoder.abstract_model(checkpoint.cfg, ComputeConfig())
+  return checkpoint, load_weights.load_params(
     checkpoint, shapes, shardings(shapes, axes) if shardings else jax.tree.map(lambda _: HERE, shapes)
   )
 
@@ -38,7 +39,7 @@ def rewrite(folder, to, change=lambda tensors: tensors, config=lambda config: co
 
 def test_out_again_unchanged_is_byte_identical(folder, tmp_path):
   checkpoint, params = read(folder)
-  parity = save.export_model(tmp_path / "out", params, checkpoint)
+  parity = export.export_model(tmp_path / "out", params, checkpoint)
   before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
   assert before.keys() == after.keys()
   for name in before:
@@ -50,7 +51,7 @@ def test_out_again_unchanged_is_byte_identical(folder, tmp_path):
 
 def narrow(name: str, dtype: str) -> np.dtype:
   """`dtype` for every tensor; "mixed": norms in float32 and the rest in float16, as some tools write them."""
-  return unload.EXPORT_DTYPES[dtype if dtype != "mixed" else "float32" if ".ln_" in name else "float16"]
+  return export_tensors.EXPORT_DTYPES[dtype if dtype != "mixed" else "float32" if ".ln_" in name else "float16"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed"])
@@ -58,8 +59,8 @@ def test_narrow_dtypes_come_in_and_go_out_as_they_are(folder, tmp_path, dtype):
   source = rewrite(folder, tmp_path / "in", lambda ts: {name: t.astype(narrow(name, dtype)) for name, t in ts.items()})
   checkpoint, params = read(source)
   assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
-  save.export_model(tmp_path / "out", params, checkpoint, dtype="source")
-  before, after = load.list_tensors(source), load.list_tensors(tmp_path / "out")
+  export.export_model(tmp_path / "out", params, checkpoint, dtype="source")
+  before, after = load_weights.list_tensors(source), load_weights.list_tensors(tmp_path / "out")
   assert before.keys() == after.keys()
   for name in before:
     assert after[name].dtype == narrow(name, dtype)
@@ -70,16 +71,17 @@ def test_narrow_dtypes_come_in_and_go_out_as_they_are(folder, tmp_path, dtype):
 @pytest.mark.slow
 def test_the_vocabulary_is_padded_inside_and_nowhere_else(folder, tmp_path):
   """Rows that pad the table: no probability, no gradient, not in an export; on one device and split over eight."""
-  from jaxft import config, sharding
-  from jaxft.loss import cross_entropy_sum
+  import jaxft.config
+  import jaxft.sharding.mesh
+  from jaxft.model.loss import cross_entropy_sum
 
   checkpoint, params = read(folder)
-  mesh = sharding.make_mesh(config.default().mesh)
-  graph, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig(vocab_multiple=128))
+  mesh = jaxft.sharding.mesh.make_mesh(jaxft.config.default().mesh)
+  graph, shapes, _ = jaxft.model.decoder.abstract_model(checkpoint.cfg, ComputeConfig(vocab_multiple=128))
   split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))  # rows 288 ... 383 hold 5 tokens
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   places = jax.tree.map(lambda leaf: split if leaf.shape[0] == 384 else whole, shapes)
-  padded = load.load_params(checkpoint, shapes, places)
+  padded = load_weights.load_params(checkpoint, shapes, places)
   table = np.asarray(padded["embed"]["tokens"])
   np.testing.assert_array_equal(table[:293], params["embed"]["tokens"])
   assert table.shape == (384, 40) and not table[293:].any()
@@ -100,19 +102,21 @@ def test_the_vocabulary_is_padded_inside_and_nowhere_else(folder, tmp_path):
     grown = np.asarray(grads["embed"]["tokens"])
     np.testing.assert_allclose(grown[:293], plain["embed"]["tokens"], atol=1e-4)
     assert not grown[293:].any()
-  save.export_model(tmp_path / "out", padded, checkpoint)
+  export.export_model(tmp_path / "out", padded, checkpoint)
   before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
   assert all(before[name].tobytes() == after[name].tobytes() for name in before)
 
 
 def test_shards_and_meshes_change_nothing(folder, tmp_path):
-  from jaxft import config, sharding
+  import jaxft.config
+  import jaxft.sharding.mesh
+  from jaxft.sharding import rules
 
-  mesh = sharding.make_mesh(config.default().mesh)
-  checkpoint, sharded = read(folder, lambda shapes, axes: sharding.tree_shardings("parameters", shapes, axes, mesh))
+  mesh = jaxft.sharding.mesh.make_mesh(jaxft.config.default().mesh)
+  checkpoint, sharded = read(folder, lambda shapes, axes: rules.tree_shardings("parameters", shapes, axes, mesh))
   _, params = read(folder)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(sharded), jax.device_get(params))
-  save.export_model(tmp_path / "out", sharded, checkpoint, max_shard_size="40KB")
+  export.export_model(tmp_path / "out", sharded, checkpoint, max_shard_size="40KB")
   assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
   _, again = read(tmp_path / "out")
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(params))
@@ -187,7 +191,7 @@ def test_second_names_mean_what_they_mean_to_transformers(folder, tmp_path):
   plain = json.loads((folder / "config.json").read_text())
   renamed = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
   config = {renamed.get(key, key): value for key, value in plain.items()}
-  assert facts.from_hf_config(config) == facts.from_hf_config(plain)
+  assert model_config.from_hf_config(config) == model_config.from_hf_config(plain)
   with pytest.raises(RequestError, match="is missing"):  # a layer more than there are weights
     read(rewrite(folder, tmp_path / "in", config=lambda config: config | {"num_hidden_layers": 4}))
 
@@ -199,13 +203,13 @@ def test_an_export_names_no_code(folder, tmp_path):
     "_attn_implementation": "evil/kernel",
   }
   checkpoint, params = read(rewrite(folder, tmp_path / "in", config=lambda config: config | hostile))
-  save.export_model(tmp_path / "out", params, checkpoint)
+  export.export_model(tmp_path / "out", params, checkpoint)
   assert not hostile.keys() & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
 
 
 def test_large_logits_are_compared_by_their_size(tmp_path):
   checkpoint, params = read(tiny.write_gpt2(tmp_path / "in", seed=0, std=1.0))
-  assert save.export_model(tmp_path / "out", params, checkpoint)["tolerance"] > 1e-3
+  assert export.export_model(tmp_path / "out", params, checkpoint)["tolerance"] > 1e-3
 
 
 def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
@@ -265,7 +269,7 @@ def test_an_export_replaces_earlier_exports_and_nothing_else(folder, tmp_path):
     tmp_path / ("x" * 5000),
   ):
     with pytest.raises(RequestError, match="no earlier export|File name too long|was started"):
-      save.export_model(out, params, checkpoint)
+      export.export_model(out, params, checkpoint)
   assert (tmp_path / "notes" / "mine.txt").read_text() == "x"
   neighbours = [tmp_path / f"out{end}" for end in (".old", ".partial")] + [tmp_path / ".out.partial"]
   for neighbour in neighbours:
@@ -273,7 +277,7 @@ def test_an_export_replaces_earlier_exports_and_nothing_else(folder, tmp_path):
     (neighbour / "thesis.txt").write_text("x")
   before = sorted(tmp_path.rglob("*"))
   for _ in range(2):
-    save.export_model(tmp_path / "out", params, checkpoint, card="card")
+    export.export_model(tmp_path / "out", params, checkpoint, card="card")
   assert (tmp_path / "out" / "README.md").read_text() == "card"
   shutil.rmtree(tmp_path / "out")
   assert sorted(tmp_path.rglob("*")) == before
@@ -281,7 +285,7 @@ def test_an_export_replaces_earlier_exports_and_nothing_else(folder, tmp_path):
 
 def test_an_export_that_differs_is_never_put_in_place(folder, tmp_path, monkeypatch):
   checkpoint, params = read(folder)
-  real = load.list_tensors
+  real = load_weights.list_tensors
 
   def one_bit_off(folder):
     file = next(iter(real(folder).values())).file
@@ -290,16 +294,16 @@ def test_an_export_that_differs_is_never_put_in_place(folder, tmp_path, monkeypa
     file.write_bytes(content)
     return real(folder)
 
-  monkeypatch.setattr(load, "list_tensors", one_bit_off)
+  monkeypatch.setattr(load_weights, "list_tensors", one_bit_off)
   with pytest.raises(StorageError, match="'transformer.wpe.weight' read back differs"):
-    save.export_model(tmp_path / "out", params, checkpoint)
+    export.export_model(tmp_path / "out", params, checkpoint)
   assert not (tmp_path / "out").exists()
 
 
 def test_an_export_that_was_ended_between_its_renames_is_put_back(folder, tmp_path, monkeypatch):
   checkpoint, params = read(folder)
   out = tmp_path / "out"
-  save.export_model(out, params, checkpoint, card="first")
+  export.export_model(out, params, checkpoint, card="first")
   with monkeypatch.context() as ended:
     renames, rename = [], Path.rename
 
@@ -311,16 +315,16 @@ def test_an_export_that_was_ended_between_its_renames_is_put_back(folder, tmp_pa
 
     ended.setattr(Path, "rename", first_only)
     with pytest.raises(KeyboardInterrupt):
-      save.export_model(out, params, checkpoint, card="second")
+      export.export_model(out, params, checkpoint, card="second")
   assert not out.exists(), "the moment that is meant"
 
   def fails(*_):
     raise OSError("no")
 
   with monkeypatch.context() as failing:
-    failing.setattr(save, "_write_weights", fails)
+    failing.setattr(export, "_write_weights", fails)
     with pytest.raises(StorageError, match="what was there before has not been changed"):
-      save.export_model(out, params, checkpoint, card="third")
+      export.export_model(out, params, checkpoint, card="third")
   assert (out / "README.md").read_text() == "first" and [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
@@ -328,12 +332,12 @@ def test_exported_folder_is_transformers_own(folder, tmp_path):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   checkpoint, params = read(folder)
-  parity = save.export_model(tmp_path / "out", params, checkpoint, tokenizer=tokenizers.load(folder, 293))
+  parity = export.export_model(tmp_path / "out", params, checkpoint, tokenizer=jaxft.hf.tokenizer.load(folder, 293))
   assert parity["reference"].startswith("transformers")
   theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
   assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
   ids = np.random.default_rng(1).integers(293, size=(2, 71))
-  graph, _, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
+  graph, _, _ = jaxft.model.decoder.abstract_model(checkpoint.cfg, ComputeConfig())
   with torch.no_grad():
     np.testing.assert_allclose(
       verify.compute_logits(graph, params, ids.astype(np.int32)), theirs(torch.from_numpy(ids)).logits, atol=1e-4
@@ -352,7 +356,7 @@ def test_only_what_is_read_of_a_folder_is_looked_at(folder, tmp_path):
   with (other / "train.txt").open("wb") as sparse:
     sparse.truncate(repo.MAX_TEXT_BYTES + 1)
   checkpoint, params = read(other)
-  save.export_model(tmp_path / "out", params, checkpoint)
+  export.export_model(tmp_path / "out", params, checkpoint)
   with (other / "merges.txt").open("wb") as sparse:
     sparse.truncate(repo.MAX_TEXT_BYTES + 1)
   with pytest.raises(RequestError, match="merges.txt: .* bytes are too many"):
@@ -417,17 +421,17 @@ def test_a_weight_beyond_float16_is_named_before_anything_is_written(folder, tmp
   is_up = lambda path: [key.key for key in path[-2:]] == ["up", "kernel"]
   params = jax.tree_util.tree_map_with_path(lambda path, x: x.at[1].mul(1e8) if is_up(path) else x, params)
   with pytest.raises(RequestError, match=r"h\.1\.mlp\.c_fc\.weight has a weight of .* and float16 ends at 65504"):
-    save.export_model(tmp_path / "out", params, checkpoint, dtype="float16")
+    export.export_model(tmp_path / "out", params, checkpoint, dtype="float16")
   assert not list(tmp_path.iterdir())
   is_bias = lambda path: [key.key for key in path[-2:]] == ["up", "bias"]
   change = lambda to: jax.tree_util.tree_map_with_path(
     lambda path, x: x.at[1].set(to) if is_bias(path) else x, read(folder)[1]
   )
-  save.export_model(tmp_path / "out", change(65519.0), checkpoint, dtype="float16")  # which float16 has as 65504
+  export.export_model(tmp_path / "out", change(65519.0), checkpoint, dtype="float16")  # which float16 has as 65504
   with pytest.raises(RequestError, match="c_fc.bias has a weight of nan"):
-    save.export_model(tmp_path / "out", change(float("nan")), checkpoint, dtype="float16")
+    export.export_model(tmp_path / "out", change(float("nan")), checkpoint, dtype="float16")
   with pytest.raises(RequestError, match="logits of the model in memory are no numbers: a weight is NaN or infinite"):
-    save.export_model(tmp_path / "out", change(float("nan")), checkpoint)
+    export.export_model(tmp_path / "out", change(float("nan")), checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +456,7 @@ def test_other_activations_and_scales_are_transformers_own(family, more, tmp_pat
   about = json.loads((tmp_path / "m" / "config.json").read_text())
   (tmp_path / "m" / "config.json").write_text(json.dumps(about | more))
   checkpoint, params = read(tmp_path / "m")
-  report = save.export_model(tmp_path / "out", params, checkpoint)
+  report = export.export_model(tmp_path / "out", params, checkpoint)
   assert "transformers" in report["reference"] and report["logits_max_abs_difference"] < report["tolerance"]
   written = json.loads((tmp_path / "out" / "config.json").read_text())
   assert {key: written[key] for key in more} == more
@@ -462,7 +466,7 @@ def test_other_activations_and_scales_are_transformers_own(family, more, tmp_pat
   plain = dataclasses.replace(checkpoint.cfg, **change)
   ids = np.arange(13)[None] % checkpoint.cfg.V
   ours, other = (
-    verify.compute_logits(model.abstract_model(cfg, model.ComputeConfig())[0], params, ids)
+    verify.compute_logits(jaxft.model.decoder.abstract_model(cfg, ComputeConfig())[0], params, ids)
     for cfg in (checkpoint.cfg, plain)
   )
   assert np.abs(ours - other).max() > 5 * report["logits_max_abs_difference"]

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxft import model
 from jaxft.errors import RequestError
-from jaxft.hf import load, repo
-from jaxft.hf import tokenizer as tokenizers
+from jaxft.hf import load_weights, repo, tokenizer
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.decoder import abstract_model
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 CONFIG_VALUES = [None, -1, 0, 1, 10**9, 2**70, 1.5, float("nan"), "x", "", [], {}, [1], True, "../../etc/passwd"]
@@ -158,10 +158,10 @@ def test_hostile_folders(kind, folder, watched):
     kind(home / "m", rng)
     try:
       checkpoint = repo.resolve(str(home / "m"))
-      _, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
-      params = load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+      _, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
+      params = load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
       assert all(a.shape == b.shape for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(shapes)))
-      tokenizers.load(checkpoint.folder, checkpoint.cfg.V)
+      tokenizer.load(checkpoint.folder, checkpoint.cfg.V)
     except RequestError as error:
       refused += 1
       assert str(home / "m") in str(error) and len(str(error).splitlines()) == 1

@@ -22,8 +22,8 @@ import tiny
 from jax._src import clusters
 from safetensors.numpy import load_file
 
+from jaxft.distributed import multihost, rendezvous
 from jaxft.errors import RequestError
-from jaxft.run import hosts, roll_call
 
 FROZEN = 8  # seconds of silence that count as lost here
 wide = pytest.mark.wide
@@ -276,9 +276,9 @@ def test_a_process_that_does_not_come_is_named(config_file, tmp_path):
 def test_the_roll_is_called_at_any_kind_of_address(host):
   with socket.create_server(("127.0.0.1", 0)) as server:
     port = server.getsockname()[1]
-  places = [roll_call.ProcessInfo(f"{host}:{port}", 2, i) for i in range(2)]
+  places = [rendezvous.ProcessInfo(f"{host}:{port}", 2, i) for i in range(2)]
   with ThreadPoolExecutor(2) as pool:
-    ends = [call.result() for call in [pool.submit(roll_call.connect_peers, place, 20) for place in places]]
+    ends = [call.result() for call in [pool.submit(rendezvous.connect_peers, place, 20) for place in places]]
   assert [list(peers) for peers in ends] == [[1], [0]]
   for peers in ends:
     for peer in peers.values():
@@ -311,21 +311,21 @@ def test_flags_that_say_too_little_are_refused(config_file, tmp_path, flags, tol
 
 def test_a_pod_that_may_not_ask_who_else_there_is_runs_alone_and_says_so(monkeypatch, capsys):
   monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-  assert roll_call.detect_processes(None, None, None, 1) is None
+  assert rendezvous.detect_processes(None, None, None, 1) is None
   assert "JAX needs pip install kubernetes" in capsys.readouterr().out
 
   def forbidden(*_):
     raise RuntimeError("Kubernetes API Error: 403 - Forbidden\nand a page more")
 
   monkeypatch.setattr(clusters.ClusterEnv, "auto_detect_unset_distributed_params", forbidden)
-  assert roll_call.detect_processes(None, None, None, 1) is None
+  assert rendezvous.detect_processes(None, None, None, 1) is None
   told = (
     "(Kubernetes API Error: 403 - Forbidden); several processes need --coordinator, --num_processes, --process_id\n"
   )
   assert capsys.readouterr().out.endswith(told)
   with pytest.raises(RequestError, match="looking for the other processes: Kubernetes API Error"):
-    roll_call.detect_processes(None, 2, None, 1)
-  assert roll_call.detect_processes(None, 1, None, 1) is None
+    rendezvous.detect_processes(None, 2, None, 1)
+  assert rendezvous.detect_processes(None, 1, None, 1) is None
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_one_process_a_node_has_all_of_its_devices(monkeypatch, environment, alo
     monkeypatch.delenv(name, raising=False)
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
-  assert hosts.is_only_local_process() == alone
+  assert multihost.is_only_local_process() == alone
 
 
 def test_two_processes_of_one_number_and_strangers_on_the_port(config_file, tmp_path):

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from test_recipes import MARKS, fresh, recipe
 
 import jaxft
-from jaxft.hf.published import PUBLISHED
+from jaxft.hf.known_models import PUBLISHED
 from jaxft.train import finetune
 
 PROMPT = "once upon a time"

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxft.data import loader, tokens
-from jaxft.data.pack import ConcatDataset
+from jaxft.data import loader, tokenize
+from jaxft.data.packing import ConcatDataset
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 EOS = 0
@@ -16,7 +16,7 @@ def rows():
   """17 rows of 5, told apart by their first target."""
   ids = np.arange(1, 1 + 17 * 5, dtype=np.uint16)
   return ConcatDataset(
-    tokens.TokenArrays(ids, np.array([0, 85]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)), 5, EOS
+    tokenize.TokenArrays(ids, np.array([0, 85]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)), 5, EOS
   )
 
 
@@ -47,7 +47,7 @@ def test_seeking_equals_going_there(rows, start):
 def test_the_global_batch_does_not_depend_on_hosts():
   """1,000 random (seed, step, accumulation, hosts): the hosts' parts, side by side, are what one host has."""
   rng = np.random.default_rng(0)
-  many = tokens.TokenArrays(
+  many = tokenize.TokenArrays(
     np.arange(10**5) % 5000, np.array([0, 10**5]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)
   )
   rows = ConcatDataset(many, 5, EOS)

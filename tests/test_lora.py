@@ -15,14 +15,20 @@ from safetensors.numpy import load_file
 from test_offload import ROWS, STEPS, T, batch
 
 import jaxft
-from jaxft import config as settings
-from jaxft import lora, model, parts, program, sharding
-from jaxft import weights as weights_of_runs
+import jaxft.config
+import jaxft.hf.peft
+import jaxft.model.decoder
+import jaxft.sharding.mesh
+import jaxft.training.build
 from jaxft.errors import RequestError
-from jaxft.hf import chosen, facts, load, peft, repo, unload
-from jaxft.hf.published import PUBLISHED
-from jaxft.step import TrainState
+from jaxft.hf import export_tensors, load_weights, model_config, repo, trainable_params
+from jaxft.hf.known_models import PUBLISHED
+from jaxft.model import lora
+from jaxft.model.compute import ComputeConfig
 from jaxft.train import finetune
+from jaxft.training import trainable
+from jaxft.training.init import init_params, merge_params, merged_shapes
+from jaxft.training.train_state import TrainState
 
 ADAPTERS = {"lora__rank": 3, "lora__dropout": 0.2, "lora__targets": ("all-linear",), "lora__layers": ("0", "2")}
 LAST_LAYER = {"train__only": ("transformer.h.2.*", "transformer.ln_f.weight")}
@@ -41,21 +47,25 @@ def changed(config, **more):
 
 
 def build(family, *, accumulation=1, mesh=(1, 1, 1), stage=3, **more):
-  config = changed(settings.default(), **more)
+  config = changed(jaxft.config.default(), **more)
   config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
   config.mesh.zero_stage, config.train.batch_size = stage, ROWS
   config.train.micro_batch_size = ROWS // accumulation // (mesh[0] * mesh[1])
   config.optim.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-4, clip_norm=0.5)
   vocabulary = {"model_type": family, "vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0}
-  cfg = facts.from_hf_config(vocabulary | tiny.FAMILIES[family]).with_dropout(0.1)
-  cfg = chosen.apply_config(cfg, config, family)
+  cfg = model_config.from_hf_config(vocabulary | tiny.FAMILIES[family]).with_dropout(0.1)
+  cfg = trainable_params.apply_config(cfg, config, family)
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-  return cfg, program.build_train_program(config, cfg, sharding.make_mesh(config.mesh), STEPS, row)
+  return cfg, jaxft.training.build.build_train_program(
+    config, cfg, jaxft.sharding.mesh.make_mesh(config.mesh), STEPS, row
+  )
 
 
 @functools.cache
 def weights(family, cfg):
-  drawn = jax.device_get(nnx.to_pure_dict(nnx.state(model.init_model(cfg, model.ComputeConfig(vocab_multiple=128)))))
+  drawn = jax.device_get(
+    nnx.to_pure_dict(nnx.state(jaxft.model.decoder.init_model(cfg, ComputeConfig(vocab_multiple=128))))
+  )
   # Both matrices of an adapter random: with B at zero A would have no gradient at first.
   rng = np.random.default_rng(0)
   fill = lambda path, x: 0.2 * rng.standard_normal(x.shape, np.float32) if path[-1].key == "lora_b" else x
@@ -63,7 +73,7 @@ def weights(family, cfg):
 
 
 def begin(run, cfg, family):
-  trained, frozen = parts.partition(weights(family, cfg), cfg.trained)
+  trained, frozen = trainable.partition(weights(family, cfg), cfg.trained)
   opt = jax.device_get(run.tx.init(trained))
   return jax.device_put(
     TrainState(jnp.int32(0), trained, opt, frozen), jax.tree.map(lambda leaf: leaf.sharding, run.state)
@@ -129,7 +139,7 @@ def test_nothing_changes_but_what_is_trained(family, part):
   _, state, cfg = alone(family, tuple(part.items()))
   before, layers = weights(family, cfg), dict(cfg.trained)
   for path, leaf in jax.tree_util.tree_flatten_with_path(state.all_params)[0]:
-    name, old = parts.param_name(path), functools.reduce(lambda node, key: node[key.key], path, before)
+    name, old = trainable.param_name(path), functools.reduce(lambda node, key: node[key.key], path, before)
     if name not in layers:
       assert leaf.tobytes() == old.tobytes(), name
     else:
@@ -149,9 +159,9 @@ def test_merged_weights_are_the_model_with_adapters(family, targets):
   ids = jax.random.randint(jax.random.key(0), (3, T), 0, 293)
   with_adapters = nnx.merge(run.graph, params)
   plain_cfg = dataclasses.replace(cfg, lora_rank=0, lora_targets=(), trained=())
-  plain = nnx.merge(model.abstract_model(plain_cfg, run.compute)[0], lora.merge(params, cfg))
+  plain = nnx.merge(jaxft.model.decoder.abstract_model(plain_cfg, run.compute)[0], lora.merge(params, cfg))
   logits = [np.asarray(decoder.logits(decoder(ids))) for decoder in (with_adapters, plain)]
-  without = nnx.merge(model.abstract_model(plain_cfg, run.compute)[0], lora.without_adapters(params))
+  without = nnx.merge(jaxft.model.decoder.abstract_model(plain_cfg, run.compute)[0], lora.without_adapters(params))
   assert np.abs(logits[0] - np.asarray(without.logits(without(ids)))).max() > 0.1
   np.testing.assert_allclose(logits[1], logits[0], atol=1e-5 * np.abs(logits[0]).max())
 
@@ -165,13 +175,13 @@ def test_files_of_adapters_hold_what_merging_adds(family, tmp_path):
   trained, params = (jax.tree_util.tree_map_with_path(untrained, tree) for tree in (state.params, state.all_params))
   (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": 293} | tiny.FAMILIES[family]))
   source = repo.resolve(str(tmp_path), weights=False)
-  named = changed(settings.default(), model__path="gpt2", **lora_config)
-  peft.save_adapters(tmp_path / "adapter", trained, cfg, source, named)
+  named = changed(jaxft.config.default(), model__path="gpt2", **lora_config)
+  jaxft.hf.peft.save_adapters(tmp_path / "adapter", trained, cfg, source, named)
   about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
   file = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
   scale, layers = about["lora_alpha"] / about["r"], about["layers_to_transform"]
   assert {name.split(".")[4] for name in file} == {str(i) for i in layers} == {"0", "2"}
-  tensors = lambda params: {it.name: it.to_numpy() for it in unload.hf_tensors(params, source)}
+  tensors = lambda params: {it.name: it.to_numpy() for it in export_tensors.hf_tensors(params, source)}
   before, merged = tensors(lora.without_adapters(params)), tensors(lora.merge(params, cfg))
   for name, tensor in merged.items():
     module = f"base_model.model.{name.removesuffix('.weight')}"
@@ -200,13 +210,13 @@ def test_a_folder_of_adapters_is_a_model(family, tmp_path):
   state, source = begin(run, cfg, family), repo.resolve(str(base))
   untrained = lambda path, x: x.at[1].set(0) if path[-1].key == "lora_b" else x
   trained = jax.tree_util.tree_map_with_path(untrained, state.params)
-  folder, named = tmp_path / "adapter", changed(settings.default(), model__path=str(base), **lora_config)
-  peft.save_adapters(folder, trained, cfg, source, named)
-  wanted = weights_of_runs.merge_params(trained, cfg, source, weights_of_runs.merged_shapes(run))
+  folder, named = tmp_path / "adapter", changed(jaxft.config.default(), model__path=str(base), **lora_config)
+  jaxft.hf.peft.save_adapters(folder, trained, cfg, source, named)
+  wanted = merge_params(trained, cfg, source, merged_shapes(run))
   adapted = repo.resolve(str(folder))
-  shapes = weights_of_runs.merged_shapes(run)
+  shapes = merged_shapes(run)
   places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-  found = load.load_params(adapted, shapes, places)
+  found = load_weights.load_params(adapted, shapes, places)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, wanted)
   assert repo.fingerprint(adapted) != repo.fingerprint(source)
   about = json.loads((folder / "adapter_config.json").read_text())
@@ -222,7 +232,7 @@ def test_a_folder_of_adapters_is_a_model(family, tmp_path):
       repo.resolve(str(folder))
   (folder / "adapter_config.json").write_text(json.dumps(about | {"r": 4}))
   with pytest.raises(RequestError, match="or of rank 4"):
-    load.load_params(repo.resolve(str(folder)), shapes, places)
+    load_weights.load_params(repo.resolve(str(folder)), shapes, places)
 
 
 @pytest.fixture
@@ -307,10 +317,10 @@ def test_what_the_model_has_not_is_refused(config, tmp_path, more, message):
 
 
 def test_query_key_and_value_that_share_an_array_are_trained_together():
-  config = settings.default()
+  config = jaxft.config.default()
   config.train.only = ("transformer.h.0.attn.q_proj.weight",)
   with pytest.raises(RequestError, match="h.0.attn.q_proj.weight and .*k_proj.weight and .* name all of them, or none"):
-    chosen.apply_config(facts.from_hf_config(PUBLISHED["EleutherAI/gpt-j-6b"]), config, "gptj")
+    trainable_params.apply_config(model_config.from_hf_config(PUBLISHED["EleutherAI/gpt-j-6b"]), config, "gptj")
 
 
 @pytest.mark.slow
@@ -357,7 +367,7 @@ def test_peft_loads_the_adapters_and_gives_the_same_logits(family, stories, tmp_
 
 def test_an_adapter_begins_as_nothing():
   cfg, run = build("gpt2", lora__rank=2)
-  drawn = program.init_params(run, cfg, 0, lora.select_adapters(run.state.params))
+  drawn = init_params(run, cfg, 0, lora.select_adapters(run.state.params))
   leaves = {path[-1].key: np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(drawn)[0]}
   assert not leaves["lora_b"].any()
   bound = 40**-0.5  # of the model's width

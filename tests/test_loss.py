@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxft import loss
+from jaxft.model import loss
 
 B, T, D, V = 3, 29, 11, 37
 

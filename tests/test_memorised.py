@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from jaxft.data import memorised
+from jaxft.data import memorization
 
 
-@pytest.mark.parametrize("at_once", [7, 64, memorised.CHUNK_TOKENS])
+@pytest.mark.parametrize("at_once", [7, 64, memorization.CHUNK_TOKENS])
 def test_shares_are_those_of_a_plain_search(monkeypatch, at_once):
-  monkeypatch.setattr(memorised, "CHUNK_TOKENS", at_once)
+  monkeypatch.setattr(memorization, "CHUNK_TOKENS", at_once)
   rng = np.random.default_rng(0)
   read = rng.integers(0, 5, 300).astype(np.uint16)  # few tokens: many runs are there by chance
   texts = [rng.integers(0, 5, n).tolist() for n in (0, 2, 3, 40)] + [read[20:50].tolist()]
@@ -17,5 +17,5 @@ def test_shares_are_those_of_a_plain_search(monkeypatch, at_once):
     np.mean([tuple(text[i : i + 3]) in known for i in range(len(text) - 2)]) if len(text) > 2 else None
     for text in texts
   ]
-  assert memorised.ngram_overlap(texts, read, 3) == wanted
+  assert memorization.ngram_overlap(texts, read, 3) == wanted
   assert wanted[0] is wanted[1] is None and wanted[-1] == 1 and 0 < wanted[3] < 1

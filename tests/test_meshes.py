@@ -10,11 +10,15 @@ import pytest
 import tiny
 from flax import nnx
 
-from jaxft import config as settings
-from jaxft import model, program, sharding
-from jaxft.hf import facts
-from jaxft.parts import param_name
-from jaxft.step import TrainState
+import jaxft.config
+import jaxft.model.compute
+import jaxft.sharding.mesh
+import jaxft.training.build
+from jaxft.hf import model_config
+from jaxft.model.decoder import abstract_model, init_model
+from jaxft.sharding import rules
+from jaxft.training.train_state import TrainState
+from jaxft.training.trainable import param_name
 
 STEPS, ROWS, T = 20, 8, 13
 SIZES = dict(L=3, N=8, D=40, F=88)
@@ -27,14 +31,14 @@ MORE = [(mesh, stage) for mesh in MESHES for stage in range(4) if (mesh, stage) 
 @functools.cache
 def cfg_of(family):
   vocabulary = {"model_type": family, "vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0}
-  return facts.from_hf_config(vocabulary | tiny.FAMILIES[family]).with_dropout(0.0)
+  return model_config.from_hf_config(vocabulary | tiny.FAMILIES[family]).with_dropout(0.0)
 
 
 @functools.cache
 def weights(family):
   """New weights, with noise in every bias and norm too."""
-  compute, rng = model.ComputeConfig(vocab_multiple=sharding.VOCAB_MULTIPLE), np.random.default_rng(0)
-  params = jax.device_get(nnx.to_pure_dict(nnx.state(model.init_model(cfg_of(family), compute))))
+  compute, rng = jaxft.model.compute.ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE), np.random.default_rng(0)
+  params = jax.device_get(nnx.to_pure_dict(nnx.state(init_model(cfg_of(family), compute))))
   noisy = lambda path, x: (
     x if x.shape[0] == compute.padded_vocab(cfg_of(family)) else x + 0.1 * rng.standard_normal(x.shape)
   )
@@ -42,13 +46,15 @@ def weights(family):
 
 
 def build(family, mesh, stage):
-  config = settings.default()
+  config = jaxft.config.default()
   config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh
   config.mesh.zero_stage = stage
   config.train.batch_size = ROWS
   config.optim.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-4)
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-  return program.build_train_program(config, cfg_of(family), sharding.make_mesh(config.mesh), STEPS, row)
+  return jaxft.training.build.build_train_program(
+    config, cfg_of(family), jaxft.sharding.mesh.make_mesh(config.mesh), STEPS, row
+  )
 
 
 def begin(run, family):
@@ -110,7 +116,7 @@ WITHOUT_A_MODEL_AXIS = {"output.bias", "blocks.attention.qkv.bias", "blocks.mlp.
 def bytes_by_formula(family, mesh, stage):
   """{"parameters", "gradients", "optimizer"}: bytes a device (docs/sharding.md)."""
   _, fsdp, tensor = mesh
-  shapes = model.abstract_model(cfg_of(family), model.ComputeConfig(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
+  shapes = abstract_model(cfg_of(family), jaxft.model.compute.ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))[1]
   leaves = {param_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]}
 
   def total(cut):
@@ -135,7 +141,9 @@ def bytes_by_formula(family, mesh, stage):
 def test_placements_follow_the_formula(family, mesh, stage):
   run = build(family, mesh, stage)
   held = {"parameters": run.state.params, "gradients": run.grad_shapes, "optimizer": run.state.opt_state}
-  assert {what: program.bytes_per_device(tree) for what, tree in held.items()} == bytes_by_formula(family, mesh, stage)
+  assert {what: jaxft.training.build.bytes_per_device(tree) for what, tree in held.items()} == bytes_by_formula(
+    family, mesh, stage
+  )
 
 
 @pytest.mark.slow

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxft import model
-from jaxft.dropout import dropout, per_row_keys
-from jaxft.hf import load, repo
-from jaxft.loss import cross_entropy_sum
-from jaxft.model import ComputeConfig, KVCache
+import jaxft.model.config
+import jaxft.model.decoder
+from jaxft.hf import load_weights, repo
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.dropout import dropout, per_row_keys
+from jaxft.model.kv_cache import KVCache
+from jaxft.model.loss import cross_entropy_sum
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -23,8 +25,8 @@ def strict():
 
 def opened(folder, compute=None):
   checkpoint = repo.resolve(str(folder))
-  graph, shapes, _ = model.abstract_model(checkpoint.cfg, compute or ComputeConfig())
-  return checkpoint.cfg, graph, load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+  graph, shapes, _ = jaxft.model.decoder.abstract_model(checkpoint.cfg, compute or ComputeConfig())
+  return checkpoint.cfg, graph, load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
 
 
 def random_ids(cfg, B=3, T=None, seed=0):
@@ -57,7 +59,9 @@ def test_logits_and_every_gradient_equal_transformers(folder):
 
   targets = torch.from_numpy(ids[:, 1:]).long()
   torch.nn.functional.cross_entropy(wanted[:, :-1].reshape(-1, cfg.V), targets.reshape(-1), reduction="sum").backward()
-  from jaxft.hf.unload import hf_tensors  # gradients have the shapes of weights, so the weight table names them too
+  from jaxft.hf.export_tensors import (
+    hf_tensors,  # gradients have the shapes of weights, so the weight table names them too
+  )
 
   ours = jax.grad(loss_of(graph, ids))(params)
   theirs = dict(theirs.named_parameters())
@@ -132,7 +136,7 @@ def test_reading_with_a_cache_equals_reading_at_once(folder):
 
 def test_dropout_follows_its_key_and_keeps_the_mean(folder):
   cfg, _, params = opened(folder)
-  graph, _, _ = model.abstract_model(cfg.with_dropout(0.3), ComputeConfig())
+  graph, _, _ = jaxft.model.decoder.abstract_model(cfg.with_dropout(0.3), ComputeConfig())
   decoder, ids = nnx.merge(graph, params), random_ids(cfg)
   one, same, other = (decoder(ids, keys_B=per_row_keys(jax.random.key(seed), 0, len(ids))) for seed in (1, 1, 2))
   np.testing.assert_array_equal(one, same)
@@ -144,7 +148,7 @@ def test_dropout_follows_its_key_and_keeps_the_mean(folder):
 
 def test_bfloat16_stays_near_float32(folder):
   cfg, graph, params = opened(folder)
-  half, _, _ = model.abstract_model(cfg, ComputeConfig(jnp.bfloat16))
+  half, _, _ = jaxft.model.decoder.abstract_model(cfg, ComputeConfig(jnp.bfloat16))
   ids = random_ids(cfg)
   wide, narrow = nnx.merge(graph, params), nnx.merge(half, params)
   assert narrow(ids).dtype == jnp.bfloat16 and narrow.logits(narrow(ids)).dtype == jnp.float32
@@ -153,7 +157,7 @@ def test_bfloat16_stays_near_float32(folder):
 
 
 def test_new_weights_have_gpt2s_scales():
-  cfg = model.ModelConfig(
+  cfg = jaxft.model.config.ModelConfig(
     V=1009,
     P=64,
     D=96,
@@ -168,7 +172,7 @@ def test_new_weights_have_gpt2s_scales():
     init_std=0.02,
     attention_scale=0.25,
   )
-  params = nnx.to_pure_dict(nnx.state(model.init_model(cfg, ComputeConfig(), seed=1)))
+  params = nnx.to_pure_dict(nnx.state(jaxft.model.decoder.init_model(cfg, ComputeConfig(), seed=1)))
   std = lambda a: float(np.std(a))
   assert std(params["embed"]["tokens"]) == pytest.approx(0.02, rel=0.02)
   assert std(params["blocks"]["mlp"]["up"]["kernel"]) == pytest.approx(0.02, rel=0.02)

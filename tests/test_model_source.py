@@ -7,24 +7,24 @@ import pytest
 import tiny
 
 import jaxft
-from jaxft import config as settings
+import jaxft.config
 from jaxft.errors import RequestError
-from jaxft.hf import source
+from jaxft.hf import base_model
 from jaxft.train import finetune
 
 
 def model(folder, **more):
-  config = settings.default().model
+  config = jaxft.config.default().model
   config.update(path=str(folder), **more)
   return config
 
 
 def test_overrides_have_the_types_that_config_json_has(folder):
-  found = source.resolve(model(folder, init="scratch", config_overrides="n_embd=20, n_layer=2,embd_pdrop=0.5"))
+  found = base_model.resolve(model(folder, init="scratch", config_overrides="n_embd=20, n_layer=2,embd_pdrop=0.5"))
   assert (found.cfg.D, found.cfg.L) == (20, 2) and found.hf_config["embd_pdrop"] == 0.5
-  assert found.cfg.P == source.resolve(model(folder)).cfg.P  # the rest is the folder's
-  same = source.resolve(model(folder, init="scratch", config_overrides="tie_word_embeddings=True,model_type=gpt2"))
-  assert same.cfg == source.resolve(model(folder, init="scratch")).cfg
+  assert found.cfg.P == base_model.resolve(model(folder)).cfg.P  # the rest is the folder's
+  same = base_model.resolve(model(folder, init="scratch", config_overrides="tie_word_embeddings=True,model_type=gpt2"))
+  assert same.cfg == base_model.resolve(model(folder, init="scratch")).cfg
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_overrides_have_the_types_that_config_json_has(folder):
 )
 def test_overrides_that_no_model_can_have_are_refused(folder, overrides, message):
   with pytest.raises(RequestError, match=message):
-    source.resolve(model(folder, init="scratch", config_overrides=overrides))
+    base_model.resolve(model(folder, init="scratch", config_overrides=overrides))
 
 
 @pytest.mark.slow
@@ -63,4 +63,4 @@ def test_another_tokenizer_is_read_and_goes_out_with_the_model(config, folder, t
 def test_a_tokenizer_that_is_not_there_is_refused(folder, tmp_path, name, message):
   (tmp_path / "gone").mkdir()
   with pytest.raises(RequestError, match=f"config.model.tokenizer=.*{message}"):
-    source.resolve(model(folder, tokenizer=str(tmp_path / name) if name == "gone" else name))
+    base_model.resolve(model(folder, tokenizer=str(tmp_path / name) if name == "gone" else name))

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxft import config as settings
-from jaxft import model, program, sharding
+import jaxft.config
 from jaxft.errors import NumericsError
-from jaxft.hf import facts
-from jaxft.step import TrainState, nonfinite_leaf_names
+from jaxft.hf import model_config
+from jaxft.model.decoder import init_model
+from jaxft.sharding.mesh import make_mesh
 from jaxft.train import finetune
+from jaxft.training.build import build_train_program
+from jaxft.training.train_state import TrainState
+from jaxft.training.train_step import nonfinite_leaf_names
 
 ROWS, T, V = 32, 7, 293
 PER_PART = 6
@@ -27,16 +30,16 @@ CONFIGS = {
 @functools.cache
 def built(family, accumulation, devices):
   """(program, state after a step): compiled once for all faults."""
-  config = settings.default()
+  config = jaxft.config.default()
   config.mesh.fsdp = devices
   config.train.batch_size, config.train.micro_batch_size = ROWS, ROWS // accumulation // devices
   config.optim.weight_decay, config.optim.learning_rate = 0.1, 1e-3
   vocabulary = {"model_type": family, "vocab_size": V, "bos_token_id": 0, "eos_token_id": 0}
-  cfg = facts.from_hf_config(vocabulary | CONFIGS[family]).with_dropout(0.0)
+  cfg = model_config.from_hf_config(vocabulary | CONFIGS[family]).with_dropout(0.0)
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-  run = program.build_train_program(config, cfg, sharding.make_mesh(config.mesh, jax.devices()[:devices]), 9, row)
+  run = build_train_program(config, cfg, make_mesh(config.mesh, jax.devices()[:devices]), 9, row)
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  new = lambda: nnx.to_pure_dict(nnx.state(model.init_model(cfg, run.compute)))
+  new = lambda: nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
   begin = jax.jit(lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places)
   state, numbers = run.train_step(begin(), batch(run, 0))
   assert not numbers["bad"]

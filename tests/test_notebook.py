@@ -16,7 +16,7 @@ import processes
 import pytest
 
 import jaxft
-from jaxft import config as settings
+import jaxft.config
 
 NOTEBOOKS = sorted((pages.ROOT / "examples").glob("*.ipynb"))
 each = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
@@ -41,7 +41,7 @@ def test_its_code_is_python_and_names_what_is_there(file):
     for node in ast.walk(ast.parse(source)):
       name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
       assert not re.fullmatch(r"jaxft\.\w+", name) or hasattr(jaxft, name.removeprefix("jaxft.")), name
-      assert not re.fullmatch(r"c\.\w+\.\w+", name) or name.removeprefix("c.") in settings.BY_NAME, name
+      assert not re.fullmatch(r"c\.\w+\.\w+", name) or name.removeprefix("c.") in jaxft.config.BY_NAME, name
   for path in re.findall(r"`((?:docs|configs|examples)/[\w./]+)`", "\n".join(cells(file, "markdown"))):
     assert (pages.ROOT / path).exists(), path
 

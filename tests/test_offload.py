@@ -12,12 +12,15 @@ import pytest
 import tiny
 from flax import nnx
 
-from jaxft import config as settings
-from jaxft import model, offload, program, sharding
-from jaxft.hf import facts
+import jaxft.config
+import jaxft.sharding.mesh
+import jaxft.training.build
+from jaxft.hf import model_config
+from jaxft.model.decoder import init_model
 from jaxft.pretrained import load, load_workdir
-from jaxft.step import TrainState
 from jaxft.train import finetune
+from jaxft.training import offload
+from jaxft.training.train_state import TrainState
 
 STEPS, ROWS, T = 20, 8, 13
 # And a GPT-2 whose layers differ by more than their weights.
@@ -25,7 +28,7 @@ FAMILIES = tiny.FAMILIES | {"gpt2 by depth": tiny.FAMILIES["gpt2"] | {"scale_att
 
 
 def build(family, kept, accumulation=1, fsdp=1, tensor=1, **more):
-  config = settings.default()
+  config = jaxft.config.default()
   config.mesh.fsdp, config.mesh.tensor, config.memory.offload = fsdp, tensor, kept
   config.train.batch_size, config.train.micro_batch_size = ROWS, ROWS // accumulation // fsdp
   config.optim.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-4, clip_norm=0.5)
@@ -33,16 +36,16 @@ def build(family, kept, accumulation=1, fsdp=1, tensor=1, **more):
     section, key = name.split("__")
     config[section][key] = value
   vocabulary = {"model_type": family.split()[0], "vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0}
-  cfg = facts.from_hf_config(vocabulary | FAMILIES[family]).with_dropout(0.1)
+  cfg = model_config.from_hf_config(vocabulary | FAMILIES[family]).with_dropout(0.1)
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-  mesh = sharding.make_mesh(config.mesh, jax.devices()[: fsdp * tensor])
-  return cfg, program.build_train_program(config, cfg, mesh, STEPS, row)
+  mesh = jaxft.sharding.mesh.make_mesh(config.mesh, jax.devices()[: fsdp * tensor])
+  return cfg, jaxft.training.build.build_train_program(config, cfg, mesh, STEPS, row)
 
 
 @functools.cache
 def weights(family):
   cfg, run = build(family, "none")
-  return jax.device_get(nnx.to_pure_dict(nnx.state(model.init_model(cfg, run.compute))))
+  return jax.device_get(nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute))))
 
 
 def begin(run, family):

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import config as settings
-from jaxft import optim
+import jaxft.config
+from jaxft.training import optimizer
 
 
 def course(total=20, **optim_settings):
-  config = settings.default()
+  config = jaxft.config.default()
   config.optim.update(learning_rate=1e-3, **optim_settings)
-  schedule = optim.make_schedule(config.optim, total)
+  schedule = optimizer.make_schedule(config.optim, total)
   return [float(schedule(step)) for step in range(total + 1)]
 
 
@@ -35,7 +35,7 @@ def test_schedules_follow_transformers_formulas(warmup):
 
 
 def updated(optim_settings, params, grads, steps=3):
-  tx = optim.make_optimizer(optim_settings)
+  tx = optimizer.make_optimizer(optim_settings)
   state, update = tx.init(params), jax.jit(tx.update)
   for _ in range(steps):
     direction, state = update(grads, state, params)
@@ -45,7 +45,7 @@ def updated(optim_settings, params, grads, steps=3):
 
 def test_lion_and_sgd_are_their_formulas():
   """Chen et al., 2023: the sign of a mean with b1, and a mean with b2 that is kept; momentum b1 without a mean."""
-  settings_, rng = settings.default().optim, np.random.default_rng(0)
+  settings_, rng = jaxft.config.default().optim, np.random.default_rng(0)
   grads = [rng.standard_normal((3, 4)).astype(np.float32) for _ in range(3)]
   settings_.update(b1=0.6, b2=0.95, weight_decay=0.0)
   lion, sgd, kept, summed = [], [], 0, 0
@@ -55,7 +55,7 @@ def test_lion_and_sgd_are_their_formulas():
     sgd.append(summed)
   for name, wanted in (("lion", lion), ("sgd", sgd)):
     settings_.name = name
-    tx, params = optim.make_optimizer(settings_), {"block": {"kernel": jnp.ones((3, 4))}}
+    tx, params = optimizer.make_optimizer(settings_), {"block": {"kernel": jnp.ones((3, 4))}}
     state = tx.init(params)
     for grad, direction in zip(grads, wanted, strict=True):
       found, state = tx.update({"block": {"kernel": jnp.asarray(grad)}}, state, params)
@@ -63,7 +63,7 @@ def test_lion_and_sgd_are_their_formulas():
 
 
 def test_matrices_decay_and_biases_and_norms_do_not():
-  settings_ = settings.default().optim
+  settings_ = jaxft.config.default().optim
   settings_.weight_decay = 0.5
   params = {"tokens": jnp.ones(3), "block": {"kernel": jnp.ones(3), "bias": jnp.ones(3), "scale": jnp.ones(3)}}
   after = updated(settings_, params, jax.tree.map(jnp.zeros_like, params), 1)
@@ -75,12 +75,12 @@ def test_matrices_decay_and_biases_and_norms_do_not():
 
 def test_a_parameter_of_no_known_kind_is_refused():
   with pytest.raises(KeyError, match="gate.*DECAYED"):
-    optim.make_optimizer(settings.default().optim).init({"block": {"gate": jnp.zeros(3)}})
+    optimizer.make_optimizer(jaxft.config.default().optim).init({"block": {"gate": jnp.zeros(3)}})
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
 def test_a_layer_of_a_stack_is_updated_as_it_would_be_alone(name):
-  settings_ = settings.default().optim
+  settings_ = jaxft.config.default().optim
   settings_.name, settings_.weight_decay = name, 0.1
   rng = np.random.default_rng(0)
   stack, grads = ({"kernel": 10**k * rng.standard_normal((3, 130, 150)).astype(np.float32)} for k in (0, 1))
@@ -97,15 +97,15 @@ def test_a_layer_of_a_stack_is_updated_as_it_would_be_alone(name):
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
 def test_every_optimizer_begins_with_zeros(name):
   """`program.init_train_state` relies on it where the state is on the host."""
-  settings_ = settings.default().optim
+  settings_ = jaxft.config.default().optim
   settings_.name = name
   params = {"blocks": {"kernel": jnp.ones((3, 130, 150))}, "embed": {"tokens": jnp.ones((130, 150))}}
-  state = optim.make_optimizer(settings_).init(params)
+  state = optimizer.make_optimizer(settings_).init(params)
   assert jax.tree.leaves(state) and not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state))
 
 
 def test_muon_makes_queries_keys_and_values_orthogonal_each_for_itself():
-  settings_ = settings.default().optim
+  settings_ = jaxft.config.default().optim
   settings_.name = "muon"
   rng = np.random.default_rng(0)
   shapes = {"qkv": (2, 12, 3, 5, 4), "out": (2, 5, 4, 12), "up": (2, 12, 47)}
@@ -113,7 +113,7 @@ def test_muon_makes_queries_keys_and_values_orthogonal_each_for_itself():
   grads["blocks"]["qkv"]["kernel"][:, :, 2] *= 1e-3  # values have small gradients
   grads = jax.tree.map(jnp.float32, grads)
   zeros = jax.tree.map(jnp.zeros_like, grads)
-  tx = optim.make_optimizer(settings_)
+  tx = optimizer.make_optimizer(settings_)
   found = jax.device_get(tx.update(grads, tx.init(zeros), zeros)[0])["blocks"]
   matrices = [(found["qkv"]["kernel"][0, :, i].reshape(12, 20), 20) for i in range(3)]
   matrices += [(found["out"]["kernel"][1].reshape(20, 12), 20), (found["up"]["kernel"][1], 47)]
@@ -135,8 +135,8 @@ def test_muon_makes_queries_keys_and_values_orthogonal_each_for_itself():
   ],
 )
 def test_steps_of_warm_up(warmup, ratio, steps, wanted):
-  config = settings.default().optim
+  config = jaxft.config.default().optim
   config.warmup_steps, config.warmup_ratio = warmup, ratio
-  assert optim.warmup_steps(config, steps) == wanted
-  rates = [float(optim.make_schedule(config, steps)(step)) for step in range(steps)]
+  assert optimizer.warmup_steps(config, steps) == wanted
+  rates = [float(optimizer.make_schedule(config, steps)(step)) for step in range(steps)]
   assert max(rates) > 0 and (rates[0] > 0) == (wanted == 0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import test_meshes
 
-from jaxft.run.checkpoint import CheckpointManager
+from jaxft.checkpoint.manager import CheckpointManager
 
 pytestmark = [pytest.mark.slow, pytest.mark.wide]
 COUNTS, SAVED_AT = (1, 2, 4, 8), 3

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxft import model
-from jaxft.data import tokens
-from jaxft.data.pack import PackedDataset
-from jaxft.hf import facts
-from jaxft.loss import cross_entropy_sum
-from jaxft.step import hidden_states
+import jaxft.model.decoder
+from jaxft.data import tokenize
+from jaxft.data.packing import PackedDataset
+from jaxft.hf import model_config
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.loss import cross_entropy_sum
+from jaxft.training.train_step import hidden_states
 
 T, EOS = 24, 0
 CONFIGS = {
@@ -29,9 +30,11 @@ CONFIGS = {
 
 @pytest.fixture(params=CONFIGS, scope="module")
 def decoder(request):
-  cfg = facts.from_hf_config({"model_type": request.param, "vocab_size": 97} | CONFIGS[request.param]).with_dropout(0.0)
-  graph, _, _ = model.abstract_model(cfg, model.ComputeConfig())
-  params = nnx.to_pure_dict(nnx.state(model.init_model(cfg, model.ComputeConfig())))
+  cfg = model_config.from_hf_config(
+    {"model_type": request.param, "vocab_size": 97} | CONFIGS[request.param]
+  ).with_dropout(0.0)
+  graph, _, _ = jaxft.model.decoder.abstract_model(cfg, ComputeConfig())
+  params = nnx.to_pure_dict(nnx.state(jaxft.model.decoder.init_model(cfg, ComputeConfig())))
   noise = np.random.default_rng(0)
   return graph, jax.tree.map(lambda p: p + 0.2 * noise.standard_normal(p.shape).astype(np.float32), params)
 
@@ -42,7 +45,7 @@ def stored(lengths, seed=0):
   prompts = np.array([length // 2 if i % 2 else 0 for i, length in enumerate(lengths)], np.int32)
   ids = rng.integers(1, 97, ends[-1]).astype(np.uint16)
   ids[ends[1:] - 1] = EOS
-  return tokens.TokenArrays(ids, ends, prompts, np.zeros(0), np.zeros(0))
+  return tokenize.TokenArrays(ids, ends, prompts, np.zeros(0), np.zeros(0))
 
 
 def batch(rows):

@@ -21,11 +21,11 @@ import pytest
 import tiny
 
 import jaxft
-from jaxft import command_line, usage
-from jaxft import config as settings
-from jaxft.hf.published import PUBLISHED
-from jaxft.plan import __main__ as plan
-from jaxft.plan import answer, targets
+import jaxft.config
+from jaxft.cli import flags, usage
+from jaxft.hardware import specs
+from jaxft.hf.known_models import PUBLISHED
+from jaxft.plan import __main__, planner
 
 pytestmark = [
   # ml_collections (1.1) loads config files with it.
@@ -133,7 +133,7 @@ def follow(command, later, monkeypatch):
   if command in NOT_RUN:
     words[words.index("configs/X.py")] = "configs/quickstart.py"
     monkeypatch.setattr(sys, "argv", words[2:])
-    assert command_line.parse_train().process_info
+    assert flags.parse_train().process_info
     return
   if not {"--length", "--max_length"} & {*words}:  # of generate, which are short enough
     words += SMALL.get(name, SMALL.get(" ".join([name, *words[3:4]]), "")).split()
@@ -187,10 +187,10 @@ def test_what_is_planned_is_there(command, monkeypatch):
   """All but the compiling: settings, hardware, and that the models need no network."""
   monkeypatch.chdir(pages.ROOT)
   monkeypatch.setattr(sys, "argv", words_of_plan(command))
-  arguments = command_line.parse(usage.PLAN, ("fit", "json"), ("html", "prices"), list_flags=("device",))
-  assert not settings.validate(arguments.config)
-  assert all(targets.parse_device(name) for text in arguments.device for name in text.split(","))
-  assert answer.resolve_model_config(arguments.config).L > 1
+  arguments = flags.parse(usage.PLAN, ("fit", "json"), ("html", "prices"), list_flags=("device",))
+  assert not jaxft.config.validate(arguments.config)
+  assert all(specs.parse_device(name) for text in arguments.device for name in text.split(","))
+  assert planner.resolve_model_config(arguments.config).L > 1
 
 
 @pytest.mark.wide
@@ -199,7 +199,7 @@ def test_plans_of_the_pages_fit(command, monkeypatch):
   monkeypatch.chdir(pages.ROOT)
   monkeypatch.setattr(sys, "argv", [*words_of_plan(command), "--json"])
   with contextlib.redirect_stdout(io.StringIO()) as said:
-    plan.main()
+    __main__.main()
   told = json.loads(said.getvalue())
   assert all(it["fits"] for it in told.get("plans", [told])), told
 

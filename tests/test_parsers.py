@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from jaxft import parsers
+from jaxft.cli import parsers
 from jaxft.errors import RequestError
 
 COMMANDS = {

@@ -12,12 +12,12 @@ import pytest
 import tiny
 
 import jaxft
-from jaxft.data import report, sources
+import jaxft.hf.tokenizer
+from jaxft.checkpoint.manager import CheckpointManager
+from jaxft.data import dataset, sources
 from jaxft.errors import RequestError
-from jaxft.hf import added_tokens, repo, save
-from jaxft.hf import tokenizer as tokenizers
+from jaxft.hf import added_tokens, export, repo
 from jaxft.pretrained import load_workdir
-from jaxft.run.checkpoint import CheckpointManager
 from jaxft.train import finetune, validate_run
 
 NAMES = [
@@ -42,16 +42,16 @@ def test_forty_names_of_folders(ready, folder, tmp_path, part):
     root.mkdir(parents=True)
     config = tiny.config(folder, tiny.write_stories(root / "stories.jsonl", 20, seed=0))
     config.data.cache_dir = str(root / "cache")
-    tokenizer = tokenizers.load(folder, 293)
+    tokenizer = jaxft.hf.tokenizer.load(folder, 293)
     source = str(root) if name == "*" else config.data.train[0]
     config.data.train = (source,)
     if "*" in name or "?" in name or "[" in name:
       config.data.train = (str(root),)  # a file of this name would be a pattern
-    data = report.prepare_data(config.data, tokenizer, "")
+    data = dataset.prepare_data(config.data, tokenizer, "")
     assert data.report["rows"]["read"] == 20
     ready.export(root / "out")
     assert (root / "out" / "parity.json").is_file()
-    tokenizers.verify(root / "out", tokenizer, folder)
+    jaxft.hf.tokenizer.verify(root / "out", tokenizer, folder)
     before = sorted(path.name for path in root.iterdir())
     if any(part in name for part in REFUSED):
       with pytest.raises(RequestError, match="--workdir: .* Orbax takes the .* for part of a pattern"):
@@ -95,15 +95,15 @@ def test_what_is_in_a_workdir_is_never_taken_for_the_runs_own(folder, stories, t
   (tmp_path / "model").mkdir()
   (tmp_path / "model" / "my_code.py").write_text("import this")
   validate_run(config, tmp_path)
-  source, tokenizer = repo.resolve(str(folder)), tokenizers.load(folder, 293)
-  save.save_run_model(tmp_path, source, tokenizer)
-  assert (tmp_path / "model" / "my_code.py").is_file() and save.find_run_model(tmp_path) == tmp_path / "run.model"
-  save.save_run_model(tmp_path, source, tokenizer)  # its own is replaced
+  source, tokenizer = repo.resolve(str(folder)), jaxft.hf.tokenizer.load(folder, 293)
+  export.save_run_model(tmp_path, source, tokenizer)
+  assert (tmp_path / "model" / "my_code.py").is_file() and export.find_run_model(tmp_path) == tmp_path / "run.model"
+  export.save_run_model(tmp_path, source, tokenizer)  # its own is replaced
   (tmp_path / "run.model" / "model.safetensors").write_text("mine")
   with pytest.raises(RequestError, match="'model.safetensors' is none of it"):
     validate_run(config, tmp_path)
   with pytest.raises(RequestError, match="'model.safetensors' is none of it"):
-    save.save_run_model(tmp_path, source, tokenizer)
+    export.save_run_model(tmp_path, source, tokenizer)
   assert (tmp_path / "run.model" / "model.safetensors").read_text() == "mine"
   mine = shutil.copytree(folder, tmp_path / "mine")
   config.model.path = str(mine)
@@ -112,8 +112,8 @@ def test_what_is_in_a_workdir_is_never_taken_for_the_runs_own(folder, stories, t
 
 
 def test_a_start_that_is_killed_between_two_renames_leaves_the_old_config(folder, tmp_path, monkeypatch):
-  source, tokenizer = repo.resolve(str(folder)), tokenizers.load(folder, 293)
-  save.save_run_model(tmp_path, source, tokenizer)
+  source, tokenizer = repo.resolve(str(folder)), jaxft.hf.tokenizer.load(folder, 293)
+  export.save_run_model(tmp_path, source, tokenizer)
   rename = Path.rename
 
   def killed(path, to):
@@ -123,9 +123,9 @@ def test_a_start_that_is_killed_between_two_renames_leaves_the_old_config(folder
 
   with monkeypatch.context() as dying, pytest.raises(KeyboardInterrupt):
     dying.setattr(Path, "rename", killed)
-    save.save_run_model(tmp_path, source, tokenizer)
-  assert save.find_run_model(tmp_path) and tokenizers.load(save.find_run_model(tmp_path), 293)
-  save.save_run_model(tmp_path, source, tokenizer)
+    export.save_run_model(tmp_path, source, tokenizer)
+  assert export.find_run_model(tmp_path) and jaxft.hf.tokenizer.load(export.find_run_model(tmp_path), 293)
+  export.save_run_model(tmp_path, source, tokenizer)
   assert [path.name for path in tmp_path.iterdir()] == ["run.model"]
 
 
@@ -156,7 +156,7 @@ def test_places_where_no_export_can_be_written_are_told_before_training(folder, 
   config.export.out, strange = "", tmp_path / os.fsdecode(b"caf\xe9")
   with pytest.raises(RequestError, match="--workdir: .*: its name is not UTF-8"):
     validate_run(config, strange)
-  assert "its name is not UTF-8" in save.validate_export(strange)[0]
+  assert "its name is not UTF-8" in export.validate_export(strange)[0]
 
 
 def test_what_was_held_out_is_measured_or_refused(finished, stories, tmp_path):
@@ -266,8 +266,8 @@ def test_a_folder_of_text_is_read_without_the_runs_and_models_in_it(finished, fo
     (tmp_path / "bpe" / name).write_text("{}")
   data = tiny.config(folder, tmp_path).data
   data.cache_dir = str(tmp_path / "cache")
-  tokenizer = tokenizers.load(folder, 293)
-  first = report.prepare_data(data, tokenizer, "")
+  tokenizer = jaxft.hf.tokenizer.load(folder, 293)
+  first = dataset.prepare_data(data, tokenizer, "")
   assert first.report["rows"]["read"] == 12
   assert (
     first.report["notes"]["folders of runs, left out"] == 2
@@ -279,4 +279,4 @@ def test_a_folder_of_text_is_read_without_the_runs_and_models_in_it(finished, fo
   assert sources.find_files(f"{tmp_path}/runs/mine/metrics.jsonl", "train")  # whoever names it wants it
   for name in ("metrics.jsonl", "samples.jsonl", "run.lock"):  # the folder is now a workdir itself
     shutil.copyfile(finished[0] / name, tmp_path / name)
-  assert report.prepare_data(data, tokenizer, "").validation_fingerprint == first.validation_fingerprint
+  assert dataset.prepare_data(data, tokenizer, "").validation_fingerprint == first.validation_fingerprint

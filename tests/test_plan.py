@@ -16,14 +16,20 @@ import pytest
 from rich.console import Console
 
 import jaxft
-from jaxft import backend, program, sharding
-from jaxft import config as settings
+import jaxft.config
+import jaxft.plan.search
+import jaxft.sharding.mesh
 from jaxft.errors import RequestError
-from jaxft.hf import facts
-from jaxft.hf.published import PUBLISHED
-from jaxft.plan import answer, compile, estimate, figures, fit, flops, show, targets
-from jaxft.plan.figures import dummy_row
-from jaxft.run.tracking import ProgressBar, Reporter
+from jaxft.hardware import flops, roofline, specs
+from jaxft.hf import model_config
+from jaxft.hf.known_models import PUBLISHED
+from jaxft.metrics.reporter import Reporter
+from jaxft.plan import aot_compiler, measure, planner, rendering
+from jaxft.plan.measure import dummy_row
+from jaxft.sharding import rules
+from jaxft.training.build import build_train_program
+from jaxft.utils import backend
+from jaxft.utils.console import ProgressBar
 
 KEYS = {
   "device",
@@ -42,7 +48,7 @@ KEYS = {
 
 
 def published(model="gpt2", **more):
-  config = settings.default()
+  config = jaxft.config.default()
   config.model.path, config.data.train, config.train.steps = model, ("texts",), 100
   for name, value in more.items():
     section, key = name.split("__")
@@ -51,8 +57,8 @@ def published(model="gpt2", **more):
 
 
 def traced(config, cfg):
-  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-  run = program.build_train_program(config, cfg, mesh, 100, dummy_row(config, cfg))
+  mesh = jaxft.sharding.mesh.make_mesh(config.mesh, jax.devices()[:1])
+  run = build_train_program(config, cfg, mesh, 100, dummy_row(config, cfg))
   return run, run.train_step.trace(run.state, run.batch)
 
 
@@ -85,9 +91,9 @@ def forward(cfg, T):
 def test_operations_are_those_of_a_hand_count(config, remat, again, chunk, accumulated):
   config.memory.remat, config.memory.loss_chunk = remat, chunk
   config.train.micro_batch_size = config.train.batch_size // accumulated
-  cfg = answer.resolve_model_config(config)
+  cfg = planner.resolve_model_config(config)
   T, tokens = config.data.sequence_length, config.train.batch_size * config.data.sequence_length
-  products, rows = forward(cfg, T), -(-cfg.V // sharding.VOCAB_MULTIPLE) * sharding.VOCAB_MULTIPLE
+  products, rows = forward(cfg, T), -(-cfg.V // rules.VOCAB_MULTIPLE) * rules.VOCAB_MULTIPLE
   layer = 3 * sum(products.values()) + sum(products[name] for name in again)
   head = 3 * 2 * cfg.D * rows  # in chunks too
   _, step = traced(config, cfg)
@@ -95,10 +101,10 @@ def test_operations_are_those_of_a_hand_count(config, remat, again, chunk, accum
 
 
 def test_the_models_own_operations_are_those_of_a_step_that_computes_only_scores_twice(config):
-  cfg = answer.resolve_model_config(config)
+  cfg = planner.resolve_model_config(config)
   _, step = traced(config, cfg)
   B, T = config.train.batch_size, config.data.sequence_length
-  padding, scores = 6 * (-cfg.V % sharding.VOCAB_MULTIPLE) * cfg.D * B * T, cfg.L * forward(cfg, T)["scores"] * B * T
+  padding, scores = 6 * (-cfg.V % rules.VOCAB_MULTIPLE) * cfg.D * B * T, cfg.L * forward(cfg, T)["scores"] * B * T
   assert flops.jaxpr_flops(step.jaxpr) == flops.model_flops(cfg, B, T) + padding + scores
 
 
@@ -110,14 +116,14 @@ def test_what_nothing_needs_is_not_counted_and_the_larger_branch_is():
 
 
 def test_roofline():
-  target = targets.parse_device("h100x8")
+  target = specs.parse_device("h100x8")
   how = dict(dtype="bfloat16", tokens=1000, model_flops=8 * 10**14)
-  it = estimate.estimate_step(
+  it = roofline.estimate_step(
     target, 8, flops=8 * 989 * 10**12, moved_bytes=3352 * 10**9, collective_bytes={"all-reduce": 450 * 10**9}, **how
   )
   assert it.compute_seconds == pytest.approx(1 / 0.5) and it.memory_seconds == pytest.approx(1 / 0.8)
   assert it.network_seconds == pytest.approx(2 * 7 / 8 / 0.7) and it.network_seconds == it.step_seconds
-  streamed = estimate.estimate_step(
+  streamed = roofline.estimate_step(
     target, 8, flops=10, moved_bytes=10, collective_bytes={}, bus_bytes=56 * 10**9, **how
   )
   assert streamed.bus_seconds == pytest.approx(1 / 0.8) and streamed.bound_by == "bus"
@@ -126,23 +132,25 @@ def test_roofline():
   assert it.bound_by == "network" and it.tokens_per_second == pytest.approx(1000 / 2.5)
   assert it.mfu == pytest.approx(10**14 / (2.5 * 989 * 10**12))
   # Across nodes the network card is the way; a T4's float32 goes through its cores, 2 x 40 x 64 x 1.59 GHz.
-  assert targets.parse_device("h100x16").link == 50 * 10**9 and target.link == 450 * 10**9
-  assert targets.parse_device("t4").spec.peak_flops("float32") == pytest.approx(8.14e12, rel=1e-3)
+  assert specs.parse_device("h100x16").link == 50 * 10**9 and target.link == 450 * 10**9
+  assert specs.parse_device("t4").spec.peak_flops("float32") == pytest.approx(8.14e12, rel=1e-3)
 
 
 def test_every_kind_has_a_public_source_and_what_it_says_of_links_is_both_ways_together():
-  assert targets.SOURCES.keys() == targets.GPUS.keys() | targets.TPUS.keys()
-  assert all(url.startswith("https://") for url in targets.SOURCES.values())
+  assert specs.SOURCES.keys() == specs.GPUS.keys() | specs.TPUS.keys()
+  assert all(url.startswith("https://") for url in specs.SOURCES.values())
   both_ways = {"v5e": 400, "v5p": 1200, "v6e": 800, "tpu7x": 1200}  # GB/s a chip
-  assert {kind: 2 * it.devices * it.link / 10**9 for kind, it in targets.TPUS.items()} == both_ways
-  assert targets.parse_device("tpu7x:2x2x1").count == 8 and targets.parse_device("v5p:2x2x1").count == 4
+  assert {kind: 2 * it.devices * it.link / 10**9 for kind, it in specs.TPUS.items()} == both_ways
+  assert specs.parse_device("tpu7x:2x2x1").count == 8 and specs.parse_device("v5p:2x2x1").count == 4
   # A box with eight GeForce cards is one machine: nothing goes over a network, and a mesh cuts over all of them.
-  box = targets.parse_device("rtx4090x8")
+  box = specs.parse_device("rtx4090x8")
   assert box.link == box.spec.bus
   config = published("gpt2")
-  assert (1, 8, 1) in fit.meshes(answer.resolve_model_config(config), box) and (1, 2, 4) in fit.meshes(
-    answer.resolve_model_config(config), box
-  )
+  assert (1, 8, 1) in jaxft.plan.search.meshes(planner.resolve_model_config(config), box) and (
+    1,
+    2,
+    4,
+  ) in jaxft.plan.search.meshes(planner.resolve_model_config(config), box)
 
 
 def test_a_run_tells_its_mfu_where_the_peak_is_known(config, tmp_path):
@@ -160,17 +168,17 @@ def test_a_run_tells_its_mfu_where_the_peak_is_known(config, tmp_path):
 
 
 def test_costs_come_from_the_users_table_alone(tmp_path):
-  target = targets.parse_device("h100x8")
-  it = estimate.Estimate(1, 1, 1, 0, 2, 5000, 0.4)
-  assert estimate.estimate_cost(None, target, it) == {}
-  assert estimate.estimate_cost(2.5, target, it) == {
+  target = specs.parse_device("h100x8")
+  it = roofline.Estimate(1, 1, 1, 0, 2, 5000, 0.4)
+  assert roofline.estimate_cost(None, target, it) == {}
+  assert roofline.estimate_cost(2.5, target, it) == {
     "per_hour": 20.0,
     "per_million_tokens": pytest.approx(20 / 3600 * 200),
   }
-  assert estimate.estimate_cost(0.1, targets.parse_device("cpu"), None) == {"per_hour": 0.1}
+  assert roofline.estimate_cost(0.1, specs.parse_device("cpu"), None) == {"per_hour": 0.1}
   file = tmp_path / "prices.json"
   file.write_text('{"h100": 2.5, "v5e": 1}')
-  assert targets.read_prices(file) == {"h100": 2.5, "v5e": 1}
+  assert specs.read_prices(file) == {"h100": 2.5, "v5e": 1}
   for text, message in (
     ('{"h1000": 2.5}', "did you mean 'h100'"),
     ('{"h100": "2.5"}', "'h100' costs '2.5'"),
@@ -180,9 +188,9 @@ def test_costs_come_from_the_users_table_alone(tmp_path):
   ):
     file.write_text(text)
     with pytest.raises(RequestError, match=message):
-      targets.read_prices(file)
+      specs.read_prices(file)
   with pytest.raises(RequestError, match="No such file"):
-    targets.read_prices(tmp_path / "none.json")
+    specs.read_prices(tmp_path / "none.json")
 
 
 def plan(*arguments, check=0, **how):
@@ -222,7 +230,7 @@ def test_one_of_several_devices_that_refuses_leaves_the_others_their_plans(confi
   assert {key: refused[key] for key in KEYS} == dict.fromkeys(KEYS) | told
   assert "does not fit 1 devices" in page.read_text() and "activations" in page.read_text()
   console = Console(file=io.StringIO(), width=200)
-  console.print(show.render_plan(refused))
+  console.print(rendering.render_plan(refused))
   assert "as it is: --device='cpu'" in console.file.getvalue()
 
 
@@ -257,7 +265,7 @@ def test_mistakes_are_one_line_and_exit_code_2(config_file, arguments, message):
 
 @pytest.mark.parametrize("search", [False, True])
 def test_a_compiler_that_is_not_installed_is_named_with_the_command(monkeypatch, search):
-  monkeypatch.setattr(compile, "_installed", lambda module: False)
+  monkeypatch.setattr(aot_compiler, "_installed", lambda module: False)
   with pytest.raises(RequestError, match=r'compiler is not installed; pip install "jaxft\[plan\]"'):
     jaxft.plan_for(published(), "h100", search=search)
 
@@ -267,13 +275,13 @@ def test_the_users_own_flags_are_compiled_with_but_for_autotuning(monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4 --xla_gpu_enable_triton_gemm=false")
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=true")
   monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-  it = compile.compiler_env()
+  it = aot_compiler.compiler_env()
   ours = ["--xla_gpu_autotune_level=0", *backend.disable_slice_pass("").split() * backend.has_slice_bug()]
   assert it["XLA_FLAGS"].split() == [*os.environ["XLA_FLAGS"].split(), *ours]
   assert it["LIBTPU_INIT_ARGS"].split() == [os.environ["LIBTPU_INIT_ARGS"], backend.LIBTPU_STACK_FLAG]
   assert it["JAX_PLATFORMS"] == "cpu" and it["PATH"] == os.environ["PATH"]
   monkeypatch.delenv("XLA_FLAGS")
-  assert compile.compiler_env()["XLA_FLAGS"].split() == ours
+  assert aot_compiler.compiler_env()["XLA_FLAGS"].split() == ours
 
 
 @pytest.mark.parametrize(
@@ -284,13 +292,13 @@ def test_the_users_own_flags_are_compiled_with_but_for_autotuning(monkeypatch):
   ],
 )
 def test_both_ways_in_which_libtpu_says_that_memory_is_short_are_understood(said):
-  assert figures.OUT_OF_MEMORY.search(said).groups() == ("21.26", "G", "15.75", "G")
+  assert measure.OUT_OF_MEMORY.search(said).groups() == ("21.26", "G", "15.75", "G")
 
 
 def test_a_compiler_that_dies_is_told_in_a_line(monkeypatch):
   quits = lambda command, **how: subprocess.Popen([sys.executable, "-c", "import os; os.abort()"], **how)
-  with compile.Compiler() as compiler:
-    request = compile.CompileRequest(settings.to_json(published()), {}, "cpu")
+  with aot_compiler.Compiler() as compiler:
+    request = aot_compiler.CompileRequest(jaxft.config.to_json(published()), {}, "cpu")
     monkeypatch.setattr(compiler, "_start", lambda cpus: _start_with(compiler, quits))
     with pytest.raises(RequestError, match="--device='cpu': the compiler ended with code -6"):
       compiler(request)
@@ -306,33 +314,37 @@ def test_published_models_are_known_without_a_network(monkeypatch, tmp_path):
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
   monkeypatch.chdir(tmp_path)
   for name, hf_config in PUBLISHED.items():
-    assert answer.resolve_model_config(published(name)) == facts.from_hf_config(hf_config)
-  assert answer.resolve_model_config(published("openai-community/gpt2")) == answer.resolve_model_config(
+    assert planner.resolve_model_config(published(name)) == model_config.from_hf_config(hf_config)
+  assert planner.resolve_model_config(published("openai-community/gpt2")) == planner.resolve_model_config(
     published("gpt2")
   )
   with pytest.raises(RequestError, match="2048: the model has 1024 positions"):
-    answer.resolve_model_config(published("gpt2", data__sequence_length=2048))
+    planner.resolve_model_config(published("gpt2", data__sequence_length=2048))
 
 
 def test_the_table_says_what_is_missing():
   plan = {"fits": False, "peak_bytes": 3 * 2**30, "usable_bytes": 2 * 2**30, "breakdown": {"parameters": 3 * 2**30}}
   assert (
-    show.fit_summary(plan) == "does not fit: needs 3.00 GiB a device, of which there are 2.00 GiB; 1.00 GiB too much"
+    rendering.fit_summary(plan)
+    == "does not fit: needs 3.00 GiB a device, of which there are 2.00 GiB; 1.00 GiB too much"
   )
-  bar = show._memory_bar(plan).plain
-  assert len(bar) == show.BAR_WIDTH and bar.index("│") == 2 * show.BAR_WIDTH // 3
+  bar = rendering._memory_bar(plan).plain
+  assert len(bar) == rendering.BAR_WIDTH and bar.index("│") == 2 * rendering.BAR_WIDTH // 3
 
 
 BY_HAND = """
 import sys
-from jaxft import config as settings, program, sharding
-from jaxft.plan import answer, targets
-from jaxft.plan.figures import blank_row, with_host_arguments
-config = settings.from_json(sys.stdin.read())
-cfg = answer.model_facts(config)
-mesh = sharding.make_mesh(config.mesh, targets.devices(targets.find(sys.argv[1])))
-run = program.build(config, cfg, mesh, 100, blank_row(config, cfg))
-memory = with_host_arguments(run.train_step.lower(run.state, run.batch), run, run.host_mask).compile().memory_analysis()
+import jaxft.config
+from jaxft.hardware import specs
+from jaxft.plan import planner
+from jaxft.plan.measure import dummy_row, mark_host_arguments
+from jaxft.sharding.mesh import make_mesh
+from jaxft.training.build import build_train_program
+config = jaxft.config.from_json(sys.stdin.read())
+cfg = planner.resolve_model_config(config)
+mesh = make_mesh(config.mesh, specs.compile_devices(specs.parse_device(sys.argv[1])))
+run = build_train_program(config, cfg, mesh, 100, dummy_row(config, cfg))
+memory = mark_host_arguments(run.train_step.lower(run.state, run.batch), run, run.host_mask).compile().memory_analysis()
 on_tpu = sys.argv[1].startswith("v")
 print("peak", memory.peak_memory_in_bytes if on_tpu else memory.argument_size_in_bytes + memory.temp_size_in_bytes)
 """
@@ -348,11 +360,11 @@ def test_the_peak_is_that_of_compiling_the_step_by_hand(device, kept):
   found = jaxft.plan_for(config, device)
   done = subprocess.run(
     [sys.executable, "-c", BY_HAND, device],
-    input=settings.to_json(config),
+    input=jaxft.config.to_json(config),
     capture_output=True,
     text=True,
     check=True,
-    env=compile.compiler_env(),
+    env=aot_compiler.compiler_env(),
   )
   by_hand = int(done.stdout.split("peak ")[1])
   print(
@@ -383,5 +395,5 @@ def test_memory_that_libtpu_lacks_is_told_in_its_units(config, monkeypatch):
     raise jax.errors.JaxRuntimeError("Ran out of memory in memory space hbm. Used 21.26G of 15.75G hbm.")
 
   monkeypatch.setattr(jax.stages.Lowered, "compile", short)
-  found = figures.measure_step(config, answer.resolve_model_config(config), targets.parse_device("cpu"))
+  found = measure.measure_step(config, planner.resolve_model_config(config), specs.parse_device("cpu"))
   assert (found["needs_bytes"], found["has_bytes"]) == (int(21.26 * 2**30), int(15.75 * 2**30))

@@ -101,8 +101,8 @@ def test_three_steps_of_gpt2_small_on_a_cpu(gpt2, tmp_path):
   import jax
 
   from jaxft.data import loader
-  from jaxft.data.pack import ConcatDataset
-  from jaxft.data.tokens import TokenArrays
+  from jaxft.data.packing import ConcatDataset
+  from jaxft.data.tokenize import TokenArrays
 
   stored = TokenArrays(np.array(ids), np.array([0, len(ids)]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0))
   batches = loader.train_batches(

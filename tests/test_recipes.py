@@ -12,10 +12,10 @@ import pytest
 import tiny
 
 import jaxft
-from jaxft.data import report
+import jaxft.hf.tokenizer
+from jaxft.data import dataset
 from jaxft.errors import StorageError
-from jaxft.hf import tokenizer as tokenizers
-from jaxft.page.words import format_number
+from jaxft.report_page.formatting import format_number
 from jaxft.train import finetune
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -159,8 +159,8 @@ def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path)
   assert f"{evals[best]:.4f} at step {best:,}" in (run.export / "README.md").read_text()
   assert [line["step"] for line in run.samples if line["when"] == "after"] == [best] * 4
   # By heart: as a plain search in the training text counts it, of what the model draws with the prompt and seed of the run.
-  read = report.prepare_data(
-    config.data, wanted.tokenizer, tokenizers.fingerprint(wanted.tokenizer)
+  read = dataset.prepare_data(
+    config.data, wanted.tokenizer, jaxft.hf.tokenizer.fingerprint(wanted.tokenizer)
   ).train.tokens.ids.tolist()
   runs_of_8 = lambda ids: [tuple(ids[i : i + 8]) for i in range(len(ids) - 7)]
   known, shares = set(runs_of_8(read)), {}

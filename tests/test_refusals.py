@@ -6,7 +6,7 @@ import sys
 import pytest
 from processes import ROOT, run, train
 
-from jaxft import program
+import jaxft.training.build
 from jaxft.errors import RequestError
 from jaxft.train import finetune
 
@@ -61,12 +61,13 @@ def test_help_waits_for_no_import_of_jax(command):
   done = subprocess.run(flags, capture_output=True, text=True)
   assert done.returncode == 0 and f"python -m jaxft.{command} " in done.stdout.splitlines()[0], done.stderr
   imported = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
-  assert "jaxft.usage" in imported and not {"jax", "numpy", "ml_collections"} & imported
+  assert "jaxft.cli.usage" in imported and not {"jax", "numpy", "ml_collections"} & imported
 
 
 def test_what_parsers_offer_is_what_there_is():
-  from jaxft import backend, parsers
-  from jaxft.hf.unload import EXPORT_DTYPES
+  from jaxft.cli import parsers
+  from jaxft.hf.export_tensors import EXPORT_DTYPES
+  from jaxft.utils import backend
 
   assert parsers.DTYPES == tuple(EXPORT_DTYPES) and parsers.DEVICES == backend.REQUIRE_CHOICES
 
@@ -122,7 +123,7 @@ def test_the_other_commands_refuse_in_one_line_too(finished, tmp_path, arguments
 
 
 def test_a_sample_prompt_that_is_too_long_is_told_before_anything_is_compiled(config, tmp_path, monkeypatch):
-  monkeypatch.setattr(program, "build_train_program", lambda *_: pytest.fail("compiled"))
+  monkeypatch.setattr(jaxft.training.build, "build_train_program", lambda *_: pytest.fail("compiled"))
   config.train.sample_prompts = ("short", "the cat " * 100)
   with pytest.raises(
     RequestError, match=r"config.train.sample_prompts: 'the cat .* tokens and the model \d+ positions"

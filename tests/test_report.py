@@ -11,11 +11,12 @@ import processes
 import pytest
 import tiny
 
-from jaxft import config as settings
+import jaxft.config
+import jaxft.report_page.samples
 from jaxft.errors import NumericsError, RequestError
-from jaxft.page import charts, comparison, markup, record, run, samples, words
-from jaxft.run import about
+from jaxft.report_page import charts, comparison, formatting, run_page, run_record, style
 from jaxft.train import finetune
+from jaxft.training import run_info
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"'\u202e\x1b[2J\x00"
 VOID = {"meta", "link", "img", "br", "hr", "input", "wbr"}
@@ -58,7 +59,7 @@ class Page(html.parser.HTMLParser):
 def write(folder: Path, steps=100, every=1, evals=(0, 50, 100), changes=(), **files) -> Path:
   """A workdir as a run of GPT-2 leaves it, without the run; `files` take the place of its own."""
   folder.mkdir(parents=True)
-  config = settings.default()
+  config = jaxft.config.default()
   config.model.path, config.data.train, config.train.steps = "gpt2", ("stories.jsonl",), steps
   for name, value in dict(changes).items():
     section, key = name.split(".")
@@ -92,7 +93,7 @@ def write(folder: Path, steps=100, every=1, evals=(0, 50, 100), changes=(), **fi
     "ending": {"at": "2026-11-22T11:02:03Z", "exit_code": 0, "why": ""},
   }
   contents = {
-    "config.json": settings.to_json(config),
+    "config.json": jaxft.config.to_json(config),
     "about.json": json.dumps(facts),
     "data_report.json": json.dumps({"rows": counts, "tokens": {it: n for it, n in counts.items()}}),
     "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"])),
@@ -105,7 +106,7 @@ def write(folder: Path, steps=100, every=1, evals=(0, 50, 100), changes=(), **fi
 
 
 def shown(workdir: Path) -> Page:
-  return Page(run.render(record.load(workdir)))
+  return Page(run_page.render(run_record.load(workdir)))
 
 
 def test_a_run_leaves_its_page_and_what_it_was_started_with(finished):
@@ -193,7 +194,7 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     data_report__json=json.dumps({"rows": counts, "tokens": counts, "notes": {HOSTILE: 3}, "labels": [HOSTILE]}),
   )
   clean = shown(write(tmp_path / "w")).found
-  for text in (run.render(record.load(workdir)), comparison.render([record.load(workdir)] * 2)):
+  for text in (run_page.render(run_record.load(workdir)), comparison.render([run_record.load(workdir)] * 2)):
     page = Page(text)
     assert page.found.count("script") == clean.count("script") == 1 and "b" in clean
     assert page.text.count("<script>alert(1)</script>") > 4 and "onerror=alert(2)" in page.text
@@ -202,10 +203,10 @@ def test_hostile_text_is_shown_as_text(tmp_path):
 
 
 def test_a_page_forbids_every_request_and_every_script_but_its_own(tmp_path):
-  text = run.render(record.load(write(tmp_path / "w")))
+  text = run_page.render(run_record.load(write(tmp_path / "w")))
   policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1]
   assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
-  assert not re.search(r"https?://", text.replace(markup.SCRIPT, ""))
+  assert not re.search(r"https?://", text.replace(style.SCRIPT, ""))
 
 
 @pytest.mark.slow
@@ -214,8 +215,8 @@ def test_a_page_stays_small_however_long_the_run(tmp_path):
   texts = [json.dumps(long | {"step": step, "prompt": f"{step % 50}" + long["prompt"]}) for step in range(400)]
   every = range(0, 100_001, 20)
   workdir = write(tmp_path / "w", steps=100_000, evals=every, samples__jsonl="\n".join(texts))
-  found = record.load(workdir)
-  page = run.render(found)
+  found = run_record.load(workdir)
+  page = run_page.render(found)
   assert 100_000 < len(page.encode()) < 3_000_000
   Page(page)
   assert len(comparison.render([found] * 3).encode()) < 3_000_000
@@ -334,7 +335,10 @@ def test_nothing_is_cut_without_a_sign(tmp_path):
   page = shown(write(tmp_path / "w", samples__jsonl="\n".join(map(json.dumps, lines))))
   ends = re.findall(r"(\S+)…", page.text)
   assert len(ends) == 4 and all(re.fullmatch(r"word\d+", it) and f" {it} " in text for it in ends)
-  assert samples.clip_text("x" * 500, 420) == "x" * 420 + "…" and samples.clip_text("short", 420) == "short"
+  assert (
+    jaxft.report_page.samples.clip_text("x" * 500, 420) == "x" * 420 + "…"
+    and jaxft.report_page.samples.clip_text("short", 420) == "short"
+  )
 
 
 def test_a_sample_that_the_first_screen_shows_whole_is_not_shown_twice(tmp_path):
@@ -347,9 +351,9 @@ def test_counts_are_told_as_people_say_them(tmp_path, number, told):
   counts = {"read": number, "trained": 0, "held_out": number, "dropped": {}}
   report = json.dumps({"rows": counts, "tokens": counts})
   assert told in shown(write(tmp_path / "w", data_report__json=report)).text
-  assert [words.format_duration(it) for it in (59, 61, 3600)] == ["59 s", "1 min 1 s", "1 h 0 min"]
-  assert [words.format_speed(it) for it in (66787.4, 941.0, 15.8)] == ["66,787", "941", "15.8"]
-  assert words.format_metric("eval/f1", 0.0) == "0.0 %"
+  assert [formatting.format_duration(it) for it in (59, 61, 3600)] == ["59 s", "1 min 1 s", "1 h 0 min"]
+  assert [formatting.format_speed(it) for it in (66787.4, 941.0, 15.8)] == ["66,787", "941", "15.8"]
+  assert formatting.format_metric("eval/f1", 0.0) == "0.0 %"
 
 
 @pytest.mark.parametrize(
@@ -442,26 +446,26 @@ def test_what_is_no_workdir_is_refused_in_a_line(tmp_path):
     assert told in done.stderr and done.stderr.count("\n") == 1
   (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
   with pytest.raises(RequestError, match="no settings of jaxft.train"):
-    record.load(tmp_path)
+    run_record.load(tmp_path)
   done = processes.run("jaxft.report", write(tmp_path / "w"), "--out", tmp_path / "no" / "x.html", check=2)
   assert "--out=" in done.stderr and "no such folder" in done.stderr
 
 
 def test_the_commit_of_a_checkout_is_found(tmp_path):
   git = lambda *words: subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-  assert about.git_commit(tmp_path) is None
+  assert run_info.git_commit(tmp_path) is None
   git("init", "-q", "-b", "main")
   git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-q", "--allow-empty", "-m", "x")
   head = git("rev-parse", "HEAD").strip()
-  assert about.git_commit(tmp_path) == head
+  assert run_info.git_commit(tmp_path) == head
   git("worktree", "add", "-q", "tree", "-b", "other")
-  assert about.git_commit(tmp_path / "tree") == head
+  assert run_info.git_commit(tmp_path / "tree") == head
   git("pack-refs", "--all")
-  assert about.git_commit(tmp_path) == about.git_commit(tmp_path / "tree") == head
+  assert run_info.git_commit(tmp_path) == run_info.git_commit(tmp_path / "tree") == head
   git("checkout", "-q", "--detach")
-  assert about.git_commit(tmp_path) == head
+  assert run_info.git_commit(tmp_path) == head
 
 
 def test_quotes_in_names_end_no_attribute(tmp_path):
   workdirs = [write(tmp_path / name) for name in ('a" onload="x', "b")]
-  Page(comparison.render([record.load(it) for it in workdirs]))
+  Page(comparison.render([run_record.load(it) for it in workdirs]))

@@ -9,16 +9,16 @@ import processes
 import pytest
 import test_offload
 
-from jaxft import rounding
 from jaxft.pretrained import load, load_workdir
 from jaxft.train import finetune
+from jaxft.training import stochastic_rounding
 
 BFLOAT16 = jnp.dtype("bfloat16")
 
 
 def test_a_number_becomes_one_of_its_neighbours_and_on_average_itself():
   values = np.float32([1.001, -3.1415927, 1e-30, 12345.678, -0.1, 3e-39])
-  rows = rounding.stochastic_round(jnp.asarray(np.tile(values, (20000, 1))), BFLOAT16, jax.random.key(0))
+  rows = stochastic_rounding.stochastic_round(jnp.asarray(np.tile(values, (20000, 1))), BFLOAT16, jax.random.key(0))
   rounded = np.asarray(rows.astype(jnp.float32), np.float64)
   for value, column in zip(values, rounded.T, strict=True):
     step = max(abs(float(value)) * 2**-7, 1e-40)
@@ -29,21 +29,23 @@ def test_a_number_becomes_one_of_its_neighbours_and_on_average_itself():
 def test_what_bfloat16_can_say_stays():
   values = jnp.asarray([0.0, -0.0, 1.0, -1.5, 3.3895314e38, 1e-40], BFLOAT16).astype(jnp.float32)
   for seed in range(20):
-    rounded = rounding.stochastic_round(values, BFLOAT16, jax.random.key(seed))
+    rounded = stochastic_rounding.stochastic_round(values, BFLOAT16, jax.random.key(seed))
     np.testing.assert_array_equal(rounded.astype(jnp.float32), values)
-  assert rounding.stochastic_round(values, jnp.dtype("float32"), jax.random.key(0)) is values
+  assert stochastic_rounding.stochastic_round(values, jnp.dtype("float32"), jax.random.key(0)) is values
 
 
 def test_what_is_no_number_stays_none():
   bits = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000, 0x7F800000, 0xFF800000], np.uint32)
   for seed in range(20):
-    rounded = rounding.stochastic_round(jnp.asarray(bits.view(np.float32)), BFLOAT16, jax.random.key(seed))
+    rounded = stochastic_rounding.stochastic_round(jnp.asarray(bits.view(np.float32)), BFLOAT16, jax.random.key(seed))
     assert not np.isfinite(np.asarray(rounded.astype(jnp.float32))).any()
 
 
 def test_small_updates_add_up_where_the_nearest_number_would_stay():
   def turn(i, x):
-    return rounding.stochastic_round(x.astype(jnp.float32) - jnp.float32(2**-12), BFLOAT16, jax.random.key(i))
+    return stochastic_rounding.stochastic_round(
+      x.astype(jnp.float32) - jnp.float32(2**-12), BFLOAT16, jax.random.key(i)
+    )
 
   end = jax.lax.fori_loop(0, 1000, turn, jnp.ones(4096, BFLOAT16))
   np.testing.assert_allclose(end.astype(jnp.float32).mean(), 1 - 1000 / 4096, atol=2e-3)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxft import command_line, run_clm
-from jaxft import config as settings
+import jaxft.config
+from jaxft.cli import flags, run_clm
 from jaxft.errors import RequestError
 
 # ml_collections (1.1) loads config files with it.
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 def parsed(monkeypatch, *words):
   monkeypatch.setattr(sys, "argv", ["train", *words])
-  return command_line.parse_train()
+  return flags.parse_train()
 
 
 def test_a_command_of_run_clm_is_understood(monkeypatch):
@@ -33,7 +33,7 @@ def test_a_command_of_run_clm_is_understood(monkeypatch):
   words += " --save_strategy steps --save_steps 7"
   words += " --validation_split_percentage 10 --report_to none --gradient_checkpointing --adam_beta2 0.95 --do_eval"
   arguments = parsed(monkeypatch, *words.split())
-  found = settings.flatten(arguments.config)
+  found = jaxft.config.flatten(arguments.config)
   arguments.per_device.apply_to(arguments.config, 8)
   assert (arguments.config.train.batch_size, arguments.config.train.micro_batch_size) == (4 * 3 * 8, 4)
   assert arguments.workdir == Path("out")
@@ -56,7 +56,7 @@ def test_a_command_of_run_clm_is_understood(monkeypatch):
     "memory.remat": "full",
   }
   assert {name: found[name] for name in wanted} == wanted
-  assert not settings.validate(arguments.config)
+  assert not jaxft.config.validate(arguments.config)
 
 
 def test_steps_take_the_place_of_epochs(monkeypatch):
@@ -89,7 +89,7 @@ def test_the_best_checkpoint_is_what_goes_out(monkeypatch):
   )
   for more in ("", "--metric_for_best_model eval_loss"):
     config = parsed(monkeypatch, *words.split(), *more.split()).config
-    assert config.train.keep_best_metric == "eval/loss" and not settings.validate(config)
+    assert config.train.keep_best_metric == "eval/loss" and not jaxft.config.validate(config)
   alone = parsed(monkeypatch, "--model_name_or_path=gpt2", "--metric_for_best_model=loss").config
   assert not alone.train.keep_best_metric
 
@@ -165,7 +165,7 @@ SAID = [
   ("--max_steps 0 --num_train_epochs 2", {"train.epochs": 2.0, "train.steps": 0}, []),
   ("--max_steps -100 --num_train_epochs 2", {"train.epochs": 2.0, "train.steps": 0}, []),
   ("--max_steps 1_0 --logging_steps 3.0 --save_total_limit 1e1", {"train.steps": 10, "train.keep": 10}, []),
-  ("--save_total_limit -1", {"train.keep": settings.MAX_INT}, []),
+  ("--save_total_limit -1", {"train.keep": jaxft.config.MAX_INT}, []),
   ("--bf16 False --fp16", {}, ["--fp16: float16 is not there yet"]),
   ("--no_bf16", {"model.compute_dtype": "float32"}, []),
   ("--dtype float16", {"model.compute_dtype": "auto"}, ["--torch_dtype=float16"]),
@@ -196,8 +196,8 @@ def test_a_flag_is_done_and_what_was_done_is_told(monkeypatch, capsys, words, wa
   for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     monkeypatch.setenv(name, "elsewhere")  # which --cache_dir changes
   config = parsed(monkeypatch, "--model_name_or_path=gpt2", "--train_file=a.txt", *words.split()).config
-  found = settings.flatten(config)
-  assert {name: found[name] for name in wanted} == wanted and not settings.validate(config)
+  found = jaxft.config.flatten(config)
+  assert {name: found[name] for name in wanted} == wanted and not jaxft.config.validate(config)
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == len(told) and all(map(str.startswith, lines, told)), lines
 
@@ -364,12 +364,12 @@ def test_a_flag_that_says_no_beats_a_config_file(monkeypatch, tmp_path, words, w
   lines += ["c.optim.warmup_ratio, c.train.save_every, c.optim.name = 0.2, 'epoch', 'lion'"]
   text = "\n  ".join(["from jaxft import config\ndef get_config():", "c = config.default()", *lines, "return c"])
   file.write_text(text)
-  found = settings.flatten(parsed(monkeypatch, "-config", str(file), "--train_file=a.txt", *words.split()).config)
+  found = jaxft.config.flatten(parsed(monkeypatch, "-config", str(file), "--train_file=a.txt", *words.split()).config)
   assert {name: found[name] for name in wanted} == wanted and found["train.batch_size"] == 8
 
 
 def test_every_setting_named_is_one():
-  assert {same.setting for same in run_clm.MAPPED.values()} <= settings.BY_NAME.keys()
+  assert {same.setting for same in run_clm.MAPPED.values()} <= jaxft.config.BY_NAME.keys()
   groups = [set(run_clm.MAPPED), set(run_clm.NO_OPS), set(run_clm.UNSUPPORTED), set(run_clm.ALIASES)]
   assert sum(map(len, groups)) == len(set.union(*groups))
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from jaxft import generate, parsers, pretrained, run_generation
+from jaxft import generate, pretrained
+from jaxft.cli import parsers, run_generation
 from jaxft.errors import RequestError
-from jaxft.hf.tables import FAMILIES
-from jaxft.sampling import Sampling
+from jaxft.generation.sampling import Sampling
+from jaxft.hf.weight_map import FAMILIES
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipes" / "run_generation.md"
 

@@ -8,9 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import filters, generate, generation, model, pretrained, sample, sharding, views
+import jaxft.sharding.mesh
+import jaxft.sharding.rules
+from jaxft import generate, pretrained
 from jaxft.errors import RequestError
-from jaxft.sample import Sampling
+from jaxft.generation import generation_config, layer_views, logits_processors, sampler
+from jaxft.generation.sampling import Sampling
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.decoder import abstract_model
+from jaxft.sharding.mesh import make_mesh
 
 PROMPTS = ["Once upon a time", "The", "a cat and a dog ran to the big red house with small blue", "x"]
 
@@ -38,8 +44,8 @@ def test_scores_that_are_divided_by_depth_give_transformers_tokens(devices, fold
   shutil.copytree(folder, tmp_path / "m")
   config = json.loads((tmp_path / "m" / "config.json").read_text()) | {"scale_attn_by_inverse_layer_idx": True}
   (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-  all_of_them = sharding.make_mesh
-  monkeypatch.setattr(sharding, "make_mesh", lambda sizes: all_of_them(sizes, jax.devices()[:devices]))
+  all_of_them = make_mesh
+  monkeypatch.setattr(jaxft.sharding.mesh, "make_mesh", lambda sizes: all_of_them(sizes, jax.devices()[:devices]))
   test_greedy_tokens_equal_transformers(pretrained.load(tmp_path / "m"), tmp_path / "m")
 
 
@@ -74,11 +80,11 @@ def test_a_long_neighbour_does_not_end_a_text(ready, sampling):
 def test_one_device_which_reads_layers_where_they_lie_writes_what_eight_write(ready):
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params = jax.device_put(ready.params, device)
-  assert views.unstack_layers(params["blocks"], ready.source.cfg.L) and not views.unstack_layers(
+  assert layer_views.unstack_layers(params["blocks"], ready.source.cfg.L) and not layer_views.unstack_layers(
     ready.params["blocks"], 1
   )
-  graph, *_ = model.abstract_model(ready.source.cfg, model.ComputeConfig(vocab_multiple=sharding.VOCAB_MULTIPLE))
-  alone = sample.Generator(graph, ready.source.cfg, ready.tokenizer.eos_token_id)
+  graph, *_ = abstract_model(ready.source.cfg, ComputeConfig(vocab_multiple=jaxft.sharding.rules.VOCAB_MULTIPLE))
+  alone = sampler.Generator(graph, ready.source.cfg, ready.tokenizer.eos_token_id)
   prompts = [ready.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
   for sampling in (
     Sampling(20, temperature=0),
@@ -121,7 +127,7 @@ def test_it_ends_at_the_end_token_and_at_the_last_position(ready):
   assert 0 not in completion.token_ids
   length = len(ready.tokenizer("The")["input_ids"])
   assert length + len(completion.token_ids) <= ready.source.cfg.P
-  always_end = sample.Generator(
+  always_end = sampler.Generator(
     ready.graph, ready.source.cfg, eos_token_id=ready.generate(["The"], temperature=0)[0].token_ids[0]
   )
   assert always_end(ready.params, [ready.tokenizer("The")["input_ids"]], Sampling(temperature=0)) == [[]]
@@ -149,7 +155,7 @@ def test_filters_keep_transformers_tokens():
       wanted = TopPLogitsWarper(top_p)(None, wanted)
     if min_p:
       wanted = MinPLogitsWarper(min_p)(None, wanted)
-    kept = np.isfinite(filters.filter_logits(jnp.asarray(logits), top_k, top_p, min_p))
+    kept = np.isfinite(logits_processors.filter_logits(jnp.asarray(logits), top_k, top_p, min_p))
     np.testing.assert_array_equal(kept, np.isfinite(wanted.numpy()))
 
 
@@ -166,15 +172,15 @@ def test_repetition_rules_are_transformers_own():
   )
   end = S - 2
   there = (np.arange(S) >= end - lengths[:, None]) & (np.arange(S) < end)
-  history = filters.History(jnp.asarray(ids), jnp.asarray(there), jnp.int32(end))
+  history = logits_processors.History(jnp.asarray(ids), jnp.asarray(there), jnp.int32(end))
   for n in (1, 2, 3, 4):
-    ours = np.asarray(filters.ban_repeated_ngrams(jnp.asarray(logits), history, n))
+    ours = np.asarray(logits_processors.ban_repeated_ngrams(jnp.asarray(logits), history, n))
     for row in range(B):
       theirs = torch.from_numpy(ids[row : row + 1, max(0, end - lengths[row]) : end].copy())
       wanted = NoRepeatNGramLogitsProcessor(n)(theirs, torch.from_numpy(logits[row : row + 1]))
       np.testing.assert_array_equal(ours[row], wanted[0].numpy())
   for penalty in (0.7, 1.3):
-    ours = np.asarray(filters.penalize_repeats(jnp.asarray(logits), history, penalty))
+    ours = np.asarray(logits_processors.penalize_repeats(jnp.asarray(logits), history, penalty))
     for row in range(B):
       theirs = torch.from_numpy(ids[row : row + 1, max(0, end - lengths[row]) : end].copy())
       wanted = RepetitionPenaltyLogitsProcessor(penalty)(theirs, torch.from_numpy(logits[row : row + 1].copy()))
@@ -219,7 +225,7 @@ def test_limits_are_transformers_own_alone_and_in_a_ragged_batch(ready, folder, 
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-  monkeypatch.setattr(ready, "_generator", sample.Generator(ready.graph, ready.source.cfg, eos_token_id=end))
+  monkeypatch.setattr(ready, "_generator", sampler.Generator(ready.graph, ready.source.cfg, eos_token_id=end))
   together, longer = ready.generate(PROMPTS, temperature=0, **rules), 0
   free = {name: value for name, value in rules.items() if not name.startswith("min_")}
   for found, without in zip(together, ready.generate(PROMPTS, temperature=0, **free), strict=True):
@@ -246,9 +252,9 @@ def test_limits_of_a_generation_config_are_as_in_transformers(ready, folder, say
   transformers = pytest.importorskip("transformers")
   theirs, end = transformers.AutoModelForCausalLM.from_pretrained(folder), 287
   theirs.generation_config.update(**says)
-  (tmp_path / generation.FILE_NAME).write_text(json.dumps(says))
+  (tmp_path / generation_config.FILE_NAME).write_text(json.dumps(says))
   monkeypatch.setattr(ready, "source", ready.source._replace(folder=tmp_path))
-  monkeypatch.setattr(ready, "_generator", sample.Generator(ready.graph, ready.source.cfg, eos_token_id=end))
+  monkeypatch.setattr(ready, "_generator", sampler.Generator(ready.graph, ready.source.cfg, eos_token_id=end))
   for prompt in PROMPTS[:2]:
     ids = torch.tensor([ready.tokenizer(prompt)["input_ids"]])
     how = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, eos_token_id=end)
@@ -273,8 +279,8 @@ def test_limits_of_a_generation_config_are_as_in_transformers(ready, folder, say
   ],
 )
 def test_of_two_that_are_one_setting_one_counts_and_the_other_is_told(tmp_path, says, given, wanted, told):
-  (tmp_path / generation.FILE_NAME).write_text(json.dumps(says))
-  found = generation.load(tmp_path, given)
+  (tmp_path / generation_config.FILE_NAME).write_text(json.dumps(says))
+  found = generation_config.load(tmp_path, given)
   assert {name: getattr(found.sampling, name) for name in wanted} == wanted
   assert len(found.warnings) == len(told) and all(text in line for text, line in zip(told, found.warnings, strict=True))
 
@@ -309,7 +315,7 @@ def test_of_two_that_are_one_setting_one_counts_and_the_other_is_told(tmp_path, 
   ],
 )
 def test_limits_that_cannot_be_kept_are_refused(ready, monkeypatch, tmp_path, says, given, told):
-  (tmp_path / generation.FILE_NAME).write_text(json.dumps(says))
+  (tmp_path / generation_config.FILE_NAME).write_text(json.dumps(says))
   monkeypatch.setattr(ready, "source", ready.source._replace(folder=tmp_path))
   with pytest.raises(RequestError, match=told):
     ready.generate(["a", "the cat and the dog"], **given)
@@ -317,7 +323,7 @@ def test_limits_that_cannot_be_kept_are_refused(ready, monkeypatch, tmp_path, sa
 
 @pytest.mark.parametrize("beams", [dict(num_beams=4), dict(num_beams=1)])
 def test_no_text_ends_before_its_least_length(ready, monkeypatch, beams):
-  generator = sample.Generator(ready.graph, ready.source.cfg, eos_token_id=68)
+  generator = sampler.Generator(ready.graph, ready.source.cfg, eos_token_id=68)
   monkeypatch.setattr(ready, "_generator", generator)
   how, own = dict(temperature=0, max_new_tokens=12) | beams, len(ready.tokenizer("The")["input_ids"])
   (free,) = ready.generate(["The"], **how)
@@ -331,7 +337,7 @@ def test_no_text_ends_before_its_least_length(ready, monkeypatch, beams):
 
 def test_a_text_may_end_once_it_is_long_enough():
   for sampling in (Sampling(9, min_length=5), Sampling(max_length=9, min_length=5)):
-    texts, short = sample.SequenceBuffer.from_prompts([[1, 2, 3], [1], [1] * 6], sampling, 71, 1), []
+    texts, short = sampler.SequenceBuffer.from_prompts([[1, 2, 3], [1], [1] * 6], sampling, 71, 1), []
     for _ in range(5):
       short.append(texts.min_length(frozenset({7})).too_short_B.tolist())
       texts.append(np.zeros(3, np.int32))
@@ -340,7 +346,7 @@ def test_a_text_may_end_once_it_is_long_enough():
 
 
 def test_only_a_least_length_needs_another_program(ready):
-  count = sample.sample_token._cache_size
+  count = sampler.sample_token._cache_size
   made = []
   for how in (
     dict(max_new_tokens=3),
@@ -367,7 +373,7 @@ def test_beams_are_transformers_own_alone_and_in_a_ragged_batch(ready, folder, e
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-  generator = sample.Generator(ready.graph, ready.source.cfg, eos_token_id=end)
+  generator = sampler.Generator(ready.graph, ready.source.cfg, eos_token_id=end)
   sampling = Sampling(max_new_tokens=20, temperature=0, **rules)
   prompts = [ready.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
   together = generator(ready.params, prompts, sampling)
@@ -384,8 +390,8 @@ def test_beams_are_transformers_own_alone_and_in_a_ragged_batch(ready, folder, e
 def test_samples_follow_their_probabilities():
   logits = jnp.log(jnp.tile(jnp.array([0.5, 0.3, 0.2, 0.0]), (20000, 1)))
   keys = jax.random.split(jax.random.key(0), 20000)
-  nothing = filters.History(jnp.zeros((20000, 1), jnp.int32), jnp.zeros((20000, 1), bool), jnp.int32(0))
-  drawn = sample.sample_token(logits, keys, jnp.int32(0), jnp.float32(1), nothing, Sampling(top_k=0))
+  nothing = logits_processors.History(jnp.zeros((20000, 1), jnp.int32), jnp.zeros((20000, 1), bool), jnp.int32(0))
+  drawn = sampler.sample_token(logits, keys, jnp.int32(0), jnp.float32(1), nothing, Sampling(top_k=0))
   drawn = np.bincount(drawn, minlength=4) / 20000
   np.testing.assert_allclose(drawn, [0.5, 0.3, 0.2, 0], atol=0.015)
 
@@ -471,7 +477,7 @@ def test_the_models_own_generation_config_is_respected(folder, tmp_path):
   assert says(num_beams=3, max_new_tokens=9).generate(PROMPTS) == beams
   assert plain.generate(PROMPTS, num_beams=3, max_new_tokens=9) == beams  # transformers draws where it is told to only
   says(early_stopping=True, min_length=0, max_length=20, typical_p=0.9)
-  assert generation.load(model, {}).ignored == ("early_stopping", "typical_p")
+  assert generation_config.load(model, {}).ignored == ("early_stopping", "typical_p")
   ends = {it.token_ids[4] for it in greedy}
   for ours, whole in zip(says(do_sample=False, eos_token_id=[0, *ends], max_new_tokens=9).generate(PROMPTS), greedy):
     at = next(i for i, token in enumerate(whole.token_ids) if token in ends)

@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 import jaxft
-from jaxft.hf.published import PUBLISHED
+from jaxft.hf.known_models import PUBLISHED
 
 CONFIGS = {file.stem: file for file in sorted((processes.ROOT / "configs").glob("*.py"))}
 ASSETS = processes.ROOT / "assets" / "quickstart"

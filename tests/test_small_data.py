@@ -11,36 +11,36 @@ import pyarrow.parquet
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxft import config as settings
-from jaxft.data import report
+import jaxft.config
+import jaxft.hf.tokenizer
+from jaxft.data import dataset
 from jaxft.data.loader import BatchSource
 from jaxft.errors import RequestError, StorageError
-from jaxft.hf import tokenizer as tokenizers
+from jaxft.metrics.reporter import due_at
 from jaxft.pretrained import load_workdir
-from jaxft.run import resume
-from jaxft.run.guards import has_content, move_aside
-from jaxft.run.tracking import due_at
 from jaxft.train import finetune, validate_run
+from jaxft.training import resume
+from jaxft.training.workdir import has_content, move_aside
 
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-  return tokenizers.load(folder, 293)
+  return jaxft.hf.tokenizer.load(folder, 293)
 
 
 def prepared(tokenizer, tmp_path, *files, **data):
   """The data, and the lines that were said of it."""
-  config, said = settings.default(), []
+  config, said = jaxft.config.default(), []
   how = {"sequence_length": 16, "cache_dir": str(tmp_path / "cache"), "layout": "pad", **data}
   config.data.update(train=tuple(map(str, files)), **how)
-  return report.prepare_data(config.data, tokenizer, "a tokenizer", log=said.append), said
+  return dataset.prepare_data(config.data, tokenizer, "a tokenizer", log=said.append), said
 
 
 def read(*names, **how):
-  data, said = settings.default().data, []
+  data, said = jaxft.config.default().data, []
   data.update(how)
   nothing = collections.Counter()
-  return list(report.read_examples(tuple(map(str, names)), "train", data, nothing, nothing, said.append)), said
+  return list(dataset.read_examples(tuple(map(str, names)), "train", data, nothing, nothing, said.append)), said
 
 
 def table(tmp_path, kind, rows):

@@ -21,7 +21,7 @@ STEPS, EVERY = 2000, 20
 def watch() -> None:
   """Runs jaxft.train and writes a line every `EVERY` steps, right after a save: step, resident KiB, open files, threads."""
   from jaxft import train
-  from jaxft.run.checkpoint import CheckpointManager
+  from jaxft.checkpoint.manager import CheckpointManager
 
   wait, seen = CheckpointManager.wait, {"calls": 0}
 

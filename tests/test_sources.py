@@ -19,8 +19,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jaxft import config as settings
-from jaxft.data import report, sources
+import jaxft.config
+from jaxft.data import dataset, sources
 from jaxft.errors import RequestError
 
 TEXT = 'a\r\nb\n\n"c",\td\n\x00\u2028é東🐈 '
@@ -37,10 +37,10 @@ def write(folder, name, content):
 
 
 def read(*names, notes=None, dropped=None, **how):
-  data = settings.default().data
+  data = jaxft.config.default().data
   data.update(how)
   dropped = collections.Counter() if dropped is None else dropped
-  return list(report.read_examples(names, "train", data, dropped, collections.Counter() if notes is None else notes))
+  return list(dataset.read_examples(names, "train", data, dropped, collections.Counter() if notes is None else notes))
 
 
 def texts(*names, **how):
@@ -216,11 +216,11 @@ def test_a_label_has_the_name_that_the_datasets_library_gives_it(tmp_path, monke
   rows = datasets.Dataset.from_dict({"text": ["good", "bad", "so so"], "label": [1, 0, -1]}, features=features)
   (tmp_path / "imdb").mkdir()
   rows.to_parquet(str(tmp_path / "imdb" / "train.parquet"))
-  data = settings.default().data
+  data = jaxft.config.default().data
   data.update(format="classification", on_bad_row="skip")
   for source in (str(tmp_path / "imdb"), f"hub:{tmp_path / 'imdb'}"):
     dropped, notes = collections.Counter(), collections.Counter()
-    found = list(report.read_examples((source,), "train", data, dropped, notes))
+    found = list(dataset.read_examples((source,), "train", data, dropped, notes))
     assert [(example.text, example.label) for example in found] == [("good", "pos"), ("bad", "neg")]
     assert sum(dropped.values()) == 1
 
@@ -228,33 +228,33 @@ def test_a_label_has_the_name_that_the_datasets_library_gives_it(tmp_path, monke
 def test_classes_have_the_order_of_the_data_set(tmp_path, folder):
   """As before their names were known, and as run_classification.py has it."""
   datasets = pytest.importorskip("datasets")
-  from jaxft.hf import tokenizer as tokenizers
+  import jaxft.hf.tokenizer
 
   features = datasets.Features(
     {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg", "a"])}
   )
   rows = datasets.Dataset.from_dict({"text": ["the cat"] * 20, "label": [0, 1] * 10}, features=features)
   rows.to_parquet(str(tmp_path / "train.parquet"))
-  data = settings.default().data
+  data = jaxft.config.default().data
   data.update(train=(str(tmp_path),), format="classification", sequence_length=8, cache_dir=str(tmp_path / "c"))
   for _ in range(2):  # the second is read from the cache
-    found = report.prepare_data(data, tokenizers.load(folder, 293), "")
+    found = dataset.prepare_data(data, jaxft.hf.tokenizer.load(folder, 293), "")
     assert found.labels == ["pos", "neg"]
   mixed = tmp_path / "mixed"
   mixed.mkdir()
   (tmp_path / "train.parquet").rename(mixed / "a.parquet")
   (mixed / "b.jsonl").write_text('{"text": "the dog", "label": "zzz"}\n' * 9)
   data.train = (str(mixed),)
-  assert report.prepare_data(data, tokenizers.load(folder, 293), "").labels == ["neg", "pos", "zzz"]
+  assert dataset.prepare_data(data, jaxft.hf.tokenizer.load(folder, 293), "").labels == ["neg", "pos", "zzz"]
 
 
 def test_labels_that_are_whole_numbers_are_labels_whatever_their_type(tmp_path):
   (tmp_path / "a.jsonl").write_text(
     '{"text": "a", "label": 1.0}\n{"text": "b", "label": 0}\n{"text": "c", "label": 0.5}\n{"text": "d", "label": NaN}\n'
   )
-  data = settings.default().data
+  data = jaxft.config.default().data
   data.update(format="classification", on_bad_row="skip")
-  found = report.read_examples(
+  found = dataset.read_examples(
     (str(tmp_path / "a.jsonl"),), "train", data, collections.Counter(), collections.Counter()
   )
   assert [example.label for example in found] == ["1", "0"]
@@ -562,20 +562,20 @@ def a_folder(rng, home):
 
 @pytest.mark.parametrize("part", range(3))
 def test_sixty_folders_read_is_trained_and_held_out_and_dropped(tmp_path, folder, part):
-  from jaxft.hf import tokenizer as tokenizers
+  import jaxft.hf.tokenizer
 
-  tokenizer = tokenizers.load(folder, 293)
+  tokenizer = jaxft.hf.tokenizer.load(folder, 293)
   for i in range(20):
     home = tmp_path / str(i)
     home.mkdir()
     good, bad = a_folder(random.Random(f"{part} {i}"), home)
-    data = settings.default().data
+    data = jaxft.config.default().data
     data.update(
       train=(str(home),), validation_fraction=0.3, sequence_length=8, on_bad_row="skip", cache_dir=str(tmp_path / "c")
     )
     if good < 3:
       continue  # too few to be divided
-    rows = report.prepare_data(data, tokenizer, "").report
+    rows = dataset.prepare_data(data, tokenizer, "").report
     dropped = sum(rows["rows"]["dropped"].values())
     assert rows["rows"]["read"] == good + bad and dropped == bad, (i, rows)
     assert rows["rows"]["read"] == rows["rows"]["trained"] + rows["rows"]["held_out"] + dropped, (i, rows)

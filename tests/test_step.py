@@ -5,10 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import config as settings
-from jaxft import model, program, sharding
-from jaxft.hf import load, repo
-from jaxft.step import TrainState
+import jaxft.config
+import jaxft.sharding.mesh
+from jaxft.hf import load_weights, repo
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.decoder import abstract_model
+from jaxft.sharding import rules
+from jaxft.training.build import build_train_program
+from jaxft.training.train_state import TrainState
 
 ROWS, T = 8, 30
 
@@ -23,18 +27,18 @@ def batches(cfg, steps, seed=0):
 
 def train(folder, steps=3, *, mesh=None, accumulation=1, dropout=0.0, spoil=None, **optim_settings):
   """Losses, final state and the metrics of each step."""
-  config = settings.default()
+  config = jaxft.config.default()
   config.optim.update(optim_settings)
   config.mesh.update({"fsdp": 1} | (mesh or {}))
   config.train.batch_size = ROWS
-  on = sharding.make_mesh(config.mesh)
+  on = jaxft.sharding.mesh.make_mesh(config.mesh)
   if accumulation > 1:
-    config.train.micro_batch_size = ROWS // accumulation // sharding.data_parallel_size(on)
+    config.train.micro_batch_size = ROWS // accumulation // rules.data_parallel_size(on)
   checkpoint = repo.resolve(str(folder))
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
-  run = program.build_train_program(config, checkpoint.cfg.with_dropout(dropout), on, steps, row)
+  run = build_train_program(config, checkpoint.cfg.with_dropout(dropout), on, steps, row)
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  params = load.load_params(checkpoint, run.state.params, places.params)
+  params = load_weights.load_params(checkpoint, run.state.params, places.params)
   state = jax.jit(lambda p: TrainState(jnp.int32(0), p, run.tx.init(p)), out_shardings=places)(params)
   metrics = []
   for batch in batches(checkpoint.cfg, steps):
@@ -90,14 +94,14 @@ def test_every_optimizer_learns_on_a_mesh(folder, name):
   losses, state, _ = train(folder, 12, mesh=dict(fsdp=8), name=name, learning_rate=rate, schedule="constant")
   one, _, _ = train(folder, 12, name=name, learning_rate=rate, schedule="constant")
   np.testing.assert_allclose(losses, one, rtol=2e-5)
-  start = load.load_params(*opened(folder))
+  start = load_weights.load_params(*opened(folder))
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), *jax.device_get((state.params, start)))
   assert min(jax.tree.leaves(moved)) > 0
 
 
 def opened(folder):
   checkpoint = repo.resolve(str(folder))
-  shapes = model.abstract_model(checkpoint.cfg, model.ComputeConfig(vocab_multiple=sharding.VOCAB_MULTIPLE))[1]
+  shapes = abstract_model(checkpoint.cfg, ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))[1]
   return checkpoint, shapes, jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
 
 

@@ -11,8 +11,9 @@ import jax
 import pytest
 from processes import ROOT
 
-from jaxft import backend, surroundings
-from jaxft.data import cache
+import jaxft.utils.environment
+from jaxft.data import token_cache
+from jaxft.utils import backend
 
 MODEL = ROOT / "assets" / "quickstart" / "model"
 GENERATE = ("generate", "--model", MODEL, "--prompt", "Once", "--max_new_tokens", "2", "--json")
@@ -100,7 +101,7 @@ def test_thirty_environments(part):
 def test_a_stream_that_is_closed_is_the_null_device(tmp_path, closed):
   """Else the next file that is opened would take its place, and what is printed would be written into it."""
   code = (
-    "import os, sys; from jaxft import surroundings; surroundings.set_right()\n"
+    "import os, sys; from jaxft.utils import environment; environment.setup()\n"
     f"file = os.open({str(tmp_path / 'file')!r}, os.O_WRONLY | os.O_CREAT)\n"
     "print('printed'); print('said', file=sys.stderr); sys.stdout.flush(); os.write(1, b'x'); os.write(2, b'y')\n"
     "sys.exit(file < 3 or bool(sys.stdin.read()))"
@@ -117,29 +118,29 @@ def test_a_user_without_a_home_gets_a_folder_of_temporary_files(tmp_path, monkey
     raise KeyError("uid not found")
 
   monkeypatch.delenv("HOME")
-  monkeypatch.setattr(surroundings.pwd, "getpwuid", nobody)
-  monkeypatch.setattr(surroundings.tempfile, "gettempdir", lambda: str(tmp_path))
-  surroundings.setup()
+  monkeypatch.setattr(jaxft.utils.environment.pwd, "getpwuid", nobody)
+  monkeypatch.setattr(jaxft.utils.environment.tempfile, "gettempdir", lambda: str(tmp_path))
+  jaxft.utils.environment.setup()
   (home,) = tmp_path.iterdir()
   assert os.environ["HOME"] == str(home) and home.stat().st_mode & 0o777 == 0o700
   monkeypatch.delenv("HOME")
-  monkeypatch.setattr(surroundings.os, "getuid", lambda: 12345)
+  monkeypatch.setattr(jaxft.utils.environment.os, "getuid", lambda: 12345)
   (tmp_path / "jaxft-home-12345").mkdir()  # another user's
-  surroundings.setup()
+  jaxft.utils.environment.setup()
   assert (
     os.environ["HOME"].startswith(f"{tmp_path}/jaxft-home-") and os.environ["HOME"] != f"{tmp_path}/jaxft-home-12345"
   )
   monkeypatch.delenv("HOME")
   (tmp_path / "jaxft-home-12345").rmdir()
   (tmp_path / "jaxft-home-12345").touch()
-  surroundings.setup()
+  jaxft.utils.environment.setup()
   assert os.path.isdir(os.environ["HOME"])
 
 
 def test_nothing_is_printed_into_less_than_forty_columns(monkeypatch):
   for said, used in (("0", "40"), ("12", "40"), ("200", "200"), ("", "")):
     monkeypatch.setenv("COLUMNS", said)
-    surroundings.setup()
+    jaxft.utils.environment.setup()
     assert os.environ["COLUMNS"] == used
 
 
@@ -152,13 +153,13 @@ def test_flags_that_change_types_are_set_back(capsys):
 
 def test_a_token_cache_that_cannot_be_written_is_read(tmp_path, monkeypatch):
   def make(folder):
-    writer = cache.TokenWriter(folder, "train", "int32")
+    writer = token_cache.TokenWriter(folder, "train", "int32")
     return {"files": writer.close()}
 
-  made = cache.load_or_build(tmp_path, {"a": 1}, make, print)
-  monkeypatch.setattr(cache.os, "access", lambda path, how: False)  # as root, who may write everywhere
-  monkeypatch.setattr(cache.FileLock, "acquire", lambda *_, **__: pytest.fail("a lock is a file that is written"))
-  assert cache.load_or_build(tmp_path, {"a": 1}, make, print) == made
+  made = token_cache.load_or_build(tmp_path, {"a": 1}, make, print)
+  monkeypatch.setattr(token_cache.os, "access", lambda path, how: False)  # as root, who may write everywhere
+  monkeypatch.setattr(token_cache.FileLock, "acquire", lambda *_, **__: pytest.fail("a lock is a file that is written"))
+  assert token_cache.load_or_build(tmp_path, {"a": 1}, make, print) == made
 
 
 def test_a_folder_called_jaxft_does_not_hide_the_package(tmp_path):
@@ -172,12 +173,12 @@ def test_a_folder_called_jaxft_does_not_hide_the_package(tmp_path):
 
 def test_only_variables_of_libraries_are_blamed_for_an_import_that_fails(monkeypatch, capsys):
   codes = []
-  monkeypatch.setattr(surroundings.os, "_exit", codes.append)
+  monkeypatch.setattr(jaxft.utils.environment.os, "_exit", codes.append)
   monkeypatch.setenv("HF_TIMEOUT", "soon")
-  surroundings._env_error_hook(ValueError, ValueError("invalid literal for int(): 'soon'"), None)
+  jaxft.utils.environment._env_error_hook(ValueError, ValueError("invalid literal for int(): 'soon'"), None)
   assert codes == [2] and capsys.readouterr().err.startswith("error: HF_TIMEOUT='soon': invalid literal")
   for told in ("the path and the home of this user", f"not a number: {os.environ['PATH']!r}"):
-    surroundings._env_error_hook(ValueError, ValueError(told), None)
+    jaxft.utils.environment._env_error_hook(ValueError, ValueError(told), None)
     assert capsys.readouterr().err == f"ValueError: {told}\n"
   assert codes == [2]
 

@@ -15,7 +15,7 @@ import time
 import pytest
 from processes import ROOT, train
 
-from jaxft.run.tracking import escape_controls
+from jaxft.utils.console import escape_controls
 
 pytestmark = pytest.mark.slow
 ESCAPE = "\x1b"

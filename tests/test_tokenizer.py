@@ -13,13 +13,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer
 
 import jaxft
-from jaxft import config as settings
-from jaxft import model, sample
-from jaxft.data import report, tokens
+import jaxft.config
+import jaxft.hf.tokenizer
+from jaxft.data import dataset, tokenize
 from jaxft.data.formats import Example
 from jaxft.errors import RequestError
-from jaxft.hf import load, repo, save, verify
-from jaxft.hf import tokenizer as tokenizers
+from jaxft.generation import sampler
+from jaxft.hf import export, load_weights, repo, verify
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.decoder import abstract_model
 from jaxft.train import finetune
 
 END, BEGIN, PAD, UNKNOWN = "<|endoftext|>", "<s>", "<pad>", "<unk>"
@@ -124,7 +126,7 @@ def write_folder(folder, seed):
 
 def lost(tokenizer, text):
   return next(
-    encoded.unknown_chars for _, encoded in tokens.encode_batches([Example(text)], tokenizer, np.dtype(np.uint16))
+    encoded.unknown_chars for _, encoded in tokenize.encode_batches([Example(text)], tokenizer, np.dtype(np.uint16))
   )
 
 
@@ -137,8 +139,8 @@ def test_a_hundred_folders_are_refused_or_read_alike_after_the_export(tmp_path, 
     kind, change = write_folder(folder, seed)
     source = repo.resolve(str(folder))
     try:
-      tokenizer = tokenizers.load(folder, source.cfg.V)
-      save.check_exportable(source, tokenizer)
+      tokenizer = jaxft.hf.tokenizer.load(folder, source.cfg.V)
+      export.check_exportable(source, tokenizer)
     except RequestError as error:
       assert change in ("no tokenizer.json", "no merges", "config alone", "nothing", "contradiction"), (
         seed,
@@ -149,15 +151,17 @@ def test_a_hundred_folders_are_refused_or_read_alike_after_the_export(tmp_path, 
       refused += 1
       continue
     assert change not in ("config alone", "nothing", "contradiction"), (seed, kind)
-    save.write_config_files(out, source, tokenizer, {})
+    export.write_config_files(out, source, tokenizer, {})
     again = AutoTokenizer.from_pretrained(out)
     for text in TEXTS:
       for add in (False, True):
         wanted = tokenizer(text, add_special_tokens=add)["input_ids"]
         assert again(text, add_special_tokens=add)["input_ids"] == wanted, (seed, kind, change, text)
-      if tokens.TokenizerInfo(tokenizer).loses_nothing and not kind == "unigram":
+      if tokenize.TokenizerInfo(tokenizer).loses_nothing and not kind == "unigram":
         assert again.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
-    assert tokenizers.fingerprint(tokenizers.load(out, source.cfg.V)) == tokenizers.fingerprint(tokenizer), (seed, kind)
+    assert jaxft.hf.tokenizer.fingerprint(jaxft.hf.tokenizer.load(out, source.cfg.V)) == jaxft.hf.tokenizer.fingerprint(
+      tokenizer
+    ), (seed, kind)
     about = json.loads((out / "tokenizer_config.json").read_text())
     assert about["model_max_length"] <= source.cfg.P and "is_local" not in about
     assert about["model_input_names"] == ["input_ids", "attention_mask"] and about["unk_token"]
@@ -182,24 +186,24 @@ def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
       "rename encoder.json to vocab.json" if "encoder.json" in files else "needs tokenizer.json, or vocab.json and"
     )
     with pytest.raises(RequestError, match=wanted):
-      tokenizers.load(folder, 293)
+      jaxft.hf.tokenizer.load(folder, 293)
 
 
 def test_a_vocabulary_without_its_merges_is_refused(tmp_path):
   tiny.write_gpt2_bpe(tmp_path)
-  assert len(tokenizers.load(tmp_path, 50257)("The cat sat")["input_ids"]) == 3
+  assert len(jaxft.hf.tokenizer.load(tmp_path, 50257)("The cat sat")["input_ids"]) == 3
   (tmp_path / "merges.txt").write_text("#version: 0.2\n")
   with pytest.raises(RequestError, match="its merges are missing"):
-    tokenizers.load(tmp_path, 50257)
+    jaxft.hf.tokenizer.load(tmp_path, 50257)
 
 
 def test_ids_that_two_files_tell_differently_are_refused(folder, tmp_path):
   other = shutil.copytree(folder, tmp_path / "m")
   (other / "added_tokens.json").write_text(json.dumps({tiny.EOS: 0}))
-  tokenizers.load(other, 293)
+  jaxft.hf.tokenizer.load(other, 293)
   (other / "added_tokens.json").write_text(json.dumps({tiny.EOS: 5}))
   with pytest.raises(RequestError, match=r"added_tokens.json says '<\|endoftext\|>' is 5, and the tokenizer 0"):
-    tokenizers.load(other, 293)
+    jaxft.hf.tokenizer.load(other, 293)
 
 
 def test_what_tokenizer_json_says_goes_before_what_a_class_makes_of_it(folder, tmp_path):
@@ -211,17 +215,17 @@ def test_what_tokenizer_json_says_goes_before_what_a_class_makes_of_it(folder, t
   (other / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": tiny.EOS}))
   said = Tokenizer.from_file(str(other / "tokenizer.json")).encode("The CAT").ids
   source = repo.resolve(str(other))
-  tokenizer = tokenizers.load(other, 293)
-  assert tokens.encode_prompt(tokenizer, "The CAT") == said
-  save.write_config_files(tmp_path, source, tokenizer, {})
+  tokenizer = jaxft.hf.tokenizer.load(other, 293)
+  assert tokenize.encode_prompt(tokenizer, "The CAT") == said
+  export.write_config_files(tmp_path, source, tokenizer, {})
   assert AutoTokenizer.from_pretrained(tmp_path)("The CAT")["input_ids"] == said
 
 
 def test_the_vocabulary_of_a_wordpiece_model_is_in_the_export(tmp_path):
   source = repo.resolve(str(wordpiece(tmp_path / "bert")))
-  tokenizer, out = tokenizers.load(source.folder, source.cfg.V), tmp_path / "out"
+  tokenizer, out = jaxft.hf.tokenizer.load(source.folder, source.cfg.V), tmp_path / "out"
   out.mkdir()
-  save.write_config_files(out, source, tokenizer, {})
+  export.write_config_files(out, source, tokenizer, {})
   assert (out / "vocab.txt").read_text().split() == WORDPIECE
   again = AutoTokenizer.from_pretrained(out)
   assert again("the cat sat")["input_ids"] == AutoTokenizer.from_pretrained(source.folder)("the cat sat")["input_ids"]
@@ -231,35 +235,35 @@ def test_the_vocabulary_of_a_wordpiece_model_is_in_the_export(tmp_path):
 def test_another_vocab_txt_is_tokenised_again(tmp_path):
   folder = wordpiece(tmp_path / "bert")
   (tmp_path / "t.jsonl").write_text('{"text": "the cat sat on the mat."}\n{"text": "the dog ran far."}\n' * 9)
-  data = settings.default().data
+  data = jaxft.config.default().data
   data.update(train=(str(tmp_path / "t.jsonl"),), sequence_length=8, validation_fraction=0.2)
   data.cache_dir, read = str(tmp_path / "cache"), []
   for words in (WORDPIECE, WORDPIECE[:5] + WORDPIECE[5:][::-1]):
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    tokenizer = tokenizers.load(folder, len(words))
-    found = report.prepare_data(data, tokenizer, tokenizers.fingerprint(tokenizer))
+    tokenizer = jaxft.hf.tokenizer.load(folder, len(words))
+    found = dataset.prepare_data(data, tokenizer, jaxft.hf.tokenizer.fingerprint(tokenizer))
     read.append(tokenizer.decode(found.train[0]["targets"]))
   assert read[0] == read[1] and len([entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]) == 2
 
 
 def test_prompts_and_texts_to_classify_are_cut_as_the_training_text(tmp_path):
   """Also by a tokenizer that puts [CLS] before each text and [SEP], here the end token, after it."""
-  tokenizer = tokenizers.load(wordpiece(tmp_path / "bert"), len(WORDPIECE))
-  document = tokens.encode_in_memory([Example("the cat")], tokenizer).ids.tolist()
+  tokenizer = jaxft.hf.tokenizer.load(wordpiece(tmp_path / "bert"), len(WORDPIECE))
+  document = tokenize.encode_in_memory([Example("the cat")], tokenizer).ids.tolist()
   assert document == tokenizer("the cat")["input_ids"] == [2, 5, 6, 3]
-  assert tokens.encode_prompt(tokenizer, "the cat") == document[:-1]
-  assert tokens.encode_text(tokenizer, "the cat") == document
-  labelled = tokens.encode_in_memory([Example("the cat", label="a")], tokenizer, ["a"])
+  assert tokenize.encode_prompt(tokenizer, "the cat") == document[:-1]
+  assert tokenize.encode_text(tokenizer, "the cat") == document
+  labelled = tokenize.encode_in_memory([Example("the cat", label="a")], tokenizer, ["a"])
   assert labelled.ids.tolist() == document
-  asked = tokens.encode_in_memory([Example("the cat sat", prompt_chars=len("the cat"))], tokenizer)
+  asked = tokenize.encode_in_memory([Example("the cat sat", prompt_chars=len("the cat"))], tokenizer)
   assert asked.ids.tolist() == [2, 5, 6, 8, 3] and asked.prompts_N.tolist() == [3]
 
 
 def test_whatever_reads_a_text_cuts_it_as_the_training_does(tmp_path, monkeypatch):
   source, asked = wordpiece(tmp_path / "bert"), []
-  call = sample.Generator.__call__
+  call = sampler.Generator.__call__
   monkeypatch.setattr(
-    sample.Generator,
+    sampler.Generator,
     "__call__",
     lambda self, weights, ids, *more, **how: (asked.append(ids), call(self, weights, ids, *more, **how))[1],
   )
@@ -275,15 +279,15 @@ def test_whatever_reads_a_text_cuts_it_as_the_training_does(tmp_path, monkeypatc
 
   classifier = repo.with_class_head(repo.resolve(str(source)), ["a", "b"], ready.tokenizer)
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  _, shapes, _ = model.abstract_model(classifier.cfg, model.ComputeConfig())
-  params = load.load_params(classifier, shapes, jax.tree.map(lambda _: here, shapes))
-  save.export_model(tmp_path / "classifier", params, classifier, tokenizer=ready.tokenizer)
+  _, shapes, _ = abstract_model(classifier.cfg, ComputeConfig())
+  params = load_weights.load_params(classifier, shapes, jax.tree.map(lambda _: here, shapes))
+  export.export_model(tmp_path / "classifier", params, classifier, tokenizer=ready.tokenizer)
   again = jaxft.load(tmp_path / "classifier")
   wanted = verify.compute_logits(again.graph, again.params, np.array([[2, 5, 6, 3]], np.int32))[0, -1]
   np.testing.assert_allclose(again.classify(["the cat"])[0].logits_C, wanted, atol=1e-5)
 
   # What cannot be exported is told before the first step.
-  monkeypatch.setattr(tokenizers, "verify", lambda *_: (_ for _ in ()).throw(RequestError("cannot be written")))
+  monkeypatch.setattr(jaxft.hf.tokenizer, "verify", lambda *_: (_ for _ in ()).throw(RequestError("cannot be written")))
   with pytest.raises(RequestError, match="cannot be written"):
     finetune(config, tmp_path / "another")
   assert not (tmp_path / "another" / "metrics.jsonl").exists()
@@ -293,9 +297,9 @@ def test_tokens_that_are_bytes_come_back_as_text_without_a_decoder_too(folder, t
   other = shutil.copytree(folder, tmp_path / "m")
   about = json.loads((other / "tokenizer.json").read_text())
   (other / "tokenizer.json").write_text(json.dumps(about | {"decoder": None}))
-  tokenizer = tokenizers.load(other, 293)
-  assert tokenizer.decode(tokens.encode_prompt(tokenizer, "the café, twice")) == "the café, twice"
-  save.write_config_files(tmp_path, repo.resolve(str(other)), tokenizer, {})
+  tokenizer = jaxft.hf.tokenizer.load(other, 293)
+  assert tokenizer.decode(tokenize.encode_prompt(tokenizer, "the café, twice")) == "the café, twice"
+  export.write_config_files(tmp_path, repo.resolve(str(other)), tokenizer, {})
   assert json.loads((tmp_path / "tokenizer.json").read_text())["decoder"]["type"] == "ByteLevel"
 
 
@@ -305,16 +309,16 @@ def test_a_class_without_its_vocabulary_is_refused(tmp_path, name):
   tiny.write_gpt2(tmp_path / "m", seed=0, tokenizer=False)
   (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "eos_token": "</s>"}))
   with pytest.raises(RequestError, match="none of them is text|no tokenizer that can be read"):
-    tokenizers.load(tmp_path / "m", 50257)
+    jaxft.hf.tokenizer.load(tmp_path / "m", 50257)
 
 
 def test_a_padding_token_of_config_json_that_is_a_letter_stays_one(folder, tmp_path):
   """Old checkpoints have 0, which is "!" there. As a special token it would vanish from every text."""
   other = shutil.copytree(folder, tmp_path / "m")
-  tokenizer = tokenizers.load(other, 293)
+  tokenizer = jaxft.hf.tokenizer.load(other, 293)
   about = json.loads((other / "config.json").read_text())
   for text in ("!", " the"):
-    (pad, *_) = tokens.encode_prompt(tokenizer, text)
+    (pad, *_) = tokenize.encode_prompt(tokenizer, text)
     (other / "config.json").write_text(json.dumps(about | {"pad_token_id": pad}))
     out = tmp_path / f"out{pad}"
     jaxft.load(other).export(out)
@@ -330,8 +334,8 @@ def test_the_tokenizers_own_padding_and_its_other_files_are_in_the_export(folder
   (other / "tokenizer_config.json").write_text(json.dumps(says | {"pad_token": "!"}))
   for name in ("spiece.model", "chat_template.jinja"):
     (other / name).write_text(name)
-  tokenizer = tokenizers.load(other, 293)
-  save.write_config_files(tmp_path, repo.resolve(str(other)), tokenizer, {})
+  tokenizer = jaxft.hf.tokenizer.load(other, 293)
+  export.write_config_files(tmp_path, repo.resolve(str(other)), tokenizer, {})
   for name in ("config.json", "generation_config.json"):
     said = json.loads((tmp_path / name).read_text()).get("pad_token_id")
     assert said == tokenizer.pad_token_id is not None, name
@@ -344,9 +348,9 @@ def test_an_end_token_that_begins_each_text_is_there_once(tmp_path):
   tiny.write_gpt2_bpe(tmp_path)
   about = json.loads((tmp_path / "tokenizer_config.json").read_text())
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(about | {"add_bos_token": True}))
-  tokenizer = tokenizers.load(tmp_path, 50257)
-  assert tokens.encode_prompt(tokenizer, "The cat") == [50256, 464, 3797]
-  assert tokens.encode_in_memory([Example("The cat")], tokenizer).ids.tolist() == [464, 3797, 50256]
+  tokenizer = jaxft.hf.tokenizer.load(tmp_path, 50257)
+  assert tokenize.encode_prompt(tokenizer, "The cat") == [50256, 464, 3797]
+  assert tokenize.encode_in_memory([Example("The cat")], tokenizer).ids.tolist() == [464, 3797, 50256]
 
 
 def test_characters_without_a_token_are_counted(tmp_path):
@@ -359,7 +363,7 @@ def test_characters_without_a_token_are_counted(tmp_path):
       json.dumps({"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"})
     )
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    tokenizer = tokenizers.load(folder, 400)
+    tokenizer = jaxft.hf.tokenizer.load(folder, 400)
     counts[kind] = [lost(tokenizer, text) for text in ("the miller", "Ж the Ж Ж", "")]
   assert counts["bytes"] == [0, 0, 0] and all(
     count == [0, 3, 0] for kind, count in counts.items() if kind != "bytes"
@@ -374,28 +378,28 @@ def test_the_report_tells_what_was_lost_and_a_text_of_another_language_is_refuse
     json.dumps({"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"})
   )
   (folder / "config.json").write_text('{"model_type": "gpt2"}')
-  tokenizer, data = tokenizers.load(folder, 400), settings.default().data
+  tokenizer, data = jaxft.hf.tokenizer.load(folder, 400), jaxft.config.default().data
   for name, text in (("few", "the miller ЖЖ"), ("most", "ЖЖЖЖЖ the")):
     (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{text}"}}\n' * 20)
   data.update(train=(str(tmp_path / "few.jsonl"),), sequence_length=8, cache_dir=str(tmp_path / "cache"))
-  found = report.prepare_data(data, tokenizer, "", log=said.append)
+  found = dataset.prepare_data(data, tokenizer, "", log=said.append)
   assert found.report["characters"] == {"read": 20 * 13, "without_a_token": 40}
   assert said[-1].startswith("40 of 260 characters have no token in the model's tokenizer")
   data.train = (str(tmp_path / "most.jsonl"),)
   with pytest.raises(RequestError, match="no token for 100 of the 180 characters"):
-    report.prepare_data(data, tokenizer, "")
+    dataset.prepare_data(data, tokenizer, "")
 
 
 def test_the_end_token_that_was_learned_ends_a_text_of_the_export(tmp_path):
   """And what else the source's configs let end one."""
   folder = tmp_path / "m"
   tiny.write_gpt2(folder, seed=3)
-  tokenizer = tokenizers.load(folder, 293)
+  tokenizer = jaxft.hf.tokenizer.load(folder, 293)
   end, about = tokenizer.convert_ids_to_tokens(7), json.loads((folder / "tokenizer_config.json").read_text())
   (folder / "tokenizer_config.json").write_text(json.dumps(about | {"eos_token": end}))
   (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7, 9], "temperature": 0.5}))
   source = repo.resolve(str(folder))
-  save.write_config_files(tmp_path, source, tokenizers.load(folder, 293), {})
+  export.write_config_files(tmp_path, source, jaxft.hf.tokenizer.load(folder, 293), {})
   read = lambda name: json.loads((tmp_path / name).read_text())
   assert read("config.json")["eos_token_id"] == 7 and read("config.json")["n_ctx"] == source.cfg.P
   assert read("generation_config.json") == {"bos_token_id": 0, "eos_token_id": [7, 0, 9], "temperature": 0.5}
@@ -403,7 +407,7 @@ def test_the_end_token_that_was_learned_ends_a_text_of_the_export(tmp_path):
 
 def test_the_quickstarts_model_has_the_files_of_an_export(tmp_path):
   source = repo.resolve(str(Path(__file__).parent.parent / "assets" / "quickstart" / "model"))
-  save.write_config_files(tmp_path, source, tokenizers.load(source.folder, source.cfg.V), {})
+  export.write_config_files(tmp_path, source, jaxft.hf.tokenizer.load(source.folder, source.cfg.V), {})
   for file in tmp_path.iterdir():
     read = json.loads if file.suffix == ".json" else str
     assert read((source.folder / file.name).read_text()) == read(file.read_text()), file.name
@@ -412,7 +416,7 @@ def test_the_quickstarts_model_has_the_files_of_an_export(tmp_path):
 def test_what_older_readers_need_is_in_the_folder(folder, tmp_path):
   """tokenizers before 0.20 read merges as texts, slow tokenizers vocab.json and merges.txt, 4.30 special_tokens_map.json."""
   source = repo.resolve(str(folder))
-  save.write_config_files(tmp_path, source, tokenizers.load(folder, 293), {})
+  export.write_config_files(tmp_path, source, jaxft.hf.tokenizer.load(folder, 293), {})
   merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
   assert all(isinstance(merge, str) for merge in merges)
   assert (tmp_path / "merges.txt").read_text().splitlines()[1:] == merges
@@ -435,9 +439,9 @@ def test_a_blank_before_a_text_is_as_transformers_has_it(tmp_path, name, said, p
   says = {"tokenizer_class": name, "eos_token": tiny.EOS} | ({} if said is None else {"add_prefix_space": said})
   (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(says))
   wanted = AutoTokenizer.from_pretrained(tmp_path / "m")("the cat", add_special_tokens=False)["input_ids"]
-  tokenizer = tokenizers.load(tmp_path / "m", 293)
-  assert tokens.encode_prompt(tokenizer, "the cat") == wanted
-  save.write_config_files(tmp_path, repo.resolve(str(tmp_path / "m")), tokenizer, {})
+  tokenizer = jaxft.hf.tokenizer.load(tmp_path / "m", 293)
+  assert tokenize.encode_prompt(tokenizer, "the cat") == wanted
+  export.write_config_files(tmp_path, repo.resolve(str(tmp_path / "m")), tokenizer, {})
   assert AutoTokenizer.from_pretrained(tmp_path)("the cat")["input_ids"] == wanted
   written = [json.loads((tmp_path / file).read_text()) for file in ("tokenizer.json", "tokenizer_config.json")]
   assert written[0]["pre_tokenizer"]["add_prefix_space"] == written[1]["add_prefix_space"]
@@ -452,8 +456,8 @@ def test_a_vocabulary_of_added_letters_reads_text(tmp_path):
     json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END})
   )
   (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-  loaded = tokenizers.load(tmp_path, 400)
-  assert loaded.decode(tokens.encode_prompt(loaded, "a bad cab")).replace(" ", "") == "abadcab"
+  loaded = jaxft.hf.tokenizer.load(tmp_path, 400)
+  assert loaded.decode(tokenize.encode_prompt(loaded, "a bad cab")).replace(" ", "") == "abadcab"
 
 
 def test_what_a_normalizer_or_an_added_token_reads_is_not_lost(tmp_path):
@@ -465,6 +469,6 @@ def test_what_a_normalizer_or_an_added_token_reads_is_not_lost(tmp_path):
       json.dumps({"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"})
     )
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    loaded = tokenizers.load(tmp_path, 400)
+    loaded = jaxft.hf.tokenizer.load(tmp_path, 400)
     assert lost(loaded, f"the miller{END}found ЖЖ") == 2
     assert lost(loaded, "THE MILLER") == (0 if normalizer else 9)

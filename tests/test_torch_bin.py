@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxft import model, tokenizer
+from jaxft import tokenizer
 from jaxft.errors import RequestError
-from jaxft.hf import load, repo
+from jaxft.hf import load_weights, repo
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.decoder import abstract_model
 
 torch = pytest.importorskip("torch", reason="torch is what reads these files")
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -20,8 +22,8 @@ HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 def read(folder, torch_bin=True):
   checkpoint = repo.resolve(str(folder), torch_bin=torch_bin)
-  _, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
-  return load.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+  _, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
+  return load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
 
 
 @pytest.fixture

@@ -19,14 +19,14 @@ import pytest
 import read_trackers
 import tiny
 
-from jaxft import config as settings
+import jaxft.config
 from jaxft.errors import NumericsError, Preempted, RequestError
-from jaxft.run import system, writers
-from jaxft.run.secrets import redact
-from jaxft.run.system import SystemMetrics
-from jaxft.run.tracking import JsonlLog
-from jaxft.run.writers import TrackerGroup
+from jaxft.metrics import system, trackers
+from jaxft.metrics.reporter import JsonlLog
+from jaxft.metrics.system import SystemMetrics
+from jaxft.metrics.trackers import TrackerGroup
 from jaxft.train import finetune, validate_run
+from jaxft.utils.redact import redact
 
 NAMES = ("tensorboard", "mlflow", "wandb", "trackio")
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -44,7 +44,7 @@ def nothing_set(monkeypatch):
     if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_", "TENSORBOARD_")):
       monkeypatch.delenv(name)
   monkeypatch.setenv("NETRC", os.devnull)  # somebody's key for W&B
-  monkeypatch.setattr(writers, "SHUTDOWN_TIMEOUT", 120)  # other tests may want the same cores
+  monkeypatch.setattr(trackers, "SHUTDOWN_TIMEOUT", 120)  # other tests may want the same cores
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def silent_server():
 
 def tell(workdir, names, steps, start=0, ending=None, kept=None):
   """What a piece of a run tells: a line and a sample for each step. `kept`: the last step that a resume keeps."""
-  config = settings.default()
+  config = jaxft.config.default()
   config.tracking.writers, config.model.path = tuple(names), "https://me:hunter2@host/model?token=hunter3"
   metrics, samples = (JsonlLog(workdir / name, start or -1, True) for name in ("metrics.jsonl", "samples.jsonl"))
   with contextlib.suppress(type(ending)), TrackerGroup(config, workdir, start, metrics, samples, True) as told:
@@ -244,8 +244,8 @@ def test_trackers_that_raise_hang_or_die_change_nothing_and_are_told_of_once(
   monkeypatch.setenv("WANDB_BASE_URL", silent_server)
   monkeypatch.setenv("WANDB_API_KEY", KEY)
   monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "file"))  # raises
-  monkeypatch.setattr(writers, "SHUTDOWN_TIMEOUT", 2)
-  start = writers._start_worker
+  monkeypatch.setattr(trackers, "SHUTDOWN_TIMEOUT", 2)
+  start = trackers._start_worker
 
   def start_and_kill(name):
     process = start(name)
@@ -253,7 +253,7 @@ def test_trackers_that_raise_hang_or_die_change_nothing_and_are_told_of_once(
       process.kill()
     return process
 
-  monkeypatch.setattr(writers, "_start_worker", start_and_kill)
+  monkeypatch.setattr(trackers, "_start_worker", start_and_kill)
   config.tracking.writers = NAMES
   tracked = finetune(config, tmp_path / "tracked")
   losses = lambda run: [line["train/loss"] for line in run.metrics if "train/loss" in line]
@@ -268,9 +268,9 @@ def test_a_tracker_that_hangs_costs_a_step_microseconds_and_lines_beyond_the_mos
   tmp_path, monkeypatch, silent_server, capsys, record_property
 ):
   monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
-  monkeypatch.setattr(writers, "SHUTDOWN_TIMEOUT", 0.1)
-  monkeypatch.setattr(writers, "MAX_QUEUE", 1000)
-  config = settings.default()
+  monkeypatch.setattr(trackers, "SHUTDOWN_TIMEOUT", 0.1)
+  monkeypatch.setattr(trackers, "MAX_QUEUE", 1000)
+  config = jaxft.config.default()
   config.tracking.writers = ("mlflow",)
   metrics, samples = (JsonlLog(tmp_path / name, -1, True) for name in ("metrics.jsonl", "samples.jsonl"))
   with TrackerGroup(config, tmp_path, 0, metrics, samples, True) as told:
@@ -311,13 +311,13 @@ def test_a_run_that_is_killed_is_marked_so(tmp_path):
   script = f"""
 import os, signal, time
 from pathlib import Path
-from jaxft.run.tracking import Lines
-from jaxft.run.writers import Writers
-from jaxft import config as settings
-config, workdir = settings.default(), Path({str(tmp_path)!r})
+import jaxft.config
+from jaxft.metrics.reporter import JsonlLog
+from jaxft.metrics.trackers import TrackerGroup
+config, workdir = jaxft.config.default(), Path({str(tmp_path)!r})
 config.tracking.writers = ("mlflow",)
-metrics, samples = Lines(workdir / "metrics.jsonl", -1, True), Lines(workdir / "samples.jsonl", -1, True)
-with Writers(config, workdir, 0, metrics, samples, True) as told:
+metrics, samples = JsonlLog(workdir / "metrics.jsonl", -1, True), JsonlLog(workdir / "samples.jsonl", -1, True)
+with TrackerGroup(config, workdir, 0, metrics, samples, True) as told:
   told.log("metrics", {{"step": 1, "train/loss": 2.5}})
   while not told._clients[0]._arrived:
     time.sleep(0.1)
@@ -336,8 +336,8 @@ with Writers(config, workdir, 0, metrics, samples, True) as told:
 def test_a_library_that_is_not_there_is_named_with_the_command_that_installs_it(folder, stories, tmp_path, monkeypatch):
   (tmp_path / "no_such_tracker").mkdir()  # a folder of that name beside the run is no library
   monkeypatch.syspath_prepend(tmp_path)
-  monkeypatch.setitem(writers.REQUIRED_MODULES, "wandb", ("no_such_tracker",))
-  monkeypatch.setitem(writers.REQUIRED_MODULES, "tensorboard", ("json",))  # is there
+  monkeypatch.setitem(trackers.REQUIRED_MODULES, "wandb", ("no_such_tracker",))
+  monkeypatch.setitem(trackers.REQUIRED_MODULES, "tensorboard", ("json",))  # is there
   config = tiny.config(folder, stories)
   config.tracking.writers = ("tensorboard", "wandb")
   line = r'config.tracking.writers: wandb needs no_such_tracker, not installed here: pip install "jaxft\[tracking\]"'

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 import jaxft
 from jaxft.errors import NumericsError, RequestError
 from jaxft.pretrained import load_workdir
-from jaxft.run.profile import Profiler
 from jaxft.train import finetune
+from jaxft.training.profiler import Profiler
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = {

@@ -20,11 +20,13 @@ import tiny
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
-from jaxft import config as settings
-from jaxft import model, optim
+import jaxft.config
 from jaxft.data import loader
-from jaxft.hf import repo, unload
+from jaxft.hf import export_tensors, repo
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.decoder import abstract_model
 from jaxft.train import finetune
+from jaxft.training import optimizer
 
 torch = pytest.importorskip("torch", reason="Trainer is for torch")
 transformers = pytest.importorskip("transformers")
@@ -215,10 +217,10 @@ def language_model(folder: Path) -> Any:
 def test_the_same_weights_decay(family, tmp_path):
   folder = tiny.write_family(tmp_path / "model", family, seed=0, P=17, std=0.2)
   source = repo.resolve(str(folder))
-  _, shapes, _ = model.abstract_model(source.cfg, model.ComputeConfig())
-  mark = lambda path, leaf: jnp.full(leaf.shape, optim.has_weight_decay(path))
+  _, shapes, _ = abstract_model(source.cfg, ComputeConfig())
+  mark = lambda path, leaf: jnp.full(leaf.shape, optimizer.has_weight_decay(path))
   marks = jax.tree_util.tree_map_with_path(mark, shapes)
-  ours = {tensor.name: bool(tensor.to_numpy().all()) for tensor in unload.hf_tensors(marks, source)}
+  ours = {tensor.name: bool(tensor.to_numpy().all()) for tensor in export_tensors.hf_tensors(marks, source)}
   their = language_model(folder)
   run = transformers.Trainer(their, arguments(tmp_path / "theirs", weight_decay=0.1))
   groups = run.create_optimizer().param_groups
@@ -228,7 +230,7 @@ def test_the_same_weights_decay(family, tmp_path):
 
 @pytest.mark.parametrize("steps, share", [(24, 0.2), (7, 0.03), (100, 0.07), (1, 0.5), (20, 0.0)])
 def test_a_share_of_the_steps_warms_up(steps, share, tmp_path):
-  config = settings.default()
+  config = jaxft.config.default()
   config.optim.update(learning_rate=1e-3, warmup_ratio=share, schedule="linear")
   weight = torch.nn.Parameter(torch.zeros(1))
   how = arguments(tmp_path, learning_rate=1e-3, warmup_ratio=share)
@@ -240,7 +242,7 @@ def test_a_share_of_the_steps_warms_up(steps, share, tmp_path):
     rates.append(run.optimizer.param_groups[0]["lr"])
     run.optimizer.step()
     run.lr_scheduler.step()
-  course = optim.make_schedule(config.optim, steps)
+  course = optimizer.make_schedule(config.optim, steps)
   np.testing.assert_allclose([course(step) for step in range(steps)], rates, rtol=1e-5, atol=1e-12)
 
 

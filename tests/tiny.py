@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jaxft import config as settings
+import jaxft.config
 
 WORDS = (
   "once upon a time the cat dog sat on mat and ran to big red house with small blue door café naïve 東京 🐈".split()
@@ -211,7 +211,7 @@ def write_published(folder: Path, family: str) -> Path:
 
 
 def config(folder: Path, stories: Path):
-  c = settings.default()
+  c = jaxft.config.default()
   c.model.path, c.data.train = str(folder), (str(stories),)
   c.data.sequence_length, c.data.validation_fraction = 32, 0.1
   c.train.steps, c.train.batch_size, c.train.log_every, c.train.save_every = 12, 8, 1, 5

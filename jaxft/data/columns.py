@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxft.checks import TEMPLATE_FIELD
+from jaxft.config_checks import TEMPLATE_FIELD
 from jaxft.data import formats, readers, sources
 
 # What data sets call them. A name counts where the source has none of the name that is asked for, and one of these.
@@ -61,7 +61,7 @@ def resolve(name: str, split: str, data: ConfigDict) -> tuple[ConfigDict, list[s
 
 def _first_rows(name: str, split: str, data: ConfigDict, columns: tuple[str, ...] | None) -> list[dict[str, Any]]:
   """The good ones of the first rows: one of them, or LOOKED_AT where all columns are asked for."""
-  how = sources.ReaderOptions(columns, data.text_column, data.separator, data.encoding, formats.label_column(data))
+  how = readers.ReaderOptions(columns, data.text_column, data.separator, data.encoding, formats.label_column(data))
   rows = itertools.islice(sources.read_rows((name,), split, how, collections.Counter()), MAX_PROBED_ROWS)
   return [
     row.columns for row in itertools.islice((row for row in rows if not row.fault), None if columns is None else 1)

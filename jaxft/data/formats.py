@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxft.checks import TEMPLATE_FIELD
+from jaxft.config_checks import TEMPLATE_FIELD
 from jaxft.data.readers import ClassName, RawRow
 from jaxft.errors import RequestError
-from jaxft.files import is_encodable
+from jaxft.utils.files import is_encodable
 
 PROMPT, COMPLETION = "{prompt}", "{completion}"
 DEFAULT_TEMPLATE = PROMPT + COMPLETION  # the default of `data.template`, which says nothing of plain text

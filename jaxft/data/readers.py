@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple
 
 from jaxft.errors import RequestError, first_line
-from jaxft.files import is_encodable, reject_lfs_pointer
+from jaxft.utils.files import is_encodable, reject_lfs_pointer
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # pyarrow's names
 TEXT_FORMATS = (".txt", ".md")

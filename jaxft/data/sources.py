@@ -22,7 +22,7 @@ from typing import Any
 from jaxft.data import readers
 from jaxft.data.readers import READABLE_FORMATS, RawRow, ReaderOptions, file_format
 from jaxft.errors import RequestError, first_line
-from jaxft.files import HUB_URL, exists
+from jaxft.utils.files import HUB_URL, exists
 
 # Of a run or a model, in whose folder text may lie too.
 RUN_FOLDERS = (

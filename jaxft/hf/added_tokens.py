@@ -7,18 +7,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxft import model
-from jaxft.data import tokens
+from jaxft.data import tokenize
 from jaxft.errors import RequestError
-from jaxft.hf import load, repo, save
-from jaxft.hf import tokenizer as tokenizers
+from jaxft.hf import export, load_weights, repo
+from jaxft.hf.tokenizer import CONFIG_FILE, SPECIAL_TOKENS, is_special, load
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.decoder import abstract_model
 
 VOCAB_TABLES = (("embed", "tokens"), ("output", "kernel"), ("output", "bias"))  # those that have a row for each token
 ROLES = ("bos", "eos", "pad")
 # transformers' other roles, which a model that writes or classifies text has no use for.
-UNUSED_ROLES = tuple(
-  name.removesuffix("_token") for name in tokenizers.SPECIAL_TOKENS if name.removesuffix("_token") not in ROLES
-)
+UNUSED_ROLES = tuple(name.removesuffix("_token") for name in SPECIAL_TOKENS if name.removesuffix("_token") not in ROLES)
 
 
 class TokenSpec(NamedTuple):
@@ -63,30 +62,30 @@ def add_tokens(source: repo.HFCheckpoint, values: list[str], out: Path) -> tuple
   Raises RequestError for a token that cannot be added, or cannot have the role.
   """
   asked = [parse_token_spec(value) for value in values]
-  tokenizer = tokenizers.load(source.tokenizer_folder, source.cfg.V)
+  tokenizer = load(source.tokenizer_folder, source.cfg.V)
   new = _new_tokens(asked, tokenizer)
   tokenizer.add_tokens(new, special_tokens=True)
   for it in asked:
     if it.role:
       setattr(tokenizer, f"{it.role}_token", it.token)
-  before = tokens.special_ids_around(tokenizer)[0]
+  before = tokenize.special_ids_around(tokenizer)[0]
   named_bos = any(it.role == "bos" for it in asked) and tokenizer.bos_token != tokenizer.eos_token
-  if named_bos and tokens.document_bos_id(tokenizer, before) is None:
+  if named_bos and tokenize.document_bos_id(tokenizer, before) is None:
     raise RequestError(
       f"--add {f'bos={tokenizer.bos_token}'!r}: the tokenizer of {source.tokenizer_folder} itself begins each text with "
-      f"{tokenizer.convert_ids_to_tokens(before[0])!r}; take that out of it first (add_bos_token in {tokenizers.CONFIG_FILE}, "
+      f"{tokenizer.convert_ids_to_tokens(before[0])!r}; take that out of it first (add_bos_token in {CONFIG_FILE}, "
       "post_processor in tokenizer.json)"
     )
   ids = {it.token: tokenizer.convert_tokens_to_ids(it.token) for it in asked}
   V = max(source.cfg.V, *(id + 1 for id in ids.values()))
-  _, shapes, _ = model.abstract_model(source.cfg, model.ComputeConfig())
+  _, shapes, _ = abstract_model(source.cfg, ComputeConfig())
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  params = load.load_params(source, shapes, jax.tree.map(lambda _: here, shapes))
+  params = load_weights.load_params(source, shapes, jax.tree.map(lambda _: here, shapes))
   for part, name in VOCAB_TABLES:
     if new and name in params.get(part, {}):
       params[part][name] = _resize_table(params[part][name], [ids[token] for token in new], V)
   larger = source._replace(hf_config=source.hf_config | {"vocab_size": V}, cfg=dataclasses.replace(source.cfg, V=V))
-  return tokenizer, ids, save.export_model(out, params, larger, dtype="source", tokenizer=tokenizer)
+  return tokenizer, ids, export.export_model(out, params, larger, dtype="source", tokenizer=tokenizer)
 
 
 def _new_tokens(asked: list[TokenSpec], tokenizer: Any) -> list[str]:
@@ -111,7 +110,7 @@ def _new_tokens(asked: list[TokenSpec], tokenizer: Any) -> list[str]:
 def _is_ordinary(tokenizer: Any, id: int) -> bool:
   """Whether an ordinary text is cut into this token."""
   backend = tokenizer.backend_tokenizer
-  if tokenizers.is_special(tokenizer, id):
+  if is_special(tokenizer, id):
     return False
   return backend.encode(backend.decode([id], skip_special_tokens=False), add_special_tokens=False).ids == [id]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import jaxft
-from jaxft import config as settings
-from jaxft.units import format_count
+import jaxft.config
+from jaxft.utils.units import format_count
 
 CARD = """---
 library_name: transformers
@@ -47,7 +47,7 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
 
   Local paths are cut to their last part.
   """
-  config = settings.load_run_config(workdir / "config.json")
+  config = jaxft.config.load_run_config(workdir / "config.json")
   path, pretrained = config.model.path, config.model.init == "pretrained"
   name = path.rstrip("/").split("/")[-1]
   hub_id = pretrained and not local

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxft.errors import StorageError
-from jaxft.files import atomic_write, write_failure
-from jaxft.hf.chosen import lora_modules
 from jaxft.hf.repo import HFCheckpoint, is_local
-from jaxft.hf.tables import SCORE, full_name
-from jaxft.lora import TARGET_MODULES, gather_to_host, qkv_slots
-from jaxft.model import ModelConfig
+from jaxft.hf.trainable_params import lora_modules
+from jaxft.hf.weight_map import SCORE, full_name
+from jaxft.model.config import ModelConfig
+from jaxft.model.lora import TARGET_MODULES, gather_to_host, qkv_slots
+from jaxft.utils.files import atomic_write, write_failure
 
 CARD = """---
 library_name: peft

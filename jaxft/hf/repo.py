@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxft.data import tokens
+from jaxft.data import tokenize
 from jaxft.errors import RequestError, first_line
-from jaxft.files import HUB_URL, exists, is_encodable, reject_lfs_pointer
-from jaxft.hf import facts
-from jaxft.hf import tokenizer as tokenizers
-from jaxft.hf.tables import FAMILIES, Family
-from jaxft.model import ModelConfig
+from jaxft.hf import model_config
+from jaxft.hf.tokenizer import FILES, VOCAB_FILES, is_special
+from jaxft.hf.weight_map import FAMILIES, Family
+from jaxft.model.config import ModelConfig
+from jaxft.utils.files import HUB_URL, exists, is_encodable, reject_lfs_pointer
 
 # What a folder needs to be used and to be exported again; weights in other formats stay on the hub.
 DOWNLOAD_PATTERNS = ["*.json", "*.txt", "*.safetensors", "*.model", "*.jinja", "README.md"]
@@ -44,7 +44,7 @@ READABLE_FILES = {
   "vocab.bpe",
   PARITY_FILE,
   ADAPTER_CONFIG,
-  *tokenizers.FILES,
+  *FILES,
 }
 TORCH_PICKLE = "pytorch_model.bin"  # read last, and only when it is asked for
 
@@ -73,7 +73,7 @@ class HFCheckpoint(NamedTuple):
     """Where the tokenizer is: adapters may have their own, with which they were trained."""
     if self.tokenizer:
       return self.tokenizer
-    own = self.adapter and any((self.adapter / name).is_file() for name in tokenizers.VOCAB_FILES)
+    own = self.adapter and any((self.adapter / name).is_file() for name in VOCAB_FILES)
     return self.adapter if own else self.folder
 
   @property
@@ -103,10 +103,10 @@ def with_class_head(checkpoint: HFCheckpoint, labels: list[str], tokenizer: Any)
 
 def choose_pad_token(checkpoint: HFCheckpoint, tokenizer: Any) -> int:
   """The token that rows are filled up with: transformers reads the class at the last token that is not this one."""
-  said, after = checkpoint.hf_config.get("pad_token_id"), tokens.special_ids_around(tokenizer)[1]
+  said, after = checkpoint.hf_config.get("pad_token_id"), tokenize.special_ids_around(tokenizer)[1]
   # A head that was trained has learned with what its config.json says. A new one's must be no token that texts have.
   has_head = checkpoint.cfg.classes and not checkpoint.new_head
-  fine = said in tokenizer.get_vocab().values() if has_head else tokenizers.is_special(tokenizer, said)
+  fine = said in tokenizer.get_vocab().values() if has_head else is_special(tokenizer, said)
   known = said if fine else None
   chosen = next(id for id in (tokenizer.pad_token_id, known, tokenizer.eos_token_id) if id is not None)
   if after[-1:] == [chosen]:
@@ -221,7 +221,7 @@ def read_config(file: Path) -> tuple[dict[str, Any], ModelConfig]:
   """A parsed config.json and the facts in it; raises RequestError naming the file."""
   hf_config = read_json(file)
   try:
-    return hf_config, facts.from_hf_config(hf_config)
+    return hf_config, model_config.from_hf_config(hf_config)
   except RequestError as error:
     raise RequestError(f"{file.parent}: {error}") from error
 

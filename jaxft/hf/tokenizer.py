@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.pre_tokenizers import ByteLevel
 
 from jaxft.errors import RequestError, first_line
-from jaxft.files import write_json
+from jaxft.utils.files import write_json
 
 CONFIG_FILE = "tokenizer_config.json"
 # Copied where a tokenizer was read from one, beside the tokenizer.json that is always written.

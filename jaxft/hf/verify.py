@@ -10,12 +10,13 @@ import numpy as np
 from flax import nnx
 
 import jaxft
-from jaxft import model
 from jaxft.errors import RequestError, StorageError, first_line
-from jaxft.hf import load, repo
-from jaxft.hf import tokenizer as tokenizers
-from jaxft.hf.tables import EMBEDDING, full_name
-from jaxft.hf.unload import DtypeFn, hf_tensors, round_to_dtype
+from jaxft.hf import load_weights, repo
+from jaxft.hf.export_tensors import DtypeFn, hf_tensors, round_to_dtype
+from jaxft.hf.tokenizer import verify
+from jaxft.hf.weight_map import EMBEDDING, full_name
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.decoder import abstract_model, parameter_count
 
 MAX_LOGITS_PARAMS = (
   500_000_000  # parameters; larger models are compared tensor by tensor alone, which needs no second copy
@@ -34,7 +35,7 @@ def verify_export(
   back; `reference` says which. Raises StorageError on any difference above `ATOL` and `RTOL` (for a narrower dtype
   than float32, against the weights as written).
   """
-  written = load.list_tensors(folder)
+  written = load_weights.list_tensors(folder)
   for tensor in hf_tensors(params, checkpoint, dtype_of):
     there = written.pop(tensor.name)
     if there.shape != tensor.shape or not there.bytes_equal(tensor.chunks()):
@@ -47,11 +48,11 @@ def verify_export(
   if back.cfg != checkpoint.cfg:
     raise StorageError(f"{folder}: config.json read back describes another model: {back.cfg}, not {checkpoint.cfg}")
   if tokenizer:
-    tokenizers.verify(folder, tokenizer, checkpoint.tokenizer_folder)
+    verify(folder, tokenizer, checkpoint.tokenizer_folder)
   dtype = dtype_of(full_name(EMBEDDING))
   report = {"tensors": "bit for bit", "dtype": dtype.name}
-  graph, shapes, _ = model.abstract_model(checkpoint.cfg, model.ComputeConfig())
-  if model.parameter_count(checkpoint.cfg) > MAX_LOGITS_PARAMS or jax.process_count() > 1:
+  graph, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
+  if parameter_count(checkpoint.cfg) > MAX_LOGITS_PARAMS or jax.process_count() > 1:
     return report | {"logits_max_abs_difference": None, "reference": "tensors only: logits would take a second model"}
 
   ids_BT, lengths_B = _random_batch(back)
@@ -60,7 +61,7 @@ def verify_export(
   else:
     here = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
     reference = f"jaxft {jaxft.__version__}, weights read back"
-    theirs = compute_logits(graph, load.load_params(back, shapes, here), ids_BT)
+    theirs = compute_logits(graph, load_weights.load_params(back, shapes, here), ids_BT)
   # A model that is kept on the host is small enough here to be on the device as well.
   on_device = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), params))
   ours = compute_logits(graph, round_to_dtype(on_device, checkpoint, dtype_of), ids_BT)

@@ -1,0 +1,1 @@
+"""Checkpoints: saved by Orbax, verified by checksums of our own."""

@@ -1,0 +1,1 @@
+"""Command lines: our flags, those of transformers, and DeepSpeed's JSON."""

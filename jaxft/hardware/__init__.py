@@ -1,0 +1,1 @@
+"""Data sheets of accelerators, FLOPs, and the roofline that follows from both."""

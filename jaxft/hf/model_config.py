@@ -1,0 +1,184 @@
+"""config.json -> ModelConfig. An option that changes the maths is honoured or refused by name, never ignored."""
+
+import dataclasses
+import re
+from typing import Any
+
+from jaxft.errors import RequestError
+from jaxft.model.config import ModelConfig
+
+# config.json key -> the only value whose maths is built; a missing key has this value in transformers too.
+# reorder_and_upcast_attn is no such key: scores are in float32 here whatever it says.
+GPT2_REQUIRED = {"add_cross_attention": False}
+REQUIRED = {"quantization_config": None}
+# transformers' names of one function, gelu by tanh, and of the other, by the error function.
+TANH_GELU = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
+EXACT_GELU = ("gelu", "gelu_python")
+
+
+def gpt2(config: dict[str, Any]) -> ModelConfig:
+  _check_required(config, GPT2_REQUIRED)
+  D, N = _get_size(config, "n_embd"), _get_size(config, "n_head")
+  H = _get_head_size("n_embd", D, "n_head", N)
+  return ModelConfig(
+    V=_get_size(config, "vocab_size"),
+    P=_get_size(config, "n_positions"),
+    D=D,
+    F=_get_size(config, "n_inner", 4 * D),
+    L=_get_size(config, "n_layer", at_most=2**16),
+    N=N,
+    H=H,
+    norm_eps=_get_eps(config),
+    embed_dropout=_get_rate(config, "embd_pdrop"),
+    attention_dropout=_get_rate(config, "attn_pdrop"),
+    residual_dropout=_get_rate(config, "resid_pdrop"),
+    init_std=config["initializer_range"],
+    attention_scale=H**-0.5 if config["scale_attn_weights"] else 1.0,
+    divided_by_depth=bool(config["scale_attn_by_inverse_layer_idx"]),
+    exact_gelu=_exact_gelu(config),
+    tied=config["tie_word_embeddings"],
+  )
+
+
+def gpt_neo(config: dict[str, Any]) -> ModelConfig:
+  D, N, L = (
+    _get_size(config, "hidden_size"),
+    _get_size(config, "num_heads"),
+    _get_size(config, "num_layers", at_most=2**16),
+  )
+  window, kinds = _get_size(config, "window_size", at_most=2**30), config["attention_layers"]
+  if len(kinds) != L or set(kinds) - {"global", "local"}:
+    raise RequestError(f"config.json: attention_types names global or local for {len(kinds)} layers, num_layers is {L}")
+  return ModelConfig(
+    V=_get_size(config, "vocab_size"),
+    P=_get_size(config, "max_position_embeddings"),
+    D=D,
+    F=_get_size(config, "intermediate_size", 4 * D),
+    L=L,
+    N=N,
+    H=_get_head_size("hidden_size", D, "num_heads", N),
+    norm_eps=_get_eps(config),
+    embed_dropout=_get_rate(config, "embed_dropout"),
+    attention_dropout=_get_rate(config, "attention_dropout"),
+    residual_dropout=_get_rate(config, "resid_dropout"),
+    init_std=config["initializer_range"],
+    attention_scale=1.0,  # the published models were trained without one
+    windows=tuple(window if kind == "local" else 0 for kind in kinds),
+    qkv_bias=False,
+    exact_gelu=_exact_gelu(config),
+    tied=config["tie_word_embeddings"],
+  )
+
+
+def gptj(config: dict[str, Any]) -> ModelConfig:
+  D, N = _get_size(config, "n_embd"), _get_size(config, "n_head")
+  H, rotary_dim = _get_head_size("n_embd", D, "n_head", N), config["rotary_dim"]
+  if not isinstance(rotary_dim, int) or rotary_dim % 2 or not 0 < rotary_dim <= H:
+    raise RequestError(f"config.json: rotary_dim={rotary_dim!r} must be even, above 0 and at most the head size {H}")
+  return ModelConfig(
+    V=_get_size(config, "vocab_size"),
+    P=_get_size(config, "n_positions"),
+    D=D,
+    F=_get_size(config, "n_inner", 4 * D),
+    L=_get_size(config, "n_layer", at_most=2**16),
+    N=N,
+    H=H,
+    norm_eps=_get_eps(config),
+    embed_dropout=_get_rate(config, "embd_pdrop"),
+    attention_dropout=_get_rate(config, "attn_pdrop"),
+    residual_dropout=_get_rate(config, "resid_pdrop"),
+    init_std=config["initializer_range"],
+    attention_scale=H**-0.5,
+    rotary_dim=rotary_dim,
+    parallel=True,
+    qkv_bias=False,
+    out_bias=False,
+    tied=config["tie_word_embeddings"],
+    head_bias=True,
+    exact_gelu=_exact_gelu(config),
+  )
+
+
+FAMILIES = {"gpt2": gpt2, "gpt_neo": gpt_neo, "gptj": gptj}
+
+
+def from_hf_config(config: dict[str, Any]) -> ModelConfig:
+  """The facts of a parsed config.json; raises RequestError naming the key that is wrong or not supported.
+
+  transformers' own config class reads it first: defaults, types and second names (`hidden_size` for `n_embd`) are its own.
+  """
+  family = config.get("model_type")
+  if not isinstance(family, str) or family not in FAMILIES:
+    raise RequestError(f"config.json: model_type={family!r} is not supported, only {', '.join(FAMILIES)}")
+  _check_required(config, REQUIRED)
+  _check_num_layers(config.get("attention_types"))
+  import transformers  # half a second
+
+  try:
+    read = transformers.CONFIG_MAPPING[family].from_dict(dict(config)).to_dict()
+  except Exception as error:  # whatever its checks raise; a list of layers may not be one at all
+    raise RequestError(f"config.json: {' '.join(str(error).split())}") from error
+  # A tied head is the default of two families, and config.json is what says so.
+  read["tie_word_embeddings"] = config.get("tie_word_embeddings", family != "gptj")
+  return dataclasses.replace(FAMILIES[family](read), classes=_num_labels(config))
+
+
+def _check_num_layers(attention_types: Any) -> None:
+  """[[["global"], 10**9]] is short, but the config class would write out a list of as many layers."""
+  text = str(attention_types)
+  if len(text) > 2**16 or any(int(number) > 2**16 for number in re.findall(r"\d+", text)):
+    raise RequestError("config.json: attention_types names more layers than a model has")
+
+
+def _num_labels(config: dict[str, Any]) -> int:
+  """How many classes a model tells apart; 0 for one that writes text."""
+  architectures = config.get("architectures")
+  if not isinstance(architectures, list) or not any(
+    str(name).endswith("ForSequenceClassification") for name in architectures
+  ):
+    return 0
+  classes = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+  if not isinstance(classes, int) or not 0 < classes < 2**16:
+    raise RequestError(f"config.json: num_labels={classes!r} is no number of classes")
+  return classes
+
+
+def _check_required(config: dict[str, Any], fixed: dict[str, Any]) -> None:
+  for key, value in fixed.items():
+    if config.get(key, value) != value:
+      raise RequestError(f"config.json: {key}={config[key]!r} is not supported, only {value!r}")
+
+
+def _exact_gelu(config: dict[str, Any]) -> bool:
+  name = config["activation_function"]
+  if name not in TANH_GELU + EXACT_GELU:
+    raise RequestError(
+      f"config.json: activation_function={name!r} is not supported, only {', '.join(TANH_GELU + EXACT_GELU)}"
+    )
+  return name in EXACT_GELU
+
+
+def _get_size(config: dict[str, Any], key: str, otherwise: int = 0, at_most: int = 2**24) -> int:
+  size = config[key] or otherwise
+  if not isinstance(size, int) or not 0 < size <= at_most:
+    raise RequestError(f"config.json: {key}={size!r} is no size of a model")
+  return size
+
+
+def _get_rate(config: dict[str, Any], key: str) -> float:
+  if not isinstance(config[key], int | float) or not 0 <= config[key] < 1:
+    raise RequestError(f"config.json: {key}={config[key]!r} is no rate of dropout")
+  return float(config[key])
+
+
+def _get_eps(config: dict[str, Any]) -> float:
+  eps = config["layer_norm_epsilon"]
+  if not isinstance(eps, int | float) or not 0 < eps < 1:
+    raise RequestError(f"config.json: layer_norm_epsilon={eps!r} must be above 0 and below 1")
+  return float(eps)
+
+
+def _get_head_size(width_key: str, D: int, heads_key: str, N: int) -> int:
+  if D % N:
+    raise RequestError(f"config.json: {width_key}={D} is not divisible by {heads_key}={N}")
+  return D // N

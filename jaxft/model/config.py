@@ -1,0 +1,59 @@
+"""ModelConfig: the sizes and switches of a decoder.
+
+B batch, T length, V vocabulary, P positions, D model, F feed-forward, L layers, N heads, H head size
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Facts about an architecture, read from a checkpoint's config.json (`hf/facts.py`), never typed by a user."""
+
+  V: int
+  P: int
+  D: int
+  F: int
+  L: int
+  N: int
+  H: int
+  norm_eps: float
+  embed_dropout: float
+  attention_dropout: float
+  residual_dropout: float
+  init_std: float
+  # What tells the families apart. GPT-2: none of it; GPT-Neo: no query/key/value biases, no scale, windows; GPT-J: rotary
+  # positions, parallel blocks, no attention biases, a head of its own.
+  attention_scale: float
+  divided_by_depth: bool = (
+    False  # attention_scale is divided by 1, 2, 3, ... in the layers, as stanford-crfm's GPT-2s have it
+  )
+  windows: tuple[int, ...] = ()  # per layer, 0 for a layer that sees everything; (): all do
+  rotary_dim: int = 0  # leading dimensions of each head that are rotated; 0: a table of learned positions instead
+  parallel: bool = False  # attention and feed-forward both read the same norm and are added at once
+  qkv_bias: bool = True
+  out_bias: bool = True
+  tied: bool = True  # the output table is the token embedding
+  head_bias: bool = False
+  exact_gelu: bool = False  # by the error function, as Cerebras-GPT has it; else by its approximation with tanh
+  classes: int = 0  # above 0: a classification head in place of the language head
+  # What a run makes of the model (`hf/chosen.py`): adapters beside the products named, and which weights it trains.
+  lora_rank: int = 0
+  lora_scale: float = 0.0
+  lora_dropout: float = 0.0
+  lora_targets: tuple[str, ...] = ()  # qkv where they share an adapter, else q, k, v; out, up, down
+  trained: tuple[
+    tuple[str, tuple[int, ...]], ...
+  ] = ()  # (path, its layers), ... as `parts.py` reads it; (): everything
+
+  @property
+  def distinct_windows(self) -> tuple[int, ...]:
+    """The different windows among the layers; 0: none."""
+    return tuple(sorted(set(self.windows))) or (0,)
+
+  def with_dropout(self, rate: float) -> "ModelConfig":
+    return dataclasses.replace(self, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
+
+
+# Fields that follow from settings of a run.
+RUN_FIELDS = ("lora_rank", "lora_scale", "lora_dropout", "lora_targets", "trained")

@@ -1,0 +1,113 @@
+"""about.json: with what a run was started and how it ended; report.html is written with its end."""
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jaxft
+from jaxft.distributed import multihost
+from jaxft.errors import StorageError, exit_code, first_line
+from jaxft.metrics.reporter import peak_memory_source
+from jaxft.report_page import run_page, run_record
+from jaxft.utils.console import log
+from jaxft.utils.files import atomic_write
+from jaxft.utils.redact import redact
+
+# What decides the devices and the compiled program beside the command line.
+ENV_VARIABLES = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES", "XLA_FLAGS")
+
+
+@contextlib.contextmanager
+def record_run(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, Any]) -> Iterator[None]:
+  """Inside it the run goes on; before it about.json is written, after it how the run ended, and the page.
+
+  A disk that does not take them costs a line of the story, not the run. Only process 0 writes.
+
+  Args:
+    facts: what only the run knows of itself: "step", where this start begins, and "total_steps", "model", "memory";
+      later "reached", the last step that was taken, "exported_step" and "export".
+  """
+  if jax.process_index() > 0:
+    yield
+    return
+  about = {"starts": []}
+  with _log_failure("about.json"):
+    device = mesh.local_devices[0]
+    devices = {"count": mesh.size, "kind": device.device_kind, "processes": jax.process_count()}
+    this = {"at": _now(), "step": facts["step"], "devices": devices, "mesh": dict(mesh.shape)}
+    starts = run_record.read_json_object(workdir / "about.json", []).get("starts") if facts["step"] else []
+    about = {"starts": [*(starts if isinstance(starts, list) else []), this]} | {
+      "command": shell_command(),
+      "folder": os.getcwd(),
+      "environment": {name: os.environ[name] for name in ENV_VARIABLES if name in os.environ},
+      "commit": git_commit(Path(jaxft.__file__).parent.parent),
+      "versions": dict(multihost.package_versions()),
+      **facts,
+      "memory": facts["memory"] | {"peak_of": peak_memory_source(device)},
+      "devices": devices,
+      "mesh": dict(mesh.shape),
+    }
+    _write(workdir, about)
+  ending = {"exit_code": 0, "why": ""}
+  try:
+    yield
+  except BaseException as error:
+    ending = {"exit_code": exit_code(error), "why": redact(str(error)) or type(error).__name__}
+    raise
+  finally:
+    with _log_failure("report.html"):
+      later = {key: facts[key] for key in ("reached", "exported_step", "export") if key in facts}
+      _write(workdir, about | later | {"ending": {"at": _now(), **ending}})
+      atomic_write(workdir / "report.html", run_page.render(run_record.load(workdir)))
+      log(f"report: {workdir / 'report.html'}")
+
+
+@contextlib.contextmanager
+def _log_failure(name: str) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:  # of any kind: hours of training are worth more than a page
+    what = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {first_line(error)}"
+    log(f"{name} is not written ({what}); python -m jaxft.report makes the page again")
+
+
+def _write(workdir: Path, about: dict[str, Any]) -> None:
+  atomic_write(workdir / "about.json", json.dumps(about, indent=2) + "\n")
+
+
+def _now() -> str:
+  return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def shell_command() -> str | None:
+  """The command line that started this process, for a shell; None where that is not `python -m jaxft...`: a notebook, say."""
+  words = sys.orig_argv
+  begin = next((i for i, word in enumerate(words) if word.startswith("jaxft.") and words[i - 1] == "-m"), None)
+  return None if begin is None else redact(shlex.join(["python", "-m", *words[begin:]]))
+
+
+def git_commit(checkout: Path) -> str | None:
+  """The commit of a git checkout, as its files say; None where it is no checkout. What was changed since is not seen."""
+  try:
+    git = checkout / ".git"
+    if git.is_file():  # a work tree of its own
+      git = checkout / git.read_text().removeprefix("gitdir:").strip()
+    head = (git / "HEAD").read_text().strip()
+    if not head.startswith("ref: "):
+      return head
+    name, shared = head.removeprefix("ref: "), git / "commondir"
+    common = git / shared.read_text().strip() if shared.exists() else git
+    if (common / name).exists():
+      return (common / name).read_text().strip()
+    packed = (common / "packed-refs").read_text().splitlines()
+    return next((line.split()[0] for line in packed if line.endswith(f" {name}")), None)
+  except OSError:
+    return None

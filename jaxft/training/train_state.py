@@ -1,0 +1,34 @@
+"""The train state: what a step changes, and the part of it that a checkpoint holds."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxft.training.trainable import combine
+
+
+class CheckpointState(NamedTuple):
+  """Everything that training changes, and everything a checkpoint holds."""
+
+  step: jax.Array
+  params: Any
+  opt: Any
+
+
+class TrainState(NamedTuple):
+  """What training changes, and the weights that it leaves as they are."""
+
+  step: jax.Array  # optimizer steps done, skipped ones included
+  params: Any  # those that are trained
+  opt_state: Any
+  frozen: Any = {}  # those that are not
+
+  @property
+  def all_params(self) -> Any:
+    """All parameters of the model."""
+    return combine(self.params, self.frozen)
+
+  @property
+  def checkpointable(self) -> CheckpointState:
+    """Without the frozen weights, which can be read again where they came from."""
+    return CheckpointState(self.step, self.params, self.opt_state)

@@ -1,0 +1,1 @@
+"""What every package may use: files, the console, units, JAX's settings."""
