@@ -33,14 +33,22 @@ Tensors = dict[str, np.ndarray]
 
 
 def parsed() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)"
+  )
   parser.add_argument("--rows", type=int, default=8, help="of a batch")
   parser.add_argument("--length", type=int, default=1024, help="tokens a row")
   parser.add_argument("--steps", type=int, default=30)
   parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
-  parser.add_argument("--offloads", nargs="+", choices=("none", "optimizer", "all"), default=["none"])
-  parser.add_argument("--trace", action="store_true", help="tell the longest kernels of one more step of the first")
+  parser.add_argument(
+    "--offloads", nargs="+", choices=("none", "optimizer", "all"), default=["none"]
+  )
+  parser.add_argument(
+    "--trace", action="store_true", help="tell the longest kernels of one more step of the first"
+  )
   parser.add_argument("--side", choices=("torch", "jaxft"), help=argparse.SUPPRESS)
   parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
   return parser.parse_args()
@@ -84,7 +92,9 @@ def norm(tensors: Tensors) -> float:
 
 def distance(found: Tensors, reference: Tensors) -> float:
   """Relative, over all tensors as one vector."""
-  return norm({name: found[name].reshape(it.shape) - it for name, it in reference.items()}) / norm(reference)
+  return norm({name: found[name].reshape(it.shape) - it for name, it in reference.items()}) / norm(
+    reference
+  )
 
 
 # ---- torch -----------------------------------------------------------------------------------------------------------------
@@ -98,14 +108,23 @@ def torch_model(asked: argparse.Namespace, device: str):
 
   facts = dict(PUBLISHED[asked.model])
   config = transformers.AutoConfig.for_model(facts.pop("model_type"), **facts)
-  for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "embed_dropout", "attention_dropout", "resid_dropout"):
+  for name in (
+    "embd_pdrop",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embed_dropout",
+    "attention_dropout",
+    "resid_dropout",
+  ):
     if hasattr(config, name):
       setattr(config, name, 0.0)
   config.use_cache = False
   torch.manual_seed(0)
   attention = "sdpa" if config.model_type == "gpt2" else "eager"
   with torch.device(device):
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+    model = transformers.AutoModelForCausalLM.from_config(
+      config, attn_implementation=attention
+    ).train()
   with torch.no_grad():
     for parameter in model.parameters():
       if parameter.ndim == 1:
@@ -130,14 +149,22 @@ def with_torch(asked: argparse.Namespace) -> None:
     found[dtype], gradient = torch_steps(asked, model, device, dtype)
     update = {name: p.detach() - start[name] for name, p in model.named_parameters()}
     for what, tensors in (("gradient", gradient), ("update", update)):
-      save_file({name: it.cpu().numpy() for name, it in tensors.items()}, asked.folder / f"{what} {dtype}.safetensors")
-  found |= {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__}
+      save_file(
+        {name: it.cpu().numpy() for name, it in tensors.items()},
+        asked.folder / f"{what} {dtype}.safetensors",
+      )
+  found |= {
+    "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    "torch": torch.__version__,
+  }
   whole = asked.folder / "torch.json.part"
   whole.write_text(json.dumps(found))
   whole.rename(asked.folder / "torch.json")
 
 
-def torch_steps(asked: argparse.Namespace, model, device: str, dtype: str) -> tuple[list[float], dict]:
+def torch_steps(
+  asked: argparse.Namespace, model, device: str, dtype: str
+) -> tuple[list[float], dict]:
   """The losses and the first gradient."""
   import torch
   import transformers
@@ -179,10 +206,14 @@ def with_jaxft(asked: argparse.Namespace) -> None:
     runs.append((figures, gradient, update))
     page.note("agree run", device=device.device_kind, model=asked.model, **figures)
     print(told(figures), flush=True)
-  report(asked, runs, json.loads(wait_for(asked.folder / "torch.json").read_text()), device.device_kind)
+  report(
+    asked, runs, json.loads(wait_for(asked.folder / "torch.json").read_text()), device.device_kind
+  )
 
 
-def jaxft_run(asked: argparse.Namespace, source, device, offload: str) -> tuple[dict[str, Any], Tensors, Tensors]:
+def jaxft_run(
+  asked: argparse.Namespace, source, device, offload: str
+) -> tuple[dict[str, Any], Tensors, Tensors]:
   """Figures of the steps, the first gradient, and the way of the weights."""
   import jax
 
@@ -196,7 +227,10 @@ def jaxft_run(asked: argparse.Namespace, source, device, offload: str) -> tuple[
   run = build_train_program(config, source.cfg, make_mesh(config.mesh, [device]), asked.steps, row)
   began = time.monotonic()
   step = run.train_step.trace(run.state, run.batch).lower().compile()
-  compiled, planned = time.monotonic() - began, measure.memory_breakdown(run, step.memory_analysis())
+  compiled, planned = (
+    time.monotonic() - began,
+    measure.memory_breakdown(run, step.memory_analysis()),
+  )
   begin = lambda: init_train_state(run, *load_or_init_params(run, source.cfg, source, config))
   batch = lambda i: jax.device_put(batch_of(some_ids(asked, i)), run.batch_sharding)
   state = begin()
@@ -225,9 +259,19 @@ def config_of(asked: argparse.Namespace, offload: str):
   import jaxft.config
 
   config = jaxft.config.default()
-  config.model.path, config.memory.offload, config.memory.remat = str(asked.folder / "model"), offload, asked.remat
-  config.optim.update(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, eps=EPS, schedule="linear")
-  config.train.batch_size, config.train.steps, config.data.sequence_length = asked.rows, asked.steps, asked.length
+  config.model.path, config.memory.offload, config.memory.remat = (
+    str(asked.folder / "model"),
+    offload,
+    asked.remat,
+  )
+  config.optim.update(
+    learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, eps=EPS, schedule="linear"
+  )
+  config.train.batch_size, config.train.steps, config.data.sequence_length = (
+    asked.rows,
+    asked.steps,
+    asked.length,
+  )
   return config
 
 
@@ -268,7 +312,9 @@ def as_torch(tree: Any, source) -> Tensors:
   """Parameters or gradients as transformers names and shapes them."""
   from jaxft.hf import export_tensors
 
-  return {it.name: np.array(it.to_numpy(), np.float32) for it in export_tensors.hf_tensors(tree, source)}
+  return {
+    it.name: np.array(it.to_numpy(), np.float32) for it in export_tensors.hf_tensors(tree, source)
+  }
 
 
 # ---- What is told of both --------------------------------------------------------------------------------------------------
@@ -287,25 +333,44 @@ def report(asked: argparse.Namespace, runs: list, torch: dict[str, Any], device:
     compared[what] = distance(tensors, reference), distance(read(what, "bfloat16"), reference)
   allowed = {what: factor * compared[what][1] + more for what, (factor, more) in ALLOWED.items()}
   differs = [what for what, (ours, _) in compared.items() if not ours <= allowed[what]]
-  between = {run["offload"]: between_runs(first, way, gradient, update) for run, first, way in others}
+  between = {
+    run["offload"]: between_runs(first, way, gradient, update) for run, first, way in others
+  }
   for offload, apart in between.items():
-    differs += [f"{what} of offload={offload}" for what, far in apart.items() if not far <= limit(what, compared)]
+    differs += [
+      f"{what} of offload={offload}"
+      for what, far in apart.items()
+      if not far <= limit(what, compared)
+    ]
   if torch["device"] != device:
     differs.append(f"the device: torch computed on {torch['device']}")
   verdict = f"DIFFERS: {', '.join(differs)}" if differs else "agrees"
-  page.note("agree", device=device, model=asked.model, verdict=verdict, compared=compared, between=between)
+  page.note(
+    "agree", device=device, model=asked.model, verdict=verdict, compared=compared, between=between
+  )
   text = table(asked, [run for run, _, _ in runs], compared, between, verdict, device)
-  page.put(f"agreement with torch, {name_of(asked)} on {page.where(device)}", "benchmarks/agree.py", text, device)
+  page.put(
+    f"agreement with torch, {name_of(asked)} on {page.where(device)}",
+    "benchmarks/agree.py",
+    text,
+    device,
+  )
   print(f"{text}\n{verdict}; {'; '.join(told(run) for run, _, _ in runs)}")
   sys.exit(1 if differs else 0)
 
 
-def between_runs(gradient: Tensors, update: Tensors, like: Tensors, like_update: Tensors) -> dict[str, float]:
+def between_runs(
+  gradient: Tensors, update: Tensors, like: Tensors, like_update: Tensors
+) -> dict[str, float]:
   """How far a run of another `memory.offload` is from the first one; the worst leaf among those that weigh something."""
   all_of = norm(like)
   leaves = [name for name, it in like.items() if norm({name: it}) > 1e-3 * all_of]
   worst = max(distance({name: gradient[name]}, {name: like[name]}) for name in leaves)
-  return {"gradient": distance(gradient, like), "update": distance(update, like_update), "worst leaf": worst}
+  return {
+    "gradient": distance(gradient, like),
+    "update": distance(update, like_update),
+    "worst leaf": worst,
+  }
 
 
 def limit(what: str, compared: dict[str, tuple[float, float]]) -> float:
@@ -326,7 +391,9 @@ def told(run: dict[str, Any]) -> str:
   )
 
 
-def table(asked: argparse.Namespace, runs: list, compared: dict, between: dict, verdict: str, device: str) -> str:
+def table(
+  asked: argparse.Namespace, runs: list, compared: dict, between: dict, verdict: str, device: str
+) -> str:
   names = {
     "loss": "loss, the largest difference of any step",
     "gradient": "first gradient, relative",
@@ -338,7 +405,9 @@ def table(asked: argparse.Namespace, runs: list, compared: dict, between: dict, 
     "",
     f"| | jaxft, {runs[0]['compute_dtype']}, {runs[0]['attention']} | torch, bfloat16 autocast |",
     "|---|---|---|",
-    *(f"| {names[what]} | {ours:.1e} | {theirs:.1e} |" for what, (ours, theirs) in compared.items()),
+    *(
+      f"| {names[what]} | {ours:.1e} | {theirs:.1e} |" for what, (ours, theirs) in compared.items()
+    ),
     "",
     *(f"- {told(run)}" for run in runs),
   ]

@@ -21,7 +21,11 @@ import page
 
 from jaxft.model.attention import KERNELS, attention, unsupported_reason
 
-HEADS = {"gpt2": (12, 64, None), "EleutherAI/gpt-neo-2.7B": (20, 128, 256), "EleutherAI/gpt-j-6b": (16, 256, None)}
+HEADS = {
+  "gpt2": (12, 64, None),
+  "EleutherAI/gpt-neo-2.7B": (20, 128, 256),
+  "EleutherAI/gpt-j-6b": (16, 256, None),
+}
 LENGTHS = 127, 512, 1031
 
 
@@ -34,7 +38,9 @@ def both(q, k, v, cotangent, segments, *, kernel: str, scale: float, window: int
 
 
 def inputs(T: int, N: int, H: int, dtype, packed: bool, B: int = 2) -> tuple:
-  arrays = [jax.random.normal(key, (B, T, N, H), dtype) for key in jax.random.split(jax.random.key(T), 4)]
+  arrays = [
+    jax.random.normal(key, (B, T, N, H), dtype) for key in jax.random.split(jax.random.key(T), 4)
+  ]
   cuts = np.sort(np.random.default_rng(T).integers(0, T, (B, 3)), 1)
   examples = (np.arange(T)[None, :, None] >= cuts[:, None]).sum(-1).astype(np.int32) + 1
   return *arrays, jnp.asarray(examples) if packed else None
@@ -43,11 +49,14 @@ def inputs(T: int, N: int, H: int, dtype, packed: bool, B: int = 2) -> tuple:
 def errors(found: tuple, exact: tuple) -> list[float]:
   as_numbers = lambda x: np.asarray(x, np.float32)
   return [
-    float(np.abs(as_numbers(a) - as_numbers(b)).max() / np.abs(as_numbers(b)).max()) for a, b in zip(found, exact)
+    float(np.abs(as_numbers(a) - as_numbers(b)).max() / np.abs(as_numbers(b)).max())
+    for a, b in zip(found, exact)
   ]
 
 
-def compared(kernel: str, T: int, N: int, H: int, dtype, packed: bool, window: int | None) -> tuple[float, float]:
+def compared(
+  kernel: str, T: int, N: int, H: int, dtype, packed: bool, window: int | None
+) -> tuple[float, float]:
   """The kernel's worst error and the formula's."""
   data, how = inputs(T, N, H, dtype, packed), {"scale": H**-0.5, "window": window}
   wide = [x.astype(jnp.float32) for x in data[:4]]
@@ -58,7 +67,9 @@ def compared(kernel: str, T: int, N: int, H: int, dtype, packed: bool, window: i
   )  # NaN is kept
 
 
-def timed(kernel: str, B: int, T: int, N: int, H: int, dtype, packed: bool, window: int | None) -> float:
+def timed(
+  kernel: str, B: int, T: int, N: int, H: int, dtype, packed: bool, window: int | None
+) -> float:
   """Milliseconds of forward and backward."""
   data = inputs(T, N, H, dtype, packed, B)
   call = lambda: jax.block_until_ready(both(*data, kernel=kernel, scale=H**-0.5, window=window))
@@ -72,10 +83,16 @@ def timed(kernel: str, B: int, T: int, N: int, H: int, dtype, packed: bool, wind
 
 
 def parsed() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="of these models")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--heads", nargs="+", choices=HEADS, default=list(HEADS), help="of these models"
+  )
   parser.add_argument("--kernels", nargs="+", choices=KERNELS[:-1], default=KERNELS[:-1])
-  parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens a row, for the errors")
+  parser.add_argument(
+    "--lengths", type=int, nargs="+", default=LENGTHS, help="tokens a row, for the errors"
+  )
   parser.add_argument("--rows", type=int, default=2, help="of the batch that is timed; 0: none is")
   parser.add_argument("--length", type=int, default=1024, help="tokens a row of it")
   return parser.parse_args()
@@ -93,12 +110,28 @@ def main() -> None:
     for window in dict.fromkeys((None, local)):
       how = (N, H, dtype, packed, window)
       worst, formula = np.max([compared(kernel, T, *how) for T in asked.lengths], 0)
-      times = [timed(it, asked.rows, asked.length, *how) for it in (kernel, "reference") if asked.rows]
+      times = [
+        timed(it, asked.rows, asked.length, *how) for it in (kernel, "reference") if asked.rows
+      ]
       rows = ("packed" if packed else "plain") + (f", window {window}" if window else "")
-      cells = [family, f"{N} x {H}", rows, kernel, f"{worst:.1e}", f"{formula:.1e}", *(f"{it:,.2f} ms" for it in times)]
+      cells = [
+        family,
+        f"{N} x {H}",
+        rows,
+        kernel,
+        f"{worst:.1e}",
+        f"{formula:.1e}",
+        *(f"{it:,.2f} ms" for it in times),
+      ]
       lines.append(f"| {' | '.join(cells)} |")
       print(lines[-1], flush=True)
-      found = {"heads": family, "kernel": kernel, "rows": rows, "error": worst, "formula_error": formula}
+      found = {
+        "heads": family,
+        "kernel": kernel,
+        "rows": rows,
+        "error": worst,
+        "formula_error": formula,
+      }
       page.note("attention", device=device.device_kind, **found, milliseconds=times)
       if not worst <= max(2 * formula, 1e-5):
         faults.append(lines[-1])
@@ -118,10 +151,17 @@ def put(asked: argparse.Namespace, device: str, dtype, lines: list[str]) -> None
   )
   if asked.rows:
     head += ["its time", "the formula's time"]
-    about += f"; times of forward and backward of {asked.rows} x {asked.length} tokens, medians of nine"
+    about += (
+      f"; times of forward and backward of {asked.rows} x {asked.length} tokens, medians of nine"
+    )
   table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]
   what = "attention on" if asked.rows else "attention's errors on"
-  page.put(f"{what} {page.where(device)}", "benchmarks/attention.py", "\n".join([f"{about}.", "", *table]), device)
+  page.put(
+    f"{what} {page.where(device)}",
+    "benchmarks/attention.py",
+    "\n".join([f"{about}.", "", *table]),
+    device,
+  )
 
 
 if __name__ == "__main__":

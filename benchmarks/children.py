@@ -46,7 +46,9 @@ def torch_device() -> str:
 
 def answer(command: list[str], seconds: float | None = None) -> dict:
   """The JSON of a command's last line, or {"error": why there is none}. After `seconds` it is killed, with what it started."""
-  with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), process_group=0) as child:
+  with subprocess.Popen(
+    command, stdout=subprocess.PIPE, env=environment(), process_group=0
+  ) as child:
     try:
       lines = child.communicate(timeout=seconds)[0].decode(errors="replace").splitlines()
     except subprocess.TimeoutExpired:

@@ -36,7 +36,9 @@ print(time.monotonic() - started)
 
 
 def main() -> None:
-  argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+  argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  ).parse_args()
   seconds = {(model, start): [] for model in MODELS for start in ("cold", "warm")}
   for _ in range(TURNS):
     for model in MODELS:
@@ -66,7 +68,9 @@ def main() -> None:
 def measure(model: str, cache: str) -> float:
   environment = children.environment(XDG_CACHE_HOME=cache, JAX_PLATFORMS="cpu")
   environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-  done = subprocess.run([sys.executable, "-c", ONE, model], stdout=subprocess.PIPE, check=True, env=environment)
+  done = subprocess.run(
+    [sys.executable, "-c", ONE, model], stdout=subprocess.PIPE, check=True, env=environment
+  )
   return float(done.stdout)
 
 

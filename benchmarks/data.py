@@ -26,7 +26,9 @@ NAMES = {
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--stories", type=int, default=100_000)
   parser.add_argument("--measure", choices=list(MEASURES), help=argparse.SUPPRESS)
   parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -43,7 +45,9 @@ def main() -> None:
     for turn in range(3):
       for name in taken:
         taken[name].append(measure(name, folder / f"{name}{turn}", folder))
-    best = {name: min(results, key=lambda result: result["seconds"]) for name, results in taken.items()}
+    best = {
+      name: min(results, key=lambda result: result["seconds"]) for name, results in taken.items()
+    }
     tokens = best["jaxft"]["tokens"] / 1e6
     versions = page.machine("cpu", "datasets", "transformers", "grain")
     lines = [
@@ -56,9 +60,17 @@ def main() -> None:
     for name, what in NAMES.items():
       found = best[name]
       speed = f"{found['tokens'] / found['seconds'] / 1e6:.2f} M"
-      lines.append(f"| {what} | {found['seconds']:.1f} | {speed} | {found['peak'] / 2**20:,.0f} MiB |")
-    loaders = {layout: measure(f"loader {layout}", folder / "jaxft0", folder) for layout in ("concat", "pack")}
-    speeds = [f"{it['tokens_per_second'] / 1e6:.1f} M tokens/s for `{layout}`" for layout, it in loaders.items()]
+      lines.append(
+        f"| {what} | {found['seconds']:.1f} | {speed} | {found['peak'] / 2**20:,.0f} MiB |"
+      )
+    loaders = {
+      layout: measure(f"loader {layout}", folder / "jaxft0", folder)
+      for layout in ("concat", "pack")
+    }
+    speeds = [
+      f"{it['tokens_per_second'] / 1e6:.1f} M tokens/s for `{layout}`"
+      for layout, it in loaders.items()
+    ]
     ratio = best["datasets"]["seconds"] / best["jaxft"]["seconds"]
     dropped = best["jaxft"]["rows"] - best["datasets"]["rows"]
     lines += [
@@ -99,9 +111,14 @@ def prepared(cache: Path, layout: str = "concat"):
   from jaxft.data import dataset
 
   folder = Path((cache / "from").read_text())
-  tokenizer = jaxft.hf.tokenizer.load(folder, 50257)
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, 50257)
   data = jaxft.config.default().data
-  data.update(train=(str(folder / "stories.jsonl"),), sequence_length=T, layout=layout, cache_dir=str(cache / "tokens"))
+  data.update(
+    train=(str(folder / "stories.jsonl"),),
+    sequence_length=T,
+    layout=layout,
+    cache_dir=str(cache / "tokens"),
+  )
   data.validation_fraction = 0.01
   started = time.perf_counter()
   found = dataset.prepare_data(data, tokenizer, "gpt2")
@@ -111,7 +128,12 @@ def prepared(cache: Path, layout: str = "concat"):
 def jaxft(cache: Path) -> dict:
   found, seconds = prepared(cache)
   tokens = found.report["tokens"]["read"]
-  return {"seconds": seconds, "tokens": tokens, "rows": len(found.train) + len(found.validation), "peak": peak()}
+  return {
+    "seconds": seconds,
+    "tokens": tokens,
+    "rows": len(found.train) + len(found.validation),
+    "peak": peak(),
+  }
 
 
 def datasets(cache: Path) -> dict:
@@ -137,7 +159,12 @@ def datasets(cache: Path) -> dict:
   rows = rows.map(tokenise, batched=True, remove_columns=rows.column_names)
   tokens = sum(map(len, rows[:1000]["input_ids"])) * len(rows) // 1000
   rows = rows.map(group, batched=True)
-  return {"seconds": time.perf_counter() - started, "tokens": tokens, "rows": len(rows), "peak": peak()}
+  return {
+    "seconds": time.perf_counter() - started,
+    "tokens": tokens,
+    "rows": len(rows),
+    "peak": peak(),
+  }
 
 
 def loader(cache: Path, layout: str) -> dict:

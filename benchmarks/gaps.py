@@ -40,16 +40,22 @@ class Busy(NamedTuple):
 
 
 def parsed() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("workdir", type=Path, nargs="?")
   parser.add_argument("--steps", type=int, default=5, help="that are, or were, traced")
   parser.add_argument("--picture", type=Path, help="file for the time line, as SVG")
-  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)")
+  parser.add_argument(
+    "--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)"
+  )
   parser.add_argument("--rows", type=int, default=2, help="of a batch")
   parser.add_argument("--length", type=int, default=512, help="tokens a row")
   parser.add_argument("--dropout", type=float, default=0.1)
   parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
-  parser.add_argument("--trace", type=Path, help="file for the trace, as .tar.gz: without it none is kept")
+  parser.add_argument(
+    "--trace", type=Path, help="file for the trace, as .tar.gz: without it none is kept"
+  )
   return parser.parse_args()
 
 
@@ -58,7 +64,9 @@ def main() -> None:
   if asked.workdir:
     found = spans_of(asked.workdir)
     if not found:
-      raise SystemExit(f"error: no trace of a device under {asked.workdir}; train with --config.train.profile_steps=5")
+      raise SystemExit(
+        f"error: no trace of a device under {asked.workdir}; train with --config.train.profile_steps=5"
+      )
     if asked.picture:
       asked.picture.write_text(drawn(found), encoding="utf-8")
     return print(f"{told(found, asked.steps)}\n{kernels_told(asked.workdir, asked.steps)}".strip())
@@ -69,7 +77,9 @@ def main() -> None:
         file.add(Path(folder) / "run" / "profile", "profile")
     found, kernels = spans_of(Path(folder)), kernels_told(Path(folder), asked.steps)
   if not found or (device != "cpu" and not found[0].device.startswith("/device:")):
-    raise SystemExit(f"error: the trace tells nothing of {device}: can JAX's profiler read its counters here?")
+    raise SystemExit(
+      f"error: the trace tells nothing of {device}: can JAX's profiler read its counters here?"
+    )
   print(kernels)
   put(asked, found, device)
 
@@ -85,7 +95,14 @@ def put(asked: argparse.Namespace, found: list[Busy], device: str) -> None:
     f"{asked.dropout:g}, `memory.remat={asked.remat}`, random weights, traced by `config.train.profile_steps`. {text}"
   )
   print(about)
-  page.note("gaps", device=device, picture=picture.name, shown_as=name, busy=[it.share for it in found], told=text)
+  page.note(
+    "gaps",
+    device=device,
+    picture=picture.name,
+    shown_as=name,
+    busy=[it.share for it in found],
+    told=text,
+  )
   picture_of = f"![{asked.steps} steps one after the other, with the waits between them]({name})"
   what = f"between programs, {asked.model} on {page.where(device)}"
   page.put(what, "benchmarks/gaps.py", f"{about}\n\n{picture_of}", device)
@@ -122,7 +139,9 @@ def kernels_told(folder: Path, steps: int) -> str:
   lines = []
   for device, kernels in longest_kernels(folder).items():
     lines += [f"{device}: the kernels that took longest"]
-    lines += [f"  {milliseconds / steps:8.3f} ms a step  {name[:140]}" for name, milliseconds in kernels]
+    lines += [
+      f"  {milliseconds / steps:8.3f} ms a step  {name[:140]}" for name, milliseconds in kernels
+    ]
   return "\n".join(lines)
 
 
@@ -152,7 +171,10 @@ def of_file(file: Path) -> list[Busy]:
     else:
       continue
     spans = [
-      (it.start_ns, it.start_ns + it.duration_ns) for line in plane.lines for it in line.events if wanted(line, it)
+      (it.start_ns, it.start_ns + it.duration_ns)
+      for line in plane.lines
+      for it in line.events
+      if wanted(line, it)
     ]
     if spans:
       found.append(Busy(plane.name, union(sorted(spans))))

@@ -25,8 +25,12 @@ CONTENDERS = "jaxft", "transformers", "transformers, static cache"
 
 
 def parsed() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)"
+  )
   parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
   parser.add_argument("--new", type=int, default=128, help="tokens that follow it")
   parser.add_argument("--rows", type=int, nargs="+", default=[1, 8], help="prompts at once")
@@ -56,18 +60,35 @@ def main() -> None:
     write_model(asked, Path(folder))
     for turn in range(1, asked.turns + 1):
       for name, seconds in asked.contenders:
-        now = children.answer([sys.executable, *sys.argv, "--measure", name, "--folder", folder], seconds)
-        page.note("generate", model=asked.model, contender=name, turn=turn, prompt=asked.prompt, new=asked.new, **now)
+        now = children.answer(
+          [sys.executable, *sys.argv, "--measure", name, "--folder", folder], seconds
+        )
+        page.note(
+          "generate",
+          model=asked.model,
+          contender=name,
+          turn=turn,
+          prompt=asked.prompt,
+          new=asked.new,
+          **now,
+        )
         if "error" in now:
           wrong.append(f"turn {turn}, {name}: {now['error']}")
           print(wrong[-1], flush=True)
           continue
         turns[name].append(now)
-        told = ", ".join(f"{speed:,.1f} tokens/s at {rows}" for rows, speed in now["tokens_per_second"].items())
+        told = ", ".join(
+          f"{speed:,.1f} tokens/s at {rows}" for rows, speed in now["tokens_per_second"].items()
+        )
         print(f"turn {turn}, {name}: {told}", flush=True)
         device = now["device"]
         what = f"generating with {asked.model} on {page.where(device)}"
-        page.put(what, "benchmarks/generate.py", text := table(asked, {k: of for k, of in turns.items() if of}), device)
+        page.put(
+          what,
+          "benchmarks/generate.py",
+          text := table(asked, {k: of for k, of in turns.items() if of}),
+          device,
+        )
   if any(turns.values()):
     print(text)
   if wrong:
@@ -107,7 +128,9 @@ def with_transformers(asked: argparse.Namespace) -> tuple[Callable, str]:
 
   cuda = children.torch_device() == "cuda"
   dtype = torch.bfloat16 if cuda else torch.float32
-  model = transformers.AutoModelForCausalLM.from_pretrained(asked.folder, dtype=dtype, attn_implementation="sdpa")
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    asked.folder, dtype=dtype, attn_implementation="sdpa"
+  )
   model = model.eval().to("cuda" if cuda else "cpu")
 
   def generate(prompts: list[list[int]]) -> list[list[int]]:
@@ -136,7 +159,11 @@ def measured(asked: argparse.Namespace, generate: Callable, device: str) -> dict
 
 def table(asked: argparse.Namespace, turns: dict[str, list[dict]]) -> str:
   first = {name: of[0]["first_tokens"] for name, of in turns.items()}
-  same = sum(np.logical_and.accumulate([len(set(tokens)) == 1 for tokens in zip(*first.values(), strict=True)]))
+  same = sum(
+    np.logical_and.accumulate(
+      [len(set(tokens)) == 1 for tokens in zip(*first.values(), strict=True)]
+    )
+  )
   peers = [name for name in turns if name != "jaxft"]
   ratios = [f"to {name}" for name in peers] if "jaxft" in turns else []
   columns = ["prompts at once", *(f"{name}, tokens/s" for name in turns), *ratios]
@@ -149,7 +176,9 @@ def table(asked: argparse.Namespace, turns: dict[str, list[dict]]) -> str:
     f"|{'---|' * len(columns)}",
   ]
   for rows in map(str, asked.rows):
-    speeds = {name: sorted(turn["tokens_per_second"][rows] for turn in of) for name, of in turns.items()}
+    speeds = {
+      name: sorted(turn["tokens_per_second"][rows] for turn in of) for name, of in turns.items()
+    }
     median = {name: statistics.median(of) for name, of in speeds.items()}
     cells = [f"{median[name]:,.1f} ({of[0]:,.1f} to {of[-1]:,.1f})" for name, of in speeds.items()]
     cells += [f"{median['jaxft'] / median[name]:.2f}" for name in peers if ratios]

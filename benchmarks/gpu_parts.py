@@ -108,25 +108,37 @@ PARTS = (
 def gpu() -> str:
   query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
   with contextlib.suppress(OSError, subprocess.SubprocessError):
-    return subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    return subprocess.run(
+      query, capture_output=True, text=True, check=True, timeout=20
+    ).stdout.strip()
   return "no GPU"
 
 
 def parsed(arguments: list[str] | None = None) -> tuple[argparse.Namespace, tuple[Part, ...]]:
   """The command line, and the parts that it asks for."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("phase", choices=("1", "2", "3", "all"))
-  parser.add_argument("seconds", type=float, help="that all may take; 0: no deadline, and ten times the limits")
+  parser.add_argument(
+    "seconds", type=float, help="that all may take; 0: no deadline, and ten times the limits"
+  )
   parser.add_argument("--out", type=Path, required=True, help="folder for the results")
   parser.add_argument("--parts", nargs="+", metavar="PART", help="these only")
-  parser.add_argument("--tiny", action="store_true", help="try the commands on a CPU, with tiny shapes")
-  parser.add_argument("--check", action="store_true", help="only whether this command line is right")
+  parser.add_argument(
+    "--tiny", action="store_true", help="try the commands on a CPU, with tiny shapes"
+  )
+  parser.add_argument(
+    "--check", action="store_true", help="only whether this command line is right"
+  )
   parser.add_argument("--turns", type=int, default=1, help="of what is timed beside others")
   asked = parser.parse_args(arguments)
   parts = tuple(part for part in PARTS if asked.phase in ("all", str(part.phase)))
   names = [part.name for part in parts]
   if wrong := [name for name in asked.parts or () if name not in names]:
-    parser.error(f"no part of phase {asked.phase}: {', '.join(wrong)}; there are {', '.join(names)}")
+    parser.error(
+      f"no part of phase {asked.phase}: {', '.join(wrong)}; there are {', '.join(names)}"
+    )
   if asked.seconds < 0 or asked.turns < 1:
     parser.error("SECONDS must not be negative, and --turns at least 1")
   return asked, tuple(part for part in parts if part.name in (asked.parts or names))
@@ -137,7 +149,9 @@ def main() -> int:
   if asked.check:
     return 0
   free = asked.tiny or not asked.seconds
-  runner = Runner(asked.out, asked.seconds or math.inf, asked.tiny, asked.turns, patience=10 if free else 1)
+  runner = Runner(
+    asked.out, asked.seconds or math.inf, asked.tiny, asked.turns, patience=10 if free else 1
+  )
 
   numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 

@@ -29,13 +29,17 @@ class Part(NamedTuple):
   command: str  # after `python`; {out}, {work}, {caches}, {turns}, {require}, and {N} for a limit of N seconds
   tiny: str  # flags that are added to try the command on a CPU: of two the last one counts
   group: str = ""  # parts that follow each other with the same group run beside each other
-  share: float = 0.0  # of the card's memory for XLA, where others run beside it; 0: as much as JAX takes
+  share: float = (
+    0.0  # of the card's memory for XLA, where others run beside it; 0: as much as JAX takes
+  )
   environment: dict[str, str] = {}
   instead_of: str = ""  # runs only where that part did not end well
 
 
 # Of what a part says, that its line in the summary does not end with: XLA's log, warnings, and what JAX adds to a traceback.
-NO_NEWS = re.compile(r"\s*$|[A-Z]\d{4} |.*WARNING|-+$|For simplicity, JAX has removed|.*JAX_TRACEBACK_FILTERING")
+NO_NEWS = re.compile(
+  r"\s*$|[A-Z]\d{4} |.*WARNING|-+$|For simplicity, JAX has removed|.*JAX_TRACEBACK_FILTERING"
+)
 HEAD, TAIL, LINE = 60_000, 40_000, 2_000  # characters: of a part's log, and of a line
 
 
@@ -77,7 +81,14 @@ class Runner:
     patience: what limits of parts are multiplied with.
   """
 
-  def __init__(self, out: Path, seconds: float = math.inf, tiny: bool = False, turns: int = 1, patience: float = 1):
+  def __init__(
+    self,
+    out: Path,
+    seconds: float = math.inf,
+    tiny: bool = False,
+    turns: int = 1,
+    patience: float = 1,
+  ):
     self.out, self.tiny, self.turns, self.patience = out.absolute(), tiny, turns, patience
     self.states: dict[str, str] = {}
     self.id = f"{time.time():.3f}"  # of later runs it is larger
@@ -99,7 +110,8 @@ class Runner:
           beside += 1
         beside = 2 if self.tiny else beside
         threads = [
-          threading.Thread(target=self._tried, args=(part, Path(work)), daemon=True) for part in parts[:beside]
+          threading.Thread(target=self._tried, args=(part, Path(work)), daemon=True)
+          for part in parts[:beside]
         ]
         for thread in threads:
           thread.start()
@@ -123,7 +135,10 @@ class Runner:
       print(line, flush=True)
 
   def note(self, benchmark: str, **found: Any) -> None:
-    append(self.out / "results.jsonl", json.dumps({"benchmark": benchmark, "at": round(time.time()), **found}))
+    append(
+      self.out / "results.jsonl",
+      json.dumps({"benchmark": benchmark, "at": round(time.time()), **found}),
+    )
 
   def _tried(self, part: Part, work: Path) -> None:
     """Runs a part; one that cannot be started, or noted, has failed."""
@@ -192,12 +207,23 @@ class Runner:
 
   def environment(self, part: Part) -> dict[str, str]:
     """No part computes on the CPU in silence, whatever JAX falls back to."""
-    where = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cuda,cpu"), "BENCHMARKS_REQUIRE": "gpu"}
+    where = {
+      "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cuda,cpu"),
+      "BENCHMARKS_REQUIRE": "gpu",
+    }
     if self.tiny:  # XLA's CPU compiler takes most of the time, and least at level 0
-      where = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+      where = {
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      }
     if part.share:
       where["XLA_CLIENT_MEM_FRACTION"] = str(part.share)
-    about = {"BENCHMARKS_OUT": str(self.out), "BENCHMARKS_RUN": self.id, "BENCHMARKS_PART": part.name}
+    about = {
+      "BENCHMARKS_OUT": str(self.out),
+      "BENCHMARKS_RUN": self.id,
+      "BENCHMARKS_PART": part.name,
+    }
     about["PYTHONUNBUFFERED"] = "1"
     of_part = {name: os.environ.get(name, value) for name, value in part.environment.items()}
     return children.environment(**(of_part | where), **about)
@@ -209,15 +235,21 @@ class Runner:
     on_cpu = any(line.get("device") == "cpu" for line in of_part)
     return "computed on the CPU" if on_cpu and not self.tiny else state
 
-  def _ended(self, part: Part, state: str, told: str, code: int | None = None, seconds: float = 0) -> None:
+  def _ended(
+    self, part: Part, state: str, told: str, code: int | None = None, seconds: float = 0
+  ) -> None:
     with self._lock:
       self.states[part.name] = state
       self.say(f"{part.name}: {state}, {seconds:.0f} s | {told[:600]}")
-      self.note("part", name=part.name, state=state, code=code, seconds=round(seconds, 1), told=told)
+      self.note(
+        "part", name=part.name, state=state, code=code, seconds=round(seconds, 1), told=told
+      )
       self._write_page()
 
   def _write_page(self) -> None:
-    text = page.with_sections(page.PAGE.read_text(encoding="utf-8"), page.read(self.out / "results.jsonl"))
+    text = page.with_sections(
+      page.PAGE.read_text(encoding="utf-8"), page.read(self.out / "results.jsonl")
+    )
     if self.tiny:
       text = f"**Tiny shapes on a CPU, to try the commands: what is new here is no measurement.**\n\n{text}"
     whole = self.out / "benchmarks.md.part"
@@ -227,7 +259,11 @@ class Runner:
 
   def end(self) -> int:
     """Names what did not run, and returns the exit code."""
-    failed = [f"{name} ({it})" for name, it in self.states.items() if it not in ("ok", "skipped", "not needed")]
+    failed = [
+      f"{name} ({it})"
+      for name, it in self.states.items()
+      if it not in ("ok", "skipped", "not needed")
+    ]
     skipped = [name for name, it in self.states.items() if it == "skipped"]
     if skipped:
       self.say(f"skipped, no time was left: {', '.join(skipped)}")

@@ -28,17 +28,28 @@ from jaxft.plan import rendering
 Line = dict[str, Any]
 # Of parts of benchmarks/gpu_parts.py that take a step of a config's own model, offload and remat.
 STANDS_FOR = {"gptj": "gptj_6b_8gb.py", "neo": "gptneo_2b7_16gb.py"}
-UNMEASURED = re.compile(r"^Expect     not measured yet: it needs the weights and a GPU$", re.MULTILINE)
+UNMEASURED = re.compile(
+  r"^Expect     not measured yet: it needs the weights and a GPU$", re.MULTILINE
+)
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
   parser.add_argument(
-    "--root", type=Path, default=ROOT, help="whose docs/ and configs/ are written (default: this checkout's)"
+    "--root",
+    type=Path,
+    default=ROOT,
+    help="whose docs/ and configs/ are written (default: this checkout's)",
   )
   asked = parser.parse_args()
-  lines = [line | {"folder": folder} for folder in asked.folders for line in page.read(folder / "results.jsonl")]
+  lines = [
+    line | {"folder": folder}
+    for folder in asked.folders
+    for line in page.read(folder / "results.jsonl")
+  ]
   measured = [line for line in lines if line.get("device") != "cpu"]
   if not any("device" in line for line in measured):
     names = ", ".join(map(str, asked.folders))
@@ -54,11 +65,15 @@ def main() -> None:
 
 def write_page(file: Path, lines: list[Line]) -> None:
   text = page.with_sections(file.read_text(encoding="utf-8"), lines)
-  for what, (_, table) in train_tables.sections([line for line in lines if line["benchmark"] == "train"]).items():
+  for what, (_, table) in train_tables.sections(
+    [line for line in lines if line["benchmark"] == "train"]
+  ).items():
     text = page.with_section(text, what, "benchmarks/train.py", table)
   if planned := plan_errors(lines):
     print(planned)
-    text = page.with_section(text, "the plan's peak and the measured one, by part", "benchmarks/gpu_tables.py", planned)
+    text = page.with_section(
+      text, "the plan's peak and the measured one, by part", "benchmarks/gpu_tables.py", planned
+    )
   file.write_text(text, encoding="utf-8")
   print(f"wrote {file}")
   if "**Not measured yet:** GPUs" in text:
@@ -67,7 +82,11 @@ def write_page(file: Path, lines: list[Line]) -> None:
 
 def plan_errors(lines: list[Line]) -> str:
   """A table of all lines that have both peaks; nothing where none has."""
-  both = [line for line in lines if line.get("planned_peak_bytes") and line.get("peak_bytes") and "device" in line]
+  both = [
+    line
+    for line in lines
+    if line.get("planned_peak_bytes") and line.get("peak_bytes") and "device" in line
+  ]
   rows, errors = [], []
   for line in both:
     planned, peak = line["planned_peak_bytes"], line["peak_bytes"]
@@ -80,7 +99,9 @@ def plan_errors(lines: list[Line]) -> str:
     return ""
   median, largest = statistics.median(map(abs, errors)), max(map(abs, errors))
   head = f"{len(both)} runs: median error {100 * median:.1f} %, largest {100 * largest:.1f} %."
-  return "\n".join([head, "", "| part | device | planned | measured | error |", f"|{'---|' * 5}", *rows])
+  return "\n".join(
+    [head, "", "| part | device | planned | measured | error |", f"|{'---|' * 5}", *rows]
+  )
 
 
 def model_of(line: Line) -> str:
@@ -113,7 +134,9 @@ def write_config(file: Path, told: str) -> None:
   text = file.read_text(encoding="utf-8")
   if not UNMEASURED.search(text):
     return print(f"{file} says something else already; this was measured: {told}")
-  wrapped = textwrap.fill(f"Expect     {told}", 124, subsequent_indent=" " * 11, break_on_hyphens=False)
+  wrapped = textwrap.fill(
+    f"Expect     {told}", 124, subsequent_indent=" " * 11, break_on_hyphens=False
+  )
   file.write_text(UNMEASURED.sub(lambda _: wrapped, text, count=1), encoding="utf-8")
   print(f"wrote {file}: {told}")
 

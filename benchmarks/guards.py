@@ -33,11 +33,16 @@ TURNS = 5
 
 
 def build(config, unguarded: bool):
-  cfg, T = model_config.from_hf_config(PUBLISHED["gpt2"]).with_dropout(0.0), config.data.sequence_length
+  cfg, T = (
+    model_config.from_hf_config(PUBLISHED["gpt2"]).with_dropout(0.0),
+    config.data.sequence_length,
+  )
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
   found = per_device.make_nonfinite_check
   if unguarded:  # "nothing is wrong" is then known when the program is compiled, and all that rests on it is left out
-    per_device.make_nonfinite_check = lambda shardings: lambda tree: jnp.zeros(len(jax.tree.leaves(tree)), bool)
+    per_device.make_nonfinite_check = lambda shardings: (
+      lambda tree: jnp.zeros(len(jax.tree.leaves(tree)), bool)
+    )
     finite, jnp.isfinite = jnp.isfinite, lambda x: jnp.ones(jnp.shape(x), bool)
   try:
     run = jaxft.training.build.build_train_program(config, cfg, make_mesh(config.mesh), 100, row)
@@ -49,7 +54,9 @@ def build(config, unguarded: bool):
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--rows", type=int, default=8)
   parser.add_argument("--length", type=int, default=512)
   arguments = parser.parse_args()
@@ -59,10 +66,14 @@ def main() -> None:
   _, _, bare = build(config, True)
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
   new = lambda: nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
-  state = jax.jit(lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places)()
+  state = jax.jit(
+    lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places
+  )()
   rng = np.random.default_rng(0)
   ids = rng.integers(cfg.V, size=run.batch["ids"].shape, dtype=np.int32)
-  batch = jax.device_put({"ids": ids, "targets": ids, "mask": np.ones(ids.shape, bool)}, run.batch_sharding)
+  batch = jax.device_put(
+    {"ids": ids, "targets": ids, "mask": np.ones(ids.shape, bool)}, run.batch_sharding
+  )
   seconds = {"guarded": [], "bare": []}
   for turn in range(TURNS + 1):
     for name, step in (("guarded", guarded), ("bare", bare)):

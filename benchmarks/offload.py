@@ -19,9 +19,13 @@ import page
 
 
 def parsed() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument(
-    "--model", default="EleutherAI/gpt-j-6b", help="one of the published sizes (jaxft.hf.known_models)"
+    "--model",
+    default="EleutherAI/gpt-j-6b",
+    help="one of the published sizes (jaxft.hf.known_models)",
   )
   parser.add_argument("--rows", type=int, default=1, help="of a batch")
   parser.add_argument("--micro", type=int, default=0, help="rows at once; 0: all")
@@ -30,7 +34,12 @@ def parsed() -> argparse.Namespace:
   parser.add_argument("--offload", default="all", choices=("none", "optimizer", "all"))
   parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
   parser.add_argument("--optimizer", default="adamw")
-  parser.add_argument("--pool", type=float, default=8.0, help="GiB of the GPU that XLA may use; 0: as much as it wants")
+  parser.add_argument(
+    "--pool",
+    type=float,
+    default=8.0,
+    help="GiB of the GPU that XLA may use; 0: as much as it wants",
+  )
   parser.add_argument("--json", action="store_true", help="end with a line of JSON")
   return parser.parse_args()
 
@@ -40,7 +49,11 @@ def config_of(asked: argparse.Namespace):
   import jaxft.config
 
   config = jaxft.config.default()
-  config.model.path, config.memory.offload, config.optim.name = asked.model, asked.offload, asked.optimizer
+  config.model.path, config.memory.offload, config.optim.name = (
+    asked.model,
+    asked.offload,
+    asked.optimizer,
+  )
   config.model.dropout, config.data.train, config.train.steps = 0.0, ("random",), asked.steps
   config.train.batch_size, config.train.micro_batch_size = asked.rows, asked.micro
   config.data.sequence_length = asked.length
@@ -52,7 +65,9 @@ def hold_pool(gib: float) -> None:
   """A share of the card's memory."""
   if gib and shutil.which("nvidia-smi"):
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    mib = int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0])
+    mib = int(
+      subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    )
     os.environ["XLA_CLIENT_MEM_FRACTION"] = f"{gib * 1024 / mib:.6f}"
 
 
@@ -104,13 +119,21 @@ def taken(asked: argparse.Namespace, run, vocabulary: int, state, step) -> list[
 
   rng, found = np.random.default_rng(1), []
   for i in range(asked.steps):
-    ids = rng.integers(vocabulary, size=(*run.batch["ids"].shape[:2], asked.length + 1), dtype=np.int32)
-    batch = {"ids": ids[..., :-1], "targets": ids[..., 1:], "mask": np.ones(ids[..., 1:].shape, bool)}
+    ids = rng.integers(
+      vocabulary, size=(*run.batch["ids"].shape[:2], asked.length + 1), dtype=np.int32
+    )
+    batch = {
+      "ids": ids[..., :-1],
+      "targets": ids[..., 1:],
+      "mask": np.ones(ids[..., 1:].shape, bool),
+    }
     started = time.monotonic()
     state, numbers = step(state, jax.device_put(batch, run.batch_sharding))
     loss = float(numbers["loss"])
     found.append({"loss": loss, "step_seconds": time.monotonic() - started})
-    print(f"step {i + 1}/{asked.steps}  loss {loss:.4f}  {found[-1]['step_seconds']:.2f} s", flush=True)
+    print(
+      f"step {i + 1}/{asked.steps}  loss {loss:.4f}  {found[-1]['step_seconds']:.2f} s", flush=True
+    )
   return found
 
 

@@ -23,8 +23,15 @@ _noted: list[dict[str, Any]] = []
 
 def machine(device: str, *packages: str) -> str:
   """The date, the machine and the versions: what each section begins with. `device`: as its framework calls it, or "cpu"."""
-  what = [str(datetime.date.today()), f"{os.cpu_count()} CPU cores", *([] if device == "cpu" else [device])]
-  what += [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)]
+  what = [
+    str(datetime.date.today()),
+    f"{os.cpu_count()} CPU cores",
+    *([] if device == "cpu" else [device]),
+  ]
+  what += [
+    f"Python {platform.python_version()}",
+    *(f"{name} {_version(name)}" for name in packages),
+  ]
   return ", ".join(what)
 
 
@@ -63,7 +70,9 @@ def noted(benchmark: str) -> list[dict[str, Any]]:
 def read(file: Path) -> list[dict[str, Any]]:
   """The lines of a results.jsonl; one that was cut off while it was written, or is none of ours, is left out."""
   found = []
-  for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
+  for line in (
+    file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ()
+  ):
     with contextlib.suppress(ValueError):
       found.append(json.loads(line))
   return [line for line in found if isinstance(line, dict) and {"benchmark", "at"} <= line.keys()]
@@ -79,13 +88,17 @@ def put(what: str, command: str, text: str, device: str = "cpu") -> None:
   if OUT:
     note("section", what=what, command=command, text=text, device=device)
   else:
-    PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), what, command, text), encoding="utf-8")
+    PAGE.write_text(
+      with_section(PAGE.read_text(encoding="utf-8"), what, command, text), encoding="utf-8"
+    )
 
 
 def without_paths(words: list[str]) -> list[str]:
   """A command's flags without those for files of this machine."""
   return [
-    word for word, after in zip(words, [*words[1:], ""]) if not word.startswith("/") and not after.startswith("/")
+    word
+    for word, after in zip(words, [*words[1:], ""])
+    if not word.startswith("/") and not after.startswith("/")
   ]
 
 

@@ -56,7 +56,14 @@ def reference(name: str, layers: int, folder: Path) -> None:
   from jaxft.hf.known_models import PUBLISHED
 
   config = transformers.AutoConfig.for_model(**with_layers(PUBLISHED[name], layers))
-  for dropout in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "embed_dropout", "attention_dropout", "resid_dropout"):
+  for dropout in (
+    "embd_pdrop",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embed_dropout",
+    "attention_dropout",
+    "resid_dropout",
+  ):
     if hasattr(config, dropout):
       setattr(config, dropout, 0.0)
   torch.manual_seed(0)
@@ -70,7 +77,11 @@ def reference(name: str, layers: int, folder: Path) -> None:
   numbers = {}
   for side, real in masks().items():
     positions = np.maximum(real.cumsum(1) - 1, 0)
-    arguments = dict(attention_mask=torch.from_numpy(real), position_ids=torch.from_numpy(positions)) if side else {}
+    arguments = (
+      dict(attention_mask=torch.from_numpy(real), position_ids=torch.from_numpy(positions))
+      if side
+      else {}
+    )
     with torch.no_grad():
       numbers[f"logits{side}"] = model(torch.from_numpy(some_ids(0, T)), **arguments).logits.numpy()
   ids = torch.from_numpy(some_ids(0, T))
@@ -97,7 +108,9 @@ def reference(name: str, layers: int, folder: Path) -> None:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     adamw.step()
     linear.step()
-  save_file({key: p.detach() for key, p in model.named_parameters()}, folder / "trained.safetensors")
+  save_file(
+    {key: p.detach() for key, p in model.named_parameters()}, folder / "trained.safetensors"
+  )
 
 
 def compare(folder: Path) -> None:
@@ -118,7 +131,9 @@ def compare(folder: Path) -> None:
   from jaxft.training.train_state import TrainState
 
   source = repo.resolve(str(folder / "model"))
-  graph, shapes, _ = jaxft.model.decoder.abstract_model(source.cfg, ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))
+  graph, shapes, _ = jaxft.model.decoder.abstract_model(
+    source.cfg, ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE)
+  )
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params = load_weights.load_params(source, shapes, jax.tree.map(lambda _: here, shapes))
   wanted = np.load(folder / "numbers.npz")
@@ -132,14 +147,18 @@ def compare(folder: Path) -> None:
   ids = some_ids(0, T).astype(np.int32)
   for side, real in masks().items():
     positions = np.maximum(real.cumsum(1) - 1, 0).astype(np.int32)
-    difference = np.asarray(logits(params, ids, real.astype(np.int32), positions)) - wanted[f"logits{side}"]
+    difference = (
+      np.asarray(logits(params, ids, real.astype(np.int32), positions)) - wanted[f"logits{side}"]
+    )
     found[f"logits{side}"] = float(np.abs(difference[real == 1]).max())
   found["rounding"] = float(wanted["rounding"])
   found["largest logit"] = float(np.abs(wanted["logits"]).max())
 
   def loss(params):
     decoder, mask = nnx.merge(graph, params), jnp.ones((2, T - 1), bool)
-    return cross_entropy_sum(decoder(ids[:, :-1]), decoder.head(), ids[:, 1:], mask, 128) / mask.sum()
+    return (
+      cross_entropy_sum(decoder(ids[:, :-1]), decoder.head(), ids[:, 1:], mask, 128) / mask.sum()
+    )
 
   value, gradients = jax.jit(jax.value_and_grad(loss))(params)
   found["loss"] = abs(float(value) - float(wanted["loss"]))
@@ -212,15 +231,23 @@ def masks() -> dict[str, np.ndarray]:
 def measure(name: str, layers: int) -> dict:
   with tempfile.TemporaryDirectory() as folder:
     child = [sys.executable, __file__, "--folder", folder]
-    subprocess.run([*child, "--reference", name, str(layers)], check=True, env=children.environment())
+    subprocess.run(
+      [*child, "--reference", name, str(layers)], check=True, env=children.environment()
+    )
     compared = subprocess.run(child, check=True, stdout=subprocess.PIPE, env=children.environment())
   return json.loads(compared.stdout.splitlines()[-1])
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--only", nargs="*", metavar="NAME", help="these models (default: all); the file is not written")
-  parser.add_argument("--memory", type=int, default=18, metavar="GIB", help="memory to use (default: 18)")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--only", nargs="*", metavar="NAME", help="these models (default: all); the file is not written"
+  )
+  parser.add_argument(
+    "--memory", type=int, default=18, metavar="GIB", help="memory to use (default: 18)"
+  )
   parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
   parser.add_argument("--reference", nargs=2, help=argparse.SUPPRESS)
   arguments = parser.parse_args()
@@ -255,7 +282,9 @@ def write(rows: list[str], started: datetime.datetime, memory: int) -> None:
     minutes=round((datetime.datetime.now() - started).total_seconds() / 60),
     steps=STEPS,
   )
-  foot = FOOTER.format(T=T, padding=PADDING, steps=STEPS, step_t=STEP_T, rate=RATE, decay=DECAY, eps=EPS, memory=memory)
+  foot = FOOTER.format(
+    T=T, padding=PADDING, steps=STEPS, step_t=STEP_T, rate=RATE, decay=DECAY, eps=EPS, memory=memory
+  )
   (ROOT / "docs" / "parity.md").write_text(head + "\n".join(rows) + "\n" + foot, encoding="utf-8")
 
 

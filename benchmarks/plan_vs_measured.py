@@ -43,10 +43,16 @@ FLAGS = ("model", "rows", "micro", "length", "remat", "offload")
 
 
 def parsed() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   numbers = range(len(POINTS))
-  parser.add_argument("--points", type=int, nargs="+", choices=numbers, default=list(numbers), metavar="N")
-  parser.add_argument("--plans", type=Path, help="JSON file of plans: read, and written where one was not there")
+  parser.add_argument(
+    "--points", type=int, nargs="+", choices=numbers, default=list(numbers), metavar="N"
+  )
+  parser.add_argument(
+    "--plans", type=Path, help="JSON file of plans: read, and written where one was not there"
+  )
   parser.add_argument("--device", help="plan for it, and measure nothing; needs --plans")
   asked = parser.parse_args()
   if asked.device and not asked.plans:
@@ -58,7 +64,10 @@ def planned(point: tuple, kind: str, file: Path | None) -> int:
   """The peak of a point's plan, in bytes; out of `file`, where it is there."""
   import jaxft
 
-  key, plans = f"{kind}: {line_of(point)}", json.loads(file.read_text()) if file and file.exists() else {}
+  key, plans = (
+    f"{kind}: {line_of(point)}",
+    json.loads(file.read_text()) if file and file.exists() else {},
+  )
   if key not in plans:
     how = argparse.Namespace(**dict(zip(FLAGS, point, strict=True)), optimizer="adamw", steps=3)
     plans[key] = jaxft.plan_for(offload.config_of(how), kind)["peak_bytes"]
@@ -70,7 +79,9 @@ def planned(point: tuple, kind: str, file: Path | None) -> int:
 def measured(point: tuple) -> dict:
   """What three steps of the point take, or {"error": ...}."""
   flags = [f"--{name}={value}" for name, value in zip(FLAGS, point, strict=True)]
-  return children.answer([sys.executable, offload.__file__, *flags, "--steps=3", "--pool=0", "--json"])
+  return children.answer(
+    [sys.executable, offload.__file__, *flags, "--steps=3", "--pool=0", "--json"]
+  )
 
 
 def line_of(point: tuple) -> str:
@@ -96,7 +107,10 @@ def main() -> None:
   points = [POINTS[i] for i in asked.points]
   if asked.device:
     for point in points:
-      print(f"{line_of(point)} | {rendering.format_bytes(planned(point, asked.device, asked.plans))} |", flush=True)
+      print(
+        f"{line_of(point)} | {rendering.format_bytes(planned(point, asked.device, asked.plans))} |",
+        flush=True,
+      )
     return
   if not (kind := kind_of_this_gpu()):
     for i, point in zip(asked.points, points, strict=True):
@@ -139,13 +153,17 @@ def put(found: list[tuple[tuple, int, dict]]) -> str:
       f"{taken['step_seconds']:.2f} s",
     ]
     lines.append(f"{line_of(point)} | {' | '.join(cells)} |")
-  head = "| model | rows x tokens, at once | remat | offload | planned | measured | error | a step |"
+  head = (
+    "| model | rows x tokens, at once | remat | offload | planned | measured | error | a step |"
+  )
   about = (
     f"{page.machine(device, 'jax')}: {len(errors)} of {len(found)} points ran, median error "
     f"{100 * statistics.median(errors):.1f} %, largest {100 * max(errors):.1f} %."
   )
   text = "\n".join([about, "", head, f"|{'---|' * 8}", *lines])
-  page.put("the plan's peak against the measured one", "benchmarks/plan_vs_measured.py", text, device)
+  page.put(
+    "the plan's peak against the measured one", "benchmarks/plan_vs_measured.py", text, device
+  )
   return text
 
 

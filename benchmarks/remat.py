@@ -17,8 +17,12 @@ from jaxft.plan.aot_compiler import Compiler, CompileRequest
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)"
+  )
   parser.add_argument("--device", default="h100")
   parser.add_argument("--rows", type=int, default=8)
   parser.add_argument("--length", type=int, default=1024)
@@ -33,7 +37,11 @@ def main() -> None:
       config = jaxft.config.default()
       config.memory.loss_chunk = chunk
       config.model.path, config.memory.remat, config.train.steps = asked.model, remat, 100
-      config.train.batch_size, config.data.sequence_length, config.data.train = asked.rows, asked.length, ("none",)
+      config.train.batch_size, config.data.sequence_length, config.data.train = (
+        asked.rows,
+        asked.length,
+        ("none",),
+      )
       answer = compiler(CompileRequest(jaxft.config.to_json(config), cfg, asked.device))
       if "peak_bytes" not in answer:
         raise SystemExit(f"error: {remat}: {answer}")
@@ -49,7 +57,11 @@ def main() -> None:
     f"{asked.length} tokens, {answer['compute_dtype']}, AdamW, no dropout. Needed is (6 P + 12 L N H T) x tokens (PaLM, "
     "appendix B), which counts attention to later tokens too; what is computed does not."
   )
-  page.put(f"memory against arithmetic, {asked.model}", "benchmarks/remat.py", "\n".join([about, "", *lines]))
+  page.put(
+    f"memory against arithmetic, {asked.model}",
+    "benchmarks/remat.py",
+    "\n".join([about, "", *lines]),
+  )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from children import ROOT
 from ml_collections import ConfigDict
 
 
-def config_of(folder: Path, model: str, rows: int, length: int, steps: int, dropout: float = 0.0) -> ConfigDict:
+def config_of(
+  folder: Path, model: str, rows: int, length: int, steps: int, dropout: float = 0.0
+) -> ConfigDict:
   """The settings of such a run; writes the model's config.json, a tokenizer and the text into `folder`."""
   sys.path.insert(0, str(ROOT / "tests"))
   import tiny
@@ -57,7 +59,11 @@ def finetune_until(
   from jaxft import train
   from jaxft.utils.console import log
 
-  report, say, room = jaxft.metrics.reporter.Reporter.log_step, log, jaxft.training.workdir.check_disk_space
+  report, say, room = (
+    jaxft.metrics.reporter.Reporter.log_step,
+    log,
+    jaxft.training.workdir.check_disk_space,
+  )
 
   def step(reporter, number: int, numbers: dict[str, Any], *rest) -> None:
     report(reporter, number, numbers, *rest)
@@ -69,9 +75,17 @@ def finetune_until(
     say(line)
     said(line)
 
-  jaxft.metrics.reporter.Reporter.log_step, log, jaxft.training.workdir.check_disk_space = step, heard, lambda *_: None
+  jaxft.metrics.reporter.Reporter.log_step, log, jaxft.training.workdir.check_disk_space = (
+    step,
+    heard,
+    lambda *_: None,
+  )
   try:
     with contextlib.suppress(LastStep):
       train.finetune(config, workdir, require=os.environ.get("BENCHMARKS_REQUIRE"))
   finally:
-    jaxft.metrics.reporter.Reporter.log_step, log, jaxft.training.workdir.check_disk_space = report, say, room
+    jaxft.metrics.reporter.Reporter.log_step, log, jaxft.training.workdir.check_disk_space = (
+      report,
+      say,
+      room,
+    )

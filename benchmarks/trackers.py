@@ -34,12 +34,19 @@ from jaxft.training.train_state import TrainState
 from jaxft.utils.console import console
 
 TURNS = 6
-LINE = {"train/loss": 3.2, "train/learning_rate": 5e-5, "train/grad_norm": 1.1, "train/tokens": 10**6}
+LINE = {
+  "train/loss": 3.2,
+  "train/learning_rate": 5e-5,
+  "train/grad_norm": 1.1,
+  "train/tokens": 10**6,
+}
 LINE |= {"perf/tokens_per_second": 1e4, "perf/step_seconds": 0.1, "memory/peak_bytes": 10**9}
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--rows", type=int, default=1)
   parser.add_argument("--length", type=int, default=128)
   parser.add_argument("--writers", default=",".join(TRACKERS))
@@ -53,9 +60,13 @@ def main() -> None:
   train_step = run.train_step.lower(run.state, run.batch).compile()
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
   new = lambda: nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
-  state = jax.jit(lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places)()
+  state = jax.jit(
+    lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places
+  )()
   ids = np.random.default_rng(0).integers(cfg.V, size=run.batch["ids"].shape, dtype=np.int32)
-  batch = jax.device_put({"ids": ids, "targets": ids, "mask": np.ones(ids.shape, bool)}, run.batch_sharding)
+  batch = jax.device_put(
+    {"ids": ids, "targets": ids, "mask": np.ones(ids.shape, bool)}, run.batch_sharding
+  )
 
   console.quiet = True
   seconds, steps = {"without": [], "with": [], "broken": []}, config.train.log_every
@@ -64,11 +75,15 @@ def main() -> None:
     for name in ("working", "broken"):
       (Path(folder) / name).mkdir()
     with contextlib.ExitStack() as until_the_end:
-      working = until_the_end.enter_context(TrackerGroup(config, Path(folder) / "working", 0, *lines, True))
+      working = until_the_end.enter_context(
+        TrackerGroup(config, Path(folder) / "working", 0, *lines, True)
+      )
       send(working, 0)
       wait_for(working)
       break_all(f"http://127.0.0.1:{silent.getsockname()[1]}", Path(folder) / "file")
-      broken = until_the_end.enter_context(TrackerGroup(config, Path(folder) / "broken", 0, *lines, True))
+      broken = until_the_end.enter_context(
+        TrackerGroup(config, Path(folder) / "broken", 0, *lines, True)
+      )
       for turn in range(1, TURNS + 1):
         for what, writers in {"without": None, "with": working, "broken": broken}.items():
           started = time.monotonic()
@@ -83,10 +98,12 @@ def main() -> None:
   spread = (max(seconds["without"]) - min(seconds["without"])) / median["without"]
   where = f"{jax.devices()[0].device_kind}, {arguments.rows} x {T} tokens"
   names = ", ".join(config.tracking.writers)
-  rows = {"without": "without trackers", "with": f"a line to {names}", "broken": "the same, and all of them broken"}
-  text = (
-    f"{datetime.date.today()}, {where}, a line in {steps} steps, the medians of {TURNS} turns (those without trackers "
-  )
+  rows = {
+    "without": "without trackers",
+    "with": f"a line to {names}",
+    "broken": "the same, and all of them broken",
+  }
+  text = f"{datetime.date.today()}, {where}, a line in {steps} steps, the medians of {TURNS} turns (those without trackers "
   text += f"differ by {spread:.0%}):\n\n| | a step | of a step |\n|---|---|---|\n"
   for what, name in rows.items():
     change = "" if what == "without" else f"{median[what] / median['without'] - 1:+.1%}"

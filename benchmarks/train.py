@@ -42,18 +42,29 @@ SETTINGS = "model", "rows", "length", "steps", "warm_up", "dropout", "remat", "c
 
 
 def parsed() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--model", default="gpt2", help="one of the published sizes (jaxft.hf.known_models)"
+  )
   parser.add_argument("--rows", type=int, default=4, help="of a batch")
   parser.add_argument("--length", type=int, default=512, help="tokens a row")
   parser.add_argument("--steps", type=int, default=4, help="of a turn, after the warm-up")
-  parser.add_argument("--warm_up", type=int, default=2, help="steps before them: compiling, and the first allocations")
+  parser.add_argument(
+    "--warm_up", type=int, default=2, help="steps before them: compiling, and the first allocations"
+  )
   parser.add_argument("--turns", type=int, default=3)
   parser.add_argument("--dropout", type=float, default=0.0)
   parser.add_argument(
-    "--remat", default="dots", choices=("none", "dots", "full"), help="of jaxft: what it computes again"
+    "--remat",
+    default="dots",
+    choices=("none", "dots", "full"),
+    help="of jaxft: what it computes again",
   )
-  parser.add_argument("--checkpointing", action="store_true", help="Trainer computes activations again")
+  parser.add_argument(
+    "--checkpointing", action="store_true", help="Trainer computes activations again"
+  )
   parser.add_argument("--caches", type=Path, help="folder for compiled programs, which stay there")
   parser.add_argument(
     "--contenders",
@@ -62,7 +73,9 @@ def parsed() -> argparse.Namespace:
     metavar="NAME[=SECONDS]",
     help="default: jaxft and those of Trainer that the model's class offers, without a limit",
   )
-  parser.add_argument("--measure", choices=list(CONTENDERS), help="one turn of one, in this process; no table")
+  parser.add_argument(
+    "--measure", choices=list(CONTENDERS), help="one turn of one, in this process; no table"
+  )
   parser.add_argument("--began", type=float, default=time.time(), help=argparse.SUPPRESS)
   return parser.parse_args()
 
@@ -104,7 +117,11 @@ def contenders_of(model: str) -> list[tuple[str, None]]:
 
 def use_caches(folder: Path) -> None:
   """For this process and those that it starts."""
-  places = {"XDG_CACHE_HOME": "", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+  places = {
+    "XDG_CACHE_HOME": "",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+  }
   os.environ |= {name: str(folder.absolute() / place) for name, place in places.items()}
 
 
@@ -118,7 +135,12 @@ def measure(asked: argparse.Namespace, name: str, seconds: float | None, turn: i
     now["versions"] = page.machine(now["device"], "jax", "torch", "transformers", "accelerate")
     if at_peak := train_tables.tokens_per_second_at_peak(settings, now["device"]):
       now["mfu"] = now["tokens_per_second"] / at_peak
-  took = {"settings": settings, "contender": name, "turn": turn, "wall_seconds": round(time.time() - began, 1)}
+  took = {
+    "settings": settings,
+    "contender": name,
+    "turn": turn,
+    "wall_seconds": round(time.time() - began, 1),
+  }
   return page.note("train", **took, **now)
 
 
@@ -128,7 +150,9 @@ def told(line: dict) -> str:
   if "error" in line:
     return head + line["error"]
   mfu = f", MFU {line['mfu']:.1%}" if "mfu" in line else ""
-  planned = f" of {line['planned_peak_bytes'] / 2**30:.2f} planned" if "planned_peak_bytes" in line else ""
+  planned = (
+    f" of {line['planned_peak_bytes'] / 2**30:.2f} planned" if "planned_peak_bytes" in line else ""
+  )
   return (
     f"{head}{line['tokens_per_second']:,.0f} tokens/s{mfu}, peak {line['peak_bytes'] / 2**30:.2f} GiB{planned}, loss "
     f"{line['loss']:.3f}, first step after {line['first_step_seconds']:.1f} s"
@@ -144,7 +168,9 @@ def measured(asked: argparse.Namespace) -> dict:
       return (with_jaxft if asked.measure == "jaxft" else with_trainer)(asked, Path(folder))
     except Exception as error:
       traceback.print_exc()
-      return {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"}
+      return {
+        "error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+      }
 
 
 def with_jaxft(asked: argparse.Namespace, folder: Path) -> dict:
@@ -175,7 +201,9 @@ def with_jaxft(asked: argparse.Namespace, folder: Path) -> dict:
   return found | {"peak_bytes": peak_memory_bytes(device), "device": device.device_kind}
 
 
-def taken(asked: argparse.Namespace, marks: list[float], losses: list[float], first_step: list[float]) -> dict:
+def taken(
+  asked: argparse.Namespace, marks: list[float], losses: list[float], first_step: list[float]
+) -> dict:
   """What all contenders tell of their steps; `marks` are when the warm-up and the last step were over."""
   seconds = (marks[1] - marks[0]) / asked.steps
   return {
@@ -194,16 +222,30 @@ def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
   how, facts = CONTENDERS[asked.measure], dict(PUBLISHED[asked.model])
   config = transformers.AutoConfig.for_model(facts.pop("model_type"), **facts)
   rates = [
-    name for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "embed_dropout", "resid_dropout")
+    name
+    for name in (
+      "attn_pdrop",
+      "embd_pdrop",
+      "resid_pdrop",
+      "attention_dropout",
+      "embed_dropout",
+      "resid_dropout",
+    )
   ]
   for name in rates:
     if hasattr(config, name):
       setattr(config, name, asked.dropout)
   config.use_cache = False
   cuda, marks, first_step = children.torch_device() == "cuda", [], []
-  with torch.device("cuda" if cuda else "cpu"):  # drawing six billion numbers on a CPU takes minutes
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=how["attention"])
-  rows = torch.randint(config.vocab_size, (64 * asked.rows, asked.length), generator=torch.Generator().manual_seed(0))
+  with torch.device(
+    "cuda" if cuda else "cpu"
+  ):  # drawing six billion numbers on a CPU takes minutes
+    model = transformers.AutoModelForCausalLM.from_config(
+      config, attn_implementation=how["attention"]
+    )
+  rows = torch.randint(
+    config.vocab_size, (64 * asked.rows, asked.length), generator=torch.Generator().manual_seed(0)
+  )
 
   class Rows(torch.utils.data.Dataset):
     def __len__(self) -> int:
@@ -243,7 +285,11 @@ def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
   )
   trainer.train()
   losses = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
-  peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  peak = (
+    torch.cuda.max_memory_allocated()
+    if cuda
+    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  )
   return taken(asked, marks, losses, first_step) | {
     "peak_bytes": peak,
     "device": torch.cuda.get_device_name() if cuda else "cpu",

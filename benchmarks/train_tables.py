@@ -8,7 +8,13 @@ from typing import Any
 import page
 from models import PUBLISHED
 
-SAME = "model", "rows", "length", "dropout", "checkpointing"  # settings that contenders of a table share
+SAME = (
+  "model",
+  "rows",
+  "length",
+  "dropout",
+  "checkpointing",
+)  # settings that contenders of a table share
 Line = dict[str, Any]
 
 
@@ -18,10 +24,17 @@ def sections(lines: list[Line]) -> dict[str, tuple[str, str]]:
   for device in dict.fromkeys(line["device"] for line in lines if "device" in line):
     folders = {line.get("folder") for line in lines if line.get("device") == device}
     # An error has no device: it is of those that its folder has.
-    on_it = [line for line in lines if line.get("device", device) == device and line.get("folder") in folders]
+    on_it = [
+      line
+      for line in lines
+      if line.get("device", device) == device and line.get("folder") in folders
+    ]
     for line in on_it:
       if line["contender"] == "jaxft" and "error" not in line:
-        found[name_of(line["settings"], device)] = device, table(of_table(on_it, line["settings"]), device)
+        found[name_of(line["settings"], device)] = (
+          device,
+          table(of_table(on_it, line["settings"]), device),
+        )
   return found
 
 
@@ -54,15 +67,27 @@ def table(found: dict[str, list[Line]], device: str) -> str:
   first = sound["jaxft"][0]
   settings, at_peak = first["settings"], tokens_per_second_at_peak(first["settings"], device)
   speed = lambda name: statistics.median(turn["tokens_per_second"] for turn in sound[name])
-  best = max((speed(name) for name, turns in sound.items() if name != "jaxft" and turns), default=None)
+  best = max(
+    (speed(name) for name, turns in sound.items() if name != "jaxft" and turns), default=None
+  )
   columns = ["", "tokens/s", "to Trainer's best", *(["MFU"] if at_peak else []), "peak memory"]
-  columns += ["first step"] if settings["filled_caches"] else ["first step, caches empty", "and filled"]
-  lines = [about(first, len(found["jaxft"]), device), "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+  columns += (
+    ["first step"] if settings["filled_caches"] else ["first step, caches empty", "and filled"]
+  )
+  lines = [
+    about(first, len(found["jaxft"]), device),
+    "",
+    f"| {' | '.join(columns)} |",
+    f"|{'---|' * len(columns)}",
+  ]
   for name, turns in found.items():
     if not sound[name]:
       lines.append(f"| {name} | {turns[0]['error']} |{' |' * (len(columns) - 2)}")
       continue
-    speeds, failed = sorted(turn["tokens_per_second"] for turn in sound[name]), len(turns) - len(sound[name])
+    speeds, failed = (
+      sorted(turn["tokens_per_second"] for turn in sound[name]),
+      len(turns) - len(sound[name]),
+    )
     cells = [name + (f", {failed} of {len(turns)} turns failed" if failed else "")]
     cells.append(f"{speed(name):,.0f} ({speeds[0]:,.0f} to {speeds[-1]:,.0f})")
     cells.append(f"{speed(name) / best:.2f}" if best else "")
@@ -90,10 +115,15 @@ def about(line: Line, turns: int, device: str) -> str:
 
 def first_steps(turns: list[Line], filled: bool) -> list[str]:
   """The cells of when the first step is over."""
-  told = lambda of: f"{statistics.median(turn['first_step_seconds'] for turn in of):.1f} s" if of else ""
+  told = lambda of: (
+    f"{statistics.median(turn['first_step_seconds'] for turn in of):.1f} s" if of else ""
+  )
   if filled:
     return [told(turns)]
-  return [told([turn for turn in turns if turn["turn"] == 1]), told([turn for turn in turns if turn["turn"] > 1])]
+  return [
+    told([turn for turn in turns if turn["turn"] == 1]),
+    told([turn for turn in turns if turn["turn"] > 1]),
+  ]
 
 
 def tokens_per_second_at_peak(settings: Line, device: str) -> float | None:

@@ -30,7 +30,10 @@ def get_config():
   c.train.micro_batch_size = 8
   c.train.eval_every = 200
   c.train.save_every = 200
-  c.train.sample_prompts = ("Question: What is the capital of France? Answer:", "The weather today is")
+  c.train.sample_prompts = (
+    "Question: What is the capital of France? Answer:",
+    "The weather today is",
+  )
   c.train.sample_tokens = 40
 
   c.optim.learning_rate = 5e-5

@@ -53,5 +53,7 @@ def get_config():
 
   c.tracking.system_metrics = True
 
-  c.memory.loss_chunk = 128  # 50,257 logits a token: whole, they would be the largest array of the step
+  c.memory.loss_chunk = (
+    128  # 50,257 logits a token: whole, they would be the largest array of the step
+  )
   return c

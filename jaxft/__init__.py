@@ -20,7 +20,9 @@ if sys.argv[0] == "-m" and any(word.startswith("jaxft.") for word in sys.orig_ar
   from jaxft.utils import environment
 
   environment.setup()
-  gc.set_threshold(10_000, 10, 10)  # of 700: garbage collection took a tenth of the time of the imports
+  gc.set_threshold(
+    10_000, 10, 10
+  )  # of 700: garbage collection took a tenth of the time of the imports
   usage.print_help(sys.orig_argv)
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
 

@@ -42,7 +42,9 @@ class Setting(NamedTuple):
 
 EPOCH = ("epoch",)
 SETTINGS = (
-  Setting("model.path", "", any_value, "checkpoint to start from: a Hugging Face hub id or a folder"),
+  Setting(
+    "model.path", "", any_value, "checkpoint to start from: a Hugging Face hub id or a folder"
+  ),
   Setting("model.revision", "main", any_value, "branch, tag or commit of the hub id"),
   Setting(
     "model.torch_bin",
@@ -51,14 +53,24 @@ SETTINGS = (
     "read pytorch_model*.bin, a pickle, where there are no other weights: through torch, which then must be installed, "
     "with weights_only=True",
   ),
-  Setting("model.init", "pretrained", one_of("pretrained", "scratch"), "read the weights, or draw new ones"),
+  Setting(
+    "model.init",
+    "pretrained",
+    one_of("pretrained", "scratch"),
+    "read the weights, or draw new ones",
+  ),
   Setting(
     "model.head",
     "lm",
     one_of("lm", "classification"),
     "lm writes text; classification tells the labels of data.format=classification apart",
   ),
-  Setting("model.config", "", any_value, "config.json of the model to draw from scratch; empty: the one in model.path"),
+  Setting(
+    "model.config",
+    "",
+    any_value,
+    "config.json of the model to draw from scratch; empty: the one in model.path",
+  ),
   Setting(
     "model.config_overrides",
     "",
@@ -89,7 +101,12 @@ SETTINGS = (
     one_of("auto", "cudnn", "splash", "chunked", "reference"),
     "auto: cudnn or splash where the hardware has it, else chunked; reference: all probabilities in memory",
   ),
-  Setting("model.dropout", float, between(0, 1), "dropout everywhere; unset: the rates of the model's config.json"),
+  Setting(
+    "model.dropout",
+    float,
+    between(0, 1),
+    "dropout everywhere; unset: the rates of the model's config.json",
+  ),
   Setting(
     "data.train",
     (),
@@ -97,7 +114,12 @@ SETTINGS = (
     "one or more sources: hub:NAME[:SPLIT], or a .txt, .jsonl, .csv or .parquet file, glob or folder; with @WEIGHT after "
     "it an epoch passes so often over its documents: stories.jsonl@0.5",
   ),
-  Setting("data.validation", (), any_value, "sources to evaluate on; empty: split off the training documents"),
+  Setting(
+    "data.validation",
+    (),
+    any_value,
+    "sources to evaluate on; empty: split off the training documents",
+  ),
   Setting(
     "data.unrelated",
     (),
@@ -120,7 +142,12 @@ SETTINGS = (
   ),
   Setting("data.text_column", "text", any_value, "column that holds the text"),
   Setting("data.prompt_column", "prompt", any_value, "column of the prompt, for prompt_completion"),
-  Setting("data.completion_column", "completion", any_value, "column of the completion, for prompt_completion"),
+  Setting(
+    "data.completion_column",
+    "completion",
+    any_value,
+    "column of the completion, for prompt_completion",
+  ),
   Setting("data.label_column", "label", any_value, "column of the label, for classification"),
   Setting(
     "data.template",
@@ -129,12 +156,30 @@ SETTINGS = (
     "how a prompt and its completion are put together; what follows the prompt's text is learned from {completion} on. With "
     "data.format=text another one puts columns of the row together, all of it to be learned: Question: {q}. Answer: {a}",
   ),
-  Setting("data.encoding", "utf-8", encoding, "of text, JSON and CSV files: utf-8, cp1252, latin-1, utf-16, ..."),
-  Setting("data.separator", "", any_value, "text that cuts a .txt file into documents; empty: a file is one document"),
   Setting(
-    "data.on_bad_row", "error", one_of("error", "skip"), "end the run at a row that is no text, or count it and go on"
+    "data.encoding",
+    "utf-8",
+    encoding,
+    "of text, JSON and CSV files: utf-8, cp1252, latin-1, utf-16, ...",
   ),
-  Setting("data.duplicates", "keep", one_of("keep", "drop"), "what becomes of a document that was read before"),
+  Setting(
+    "data.separator",
+    "",
+    any_value,
+    "text that cuts a .txt file into documents; empty: a file is one document",
+  ),
+  Setting(
+    "data.on_bad_row",
+    "error",
+    one_of("error", "skip"),
+    "end the run at a row that is no text, or count it and go on",
+  ),
+  Setting(
+    "data.duplicates",
+    "keep",
+    one_of("keep", "drop"),
+    "what becomes of a document that was read before",
+  ),
   Setting(
     "data.layout",
     "concat",
@@ -142,7 +187,10 @@ SETTINGS = (
     "concat: one stream cut into rows; pack: several examples a row that do not see each other; pad: one example a row",
   ),
   Setting(
-    "data.cache_dir", "", any_value, "folder that keeps the tokens; empty: ~/.cache/jaxft/tokens (or XDG_CACHE_HOME)"
+    "data.cache_dir",
+    "",
+    any_value,
+    "folder that keeps the tokens; empty: ~/.cache/jaxft/tokens (or XDG_CACHE_HOME)",
   ),
   Setting(
     "data.nats_column",
@@ -152,11 +200,31 @@ SETTINGS = (
     "a known distribution: the floor no model can beat is then printed beside the eval loss",
   ),
   Setting("data.sequence_length", 512, at_least(2), "tokens a row"),
-  Setting("data.limit_train", 0, at_least(0), "use this many training documents, drawn with shuffle_seed; 0: all"),
-  Setting("data.limit_validation", 0, at_least(0), "use this many validation documents, drawn likewise; 0: all"),
-  Setting("data.shuffle_seed", 0, between(0, 2**31), "seed of the order of rows and of every draw of documents"),
+  Setting(
+    "data.limit_train",
+    0,
+    at_least(0),
+    "use this many training documents, drawn with shuffle_seed; 0: all",
+  ),
+  Setting(
+    "data.limit_validation",
+    0,
+    at_least(0),
+    "use this many validation documents, drawn likewise; 0: all",
+  ),
+  Setting(
+    "data.shuffle_seed",
+    0,
+    between(0, 2**31),
+    "seed of the order of rows and of every draw of documents",
+  ),
   Setting("train.steps", 0, at_least(0), "optimizer steps; 0: as many as train.epochs takes"),
-  Setting("train.epochs", 0.0, at_least(0), "passes over the training rows; 0: train.steps says when to end"),
+  Setting(
+    "train.epochs",
+    0.0,
+    at_least(0),
+    "passes over the training rows; 0: train.steps says when to end",
+  ),
   Setting("train.batch_size", 8, at_least(1), "sequences per optimizer step, over all devices"),
   Setting(
     "train.micro_batch_size",
@@ -171,7 +239,9 @@ SETTINGS = (
     "optimizer steps, from the third on, that JAX's profiler traces into WORKDIR/profile",
   ),
   Setting("train.seed", 0, between(0, 2**31), "seed of dropout, of new weights and of the samples"),
-  Setting("train.log_every", 10, at_least(1), "steps between lines of metrics.jsonl, or epoch", EPOCH),
+  Setting(
+    "train.log_every", 10, at_least(1), "steps between lines of metrics.jsonl, or epoch", EPOCH
+  ),
   Setting(
     "train.eval_every",
     0,
@@ -186,7 +256,13 @@ SETTINGS = (
     "sequences an evaluation takes at once, over all devices; 0: as many as training does",
   ),
   Setting("train.eval_batches", 0, at_least(0), "batches an evaluation; 0: all validation rows"),
-  Setting("train.save_every", 500, at_least(0), "steps between checkpoints, or epoch; 0: only after the last", EPOCH),
+  Setting(
+    "train.save_every",
+    500,
+    at_least(0),
+    "steps between checkpoints, or epoch; 0: only after the last",
+    EPOCH,
+  ),
   Setting("train.keep", 2, at_least(1), "newest checkpoints to keep"),
   Setting(
     "train.keep_best_metric",
@@ -200,9 +276,21 @@ SETTINGS = (
     at_least(0),
     "evaluations without a lower eval loss that end the run; 0: none do",
   ),
-  Setting("train.max_bad_steps", 1, at_least(1), "non-finite steps in a row that end the run (they change no weight)"),
-  Setting("train.sample_prompts", (), any_value, "prompts completed before and after training, with the same seed"),
-  Setting("train.sample_every", 0, at_least(0), "steps between further samples; 0: only before and after"),
+  Setting(
+    "train.max_bad_steps",
+    1,
+    at_least(1),
+    "non-finite steps in a row that end the run (they change no weight)",
+  ),
+  Setting(
+    "train.sample_prompts",
+    (),
+    any_value,
+    "prompts completed before and after training, with the same seed",
+  ),
+  Setting(
+    "train.sample_every", 0, at_least(0), "steps between further samples; 0: only before and after"
+  ),
   Setting("train.sample_tokens", 100, at_least(1), "tokens drawn for each prompt"),
   Setting(
     "train.only",
@@ -218,25 +306,51 @@ SETTINGS = (
     "optimizer; muon: for matrices of layers, and adamw for the rest",
   ),
   Setting("optim.learning_rate", 5e-5, above(0), "peak learning rate"),
-  Setting("optim.schedule", "linear", one_of("constant", "linear", "cosine"), "course after the warm-up"),
+  Setting(
+    "optim.schedule", "linear", one_of("constant", "linear", "cosine"), "course after the warm-up"
+  ),
   Setting(
     "optim.warmup_steps",
     0,
     at_least(0),
     "steps of linear warm-up, from 0; where the run has fewer, a tenth of them",
   ),
-  Setting("optim.warmup_ratio", 0.0, between(0, 1), "share of all steps to warm up in; goes without warmup_steps"),
-  Setting("optim.end_learning_rate", 0.0, at_least(0), "learning rate that linear and cosine end at"),
-  Setting("optim.weight_decay", 0.0, at_least(0), "decoupled decay of matrices and embeddings (not biases, not norms)"),
+  Setting(
+    "optim.warmup_ratio",
+    0.0,
+    between(0, 1),
+    "share of all steps to warm up in; goes without warmup_steps",
+  ),
+  Setting(
+    "optim.end_learning_rate", 0.0, at_least(0), "learning rate that linear and cosine end at"
+  ),
+  Setting(
+    "optim.weight_decay",
+    0.0,
+    at_least(0),
+    "decoupled decay of matrices and embeddings (not biases, not norms)",
+  ),
   Setting("optim.b1", 0.9, between(0, 1), "decay of the first moment (momentum for sgd)"),
   Setting("optim.b2", 0.999, between(0, 1), "decay of the second moment"),
   Setting("optim.eps", 1e-8, at_least(1e-30), "added to the root of the second moment"),
-  Setting("optim.clip_norm", 1.0, at_least(0), "largest global norm of the gradient; 0: no clipping"),
-  Setting("optim.state_dtype", "float32", one_of("float32", "bfloat16"), "dtype of the first moment"),
-  Setting("mesh.data", 1, axis_size, "devices that hold copies and split the batch; -1: the rest"),
-  Setting("mesh.fsdp", -1, axis_size, "devices that split weights, optimizer state and the batch; -1: the rest"),
   Setting(
-    "mesh.tensor", 1, axis_size, "devices that split heads, feed-forward and vocabulary of each layer; -1: the rest"
+    "optim.clip_norm", 1.0, at_least(0), "largest global norm of the gradient; 0: no clipping"
+  ),
+  Setting(
+    "optim.state_dtype", "float32", one_of("float32", "bfloat16"), "dtype of the first moment"
+  ),
+  Setting("mesh.data", 1, axis_size, "devices that hold copies and split the batch; -1: the rest"),
+  Setting(
+    "mesh.fsdp",
+    -1,
+    axis_size,
+    "devices that split weights, optimizer state and the batch; -1: the rest",
+  ),
+  Setting(
+    "mesh.tensor",
+    1,
+    axis_size,
+    "devices that split heads, feed-forward and vocabulary of each layer; -1: the rest",
   ),
   Setting(
     "mesh.zero_stage",
@@ -264,7 +378,12 @@ SETTINGS = (
     "positions a row whose logits exist at once; -1: as many as 128 MiB hold, on a GPU or TPU 512 MiB unless `memory.remat` is "
     "full; 0: all of them",
   ),
-  Setting("lora.rank", 0, at_least(0), "rank of adapters that are trained in place of the weights; 0: none"),
+  Setting(
+    "lora.rank",
+    0,
+    at_least(0),
+    "rank of adapters that are trained in place of the weights; 0: none",
+  ),
   Setting("lora.alpha", 16.0, above(0), "adapters are scaled by alpha / rank"),
   Setting("lora.dropout", 0.0, between(0, 1), "dropout of what goes into an adapter"),
   Setting(
@@ -296,9 +415,21 @@ SETTINGS = (
     "tell the load and memory of the host of process 0 and of its devices too, in metrics.jsonl and trackers",
   ),
   Setting("export.out", "", any_value, "folder for the Hugging Face model; empty: WORKDIR/export"),
-  Setting("export.dtype", "float32", one_of("float32", "bfloat16", "float16"), "dtype of the exported weights"),
-  Setting("export.max_shard_size", "5GB", file_size, "largest weight file: a number and KB, MB, GB or TB"),
-  Setting("export.push_to_hub", "", any_value, "hub repository (OWNER/NAME) to upload the export to; empty: none"),
+  Setting(
+    "export.dtype",
+    "float32",
+    one_of("float32", "bfloat16", "float16"),
+    "dtype of the exported weights",
+  ),
+  Setting(
+    "export.max_shard_size", "5GB", file_size, "largest weight file: a number and KB, MB, GB or TB"
+  ),
+  Setting(
+    "export.push_to_hub",
+    "",
+    any_value,
+    "hub repository (OWNER/NAME) to upload the export to; empty: none",
+  ),
 )
 MAX_INT = 2**31 - 1  # of a whole number: steps and rows are counted in 32 bits
 PATH_SETTINGS = (
@@ -396,7 +527,9 @@ def _normalize_value(setting: Setting, value: Any) -> Any:
     several = () if several == ("",) else several  # --config.data.validation= says: none
     return tuple(_expand_path(item, setting) for item in several)
   value = _expand_path(value, setting)
-  if setting.literals and isinstance(value, str) and value.isdecimal():  # of the command line, which takes text here
+  if (
+    setting.literals and isinstance(value, str) and value.isdecimal()
+  ):  # of the command line, which takes text here
     return int(value)
   if isinstance(value, int | float) and not isinstance(value, bool):
     if kind is float:
@@ -463,7 +596,9 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   """{"train.steps": 3, ...} of a ConfigDict or of the nested dict in a config.json; tuples and lists become tuples."""
   flat = {}
   for section, values in (config.to_dict() if isinstance(config, ConfigDict) else config).items():
-    if not isinstance(values, Mapping):  # a key outside any section: the caller reports it as unknown
+    if not isinstance(
+      values, Mapping
+    ):  # a key outside any section: the caller reports it as unknown
       flat[section] = values
       continue
     for key, value in values.items():
@@ -479,7 +614,9 @@ def with_prefix(config: ConfigDict) -> dict[str, Any]:
 def validate(config: ConfigDict) -> list[str]:
   """Everything wrong with the values themselves, one line each; files and devices are looked at elsewhere."""
   values = flatten(config)
-  lines = unknown_settings(list(values)) + [f"config.{name}: missing" for name in BY_NAME if name not in values]
+  lines = unknown_settings(list(values)) + [
+    f"config.{name}: missing" for name in BY_NAME if name not in values
+  ]
   for name in BY_NAME.keys() & values.keys():
     setting, value = BY_NAME[name], values[name]
     if value in setting.literals:
@@ -497,7 +634,10 @@ def validate(config: ConfigDict) -> list[str]:
 
 def diff_from_saved(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
   """The settings that shape what is learned and differ between a saved config and this one, one line each."""
-  before, now = flatten(default()) | flatten(saved), flatten(config)  # a setting that was not there yet had its default
+  before, now = (
+    flatten(default()) | flatten(saved),
+    flatten(config),
+  )  # a setting that was not there yet had its default
   return [
     f"config.{name}={now.get(name)!r}: the run was started with {before.get(name)!r}"
     for name in sorted(before.keys() | now.keys())

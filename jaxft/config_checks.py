@@ -37,7 +37,11 @@ def axis_size(x: int) -> str | None:
 
 
 def file_size(x: str) -> str | None:
-  return None if re.fullmatch(r"[1-9]\d*[KMGT]B", x) else "a whole number and KB, MB, GB or TB, such as 5GB"
+  return (
+    None
+    if re.fullmatch(r"[1-9]\d*[KMGT]B", x)
+    else "a whole number and KB, MB, GB or TB, such as 5GB"
+  )
 
 
 def encoding(x: str) -> str | None:
@@ -50,7 +54,9 @@ def encoding(x: str) -> str | None:
 
 
 def config_overrides(x: str) -> str | None:
-  fine = all(re.fullmatch(r"\s*\w+\s*=\s*[^=,]+", pair) for pair in x.split(",")) if x.strip() else not x
+  fine = (
+    all(re.fullmatch(r"\s*\w+\s*=\s*[^=,]+", pair) for pair in x.split(",")) if x.strip() else not x
+  )
   return None if fine else "pairs such as n_embd=512,n_layer=4"
 
 
@@ -58,7 +64,10 @@ def _validate_template(v: Mapping[str, Any]) -> list[str]:
   """What is wrong with `data.template`, whose fields are a prompt and a completion or, of plain text, columns."""
   x, prompt, completion = v["data.template"], "{prompt}", "{completion}"
   if v["data.format"] == "text":
-    fine, wanted = TEMPLATE_FIELD.search(x), "text with the name of a column in braces, such as {question}"
+    fine, wanted = (
+      TEMPLATE_FIELD.search(x),
+      "text with the name of a column in braces, such as {question}",
+    )
   else:
     fine = x.count(prompt) == 1 == x.count(completion) and x.index(prompt) < x.index(completion)
     wanted = "text with {prompt} and after it {completion}, each once"
@@ -69,7 +78,9 @@ def writers(x: tuple[str, ...]) -> str | None:
   for i, name in enumerate(x):
     if name not in TRACKERS + BUILTIN_WRITERS:
       near = difflib.get_close_matches(name, TRACKERS + BUILTIN_WRITERS, 1, cutoff=0.4)
-      return f"some of {', '.join(TRACKERS)}" + (f"; for {name!r}, did you mean {near[0]}?" if near else "")
+      return f"some of {', '.join(TRACKERS)}" + (
+        f"; for {name!r}, did you mean {near[0]}?" if near else ""
+      )
     if name in x[:i]:
       return f"different writers; {name} is there twice"
   return None
@@ -95,9 +106,13 @@ def type_error(default: Any, value: Any) -> str | None:
     fine = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     wanted = "text, or a tuple of texts"
   else:
-    fine = isinstance(value, int | float if kind is float else kind) and (kind is bool) == isinstance(value, bool)
+    fine = isinstance(value, int | float if kind is float else kind) and (
+      kind is bool
+    ) == isinstance(value, bool)
     wanted = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[kind]
-  if fine and not all(is_encodable(item) and "\0" not in item for item in (value if kind is tuple else (str(value),))):
+  if fine and not all(
+    is_encodable(item) and "\0" not in item for item in (value if kind is tuple else (str(value),))
+  ):
     fine, wanted = False, "text in UTF-8, without NUL"
   return None if fine else wanted
 
@@ -121,7 +136,9 @@ def validate_combinations(v: Mapping[str, Any]) -> list[str]:
       f"config.lora.rank={v['lora.rank']}: adapters change a model that was trained; config.model.init=scratch has none"
     )
   if v["train.only"] and v["model.init"] == "scratch":
-    lines.append("config.train.only: the other weights would stay as they are drawn with config.model.init=scratch")
+    lines.append(
+      "config.train.only: the other weights would stay as they are drawn with config.model.init=scratch"
+    )
   if bool(v["train.steps"]) == bool(v["train.epochs"]):
     lines.append(
       f"config.train.steps={v['train.steps']} and config.train.epochs={v['train.epochs']}: set one of the two"
@@ -134,9 +151,13 @@ def validate_combinations(v: Mapping[str, Any]) -> list[str]:
     if v[name] and not v["train.eval_every"]:
       lines.append(f"config.{name}={v[name]!r}: goes with evaluations; set config.train.eval_every")
   if v["data.nats_column"] and v["data.format"] != "text":
-    lines.append(f"config.data.nats_column={v['data.nats_column']!r}: goes with data.format=text only")
+    lines.append(
+      f"config.data.nats_column={v['data.nats_column']!r}: goes with data.format=text only"
+    )
   if v["data.unrelated"] and v["data.format"] == "classification":
-    lines.append(f"config.data.unrelated={v['data.unrelated']!r}: a model that classifies has no loss on other text")
+    lines.append(
+      f"config.data.unrelated={v['data.unrelated']!r}: a model that classifies has no loss on other text"
+    )
   held_out = v["data.validation"] or v["data.validation_fraction"]
   for name in ("train.keep_best_metric", "train.early_stopping_patience"):
     if v[name] and not held_out:
@@ -145,8 +166,12 @@ def validate_combinations(v: Mapping[str, Any]) -> list[str]:
         "config.data.validation"
       )
   if v["model.head"] == "classification" and v["train.sample_prompts"]:
-    lines.append("config.train.sample_prompts: a model with a classification head writes no text; leave it empty")
-  rest = [f"config.mesh.{axis}=-1" for axis in ("data", "fsdp", "tensor") if v[f"mesh.{axis}"] == -1]
+    lines.append(
+      "config.train.sample_prompts: a model with a classification head writes no text; leave it empty"
+    )
+  rest = [
+    f"config.mesh.{axis}=-1" for axis in ("data", "fsdp", "tensor") if v[f"mesh.{axis}"] == -1
+  ]
   if len(rest) > 1:
     lines.append(f"{' and '.join(rest)}: only one can take the rest")
   peak, end = v["optim.learning_rate"], v["optim.end_learning_rate"]
@@ -154,7 +179,9 @@ def validate_combinations(v: Mapping[str, Any]) -> list[str]:
     lines.append(f"config.optim.end_learning_rate={end}: above config.optim.learning_rate={peak}")
   warmup, ratio = v["optim.warmup_steps"], v["optim.warmup_ratio"]
   if warmup and ratio:
-    lines.append(f"config.optim.warmup_steps={warmup} and config.optim.warmup_ratio={ratio}: set one of the two")
+    lines.append(
+      f"config.optim.warmup_steps={warmup} and config.optim.warmup_ratio={ratio}: set one of the two"
+    )
   if v["model.config_overrides"] and v["model.init"] != "scratch":
     lines.append(
       f"config.model.config_overrides={v['model.config_overrides']!r}: weights that are read have their own sizes; "

@@ -41,16 +41,22 @@ EXTRAS = {
 
 
 def main() -> None:
-  parsers.Parser("python -m jaxft.doctor", "Prints what is installed, and what is missing.").parse_args()
+  parsers.Parser(
+    "python -m jaxft.doctor", "Prints what is installed, and what is missing."
+  ).parse_args()
   table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False, box=None)
   faults = []
-  table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+  table.add_row(
+    "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+  )
   for name in ("jaxft", *PACKAGES):
     table.add_row(name, version := _version(name) or "missing")
     if version == "missing":
       faults.append(f"{name} is missing: pip install {'-e .' if name == 'jaxft' else name}")
   for name, (purpose, extra) in EXTRAS.items():
-    table.add_row(name, _version(name) or escape(f'none; for {purpose}: pip install "jaxft[{extra}]"'))
+    table.add_row(
+      name, _version(name) or escape(f'none; for {purpose}: pip install "jaxft[{extra}]"')
+    )
   try:
     import flax.nnx  # noqa: F401 - flax fails at import beside a jax it was not made for
     import jax
@@ -61,10 +67,13 @@ def main() -> None:
     found, reason = backend.init_backend()
     for device in jax.devices():
       limit = (device.memory_stats() or {}).get("bytes_limit")
-      table.add_row(f"device {device.id}", device.device_kind + (f", {limit / 2**30:.1f} GiB" if limit else ""))
+      table.add_row(
+        f"device {device.id}", device.device_kind + (f", {limit / 2**30:.1f} GiB" if limit else "")
+      )
     if found == "gpu":
       table.add_row(
-        "pinned memory", f"up to {backend.pinned_limit() / 2**30:.0f} GiB of the host's, for config.memory.offload"
+        "pinned memory",
+        f"up to {backend.pinned_limit() / 2**30:.0f} GiB of the host's, for config.memory.offload",
       )
     elif backend.cpu_override() and backend.has_nvidia_gpu():
       table.add_row("device", backend.cpu_warning(reason))
@@ -75,7 +84,9 @@ def main() -> None:
   except RequestError as error:
     faults.append(str(error))
   except Exception as error:
-    faults.append(f"jax and flax do not start ({first_line(error)}): pip install --force-reinstall jaxft")
+    faults.append(
+      f"jax and flax do not start ({first_line(error)}): pip install --force-reinstall jaxft"
+    )
   table.add_row("memory", _memory())
   table.add_row("free disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB in this folder")
   Console(soft_wrap=True, highlight=False).print(table)

@@ -71,7 +71,10 @@ def run_command(main: Callable[[], None]) -> None:
   """Runs a command's `main` and turns its endings into exit codes."""
   signal.signal(signal.SIGINT, signal.default_int_handler)  # jaxft/__init__.py gave it away
   sys.excepthook = sys.__excepthook__  # everything is imported
-  for stream in (sys.stdout, sys.stderr):  # a terminal or a log that is not in UTF-8 must not end a run
+  for stream in (
+    sys.stdout,
+    sys.stderr,
+  ):  # a terminal or a log that is not in UTF-8 must not end a run
     stream.reconfigure(errors="backslashreplace")
   sys.unraisablehook = _ignore_closed_loops
   try:
@@ -114,5 +117,7 @@ def print_error(error: BaseException) -> int:
     else:
       traceback.print_exception(error)  # a fault of jaxft's own
   except OSError:  # a terminal that is gone, a log on a full disk
-    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # or Python tries again at its end, and changes the exit code
+    sys.stderr = open(
+      os.devnull, "w", encoding="utf-8"
+    )  # or Python tries again at its end, and changes the exit code
   return exit_code(error)

@@ -22,19 +22,33 @@ def main() -> None:
   if not arguments.data and not arguments.workdir:
     raise RequestError("--data is missing: name a file, a glob, a folder or hub:NAME")
   if arguments.layout and not arguments.data:
-    raise RequestError(f"--layout={arguments.layout}: goes with --data; what a run has held out is read as in the run")
+    raise RequestError(
+      f"--layout={arguments.layout}: goes with --data; what a run has held out is read as in the run"
+    )
   lines = [
     line.replace("config.data.validation", "--data")
     for line in sources.validate_sources({"validation": arguments.data})
   ]
   how = {name: getattr(arguments, name) for name in MIN_VALUES}
-  lines += [f"--{name}={value}: must be at least 1" for name, value in how.items() if value < MIN_VALUES[name]]
+  lines += [
+    f"--{name}={value}: must be at least 1"
+    for name, value in how.items()
+    if value < MIN_VALUES[name]
+  ]
   if lines:
     raise RequestError("\n".join(lines))
   ready = load_model(arguments)
   if arguments.data:
-    columns = {name: value for name in ("text_column", "label_column", "layout") if (value := getattr(arguments, name))}
-    like = jaxft.config.load_run_config(Path(arguments.workdir) / "config.json").data if arguments.workdir else None
+    columns = {
+      name: value
+      for name in ("text_column", "label_column", "layout")
+      if (value := getattr(arguments, name))
+    }
+    like = (
+      jaxft.config.load_run_config(Path(arguments.workdir) / "config.json").data
+      if arguments.workdir
+      else None
+    )
     how["sequence_length"] = arguments.sequence_length or (like.sequence_length if like else 0)
     result = ready.evaluate(*arguments.data, like=like, **how, **columns)
   else:
@@ -56,7 +70,11 @@ def main() -> None:
 def print_confusion(confusion: dict[str, dict[str, int]]) -> None:
   """Prints how many texts of each label were taken for which."""
   if confusion:
-    table = Table("", *(Column(escape_controls(f"taken for {name}"), justify="right") for name in confusion), box=None)
+    table = Table(
+      "",
+      *(Column(escape_controls(f"taken for {name}"), justify="right") for name in confusion),
+      box=None,
+    )
     for name, row in confusion.items():
       table.add_row(escape_controls(name), *(f"{count:,}" for count in row.values()))
     Console(soft_wrap=True, highlight=False, markup=False).print(table)

@@ -15,7 +15,9 @@ def main() -> None:
   lines += push.validate_push(arguments.push_to_hub) if arguments.push_to_hub is not None else []
   if lines:
     raise RequestError("\n".join(lines))
-  parity = load_model(arguments).export(arguments.out, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size)
+  parity = load_model(arguments).export(
+    arguments.out, dtype=arguments.dtype, max_shard_size=arguments.max_shard_size
+  )
   print(f"exported to {arguments.out}: {format_parity(parity)}")
   if arguments.push_to_hub:
     print(f"uploaded to {push.push_to_hub(Path(arguments.out), arguments.push_to_hub)}")

@@ -32,7 +32,9 @@ def main() -> None:
   stops = [unescape(text, "--stop_strings") for text in arguments.stop_strings or []]
   _check_compat_flags(arguments)
 
-  prompts = arguments.prompt + (_read_prompt_file(Path(arguments.prompt_file)) if arguments.prompt_file else [])
+  prompts = arguments.prompt + (
+    _read_prompt_file(Path(arguments.prompt_file)) if arguments.prompt_file else []
+  )
   asked = bool(prompts or arguments.prompt_file)
   if asked and not prompts:
     raise RequestError(f"--prompt_file {arguments.prompt_file!r}: no line in it has a prompt")
@@ -80,9 +82,14 @@ class Completer:
     positions = self.ready.source.cfg.P
     for name in ("max_new_tokens", "max_length"):
       if positions < self._given.get(name, 0) < UNLIMITED_TOKENS:
-        print(f"--{name}={self._given[name]}: a text ends at the model's {positions} positions", file=sys.stderr)
+        print(
+          f"--{name}={self._given[name]}: a text ends at the model's {positions} positions",
+          file=sys.stderr,
+        )
 
-  def complete(self, prompts: list[str], tell: Callable[[int, str], None] | None = None) -> list[Completion]:
+  def complete(
+    self, prompts: list[str], tell: Callable[[int, str], None] | None = None
+  ) -> list[Completion]:
     """The completions, whose prompts are without the prefix that the model reads before them."""
     whole = [self._prefix + prompt for prompt in prompts]
     found = self.ready.generate(whole, stop_strings=self._stops, tell=tell, **self._given)
@@ -98,7 +105,9 @@ class Completer:
       print("\n\n".join(escape_controls(it.prompt + it.text) for it in self.complete([prompt])))
     else:
       print(escape_controls(prompt), end="", flush=True)
-      self.complete([prompt], tell=lambda _, added: print(escape_controls(added), end="", flush=True))
+      self.complete(
+        [prompt], tell=lambda _, added: print(escape_controls(added), end="", flush=True)
+      )
       print()
 
 
@@ -134,11 +143,14 @@ def sampling_args(arguments: argparse.Namespace) -> dict[str, Any]:
     added = run_generation.missing_defaults(given)
     told = ", ".join(f"{name}={value}" for name, value in added.items())
     print(
-      f"--model_type={arguments.model_type}: as run_generation.py has it: {told or 'all is given'}", file=sys.stderr
+      f"--model_type={arguments.model_type}: as run_generation.py has it: {told or 'all is given'}",
+      file=sys.stderr,
     )
     given |= added
   try:
-    Sampling(**{name: value for name, value in given.items() if name in Sampling._fields}).validate_values()
+    Sampling(
+      **{name: value for name, value in given.items() if name in Sampling._fields}
+    ).validate_values()
     resolve_sampling(given)
   except RequestError as error:
     text = str(error)
@@ -159,10 +171,14 @@ def _check_compat_flags(arguments: argparse.Namespace) -> None:
   if arguments.use_cpu and arguments.require:
     raise RequestError(f"--use_cpu and --require={arguments.require}: leave one of the two out")
   if arguments.fp16:
-    print(f"--{arguments.given_as.get('fp16', 'fp16')}: {run_generation.FLAG_NOTES['fp16']}", file=sys.stderr)
+    print(
+      f"--{arguments.given_as.get('fp16', 'fp16')}: {run_generation.FLAG_NOTES['fp16']}",
+      file=sys.stderr,
+    )
   if "stop_strings" in arguments.given_as:
     print(
-      "--stop_token: as --stop_strings: the text ends with it, and run_generation.py leaves it out", file=sys.stderr
+      "--stop_token: as --stop_strings: the text ends with it, and run_generation.py leaves it out",
+      file=sys.stderr,
     )
 
 
@@ -187,7 +203,9 @@ def _read_stdin() -> list[str]:
     with open(sys.stdin.fileno(), encoding="utf-8-sig", newline="", closefd=False) as stream:
       return _split_prompts(stream.read())
   except (OSError, UnicodeDecodeError) as error:
-    raise RequestError(f"--prompt is missing, and standard input cannot be read: {error}") from error
+    raise RequestError(
+      f"--prompt is missing, and standard input cannot be read: {error}"
+    ) from error
 
 
 def _split_prompts(text: str) -> list[str]:

@@ -14,7 +14,7 @@ from jaxft.cli import flags, usage
 from jaxft.data import dataset, sources
 from jaxft.errors import RequestError, run_command
 from jaxft.hf import base_model, repo
-from jaxft.hf.tokenizer import fingerprint, load
+from jaxft.hf.tokenizer import fingerprint, load_tokenizer
 from jaxft.utils.console import ProgressBar, escape_controls, log
 
 PREVIEW_ROWS = 3  # rows shown
@@ -35,7 +35,7 @@ def main() -> None:
     raise RequestError(
       f"config.data.sequence_length={config.data.sequence_length}: the model has {source.cfg.P} positions"
     )
-  tokenizer = load(source.tokenizer_folder, source.cfg.V)
+  tokenizer = load_tokenizer(source.tokenizer_folder, source.cfg.V)
   tell = (lambda line: print(line, file=sys.stderr)) if arguments.json else log
   with ProgressBar("tokenising", 1) as meter:
     data = dataset.prepare_data(
@@ -61,7 +61,11 @@ def _table(found: dict[str, Any]) -> Table:
   for name, value in found.items():
     if isinstance(value, dict):
       value = (
-        ", ".join(f"{key.replace('_', ' ')} {_format_number(of)}" for key, of in value.items() if of not in ({}, None))
+        ", ".join(
+          f"{key.replace('_', ' ')} {_format_number(of)}"
+          for key, of in value.items()
+          if of not in ({}, None)
+        )
         or "none"
       )
     table.add_row(name.replace("_", " "), Text(escape_controls(_format_number(value))))
@@ -84,7 +88,8 @@ def _preview(row: dict[str, np.ndarray], tokenizer: Any, labels: list[str]) -> T
   runs = np.flatnonzero(np.diff(row["mask"][: last + 1])) + 1
   for start, stop in zip([0, *runs], [*runs, last + 1], strict=True):
     text.append(
-      escape_controls(tokenizer.decode(row["targets"][start:stop])), "green" if row["mask"][start] else "grey50"
+      escape_controls(tokenizer.decode(row["targets"][start:stop])),
+      "green" if row["mask"][start] else "grey50",
     )
   return text
 

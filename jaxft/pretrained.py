@@ -64,7 +64,7 @@ class Pretrained:
     configure_jax()
     require_device(None)
     self.source = source
-    self.tokenizer = tokenizer.load(source.tokenizer_folder, source.cfg.V)
+    self.tokenizer = tokenizer.load_tokenizer(source.tokenizer_folder, source.cfg.V)
     self.mesh = make_mesh(jaxft.config.default().mesh)
     dtype = resolve_dtype(compute_dtype, self.mesh.devices.flat[0])
     compute = ComputeConfig(
@@ -80,7 +80,9 @@ class Pretrained:
     self._on_host = on_host  # and a layer at a time on the device
     self.graph, self.shapes = self._placed(source.cfg, compute)
     self.params: Any = None  # set by load and load_workdir
-    self.run: tuple[Path, int] | None = None  # the workdir and step that the weights are from; None: from `source`
+    self.run: tuple[Path, int] | None = (
+      None  # the workdir and step that the weights are from; None: from `source`
+    )
     self._record: dict[str, Any] = {}  # of the checkpoint
     self._generator = Generator(self.graph, source.cfg, self.tokenizer.eos_token_id)
 
@@ -93,11 +95,15 @@ class Pretrained:
 
   def trained_shapes(self, cfg: ModelConfig) -> Any:
     """Shapes of what a run of `cfg` trains, placed as the weights of this model are."""
-    return trainable.partition(self._placed(cfg, ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))[1], cfg.trained)[0]
+    return trainable.partition(
+      self._placed(cfg, ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))[1], cfg.trained
+    )[0]
 
   def _placed(self, cfg: ModelConfig, compute: ComputeConfig) -> tuple[nnx.GraphDef, Any]:
     graph, shapes, axes = abstract_model(cfg, compute)
-    placed = rules.with_shardings(shapes, rules.tree_shardings("parameters", shapes, axes, self.mesh))
+    placed = rules.with_shardings(
+      shapes, rules.tree_shardings("parameters", shapes, axes, self.mesh)
+    )
     return graph, offload.with_host_memory(placed) if self._on_host else placed
 
   def generate(
@@ -139,7 +145,10 @@ class Pretrained:
     except RequestError as error:
       raise config.with_context(error) from error
     each = [prompt for prompt in prompts for _ in range(config.sampling.num_return_sequences)]
-    found = [Completion(prompt, self.tokenizer.decode(new), new) for prompt, new in zip(each, ids, strict=True)]
+    found = [
+      Completion(prompt, self.tokenizer.decode(new), new)
+      for prompt, new in zip(each, ids, strict=True)
+    ]
     for text, completion in enumerate(found):
       listener.flush(text, completion.text)
     return found
@@ -170,7 +179,9 @@ class Pretrained:
     """
     length = sequence_length or self.source.cfg.P
     if not 2 <= length <= self.source.cfg.P:
-      raise RequestError(f"--sequence_length={length}: must be from 2 to {self.source.cfg.P}, the model's positions")
+      raise RequestError(
+        f"--sequence_length={length}: must be from 2 to {self.source.cfg.P}, the model's positions"
+      )
     if batch_size < 1:
       raise RequestError(f"--batch_size={batch_size}: must be at least 1")
     how = ConfigDict(like or jaxft.config.default().data)
@@ -182,29 +193,40 @@ class Pretrained:
     self._must_overlap(stride, length)
     if stride and how.layout != "concat":
       if "layout" in settings_of_data:
-        raise RequestError(f"--stride={stride}: its rows overlap in one stream, --layout=concat, not {how.layout}")
+        raise RequestError(
+          f"--stride={stride}: its rows overlap in one stream, --layout=concat, not {how.layout}"
+        )
       how.layout = "concat"
     nothing, data = collections.Counter(), tuple(map(str, data))
     text = tokenize.encode_in_memory(
-      read_examples(data, "validation", how, nothing, nothing, _print_stderr), self.tokenizer, self.labels
+      read_examples(data, "validation", how, nothing, nothing, _print_stderr),
+      self.tokenizer,
+      self.labels,
     )
     if not len(text):
       raise RequestError(f"data source {data}: no rows in it")
     rows = build_dataset(text, how, self.tokenizer.eos_token_id)
     if not len(rows):
-      raise RequestError(f"data source {data}: its rows leave nothing to predict in rows of {length} tokens")
+      raise RequestError(
+        f"data source {data}: its rows leave nothing to predict in rows of {length} tokens"
+      )
     return self._evaluate(
-      SlidingWindowDataset(text, length, self.tokenizer.eos_token_id, stride) if stride else rows, batch_size
+      SlidingWindowDataset(text, length, self.tokenizer.eos_token_id, stride) if stride else rows,
+      batch_size,
     )
 
-  def evaluate_held_out(self, *, sequence_length: int = 0, batch_size: int = 8, stride: int = 0) -> dict[str, Any]:
+  def evaluate_held_out(
+    self, *, sequence_length: int = 0, batch_size: int = 8, stride: int = 0
+  ) -> dict[str, Any]:
     """`evaluate` over what the run that the weights are from has held out: all rows of it, made or cached as the run has.
 
     Raises RequestError for weights that are no run's, and where the text is not what it was.
     """
     if not self.run:
       raise RequestError(f"{self.source.folder}: no run, so nothing was held out; name a text")
-    how = _resolve_sources(jaxft.config.load_run_config(self.run[0] / "config.json").data, self.run[0], self._record)
+    how = _resolve_sources(
+      jaxft.config.load_run_config(self.run[0] / "config.json").data, self.run[0], self._record
+    )
     how.unrelated = ()
     self._must_overlap(stride, sequence_length or how.sequence_length)
     data = prepare_data(how, self.tokenizer, tokenizer.fingerprint(self.tokenizer))
@@ -224,14 +246,18 @@ class Pretrained:
       raise RequestError(f"{self.run[0]}: the run held nothing out; name a text with --data")
     rows = data.with_class_ids(self.labels).validation if self.labels else data.validation
     if stride:
-      rows = SlidingWindowDataset(rows.tokens, how.sequence_length, self.tokenizer.eos_token_id, stride)
+      rows = SlidingWindowDataset(
+        rows.tokens, how.sequence_length, self.tokenizer.eos_token_id, stride
+      )
     return self._evaluate(rows, batch_size)
 
   def _must_overlap(self, stride: int, length: int) -> None:
     if stride and self.labels:
       raise RequestError(f"--stride={stride}: a model that classifies reads each text once")
     if stride and not 1 <= stride < length:
-      raise RequestError(f"--stride={stride}: must be from 1 to {length - 1}, below the {length} tokens of a row")
+      raise RequestError(
+        f"--stride={stride}: must be from 1 to {length - 1}, below the {length} tokens of a row"
+      )
 
   def _evaluate(self, rows: TokenDataset, batch_size: int) -> dict[str, Any]:
     parts = rules.data_parallel_size(self.mesh)
@@ -249,7 +275,9 @@ class Pretrained:
       }
       return told | {"accuracy": found.accuracy, "f1": found.f1, "confusion": confusion}
     nbytes = tokenize.target_bytes(rows, self.tokenizer)
-    return told | ({"bits_per_byte": bits_per_byte(found.loss, found.tokens, nbytes)} if nbytes else {})
+    return told | (
+      {"bits_per_byte": bits_per_byte(found.loss, found.tokens, nbytes)} if nbytes else {}
+    )
 
   @property
   def labels(self) -> list[str]:
@@ -270,10 +298,14 @@ class Pretrained:
       part = ids[start : start + batch_size]
       T = max(len(row) for row in part)
       ids_BT = np.array([row + [0] * (T - len(row)) for row in part], np.int32)
-      logits_BC = self._scores(self.params, ids_BT, np.array([len(row) - 1 for row in part], np.int32))
+      logits_BC = self._scores(
+        self.params, ids_BT, np.array([len(row) - 1 for row in part], np.int32)
+      )
       for logits_C in np.asarray(logits_BC):
         winner, odds_C = int(logits_C.argmax()), np.exp(logits_C - logits_C.max())
-        probabilities = {name: float(p) for name, p in zip(self.labels, odds_C / odds_C.sum(), strict=True)}
+        probabilities = {
+          name: float(p) for name, p in zip(self.labels, odds_C / odds_C.sum(), strict=True)
+        }
         labels.append(Label(self.labels[winner], probabilities, logits_C))
     return labels
 
@@ -308,7 +340,9 @@ class Pretrained:
     """The model that the run of these weights began with; raises RequestError where there was none, or is none any more."""
     config = jaxft.config.load_run_config(self.run[0] / "config.json")
     if config.model.init == "scratch":
-      raise RequestError(f"dtype='source': the run began with new weights; name one of {', '.join(EXPORT_DTYPES)}")
+      raise RequestError(
+        f"dtype='source': the run began with new weights; name one of {', '.join(EXPORT_DTYPES)}"
+      )
     return _base_model(config, self.run[0], self._record)
 
   def _must_write_text(self) -> None:
@@ -319,7 +353,10 @@ class Pretrained:
 
 
 def load(
-  path_or_id: str | Path, revision: str = "main", compute_dtype: str = "auto", torch_bin: bool = False
+  path_or_id: str | Path,
+  revision: str = "main",
+  compute_dtype: str = "auto",
+  torch_bin: bool = False,
 ) -> Pretrained:
   """The model of a Hugging Face folder or hub id, ready to use; raises RequestError when there is none to read.
 
@@ -332,7 +369,9 @@ def load(
   return ready
 
 
-def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: str = "auto") -> Pretrained:
+def load_workdir(
+  workdir: str | Path, step: int | None = None, compute_dtype: str = "auto"
+) -> Pretrained:
   """The model of a run's checkpoint: that of `step`, else the best of a run that keeps it, else the newest.
 
   Raises RequestError when the run has none.
@@ -341,11 +380,15 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
   workdir = Path(workdir)
   file = workdir / "config.json"
   if not file.is_file():
-    raise RequestError(f"workdir {str(workdir)!r}: no config.json in it, so it is not a run's folder")
+    raise RequestError(
+      f"workdir {str(workdir)!r}: no config.json in it, so it is not a run's folder"
+    )
   if lines := manager.validate_path(workdir / "checkpoints"):
     raise RequestError("\n".join(lines))
   config = jaxft.config.load_run_config(file)
-  checkpoints = CheckpointManager(workdir / "checkpoints", best_metric=config.train.keep_best_metric)
+  checkpoints = CheckpointManager(
+    workdir / "checkpoints", best_metric=config.train.keep_best_metric
+  )
   steps = checkpoints.steps()
   if not steps or step is not None and step not in steps:
     raise RequestError(
@@ -360,21 +403,29 @@ def load_workdir(workdir: str | Path, step: int | None = None, compute_dtype: st
       "what they were"
     )
   if meta["labels"]:
-    source = repo.with_class_head(source, meta["labels"], tokenizer.load(source.tokenizer_folder, source.cfg.V))
+    source = repo.with_class_head(
+      source, meta["labels"], tokenizer.load_tokenizer(source.tokenizer_folder, source.cfg.V)
+    )
   trained_as = jaxft.config.from_json(json.dumps(meta["config"]))
   cfg = trainable_params.apply_config(source.cfg, trained_as, source.hf_config["model_type"])
   now, was = json.loads(json.dumps(dataclasses.asdict(cfg))), meta.get("model", {})
   if other := [
-    name for name in was if now.get(name) != was[name] and name not in RUN_FIELDS and not name.endswith("dropout")
+    name
+    for name in was
+    if now.get(name) != was[name] and name not in RUN_FIELDS and not name.endswith("dropout")
   ]:
     raise RequestError(
       f"{source.folder / 'config.json'}: {other[0]} is {now.get(other[0])!r}, and was {was[other[0]]!r} "
       f"when the run of {str(workdir)!r} was started"
     )
   # Where a part of it was trained, the whole in float32 may be more than the device holds.
-  too_large = bool(cfg.trained) and 5 * parameter_count(source.cfg) > device_memory_bytes(jax.local_devices()[0])
+  too_large = bool(cfg.trained) and 5 * parameter_count(source.cfg) > device_memory_bytes(
+    jax.local_devices()[0]
+  )
   ready = Pretrained(source, compute_dtype, on_host=config.memory.offload == "all" or too_large)
-  trained = optimizer.with_param_dtype(trained_as.model.param_dtype, ready.trained_shapes(cfg), cfg.trained)
+  trained = optimizer.with_param_dtype(
+    trained_as.model.param_dtype, ready.trained_shapes(cfg), cfg.trained
+  )
   states = jax.eval_shape(optimizer.make_optimizer(config.optim).init, trained)
   unread = CheckpointState(PLACEHOLDER, trained, jax.tree.map(lambda _: PLACEHOLDER, states))
   ready.run, ready._record = (workdir, at), meta
@@ -391,7 +442,9 @@ def _model_of_run(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> 
   source = _base_model(config, workdir, record, weights=bool(config.lora.rank or config.train.only))
   if config.model.tokenizer:
     local = repo.is_local(config.model.tokenizer)
-    name = _resolve_path(config.model.tokenizer, workdir, record) if local else config.model.tokenizer
+    name = (
+      _resolve_path(config.model.tokenizer, workdir, record) if local else config.model.tokenizer
+    )
     source = source._replace(tokenizer=base_model.resolve_tokenizer(name))
   if config.model.init == "scratch":
     named = ConfigDict(config.model.to_dict())
@@ -401,10 +454,18 @@ def _model_of_run(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> 
   return source
 
 
-def _base_model(config: ConfigDict, workdir: Path, record: dict[str, Any], weights: bool = True) -> repo.HFCheckpoint:
+def _base_model(
+  config: ConfigDict, workdir: Path, record: dict[str, Any], weights: bool = True
+) -> repo.HFCheckpoint:
   """What `config.model.path` names: a folder where the run was started, and then never the hub's model of that name."""
-  path = _resolve_path(config.model.path, workdir, record) if record.get("local_model") else config.model.path
-  return repo.resolve(path, config.model.revision, weights=weights, torch_bin=config.model.torch_bin)
+  path = (
+    _resolve_path(config.model.path, workdir, record)
+    if record.get("local_model")
+    else config.model.path
+  )
+  return repo.resolve(
+    path, config.model.revision, weights=weights, torch_bin=config.model.torch_bin
+  )
 
 
 def _print_stderr(line: str) -> None:
@@ -415,7 +476,10 @@ def _resolve_sources(data: ConfigDict, workdir: Path, record: dict[str, Any]) ->
   """`config.data` with the sources where they were when the run was started, wherever this command is."""
   found = ConfigDict(data)
   for key in ("train", "validation"):
-    found[key] = tuple(name if name.startswith("hub:") else _resolve_path(name, workdir, record) for name in data[key])
+    found[key] = tuple(
+      name if name.startswith("hub:") else _resolve_path(name, workdir, record)
+      for name in data[key]
+    )
   cache = _resolve_path(data.cache_dir, workdir, record) if data.cache_dir else ""
   found.cache_dir = cache if cache and exists(Path(cache)) else ""
   return found
@@ -425,5 +489,7 @@ def _resolve_path(path: str, workdir: Path, record: dict[str, Any]) -> str:
   """Where a path of the config leads: from the folder in which the run was started; beside the workdir, as far as it was then,
   where both have been moved; or from here."""
   then = Path(record.get("started_in", "")) / path
-  moved = workdir.absolute() / os.path.relpath(then, record["workdir"]) if "workdir" in record else then
+  moved = (
+    workdir.absolute() / os.path.relpath(then, record["workdir"]) if "workdir" in record else then
+  )
   return str(next((found for found in (then, moved, Path(path)) if exists(found)), then))

@@ -14,7 +14,10 @@ def main() -> None:
   workdirs, several = arguments.workdirs, len(arguments.workdirs) > 1
   out = arguments.out or (Path("comparison.html") if several else workdirs[0] / "report.html")
   if out.is_dir() or not out.parent.is_dir():
-    raise RequestError(f"--out={str(out)!r}: " + ("a folder; name a file in it" if out.is_dir() else "no such folder"))
+    raise RequestError(
+      f"--out={str(out)!r}: "
+      + ("a folder; name a file in it" if out.is_dir() else "no such folder")
+    )
   records = [run_record.load(workdir) for workdir in workdirs]
   atomic_write(out, comparison.render(records) if several else run_page.render(records[0]))
   for it in records:

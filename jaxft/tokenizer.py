@@ -21,7 +21,7 @@ from jaxft.data.dataset import read_examples
 from jaxft.data.tokenize import TokenizerInfo
 from jaxft.errors import RequestError, StorageError, run_command
 from jaxft.hf import added_tokens, repo
-from jaxft.hf.tokenizer import save
+from jaxft.hf.tokenizer import save_tokenizer
 from jaxft.hf.verify import format_parity
 from jaxft.utils.backend import configure_jax, require_device
 from jaxft.utils.files import atomic_write, write_failure
@@ -48,7 +48,9 @@ GPT2_CONFIG = {
 }
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, **sizes: int | float) -> Tokenizer:
+def train_tokenizer(
+  texts: Iterable[str], vocab_size: int, folder: Path, **sizes: int | float
+) -> Tokenizer:
   """Writes a byte-level BPE tokenizer as GPT-2's, learned from `texts`, and the config.json of a GPT-2 with its vocabulary.
 
   Args:
@@ -66,18 +68,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, **sizes
   tokenizer.decoder = decoders.ByteLevel()
   alphabet = pre_tokenizers.ByteLevel.alphabet()
   trainer = trainers.BpeTrainer(
-    vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    vocab_size=vocab_size,
+    special_tokens=[END_OF_TEXT],
+    initial_alphabet=alphabet,
+    show_progress=False,
   )
   tokenizer.train_from_iterator(texts, trainer)
   from transformers import PreTrainedTokenizerFast  # most of a second to import
 
   config = GPT2_CONFIG | {"vocab_size": tokenizer.get_vocab_size()} | sizes
   config |= {"n_ctx": config["n_positions"]}
-  wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+  wrapped = PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
+  )
   try:
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    save(wrapped, folder, folder, positions=config["n_positions"], pad_token_id=None)
+    save_tokenizer(wrapped, folder, folder, positions=config["n_positions"], pad_token_id=None)
   except OSError as error:
     raise StorageError(f"--out={str(folder)!r}: {write_failure(folder, error)}") from error
   return tokenizer
@@ -95,7 +102,9 @@ def main() -> None:
     require_device(None)
     source = repo.resolve(arguments.model, arguments.revision, torch_bin=arguments.torch_bin)
     grown, ids, parity = added_tokens.add_tokens(source, arguments.add, out)
-    print(f"{', '.join(f'{name} is {id}' for name, id in ids.items())}; {out}: {format_parity(parity)}")
+    print(
+      f"{', '.join(f'{name} is {id}' for name, id in ids.items())}; {out}: {format_parity(parity)}"
+    )
     print(_describe_roles(grown))
     return
   if lines := sources.validate_sources({"train": arguments.data}):
@@ -104,7 +113,10 @@ def main() -> None:
   data.text_column = arguments.text_column
   nothing = collections.Counter()
   tell = lambda line: print(line, file=sys.stderr)
-  texts = (example.text for example in read_examples(tuple(arguments.data), "train", data, nothing, nothing, tell))
+  texts = (
+    example.text
+    for example in read_examples(tuple(arguments.data), "train", data, nothing, nothing, tell)
+  )
   tokens = train_tokenizer(texts, arguments.vocab_size, out).get_vocab_size()
   print(
     f"{tokens:,} tokens in {out}/tokenizer.json, and {out}/config.json of a GPT-2 124M with them: change its n_embd, "
@@ -117,9 +129,15 @@ def _describe_roles(tokenizer: Any) -> str:
   begins = TokenizerInfo(tokenizer).bos_id is not None
   line = f"a text ends with {tokenizer.eos_token!r} in training, and "
   line += (
-    f"begins with {tokenizer.bos_token!r}, as a prompt then should" if begins else "the next one is learned from it"
+    f"begins with {tokenizer.bos_token!r}, as a prompt then should"
+    if begins
+    else "the next one is learned from it"
   )
-  return line if tokenizer.pad_token is None else f"{line}; transformers pads with {tokenizer.pad_token!r}"
+  return (
+    line
+    if tokenizer.pad_token is None
+    else f"{line}; transformers pads with {tokenizer.pad_token!r}"
+  )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from jaxft.hf.export import (
   validate_workdir,
 )
 from jaxft.hf.export_tensors import EXPORT_DTYPES
-from jaxft.hf.tokenizer import fingerprint, load
+from jaxft.hf.tokenizer import fingerprint, load_tokenizer
 from jaxft.hf.verify import format_parity
 from jaxft.metrics.reporter import Reporter, due_at
 from jaxft.metrics.system import SystemMetrics
@@ -43,12 +43,18 @@ from jaxft.metrics.trackers import TrackerGroup, missing_packages
 from jaxft.model.decoder import parameter_count
 from jaxft.plan import measure, rendering
 from jaxft.plan.planner import plan_from_compiled, resolve_model_config
+from jaxft.report_page import run_page
 from jaxft.sharding.mesh import make_mesh
 from jaxft.training import optimizer, trainable
-from jaxft.training.build import build_train_program, check_fits, host_bytes, max_host_bytes, pinned_memory_warning
+from jaxft.training.build import (
+  build_train_program,
+  check_fits,
+  host_bytes,
+  max_host_bytes,
+  pinned_memory_warning,
+)
 from jaxft.training.evaluator import Evaluator
-from jaxft.training.init import init_train_state, merge_params, merged_shapes
-from jaxft.training.init import load_or_init_params as first_weights
+from jaxft.training.init import init_train_state, load_or_init_params, merge_params, merged_shapes
 from jaxft.training.preemption import PreemptionHandler
 from jaxft.training.profiler import Profiler
 from jaxft.training.resume import check_same_run, restore_best, restore_latest
@@ -68,9 +74,7 @@ from jaxft.utils.console import ProgressBar, console, log
 from jaxft.utils.files import atomic_write
 from jaxft.utils.units import format_count
 
-OOM_ADVICE = (
-  "a smaller config.train.micro_batch_size, config.memory.remat=full or config.memory.loss_chunk=128 need less memory"
-)
+OOM_ADVICE = "a smaller config.train.micro_batch_size, config.memory.remat=full or config.memory.loss_chunk=128 need less memory"
 
 
 class TrainOutput(NamedTuple):
@@ -93,8 +97,14 @@ def validate_run(config: ConfigDict, workdir: Path, overwrite: bool = False) -> 
     there, here = out.resolve(), workdir.resolve()
     own = [here / name for name in sources.RUN_FOLDERS if name != "export"]
     if there in (here, *here.parents) or any(there.is_relative_to(folder) for folder in own):
-      lines.append(f"config.export.out={str(out)!r}: the run itself is written there; name a folder of its own")
-    if config.model.path and repo.is_local(config.model.path) and Path(config.model.path).resolve() == here:
+      lines.append(
+        f"config.export.out={str(out)!r}: the run itself is written there; name a folder of its own"
+      )
+    if (
+      config.model.path
+      and repo.is_local(config.model.path)
+      and Path(config.model.path).resolve() == here
+    ):
       lines.append(
         f"--workdir: {str(workdir)!r} is config.model.path, whose config.json the run would replace by its own"
       )
@@ -108,7 +118,9 @@ def validate_run(config: ConfigDict, workdir: Path, overwrite: bool = False) -> 
     lines += sources.validate_sources(config.data)
     lines += missing_packages(config)
   if not lines:  # reading a model's config takes seconds, most of them to import transformers
-    lines += repo.validate_model(config.model.path, config.model.init == "pretrained", config.model.torch_bin)
+    lines += repo.validate_model(
+      config.model.path, config.model.init == "pretrained", config.model.torch_bin
+    )
   if lines:
     raise RequestError("\n".join(lines))
 
@@ -137,15 +149,23 @@ def small_data_warnings(config: ConfigDict, data: PreparedData, total_steps: int
           f"config.train.{name}={train[name]!r}: nothing is held out of {format_count(data.report['rows']['read'], 'row')}; "
           "name sources in config.data.validation"
         )
-    lines.append("nothing is held out, so there is no eval loss; config.data.validation names text to evaluate on")
+    lines.append(
+      "nothing is held out, so there is no eval loss; config.data.validation names text to evaluate on"
+    )
   return lines
 
 
 def _data_summary(report: dict[str, Any], rows: int) -> str:
   """What is trained on, held out and left out, in a line."""
-  documents, of_tokens, ends = report["rows"], report["tokens"], report["notes"].get(HELD_OUT_TAILS, 0)
+  documents, of_tokens, ends = (
+    report["rows"],
+    report["tokens"],
+    report["notes"].get(HELD_OUT_TAILS, 0),
+  )
   held_out = (
-    f"the ends of {format_count(ends, 'document')}" if ends else format_count(documents["held_out"], "document")
+    f"the ends of {format_count(ends, 'document')}"
+    if ends
+    else format_count(documents["held_out"], "document")
   )
   left_out = ", ".join(f"{reason}: {n:,}" for reason, n in documents["dropped"].items() if n)
   return (
@@ -162,7 +182,10 @@ def export_dir(config: ConfigDict, workdir: Path) -> Path:
 def _input_paths(config: ConfigDict) -> list[Path]:
   """The files and folders that a run reads."""
   data = config.data
-  named = [sources.parse_weight(name)[0] for name in data.train] + [*data.validation, *data.unrelated]
+  named = [sources.parse_weight(name)[0] for name in data.train] + [
+    *data.validation,
+    *data.unrelated,
+  ]
   named += [config.model.path, config.model.config, config.model.tokenizer, data.cache_dir]
   return [Path(name) for name in named if name and not name.startswith("hub:")]
 
@@ -194,9 +217,16 @@ def finetune(
   workdir, config = Path(workdir), jaxft.config.normalize(config)
   backend.validate_require(require)
   backend.configure_jax()
-  flags = {"--workdir": workdir, "--dry_run": dry_run, "--strict": strict, "--allow_change": allow_change}
+  flags = {
+    "--workdir": workdir,
+    "--dry_run": dry_run,
+    "--strict": strict,
+    "--allow_change": allow_change,
+  }
   flags |= {"--overwrite_output_dir": overwrite}
-  multihost.assert_all_equal("command", flags | jaxft.config.with_prefix(config) | multihost.package_versions())
+  multihost.assert_all_equal(
+    "command", flags | jaxft.config.with_prefix(config) | multihost.package_versions()
+  )
   validate_run(config, workdir, overwrite)
   if config.memory.offload != "none":
     backend.limit_pinned_memory(max_host_bytes(config, resolve_model_config(config)))
@@ -215,7 +245,8 @@ def finetune(
     mesh = make_mesh(config.mesh)
     device = mesh.local_devices[0]
     log(
-      f"{mesh.size} x {device.device_kind}, mesh " + " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
+      f"{mesh.size} x {device.device_kind}, mesh "
+      + " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
     )
 
     # ---- Source: facts and tokenizer; no weights yet --------------------------------------------------------------------
@@ -232,7 +263,7 @@ def finetune(
       raise RequestError(
         f"config.data.sequence_length={config.data.sequence_length}: the model has {source.cfg.P} positions"
       )
-    tokenizer = load(source.tokenizer_folder, source.cfg.V)
+    tokenizer = load_tokenizer(source.tokenizer_folder, source.cfg.V)
 
     for prompt in config.train.sample_prompts:
       if (length := len(tokenize.encode_prompt(tokenizer, prompt))) >= source.cfg.P:
@@ -251,10 +282,14 @@ def finetune(
       source = repo.with_class_head(source, data.labels, tokenizer)
       data = data.with_class_ids(source.labels)
     elif source.cfg.classes:
-      raise RequestError(f"config.model.path={config.model.path!r}: a model that classifies; set config.model.head")
+      raise RequestError(
+        f"config.model.path={config.model.path!r}: a model that classifies; set config.model.head"
+      )
     check_exportable(source, tokenizer)
     frozen = bool(config.lora.rank or config.train.only)
-    weights = repo.fingerprint(source, whole=frozen or jax.process_count() > 1) if pretrained else ""
+    weights = (
+      repo.fingerprint(source, whole=frozen or jax.process_count() > 1) if pretrained else ""
+    )
     same = {
       "config.data, as it is cut into tokens": data.fingerprint,
       "its validation text": data.validation_fingerprint,
@@ -262,12 +297,15 @@ def finetune(
     same |= {"config.data.unrelated": data.unrelated_fingerprint}
     same |= {"the files of config.model.path": weights}
     multihost.assert_all_equal(
-      "data", same | {f"config.json of the model: {key}": it for key, it in source.hf_config.items()}
+      "data",
+      same | {f"config.json of the model: {key}": it for key, it in source.hf_config.items()},
     )
     rows = data.train
     total_rows, total_steps = num_rows_and_steps(rows, config.train)
     if total_steps > jaxft.config.MAX_INT:
-      raise RequestError(f"config.train.epochs={config.train.epochs}: more than {jaxft.config.MAX_INT:,} steps")
+      raise RequestError(
+        f"config.train.epochs={config.train.epochs}: more than {jaxft.config.MAX_INT:,} steps"
+      )
     for line in small_data_warnings(config, data, total_steps):
       log(line)
     about = {
@@ -294,18 +332,28 @@ def finetune(
       log(warning)
     log(
       f"{source.hf_config['model_type']} from {config.model.path}: {trainable.num_params(program.state.all_params, cfg):,} parameters, "
-      + (f"{trainable.num_params(program.state.params, cfg):,} of them trained, " if cfg.trained else "")
+      + (
+        f"{trainable.num_params(program.state.params, cfg):,} of them trained, "
+        if cfg.trained
+        else ""
+      )
       + f"computing in {program.compute.dtype}"
     )
 
     # ---- Workdir: is it this run's? ------------------------------------------------------------------------------------
-    about |= {"model": dataclasses.asdict(cfg), "labels": data.labels, "frozen": weights if frozen else ""}
+    about |= {
+      "model": dataclasses.asdict(cfg),
+      "labels": data.labels,
+      "frozen": weights if frozen else "",
+    }
     out = export_dir(config, workdir)
 
     def opened() -> CheckpointManager:
       """The checkpoints of this run; raises where they are of another."""
       best, low_memory = config.train.keep_best_metric, program.offload != "none"
-      found = CheckpointManager(workdir / "checkpoints", config.train.keep, best, writes=True, low_memory=low_memory)
+      found = CheckpointManager(
+        workdir / "checkpoints", config.train.keep, best, writes=True, low_memory=low_memory
+      )
       until_the_end.callback(found.close_quietly)
       check_same_run(found, program.state.checkpointable, config, about, allow_change)
       return found
@@ -318,7 +366,10 @@ def finetune(
         checkpoints.steps() if checkpoints else [], total_steps, config.train, steps_of_epoch
       )
       exported = EXPORT_DTYPES[config.export.dtype].itemsize * parameter_count(source.cfg)
-      needed = {workdir / "checkpoints": to_come * tree_nbytes(program.state.checkpointable), out: exported}
+      needed = {
+        workdir / "checkpoints": to_come * tree_nbytes(program.state.checkpointable),
+        out: exported,
+      }
       check_disk_space(needed, f"{to_come} checkpoints of this run and its export")
 
     # ---- Compile: what the step needs is known before any of it is taken ----------------------------------------------
@@ -336,29 +387,43 @@ def finetune(
     memory = measure.memory_breakdown(program, train_step.memory_analysis())["breakdown"]
     log(
       f"compiled in {time.monotonic() - started:.1f} s; a device needs {rendering.format_bytes(sum(memory.values()))}: "
-      + ", ".join(f"{what} {rendering.format_bytes(nbytes)}" for what, nbytes in memory.items() if nbytes)
+      + ", ".join(
+        f"{what} {rendering.format_bytes(nbytes)}" for what, nbytes in memory.items() if nbytes
+      )
     )
     if dry_run:
       if jax.process_index() == 0:
-        console.print(rendering.render_plan(plan_from_compiled(config, cfg, program, traced, train_step, eval_step)))
+        console.print(
+          rendering.render_plan(
+            plan_from_compiled(config, cfg, program, traced, train_step, eval_step)
+          )
+        )
       return None
-    multihost.assert_all_equal("compiled", {})  # a collective gives up on a process that comes 30 s late
+    multihost.assert_all_equal(
+      "compiled", {}
+    )  # a collective gives up on a process that comes 30 s late
 
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the pretrained weights;
     # 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated and sampled as "before".
     saved, tokens_seen = None, 0
     if checkpoints:
-      saved, tokens_seen = restore_latest(checkpoints, program.state.checkpointable, total_steps, strict)
+      saved, tokens_seen = restore_latest(
+        checkpoints, program.state.checkpointable, total_steps, strict
+      )
     if saved is None:
-      state = init_train_state(program, *first_weights(program, cfg, source, config))
+      state = init_train_state(program, *load_or_init_params(program, cfg, source, config))
     else:
-      state = TrainState(*saved, first_weights(program, cfg, source, config)[1] if cfg.trained else {})
+      state = TrainState(
+        *saved, load_or_init_params(program, cfg, source, config)[1] if cfg.trained else {}
+      )
     start = int(state.step)
     if overwrite:  # now that nothing is left to refuse
       multihost.assert_all_equal("read", {})
       with stop.deferred():
         if jax.process_index() == 0 and has_content(workdir):
-          log(f"{workdir}: what was there is moved to {move_aside(workdir)}; a new run begins (--overwrite_output_dir)")
+          log(
+            f"{workdir}: what was there is moved to {move_aside(workdir)}; a new run begins (--overwrite_output_dir)"
+          )
         multihost.assert_all_equal("moved", {})
       if jax.process_index() == 0 and out.is_dir() and any(out.iterdir()):
         log(f"{out}: the export in it will be replaced when the run ends")
@@ -374,13 +439,26 @@ def finetune(
     }
     needs = {"planned": memory, "host": host_bytes(program)}
     told = {"step": start, "total_steps": total_steps, "model": kind | sizes, "memory": needs}
-    until_the_end.enter_context(record_run(workdir, mesh, told))
+    until_the_end.enter_context(record_run(workdir, mesh, told, run_page.write))
     model_flops = flops.model_flops(cfg, config.train.batch_size, rows.seq_len)
-    at_peak = roofline.ideal_step_seconds(specs.local_target(device, mesh.size), mesh.size, model_flops)
+    at_peak = roofline.ideal_step_seconds(
+      specs.local_target(device, mesh.size), mesh.size, model_flops
+    )
     first = jax.process_index() == 0
-    system = until_the_end.enter_context(SystemMetrics(first and config.tracking.system_metrics, workdir))
+    system = until_the_end.enter_context(
+      SystemMetrics(first and config.tracking.system_metrics, workdir)
+    )
     reporter = Reporter(
-      config, workdir, start, total_steps, tokens_seen, data.entropy_floor, device, at_peak, system, len(rows)
+      config,
+      workdir,
+      start,
+      total_steps,
+      tokens_seen,
+      data.entropy_floor,
+      device,
+      at_peak,
+      system,
+      len(rows),
     )
     writers = TrackerGroup(config, workdir, start, reporter.metrics, reporter.samples, first)
     reporter.on_entry = until_the_end.enter_context(writers).log
@@ -409,8 +487,12 @@ def finetune(
         "trained; a higher one, or 0, goes on"
       )
     name_leaves = lambda bad: nonfinite_leaf_names(bad, program.state)
-    profile = Profiler(workdir / "profile", start + 3, config.train.profile_steps, total_steps, reporter.clock.paused)
-    until_the_end.callback(stop.defer)  # a signal while trackers are waited for changes nothing of how the run ended
+    profile = Profiler(
+      workdir / "profile", start + 3, config.train.profile_steps, total_steps, reporter.clock.paused
+    )
+    until_the_end.callback(
+      stop.defer
+    )  # a signal while trackers are waited for changes nothing of how the run ended
     reporter.clock.restart()
     with stop.deferred(), profile, ProgressBar("training", total_steps, start) as meter:
       for step in range(start + 1, 0 if ended_early else total_steps + 1):
@@ -425,8 +507,12 @@ def finetune(
         profile.on_step_end(step, numbers)
         checkpoints.wait()  # a save goes on beside one step, so that a kill costs at most save_every + 1 of them
         pending, last = numbers, step == total_steps
-        due = {what for what in ("eval", "save", "sample") if is_due(config.train[f"{what}_every"], step)}
-        due = (due | {"eval", "save"}) - {"sample"} if last else due  # what is exported is sampled, below
+        due = {
+          what for what in ("eval", "save", "sample") if is_due(config.train[f"{what}_every"], step)
+        }
+        due = (
+          (due | {"eval", "save"}) - {"sample"} if last else due
+        )  # what is exported is sampled, below
         stopping = stop.should_stop(step)
         if due or stopping:
           reporter.log_step(step, jax.device_get(pending), meter, name_leaves)
@@ -440,13 +526,20 @@ def finetune(
             best = "eval" in due and config.train.keep_best_metric
             if "save" in due or stopping or best or ended_early:
               checkpoints.save(
-                step, state.checkpointable, about | {"tokens": reporter.tokens_seen}, found if "eval" in due else {}
+                step,
+                state.checkpointable,
+                about | {"tokens": reporter.tokens_seen},
+                found if "eval" in due else {},
               )
         if stopping:
           checkpoints.close()
-          raise Preempted(f"{stop.received}: saved at step {step} of {total_steps}; {again} continues")
+          raise Preempted(
+            f"{stop.received}: saved at step {step} of {total_steps}; {again} continues"
+          )
         if ended_early:
-          log(f"no lower eval loss in {patience} evaluations: ended at step {step} of {total_steps}")
+          log(
+            f"no lower eval loss in {patience} evaluations: ended at step {step} of {total_steps}"
+          )
           break
       checkpoints.close()
       if stop.should_stop(total_steps + 1):
@@ -461,7 +554,9 @@ def finetune(
     told["exported_step"] = step
 
     # ---- Export: a Hugging Face folder, read back and compared -----------------------------------------------------------
-    state = state.checkpointable  # the frozen weights are read again, as precise as they are in the checkpoint
+    state = (
+      state.checkpointable
+    )  # the frozen weights are read again, as precise as they are in the checkpoint
     if cfg.lora_rank:
       peft.save_adapters(workdir / "adapter", state.params, cfg, source, config)
     parity = export_model(
@@ -474,7 +569,9 @@ def finetune(
       tokenizer=tokenizer,
     )
     if jax.process_index() == 0:
-      told["export"] = {"folder": str(out.absolute())} | {key: it for key, it in parity.items() if key != "sha256"}
+      told["export"] = {"folder": str(out.absolute())} | {
+        key: it for key, it in parity.items() if key != "sha256"
+      }
       told["export"] |= {"adapter": str((workdir / "adapter").absolute())} if cfg.lora_rank else {}
       log(f"exported to {out}: {format_parity(parity)}")
     if jax.process_index() == 0 and config.export.push_to_hub:
@@ -494,7 +591,9 @@ def main() -> None:
     return
   if arguments.overwrite_output_dir:
     check_not_an_input(arguments.workdir, [arguments.config_file])
-  with multihost.distributed_context(arguments.process_info, arguments.start_timeout, arguments.peer_timeout):
+  with multihost.distributed_context(
+    arguments.process_info, arguments.start_timeout, arguments.peer_timeout
+  ):
     if arguments.per_device:
       backend.configure_jax()
       backend.require_device(arguments.require)

@@ -15,7 +15,9 @@ import sys
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("processes", type=int)
   parser.add_argument(
     "--devices",
@@ -33,7 +35,11 @@ def main() -> int:
   coordinator = f"127.0.0.1:{free_port()}"
   started = []
   for i in range(arguments.processes):
-    place = [f"--coordinator={coordinator}", f"--num_processes={arguments.processes}", f"--process_id={i}"]
+    place = [
+      f"--coordinator={coordinator}",
+      f"--num_processes={arguments.processes}",
+      f"--process_id={i}",
+    ]
     started.append(subprocess.Popen([*command, *place], env=environment, start_new_session=True))
 
   def forward(number, _):

@@ -80,10 +80,16 @@ class Cells:
       config.train.micro_batch_size, config.model.dropout = rows, 0.0
       config.memory.remat, config.memory.loss_chunk, config.memory.offload = "full", 256, kept
       found = self._compiler(
-        aot_compiler.CompileRequest(jaxft.config.to_json(config), dataclasses.asdict(cfg), target.name)
+        aot_compiler.CompileRequest(
+          jaxft.config.to_json(config), dataclasses.asdict(cfg), target.name
+        )
       )
       self._known[key] = max(found.get("peak_bytes", math.inf), found.get("eval_peak_bytes", 0))
-      print(f"{model} {target.name} {kept} {rows}: {self._known[key] / 2**30:.2f} GiB", file=sys.stderr, flush=True)
+      print(
+        f"{model} {target.name} {kept} {rows}: {self._known[key] / 2**30:.2f} GiB",
+        file=sys.stderr,
+        flush=True,
+      )
     return self._known[key]
 
   def line(self, model: str, target: specs.Target, kept: str) -> tuple[float, float]:
@@ -99,7 +105,11 @@ class Cells:
     if self.peak(model, target, kept, 1) > (room := (1 - MEMORY_MARGIN) * target.usable_bytes):
       return 1
     one, slope = self.line(model, target, kept)
-    return max(rows for rows in (2**n for n in range(MOST_ROWS.bit_length())) if one + (rows - 1) * slope <= room)
+    return max(
+      rows
+      for rows in (2**n for n in range(MOST_ROWS.bit_length()))
+      if one + (rows - 1) * slope <= room
+    )
 
   def largest(self, model: str, target: specs.Target, kept: str) -> tuple[int, float] | None:
     """The most rows that fit, with their peak; None where one is too many."""
@@ -131,7 +141,11 @@ class Cells:
 
 def rows_before(page: str) -> dict[tuple[str, str, str], int]:
   """The most rows of each cell of a page, by model, target and offload."""
-  table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+  table = [
+    [cell.strip() for cell in line.split("|")[1:-1]]
+    for line in page.splitlines()
+    if line.startswith("|")
+  ]
   found, names = {}, [cell.partition(",")[0] for cell in table[0][1:]]
   for model, *cells in table:
     for name, cell in zip(names, cells):
@@ -165,16 +179,24 @@ def config_lines() -> list[str]:
 def main() -> None:
   wanted = [specs.parse_device(name) for name in TARGETS]
   lines = [
-    "| | " + " | ".join(f"{it.name}, {rendering.format_bytes(it.usable_bytes)}" for it in wanted) + " |",
+    "| | "
+    + " | ".join(f"{it.name}, {rendering.format_bytes(it.usable_bytes)}" for it in wanted)
+    + " |",
     "|---" * (len(wanted) + 1) + "|",
   ]
   with aot_compiler.Compiler() as compiler:
     cells = Cells(compiler, rows_before(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {})
     for model in MODELS:
-      lines.append(f"| {model.rpartition('/')[2]} | " + " | ".join(cells.cell(model, it) for it in wanted) + " |")
+      lines.append(
+        f"| {model.rpartition('/')[2]} | "
+        + " | ".join(cells.cell(model, it) for it in wanted)
+        + " |"
+      )
       print(lines[-1], flush=True)
   gptj = model_config.from_hf_config(PUBLISHED["EleutherAI/gpt-j-6b"])
-  versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jax-cuda13-plugin", "libtpu"))
+  versions = ", ".join(
+    f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jax-cuda13-plugin", "libtpu")
+  )
   head = HEAD.format(
     most=MOST_ROWS,
     input=rendering.format_bytes(2 * gptj.L * gptj.P * gptj.D),

@@ -32,7 +32,11 @@ def write_stories(file: Path, genre: str, seeds: range) -> None:
 
 def write_tokenizer(folder: Path) -> None:
   """A tokenizer learned from both genres, and GPT-2's config.json at another size."""
-  texts = (story_grammar.write(genre, seed).text for genre in story_grammar.GENRES for seed in PRETRAIN[:2000])
+  texts = (
+    story_grammar.write(genre, seed).text
+    for genre in story_grammar.GENRES
+    for seed in PRETRAIN[:2000]
+  )
   tokenizer.train_tokenizer(texts, VOCABULARY, folder, **SHAPE)
 
 

@@ -181,8 +181,8 @@ FAULTS = (
   Fault(
     "logits are multiplied by the temperature",
     "jaxft/generation/sampler.py",
-    "filters.keep_likely(logits_BV / temperature,",
-    "filters.keep_likely(logits_BV * temperature,",
+    "logits_processors.filter_logits(logits_BV / temperature,",
+    "logits_processors.filter_logits(logits_BV * temperature,",
     ("test_sample.py",),
   ),
   # ---- Folders of models -------------------------------------------------------------------------------------------------
@@ -287,13 +287,30 @@ class Copy:
   def is_what_is_imported(self) -> None:
     """Raises SystemExit where another jaxft would be tested, the one that is installed."""
     command = [sys.executable, "-c", "import jaxft; print(jaxft.__file__)"]
-    done = subprocess.run(command, cwd=self._folder.parent, env=self._environment, capture_output=True, text=True)
+    done = subprocess.run(
+      command, cwd=self._folder.parent, env=self._environment, capture_output=True, text=True
+    )
     if done.stdout.strip() != str(self._folder / "jaxft" / "__init__.py"):
-      raise SystemExit(f"error: not the copy in {self._folder} is tested but {done.stdout or done.stderr}")
+      raise SystemExit(
+        f"error: not the copy in {self._folder} is tested but {done.stdout or done.stderr}"
+      )
 
-  def test(self, names: Iterable[str], most_seconds: int | None = None) -> subprocess.CompletedProcess:
+  def test(
+    self, names: Iterable[str], most_seconds: int | None = None
+  ) -> subprocess.CompletedProcess:
     """Runs these files of tests/ up to the first test that fails; raises TimeoutExpired."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", "-m", self._markers]
+    command = [
+      sys.executable,
+      "-m",
+      "pytest",
+      "-x",
+      "-q",
+      "-rfE",
+      "-p",
+      "no:cacheprovider",
+      "-m",
+      self._markers,
+    ]
     return subprocess.run(
       [*command, *(f"tests/{name}" for name in names)],
       cwd=self._folder,
@@ -316,7 +333,9 @@ class Copy:
       return Outcome(fault, "", f"no end after {MOST_SECONDS} s", time.monotonic() - began)
     finally:
       file.write_text(before, encoding="utf-8")
-      os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # Python tells what it has compiled by time and size
+      os.utime(
+        file, ns=(times.st_atime_ns, times.st_mtime_ns)
+      )  # Python tells what it has compiled by time and size
     by, error = "", ""
     if done.returncode == FAILED:
       by = first_failure(done.stdout)
@@ -399,7 +418,9 @@ def table(outcomes: list[Outcome], what: str) -> str:
   for it in outcomes:
     by = "**error**" if it.error else f"`{it.by}`" if it.by else "**escaped**"
     lines.append(f"| {it.fault.name} | `{it.fault.file}` | {by} |")
-  versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "torch"))
+  versions = ", ".join(
+    f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "torch")
+  )
   count = sum(bool(it.by) for it in outcomes)
   today = f"{datetime.date.today()}, Python {platform.python_version()}, {versions}"
   return "\n".join([*lines, "", f"{count} of {len(outcomes)} caught by {what}; {today}."])
@@ -418,14 +439,22 @@ def write_into_page(text: str) -> None:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--all", action="store_true", help="run slow tests too")
-  parser.add_argument("--only", default="", metavar="WORD", help="faults with this in their name, file or tests")
-  parser.add_argument("-n", type=int, default=2, metavar="WORKERS", help="faults at a time (default: 2)")
+  parser.add_argument(
+    "--only", default="", metavar="WORD", help="faults with this in their name, file or tests"
+  )
+  parser.add_argument(
+    "-n", type=int, default=2, metavar="WORKERS", help="faults at a time (default: 2)"
+  )
   arguments = parser.parse_args()
   chosen = [it for it in FAULTS if arguments.only in " ".join((it.name, it.file, *it.tests))]
   if not chosen or arguments.n < 1:
-    parser.error(f"no fault has {arguments.only!r} in its line" if not chosen else "-n: give 1 or more")
+    parser.error(
+      f"no fault has {arguments.only!r} in its line" if not chosen else "-n: give 1 or more"
+    )
   if not importlib.util.find_spec("torch"):
     parser.error("torch is not installed here, and some faults show only beside transformers")
   markers = "not wide" if arguments.all else "not slow and not wide"

@@ -28,7 +28,9 @@ def writes(folder, asked):
   single = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in asked["texts"]]
   logits, mask = padded(model, tokenizer, asked["texts"])
   pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
-  how = dict(max_new_tokens=NEW, do_sample=False, return_full_text=False, pad_token_id=tokenizer.pad_token_id)
+  how = dict(
+    max_new_tokens=NEW, do_sample=False, return_full_text=False, pad_token_id=tokenizer.pad_token_id
+  )
   return {
     "ids": [tokenizer(text)["input_ids"] for text in asked["texts"]],
     "logits": [rows.tolist() for rows in single],
@@ -54,8 +56,12 @@ def converted(folder, asked):
   with tempfile.TemporaryDirectory() as out:
     ctranslate2.converters.TransformersConverter(folder).convert(out, force=True)
     generator = ctranslate2.Generator(out, compute_type="float32")
-    prompts = [tokenizer.convert_ids_to_tokens(tokenizer(prompt)["input_ids"]) for prompt in asked["prompts"]]
-    found = generator.generate_batch(prompts, max_length=NEW, sampling_topk=1, include_prompt_in_result=False)
+    prompts = [
+      tokenizer.convert_ids_to_tokens(tokenizer(prompt)["input_ids"]) for prompt in asked["prompts"]
+    ]
+    found = generator.generate_batch(
+      prompts, max_length=NEW, sampling_topk=1, include_prompt_in_result=False
+    )
     return [result.sequences_ids[0] for result in found]
 
 
@@ -65,8 +71,12 @@ def main():
   for folder in sys.argv[1:]:
     config = json.loads((Path(folder) / "config.json").read_text())
     with torch.no_grad():
-      found = (classifies if "Classification" in config["architectures"][0] else writes)(folder, asked)
-    if config["model_type"] in ("gpt2", "gptj") and "generated" in found:  # CTranslate2 knows no GPT-Neo
+      found = (classifies if "Classification" in config["architectures"][0] else writes)(
+        folder, asked
+      )
+    if (
+      config["model_type"] in ("gpt2", "gptj") and "generated" in found
+    ):  # CTranslate2 knows no GPT-Neo
       found["converted"] = converted(folder, asked)
     print(json.dumps(found | {"transformers": transformers.__version__}), flush=True)
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Before jax starts. Sub-processes inherit the cache: a program is compiled once in a whole test run.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jaxft-test-xla-{os.getuid()}"))
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jaxft-test-xla-{os.getuid()}")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Compiling is most of what tests do. Without LLVM's optimizations it takes half as long (27 s, not 50, for four train steps);
 # with the older of two code generators, which jaxlib 0.11 no longer has, a third less than that. With --torture programs are
@@ -26,7 +28,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Of torch, whose threads would wait for each other: a worker has a core. Without it test_families and test_sample take
 # a quarter more of the processor's time (116 s, not 92, on two cores).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compilers for other hardware are installed, and would look for it
+os.environ.setdefault(
+  "JAX_PLATFORMS", "cpu"
+)  # the compilers for other hardware are installed, and would look for it
 
 import jax
 import pytest
@@ -47,7 +51,9 @@ class Said(NamedTuple):
 
 def pytest_addoption(parser):
   parser.addoption(
-    "--torture", action="store_true", help="the large counts, and a table of them in docs/reliability.md"
+    "--torture",
+    action="store_true",
+    help="the large counts, and a table of them in docs/reliability.md",
   )
 
 
@@ -56,7 +62,9 @@ def pytest_generate_tests(metafunc):
   if marker := metafunc.definition.get_closest_marker("parts"):
     few, many = marker.args
     parts = range(many if metafunc.config.getoption("--torture") else few)
-    metafunc.parametrize("part", [pytest.param(i, marks=[pytest.mark.slow] * (i > 0)) for i in parts])
+    metafunc.parametrize(
+      "part", [pytest.param(i, marks=[pytest.mark.slow] * (i > 0)) for i in parts]
+    )
 
 
 # The files that take minutes begin first, so that no worker is left with one of them at the end.
@@ -95,7 +103,9 @@ def pytest_collection_modifyitems(items):
 
 def pytest_terminal_summary(terminalreporter, config):
   if config.getoption("--torture") and not config.getoption("collectonly"):
-    reports = [report for of in ("passed", "failed", "error") for report in terminalreporter.getreports(of)]
+    reports = [
+      report for of in ("passed", "failed", "error") for report in terminalreporter.getreports(of)
+    ]
     terminalreporter.write_line("\n" + torture.write_table(reports))
 
 
@@ -126,7 +136,10 @@ def folder(shared) -> Path:
 @pytest.fixture(scope="session")
 def stories(shared) -> Path:
   """A .jsonl of small stories."""
-  return shared("data", lambda home: tiny.write_stories(home / "stories.jsonl", 120, seed=0)) / "stories.jsonl"
+  return (
+    shared("data", lambda home: tiny.write_stories(home / "stories.jsonl", 120, seed=0))
+    / "stories.jsonl"
+  )
 
 
 @pytest.fixture
@@ -167,7 +180,9 @@ def undisturbed(interruptible, shared):
     (home / "said").write_text(said)
 
   home = shared("undisturbed", make)
-  return interrupted.Interrupted(interruptible, home / "run").result(), (home / "said").read_text().count("\n")
+  return interrupted.Interrupted(interruptible, home / "run").result(), (
+    home / "said"
+  ).read_text().count("\n")
 
 
 @pytest.fixture(scope="session")
@@ -186,7 +201,9 @@ def finished(config_file, shared):
 def small_disk():
   """A disk of 4 MiB, outside pytest's folders: one left by a run that was killed would stop pytest from removing them."""
   place = Path(tempfile.mkdtemp(prefix="jaxft-disk-"))
-  if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True).returncode:
+  if subprocess.run(
+    ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True
+  ).returncode:
     place.rmdir()
     pytest.skip("mounting a small disk needs root")
   yield place

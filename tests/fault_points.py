@@ -33,10 +33,22 @@ PLACES = {
   "checksums": ("jaxft.checkpoint.manager:checksums", "before"),
   "save begun": ("orbax.checkpoint:CheckpointManager.save", "before"),
   "save handed over": ("orbax.checkpoint:CheckpointManager.save", "after"),
-  "arrays written": ("orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize", "before"),
-  "checkpoint in place": ("orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize", "after"),
-  "old checkpoint to go": ("orbax.checkpoint._src.path.deleter:StandardCheckpointDeleter.delete", "before"),
-  "old checkpoint gone": ("orbax.checkpoint._src.path.deleter:StandardCheckpointDeleter.delete", "after"),
+  "arrays written": (
+    "orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize",
+    "before",
+  ),
+  "checkpoint in place": (
+    "orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize",
+    "after",
+  ),
+  "old checkpoint to go": (
+    "orbax.checkpoint._src.path.deleter:StandardCheckpointDeleter.delete",
+    "before",
+  ),
+  "old checkpoint gone": (
+    "orbax.checkpoint._src.path.deleter:StandardCheckpointDeleter.delete",
+    "after",
+  ),
   "first checkpoint read back": ("jaxft.checkpoint.manager:CheckpointManager.verify", "before"),
   "saves awaited": ("jaxft.checkpoint.manager:CheckpointManager.wait", "before"),
   "checkpoints closed": ("jaxft.checkpoint.manager:CheckpointManager.close", "after"),

@@ -33,7 +33,11 @@ class Interrupted:
   """A workdir in which the same command is started until it is through."""
 
   def __init__(self, config_file, workdir):
-    self.workdir, self.config_file, self.moment = workdir, config_file, workdir.with_name(f"{workdir.name}.moment")
+    self.workdir, self.config_file, self.moment = (
+      workdir,
+      config_file,
+      workdir.with_name(f"{workdir.name}.moment"),
+    )
 
   def start(self, place="nowhere", count=1, action="none", largest_file=None):
     command = [fault_points.__file__, place, str(count), action]
@@ -50,7 +54,9 @@ class Interrupted:
 
   def end(self, process):
     """Its exit code, all that it said, and the seconds since the fault."""
-    end = threading.Timer(240, process.kill)  # communicate() would leave out what has been read ahead of the last line
+    end = threading.Timer(
+      240, process.kill
+    )  # communicate() would leave out what has been read ahead of the last line
     end.start()
     said = process.stdout.read()
     process.stdout.close()
@@ -58,17 +64,27 @@ class Interrupted:
     end.cancel()
     assert "Traceback" not in said and "damaged" not in said, said
     assert process.returncode in (0, 4, 75, -signal.SIGKILL), said
-    since = time.time() - float(self.moment.read_text()) if self.moment.exists() and self.moment.read_text() else 0.0
+    since = (
+      time.time() - float(self.moment.read_text())
+      if self.moment.exists() and self.moment.read_text()
+      else 0.0
+    )
     return process.returncode, said, since
 
   def lost_steps(self):
     """Steps that were told of and are in no checkpoint."""
-    done = [line["step"] for line in whole_lines(self.workdir / "metrics.jsonl") if "train/loss" in line]
+    done = [
+      line["step"] for line in whole_lines(self.workdir / "metrics.jsonl") if "train/loss" in line
+    ]
     return max(done, default=0) - max(steps(self.workdir), default=0)
 
   def result(self):
     """Everything that must be the same."""
-    export = {file.name: file.read_bytes() for file in (self.workdir / "export").iterdir() if file.suffix != ".md"}
+    export = {
+      file.name: file.read_bytes()
+      for file in (self.workdir / "export").iterdir()
+      if file.suffix != ".md"
+    }
     samples = (self.workdir / "samples.jsonl").read_text()
     return processes.losses(self.workdir), samples, state(self.workdir, STEPS), export
 
@@ -81,7 +97,11 @@ def whole_lines(file):
 
 def steps(workdir):
   folder = workdir / "checkpoints"
-  return [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()] if folder.exists() else []
+  return (
+    [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()]
+    if folder.exists()
+    else []
+  )
 
 
 def state(workdir, step):
@@ -99,13 +119,17 @@ def assert_same(run, undisturbed):
   assert losses == wanted[0] and samples == wanted[1] and export == wanted[3]
   assert same_bits(state, wanted[2])
   evals = {
-    line["step"]: line["eval/loss"] for line in whole_lines(run.workdir / "metrics.jsonl") if "eval/loss" in line
+    line["step"]: line["eval/loss"]
+    for line in whole_lines(run.workdir / "metrics.jsonl")
+    if "eval/loss" in line
   }
   best = min((step for step in evals if step), key=evals.__getitem__)
   assert {best, STEPS} <= set(steps(run.workdir)) and len(
     steps(run.workdir)
   ) <= 4  # keep=2, the best, one not yet deleted
-  left = [entry.name for entry in (run.workdir / "checkpoints").iterdir() if not entry.name.isdecimal()]
+  left = [
+    entry.name for entry in (run.workdir / "checkpoints").iterdir() if not entry.name.isdecimal()
+  ]
   assert not left, f"left over: {left}"
 
 

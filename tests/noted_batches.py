@@ -16,10 +16,14 @@ def noted(batches, file: Path):
     for name, array in batch.items():
       for shard in array.addressable_shards:
         first = shard.index[1].start or 0
-        for a, b in ((a, b) for a in range(shard.data.shape[0]) for b in range(shard.data.shape[1])):
+        for a, b in (
+          (a, b) for a in range(shard.data.shape[0]) for b in range(shard.data.shape[1])
+        ):
           place = a * array.shape[1] + first + b  # the same with and without accumulation
           digest = hashlib.sha256(bytes(shard.data[a, b])).hexdigest()
-          assert rows.setdefault(f"{step}/{name}/{place}", digest) == digest  # its copies on other devices
+          assert (
+            rows.setdefault(f"{step}/{name}/{place}", digest) == digest
+          )  # its copies on other devices
     file.write_text(json.dumps(rows))
     yield batch
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(str(file.relative_to(ROOT)) for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted(
+  str(file.relative_to(ROOT)) for file in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+)
 CONFIGS = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("configs/*.py"))
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
@@ -64,4 +66,8 @@ def _commands(text: str) -> list[str]:
 def _inline(text: str) -> list[Step]:
   """Commands within a sentence or a table; one without arguments is a name."""
   quoted = (" ".join(code.split()) for code in INLINE.findall(text))
-  return [Step("command", code) for code in quoted if code.startswith(COMMAND) and " " in code.removeprefix(COMMAND)]
+  return [
+    Step("command", code)
+    for code in quoted
+    if code.startswith(COMMAND) and " " in code.removeprefix(COMMAND)
+  ]

@@ -21,7 +21,9 @@ LEAVES, SHAPE = 3, (16, 2**15, 256)  # 512 MiB each
 
 
 def resident_bytes() -> int:
-  line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+  line = next(
+    line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")
+  )
   return int(line.split()[1]) * 1024
 
 
@@ -48,7 +50,9 @@ class Peak(threading.Thread):
 def main(folder: Path) -> None:
   place = NamedSharding(make_mesh(default().mesh), PartitionSpec(), memory_kind="pinned_host")
   draw = lambda seed: np.random.default_rng(seed).random(SHAPE, np.float32)
-  state = {str(i): jax.make_array_from_callback(SHAPE, place, draw(i).__getitem__) for i in range(LEAVES)}
+  state = {
+    str(i): jax.make_array_from_callback(SHAPE, place, draw(i).__getitem__) for i in range(LEAVES)
+  }
   like = {name: jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=place) for name in state}
   wanted = checksums(state)
   checkpoints = CheckpointManager(folder, 1, writes=True, low_memory=True)

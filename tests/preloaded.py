@@ -22,10 +22,36 @@ import subprocess
 import sys
 import warnings
 
-READ_AT_IMPORT = ("JAX_", "HF_", "PYTHON", "TRANSFORMERS_", "XDG_", "HOME", "TMPDIR", "LC_", "LANG", "TOKENIZERS_")
+READ_AT_IMPORT = (
+  "JAX_",
+  "HF_",
+  "PYTHON",
+  "TRANSFORMERS_",
+  "XDG_",
+  "HOME",
+  "TMPDIR",
+  "LC_",
+  "LANG",
+  "TOKENIZERS_",
+)
 NUM_DEVICES = "JAX_NUM_CPU_DEVICES"  # the one of them that is set again in the child
-COMMANDS = ("train", "evaluate", "generate", "export", "prepare", "plan.planner", "doctor", "report", "tokenizer")
-LIBRARIES = ("orbax.checkpoint", "grain", "transformers.models", "transformers.models.gpt2.configuration_gpt2")
+COMMANDS = (
+  "train",
+  "evaluate",
+  "generate",
+  "export",
+  "prepare",
+  "plan.planner",
+  "doctor",
+  "report",
+  "tokenizer",
+)
+LIBRARIES = (
+  "orbax.checkpoint",
+  "grain",
+  "transformers.models",
+  "transformers.models.gpt2.configuration_gpt2",
+)
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -39,9 +65,13 @@ class Popen(subprocess.Popen):
     env = dict(os.environ if env is None else env)
     fresh = os.environ.get("FRESH_PROCESSES") or sys.platform != "linux"
     if fresh or preexec_fn or pass_fds or _read_at_import(env) != _read_at_import(os.environ):
-      return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more)
+      return super()._execute_child(
+        args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more
+      )
     pipes = p2cread, _, _, c2pwrite, _, errwrite = more[3:9]
-    streams = [own if given == -1 else given for own, given in enumerate((p2cread, c2pwrite, errwrite))]
+    streams = [
+      own if given == -1 else given for own, given in enumerate((p2cread, c2pwrite, errwrite))
+    ]
     request = {"arguments": args[1:], "cwd": str(cwd or os.getcwd()), "env": env}
     self.pid, self._child_created = _ask(request, streams), True
     self._close_pipe_fds(*pipes)
@@ -66,7 +96,9 @@ def run(arguments, *, input=None, capture_output=False, timeout=None, check=Fals
 
 
 def _read_at_import(env):
-  return {name: it for name, it in env.items() if name.startswith(READ_AT_IMPORT) and name != NUM_DEVICES}
+  return {
+    name: it for name, it in env.items() if name.startswith(READ_AT_IMPORT) and name != NUM_DEVICES
+  }
 
 
 def _ask(request, streams):
@@ -86,7 +118,9 @@ def _server():
   ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
   ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
   with theirs:
-    process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()])
+    process = subprocess.Popen(
+      [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()]
+    )
   atexit.register(lambda: (ours.close(), process.wait()))
   return ours
 
@@ -131,7 +165,11 @@ def _become(request, streams):
     os.dup2(stream, number)
     os.close(stream)
   for number, name in enumerate(("stdin", "stdout", "stderr")):
-    how = ({"mode": "r"}, {"mode": "w"}, {"mode": "w", "buffering": 1, "errors": "backslashreplace"})[number]
+    how = (
+      {"mode": "r"},
+      {"mode": "w"},
+      {"mode": "w", "buffering": 1, "errors": "backslashreplace"},
+    )[number]
     stream = open(number, closefd=False, **how)
     setattr(sys, name, stream)
     setattr(sys, f"__{name}__", stream)
@@ -147,7 +185,9 @@ def _run(first, *rest):
   """As the interpreter would."""
   sys.orig_argv = [sys.executable, first, *rest]
   of_jaxft = first == "-m" and rest[0].startswith("jaxft.")
-  signal.signal(signal.SIGINT, signal.SIG_DFL if of_jaxft else signal.default_int_handler)  # as jaxft/__init__.py does
+  signal.signal(
+    signal.SIGINT, signal.SIG_DFL if of_jaxft else signal.default_int_handler
+  )  # as jaxft/__init__.py does
   if first == "-c":
     sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
     exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})

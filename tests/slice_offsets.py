@@ -19,9 +19,37 @@ CONFIG = re.compile(r'"dynamic_slice_config":(\{[^{}]*(?:\{[^{}]*\})?[^{}]*\})')
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
-DTYPES = {"pred": np.bool_, "s8": np.int8, "u8": np.uint8, "s32": np.int32, "u32": np.uint32, "s64": np.int64}
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-SAME = {"copy", "bitcast", "reshape", "convert", "opt-barrier", "optimization-barrier", "copy-done", "fusion-done"}
+DTYPES = {
+  "pred": np.bool_,
+  "s8": np.int8,
+  "u8": np.uint8,
+  "s32": np.int32,
+  "u32": np.uint32,
+  "s64": np.int64,
+}
+BYTES = {
+  "pred": 1,
+  "s8": 1,
+  "u8": 1,
+  "bf16": 2,
+  "f16": 2,
+  "s32": 4,
+  "u32": 4,
+  "f32": 4,
+  "s64": 8,
+  "u64": 8,
+  "f64": 8,
+}
+SAME = {
+  "copy",
+  "bitcast",
+  "reshape",
+  "convert",
+  "opt-barrier",
+  "optimization-barrier",
+  "copy-done",
+  "fusion-done",
+}
 BINARY = {
   "add": np.add,
   "subtract": np.subtract,
@@ -91,9 +119,14 @@ def count(text: str) -> int:
 class Frame:
   """A computation that runs: numbers of its instructions, each computed when it is asked for."""
 
-  def __init__(self, computations: Any, name: str, parameter: Callable[[int], Any], loops: tuple[int, ...] = ()):
+  def __init__(
+    self, computations: Any, name: str, parameter: Callable[[int], Any], loops: tuple[int, ...] = ()
+  ):
     self.computations, self.body = computations, computations[name]
-    self.parameter, self.loops = parameter, loops  # loops: iterations of those around, innermost first
+    self.parameter, self.loops = (
+      parameter,
+      loops,
+    )  # loops: iterations of those around, innermost first
     self._known = {}
 
   def value(self, name: str) -> Any:
@@ -112,7 +145,9 @@ class Frame:
   def iteration(self, loop: Instruction, k: int) -> "Frame":
     """The body of a loop in its iteration k."""
     carried = self.value(loop.operands[0]) if k == 0 else self.iteration(loop, k - 1).root
-    return Frame(self.computations, CALLED.search(loop.after)[1], lambda _: carried, (k, *self.loops))
+    return Frame(
+      self.computations, CALLED.search(loop.after)[1], lambda _: carried, (k, *self.loops)
+    )
 
   def _value(self, it: Instruction) -> Any:
     operand = lambda i: self.value(it.operands[i])
@@ -120,7 +155,9 @@ class Frame:
     if it.op == "parameter":
       return self.parameter(int(it.inside))
     if it.op in ("tuple", "get-tuple-element"):
-      return operand if it.op == "tuple" else operand(0)(int(re.search(r"index=(\d+)", it.after)[1]))
+      return (
+        operand if it.op == "tuple" else operand(0)(int(re.search(r"index=(\d+)", it.after)[1]))
+      )
     if it.op in SAME or it.op == "copy-start":
       found = operand(0)
       return found if callable(found) else np.asarray(found).reshape(dims).astype(dtype)
@@ -139,10 +176,14 @@ class Frame:
       return np.array(json.loads(text), dtype).reshape(dims)
     if it.op == "iota":
       axis = int(re.search(r"iota_dimension=(\d+)", it.after)[1])
-      return np.broadcast_to(np.arange(dims[axis]).reshape([-1 if i == axis else 1 for i in range(len(dims))]), dims)
+      return np.broadcast_to(
+        np.arange(dims[axis]).reshape([-1 if i == axis else 1 for i in range(len(dims))]), dims
+      )
     if it.op == "broadcast":
       axes = [int(n) for n in re.search(r"dimensions=\{([\d,]*)\}", it.after)[1].split(",") if n]
-      return np.broadcast_to(operand(0).reshape([dims[i] if i in axes else 1 for i in range(len(dims))]), dims)
+      return np.broadcast_to(
+        operand(0).reshape([dims[i] if i in axes else 1 for i in range(len(dims))]), dims
+      )
     if it.op == "dynamic-slice":
       starts = self.starts(it)
       return operand(0)[tuple(slice(at, at + size) for at, size in zip(starts, dims, strict=True))]
@@ -188,7 +229,9 @@ def _compared(frame: Frame, it: Instruction, config: dict[str, Any]) -> Slice:
     raise Unknown(f"an annotation with {other}")
   iteration = frame.loops[int(config["loop_index"])]
   shape = frame.body[it.operands[0]].shape
-  indexed = sum(i * stride for i, stride in zip(frame.starts(it), _byte_strides(shape), strict=True))
+  indexed = sum(
+    i * stride for i, stride in zip(frame.starts(it), _byte_strides(shape), strict=True)
+  )
   annotated = int(linear["byte_offset"]) + int(linear["byte_stride"]) * iteration
   return Slice(it.name, shape, iteration, annotated, indexed)
 

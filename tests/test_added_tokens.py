@@ -34,20 +34,26 @@ def made(folder, tmp_path_factory):
   out = tmp_path_factory.mktemp("models") / "roles"
   done = processes.run("jaxft.tokenizer", "--model", folder, "--add", *ADD, "--out", out)
   assert f"{BEGIN} is {BEGIN_ID}, {PAD} is {PAD_ID}, {TITLE} is {TITLE_ID}" in done.stdout
-  assert f"begins with {BEGIN!r}, as a prompt then should; transformers pads with {PAD!r}" in done.stdout
+  assert (
+    f"begins with {BEGIN!r}, as a prompt then should; transformers pads with {PAD!r}" in done.stdout
+  )
   return out
 
 
 @pytest.fixture(scope="module")
 def tokenizer(made):
-  return jaxft.hf.tokenizer.load(made, 296)
+  return jaxft.hf.tokenizer.load_tokenizer(made, 296)
 
 
 def must_have_the_roles(folder):
   """In each file that says them, and as transformers reads it."""
   for name in ("config.json", "generation_config.json"):
     said = json.loads((folder / name).read_text())
-    assert [said[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [BEGIN_ID, END_ID, PAD_ID], name
+    assert [said[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [
+      BEGIN_ID,
+      END_ID,
+      PAD_ID,
+    ], name
   for name in ("tokenizer_config.json", "special_tokens_map.json"):
     said = json.loads((folder / name).read_text())
     assert [said[f"{role}_token"] for role in ("bos", "eos", "pad")] == [BEGIN, END, PAD], name
@@ -64,7 +70,12 @@ def test_roles_are_what_transformers_reads(made):
 @pytest.mark.slow
 def test_roles_go_through_training_and_out(made, stories, tmp_path):
   config = tiny.config(made, stories)
-  config.train.steps, config.train.eval_every, config.train.save_every, config.data.layout = 2, 2, 2, "pad"
+  config.train.steps, config.train.eval_every, config.train.save_every, config.data.layout = (
+    2,
+    2,
+    2,
+    "pad",
+  )
   config.train.sample_prompts, config.optim.warmup_steps = ("", f"{BEGIN}once"), 0
   run = finetune(config, tmp_path / "run")
   must_have_the_roles(run.workdir / "run.model")
@@ -78,7 +89,9 @@ def test_roles_go_through_training_and_out(made, stories, tmp_path):
   batch = again(prompts, return_tensors="pt", padding=True)
   assert batch["input_ids"][0, 0] == PAD_ID and batch["input_ids"][1, 0] == BEGIN_ID
   with torch.no_grad():
-    found = theirs.generate(**batch, max_new_tokens=9, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    found = theirs.generate(**batch, max_new_tokens=9, do_sample=False)[
+      :, batch["input_ids"].shape[1] :
+    ]
     begun = theirs.generate(max_new_tokens=9, do_sample=False)[0]  # of no prompt
   texts = again.batch_decode(found, skip_special_tokens=True)
   ours = jaxft.load(run.export)
@@ -103,26 +116,38 @@ def test_a_document_begins_with_the_token_that_is_there_for_it(tokenizer):
   assert read(Example(text), tokenizer) == (document, 1)
   assert read(Example(BEGIN + text), tokenizer) == (document, 1)  # not twice
   whole = [BEGIN_ID, *cut(tokenizer, asked), *cut(tokenizer, " red"), END_ID]
-  assert read(Example(asked + " red", prompt_chars=len(asked)), tokenizer) == (whole, 1 + len(cut(tokenizer, asked)))
+  assert read(Example(asked + " red", prompt_chars=len(asked)), tokenizer) == (
+    whole,
+    1 + len(cut(tokenizer, asked)),
+  )
   begun = Example(BEGIN + asked + " red", prompt_chars=len(BEGIN + asked))
   assert read(begun, tokenizer) == (whole, 1 + len(cut(tokenizer, asked)))
   assert tokenizer.decode(cut(tokenizer, " the")[0]) == " t"  # in which a prompt of one blank ends
-  assert read(Example(" the", prompt_chars=1), tokenizer) == ([BEGIN_ID, *cut(tokenizer, " the"), END_ID], 1)
+  assert read(Example(" the", prompt_chars=1), tokenizer) == (
+    [BEGIN_ID, *cut(tokenizer, " the"), END_ID],
+    1,
+  )
   assert read(Example(text, label="a"), tokenizer) == (cut(tokenizer, text), 0)
-  assert tokenize.encode_prompt(tokenizer, text) == tokenizer(text)["input_ids"] == cut(tokenizer, text)
+  assert (
+    tokenize.encode_prompt(tokenizer, text) == tokenizer(text)["input_ids"] == cut(tokenizer, text)
+  )
   assert tokenize.encode_prompt(tokenizer, "") == [BEGIN_ID]
   assert tokenize.encode_text(tokenizer, "") == [END_ID]
   assert tokenize.token_byte_lengths(tokenizer)[[BEGIN_ID, END_ID]].tolist() == [0, 0]
 
 
 def test_a_tokenizer_that_puts_it_there_itself_does_not_get_it_twice(made):
-  own = jaxft.hf.tokenizer.load(made, 296)
+  own = jaxft.hf.tokenizer.load_tokenizer(made, 296)
   own.backend_tokenizer.post_processor = processors.TemplateProcessing(
     single=f"{BEGIN} $A", special_tokens=[(BEGIN, BEGIN_ID)]
   )
   assert read(Example("the cat"), own) == ([BEGIN_ID, *cut(own, "the cat"), END_ID], 1)
   assert read(Example("the cat", label="a"), own) == ([BEGIN_ID, *cut(own, "the cat")], 0)
-  assert tokenize.encode_prompt(own, "the cat") == own("the cat")["input_ids"] == [BEGIN_ID, *cut(own, "the cat")]
+  assert (
+    tokenize.encode_prompt(own, "the cat")
+    == own("the cat")["input_ids"]
+    == [BEGIN_ID, *cut(own, "the cat")]
+  )
   # One that begins a text with another token: as its texts begin, and as before.
   own.backend_tokenizer.post_processor = processors.TemplateProcessing(
     single=f"{TITLE} $A", special_tokens=[(TITLE, TITLE_ID)]
@@ -134,22 +159,34 @@ def test_a_tokenizer_that_puts_it_there_itself_does_not_get_it_twice(made):
 def learned(rows):
   """(input, target) of each target that is learned, by row."""
   picked = [rows[i] for i in range(len(rows))]
-  return [[(int(i), int(t)) for i, t, m in zip(r["ids"], r["targets"], r["mask"], strict=True) if m] for r in picked]
+  return [
+    [(int(i), int(t)) for i, t, m in zip(r["ids"], r["targets"], r["mask"], strict=True) if m]
+    for r in picked
+  ]
 
 
 @pytest.mark.parametrize("layout", ["concat", "pad", "pack"])
 def test_the_first_token_of_a_text_follows_it_and_it_is_never_a_target(tokenizer, layout):
-  texts = ["the cat", "once upon a time the dog sat on mat and ran to big red house", "small blue door"]
+  texts = [
+    "the cat",
+    "once upon a time the dog sat on mat and ran to big red house",
+    "small blue door",
+  ]
   stored = tokenize.encode_in_memory(map(Example, texts), tokenizer)
   T = 7
-  rows = build_dataset(stored, ConfigDict({"format": "text", "layout": layout, "sequence_length": T}), END_ID)
+  rows = build_dataset(
+    stored, ConfigDict({"format": "text", "layout": layout, "sequence_length": T}), END_ID
+  )
   pairs, documents = learned(rows), [[*cut(tokenizer, text), END_ID] for text in texts]
   wanted = [list(zip([BEGIN_ID, *ids], ids, strict=False)) for ids in documents]
   if layout == "pad":  # one a row, cut short at T targets
     assert pairs == [of[:T] for of in wanted]
   else:  # every token of every text, once: a long one goes on in its next piece
     assert sorted(sum(pairs, [])) == sorted(sum(wanted, []))
-  assert rows.stats.eos_targets == sum(target == END_ID for _, target in sum(pairs, [])) or layout == "pad"
+  assert (
+    rows.stats.eos_targets == sum(target == END_ID for _, target in sum(pairs, []))
+    or layout == "pad"
+  )
   assert rows.stats.filled + sum(rows.stats.dropped.values()) <= len(stored.ids)
   if layout == "concat":
     strided = learned(SlidingWindowDataset(stored, T, END_ID, 3))
@@ -159,8 +196,11 @@ def test_the_first_token_of_a_text_follows_it_and_it_is_never_a_target(tokenizer
 def test_without_such_a_token_every_token_is_as_it_was(folder, tmp_path):
   """Whose bos token is the end token, or who have none; also one that puts tokens of its own around a text."""
   rng = random.Random(3)
-  kinds = [jaxft.hf.tokenizer.load(folder, 293), jaxft.hf.tokenizer.load(wordpiece(tmp_path / "bert"), len(WORDPIECE))]
-  none = jaxft.hf.tokenizer.load(folder, 293)
+  kinds = [
+    jaxft.hf.tokenizer.load_tokenizer(folder, 293),
+    jaxft.hf.tokenizer.load_tokenizer(wordpiece(tmp_path / "bert"), len(WORDPIECE)),
+  ]
+  none = jaxft.hf.tokenizer.load_tokenizer(folder, 293)
   none.bos_token = None
   for tokenizer, before in zip([*kinds, none], ([], [2], []), strict=True):
     end = tokenizer.eos_token_id
@@ -170,7 +210,10 @@ def test_without_such_a_token_every_token_is_as_it_was(folder, tmp_path):
       found = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
       given = sum(stop <= prompt for _, stop in found.offsets) if prompt else 0
       ids = [*before, *found.ids, end]
-      assert read(Example(text, prompt_chars=prompt), tokenizer) == (ids, given + len(before) if given else 0)
+      assert read(Example(text, prompt_chars=prompt), tokenizer) == (
+        ids,
+        given + len(before) if given else 0,
+      )
       assert tokenize.encode_prompt(tokenizer, text) == ids[:-1]
     assert tokenize.encode_prompt(tokenizer, "") == before
     stored = tokenize.encode_in_memory([Example(tiny.story(rng)) for _ in range(30)], tokenizer)
@@ -183,11 +226,19 @@ def test_without_such_a_token_every_token_is_as_it_was(folder, tmp_path):
 
 def test_a_value_is_a_token_or_a_role_with_one():
   assert added_tokens.parse_token_spec("<|title|>") == ("<|title|>", "")
-  assert added_tokens.parse_token_spec("a=b") == ("a=b", "") and added_tokens.parse_token_spec("=x") == ("=x", "")
-  assert added_tokens.parse_token_spec("bos=<s>") == added_tokens.parse_token_spec("bos_token=<s>") == ("<s>", "bos")
+  assert added_tokens.parse_token_spec("a=b") == ("a=b", "") and added_tokens.parse_token_spec(
+    "=x"
+  ) == ("=x", "")
+  assert (
+    added_tokens.parse_token_spec("bos=<s>")
+    == added_tokens.parse_token_spec("bos_token=<s>")
+    == ("<s>", "bos")
+  )
   assert added_tokens.parse_token_spec("pad=a=b") == ("a=b", "pad")
   for role in ("unk", "sep", "cls", "mask"):
-    with pytest.raises(RequestError, match=rf"--add '{role}=<x>': the roles are bos, eos, pad, .* give '<x>' alone"):
+    with pytest.raises(
+      RequestError, match=rf"--add '{role}=<x>': the roles are bos, eos, pad, .* give '<x>' alone"
+    ):
       added_tokens.parse_token_spec(f"{role}=<x>")
   for value in ("", "pad="):
     with pytest.raises(RequestError, match="must be a text"):
@@ -195,13 +246,19 @@ def test_a_value_is_a_token_or_a_role_with_one():
 
 
 def test_only_the_role_of_a_token_that_exists_changes(made, folder, tmp_path):
-  tokenizer, ids, _ = added_tokens.add_tokens(repo.resolve(str(made)), [f"pad={END}", f"eos={TITLE}"], tmp_path / "out")
+  tokenizer, ids, _ = added_tokens.add_tokens(
+    repo.resolve(str(made)), [f"pad={END}", f"eos={TITLE}"], tmp_path / "out"
+  )
   assert ids == {END: END_ID, TITLE: TITLE_ID} and len(tokenizer) == 296
   weights = [(at / "model.safetensors").read_bytes() for at in (made, tmp_path / "out")]
   assert weights[0] == weights[1]
   for name in ("config.json", "generation_config.json"):
     said = json.loads((tmp_path / "out" / name).read_text())
-    assert [said[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [BEGIN_ID, TITLE_ID, END_ID], name
+    assert [said[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [
+      BEGIN_ID,
+      TITLE_ID,
+      END_ID,
+    ], name
   plain = repo.resolve(str(folder))
   for values, message in (
     (["pad=t"], "--add 'pad=t': a token that texts are made of"),
@@ -217,7 +274,9 @@ def test_only_the_role_of_a_token_that_exists_changes(made, folder, tmp_path):
   begins = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, END_ID)])
   about["post_processor"] = json.loads(begins.__getstate__())
   (itself.folder / "tokenizer.json").write_text(json.dumps(about))
-  with pytest.raises(RequestError, match=r"--add 'bos=<x>': .* itself begins each text with '<\|endoftext\|>'; take"):
+  with pytest.raises(
+    RequestError, match=r"--add 'bos=<x>': .* itself begins each text with '<\|endoftext\|>'; take"
+  ):
     added_tokens.add_tokens(itself, ["bos=<x>"], tmp_path / "none")
   both, ids, _ = added_tokens.add_tokens(plain, ["pad=<x>", "bos=<x>"], tmp_path / "both")
   assert (both.pad_token_id, both.bos_token_id, len(both)) == (293, 293, 294)
@@ -225,10 +284,13 @@ def test_only_the_role_of_a_token_that_exists_changes(made, folder, tmp_path):
 
 def test_tokens_of_before_are_made_again(tokenizer, folder):
   """A cache of a tokenizer whose documents begin with its bos token is not that of one whose documents did not."""
-  plain = jaxft.hf.tokenizer.load(folder, 293)
+  plain = jaxft.hf.tokenizer.load_tokenizer(folder, 293)
 
   def of_before(it):
-    said = json.dumps([jaxft.hf.tokenizer.bos_token_id(it), it.eos_token_id]) + it.backend_tokenizer.to_str()
+    said = (
+      json.dumps([jaxft.hf.tokenizer.bos_token_id(it), it.eos_token_id])
+      + it.backend_tokenizer.to_str()
+    )
     return hashlib.sha256(said.encode()).hexdigest()
 
   assert jaxft.hf.tokenizer.fingerprint(plain) == of_before(plain)

@@ -73,7 +73,9 @@ def test_chunks_give_what_the_formula_gives(T, window, packed):
 @pytest.mark.slow_for("True")
 @pytest.mark.parametrize("packed", [False, True])
 def test_dropout_in_chunks_has_the_bits_of_the_formula(T, rate, window, packed):
-  keys_BN = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(jax.random.key(3), row), N))(jnp.arange(B))
+  keys_BN = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(jax.random.key(3), row), N))(
+    jnp.arange(B)
+  )
   how = {"scale": 0.3, "window": window, "dropout_rate": rate, "keys_BN": keys_BN}
   if packed:
     how |= dict.fromkeys(("q_segments_BT", "k_segments_BS"), segments_of(T))
@@ -81,7 +83,10 @@ def test_dropout_in_chunks_has_the_bits_of_the_formula(T, rate, window, packed):
   expected = both(*data, kernel="reference", **how)
   close(both(*data, kernel="chunked", **how), expected, 2e-6)
   if T > 1:
-    assert np.abs(np.asarray(expected[0]) - np.asarray(both(*data, scale=0.3, window=window)[0])).max() > 0.01
+    assert (
+      np.abs(np.asarray(expected[0]) - np.asarray(both(*data, scale=0.3, window=window)[0])).max()
+      > 0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,8 +111,12 @@ def test_chunks_in_bfloat16_are_as_near_as_the_formula_is(T):
   """To the formula in float32, of the same inputs."""
   data, how = inputs(T, T, jnp.bfloat16), {"scale": 0.3}
   exact = both(*(x.astype(jnp.float32) for x in data), **how)
-  off = lambda found: [float(jnp.sqrt(jnp.mean((a.astype(jnp.float32) - b) ** 2))) for a, b in zip(found, exact)]
-  for ours, formula in zip(off(both(*data, kernel="chunked", **how)), off(both(*data, **how)), strict=True):
+  off = lambda found: [
+    float(jnp.sqrt(jnp.mean((a.astype(jnp.float32) - b) ** 2))) for a, b in zip(found, exact)
+  ]
+  for ours, formula in zip(
+    off(both(*data, kernel="chunked", **how)), off(both(*data, **how)), strict=True
+  ):
     assert 0 < ours <= 1.3 * formula
 
 
@@ -123,7 +132,9 @@ def test_chunks_in_bfloat16_are_as_near_as_the_formula_is(T):
 @pytest.mark.parametrize("H", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_splash_gives_what_the_formula_gives(T, window, packed, H, monkeypatch):
   """The kernel itself, interpreted."""
-  monkeypatch.setattr(splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True))
+  monkeypatch.setattr(
+    splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True)
+  )
   how = {"scale": H**-0.5, "window": window}
   if packed:
     how |= dict.fromkeys(("q_segments_BT", "k_segments_BS"), segments_of(T))
@@ -150,8 +161,14 @@ def test_what_training_takes_is_told_with_why_it_is_not_the_fastest():
     "not cudnn: it does not keep packed examples apart",
   )
   kernel, why = told("chunked", ("gpu", "8.9"), 256, False, False)  # GPT-J
-  assert kernel == "chunked" and why == "not cudnn: it takes heads of 8, 16 ... 128 here, and the model's have 256"
-  assert told("chunked", ("gpu", "9.0"), 64, False, False) == ("chunked", "not cudnn: it is not asked for")
+  assert (
+    kernel == "chunked"
+    and why == "not cudnn: it takes heads of 8, 16 ... 128 here, and the model's have 256"
+  )
+  assert told("chunked", ("gpu", "9.0"), 64, False, False) == (
+    "chunked",
+    "not cudnn: it is not asked for",
+  )
   assert told("splash", ("tpu",), 64, True, False) == ("splash", "")
   assert told("splash", ("tpu",), 64, True, True) == ("chunked", f"not splash: {dropout}")
   assert told("chunked", ("cpu",), 64, True, True) == ("chunked", "")

@@ -21,7 +21,13 @@ from jaxft.hf import model_config
 from jaxft.hf.known_models import PUBLISHED
 from jaxft.plan.measure import dummy_row
 from jaxft.sharding.mesh import make_mesh
-from jaxft.training.build import build_train_program, check_fits, host_bytes, max_host_bytes, pinned_memory_warning
+from jaxft.training.build import (
+  build_train_program,
+  check_fits,
+  host_bytes,
+  max_host_bytes,
+  pinned_memory_warning,
+)
 from jaxft.utils import backend
 
 GIB = 2**30
@@ -30,7 +36,12 @@ GIB = 2**30
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
   """As on a machine without a GPU, whose user has set nothing."""
-  for name in (backend.PINNED_LIMIT_ENV, backend.HOST_MEMORY_ENV, "XLA_FLAGS", "CUDA_VISIBLE_DEVICES"):
+  for name in (
+    backend.PINNED_LIMIT_ENV,
+    backend.HOST_MEMORY_ENV,
+    "XLA_FLAGS",
+    "CUDA_VISIBLE_DEVICES",
+  ):
     monkeypatch.setenv(name, "")  # so that what a test leaves there is undone
     monkeypatch.delenv(name)
   monkeypatch.setattr(backend, "NVIDIA_PATHS", ("/nowhere",))
@@ -58,7 +69,10 @@ def gpu(monkeypatch, tmp_path):
   [
     ("", "--xla_disable_hlo_passes=dynamic-slice-annotator"),
     ("--xla_a=1", "--xla_a=1 --xla_disable_hlo_passes=dynamic-slice-annotator"),
-    ("--xla_disable_hlo_passes=b,c", "--xla_disable_hlo_passes=b,c --xla_disable_hlo_passes=dynamic-slice-annotator"),
+    (
+      "--xla_disable_hlo_passes=b,c",
+      "--xla_disable_hlo_passes=b,c --xla_disable_hlo_passes=dynamic-slice-annotator",
+    ),
   ],
 )
 def test_the_annotator_of_slices_is_turned_off_beside_what_the_user_has_turned_off(before, after):
@@ -136,11 +150,17 @@ def test_memory_of_the_host_is_what_the_variable_says(monkeypatch):
   [
     ("0::/a/b\n", {"a/memory.max": "max", "a/b/memory.max": f"{3 * GIB}"}, 3 * GIB),
     ("0::/a/b\n", {"a/memory.max": f"{2 * GIB}", "a/b/memory.max": f"{3 * GIB}"}, 2 * GIB),
-    ("5:memory:/slurm/job_7\n4:cpu:/\n", {"memory/slurm/job_7/memory.limit_in_bytes": f"{2 * GIB}"}, 2 * GIB),
+    (
+      "5:memory:/slurm/job_7\n4:cpu:/\n",
+      {"memory/slurm/job_7/memory.limit_in_bytes": f"{2 * GIB}"},
+      2 * GIB,
+    ),
     ("5:memory:/slurm/job_7\n4:cpu:/\n", {"memory/memory.limit_in_bytes": f"{4 * GIB}"}, 4 * GIB),
   ],
 )
-def test_memory_of_the_host_is_what_its_control_groups_allow(monkeypatch, tmp_path, groups, files, limit):
+def test_memory_of_the_host_is_what_its_control_groups_allow(
+  monkeypatch, tmp_path, groups, files, limit
+):
   """Those of containers and of SLURM, in versions 1 and 2, and of the groups around them."""
   (tmp_path / "cgroup").write_text(groups)
   for name, text in files.items():
@@ -212,7 +232,9 @@ def test_bytes_on_the_host_are_known_before_there_are_devices(model, more):
     section, key = name.split(".")
     config[section][key] = value
   cfg = dataclasses.replace(model_config.from_hf_config(PUBLISHED[model]), L=2)
-  run = build_train_program(config, cfg, make_mesh(config.mesh, jax.devices()[:1]), 10, dummy_row(config, cfg))
+  run = build_train_program(
+    config, cfg, make_mesh(config.mesh, jax.devices()[:1]), 10, dummy_row(config, cfg)
+  )
   assert max_host_bytes(config, cfg) == host_bytes(run)
 
 
@@ -235,16 +257,23 @@ def test_more_than_xla_may_pin_is_refused(monkeypatch):
   config = jaxft.config.default()
   config.memory.offload = "all"
   cfg = model_config.from_hf_config(PUBLISHED["gpt2"])
-  run = build_train_program(config, cfg, make_mesh(config.mesh, jax.devices()[:1]), 10, dummy_row(config, cfg))
+  run = build_train_program(
+    config, cfg, make_mesh(config.mesh, jax.devices()[:1]), 10, dummy_row(config, cfg)
+  )
   check_fits(run, config)
-  gpu = SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 8 * GIB}, device_kind="a card")
+  gpu = SimpleNamespace(
+    platform="gpu", memory_stats=lambda: {"bytes_limit": 8 * GIB}, device_kind="a card"
+  )
   batch = SimpleNamespace(mesh=SimpleNamespace(local_devices=[gpu]))
   on_gpu = SimpleNamespace(
-    **{name: getattr(run, name) for name in run._fields}, host_mask=run.host_mask, batch_sharding=batch
+    **{name: getattr(run, name) for name in run._fields},
+    host_mask=run.host_mask,
+    batch_sharding=batch,
   )
   monkeypatch.setenv(backend.PINNED_LIMIT_ENV, "1")
   with pytest.raises(
-    RequestError, match="XLA may pin 1,073,741,824 .* XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB .*JAXFT_HOST_MEM"
+    RequestError,
+    match="XLA may pin 1,073,741,824 .* XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB .*JAXFT_HOST_MEM",
   ):
     check_fits(on_gpu, config)
   monkeypatch.setenv(backend.PINNED_LIMIT_ENV, "2")
@@ -286,7 +315,9 @@ def test_the_cpu_in_place_of_a_gpu_is_told_once_and_refused_where_a_gpu_is_requi
   backend.require_device(None)
   backend.require_device(None)
   (line,) = capsys.readouterr().err.splitlines()
-  assert line.startswith(f"warning: this machine has an NVIDIA GPU, but JAX computes on the CPU: {reason}")
+  assert line.startswith(
+    f"warning: this machine has an NVIDIA GPU, but JAX computes on the CPU: {reason}"
+  )
   with pytest.raises(RequestError, match="--require gpu: JAX computes on the cpu: ") as told:
     backend.require_device("gpu")
   assert reason in str(told.value)
@@ -319,11 +350,16 @@ def test_what_jax_says_is_told_where_it_looked_for_another_device(monkeypatch, c
 
   monkeypatch.setattr(jax, "default_backend", falls_back)
   backend.require_device(None)
-  assert capsys.readouterr().err == "warning: JAX computes on the CPU: A TPU may be present. Falling back to cpu.\n"
+  assert (
+    capsys.readouterr().err
+    == "warning: JAX computes on the CPU: A TPU may be present. Falling back to cpu.\n"
+  )
 
 
 @pytest.mark.parametrize("hidden, code", [(None, 2), ("-1", 0)])
-def test_doctor_names_faults_of_the_version_and_a_gpu_that_jax_does_not_find(gpu, monkeypatch, capsys, hidden, code):
+def test_doctor_names_faults_of_the_version_and_a_gpu_that_jax_does_not_find(
+  gpu, monkeypatch, capsys, hidden, code
+):
   """But for one that the user has hidden."""
   jax.config.update("jax_platforms", None)
   monkeypatch.setattr(backend, "configure_jax", lambda: None)
@@ -340,7 +376,9 @@ def test_doctor_names_faults_of_the_version_and_a_gpu_that_jax_does_not_find(gpu
 
 
 @pytest.mark.slow
-def test_a_run_limits_what_xla_pins_and_looks_at_its_slices(folder, stories, tmp_path, monkeypatch, capsys):
+def test_a_run_limits_what_xla_pins_and_looks_at_its_slices(
+  folder, stories, tmp_path, monkeypatch, capsys
+):
   seen, config = [], tiny.config(folder, stories)
   monkeypatch.setattr(backend, "limit_pinned_memory", lambda nbytes: seen.append(nbytes))
   monkeypatch.setattr(backend, "check_slices", lambda compiled, platform: seen.append(platform))
@@ -364,9 +402,16 @@ def test_commands_refuse_the_cpu_where_a_gpu_is_required(config_file, folder, tm
     (train, "error: JAX finds no device (JAX_PLATFORMS=cuda): ", {"JAX_PLATFORMS": "cuda"}),
   ):
     done = subprocess.run(
-      [sys.executable, "-m", *command], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment
+      [sys.executable, "-m", *command],
+      capture_output=True,
+      text=True,
+      cwd=ROOT,
+      env=os.environ | environment,
     )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and last.startswith(said), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-  assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "config.json").exists()
+  assert (
+    not (tmp_path / "run" / "checkpoints").exists()
+    and not (tmp_path / "run" / "config.json").exists()
+  )

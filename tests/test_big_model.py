@@ -39,14 +39,23 @@ def test_gpt2_xl_loads_onto_eight_devices_and_goes_out_again(tmp_path):
   folder = tiny.write_gpt2(tmp_path / "tiny", seed=0).rename(tmp_path / "xl")
   (folder / "model.safetensors").unlink()
   config = json.loads((folder / "config.json").read_text())
-  config |= dict(vocab_size=50257, n_positions=1024, n_embd=1600, n_inner=6400, n_layer=48, n_head=25)
+  config |= dict(
+    vocab_size=50257, n_positions=1024, n_embd=1600, n_inner=6400, n_layer=48, n_head=25
+  )
   (folder / "config.json").write_text(json.dumps(config))
-  noise = np.random.default_rng(0).standard_normal(50257 * 1600 + 10**6, np.float32).astype(ml_dtypes.bfloat16)
+  noise = (
+    np.random.default_rng(0)
+    .standard_normal(50257 * 1600 + 10**6, np.float32)
+    .astype(ml_dtypes.bfloat16)
+  )
   index = {}
   for part, names in enumerate(np.array_split(list(shapes), 5)):
     file = f"model-{part}.safetensors"
     save_file(  # another piece of the noise for each, so that no two tensors are alike
-      {name: noise[i * 997 : i * 997 + math.prod(shapes[name])].reshape(shapes[name]) for i, name in enumerate(names)},
+      {
+        name: noise[i * 997 : i * 997 + math.prod(shapes[name])].reshape(shapes[name])
+        for i, name in enumerate(names)
+      },
       folder / file,
     )
     index |= {str(name): file for name in names}
@@ -61,7 +70,9 @@ def test_gpt2_xl_loads_onto_eight_devices_and_goes_out_again(tmp_path):
   assert done.returncode == 0, done.stderr
   loaded, exported = map(int, done.stdout.split())
   own, largest = 4 * 1_557_611_200, 4 * 50257 * 1600
-  print(f"weights {own / MIB:,.0f} MiB, peak after load {loaded / MIB:,.0f}, after export {exported / MIB:,.0f} MiB")
+  print(
+    f"weights {own / MIB:,.0f} MiB, peak after load {loaded / MIB:,.0f}, after export {exported / MIB:,.0f} MiB"
+  )
   assert loaded < own + largest + 300 * MIB and exported < own + largest + 300 * MIB
   written = {file.name for file in (tmp_path / "out").glob("model-*.safetensors")}
   assert len(written) > 3
@@ -71,4 +82,6 @@ def test_gpt2_xl_loads_onto_eight_devices_and_goes_out_again(tmp_path):
 
   before, after = load_weights.list_tensors(folder), load_weights.list_tensors(tmp_path / "out")
   for name in shapes:
-    np.testing.assert_array_equal(before[name].view().view(np.uint16), after[name].view().view(np.uint16))
+    np.testing.assert_array_equal(
+      before[name].view().view(np.uint16), after[name].view().view(np.uint16)
+    )

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-  return jaxft.hf.tokenizer.load(folder, 293)
+  return jaxft.hf.tokenizer.load_tokenizer(folder, 293)
 
 
 class Told(list):
@@ -110,7 +110,9 @@ def test_every_damage_is_seen_and_mended(tokenizer, tmp_path, stories):
     what, file, act = list(damages(entry))[i]
     act()
     again, told = prepare(tokenizer, tmp_path, stories)
-    if told:  # a manifest with a flipped bit may still say the same, or be taken for that of another text
+    if (
+      told
+    ):  # a manifest with a flipped bit may still say the same, or be taken for that of another text
       assert len(told) == 1 and told[0].endswith("tokenising again") and told.tokenised == 120, kind
     assert told or file.name == "manifest.json", kind
     np.testing.assert_array_equal(again.train.tokens.ids, good.train.tokens.ids)
@@ -146,7 +148,10 @@ def get_config():
 """
   )
   command = ["-m", "jaxft.prepare", "--config", tmp_path / "config.py", "--json"]
-  both = [preloaded.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+  both = [
+    preloaded.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(2)
+  ]
   outputs = [process.communicate() for process in both]
   assert [process.returncode for process in both] == [0, 0], outputs
   one, other = (json.loads(out) for out, _ in outputs)
@@ -156,9 +161,12 @@ def get_config():
 
 def test_a_tokenizer_with_one_other_merge_is_another(folder, tmp_path):
   other = shutil.copytree(folder, tmp_path / "other")
-  before = jaxft.hf.tokenizer.fingerprint(jaxft.hf.tokenizer.load(other, 293))
+  before = jaxft.hf.tokenizer.fingerprint(jaxft.hf.tokenizer.load_tokenizer(other, 293))
   assert (
-    jaxft.hf.tokenizer.fingerprint(jaxft.hf.tokenizer.load(shutil.copytree(folder, tmp_path / "same"), 293)) == before
+    jaxft.hf.tokenizer.fingerprint(
+      jaxft.hf.tokenizer.load_tokenizer(shutil.copytree(folder, tmp_path / "same"), 293)
+    )
+    == before
   )
   about = json.loads((other / "tokenizer.json").read_text())
   about["model"]["merges"][-1] = ["!", "?"]
@@ -166,4 +174,4 @@ def test_a_tokenizer_with_one_other_merge_is_another(folder, tmp_path):
     max(about["model"]["vocab"], key=about["model"]["vocab"].get)
   )
   (other / "tokenizer.json").write_text(json.dumps(about))
-  assert jaxft.hf.tokenizer.fingerprint(jaxft.hf.tokenizer.load(other, 293)) != before
+  assert jaxft.hf.tokenizer.fingerprint(jaxft.hf.tokenizer.load_tokenizer(other, 293)) != before

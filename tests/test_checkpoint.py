@@ -20,7 +20,10 @@ from jaxft.errors import CheckpointReadError, NumericsError, StorageError
 from jaxft.sharding.mesh import make_mesh
 from jaxft.training.resume import restore_latest
 
-STATE = {"a": jnp.arange(24, dtype=jnp.float32).reshape(4, 6) / 7, "b": (jnp.int32(3), jnp.ones(16, jnp.bfloat16) / 3)}
+STATE = {
+  "a": jnp.arange(24, dtype=jnp.float32).reshape(4, 6) / 7,
+  "b": (jnp.int32(3), jnp.ones(16, jnp.bfloat16) / 3),
+}
 LIKE = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), STATE)
 
 
@@ -45,13 +48,17 @@ def test_the_last_one_that_was_read_back_stays_until_a_newer_one_was(tmp_path, m
   read_back = []
   verify = CheckpointManager.verify
   monkeypatch.setattr(
-    CheckpointManager, "verify", lambda self, step, like: (verify(self, step, like), read_back.append(step))
+    CheckpointManager,
+    "verify",
+    lambda self, step, like: (verify(self, step, like), read_back.append(step)),
   )
   checkpoints = CheckpointManager(tmp_path, 3)
   for step in range(1, 8):
     checkpoints.save(step, STATE, {})
     checkpoints.wait()
-    assert read_back[-1] in checkpoints.steps() and set(checkpoints.steps()) >= set(range(max(1, step - 2), step + 1))
+    assert read_back[-1] in checkpoints.steps() and set(checkpoints.steps()) >= set(
+      range(max(1, step - 2), step + 1)
+    )
   assert read_back == [1, 3, 5] and checkpoints.steps() == [5, 6, 7]
 
 
@@ -79,7 +86,9 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path):
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, most)
     gc.collect()
-  jax.tree.map(np.testing.assert_array_equal, restore_latest(checkpoints, LIKE, 9, strict=False)[0], STATE)
+  jax.tree.map(
+    np.testing.assert_array_equal, restore_latest(checkpoints, LIKE, 9, strict=False)[0], STATE
+  )
 
 
 def test_donating_right_after_a_save_is_safe(tmp_path):
@@ -98,14 +107,21 @@ def test_checksums_do_not_depend_on_the_mesh():
   sizes = jaxft.config.default().mesh
   x = np.random.default_rng(0).standard_normal((8, 16, 3)).astype(np.float32)
   placed = [
-    jax.device_put(x, jax.sharding.NamedSharding(make_mesh(sizes), jax.sharding.PartitionSpec(*axes)))
+    jax.device_put(
+      x, jax.sharding.NamedSharding(make_mesh(sizes), jax.sharding.PartitionSpec(*axes))
+    )
     for axes in ((), ("fsdp",), (None, "fsdp"))
   ]
   assert len({checksums([array])["[0]"] for array in placed}) == 1
 
 
 @pytest.mark.parametrize(
-  "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow), pytest.param("int32", marks=pytest.mark.slow)]
+  "dtype",
+  [
+    "float32",
+    pytest.param("bfloat16", marks=pytest.mark.slow),
+    pytest.param("int32", marks=pytest.mark.slow),
+  ],
 )
 def test_every_flipped_bit_and_every_swap_changes_the_checksum(dtype):
   x = np.asarray(jnp.asarray(np.random.default_rng(0).standard_normal(256) * 50, dtype))
@@ -131,7 +147,9 @@ def test_no_flipped_bit_is_loaded_silently(tmp_path):
   checkpoints = CheckpointManager(tmp_path, 5)
   checkpoints.save(1, state, {"tokens": 1})
   checkpoints.close()
-  data = max((file for file in tmp_path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+  data = max(
+    (file for file in tmp_path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
+  )
   assert data.parent.name == "d" and data.stat().st_size > 10_000  # the array's own bytes
   good, rng, caught = data.read_bytes(), np.random.default_rng(0), 0
   for position in rng.choice(len(good), 25, replace=False):
@@ -140,7 +158,9 @@ def test_no_flipped_bit_is_loaded_silently(tmp_path):
     data.write_bytes(bad)
     checkpoints = CheckpointManager(tmp_path, 2)
     try:
-      jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, like), state)  # harmless, or
+      jax.tree.map(
+        np.testing.assert_array_equal, checkpoints.restore(1, like), state
+      )  # harmless, or
     except StorageError as error:
       caught += "differ from their checksums" in str(error)
   assert caught > 0
@@ -149,7 +169,9 @@ def test_no_flipped_bit_is_loaded_silently(tmp_path):
 def test_another_shape_or_a_lost_file_is_damage_not_a_traceback(tmp_path):
   checkpoints = saved(tmp_path)
   with pytest.raises(StorageError, match="damaged"):
-    checkpoints.restore(1, LIKE | {"a": jax.ShapeDtypeStruct((5, 6), jnp.float32, sharding=LIKE["a"].sharding)})
+    checkpoints.restore(
+      1, LIKE | {"a": jax.ShapeDtypeStruct((5, 6), jnp.float32, sharding=LIKE["a"].sharding)}
+    )
   for file in tmp_path.rglob("d/*"):
     file.unlink()
   with pytest.raises(StorageError, match="1: damaged"):
@@ -165,7 +187,9 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
   checkpoints = saved(tmp_path)
   broken = STATE | {"a": STATE["a"].at[2, 3].set(jnp.inf)}
-  with pytest.raises(NumericsError, match=r"step 2: not saved: \['a'\] is not finite \(1 such leaves\)"):
+  with pytest.raises(
+    NumericsError, match=r"step 2: not saved: \['a'\] is not finite \(1 such leaves\)"
+  ):
     checkpoints.save(2, broken, {"tokens": 0})
   assert checkpoints.steps() == [1]
 

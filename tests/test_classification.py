@@ -39,7 +39,12 @@ SIZES = {
   ),
   "gptj": ("GPTJ", dict(n_positions=71, n_embd=40, n_layer=2, n_head=5, n_inner=59, rotary_dim=4)),
 }
-TEXTS = ["the cat sat on the mat", "once upon a time the big red dog ran to the small blue house", "cat", ""]
+TEXTS = [
+  "the cat sat on the mat",
+  "once upon a time the big red dog ran to the small blue house",
+  "cat",
+  "",
+]
 LABELS = ["bad", "so so", "good"]
 
 
@@ -50,7 +55,10 @@ def theirs(request, tmp_path_factory):
   config = getattr(transformers, name + "Config")(
     **sizes, vocab_size=293, pad_token_id=292, bos_token_id=0, eos_token_id=0, num_labels=3
   )
-  config.id2label, config.label2id = dict(enumerate(LABELS)), {label: i for i, label in enumerate(LABELS)}
+  config.id2label, config.label2id = (
+    dict(enumerate(LABELS)),
+    {label: i for i, label in enumerate(LABELS)},
+  )
   torch.manual_seed(0)
   their = getattr(transformers, name + "ForSequenceClassification")(config).eval()
   for name, parameter in their.named_parameters():
@@ -73,7 +81,9 @@ def test_labels_and_logits_are_transformers_own(theirs):
   ours = jaxft.load(folder)
   found = ours.classify(TEXTS, batch_size=3)
   wanted = their_logits(their, [ours.tokenizer(text)["input_ids"] or [0] for text in TEXTS])
-  np.testing.assert_allclose([label.logits_C for label in found], wanted, atol=1e-5 * np.abs(wanted).max())
+  np.testing.assert_allclose(
+    [label.logits_C for label in found], wanted, atol=1e-5 * np.abs(wanted).max()
+  )
   assert [label.label for label in found] == [LABELS[i] for i in wanted.argmax(-1)]
   assert all(abs(sum(label.probabilities.values()) - 1) < 1e-6 for label in found)
 
@@ -142,7 +152,9 @@ def test_accuracy_and_f1_are_those_of_the_labels_one_by_one(theirs, tmp_path):
   rng = np.random.default_rng(0)
   texts = [" ".join(rng.choice(tiny.WORDS, rng.integers(1, 30))) for _ in range(41)]
   true = [LABELS[i] for i in rng.integers(3, size=len(texts))]
-  file.write_text("".join(json.dumps({"text": t, "label": l}) + "\n" for t, l in zip(texts, true, strict=True)))
+  file.write_text(
+    "".join(json.dumps({"text": t, "label": l}) + "\n" for t, l in zip(texts, true, strict=True))
+  )
   predicted = [label.label for label in ours.classify(texts)]
   each = []
   for label in LABELS:
@@ -153,13 +165,17 @@ def test_accuracy_and_f1_are_those_of_the_labels_one_by_one(theirs, tmp_path):
   for batch_size in (1, 8):
     found = ours.evaluate(str(file), batch_size=batch_size)
     assert found["tokens"] == len(texts)
-    assert found["accuracy"] == pytest.approx(np.mean([a == b for a, b in zip(true, predicted, strict=True)]))
+    assert found["accuracy"] == pytest.approx(
+      np.mean([a == b for a, b in zip(true, predicted, strict=True)])
+    )
     assert found["f1"] == pytest.approx(np.mean(each))
     pairs = collections.Counter(zip(true, predicted, strict=True))
     assert found["confusion"] == {a: {b: pairs[a, b] for b in LABELS} for a in LABELS}
     assert found["loss"] == pytest.approx(np.mean(np.log(np.exp(logits).sum(-1)) - gold), rel=1e-5)
   file.write_text('{"text": "the cat", "label": "great"}\n')
-  with pytest.raises(RequestError, match="label 'great': the model's classes are 'bad', 'so so', 'good'"):
+  with pytest.raises(
+    RequestError, match="label 'great': the model's classes are 'bad', 'so so', 'good'"
+  ):
     ours.evaluate(str(file))
 
 
@@ -200,7 +216,7 @@ def test_a_new_head_on_five_configs_answers_batches_in_transformers(folder, tmp_
     if rng.random() < 0.3:
       says = json.loads((source / "tokenizer_config.json").read_text())
       (source / "tokenizer_config.json").write_text(json.dumps(says | {"pad_token": "!"}))
-    tokenizer = jaxft.hf.tokenizer.load(source, 293)
+    tokenizer = jaxft.hf.tokenizer.load_tokenizer(source, 293)
     labels = [f"class {i}" for i in range(rng.integers(2, 5))]
     checkpoint = repo.with_class_head(repo.resolve(str(source)), labels, tokenizer)
     export.check_exportable(checkpoint, tokenizer)
@@ -210,10 +226,14 @@ def test_a_new_head_on_five_configs_answers_batches_in_transformers(folder, tmp_
     their = transformers.AutoModelForSequenceClassification.from_pretrained(out)
     texts = ["the cat sat on the mat and ran", "the dog" + tokenizer.decode([5]), "cat"]
     with torch.no_grad():
-      found = their(**transformers.AutoTokenizer.from_pretrained(out)(texts, padding=True, return_tensors="pt")).logits
+      found = their(
+        **transformers.AutoTokenizer.from_pretrained(out)(texts, padding=True, return_tensors="pt")
+      ).logits
     ours = np.stack([label.logits_C for label in jaxft.load(out).classify(texts)])
     np.testing.assert_allclose(found.numpy(), ours, atol=1e-4, err_msg=str(more))
-    assert their.config.num_labels == len(labels) and their.config.id2label == dict(enumerate(labels)), more
+    assert their.config.num_labels == len(labels) and their.config.id2label == dict(
+      enumerate(labels)
+    ), more
 
 
 def test_labels_find_their_class_by_name_then_by_case_then_by_number():
@@ -232,26 +252,34 @@ def test_a_head_whose_classes_are_in_another_order_is_trained_on(theirs, tmp_pat
   """The rows get the numbers that the head has; the data may lack a class."""
   _, folder = theirs
   (tmp_path / "rows.jsonl").write_text(
-    "".join(json.dumps({"text": f"the cat {i}", "label": label}) + "\n" for i in range(9) for label in ("good", "bad"))
+    "".join(
+      json.dumps({"text": f"the cat {i}", "label": label}) + "\n"
+      for i in range(9)
+      for label in ("good", "bad")
+    )
   )
   data = jaxft.config.default().data
   data.update(format="classification", train=(str(tmp_path / "rows.jsonl"),), sequence_length=16)
   data.update(validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
-  tokenizer = jaxft.hf.tokenizer.load(folder, 293)
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, 293)
   source = repo.with_class_head(repo.resolve(str(folder)), ["bad", "good"], tokenizer)
   assert source.labels == LABELS and not source.new_head
   found = dataset.prepare_data(data, tokenizer, "").with_class_ids(source.labels)
   assert found.labels == LABELS
-  assert {int(row["targets"].max()) for row in (found.train[i] for i in range(len(found.train)))} == {0, 2}
+  assert {
+    int(row["targets"].max()) for row in (found.train[i] for i in range(len(found.train)))
+  } == {0, 2}
 
 
 def test_padding_is_a_token_that_the_tokenizer_has(theirs):
   _, folder = theirs
-  source, tokenizer = repo.resolve(str(folder)), jaxft.hf.tokenizer.load(folder, 293)
+  source, tokenizer = repo.resolve(str(folder)), jaxft.hf.tokenizer.load_tokenizer(folder, 293)
   for said, wanted in ((5, 5), (None, 0), (100_000, 0)):
     other = source._replace(hf_config=source.hf_config | {"pad_token_id": said})
     assert repo.with_class_head(other, LABELS, tokenizer).hf_config["pad_token_id"] == wanted
-    new = other._replace(cfg=dataclasses.replace(other.cfg, classes=0))  # 5 is a letter, which texts may end with
+    new = other._replace(
+      cfg=dataclasses.replace(other.cfg, classes=0)
+    )  # 5 is a letter, which texts may end with
     assert repo.with_class_head(new, LABELS, tokenizer).hf_config["pad_token_id"] == 0
 
 
@@ -261,13 +289,18 @@ def test_padding_that_ends_each_text_is_refused_before_training(theirs, tmp_path
 
   _, folder = theirs
   other = shutil.copytree(folder, tmp_path / "m")
-  tokenizer = jaxft.hf.tokenizer.load(other, 293)
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(other, 293)
   ends = TemplateProcessing(single=f"$A {tiny.EOS}", special_tokens=[(tiny.EOS, 0)])
   tokenizer.backend_tokenizer.post_processor = ends
   with pytest.raises(RequestError, match="give the tokenizer a pad_token of its own"):
     source = repo.resolve(str(other))
-    repo.with_class_head(source._replace(hf_config=source.hf_config | {"pad_token_id": None}), LABELS, tokenizer)
-  assert repo.with_class_head(repo.resolve(str(other)), LABELS, tokenizer).hf_config["pad_token_id"] == 292
+    repo.with_class_head(
+      source._replace(hf_config=source.hf_config | {"pad_token_id": None}), LABELS, tokenizer
+    )
+  assert (
+    repo.with_class_head(repo.resolve(str(other)), LABELS, tokenizer).hf_config["pad_token_id"]
+    == 292
+  )
 
 
 def test_names_from_a_data_set_find_the_classes_of_a_head_without_names():
@@ -284,7 +317,9 @@ def test_two_rows_of_two_lengths_are_compared_with_transformers(theirs):
   from jaxft.hf import verify
 
   ids_BT, lengths_B = verify._random_batch(repo.resolve(str(theirs[1])))
-  assert len(ids_BT) == 2 and lengths_B[0] > lengths_B[1] and (ids_BT[1, lengths_B[1] :] == 292).all()
+  assert (
+    len(ids_BT) == 2 and lengths_B[0] > lengths_B[1] and (ids_BT[1, lengths_B[1] :] == 292).all()
+  )
 
 
 def test_numbers_as_a_csv_has_them_find_their_classes():

@@ -24,12 +24,27 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("torch", reason="transformers 4 computes with it")
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 # The last of transformers 4, and what it allows. They are put into a folder: an environment can hold one transformers.
-PACKAGES = ("transformers==4.57.6", "tokenizers==0.22.1", "huggingface_hub==0.36.2", "ctranslate2==4.8.5")
+PACKAGES = (
+  "transformers==4.57.6",
+  "tokenizers==0.22.1",
+  "huggingface_hub==0.36.2",
+  "ctranslate2==4.8.5",
+)
 ASKED = {
   "texts": ["the cat sat on the mat", "cat", "once upon a time, naïve 東京"],
   "prompts": ["the cat", "Once upon"],
 }
-NAMES = ("quickstart", "scratch", "added", "gpt2", "gpt_neo", "gptj", "prefix", "wordpiece", "classifier")
+NAMES = (
+  "quickstart",
+  "scratch",
+  "added",
+  "gpt2",
+  "gpt_neo",
+  "gptj",
+  "prefix",
+  "wordpiece",
+  "classifier",
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +75,9 @@ def saved_by_transformers_5(source, out):
   transformers.AutoModelForCausalLM.from_pretrained(source).save_pretrained(out)
   transformers.AutoTokenizer.from_pretrained(source).save_pretrained(out)
   says = json.loads((out / "tokenizer_config.json").read_text())
-  (out / "tokenizer_config.json").write_text(json.dumps(says | {"tokenizer_class": "TokenizersBackend"}))
+  (out / "tokenizer_config.json").write_text(
+    json.dumps(says | {"tokenizer_class": "TokenizersBackend"})
+  )
   return out
 
 
@@ -75,7 +92,7 @@ def prefix_space(source, out):
 
 
 def as_classifier(source, out):
-  read = jaxft.hf.tokenizer.load(source, 293)
+  read = jaxft.hf.tokenizer.load_tokenizer(source, 293)
   checkpoint = repo.with_class_head(repo.resolve(str(source)), ["bad", "good", "so so"], read)
   _, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
   params = load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
@@ -95,12 +112,27 @@ def exports(tmp_path_factory):
     saved_by_transformers_5(first, sources[family])
   sources["quickstart"] = ROOT / "assets" / "quickstart" / "model"
   tiny.write_gpt2(sources["scratch"], seed=6, V=300, tokenizer=False)
-  jaxft.tokenizer.train_tokenizer((tiny.story(random.Random(i)) for i in range(40)), 300, home / "own", n_positions=71)
+  jaxft.tokenizer.train_tokenizer(
+    (tiny.story(random.Random(i)) for i in range(40)), 300, home / "own", n_positions=71
+  )
   for name in ("tokenizer.json", "tokenizer_config.json"):
     shutil.copyfile(home / "own" / name, sources["scratch"] / name)
   added_tokens.add_tokens(repo.resolve(str(sources["gpt2"])), ["<|title|>"], sources["added"])
   tiny.write_gpt2(sources["wordpiece"], seed=7, V=12, tokenizer=False)
-  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "mat", "once", "upon"]
+  words = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "mat",
+    "once",
+    "upon",
+  ]
   (sources["wordpiece"] / "vocab.txt").write_text("\n".join(words) + "\n")
   about = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "eos_token": "[SEP]"}
   (sources["wordpiece"] / "tokenizer_config.json").write_text(json.dumps(about))
@@ -115,8 +147,16 @@ def exports(tmp_path_factory):
 def found(clients, exports):
   """What the clients read in each export."""
   environment = os.environ | {"PYTHONPATH": str(clients), "PYTHONDONTWRITEBYTECODE": "1"}
-  command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "clients.py"), *map(str, exports.values())]
-  done = subprocess.run(command, input=json.dumps(ASKED), env=environment, capture_output=True, text=True)
+  command = [
+    sys.executable,
+    "-W",
+    "ignore",
+    str(ROOT / "tests" / "clients.py"),
+    *map(str, exports.values()),
+  ]
+  done = subprocess.run(
+    command, input=json.dumps(ASKED), env=environment, capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   return dict(zip(exports, map(json.loads, done.stdout.splitlines()), strict=True))
 
@@ -130,18 +170,22 @@ def test_models_that_write_are_read_as_they_are(found, exports, name):
     assert theirs["ids"][i] == ids
     logits = verify.compute_logits(ours.graph, ours.params, np.array([ids], np.int32))[0]
     for what in ("logits", "padded"):
-      np.testing.assert_allclose(np.array(theirs[what][i]), logits[:, : ours.source.cfg.V], atol=1e-4, err_msg=what)
+      np.testing.assert_allclose(
+        np.array(theirs[what][i]), logits[:, : ours.source.cfg.V], atol=1e-4, err_msg=what
+      )
   if name != "wordpiece":  # whose [SEP] ends a prompt for a pipeline, and none for jaxft
     wrote = ours.generate(ASKED["prompts"], temperature=0, max_new_tokens=24)
     assert theirs["generated"] == [completion.text for completion in wrote]
     if "converted" in theirs:
-      assert [ids[: len(one.token_ids)] for ids, one in zip(theirs["converted"], wrote, strict=True)] == [
-        one.token_ids for one in wrote
-      ]
+      assert [
+        ids[: len(one.token_ids)] for ids, one in zip(theirs["converted"], wrote, strict=True)
+      ] == [one.token_ids for one in wrote]
 
 
 def test_a_classifier_answers_batches_with_the_same_probabilities(found, exports):
   ours = jaxft.load(exports["classifier"]).classify(ASKED["texts"])
-  np.testing.assert_allclose(found["classifier"]["padded"], [label.logits_C for label in ours], atol=1e-4)
+  np.testing.assert_allclose(
+    found["classifier"]["padded"], [label.logits_C for label in ours], atol=1e-4
+  )
   for label, theirs in zip(ours, found["classifier"]["probabilities"], strict=True):
     assert theirs == pytest.approx(label.probabilities, abs=1e-5)

@@ -14,7 +14,9 @@ from jaxft.cli import flags, parsers, usage
 from jaxft.errors import RequestError
 from jaxft.train import finetune
 
-CONFIG = "from jaxft.config import default\ndef get_config(*given):\n  c = default()\n{lines}  return c\n"
+CONFIG = (
+  "from jaxft.config import default\ndef get_config(*given):\n  c = default()\n{lines}  return c\n"
+)
 # Values of each type as they may stand on a command line, and what they mean.
 TEXTS = [
   "my file.txt", "Once upon a time, there was", "a,b", "(1)", "[x]", "'quoted'", 'say "x"', "None", "True", "12", "1e3", "-x",
@@ -54,7 +56,9 @@ def test_a_hundred_values_of_every_awkward_kind(monkeypatch, tmp_path, part):
       home = "/home/me" if name == "data.validation" and said == "~" else home
       wanted = said if kind == "one" else () if said in ("", "()") else (home or said,)
     else:
-      name = rng.choice(["train.seed", "train.steps"] if kind == "number" else ["optim.learning_rate", "optim.b1"])
+      name = rng.choice(
+        ["train.seed", "train.steps"] if kind == "number" else ["optim.learning_rate", "optim.b1"]
+      )
       said, wanted = rng.choice(NUMBERS if kind == "number" else REALS)
     spellings = [
       [f"--config.{name}={said}"],
@@ -69,26 +73,51 @@ def test_a_hundred_values_of_every_awkward_kind(monkeypatch, tmp_path, part):
 
 
 def test_several_values_are_several_flags(monkeypatch, tmp_path):
-  words = ["--config.data.train", "a b.txt", "--config.data.train=c.txt", "--config.data.train=('d',)"]
-  assert parsed(monkeypatch, "--config", config_file(tmp_path), *words).data.train[:2] == ("a b.txt", "c.txt")
+  words = [
+    "--config.data.train",
+    "a b.txt",
+    "--config.data.train=c.txt",
+    "--config.data.train=('d',)",
+  ]
+  assert parsed(monkeypatch, "--config", config_file(tmp_path), *words).data.train[:2] == (
+    "a b.txt",
+    "c.txt",
+  )
 
 
 def test_line_ends_and_tabs_are_said_to_be_meant(monkeypatch, tmp_path, capsys):
   file = config_file(tmp_path)
   config = parsed(
-    monkeypatch, "--config", file, r"--config.data.separator=\n\n", r"--config.data.template={prompt}\n{completion}"
+    monkeypatch,
+    "--config",
+    file,
+    r"--config.data.separator=\n\n",
+    r"--config.data.template={prompt}\n{completion}",
   )
   assert (config.data.separator, config.data.template) == ("\n\n", "{prompt}\n{completion}")
   assert r"config.data.separator=\n\n: read as '\n\n'" in capsys.readouterr().err
-  assert parsed(monkeypatch, "--config", file, r"--config.tracking.run_name=a\n").tracking.run_name == r"a\n"
+  assert (
+    parsed(monkeypatch, "--config", file, r"--config.tracking.run_name=a\n").tracking.run_name
+    == r"a\n"
+  )
   assert flags.unescape("\n|\\d", "x") == "\n|\\d" and capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("folder", ["2026-01-01T10:30", "a b", "é日本", "[x]", "c.d", "-e", "$HOME", "a=b"])
+@pytest.mark.parametrize(
+  "folder", ["2026-01-01T10:30", "a b", "é日本", "[x]", "c.d", "-e", "$HOME", "a=b"]
+)
 def test_a_config_file_may_lie_anywhere(monkeypatch, tmp_path, folder):
-  lines = ("c.train.seed = 5", "from pathlib import Path", "c.model.path = Path(__file__).parent / 'model'")
-  config = parsed(monkeypatch, "--config", config_file(tmp_path / folder, *lines), "--config.train.steps=3")
-  assert (config.train.seed, config.train.steps) == (5, 3) and config.model.path == str(tmp_path / folder / "model")
+  lines = (
+    "c.train.seed = 5",
+    "from pathlib import Path",
+    "c.model.path = Path(__file__).parent / 'model'",
+  )
+  config = parsed(
+    monkeypatch, "--config", config_file(tmp_path / folder, *lines), "--config.train.steps=3"
+  )
+  assert (config.train.seed, config.train.steps) == (5, 3) and config.model.path == str(
+    tmp_path / folder / "model"
+  )
 
 
 def test_a_config_file_is_given_what_stands_after_a_colon(monkeypatch, tmp_path):
@@ -101,10 +130,14 @@ def test_a_config_file_is_given_what_stands_after_a_colon(monkeypatch, tmp_path)
   assert parsed(monkeypatch, "--config", f"{file}:7:8").train.seed == 3
 
 
-@pytest.mark.parametrize("text", ["{[]}", "{[1]: 2}", "1, 2, 3", "1,2", "-" * 4000 + "1", "(1,)", "()x", "'a', 2"])
+@pytest.mark.parametrize(
+  "text", ["{[]}", "{[1]: 2}", "1, 2, 3", "1,2", "-" * 4000 + "1", "(1,)", "()x", "'a', 2"]
+)
 def test_a_prompt_may_be_odd_python(monkeypatch, tmp_path, text):
   file = config_file(tmp_path)
-  assert parsed(monkeypatch, "--config", file, f"--config.train.sample_prompts={text}").train.sample_prompts == (text,)
+  assert parsed(
+    monkeypatch, "--config", file, f"--config.train.sample_prompts={text}"
+  ).train.sample_prompts == (text,)
 
 
 def test_arrays_and_frozen_configs_are_what_they_hold(monkeypatch, tmp_path):
@@ -112,7 +145,9 @@ def test_arrays_and_frozen_configs_are_what_they_hold(monkeypatch, tmp_path):
   config = parsed(monkeypatch, "--config", config_file(tmp_path / "a", *lines))
   assert config.data.train == ("a", "b") and config.train.steps == 3
   lines = "import ml_collections", "c.train.seed = 7", "c = ml_collections.FrozenConfigDict(c)"
-  config = parsed(monkeypatch, "--config", config_file(tmp_path / "b", *lines), "--config.train.steps=3")
+  config = parsed(
+    monkeypatch, "--config", config_file(tmp_path / "b", *lines), "--config.train.steps=3"
+  )
   assert (config.train.seed, config.train.steps) == (7, 3)
 
 
@@ -134,7 +169,9 @@ def test_values_of_a_config_file_mean_what_they_are(monkeypatch, tmp_path):
   assert (config.train.steps, config.train.seed, config.tracking.system_metrics) == (1000, 4, True)
   assert config.export.out == "/home/me/out" and config.train.sample_prompts == ("Once",)
   assert type(config.train.steps) is int
-  assert all(type(value).__module__ == "builtins" for value in jaxft.config.flatten(config).values())
+  assert all(
+    type(value).__module__ == "builtins" for value in jaxft.config.flatten(config).values()
+  )
   assert jaxft.config.from_json(jaxft.config.to_json(config)).to_dict() == config.to_dict()
 
 
@@ -144,12 +181,21 @@ def test_values_of_a_config_file_mean_what_they_are(monkeypatch, tmp_path):
     ("c.optim.learning_rate = 'fast'", "config.optim.learning_rate='fast': must be a number"),
     ("c.train.steps = 1.5", "config.train.steps=1.5: must be a whole number"),
     ("c.data.train = 3", "config.data.train=.3,.: must be text, or a tuple of texts"),
-    ("c.tracking.system_metrics = 'yes'", "config.tracking.system_metrics='yes': must be True or False"),
-    ("c.train.stepz = 3", "--config: the config file does not run: AttributeError: .*did you mean.*steps"),
+    (
+      "c.tracking.system_metrics = 'yes'",
+      "config.tracking.system_metrics='yes': must be True or False",
+    ),
+    (
+      "c.train.stepz = 3",
+      "--config: the config file does not run: AttributeError: .*did you mean.*steps",
+    ),
     ("raise SystemExit(3)", "--config: the config file does not run: SystemExit: 3"),
     ("import no_such_module", "does not run: ModuleNotFoundError"),
     ("c = 3", "returned no ConfigDict"),
-    ("c.data.encoding = 'utf-99'", "config.data.encoding='utf-99': must be the name of an encoding"),
+    (
+      "c.data.encoding = 'utf-99'",
+      "config.data.encoding='utf-99': must be the name of an encoding",
+    ),
     ("c.data.encoding = 'base64'", "must be the name of an encoding"),
   ],
 )
@@ -162,19 +208,32 @@ def test_what_means_nothing_is_refused(monkeypatch, tmp_path, line, told):
 
 @pytest.mark.parametrize(
   "name, there",
-  [("optim.lr", "optim.learning_rate"), ("max_steps", "train.steps"), ("data.block_size", "data.sequence_length")],
+  [
+    ("optim.lr", "optim.learning_rate"),
+    ("max_steps", "train.steps"),
+    ("data.block_size", "data.sequence_length"),
+  ],
 )
 def test_names_of_other_tools_lead_to_those_of_here(name, there):
-  assert jaxft.config.unknown_settings([name]) == [f"config.{name}: there is no such setting; here it is {there}"]
+  assert jaxft.config.unknown_settings([name]) == [
+    f"config.{name}: there is no such setting; here it is {there}"
+  ]
   assert set(jaxft.config.FOREIGN_NAMES.values()) <= set(jaxft.config.BY_NAME)
-  assert not any(name in {known.split(".")[1] for known in jaxft.config.BY_NAME} for name in jaxft.config.FOREIGN_NAMES)
+  assert not any(
+    name in {known.split(".")[1] for known in jaxft.config.BY_NAME}
+    for name in jaxft.config.FOREIGN_NAMES
+  )
 
 
 def test_a_tilde_is_the_home_but_for_a_file_of_that_name(monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
   monkeypatch.chdir(tmp_path)
-  assert parsers.export().parse_args(["--model", "gpt2", "--out=~/x"]).out == str(tmp_path / "home" / "x")
-  monkeypatch.setattr(sys, "argv", ["x", "--config", config_file(tmp_path), "--workdir=~/run", "--print_config"])
+  assert parsers.export().parse_args(["--model", "gpt2", "--out=~/x"]).out == str(
+    tmp_path / "home" / "x"
+  )
+  monkeypatch.setattr(
+    sys, "argv", ["x", "--config", config_file(tmp_path), "--workdir=~/run", "--print_config"]
+  )
   assert flags.parse_train().workdir == tmp_path / "home" / "run"
   (tmp_path / "~").mkdir()
   assert parsers.evaluate().parse_args(["--model", "~", "--data", "~/a"]).model == "~"
@@ -187,7 +246,8 @@ def test_a_python_users_config_stays_as_it_is(folder, stories, tmp_path):
   config.data.train, config.optim.learning_rate = Path(stories), np.float32(1e-3)
   config.train.sample_prompts = "the cat " * 99
   with pytest.raises(
-    RequestError, match="config.train.sample_prompts: 'the cat the cat .* tokens and the model 71 positions"
+    RequestError,
+    match="config.train.sample_prompts: 'the cat the cat .* tokens and the model 71 positions",
   ):
     finetune(config, tmp_path / "run")
   assert config.data.train == Path(stories) and not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -199,32 +259,60 @@ def test_a_python_users_config_stays_as_it_is(folder, stories, tmp_path):
     (("c.train.steps = 8",), ["train.epochs=3"], {"train.steps": 0, "train.epochs": 3.0}),
     (("c.train.epochs = 3.0",), ["train.steps=8"], {"train.steps": 8, "train.epochs": 0.0}),
     (("c.train.epochs = 3.0",), ["train.steps=0"], {"train.steps": 0, "train.epochs": 3.0}),
-    (("c.optim.warmup_steps = 8",), ["optim.warmup_ratio=0.1"], {"optim.warmup_steps": 0, "optim.warmup_ratio": 0.1}),
-    (("c.optim.warmup_ratio = 0.1",), ["optim.warmup_steps=8"], {"optim.warmup_steps": 8, "optim.warmup_ratio": 0.0}),
+    (
+      ("c.optim.warmup_steps = 8",),
+      ["optim.warmup_ratio=0.1"],
+      {"optim.warmup_steps": 0, "optim.warmup_ratio": 0.1},
+    ),
+    (
+      ("c.optim.warmup_ratio = 0.1",),
+      ["optim.warmup_steps=8"],
+      {"optim.warmup_steps": 8, "optim.warmup_ratio": 0.0},
+    ),
     (("c.train.eval_every = 8",), ["train.eval_every=epoch"], {"train.eval_every": "epoch"}),
     (("c.train.eval_every = 'epoch'",), ["train.eval_every=8"], {"train.eval_every": 8}),
     (("c.train.eval_every = 'epoch'",), ["train.seed=8"], {"train.eval_every": "epoch"}),
-    (("c.data.validation = 'v.txt'",), ["data.train=t.txt"], {"data.train": ("t.txt",), "data.validation": ()}),
-    (("c.data.validation = 'v.txt'",), ["data.train=t", "data.validation=w"], {"data.validation": ("w",)}),
+    (
+      ("c.data.validation = 'v.txt'",),
+      ["data.train=t.txt"],
+      {"data.train": ("t.txt",), "data.validation": ()},
+    ),
+    (
+      ("c.data.validation = 'v.txt'",),
+      ["data.train=t", "data.validation=w"],
+      {"data.validation": ("w",)},
+    ),
     (("c.data.validation = 'v.txt'",), ["train.seed=8"], {"data.validation": ("v.txt",)}),
   ],
 )
 def test_a_setting_of_the_command_line_beats_its_counterpart_in_the_file(
   monkeypatch, tmp_path, capsys, file, words, wanted
 ):
-  config = parsed(monkeypatch, "--config", config_file(tmp_path, *file), *(f"--config.{word}" for word in words))
+  config = parsed(
+    monkeypatch, "--config", config_file(tmp_path, *file), *(f"--config.{word}" for word in words)
+  )
   assert {name: value_of(config, name) for name in wanted} == wanted
   dropped = wanted.get("data.validation") == ()
-  assert ("its config.data.validation goes with its own config.data.train" in capsys.readouterr().err) == dropped
+  assert (
+    "its config.data.validation goes with its own config.data.train" in capsys.readouterr().err
+  ) == dropped
 
 
-def test_text_that_is_given_has_a_share_held_out_whatever_the_file_says(monkeypatch, tmp_path, capsys):
+def test_text_that_is_given_has_a_share_held_out_whatever_the_file_says(
+  monkeypatch, tmp_path, capsys
+):
   file = config_file(tmp_path, "c.data.validation, c.data.validation_fraction = ('v.txt',), 0.0")
   config = parsed(monkeypatch, "--config", file, "--config.data.train=t.txt")
   assert (config.data.validation, config.data.validation_fraction) == ((), 0.05)
   told = "a share of 0.05 of the new text is held out instead (to keep it: --config.data.validation=v.txt)"
   assert told in capsys.readouterr().err
-  config = parsed(monkeypatch, "--config", file, "--config.data.train=t.txt", "--config.data.validation_fraction=0")
+  config = parsed(
+    monkeypatch,
+    "--config",
+    file,
+    "--config.data.train=t.txt",
+    "--config.data.validation_fraction=0",
+  )
   assert config.data.validation_fraction == 0
 
 
@@ -239,7 +327,9 @@ def test_odd_values_of_a_file_are_no_traceback_beside_flags(monkeypatch, tmp_pat
 
 @pytest.mark.parametrize("value", ["np.int64(8)", "None", "[8]", "len", "True", "8.5"])
 def test_a_setting_beats_whatever_stands_in_the_file(monkeypatch, tmp_path, value):
-  file = config_file(tmp_path, "import numpy as np", "with c.ignore_type():", f"  c.train.steps = {value}")
+  file = config_file(
+    tmp_path, "import numpy as np", "with c.ignore_type():", f"  c.train.steps = {value}"
+  )
   assert parsed(monkeypatch, "--config", file, "--config.train.steps=4").train.steps == 4
 
 
@@ -269,5 +359,9 @@ def test_a_config_of_json_is_said_to_be_none(monkeypatch, tmp_path):
 
 def test_both_on_the_command_line_are_refused(monkeypatch, tmp_path):
   file = config_file(tmp_path, "c.model.path, c.data.train = 'm', 't'")
-  config = parsed(monkeypatch, "--config", file, "--config.train.steps=8", "--config.train.epochs=3")
-  assert jaxft.config.validate(config) == ["config.train.steps=8 and config.train.epochs=3.0: set one of the two"]
+  config = parsed(
+    monkeypatch, "--config", file, "--config.train.steps=8", "--config.train.epochs=3"
+  )
+  assert jaxft.config.validate(config) == [
+    "config.train.steps=8 and config.train.epochs=3.0: set one of the two"
+  ]

@@ -32,7 +32,9 @@ def test_a_run_leaves_what_the_contract_lists(finished):
     "memory/peak_bytes",
   } <= steps[0].keys()
   assert [line["step"] for line in metrics if "eval/loss" in line] == [0, 12]
-  assert metrics[-1]["eval/loss"] < metrics[0]["eval/loss"] and {"eval/perplexity"} <= metrics[0].keys()
+  assert (
+    metrics[-1]["eval/loss"] < metrics[0]["eval/loss"] and {"eval/perplexity"} <= metrics[0].keys()
+  )
   samples = lines(workdir / "samples.jsonl")
   assert [(s["when"], s["prompt"], s["seed"]) for s in samples] == [
     ("before", "Once upon", 0),
@@ -49,13 +51,18 @@ def test_a_run_leaves_what_the_contract_lists(finished):
     "README.md",
     "parity.json",
   } <= exported
-  assert json.loads((workdir / "export" / "parity.json").read_text())["logits_max_abs_difference"] <= 1e-4
+  assert (
+    json.loads((workdir / "export" / "parity.json").read_text())["logits_max_abs_difference"]
+    <= 1e-4
+  )
   assert "eval loss" in done.stdout and "continuing" not in done.stdout
 
 
 @pytest.mark.slow
 def test_running_again_after_the_end_changes_nothing(finished, config_file, tmp_path):
-  workdir = shutil.copytree(finished[0], tmp_path / "w")  # other files' tests read the run's own record of its starts
+  workdir = shutil.copytree(
+    finished[0], tmp_path / "w"
+  )  # other files' tests read the run's own record of its starts
   before = losses(workdir), (workdir / "export" / "model.safetensors").read_bytes()
   assert "continuing at step 12 of 12" in train(config_file, workdir).stdout
   assert (losses(workdir), (workdir / "export" / "model.safetensors").read_bytes()) == before
@@ -64,7 +71,9 @@ def test_running_again_after_the_end_changes_nothing(finished, config_file, tmp_
 def wait_for(condition, process, seconds=120):
   deadline = time.monotonic() + seconds
   while not condition():
-    assert process.poll() is None and time.monotonic() < deadline, "the run ended, or never came so far"
+    assert process.poll() is None and time.monotonic() < deadline, (
+      "the run ended, or never came so far"
+    )
     time.sleep(0.02)
 
 
@@ -81,7 +90,10 @@ def start(config_file, workdir, *more):
 def test_a_signal_saves_and_the_same_command_continues(config_file, tmp_path):
   long = "--config.train.steps=4000"
   process = start(config_file, tmp_path, long)
-  wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(lines(tmp_path / "metrics.jsonl")) > 3, process)
+  wait_for(
+    lambda: (tmp_path / "metrics.jsonl").exists() and len(lines(tmp_path / "metrics.jsonl")) > 3,
+    process,
+  )
   process.send_signal(signal.SIGTERM)
   _, errors = process.communicate(timeout=60)
   assert process.returncode == 75 and "Traceback" not in errors
@@ -91,7 +103,10 @@ def test_a_signal_saves_and_the_same_command_continues(config_file, tmp_path):
   )
   process = start(config_file, tmp_path, long)
   wait_for(
-    lambda: (tmp_path / "metrics.jsonl").exists() and lines(tmp_path / "metrics.jsonl")[-1]["step"] > step, process
+    lambda: (
+      (tmp_path / "metrics.jsonl").exists() and lines(tmp_path / "metrics.jsonl")[-1]["step"] > step
+    ),
+    process,
   )
   process.kill()
   output, _ = process.communicate()
@@ -102,14 +117,20 @@ def test_a_signal_saves_and_the_same_command_continues(config_file, tmp_path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config_file, finished, tmp_path):
   shutil.copytree(finished[0], tmp_path / "w")
   newest = tmp_path / "w" / "checkpoints" / "12"
-  data = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+  data = max(
+    (file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
+  )
   content = bytearray(data.read_bytes())
   content[len(content) // 2] ^= 4
   data.write_bytes(content)
   done = train(config_file, tmp_path / "w")
   assert "checkpoints/12: damaged" in done.stdout and "continuing at step 10" in done.stdout
   # The step that was damaged is saved again, and the damaged files are out of the way.
-  assert {path.name for path in (tmp_path / "w" / "checkpoints").iterdir()} == {"10", "12", "damaged-12"}
+  assert {path.name for path in (tmp_path / "w" / "checkpoints").iterdir()} == {
+    "10",
+    "12",
+    "damaged-12",
+  }
   again = train(config_file, tmp_path / "w")
   assert ": damaged" not in again.stdout and "continuing at step 12" in again.stdout
   assert losses(tmp_path / "w") == losses(finished[0])
@@ -120,28 +141,44 @@ def test_another_run_in_the_same_workdir_is_refused_by_key(finished, config_file
   done = train(config_file, finished[0], "--config.optim.learning_rate=1e-4", check=2)
   assert "config.optim.learning_rate=0.0001: the run was started with 0.001" in done.stderr
   done = train(config_file, finished[0], "--config.train.steps=11", check=2)
-  assert "config.train.steps=11: the run was started with 12" in done.stderr and losses(finished[0]) == before
+  assert (
+    "config.train.steps=11: the run was started with 12" in done.stderr
+    and losses(finished[0]) == before
+  )
 
 
 @pytest.mark.slow
 def test_numbers_that_are_not_finite_end_with_exit_3(config_file, tmp_path):
-  done = train(config_file, tmp_path, "--config.optim.learning_rate=1e30", "--config.optim.warmup_steps=0", check=3)
+  done = train(
+    config_file,
+    tmp_path,
+    "--config.optim.learning_rate=1e30",
+    "--config.optim.warmup_steps=0",
+    check=3,
+  )
   assert "error: step" in done.stderr and "learning_rate" in done.stderr
-  bad = [line for line in lines(tmp_path / "metrics.jsonl") if line.get("train/loss") in ("nan", "inf")]
+  bad = [
+    line for line in lines(tmp_path / "metrics.jsonl") if line.get("train/loss") in ("nan", "inf")
+  ]
   assert bad and not (tmp_path / "export").exists()
 
 
 @pytest.mark.slow
 def test_dry_run_and_print_config_write_nothing(config_file, tmp_path):
   assert "MiB" in train(config_file, tmp_path / "w", "--dry_run").stdout
-  assert "config.optim.learning_rate = 0.001" in train(config_file, tmp_path / "w", "--print_config").stdout
+  assert (
+    "config.optim.learning_rate = 0.001"
+    in train(config_file, tmp_path / "w", "--print_config").stdout
+  )
   assert not (tmp_path / "w").exists()
 
 
 def test_evaluate_generate_and_export(finished, stories, tmp_path):
   workdir, _ = finished
   from_run = json.loads(
-    run("jaxft.evaluate", "--workdir", workdir, "--data", stories, "--json", "--sequence_length", 32).stdout
+    run(
+      "jaxft.evaluate", "--workdir", workdir, "--data", stories, "--json", "--sequence_length", 32
+    ).stdout
   )
   from_export = json.loads(
     run(
@@ -158,7 +195,8 @@ def test_evaluate_generate_and_export(finished, stories, tmp_path):
     ).stdout
   )
   assert (
-    from_run.keys() == {"loss", "perplexity", "tokens", "bits_per_byte"} and from_run["tokens"] == from_export["tokens"]
+    from_run.keys() == {"loss", "perplexity", "tokens", "bits_per_byte"}
+    and from_run["tokens"] == from_export["tokens"]
   )
   assert from_run["loss"] == pytest.approx(from_export["loss"], rel=1e-6)
   prompts = tmp_path / "prompts.txt"
@@ -205,7 +243,11 @@ def test_evaluate_generate_and_export(finished, stories, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "block", ["checkpoints", *(pytest.param(it, marks=pytest.mark.slow) for it in ("config.json", "metrics.jsonl"))]
+  "block",
+  [
+    "checkpoints",
+    *(pytest.param(it, marks=pytest.mark.slow) for it in ("config.json", "metrics.jsonl")),
+  ],
 )
 def test_a_workdir_that_cannot_be_written_ends_with_exit_4(config_file, tmp_path, block):
   if block == "checkpoints":
@@ -224,7 +266,9 @@ def test_a_finished_run_survives_the_loss_of_its_records(config_file, finished, 
   assert "no eval loss" in train(config_file, tmp_path / "w").stdout
   (tmp_path / "w" / "metrics.jsonl").unlink()
   run("jaxft.export", "--workdir", tmp_path / "w", "--out", tmp_path / "out")
-  assert "| steps | 12 of 8 sequences of 32 tokens |" in (tmp_path / "out" / "README.md").read_text()
+  assert (
+    "| steps | 12 of 8 sequences of 32 tokens |" in (tmp_path / "out" / "README.md").read_text()
+  )
   for garbage in ("garbage", "[]", "null", '{"train": {"steps": -1}}', '{"x": 1}'):
     (tmp_path / "w" / "config.json").write_text(garbage)
     done = run("jaxft.export", "--workdir", tmp_path / "w", "--out", tmp_path / "other", check=2)
@@ -233,19 +277,35 @@ def test_a_finished_run_survives_the_loss_of_its_records(config_file, finished, 
 
 def test_several_sources_are_several_flags(config_file, stories, tmp_path):
   shutil.copy(stories, tmp_path / "more (1), or less.jsonl")
-  flags = [f"--config.data.train={file}" for file in (stories, tmp_path / "more (1), or less.jsonl")]
+  flags = [
+    f"--config.data.train={file}" for file in (stories, tmp_path / "more (1), or less.jsonl")
+  ]
   done = train(config_file, tmp_path / "w", *flags, "--print_config")
-  assert f"config.data.train = ({str(stories)!r}, {str(tmp_path / 'more (1), or less.jsonl')!r})" in done.stdout
+  assert (
+    f"config.data.train = ({str(stories)!r}, {str(tmp_path / 'more (1), or less.jsonl')!r})"
+    in done.stdout
+  )
 
 
 def test_prepare_reports_what_a_run_will_read(config_file, finished, tmp_path):
   done = run("jaxft.prepare", "--config", config_file)
-  assert "read 120, trained 108, held out 12" in done.stdout and "row 0, learned in green" in done.stdout
+  assert (
+    "read 120, trained 108, held out 12" in done.stdout and "row 0, learned in green" in done.stdout
+  )
   found = json.loads(run("jaxft.prepare", "--config", config_file, "--json").stdout)
   assert found == json.loads((finished[0] / "data_report.json").read_text())
-  done = run("jaxft.prepare", "--config", config_file, "--config.data.sequence_length=99999", check=2)
+  done = run(
+    "jaxft.prepare", "--config", config_file, "--config.data.sequence_length=99999", check=2
+  )
   assert "the model has 71 positions" in done.stderr
-  done = run("jaxft.prepare", "--config", config_file, "--config.data.template=x", "--config.data.layuot=pad", check=2)
+  done = run(
+    "jaxft.prepare",
+    "--config",
+    config_file,
+    "--config.data.template=x",
+    "--config.data.layuot=pad",
+    check=2,
+  )
   assert "did you mean data.layout?" in done.stderr
 
 

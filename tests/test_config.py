@@ -134,7 +134,11 @@ def test_whatever_a_config_file_puts_there_is_named_or_fine(setting):
     object(),
   ):
     config = jaxft.config.default().to_dict()
-    config["model"]["path"], config["data"]["train"], config["train"]["steps"] = "gpt2", ("a.txt",), 10
+    config["model"]["path"], config["data"]["train"], config["train"]["steps"] = (
+      "gpt2",
+      ("a.txt",),
+      10,
+    )
     section, key = setting.name.split(".")
     config[section][key] = value
     for line in jaxft.config.validate(config):

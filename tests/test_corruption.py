@@ -64,7 +64,9 @@ class Tried(collections.Counter):
   """Counts what became of damage: refused or replaced, or harmless."""
 
   def row(self, what):
-    harmless = {"of them without effect on what is read": self["harmless"]} if self["harmless"] else {}
+    harmless = (
+      {"of them without effect on what is read": self["harmless"]} if self["harmless"] else {}
+    )
     return {"what": f"damage to {what}", "tried": self.total(), "sums": harmless}
 
 
@@ -72,7 +74,11 @@ class Tried(collections.Counter):
 def like(run, folder):
   config, _ = run
   cfg = repo.resolve(str(folder)).cfg
-  row = {"ids": np.zeros(32, np.int32), "targets": np.zeros(32, np.int32), "mask": np.zeros(32, bool)}
+  row = {
+    "ids": np.zeros(32, np.int32),
+    "targets": np.zeros(32, np.int32),
+    "mask": np.zeros(32, bool),
+  }
   return build_train_program(config, cfg, make_mesh(config.mesh), 12, row).state.checkpointable
 
 
@@ -84,7 +90,9 @@ def states(run, like):
 
 
 @pytest.mark.parts(8, 250)
-def test_a_damaged_checkpoint_is_never_loaded(run, like, states, tmp_path, part, record_property, capsys):
+def test_a_damaged_checkpoint_is_never_loaded(
+  run, like, states, tmp_path, part, record_property, capsys
+):
   rng, tried = np.random.default_rng(part), Tried()
   newest = run[1] / "checkpoints" / "12"
   names = [file.relative_to(newest) for file in files_in(newest)]
@@ -103,7 +111,11 @@ def test_a_damaged_checkpoint_is_never_loaded(run, like, states, tmp_path, part,
     if step == 8:  # the run will come to step 12 again, and must be able to save there
       assert opened.steps() == [4, 8]
       if i % 5 == 0:
-        opened.save(12, jax.tree.map(lambda x, at: jax.device_put(x, at.sharding), states[12], like), {"config": {}})
+        opened.save(
+          12,
+          jax.tree.map(lambda x, at: jax.device_put(x, at.sharding), states[12], like),
+          {"config": {}},
+        )
         opened.wait()
         assert 12 in opened.steps()
     opened.close()
@@ -118,7 +130,9 @@ def test_when_all_are_damaged_the_run_says_so_and_removes_nothing(run, like, tmp
   shutil.copytree(run[1] / "checkpoints", tmp_path / "c")
   for step in ("4", "8", "12"):
     (tmp_path / "c" / step / "meta" / "metadata").write_bytes(rng.bytes(100))
-  with pytest.raises(StorageError, match="(?s)12: damaged.*4: damaged.*no sound checkpoint is left"):
+  with pytest.raises(
+    StorageError, match="(?s)12: damaged.*4: damaged.*no sound checkpoint is left"
+  ):
     restore_latest(CheckpointManager(tmp_path / "c", 3), like, 12, strict=False)
   assert all((tmp_path / "c" / step).exists() for step in ("4", "8", "12"))
 
@@ -126,17 +140,27 @@ def test_when_all_are_damaged_the_run_says_so_and_removes_nothing(run, like, tmp
 @pytest.mark.parts(6, 150)
 def test_a_damaged_token_cache_is_made_again(run, tmp_path, part, record_property):
   rng, tried, config = np.random.default_rng(part), Tried(), run[0].copy_and_resolve_references()
-  tokenizer = jaxft.hf.tokenizer.load(Path(config.model.path), 293)
-  prepare = lambda: dataset.prepare_data(config.data, tokenizer, jaxft.hf.tokenizer.fingerprint(tokenizer))
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(Path(config.model.path), 293)
+  prepare = lambda: dataset.prepare_data(
+    config.data, tokenizer, jaxft.hf.tokenizer.fingerprint(tokenizer)
+  )
   wanted = prepare().train
-  names = [file.relative_to(run[0].data.cache_dir) for file in files_in(Path(run[0].data.cache_dir))]
+  names = [
+    file.relative_to(run[0].data.cache_dir) for file in files_in(Path(run[0].data.cache_dir))
+  ]
   for i in range(PER_PART):
     config.data.cache_dir = str(tmp_path / f"cache{i}")
     shutil.copytree(run[0].data.cache_dir, config.data.cache_dir)
-    damaged = damage(rng, Path(config.data.cache_dir), Path(config.data.cache_dir) / names[i % len(names)])
+    damaged = damage(
+      rng, Path(config.data.cache_dir), Path(config.data.cache_dir) / names[i % len(names)]
+    )
     found = prepare().train
     assert len(found) == len(wanted)
-    for a, b in zip(map(found.__getitem__, range(len(found))), map(wanted.__getitem__, range(len(found))), strict=True):
+    for a, b in zip(
+      map(found.__getitem__, range(len(found))),
+      map(wanted.__getitem__, range(len(found))),
+      strict=True,
+    ):
       jax.tree.map(np.testing.assert_array_equal, a, b)
     tried["found" if damaged else "harmless"] += 1
     shutil.rmtree(config.data.cache_dir)
@@ -146,7 +170,11 @@ def test_a_damaged_token_cache_is_made_again(run, tmp_path, part, record_propert
 def opened(folder: Path):
   """Everything that a user of an export gets: weights, configuration, and what the tokenizer makes of a text."""
   found = pretrained.load(str(folder))
-  return jax.device_get(found.params), found.source.cfg, found.tokenizer("Once upon a naïve 東京")["input_ids"]
+  return (
+    jax.device_get(found.params),
+    found.source.cfg,
+    found.tokenizer("Once upon a naïve 東京")["input_ids"],
+  )
 
 
 @pytest.mark.parts(4, 100)

@@ -18,17 +18,37 @@ from jaxft.data.packing import ClassificationDataset, ConcatDataset, PackedDatas
 from jaxft.errors import RequestError
 
 EOS = 0
-PIECES = ["a", " cat", "\n", "\r\n", "  ", '"', ",", "é", "東", "🐈", "\u2028", "\x00", "\t", "'", "\\", "ß", "The dog"]
+PIECES = [
+  "a",
+  " cat",
+  "\n",
+  "\r\n",
+  "  ",
+  '"',
+  ",",
+  "é",
+  "東",
+  "🐈",
+  "\u2028",
+  "\x00",
+  "\t",
+  "'",
+  "\\",
+  "ß",
+  "The dog",
+]
 
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-  return jaxft.hf.tokenizer.load(folder, 293)
+  return jaxft.hf.tokenizer.load_tokenizer(folder, 293)
 
 
 def prepared(tokenizer, cache, files, **data):
   config = jaxft.config.default()
-  config.data.update(train=tuple(map(str, files)), cache_dir=str(cache), **{"sequence_length": 16, **data})
+  config.data.update(
+    train=tuple(map(str, files)), cache_dir=str(cache), **{"sequence_length": 16, **data}
+  )
   return dataset.prepare_data(config.data, tokenizer, "a tokenizer")
 
 
@@ -43,7 +63,9 @@ def write_random_source(folder, rng, texts):
   rows = iter(texts)
   rows = [None if i in places else next(rows) for i in range(len(texts) + bad)]
   if kind == "parquet":
-    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(rows, pyarrow.string())}), folder / "a.parquet")
+    pyarrow.parquet.write_table(
+      pyarrow.table({"text": pyarrow.array(rows, pyarrow.string())}), folder / "a.parquet"
+    )
     return bad
   if kind == "txt":  # a file a row
     for i, row in enumerate(rows):
@@ -51,11 +73,15 @@ def write_random_source(folder, rng, texts):
     return bad
   if kind == "jsonl":
     ascii_only = bool(rng.integers(2))
-    content = "".join(json.dumps({"text": row}, ensure_ascii=ascii_only) + "\n" for row in rows).encode()
+    content = "".join(
+      json.dumps({"text": row}, ensure_ascii=ascii_only) + "\n" for row in rows
+    ).encode()
   else:
     sheet = io.StringIO(newline="")
     quoting = csv.QUOTE_ALL if rng.integers(2) else csv.QUOTE_MINIMAL
-    csv.writer(sheet, quoting=quoting).writerows([["n", "text"], *(["1", row or ""] for row in rows)])
+    csv.writer(sheet, quoting=quoting).writerows(
+      [["n", "text"], *(["1", row or ""] for row in rows)]
+    )
     content = sheet.getvalue().encode()
   name = f"a.{kind}{rng.choice(['', '.gz', '.zst'])}"
   if name.endswith(".gz"):
@@ -68,7 +94,9 @@ def write_random_source(folder, rng, texts):
 
 def learned(rows):
   """All targets that count, in order."""
-  return np.concatenate([row["targets"][row["mask"]] for row in map(rows.__getitem__, range(len(rows)))])
+  return np.concatenate(
+    [row["targets"][row["mask"]] for row in map(rows.__getitem__, range(len(rows)))]
+  )
 
 
 def decoded(ids, tokenizer):
@@ -79,7 +107,9 @@ def decoded(ids, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [*range(4), *(pytest.param(i, marks=pytest.mark.wide) for i in range(4, 10))])
+@pytest.mark.parametrize(
+  "part", [*range(4), *(pytest.param(i, marks=pytest.mark.wide) for i in range(4, 10))]
+)
 def test_nothing_is_lost_of_two_thousand_sources(tokenizer, tmp_path, part):
   for n in range(200 * part, 200 * part + 200):
     rng = np.random.default_rng(n)
@@ -91,12 +121,18 @@ def test_nothing_is_lost_of_two_thousand_sources(tokenizer, tmp_path, part):
       bad += write_random_source(folder, rng, of)
     layout, T = str(rng.choice(["concat", "pack"])), int(rng.integers(2, 40))
     how = dict(on_bad_row="skip", sequence_length=T, layout=layout)
-    data = prepared(tokenizer, tmp_path / "cache", [folders[0]], validation=(str(folders[1]),), **how)
+    data = prepared(
+      tokenizer, tmp_path / "cache", [folders[0]], validation=(str(folders[1]),), **how
+    )
     rows, counts = data.report["rows"], data.report["tokens"]
     assert (
-      rows["read"] == sum(map(len, texts)) + bad == rows["trained"] + rows["held_out"] + sum(rows["dropped"].values())
+      rows["read"]
+      == sum(map(len, texts)) + bad
+      == rows["trained"] + rows["held_out"] + sum(rows["dropped"].values())
     )
-    assert counts["read"] == counts["trained"] + counts["held_out"] + sum(counts["dropped"].values())
+    assert counts["read"] == counts["trained"] + counts["held_out"] + sum(
+      counts["dropped"].values()
+    )
     for of, split, name in zip(texts, (data.train, data.validation), ("trained", "held_out")):
       ids = learned(split)
       assert len(ids) == counts[name] and (ids == EOS).sum() == len(of) == rows[name]
@@ -116,7 +152,12 @@ def test_a_source_that_changes_while_it_is_read_leaves_no_cache(tokenizer, tmp_p
     file.write_text('{"text": "mat"}\n{"text": "dog"}\n')
 
   config = jaxft.config.default()
-  config.data.update(train=(str(file),), validation=(str(file),), cache_dir=str(tmp_path / "cache"), sequence_length=4)
+  config.data.update(
+    train=(str(file),),
+    validation=(str(file),),
+    cache_dir=str(tmp_path / "cache"),
+    sequence_length=4,
+  )
   with pytest.raises(RequestError, match="a source has changed while it was read"):
     dataset.prepare_data(config.data, tokenizer, "a tokenizer", tell)
   assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
@@ -131,7 +172,14 @@ def test_one_label_alone_is_refused(tokenizer, tmp_path):
 
 def test_labels_that_are_numbers_come_first_in_their_order(tokenizer):
   labels = ["10", "9", "ten", "\u0663", "9" * 5000, "010"]
-  assert sorted(labels, key=dataset._label_sort_key) == ["9", "010", "10", "9" * 5000, "ten", "\u0663"]
+  assert sorted(labels, key=dataset._label_sort_key) == [
+    "9",
+    "010",
+    "10",
+    "9" * 5000,
+    "ten",
+    "\u0663",
+  ]
 
 
 def test_splits_and_samples_by_document(tokenizer, tmp_path):
@@ -143,7 +191,10 @@ def test_splits_and_samples_by_document(tokenizer, tmp_path):
   assert sorted(kept + held) == sorted(texts) and len(held) == 10
   how = dict(validation_fraction=0.2, limit_train=7, limit_validation=3)
   data = prepared(tokenizer, tmp_path / "c", [file], **how)
-  few, held_few = decoded(learned(data.train), tokenizer), decoded(learned(data.validation), tokenizer)
+  few, held_few = (
+    decoded(learned(data.train), tokenizer),
+    decoded(learned(data.validation), tokenizer),
+  )
   assert set(few) <= set(kept) and set(held_few) <= set(held)
   assert data.report["rows"] == {
     "read": 50,
@@ -162,7 +213,10 @@ def test_weights_say_how_often_an_epoch_reads_a_source(tokenizer, tmp_path):
     (tmp_path / f"{name}.jsonl").write_text("".join(lines))
   held = tmp_path / "held.jsonl"
   held.write_text('{"text": "dog"}\n')
-  files = [f"{tmp_path / name}.jsonl" + ("" if weight == 1 else f"@{weight}") for name, weight in sources.items()]
+  files = [
+    f"{tmp_path / name}.jsonl" + ("" if weight == 1 else f"@{weight}")
+    for name, weight in sources.items()
+  ]
   data = prepared(tokenizer, tmp_path / "cache", files, validation=(str(held),))
   texts = decoded(learned(data.train), tokenizer)
   count = {name: sorted(texts.count(f"{name} cat {i}") for i in range(20)) for name in sources}
@@ -171,18 +225,31 @@ def test_weights_say_how_often_an_epoch_reads_a_source(tokenizer, tmp_path):
   assert rows == {"read": 91, "trained": 76, "held_out": 1, "dropped": {"weight of the source": 14}}
   assert len(set(texts[:20])) == 20  # a pass over all documents comes before any comes again
   assert data.report["notes"] == {"rows read again, as their weight says": 30}
-  plain = prepared(tokenizer, tmp_path / "cache", [f.split("@")[0] for f in files], validation=(str(held),))
-  assert len(decoded(learned(plain.train), tokenizer)) == 60 and plain.fingerprint != data.fingerprint
+  plain = prepared(
+    tokenizer, tmp_path / "cache", [f.split("@")[0] for f in files], validation=(str(held),)
+  )
+  assert (
+    len(decoded(learned(plain.train), tokenizer)) == 60 and plain.fingerprint != data.fingerprint
+  )
 
 
 def test_the_report_tells_lengths_padding_and_duplicates(tokenizer, tmp_path):
   file = tmp_path / "a.jsonl"
-  file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["cat", "cat", "dog " * 30, "a", "b", "cat"]))
+  file.write_text(
+    "".join(
+      json.dumps({"text": text}) + "\n" for text in ["cat", "cat", "dog " * 30, "a", "b", "cat"]
+    )
+  )
   found = prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), layout="pad").report
-  lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in ["cat", "cat", "dog " * 30, "a", "b", "cat"]]
+  lengths = [
+    len(tokenizer(text)["input_ids"]) + 1 for text in ["cat", "cat", "dog " * 30, "a", "b", "cat"]
+  ]
   cut = max(lengths) - 16
   assert found["tokens"]["dropped"] == {"cut to the length of a row": 2 * cut}
-  assert found["duplicates"] == 8 and found["longer_than_a_sequence"] == {"rows": 1, "share": 0.1667}
+  assert found["duplicates"] == 8 and found["longer_than_a_sequence"] == {
+    "rows": 1,
+    "share": 0.1667,
+  }
   assert found["padding_share"] == round(1 - (sum(lengths) - cut) / (6 * 16), 4)
 
 
@@ -211,7 +278,10 @@ def test_sources_with_the_same_files_in_other_groups_are_other_data(tokenizer, t
   held.write_text("x")
   one = [f"{tmp_path}/1@2", f"{tmp_path}/2/c.txt@3"]
   other = [f"{tmp_path}/1/a.txt@2", f"{tmp_path}/2@3"]
-  for sources, wanted in ((one, {"cat": 2, "dog": 2, "mat": 3}), (other, {"cat": 2, "dog": 3, "mat": 3})):
+  for sources, wanted in (
+    (one, {"cat": 2, "dog": 2, "mat": 3}),
+    (other, {"cat": 2, "dog": 3, "mat": 3}),
+  ):
     data = prepared(tokenizer, tmp_path / "cache", sources, validation=(str(held),))
     texts = decoded(learned(data.train), tokenizer)
     assert {text: texts.count(text) for text in wanted} == wanted
@@ -236,7 +306,9 @@ def test_rows_of_nothing_but_prompt_are_dropped_and_counted(tokenizer):
 @pytest.mark.parametrize("layout", ["concat", "pack", "pad"])
 def test_end_tokens_and_padding_are_counted(tokenizer, tmp_path, layout):
   file = tmp_path / "a.jsonl"
-  file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["the cat", "dog " * 40, "mat"]))
+  file.write_text(
+    "".join(json.dumps({"text": text}) + "\n" for text in ["the cat", "dog " * 40, "mat"])
+  )
   data = prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), layout=layout)
   ids = learned(data.train)
   assert data.report["end_tokens"]["trained"] == (ids == EOS).sum()
@@ -249,7 +321,9 @@ def stored(tokenizer, examples):
 
 def test_only_the_completion_is_learned(tokenizer):
   pairs = [("the cat", " sat on"), ("", "the dog"), ("a", "a"), ("once upon a time the", " mat")]
-  examples = [Example(prompt + completion, prompt_chars=len(prompt)) for prompt, completion in pairs]
+  examples = [
+    Example(prompt + completion, prompt_chars=len(prompt)) for prompt, completion in pairs
+  ]
   for rows in (
     PackedDataset(stored(tokenizer, examples), 24, EOS, pack=False),
     PackedDataset(stored(tokenizer, examples), 24, EOS, pack=True),
@@ -275,17 +349,22 @@ def test_a_prompt_that_fills_the_row_is_dropped_by_name(tokenizer, tmp_path):
     "held_out": 1,
     "dropped": {"the prompt leaves no room in a row": 2},
   }
-  assert found["tokens"]["read"] == sum(found["tokens"][name] for name in ("trained", "held_out")) + sum(
-    found["tokens"]["dropped"].values()
-  )
+  assert found["tokens"]["read"] == sum(
+    found["tokens"][name] for name in ("trained", "held_out")
+  ) + sum(found["tokens"]["dropped"].values())
 
 
 def test_a_class_is_the_target_of_the_last_token(tokenizer, tmp_path):
   file = tmp_path / "a.jsonl"
   labels = ["10", "9", "ten", "9"]
-  rows = [{"text": text, "label": label} for text, label in zip(["the cat", "dog", "sat " * 40, "x"], labels)]
+  rows = [
+    {"text": text, "label": label}
+    for text, label in zip(["the cat", "dog", "sat " * 40, "x"], labels)
+  ]
   file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  data = prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), format="classification")
+  data = prepared(
+    tokenizer, tmp_path / "c", [file], validation=(str(file),), format="classification"
+  )
   assert data.labels == ["9", "10", "ten"] and isinstance(data.train, ClassificationDataset)
   for i, row in enumerate(rows):
     ids = tokenizer(row["text"])["input_ids"][:16]

@@ -20,7 +20,9 @@ from packaging.specifiers import SpecifierSet
 
 PROJECT = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())
 NO_COMMENTS = re.sub(r"^#.*\n", "", (pages.ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
-LINES = [line.split(maxsplit=1) for line in NO_COMMENTS.replace("\\\n", " ").splitlines() if line.strip()]
+LINES = [
+  line.split(maxsplit=1) for line in NO_COMMENTS.replace("\\\n", " ").splitlines() if line.strip()
+]
 
 
 def of(instruction):
@@ -41,7 +43,12 @@ def copied():
 def installed():
   """What pip is given, without its options."""
   commands = [shlex.split(rest) for rest in of("RUN") if "pip install" in rest]
-  return [word for words in commands for word in words[words.index("install") + 1 :] if not word.startswith("-")]
+  return [
+    word
+    for words in commands
+    for word in words[words.index("install") + 1 :]
+    if not word.startswith("-")
+  ]
 
 
 def test_each_package_has_the_version_that_was_tried():
@@ -69,19 +76,27 @@ def test_it_installs_an_extra_for_a_python_that_there_is():
 
 
 def test_what_is_copied_is_there_and_not_ignored():
-  rules = [line for line in (pages.ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+  rules = [
+    line
+    for line in (pages.ROOT / ".dockerignore").read_text().splitlines()
+    if line and line[0] != "#"
+  ]
   assert rules[0] == "*"
   for what, _, _ in copied():
     for name in what:
       assert (pages.ROOT / name).exists(), name
       assert f"!{name}" in rules, f"{name}: .dockerignore leaves it out"
-  assert {rule[1:] for rule in rules if rule[0] == "!"} == {name for what, _, _ in copied() for name in what}
+  assert {rule[1:] for rule in rules if rule[0] == "!"} == {
+    name for what, _, _ in copied() for name in what
+  }
 
 
 def test_it_does_not_run_as_root_and_keeps_what_it_writes():
   names = [name for name, _ in LINES]
   number, user = re.search(r"useradd --uid (\d+) .*?(\w+) &&", of("RUN")[0]).groups()
-  assert of("USER") == [number] and names.index("USER") > max(i for i, name in enumerate(names) if name == "RUN")
+  assert of("USER") == [number] and names.index("USER") > max(
+    i for i, name in enumerate(names) if name == "RUN"
+  )
   (volumes,), (environment,) = of("VOLUME"), of("ENV")
   volumes = json.loads(volumes)
   owned = re.search(rf"chown -R {user} (.*)", of("RUN")[0])[1].split()
@@ -113,7 +128,9 @@ def test_what_is_copied_can_be_installed_and_run(tmp_path):
     words = [*command, "--print_config"] if "--config" in command else command
     done = run([sys.executable, *words[1:]], work, PYTHONPATH=str(site))
     assert "jaxft" in done.stdout or "config.model.path" in done.stdout
-  where = run([sys.executable, "-c", "import jaxft; print(jaxft.__file__)"], work, PYTHONPATH=str(site))
+  where = run(
+    [sys.executable, "-c", "import jaxft; print(jaxft.__file__)"], work, PYTHONPATH=str(site)
+  )
   assert Path(where.stdout.strip()).is_relative_to(site)
 
 
@@ -126,6 +143,8 @@ def docker_runs(page):
 
 
 def run(words, place, **environment):
-  done = subprocess.run(words, cwd=place, capture_output=True, text=True, env=os.environ | environment)
+  done = subprocess.run(
+    words, cwd=place, capture_output=True, text=True, env=os.environ | environment
+  )
   assert done.returncode == 0, done.stdout + done.stderr
   return done

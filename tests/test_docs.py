@@ -70,7 +70,9 @@ def test_settings_that_are_named_are_there(name):
   text = pages.text_of(name)
   quoted = pages.INLINE.findall(pages.prose(name))
   quoted = [code for code in quoted if code.split(".")[0] in SECTIONS and not code.endswith(".py")]
-  named = SETTING.findall(text) + [it[0] for code in quoted if (it := re.match(r"[a-z]+\.[a-z_0-9]+", code))]
+  named = SETTING.findall(text) + [
+    it[0] for code in quoted if (it := re.match(r"[a-z]+\.[a-z_0-9]+", code))
+  ]
   assert [setting for setting in named if setting not in jaxft.config.BY_NAME] == [], name
 
 
@@ -79,7 +81,9 @@ def test_commands_extras_and_targets_that_are_named_are_there(name):
   text = pages.text_of(name)
   for module in set(re.findall(r"python -m (jaxft\.\w+)", text)):
     found = importlib.import_module(module)
-    assert hasattr(found, "main") or importlib.import_module(f"{module}.__main__").main, f"{name}: {module}"
+    assert hasattr(found, "main") or importlib.import_module(f"{module}.__main__").main, (
+      f"{name}: {module}"
+    )
   for extra in re.findall(r"\.\[([\w,]+)\]", text):
     assert set(extra.split(",")) <= PROJECT["optional-dependencies"].keys(), f"{name}: {extra}"
   targets = re.findall(r"^([\w-]+):", (pages.ROOT / "Makefile").read_text(), re.MULTILINE)

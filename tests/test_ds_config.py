@@ -26,7 +26,10 @@ GPT2XL = {
     "hysteresis": 2,
     "min_loss_scale": 1,
   },
-  "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+  "optimizer": {
+    "type": "AdamW",
+    "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto"),
+  },
   "scheduler": {
     "type": "WarmupLR",
     "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto"),
@@ -144,7 +147,10 @@ ADAMW, DECAYING, COSINE = (
     ({f"{ZERO}.reduce_bucket_size": "5e8", f"{ZERO}.sub_group_size": 1e12}, {}),
     ({"tensor_parallel.autotp_size": 2}, {"mesh.tensor": 2}),
     ({"tensor_parallel.autotp_size": 0}, {"mesh.tensor": 1}),
-    (ADAMW | {"optimizer.params.torch_adam": True}, {"optim.name": "adamw", "optim.weight_decay": 0.01}),
+    (
+      ADAMW | {"optimizer.params.torch_adam": True},
+      {"optim.name": "adamw", "optim.weight_decay": 0.01},
+    ),
     (
       {
         "optimizer.type": "Adam",
@@ -165,7 +171,11 @@ ADAMW, DECAYING, COSINE = (
       },
     ),
     (
-      {"optimizer.type": "adam", "optimizer.params.adam_w_mode": False, "optimizer.params.weight_decay": 0},
+      {
+        "optimizer.type": "adam",
+        "optimizer.params.adam_w_mode": False,
+        "optimizer.params.weight_decay": 0,
+      },
       {"optim.name": "adamw", "optim.weight_decay": 0.0},
     ),
     (
@@ -176,23 +186,42 @@ ADAMW, DECAYING, COSINE = (
       ADAMW | {"optimizer.params.fp32_optimizer_states": False},
       {"optim.name": "adamw", "optim.state_dtype": "bfloat16"},
     ),
-    ({"optimizer.type": "Lion", "optimizer.params.lr": 1e-5}, {"optim.name": "lion", "optim.learning_rate": 1e-5}),
     (
-      {"optimizer.type": "Muon", "optimizer.params.muon_lr": 0.02, "optimizer.params.adam_lr": 1e-4},
+      {"optimizer.type": "Lion", "optimizer.params.lr": 1e-5},
+      {"optim.name": "lion", "optim.learning_rate": 1e-5},
+    ),
+    (
+      {
+        "optimizer.type": "Muon",
+        "optimizer.params.muon_lr": 0.02,
+        "optimizer.params.adam_lr": 1e-4,
+      },
       {"optim.name": "muon", "optim.b1": 0.95, "optim.learning_rate": 1e-4},
     ),
     (
-      {"optimizer.type": "Muon", "optimizer.params.momentum": 0.8, "optimizer.params.betas": [0.9, 0.99]},
+      {
+        "optimizer.type": "Muon",
+        "optimizer.params.momentum": 0.8,
+        "optimizer.params.betas": [0.9, 0.99],
+      },
       {"optim.name": "muon", "optim.b1": 0.8, "optim.b2": 0.99},
     ),
     (
       {"optimizer.type": "SGD", "optimizer.params.lr": 1, "optimizer.params.weight_decay": 0.1},
       {"optim.name": "sgd", "optim.b1": 0.0, "optim.learning_rate": 1.0, "optim.weight_decay": 0.1},
     ),
-    ({"optimizer.type": "SGD", "optimizer.params.momentum": 0.5}, {"optim.name": "sgd", "optim.b1": 0.5}),
+    (
+      {"optimizer.type": "SGD", "optimizer.params.momentum": 0.5},
+      {"optim.name": "sgd", "optim.b1": 0.5},
+    ),
     (
       DECAYING | {"scheduler.params.total_num_steps": 100, "scheduler.params.warmup_num_steps": 7},
-      {"optim.schedule": "linear", "train.steps": 100, "train.epochs": 0.0, "optim.warmup_steps": 7},
+      {
+        "optim.schedule": "linear",
+        "train.steps": 100,
+        "train.epochs": 0.0,
+        "optim.warmup_steps": 7,
+      },
     ),
     (
       DECAYING | ADAMW | {"scheduler.params.warmup_max_lr": 2e-4, "optimizer.params.lr": 1e-4},
@@ -217,7 +246,10 @@ ADAMW, DECAYING, COSINE = (
         "optim.end_learning_rate": 5e-4,
       },
     ),
-    (COSINE | {"scheduler.params.cos_min_ratio": 0}, {"optim.schedule": "cosine", "optim.end_learning_rate": 0.0}),
+    (
+      COSINE | {"scheduler.params.cos_min_ratio": 0},
+      {"optim.schedule": "cosine", "optim.end_learning_rate": 0.0},
+    ),
     ({"activation_checkpointing.cpu_checkpointing": True}, {"memory.remat": "full"}),
     ({"activation_checkpointing.number_checkpoints": 4}, {"memory.remat": "full"}),
     (
@@ -237,17 +269,25 @@ ADAMW, DECAYING, COSINE = (
       {"tracking.writers": ("tensorboard", "wandb"), "tracking.run_name": "a"},
     ),
     ({"tensorboard.enabled": False, "tensorboard.job_name": "a"}, {}),
-    ({"data_types.param_dtype": "bf16", "data_types.grad_accum_dtype": "fp32"}, {"model.param_dtype": "bfloat16"}),
+    (
+      {"data_types.param_dtype": "bf16", "data_types.grad_accum_dtype": "fp32"},
+      {"model.param_dtype": "bfloat16"},
+    ),
     (
       {
         "elasticity.enabled": False,
         "curriculum_learning.enabled": False,
         "data_efficiency": {"enabled": False, "data_sampling": {"enabled": True}},
-        "compression_training": {"row_pruning": {"shared_parameters": {"enabled": False}, "different_groups": {}}},
+        "compression_training": {
+          "row_pruning": {"shared_parameters": {"enabled": False}, "different_groups": {}}
+        },
       },
       {},
     ),
-    ({"sequence_parallel_size": 1, "gradient_allreduce_op": "mean", "fp16": {}, "scheduler": None}, {}),
+    (
+      {"sequence_parallel_size": 1, "gradient_allreduce_op": "mean", "fp16": {}, "scheduler": None},
+      {},
+    ),
     ({"_comment": "a", "//": {"stage": 7}, "zero_optimization": {"# a.b": 1, "comment": [1]}}, {}),
     ({"autotuning": {"enabled": True, "arg_mappings": {}}, "compile": True}, {}),
   ],
@@ -297,7 +337,11 @@ def test_two_sections_say_the_dtype(fp16, bf16, dtype):
     ({"torch_autocast.enabled": True, "torch_autocast.dtype": "float16"}, "auto"),
     ({"bfloat16.enabled": True, "torch_autocast.enabled": True, "fp16.enabled": False}, "bfloat16"),
     (
-      {"bf16.enabled": True, "bf16.bf16_master_weights_and_grads": True, "bf16.bf16_optimizer_states": True},
+      {
+        "bf16.enabled": True,
+        "bf16.bf16_master_weights_and_grads": True,
+        "bf16.bf16_optimizer_states": True,
+      },
       "bfloat16",
     ),
   ],
@@ -313,7 +357,15 @@ def test_other_sections_say_the_dtype_too(dotted, wanted):
 
 @pytest.mark.parametrize(
   "rows, accumulation, batch",
-  [(4, None, None), (4, 2, None), (4, 2, 32), (None, 2, 32), (4, None, 12), (None, None, 32), (None, 3, None)],
+  [
+    (4, None, None),
+    (4, 2, None),
+    (4, 2, 32),
+    (None, 2, 32),
+    (4, None, 12),
+    (None, None, 32),
+    (None, 3, None),
+  ],
 )
 def test_the_batch_is_told_to_whoever_counts_devices(rows, accumulation, batch):
   config = {
@@ -323,13 +375,19 @@ def test_the_batch_is_told_to_whoever_counts_devices(rows, accumulation, batch):
   }
   found = translated(config)
   assert found[:4] == ({}, rows, accumulation, batch)
-  assert [entry.outcome.split(":")[0] == "auto" for entry in found.entries] == [n is None for n in found[1:4]]
+  assert [entry.outcome.split(":")[0] == "auto" for entry in found.entries] == [
+    n is None for n in found[1:4]
+  ]
 
 
 @pytest.mark.parametrize(
   "dotted, key, message",
   [
-    ({"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, "train_batch_size=10", "(4) x devices"),
+    (
+      {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4},
+      "train_batch_size=10",
+      "(4) x devices",
+    ),
     (
       {"train_batch_size": 8, "gradient_accumulation_steps": 3},
       "train_batch_size=8",
@@ -337,7 +395,11 @@ def test_the_batch_is_told_to_whoever_counts_devices(rows, accumulation, batch):
     ),
     ({"train_batch_size": 0}, "train_batch_size=0", "whole number from 1"),
     ({"gradient_accumulation_steps": 2.0}, "gradient_accumulation_steps=2.0", "whole number"),
-    ({"train_micro_batch_size_per_gpu": True}, "train_micro_batch_size_per_gpu=true", "whole number"),
+    (
+      {"train_micro_batch_size_per_gpu": True},
+      "train_micro_batch_size_per_gpu=true",
+      "whole number",
+    ),
     ({"train_batch_size": "8"}, 'train_batch_size="8"', "whole number"),
     ({f"{ZERO}.stage": "2"}, f'{ZERO}.stage="2"', "a whole number"),
     ({f"{ZERO}.stage": 2.0}, f"{ZERO}.stage=2.0", "a whole number"),
@@ -347,7 +409,11 @@ def test_the_batch_is_told_to_whoever_counts_devices(rows, accumulation, batch):
     ({f"{ZERO}.stage": None}, f"{ZERO}.stage=null", "a whole number"),
     ({f"{ZERO}.stage": {}}, f"{ZERO}.stage={{}}", "not an object"),
     ({f"{ZERO}.stage.x": 1}, f"{ZERO}.stage.x", f"did you mean {ZERO}.stage?"),
-    ({f"{ZERO}.offload_param.device": "nvme"}, f'{ZERO}.offload_param.device="nvme"', 'set it to "cpu"'),
+    (
+      {f"{ZERO}.offload_param.device": "nvme"},
+      f'{ZERO}.offload_param.device="nvme"',
+      'set it to "cpu"',
+    ),
     ({f"{ZERO}.offload_optimizer": "cpu"}, f'{ZERO}.offload_optimizer="cpu"', '{"device": "cpu"}'),
     ({f"{ZERO}.cpu_offload": "true"}, f'{ZERO}.cpu_offload="true"', "true or false"),
     ({f"{ZERO}.zenflow.topk_ratio": 0.1}, f"{ZERO}.zenflow.topk_ratio=0.1", "every step"),
@@ -356,7 +422,11 @@ def test_the_batch_is_told_to_whoever_counts_devices(rows, accumulation, batch):
     ({"fp16": True}, "fp16=true", "such as enabled"),
     ({"fp16.enabled": 1}, "fp16.enabled=1", "true or false"),
     ({"fp16.enabled": True, "bf16.enabled": True}, "bf16.enabled=true", "fp16.enabled is true too"),
-    ({"fp16.fp16_master_weights_and_grads": True}, "fp16.fp16_master_weights_and_grads=true", "param_dtype=bfloat16"),
+    (
+      {"fp16.fp16_master_weights_and_grads": True},
+      "fp16.fp16_master_weights_and_grads=true",
+      "param_dtype=bfloat16",
+    ),
     ({"amp.opt_level": "O3"}, 'amp.opt_level="O3"', "O0, O1 or O2"),
     ({"torch_autocast.dtype": "int8"}, 'torch_autocast.dtype="int8"', "bfloat16 or float16"),
     ({"data_types.param_dtype": "fp16"}, 'data_types.param_dtype="fp16"', "fp32 or bf16"),
@@ -377,33 +447,93 @@ def test_the_batch_is_told_to_whoever_counts_devices(rows, accumulation, batch):
     (ADAMW | {"optimizer.params.lr": "1e-4"}, 'optimizer.params.lr="1e-4"', "a number"),
     (ADAMW | {"optimizer.params.betas": [0.9]}, "optimizer.params.betas=[0.9]", "two numbers"),
     (ADAMW | {"optimizer.params.betas": [0.9, 1]}, "optimizer.params.betas=[0.9, 1]", "below 1"),
-    (ADAMW | {"optimizer.params.betas": [math.nan, 0.9]}, "optimizer.params.betas=[NaN, 0.9]", "finite"),
-    (ADAMW | {"optimizer.params.max_grad_norm": 1}, "optimizer.params.max_grad_norm=1", "gradient_clipping"),
+    (
+      ADAMW | {"optimizer.params.betas": [math.nan, 0.9]},
+      "optimizer.params.betas=[NaN, 0.9]",
+      "finite",
+    ),
+    (
+      ADAMW | {"optimizer.params.max_grad_norm": 1},
+      "optimizer.params.max_grad_norm=1",
+      "gradient_clipping",
+    ),
     (ADAMW | {"optimizer.params.amsgrad": True}, "optimizer.params.amsgrad=true", "leave it out"),
-    (ADAMW | {"optimizer.params.bias_correction": False}, "optimizer.params.bias_correction=false", "corrected"),
+    (
+      ADAMW | {"optimizer.params.bias_correction": False},
+      "optimizer.params.bias_correction=false",
+      "corrected",
+    ),
     (ADAMW | {"optimizer.params.momentum": 0.9}, "optimizer.params.momentum", "no such key"),
     (
-      {"optimizer.type": "Adam", "optimizer.params.adam_w_mode": False, "optimizer.params.weight_decay": "auto"},
+      {
+        "optimizer.type": "Adam",
+        "optimizer.params.adam_w_mode": False,
+        "optimizer.params.weight_decay": "auto",
+      },
       "optimizer.params.adam_w_mode=false",
       "weight_decay to 0",
     ),
-    ({"optimizer.type": "Muon", "optimizer.params.lr": 0.02}, "optimizer.params.lr=0.02", "give adam_lr"),
     (
-      {"optimizer.type": "SGD", "optimizer.params.momentum": 0.9, "optimizer.params.weight_decay": 0.1},
+      {"optimizer.type": "Muon", "optimizer.params.lr": 0.02},
+      "optimizer.params.lr=0.02",
+      "give adam_lr",
+    ),
+    (
+      {
+        "optimizer.type": "SGD",
+        "optimizer.params.momentum": 0.9,
+        "optimizer.params.weight_decay": 0.1,
+      },
       "optimizer.params.weight_decay=0.1",
       "one of the two to 0",
     ),
-    ({"scheduler.type": "OneCycle", "scheduler.params.cycle_min_lr": 0}, 'scheduler.type="OneCycle"', "WarmupDecayLR"),
+    (
+      {"scheduler.type": "OneCycle", "scheduler.params.cycle_min_lr": 0},
+      'scheduler.type="OneCycle"',
+      "WarmupDecayLR",
+    ),
     ({"scheduler.type": "LRRangeTest"}, 'scheduler.type="LRRangeTest"', "WarmupLR"),
-    (DECAYING | {"scheduler.params.warmup_min_lr": 1e-4}, "scheduler.params.warmup_min_lr=0.0001", "begins at 0"),
-    (DECAYING | {"scheduler.params.warmup_num_steps": 0.1}, "scheduler.params.warmup_num_steps=0.1", "a whole number"),
-    (DECAYING | {"scheduler.params.warmup_type": "cos"}, 'scheduler.params.warmup_type="cos"', '"log"'),
-    (DECAYING | {"scheduler.params.total_num_steps": 0}, "scheduler.params.total_num_steps=0", "from 1"),
-    (COSINE | {"scheduler.params.cos_min_ratio": 0.1}, "scheduler.params.cos_min_ratio=0.1", "which learning rate"),
-    (COSINE | {"scheduler.params.warmup_min_ratio": 0.1}, "scheduler.params.warmup_min_ratio=0.1", "begins at 0"),
+    (
+      DECAYING | {"scheduler.params.warmup_min_lr": 1e-4},
+      "scheduler.params.warmup_min_lr=0.0001",
+      "begins at 0",
+    ),
+    (
+      DECAYING | {"scheduler.params.warmup_num_steps": 0.1},
+      "scheduler.params.warmup_num_steps=0.1",
+      "a whole number",
+    ),
+    (
+      DECAYING | {"scheduler.params.warmup_type": "cos"},
+      'scheduler.params.warmup_type="cos"',
+      '"log"',
+    ),
+    (
+      DECAYING | {"scheduler.params.total_num_steps": 0},
+      "scheduler.params.total_num_steps=0",
+      "from 1",
+    ),
+    (
+      COSINE | {"scheduler.params.cos_min_ratio": 0.1},
+      "scheduler.params.cos_min_ratio=0.1",
+      "which learning rate",
+    ),
+    (
+      COSINE | {"scheduler.params.warmup_min_ratio": 0.1},
+      "scheduler.params.warmup_min_ratio=0.1",
+      "begins at 0",
+    ),
     ({"comet.enabled": True}, "comet.enabled=true", "config.tracking.writers"),
-    ({"elasticity.enabled": True, "elasticity.min_gpus": 1}, "elasticity.enabled=true", "train_batch_size"),
-    ({"sparse_attention.mode": "fixed", "sparse_attention.block": 16}, 'sparse_attention.mode="fixed"', "dense"),
+    (
+      {"elasticity.enabled": True, "elasticity.min_gpus": 1},
+      "elasticity.enabled=true",
+      "train_batch_size",
+    ),
+    (
+      {"sparse_attention.mode": "fixed", "sparse_attention.block": 16},
+      'sparse_attention.mode="fixed"',
+      "dense",
+    ),
     ({"pipeline.stages": "auto"}, 'pipeline.stages="auto"', "config.mesh.tensor"),
     (
       {"compression_training.row_pruning.shared_parameters.enabled": True},
@@ -421,12 +551,17 @@ def test_the_batch_is_told_to_whoever_counts_devices(rows, accumulation, batch):
 )
 def test_what_can_mean_nothing_is_refused_with_the_way_out(dotted, key, message):
   (line,) = refused(nested(dotted))
-  assert line.startswith(f"ds.json: {key}") and line[len(f"ds.json: {key}")] in ":0" and message in line
+  assert (
+    line.startswith(f"ds.json: {key}") and line[len(f"ds.json: {key}")] in ":0" and message in line
+  )
 
 
 def test_every_fault_is_told():
   keys = [
-    line.split()[1] for line in refused(nested({f"{ZERO}.stage": 7, "optimizer.type": "Lamb", "stages": 1, "lr": 0}))
+    line.split()[1]
+    for line in refused(
+      nested({f"{ZERO}.stage": 7, "optimizer.type": "Lamb", "stages": 1, "lr": 0})
+    )
   ]
   assert keys == [f"{ZERO}.stage=7:", 'optimizer.type="Lamb":', "stages:", "lr:"]
   assert refused({f"{ZERO}.stage": 2}) == [
@@ -439,7 +574,11 @@ def test_every_fault_is_told():
 def test_a_known_key_is_never_unknown(key):
   section = key.partition(".params.")[0]
   kinds = deepspeed_sections.TYPES.get(section, {})
-  types = [name for name, kind in kinds.items() if key.rpartition(".")[2] in kind.params and ".params." in key]
+  types = [
+    name
+    for name, kind in kinds.items()
+    if key.rpartition(".")[2] in kind.params and ".params." in key
+  ]
   for kind in types or [None]:
     for value in ("auto", True, False, None, 1, 0.5, "x", [], {}):
       config = nested({key: value} | ({f"{section}.type": kind} if kind else {}))
@@ -477,14 +616,21 @@ def test_rows_tell_what_another_key_has_decided():
   assert became[f"{ZERO}.offload_param.device"].startswith("--config.memory.offload=all ")
   assert became["csv_monitor.job_name"] == "nothing: the run is called a"
   assert became["fp16.enabled"] == "auto: bf16.enabled is true"
-  assert became["optimizer.params.lr"].startswith("nothing: scheduler.params.warmup_max_lr is the peak")
+  assert became["optimizer.params.lr"].startswith(
+    "nothing: scheduler.params.warmup_max_lr is the peak"
+  )
 
 
 def test_rows_for_a_terminal():
-  found = translated(nested({f"{ZERO}.stage": 2, "gradient_accumulation_steps": 4, "gradient_clipping": 1}))
+  found = translated(
+    nested({f"{ZERO}.stage": 2, "gradient_accumulation_steps": 4, "gradient_clipping": 1})
+  )
   lines = deepspeed_config.format_table(
     found.entries,
-    {"mesh.zero_stage": "--config.mesh.zero_stage=3", "gradient_accumulation_steps": "--gradient_accumulation_steps=8"},
+    {
+      "mesh.zero_stage": "--config.mesh.zero_stage=3",
+      "gradient_accumulation_steps": "--gradient_accumulation_steps=8",
+    },
   ).splitlines()
   assert lines == [
     f"{ZERO}.stage      2  --config.mesh.zero_stage=2; --config.mesh.zero_stage=3 is given, and wins",
@@ -547,18 +693,42 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, content, mess
   file = written(tmp_path, content)
   with pytest.raises(RequestError) as refusal:
     deepspeed_config.read(file)
-  assert str(refusal.value).startswith(f"{file}: {message}" if message != "too deep" else f"{file}: ")
+  assert str(refusal.value).startswith(
+    f"{file}: {message}" if message != "too deep" else f"{file}: "
+  )
   assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):
-  for file, message in [(tmp_path / "x", "no such file"), (tmp_path, "not a file"), (Path("a\0b"), "no such file")]:
+  for file, message in [
+    (tmp_path / "x", "no such file"),
+    (tmp_path, "not a file"),
+    (Path("a\0b"), "no such file"),
+  ]:
     with pytest.raises(RequestError, match=message):
       deepspeed_config.read(file)
 
 
 # Of any kind, at any place.
-JUNK = [None, True, False, 0, -1, 2.0, 3, 1e9, math.nan, math.inf, 10**30, "", "auto", "cpu", "2", "AdamW", "WarmupLR"]
+JUNK = [
+  None,
+  True,
+  False,
+  0,
+  -1,
+  2.0,
+  3,
+  1e9,
+  math.nan,
+  math.inf,
+  10**30,
+  "",
+  "auto",
+  "cpu",
+  "2",
+  "AdamW",
+  "WarmupLR",
+]
 JUNK += [
   [],
   [1],
@@ -587,7 +757,9 @@ def spoiled(config, rng):
       case 2:
         inside.pop(key, None)
       case 3:
-        inside[rng.choice(deepspeed_keys.known_keys()).rpartition(".")[2]] = copy.deepcopy(rng.choice(JUNK))
+        inside[rng.choice(deepspeed_keys.known_keys()).rpartition(".")[2]] = copy.deepcopy(
+          rng.choice(JUNK)
+        )
       case 4:
         config |= nested({rng.choice(deepspeed_keys.known_keys()): copy.deepcopy(rng.choice(JUNK))})
   return config
@@ -596,7 +768,9 @@ def spoiled(config, rng):
 def is_right(name, value):
   setting = jaxft.config.BY_NAME[name]
   finite = not isinstance(value, float) or math.isfinite(value)
-  return finite and not config_checks.type_error(setting.default, value) and not setting.check(value)
+  return (
+    finite and not config_checks.type_error(setting.default, value) and not setting.check(value)
+  )
 
 
 def test_whatever_is_in_a_config_it_is_understood_or_refused(tmp_path):
@@ -606,7 +780,9 @@ def test_whatever_is_in_a_config_it_is_understood_or_refused(tmp_path):
     try:
       found = translated(config)
     except RequestError as refusal:
-      assert all(line.startswith("ds.json: ") and ": " in line[9:] for line in str(refusal).splitlines()), config
+      assert all(
+        line.startswith("ds.json: ") and ": " in line[9:] for line in str(refusal).splitlines()
+      ), config
       outcomes[False] += 1
     else:
       assert all(is_right(name, value) for name, value in found.settings.items()), config
@@ -632,7 +808,10 @@ def test_whatever_is_in_a_file_it_is_understood_or_refused(tmp_path):
 
 
 def test_a_large_file_is_refused_in_moments(tmp_path):
-  many = {"elasticity": {f"a{i}": i for i in range(20_000)}, ZERO: {f"overlap_com{i}": i for i in range(20_000)}}
+  many = {
+    "elasticity": {f"a{i}": i for i in range(20_000)},
+    ZERO: {f"overlap_com{i}": i for i in range(20_000)},
+  }
   with pytest.raises(RequestError) as refusal:
     deepspeed_config.read(written(tmp_path, json.dumps(many)))
   lines = str(refusal.value).splitlines()
@@ -647,5 +826,9 @@ def test_the_page_has_the_table_of_the_code():
 def test_settings_that_the_page_names_are_settings():
   text = PAGE.read_text()
   names = set(re.findall(r"config\.([a-z_]+\.[a-z_0-9]+)", text))
-  assert {"mesh.zero_stage", "memory.offload", "optim.end_learning_rate"} <= names <= jaxft.config.BY_NAME.keys()
+  assert (
+    {"mesh.zero_stage", "memory.offload", "optim.end_learning_rate"}
+    <= names
+    <= jaxft.config.BY_NAME.keys()
+  )
   assert f"`{deepspeed_rules.AUTO}`" in text

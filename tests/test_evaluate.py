@@ -26,7 +26,10 @@ T = 31
 def text(tmp_path_factory):
   """Without characters that a token may be a part of."""
   file = tiny.write_stories(tmp_path_factory.mktemp("text") / "text.jsonl", 23, seed=5)
-  texts = [json.loads(line)["text"].encode("ascii", "ignore").decode() for line in file.read_text().splitlines()]
+  texts = [
+    json.loads(line)["text"].encode("ascii", "ignore").decode()
+    for line in file.read_text().splitlines()
+  ]
   file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
   return file
 
@@ -34,8 +37,10 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(folder, text):
   how = ConfigDict(jaxft.config.default().data)
-  how.sequence_length, tokenizer = T, jaxft.hf.tokenizer.load(folder, 293)
-  stored = tokenize.encode_in_memory(read_examples([str(text)], "validation", how, {}, {}), tokenizer)
+  how.sequence_length, tokenizer = T, jaxft.hf.tokenizer.load_tokenizer(folder, 293)
+  stored = tokenize.encode_in_memory(
+    read_examples([str(text)], "validation", how, {}, {}), tokenizer
+  )
   laid_out = build_dataset(stored, how, tokenizer.eos_token_id)
   return [laid_out[i] for i in range(len(laid_out))]
 
@@ -49,15 +54,23 @@ def wanted(folder, rows):
   for row in rows:
     with torch.no_grad():
       logits = model(torch.from_numpy(row["ids"][None]).long()).logits[0].double()
-    each = torch.nn.functional.cross_entropy(logits, torch.from_numpy(row["targets"]).long(), reduction="none").numpy()
+    each = torch.nn.functional.cross_entropy(
+      logits, torch.from_numpy(row["targets"]).long(), reduction="none"
+    ).numpy()
     nats, count = nats + each[row["mask"]].sum(), count + int(row["mask"].sum())
   return nats, count
 
 
-@pytest.mark.parametrize("devices", [*(pytest.param(it, marks=pytest.mark.slow) for it in (1, 2, 4)), 8])
-def test_the_loss_is_torchs_for_any_batch_size_and_devices(devices, folder, text, wanted, monkeypatch):
+@pytest.mark.parametrize(
+  "devices", [*(pytest.param(it, marks=pytest.mark.slow) for it in (1, 2, 4)), 8]
+)
+def test_the_loss_is_torchs_for_any_batch_size_and_devices(
+  devices, folder, text, wanted, monkeypatch
+):
   all_of_them = make_mesh
-  monkeypatch.setattr(jaxft.sharding.mesh, "make_mesh", lambda sizes: all_of_them(sizes, jax.devices()[:devices]))
+  monkeypatch.setattr(
+    jaxft.sharding.mesh, "make_mesh", lambda sizes: all_of_them(sizes, jax.devices()[:devices])
+  )
   ready, (nats, count) = pretrained.load(folder), wanted
   for batch_size in range(1, 9):
     found = ready.evaluate(str(text), sequence_length=T, batch_size=batch_size)
@@ -68,7 +81,11 @@ def test_the_loss_is_torchs_for_any_batch_size_and_devices(devices, folder, text
 def test_bits_a_byte_are_of_the_bytes_that_were_learned(folder, text, rows, wanted):
   ready, (nats, _) = pretrained.load(folder), wanted
   learned = np.concatenate([row["targets"][row["mask"]] for row in rows])
-  nbytes = sum(len(ready.tokenizer.decode([int(id)]).encode()) for id in learned if id != ready.tokenizer.eos_token_id)
+  nbytes = sum(
+    len(ready.tokenizer.decode([int(id)]).encode())
+    for id in learned
+    if id != ready.tokenizer.eos_token_id
+  )
   found = ready.evaluate(str(text), sequence_length=T)
   assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / nbytes, rel=1e-5)
 
@@ -78,7 +95,9 @@ def test_a_run_is_evaluated_on_what_it_held_out(finished):
   workdir, _ = finished
   last = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][-1]
   assert not json.loads((workdir / "config.json").read_text())["data"]["validation"]
-  found = json.loads(run("jaxft.evaluate", "--workdir", workdir, "--json", "--batch_size", 3).stdout)
+  found = json.loads(
+    run("jaxft.evaluate", "--workdir", workdir, "--json", "--batch_size", 3).stdout
+  )
   assert found["loss"] == pytest.approx(last["eval/loss"], rel=1e-6)
   assert found["bits_per_byte"] == pytest.approx(last["eval/bits_per_byte"], rel=1e-6)
 
@@ -93,7 +112,16 @@ def test_the_layout_may_be_named_on_the_command_line(folder, stories, monkeypatc
 
   from jaxft import evaluate
 
-  words = ["jaxft.evaluate", "--model", str(folder), "--data", str(stories), "--sequence_length", "32", "--json"]
+  words = [
+    "jaxft.evaluate",
+    "--model",
+    str(folder),
+    "--data",
+    str(stories),
+    "--sequence_length",
+    "32",
+    "--json",
+  ]
   monkeypatch.setattr(sys, "argv", [*words, "--layout", "pad"])
   evaluate.main()
   found, ready = json.loads(capsys.readouterr().out), pretrained.load(folder)
@@ -111,7 +139,12 @@ def as_documented(folder, ids, length, stride):
   """
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
-  model, nats, count, prev_end_loc = transformers.AutoModelForCausalLM.from_pretrained(folder), 0.0, 0, 0
+  model, nats, count, prev_end_loc = (
+    transformers.AutoModelForCausalLM.from_pretrained(folder),
+    0.0,
+    0,
+    0,
+  )
   input_ids = torch.tensor([ids])
   for begin_loc in range(0, input_ids.size(1), stride):
     end_loc = min(begin_loc + length, input_ids.size(1))
@@ -141,12 +174,16 @@ def test_each_learned_token_is_a_target_once_whatever_the_stride():
     lengths = rng.integers(1, 9, rng.integers(1, 9))
     starts = np.concatenate([[0], np.cumsum(lengths)])
     prompts = np.minimum(rng.integers(0, 4, len(lengths)), lengths - 1).astype(np.int32)
-    stored = tokenize.TokenArrays(np.arange(1, starts[-1] + 1), starts, prompts, np.zeros(0, np.int32), np.zeros(0))
+    stored = tokenize.TokenArrays(
+      np.arange(1, starts[-1] + 1), starts, prompts, np.zeros(0, np.int32), np.zeros(0)
+    )
     T = int(rng.integers(2, 12))
     rows = packing.SlidingWindowDataset(stored, T, 0, int(rng.integers(1, T)))
     found = [rows[i] for i in range(len(rows))]
     targets = np.concatenate([row["targets"][row["mask"]] for row in found])
-    learned = [i + 1 for start, stop, p in zip(starts, starts[1:], prompts) for i in range(start + p, stop)]
+    learned = [
+      i + 1 for start, stop, p in zip(starts, starts[1:], prompts) for i in range(start + p, stop)
+    ]
     assert targets.tolist() == learned
     assert all((row["ids"] + 1 == row["targets"])[row["mask"]].all() for row in found)
 

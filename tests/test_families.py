@@ -26,13 +26,28 @@ transformers = pytest.importorskip("transformers")
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 NO_DROPOUT = {
   name: 0.0
-  for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop", "embed_dropout", "attention_dropout", "resid_dropout")
+  for name in (
+    "embd_pdrop",
+    "attn_pdrop",
+    "resid_pdrop",
+    "embed_dropout",
+    "attention_dropout",
+    "resid_dropout",
+  )
 }
 
 # Three odd shapes a family: widths and lengths that tell axes apart, windows shorter than the text, few rotated dimensions.
 GPT2 = [
   dict(vocab_size=97, n_positions=607, n_embd=42, n_head=3, n_inner=53, n_layer=3),
-  dict(vocab_size=53, n_positions=613, n_embd=26, n_head=2, n_inner=None, n_layer=2, layer_norm_epsilon=1e-4),
+  dict(
+    vocab_size=53,
+    n_positions=613,
+    n_embd=26,
+    n_head=2,
+    n_inner=None,
+    n_layer=2,
+    layer_norm_epsilon=1e-4,
+  ),
   dict(vocab_size=131, n_positions=601, n_embd=35, n_head=5, n_inner=17, n_layer=5),
 ]
 GPT_NEO = [
@@ -190,7 +205,11 @@ def test_ten_adamw_steps(case):
   config = jaxft.config.default()
   config.optim.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-6)
   config.train.batch_size, config.mesh.fsdp = 2, 1
-  row = {"ids": np.zeros(63, np.int32), "targets": np.zeros(63, np.int32), "mask": np.zeros(63, bool)}
+  row = {
+    "ids": np.zeros(63, np.int32),
+    "targets": np.zeros(63, np.int32),
+    "mask": np.zeros(63, bool),
+  }
   run = build_train_program(config, checkpoint.cfg, make_mesh(config.mesh), 10, row)
   params = load_weights.load_params(
     checkpoint, run.state.params, jax.tree.map(lambda leaf: leaf.sharding, run.state.params)
@@ -205,7 +224,10 @@ def test_ten_adamw_steps(case):
   linear = transformers.get_linear_schedule_with_warmup(adamw, 0, 10)
   for i in range(10):
     ids = ids_for(checkpoint, 2, 64, seed=i)
-    state, _ = step(state, {"ids": ids[None, :, :-1], "targets": ids[None, :, 1:], "mask": np.ones((1, 2, 63), bool)})
+    state, _ = step(
+      state,
+      {"ids": ids[None, :, :-1], "targets": ids[None, :, 1:], "mask": np.ones((1, 2, 63), bool)},
+    )
     adamw.zero_grad()
     theirs(torch.from_numpy(ids).long(), labels=torch.from_numpy(ids).long()).loss.backward()
     torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
@@ -214,7 +236,9 @@ def test_ten_adamw_steps(case):
   named = dict(theirs.named_parameters())
   for name, ours in grads_by_name(state.params, checkpoint).items():
     wanted = named[name].detach().numpy()
-    if name.endswith("c_attn.bias"):  # less the keys' part: Adam divides its rounding by its own size
+    if name.endswith(
+      "c_attn.bias"
+    ):  # less the keys' part: Adam divides its rounding by its own size
       D = checkpoint.cfg.D
       ours, wanted = np.delete(ours, np.s_[D : 2 * D]), np.delete(wanted, np.s_[D : 2 * D])
     assert np.abs(ours - wanted).max() < 1e-4 * max(np.abs(wanted).max(), 1), name
@@ -223,10 +247,15 @@ def test_ten_adamw_steps(case):
 def test_out_again_is_byte_identical_and_transformers_misses_nothing(case, tmp_path):
   _, folder, checkpoint, _, params = case
   export.export_model(tmp_path / "out", params, checkpoint)
-  before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+  before, after = (
+    load_file(folder / "model.safetensors"),
+    load_file(tmp_path / "out" / "model.safetensors"),
+  )
   assert before.keys() == after.keys()
   assert all(before[name].tobytes() == after[name].tobytes() for name in before)
-  again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+  again, info = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "out", output_loading_info=True
+  )
   assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
   assert again.config.tie_word_embeddings == checkpoint.cfg.tied
 
@@ -235,7 +264,8 @@ def test_each_tensor_keeps_a_dtype_of_its_own(case, tmp_path):
   _, folder, _, _, _ = case
   kinds = [np.dtype("float32"), np.dtype("float16"), load_weights.DTYPES["BF16"]]
   tensors = {
-    name: t.astype(kinds[i % 3]) for i, (name, t) in enumerate(load_file(folder / "model.safetensors").items())
+    name: t.astype(kinds[i % 3])
+    for i, (name, t) in enumerate(load_file(folder / "model.safetensors").items())
   }
   source = shutil.copytree(folder, tmp_path / "in")
   save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
@@ -262,14 +292,25 @@ def test_from_narrow_sources_whole_and_sharded(case, tmp_path, dtype, shard_size
   checkpoint = repo.resolve(str(tmp_path / "in"))
   graph, shapes, _ = jaxft.model.decoder.abstract_model(checkpoint.cfg, ComputeConfig())
   params = load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
-  wide = type(theirs).from_pretrained(tmp_path / "in", dtype=torch.float32, attn_implementation="eager").eval()
+  wide = (
+    type(theirs)
+    .from_pretrained(tmp_path / "in", dtype=torch.float32, attn_implementation="eager")
+    .eval()
+  )
   ids = ids_for(checkpoint, 2, 300)
   with torch.no_grad():
     wanted = wide(torch.from_numpy(ids).long()).logits.numpy()
   assert relative(verify.compute_logits(graph, params, ids), wanted) < 1e-5
-  export.export_model(tmp_path / "out", params, checkpoint, dtype="source", max_shard_size=shard_size)
-  before, after = load_weights.list_tensors(tmp_path / "in"), load_weights.list_tensors(tmp_path / "out")
-  assert before.keys() == after.keys() and len(repo.weight_files(tmp_path / "in")) > (shard_size != "5GB")
+  export.export_model(
+    tmp_path / "out", params, checkpoint, dtype="source", max_shard_size=shard_size
+  )
+  before, after = (
+    load_weights.list_tensors(tmp_path / "in"),
+    load_weights.list_tensors(tmp_path / "out"),
+  )
+  assert before.keys() == after.keys() and len(repo.weight_files(tmp_path / "in")) > (
+    shard_size != "5GB"
+  )
   for name in before:
     assert before[name].dtype == after[name].dtype == dtype
     assert before[name].view().tobytes() == after[name].view().tobytes()
@@ -279,7 +320,9 @@ def test_from_narrow_sources_whole_and_sharded(case, tmp_path, dtype, shard_size
 def test_config_reads_back_the_same(case, tmp_path):
   theirs, folder, checkpoint, _, params = case
   export.export_model(tmp_path / "out", params, checkpoint)
-  before, after = (type(theirs.config).from_pretrained(path).to_dict() for path in (folder, tmp_path / "out"))
+  before, after = (
+    type(theirs.config).from_pretrained(path).to_dict() for path in (folder, tmp_path / "out")
+  )
   assert after.pop("n_ctx", None) in (
     None,
     checkpoint.cfg.P,
@@ -291,11 +334,18 @@ def test_config_reads_back_the_same(case, tmp_path):
 def test_sixty_four_greedy_tokens(case):
   theirs, _, checkpoint, graph, params = case
   prompts = [ids_for(checkpoint, 1, n, seed=n)[0].tolist() for n in (5, 23, 1)]
-  ours = Generator(graph, checkpoint.cfg, eos_token_id=-1)(params, prompts, Sampling(64, temperature=0))
+  ours = Generator(graph, checkpoint.cfg, eos_token_id=-1)(
+    params, prompts, Sampling(64, temperature=0)
+  )
   for prompt, new in zip(prompts, ours):
     ids = torch.tensor([prompt])
     out = theirs.generate(
-      ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64, pad_token_id=0, eos_token_id=-1
+      ids,
+      attention_mask=torch.ones_like(ids),
+      do_sample=False,
+      max_new_tokens=64,
+      pad_token_id=0,
+      eos_token_id=-1,
     )
     assert new == out[0, len(prompt) :].tolist()
 
@@ -309,7 +359,9 @@ def test_a_local_layer_sees_its_window_and_no_more(case):
   q, k, v = np.random.default_rng(0).standard_normal((3, 1, 300, 2, 8), np.float32)
   from jaxft.model.attention import attention
 
-  seen = jax.grad(lambda v: attention(q, k, v, scale=1.0, window=window)[0, -1].sum())(v)[0].any((1, 2))
+  seen = jax.grad(lambda v: attention(q, k, v, scale=1.0, window=window)[0, -1].sum())(v)[0].any(
+    (1, 2)
+  )
   assert seen[-window:].all() and not seen[:-window].any()
 
 
@@ -330,12 +382,16 @@ COUNTS = {
 @pytest.mark.parametrize("size", COUNTS)
 def test_published_sizes_have_their_counts_and_names(size):
   config_class, model_class = CLASSES[PUBLISHED[size]["model_type"]]
-  checkpoint = repo.HFCheckpoint(None, PUBLISHED[size], model_config.from_hf_config(PUBLISHED[size]))
+  checkpoint = repo.HFCheckpoint(
+    None, PUBLISHED[size], model_config.from_hf_config(PUBLISHED[size])
+  )
   _, shapes, _ = jaxft.model.decoder.abstract_model(checkpoint.cfg, ComputeConfig())
   with torch.device("meta"):
     theirs = model_class(config_class(**PUBLISHED[size]))
   assert (
-    jaxft.model.decoder.parameter_count(checkpoint.cfg) == COUNTS[size] == sum(p.numel() for p in theirs.parameters())
+    jaxft.model.decoder.parameter_count(checkpoint.cfg)
+    == COUNTS[size]
+    == sum(p.numel() for p in theirs.parameters())
   )
   ours = {tensor.name: tensor.shape for tensor in export_tensors.hf_tensors(shapes, checkpoint)}
   assert ours == {name: tuple(p.shape) for name, p in theirs.named_parameters()}

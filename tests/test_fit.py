@@ -14,7 +14,12 @@ def fake_plan(needs):
 
   def of(config):
     asked.append(config)
-    return {"peak_bytes": int(needs(config)), "host_bytes": 0, "step_seconds_estimate": None, "accumulation_steps": 1}
+    return {
+      "peak_bytes": int(needs(config)),
+      "host_bytes": 0,
+      "step_seconds_estimate": None,
+      "accumulation_steps": 1,
+    }
 
   return of, asked
 
@@ -28,11 +33,21 @@ def test_the_search_finds_what_fits_and_says_why_the_rest_lost():
   needs = {"none": 60, "dots": 30, "full": 20}
   of, asked = fake_plan(lambda c: needs[c.memory.remat] * GIB + c.train.micro_batch_size)
   advice = search.find_settings(config, cfg, target, of)
-  assert advice["best"] and all("--config.memory.remat=full" in it["overrides"] for it in advice["best"])
-  assert all(it["peak_bytes"] <= advice["room_bytes"] < target.usable_bytes for it in advice["best"])
-  assert all("does not fit, by" in it["why"] for it in advice["lost"]) and len(asked) <= search.MAX_COMPILES
+  assert advice["best"] and all(
+    "--config.memory.remat=full" in it["overrides"] for it in advice["best"]
+  )
+  assert all(
+    it["peak_bytes"] <= advice["room_bytes"] < target.usable_bytes for it in advice["best"]
+  )
+  assert (
+    all("does not fit, by" in it["why"] for it in advice["lost"])
+    and len(asked) <= search.MAX_COMPILES
+  )
   compiled = len(advice["best"]) + len(advice["lost"])
-  assert compiled == len(asked) and compiled + sum(advice["not_compiled"].values()) == advice["candidates"]
+  assert (
+    compiled == len(asked)
+    and compiled + sum(advice["not_compiled"].values()) == advice["candidates"]
+  )
   # What is to be pasted is what was compiled.
   for it in advice["best"]:
     changed = search.with_settings(config, it["settings"])
@@ -60,20 +75,31 @@ def test_a_search_that_is_cut_short_says_so(monkeypatch, limit, most, compiles, 
   advice = search.find_settings(config, planner.resolve_model_config(config), target, of)
   assert len(asked) == compiles == len(advice["best"]) + len(advice["lost"])
   assert advice["ended_early"] == why and "estimated to be slower" not in advice["not_compiled"]
-  assert compiles + sum(advice["not_compiled"].values()) == advice["candidates"] and advice["not_compiled"][why] > 0
+  assert (
+    compiles + sum(advice["not_compiled"].values()) == advice["candidates"]
+    and advice["not_compiled"][why] > 0
+  )
   said = rendering.rejection_lines({"advice": advice})
   assert f"{advice['not_compiled'][why]} not compiled: {why}" in said
-  assert not any("nothing of what was tried fits" in line or "state alone take" in line for line in said)
-  assert any(line.endswith(f"before {why}; there may be one") for line in said) == (not advice["best"])
+  assert not any(
+    "nothing of what was tried fits" in line or "state alone take" in line for line in said
+  )
+  assert any(line.endswith(f"before {why}; there may be one") for line in said) == (
+    not advice["best"]
+  )
 
 
 def test_the_search_compiles_nothing_where_state_alone_is_too_large(monkeypatch):
   monkeypatch.setitem(search.SEARCH_SPACE, "memory.offload", ("none",))
   config = published("EleutherAI/gpt-j-6b", train__batch_size=8, data__sequence_length=2048)
   of, asked = fake_plan(lambda c: 0)
-  advice = search.find_settings(config, planner.resolve_model_config(config), specs.parse_device("t4"), of)
+  advice = search.find_settings(
+    config, planner.resolve_model_config(config), specs.parse_device("t4"), of
+  )
   assert not asked and not advice["best"] and advice["ended_early"] is None
-  assert "nothing of what was tried fits" in (last := rendering.rejection_lines({"advice": advice})[-1])
+  assert "nothing of what was tried fits" in (
+    last := rendering.rejection_lines({"advice": advice})[-1]
+  )
   assert "weights, gradient and optimizer state alone take" in last
   assert (
     advice["least_state_bytes"] > 16 * 6.05e9 > specs.parse_device("t4").usable_bytes

@@ -42,7 +42,10 @@ for name, flax_model in models.items():
 @pytest.fixture(scope="module")
 def written():
   """The three families, whole and sharded, with the logits that Flax's own models give. Kept from run to run."""
-  home = Path(tempfile.gettempdir()) / f"jaxft-test-flax-{sys.version_info.major}.{sys.version_info.minor}"
+  home = (
+    Path(tempfile.gettempdir())
+    / f"jaxft-test-flax-{sys.version_info.major}.{sys.version_info.minor}"
+  )
   if not (home / "gptj.npy").exists():
     python = home / "venv" / "bin" / "python"
     for command in (
@@ -52,7 +55,9 @@ def written():
     ):
       done = subprocess.run(command, capture_output=True, text=True)
       if done.returncode:
-        pytest.skip(f"transformers 4 does not install or run here: {done.stderr.strip().splitlines()[-1]}")
+        pytest.skip(
+          f"transformers 4 does not install or run here: {done.stderr.strip().splitlines()[-1]}"
+        )
   return home
 
 
@@ -65,7 +70,9 @@ def test_weights_written_by_flax_give_flaxs_logits(written, family):
     graph, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
     params = load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
     wanted = np.load(written / f"{family}.npy")
-    np.testing.assert_allclose(verify.compute_logits(graph, params, ids), wanted, atol=2e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(
+      verify.compute_logits(graph, params, ids), wanted, atol=2e-5 * np.abs(wanted).max()
+    )
   assert len(list((written / f"{family}-sharded").glob("*.msgpack"))) > 1
 
 
@@ -80,14 +87,22 @@ def flax_folder(folder, tmp_path):
   nested = {}
   for name, tensor in load_file(folder / "model.safetensors").items():
     path = name.split(".")
-    kind = "embedding" if path[-2] in ("wte", "wpe") else "scale" if path[-2].startswith("ln_") else "kernel"
+    kind = (
+      "embedding"
+      if path[-2] in ("wte", "wpe")
+      else "scale"
+      if path[-2].startswith("ln_")
+      else "kernel"
+    )
     if path[-1] == "weight":
       path[-1], tensor = kind, tensor.T if kind == "kernel" else tensor
     nested[tuple(path)] = np.ascontiguousarray(tensor)
   to = tmp_path / "flax"
   shutil.copytree(folder, to)
   (to / "model.safetensors").unlink()
-  (to / "flax_model.msgpack").write_bytes(serialization.msgpack_serialize(traverse_util.unflatten_dict(nested)))
+  (to / "flax_model.msgpack").write_bytes(
+    serialization.msgpack_serialize(traverse_util.unflatten_dict(nested))
+  )
   return to
 
 
@@ -98,7 +113,9 @@ def read(folder):
 
 
 def test_the_same_weights_from_either_format(folder, flax_folder):
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(read(flax_folder)), jax.device_get(read(folder)))
+  jax.tree.map(
+    np.testing.assert_array_equal, jax.device_get(read(flax_folder)), jax.device_get(read(folder))
+  )
 
 
 @pytest.mark.slow

@@ -9,7 +9,13 @@ import shutil
 import pytest
 from interrupted import Interrupted, assert_same, same_bits, state, steps
 
-WRITING = ["save begun", "arrays written", "checkpoint in place", "file written, not renamed", "line of metrics"]
+WRITING = [
+  "save begun",
+  "arrays written",
+  "checkpoint in place",
+  "file written, not renamed",
+  "line of metrics",
+]
 WRITING += ["weights exported", "export to be put in place", "tokens written"]
 
 
@@ -44,17 +50,23 @@ def test_a_full_disk_ends_with_code_4_and_costs_nothing(
     assert max(steps(run.workdir), default=0) >= newest
     if code:
       break
-    assert_same(run, undisturbed[0])  # what was left of the run did not come to that place, or wrote no such file
+    assert_same(
+      run, undisturbed[0]
+    )  # what was left of the run did not come to that place, or wrote no such file
   assert code == 4 and re.search(r"error: .*/.*bytes", said), said
   code, said, _ = run.end(run.start())
   assert code == 0, said
   assert_same(run, undisturbed[0])
-  record_property("torture", {"what": "disk full: ENOSPC where files are written, RLIMIT_FSIZE", "tried": 1})
+  record_property(
+    "torture", {"what": "disk full: ENOSPC where files are written, RLIMIT_FSIZE", "tried": 1}
+  )
 
 
 @pytest.mark.slow
 @pytest.mark.parts(1, 8)
-def test_a_disk_that_another_program_fills_costs_nothing(interruptible, undisturbed, small_disk, part, record_property):
+def test_a_disk_that_another_program_fills_costs_nothing(
+  interruptible, undisturbed, small_disk, part, record_property
+):
   run = Interrupted(interruptible, small_disk / "run")
   process = run.start()
   for line in process.stdout:
@@ -71,4 +83,6 @@ def test_a_disk_that_another_program_fills_costs_nothing(interruptible, undistur
   code, said, _ = run.end(run.start())
   assert code == 0, said
   assert_same(run, undisturbed[0])
-  record_property("torture", {"what": "disk full: a small tmpfs, filled while the run goes on", "tried": 2})
+  record_property(
+    "torture", {"what": "disk full: a small tmpfs, filled while the run goes on", "tried": 2}
+  )

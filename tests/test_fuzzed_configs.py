@@ -22,7 +22,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 def mistyped(rng: random.Random, name: str) -> str:
   at = rng.randrange(len(name))
   return rng.choice(
-    [name[:at] + name[at + 1 :], name[:at] + "x" + name[at:], name.upper(), name + "s", name.replace(".", "_")]
+    [
+      name[:at] + name[at + 1 :],
+      name[:at] + "x" + name[at:],
+      name.upper(),
+      name + "s",
+      name.replace(".", "_"),
+    ]
   )
 
 
@@ -41,7 +47,14 @@ def fuzzed(rng: random.Random) -> tuple[list[str], list[str]]:
 def refused(flags: list[str], names: list[str], config_file, workdir, dry_run: bool) -> bool:
   """Whether the request is refused; fails when that is done in another way than with a name."""
   try:
-    sys.argv = ["train", "--config", str(config_file), "--workdir", str(workdir), *flags]  # ml_collections reads it too
+    sys.argv = [
+      "train",
+      "--config",
+      str(config_file),
+      "--workdir",
+      str(workdir),
+      *flags,
+    ]  # ml_collections reads it too
     arguments = jaxft.cli.flags.parse_train()
     train.validate_run(arguments.config, arguments.workdir)
     if dry_run:
@@ -54,20 +67,28 @@ def refused(flags: list[str], names: list[str], config_file, workdir, dry_run: b
 
 
 @pytest.mark.parametrize("part", range(10))
-def test_a_thousand_fuzzed_configs_are_named_or_fine(config_file, tmp_path, monkeypatch, part, record_property):
+def test_a_thousand_fuzzed_configs_are_named_or_fine(
+  config_file, tmp_path, monkeypatch, part, record_property
+):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "argv", sys.argv)
   rng = random.Random(part)
-  outcomes = [refused(*fuzzed(rng), config_file, tmp_path / "w", dry_run=False) for _ in range(PER_PART)]
+  outcomes = [
+    refused(*fuzzed(rng), config_file, tmp_path / "w", dry_run=False) for _ in range(PER_PART)
+  ]
   assert 0.3 * PER_PART < sum(outcomes) < PER_PART
   figures = {"of them refused by name": sum(outcomes)}
-  record_property("torture", {"what": "fuzzed configs, checked", "tried": PER_PART, "sums": figures})
+  record_property(
+    "torture", {"what": "fuzzed configs, checked", "tried": PER_PART, "sums": figures}
+  )
 
 
 @pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parts(1, 10)
-def test_those_that_pass_the_check_compile_or_are_named(config_file, tmp_path, monkeypatch, part, record_property):
+def test_those_that_pass_the_check_compile_or_are_named(
+  config_file, tmp_path, monkeypatch, part, record_property
+):
   """The same configs again, each that passes the check with its data read and its step compiled."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "argv", sys.argv)

@@ -29,32 +29,52 @@ HAS_TORCH = all(map(importlib.util.find_spec, ("torch", "transformers", "acceler
 NEED_TORCH = {"warm", "agree", "streamed", "train124", "generate", "eager"}
 NAMES = [part.name for part in gpu_parts.PARTS]
 # What differs from another part in nothing but shapes and contenders, and what takes minutes, runs before a release.
-LIKE_OTHERS = {"train124", "warm", "agree", "neo", "xl", "more124", "dropout", "none124", "eager", "medium", "kernels"}
+LIKE_OTHERS = {
+  "train124",
+  "warm",
+  "agree",
+  "neo",
+  "xl",
+  "more124",
+  "dropout",
+  "none124",
+  "eager",
+  "medium",
+  "kernels",
+}
 start = Runner._start
 SAY = "-c \"print('said')\""
 OUT_FILES = {"summary.txt", "results.jsonl", "logs.txt", "benchmarks.md"}
 
 
 def part(name, command, **how):
-  return Part(**({"phase": 1, "limit": 60, "least": 0, "tiny": ""} | how), name=name, command=command)
+  return Part(
+    **({"phase": 1, "limit": 60, "least": 0, "tiny": ""} | how), name=name, command=command
+  )
 
 
 def script(*words, **environment):
   environment = children.environment(PYTHON=sys.executable, GPU_TINY="1", **environment)
-  return subprocess.run(["bash", SCRIPT, *words], env=environment, capture_output=True, text=True, timeout=1500)
+  return subprocess.run(
+    ["bash", SCRIPT, *words], env=environment, capture_output=True, text=True, timeout=1500
+  )
 
 
 def tried(out, names):
   names = [name for name in NAMES if name in names and (HAS_TORCH or name not in NEED_TORCH)]
   before = page.PAGE.read_bytes()
-  done = script("all", "0", OUT=str(out), TMPDIR=str(out.parent), PARTS=" ".join(names))  # no caches of other versions
+  done = script(
+    "all", "0", OUT=str(out), TMPDIR=str(out.parent), PARTS=" ".join(names)
+  )  # no caches of other versions
   assert page.PAGE.read_bytes() == before
   assert done.returncode == 0, done.stdout + done.stderr + (out / "logs.txt").read_text()[-6000:]
   summary = (out / "summary.txt").read_text().splitlines()
   assert [sum(f" {name}: ok, " in line for line in summary) for name in names] == [1] * len(names)
   assert summary[-1].endswith("no part failed")
   found = lines(out / "results.jsonl")
-  assert {line["name"]: line["code"] for line in found if line["benchmark"] == "part"} == dict.fromkeys(names, 0)
+  assert {
+    line["name"]: line["code"] for line in found if line["benchmark"] == "part"
+  } == dict.fromkeys(names, 0)
   assert {line["device"] for line in found if "device" in line} == {"cpu"}
   return out
 
@@ -67,7 +87,10 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.slow
 def test_each_part_runs_with_tiny_shapes_and_leaves_its_figures(tiny):
-  assert {file.name for file in tiny.iterdir()} == OUT_FILES | {"gaps.svg", "trace.tar.gz"}  # small, and at most eight
+  assert {file.name for file in tiny.iterdir()} == OUT_FILES | {
+    "gaps.svg",
+    "trace.tar.gz",
+  }  # small, and at most eight
   assert "no measurement" in (tiny / "benchmarks.md").read_text().splitlines()[0]
   log = (tiny / "logs.txt").read_text()
   assert "smoke | exported to" in log and "machine | jax " in log
@@ -111,11 +134,18 @@ def test_figures_of_a_cpu_are_not_written_as_those_of_a_gpu(tiny, root):
 def test_figures_of_a_gpu_become_tables_and_the_expectation_of_a_config(tiny, root, tmp_path):
   folder = tmp_path / "h100"
   shutil.copytree(tiny, folder)
-  text = (tiny / "results.jsonl").read_text().replace('"device": "cpu"', f'"device": "{H100}"').replace("a CPU", H100)
+  text = (
+    (tiny / "results.jsonl")
+    .read_text()
+    .replace('"device": "cpu"', f'"device": "{H100}"')
+    .replace("a CPU", H100)
+  )
   text = text.replace('"peak_bytes": null', '"peak_bytes": 6000000000').replace("tiny-gpt2", "gpt2")
   (folder / "gaps.svg").write_text("of the card")
   trained = json.dumps({"benchmark": "train", "at": 1, **trained_by("jaxft", 300.0)}) + "\n"
-  (folder / "results.jsonl").write_text(text + trained + '{"benchmark": "tra')  # the last line is cut off
+  (folder / "results.jsonl").write_text(
+    text + trained + '{"benchmark": "tra'
+  )  # the last line is cut off
   done = tables(root, folder, tiny)
   assert done.returncode == 0, done.stderr
   assert "lines are of a CPU, and left out" in done.stdout
@@ -134,20 +164,26 @@ def test_figures_of_a_gpu_become_tables_and_the_expectation_of_a_config(tiny, ro
 # ---- The runner ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("it", [it for it in gpu_parts.PARTS if "benchmarks/" in it.command], ids=lambda it: it.name)
+@pytest.mark.parametrize(
+  "it", [it for it in gpu_parts.PARTS if "benchmarks/" in it.command], ids=lambda it: it.name
+)
 def test_the_flags_of_a_part_are_its_commands(it, tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
   for tiny in (False, True):
     file, *flags = Runner(tmp_path, tiny=tiny).command(it, tmp_path)
     monkeypatch.setattr(sys, "argv", [file, *flags])
     asked = importlib.import_module(Path(file).stem).parsed()
-    assert Path(file).exists() and not [value for value in vars(asked).values() if "{" in str(value)]
+    assert Path(file).exists() and not [
+      value for value in vars(asked).values() if "{" in str(value)
+    ]
 
 
 def test_limits_are_in_the_commands_and_grow_with_patience(tmp_path):
   train = next(it for it in gpu_parts.PARTS if it.name == "train124")
   assert "Trainer, SDPA, torch.compile=90" in Runner(tmp_path).command(train, tmp_path)
-  assert "Trainer, SDPA, torch.compile=900" in Runner(tmp_path, patience=10).command(train, tmp_path)
+  assert "Trainer, SDPA, torch.compile=900" in Runner(tmp_path, patience=10).command(
+    train, tmp_path
+  )
 
 
 def test_a_part_that_hangs_is_killed_with_what_it_started_and_costs_only_itself(tmp_path):
@@ -156,7 +192,9 @@ def test_a_part_that_hangs_is_killed_with_what_it_started_and_costs_only_itself(
   runner.run((part("hangs", f'-c "{child}time.sleep(600)"', limit=2), part("next", SAY)))
   assert runner.states == {"hangs": "killed after 2 s", "next": "ok"} and runner.end() == 1
   pid = (tmp_path / "logs.txt").read_text().splitlines()[0].removeprefix("hangs | ")
-  assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+  assert (
+    not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+  )
   summary = (tmp_path / "summary.txt").read_text().splitlines()
   assert "hangs: killed after 2 s" in summary[0] and summary[1].endswith("next: ok, 0 s | said")
   assert summary[-1].endswith("failed: hangs (killed after 2 s)")
@@ -164,7 +202,9 @@ def test_a_part_that_hangs_is_killed_with_what_it_started_and_costs_only_itself(
 
 def test_a_part_that_is_killed_or_crashes_costs_only_itself(tmp_path):
   runner = Runner(tmp_path)
-  killed = part("killed", "-c \"import os; print('begun', flush=True); os.kill(os.getpid(), 9)\"", group="one")
+  killed = part(
+    "killed", "-c \"import os; print('begun', flush=True); os.kill(os.getpid(), 9)\"", group="one"
+  )
   crashes = part("crashes", '-c "raise ValueError(12)"', group="one")
   runner.run((killed, crashes, part("beside", SAY, group="one"), part("next", SAY)))
   assert runner.states == {"killed": "code -9", "crashes": "code 1", "beside": "ok", "next": "ok"}
@@ -174,13 +214,20 @@ def test_a_part_that_is_killed_or_crashes_costs_only_itself(tmp_path):
 
 
 def test_a_part_that_cannot_be_started_is_a_failure(tmp_path, monkeypatch):
-  (tmp_path / "results.jsonl").write_text('null\n{"benchmark": 3}\n')  # lines that are none of ours cost nothing
+  (tmp_path / "results.jsonl").write_text(
+    'null\n{"benchmark": 3}\n'
+  )  # lines that are none of ours cost nothing
   runner = Runner(tmp_path)
   monkeypatch.setattr(
-    Runner, "_start", lambda self, part, work: 1 / 0 if part.name == "one" else start(self, part, work)
+    Runner,
+    "_start",
+    lambda self, part, work: 1 / 0 if part.name == "one" else start(self, part, work),
   )
   runner.run((part("one", SAY), part("two", SAY)))
-  assert runner.states == {"one": "ZeroDivisionError: division by zero", "two": "ok"} and runner.end() == 1
+  assert (
+    runner.states == {"one": "ZeroDivisionError: division by zero", "two": "ok"}
+    and runner.end() == 1
+  )
 
 
 def test_a_part_for_which_no_time_is_left_is_skipped_and_named(tmp_path):
@@ -210,7 +257,11 @@ def test_a_part_without_a_gpu_ends_in_one_line(name, tmp_path, monkeypatch):
   runner = Runner(tmp_path)
   runner.run(tuple(it for it in gpu_parts.PARTS if it.name == name))
   assert runner.states[name].startswith("code ") and runner.end() == 1
-  (line,) = [line for line in (tmp_path / "summary.txt").read_text().splitlines() if f" {name}: code " in line]
+  (line,) = [
+    line
+    for line in (tmp_path / "summary.txt").read_text().splitlines()
+    if f" {name}: code " in line
+  ]
   assert "--require gpu: JAX computes on the cpu" in line
 
 
@@ -227,7 +278,9 @@ def test_without_a_choice_a_part_must_have_a_gpu_and_its_share_of_it(tmp_path, m
   smoke = gpu_parts.PARTS[0]
   found = Runner(tmp_path).environment(smoke)
   assert (found["JAX_PLATFORMS"], found["XLA_CLIENT_MEM_FRACTION"]) == ("cuda,cpu", "0.25")
-  assert found["BENCHMARKS_REQUIRE"] == "gpu" and "--require gpu" in " ".join(Runner(tmp_path).command(smoke, tmp_path))
+  assert found["BENCHMARKS_REQUIRE"] == "gpu" and "--require gpu" in " ".join(
+    Runner(tmp_path).command(smoke, tmp_path)
+  )
   assert found["PYTHONPATH"] == f"{ROOT}{os.pathsep}/brought/along"
 
 
@@ -265,15 +318,24 @@ def test_a_run_that_is_cut_off_has_what_was_written(ending, tmp_path):
     assert not gpu_runner.session_members(second)
     assert f"ended by {ending.name}" in (tmp_path / "summary.txt").read_text()
   assert "first: ok, 0 s | said" in (tmp_path / "summary.txt").read_text()
-  assert [line["name"] for line in lines(tmp_path / "results.jsonl") if line.get("state") == "ok"] == ["first"]
+  assert [
+    line["name"] for line in lines(tmp_path / "results.jsonl") if line.get("state") == "ok"
+  ] == ["first"]
   assert "third" not in (tmp_path / "summary.txt").read_text()
   assert (tmp_path / "benchmarks.md").read_text().endswith(page.PAGE.read_text())
 
 
 def test_of_a_long_log_the_beginning_and_the_end_are_kept(tmp_path):
-  Runner(tmp_path).run((part("talks", "-c \"[print(f'line {i}', 'x' * 90) for i in range(5000)]\""),))
+  Runner(tmp_path).run(
+    (part("talks", "-c \"[print(f'line {i}', 'x' * 90) for i in range(5000)]\""),)
+  )
   log = (tmp_path / "logs.txt").read_text()
-  assert len(log) < 150_000 and "talks | line 0 x" in log and "[...]" in log and "talks | line 4999 x" in log
+  assert (
+    len(log) < 150_000
+    and "talks | line 0 x" in log
+    and "[...]" in log
+    and "talks | line 4999 x" in log
+  )
 
 
 def test_a_part_goes_on_where_its_log_cannot_be_written(tmp_path):
@@ -325,38 +387,73 @@ def test_a_contender_that_does_not_answer_is_killed_with_what_it_started():
 
 def trained_by(contender, speed, remat="dots"):
   """A line of results.jsonl."""
-  settings = {"model": "gpt2", "rows": 8, "length": 1024, "steps": 40, "dropout": 0.0, "checkpointing": False}
+  settings = {
+    "model": "gpt2",
+    "rows": 8,
+    "length": 1024,
+    "steps": 40,
+    "dropout": 0.0,
+    "checkpointing": False,
+  }
   settings |= {"filled_caches": True, "remat": remat}
-  taken = {"first_step_seconds": 9.0, "peak_bytes": 2**30, "device": H100, "turn": 1, "versions": "2026"}
+  taken = {
+    "first_step_seconds": 9.0,
+    "peak_bytes": 2**30,
+    "device": H100,
+    "turn": 1,
+    "versions": "2026",
+  }
   return {"settings": settings, "contender": contender, "tokens_per_second": speed, **taken}
 
 
 def test_contenders_of_several_commands_share_a_table():
   error = {"contender": "Trainer, SDPA", "turn": 1, "error": "out of memory"}
   error["settings"] = trained_by("jaxft", 300.0)["settings"]
-  noted = [trained_by("jaxft", 300.0), error, trained_by("jaxft", 250.0, "none"), trained_by("Trainer, eager", 200.0)]
+  noted = [
+    trained_by("jaxft", 300.0),
+    error,
+    trained_by("jaxft", 250.0, "none"),
+    trained_by("Trainer, eager", 200.0),
+  ]
   found = train_tables.sections(json.loads(json.dumps(noted)))
   name = f"training gpt2 on {H100}, 8 x 1024 tokens, dropout 0, remat"
   assert list(found) == [f"{name} dots", f"{name} none"]
   dots, none = (text.splitlines()[4:] for _, text in found.values())
   assert [row.split("|")[1].strip() for row in dots] == ["jaxft", "Trainer, SDPA", "Trainer, eager"]
-  assert "| 300 (300 to 300) | 1.50 |" in dots[0] and "out of memory" in dots[1] and "| 1.25 |" in none[0]
+  assert (
+    "| 300 (300 to 300) | 1.50 |" in dots[0]
+    and "out of memory" in dots[1]
+    and "| 1.25 |" in none[0]
+  )
 
 
 def test_of_several_runs_into_a_folder_the_newest_figures_of_a_contender_are_shown():
-  turns = [{"run": "1.5", "tokens_per_second": 1}, {"run": "2.5", "tokens_per_second": 2}, {"run": "3.5", "error": "x"}]
+  turns = [
+    {"run": "1.5", "tokens_per_second": 1},
+    {"run": "2.5", "tokens_per_second": 2},
+    {"run": "3.5", "error": "x"},
+  ]
   assert train_tables.of_newest_run(turns) == turns[1:2]
   assert train_tables.of_newest_run(turns[2:]) == turns[2:] and train_tables.of_newest_run([]) == []
-  assert train_tables.of_newest_run([{"error": "x"}, {"a": 1}]) == [{"error": "x"}, {"a": 1}]  # without gpu_parts.py
+  assert train_tables.of_newest_run([{"error": "x"}, {"a": 1}]) == [
+    {"error": "x"},
+    {"a": 1},
+  ]  # without gpu_parts.py
 
 
 def test_the_heading_of_a_section_has_no_files_of_this_machine(tmp_path, monkeypatch):
   monkeypatch.setattr(page, "OUT", str(tmp_path))
-  monkeypatch.setattr(sys, "argv", ["x.py", "--rows", "8", "--caches", "/here/it/is", "--trace", "--model", "gpt2"])
+  monkeypatch.setattr(
+    sys, "argv", ["x.py", "--rows", "8", "--caches", "/here/it/is", "--trace", "--model", "gpt2"]
+  )
   page.put("a table", "benchmarks/x.py", "| 1 |", H100)
   (line,) = lines(tmp_path / "results.jsonl")
-  assert line["command"] == "benchmarks/x.py --rows 8 --trace --model gpt2" and line["device"] == H100
+  assert (
+    line["command"] == "benchmarks/x.py --rows 8 --trace --model gpt2" and line["device"] == H100
+  )
   text = page.with_sections("head\n", [line, line | {"text": "| 2 |"}])
   assert (
-    text.startswith("head\n\n## A table: `python benchmarks/x.py --rows 8") and "| 1 |" not in text and "| 2 |" in text
+    text.startswith("head\n\n## A table: `python benchmarks/x.py --rows 8")
+    and "| 1 |" not in text
+    and "| 2 |" in text
   )

@@ -46,21 +46,33 @@ def test_a_workdir_is_moved_aside_with_its_lock_and_never_from_under_a_run(tmp_p
   workdir = tmp_path / "run"
   with jaxft.training.workdir.lock_workdir(workdir / "of_another"):
     with jaxft.training.workdir.lock_workdir(workdir):
-      with pytest.raises(RequestError, match=f"process {os.getpid()} on .* is writing in .*run/of_another; stop it"):
+      with pytest.raises(
+        RequestError, match=f"process {os.getpid()} on .* is writing in .*run/of_another; stop it"
+      ):
         jaxft.training.workdir.check_movable(workdir)
   with jaxft.training.workdir.lock_workdir(workdir):
     jaxft.training.workdir.check_movable(workdir)
     (workdir / "metrics.jsonl").touch()
     assert jaxft.training.workdir.move_aside(workdir) == tmp_path / "run.1"
     assert sorted(it.name for it in workdir.iterdir()) == sorted(jaxft.training.workdir.LOCK_FILES)
-    assert sorted(it.name for it in (tmp_path / "run.1").iterdir()) == ["metrics.jsonl", "of_another"]
-    with pytest.raises(RequestError, match="is writing there"), jaxft.training.workdir.lock_workdir(workdir):
+    assert sorted(it.name for it in (tmp_path / "run.1").iterdir()) == [
+      "metrics.jsonl",
+      "of_another",
+    ]
+    with (
+      pytest.raises(RequestError, match="is writing there"),
+      jaxft.training.workdir.lock_workdir(workdir),
+    ):
       pass
   with monkeypatch.context() as quota:
-    quota.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(122, "Disk quota exceeded")))
+    quota.setattr(
+      Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(122, "Disk quota exceeded"))
+    )
     with pytest.raises(StorageError, match="Disk quota exceeded"):
       jaxft.training.workdir.move_aside(workdir)
-  assert (workdir / jaxft.training.workdir.LOCK_FILES[0]).exists() and not (tmp_path / "run.2").exists()
+  assert (workdir / jaxft.training.workdir.LOCK_FILES[0]).exists() and not (
+    tmp_path / "run.2"
+  ).exists()
   with pytest.raises(RequestError, match="/proc is a mount point"):
     jaxft.training.workdir.check_movable(Path("/proc"))
   monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
@@ -77,13 +89,18 @@ def test_a_workdir_is_moved_aside_with_its_lock_and_never_from_under_a_run(tmp_p
 def test_room_on_the_disk_is_asked_for_with_the_bytes(tmp_path):
   jaxft.training.workdir.check_disk_space({tmp_path / "not" / "there": 1000}, "checkpoints")
   with pytest.raises(
-    StorageError, match=r"there: checkpoints need 1,000,000,000,000,000,000 bytes and the disk has [\d,]+ free"
+    StorageError,
+    match=r"there: checkpoints need 1,000,000,000,000,000,000 bytes and the disk has [\d,]+ free",
   ):
-    jaxft.training.workdir.check_disk_space({tmp_path: 10, tmp_path / "not" / "there": 10**18 - 10}, "checkpoints")
+    jaxft.training.workdir.check_disk_space(
+      {tmp_path: 10, tmp_path / "not" / "there": 10**18 - 10}, "checkpoints"
+    )
 
 
 def test_folders_on_one_disk_share_its_room(tmp_path, monkeypatch):
-  monkeypatch.setattr(jaxft.training.workdir.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))
+  monkeypatch.setattr(
+    jaxft.training.workdir.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100)
+  )
   jaxft.training.workdir.check_disk_space({tmp_path / "a": 60, tmp_path / "b": 40}, "checkpoints")
   with pytest.raises(StorageError, match="b: checkpoints need 110 bytes and the disk has 100 free"):
     jaxft.training.workdir.check_disk_space({tmp_path / "a": 60, tmp_path / "b": 50}, "checkpoints")
@@ -95,7 +112,9 @@ def test_a_second_signal_is_the_systems_own(monkeypatch):
     os.kill(os.getpid(), signal.SIGUSR1)
     assert stop.received == "SIGUSR1" and signal.getsignal(signal.SIGTERM) == stop._on_signal
     monkeypatch.setattr(
-      jaxft.training.workdir.os, "kill", lambda pid, number: sent.append((pid, number, signal.getsignal(number)))
+      jaxft.training.workdir.os,
+      "kill",
+      lambda pid, number: sent.append((pid, number, signal.getsignal(number))),
     )
     stop._on_signal(signal.SIGTERM, None)
   assert sent == [(os.getpid(), signal.SIGTERM, signal.SIG_DFL)]
@@ -103,15 +122,24 @@ def test_a_second_signal_is_the_systems_own(monkeypatch):
 
 def test_a_save_is_waited_for_after_one_step(config, tmp_path, monkeypatch):
   """So that a kill costs at most `save_every` + 1 steps, however slow the disk is."""
-  events, wait, save, told = [], manager.CheckpointManager.wait, manager.CheckpointManager.save, Reporter.log_step
-  monkeypatch.setattr(manager.CheckpointManager, "wait", lambda self: (events.append("wait"), wait(self))[1])
+  events, wait, save, told = (
+    [],
+    manager.CheckpointManager.wait,
+    manager.CheckpointManager.save,
+    Reporter.log_step,
+  )
+  monkeypatch.setattr(
+    manager.CheckpointManager, "wait", lambda self: (events.append("wait"), wait(self))[1]
+  )
   monkeypatch.setattr(
     manager.CheckpointManager,
     "save",
     lambda self, step, *rest: (save(self, step, *rest), events.append(("save", step)))[0],
   )
   monkeypatch.setattr(
-    Reporter, "log_step", lambda self, step, *rest: (events.append(("told", step)), told(self, step, *rest))[1]
+    Reporter,
+    "log_step",
+    lambda self, step, *rest: (events.append(("told", step)), told(self, step, *rest))[1],
   )
   config.train.save_every = 3
   finetune(config, tmp_path / "run")
@@ -134,12 +162,18 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
   for step in (7, 8):
     again.save(step, state, {"config": {}}, {"eval/loss": 2.0})
   again.close()
-  assert again.steps() == [2, 7, 8] and sorted(path.name for path in (tmp_path / "c").iterdir()) == ["2", "7", "8"]
+  assert again.steps() == [2, 7, 8] and sorted(
+    path.name for path in (tmp_path / "c").iterdir()
+  ) == ["2", "7", "8"]
 
 
 def test_training_ends_when_evaluations_get_no_better(config, tmp_path):
   config.optim.learning_rate, config.optim.warmup_steps = 1e-30, 0  # nothing is learned
-  config.train.eval_every, config.train.early_stopping_patience, config.train.keep_best_metric = 2, 2, "eval/loss"
+  config.train.eval_every, config.train.early_stopping_patience, config.train.keep_best_metric = (
+    2,
+    2,
+    "eval/loss",
+  )
   run = finetune(config, tmp_path / "run")
   evaluated = [line["step"] for line in run.metrics if "eval/loss" in line]
   assert evaluated == [0, 2, 4] and run.metrics[-1]["step"] == 4
@@ -151,7 +185,11 @@ def test_training_ends_when_evaluations_get_no_better(config, tmp_path):
 @pytest.mark.slow
 def test_a_damaged_checkpoint_ends_a_strict_run(config, tmp_path):
   finetune(config, tmp_path / "run")
-  newest = max(int(entry.name) for entry in (tmp_path / "run" / "checkpoints").iterdir() if entry.name.isdecimal())
+  newest = max(
+    int(entry.name)
+    for entry in (tmp_path / "run" / "checkpoints").iterdir()
+    if entry.name.isdecimal()
+  )
   for file in (tmp_path / "run" / "checkpoints" / str(newest)).rglob("*"):
     if file.is_file() and file.stat().st_size > 1000:
       data = bytearray(file.read_bytes())
@@ -166,8 +204,13 @@ def test_a_damaged_checkpoint_ends_a_strict_run(config, tmp_path):
 @pytest.mark.slow
 def test_a_change_goes_on_only_when_it_is_allowed(config, tmp_path):
   finetune(config, tmp_path / "run")
-  config.train.steps, config.optim.learning_rate = 14, 5e-4  # longer it may be, with another rate it is another run
-  refused = r"(?s)^config.optim.learning_rate=0.0005: the run was started with 0.001\n[^\n]*--allow_change"
+  config.train.steps, config.optim.learning_rate = (
+    14,
+    5e-4,
+  )  # longer it may be, with another rate it is another run
+  refused = (
+    r"(?s)^config.optim.learning_rate=0.0005: the run was started with 0.001\n[^\n]*--allow_change"
+  )
   with pytest.raises(RequestError, match=refused):
     finetune(config, tmp_path / "run")
   run = finetune(config, tmp_path / "run", allow_change=True)
@@ -175,14 +218,21 @@ def test_a_change_goes_on_only_when_it_is_allowed(config, tmp_path):
 
 
 def test_another_model_text_or_optimizer_is_refused_by_name(config, folder, stories, tmp_path):
-  model, text = shutil.copytree(folder, tmp_path / "model"), shutil.copyfile(stories, tmp_path / "text.jsonl")
+  model, text = (
+    shutil.copytree(folder, tmp_path / "model"),
+    shutil.copyfile(stories, tmp_path / "text.jsonl"),
+  )
   config.model.path, config.data.train = str(model), (str(text),)
   finetune(config, tmp_path / "run")
   facts = (model / "config.json").read_text()
-  (model / "config.json").write_text(json.dumps(json.loads(facts) | {"layer_norm_epsilon": 0.5}))  # of the same shapes
+  (model / "config.json").write_text(
+    json.dumps(json.loads(facts) | {"layer_norm_epsilon": 0.5})
+  )  # of the same shapes
   with pytest.raises(RequestError, match="norm_eps is 0.5; the run was started with 1e-05"):
     finetune(config, tmp_path / "run")
-  assert load_workdir(tmp_path / "run").source.cfg.norm_eps == 1e-5  # the run keeps the config that it trained
+  assert (
+    load_workdir(tmp_path / "run").source.cfg.norm_eps == 1e-5
+  )  # the run keeps the config that it trained
   kept = tmp_path / "run" / "run.model" / "config.json"
   kept.write_text(json.dumps(json.loads(kept.read_text()) | {"layer_norm_epsilon": 0.5}))
   with pytest.raises(RequestError, match="norm_eps is 0.5, and was 1e-05 when the run"):
@@ -190,7 +240,9 @@ def test_another_model_text_or_optimizer_is_refused_by_name(config, folder, stor
   (model / "config.json").write_text(facts)
   rows = text.read_text()
   text.write_text(rows + rows.splitlines()[0] + "\n")
-  with pytest.raises(RequestError, match="config.data: the training text, or how it is cut into tokens, is not what"):
+  with pytest.raises(
+    RequestError, match="config.data: the training text, or how it is cut into tokens, is not what"
+  ):
     finetune(config, tmp_path / "run")
   text.write_text(rows)
   config.optim.name = "lion"
@@ -214,7 +266,9 @@ def test_a_torn_line_of_metrics_stops_no_export_and_a_broken_config_is_named(con
 
 
 def test_bad_leaves_have_names():
-  state = TrainState(jnp.int32(0), {"a": {"kernel": jnp.zeros(2)}, "b": jnp.zeros(3)}, (jnp.zeros(2),))
+  state = TrainState(
+    jnp.int32(0), {"a": {"kernel": jnp.zeros(2)}, "b": jnp.zeros(3)}, (jnp.zeros(2),)
+  )
   assert nonfinite_leaf_names(np.array([False, True, False, True, False, True]), state) == [
     "the gradient of ['b']",
     "params['a']['kernel']",
@@ -225,7 +279,8 @@ def test_bad_leaves_have_names():
 def test_float16_is_refused_with_advice(config, tmp_path):
   config.model.compute_dtype = "float16"
   with pytest.raises(
-    RequestError, match="compute_dtype='float16': .*float16 ends at 65504.*bfloat16 has float32's range"
+    RequestError,
+    match="compute_dtype='float16': .*float16 ends at 65504.*bfloat16 has float32's range",
   ):
     finetune(config, tmp_path / "run")
 
@@ -270,7 +325,8 @@ def test_a_signal_between_saves_is_saved_at_its_step(config, tmp_path, monkeypat
 
   monkeypatch.setattr(Reporter, "log_step", stopped)
   with pytest.raises(
-    Preempted, match="SIGUSR1: saved at step 3 of 12; the same command, without --overwrite_output_dir,"
+    Preempted,
+    match="SIGUSR1: saved at step 3 of 12; the same command, without --overwrite_output_dir,",
   ):
     finetune(config, tmp_path / "run", overwrite=True)
   assert manager.CheckpointManager(tmp_path / "run" / "checkpoints").steps() == [3]

@@ -26,24 +26,37 @@ def read(folder, shardings=None):
   checkpoint = repo.resolve(str(folder))
   _, shapes, axes = jaxft.model.decoder.abstract_model(checkpoint.cfg, ComputeConfig())
   return checkpoint, load_weights.load_params(
-    checkpoint, shapes, shardings(shapes, axes) if shardings else jax.tree.map(lambda _: HERE, shapes)
+    checkpoint,
+    shapes,
+    shardings(shapes, axes) if shardings else jax.tree.map(lambda _: HERE, shapes),
   )
 
 
 def rewrite(folder, to, change=lambda tensors: tensors, config=lambda config: config):
   shutil.copytree(folder, to)
-  save_file(change(load_file(folder / "model.safetensors")), to / "model.safetensors", metadata={"format": "pt"})
-  (to / "config.json").write_text(json.dumps(config(json.loads((folder / "config.json").read_text()))))
+  save_file(
+    change(load_file(folder / "model.safetensors")),
+    to / "model.safetensors",
+    metadata={"format": "pt"},
+  )
+  (to / "config.json").write_text(
+    json.dumps(config(json.loads((folder / "config.json").read_text())))
+  )
   return to
 
 
 def test_out_again_unchanged_is_byte_identical(folder, tmp_path):
   checkpoint, params = read(folder)
   parity = export.export_model(tmp_path / "out", params, checkpoint)
-  before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+  before, after = (
+    load_file(folder / "model.safetensors"),
+    load_file(tmp_path / "out" / "model.safetensors"),
+  )
   assert before.keys() == after.keys()
   for name in before:
-    assert before[name].tobytes() == after[name].tobytes() and before[name].shape == after[name].shape, name
+    assert (
+      before[name].tobytes() == after[name].tobytes() and before[name].shape == after[name].shape
+    ), name
   assert json.loads((tmp_path / "out" / "parity.json").read_text()) == parity
   assert parity["logits_max_abs_difference"] <= 1e-4
   assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.old"))
@@ -51,12 +64,18 @@ def test_out_again_unchanged_is_byte_identical(folder, tmp_path):
 
 def narrow(name: str, dtype: str) -> np.dtype:
   """`dtype` for every tensor; "mixed": norms in float32 and the rest in float16, as some tools write them."""
-  return export_tensors.EXPORT_DTYPES[dtype if dtype != "mixed" else "float32" if ".ln_" in name else "float16"]
+  return export_tensors.EXPORT_DTYPES[
+    dtype if dtype != "mixed" else "float32" if ".ln_" in name else "float16"
+  ]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed"])
 def test_narrow_dtypes_come_in_and_go_out_as_they_are(folder, tmp_path, dtype):
-  source = rewrite(folder, tmp_path / "in", lambda ts: {name: t.astype(narrow(name, dtype)) for name, t in ts.items()})
+  source = rewrite(
+    folder,
+    tmp_path / "in",
+    lambda ts: {name: t.astype(narrow(name, dtype)) for name, t in ts.items()},
+  )
   checkpoint, params = read(source)
   assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
   export.export_model(tmp_path / "out", params, checkpoint, dtype="source")
@@ -65,7 +84,9 @@ def test_narrow_dtypes_come_in_and_go_out_as_they_are(folder, tmp_path, dtype):
   for name in before:
     assert after[name].dtype == narrow(name, dtype)
     assert before[name].view().tobytes() == after[name].view().tobytes()
-  assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == narrow("wte", dtype).name
+  assert (
+    json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == narrow("wte", dtype).name
+  )
 
 
 @pytest.mark.slow
@@ -77,8 +98,12 @@ def test_the_vocabulary_is_padded_inside_and_nowhere_else(folder, tmp_path):
 
   checkpoint, params = read(folder)
   mesh = jaxft.sharding.mesh.make_mesh(jaxft.config.default().mesh)
-  graph, shapes, _ = jaxft.model.decoder.abstract_model(checkpoint.cfg, ComputeConfig(vocab_multiple=128))
-  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))  # rows 288 ... 383 hold 5 tokens
+  graph, shapes, _ = jaxft.model.decoder.abstract_model(
+    checkpoint.cfg, ComputeConfig(vocab_multiple=128)
+  )
+  split = jax.sharding.NamedSharding(
+    mesh, jax.sharding.PartitionSpec("fsdp")
+  )  # rows 288 ... 383 hold 5 tokens
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   places = jax.tree.map(lambda leaf: split if leaf.shape[0] == 384 else whole, shapes)
   padded = load_weights.load_params(checkpoint, shapes, places)
@@ -93,7 +118,9 @@ def test_the_vocabulary_is_padded_inside_and_nowhere_else(folder, tmp_path):
 
   def loss(params, chunk):
     decoder = nnx.merge(graph, params)
-    return cross_entropy_sum(decoder(ids[:, :-1]), decoder.head(), ids[:, 1:], np.ones((3, 40), bool), chunk)
+    return cross_entropy_sum(
+      decoder(ids[:, :-1]), decoder.head(), ids[:, 1:], np.ones((3, 40), bool), chunk
+    )
 
   for chunk in (0, 16):
     value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(padded, chunk)
@@ -103,7 +130,10 @@ def test_the_vocabulary_is_padded_inside_and_nowhere_else(folder, tmp_path):
     np.testing.assert_allclose(grown[:293], plain["embed"]["tokens"], atol=1e-4)
     assert not grown[293:].any()
   export.export_model(tmp_path / "out", padded, checkpoint)
-  before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+  before, after = (
+    load_file(folder / "model.safetensors"),
+    load_file(tmp_path / "out" / "model.safetensors"),
+  )
   assert all(before[name].tobytes() == after[name].tobytes() for name in before)
 
 
@@ -113,7 +143,9 @@ def test_shards_and_meshes_change_nothing(folder, tmp_path):
   from jaxft.sharding import rules
 
   mesh = jaxft.sharding.mesh.make_mesh(jaxft.config.default().mesh)
-  checkpoint, sharded = read(folder, lambda shapes, axes: rules.tree_shardings("parameters", shapes, axes, mesh))
+  checkpoint, sharded = read(
+    folder, lambda shapes, axes: rules.tree_shardings("parameters", shapes, axes, mesh)
+  )
   _, params = read(folder)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(sharded), jax.device_get(params))
   export.export_model(tmp_path / "out", sharded, checkpoint, max_shard_size="40KB")
@@ -129,11 +161,16 @@ def test_names_without_prefix_buffers_and_a_tied_head_are_read(folder, tmp_path)
     return (
       plain
       | masks
-      | {"lm_head.weight": plain["wte.weight"].copy(), "h.0.attn.masked_bias": np.float32([-1e4]).reshape(())}
+      | {
+        "lm_head.weight": plain["wte.weight"].copy(),
+        "h.0.attn.masked_bias": np.float32([-1e4]).reshape(()),
+      }
     )
 
   _, params = read(rewrite(folder, tmp_path / "in", as_the_first_gpt2))
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(read(folder)[1]))
+  jax.tree.map(
+    np.testing.assert_array_equal, jax.device_get(params), jax.device_get(read(folder)[1])
+  )
 
 
 def without(name):
@@ -144,13 +181,22 @@ def without(name):
   "change, told",
   [
     (without("transformer.h.1.mlp.c_fc.bias"), "'h.1.mlp.c_fc.bias' is missing"),
-    (lambda t: t | {"transformer.h.3.ln_1.bias": t["transformer.ln_f.bias"]}, "'h.3.ln_1.bias' has no place in a gpt2"),
+    (
+      lambda t: t | {"transformer.h.3.ln_1.bias": t["transformer.ln_f.bias"]},
+      "'h.3.ln_1.bias' has no place in a gpt2",
+    ),
     (
       lambda t: t | {"transformer.wpe.weight": t["transformer.wpe.weight"][:-1].copy()},
       r"'wpe.weight' has shape \(70, 40\).*\(71, 40\)",
     ),
-    (lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1}, "lm_head.weight differs from wte.weight"),
-    (lambda t: t | {"wte.weight": t["transformer.wte.weight"]}, "'wte.weight' is there with and without"),
+    (
+      lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1},
+      "lm_head.weight differs from wte.weight",
+    ),
+    (
+      lambda t: t | {"wte.weight": t["transformer.wte.weight"]},
+      "'wte.weight' is there with and without",
+    ),
     (
       lambda t: t | {"transformer.wte.weight": t["transformer.wte.weight"].astype(np.float64)},
       "wte.weight' has dtype F64",
@@ -175,7 +221,10 @@ def test_weights_that_do_not_fit_are_named(folder, tmp_path, change, told):
     (dict(layer_norm_epsilon=-1.0), "layer_norm_epsilon=-1.0"),
     (dict(embd_pdrop=1.5), "embd_pdrop=1.5"),
     (dict(quantization_config={}), "quantization_config={}"),
-    (dict(model_type="gpt_neo", attention_types=[[["global"], 10**9]]), "attention_types names more layers"),
+    (
+      dict(model_type="gpt_neo", attention_types=[[["global"], 10**9]]),
+      "attention_types names more layers",
+    ),
     (dict(n_head=7), "n_embd=40 is not divisible by n_head=7"),
     (dict(vocab_size="x"), "'vocab_size': .* expected int"),
     (dict(n_embd=None), "'n_embd': .* expected int"),
@@ -189,7 +238,11 @@ def test_configs_that_change_the_maths_are_refused_by_name(folder, tmp_path, cha
 def test_second_names_mean_what_they_mean_to_transformers(folder, tmp_path):
   """`hidden_size` is `n_embd`, and so on: transformers reads either, so jaxft does."""
   plain = json.loads((folder / "config.json").read_text())
-  renamed = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+  renamed = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+  }
   config = {renamed.get(key, key): value for key, value in plain.items()}
   assert model_config.from_hf_config(config) == model_config.from_hf_config(plain)
   with pytest.raises(RequestError, match="is missing"):  # a layer more than there are weights
@@ -202,7 +255,9 @@ def test_an_export_names_no_code(folder, tmp_path):
     "attn_implementation": "evil/kernel",
     "_attn_implementation": "evil/kernel",
   }
-  checkpoint, params = read(rewrite(folder, tmp_path / "in", config=lambda config: config | hostile))
+  checkpoint, params = read(
+    rewrite(folder, tmp_path / "in", config=lambda config: config | hostile)
+  )
   export.export_model(tmp_path / "out", params, checkpoint)
   assert not hostile.keys() & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
 
@@ -221,20 +276,38 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
 
   weights = (folder / "model.safetensors").read_bytes()
   refused(
-    "model.safetensors: not a safetensors", "short", lambda f: (f / "model.safetensors").write_bytes(weights[:-5])
+    "model.safetensors: not a safetensors",
+    "short",
+    lambda f: (f / "model.safetensors").write_bytes(weights[:-5]),
   )
   refused(
-    "model.safetensors: not a safetensors", "giant", lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64)
+    "model.safetensors: not a safetensors",
+    "giant",
+    lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64),
   )
   refused("config.json", "no_json", lambda f: (f / "config.json").write_text("{"))
   refused(
-    "config.json: not an ordinary file", "pipe", lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json"))
+    "config.json: not an ordinary file",
+    "pipe",
+    lambda f: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")),
   )
   refused("tokenizer.json: .* too many", "huge", lambda f: os.truncate(f / "tokenizer.json", 2**31))
-  refused("merges.txt: a link that leads out", "link", lambda f: (f / "merges.txt").symlink_to("/etc/hostname"))
-  refused("'n_embd' is in it twice", "twice", lambda f: (f / "config.json").write_text('{"n_embd": 8, "n_embd": 9}'))
+  refused(
+    "merges.txt: a link that leads out",
+    "link",
+    lambda f: (f / "merges.txt").symlink_to("/etc/hostname"),
+  )
+  refused(
+    "'n_embd' is in it twice",
+    "twice",
+    lambda f: (f / "config.json").write_text('{"n_embd": 8, "n_embd": 9}'),
+  )
   refused("config.json: not a JSON object", "list", lambda f: (f / "config.json").write_text("[]"))
-  refused("none of model.safetensors, flax_model.msgpack in it", "empty", lambda f: (f / "model.safetensors").unlink())
+  refused(
+    "none of model.safetensors, flax_model.msgpack in it",
+    "empty",
+    lambda f: (f / "model.safetensors").unlink(),
+  )
 
   def index(names):
     def act(f):
@@ -243,8 +316,14 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
 
     return act
 
-  refused("'../outside.safetensors' is not a file of this folder", "up", index({"a": "../outside.safetensors"}))
-  refused("is not a file of this folder", "absolute", index({"a": str(tmp_path / "outside.safetensors")}))
+  refused(
+    "'../outside.safetensors' is not a file of this folder",
+    "up",
+    index({"a": "../outside.safetensors"}),
+  )
+  refused(
+    "is not a file of this folder", "absolute", index({"a": str(tmp_path / "outside.safetensors")})
+  )
   refused("is not a file of this folder", "gone", index({"a": "model-1.safetensors"}))
   refused("not an index", "map", index(["a"]))
   refused("'x.bin' is no .safetensors file", "pickle", index({"a": "x.bin"}))
@@ -254,7 +333,9 @@ def test_an_export_replaces_earlier_exports_and_nothing_else(folder, tmp_path):
   checkpoint, params = read(folder)
   (tmp_path / "notes").mkdir()
   (tmp_path / "notes" / "mine.txt").write_text("x")
-  mine = shutil.copytree(folder, tmp_path / "mine")  # somebody's model: it has a config.json, and no parity.json
+  mine = shutil.copytree(
+    folder, tmp_path / "mine"
+  )  # somebody's model: it has a config.json, and no parity.json
   (tmp_path / "run" / "checkpoints").mkdir(parents=True)
   (tmp_path / "run" / "parity.json").write_text("{}")
   (tmp_path / "file").write_text("x")
@@ -271,7 +352,9 @@ def test_an_export_replaces_earlier_exports_and_nothing_else(folder, tmp_path):
     with pytest.raises(RequestError, match="no earlier export|File name too long|was started"):
       export.export_model(out, params, checkpoint)
   assert (tmp_path / "notes" / "mine.txt").read_text() == "x"
-  neighbours = [tmp_path / f"out{end}" for end in (".old", ".partial")] + [tmp_path / ".out.partial"]
+  neighbours = [tmp_path / f"out{end}" for end in (".old", ".partial")] + [
+    tmp_path / ".out.partial"
+  ]
   for neighbour in neighbours:
     neighbour.mkdir()
     (neighbour / "thesis.txt").write_text("x")
@@ -325,24 +408,34 @@ def test_an_export_that_was_ended_between_its_renames_is_put_back(folder, tmp_pa
     failing.setattr(export, "_write_weights", fails)
     with pytest.raises(StorageError, match="what was there before has not been changed"):
       export.export_model(out, params, checkpoint, card="third")
-  assert (out / "README.md").read_text() == "first" and [file.name for file in tmp_path.iterdir()] == ["out"]
+  assert (out / "README.md").read_text() == "first" and [
+    file.name for file in tmp_path.iterdir()
+  ] == ["out"]
 
 
 def test_exported_folder_is_transformers_own(folder, tmp_path):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   checkpoint, params = read(folder)
-  parity = export.export_model(tmp_path / "out", params, checkpoint, tokenizer=jaxft.hf.tokenizer.load(folder, 293))
+  parity = export.export_model(
+    tmp_path / "out", params, checkpoint, tokenizer=jaxft.hf.tokenizer.load_tokenizer(folder, 293)
+  )
   assert parity["reference"].startswith("transformers")
-  theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+  theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "out", output_loading_info=True
+  )
   assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
   ids = np.random.default_rng(1).integers(293, size=(2, 71))
   graph, _, _ = jaxft.model.decoder.abstract_model(checkpoint.cfg, ComputeConfig())
   with torch.no_grad():
     np.testing.assert_allclose(
-      verify.compute_logits(graph, params, ids.astype(np.int32)), theirs(torch.from_numpy(ids)).logits, atol=1e-4
+      verify.compute_logits(graph, params, ids.astype(np.int32)),
+      theirs(torch.from_numpy(ids)).logits,
+      atol=1e-4,
     )
-  ours, tokenizer = (transformers.AutoTokenizer.from_pretrained(at) for at in (folder, tmp_path / "out"))
+  ours, tokenizer = (
+    transformers.AutoTokenizer.from_pretrained(at) for at in (folder, tmp_path / "out")
+  )
   assert tokenizer("the naïve cat")["input_ids"] == ours("the naïve cat")["input_ids"]
 
 
@@ -398,13 +491,26 @@ def test_a_git_lfs_pointer_is_named(folder, tmp_path, name):
 
 
 def test_an_address_leads_to_the_id():
-  for address in ("https://huggingface.co/gpt2", "huggingface.co/gpt2/tree/main", "https://hf.co/gpt2/"):
-    for told in (repo.validate_model(address)[0], str(pytest.raises(RequestError, repo.resolve, address).value)):
+  for address in (
+    "https://huggingface.co/gpt2",
+    "huggingface.co/gpt2/tree/main",
+    "https://hf.co/gpt2/",
+  ):
+    for told in (
+      repo.validate_model(address)[0],
+      str(pytest.raises(RequestError, repo.resolve, address).value),
+    ):
       assert told.endswith("an address; give the id alone: gpt2")
   assert repo.validate_model("https://huggingface.co/EleutherAI/gpt-neo-125m")[0].endswith(
     "alone: EleutherAI/gpt-neo-125m"
   )
-  for rest in ("?x=1", "#model", "/resolve/main/model.safetensors", "/blob/main/config.json", "/tree"):
+  for rest in (
+    "?x=1",
+    "#model",
+    "/resolve/main/model.safetensors",
+    "/blob/main/config.json",
+    "/tree",
+  ):
     assert repo.validate_model(f"https://HuggingFace.co/gpt2{rest}")[0].endswith("alone: gpt2")
   assert repo.validate_model("hf://gpt2")[0].endswith("alone: gpt2")
   assert "of a data set" in repo.validate_model("https://huggingface.co/datasets/imdb")[0]
@@ -413,24 +519,35 @@ def test_an_address_leads_to_the_id():
 def test_a_folder_may_be_called_like_an_address(folder, tmp_path, monkeypatch):
   shutil.copytree(folder, tmp_path / "huggingface.co" / "gpt2")
   monkeypatch.chdir(tmp_path)
-  assert not repo.validate_model("huggingface.co/gpt2") and repo.resolve("huggingface.co/gpt2").cfg.V == 293
+  assert (
+    not repo.validate_model("huggingface.co/gpt2")
+    and repo.resolve("huggingface.co/gpt2").cfg.V == 293
+  )
 
 
 def test_a_weight_beyond_float16_is_named_before_anything_is_written(folder, tmp_path):
   checkpoint, params = read(folder)
   is_up = lambda path: [key.key for key in path[-2:]] == ["up", "kernel"]
-  params = jax.tree_util.tree_map_with_path(lambda path, x: x.at[1].mul(1e8) if is_up(path) else x, params)
-  with pytest.raises(RequestError, match=r"h\.1\.mlp\.c_fc\.weight has a weight of .* and float16 ends at 65504"):
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, x: x.at[1].mul(1e8) if is_up(path) else x, params
+  )
+  with pytest.raises(
+    RequestError, match=r"h\.1\.mlp\.c_fc\.weight has a weight of .* and float16 ends at 65504"
+  ):
     export.export_model(tmp_path / "out", params, checkpoint, dtype="float16")
   assert not list(tmp_path.iterdir())
   is_bias = lambda path: [key.key for key in path[-2:]] == ["up", "bias"]
   change = lambda to: jax.tree_util.tree_map_with_path(
     lambda path, x: x.at[1].set(to) if is_bias(path) else x, read(folder)[1]
   )
-  export.export_model(tmp_path / "out", change(65519.0), checkpoint, dtype="float16")  # which float16 has as 65504
+  export.export_model(
+    tmp_path / "out", change(65519.0), checkpoint, dtype="float16"
+  )  # which float16 has as 65504
   with pytest.raises(RequestError, match="c_fc.bias has a weight of nan"):
     export.export_model(tmp_path / "out", change(float("nan")), checkpoint, dtype="float16")
-  with pytest.raises(RequestError, match="logits of the model in memory are no numbers: a weight is NaN or infinite"):
+  with pytest.raises(
+    RequestError, match="logits of the model in memory are no numbers: a weight is NaN or infinite"
+  ):
     export.export_model(tmp_path / "out", change(float("nan")), checkpoint)
 
 
@@ -440,10 +557,17 @@ def test_a_weight_beyond_float16_is_named_before_anything_is_written(folder, tmp
     ("gpt2", {"activation_function": "gelu"}),  # Cerebras-GPT
     pytest.param(
       "gpt2",
-      {"scale_attn_weights": False, "reorder_and_upcast_attn": True, "activation_function": "gelu_fast"},
+      {
+        "scale_attn_weights": False,
+        "reorder_and_upcast_attn": True,
+        "activation_function": "gelu_fast",
+      },
       marks=pytest.mark.slow,
     ),
-    ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),  # stanford-crfm's
+    (
+      "gpt2",
+      {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    ),  # stanford-crfm's
     pytest.param("gpt_neo", {"activation_function": "gelu_accurate"}, marks=pytest.mark.slow),
     ("gptj", {"activation_function": "gelu_pytorch_tanh"}),
     pytest.param("gptj", {"activation_function": "gelu_python"}, marks=pytest.mark.slow),
@@ -457,11 +581,16 @@ def test_other_activations_and_scales_are_transformers_own(family, more, tmp_pat
   (tmp_path / "m" / "config.json").write_text(json.dumps(about | more))
   checkpoint, params = read(tmp_path / "m")
   report = export.export_model(tmp_path / "out", params, checkpoint)
-  assert "transformers" in report["reference"] and report["logits_max_abs_difference"] < report["tolerance"]
+  assert (
+    "transformers" in report["reference"]
+    and report["logits_max_abs_difference"] < report["tolerance"]
+  )
   written = json.loads((tmp_path / "out" / "config.json").read_text())
   assert {key: written[key] for key in more} == more
   change = (
-    {"divided_by_depth": False} if checkpoint.cfg.divided_by_depth else {"exact_gelu": not checkpoint.cfg.exact_gelu}
+    {"divided_by_depth": False}
+    if checkpoint.cfg.divided_by_depth
+    else {"exact_gelu": not checkpoint.cfg.exact_gelu}
   )
   plain = dataclasses.replace(checkpoint.cfg, **change)
   ids = np.arange(13)[None] % checkpoint.cfg.V

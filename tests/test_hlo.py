@@ -13,7 +13,9 @@ def test_bytes_moved_count_slices_in_loops():
   """A loop of five turns that adds row i of a matrix: it reads rows, not the matrix, each turn."""
 
   def total(x):
-    return jax.lax.fori_loop(0, 5, lambda i, s: s + jax.lax.dynamic_index_in_dim(x, i, keepdims=False), x[0])
+    return jax.lax.fori_loop(
+      0, 5, lambda i, s: s + jax.lax.dynamic_index_in_dim(x, i, keepdims=False), x[0]
+    )
 
   text = jax.jit(total).lower(jax.ShapeDtypeStruct((5, 100_000), np.float32)).compile().as_text()
   row = 4 * 100_000
@@ -55,7 +57,10 @@ ENTRY %main (param.3: bf16[16,8]) -> bf16[16,8] {
 
 def test_loops_of_tpu_programs_whose_compiler_notes_no_turns_are_counted():
   nbytes = 12 * 2 * 64 * 8
-  assert hlo.bytes_by_kind(hlo.collectives(OF_A_TPU)) == {"reduce-scatter": nbytes, "all-gather": nbytes}
+  assert hlo.bytes_by_kind(hlo.collectives(OF_A_TPU)) == {
+    "reduce-scatter": nbytes,
+    "all-gather": nbytes,
+  }
 
 
 # A forward loop over five layers of 64 x 64 (tanh(x @ w), 8 rows), the backward loop, and an update, compiled for an H100.

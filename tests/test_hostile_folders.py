@@ -16,7 +16,23 @@ from jaxft.model.compute import ComputeConfig
 from jaxft.model.decoder import abstract_model
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-CONFIG_VALUES = [None, -1, 0, 1, 10**9, 2**70, 1.5, float("nan"), "x", "", [], {}, [1], True, "../../etc/passwd"]
+CONFIG_VALUES = [
+  None,
+  -1,
+  0,
+  1,
+  10**9,
+  2**70,
+  1.5,
+  float("nan"),
+  "x",
+  "",
+  [],
+  {},
+  [1],
+  True,
+  "../../etc/passwd",
+]
 
 
 class Payload:
@@ -35,7 +51,9 @@ def safetensors(folder):
 
 def write_safetensors(folder, header, data, size=None):
   text = json.dumps(header).encode()
-  (folder / "model.safetensors").write_bytes((size or len(text)).to_bytes(8, "little") + text + data)
+  (folder / "model.safetensors").write_bytes(
+    (size or len(text)).to_bytes(8, "little") + text + data
+  )
 
 
 def truncated(folder, rng):
@@ -78,7 +96,9 @@ def broken_json(folder, rng):
   name = str(rng.choice(["config.json", "tokenizer.json", "tokenizer_config.json"]))
   content = (folder / name).read_bytes()
   (folder / name).write_bytes(
-    [content[: rng.integers(len(content))], b"[" * 100_000, b"\xff\xfe", b"null", b"{}"][rng.integers(5)]
+    [content[: rng.integers(len(content))], b"[" * 100_000, b"\xff\xfe", b"null", b"{}"][
+      rng.integers(5)
+    ]
   )
 
 
@@ -95,7 +115,9 @@ def index_that_leads_out(folder, rng):
     "x" * 5000,
   ]
   name = where[rng.integers(len(where))]
-  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": name}}))
+  (folder / "model.safetensors.index.json").write_text(
+    json.dumps({"weight_map": {"wte.weight": name}})
+  )
 
 
 def link_that_leads_out(folder, rng):
@@ -106,16 +128,22 @@ def link_that_leads_out(folder, rng):
 
 def pickled(folder, rng):
   payload = pickle.dumps(Payload())
-  name = ["pytorch_model.bin", "model.safetensors", "flax_model.msgpack", "tokenizer.json", "config.json"][
-    rng.integers(5)
-  ]
+  name = [
+    "pytorch_model.bin",
+    "model.safetensors",
+    "flax_model.msgpack",
+    "tokenizer.json",
+    "config.json",
+  ][rng.integers(5)]
   if name != "tokenizer.json" and name != "config.json":
     (folder / "model.safetensors").unlink()
   (folder / name).write_bytes(payload)
 
 
 def remote_code(folder, rng):
-  (folder / "evil.py").write_text(f"import os\nos.mkdir({str(PLANTED['ran'])!r})\nclass Evil: pass\n")
+  (folder / "evil.py").write_text(
+    f"import os\nos.mkdir({str(PLANTED['ran'])!r})\nclass Evil: pass\n"
+  )
   for file in ("config.json", "tokenizer_config.json"):
     config = json.loads((folder / file).read_text())
     config["auto_map"] = {
@@ -141,7 +169,11 @@ def watched(folder, tmp_path_factory):
   events = []
 
   def hook(event, arguments):
-    if event == "open" and str(home / "outside") in str(arguments[0]) or event in ("subprocess.Popen", "os.system"):
+    if (
+      event == "open"
+      and str(home / "outside") in str(arguments[0])
+      or event in ("subprocess.Popen", "os.system")
+    ):
       events.append((event, arguments))
 
   sys.addaudithook(hook)
@@ -160,8 +192,10 @@ def test_hostile_folders(kind, folder, watched):
       checkpoint = repo.resolve(str(home / "m"))
       _, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
       params = load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
-      assert all(a.shape == b.shape for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(shapes)))
-      tokenizer.load(checkpoint.folder, checkpoint.cfg.V)
+      assert all(
+        a.shape == b.shape for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(shapes))
+      )
+      tokenizer.load_tokenizer(checkpoint.folder, checkpoint.cfg.V)
     except RequestError as error:
       refused += 1
       assert str(home / "m") in str(error) and len(str(error).splitlines()) == 1

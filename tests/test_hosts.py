@@ -53,9 +53,19 @@ class Hosts:
       place = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
       output = (logs or workdir).with_name(f"{(logs or workdir).name}-{i}.log")
       self.outputs.append(output)
-      command = [fault_points.__file__, *faults[i]] if i in (faults or {}) else ["-m", "jaxft.train"]
+      command = (
+        [fault_points.__file__, *faults[i]] if i in (faults or {}) else ["-m", "jaxft.train"]
+      )
       command = [noted_batches.__file__, notes / f"{i}.json"] if notes else command
-      command += ["--config", config_file, "--workdir", workdir, *more, *place, *(only or {}).get(i, ())]
+      command += [
+        "--config",
+        config_file,
+        "--workdir",
+        workdir,
+        *more,
+        *place,
+        *(only or {}).get(i, ()),
+      ]
       with output.open("w") as stream:
         self.all[i] = preloaded.Popen(
           command,
@@ -115,7 +125,9 @@ def close(a, b):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count, devices", [(2, 2), pytest.param(4, 2, marks=wide)])
-def test_several_processes_are_one_run_and_their_checkpoints_anyones(config_file, tmp_path, on_one, count, devices):
+def test_several_processes_are_one_run_and_their_checkpoints_anyones(
+  config_file, tmp_path, on_one, count, devices
+):
   workdir, (of_one, rows_of_one) = tmp_path / "run", on_one
   flags = ("--config.mesh.fsdp=-1", "--config.train.save_every=6")
   several = Hosts(config_file, workdir, count, *flags, devices=devices, notes=tmp_path)
@@ -128,7 +140,9 @@ def test_several_processes_are_one_run_and_their_checkpoints_anyones(config_file
   assert "exported to" in first and not any("step" in said for said in others)  # one of them speaks
   # Their checkpoint restores in one process, which goes on from the middle.
   (workdir / "checkpoints" / "12").rename(tmp_path / "out of the way")
-  done = processes.train(config_file, workdir, "--config.mesh.fsdp=1", "--config.train.save_every=6")
+  done = processes.train(
+    config_file, workdir, "--config.mesh.fsdp=1", "--config.train.save_every=6"
+  )
   assert "continuing at step 6" in done.stdout
   close(processes.losses(workdir), processes.losses(of_one))
 
@@ -151,13 +165,19 @@ def even(tmp_path_factory):
     (2, 2, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.zero_stage": 0}),
   ],
 )
-def test_every_kind_of_parallelism_crosses_processes(config_file, tmp_path, even, count, devices, mesh):
+def test_every_kind_of_parallelism_crosses_processes(
+  config_file, tmp_path, even, count, devices, mesh
+):
   model = f"--config.model.path={even}"
-  one = Hosts(config_file, tmp_path / "one", 1, model, "--config.mesh.fsdp=4", devices=4, notes=tmp_path)
+  one = Hosts(
+    config_file, tmp_path / "one", 1, model, "--config.mesh.fsdp=4", devices=4, notes=tmp_path
+  )
   assert one.codes() == [0], one.said()
   rows = noted_in(tmp_path, 1)
   flags = [f"--config.{key}={value}" for key, value in mesh.items()]
-  several = Hosts(config_file, tmp_path / "run", count, model, *flags, devices=devices, notes=tmp_path)
+  several = Hosts(
+    config_file, tmp_path / "run", count, model, *flags, devices=devices, notes=tmp_path
+  )
   assert several.codes() == [0] * count, several.said()
   close(processes.losses(tmp_path / "run"), processes.losses(tmp_path / "one"))
   assert noted_in(tmp_path, count) == rows
@@ -166,7 +186,9 @@ def test_every_kind_of_parallelism_crosses_processes(config_file, tmp_path, even
 @pytest.mark.slow
 @wide
 @pytest.mark.parametrize("kept", ["optimizer", "all"])
-def test_what_the_hosts_keep_is_saved_and_exported_by_all_of_them(config_file, tmp_path, on_one, kept):
+def test_what_the_hosts_keep_is_saved_and_exported_by_all_of_them(
+  config_file, tmp_path, on_one, kept
+):
   workdir, flags = tmp_path / "run", ("--config.mesh.fsdp=-1", "--config.train.save_every=6")
   several = Hosts(config_file, workdir, 2, *flags, f"--config.memory.offload={kept}")
   assert several.codes() == [0, 0], several.said()
@@ -188,7 +210,9 @@ def test_adapters_are_gathered_and_written_by_several_processes(config_file, tmp
   )
   several = Hosts(config_file, tmp_path / "two", 2, *flags, devices=2)
   assert several.codes() == [0, 0], several.said()
-  processes.train(config_file, tmp_path / "one", *flags, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"})
+  processes.train(
+    config_file, tmp_path / "one", *flags, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
+  )
   close(processes.losses(tmp_path / "two"), processes.losses(tmp_path / "one"))
   for name in ("adapter/adapter_model.safetensors", "export/model.safetensors"):
     ours, theirs = (load_file(tmp_path / of / name) for of in ("two", "one"))
@@ -197,7 +221,12 @@ def test_adapters_are_gathered_and_written_by_several_processes(config_file, tmp
       np.testing.assert_allclose(ours[key], theirs[key], atol=1e-4)
 
 
-LONG = ("--config.train.steps=26", "--config.train.save_every=6", "--config.train.keep=9", "--config.mesh.fsdp=-1")
+LONG = (
+  "--config.train.steps=26",
+  "--config.train.save_every=6",
+  "--config.train.keep=9",
+  "--config.mesh.fsdp=-1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -241,11 +270,15 @@ def test_a_lost_process_ends_the_others_with_code_5(config_file, tmp_path, count
   workdir = tmp_path / "run"
   more = ("--config.train.steps=100000", "--config.mesh.fsdp=-1", f"--peer_timeout={FROZEN}")
   several = Hosts(config_file, workdir, count, *more, devices=1)
-  wait_for(lambda: steps_in(workdir) or any(process.poll() is not None for process in several.all.values()))
+  wait_for(
+    lambda: steps_in(workdir) or any(process.poll() is not None for process in several.all.values())
+  )
   assert steps_in(workdir), several.said()
   several.all[lost].send_signal(number)
   started = time.monotonic()
-  wait_for(lambda: all(process.poll() is not None for i, process in several.all.items() if i != lost), 90)
+  wait_for(
+    lambda: all(process.poll() is not None for i, process in several.all.items() if i != lost), 90
+  )
   taken = time.monotonic() - started
   several.all[lost].kill()  # where it is only frozen
   codes = several.codes()
@@ -253,7 +286,10 @@ def test_a_lost_process_ends_the_others_with_code_5(config_file, tmp_path, count
   assert [code for i, code in enumerate(codes) if i != lost] == [5] * (count - 1), said
   assert taken < (60 if number == signal.SIGKILL else FROZEN + 30)
   for text in said:
-    assert re.search(rf"error: .*process ({lost}|0) is (gone|frozen)", text) and "most recent call first" in text, text
+    assert (
+      re.search(rf"error: .*process ({lost}|0) is (gone|frozen)", text)
+      and "most recent call first" in text
+    ), text
   if lost:  # process 0 hears of all others; to them it may be process 0 that went first
     assert f"process {lost} is" in said[0]
 
@@ -278,7 +314,10 @@ def test_the_roll_is_called_at_any_kind_of_address(host):
     port = server.getsockname()[1]
   places = [rendezvous.ProcessInfo(f"{host}:{port}", 2, i) for i in range(2)]
   with ThreadPoolExecutor(2) as pool:
-    ends = [call.result() for call in [pool.submit(rendezvous.connect_peers, place, 20) for place in places]]
+    ends = [
+      call.result()
+      for call in [pool.submit(rendezvous.connect_peers, place, 20) for place in places]
+    ]
   assert [list(peers) for peers in ends] == [[1], [0]]
   for peers in ends:
     for peer in peers.values():
@@ -299,8 +338,14 @@ def test_another_config_on_one_host_is_refused_by_key(config_file, tmp_path):
   "flags, told",
   [
     (["--num_processes=2"], "--coordinator, --process_id: missing"),
-    (["--coordinator=x", "--num_processes=2", "--process_id=0"], "--coordinator='x': must be HOST:PORT"),
-    (["--coordinator=x:1", "--num_processes=2", "--process_id=2"], "--process_id=2: must be from 0 to 1"),
+    (
+      ["--coordinator=x", "--num_processes=2", "--process_id=0"],
+      "--coordinator='x': must be HOST:PORT",
+    ),
+    (
+      ["--coordinator=x:1", "--num_processes=2", "--process_id=2"],
+      "--process_id=2: must be from 0 to 1",
+    ),
     (["--start_timeout=0"], "--start_timeout=0: must be at least 1 second"),
   ],
 )
@@ -319,9 +364,7 @@ def test_a_pod_that_may_not_ask_who_else_there_is_runs_alone_and_says_so(monkeyp
 
   monkeypatch.setattr(clusters.ClusterEnv, "auto_detect_unset_distributed_params", forbidden)
   assert rendezvous.detect_processes(None, None, None, 1) is None
-  told = (
-    "(Kubernetes API Error: 403 - Forbidden); several processes need --coordinator, --num_processes, --process_id\n"
-  )
+  told = "(Kubernetes API Error: 403 - Forbidden); several processes need --coordinator, --num_processes, --process_id\n"
   assert capsys.readouterr().out.endswith(told)
   with pytest.raises(RequestError, match="looking for the other processes: Kubernetes API Error"):
     rendezvous.detect_processes(None, 2, None, 1)
@@ -347,9 +390,25 @@ def test_one_process_a_node_has_all_of_its_devices(monkeypatch, environment, alo
 
 
 def test_two_processes_of_one_number_and_strangers_on_the_port(config_file, tmp_path):
-  several = Hosts(config_file, tmp_path / "run", 3, "--start_timeout=40", present=(0, 1), only={1: ["--process_id=1"]})
-  port = int(re.search(r":(\d+)", several.all[0].args[several.all[0].args.index("--num_processes=3") - 1]).group(1))
-  strangers = [b"GET / HTTP/1.0\r\n\r\n", b"[" * 1900 + b"\n", b'{"process": Infinity, "processes": 3}\n', b"\n"]
+  several = Hosts(
+    config_file,
+    tmp_path / "run",
+    3,
+    "--start_timeout=40",
+    present=(0, 1),
+    only={1: ["--process_id=1"]},
+  )
+  port = int(
+    re.search(
+      r":(\d+)", several.all[0].args[several.all[0].args.index("--num_processes=3") - 1]
+    ).group(1)
+  )
+  strangers = [
+    b"GET / HTTP/1.0\r\n\r\n",
+    b"[" * 1900 + b"\n",
+    b'{"process": Infinity, "processes": 3}\n',
+    b"\n",
+  ]
   twice = json.dumps({"process": 1, "processes": 3}).encode() + b"\n"
   open_ones = []
   try:
@@ -383,20 +442,34 @@ def test_one_host_with_other_weights_is_refused(config_file, folder, tmp_path):
   for home, model in zip(homes, (folder, other), strict=True):
     home.mkdir()
     (home / "model").symlink_to(model)
-  several = Hosts(config_file, tmp_path / "run", 2, "--config.model.path=model", "--config.mesh.fsdp=-1", homes=homes)
+  several = Hosts(
+    config_file,
+    tmp_path / "run",
+    2,
+    "--config.model.path=model",
+    "--config.mesh.fsdp=-1",
+    homes=homes,
+  )
   assert several.codes(90) == [2, 2], several.said()
   assert all("error: the files of config.model.path=" in text for text in several.said())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fails", [1, pytest.param(0, marks=wide)])
-def test_what_ends_one_process_alone_ends_the_other_soon_and_by_its_name(config_file, tmp_path, fails):
+def test_what_ends_one_process_alone_ends_the_other_soon_and_by_its_name(
+  config_file, tmp_path, fails
+):
   homes = [tmp_path / "0", tmp_path / "1"]
   for home in homes:
     home.mkdir()
   (homes[fails] / "tokens").write_text("a file where the folder of tokens should be")
   several = Hosts(
-    config_file, tmp_path / "run", 2, "--config.data.cache_dir=tokens", "--config.mesh.fsdp=-1", homes=homes
+    config_file,
+    tmp_path / "run",
+    2,
+    "--config.data.cache_dir=tokens",
+    "--config.mesh.fsdp=-1",
+    homes=homes,
   )
   wait_for(lambda: several.all[fails].poll() is not None)
   began = time.monotonic()
@@ -414,7 +487,10 @@ def test_a_workdir_that_is_not_one_folder_is_refused(config_file, tmp_path):
     home.mkdir()
   several = Hosts(config_file, Path("run"), 2, homes=homes, logs=tmp_path / "log")
   assert several.codes(120) == [2, 2], several.said()
-  assert all("--workdir='run', on one disk that all processes share=False on process 1" in t for t in several.said())
+  assert all(
+    "--workdir='run', on one disk that all processes share=False on process 1" in t
+    for t in several.said()
+  )
 
 
 @pytest.mark.slow
@@ -423,25 +499,38 @@ def test_a_workdir_that_is_not_one_folder_is_refused(config_file, tmp_path):
 def test_a_signal_to_one_or_all_saves_one_step_and_ends_with_75(config_file, tmp_path, count, to):
   workdir, more = tmp_path / "run", ("--config.train.steps=100000", "--config.mesh.fsdp=-1")
   several = Hosts(config_file, workdir, count, *more, devices=1)
-  wait_for(lambda: steps_in(workdir) or any(process.poll() is not None for process in several.all.values()))
+  wait_for(
+    lambda: steps_in(workdir) or any(process.poll() is not None for process in several.all.values())
+  )
   for i in to:
     several.all[i].send_signal(signal.SIGUSR1)
   assert several.codes() == [75] * count, several.said()
-  assert len({re.search("saved at step [0-9]+", text)[0] for text in several.said()}) == 1, several.said()
+  assert len({re.search("saved at step [0-9]+", text)[0] for text in several.said()}) == 1, (
+    several.said()
+  )
   assert all("Traceback" not in text for text in several.said())
-  assert len([entry for entry in (workdir / "checkpoints").iterdir() if entry.name.isdecimal()]) in (1, 2)
+  assert len(
+    [entry for entry in (workdir / "checkpoints").iterdir() if entry.name.isdecimal()]
+  ) in (1, 2)
 
 
 @pytest.mark.slow
 @wide
-@pytest.mark.parametrize("place, count", [("record read", "2"), ("state read", "1")])  # Orbax reads its metrics before
-def test_a_checkpoint_that_one_process_cannot_read_is_left_alone_by_all(config_file, tmp_path, place, count):
+@pytest.mark.parametrize(
+  "place, count", [("record read", "2"), ("state read", "1")]
+)  # Orbax reads its metrics before
+def test_a_checkpoint_that_one_process_cannot_read_is_left_alone_by_all(
+  config_file, tmp_path, place, count
+):
   workdir, more = tmp_path / "run", ("--config.mesh.fsdp=-1", "--config.train.save_every=6")
   whole = Hosts(config_file, workdir, 2, *more, devices=1)
   assert whole.codes() == [0, 0], whole.said()
   (workdir / "checkpoints" / "12").rename(tmp_path / "out of the way")
   several = Hosts(config_file, workdir, 2, *more, devices=1, faults={1: (place, count, "EACCES")})
   assert several.codes() == [4, 4], several.said()
-  assert all("checkpoints/6: cannot be read now" in text and "Traceback" not in text for text in several.said())
+  assert all(
+    "checkpoints/6: cannot be read now" in text and "Traceback" not in text
+    for text in several.said()
+  )
   again = Hosts(config_file, workdir, 2, *more, devices=1)
   assert again.codes() == [0, 0] and "continuing at step 6" in again.said()[0], again.said()

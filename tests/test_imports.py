@@ -10,7 +10,14 @@ FILES = {
   ".".join(("jaxft", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
   for file in ROOT.rglob("*.py")
 }
-COMMANDS = {"jaxft.train", "jaxft.prepare", "jaxft.evaluate", "jaxft.generate", "jaxft.export", "jaxft.doctor"}
+COMMANDS = {
+  "jaxft.train",
+  "jaxft.prepare",
+  "jaxft.evaluate",
+  "jaxft.generate",
+  "jaxft.export",
+  "jaxft.doctor",
+}
 COMMANDS |= {"jaxft.plan.__main__", "jaxft.report"}
 # The only imports of jaxft that each leaf has. A new leaf module goes here, with as few as it can.
 LEAVES = {
@@ -31,7 +38,12 @@ LEAVES = {
   "jaxft.model.config": set(),
   "jaxft.model.lora": {"jaxft.model.config", "jaxft.model.dropout"},
   "jaxft.training.trainable": set(),
-  "jaxft.model.layers": {"jaxft.model.config", "jaxft.model.attention", "jaxft.model.dropout", "jaxft.model.lora"},
+  "jaxft.model.layers": {
+    "jaxft.model.config",
+    "jaxft.model.attention",
+    "jaxft.model.dropout",
+    "jaxft.model.lora",
+  },
   "jaxft.model.decoder": {
     "jaxft.model.config",
     "jaxft.model.attention",
@@ -58,11 +70,21 @@ LEAVES = {
     "jaxft.generation.layer_views",
   },
   "jaxft.generation.sampling": {"jaxft.errors"},
-  "jaxft.cli.parsers": {"jaxft.errors", "jaxft.utils.files", "jaxft.cli.run_generation", "jaxft.generation.sampling"},
+  "jaxft.cli.parsers": {
+    "jaxft.errors",
+    "jaxft.utils.files",
+    "jaxft.cli.run_generation",
+    "jaxft.generation.sampling",
+  },
   "jaxft.cli.run_generation": set(),
   "jaxft.data.readers": {"jaxft.errors", "jaxft.utils.files"},
   "jaxft.data.sources": {"jaxft.data.readers", "jaxft.errors", "jaxft.utils.files"},
-  "jaxft.data.formats": {"jaxft.config_checks", "jaxft.data.readers", "jaxft.errors", "jaxft.utils.files"},
+  "jaxft.data.formats": {
+    "jaxft.config_checks",
+    "jaxft.data.readers",
+    "jaxft.errors",
+    "jaxft.utils.files",
+  },
   "jaxft.data.tokenize": {"jaxft.data.formats"},
   "jaxft.data.packing": {"jaxft.data.tokenize"},
   "jaxft.data.loader": set(),
@@ -77,7 +99,11 @@ LEAVES = {
   "jaxft.utils.redact": set(),
   "jaxft.metrics.system": set(),
   "jaxft.metrics.tracker_backends": set(),
-  "jaxft.metrics.tracker_worker": {"jaxft.errors", "jaxft.utils.redact", "jaxft.metrics.tracker_backends"},
+  "jaxft.metrics.tracker_worker": {
+    "jaxft.errors",
+    "jaxft.utils.redact",
+    "jaxft.metrics.tracker_backends",
+  },
   "jaxft.training.profiler": {"jaxft.errors", "jaxft.metrics.reporter"},
   "jaxft.distributed.watchdog": {"jaxft.errors", "jaxft.distributed.rendezvous"},
   "jaxft.plan.hlo": set(),
@@ -103,13 +129,18 @@ def imports(file):
     if isinstance(node, ast.Import):
       found |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
-      found |= {name if (name := f"{node.module}.{alias.name}") in FILES else node.module for alias in node.names}
+      found |= {
+        name if (name := f"{node.module}.{alias.name}") in FILES else node.module
+        for alias in node.names
+      }
   return found
 
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_leaves_import_only_what_is_below_them(name):
-  assert {module for module in imports(FILES[name]) if module.split(".")[0] == "jaxft"} == LEAVES[name]
+  assert {module for module in imports(FILES[name]) if module.split(".")[0] == "jaxft"} == LEAVES[
+    name
+  ]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -126,10 +157,16 @@ def test_nothing_imports_a_command_and_torch_stays_in_two_rooms(name):
 def test_no_code_is_run_from_data(name):
   assert not imports(FILES[name]) & {"pickle", "dill", "cloudpickle", "marshal"}
   # The compilers and the trackers run in processes of their own, which are jaxft again.
-  assert name in ("jaxft.plan.aot_compiler", "jaxft.metrics.trackers") or "subprocess" not in imports(FILES[name])
+  assert name in (
+    "jaxft.plan.aot_compiler",
+    "jaxft.metrics.trackers",
+  ) or "subprocess" not in imports(FILES[name])
   for node in ast.walk(ast.parse(FILES[name].read_text())):
     if isinstance(node, ast.Call):
       called = ast.unparse(node.func)
       assert called not in ("eval", "exec", "compile", "os.system"), f"{name}: {called}"
       assert called != "torch.load" or "weights_only=True" in map(ast.unparse, node.keywords), name
-      assert not any(word.arg == "trust_remote_code" and ast.unparse(word.value) != "False" for word in node.keywords)
+      assert not any(
+        word.arg == "trust_remote_code" and ast.unparse(word.value) != "False"
+        for word in node.keywords
+      )

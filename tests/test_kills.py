@@ -16,7 +16,9 @@ def kills_of(part):
 
 
 @pytest.mark.parts(2, 101)
-def test_killed_runs_end_as_undisturbed_ones(interruptible, undisturbed, tmp_path, part, record_property):
+def test_killed_runs_end_as_undisturbed_ones(
+  interruptible, undisturbed, tmp_path, part, record_property
+):
   rng, killed, places, lost, run = random.Random(part), 0, set(), [0], None
   wanted, lines = undisturbed
   names = map("run{}".format, itertools.count())
@@ -46,6 +48,11 @@ def test_killed_runs_end_as_undisturbed_ones(interruptible, undisturbed, tmp_pat
     code, said, _ = run.end(run.start())
     assert code == 0, said
     assert_same(run, wanted)
-  figures = {"most steps lost": max(lost), "most places hit in a run of three": len(places - {None})}
-  record_property("torture", {"what": "SIGKILL, half aimed, half at random", "tried": killed, "figures": figures})
+  figures = {
+    "most steps lost": max(lost),
+    "most places hit in a run of three": len(places - {None}),
+  }
+  record_property(
+    "torture", {"what": "SIGKILL, half aimed, half at random", "tried": killed, "figures": figures}
+  )
   shutil.rmtree(tmp_path)

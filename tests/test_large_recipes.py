@@ -39,8 +39,14 @@ def test_a_large_model_learns_and_goes_out(name, texts, models, tmp_path):
   wanted, chips = fresh(name), jax.device_count() if name == "gptj_6b_v5e8" else 1
   assert (wanted.memory.offload == "all") == (name in OFFLOADED) and wanted.mesh.fsdp == -1
   folder = models[PUBLISHED[wanted.model.path]["model_type"]]
-  more = dict(train__steps=30, train__sample_prompts=(PROMPT,), train__sample_tokens=8, mesh__fsdp=chips)
-  more |= dict(train__micro_batch_size=wanted.train.micro_batch_size, data__limit_train=0, optim__learning_rate=1e-2)
+  more = dict(
+    train__steps=30, train__sample_prompts=(PROMPT,), train__sample_tokens=8, mesh__fsdp=chips
+  )
+  more |= dict(
+    train__micro_batch_size=wanted.train.micro_batch_size,
+    data__limit_train=0,
+    optim__learning_rate=1e-2,
+  )
   run = finetune(recipe(name, folder, texts, **more), tmp_path / "run")
   losses = [line["eval/loss"] for line in run.metrics if "eval/loss" in line]
   less = 0.3 if wanted.lora.rank else 1
@@ -61,7 +67,9 @@ def test_a_large_model_learns_and_goes_out(name, texts, models, tmp_path):
   assert changed == {key for key in before if key.endswith(("q_proj.weight", "v_proj.weight"))}
   adapters = load_file(run.workdir / "adapter" / "adapter_model.safetensors")
   for key in changed:
-    A, B = (adapters[f"base_model.model.{key.removesuffix('weight')}lora_{it}.weight"] for it in "AB")
+    A, B = (
+      adapters[f"base_model.model.{key.removesuffix('weight')}lora_{it}.weight"] for it in "AB"
+    )
     scale = wanted.lora.alpha / wanted.lora.rank
     assert B.any()
     np.testing.assert_allclose(after[key], before[key] + scale * B @ A, atol=1e-6)
@@ -73,6 +81,8 @@ def test_marks_take_the_rows_of_gptj_that_no_token_uses(tmp_path):
   processes.run("jaxft.tokenizer", "--model", folder, "--add", *MARKS, "--out", tmp_path / "marked")
   before, after = (load_file(it / "model.safetensors") for it in (folder, tmp_path / "marked"))
   for name in ("transformer.wte.weight", "lm_head.weight", "lm_head.bias"):
-    np.testing.assert_allclose(after[name][293:295], np.stack([before[name].mean(0)] * 2), atol=1e-6)
+    np.testing.assert_allclose(
+      after[name][293:295], np.stack([before[name].mean(0)] * 2), atol=1e-6
+    )
     after[name][293:295] = before[name][293:295]
   assert all(after[name].tobytes() == before[name].tobytes() for name in before)

@@ -16,7 +16,9 @@ def rows():
   """17 rows of 5, told apart by their first target."""
   ids = np.arange(1, 1 + 17 * 5, dtype=np.uint16)
   return ConcatDataset(
-    tokenize.TokenArrays(ids, np.array([0, 85]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)), 5, EOS
+    tokenize.TokenArrays(ids, np.array([0, 85]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)),
+    5,
+    EOS,
   )
 
 
@@ -27,13 +29,19 @@ def collect(rows, steps, **how):
 
 
 def test_an_epoch_has_each_row_once_and_its_own_order(rows):
-  firsts = np.concatenate([batch["targets"][0, :, 0] for batch in collect(rows, 17)])  # 6 x 17 rows: 6 epochs
+  firsts = np.concatenate(
+    [batch["targets"][0, :, 0] for batch in collect(rows, 17)]
+  )  # 6 x 17 rows: 6 epochs
   epochs = firsts.reshape(6, 17)
   for epoch in epochs:
     assert sorted(epoch) == list(range(1, 86, 5))
   assert len({tuple(epoch) for epoch in epochs}) == 6
-  other = np.concatenate([batch["targets"][0, :, 0] for batch in collect(rows, 17, seed=4)]).reshape(6, 17)
-  assert not {tuple(epoch) for epoch in epochs} & {tuple(epoch) for epoch in other}  # the next seed's are others
+  other = np.concatenate(
+    [batch["targets"][0, :, 0] for batch in collect(rows, 17, seed=4)]
+  ).reshape(6, 17)
+  assert not {tuple(epoch) for epoch in epochs} & {
+    tuple(epoch) for epoch in other
+  }  # the next seed's are others
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 7, 15, 166_660])
@@ -53,10 +61,18 @@ def test_the_global_batch_does_not_depend_on_hosts():
   rows = ConcatDataset(many, 5, EOS)
   for _ in range(1000):
     accumulation, hosts = int(rng.choice([1, 2, 3])), int(rng.choice([2, 4]))
-    how = dict(batch_size=12 * accumulation, accumulation=accumulation, seed=int(rng.integers(2**32)), total_rows=10**6)
+    how = dict(
+      batch_size=12 * accumulation,
+      accumulation=accumulation,
+      seed=int(rng.integers(2**32)),
+      total_rows=10**6,
+    )
     step = int(rng.integers(1000))
     whole = loader.BatchSource(rows, **how, local_rows=np.arange(12))[step]
-    parts = [loader.BatchSource(rows, **how, local_rows=mine)[step] for mine in np.split(np.arange(12), hosts)]
+    parts = [
+      loader.BatchSource(rows, **how, local_rows=mine)[step]
+      for mine in np.split(np.arange(12), hosts)
+    ]
     for name, x in whole.items():
       np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], axis=1), x)
 
@@ -68,12 +84,16 @@ def test_accumulation_cuts_the_same_batch(rows):
 
 
 def test_what_lies_past_the_last_epoch_is_masked(rows):
-  masks = np.concatenate([batch["mask"].reshape(6, 5) for batch in collect(rows, 6, total_rows=2 * 17)])
+  masks = np.concatenate(
+    [batch["mask"].reshape(6, 5) for batch in collect(rows, 6, total_rows=2 * 17)]
+  )
   assert masks[:34].all() and not masks[34:].any()
 
 
 def test_evaluation_sees_each_row_once(rows):
   batches = list(loader.eval_batches(rows, batch_size=6, sharding=HERE))
-  counted = np.concatenate([np.asarray(batch["targets"])[np.asarray(batch["mask"])] for batch in batches])
+  counted = np.concatenate(
+    [np.asarray(batch["targets"])[np.asarray(batch["mask"])] for batch in batches]
+  )
   np.testing.assert_array_equal(counted, rows.tokens.ids)
   assert len(list(loader.eval_batches(rows, batch_size=6, limit=2, sharding=HERE))) == 2

@@ -30,7 +30,12 @@ from jaxft.training import trainable
 from jaxft.training.init import init_params, merge_params, merged_shapes
 from jaxft.training.train_state import TrainState
 
-ADAPTERS = {"lora__rank": 3, "lora__dropout": 0.2, "lora__targets": ("all-linear",), "lora__layers": ("0", "2")}
+ADAPTERS = {
+  "lora__rank": 3,
+  "lora__dropout": 0.2,
+  "lora__targets": ("all-linear",),
+  "lora__layers": ("0", "2"),
+}
 LAST_LAYER = {"train__only": ("transformer.h.2.*", "transformer.ln_f.weight")}
 ODD_TARGETS = {
   "gpt2": ("attn.c_proj", "c_fc"),
@@ -64,11 +69,15 @@ def build(family, *, accumulation=1, mesh=(1, 1, 1), stage=3, **more):
 @functools.cache
 def weights(family, cfg):
   drawn = jax.device_get(
-    nnx.to_pure_dict(nnx.state(jaxft.model.decoder.init_model(cfg, ComputeConfig(vocab_multiple=128))))
+    nnx.to_pure_dict(
+      nnx.state(jaxft.model.decoder.init_model(cfg, ComputeConfig(vocab_multiple=128)))
+    )
   )
   # Both matrices of an adapter random: with B at zero A would have no gradient at first.
   rng = np.random.default_rng(0)
-  fill = lambda path, x: 0.2 * rng.standard_normal(x.shape, np.float32) if path[-1].key == "lora_b" else x
+  fill = lambda path, x: (
+    0.2 * rng.standard_normal(x.shape, np.float32) if path[-1].key == "lora_b" else x
+  )
   return jax.tree_util.tree_map_with_path(fill, drawn)
 
 
@@ -76,7 +85,8 @@ def begin(run, cfg, family):
   trained, frozen = trainable.partition(weights(family, cfg), cfg.trained)
   opt = jax.device_get(run.tx.init(trained))
   return jax.device_put(
-    TrainState(jnp.int32(0), trained, opt, frozen), jax.tree.map(lambda leaf: leaf.sharding, run.state)
+    TrainState(jnp.int32(0), trained, opt, frozen),
+    jax.tree.map(lambda leaf: leaf.sharding, run.state),
   )
 
 
@@ -109,7 +119,11 @@ ALWAYS = [  # the others are wide
 ]
 CASES = [
   pytest.param(
-    family, part, way, marks=() if (family, name, way) in ALWAYS else pytest.mark.wide, id=f"{family}-{name}-{way}"
+    family,
+    part,
+    way,
+    marks=() if (family, name, way) in ALWAYS else pytest.mark.wide,
+    id=f"{family}-{name}-{way}",
   )
   for family in tiny.FAMILIES
   for name, part in (("adapters", ADAPTERS), ("only", LAST_LAYER))
@@ -123,7 +137,9 @@ def test_every_way_to_train_a_part_comes_to_the_same(family, part, way):
   losses, state, _ = train(family, **part, **WAYS[way])
   wanted, theirs, cfg = alone(family, tuple(part.items()))
   np.testing.assert_allclose(losses, wanted, rtol=1e-5)
-  for ours, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(theirs.params), strict=True):
+  for ours, other in zip(
+    jax.tree.leaves(state.params), jax.tree.leaves(theirs.params), strict=True
+  ):
     assert np.linalg.norm(ours - other) <= 3e-5 * np.linalg.norm(other)
 
 
@@ -139,7 +155,10 @@ def test_nothing_changes_but_what_is_trained(family, part):
   _, state, cfg = alone(family, tuple(part.items()))
   before, layers = weights(family, cfg), dict(cfg.trained)
   for path, leaf in jax.tree_util.tree_flatten_with_path(state.all_params)[0]:
-    name, old = trainable.param_name(path), functools.reduce(lambda node, key: node[key.key], path, before)
+    name, old = (
+      trainable.param_name(path),
+      functools.reduce(lambda node, key: node[key.key], path, before),
+    )
     if name not in layers:
       assert leaf.tobytes() == old.tobytes(), name
     else:
@@ -159,21 +178,33 @@ def test_merged_weights_are_the_model_with_adapters(family, targets):
   ids = jax.random.randint(jax.random.key(0), (3, T), 0, 293)
   with_adapters = nnx.merge(run.graph, params)
   plain_cfg = dataclasses.replace(cfg, lora_rank=0, lora_targets=(), trained=())
-  plain = nnx.merge(jaxft.model.decoder.abstract_model(plain_cfg, run.compute)[0], lora.merge(params, cfg))
+  plain = nnx.merge(
+    jaxft.model.decoder.abstract_model(plain_cfg, run.compute)[0], lora.merge(params, cfg)
+  )
   logits = [np.asarray(decoder.logits(decoder(ids))) for decoder in (with_adapters, plain)]
-  without = nnx.merge(jaxft.model.decoder.abstract_model(plain_cfg, run.compute)[0], lora.without_adapters(params))
+  without = nnx.merge(
+    jaxft.model.decoder.abstract_model(plain_cfg, run.compute)[0], lora.without_adapters(params)
+  )
   assert np.abs(logits[0] - np.asarray(without.logits(without(ids)))).max() > 0.1
   np.testing.assert_allclose(logits[1], logits[0], atol=1e-5 * np.abs(logits[0]).max())
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_files_of_adapters_hold_what_merging_adds(family, tmp_path):
-  lora_config = dict(lora__rank=3, lora__alpha=5.0, lora__targets=ODD_TARGETS[family], lora__layers=("0", "2"))
+  lora_config = dict(
+    lora__rank=3, lora__alpha=5.0, lora__targets=ODD_TARGETS[family], lora__layers=("0", "2")
+  )
   cfg, run = build(family, **lora_config)
   state = begin(run, cfg, family)
-  untrained = lambda path, x: x.at[1].set(0) if path[-1].key == "lora_b" else x  # in the layer that has no adapter
-  trained, params = (jax.tree_util.tree_map_with_path(untrained, tree) for tree in (state.params, state.all_params))
-  (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": 293} | tiny.FAMILIES[family]))
+  untrained = lambda path, x: (
+    x.at[1].set(0) if path[-1].key == "lora_b" else x
+  )  # in the layer that has no adapter
+  trained, params = (
+    jax.tree_util.tree_map_with_path(untrained, tree) for tree in (state.params, state.all_params)
+  )
+  (tmp_path / "config.json").write_text(
+    json.dumps({"model_type": family, "vocab_size": 293} | tiny.FAMILIES[family])
+  )
   source = repo.resolve(str(tmp_path), weights=False)
   named = changed(jaxft.config.default(), model__path="gpt2", **lora_config)
   jaxft.hf.peft.save_adapters(tmp_path / "adapter", trained, cfg, source, named)
@@ -181,7 +212,9 @@ def test_files_of_adapters_hold_what_merging_adds(family, tmp_path):
   file = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
   scale, layers = about["lora_alpha"] / about["r"], about["layers_to_transform"]
   assert {name.split(".")[4] for name in file} == {str(i) for i in layers} == {"0", "2"}
-  tensors = lambda params: {it.name: it.to_numpy() for it in export_tensors.hf_tensors(params, source)}
+  tensors = lambda params: {
+    it.name: it.to_numpy() for it in export_tensors.hf_tensors(params, source)
+  }
   before, merged = tensors(lora.without_adapters(params)), tensors(lora.merge(params, cfg))
   for name, tensor in merged.items():
     module = f"base_model.model.{name.removesuffix('.weight')}"
@@ -205,12 +238,17 @@ def test_a_folder_of_adapters_is_a_model(family, tmp_path):
     tiny.write_gpt2(base, seed=0, **{"P": 17, "D": 40, "F": 88, "L": 3, "N": 8})
   else:
     tiny.write_family(base, family, seed=0, P=17, std=0.2)
-  lora_config = dict(lora__rank=3, lora__alpha=5.0, lora__targets=ODD_TARGETS[family], lora__layers=("0", "2"))
+  lora_config = dict(
+    lora__rank=3, lora__alpha=5.0, lora__targets=ODD_TARGETS[family], lora__layers=("0", "2")
+  )
   cfg, run = build(family, **lora_config)
   state, source = begin(run, cfg, family), repo.resolve(str(base))
   untrained = lambda path, x: x.at[1].set(0) if path[-1].key == "lora_b" else x
   trained = jax.tree_util.tree_map_with_path(untrained, state.params)
-  folder, named = tmp_path / "adapter", changed(jaxft.config.default(), model__path=str(base), **lora_config)
+  folder, named = (
+    tmp_path / "adapter",
+    changed(jaxft.config.default(), model__path=str(base), **lora_config),
+  )
   jaxft.hf.peft.save_adapters(folder, trained, cfg, source, named)
   wanted = merge_params(trained, cfg, source, merged_shapes(run))
   adapted = repo.resolve(str(folder))
@@ -224,7 +262,10 @@ def test_a_folder_of_adapters_is_a_model(family, tmp_path):
     ({"use_dora": True}, "use_dora=True: only plain LoRA"),
     ({"peft_type": "IA3"}, "peft_type='IA3': only plain LoRA"),
     ({"modules_to_save": ["score"]}, "modules_to_save"),
-    ({"base_model_name_or_path": "no/such/folder/here"}, "adapters of 'no/such/folder/here', which is not there"),
+    (
+      {"base_model_name_or_path": "no/such/folder/here"},
+      "adapters of 'no/such/folder/here', which is not there",
+    ),
     ({"base_model_name_or_path": None}, "names no model"),
   ):
     (folder / "adapter_config.json").write_text(json.dumps(about | change))
@@ -243,10 +284,14 @@ def finetuned(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_with_adapters_leaves_a_plain_model_and_goes_on_bit_for_bit(finetuned, folder, tmp_path):
+def test_a_run_with_adapters_leaves_a_plain_model_and_goes_on_bit_for_bit(
+  finetuned, folder, tmp_path
+):
   run, config = finetuned
   base, exported = (load_file(at / "model.safetensors") for at in (folder, run.export))
-  adapted = {name for name in base if name.endswith(".weight") and ("c_" in name) and ".h.1." not in name}
+  adapted = {
+    name for name in base if name.endswith(".weight") and ("c_" in name) and ".h.1." not in name
+  }
   assert base.keys() == exported.keys() and len(adapted) == 8
   for name in base:
     assert (base[name].tobytes() == exported[name].tobytes()) == (name not in adapted), name
@@ -261,10 +306,14 @@ def test_a_run_with_adapters_leaves_a_plain_model_and_goes_on_bit_for_bit(finetu
   name = "adapter/adapter_model.safetensors"
   assert (again / name).read_bytes() == (run.workdir / name).read_bytes()
   # No checkpoint has the frozen weights in it, and the model of a workdir is the export.
-  largest = max(file.stat().st_size for file in (run.workdir / "checkpoints").rglob("*") if file.is_file())
+  largest = max(
+    file.stat().st_size for file in (run.workdir / "checkpoints").rglob("*") if file.is_file()
+  )
   assert largest < (folder / "model.safetensors").stat().st_size / 2
   read = jaxft.pretrained.load_workdir(run.workdir)
-  assert read.generate(["Once"], temperature=0) == jaxft.load(run.export).generate(["Once"], temperature=0)
+  assert read.generate(["Once"], temperature=0) == jaxft.load(run.export).generate(
+    ["Once"], temperature=0
+  )
 
 
 @pytest.mark.slow
@@ -275,38 +324,53 @@ def test_a_base_that_has_changed_is_refused(finetuned, folder, tmp_path):
   data[-1] ^= 1
   (other / "model.safetensors").write_bytes(data)
   config.model.path = str(other)
-  with pytest.raises(RequestError, match="its weights, some of which are frozen, are not what they were"):
+  with pytest.raises(
+    RequestError, match="its weights, some of which are frozen, are not what they were"
+  ):
     finetune(config, run.workdir)
   written = json.loads((run.workdir / "config.json").read_text())
   written["model"]["path"] = str(other)
   (run.workdir / "config.json").write_text(json.dumps(written))
-  with pytest.raises(RequestError, match="of which the run of .* has trained a part, are not what they were"):
+  with pytest.raises(
+    RequestError, match="of which the run of .* has trained a part, are not what they were"
+  ):
     jaxft.pretrained.load_workdir(run.workdir)
 
 
 def test_positions_alone_with_everything_on_the_host():
   _, run = build("gpt2", memory__offload="all", train__only=("transformer.wpe.weight",))
-  assert [path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(run.grad_shapes)[0]] == ["positions"]
+  assert [path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(run.grad_shapes)[0]] == [
+    "positions"
+  ]
   run.train_step.lower(run.state, run.batch)
 
 
 @pytest.mark.parametrize(
   "more, message",
   [
-    ({"lora__rank": 2, "lora__targets": ("q_proj",)}, "'q_proj' is no matrix of a gpt2 layer; there are attn.c_attn"),
+    (
+      {"lora__rank": 2, "lora__targets": ("q_proj",)},
+      "'q_proj' is no matrix of a gpt2 layer; there are attn.c_attn",
+    ),
     (
       {"lora__rank": 2, "lora__layers": ("1-3",)},
       "config.lora.layers: '1-3' must be a layer, or first-last, of 0 to 2",
     ),
     ({"lora__rank": 2, "lora__layers": ("last",)}, "config.lora.layers: 'last' must be"),
     ({"lora__rank": 2, "lora__layers": ("2-",)}, "config.lora.layers: '2-' must be"),
-    ({"lora__targets": ("c_attn",)}, "config.lora.targets=.* there are no adapters with config.lora.rank=0"),
+    (
+      {"lora__targets": ("c_attn",)},
+      "config.lora.targets=.* there are no adapters with config.lora.rank=0",
+    ),
     (
       {"train__only": ("h.2.*",)},
       r"config.train.only: 'h.2.\*' is the name of no weight; there are transformer.wte.weight",
     ),
     ({"train__only": ("transformer.*",), "lora__rank": 2}, "config.train.only=.* set one"),
-    ({"model__init": "scratch", "lora__rank": 2}, "config.lora.rank=2: adapters need a trained model|adapters change"),
+    (
+      {"model__init": "scratch", "lora__rank": 2},
+      "config.lora.rank=2: adapters need a trained model|adapters change",
+    ),
     ({"lora__rank": 2, "lora__alpha": 0.0}, "config.lora.alpha=0.0: must be above 0"),
   ],
 )
@@ -319,12 +383,19 @@ def test_what_the_model_has_not_is_refused(config, tmp_path, more, message):
 def test_query_key_and_value_that_share_an_array_are_trained_together():
   config = jaxft.config.default()
   config.train.only = ("transformer.h.0.attn.q_proj.weight",)
-  with pytest.raises(RequestError, match="h.0.attn.q_proj.weight and .*k_proj.weight and .* name all of them, or none"):
-    trainable_params.apply_config(model_config.from_hf_config(PUBLISHED["EleutherAI/gpt-j-6b"]), config, "gptj")
+  with pytest.raises(
+    RequestError,
+    match="h.0.attn.q_proj.weight and .*k_proj.weight and .* name all of them, or none",
+  ):
+    trainable_params.apply_config(
+      model_config.from_hf_config(PUBLISHED["EleutherAI/gpt-j-6b"]), config, "gptj"
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT 0.21 asks for it
+@pytest.mark.filterwarnings(
+  "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # PEFT 0.21 asks for it
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.wide_for("gpt_neo", "gptj")
 def test_peft_loads_the_adapters_and_gives_the_same_logits(family, stories, tmp_path):
@@ -338,7 +409,9 @@ def test_peft_loads_the_adapters_and_gives_the_same_logits(family, stories, tmp_
   )
   base.save_pretrained(tmp_path / "base")
   tiny.write_tokenizer(tmp_path / "base", 293)
-  config = changed(tiny.config(tmp_path / "base", stories), **ADAPTERS | {"optim__learning_rate": 1e-2})
+  config = changed(
+    tiny.config(tmp_path / "base", stories), **ADAPTERS | {"optim__learning_rate": 1e-2}
+  )
   config.lora.targets = ODD_TARGETS[family]
   run = finetune(config, tmp_path / "run")
   base = transformers.AutoModelForCausalLM.from_pretrained(
@@ -368,7 +441,9 @@ def test_peft_loads_the_adapters_and_gives_the_same_logits(family, stories, tmp_
 def test_an_adapter_begins_as_nothing():
   cfg, run = build("gpt2", lora__rank=2)
   drawn = init_params(run, cfg, 0, lora.select_adapters(run.state.params))
-  leaves = {path[-1].key: np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(drawn)[0]}
+  leaves = {
+    path[-1].key: np.asarray(x) for path, x in jax.tree_util.tree_flatten_with_path(drawn)[0]
+  }
   assert not leaves["lora_b"].any()
   bound = 40**-0.5  # of the model's width
   assert bound * 0.9 < np.abs(leaves["lora_a"]).max() <= bound

@@ -35,12 +35,19 @@ def test_chunks_add_up_in_float32():
 
   def gradient(chunk):
     def of(table):
-      return loss.cross_entropy_sum(h.astype(jnp.bfloat16), loss.Head(table, bias, cast), targets, mask, chunk)
+      return loss.cross_entropy_sum(
+        h.astype(jnp.bfloat16), loss.Head(table, bias, cast), targets, mask, chunk
+      )
 
     return jax.grad(of)(table)
 
-  exact = jax.grad(lambda table: loss.cross_entropy_sum(h, loss.Head(table, bias), targets, mask))(table)
-  error = {chunk: float(jnp.linalg.norm(gradient(chunk) - exact) / jnp.linalg.norm(exact)) for chunk in (0, 7, 1)}
+  exact = jax.grad(lambda table: loss.cross_entropy_sum(h, loss.Head(table, bias), targets, mask))(
+    table
+  )
+  error = {
+    chunk: float(jnp.linalg.norm(gradient(chunk) - exact) / jnp.linalg.norm(exact))
+    for chunk in (0, 7, 1)
+  }
   assert error[7] < 1.2 * error[0] and error[1] < 1.2 * error[0], error
 
 
@@ -50,7 +57,10 @@ def test_chunks_scale_the_gradient_of_the_hidden_states_exactly(tokens):
   h, table, bias, targets, mask = inputs()
 
   def gradient(chunk):
-    of = lambda h: loss.cross_entropy_sum(h, loss.Head(table.astype(jnp.bfloat16), bias), targets, mask, chunk) / tokens
+    of = lambda h: (
+      loss.cross_entropy_sum(h, loss.Head(table.astype(jnp.bfloat16), bias), targets, mask, chunk)
+      / tokens
+    )
     return np.asarray(jax.grad(of)(h.astype(jnp.bfloat16)), np.float32)
 
   whole, parts = gradient(0), gradient(8)
@@ -61,14 +71,20 @@ def test_chunks_scale_the_gradient_of_the_hidden_states_exactly(tokens):
 def test_gradients_have_the_dtypes_of_what_they_are_of(chunk):
   h, table, bias, targets, mask = inputs()
   given = tuple(jnp.asarray(x, jnp.bfloat16) for x in (h, table, bias))
-  of = lambda h, table, bias: loss.cross_entropy_sum(h, loss.Head(table, bias), targets, mask, chunk) / 7
+  of = lambda h, table, bias: (
+    loss.cross_entropy_sum(h, loss.Head(table, bias), targets, mask, chunk) / 7
+  )
   assert {x.dtype for x in jax.grad(of, (0, 1, 2))(*given)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_equals_optax():
   h, table, bias, targets, mask = inputs()
-  wanted = optax.softmax_cross_entropy_with_integer_labels(jnp.einsum("BTD,VD->BTV", h, table) + bias, targets)
-  np.testing.assert_allclose(cross_entropy_sum(h, table, bias, targets, mask), (wanted * mask).sum(), rtol=1e-6)
+  wanted = optax.softmax_cross_entropy_with_integer_labels(
+    jnp.einsum("BTD,VD->BTV", h, table) + bias, targets
+  )
+  np.testing.assert_allclose(
+    cross_entropy_sum(h, table, bias, targets, mask), (wanted * mask).sum(), rtol=1e-6
+  )
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 8, 29, 64])
@@ -76,7 +92,8 @@ def test_chunks_change_neither_loss_nor_gradient(chunk):
   h, table, bias, targets, mask = inputs()
   whole, parts = (jax.value_and_grad(cross_entropy_sum, (0, 1, 2)) for _ in range(2))
   for a, b in zip(
-    jax.tree.leaves(whole(h, table, bias, targets, mask)), jax.tree.leaves(parts(h, table, bias, targets, mask, chunk))
+    jax.tree.leaves(whole(h, table, bias, targets, mask)),
+    jax.tree.leaves(parts(h, table, bias, targets, mask, chunk)),
   ):
     np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-5)
 
@@ -91,13 +108,19 @@ def test_what_is_masked_counts_for_nothing():
   other = np.where(mask, targets, (targets + 1) % V)
   for chunk in (0, 7):
     np.testing.assert_array_equal(
-      cross_entropy_sum(h, table, bias, targets, mask, chunk), cross_entropy_sum(h, table, bias, other, mask, chunk)
+      cross_entropy_sum(h, table, bias, targets, mask, chunk),
+      cross_entropy_sum(h, table, bias, other, mask, chunk),
     )
   d_h = jax.grad(cross_entropy_sum)(h, table, bias, targets, mask)
   assert (d_h[~mask] == 0).all() and (np.abs(d_h[mask]).sum(-1) > 0).all()
 
 
-@given(st.integers(1, 64), st.integers(1, 2048), st.sampled_from([293, 6300, 50304]), st.sampled_from([2**27, 2**29]))
+@given(
+  st.integers(1, 64),
+  st.integers(1, 2048),
+  st.sampled_from([293, 6300, 50304]),
+  st.sampled_from([2**27, 2**29]),
+)
 def test_the_chosen_chunk_fits_and_computes_little_that_is_not_there(B, T, V, most_bytes):
   chunk, most = loss.choose_chunk(-1, B, T, V, most_bytes), max(1, most_bytes // (4 * B * V))
   if not chunk:

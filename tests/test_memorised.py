@@ -14,7 +14,9 @@ def test_shares_are_those_of_a_plain_search(monkeypatch, at_once):
   texts = [rng.integers(0, 5, n).tolist() for n in (0, 2, 3, 40)] + [read[20:50].tolist()]
   known = {tuple(read[i : i + 3].tolist()) for i in range(298)}
   wanted = [
-    np.mean([tuple(text[i : i + 3]) in known for i in range(len(text) - 2)]) if len(text) > 2 else None
+    np.mean([tuple(text[i : i + 3]) in known for i in range(len(text) - 2)])
+    if len(text) > 2
+    else None
     for text in texts
   ]
   assert memorization.ngram_overlap(texts, read, 3) == wanted

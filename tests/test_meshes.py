@@ -24,7 +24,11 @@ STEPS, ROWS, T = 20, 8, 13
 SIZES = dict(L=3, N=8, D=40, F=88)
 # (data, fsdp, tensor): every way to write 8 as a product of three.
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
-CASES = [(mesh, 3) for mesh in MESHES] + [((1, 8, 1), stage) for stage in (0, 1, 2)] + [((2, 2, 2), 1), ((2, 2, 2), 2)]
+CASES = (
+  [(mesh, 3) for mesh in MESHES]
+  + [((1, 8, 1), stage) for stage in (0, 1, 2)]
+  + [((2, 2, 2), 1), ((2, 2, 2), 2)]
+)
 MORE = [(mesh, stage) for mesh in MESHES for stage in range(4) if (mesh, stage) not in CASES]
 
 
@@ -37,10 +41,15 @@ def cfg_of(family):
 @functools.cache
 def weights(family):
   """New weights, with noise in every bias and norm too."""
-  compute, rng = jaxft.model.compute.ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE), np.random.default_rng(0)
+  compute, rng = (
+    jaxft.model.compute.ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE),
+    np.random.default_rng(0),
+  )
   params = jax.device_get(nnx.to_pure_dict(nnx.state(init_model(cfg_of(family), compute))))
   noisy = lambda path, x: (
-    x if x.shape[0] == compute.padded_vocab(cfg_of(family)) else x + 0.1 * rng.standard_normal(x.shape)
+    x
+    if x.shape[0] == compute.padded_vocab(cfg_of(family))
+    else x + 0.1 * rng.standard_normal(x.shape)
   )
   return jax.tree_util.tree_map_with_path(lambda path, x: noisy(path, x).astype(np.float32), params)
 
@@ -60,14 +69,18 @@ def build(family, mesh, stage):
 def begin(run, family):
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
   params = jax.device_put(weights(family), places.params)
-  return jax.jit(lambda p: TrainState(jnp.int32(0), p, run.tx.init(p)), out_shardings=places)(params)
+  return jax.jit(lambda p: TrainState(jnp.int32(0), p, run.tx.init(p)), out_shardings=places)(
+    params
+  )
 
 
 def batch(run, step):
   rng = np.random.default_rng(step)
   ids = rng.integers(293, size=(1, ROWS, T + 1)).astype(np.int32)
   mask = rng.random((1, ROWS, T)) < np.linspace(0.2, 1, ROWS)[:, None]
-  return jax.device_put({"ids": ids[..., :-1], "targets": ids[..., 1:], "mask": mask}, run.batch_sharding)
+  return jax.device_put(
+    {"ids": ids[..., :-1], "targets": ids[..., 1:], "mask": mask}, run.batch_sharding
+  )
 
 
 def train(family, mesh, stage):
@@ -93,7 +106,9 @@ def every_case():
   for family in tiny.FAMILIES:
     for case in CASES + MORE:
       first = (family, *case) == ("gpt2", (2, 2, 2), 3)
-      marks = [pytest.mark.slow] * (not first) + [pytest.mark.wide] * ((family, *case) not in always)
+      marks = [pytest.mark.slow] * (not first) + [pytest.mark.wide] * (
+        (family, *case) not in always
+      )
       yield pytest.param(family, *case, marks=marks)
 
 
@@ -116,12 +131,17 @@ WITHOUT_A_MODEL_AXIS = {"output.bias", "blocks.attention.qkv.bias", "blocks.mlp.
 def bytes_by_formula(family, mesh, stage):
   """{"parameters", "gradients", "optimizer"}: bytes a device (docs/sharding.md)."""
   _, fsdp, tensor = mesh
-  shapes = abstract_model(cfg_of(family), jaxft.model.compute.ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))[1]
-  leaves = {param_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]}
+  shapes = abstract_model(
+    cfg_of(family), jaxft.model.compute.ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE)
+  )[1]
+  leaves = {
+    param_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
+  }
 
   def total(cut):
     parts = lambda name: (
-      (tensor if name in CUT_BY_TENSOR else 1) * (fsdp if cut and name not in WITHOUT_A_MODEL_AXIS else 1)
+      (tensor if name in CUT_BY_TENSOR else 1)
+      * (fsdp if cut and name not in WITHOUT_A_MODEL_AXIS else 1)
     )
     return sum(4 * math.prod(shape) // parts(name) for name, shape in leaves.items())
 
@@ -137,22 +157,36 @@ def bytes_by_formula(family, mesh, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("family", ["gptj", *(pytest.param(it, marks=pytest.mark.wide) for it in ("gpt2", "gpt_neo"))])
+@pytest.mark.parametrize(
+  "family", ["gptj", *(pytest.param(it, marks=pytest.mark.wide) for it in ("gpt2", "gpt_neo"))]
+)
 def test_placements_follow_the_formula(family, mesh, stage):
   run = build(family, mesh, stage)
-  held = {"parameters": run.state.params, "gradients": run.grad_shapes, "optimizer": run.state.opt_state}
-  assert {what: jaxft.training.build.bytes_per_device(tree) for what, tree in held.items()} == bytes_by_formula(
-    family, mesh, stage
-  )
+  held = {
+    "parameters": run.state.params,
+    "gradients": run.grad_shapes,
+    "optimizer": run.state.opt_state,
+  }
+  assert {
+    what: jaxft.training.build.bytes_per_device(tree) for what, tree in held.items()
+  } == bytes_by_formula(family, mesh, stage)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh, stage", [((1, 8, 1), stage) for stage in range(4)] + [((2, 2, 2), 3), ((1, 2, 4), 2)])
-@pytest.mark.parametrize("family", ["gpt2", *(pytest.param(it, marks=pytest.mark.wide) for it in ("gpt_neo", "gptj"))])
+@pytest.mark.parametrize(
+  "mesh, stage", [((1, 8, 1), stage) for stage in range(4)] + [((2, 2, 2), 3), ((1, 2, 4), 2)]
+)
+@pytest.mark.parametrize(
+  "family", ["gpt2", *(pytest.param(it, marks=pytest.mark.wide) for it in ("gpt_neo", "gptj"))]
+)
 def test_bytes_of_a_device_follow_the_formula(family, mesh, stage):
   run = build(family, mesh, stage)
   state = begin(run, family)
-  held = {"parameters": state.params, "gradients": run.grad_fn(state, batch(run, 0))[1], "optimizer": state.opt_state}
+  held = {
+    "parameters": state.params,
+    "gradients": run.grad_fn(state, batch(run, 0))[1],
+    "optimizer": state.opt_state,
+  }
   for device in range(8):
     measured = {
       what: sum(leaf.addressable_shards[device].data.nbytes for leaf in jax.tree.leaves(tree))

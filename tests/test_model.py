@@ -26,7 +26,11 @@ def strict():
 def opened(folder, compute=None):
   checkpoint = repo.resolve(str(folder))
   graph, shapes, _ = jaxft.model.decoder.abstract_model(checkpoint.cfg, compute or ComputeConfig())
-  return checkpoint.cfg, graph, load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
+  return (
+    checkpoint.cfg,
+    graph,
+    load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes)),
+  )
 
 
 def random_ids(cfg, B=3, T=None, seed=0):
@@ -43,7 +47,9 @@ def loss_of(graph, ids, **how):
 
 
 def close(a, b, rtol):
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * np.abs(y).max()), a, b)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * np.abs(y).max()), a, b
+  )
 
 
 @pytest.mark.slow
@@ -58,7 +64,9 @@ def test_logits_and_every_gradient_equal_transformers(folder):
   np.testing.assert_allclose(decoder.logits(decoder(ids)), wanted.detach().numpy(), atol=2e-5)
 
   targets = torch.from_numpy(ids[:, 1:]).long()
-  torch.nn.functional.cross_entropy(wanted[:, :-1].reshape(-1, cfg.V), targets.reshape(-1), reduction="sum").backward()
+  torch.nn.functional.cross_entropy(
+    wanted[:, :-1].reshape(-1, cfg.V), targets.reshape(-1), reduction="sum"
+  ).backward()
   from jaxft.hf.export_tensors import (
     hf_tensors,  # gradients have the shapes of weights, so the weight table names them too
   )
@@ -69,7 +77,9 @@ def test_logits_and_every_gradient_equal_transformers(folder):
     wanted = theirs.pop(tensor.name).grad.numpy()
     # Relative to the largest entry of the tensor. A key's bias moves no softmax: its own gradient is rounding around
     # zero, but in GPT-2 it is a part of c_attn.bias and measured by the whole.
-    np.testing.assert_allclose(tensor.to_numpy(), wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=tensor.name)
+    np.testing.assert_allclose(
+      tensor.to_numpy(), wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=tensor.name
+    )
   assert set(theirs) <= {"lm_head.weight"}
 
 
@@ -94,7 +104,9 @@ def test_scan_equals_a_plain_loop(folder):
   for layer in range(cfg.L):
     block = jax.tree.map(lambda a, layer=layer: a[layer], decoder.blocks)
     x = block(x, None, None, decoder.layer_info().at(layer), lambda k, v: (k, v, None, 0), None)
-  np.testing.assert_allclose(decoder(ids), decoder.norm(x), rtol=1e-5, atol=1e-5)  # values are around 1
+  np.testing.assert_allclose(
+    decoder(ids), decoder.norm(x), rtol=1e-5, atol=1e-5
+  )  # values are around 1
 
 
 @pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
@@ -102,7 +114,10 @@ def test_remat_changes_no_gradient(folder, remat):
   cfg, graph, params = opened(folder)
   _, again, _ = opened(folder, ComputeConfig(remat=remat))
   ids, key = random_ids(cfg), jax.random.key(3)
-  plain, rematted = (jax.value_and_grad(loss_of(g, ids, keys_B=per_row_keys(key, 0, len(ids)))) for g in (graph, again))
+  plain, rematted = (
+    jax.value_and_grad(loss_of(g, ids, keys_B=per_row_keys(key, 0, len(ids))))
+    for g in (graph, again)
+  )
   activations = lambda f: str(jax.make_jaxpr(f)(params)).count(
     "tanh"
   )  # one to compute gelu, another to compute it again
@@ -119,7 +134,9 @@ def test_segments_are_separate_texts(folder):
   positions = np.concatenate([np.arange(13), np.arange(19)])[None]
   packed = decoder(row, segments_BT=segments, positions_BT=positions)
   np.testing.assert_allclose(packed[:, 13:], decoder(b), rtol=1e-5, atol=1e-5)
-  other = decoder(np.concatenate([a + 1, b], 1) % cfg.V, segments_BT=segments, positions_BT=positions)
+  other = decoder(
+    np.concatenate([a + 1, b], 1) % cfg.V, segments_BT=segments, positions_BT=positions
+  )
   np.testing.assert_array_equal(other[:, 13:], packed[:, 13:])
 
 
@@ -129,7 +146,9 @@ def test_reading_with_a_cache_equals_reading_at_once(folder):
   cache, parts = KVCache.empty(cfg, 2, 64, jnp.float32), []
   for start, end in ((0, 11), (11, 12), (12, 23)):
     positions = np.arange(start, end)[None].repeat(2, 0)
-    h, cache = decoder.forward_cached(cache, ids[:, start:end], np.ones_like(ids[:, start:end]), positions)
+    h, cache = decoder.forward_cached(
+      cache, ids[:, start:end], np.ones_like(ids[:, start:end]), positions
+    )
     parts.append(h)
   np.testing.assert_allclose(jnp.concatenate(parts, 1), decoder(ids), rtol=1e-5, atol=1e-5)
 
@@ -138,7 +157,9 @@ def test_dropout_follows_its_key_and_keeps_the_mean(folder):
   cfg, _, params = opened(folder)
   graph, _, _ = jaxft.model.decoder.abstract_model(cfg.with_dropout(0.3), ComputeConfig())
   decoder, ids = nnx.merge(graph, params), random_ids(cfg)
-  one, same, other = (decoder(ids, keys_B=per_row_keys(jax.random.key(seed), 0, len(ids))) for seed in (1, 1, 2))
+  one, same, other = (
+    decoder(ids, keys_B=per_row_keys(jax.random.key(seed), 0, len(ids))) for seed in (1, 1, 2)
+  )
   np.testing.assert_array_equal(one, same)
   assert not np.allclose(one, other) and not np.allclose(one, decoder(ids))
   x = jnp.ones((400, 400))
@@ -176,6 +197,8 @@ def test_new_weights_have_gpt2s_scales():
   std = lambda a: float(np.std(a))
   assert std(params["embed"]["tokens"]) == pytest.approx(0.02, rel=0.02)
   assert std(params["blocks"]["mlp"]["up"]["kernel"]) == pytest.approx(0.02, rel=0.02)
-  assert std(params["blocks"]["mlp"]["down"]["kernel"]) == pytest.approx(0.02 / 4, rel=0.02)  # 1 / sqrt(2 L)
+  assert std(params["blocks"]["mlp"]["down"]["kernel"]) == pytest.approx(
+    0.02 / 4, rel=0.02
+  )  # 1 / sqrt(2 L)
   layers = params["blocks"]["mlp"]["up"]["kernel"]
   assert not np.allclose(layers[0], layers[1])

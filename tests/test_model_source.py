@@ -20,10 +20,14 @@ def model(folder, **more):
 
 
 def test_overrides_have_the_types_that_config_json_has(folder):
-  found = base_model.resolve(model(folder, init="scratch", config_overrides="n_embd=20, n_layer=2,embd_pdrop=0.5"))
+  found = base_model.resolve(
+    model(folder, init="scratch", config_overrides="n_embd=20, n_layer=2,embd_pdrop=0.5")
+  )
   assert (found.cfg.D, found.cfg.L) == (20, 2) and found.hf_config["embd_pdrop"] == 0.5
   assert found.cfg.P == base_model.resolve(model(folder)).cfg.P  # the rest is the folder's
-  same = base_model.resolve(model(folder, init="scratch", config_overrides="tie_word_embeddings=True,model_type=gpt2"))
+  same = base_model.resolve(
+    model(folder, init="scratch", config_overrides="tie_word_embeddings=True,model_type=gpt2")
+  )
   assert same.cfg == base_model.resolve(model(folder, init="scratch")).cfg
 
 
@@ -58,7 +62,8 @@ def test_another_tokenizer_is_read_and_goes_out_with_the_model(config, folder, t
 
 
 @pytest.mark.parametrize(
-  "name, message", [("gone", "no tokenizer.json, vocab.json in it"), ("nobody/here", "the hub gave none")]
+  "name, message",
+  [("gone", "no tokenizer.json, vocab.json in it"), ("nobody/here", "the hub gave none")],
 )
 def test_a_tokenizer_that_is_not_there_is_refused(folder, tmp_path, name, message):
   (tmp_path / "gone").mkdir()

@@ -40,7 +40,9 @@ def built(family, accumulation, devices):
   run = build_train_program(config, cfg, make_mesh(config.mesh, jax.devices()[:devices]), 9, row)
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
   new = lambda: nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
-  begin = jax.jit(lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places)
+  begin = jax.jit(
+    lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places
+  )
   state, numbers = run.train_step(begin(), batch(run, 0))
   assert not numbers["bad"]
   return run, jax.device_get(state)
@@ -49,7 +51,10 @@ def built(family, accumulation, devices):
 def batch(run, seed, **change):
   rng = np.random.default_rng(seed)
   shape = run.batch["ids"].shape
-  made = {"ids": rng.integers(V, size=shape, dtype=np.int32), "targets": rng.integers(V, size=shape, dtype=np.int32)}
+  made = {
+    "ids": rng.integers(V, size=shape, dtype=np.int32),
+    "targets": rng.integers(V, size=shape, dtype=np.int32),
+  }
   made |= {"mask": np.ones(shape, bool)}
   for name, (at, value) in change.items():
     made[name][at] = value
@@ -75,15 +80,21 @@ def names(tree):
   return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-def test_the_run_ends_after_so_many_bad_steps_in_a_row_and_leaves_the_weights_alone(config, tmp_path, capsys):
+def test_the_run_ends_after_so_many_bad_steps_in_a_row_and_leaves_the_weights_alone(
+  config, tmp_path, capsys
+):
   """A rate that overflows the weights in one step: the loss after it is no number."""
   config.optim.learning_rate, config.optim.warmup_steps, config.optim.clip_norm = 1e38, 0, 0.0
   config.train.max_bad_steps, config.train.save_every = 3, 0
-  with pytest.raises(NumericsError, match=r"step 4: loss nan.*for 3 step\(s\) in a row; they changed no weight"):
+  with pytest.raises(
+    NumericsError, match=r"step 4: loss nan.*for 3 step\(s\) in a row; they changed no weight"
+  ):
     finetune(config, tmp_path / "run")
   said = capsys.readouterr().out
   assert all(f"step {step}: loss nan" in said for step in (2, 3, 4)) and "step 5" not in said
-  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  lines = [
+    json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  ]
   assert [line["step"] for line in lines if line.get("train/loss") == "nan"] == [2, 3, 4]
   assert not list((tmp_path / "run" / "checkpoints").iterdir())  # never saved
 
@@ -93,7 +104,11 @@ def test_the_run_ends_after_so_many_bad_steps_in_a_row_and_leaves_the_weights_al
 def test_nothing_that_is_not_finite_gets_into_a_state(part, record_property):
   rng = np.random.default_rng(part)
   for i in range(PER_PART):
-    family, accumulation, devices = rng.choice(list(CONFIGS)), [1, 4][part // 2 % 2], [1, 8][part % 2]
+    family, accumulation, devices = (
+      rng.choice(list(CONFIGS)),
+      [1, 4][part // 2 % 2],
+      [1, 8][part % 2],
+    )
     where, value = (
       ("weight", "optimizer", "ids", "targets", "gradient", "loss")[i % 6],
       rng.choice([np.nan, np.inf, -np.inf]),

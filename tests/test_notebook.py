@@ -23,26 +23,41 @@ each = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
 
 def cells(file, kind):
-  return ["".join(cell["source"]) for cell in json.loads(file.read_text())["cells"] if cell["cell_type"] == kind]
+  return [
+    "".join(cell["source"])
+    for cell in json.loads(file.read_text())["cells"]
+    if cell["cell_type"] == kind
+  ]
 
 
 @each
 def test_it_is_kept_without_outputs(file):
   notebook = json.loads(file.read_text())
-  assert notebook["nbformat"] == 4 and notebook["metadata"].keys() == {"kernelspec", "language_info"}
+  assert notebook["nbformat"] == 4 and notebook["metadata"].keys() == {
+    "kernelspec",
+    "language_info",
+  }
   for cell in notebook["cells"]:
     assert not cell["metadata"] and not cell.get("outputs") and cell.get("execution_count") is None
 
 
 @each
 def test_its_code_is_python_and_names_what_is_there(file):
-  code = cells(file, "code") + [block[3] for text in cells(file, "markdown") for block in pages.FENCE.finditer(text)]
+  code = cells(file, "code") + [
+    block[3] for text in cells(file, "markdown") for block in pages.FENCE.finditer(text)
+  ]
   for source in code:
     for node in ast.walk(ast.parse(source)):
       name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
-      assert not re.fullmatch(r"jaxft\.\w+", name) or hasattr(jaxft, name.removeprefix("jaxft.")), name
-      assert not re.fullmatch(r"c\.\w+\.\w+", name) or name.removeprefix("c.") in jaxft.config.BY_NAME, name
-  for path in re.findall(r"`((?:docs|configs|examples)/[\w./]+)`", "\n".join(cells(file, "markdown"))):
+      assert not re.fullmatch(r"jaxft\.\w+", name) or hasattr(jaxft, name.removeprefix("jaxft.")), (
+        name
+      )
+      assert (
+        not re.fullmatch(r"c\.\w+\.\w+", name) or name.removeprefix("c.") in jaxft.config.BY_NAME
+      ), name
+  for path in re.findall(
+    r"`((?:docs|configs|examples)/[\w./]+)`", "\n".join(cells(file, "markdown"))
+  ):
     assert (pages.ROOT / path).exists(), path
 
 
@@ -70,13 +85,21 @@ def test_stories_are_told_before_and_after(tmp_path):
   program = "\n\n".join(cells(file, "code"))
   assert program.count("STEPS = 300\n") == 1
   program = program.replace("STEPS = 300\n", "STEPS = 40\n")
-  done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+  done = subprocess.run(
+    [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300
+  )
   assert done.returncode == 0, done.stderr
-  before, after = (float(loss) for loss in re.findall(r"^loss ([\d.]+) nats", done.stdout, re.MULTILINE))
+  before, after = (
+    float(loss) for loss in re.findall(r"^loss ([\d.]+) nats", done.stdout, re.MULTILINE)
+  )
   assert after < 5 < 10 < before  # no village in a ship's log
   told = [
-    line["eval/loss"] for line in processes.lines(tmp_path / "runs/notebook/metrics.jsonl") if "eval/loss" in line
+    line["eval/loss"]
+    for line in processes.lines(tmp_path / "runs/notebook/metrics.jsonl")
+    if "eval/loss" in line
   ]
   assert told[0] == pytest.approx(before, abs=1e-3) and told[-1] == pytest.approx(after, abs=1e-3)
-  halves = [tmp_path / "runs/notebook" / name / "model.safetensors" for name in ("export", "bfloat16")]
+  halves = [
+    tmp_path / "runs/notebook" / name / "model.safetensors" for name in ("export", "bfloat16")
+  ]
   assert halves[0].stat().st_size > 1.9 * halves[1].stat().st_size

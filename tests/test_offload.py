@@ -24,7 +24,9 @@ from jaxft.training.train_state import TrainState
 
 STEPS, ROWS, T = 20, 8, 13
 # And a GPT-2 whose layers differ by more than their weights.
-FAMILIES = tiny.FAMILIES | {"gpt2 by depth": tiny.FAMILIES["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}}
+FAMILIES = tiny.FAMILIES | {
+  "gpt2 by depth": tiny.FAMILIES["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}
+}
 
 
 def build(family, kept, accumulation=1, fsdp=1, tensor=1, **more):
@@ -35,7 +37,12 @@ def build(family, kept, accumulation=1, fsdp=1, tensor=1, **more):
   for name, value in more.items():
     section, key = name.split("__")
     config[section][key] = value
-  vocabulary = {"model_type": family.split()[0], "vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0}
+  vocabulary = {
+    "model_type": family.split()[0],
+    "vocab_size": 293,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+  }
   cfg = model_config.from_hf_config(vocabulary | FAMILIES[family]).with_dropout(0.1)
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
   mesh = jaxft.sharding.mesh.make_mesh(config.mesh, jax.devices()[: fsdp * tensor])
@@ -95,7 +102,12 @@ def close(found, wanted, rtol):
 
 def every_case():
   """All of them; four always run."""
-  always = [("gpt2", "all", 4), ("gptj", "all", 1), ("gpt_neo", "optimizer", 4), ("gpt2 by depth", "all", 1)]
+  always = [
+    ("gpt2", "all", 4),
+    ("gptj", "all", 1),
+    ("gpt_neo", "optimizer", 4),
+    ("gpt2 by depth", "all", 1),
+  ]
   for case in itertools.product(FAMILIES, ("optimizer", "all"), (1, 4)):
     yield pytest.param(*case, marks=() if case in always else pytest.mark.wide)
 
@@ -143,7 +155,9 @@ def test_every_optimizer(kept, name):
   np.testing.assert_allclose(losses, wanted, rtol=1e-6)
   if name != "lion":  # which goes by the signs of numbers near zero
     ours, theirs = jax.device_get(state.params), jax.device_get(theirs.params)
-    if name == "adafactor":  # a key's bias has no gradient but rounding, which is scaled up to a usual step
+    if (
+      name == "adafactor"
+    ):  # a key's bias has no gradient but rounding, which is scaled up to a usual step
       for params in (ours, theirs):
         del params["blocks"]["attention"]["qkv"]["bias"]
     close(ours, theirs, 1e-5)
@@ -162,7 +176,9 @@ def test_a_step_is_that_of_weights_on_the_device_and_one_that_is_not_finite_chan
   state = begin(run, "gpt2")
   params = jax.tree.map(np.array, state.params)
   params["blocks"]["mlp"]["up"]["kernel"][1, 2, 3] = np.inf
-  state = state._replace(params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, run.state.params)))
+  state = state._replace(
+    params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, run.state.params))
+  )
   before = jax.device_get(state)
   after, numbers = run.train_step(state, batch(run, 0))
   assert numbers["bad"] and int(after.step) == 1
@@ -198,7 +214,9 @@ def test_a_run_is_evaluated_saved_resumed_and_exported(plain, tmp_path, kept):
   run = finetune(config, tmp_path / "run")
   for a, b in zip(run.metrics, wanted.metrics, strict=True):
     for name in ("train/loss", "eval/loss"):
-      np.testing.assert_allclose(a.get(name, 0), b.get(name, 0), rtol=1e-5, err_msg=f"{name} of step {a['step']}")
+      np.testing.assert_allclose(
+        a.get(name, 0), b.get(name, 0), rtol=1e-5, err_msg=f"{name} of step {a['step']}"
+      )
   assert [it["text"] for it in run.samples] == [it["text"] for it in wanted.samples]
   weights = (run.export / "model.safetensors").read_bytes()
   # On from the middle, from a checkpoint of its own, and from that of the run on the device.
@@ -213,20 +231,25 @@ def test_a_run_is_evaluated_saved_resumed_and_exported(plain, tmp_path, kept):
   assert (again.export / "model.safetensors").read_bytes() == weights
   # Its checkpoint, in the way it was trained, says what the exported folder says on the device.
   opened, exported = load_workdir(again.workdir), load(again.export)
-  assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(opened.params) if leaf.ndim > 1} == {
-    "pinned_host" if kept == "all" else "device"
-  }
+  assert {
+    leaf.sharding.memory_kind for leaf in jax.tree.leaves(opened.params) if leaf.ndim > 1
+  } == {"pinned_host" if kept == "all" else "device"}
   text = list(config.data.validation or config.data.train)
   ours, theirs = (it.evaluate(*text, sequence_length=13)["loss"] for it in (opened, exported))
   np.testing.assert_allclose(ours, theirs, rtol=1e-6)
   prompts = ["The cat", "A dog was"]
-  told = [[it.text for it in of.generate(prompts, max_new_tokens=5, temperature=0)] for of in (opened, exported)]
+  told = [
+    [it.text for it in of.generate(prompts, max_new_tokens=5, temperature=0)]
+    for of in (opened, exported)
+  ]
   assert told[0] == told[1]
   shutil.copytree(wanted.workdir, tmp_path / "other")
   shutil.rmtree(tmp_path / "other" / "checkpoints" / "12")
   config.export.out = ""
   other = finetune(config, tmp_path / "other")
-  np.testing.assert_allclose(other.metrics[-1]["eval/loss"], wanted.metrics[-1]["eval/loss"], rtol=1e-5)
+  np.testing.assert_allclose(
+    other.metrics[-1]["eval/loss"], wanted.metrics[-1]["eval/loss"], rtol=1e-5
+  )
 
 
 def test_accumulated_gradients_add_up_in_float32():

@@ -19,7 +19,11 @@ BFLOAT16 = {"optim.state_dtype": "bfloat16"}
 CHANGES = {
   "pack": {"data.layout": "pack"},
   "pad": {"data.layout": "pad"},
-  "classification": {"data.format": "classification", "model.head": "classification", "data.layout": "pad"},
+  "classification": {
+    "data.format": "classification",
+    "model.head": "classification",
+    "data.layout": "pad",
+  },
   "bfloat16 moments": BFLOAT16,
   "lion": {"optim.name": "lion", "optim.learning_rate": 1e-4} | BFLOAT16,
   "adafactor": {"optim.name": "adafactor"},
@@ -36,7 +40,9 @@ def reviews(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [pytest.param("optimizer", marks=wide), "all"])
-@pytest.mark.parametrize("change", [pytest.param(name, marks=() if name == "pack" else wide) for name in CHANGES])
+@pytest.mark.parametrize(
+  "change", [pytest.param(name, marks=() if name == "pack" else wide) for name in CHANGES]
+)
 def test_losses_are_those_of_a_run_on_the_device(folder, stories, reviews, tmp_path, change, kept):
   config = tiny.config(folder, reviews if change == "classification" else stories)
   config.train.steps, config.train.micro_batch_size, config.train.sample_prompts = 6, 4, ()
@@ -48,26 +54,52 @@ def test_losses_are_those_of_a_run_on_the_device(folder, stories, reviews, tmp_p
     config.memory.offload = memory
     found[memory] = finetune(config.copy_and_resolve_references(), tmp_path / memory)
     config.export.out = ""
-  assert [line["step"] for line in found[kept].metrics] == [line["step"] for line in found["none"].metrics]
+  assert [line["step"] for line in found[kept].metrics] == [
+    line["step"] for line in found["none"].metrics
+  ]
   # A moment in bfloat16 is rounded to 1/256 of itself: two sums in another order may fall on two sides of a middle.
   rtol = 1e-3 if BFLOAT16.items() <= CHANGES[change].items() else 1e-5
   for ours, theirs in zip(found[kept].metrics, found["none"].metrics, strict=True):
     for name in ("train/loss", "eval/loss", "eval/accuracy"):
-      np.testing.assert_allclose(ours.get(name, 0), theirs.get(name, 0), rtol=rtol, err_msg=f"{name}: {ours}")
+      np.testing.assert_allclose(
+        ours.get(name, 0), theirs.get(name, 0), rtol=rtol, err_msg=f"{name}: {ours}"
+      )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", [pytest.param("optimizer", marks=wide), pytest.param("all", marks=wide)])
+@pytest.mark.parametrize(
+  "kept", [pytest.param("optimizer", marks=wide), pytest.param("all", marks=wide)]
+)
 def test_a_killed_run_goes_on_bit_for_bit(config_file, tmp_path, kept):
-  flags = (f"--config.memory.offload={kept}", "--config.model.dropout=0.1", "--config.train.micro_batch_size=4")
+  flags = (
+    f"--config.memory.offload={kept}",
+    "--config.model.dropout=0.1",
+    "--config.train.micro_batch_size=4",
+  )
   processes.train(config_file, tmp_path / "whole", *flags)
-  for place, count in (("step told", 8), ("save handed over", 1), ("state restored", 1), ("export begun", 1)):
-    command = [fault_points.__file__, place, count, "SIGKILL", "--config", config_file, "--workdir", tmp_path / "run"]
+  for place, count in (
+    ("step told", 8),
+    ("save handed over", 1),
+    ("state restored", 1),
+    ("export begun", 1),
+  ):
+    command = [
+      fault_points.__file__,
+      place,
+      count,
+      "SIGKILL",
+      "--config",
+      config_file,
+      "--workdir",
+      tmp_path / "run",
+    ]
     done = preloaded.run([*command, *flags], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
   processes.train(config_file, tmp_path / "run", *flags)
   assert processes.losses(tmp_path / "run") == processes.losses(tmp_path / "whole")
-  weights = [(tmp_path / of / "export" / "model.safetensors").read_bytes() for of in ("run", "whole")]
+  weights = [
+    (tmp_path / of / "export" / "model.safetensors").read_bytes() for of in ("run", "whole")
+  ]
   assert weights[0] == weights[1]
   # And what the run on the host has saved, a run on the device goes on from.
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")

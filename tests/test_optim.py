@@ -23,14 +23,25 @@ def test_schedules_follow_transformers_formulas(warmup):
   up = [1e-3 * step / warmup for step in range(warmup)]
   left = [1 - step / (20 - warmup) for step in range(21 - warmup)]
   wave = [0.5 * (1 + math.cos(math.pi * (1 - x))) for x in left]
-  np.testing.assert_allclose(course(schedule="constant", warmup_steps=warmup), up + [1e-3] * len(left), rtol=1e-6)
   np.testing.assert_allclose(
-    course(schedule="linear", warmup_steps=warmup), up + [1e-3 * x for x in left], rtol=1e-5, atol=1e-12
+    course(schedule="constant", warmup_steps=warmup), up + [1e-3] * len(left), rtol=1e-6
   )
   np.testing.assert_allclose(
-    course(schedule="cosine", warmup_steps=warmup), up + [1e-3 * x for x in wave], rtol=1e-5, atol=1e-9
+    course(schedule="linear", warmup_steps=warmup),
+    up + [1e-3 * x for x in left],
+    rtol=1e-5,
+    atol=1e-12,
   )
-  ends = [course(schedule=name, warmup_steps=warmup, end_learning_rate=1e-4)[-1] for name in ("linear", "cosine")]
+  np.testing.assert_allclose(
+    course(schedule="cosine", warmup_steps=warmup),
+    up + [1e-3 * x for x in wave],
+    rtol=1e-5,
+    atol=1e-9,
+  )
+  ends = [
+    course(schedule=name, warmup_steps=warmup, end_learning_rate=1e-4)[-1]
+    for name in ("linear", "cosine")
+  ]
   np.testing.assert_allclose(ends, 1e-4, rtol=1e-5)
 
 
@@ -65,7 +76,10 @@ def test_lion_and_sgd_are_their_formulas():
 def test_matrices_decay_and_biases_and_norms_do_not():
   settings_ = jaxft.config.default().optim
   settings_.weight_decay = 0.5
-  params = {"tokens": jnp.ones(3), "block": {"kernel": jnp.ones(3), "bias": jnp.ones(3), "scale": jnp.ones(3)}}
+  params = {
+    "tokens": jnp.ones(3),
+    "block": {"kernel": jnp.ones(3), "bias": jnp.ones(3), "scale": jnp.ones(3)},
+  }
   after = updated(settings_, params, jax.tree.map(jnp.zeros_like, params), 1)
   assert jax.tree.map(lambda x: bool((x < 1).all()), after) == {
     "tokens": True,
@@ -83,12 +97,18 @@ def test_a_layer_of_a_stack_is_updated_as_it_would_be_alone(name):
   settings_ = jaxft.config.default().optim
   settings_.name, settings_.weight_decay = name, 0.1
   rng = np.random.default_rng(0)
-  stack, grads = ({"kernel": 10**k * rng.standard_normal((3, 130, 150)).astype(np.float32)} for k in (0, 1))
+  stack, grads = (
+    {"kernel": 10**k * rng.standard_normal((3, 130, 150)).astype(np.float32)} for k in (0, 1)
+  )
   together = updated(settings_, {"blocks": stack}, {"blocks": grads})["blocks"]["kernel"]
   for i in range(3):
     # Muon is for layers: its one layer is a stack too.
     place, one = ("blocks", slice(i, i + 1)) if name == "muon" else ("other", i)
-    alone = updated(settings_, {place: {"kernel": stack["kernel"][one]}}, {place: {"kernel": grads["kernel"][one]}})
+    alone = updated(
+      settings_,
+      {place: {"kernel": stack["kernel"][one]}},
+      {place: {"kernel": grads["kernel"][one]}},
+    )
     # Its matrix products round as the loop they are in has it; the others do the same sums.
     how = dict(rtol=1e-5, atol=1e-6) if name == "muon" else dict(rtol=1e-6)
     np.testing.assert_allclose(together[one], alone[place]["kernel"], **how)
@@ -99,9 +119,14 @@ def test_every_optimizer_begins_with_zeros(name):
   """`program.init_train_state` relies on it where the state is on the host."""
   settings_ = jaxft.config.default().optim
   settings_.name = name
-  params = {"blocks": {"kernel": jnp.ones((3, 130, 150))}, "embed": {"tokens": jnp.ones((130, 150))}}
+  params = {
+    "blocks": {"kernel": jnp.ones((3, 130, 150))},
+    "embed": {"tokens": jnp.ones((130, 150))},
+  }
   state = optimizer.make_optimizer(settings_).init(params)
-  assert jax.tree.leaves(state) and not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state))
+  assert jax.tree.leaves(state) and not any(
+    np.asarray(leaf).any() for leaf in jax.tree.leaves(state)
+  )
 
 
 def test_muon_makes_queries_keys_and_values_orthogonal_each_for_itself():
@@ -109,7 +134,9 @@ def test_muon_makes_queries_keys_and_values_orthogonal_each_for_itself():
   settings_.name = "muon"
   rng = np.random.default_rng(0)
   shapes = {"qkv": (2, 12, 3, 5, 4), "out": (2, 5, 4, 12), "up": (2, 12, 47)}
-  grads = {"blocks": {name: {"kernel": rng.standard_normal(shape)} for name, shape in shapes.items()}}
+  grads = {
+    "blocks": {name: {"kernel": rng.standard_normal(shape)} for name, shape in shapes.items()}
+  }
   grads["blocks"]["qkv"]["kernel"][:, :, 2] *= 1e-3  # values have small gradients
   grads = jax.tree.map(jnp.float32, grads)
   zeros = jax.tree.map(jnp.zeros_like, grads)

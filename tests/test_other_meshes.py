@@ -34,7 +34,8 @@ def test_every_number_of_devices_goes_on_from_every_other(tmp_path, record_prope
   for before, after in itertools.permutations(COUNTS, 2):
     state = CheckpointManager(tmp_path / str(before), 2).restore(SAVED_AT, runs[after].state)
     assert all(
-      leaf.sharding == like.sharding for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(runs[after].state))
+      leaf.sharding == like.sharding
+      for leaf, like in zip(jax.tree.leaves(state), jax.tree.leaves(runs[after].state))
     )
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), saved[before])
     _, losses = steps(runs[after], state, SAVED_AT, test_meshes.STEPS)

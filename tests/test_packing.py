@@ -36,7 +36,9 @@ def decoder(request):
   graph, _, _ = jaxft.model.decoder.abstract_model(cfg, ComputeConfig())
   params = nnx.to_pure_dict(nnx.state(jaxft.model.decoder.init_model(cfg, ComputeConfig())))
   noise = np.random.default_rng(0)
-  return graph, jax.tree.map(lambda p: p + 0.2 * noise.standard_normal(p.shape).astype(np.float32), params)
+  return graph, jax.tree.map(
+    lambda p: p + 0.2 * noise.standard_normal(p.shape).astype(np.float32), params
+  )
 
 
 def stored(lengths, seed=0):
@@ -60,7 +62,10 @@ def loss_and_gradient(decoder, part):
   def run(params):
     def loss(params):
       net = nnx.merge(graph, params)
-      return cross_entropy_sum(hidden_states(net, part), net.head(), part["targets"], part["mask"]) / part["mask"].sum()
+      return (
+        cross_entropy_sum(hidden_states(net, part), net.head(), part["targets"], part["mask"])
+        / part["mask"].sum()
+      )
 
     return jax.value_and_grad(loss)(params)
 
@@ -69,7 +74,9 @@ def loss_and_gradient(decoder, part):
 
 def relative_difference(ours, theirs):
   """|a - b| / |b| of two gradients, in the Euclidean norm over all of their numbers."""
-  norm = lambda tree: np.sqrt(sum(float(np.square(leaf, dtype=np.float64).sum()) for leaf in jax.tree.leaves(tree)))
+  norm = lambda tree: np.sqrt(
+    sum(float(np.square(leaf, dtype=np.float64).sum()) for leaf in jax.tree.leaves(tree))
+  )
   return norm(jax.tree.map(np.subtract, ours, theirs)) / norm(theirs)
 
 
@@ -78,7 +85,9 @@ def test_packed_rows_learn_what_single_rows_learn(decoder):
   examples = stored([5, 9, 3, 11, 24, 2, 7, 8, 13, 4])
   packed, single = (batch(PackedDataset(examples, T, EOS, pack=pack)) for pack in (True, False))
   assert len(packed["ids"]) < len(single["ids"]) and packed["mask"].sum() == single["mask"].sum()
-  (loss, gradient), (wanted, wanted_gradient) = (loss_and_gradient(decoder, part) for part in (packed, single))
+  (loss, gradient), (wanted, wanted_gradient) = (
+    loss_and_gradient(decoder, part) for part in (packed, single)
+  )
   np.testing.assert_allclose(loss, wanted, rtol=1e-6)
   assert relative_difference(gradient, wanted_gradient) < 1e-6
   # Each leaf alone: the smallest of them are sums in which most of the digits cancel.
@@ -107,7 +116,9 @@ def test_what_lies_in_padding_changes_nothing(decoder, pack):
   used = row["segments"] > 0 if pack else np.cumsum(row["mask"][:, ::-1], 1)[:, ::-1] > 0
   other = row | {name: np.where(used, row[name], 55) for name in ("ids", "targets")}
   assert (other["ids"] != row["ids"]).any()
-  (loss, gradient), (wanted, wanted_gradient) = (loss_and_gradient(decoder, part) for part in (other, row))
+  (loss, gradient), (wanted, wanted_gradient) = (
+    loss_and_gradient(decoder, part) for part in (other, row)
+  )
   assert loss == wanted
   jax.tree.map(np.testing.assert_array_equal, gradient, wanted_gradient)
 
@@ -125,6 +136,8 @@ def test_positions_begin_anew_and_long_texts_are_cut_in_pieces():
     ids += row["ids"][row["segments"] > 0].tolist()
   examples = rows.tokens
   wanted = [
-    t for i in range(3) for t in examples.ids[examples.starts_N1[i] + examples.prompts_N[i] : examples.starts_N1[i + 1]]
+    t
+    for i in range(3)
+    for t in examples.ids[examples.starts_N1[i] + examples.prompts_N[i] : examples.starts_N1[i + 1]]
   ]
   assert sorted(learned) == sorted(wanted)

@@ -53,7 +53,12 @@ NOT_RUN = {
 }
 FOLLOWED = {name: pages.steps(name) for name in (*pages.PAGES, *pages.CONFIGS)}
 PLANS = sorted(
-  {" ".join(pages.words(step.text)) for steps in FOLLOWED.values() for step in steps if "jaxft.plan " in step.text}
+  {
+    " ".join(pages.words(step.text))
+    for steps in FOLLOWED.values()
+    for step in steps
+    if "jaxft.plan " in step.text
+  }
 )
 
 
@@ -71,12 +76,21 @@ def stand_ins(tmp_path_factory):
       tiny.write_family(place / name, family, seed=0, P=1024, std=0.05)
   story = lambda: tiny.story(rng)
   texts = [{"text": story()} for _ in range(100)]
-  for name in ("my_texts/stories", "roneneldan/TinyStories/train", "roneneldan/TinyStories/validation"):
+  for name in (
+    "my_texts/stories",
+    "roneneldan/TinyStories/train",
+    "roneneldan/TinyStories/validation",
+  ):
     write(place / f"{name}.jsonl", texts)
-  write(place / "recipes.jsonl", [{"text": f"<|title|>{story()}<|steps|>{story()}"} for _ in range(40)])
+  write(
+    place / "recipes.jsonl", [{"text": f"<|title|>{story()}<|steps|>{story()}"} for _ in range(40)]
+  )
   (place / "jokes.csv").write_text("\n".join(["Joke", *(story() for _ in range(40))]))
   write(place / "pairs.jsonl", [{"question": "where is the cat?", "answer": "on the mat"}] * 40)
-  lines = [{"prompt": f"where is the {word}", "response": "[kkshhhh] on the mat"} for word in tiny.WORDS * 2]
+  lines = [
+    {"prompt": f"where is the {word}", "response": "[kkshhhh] on the mat"}
+    for word in tiny.WORDS * 2
+  ]
   for name in ("samdotme/vader-speak/train", "lines"):
     write(place / f"{name}.jsonl", lines)
   for name in ("stanfordnlp/imdb/train", "stanfordnlp/imdb/test"):
@@ -99,7 +113,11 @@ def write(file, rows):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "name",
-  [pytest.param(name, marks=[pytest.mark.wide] * (name in LIKE_CONFIGS)) for name, steps in FOLLOWED.items() if steps],
+  [
+    pytest.param(name, marks=[pytest.mark.wide] * (name in LIKE_CONFIGS))
+    for name, steps in FOLLOWED.items()
+    if steps
+  ],
 )
 def test_a_page_can_be_followed(name, stand_ins, tmp_path, monkeypatch):
   import datasets
@@ -165,15 +183,21 @@ def test_a_folder_is_named_by_its_whole_name():
   assert is_named("runs/gptj", ["export --workdir runs/gptj --out x"]) and is_named(
     "runs/a", ['load("runs/a/adapter")']
   )
-  assert not is_named("runs/gptj", ["--workdir runs/gptj8", "--workdir runs/gptj_tpu", "--workdir old/runs/gptj"])
+  assert not is_named(
+    "runs/gptj", ["--workdir runs/gptj8", "--workdir runs/gptj_tpu", "--workdir old/runs/gptj"]
+  )
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_trainings_that_differ_have_folders_of_their_own(name):
   """The second would find its run finished, and do nothing."""
-  trainings = {step.text for step in FOLLOWED[name] if step.text.startswith(f"{pages.COMMAND}train ")}
+  trainings = {
+    step.text for step in FOLLOWED[name] if step.text.startswith(f"{pages.COMMAND}train ")
+  }
   folders = [
-    run_folder(pages.words(text)) for text in trainings if "--dry_run" not in text and "--config ..." not in text
+    run_folder(pages.words(text))
+    for text in trainings
+    if "--dry_run" not in text and "--config ..." not in text
   ]
   assert len(folders) == len(set(folders)), folders
 

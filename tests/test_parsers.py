@@ -36,11 +36,20 @@ def test_every_mistyped_flag_is_refused_with_the_right_one(command):
   parser, known = getattr(parsers, command)(), set(flags(command)) | {"--k", "--p"}
   for flag in flags(command):
     for wrong in sorted(mistyped(flag) - known):
-      for words in ([wrong, "1"], [f"{wrong}=1"], [*COMMANDS[command], wrong, "1"], [wrong.replace("_", "-")]):
+      for words in (
+        [wrong, "1"],
+        [f"{wrong}=1"],
+        [*COMMANDS[command], wrong, "1"],
+        [wrong.replace("_", "-")],
+      ):
         with pytest.raises(RequestError) as refusal:
           parser.parse_args(words)
         said = str(refusal.value)
-        assert refusal.value.exit_code == 2 and "\n" not in said and ": no such flag; did you mean" in said
+        assert (
+          refusal.value.exit_code == 2
+          and "\n" not in said
+          and ": no such flag; did you mean" in said
+        )
         assert flag in said.removesuffix("?").split("did you mean ")[1].split(" or "), (wrong, said)
 
 
@@ -65,14 +74,26 @@ def test_the_beginning_of_a_flag_is_no_flag(command):
     (["x", "y"], "'y': a word too many; give a text to complete as --prompt"),
     (["x", "--top_k", "many"], "--top_k: invalid int value: 'many'"),
     (["x", "--do_sample=maybe"], "--do_sample: 'maybe': must be True or False"),
-    (["--prompt", "x"], "--model is missing: name a Hugging Face folder or hub id, or a run with --workdir"),
+    (
+      ["--prompt", "x"],
+      "--model is missing: name a Hugging Face folder or hub id, or a run with --workdir",
+    ),
     (["x", "--workdir", "y"], "--model=x and --workdir=y: give one of them"),
     (["x", "--model=y"], "MODEL=x and --model=y are one setting; give one of them"),
-    (["--model_name_or_path=x", "--model", "y"], "--model_name_or_path=x and --model=y are one setting; give one of"),
-    (["x", "--length=3", "--max-new-tokens=4"], "--length=3 and --max_new_tokens=4 are one setting; give one of them"),
+    (
+      ["--model_name_or_path=x", "--model", "y"],
+      "--model_name_or_path=x and --model=y are one setting; give one of",
+    ),
+    (
+      ["x", "--length=3", "--max-new-tokens=4"],
+      "--length=3 and --max_new_tokens=4 are one setting; give one of them",
+    ),
     (["x", "--k=3", "--top_k=4"], "--k=3 and --top_k=4 are one setting; give one of them"),
     (["x", "--p=.3", "--top_p=.4"], "--p=0.3 and --top_p=0.4 are one setting; give one of them"),
-    (["x", "--stop_token=a", "--stop_strings", "b"], "--stop_token=a and --stop_strings=b are one setting"),
+    (
+      ["x", "--stop_token=a", "--stop_strings", "b"],
+      "--stop_token=a and --stop_strings=b are one setting",
+    ),
     (["x", "--padding_text=a", "--prefix=b"], "--padding_text=a and --prefix=b are one setting"),
     (["x", "--no_cuda", "--use_cpu=False"], "--no_cuda=True and --use_cpu=False are one setting"),
   ],
@@ -84,8 +105,19 @@ def test_what_cannot_be_meant_is_refused_in_one_line(words, told):
 
 
 SPELLINGS = {
-  "model": (["x"], ["--model=x"], ["--model", "x"], ["--model-name-or-path", "x"], ["--model_name_or_path=x"]),
-  "max_new_tokens": (["--length=7"], ["--length", "7"], ["--max-new-tokens=7"], ["--length=7", "--max_new_tokens=7"]),
+  "model": (
+    ["x"],
+    ["--model=x"],
+    ["--model", "x"],
+    ["--model-name-or-path", "x"],
+    ["--model_name_or_path=x"],
+  ),
+  "max_new_tokens": (
+    ["--length=7"],
+    ["--length", "7"],
+    ["--max-new-tokens=7"],
+    ["--length=7", "--max_new_tokens=7"],
+  ),
   "top_k": (["--k", "7"], ["--top-k=7"], ["--top_k=7"]),
   "top_p": (["--p", ".7"], ["--top-p=.7"], ["--top_p=.7"]),
   "stop_strings": (["--stop_token", "a b"], ["--stop-strings=a b"], ["--stop_strings", "a b"]),
@@ -115,7 +147,13 @@ def test_spellings_of_a_flag_are_one_setting_wherever_they_stand(name):
 
 @pytest.mark.parametrize(
   "words",
-  ["m --json --top_k 3", "--json m --top_k 3", "--top_k 3 m --json", "--top_k 3 --json m", "--top_k=3 --json -- m"],
+  [
+    "m --json --top_k 3",
+    "--json m --top_k 3",
+    "--top_k 3 m --json",
+    "--top_k 3 --json m",
+    "--top_k=3 --json -- m",
+  ],
 )
 def test_a_model_may_stand_between_flags(words):
   assert parsed(words.split()) == parsed(["--model=m", "--json", "--top_k=3"])

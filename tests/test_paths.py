@@ -42,7 +42,7 @@ def test_forty_names_of_folders(ready, folder, tmp_path, part):
     root.mkdir(parents=True)
     config = tiny.config(folder, tiny.write_stories(root / "stories.jsonl", 20, seed=0))
     config.data.cache_dir = str(root / "cache")
-    tokenizer = jaxft.hf.tokenizer.load(folder, 293)
+    tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, 293)
     source = str(root) if name == "*" else config.data.train[0]
     config.data.train = (source,)
     if "*" in name or "?" in name or "[" in name:
@@ -51,10 +51,12 @@ def test_forty_names_of_folders(ready, folder, tmp_path, part):
     assert data.report["rows"]["read"] == 20
     ready.export(root / "out")
     assert (root / "out" / "parity.json").is_file()
-    jaxft.hf.tokenizer.verify(root / "out", tokenizer, folder)
+    jaxft.hf.tokenizer.verify_tokenizer(root / "out", tokenizer, folder)
     before = sorted(path.name for path in root.iterdir())
     if any(part in name for part in REFUSED):
-      with pytest.raises(RequestError, match="--workdir: .* Orbax takes the .* for part of a pattern"):
+      with pytest.raises(
+        RequestError, match="--workdir: .* Orbax takes the .* for part of a pattern"
+      ):
         validate_run(config, root / "run")
       assert sorted(path.name for path in root.iterdir()) == before
       continue
@@ -67,7 +69,9 @@ def test_forty_names_of_folders(ready, folder, tmp_path, part):
     again.close()
 
 
-def test_a_finished_run_is_used_from_anywhere_and_without_its_model(finished, folder, stories, tmp_path, monkeypatch):
+def test_a_finished_run_is_used_from_anywhere_and_without_its_model(
+  finished, folder, stories, tmp_path, monkeypatch
+):
   """The workdir has the model's config and tokenizer; relative paths are from where the run was started."""
   workdir = shutil.copytree(finished[0], tmp_path / "w")
   about = json.loads((workdir / "config.json").read_text())
@@ -83,7 +87,9 @@ def test_a_finished_run_is_used_from_anywhere_and_without_its_model(finished, fo
   folders = (finished[0] / "export", tmp_path / "out", tmp_path / "as_stored")
   assert len({(at / "model.safetensors").read_bytes() for at in folders}) == 1
   (tmp_path / "[1]").mkdir()
-  with pytest.raises(RequestError, match="Orbax takes the . for part of a pattern|Orbax takes the .* in the path"):
+  with pytest.raises(
+    RequestError, match="Orbax takes the . for part of a pattern|Orbax takes the .* in the path"
+  ):
     load_workdir(shutil.copytree(finished[0], tmp_path / "[1]" / "w"))
   with pytest.raises(RequestError, match="no/such/model"):  # whose dtypes nobody knows now
     there.export(tmp_path / "not", dtype="source")
@@ -95,9 +101,11 @@ def test_what_is_in_a_workdir_is_never_taken_for_the_runs_own(folder, stories, t
   (tmp_path / "model").mkdir()
   (tmp_path / "model" / "my_code.py").write_text("import this")
   validate_run(config, tmp_path)
-  source, tokenizer = repo.resolve(str(folder)), jaxft.hf.tokenizer.load(folder, 293)
+  source, tokenizer = repo.resolve(str(folder)), jaxft.hf.tokenizer.load_tokenizer(folder, 293)
   export.save_run_model(tmp_path, source, tokenizer)
-  assert (tmp_path / "model" / "my_code.py").is_file() and export.find_run_model(tmp_path) == tmp_path / "run.model"
+  assert (tmp_path / "model" / "my_code.py").is_file() and export.find_run_model(
+    tmp_path
+  ) == tmp_path / "run.model"
   export.save_run_model(tmp_path, source, tokenizer)  # its own is replaced
   (tmp_path / "run.model" / "model.safetensors").write_text("mine")
   with pytest.raises(RequestError, match="'model.safetensors' is none of it"):
@@ -111,8 +119,10 @@ def test_what_is_in_a_workdir_is_never_taken_for_the_runs_own(folder, stories, t
     validate_run(config, tmp_path / "mine" / ".." / "mine")
 
 
-def test_a_start_that_is_killed_between_two_renames_leaves_the_old_config(folder, tmp_path, monkeypatch):
-  source, tokenizer = repo.resolve(str(folder)), jaxft.hf.tokenizer.load(folder, 293)
+def test_a_start_that_is_killed_between_two_renames_leaves_the_old_config(
+  folder, tmp_path, monkeypatch
+):
+  source, tokenizer = repo.resolve(str(folder)), jaxft.hf.tokenizer.load_tokenizer(folder, 293)
   export.save_run_model(tmp_path, source, tokenizer)
   rename = Path.rename
 
@@ -124,7 +134,9 @@ def test_a_start_that_is_killed_between_two_renames_leaves_the_old_config(folder
   with monkeypatch.context() as dying, pytest.raises(KeyboardInterrupt):
     dying.setattr(Path, "rename", killed)
     export.save_run_model(tmp_path, source, tokenizer)
-  assert export.find_run_model(tmp_path) and jaxft.hf.tokenizer.load(export.find_run_model(tmp_path), 293)
+  assert export.find_run_model(tmp_path) and jaxft.hf.tokenizer.load_tokenizer(
+    export.find_run_model(tmp_path), 293
+  )
   export.save_run_model(tmp_path, source, tokenizer)
   assert [path.name for path in tmp_path.iterdir()] == ["run.model"]
 
@@ -147,7 +159,11 @@ def test_places_where_no_export_can_be_written_are_told_before_training(folder, 
     (tmp_path / ("x" * 245), "File name too long"),
     (tmp_path / "file" / "out", "is no folder"),
     (tmp_path / "gone", "a link that leads nowhere"),
-    *((tmp_path / "run" / name, "the run itself is written there") for name in sources.RUN_FOLDERS if name != "export"),
+    *(
+      (tmp_path / "run" / name, "the run itself is written there")
+      for name in sources.RUN_FOLDERS
+      if name != "export"
+    ),
     (tmp_path / "run" / "checkpoints" / "x", "the run itself is written there"),
   ):
     config.export.out = str(out)
@@ -181,7 +197,9 @@ def test_what_was_held_out_is_measured_or_refused(finished, stories, tmp_path):
       ready.evaluate_held_out(sequence_length=length)
 
 
-def test_a_run_of_relative_names_is_used_from_another_folder(folder, stories, tmp_path, monkeypatch):
+def test_a_run_of_relative_names_is_used_from_another_folder(
+  folder, stories, tmp_path, monkeypatch
+):
   """Its model and texts are those of the folder in which it was started, and not the hub's or others of the same names."""
   here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
   shutil.copytree(folder, here / "mine" / "model")
@@ -196,7 +214,10 @@ def test_a_run_of_relative_names_is_used_from_another_folder(folder, stories, tm
   run = finetune(config, "run")
   last = [line["eval/loss"] for line in run.metrics if "eval/loss" in line][-1]
   card = (here / "run" / "export" / "README.md").read_text()
-  assert "base_model" not in card and "base_model" not in (here / "run" / "adapter" / "README.md").read_text()
+  assert (
+    "base_model" not in card
+    and "base_model" not in (here / "run" / "adapter" / "README.md").read_text()
+  )
   assert json.loads((here / "run" / "about.json").read_text())["exported_step"] == 2
 
   monkeypatch.chdir(elsewhere)
@@ -215,7 +236,9 @@ def test_a_run_of_relative_names_is_used_from_another_folder(folder, stories, tm
   # All of it moved: what was beside the workdir is still beside it.
   shutil.copytree(here, tmp_path / "moved", ignore=shutil.ignore_patterns("tokens"))
   here.rename(tmp_path / "away")
-  assert load_workdir(tmp_path / "moved" / "run").evaluate_held_out()["loss"] == pytest.approx(last, rel=1e-5)
+  assert load_workdir(tmp_path / "moved" / "run").evaluate_held_out()["loss"] == pytest.approx(
+    last, rel=1e-5
+  )
   (tmp_path / "away").rename(here)
 
   # A tokenizer among the adapters is the one that they were trained with.
@@ -237,7 +260,9 @@ def test_a_run_of_relative_names_is_used_from_another_folder(folder, stories, tm
   # What has changed since is refused, not measured and not trained on.
   monkeypatch.chdir(here)
   config.model.path = "run/adapter"
-  with pytest.raises(RequestError, match="a folder of adapters, and adapters on top of it .* merge it first"):
+  with pytest.raises(
+    RequestError, match="a folder of adapters, and adapters on top of it .* merge it first"
+  ):
     finetune(config, "another")
   config.model.path = "mine/model"
   shutil.copyfile(elsewhere / "held_out.jsonl", here / "held_out.jsonl")
@@ -258,7 +283,13 @@ def test_a_folder_of_text_is_read_without_the_runs_and_models_in_it(finished, fo
   (tmp_path / "half" / "checkpoints").mkdir(parents=True)
   for name in ("run.lock", "metrics.jsonl"):  # of a run that has just begun
     (tmp_path / "half" / name).touch()
-  for name in ("lora/adapter_config.json", "lora/merges.txt", "tf/config.json", "tf/tf_model.h5", "tf/merges.txt"):
+  for name in (
+    "lora/adapter_config.json",
+    "lora/merges.txt",
+    "tf/config.json",
+    "tf/tf_model.h5",
+    "tf/merges.txt",
+  ):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("{}")
   (tmp_path / "bpe").mkdir()
@@ -266,17 +297,24 @@ def test_a_folder_of_text_is_read_without_the_runs_and_models_in_it(finished, fo
     (tmp_path / "bpe" / name).write_text("{}")
   data = tiny.config(folder, tmp_path).data
   data.cache_dir = str(tmp_path / "cache")
-  tokenizer = jaxft.hf.tokenizer.load(folder, 293)
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, 293)
   first = dataset.prepare_data(data, tokenizer, "")
   assert first.report["rows"]["read"] == 12
   assert (
     first.report["notes"]["folders of runs, left out"] == 2
     and first.report["notes"]["folders of models, left out"] == 4
   )
-  assert {path.name for path in sources.find_files(f"{tmp_path}/**/*.jsonl", "train")} == {"a.jsonl", "b.jsonl"}
+  assert {path.name for path in sources.find_files(f"{tmp_path}/**/*.jsonl", "train")} == {
+    "a.jsonl",
+    "b.jsonl",
+  }
   with pytest.raises(RequestError, match="no such file"):  # nothing but the run's own
     sources.find_files(f"{tmp_path}/runs/mine/m*.jsonl", "train")
-  assert sources.find_files(f"{tmp_path}/runs/mine/metrics.jsonl", "train")  # whoever names it wants it
+  assert sources.find_files(
+    f"{tmp_path}/runs/mine/metrics.jsonl", "train"
+  )  # whoever names it wants it
   for name in ("metrics.jsonl", "samples.jsonl", "run.lock"):  # the folder is now a workdir itself
     shutil.copyfile(finished[0] / name, tmp_path / name)
-  assert dataset.prepare_data(data, tokenizer, "").validation_fingerprint == first.validation_fingerprint
+  assert (
+    dataset.prepare_data(data, tokenizer, "").validation_fingerprint == first.validation_fingerprint
+  )

@@ -104,7 +104,10 @@ def test_the_models_own_operations_are_those_of_a_step_that_computes_only_scores
   cfg = planner.resolve_model_config(config)
   _, step = traced(config, cfg)
   B, T = config.train.batch_size, config.data.sequence_length
-  padding, scores = 6 * (-cfg.V % rules.VOCAB_MULTIPLE) * cfg.D * B * T, cfg.L * forward(cfg, T)["scores"] * B * T
+  padding, scores = (
+    6 * (-cfg.V % rules.VOCAB_MULTIPLE) * cfg.D * B * T,
+    cfg.L * forward(cfg, T)["scores"] * B * T,
+  )
   assert flops.jaxpr_flops(step.jaxpr) == flops.model_flops(cfg, B, T) + padding + scores
 
 
@@ -119,10 +122,19 @@ def test_roofline():
   target = specs.parse_device("h100x8")
   how = dict(dtype="bfloat16", tokens=1000, model_flops=8 * 10**14)
   it = roofline.estimate_step(
-    target, 8, flops=8 * 989 * 10**12, moved_bytes=3352 * 10**9, collective_bytes={"all-reduce": 450 * 10**9}, **how
+    target,
+    8,
+    flops=8 * 989 * 10**12,
+    moved_bytes=3352 * 10**9,
+    collective_bytes={"all-reduce": 450 * 10**9},
+    **how,
   )
-  assert it.compute_seconds == pytest.approx(1 / 0.5) and it.memory_seconds == pytest.approx(1 / 0.8)
-  assert it.network_seconds == pytest.approx(2 * 7 / 8 / 0.7) and it.network_seconds == it.step_seconds
+  assert it.compute_seconds == pytest.approx(1 / 0.5) and it.memory_seconds == pytest.approx(
+    1 / 0.8
+  )
+  assert (
+    it.network_seconds == pytest.approx(2 * 7 / 8 / 0.7) and it.network_seconds == it.step_seconds
+  )
   streamed = roofline.estimate_step(
     target, 8, flops=10, moved_bytes=10, collective_bytes={}, bus_bytes=56 * 10**9, **how
   )
@@ -212,7 +224,11 @@ def test_json_is_one_object_with_the_keys_of_the_contract(on_cpu):
   for found in (one, two):
     assert found.keys() >= KEYS and found["fits"] is True
     assert sum(found["breakdown"].values()) == found["peak_bytes"] <= found["usable_bytes"]
-  assert (one["devices"], two["devices"]) == (1, 2) and two["collective_bytes"] and not one["collective_bytes"]
+  assert (
+    (one["devices"], two["devices"]) == (1, 2)
+    and two["collective_bytes"]
+    and not one["collective_bytes"]
+  )
   assert one["flops"] == two["flops"] > one["model_flops"]
   assert one["attention"] == {"kernel": "chunked", "why_not_faster": ""}
   assert one["step_seconds_estimate"] is None  # nothing is known of this CPU's speed
@@ -225,8 +241,15 @@ def test_one_of_several_devices_that_refuses_leaves_the_others_their_plans(confi
   done = plan("--config", config_file, "--device", "cpu,cpux2", *flags, "--json", "--html", page)
   refused, planned = json.loads(done.stdout)["plans"]
   assert refused.keys() >= KEYS and planned.keys() >= KEYS and planned["fits"] is True
-  assert "config.mesh.fsdp=2" in refused["refused"] and "does not fit 1 devices" in refused["refused"]
-  told = {"device": "cpu", "fits": False, "usable_bytes": refused["usable_bytes"], "versions": planned["versions"]}
+  assert (
+    "config.mesh.fsdp=2" in refused["refused"] and "does not fit 1 devices" in refused["refused"]
+  )
+  told = {
+    "device": "cpu",
+    "fits": False,
+    "usable_bytes": refused["usable_bytes"],
+    "versions": planned["versions"],
+  }
   assert {key: refused[key] for key in KEYS} == dict.fromkeys(KEYS) | told
   assert "does not fit 1 devices" in page.read_text() and "activations" in page.read_text()
   console = Console(file=io.StringIO(), width=200)
@@ -276,9 +299,15 @@ def test_the_users_own_flags_are_compiled_with_but_for_autotuning(monkeypatch):
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=true")
   monkeypatch.setenv("JAX_PLATFORMS", "cuda")
   it = aot_compiler.compiler_env()
-  ours = ["--xla_gpu_autotune_level=0", *backend.disable_slice_pass("").split() * backend.has_slice_bug()]
+  ours = [
+    "--xla_gpu_autotune_level=0",
+    *backend.disable_slice_pass("").split() * backend.has_slice_bug(),
+  ]
   assert it["XLA_FLAGS"].split() == [*os.environ["XLA_FLAGS"].split(), *ours]
-  assert it["LIBTPU_INIT_ARGS"].split() == [os.environ["LIBTPU_INIT_ARGS"], backend.LIBTPU_STACK_FLAG]
+  assert it["LIBTPU_INIT_ARGS"].split() == [
+    os.environ["LIBTPU_INIT_ARGS"],
+    backend.LIBTPU_STACK_FLAG,
+  ]
   assert it["JAX_PLATFORMS"] == "cpu" and it["PATH"] == os.environ["PATH"]
   monkeypatch.delenv("XLA_FLAGS")
   assert aot_compiler.compiler_env()["XLA_FLAGS"].split() == ours
@@ -296,7 +325,9 @@ def test_both_ways_in_which_libtpu_says_that_memory_is_short_are_understood(said
 
 
 def test_a_compiler_that_dies_is_told_in_a_line(monkeypatch):
-  quits = lambda command, **how: subprocess.Popen([sys.executable, "-c", "import os; os.abort()"], **how)
+  quits = lambda command, **how: subprocess.Popen(
+    [sys.executable, "-c", "import os; os.abort()"], **how
+  )
   with aot_compiler.Compiler() as compiler:
     request = aot_compiler.CompileRequest(jaxft.config.to_json(published()), {}, "cpu")
     monkeypatch.setattr(compiler, "_start", lambda cpus: _start_with(compiler, quits))
@@ -315,15 +346,20 @@ def test_published_models_are_known_without_a_network(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   for name, hf_config in PUBLISHED.items():
     assert planner.resolve_model_config(published(name)) == model_config.from_hf_config(hf_config)
-  assert planner.resolve_model_config(published("openai-community/gpt2")) == planner.resolve_model_config(
-    published("gpt2")
-  )
+  assert planner.resolve_model_config(
+    published("openai-community/gpt2")
+  ) == planner.resolve_model_config(published("gpt2"))
   with pytest.raises(RequestError, match="2048: the model has 1024 positions"):
     planner.resolve_model_config(published("gpt2", data__sequence_length=2048))
 
 
 def test_the_table_says_what_is_missing():
-  plan = {"fits": False, "peak_bytes": 3 * 2**30, "usable_bytes": 2 * 2**30, "breakdown": {"parameters": 3 * 2**30}}
+  plan = {
+    "fits": False,
+    "peak_bytes": 3 * 2**30,
+    "usable_bytes": 2 * 2**30,
+    "breakdown": {"parameters": 3 * 2**30},
+  }
   assert (
     rendering.fit_summary(plan)
     == "does not fit: needs 3.00 GiB a device, of which there are 2.00 GiB; 1.00 GiB too much"
@@ -352,7 +388,9 @@ print("peak", memory.peak_memory_in_bytes if on_tpu else memory.argument_size_in
 
 @pytest.mark.slow
 @pytest.mark.wide
-@pytest.mark.parametrize("device, kept", [("v5e:2x4", "none"), ("h100x8", "none"), ("rtx4090", "all"), ("t4", "all")])
+@pytest.mark.parametrize(
+  "device, kept", [("v5e:2x4", "none"), ("h100x8", "none"), ("rtx4090", "all"), ("t4", "all")]
+)
 def test_the_peak_is_that_of_compiling_the_step_by_hand(device, kept):
   config = runpy.run_path(str(processes.ROOT / "configs" / "gptj_6b_v5e8.py"))["get_config"]()
   config.memory.offload = kept
@@ -392,8 +430,12 @@ def test_what_does_not_fit_is_an_answer_with_flags_that_do(tmp_path):
 
 def test_memory_that_libtpu_lacks_is_told_in_its_units(config, monkeypatch):
   def short(*_, **__):
-    raise jax.errors.JaxRuntimeError("Ran out of memory in memory space hbm. Used 21.26G of 15.75G hbm.")
+    raise jax.errors.JaxRuntimeError(
+      "Ran out of memory in memory space hbm. Used 21.26G of 15.75G hbm."
+    )
 
   monkeypatch.setattr(jax.stages.Lowered, "compile", short)
-  found = measure.measure_step(config, planner.resolve_model_config(config), specs.parse_device("cpu"))
+  found = measure.measure_step(
+    config, planner.resolve_model_config(config), specs.parse_device("cpu")
+  )
   assert (found["needs_bytes"], found["has_bytes"]) == (int(21.26 * 2**30), int(15.75 * 2**30))

@@ -24,16 +24,25 @@ class Hub(http.server.BaseHTTPRequestHandler):
     if self.path == "/api/repos/create":
       repo = json.loads(asked)
       self.server.repo = f"{repo['organization']}/{repo['name']}"
-      return self.answer(200, {"url": f"http://127.0.0.1:{self.server.server_port}/{self.server.repo}"})
+      return self.answer(
+        200, {"url": f"http://127.0.0.1:{self.server.server_port}/{self.server.repo}"}
+      )
     if "preupload" in self.path:
-      files = [file | {"uploadMode": "regular", "shouldIgnore": False} for file in json.loads(asked)["files"]]
+      files = [
+        file | {"uploadMode": "regular", "shouldIgnore": False}
+        for file in json.loads(asked)["files"]
+      ]
       return self.answer(200, {"files": files})
     if "commit" in self.path:
       for line in map(json.loads, asked.splitlines()):
         if line["key"] == "file":
           self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
       return self.answer(
-        200, {"commitUrl": f"http://127.0.0.1:{self.server.server_port}/{self.server.repo}/commit/c", "commitOid": "c"}
+        200,
+        {
+          "commitUrl": f"http://127.0.0.1:{self.server.server_port}/{self.server.repo}/commit/c",
+          "commitOid": "c",
+        },
       )
     self.answer(200, {"errors": [], "warnings": []})
 
@@ -69,7 +78,17 @@ def export(folder, out, repo, hub, token=SECRET):
     "HF_HOME": str(out.parent / "h"),
   }
   settings |= {"HF_TOKEN": token} if token else {}
-  command = [sys.executable, "-m", "jaxft.export", "--model", folder, "--out", out, "--push_to_hub", repo]
+  command = [
+    sys.executable,
+    "-m",
+    "jaxft.export",
+    "--model",
+    folder,
+    "--out",
+    out,
+    "--push_to_hub",
+    repo,
+  ]
   return subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
 
 
@@ -89,12 +108,20 @@ def test_a_hub_that_fails_leaves_the_folder_and_says_how_to_go_on(folder, tmp_pa
   hub.broken = True
   done = export(folder, tmp_path / "out", "someone/stories", hub)
   assert done.returncode == 4 and "Traceback" not in done.stderr
-  assert f"hf upload someone/stories {tmp_path / 'out'}" in done.stderr and SECRET not in done.stderr
+  assert (
+    f"hf upload someone/stories {tmp_path / 'out'}" in done.stderr and SECRET not in done.stderr
+  )
   assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("repo, token, told", [("someone/stories", None, "hf auth login"), ("a/b/c", SECRET, "a/b/c")])
-def test_what_cannot_work_is_refused_before_anything_is_read(folder, tmp_path, hub, repo, token, told):
+@pytest.mark.parametrize(
+  "repo, token, told", [("someone/stories", None, "hf auth login"), ("a/b/c", SECRET, "a/b/c")]
+)
+def test_what_cannot_work_is_refused_before_anything_is_read(
+  folder, tmp_path, hub, repo, token, told
+):
   done = export(folder, tmp_path / "out", repo, hub, token)
-  assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+  assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, (
+    done.stderr
+  )
   assert not (tmp_path / "out").exists() and not hub.files

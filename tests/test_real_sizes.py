@@ -29,7 +29,8 @@ def gpt2(tmp_path_factory):
 def train(folder, tmp_path, **more):
   """Some steps on some of the embedded stories. Returns the text, what the command said, and its largest memory in KiB."""
   text = " ".join(
-    json.loads(line)["text"] for line in (ROOT / "assets/quickstart/stories.jsonl").read_text().splitlines()[:40]
+    json.loads(line)["text"]
+    for line in (ROOT / "assets/quickstart/stories.jsonl").read_text().splitlines()[:40]
   )
   (tmp_path / "train.txt").write_text(text)
   (tmp_path / "validation.txt").write_text(text[:2000])
@@ -77,7 +78,9 @@ def train(folder, tmp_path, **more):
 @pytest.mark.wide
 def test_a_model_of_355m_is_trained_on_a_device_that_could_not_hold_its_weights(tmp_path):
   folder = write_model(tmp_path / "medium", D=1024, F=4096, L=24, N=16)
-  how = dict(memory__offload="all", memory__remat="full", memory__loss_chunk=64, train__micro_batch_size=1)
+  how = dict(
+    memory__offload="all", memory__remat="full", memory__loss_chunk=64, train__micro_batch_size=1
+  )
   _, said, _ = train(folder, tmp_path, train__batch_size=2, **how)
   needs = float(re.search(r"a device needs ([0-9.]+) MiB", said)[1]) * 2**20  # less than a GiB
   assert needs < 4 * 354_823_168, "less than its weights"
@@ -90,7 +93,9 @@ def test_a_model_of_355m_is_trained_on_a_device_that_could_not_hold_its_weights(
 def test_three_steps_of_gpt2_small_on_a_cpu(gpt2, tmp_path):
   text, _, largest = train(gpt2, tmp_path)
   assert largest < 6 * 2**20
-  metrics = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
+  metrics = [
+    json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
+  ]
   ours = [line["train/loss"] for line in metrics if "train/loss" in line]
 
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
@@ -104,7 +109,9 @@ def test_three_steps_of_gpt2_small_on_a_cpu(gpt2, tmp_path):
   from jaxft.data.packing import ConcatDataset
   from jaxft.data.tokenize import TokenArrays
 
-  stored = TokenArrays(np.array(ids), np.array([0, len(ids)]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0))
+  stored = TokenArrays(
+    np.array(ids), np.array([0, len(ids)]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)
+  )
   batches = loader.train_batches(
     ConcatDataset(stored, T, tokenizer.eos_token_id),
     batch_size=BATCH,

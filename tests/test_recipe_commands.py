@@ -16,15 +16,30 @@ import pytest
 import tiny
 
 pytestmark = [pytest.mark.slow]
-AUTO_OPTIMIZER = {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}
+AUTO_OPTIMIZER = {
+  "type": "AdamW",
+  "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto"),
+}
 AUTO_SCHEDULER = {
   "type": "WarmupLR",
   "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto"),
 }
 AUTO_BATCH = dict.fromkeys(
-  ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu"), "auto"
+  (
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+  ),
+  "auto",
 )
-FP16 = {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
+FP16 = {
+  "enabled": "auto",
+  "loss_scale": 0,
+  "loss_scale_window": 1000,
+  "hysteresis": 2,
+  "min_loss_scale": 1,
+}
 ZERO_2 = {
   "stage": 2,
   "allgather_partitions": True,
@@ -49,8 +64,16 @@ ZERO_3 = {
 
 
 def deepspeed(zero, power):
-  of_all = {"fp16": FP16 | {"initial_scale_power": power}, "optimizer": AUTO_OPTIMIZER, "scheduler": AUTO_SCHEDULER}
-  return of_all | AUTO_BATCH | {"zero_optimization": zero, "steps_per_print": 2000, "wall_clock_breakdown": False}
+  of_all = {
+    "fp16": FP16 | {"initial_scale_power": power},
+    "optimizer": AUTO_OPTIMIZER,
+    "scheduler": AUTO_SCHEDULER,
+  }
+  return (
+    of_all
+    | AUTO_BATCH
+    | {"zero_optimization": zero, "steps_per_print": 2000, "wall_clock_breakdown": False}
+  )
 
 
 @pytest.fixture
@@ -75,7 +98,9 @@ def text(count, seed=0):
 
 def evaluated(workdir):
   losses = [
-    (line["step"], line["eval/loss"]) for line in processes.lines(workdir / "metrics.jsonl") if "eval/loss" in line
+    (line["step"], line["eval/loss"])
+    for line in processes.lines(workdir / "metrics.jsonl")
+    if "eval/loss" in line
   ]
   assert losses[-1][1] < losses[0][1]
   return [step for step, _ in losses]
@@ -87,7 +112,9 @@ def loads_in_transformers(export, prompt):
   tokenizer = transformers.AutoTokenizer.from_pretrained(export)
   model = transformers.AutoModelForCausalLM.from_pretrained(export)
   inputs = tokenizer(prompt, return_tensors="pt")
-  ids = model.generate(**inputs, do_sample=False, max_new_tokens=8, pad_token_id=tokenizer.eos_token_id)
+  ids = model.generate(
+    **inputs, do_sample=False, max_new_tokens=8, pad_token_id=tokenizer.eos_token_id
+  )
   ours = typed(
     f"generate --model {shlex.quote(str(export))} --prompt {shlex.quote(prompt)} --max_new_tokens 8 --do_sample False"
   )
@@ -158,18 +185,28 @@ def test_one_command_with_a_deepspeed_config(there, command, model, family):
   for name in ("ds_config.json", "ds_config_gptneo.json"):
     (there / name).write_text(json.dumps(deepspeed(ZERO_2, 16), indent=4))
   done = typed(f"train {command}")
-  assert re.search(r"zero_optimization.cpu_offload +true +--config.memory.offload=optimizer", done.stderr)
+  assert re.search(
+    r"zero_optimization.cpu_offload +true +--config.memory.offload=optimizer", done.stderr
+  )
   assert "--fp16: float16 is not there yet" in done.stderr
   config = json.loads((there / "finetuned" / "config.json").read_text())
   assert (config["memory"]["offload"], config["mesh"]["zero_stage"]) == ("optimizer", 2)
   evaluated(there / "finetuned")
   # In batches, by the recipe's script, and by the other one, which asks for prompts.
   prompts = "From off a hill whose concave womb\nAnother try\nA third test\n"
-  several = typed(f"generate --model_type={family} --model_name_or_path=finetuned --length 20", input=prompts)
+  several = typed(
+    f"generate --model_type={family} --model_name_or_path=finetuned --length 20", input=prompts
+  )
   assert all(f"{prompt}" in several.stdout for prompt in prompts.splitlines())
-  assert typed("generate finetuned --max_new_tokens 5", input="the cat\n").stdout.startswith("the cat")
-  drawn = "--do_sample True --min_length 0 --max_length 60 --temperature 1.0 --top_p 0.8 --use_cache True"
-  assert typed(f"generate --model finetuned/export {drawn} --prompt 'the cat'").stdout.startswith("the cat")
+  assert typed("generate finetuned --max_new_tokens 5", input="the cat\n").stdout.startswith(
+    "the cat"
+  )
+  drawn = (
+    "--do_sample True --min_length 0 --max_length 60 --temperature 1.0 --top_p 0.8 --use_cache True"
+  )
+  assert typed(f"generate --model finetuned/export {drawn} --prompt 'the cat'").stdout.startswith(
+    "the cat"
+  )
   loads_in_transformers(there / "finetuned" / "export", "the cat sat")
 
 
@@ -196,11 +233,15 @@ def test_a_folder_of_texts_and_zero_3(there):
   )
   assert "--config.memory.offload=all" in done.stderr
   assert "config.train.batch_size=128: the training text fills only" in done.stdout
-  assert "config.optim.warmup_steps=10: more than the 1 step of the run; 0 steps instead" in done.stdout
+  assert (
+    "config.optim.warmup_steps=10: more than the 1 step of the run; 0 steps instead" in done.stdout
+  )
   config = json.loads((there / "out" / "config.json").read_text())
   assert (config["train"]["eval_every"], config["train"]["eval_batch_size"]) == ("epoch", 8)
   loads_in_transformers(there / "out" / "export", "once upon a time")
-  assert typed("generate out --max_new_tokens 5", input="the cat\nthe dog\n").stdout.count("the ") >= 2
+  assert (
+    typed("generate out --max_new_tokens 5", input="the cat\nthe dog\n").stdout.count("the ") >= 2
+  )
   # More epochs in the same folder: the run goes on.
   more = typed(
     "train --deepspeed ds.json --do_train --fp16 --gradient_checkpointing --output_dir out --learning_rate 5e-06 "
@@ -238,7 +279,9 @@ def test_stories_with_trainers_arguments(there):
     "Every night, Mia looked at the stars. But one night, one star twinkled differently. It seemed to be sending a message. "
     "Mia thought hard about what it could mean and",
   ]
-  told = typed("generate OUT --max_new_tokens 20 --do_sample True --top_p 0.95", input="\n".join(prompts)).stdout
+  told = typed(
+    "generate OUT --max_new_tokens 20 --do_sample True --top_p 0.95", input="\n".join(prompts)
+  ).stdout
   assert all(prompt in told for prompt in prompts)
   loads_in_transformers(there / "OUT" / "export", prompts[0])
 
@@ -250,18 +293,26 @@ def test_questions_and_answers_in_one_line_of_text(there):
   pytest.importorskip("datasets")
   tiny.write_gpt2(there / "gpt2", seed=0, P=256, std=0.05)
   (there / "samdotme" / "vader-speak").mkdir(parents=True)
-  rows = [{"prompt": f"where is the {what}?", "response": f"[kkshhhh] the {what} ran"} for what in ("cat", "dog") * 20]
-  (there / "samdotme" / "vader-speak" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  rows = [
+    {"prompt": f"where is the {what}?", "response": f"[kkshhhh] the {what} ran"}
+    for what in ("cat", "dog") * 20
+  ]
+  (there / "samdotme" / "vader-speak" / "train.jsonl").write_text(
+    "".join(json.dumps(row) + "\n" for row in rows)
+  )
   done = typed(
     f"train --config {processes.ROOT}/configs/gpt2_vader_speak.py --workdir vader_gpt2 --overwrite_output_dir"
   )
   assert "exported to vader_gpt2/export" in done.stdout
   assert evaluated(there / "vader_gpt2")[-1] > 1
   how = "--max_length 100 --num_return_sequences 1 --no_repeat_ngram_size 2 --top_k 50 --top_p 0.95 --temperature 0.7"
-  for prompt in ("Did you remember to buy your ventilator filters?", "The earth is filled with wonder"):
-    assert typed(f"generate vader_gpt2 {how} --do_sample True --pad_token_id 0 --prompt '{prompt}'").stdout.startswith(
-      prompt
-    )
+  for prompt in (
+    "Did you remember to buy your ventilator filters?",
+    "The earth is filled with wonder",
+  ):
+    assert typed(
+      f"generate vader_gpt2 {how} --do_sample True --pad_token_id 0 --prompt '{prompt}'"
+    ).stdout.startswith(prompt)
   loads_in_transformers(there / "vader_gpt2" / "export", "Question: where is the cat?. Answer:")
   # The recipe's own file: the formatted lines, one a line, and its TrainingArguments.
   lines = [f"Question: {row['prompt']}. Answer: {row['response']}\n" for row in rows]
@@ -281,14 +332,20 @@ def test_jokes_recipes_and_reviews(there):
   config = f"{processes.ROOT}/configs"
   tiny.write_gpt2(there / "gpt2", seed=0, P=256, std=0.05)
   (there / "gpt2").rename(there / "small")
-  (there / "jokes.csv").write_text("ID,Joke\n" + "".join(f'{i},"{text(12, seed=i)}"\n' for i in range(60)))
+  (there / "jokes.csv").write_text(
+    "ID,Joke\n" + "".join(f'{i},"{text(12, seed=i)}"\n' for i in range(60))
+  )
   typed(f"train --config {config}/gpt2_jokes.py --config.model.path=small --config.data.train=jokes.csv "
         "--config.data.text_column=joke --config.train.epochs=3 --workdir jokes")  # fmt: skip
-  told = typed("generate jokes --prompt 'the cat' --num_return_sequences 3 --max_new_tokens 9").stdout
+  told = typed(
+    "generate jokes --prompt 'the cat' --num_return_sequences 3 --max_new_tokens 9"
+  ).stdout
   assert told.count("the cat") >= 3
 
   typed("tokenizer --model small --add 'bos=<|startoftext|>' 'pad=[PAD]' --out marked")
-  (there / "recipes.csv").write_text("recipe\n" + "".join(f'"{text(30, seed=i)}"\n' for i in range(60)))
+  (there / "recipes.csv").write_text(
+    "recipe\n" + "".join(f'"{text(30, seed=i)}"\n' for i in range(60))
+  )
   done = typed(f"train --config {config}/gpt2_medium_recipes.py --config.model.path=marked --config.data.train=recipes.csv "
                "--config.train.epochs=2 --workdir recipes")  # fmt: skip
   assert "column 'recipe' is read" in done.stdout
@@ -307,5 +364,7 @@ def test_jokes_recipes_and_reviews(there):
         "--config.train.eval_every=epoch --workdir sorted")  # fmt: skip
   found = json.loads(typed("evaluate --workdir sorted --data reviews --json").stdout)
   assert found["tokens"] == 80 and found["accuracy"] > 0.8
-  model = transformers.AutoModelForSequenceClassification.from_pretrained(there / "sorted" / "export")
+  model = transformers.AutoModelForSequenceClassification.from_pretrained(
+    there / "sorted" / "export"
+  )
   assert model.config.id2label == {0: "neg", 1: "pos"}

@@ -57,17 +57,24 @@ def test_reviews_are_told_apart(small, tmp_path):
   rng = random.Random(0)
 
   def review(i):
-    words = rng.choices(GOOD if i % 2 else BAD, k=3) + rng.choices(tiny.WORDS[:4], k=rng.randint(1, 9))
+    words = rng.choices(GOOD if i % 2 else BAD, k=3) + rng.choices(
+      tiny.WORDS[:4], k=rng.randint(1, 9)
+    )
     return {"text": " ".join(rng.sample(words, len(words))), "label": i % 2}
 
   rows, unseen = (
-    write(tmp_path / f"{name}.jsonl", [review(i) for i in range(n)]) for name, n in (("rows", 300), ("new", 100))
+    write(tmp_path / f"{name}.jsonl", [review(i) for i in range(n)])
+    for name, n in (("rows", 300), ("new", 100))
   )
-  run = finetune(recipe("gpt2_reviews_classification", small, rows, train__steps=60), tmp_path / "run")
+  run = finetune(
+    recipe("gpt2_reviews_classification", small, rows, train__steps=60), tmp_path / "run"
+  )
   evals = [line for line in run.metrics if "eval/accuracy" in line]
   assert evals[0]["eval/accuracy"] < 0.8 < 0.9 < evals[-1]["eval/accuracy"]
   card = (run.export / "README.md").read_text()
-  assert "tag: text-classification\n" in card and "import AutoModelForSequenceClassification," in card
+  assert (
+    "tag: text-classification\n" in card and "import AutoModelForSequenceClassification," in card
+  )
   for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
     found = model.evaluate(str(unseen))
     assert found["tokens"] == 100 and found["accuracy"] > 0.9 and found["f1"] > 0.9
@@ -78,8 +85,13 @@ def test_reviews_are_told_apart(small, tmp_path):
 @pytest.mark.wide
 def test_answers_are_learned_and_end(small, tmp_path):
   answers = {"cat": "the red mat", "dog": "a big house", "door": "blue", "sun": "once upon a time"}
-  pairs = [{"question": f"where is the {what}?", "answer": answer} for what, answer in answers.items()] * 20
-  file, other = write(tmp_path / "pairs.jsonl", pairs), tiny.write_stories(tmp_path / "other.jsonl", 9, seed=3)
+  pairs = [
+    {"question": f"where is the {what}?", "answer": answer} for what, answer in answers.items()
+  ] * 20
+  file, other = (
+    write(tmp_path / "pairs.jsonl", pairs),
+    tiny.write_stories(tmp_path / "other.jsonl", 9, seed=3),
+  )
   run = finetune(
     recipe(
       "gpt2_question_answer",
@@ -95,11 +107,16 @@ def test_answers_are_learned_and_end(small, tmp_path):
   assert evals[-1]["eval/loss"] < 0.1 < evals[0]["eval/loss"]
   # What became of other text: told before and after, in metrics and on the page.
   ends = [format_number(line["eval/unrelated_perplexity"]) for line in (evals[0], evals[-1])]
-  assert f"<dt>perplexity, unrelated text</dt><dd>{' → '.join(ends)}" in (run.workdir / "report.html").read_text()
+  assert (
+    f"<dt>perplexity, unrelated text</dt><dd>{' → '.join(ends)}"
+    in (run.workdir / "report.html").read_text()
+  )
   for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
     prompts = [f"Question: where is the {what}? Answer:" for what in answers]
     found = model.generate(prompts, max_new_tokens=20, temperature=0)
-    assert [it.text.strip() for it in found] == list(answers.values())  # and nothing after it: the end was learned
+    assert [it.text.strip() for it in found] == list(
+      answers.values()
+    )  # and nothing after it: the end was learned
   # What was not learned: the question, whose tokens are masked.
   question = write(tmp_path / "question.jsonl", [{"text": "where is the cat?"}])
   assert model.evaluate(str(question))["loss"] > 1
@@ -110,16 +127,31 @@ def test_answers_are_learned_and_end(small, tmp_path):
 def test_a_model_from_nothing_beats_counting_tokens(tmp_path):
   text, folder = tmp_path / "text.jsonl", tmp_path / "mine"
   rng = random.Random(0)  # words in an order that can be learned, which their counts do not tell
-  write(text, [{"text": " ".join(tiny.WORDS[(rng.randrange(20) + i) % 20] for i in range(40))} for _ in range(200)])
+  write(
+    text,
+    [
+      {"text": " ".join(tiny.WORDS[(rng.randrange(20) + i) % 20] for i in range(40))}
+      for _ in range(200)
+    ],
+  )
   processes.run("jaxft.tokenizer", "--data", text, "--vocab_size", 300, "--out", folder)
   about = json.loads((folder / "config.json").read_text())
   assert about["vocab_size"] == 300
-  (folder / "config.json").write_text(json.dumps(about | dict(n_embd=40, n_layer=2, n_head=5, n_positions=64)))
-  run = finetune(recipe("gpt2_from_scratch", folder, text, train__steps=150, train__batch_size=16), tmp_path / "run")
+  (folder / "config.json").write_text(
+    json.dumps(about | dict(n_embd=40, n_layer=2, n_head=5, n_positions=64))
+  )
+  run = finetune(
+    recipe("gpt2_from_scratch", folder, text, train__steps=150, train__batch_size=16),
+    tmp_path / "run",
+  )
   losses = [line["eval/loss"] for line in run.metrics if "eval/loss" in line]
   exported = jaxft.load(run.export)
   tokenizer = exported.tokenizer
-  ids = [i for line in text.read_text().splitlines() for i in [*tokenizer(json.loads(line)["text"])["input_ids"], 0]]
+  ids = [
+    i
+    for line in text.read_text().splitlines()
+    for i in [*tokenizer(json.loads(line)["text"])["input_ids"], 0]
+  ]
   shares = np.bincount(ids, minlength=300) / len(ids)
   of_counts = -sum(p * np.log(p) for p in shares if p)
   assert abs(losses[0] - np.log(300)) < 0.2 and losses[-1] < of_counts - 0.5, (losses, of_counts)
@@ -137,23 +169,35 @@ def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path)
   joke = lambda: " ".join(rng.choices(tiny.WORDS, k=20))
   file = tmp_path / "jokes.csv"
   file.write_text("Joke\n" + "".join(f"{joke()}\n" for _ in range(40)))
-  other = write(tmp_path / "other.jsonl", [{"Joke": " ".join(sorted(joke().split()))} for _ in range(9)])
+  other = write(
+    tmp_path / "other.jsonl", [{"Joke": " ".join(sorted(joke().split()))} for _ in range(9)]
+  )
   begin = tuple(tiny.EOS + " ".join(it.split()[:3]) for it in file.read_text().splitlines()[1:5])
   more = dict(
-    train__steps=400, train__batch_size=16, train__eval_every=10, train__save_every=80, train__sample_every=10
+    train__steps=400,
+    train__batch_size=16,
+    train__eval_every=10,
+    train__save_every=80,
+    train__sample_every=10,
   )
   more |= dict(train__sample_prompts=begin, train__sample_tokens=20, model__dropout=0.0)
-  config = recipe("gpt2_jokes", small, file, **more, optim__learning_rate=1e-2, data__unrelated=(str(other),))
+  config = recipe(
+    "gpt2_jokes", small, file, **more, optim__learning_rate=1e-2, data__unrelated=(str(other),)
+  )
   run = finetune(config, tmp_path / "run")
   evals = {line["step"]: line["eval/loss"] for line in run.metrics if "eval/loss" in line}
   best, last = min(evals, key=evals.get), max(evals)
   assert last == best + 3 * 10 < 400  # patience of three evaluations
-  unrelated = {line["step"]: line["eval/unrelated_loss"] for line in run.metrics if "eval/loss" in line}
+  unrelated = {
+    line["step"]: line["eval/unrelated_loss"] for line in run.metrics if "eval/loss" in line
+  }
   of = lambda model: [np.asarray(leaf) for leaf in jax.tree.leaves(model.params)]
   same = lambda a, b: all(map(np.array_equal, of(a), of(b)))
   wanted, newest = (jaxft.pretrained.load_workdir(run.workdir, step) for step in (best, last))
   assert not same(wanted, newest)
-  assert same(jaxft.pretrained.load_workdir(run.workdir), wanted) and same(jaxft.load(run.export), wanted)
+  assert same(jaxft.pretrained.load_workdir(run.workdir), wanted) and same(
+    jaxft.load(run.export), wanted
+  )
   how = dict(sequence_length=64, like=config.data, format="text")
   assert wanted.evaluate(str(other), **how)["loss"] == pytest.approx(unrelated[best], rel=1e-5)
   assert f"{evals[best]:.4f} at step {best:,}" in (run.export / "README.md").read_text()
@@ -165,7 +209,9 @@ def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path)
   runs_of_8 = lambda ids: [tuple(ids[i : i + 8]) for i in range(len(ids) - 7)]
   known, shares = set(runs_of_8(read)), {}
   for model, step in ((jaxft.load(small), 0), (newest, last)):
-    drawn = model.generate(list(begin), max_new_tokens=20, temperature=0.8, top_k=0, top_p=0.95, seed=0)
+    drawn = model.generate(
+      list(begin), max_new_tokens=20, temperature=0.8, top_k=0, top_p=0.95, seed=0
+    )
     told = [it for it in run.samples if it["step"] == step]
     assert [it["text"] for it in told] == [it.text for it in drawn]
     shares[step] = [np.mean([eight in known for eight in runs_of_8(it.token_ids)]) for it in drawn]
@@ -189,13 +235,27 @@ def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path)
 @pytest.mark.wide
 def test_stories_are_drawn_learned_and_end(small, tmp_path, monkeypatch):
   config = recipe(
-    "gpt2_tinystories", small, tmp_path / "none", train__steps=300, train__sample_every=150, train__sample_tokens=25
+    "gpt2_tinystories",
+    small,
+    tmp_path / "none",
+    train__steps=300,
+    train__sample_every=150,
+    train__sample_tokens=25,
   )
   wanted = fresh("gpt2_tinystories")
   assert (wanted.data.limit_train, wanted.data.limit_validation) == (100_000, 5_000)
-  begin = ("There was a cat with magic powers. ", "There was a cloud that could laugh. ", "Every night, Mia looked at ")
-  assert all(map(str.startswith, wanted.train.sample_prompts, begin)) and wanted.train.sample_tokens == 250
-  prompts = config.train.sample_prompts = tuple(prompt.split(".")[0] for prompt in begin)  # which fit this model's rows
+  begin = (
+    "There was a cat with magic powers. ",
+    "There was a cloud that could laugh. ",
+    "Every night, Mia looked at ",
+  )
+  assert (
+    all(map(str.startswith, wanted.train.sample_prompts, begin))
+    and wanted.train.sample_tokens == 250
+  )
+  prompts = config.train.sample_prompts = tuple(
+    prompt.split(".")[0] for prompt in begin
+  )  # which fit this model's rows
   endings = (" and the big cat ran.", " with the small dog.", " on a blue house.")
   stories = [{"text": prompt + ending} for prompt, ending in zip(prompts, endings, strict=True)]
   # The data set of the hub, as its files lie in a folder of that name: datasets takes it from there.
@@ -215,15 +275,22 @@ def test_stories_are_drawn_learned_and_end(small, tmp_path, monkeypatch):
   assert [(it["when"], it["prompt"]) for it in run.samples] == [
     (when, prompt) for when in ("before", "during", "after") for prompt in prompts
   ]
-  texts = {when: [it["text"] for it in run.samples if it["when"] == when] for when in ("before", "after")}
+  texts = {
+    when: [it["text"] for it in run.samples if it["when"] == when] for when in ("before", "after")
+  }
   told = lambda when: sum(ending in text for ending, text in zip(endings, texts[when], strict=True))
   assert told("before") == 0 and told("after") >= 2  # drawn, not the likeliest
   for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
     found = model.evaluate(*wanted.data.validation, sequence_length=64)
     assert found["loss"] < 0.3
-    assert [it.text for it in model.generate(list(prompts), max_new_tokens=20, temperature=0)] == list(endings)
+    assert [
+      it.text for it in model.generate(list(prompts), max_new_tokens=20, temperature=0)
+    ] == list(endings)
   parity = model.export(tmp_path / "half", dtype="bfloat16")
-  assert jaxft.load(tmp_path / "half").evaluate(*wanted.data.validation, sequence_length=64)["loss"] < 0.35, parity
+  assert (
+    jaxft.load(tmp_path / "half").evaluate(*wanted.data.validation, sequence_length=64)["loss"]
+    < 0.35
+  ), parity
 
 
 MARKS = ["<|title|>", "<|steps|>"]
@@ -236,7 +303,9 @@ def marked(request, small, tmp_path_factory):
   if request.param == "gptj":
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     sizes = dict(n_embd=40, n_layer=2, n_head=5, n_positions=71, rotary_dim=4, vocab_size=293)
-    their = transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes, bos_token_id=0, eos_token_id=0))
+    their = transformers.GPTJForCausalLM(
+      transformers.GPTJConfig(**sizes, bos_token_id=0, eos_token_id=0)
+    )
     folder = tmp_path_factory.mktemp("models") / "gptj"
     their.to(torch.bfloat16).save_pretrained(folder)
     tiny.write_tokenizer(folder, 293)
@@ -267,7 +336,9 @@ def test_marks_are_learned_and_go_out_with_the_model(marked, tmp_path):
   steps = {"cat": "sat on mat", "dog": "ran to house", "door": "red", "once": "upon a time"}
   rows = [{"text": f"<|title|>{title}<|steps|>{text}"} for title, text in steps.items()] * 20
   file = write(tmp_path / "recipes.jsonl", rows)
-  more = dict(train__steps=120, train__sample_prompts=("<|title|>cat<|steps|>",), data__layout="pad")
+  more = dict(
+    train__steps=120, train__sample_prompts=("<|title|>cat<|steps|>",), data__layout="pad"
+  )
   run = finetune(recipe("gpt2_medium_recipes", folder, file, **more), tmp_path / "run")
   losses = [line["eval/loss"] for line in run.metrics if "eval/loss" in line]
   assert losses[-1] < 0.5 < losses[0]

@@ -15,7 +15,10 @@ FAULTS = {
     ["--config.optim.learnig_rate=1"],
     "config.optim.learnig_rate: there is no such setting; did you mean optim.learning_rate?",
   ),
-  "no data": (["--config.data.train=/nowhere/x.txt"], "data source '/nowhere/x.txt': no such file or folder"),
+  "no data": (
+    ["--config.data.train=/nowhere/x.txt"],
+    "data source '/nowhere/x.txt': no such file or folder",
+  ),
   "no model": (["--config.model.path={tmp}"], "no config.json in it"),
   "no folder": (["--config.model.path=/nowhere/model"], "'/nowhere/model': no such folder"),
   "negative": (["--config.train.batch_size=-1"], "config.train.batch_size=-1: must be at least 1"),
@@ -27,13 +30,22 @@ FAULTS = {
   "broken config": (["--config={tmp}/broken.py"], "the config file does not run: NameError"),
   "mistyped flag": (["--wokdir=x"], "--wokdir: no such flag; did you mean --workdir?"),
   "stray word": (["x"], "'x': not a flag"),
-  "one dash": (["-config.optim.learnig_rate=1"], "config.optim.learnig_rate: there is no such setting"),
+  "one dash": (
+    ["-config.optim.learnig_rate=1"],
+    "config.optim.learnig_rate: there is no such setting",
+  ),
   "export over the run": (["--config.export.out={tmp}/w"], "the run itself is written there"),
   "export over a file": (["--config.export.out={tmp}/broken.py"], "is no earlier export"),
   "a long name": (["--config.data.train=" + 5000 * "x"], "no such file or folder"),
-  "a name with blanks": (["--config.data.train=my (1) file.txt"], "'my (1) file.txt': no such file or folder"),
+  "a name with blanks": (
+    ["--config.data.train=my (1) file.txt"],
+    "'my (1) file.txt': no such file or folder",
+  ),
   "vanishing eps": (["--config.optim.eps=1e-50"], "config.optim.eps=1e-50: must be at least 1e-30"),
-  "shard size": (["--config.export.max_shard_size=abc"], "config.export.max_shard_size='abc': must be a whole number"),
+  "shard size": (
+    ["--config.export.max_shard_size=abc"],
+    "config.export.max_shard_size='abc': must be a whole number",
+  ),
   "no login": (["--config.export.push_to_hub=me/x"], "not logged in to the hub"),
 }
 
@@ -59,7 +71,9 @@ def test_a_wrong_request_ends_in_one_line(config_file, tmp_path, fault):
 def test_help_waits_for_no_import_of_jax(command):
   flags = [sys.executable, "-X", "importtime", "-m", f"jaxft.{command}", "--help"]
   done = subprocess.run(flags, capture_output=True, text=True)
-  assert done.returncode == 0 and f"python -m jaxft.{command} " in done.stdout.splitlines()[0], done.stderr
+  assert done.returncode == 0 and f"python -m jaxft.{command} " in done.stdout.splitlines()[0], (
+    done.stderr
+  )
   imported = {line.rsplit("|")[-1].strip() for line in done.stderr.splitlines()}
   assert "jaxft.cli.usage" in imported and not {"jax", "numpy", "ml_collections"} & imported
 
@@ -78,8 +92,14 @@ def test_a_wrong_request_waits_for_no_package_that_takes_seconds_to_import(confi
     "os._exit = lambda code: print(sorted(slow & sys.modules.keys()), flush=True) or end(code); "
     "runpy.run_module('jaxft.train', run_name='__main__', alter_sys=True)"
   )
-  flags = [f"--config={config_file}", f"--workdir={tmp_path / 'w'}", "--config.optim.learning_rate=-1"]
-  done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, cwd=ROOT)
+  flags = [
+    f"--config={config_file}",
+    f"--workdir={tmp_path / 'w'}",
+    "--config.optim.learning_rate=-1",
+  ]
+  done = subprocess.run(
+    [sys.executable, "-c", code, *flags], capture_output=True, text=True, cwd=ROOT
+  )
   assert (done.returncode, done.stdout) == (2, "[]\n") and "learning_rate" in done.stderr
 
 
@@ -87,32 +107,69 @@ def test_a_wrong_request_waits_for_no_package_that_takes_seconds_to_import(confi
   "arguments, told",
   [
     (["jaxft.evaluate", "--model", "{export}"], "--data is missing"),
-    (["jaxft.evaluate", "--data", "x"], "--model is missing: name a Hugging Face folder or hub id, or a run"),
-    (["jaxft.export", "--modle", "{export}", "--out", "x"], "--modle: no such flag; did you mean --model?"),
-    (["jaxft.evaluate", "--model", "/nowhere/x", "--data", "{workdir}/metrics.jsonl"], "no such folder"),
+    (
+      ["jaxft.evaluate", "--data", "x"],
+      "--model is missing: name a Hugging Face folder or hub id, or a run",
+    ),
+    (
+      ["jaxft.export", "--modle", "{export}", "--out", "x"],
+      "--modle: no such flag; did you mean --model?",
+    ),
+    (
+      ["jaxft.evaluate", "--model", "/nowhere/x", "--data", "{workdir}/metrics.jsonl"],
+      "no such folder",
+    ),
     (["jaxft.evaluate", "--model", "{export}", "--data", "nowhere.txt"], "no such file"),
     (
-      ["jaxft.evaluate", "--model", "{export}", "--data", "{workdir}/metrics.jsonl", "--sequence_length", "9999"],
+      [
+        "jaxft.evaluate",
+        "--model",
+        "{export}",
+        "--data",
+        "{workdir}/metrics.jsonl",
+        "--sequence_length",
+        "9999",
+      ],
       "--sequence_length=9999: must be from 2 to 71",
     ),
     (
-      ["jaxft.evaluate", "--model", "/nowhere", "--data", "{workdir}/metrics.jsonl", "--stride", "-1"],
+      [
+        "jaxft.evaluate",
+        "--model",
+        "/nowhere",
+        "--data",
+        "{workdir}/metrics.jsonl",
+        "--stride",
+        "-1",
+      ],
       "--stride=-1: must be",
     ),
     (["jaxft.generate", "--model", "{export}"], "--prompt is missing"),
-    (["jaxft.generate", "--model", "{export}", "--prompt", "x", "--max_length", "1"], "and --max_length=1 counts"),
-    (["jaxft.generate", "--model_type=gptj", "--model={export}", "--prompt=x"], "config.json says gpt2; give"),
+    (
+      ["jaxft.generate", "--model", "{export}", "--prompt", "x", "--max_length", "1"],
+      "and --max_length=1 counts",
+    ),
+    (
+      ["jaxft.generate", "--model_type=gptj", "--model={export}", "--prompt=x"],
+      "config.json says gpt2; give",
+    ),
     (
       ["jaxft.generate", "--model", "{export}", "--prompt", "x", "--top_p", "7"],
       "--top_p=7.0: must be above 0 and at most 1",
     ),
-    (["jaxft.generate", "--model", "{export}", "--prompt_file", "nowhere"], "--prompt_file 'nowhere'"),
+    (
+      ["jaxft.generate", "--model", "{export}", "--prompt_file", "nowhere"],
+      "--prompt_file 'nowhere'",
+    ),
     (
       ["jaxft.export", "--workdir", "{workdir}", "--out", "x", "--step", "7"],
       "no checkpoint of step 7; it has [10, 12]",
     ),
     (["jaxft.export", "--workdir", "/nowhere", "--out", "x"], "not a run's folder"),
-    (["jaxft.export", "--model", "{export}", "--step", "7", "--out", "x"], "--step goes with --workdir"),
+    (
+      ["jaxft.export", "--model", "{export}", "--step", "7", "--out", "x"],
+      "--step goes with --workdir",
+    ),
   ],
 )
 def test_the_other_commands_refuse_in_one_line_too(finished, tmp_path, arguments, told):
@@ -122,10 +179,15 @@ def test_the_other_commands_refuse_in_one_line_too(finished, tmp_path, arguments
   assert told in done.stderr.splitlines()[-1] and done.stdout == ""
 
 
-def test_a_sample_prompt_that_is_too_long_is_told_before_anything_is_compiled(config, tmp_path, monkeypatch):
-  monkeypatch.setattr(jaxft.training.build, "build_train_program", lambda *_: pytest.fail("compiled"))
+def test_a_sample_prompt_that_is_too_long_is_told_before_anything_is_compiled(
+  config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(
+    jaxft.training.build, "build_train_program", lambda *_: pytest.fail("compiled")
+  )
   config.train.sample_prompts = ("short", "the cat " * 100)
   with pytest.raises(
-    RequestError, match=r"config.train.sample_prompts: 'the cat .* tokens and the model \d+ positions"
+    RequestError,
+    match=r"config.train.sample_prompts: 'the cat .* tokens and the model \d+ positions",
   ):
     finetune(config, tmp_path / "w")

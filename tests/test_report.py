@@ -40,7 +40,11 @@ class Page(html.parser.HTMLParser):
     assert tag not in ("img", "iframe", "object", "embed", "base", "form")
     for name, value in attributes:
       assert not name.startswith("on"), (tag, name)
-      assert name not in ("src", "srcset", "href", "poster", "action") or value == "data:,", (tag, name, value)
+      assert name not in ("src", "srcset", "href", "poster", "action") or value == "data:,", (
+        tag,
+        name,
+        value,
+      )
       assert "url(" not in (value or ""), (tag, name, value)
     if tag not in VOID:
       self.open.append(tag)
@@ -65,7 +69,10 @@ def write(folder: Path, steps=100, every=1, evals=(0, 50, 100), changes=(), **fi
     section, key = name.split(".")
     config[section][key] = value
   loss = lambda step: 1 + 3 * math.exp(-5 * step / steps)
-  lines = [{"step": step, "eval/loss": loss(step), "eval/perplexity": math.exp(loss(step))} for step in evals]
+  lines = [
+    {"step": step, "eval/loss": loss(step), "eval/perplexity": math.exp(loss(step))}
+    for step in evals
+  ]
   lines += [
     {
       "step": step,
@@ -83,23 +90,43 @@ def write(folder: Path, steps=100, every=1, evals=(0, 50, 100), changes=(), **fi
   samples += [{"step": steps, "when": "after", "prompt": "Once", "text": " upon a time", "seed": 0}]
   counts = {"read": 120, "trained": 100, "held_out": 15, "dropped": {"not text": 5}}
   facts = {
-    "starts": [{"at": "2026-11-22T10:00:00Z", "step": 0, "devices": {"count": 1, "kind": "cpu"}, "mesh": {"data": 1}}],
+    "starts": [
+      {
+        "at": "2026-11-22T10:00:00Z",
+        "step": 0,
+        "devices": {"count": 1, "kind": "cpu"},
+        "mesh": {"data": 1},
+      }
+    ],
     "command": "python -m jaxft.train --config 'my configs/x.py'",
     "environment": {"XLA_FLAGS": "--a --b"},
     "total_steps": steps,
-    "model": {"type": "gpt2", "parameters": 124_439_808, "trained": 124_439_808, "compute_dtype": "bfloat16"},
+    "model": {
+      "type": "gpt2",
+      "parameters": 124_439_808,
+      "trained": 124_439_808,
+      "compute_dtype": "bfloat16",
+    },
     "devices": {"count": 1, "kind": "NVIDIA H100"},
-    "memory": {"planned": {"parameters": 2**29, "activations": 2**28}, "host": 0, "peak_of": "device"},
+    "memory": {
+      "planned": {"parameters": 2**29, "activations": 2**28},
+      "host": 0,
+      "peak_of": "device",
+    },
     "ending": {"at": "2026-11-22T11:02:03Z", "exit_code": 0, "why": ""},
   }
   contents = {
     "config.json": jaxft.config.to_json(config),
     "about.json": json.dumps(facts),
     "data_report.json": json.dumps({"rows": counts, "tokens": {it: n for it, n in counts.items()}}),
-    "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"])),
+    "metrics.jsonl": "".join(
+      json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"])
+    ),
     "samples.jsonl": "".join(json.dumps(line) + "\n" for line in samples),
   }
-  for name, content in (contents | {name.replace("__", "."): text for name, text in files.items()}).items():
+  for name, content in (
+    contents | {name.replace("__", "."): text for name, text in files.items()}
+  ).items():
     if content is not None:
       (folder / name).write_text(content, encoding="utf-8")
   return folder
@@ -115,16 +142,30 @@ def test_a_run_leaves_its_page_and_what_it_was_started_with(finished):
   page = Page((workdir / "report.html").read_text())
   assert page.found.count("polyline") >= 4
   started = json.loads((workdir / "about.json").read_text())
-  assert started["ending"]["exit_code"] == 0 and started["total_steps"] == 12 and len(started["starts"]) == 1
-  assert started["command"].startswith("python -m jaxft.train --config ") and started["command"] in page.text
-  assert started["model"]["parameters"] > 10_000 and started["memory"]["planned"]["parameters"] > 40_000
-  losses = [line["eval/loss"] for line in processes.lines(workdir / "metrics.jsonl") if "eval/loss" in line]
+  assert (
+    started["ending"]["exit_code"] == 0
+    and started["total_steps"] == 12
+    and len(started["starts"]) == 1
+  )
+  assert (
+    started["command"].startswith("python -m jaxft.train --config ")
+    and started["command"] in page.text
+  )
+  assert (
+    started["model"]["parameters"] > 10_000 and started["memory"]["planned"]["parameters"] > 40_000
+  )
+  losses = [
+    line["eval/loss"] for line in processes.lines(workdir / "metrics.jsonl") if "eval/loss" in line
+  ]
   assert f"from {losses[0]:#.4g} to {losses[-1]:#.4g}" in page.text
   for sample in processes.lines(workdir / "samples.jsonl"):
     assert sample["when"] in page.text
   assert "The exported model" in page.text and f"from_pretrained('{workdir}/export')" in page.text
   report = json.loads((workdir / "data_report.json").read_text())
-  assert f"{report['tokens']['trained']:,}" in page.text and "to the last document and token" in page.text
+  assert (
+    f"{report['tokens']['trained']:,}" in page.text
+    and "to the last document and token" in page.text
+  )
   kept = (workdir / "report.html").read_text()
   assert f"written to {workdir}/report.html" in processes.run("jaxft.report", workdir).stdout
   assert (workdir / "report.html").read_text() == kept
@@ -136,7 +177,9 @@ def test_a_run_that_fails_or_cannot_write_its_page_ends_as_it_would(config, tmp_
   with pytest.raises(NumericsError):
     finetune(config, tmp_path / "nan")
   page = Page((tmp_path / "nan" / "report.html").read_text())
-  assert re.search(r"Stopped at step \d+ of 12, exit code 3 .*gradient not finite\).*changed no weight", page.text)
+  assert re.search(
+    r"Stopped at step \d+ of 12, exit code 3 .*gradient not finite\).*changed no weight", page.text
+  )
   assert "not finite, not applied" in page.text
   assert ("class", "fault") in page.attributes
   config.optim.learning_rate = 1e-3
@@ -154,7 +197,11 @@ def test_a_run_that_was_killed_is_told_from_one_that_is_done(tmp_path):
   page = shown(write(tmp_path / "killed", evals=(0,), about__json=json.dumps(killed)))
   assert "Stopped at step 100 of 400: the run was killed" in page.text
   assert "Eval loss before the first step: 4.000; none after" in page.text
-  killed["ending"] = {"at": "2026-11-22T11:00:00Z", "exit_code": 75, "why": "SIGTERM: saved at step 100 of 400"}
+  killed["ending"] = {
+    "at": "2026-11-22T11:00:00Z",
+    "exit_code": 75,
+    "why": "SIGTERM: saved at step 100 of 400",
+  }
   page = shown(write(tmp_path / "stopped", about__json=json.dumps(killed)))
   assert "exit code 75" in page.text and "SIGTERM: saved at step 100 of 400" in page.text
   assert "Stopped" not in shown(write(tmp_path / "done")).text
@@ -177,24 +224,46 @@ def test_a_classification_run_is_told_by_accuracy(folder, tmp_path):
   lines = finetune(config, tmp_path / "w").metrics
   page = Page((tmp_path / "w" / "report.html").read_text())
   accuracy = [f"{100 * line['eval/accuracy']:.1f} %" for line in lines if "eval/accuracy" in line]
-  assert re.search(f"Accuracy (rose|fell|hardly changed:) from {accuracy[0]} to {accuracy[-1]}", page.text)
+  assert re.search(
+    f"Accuracy (rose|fell|hardly changed:) from {accuracy[0]} to {accuracy[-1]}", page.text
+  )
   assert "F1" in page.text and "nats a text" in page.text and "Samples" not in page.text
 
 
 def test_hostile_text_is_shown_as_text(tmp_path):
-  sample = {"step": 0, "when": HOSTILE, "prompt": HOSTILE, "text": HOSTILE + "\ud800", "seed": HOSTILE}
-  about_it = {"command": HOSTILE, "folder": HOSTILE, "model": {"type": HOSTILE}, "versions": {HOSTILE: HOSTILE}}
-  about_it |= {"ending": {"exit_code": 4, "why": HOSTILE}, "mesh": {HOSTILE: HOSTILE}, "devices": {"kind": HOSTILE}}
+  sample = {
+    "step": 0,
+    "when": HOSTILE,
+    "prompt": HOSTILE,
+    "text": HOSTILE + "\ud800",
+    "seed": HOSTILE,
+  }
+  about_it = {
+    "command": HOSTILE,
+    "folder": HOSTILE,
+    "model": {"type": HOSTILE},
+    "versions": {HOSTILE: HOSTILE},
+  }
+  about_it |= {
+    "ending": {"exit_code": 4, "why": HOSTILE},
+    "mesh": {HOSTILE: HOSTILE},
+    "devices": {"kind": HOSTILE},
+  }
   counts = {"read": 1, "trained": 1, "held_out": 0, "dropped": {HOSTILE: 1}}
   workdir = write(
     tmp_path / '<b onclick="x">',
     changes={"data.train": (HOSTILE,), "model.path": HOSTILE},
     samples__jsonl="".join(json.dumps(sample | {"step": step}) + "\n" for step in (0, 9)),
     about__json=json.dumps(about_it),
-    data_report__json=json.dumps({"rows": counts, "tokens": counts, "notes": {HOSTILE: 3}, "labels": [HOSTILE]}),
+    data_report__json=json.dumps(
+      {"rows": counts, "tokens": counts, "notes": {HOSTILE: 3}, "labels": [HOSTILE]}
+    ),
   )
   clean = shown(write(tmp_path / "w")).found
-  for text in (run_page.render(run_record.load(workdir)), comparison.render([run_record.load(workdir)] * 2)):
+  for text in (
+    run_page.render(run_record.load(workdir)),
+    comparison.render([run_record.load(workdir)] * 2),
+  ):
     page = Page(text)
     assert page.found.count("script") == clean.count("script") == 1 and "b" in clean
     assert page.text.count("<script>alert(1)</script>") > 4 and "onerror=alert(2)" in page.text
@@ -212,7 +281,10 @@ def test_a_page_forbids_every_request_and_every_script_but_its_own(tmp_path):
 @pytest.mark.slow
 def test_a_page_stays_small_however_long_the_run(tmp_path):
   long = {"when": "during", "prompt": "<" * 5000, "text": '"' * 50_000, "seed": 0}
-  texts = [json.dumps(long | {"step": step, "prompt": f"{step % 50}" + long["prompt"]}) for step in range(400)]
+  texts = [
+    json.dumps(long | {"step": step, "prompt": f"{step % 50}" + long["prompt"]})
+    for step in range(400)
+  ]
   every = range(0, 100_001, 20)
   workdir = write(tmp_path / "w", steps=100_000, evals=every, samples__jsonl="\n".join(texts))
   found = run_record.load(workdir)
@@ -230,12 +302,15 @@ def test_thinning_keeps_the_ends_and_every_spike():
   assert {points[0], points[-1], points[77_777], points[33_333]} <= set(kept)
   assert charts.downsample(points[:900]) == points[:900]
   assert (
-    sum(y for _, y in charts.window_means([(step, step % 2) for step in range(12_000)])) / charts.NUM_WINDOWS == 0.5
+    sum(y for _, y in charts.window_means([(step, step % 2) for step in range(12_000)]))
+    / charts.NUM_WINDOWS
+    == 0.5
   )
 
 
 @pytest.mark.parametrize(
-  "low, high, told", [(0, 715, [0, 200, 400]), (6, 7, [6]), (0, 12, [0, 2, 4, 6, 8]), (0, 4, [0, 1, 2, 3])]
+  "low, high, told",
+  [(0, 715, [0, 200, 400]), (6, 7, [6]), (0, 12, [0, 2, 4, 6, 8]), (0, 4, [0, 1, 2, 3])],
 )
 def test_steps_on_an_axis_are_whole_and_leave_room_for_the_last(low, high, told):
   assert charts.step_ticks(low, high) == told
@@ -245,7 +320,9 @@ def test_steps_on_an_axis_are_whole_and_leave_room_for_the_last(low, high, told)
 
 @pytest.mark.parametrize("values", [(0.0, 0.0), (0.2, 0.4), (1.0, 1.0)])
 def test_a_share_is_drawn_from_0_to_1(values):
-  drawn = charts.chart("Accuracy", "share", [charts.Series("accuracy", list(enumerate(values)))], share=True)
+  drawn = charts.chart(
+    "Accuracy", "share", [charts.Series("accuracy", list(enumerate(values)))], share=True
+  )
   assert re.findall(r'class="y"[^>]*>([^<]+)', drawn) == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
   drawn = charts.chart("Rate", "", [charts.Series("rate", [(0, 0.0), (1, 0.0)])], from_zero=True)
   assert "-" not in "".join(re.findall(r'class="y"[^>]*>([^<]+)', drawn))
@@ -254,33 +331,58 @@ def test_a_share_is_drawn_from_0_to_1(values):
 def test_one_point_is_told_and_not_drawn(tmp_path):
   page = shown(write(tmp_path / "w", steps=1, evals=()))
   assert "svg" not in page.found
-  assert re.search(r"Logged once: training loss \d\.\d+ at step 1, learning rate 0 at step 1, gradient norm", page.text)
+  assert re.search(
+    r"Logged once: training loss \d\.\d+ at step 1, learning rate 0 at step 1, gradient norm",
+    page.text,
+  )
 
 
 def test_a_run_is_as_far_as_its_last_step_not_its_last_line(tmp_path):
-  stopped = {"reached": 90, "total_steps": 3000, "ending": {"exit_code": 75, "why": "SIGHUP: saved at step 90 of 3000"}}
+  stopped = {
+    "reached": 90,
+    "total_steps": 3000,
+    "ending": {"exit_code": 75, "why": "SIGHUP: saved at step 90 of 3000"},
+  }
   page = shown(write(tmp_path / "w", steps=50, evals=(0,), about__json=json.dumps(stopped)))
   assert "Stopped at step 90 of 3,000, exit code 75" in page.text
 
 
 def test_ticks_of_a_logarithmic_axis_have_units_of_their_own():
-  told = {1e-5: "1e-5", 1e-3: "0.001", 0.5: "0.5", 1000: "1,000", 2e4: "20k", 1e6: "1M", 1e10: "10G", 1e20: "1e20"}
+  told = {
+    1e-5: "1e-5",
+    1e-3: "0.001",
+    0.5: "0.5",
+    1000: "1,000",
+    2e4: "20k",
+    1e6: "1M",
+    1e10: "10G",
+    1e20: "1e20",
+  }
   assert {number: charts.format_tick(number) for number in told} == told
   drawn = charts.chart("Loss", "nats", [charts.Series("a", [(0, 0.001), (1, 1e10)])])
   assert re.findall(r'class="y"[^>]*>([^<]+)', drawn)[0] == "0.01"
 
 
 def test_what_is_not_finite_is_told(tmp_path):
-  for perplexity, told in (("inf", "inf"), (1.0142e304, "1.01e+304")):  # the second is larger than what is drawn
+  for perplexity, told in (
+    ("inf", "inf"),
+    (1.0142e304, "1.01e+304"),
+  ):  # the second is larger than what is drawn
     found = ((0, 4.0, 54.6), (9, 1e9, perplexity))
-    lines = [{"step": step, "eval/loss": loss, "eval/perplexity": value} for step, loss, value in found]
+    lines = [
+      {"step": step, "eval/loss": loss, "eval/perplexity": value} for step, loss, value in found
+    ]
     page = shown(write(tmp_path / told, metrics__jsonl="\n".join(map(json.dumps, lines))))
     assert f"perplexity54.60 → {told}" in page.text and f"1e+09{told}" in page.text
 
 
 def test_a_classifier_counts_texts(tmp_path):
   page = shown(write(tmp_path / "w", changes={"model.head": "classification"}))
-  assert "texts trained on" in page.text and "texts a second" in page.text and "tokens a second" not in page.text
+  assert (
+    "texts trained on" in page.text
+    and "texts a second" in page.text
+    and "tokens a second" not in page.text
+  )
 
 
 def test_a_line_of_one_point_is_no_line_beside_others():
@@ -312,7 +414,10 @@ EXPORT = {
   ],
 )
 def test_the_export_is_on_the_page(tmp_path, head, auto, ours):
-  changes, about_it = {"model.head": head}, {"export": EXPORT | {"adapter": "/w/adapter"}, "exported_step": 50}
+  changes, about_it = (
+    {"model.head": head},
+    {"export": EXPORT | {"adapter": "/w/adapter"}, "exported_step": 50},
+  )
   page = shown(write(tmp_path / "w", changes=changes, about__json=json.dumps(about_it)))
   for told in (
     "The exported model",
@@ -330,7 +435,8 @@ def test_the_export_is_on_the_page(tmp_path, head, auto, ours):
 def test_nothing_is_cut_without_a_sign(tmp_path):
   text = " ".join(f"word{i}" for i in range(1000))
   lines = [
-    {"step": step, "when": when, "prompt": "Once", "text": " " + text} for step, when in ((0, "before"), (9, "after"))
+    {"step": step, "when": when, "prompt": "Once", "text": " " + text}
+    for step, when in ((0, "before"), (9, "after"))
   ]
   page = shown(write(tmp_path / "w", samples__jsonl="\n".join(map(json.dumps, lines))))
   ends = re.findall(r"(\S+)…", page.text)
@@ -346,12 +452,18 @@ def test_a_sample_that_the_first_screen_shows_whole_is_not_shown_twice(tmp_path)
   assert page.text.count("grey ships") == 1 and "Samples" not in page.text
 
 
-@pytest.mark.parametrize("number, told", [(1, "1 held-out document."), (2000, "2,000 held-out documents.")])
+@pytest.mark.parametrize(
+  "number, told", [(1, "1 held-out document."), (2000, "2,000 held-out documents.")]
+)
 def test_counts_are_told_as_people_say_them(tmp_path, number, told):
   counts = {"read": number, "trained": 0, "held_out": number, "dropped": {}}
   report = json.dumps({"rows": counts, "tokens": counts})
   assert told in shown(write(tmp_path / "w", data_report__json=report)).text
-  assert [formatting.format_duration(it) for it in (59, 61, 3600)] == ["59 s", "1 min 1 s", "1 h 0 min"]
+  assert [formatting.format_duration(it) for it in (59, 61, 3600)] == [
+    "59 s",
+    "1 min 1 s",
+    "1 h 0 min",
+  ]
   assert [formatting.format_speed(it) for it in (66787.4, 941.0, 15.8)] == ["66,787", "941", "15.8"]
   assert formatting.format_metric("eval/f1", 0.0) == "0.0 %"
 
@@ -371,8 +483,14 @@ def test_ticks_are_round(low, high, told):
 
 
 def test_several_runs_are_compared(tmp_path):
-  workdirs = [write(tmp_path / "plain"), write(tmp_path / "fast", changes={"optim.learning_rate": 3e-3})]
-  lines = [{"step": 0, "eval/loss": 4.0}, {"step": 100, "eval/loss": 0.5, "eval/unrelated_loss": 7.25}]
+  workdirs = [
+    write(tmp_path / "plain"),
+    write(tmp_path / "fast", changes={"optim.learning_rate": 3e-3}),
+  ]
+  lines = [
+    {"step": 0, "eval/loss": 4.0},
+    {"step": 100, "eval/loss": 0.5, "eval/unrelated_loss": 7.25},
+  ]
   workdirs.append(write(tmp_path / "best", metrics__jsonl="\n".join(map(json.dumps, lines))))
   done = processes.run("jaxft.report", *workdirs, cwd=tmp_path)
   assert done.stdout == "written to comparison.html\n"
@@ -384,19 +502,33 @@ def test_several_runs_are_compared(tmp_path):
 
 
 def test_measures_that_are_there_are_shown(tmp_path):
-  lines = [{"step": step, "eval/loss": 3.0 - step, "eval/unrelated_loss": 3.5 + step} for step in (0, 1)]
+  lines = [
+    {"step": step, "eval/loss": 3.0 - step, "eval/unrelated_loss": 3.5 + step} for step in (0, 1)
+  ]
   drawn = [
-    {"step": step, "when": when, "prompt": prompt, "text": "x", "seed": 0, "memorised_8grams": step * share}
+    {
+      "step": step,
+      "when": when,
+      "prompt": prompt,
+      "text": "x",
+      "seed": 0,
+      "memorised_8grams": step * share,
+    }
     for step, when in ((0, "before"), (1, "after"))
     for prompt, share in (("a", 0.1), ("b", 0.4))
   ]
-  files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": "\n".join(map(json.dumps, drawn))}
+  files = {
+    "metrics__jsonl": "\n".join(map(json.dumps, lines)),
+    "samples__jsonl": "\n".join(map(json.dumps, drawn)),
+  }
   page = shown(write(tmp_path / "w", **files))
   assert "loss, unrelated text3.500 → 4.500" in page.text and "step 1; 40.0 % by heart" in page.text
   assert "8-grams by heart0.0 % → 25.0 %" in page.text
 
 
-@pytest.mark.parametrize("drawn", [None, '{"step": 50, "when": "after", "prompt": "a", "text": "b"}'])
+@pytest.mark.parametrize(
+  "drawn", [None, '{"step": 50, "when": "after", "prompt": "a", "text": "b"}']
+)
 def test_where_the_best_weights_are_exported_it_is_their_loss_that_counts(tmp_path, drawn):
   lines = [{"step": step, "eval/loss": loss} for step, loss in ((0, 4.0), (50, 2.0), (100, 3.0))]
   files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": drawn}
@@ -410,20 +542,35 @@ def test_where_training_made_it_worse_the_page_says_so(tmp_path):
   lines = [{"step": step, "eval/loss": loss} for step, loss in ((0, 2.0), (50, 3.0), (100, 2.5))]
   files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": None}
   page = shown(write(tmp_path / "w", changes={"train.keep_best_metric": "eval/loss"}, **files))
-  assert "Eval loss rose from 2.000 to 2.500" in page.text and "It is worse than before" in page.text
+  assert (
+    "Eval loss rose from 2.000 to 2.500" in page.text and "It is worse than before" in page.text
+  )
 
 
 @pytest.mark.parametrize(
   "files, told",
   [
-    ({"metrics__jsonl": '{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra'}, "1 of 2 lines of metrics.jsonl"),
+    (
+      {"metrics__jsonl": '{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra'},
+      "1 of 2 lines of metrics.jsonl",
+    ),
     ({"metrics__jsonl": None}, "There is no metrics.jsonl"),
     ({"samples__jsonl": "[]\n3\nnull\n{}\n"}, "4 of 4 lines of samples.jsonl"),
     ({"about__json": "{"}, "about.json cannot be read"),
-    ({"about__json": '{"starts": 3, "ending": [], "model": 4, "memory": {"planned": 7}, "mesh": "x"}'}, "Stopped"),
-    ({"data_report__json": '{"rows": 3, "tokens": {"read": "many", "dropped": 1}}'}, "What was run"),
     (
-      {"data_report__json": '{"rows": {"read": 9, "trained": 2, "held_out": 3, "dropped": {"x": 1}}, "tokens": {}}'},
+      {
+        "about__json": '{"starts": 3, "ending": [], "model": 4, "memory": {"planned": 7}, "mesh": "x"}'
+      },
+      "Stopped",
+    ),
+    (
+      {"data_report__json": '{"rows": 3, "tokens": {"read": "many", "dropped": 1}}'},
+      "What was run",
+    ),
+    (
+      {
+        "data_report__json": '{"rows": {"read": 9, "trained": 2, "held_out": 3, "dropped": {"x": 1}}, "tokens": {}}'
+      },
       "3 documents are not accounted for",
     ),
     (
@@ -431,7 +578,9 @@ def test_where_training_made_it_worse_the_page_says_so(tmp_path):
       "No step was logged",
     ),
     (
-      {"metrics__jsonl": '{"step": 1e400}\n{"step": 3, "train/loss": 1e308}\n{"step": 4, "train/loss": -1e299}'},
+      {
+        "metrics__jsonl": '{"step": 1e400}\n{"step": 3, "train/loss": 1e308}\n{"step": 4, "train/loss": -1e299}'
+      },
       "1 of 3",
     ),
   ],
@@ -447,15 +596,29 @@ def test_what_is_no_workdir_is_refused_in_a_line(tmp_path):
   (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
   with pytest.raises(RequestError, match="no settings of jaxft.train"):
     run_record.load(tmp_path)
-  done = processes.run("jaxft.report", write(tmp_path / "w"), "--out", tmp_path / "no" / "x.html", check=2)
+  done = processes.run(
+    "jaxft.report", write(tmp_path / "w"), "--out", tmp_path / "no" / "x.html", check=2
+  )
   assert "--out=" in done.stderr and "no such folder" in done.stderr
 
 
 def test_the_commit_of_a_checkout_is_found(tmp_path):
-  git = lambda *words: subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+  git = lambda *words: (
+    subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+  )
   assert run_info.git_commit(tmp_path) is None
   git("init", "-q", "-b", "main")
-  git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-q", "--allow-empty", "-m", "x")
+  git(
+    "-c",
+    "user.name=x",
+    "-c",
+    "user.email=x@example.org",
+    "commit",
+    "-q",
+    "--allow-empty",
+    "-m",
+    "x",
+  )
   head = git("rev-parse", "HEAD").strip()
   assert run_info.git_commit(tmp_path) == head
   git("worktree", "add", "-q", "tree", "-b", "other")

@@ -18,7 +18,9 @@ BFLOAT16 = jnp.dtype("bfloat16")
 
 def test_a_number_becomes_one_of_its_neighbours_and_on_average_itself():
   values = np.float32([1.001, -3.1415927, 1e-30, 12345.678, -0.1, 3e-39])
-  rows = stochastic_rounding.stochastic_round(jnp.asarray(np.tile(values, (20000, 1))), BFLOAT16, jax.random.key(0))
+  rows = stochastic_rounding.stochastic_round(
+    jnp.asarray(np.tile(values, (20000, 1))), BFLOAT16, jax.random.key(0)
+  )
   rounded = np.asarray(rows.astype(jnp.float32), np.float64)
   for value, column in zip(values, rounded.T, strict=True):
     step = max(abs(float(value)) * 2**-7, 1e-40)
@@ -31,13 +33,19 @@ def test_what_bfloat16_can_say_stays():
   for seed in range(20):
     rounded = stochastic_rounding.stochastic_round(values, BFLOAT16, jax.random.key(seed))
     np.testing.assert_array_equal(rounded.astype(jnp.float32), values)
-  assert stochastic_rounding.stochastic_round(values, jnp.dtype("float32"), jax.random.key(0)) is values
+  assert (
+    stochastic_rounding.stochastic_round(values, jnp.dtype("float32"), jax.random.key(0)) is values
+  )
 
 
 def test_what_is_no_number_stays_none():
-  bits = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000, 0x7F800000, 0xFF800000], np.uint32)
+  bits = np.array(
+    [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000, 0x7F800000, 0xFF800000], np.uint32
+  )
   for seed in range(20):
-    rounded = stochastic_rounding.stochastic_round(jnp.asarray(bits.view(np.float32)), BFLOAT16, jax.random.key(seed))
+    rounded = stochastic_rounding.stochastic_round(
+      jnp.asarray(bits.view(np.float32)), BFLOAT16, jax.random.key(seed)
+    )
     assert not np.isfinite(np.asarray(rounded.astype(jnp.float32))).any()
 
 
@@ -78,7 +86,9 @@ def test_every_path_rounds_alike(kept, mesh):
 
 
 @pytest.mark.slow
-def test_a_run_learns_as_in_float32_is_resumed_bit_for_bit_and_exported(config, config_file, tmp_path):
+def test_a_run_learns_as_in_float32_is_resumed_bit_for_bit_and_exported(
+  config, config_file, tmp_path
+):
   config.train.sample_prompts = ()
   precise = finetune(config.copy_and_resolve_references(), tmp_path / "float32")
   config.model.param_dtype, config.export.out = "bfloat16", ""
@@ -89,7 +99,8 @@ def test_a_run_learns_as_in_float32_is_resumed_bit_for_bit_and_exported(config, 
   # The exported folder has what was trained, every bit of it.
   text = list(config.data.train)
   exported, checkpointed = (
-    it.evaluate(*text, sequence_length=32)["loss"] for it in (load(run.export), load_workdir(run.workdir))
+    it.evaluate(*text, sequence_length=32)["loss"]
+    for it in (load(run.export), load_workdir(run.workdir))
   )
   np.testing.assert_allclose(exported, checkpointed, rtol=1e-6)
   kernel = load(run.export).params["blocks"]["mlp"]["up"]["kernel"]

@@ -13,7 +13,9 @@ from jaxft.cli import flags, run_clm
 from jaxft.errors import RequestError
 
 # ml_collections (1.1) loads config files with it.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+  r"ignore:the load_module\(\) method is deprecated:DeprecationWarning"
+)
 ROOT = Path(__file__).parent.parent
 
 
@@ -23,19 +25,18 @@ def parsed(monkeypatch, *words):
 
 
 def test_a_command_of_run_clm_is_understood(monkeypatch):
-  words = (
-    "--model_name_or_path gpt2 --train_file a.txt --validation_file=b.txt --per_device_train_batch_size 4 --do_train"
-  )
+  words = "--model_name_or_path gpt2 --train_file a.txt --validation_file=b.txt --per_device_train_batch_size 4 --do_train"
   words += " --gradient_accumulation_steps 3 --num_train_epochs 2 --block_size 512 --learning_rate 1e-4 --bf16 --output_dir out"
-  words += (
-    " --lr_scheduler_type cosine --warmup_steps 7 --optim adamw_torch --weight_decay 0.1 --seed 5 --save_total_limit 3"
-  )
+  words += " --lr_scheduler_type cosine --warmup_steps 7 --optim adamw_torch --weight_decay 0.1 --seed 5 --save_total_limit 3"
   words += " --save_strategy steps --save_steps 7"
   words += " --validation_split_percentage 10 --report_to none --gradient_checkpointing --adam_beta2 0.95 --do_eval"
   arguments = parsed(monkeypatch, *words.split())
   found = jaxft.config.flatten(arguments.config)
   arguments.per_device.apply_to(arguments.config, 8)
-  assert (arguments.config.train.batch_size, arguments.config.train.micro_batch_size) == (4 * 3 * 8, 4)
+  assert (arguments.config.train.batch_size, arguments.config.train.micro_batch_size) == (
+    4 * 3 * 8,
+    4,
+  )
   assert arguments.workdir == Path("out")
   wanted = {
     "model.path": "gpt2",
@@ -60,7 +61,9 @@ def test_a_command_of_run_clm_is_understood(monkeypatch):
 
 
 def test_steps_take_the_place_of_epochs(monkeypatch):
-  arguments = parsed(monkeypatch, "--model_name_or_path=gpt2", "--dataset_name", "wikitext", "--max_steps", "30")
+  arguments = parsed(
+    monkeypatch, "--model_name_or_path=gpt2", "--dataset_name", "wikitext", "--max_steps", "30"
+  )
   assert (arguments.config.train.steps, arguments.config.train.epochs) == (30, 0)
   assert arguments.config.data.train == ("hub:wikitext",)
 
@@ -84,9 +87,7 @@ def test_a_batch_is_counted_by_device_unless_the_config_says_it(monkeypatch, wor
 
 
 def test_the_best_checkpoint_is_what_goes_out(monkeypatch):
-  words = (
-    "--model_name_or_path=gpt2 --train_file a.txt --eval_strategy steps --eval_steps 50 --load_best_model_at_end True"
-  )
+  words = "--model_name_or_path=gpt2 --train_file a.txt --eval_strategy steps --eval_steps 50 --load_best_model_at_end True"
   for more in ("", "--metric_for_best_model eval_loss"):
     config = parsed(monkeypatch, *words.split(), *more.split()).config
     assert config.train.keep_best_metric == "eval/loss" and not jaxft.config.validate(config)
@@ -98,12 +99,18 @@ def test_flags_go_with_a_config_file_and_with_its_settings(monkeypatch):
   file = str(ROOT / "configs" / "gpt2_tinystories.py")
   arguments = parsed(monkeypatch, "--config", file, "--block_size", "256", "--config.train.seed=3")
   config = arguments.config
-  assert (config.data.sequence_length, config.train.seed, config.data.limit_train) == (256, 3, 100_000)
+  assert (config.data.sequence_length, config.train.seed, config.data.limit_train) == (
+    256,
+    3,
+    100_000,
+  )
   assert arguments.workdir == Path("runs/gpt2_tinystories")
 
 
 def test_what_means_nothing_here_is_refused_with_every_reason(monkeypatch):
-  words = "--model_name_or_path gpt2 --fsdp full_shard --lr_scheduler_type polynomial --warmup_steps 1.5"
+  words = (
+    "--model_name_or_path gpt2 --fsdp full_shard --lr_scheduler_type polynomial --warmup_steps 1.5"
+  )
   with pytest.raises(RequestError) as refusal:
     parsed(monkeypatch, *words.split())
   lines = str(refusal.value).splitlines()
@@ -118,7 +125,11 @@ def test_what_means_nothing_here_is_refused_with_every_reason(monkeypatch):
 SAID = [
   ("--fp16", {"model.compute_dtype": "auto"}, ["--fp16: float16 is not there yet"]),
   ("--bf16 False", {"model.compute_dtype": "float32"}, []),
-  ("--gradient_checkpointing False --adafactor False --load_best_model_at_end False", {"memory.remat": "dots"}, []),
+  (
+    "--gradient_checkpointing False --adafactor False --load_best_model_at_end False",
+    {"memory.remat": "dots"},
+    [],
+  ),
   ("--fp16 False", {"model.compute_dtype": "auto"}, []),
   ("--overwrite_cache", {}, []),
   ("--use_fast_tokenizer False", {}, ["--use_fast_tokenizer=False: the fast tokenizer is read"]),
@@ -127,31 +138,78 @@ SAID = [
   ("--eval_strategy steps", {"train.eval_every": 500}, []),
   ("--eval_strategy steps --logging_steps 20", {"train.eval_every": 20, "train.log_every": 20}, []),
   ("--eval_strategy epoch", {"train.eval_every": "epoch"}, []),
-  ("--eval_strategy epoch --eval_steps 7", {"train.eval_every": "epoch"}, ["--eval_steps=7: of no account"]),
-  ("--save_strategy epoch --logging_strategy epoch", {"train.save_every": "epoch", "train.log_every": "epoch"}, []),
-  ("--save_strategy best --eval_strategy epoch", {"train.save_every": 0, "train.keep_best_metric": "eval/loss"}, []),
-  ("--logging_strategy no", {"train.log_every": 500}, ["--logging_strategy=no: metrics.jsonl is written"]),
+  (
+    "--eval_strategy epoch --eval_steps 7",
+    {"train.eval_every": "epoch"},
+    ["--eval_steps=7: of no account"],
+  ),
+  (
+    "--save_strategy epoch --logging_strategy epoch",
+    {"train.save_every": "epoch", "train.log_every": "epoch"},
+    [],
+  ),
+  (
+    "--save_strategy best --eval_strategy epoch",
+    {"train.save_every": 0, "train.keep_best_metric": "eval/loss"},
+    [],
+  ),
+  (
+    "--logging_strategy no",
+    {"train.log_every": 500},
+    ["--logging_strategy=no: metrics.jsonl is written"],
+  ),
   ("--warmup_ratio 0.1", {"optim.warmup_ratio": 0.1}, []),
   ("--warmup_steps 0.1", {"optim.warmup_ratio": 0.1, "optim.warmup_steps": 0}, []),
-  ("--warmup_steps 5 --warmup_ratio 0.1", {"optim.warmup_steps": 5, "optim.warmup_ratio": 0.0}, ["--warmup_ratio=0.1"]),
+  (
+    "--warmup_steps 5 --warmup_ratio 0.1",
+    {"optim.warmup_steps": 5, "optim.warmup_ratio": 0.0},
+    ["--warmup_ratio=0.1"],
+  ),
   ("--max_train_samples 9", {"data.limit_train": 9}, ["--max_train_samples=9: so many documents"]),
-  ("--max-eval-samples 9", {"data.limit_validation": 9}, ["--max_eval_samples=9: so many documents"]),
+  (
+    "--max-eval-samples 9",
+    {"data.limit_validation": 9},
+    ["--max_eval_samples=9: so many documents"],
+  ),
   ("--tokenizer_name here", {"model.tokenizer": "here"}, []),
-  ("--torch_dtype bfloat16", {"model.param_dtype": "bfloat16", "model.compute_dtype": "bfloat16"}, []),
-  ("--dtype float16", {"model.param_dtype": "bfloat16"}, ["--torch_dtype=float16: weights are kept in bfloat16"]),
-  ("--torch_dtype auto", {"model.param_dtype": "float32"}, ["--torch_dtype=auto: weights are kept in float32"]),
-  ("--logging_dir logs", {"tracking.logging_dir": "logs"}, ["--logging_dir=logs: of TensorBoard's files"]),
+  (
+    "--torch_dtype bfloat16",
+    {"model.param_dtype": "bfloat16", "model.compute_dtype": "bfloat16"},
+    [],
+  ),
+  (
+    "--dtype float16",
+    {"model.param_dtype": "bfloat16"},
+    ["--torch_dtype=float16: weights are kept in bfloat16"],
+  ),
+  (
+    "--torch_dtype auto",
+    {"model.param_dtype": "float32"},
+    ["--torch_dtype=auto: weights are kept in float32"],
+  ),
+  (
+    "--logging_dir logs",
+    {"tracking.logging_dir": "logs"},
+    ["--logging_dir=logs: of TensorBoard's files"],
+  ),
   ("--logging_dir logs --report_to tensorboard", {"tracking.writers": ("tensorboard",)}, []),
   ("--streaming", {}, ["--streaming: the data set is downloaded"]),
   (
     "--seed 1 --seed 2",
     {"train.seed": 2, "data.shuffle_seed": 2},
-    ["--seed=1: given again, as 2, which counts", "--seed=2: orders the rows and draws the held-out text too"],
+    [
+      "--seed=1: given again, as 2, which counts",
+      "--seed=2: orders the rows and draws the held-out text too",
+    ],
   ),
   ("--seed 1 --data_seed 2", {"train.seed": 1, "data.shuffle_seed": 2}, []),
   ("--seed 1 --validation_file v.txt", {"train.seed": 1, "data.shuffle_seed": 1}, []),
   ("--seed 1 --config.data.shuffle_seed 2", {"train.seed": 1, "data.shuffle_seed": 2}, []),
-  ("--lr_scheduler_type constant --warmup_steps 3", {"optim.warmup_steps": 0}, ["--warmup_steps=3: constant has no"]),
+  (
+    "--lr_scheduler_type constant --warmup_steps 3",
+    {"optim.warmup_steps": 0},
+    ["--warmup_steps=3: constant has no"],
+  ),
   (
     "--warmup_ratio 0.1 --lr_scheduler_type constant",
     {"optim.warmup_ratio": 0},
@@ -164,23 +222,43 @@ SAID = [
   ("--eval_strategy steps", {"train.eval_every": 500}, []),
   ("--max_steps 0 --num_train_epochs 2", {"train.epochs": 2.0, "train.steps": 0}, []),
   ("--max_steps -100 --num_train_epochs 2", {"train.epochs": 2.0, "train.steps": 0}, []),
-  ("--max_steps 1_0 --logging_steps 3.0 --save_total_limit 1e1", {"train.steps": 10, "train.keep": 10}, []),
+  (
+    "--max_steps 1_0 --logging_steps 3.0 --save_total_limit 1e1",
+    {"train.steps": 10, "train.keep": 10},
+    [],
+  ),
   ("--save_total_limit -1", {"train.keep": jaxft.config.MAX_INT}, []),
   ("--bf16 False --fp16", {}, ["--fp16: float16 is not there yet"]),
   ("--no_bf16", {"model.compute_dtype": "float32"}, []),
   ("--dtype float16", {"model.compute_dtype": "auto"}, ["--torch_dtype=float16"]),
   ("--report_to mlflow,wandb", {"tracking.writers": ("mlflow", "wandb")}, []),
   ("--report_to none", {"tracking.writers": ()}, []),
-  ("--logging_first_step", {}, ["--logging_first_step=: weights are evaluated before the first step"]),
+  (
+    "--logging_first_step",
+    {},
+    ["--logging_first_step=: weights are evaluated before the first step"],
+  ),
   ("--logging_first_step 0 --eval_on_start --disable_tqdm no --log_level passive", {}, []),
-  ("--bf16_full_eval True --disable_tqdm 1", {}, ["--bf16_full_eval=True: an ev", "--disable_tqdm=1: a log"]),
-  ("--eval_on_start 0 --ddp_timeout 7200", {}, ["--eval_on_start=0: weights", "--ddp_timeout=7200: --peer_timeout"]),
+  (
+    "--bf16_full_eval True --disable_tqdm 1",
+    {},
+    ["--bf16_full_eval=True: an ev", "--disable_tqdm=1: a log"],
+  ),
+  (
+    "--eval_on_start 0 --ddp_timeout 7200",
+    {},
+    ["--eval_on_start=0: weights", "--ddp_timeout=7200: --peer_timeout"],
+  ),
   (
     "--label_smoothing_factor 0.0 --neftune_noise_alpha None --lr_scheduler_kwargs {} --hub_strategy every_save",
     {},
     [],
   ),
-  ("--cache_dir here", {"data.cache_dir": "here/tokens"}, ["--cache_dir=here: for downloads and tokens"]),
+  (
+    "--cache_dir here",
+    {"data.cache_dir": "here/tokens"},
+    ["--cache_dir=here: for downloads and tokens"],
+  ),
   ("--adafactor", {"optim.name": "adafactor"}, []),
   ("--local_rank=0 --trust_remote_code False", {}, []),
   (
@@ -195,7 +273,9 @@ SAID = [
 def test_a_flag_is_done_and_what_was_done_is_told(monkeypatch, capsys, words, wanted, told):
   for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     monkeypatch.setenv(name, "elsewhere")  # which --cache_dir changes
-  config = parsed(monkeypatch, "--model_name_or_path=gpt2", "--train_file=a.txt", *words.split()).config
+  config = parsed(
+    monkeypatch, "--model_name_or_path=gpt2", "--train_file=a.txt", *words.split()
+  ).config
   found = jaxft.config.flatten(config)
   assert {name: found[name] for name in wanted} == wanted and not jaxft.config.validate(config)
   lines = capsys.readouterr().err.splitlines()
@@ -219,7 +299,9 @@ def test_new_weights_are_what_run_clm_begins_with_without_a_checkpoint(monkeypat
   assert (model.path, model.init, model.tokenizer) == ("mine", "scratch", "mine")
   assert model.config_overrides == "model_type=gpt2,n_embd=1024,n_layer=48"
   assert "new weights are drawn" in capsys.readouterr().err
-  model = parsed(monkeypatch, *"--config_name sizes --tokenizer_name mine --train_file a.txt".split()).config.model
+  model = parsed(
+    monkeypatch, *"--config_name sizes --tokenizer_name mine --train_file a.txt".split()
+  ).config.model
   assert (model.path, model.init, model.tokenizer) == ("sizes", "scratch", "mine")
 
 
@@ -230,7 +312,9 @@ def test_a_dataset_of_the_hub_is_evaluated_on_its_own_split(monkeypatch, tmp_pat
     (tmp_path / "small" / f"{name}.jsonl").write_text('{"text": "a"}\n')
   words = ["--model_name_or_path=gpt2", "--dataset_name", str(tmp_path / "small")]
   data = parsed(monkeypatch, *words).config.data
-  assert data.train == (f"hub:{tmp_path / 'small'}",) and data.validation == (f"hub:{tmp_path / 'small'}:validation",)
+  assert data.train == (f"hub:{tmp_path / 'small'}",) and data.validation == (
+    f"hub:{tmp_path / 'small'}:validation",
+  )
   assert "evaluated on its split validation" in capsys.readouterr().err
   (tmp_path / "small" / "validation.jsonl").unlink()
   assert parsed(monkeypatch, *words).config.data.validation == ()
@@ -242,7 +326,9 @@ def test_only_the_run_itself_is_resumed(monkeypatch, tmp_path):
   (tmp_path / "theirs" / "trainer_state.json").write_text("{}")
   words = ["--model_name_or_path=gpt2", "--train_file=a.txt", f"--output_dir={tmp_path / 'run'}"]
   for fine in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "12"):
-    assert parsed(monkeypatch, *words, f"--resume_from_checkpoint={fine}").workdir == tmp_path / "run"
+    assert (
+      parsed(monkeypatch, *words, f"--resume_from_checkpoint={fine}").workdir == tmp_path / "run"
+    )
   for wrong, message in (
     (tmp_path / "run" / "checkpoints" / "3", "not the newest checkpoint"),
     (tmp_path / "theirs", "a checkpoint of transformers' Trainer; --model_name_or_path"),
@@ -275,7 +361,9 @@ def test_a_mistyped_flag_gets_the_nearest_of_all(monkeypatch, spell):
     with pytest.raises(RequestError) as refusal:
       parsed(monkeypatch, "--model_name_or_path=gpt2", "--train_file=a.txt", f"--{spell(name)}=1")
     line = str(refusal.value)
-    assert "\n" not in line and line.startswith(f"--{spell(name)}: no such flag; did you mean --"), line
+    assert "\n" not in line and line.startswith(
+      f"--{spell(name)}: no such flag; did you mean --"
+    ), line
     told.append(line.split("mean --")[1].rstrip("?"))
     assert difflib.SequenceMatcher(None, told[-1], name).ratio() > 0.8, line
   # Few flags are as near to another one: per_device_train_batch_size without a letter is not among them.
@@ -294,36 +382,78 @@ def test_what_people_type_leads_to_what_they_mean(monkeypatch, typed, meant):
 
 @pytest.mark.parametrize("devices, fine", [(1, False), (4, True)])
 def test_a_deepspeed_batch_must_come_out(monkeypatch, tmp_path, devices, fine):
-  batch = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
+  batch = {
+    "train_batch_size": 32,
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 2,
+  }
   (tmp_path / "ds.json").write_text(json.dumps(batch))
-  found = parsed(monkeypatch, "--model_name_or_path=gpt2", "--train_file=a.txt", f"--deepspeed={tmp_path / 'ds.json'}")
+  found = parsed(
+    monkeypatch,
+    "--model_name_or_path=gpt2",
+    "--train_file=a.txt",
+    f"--deepspeed={tmp_path / 'ds.json'}",
+  )
   if fine:
     found.per_device.apply_to(found.config, devices)
     assert (found.config.train.batch_size, found.config.train.micro_batch_size) == (32, 4)
   else:
-    with pytest.raises(RequestError, match="train_batch_size=32 is not 4 rows x 2 accumulation steps x 1 devices"):
+    with pytest.raises(
+      RequestError, match="train_batch_size=32 is not 4 rows x 2 accumulation steps x 1 devices"
+    ):
       found.per_device.apply_to(found.config, devices)
 
 
 @pytest.mark.parametrize(
   "batch, words, wanted, told",
   [
-    ((None, 4, 2), ["--config.train.batch_size=32"], (32, 0), "--config.train.batch_size=32 is given, and wins"),
-    ((16, 4, 2), ["--config.train.batch_size", "32"], (32, 0), "--config.train.batch_size=32 is given, and wins"),
+    (
+      (None, 4, 2),
+      ["--config.train.batch_size=32"],
+      (32, 0),
+      "--config.train.batch_size=32 is given, and wins",
+    ),
+    (
+      (16, 4, 2),
+      ["--config.train.batch_size", "32"],
+      (32, 0),
+      "--config.train.batch_size=32 is given, and wins",
+    ),
     ((16, None, None), ["--config.train.micro_batch_size=2"], (16, 2), ""),
-    ((16, 8, None), ["--config.train.micro_batch_size=2"], (16, 2), "--config.train.micro_batch_size=2 is given"),
-    ((16, None, None), ["--gradient_accumulation_steps=4"], (32, 8), "--gradient_accumulation_steps=4 is given"),
+    (
+      (16, 8, None),
+      ["--config.train.micro_batch_size=2"],
+      (16, 2),
+      "--config.train.micro_batch_size=2 is given",
+    ),
+    (
+      (16, None, None),
+      ["--gradient_accumulation_steps=4"],
+      (32, 8),
+      "--gradient_accumulation_steps=4 is given",
+    ),
     ((None, None, 2), ["--per_device_train_batch_size=4"], (8, 4), ""),
-    ((None, None, 2), ["--config={config}"], None, "--deepspeed=.*: 2 accumulation steps of how many rows"),
+    (
+      (None, None, 2),
+      ["--config={config}"],
+      None,
+      "--deepspeed=.*: 2 accumulation steps of how many rows",
+    ),
   ],
 )
 def test_the_command_line_beats_the_batch_of_a_deepspeed_config(
   monkeypatch, tmp_path, capsys, batch, words, wanted, told
 ):
   names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-  (tmp_path / "ds.json").write_text(json.dumps({name: it for name, it in zip(names, batch, strict=True) if it}))
+  (tmp_path / "ds.json").write_text(
+    json.dumps({name: it for name, it in zip(names, batch, strict=True) if it})
+  )
   words = [word.format(config=ROOT / "configs" / "quickstart.py") for word in words]
-  words += ["--model_name_or_path=gpt2", "--train_file=a.txt", f"--deepspeed={tmp_path / 'ds.json'}"]
+  words += [
+    "--model_name_or_path=gpt2",
+    "--train_file=a.txt",
+    f"--deepspeed={tmp_path / 'ds.json'}",
+  ]
   if wanted is None:
     with pytest.raises(RequestError, match=told):
       parsed(monkeypatch, *words)
@@ -335,11 +465,18 @@ def test_the_command_line_beats_the_batch_of_a_deepspeed_config(
   assert told in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("word", ["--config.optim.learning_rate=3e-5", "--config.optim.learning_rate 3e-5", "--fp16"])
+@pytest.mark.parametrize(
+  "word", ["--config.optim.learning_rate=3e-5", "--config.optim.learning_rate 3e-5", "--fp16"]
+)
 def test_the_command_line_beats_a_deepspeed_config(monkeypatch, tmp_path, capsys, word):
   optimizer = {"type": "AdamW", "params": {"lr": 1e-4}}
   (tmp_path / "ds.json").write_text(json.dumps({"bf16": {"enabled": True}, "optimizer": optimizer}))
-  words = ["--model_name_or_path=gpt2", "--train_file=a.txt", f"--deepspeed={tmp_path / 'ds.json'}", *word.split()]
+  words = [
+    "--model_name_or_path=gpt2",
+    "--train_file=a.txt",
+    f"--deepspeed={tmp_path / 'ds.json'}",
+    *word.split(),
+  ]
   config = parsed(monkeypatch, *words).config
   rate, dtype = (1e-4, "auto") if word == "--fp16" else (3e-5, "bfloat16")
   assert (config.optim.learning_rate, config.model.compute_dtype) == (rate, dtype)
@@ -360,21 +497,35 @@ def test_the_command_line_beats_a_deepspeed_config(monkeypatch, tmp_path, capsys
 )
 def test_a_flag_that_says_no_beats_a_config_file(monkeypatch, tmp_path, words, wanted):
   file = tmp_path / "c.py"
-  lines = ["c.train.keep_best_metric, c.train.eval_every = 'eval/loss', 4", "c.memory.remat = 'full'"]
+  lines = [
+    "c.train.keep_best_metric, c.train.eval_every = 'eval/loss', 4",
+    "c.memory.remat = 'full'",
+  ]
   lines += ["c.optim.warmup_ratio, c.train.save_every, c.optim.name = 0.2, 'epoch', 'lion'"]
-  text = "\n  ".join(["from jaxft import config\ndef get_config():", "c = config.default()", *lines, "return c"])
+  text = "\n  ".join(
+    ["from jaxft import config\ndef get_config():", "c = config.default()", *lines, "return c"]
+  )
   file.write_text(text)
-  found = jaxft.config.flatten(parsed(monkeypatch, "-config", str(file), "--train_file=a.txt", *words.split()).config)
+  found = jaxft.config.flatten(
+    parsed(monkeypatch, "-config", str(file), "--train_file=a.txt", *words.split()).config
+  )
   assert {name: found[name] for name in wanted} == wanted and found["train.batch_size"] == 8
 
 
 def test_every_setting_named_is_one():
   assert {same.setting for same in run_clm.MAPPED.values()} <= jaxft.config.BY_NAME.keys()
-  groups = [set(run_clm.MAPPED), set(run_clm.NO_OPS), set(run_clm.UNSUPPORTED), set(run_clm.ALIASES)]
+  groups = [
+    set(run_clm.MAPPED),
+    set(run_clm.NO_OPS),
+    set(run_clm.UNSUPPORTED),
+    set(run_clm.ALIASES),
+  ]
   assert sum(map(len, groups)) == len(set.union(*groups))
 
 
-@pytest.mark.parametrize("words", ["--max_steps 30 --num_train_epochs 3", "--num_train_epochs 3 --max_steps 30"])
+@pytest.mark.parametrize(
+  "words", ["--max_steps 30 --num_train_epochs 3", "--num_train_epochs 3 --max_steps 30"]
+)
 def test_the_order_of_flags_is_of_no_account(monkeypatch, words):
   config = parsed(
     monkeypatch, "--model_name_or_path=gpt2", *words.split(), "--eval_steps=5", "--eval_strategy=no"
@@ -391,9 +542,18 @@ def test_the_order_of_flags_is_of_no_account(monkeypatch, words):
     ("--eval_strategy epochs", "there is only no, steps and epoch"),
     ("--model_type gpt2 --config_name x", "weights that are read have their own config.json"),
     ("--fp16 --bf16", "--bf16 is given too"),
-    ("--learning_rate 1e-4 --config.optim.learning_rate=2e-4", "--config.optim.learning_rate=2e-4 is given too"),
-    ("--num_train_epochs 3 --config.train.steps=5", "--num_train_epochs=3: --config.train.steps=5 is given too"),
-    ("--max_steps 5 --config.train.epochs=2", "--max_steps=5: --config.train.epochs=2 is given too"),
+    (
+      "--learning_rate 1e-4 --config.optim.learning_rate=2e-4",
+      "--config.optim.learning_rate=2e-4 is given too",
+    ),
+    (
+      "--num_train_epochs 3 --config.train.steps=5",
+      "--num_train_epochs=3: --config.train.steps=5 is given too",
+    ),
+    (
+      "--max_steps 5 --config.train.epochs=2",
+      "--max_steps=5: --config.train.epochs=2 is given too",
+    ),
     ("--workdir=a --output_dir b", "--output_dir=b: --workdir=a is given too"),
     ("--output_dir --do_train", "--output_dir: give a value"),
     ("--learning_rate --do_train", "--learning_rate: give a value"),
@@ -401,7 +561,10 @@ def test_the_order_of_flags_is_of_no_account(monkeypatch, words):
     ("--deepspeed nowhere.json", "nowhere.json: no such file; name a ds_config.json"),
     ("--optim rmsprop", "there is only adamw_torch"),
     ("--optim sgd", "--config.optim.name=sgd --config.optim.b1=0 is torch's SGD"),
-    ("--learning_rate 1e-4 --config.optim.learning_rate 2e-4", "--config.optim.learning_rate=2e-4 is given too"),
+    (
+      "--learning_rate 1e-4 --config.optim.learning_rate 2e-4",
+      "--config.optim.learning_rate=2e-4 is given too",
+    ),
     ("--train_file a.txt --config.data.train v.txt", "--config.data.train=v.txt is given too"),
     ("--seed 5 -config.train.seed 3", "--config.train.seed=3 is given too"),
     ("--train_file a.txt --dataset_name a/b", "--train_file=a.txt is given too"),
@@ -409,10 +572,16 @@ def test_the_order_of_flags_is_of_no_account(monkeypatch, words):
     ("--bf16 ture", "--bf16=ture: give True or False"),
     ("--overwrite_cache banana", "--overwrite_cache=banana: give True or False"),
     ("--do_train yess", "--do_train=yess: give True or False"),
-    ("--eval_steps 0.1", "--eval_steps=0.1: a share of the steps means nothing here; give a number of steps"),
+    (
+      "--eval_steps 0.1",
+      "--eval_steps=0.1: a share of the steps means nothing here; give a number of steps",
+    ),
     ("--eval_strategy steps --eval_steps 0", "--eval_steps=0: must be at least 1"),
     ("--max_train_samples 0", "--max_train_samples=0: must be at least 1"),
-    ("--config x.py --eval_strategy steps", "--eval_strategy=steps: how many.* give --eval_steps too"),
+    (
+      "--config x.py --eval_strategy steps",
+      "--eval_strategy=steps: how many.* give --eval_steps too",
+    ),
     ("--group_by_length", "leaves no padding"),
     ("-seed 5", "-seed: no such flag; did you mean --seed"),
     ("--deepspeed", "--deepspeed: give a value"),
@@ -422,7 +591,10 @@ def test_the_order_of_flags_is_of_no_account(monkeypatch, words):
       "--metric_for_best_model=accuracy: there is only eval_loss",
     ),
     ("--config x.py --gradient_accumulation_steps 2", "2 accumulation steps of how many rows"),
-    ("--per_device_train_batch_size 2 --config.train.batch_size=8", "a batch by device is given too"),
+    (
+      "--per_device_train_batch_size 2 --config.train.batch_size=8",
+      "a batch by device is given too",
+    ),
     ("--per_device_train_batch_size two", "give a whole number"),
   ],
 )

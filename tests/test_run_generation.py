@@ -30,7 +30,9 @@ def told(ready, folder, monkeypatch, tmp_path, capsys):
     (tmp_path / "piped").write_bytes(piped)
     with (tmp_path / "piped").open() as stream:
       monkeypatch.setattr(sys, "stdin", stream)
-      monkeypatch.setattr(sys, "argv", ["generate", *([f"--model={folder}"] if model else []), *map(str, words)])
+      monkeypatch.setattr(
+        sys, "argv", ["generate", *([f"--model={folder}"] if model else []), *map(str, words)]
+      )
       generate.main()
     return capsys.readouterr()
 
@@ -48,12 +50,21 @@ def given(*words):
 def test_a_command_of_run_generation_is_understood(told, folder, ready):
   words = f"--model_type=gpt2 --model_name_or_path={folder} --length 9 --k 5 --p 0.8 --json --half --no_cuda".split()
   said = told(
-    *words, "--use_cache", "--jit", "--pad_token_id=0", "--xlm_language=", "--prompt", "Once upon", model=False
+    *words,
+    "--use_cache",
+    "--jit",
+    "--pad_token_id=0",
+    "--xlm_language=",
+    "--prompt",
+    "Once upon",
+    model=False,
   )
   how = dict(max_new_tokens=9, top_k=5, top_p=0.8, temperature=1.0, seed=42)
   assert completions(said) == [it._asdict() for it in ready.generate(["Once upon"], **how)]
   first, second = said.err.splitlines()
-  defaults = "temperature=1.0, repetition_penalty=1.0, num_return_sequences=1, do_sample=True, seed=42"
+  defaults = (
+    "temperature=1.0, repetition_penalty=1.0, num_return_sequences=1, do_sample=True, seed=42"
+  )
   assert first == f"--model_type=gpt2: as run_generation.py has it: {defaults}"
   assert second.startswith("--half: computed in bfloat16 where")
 
@@ -72,7 +83,9 @@ def test_a_command_of_run_generation_is_understood(told, folder, ready):
 )
 def test_the_scripts_defaults_hold_where_nothing_is_said(words, changed):
   wanted = run_generation.SCRIPT_DEFAULTS | changed
-  assert given("--model_type", "gpt2", *words.split()) == {name: it for name, it in wanted.items() if it is not None}
+  assert given("--model_type", "gpt2", *words.split()) == {
+    name: it for name, it in wanted.items() if it is not None
+  }
   said = given(*words.split())
   assert said == {name: it for name, it in changed.items() if it is not None}
 
@@ -83,7 +96,8 @@ def test_families_are_those_there_are(told):
     family = run_generation.MODEL_TYPES[name.lower()]
     assert parsers.generate().parse_args(["m", "--model_type", name]).model_type == name.lower()
     with pytest.raises(
-      RequestError, match=f"--model_type={name.lower()}: .*config.json says gpt2; give --model_type=gpt2"
+      RequestError,
+      match=f"--model_type={name.lower()}: .*config.json says gpt2; give --model_type=gpt2",
     ):
       told("--model_type", name, "--prompt=x")
     assert family != "gpt2"
@@ -91,7 +105,12 @@ def test_families_are_those_there_are(told):
 
 def test_every_flag_named_is_one():
   known = {flag.removeprefix("--") for flag in parsers.generate()._option_string_actions}
-  named = [*run_generation.ALIASES, *run_generation.ALIASES.values(), *run_generation.FLAG_NOTES, *run_generation.FIXED]
+  named = [
+    *run_generation.ALIASES,
+    *run_generation.ALIASES.values(),
+    *run_generation.FLAG_NOTES,
+    *run_generation.FIXED,
+  ]
   assert {*named, *run_generation.UNSUPPORTED, run_generation.PAD_TOKEN[0], "model_type"} <= known
   assert set(run_generation.SCRIPT_DEFAULTS) <= {*Sampling._fields, "do_sample"}
 
@@ -110,7 +129,9 @@ def test_every_flag_named_is_one():
     ("--min_length=9 --max_length=8", "--min_length=9: more than --max_length=8"),
   ],
 )
-def test_what_means_nothing_here_is_refused_before_a_model_is_read(told, monkeypatch, words, told_of):
+def test_what_means_nothing_here_is_refused_before_a_model_is_read(
+  told, monkeypatch, words, told_of
+):
   monkeypatch.setattr(generate, "load_model", lambda arguments: pytest.fail("read a model"))
   with pytest.raises(RequestError, match=re.escape(told_of)):
     told(*words.split(), "--prompt=x")
@@ -121,13 +142,24 @@ def test_prompts_may_come_through_a_pipe(told, ready):
   said = told("--json", "--temperature=0", "--max_new_tokens=4", piped=lines)
   wanted = ready.generate(["the cat", "the café\fr\ran", "a cat"], temperature=0, max_new_tokens=4)
   assert completions(said) == [it._asdict() for it in wanted] and said.err == ""
-  assert told("--temperature=0", "--max_new_tokens=4", piped=b"the cat\n").out == "the cat" + wanted[0].text + "\n"
-  alone = told("--json", "--max_new_tokens=4", "--temperature=0", "--prompt", "the cat", piped=b"\xff, not read")
+  assert (
+    told("--temperature=0", "--max_new_tokens=4", piped=b"the cat\n").out
+    == "the cat" + wanted[0].text + "\n"
+  )
+  alone = told(
+    "--json",
+    "--max_new_tokens=4",
+    "--temperature=0",
+    "--prompt",
+    "the cat",
+    piped=b"\xff, not read",
+  )
   assert completions(alone) == [wanted[0]._asdict()]
 
 
 @pytest.mark.parametrize(
-  "piped, message", [(b"", "--prompt is missing: "), (b" \n\n", "--prompt is missing: "), (b"\xff", "UTF-8|utf-8")]
+  "piped, message",
+  [(b"", "--prompt is missing: "), (b" \n\n", "--prompt is missing: "), (b"\xff", "UTF-8|utf-8")],
 )
 def test_a_pipe_without_prompts_is_refused_in_one_line(told, piped, message):
   with pytest.raises(RequestError, match=message) as refusal:
@@ -144,7 +176,9 @@ def test_a_file_without_prompts_is_refused(told, tmp_path):
 def test_a_prefix_is_read_and_not_printed(told, ready):
   how = ("--temperature=0", "--max_new_tokens=4", "--padding_text", "the dog and ")
   (wanted,) = ready.generate(["the dog and the cat"], temperature=0, max_new_tokens=4)
-  assert completions(told(*how, "--json", "--prompt=the cat")) == [wanted._replace(prompt="the cat")._asdict()]
+  assert completions(told(*how, "--json", "--prompt=the cat")) == [
+    wanted._replace(prompt="the cat")._asdict()
+  ]
   assert told(*how, piped=b"the cat").out == "the cat" + wanted.text + "\n"
 
 
@@ -152,16 +186,27 @@ def test_a_stop_token_is_a_stop_string_and_says_what_differs(told, ready):
   how = dict(temperature=0, max_new_tokens=30)
   (whole,) = ready.generate(["Once upon"], **how)
   stop = whole.text[len(whole.text) // 2 :][:3]
-  said = told("--json", "--temperature=0", "--max_new_tokens=30", f"--stop_token={stop}", "--prompt=Once upon")
-  assert completions(said) == [it._asdict() for it in ready.generate(["Once upon"], stop_strings=[stop], **how)]
-  assert said.err.startswith("--stop_token: as --stop_strings: the text ends with it") and said.err.count("\n") == 1
+  said = told(
+    "--json", "--temperature=0", "--max_new_tokens=30", f"--stop_token={stop}", "--prompt=Once upon"
+  )
+  assert completions(said) == [
+    it._asdict() for it in ready.generate(["Once upon"], stop_strings=[stop], **how)
+  ]
+  assert (
+    said.err.startswith("--stop_token: as --stop_strings: the text ends with it")
+    and said.err.count("\n") == 1
+  )
 
 
-@pytest.mark.parametrize("words, asked", [(["--no_cuda"], [("jax_platforms", "cpu")]), (["--use_cpu=False"], [])])
+@pytest.mark.parametrize(
+  "words, asked", [(["--no_cuda"], [("jax_platforms", "cpu")]), (["--use_cpu=False"], [])]
+)
 def test_the_cpu_is_asked_for_before_a_model_is_opened(told, ready, monkeypatch, words, asked):
   seen = []
   monkeypatch.setattr(generate.jax.config, "update", lambda *setting: seen.append(setting))
-  monkeypatch.setattr(generate, "load_model", lambda _: ready if seen == asked else pytest.fail(str(seen)))
+  monkeypatch.setattr(
+    generate, "load_model", lambda _: ready if seen == asked else pytest.fail(str(seen))
+  )
   assert completions(told("--json", "--max_new_tokens=2", "--prompt=x", *words))
 
 
@@ -172,7 +217,10 @@ def test_a_text_ends_where_the_model_has_no_position_left(told, ready):
   assert completions(said) == [wanted._asdict()] and len(said.err.splitlines()) == 1
   said = told(*how, "--length=1000")
   assert completions(said) == [wanted._asdict()]
-  assert f"--max_new_tokens=1000: a text ends at the model's {ready.source.cfg.P} positions\n" in said.err
+  assert (
+    f"--max_new_tokens=1000: a text ends at the model's {ready.source.cfg.P} positions\n"
+    in said.err
+  )
 
 
 def test_what_is_of_no_account_is_told_once(told):

@@ -18,7 +18,12 @@ from jaxft.model.compute import ComputeConfig
 from jaxft.model.decoder import abstract_model
 from jaxft.sharding.mesh import make_mesh
 
-PROMPTS = ["Once upon a time", "The", "a cat and a dog ran to the big red house with small blue", "x"]
+PROMPTS = [
+  "Once upon a time",
+  "The",
+  "a cat and a dog ran to the big red house with small blue",
+  "x",
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +38,34 @@ def test_greedy_tokens_equal_transformers(ready, folder):
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
   for completion in ready.generate(PROMPTS, temperature=0, max_new_tokens=40):
     ids = torch.tensor([ready.tokenizer(completion.prompt)["input_ids"]])
-    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40, pad_token_id=0)
+    out = theirs.generate(
+      ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40, pad_token_id=0
+    )
     wanted = out[0, ids.shape[1] :].tolist()
     assert completion.token_ids == (wanted[: wanted.index(0)] if 0 in wanted else wanted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.wide)])
-def test_scores_that_are_divided_by_depth_give_transformers_tokens(devices, folder, tmp_path, monkeypatch):
+def test_scores_that_are_divided_by_depth_give_transformers_tokens(
+  devices, folder, tmp_path, monkeypatch
+):
   shutil.copytree(folder, tmp_path / "m")
-  config = json.loads((tmp_path / "m" / "config.json").read_text()) | {"scale_attn_by_inverse_layer_idx": True}
+  config = json.loads((tmp_path / "m" / "config.json").read_text()) | {
+    "scale_attn_by_inverse_layer_idx": True
+  }
   (tmp_path / "m" / "config.json").write_text(json.dumps(config))
   all_of_them = make_mesh
-  monkeypatch.setattr(jaxft.sharding.mesh, "make_mesh", lambda sizes: all_of_them(sizes, jax.devices()[:devices]))
+  monkeypatch.setattr(
+    jaxft.sharding.mesh, "make_mesh", lambda sizes: all_of_them(sizes, jax.devices()[:devices])
+  )
   test_greedy_tokens_equal_transformers(pretrained.load(tmp_path / "m"), tmp_path / "m")
 
 
 @pytest.mark.slow_for("sampling0")
-@pytest.mark.parametrize("sampling", [dict(temperature=0), dict(temperature=0.9, top_k=20, top_p=0.9, seed=5)])
+@pytest.mark.parametrize(
+  "sampling", [dict(temperature=0), dict(temperature=0.9, top_k=20, top_p=0.9, seed=5)]
+)
 def test_a_ragged_batch_equals_one_by_one(ready, sampling):
   together = ready.generate(PROMPTS, max_new_tokens=20, **sampling)
   alone = ready.generate([PROMPTS[0]], max_new_tokens=20, **sampling)
@@ -61,7 +76,11 @@ def test_a_ragged_batch_equals_one_by_one(ready, sampling):
 
 @pytest.mark.parametrize(
   "sampling",
-  [pytest.param(dict(temperature=0), marks=pytest.mark.slow), dict(seed=5, top_k=0), dict(temperature=0, num_beams=3)],
+  [
+    pytest.param(dict(temperature=0), marks=pytest.mark.slow),
+    dict(seed=5, top_k=0),
+    dict(temperature=0, num_beams=3),
+  ],
 )
 @pytest.mark.slow_for("sampling2")
 def test_a_long_neighbour_does_not_end_a_text(ready, sampling):
@@ -80,10 +99,12 @@ def test_a_long_neighbour_does_not_end_a_text(ready, sampling):
 def test_one_device_which_reads_layers_where_they_lie_writes_what_eight_write(ready):
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params = jax.device_put(ready.params, device)
-  assert layer_views.unstack_layers(params["blocks"], ready.source.cfg.L) and not layer_views.unstack_layers(
-    ready.params["blocks"], 1
+  assert layer_views.unstack_layers(
+    params["blocks"], ready.source.cfg.L
+  ) and not layer_views.unstack_layers(ready.params["blocks"], 1)
+  graph, *_ = abstract_model(
+    ready.source.cfg, ComputeConfig(vocab_multiple=jaxft.sharding.rules.VOCAB_MULTIPLE)
   )
-  graph, *_ = abstract_model(ready.source.cfg, ComputeConfig(vocab_multiple=jaxft.sharding.rules.VOCAB_MULTIPLE))
   alone = sampler.Generator(graph, ready.source.cfg, ready.tokenizer.eos_token_id)
   prompts = [ready.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
   for sampling in (
@@ -111,7 +132,12 @@ def test_prompts_that_are_no_list_of_texts_are_refused(ready):
 def test_the_seed_decides(ready):
   texts = [ready.generate(PROMPTS, seed=seed, max_new_tokens=20) for seed in (1, 1, 2)]
   assert texts[0] == texts[1] != texts[2]
-  assert len({tuple(completion.token_ids) for completion in ready.generate(["The"] * 4, max_new_tokens=20)}) == 4
+  assert (
+    len(
+      {tuple(completion.token_ids) for completion in ready.generate(["The"] * 4, max_new_tokens=20)}
+    )
+    == 4
+  )
 
 
 def test_prompts_of_a_bucket_share_their_programs(ready):
@@ -128,9 +154,13 @@ def test_it_ends_at_the_end_token_and_at_the_last_position(ready):
   length = len(ready.tokenizer("The")["input_ids"])
   assert length + len(completion.token_ids) <= ready.source.cfg.P
   always_end = sampler.Generator(
-    ready.graph, ready.source.cfg, eos_token_id=ready.generate(["The"], temperature=0)[0].token_ids[0]
+    ready.graph,
+    ready.source.cfg,
+    eos_token_id=ready.generate(["The"], temperature=0)[0].token_ids[0],
   )
-  assert always_end(ready.params, [ready.tokenizer("The")["input_ids"]], Sampling(temperature=0)) == [[]]
+  assert always_end(
+    ready.params, [ready.tokenizer("The")["input_ids"]], Sampling(temperature=0)
+  ) == [[]]
 
 
 def test_filters_keep_transformers_tokens():
@@ -183,7 +213,9 @@ def test_repetition_rules_are_transformers_own():
     ours = np.asarray(logits_processors.penalize_repeats(jnp.asarray(logits), history, penalty))
     for row in range(B):
       theirs = torch.from_numpy(ids[row : row + 1, max(0, end - lengths[row]) : end].copy())
-      wanted = RepetitionPenaltyLogitsProcessor(penalty)(theirs, torch.from_numpy(logits[row : row + 1].copy()))
+      wanted = RepetitionPenaltyLogitsProcessor(penalty)(
+        theirs, torch.from_numpy(logits[row : row + 1].copy())
+      )
       np.testing.assert_allclose(ours[row], wanted[0].numpy(), rtol=1e-6)
 
 
@@ -202,9 +234,13 @@ def test_rules_give_transformers_tokens_alone_and_in_a_ragged_batch(ready, folde
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
   together = ready.generate(PROMPTS, temperature=0, max_new_tokens=30, **rules)
   for completion in together:
-    assert ready.generate([completion.prompt], temperature=0, max_new_tokens=30, **rules) == [completion]
+    assert ready.generate([completion.prompt], temperature=0, max_new_tokens=30, **rules) == [
+      completion
+    ]
     ids = torch.tensor([ready.tokenizer(completion.prompt)["input_ids"]])
-    how = dict(attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30, pad_token_id=0)
+    how = dict(
+      attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=30, pad_token_id=0
+    )
     wanted = theirs.generate(ids, **how, **rules)[0, ids.shape[1] :].tolist()
     assert completion.token_ids == (wanted[: wanted.index(0)] if 0 in wanted else wanted)
 
@@ -221,17 +257,23 @@ def test_rules_give_transformers_tokens_alone_and_in_a_ragged_batch(ready, folde
 )
 @pytest.mark.parametrize("end", [287, 68])  # both come early in some of the texts
 @pytest.mark.slow_for("68", "rules2", "rules3", "rules4")
-def test_limits_are_transformers_own_alone_and_in_a_ragged_batch(ready, folder, end, rules, monkeypatch):
+def test_limits_are_transformers_own_alone_and_in_a_ragged_batch(
+  ready, folder, end, rules, monkeypatch
+):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-  monkeypatch.setattr(ready, "_generator", sampler.Generator(ready.graph, ready.source.cfg, eos_token_id=end))
+  monkeypatch.setattr(
+    ready, "_generator", sampler.Generator(ready.graph, ready.source.cfg, eos_token_id=end)
+  )
   together, longer = ready.generate(PROMPTS, temperature=0, **rules), 0
   free = {name: value for name, value in rules.items() if not name.startswith("min_")}
   for found, without in zip(together, ready.generate(PROMPTS, temperature=0, **free), strict=True):
     assert ready.generate([found.prompt], temperature=0, **rules) == [found]
     ids = torch.tensor([ready.tokenizer(found.prompt)["input_ids"]])
-    how = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, eos_token_id=end)
+    how = dict(
+      attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, eos_token_id=end
+    )
     wanted = theirs.generate(ids, **how, **rules)[0, ids.shape[1] :].tolist()
     assert found.token_ids == (wanted[: wanted.index(end)] if end in wanted else wanted)
     longer += len(found.token_ids) > len(without.token_ids)
@@ -247,17 +289,23 @@ def test_limits_are_transformers_own_alone_and_in_a_ragged_batch(ready, folder, 
     (dict(min_length=12, max_length=40), dict(max_length=30, min_new_tokens=5)),
   ],
 )
-def test_limits_of_a_generation_config_are_as_in_transformers(ready, folder, says, given, monkeypatch, tmp_path):
+def test_limits_of_a_generation_config_are_as_in_transformers(
+  ready, folder, says, given, monkeypatch, tmp_path
+):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   theirs, end = transformers.AutoModelForCausalLM.from_pretrained(folder), 287
   theirs.generation_config.update(**says)
   (tmp_path / generation_config.FILE_NAME).write_text(json.dumps(says))
   monkeypatch.setattr(ready, "source", ready.source._replace(folder=tmp_path))
-  monkeypatch.setattr(ready, "_generator", sampler.Generator(ready.graph, ready.source.cfg, eos_token_id=end))
+  monkeypatch.setattr(
+    ready, "_generator", sampler.Generator(ready.graph, ready.source.cfg, eos_token_id=end)
+  )
   for prompt in PROMPTS[:2]:
     ids = torch.tensor([ready.tokenizer(prompt)["input_ids"]])
-    how = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, eos_token_id=end)
+    how = dict(
+      attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, eos_token_id=end
+    )
     wanted = theirs.generate(ids, **how, **given)[0, ids.shape[1] :].tolist()
     (found,) = ready.generate([prompt], do_sample=False, **given)
     assert found.token_ids == (wanted[: wanted.index(end)] if end in wanted else wanted)
@@ -266,23 +314,62 @@ def test_limits_of_a_generation_config_are_as_in_transformers(ready, folder, say
 @pytest.mark.parametrize(
   "says, given, wanted, told",
   [
-    ({}, dict(max_length=30, max_new_tokens=5), dict(max_length=0, max_new_tokens=5), ["--max_length=30: of no"]),
-    ({}, dict(min_length=3, min_new_tokens=0), dict(min_length=0), ["--min_length=3: of no account, as --min_new_t"]),
-    (dict(max_length=20), dict(max_new_tokens=5), dict(max_length=0), ["max_length=20: of no account, as --max_new"]),
-    (dict(max_new_tokens=50), dict(max_length=20), dict(max_length=20), ["max_new_tokens=50: of no account, as --ma"]),
-    (dict(max_length=9, max_new_tokens=50), {}, dict(max_length=0), ["max_length=9: of no account, as max_new_tokens"]),
+    (
+      {},
+      dict(max_length=30, max_new_tokens=5),
+      dict(max_length=0, max_new_tokens=5),
+      ["--max_length=30: of no"],
+    ),
+    (
+      {},
+      dict(min_length=3, min_new_tokens=0),
+      dict(min_length=0),
+      ["--min_length=3: of no account, as --min_new_t"],
+    ),
+    (
+      dict(max_length=20),
+      dict(max_new_tokens=5),
+      dict(max_length=0),
+      ["max_length=20: of no account, as --max_new"],
+    ),
+    (
+      dict(max_new_tokens=50),
+      dict(max_length=20),
+      dict(max_length=20),
+      ["max_new_tokens=50: of no account, as --ma"],
+    ),
+    (
+      dict(max_length=9, max_new_tokens=50),
+      {},
+      dict(max_length=0),
+      ["max_length=9: of no account, as max_new_tokens"],
+    ),
     (dict(max_length=20), dict(max_length=0), dict(max_length=0, max_new_tokens=100), []),
     (dict(max_new_tokens=7), dict(max_length=0), dict(max_new_tokens=7), []),
-    (dict(min_length=0, max_length=20), dict(min_new_tokens=2), dict(min_new_tokens=2, max_length=20), []),
-    (dict(do_sample=True), dict(do_sample=False, temperature=0.5), dict(temperature=0.0), ["--temperature=0.5: of no"]),
+    (
+      dict(min_length=0, max_length=20),
+      dict(min_new_tokens=2),
+      dict(min_new_tokens=2, max_length=20),
+      [],
+    ),
+    (
+      dict(do_sample=True),
+      dict(do_sample=False, temperature=0.5),
+      dict(temperature=0.0),
+      ["--temperature=0.5: of no"],
+    ),
     (dict(do_sample=False, temperature=0.5), dict(do_sample=True), dict(temperature=0.5), []),
   ],
 )
-def test_of_two_that_are_one_setting_one_counts_and_the_other_is_told(tmp_path, says, given, wanted, told):
+def test_of_two_that_are_one_setting_one_counts_and_the_other_is_told(
+  tmp_path, says, given, wanted, told
+):
   (tmp_path / generation_config.FILE_NAME).write_text(json.dumps(says))
   found = generation_config.load(tmp_path, given)
   assert {name: getattr(found.sampling, name) for name in wanted} == wanted
-  assert len(found.warnings) == len(told) and all(text in line for text, line in zip(told, found.warnings, strict=True))
+  assert len(found.warnings) == len(told) and all(
+    text in line for text, line in zip(told, found.warnings, strict=True)
+  )
 
 
 @pytest.mark.parametrize(
@@ -293,7 +380,11 @@ def test_of_two_that_are_one_setting_one_counts_and_the_other_is_told(tmp_path, 
       dict(max_length=4),
       r"prompt 2 has \d+ tokens, and --max_length=4 counts them too; give --max_length=\d+ or more",
     ),
-    (dict(max_length=4), {}, r"prompt 2 .*--max_length=4 .*generation_config.json has max_length=4\)"),
+    (
+      dict(max_length=4),
+      {},
+      r"prompt 2 .*--max_length=4 .*generation_config.json has max_length=4\)",
+    ),
     ({}, dict(min_length=9, max_length=8), "--min_length=9: more than --max_length=8 allows"),
     (dict(max_length=8), dict(min_length=9), "--min_length=9: .*has max_length=8"),
     ({}, dict(min_new_tokens=101), "--min_new_tokens=101: more than --max_new_tokens=100 allows"),
@@ -307,9 +398,17 @@ def test_of_two_that_are_one_setting_one_counts_and_the_other_is_told(tmp_path, 
       dict(min_new_tokens=29, max_length=30),
       r"prompt 2 has \d+ tokens: --min_new_tokens=29 .*--max_length=30 leaves",
     ),
-    ({}, dict(min_new_tokens=71), r"prompt 2 .*--min_new_tokens=71 wants 71 more, and the model's 71 positions leave"),
+    (
+      {},
+      dict(min_new_tokens=71),
+      r"prompt 2 .*--min_new_tokens=71 wants 71 more, and the model's 71 positions leave",
+    ),
     ({}, dict(do_sample=True, temperature=0), "--do_sample=True: --temperature=0"),
-    (dict(temperature=0), dict(do_sample=True), r"--do_sample=True: --temperature=0.0 .*has temperature=0.0\)"),
+    (
+      dict(temperature=0),
+      dict(do_sample=True),
+      r"--do_sample=True: --temperature=0.0 .*has temperature=0.0\)",
+    ),
     ({}, dict(do_sample=True, num_beams=2), "--do_sample=True: --num_beams=2 are not drawn"),
     ({}, dict(max_length=-1), "--max_length=-1: must be 0"),
   ],
@@ -325,10 +424,17 @@ def test_limits_that_cannot_be_kept_are_refused(ready, monkeypatch, tmp_path, sa
 def test_no_text_ends_before_its_least_length(ready, monkeypatch, beams):
   generator = sampler.Generator(ready.graph, ready.source.cfg, eos_token_id=68)
   monkeypatch.setattr(ready, "_generator", generator)
-  how, own = dict(temperature=0, max_new_tokens=12) | beams, len(ready.tokenizer("The")["input_ids"])
+  how, own = (
+    dict(temperature=0, max_new_tokens=12) | beams,
+    len(ready.tokenizer("The")["input_ids"]),
+  )
   (free,) = ready.generate(["The"], **how)
   assert len(free.token_ids) < 6
-  limits = (dict(min_new_tokens=6), dict(min_length=6 + own), dict(min_new_tokens=6, min_length=12 + own))
+  limits = (
+    dict(min_new_tokens=6),
+    dict(min_length=6 + own),
+    dict(min_new_tokens=6, min_length=12 + own),
+  )
   found = [ready.generate(["The"], **how, **limit)[0].token_ids for limit in limits]
   assert found[0] == found[1] == found[2] and len(found[0]) >= 6 and 68 not in found[0][:6]
   (found,) = ready.generate(["The"], **beams, temperature=0, min_length=6 + own, max_length=6 + own)
@@ -337,7 +443,10 @@ def test_no_text_ends_before_its_least_length(ready, monkeypatch, beams):
 
 def test_a_text_may_end_once_it_is_long_enough():
   for sampling in (Sampling(9, min_length=5), Sampling(max_length=9, min_length=5)):
-    texts, short = sampler.SequenceBuffer.from_prompts([[1, 2, 3], [1], [1] * 6], sampling, 71, 1), []
+    texts, short = (
+      sampler.SequenceBuffer.from_prompts([[1, 2, 3], [1], [1] * 6], sampling, 71, 1),
+      [],
+    )
     for _ in range(5):
       short.append(texts.min_length(frozenset({7})).too_short_B.tolist())
       texts.append(np.zeros(3, np.int32))
@@ -381,7 +490,11 @@ def test_beams_are_transformers_own_alone_and_in_a_ragged_batch(ready, folder, e
     assert generator(ready.params, [prompt], sampling) == [found]
     ids = torch.tensor([prompt])
     how = dict(
-      attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, pad_token_id=0, eos_token_id=end
+      attention_mask=torch.ones_like(ids),
+      do_sample=False,
+      max_new_tokens=20,
+      pad_token_id=0,
+      eos_token_id=end,
     )
     wanted = theirs.generate(ids, **how, **rules)[0, len(prompt) :].tolist()
     assert found == (wanted[: wanted.index(end)] if end in wanted else wanted)
@@ -390,8 +503,12 @@ def test_beams_are_transformers_own_alone_and_in_a_ragged_batch(ready, folder, e
 def test_samples_follow_their_probabilities():
   logits = jnp.log(jnp.tile(jnp.array([0.5, 0.3, 0.2, 0.0]), (20000, 1)))
   keys = jax.random.split(jax.random.key(0), 20000)
-  nothing = logits_processors.History(jnp.zeros((20000, 1), jnp.int32), jnp.zeros((20000, 1), bool), jnp.int32(0))
-  drawn = sampler.sample_token(logits, keys, jnp.int32(0), jnp.float32(1), nothing, Sampling(top_k=0))
+  nothing = logits_processors.History(
+    jnp.zeros((20000, 1), jnp.int32), jnp.zeros((20000, 1), bool), jnp.int32(0)
+  )
+  drawn = sampler.sample_token(
+    logits, keys, jnp.int32(0), jnp.float32(1), nothing, Sampling(top_k=0)
+  )
   drawn = np.bincount(drawn, minlength=4) / 20000
   np.testing.assert_allclose(drawn, [0.5, 0.3, 0.2, 0], atol=0.015)
 
@@ -430,7 +547,9 @@ def test_several_texts_of_a_prompt_are_its_own(ready):
   alone = ready.generate(PROMPTS, **how)
   three = ready.generate(PROMPTS, num_return_sequences=3, **how)
   assert [it.prompt for it in three] == [prompt for prompt in PROMPTS for _ in range(3)]
-  assert [it.token_ids for it in three[::3]] == [it.token_ids for it in alone]  # the first is that of one
+  assert [it.token_ids for it in three[::3]] == [
+    it.token_ids for it in alone
+  ]  # the first is that of one
   assert len({tuple(it.token_ids) for it in three}) == len(three)
   assert three[:3] == ready.generate(PROMPTS[:1], num_return_sequences=3, **how)
 
@@ -439,11 +558,17 @@ def test_beams_give_their_best_texts(ready, folder):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
-  found = ready.generate(PROMPTS[:2], temperature=0, num_beams=4, num_return_sequences=3, max_new_tokens=10)
+  found = ready.generate(
+    PROMPTS[:2], temperature=0, num_beams=4, num_return_sequences=3, max_new_tokens=10
+  )
   for i, prompt in enumerate(PROMPTS[:2]):
     ids = torch.tensor([ready.tokenizer(prompt)["input_ids"]])
-    how = dict(do_sample=False, num_beams=4, num_return_sequences=3, max_new_tokens=10, pad_token_id=292)
-    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **how)[:, ids.shape[1] :].tolist()
+    how = dict(
+      do_sample=False, num_beams=4, num_return_sequences=3, max_new_tokens=10, pad_token_id=292
+    )
+    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **how)[
+      :, ids.shape[1] :
+    ].tolist()
     wanted = [[token for token in row if token not in (0, 292)] for row in out]
     assert [it.token_ids for it in found[3 * i : 3 * i + 3]] == wanted
 
@@ -453,7 +578,9 @@ def test_a_text_stops_at_a_stop_string_and_is_told_as_it_comes(ready):
   stop = whole.text[len(whole.text) // 2 :][:3]
   told = {}
   tell = lambda text, added: told.update({text: told.get(text, "") + added})
-  found = ready.generate(["Once upon", "The"], temperature=0, max_new_tokens=30, stop_strings=[stop, "@@"], tell=tell)
+  found = ready.generate(
+    ["Once upon", "The"], temperature=0, max_new_tokens=30, stop_strings=[stop, "@@"], tell=tell
+  )
   assert stop in found[0].text and whole.text.startswith(found[0].text)
   assert stop not in ready.tokenizer.decode(found[0].token_ids[:-1])
   assert [told[0], told[1]] == [it.text for it in found]
@@ -470,16 +597,22 @@ def test_the_models_own_generation_config_is_respected(folder, tmp_path):
   plain = pretrained.load(folder)
   greedy = plain.generate(PROMPTS, temperature=0, max_new_tokens=9)
   assert says(do_sample=False, max_new_tokens=9).generate(PROMPTS) == greedy
-  assert says(do_sample=False, max_new_tokens=30).generate(PROMPTS, max_new_tokens=9) == greedy  # what is given counts
+  assert (
+    says(do_sample=False, max_new_tokens=30).generate(PROMPTS, max_new_tokens=9) == greedy
+  )  # what is given counts
   drawn = plain.generate(PROMPTS, temperature=0.5, top_k=7, max_new_tokens=9)
   assert says(temperature=0.5, top_k=7).generate(PROMPTS, max_new_tokens=9) == drawn
   beams = plain.generate(PROMPTS, temperature=0, num_beams=3, max_new_tokens=9)
   assert says(num_beams=3, max_new_tokens=9).generate(PROMPTS) == beams
-  assert plain.generate(PROMPTS, num_beams=3, max_new_tokens=9) == beams  # transformers draws where it is told to only
+  assert (
+    plain.generate(PROMPTS, num_beams=3, max_new_tokens=9) == beams
+  )  # transformers draws where it is told to only
   says(early_stopping=True, min_length=0, max_length=20, typical_p=0.9)
   assert generation_config.load(model, {}).ignored == ("early_stopping", "typical_p")
   ends = {it.token_ids[4] for it in greedy}
-  for ours, whole in zip(says(do_sample=False, eos_token_id=[0, *ends], max_new_tokens=9).generate(PROMPTS), greedy):
+  for ours, whole in zip(
+    says(do_sample=False, eos_token_id=[0, *ends], max_new_tokens=9).generate(PROMPTS), greedy
+  ):
     at = next(i for i, token in enumerate(whole.token_ids) if token in ends)
     assert ours.token_ids == whole.token_ids[:at]
   for wrong, message in (
@@ -495,8 +628,14 @@ def test_the_models_own_generation_config_is_respected(folder, tmp_path):
 
 def test_a_prompt_file_has_one_prompt_a_line(tmp_path):
   """A line ends at its end alone, not at a form feed or U+2028; a byte order mark is no text."""
-  (tmp_path / "f").write_bytes("\ufeffthe cat\r\n\r\n  \nthe dog\fran\u2028far\x85\x1caway\n café\n\n".encode())
-  assert generate._read_prompt_file(tmp_path / "f") == ["the cat", "the dog\fran\u2028far\x85\x1caway", " café"]
+  (tmp_path / "f").write_bytes(
+    "\ufeffthe cat\r\n\r\n  \nthe dog\fran\u2028far\x85\x1caway\n café\n\n".encode()
+  )
+  assert generate._read_prompt_file(tmp_path / "f") == [
+    "the cat",
+    "the dog\fran\u2028far\x85\x1caway",
+    " café",
+  ]
   (tmp_path / "f").write_bytes(b"caf\xe9")
   with pytest.raises(RequestError, match="--prompt_file '.*f': 'utf-8' codec"):
     generate._read_prompt_file(tmp_path / "f")

@@ -51,7 +51,9 @@ def test_an_evaluation_takes_its_own_rows_or_those_of_training(rows, micro, want
 def test_rows_of_an_evaluation_that_cannot_be_split_are_refused():
   train = jaxft.config.default().train
   train.batch_size, train.eval_batch_size = 16, 12
-  with pytest.raises(RequestError, match="config.train.eval_batch_size=12: must be a multiple of 8 devices"):
+  with pytest.raises(
+    RequestError, match="config.train.eval_batch_size=12: must be a multiple of 8 devices"
+  ):
     rules.eval_batch_size(train, mesh(1, -1))
 
 
@@ -70,18 +72,24 @@ def chips(x, y, slices=1):
   return [Chip(n, (i, j, 0), s, "TPU v5 lite") for n, (s, i, j) in enumerate(places)]
 
 
-@pytest.mark.parametrize("x, y, slices", [(2, 4, 1), (4, 4, 1), (8, 8, 1), (16, 16, 1), (4, 4, 2), (2, 4, 4)])
+@pytest.mark.parametrize(
+  "x, y, slices", [(2, 4, 1), (4, 4, 1), (8, 8, 1), (16, 16, 1), (4, 4, 2), (2, 4, 4)]
+)
 def test_every_mesh_of_a_slice_has_an_order(x, y, slices):
   """No chips needed: every (data, fsdp, tensor) of powers of two, on one slice or two."""
   devices = chips(x, y, slices)
   powers = [2**i for i in range(9)]
-  for shape in [(d, len(devices) // d // t, t) for d in powers for t in (1, 2, 4) if len(devices) % (d * t) == 0]:
+  for shape in [
+    (d, len(devices) // d // t, t) for d in powers for t in (1, 2, 4) if len(devices) % (d * t) == 0
+  ]:
     if math.gcd(shape[0] * shape[1], slices) < slices:
       with pytest.raises(RequestError, match="tensor parallelism stays within one"):
         jaxft.sharding.mesh._arrange_devices(devices, shape)
       continue
     found = jaxft.sharding.mesh._arrange_devices(devices, shape)
-    assert all(len({chip.slice_index for chip in group}) == 1 for group in found.reshape(-1, shape[2]))
+    assert all(
+      len({chip.slice_index for chip in group}) == 1 for group in found.reshape(-1, shape[2])
+    )
     assert found.shape == shape and {chip.id for chip in found.flat} == set(range(len(devices)))
 
 
@@ -92,12 +100,18 @@ def test_chips_that_cannot_be_laid_out_are_refused_in_words():
 
 def test_weights_are_stored_in_slices_and_used_whole():
   axes, shape = ("layers", "embed", None, "heads", None), (3, 40, 3, 5, 8)
-  assert rules.partition_spec(axes, shape, mesh(1, 8), rules.STORED) == P(None, ("fsdp",), None, ("tensor",), None)
-  assert rules.partition_spec(axes, shape, mesh(1, 8), rules.COMPUTE) == P(None, None, None, ("tensor",), None)
+  assert rules.partition_spec(axes, shape, mesh(1, 8), rules.STORED) == P(
+    None, ("fsdp",), None, ("tensor",), None
+  )
+  assert rules.partition_spec(axes, shape, mesh(1, 8), rules.COMPUTE) == P(
+    None, None, None, ("tensor",), None
+  )
 
 
 def test_an_axis_that_does_not_divide_stays_whole():
-  assert rules.partition_spec(("vocab", "embed"), (293, 41), mesh(1, 4, 2), rules.STORED) == P(None, None)
+  assert rules.partition_spec(("vocab", "embed"), (293, 41), mesh(1, 4, 2), rules.STORED) == P(
+    None, None
+  )
 
 
 def test_two_axes_on_one_mesh_axis_are_refused_with_the_spec():
@@ -121,9 +135,14 @@ def test_batches_that_do_not_come_out_whole_are_refused(batch, micro):
 
 
 def test_heads_that_tensor_parallelism_cannot_cut_are_refused_with_the_sizes_that_can():
-  xl = model_config.from_hf_config({"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25})
+  xl = model_config.from_hf_config(
+    {"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25}
+  )
   (line,) = jaxft.sharding.mesh.validate_mesh(xl, mesh(1, 4, 2))
-  assert line == "config.mesh.tensor=2: the model has 25 heads, which 2 devices cannot share; take one of 1, 5, 25"
+  assert (
+    line
+    == "config.mesh.tensor=2: the model has 25 heads, which 2 devices cannot share; take one of 1, 5, 25"
+  )
   assert not jaxft.sharding.mesh.validate_mesh(xl, mesh(1, -1))
   (line,) = jaxft.sharding.mesh.validate_mesh(xl, mesh(1, 6))
   assert line.startswith("config.mesh.fsdp=6: the model is 1600 wide, which 6 devices cannot share")

@@ -31,7 +31,9 @@ PHASES = {  # and where a signal meets the run; `make test-all` tries the first 
 
 
 # A run under nohup does not hear SIGHUP, and tests may be run under it.
-SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1"] + ["SIGHUP"] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1"] + ["SIGHUP"] * (
+  signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+)
 
 
 def phases_of(part):
@@ -51,7 +53,9 @@ def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
     run = run or Interrupted(interruptible, tmp_path / f"run{stopped}{'again' * again}")
     number = rng.choice(SIGNALS)
     phase, before = phases[stopped], max(steps(run.workdir), default=0)
-    code, said, seconds = run.end(run.start(PHASES[phase], 1 if again else rng.choice([1, 1, 2]), number))
+    code, said, seconds = run.end(
+      run.start(PHASES[phase], 1 if again else rng.choice([1, 1, 2]), number)
+    )
     if code == 0:  # what was left of the run does not pass the place so often: a new one does
       assert_same(run, undisturbed[0])
       assert not run.moment.exists(), f"{phase}: the signal came, and the run went on to its end"
@@ -59,7 +63,9 @@ def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
       run, again = None, True
       continue
     again = False
-    assert code == 75 and re.search(f"stopped: {number}: (saved at step|all steps are saved|nothing was lost)", said), (
+    assert code == 75 and re.search(
+      f"stopped: {number}: (saved at step|all steps are saved|nothing was lost)", said
+    ), (
       phase,
       said,
     )
@@ -73,7 +79,12 @@ def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
     assert_same(run, undisturbed[0])
   figures = {"slowest end, seconds": round(slowest, 1)}
   record_property(
-    "torture", {"what": "SIGTERM, SIGINT, SIGUSR1, SIGHUP in every phase", "tried": stopped, "figures": figures}
+    "torture",
+    {
+      "what": "SIGTERM, SIGINT, SIGUSR1, SIGHUP in every phase",
+      "tried": stopped,
+      "figures": figures,
+    },
   )
   shutil.rmtree(tmp_path)
 
@@ -90,13 +101,27 @@ def test_a_second_signal_ends_at_once(interruptible, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.wide)])
+@pytest.mark.parametrize(
+  "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.wide)]
+)
 def test_a_signal_while_xla_compiles_has_its_exit_code(config_file, tmp_path, number):
   """Python's own end crashed there, with 139: the compiler's threads were under way (jax 0.10.2)."""
-  command = [sys.executable, "-m", "jaxft.train", "--config", config_file, "--workdir", tmp_path / "run"]
+  command = [
+    sys.executable,
+    "-m",
+    "jaxft.train",
+    "--config",
+    config_file,
+    "--workdir",
+    tmp_path / "run",
+  ]
   environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
   process = subprocess.Popen(
-    list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    list(map(str, command)),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env=environment,
   )
   for line in process.stdout:
     if "computing in" in line:
@@ -111,9 +136,7 @@ def test_a_signal_while_xla_compiles_has_its_exit_code(config_file, tmp_path, nu
 def test_a_terminal_that_goes_away_loses_nothing(config_file, tmp_path):
   """An ssh that drops: SIGHUP from the kernel and from the shell, and nowhere to print."""
   ours, theirs = os.openpty()
-  own_terminal = (
-    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
-  )
+  own_terminal = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
   arguments = [
     sys.executable,
     "-m",
@@ -125,7 +148,9 @@ def test_a_terminal_that_goes_away_loses_nothing(config_file, tmp_path):
     "--config.train.steps=9999",
   ]
   command = [sys.executable, "-c", own_terminal, *map(str, arguments)]
-  process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+  process = subprocess.Popen(
+    command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+  )
   os.close(theirs)
   shown = b""
   while b"tokens/s" not in shown:  # a bar, on a terminal

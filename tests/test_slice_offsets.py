@@ -56,7 +56,11 @@ def slices(offset, stride, nested):
   """Of the program with this annotation, as jax 0.10 writes it or, nested, as jax 0.11 and 0.12 do."""
   linear = f'{{"byte_offset":"{offset}","byte_stride":"{stride}"}}'
   zero = '"byte_offset":"0","byte_stride":"0"'
-  config = f'{{"loop_index":"0",{zero},"linear":{linear}}}' if nested else f'{{"loop_index":"0",{linear[1:-1]}}}'
+  config = (
+    f'{{"loop_index":"0",{zero},"linear":{linear}}}'
+    if nested
+    else f'{{"loop_index":"0",{linear[1:-1]}}}'
+  )
   return slice_offsets.slices(program(config))
 
 
@@ -72,7 +76,9 @@ def test_a_slice_that_follows_its_index_is_right(nested):
 def test_a_slice_that_follows_the_counter_of_its_loop_is_wrong(nested):
   """As jax 0.10.2 annotates the gradients of layers: that of layer 11 goes to layer 0."""
   found = slices(0, LAYER, nested)
-  assert slice_offsets.mismatches(found)[0].endswith(f"iteration 0 at 0, its index says {11 * LAYER}")
+  assert slice_offsets.mismatches(found)[0].endswith(
+    f"iteration 0 at 0, its index says {11 * LAYER}"
+  )
   assert len(slice_offsets.mismatches(found)) == 3
 
 

@@ -25,7 +25,7 @@ from jaxft.training.workdir import has_content, move_aside
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-  return jaxft.hf.tokenizer.load(folder, 293)
+  return jaxft.hf.tokenizer.load_tokenizer(folder, 293)
 
 
 def prepared(tokenizer, tmp_path, *files, **data):
@@ -40,7 +40,9 @@ def read(*names, **how):
   data, said = jaxft.config.default().data, []
   data.update(how)
   nothing = collections.Counter()
-  return list(dataset.read_examples(tuple(map(str, names)), "train", data, nothing, nothing, said.append)), said
+  return list(
+    dataset.read_examples(tuple(map(str, names)), "train", data, nothing, nothing, said.append)
+  ), said
 
 
 def table(tmp_path, kind, rows):
@@ -52,7 +54,9 @@ def table(tmp_path, kind, rows):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
   else:
     sign = ";" if kind == "semicolons.csv" else ","
-    file.write_text("\n".join([sign.join(rows[0]), *(sign.join(map(str, row.values())) for row in rows)]) + "\n")
+    file.write_text(
+      "\n".join([sign.join(rows[0]), *(sign.join(map(str, row.values())) for row in rows)]) + "\n"
+    )
   return file
 
 
@@ -65,21 +69,28 @@ def test_the_only_text_of_a_row_is_read_and_told(tmp_path, kind, asked):
   file = table(tmp_path, kind, [{"ID": i, "Joke": f"a cat {i}", "score": 0.5} for i in range(3)])
   found, said = read(file, text_column=asked)
   assert [example.text for example in found] == ["a cat 0", "a cat 1", "a cat 2"]
-  assert said == [f"{file}: column 'Joke' is read, as config.data.text_column={asked!r} is not there"]
+  assert said == [
+    f"{file}: column 'Joke' is read, as config.data.text_column={asked!r} is not there"
+  ]
   assert read(file, text_column="Joke")[1] == []
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_two_texts_in_a_row_are_asked_about(tmp_path, kind):
   file = table(tmp_path, kind, [{"title": "a", "body": "b"}])
-  with pytest.raises(RequestError, match="row 1: no column 'text' .it has 'title', 'body'; config.data.text_column"):
+  with pytest.raises(
+    RequestError, match="row 1: no column 'text' .it has 'title', 'body'; config.data.text_column"
+  ):
     read(file)
 
 
 @pytest.mark.parametrize(
   "content, wanted",
   [
-    ("id,joke,author\n1,,Ann\n2,a cat,Bob\n3,a dog,Cy\n", None),  # the first is blank, and both are text
+    (
+      "id,joke,author\n1,,Ann\n2,a cat,Bob\n3,a dog,Cy\n",
+      None,
+    ),  # the first is blank, and both are text
     ("when,what\n3/5/84,1984\n4/5/84,a cat\n5/5/84,a dog\n", "what"),
     ("ID,Joke\n1,\n2,\n3,a cat\n", "Joke"),
     ("n,m\n1,2\n", None),
@@ -105,14 +116,21 @@ def test_each_file_of_a_folder_has_its_own_columns(tmp_path):
     (tmp_path / name).write_text(content)
   found, said = read(tmp_path)
   assert [example.text for example in found] == ["a cat", "a dog", "a mat", "hat"]
-  assert [line.split(":")[0] for line in said] == [str(tmp_path / name) for name in ("a.csv", "c.csv", "d.csv")]
+  assert [line.split(":")[0] for line in said] == [
+    str(tmp_path / name) for name in ("a.csv", "c.csv", "d.csv")
+  ]
 
 
 @pytest.mark.parametrize(
   "first, other, how, missing",
   [
     ({"title": "a"}, {"title": "b", "text": "c"}, {}, "text"),
-    ({"question": "a", "answer": "b"}, {"prompt": "c", "completion": "d"}, {"format": "prompt_completion"}, "prompt"),
+    (
+      {"question": "a", "answer": "b"},
+      {"prompt": "c", "completion": "d"},
+      {"format": "prompt_completion"},
+      "prompt",
+    ),
   ],
 )
 def test_a_column_that_the_first_row_lacks_is_not_another_one(tmp_path, first, other, how, missing):
@@ -123,24 +141,37 @@ def test_a_column_that_the_first_row_lacks_is_not_another_one(tmp_path, first, o
 
 
 def test_a_label_is_no_text(tmp_path):
-  file = table(tmp_path, "csv", [{"Review": "good", "sentiment": "pos"}, {"Review": "dull", "sentiment": "neg"}])
+  file = table(
+    tmp_path,
+    "csv",
+    [{"Review": "good", "sentiment": "pos"}, {"Review": "dull", "sentiment": "neg"}],
+  )
   found, said = read(file, format="classification")
-  assert [(example.text, example.label) for example in found] == [("good", "pos"), ("dull", "neg")] and len(said) == 2
+  assert [(example.text, example.label) for example in found] == [
+    ("good", "pos"),
+    ("dull", "neg"),
+  ] and len(said) == 2
 
 
 def test_text_in_utf_16_is_asked_about(tmp_path):
   (tmp_path / "a.csv").write_bytes("Joke\na cat\n".encode("utf-16"))
-  with pytest.raises(RequestError, match="a.csv: begins as UTF-16 does.* set config.data.encoding=utf-16"):
+  with pytest.raises(
+    RequestError, match="a.csv: begins as UTF-16 does.* set config.data.encoding=utf-16"
+  ):
     read(tmp_path / "a.csv")
   assert [example.text for example in read(tmp_path / "a.csv", encoding="utf-16")[0]] == ["a cat"]
 
 
-@pytest.mark.parametrize("names", [("prompt", "response"), ("Question", "ANSWER"), ("instruction", "output")])
+@pytest.mark.parametrize(
+  "names", [("prompt", "response"), ("Question", "ANSWER"), ("instruction", "output")]
+)
 def test_a_question_and_its_answer_are_known_by_their_usual_names(tmp_path, names):
   file = table(tmp_path, "jsonl", [dict(zip(names, ("who?", "me"))) | {"id": "x"}])
   how = {"format": "prompt_completion", "prompt_column": "question", "completion_column": "answer"}
   (example,), said = read(file, **how, template="Q {prompt} A {completion}")
-  assert example.text == "Q who? A me" and example.prompt_chars == len("Q who? A ") and len(said) == 2
+  assert (
+    example.text == "Q who? A me" and example.prompt_chars == len("Q who? A ") and len(said) == 2
+  )
   several = table(tmp_path, "jsonl", [{"prompt": "a", "instruction": "b", "response": "c"}])
   with pytest.raises(RequestError, match="no column 'question'"):
     read(several, **how)
@@ -151,18 +182,24 @@ def test_a_template_of_plain_text_is_learned_whole(tmp_path, tokenizer):
   (example,), said = read(file, template="Question: {prompt}. Answer: {response}")
   assert example.text == "Question: who?. Answer: me" and example.prompt_chars == 0
   assert said == [f"{file}: column 'Prompt' is read for {{prompt}} of config.data.template"]
-  with pytest.raises(RequestError, match="no column 'reply' .it has 'Prompt', 'response'; config.data.template"):
+  with pytest.raises(
+    RequestError, match="no column 'reply' .it has 'Prompt', 'response'; config.data.template"
+  ):
     read(file, template="{prompt} {reply}")
   plain = tmp_path / "a.txt"
   plain.write_text("a cat")
   (example,), said = read(plain, template="Question: {prompt}. Answer: {response}")
   assert example.text == "a cat" and "so it is read as it is" in said[0]
-  with pytest.raises(RequestError, match="no column 'asked' .it has 'Prompt', 'response'; config.data.template"):
+  with pytest.raises(
+    RequestError, match="no column 'asked' .it has 'Prompt', 'response'; config.data.template"
+  ):
     read(file, template="{asked}")
   # Evaluated on other text, a text that goes through no template.
   other = tmp_path / "other.jsonl"
   other.write_text('{"text": "a cat", "prompt": "a dog", "response": "a mat"}\n')
-  data, _ = prepared(tokenizer, tmp_path, file, template="Q: {prompt}. A: {response}", unrelated=(str(other),))
+  data, _ = prepared(
+    tokenizer, tmp_path, file, template="Q: {prompt}. A: {response}", unrelated=(str(other),)
+  )
   assert tokenizer.decode(data.unrelated.tokens.ids[:-1]) == "a cat"
 
 
@@ -179,9 +216,13 @@ def test_folders_are_labels(tmp_path):
   for i, file in enumerate(sorted(reviews.glob("*/*.txt"))):  # as the hub's cache has files
     file.rename(tmp_path / "blobs" / str(i))
     file.symlink_to(tmp_path / "blobs" / str(i))
-  assert {(example.text, example.label) for example in read(reviews, format="classification")[0]} == wanted
+  assert {
+    (example.text, example.label) for example in read(reviews, format="classification")[0]
+  } == wanted
   (reviews / "urls.txt").write_text("https://example.org")
-  with pytest.raises(RequestError, match="urls.txt: not in one of the folders that name the labels"):
+  with pytest.raises(
+    RequestError, match="urls.txt: not in one of the folders that name the labels"
+  ):
     read(reviews, format="classification")
   assert len(read(reviews, format="classification", on_bad_row="skip")[0]) == 3
   assert len(read(reviews)[0]) == 4  # text without labels
@@ -195,12 +236,18 @@ def test_duplicates_are_counted_and_dropped_where_that_is_wanted(tokenizer, tmp_
   data, _ = prepared(tokenizer, tmp_path, file, validation_fraction=0.0, duplicates="drop")
   rows = data.report["rows"]
   assert (rows["read"], rows["trained"], rows["dropped"]) == (6, 3, {"duplicates": 3})
-  assert {tokenizer.decode(row["targets"][row["mask"]][:-1]) for row in data.train} == {"a cat", "a dog", "a mat"}
+  assert {tokenizer.decode(row["targets"][row["mask"]][:-1]) for row in data.train} == {
+    "a cat",
+    "a dog",
+    "a mat",
+  }
   # A document that was trained on is not evaluated on.
   other = tmp_path / "other.jsonl"
   other.write_text('{"text": "a mat"}\n{"text": "a hat"}\n')
   data, _ = prepared(tokenizer, tmp_path, file, validation=(str(other),), duplicates="drop")
-  assert [tokenizer.decode(row["targets"][row["mask"]][:-1]) for row in data.validation] == ["a hat"]
+  assert [tokenizer.decode(row["targets"][row["mask"]][:-1]) for row in data.validation] == [
+    "a hat"
+  ]
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -209,7 +256,10 @@ def test_the_end_of_few_documents_is_held_out(tokenizer, tmp_path, count):
   file = table(tmp_path, "jsonl", [{"text": text} for text in texts])
   data, said = prepared(tokenizer, tmp_path, file, layout="concat")
   heads, tails = (
-    [tokenizer.decode(rows.tokens.ids[a : b - 1]) for a, b in zip(rows.tokens.starts_N1, rows.tokens.starts_N1[1:])]
+    [
+      tokenizer.decode(rows.tokens.ids[a : b - 1])
+      for a, b in zip(rows.tokens.starts_N1, rows.tokens.starts_N1[1:])
+    ]
     for rows in (data.train, data.validation)
   )
   assert [head + tail for head, tail in zip(heads, tails, strict=True)] == texts
@@ -217,14 +267,20 @@ def test_the_end_of_few_documents_is_held_out(tokenizer, tmp_path, count):
   rows = data.report["rows"]
   assert (rows["read"], rows["trained"], rows["held_out"]) == (count, count, 0)
   assert data.report["notes"]["documents whose end is held out"] == count
-  assert said[0].startswith(f"{count} document{'s' if count > 1 else ''}: the last 5 % of each is held out")
+  assert said[0].startswith(
+    f"{count} document{'s' if count > 1 else ''}: the last 5 % of each is held out"
+  )
 
 
-@pytest.mark.parametrize("text", ["x" * 600 + " " + "y" * 400, "\n".join(["word"] * 300), "字" * 500])
+@pytest.mark.parametrize(
+  "text", ["x" * 600 + " " + "y" * 400, "\n".join(["word"] * 300), "字" * 500]
+)
 @pytest.mark.parametrize("share", [0.05, 0.6])
 def test_the_end_that_is_held_out_is_about_its_share(tokenizer, tmp_path, text, share):
   (tmp_path / "a.txt").write_text(text)
-  data, _ = prepared(tokenizer, tmp_path, tmp_path / "a.txt", layout="concat", validation_fraction=share)
+  data, _ = prepared(
+    tokenizer, tmp_path, tmp_path / "a.txt", layout="concat", validation_fraction=share
+  )
   of_tail = len(tokenizer.decode(data.validation.tokens.ids[:-1])) / len(text)
   assert share * 0.9 <= of_tail <= 2 * share
 
@@ -263,7 +319,9 @@ def test_the_floor_is_told_only_where_all_of_it_is_known(tokenizer, tmp_path):
   ]
 
 
-@pytest.mark.parametrize("rows, batch_size, accumulation", [(1, 8, 1), (3, 8, 2), (7, 8, 8), (8, 8, 2), (13, 4, 2)])
+@pytest.mark.parametrize(
+  "rows, batch_size, accumulation", [(1, 8, 1), (3, 8, 2), (7, 8, 8), (8, 8, 2), (13, 4, 2)]
+)
 def test_a_step_of_fewer_rows_than_a_batch_takes_each_once(rows, batch_size, accumulation):
   data = [{"ids": np.array([i]), "mask": np.array([True])} for i in range(rows)]
   each, epochs = min(rows, batch_size), 3
@@ -304,15 +362,26 @@ def little(tmp_path_factory):
 def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, tmp_path, capsys):
   config.data.train = (str(little),)
   config.train.steps, config.train.epochs, config.optim.warmup_steps = 0, 4.0, 50
-  config.train.eval_every, config.train.save_every, config.train.eval_batch_size = "epoch", "epoch", 16
+  config.train.eval_every, config.train.save_every, config.train.eval_batch_size = (
+    "epoch",
+    "epoch",
+    16,
+  )
   run = finetune(config, tmp_path / "run")
   said = capsys.readouterr().out
   assert re.search(
-    r"1 document with \d+ tokens to train on, in 1 row of 32; the ends of 1 document with \d tokens held out;", said
+    r"1 document with \d+ tokens to train on, in 1 row of 32; the ends of 1 document with \d tokens held out;",
+    said,
   )
   assert "| steps | 4 of 1 sequence of 32 tokens |" in (run.export / "README.md").read_text()
-  assert "config.train.batch_size=8: the training text fills only 1 row, so each step takes all of it" in said
-  assert "config.optim.warmup_steps=50: more than the 4 steps of the run; 0 steps instead, a tenth of them" in said
+  assert (
+    "config.train.batch_size=8: the training text fills only 1 row, so each step takes all of it"
+    in said
+  )
+  assert (
+    "config.optim.warmup_steps=50: more than the 4 steps of the run; 0 steps instead, a tenth of them"
+    in said
+  )
   assert [line["step"] for line in run.metrics if "eval/loss" in line] == [0, 1, 2, 3, 4]
   rates = [line["train/learning_rate"] for line in run.metrics if "train/loss" in line]
   assert rates == pytest.approx([1e-3, 1e-3 * 3 / 4, 1e-3 / 2, 1e-3 / 4])
@@ -327,7 +396,9 @@ def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, 
   for setting, value in (("epochs", 5.0), ("seed", 3)):
     other = config.copy_and_resolve_references()
     other.train[setting] = value
-    with pytest.raises(RequestError, match=f"config.train.{setting}={value}: the run was started with"):
+    with pytest.raises(
+      RequestError, match=f"config.train.{setting}={value}: the run was started with"
+    ):
       finetune(other, tmp_path / "run")
   # A new run moves it aside, whole; this one holds nothing out.
   config.train.epochs, config.train.seed, config.data.validation_fraction = 1.0, 3, 0.0
@@ -338,12 +409,17 @@ def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, 
   assert f"is moved to {tmp_path / 'run.1'}" in said
   assert {it.name for it in (tmp_path / "run.1").iterdir()} == before - {"run.lock"}
   assert load_workdir(tmp_path / "run.1").run[1] == 6
-  assert "nothing is held out, so there is no eval loss" in said and "no eval loss: nothing was held out\n" in said
+  assert (
+    "nothing is held out, so there is no eval loss" in said
+    and "no eval loss: nothing was held out\n" in said
+  )
   assert not any("eval/loss" in line for line in run.metrics)
   assert [line["step"] for line in run.metrics if "eval/unrelated_loss" in line] == [0, 1]
   assert (run.export / "model.safetensors").exists()
   assert "| eval loss | none: nothing was held out |" in (run.export / "README.md").read_text()
-  assert "Nothing was held out, so there is no eval loss." in (run.workdir / "report.html").read_text()
+  assert (
+    "Nothing was held out, so there is no eval loss." in (run.workdir / "report.html").read_text()
+  )
   with pytest.raises(RequestError, match="the run held nothing out; name a text with --data"):
     load_workdir(run.workdir).evaluate_held_out()
   # What is refused moves nothing, and a link stays one.
@@ -369,10 +445,12 @@ def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, 
     other.update_from_flattened_dict(changes)
     with pytest.raises(refusal[0], match=refusal[1]):
       finetune(other, tmp_path / "link", overwrite=True)
-    assert {it.name for it in (tmp_path / "run").iterdir()} == there and not (tmp_path / "run.2").exists()
-  assert move_aside(tmp_path / "link") == tmp_path / "run.2" and {it.name for it in (tmp_path / "run").iterdir()} == {
-    "run.lock"
-  }
+    assert {it.name for it in (tmp_path / "run").iterdir()} == there and not (
+      tmp_path / "run.2"
+    ).exists()
+  assert move_aside(tmp_path / "link") == tmp_path / "run.2" and {
+    it.name for it in (tmp_path / "run").iterdir()
+  } == {"run.lock"}
   (tmp_path / "run" / "checkpoints").mkdir()
   config.data.cache_dir = str(tmp_path / "run" / "tokens")
   with pytest.raises(RequestError, match="lies in .*run, which would be moved aside"):
@@ -382,7 +460,9 @@ def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, 
 def test_a_folder_of_a_model_is_no_workdir(config, folder, tmp_path):
   (tmp_path / "model").mkdir()
   shutil.copy(folder / "config.json", tmp_path / "model")
-  with pytest.raises(RequestError, match="model' has the config.json of a model.* --overwrite_output_dir"):
+  with pytest.raises(
+    RequestError, match="model' has the config.json of a model.* --overwrite_output_dir"
+  ):
     finetune(config, tmp_path / "model")
   validate_run(config, tmp_path / "model", overwrite=True)
   assert has_content(tmp_path / "model") and not has_content(tmp_path)
@@ -395,7 +475,10 @@ def test_a_longer_run_tells_what_keeps_it_from_going_on(config, tmp_path, capsys
   finetune(config, tmp_path / "run")
   config.train.steps = 30
   run = finetune(config, tmp_path / "run")
-  assert "early_stopping_patience=1: no lower eval loss in as many evaluations" in capsys.readouterr().out
+  assert (
+    "early_stopping_patience=1: no lower eval loss in as many evaluations"
+    in capsys.readouterr().out
+  )
   last = run.metrics[-1]["step"]
   config.train.early_stopping_patience = 0
   assert finetune(config, tmp_path / "run").metrics[-1]["step"] == 30 > last
@@ -405,12 +488,18 @@ def test_a_longer_run_tells_what_keeps_it_from_going_on(config, tmp_path, capsys
 def test_rows_that_a_longer_run_has_passed_are_told(step, there, wanted):
   meta, about = {"rows_in_all": there, "total_steps": 9}, {"rows_in_all": 266, "rows_of_step": 16}
   told = resume._masked_rows_note(meta, about, step)
-  assert (f"left out of one epoch: {wanted} rows that its last step had masked" in told) if wanted else told == ""
+  assert (
+    (f"left out of one epoch: {wanted} rows that its last step had masked" in told)
+    if wanted
+    else told == ""
+  )
 
 
 def test_the_best_of_no_evaluations_is_refused(config, tmp_path):
   file = table(tmp_path, "jsonl", [{"prompt": "cat", "completion": "mat"}])
   config.data.train, config.data.format = (str(file),), "prompt_completion"
   config.train.eval_every, config.train.keep_best_metric = 1, "eval/loss"
-  with pytest.raises(RequestError, match="config.train.keep_best_metric='eval/loss': nothing is held out of 1 row"):
+  with pytest.raises(
+    RequestError, match="config.train.keep_best_metric='eval/loss': nothing is held out of 1 row"
+  ):
     finetune(config, tmp_path / "other")

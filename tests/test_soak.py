@@ -29,7 +29,9 @@ def watch() -> None:
     wait(self)
     seen["calls"] += 1
     if seen["calls"] % EVERY == 0:
-      resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+      resident = (
+        int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+      )
       now = (seen["calls"], resident, len(os.listdir("/proc/self/fd")), threading.active_count())
       print("watched", *now, file=sys.stderr, flush=True)
 
@@ -51,15 +53,22 @@ def test_two_thousand_steps_take_no_more_than_five_hundred(config_file, tmp_path
     timeout=1500,
   )
   assert done.returncode == 0, done.stderr[-2000:]
-  seen = [tuple(map(int, line.split()[1:])) for line in done.stderr.splitlines() if line.startswith("watched")]
+  seen = [
+    tuple(map(int, line.split()[1:]))
+    for line in done.stderr.splitlines()
+    if line.startswith("watched")
+  ]
   late = [it for it in seen if it[0] >= 500]
   assert len(late) > 70
   growth = max(it[1] for it in late) / late[0][1] - 1
   files, threads = ([it[i] for it in late] for i in (2, 3))
-  print(f"growth {100 * growth:.2f} %, files {min(files)} to {max(files)}, threads {min(threads)} to {max(threads)}")
+  print(
+    f"growth {100 * growth:.2f} %, files {min(files)} to {max(files)}, threads {min(threads)} to {max(threads)}"
+  )
   assert growth < 0.02
   assert files[-1] <= files[0] and threads[-1] <= threads[0]
   figures = {"growth of memory after step 500, %": round(100 * growth, 2), "open files": max(files)}
   record_property(
-    "torture", {"what": "2,000 steps, a save every 20, an eval every 100", "tried": 1, "figures": figures}
+    "torture",
+    {"what": "2,000 steps, a save every 20, an eval every 100", "tried": 1, "figures": figures},
   )

@@ -40,7 +40,11 @@ def read(*names, notes=None, dropped=None, **how):
   data = jaxft.config.default().data
   data.update(how)
   dropped = collections.Counter() if dropped is None else dropped
-  return list(dataset.read_examples(names, "train", data, dropped, collections.Counter() if notes is None else notes))
+  return list(
+    dataset.read_examples(
+      names, "train", data, dropped, collections.Counter() if notes is None else notes
+    )
+  )
 
 
 def texts(*names, **how):
@@ -50,7 +54,9 @@ def texts(*names, **how):
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
 def test_every_character_is_kept(tmp_path, compression):
   assert texts(write(tmp_path, f"a.txt{compression}", TEXT)) == [TEXT]
-  assert texts(write(tmp_path, f"a.jsonl{compression}", json.dumps({"text": TEXT}) + "\r\n\n")) == [TEXT]
+  assert texts(write(tmp_path, f"a.jsonl{compression}", json.dumps({"text": TEXT}) + "\r\n\n")) == [
+    TEXT
+  ]
   rows = io.StringIO(newline="")
   csv.writer(rows).writerows([["text", "x"], [TEXT, "1"], ["b", "2"]])
   assert texts(write(tmp_path, f"a.csv{compression}", rows.getvalue())) == [TEXT, "b"]
@@ -75,7 +81,9 @@ def test_a_folder_is_read_without_what_is_hidden_and_what_is_unknown_is_counted(
   assert sorted(texts(str(tmp_path), notes=notes)) == ["B.TXT", "a.txt"]
   assert notes["files in folders that are of no kind that is read"] == 1
   os.mkfifo(tmp_path / "pipe.txt")
-  assert "not an ordinary file" in sources.validate_sources({"train": (str(tmp_path / "pipe.txt"),)})[0]
+  assert (
+    "not an ordinary file" in sources.validate_sources({"train": (str(tmp_path / "pipe.txt"),)})[0]
+  )
 
 
 def test_byte_order_marks_and_crlf_are_reported(tmp_path):
@@ -88,7 +96,11 @@ def test_byte_order_marks_and_crlf_are_reported(tmp_path):
 
 
 def test_prompts_completions_and_labels(tmp_path):
-  file = write(tmp_path, "a.jsonl", json.dumps({"prompt": "Q{completion}", "completion": "A", "text": "t", "label": 1}))
+  file = write(
+    tmp_path,
+    "a.jsonl",
+    json.dumps({"prompt": "Q{completion}", "completion": "A", "text": "t", "label": 1}),
+  )
   data = dict(format="prompt_completion", template="[{prompt}] -> {completion}!")
   (example,) = read(file, **data)
   assert example.text == "[Q{completion}] -> A!" and example.text[example.prompt_chars :] == "A!"
@@ -124,7 +136,9 @@ def test_a_bad_row_is_named_or_counted(tmp_path, name, content, told):
     read(file)
   dropped = collections.Counter()
   good = read(file, on_bad_row="skip", dropped=dropped)
-  assert sum(dropped.values()) == 1 and len(good) == content.count(b"fine" if isinstance(content, bytes) else '"x"}\n{')
+  assert sum(dropped.values()) == 1 and len(good) == content.count(
+    b"fine" if isinstance(content, bytes) else '"x"}\n{'
+  )
   assert "(" not in "".join(dropped)  # a reason, not a row's own details
 
 
@@ -180,7 +194,9 @@ def test_missing_sources_are_named(tmp_path, monkeypatch, source):
 
 
 def test_an_unreachable_hub_is_one_line():
-  with pytest.raises(RequestError, match="^data source 'hub:nobody/nothing:train': .*give the files$"):
+  with pytest.raises(
+    RequestError, match="^data source 'hub:nobody/nothing:train': .*give the files$"
+  ):
     read("hub:nobody/nothing:train")
 
 
@@ -190,12 +206,16 @@ def test_a_fingerprint_changes_with_every_byte_and_no_name(tmp_path):
   assert before == sources.fingerprint((other,), "train")
   write(tmp_path, "a.txt", "abd")
   assert before != sources.fingerprint((one,), "train")
-  assert sources.fingerprint((write(tmp_path, "a.csv", "abc"),), "train") != before  # read otherwise
+  assert (
+    sources.fingerprint((write(tmp_path, "a.csv", "abc"),), "train") != before
+  )  # read otherwise
 
 
 def test_a_weight_stands_after_its_source(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert sources.parse_weight("a.txt@0.5") == ("a.txt", 0.5) and sources.parse_weight("hub:x/y:train@3") == (
+  assert sources.parse_weight("a.txt@0.5") == ("a.txt", 0.5) and sources.parse_weight(
+    "hub:x/y:train@3"
+  ) == (
     "hub:x/y:train",
     3.0,
   )
@@ -204,7 +224,10 @@ def test_a_weight_stands_after_its_source(tmp_path, monkeypatch):
   assert sources.parse_weight("folder@2") == ("folder@2", 1.0)
   write(tmp_path, "a.txt", "x")
   for weight in ("0", "101", "nan", "-1", "1e3", "x", ""):
-    assert "a number above 0 and at most 100" in sources.validate_sources({"train": (f"a.txt@{weight}",)})[0]
+    assert (
+      "a number above 0 and at most 100"
+      in sources.validate_sources({"train": (f"a.txt@{weight}",)})[0]
+    )
   assert sources.parse_weight("a.txt@1.") == ("a.txt", 1.0)
   assert sources.validate_sources({"validation": ("a.txt@2",)})  # what is evaluated is read once
 
@@ -212,8 +235,12 @@ def test_a_weight_stands_after_its_source(tmp_path, monkeypatch):
 def test_a_label_has_the_name_that_the_datasets_library_gives_it(tmp_path, monkeypatch):
   datasets = pytest.importorskip("datasets")
   monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-  features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
-  rows = datasets.Dataset.from_dict({"text": ["good", "bad", "so so"], "label": [1, 0, -1]}, features=features)
+  features = datasets.Features(
+    {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+  )
+  rows = datasets.Dataset.from_dict(
+    {"text": ["good", "bad", "so so"], "label": [1, 0, -1]}, features=features
+  )
   (tmp_path / "imdb").mkdir()
   rows.to_parquet(str(tmp_path / "imdb" / "train.parquet"))
   data = jaxft.config.default().data
@@ -233,19 +260,30 @@ def test_classes_have_the_order_of_the_data_set(tmp_path, folder):
   features = datasets.Features(
     {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg", "a"])}
   )
-  rows = datasets.Dataset.from_dict({"text": ["the cat"] * 20, "label": [0, 1] * 10}, features=features)
+  rows = datasets.Dataset.from_dict(
+    {"text": ["the cat"] * 20, "label": [0, 1] * 10}, features=features
+  )
   rows.to_parquet(str(tmp_path / "train.parquet"))
   data = jaxft.config.default().data
-  data.update(train=(str(tmp_path),), format="classification", sequence_length=8, cache_dir=str(tmp_path / "c"))
+  data.update(
+    train=(str(tmp_path),),
+    format="classification",
+    sequence_length=8,
+    cache_dir=str(tmp_path / "c"),
+  )
   for _ in range(2):  # the second is read from the cache
-    found = dataset.prepare_data(data, jaxft.hf.tokenizer.load(folder, 293), "")
+    found = dataset.prepare_data(data, jaxft.hf.tokenizer.load_tokenizer(folder, 293), "")
     assert found.labels == ["pos", "neg"]
   mixed = tmp_path / "mixed"
   mixed.mkdir()
   (tmp_path / "train.parquet").rename(mixed / "a.parquet")
   (mixed / "b.jsonl").write_text('{"text": "the dog", "label": "zzz"}\n' * 9)
   data.train = (str(mixed),)
-  assert dataset.prepare_data(data, jaxft.hf.tokenizer.load(folder, 293), "").labels == ["neg", "pos", "zzz"]
+  assert dataset.prepare_data(data, jaxft.hf.tokenizer.load_tokenizer(folder, 293), "").labels == [
+    "neg",
+    "pos",
+    "zzz",
+  ]
 
 
 def test_labels_that_are_whole_numbers_are_labels_whatever_their_type(tmp_path):
@@ -339,7 +377,9 @@ def test_an_archive_is_the_files_in_it(tmp_path):
 
 def test_what_the_datasets_library_saves_is_read(tmp_path, monkeypatch):
   datasets = pytest.importorskip("datasets")
-  features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+  features = datasets.Features(
+    {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+  )
   rows = datasets.Dataset.from_dict({"text": ["good", "bad"], "label": [1, 0]}, features=features)
   saved = datasets.DatasetDict({"train": rows, "test": rows.select([1])})
   saved.save_to_disk(str(tmp_path / "saved"), num_shards={"train": 2, "test": 1})
@@ -352,7 +392,10 @@ def test_what_the_datasets_library_saves_is_read(tmp_path, monkeypatch):
     "no split 'validation' in it (test, train)"
     in sources.validate_sources({"validation": (str(tmp_path / "saved"),)})[0]
   )
-  with pyarrow.OSFile(str(tmp_path / "b.arrow"), "wb") as out, pyarrow.ipc.new_file(out, rows.data.schema) as writer:
+  with (
+    pyarrow.OSFile(str(tmp_path / "b.arrow"), "wb") as out,
+    pyarrow.ipc.new_file(out, rows.data.schema) as writer,
+  ):
     writer.write_table(rows.data.table)
   assert texts(str(tmp_path / "b.arrow")) == ["good", "bad"]
   file.unlink()
@@ -361,15 +404,23 @@ def test_what_the_datasets_library_saves_is_read(tmp_path, monkeypatch):
 
 
 def test_quotes_of_a_tsv_are_letters_where_they_cannot_be_those_of_csv(tmp_path):
-  stray = "\n".join(["label\ttext", *(f"{i}\t{chr(34) * (i == 3)}row {i}{chr(34) * (i == 6)}" for i in range(20))])
+  stray = "\n".join(
+    ["label\ttext", *(f"{i}\t{chr(34) * (i == 3)}row {i}{chr(34) * (i == 6)}" for i in range(20))]
+  )
   notes = collections.Counter()
-  assert texts(write(tmp_path, "a.tsv", stray), notes=notes) == stray.replace("\t", "\n").split("\n")[3::2]
+  assert (
+    texts(write(tmp_path, "a.tsv", stray), notes=notes)
+    == stray.replace("\t", "\n").split("\n")[3::2]
+  )
   assert notes[".tsv files whose quotes are letters"] == 1
   assert texts(write(tmp_path, "b.tsv", 'text\tx\na "quoted" word\t1\n"so" it goes\t2\n')) == [
     'a "quoted" word',
     '"so" it goes',
   ]
-  assert texts(write(tmp_path, "c.tsv", 'text\tx\n"two\nlines"\t1\n"a ""b"""\t2\n')) == ["two\nlines", 'a "b"']
+  assert texts(write(tmp_path, "c.tsv", 'text\tx\n"two\nlines"\t1\n"a ""b"""\t2\n')) == [
+    "two\nlines",
+    'a "b"',
+  ]
 
 
 def test_files_of_odd_names_are_read(tmp_path):
@@ -406,7 +457,9 @@ def test_text_in_another_encoding_is_read_if_it_is_named(tmp_path, encoding):
   text = "naïve café\r\n" * 20_000  # longer than a piece
   (tmp_path / "a.txt").write_bytes(text.encode(encoding))
   (tmp_path / "b.csv").write_bytes(f'text,x\n"{text}",1\n'.encode(encoding))
-  (tmp_path / "c.jsonl").write_bytes((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode(encoding))
+  (tmp_path / "c.jsonl").write_bytes(
+    (json.dumps({"text": text}, ensure_ascii=False) + "\n").encode(encoding)
+  )
   for name in ("a.txt", "b.csv", "c.jsonl"):
     assert texts(str(tmp_path / name), encoding=encoding) == [text], name
   if encoding in ("cp1252", "latin-1"):
@@ -434,7 +487,9 @@ def test_links_are_followed_once_and_what_may_not_be_read_is_refused(tmp_path, m
   assert notes[sources.SEEN_NOTE] == 3
   assert notes["links that lead nowhere, left out"] == 1
   notes = collections.Counter()
-  assert texts(f"{data}/*", notes=notes) == ["a.txt"] and notes["links that lead nowhere, left out"] == 1
+  assert (
+    texts(f"{data}/*", notes=notes) == ["a.txt"] and notes["links that lead nowhere, left out"] == 1
+  )
   notes = collections.Counter()  # of patterns; with glob.glob two loops would be 2^40 folders
   assert sorted(texts(f"{data}/**/*.txt", notes=notes)) == ["a.txt", "b.txt", "c.txt", "d.txt"]
   assert notes[sources.SEEN_NOTE] == 3 and texts(f"{data}/*/b.txt") == ["b.txt"]
@@ -463,7 +518,16 @@ def test_links_are_followed_once_and_what_may_not_be_read_is_refused(tmp_path, m
 
 
 def test_patterns_are_those_of_glob(tmp_path):
-  for name in ("a.txt", "b/a.txt", "b/.h.txt", ".c/a.txt", "b/c/d.txt", "b/c/e[1].txt", "B.TXT", "f/b/c/d.txt"):
+  for name in (
+    "a.txt",
+    "b/a.txt",
+    "b/.h.txt",
+    ".c/a.txt",
+    "b/c/d.txt",
+    "b/c/e[1].txt",
+    "B.TXT",
+    "f/b/c/d.txt",
+  ):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(name)
   for pattern in (
@@ -471,7 +535,9 @@ def test_patterns_are_those_of_glob(tmp_path):
     "**/b/**/*.txt", "b/c/e[[]1].txt", "b/c/*[!1].txt", "b/.*", "**/**/d.txt", "*/*/*.txt", "b/../*.txt", "../*/a.txt",
   ):  # fmt: skip
     there = sorted(
-      Path(it).resolve() for it in glob.glob(f"{tmp_path}/{pattern}", recursive=True) if os.path.isfile(it)
+      Path(it).resolve()
+      for it in glob.glob(f"{tmp_path}/{pattern}", recursive=True)
+      if os.path.isfile(it)
     )
     found = sources._match_glob(f"{tmp_path}/{pattern}", collections.Counter())
     assert sorted(it.resolve() for it in found) == sorted({*there}), pattern
@@ -481,7 +547,9 @@ def test_only_columns_that_are_asked_for_are_looked_at(tmp_path, monkeypatch):
   assert texts(write(tmp_path, "spam.csv", "label,text,,,\nham,hello,,,\n")) == ["hello"]
   assert texts(write(tmp_path, "b.csv", "x,x,text\n1,2,hello\n")) == ["hello"]
   dates = pyarrow.array([10**15], pyarrow.timestamp("ms"))  # after the year 9999
-  pyarrow.parquet.write_table(pyarrow.table({"text": ["hello"], "when": dates}), tmp_path / "a.parquet")
+  pyarrow.parquet.write_table(
+    pyarrow.table({"text": ["hello"], "when": dates}), tmp_path / "a.parquet"
+  )
   assert texts(str(tmp_path / "a.parquet")) == ["hello"]
   datasets = pytest.importorskip("datasets")
   monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -491,7 +559,9 @@ def test_only_columns_that_are_asked_for_are_looked_at(tmp_path, monkeypatch):
   (tmp_path / "hub" / "train.parquet").rename(tmp_path / "a.parquet")
   with pytest.raises(RequestError, match="row 1: no column 'body' .it has 'text', 'when'"):
     read(str(tmp_path / "a.parquet"), text_column="body")
-  twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+  twice = pyarrow.Table.from_arrays(
+    [pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"]
+  )
   pyarrow.parquet.write_table(twice, tmp_path / "b.parquet")
   with pytest.raises(RequestError, match="b.parquet: two columns are called 'text'"):
     read(str(tmp_path / "b.parquet"))
@@ -502,7 +572,8 @@ def test_a_folder_of_one_unusual_kind_is_read_and_of_several_asked_about(tmp_pat
   assert texts(str(tmp_path)) == ["a"]
   write(tmp_path, "README.md", "what this is")
   with pytest.raises(
-    RequestError, match=r"several kinds \(.json, .md\) in it; name those, such as .*/\*.SUFFIX, to read"
+    RequestError,
+    match=r"several kinds \(.json, .md\) in it; name those, such as .*/\*.SUFFIX, to read",
   ):
     texts(str(tmp_path))
   write(tmp_path, "b.jsonl", '{"text": "b"}')
@@ -523,7 +594,9 @@ def a_folder(rng, home):
       rng.choice([".txt", ".jsonl", ".csv", ".parquet", ".jsonl.gz", ".csv.xz", ".txt.bz2"]),
       rng.randint(1, 5),
     )
-    texts = [rng.choice(["a cat", "é\r\n", " x ", "🐈" * 9]) + str(rng.random()) for _ in range(count)]
+    texts = [
+      rng.choice(["a cat", "é\r\n", " x ", "🐈" * 9]) + str(rng.random()) for _ in range(count)
+    ]
     name = f"{rng.choice(['x', 'part [1]', '日本'])}{place}{kind}"
     if kind == ".parquet":
       pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / name)
@@ -533,7 +606,9 @@ def a_folder(rng, home):
       lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
       content = lines if "jsonl" in kind else table.getvalue() if "csv" in kind else "".join(texts)
       last = kind if kind in (".xz", ".gz", ".bz2") else "." + kind.split(".")[-1]
-      (folder / name).write_bytes(compressed(content, last if last in (".xz", ".gz", ".bz2") else ""))
+      (folder / name).write_bytes(
+        compressed(content, last if last in (".xz", ".gz", ".bz2") else "")
+      )
       count = 1 if ".txt" in kind else count
     good += count
   bad = 0
@@ -564,41 +639,51 @@ def a_folder(rng, home):
 def test_sixty_folders_read_is_trained_and_held_out_and_dropped(tmp_path, folder, part):
   import jaxft.hf.tokenizer
 
-  tokenizer = jaxft.hf.tokenizer.load(folder, 293)
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, 293)
   for i in range(20):
     home = tmp_path / str(i)
     home.mkdir()
     good, bad = a_folder(random.Random(f"{part} {i}"), home)
     data = jaxft.config.default().data
     data.update(
-      train=(str(home),), validation_fraction=0.3, sequence_length=8, on_bad_row="skip", cache_dir=str(tmp_path / "c")
+      train=(str(home),),
+      validation_fraction=0.3,
+      sequence_length=8,
+      on_bad_row="skip",
+      cache_dir=str(tmp_path / "c"),
     )
     if good < 3:
       continue  # too few to be divided
     rows = dataset.prepare_data(data, tokenizer, "").report
     dropped = sum(rows["rows"]["dropped"].values())
     assert rows["rows"]["read"] == good + bad and dropped == bad, (i, rows)
-    assert rows["rows"]["read"] == rows["rows"]["trained"] + rows["rows"]["held_out"] + dropped, (i, rows)
+    assert rows["rows"]["read"] == rows["rows"]["trained"] + rows["rows"]["held_out"] + dropped, (
+      i,
+      rows,
+    )
 
 
 def test_one_of_several_configurations_is_named(tmp_path):
   for name, text in (("a", "x"), ("b", "y")):
     (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
   files = "".join(
-    f"- config_name: {config}\n  data_files: {file}.jsonl\n" for config, file in (("raw", "a"), ("clean", "b"))
+    f"- config_name: {config}\n  data_files: {file}.jsonl\n"
+    for config, file in (("raw", "a"), ("clean", "b"))
   )
   (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
   with pytest.raises(
-    RequestError, match=r"name one of its configurations as hub:.*/CONFIGURATION\[:SPLIT\]: raw, clean$"
+    RequestError,
+    match=r"name one of its configurations as hub:.*/CONFIGURATION\[:SPLIT\]: raw, clean$",
   ):
     read(f"hub:{tmp_path}")
   assert texts(f"hub:{tmp_path}/clean") == ["y"] and texts(f"hub:{tmp_path}/raw:train") == ["x"]
   with pytest.raises(RequestError, match="/CONFIGURATION.*: raw, clean$"):
     read(f"hub:{tmp_path}/dirty")
   assert sources._split_configuration("owner/name/raw") == ("owner/name", "raw")
-  assert sources._split_configuration("owner/name") == ("owner/name", None) and sources._split_configuration(
-    "imdb"
-  ) == (
+  assert sources._split_configuration("owner/name") == (
+    "owner/name",
+    None,
+  ) and sources._split_configuration("imdb") == (
     "imdb",
     None,
   )
@@ -630,7 +715,9 @@ def test_a_hub_that_does_not_answer_is_told_in_seconds(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{there.getsockname()[1]}")
     assert sources._is_reachable(urllib.parse.urlsplit(constants.ENDPOINT))
   sources._is_reachable.cache_clear()  # now it is gone
-  with pytest.raises(RequestError, match="127.0.0.1 does not answer, and the data set is not in the cache; check"):
+  with pytest.raises(
+    RequestError, match="127.0.0.1 does not answer, and the data set is not in the cache; check"
+  ):
     read("hub:nobody/nothing")
   assert constants.HF_HUB_OFFLINE is False
   for rest in ("", "/viewer/plain_text/train", "?x=1"):
@@ -644,4 +731,8 @@ def test_a_hub_that_does_not_answer_is_told_in_seconds(monkeypatch):
 
 def test_a_git_lfs_pointer_is_no_text(tmp_path):
   with pytest.raises(RequestError, match="a.parquet: a git-lfs pointer"):
-    read(write(tmp_path, "a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"))
+    read(
+      write(
+        tmp_path, "a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+      )
+    )

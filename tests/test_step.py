@@ -21,7 +21,9 @@ def batches(cfg, steps, seed=0):
   rng = np.random.default_rng(seed)
   for _ in range(steps):
     ids = rng.integers(cfg.V, size=(ROWS, T + 1)).astype(np.int32)
-    mask = rng.random((ROWS, T)) < np.linspace(0.2, 1, ROWS)[:, None]  # ragged: rows weigh differently
+    mask = (
+      rng.random((ROWS, T)) < np.linspace(0.2, 1, ROWS)[:, None]
+    )  # ragged: rows weigh differently
     yield {"ids": ids[:, :-1], "targets": ids[:, 1:], "mask": mask}
 
 
@@ -39,10 +41,15 @@ def train(folder, steps=3, *, mesh=None, accumulation=1, dropout=0.0, spoil=None
   run = build_train_program(config, checkpoint.cfg.with_dropout(dropout), on, steps, row)
   places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
   params = load_weights.load_params(checkpoint, run.state.params, places.params)
-  state = jax.jit(lambda p: TrainState(jnp.int32(0), p, run.tx.init(p)), out_shardings=places)(params)
+  state = jax.jit(lambda p: TrainState(jnp.int32(0), p, run.tx.init(p)), out_shardings=places)(
+    params
+  )
   metrics = []
   for batch in batches(checkpoint.cfg, steps):
-    batch = {name: jax.device_put(x.reshape(accumulation, -1, T), run.batch_sharding) for name, x in batch.items()}
+    batch = {
+      name: jax.device_put(x.reshape(accumulation, -1, T), run.batch_sharding)
+      for name, x in batch.items()
+    }
     if spoil and len(metrics) == 1:
       state = spoil(state)
     state, numbers = run.train_step(state, batch)
@@ -57,7 +64,9 @@ def assert_close(state, other, rtol=1e-5):
 
   def comparable(state):
     params = jax.device_get(state.params)
-    params["blocks"]["attention"]["qkv"]["bias"] = params["blocks"]["attention"]["qkv"]["bias"][:, ::2]  # q and v
+    params["blocks"]["attention"]["qkv"]["bias"] = params["blocks"]["attention"]["qkv"]["bias"][
+      :, ::2
+    ]  # q and v
     return params
 
   jax.tree.map(
@@ -81,7 +90,9 @@ def test_micro_batches_are_one_batch(folder, accumulation):
 @pytest.mark.wide_for("2")
 def test_a_mesh_draws_the_dropout_of_one_device(folder, accumulation):
   losses, state, _ = train(folder, 20, dropout=0.1, accumulation=accumulation)
-  again, other, _ = train(folder, 20, dropout=0.1, accumulation=accumulation, mesh=dict(data=2, fsdp=2))
+  again, other, _ = train(
+    folder, 20, dropout=0.1, accumulation=accumulation, mesh=dict(data=2, fsdp=2)
+  )
   np.testing.assert_allclose(again, losses, rtol=1e-5)
   assert_close(other, state, 1e-4)
 
@@ -91,7 +102,9 @@ def test_a_mesh_draws_the_dropout_of_one_device(folder, accumulation):
 @pytest.mark.wide_for("lion", "sgd", "adafactor")
 def test_every_optimizer_learns_on_a_mesh(folder, name):
   rate = {"adamw": 3e-3, "lion": 3e-4, "sgd": 1e-2, "adafactor": 1e-2, "muon": 1e-3}[name]
-  losses, state, _ = train(folder, 12, mesh=dict(fsdp=8), name=name, learning_rate=rate, schedule="constant")
+  losses, state, _ = train(
+    folder, 12, mesh=dict(fsdp=8), name=name, learning_rate=rate, schedule="constant"
+  )
   one, _, _ = train(folder, 12, name=name, learning_rate=rate, schedule="constant")
   np.testing.assert_allclose(losses, one, rtol=2e-5)
   start = load_weights.load_params(*opened(folder))
@@ -102,7 +115,11 @@ def test_every_optimizer_learns_on_a_mesh(folder, name):
 def opened(folder):
   checkpoint = repo.resolve(str(folder))
   shapes = abstract_model(checkpoint.cfg, ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))[1]
-  return checkpoint, shapes, jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+  return (
+    checkpoint,
+    shapes,
+    jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes),
+  )
 
 
 def test_state_dtype_is_that_of_the_first_moment(folder):
@@ -139,7 +156,9 @@ def test_dropout_is_drawn_anew_in_each_step(folder, monkeypatch):
   """The same rows and the same weights twice."""
   (first,) = batches(repo.resolve(str(folder)).cfg, 1)
   monkeypatch.setitem(globals(), "batches", lambda cfg, steps: [first] * steps)
-  (once, again), (plain, same) = (train(folder, 2, dropout=p, learning_rate=1e-30)[0] for p in (0.3, 0.0))
+  (once, again), (plain, same) = (
+    train(folder, 2, dropout=p, learning_rate=1e-30)[0] for p in (0.3, 0.0)
+  )
   assert plain == same and abs(once - again) > 1e-4
 
 
@@ -147,12 +166,16 @@ def test_ids_that_the_vocabulary_has_not_change_nothing(folder, monkeypatch):
   """Also those of rows that pad the table."""
   V, before = repo.resolve(str(folder)).cfg.V, []
   rows = list(batches(repo.resolve(str(folder)).cfg, 4))
-  for batch, (name, id) in zip(rows[1:], (("ids", V), ("targets", V + 1), ("ids", -1)), strict=True):
+  for batch, (name, id) in zip(
+    rows[1:], (("ids", V), ("targets", V + 1), ("ids", -1)), strict=True
+  ):
     batch["mask"] = np.ones((ROWS, T), bool)
     batch[name] = batch[name].copy()
     batch[name][5, 7] = id
   monkeypatch.setitem(globals(), "batches", lambda cfg, steps: rows[:steps])
-  _, state, metrics = train(folder, 4, spoil=lambda state: before.append(jax.device_get(state)) or state)
+  _, state, metrics = train(
+    folder, 4, spoil=lambda state: before.append(jax.device_get(state)) or state
+  )
   assert [bool(numbers["bad"]) for numbers in metrics] == [False, True, True, True]
   jax.tree.map(
     np.testing.assert_array_equal,
@@ -173,7 +196,15 @@ def test_dropout_depends_on_seed_and_step_alone(folder):
 def test_adamw_steps_equal_torchs(folder):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
-  how = dict(learning_rate=1e-3, weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-8, clip_norm=1.0, schedule="linear")
+  how = dict(
+    learning_rate=1e-3,
+    weight_decay=0.1,
+    b1=0.9,
+    b2=0.95,
+    eps=1e-8,
+    clip_norm=1.0,
+    schedule="linear",
+  )
   losses, state, metrics = train(folder, 3, **how)
   theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").train()
   decayed = [p for name, p in theirs.named_parameters() if p.ndim == 2]
@@ -202,5 +233,7 @@ def test_adamw_steps_equal_torchs(folder):
     ours["embed"]["tokens"][:293], weights["transformer.wte.weight"].detach().numpy(), atol=1e-4
   )
   np.testing.assert_allclose(
-    ours["blocks"]["mlp"]["down"]["kernel"][2], weights["transformer.h.2.mlp.c_proj.weight"].detach().numpy(), atol=1e-4
+    ours["blocks"]["mlp"]["down"]["kernel"][2],
+    weights["transformer.h.2.mlp.c_proj.weight"].detach().numpy(),
+    atol=1e-4,
   )

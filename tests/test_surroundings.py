@@ -67,7 +67,12 @@ def start(words, variables, redirection):
     *map(str, words[1:]),
   ]
   return subprocess.run(
-    command, env=os.environ | variables, capture_output=True, text=True, errors="replace", timeout=300
+    command,
+    env=os.environ | variables,
+    capture_output=True,
+    text=True,
+    errors="replace",
+    timeout=300,
   )
 
 
@@ -87,7 +92,9 @@ def test_all_that_changes_types_at_once():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [pytest.param(i, marks=[pytest.mark.wide] * (i > 0)) for i in range(PARTS)])
+@pytest.mark.parametrize(
+  "part", [pytest.param(i, marks=[pytest.mark.wide] * (i > 0)) for i in range(PARTS)]
+)
 def test_thirty_environments(part):
   """Each kind once, and a pair of them."""
   for change, code, told in KINDS[part::PARTS]:
@@ -108,7 +115,9 @@ def test_a_stream_that_is_closed_is_the_null_device(tmp_path, closed):
   )
   redirections = " ".join(f"{number}{'<' if number == 0 else '>'}&-" for number in closed)
   done = subprocess.run(
-    ["sh", "-c", f'exec "$@" {redirections}', "sh", sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.DEVNULL
+    ["sh", "-c", f'exec "$@" {redirections}', "sh", sys.executable, "-c", code],
+    cwd=ROOT,
+    stdin=subprocess.DEVNULL,
   )
   assert done.returncode == 0 and (tmp_path / "file").read_bytes() == b""
 
@@ -128,7 +137,8 @@ def test_a_user_without_a_home_gets_a_folder_of_temporary_files(tmp_path, monkey
   (tmp_path / "jaxft-home-12345").mkdir()  # another user's
   jaxft.utils.environment.setup()
   assert (
-    os.environ["HOME"].startswith(f"{tmp_path}/jaxft-home-") and os.environ["HOME"] != f"{tmp_path}/jaxft-home-12345"
+    os.environ["HOME"].startswith(f"{tmp_path}/jaxft-home-")
+    and os.environ["HOME"] != f"{tmp_path}/jaxft-home-12345"
   )
   monkeypatch.delenv("HOME")
   (tmp_path / "jaxft-home-12345").rmdir()
@@ -157,8 +167,14 @@ def test_a_token_cache_that_cannot_be_written_is_read(tmp_path, monkeypatch):
     return {"files": writer.close()}
 
   made = token_cache.load_or_build(tmp_path, {"a": 1}, make, print)
-  monkeypatch.setattr(token_cache.os, "access", lambda path, how: False)  # as root, who may write everywhere
-  monkeypatch.setattr(token_cache.FileLock, "acquire", lambda *_, **__: pytest.fail("a lock is a file that is written"))
+  monkeypatch.setattr(
+    token_cache.os, "access", lambda path, how: False
+  )  # as root, who may write everywhere
+  monkeypatch.setattr(
+    token_cache.FileLock,
+    "acquire",
+    lambda *_, **__: pytest.fail("a lock is a file that is written"),
+  )
   assert token_cache.load_or_build(tmp_path, {"a": 1}, make, print) == made
 
 
@@ -167,7 +183,9 @@ def test_a_folder_called_jaxft_does_not_hide_the_package(tmp_path):
   (tmp_path / "jaxft" / "jaxft").mkdir(parents=True)
   code = "import jaxft; print(jaxft.__file__, jaxft.load.__name__)"
   environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-  done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+  )
   assert done.returncode == 0 and done.stdout.split()[1] == "load", done.stderr
 
 
@@ -175,8 +193,12 @@ def test_only_variables_of_libraries_are_blamed_for_an_import_that_fails(monkeyp
   codes = []
   monkeypatch.setattr(jaxft.utils.environment.os, "_exit", codes.append)
   monkeypatch.setenv("HF_TIMEOUT", "soon")
-  jaxft.utils.environment._env_error_hook(ValueError, ValueError("invalid literal for int(): 'soon'"), None)
-  assert codes == [2] and capsys.readouterr().err.startswith("error: HF_TIMEOUT='soon': invalid literal")
+  jaxft.utils.environment._env_error_hook(
+    ValueError, ValueError("invalid literal for int(): 'soon'"), None
+  )
+  assert codes == [2] and capsys.readouterr().err.startswith(
+    "error: HF_TIMEOUT='soon': invalid literal"
+  )
   for told in ("the path and the home of this user", f"not a number: {os.environ['PATH']!r}"):
     jaxft.utils.environment._env_error_hook(ValueError, ValueError(told), None)
     assert capsys.readouterr().err == f"ValueError: {told}\n"

@@ -58,7 +58,9 @@ class Terminal:
     end = time.monotonic() + seconds
     while not (found := re.search(pattern, self.text)):
       left = end - time.monotonic()
-      assert left > 0 and select.select([self._fd], [], [], left)[0], f"{pattern!r} did not come: {self.text[-2000:]!r}"
+      assert left > 0 and select.select([self._fd], [], [], left)[0], (
+        f"{pattern!r} did not come: {self.text[-2000:]!r}"
+      )
       try:
         self.text += os.read(self._fd, 65536).decode(errors="replace")
       except OSError:  # the other side is closed
@@ -90,22 +92,36 @@ def test_a_terminal_has_a_bar_which_survives_another_size_and_ctrl_c_saves(confi
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
-def test_a_log_has_lines_and_nothing_that_steers_a_terminal(config_file, tmp_path, variable, monkeypatch):
+def test_a_log_has_lines_and_nothing_that_steers_a_terminal(
+  config_file, tmp_path, variable, monkeypatch
+):
   monkeypatch.setenv(variable, "1")
-  done = train(config_file, tmp_path / "w", "--config.train.log_every=4", "--config.train.sample_prompts=")
+  done = train(
+    config_file, tmp_path / "w", "--config.train.log_every=4", "--config.train.sample_prompts="
+  )
   assert ESCAPE not in done.stdout + done.stderr and "\r" not in done.stdout
-  assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")] == ["4/12", "8/12", "12/12"]
+  assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")] == [
+    "4/12",
+    "8/12",
+    "12/12",
+  ]
 
 
 def test_a_prompt_is_asked_for_answered_as_it_comes_and_remembered(folder):
-  terminal = Terminal("jaxft.generate", "--model", folder, "--temperature", 0, "--max_new_tokens", 9)
+  terminal = Terminal(
+    "jaxft.generate", "--model", folder, "--temperature", 0, "--max_new_tokens", 9
+  )
   terminal.until("prompt> ")
   terminal.send("Once upon\n")
   first = terminal.until("prompt> ")
   terminal.send(f"{ESCAPE}[A\n")  # arrow up
   again = terminal.until("prompt> ")
   answer = first.replace("\r", "").split("\n")[1]
-  assert answer.startswith("Once upon") and len(answer) > len("Once upon") and answer in again.replace("\r", "")
+  assert (
+    answer.startswith("Once upon")
+    and len(answer) > len("Once upon")
+    and answer in again.replace("\r", "")
+  )
   terminal.send("\x04")
   said, code = terminal.end()
   assert code == 0 and "Traceback" not in said
@@ -115,7 +131,11 @@ def test_one_prompt_is_answered_as_it_comes_too(folder):
   flags = ("--prompt", "Once upon", "--temperature", 0, "--max_new_tokens", 9)
   on_terminal, code = Terminal("jaxft.generate", "--model", folder, *flags).end()
   piped = subprocess.run(
-    [sys.executable, "-m", "jaxft.generate", "--model", folder, *map(str, flags)], capture_output=True, text=True
+    [sys.executable, "-m", "jaxft.generate", "--model", folder, *map(str, flags)],
+    capture_output=True,
+    text=True,
   )
   assert code == 0 and piped.stdout.startswith("Once upon")
-  assert on_terminal.replace("\r", "") == escape_controls(piped.stdout)  # what a model writes may steer a terminal
+  assert on_terminal.replace("\r", "") == escape_controls(
+    piped.stdout
+  )  # what a model writes may steer a terminal

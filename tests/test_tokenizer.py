@@ -9,7 +9,15 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+  Tokenizer,
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  processors,
+  trainers,
+)
 from transformers import AutoTokenizer
 
 import jaxft
@@ -25,10 +33,32 @@ from jaxft.model.decoder import abstract_model
 from jaxft.train import finetune
 
 END, BEGIN, PAD, UNKNOWN = "<|endoftext|>", "<s>", "<pad>", "<unk>"
-WORDPIECE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "dog", "sat", "on", "mat", ".", "ran", "far"]
+WORDPIECE = [
+  "[PAD]",
+  "[UNK]",
+  "[CLS]",
+  "[SEP]",
+  "[MASK]",
+  "the",
+  "cat",
+  "dog",
+  "sat",
+  "on",
+  "mat",
+  ".",
+  "ran",
+  "far",
+]
 rng = random.Random(7)
 TEXTS = [tiny.story(rng) for _ in range(44)]
-TEXTS += ["", " ", f"one{END}two", "12 bells: 東京 QUICK!", "\ttab\n\n  blanks ", "naïve\u0301 🐈‍⬛"]
+TEXTS += [
+  "",
+  " ",
+  f"one{END}two",
+  "12 bells: 東京 QUICK!",
+  "\ttab\n\n  blanks ",
+  "naïve\u0301 🐈‍⬛",
+]
 
 
 def wordpiece(folder):
@@ -48,17 +78,26 @@ def trained(kind, special, alphabet=None):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     every = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else []
-    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=every, show_progress=False)
+    trainer = trainers.BpeTrainer(
+      vocab_size=340, special_tokens=special, initial_alphabet=every, show_progress=False
+    )
     texts = texts if kind == "bytes" else ["the miller found a bell and slept"] * 9
   elif kind == "bpe":
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=[*special, UNKNOWN], show_progress=False)
+    trainer = trainers.BpeTrainer(
+      vocab_size=200, special_tokens=[*special, UNKNOWN], show_progress=False
+    )
   elif kind == "wordpiece":
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=[*special, UNKNOWN], show_progress=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+      pre_tokenizers.BertPreTokenizer(),
+      decoders.WordPiece(),
+    )
+    trainer = trainers.WordPieceTrainer(
+      vocab_size=200, special_tokens=[*special, UNKNOWN], show_progress=False
+    )
   else:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -71,7 +110,16 @@ def trained(kind, special, alphabet=None):
 
 KINDS = ("bytes", "gaps", "bpe", "wordpiece", "unigram")
 # What people's folders lack or have too much of.
-CHANGES = ("none", "stale", "no tokenizer.json", "no merges", "config alone", "nothing", "contradiction", "trainer's")
+CHANGES = (
+  "none",
+  "stale",
+  "no tokenizer.json",
+  "no merges",
+  "config alone",
+  "nothing",
+  "contradiction",
+  "trainer's",
+)
 
 
 def write_folder(folder, seed):
@@ -81,18 +129,27 @@ def write_folder(folder, seed):
   kind = KINDS[seed % len(KINDS)]
   special = [END, BEGIN, PAD][: rng.randint(1, 3)]
   tokenizer = trained(kind, special)
-  around = rng.choice(["", "", "begin", "end", "both"]) if BEGIN in special else rng.choice(["", "end"])
+  around = (
+    rng.choice(["", "", "begin", "end", "both"]) if BEGIN in special else rng.choice(["", "end"])
+  )
   if around:
     before, after = f"{BEGIN} " * (around != "end"), f" {END}" * (around != "begin")
     ids = [(token, tokenizer.token_to_id(token)) for token in (BEGIN, END) if token in special]
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{before}$A{after}", special_tokens=ids)
+    tokenizer.post_processor = processors.TemplateProcessing(
+      single=f"{before}$A{after}", special_tokens=ids
+    )
   if rng.random() < 0.4:
     tokenizer.add_special_tokens(["<|title|>"])
   if rng.random() < 0.3:
     tokenizer.add_tokens(["quick", "東京都"])
-  about = {"eos_token": END} | ({"bos_token": BEGIN} if BEGIN in special and rng.random() < 0.7 else {})
+  about = {"eos_token": END} | (
+    {"bos_token": BEGIN} if BEGIN in special and rng.random() < 0.7 else {}
+  )
   about |= {"pad_token": PAD} if PAD in special and rng.random() < 0.7 else {}
-  classes = ["PreTrainedTokenizerFast", "TokenizersBackend", "Stranger"] + ["GPT2Tokenizer", None] * (kind == "bytes")
+  classes = ["PreTrainedTokenizerFast", "TokenizersBackend", "Stranger"] + [
+    "GPT2Tokenizer",
+    None,
+  ] * (kind == "bytes")
   about |= {"tokenizer_class": name} if (name := rng.choice(classes)) else {}
   about |= rng.choice([{}, {"is_local": True, "model_max_length": 10**30}, {"model_max_length": 9}])
   change = rng.choice(CHANGES) if rng.random() < 0.6 else "none"
@@ -100,7 +157,9 @@ def write_folder(folder, seed):
   if kind in ("bytes", "gaps"):
     tokenizer.model.save(str(folder))
   if change == "stale":
-    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": END, "cls_token": END}))
+    (folder / "special_tokens_map.json").write_text(
+      json.dumps({"eos_token": END, "cls_token": END})
+    )
   if change == "no tokenizer.json":
     (folder / "tokenizer.json").unlink()
     about["tokenizer_class"] = "GPT2Tokenizer"
@@ -117,7 +176,12 @@ def write_folder(folder, seed):
     (folder / "added_tokens.json").write_text(json.dumps({END: 7}))
   if change == "trainer's":
     saved = json.loads((folder / "tokenizer.json").read_text())
-    saved["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    saved["truncation"] = {
+      "direction": "Right",
+      "max_length": 5,
+      "strategy": "LongestFirst",
+      "stride": 0,
+    }
     (folder / "tokenizer.json").write_text(json.dumps(saved))
   if change != "nothing":
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
@@ -126,7 +190,8 @@ def write_folder(folder, seed):
 
 def lost(tokenizer, text):
   return next(
-    encoded.unknown_chars for _, encoded in tokenize.encode_batches([Example(text)], tokenizer, np.dtype(np.uint16))
+    encoded.unknown_chars
+    for _, encoded in tokenize.encode_batches([Example(text)], tokenizer, np.dtype(np.uint16))
   )
 
 
@@ -139,10 +204,16 @@ def test_a_hundred_folders_are_refused_or_read_alike_after_the_export(tmp_path, 
     kind, change = write_folder(folder, seed)
     source = repo.resolve(str(folder))
     try:
-      tokenizer = jaxft.hf.tokenizer.load(folder, source.cfg.V)
+      tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, source.cfg.V)
       export.check_exportable(source, tokenizer)
     except RequestError as error:
-      assert change in ("no tokenizer.json", "no merges", "config alone", "nothing", "contradiction"), (
+      assert change in (
+        "no tokenizer.json",
+        "no merges",
+        "config alone",
+        "nothing",
+        "contradiction",
+      ), (
         seed,
         kind,
         error,
@@ -156,12 +227,17 @@ def test_a_hundred_folders_are_refused_or_read_alike_after_the_export(tmp_path, 
     for text in TEXTS:
       for add in (False, True):
         wanted = tokenizer(text, add_special_tokens=add)["input_ids"]
-        assert again(text, add_special_tokens=add)["input_ids"] == wanted, (seed, kind, change, text)
+        assert again(text, add_special_tokens=add)["input_ids"] == wanted, (
+          seed,
+          kind,
+          change,
+          text,
+        )
       if tokenize.TokenizerInfo(tokenizer).loses_nothing and not kind == "unigram":
         assert again.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
-    assert jaxft.hf.tokenizer.fingerprint(jaxft.hf.tokenizer.load(out, source.cfg.V)) == jaxft.hf.tokenizer.fingerprint(
-      tokenizer
-    ), (seed, kind)
+    assert jaxft.hf.tokenizer.fingerprint(
+      jaxft.hf.tokenizer.load_tokenizer(out, source.cfg.V)
+    ) == jaxft.hf.tokenizer.fingerprint(tokenizer), (seed, kind)
     about = json.loads((out / "tokenizer_config.json").read_text())
     assert about["model_max_length"] <= source.cfg.P and "is_local" not in about
     assert about["model_input_names"] == ["input_ids", "attention_mask"] and about["unk_token"]
@@ -183,27 +259,31 @@ def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
     for file, text in files.items():
       (folder / file).write_text(text)
     wanted = (
-      "rename encoder.json to vocab.json" if "encoder.json" in files else "needs tokenizer.json, or vocab.json and"
+      "rename encoder.json to vocab.json"
+      if "encoder.json" in files
+      else "needs tokenizer.json, or vocab.json and"
     )
     with pytest.raises(RequestError, match=wanted):
-      jaxft.hf.tokenizer.load(folder, 293)
+      jaxft.hf.tokenizer.load_tokenizer(folder, 293)
 
 
 def test_a_vocabulary_without_its_merges_is_refused(tmp_path):
   tiny.write_gpt2_bpe(tmp_path)
-  assert len(jaxft.hf.tokenizer.load(tmp_path, 50257)("The cat sat")["input_ids"]) == 3
+  assert len(jaxft.hf.tokenizer.load_tokenizer(tmp_path, 50257)("The cat sat")["input_ids"]) == 3
   (tmp_path / "merges.txt").write_text("#version: 0.2\n")
   with pytest.raises(RequestError, match="its merges are missing"):
-    jaxft.hf.tokenizer.load(tmp_path, 50257)
+    jaxft.hf.tokenizer.load_tokenizer(tmp_path, 50257)
 
 
 def test_ids_that_two_files_tell_differently_are_refused(folder, tmp_path):
   other = shutil.copytree(folder, tmp_path / "m")
   (other / "added_tokens.json").write_text(json.dumps({tiny.EOS: 0}))
-  jaxft.hf.tokenizer.load(other, 293)
+  jaxft.hf.tokenizer.load_tokenizer(other, 293)
   (other / "added_tokens.json").write_text(json.dumps({tiny.EOS: 5}))
-  with pytest.raises(RequestError, match=r"added_tokens.json says '<\|endoftext\|>' is 5, and the tokenizer 0"):
-    jaxft.hf.tokenizer.load(other, 293)
+  with pytest.raises(
+    RequestError, match=r"added_tokens.json says '<\|endoftext\|>' is 5, and the tokenizer 0"
+  ):
+    jaxft.hf.tokenizer.load_tokenizer(other, 293)
 
 
 def test_what_tokenizer_json_says_goes_before_what_a_class_makes_of_it(folder, tmp_path):
@@ -212,10 +292,12 @@ def test_what_tokenizer_json_says_goes_before_what_a_class_makes_of_it(folder, t
   about = json.loads((other / "tokenizer.json").read_text())
   about["normalizer"] = {"type": "Lowercase"}
   (other / "tokenizer.json").write_text(json.dumps(about))
-  (other / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": tiny.EOS}))
+  (other / "tokenizer_config.json").write_text(
+    json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": tiny.EOS})
+  )
   said = Tokenizer.from_file(str(other / "tokenizer.json")).encode("The CAT").ids
   source = repo.resolve(str(other))
-  tokenizer = jaxft.hf.tokenizer.load(other, 293)
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(other, 293)
   assert tokenize.encode_prompt(tokenizer, "The CAT") == said
   export.write_config_files(tmp_path, source, tokenizer, {})
   assert AutoTokenizer.from_pretrained(tmp_path)("The CAT")["input_ids"] == said
@@ -223,39 +305,49 @@ def test_what_tokenizer_json_says_goes_before_what_a_class_makes_of_it(folder, t
 
 def test_the_vocabulary_of_a_wordpiece_model_is_in_the_export(tmp_path):
   source = repo.resolve(str(wordpiece(tmp_path / "bert")))
-  tokenizer, out = jaxft.hf.tokenizer.load(source.folder, source.cfg.V), tmp_path / "out"
+  tokenizer, out = jaxft.hf.tokenizer.load_tokenizer(source.folder, source.cfg.V), tmp_path / "out"
   out.mkdir()
   export.write_config_files(out, source, tokenizer, {})
   assert (out / "vocab.txt").read_text().split() == WORDPIECE
   again = AutoTokenizer.from_pretrained(out)
-  assert again("the cat sat")["input_ids"] == AutoTokenizer.from_pretrained(source.folder)("the cat sat")["input_ids"]
+  assert (
+    again("the cat sat")["input_ids"]
+    == AutoTokenizer.from_pretrained(source.folder)("the cat sat")["input_ids"]
+  )
   assert again("the cat")["input_ids"] == [2, 5, 6, 3]
 
 
 def test_another_vocab_txt_is_tokenised_again(tmp_path):
   folder = wordpiece(tmp_path / "bert")
-  (tmp_path / "t.jsonl").write_text('{"text": "the cat sat on the mat."}\n{"text": "the dog ran far."}\n' * 9)
+  (tmp_path / "t.jsonl").write_text(
+    '{"text": "the cat sat on the mat."}\n{"text": "the dog ran far."}\n' * 9
+  )
   data = jaxft.config.default().data
   data.update(train=(str(tmp_path / "t.jsonl"),), sequence_length=8, validation_fraction=0.2)
   data.cache_dir, read = str(tmp_path / "cache"), []
   for words in (WORDPIECE, WORDPIECE[:5] + WORDPIECE[5:][::-1]):
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    tokenizer = jaxft.hf.tokenizer.load(folder, len(words))
+    tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, len(words))
     found = dataset.prepare_data(data, tokenizer, jaxft.hf.tokenizer.fingerprint(tokenizer))
     read.append(tokenizer.decode(found.train[0]["targets"]))
-  assert read[0] == read[1] and len([entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]) == 2
+  assert (
+    read[0] == read[1]
+    and len([entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]) == 2
+  )
 
 
 def test_prompts_and_texts_to_classify_are_cut_as_the_training_text(tmp_path):
   """Also by a tokenizer that puts [CLS] before each text and [SEP], here the end token, after it."""
-  tokenizer = jaxft.hf.tokenizer.load(wordpiece(tmp_path / "bert"), len(WORDPIECE))
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(wordpiece(tmp_path / "bert"), len(WORDPIECE))
   document = tokenize.encode_in_memory([Example("the cat")], tokenizer).ids.tolist()
   assert document == tokenizer("the cat")["input_ids"] == [2, 5, 6, 3]
   assert tokenize.encode_prompt(tokenizer, "the cat") == document[:-1]
   assert tokenize.encode_text(tokenizer, "the cat") == document
   labelled = tokenize.encode_in_memory([Example("the cat", label="a")], tokenizer, ["a"])
   assert labelled.ids.tolist() == document
-  asked = tokenize.encode_in_memory([Example("the cat sat", prompt_chars=len("the cat"))], tokenizer)
+  asked = tokenize.encode_in_memory(
+    [Example("the cat sat", prompt_chars=len("the cat"))], tokenizer
+  )
   assert asked.ids.tolist() == [2, 5, 6, 8, 3] and asked.prompts_N.tolist() == [3]
 
 
@@ -265,11 +357,16 @@ def test_whatever_reads_a_text_cuts_it_as_the_training_does(tmp_path, monkeypatc
   monkeypatch.setattr(
     sampler.Generator,
     "__call__",
-    lambda self, weights, ids, *more, **how: (asked.append(ids), call(self, weights, ids, *more, **how))[1],
+    lambda self, weights, ids, *more, **how: (
+      asked.append(ids),
+      call(self, weights, ids, *more, **how),
+    )[1],
   )
   ready = jaxft.load(source)
   ready.generate(["the cat"], max_new_tokens=1)
-  (tmp_path / "t.jsonl").write_text('{"text": "the cat sat on the mat."}\n{"text": "the dog ran far."}\n' * 9)
+  (tmp_path / "t.jsonl").write_text(
+    '{"text": "the cat sat on the mat."}\n{"text": "the dog ran far."}\n' * 9
+  )
   config = tiny.config(source, tmp_path / "t.jsonl")
   config.train.steps, config.train.sample_prompts, config.data.sequence_length = 1, ("the cat",), 8
   config.optim.warmup_steps = 0
@@ -283,11 +380,17 @@ def test_whatever_reads_a_text_cuts_it_as_the_training_does(tmp_path, monkeypatc
   params = load_weights.load_params(classifier, shapes, jax.tree.map(lambda _: here, shapes))
   export.export_model(tmp_path / "classifier", params, classifier, tokenizer=ready.tokenizer)
   again = jaxft.load(tmp_path / "classifier")
-  wanted = verify.compute_logits(again.graph, again.params, np.array([[2, 5, 6, 3]], np.int32))[0, -1]
+  wanted = verify.compute_logits(again.graph, again.params, np.array([[2, 5, 6, 3]], np.int32))[
+    0, -1
+  ]
   np.testing.assert_allclose(again.classify(["the cat"])[0].logits_C, wanted, atol=1e-5)
 
   # What cannot be exported is told before the first step.
-  monkeypatch.setattr(jaxft.hf.tokenizer, "verify", lambda *_: (_ for _ in ()).throw(RequestError("cannot be written")))
+  monkeypatch.setattr(
+    jaxft.hf.export,
+    "verify_tokenizer",
+    lambda *_: (_ for _ in ()).throw(RequestError("cannot be written")),
+  )
   with pytest.raises(RequestError, match="cannot be written"):
     finetune(config, tmp_path / "another")
   assert not (tmp_path / "another" / "metrics.jsonl").exists()
@@ -297,7 +400,7 @@ def test_tokens_that_are_bytes_come_back_as_text_without_a_decoder_too(folder, t
   other = shutil.copytree(folder, tmp_path / "m")
   about = json.loads((other / "tokenizer.json").read_text())
   (other / "tokenizer.json").write_text(json.dumps(about | {"decoder": None}))
-  tokenizer = jaxft.hf.tokenizer.load(other, 293)
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(other, 293)
   assert tokenizer.decode(tokenize.encode_prompt(tokenizer, "the café, twice")) == "the café, twice"
   export.write_config_files(tmp_path, repo.resolve(str(other)), tokenizer, {})
   assert json.loads((tmp_path / "tokenizer.json").read_text())["decoder"]["type"] == "ByteLevel"
@@ -307,15 +410,17 @@ def test_tokens_that_are_bytes_come_back_as_text_without_a_decoder_too(folder, t
 def test_a_class_without_its_vocabulary_is_refused(tmp_path, name):
   """transformers 5.24 makes a tokenizer of special tokens alone, which reads every text as unknown."""
   tiny.write_gpt2(tmp_path / "m", seed=0, tokenizer=False)
-  (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "eos_token": "</s>"}))
+  (tmp_path / "m" / "tokenizer_config.json").write_text(
+    json.dumps({"tokenizer_class": name, "eos_token": "</s>"})
+  )
   with pytest.raises(RequestError, match="none of them is text|no tokenizer that can be read"):
-    jaxft.hf.tokenizer.load(tmp_path / "m", 50257)
+    jaxft.hf.tokenizer.load_tokenizer(tmp_path / "m", 50257)
 
 
 def test_a_padding_token_of_config_json_that_is_a_letter_stays_one(folder, tmp_path):
   """Old checkpoints have 0, which is "!" there. As a special token it would vanish from every text."""
   other = shutil.copytree(folder, tmp_path / "m")
-  tokenizer = jaxft.hf.tokenizer.load(other, 293)
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(other, 293)
   about = json.loads((other / "config.json").read_text())
   for text in ("!", " the"):
     (pad, *_) = tokenize.encode_prompt(tokenizer, text)
@@ -334,7 +439,7 @@ def test_the_tokenizers_own_padding_and_its_other_files_are_in_the_export(folder
   (other / "tokenizer_config.json").write_text(json.dumps(says | {"pad_token": "!"}))
   for name in ("spiece.model", "chat_template.jinja"):
     (other / name).write_text(name)
-  tokenizer = jaxft.hf.tokenizer.load(other, 293)
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(other, 293)
   export.write_config_files(tmp_path, repo.resolve(str(other)), tokenizer, {})
   for name in ("config.json", "generation_config.json"):
     said = json.loads((tmp_path / name).read_text()).get("pad_token_id")
@@ -348,9 +453,13 @@ def test_an_end_token_that_begins_each_text_is_there_once(tmp_path):
   tiny.write_gpt2_bpe(tmp_path)
   about = json.loads((tmp_path / "tokenizer_config.json").read_text())
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(about | {"add_bos_token": True}))
-  tokenizer = jaxft.hf.tokenizer.load(tmp_path, 50257)
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(tmp_path, 50257)
   assert tokenize.encode_prompt(tokenizer, "The cat") == [50256, 464, 3797]
-  assert tokenize.encode_in_memory([Example("The cat")], tokenizer).ids.tolist() == [464, 3797, 50256]
+  assert tokenize.encode_in_memory([Example("The cat")], tokenizer).ids.tolist() == [
+    464,
+    3797,
+    50256,
+  ]
 
 
 def test_characters_without_a_token_are_counted(tmp_path):
@@ -363,7 +472,7 @@ def test_characters_without_a_token_are_counted(tmp_path):
       json.dumps({"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"})
     )
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    tokenizer = jaxft.hf.tokenizer.load(folder, 400)
+    tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, 400)
     counts[kind] = [lost(tokenizer, text) for text in ("the miller", "Ж the Ж Ж", "")]
   assert counts["bytes"] == [0, 0, 0] and all(
     count == [0, 3, 0] for kind, count in counts.items() if kind != "bytes"
@@ -378,10 +487,12 @@ def test_the_report_tells_what_was_lost_and_a_text_of_another_language_is_refuse
     json.dumps({"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"})
   )
   (folder / "config.json").write_text('{"model_type": "gpt2"}')
-  tokenizer, data = jaxft.hf.tokenizer.load(folder, 400), jaxft.config.default().data
+  tokenizer, data = jaxft.hf.tokenizer.load_tokenizer(folder, 400), jaxft.config.default().data
   for name, text in (("few", "the miller ЖЖ"), ("most", "ЖЖЖЖЖ the")):
     (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{text}"}}\n' * 20)
-  data.update(train=(str(tmp_path / "few.jsonl"),), sequence_length=8, cache_dir=str(tmp_path / "cache"))
+  data.update(
+    train=(str(tmp_path / "few.jsonl"),), sequence_length=8, cache_dir=str(tmp_path / "cache")
+  )
   found = dataset.prepare_data(data, tokenizer, "", log=said.append)
   assert found.report["characters"] == {"read": 20 * 13, "without_a_token": 40}
   assert said[-1].startswith("40 of 260 characters have no token in the model's tokenizer")
@@ -394,20 +505,31 @@ def test_the_end_token_that_was_learned_ends_a_text_of_the_export(tmp_path):
   """And what else the source's configs let end one."""
   folder = tmp_path / "m"
   tiny.write_gpt2(folder, seed=3)
-  tokenizer = jaxft.hf.tokenizer.load(folder, 293)
-  end, about = tokenizer.convert_ids_to_tokens(7), json.loads((folder / "tokenizer_config.json").read_text())
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, 293)
+  end, about = (
+    tokenizer.convert_ids_to_tokens(7),
+    json.loads((folder / "tokenizer_config.json").read_text()),
+  )
   (folder / "tokenizer_config.json").write_text(json.dumps(about | {"eos_token": end}))
-  (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 7, 9], "temperature": 0.5}))
+  (folder / "generation_config.json").write_text(
+    json.dumps({"eos_token_id": [0, 7, 9], "temperature": 0.5})
+  )
   source = repo.resolve(str(folder))
-  export.write_config_files(tmp_path, source, jaxft.hf.tokenizer.load(folder, 293), {})
+  export.write_config_files(tmp_path, source, jaxft.hf.tokenizer.load_tokenizer(folder, 293), {})
   read = lambda name: json.loads((tmp_path / name).read_text())
   assert read("config.json")["eos_token_id"] == 7 and read("config.json")["n_ctx"] == source.cfg.P
-  assert read("generation_config.json") == {"bos_token_id": 0, "eos_token_id": [7, 0, 9], "temperature": 0.5}
+  assert read("generation_config.json") == {
+    "bos_token_id": 0,
+    "eos_token_id": [7, 0, 9],
+    "temperature": 0.5,
+  }
 
 
 def test_the_quickstarts_model_has_the_files_of_an_export(tmp_path):
   source = repo.resolve(str(Path(__file__).parent.parent / "assets" / "quickstart" / "model"))
-  export.write_config_files(tmp_path, source, jaxft.hf.tokenizer.load(source.folder, source.cfg.V), {})
+  export.write_config_files(
+    tmp_path, source, jaxft.hf.tokenizer.load_tokenizer(source.folder, source.cfg.V), {}
+  )
   for file in tmp_path.iterdir():
     read = json.loads if file.suffix == ".json" else str
     assert read((source.folder / file.name).read_text()) == read(file.read_text()), file.name
@@ -416,7 +538,7 @@ def test_the_quickstarts_model_has_the_files_of_an_export(tmp_path):
 def test_what_older_readers_need_is_in_the_folder(folder, tmp_path):
   """tokenizers before 0.20 read merges as texts, slow tokenizers vocab.json and merges.txt, 4.30 special_tokens_map.json."""
   source = repo.resolve(str(folder))
-  export.write_config_files(tmp_path, source, jaxft.hf.tokenizer.load(folder, 293), {})
+  export.write_config_files(tmp_path, source, jaxft.hf.tokenizer.load_tokenizer(folder, 293), {})
   merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
   assert all(isinstance(merge, str) for merge in merges)
   assert (tmp_path / "merges.txt").read_text().splitlines()[1:] == merges
@@ -436,14 +558,21 @@ def test_a_blank_before_a_text_is_as_transformers_has_it(tmp_path, name, said, p
   about = json.loads((tmp_path / "m" / "tokenizer.json").read_text())
   about["pre_tokenizer"]["add_prefix_space"] = prefix
   (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(about))
-  says = {"tokenizer_class": name, "eos_token": tiny.EOS} | ({} if said is None else {"add_prefix_space": said})
+  says = {"tokenizer_class": name, "eos_token": tiny.EOS} | (
+    {} if said is None else {"add_prefix_space": said}
+  )
   (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(says))
-  wanted = AutoTokenizer.from_pretrained(tmp_path / "m")("the cat", add_special_tokens=False)["input_ids"]
-  tokenizer = jaxft.hf.tokenizer.load(tmp_path / "m", 293)
+  wanted = AutoTokenizer.from_pretrained(tmp_path / "m")("the cat", add_special_tokens=False)[
+    "input_ids"
+  ]
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(tmp_path / "m", 293)
   assert tokenize.encode_prompt(tokenizer, "the cat") == wanted
   export.write_config_files(tmp_path, repo.resolve(str(tmp_path / "m")), tokenizer, {})
   assert AutoTokenizer.from_pretrained(tmp_path)("the cat")["input_ids"] == wanted
-  written = [json.loads((tmp_path / file).read_text()) for file in ("tokenizer.json", "tokenizer_config.json")]
+  written = [
+    json.loads((tmp_path / file).read_text())
+    for file in ("tokenizer.json", "tokenizer_config.json")
+  ]
   assert written[0]["pre_tokenizer"]["add_prefix_space"] == written[1]["add_prefix_space"]
 
 
@@ -456,7 +585,7 @@ def test_a_vocabulary_of_added_letters_reads_text(tmp_path):
     json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END})
   )
   (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-  loaded = jaxft.hf.tokenizer.load(tmp_path, 400)
+  loaded = jaxft.hf.tokenizer.load_tokenizer(tmp_path, 400)
   assert loaded.decode(tokenize.encode_prompt(loaded, "a bad cab")).replace(" ", "") == "abadcab"
 
 
@@ -469,6 +598,6 @@ def test_what_a_normalizer_or_an_added_token_reads_is_not_lost(tmp_path):
       json.dumps({"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"})
     )
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    loaded = jaxft.hf.tokenizer.load(tmp_path, 400)
+    loaded = jaxft.hf.tokenizer.load_tokenizer(tmp_path, 400)
     assert lost(loaded, f"the miller{END}found ЖЖ") == 2
     assert lost(loaded, "THE MILLER") == (0 if normalizer else 9)

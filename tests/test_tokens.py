@@ -12,20 +12,52 @@ from jaxft.data import tokenize
 from jaxft.data.formats import Example
 
 EOS = 0
-PIECES = ["a", " cat", "\n", "\r\n", "  ", '"', ",", "é", "東", "🐈", "\u2028", "\x00", "\t", "'", "\\", "ß", "The dog"]
+PIECES = [
+  "a",
+  " cat",
+  "\n",
+  "\r\n",
+  "  ",
+  '"',
+  ",",
+  "é",
+  "東",
+  "🐈",
+  "\u2028",
+  "\x00",
+  "\t",
+  "'",
+  "\\",
+  "ß",
+  "The dog",
+]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_long_text_in_parts_gives_the_tokens_of_the_whole(tmp_path, monkeypatch, seed):
-  tokenizer = jaxft.hf.tokenizer.load(tiny.write_gpt2_bpe(tmp_path), 50257)
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50257)
   rng = np.random.default_rng(seed)
-  pieces = [*PIECES, " ", " ", "\n", "'s", " 12", "\u3000", "\x1c", "<|endoftext|>", "don't", "\xa0x"]
+  pieces = [
+    *PIECES,
+    " ",
+    " ",
+    "\n",
+    "'s",
+    " 12",
+    "\u3000",
+    "\x1c",
+    "<|endoftext|>",
+    "don't",
+    "\xa0x",
+  ]
   text = "".join(pieces[i] for i in rng.integers(len(pieces), size=400))
   monkeypatch.setattr(tokenize, "MAX_BATCH_CHARS", 64)
   parts = tokenize._split_long_text(text, tokenize.TokenizerInfo(tokenizer))
   assert "".join(parts) == text and len(parts) > 10
   whole = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-  assert tokenize.encode_examples([Example(text)], tokenize.TokenizerInfo(tokenizer), np.uint16).ids[0].tolist() == [
+  assert tokenize.encode_examples(
+    [Example(text)], tokenize.TokenizerInfo(tokenizer), np.uint16
+  ).ids[0].tolist() == [
     *whole,
     tokenizer.eos_token_id,
   ]
@@ -34,7 +66,12 @@ def test_a_long_text_in_parts_gives_the_tokens_of_the_whole(tmp_path, monkeypatc
 def test_what_a_trainer_left_in_the_tokenizer_is_not_applied(folder, tmp_path):
   shutil.copytree(folder, tmp_path / "saved")
   saved = json.loads((folder / "tokenizer.json").read_text())
-  saved["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+  saved["truncation"] = {
+    "direction": "Right",
+    "max_length": 5,
+    "strategy": "LongestFirst",
+    "stride": 0,
+  }
   saved["padding"] = {
     "strategy": {"Fixed": 9},
     "direction": "Right",
@@ -46,7 +83,7 @@ def test_what_a_trainer_left_in_the_tokenizer_is_not_applied(folder, tmp_path):
   (tmp_path / "saved" / "tokenizer.json").write_text(json.dumps(saved))
   texts = ["the cat sat on the mat and ran", "a"]
   plain, other = (
-    tokenize.encode_in_memory(map(Example, texts), jaxft.hf.tokenizer.load(at, 293))
+    tokenize.encode_in_memory(map(Example, texts), jaxft.hf.tokenizer.load_tokenizer(at, 293))
     for at in (folder, tmp_path / "saved")
   )
   np.testing.assert_array_equal(plain.ids, other.ids)
@@ -54,26 +91,46 @@ def test_what_a_trainer_left_in_the_tokenizer_is_not_applied(folder, tmp_path):
 
 def test_ids_are_transformers_own_for_ten_thousand_strings(tmp_path):
   """Real GPT-2 BPE: digits, control characters, CJK, emoji, blanks, and strings of anything."""
-  tokenizer = jaxft.hf.tokenizer.load(tiny.write_gpt2_bpe(tmp_path), 50257)
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50257)
   rng = np.random.default_rng(0)
-  planes = [(32, 127), (0, 32), (128, 0x250), (0x4E00, 0x9FFF), (0x1F300, 0x1FAFF), (0x600, 0x6FF), (0x2000, 0x2070)]
+  planes = [
+    (32, 127),
+    (0, 32),
+    (128, 0x250),
+    (0x4E00, 0x9FFF),
+    (0x1F300, 0x1FAFF),
+    (0x600, 0x6FF),
+    (0x2000, 0x2070),
+  ]
   texts = []
   for _ in range(10_000):
     low, high = planes[rng.integers(len(planes))]
-    words = ["".join(map(chr, rng.integers(low, high, rng.integers(1, 9)))) for _ in range(rng.integers(1, 8))]
+    words = [
+      "".join(map(chr, rng.integers(low, high, rng.integers(1, 9))))
+      for _ in range(rng.integers(1, 8))
+    ]
     texts.append(str(rng.choice([" ", "  ", "\n", ""])).join(words))
   ours = tokenize.encode_in_memory([Example(text) for text in texts], tokenizer)
   wanted = tokenizer(texts)["input_ids"]
   for i, ids in enumerate(wanted):
-    np.testing.assert_array_equal(ours.ids[ours.starts_N1[i] : ours.starts_N1[i + 1]], [*ids, 50256])
+    np.testing.assert_array_equal(
+      ours.ids[ours.starts_N1[i] : ours.starts_N1[i + 1]], [*ids, 50256]
+    )
   assert ours.ids.dtype == np.uint16
 
 
 def test_tokens_stand_for_the_bytes_of_their_text(tmp_path):
-  tokenizer = jaxft.hf.tokenizer.load(tiny.write_gpt2_bpe(tmp_path), 50_304)
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50_304)
   lengths_V = tokenize.token_byte_lengths(tokenizer)
   for text in ("Hello world, naïve café 日本 🎉\n\n  x", "a" * 50, "", "<|endoftext|> b"):
-    assert lengths_V[tokenizer(text)["input_ids"]].sum() == len(text.replace("<|endoftext|>", "").encode())
-  rows = [{"targets": np.array(tokenizer("naïve café")["input_ids"]), "mask": np.array([True] * 4 + [False])}]
+    assert lengths_V[tokenizer(text)["input_ids"]].sum() == len(
+      text.replace("<|endoftext|>", "").encode()
+    )
+  rows = [
+    {
+      "targets": np.array(tokenizer("naïve café")["input_ids"]),
+      "mask": np.array([True] * 4 + [False]),
+    }
+  ]
   rows[0]["mask"] = np.arange(len(rows[0]["targets"])) > 0  # the first, "na", is no target
   assert tokenize.target_bytes(rows * 3, tokenizer, limit=2) == 2 * len("ïve café".encode())

@@ -34,7 +34,9 @@ def pickled(folder, tmp_path):
     to = tmp_path / f"in{len(list(tmp_path.iterdir()))}"
     shutil.copytree(folder, to)
     (to / "model.safetensors").unlink()
-    tensors = {name: torch.from_numpy(t) for name, t in load_file(folder / "model.safetensors").items()}
+    tensors = {
+      name: torch.from_numpy(t) for name, t in load_file(folder / "model.safetensors").items()
+    }
     torch.save(change(tensors), to / "pytorch_model.bin", **how)
     return to
 
@@ -48,15 +50,21 @@ def same(ours, theirs):
 def test_it_is_read_only_when_asked(folder, pickled):
   with pytest.raises(RequestError, match="config.model.torch_bin=True"):
     repo.resolve(str(pickled()))
-  with_head = pickled(lambda ts: ts | {"lm_head.weight": ts["transformer.wte.weight"]})  # one storage, two names
+  with_head = pickled(
+    lambda ts: ts | {"lm_head.weight": ts["transformer.wte.weight"]}
+  )  # one storage, two names
   same(read(with_head), read(folder, torch_bin=False))
 
 
 def test_narrow_transposed_and_sharded_tensors(folder, pickled):
   narrow = lambda ts: {name: t.bfloat16() for name, t in ts.items()}
-  exact = jax.tree.map(lambda p: p.astype("bfloat16").astype("float32"), read(folder, torch_bin=False))
+  exact = jax.tree.map(
+    lambda p: p.astype("bfloat16").astype("float32"), read(folder, torch_bin=False)
+  )
   same(read(pickled(narrow)), exact)
-  crooked = lambda ts: {name: t.t().contiguous().t() if t.ndim == 2 else t for name, t in ts.items()}
+  crooked = lambda ts: {
+    name: t.t().contiguous().t() if t.ndim == 2 else t for name, t in ts.items()
+  }
   same(read(pickled(crooked)), read(folder, torch_bin=False))
 
   sharded = pickled()
@@ -79,7 +87,9 @@ class Payload:
 
 def test_no_pickle_runs_anything(pickled, tmp_path):
   ran = tmp_path / "ran"
-  with pytest.raises(RequestError, match="pytorch_model.bin: not weights that torch reads with weights_only"):
+  with pytest.raises(
+    RequestError, match="pytorch_model.bin: not weights that torch reads with weights_only"
+  ):
     read(pickled(lambda ts: ts | {"x": Payload(ran)}))
   plain = pickled()
   (plain / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(ran)))
@@ -94,9 +104,18 @@ def test_no_pickle_runs_anything(pickled, tmp_path):
     (lambda ts: list(ts.values()), "it holds a list"),
     (lambda ts: ts | {"x": 1}, "its entry 'x' is no plain tensor"),
     (lambda ts: ts | {"x": torch.zeros(2, device="meta")}, "its entry 'x' is no plain tensor"),
-    (lambda ts: ts | {"x": torch.zeros(2, dtype=torch.complex64).conj().imag}, "its entry 'x' is no plain tensor"),
-    (lambda ts: ts | {"x": torch.zeros(2, dtype=torch.float64)}, "its tensor 'x' has dtype torch.float64"),
-    (lambda ts: ts | {"x": torch.zeros(1).expand(2**40)}, "its tensor 'x' is larger than what is stored"),
+    (
+      lambda ts: ts | {"x": torch.zeros(2, dtype=torch.complex64).conj().imag},
+      "its entry 'x' is no plain tensor",
+    ),
+    (
+      lambda ts: ts | {"x": torch.zeros(2, dtype=torch.float64)},
+      "its tensor 'x' has dtype torch.float64",
+    ),
+    (
+      lambda ts: ts | {"x": torch.zeros(1).expand(2**40)},
+      "its tensor 'x' is larger than what is stored",
+    ),
     (lambda ts: ts | {"x": torch.zeros(2)}, "tensor 'x' has no place"),
     (lambda ts: ts | {"x": torch.eye(2).to_sparse()}, "its entry 'x' is no plain tensor"),
   ],
@@ -108,7 +127,15 @@ def test_what_is_no_state_dict_is_named(pickled, change, told):
 
 @pytest.mark.slow
 def test_tokens_are_added_to_it_too(folder, pickled, tmp_path, monkeypatch):
-  words = ["jaxft.tokenizer", "--model", str(pickled()), "--add", "<|new|>", "--out", str(tmp_path / "out")]
+  words = [
+    "jaxft.tokenizer",
+    "--model",
+    str(pickled()),
+    "--add",
+    "<|new|>",
+    "--out",
+    str(tmp_path / "out"),
+  ]
   monkeypatch.setattr("sys.argv", words)
   with pytest.raises(RequestError, match="--torch_bin"):
     tokenizer.main()
@@ -121,4 +148,6 @@ def test_files_of_before_torch_1_6_are_read(pickled, folder):
   """Most GPT-2s of 2019 and 2020: no zip, which cannot be mapped."""
   old = pickled(_use_new_zipfile_serialization=False)
   ours, wanted = read(old), read(folder, torch_bin=False)
-  jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), ours, wanted)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), ours, wanted
+  )

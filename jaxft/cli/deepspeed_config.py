@@ -73,24 +73,36 @@ def read(file: Path) -> ParsedConfig:
   """
   try:
     if not file.is_file():
-      raise RequestError(f"{file}: {'not a file' if file.exists() else 'no such file'}; name a ds_config.json")
+      raise RequestError(
+        f"{file}: {'not a file' if file.exists() else 'no such file'}; name a ds_config.json"
+      )
     if file.stat().st_size > LARGEST_FILE:
-      raise RequestError(f"{file}: {file.stat().st_size:,} bytes are no DeepSpeed config; name a ds_config.json")
+      raise RequestError(
+        f"{file}: {file.stat().st_size:,} bytes are no DeepSpeed config; name a ds_config.json"
+      )
     text = file.read_bytes().decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise RequestError(f"{file}: byte {error.start:,} is not UTF-8; save it as UTF-8") from error
   except (OSError, ValueError) as error:  # no permission; a name with NUL
-    raise RequestError(f"{file}: {getattr(error, 'strerror', None) or first_line(error)}") from error
-  text = COMMENT.sub(lambda found: found[0] if found[0][0] == '"' else "\n" * found[0].count("\n"), text)
+    raise RequestError(
+      f"{file}: {getattr(error, 'strerror', None) or first_line(error)}"
+    ) from error
+  text = COMMENT.sub(
+    lambda found: found[0] if found[0][0] == '"' else "\n" * found[0].count("\n"), text
+  )
   text = LAST_COMMA.sub(lambda found: found[0] if found[0][0] == '"' else "", text)
   try:
     content = json.loads(text, object_pairs_hook=_Object)
   except RecursionError as error:
-    raise RequestError(f"{file}: objects or lists lie too deep in each other; a DeepSpeed config has few") from error
+    raise RequestError(
+      f"{file}: objects or lists lie too deep in each other; a DeepSpeed config has few"
+    ) from error
   except ValueError as error:  # JSONDecodeError, and a number of thousands of digits
     raise RequestError(f"{file}: not JSON: {first_line(error)}") from error
   if not isinstance(content, dict):
-    raise RequestError(f'{file}: {_shown(content)} is no object; a DeepSpeed config is one, such as {{"bf16": ...}}')
+    raise RequestError(
+      f'{file}: {_shown(content)} is no object; a DeepSpeed config is one, such as {{"bf16": ...}}'
+    )
   return translate(content, str(file))
 
 
@@ -109,12 +121,19 @@ def translate(config: Mapping[str, Any], where: str) -> ParsedConfig:
   """
   leaves = list(_leaves(config))
   reading = Reading({leaf.key: leaf.value for leaf in leaves if not leaf.is_comment})
-  lines, entries = [f"{where}: {name}: is there twice; leave one out" for name in _twice(config)], []
+  lines, entries = (
+    [f"{where}: {name}: is there twice; leave one out" for name in _twice(config)],
+    [],
+  )
   for key, value, is_comment in leaves:
     try:
-      entries.append(Entry(key, value, "nothing: a comment" if is_comment else _became(reading, key, value)))
+      entries.append(
+        Entry(key, value, "nothing: a comment" if is_comment else _became(reading, key, value))
+      )
     except LookupError as error:
-      hint = _nearest(key) if len(lines) < HINTS else "docs/recipes/deepspeed.md has all that there are"
+      hint = (
+        _nearest(key) if len(lines) < HINTS else "docs/recipes/deepspeed.md has all that there are"
+      )
       lines.append(f"{where}: {key}: {error.args[0]}; {hint}")
     except ValueError as error:
       lines.append(f"{where}: {key}={_shown(value)}: {error}")
@@ -122,7 +141,11 @@ def translate(config: Mapping[str, Any], where: str) -> ParsedConfig:
     raise RequestError("\n".join(lines))
   batch = (
     count(reading.values.get(name))
-    for name in (deepspeed_keys.MICRO_BATCH, deepspeed_keys.ACCUMULATION, deepspeed_keys.TRAIN_BATCH)
+    for name in (
+      deepspeed_keys.MICRO_BATCH,
+      deepspeed_keys.ACCUMULATION,
+      deepspeed_keys.TRAIN_BATCH,
+    )
   )
   return ParsedConfig(reading.settings, *batch, entries)
 
@@ -142,9 +165,13 @@ def format_table(entries: Iterable[Entry], overridden: Mapping[str, str]) -> str
   for key, value, became in entries:
     names = [key, *re.findall(r"(?:^| )--config\.([a-z_0-9.]+)=", became.partition("(")[0])]
     flags = dict.fromkeys(overridden[name] for name in names if name in overridden)
-    rows.append((key, _shown(value, 32), became + "".join(f"; {flag} is given, and wins" for flag in flags)))
+    rows.append(
+      (key, _shown(value, 32), became + "".join(f"; {flag} is given, and wins" for flag in flags))
+    )
   widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
-  return "\n".join(f"{key:{widths[0]}}  {value:{widths[1]}}  {became}" for key, value, became in rows)
+  return "\n".join(
+    f"{key:{widths[0]}}  {value:{widths[1]}}  {became}" for key, value, became in rows
+  )
 
 
 def _leaves(config: Mapping[str, Any], above: str = "", depth: int = 1) -> Iterator[_Leaf]:
@@ -167,7 +194,9 @@ def _twice(config: Mapping[str, Any], above: str = "", depth: int = 1) -> Iterat
 
 def _name(key: Any) -> str:
   """A key as messages name it: in quotes where it is not plain, so that "a.b" is not b of a."""
-  return key if isinstance(key, str) and re.fullmatch(r"[\w/#$-]+", key, re.ASCII) else _shown(str(key))
+  return (
+    key if isinstance(key, str) and re.fullmatch(r"[\w/#$-]+", key, re.ASCII) else _shown(str(key))
+  )
 
 
 def _became(reading: Reading, key: str, value: Any) -> str:
@@ -182,9 +211,16 @@ def _became(reading: Reading, key: str, value: Any) -> str:
     raise LookupError("DeepSpeed has no such key")
   if isinstance(value, Mapping) and (value or not rule.empty):
     raise ValueError("give a value, not an object")
-  if any(isinstance(it, float) and not math.isfinite(it) for it in (value if isinstance(value, list) else [value])):
+  if any(
+    isinstance(it, float) and not math.isfinite(it)
+    for it in (value if isinstance(value, list) else [value])
+  ):
     raise ValueError("not a finite number")
-  return AUTO if isinstance(value, str) and value == "auto" and not rule.reads_auto else rule.read(reading, key, value)
+  return (
+    AUTO
+    if isinstance(value, str) and value == "auto" and not rule.reads_auto
+    else rule.read(reading, key, value)
+  )
 
 
 def _rule(reading: Reading, key: str) -> Rule | None:
@@ -194,7 +230,9 @@ def _rule(reading: Reading, key: str) -> Rule | None:
     return _rule_of_param(reading, section, param)
   if key in deepspeed_keys.RULES:
     return deepspeed_keys.RULES[key]
-  whole = next((name for name in (*deepspeed_keys.FREE, *deepspeed_keys.SWITCHED) if _is_in(key, name)), None)
+  whole = next(
+    (name for name in (*deepspeed_keys.FREE, *deepspeed_keys.SWITCHED) if _is_in(key, name)), None
+  )
   if whole in deepspeed_keys.FREE:
     return nothing(deepspeed_keys.FREE[whole])._replace(empty=True)
   return whole and _switched(reading, whole)
@@ -208,7 +246,11 @@ def _rule_of_param(reading: Reading, section: str, param: str) -> Rule | None:
     def read(*_: Any) -> str:
       raise ValueError(f"of which {section}? give {section}.type too")
 
-    return Rule("", read, reads_auto=True) if any(param in kind.params for kind in kinds.values()) else None
+    return (
+      Rule("", read, reads_auto=True)
+      if any(param in kind.params for kind in kinds.values())
+      else None
+    )
   name = reading.kind(section)
   kind = next(iter(kinds.values())) if name == "auto" else kinds.get(name)
   return kind.params.get(param) if kind else nothing(f"{section}.type is refused")
@@ -232,7 +274,9 @@ def _first_on(reading: Reading, section: str) -> str | None:
   switches = {key: value for key, value in inside.items() if key.endswith(".enabled")}
   if f"{section}.enabled" in inside:  # says it for all of the section
     switches = {f"{section}.enabled": inside[f"{section}.enabled"]}
-  return next((key for key, value in (switches or inside).items() if not is_off(value) and value != {}), None)
+  return next(
+    (key for key, value in (switches or inside).items() if not is_off(value) and value != {}), None
+  )
 
 
 def _is_in(key: str, section: str) -> bool:
@@ -251,6 +295,10 @@ def _shown(value: Any, length: int = 60) -> str:
   """A value as JSON, in one line of ASCII, cut where it is long."""
   try:
     text = json.dumps(value, default=str)
-  except (RecursionError, ValueError, TypeError):  # very deep; thousands of digits; no text for its keys
+  except (
+    RecursionError,
+    ValueError,
+    TypeError,
+  ):  # very deep; thousands of digits; no text for its keys
     text = f"a {type(value).__name__}"
   return text if len(text) <= length else f"{text[: length - 4]} ..."

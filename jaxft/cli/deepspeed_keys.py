@@ -42,7 +42,11 @@ def _rows(_: Reading, __: str, value: Any) -> str:
 
 def _accumulation(_: Reading, __: str, value: Any) -> str:
   steps = count(value)
-  return "nothing: null" if steps is None else f"--config.train.batch_size is rows a device x {steps} x devices"
+  return (
+    "nothing: null"
+    if steps is None
+    else f"--config.train.batch_size is rows a device x {steps} x devices"
+  )
 
 
 def _batch(reading: Reading, _: str, value: Any) -> str:
@@ -50,16 +54,28 @@ def _batch(reading: Reading, _: str, value: Any) -> str:
   if batch is None:
     return "nothing: null"
   others = {name: reading.values.get(name) for name in (MICRO_BATCH, ACCUMULATION)}
-  others = {name: n for name, n in others.items() if isinstance(n, int) and not isinstance(n, bool) and n > 0}
+  others = {
+    name: n
+    for name, n in others.items()
+    if isinstance(n, int) and not isinstance(n, bool) and n > 0
+  }
   if others and batch % math.prod(others.values()):
     product = " x ".join(f"{name} ({n})" for name, n in others.items())
-    raise ValueError(f"it must be {product} x devices; leave one of them out, or make it a multiple")
+    raise ValueError(
+      f"it must be {product} x devices; leave one of them out, or make it a multiple"
+    )
   return f"--config.train.batch_size={batch}"
 
 
 # ---- The dtype: five sections say it together.
 
-DTYPES = ("fp16.enabled", "bf16.enabled", "bfloat16.enabled", "amp.enabled", "torch_autocast.enabled")
+DTYPES = (
+  "fp16.enabled",
+  "bf16.enabled",
+  "bfloat16.enabled",
+  "amp.enabled",
+  "torch_autocast.enabled",
+)
 HALF = "bfloat16 where the device has it, float32 elsewhere: there is no float16, and nothing needs a loss scale"
 LEVELS = {"O0": "float32", "O1": "auto", "O2": "auto"}
 BFLOAT16 = ("bfloat16", "bf16", "torch.bfloat16")
@@ -91,7 +107,11 @@ def _dtype(reading: Reading, key: str, value: Any) -> str:
   if on:
     return f"{'auto' if value == 'auto' else 'nothing'}: {on[0]} is true"
   half = {other: found.get(other) for other in DTYPES[:3]}
-  if key == "fp16.enabled" and value == "auto" and "auto" not in (half["bf16.enabled"], half["bfloat16.enabled"]):
+  if (
+    key == "fp16.enabled"
+    and value == "auto"
+    and "auto" not in (half["bf16.enabled"], half["bfloat16.enabled"])
+  ):
     return reading.set(name, "auto", HALF)
   if value == "auto":
     return AUTO
@@ -102,7 +122,9 @@ def _dtype(reading: Reading, key: str, value: Any) -> str:
 
 def _level(_: Reading, __: str, value: Any) -> str:
   if value is not None and value not in tuple(LEVELS):
-    raise ValueError("must be O0, O1 or O2: weights stay float32, or bfloat16 with config.model.param_dtype")
+    raise ValueError(
+      "must be O0, O1 or O2: weights stay float32, or bfloat16 with config.model.param_dtype"
+    )
   return "nothing: amp.enabled says the dtype"
 
 
@@ -140,12 +162,18 @@ def _offload(reading: Reading, key: str, value: Any) -> str:
   else:
     switch(value)
   wanted = {
-    OFFLOADS[other] for other, device in reading.values.items() if other in OFFLOADS and device in ("cpu", True)
+    OFFLOADS[other]
+    for other, device in reading.values.items()
+    if other in OFFLOADS and device in ("cpu", True)
   }
   if wanted and value not in ("cpu", True):
     return "nothing: it is off"
   most = "all" if "all" in wanted else "optimizer" if wanted else "none"
-  why = {"all": "weights, gradient and optimizer state", "optimizer": "weights and optimizer state", "none": ""}[most]
+  why = {
+    "all": "weights, gradient and optimizer state",
+    "optimizer": "weights and optimizer state",
+    "none": "",
+  }[most]
   return reading.set("memory.offload", most, why)
 
 
@@ -186,14 +214,22 @@ STAGE3 = {
 }
 ZERO_KEYS = {
   ZERO: Rule(
-    "an object with the keys below; `true`: `--config.mesh.zero_stage=1`, `false`: 0", _old_zero, reads_auto=True
+    "an object with the keys below; `true`: `--config.mesh.zero_stage=1`, `false`: 0",
+    _old_zero,
+    reads_auto=True,
   ),
-  f"{ZERO}.stage": Rule("`--config.mesh.zero_stage`, with `--config.mesh.fsdp=-1` (all devices; the default)", _stage),
+  f"{ZERO}.stage": Rule(
+    "`--config.mesh.zero_stage`, with `--config.mesh.fsdp=-1` (all devices; the default)", _stage
+  ),
   **{
     key: Rule(
       f"`{'cpu' if key.endswith('device') else 'true'}`: `--config.memory.offload={level}`"
       + ("" if level == "all" else ", or what a key for weights says")
-      + ('; refused: `nvme`, as there is only the host\'s memory (`"cpu"`)' if key.endswith("device") else ""),
+      + (
+        '; refused: `nvme`, as there is only the host\'s memory (`"cpu"`)'
+        if key.endswith("device")
+        else ""
+      ),
       _offload,
     )
     for key, level in OFFLOADS.items()
@@ -215,9 +251,13 @@ ZERO_KEYS = {
     nothing("the host has all of the state, and updates it a layer at a time"),
   ),
   **each(
-    f"{ZERO}.offload_param", "nvme_path buffer_count buffer_size max_in_cpu", nothing("it is for an offload to a disk")
+    f"{ZERO}.offload_param",
+    "nvme_path buffer_count buffer_size max_in_cpu",
+    nothing("it is for an offload to a disk"),
   ),
-  f"{ZERO}.mics_shard_size": Rule("N: `--config.mesh.fsdp=N` with `--config.mesh.data=-1`", _shards),
+  f"{ZERO}.mics_shard_size": Rule(
+    "N: `--config.mesh.fsdp=N` with `--config.mesh.data=-1`", _shards
+  ),
   **each(
     ZERO,
     "allgather_partitions allgather_bucket_size overlap_comm reduce_scatter reduce_bucket_size contiguous_gradients "
@@ -225,7 +265,11 @@ ZERO_KEYS = {
     "memory_efficient_linear",
     nothing(ORDERED),
   ),
-  **{f"{ZERO}.{alias}{name}": nothing(why) for name, why in STAGE3.items() for alias in ("stage3_", "")},
+  **{
+    f"{ZERO}.{alias}{name}": nothing(why)
+    for name, why in STAGE3.items()
+    for alias in ("stage3_", "")
+  },
   f"{ZERO}.sub_group_size": nothing("the update on the host goes a layer at a time"),
   f"{ZERO}.zero_hpz_partition_size": nothing(
     "weights are gathered over all of mesh.fsdp; --config.mesh.fsdp=8 with --config.mesh.data=-1 stays within a node"
@@ -235,7 +279,11 @@ ZERO_KEYS = {
     "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients",
     nothing(QUANTIZED),
   ),
-  **each(ZERO, "elastic_checkpoint load_from_fp32_weights", nothing("a checkpoint of one mesh fits all, in float32")),
+  **each(
+    ZERO,
+    "elastic_checkpoint load_from_fp32_weights",
+    nothing("a checkpoint of one mesh fits all, in float32"),
+  ),
   **each(
     ZERO,
     "ignore_unused_parameters pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings "
@@ -262,7 +310,11 @@ def _run_name(reading: Reading, key: str, value: Any) -> str:
   taken = reading.settings.get("tracking.run_name", value)
   if not value or reading.values.get(f"{key.partition('.')[0]}.enabled") is not True:
     return "nothing: it is off"
-  return reading.set("tracking.run_name", value) if taken == value else f"nothing: the run is called {taken}"
+  return (
+    reading.set("tracking.run_name", value)
+    if taken == value
+    else f"nothing: the run is called {taken}"
+  )
 
 
 NAME = Rule("`--config.tracking.run_name`, where its section is on", _run_name)
@@ -275,7 +327,9 @@ TRACKERS = {
   ),
   "tensorboard.job_name": NAME,
   "csv_monitor.job_name": NAME,
-  "tensorboard.output_path": nothing("the workdir has its files, or the folder in TENSORBOARD_LOGGING_DIR"),
+  "tensorboard.output_path": nothing(
+    "the workdir has its files, or the folder in TENSORBOARD_LOGGING_DIR"
+  ),
   "csv_monitor.output_path": nothing("the workdir has metrics.jsonl"),
   "wandb.project": nothing("WANDB_PROJECT names the project"),
   "wandb.team": nothing("WANDB_ENTITY names the team"),
@@ -304,9 +358,12 @@ COUNTED = "jaxft.plan counts operations and bytes; --config.train.profile_steps 
 STORED = "checkpoints are in --workdir, which all hosts must see"
 LOADED = "rows are counted by step: none is dropped, and a mesh of another shape reads the same"
 RULES = {
-  TRAIN_BATCH: Rule("`--config.train.batch_size` (rows per optimizer step, over all devices)", _batch),
+  TRAIN_BATCH: Rule(
+    "`--config.train.batch_size` (rows per optimizer step, over all devices)", _batch
+  ),
   MICRO_BATCH: Rule(
-    "`--config.train.micro_batch_size`; times accumulation and devices `--config.train.batch_size`", _rows
+    "`--config.train.micro_batch_size`; times accumulation and devices `--config.train.batch_size`",
+    _rows,
   ),
   ACCUMULATION: Rule("times rows and devices `--config.train.batch_size`", _accumulation),
   "gradient_clipping": sets("optim.clip_norm"),
@@ -314,21 +371,31 @@ RULES = {
   "optimizer.legacy_fusion": KERNELS,
   "scheduler.type": Rule("", scheduler),
   "fp16.enabled": Rule(
-    f"`true`: `--config.model.compute_dtype=auto` ({HALF}); see below the table", _dtype, reads_auto=True
+    f"`true`: `--config.model.compute_dtype=auto` ({HALF}); see below the table",
+    _dtype,
+    reads_auto=True,
   ),
   **each(
     "fp16",
     "auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis min_loss_scale",
     nothing("without float16 there is no loss scale"),
   ),
-  "fp16.fp16_master_weights_and_grads": off("there is no float16: --config.model.param_dtype=bfloat16 takes as much"),
+  "fp16.fp16_master_weights_and_grads": off(
+    "there is no float16: --config.model.param_dtype=bfloat16 takes as much"
+  ),
   **{
     f"{name}.{key}": rule
     for name in ("bf16", "bfloat16")
     for key, rule in {
-      "enabled": Rule("`true`: `--config.model.compute_dtype=bfloat16`; see below the table", _dtype, reads_auto=True),
+      "enabled": Rule(
+        "`true`: `--config.model.compute_dtype=bfloat16`; see below the table",
+        _dtype,
+        reads_auto=True,
+      ),
       "bf16_master_weights_and_grads": when_true("model.param_dtype", "bfloat16"),
-      "bf16_optimizer_states": when_true("optim.state_dtype", "bfloat16", "the first moment; the second stays float32"),
+      "bf16_optimizer_states": when_true(
+        "optim.state_dtype", "bfloat16", "the first moment; the second stays float32"
+      ),
       **each(
         "",
         "check_overflow check_grad_overflow immediate_grad_update",
@@ -336,7 +403,9 @@ RULES = {
       ),
     }.items()
   },
-  "amp.enabled": Rule("`true`: as `fp16`; with `opt_level` `O0` `--config.model.compute_dtype=float32`", _dtype, True),
+  "amp.enabled": Rule(
+    "`true`: as `fp16`; with `opt_level` `O0` `--config.model.compute_dtype=float32`", _dtype, True
+  ),
   "amp.opt_level": Rule("`amp.enabled` has it; refused: `O3`", _level),
   **each(
     "amp",
@@ -344,13 +413,25 @@ RULES = {
     "verbosity min_loss_scale max_loss_scale",
     nothing("there is no loss scale, and weights stay float32"),
   ),
-  "torch_autocast.enabled": Rule("`true`: as `bf16`; with the dtype `float16` as `fp16`", _dtype, reads_auto=True),
+  "torch_autocast.enabled": Rule(
+    "`true`: as `bf16`; with the dtype `float16` as `fp16`", _dtype, reads_auto=True
+  ),
   "torch_autocast.dtype": Rule("`torch_autocast.enabled` has it", _named_dtype),
-  "torch_autocast.lower_precision_safe_modules": nothing("matrix products are in the compute dtype, norms in float32"),
-  **each("data_types", "grad_accum_dtype buffer_dtype", nothing("micro-batches are summed in float32")),
-  "data_types.param_dtype": Rule("`bf16`: `--config.model.param_dtype=bfloat16`; refused: `fp16`", _param_dtype),
+  "torch_autocast.lower_precision_safe_modules": nothing(
+    "matrix products are in the compute dtype, norms in float32"
+  ),
+  **each(
+    "data_types", "grad_accum_dtype buffer_dtype", nothing("micro-batches are summed in float32")
+  ),
+  "data_types.param_dtype": Rule(
+    "`bf16`: `--config.model.param_dtype=bfloat16`; refused: `fp16`", _param_dtype
+  ),
   **ZERO_KEYS,
-  **each("tensor_parallel", "autotp_size tp.tp_size tensor_parallel.tp_size", Rule("`--config.mesh.tensor`", _tensor)),
+  **each(
+    "tensor_parallel",
+    "autotp_size tp.tp_size tensor_parallel.tp_size",
+    Rule("`--config.mesh.tensor`", _tensor),
+  ),
   **each(
     "tensor_parallel",
     "dtype tp_overlap_comm injection_policy_tuple preset_model keep_module_on_host replace_with_kernel_inject "
@@ -362,16 +443,24 @@ RULES = {
     "partition_activations cpu_checkpointing",
     when_true(*RECOMPUTED),
   ),
-  "activation_checkpointing.number_checkpoints": Rule("a number: `--config.memory.remat=full`", _checkpoints),
+  "activation_checkpointing.number_checkpoints": Rule(
+    "a number: `--config.memory.remat=full`", _checkpoints
+  ),
   **each(
     "activation_checkpointing",
     "contiguous_memory_optimization synchronize_checkpoint_boundary profile",
     nothing("XLA lays activations out"),
   ),
   **TRACKERS,
-  "steps_per_print": nothing("Trainer turns DeepSpeed's own lines off; --logging_steps says how often there is one"),
+  "steps_per_print": nothing(
+    "Trainer turns DeepSpeed's own lines off; --logging_steps says how often there is one"
+  ),
   **each("", "wall_clock_breakdown memory_breakdown", nothing(COUNTED)),
-  **each("", "dump_state log_level", nothing("metrics.jsonl, report.html and --print_config say what a run does")),
+  **each(
+    "",
+    "dump_state log_level",
+    nothing("metrics.jsonl, report.html and --print_config say what a run does"),
+  ),
   "vocabulary_size": nothing("the tables of the vocabulary are padded"),
   **each(
     "flops_profiler",
@@ -386,13 +475,23 @@ RULES = {
     "sparse_gradients disable_allgather allgather_size",
     nothing(SUMMED),
   ),
-  "gradient_allreduce_op": only("mean", "a sum would grow with the devices: multiply the learning rate instead"),
-  **each("", "managed_gradient_accumulation dataloader_drop_last use_data_before_expert_parallelism", nothing(LOADED)),
+  "gradient_allreduce_op": only(
+    "mean", "a sum would grow with the devices: multiply the learning rate instead"
+  ),
   **each(
-    "", "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer", nothing("every optimizer is for every stage")
+    "",
+    "managed_gradient_accumulation dataloader_drop_last use_data_before_expert_parallelism",
+    nothing(LOADED),
+  ),
+  **each(
+    "",
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
+    nothing("every optimizer is for every stage"),
   ),
   "graph_harvesting": nothing("every step is compiled"),
-  "sequence_parallel_size": only(1, "rows are not split: set it to 1; --config.memory.remat=full saves memory"),
+  "sequence_parallel_size": only(
+    1, "rows are not split: set it to 1; --config.memory.remat=full saves memory"
+  ),
   **each(
     "checkpoint",
     "tag_validation load_universal use_node_local_storage parallel_write.pipeline_stage checkpoint_serialization",
@@ -445,14 +544,21 @@ SWITCHED = {
 
 def sections() -> set[str]:
   """Everything that holds keys."""
-  names = [*RULES, *(f"{name}.x" for name in FREE | SWITCHED), *(f"{section}.params.x" for section in TYPES)]
+  names = [
+    *RULES,
+    *(f"{name}.x" for name in FREE | SWITCHED),
+    *(f"{section}.params.x" for section in TYPES),
+  ]
   return {name[:i] for name in names for i in range(len(name)) if name[i] == "."}
 
 
 def known_keys() -> list[str]:
   """Every key by its dotted name; of sections with free keys the section."""
   params = [
-    f"{section}.params.{name}" for section, kinds in TYPES.items() for it in kinds.values() for name in it.params
+    f"{section}.params.{name}"
+    for section, kinds in TYPES.items()
+    for it in kinds.values()
+    for name in it.params
   ]
   return [*RULES, *dict.fromkeys(params), *FREE, *SWITCHED]
 
@@ -467,24 +573,35 @@ def markdown_table() -> str:
     else:
       rows.setdefault((section, rule.says), []).append(name)
   rows |= {(name, f"nothing: {why}"): ["*"] for name, why in FREE.items()}
-  rows |= {(name, f"refused, unless it is off: {way_out}"): ["*"] for name, way_out in SWITCHED.items()}
+  rows |= {
+    (name, f"refused, unless it is off: {way_out}"): ["*"] for name, way_out in SWITCHED.items()
+  }
   lines = [f"| {_keys_of(section, names)} | {says} |" for (section, says), names in rows.items()]
   return "\n".join(["| DeepSpeed | jaxft |", "|---|---|", *lines])
 
 
 def _add_kinds(rows: dict[tuple[str, str], list[str]], section: str) -> None:
   """Rows of the types of the optimizer or the scheduler, and of their parameters."""
-  setting, kinds = {"optimizer": "optim.name", "scheduler": "optim.schedule"}[section], TYPES[section]
+  setting, kinds = (
+    {"optimizer": "optim.name", "scheduler": "optim.schedule"}[section],
+    TYPES[section],
+  )
   for name, kind in kinds.items():
     rows.setdefault((f"{section}.type=", f"`--config.{setting}={kind.setting}`"), []).append(name)
   for name, why in REFUSED[section].items():
     rows.setdefault((f"{section}.type=", f"refused: {why}"), []).append(name)
-  first = {id(kind.params): name for name, kind in reversed(kinds.items())}  # one name for all that have the same
+  first = {
+    id(kind.params): name for name, kind in reversed(kinds.items())
+  }  # one name for all that have the same
   for kind in kinds.values():
     for param, rule in kind.params.items():
       those = [name for name in first.values() if param in kinds[name].params]
       like = [name for name in those if kinds[name].params[param] == rule]
-      whose = "" if len(like) == len(those) else " of " + ", ".join(f"`{name}`" for name in reversed(like))
+      whose = (
+        ""
+        if len(like) == len(those)
+        else " of " + ", ".join(f"`{name}`" for name in reversed(like))
+      )
       names = rows.setdefault((f"{section}.params{whose}", rule.says), [])
       names.extend([param] if param not in names else [])
 

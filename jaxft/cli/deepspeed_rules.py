@@ -38,7 +38,9 @@ class Rule(NamedTuple):
   """What a key is here."""
 
   says: str  # for the page
-  read: Callable[[Reading, str, Any], str]  # of its value in a file; raises ValueError with the reason of a refusal
+  read: Callable[
+    [Reading, str, Any], str
+  ]  # of its value in a file; raises ValueError with the reason of a refusal
   reads_auto: bool = False  # or "auto" is `AUTO`
   empty: bool = False  # whether an object without keys may be its value
 
@@ -113,7 +115,9 @@ def only(wanted: Any, way_out: str) -> Rule:
   """Refused, unless it asks for what always happens."""
 
   def read(_: Reading, __: str, value: Any) -> str:
-    if value is not None and (value != wanted or isinstance(value, bool) != isinstance(wanted, bool)):
+    if value is not None and (
+      value != wanted or isinstance(value, bool) != isinstance(wanted, bool)
+    ):
       raise ValueError(way_out)
     return "nothing: always so"
 
@@ -130,6 +134,8 @@ def count(value: Any) -> int | None:
   """A number of rows or steps; None for "auto", and for null. Raises ValueError for anything else."""
   if value is None or value == "auto":
     return None
-  if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= jaxft.config.MAX_INT:
+  if (
+    not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= jaxft.config.MAX_INT
+  ):
     raise ValueError(f"must be a whole number from 1 to {jaxft.config.MAX_INT:,}")
   return value

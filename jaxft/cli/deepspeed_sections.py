@@ -22,7 +22,9 @@ from jaxft.cli.deepspeed_rules import (
 def _lr(reading: Reading, _: str, value: Any) -> str:
   checked("optim.learning_rate", value)
   peak = reading.values.get("scheduler.params.warmup_max_lr")
-  if reading.kind("scheduler") in ("warmuplr", "warmupdecaylr") and is_number(peak) and peak != value:
+  if (
+    reading.kind("scheduler") in ("warmuplr", "warmupdecaylr") and is_number(peak) and peak != value
+  ):
     return "nothing: scheduler.params.warmup_max_lr is the peak, as in DeepSpeed"
   return reading.set("optim.learning_rate", value)
 
@@ -47,13 +49,17 @@ def _decoupled(reading: Reading, key: str, value: Any) -> str:
     return "nothing: DeepSpeed's AdamW does not read it"
   decay = reading.values.get("optimizer.params.weight_decay")
   if not is_number(decay) or decay:
-    raise ValueError("the decay is decoupled here, as in AdamW: set it to true, or optimizer.params.weight_decay to 0")
+    raise ValueError(
+      "the decay is decoupled here, as in AdamW: set it to true, or optimizer.params.weight_decay to 0"
+    )
   return "nothing: there is no decay"
 
 
 def _torch_adam(reading: Reading, _: str, value: Any) -> str:
   if switch(value) and "optimizer.params.weight_decay" not in reading.values:
-    return reading.set("optim.weight_decay", 0.01, "torch's default, as weight_decay is not in the file")
+    return reading.set(
+      "optim.weight_decay", 0.01, "torch's default, as weight_decay is not in the file"
+    )
   return "nothing: there is one Adam"
 
 
@@ -62,7 +68,9 @@ def _sgd_decay(reading: Reading, _: str, value: Any) -> str:
   if value == "auto":
     return AUTO + ("; decoupled here" if momentum else "")
   if momentum and not is_off(value):
-    raise ValueError("the decay is decoupled here, and torch's goes through the momentum: set one of the two to 0")
+    raise ValueError(
+      "the decay is decoupled here, and torch's goes through the momentum: set one of the two to 0"
+    )
   return reading.set("optim.weight_decay", value)
 
 
@@ -75,7 +83,9 @@ def _muon_lr(reading: Reading, _: str, value: Any) -> str:
   return "nothing: adam_lr is for all weights, as a step of Muon has the size of AdamW's here"
 
 
-LR = Rule("`--config.optim.learning_rate`, unless `scheduler.params.warmup_max_lr` is the peak", _lr)
+LR = Rule(
+  "`--config.optim.learning_rate`, unless `scheduler.params.warmup_max_lr` is the peak", _lr
+)
 BETAS = Rule("`--config.optim.b1` and `--config.optim.b2`", _betas)
 DECAY = sets("optim.weight_decay")
 EPS = sets("optim.eps")
@@ -90,15 +100,22 @@ ADAM = {
   **each(
     "",
     "adam_w_mode adamw_mode",
-    Rule("`true`: always so; `false`: refused where weights decay, and the optimizer is not `AdamW`", _decoupled),
+    Rule(
+      "`true`: always so; `false`: refused where weights decay, and the optimizer is not `AdamW`",
+      _decoupled,
+    ),
   ),
-  "torch_adam": Rule("nothing; `true` without a `weight_decay`: `--config.optim.weight_decay=0.01`", _torch_adam),
+  "torch_adam": Rule(
+    "nothing; `true` without a `weight_decay`: `--config.optim.weight_decay=0.01`", _torch_adam
+  ),
   "fp32_optimizer_states": Rule(
     "`false`: `--config.optim.state_dtype=bfloat16` (the first moment)",
     lambda reading, _, value: (
       "nothing: always so"
       if value is None or switch(value)
-      else reading.set("optim.state_dtype", "bfloat16", "the first moment; the second stays float32")
+      else reading.set(
+        "optim.state_dtype", "bfloat16", "the first moment; the second stays float32"
+      )
     ),
   ),
   "bias_correction": only(True, "moments are always corrected for their start"),
@@ -113,7 +130,10 @@ LION = {
   "fp32_optimizer_states": ADAM["fp32_optimizer_states"],
   "set_grad_none": KERNELS,
 }
-MUON_LR = Rule("nothing, beside `adam_lr`; refused without it: a step of Muon has the size of AdamW's here", _muon_lr)
+MUON_LR = Rule(
+  "nothing, beside `adam_lr`; refused without it: a step of Muon has the size of AdamW's here",
+  _muon_lr,
+)
 MUON = {
   "lr": MUON_LR,
   "muon_lr": MUON_LR,
@@ -127,7 +147,9 @@ MUON = {
 SGD = {
   "lr": LR,
   "momentum": MOMENTUM,
-  "weight_decay": Rule("`--config.optim.weight_decay`; refused beside a momentum", _sgd_decay, reads_auto=True),
+  "weight_decay": Rule(
+    "`--config.optim.weight_decay`; refused beside a momentum", _sgd_decay, reads_auto=True
+  ),
   **each("", "dampening nesterov maximize", VARIANT),
   **each("", "fused foreach differentiable", KERNELS),
 }
@@ -182,7 +204,9 @@ def optimizer(reading: Reading, _: str, value: Any) -> str:
   return " ".join(rows)
 
 
-def _kind_of(value: Any, kinds: dict[str, Kind], refused: dict[str, str], other: str) -> tuple[str, Kind]:
+def _kind_of(
+  value: Any, kinds: dict[str, Kind], refused: dict[str, str], other: str
+) -> tuple[str, Kind]:
   """The name of a type as DeepSpeed spells it, and what it is here; raises ValueError where it is nothing."""
   lower = value.lower() if isinstance(value, str) else ""
   for name, kind in kinds.items():
@@ -213,7 +237,9 @@ def _rises(_: Reading, __: str, value: Any) -> str:
   if value not in (None, "linear", "log"):
     raise ValueError('must be "linear" or "log"')
   return (
-    "nothing: always so" if value == "linear" else "nothing: the warm-up rises in a line; the log is faster at first"
+    "nothing: always so"
+    if value == "linear"
+    else "nothing: the warm-up rises in a line; the log is faster at first"
   )
 
 
@@ -234,21 +260,28 @@ def _cosine_end(reading: Reading, _: str, value: Any) -> str:
       "a share of which learning rate? give optimizer.params.lr, or --config.optim.end_learning_rate instead"
     )
   checked("optim.learning_rate", peak if value else 1)
-  return reading.set("optim.end_learning_rate", value * peak if value else 0.0, "this share of optimizer.params.lr")
+  return reading.set(
+    "optim.end_learning_rate", value * peak if value else 0.0, "this share of optimizer.params.lr"
+  )
 
 
 WARMUP = {
   "warmup_num_steps": Rule("`--config.optim.warmup_steps`", _warmup),
-  "warmup_type": Rule("nothing: the warm-up rises in a line; DeepSpeed's default `log` is faster at first", _rises),
+  "warmup_type": Rule(
+    "nothing: the warm-up rises in a line; DeepSpeed's default `log` is faster at first", _rises
+  ),
   "last_batch_iteration": only(-1, "a run is continued from its own checkpoints: leave it out"),
 }
 PEAK = {
   "warmup_min_lr": Rule(
-    "nothing up to 1e-6: the warm-up begins at 0; `warmup_max_lr`: no warm-up; refused: others", _begins
+    "nothing up to 1e-6: the warm-up begins at 0; `warmup_max_lr`: no warm-up; refused: others",
+    _begins,
   ),
   "warmup_max_lr": sets("optim.learning_rate"),
 }
-TOTAL = {"total_num_steps": Rule("`--config.train.steps`: a schedule ends where the run does", _total)}
+TOTAL = {
+  "total_num_steps": Rule("`--config.train.steps`: a schedule ends where the run does", _total)
+}
 SCHEDULERS = {
   "WarmupLR": Kind("constant", PEAK | WARMUP),
   "WarmupDecayLR": Kind("linear", PEAK | WARMUP | TOTAL),
@@ -258,7 +291,9 @@ SCHEDULERS = {
     | TOTAL
     | {
       "warmup_min_ratio": off("the warm-up begins at 0: set it to 0"),
-      "cos_min_ratio": Rule("`--config.optim.end_learning_rate`: this share of `optimizer.params.lr`", _cosine_end),
+      "cos_min_ratio": Rule(
+        "`--config.optim.end_learning_rate`: this share of `optimizer.params.lr`", _cosine_end
+      ),
     },
   ),
 }

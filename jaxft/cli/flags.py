@@ -53,9 +53,15 @@ def parse_train() -> TrainArguments:
     "start_timeout": multihost.START_TIMEOUT,
     "peer_timeout": multihost.PEER_TIMEOUT,
   }
-  sys.argv[1:], per_device = run_clm.translate(_whole_words(sys.argv[1:]), (*BOOL_FLAGS, *STR_FLAGS, *numbers))
+  sys.argv[1:], per_device = run_clm.translate(
+    _whole_words(sys.argv[1:]), (*BOOL_FLAGS, *STR_FLAGS, *numbers)
+  )
   values = parse(usage.TRAIN, BOOL_FLAGS, STR_FLAGS, numbers)
-  workdir = Path(expand_user(values.workdir)) if values.workdir else Path("runs") / Path(values.config_file).stem
+  workdir = (
+    Path(expand_user(values.workdir))
+    if values.workdir
+    else Path("runs") / Path(values.config_file).stem
+  )
   for name in ("start_timeout", "peer_timeout"):
     if getattr(values, name) < 1:
       raise RequestError(f"--{name}={getattr(values, name)}: must be at least 1 second")
@@ -94,8 +100,16 @@ def parse(
     print(text)
     sys.exit(0 if len(sys.argv) > 1 else 2)
   argv = _whole_words(sys.argv)
-  given = dict(word.removeprefix("--config.").split("=", 1) for word in argv[1:] if re.match(r"--config\.[^=]*=", word))
-  names = [word.removeprefix("--config.").split("=")[0] for word in argv[1:] if word.startswith("--config.")]
+  given = dict(
+    word.removeprefix("--config.").split("=", 1)
+    for word in argv[1:]
+    if re.match(r"--config\.[^=]*=", word)
+  )
+  names = [
+    word.removeprefix("--config.").split("=")[0]
+    for word in argv[1:]
+    if word.startswith("--config.")
+  ]
   if lines := jaxft.config.unknown_settings(names):
     raise RequestError("\n".join(lines))
   argv, file = _without_config_file([_quoted(word) for word in argv])
@@ -129,7 +143,9 @@ def parse(
     raise RequestError("--config is missing; name a file, such as --config configs/quickstart.py")
   config = jaxft.config.normalize(config)
   return SimpleNamespace(
-    config=config, config_file=file, **{name: values[name].value for name in (*switches, *texts, *list_flags, *numbers)}
+    config=config,
+    config_file=file,
+    **{name: values[name].value for name in (*switches, *texts, *list_flags, *numbers)},
   )
 
 
@@ -207,7 +223,9 @@ def _of_file(file: str) -> ConfigDict:
     raise RequestError(f"--config: {file!r}: no such file; name one such as configs/quickstart.py")
   path, arguments = Path(expand_user(file[:end])), [file[end + 1 :]] if end < len(file) else []
   if path.suffix == ".json":
-    raise RequestError(f"--config: {file!r}: a config is Python with a get_config(), such as configs/quickstart.py")
+    raise RequestError(
+      f"--config: {file!r}: a config is Python with a get_config(), such as configs/quickstart.py"
+    )
   loader = importlib.machinery.SourceFileLoader("jaxft_config", str(path))
   module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
   sys.modules[loader.name] = module  # where dataclasses look for theirs
@@ -216,9 +234,13 @@ def _of_file(file: str) -> ConfigDict:
     config = module.get_config(*arguments)
   except (Exception, SystemExit) as error:  # whatever the file raises while it runs
     text = " ".join(str(error).split())
-    raise RequestError(f"--config: the config file does not run: {type(error).__name__}: {text}") from error
+    raise RequestError(
+      f"--config: the config file does not run: {type(error).__name__}: {text}"
+    ) from error
   if not isinstance(config, ConfigDict):
-    raise RequestError(f"--config: get_config() in {path} returned no ConfigDict; start from jaxft.config.default()")
+    raise RequestError(
+      f"--config: get_config() in {path} returned no ConfigDict; start from jaxft.config.default()"
+    )
   return config.as_configdict() if isinstance(config, FrozenConfigDict) else config
 
 
@@ -238,7 +260,9 @@ def _quoted(word: str) -> str:
     return word
   try:
     found = ast.literal_eval(value)
-  except Exception:  # a text, which may be any odd Python: {[]} is a TypeError, a thousand dashes a RecursionError
+  except (
+    Exception
+  ):  # a text, which may be any odd Python: {[]} is a TypeError, a thousand dashes a RecursionError
     found = None
   texts = isinstance(found, tuple) and all(isinstance(it, str) for it in found)
   return word if texts else f"{name}={value!r}"
@@ -256,15 +280,21 @@ def _meant(name: str, own: list[str]) -> str:
   """The flag that was meant, or the setting that has this name, or another one elsewhere."""
   if near := difflib.get_close_matches(name, own, 1):
     return f"did you mean --{near[0]}?"
-  setting = jaxft.config.FOREIGN_NAMES.get(name) or (run_clm.MAPPED[name].setting if name in run_clm.MAPPED else None)
-  setting = setting or next((known for known in jaxft.config.BY_NAME if known.split(".")[1] == name), None)
+  setting = jaxft.config.FOREIGN_NAMES.get(name) or (
+    run_clm.MAPPED[name].setting if name in run_clm.MAPPED else None
+  )
+  setting = setting or next(
+    (known for known in jaxft.config.BY_NAME if known.split(".")[1] == name), None
+  )
   return f"did you mean --config.{setting}?" if setting else "--help shows what there is"
 
 
 def _reason(error: Exception) -> str:
   """What is wrong with a flag, in one line, without the parser's own words around it."""
   text = " ".join(line.strip() for line in str(error).splitlines()).removeprefix("flag ")
-  text = re.sub(r"\('Non-boolean argument to boolean flag', '?(.*?)'?\)", r"\1 is neither true nor false", text)
+  text = re.sub(
+    r"\('Non-boolean argument to boolean flag', '?(.*?)'?\)", r"\1 is neither true nor false", text
+  )
   text = re.sub(r"invalid literal for int\(\) with base \d+: (.*)", r"\1 is no whole number", text)
   return re.sub(r"could not convert string to float: (.*)", r"\1 is no number", text)
 

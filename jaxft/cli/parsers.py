@@ -50,10 +50,17 @@ class Parser(argparse.ArgumentParser):
     action, self._same[name] = self._option_string_actions[f"--{other}"], other
     nargs = 1 if action.nargs == "+" else action.nargs
     self.add_argument(
-      f"--{name}", nargs=nargs, const=action.const, type=action.type, metavar=action.metavar, help=f"= --{other}"
+      f"--{name}",
+      nargs=nargs,
+      const=action.const,
+      type=action.type,
+      metavar=action.metavar,
+      help=f"= --{other}",
     )
 
-  def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+  def parse_args(
+    self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+  ) -> Any:
     words = list(sys.argv[1:] if args is None else args)
     arguments, rest = self.parse_known_args(self._with_known_names(words), namespace)
     arguments.given_as = {}  # flags that were given by another name -> that name
@@ -76,7 +83,9 @@ class Parser(argparse.ArgumentParser):
   def _set(self, arguments: argparse.Namespace, name: str, value: Any, said: str) -> None:
     there = getattr(arguments, name)
     if there is not None and there != value:
-      self.error(f"{said}={_told(value)} and --{name}={_told(there)} are one setting; give one of them")
+      self.error(
+        f"{said}={_told(value)} and --{name}={_told(there)} are one setting; give one of them"
+      )
     setattr(arguments, name, value)
 
   def _with_known_names(self, words: list[str]) -> list[str]:
@@ -91,7 +100,12 @@ class Parser(argparse.ArgumentParser):
       elif (known := "--" + name[2:].replace("-", "_")) not in self._option_string_actions:
         self.error(f"{name}: no such flag{self._meant(name)}")
       action = self._option_string_actions.get(known)
-      if action and action.nargs == "?" and not equals and "".join(words[i + 1 : i + 2]).lower() not in BOOLEANS:
+      if (
+        action
+        and action.nargs == "?"
+        and not equals
+        and "".join(words[i + 1 : i + 2]).lower() not in BOOLEANS
+      ):
         equals, value = "=", "True"  # or the next word, which may be a model, would be its value
       found.append(known + equals + value)
     return found
@@ -109,7 +123,9 @@ class Parser(argparse.ArgumentParser):
     best = max(like.values())
     if best < MIN_SIMILARITY:
       return "; --help shows what there is"
-    return f"; did you mean {' or '.join(flag for flag, likeness in like.items() if likeness == best)}?"
+    return (
+      f"; did you mean {' or '.join(flag for flag, likeness in like.items() if likeness == best)}?"
+    )
 
 
 class ModelParser(Parser):
@@ -119,7 +135,10 @@ class ModelParser(Parser):
     super().__init__(command, description)
     self.add_argument("MODEL", nargs="?", type=expand_user, help="= --model")
     self.add_argument(
-      "--model", type=expand_user, metavar="PATH_OR_ID", help="a Hugging Face folder or hub id, or a run"
+      "--model",
+      type=expand_user,
+      metavar="PATH_OR_ID",
+      help="a Hugging Face folder or hub id, or a run",
     )
     self.add_same("model_name_or_path", "model")
     self.add_argument(
@@ -128,37 +147,55 @@ class ModelParser(Parser):
       metavar="DIR",
       help="a run: the model of its best checkpoint where train.keep_best_metric is set, else of its newest",
     )
-    self.add_argument("--step", type=int, metavar="N", help="with --workdir: the checkpoint of this step")
-    self.add_argument("--revision", default="main", help="with --model: branch, tag or commit (default: main)")
-    self.add_argument("--require", choices=DEVICES, help="end where JAX would compute on anything else")
     self.add_argument(
-      "--torch_bin", action="store_true", help="with --model: read pytorch_model*.bin through torch, weights_only"
+      "--step", type=int, metavar="N", help="with --workdir: the checkpoint of this step"
+    )
+    self.add_argument(
+      "--revision", default="main", help="with --model: branch, tag or commit (default: main)"
+    )
+    self.add_argument(
+      "--require", choices=DEVICES, help="end where JAX would compute on anything else"
+    )
+    self.add_argument(
+      "--torch_bin",
+      action="store_true",
+      help="with --model: read pytorch_model*.bin through torch, weights_only",
     )
 
   def settle(self, arguments: argparse.Namespace, rest: list[str]) -> None:
     word = vars(arguments).pop("MODEL")
     if rest:
-      self.error(f"{rest[0]!r}: a word too many; give a text to complete as --prompt, in quotes where it has blanks")
+      self.error(
+        f"{rest[0]!r}: a word too many; give a text to complete as --prompt, in quotes where it has blanks"
+      )
     if word is not None:
       self._set(arguments, "model", word, "MODEL")
     if arguments.model is not None and arguments.workdir is not None:
       self.error(f"--model={arguments.model} and --workdir={arguments.workdir}: give one of them")
     if arguments.model is None and arguments.workdir is None:
-      self.error("--model is missing: name a Hugging Face folder or hub id, or a run with --workdir")
+      self.error(
+        "--model is missing: name a Hugging Face folder or hub id, or a run with --workdir"
+      )
     if arguments.model is not None and _is_run(Path(arguments.model)):
-      print(f"--model={arguments.model}: a run, read as --workdir={arguments.model}", file=sys.stderr)
+      print(
+        f"--model={arguments.model}: a run, read as --workdir={arguments.model}", file=sys.stderr
+      )
       arguments.workdir, arguments.model = arguments.model, None
 
 
 def _is_run(folder: Path) -> bool:
   """Whether a folder is what a run was given as --workdir, and no Hugging Face folder."""
   try:
-    if not (folder / "checkpoints").is_dir() or any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
+    if not (folder / "checkpoints").is_dir() or any(
+      any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS
+    ):
       return False
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError):
     return False
-  return isinstance(config, dict) and all(isinstance(config.get(section), dict) for section in ("data", "train"))
+  return isinstance(config, dict) and all(
+    isinstance(config.get(section), dict) for section in ("data", "train")
+  )
 
 
 def _truth(text: str) -> bool:
@@ -176,7 +213,9 @@ def _path(path: str) -> Path:
 
 
 def generate() -> ModelParser:
-  parser = ModelParser("python -m jaxft.generate", description="Completes prompts. With none, on a terminal, it asks.")
+  parser = ModelParser(
+    "python -m jaxft.generate", description="Completes prompts. With none, on a terminal, it asks."
+  )
   parser.add_argument(
     "--prompt",
     nargs="+",
@@ -186,17 +225,26 @@ def generate() -> ModelParser:
     help="text to complete (with no prompt, and no terminal: the lines of standard input)",
   )
   parser.add_argument(
-    "--prompt_file", type=expand_user, metavar="F", help="a file with one prompt a line; empty lines are left out"
+    "--prompt_file",
+    type=expand_user,
+    metavar="F",
+    help="a file with one prompt a line; empty lines are left out",
   )
-  parser.add_argument("--stop_strings", nargs="+", metavar="TEXT", help="end a text when it has one of these")
+  parser.add_argument(
+    "--stop_strings", nargs="+", metavar="TEXT", help="end a text when it has one of these"
+  )
   for name, default in Sampling._field_defaults.items():
     parser.add_argument(
       f"--{name}",
       type=type(default),
       help=f"as in transformers (default: what the model's generation_config.json says, or {default})",
     )
-  parser.add_switch("--do_sample", "False: as --temperature=0; True: draw, whatever generation_config.json says")
-  parser.add_argument("--prefix", metavar="TEXT", help="text that the model reads before each prompt")
+  parser.add_switch(
+    "--do_sample", "False: as --temperature=0; True: draw, whatever generation_config.json says"
+  )
+  parser.add_argument(
+    "--prefix", metavar="TEXT", help="text that the model reads before each prompt"
+  )
   _add_flags_of_transformers(parser)
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   return parser
@@ -223,7 +271,9 @@ def _add_flags_of_transformers(parser: Parser) -> None:
 
 
 def evaluate() -> ModelParser:
-  parser = ModelParser("python -m jaxft.evaluate", description="Loss and perplexity of a model on a text.")
+  parser = ModelParser(
+    "python -m jaxft.evaluate", description="Loss and perplexity of a model on a text."
+  )
   parser.add_argument(
     "--data",
     nargs="+",
@@ -232,9 +282,12 @@ def evaluate() -> ModelParser:
     metavar="SOURCE",
     help="file, glob, folder or hub:NAME[:SPLIT]; default with --workdir: what the run has held out",
   )
-  parser.add_argument("--text_column", help="column that holds the text (default: as the run has it, or text)")
   parser.add_argument(
-    "--label_column", help="column that holds the label, for a model that classifies (default: as the run, or label)"
+    "--text_column", help="column that holds the text (default: as the run has it, or text)"
+  )
+  parser.add_argument(
+    "--label_column",
+    help="column that holds the label, for a model that classifies (default: as the run, or label)",
   )
   parser.add_argument(
     "--layout",
@@ -243,7 +296,10 @@ def evaluate() -> ModelParser:
     "(default: as the run has it, or concat)",
   )
   parser.add_argument(
-    "--sequence_length", type=int, default=0, help="tokens a row (default: as the run, or the model's positions)"
+    "--sequence_length",
+    type=int,
+    default=0,
+    help="tokens a row (default: as the run, or the model's positions)",
   )
   parser.add_argument(
     "--stride",
@@ -253,39 +309,63 @@ def evaluate() -> ModelParser:
     "perplexity has it (default: rows do not overlap)",
   )
   parser.add_argument(
-    "--batch_size", type=int, default=8, help="rows at once; changes speed and memory only (default: 8)"
+    "--batch_size",
+    type=int,
+    default=8,
+    help="rows at once; changes speed and memory only (default: 8)",
   )
   parser.add_argument("--json", action="store_true", help="print one JSON object")
   return parser
 
 
 def export() -> ModelParser:
-  parser = ModelParser("python -m jaxft.export", description="Writes a Hugging Face folder and verifies it.")
+  parser = ModelParser(
+    "python -m jaxft.export", description="Writes a Hugging Face folder and verifies it."
+  )
   parser.add_argument(
-    "--out", required=True, type=expand_user, metavar="DIR", help="folder to write; replaces an earlier export"
+    "--out",
+    required=True,
+    type=expand_user,
+    metavar="DIR",
+    help="folder to write; replaces an earlier export",
   )
   parser.add_argument(
     "--dtype",
     choices=DTYPES,
     help="of the weights (default: float32 for a run, what the weights are stored in for a --model)",
   )
-  parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
-  parser.add_argument("--push_to_hub", metavar="REPO", help="upload the folder to this hub repository (OWNER/NAME)")
+  parser.add_argument(
+    "--max_shard_size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)"
+  )
+  parser.add_argument(
+    "--push_to_hub", metavar="REPO", help="upload the folder to this hub repository (OWNER/NAME)"
+  )
   return parser
 
 
 def tokenizer() -> Parser:
   parser = Parser(
-    "python -m jaxft.tokenizer", description="A BPE tokenizer of your own text, or a model with tokens of your own."
+    "python -m jaxft.tokenizer",
+    description="A BPE tokenizer of your own text, or a model with tokens of your own.",
   )
   begin = parser.add_mutually_exclusive_group(required=True)
   begin.add_argument(
-    "--data", nargs="+", type=expand_user, metavar="SOURCE", help="file, glob, folder or hub:NAME[:SPLIT]"
+    "--data",
+    nargs="+",
+    type=expand_user,
+    metavar="SOURCE",
+    help="file, glob, folder or hub:NAME[:SPLIT]",
   )
-  begin.add_argument("--model", type=expand_user, metavar="PATH_OR_ID", help="model to add tokens to")
-  parser.add_argument("--revision", default="main", help="with --model: branch, tag or commit (default: main)")
+  begin.add_argument(
+    "--model", type=expand_user, metavar="PATH_OR_ID", help="model to add tokens to"
+  )
   parser.add_argument(
-    "--torch_bin", action="store_true", help="with --model: read pytorch_model*.bin through torch, weights_only"
+    "--revision", default="main", help="with --model: branch, tag or commit (default: main)"
+  )
+  parser.add_argument(
+    "--torch_bin",
+    action="store_true",
+    help="with --model: read pytorch_model*.bin through torch, weights_only",
   )
   parser.add_argument(
     "--add",
@@ -293,18 +373,28 @@ def tokenizer() -> Parser:
     metavar="[ROLE=]TOKEN",
     help="with --model: the special tokens to add; bos=, eos= or pad= before one, new or not, gives it that role",
   )
-  parser.add_argument("--text_column", default="text", help="column that holds the text (default: text)")
+  parser.add_argument(
+    "--text_column", default="text", help="column that holds the text (default: text)"
+  )
   parser.add_argument("--vocab_size", type=int, default=16384, help="tokens (default: 16384)")
-  parser.add_argument("--out", required=True, type=expand_user, metavar="FOLDER", help="folder to write; a new one")
+  parser.add_argument(
+    "--out", required=True, type=expand_user, metavar="FOLDER", help="folder to write; a new one"
+  )
   return parser
 
 
 def report() -> Parser:
   parser = Parser(
-    "python -m jaxft.report", description="Writes the page of a run again, or one that compares several runs."
+    "python -m jaxft.report",
+    description="Writes the page of a run again, or one that compares several runs.",
   )
-  parser.add_argument("workdirs", nargs="+", type=_path, metavar="WORKDIR", help="what a run was given as --workdir")
   parser.add_argument(
-    "--out", type=_path, metavar="FILE", help="the page (default: WORKDIR/report.html; of several: comparison.html)"
+    "workdirs", nargs="+", type=_path, metavar="WORKDIR", help="what a run was given as --workdir"
+  )
+  parser.add_argument(
+    "--out",
+    type=_path,
+    metavar="FILE",
+    help="the page (default: WORKDIR/report.html; of several: comparison.html)",
   )
   return parser

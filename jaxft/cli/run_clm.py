@@ -33,7 +33,9 @@ def _choice(**choices: str) -> Callable[[str], str]:
   def value(text: str) -> str:
     if text not in choices:
       near = difflib.get_close_matches(text, choices, 1)
-      raise ValueError(f"there is only {', '.join(choices)} here" + (f"; did you mean {near[0]}?" if near else ""))
+      raise ValueError(
+        f"there is only {', '.join(choices)} here" + (f"; did you mean {near[0]}?" if near else "")
+      )
     return choices[text]
 
   return value
@@ -98,9 +100,7 @@ def _trackers(text: str) -> str:
   return str(tuple(names)) if names[1:] else "".join(names)
 
 
-FLOAT16 = (
-  "float16 is not there yet; computed in bfloat16 where the device has it, else in float32, which need no loss scale"
-)
+FLOAT16 = "float16 is not there yet; computed in bfloat16 where the device has it, else in float32, which need no loss scale"
 MAPPED = {
   "model_name_or_path": MapsTo("model.path"),
   "model_revision": MapsTo("model.revision"),
@@ -116,13 +116,20 @@ MAPPED = {
   "num_train_epochs": MapsTo("train.epochs", _number),
   "max_steps": MapsTo("train.steps", _whole),
   "lr_scheduler_type": MapsTo(
-    "optim.schedule", _choice(linear="linear", cosine="cosine", constant="constant", constant_with_warmup="constant")
+    "optim.schedule",
+    _choice(linear="linear", cosine="cosine", constant="constant", constant_with_warmup="constant"),
   ),
   "warmup_steps": MapsTo("optim.warmup_steps", _whole),
   "warmup_ratio": MapsTo("optim.warmup_ratio", _number),
   "optim": MapsTo(
     "optim.name",
-    _choice(adamw_torch="adamw", adamw_torch_fused="adamw", adamw_hf="adamw", adafactor="adafactor", lion_32bit="lion"),
+    _choice(
+      adamw_torch="adamw",
+      adamw_torch_fused="adamw",
+      adamw_hf="adamw",
+      adafactor="adafactor",
+      lion_32bit="lion",
+    ),
   ),
   "adafactor": MapsTo("optim.name", _switch("adafactor", None)),
   "weight_decay": MapsTo("optim.weight_decay", _number),
@@ -165,7 +172,10 @@ WORKDIR, OVERWRITE, RESUME = "output_dir", "overwrite_output_dir", "resume_from_
 DATASET, CONFIGURATION = "dataset_name", "dataset_config_name"
 MODEL_TYPE, CONFIG_NAME, CACHE = "model_type", "config_name", "cache_dir"
 DEEPSPEED, FLOAT_16, DTYPE = "deepspeed", "fp16", "torch_dtype"
-STREAMING, STREAMED = "streaming", "the data set is downloaded, and its tokens made once and memory-mapped"
+STREAMING, STREAMED = (
+  "streaming",
+  "the data set is downloaded, and its tokens made once and memory-mapped",
+)
 LOADER = "the loader has nothing to set: it reads memory-mapped tokens"
 NO_DDP, NO_TORCH = "XLA makes the collectives", "it is torch's; XLA compiles every step"
 NO_METRICS = "an evaluation reports loss and perplexity, or accuracy and F1"
@@ -235,13 +245,21 @@ VALUED = {
   *(
     "log_level log_level_replica torch_compile_backend torch_compile_mode torch_empty_cache_steps fp16_opt_level"
   ).split(),
-  *("half_precision_backend fp16_backend gradient_checkpointing_kwargs activation_checkpointing_kwargs").split(),
-  *("eval_accumulation_steps ddp_bucket_cap_mb ddp_backend ddp_timeout local_rank past_index ray_scope").split(),
-  *("preprocessing_num_workers dataloader_num_workers dataloader_prefetch_factor torchdynamo xpu_backend").split(),
+  *(
+    "half_precision_backend fp16_backend gradient_checkpointing_kwargs activation_checkpointing_kwargs"
+  ).split(),
+  *(
+    "eval_accumulation_steps ddp_bucket_cap_mb ddp_backend ddp_timeout local_rank past_index ray_scope"
+  ).split(),
+  *(
+    "preprocessing_num_workers dataloader_num_workers dataloader_prefetch_factor torchdynamo xpu_backend"
+  ).split(),
   *("dataloader_multiprocessing_context include_num_input_tokens_seen").split(),
 }
 ONLY_FALSE = {
-  *("disable_tqdm log_on_each_node save_on_each_node bf16_full_eval fp16_full_eval logging_first_step").split(),
+  *(
+    "disable_tqdm log_on_each_node save_on_each_node bf16_full_eval fp16_full_eval logging_first_step"
+  ).split(),
   *("use_cache jit_mode_eval use_ipex").split(),
 }
 # Values of others that change nothing.
@@ -415,10 +433,16 @@ def translate(words: list[str], own: Iterable[str] = ()) -> tuple[list[str], Per
   for line in command.notes:
     print(line, file=sys.stderr)
   config = [] if command.has_config else [f"--config={__file__}"]
-  return [*config, *rest, *(f"--config.{setting}={value}" for setting, value in command.ours.items())], command.batch
+  return [
+    *config,
+    *rest,
+    *(f"--config.{setting}={value}" for setting, value in command.ours.items()),
+  ], command.batch
 
 
-def _given(words: list[str], own: set[str]) -> tuple[list[str], dict[str, str], list[str], list[str]]:
+def _given(
+  words: list[str], own: set[str]
+) -> tuple[list[str], dict[str, str], list[str], list[str]]:
   """The words that are none of run_clm.py's, the values of those that are, and lines of unknown and of repeated flags."""
   rest, given, lines, notes, i = [], {}, [], [], 0
   switches = own | {f"no{name}" for name in own}
@@ -436,7 +460,11 @@ def _given(words: list[str], own: set[str]) -> tuple[list[str], dict[str, str], 
       if given.get(name, value) != value:
         notes.append(f"--{name}={given[name]}: given again, as {value}, which counts")
       given[name] = value
-    elif word.startswith("--") and name not in (*switches, "", "help", "config") and not name.startswith("config."):
+    elif (
+      word.startswith("--")
+      and name not in (*switches, "", "help", "config")
+      and not name.startswith("config.")
+    ):
       lines.append(f"{word.split('=')[0]}: no such flag; {_nearest(name, KNOWN_FLAGS | own)}")
     elif word.startswith("-") and word[1:2].isalpha() and name in KNOWN_FLAGS | switches:
       lines.append(f"{word.split('=')[0]}: no such flag; did you mean --{name}?")
@@ -448,9 +476,15 @@ def _given(words: list[str], own: set[str]) -> tuple[list[str], dict[str, str], 
 def _nearest(name: str, known: Iterable[str]) -> str:
   near = [SUGGESTIONS[name]] if name in SUGGESTIONS else difflib.get_close_matches(name, known, 1)
   near = near or [
-    f"config.{setting}" for setting in jaxft.config.BY_NAME if setting.split(".")[1] == name.split(".")[-1]
+    f"config.{setting}"
+    for setting in jaxft.config.BY_NAME
+    if setting.split(".")[1] == name.split(".")[-1]
   ]
-  return f"did you mean --{near[0]}?" if near else "--help and docs/recipes/run_clm.md tell what there is"
+  return (
+    f"did you mean --{near[0]}?"
+    if near
+    else "--help and docs/recipes/run_clm.md tell what there is"
+  )
 
 
 class FlagTranslator:
@@ -492,7 +526,9 @@ class FlagTranslator:
     self.ours[setting], self._set_by[setting] = value, f"--{flag}={self._given.get(flag, value)}"
 
   def _words_of(self, names: set[str]) -> list[str]:
-    return [word for word in self._rest if any(word.startswith(f"--config.{name}=") for name in names)]
+    return [
+      word for word in self._rest if any(word.startswith(f"--config.{name}=") for name in names)
+    ]
 
   def _is_off(self, name: str) -> bool:
     """Whether another flag says that this one is of no account."""
@@ -501,26 +537,43 @@ class FlagTranslator:
         f"--num_train_epochs={self._given[name]}: --max_steps={self._given['max_steps']} says when to end"
       )
       return True
-    if name == "bf16" and not _is_true(self._given[name]) and _is_true(self._given.get(FLOAT_16, "False")):
+    if (
+      name == "bf16"
+      and not _is_true(self._given[name])
+      and _is_true(self._given.get(FLOAT_16, "False"))
+    ):
       return True
-    if name in ("warmup_steps", "warmup_ratio") and self._given.get("lr_scheduler_type") == "constant":
+    if (
+      name in ("warmup_steps", "warmup_ratio")
+      and self._given.get("lr_scheduler_type") == "constant"
+    ):
       if float(_number(self._given[name])):
-        self.notes.append(f"--{name}={self._given[name]}: constant has no warm-up; constant_with_warmup has one")
+        self.notes.append(
+          f"--{name}={self._given[name]}: constant has no warm-up; constant_with_warmup has one"
+        )
       return True
     of = {steps: self._given.get(strategy) for strategy, (steps, _) in STRATEGIES.items()}
     if of.get(name) in ("no", "epoch", "best"):
-      self.notes.append(f"--{name}={self._given[name]}: of no account with a strategy of {of[name]}")
+      self.notes.append(
+        f"--{name}={self._given[name]}: of no account with a strategy of {of[name]}"
+      )
       return True
     return False
 
   def _always(self, name: str, value: str) -> None:
     alone = name == "do_eval" and _is_true(value) and "do_train" not in self._given
     if name == "do_train" and not _is_true(value) or alone:
-      raise ValueError("this command trains; python -m jaxft.evaluate --model MODEL --data FILE measures a model")
+      raise ValueError(
+        "this command trains; python -m jaxft.evaluate --model MODEL --data FILE measures a model"
+      )
     if name in ONLY_TRUE and not _is_true(value):
       raise ValueError(ONLY_TRUE[name])
     if name in VALUED:
-      more = value.lower() not in PLAIN.get(name, ()) and NO_OPS[name] not in (LOADER, NO_TORCH, NO_DDP)
+      more = value.lower() not in PLAIN.get(name, ()) and NO_OPS[name] not in (
+        LOADER,
+        NO_TORCH,
+        NO_DDP,
+      )
     else:
       more = _is_true(value) == (name in ONLY_FALSE)
     if NO_OPS[name] and more:
@@ -543,7 +596,9 @@ class FlagTranslator:
       self._set(setting, 0, name)
       self._set("train.keep_best_metric", "eval/loss", name)
     elif value == "no" and name == "logging_strategy":
-      self.notes.append("--logging_strategy=no: metrics.jsonl is written all the same, every 500 steps")
+      self.notes.append(
+        "--logging_strategy=no: metrics.jsonl is written all the same, every 500 steps"
+      )
       self._set(setting, 500, name)
     elif value == "no":
       self._set(setting, 0, name)
@@ -565,13 +620,17 @@ class FlagTranslator:
       return self._set("optim.warmup_ratio", value, "warmup_steps")
     self._set("optim.warmup_steps", _whole(value), "warmup_steps")
     if float(_number(self._given.get("warmup_ratio", "0"))) and int(_whole(value)):
-      self.notes.append(f"--warmup_ratio={self._given['warmup_ratio']}: --warmup_steps={value} says how many")
+      self.notes.append(
+        f"--warmup_ratio={self._given['warmup_ratio']}: --warmup_steps={value} says how many"
+      )
 
   def _warmup_ratio(self, value: str) -> None:
     number = float(_number(value))
     if not 0 <= number < 1:
       raise ValueError("must be at least 0 and below 1: a share of the steps")
-    if not self._is_off("warmup_ratio") and not float(_number(self._given.get("warmup_steps", "0"))):
+    if not self._is_off("warmup_ratio") and not float(
+      _number(self._given.get("warmup_steps", "0"))
+    ):
       self._set("optim.warmup_ratio", value, "warmup_ratio")
 
   def _lr_scheduler_type(self, value: str) -> None:
@@ -591,15 +650,23 @@ class FlagTranslator:
 
   def _optim(self, value: str) -> None:
     if value == "sgd":
-      raise ValueError("--config.optim.name=sgd --config.optim.b1=0 is torch's SGD; b1 is its momentum")
+      raise ValueError(
+        "--config.optim.name=sgd --config.optim.b1=0 is torch's SGD; b1 is its momentum"
+      )
     self._set("optim.name", MAPPED["optim"].value(value), "optim")
 
   def _dataset_name(self, value: str) -> None:
-    name = f"hub:{value}/{self._given[CONFIGURATION]}" if CONFIGURATION in self._given else f"hub:{value}"
+    name = (
+      f"hub:{value}/{self._given[CONFIGURATION]}"
+      if CONFIGURATION in self._given
+      else f"hub:{value}"
+    )
     self._set("data.train", name, DATASET)
     if "validation_file" not in self._given and sources.has_split(name, "validation"):
       self._set("data.validation", f"{name}:validation", DATASET)
-      self.notes.append(f"--{DATASET}={value}: trained on its split train, evaluated on its split validation")
+      self.notes.append(
+        f"--{DATASET}={value}: trained on its split train, evaluated on its split validation"
+      )
 
   def _dataset_config_name(self, value: str) -> None:
     if DATASET not in self._given:
@@ -607,7 +674,9 @@ class FlagTranslator:
 
   def _validation_split_percentage(self, value: str) -> None:
     if "validation_file" in self._given:
-      return self.notes.append(f"--validation_split_percentage={value}: --validation_file names what is evaluated on")
+      return self.notes.append(
+        f"--validation_split_percentage={value}: --validation_file names what is evaluated on"
+      )
     self._set("data.validation_fraction", _share(value), "validation_split_percentage")
 
   def _max_train_samples(self, value: str) -> None:
@@ -636,16 +705,22 @@ class FlagTranslator:
 
   def _config_name(self, value: str) -> None:
     if "model_name_or_path" in self._given:
-      raise ValueError("weights that are read have their own config.json; leave --model_name_or_path out for new ones")
+      raise ValueError(
+        "weights that are read have their own config.json; leave --model_name_or_path out for new ones"
+      )
     self._new_weights(value)
 
   def _new_weights(self, path: str) -> None:
     self.ours |= {"model.path": path, "model.init": "scratch"}
-    self.notes.append(f"no --model_name_or_path: new weights are drawn, of the sizes that {path}/config.json says")
+    self.notes.append(
+      f"no --model_name_or_path: new weights are drawn, of the sizes that {path}/config.json says"
+    )
 
   def _config_overrides(self, value: str) -> None:
     if "model_name_or_path" in self._given:
-      raise ValueError("weights that are read have their own sizes; leave --model_name_or_path out for new ones")
+      raise ValueError(
+        "weights that are read have their own sizes; leave --model_name_or_path out for new ones"
+      )
     self.ours.setdefault("model.config_overrides", value)
 
   def _fp16(self, value: str) -> None:
@@ -657,12 +732,17 @@ class FlagTranslator:
     self.notes.append(f"--fp16: {FLOAT16}")
 
   def _torch_dtype(self, value: str) -> None:
-    which = _choice(auto="float32", float32="float32", bfloat16="bfloat16", float16="bfloat16")(value)
+    which = _choice(auto="float32", float32="float32", bfloat16="bfloat16", float16="bfloat16")(
+      value
+    )
     self._set("model.param_dtype", which, DTYPE)
     if which == "bfloat16":
       self._set("model.compute_dtype", which if value == which else "auto", DTYPE)
     if value in ("auto", "float16"):
-      self.notes.append(f"--{DTYPE}={value}: weights are kept in {which}" + (": " + FLOAT16 if value != "auto" else ""))
+      self.notes.append(
+        f"--{DTYPE}={value}: weights are kept in {which}"
+        + (": " + FLOAT16 if value != "auto" else "")
+      )
 
   def _output_dir(self, value: str) -> None:
     if words := [word for word in self._rest if word.startswith("--workdir")]:
@@ -686,7 +766,9 @@ class FlagTranslator:
     if _is_newest(Path(expand_user(value)), workdir):
       return
     if (Path(value) / "trainer_state.json").exists():
-      raise ValueError(f"a checkpoint of transformers' Trainer; --model_name_or_path={value} begins with its weights")
+      raise ValueError(
+        f"a checkpoint of transformers' Trainer; --model_name_or_path={value} begins with its weights"
+      )
     raise ValueError(
       f"not the newest checkpoint of --{WORKDIR}={workdir}, which is the one that is continued; leave it out"
     )
@@ -698,7 +780,9 @@ class FlagTranslator:
       for i, (name, _, value) in enumerate(word.partition("=") for word in self._rest)
       if name == "--workdir"
     ]
-    return Path(expand_user(self._given.get(WORKDIR) or next(iter(said), f"runs/{Path(__file__).stem}")))
+    return Path(
+      expand_user(self._given.get(WORKDIR) or next(iter(said), f"runs/{Path(__file__).stem}"))
+    )
 
   def _streaming(self, value: str) -> None:
     if _is_true(value):
@@ -727,7 +811,9 @@ class FlagTranslator:
   def _logging_dir(self, value: str) -> None:
     self._set("tracking.logging_dir", value, "logging_dir")
     if "tensorboard" not in self._given.get("report_to", ""):
-      self.notes.append(f"--logging_dir={value}: of TensorBoard's files, which --report_to tensorboard switches on")
+      self.notes.append(
+        f"--logging_dir={value}: of TensorBoard's files, which --report_to tensorboard switches on"
+      )
 
   def _report_to(self, value: str) -> None:
     if value == "all":
@@ -758,7 +844,11 @@ class FlagTranslator:
         beaten[setting] = beats
       else:
         self.ours[setting] = of_file
-    counted = {flag: f"--{flag}={self._given[flag]}" for flag in (PER_DEVICE, ACCUMULATION) if flag in self._given}
+    counted = {
+      flag: f"--{flag}={self._given[flag]}"
+      for flag in (PER_DEVICE, ACCUMULATION)
+      if flag in self._given
+    }
     for key, flags in (
       (deepspeed_keys.MICRO_BATCH, (PER_DEVICE,)),
       (deepspeed_keys.ACCUMULATION, (ACCUMULATION,)),
@@ -772,7 +862,10 @@ class FlagTranslator:
   def _beats(self, setting: str) -> str | None:
     """What the command line says of a setting, or of its counterpart; None where it says nothing."""
     same = _with_counterpart(setting)
-    return next(iter([*self._words_of(same), *(flag for name, flag in self._set_by.items() if name in same)]), None)
+    return next(
+      iter([*self._words_of(same), *(flag for name, flag in self._set_by.items() if name in same)]),
+      None,
+    )
 
   def add_batch(self) -> None:
     """Finds out the batch, from flags, the DeepSpeed file and the defaults; raises ValueError where they contradict."""
@@ -784,7 +877,9 @@ class FlagTranslator:
     if words and file and file.batch_size and not self._words_of({"train.batch_size"}):
       self.ours["train.batch_size"] = file.batch_size
     file = None if words else file  # the command line says it
-    of = {flag: int(_at_least_one(given[flag])) for flag in (*counted, EVAL_PER_DEVICE) if flag in given}
+    of = {
+      flag: int(_at_least_one(given[flag])) for flag in (*counted, EVAL_PER_DEVICE) if flag in given
+    }
     rows = of.get(PER_DEVICE, file and file.rows)
     each = of.get(ACCUMULATION, file and file.accumulation)
     eval_rows = of.get(EVAL_PER_DEVICE)
@@ -811,7 +906,10 @@ class FlagTranslator:
 
 
 def _with_counterpart(setting: str) -> set[str]:
-  return {setting, *(other for pair in jaxft.config.EXCLUSIVE_PAIRS if setting in pair for other in pair)}
+  return {
+    setting,
+    *(other for pair in jaxft.config.EXCLUSIVE_PAIRS if setting in pair for other in pair),
+  }
 
 
 def _says_steps(max_steps: str) -> bool:
@@ -867,7 +965,10 @@ def markdown_table() -> str:
     f"| `--{BEST}` | `eval_loss`, as `--load_best_model_at_end` has it in any case; refused: another |",
     f"| `--{PUSH}` with `--{HUB_NAME}` | `--config.export.push_to_hub` |",
     *(f"| `--{name}` | as `--{new}` |" for name, new in ALIASES.items()),
-    *(f"| `--{name}` | always so{': ' + reason if reason else ''} |" for name, reason in NO_OPS.items()),
+    *(
+      f"| `--{name}` | always so{': ' + reason if reason else ''} |"
+      for name, reason in NO_OPS.items()
+    ),
     *(f"| `--{name}` | refused: {reason} |" for name, reason in UNSUPPORTED.items()),
   ]
   return "\n".join(["| run_clm.py | jaxft |", "|---|---|", *lines])

@@ -18,7 +18,13 @@ ALIASES = {
   "half": "fp16",
 }
 # Values of --model_type -> model_type in the config.json of the model.
-MODEL_TYPES = {"gpt2": "gpt2", "gpt_neo": "gpt_neo", "gpt-neo": "gpt_neo", "gptj": "gptj", "gpt-j": "gptj"}
+MODEL_TYPES = {
+  "gpt2": "gpt2",
+  "gpt_neo": "gpt_neo",
+  "gpt-neo": "gpt_neo",
+  "gptj": "gptj",
+  "gpt-j": "gptj",
+}
 # What run_generation.py gives to generate() where its command line says nothing. --model_type, which it demands, asks for it.
 SCRIPT_DEFAULTS = {
   "max_new_tokens": 20,
@@ -55,17 +61,30 @@ FLAG_NOTES = {
 def missing_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
   """What the script's defaults add to what is given."""
   left_out = {"max_new_tokens"} if given.get("max_length") else set()
-  greedy = given.get("temperature") == 0 or given.get("do_sample") is False or given.get("num_beams", 1) > 1
+  greedy = (
+    given.get("temperature") == 0
+    or given.get("do_sample") is False
+    or given.get("num_beams", 1) > 1
+  )
   left_out |= {"temperature", "do_sample"} if greedy else set()
-  return {name: value for name, value in SCRIPT_DEFAULTS.items() if name not in given and name not in left_out}
+  return {
+    name: value
+    for name, value in SCRIPT_DEFAULTS.items()
+    if name not in given and name not in left_out
+  }
 
 
 def markdown_table() -> str:
   """All flags in Markdown, for docs/recipes/run_generation.md."""
-  lines = [f"| `--{name}` | {FLAG_NOTES.get(name, f'`--{same}`')} |" for name, same in ALIASES.items()]
-  lines += [f"| `--{name}` | {about} |" for name, about in FLAG_NOTES.items() if name not in ALIASES]
+  lines = [
+    f"| `--{name}` | {FLAG_NOTES.get(name, f'`--{same}`')} |" for name, same in ALIASES.items()
+  ]
   lines += [
-    f"| `--{name}` | `{value}`, always so: {why}; refused: `{not value}` |" for name, (value, why) in FIXED.items()
+    f"| `--{name}` | {about} |" for name, about in FLAG_NOTES.items() if name not in ALIASES
+  ]
+  lines += [
+    f"| `--{name}` | `{value}`, always so: {why}; refused: `{not value}` |"
+    for name, (value, why) in FIXED.items()
   ]
   lines.append(f"| `--{PAD_TOKEN[0]}` | {PAD_TOKEN[1]} |")
   lines += [f"| `--{name}` | refused: {reason} |" for name, reason in UNSUPPORTED.items()]

@@ -62,7 +62,9 @@ def print_help(command: list[str]) -> None:
   if text is None:
     from jaxft.cli import parsers
 
-    names = {f"jaxft.{name}": name for name in ("generate", "evaluate", "export", "tokenizer", "report")}
+    names = {
+      f"jaxft.{name}": name for name in ("generate", "evaluate", "export", "tokenizer", "report")
+    }
     name = next((names[word] for word in command if word in names), None)
     text = name and getattr(parsers, name)().format_help().rstrip()
   if text:

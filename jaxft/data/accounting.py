@@ -7,7 +7,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxft.data import tokenize
-from jaxft.data.packing import ClassificationDataset, ConcatDataset, PackedDataset, SlidingWindowDataset
+from jaxft.data.packing import (
+  ClassificationDataset,
+  ConcatDataset,
+  PackedDataset,
+  SlidingWindowDataset,
+)
 
 TokenDataset = ConcatDataset | PackedDataset | ClassificationDataset | SlidingWindowDataset
 HELD_OUT_TAILS = "documents whose end is held out"  # a note of data_report.json
@@ -31,7 +36,10 @@ class Manifest(TypedDict):
 
 
 def build_report(
-  manifest: Manifest, stored: dict[str, tokenize.TokenArrays], laid_out: dict[str, TokenDataset], T: int
+  manifest: Manifest,
+  stored: dict[str, tokenize.TokenArrays],
+  laid_out: dict[str, TokenDataset],
+  T: int,
 ) -> dict[str, Any]:
   """data_report.json, less what depends on the batch."""
   train, held_out = stored["train"], stored["validation"]
@@ -47,7 +55,8 @@ def build_report(
       "read": manifest["read"],
       "trained": len(train) - accounts["train"].empty,
       "held_out": len(held_out) - accounts["validation"].empty - manifest["tails"],
-      "dropped": manifest["dropped"] | ({"the prompt leaves no room in a row": empty} if empty else {}),
+      "dropped": manifest["dropped"]
+      | ({"the prompt leaves no room in a row": empty} if empty else {}),
     },
     "tokens": {
       "read": len(train.ids) + len(held_out.ids),
@@ -56,9 +65,15 @@ def build_report(
       "dropped": dict(dropped),
     },
     "characters": {"read": manifest["characters"], "without_a_token": manifest["lost"]},
-    "end_tokens": {"trained": accounts["train"].eos_targets, "held_out": accounts["validation"].eos_targets},
+    "end_tokens": {
+      "trained": accounts["train"].eos_targets,
+      "held_out": accounts["validation"].eos_targets,
+    },
     "sequence_length": T,
-    "sequences": {name: len(laid_out[split]) for name, split in (("trained", "train"), ("held_out", "validation"))},
+    "sequences": {
+      name: len(laid_out[split])
+      for name, split in (("trained", "train"), ("held_out", "validation"))
+    },
     "tokens_per_row": {
       "shortest": int(lengths_N.min()),
       "median": int(np.median(lengths_N)),

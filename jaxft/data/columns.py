@@ -39,13 +39,19 @@ def resolve(name: str, split: str, data: ConfigDict) -> tuple[ConfigDict, list[s
     return plain, ["plain text has no columns for config.data.template, so it is read as it is"]
   if not (rows := _first_rows(name, split, data, None)):  # values that Python cannot have
     return data, []
-  names = {name: None for row in rows for name in row}  # in their order; a row of JSON may lack some
+  names = {
+    name: None for row in rows for name in row
+  }  # in their order; a row of JSON may lack some
   found, lines, taken = ConfigDict(data), [], set()
   # Those with usual names first: what is the label, or the prompt, is not the text.
-  for setting in sorted(formats.column_settings(data), key=lambda setting: setting not in COLUMN_ALIASES):
+  for setting in sorted(
+    formats.column_settings(data), key=lambda setting: setting not in COLUMN_ALIASES
+  ):
     column = _match_column(setting, rows, [name for name in names if name not in taken], found)
     if column not in (None, found[setting]):
-      lines.append(f"column {column!r} is read, as config.data.{setting}={found[setting]!r} is not there")
+      lines.append(
+        f"column {column!r} is read, as config.data.{setting}={found[setting]!r} is not there"
+      )
       found[setting] = column
     taken.add(column)
   if formats.is_templated(data):
@@ -54,21 +60,34 @@ def resolve(name: str, split: str, data: ConfigDict) -> tuple[ConfigDict, list[s
         lines.append(f"column {column!r} is read for {{{field}}} of config.data.template")
         found.template = found.template.replace(f"{{{field}}}", f"{{{column}}}")
   if data.nats_column and data.nats_column not in names:
-    lines.append(f"no column {data.nats_column!r} (config.data.nats_column), so no floor of the loss")
+    lines.append(
+      f"no column {data.nats_column!r} (config.data.nats_column), so no floor of the loss"
+    )
     found.nats_column = ""
   return found, lines
 
 
-def _first_rows(name: str, split: str, data: ConfigDict, columns: tuple[str, ...] | None) -> list[dict[str, Any]]:
+def _first_rows(
+  name: str, split: str, data: ConfigDict, columns: tuple[str, ...] | None
+) -> list[dict[str, Any]]:
   """The good ones of the first rows: one of them, or LOOKED_AT where all columns are asked for."""
-  how = readers.ReaderOptions(columns, data.text_column, data.separator, data.encoding, formats.label_column(data))
-  rows = itertools.islice(sources.read_rows((name,), split, how, collections.Counter()), MAX_PROBED_ROWS)
+  how = readers.ReaderOptions(
+    columns, data.text_column, data.separator, data.encoding, formats.label_column(data)
+  )
+  rows = itertools.islice(
+    sources.read_rows((name,), split, how, collections.Counter()), MAX_PROBED_ROWS
+  )
   return [
-    row.columns for row in itertools.islice((row for row in rows if not row.fault), None if columns is None else 1)
+    row.columns
+    for row in itertools.islice(
+      (row for row in rows if not row.fault), None if columns is None else 1
+    )
   ]
 
 
-def _match_column(setting: str, rows: list[dict[str, Any]], names: list[str], data: ConfigDict) -> str | None:
+def _match_column(
+  setting: str, rows: list[dict[str, Any]], names: list[str], data: ConfigDict
+) -> str | None:
   """The column, one of `names`, that a setting means; None where there are several candidates, or none."""
   if same := _find_column(data[setting], names):
     return same

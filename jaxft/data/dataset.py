@@ -47,7 +47,9 @@ class PreparedData(NamedTuple):
   train: TokenDataset
   validation: TokenDataset | None  # None: nothing is held out
   labels: list[str]  # of the classification format, in the order of their numbers
-  entropy_floor: float | None  # nats per validation token that no model can go below, where the source knows it
+  entropy_floor: (
+    float | None
+  )  # nats per validation token that no model can go below, where the source knows it
   fingerprint: str  # of the training examples and how they lie in rows
   validation_fingerprint: str  # fingerprint of the validation examples
   unrelated_fingerprint: str  # fingerprint of the unrelated text
@@ -58,7 +60,8 @@ class PreparedData(NamedTuple):
     """The same rows with the numbers that the labels have among `classes`; raises RequestError for a label that is none."""
     number = np.array(formats.class_ids(self.labels, classes), np.int32)
     renumbered = lambda rows: ClassificationDataset(
-      dataclasses.replace(rows.tokens, labels_N=number[np.asarray(rows.tokens.labels_N)]), rows.seq_len
+      dataclasses.replace(rows.tokens, labels_N=number[np.asarray(rows.tokens.labels_N)]),
+      rows.seq_len,
     )
     validation = renumbered(self.validation) if self.validation else None
     return self._replace(train=renumbered(self.train), validation=validation, labels=list(classes))
@@ -143,9 +146,13 @@ def prepare_data(
 
 def _load_unrelated(data: ConfigDict, tokenizer: Any) -> TokenDataset:
   """What `data.unrelated` names as text, in rows like those of the run, which one program evaluates."""
-  how = ConfigDict(data.to_dict() | {"format": "text", "nats_column": "", "template": formats.DEFAULT_TEMPLATE})
+  how = ConfigDict(
+    data.to_dict() | {"format": "text", "nats_column": "", "template": formats.DEFAULT_TEMPLATE}
+  )
   nothing = collections.Counter()
-  stored = tokenize.encode_in_memory(read_examples(data.unrelated, "validation", how, nothing, nothing), tokenizer)
+  stored = tokenize.encode_in_memory(
+    read_examples(data.unrelated, "validation", how, nothing, nothing), tokenizer
+  )
   if not len(stored):
     raise RequestError(f"config.data.unrelated={data.unrelated!r}: no text in it")
   return build_dataset(stored, how, tokenizer.eos_token_id)
@@ -155,7 +162,8 @@ def _source_fingerprints(data: ConfigDict) -> dict[str, list]:
   """What the sources hold now."""
   return {
     "train": [
-      [sources.fingerprint((name,), "train"), weight] for name, weight in map(sources.parse_weight, data.train)
+      [sources.fingerprint((name,), "train"), weight]
+      for name, weight in map(sources.parse_weight, data.train)
     ],
     "validation": sources.fingerprint(data.validation, "validation"),
   }
@@ -184,7 +192,11 @@ def read_examples(
         log(f"{name}: {line}")
         printed.add(line)
     return readers.ReaderOptions(
-      formats.required_columns(of_file), data.text_column, data.separator, data.encoding, formats.label_column(of_file)
+      formats.required_columns(of_file),
+      data.text_column,
+      data.separator,
+      data.encoding,
+      formats.label_column(of_file),
     )
 
   for row in sources.read_rows(names, split, how, notes):
@@ -206,7 +218,9 @@ def _build_cache(folder: Path, data: ConfigDict, tokenizer: Any, tell: ProgressF
   """Writes the token files: a first pass counts the examples, for the second to know which of them are wanted."""
   rng = np.random.default_rng(data.shuffle_seed)
   dropped, notes, labels, seen = collections.Counter(), collections.Counter(), set(), set()
-  all_sources = [DataSource(name, "train", weight) for name, weight in map(sources.parse_weight, data.train)]
+  all_sources = [
+    DataSource(name, "train", weight) for name, weight in map(sources.parse_weight, data.train)
+  ]
   all_sources += [DataSource(name, "validation", 1.0) for name in data.validation]
   said, counts, read_before = [], [], bytearray()
   for source in all_sources:
@@ -225,11 +239,16 @@ def _build_cache(folder: Path, data: ConfigDict, tokenizer: Any, tell: ProgressF
     whole = sum(int((of == TRAIN).sum()) for of in places)
     said.append(
       f"{format_count(whole, 'document')}: the last {100 * share:g} % of each is held out, as a separate document "
-      "(config.data.validation_fraction)" + (", whatever config.data.limit_validation is" * bool(data.limit_validation))
+      "(config.data.validation_fraction)"
+      + (", whatever config.data.limit_validation is" * bool(data.limit_validation))
     )
-  passes = [_repeat_counts(source.weight, of, rng, dropped) for source, of in zip(all_sources, places)]
+  passes = [
+    _repeat_counts(source.weight, of, rng, dropped) for source, of in zip(all_sources, places)
+  ]
   if not any((of == TRAIN).any() and often[of == TRAIN].any() for of, often in zip(places, passes)):
-    raise RequestError(f"config.data.train={data.train!r}: the weights leave no document to train on")
+    raise RequestError(
+      f"config.data.train={data.train!r}: the weights leave no document to train on"
+    )
   labels = labels - {None}
   numbered = all(isinstance(label, readers.ClassName) for label in labels)  # a data set's own order
   labels = sorted(labels, key=(lambda label: label.number) if numbered else _label_sort_key)
@@ -242,11 +261,15 @@ def _build_cache(folder: Path, data: ConfigDict, tokenizer: Any, tell: ProgressF
   dtype = tokenize.ids_dtype(tokenizer)
   writers = {name: token_cache.TokenWriter(folder, name, dtype) for name in SPLITS}
   done = merged = lost = characters = tails = 0
-  again = collections.Counter()  # the second pass meets the same bad rows, which the first has counted
+  again = (
+    collections.Counter()
+  )  # the second pass meets the same bad rows, which the first has counted
   for source, of, often in zip(all_sources, places, passes):
     for number_of_pass in range(often.max(initial=0)):
       wanted = often > number_of_pass
-      chosen = itertools.compress(read_examples((source.name,), source.split, data, again, again), wanted)
+      chosen = itertools.compress(
+        read_examples((source.name,), source.split, data, again, again), wanted
+      )
       to = iter(of[wanted])
       if share:
         places_of_parts = collections.deque()
@@ -261,7 +284,9 @@ def _build_cache(folder: Path, data: ConfigDict, tokenizer: Any, tell: ProgressF
           if len(mine := np.flatnonzero(batch_to == place)):
             nats = [batch[i].nats for i in mine if batch[i].nats is not None]
             label_ids = [number[batch[i].label] for i in mine if batch[i].label is not None]
-            writers[name].examples([encoded.ids[i] for i in mine], [encoded.prompts[i] for i in mine], label_ids, nats)
+            writers[name].examples(
+              [encoded.ids[i] for i in mine], [encoded.prompts[i] for i in mine], label_ids, nats
+            )
         merged, lost = merged + encoded.straddling, lost + encoded.unknown_chars
         characters += sum(len(example.text) for example in batch)
         done += len(batch)
@@ -312,7 +337,9 @@ def _assign_splits(
   That share is 0 where whole documents are held out. Raises RequestError when there is nothing to train on, or to evaluate on
   although sources are named for it.
   """
-  places = np.concatenate([np.full(n, SPLITS[source.split], np.uint8) for source, n in zip(all_sources, counts)])
+  places = np.concatenate(
+    [np.full(n, SPLITS[source.split], np.uint8) for source, n in zip(all_sources, counts)]
+  )
   if data.duplicates == "drop" and duplicates.any():
     places[duplicates] = DROPPED
     dropped["duplicates"] = int(duplicates.sum())

@@ -13,7 +13,9 @@ from jaxft.errors import RequestError
 from jaxft.utils.files import is_encodable
 
 PROMPT, COMPLETION = "{prompt}", "{completion}"
-DEFAULT_TEMPLATE = PROMPT + COMPLETION  # the default of `data.template`, which says nothing of plain text
+DEFAULT_TEMPLATE = (
+  PROMPT + COMPLETION
+)  # the default of `data.template`, which says nothing of plain text
 
 
 class Example(NamedTuple):
@@ -37,12 +39,16 @@ def to_example(row: RawRow, data: ConfigDict) -> Example:
   if data.format == "text":
     return Example(_text_cell(row.columns, data, "text_column"), nats=nats)
   if data.format == "classification":
-    return Example(_text_cell(row.columns, data, "text_column"), label=_parse_label(row.columns, data))
+    return Example(
+      _text_cell(row.columns, data, "text_column"), label=_parse_label(row.columns, data)
+    )
   prompt = _text_cell(row.columns, data, "prompt_column")
   before, _, rest = data.template.partition(PROMPT)
   between, _, after = rest.partition(COMPLETION)
   asked = before + prompt + between
-  return Example(asked + _text_cell(row.columns, data, "completion_column") + after, prompt_chars=len(asked))
+  return Example(
+    asked + _text_cell(row.columns, data, "completion_column") + after, prompt_chars=len(asked)
+  )
 
 
 def is_templated(data: ConfigDict) -> bool:
@@ -100,7 +106,9 @@ def _cell(columns: dict[str, Any], column: str, setting: str) -> str:
 def _parse_label(columns: dict[str, Any], data: ConfigDict) -> str:
   column = data.label_column
   value = columns.get(column)
-  if isinstance(value, float) and value.is_integer():  # what pandas makes of whole numbers in a column with gaps
+  if (
+    isinstance(value, float) and value.is_integer()
+  ):  # what pandas makes of whole numbers in a column with gaps
     value = int(value)
   if isinstance(value, bool | int | str) and str(value) and is_encodable(str(value)):
     return value if isinstance(value, ClassName) else str(value)
@@ -125,7 +133,9 @@ def class_ids(labels: list[str], classes: Sequence[str]) -> list[int]:
     if all(same(label) in number for label in labels):
       return [number[same(label)] for label in labels]
   nameless = all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(classes))
-  if nameless and all(isinstance(label, ClassName) and label.number < len(classes) for label in labels):
+  if nameless and all(
+    isinstance(label, ClassName) and label.number < len(classes) for label in labels
+  ):
     return [label.number for label in labels]
   unknown = next(label for label in labels if label not in ways[0])
   raise RequestError(f"label {unknown!r}: the model's classes are {', '.join(map(repr, classes))}")
@@ -144,4 +154,6 @@ def _parse_nats(columns: dict[str, Any], data: ConfigDict) -> float:
 
 def as_request_error(row: RawRow, fault: BadRowError) -> RequestError:
   """The error of a run that does not skip bad rows."""
-  return RequestError(f"{row.where}: {fault}; correct it, or leave such rows out with --config.data.on_bad_row=skip")
+  return RequestError(
+    f"{row.where}: {fault}; correct it, or leave such rows out with --config.data.on_bad_row=skip"
+  )

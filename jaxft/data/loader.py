@@ -26,7 +26,14 @@ class BatchSource:
   """
 
   def __init__(
-    self, rows: Any, *, batch_size: int, accumulation: int, seed: int, total_rows: int, local_rows: np.ndarray
+    self,
+    rows: Any,
+    *,
+    batch_size: int,
+    accumulation: int,
+    seed: int,
+    total_rows: int,
+    local_rows: np.ndarray,
   ):
     self._rows, self._seed, self._rows_in_all = rows, seed, total_rows
     self._batch_size, self._accumulation, self._mine = batch_size, accumulation, local_rows
@@ -47,7 +54,9 @@ class BatchSource:
   def _shuffled(self, place: int) -> int:
     """The row at a place in the endless sequence of epochs: Grain's stateless permutation, keyed by seed and epoch."""
     epoch, place = divmod(place, len(self._rows))
-    return index_shuffle(place, max_index=len(self._rows) - 1, seed=_epoch_seed(self._seed, epoch), rounds=4)
+    return index_shuffle(
+      place, max_index=len(self._rows) - 1, seed=_epoch_seed(self._seed, epoch), rounds=4
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -57,13 +66,25 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 def train_batches(
-  rows: Any, *, batch_size: int, accumulation: int, seed: int, total_rows: int, start: int, sharding: Sharding
+  rows: Any,
+  *,
+  batch_size: int,
+  accumulation: int,
+  seed: int,
+  total_rows: int,
+  start: int,
+  sharding: Sharding,
 ) -> Iterator[Batch]:
   """Batches of the optimizer steps `start`, `start + 1`, ..., each {"ids", ...} of shape (A, B, T), on the devices."""
   B = batch_size // accumulation
   local_rows = local_row_indices(sharding, B)
   steps = BatchSource(
-    rows, batch_size=batch_size, accumulation=accumulation, seed=seed, total_rows=total_rows, local_rows=local_rows
+    rows,
+    batch_size=batch_size,
+    accumulation=accumulation,
+    seed=seed,
+    total_rows=total_rows,
+    local_rows=local_rows,
   )
   # Threads, not processes: rows are slices of one array, and copying them releases the GIL soon enough.
   options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
@@ -71,19 +92,27 @@ def train_batches(
     yield _make_global_batch(batch, sharding, B, local_rows)
 
 
-def eval_batches(rows: Any, *, batch_size: int, sharding: Sharding, limit: int = 0) -> Iterator[Batch]:
+def eval_batches(
+  rows: Any, *, batch_size: int, sharding: Sharding, limit: int = 0
+) -> Iterator[Batch]:
   """All rows once, in order, or those of the first `limit` batches; the last batch is filled up with masked rows."""
   local_rows, blank = local_row_indices(sharding, batch_size), jax.tree.map(np.zeros_like, rows[0])
   for start in range(0, min(len(rows), limit * batch_size or len(rows)), batch_size):
     picked = [rows[start + i] if start + i < len(rows) else blank for i in local_rows.tolist()]
     yield _make_global_batch(
-      jax.tree.map(lambda *columns: np.stack(columns)[None], *picked), sharding, batch_size, local_rows
+      jax.tree.map(lambda *columns: np.stack(columns)[None], *picked),
+      sharding,
+      batch_size,
+      local_rows,
     )
 
 
 def batch_shapes(row: dict[str, Any], A: int, B: int, sharding: Sharding) -> Batch:
   """The shapes of a batch of such rows, to compile for."""
-  return {name: jax.ShapeDtypeStruct((A, B, *x.shape), x.dtype, sharding=sharding) for name, x in row.items()}
+  return {
+    name: jax.ShapeDtypeStruct((A, B, *x.shape), x.dtype, sharding=sharding)
+    for name, x in row.items()
+  }
 
 
 def local_row_indices(sharding: Sharding, B: int) -> np.ndarray:
@@ -92,7 +121,9 @@ def local_row_indices(sharding: Sharding, B: int) -> np.ndarray:
   return np.unique(np.concatenate([np.arange(B)[index[1]] for index in held]))
 
 
-def _make_global_batch(batch: dict[str, np.ndarray], sharding: Sharding, B: int, local_rows: np.ndarray) -> Batch:
+def _make_global_batch(
+  batch: dict[str, np.ndarray], sharding: Sharding, B: int, local_rows: np.ndarray
+) -> Batch:
   """The parts of all processes as one batch of B rows a step, on the devices."""
 
   def array(x: np.ndarray) -> jax.Array:

@@ -17,7 +17,9 @@ def ngram_overlap(texts: list[list[int]], ids: np.ndarray, n: int = 8) -> list[f
     there = _ngram_hashes(ids[start : start + CHUNK_TOKENS + n - 1].astype(np.uint64), n)
     at = np.searchsorted(everything, there).clip(max=len(everything) - 1)
     found[at[everything[at] == there]] = True
-  return [float(found[np.searchsorted(everything, runs)].mean()) if len(runs) else None for runs in wanted]
+  return [
+    float(found[np.searchsorted(everything, runs)].mean()) if len(runs) else None for runs in wanted
+  ]
 
 
 def _ngram_hashes(ids: np.ndarray, n: int) -> np.ndarray:

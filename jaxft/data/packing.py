@@ -81,13 +81,21 @@ class SlidingWindowDataset:
   """
 
   def __init__(self, tokens: TokenArrays, T: int, end: int, stride: int):
-    self._rows, self.seq_len, self._end, self._stride = ConcatDataset(tokens, T, end), T, end, stride
+    self._rows, self.seq_len, self._end, self._stride = (
+      ConcatDataset(tokens, T, end),
+      T,
+      end,
+      stride,
+    )
 
   def __len__(self) -> int:
     return 1 - (-max(0, len(self._rows.tokens.ids) + 1 - self.seq_len) // self._stride)
 
   def __getitem__(self, i: int) -> PackedRow:
-    stored, begin = self._rows.tokens.ids, i * self._stride  # the window's first token is stored[begin - 1]
+    stored, begin = (
+      self._rows.tokens.ids,
+      i * self._stride,
+    )  # the window's first token is stored[begin - 1]
     stop = min(begin + self.seq_len - 1, len(stored))
     first = (
       begin - self._stride + self.seq_len - 1 if i else 0
@@ -132,11 +140,19 @@ class PackedDataset:
       for start in range(int(starts[i]), int(starts[i + 1]), T):
         pieces.append(Span(i, start, min(start + T, int(starts[i + 1]))))
     # A prompt that leaves no room for its completion teaches nothing.
-    learned = [piece for piece in pieces if prompts[piece.example] < piece.stop - starts[piece.example]]
-    dropped += sum(piece.stop - piece.start for piece in pieces) - sum(p.stop - p.start for p in learned)
+    learned = [
+      piece for piece in pieces if prompts[piece.example] < piece.stop - starts[piece.example]
+    ]
+    dropped += sum(piece.stop - piece.start for piece in pieces) - sum(
+      p.stop - p.start for p in learned
+    )
     # Where a piece begins with a token that is not learned, that one is an input only.
-    inputs_only = [piece.start < starts[piece.example] + prompts[piece.example] for piece in learned]
-    columns = [piece.stop - piece.start - int(more) for piece, more in zip(learned, inputs_only, strict=True)]
+    inputs_only = [
+      piece.start < starts[piece.example] + prompts[piece.example] for piece in learned
+    ]
+    columns = [
+      piece.stop - piece.start - int(more) for piece, more in zip(learned, inputs_only, strict=True)
+    ]
     self.stats = PackingStats(
       filled=sum(columns),
       eos_targets=sum(piece.stop == int(starts[piece.example + 1]) for piece in learned),
@@ -154,14 +170,22 @@ class PackedDataset:
     ids, targets, segments, positions = np.zeros((4, self.seq_len), np.int32)
     mask, at = np.zeros(self.seq_len, bool), 0
     for segment, piece in enumerate(self._rows[i], 1):
-      start, prompt = int(self.tokens.starts_N1[piece.example]), int(self.tokens.prompts_N[piece.example])
+      start, prompt = (
+        int(self.tokens.starts_N1[piece.example]),
+        int(self.tokens.prompts_N[piece.example]),
+      )
       values = self.tokens.ids[piece.start : piece.stop].astype(np.int32)
       if piece.start >= start + prompt:
         before = self._end if piece.start == start else self.tokens.ids[piece.start - 1]
         values = np.concatenate([[np.int32(before)], values])
       n = len(values) - 1
       here = slice(at, at + n)
-      ids[here], targets[here], segments[here], positions[here] = values[:-1], values[1:], segment, np.arange(n)
+      ids[here], targets[here], segments[here], positions[here] = (
+        values[:-1],
+        values[1:],
+        segment,
+        np.arange(n),
+      )
       mask[here] = piece.stop - n + np.arange(n) - start >= prompt
       at += n
     row = {"ids": ids, "targets": targets, "mask": mask}
@@ -187,7 +211,9 @@ class ClassificationDataset:
 
   def __getitem__(self, i: int) -> PackedRow:
     ids, targets = np.zeros((2, self.seq_len), np.int32)
-    values = self.tokens.ids[self.tokens.starts_N1[i] : self.tokens.starts_N1[i + 1]][: self.seq_len]
+    values = self.tokens.ids[self.tokens.starts_N1[i] : self.tokens.starts_N1[i + 1]][
+      : self.seq_len
+    ]
     ids[: len(values)], targets[len(values) - 1] = values, self.tokens.labels_N[i]
     return {"ids": ids, "targets": targets, "mask": np.arange(self.seq_len) == len(values) - 1}
 

@@ -25,7 +25,15 @@ READABLE_FORMATS = (*STREAMED_FORMATS, ".parquet", ".arrow", ".zip")
 DEFAULT_FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 BOM = b"\xef\xbb\xbf"
 # Of pyarrow, zlib and zstd: OSError, ValueError or OverflowError. RuntimeError: an archive with a password.
-READ_ERRORS = (OSError, ValueError, OverflowError, EOFError, lzma.LZMAError, zipfile.BadZipFile, RuntimeError)
+READ_ERRORS = (
+  OSError,
+  ValueError,
+  OverflowError,
+  EOFError,
+  lzma.LZMAError,
+  zipfile.BadZipFile,
+  RuntimeError,
+)
 
 
 class RawRow(NamedTuple):
@@ -96,14 +104,16 @@ def _read_archive(file: Path, how: ReaderOptions, notes: collections.Counter) ->
       if hidden or entry.is_dir() or not path.parts:
         continue
       kinds[entry] = (
-        "" if path.suffix.lower() in COMPRESSION_SUFFIXES or file_format(path) == ".zip" else file_format(path)
+        ""
+        if path.suffix.lower() in COMPRESSION_SUFFIXES or file_format(path) == ".zip"
+        else file_format(path)
       )
     known = {entry: of for entry, of in kinds.items() if of}
     read = select_files(f"data source {str(file)!r}", known, "unpack it, and name those")
     notes["files in archives that are of no kind that is read"] += len(kinds) - len(known)
-    notes["files in archives that are read only where there is no other kind (.json, .md, ...)"] += len(known) - len(
-      read
-    )
+    notes[
+      "files in archives that are read only where there is no other kind (.json, .md, ...)"
+    ] += len(known) - len(read)
     for entry in read:
       where, of = f"{file}: {entry.filename}", kinds[entry]
       how = how._replace(label=PurePath(entry.filename).parent.name)
@@ -122,7 +132,9 @@ def select_files(where: str, kinds: dict[Any, str], way_out: str) -> list[Any]:
   if usual := [file for file, kind in kinds.items() if kind in DEFAULT_FORMATS]:
     return usual
   if len(found := sorted(set(kinds.values()))) > 1:
-    raise RequestError(f"{where}: files of several kinds ({', '.join(found)}) in it; {way_out} to read")
+    raise RequestError(
+      f"{where}: files of several kinds ({', '.join(found)}) in it; {way_out} to read"
+    )
   return list(kinds)
 
 
@@ -137,7 +149,10 @@ def _open_decompressed(file: Path) -> Iterator[io.BufferedReader]:
     elif last in CODECS:
       import pyarrow
 
-      with pyarrow.input_stream(raw, compression=CODECS[last]) as content, io.BufferedReader(content) as stream:
+      with (
+        pyarrow.input_stream(raw, compression=CODECS[last]) as content,
+        io.BufferedReader(content) as stream,
+      ):
         yield stream
     else:
       yield raw
@@ -172,7 +187,9 @@ def _read_stream(
   if how.encoding.lower().replace("_", "-") not in ("utf-8", "utf8"):
     stream = io.BufferedReader(_Utf8Stream(stream, how.encoding))
   elif stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-    raise RequestError(f"{where}: begins as UTF-16 does, which Excel calls Unicode; set config.data.encoding=utf-16")
+    raise RequestError(
+      f"{where}: begins as UTF-16 does, which Excel calls Unicode; set config.data.encoding=utf-16"
+    )
   if stream.peek(3)[:3] == BOM:
     notes["files with a byte order mark"] += 1
     stream.read(3)
@@ -225,7 +242,11 @@ def _read_json(
     yield from _read_json_lines(where, io.BytesIO(content), notes)
     return
   is_row = isinstance(found, dict) and (how.columns is None or found.keys() & {*how.columns})
-  if isinstance(found, dict) and not is_row and any(isinstance(value, list) for value in found.values()):
+  if (
+    isinstance(found, dict)
+    and not is_row
+    and any(isinstance(value, list) for value in found.values())
+  ):
     raise RequestError(
       f"{where}: one JSON object, with {', '.join(map(repr, found))[:200]}, and not a list of rows; "
       "write the list in it into a file of its own"
@@ -235,7 +256,9 @@ def _read_json(
     yield RawRow(at, row) if isinstance(row, dict) else RawRow(at, {}, "not a JSON object")
 
 
-def _read_json_lines(where: str, stream: Iterable[bytes], notes: collections.Counter) -> Iterator[RawRow]:
+def _read_json_lines(
+  where: str, stream: Iterable[bytes], notes: collections.Counter
+) -> Iterator[RawRow]:
   for number, line in enumerate(stream, 1):
     at = f"{where}, row {number}"
     if not line.strip():
@@ -269,13 +292,20 @@ def _detect_tsv_quoting(content: bytes) -> int:
 
 
 def _read_csv(
-  where: str, stream: io.BufferedReader, how: ReaderOptions, notes: collections.Counter, delimiter: str, quoting: int
+  where: str,
+  stream: io.BufferedReader,
+  how: ReaderOptions,
+  notes: collections.Counter,
+  delimiter: str,
+  quoting: int,
 ) -> Iterator[RawRow]:
   csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a chapter
   delimiter = _detect_delimiter(stream.peek().splitlines()[:1], how, notes, delimiter)
   # Bytes that are no UTF-8 become halves of surrogate pairs, which `is_encodable` finds in the row that has them.
   with io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="") as text:
-    yield from _read_cells(where, csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True), how)
+    yield from _read_cells(
+      where, csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True), how
+    )
 
 
 def _read_cells(where: str, lines: Any, how: ReaderOptions) -> Iterator[RawRow]:
@@ -296,13 +326,17 @@ def _read_cells(where: str, lines: Any, how: ReaderOptions) -> Iterator[RawRow]:
       number -= 1
     elif len(cells) > len(names):
       yield RawRow(
-        at, {}, f"more cells than the first line names ({len(cells)} and {len(names)}; is a comma not quoted?)"
+        at,
+        {},
+        f"more cells than the first line names ({len(cells)} and {len(names)}; is a comma not quoted?)",
       )
     else:
       yield RawRow(at, dict(zip(names, cells)))
 
 
-def _detect_delimiter(first: list[bytes], how: ReaderOptions, notes: collections.Counter, usual: str) -> str:
+def _detect_delimiter(
+  first: list[bytes], how: ReaderOptions, notes: collections.Counter, usual: str
+) -> str:
   """What divides the cells: another where the first line has a column that is asked for only if it is divided by that."""
   header = b"".join(first).decode(errors="replace")
   for delimiter in (usual, ";", "\t"):
@@ -325,7 +359,9 @@ def _check_unique(where: str, names: list[str], how: ReaderOptions) -> None:
 # ---- Tables of pyarrow -------------------------------------------------------------------------------------------------
 
 
-def _read_table(where: str, kind: str, file: Path | BinaryIO, how: ReaderOptions) -> Iterator[RawRow]:
+def _read_table(
+  where: str, kind: str, file: Path | BinaryIO, how: ReaderOptions
+) -> Iterator[RawRow]:
   import pyarrow.parquet
 
   if kind == ".parquet":
@@ -352,7 +388,9 @@ def _open_arrow(file: Path | BinaryIO) -> Any:
   """A table of pyarrow, mapped into memory: as the datasets library writes it, a stream, or a file with an index."""
   import pyarrow.ipc
 
-  source = pyarrow.memory_map(str(file)) if isinstance(file, Path) else pyarrow.py_buffer(file.read())
+  source = (
+    pyarrow.memory_map(str(file)) if isinstance(file, Path) else pyarrow.py_buffer(file.read())
+  )
   try:
     return pyarrow.ipc.open_stream(source).read_all()
   except pyarrow.ArrowInvalid:
@@ -391,15 +429,23 @@ def class_names(features: Mapping[str, Any]) -> dict[str, list[ClassName]]:
   for column, feature in features.items():
     about = feature if isinstance(feature, dict) else {"_type": type(feature).__name__}
     names = about.get("names", getattr(feature, "names", None))
-    if about.get("_type") == "ClassLabel" and isinstance(names, list) and all(isinstance(name, str) for name in names):
+    if (
+      about.get("_type") == "ClassLabel"
+      and isinstance(names, list)
+      and all(isinstance(name, str) for name in names)
+    ):
       found[column] = [ClassName(name, number) for number, name in enumerate(names)]
   return found
 
 
-def with_class_names(columns: dict[str, Any], names: Mapping[str, list[ClassName]]) -> dict[str, Any]:
+def with_class_names(
+  columns: dict[str, Any], names: Mapping[str, list[ClassName]]
+) -> dict[str, Any]:
   """The columns with a name for each class number; a number without one, such as -1 for no label, becomes no label."""
   for column in names.keys() & columns.keys():
     number = columns[column]
     if isinstance(number, int):
-      columns = columns | {column: names[column][number] if 0 <= number < len(names[column]) else None}
+      columns = columns | {
+        column: names[column][number] if 0 <= number < len(names[column]) else None
+      }
   return columns

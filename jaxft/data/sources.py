@@ -38,7 +38,12 @@ RUN_FOLDERS = (
 )
 RUN_FILES = ("metrics.jsonl", "samples.jsonl", "merges.txt", "vocab.txt")
 MODEL_FILES = (".safetensors", ".msgpack", ".bin", ".h5", "tokenizer.json", "tokenizer_config.json")
-TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json"}
+TOKENIZER_FILES = {
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+  "special_tokens_map.json",
+}
 HUB_TIMEOUT = 5  # seconds for the hub to answer
 SEEN_NOTE = "links to folders that are read anyway, or that hold this one, left out"
 # What datasets.Dataset.save_to_disk writes, and DatasetDict.save_to_disk.
@@ -58,7 +63,10 @@ def find_files(source: str, split: str, notes: collections.Counter | None = None
   if exists(path):
     files, what = [path] if path.is_file() else [], "not an ordinary file"
   else:
-    files, what = _match_glob(source, collections.Counter() if notes is None else notes), "no such file or folder"
+    files, what = (
+      _match_glob(source, collections.Counter() if notes is None else notes),
+      "no such file or folder",
+    )
   if not files and (address := HUB_URL.fullmatch(source)) and address["datasets"]:
     raise RequestError(f"data source {source!r}: an address; give hub:{address['id']}")
   if not files:
@@ -77,13 +85,17 @@ def _folder_files(folder: Path, split: str, notes: collections.Counter) -> list[
   if _has_list(folder / SAVED_SPLITS, "splits"):
     if not (folder / split).is_dir():
       there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
-      raise RequestError(f"data source {str(folder)!r}: no split {split!r} in it ({there}); name one as {folder}/SPLIT")
+      raise RequestError(
+        f"data source {str(folder)!r}: no split {split!r} in it ({there}); name one as {folder}/SPLIT"
+      )
     folder = folder / split
   if _has_list(folder / SAVED_STATE, "_data_files"):
     return _saved_files(folder)
   files = _list_files(folder, notes)
   kinds = {file: of for file in files if (of := file_format(file))}
-  found = readers.select_files(f"data source {str(folder)!r}", kinds, f"name those, such as {folder}/*.SUFFIX,")
+  found = readers.select_files(
+    f"data source {str(folder)!r}", kinds, f"name those, such as {folder}/*.SUFFIX,"
+  )
   if not found:
     raise RequestError(
       f"data source {str(folder)!r}: no {', '.join(READABLE_FORMATS)} file in this folder; give a file, a glob, a folder or hub:NAME"
@@ -91,7 +103,9 @@ def _folder_files(folder: Path, split: str, notes: collections.Counter) -> list[
   read = set(found)
   if left := collections.Counter(file_format(file) for file in files if file not in read):
     notes["files in folders that are of no kind that is read"] += left.pop("", 0)
-    notes["files in folders that are read only if they are named (.json, .md, .zip, ...)"] += left.total()
+    notes["files in folders that are read only if they are named (.json, .md, .zip, ...)"] += (
+      left.total()
+    )
   return found
 
 
@@ -109,13 +123,19 @@ def _saved_files(folder: Path) -> list[Path]:
   try:
     state = json.loads((folder / SAVED_STATE).read_text(encoding="utf-8"))
     names = [file["filename"] for file in state["_data_files"]]
-    if state.get("_indices_data_files") or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    if state.get("_indices_data_files") or not all(
+      isinstance(name, str) and Path(name).name == name for name in names
+    ):
       raise ValueError("not written by datasets 2.0 or newer")
   except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-    raise RequestError(f"data source {str(folder)!r}: {SAVED_STATE}: {first_line(error)}") from error
+    raise RequestError(
+      f"data source {str(folder)!r}: {SAVED_STATE}: {first_line(error)}"
+    ) from error
   for name in names:
     if not (folder / name).is_file():
-      raise RequestError(f"data source {str(folder)!r}: {name}, which {SAVED_STATE} names, is not there")
+      raise RequestError(
+        f"data source {str(folder)!r}: {name}, which {SAVED_STATE} names, is not there"
+      )
   return [folder / name for name in names]
 
 
@@ -131,7 +151,11 @@ def _list_files(folder: Path, notes: collections.Counter) -> list[Path]:
       folders[:] = sorted(name for name in folders if not name.startswith("."))
       this = _non_text_kind(at)
       holds = {name: what for name in folders if (what := _non_text_kind(at / name))}
-      holds |= {name: "folders of runs" for name in folders if this == "folders of runs" and name in RUN_FOLDERS}
+      holds |= {
+        name: "folders of runs"
+        for name in folders
+        if this == "folders of runs" and name in RUN_FOLDERS
+      }
       notes.update(f"{what}, left out" for what in holds.values())
       folders[:] = [name for name in folders if name not in holds]
       own = _run_files(this, names)
@@ -210,14 +234,20 @@ def _match_glob(pattern: str, notes: collections.Counter) -> list[Path]:
   return files
 
 
-def _expand_glob(folder: Path, parts: tuple[str, ...], notes: collections.Counter) -> Iterator[Path]:
+def _expand_glob(
+  folder: Path, parts: tuple[str, ...], notes: collections.Counter
+) -> Iterator[Path]:
   """What a pattern stands for in a folder, as glob.glob(recursive=True) has it, but that ** enters each folder once, and that a
   folder that may not be read is not passed over, but raises OSError. A link that leads nowhere is among it."""
   part, rest = parts[0], parts[1:]
   if part == "**":
     for at, folders, names in _walk(folder, notes):
       folders[:] = sorted(name for name in folders if not name.startswith("."))
-      yield from _expand_glob(at, rest, notes) if rest else (at / name for name in names if not name.startswith("."))
+      yield from (
+        _expand_glob(at, rest, notes)
+        if rest
+        else (at / name for name in names if not name.startswith("."))
+      )
   elif not glob.has_magic(part):
     found = folder / part
     if rest and found.is_dir():
@@ -235,7 +265,9 @@ def _expand_glob(folder: Path, parts: tuple[str, ...], notes: collections.Counte
 
 
 def _is_run_file(file: Path) -> bool:
-  return file.name in _run_files(_non_text_kind(file.parent), [path.name for path in file.parent.iterdir()])
+  return file.name in _run_files(
+    _non_text_kind(file.parent), [path.name for path in file.parent.iterdir()]
+  )
 
 
 def _run_files(what: str, names: list[str]) -> set[str]:
@@ -250,7 +282,9 @@ def _inode(folder: Path) -> tuple[int, int]:
 
 def _non_text_kind(folder: Path) -> str:
   """What a folder is that holds no text to learn, though it has files of kinds that are read; "" for any other."""
-  names = {path.name for path in folder.iterdir()} if os.access(folder, os.R_OK | os.X_OK) else set()
+  names = (
+    {path.name for path in folder.iterdir()} if os.access(folder, os.R_OK | os.X_OK) else set()
+  )
   if "run.lock" in names or {"config.json", "metrics.jsonl"} <= names:
     return "folders of runs"
   if (
@@ -277,13 +311,17 @@ def parse_weight(source: str) -> tuple[str, float]:
   except ValueError:
     weight = math.nan
   if not 0 < weight <= 100:
-    raise RequestError(f"data source {source!r}: what follows the @ must be a number above 0 and at most 100")
+    raise RequestError(
+      f"data source {source!r}: what follows the @ must be a number above 0 and at most 100"
+    )
   return name, weight
 
 
 def validate_sources(data: Mapping[str, Any]) -> list[str]:
   """One line for each local source in `config.data` that cannot be found."""
-  named = [(key, source) for key in ("train", "validation", "unrelated") for source in data.get(key) or ()]
+  named = [
+    (key, source) for key in ("train", "validation", "unrelated") for source in data.get(key) or ()
+  ]
   lines = []
   for key, source in named:
     try:
@@ -309,7 +347,10 @@ def fingerprint(sources: tuple[str, ...], split: str) -> list[str]:
 
 
 def read_rows(
-  sources: tuple[str, ...], split: str, how: ReaderOptions | Callable[[str], ReaderOptions], notes: collections.Counter
+  sources: tuple[str, ...],
+  split: str,
+  how: ReaderOptions | Callable[[str], ReaderOptions],
+  notes: collections.Counter,
 ) -> Iterator[RawRow]:
   """All rows of the sources, in order.
 
@@ -425,7 +466,12 @@ def _offline_if_unreachable(name: str) -> Iterator[None]:
   from huggingface_hub import constants
 
   host = urllib.parse.urlsplit(constants.ENDPOINT)
-  as_it_is = constants.HF_HUB_OFFLINE or exists(Path(name)) or urllib.request.getproxies() or _is_reachable(host)
+  as_it_is = (
+    constants.HF_HUB_OFFLINE
+    or exists(Path(name))
+    or urllib.request.getproxies()
+    or _is_reachable(host)
+  )
   if as_it_is:
     yield
     return
@@ -434,7 +480,9 @@ def _offline_if_unreachable(name: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:  # not found, or offline
-    raise OSError(f"{host.hostname} does not answer, and the data set is not in the cache") from error
+    raise OSError(
+      f"{host.hostname} does not answer, and the data set is not in the cache"
+    ) from error
   finally:
     constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 

@@ -20,7 +20,13 @@ from jaxft.errors import StorageError
 from jaxft.utils.files import atomic_write, write_failure
 
 VERSION = 4  # of the files; another one is another entry
-ARRAYS = {"ids": None, "starts_N1": np.int64, "prompts_N": np.int32, "labels_N": np.int32, "nats_N": np.float64}
+ARRAYS = {
+  "ids": None,
+  "starts_N1": np.int64,
+  "prompts_N": np.int32,
+  "labels_N": np.int32,
+  "nats_N": np.float64,
+}
 
 
 class TokenWriter:
@@ -38,7 +44,9 @@ class TokenWriter:
     self._files[part].write(piece)
     self._hashes[part].update(piece)
 
-  def examples(self, ids: list[np.ndarray], prompts: list[int], labels: list[int], nats: list[float]) -> None:
+  def examples(
+    self, ids: list[np.ndarray], prompts: list[int], labels: list[int], nats: list[float]
+  ) -> None:
     ends = self._end + np.cumsum([len(array) for array in ids], dtype=np.int64)
     self._end = int(ends[-1])
     for part, values in (("ids", np.concatenate(ids)), ("starts_N1", ends), ("prompts_N", prompts)):
@@ -62,7 +70,10 @@ class TokenWriter:
 
 
 def load_or_build(
-  folder: Path, key: Mapping[str, Any], make: Callable[[Path], dict[str, Any]], log: Callable[[str], None]
+  folder: Path,
+  key: Mapping[str, Any],
+  make: Callable[[Path], dict[str, Any]],
+  log: Callable[[str], None],
 ) -> tuple[Path, dict[str, Any]]:
   """The entry of `key` and its manifest: the one that is there and sound, else one that `make` writes.
 
@@ -79,7 +90,9 @@ def load_or_build(
   entry, partial = folder / name, folder / f"{name}.partial"
   lock = FileLock(folder / f"{name}.lock")
   try:
-    if entry.exists() and not os.access(folder, os.W_OK):  # one that others have made, for readers alone
+    if entry.exists() and not os.access(
+      folder, os.W_OK
+    ):  # one that others have made, for readers alone
       manifest, fault = _verify_entry(entry, text)
       if not fault:
         return entry, manifest
@@ -98,7 +111,10 @@ def load_or_build(
     _remove(partial)  # of a process that was killed
     partial.mkdir()
     manifest = {"made_from": json.loads(text)} | make(partial)
-    atomic_write(partial / "manifest.json", json.dumps({"sha256": _manifest_checksum(manifest)} | manifest, indent=1))
+    atomic_write(
+      partial / "manifest.json",
+      json.dumps({"sha256": _manifest_checksum(manifest)} | manifest, indent=1),
+    )
     partial.rename(entry)
     return entry, manifest
   except OSError as error:
@@ -120,7 +136,9 @@ def _remove(path: Path) -> None:
 
 def open_arrays(entry: Path, name: str, manifest: Mapping[str, Any]) -> TokenArrays:
   """The examples of one set, memory-mapped."""
-  return TokenArrays(*(_memmap(entry / f"{name}.{part}", manifest["files"][f"{name}.{part}"]) for part in ARRAYS))
+  return TokenArrays(
+    *(_memmap(entry / f"{name}.{part}", manifest["files"][f"{name}.{part}"]) for part in ARRAYS)
+  )
 
 
 def fingerprint(name: str, manifest: Mapping[str, Any]) -> str:
@@ -131,7 +149,9 @@ def fingerprint(name: str, manifest: Mapping[str, Any]) -> str:
 
 def _memmap(file: Path, about: Mapping[str, Any]) -> np.ndarray:
   dtype = np.dtype(about["dtype"])
-  return np.memmap(file, dtype, "r") if about["bytes"] else np.zeros(0, dtype)  # nothing cannot be mapped
+  return (
+    np.memmap(file, dtype, "r") if about["bytes"] else np.zeros(0, dtype)
+  )  # nothing cannot be mapped
 
 
 def _manifest_checksum(manifest: Mapping[str, Any]) -> str:

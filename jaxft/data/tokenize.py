@@ -17,7 +17,9 @@ MAX_BATCH_EXAMPLES, MAX_BATCH_CHARS = 1000, 2**20
 # The letter that stands for each byte in GPT-2's vocabulary and ByteLevel's: itself where it can be seen, else one from 256 on.
 PRINTABLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_TO_UNICODE = {byte: chr(byte) for byte in PRINTABLE_BYTES}
-BYTE_TO_UNICODE |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE_BYTES)))}
+BYTE_TO_UNICODE |= {
+  byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE_BYTES)))
+}
 WORD_BOUNDARY = re.compile(r"(?<=\S) (?=\S)")
 
 
@@ -49,7 +51,9 @@ class EncodedBatch(NamedTuple):
   ids: list[np.ndarray]
   prompts: list[int]
   straddling: int  # examples in which one token holds the end of the prompt and the beginning of the completion
-  unknown_chars: int  # characters without a token in the vocabulary: dropped, or read as the unknown token
+  unknown_chars: (
+    int  # characters without a token in the vocabulary: dropped, or read as the unknown token
+  )
 
 
 def ids_dtype(tokenizer: Any) -> np.dtype:
@@ -70,7 +74,9 @@ def token_byte_lengths(tokenizer: Any) -> np.ndarray | None:
   for (
     token,
     i,
-  ) in vocabulary.items():  # each byte is a letter of its own there; tokens that were added stand as they are
+  ) in (
+    vocabulary.items()
+  ):  # each byte is a letter of its own there; tokens that were added stand as they are
     lengths_V[i] = len(added[i].content.encode()) if i in added else len(token)
   before, after = special_ids_around(tokenizer)
   begin = document_bos_id(tokenizer, before)
@@ -90,7 +96,10 @@ def target_bytes(rows: Any, tokenizer: Any, limit: int = 0) -> int:
 def special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
   """The ids that a tokenizer itself puts before and after a text, as BERT's [CLS] and [SEP]; mostly none."""
   backend = tokenizer.backend_tokenizer
-  text = next((text for text in itertools.islice(_probe_texts(tokenizer), 9) if _encode_plain(backend, text)), "a")
+  text = next(
+    (text for text in itertools.islice(_probe_texts(tokenizer), 9) if _encode_plain(backend, text)),
+    "a",
+  )
   whole = backend.encode(text)
   special = whole.special_tokens_mask
   if 0 not in special:
@@ -100,7 +109,9 @@ def special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 def _probe_texts(tokenizer: Any) -> Iterator[str]:
   yield from ("a", "1")
-  added = tokenizer.backend_tokenizer.get_added_tokens_decoder()  # with a large vocabulary a tenth of a second
+  added = (
+    tokenizer.backend_tokenizer.get_added_tokens_decoder()
+  )  # with a large vocabulary a tenth of a second
   yield from (token for token, id in tokenizer.get_vocab().items() if id not in added)
 
 
@@ -135,7 +146,9 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 def encode_text(tokenizer: Any, text: str) -> list[int]:
   """The tokens of a whole text, to classify: an empty one is the end token."""
   before, after = special_ids_around(tokenizer)
-  return before + _encode_plain(tokenizer.backend_tokenizer, text) + after or [tokenizer.eos_token_id]
+  return before + _encode_plain(tokenizer.backend_tokenizer, text) + after or [
+    tokenizer.eos_token_id
+  ]
 
 
 def _encode_plain(backend: Any, text: str) -> list[int]:
@@ -153,11 +166,19 @@ class TokenizerInfo:
     self.cuts_at_blanks = _splits_at_spaces(rules)
     model, vocabulary = rules["model"], tokenizer.get_vocab()
     works_on_bytes = (rules["decoder"] or {}).get("type") == "ByteLevel"
-    plain = works_on_bytes and rules["normalizer"] is None  # else the bytes of a text are not those that are looked up
-    self._missing = [byte for byte, letter in BYTE_TO_UNICODE.items() if letter not in vocabulary] if plain else None
+    plain = (
+      works_on_bytes and rules["normalizer"] is None
+    )  # else the bytes of a text are not those that are looked up
+    self._missing = (
+      [byte for byte, letter in BYTE_TO_UNICODE.items() if letter not in vocabulary]
+      if plain
+      else None
+    )
     self._added = [added["content"] for added in rules["added_tokens"]]
     letters = all(letter in vocabulary for letter in BYTE_TO_UNICODE.values())
-    falls_back = model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    falls_back = model.get("byte_fallback") and all(
+      f"<0x{byte:02X}>" in vocabulary for byte in range(256)
+    )
     self.loses_nothing = works_on_bytes and letters or falls_back
     unknown = model.get("unk_token")
     self._unknown = vocabulary.get(unknown, -1) if unknown is not None else model.get("unk_id", -1)
@@ -172,7 +193,9 @@ class TokenizerInfo:
       return len(np.unique(number[np.isin(code, self._missing)]))
     gone = np.ones(len(text), bool)
     for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-      gone[start:stop] = id == self._unknown  # the last of a character's tokens: the first may be the blank before it
+      gone[start:stop] = (
+        id == self._unknown
+      )  # the last of a character's tokens: the first may be the blank before it
     return sum(not text[i].isspace() for i in np.flatnonzero(gone))
 
 
@@ -196,7 +219,9 @@ def encode_examples(examples: list[Example], info: TokenizerInfo, dtype: np.dtyp
   else:
     ids = [[] for _ in texts]
     parts = ((i, part) for i, text in enumerate(texts) for part in _split_long_text(text, info))
-    encode_batch = fast.encode_batch_fast if info.loses_nothing else fast.encode_batch  # the fast one tells no places
+    encode_batch = (
+      fast.encode_batch_fast if info.loses_nothing else fast.encode_batch
+    )  # the fast one tells no places
     for group in _batched(parts, lambda part: len(part[1])):
       found = encode_batch([part for _, part in group], add_special_tokens=False)
       for (i, part), encoding in zip(group, found, strict=True):
@@ -212,7 +237,9 @@ def encode_examples(examples: list[Example], info: TokenizerInfo, dtype: np.dtyp
   return EncodedBatch(ids, prompts, merged, lost)
 
 
-def _special_ids(example: Example, info: TokenizerInfo, of_text: np.ndarray) -> tuple[list[int], list[int]]:
+def _special_ids(
+  example: Example, info: TokenizerInfo, of_text: np.ndarray
+) -> tuple[list[int], list[int]]:
   """Special ids that are put before and after the tokens of an example's text.
 
   A document has the end token after it, which is learned. Before it there is one too, of the
@@ -246,13 +273,21 @@ def _split_long_text(text: str, info: TokenizerInfo) -> list[str]:
 
 
 def _splits_at_spaces(rules: dict[str, Any]) -> bool:
-  if rules["normalizer"] is not None or any(" " in added["content"] for added in rules["added_tokens"]):
+  if rules["normalizer"] is not None or any(
+    " " in added["content"] for added in rules["added_tokens"]
+  ):
     return False
   way = rules["pre_tokenizer"] or {}
-  return way.get("type") == "ByteLevel" and not way.get("add_prefix_space") and way.get("use_regex", True)
+  return (
+    way.get("type") == "ByteLevel"
+    and not way.get("add_prefix_space")
+    and way.get("use_regex", True)
+  )
 
 
-def encode_in_memory(examples: Iterable[Example], tokenizer: Any, labels: Sequence[str] = ()) -> TokenArrays:
+def encode_in_memory(
+  examples: Iterable[Example], tokenizer: Any, labels: Sequence[str] = ()
+) -> TokenArrays:
   """Examples as Tokens that no file holds; raises RequestError for a label that is none of `labels`."""
   dtype, ids, prompts, found = ids_dtype(tokenizer), [], [], []
   for some, encoded in encode_batches(examples, tokenizer, dtype):

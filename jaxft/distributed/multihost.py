@@ -42,7 +42,9 @@ def distributed_context(
     yield
     return
   console.quiet = place.process_id != 0
-  log(f"waiting for {place.num_processes} processes at {place.coordinator}; to run alone: --num_processes=1")
+  log(
+    f"waiting for {place.num_processes} processes at {place.coordinator}; to run alone: --num_processes=1"
+  )
   peers = rendezvous.connect_peers(place, start_timeout)
   watchdog = Watchdog(place, peers, peer_timeout)
   install_abort_handler(peers[0] if place.process_id else None)
@@ -65,13 +67,18 @@ def distributed_context(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-  assert_all_equal("the end", {})  # process 0 may still be exporting, and is watched until it is done
+  assert_all_equal(
+    "the end", {}
+  )  # process 0 may still be exporting, and is watched until it is done
   watchdog.announce_exit(0, "")
 
 
 def is_only_local_process() -> bool:
   """Whether SLURM or Open MPI has started one process here: it is to have all devices, and JAX would give it the first."""
-  tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0], os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+  tasks = (
+    os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0],
+    os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"),
+  )
   return "1" in tasks and "JAX_LOCAL_DEVICE_IDS" not in os.environ
 
 
@@ -80,7 +87,16 @@ def package_versions() -> Mapping[str, str]:
   """Of what computes, and of jaxft's own files."""
   files = sorted(Path(jaxft.__file__).parent.rglob("*.py"))
   own = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-  packages = "jax", "jaxlib", "jax-cuda13-plugin", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy"
+  packages = (
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "libtpu",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+  )
   found = {"jaxft": f"{jaxft.__version__} ({own})", "python": platform.python_version()}
   for name in packages:
     with suppress(importlib.metadata.PackageNotFoundError):
@@ -90,14 +106,18 @@ def package_versions() -> Mapping[str, str]:
 
 def assert_all_equal(topic: str, facts: dict[str, Any]) -> None:
   """Raises RequestError in every process, with a line for each fact that is not the same in all of them."""
-  from jax._src.distributed import global_state  # its key-value store is JAX's own, and Orbax's, way to compare notes
+  from jax._src.distributed import (
+    global_state,  # its key-value store is JAX's own, and Orbax's, way to compare notes
+  )
 
   # jax.process_count() would start JAX, whose environment is not complete yet.
   store, me, processes = global_state.client, global_state.process_id, global_state.num_processes
   if store is None or processes == 1:
     return
   topic = f"{topic}/{next(_call_counter)}"  # keys are set once, and a program may train twice
-  patience = 24 * 3_600_000  # ms: others may be tokenising or exporting; one that is lost is the watchdog's to find
+  patience = (
+    24 * 3_600_000
+  )  # ms: others may be tokenising or exporting; one that is lost is the watchdog's to find
   store.key_value_set(f"jaxft/{topic}/{me}", json.dumps(facts, default=str))
   if me == 0:
     lines = []
@@ -130,6 +150,8 @@ def check_shared_folder(folder: Path) -> None:
   until = time.monotonic() + 30  # network disks show a new file late
   while not (seen := mark.is_file() and mark.read_text() == text) and time.monotonic() < until:
     time.sleep(0.5)
-  assert_all_equal("workdir", {f"--workdir={str(folder)!r}, on one disk that all processes share": bool(seen)})
+  assert_all_equal(
+    "workdir", {f"--workdir={str(folder)!r}, on one disk that all processes share": bool(seen)}
+  )
   if jax.process_index() == 0:
     mark.unlink(missing_ok=True)

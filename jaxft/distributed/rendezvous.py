@@ -36,16 +36,28 @@ def detect_processes(
     return None
   given = coordinator, processes, process
   try:
-    with warnings.catch_warnings(action="ignore"):  # a pod of Kubernetes, without its package: most are alone
+    with warnings.catch_warnings(
+      action="ignore"
+    ):  # a pod of Kubernetes, without its package: most are alone
       detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
       coordinator, processes, process, _ = detect(*given, None, None, timeout)
-  except Exception as error:  # a pod that may not ask who else there is, a metadata server that is silent, ...
+  except (
+    Exception
+  ) as error:  # a pod that may not ask who else there is, a metadata server that is silent, ...
     if given != (None, None, None):
-      raise RequestError(f"looking for the other processes: {first_line(error)}; {REQUIRED_FLAGS}") from error
-    log(f"running alone: the other processes, if there are any, were not found ({first_line(error)}); {REQUIRED_FLAGS}")
+      raise RequestError(
+        f"looking for the other processes: {first_line(error)}; {REQUIRED_FLAGS}"
+      ) from error
+    log(
+      f"running alone: the other processes, if there are any, were not found ({first_line(error)}); {REQUIRED_FLAGS}"
+    )
     return None
   pod = "KUBERNETES_SERVICE_HOST" in os.environ
-  if pod and given == (None, None, None) and not (coordinator or importlib.util.find_spec("kubernetes")):
+  if (
+    pod
+    and given == (None, None, None)
+    and not (coordinator or importlib.util.find_spec("kubernetes"))
+  ):
     log(
       f"running alone: to find the other pods of a job, if there are any, JAX needs pip install kubernetes; {REQUIRED_FLAGS}"
     )
@@ -58,7 +70,9 @@ def detect_processes(
   if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
     raise RequestError(f"--coordinator={coordinator!r}: must be HOST:PORT of process 0")
   if not 0 <= process < processes:
-    raise RequestError(f"--process_id={process}: must be from 0 to {processes - 1} (--num_processes={processes})")
+    raise RequestError(
+      f"--process_id={process}: must be from 0 to {processes - 1} (--num_processes={processes})"
+    )
   return ProcessInfo(coordinator, processes, process)
 
 
@@ -79,9 +93,13 @@ def _accept_peers(port: int, place: ProcessInfo, timeout: int) -> dict[int, sock
   try:
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
-    listener = socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=place.num_processes)
+    listener = socket.create_server(
+      ("", port), family=family, dualstack_ipv6=both, backlog=place.num_processes
+    )
   except OSError as error:
-    raise RequestError(f"--coordinator={place.coordinator}: cannot listen on port {port} ({error.strerror})") from error
+    raise RequestError(
+      f"--coordinator={place.coordinator}: cannot listen on port {port} ({error.strerror})"
+    ) from error
   fault, peers = "", []
   with listener:
     while len(there) < place.num_processes - 1 and not fault:
@@ -98,14 +116,18 @@ def _accept_peers(port: int, place: ProcessInfo, timeout: int) -> dict[int, sock
       except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         continue  # something else that tries ports
       if processes != place.num_processes:
-        fault = f"--num_processes={processes} on process {other}, and {place.num_processes} on process 0"
+        fault = (
+          f"--num_processes={processes} on process {other}, and {place.num_processes} on process 0"
+        )
       elif (
         not 0 < other < processes or other in there and not is_closed(there[other])
       ):  # it may have been started again
         fault = f"--process_id={other}: another process has it too (at {address[0]})"
       there[other] = peer
   missing = [str(i) for i in range(1, place.num_processes) if i not in there]
-  lost = "" if fault or not missing else f"process {', '.join(missing)} did not come within {timeout} s"
+  lost = (
+    "" if fault or not missing else f"process {', '.join(missing)} did not come within {timeout} s"
+  )
   for peer in peers:
     send_message(peer, {"refused": fault} if fault else {"lost": lost} if lost else {"go": True})
   if fault:

@@ -19,7 +19,9 @@ from typing import Any
 from jaxft.distributed.rendezvous import ProcessInfo, is_closed, send_message
 from jaxft.errors import PeerLostError, Preempted, same_command
 
-GRACE_SECONDS = 15  # seconds that others have to end by themselves after one has ended with an error
+GRACE_SECONDS = (
+  15  # seconds that others have to end by themselves after one has ended with an error
+)
 
 
 class Watchdog(threading.Thread):
@@ -41,7 +43,9 @@ class Watchdog(threading.Thread):
       for peer in self._peers.values():
         send_message(peer, {"ended": self._place.process_id, "code": code, "why": why})
     if code and self._place.process_id == 0:
-      self.join(GRACE_SECONDS + 5)  # the others give up first, and say why: without JAX's service they would be aborted
+      self.join(
+        GRACE_SECONDS + 5
+      )  # the others give up first, and say why: without JAX's service they would be aborted
 
   def run(self) -> None:
     heard = dict.fromkeys(self._peers, time.monotonic())
@@ -67,7 +71,9 @@ class Watchdog(threading.Thread):
           if message["code"]:
             # One that was preempted has agreed on it with the others, which may take longer to end.
             patience = self._limit if message["code"] == Preempted.exit_code else GRACE_SECONDS
-            why = f"process {message['ended']} ended with exit code {message['code']}: {message['why']}"
+            why = (
+              f"process {message['ended']} ended with exit code {message['code']}: {message['why']}"
+            )
             doomed = doomed or (time.monotonic() + patience, why)
           if self._place.process_id == 0 and message["code"]:
             self._tell(message)
@@ -101,7 +107,10 @@ class Watchdog(threading.Thread):
 def _exit_process(why: str) -> None:
   """Ends the process here and now: the main thread may wait in a collective for ever."""
   again = same_command("--overwrite_output_dir" in sys.argv)
-  print(f"error: {why}; {again} continues from the newest checkpoint. Where this process was:", file=sys.stderr)
+  print(
+    f"error: {why}; {again} continues from the newest checkpoint. Where this process was:",
+    file=sys.stderr,
+  )
   faulthandler.dump_traceback()
   sys.stderr.flush()
   os._exit(PeerLostError.exit_code)
@@ -118,13 +127,18 @@ def install_abort_handler(coordinator: socket.socket | None) -> None:
     if coordinator is None or not is_closed(coordinator):
       return
     again = same_command("--overwrite_output_dir" in sys.argv)
-    print(f"error: JAX has given up, most likely because process 0 is gone; {again} continues", file=sys.stderr)
+    print(
+      f"error: JAX has given up, most likely because process 0 is gone; {again} continues",
+      file=sys.stderr,
+    )
     faulthandler.dump_traceback()
     os._exit(PeerLostError.exit_code)
 
   callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
   install_abort_handler.kept = callback  # as long as the process lives
-  ctypes.CDLL(None).signal(signal.SIGABRT, callback)  # Python's own handlers run too late: abort() does not return
+  ctypes.CDLL(None).signal(
+    signal.SIGABRT, callback
+  )  # Python's own handlers run too late: abort() does not return
 
 
 def _receive(peer: socket.socket) -> bytes:

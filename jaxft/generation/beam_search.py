@@ -22,7 +22,9 @@ class Beams:
     self.done = False
     self._count, self._penalty, self._most = count, length_penalty, most
 
-  def advance(self, scores: np.ndarray, beams: np.ndarray, tokens: np.ndarray, ends: frozenset[int]) -> list[int]:
+  def advance(
+    self, scores: np.ndarray, beams: np.ndarray, tokens: np.ndarray, ends: frozenset[int]
+  ) -> list[int]:
     """Takes the 2 x count best continuations, best first; returns from which beam each of the next ones comes.
 
     Args:
@@ -31,7 +33,9 @@ class Beams:
     """
     length = len(self.running[0].ids) + 1
     goes_on, sources, last = [], [], length == self._most
-    for place, (score, beam, token) in enumerate(zip(scores.tolist(), beams.tolist(), tokens.tolist(), strict=True)):
+    for place, (score, beam, token) in enumerate(
+      zip(scores.tolist(), beams.tolist(), tokens.tolist(), strict=True)
+    ):
       text = Hypothesis(score, [*self.running[beam].ids, token])
       if token not in ends and not last:
         goes_on.append(text)

@@ -31,7 +31,9 @@ class GenerationConfig(NamedTuple):
 
   def with_context(self, error: RequestError) -> RequestError:
     """The error, with what the file has to do with it."""
-    named = [f"{name}={value}" for name, value in self.of_file.items() if f"--{name}=" in str(error)]
+    named = [
+      f"{name}={value}" for name, value in self.of_file.items() if f"--{name}=" in str(error)
+    ]
     return RequestError(f"{error} ({self.file} has {', '.join(named)})") if named else error
 
 
@@ -103,16 +105,25 @@ def _drop_overridden(known: dict[str, Any], given: Mapping[str, Any], file: Path
 class TextStreamer:
   """For `Generator`: ends a text at a stop string, and tells what is added to each text as it comes."""
 
-  def __init__(self, tokenizer: Any, stop_strings: Sequence[str], tell: Callable[[int, str], None] | None):
+  def __init__(
+    self, tokenizer: Any, stop_strings: Sequence[str], tell: Callable[[int, str], None] | None
+  ):
     if not all(stop_strings):
       raise RequestError("--stop_strings: must be texts, and not empty")
-    self._decode, self._stops, self._tell, self._told = tokenizer.decode, stop_strings, tell, collections.Counter()
+    self._decode, self._stops, self._tell, self._told = (
+      tokenizer.decode,
+      stop_strings,
+      tell,
+      collections.Counter(),
+    )
     self._longest = max((len(stop.encode()) for stop in stop_strings), default=0)
 
   def __call__(self, text: int, ids: list[int]) -> bool:
     if self._tell and not (whole := self._decode(ids)).endswith(REPLACEMENT_CHAR):
       self.flush(text, whole)
-    tail = self._decode(ids[-self._longest - 1 :]) if self._stops else ""  # a token is at least a byte
+    tail = (
+      self._decode(ids[-self._longest - 1 :]) if self._stops else ""
+    )  # a token is at least a byte
     return any(stop in tail for stop in self._stops)
 
   def flush(self, text: int, whole: str) -> None:

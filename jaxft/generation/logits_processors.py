@@ -21,7 +21,9 @@ def penalize_repeats(logits_BV: jax.Array, history: History, penalty: float) -> 
   """Makes each token of the text less likely: its logit divided by `penalty`, or multiplied where it is negative (CTRL,
   arXiv:1909.05858)."""
   seen_BV = _token_mask(history.ids_BS, history.there_BS, logits_BV.shape[-1])
-  return jnp.where(seen_BV, jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty), logits_BV)
+  return jnp.where(
+    seen_BV, jnp.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty), logits_BV
+  )
 
 
 def ban_repeated_ngrams(logits_BV: jax.Array, history: History, n: int) -> jax.Array:
@@ -35,7 +37,12 @@ def ban_repeated_ngrams(logits_BV: jax.Array, history: History, n: int) -> jax.A
     # A column that is not there begins before the text: with fewer than n - 1 tokens nothing is repeated.
     last_B1 = jax.lax.dynamic_slice_in_dim(ids_BS, jnp.maximum(end - (n - 1) + k, 0), 1, 1)
     last_there_B1 = jax.lax.dynamic_slice_in_dim(there_BS, jnp.maximum(end - (n - 1) + k, 0), 1, 1)
-    same_BS &= (ids_BS[:, k : k + starts] == last_B1) & there_BS[:, k : k + starts] & last_there_B1 & (end >= n - 1)
+    same_BS &= (
+      (ids_BS[:, k : k + starts] == last_B1)
+      & there_BS[:, k : k + starts]
+      & last_there_B1
+      & (end >= n - 1)
+    )
   banned_BV = _token_mask(ids_BS[:, n - 1 :], same_BS & there_BS[:, n - 1 :], logits_BV.shape[-1])
   return jnp.where(banned_BV, -jnp.inf, logits_BV)
 
@@ -52,7 +59,9 @@ def filter_logits(logits_BV: jax.Array, top_k: int, top_p: float, min_p: float) 
     kth_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
     logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
   if top_p < 1:
-    order_BV = jnp.argsort(logits_BV, -1)  # rising, so that the tail is cut where its own mass reaches 1 - top_p
+    order_BV = jnp.argsort(
+      logits_BV, -1
+    )  # rising, so that the tail is cut where its own mass reaches 1 - top_p
     tail_BV = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, -1)), -1)
     cut_BV = (tail_BV <= 1 - top_p) & (jnp.arange(V) < V - 1)
     ranks_BV = jnp.argsort(order_BV, -1)

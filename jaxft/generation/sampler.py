@@ -20,7 +20,9 @@ from jaxft.model.config import ModelConfig
 from jaxft.model.kv_cache import KVCache
 
 TokenCallback = Callable[[int, list[int]], bool]
-StepFn = Callable[..., tuple[jax.Array, KVCache]]  # (cache, ids, segments, positions) -> logits, cache
+StepFn = Callable[
+  ..., tuple[jax.Array, KVCache]
+]  # (cache, ids, segments, positions) -> logits, cache
 PAD_MULTIPLE = 64  # prompts and caches are padded to multiples of this many columns: few shapes, few compilations
 
 
@@ -75,11 +77,18 @@ class Generator:
       return []
     each = max(sampling.num_beams, sampling.num_return_sequences)
     rows = [prompt or [self.eos_token_id] for prompt in prompts for _ in range(each)]
-    texts, stop_ids = SequenceBuffer.from_prompts(rows, sampling, self._cfg.P, each), stop_ids | {self.eos_token_id}
+    texts, stop_ids = (
+      SequenceBuffer.from_prompts(rows, sampling, self._cfg.P, each),
+      stop_ids | {self.eos_token_id},
+    )
     layers = layer_views.unstack_layers(params["blocks"], self._cfg.L)
-    logits_BV, cache = self._prefill(params, *texts.prompts(), S=texts.ids_BS.shape[1], apart=layers is not None)
+    logits_BV, cache = self._prefill(
+      params, *texts.prompts(), S=texts.ids_BS.shape[1], apart=layers is not None
+    )
     # The stack is no argument of the step then; a layer tells what a block is.
-    step = functools.partial(self._step, params if layers is None else params | {"blocks": layers[0]}, layers)
+    step = functools.partial(
+      self._step, params if layers is None else params | {"blocks": layers[0]}, layers
+    )
     if sampling.num_beams > 1:
       return self._likeliest(step, logits_BV, cache, texts, sampling, stop_ids)
     return self._chosen(step, logits_BV, cache, texts, sampling, stop_ids, on_token)
@@ -97,7 +106,11 @@ class Generator:
     """A token after the other: the likeliest, or drawn."""
     count = len(texts.lengths_B)
     keys_B = sampling_keys(sampling.seed, count, sampling.num_return_sequences)
-    completions, open_rows, temperature = [[] for _ in range(count)], set(range(count)), sampling.temperature or 1
+    completions, open_rows, temperature = (
+      [[] for _ in range(count)],
+      set(range(count)),
+      sampling.temperature or 1,
+    )
     for n in range(texts.new):
       next_B = sample_token(
         logits_BV,
@@ -131,18 +144,28 @@ class Generator:
   ) -> list[list[int]]:
     """Whole texts by beam search: `num_beams` rows for each prompt."""
     W = sampling.num_beams
-    prompts = [beam_search.Beams(W, sampling.length_penalty, most) for most in texts.max_new_B[::W].tolist()]
+    prompts = [
+      beam_search.Beams(W, sampling.length_penalty, most) for most in texts.max_new_B[::W].tolist()
+    ]
     while True:
       sums = np.array([[text.score for text in prompt.running] for prompt in prompts], np.float32)
-      best = beam_candidates(logits_BV, sums, texts.history(), sampling.for_jit(), texts.min_length(stop_ids))
+      best = beam_candidates(
+        logits_BV, sums, texts.history(), sampling.for_jit(), texts.min_length(stop_ids)
+      )
       best = map(np.asarray, best)
-      sources = [prompt.advance(*row, stop_ids) for prompt, *row in zip(prompts, *best, strict=True)]
+      sources = [
+        prompt.advance(*row, stop_ids) for prompt, *row in zip(prompts, *best, strict=True)
+      ]
       if all(prompt.done for prompt in prompts):
-        return [ids for prompt in prompts for ids in prompt.best(sampling.num_return_sequences, stop_ids)]
+        return [
+          ids for prompt in prompts for ids in prompt.best(sampling.num_return_sequences, stop_ids)
+        ]
       rows = np.concatenate([np.array(of) + W * i for i, of in enumerate(sources)])
       texts.take(rows)
       cache = _reorder_cache(cache, rows)
-      last = np.array([(text.ids or [0])[-1] for prompt in prompts for text in prompt.running], np.int32)
+      last = np.array(
+        [(text.ids or [0])[-1] for prompt in prompts for text in prompt.running], np.int32
+      )
       logits_BV, cache = step(cache, *texts.append(last))
 
 
@@ -150,7 +173,13 @@ class SequenceBuffer:
   """Prompts and what follows them, in rows that end in the same column."""
 
   def __init__(
-    self, ids_BS: np.ndarray, lengths_B: np.ndarray, T: int, min_new_B: np.ndarray, max_new_B: np.ndarray, P: int
+    self,
+    ids_BS: np.ndarray,
+    lengths_B: np.ndarray,
+    T: int,
+    min_new_B: np.ndarray,
+    max_new_B: np.ndarray,
+    P: int,
   ):
     """`min_new_B`, `max_new_B`: tokens that must, and that may, follow each prompt."""
     self.ids_BS, self.lengths_B, self.new = ids_BS, lengths_B, int(max_new_B.max())
@@ -158,7 +187,9 @@ class SequenceBuffer:
     self._T, self._end, self._P = T, T, P
 
   @classmethod
-  def from_prompts(cls, rows: list[list[int]], sampling: Sampling, P: int, repeated: int) -> "SequenceBuffer":
+  def from_prompts(
+    cls, rows: list[list[int]], sampling: Sampling, P: int, repeated: int
+  ) -> "SequenceBuffer":
     """Rows for prompts, each with as many more tokens as `sampling` allows, up to P positions.
 
     Raises RequestError for a prompt that leaves no room, or not enough for what must follow it.
@@ -183,7 +214,9 @@ class SequenceBuffer:
   def append(self, ids_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Writes a token to each row; its id, segment and position (B, 1)."""
     self.ids_BS[:, self._end], self._end = ids_B, self._end + 1
-    positions_B1 = np.minimum(self.lengths_B + self._end - self._T - 1, self._P - 1)[:, None].astype(np.int32)
+    positions_B1 = np.minimum(self.lengths_B + self._end - self._T - 1, self._P - 1)[
+      :, None
+    ].astype(np.int32)
     return ids_B[:, None], np.ones_like(positions_B1), positions_B1
 
   def min_length(self, stop_ids: frozenset[int]) -> MinLength | None:
@@ -203,7 +236,9 @@ class SequenceBuffer:
     return History(self.ids_BS.copy(), there_BS, np.int32(self._end))
 
 
-def _length_limits(lengths_B: np.ndarray, sampling: Sampling, P: int, repeated: int) -> tuple[np.ndarray, np.ndarray]:
+def _length_limits(
+  lengths_B: np.ndarray, sampling: Sampling, P: int, repeated: int
+) -> tuple[np.ndarray, np.ndarray]:
   """How many tokens must, and how many may, follow prompts of these lengths; see `SequenceBuffer.from_prompts`."""
   longest, length = int(lengths_B.argmax()), int(lengths_B.max())
   about = f"prompt {longest // repeated + 1} has {length} tokens"
@@ -215,7 +250,9 @@ def _length_limits(lengths_B: np.ndarray, sampling: Sampling, P: int, repeated: 
       "--max_new_tokens, which does not"
     )
   max_new_B = (
-    sampling.max_length - lengths_B if sampling.max_length else np.full_like(lengths_B, sampling.max_new_tokens)
+    sampling.max_length - lengths_B
+    if sampling.max_length
+    else np.full_like(lengths_B, sampling.max_new_tokens)
   )
   max_new_B = np.minimum(max_new_B, P - lengths_B)
   least = "min_new_tokens" if sampling.min_new_tokens else "min_length"
@@ -226,7 +263,9 @@ def _length_limits(lengths_B: np.ndarray, sampling: Sampling, P: int, repeated: 
     row = int((min_new_B - max_new_B).argmax())
     most = "max_length" if sampling.max_length else "max_new_tokens"
     limit = (
-      f"--{most}={getattr(sampling, most)}" if max_new_B[row] < P - lengths_B[row] else f"the model's {P} positions"
+      f"--{most}={getattr(sampling, most)}"
+      if max_new_B[row] < P - lengths_B[row]
+      else f"the model's {P} positions"
     )
     raise RequestError(
       f"prompt {row // repeated + 1} has {lengths_B[row]} tokens: --{least}={getattr(sampling, least)} wants {min_new_B[row]} "
@@ -240,7 +279,11 @@ _reorder_cache = jax.jit(KVCache.take, donate_argnums=0)
 
 @functools.partial(jax.jit, static_argnames="sampling")
 def beam_candidates(
-  logits_BV: jax.Array, sums_PW: jax.Array, history: History, sampling: Sampling, early: MinLength | None = None
+  logits_BV: jax.Array,
+  sums_PW: jax.Array,
+  history: History,
+  sampling: Sampling,
+  early: MinLength | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Of each of P prompts with W beams the 2 W best continuations: sums of log-probabilities, beams and tokens, (P, 2 W) each.
 
@@ -254,12 +297,16 @@ def beam_candidates(
   return best_PK, places_PK // V, places_PK % V
 
 
-def process_logits(logits_BV: jax.Array, history: History, sampling: Sampling, early: MinLength | None) -> jax.Array:
+def process_logits(
+  logits_BV: jax.Array, history: History, sampling: Sampling, early: MinLength | None
+) -> jax.Array:
   """Logits, or log-probabilities, under the rules about what the text has already."""
   if sampling.repetition_penalty != 1:
     logits_BV = logits_processors.penalize_repeats(logits_BV, history, sampling.repetition_penalty)
   if sampling.no_repeat_ngram_size:
-    logits_BV = logits_processors.ban_repeated_ngrams(logits_BV, history, sampling.no_repeat_ngram_size)
+    logits_BV = logits_processors.ban_repeated_ngrams(
+      logits_BV, history, sampling.no_repeat_ngram_size
+    )
   if early:
     end_V = jnp.isin(jnp.arange(logits_BV.shape[-1]), early.ends_E)
     logits_BV = jnp.where(early.too_short_B[:, None] & end_V, -jnp.inf, logits_BV)
@@ -286,8 +333,12 @@ def sample_token(
   logits_BV = process_logits(logits_BV, history, sampling, early)
   if not sampling.temperature:
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)
-  logits_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # so that no temperature makes infinities of the likeliest
-  logits_BV = logits_processors.filter_logits(logits_BV / temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+  logits_BV = logits_BV - logits_BV.max(
+    -1, keepdims=True
+  )  # so that no temperature makes infinities of the likeliest
+  logits_BV = logits_processors.filter_logits(
+    logits_BV / temperature, sampling.top_k, sampling.top_p, sampling.min_p
+  )
   keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, n)
   return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 

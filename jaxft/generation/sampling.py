@@ -31,7 +31,11 @@ class Sampling(NamedTuple):
     """With what needs no other program left out."""
     limits = dict.fromkeys((name for pair in LENGTH_LIMITS for name in pair), 0)
     return self._replace(
-      temperature=float(self.temperature > 0), seed=0, length_penalty=1.0, num_return_sequences=1, **limits
+      temperature=float(self.temperature > 0),
+      seed=0,
+      length_penalty=1.0,
+      num_return_sequences=1,
+      **limits,
     )
 
   def validate(self) -> None:
@@ -40,7 +44,9 @@ class Sampling(NamedTuple):
     limits = {name: getattr(self, name) for pair in LENGTH_LIMITS for name in pair}
     validate_lengths(limits | ({"max_new_tokens": 0} if self.max_length else {}))
     if self.num_beams > 1 and self.temperature:
-      raise RequestError(f"--num_beams={self.num_beams}: beams are not drawn; give --temperature=0 too")
+      raise RequestError(
+        f"--num_beams={self.num_beams}: beams are not drawn; give --temperature=0 too"
+      )
     if not self.temperature and self.num_return_sequences > self.num_beams:
       raise RequestError(
         f"--num_return_sequences={self.num_return_sequences}: --temperature=0 gives {self.num_beams} of a prompt; draw, or "
@@ -58,7 +64,11 @@ class Sampling(NamedTuple):
       ("top_k", self.top_k >= 0, "0 (all) or more"),
       ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
       ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-      ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0; 1 changes nothing"),
+      (
+        "repetition_penalty",
+        0 < self.repetition_penalty < float("inf"),
+        "above 0; 1 changes nothing",
+      ),
       ("num_beams", 1 <= self.num_beams <= 256, "from 1 to 256"),
       ("length_penalty", abs(self.length_penalty) < float("inf"), "a finite number"),
       ("num_return_sequences", self.num_return_sequences >= 1, "at least 1"),

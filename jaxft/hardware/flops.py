@@ -36,7 +36,10 @@ def model_flops(cfg: Any, batch_size: int, T: int) -> int:
     cfg: a `jaxft.model.decoder.ModelConfig`.
     batch_size: rows of an optimizer step.
   """
-  heads, head = cfg.N * cfg.H, "output.score" if cfg.classes else "embed.tokens" if cfg.tied else "output.kernel"
+  heads, head = (
+    cfg.N * cfg.H,
+    "output.score" if cfg.classes else "embed.tokens" if cfg.tied else "output.kernel",
+  )
   inside = {  # of a layer: inputs and outputs of each product
     "attention.qkv": (cfg.D, 3 * heads),
     "attention.out": (heads, cfg.D),
@@ -80,7 +83,9 @@ def _count_equation(eqn: Any, wanted: list[bool]) -> tuple[int, list[bool]]:
   label = params["name"] if name == "pallas_call" else name
   for kernel, (products, axis) in ATTENTION_KERNELS.items():
     if label.startswith(kernel):
-      floats = (var.aval for var in eqn.invars if var.aval.ndim > 2 and var.aval.dtype.kind not in "biu")
+      floats = (
+        var.aval for var in eqn.invars if var.aval.ndim > 2 and var.aval.dtype.kind not in "biu"
+      )
       shape = next(floats).shape  # of the queries
       return products * math.prod(shape) * shape[axis], everything
   if name == "scan":
@@ -93,7 +98,10 @@ def _count_equation(eqn: Any, wanted: list[bool]) -> tuple[int, list[bool]]:
     consts = whole(eqn.invars, body.invars) - carries
     while True:  # what one turn needs of the carry, the turn before it must make
       count, used = _count_live(params["jaxpr"], wanted)
-      more = [want or use for want, use in zip(wanted[:carries], used[consts : consts + carries], strict=True)]
+      more = [
+        want or use
+        for want, use in zip(wanted[:carries], used[consts : consts + carries], strict=True)
+      ]
       if more == wanted[:carries]:
         return params["length"] * count, used
       wanted = more + wanted[carries:]
@@ -110,7 +118,9 @@ def _count_equation(eqn: Any, wanted: list[bool]) -> tuple[int, list[bool]]:
     and len(_inner_jaxpr(inner[0]).outvars) == len(wanted)
   ):
     return _count_live(inner[0], wanted)
-  return sum(_count_live(jaxpr, [True] * len(_inner_jaxpr(jaxpr).outvars))[0] for jaxpr in inner), everything
+  return sum(
+    _count_live(jaxpr, [True] * len(_inner_jaxpr(jaxpr).outvars))[0] for jaxpr in inner
+  ), everything
 
 
 def _inner_jaxpr(jaxpr: Any) -> Any:

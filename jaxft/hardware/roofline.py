@@ -40,7 +40,9 @@ class Estimate(NamedTuple):
 
   @property
   def bound_by(self) -> str:
-    return max(("compute", "memory", "network", "bus"), key=lambda what: getattr(self, f"{what}_seconds"))
+    return max(
+      ("compute", "memory", "network", "bus"), key=lambda what: getattr(self, f"{what}_seconds")
+    )
 
   def rows_to_hide_the_bus(self, rows: int) -> int:
     """Rows a batch from which on the bus is at most a fifth of a step: its bytes stay the same, the rest grows with rows."""
@@ -49,9 +51,7 @@ class Estimate(NamedTuple):
 
 
 MFU_FORMULA = "model FLOPs / (step seconds x devices x dense 16-bit peak FLOP/s), model FLOPs without recomputation"
-STEP_FORMULA = (
-  "the longest of compute, memory and network seconds, which are taken to overlap, and the bus seconds, which are not"
-)
+STEP_FORMULA = "the longest of compute, memory and network seconds, which are taken to overlap, and the bus seconds, which are not"
 
 
 def estimate_step(
@@ -93,10 +93,14 @@ def estimate_step(
 
 def ideal_step_seconds(target: Target, devices: int, model_flops: int) -> float | None:
   """A step's, if no device ever waited: over what it takes this is its MFU. None for a device whose speed is not known."""
-  return None if target.spec is None else model_flops / (devices * target.spec.peak_flops("bfloat16"))
+  return (
+    None if target.spec is None else model_flops / (devices * target.spec.peak_flops("bfloat16"))
+  )
 
 
-def estimate_cost(price: float | None, target: Target, estimate: Estimate | None) -> dict[str, float]:
+def estimate_cost(
+  price: float | None, target: Target, estimate: Estimate | None
+) -> dict[str, float]:
   """{"per_hour", "per_million_tokens"} of all devices of the target, by the user's price for one of them an hour."""
   if price is None:
     return {}

@@ -82,33 +82,172 @@ class Tpu(NamedTuple):
 # A 400 Gbit/s network card for each GPU, as in NVIDIA's DGX H100; rented nodes of smaller GPUs have less.
 NETWORK_BANDWIDTH = 50 * GIGA
 KB, MB = 2**10, 2**20
-NVLINK3, NVLINK4, NVLINK5, PCIE3, PCIE4, PCIE5 = 300 * GIGA, 450 * GIGA, 900 * GIGA, 14 * GIGA, 28 * GIGA, 56 * GIGA
+NVLINK3, NVLINK4, NVLINK5, PCIE3, PCIE4, PCIE5 = (
+  300 * GIGA,
+  450 * GIGA,
+  900 * GIGA,
+  14 * GIGA,
+  28 * GIGA,
+  56 * GIGA,
+)
 GPUS = {
-  "t4": Gpu("Tesla T4", (7, 5), 40, 1.59, 15 * GIB, 320 * GIGA, 4 * MB, 64 * KB, 1024, 65 * TERA, PCIE3, 4, False),
-  "rtx3060": Gpu("GeForce RTX 3060", (8, 6), 28, 1.777, 12 * GIB, 360 * GIGA, 3 * MB, 100 * KB, 1536, 25 * TERA, PCIE4),
-  "rtx3070": Gpu("GeForce RTX 3070", (8, 6), 46, 1.725, 8 * GIB, 448 * GIGA, 4 * MB, 100 * KB, 1536, 40 * TERA, PCIE4),
-  "rtx3090": Gpu("GeForce RTX 3090", (8, 6), 82, 1.695, 24 * GIB, 936 * GIGA, 6 * MB, 100 * KB, 1536, 71 * TERA, PCIE4),
-  "a10": Gpu("A10", (8, 6), 72, 1.695, 45 * GIB // 2, 600 * GIGA, 6 * MB, 100 * KB, 1536, 125 * TERA, PCIE4),
-  "a10g": Gpu("A10G", (8, 6), 80, 1.71, 45 * GIB // 2, 600 * GIGA, 6 * MB, 100 * KB, 1536, 70 * TERA, PCIE4),
-  "l4": Gpu("L4", (8, 9), 58, 2.04, 45 * GIB // 2, 300 * GIGA, 48 * MB, 100 * KB, 1536, 121 * TERA, PCIE4),
+  "t4": Gpu(
+    "Tesla T4",
+    (7, 5),
+    40,
+    1.59,
+    15 * GIB,
+    320 * GIGA,
+    4 * MB,
+    64 * KB,
+    1024,
+    65 * TERA,
+    PCIE3,
+    4,
+    False,
+  ),
+  "rtx3060": Gpu(
+    "GeForce RTX 3060",
+    (8, 6),
+    28,
+    1.777,
+    12 * GIB,
+    360 * GIGA,
+    3 * MB,
+    100 * KB,
+    1536,
+    25 * TERA,
+    PCIE4,
+  ),
+  "rtx3070": Gpu(
+    "GeForce RTX 3070",
+    (8, 6),
+    46,
+    1.725,
+    8 * GIB,
+    448 * GIGA,
+    4 * MB,
+    100 * KB,
+    1536,
+    40 * TERA,
+    PCIE4,
+  ),
+  "rtx3090": Gpu(
+    "GeForce RTX 3090",
+    (8, 6),
+    82,
+    1.695,
+    24 * GIB,
+    936 * GIGA,
+    6 * MB,
+    100 * KB,
+    1536,
+    71 * TERA,
+    PCIE4,
+  ),
+  "a10": Gpu(
+    "A10", (8, 6), 72, 1.695, 45 * GIB // 2, 600 * GIGA, 6 * MB, 100 * KB, 1536, 125 * TERA, PCIE4
+  ),
+  "a10g": Gpu(
+    "A10G", (8, 6), 80, 1.71, 45 * GIB // 2, 600 * GIGA, 6 * MB, 100 * KB, 1536, 70 * TERA, PCIE4
+  ),
+  "l4": Gpu(
+    "L4", (8, 9), 58, 2.04, 45 * GIB // 2, 300 * GIGA, 48 * MB, 100 * KB, 1536, 121 * TERA, PCIE4
+  ),
   "rtx4080": Gpu(
-    "GeForce RTX 4080", (8, 9), 76, 2.505, 16 * GIB, 717 * GIGA, 64 * MB, 100 * KB, 1536, 97 * TERA, PCIE4
+    "GeForce RTX 4080",
+    (8, 9),
+    76,
+    2.505,
+    16 * GIB,
+    717 * GIGA,
+    64 * MB,
+    100 * KB,
+    1536,
+    97 * TERA,
+    PCIE4,
   ),
   "rtx4090": Gpu(
-    "GeForce RTX 4090", (8, 9), 128, 2.52, 24 * GIB, 1008 * GIGA, 72 * MB, 100 * KB, 1536, 165 * TERA, PCIE4
+    "GeForce RTX 4090",
+    (8, 9),
+    128,
+    2.52,
+    24 * GIB,
+    1008 * GIGA,
+    72 * MB,
+    100 * KB,
+    1536,
+    165 * TERA,
+    PCIE4,
   ),
   "rtx5090": Gpu(
-    "GeForce RTX 5090", (12, 0), 170, 2.41, 32 * GIB, 1792 * GIGA, 96 * MB, 100 * KB, 1536, 209 * TERA, PCIE5
+    "GeForce RTX 5090",
+    (12, 0),
+    170,
+    2.41,
+    32 * GIB,
+    1792 * GIGA,
+    96 * MB,
+    100 * KB,
+    1536,
+    209 * TERA,
+    PCIE5,
   ),
   "a100-40gb": Gpu(
-    "A100-SXM4-40GB", (8, 0), 108, 1.41, 40 * GIB, 1555 * GIGA, 40 * MB, 164 * KB, 2048, 312 * TERA, NVLINK3
+    "A100-SXM4-40GB",
+    (8, 0),
+    108,
+    1.41,
+    40 * GIB,
+    1555 * GIGA,
+    40 * MB,
+    164 * KB,
+    2048,
+    312 * TERA,
+    NVLINK3,
   ),
   "a100-80gb": Gpu(
-    "A100-SXM4-80GB", (8, 0), 108, 1.41, 80 * GIB, 2039 * GIGA, 40 * MB, 164 * KB, 2048, 312 * TERA, NVLINK3
+    "A100-SXM4-80GB",
+    (8, 0),
+    108,
+    1.41,
+    80 * GIB,
+    2039 * GIGA,
+    40 * MB,
+    164 * KB,
+    2048,
+    312 * TERA,
+    NVLINK3,
   ),
-  "h100": Gpu("H100 80GB HBM3", (9, 0), 132, 1.98, 80 * GIB, 3352 * GIGA, 50 * MB, 228 * KB, 2048, 989 * TERA, NVLINK4),
-  "h200": Gpu("H200", (9, 0), 132, 1.98, 140 * GIB, 4800 * GIGA, 50 * MB, 228 * KB, 2048, 989 * TERA, NVLINK4),
-  "b200": Gpu("B200", (10, 0), 148, 1.965, 179 * GIB, 7700 * GIGA, 126 * MB, 228 * KB, 2048, 2250 * TERA, NVLINK5),
+  "h100": Gpu(
+    "H100 80GB HBM3",
+    (9, 0),
+    132,
+    1.98,
+    80 * GIB,
+    3352 * GIGA,
+    50 * MB,
+    228 * KB,
+    2048,
+    989 * TERA,
+    NVLINK4,
+  ),
+  "h200": Gpu(
+    "H200", (9, 0), 132, 1.98, 140 * GIB, 4800 * GIGA, 50 * MB, 228 * KB, 2048, 989 * TERA, NVLINK4
+  ),
+  "b200": Gpu(
+    "B200",
+    (10, 0),
+    148,
+    1.965,
+    179 * GIB,
+    7700 * GIGA,
+    126 * MB,
+    228 * KB,
+    2048,
+    2250 * TERA,
+    NVLINK5,
+  ),
 }
 TPUS = {
   "v5e": Tpu("TPU v5 lite", int(15.75 * GIB), 819 * GIGA, 197 * TERA, 200 * GIGA),
@@ -116,8 +255,13 @@ TPUS = {
   "v6e": Tpu("TPU v6 lite", int(31.25 * GIB), 1640 * GIGA, 918 * TERA, 400 * GIGA),
   "tpu7x": Tpu("TPU7x", int(94.75 * GIB), 3690 * GIGA, 2307 * TERA // 2, 300 * GIGA, 2),
 }
-NVIDIA, GEFORCE = "https://www.nvidia.com/en-us/", "https://images.nvidia.com/aem-dam/Solutions/geforce/"
-AMPERE = "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf"
+NVIDIA, GEFORCE = (
+  "https://www.nvidia.com/en-us/",
+  "https://images.nvidia.com/aem-dam/Solutions/geforce/",
+)
+AMPERE = (
+  "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf"
+)
 ADA = f"{GEFORCE}ada/nvidia-ada-gpu-architecture.pdf"
 SOURCES = {
   "t4": f"{NVIDIA}data-center/tesla-t4/",
@@ -165,16 +309,24 @@ class Target(NamedTuple):
   def link(self) -> int:
     """bytes/s that a device sends to others, over the slowest way that a collective over all of them takes."""
     facts = self.spec
-    return min(NETWORK_BANDWIDTH, facts.link) if isinstance(facts, Gpu) and self.count > facts.node else facts.link
+    return (
+      min(NETWORK_BANDWIDTH, facts.link)
+      if isinstance(facts, Gpu) and self.count > facts.node
+      else facts.link
+    )
 
 
 def parse_device(name: str) -> Target:
   """The target of `h100`, `h100x8`, `v5e:2x4`, `cpu`, `cpux8`, ...; raises RequestError with the nearest that there is."""
   if name.partition("x")[0].partition(":")[0] in UNSUPPORTED:
-    raise RequestError(f"--device={name!r}: {UNSUPPORTED[name.partition('x')[0].partition(':')[0]]}")
+    raise RequestError(
+      f"--device={name!r}: {UNSUPPORTED[name.partition('x')[0].partition(':')[0]]}"
+    )
   tpu = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
   if tpu and tpu[1] in TPUS:
-    return Target(name, tpu[1], TPUS[tpu[1]].devices * math.prod(map(int, tpu[2].split("x"))), tpu[2])
+    return Target(
+      name, tpu[1], TPUS[tpu[1]].devices * math.prod(map(int, tpu[2].split("x"))), tpu[2]
+    )
   for kind in ("cpu", *GPUS):
     many = re.fullmatch(rf"{re.escape(kind)}(?:x(\d+))?", name)
     if many and int(many[1] or 1) > 0:
@@ -200,7 +352,9 @@ def read_prices(file: Path) -> dict[str, float]:
   except (OSError, ValueError) as error:
     raise RequestError(f"--prices={str(file)!r}: {first_line(error)}") from error
   if not isinstance(prices, dict):
-    raise RequestError(f'--prices={str(file)!r}: must be a JSON object such as {{"h100": 2.5, "v5e": 1.2}}')
+    raise RequestError(
+      f'--prices={str(file)!r}: must be a JSON object such as {{"h100": 2.5, "v5e": 1.2}}'
+    )
   known = ("cpu", *GPUS, *TPUS)
   for kind, price in prices.items():
     if kind not in known:
@@ -210,7 +364,9 @@ def read_prices(file: Path) -> dict[str, float]:
         + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
       )
     if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < math.inf:
-      raise RequestError(f"--prices={str(file)!r}: {kind!r} costs {price!r}; give a number, for one device an hour")
+      raise RequestError(
+        f"--prices={str(file)!r}: {kind!r} costs {price!r}; give a number, for one device an hour"
+      )
   return prices
 
 
@@ -229,12 +385,19 @@ def compile_devices(target: Target) -> list[Any]:
     return jax.devices("cpu")[: target.count]
   if target.kind in TPUS:
     alone = target.count == target.spec.devices
-    one = {"chips_per_host_bounds": (1, 1, 1)} if alone else {}  # a machine with one chip; else it has four
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=target.name, **one).devices)
+    one = (
+      {"chips_per_host_bounds": (1, 1, 1)} if alone else {}
+    )  # a machine with one chip; else it has four
+    return list(
+      topologies.get_topology_desc(platform="tpu", topology_name=target.name, **one).devices
+    )
   gpu = GPUS[target.kind]
   hosts = -(-target.count // gpu.node)
   found = topologies.get_topology_desc(
-    "jaxft", "cuda", target_config=_target_config(gpu), topology=f"1x{hosts}x{target.count // hosts}"
+    "jaxft",
+    "cuda",
+    target_config=_target_config(gpu),
+    topology=f"1x{hosts}x{target.count // hosts}",
   )
   _pretend_cudnn(gpu.capability)
   return list(found.devices)

@@ -10,14 +10,20 @@ import jax.numpy as jnp
 from jaxft.data import tokenize
 from jaxft.errors import RequestError
 from jaxft.hf import export, load_weights, repo
-from jaxft.hf.tokenizer import CONFIG_FILE, SPECIAL_TOKENS, is_special, load
+from jaxft.hf.tokenizer import CONFIG_FILE, SPECIAL_TOKENS, is_special, load_tokenizer
 from jaxft.model.compute import ComputeConfig
 from jaxft.model.decoder import abstract_model
 
-VOCAB_TABLES = (("embed", "tokens"), ("output", "kernel"), ("output", "bias"))  # those that have a row for each token
+VOCAB_TABLES = (
+  ("embed", "tokens"),
+  ("output", "kernel"),
+  ("output", "bias"),
+)  # those that have a row for each token
 ROLES = ("bos", "eos", "pad")
 # transformers' other roles, which a model that writes or classifies text has no use for.
-UNUSED_ROLES = tuple(name.removesuffix("_token") for name in SPECIAL_TOKENS if name.removesuffix("_token") not in ROLES)
+UNUSED_ROLES = tuple(
+  name.removesuffix("_token") for name in SPECIAL_TOKENS if name.removesuffix("_token") not in ROLES
+)
 
 
 class TokenSpec(NamedTuple):
@@ -41,11 +47,15 @@ def parse_token_spec(value: str) -> TokenSpec:
     )
   found = TokenSpec(token, role) if role in ROLES else TokenSpec(value)
   if not found.token:
-    raise RequestError(f"--add {value!r}: must be a text, or ROLE=TEXT with one of the roles {', '.join(ROLES)}")
+    raise RequestError(
+      f"--add {value!r}: must be a text, or ROLE=TEXT with one of the roles {', '.join(ROLES)}"
+    )
   return found
 
 
-def add_tokens(source: repo.HFCheckpoint, values: list[str], out: Path) -> tuple[Any, dict[str, int], dict[str, Any]]:
+def add_tokens(
+  source: repo.HFCheckpoint, values: list[str], out: Path
+) -> tuple[Any, dict[str, int], dict[str, Any]]:
   """Writes `source` with new special tokens and roles to `out`.
 
   As transformers' `resize_token_embeddings` the tables get a row for each new token, which begins
@@ -62,7 +72,7 @@ def add_tokens(source: repo.HFCheckpoint, values: list[str], out: Path) -> tuple
   Raises RequestError for a token that cannot be added, or cannot have the role.
   """
   asked = [parse_token_spec(value) for value in values]
-  tokenizer = load(source.tokenizer_folder, source.cfg.V)
+  tokenizer = load_tokenizer(source.tokenizer_folder, source.cfg.V)
   new = _new_tokens(asked, tokenizer)
   tokenizer.add_tokens(new, special_tokens=True)
   for it in asked:
@@ -84,8 +94,14 @@ def add_tokens(source: repo.HFCheckpoint, values: list[str], out: Path) -> tuple
   for part, name in VOCAB_TABLES:
     if new and name in params.get(part, {}):
       params[part][name] = _resize_table(params[part][name], [ids[token] for token in new], V)
-  larger = source._replace(hf_config=source.hf_config | {"vocab_size": V}, cfg=dataclasses.replace(source.cfg, V=V))
-  return tokenizer, ids, export.export_model(out, params, larger, dtype="source", tokenizer=tokenizer)
+  larger = source._replace(
+    hf_config=source.hf_config | {"vocab_size": V}, cfg=dataclasses.replace(source.cfg, V=V)
+  )
+  return (
+    tokenizer,
+    ids,
+    export.export_model(out, params, larger, dtype="source", tokenizer=tokenizer),
+  )
 
 
 def _new_tokens(asked: list[TokenSpec], tokenizer: Any) -> list[str]:
@@ -94,7 +110,9 @@ def _new_tokens(asked: list[TokenSpec], tokenizer: Any) -> list[str]:
   for it in asked:
     flag = f"--add {'='.join(filter(None, (it.role, it.token)))!r}"
     if not it.role and (it.token in known or it.token in new):
-      raise RequestError(f"{flag}: a token already; name another, or give it a role, {ROLES[0]}=... for one")
+      raise RequestError(
+        f"{flag}: a token already; name another, or give it a role, {ROLES[0]}=... for one"
+      )
     if it.role and given.setdefault(it.role, it.token) != it.token:
       raise RequestError(f"{flag}: {it.role} is {given[it.role]!r} already; name one token for it")
     if it.role and it.token in known and _is_ordinary(tokenizer, known[it.token]):
@@ -112,7 +130,9 @@ def _is_ordinary(tokenizer: Any, id: int) -> bool:
   backend = tokenizer.backend_tokenizer
   if is_special(tokenizer, id):
     return False
-  return backend.encode(backend.decode([id], skip_special_tokens=False), add_special_tokens=False).ids == [id]
+  return backend.encode(
+    backend.decode([id], skip_special_tokens=False), add_special_tokens=False
+  ).ids == [id]
 
 
 def _resize_table(table: jax.Array, ids: list[int], V: int) -> jax.Array:

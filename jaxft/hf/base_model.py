@@ -49,7 +49,11 @@ def scratch_config(
   try:
     return hf_config, model_config.from_hf_config(hf_config)
   except RequestError as error:
-    among = f" with config.model.config_overrides={model.config_overrides!r}" if model.config_overrides else ""
+    among = (
+      f" with config.model.config_overrides={model.config_overrides!r}"
+      if model.config_overrides
+      else ""
+    )
     raise RequestError(f"{file}{among}: {error}") from error
 
 
@@ -68,7 +72,9 @@ def resolve_tokenizer(path: str) -> Path:
         "or give a folder"
       ) from error
   if not any((folder / name).is_file() for name in tokenizer.VOCAB_FILES):
-    raise RequestError(f"config.model.tokenizer={path!r}: no {', '.join(tokenizer.VOCAB_FILES[:2])} in it")
+    raise RequestError(
+      f"config.model.tokenizer={path!r}: no {', '.join(tokenizer.VOCAB_FILES[:2])} in it"
+    )
   return folder
 
 
@@ -83,7 +89,9 @@ def _parse_overrides(text: str, hf_config: dict[str, Any], file: Path | None) ->
       raise RequestError(f"config.model.config_overrides: {key!r} is no key of {file}; {way_out}")
     found[key] = _parse_value(value, hf_config[key], f"config.model.config_overrides: {pair}")
     if key == "model_type" and found[key] != hf_config[key]:
-      raise RequestError(f"model_type={value}: {file} is of a {hf_config[key]}; name one with --config_name")
+      raise RequestError(
+        f"model_type={value}: {file} is of a {hf_config[key]}; name one with --config_name"
+      )
   return found
 
 
@@ -95,6 +103,10 @@ def _parse_value(text: str, before: Any, where: str) -> Any:
   except ValueError:
     value = text
   wanted = {bool: bool, int: int, float: int | float}.get(type(before))
-  if wanted and (not isinstance(value, wanted) or isinstance(value, bool) != isinstance(before, bool)):
-    raise RequestError(f"{where}: must be {'True or False' if wanted is bool else 'a number'}, as {before!r} is")
+  if wanted and (
+    not isinstance(value, wanted) or isinstance(value, bool) != isinstance(before, bool)
+  ):
+    raise RequestError(
+      f"{where}: must be {'True or False' if wanted is bool else 'a number'}, as {before!r} is"
+    )
   return value

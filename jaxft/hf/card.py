@@ -57,12 +57,23 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
     "optimizer": f"{config.optim.name}, peak learning rate {config.optim.learning_rate:g}, {config.optim.schedule}",
   }
   for report in _read_json_lines(workdir / "data_report.json"):
-    documents, rows = report["rows"]["trained"], min(config.train.batch_size, report["sequences"]["trained"])
-    facts["training text"] += f": {format_count(documents, 'document')}, {report['tokens']['trained']:,} tokens"
-    facts["steps"] = f"{step:,} of {format_count(rows, 'sequence')} of {config.data.sequence_length} tokens"
+    documents, rows = (
+      report["rows"]["trained"],
+      min(config.train.batch_size, report["sequences"]["trained"]),
+    )
+    facts["training text"] += (
+      f": {format_count(documents, 'document')}, {report['tokens']['trained']:,} tokens"
+    )
+    facts["steps"] = (
+      f"{step:,} of {format_count(rows, 'sequence')} of {config.data.sequence_length} tokens"
+    )
     if not report["tokens"]["held_out"]:
       facts["eval loss"] = "none: nothing was held out"
-  evals = [line for line in _read_json_lines(workdir / "metrics.jsonl") if "eval/loss" in line and line["step"] <= step]
+  evals = [
+    line
+    for line in _read_json_lines(workdir / "metrics.jsonl")
+    if "eval/loss" in line and line["step"] <= step
+  ]
   if evals:
     first, last = evals[0], evals[-1]
     floor = f" (entropy of the text: {first['eval/floor']:.4f})" if "eval/floor" in first else ""
@@ -70,14 +81,18 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
     facts["eval loss"] = ", ".join(losses) + floor
     for key, what in (("eval/accuracy", "accuracy"), ("eval/f1", "F1")):
       if key in first:
-        facts[what] = ", ".join(f"{line[key]:.4f} at step {line['step']:,}" for line in (first, last))
+        facts[what] = ", ".join(
+          f"{line[key]:.4f} at step {line['step']:,}" for line in (first, last)
+        )
   task, auto = TASKS[config.model.head]
   return CARD.format(
     task=task,
     auto=auto,
     base=f"base_model: {path}\n" if hub_id else "",
     name=f"{name}, fine-tuned" if pretrained else name,
-    what=f"Fine-tuned from `{path if hub_id else name}`" if pretrained else "Trained from new weights",
+    what=f"Fine-tuned from `{path if hub_id else name}`"
+    if pretrained
+    else "Trained from new weights",
     version=jaxft.__version__,
     facts="\n".join(f"| {what} | {fact} |" for what, fact in facts.items()),
   )

@@ -17,13 +17,19 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from jaxft.errors import RequestError, StorageError
 from jaxft.hf import load_weights, repo
 from jaxft.hf.export_tensors import DtypeFn, ExportTensor, always_float32, hf_tensors, make_dtype_fn
-from jaxft.hf.tokenizer import FILES, bos_token_id, save, verify
+from jaxft.hf.tokenizer import FILES, bos_token_id, save_tokenizer, verify_tokenizer
 from jaxft.hf.verify import check_hf_config, verify_export
 from jaxft.hf.weight_map import EMBEDDING, full_name
 from jaxft.utils.files import is_encodable, write_failure, write_json
 
 # Keys of config.json that name code to be loaded: there is none of it in an export.
-DROPPED_KEYS = ("auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "trust_remote_code")
+DROPPED_KEYS = (
+  "auto_map",
+  "custom_pipelines",
+  "attn_implementation",
+  "_attn_implementation",
+  "trust_remote_code",
+)
 GENERATION_CONFIG = "generation_config.json"
 # The folder in a workdir with config and tokenizer of the run's model, and the files that may be in it.
 RUN_MODEL = "run.model"
@@ -37,13 +43,19 @@ def validate_export(out: Path) -> list[str]:
   """
   named = str(out)
   if not is_encodable(str(out.absolute())):
-    return [f"export to {named!r}: its name is not UTF-8, which tokenizers cannot write to; name another folder"]
+    return [
+      f"export to {named!r}: its name is not UTF-8, which tokenizers cannot write to; name another folder"
+    ]
   try:
     if out.is_symlink() and not out.exists():
-      return [f"export to {named!r}: a link that leads nowhere; make {os.readlink(out)!r}, or name another folder"]
+      return [
+        f"export to {named!r}: a link that leads nowhere; make {os.readlink(out)!r}, or name another folder"
+      ]
     out = Path(os.path.realpath(out))
     if out in (Path.cwd(), *Path.cwd().parents):
-      return [f"export to {named!r}: this is where the command was started; name a folder to be made"]
+      return [
+        f"export to {named!r}: this is where the command was started; name a folder to be made"
+      ]
     above = next(path for path in out.parents if os.path.lexists(path))
     if not above.is_dir():
       return [f"export to {named!r}: {above} is no folder"]
@@ -80,7 +92,7 @@ def export_model(
     checkpoint: where the config comes from.
     dtype: of `EXPORT_DTYPES`, or "source": for each tensor the dtype that it has in `stored`, and float32 if it is not there.
     stored: None: `checkpoint`.
-    tokenizer: what `jaxft.hf.tokenizer.load` returned; None: none is written.
+    tokenizer: what `jaxft.hf.tokenizer.load_tokenizer` returned; None: none is written.
     card: text of the model card (README.md); empty: the checkpoint's own, if it has one.
 
   Raises:
@@ -103,12 +115,16 @@ def export_model(
     partial.mkdir(parents=True)
     _write_weights(partial, params, checkpoint, dtype_of, max_shard_size)
     main_dtype = dtype_of(full_name(EMBEDDING)).name
-    write_config_files(partial, checkpoint, tokenizer, {"dtype": main_dtype, "torch_dtype": main_dtype})
+    write_config_files(
+      partial, checkpoint, tokenizer, {"dtype": main_dtype, "torch_dtype": main_dtype}
+    )
     if (checkpoint.folder / "README.md").is_file():
       shutil.copyfile(checkpoint.folder / "README.md", partial / "README.md")
     if card:
       (partial / "README.md").write_text(card, encoding="utf-8")
-    parity = verify_export(partial, params, checkpoint, dtype_of, tokenizer) | {"sha256": repo.checksums(partial)}
+    parity = verify_export(partial, params, checkpoint, dtype_of, tokenizer) | {
+      "sha256": repo.checksums(partial)
+    }
     write_json(partial / repo.PARITY_FILE, parity)
     _atomic_replace(partial, out)
   except OSError as error:
@@ -120,13 +136,19 @@ def export_model(
   return parity
 
 
-def write_config_files(folder: Path, checkpoint: repo.HFCheckpoint, tokenizer: Any, more: Mapping[str, Any]) -> None:
+def write_config_files(
+  folder: Path, checkpoint: repo.HFCheckpoint, tokenizer: Any, more: Mapping[str, Any]
+) -> None:
   """Writes all of a model but its weights and its card: config.json with `more` in it, generation_config.json, tokenizer.
 
   Of both configs the tokens that begin, end and fill up a text are the tokenizer's, with which the model was trained.
   """
   hf_config = {key: value for key, value in checkpoint.hf_config.items() if key not in DROPPED_KEYS}
-  hf_config |= {"architectures": [checkpoint.architecture], **more, **_special_ids(hf_config, tokenizer)}
+  hf_config |= {
+    "architectures": [checkpoint.architecture],
+    **more,
+    **_special_ids(hf_config, tokenizer),
+  }
   if checkpoint.cfg.classes and tokenizer:
     hf_config["pad_token_id"] = repo.choose_pad_token(checkpoint, tokenizer)
   if hf_config["model_type"] == "gpt2" and hf_config.get("n_ctx") is None:
@@ -135,25 +157,36 @@ def write_config_files(folder: Path, checkpoint: repo.HFCheckpoint, tokenizer: A
   source = checkpoint.folder / GENERATION_CONFIG
   says = repo.read_json(source) if source.is_file() else {}
   if not checkpoint.cfg.classes or says:
-    says = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id") if key in hf_config} | says
+    says = {
+      key: hf_config[key] for key in ("bos_token_id", "eos_token_id") if key in hf_config
+    } | says
     write_json(folder / GENERATION_CONFIG, says | _special_ids(says, tokenizer))
   if tokenizer:
     # jaxft pads on the right, and transformers must where no position_ids are given.
     more = {"padding_side": "right"} if checkpoint.cfg.classes else {}
     positions, pad = checkpoint.cfg.P, hf_config.get("pad_token_id")
-    save(tokenizer, checkpoint.tokenizer_folder, folder, more, positions=positions, pad_token_id=pad)
+    save_tokenizer(
+      tokenizer, checkpoint.tokenizer_folder, folder, more, positions=positions, pad_token_id=pad
+    )
 
 
 def validate_workdir(workdir: Path) -> list[str]:
   """Why config and tokenizer cannot be written into a workdir, at most one line: other files have the folder's name."""
   folder = workdir / RUN_MODEL
   try:
-    strange = [file.name for file in folder.iterdir() if file.name not in RUN_MODEL_FILES or not file.is_file()]
+    strange = [
+      file.name
+      for file in folder.iterdir()
+      if file.name not in RUN_MODEL_FILES or not file.is_file()
+    ]
   except FileNotFoundError:
     strange = []
   except OSError as error:
     return [f"{str(folder)!r}: {error.strerror}"]
-  return [f"{str(folder)!r}: a run writes its model's config there, and {name!r} is none of it" for name in strange[:1]]
+  return [
+    f"{str(folder)!r}: a run writes its model's config there, and {name!r} is none of it"
+    for name in strange[:1]
+  ]
 
 
 def is_hf_model(folder: Path) -> bool:
@@ -186,7 +219,10 @@ def save_run_model(workdir: Path, checkpoint: repo.HFCheckpoint, tokenizer: Any)
 
 def find_run_model(workdir: Path) -> Path | None:
   """The folder of a workdir with config and tokenizer of its model; None where a run of before 2026-11-28 has none."""
-  folders = (workdir / RUN_MODEL, _backup_path(workdir / RUN_MODEL))  # the second: of a start that was killed just then
+  folders = (
+    workdir / RUN_MODEL,
+    _backup_path(workdir / RUN_MODEL),
+  )  # the second: of a start that was killed just then
   return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
@@ -197,7 +233,10 @@ def _special_ids(says: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
   found = {"bos_token_id": bos_token_id(tokenizer), "eos_token_id": tokenizer.eos_token_id}
   found |= {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
   if isinstance(ends := says.get("eos_token_id"), list):
-    found["eos_token_id"] = [found["eos_token_id"], *(end for end in ends if end != found["eos_token_id"])]
+    found["eos_token_id"] = [
+      found["eos_token_id"],
+      *(end for end in ends if end != found["eos_token_id"]),
+    ]
   return found
 
 
@@ -209,7 +248,7 @@ def check_exportable(checkpoint: repo.HFCheckpoint, tokenizer: Any) -> None:
   with tempfile.TemporaryDirectory(prefix="jaxft-") as folder:
     write_config_files(Path(folder), checkpoint, tokenizer, {})
     check_hf_config(Path(folder), checkpoint)
-    verify(Path(folder), tokenizer, checkpoint.tokenizer_folder)
+    verify_tokenizer(Path(folder), tokenizer, checkpoint.tokenizer_folder)
 
 
 def _check_float16_range(params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn) -> None:
@@ -232,7 +271,8 @@ def _write_weights(
     _write_safetensors(folder / file, tensors)
   if plan.is_sharded:
     write_json(
-      folder / "model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+      folder / "model.safetensors.index.json",
+      {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename},
     )
 
 
@@ -248,12 +288,18 @@ def _plan_files(
     filename_pattern="model{suffix}.safetensors",
     max_shard_size=max_shard_size,
   )
-  aligned = lambda name: -tensors[name].dtype.itemsize  # wide ones first: each begins at a multiple of its own size
+  aligned = lambda name: (
+    -tensors[name].dtype.itemsize
+  )  # wide ones first: each begins at a multiple of its own size
   files = plan.filename_to_tensors.items()
-  return {file: {name: tensors[name] for name in sorted(names, key=aligned)} for file, names in files}, plan
+  return {
+    file: {name: tensors[name] for name in sorted(names, key=aligned)} for file, names in files
+  }, plan
 
 
-def _join_gathers(params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn, max_shard_size: str) -> dict[str, Any]:
+def _join_gathers(
+  params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn, max_shard_size: str
+) -> dict[str, Any]:
   """The part of a process that does not write: it takes part in gathering each piece, to write it and to compare it."""
   files, _ = _plan_files(params, checkpoint, dtype_of, max_shard_size)
   written = [tensor for tensors in files.values() for tensor in tensors.values()]

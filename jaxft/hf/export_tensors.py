@@ -59,18 +59,25 @@ def hf_tensors(
   params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn = always_float32
 ) -> Iterator[ExportTensor]:
   """Parameters as the checkpoint's family names and shapes them; gradients too."""
-  leaves = {".".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+  leaves = {
+    ".".join(key.key for key in path): leaf
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+  }
   for rule in checkpoint.family.rules:
     if rule.param not in leaves:
       continue  # a head that is tied, or one of the other kind
     leaf = leaves.pop(rule.param)
-    real = unpadded_shape(rule.layout, leaf.shape[1:] if rule.by_layer else leaf.shape, checkpoint.cfg.V)
+    real = unpadded_shape(
+      rule.layout, leaf.shape[1:] if rule.by_layer else leaf.shape, checkpoint.cfg.V
+    )
     shape = hf_shape(rule.layout, real)
     for layer in range(leaf.shape[0] if rule.by_layer else 1):
       for index, short in enumerate(rule.names):
         name = full_name(short.format(layer))
         dtype, part = dtype_of(name), layer if rule.by_layer else None
-        yield ExportTensor(name, dtype, shape, functools.partial(_chunks, rule, leaf, part, dtype, real, index))
+        yield ExportTensor(
+          name, dtype, shape, functools.partial(_chunks, rule, leaf, part, dtype, real, index)
+        )
   if leaves:
     raise KeyError(f"{sorted(leaves)}: no rule writes these parameters")
 
@@ -97,7 +104,9 @@ def _to_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray
   if not array.is_fully_addressable:
     layer_or_all = (lambda a: a) if layer is None else (lambda a: a[layer])
     return np.asarray(
-      jax.jit(layer_or_all, out_shardings=NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
+      jax.jit(layer_or_all, out_shardings=NamedSharding(array.sharding.mesh, PartitionSpec()))(
+        array
+      )
     ).astype(dtype)
   first = 0 if layer is None else 1
   whole = np.empty(array.shape[first:], dtype)
@@ -110,4 +119,8 @@ def _to_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray
 def round_to_dtype(params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn) -> Any:
   """The parameters, rounded to the dtype in which they are written; several are only those of an unchanged source."""
   written = {tensor.dtype for tensor in hf_tensors(params, checkpoint, dtype_of)}
-  return jax.tree.map(lambda leaf: leaf.astype(*written).astype(jnp.float32), params) if len(written) == 1 else params
+  return (
+    jax.tree.map(lambda leaf: leaf.astype(*written).astype(jnp.float32), params)
+    if len(written) == 1
+    else params
+  )

@@ -12,8 +12,16 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-NDARRAY_TYPE, MAX_DEPTH, MAX_KEY_BYTES = 1, 16, 256  # the extension type; bounds that no checkpoint comes near
+DTYPES = {
+  "float32": np.dtype("float32"),
+  "float16": np.dtype("float16"),
+  "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+NDARRAY_TYPE, MAX_DEPTH, MAX_KEY_BYTES = (
+  1,
+  16,
+  256,
+)  # the extension type; bounds that no checkpoint comes near
 
 
 class MalformedError(ValueError):
@@ -57,8 +65,19 @@ class _Reader:
       raise MalformedError(f"a key of {length} bytes")
     return self.take(length).decode()
 
-  def node(self, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], np.dtype, tuple[int, ...], int]]:
-    if self.at < len(self.data) and self.data[self.at] in (0xC7, 0xC8, 0xC9, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8):
+  def node(
+    self, path: tuple[str, ...]
+  ) -> Iterator[tuple[tuple[str, ...], np.dtype, tuple[int, ...], int]]:
+    if self.at < len(self.data) and self.data[self.at] in (
+      0xC7,
+      0xC8,
+      0xC9,
+      0xD4,
+      0xD5,
+      0xD6,
+      0xD7,
+      0xD8,
+    ):
       yield path, *self.array(path)
       return
     if len(path) == MAX_DEPTH:
@@ -76,7 +95,11 @@ class _Reader:
     shape = tuple(self.count("size", range(0x80), {0xCC: 1, 0xCD: 2, 0xCE: 4}) for _ in range(axes))
     name = self.text()
     size = self.count("bytes", range(0), {0xC4: 1, 0xC5: 2, 0xC6: 4})
-    if name not in DTYPES or size != math.prod(shape) * DTYPES[name].itemsize or self.at + size != end:
+    if (
+      name not in DTYPES
+      or size != math.prod(shape) * DTYPES[name].itemsize
+      or self.at + size != end
+    ):
       raise MalformedError(f"{'.'.join(path)}: {size} bytes for {name} of shape {shape}")
     start, self.at = self.at, self.at + size
     if self.at > len(self.data):

@@ -3,11 +3,35 @@
 from typing import Any
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-  "distilgpt2": {"model_type": "gpt2", "n_positions": 1024, "n_embd": 768, "n_layer": 6, "n_head": 12},
+  "distilgpt2": {
+    "model_type": "gpt2",
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 6,
+    "n_head": 12,
+  },
   "gpt2": {"model_type": "gpt2", "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
-  "gpt2-medium": {"model_type": "gpt2", "n_positions": 1024, "n_embd": 1024, "n_layer": 24, "n_head": 16},
-  "gpt2-large": {"model_type": "gpt2", "n_positions": 1024, "n_embd": 1280, "n_layer": 36, "n_head": 20},
-  "gpt2-xl": {"model_type": "gpt2", "n_positions": 1024, "n_embd": 1600, "n_layer": 48, "n_head": 25},
+  "gpt2-medium": {
+    "model_type": "gpt2",
+    "n_positions": 1024,
+    "n_embd": 1024,
+    "n_layer": 24,
+    "n_head": 16,
+  },
+  "gpt2-large": {
+    "model_type": "gpt2",
+    "n_positions": 1024,
+    "n_embd": 1280,
+    "n_layer": 36,
+    "n_head": 20,
+  },
+  "gpt2-xl": {
+    "model_type": "gpt2",
+    "n_positions": 1024,
+    "n_embd": 1600,
+    "n_layer": 48,
+    "n_head": 25,
+  },
   "EleutherAI/gpt-neo-125m": {
     "model_type": "gpt_neo",
     "max_position_embeddings": 2048,

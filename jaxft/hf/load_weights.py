@@ -38,7 +38,11 @@ from jaxft.hf.weight_map import (
   unpadded_shape,
 )
 
-DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+  "F32": np.dtype("float32"),
+  "F16": np.dtype("float16"),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -66,12 +70,17 @@ class TensorRef(NamedTuple):
       stream.seek(self.offset)
       for chunk in chunks:
         left -= chunk.nbytes
-        if chunk.dtype != self.dtype or stream.read(chunk.nbytes) != chunk.reshape(-1).view(np.uint8).data:
+        if (
+          chunk.dtype != self.dtype
+          or stream.read(chunk.nbytes) != chunk.reshape(-1).view(np.uint8).data
+        ):
           return False
     return left == 0 and not self.transposed
 
 
-def list_tensors(folder: Path, torch_bin: bool = False) -> dict[str, TensorRef | torch_pickle.TorchTensor]:
+def list_tensors(
+  folder: Path, torch_bin: bool = False
+) -> dict[str, TensorRef | torch_pickle.TorchTensor]:
   """Every tensor of the folder's weight files by its name in torch; nothing but headers is read."""
   found, readers = {}, {".safetensors": _safetensors, ".msgpack": _flax_msgpack, ".bin": _torch}
   for file in weight_files(folder, torch_bin):
@@ -86,21 +95,29 @@ def list_tensors(folder: Path, torch_bin: bool = False) -> dict[str, TensorRef |
 
 def _safetensors(file: Path) -> dict[str, TensorRef]:
   try:
-    with safe_open(file, framework="numpy"):  # the library checks header, offsets and length against the file
+    with safe_open(
+      file, framework="numpy"
+    ):  # the library checks header, offsets and length against the file
       pass
     with file.open("rb") as stream:
       size = int.from_bytes(stream.read(8), "little")
       header = json.loads(stream.read(size), object_pairs_hook=reject_duplicate_keys)
   except (SafetensorError, OSError, ValueError, RecursionError) as error:
-    raise RequestError(f"{file}: not a safetensors file, or a damaged one ({first_line(error)})") from error
+    raise RequestError(
+      f"{file}: not a safetensors file, or a damaged one ({first_line(error)})"
+    ) from error
   header.pop("__metadata__", None)
   found = {}
   for name, entry in header.items():
     if entry["dtype"] in ("BOOL", "U8"):
       continue  # causal masks of old checkpoints; a weight of this dtype is then missing by name
     if entry["dtype"] not in DTYPES:
-      raise RequestError(f"{file}: tensor {name!r} has dtype {entry['dtype']}, not one of {', '.join(DTYPES)}")
-    found[name] = TensorRef(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+      raise RequestError(
+        f"{file}: tensor {name!r} has dtype {entry['dtype']}, not one of {', '.join(DTYPES)}"
+      )
+    found[name] = TensorRef(
+      file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0]
+    )
   return found
 
 
@@ -110,12 +127,18 @@ def _flax_msgpack(file: Path) -> dict[str, TensorRef]:
   try:
     for path, dtype, shape, offset in flax_msgpack.list_arrays(file):
       kernel = path[-1] == "kernel"
-      name = ".".join((*path[:-1], "weight" if path[-1] in ("kernel", "embedding", "scale") else path[-1]))
+      name = ".".join(
+        (*path[:-1], "weight" if path[-1] in ("kernel", "embedding", "scale") else path[-1])
+      )
       if name in found:
         raise ValueError(f"{name!r} is in it twice")
-      found[name] = TensorRef(file, dtype, shape[::-1] if kernel else shape, offset, transposed=kernel)
+      found[name] = TensorRef(
+        file, dtype, shape[::-1] if kernel else shape, offset, transposed=kernel
+      )
   except (OSError, ValueError, IndexError) as error:
-    raise RequestError(f"{file}: not a file that Flax wrote, or a damaged one ({first_line(error)})") from error
+    raise RequestError(
+      f"{file}: not a file that Flax wrote, or a damaged one ({first_line(error)})"
+    ) from error
   return found
 
 
@@ -123,9 +146,13 @@ def _torch(file: Path) -> dict[str, torch_pickle.TorchTensor]:
   try:
     return torch_pickle.load_tensors(file)
   except ImportError as error:
-    raise RequestError(f"{file}: torch reads such files, and it is not installed: pip install torch") from error
+    raise RequestError(
+      f"{file}: torch reads such files, and it is not installed: pip install torch"
+    ) from error
   except (OSError, ValueError) as error:
-    raise RequestError(f"{file}: not weights that torch reads with weights_only ({first_line(error)})") from error
+    raise RequestError(
+      f"{file}: not weights that torch reads with weights_only ({first_line(error)})"
+    ) from error
 
 
 def load_params(checkpoint: HFCheckpoint, shapes: Any, shardings: Any) -> Any:
@@ -155,7 +182,9 @@ def load_params(checkpoint: HFCheckpoint, shapes: Any, shardings: Any) -> Any:
     )
   arrays = [
     jax.make_array_from_callback(
-      leaf.shape, place, lambda index, path=path, dtype=leaf.dtype: readers[path](index).astype(dtype, copy=False)
+      leaf.shape,
+      place,
+      lambda index, path=path, dtype=leaf.dtype: readers[path](index).astype(dtype, copy=False),
     )
     for (path, leaf), place in zip(wanted.items(), jax.tree.leaves(shardings), strict=True)
   ]
@@ -168,7 +197,9 @@ def _tensors_by_name(checkpoint: HFCheckpoint) -> dict[str, TensorRef]:
   for name, tensor in list_tensors(checkpoint.folder, checkpoint.torch_bin).items():
     short = short_name(name)
     if short in named:
-      raise RequestError(f"{checkpoint.folder}: tensor {short!r} is there with and without {PREFIX!r}")
+      raise RequestError(
+        f"{checkpoint.folder}: tensor {short!r} is there with and without {PREFIX!r}"
+      )
     if not any(re.fullmatch(pattern, short) for pattern in checkpoint.family.buffers):
       named[short] = tensor
   if checkpoint.cfg.tied and LM_HEAD in named:
@@ -207,7 +238,9 @@ def _merge_lora(checkpoint: HFCheckpoint, named: dict[str, Any]) -> None:
   file, about = checkpoint.adapter / ADAPTER_WEIGHTS, read_json(checkpoint.adapter / ADAPTER_CONFIG)
   rank, alpha = about.get("r"), about.get("lora_alpha")
   if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-    raise RequestError(f"{checkpoint.adapter / ADAPTER_CONFIG}: r={rank!r} and lora_alpha={alpha!r} must be numbers")
+    raise RequestError(
+      f"{checkpoint.adapter / ADAPTER_CONFIG}: r={rank!r} and lora_alpha={alpha!r} must be numbers"
+    )
   found = _safetensors(file)
   pairs = {name.removesuffix(".lora_A.weight") for name in found if name.endswith(".lora_A.weight")}
   other = found.keys() - {f"{pair}.lora_{part}.weight" for pair in pairs for part in "AB"}
@@ -248,21 +281,32 @@ def _take_tensors(
       if name not in source:
         raise RequestError(f"{folder}: tensor {name!r} is missing")
       if source[name].shape != fits:
-        raise RequestError(f"{folder}: tensor {name!r} has shape {source[name].shape}, config.json asks for {fits}")
+        raise RequestError(
+          f"{folder}: tensor {name!r} has shape {source[name].shape}, config.json asks for {fits}"
+        )
     found.append([source.pop(name) for name in names])
   return found
 
 
 def _read_slice(
-  rule: Rule, V: int, layers: list[list[TensorRef]], shape: tuple[int, ...], index: tuple[slice, ...]
+  rule: Rule,
+  V: int,
+  layers: list[list[TensorRef]],
+  shape: tuple[int, ...],
+  index: tuple[slice, ...],
 ) -> np.ndarray:
   """The part of a parameter that one device holds, copied out of the files as float32."""
   index = tuple(slice(*cut.indices(size)) for cut, size in zip(index, shape, strict=True))
   part = _empty_aligned(tuple(cut.stop - cut.start for cut in index))
   into, cuts = (part, index[1:]) if rule.by_layer else (part[None], index)
   chosen = layers[index[0]] if rule.by_layer else layers
-  axis, one_layer = stacking_axis(rule.layout), unpadded_shape(rule.layout, shape[1:] if rule.by_layer else shape, V)
-  if one_layer != shape and not rule.by_layer:  # rows that pad the vocabulary, always the first axis
+  axis, one_layer = (
+    stacking_axis(rule.layout),
+    unpadded_shape(rule.layout, shape[1:] if rule.by_layer else shape, V),
+  )
+  if (
+    one_layer != shape and not rule.by_layer
+  ):  # rows that pad the vocabulary, always the first axis
     real = max(0, V - index[0].start)
     part[real:] = 0
     into = into[:, :real]

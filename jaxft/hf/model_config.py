@@ -48,7 +48,9 @@ def gpt_neo(config: dict[str, Any]) -> ModelConfig:
   )
   window, kinds = _get_size(config, "window_size", at_most=2**30), config["attention_layers"]
   if len(kinds) != L or set(kinds) - {"global", "local"}:
-    raise RequestError(f"config.json: attention_types names global or local for {len(kinds)} layers, num_layers is {L}")
+    raise RequestError(
+      f"config.json: attention_types names global or local for {len(kinds)} layers, num_layers is {L}"
+    )
   return ModelConfig(
     V=_get_size(config, "vocab_size"),
     P=_get_size(config, "max_position_embeddings"),
@@ -74,7 +76,9 @@ def gptj(config: dict[str, Any]) -> ModelConfig:
   D, N = _get_size(config, "n_embd"), _get_size(config, "n_head")
   H, rotary_dim = _get_head_size("n_embd", D, "n_head", N), config["rotary_dim"]
   if not isinstance(rotary_dim, int) or rotary_dim % 2 or not 0 < rotary_dim <= H:
-    raise RequestError(f"config.json: rotary_dim={rotary_dim!r} must be even, above 0 and at most the head size {H}")
+    raise RequestError(
+      f"config.json: rotary_dim={rotary_dim!r} must be even, above 0 and at most the head size {H}"
+    )
   return ModelConfig(
     V=_get_size(config, "vocab_size"),
     P=_get_size(config, "n_positions"),
@@ -109,7 +113,9 @@ def from_hf_config(config: dict[str, Any]) -> ModelConfig:
   """
   family = config.get("model_type")
   if not isinstance(family, str) or family not in FAMILIES:
-    raise RequestError(f"config.json: model_type={family!r} is not supported, only {', '.join(FAMILIES)}")
+    raise RequestError(
+      f"config.json: model_type={family!r} is not supported, only {', '.join(FAMILIES)}"
+    )
   _check_required(config, REQUIRED)
   _check_num_layers(config.get("attention_types"))
   import transformers  # half a second

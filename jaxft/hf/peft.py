@@ -45,19 +45,25 @@ def _model_card(about: dict[str, Any]) -> str:
     base="" if local else f"base_model: {path}\n",
     name=path.rstrip("/").split("/")[-1] if local else path,
     modules=", ".join(f"`{name}`" for name in about["target_modules"]),
-    auto="AutoPeftModelForSequenceClassification" if about["task_type"] == "SEQ_CLS" else "AutoPeftModelForCausalLM",
+    auto="AutoPeftModelForSequenceClassification"
+    if about["task_type"] == "SEQ_CLS"
+    else "AutoPeftModelForCausalLM",
     **{key: about[key] for key in ("r", "lora_alpha")},
   )
 
 
-def save_adapters(folder: Path, trained: Any, cfg: ModelConfig, source: HFCheckpoint, config: ConfigDict) -> None:
+def save_adapters(
+  folder: Path, trained: Any, cfg: ModelConfig, source: HFCheckpoint, config: ConfigDict
+) -> None:
   """Writes the adapters so that `peft.PeftModel.from_pretrained(base, folder)` loads them; raises StorageError.
 
   Args:
     trained: `State.params`; in a run of several processes all must call it, and process 0 writes.
   """
   model_type = source.hf_config["model_type"]
-  adapted = {name: target for name, target in lora_modules(model_type).items() if target in cfg.lora_targets}
+  adapted = {
+    name: target for name, target in lora_modules(model_type).items() if target in cfg.lora_targets
+  }
   layers = dict(cfg.trained)[next(name for name, _ in cfg.trained if name.endswith("lora_a"))]
   found = {}
   for name, target in adapted.items():
@@ -75,7 +81,9 @@ def save_adapters(folder: Path, trained: Any, cfg: ModelConfig, source: HFCheckp
   about = {
     "peft_type": "LORA",
     "task_type": "SEQ_CLS" if cfg.classes else "CAUSAL_LM",
-    "base_model_name_or_path": os.path.abspath(config.model.path) if is_local(config.model.path) else config.model.path,
+    "base_model_name_or_path": os.path.abspath(config.model.path)
+    if is_local(config.model.path)
+    else config.model.path,
     "revision": config.model.revision,
     "r": cfg.lora_rank,
     "lora_alpha": config.lora.alpha,
@@ -98,7 +106,9 @@ def save_adapters(folder: Path, trained: Any, cfg: ModelConfig, source: HFCheckp
       os.fsync(stream.fileno())
     back = load_file(partial)
     if wrong := [name for name, array in found.items() if array.tobytes() != back[name].tobytes()]:
-      raise StorageError(f"adapters to {folder}: {wrong[0]!r} read back differs; the disk is not to be trusted")
+      raise StorageError(
+        f"adapters to {folder}: {wrong[0]!r} read back differs; the disk is not to be trusted"
+      )
     partial.rename(folder / "adapter_model.safetensors")
     atomic_write(folder / "adapter_config.json", json.dumps(about, indent=2) + "\n")
     atomic_write(folder / "README.md", _model_card(about))

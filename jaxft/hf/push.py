@@ -29,7 +29,9 @@ def push_to_hub(folder: Path, repo: str) -> str:
     raise RequestError("\n".join(lines))
   try:
     address = huggingface_hub.create_repo(repo, exist_ok=True)
-    huggingface_hub.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload model")
+    huggingface_hub.upload_folder(
+      repo_id=address.repo_id, folder_path=folder, commit_message="Upload model"
+    )
   except Exception as error:  # hub and network errors share no class
     raise StorageError(
       f"push_to_hub={repo!r}: {first_line(error)}; the model is in {folder}: `hf upload {repo} {folder}` tries again"

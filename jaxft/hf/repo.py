@@ -28,10 +28,14 @@ MAX_TEXT_BYTES = (
 PARITY_FILE = "parity.json"  # what an export was compared with, and the checksums of its files
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 # Its keys -> what plain LoRA has there; anything that counts as false will do as well.
-PLAIN_LORA = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM",), "bias": ("none",), "use_dora": (), "use_rslora": ()}
-UNSUPPORTED_LORA = (
-  "rank_pattern alpha_pattern modules_to_save trainable_token_indices lora_bias layer_replication target_parameters "
-)
+PLAIN_LORA = {
+  "peft_type": ("LORA",),
+  "task_type": ("CAUSAL_LM",),
+  "bias": ("none",),
+  "use_dora": (),
+  "use_rslora": (),
+}
+UNSUPPORTED_LORA = "rank_pattern alpha_pattern modules_to_save trainable_token_indices lora_bias layer_replication target_parameters "
 UNSUPPORTED_LORA += "use_qalora use_bdlora alora_invocation_tokens arrow_config"
 PLAIN_LORA |= {key: () for key in UNSUPPORTED_LORA.split()}
 PLAIN_LORA["init_lora_weights"] = (True, "gaussian")  # others change the base as well
@@ -57,7 +61,9 @@ class HFCheckpoint(NamedTuple):
   cfg: ModelConfig
   torch_bin: bool = False  # pickles may be read
   new_head: bool = False  # the classes are the run's own: their scores are not in the folder
-  adapter: Path | None = None  # LoRA adapters of PEFT that are merged into the weights as they are read
+  adapter: Path | None = (
+    None  # LoRA adapters of PEFT that are merged into the weights as they are read
+  )
   tokenizer: Path | None = None  # folder of another tokenizer than the model's own
 
   @property
@@ -90,7 +96,9 @@ def with_class_head(checkpoint: HFCheckpoint, labels: list[str], tokenizer: Any)
   """
   has_head = checkpoint.cfg.classes > 0
   labels = checkpoint.labels if has_head else labels
-  about = {key: value for key, value in checkpoint.hf_config.items() if has_head or key not in HEAD_KEYS} | {
+  about = {
+    key: value for key, value in checkpoint.hf_config.items() if has_head or key not in HEAD_KEYS
+  } | {
     "architectures": [checkpoint.family.classifier],
     "id2label": {str(i): label for i, label in enumerate(labels)},
     "label2id": {label: i for i, label in enumerate(labels)},
@@ -108,7 +116,9 @@ def choose_pad_token(checkpoint: HFCheckpoint, tokenizer: Any) -> int:
   has_head = checkpoint.cfg.classes and not checkpoint.new_head
   fine = said in tokenizer.get_vocab().values() if has_head else is_special(tokenizer, said)
   known = said if fine else None
-  chosen = next(id for id in (tokenizer.pad_token_id, known, tokenizer.eos_token_id) if id is not None)
+  chosen = next(
+    id for id in (tokenizer.pad_token_id, known, tokenizer.eos_token_id) if id is not None
+  )
   if after[-1:] == [chosen]:
     raise RequestError(
       f"{checkpoint.folder}: the tokenizer ends each text with {tokenizer.convert_ids_to_tokens(chosen)!r}, which is the "
@@ -133,7 +143,9 @@ def is_local(path: str) -> bool:
   return exists(Path(path)) or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", path)
 
 
-def resolve(path: str, revision: str = "main", weights: bool = True, torch_bin: bool = False) -> HFCheckpoint:
+def resolve(
+  path: str, revision: str = "main", weights: bool = True, torch_bin: bool = False
+) -> HFCheckpoint:
   """The checkpoint that a folder or a hub id names, downloaded if need be; raises RequestError with the way out.
 
   Args:
@@ -146,8 +158,14 @@ def resolve(path: str, revision: str = "main", weights: bool = True, torch_bin: 
   import huggingface_hub
 
   try:
-    folder = Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
-    for others in ("*.safetensors", "flax_model*.msgpack", *(["pytorch_model*.bin"] if torch_bin else [])):
+    folder = Path(
+      huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=DOWNLOAD_PATTERNS)
+    )
+    for others in (
+      "*.safetensors",
+      "flax_model*.msgpack",
+      *(["pytorch_model*.bin"] if torch_bin else []),
+    ):
       if not weights or any(folder.glob(others)):
         break
       huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=others)
@@ -168,10 +186,16 @@ def _reject_url(path: str) -> None:
 
 def _open_folder(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
   if not folder.is_dir():
-    raise RequestError(f"model folder {str(folder)!r}: no such folder; give one, or a hub id such as gpt2")
+    raise RequestError(
+      f"model folder {str(folder)!r}: no such folder; give one, or a hub id such as gpt2"
+    )
   config_file = folder / "config.json"
   _check_safe_files(folder, [name for name in READABLE_FILES if os.path.lexists(folder / name)])
-  of_a_model = [*WEIGHT_FORMATS, TORCH_PICKLE, *(f"{name}.index.json" for name in (*WEIGHT_FORMATS, TORCH_PICKLE))]
+  of_a_model = [
+    *WEIGHT_FORMATS,
+    TORCH_PICKLE,
+    *(f"{name}.index.json" for name in (*WEIGHT_FORMATS, TORCH_PICKLE)),
+  ]
   if (folder / ADAPTER_CONFIG).is_file() and not (
     config_file.is_file() and any((folder / it).is_file() for it in of_a_model)
   ):
@@ -201,19 +225,27 @@ def _resolve_adapter(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoi
       )
   base, revision = about.get("base_model_name_or_path"), about.get("revision") or "main"
   if not isinstance(base, str) or not base or not isinstance(revision, str):
-    raise RequestError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path={base!r} names no model")
+    raise RequestError(
+      f"{folder / ADAPTER_CONFIG}: base_model_name_or_path={base!r} names no model"
+    )
   if weights and not (folder / ADAPTER_WEIGHTS).is_file():
-    raise RequestError(f"{folder}: no {ADAPTER_WEIGHTS} in it (an adapter_model.bin is a pickle, and not read)")
+    raise RequestError(
+      f"{folder}: no {ADAPTER_WEIGHTS} in it (an adapter_model.bin is a pickle, and not read)"
+    )
   if weights:
     _check_safe_files(folder, [ADAPTER_WEIGHTS])
   if not exists(Path(base)) and exists(folder / base):
     base = str(folder / base)
   if (Path(base) / ADAPTER_CONFIG).is_file() and not (Path(base) / "config.json").is_file():
-    raise RequestError(f"{folder}: adapters of {base!r}, which is a folder of adapters itself; merge that one first")
+    raise RequestError(
+      f"{folder}: adapters of {base!r}, which is a folder of adapters itself; merge that one first"
+    )
   try:
     found = resolve(base, revision, weights, torch_bin)
   except RequestError as error:
-    raise RequestError(f"{folder}: adapters of {base!r}, which is not there ({first_line(error)})") from error
+    raise RequestError(
+      f"{folder}: adapters of {base!r}, which is not there ({first_line(error)})"
+    ) from error
   return found._replace(adapter=folder)
 
 
@@ -252,9 +284,15 @@ def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
 
 def checksums(folder: Path) -> dict[str, str]:
   """SHA-256 of every file of an export but its card, which people edit."""
-  files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in (PARITY_FILE, "README.md"))
+  files = sorted(
+    file
+    for file in folder.iterdir()
+    if file.is_file() and file.name not in (PARITY_FILE, "README.md")
+  )
   with ThreadPoolExecutor() as threads:  # hashing leaves Python's lock
-    return {file.name: found for file, found in zip(files, threads.map(_sha256, files), strict=True)}
+    return {
+      file.name: found for file, found in zip(files, threads.map(_sha256, files), strict=True)
+    }
 
 
 def verify_checksums(folder: Path, weights: bool) -> None:
@@ -269,10 +307,14 @@ def verify_checksums(folder: Path, weights: bool) -> None:
     return
   wanted = read_json(folder / PARITY_FILE).get("sha256", {})
   if not isinstance(wanted, dict):
-    raise RequestError(f"{folder / PARITY_FILE}: its checksums are not a list of files; export again, or remove it")
+    raise RequestError(
+      f"{folder / PARITY_FILE}: its checksums are not a list of files; export again, or remove it"
+    )
   chosen = [name for name in wanted if name.endswith(".safetensors") == weights]
   with ThreadPoolExecutor() as threads:
-    found = dict(zip(chosen, threads.map(lambda name: _sha256(folder / Path(name).name), chosen), strict=True))
+    found = dict(
+      zip(chosen, threads.map(lambda name: _sha256(folder / Path(name).name), chosen), strict=True)
+    )
   for name in chosen:
     if found[name] != wanted[name]:
       what = "is not what was exported" if found[name] else "was exported, and cannot be read"
@@ -314,13 +356,20 @@ def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   found = dict(pairs)
   if len(found) < len(pairs):
     names = [name for name, _ in pairs]
-    raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:100]!r} is in it twice")
+    raise ValueError(
+      f"{next(name for name in names if names.count(name) > 1)[:100]!r} is in it twice"
+    )
   return found
 
 
 def _files_in_folder(folder: Path, named_in: Path, names: list[str]) -> list[Path]:
   for name in names:
-    if Path(name).name != name or "\0" in name or not is_encodable(name) or not _can_be_file(folder / name):
+    if (
+      Path(name).name != name
+      or "\0" in name
+      or not is_encodable(name)
+      or not _can_be_file(folder / name)
+    ):
       raise RequestError(f"{named_in}: {name[:100]!r} is not a file of this folder")
   _check_safe_files(folder, names)
   return [folder / name for name in names]
@@ -355,7 +404,11 @@ def _check_safe_files(folder: Path, names: Iterable[str]) -> None:
 def fingerprint(checkpoint: HFCheckpoint, whole: bool = False) -> str:
   """Tells the weights of one folder from another's: by all bytes, or by sizes and 64 KB at each of 17 places in each file."""
   digest, sample = hashlib.sha256(json.dumps(checkpoint.hf_config, sort_keys=True).encode()), 2**16
-  adapter = [checkpoint.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)] if checkpoint.adapter else []
+  adapter = (
+    [checkpoint.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    if checkpoint.adapter
+    else []
+  )
   for file in (*weight_files(checkpoint.folder, checkpoint.torch_bin), *adapter):
     size = file.stat().st_size
     digest.update(f"{file.name} {size} ".encode())

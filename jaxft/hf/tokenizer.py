@@ -24,7 +24,7 @@ CONFIG_FILE = "tokenizer_config.json"
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.model")
 # A folder with one of them has a tokenizer.
 VOCAB_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE)
-# All that `save` may write.
+# All that `save_tokenizer` may write.
 FILES = (
   "tokenizer.json",
   CONFIG_FILE,
@@ -42,7 +42,15 @@ LOADER_KEYS = (
   "is_local local_files_only name_or_path tokenizer_file vocab_file merges_file special_tokens_map_file added_tokens_file "
   "auto_map trust_remote_code backend files_loaded device_map slow_tokenizer_class use_fast from_slow cache_dir revision token"
 ).split()
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_TOKENS = (
+  "bos_token",
+  "eos_token",
+  "unk_token",
+  "sep_token",
+  "pad_token",
+  "cls_token",
+  "mask_token",
+)
 SAMPLE_SIZE = 1000  # tokens of a vocabulary that are looked at
 REPLACEMENT_CHAR = "\ufffd"
 # Every byte that UTF-8 has, and texts as they come.
@@ -63,7 +71,7 @@ PROBE_TEXTS = (
 )
 
 
-def load(folder: Path, V: int) -> Any:
+def load_tokenizer(folder: Path, V: int) -> Any:
   """The tokenizer of a folder, as transformers loads it; it reads text back, or is refused.
 
   Args:
@@ -72,7 +80,9 @@ def load(folder: Path, V: int) -> Any:
   Raises RequestError for a folder without a vocabulary, for one whose tokens no text gives, or that contradicts itself, and for
   a tokenizer without an end token or with more tokens than the table has rows.
   """
-  from transformers import AutoTokenizer  # most of a second to import: a mistyped config should not wait for it
+  from transformers import (
+    AutoTokenizer,  # most of a second to import: a mistyped config should not wait for it
+  )
 
   try:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -87,7 +97,10 @@ def load(folder: Path, V: int) -> Any:
   # A folder that a Trainer has saved may hold the length it cut texts to, or padded them to.
   tokenizer.backend_tokenizer.no_truncation()
   tokenizer.backend_tokenizer.no_padding()
-  if isinstance(tokenizer.backend_tokenizer.pre_tokenizer, ByteLevel) and not tokenizer.backend_tokenizer.decoder:
+  if (
+    isinstance(tokenizer.backend_tokenizer.pre_tokenizer, ByteLevel)
+    and not tokenizer.backend_tokenizer.decoder
+  ):
     # Without it a text comes back with a letter for each byte: "Ġthe" for " the".
     tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
   if fault := _vocab_error(tokenizer, folder):
@@ -130,7 +143,9 @@ def _vocab_error(tokenizer: Any, folder: Path) -> str:
   """Why this cannot be the tokenizer of a model; "" where nothing speaks against it."""
   vocabulary, added = tokenizer.get_vocab(), tokenizer.backend_tokenizer.get_added_tokens_decoder()
   ordinary = [id for id in sorted(vocabulary.values()) if id not in added or not added[id].special]
-  needs = "the folder needs tokenizer.json, or vocab.json and merges.txt, as its model was saved with"
+  needs = (
+    "the folder needs tokenizer.json, or vocab.json and merges.txt, as its model was saved with"
+  )
   if (folder / "encoder.json").is_file() and (folder / "vocab.bpe").is_file():
     needs = "rename encoder.json to vocab.json, and vocab.bpe to merges.txt"
   unknown = tokenizer.unk_token_id
@@ -139,7 +154,9 @@ def _vocab_error(tokenizer: Any, folder: Path) -> str:
   if not any(text.strip() for id, text in zip(some, texts, strict=True) if id != unknown):
     return f"no tokenizer: {len(vocabulary)} tokens, and none of them is text; {needs}"
   words = [(id, text) for id, text in zip(some, texts, strict=True) if _is_word(text)]
-  if len(words) > 9 and not any(_encode(tokenizer.backend_tokenizer, text) == [id] for id, text in words):
+  if len(words) > 9 and not any(
+    _encode(tokenizer.backend_tokenizer, text) == [id] for id, text in words
+  ):
     return (
       f"the tokenizer cuts {words[-1][1]!r}, and every other of its tokens that was tried, into pieces: its merges are "
       f"missing, or of another vocabulary; {needs}"
@@ -161,7 +178,8 @@ def _added_tokens_error(vocabulary: dict[str, int], file: Path) -> str:
   except (OSError, ValueError, RecursionError, AttributeError) as error:
     return f"{file.name}: {first_line(error)}"
   return "".join(
-    f"{file.name} says {token!r} is {id}, and the tokenizer {vocabulary[token]}" for token, id in other[:1]
+    f"{file.name} says {token!r} is {id}, and the tokenizer {vocabulary[token]}"
+    for token, id in other[:1]
   )
 
 
@@ -173,11 +191,14 @@ def fingerprint(tokenizer: Any) -> str:
   """Changes with whatever changes the tokens of a text: vocabulary, rules, the tokens that begin and end one."""
   begin, end = bos_token_id(tokenizer), tokenizer.eos_token_id
   # Since 2026-11-29 documents begin with a bos token that is not the end token: tokens from before lack it.
-  said = json.dumps([begin, end, *(["begins"] if begin != end else [])]) + tokenizer.backend_tokenizer.to_str()
+  said = (
+    json.dumps([begin, end, *(["begins"] if begin != end else [])])
+    + tokenizer.backend_tokenizer.to_str()
+  )
   return hashlib.sha256(said.encode()).hexdigest()
 
 
-def save(
+def save_tokenizer(
   tokenizer: Any,
   source: Path,
   out: Path,
@@ -205,26 +226,39 @@ def save(
   named = _special_tokens(tokenizer, backend, pad_token_id)
   extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", ()) or ()]
   about = {key: value for key, value in _read_config(source).items() if key not in LOADER_KEYS}
-  if not isinstance(about.get("extra_special_tokens"), dict):  # transformers 4 cannot read a list there
+  if not isinstance(
+    about.get("extra_special_tokens"), dict
+  ):  # transformers 4 cannot read a list there
     about.pop("extra_special_tokens", None)
   about.pop("add_prefix_space", None)
   if "add_prefix_space" in (backend["pre_tokenizer"] or {}):  # else transformers 4 sets its own
     about["add_prefix_space"] = backend["pre_tokenizer"]["add_prefix_space"]
   longest = about.get("model_max_length")
   longest = min(positions, longest) if isinstance(longest, int) and longest > 0 else positions
-  about |= named | {"tokenizer_class": _tokenizer_class(about, tokenizer), "model_max_length": int(longest)}
+  about |= named | {
+    "tokenizer_class": _tokenizer_class(about, tokenizer),
+    "model_max_length": int(longest),
+  }
   about |= ({"additional_special_tokens": extra} if extra else {}) | dict(more)
   # A class of transformers 4 gives token_type_ids unless told not to, and GPT-2 adds their embeddings to a text's.
   about["model_input_names"] = ["input_ids", "attention_mask"]
   about.setdefault("clean_up_tokenization_spaces", bool(tokenizer.clean_up_tokenization_spaces))
-  about["added_tokens_decoder"] = {str(id): _token_to_dict(token) for id, token in sorted(added.items())}
+  about["added_tokens_decoder"] = {
+    str(id): _token_to_dict(token) for id, token in sorted(added.items())
+  }
   write_json(out / CONFIG_FILE, about)
-  write_json(out / "special_tokens_map.json", named | ({"additional_special_tokens": extra} if extra else {}))
+  write_json(
+    out / "special_tokens_map.json", named | ({"additional_special_tokens": extra} if extra else {})
+  )
 
   files = _legacy_vocab_files(backend)
   for name, text in files.items():
     (out / name).write_text(text, encoding="utf-8")
-  beyond = {token.content: id for id, token in sorted(added.items()) if token.content not in (model.get("vocab") or {})}
+  beyond = {
+    token.content: id
+    for id, token in sorted(added.items())
+    if token.content not in (model.get("vocab") or {})
+  }
   if files and beyond:
     write_json(out / "added_tokens.json", beyond)
   for name in (*SENTENCEPIECE, "chat_template.jinja"):
@@ -232,10 +266,14 @@ def save(
       shutil.copyfile(source / name, out / name)
 
 
-def _special_tokens(tokenizer: Any, backend: dict[str, Any], pad_token_id: int | None) -> dict[str, str]:
+def _special_tokens(
+  tokenizer: Any, backend: dict[str, Any], pad_token_id: int | None
+) -> dict[str, str]:
   """The special tokens by name. Converters ask for one that begins a text, and for an unknown one: where the tokenizer has none
   it is the end token, from which jaxft begins a text too."""
-  named = {name: str(token) for name in SPECIAL_TOKENS if (token := getattr(tokenizer, name)) is not None}
+  named = {
+    name: str(token) for name in SPECIAL_TOKENS if (token := getattr(tokenizer, name)) is not None
+  }
   model = backend["model"]
   unknown = model.get("unk_token")
   if unknown is None and isinstance(model.get("unk_id"), int):
@@ -252,7 +290,9 @@ def is_special(tokenizer: Any, id: Any) -> bool:
   if not isinstance(id, int):  # null in a config.json
     return False
   added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-  return added[id].special if id in added else id in (tokenizer.eos_token_id, tokenizer.pad_token_id)
+  return (
+    added[id].special if id in added else id in (tokenizer.eos_token_id, tokenizer.pad_token_id)
+  )
 
 
 def _tokenizer_class(about: dict[str, Any], tokenizer: Any) -> str:
@@ -261,26 +301,39 @@ def _tokenizer_class(about: dict[str, Any], tokenizer: Any) -> str:
 
   name = str(about.get("tokenizer_class") or type(tokenizer).__name__)
   taken = name.removesuffix("Fast") == type(tokenizer).__name__.removesuffix("Fast")
-  return name if taken and not name.endswith("Backend") and hasattr(transformers, name) else GENERIC_CLASS
+  return (
+    name
+    if taken and not name.endswith("Backend") and hasattr(transformers, name)
+    else GENERIC_CLASS
+  )
 
 
 def _legacy_vocab_files(backend: dict[str, Any]) -> dict[str, str]:
   """The vocabulary in the files that tools from before tokenizer.json read, where they can say all of it."""
   model = backend["model"]
   vocabulary = model.get("vocab")
-  if not isinstance(vocabulary, dict) or sorted(vocabulary.values()) != list(range(len(vocabulary))):
+  if not isinstance(vocabulary, dict) or sorted(vocabulary.values()) != list(
+    range(len(vocabulary))
+  ):
     return {}
   if model["type"] == "WordPiece" and not any("\n" in token for token in vocabulary):
     return {"vocab.txt": "".join(token + "\n" for token in sorted(vocabulary, key=vocabulary.get))}
   way = backend["pre_tokenizer"] or {}
-  as_gpt2 = way.get("type") == "ByteLevel" and way.get("use_regex", True) and not backend["normalizer"]
-  if model["type"] == "BPE" and as_gpt2 and all(isinstance(merge, str) for merge in model["merges"]):
+  as_gpt2 = (
+    way.get("type") == "ByteLevel" and way.get("use_regex", True) and not backend["normalizer"]
+  )
+  if (
+    model["type"] == "BPE" and as_gpt2 and all(isinstance(merge, str) for merge in model["merges"])
+  ):
     merges = "".join(merge + "\n" for merge in model["merges"])
-    return {"vocab.json": json.dumps(vocabulary, ensure_ascii=False), "merges.txt": f"#version: 0.2\n{merges}"}
+    return {
+      "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+      "merges.txt": f"#version: 0.2\n{merges}",
+    }
   return {}
 
 
-def verify(folder: Path, tokenizer: Any, source: Path) -> None:
+def verify_tokenizer(folder: Path, tokenizer: Any, source: Path) -> None:
   """Raises RequestError where transformers reads the tokenizer of `source` that was written to `folder` as another one."""
   from transformers import AutoTokenizer
 
@@ -288,16 +341,24 @@ def verify(folder: Path, tokenizer: Any, source: Path) -> None:
   both = [one.backend_tokenizer.get_added_tokens_decoder().values() for one in (tokenizer, again)]
   special = sorted({str(token.content) for tokens in both for token in tokens})
   what = f"{source}: its tokenizer cannot be written"
-  for text in (*PROBE_TEXTS, *(f"word{token}word {token}, {token} {token}" for token in special[:20])):
+  for text in (
+    *PROBE_TEXTS,
+    *(f"word{token}word {token}, {token} {token}" for token in special[:20]),
+  ):
     for how in (False, True):
       wanted, found = (_encode(one.backend_tokenizer, text, how) for one in (tokenizer, again))
       if wanted != found:
         raise RequestError(
           f"{what}: transformers reads {text[:60]!r} back as {len(found)} other tokens ({found[:8]} ..., not {wanted[:8]} ...)"
         )
-    if tokenizer.decode(wanted, skip_special_tokens=True) != again.decode(wanted, skip_special_tokens=True):
+    if tokenizer.decode(wanted, skip_special_tokens=True) != again.decode(
+      wanted, skip_special_tokens=True
+    ):
       raise RequestError(f"{what}: transformers makes another text of the tokens of {text[:60]!r}")
-  for name, wanted in (("bos_token_id", bos_token_id(tokenizer)), ("eos_token_id", tokenizer.eos_token_id)):
+  for name, wanted in (
+    ("bos_token_id", bos_token_id(tokenizer)),
+    ("eos_token_id", tokenizer.eos_token_id),
+  ):
     if getattr(again, name) != wanted:
       raise RequestError(f"{what}: {name} is {getattr(again, name)} when read back, not {wanted}")
 

@@ -53,7 +53,11 @@ def load_tensors(file: Path) -> dict[str, TorchTensor]:
     raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
   found = {}
   for name, tensor in content.items():
-    plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    plain = (
+      isinstance(tensor, torch.Tensor)
+      and tensor.layout == torch.strided
+      and tensor.device.type == "cpu"
+    )
     if not isinstance(name, str) or not plain or tensor.is_neg() or tensor.is_conj():
       raise ValueError(f"its entry {str(name)[:100]!r} is no plain tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

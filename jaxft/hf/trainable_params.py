@@ -13,7 +13,11 @@ from jaxft.model.config import ModelConfig
 from jaxft.model.lora import TARGET_MODULES
 
 # Where `lora.targets` says nothing: what PEFT adapts in each family.
-DEFAULT_TARGETS = {"gpt2": ("c_attn",), "gpt_neo": ("q_proj", "v_proj"), "gptj": ("q_proj", "v_proj")}
+DEFAULT_TARGETS = {
+  "gpt2": ("c_attn",),
+  "gpt_neo": ("q_proj", "v_proj"),
+  "gptj": ("q_proj", "v_proj"),
+}
 ALL_LINEAR = "all-linear"
 
 
@@ -24,7 +28,9 @@ def apply_config(cfg: ModelConfig, config: ConfigDict, model_type: str) -> Model
   if config.lora.rank:
     return _with_lora(cfg, config.lora, model_type)
   return (
-    dataclasses.replace(cfg, trained=_match_params(cfg, config.train.only, model_type)) if config.train.only else cfg
+    dataclasses.replace(cfg, trained=_match_params(cfg, config.train.only, model_type))
+    if config.train.only
+    else cfg
   )
 
 
@@ -42,7 +48,11 @@ def lora_modules(model_type: str) -> dict[str, str]:
 def _with_lora(cfg: ModelConfig, lora: ConfigDict, model_type: str) -> ModelConfig:
   there, targets = lora_modules(model_type), []
   for wanted in lora.targets or DEFAULT_TARGETS[model_type]:
-    matches = [name for name in there if wanted == ALL_LINEAR or name == wanted or name.endswith(f".{wanted}")]
+    matches = [
+      name
+      for name in there
+      if wanted == ALL_LINEAR or name == wanted or name.endswith(f".{wanted}")
+    ]
     if not matches:
       raise RequestError(
         f"config.lora.targets: {wanted!r} is no matrix of a {model_type} layer; there are {', '.join(there)}, and {ALL_LINEAR}"
@@ -55,7 +65,9 @@ def _with_lora(cfg: ModelConfig, lora: ConfigDict, model_type: str) -> ModelConf
     for target in targets
     for part in ("lora_a", "lora_b")
   }
-  trained = [(path, layers) for path in sorted(adapters)] + [("output.score", ())] * bool(cfg.classes)
+  trained = [(path, layers) for path in sorted(adapters)] + [("output.score", ())] * bool(
+    cfg.classes
+  )
   return dataclasses.replace(
     cfg,
     lora_rank=lora.rank,
@@ -71,8 +83,13 @@ def _parse_layers(chosen: tuple[str, ...], L: int) -> tuple[int, ...]:
   found = set()
   for text in chosen:
     first, _, last = text.partition("-")
-    if not re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6})?", text) or not int(first) <= int(last or first) < L:
-      raise RequestError(f"config.lora.layers: {text!r} must be a layer, or first-last, of 0 to {L - 1}")
+    if (
+      not re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6})?", text)
+      or not int(first) <= int(last or first) < L
+    ):
+      raise RequestError(
+        f"config.lora.layers: {text!r} must be a layer, or first-last, of 0 to {L - 1}"
+      )
     found |= set(range(int(first), int(last or first) + 1))
   return tuple(sorted(found))
 
@@ -85,7 +102,9 @@ def _match_params(
   for rule in FAMILIES[model_type].rules:
     layers = []
     for layer, names in _tensor_names(rule, cfg):
-      matches = [[pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)] for name in names]
+      matches = [
+        [pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)] for name in names
+      ]
       unused -= {pattern for some in matches for pattern in some}
       if any(matches) and not all(matches):
         raise RequestError(
@@ -93,10 +112,17 @@ def _match_params(
         )
       if all(matches):
         layers.append(layer)
-    if layers or rule.param == "output.score" and cfg.classes:  # a new head would stay as it is drawn
+    if (
+      layers or rule.param == "output.score" and cfg.classes
+    ):  # a new head would stay as it is drawn
       trained.append((rule.param, tuple(layers) if rule.by_layer and len(layers) < cfg.L else ()))
   if unused:
-    names = [name for rule in FAMILIES[model_type].rules for _, some in _tensor_names(rule, cfg) for name in some]
+    names = [
+      name
+      for rule in FAMILIES[model_type].rules
+      for _, some in _tensor_names(rule, cfg)
+      for name in some
+    ]
     raise RequestError(
       f"config.train.only: {min(unused)!r} is the name of no weight; there are {', '.join(names[:3])}, ... {names[-1]}"
     )

@@ -13,14 +13,12 @@ import jaxft
 from jaxft.errors import RequestError, StorageError, first_line
 from jaxft.hf import load_weights, repo
 from jaxft.hf.export_tensors import DtypeFn, hf_tensors, round_to_dtype
-from jaxft.hf.tokenizer import verify
+from jaxft.hf.tokenizer import verify_tokenizer
 from jaxft.hf.weight_map import EMBEDDING, full_name
 from jaxft.model.compute import ComputeConfig
 from jaxft.model.decoder import abstract_model, parameter_count
 
-MAX_LOGITS_PARAMS = (
-  500_000_000  # parameters; larger models are compared tensor by tensor alone, which needs no second copy
-)
+MAX_LOGITS_PARAMS = 500_000_000  # parameters; larger models are compared tensor by tensor alone, which needs no second copy
 # Largest difference of two float32 logits that an export may show, the one the docs promise; and relative to the largest logit,
 # for models whose logits are large (those of the published GPT-2 are around -100, where float32 has steps of 8e-6).
 ATOL, RTOL = 1e-4, 1e-4
@@ -46,14 +44,19 @@ def verify_export(
     raise StorageError(f"{folder}: tensors {sorted(written)} were not meant to be written")
   back = repo.resolve(str(folder))
   if back.cfg != checkpoint.cfg:
-    raise StorageError(f"{folder}: config.json read back describes another model: {back.cfg}, not {checkpoint.cfg}")
+    raise StorageError(
+      f"{folder}: config.json read back describes another model: {back.cfg}, not {checkpoint.cfg}"
+    )
   if tokenizer:
-    verify(folder, tokenizer, checkpoint.tokenizer_folder)
+    verify_tokenizer(folder, tokenizer, checkpoint.tokenizer_folder)
   dtype = dtype_of(full_name(EMBEDDING))
   report = {"tensors": "bit for bit", "dtype": dtype.name}
   graph, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
   if parameter_count(checkpoint.cfg) > MAX_LOGITS_PARAMS or jax.process_count() > 1:
-    return report | {"logits_max_abs_difference": None, "reference": "tensors only: logits would take a second model"}
+    return report | {
+      "logits_max_abs_difference": None,
+      "reference": "tensors only: logits would take a second model",
+    }
 
   ids_BT, lengths_B = _random_batch(back)
   if importlib.util.find_spec("torch"):
@@ -63,7 +66,9 @@ def verify_export(
     reference = f"jaxft {jaxft.__version__}, weights read back"
     theirs = compute_logits(graph, load_weights.load_params(back, shapes, here), ids_BT)
   # A model that is kept on the host is small enough here to be on the device as well.
-  on_device = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), params))
+  on_device = jax.device_put(
+    params, jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), params)
+  )
   ours = compute_logits(graph, round_to_dtype(on_device, checkpoint, dtype_of), ids_BT)
   if checkpoint.cfg.classes:  # the last token's are what transformers gives
     rows, last_B = np.arange(len(ids_BT)), lengths_B - 1
@@ -132,18 +137,32 @@ def _random_batch(checkpoint: repo.HFCheckpoint) -> tuple[np.ndarray, np.ndarray
   return np.where(np.arange(T) < lengths_B[:, None], ids_BT, pad or 0), lengths_B
 
 
-def _transformers_logits(folder: Path, ids_BT: np.ndarray, classifies: bool) -> tuple[str, np.ndarray]:
+def _transformers_logits(
+  folder: Path, ids_BT: np.ndarray, classifies: bool
+) -> tuple[str, np.ndarray]:
   import torch
   import transformers
 
   transformers.utils.logging.disable_progress_bar()
-  auto = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
+  auto = (
+    transformers.AutoModelForSequenceClassification
+    if classifies
+    else transformers.AutoModelForCausalLM
+  )
   try:
     theirs = auto.from_pretrained(
-      folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False, use_safetensors=True
+      folder,
+      dtype=torch.float32,
+      attn_implementation="eager",
+      trust_remote_code=False,
+      use_safetensors=True,
     )
     with torch.no_grad():
       logits = theirs(torch.from_numpy(ids_BT).long(), return_dict=True).logits.numpy()
-  except Exception as error:  # it raises whatever its config, or a package it looks for, makes it raise
-    raise RequestError(f"{folder}: transformers does not load this export ({first_line(error)})") from error
+  except (
+    Exception
+  ) as error:  # it raises whatever its config, or a package it looks for, makes it raise
+    raise RequestError(
+      f"{folder}: transformers does not load this export ({first_line(error)})"
+    ) from error
   return f"transformers {transformers.__version__}, torch {torch.__version__}", logits

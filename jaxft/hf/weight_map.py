@@ -32,10 +32,13 @@ class Family(NamedTuple):
   classifier: str  # and of one that classifies
 
 
-PREFIX = (
-  "transformer."  # written before every name but the head's, stripped when read: the oldest checkpoints have none
+PREFIX = "transformer."  # written before every name but the head's, stripped when read: the oldest checkpoints have none
+LM_HEAD, LM_HEAD_BIAS, SCORE, EMBEDDING = (
+  "lm_head.weight",
+  "lm_head.bias",
+  "score.weight",
+  "wte.weight",
 )
-LM_HEAD, LM_HEAD_BIAS, SCORE, EMBEDDING = "lm_head.weight", "lm_head.bias", "score.weight", "wte.weight"
 HEADS = (LM_HEAD, LM_HEAD_BIAS, SCORE)
 
 COMMON = (
@@ -87,7 +90,11 @@ GPT_NEO = (  # Linear: outputs first
 GPTJ = (
   *COMMON,
   Rule(LM_HEAD_BIAS, "output.bias", "V -> V"),
-  Rule(tuple(f"h.{{}}.attn.{part}_proj.weight" for part in "qkv"), "blocks.attention.qkv.kernel", "(N H) D -> D Q N H"),
+  Rule(
+    tuple(f"h.{{}}.attn.{part}_proj.weight" for part in "qkv"),
+    "blocks.attention.qkv.kernel",
+    "(N H) D -> D Q N H",
+  ),
   Rule("h.{}.attn.out_proj.weight", "blocks.attention.out.kernel", "D (N H) -> N H D"),
   Rule("h.{}.mlp.fc_in.weight", "blocks.mlp.up.kernel", "F D -> D F"),
   Rule("h.{}.mlp.fc_in.bias", "blocks.mlp.up.bias", "F -> F"),
@@ -96,12 +103,20 @@ GPTJ = (
 )
 
 FAMILIES = {
-  "gpt2": Family(GPT2, (r"h\.\d+\.attn\.(masked_)?bias",), "GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+  "gpt2": Family(
+    GPT2, (r"h\.\d+\.attn\.(masked_)?bias",), "GPT2LMHeadModel", "GPT2ForSequenceClassification"
+  ),
   "gpt_neo": Family(
-    GPT_NEO, (r"h\.\d+\.attn\.attention\.(masked_)?bias",), "GPTNeoForCausalLM", "GPTNeoForSequenceClassification"
+    GPT_NEO,
+    (r"h\.\d+\.attn\.attention\.(masked_)?bias",),
+    "GPTNeoForCausalLM",
+    "GPTNeoForSequenceClassification",
   ),
   "gptj": Family(
-    GPTJ, (r"h\.\d+\.attn\.((masked_)?bias|embed_positions)",), "GPTJForCausalLM", "GPTJForSequenceClassification"
+    GPTJ,
+    (r"h\.\d+\.attn\.((masked_)?bias|embed_positions)",),
+    "GPTJForCausalLM",
+    "GPTJForSequenceClassification",
   ),
 }
 
@@ -151,7 +166,9 @@ def to_hf(layout: str, ours: np.ndarray, index: int) -> np.ndarray:
   axis = stacking_axis(layout)
   if axis is not None:
     ours, order = ours.take(index, axis), [letter for letter in order if letter in letters]
-  return np.ascontiguousarray(ours.transpose([order.index(letter) for letter in letters]).reshape(shape))
+  return np.ascontiguousarray(
+    ours.transpose([order.index(letter) for letter in letters]).reshape(shape)
+  )
 
 
 def stacking_axis(layout: str) -> int | None:
@@ -164,4 +181,7 @@ def stacking_axis(layout: str) -> int | None:
 
 def _parse_layout(layout: str) -> list[list[list[str]]]:
   """ "D (N H) -> D N H" -> [[[D], [N, H]], [[D], [N], [H]]]"""
-  return [[group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w", side)] for side in layout.split("->")]
+  return [
+    [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w", side)]
+    for side in layout.split("->")
+  ]

@@ -69,7 +69,11 @@ class StepTimer:
 
   def count(self, tokens: int) -> None:
     """A step is over."""
-    self._steps, self._tokens, self._counted = self._steps + 1, self._tokens + tokens, time.monotonic()
+    self._steps, self._tokens, self._counted = (
+      self._steps + 1,
+      self._tokens + tokens,
+      time.monotonic(),
+    )
 
   def reset(self) -> None:
     """Counts from the end of the last step, so what was done since, while devices worked at the next one, is part of that."""
@@ -116,17 +120,25 @@ class Reporter:
       device,
     )
     self._bad_in_a_row, self._seconds_at_peak = 0, seconds_at_peak
-    self._is_due = functools.partial(due_at, config.train.log_every, rows=rows, batch_size=config.train.batch_size)
+    self._is_due = functools.partial(
+      due_at, config.train.log_every, rows=rows, batch_size=config.train.batch_size
+    )
     last_kept = start if start else -1  # a run that begins again evaluates and samples again
     writes = jax.process_index() == 0
     self.metrics, self.samples = (
       JsonlLog(workdir / name, last_kept, writes) for name in ("metrics.jsonl", "samples.jsonl")
     )
-    self.on_entry: Callable[[str, dict[str, Any]], None] = lambda kind, line: None  # gets each line that was written
+    self.on_entry: Callable[[str, dict[str, Any]], None] = lambda kind, line: (
+      None
+    )  # gets each line that was written
     self._system = system
 
   def log_step(
-    self, step: int, numbers: dict[str, Any], meter: ProgressBar, name_bad_leaves: Callable[[Any], list[str]]
+    self,
+    step: int,
+    numbers: dict[str, Any],
+    meter: ProgressBar,
+    name_bad_leaves: Callable[[Any], list[str]],
   ) -> None:
     """Takes the metrics of a train step; raises NumericsError after `train.max_bad_steps` bad ones in a row."""
     loss, norm, rate = (float(numbers[key]) for key in ("loss", "grad_norm", "learning_rate"))
@@ -154,12 +166,18 @@ class Reporter:
       )
       if not console.live:
         left = round((self._total - step) * self.clock.step_seconds)
-        log(f"step {step}/{self._total}  loss {loss:.4f}  lr {rate:.2e}  {speed}  {left // 60}:{left % 60:02} left")
+        log(
+          f"step {step}/{self._total}  loss {loss:.4f}  lr {rate:.2e}  {speed}  {left // 60}:{left % 60:02} left"
+        )
       self.clock.reset()
     self._bad_in_a_row = self._bad_in_a_row + 1 if numbers["bad"] else 0
     if numbers["bad"]:
       leaves = name_bad_leaves(numbers["bad_leaves"])
-      where = f"; not finite: {leaves[0]}" + (f" and {len(leaves) - 1} more" if leaves[1:] else "") if leaves else ""
+      where = (
+        f"; not finite: {leaves[0]}" + (f" and {len(leaves) - 1} more" if leaves[1:] else "")
+        if leaves
+        else ""
+      )
       what = f"step {step}: loss {loss}, gradient norm {norm}{where}"
       log(f"{what}: not applied, the weights are as before")
       if self._bad_in_a_row >= self._train.max_bad_steps:
@@ -180,7 +198,9 @@ class Reporter:
     Raises NumericsError when the first has no finite loss.
     """
     if not math.isfinite(what.loss):
-      raise NumericsError(f"{when}: eval loss {what.loss}: the weights give no finite numbers on the validation text")
+      raise NumericsError(
+        f"{when}: eval loss {what.loss}: the weights give no finite numbers on the validation text"
+      )
     floor = {} if self._floor is None else {"eval/floor": self._floor}
     found = {"eval/loss": what.loss, "eval/perplexity": what.perplexity}
     if nbytes:
@@ -210,13 +230,19 @@ class Reporter:
   def log_sample(self, step: int, when: str, prompt: str, text: str, known: float | None) -> None:
     """`known`: share of the text's runs of 8 tokens that stand in the training text; None where it is shorter."""
     about = {"when": when, "prompt": prompt, "text": text, "seed": self._seed}
-    self.samples.write(step, about if known is None else about | {"memorised_8grams": round(known, 4)})
+    self.samples.write(
+      step, about if known is None else about | {"memorised_8grams": round(known, 4)}
+    )
     self.on_entry("samples", self.samples.entries[-1])
     log(f"  [{when}] {prompt}|{text}".replace("\n", "\n    "))
 
   def summary(self, step: int) -> str:
     """Eval loss before and at this step, and the floor, in one line."""
-    losses = [line["eval/loss"] for line in self.metrics.entries if "eval/loss" in line and line["step"] <= step]
+    losses = [
+      line["eval/loss"]
+      for line in self.metrics.entries
+      if "eval/loss" in line and line["step"] <= step
+    ]
     if not losses:  # a finished run whose metrics.jsonl is gone
       return "no eval loss: metrics.jsonl of this run is gone"
     floor = "" if self._floor is None else f"; the text's own entropy: {self._floor:.4f}"

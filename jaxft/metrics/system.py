@@ -40,7 +40,9 @@ class SystemMetrics(threading.Thread):
     while not self._ended.is_set():
       found = {}
       for read in readings:
-        with contextlib.suppress(Exception):  # of a driver, or of a container without /proc: the others are told
+        with contextlib.suppress(
+          Exception
+        ):  # of a driver, or of a container without /proc: the others are told
           found |= read()
       self.latest = found
       self._ended.wait(INTERVAL)
@@ -52,7 +54,10 @@ ReadFn = Callable[[], dict[str, float]]  # one that may fail alone
 def _host_readings(workdir: Path) -> list[ReadFn]:
   def memory() -> dict[str, float]:
     it = psutil.virtual_memory()
-    return {"system/memory_percent": it.percent, "system/memory_used_bytes": it.total - it.available}
+    return {
+      "system/memory_percent": it.percent,
+      "system/memory_used_bytes": it.total - it.available,
+    }
 
   def disk() -> dict[str, float]:
     it = psutil.disk_usage(str(workdir))
@@ -63,8 +68,12 @@ def _host_readings(workdir: Path) -> list[ReadFn]:
     memory,
     lambda: {"system/process_memory_bytes": psutil.Process().memory_info().rss},
     disk,
-    _counter_deltas("disk", {"read": "read_bytes", "written": "write_bytes"}, psutil.disk_io_counters),
-    _counter_deltas("network", {"sent": "bytes_sent", "received": "bytes_recv"}, psutil.net_io_counters),
+    _counter_deltas(
+      "disk", {"read": "read_bytes", "written": "write_bytes"}, psutil.disk_io_counters
+    ),
+    _counter_deltas(
+      "network", {"sent": "bytes_sent", "received": "bytes_recv"}, psutil.net_io_counters
+    ),
   ]
 
 
@@ -79,7 +88,8 @@ def _counter_deltas(what: str, fields: dict[str, str], counters: Callable[[], An
     if not first:
       first.append(now)
     return {
-      f"system/{what}_{name}_bytes": getattr(now, field) - getattr(first[0], field) for name, field in fields.items()
+      f"system/{what}_{name}_bytes": getattr(now, field) - getattr(first[0], field)
+      for name, field in fields.items()
     }
 
   return read
@@ -88,7 +98,9 @@ def _counter_deltas(what: str, fields: dict[str, str], counters: Callable[[], An
 def _device_memory() -> dict[str, float]:
   """What JAX has in use; a CPU keeps no count."""
   stats = {device.id: device.memory_stats() or {} for device in jax.local_devices()}
-  return {f"system/device{i}_bytes": it["bytes_in_use"] for i, it in stats.items() if "bytes_in_use" in it}
+  return {
+    f"system/device{i}_bytes": it["bytes_in_use"] for i, it in stats.items() if "bytes_in_use" in it
+  }
 
 
 def _gpu_readings() -> list[ReadFn]:
@@ -100,7 +112,11 @@ def _gpu_readings() -> list[ReadFn]:
     handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
   except Exception:  # ImportError; NVMLError where there is no driver
     return []
-  return [reading for i, handle in enumerate(handles) for reading in _readings_of_gpu(pynvml, handle, f"system/gpu{i}")]
+  return [
+    reading
+    for i, handle in enumerate(handles)
+    for reading in _readings_of_gpu(pynvml, handle, f"system/gpu{i}")
+  ]
 
 
 def _readings_of_gpu(nvml: ModuleType, handle: Any, name: str) -> list[ReadFn]:
@@ -113,6 +129,8 @@ def _readings_of_gpu(nvml: ModuleType, handle: Any, name: str) -> list[ReadFn]:
   return [
     memory,
     lambda: {f"{name}_percent": nvml.nvmlDeviceGetUtilizationRates(handle).gpu},
-    lambda: {f"{name}_power_watts": nvml.nvmlDeviceGetPowerUsage(handle) / 1000},  # NVML counts milliwatts
+    lambda: {
+      f"{name}_power_watts": nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+    },  # NVML counts milliwatts
     lambda: {f"{name}_power_limit_watts": nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000},
   ]

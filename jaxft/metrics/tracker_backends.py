@@ -46,17 +46,29 @@ class TensorBoard:
     from tensorboardX.summary import hparams
 
     folder = run.settings.get("tracking.logging_dir") or os.environ.get("TENSORBOARD_LOGGING_DIR")
-    self.where = str(Path(folder) / f"{run.display_name}-{run.id[:6]}" if folder else Path(run.workdir) / "tensorboard")
+    self.where = str(
+      Path(folder) / f"{run.display_name}-{run.id[:6]}"
+      if folder
+      else Path(run.workdir) / "tensorboard"
+    )
     # Two pieces that start in the same second would have one file name: the second would replace the first.
     # A full disk ends tensorboardX's thread, and a bounded queue that nobody empties would be waited for for ever.
     self._writer = SummaryWriter(
-      self.where, max_queue=0, purge_step=None if run.resumed else 0, filename_suffix=f".{time.time_ns()}"
+      self.where,
+      max_queue=0,
+      purge_step=None if run.resumed else 0,
+      filename_suffix=f".{time.time_ns()}",
     )
     self._died: list[BaseException] = []
     threading.excepthook = lambda ended: self._died.append(ended.exc_value)
     self._prompts: dict[str, int] = {}
-    values = {key: value if isinstance(value, int | float | str) else str(value) for key, value in run.settings.items()}
-    for summary in hparams(values, {"eval/loss": None})[:2]:  # the third would say that the run has succeeded
+    values = {
+      key: value if isinstance(value, int | float | str) else str(value)
+      for key, value in run.settings.items()
+    }
+    for summary in hparams(values, {"eval/loss": None})[
+      :2
+    ]:  # the third would say that the run has succeeded
       self._writer.file_writer.add_summary(summary)
     table = "".join(f"| {key} | {value} |\n" for key, value in run.settings.items())
     self._writer.add_text("config", f"| setting | value |\n|---|---|\n{table}", 0)
@@ -67,7 +79,9 @@ class TensorBoard:
         self._writer.add_scalar(key, value, step)
     for line in samples:
       number = self._prompts.setdefault(line["prompt"], len(self._prompts) + 1)
-      self._writer.add_text(f"samples/{number}", f"**{line['prompt']}**{line['text']}", line["step"])
+      self._writer.add_text(
+        f"samples/{number}", f"**{line['prompt']}**{line['text']}", line["step"]
+      )
     self._writer.flush()
     if self._died:
       raise self._died[0]
@@ -111,7 +125,11 @@ class MLflow:
     if not experiment:
       name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
       there = self._client.get_experiment_by_name(name)
-      experiment = there.experiment_id if there else self._client.create_experiment(name, artifacts, EXPERIMENT_TAGS)
+      experiment = (
+        there.experiment_id
+        if there
+        else self._client.create_experiment(name, artifacts, EXPERIMENT_TAGS)
+      )
     found = self._client.search_runs([experiment], f"tags.`jaxft.id` = '{run.id}'", max_results=1)
     if found:
       return found[0].info.run_id
@@ -122,16 +140,22 @@ class MLflow:
     from mlflow.entities import Metric
 
     now = time.time_ns() // 1_000_000
-    points = [Metric(key, value, now, step) for step, values in metrics for key, value in values.items()]
+    points = [
+      Metric(key, value, now, step) for step, values in metrics for key, value in values.items()
+    ]
     for i in range(0, len(points), 1000):  # at most so many a request
       self._client.log_batch(self._id, metrics=points[i : i + 1000])
     if samples:
       self._samples += samples
-      lines = (f"[{it['when']}, step {it['step']}] {it['prompt']}|{it['text']}\n" for it in self._samples)
+      lines = (
+        f"[{it['when']}, step {it['step']}] {it['prompt']}|{it['text']}\n" for it in self._samples
+      )
       self._client.log_text(self._id, "\n".join(lines), "samples.txt")
 
   def finish(self, status: str, why: str, step: int) -> None:
-    self._client.set_tag(self._id, "jaxft.status", f"{status} at step {step}" + (f": {why}" if why else ""))
+    self._client.set_tag(
+      self._id, "jaxft.status", f"{status} at step {step}" + (f": {why}" if why else "")
+    )
     self._client.set_terminated(self._id, self.STATUS[status])
 
 
@@ -142,9 +166,15 @@ class WandB:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
-    chosen = {"id": ("WANDB_RUN_ID", run.id), "dir": ("WANDB_DIR", run.workdir), "project": ("WANDB_PROJECT", PROJECT)}
+    chosen = {
+      "id": ("WANDB_RUN_ID", run.id),
+      "dir": ("WANDB_DIR", run.workdir),
+      "project": ("WANDB_PROJECT", PROJECT),
+    }
     chosen |= {"resume": ("WANDB_RESUME", "allow")}
-    given = {name: value for name, (variable, value) in chosen.items() if not os.environ.get(variable)}
+    given = {
+      name: value for name, (variable, value) in chosen.items() if not os.environ.get(variable)
+    }
     if run.name or not os.environ.get("WANDB_NAME"):
       given["name"] = run.display_name
     if not os.environ.get("WANDB_MODE"):

@@ -18,7 +18,11 @@ from jaxft.metrics import tracker_backends
 from jaxft.utils.redact import redact
 
 SHUTDOWN_TIMEOUT = 15  # seconds to say that a run was killed
-KILLED_MESSAGE = {"metrics": [], "samples": [], "end": {"status": "killed", "why": "the process ended without a word"}}
+KILLED_MESSAGE = {
+  "metrics": [],
+  "samples": [],
+  "end": {"status": "killed", "why": "the process ended without a word"},
+}
 
 
 class TrackerService:
@@ -38,9 +42,15 @@ class TrackerService:
         self._tracker.write(metrics, message["samples"])
       if message["end"]:
         self._tracker.finish(**message["end"], step=self._step)
-    except Exception as error:  # whatever a library, a network or a disk comes up with: the run goes on
+    except (
+      Exception
+    ) as error:  # whatever a library, a network or a disk comes up with: the run goes on
       said = first_line(error)
-      return {"failed": redact(said if type(error).__name__ in said else f"{type(error).__name__}: {said}")}
+      return {
+        "failed": redact(
+          said if type(error).__name__ in said else f"{type(error).__name__}: {said}"
+        )
+      }
     return {"where": redact(self._tracker.where)}
 
 

@@ -71,7 +71,15 @@ def _installed(module: str) -> bool:
 class TrackerGroup:
   """All trackers of a run; in processes other than the first there are none. The end of the context tells them how it ended."""
 
-  def __init__(self, config: ConfigDict, workdir: Path, start: int, metrics: JsonlLog, samples: JsonlLog, writes: bool):
+  def __init__(
+    self,
+    config: ConfigDict,
+    workdir: Path,
+    start: int,
+    metrics: JsonlLog,
+    samples: JsonlLog,
+    writes: bool,
+  ):
     """Reads WORKDIR/trackers.json, and writes it; raises StorageError.
 
     Args:
@@ -84,10 +92,20 @@ class TrackerGroup:
       return
     file = workdir / "trackers.json"
     before = _read_manifest(file) if start else {}
-    self._run = {"id": before.get("id") or uuid.uuid4().hex, "resumed": bool(before), "name": config.tracking.run_name}
-    self._run |= {"workdir": str(workdir.absolute()), "settings": _redact_settings(jaxft.config.flatten(config))}
+    self._run = {
+      "id": before.get("id") or uuid.uuid4().hex,
+      "resumed": bool(before),
+      "name": config.tracking.run_name,
+    }
+    self._run |= {
+      "workdir": str(workdir.absolute()),
+      "settings": _redact_settings(jaxft.config.flatten(config)),
+    }
     self._run["name"] = redact(self._run["name"])
-    self._known, self._kept = before.get("writers", []), {"metrics": metrics.entries[:], "samples": samples.entries[:]}
+    self._known, self._kept = (
+      before.get("writers", []),
+      {"metrics": metrics.entries[:], "samples": samples.entries[:]},
+    )
     self._told = samples.entries + samples.dropped
     self._sent = _entry_keys("metrics", metrics.dropped) | _entry_keys("samples", samples.dropped)
     known = [name for name in TRACKERS if name in {*self._known, *self._names}]
@@ -96,7 +114,9 @@ class TrackerGroup:
   def __enter__(self) -> "TrackerGroup":
     for name in self._names:
       if name in self._known:
-        self._clients.append(TrackerClient(name, self._run | {"samples": self._told}, {}, self._sent))
+        self._clients.append(
+          TrackerClient(name, self._run | {"samples": self._told}, {}, self._sent)
+        )
       else:  # one that is new to a run gets all of it
         self._clients.append(TrackerClient(name, self._run | {"samples": []}, self._kept, set()))
     return self
@@ -117,7 +137,9 @@ class TrackerGroup:
 class TrackerClient(threading.Thread):
   """Sends lines to the process of one tracker, and waits for its answers, in place of the run."""
 
-  def __init__(self, writer: str, run: dict[str, Any], lines: dict[str, list[dict[str, Any]]], sent: set[Any]):
+  def __init__(
+    self, writer: str, run: dict[str, Any], lines: dict[str, list[dict[str, Any]]], sent: set[Any]
+  ):
     """`lines`: of each kind, to send first; `sent`: places of lines that need not be sent again, see `_entry_keys`."""
     super().__init__(name=f"jaxft-{writer}", daemon=True)
     self._writer, self._run, self._sent = writer, run, sent
@@ -163,7 +185,9 @@ class TrackerClient(threading.Thread):
         while not ended:
           message = self._next()
           self._send(message)
-          answer = json.loads(self._process.stdout.readline() or '{"failed": "its process has ended"}')
+          answer = json.loads(
+            self._process.stdout.readline() or '{"failed": "its process has ended"}'
+          )
           self._take(answer, len(message["metrics"]) + len(message["samples"]))
           ended = message["end"] is not None
     except (OSError, ValueError) as error:  # no process could be started, or it has died
@@ -190,7 +214,9 @@ class TrackerClient(threading.Thread):
       self._arrived += lines
     elif not self._told:
       self._told = True
-      log(f"{self._writer}: {redact(answer['failed'])}; the run goes on, what was sent is lost there")
+      log(
+        f"{self._writer}: {redact(answer['failed'])}; the run goes on, what was sent is lost there"
+      )
 
 
 def _start_worker(writer: str) -> subprocess.Popen:
@@ -230,5 +256,6 @@ def _read_manifest(file: Path) -> dict[str, Any]:
 def _redact_settings(values: dict[str, Any]) -> dict[str, Any]:
   hidden = lambda value: redact(value) if isinstance(value, str) else value
   return {
-    key: [hidden(it) for it in value] if isinstance(value, tuple) else hidden(value) for key, value in values.items()
+    key: [hidden(it) for it in value] if isinstance(value, tuple) else hidden(value)
+    for key, value in values.items()
   }

@@ -56,12 +56,17 @@ def resolve_kernel(kernel: str, device: jax.Device, *what: Any) -> tuple[str, st
     kernel = "chunked"
   if kernel == fastest:
     return kernel, ""
-  return kernel, f"not {fastest}: {unsupported_reason(fastest, device, *what) or 'it is not asked for'}"
+  return (
+    kernel,
+    f"not {fastest}: {unsupported_reason(fastest, device, *what) or 'it is not asked for'}",
+  )
 
 
 def attention_saveable(primitive: Any, *_: Any, **params: Any) -> bool:
   """A policy for `jax.checkpoint`: keep what kernels give, so that none of them runs twice."""
-  return primitive.name.startswith("dot_product_attention_fwd") or params.get("name") == CHECKPOINT_NAME
+  return (
+    primitive.name.startswith("dot_product_attention_fwd") or params.get("name") == CHECKPOINT_NAME
+  )
 
 
 def attention(
@@ -99,12 +104,20 @@ def attention(
   if kernel == "cudnn" and plain and q_segments_BT is None:
     span = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
-      q_BTNH, k_BSNH, v_BSNH, scale=scale, is_causal=True, local_window_size=span, implementation="cudnn"
+      q_BTNH,
+      k_BSNH,
+      v_BSNH,
+      scale=scale,
+      is_causal=True,
+      local_window_size=span,
+      implementation="cudnn",
     )
   if kernel == "splash" and plain:
     return _splash(q_BTNH, k_BSNH, v_BSNH, scale, window, q_segments_BT)
   rest = NonDiffArgs(offset, q_segments_BT, k_segments_BS, keys_BN)
-  if kernel == "reference" or T == 1:  # a token after the other: there is little to keep out of memory
+  if (
+    kernel == "reference" or T == 1
+  ):  # a token after the other: there is little to keep out of memory
     return _reference(q_BTNH, k_BSNH, v_BSNH, rest, scale, window, dropout_rate)
   return ChunkedAttention(scale, window, dropout_rate)(q_BTNH, k_BSNH, v_BSNH, rest)
 
@@ -112,13 +125,17 @@ def attention(
 def _reference(q_BTNH, k_BSNH, v_BSNH, rest, scale, window, dropout_rate):
   """As the formula reads."""
   T, S = q_BTNH.shape[1], k_BSNH.shape[1]
-  logits_BNTS = scale * jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
+  logits_BNTS = scale * jnp.einsum(
+    "BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32
+  )
   distance_TS = rest.offset + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
   visible = distance_TS >= 0
   if window is not None:
     visible = visible & (distance_TS < window)
   if rest.q_segments_BT is not None:
-    visible = visible & (rest.q_segments_BT[:, None, :, None] == rest.k_segments_BS[:, None, None, :])
+    visible = visible & (
+      rest.q_segments_BT[:, None, :, None] == rest.k_segments_BS[:, None, None, :]
+    )
   # The lowest finite number, not -inf: a row with no visible key stays finite (and is masked from the loss anyway).
   p_BNTS = jax.nn.softmax(jnp.where(visible, logits_BNTS, jnp.finfo(jnp.float32).min))
   if rest.keys_BN is not None:
@@ -133,13 +150,18 @@ def _splash(q_BTNH, k_BTNH, v_BTNH, scale, window, segments_BT):
   T, N = q_BTNH.shape[1:3]
   # Causal, so what is added at the end is seen by nobody.
   padded = lambda x: jnp.pad(x, [(0, 0), (0, -T % LANES)] + [(0, 0)] * (x.ndim - 2))
-  q, k, v = (jnp.moveaxis(padded(x), 2, 1) for x in (q_BTNH * jnp.asarray(scale, q_BTNH.dtype), k_BTNH, v_BTNH))
+  q, k, v = (
+    jnp.moveaxis(padded(x), 2, 1)
+    for x in (q_BTNH * jnp.asarray(scale, q_BTNH.dtype), k_BTNH, v_BTNH)
+  )
   attend = _splash_kernel(T + -T % LANES, N, window)
   if segments_BT is None:
     out_BNTH = jax.vmap(attend)(q, k, v)
   else:
     segments = padded(segments_BT)
-    out_BNTH = jax.vmap(lambda q, k, v, s: attend(q, k, v, segment_ids=SegmentIds(s, s)))(q, k, v, segments)
+    out_BNTH = jax.vmap(lambda q, k, v, s: attend(q, k, v, segment_ids=SegmentIds(s, s)))(
+      q, k, v, segments
+    )
   return jnp.moveaxis(out_BNTH, 1, 2)[:, :T]
 
 
@@ -149,7 +171,14 @@ def _splash_kernel(T: int, N: int, window: int | None) -> Any:
 
   mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
   block = next(size for size in (SPLASH_BLOCK, 384, 256, LANES) if T % size == 0)
-  names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+  names = (
+    "block_q",
+    "block_kv",
+    "block_kv_compute",
+    "block_q_dkv",
+    "block_kv_dkv",
+    "block_kv_dkv_compute",
+  )
   sizes = splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
   return splash.make_splash_mha(
     masks.MultiHeadMask([mask] * N),

@@ -15,9 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.model.dropout import attention_dropout_mask
 
 MIN_CHUNK = 128  # at least, at once
-CHECKPOINT_NAME = (
-  "attention"  # the name, for `jax.checkpoint`, of what the backward pass reads beside queries, keys and values
-)
+CHECKPOINT_NAME = "attention"  # the name, for `jax.checkpoint`, of what the backward pass reads beside queries, keys and values
 MAX_UNROLLED = 8  # chunks that are written out, each with only the keys that it can see
 
 
@@ -52,7 +50,9 @@ class ChunkedAttention(NamedTuple):
   window: int | None
   dropout_rate: float
 
-  def __call__(self, q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, rest: NonDiffArgs) -> jax.Array:
+  def __call__(
+    self, q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, rest: NonDiffArgs
+  ) -> jax.Array:
     """(B, T, N, H), as `attention.attention` has it."""
     T, S = q_BTNH.shape[1], k_BSNH.shape[1]
     C = min(T, -(-T // MAX_UNROLLED // MIN_CHUNK) * MIN_CHUNK)
@@ -76,7 +76,9 @@ class ChunkedAttention(NamedTuple):
         # One after the other: XLA would look for fusions across chunks, which for GPT-J on an RTX 4090 takes it 23 s instead of
         # 3, and has the scores of several in memory (2.4 GiB instead of 0.7 for 8 x 2048 tokens; jax 0.10.2).
         in_turn = jax.lax.optimization_barrier
-        pairs = [in_turn(self.forward(chunk, q, k, v, rest)) for chunk in self.chunks(T, S, C, rest.offset)]
+        pairs = [
+          in_turn(self.forward(chunk, q, k, v, rest)) for chunk in self.chunks(T, S, C, rest.offset)
+        ]
         out, log_sum = (jnp.concatenate(pieces, 2) for pieces in zip(*pairs))
       out, log_sum = (checkpoint_name(x, CHECKPOINT_NAME) for x in (out, log_sum))
       return out, (q, k, v, rest, out, log_sum)
@@ -97,7 +99,9 @@ class ChunkedAttention(NamedTuple):
         for chunk in self.chunks(T, S, C, rest.offset):
           dq, *more = self.backward(chunk, q, k, v, rest, out, log_sum, d_out)
           dqs.append(dq)
-          total = tuple(x.at[:, :, chunk.first : chunk.last].add(part) for x, part in zip(total, more))
+          total = tuple(
+            x.at[:, :, chunk.first : chunk.last].add(part) for x, part in zip(total, more)
+          )
         dq = jnp.concatenate(dqs, 2)
       return dq, total[0].astype(k.dtype), total[1].astype(v.dtype), None
 
@@ -117,7 +121,10 @@ class ChunkedAttention(NamedTuple):
 
   def logits(self, chunk: Chunk, q, k, rest: NonDiffArgs) -> jax.Array:
     """(B, N, C, keys) in float32, the lowest number where a query does not see a key."""
-    rows, columns = rest.offset + chunk.start + jnp.arange(chunk.C), jnp.arange(chunk.first, chunk.last)
+    rows, columns = (
+      rest.offset + chunk.start + jnp.arange(chunk.C),
+      jnp.arange(chunk.first, chunk.last),
+    )
     # Tied to the queries: else the mask is the same in all layers, and is made once for all chunks, heads and rows and kept.
     rows, _ = jax.lax.optimization_barrier((rows, q[0, 0, 0, 0]))
     distance = rows[:, None] - columns
@@ -127,12 +134,16 @@ class ChunkedAttention(NamedTuple):
     if rest.q_segments_BT is not None:
       mine, theirs = chunk.queries(rest.q_segments_BT, 1), chunk.keys(rest.k_segments_BS, 1)
       visible = visible & (mine[:, None, :, None] == theirs[:, None, None, :])
-    x = jnp.einsum("BNTH,BNSH->BNTS", chunk.queries(q), chunk.keys(k), preferred_element_type=jnp.float32)
+    x = jnp.einsum(
+      "BNTH,BNSH->BNTS", chunk.queries(q), chunk.keys(k), preferred_element_type=jnp.float32
+    )
     return jnp.where(visible, self.scale * x, jnp.finfo(jnp.float32).min)
 
   def dropout(self, chunk: Chunk, rest: NonDiffArgs) -> jax.Array:
     rows = chunk.start + jnp.arange(chunk.C)
-    return attention_dropout_mask(rest.keys_BN, self.dropout_rate, rows, chunk.last)[..., chunk.first :]
+    return attention_dropout_mask(rest.keys_BN, self.dropout_rate, rows, chunk.last)[
+      ..., chunk.first :
+    ]
 
   def forward(self, chunk: Chunk, q, k, v, rest: NonDiffArgs) -> tuple[jax.Array, jax.Array]:
     """Output (B, N, C, H) of a chunk, and the logarithm of each query's sum (B, N, C)."""
@@ -142,7 +153,12 @@ class ChunkedAttention(NamedTuple):
     total = p.sum(-1, keepdims=True)
     if rest.keys_BN is not None:
       p = p * self.dropout(chunk, rest)
-    out = jnp.einsum("BNTS,BNSH->BNTH", p.astype(v.dtype), chunk.keys(v), preferred_element_type=jnp.float32) / total
+    out = (
+      jnp.einsum(
+        "BNTS,BNSH->BNTH", p.astype(v.dtype), chunk.keys(v), preferred_element_type=jnp.float32
+      )
+      / total
+    )
     return out.astype(v.dtype), (largest + jnp.log(total))[..., 0]
 
   def backward(
@@ -156,11 +172,15 @@ class ChunkedAttention(NamedTuple):
     if rest.keys_BN is not None:
       kept = self.dropout(chunk, rest)
       used, dp = p * kept, dp * kept
-    inner = jnp.sum(d_out.astype(jnp.float32) * chunk.queries(out).astype(jnp.float32), -1, keepdims=True)
+    inner = jnp.sum(
+      d_out.astype(jnp.float32) * chunk.queries(out).astype(jnp.float32), -1, keepdims=True
+    )
     dx = (self.scale * p * (dp - inner)).astype(q.dtype)
     dq = jnp.einsum("BNTS,BNSH->BNTH", dx, chunk.keys(k))
     dk = jnp.einsum("BNTS,BNTH->BNSH", dx, chunk.queries(q), preferred_element_type=jnp.float32)
-    dv = jnp.einsum("BNTS,BNTH->BNSH", used.astype(d_out.dtype), d_out, preferred_element_type=jnp.float32)
+    dv = jnp.einsum(
+      "BNTS,BNTH->BNSH", used.astype(d_out.dtype), d_out, preferred_element_type=jnp.float32
+    )
     return dq, dk, dv
 
 

@@ -38,11 +38,15 @@ class ComputeConfig:
   shard_rows: Callable[[jax.Array], jax.Array] = lambda rows: (
     rows
   )  # rows of a table, as they come from where it is stored
-  shard_row_grads: Callable[[jax.Array], jax.Array] = lambda rows: rows  # and as they go to where its gradient is
+  shard_row_grads: Callable[[jax.Array], jax.Array] = lambda rows: (
+    rows
+  )  # and as they go to where its gradient is
   attention: str = "reference"  # of `attention.KERNELS`
   # (function, logical axes of its array arguments, of its result) -> the function, in which each device sees its own part
   shard_map: Callable[[Callable, Any, Any], Callable] = lambda f, axes_in, axes_out: f
-  vocab_multiple: int = 1  # tables are padded to a multiple of so many rows: any mesh can then split them
+  vocab_multiple: int = (
+    1  # tables are padded to a multiple of so many rows: any mesh can then split them
+  )
 
   to_device: Callable[[jax.Array], jax.Array] = lambda x: x  # a weight from where it is kept
 

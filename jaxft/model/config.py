@@ -25,17 +25,19 @@ class ModelConfig:
   # What tells the families apart. GPT-2: none of it; GPT-Neo: no query/key/value biases, no scale, windows; GPT-J: rotary
   # positions, parallel blocks, no attention biases, a head of its own.
   attention_scale: float
-  divided_by_depth: bool = (
-    False  # attention_scale is divided by 1, 2, 3, ... in the layers, as stanford-crfm's GPT-2s have it
-  )
+  divided_by_depth: bool = False  # attention_scale is divided by 1, 2, 3, ... in the layers, as stanford-crfm's GPT-2s have it
   windows: tuple[int, ...] = ()  # per layer, 0 for a layer that sees everything; (): all do
-  rotary_dim: int = 0  # leading dimensions of each head that are rotated; 0: a table of learned positions instead
+  rotary_dim: int = (
+    0  # leading dimensions of each head that are rotated; 0: a table of learned positions instead
+  )
   parallel: bool = False  # attention and feed-forward both read the same norm and are added at once
   qkv_bias: bool = True
   out_bias: bool = True
   tied: bool = True  # the output table is the token embedding
   head_bias: bool = False
-  exact_gelu: bool = False  # by the error function, as Cerebras-GPT has it; else by its approximation with tanh
+  exact_gelu: bool = (
+    False  # by the error function, as Cerebras-GPT has it; else by its approximation with tanh
+  )
   classes: int = 0  # above 0: a classification head in place of the language head
   # What a run makes of the model (`hf/chosen.py`): adapters beside the products named, and which weights it trains.
   lora_rank: int = 0
@@ -52,7 +54,9 @@ class ModelConfig:
     return tuple(sorted(set(self.windows))) or (0,)
 
   def with_dropout(self, rate: float) -> "ModelConfig":
-    return dataclasses.replace(self, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate)
+    return dataclasses.replace(
+      self, embed_dropout=rate, attention_dropout=rate, residual_dropout=rate
+    )
 
 
 # Fields that follow from settings of a run.

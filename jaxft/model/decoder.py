@@ -30,7 +30,9 @@ class Decoder(nnx.Module):
     self.cfg, self.compute = cfg, compute
     self.embed = Embed(cfg, compute, rngs)
     # One Block whose parameters have a leading layer axis; `lax.scan` below walks along it.
-    stack = nnx.vmap(lambda r: Block(cfg, compute, r), transform_metadata={nnx.PARTITION_NAME: "layers"})
+    stack = nnx.vmap(
+      lambda r: Block(cfg, compute, r), transform_metadata={nnx.PARTITION_NAME: "layers"}
+    )
     self.blocks = stack(rngs.split(cfg.L))
     self.norm = LayerNorm(cfg, compute)
     if cfg.classes or not cfg.tied or cfg.head_bias:
@@ -79,7 +81,10 @@ class Decoder(nnx.Module):
     segments_BS = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, (0, cache.used))
 
     def cached(layer, kv, k_BTNH, v_BTNH):
-      (k, k_BSNH), (v, v_BSNH) = cache.write(kv[0], layer, k_BTNH), cache.write(kv[1], layer, v_BTNH)
+      (k, k_BSNH), (v, v_BSNH) = (
+        cache.write(kv[0], layer, k_BTNH),
+        cache.write(kv[1], layer, v_BTNH),
+      )
       return (k_BSNH, v_BSNH, segments_BS, cache.used), (k, v)
 
     rows_BTD, kv = self.embed_tokens(ids_BT), (cache.k, cache.v)
@@ -92,11 +97,17 @@ class Decoder(nnx.Module):
       return Head(gather_weight(self.output.score, self.compute))
     table = self.embed.tokens if self.cfg.tied else self.output.kernel
     table_VD = self.compute.to_device(table[...])
-    bias_V = self.compute.to_device(self.output.bias[...]).astype(jnp.float32) if self.cfg.head_bias else None
+    bias_V = (
+      self.compute.to_device(self.output.bias[...]).astype(jnp.float32)
+      if self.cfg.head_bias
+      else None
+    )
     rows = table_VD.shape[0]
     if rows > self.cfg.V:
       bias_V = jnp.where(jnp.arange(rows) < self.cfg.V, 0.0 if bias_V is None else bias_V, -jnp.inf)
-    used = lambda table_VD: self.compute.gather(table_VD.astype(self.compute.dtype), table.out_sharding)
+    used = lambda table_VD: self.compute.gather(
+      table_VD.astype(self.compute.dtype), table.out_sharding
+    )
     return Head(table_VD, bias_V, used)
 
   def logits(self, h: jax.Array) -> jax.Array:
@@ -120,13 +131,19 @@ class Decoder(nnx.Module):
     table_VD = table_VD.at[ids].add(self.compute.shard_row_grads(d_rows).astype(table_VD.dtype))
     return gradient | {"embed": gradient["embed"] | {"tokens": table_VD}}
 
-  def embed_inputs(self, rows_BTD: jax.Array, positions_BT: jax.Array, keys_B: jax.Array | None) -> jax.Array:
+  def embed_inputs(
+    self, rows_BTD: jax.Array, positions_BT: jax.Array, keys_B: jax.Array | None
+  ) -> jax.Array:
     """What goes into the first layer, (B, T, D)."""
     if not self.cfg.rotary_dim:
       rows_BTD = rows_BTD + gather_weight(self.embed.positions, self.compute)[positions_BT]
-    return self.compute.constrain(dropout(rows_BTD, self.cfg.embed_dropout, keys_B), ACTIVATION_AXES)
+    return self.compute.constrain(
+      dropout(rows_BTD, self.cfg.embed_dropout, keys_B), ACTIVATION_AXES
+    )
 
-  def apply_layer(self, block: Block, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached) -> jax.Array:
+  def apply_layer(
+    self, block: Block, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached
+  ) -> jax.Array:
     """One layer: what goes into it to what comes out."""
     x_BTD = block(x_BTD, positions_BT, segments_BT, of_layer, cached, keys_B)
     return self.compute.constrain(x_BTD, ACTIVATION_AXES)
@@ -134,8 +151,12 @@ class Decoder(nnx.Module):
   def layer_info(self) -> LayerInfo:
     """What tells the layers apart."""
     kinds = self.cfg.distinct_windows
-    windows_L = jnp.array([kinds.index(window) for window in self.cfg.windows]) if len(kinds) > 1 else None
-    depths_L = jnp.arange(1, self.cfg.L + 1, dtype=jnp.float32) if self.cfg.divided_by_depth else None
+    windows_L = (
+      jnp.array([kinds.index(window) for window in self.cfg.windows]) if len(kinds) > 1 else None
+    )
+    depths_L = (
+      jnp.arange(1, self.cfg.L + 1, dtype=jnp.float32) if self.cfg.divided_by_depth else None
+    )
     return LayerInfo(windows_L, depths_L)
 
   def _run(self, rows_BTD, segments_BT, positions_BT, keys_B, kv, cached, layers=None):
@@ -152,7 +173,10 @@ class Decoder(nnx.Module):
         seen, kv = cached(index, kv, k_BTNH, v_BTNH)
         return seen
 
-      return (self.apply_layer(block, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached_here), kv), None
+      return (
+        self.apply_layer(block, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached_here),
+        kv,
+      ), None
 
     x_BTD, of_layers = self.embed_inputs(rows_BTD, positions_BT, embed_keys_B), self.layer_info()
     if layers is not None:
@@ -162,7 +186,9 @@ class Decoder(nnx.Module):
       return self.norm(carry[0]), carry[1]
     keys_LB = None if layers_keys_B is None else split_keys(layers_keys_B, self.cfg.L)
     layer = apply_remat(layer, self.compute.remat)
-    (x_BTD, kv), _ = jax.lax.scan(layer, (x_BTD, kv), (self.blocks, jnp.arange(self.cfg.L), of_layers, keys_LB))
+    (x_BTD, kv), _ = jax.lax.scan(
+      layer, (x_BTD, kv), (self.blocks, jnp.arange(self.cfg.L), of_layers, keys_LB)
+    )
     return self.norm(x_BTD), kv
 
 
@@ -175,7 +201,9 @@ def apply_remat(layer: Callable, remat: str) -> Callable:
   policies = jax.checkpoint_policies
   policy = {
     "none": lambda primitive, *_, **__: primitive.name not in CHEAP_PRIMITIVES,
-    "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention.attention_saveable),
+    "dots": policies.save_from_both_policies(
+      policies.dots_with_no_batch_dims_saveable, attention.attention_saveable
+    ),
     "full": policies.nothing_saveable,
   }[remat]
   # prevent_cse guards against a compiler that undoes the recomputation; inside a scan it cannot, and guarding costs.
@@ -184,7 +212,9 @@ def apply_remat(layer: Callable, remat: str) -> Callable:
 
 def parameter_count(cfg: ModelConfig) -> int:
   """Parameters of the model, without rows that pad its tables."""
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(cfg, ComputeConfig())[1]))
+  return sum(
+    math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(cfg, ComputeConfig())[1])
+  )
 
 
 def init_model(cfg: ModelConfig, compute: ComputeConfig, seed: int = 0) -> Decoder:

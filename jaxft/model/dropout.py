@@ -24,7 +24,9 @@ def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
   return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), 0)
 
 
-def attention_dropout_mask(keys_BN: jax.Array, rate: float, queries_T: jax.Array, S: int) -> jax.Array:
+def attention_dropout_mask(
+  keys_BN: jax.Array, rate: float, queries_T: jax.Array, S: int
+) -> jax.Array:
   """Factors (B, N, T, S) for the probabilities of these queries to the first S keys: 0, or 1 / (1 - rate).
 
   Each query has bits of its own, and those of the first keys do not depend on S: so any part can be made alone.

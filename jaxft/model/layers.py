@@ -42,13 +42,17 @@ class Einsum(nnx.Module):
     if bias:
       self.bias = nnx.Param(jnp.zeros(shape[inputs:]), out_sharding=axes[inputs:])
     if lora.has_adapter(cfg, name):
-      self.adapter = lora.Adapter(name, equation, shape, axes, inputs=inputs, cfg=cfg, compute=compute, rngs=rngs)
+      self.adapter = lora.Adapter(
+        name, equation, shape, axes, inputs=inputs, cfg=cfg, compute=compute, rngs=rngs
+      )
 
   def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
     """keys_B: of the adapter's dropout."""
     # Rows and columns as one axis: XLA's CPU compiler transposes a whole gradient where it is to be summed over two.
     rows = x.shape[:2]
-    y = jnp.einsum(self.equation, x.reshape(-1, *x.shape[2:]), gather_weight(self.kernel, self.compute))
+    y = jnp.einsum(
+      self.equation, x.reshape(-1, *x.shape[2:]), gather_weight(self.kernel, self.compute)
+    )
     y = y + gather_weight(self.bias, self.compute) if hasattr(self, "bias") else y
     y = y + self.adapter(x, keys_B) if hasattr(self, "adapter") else y
     return y.reshape(*rows, *y.shape[1:])
@@ -67,7 +71,9 @@ class LayerNorm(nnx.Module):
     y_BTD = x_BTD.astype(jnp.float32)
     y_BTD = y_BTD - y_BTD.mean(-1, keepdims=True)
     y_BTD = y_BTD * jax.lax.rsqrt((y_BTD * y_BTD).mean(-1, keepdims=True) + self.eps)
-    return (y_BTD * gather_weight(self.scale, f32) + gather_weight(self.bias, f32)).astype(x_BTD.dtype)
+    return (y_BTD * gather_weight(self.scale, f32) + gather_weight(self.bias, f32)).astype(
+      x_BTD.dtype
+    )
 
 
 class Attention(nnx.Module):
@@ -106,7 +112,11 @@ class Attention(nnx.Module):
     keys_BN = None if keys_B is None else split_keys(keys_B, self.cfg.N).T
     operands = (q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN)
     ways = [functools.partial(self.attend, window, offset) for window in self.cfg.distinct_windows]
-    attended_BTNH = ways[0](*operands) if of_layer.window is None else jax.lax.switch(of_layer.window, ways, *operands)
+    attended_BTNH = (
+      ways[0](*operands)
+      if of_layer.window is None
+      else jax.lax.switch(of_layer.window, ways, *operands)
+    )
     return self.out(attended_BTNH, adapter_keys[1])
 
   def attend(self, window, offset, *operands):
@@ -158,7 +168,9 @@ class Block(nnx.Module):
   def __call__(self, x_BTD, positions_BT, segments_BT, of_layer, cached, keys_B):
     keys = split_keys(keys_B, 7)
     rate, normed_BTD = self.cfg.residual_dropout, self.norm1(x_BTD)
-    attended_BTD = self.attention(normed_BTD, positions_BT, segments_BT, of_layer, cached, keys[0], keys[3:5])
+    attended_BTD = self.attention(
+      normed_BTD, positions_BT, segments_BT, of_layer, cached, keys[0], keys[3:5]
+    )
     attended_BTD = dropout(attended_BTD, rate, keys[1])
     if self.cfg.parallel:
       return x_BTD + attended_BTD + dropout(self.mlp(normed_BTD, keys[5:]), rate, keys[2])
@@ -171,7 +183,8 @@ class Embed(nnx.Module):
     self.tokens = init_embedding(cfg, compute, rngs)
     if not cfg.rotary_dim:
       self.positions = nnx.Param(
-        cfg.init_std * jax.random.normal(rngs.params(), (cfg.P, cfg.D)), out_sharding=(None, "embed")
+        cfg.init_std * jax.random.normal(rngs.params(), (cfg.P, cfg.D)),
+        out_sharding=(None, "embed"),
       )
 
 
@@ -204,7 +217,11 @@ def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array, rotary_dim: int) -> j
   turns = 10000 ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
   angles = positions_BT.astype(jnp.float32)[:, :, None, None] * turns
   sin, cos = jnp.sin(angles), jnp.cos(angles)
-  pairs = x_BTNH[..., :rotary_dim].astype(jnp.float32).reshape(*x_BTNH.shape[:-1], rotary_dim // 2, 2)
+  pairs = (
+    x_BTNH[..., :rotary_dim].astype(jnp.float32).reshape(*x_BTNH.shape[:-1], rotary_dim // 2, 2)
+  )
   even, odd = pairs[..., 0], pairs[..., 1]
-  turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(*x_BTNH.shape[:-1], rotary_dim)
+  turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(
+    *x_BTNH.shape[:-1], rotary_dim
+  )
   return jnp.concatenate([turned.astype(x_BTNH.dtype), x_BTNH[..., rotary_dim:]], -1)

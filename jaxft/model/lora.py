@@ -59,7 +59,8 @@ class Adapter(nnx.Module):
     self.lora_a = nnx.Param(drawn, out_sharding=(*[None] * len(group), *axes[:inputs], None))
     rest, rest_axes = shape[inputs + skipped :], axes[inputs + skipped :]
     self.lora_b = nnx.Param(
-      jnp.zeros((*group, cfg.lora_rank, *rest)), out_sharding=(*[None] * (len(group) + 1), *rest_axes)
+      jnp.zeros((*group, cfg.lora_rank, *rest)),
+      out_sharding=(*[None] * (len(group) + 1), *rest_axes),
     )
 
   def __call__(self, x: jax.Array, keys_B: jax.Array | None) -> jax.Array:
@@ -79,7 +80,9 @@ def has_adapter(cfg: ModelConfig, module: str) -> bool:
 
 def qkv_slots(cfg: ModelConfig, module: str) -> tuple[int, ...]:
   """Which of query, key and value have matrices of their own in this module; (): it has one pair for all."""
-  return tuple(i for i, name in enumerate("qkv") if name in cfg.lora_targets) if module == "qkv" else ()
+  return (
+    tuple(i for i, name in enumerate("qkv") if name in cfg.lora_targets) if module == "qkv" else ()
+  )
 
 
 def merge(params: dict, cfg: ModelConfig) -> dict:
@@ -89,7 +92,10 @@ def merge(params: dict, cfg: ModelConfig) -> dict:
   """
   if not cfg.lora_rank:
     return params
-  blocks = {name: dict(part) if name in ("attention", "mlp") else part for name, part in params["blocks"].items()}
+  blocks = {
+    name: dict(part) if name in ("attention", "mlp") else part
+    for name, part in params["blocks"].items()
+  }
   for layer, module in sorted(
     {TARGET_MODULES[target] for target in cfg.lora_targets}
   ):  # processes gather in the same order
@@ -100,10 +106,16 @@ def merge(params: dict, cfg: ModelConfig) -> dict:
 
     def merged(index, a=a, b=b, local=local, places=places):
       rows, columns = index[0], index[1:]
-      change = (cfg.lora_scale * lora_delta(a[i], b[i], places)[columns] for i in range(len(a))[rows])
-      return np.stack([kernel + more for kernel, more in zip(np.asarray(local[str(index)]), change, strict=True)])
+      change = (
+        cfg.lora_scale * lora_delta(a[i], b[i], places)[columns] for i in range(len(a))[rows]
+      )
+      return np.stack(
+        [kernel + more for kernel, more in zip(np.asarray(local[str(index)]), change, strict=True)]
+      )
 
-    blocks[layer][module] = part | {"kernel": jax.make_array_from_callback(kernel.shape, kernel.sharding, merged)}
+    blocks[layer][module] = part | {
+      "kernel": jax.make_array_from_callback(kernel.shape, kernel.sharding, merged)
+    }
   return params | {"blocks": blocks}
 
 
@@ -118,7 +130,9 @@ def lora_delta(a: np.ndarray, b: np.ndarray, places: tuple[int, ...]) -> np.ndar
 def select_adapters(tree: dict) -> dict:
   """Of a tree of parameters those of adapters; nothing else of it."""
   inside = {
-    name: part if name == "adapter" else select_adapters(part) for name, part in tree.items() if isinstance(part, dict)
+    name: part if name == "adapter" else select_adapters(part)
+    for name, part in tree.items()
+    if isinstance(part, dict)
   }
   return {name: part for name, part in inside.items() if part}
 
@@ -127,7 +141,9 @@ def gather_to_host(x: jax.Array) -> np.ndarray:
   """All of an array, which is small, on every process."""
   if x.is_fully_addressable:
     return np.asarray(x)
-  return np.asarray(jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x))
+  return np.asarray(
+    jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+  )
 
 
 def _scatter_qkv(x: jax.Array, places: tuple[int, ...], axis: int) -> jax.Array:

@@ -107,7 +107,9 @@ def _forward(h_BTD, table_VD, bias_V, targets_BT, mask_BT):
   logits_BTV = compute_logits(h_BTD, Head(table_VD, bias_V))
   gold_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
   largest_BT = jnp.max(logits_BTV, -1)
-  odds_BTV = jnp.exp(logits_BTV - largest_BT[..., None])  # kept, for the exponential is most of what is not a product
+  odds_BTV = jnp.exp(
+    logits_BTV - largest_BT[..., None]
+  )  # kept, for the exponential is most of what is not a product
   total_BT = jnp.sum(odds_BTV, -1)
   loss = jnp.sum(jnp.where(mask_BT, jnp.log(total_BT) + largest_BT - gold_BT, 0))
   return loss, (h_BTD, table_VD, bias_V, targets_BT, mask_BT, odds_BTV, total_BT)
@@ -121,7 +123,9 @@ def _gradients(kept):
   In float32 and not yet scaled by 1 / tokens, which in bfloat16 is up to 0.4 % off, for all targets alike.
   """
   h_BTD, table_VD, bias_V, targets_BT, mask_BT, odds_BTV, total_BT = kept
-  is_target_BTV = jax.lax.broadcasted_iota(targets_BT.dtype, odds_BTV.shape, 2) == targets_BT[..., None]
+  is_target_BTV = (
+    jax.lax.broadcasted_iota(targets_BT.dtype, odds_BTV.shape, 2) == targets_BT[..., None]
+  )
   counts_BT1 = mask_BT.astype(jnp.float32)[..., None]
   d_BTV = odds_BTV * (counts_BT1 / total_BT[..., None]) - jnp.where(is_target_BTV, counts_BT1, 0)
   d_bias_V = None if bias_V is None else jnp.sum(d_BTV, (0, 1))
@@ -132,7 +136,9 @@ def _gradients(kept):
 
 
 def _backward(kept, d_loss):
-  gradients = jax.tree.map(lambda x, like: (x * d_loss).astype(like.dtype), _gradients(kept), tuple(kept[:3]))
+  gradients = jax.tree.map(
+    lambda x, like: (x * d_loss).astype(like.dtype), _gradients(kept), tuple(kept[:3])
+  )
   return *gradients, None, None
 
 

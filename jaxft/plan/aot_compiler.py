@@ -81,7 +81,10 @@ class Compiler:
 
   def _start(self, cpus: int) -> None:
     self._end()
-    self._cpus, self._stderr = cpus, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+    self._cpus, self._stderr = (
+      cpus,
+      tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"),
+    )
     self._child = subprocess.Popen(
       [sys.executable, "-m", "jaxft.plan.aot_compiler"],
       stdin=subprocess.PIPE,
@@ -101,7 +104,9 @@ class Compiler:
 
 def compiler_env() -> dict[str, str]:
   """Of the process that compiles."""
-  flags = {name: f"{os.environ.get(name, '')} {COMPILER_ENV[name]}".strip() for name in FLAG_VARIABLES}
+  flags = {
+    name: f"{os.environ.get(name, '')} {COMPILER_ENV[name]}".strip() for name in FLAG_VARIABLES
+  }
   if backend.has_slice_bug():
     flags["XLA_FLAGS"] = backend.disable_slice_pass(flags["XLA_FLAGS"])
   return os.environ | COMPILER_ENV | flags
@@ -111,7 +116,9 @@ def check_compiler_installed(target: specs.Target) -> None:
   """Raises RequestError, with the command that installs it, where the compiler for the target is missing."""
   plugin = "tpu" if target.kind in specs.TPUS else "gpu" if target.kind in specs.GPUS else None
   if plugin and not _installed(PLUGINS[plugin]):
-    raise RequestError(f"--device={target.name!r}: its compiler is not installed; {INSTALL_COMMAND}")
+    raise RequestError(
+      f"--device={target.name!r}: its compiler is not installed; {INSTALL_COMMAND}"
+    )
 
 
 def _installed(module: str) -> bool:

@@ -48,7 +48,9 @@ COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 
 class Collective(NamedTuple):
   kind: str
-  shapes: tuple[tuple[str, tuple[int, ...]], ...]  # of the larger of what goes in and what comes out
+  shapes: tuple[
+    tuple[str, tuple[int, ...]], ...
+  ]  # of the larger of what goes in and what comes out
   times: int  # how often it runs in one run of the program
 
   @property
@@ -66,7 +68,9 @@ def collectives(text: str) -> list[Collective]:
     for line in lines:
       match = COLLECTIVE.search(line)
       if match and times[name]:
-        if "fus" in name and (channel := CHANNEL.search(line)):  # libtpu spreads one over several fusions
+        if "fus" in name and (
+          channel := CHANNEL.search(line)
+        ):  # libtpu spreads one over several fusions
           if channel[1] in spread:
             continue
           spread.add(channel[1])
@@ -91,9 +95,16 @@ def hbm_bytes(text: str) -> int:
   the weights of all layers go into every turn of the loop over layers, which reads those of one.
   """
   computations, entry = _parse_computations(text)
-  program = {name: {i.name: i for i in map(_parse_instruction, lines) if i} for name, lines in computations.items()}
+  program = {
+    name: {i.name: i for i in map(_parse_instruction, lines) if i}
+    for name, lines in computations.items()
+  }
   inside = {
-    called for body in program.values() for it in body.values() if it.op not in CONTROL_FLOW_OPS for called in it.called
+    called
+    for body in program.values()
+    for it in body.values()
+    if it.op not in CONTROL_FLOW_OPS
+    for called in it.called
   }
   times = _execution_counts(computations, entry)
   return sum(
@@ -117,7 +128,11 @@ class Instruction(NamedTuple):
     return sum(self.shapes)
 
 
-CONTROL_FLOW_OPS = {"while", "conditional", "call"}  # what they call are programs, not the inside of an instruction
+CONTROL_FLOW_OPS = {
+  "while",
+  "conditional",
+  "call",
+}  # what they call are programs, not the inside of an instruction
 HloModule = dict[str, dict[str, Instruction]]
 
 
@@ -141,7 +156,9 @@ def _parse_instruction(line: str) -> Instruction | None:
     name,
     op,
     tuple(
-      DTYPE_BYTES[dtype] * math.prod(_parse_dims(dims)) for dtype, dims in SHAPE.findall(shape) if dtype in DTYPE_BYTES
+      DTYPE_BYTES[dtype] * math.prod(_parse_dims(dims))
+      for dtype, dims in SHAPE.findall(shape)
+      if dtype in DTYPE_BYTES
     ),
     tuple(re.findall(r"%([\w.\-]+)", inner)),
     tuple(called),
@@ -153,10 +170,15 @@ def _parse_instruction(line: str) -> Instruction | None:
 def _instruction_bytes(program: HloModule, body: dict[str, Instruction], it: Instruction) -> int:
   if it.op in NO_TRAFFIC_OPS or it.op.endswith("-done"):
     return 0
-  if it.op in ("fusion", "fusion-start"):  # the second is one that goes on beside others, up to its "-done"
+  if it.op in (
+    "fusion",
+    "fusion-start",
+  ):  # the second is one that goes on beside others, up to its "-done"
     (fused,) = it.called
     read = sum(
-      _fusion_bytes_read(program, fused, i, body[name].nbytes) for i, name in enumerate(it.operands) if name in body
+      _fusion_bytes_read(program, fused, i, body[name].nbytes)
+      for i, name in enumerate(it.operands)
+      if name in body
     )
     return read + _fusion_bytes_written(program, fused)
   if it.op.endswith("-start"):
@@ -165,7 +187,9 @@ def _instruction_bytes(program: HloModule, body: dict[str, Instruction], it: Ins
     return 2 * it.nbytes
   if it.op == "dynamic-update-slice":
     return 2 * body[it.operands[1]].nbytes
-  written = it.shapes[:1] if it.op == "custom-call" else it.shapes  # the rest of it is room to work in
+  written = (
+    it.shapes[:1] if it.op == "custom-call" else it.shapes
+  )  # the rest of it is room to work in
   return sum(written) + sum(body[name].nbytes for name in it.operands if name in body)
 
 
@@ -215,7 +239,9 @@ def _parse_computations(text: str) -> tuple[dict[str, list[str]], str]:
       name = head[1]
       found[name] = []
       entry = name if line.startswith("ENTRY") else entry
-    elif line.startswith("}") and not line.startswith("}}"):  # that is the end of what describes a Pallas kernel
+    elif line.startswith("}") and not line.startswith(
+      "}}"
+    ):  # that is the end of what describes a Pallas kernel
       name = None
     elif name:
       found[name].append(line)
@@ -253,10 +279,14 @@ def _largest_shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
   if len(groups) == 1 and text.startswith("("):
     groups = SHAPE.findall(text) and [f"{dtype}[{dims}]" for dtype, dims in SHAPE.findall(text)]
   parsed = [
-    tuple((dtype, _parse_dims(dims)) for dtype, dims in SHAPE.findall(group) if dtype in DTYPE_BYTES)
+    tuple(
+      (dtype, _parse_dims(dims)) for dtype, dims in SHAPE.findall(group) if dtype in DTYPE_BYTES
+    )
     for group in groups
   ]
-  return max(parsed, key=lambda group: sum(DTYPE_BYTES[dtype] * math.prod(shape) for dtype, shape in group))
+  return max(
+    parsed, key=lambda group: sum(DTYPE_BYTES[dtype] * math.prod(shape) for dtype, shape in group)
+  )
 
 
 def _parse_dims(text: str) -> tuple[int, ...]:

@@ -35,7 +35,9 @@ OUT_OF_MEMORY = re.compile(
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def measure_step(config: ConfigDict, cfg: ModelConfig, target: specs.Target, text: bool = False) -> dict[str, Any]:
+def measure_step(
+  config: ConfigDict, cfg: ModelConfig, target: specs.Target, text: bool = False
+) -> dict[str, Any]:
   """What one optimizer step of `config` takes on `target`.
 
   Where the compiler refuses because memory is short, "needs_bytes" and "has_bytes" are there in place of what only a compiled
@@ -48,7 +50,10 @@ def measure_step(config: ConfigDict, cfg: ModelConfig, target: specs.Target, tex
   run = build_train_program(config, cfg, mesh, max(config.train.steps, 1), dummy_row(config, cfg))
   started = time.monotonic()
   traced = run.train_step.trace(run.state, run.batch)
-  lowered, found = mark_host_arguments(traced.lower(), run, run.host_mask), measure_traced(run, config, cfg, traced)
+  lowered, found = (
+    mark_host_arguments(traced.lower(), run, run.host_mask),
+    measure_traced(run, config, cfg, traced),
+  )
   seconds = lambda: {"compile_seconds": round(time.monotonic() - started, 1)}
   # libtpu works on one core: it takes 75 s for GPT-J's train step on eight chips, and 15 s for the eval step.
   with ThreadPoolExecutor(1) as beside:
@@ -67,19 +72,31 @@ def measure_step(config: ConfigDict, cfg: ModelConfig, target: specs.Target, tex
   if run.offload != "none":
     backend.check_slices(compiled, mesh.devices.flat[0].platform)
   evaluation = eval_compiled.result()
-  found |= measure_compiled(run, compiled) | {"eval_peak_bytes": eval_peak_bytes(run, evaluation)} | seconds()
+  found |= (
+    measure_compiled(run, compiled)
+    | {"eval_peak_bytes": eval_peak_bytes(run, evaluation)}
+    | seconds()
+  )
   return found | ({"text": compiled.as_text(), "eval_text": evaluation.as_text()} if text else {})
 
 
 def eval_peak_bytes(run: TrainProgram, compiled: Any) -> int:
   """Most memory of a device while the compiled eval step runs, beside the optimizer state, which stays where it is."""
   weights = bytes_per_device(
-    [leaf for leaf, there in _zip_with_mask(run.state.all_params, run.host_mask.all_params) if there]
+    [
+      leaf
+      for leaf, there in _zip_with_mask(run.state.all_params, run.host_mask.all_params)
+      if there
+    ]
   )
-  return step_peak_bytes(compiled.memory_analysis(), run, weights) + argument_bytes(run)["optimizer"]
+  return (
+    step_peak_bytes(compiled.memory_analysis(), run, weights) + argument_bytes(run)["optimizer"]
+  )
 
 
-def measure_traced(run: TrainProgram, config: ConfigDict, cfg: ModelConfig, traced: Any) -> dict[str, Any]:
+def measure_traced(
+  run: TrainProgram, config: ConfigDict, cfg: ModelConfig, traced: Any
+) -> dict[str, Any]:
   """What is known before a compiler runs. Bytes are of one device, operations ("flops") of the whole step."""
   A, B, T = run.batch["ids"].shape
   mesh = run.batch_sharding.mesh
@@ -124,7 +141,8 @@ def measure_compiled(run: TrainProgram, compiled: Any) -> dict[str, Any]:
     "argument_bytes": memory.argument_size_in_bytes,
     "temporary_bytes": memory.temp_size_in_bytes,
     "host_bytes": on_host,
-    "host_temporary_bytes": on_host - host_bytes(run),  # beside the state and, with "all", its gradient
+    "host_temporary_bytes": on_host
+    - host_bytes(run),  # beside the state and, with "all", its gradient
     "collective_bytes": hlo.bytes_by_kind(hlo.collectives(program_text)),
     "moved_bytes": hlo.hbm_bytes(program_text),
   }
@@ -161,16 +179,27 @@ def dummy_row(config: ConfigDict, cfg: ModelConfig) -> dict[str, np.ndarray]:
 def logits_bytes(run: TrainProgram, cfg: ModelConfig) -> int:
   """Of the float32 logits that a device has at once; they come and go within the temporaries."""
   _, B, T = run.batch_sharding.shard_shape(run.batch["ids"].shape)
-  rows = -(-cfg.V // rules.VOCAB_MULTIPLE) * rules.VOCAB_MULTIPLE // run.batch_sharding.mesh.shape["tensor"]
+  rows = (
+    -(-cfg.V // rules.VOCAB_MULTIPLE)
+    * rules.VOCAB_MULTIPLE
+    // run.batch_sharding.mesh.shape["tensor"]
+  )
   return 4 * B * (min(run.loss_chunk, T) or T) * (cfg.classes or rows)
 
 
 def argument_bytes(run: TrainProgram) -> dict[str, int]:
   """Bytes a device of what goes into the step."""
   kept = run.host_mask
-  parts = {"parameters": (run.state.all_params, kept.all_params), "optimizer": (run.state.opt_state, kept.opt_state)}
-  bytes_here = lambda *trees: bytes_per_device([leaf for leaf, there in _zip_with_mask(*trees) if not there])
-  return {what: bytes_here(*trees) for what, trees in parts.items()} | {"batch": bytes_per_device(run.batch)}
+  parts = {
+    "parameters": (run.state.all_params, kept.all_params),
+    "optimizer": (run.state.opt_state, kept.opt_state),
+  }
+  bytes_here = lambda *trees: bytes_per_device(
+    [leaf for leaf, there in _zip_with_mask(*trees) if not there]
+  )
+  return {what: bytes_here(*trees) for what, trees in parts.items()} | {
+    "batch": bytes_per_device(run.batch)
+  }
 
 
 def memory_breakdown(run: TrainProgram, memory: Any) -> dict[str, Any]:
@@ -185,12 +214,19 @@ def memory_breakdown(run: TrainProgram, memory: Any) -> dict[str, Any]:
   on_host, parts = host_bytes(run), argument_bytes(run)
   peak = step_peak_bytes(memory, run, on_host)
   # Counters, and what tiles of a TPU fill up.
-  other = memory.argument_size_in_bytes - (host_state_bytes(run) if _is_cpu(run) else 0) - sum(parts.values())
+  other = (
+    memory.argument_size_in_bytes
+    - (host_state_bytes(run) if _is_cpu(run) else 0)
+    - sum(parts.values())
+  )
   rest = peak - sum(parts.values()) - other
   copy = min(bytes_per_device(run.compute_params), rest)
   gradients = 0 if run.offload == "all" else min(bytes_per_device(run.grad_shapes), rest - copy)
   parts |= {"parameters": parts["parameters"] + copy, "gradients": gradients}
-  return {"peak_bytes": peak, "breakdown": parts | {"activations": rest - copy - gradients, "other": other}}
+  return {
+    "peak_bytes": peak,
+    "breakdown": parts | {"activations": rest - copy - gradients, "other": other},
+  }
 
 
 def _is_cpu(run: TrainProgram) -> bool:
@@ -211,5 +247,7 @@ def step_peak_bytes(memory: Any, run: TrainProgram, on_host: int) -> int:
   """
   if run.batch_sharding.mesh.devices.flat[0].platform == "tpu" and run.offload == "none":
     return memory.peak_memory_in_bytes
-  taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes - (on_host if _is_cpu(run) else 0)
+  taken = (
+    memory.argument_size_in_bytes + memory.temp_size_in_bytes - (on_host if _is_cpu(run) else 0)
+  )
   return taken + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -22,14 +22,26 @@ from jaxft.utils import backend
 
 # What the compiler tells in every plan, and is None in one that was refused.
 COMPILER_KEYS = (
-  *("devices", "peak_bytes", "breakdown", "host_bytes", "flops", "collective_bytes", "step_seconds_estimate"),
+  *(
+    "devices",
+    "peak_bytes",
+    "breakdown",
+    "host_bytes",
+    "flops",
+    "collective_bytes",
+    "step_seconds_estimate",
+  ),
   "compile_seconds",
 )
 VERSIONED_PACKAGES = {"gpu": ("jax-cuda13-plugin",), "tpu": ("libtpu",), "cpu": ()}
 
 
 def plan_for(
-  config: ConfigDict, device: str, *, search: bool = False, prices: Mapping[str, float] = MappingProxyType({})
+  config: ConfigDict,
+  device: str,
+  *,
+  search: bool = False,
+  prices: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, Any]:
   """Compiles the train step of `config` for `device`, which need not be there, and tells what it takes.
 
@@ -59,13 +71,17 @@ def plans_for(
   config = jaxft.config.normalize(config)
   if lines := jaxft.config.validate(config):
     raise RequestError("\n".join(lines))
-  wanted = [specs.parse_device(device) for device in devices]  # a mistyped one is told before any is compiled
+  wanted = [
+    specs.parse_device(device) for device in devices
+  ]  # a mistyped one is told before any is compiled
   cfg = resolve_model_config(config)
   plans = []
   with aot_compiler.Compiler() as compiler:
     for target in wanted:
       try:
-        plans.append(_make_plan(compiler, config, cfg, target, search, prices.get(target.kind), tell))
+        plans.append(
+          _make_plan(compiler, config, cfg, target, search, prices.get(target.kind), tell)
+        )
       except RequestError as error:
         if len(wanted) == 1:
           raise
@@ -89,12 +105,18 @@ def resolve_model_config(config: ConfigDict) -> ModelConfig:
   return _apply_run_config(config, hf_config, cfg)
 
 
-def _apply_run_config(config: ConfigDict, hf_config: dict[str, Any], cfg: ModelConfig) -> ModelConfig:
+def _apply_run_config(
+  config: ConfigDict, hf_config: dict[str, Any], cfg: ModelConfig
+) -> ModelConfig:
   """The architecture as a run of `config` changes it; raises RequestError for rows that are too long for it."""
   if config.data.sequence_length > cfg.P:
-    raise RequestError(f"config.data.sequence_length={config.data.sequence_length}: the model has {cfg.P} positions")
+    raise RequestError(
+      f"config.data.sequence_length={config.data.sequence_length}: the model has {cfg.P} positions"
+    )
   if config.model.head == "classification" and not cfg.classes:
-    cfg = dataclasses.replace(cfg, classes=2)  # as many as the data has labels: of no account for memory
+    cfg = dataclasses.replace(
+      cfg, classes=2
+    )  # as many as the data has labels: of no account for memory
   return trainable_params.apply_config(cfg, config, hf_config["model_type"])
 
 
@@ -109,7 +131,11 @@ def _make_plan(
 ) -> dict[str, Any]:
   def of(config: ConfigDict) -> dict[str, Any]:
     tell(f"compiling for {target.name} ...")
-    found = compiler(aot_compiler.CompileRequest(jaxft.config.to_json(config), dataclasses.asdict(cfg), target.name))
+    found = compiler(
+      aot_compiler.CompileRequest(
+        jaxft.config.to_json(config), dataclasses.asdict(cfg), target.name
+      )
+    )
     return _to_plan(config, target, found, price)
 
   aot_compiler.check_compiler_installed(target)
@@ -118,15 +144,24 @@ def _make_plan(
   except RequestError as error:
     if not do_search:
       raise
-    tell(f"as it is: {error}")  # a batch or a mesh that does not go with this target; the search has its own
+    tell(
+      f"as it is: {error}"
+    )  # a batch or a mesh that does not go with this target; the search has its own
     plan = _refused_plan(config, target, error)
   if do_search or not plan["fits"]:
-    plan["advice"] = find_settings(config, cfg, target, of, tell, shown=NUM_PLANS if do_search else 1)
+    plan["advice"] = find_settings(
+      config, cfg, target, of, tell, shown=NUM_PLANS if do_search else 1
+    )
   return plan
 
 
 def plan_from_compiled(
-  config: ConfigDict, cfg: ModelConfig, run: TrainProgram, traced: Any, compiled: Any, eval_compiled: Any
+  config: ConfigDict,
+  cfg: ModelConfig,
+  run: TrainProgram,
+  traced: Any,
+  compiled: Any,
+  eval_compiled: Any,
 ) -> dict[str, Any]:
   """The plan of steps that are compiled already, for the devices they will run on; `traced` is the train step's."""
   mesh = run.batch_sharding.mesh
@@ -135,11 +170,18 @@ def plan_from_compiled(
   found |= {"eval_peak_bytes": measure.eval_peak_bytes(run, eval_compiled), "compile_seconds": None}
   plan = _to_plan(config, specs.local_target(device, mesh.size), found)
   share = backend.device_memory_bytes(device) // (mesh.size if device.platform == "cpu" else 1)
-  return plan | {"usable_bytes": share, "fits": max(plan["peak_bytes"], plan["eval_peak_bytes"]) <= share}
+  return plan | {
+    "usable_bytes": share,
+    "fits": max(plan["peak_bytes"], plan["eval_peak_bytes"]) <= share,
+  }
 
 
 def _refused_plan(config: ConfigDict, target: specs.Target, error: RequestError) -> dict[str, Any]:
-  return _plan_header(config, target) | dict.fromkeys(COMPILER_KEYS) | {"fits": False, "refused": str(error)}
+  return (
+    _plan_header(config, target)
+    | dict.fromkeys(COMPILER_KEYS)
+    | {"fits": False, "refused": str(error)}
+  )
 
 
 def _plan_header(config: ConfigDict, target: specs.Target) -> dict[str, Any]:
@@ -181,7 +223,9 @@ def _to_plan(
     plan["breakdown"] = found["arguments"] | {"gradients": found["gradient_bytes"]}
     plan["breakdown"]["activations"] = max(0, plan["peak_bytes"] - sum(plan["breakdown"].values()))
   else:
-    plan |= {name: found[name] for name in ("peak_bytes", "eval_peak_bytes", "breakdown", "host_bytes")}
+    plan |= {
+      name: found[name] for name in ("peak_bytes", "eval_peak_bytes", "breakdown", "host_bytes")
+    }
     plan["fits"] = max(found["peak_bytes"], found["eval_peak_bytes"]) <= plan["usable_bytes"]
   step_estimate = None
   if not refused:
@@ -203,12 +247,15 @@ def _to_plan(
     "model_flops": found["model_flops"],
     "tokens": found["tokens"],
     "bus_bytes": found["bus_bytes"],
-    "pinned_bytes": backend.max_pinned_bytes(found["bytes_on_every_host"]) if target.kind in specs.GPUS else 0,
+    "pinned_bytes": backend.max_pinned_bytes(found["bytes_on_every_host"])
+    if target.kind in specs.GPUS
+    else 0,
     "moved_bytes": found.get("moved_bytes"),
     "collective_bytes": found.get("collective_bytes", {}),
     "step_seconds_estimate": step_estimate and step_estimate.step_seconds,
     "cost": roofline.estimate_cost(price, target, step_estimate),
     "estimate": roofline.to_dict(step_estimate, target, found["compute_dtype"]),
-    "rows_to_hide_the_bus": step_estimate and step_estimate.rows_to_hide_the_bus(config.train.batch_size),
+    "rows_to_hide_the_bus": step_estimate
+    and step_estimate.rows_to_hide_the_bus(config.train.batch_size),
     "compile_seconds": found["compile_seconds"],
   }

@@ -49,7 +49,9 @@ def format_seconds(value: float | None) -> str:
 def fit_summary(plan: dict[str, Any]) -> str:
   peak, usable = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0)), plan["usable_bytes"]
   if plan["fits"]:
-    return f"fits: {format_bytes(peak)} of {format_bytes(usable)} a device, {100 * peak / usable:.0f} %"
+    return (
+      f"fits: {format_bytes(peak)} of {format_bytes(usable)} a device, {100 * peak / usable:.0f} %"
+    )
   return f"does not fit: needs {format_bytes(peak)} a device, of which there are {format_bytes(usable)}; {format_bytes(peak - usable)} too much"
 
 
@@ -64,7 +66,9 @@ def render_memory(plan: dict[str, Any]) -> RenderableType:
         MEMORY_MEANING[part],
       )
   table.add_row(
-    Text("peak", "bold"), Text(format_bytes(plan["peak_bytes"]), "bold", justify="right"), fit_summary(plan)
+    Text("peak", "bold"),
+    Text(format_bytes(plan["peak_bytes"]), "bold", justify="right"),
+    fit_summary(plan),
   )
   return Group(_memory_bar(plan), table)
 
@@ -109,11 +113,19 @@ def detail_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
   """Everything but the memory of a device, as pairs of a name and what is said of it."""
   mesh = " x ".join(f"{name}={count}" for name, count in plan["mesh"].items())
   sent = (
-    ", ".join(f"{kind} {format_bytes(nbytes)}" for kind, nbytes in plan["collective_bytes"].items() if nbytes) or "none"
+    ", ".join(
+      f"{kind} {format_bytes(nbytes)}"
+      for kind, nbytes in plan["collective_bytes"].items()
+      if nbytes
+    )
+    or "none"
   )
   kernel, why = plan["attention"]["kernel"], plan["attention"]["why_not_faster"]
   pairs = [
-    ("devices", f"{plan['devices']} x {plan['device_kind']}, mesh {mesh}, computing in {plan['compute_dtype']}"),
+    (
+      "devices",
+      f"{plan['devices']} x {plan['device_kind']}, mesh {mesh}, computing in {plan['compute_dtype']}",
+    ),
     ("step", f"{plan['tokens']:,} tokens in {plan['accumulation_steps']} accumulation step(s)"),
     ("attention", kernel + (f" ({why})" if why else "")),
     ("logits", f"{format_bytes(plan['logits_bytes'])} at once, float32, among the activations"),
@@ -161,9 +173,16 @@ def detail_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if plan["bus_bytes"]:
       rows = plan["rows_to_hide_the_bus"]
-      pairs.append(("", f"the bus takes as long for any batch: from {rows:,} rows on it is a fifth of a step, or less"))
+      pairs.append(
+        (
+          "",
+          f"the bus takes as long for any batch: from {rows:,} rows on it is a fifth of a step, or less",
+        )
+      )
   if cost := plan["cost"]:
-    tokens = f", {cost['per_million_tokens']:.2f} a million tokens" if "per_million_tokens" in cost else ""
+    tokens = (
+      f", {cost['per_million_tokens']:.2f} a million tokens" if "per_million_tokens" in cost else ""
+    )
     pairs.append(("cost", f"{cost['per_hour']:.2f} an hour{tokens}, by --prices"))
   versions = ", ".join(f"{name} {version}" for name, version in plan["versions"].items())
   took = "" if plan["compile_seconds"] is None else f"in {plan['compile_seconds']:.1f} s "
@@ -187,12 +206,16 @@ def rejection_lines(plan: dict[str, Any]) -> list[str]:
   """Lines on what the search left out, and, where nothing fits, on how much is missing."""
   advice = plan["advice"]
   lines = [f"{' '.join(it['overrides']) or 'as it is'}: {it['why']}" for it in advice["lost"]]
-  lines += [f"{count} not compiled: {why}" for why, count in advice["not_compiled"].items() if count]
+  lines += [
+    f"{count} not compiled: {why}" for why, count in advice["not_compiled"].items() if count
+  ]
   if not advice["best"]:
     least = advice["least_state_bytes"] or 0
     room = f"{format_bytes(advice['room_bytes'])} (5 % of the usable memory is to stay free)"
     if advice["ended_early"]:
-      lines.append(f"none that fits {room} was found before {advice['ended_early']}; there may be one")
+      lines.append(
+        f"none that fits {room} was found before {advice['ended_early']}; there may be one"
+      )
     elif least > advice["room_bytes"]:
       state = f"weights, gradient and optimizer state alone take {format_bytes(least)} a device"
       lines.append(f"nothing of what was tried fits {room}: {state}")
@@ -217,7 +240,12 @@ def _render_advice(plan: dict[str, Any]) -> Iterable[RenderableType]:
     for row in rows:
       found.add_row(*row)
     yield found
-  yield Text("\n".join(["the rest:" if rows else "no settings that fit were found:", *rejection_lines(plan)]), "grey50")
+  yield Text(
+    "\n".join(
+      ["the rest:" if rows else "no settings that fit were found:", *rejection_lines(plan)]
+    ),
+    "grey50",
+  )
 
 
 def _render_pairs(pairs: list[tuple[str, str]]) -> Table:
@@ -240,7 +268,9 @@ STYLE = "\n".join(
     ".dot { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }",
     *(f".{part} {{ background: {light}; }}" for part, (_, light, _) in MEMORY_COLOURS.items()),
     "@media (prefers-color-scheme: dark) { "
-    + " ".join(f".{part} {{ background: {dark}; }}" for part, (_, _, dark) in MEMORY_COLOURS.items())
+    + " ".join(
+      f".{part} {{ background: {dark}; }}" for part, (_, _, dark) in MEMORY_COLOURS.items()
+    )
     + " }",
   ]
 )
@@ -281,8 +311,13 @@ def _html_section(plan: dict[str, Any]) -> str:
       _html_table([(e(name), e(value)) for name, value in detail_rows(plan)]),
     ]
   if "advice" in plan:
-    rows = [(*map(e, told), f"<code>{e(flags)}</code>") for *told, flags in advice_rows(plan["advice"])]
-    out += ["<h2>What fits</h2>", _html_table([("a step", "peak", "host", "flags"), *rows] if rows else [])]
+    rows = [
+      (*map(e, told), f"<code>{e(flags)}</code>") for *told, flags in advice_rows(plan["advice"])
+    ]
+    out += [
+      "<h2>What fits</h2>",
+      _html_table([("a step", "peak", "host", "flags"), *rows] if rows else []),
+    ]
     out += [f"<p>{e(line)}</p>" for line in rejection_lines(plan)]
   return "\n".join(out)
 

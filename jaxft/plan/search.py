@@ -57,7 +57,12 @@ def find_settings(
   room = int(target.usable_bytes * (1 - MEMORY_MARGIN))
   untried = sorted(candidates(config, cfg, target), key=lambda it: it.seconds)
   least = min((it.state_bytes for it in untried), default=None)
-  count, correction, fitting, lost = len(untried), dict.fromkeys(SEARCH_SPACE["memory.remat"], 1.0), [], []
+  count, correction, fitting, lost = (
+    len(untried),
+    dict.fromkeys(SEARCH_SPACE["memory.remat"], 1.0),
+    [],
+    [],
+  )
   size = lambda it: it.state_bytes + correction[it.settings["memory.remat"]] * it.other_bytes
   started, frugal, ended_early = time.monotonic(), 0, None
   while untried and len(fitting) < shown:
@@ -79,18 +84,29 @@ def find_settings(
     found = {
       "overrides": flags,
       "settings": candidate.settings,
-      **{name: plan[name] for name in ("peak_bytes", "host_bytes", "step_seconds_estimate", "accumulation_steps")},
+      **{
+        name: plan[name]
+        for name in ("peak_bytes", "host_bytes", "step_seconds_estimate", "accumulation_steps")
+      },
     }
-    tell(f"{' '.join(flags) or 'as it is'}: {'fits' if short <= 0 else f'{short / 2**30:.1f} GiB too large'}")
+    tell(
+      f"{' '.join(flags) or 'as it is'}: {'fits' if short <= 0 else f'{short / 2**30:.1f} GiB too large'}"
+    )
     if short <= 0:
       fitting.append(found | {"rough_seconds": candidate.seconds})
     else:
       lost.append(
-        {"overrides": flags, "why": f"does not fit, by {short / 2**30:.2f} GiB", "peak_bytes": plan["peak_bytes"]}
+        {
+          "overrides": flags,
+          "why": f"does not fit, by {short / 2**30:.2f} GiB",
+          "peak_bytes": plan["peak_bytes"],
+        }
       )
     other = max(plan["peak_bytes"] - candidate.state_bytes, 1)
     correction[candidate.settings["memory.remat"]] = other / candidate.other_bytes
-  fitting.sort(key=lambda it: (it["step_seconds_estimate"] or it["rough_seconds"], it["peak_bytes"]))
+  fitting.sort(
+    key=lambda it: (it["step_seconds_estimate"] or it["rough_seconds"], it["peak_bytes"])
+  )
   too_large = [it for it in untried if size(it) > room]
   over = [it for it in too_large if it.state_bytes > room]
   return {
@@ -147,9 +163,13 @@ def candidates(config: ConfigDict, cfg: ModelConfig, target: specs.Target) -> li
     parts = data * fsdp
     if config.train.batch_size % parts:
       continue
-    stages = (3, 2, 1) if fsdp > 1 else (config.mesh.zero_stage,)  # with nothing to cut over, stages are all the same
+    stages = (
+      (3, 2, 1) if fsdp > 1 else (config.mesh.zero_stage,)
+    )  # with nothing to cut over, stages are all the same
     rows = config.train.batch_size // parts
-    micro_batches = [2**i for i in range(rows.bit_length()) if rows % 2**i == 0 and 2**i < rows] + [0]
+    micro_batches = [2**i for i in range(rows.bit_length()) if rows % 2**i == 0 and 2**i < rows] + [
+      0
+    ]
     for stage, micro, *choice in itertools.product(stages, micro_batches, *SEARCH_SPACE.values()):
       chosen = dict(zip(SEARCH_SPACE, choice, strict=True)) | {
         "mesh.data": data,

@@ -60,18 +60,25 @@ def chart(
   log = not (from_zero or share) and min(values) > 0 and max(values) > 10 * min(values)
   scale = math.log10 if log else float
   x0, x1 = min([*steps, *nonfinite_steps]), max([*steps, *nonfinite_steps])
-  y0, y1 = (0.0, 1.0) if share else _axis_range([0.0, *values] if from_zero else values, scale, from_zero)
+  y0, y1 = (
+    (0.0, 1.0) if share else _axis_range([0.0, *values] if from_zero else values, scale, from_zero)
+  )
   across = lambda x: BOX_SIZE * (x - x0) / (x1 - x0)
   down = lambda y: BOX_SIZE * (y1 - scale(y)) / (y1 - y0)
   x_ticks, y_ticks = step_ticks(x0, x1), log_ticks(y0, y1) if log else ticks(y0, y1)
 
-  drawn = [_horizontal_line(down(y), "grid") for y in y_ticks] + [_horizontal_line(BOX_SIZE, "axis")]
+  drawn = [_horizontal_line(down(y), "grid") for y in y_ticks] + [
+    _horizontal_line(BOX_SIZE, "axis")
+  ]
   for it in series:
     drawn += _draw_line(it, across, down)
   if floor:
     drawn.append(_horizontal_line(down(floor[1]), "floor"))
   if nonfinite_steps:
-    marks = " ".join(f"M{across(x):.1f} {BOX_SIZE} v-60" for x, _ in downsample([(x, 0.0) for x in nonfinite_steps]))
+    marks = " ".join(
+      f"M{across(x):.1f} {BOX_SIZE} v-60"
+      for x, _ in downsample([(x, 0.0) for x in nonfinite_steps])
+    )
     drawn.append(element("path", d=marks, class_="fault"))
   svg = element(
     "svg",
@@ -83,7 +90,8 @@ def chart(
   )
   y_labels = map(format_tick, y_ticks) if log else format_ticks(y_ticks)
   beside = [
-    element("span", text, class_="y", style=f"top:{down(y) / BOX_SIZE:.2%}") for y, text in zip(y_ticks, y_labels)
+    element("span", text, class_="y", style=f"top:{down(y) / BOX_SIZE:.2%}")
+    for y, text in zip(y_ticks, y_labels)
   ]
   beside += [
     element("span", text, class_="x", style=f"left:{across(x) / BOX_SIZE:.2%}")
@@ -92,11 +100,18 @@ def chart(
   beside.append(element("span", f"step {math.floor(x1):,}", class_="x last"))
   if floor:
     beside.append(
-      element("span", f"{floor[0]} {floor[1]:.4g}", class_="at", style=f"top:{down(floor[1]) / BOX_SIZE:.2%}")
+      element(
+        "span",
+        f"{floor[0]} {floor[1]:.4g}",
+        class_="at",
+        style=f"top:{down(floor[1]) / BOX_SIZE:.2%}",
+      )
     )
   keys = [_legend_entry(it) for it in series] if len(series) > 1 else []
   if nonfinite_steps:
-    keys.append(_legend_mark(element("path", d="M13 10 v-10", class_="fault"), "not finite, not applied"))
+    keys.append(
+      _legend_mark(element("path", d="M13 10 v-10", class_="fault"), "not finite, not applied")
+    )
   return element(
     "figure",
     element(
@@ -105,12 +120,22 @@ def chart(
       element("span", unit + (", logarithmic" if log else "")),
       element("div", keys, class_="keys") if keys else None,
     ),
-    element("div", svg, beside, class_="plot", data_x=f"{x0} {x1}", data_y=f"{y0} {y1}", data_log="1" if log else None),
+    element(
+      "div",
+      svg,
+      beside,
+      class_="plot",
+      data_x=f"{x0} {x1}",
+      data_y=f"{y0} {y1}",
+      data_log="1" if log else None,
+    ),
     class_="wide" if wide else None,
   )
 
 
-def _axis_range(values: list[float], scale: Callable[[float], float], from_zero: bool) -> tuple[float, float]:
+def _axis_range(
+  values: list[float], scale: Callable[[float], float], from_zero: bool
+) -> tuple[float, float]:
   """The ends of the values' axis: with some air, or from zero to the round number above all."""
   low, high = min(map(scale, values)), max(map(scale, values))
   if from_zero and low == 0:
@@ -120,13 +145,20 @@ def _axis_range(values: list[float], scale: Callable[[float], float], from_zero:
   return low - air, high + air
 
 
-def _draw_line(it: Series, across: Callable[[float], float], down: Callable[[float], float]) -> list[Html]:
+def _draw_line(
+  it: Series, across: Callable[[float], float], down: Callable[[float], float]
+) -> list[Html]:
   """The line, and what is on it; the one that the script reads out has the name."""
   colour = f"s{it.colour % len(LIGHT_COLOURS)}"
   at = lambda points: [f"{across(x):.1f},{down(y):.1f}" for x, y in points]
-  poly = lambda points, how, name=None: element("polyline", points=" ".join(at(points)), class_=how, data_name=name)
+  poly = lambda points, how, name=None: element(
+    "polyline", points=" ".join(at(points)), class_=how, data_name=name
+  )
   if it.noisy and _is_dense(it.points):
-    return [poly(downsample(it.points), f"faint {colour}"), poly(window_means(it.points), f"line {colour}", it.name)]
+    return [
+      poly(downsample(it.points), f"faint {colour}"),
+      poly(window_means(it.points), f"line {colour}", it.name),
+    ]
   drawn = [poly(downsample(it.points), f"line {colour}", it.name)]
   if it.dots or len(it.points) == 1:
     places = " ".join("M" + pair.replace(",", " ") + " h0" for pair in at(downsample(it.points)))
@@ -153,7 +185,10 @@ def _legend_entry(it: Series) -> Html:
 
 def _legend_mark(mark, name: str) -> Html:
   return element(
-    "span", element("svg", mark, viewBox="0 0 26 10", aria_hidden="true"), element("span", name), class_="key"
+    "span",
+    element("svg", mark, viewBox="0 0 26 10", aria_hidden="true"),
+    element("span", name),
+    class_="key",
   )
 
 
@@ -171,15 +206,21 @@ def window_means(points: Points) -> list[tuple[float, float]]:
   """The mean step and the mean value of each of WINDOWS spans of steps."""
   mean = lambda numbers: sum(numbers) / len(numbers)
   return [
-    (mean([points[i][0] for i in span]), mean([points[i][1] for i in span])) for span in _bins(points, NUM_WINDOWS)
+    (mean([points[i][0] for i in span]), mean([points[i][1] for i in span]))
+    for span in _bins(points, NUM_WINDOWS)
   ]
 
 
 def _bins(points: Points, count: int) -> list[range]:
   """The indices of the points in each of `count` equal spans of steps, without the empty ones."""
   first, last = points[0][0], points[-1][0]
-  starts = [bisect.bisect_left(points, first + (last - first) * i / count, key=lambda it: it[0]) for i in range(count)]
-  return [range(start, end) for start, end in itertools.pairwise([*starts, len(points)]) if end > start]
+  starts = [
+    bisect.bisect_left(points, first + (last - first) * i / count, key=lambda it: it[0])
+    for i in range(count)
+  ]
+  return [
+    range(start, end) for start, end in itertools.pairwise([*starts, len(points)]) if end > start
+  ]
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -193,7 +234,9 @@ def step_ticks(low: float, high: float) -> list[float]:
 
 
 def _tick_multiples(apart: float, low: float, high: float) -> list[float]:
-  return [i * apart for i in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)]
+  return [
+    i * apart for i in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)
+  ]
 
 
 def _tick_spacing(low: float, high: float) -> float:

@@ -34,7 +34,11 @@ def _unique_names(records: list[RunRecord]) -> list[str]:
 
 
 def _header(title: str, named: list[tuple[str, RunRecord]]) -> Html:
-  found = {name: it for name, record in named if (it := formatting.headline_metric(record)) and it.after is not None}
+  found = {
+    name: it
+    for name, record in named
+    if (it := formatting.headline_metric(record)) and it.after is not None
+  }
   headline, measures = title, {it.key for it in found.values()}
   if len(found) > 1 and len(measures) == 1:
     key = measures.pop()
@@ -44,14 +48,20 @@ def _header(title: str, named: list[tuple[str, RunRecord]]) -> Html:
     headline = f"{best} has the {word} {found[best].name}: {formatting.format_metric(key, found[best].after)}"
   held_out = {get_int(record.data, "tokens", "held_out") for _, record in named}
   unlike = (
-    "The runs were evaluated on different texts: their eval losses cannot be compared." if len(held_out) > 1 else None
+    "The runs were evaluated on different texts: their eval losses cannot be compared."
+    if len(held_out) > 1
+    else None
   )
   return element(
     "header",
     element("p", title, class_="over"),
     element("h1", headline),
     element("p", unlike, class_="state bad") if unlike else None,
-    [element("p", f"{name}: {note}.", class_="state") for name, record in named for note in record.notes],
+    [
+      element("p", f"{name}: {note}.", class_="state")
+      for name, record in named
+      for note in record.notes
+    ],
     _results_table(named),
   )
 
@@ -60,13 +70,18 @@ def _results_table(named: list[tuple[str, RunRecord]]) -> Html:
   keys = formatting.measured_metrics([record for _, record in named])
   rows = []
   for i, (name, record) in enumerate(named):
-    cells = [" → ".join(formatting.format_metric(key, value) for value in record.cells(key)) for key in keys]
+    cells = [
+      " → ".join(formatting.format_metric(key, value) for value in record.cells(key))
+      for key in keys
+    ]
     peak, speed = (
       max((v for _, v in record.points("memory/peak_bytes")), default=None),
       record.median("perf/tokens_per_second"),
     )
     finished, state = formatting.run_status(record)
-    state = element("small", state.splitlines()[0].split(":")[0], class_=None if finished else "bad")
+    state = element(
+      "small", state.splitlines()[0].split(":")[0], class_=None if finished else "bad"
+    )
     rows.append(
       [
         [_swatch(i), name, state],
@@ -76,7 +91,9 @@ def _results_table(named: list[tuple[str, RunRecord]]) -> Html:
       ]
     )
   return table(
-    ["run", *(formatting.METRIC_NAMES[key] for key in keys), "tokens/s", "most memory"], rows, "numbers runs"
+    ["run", *(formatting.METRIC_NAMES[key] for key in keys), "tokens/s", "most memory"],
+    rows,
+    "numbers runs",
   )
 
 
@@ -96,7 +113,9 @@ def _curves(named: list[tuple[str, RunRecord]]) -> Html | None:
     chart("Accuracy", "share of the held-out texts", lines("eval/accuracy", dots=True), share=True),
     chart("Learning rate", "", lines("train/learning_rate"), from_zero=True),
     chart("Gradient norm", "before clipping", lines("train/grad_norm", **noisy)),
-    chart("Speed", "tokens a second", lines(speed, RunRecord.without_outliers, **noisy), from_zero=True),
+    chart(
+      "Speed", "tokens a second", lines(speed, RunRecord.without_outliers, **noisy), from_zero=True
+    ),
   ]
   drawn = [it for it in figures if it]
   return section("How they went", element("div", drawn, class_="charts")) if drawn else None
@@ -115,16 +134,27 @@ def _differences(named: list[tuple[str, RunRecord]]) -> Html:
 
 def _samples(named: list[tuple[str, RunRecord]]) -> Html | None:
   """What each run made in the end of the prompts that it shares with another."""
-  last = {name: {prompt: sides[-1] for prompt, sides in samples.by_prompt(record).items()} for name, record in named}
+  last = {
+    name: {prompt: sides[-1] for prompt, sides in samples.by_prompt(record).items()}
+    for name, record in named
+  }
   prompts = [it for it in dict.fromkeys(prompt for of in last.values() for prompt in of)]
   shared = [it for it in prompts if sum(it in of for of in last.values()) > 1]
   if not shared:
     return None
   groups = [
     samples.side_by_side(
-      [of[prompt]._replace(title=f"{name}: {of[prompt].title}") for name, of in last.items() if prompt in of]
+      [
+        of[prompt]._replace(title=f"{name}: {of[prompt].title}")
+        for name, of in last.items()
+        if prompt in of
+      ]
     )
     for prompt in shared[:MAX_PROMPTS]
   ]
-  more = f"{len(shared) - MAX_PROMPTS:,} more prompts are in samples.jsonl." if len(shared) > MAX_PROMPTS else None
+  more = (
+    f"{len(shared) - MAX_PROMPTS:,} more prompts are in samples.jsonl."
+    if len(shared) > MAX_PROMPTS
+    else None
+  )
   return section("The last samples", *groups, element("p", more, class_="note") if more else None)

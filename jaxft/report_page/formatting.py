@@ -49,14 +49,22 @@ def format_percent(share: float) -> str:
 
 def format_setting(value: Any, most: int = 300) -> str:
   """The value of a setting, cut short where it is long."""
-  text = ", ".join(map(str, value)) if isinstance(value, tuple) else "not set" if value is None else str(value)
+  text = (
+    ", ".join(map(str, value))
+    if isinstance(value, tuple)
+    else "not set"
+    if value is None
+    else str(value)
+  )
   text = redact(text) or "empty"
   return text if len(text) <= most else f"{text[:most]} ... ({len(text):,} characters)"
 
 
 def model_name(record: RunRecord) -> str:
   """A hub id, or the last two parts of a path."""
-  return format_setting("/".join(str(record.config.get("model.path") or "a model").rstrip("/").split("/")[-2:]), 80)
+  return format_setting(
+    "/".join(str(record.config.get("model.path") or "a model").rstrip("/").split("/")[-2:]), 80
+  )
 
 
 def run_status(record: RunRecord) -> tuple[bool, str]:
@@ -66,13 +74,22 @@ def run_status(record: RunRecord) -> tuple[bool, str]:
   at = f"step {last:,}" + (f" of {total:,}" if total else "")
   if code == 0:
     early = total and last < total
-    return True, f"ended early at {at}: no lower eval loss" if early else f"finished at step {last:,}"
+    return (
+      True,
+      f"ended early at {at}: no lower eval loss" if early else f"finished at step {last:,}",
+    )
   if code is not None:
     said = f"\n{format_setting(why, 2000)}" if why else ""
-    return False, f"Stopped at {at}, exit code {code} ({EXIT_REASONS.get(code, 'a fault of the program')}).{said}"
+    return (
+      False,
+      f"Stopped at {at}, exit code {code} ({EXIT_REASONS.get(code, 'a fault of the program')}).{said}",
+    )
   if not record.about and total and last >= total:
     return True, f"finished at step {last:,}"
-  return False, f"Stopped at {at}: the run was killed, or is still going on. The same command continues it."
+  return (
+    False,
+    f"Stopped at {at}: the run was killed, or is still going on. The same command continues it.",
+  )
 
 
 # What a page tells of an evaluation, where it was measured.
@@ -93,7 +110,11 @@ FRACTION_METRICS = ("eval/accuracy", "eval/f1")
 def measured_metrics(records: list[RunRecord]) -> list[str]:
   """The keys of MEASURES that any of the runs has; the perplexity of labels says nothing."""
   apart = {"eval/perplexity"} if any(record.classifies for record in records) else set()
-  return [key for key in METRIC_NAMES if key not in apart and any(record.points(key) for record in records)]
+  return [
+    key
+    for key in METRIC_NAMES
+    if key not in apart and any(record.points(key) for record in records)
+  ]
 
 
 class HeadlineMetric(NamedTuple):
@@ -102,7 +123,9 @@ class HeadlineMetric(NamedTuple):
   name: str
   key: str
   before: float
-  after: float | None  # of the exported weights; None where nothing was evaluated after the first step
+  after: (
+    float | None
+  )  # of the exported weights; None where nothing was evaluated after the first step
   better: bool | None  # None where it hardly changed, or is not known
 
 
@@ -115,7 +138,10 @@ def headline_metric(record: RunRecord) -> HeadlineMetric | None:
     return HeadlineMetric(name, key, ends[0], None, None) if ends else None
   change = ends[1] - ends[0]
   return HeadlineMetric(
-    name, key, *ends, None if abs(change) < MIN_CHANGE * abs(ends[0]) else (change > 0) == by_accuracy
+    name,
+    key,
+    *ends,
+    None if abs(change) < MIN_CHANGE * abs(ends[0]) else (change > 0) == by_accuracy,
   )
 
 
@@ -155,7 +181,11 @@ def time_span(record: RunRecord) -> str | None:
     said = begun.strftime("%d %B %Y, %H:%M UTC").lstrip("0")
     if len(starts) > 1:
       return f"{said}; started {len(starts)} times"
-    took = int((datetime.datetime.fromisoformat(ended) - begun).total_seconds()) if isinstance(ended, str) else None
+    took = (
+      int((datetime.datetime.fromisoformat(ended) - begun).total_seconds())
+      if isinstance(ended, str)
+      else None
+    )
   except (KeyError, TypeError, ValueError):
     return None
   if took is None:

@@ -51,10 +51,19 @@ def breakable(text: str) -> Html:
 
 def table(head: list[Any], rows: list[list[Any]], class_: str | None = None) -> Html:
   """The first cell of a row is its name; the table scrolls sideways where the screen is narrower."""
-  body = [element("tr", element("th", row[0], scope="row"), [element("td", cell) for cell in row[1:]]) for row in rows]
-  top = element("thead", element("tr", [element("th", cell, scope="col") for cell in head])) if head else None
+  body = [
+    element("tr", element("th", row[0], scope="row"), [element("td", cell) for cell in row[1:]])
+    for row in rows
+  ]
+  top = (
+    element("thead", element("tr", [element("th", cell, scope="col") for cell in head]))
+    if head
+    else None
+  )
   return element(
-    "div", element("table", top, element("tbody", body)), class_=" ".join(filter(None, ["scroll", class_]))
+    "div",
+    element("table", top, element("tbody", body)),
+    class_=" ".join(filter(None, ["scroll", class_])),
   )
 
 
@@ -65,7 +74,9 @@ def section(title: str, *children: Any) -> Html:
 def render_page(title: str, *children: Any) -> str:
   """A whole page that loads nothing: its policy forbids any request, and any script but the one here."""
   digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-  policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+  policy = (
+    f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+  )
   return (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'

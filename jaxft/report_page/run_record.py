@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jaxft.config
 from jaxft.errors import RequestError, first_line
+from jaxft.utils.files import read_json_object
 
 MAX_DRAWN = 1e300  # of what is drawn: sums and differences of such numbers are still finite
 
@@ -37,7 +38,11 @@ class RunRecord(NamedTuple):
 
   @property
   def total_steps(self) -> int | None:
-    for place, key in ((self.about, "total_steps"), (self.data, "steps_in_all"), (self.config, "train.steps")):
+    for place, key in (
+      (self.about, "total_steps"),
+      (self.data, "steps_in_all"),
+      (self.config, "train.steps"),
+    ):
       if total := get_int(place, key):
         return total
     return None
@@ -66,7 +71,11 @@ class RunRecord(NamedTuple):
       for line in self.metrics
       if line["step"] <= exported and (cell := metric_cell(line, key)) != ""
     ]
-    return [found[0][1], found[-1][1]] if found and found[-1][0] > found[0][0] else [it for _, it in found[:1]]
+    return (
+      [found[0][1], found[-1][1]]
+      if found and found[-1][0] > found[0][0]
+      else [it for _, it in found[:1]]
+    )
 
   def memorized_share(self, when: str) -> float | None:
     """The mean share of 8-grams of the samples before or after that stand in the training text."""
@@ -77,7 +86,11 @@ class RunRecord(NamedTuple):
   @property
   def nonfinite_steps(self) -> list[int]:
     """Steps whose loss or gradient norm was no finite number: they are in metrics.jsonl as text."""
-    return [line["step"] for line in self.metrics if any(type(line.get(key)) is str for key in NUMERIC_CHECK_KEYS)]
+    return [
+      line["step"]
+      for line in self.metrics
+      if any(type(line.get(key)) is str for key in NUMERIC_CHECK_KEYS)
+    ]
 
   def points(self, key: str) -> list[tuple[int, float]]:
     """(step, value) of every line that has a number for `key`."""
@@ -112,7 +125,13 @@ def metric_cell(line: dict[str, Any], key: str) -> float | str:
   value, found = get_float(line, key), line.get(key)
   if value is not None:
     return value
-  return f"{found:.3g}" if type(found) in (int, float) else found if found in ("inf", "-inf", "nan") else ""
+  return (
+    f"{found:.3g}"
+    if type(found) in (int, float)
+    else found
+    if found in ("inf", "-inf", "nan")
+    else ""
+  )
 
 
 def get_int(values: Any, *keys: str) -> int | None:
@@ -131,13 +150,17 @@ def load(workdir: Path) -> RunRecord:
   file, notes = workdir / "config.json", []
   if not file.is_file():
     what = "has no config.json" if workdir.is_dir() else "no such folder"
-    raise RequestError(f"{workdir}: {what}; name a folder that jaxft.train has written (its --workdir)")
+    raise RequestError(
+      f"{workdir}: {what}; name a folder that jaxft.train has written (its --workdir)"
+    )
   try:
     config = json.loads(file.read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError) as error:
     raise RequestError(f"{file}: {first_line(error)}; it is not the config of a run") from error
   if not isinstance(config, dict) or not isinstance(config.get("train"), dict):
-    raise RequestError(f"{file}: no settings of jaxft.train in it; name a folder that jaxft.train has written")
+    raise RequestError(
+      f"{file}: no settings of jaxft.train in it; name a folder that jaxft.train has written"
+    )
   return RunRecord(
     workdir,
     workdir.resolve().name,
@@ -146,27 +169,15 @@ def load(workdir: Path) -> RunRecord:
     read_json_object(workdir / "data_report.json", notes),
     sorted(_read_jsonl(workdir / "metrics.jsonl", notes), key=lambda line: line["step"]),
     [
-      it for it in _read_jsonl(workdir / "samples.jsonl", notes) if all(type(it.get(key)) is str for key in SAMPLE_KEYS)
+      it
+      for it in _read_jsonl(workdir / "samples.jsonl", notes)
+      if all(type(it.get(key)) is str for key in SAMPLE_KEYS)
     ],
     notes,
   )
 
 
 SAMPLE_KEYS = ("when", "prompt", "text")
-
-
-def read_json_object(file: Path, notes: list[str]) -> dict[str, Any]:
-  """The object in a .json file; an empty one, and a line in `notes`, where there is none."""
-  try:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(found, dict):
-      return found
-    notes.append(f"{file.name} holds no JSON object: what it tells is left out")
-  except FileNotFoundError:
-    notes.append(f"There is no {file.name}: what it tells is left out")
-  except (OSError, ValueError, RecursionError) as error:
-    notes.append(f"{file.name} cannot be read ({first_line(error)}): what it tells is left out")
-  return {}
 
 
 def _read_jsonl(file: Path, notes: list[str]) -> list[dict[str, Any]]:
@@ -183,8 +194,14 @@ def _read_jsonl(file: Path, notes: list[str]) -> list[dict[str, Any]]:
       values = json.loads(text)
     except (ValueError, RecursionError):
       continue
-    if isinstance(values, dict) and type(values.get("step")) is int and 0 <= values["step"] <= jaxft.config.MAX_INT:
+    if (
+      isinstance(values, dict)
+      and type(values.get("step")) is int
+      and 0 <= values["step"] <= jaxft.config.MAX_INT
+    ):
       found.append(values)
   if lost := len(texts) - len(found):
-    notes.append(f"{lost:,} of {len(texts):,} lines of {file.name} cannot be read; a kill cuts the last one short")
+    notes.append(
+      f"{lost:,} of {len(texts):,} lines of {file.name} cannot be read; a kill cuts the last one short"
+    )
   return found

@@ -45,9 +45,13 @@ def side_by_side(shown: list[Sample], most_text: int = MAX_TEXT_CHARS) -> Html:
 
 
 def _render_sample(side: Sample, most: int) -> Html:
-  prompt = side.prompt if len(side.prompt) <= MAX_PROMPT_CHARS else "… " + side.prompt[-MAX_PROMPT_CHARS:]
+  prompt = (
+    side.prompt if len(side.prompt) <= MAX_PROMPT_CHARS else "… " + side.prompt[-MAX_PROMPT_CHARS:]
+  )
   text = element("div", element("i", prompt), clip_text(side.text, most), dir="auto")
-  return element("div", element("b", side.title), text, class_="text after" if side.after else "text")
+  return element(
+    "div", element("b", side.title), text, class_="text after" if side.after else "text"
+  )
 
 
 def clip_text(text: str, most: int) -> str:
@@ -67,5 +71,7 @@ def render_all(found: dict[str, list[Sample]]) -> list[Html]:
   left = [f"{len(found) - MAX_PROMPTS:,} more prompts"] if len(found) > MAX_PROMPTS else []
   left += [f"{more_sides:,} samples of steps in between"] if more_sides else []
   if left:
-    parts.append(element("p", f"Not shown: {' and '.join(left)}; they are in samples.jsonl.", class_="note"))
+    parts.append(
+      element("p", f"Not shown: {' and '.join(left)}; they are in samples.jsonl.", class_="note")
+    )
   return parts

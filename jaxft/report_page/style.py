@@ -95,7 +95,9 @@ path, line, polyline { fill: none; vector-effect: non-scaling-stroke; }
 .fault { stroke: var(--bad); stroke-width: 2; }
 """
   + "".join(f".s{i} {{ stroke: var(--c{i}); }}\n" for i in range(len(LIGHT_COLOURS)))
-  + "".join(f".{part} {{ background: {light}; }}\n" for part, (_, light, _) in MEMORY_COLOURS.items())
+  + "".join(
+    f".{part} {{ background: {light}; }}\n" for part, (_, light, _) in MEMORY_COLOURS.items()
+  )
   + "@media (prefers-color-scheme: dark) {\n"
   + "".join(f".{part} {{ background: {dark}; }}\n" for part, (_, _, dark) in MEMORY_COLOURS.items())
   + "}\n"

@@ -32,13 +32,23 @@ def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mes
     )
   of_process = collections.Counter(device.process_index for device in devices)
   if len(set(of_process.values())) > 1:
-    told = ", ".join(f"process {process} has {count}" for process, count in sorted(of_process.items()))
-    raise RequestError(f"{told} devices: all processes must have as many; one may have lost a device (jaxft.doctor)")
-  if len({device.process_index for device in devices[:needed]}) < len({device.process_index for device in devices}):
-    raise RequestError(f"{_describe(sizes)}: leaves processes without a device; use all {len(devices)} devices")
+    told = ", ".join(
+      f"process {process} has {count}" for process, count in sorted(of_process.items())
+    )
+    raise RequestError(
+      f"{told} devices: all processes must have as many; one may have lost a device (jaxft.doctor)"
+    )
+  if len({device.process_index for device in devices[:needed]}) < len(
+    {device.process_index for device in devices}
+  ):
+    raise RequestError(
+      f"{_describe(sizes)}: leaves processes without a device; use all {len(devices)} devices"
+    )
   # Auto: the compiler chooses collectives from the constraints. jax.make_mesh would default to Explicit (jax 0.10).
   return Mesh(
-    _arrange_devices(devices[:needed], tuple(shape.values())), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)
+    _arrange_devices(devices[:needed], tuple(shape.values())),
+    tuple(shape),
+    axis_types=(AxisType.Auto,) * len(shape),
   )
 
 
@@ -62,10 +72,14 @@ def _describe(sizes: ConfigDict) -> str:
 
 def _arrange_devices(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
   """The devices in the order in which a slice or a cluster is fast; several slices share the first axes, `tensor` none."""
-  if devices[0].platform == "cpu":  # the order is of no account, and the rows of a process are next to each other
+  if (
+    devices[0].platform == "cpu"
+  ):  # the order is of no account, and the rows of a process are next to each other
     return np.array(devices).reshape(shape)
   slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
-  split = {"allow_split_physical_axes": True}  # of a torus, where no whole ones multiply to the size of an axis
+  split = {
+    "allow_split_physical_axes": True
+  }  # of a torus, where no whole ones multiply to the size of an axis
   try:
     if slices == 1:
       return mesh_utils.create_device_mesh(shape, devices, **split)

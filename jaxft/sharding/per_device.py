@@ -31,31 +31,43 @@ def map_shards(
   Args:
     shardings: of the leaves, in order; all of one mesh, or else the leaves are looked at whole.
   """
-  meshes = {sharding.mesh if isinstance(sharding, NamedSharding) else None for sharding in shardings}
+  meshes = {
+    sharding.mesh if isinstance(sharding, NamedSharding) else None for sharding in shardings
+  }
   if len(meshes) != 1 or None in meshes:
-    return lambda leaves: jnp.stack([of_part(LocalShard(leaf, (0,) * leaf.ndim, leaf.shape, True)) for leaf in leaves])[
-      None
-    ]
+    return lambda leaves: jnp.stack(
+      [of_part(LocalShard(leaf, (0,) * leaf.ndim, leaf.shape, True)) for leaf in leaves]
+    )[None]
   (mesh,) = meshes
 
   def part_of(local: jax.Array, sharding: NamedSharding) -> LocalShard:
     axes = [sharding.spec[i] if i < len(sharding.spec) else None for i in range(local.ndim)]
     places = [jax.lax.axis_index(names) if names else 0 for names in axes]
     shape = tuple(size * _axis_size(mesh, names) for size, names in zip(local.shape, axes))
-    cut_by = {name for names in axes if names for name in (names if isinstance(names, tuple) else (names,))}
+    cut_by = {
+      name for names in axes if names for name in (names if isinstance(names, tuple) else (names,))
+    }
     copies = [name for name in mesh.axis_names if name not in cut_by]
     counts = (jax.lax.axis_index(tuple(copies)) == 0) if copies else True
-    return LocalShard(local, tuple(place * size for place, size in zip(places, local.shape)), shape, counts)
+    return LocalShard(
+      local, tuple(place * size for place, size in zip(places, local.shape)), shape, counts
+    )
 
   def look(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack([of_part(part_of(leaf, sharding)) for leaf, sharding in zip(leaves, shardings, strict=True)])[None]
+    return jnp.stack(
+      [of_part(part_of(leaf, sharding)) for leaf, sharding in zip(leaves, shardings, strict=True)]
+    )[None]
 
   specs = [sharding.spec for sharding in shardings]
-  return jax.shard_map(look, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(mesh.axis_names), check_vma=False)
+  return jax.shard_map(
+    look, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(mesh.axis_names), check_vma=False
+  )
 
 
 def _axis_size(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
-  return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+  return math.prod(
+    mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ())
+  )
 
 
 def make_nonfinite_check(shardings: Any) -> Callable:
@@ -64,7 +76,9 @@ def make_nonfinite_check(shardings: Any) -> Callable:
   The tree is placed as `shardings`, a tree like it, says.
   """
   # A NaN is the maximum wherever it is; isfinite(leaf).all() takes four times as long and 500 MB (GPT-2 124M on a CPU).
-  everyone = map_shards(jax.tree.leaves(shardings), lambda part: ~jnp.isfinite(jnp.max(jnp.abs(part.values))))
+  everyone = map_shards(
+    jax.tree.leaves(shardings), lambda part: ~jnp.isfinite(jnp.max(jnp.abs(part.values)))
+  )
   return lambda tree: everyone(jax.tree.leaves(tree)).any(axis=0)
 
 

@@ -35,13 +35,17 @@ MIN_ZERO_STAGE = {"optimizer": 1, "gradients": 2, "parameters": 3}
 VOCAB_MULTIPLE = 128
 
 
-def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, use: int) -> PartitionSpec:
+def partition_spec(
+  axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, use: int
+) -> PartitionSpec:
   """The partition of one array. An axis that its mesh axes do not divide stays whole."""
   entries, taken = [], set()
   for name, size in zip(axes, shape, strict=True):
     mesh_axes = RULES[name][use]
     if taken & set(mesh_axes):
-      raise ValueError(f"{axes}: two axes of one array map to the mesh axis {taken & set(mesh_axes)}")
+      raise ValueError(
+        f"{axes}: two axes of one array map to the mesh axis {taken & set(mesh_axes)}"
+      )
     taken |= set(mesh_axes)
     divides = size % math.prod(mesh.shape[axis] for axis in mesh_axes) == 0
     entries.append(mesh_axes if mesh_axes and divides else None)
@@ -57,15 +61,21 @@ def tree_shardings(what: str, shapes: Any, axes: Any, mesh: Mesh, zero_stage: in
   """
   use = STORED if zero_stage >= MIN_ZERO_STAGE[what] else COMPUTE
   return jax.tree.map(
-    lambda shape, names: NamedSharding(mesh, partition_spec(names, shape.shape, mesh, use)), shapes, axes
+    lambda shape, names: NamedSharding(mesh, partition_spec(names, shape.shape, mesh, use)),
+    shapes,
+    axes,
   )
 
 
-def opt_state_shardings(tx: optax.GradientTransformation, shapes: Any, moments: Any, mesh: Mesh) -> Any:
+def opt_state_shardings(
+  tx: optax.GradientTransformation, shapes: Any, moments: Any, mesh: Mesh
+) -> Any:
   """Moments have the shardings `moments`; what has another shape than its parameter (counts) is replicated."""
 
   def of_leaf(shape, sharding, states):
-    return jax.tree.map(lambda leaf: sharding if leaf.shape == shape.shape else replicated(mesh), states)
+    return jax.tree.map(
+      lambda leaf: sharding if leaf.shape == shape.shape else replicated(mesh), states
+    )
 
   return jax.tree.map(of_leaf, shapes, moments, jax.eval_shape(tx.init, shapes))
 
@@ -77,7 +87,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def with_shardings(shapes: Any, shardings: Any) -> Any:
   """The shapes with their shardings in them."""
   return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    shardings,
   )
 
 
@@ -85,9 +97,17 @@ def abstract_state(
   tx: optax.GradientTransformation, shapes: Any, axes: Any, mesh: Mesh, zero_stage: int
 ) -> tuple[Any, Any, Any]:
   """Shapes and shardings of (step, parameters, optimizer state): what to compile for, and what to restore into."""
-  parameters, moments = (tree_shardings(what, shapes, axes, mesh, zero_stage) for what in ("parameters", "optimizer"))
-  opt = with_shardings(jax.eval_shape(tx.init, shapes), opt_state_shardings(tx, shapes, moments, mesh))
-  return jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), with_shardings(shapes, parameters), opt
+  parameters, moments = (
+    tree_shardings(what, shapes, axes, mesh, zero_stage) for what in ("parameters", "optimizer")
+  )
+  opt = with_shardings(
+    jax.eval_shape(tx.init, shapes), opt_state_shardings(tx, shapes, moments, mesh)
+  )
+  return (
+    jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+    with_shardings(shapes, parameters),
+    opt,
+  )
 
 
 def data_parallel_size(mesh: Mesh) -> int:
@@ -127,7 +147,9 @@ def make_constrain(mesh: Mesh) -> Callable:
   """For the activations of a model on this mesh: (array, its logical axes) -> the array, placed."""
 
   def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh, COMPUTE)))
+    return jax.lax.with_sharding_constraint(
+      x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh, COMPUTE))
+    )
 
   return constrain
 
@@ -146,7 +168,9 @@ def make_shard_rows(mesh: Mesh, zero_stage: int, what: str) -> Callable:
   def cut(rows: jax.Array) -> jax.Array:
     places = [*[None] * (rows.ndim - 3), "data", None, "fsdp"]
     sizes = [mesh.shape[axis] if axis else 1 for axis in places]
-    whole = [axis if size % parts == 0 else None for axis, size, parts in zip(places, rows.shape, sizes)]
+    whole = [
+      axis if size % parts == 0 else None for axis, size, parts in zip(places, rows.shape, sizes)
+    ]
     return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec(*whole)))
 
   return cut
@@ -157,11 +181,16 @@ def make_gather(mesh: Mesh, zero_stage: int = 3) -> Callable:
 
   The gradient comes back cut where gradients are: a constraint alone would have it whole on every device first.
   """
-  back, stored = (STORED if zero_stage >= MIN_ZERO_STAGE[what] else COMPUTE for what in ("gradients", "parameters"))
+  back, stored = (
+    STORED if zero_stage >= MIN_ZERO_STAGE[what] else COMPUTE
+    for what in ("gradients", "parameters")
+  )
 
   def gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     def placed(x: jax.Array, use: int) -> jax.Array:
-      return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh, use)))
+      return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh, use))
+      )
 
     def used(x: jax.Array) -> jax.Array:
       # As it is stored first: XLA would else gather the float32 weight that a cast one comes from, twice the bytes.

@@ -55,7 +55,9 @@ class TrainProgram(NamedTuple):
   def eval_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Of an eval step."""
     return {
-      name: jax.ShapeDtypeStruct((1, self.eval_rows, *leaf.shape[2:]), leaf.dtype, sharding=leaf.sharding)
+      name: jax.ShapeDtypeStruct(
+        (1, self.eval_rows, *leaf.shape[2:]), leaf.dtype, sharding=leaf.sharding
+      )
       for name, leaf in self.batch.items()
     }
 
@@ -93,7 +95,11 @@ def check_fits(program: TrainProgram, config: ConfigDict) -> None:
       f"has more memory than it shows, {backend.HOST_MEMORY_ENV}; {fewer}"
     )
   held = program.state if program.offload == "none" else ()
-  limit, state, batch = backend.device_memory_bytes(device), bytes_per_device(held), bytes_per_device(program.batch)
+  limit, state, batch = (
+    backend.device_memory_bytes(device),
+    bytes_per_device(held),
+    bytes_per_device(program.batch),
+  )
   if state + batch > limit:
     raise RequestError(
       f"config.train.batch_size={config.train.batch_size}, config.data.sequence_length={config.data.sequence_length}, "
@@ -120,7 +126,11 @@ def pinned_memory_warning(program: TrainProgram) -> str:
 
 def host_bytes(program: TrainProgram) -> int:
   """A device's part of what the host keeps: weights and optimizer state, and with "all" the gradient too."""
-  gradient = [leaf for leaf in jax.tree.leaves(program.grad_shapes) if program.offload == "all" and is_offloaded(leaf)]
+  gradient = [
+    leaf
+    for leaf in jax.tree.leaves(program.grad_shapes)
+    if program.offload == "all" and is_offloaded(leaf)
+  ]
   return host_state_bytes(program) + bytes_per_device(gradient)
 
 
@@ -137,7 +147,11 @@ def max_host_bytes(config: ConfigDict, cfg: ModelConfig) -> int | None:
   weights = optimizer.with_param_dtype(config.model.param_dtype, shapes, cfg.trained)
   gradient = weights if config.memory.offload == "all" else ()
   there = weights, moments, gradient
-  nbytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(there) if is_offloaded(leaf))
+  nbytes = sum(
+    math.prod(leaf.shape) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(there)
+    if is_offloaded(leaf)
+  )
   return config.mesh.data * nbytes
 
 
@@ -147,12 +161,16 @@ def host_state_bytes(program: TrainProgram) -> int:
   return bytes_per_device([leaf for leaf, there in leaves if there])
 
 
-def select_kernel(config: ConfigDict, cfg: ModelConfig, device: jax.Device, dtype: Any, packed: bool) -> str:
+def select_kernel(
+  config: ConfigDict, cfg: ModelConfig, device: jax.Device, dtype: Any, packed: bool
+) -> str:
   """Which of `attention.KERNELS` a run takes; raises RequestError when the one it asks for cannot do it."""
   asked = config.model.attention
   if asked == "auto":
     return attention.fastest_kernel(device, dtype, cfg.H)
-  if reason := attention.unsupported_reason(asked, device, dtype, cfg.H, packed, cfg.attention_dropout > 0):
+  if reason := attention.unsupported_reason(
+    asked, device, dtype, cfg.H, packed, cfg.attention_dropout > 0
+  ):
     raise RequestError(f"config.model.attention={asked}: {reason}; take auto, or chunked")
   return asked
 
@@ -190,14 +208,24 @@ def build_train_program(
     trainable.partition(tree, cfg.trained) for tree in (whole_shapes, whole_axes)
   )
   tx = optimizer.make_optimizer(config.optim)
-  precise, shapes = shapes, optimizer.with_param_dtype(config.model.param_dtype, shapes, cfg.trained)
+  precise, shapes = (
+    shapes,
+    optimizer.with_param_dtype(config.model.param_dtype, shapes, cfg.trained),
+  )
   # What is frozen is kept as it is computed with: that is half the bytes, and no other result.
   frozen = jax.tree_util.tree_map_with_path(
-    lambda path, leaf: leaf.update(dtype=compute.dtype) if optimizer.has_weight_decay(path) else leaf, frozen
+    lambda path, leaf: (
+      leaf.update(dtype=compute.dtype) if optimizer.has_weight_decay(path) else leaf
+    ),
+    frozen,
   )
-  frozen = rules.with_shardings(frozen, rules.tree_shardings("parameters", frozen, frozen_axes, mesh, zero_stage))
+  frozen = rules.with_shardings(
+    frozen, rules.tree_shardings("parameters", frozen, frozen_axes, mesh, zero_stage)
+  )
   state = TrainState(*rules.abstract_state(tx, shapes, axes, mesh, zero_stage), frozen)
-  if lines := validate_offload(device.platform, (state.params, state.opt_state, state.frozen), config.memory.offload):
+  if lines := validate_offload(
+    device.platform, (state.params, state.opt_state, state.frozen), config.memory.offload
+  ):
     raise RequestError("\n".join(lines))
   gradients = rules.tree_shardings("gradients", shapes, axes, mesh, zero_stage)
   rows = 1 if cfg.classes else compute.padded_vocab(cfg) // tensor
@@ -205,7 +233,9 @@ def build_train_program(
   most = loss.max_logits_bytes(device.platform, config.memory.remat)
   eval_rows = rules.eval_batch_size(config.train, mesh)
   chunk, eval_chunk = (
-    loss.choose_chunk(config.memory.loss_chunk, of_a_device, config.data.sequence_length, rows, most)
+    loss.choose_chunk(
+      config.memory.loss_chunk, of_a_device, config.data.sequence_length, rows, most
+    )
     for of_a_device in (at_once, eval_rows // rules.data_parallel_size(mesh))
   )
   how = {"loss_chunk": chunk, "seed": config.train.seed, "trained": cfg.trained}
@@ -222,11 +252,17 @@ def build_train_program(
       on_device = jax.tree.map(lambda leaf: leaf.sharding, state.params)
       copy = optimizer.with_param_dtype(compute.dtype, state.params)
       shapes = copy
-      gradient = make_copy_grad_fn(make_grad_fn(graph, gradients=gradients, **how), compute.dtype, on_device)
+      gradient = make_copy_grad_fn(
+        make_grad_fn(graph, gradients=gradients, **how), compute.dtype, on_device
+      )
     else:
       gradient = make_streamed_grad_fn(graph, remat=config.memory.remat, **how)
-      gradients = jax.tree.map(lambda leaf: leaf.sharding, with_host_memory(rules.with_shardings(shapes, gradients)))
-    state = state._replace(params=with_host_memory(state.params), opt_state=with_host_memory(state.opt_state))
+      gradients = jax.tree.map(
+        lambda leaf: leaf.sharding, with_host_memory(rules.with_shardings(shapes, gradients))
+      )
+    state = state._replace(
+      params=with_host_memory(state.params), opt_state=with_host_memory(state.opt_state)
+    )
     if kept == "all":
       state = state._replace(frozen=with_host_memory(state.frozen))
     places = jax.tree.map(lambda leaf: leaf.sharding, state.params)
@@ -247,7 +283,10 @@ def build_train_program(
     shapes = precise
   if kept != "none":
     on_host = host_mask(state, kept)
-    step, eval_step = mark_host_inputs(step, on_host), mark_host_inputs(eval_step, on_host.all_params)
+    step, eval_step = (
+      mark_host_inputs(step, on_host),
+      mark_host_inputs(eval_step, on_host.all_params),
+    )
   places = jax.tree.map(lambda leaf: leaf.sharding, state)
   return TrainProgram(
     graph,

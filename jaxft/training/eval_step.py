@@ -33,7 +33,10 @@ class EvalResult(NamedTuple):
   @property
   def f1(self) -> float:
     """Of two classes the second one's; of more their mean ("macro"). A class that is never there, nor predicted, has 0."""
-    right, all_of = self.confusion_CC.diagonal(), self.confusion_CC.sum(0) + self.confusion_CC.sum(1)
+    right, all_of = (
+      self.confusion_CC.diagonal(),
+      self.confusion_CC.sum(0) + self.confusion_CC.sum(1),
+    )
     each = 2 * right / np.maximum(all_of, 1)
     return float(each[1] if len(each) == 2 else each.mean())
 
@@ -69,4 +72,6 @@ def evaluate(eval_step: Callable, params: Any, batches: Iterable[dict]) -> EvalR
   losses, counts, *confusions = zip(*found, strict=True)
   tokens = sum(int(count) for count in counts)
   loss = sum(float(loss) for loss in losses) / max(tokens, 1)
-  return EvalResult(loss, tokens, sum(np.asarray(one, np.int64) for one in confusions[0]) if confusions else None)
+  return EvalResult(
+    loss, tokens, sum(np.asarray(one, np.int64) for one in confusions[0]) if confusions else None
+  )

@@ -28,7 +28,12 @@ class Evaluator:
     reporter: Reporter,
   ):
     """`eval_step`: compiled for `program.eval_batch`."""
-    self._config, self._program, self._eval_step, self._generator = config.train, program, eval_step, generator
+    self._config, self._program, self._eval_step, self._generator = (
+      config.train,
+      program,
+      eval_step,
+      generator,
+    )
     self._data, self._tokenizer, self._reporter = data, tokenizer, reporter
     limit = config.train.eval_batches * program.eval_rows
     known = data.validation and not data.labels
@@ -46,7 +51,9 @@ class Evaluator:
 
   def _evaluation(self, weights: Any, rows: TokenDataset) -> EvalResult:
     at_once, sharding = self._program.eval_rows, self._program.batch_sharding
-    batches = loader.eval_batches(rows, batch_size=at_once, limit=self._config.eval_batches, sharding=sharding)
+    batches = loader.eval_batches(
+      rows, batch_size=at_once, limit=self._config.eval_batches, sharding=sharding
+    )
     return evaluate(self._eval_step, weights, batches)
 
   def sample(self, weights: Any, step: int, when: str) -> None:
@@ -54,7 +61,9 @@ class Evaluator:
     if not prompts:
       return  # without a look through the training text
     sampling = Sampling(self._config.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=seed)
-    found = self._generator(weights, [tokenize.encode_prompt(self._tokenizer, prompt) for prompt in prompts], sampling)
+    found = self._generator(
+      weights, [tokenize.encode_prompt(self._tokenizer, prompt) for prompt in prompts], sampling
+    )
     known = memorization.ngram_overlap(found, self._data.train.tokens.ids)
     for prompt, ids, share in zip(prompts, found, known, strict=True):
       self._reporter.log_sample(step, when, prompt, self._tokenizer.decode(ids), share)

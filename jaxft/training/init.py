@@ -23,7 +23,9 @@ def init_params(program: TrainProgram, cfg: ModelConfig, seed: int, shapes: Any)
 
   def new() -> Any:
     drawn = nnx.to_pure_dict(nnx.state(init_model(cfg, program.compute, seed)))
-    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), trainable.select_like(drawn, shapes), shapes)
+    return jax.tree.map(
+      lambda leaf, like: leaf.astype(like.dtype), trainable.select_like(drawn, shapes), shapes
+    )
 
   if program.offload == "none":
     return jax.jit(new, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))()
@@ -46,7 +48,9 @@ def init_train_state(program: TrainProgram, params: Any, frozen: Any) -> TrainSt
     return TrainState(*jax.jit(new, out_shardings=places, donate_argnums=0)(params), frozen)
   # On the host every optimizer begins with zeros, without a detour over the device.
   zeros = lambda leaf: jax.make_array_from_callback(
-    leaf.shape, leaf.sharding, lambda index: np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+    leaf.shape,
+    leaf.sharding,
+    lambda index: np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype),
   )
   step = jax.device_put(jnp.int32(0), program.state.step.sharding)
   return TrainState(step, params, jax.tree.map(zeros, program.state.opt_state), frozen)
@@ -83,7 +87,9 @@ def merge_params(trained: Any, cfg: ModelConfig, source: HFCheckpoint, shapes: A
 
 def merged_shapes(program: TrainProgram) -> Any:
   """`merge_params`'s shapes for a program's weights; where some are frozen, in the host's memory: in float32 they may be too many."""
-  shapes = jax.tree.map(lambda leaf: leaf.update(dtype="float32"), lora.without_adapters(program.state.all_params))
+  shapes = jax.tree.map(
+    lambda leaf: leaf.update(dtype="float32"), lora.without_adapters(program.state.all_params)
+  )
   return offload.with_host_memory(shapes) if program.state.frozen else shapes
 
 

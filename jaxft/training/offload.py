@@ -57,7 +57,9 @@ def with_host_memory(shapes: Any) -> Any:
   """The shapes with their shardings, which are in the host's memory for what is kept there."""
 
   def of_leaf(leaf):
-    sharding = leaf.sharding.with_memory_kind("pinned_host") if is_offloaded(leaf) else leaf.sharding
+    sharding = (
+      leaf.sharding.with_memory_kind("pinned_host") if is_offloaded(leaf) else leaf.sharding
+    )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   return jax.tree.map(of_leaf, shapes)
@@ -107,7 +109,9 @@ def mark_host_inputs(step: Callable, kept: Any) -> Callable:
 
 def fetch_layer(stack: Any, index: jax.Array) -> Any:
   """One layer of stacked leaves, fetched."""
-  return to_device(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack))
+  return to_device(
+    jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
+  )
 
 
 def make_streamed_grad_fn(
@@ -125,10 +129,17 @@ def make_streamed_grad_fn(
     with_ = lambda **parts: nnx.merge(graph, params | parts)
     model = with_()
     dropped = any(
-      (model.cfg.embed_dropout, model.cfg.attention_dropout, model.cfg.residual_dropout, model.cfg.lora_dropout)
+      (
+        model.cfg.embed_dropout,
+        model.cfg.attention_dropout,
+        model.cfg.residual_dropout,
+        model.cfg.lora_dropout,
+      )
     )
     embed_keys_AB, keys_LAB = _split_keys(keys_AB, model.cfg.L) if dropped else (None, None)
-    positions = batch.get("positions", jnp.broadcast_to(default_positions(batch["ids"][0]), (A, 1, T)))
+    positions = batch.get(
+      "positions", jnp.broadcast_to(default_positions(batch["ids"][0]), (A, 1, T))
+    )
 
     # ---- Forward: embedding, then layer after layer; the input of each is kept -------------------------------------
     embed = to_device(params["embed"])
@@ -151,7 +162,9 @@ def make_streamed_grad_fn(
         return model.apply_layer(module, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached)
 
       keys_AB = None if keys_LAB is None else keys_LAB[index]
-      return _map_micro_batches(apply_remat(of_part, remat), (x, positions, batch.get("segments"), keys_AB))
+      return _map_micro_batches(
+        apply_remat(of_part, remat), (x, positions, batch.get("segments"), keys_AB)
+      )
 
     def forward(x, index):
       return layer(fetch_layer(params["blocks"], index), x, index), x
@@ -162,18 +175,30 @@ def make_streamed_grad_fn(
     # ---- Loss ------------------------------------------------------------------------------------------------------
     def leave(top, x_BTD, targets_BT, mask_BT):
       model = with_(**top)
-      return scale * cross_entropy_sum(model.norm(x_BTD), model.head(), targets_BT, mask_BT, loss_chunk)
+      return scale * cross_entropy_sum(
+        model.norm(x_BTD), model.head(), targets_BT, mask_BT, loss_chunk
+      )
 
-    at_top = ("norm", "output", "embed") if model.cfg.tied and not model.cfg.classes else ("norm", "output")
+    at_top = (
+      ("norm", "output", "embed")
+      if model.cfg.tied and not model.cfg.classes
+      else ("norm", "output")
+    )
     of_top = lambda tree: to_device({name: tree[name] for name in at_top if name in tree})
-    top, top_frozen, of_parts = of_top(state.params), of_top(state.frozen), (x, batch["targets"], batch["mask"])
+    top, top_frozen, of_parts = (
+      of_top(state.params),
+      of_top(state.frozen),
+      (x, batch["targets"], batch["mask"]),
+    )
 
     def leave_part(total, xs):
       of_trained = lambda top, *xs: leave(combine(top, top_frozen), *xs)
       loss, (d_top, dx) = jax.value_and_grad(of_trained, (0, 1))(top, *xs)
       return jax.tree.map(jnp.add, total, (loss, d_top)), dx
 
-    (loss, d_top), dx = jax.lax.scan(leave_part, jax.tree.map(jnp.zeros_like, (jnp.float32(0), top)), of_parts)
+    (loss, d_top), dx = jax.lax.scan(
+      leave_part, jax.tree.map(jnp.zeros_like, (jnp.float32(0), top)), of_parts
+    )
     loss, d_top = jnp.where(ids_in_range(batch, model.cfg), loss, jnp.nan), tree_to_host(d_top)
 
     # ---- Backward: each layer's gradient goes to the host as it is made ----------------------------------------------
@@ -181,8 +206,12 @@ def make_streamed_grad_fn(
       x, index = xs
       of_layer = lambda tree: fetch_layer({"blocks": tree.get("blocks", {})}, index)
       frozen, block = of_layer(state.frozen), of_layer(state.params)
-      precise = jax.tree.map(lambda p: p.astype(jnp.float32), block)  # accumulation steps are added up in it
-      _, vjp = jax.vjp(lambda block, x: layer(combine(block, frozen)["blocks"], x, index), precise, x)
+      precise = jax.tree.map(
+        lambda p: p.astype(jnp.float32), block
+      )  # accumulation steps are added up in it
+      _, vjp = jax.vjp(
+        lambda block, x: layer(combine(block, frozen)["blocks"], x, index), precise, x
+      )
       d_block, dx = vjp(dx)
       sent = lambda path, d, p: to_host(only_trained(path, d, index).astype(p.dtype))
       return dx, jax.tree_util.tree_map_with_path(sent, d_block, block)
@@ -190,9 +219,15 @@ def make_streamed_grad_fn(
     dx, d_blocks = jax.lax.scan(backward, dx, (inputs, layers), reverse=True)
     d_rest, d_rows = enter_vjp(dx)
     d_tokens = (
-      to_device(d_top["embed"]["tokens"]) if "tokens" in d_top.get("embed", {}) else jnp.zeros_like(embed["tokens"])
+      to_device(d_top["embed"]["tokens"])
+      if "tokens" in d_top.get("embed", {})
+      else jnp.zeros_like(embed["tokens"])
     )
-    d_embed = {name: d for name, d in ({"tokens": d_tokens} | d_rest).items() if name in state.params.get("embed", {})}
+    d_embed = {
+      name: d
+      for name, d in ({"tokens": d_tokens} | d_rest).items()
+      if name in state.params.get("embed", {})
+    }
     d_embed = tree_to_host(model.add_embedding_grads({"embed": d_embed}, batch["ids"], d_rows))
     found = {**d_top, **d_embed, **d_blocks}
     return loss, {name: found[name] for name in state.params}, tokens
@@ -209,7 +244,9 @@ def _map_micro_batches(part: Callable, xs: Any) -> jax.Array:
 
 def _split_keys(keys_AB: jax.Array, L: int) -> tuple[jax.Array, jax.Array]:
   """Keys for what goes into the first layer, (A, B), and for the layers, (L, A, B): those that the model itself would draw."""
-  of_rows = lambda keys_B: (lambda embed, layers: (embed, split_keys(layers, L)))(*split_keys(keys_B, 2))
+  of_rows = lambda keys_B: (lambda embed, layers: (embed, split_keys(layers, L)))(
+    *split_keys(keys_B, 2)
+  )
   return jax.vmap(of_rows, out_axes=(0, 1))(keys_AB)
 
 
@@ -281,7 +318,9 @@ def make_streamed_update_fn(config: ConfigDict, places: Any, trained: Any = ()) 
     )
     if any(leaf.ndim and leaf.shape[:1] != param.shape[:1] for leaf in jax.tree.leaves(states)):
       cut = cut._replace(num_chunks=1)  # an optimizer that measures over the whole table
-    in_parts = lambda leaf: leaf.shape[:1] == param.shape[:1]  # others, such as step counts, are the same for all parts
+    in_parts = lambda leaf: (
+      leaf.shape[:1] == param.shape[:1]
+    )  # others, such as step counts, are the same for all parts
     read = lambda leaf, i: to_device(cut.read(leaf, i) if in_parts(leaf) else leaf)
 
     def write(leaf, new, i):
@@ -293,7 +332,9 @@ def make_streamed_update_fn(config: ConfigDict, places: Any, trained: Any = ()) 
       s = jax.tree.map(lambda leaf, old: read(leaf if in_parts(leaf) else old, i), now[1], states)
       direction, new = tx.update(to_device(cut.read(grad, i)).astype(jnp.float32) * scale, s, p)
       direction = only_trained(path, direction, i) if cut.layers else direction
-      p = stochastic_rounding.stochastic_round(p - rate * direction, param.dtype, jax.random.fold_in(key, i))
+      p = stochastic_rounding.stochastic_round(
+        p - rate * direction, param.dtype, jax.random.fold_in(key, i)
+      )
       return write(now[0], p, i), jax.tree.map(lambda x, y: write(x, y, i), now[1], new)
 
     return jax.lax.fori_loop(0, jnp.where(good, cut.num_chunks, 0), turn, (param, states))
@@ -303,7 +344,9 @@ def make_streamed_update_fn(config: ConfigDict, places: Any, trained: Any = ()) 
   ) -> tuple[Any, Any]:
     one = lambda *leaves: of_leaf(*leaves, good, scale, rate)
     pairs = jax.tree_util.tree_map_with_path(one, places, keys, params, grads, opt)
-    return tuple(jax.tree.map(lambda _, pair, part=part: pair[part], params, pairs) for part in (0, 1))
+    return tuple(
+      jax.tree.map(lambda _, pair, part=part: pair[part], params, pairs) for part in (0, 1)
+    )
 
   return update
 
@@ -333,7 +376,9 @@ def host_traffic(
   layers = of("blocks", params) + of("blocks", frozen)
   shared, still = (of("embed", tree) if tied else 0 for tree in (params, frozen))
   # Layers forward and backward, all else once, what is tied twice, with its gradient; the gradient for its norm; the update.
-  fetched = weights + nbytes(frozen) + layers + 2 * shared + still + weights + (2 * weights + moments)
+  fetched = (
+    weights + nbytes(frozen) + layers + 2 * shared + still + weights + (2 * weights + moments)
+  )
   return HostTraffic(fetched, weights + shared + weights + moments)
 
 
@@ -351,7 +396,9 @@ class LeafChunks(NamedTuple):
   @classmethod
   def in_rows(cls, leaf: jax.Array, devices: int = 1) -> "LeafChunks":
     rows, least = leaf.shape[0] // devices, leaf.size * 4 / devices / TABLE_CHUNK_BYTES
-    return cls(False, next(n for n in range(1, rows + 1) if rows % n == 0 and n >= min(least, rows)), devices)
+    return cls(
+      False, next(n for n in range(1, rows + 1) if rows % n == 0 and n >= min(least, rows)), devices
+    )
 
   def read(self, x: jax.Array, i: jax.Array) -> jax.Array:
     if self.layers:
@@ -366,7 +413,9 @@ class LeafChunks(NamedTuple):
       return jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
     if self.num_chunks == 1:
       return new
-    return jax.lax.dynamic_update_slice_in_dim(self._by_device(x), new, i * new.shape[1], 1).reshape(x.shape)
+    return jax.lax.dynamic_update_slice_in_dim(
+      self._by_device(x), new, i * new.shape[1], 1
+    ).reshape(x.shape)
 
   def _by_device(self, x: jax.Array) -> jax.Array:
     """(rows, ...) -> (devices, rows of each, ...): a slice of all rows would have to be gathered first."""

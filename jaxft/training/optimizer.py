@@ -39,7 +39,11 @@ def make_schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
     "linear": optax.linear_schedule(peak, end, rest),
     "cosine": optax.cosine_decay_schedule(peak, rest, alpha=end / peak),
   }[optim.schedule]
-  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+  return (
+    optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+    if warmup
+    else after
+  )
 
 
 def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
@@ -60,7 +64,9 @@ def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
       return _map_over_layers(optim, path).update(grad, state, param)
 
     pairs = jax.tree_util.tree_map_with_path(of_leaf, params, grads, states)
-    return tuple(jax.tree.map(lambda _, pair, part=part: pair[part], params, pairs) for part in (0, 1))
+    return tuple(
+      jax.tree.map(lambda _, pair, part=part: pair[part], params, pairs) for part in (0, 1)
+    )
 
   return optax.GradientTransformation(init, update)
 
@@ -76,7 +82,11 @@ def make_leaf_optimizer(optim: ConfigDict, path: Any) -> optax.GradientTransform
     "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
     "sgd": optax.trace(optim.b1, accumulator_dtype=jnp.dtype(optim.state_dtype)),
   }[optim.name]
-  return optax.chain(scale, optax.add_decayed_weights(optim.weight_decay)) if has_weight_decay(path) else scale
+  return (
+    optax.chain(scale, optax.add_decayed_weights(optim.weight_decay))
+    if has_weight_decay(path)
+    else scale
+  )
 
 
 # Of the kernel of a layer, by its axes: (D, F) or (F, D), (N, H, D), and (D, 3, N, H), whose queries, keys and values are
@@ -94,11 +104,16 @@ def _muon(optim: ConfigDict) -> optax.GradientTransformation:
   Scaled as in arXiv:2502.16982, so that a learning rate for AdamW is one for it too.
   """
   dtype = jnp.dtype(optim.state_dtype)
-  of = lambda x: optax.contrib.scale_by_muon(beta=optim.b1, mu_dtype=dtype, weight_dimension_numbers=MUON_AXES[x.ndim])
+  of = lambda x: optax.contrib.scale_by_muon(
+    beta=optim.b1, mu_dtype=dtype, weight_dimension_numbers=MUON_AXES[x.ndim]
+  )
 
   def init(x: jax.Array) -> Any:
     state = of(x).init(x)
-    return state.count, state.mu  # optax keeps the coefficients of its iteration there too: constants
+    return (
+      state.count,
+      state.mu,
+    )  # optax keeps the coefficients of its iteration there too: constants
 
   def update(grad: jax.Array, state: Any, _: Any = None) -> tuple[jax.Array, Any]:
     constants = of(grad).init(grad).ns_coeffs
@@ -127,7 +142,11 @@ def with_param_dtype(dtype: Any, shapes: Any, trained: Any = ()) -> Any:
   parted = {name for name, layers in trained if layers}
 
   def as_kept(path, leaf):
-    return leaf if param_name(path) in parted else leaf.update(dtype=param_dtype(path, leaf, jnp.dtype(dtype)))
+    return (
+      leaf
+      if param_name(path) in parted
+      else leaf.update(dtype=param_dtype(path, leaf, jnp.dtype(dtype)))
+    )
 
   return jax.tree_util.tree_map_with_path(as_kept, shapes)
 
@@ -138,7 +157,9 @@ def _map_over_layers(optim: ConfigDict, path: Any) -> optax.GradientTransformati
     return one
   # One after the other where a layer's matrix must be whole: all at once, a device would have all layers of it.
   in_turn = lambda *operands: jax.lax.map(lambda of_layer: one.update(*of_layer), operands)
-  return optax.GradientTransformation(jax.vmap(one.init), in_turn if optim.name == "muon" else jax.vmap(one.update))
+  return optax.GradientTransformation(
+    jax.vmap(one.init), in_turn if optim.name == "muon" else jax.vmap(one.update)
+  )
 
 
 def is_stacked(path: Any) -> bool:

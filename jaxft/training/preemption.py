@@ -33,10 +33,16 @@ class PreemptionHandler:
       handlers = {number: self._pass_on if several else self._on_signal for number in SIGNALS}
       if several:
         del handlers[signal.SIGTERM]
-      if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: the run is to outlive its terminal
+      if (
+        signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+      ):  # nohup: the run is to outlive its terminal
         del handlers[signal.SIGHUP]
-      self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    except ValueError:  # not the main thread (a notebook's worker, say): the host program keeps its own handlers
+      self._before = {
+        number: signal.signal(number, handler) for number, handler in handlers.items()
+      }
+    except (
+      ValueError
+    ):  # not the main thread (a notebook's worker, say): the host program keeps its own handlers
       self._before = {}
     return self
 

@@ -20,11 +20,25 @@ class Profiler:
   cannot be made costs a line, not the run.
   """
 
-  def __init__(self, folder: Path, first: int, count: int, total: int, paused: Callable[[], AbstractContextManager]):
-    self._folder, self._first, self._last, self._paused = folder, first, min(first + count - 1, total), paused
+  def __init__(
+    self,
+    folder: Path,
+    first: int,
+    count: int,
+    total: int,
+    paused: Callable[[], AbstractContextManager],
+  ):
+    self._folder, self._first, self._last, self._paused = (
+      folder,
+      first,
+      min(first + count - 1, total),
+      paused,
+    )
     self._under_way = False
     if count and first > total:
-      log(f"nothing is traced: the first step that would be is {first}, and the last of the run is {total}")
+      log(
+        f"nothing is traced: the first step that would be is {first}, and the last of the run is {total}"
+      )
 
   def __enter__(self) -> "Profiler":
     return self
@@ -47,7 +61,9 @@ class Profiler:
   def _stop(self) -> None:
     self._under_way = False
     if self._tried(jax.profiler.stop_trace):
-      log(f"steps {self._first} to {self._last} are traced in {self._folder}: `xprof {self._folder}` shows them")
+      log(
+        f"steps {self._first} to {self._last} are traced in {self._folder}: `xprof {self._folder}` shows them"
+      )
 
   def _tried(self, call: Callable[[], None]) -> bool:
     try:

@@ -14,7 +14,10 @@ from jaxft.training.train_state import CheckpointState
 from jaxft.utils.console import log
 from jaxft.utils.units import format_count
 
-LENGTH_SETTINGS = ("config.train.steps", "config.train.epochs")  # what only makes a run longer or shorter
+LENGTH_SETTINGS = (
+  "config.train.steps",
+  "config.train.epochs",
+)  # what only makes a run longer or shorter
 OTHER_WORKDIR, WAYS_OUT = (
   "name another --workdir",
   "go back to its settings, name another --workdir, or go on with --allow_change",
@@ -22,7 +25,11 @@ OTHER_WORKDIR, WAYS_OUT = (
 
 
 def check_same_run(
-  checkpoints: CheckpointManager, like: CheckpointState, config: ConfigDict, about: dict[str, Any], allow_change: bool
+  checkpoints: CheckpointManager,
+  like: CheckpointState,
+  config: ConfigDict,
+  about: dict[str, Any],
+  allow_change: bool,
 ) -> None:
   """Raises RequestError when the newest readable checkpoint is of another run than this one; says so, where that is allowed.
 
@@ -49,26 +56,38 @@ def check_same_run(
       if now.get(name) != was and name not in RUN_FIELDS  # told as settings already
     ]
     saved, wanted = meta["leaves"], leaf_specs(like)
-    other = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
+    other = [
+      name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)
+    ]
     if other:
       first = f"{other[0]} is {saved.get(other[0], 'missing')} there and {wanted.get(other[0], 'missing')} in this run"
       lines.append(
         f"{checkpoints.folder / str(step)}: of another model or optimizer: {first} ({len(other)} such leaves)"
       )
-      raise RequestError("\n".join([*lines, f"{checkpoints.folder} holds another run: {OTHER_WORKDIR}"]))
+      raise RequestError(
+        "\n".join([*lines, f"{checkpoints.folder} holds another run: {OTHER_WORKDIR}"])
+      )
     if meta.get("frozen", "") != about["frozen"]:
       lines.append(
         f"config.model.path={config.model.path!r}: its weights, some of which are frozen, are not what they were"
       )
     if meta["data"] != about["data"]:
-      lines.append("config.data: the training text, or how it is cut into tokens, is not what the run was started with")
-    if meta.get("held_out", about["held_out"]) != about["held_out"]:  # a record of before 2026-11-28 has none
+      lines.append(
+        "config.data: the training text, or how it is cut into tokens, is not what the run was started with"
+      )
+    if (
+      meta.get("held_out", about["held_out"]) != about["held_out"]
+    ):  # a record of before 2026-11-28 has none
       lines.append("config.data: the held-out text is not what the run was started with")
     if meta["total_steps"] > about["total_steps"]:
-      lines.append(f"{about['total_steps']} steps in all: the run was started for {meta['total_steps']}")
+      lines.append(
+        f"{about['total_steps']} steps in all: the run was started for {meta['total_steps']}"
+      )
     if about["total_steps"] < step:
       raise RequestError(
-        "\n".join([*lines, f"{checkpoints.folder} has a checkpoint of step {step} already: {OTHER_WORKDIR}"])
+        "\n".join(
+          [*lines, f"{checkpoints.folder} has a checkpoint of step {step} already: {OTHER_WORKDIR}"]
+        )
       )
     if lines and allow_change:
       for line in lines:
@@ -87,10 +106,16 @@ def _masked_rows_note(meta: dict[str, Any], about: dict[str, Any], step: int) ->
   if not there:
     return ""
   passed = min(step * about["rows_of_step"], about["rows_in_all"]) - there
-  return f"; left out of one epoch: {format_count(passed, 'row')} that its last step had masked" if passed > 0 else ""
+  return (
+    f"; left out of one epoch: {format_count(passed, 'row')} that its last step had masked"
+    if passed > 0
+    else ""
+  )
 
 
-def restore_best(checkpoints: CheckpointManager, like: CheckpointState, strict: bool) -> tuple[int, CheckpointState]:
+def restore_best(
+  checkpoints: CheckpointManager, like: CheckpointState, strict: bool
+) -> tuple[int, CheckpointState]:
   """The step of the best checkpoint, or the newest where none that is kept was evaluated, and its weights alone.
 
   Damaged ones are set aside, or raise if `strict`. Raises StorageError where none is sound.
@@ -108,7 +133,11 @@ def restore_best(checkpoints: CheckpointManager, like: CheckpointState, strict: 
         raise
       log(f"{error}; set aside as {checkpoints.quarantine(step).name}, and taking the next one")
       continue
-    why = "no checkpoint that is kept was evaluated" if best is None else "the best of the checkpoints that are kept"
+    why = (
+      "no checkpoint that is kept was evaluated"
+      if best is None
+      else "the best of the checkpoints that are kept"
+    )
     log(f"exporting the weights of step {step}: {why}")
     return step, weights
 
@@ -132,10 +161,14 @@ def restore_latest(
       damaged[step] = str(error)
       continue
     for bad, reason in damaged.items():
-      log(f"{reason}; set aside as {checkpoints.quarantine(bad).name}, and going on from the one before it")
+      log(
+        f"{reason}; set aside as {checkpoints.quarantine(bad).name}, and going on from the one before it"
+      )
     log(f"continuing at step {step} of {total_steps}")
     return state, seen
   if damaged:
-    last = f"no sound checkpoint is left in {checkpoints.folder}; to start anew name another --workdir"
+    last = (
+      f"no sound checkpoint is left in {checkpoints.folder}; to start anew name another --workdir"
+    )
     raise StorageError("\n".join([*damaged.values(), last]))
   return None, 0

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ import jaxft
 from jaxft.distributed import multihost
 from jaxft.errors import StorageError, exit_code, first_line
 from jaxft.metrics.reporter import peak_memory_source
-from jaxft.report_page import run_page, run_record
 from jaxft.utils.console import log
-from jaxft.utils.files import atomic_write
+from jaxft.utils.files import atomic_write, read_json_object
 from jaxft.utils.redact import redact
 
 # What decides the devices and the compiled program beside the command line.
@@ -26,7 +25,9 @@ ENV_VARIABLES = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES",
 
 
 @contextlib.contextmanager
-def record_run(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, Any]) -> Iterator[None]:
+def record_run(
+  workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, Any], write_page: Callable[[Path], None]
+) -> Iterator[None]:
   """Inside it the run goes on; before it about.json is written, after it how the run ended, and the page.
 
   A disk that does not take them costs a line of the story, not the run. Only process 0 writes.
@@ -34,6 +35,7 @@ def record_run(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, Any]) ->
   Args:
     facts: what only the run knows of itself: "step", where this start begins, and "total_steps", "model", "memory";
       later "reached", the last step that was taken, "exported_step" and "export".
+    write_page: writes the page of the run in this workdir.
   """
   if jax.process_index() > 0:
     yield
@@ -43,7 +45,7 @@ def record_run(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, Any]) ->
     device = mesh.local_devices[0]
     devices = {"count": mesh.size, "kind": device.device_kind, "processes": jax.process_count()}
     this = {"at": _now(), "step": facts["step"], "devices": devices, "mesh": dict(mesh.shape)}
-    starts = run_record.read_json_object(workdir / "about.json", []).get("starts") if facts["step"] else []
+    starts = read_json_object(workdir / "about.json", []).get("starts") if facts["step"] else []
     about = {"starts": [*(starts if isinstance(starts, list) else []), this]} | {
       "command": shell_command(),
       "folder": os.getcwd(),
@@ -66,7 +68,7 @@ def record_run(workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, Any]) ->
     with _log_failure("report.html"):
       later = {key: facts[key] for key in ("reached", "exported_step", "export") if key in facts}
       _write(workdir, about | later | {"ending": {"at": _now(), **ending}})
-      atomic_write(workdir / "report.html", run_page.render(run_record.load(workdir)))
+      write_page(workdir)
       log(f"report: {workdir / 'report.html'}")
 
 
@@ -75,7 +77,11 @@ def _log_failure(name: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # of any kind: hours of training are worth more than a page
-    what = str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {first_line(error)}"
+    what = (
+      str(error)
+      if isinstance(error, StorageError)
+      else f"{type(error).__name__}: {first_line(error)}"
+    )
     log(f"{name} is not written ({what}); python -m jaxft.report makes the page again")
 
 
@@ -90,7 +96,9 @@ def _now() -> str:
 def shell_command() -> str | None:
   """The command line that started this process, for a shell; None where that is not `python -m jaxft...`: a notebook, say."""
   words = sys.orig_argv
-  begin = next((i for i, word in enumerate(words) if word.startswith("jaxft.") and words[i - 1] == "-m"), None)
+  begin = next(
+    (i for i, word in enumerate(words) if word.startswith("jaxft.") and words[i - 1] == "-m"), None
+  )
   return None if begin is None else redact(shlex.join(["python", "-m", *words[begin:]]))
 
 

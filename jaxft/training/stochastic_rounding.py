@@ -19,9 +19,13 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
   if dtype == x.dtype:
     return x
   # A bfloat16 is the upper half of a float32. The sum carries into it in as many of 65,536 cases as the lower half says.
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jax.random.bits(
+    key, x.shape, jnp.uint16
+  ).astype(jnp.uint32)
   rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
-  return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))  # a NaN's bits would carry into another number
+  return jnp.where(
+    jnp.isfinite(x), rounded, x.astype(jnp.bfloat16)
+  )  # a NaN's bits would carry into another number
 
 
 def stochastic_round_layers(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:

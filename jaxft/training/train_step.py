@@ -19,7 +19,9 @@ from jaxft.training.train_state import TrainState
 from jaxft.training.trainable import combine, make_layer_mask
 
 
-def make_grad_fn(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients: Any, trained: Any = ()) -> Callable:
+def make_grad_fn(
+  graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients: Any, trained: Any = ()
+) -> Callable:
   """Returns `gradient(state, batch) -> (loss, gradient, tokens)`.
 
   The loss is a sum over the unmasked targets of the whole global batch divided by their count, so it does not depend on how
@@ -34,7 +36,11 @@ def make_grad_fn(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients: 
   def loss_sum(params, rows, part, keys_B):
     model = nnx.merge(graph, params)
     loss = cross_entropy_sum(
-      hidden_states(model, part, keys_B, rows), model.head(), part["targets"], part["mask"], loss_chunk
+      hidden_states(model, part, keys_B, rows),
+      model.head(),
+      part["targets"],
+      part["mask"],
+      loss_chunk,
     )
     return jnp.where(ids_in_range(part, model.cfg), loss, jnp.nan)
 
@@ -51,8 +57,12 @@ def make_grad_fn(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients: 
       # Scaled before the backward pass: its numbers then do not grow with the size of the batch.
       B, model = part["ids"].shape[0], nnx.merge(graph, state.all_params)
       keys_B = per_row_keys(key, index * B, B)
-      scaled = lambda params, rows: scale * loss_sum(combine(params, state.frozen), rows, part, keys_B)
-      loss, (grads, d_rows) = jax.value_and_grad(scaled, (0, 1))(state.params, model.embed_tokens(part["ids"]))
+      scaled = lambda params, rows: (
+        scale * loss_sum(combine(params, state.frozen), rows, part, keys_B)
+      )
+      loss, (grads, d_rows) = jax.value_and_grad(scaled, (0, 1))(
+        state.params, model.embed_tokens(part["ids"])
+      )
       return loss, place(model.add_embedding_grads(grads, part["ids"], d_rows))
 
     A = batch["ids"].shape[0]
@@ -60,7 +70,10 @@ def make_grad_fn(graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients: 
       return *of_part(0, jax.tree.map(lambda x: x[0], batch)), tokens
     # In float32, also where weights are a copy in bfloat16 (`offload.make_copy_grad_fn`).
     zeros = place(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.params))
-    add = lambda total, xs: (jax.tree.map(lambda t, part: t + part.astype(t.dtype), total, of_part(*xs)), None)
+    add = lambda total, xs: (
+      jax.tree.map(lambda t, part: t + part.astype(t.dtype), total, of_part(*xs)),
+      None,
+    )
     (loss, grads), _ = jax.lax.scan(add, (jnp.float32(0), zeros), (jnp.arange(A), batch))
     return loss, grads, tokens
 
@@ -73,7 +86,9 @@ def make_grad_stats(not_finite: Callable) -> Callable:
   Args:
     not_finite: `sharding.make_nonfinite_check` for (gradient, state).
   """
-  norm = lambda grads: optax.tree_utils.tree_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+  norm = lambda grads: optax.tree_utils.tree_norm(
+    jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+  )
   return lambda grads, state: (norm(grads), not_finite((grads, state)))
 
 
@@ -95,12 +110,20 @@ def make_update_fn(tx: optax.GradientTransformation, trained: Any = ()) -> Calla
     def turn(now: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
       _, params, opt = now
       precise = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-      direction, opt = tx.update(jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads), opt, precise)
+      direction, opt = tx.update(
+        jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads), opt, precise
+      )
 
       def move(path, old, p, d, key):
-        return stochastic_rounding.stochastic_round_layers(p - rate * only_trained(path, d), old.dtype, key)
+        return stochastic_rounding.stochastic_round_layers(
+          p - rate * only_trained(path, d), old.dtype, key
+        )
 
-      return jnp.bool(False), jax.tree_util.tree_map_with_path(move, params, precise, direction, keys), opt
+      return (
+        jnp.bool(False),
+        jax.tree_util.tree_map_with_path(move, params, precise, direction, keys),
+        opt,
+      )
 
     return jax.lax.while_loop(lambda now: now[0], turn, (good, params, opt))[1:]
 
@@ -108,7 +131,13 @@ def make_update_fn(tx: optax.GradientTransformation, trained: Any = ()) -> Calla
 
 
 def make_train_step(
-  gradient: Callable, look: Callable, update: Callable, schedule: optax.Schedule, *, clip_norm: float, seed: int
+  gradient: Callable,
+  look: Callable,
+  update: Callable,
+  schedule: optax.Schedule,
+  *,
+  clip_norm: float,
+  seed: int,
 ) -> Callable:
   """Returns `train_step(state, batch) -> (state, metrics)`, of the three functions that are made here or in `offload`.
 
@@ -146,7 +175,9 @@ def ids_in_range(part: dict, cfg: Any) -> jax.Array:
 
 def nonfinite_leaf_names(bad_leaves: Any, state: TrainState) -> list[str]:
   """The names behind `metrics["bad_leaves"]`."""
-  names = lambda tree: [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+  names = lambda tree: [
+    jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
+  ]
   every = [f"the gradient of {name}" for name in names(state.params)] + [
     name[1:] for name in names(state.checkpointable)
   ]

@@ -19,7 +19,9 @@ def partition(tree: dict, trained: Trained) -> tuple[dict, dict]:
   if not trained:
     return tree, {}
   names = {name for name, _ in trained}
-  return _only(tree, "", lambda name: name in names), _only(tree, "", lambda name: name not in names)
+  return _only(tree, "", lambda name: name in names), _only(
+    tree, "", lambda name: name not in names
+  )
 
 
 def combine(trained: dict, frozen: dict) -> dict:
@@ -34,7 +36,8 @@ def combine(trained: dict, frozen: dict) -> dict:
 def select_like(tree: dict, shapes: dict) -> dict:
   """Of a tree what `shapes`, which may have less in it, has."""
   return {
-    name: select_like(tree[name], part) if isinstance(part, dict) else tree[name] for name, part in shapes.items()
+    name: select_like(tree[name], part) if isinstance(part, dict) else tree[name]
+    for name, part in shapes.items()
   }
 
 
@@ -58,7 +61,11 @@ def num_params(tree: dict, cfg: Any) -> int:
   """Parameters in a tree of them, without rows that pad the vocabulary of `cfg` (a `ModelConfig`)."""
 
   def size(path: Any, leaf: Any) -> int:
-    rows = cfg.V if param_name(path) in ("embed.tokens", "output.kernel", "output.bias") else leaf.shape[0]
+    rows = (
+      cfg.V
+      if param_name(path) in ("embed.tokens", "output.kernel", "output.bias")
+      else leaf.shape[0]
+    )
     return rows * math.prod(leaf.shape[1:])
 
   return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(size, tree)))

@@ -26,7 +26,9 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     yield
     return
   if workdir.is_symlink() and not workdir.exists():
-    raise RequestError(f"--workdir={str(workdir)!r}: a link that leads nowhere; make the folder, or name another one")
+    raise RequestError(
+      f"--workdir={str(workdir)!r}: a link that leads nowhere; make the folder, or name another one"
+    )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     lock, about = FileLock(workdir / LOCK_FILES[0]), workdir / LOCK_FILES[1]
@@ -113,7 +115,9 @@ def move_aside(workdir: Path) -> Path:
       if (aside / name).exists():
         (aside / name).rename(there / name)
   except OSError as error:
-    raise StorageError(f"--overwrite_output_dir: {workdir}: {write_failure(workdir, error)}") from error
+    raise StorageError(
+      f"--overwrite_output_dir: {workdir}: {write_failure(workdir, error)}"
+    ) from error
   return aside
 
 

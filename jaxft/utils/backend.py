@@ -76,7 +76,9 @@ def configure_jax() -> None:
   """
   for flag, wanted in JAX_FLAGS.items():
     value = getattr(jax.config, flag, wanted)
-    if value != wanted and not isinstance(value, jax.Device):  # a device is chosen by a program, not by the environment
+    if value != wanted and not isinstance(
+      value, jax.Device
+    ):  # a device is chosen by a program, not by the environment
       jax.config.update(flag, wanted)
       _warn(f"{flag.upper()}={value}: jaxft's programs are made for {wanted}, which is set now")
   accelerated = sys.platform != "linux" or _any_exists(ACCELERATOR_PATHS) or has_nvidia_gpu()
@@ -107,7 +109,9 @@ def has_slice_bug() -> bool:
 def disable_slice_pass(flags: str) -> str:
   """XLA_FLAGS that keep XLA from annotating slices; they become kernels, which compute the index themselves."""
   if flags.strip() and not flags.strip().startswith("-"):
-    raise RequestError(f"XLA_FLAGS={flags!r}: with jax {jax.__version__} give the flags themselves, not a file of them")
+    raise RequestError(
+      f"XLA_FLAGS={flags!r}: with jax {jax.__version__} give the flags themselves, not a file of them"
+    )
   ours = DISABLE_PASSES + SLICE_PASS  # XLA adds up what several such flags turn off
   return flags if ours in flags.split() else f"{flags} {ours}".strip()
 
@@ -161,7 +165,9 @@ def host_memory_bytes() -> int:
     try:
       return _positive(float(wanted) * GIB)
     except (ValueError, OverflowError) as error:
-      raise RequestError(f"{HOST_MEMORY_ENV}={wanted!r}: must be a number of GiB, such as 128") from error
+      raise RequestError(
+        f"{HOST_MEMORY_ENV}={wanted!r}: must be a number of GiB, such as 128"
+      ) from error
   return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_cgroup_limits()])
 
 
@@ -178,7 +184,11 @@ def limit_pinned_memory(host_bytes: int | None) -> None:
   from jax._src import xla_bridge  # JAX has no public way to ask
 
   needed = max_pinned_bytes(host_bytes)
-  if needed is not None and PINNED_LIMIT_ENV in _own_env_vars and not xla_bridge.backends_are_initialized():
+  if (
+    needed is not None
+    and PINNED_LIMIT_ENV in _own_env_vars
+    and not xla_bridge.backends_are_initialized()
+  ):
     os.environ[PINNED_LIMIT_ENV] = _ceil_gib(min(PINNED_FRACTION * host_memory_bytes(), needed))
 
 
@@ -235,7 +245,10 @@ def _cgroup_limits() -> list[int]:
   for line in groups:  # id:controllers:/path, the controllers empty in version 2
     name = line.split(":", 2)[2].lstrip("/")
     for folder in (name, *map(str, Path(name).parents)):
-      files += [CGROUP_ROOT / folder / "memory.max", CGROUP_ROOT / "memory" / folder / "memory.limit_in_bytes"]
+      files += [
+        CGROUP_ROOT / folder / "memory.max",
+        CGROUP_ROOT / "memory" / folder / "memory.limit_in_bytes",
+      ]
   limits = []
   for file in files:
     try:
@@ -265,7 +278,9 @@ def require_device(wanted: str | None) -> None:
   validate_require(wanted)
   found, reason = init_backend()
   if wanted and found != wanted:
-    raise RequestError(f"--require {wanted}: JAX computes on the {found}{': ' if reason else ''}{reason}")
+    raise RequestError(
+      f"--require {wanted}: JAX computes on the {found}{': ' if reason else ''}{reason}"
+    )
   if reason:
     _warn(cpu_warning(reason))
 
@@ -283,9 +298,14 @@ def init_backend() -> tuple[str, str]:
   with _capture_jax_log() as said:
     try:
       found = jax.default_backend()
-    except (RuntimeError, AssertionError) as error:  # the second where a plugin of $JAX_PLATFORMS does not load
+    except (
+      RuntimeError,
+      AssertionError,
+    ) as error:  # the second where a plugin of $JAX_PLATFORMS does not load
       reason = said[-1] if said else first_line(error)
-      wanted = f" (JAX_PLATFORMS={os.environ['JAX_PLATFORMS']})" if os.environ.get("JAX_PLATFORMS") else ""
+      wanted = (
+        f" (JAX_PLATFORMS={os.environ['JAX_PLATFORMS']})" if os.environ.get("JAX_PLATFORMS") else ""
+      )
       raise RequestError(
         f"JAX finds no device{wanted}: {reason}; python -m jaxft.doctor shows what is installed"
       ) from error

@@ -24,7 +24,9 @@ class RunConsole(Console):
     try:
       super().__exit__(*ending)
     except OSError as error:
-      if error.errno != errno.EIO:  # what a terminal says that is gone; a log on a full disk may have room again
+      if (
+        error.errno != errno.EIO
+      ):  # what a terminal says that is gone; a log on a full disk may have room again
         raise
       self.on_broken_pipe()
 
@@ -38,14 +40,17 @@ console = RunConsole(soft_wrap=True, highlight=False)
 
 def log(text: str) -> None:
   """One line of the story. Not rich markup, and no control characters: text comes from users' files."""
-  with contextlib.suppress(OSError):  # a log on a full disk: the run goes on as long as its own files can be written
+  with contextlib.suppress(
+    OSError
+  ):  # a log on a full disk: the run goes on as long as its own files can be written
     console.print(escape_controls(text), markup=False)
 
 
 def escape_controls(text: str) -> str:
   """The text with control characters, but for line ends and tabs, written out: some of them steer a terminal."""
   return "".join(
-    c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in text
+    c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode()
+    for c in text
   )
 
 

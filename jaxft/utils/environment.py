@@ -63,14 +63,22 @@ def _ensure_min_width() -> None:
     os.environ["COLUMNS"] = str(MIN_COLUMNS)
 
 
-def _env_error_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _env_error_hook(
+  kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
   """An import that fails at a variable of the environment, such as JAX_ENABLE_X64=maybe, ends in one line with exit code 2."""
-  said, variables = str(error), {name: it for name, it in os.environ.items() if name.startswith(ENV_PREFIXES)}
+  said, variables = (
+    str(error),
+    {name: it for name, it in os.environ.items() if name.startswith(ENV_PREFIXES)},
+  )
   named = [name for name in variables if re.search(rf"\b{re.escape(name)}\b", said.upper())]
   named += [name for name, value in variables.items() if value and repr(value) in said]
   if kind is ValueError and named:
     name, said = named[0], " ".join(said.split())
-    print(f"error: {name}={os.environ[name]!r}: {said}; unset it, or give it another value", file=sys.stderr)
+    print(
+      f"error: {name}={os.environ[name]!r}: {said}; unset it, or give it another value",
+      file=sys.stderr,
+    )
     sys.stderr.flush()
     os._exit(2)
   sys.__excepthook__(kind, error, trace)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jaxft.errors import RequestError, StorageError
+from jaxft.errors import RequestError, StorageError, first_line
 
 # An address of a model or a data set of the hub, or of a page or a file of it.
 HUB_URL = re.compile(
@@ -54,7 +54,9 @@ def cache_dir(name: str) -> Path:
   try:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxft" / name
   except RuntimeError as error:
-    raise RequestError(f"this user has no home to keep caches in; set XDG_CACHE_HOME to a folder ({error})") from error
+    raise RequestError(
+      f"this user has no home to keep caches in; set XDG_CACHE_HOME to a folder ({error})"
+    ) from error
 
 
 def expand_user(path: str) -> str:
@@ -70,7 +72,9 @@ def reject_lfs_pointer(file: Path) -> None:
   except OSError:
     return  # whoever reads it says so
   if pointer:
-    raise RequestError(f"{file}: a git-lfs pointer, not the file itself; run git lfs pull in its folder")
+    raise RequestError(
+      f"{file}: a git-lfs pointer, not the file itself; run git lfs pull in its folder"
+    )
 
 
 def exists(path: Path) -> bool:
@@ -88,3 +92,17 @@ def is_encodable(text: str) -> bool:
   except UnicodeEncodeError:
     return False
   return True
+
+
+def read_json_object(file: Path, notes: list[str]) -> dict[str, Any]:
+  """The object in a .json file; an empty one, and a line in `notes`, where there is none."""
+  try:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(found, dict):
+      return found
+    notes.append(f"{file.name} holds no JSON object: what it tells is left out")
+  except FileNotFoundError:
+    notes.append(f"There is no {file.name}: what it tells is left out")
+  except (OSError, ValueError, RecursionError) as error:
+    notes.append(f"{file.name} cannot be read ({first_line(error)}): what it tells is left out")
+  return {}
