@@ -24,12 +24,13 @@ test: $(VENV)/installed-dev lint  ## every module, command and model family once
 tests: test  # there is a folder of that name
 
 test-all: test $(VENV)/installed-dev-all  ## then more cases, real sizes, GPU and TPU compilers, trackers, parity of optimized programs
-	$(OPTIMIZED) $(PYTEST) $(subst loadfile,load,$(WORKERS)) -m "not slow and not wide" tests/test_families.py
+	$(OPTIMIZED) $(PYTEST) $(subst loadfile,load,$(WORKERS)) -m "not slow and not wide" tests/hf/test_families.py
 	$(PYTEST) $(WORKERS) -m "slow and not wide"
 
 torture: $(VENV)/installed-dev-all  ## before a release, hours: hundreds of each fault, with a table in docs/reliability.md; every shape
-	$(PYTEST) -n 2 --dist worksteal --torture $(addprefix tests/test_, kills.py signals.py \
-	  full_disks.py corruption.py not_finite.py other_meshes.py fuzzed_configs.py hosts.py soak.py)
+	$(PYTEST) -n 2 --dist worksteal --torture $(addprefix tests/, \
+	  $(addprefix integration/test_, kills.py signals.py full_disks.py fuzzed_configs.py soak.py) checkpoint/test_corruption.py \
+	  training/test_not_finite.py sharding/test_other_meshes.py distributed/test_hosts.py)
 	$(OPTIMIZED) $(PYTEST) $(WORKERS) -m wide
 
 coverage: $(VENV)/installed-dev  ## the lines of jaxft that `make test` runs, sub-processes counted: about nine minutes

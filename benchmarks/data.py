@@ -95,7 +95,7 @@ def measure(name: str, cache: Path, folder: Path) -> dict:
 
 
 def write_stories(folder: Path, count: int) -> None:
-  sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
+  sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "support")]
   import story_grammar
   import tiny
 

@@ -99,7 +99,7 @@ def write_model(asked: argparse.Namespace, folder: Path) -> None:
   """The model with random weights, and GPT-2's tokenizer."""
   import transformers
 
-  sys.path.insert(0, str(ROOT / "tests"))
+  sys.path.insert(0, str(ROOT / "tests" / "support"))
   import tiny
   from models import PUBLISHED
 

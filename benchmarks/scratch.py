@@ -16,7 +16,7 @@ def config_of(
   folder: Path, model: str, rows: int, length: int, steps: int, dropout: float = 0.0
 ) -> ConfigDict:
   """The settings of such a run; writes the model's config.json, a tokenizer and the text into `folder`."""
-  sys.path.insert(0, str(ROOT / "tests"))
+  sys.path.insert(0, str(ROOT / "tests" / "support"))
   import tiny
   from models import PUBLISHED
 

@@ -37,7 +37,7 @@ MUST_BE_CAUGHT = 27  # by `make test`
 MOST_SECONDS = 3600  # for the tests of one fault
 PASSED, FAILED = 0, 1  # pytest's exit codes
 # Of pytest's summary: the test, without its parameters.
-LINE = re.compile(r"^(?:FAILED|ERROR) (?:tests/)?([\w.]+(?:::\w+)*)", re.MULTILINE)
+LINE = re.compile(r"^(?:FAILED|ERROR) (?:tests/(?:\w+/)?)?([\w.]+(?:::\w+)*)", re.MULTILINE)
 
 
 class Fault(NamedTuple):
@@ -268,6 +268,11 @@ FAULTS = (
 )
 
 
+def _test_file(folder: Path, name: str) -> str:
+  """The path of a test file, wherever it lies below tests/; "" where there is none."""
+  return next((str(file.relative_to(folder)) for file in (folder / "tests").rglob(name)), "")
+
+
 class Outcome(NamedTuple):
   """What became of a fault."""
 
@@ -312,7 +317,7 @@ class Copy:
       self._markers,
     ]
     return subprocess.run(
-      [*command, *(f"tests/{name}" for name in names)],
+      [*command, *(_test_file(self._folder, name) for name in names)],
       cwd=self._folder,
       env=self._environment,
       stdout=subprocess.PIPE,
@@ -363,8 +368,8 @@ def must_go_in(faults: Iterable[Fault], folder: Path) -> None:
       lines.append(f"error: {fault.name!r}: {count} times in {fault.file}: {fault.old!r}")
       continue
     compile(text.replace(fault.old, fault.new), fault.file, "exec")
-    missing = [name for name in fault.tests if not (folder / "tests" / name).is_file()]
-    lines += [f"error: {fault.name!r}: there is no tests/{name}" for name in missing]
+    missing = [name for name in fault.tests if not _test_file(folder, name)]
+    lines += [f"error: {fault.name!r}: there is no {name} in tests/" for name in missing]
   if lines:
     raise SystemExit("\n".join(lines))
 

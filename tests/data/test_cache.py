@@ -16,7 +16,7 @@ import jaxft.hf.tokenizer
 from jaxft.data import accounting, dataset
 from jaxft.errors import StorageError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_two_at_once_leave_one_sound_entry(tmp_path, folder):
   file = tiny.write_stories(tmp_path / "many.jsonl", 8_000, seed=1)
   (tmp_path / "config.py").write_text(
     f"""
-import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+import sys; sys.path.insert(0, {str(ROOT / "tests" / "support")!r})
 import tiny
 from pathlib import Path
 

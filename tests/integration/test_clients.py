@@ -151,7 +151,7 @@ def found(clients, exports):
     sys.executable,
     "-W",
     "ignore",
-    str(ROOT / "tests" / "clients.py"),
+    str(ROOT / "tests" / "support" / "clients.py"),
     *map(str, exports.values()),
   ]
   done = subprocess.run(

@@ -318,7 +318,7 @@ def test_doctor_finds_this_machine_sound():
 def test_the_same_from_python(folder, stories, tmp_path):
   """In a process of its own: jax there sees one device."""
   script = f"""
-import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+import sys; sys.path.insert(0, {str(ROOT / "tests" / "support")!r})
 import tiny, jaxft
 from pathlib import Path
 c = tiny.config(Path({str(folder)!r}), Path({str(stories)!r}))

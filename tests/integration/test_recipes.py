@@ -18,7 +18,7 @@ from jaxft.errors import StorageError
 from jaxft.report_page.formatting import format_number
 from jaxft.train import finetune
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 GOOD, BAD = "cat house mat red".split(), "dog sat door small".split()
 
 

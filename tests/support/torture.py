@@ -5,7 +5,7 @@ import importlib.metadata
 import platform
 from pathlib import Path
 
-PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 BEGIN, END = "<!-- made by make torture -->", "<!-- end -->"
 
 

@@ -1,4 +1,4 @@
-"""Ends or breaks a training at a named place: python tests/fault_points.py PLACE N ACTION [arguments of jaxft.train]
+"""Ends or breaks a training at a named place: python tests/support/fault_points.py PLACE N ACTION [arguments of jaxft.train]
 
 The places are functions of jaxft and of Orbax, wrapped here before the command imports them; a normal run has none of it. The
 action comes at the Nth time that the place is passed, and the moment of it goes to the file that FAULT_FILE names.

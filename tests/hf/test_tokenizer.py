@@ -526,7 +526,7 @@ def test_the_end_token_that_was_learned_ends_a_text_of_the_export(tmp_path):
 
 
 def test_the_quickstarts_model_has_the_files_of_an_export(tmp_path):
-  source = repo.resolve(str(Path(__file__).parent.parent / "assets" / "quickstart" / "model"))
+  source = repo.resolve(str(Path(__file__).parents[2] / "assets" / "quickstart" / "model"))
   export.write_config_files(
     tmp_path, source, jaxft.hf.tokenizer.load_tokenizer(source.folder, source.cfg.V), {}
   )

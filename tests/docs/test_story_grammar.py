@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from story_grammar import GENRES, Teller, read, write
 
 BOTH = pytest.mark.parametrize("genre", list(GENRES))

@@ -1,4 +1,4 @@
-"""The reader of annotated slices that tests/test_compiled.py looks at every GPU program with, on a program made by hand."""
+"""The reader of annotated slices that tests/plan/test_compiled.py looks at every GPU program with, on a program made by hand."""
 
 import pytest
 import slice_offsets

@@ -13,7 +13,7 @@ from jaxft.errors import RequestError
 from jaxft.generation.sampling import Sampling
 from jaxft.hf.weight_map import FAMILIES
 
-PAGE = Path(__file__).parent.parent / "docs" / "recipes" / "run_generation.md"
+PAGE = Path(__file__).parents[2] / "docs" / "recipes" / "run_generation.md"
 
 
 @pytest.fixture(scope="module")

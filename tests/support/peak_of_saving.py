@@ -1,5 +1,5 @@
 """Prints, as JSON, the memory that a save, a read-back and a restore of a state in the host's memory take beside what they
-keep, in its largest leaf: python tests/peak_of_saving.py FOLDER"""
+keep, in its largest leaf: python tests/support/peak_of_saving.py FOLDER"""
 
 import gc
 import json

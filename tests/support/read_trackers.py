@@ -1,4 +1,4 @@
-"""What is in a tracker's files, as JSON: python tests/read_trackers.py WRITER WORKDIR
+"""What is in a tracker's files, as JSON: python tests/support/read_trackers.py WRITER WORKDIR
 
 {"metrics": {key: [[step, value], ...]}, "settings": {...}, "status": text, "text": all samples, "runs": how many}. A process of
 its own: the libraries are slow to import, warn, and keep their folders in globals.

@@ -14,7 +14,7 @@ from jaxft import config_checks
 from jaxft.cli import deepspeed_config, deepspeed_keys, deepspeed_rules, deepspeed_sections
 from jaxft.errors import RequestError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "recipes" / "deepspeed.md"
 # The keys and values of ds_config.json and ds_config_gptneo.json of Xirider/finetune-gpt2xl, which are the same.
 GPT2XL = {

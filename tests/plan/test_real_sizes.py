@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS, BATCH, T = 3, 4, 128
 
 

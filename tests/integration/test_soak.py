@@ -45,7 +45,7 @@ def watch() -> None:
 def test_two_thousand_steps_take_no_more_than_five_hundred(config_file, tmp_path, record_property):
   settings = {"steps": STEPS, "save_every": EVERY, "eval_every": 100, "log_every": 20}
   flags = [f"--config.train.{name}={value}" for name, value in settings.items()]
-  code = WATCHED.format(tests=str(processes.ROOT / "tests"))
+  code = WATCHED.format(tests=str(processes.ROOT / "tests" / "support"))
   done = preloaded.run(
     ["-c", code, "--config", config_file, "--workdir", tmp_path / "run", *flags],
     capture_output=True,

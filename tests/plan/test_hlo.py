@@ -64,7 +64,7 @@ def test_loops_of_tpu_programs_whose_compiler_notes_no_turns_are_counted():
 
 
 # A forward loop over five layers of 64 x 64 (tanh(x @ w), 8 rows), the backward loop, and an update, compiled for an H100.
-STEPS = sorted((Path(__file__).parent / "data").glob("step_of_jax_*.hlo.txt"))
+STEPS = sorted((Path(__file__).parent / "hlo").glob("step_of_jax_*.hlo.txt"))
 
 
 @pytest.mark.parametrize("file", STEPS, ids=lambda file: file.name)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import preloaded
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = """
 import sys
 from pathlib import Path

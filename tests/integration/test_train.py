@@ -20,7 +20,7 @@ from jaxft.pretrained import load_workdir
 from jaxft.train import finetune
 from jaxft.training.profiler import Profiler
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = {
   "gpt2": dict(vocab_size=293, n_positions=71, n_embd=40, n_layer=3, n_head=5),
   "gpt_neo": dict(

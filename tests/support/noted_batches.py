@@ -1,4 +1,4 @@
-"""Trains, and notes the rows that each device of this process is given: python tests/noted_batches.py FILE [arguments of
+"""Trains, and notes the rows that each device of this process is given: python tests/support/noted_batches.py FILE [arguments of
 jaxft.train] writes {"step/name/place in the batch": SHA-256 of the row's bytes}."""
 
 import hashlib

@@ -16,7 +16,7 @@ from jaxft.errors import RequestError
 pytestmark = pytest.mark.filterwarnings(
   r"ignore:the load_module\(\) method is deprecated:DeprecationWarning"
 )
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def parsed(monkeypatch, *words):

@@ -49,7 +49,7 @@ LIKE_CONFIGS = {"docs/recipes/jokes.md"}
 # Read and checked, and no more.
 NOT_RUN = {
   "python -m jaxft.train --config configs/X.py --workdir /shared/run --coordinator host0:7777 --num_processes 4 "
-  "--process_id 0": "needs four hosts; tests/test_hosts.py has processes in their place",
+  "--process_id 0": "needs four hosts; tests/distributed/test_hosts.py has processes in their place",
 }
 FOLLOWED = {name: pages.steps(name) for name in (*pages.PAGES, *pages.CONFIGS)}
 PLANS = sorted(

@@ -18,7 +18,7 @@ from jaxft.model.decoder import parameter_count
 from jaxft.plan import aot_compiler, hlo, planner
 from jaxft.utils import backend
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 # A file in configs/ -> hardware that its docstring names.
 HARDWARE = {
   "gpt2_from_scratch": ("rtx4090",),
