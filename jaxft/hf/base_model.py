@@ -65,7 +65,9 @@ def resolve_tokenizer(path: str) -> Path:
     import huggingface_hub
 
     try:
-      folder = Path(huggingface_hub.snapshot_download(path, allow_patterns=list(tokenizer.FILES)))
+      folder = Path(
+        huggingface_hub.snapshot_download(path, allow_patterns=list(tokenizer.TOKENIZER_FILES))
+      )
     except Exception as error:  # hub and network errors share no class
       raise RequestError(
         f"config.model.tokenizer={path!r}: no such folder, and the hub gave none ({first_line(error)}); check the id, "

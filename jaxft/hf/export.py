@@ -17,7 +17,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from jaxft.errors import RequestError, StorageError
 from jaxft.hf import load_weights, repo
 from jaxft.hf.export_tensors import DtypeFn, ExportTensor, always_float32, hf_tensors, make_dtype_fn
-from jaxft.hf.tokenizer import FILES, bos_token_id, save_tokenizer, verify_tokenizer
+from jaxft.hf.tokenizer import TOKENIZER_FILES, bos_token_id, save_tokenizer, verify_tokenizer
 from jaxft.hf.verify import check_hf_config, verify_export
 from jaxft.hf.weight_map import EMBEDDING, full_name
 from jaxft.utils.files import is_encodable, write_failure, write_json
@@ -33,7 +33,7 @@ DROPPED_KEYS = (
 GENERATION_CONFIG = "generation_config.json"
 # The folder in a workdir with config and tokenizer of the run's model, and the files that may be in it.
 RUN_MODEL = "run.model"
-RUN_MODEL_FILES = ("config.json", GENERATION_CONFIG, *FILES)
+RUN_MODEL_FILES = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES)
 
 
 def validate_export(out: Path) -> list[str]:

@@ -25,7 +25,7 @@ SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "
 # A folder with one of them has a tokenizer.
 VOCAB_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE)
 # All that `save_tokenizer` may write.
-FILES = (
+TOKENIZER_FILES = (
   "tokenizer.json",
   CONFIG_FILE,
   "special_tokens_map.json",
@@ -34,7 +34,7 @@ FILES = (
   "merges.txt",
   "vocab.txt",
 )
-FILES += (*SENTENCEPIECE, "chat_template.jinja")
+TOKENIZER_FILES += (*SENTENCEPIECE, "chat_template.jinja")
 # transformers 4 and 5 both know it, and it takes everything from tokenizer.json. 5 saves TokenizersBackend, unknown to 4.
 GENERIC_CLASS = "PreTrainedTokenizerFast"
 # Arguments of a loader, which transformers 5 writes too: they say where a file was, not what the tokenizer is.

@@ -183,7 +183,7 @@ def without(name):
     (without("transformer.h.1.mlp.c_fc.bias"), "'h.1.mlp.c_fc.bias' is missing"),
     (
       lambda t: t | {"transformer.h.3.ln_1.bias": t["transformer.ln_f.bias"]},
-      "'h.3.ln_1.bias' has no place in a gpt2",
+      "'h.3.ln_1.bias' does not belong in a gpt2",
     ),
     (
       lambda t: t | {"transformer.wpe.weight": t["transformer.wpe.weight"][:-1].copy()},

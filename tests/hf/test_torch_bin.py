@@ -116,7 +116,7 @@ def test_no_pickle_runs_anything(pickled, tmp_path):
       lambda ts: ts | {"x": torch.zeros(1).expand(2**40)},
       "its tensor 'x' is larger than what is stored",
     ),
-    (lambda ts: ts | {"x": torch.zeros(2)}, "tensor 'x' has no place"),
+    (lambda ts: ts | {"x": torch.zeros(2)}, "tensor 'x' does not belong"),
     (lambda ts: ts | {"x": torch.eye(2).to_sparse()}, "its entry 'x' is no plain tensor"),
   ],
 )
