@@ -85,7 +85,7 @@ def _parse_overrides(text: str, hf_config: dict[str, Any], file: Path | None) ->
   """Parses `config.model.config_overrides` into values of the types that config.json has."""
   overrides = {}
   for pair in filter(None, (pair.strip() for pair in text.split(","))):
-    key, _, value = (part.strip() for part in pair.partition("="))
+    key, _, value = map(str.strip, pair.partition("="))
     if key not in hf_config:
       near = difflib.get_close_matches(key, hf_config, 1)
       way_out = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(hf_config))}"

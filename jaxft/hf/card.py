@@ -49,7 +49,8 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
   """
   config = jaxft.config.load_run_config(workdir / "config.json")
   batch_size, length = config.train.batch_size, config.data.sequence_length
-  optim, path = config.optim, config.model.path
+  optim = config.optim
+  path = config.model.path
   pretrained = config.model.init == "pretrained"
   name = path.rstrip("/").split("/")[-1]
   hub_id = pretrained and not local

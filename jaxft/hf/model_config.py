@@ -73,7 +73,8 @@ def gpt_neo(config: dict[str, Any]) -> ModelConfig:
 
 def gptj(config: dict[str, Any]) -> ModelConfig:
   D, N = _get_size(config, "n_embd"), _get_size(config, "n_head")
-  H, rotary_dim = _get_head_size("n_embd", D, "n_head", N), config["rotary_dim"]
+  H = _get_head_size("n_embd", D, "n_head", N)
+  rotary_dim = config["rotary_dim"]
   if not isinstance(rotary_dim, int) or rotary_dim % 2 or not 0 < rotary_dim <= H:
     raise RequestError(
       f"config.json: rotary_dim={rotary_dim!r} must be even, above 0 and at most the head size {H}"

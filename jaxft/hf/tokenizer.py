@@ -302,8 +302,8 @@ def _tokenizer_class(config: dict[str, Any], tokenizer: Any) -> str:
   import transformers
 
   name = str(config.get("tokenizer_class") or type(tokenizer).__name__)
-  taken = name.removesuffix("Fast") == type(tokenizer).__name__.removesuffix("Fast")
-  usable = taken and not name.endswith("Backend") and hasattr(transformers, name)
+  same = name.removesuffix("Fast") == type(tokenizer).__name__.removesuffix("Fast")
+  usable = same and not name.endswith("Backend") and hasattr(transformers, name)
   return name if usable else GENERIC_CLASS
 
 

@@ -46,12 +46,12 @@ def lora_modules(model_type: str) -> dict[str, str]:
 def _with_lora(cfg: ModelConfig, lora: ConfigDict, model_type: str) -> ModelConfig:
   modules = lora_modules(model_type)
   targets = set()
-  for wanted in lora.targets or DEFAULT_TARGETS[model_type]:
-    suffix = f".{wanted}"
-    matches = [name for name in modules if wanted in (ALL_LINEAR, name) or name.endswith(suffix)]
+  for pattern in lora.targets or DEFAULT_TARGETS[model_type]:
+    suffix = f".{pattern}"
+    matches = [name for name in modules if pattern in (ALL_LINEAR, name) or name.endswith(suffix)]
     if not matches:
       raise RequestError(
-        f"config.lora.targets: {wanted!r} is no matrix of a {model_type} layer; "
+        f"config.lora.targets: {pattern!r} is no matrix of a {model_type} layer; "
         f"there are {', '.join(modules)}, and {ALL_LINEAR}"
       )
     targets |= {modules[name] for name in matches}
