@@ -80,7 +80,7 @@ def test_steps_take_the_place_of_epochs(monkeypatch):
 def test_a_batch_is_counted_by_device_unless_the_config_says_it(monkeypatch, words, rows):
   monkeypatch.chdir(ROOT)
   found = parsed(monkeypatch, "--model_name_or_path=gpt2", *words.split())
-  assert (found.per_device and found.per_device.rows) == rows
+  assert (found.per_device and found.per_device.micro_batch_size) == rows
   if rows:
     found.per_device.apply_to(found.config, 4)
     assert (found.config.train.batch_size, found.config.train.micro_batch_size) == (4 * rows, rows)
@@ -180,12 +180,12 @@ SAID = [
   (
     "--dtype float16",
     {"model.param_dtype": "bfloat16"},
-    ["--torch_dtype=float16: weights are kept in bfloat16"],
+    ["--torch_dtype=float16: weights are stored in bfloat16"],
   ),
   (
     "--torch_dtype auto",
     {"model.param_dtype": "float32"},
-    ["--torch_dtype=auto: weights are kept in float32"],
+    ["--torch_dtype=auto: weights are stored in float32"],
   ),
   (
     "--logging_dir logs",
