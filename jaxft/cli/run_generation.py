@@ -20,8 +20,8 @@ ALIASES = {
 # Values of --model_type -> model_type in the config.json of the model.
 MODEL_TYPES = {name: name for name in ("gpt2", "gpt_neo", "gptj")}
 MODEL_TYPES |= {"gpt-neo": "gpt_neo", "gpt-j": "gptj"}
-# What run_generation.py gives to generate() if its command line has no value; --model_type, which it
-# requires, selects these.
+# What run_generation.py gives to generate() by default; --model_type, which it requires, selects
+# these.
 SCRIPT_DEFAULTS = {
   "max_new_tokens": 20,
   "temperature": 1.0,
@@ -43,7 +43,8 @@ UNSUPPORTED = {"xlm_language": "XLM models are not read here; leave it out"}
 # Flags that mean something else here than in run_generation.py, or that it alone has.
 FLAG_NOTES = {
   "model_type": (
-    "asks for run_generation.py's defaults, above; must be the model_type of the model's config.json"
+    "asks for run_generation.py's defaults, above; must be the model_type of the model's "
+    "config.json"
   ),
   "stop_token": "`--stop_strings`: the text ends with it, and run_generation.py leaves it out",
   "prefix": "text that the model reads before each prompt; it is not printed",
@@ -56,7 +57,8 @@ FLAG_NOTES = {
     "`False`: `--temperature=0`; `True`: a text is drawn, whatever generation_config.json says"
   ),
   "max_length": (
-    "at most so many tokens of a prompt and its text; `--max_new_tokens` counts where both are given"
+    "at most so many tokens of a prompt and its text; `--max_new_tokens` counts where both are "
+    "given"
   ),
   "min_length": (
     "at least so many tokens of a prompt and its text; `--min_new_tokens` counts where both are "
