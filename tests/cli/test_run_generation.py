@@ -47,7 +47,7 @@ def given(*words):
   return generate.sampling_args(parsers.generate().parse_args(["m", *words]))
 
 
-def test_a_command_of_run_generation_is_understood(told, folder, ready):
+def test_run_generation_command_is_translated(told, folder, ready):
   words = f"--model_type=gpt2 --model_name_or_path={folder} --length 9 --k 5 --p 0.8 --json --half --no_cuda".split()
   said = told(
     *words,
@@ -81,7 +81,7 @@ def test_a_command_of_run_generation_is_understood(told, folder, ready):
     ("--k 3 --seed 1", dict(top_k=3, seed=1)),
   ],
 )
-def test_the_scripts_defaults_hold_where_nothing_is_said(words, changed):
+def test_model_type_selects_script_defaults(words, changed):
   wanted = run_generation.SCRIPT_DEFAULTS | changed
   assert given("--model_type", "gpt2", *words.split()) == {
     name: it for name, it in wanted.items() if it is not None
@@ -90,7 +90,7 @@ def test_the_scripts_defaults_hold_where_nothing_is_said(words, changed):
   assert said == {name: it for name, it in changed.items() if it is not None}
 
 
-def test_families_are_those_there_are(told):
+def test_model_types_are_the_families(told):
   assert set(run_generation.MODEL_TYPES.values()) == set(FAMILIES)
   for name in ("GPT-Neo", "gpt_neo", "gptj", "gpt-j"):
     family = run_generation.MODEL_TYPES[name.lower()]
@@ -103,7 +103,7 @@ def test_families_are_those_there_are(told):
     assert family != "gpt2"
 
 
-def test_every_flag_named_is_one():
+def test_documented_flags_exist():
   known = {flag.removeprefix("--") for flag in parsers.generate()._option_string_actions}
   named = [
     *run_generation.ALIASES,
@@ -129,15 +129,16 @@ def test_every_flag_named_is_one():
     ("--min_length=9 --max_length=8", "--min_length=9: more than --max_length=8"),
   ],
 )
-def test_what_means_nothing_here_is_refused_before_a_model_is_read(
+def test_unsupported_flags_fail_before_loading(
   told, monkeypatch, words, told_of
 ):
+  """With the reason, before a model is read."""
   monkeypatch.setattr(generate, "load_model", lambda arguments: pytest.fail("read a model"))
   with pytest.raises(RequestError, match=re.escape(told_of)):
     told(*words.split(), "--prompt=x")
 
 
-def test_prompts_may_come_through_a_pipe(told, ready):
+def test_prompts_from_a_pipe(told, ready):
   lines = b"\xef\xbb\xbfthe cat\r\n\r\n  \nthe caf\xc3\xa9\x0cr\ran\na cat"
   said = told("--json", "--temperature=0", "--max_new_tokens=4", piped=lines)
   wanted = ready.generate(["the cat", "the café\fr\ran", "a cat"], temperature=0, max_new_tokens=4)
@@ -161,19 +162,19 @@ def test_prompts_may_come_through_a_pipe(told, ready):
   "piped, message",
   [(b"", "--prompt is missing: "), (b" \n\n", "--prompt is missing: "), (b"\xff", "UTF-8|utf-8")],
 )
-def test_a_pipe_without_prompts_is_refused_in_one_line(told, piped, message):
+def test_empty_pipe_is_rejected(told, piped, message):
   with pytest.raises(RequestError, match=message) as refusal:
     told("--json", piped=piped)
   assert "\n" not in str(refusal.value) and str(refusal.value).startswith("--prompt is missing")
 
 
-def test_a_file_without_prompts_is_refused(told, tmp_path):
+def test_empty_prompt_file_is_rejected(told, tmp_path):
   (tmp_path / "none.txt").write_text(" \n\n")
   with pytest.raises(RequestError, match="--prompt_file '.*none.txt': no line in it has a prompt"):
     told("--prompt_file", tmp_path / "none.txt", piped=b"a cat")
 
 
-def test_a_prefix_is_read_and_not_printed(told, ready):
+def test_prefix_is_not_printed(told, ready):
   how = ("--temperature=0", "--max_new_tokens=4", "--padding_text", "the dog and ")
   (wanted,) = ready.generate(["the dog and the cat"], temperature=0, max_new_tokens=4)
   assert completions(told(*how, "--json", "--prompt=the cat")) == [
@@ -182,7 +183,8 @@ def test_a_prefix_is_read_and_not_printed(told, ready):
   assert told(*how, piped=b"the cat").out == "the cat" + wanted.text + "\n"
 
 
-def test_a_stop_token_is_a_stop_string_and_says_what_differs(told, ready):
+def test_stop_token_is_a_stop_string(told, ready):
+  """And prints how it differs."""
   how = dict(temperature=0, max_new_tokens=30)
   (whole,) = ready.generate(["Once upon"], **how)
   stop = whole.text[len(whole.text) // 2 :][:3]
@@ -201,7 +203,7 @@ def test_a_stop_token_is_a_stop_string_and_says_what_differs(told, ready):
 @pytest.mark.parametrize(
   "words, asked", [(["--no_cuda"], [("jax_platforms", "cpu")]), (["--use_cpu=False"], [])]
 )
-def test_the_cpu_is_asked_for_before_a_model_is_opened(told, ready, monkeypatch, words, asked):
+def test_use_cpu_is_set_before_loading(told, ready, monkeypatch, words, asked):
   seen = []
   monkeypatch.setattr(generate.jax.config, "update", lambda *setting: seen.append(setting))
   monkeypatch.setattr(
@@ -210,7 +212,7 @@ def test_the_cpu_is_asked_for_before_a_model_is_opened(told, ready, monkeypatch,
   assert completions(told("--json", "--max_new_tokens=2", "--prompt=x", *words))
 
 
-def test_a_text_ends_where_the_model_has_no_position_left(told, ready):
+def test_text_ends_at_the_last_position(told, ready):
   (wanted,) = ready.generate(["the cat"], temperature=0, max_new_tokens=1000)
   how = ("--json", "--temperature=0", "--prompt=the cat", "--stop_token=")
   said = told(*how, "--length=-1")
@@ -223,11 +225,11 @@ def test_a_text_ends_where_the_model_has_no_position_left(told, ready):
   )
 
 
-def test_what_is_of_no_account_is_told_once(told):
+def test_overruled_length_is_noted_once(told):
   said = told("--json", "--max_length=30", "--max_new_tokens=3", "--prompt=x")
   assert said.err == "--max_length=30: of no account, as --max_new_tokens=3 is given\n"
 
 
-def test_the_page_has_the_table_of_the_code():
+def test_docs_have_the_generated_table():
   page = PAGE.read_text()
   assert run_generation.markdown_table() in page and run_generation.format_defaults() in page

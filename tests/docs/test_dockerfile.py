@@ -51,7 +51,7 @@ def installed():
   ]
 
 
-def test_each_package_has_the_version_that_was_tried():
+def test_packages_are_pinned_to_tested_versions():
   lines = (pages.ROOT / "constraints.txt").read_text().splitlines()
   pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
   (base,) = of("FROM")
@@ -66,7 +66,7 @@ def test_each_package_has_the_version_that_was_tried():
   assert "--constraint=constraints.txt" in shlex.split(command)
 
 
-def test_it_installs_an_extra_for_a_python_that_there_is():
+def test_image_extra_and_python_exist():
   (base,) = of("FROM")
   version = re.fullmatch(r"python:(\d+\.\d+)-slim", base)[1]
   assert SpecifierSet(PROJECT["project"]["requires-python"]).contains(f"{version}.0")
@@ -75,7 +75,7 @@ def test_it_installs_an_extra_for_a_python_that_there_is():
   assert extras == ["cuda"] and set(extras) <= PROJECT["project"]["optional-dependencies"].keys()
 
 
-def test_what_is_copied_is_there_and_not_ignored():
+def test_copied_files_exist_and_are_not_ignored():
   rules = [
     line
     for line in (pages.ROOT / ".dockerignore").read_text().splitlines()
@@ -91,7 +91,8 @@ def test_what_is_copied_is_there_and_not_ignored():
   }
 
 
-def test_it_does_not_run_as_root_and_keeps_what_it_writes():
+def test_image_user_owns_its_volumes():
+  """The image does not run as root."""
   names = [name for name, _ in LINES]
   number, user = re.search(r"useradd --uid (\d+) .*?(\w+) &&", of("RUN")[0]).groups()
   assert of("USER") == [number] and names.index("USER") > max(
@@ -108,7 +109,7 @@ def test_it_does_not_run_as_root_and_keeps_what_it_writes():
 
 
 @pytest.mark.slow
-def test_what_is_copied_can_be_installed_and_run(tmp_path):
+def test_copied_files_install_and_run(tmp_path):
   """pip builds jaxft from what is copied, and no more, and the commands of the README's `docker run` are taken from there."""
   for what, place, where in copied():
     for name in what:

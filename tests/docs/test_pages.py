@@ -119,7 +119,7 @@ def write(file, rows):
     if steps
   ],
 )
-def test_a_page_can_be_followed(name, stand_ins, tmp_path, monkeypatch):
+def test_commands_of_a_page_run(name, stand_ins, tmp_path, monkeypatch):
   import datasets
 
   monkeypatch.chdir(shutil.copytree(stand_ins, tmp_path / "place", symlinks=True))
@@ -179,7 +179,7 @@ def is_named(folder, texts):
   return any(re.search(rf"(?<![\w./-]){re.escape(folder)}(?![\w.-])", text) for text in texts)
 
 
-def test_a_folder_is_named_by_its_whole_name():
+def test_is_named_matches_whole_names():
   assert is_named("runs/gptj", ["export --workdir runs/gptj --out x"]) and is_named(
     "runs/a", ['load("runs/a/adapter")']
   )
@@ -189,7 +189,7 @@ def test_a_folder_is_named_by_its_whole_name():
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_trainings_that_differ_have_folders_of_their_own(name):
+def test_different_trainings_have_own_workdirs(name):
   """The second would find its run finished, and do nothing."""
   trainings = {
     step.text for step in FOLLOWED[name] if step.text.startswith(f"{pages.COMMAND}train ")
@@ -202,12 +202,12 @@ def test_trainings_that_differ_have_folders_of_their_own(name):
   assert len(folders) == len(set(folders)), folders
 
 
-def test_what_is_not_run_is_on_a_page():
+def test_skipped_commands_are_on_a_page():
   assert NOT_RUN.keys() <= {step.text for steps in FOLLOWED.values() for step in steps}
 
 
 @pytest.mark.parametrize("command", PLANS)
-def test_what_is_planned_is_there(command, monkeypatch):
+def test_planned_devices_are_valid(command, monkeypatch):
   """All but the compiling: settings, hardware, and that the models need no network."""
   monkeypatch.chdir(pages.ROOT)
   monkeypatch.setattr(sys, "argv", words_of_plan(command))
@@ -219,7 +219,7 @@ def test_what_is_planned_is_there(command, monkeypatch):
 
 @pytest.mark.wide
 @pytest.mark.parametrize("command", PLANS)
-def test_plans_of_the_pages_fit(command, monkeypatch):
+def test_plans_on_pages_fit(command, monkeypatch):
   monkeypatch.chdir(pages.ROOT)
   monkeypatch.setattr(sys, "argv", [*words_of_plan(command), "--json"])
   with contextlib.redirect_stdout(io.StringIO()) as said:

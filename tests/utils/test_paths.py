@@ -36,7 +36,7 @@ def ready(folder):
 
 
 @pytest.mark.parts(5, 5)
-def test_forty_names_of_folders(ready, folder, tmp_path, part):
+def test_awkward_folder_names(ready, folder, tmp_path, part):
   for i, name in enumerate(NAMES[part::5]):
     root = tmp_path / str(i) / name
     root.mkdir(parents=True)
@@ -69,7 +69,7 @@ def test_forty_names_of_folders(ready, folder, tmp_path, part):
     again.close()
 
 
-def test_a_finished_run_is_used_from_anywhere_and_without_its_model(
+def test_finished_run_needs_no_base_model(
   finished, folder, stories, tmp_path, monkeypatch
 ):
   """The workdir has the model's config and tokenizer; relative paths are from where the run was started."""
@@ -95,7 +95,7 @@ def test_a_finished_run_is_used_from_anywhere_and_without_its_model(
     there.export(tmp_path / "not", dtype="source")
 
 
-def test_what_is_in_a_workdir_is_never_taken_for_the_runs_own(folder, stories, tmp_path):
+def test_foreign_files_in_workdir_stay_untouched(folder, stories, tmp_path):
   """The run keeps its model's config there; a model of the user's, or anything else, stays as it is."""
   config = tiny.config(folder, stories)
   (tmp_path / "model").mkdir()
@@ -119,9 +119,10 @@ def test_what_is_in_a_workdir_is_never_taken_for_the_runs_own(folder, stories, t
     validate_run(config, tmp_path / "mine" / ".." / "mine")
 
 
-def test_a_start_that_is_killed_between_two_renames_leaves_the_old_config(
+def test_killed_overwrite_leaves_old_config(
   folder, tmp_path, monkeypatch
 ):
+  """Killed between two renames."""
   source, tokenizer = repo.resolve(str(folder)), jaxft.hf.tokenizer.load_tokenizer(folder, 293)
   export.save_run_model(tmp_path, source, tokenizer)
   rename = Path.rename
@@ -141,7 +142,7 @@ def test_a_start_that_is_killed_between_two_renames_leaves_the_old_config(
   assert [path.name for path in tmp_path.iterdir()] == ["run.model"]
 
 
-def test_an_export_through_a_link_is_where_the_link_leads(ready, tmp_path):
+def test_export_through_a_symlink(ready, tmp_path):
   disk = tmp_path / "disk" / "out"
   disk.mkdir(parents=True)
   (tmp_path / "export").symlink_to(disk)
@@ -151,7 +152,8 @@ def test_an_export_through_a_link_is_where_the_link_leads(ready, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "export"]
 
 
-def test_places_where_no_export_can_be_written_are_told_before_training(folder, stories, tmp_path):
+def test_unwritable_export_fails_before_training(folder, stories, tmp_path):
+  """For each path where no export can be written."""
   config = tiny.config(folder, stories)
   (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
   (tmp_path / "file").touch()
@@ -175,7 +177,7 @@ def test_places_where_no_export_can_be_written_are_told_before_training(folder, 
   assert "its name is not UTF-8" in export.validate_export(strange)[0]
 
 
-def test_what_was_held_out_is_measured_or_refused(finished, stories, tmp_path):
+def test_evaluate_held_out_data_or_fail(finished, stories, tmp_path):
   """A text that has grown would be divided anew: what was trained on would be measured as if it had not been."""
   workdir = shutil.copytree(finished[0], tmp_path / "w")
   about = json.loads((workdir / "config.json").read_text())
@@ -197,7 +199,7 @@ def test_what_was_held_out_is_measured_or_refused(finished, stories, tmp_path):
       ready.evaluate_held_out(sequence_length=length)
 
 
-def test_a_run_of_relative_names_is_used_from_another_folder(
+def test_relative_paths_work_from_another_folder(
   folder, stories, tmp_path, monkeypatch
 ):
   """Its model and texts are those of the folder in which it was started, and not the hub's or others of the same names."""
@@ -272,7 +274,8 @@ def test_a_run_of_relative_names_is_used_from_another_folder(
     load_workdir(workdir).evaluate_held_out()
 
 
-def test_a_folder_of_text_is_read_without_the_runs_and_models_in_it(finished, folder, tmp_path):
+def test_text_folder_skips_runs_and_models(finished, folder, tmp_path):
+  """Runs and models in a folder of text are not read as text."""
   (tmp_path / "sub").mkdir()
   tiny.write_stories(tmp_path / "a.jsonl", 7, seed=0)
   tiny.write_stories(tmp_path / "sub" / "b.jsonl", 5, seed=1)

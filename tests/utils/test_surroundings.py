@@ -86,7 +86,8 @@ def ends_well(change, code, told, redirection=""):
 
 
 @pytest.mark.slow
-def test_all_that_changes_types_at_once():
+def test_type_changing_variables_together():
+  """All variables that change types, at once."""
   types = {name: value for change, _, _ in KINDS[:5] for name, value in change.items()}
   ends_well(types, 0, "made for threefry2x32", "<&-")
 
@@ -95,7 +96,7 @@ def test_all_that_changes_types_at_once():
 @pytest.mark.parametrize(
   "part", [pytest.param(i, marks=[pytest.mark.wide] * (i > 0)) for i in range(PARTS)]
 )
-def test_thirty_environments(part):
+def test_awkward_environments(part):
   """Each kind once, and a pair of them."""
   for change, code, told in KINDS[part::PARTS]:
     ends_well(change, code, told)
@@ -105,7 +106,7 @@ def test_thirty_environments(part):
 
 
 @pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]])
-def test_a_stream_that_is_closed_is_the_null_device(tmp_path, closed):
+def test_closed_stream_becomes_null_device(tmp_path, closed):
   """Else the next file that is opened would take its place, and what is printed would be written into it."""
   code = (
     "import os, sys; from jaxft.utils import environment; environment.setup()\n"
@@ -122,7 +123,7 @@ def test_a_stream_that_is_closed_is_the_null_device(tmp_path, closed):
   assert done.returncode == 0 and (tmp_path / "file").read_bytes() == b""
 
 
-def test_a_user_without_a_home_gets_a_folder_of_temporary_files(tmp_path, monkeypatch):
+def test_user_without_home_gets_temporary_one(tmp_path, monkeypatch):
   def nobody(_):
     raise KeyError("uid not found")
 
@@ -147,21 +148,21 @@ def test_a_user_without_a_home_gets_a_folder_of_temporary_files(tmp_path, monkey
   assert os.path.isdir(os.environ["HOME"])
 
 
-def test_nothing_is_printed_into_less_than_forty_columns(monkeypatch):
+def test_columns_have_a_minimum_of_forty(monkeypatch):
   for said, used in (("0", "40"), ("12", "40"), ("200", "200"), ("", "")):
     monkeypatch.setenv("COLUMNS", said)
     jaxft.utils.environment.setup()
     assert os.environ["COLUMNS"] == used
 
 
-def test_flags_that_change_types_are_set_back(capsys):
+def test_type_changing_flags_are_reset(capsys):
   jax.config.update("jax_enable_x64", True)
   backend.configure_jax()
   assert not jax.config.jax_enable_x64
   assert "JAX_ENABLE_X64=True" in capsys.readouterr().err
 
 
-def test_a_token_cache_that_cannot_be_written_is_read(tmp_path, monkeypatch):
+def test_read_only_token_cache_is_read(tmp_path, monkeypatch):
   def make(folder):
     writer = token_cache.TokenWriter(folder, "train", "int32")
     return {"files": writer.close()}
@@ -178,7 +179,7 @@ def test_a_token_cache_that_cannot_be_written_is_read(tmp_path, monkeypatch):
   assert token_cache.load_or_build(tmp_path, {"a": 1}, make, print) == made
 
 
-def test_a_folder_called_jaxft_does_not_hide_the_package(tmp_path):
+def test_folder_named_jaxft_does_not_shadow_it(tmp_path):
   """git clone jaxft; pip install -e jaxft; and then work beside the checkout: jaxft/ there is no package."""
   (tmp_path / "jaxft" / "jaxft").mkdir(parents=True)
   code = "import jaxft; print(jaxft.__file__, jaxft.load.__name__)"
@@ -189,7 +190,8 @@ def test_a_folder_called_jaxft_does_not_hide_the_package(tmp_path):
   assert done.returncode == 0 and done.stdout.split()[1] == "load", done.stderr
 
 
-def test_only_variables_of_libraries_are_blamed_for_an_import_that_fails(monkeypatch, capsys):
+def test_only_library_variables_are_blamed(monkeypatch, capsys):
+  """For an import that fails."""
   codes = []
   monkeypatch.setattr(jaxft.utils.environment.os, "_exit", codes.append)
   monkeypatch.setenv("HF_TIMEOUT", "soon")
@@ -205,7 +207,7 @@ def test_only_variables_of_libraries_are_blamed_for_an_import_that_fails(monkeyp
   assert codes == [2]
 
 
-def test_a_device_that_a_program_has_chosen_stays_chosen():
+def test_default_device_of_a_program_stays():
   before = jax.config.jax_default_device
   try:
     for chosen in (jax.devices()[1], None):
