@@ -178,7 +178,7 @@ def test_config_file_values_are_normalized(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "line, told",
+  "line, message",
   [
     ("c.optim.learning_rate = 'fast'", "config.optim.learning_rate='fast': must be a number"),
     ("c.train.steps = 1.5", "config.train.steps=1.5: must be a whole number"),
@@ -201,9 +201,9 @@ def test_config_file_values_are_normalized(monkeypatch, tmp_path):
     ("c.data.encoding = 'base64'", "must be the name of an encoding"),
   ],
 )
-def test_invalid_flags_are_rejected(monkeypatch, tmp_path, line, told):
+def test_invalid_flags_are_rejected(monkeypatch, tmp_path, line, message):
   """With a hint at the nearest flag or setting."""
-  with pytest.raises(RequestError, match=told.replace("did you mean.*", "")):
+  with pytest.raises(RequestError, match=message.replace("did you mean.*", "")):
     config = parsed(monkeypatch, "--config", config_file(tmp_path, line))
     if lines := jaxft.config.validate(config):
       raise RequestError("\n".join(lines))
@@ -245,7 +245,7 @@ def test_tilde_is_expanded(monkeypatch, tmp_path):
 
 
 def test_finetune_does_not_change_the_config(folder, stories, tmp_path):
-  """And a prompt that is too long is told with its name, before anything is compiled."""
+  """And a prompt that is too long is reported with its name, before anything is compiled."""
   config = tiny.config(folder, stories)
   config.data.train, config.optim.learning_rate = Path(stories), np.float32(1e-3)
   config.train.sample_prompts = "the cat " * 99
@@ -309,8 +309,8 @@ def test_train_flag_replaces_validation_of_file(
   file = config_file(tmp_path, "c.data.validation, c.data.validation_fraction = ('v.txt',), 0.0")
   config = parsed(monkeypatch, "--config", file, "--config.data.train=t.txt")
   assert (config.data.validation, config.data.validation_fraction) == ((), 0.05)
-  told = "a share of 0.05 of the new text is held out instead (to keep it: --config.data.validation=v.txt)"
-  assert told in capsys.readouterr().err
+  note = "a share of 0.05 of the new text is held out instead (to keep it: --config.data.validation=v.txt)"
+  assert note in capsys.readouterr().err
   config = parsed(
     monkeypatch,
     "--config",
@@ -339,7 +339,7 @@ def test_flag_overrides_any_file_value(monkeypatch, tmp_path, value):
 
 
 @pytest.mark.parametrize(
-  "words, told",
+  "words, message",
   [
     (["--block_size=8"], "--block_size: no such flag; did you mean --config.data.sequence_length?"),
     (["--max_length=8"], "--max_length: no such flag; did you mean --config.data.sequence_length?"),
@@ -349,11 +349,11 @@ def test_flag_overrides_any_file_value(monkeypatch, tmp_path, value):
     (["--remat=full"], "--remat: no such flag; did you mean --config.memory.remat?"),
   ],
 )
-def test_flags_of_other_commands_suggest_settings(monkeypatch, tmp_path, words, told):
+def test_flags_of_other_commands_suggest_settings(monkeypatch, tmp_path, words, message):
   monkeypatch.setattr(sys, "argv", ["prepare", "--config", config_file(tmp_path), *words])
   with pytest.raises(RequestError) as refusal:
     flags.parse("usage", ("json",))
-  assert told in str(refusal.value)
+  assert message in str(refusal.value)
 
 
 def test_json_config_is_rejected(monkeypatch, tmp_path):

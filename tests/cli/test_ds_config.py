@@ -295,10 +295,10 @@ ADAMW, DECAYING, COSINE = (
 def test_key_becomes_settings(dotted, wanted):
   found = translated(nested(dotted))
   assert found.settings == wanted
-  told = " ".join(entry.outcome for entry in found.entries)
+  outcomes = " ".join(entry.outcome for entry in found.entries)
   for name, value in wanted.items():  # nothing is set that no row tells
     for part in value if isinstance(value, tuple) else (value,):
-      assert f"--config.{name}={part}" in told
+      assert f"--config.{name}={part}" in outcomes
 
 
 @pytest.mark.parametrize(
@@ -712,7 +712,7 @@ def test_missing_file_is_rejected(tmp_path):
       deepspeed_config.read(file)
 
 
-# Of any kind, at any place.
+# Values of any kind, for any key.
 JUNK = [
   None,
   True,

@@ -65,7 +65,7 @@ def test_flag_prefixes_are_rejected(command):
 
 
 @pytest.mark.parametrize(
-  "words, told",
+  "words, message",
   [
     (["--modle", "x"], "--modle: no such flag; did you mean --model?"),
     (["--num_samples", "3"], "--num_samples: no such flag; did you mean --num_return_sequences?"),
@@ -99,10 +99,10 @@ def test_flag_prefixes_are_rejected(command):
     (["x", "--no_cuda", "--use_cpu=False"], "--no_cuda=True and --use_cpu=False are one setting"),
   ],
 )
-def test_bad_arguments_are_rejected_in_one_line(words, told):
+def test_bad_arguments_are_rejected_in_one_line(words, message):
   with pytest.raises(RequestError) as refusal:
     parsers.generate().parse_args(words)
-  assert str(refusal.value).startswith(told)
+  assert str(refusal.value).startswith(message)
 
 
 SPELLINGS = {

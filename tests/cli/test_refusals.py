@@ -52,7 +52,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_train_errors_are_one_line(config_file, tmp_path, fault):
-  arguments, told = FAULTS[fault]
+  arguments, message = FAULTS[fault]
   (tmp_path / "broken.py").write_text("def get_config():\n  return nothing\n")
   arguments = [argument.format(tmp=tmp_path) for argument in arguments]
   done = train(config_file, tmp_path / "w", *arguments, check=2)
@@ -60,7 +60,7 @@ def test_train_errors_are_one_line(config_file, tmp_path, fault):
     done.stdout == ""
     and len(done.stderr.splitlines()) == 1
     and done.stderr.startswith("error: ")
-    and told in done.stderr
+    and message in done.stderr
   )
   assert not (tmp_path / "w").exists()
 
@@ -106,7 +106,7 @@ def test_train_errors_need_no_slow_imports(config_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "arguments, told",
+  "arguments, message",
   [
     (["jaxft.evaluate", "--model", "{export}"], "--data is missing"),
     (
@@ -174,11 +174,11 @@ def test_train_errors_need_no_slow_imports(config_file, tmp_path):
     ),
   ],
 )
-def test_other_commands_errors_are_one_line(finished, tmp_path, arguments, told):
+def test_other_commands_errors_are_one_line(finished, tmp_path, arguments, message):
   workdir, _ = finished
   arguments = (a.format(export=workdir / "export", workdir=workdir) for a in arguments)
   done = run(*arguments, check=2, cwd=tmp_path, stdin=subprocess.DEVNULL)
-  assert told in done.stderr.splitlines()[-1] and done.stdout == ""
+  assert message in done.stderr.splitlines()[-1] and done.stdout == ""
 
 
 def test_long_sample_prompt_fails_before_compile(

@@ -123,8 +123,8 @@ def test_unsupported_flags_are_rejected(monkeypatch):
   ]
 
 
-# A command's own words -> settings that they come to, and the lines that are told, by their beginnings.
-SAID = [
+# A command's own words -> settings that they come to, and the notes, by their beginnings.
+CASES = [
   ("--fp16", {"model.compute_dtype": "auto"}, ["--fp16: float16 is not there yet"]),
   ("--bf16 False", {"model.compute_dtype": "float32"}, []),
   (
@@ -271,8 +271,8 @@ SAID = [
 ]
 
 
-@pytest.mark.parametrize("words, wanted, told", SAID)
-def test_flags_become_settings_and_notes(monkeypatch, capsys, words, wanted, told):
+@pytest.mark.parametrize("words, wanted, notes", CASES)
+def test_flags_become_settings_and_notes(monkeypatch, capsys, words, wanted, notes):
   """Notes say what a flag became, if that is not plain."""
   for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     monkeypatch.setenv(name, "elsewhere")  # which --cache_dir changes
@@ -282,7 +282,7 @@ def test_flags_become_settings_and_notes(monkeypatch, capsys, words, wanted, tol
   found = jaxft.config.flatten(config)
   assert {name: found[name] for name in wanted} == wanted and not jaxft.config.validate(config)
   lines = capsys.readouterr().err.splitlines()
-  assert len(lines) == len(told) and all(map(str.startswith, lines, told)), lines
+  assert len(lines) == len(notes) and all(map(str.startswith, lines, notes)), lines
 
 
 def test_eval_batch_size_is_per_device(monkeypatch):
@@ -360,7 +360,7 @@ MISTYPED = sorted(name for name in run_clm.KNOWN_FLAGS if len(name) > 7)
 ])  # fmt: skip
 def test_mistyped_flag_gets_the_nearest_hint(monkeypatch, spell):
   wrong = [name for name in MISTYPED if spell(name) not in run_clm.KNOWN_FLAGS]
-  told = []
+  hints = []
   assert len(wrong) > 100
   for name in wrong:
     with pytest.raises(RequestError) as refusal:
@@ -369,10 +369,10 @@ def test_mistyped_flag_gets_the_nearest_hint(monkeypatch, spell):
     assert "\n" not in line and line.startswith(
       f"--{spell(name)}: no such flag; did you mean --"
     ), line
-    told.append(line.split("mean --")[1].rstrip("?"))
-    assert difflib.SequenceMatcher(None, told[-1], name).ratio() > 0.8, line
+    hints.append(line.split("mean --")[1].rstrip("?"))
+    assert difflib.SequenceMatcher(None, hints[-1], name).ratio() > 0.8, line
   # Few flags are as near to another one: per_device_train_batch_size without a letter is not among them.
-  assert sum(map(str.__eq__, told, wrong)) > 0.97 * len(wrong)
+  assert sum(map(str.__eq__, hints, wrong)) > 0.97 * len(wrong)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +410,7 @@ def test_deepspeed_batch_must_match_devices(monkeypatch, tmp_path, devices, fine
 
 
 @pytest.mark.parametrize(
-  "batch, words, wanted, told",
+  "batch, words, wanted, message",
   [
     (
       (None, 4, 2),
@@ -447,7 +447,7 @@ def test_deepspeed_batch_must_match_devices(monkeypatch, tmp_path, devices, fine
   ],
 )
 def test_flags_override_deepspeed_batch(
-  monkeypatch, tmp_path, capsys, batch, words, wanted, told
+  monkeypatch, tmp_path, capsys, batch, words, wanted, message
 ):
   names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
   (tmp_path / "ds.json").write_text(
@@ -460,14 +460,14 @@ def test_flags_override_deepspeed_batch(
     f"--deepspeed={tmp_path / 'ds.json'}",
   ]
   if wanted is None:
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=message):
       parsed(monkeypatch, *words)
     return
   found = parsed(monkeypatch, *words)
   if found.per_device:
     found.per_device.apply_to(found.config, 1)
   assert (found.config.train.batch_size, found.config.train.micro_batch_size) == wanted
-  assert told in " ".join(capsys.readouterr().err.split())
+  assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ def ready(folder):
 
 
 @pytest.fixture
-def told(ready, folder, monkeypatch, tmp_path, capsys):
-  """`told(words, piped)`: what the command prints, on both streams, with the model that is there already."""
+def run(ready, folder, monkeypatch, tmp_path, capsys):
+  """`run(words, piped)`: what the command prints, on both streams, with the model that is there already."""
   monkeypatch.setattr(generate, "load_model", lambda arguments: ready)
 
   def run(*words, piped=b"", model=True):
@@ -39,17 +39,17 @@ def told(ready, folder, monkeypatch, tmp_path, capsys):
   return run
 
 
-def completions(said):
-  return json.loads(said.out)["completions"]
+def completions(output):
+  return json.loads(output.out)["completions"]
 
 
 def given(*words):
   return generate.sampling_args(parsers.generate().parse_args(["m", *words]))
 
 
-def test_run_generation_command_is_translated(told, folder, ready):
+def test_run_generation_command_is_translated(run, folder, ready):
   words = f"--model_type=gpt2 --model_name_or_path={folder} --length 9 --k 5 --p 0.8 --json --half --no_cuda".split()
-  said = told(
+  output = run(
     *words,
     "--use_cache",
     "--jit",
@@ -60,8 +60,8 @@ def test_run_generation_command_is_translated(told, folder, ready):
     model=False,
   )
   how = dict(max_new_tokens=9, top_k=5, top_p=0.8, temperature=1.0, seed=42)
-  assert completions(said) == [it._asdict() for it in ready.generate(["Once upon"], **how)]
-  first, second = said.err.splitlines()
+  assert completions(output) == [it._asdict() for it in ready.generate(["Once upon"], **how)]
+  first, second = output.err.splitlines()
   defaults = (
     "temperature=1.0, repetition_penalty=1.0, num_return_sequences=1, do_sample=True, seed=42"
   )
@@ -86,11 +86,11 @@ def test_model_type_selects_script_defaults(words, changed):
   assert given("--model_type", "gpt2", *words.split()) == {
     name: it for name, it in wanted.items() if it is not None
   }
-  said = given(*words.split())
-  assert said == {name: it for name, it in changed.items() if it is not None}
+  output = given(*words.split())
+  assert output == {name: it for name, it in changed.items() if it is not None}
 
 
-def test_model_types_are_the_families(told):
+def test_model_types_are_the_families(run):
   assert set(run_generation.MODEL_TYPES.values()) == set(FAMILIES)
   for name in ("GPT-Neo", "gpt_neo", "gptj", "gpt-j"):
     family = run_generation.MODEL_TYPES[name.lower()]
@@ -99,7 +99,7 @@ def test_model_types_are_the_families(told):
       RequestError,
       match=f"--model_type={name.lower()}: .*config.json says gpt2; give --model_type=gpt2",
     ):
-      told("--model_type", name, "--prompt=x")
+      run("--model_type", name, "--prompt=x")
     assert family != "gpt2"
 
 
@@ -116,7 +116,7 @@ def test_documented_flags_exist():
 
 
 @pytest.mark.parametrize(
-  "words, told_of",
+  "words, message",
   [
     ("--early_stopping", "--early_stopping=True: beams go on until"),
     ("--use_cache=False", "--use_cache=False: keys and values"),
@@ -130,24 +130,24 @@ def test_documented_flags_exist():
   ],
 )
 def test_unsupported_flags_fail_before_loading(
-  told, monkeypatch, words, told_of
+  run, monkeypatch, words, message
 ):
   """With the reason, before a model is read."""
   monkeypatch.setattr(generate, "load_model", lambda arguments: pytest.fail("read a model"))
-  with pytest.raises(RequestError, match=re.escape(told_of)):
-    told(*words.split(), "--prompt=x")
+  with pytest.raises(RequestError, match=re.escape(message)):
+    run(*words.split(), "--prompt=x")
 
 
-def test_prompts_from_a_pipe(told, ready):
+def test_prompts_from_a_pipe(run, ready):
   lines = b"\xef\xbb\xbfthe cat\r\n\r\n  \nthe caf\xc3\xa9\x0cr\ran\na cat"
-  said = told("--json", "--temperature=0", "--max_new_tokens=4", piped=lines)
+  output = run("--json", "--temperature=0", "--max_new_tokens=4", piped=lines)
   wanted = ready.generate(["the cat", "the café\fr\ran", "a cat"], temperature=0, max_new_tokens=4)
-  assert completions(said) == [it._asdict() for it in wanted] and said.err == ""
+  assert completions(output) == [it._asdict() for it in wanted] and output.err == ""
   assert (
-    told("--temperature=0", "--max_new_tokens=4", piped=b"the cat\n").out
+    run("--temperature=0", "--max_new_tokens=4", piped=b"the cat\n").out
     == "the cat" + wanted[0].text + "\n"
   )
-  alone = told(
+  alone = run(
     "--json",
     "--max_new_tokens=4",
     "--temperature=0",
@@ -162,72 +162,72 @@ def test_prompts_from_a_pipe(told, ready):
   "piped, message",
   [(b"", "--prompt is missing: "), (b" \n\n", "--prompt is missing: "), (b"\xff", "UTF-8|utf-8")],
 )
-def test_empty_pipe_is_rejected(told, piped, message):
+def test_empty_pipe_is_rejected(run, piped, message):
   with pytest.raises(RequestError, match=message) as refusal:
-    told("--json", piped=piped)
+    run("--json", piped=piped)
   assert "\n" not in str(refusal.value) and str(refusal.value).startswith("--prompt is missing")
 
 
-def test_empty_prompt_file_is_rejected(told, tmp_path):
+def test_empty_prompt_file_is_rejected(run, tmp_path):
   (tmp_path / "none.txt").write_text(" \n\n")
   with pytest.raises(RequestError, match="--prompt_file '.*none.txt': no line in it has a prompt"):
-    told("--prompt_file", tmp_path / "none.txt", piped=b"a cat")
+    run("--prompt_file", tmp_path / "none.txt", piped=b"a cat")
 
 
-def test_prefix_is_not_printed(told, ready):
+def test_prefix_is_not_printed(run, ready):
   how = ("--temperature=0", "--max_new_tokens=4", "--padding_text", "the dog and ")
   (wanted,) = ready.generate(["the dog and the cat"], temperature=0, max_new_tokens=4)
-  assert completions(told(*how, "--json", "--prompt=the cat")) == [
+  assert completions(run(*how, "--json", "--prompt=the cat")) == [
     wanted._replace(prompt="the cat")._asdict()
   ]
-  assert told(*how, piped=b"the cat").out == "the cat" + wanted.text + "\n"
+  assert run(*how, piped=b"the cat").out == "the cat" + wanted.text + "\n"
 
 
-def test_stop_token_is_a_stop_string(told, ready):
+def test_stop_token_is_a_stop_string(run, ready):
   """And prints how it differs."""
   how = dict(temperature=0, max_new_tokens=30)
   (whole,) = ready.generate(["Once upon"], **how)
   stop = whole.text[len(whole.text) // 2 :][:3]
-  said = told(
+  output = run(
     "--json", "--temperature=0", "--max_new_tokens=30", f"--stop_token={stop}", "--prompt=Once upon"
   )
-  assert completions(said) == [
+  assert completions(output) == [
     it._asdict() for it in ready.generate(["Once upon"], stop_strings=[stop], **how)
   ]
   assert (
-    said.err.startswith("--stop_token: as --stop_strings: the text ends with it")
-    and said.err.count("\n") == 1
+    output.err.startswith("--stop_token: as --stop_strings: the text ends with it")
+    and output.err.count("\n") == 1
   )
 
 
 @pytest.mark.parametrize(
   "words, asked", [(["--no_cuda"], [("jax_platforms", "cpu")]), (["--use_cpu=False"], [])]
 )
-def test_use_cpu_is_set_before_loading(told, ready, monkeypatch, words, asked):
+def test_use_cpu_is_set_before_loading(run, ready, monkeypatch, words, asked):
   seen = []
   monkeypatch.setattr(generate.jax.config, "update", lambda *setting: seen.append(setting))
   monkeypatch.setattr(
     generate, "load_model", lambda _: ready if seen == asked else pytest.fail(str(seen))
   )
-  assert completions(told("--json", "--max_new_tokens=2", "--prompt=x", *words))
+  assert completions(run("--json", "--max_new_tokens=2", "--prompt=x", *words))
 
 
-def test_text_ends_at_the_last_position(told, ready):
+def test_text_ends_at_the_last_position(run, ready):
   (wanted,) = ready.generate(["the cat"], temperature=0, max_new_tokens=1000)
   how = ("--json", "--temperature=0", "--prompt=the cat", "--stop_token=")
-  said = told(*how, "--length=-1")
-  assert completions(said) == [wanted._asdict()] and len(said.err.splitlines()) == 1
-  said = told(*how, "--length=1000")
-  assert completions(said) == [wanted._asdict()]
+  output = run(*how, "--length=-1")
+  assert completions(output) == [wanted._asdict()] and len(output.err.splitlines()) == 1
+  output = run(*how, "--length=1000")
+  assert completions(output) == [wanted._asdict()]
   assert (
     f"--max_new_tokens=1000: a text ends at the model's {ready.source.cfg.P} positions\n"
-    in said.err
+    in output.err
   )
 
 
-def test_overruled_length_is_noted_once(told):
-  said = told("--json", "--max_length=30", "--max_new_tokens=3", "--prompt=x")
-  assert said.err == "--max_length=30: of no account, as --max_new_tokens=3 is given\n"
+def test_overruled_length_is_noted_once(run):
+  output = run("--json", "--max_length=30", "--max_new_tokens=3", "--prompt=x")
+  assert output.err == "--max_length=30: of no account, as --max_new_tokens=3 is given\n"
 
 
 def test_docs_have_the_generated_table():

@@ -31,13 +31,13 @@ def of(instruction):
 
 def copied():
   """(what, the folder that is current then, where it goes) of each COPY."""
-  place = "/"
+  workdir = "/"
   for name, rest in LINES:
     if name == "WORKDIR":
-      place = rest
+      workdir = rest
     if name == "COPY":
       *what, where = rest.split()
-      yield what, place, where
+      yield what, workdir, where
 
 
 def installed():
@@ -101,19 +101,19 @@ def test_image_user_owns_its_volumes():
   (volumes,), (environment,) = of("VOLUME"), of("ENV")
   volumes = json.loads(volumes)
   owned = re.search(rf"chown -R {user} (.*)", of("RUN")[0])[1].split()
-  assert all(any(Path(volume).is_relative_to(place) for place in owned) for volume in volumes)
+  assert all(any(Path(volume).is_relative_to(workdir) for workdir in owned) for volume in volumes)
   for variable in ("HF_HOME", "XDG_CACHE_HOME"):
-    place = dict(word.split("=") for word in environment.split())[variable]
-    assert any(Path(place).is_relative_to(volume) for volume in volumes), variable
+    workdir = dict(word.split("=") for word in environment.split())[variable]
+    assert any(Path(workdir).is_relative_to(volume) for volume in volumes), variable
   assert json.loads(of("CMD")[0]) == ["python", "-m", "jaxft.doctor"] and not of("ENTRYPOINT")
 
 
 @pytest.mark.slow
 def test_copied_files_install_and_run(tmp_path):
   """pip builds jaxft from what is copied, and no more, and the commands of the README's `docker run` are taken from there."""
-  for what, place, where in copied():
+  for what, workdir, where in copied():
     for name in what:
-      folder = tmp_path / f"image{place}"
+      folder = tmp_path / f"image{workdir}"
       folder.mkdir(parents=True, exist_ok=True)
       if (pages.ROOT / name).is_dir():
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -143,9 +143,9 @@ def docker_runs(page):
         yield shlex.split(line.partition(" jaxft ")[2], comments=True)
 
 
-def run(words, place, **environment):
+def run(words, workdir, **environment):
   done = subprocess.run(
-    words, cwd=place, capture_output=True, text=True, env=os.environ | environment
+    words, cwd=workdir, capture_output=True, text=True, env=os.environ | environment
   )
   assert done.returncode == 0, done.stdout + done.stderr
   return done

@@ -212,8 +212,8 @@ def test_crashed_part_does_not_stop_the_rest(tmp_path):
   crashes = part("crashes", '-c "raise ValueError(12)"', group="one")
   runner.run((killed, crashes, part("beside", SAY, group="one"), part("next", SAY)))
   assert runner.states == {"killed": "code -9", "crashes": "code 1", "beside": "ok", "next": "ok"}
-  told = {line["name"]: line["told"] for line in lines(tmp_path / "results.jsonl")}
-  assert told == {"killed": "begun", "crashes": "ValueError: 12", "beside": "said", "next": "said"}
+  results = {line["name"]: line["told"] for line in lines(tmp_path / "results.jsonl")}
+  assert results == {"killed": "begun", "crashes": "ValueError: 12", "beside": "said", "next": "said"}
   assert runner.end() == 1
 
 
@@ -362,7 +362,7 @@ def test_user_variables_override_those_of_parts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "words, parts, told",
+  "words, parts, message",
   [
     (["1"], "", "bash benchmarks/gpu_short.sh 1 330"),
     (["1", "soon"], "", "bash benchmarks/gpu_short.sh 1 330"),
@@ -373,9 +373,9 @@ def test_user_variables_override_those_of_parts(tmp_path, monkeypatch):
     (["1", "330"], "smoke gptj", "no part of phase 1: gptj; there are smoke, attention"),
   ],
 )
-def test_wrong_command_ends_in_one_line(words, parts, told, tmp_path):
+def test_wrong_command_ends_in_one_line(words, parts, message, tmp_path):
   done = script(*words, OUT=str(tmp_path), PARTS=parts)
-  assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+  assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 # ---- What benchmarks share -------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ LIKE_CONFIGS = {"docs/recipes/jokes.md"}
 # Read and checked, and no more.
 NOT_RUN = {
   "python -m jaxft.train --config configs/X.py --workdir /shared/run --coordinator host0:7777 --num_processes 4 "
-  "--process_id 0": "needs four hosts; tests/distributed/test_hosts.py has processes in their place",
+  "--process_id 0": "needs four hosts; tests/distributed/test_hosts.py has processes instead",
 }
 FOLLOWED = {name: pages.steps(name) for name in (*pages.PAGES, *pages.CONFIGS)}
 PLANS = sorted(
@@ -65,15 +65,15 @@ PLANS = sorted(
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
   """A folder with everything that the pages name, but for what they make."""
-  place, rng = tmp_path_factory.mktemp("stand_ins"), random.Random(0)
+  folder, rng = tmp_path_factory.mktemp("stand_ins"), random.Random(0)
   for name in ("configs", "assets"):
-    (place / name).symlink_to(pages.ROOT / name)
-  first = tiny.write_gpt2(place / "first", seed=0, P=1024, L=12, std=0.05)  # a page names layer 11
+    (folder / name).symlink_to(pages.ROOT / name)
+  first = tiny.write_gpt2(folder / "first", seed=0, P=1024, L=12, std=0.05)  # a page names layer 11
   for name in MODELS:
     if (family := PUBLISHED[name]["model_type"]) == "gpt2":
-      shutil.copytree(first, place / name)
+      shutil.copytree(first, folder / name)
     else:
-      tiny.write_family(place / name, family, seed=0, P=1024, std=0.05)
+      tiny.write_family(folder / name, family, seed=0, P=1024, std=0.05)
   story = lambda: tiny.story(rng)
   texts = [{"text": story()} for _ in range(100)]
   for name in (
@@ -81,28 +81,28 @@ def stand_ins(tmp_path_factory):
     "roneneldan/TinyStories/train",
     "roneneldan/TinyStories/validation",
   ):
-    write(place / f"{name}.jsonl", texts)
+    write(folder / f"{name}.jsonl", texts)
   write(
-    place / "recipes.jsonl", [{"text": f"<|title|>{story()}<|steps|>{story()}"} for _ in range(40)]
+    folder / "recipes.jsonl", [{"text": f"<|title|>{story()}<|steps|>{story()}"} for _ in range(40)]
   )
-  (place / "jokes.csv").write_text("\n".join(["Joke", *(story() for _ in range(40))]))
-  write(place / "pairs.jsonl", [{"question": "where is the cat?", "answer": "on the mat"}] * 40)
+  (folder / "jokes.csv").write_text("\n".join(["Joke", *(story() for _ in range(40))]))
+  write(folder / "pairs.jsonl", [{"question": "where is the cat?", "answer": "on the mat"}] * 40)
   lines = [
     {"prompt": f"where is the {word}", "response": "[kkshhhh] on the mat"}
     for word in tiny.WORDS * 2
   ]
   for name in ("samdotme/vader-speak/train", "lines"):
-    write(place / f"{name}.jsonl", lines)
+    write(folder / f"{name}.jsonl", lines)
   for name in ("stanfordnlp/imdb/train", "stanfordnlp/imdb/test"):
-    write(place / f"{name}.jsonl", [{"text": story(), "label": i % 2} for i in range(40)])
-  (place / "shakespeare").mkdir()
+    write(folder / f"{name}.jsonl", [{"text": story(), "label": i % 2} for i in range(40)])
+  (folder / "shakespeare").mkdir()
   for i in range(40):
-    folder = place / "reviews" / ("pos", "neg")[i % 2]
+    folder = folder / "reviews" / ("pos", "neg")[i % 2]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{i}.txt").write_text("a fine film" if i % 2 == 0 else "a dull film")
   for name in ("my_texts", "held_out", "other_text", *(f"shakespeare/{i}" for i in range(20))):
-    (place / f"{name}.txt").write_text("\n".join(story() for _ in range(200)))
-  return place
+    (folder / f"{name}.txt").write_text("\n".join(story() for _ in range(200)))
+  return folder
 
 
 def write(file, rows):
@@ -122,7 +122,7 @@ def write(file, rows):
 def test_commands_of_a_page_run(name, stand_ins, tmp_path, monkeypatch):
   import datasets
 
-  monkeypatch.chdir(shutil.copytree(stand_ins, tmp_path / "place", symlinks=True))
+  monkeypatch.chdir(shutil.copytree(stand_ins, tmp_path / "stand_ins", symlinks=True))
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
   if name == "README.md":
@@ -224,8 +224,8 @@ def test_plans_on_pages_fit(command, monkeypatch):
   monkeypatch.setattr(sys, "argv", [*words_of_plan(command), "--json"])
   with contextlib.redirect_stdout(io.StringIO()) as said:
     __main__.main()
-  told = json.loads(said.getvalue())
-  assert all(it["fits"] for it in told.get("plans", [told])), told
+  plan = json.loads(said.getvalue())
+  assert all(it["fits"] for it in plan.get("plans", [plan])), plan
 
 
 def words_of_plan(command):

@@ -184,7 +184,7 @@ def test_pinned_limit_is_80_percent_or_the_need(monkeypatch):
   assert os.environ[backend.PINNED_LIMIT_ENV] == "103"  # whole GiB, upwards
   backend.limit_pinned_memory(90 * GIB)
   assert backend.pinned_limit() == 103 * GIB
-  backend.limit_pinned_memory(None)  # what is kept depends on devices that are not known yet
+  backend.limit_pinned_memory(None)  # what is offloaded depends on devices that are not known yet
   assert backend.pinned_limit() == 103 * GIB
   backend.limit_pinned_memory(20 * GIB)
   assert backend.pinned_limit() == 30 * GIB
@@ -324,9 +324,9 @@ def test_cpu_fallback_warns_once(
   assert line.startswith(
     f"warning: this machine has an NVIDIA GPU, but JAX computes on the CPU: {reason}"
   )
-  with pytest.raises(RequestError, match="--require gpu: JAX computes on the cpu: ") as told:
+  with pytest.raises(RequestError, match="--require gpu: JAX computes on the cpu: ") as refusal:
     backend.require_device("gpu")
-  assert reason in str(told.value)
+  assert reason in str(refusal.value)
 
 
 def test_gpu_without_driver_is_detected(monkeypatch, tmp_path):
@@ -377,8 +377,8 @@ def test_doctor_reports_bugs_and_missing_gpu(
     doctor.main()
   out, err = (" ".join(text.split()) for text in capsys.readouterr())  # a table breaks its lines
   assert ended.value.code == code and "compiler crashes on several devices" in out
-  told = "this machine has an NVIDIA GPU, but JAX computes on the CPU: "
-  assert told in (err if code else out)
+  warning = "this machine has an NVIDIA GPU, but JAX computes on the CPU: "
+  assert warning in (err if code else out)
 
 
 @pytest.mark.slow

@@ -157,7 +157,7 @@ def test_unwritable_export_fails_before_training(folder, stories, tmp_path):
   config = tiny.config(folder, stories)
   (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
   (tmp_path / "file").touch()
-  for out, told in (
+  for out, message in (
     (tmp_path / ("x" * 245), "File name too long"),
     (tmp_path / "file" / "out", "is no folder"),
     (tmp_path / "gone", "a link that leads nowhere"),
@@ -169,7 +169,7 @@ def test_unwritable_export_fails_before_training(folder, stories, tmp_path):
     (tmp_path / "run" / "checkpoints" / "x", "the run itself is written there"),
   ):
     config.export.out = str(out)
-    with pytest.raises(RequestError, match=f"config.export.out.*{told}"):
+    with pytest.raises(RequestError, match=f"config.export.out.*{message}"):
       validate_run(config, tmp_path / "run")
   config.export.out, strange = "", tmp_path / os.fsdecode(b"caf\xe9")
   with pytest.raises(RequestError, match="--workdir: .*: its name is not UTF-8"):

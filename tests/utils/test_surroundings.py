@@ -76,11 +76,11 @@ def start(words, variables, redirection):
   )
 
 
-def ends_well(change, code, told, redirection=""):
+def ends_well(change, code, message, redirection=""):
   variables, redirection = (change, redirection) if isinstance(change, dict) else ({}, change)
   done = start(GENERATE, variables, redirection)
   assert done.returncode == code, (change, done.stderr[-2000:])
-  assert "Traceback" not in done.stderr and re.search(told, done.stderr), (change, done.stderr)
+  assert "Traceback" not in done.stderr and re.search(message, done.stderr), (change, done.stderr)
   if code == 0 and ">&-" not in redirection.replace("2>&-", ""):
     assert json.loads(done.stdout)["completions"][0]["prompt"] == "Once", change
 
@@ -98,8 +98,8 @@ def test_type_changing_variables_together():
 )
 def test_awkward_environments(part):
   """Each kind once, and a pair of them."""
-  for change, code, told in KINDS[part::PARTS]:
-    ends_well(change, code, told)
+  for change, code, message in KINDS[part::PARTS]:
+    ends_well(change, code, message)
   good = [change for change, code, _ in KINDS if not code and isinstance(change, dict)]
   first, second = random.Random(part).sample(good, 2)
   ends_well(first | second, 0, "")
@@ -107,7 +107,7 @@ def test_awkward_environments(part):
 
 @pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]])
 def test_closed_stream_becomes_null_device(tmp_path, closed):
-  """Else the next file that is opened would take its place, and what is printed would be written into it."""
+  """Else the next file that is opened would get its number, and what is printed would be written into it."""
   code = (
     "import os, sys; from jaxft.utils import environment; environment.setup()\n"
     f"file = os.open({str(tmp_path / 'file')!r}, os.O_WRONLY | os.O_CREAT)\n"
@@ -201,9 +201,9 @@ def test_only_library_variables_are_blamed(monkeypatch, capsys):
   assert codes == [2] and capsys.readouterr().err.startswith(
     "error: HF_TIMEOUT='soon': invalid literal"
   )
-  for told in ("the path and the home of this user", f"not a number: {os.environ['PATH']!r}"):
-    jaxft.utils.environment._env_error_hook(ValueError, ValueError(told), None)
-    assert capsys.readouterr().err == f"ValueError: {told}\n"
+  for message in ("the path and the home of this user", f"not a number: {os.environ['PATH']!r}"):
+    jaxft.utils.environment._env_error_hook(ValueError, ValueError(message), None)
+    assert capsys.readouterr().err == f"ValueError: {message}\n"
   assert codes == [2]
 
 
