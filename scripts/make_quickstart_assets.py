@@ -2,7 +2,8 @@
 
     python scripts/make_quickstart_assets.py          # about a quarter of an hour on two cores
 
-Everything follows from the seeds in this file; on the same machine and package versions the weights come out the same.
+Everything follows from the seeds in this file; on the same machine and package versions the weights
+come out the same.
 """
 
 import json

@@ -1,15 +1,17 @@
 """How many faults do the tests catch? Thirty, of one line each, are put into a copy of jaxft, one after the other.
 
-    python scripts/mutants.py                 # by the tests of `make test`; 27 of them must be caught
-    python scripts/mutants.py --all           # by the slow tests too; all must be caught
-    python scripts/mutants.py --only loader   # those that have this word in their line; no table is written
+    python scripts/mutants.py                 # by the tests of `make test`; 27 of them must be
+    caught python scripts/mutants.py --all           # by the slow tests too; all must be caught
+    python scripts/mutants.py --only loader   # those that have this word in their line; no table is
+    written
 
-Needs the dev extra, and torch: faults that only another implementation shows are caught beside transformers alone. For each
-fault the tests run that are to catch it, in a copy of the checkout. It is caught when one of them fails; when all of them pass
-it has escaped, and anything else is an error of this file. The same tests must pass without any fault first.
+Needs the dev extra, and torch: faults that only another implementation shows are caught beside
+transformers alone. For each fault the tests run that are to catch it, in a copy of the checkout. It
+is caught when one of them fails; when all of them pass it has escaped, and anything else is an
+error of this file. The same tests must pass without any fault first.
 
-The table goes into docs/reliability.md. A change that rewrites a line of FAULTS rewrites the fault too: one that can no longer
-be put in ends the script before it begins.
+The table goes into docs/reliability.md. A change that rewrites a line of FAULTS rewrites the fault
+too: one that can no longer be put in ends the script before it begins.
 """
 
 import argparse
@@ -49,7 +51,7 @@ class Fault(NamedTuple):
 
 
 FAULTS = (
-  # ---- The model ---------------------------------------------------------------------------------------------------------
+  # ---- The model ---------------------------------------------------------------------------------
   Fault(
     "a window of attention is one key too wide",
     "jaxft/model/attention_chunked.py",
@@ -78,7 +80,7 @@ FAULTS = (
     "change = (lora_delta(a[i], b[i], places)[columns] for i in range(len(a))[rows])",
     ("test_lora.py",),
   ),
-  # ---- A step ------------------------------------------------------------------------------------------------------------
+  # ---- A step ------------------------------------------------------------------------------------
   Fault(
     "the gradient is divided by the tokens of the first accumulation step",
     "jaxft/training/train_step.py",
@@ -128,7 +130,7 @@ FAULTS = (
     "jax.lax.scan(backward, dx, (inputs, layers))",
     ("test_offload.py",),
   ),
-  # ---- Text --------------------------------------------------------------------------------------------------------------
+  # ---- Text --------------------------------------------------------------------------------------
   Fault(
     "the first token of a completion is not learned",
     "jaxft/data/packing.py",
@@ -185,7 +187,7 @@ FAULTS = (
     "logits_processors.filter_logits(logits_BV * temperature,",
     ("test_sample.py",),
   ),
-  # ---- Folders of models -------------------------------------------------------------------------------------------------
+  # ---- Folders of models -------------------------------------------------------------------------
   Fault(
     "a square matrix of GPT-Neo is read and written transposed",
     "jaxft/hf/weight_map.py",
@@ -200,7 +202,7 @@ FAULTS = (
     "return lambda name: next(iter(source.values()))",
     ("test_hf.py",),
   ),
-  # ---- A run -------------------------------------------------------------------------------------------------------------
+  # ---- A run -------------------------------------------------------------------------------------
   Fault(
     "checksums of a checkpoint are not compared where it is read",
     "jaxft/checkpoint/manager.py",
@@ -243,7 +245,7 @@ FAULTS = (
     'return PARAMETER.sub(r"\\1***", LOGIN.sub("***@", text))',
     ("test_trackers.py",),
   ),
-  # ---- Plans and pages ---------------------------------------------------------------------------------------------------
+  # ---- Plans and pages ---------------------------------------------------------------------------
   Fault(
     "the search for settings forgets the optimizer state",
     "jaxft/plan/cost_model.py",

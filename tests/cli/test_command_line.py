@@ -289,9 +289,7 @@ def test_finetune_does_not_change_the_config(folder, stories, tmp_path):
     (("c.data.validation = 'v.txt'",), ["train.seed=8"], {"data.validation": ("v.txt",)}),
   ],
 )
-def test_flag_overrides_counterpart_in_file(
-  monkeypatch, tmp_path, capsys, file, words, wanted
-):
+def test_flag_overrides_counterpart_in_file(monkeypatch, tmp_path, capsys, file, words, wanted):
   config = parsed(
     monkeypatch, "--config", config_file(tmp_path, *file), *(f"--config.{word}" for word in words)
   )
@@ -302,9 +300,7 @@ def test_flag_overrides_counterpart_in_file(
   ) == dropped
 
 
-def test_train_flag_replaces_validation_of_file(
-  monkeypatch, tmp_path, capsys
-):
+def test_train_flag_replaces_validation_of_file(monkeypatch, tmp_path, capsys):
   """A share of the given text is held out instead."""
   file = config_file(tmp_path, "c.data.validation, c.data.validation_fraction = ('v.txt',), 0.0")
   config = parsed(monkeypatch, "--config", file, "--config.data.train=t.txt")

@@ -16,7 +16,8 @@ from jaxft.errors import RequestError
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "recipes" / "deepspeed.md"
-# The keys and values of ds_config.json and ds_config_gptneo.json of Xirider/finetune-gpt2xl, which are the same.
+# The keys and values of ds_config.json and ds_config_gptneo.json of Xirider/finetune-gpt2xl, which
+# are the same.
 GPT2XL = {
   "fp16": {
     "enabled": "auto",

@@ -181,9 +181,7 @@ def test_other_commands_errors_are_one_line(finished, tmp_path, arguments, messa
   assert message in done.stderr.splitlines()[-1] and done.stdout == ""
 
 
-def test_long_sample_prompt_fails_before_compile(
-  config, tmp_path, monkeypatch
-):
+def test_long_sample_prompt_fails_before_compile(config, tmp_path, monkeypatch):
   """With its name, before anything is compiled."""
   monkeypatch.setattr(
     jaxft.training.build, "build_train_program", lambda *_: pytest.fail("compiled")

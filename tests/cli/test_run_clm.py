@@ -349,7 +349,8 @@ def test_all_transformers_flags_are_known():
   assert not names - run_clm.KNOWN_FLAGS
 
 
-# A flag with a letter less, with two letters swapped, and with a blank of another kind, each of another flag.
+# A flag with a letter less, with two letters swapped, and with a blank of another kind, each of
+# another flag.
 MISTYPED = sorted(name for name in run_clm.KNOWN_FLAGS if len(name) > 7)
 
 
@@ -371,7 +372,8 @@ def test_mistyped_flag_gets_the_nearest_hint(monkeypatch, spell):
     ), line
     hints.append(line.split("mean --")[1].rstrip("?"))
     assert difflib.SequenceMatcher(None, hints[-1], name).ratio() > 0.8, line
-  # Few flags are as near to another one: per_device_train_batch_size without a letter is not among them.
+  # Few flags are as near to another one: per_device_train_batch_size without a letter is not among
+  # them.
   assert sum(map(str.__eq__, hints, wrong)) > 0.97 * len(wrong)
 
 

@@ -129,9 +129,7 @@ def test_documented_flags_exist():
     ("--min_length=9 --max_length=8", "--min_length=9: more than --max_length=8"),
   ],
 )
-def test_unsupported_flags_fail_before_loading(
-  run, monkeypatch, words, message
-):
+def test_unsupported_flags_fail_before_loading(run, monkeypatch, words, message):
   """With the reason, before a model is read."""
   monkeypatch.setattr(generate, "load_model", lambda arguments: pytest.fail("read a model"))
   with pytest.raises(RequestError, match=re.escape(message)):

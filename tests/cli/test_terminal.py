@@ -19,7 +19,8 @@ from jaxft.utils.console import escape_controls
 
 pytestmark = pytest.mark.slow
 ESCAPE = "\x1b"
-# Ctrl-C reaches what has the terminal as its own; `preexec_fn` would fork a process with JAX's threads in it.
+# Ctrl-C reaches what has the terminal as its own; `preexec_fn` would fork a process with JAX's
+# threads in it.
 OWN_TERMINAL = """
 import fcntl, os, sys, termios
 os.setsid()
@@ -93,9 +94,7 @@ def test_progress_bar_resize_and_ctrl_c(config_file, tmp_path):
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
-def test_log_has_no_control_characters(
-  config_file, tmp_path, variable, monkeypatch
-):
+def test_log_has_no_control_characters(config_file, tmp_path, variable, monkeypatch):
   """Lines, and nothing that steers a terminal."""
   monkeypatch.setenv(variable, "1")
   done = train(

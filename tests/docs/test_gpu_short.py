@@ -28,7 +28,8 @@ H100 = "NVIDIA H100 80GB HBM3"
 HAS_TORCH = all(map(importlib.util.find_spec, ("torch", "transformers", "accelerate")))
 NEED_TORCH = {"warm", "agree", "streamed", "train124", "generate", "eager"}
 NAMES = [part.name for part in gpu_parts.PARTS]
-# What differs from another part in nothing but shapes and contenders, and what takes minutes, runs before a release.
+# What differs from another part in nothing but shapes and contenders, and what takes minutes, runs
+# before a release.
 LIKE_OTHERS = {
   "train124",
   "warm",
@@ -163,7 +164,7 @@ def test_gpu_figures_become_tables(tiny, root, tmp_path):
   compile(config, "config", "exec")
 
 
-# ---- The runner ------------------------------------------------------------------------------------------------------
+# ---- The runner ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,12 @@ def test_crashed_part_does_not_stop_the_rest(tmp_path):
   runner.run((killed, crashes, part("beside", SAY, group="one"), part("next", SAY)))
   assert runner.states == {"killed": "code -9", "crashes": "code 1", "beside": "ok", "next": "ok"}
   results = {line["name"]: line["told"] for line in lines(tmp_path / "results.jsonl")}
-  assert results == {"killed": "begun", "crashes": "ValueError: 12", "beside": "said", "next": "said"}
+  assert results == {
+    "killed": "begun",
+    "crashes": "ValueError: 12",
+    "beside": "said",
+    "next": "said",
+  }
   assert runner.end() == 1
 
 
@@ -378,7 +384,7 @@ def test_wrong_command_ends_in_one_line(words, parts, message, tmp_path):
   assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-# ---- What benchmarks share -------------------------------------------------------------------------------------------
+# ---- What benchmarks share -----------------------------------------------------------------------
 
 
 def test_silent_contender_is_killed_with_children():

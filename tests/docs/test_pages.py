@@ -1,8 +1,9 @@
 """What the pages and the docstrings of configs/ have a reader run, run: as written, in their order, on small stand-ins.
 
-Each page is followed in a folder of its own, in which the models and data sets that it names are: a folder `gpt2` is taken
-before the hub's model of that name, and a folder `stanfordnlp/imdb` before its data set. So nothing of a command is replaced;
-SMALL is what is added to it, so that it takes seconds.
+Each page is followed in a folder of its own, in which the models and data sets that it names are: a
+folder `gpt2` is taken before the hub's model of that name, and a folder `stanfordnlp/imdb` before
+its data set. So nothing of a command is replaced; SMALL is what is added to it, so that it takes
+seconds.
 """
 
 import contextlib

@@ -98,15 +98,17 @@ def test_ambiguous_options_are_rejected(source, options):
 def test_passage_picks_and_recalls():
   """And does not repeat itself."""
   teller = Teller("a red hat, a blue hat;\na red bow.")
-  teller.kept["COLORS"] = ["red", "blue", "green"]
-  teller.tell("a [first: COLORS] [thing: hat|\n  cap], a [COLORS] {thing}; / a {first} [bow|tie].")
+  teller.memory["COLORS"] = ["red", "blue", "green"]
+  teller.narrate(
+    "a [first: COLORS] [thing: hat|\n  cap], a [COLORS] {thing}; / a {first} [bow|tie]."
+  )
   assert teller.text == teller.source
   assert teller.nats == pytest.approx(math.log(3 * 2 * 2 * 2))
 
   again = Teller("a red hat, a red hat;")
-  again.kept["COLORS"] = ["red", "blue", "green"]
+  again.memory["COLORS"] = ["red", "blue", "green"]
   with pytest.raises(ValueError, match="position 13"):
-    again.tell("a [first: COLORS] hat, a [COLORS] hat;")
+    again.narrate("a [first: COLORS] hat, a [COLORS] hat;")
 
 
 @BOTH

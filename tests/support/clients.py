@@ -1,6 +1,7 @@
 """What other tools read in exported folders: run by test_clients.py, in a process that has transformers 4 and CTranslate2.
 
-python clients.py FOLDER... < {"texts": [...], "prompts": [...]}: one JSON object a folder on stdout.
+python clients.py FOLDER... < {"texts": [...], "prompts": [...]}: one JSON object a folder on
+stdout.
 """
 
 import json

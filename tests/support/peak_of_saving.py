@@ -51,7 +51,8 @@ def main(folder: Path) -> None:
   sharding = NamedSharding(make_mesh(default().mesh), PartitionSpec(), memory_kind="pinned_host")
   draw = lambda seed: np.random.default_rng(seed).random(SHAPE, np.float32)
   state = {
-    str(i): jax.make_array_from_callback(SHAPE, sharding, draw(i).__getitem__) for i in range(LEAVES)
+    str(i): jax.make_array_from_callback(SHAPE, sharding, draw(i).__getitem__)
+    for i in range(LEAVES)
   }
   like = {name: jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=sharding) for name in state}
   wanted = checksums(state)

@@ -1,7 +1,8 @@
 """What is in a tracker's files, as JSON: python tests/support/read_trackers.py WRITER WORKDIR
 
-{"metrics": {key: [[step, value], ...]}, "settings": {...}, "status": text, "text": all samples, "runs": how many}. A process of
-its own: the libraries are slow to import, warn, and keep their folders in globals.
+{"metrics": {key: [[step, value], ...]}, "settings": {...}, "status": text, "text": all samples,
+"runs": how many}. A process of its own: the libraries are slow to import, warn, and keep their
+folders in globals.
 """
 
 import json

@@ -12,7 +12,8 @@ import jaxft.config
 
 WORDS = "once upon a time the cat dog sat on mat and ran to big red house with small blue door café naïve 東京 🐈".split()
 EOS = "<|endoftext|>"
-# Heads, widths and layers that two, four and eight devices can share: the part of config.json that a family has of its own.
+# Heads, widths and layers that two, four and eight devices can share: the part of config.json that
+# a family has of its own.
 FAMILIES = {
   "gpt2": dict(n_embd=40, n_layer=3, n_head=8, n_inner=88, n_positions=17),
   "gpt_neo": dict(

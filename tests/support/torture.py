@@ -14,7 +14,8 @@ def write_table(reports) -> str:
 
   Figures are {name: number} of which the worst counts, sums are added up.
 
-  A part that failed has recorded nothing, and is counted apart. Returns the text, which is put into the page too.
+  A part that failed has recorded nothing, and is counted apart. Returns the text, which is put into
+  the page too.
   """
   rows, failed = {}, sum(1 for report in reports if report.failed)
   for report in reports:

@@ -61,7 +61,7 @@ def gpu(monkeypatch, tmp_path):
   monkeypatch.setattr(backend, "NVIDIA_PATHS", (str(tmp_path / "nvidiactl"),))
 
 
-# ---- Slices in loops, and other faults of a version --------------------------------------------------------------------
+# ---- Slices in loops, and other faults of a version ----------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_jax_platforms_follow_device_files(monkeypatch, tmp_path):
     assert jax.config.jax_platforms == platforms
 
 
-# ---- Memory of the host -----------------------------------------------------------------------------------------------
+# ---- Memory of the host --------------------------------------------------------------------------
 
 
 def test_host_memory_from_variable(monkeypatch):
@@ -161,9 +161,7 @@ def test_host_memory_from_variable(monkeypatch):
     ("5:memory:/slurm/job_7\n4:cpu:/\n", {"memory/memory.limit_in_bytes": f"{4 * GIB}"}, 4 * GIB),
   ],
 )
-def test_host_memory_from_cgroups(
-  monkeypatch, tmp_path, groups, files, limit
-):
+def test_host_memory_from_cgroups(monkeypatch, tmp_path, groups, files, limit):
   """Those of containers and of SLURM, in versions 1 and 2, and of the groups around them."""
   (tmp_path / "cgroup").write_text(groups)
   for name, text in files.items():
@@ -290,7 +288,7 @@ def test_more_than_pinned_limit_is_rejected(monkeypatch):
   assert "warning: the host is to keep 1,991,5" in pinned_memory_warning(on_gpu)
 
 
-# ---- The CPU, where there is a GPU -------------------------------------------------------------------------------------
+# ---- The CPU, where there is a GPU ---------------------------------------------------------------
 
 
 def test_no_warning_without_a_gpu(capsys):
@@ -309,9 +307,7 @@ def test_no_warning_without_a_gpu(capsys):
     ({}, True, "CUDA does not start"),
   ],
 )
-def test_cpu_fallback_warns_once(
-  gpu, monkeypatch, capsys, environment, plugin, reason
-):
+def test_cpu_fallback_warns_once(gpu, monkeypatch, capsys, environment, plugin, reason):
   """And is an error if a GPU is required."""
   monkeypatch.delenv("JAX_PLATFORMS", raising=False)
   for name, value in environment.items():
@@ -363,9 +359,7 @@ def test_jax_log_explains_a_cpu_fallback(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("hidden, code", [(None, 2), ("-1", 0)])
-def test_doctor_reports_bugs_and_missing_gpu(
-  gpu, monkeypatch, capsys, hidden, code
-):
+def test_doctor_reports_bugs_and_missing_gpu(gpu, monkeypatch, capsys, hidden, code):
   """But for one that the user has hidden."""
   jax.config.update("jax_platforms", None)
   monkeypatch.setattr(backend, "configure_jax", lambda: None)
@@ -382,9 +376,7 @@ def test_doctor_reports_bugs_and_missing_gpu(
 
 
 @pytest.mark.slow
-def test_finetune_limits_pinning_and_checks_slices(
-  folder, stories, tmp_path, monkeypatch, capsys
-):
+def test_finetune_limits_pinning_and_checks_slices(folder, stories, tmp_path, monkeypatch, capsys):
   seen, config = [], tiny.config(folder, stories)
   monkeypatch.setattr(backend, "limit_pinned_memory", lambda nbytes: seen.append(nbytes))
   monkeypatch.setattr(backend, "check_slices", lambda compiled, platform: seen.append(platform))

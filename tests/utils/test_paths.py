@@ -69,9 +69,7 @@ def test_awkward_folder_names(ready, folder, tmp_path, part):
     again.close()
 
 
-def test_finished_run_needs_no_base_model(
-  finished, folder, stories, tmp_path, monkeypatch
-):
+def test_finished_run_needs_no_base_model(finished, folder, stories, tmp_path, monkeypatch):
   """The workdir has the model's config and tokenizer; relative paths are from where the run was started."""
   workdir = shutil.copytree(finished[0], tmp_path / "w")
   about = json.loads((workdir / "config.json").read_text())
@@ -119,9 +117,7 @@ def test_foreign_files_in_workdir_stay_untouched(folder, stories, tmp_path):
     validate_run(config, tmp_path / "mine" / ".." / "mine")
 
 
-def test_killed_overwrite_leaves_old_config(
-  folder, tmp_path, monkeypatch
-):
+def test_killed_overwrite_leaves_old_config(folder, tmp_path, monkeypatch):
   """Killed between two renames."""
   source, tokenizer = repo.resolve(str(folder)), jaxft.hf.tokenizer.load_tokenizer(folder, 293)
   export.save_run_model(tmp_path, source, tokenizer)
@@ -199,9 +195,7 @@ def test_evaluate_held_out_data_or_fail(finished, stories, tmp_path):
       ready.evaluate_held_out(sequence_length=length)
 
 
-def test_relative_paths_work_from_another_folder(
-  folder, stories, tmp_path, monkeypatch
-):
+def test_relative_paths_work_from_another_folder(folder, stories, tmp_path, monkeypatch):
   """Its model and texts are those of the folder in which it was started, and not the hub's or others of the same names."""
   here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
   shutil.copytree(folder, here / "mine" / "model")
@@ -249,7 +243,8 @@ def test_relative_paths_work_from_another_folder(
   named = (workdir / "adapter" / "tokenizer_config.json").read_text().replace("<|endoftext|>", "e")
   (workdir / "adapter" / "tokenizer_config.json").write_text(named)
   assert jaxft.load(workdir / "adapter").tokenizer.eos_token == "e"
-  # Beside the base's config.json, and with a base that is named from the folder, they are adapters still.
+  # Beside the base's config.json, and with a base that is named from the folder, they are adapters
+  # still.
   shutil.copyfile(here / "mine" / "model" / "config.json", workdir / "adapter" / "config.json")
   about = json.loads((workdir / "adapter" / "adapter_config.json").read_text())
   about["base_model_name_or_path"] = "../../mine/model"

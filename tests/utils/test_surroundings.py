@@ -17,7 +17,8 @@ from jaxft.utils import backend
 
 MODEL = ROOT / "assets" / "quickstart" / "model"
 GENERATE = ("generate", "--model", MODEL, "--prompt", "Once", "--max_new_tokens", "2", "--json")
-# What one meets: (variables, or a redirection of the shell; exit code; what is then said on standard error).
+# What one meets: (variables, or a redirection of the shell; exit code; what is then said on
+# standard error).
 KINDS = [
   ({"JAX_ENABLE_X64": "1"}, 0, "warning: JAX_ENABLE_X64=True: jaxft's programs are made for False"),
   ({"JAX_NUMPY_DTYPE_PROMOTION": "strict"}, 0, "made for standard"),
