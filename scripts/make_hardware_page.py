@@ -1,4 +1,4 @@
-"""Writes docs/hardware.md: what each published model takes on each kind of hardware, by the real compilers.
+"""Write docs/hardware.md: what each published model takes on each hardware, by real compilers.
 
     python scripts/make_hardware_page.py          # needs the plan extra; about an hour on two cores
 
@@ -50,7 +50,7 @@ of it was run there. {margin} of the memory that a process gets stays free. A T4
 GPT-2's own dropout of 0.1 a device takes a little more. On one machine the fastest settings are those that
 `--fit` of `jaxft.plan` finds; this page says what is possible.
 
-"""
+"""  # noqa: E501
 CONFIGS_HEAD = """
 ## The configs of this repository
 
@@ -59,7 +59,7 @@ As they are, for the hardware that their docstrings name. Seconds a step are an 
 
 | | for | peak of a device, of | in the host's memory, each device | a step |
 |---|---|---|---|---|
-"""
+"""  # noqa: E501
 
 
 class Cells:
@@ -93,7 +93,10 @@ class Cells:
     return self._known[key]
 
   def line(self, model: str, target: specs.Target, offload: str) -> tuple[float, float]:
-    """Bytes of one row, and of each further one: the peak grows in a straight line, nearly, and alike on most GPUs."""
+    """Return the bytes of one row, and of each further one.
+
+    The peak grows in nearly a straight line, which is alike on most GPUs.
+    """
     key = (model, offload, target.count, target.kind in specs.GPUS, target.spec.bfloat16)
     if key not in self._lines:
       one, four = self.peak(model, target, offload, 1), self.peak(model, target, offload, 4)
@@ -158,7 +161,10 @@ def rows_before(page: str) -> dict[tuple[str, str, str], int]:
 
 
 def config_lines() -> list[str]:
-  """A line for each file in configs/ and each device of the plan command in its docstring; the CPU where there is none."""
+  """Return a row for each file in configs/ and each device of its docstring's plan command.
+
+  Without such a command the device is the CPU.
+  """
   lines = []
   for file in CONFIGS:
     module = runpy.run_path(str(file))
@@ -170,10 +176,11 @@ def config_lines() -> list[str]:
       plan = jaxft.plan_for(config, device)
       peak = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0))
       seconds = plan["step_seconds_estimate"]
-      lines.append(
-        f"| `{file.name}` | {device} | {rendering.format_bytes(peak)} of {rendering.format_bytes(plan['usable_bytes'])} | "
-        f"{rendering.format_bytes(plan['host_bytes']) if plan['host_bytes'] else '-'} | {f'{seconds:.1f} s' if seconds else '-'} |"
-      )
+      usable = rendering.format_bytes(plan["usable_bytes"])
+      host = rendering.format_bytes(plan["host_bytes"]) if plan["host_bytes"] else "-"
+      step = f"{seconds:.1f} s" if seconds else "-"
+      memory = f"{rendering.format_bytes(peak)} of {usable}"
+      lines.append(f"| `{file.name}` | {device} | {memory} | {host} | {step} |")
       print(lines[-1], flush=True)
   return lines
 

@@ -1,4 +1,4 @@
-"""Makes assets/quickstart: the story data, a tokenizer, and a small GPT-2 pre-trained by jaxft on the other genre.
+"""Make assets/quickstart: story data, a tokenizer, and a small GPT-2 trained on the other genre.
 
     python scripts/make_quickstart_assets.py          # about a quarter of an hour on two cores
 

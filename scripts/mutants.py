@@ -1,9 +1,8 @@
-"""How many faults do the tests catch? Thirty, of one line each, are put into a copy of jaxft, one after the other.
+"""Put thirty faults of one line each into a copy of jaxft, and count those that the tests catch.
 
-    python scripts/mutants.py                 # by the tests of `make test`; 27 of them must be
-    caught python scripts/mutants.py --all           # by the slow tests too; all must be caught
-    python scripts/mutants.py --only loader   # those that have this word in their line; no table is
-    written
+    python scripts/mutants.py                 # by the tests of `make test`: 27 must be caught
+    python scripts/mutants.py --all           # by the slow tests too: all must be caught
+    python scripts/mutants.py --only loader   # faults with this word in their line; no table
 
 Needs the dev extra, and torch: faults that only another implementation shows are caught beside
 transformers alone. For each fault the tests run that are to catch it, in a copy of the checkout. It
@@ -191,8 +190,8 @@ FAULTS = (
   Fault(
     "a square matrix of GPT-Neo is read and written transposed",
     "jaxft/hf/weight_map.py",
-    'Rule("h.{}.attn.attention.out_proj.weight", "blocks.attention.out.kernel", "D (N H) -> N H D")',
-    'Rule("h.{}.attn.attention.out_proj.weight", "blocks.attention.out.kernel", "(N H) D -> N H D")',
+    'h.{}.attn.attention.out_proj.weight", "blocks.attention.out.kernel", "D (N H) -> N H D")',
+    'h.{}.attn.attention.out_proj.weight", "blocks.attention.out.kernel", "(N H) D -> N H D")',
     ("test_classification.py",),
   ),
   Fault(
@@ -264,7 +263,8 @@ FAULTS = (
     "quotes are not escaped on a page",
     "jaxft/report_page/markup.py",
     'return html.escape(escape_controls(text.encode(errors="backslashreplace").decode()))',
-    'return html.escape(escape_controls(text.encode(errors="backslashreplace").decode()), quote=False)',
+    "return html.escape(escape_controls("
+    'text.encode(errors="backslashreplace").decode()), quote=False)',
     ("test_report.py",),
   ),
 )
@@ -280,7 +280,7 @@ class Outcome(NamedTuple):
 
   fault: Fault
   by: str  # the test that failed; "": none, it has escaped
-  error: str  # what kept the tests from running; "": nothing
+  error: str  # why the tests did not run; "": they did
   seconds: float
 
 
@@ -438,8 +438,8 @@ def write_into_page(text: str) -> None:
   page = PAGE.read_text(encoding="utf-8")
   if BEGIN not in page:
     page += (
-      "\n## Faults that the tests catch\n\n`scripts/mutants.py` puts these into a copy of jaxft, one after the other, and "
-      f"writes this table:\n\n{BEGIN}\n{END}\n"
+      "\n## Faults that the tests catch\n\n`scripts/mutants.py` puts these into a copy of jaxft, "
+      f"one after the other, and writes this table:\n\n{BEGIN}\n{END}\n"
     )
   before, _, rest = page.partition(BEGIN)
   PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
@@ -465,8 +465,8 @@ def main() -> int:
   if not importlib.util.find_spec("torch"):
     parser.error("torch is not installed here, and some faults show only beside transformers")
   markers = "not wide" if arguments.all else "not slow and not wide"
-  with tempfile.TemporaryDirectory(prefix="jaxft-mutants-") as place:
-    folders = [Path(place).resolve() / str(i) for i in range(min(arguments.n, len(chosen)))]
+  with tempfile.TemporaryDirectory(prefix="jaxft-mutants-") as parent:
+    folders = [Path(parent).resolve() / str(i) for i in range(min(arguments.n, len(chosen)))]
     copy_checkout(folders[0])
     for folder in folders[1:]:
       shutil.copytree(folders[0], folder)

@@ -1,4 +1,4 @@
-"""Words of the command line and values of a config file as people write them: they mean one thing, or are refused in a line."""
+"""Command-line words and config values as people write them: clear, or rejected in one line."""
 
 import os
 import random
@@ -19,9 +19,9 @@ CONFIG = (
 )
 # Values of each type as they may stand on a command line, and what they mean.
 TEXTS = [
-  "my file.txt", "Once upon a time, there was", "a,b", "(1)", "[x]", "'quoted'", 'say "x"', "None", "True", "12", "1e3", "-x",
-  "--x", "a=b", "$HOME", "日本 é", "#", "{prompt}", "a\\b", "*.txt", "hub:x/y:train@2", "C:\\data", "lambda: 0", "()", "",
-  " ", "~", "0x10",
+  "my file.txt", "Once upon a time, there was", "a,b", "(1)", "[x]", "'quoted'", 'say "x"', "None",
+  "True", "12", "1e3", "-x", "--x", "a=b", "$HOME", "日本 é", "#", "{prompt}", "a\\b", "*.txt",
+  "hub:x/y:train@2", "C:\\data", "lambda: 0", "()", "", " ", "~", "0x10",
 ]  # fmt: skip
 NUMBERS = [("7", 7), ("0", 0), ("1000000", 1_000_000)]
 REALS = [("1e-4", 1e-4), ("1", 1.0), (".5", 0.5), ("3E-5", 3e-5)]
@@ -305,7 +305,8 @@ def test_train_flag_replaces_validation_of_file(monkeypatch, tmp_path, capsys):
   file = config_file(tmp_path, "c.data.validation, c.data.validation_fraction = ('v.txt',), 0.0")
   config = parsed(monkeypatch, "--config", file, "--config.data.train=t.txt")
   assert (config.data.validation, config.data.validation_fraction) == ((), 0.05)
-  note = "a share of 0.05 of the new text is held out instead (to keep it: --config.data.validation=v.txt)"
+  note = "a share of 0.05 of the new text is held out instead (to keep it: "
+  note += "--config.data.validation=v.txt)"
   assert note in capsys.readouterr().err
   config = parsed(
     monkeypatch,

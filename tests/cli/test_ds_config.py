@@ -1,4 +1,4 @@
-"""DeepSpeed configs: what their keys come to, what is refused, and that the page says the same as the code."""
+"""DeepSpeed configs: what keys become, what is rejected, and the page's table."""
 
 import copy
 import json
@@ -637,7 +637,8 @@ def test_format_table():
     },
   ).splitlines()
   assert lines == [
-    f"{ZERO}.stage      2  --config.mesh.zero_stage=2; --config.mesh.zero_stage=3 is given, and wins",
+    f"{ZERO}.stage      2  --config.mesh.zero_stage=2; --config.mesh.zero_stage=3 is given, and "
+    "wins",
     "gradient_accumulation_steps  4  --config.train.batch_size is rows a device x 4 x devices; "
     "--gradient_accumulation_steps=8 is given, and wins",
     "gradient_clipping            1  --config.optim.clip_norm=1.0",
@@ -660,8 +661,10 @@ def written(folder, content):
   [
     '{"fp16": {"enabled": true}, "zero_optimization": {"stage": 2}}',
     '\ufeff{"fp16": {"enabled": true}, "zero_optimization": {"stage": 2}}',
-    '// "a"\n{"fp16": {"enabled": true,}, # {\n "zero_optimization": /* "stage": 1,\n */ {"stage": 2},\n}\n',
-    '{"_note": "// # /* ,]", "fp16": {"enabled": true}, "zero_optimization": {"stage": 2, "_": "\\"//,}"}}',
+    '// "a"\n{"fp16": {"enabled": true,}, # {\n "zero_optimization": '
+    '/* "stage": 1,\n */ {"stage": 2},\n}\n',
+    '{"_note": "// # /* ,]", "fp16": {"enabled": true}, '
+    '"zero_optimization": {"stage": 2, "_": "\\"//,}"}}',
   ],
 )
 def test_file_syntax_is_that_of_deepspeed(tmp_path, text):

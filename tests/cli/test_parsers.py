@@ -1,4 +1,4 @@
-"""Flags of the commands that take no config: mistyped ones are named, other spellings are the same, nothing is guessed."""
+"""Flags of the commands without a config: hints for mistyped ones, aliases, and no guessing."""
 
 import json
 import random
@@ -24,7 +24,7 @@ def flags(command):
 
 
 def mistyped(flag):
-  """The flag without each of its letters, and with each two neighbours swapped, but for what is the same or a flag again."""
+  """The flag without one letter, or with two neighbours swapped, unless that is a flag again."""
   name = flag[2:]
   dropped = {name[:i] + name[i + 1 :] for i in range(len(name))}
   swapped = {name[:i] + name[i + 1] + name[i] + name[i + 2 :] for i in range(len(name) - 1)}

@@ -1,4 +1,4 @@
-"""run_clm.py's flags: what they come to, what is refused, and that the page says the same as the code."""
+"""run_clm.py's flags: what they become, what is rejected, and the page's table."""
 
 import dataclasses
 import difflib
@@ -25,11 +25,14 @@ def parsed(monkeypatch, *words):
 
 
 def test_run_clm_command_is_translated(monkeypatch):
-  words = "--model_name_or_path gpt2 --train_file a.txt --validation_file=b.txt --per_device_train_batch_size 4 --do_train"
-  words += " --gradient_accumulation_steps 3 --num_train_epochs 2 --block_size 512 --learning_rate 1e-4 --bf16 --output_dir out"
-  words += " --lr_scheduler_type cosine --warmup_steps 7 --optim adamw_torch --weight_decay 0.1 --seed 5 --save_total_limit 3"
+  words = "--model_name_or_path gpt2 --train_file a.txt --validation_file=b.txt --do_train"
+  words += " --per_device_train_batch_size 4 --gradient_accumulation_steps 3 --num_train_epochs 2"
+  words += " --block_size 512 --learning_rate 1e-4 --bf16 --output_dir out --save_total_limit 3"
+  words += " --lr_scheduler_type cosine --warmup_steps 7 --optim adamw_torch --weight_decay 0.1"
+  words += " --seed 5"
   words += " --save_strategy steps --save_steps 7"
-  words += " --validation_split_percentage 10 --report_to none --gradient_checkpointing --adam_beta2 0.95 --do_eval"
+  words += " --validation_split_percentage 10 --report_to none --gradient_checkpointing"
+  words += " --adam_beta2 0.95 --do_eval"
   arguments = parsed(monkeypatch, *words.split())
   found = jaxft.config.flatten(arguments.config)
   arguments.per_device.apply_to(arguments.config, 8)
@@ -88,7 +91,8 @@ def test_batch_is_counted_per_device(monkeypatch, words, rows):
 
 
 def test_load_best_model_keeps_best_checkpoint(monkeypatch):
-  words = "--model_name_or_path=gpt2 --train_file a.txt --eval_strategy steps --eval_steps 50 --load_best_model_at_end True"
+  words = "--model_name_or_path=gpt2 --train_file a.txt --eval_strategy steps --eval_steps 50"
+  words += " --load_best_model_at_end True"
   for more in ("", "--metric_for_best_model eval_loss"):
     config = parsed(monkeypatch, *words.split(), *more.split()).config
     assert config.train.keep_best_metric == "eval/loss" and not jaxft.config.validate(config)
@@ -252,7 +256,8 @@ CASES = [
     ["--eval_on_start=0: weights", "--ddp_timeout=7200: --peer_timeout"],
   ),
   (
-    "--label_smoothing_factor 0.0 --neftune_noise_alpha None --lr_scheduler_kwargs {} --hub_strategy every_save",
+    "--label_smoothing_factor 0.0 --neftune_noise_alpha None --lr_scheduler_kwargs {} "
+    "--hub_strategy every_save",
     {},
     [],
   ),
@@ -298,7 +303,8 @@ def test_eval_batch_size_is_per_device(monkeypatch):
 
 def test_model_type_trains_from_scratch(monkeypatch, capsys):
   """What run_clm.py does without a checkpoint."""
-  words = "--model_type gpt2 --tokenizer_name mine --config_overrides=n_embd=1024,n_layer=48 --train_file a.txt"
+  words = "--model_type gpt2 --tokenizer_name mine --config_overrides=n_embd=1024,n_layer=48"
+  words += " --train_file a.txt"
   model = parsed(monkeypatch, *words.split()).config.model
   assert (model.path, model.init, model.tokenizer) == ("mine", "scratch", "mine")
   assert model.config_overrides == "model_type=gpt2,n_embd=1024,n_layer=48"
@@ -354,11 +360,15 @@ def test_all_transformers_flags_are_known():
 MISTYPED = sorted(name for name in run_clm.KNOWN_FLAGS if len(name) > 7)
 
 
-@pytest.mark.parametrize("spell", [
-  lambda name: name[:4] + name[5:],
-  lambda name: name[:-1],
-  lambda name: name[:3] + name[4] + name[3] + name[5:] if name[3] != name[4] else name[:2] + name[3:],
-])  # fmt: skip
+def swap_letters(name):
+  if name[3] == name[4]:
+    return name[:2] + name[3:]
+  return name[:3] + name[4] + name[3] + name[5:]
+
+
+@pytest.mark.parametrize(
+  "spell", [lambda name: name[:4] + name[5:], lambda name: name[:-1], swap_letters]
+)
 def test_mistyped_flag_gets_the_nearest_hint(monkeypatch, spell):
   wrong = [name for name in MISTYPED if spell(name) not in run_clm.KNOWN_FLAGS]
   hints = []
@@ -379,9 +389,15 @@ def test_mistyped_flag_gets_the_nearest_hint(monkeypatch, spell):
 
 @pytest.mark.parametrize(
   "typed, meant",
-  [("lr", "learning_rate"), ("model", "model_name_or_path"), ("resume", "resume_from_checkpoint"),
-   ("batch_size", "per_device_train_batch_size"), ("overwrite", "overwrite_output_dir"), ("epochs", "num_train_epochs")],
-)  # fmt: skip
+  [
+    ("lr", "learning_rate"),
+    ("model", "model_name_or_path"),
+    ("resume", "resume_from_checkpoint"),
+    ("batch_size", "per_device_train_batch_size"),
+    ("overwrite", "overwrite_output_dir"),
+    ("epochs", "num_train_epochs"),
+  ],
+)
 def test_common_names_suggest_run_clm_flags(monkeypatch, typed, meant):
   with pytest.raises(RequestError, match=f"--{typed}: no such flag; did you mean --{meant}"):
     parsed(monkeypatch, "--model_name_or_path=gpt2", f"--{typed}=1")

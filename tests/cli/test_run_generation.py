@@ -1,4 +1,4 @@
-"""Habits of run_generation.py, of run_generate_neo.py and of prompts in a pipe; and that the page says the same as the code."""
+"""Flags of run_generation.py and run_generate_neo.py, prompts in a pipe, and the page's table."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def ready(folder):
 
 @pytest.fixture
 def run(ready, folder, monkeypatch, tmp_path, capsys):
-  """`run(words, piped)`: what the command prints, on both streams, with the model that is there already."""
+  """`run(words, piped)`: what the command prints, on both streams, with a model that is open."""
   monkeypatch.setattr(generate, "load_model", lambda arguments: ready)
 
   def run(*words, piped=b"", model=True):
@@ -48,7 +48,8 @@ def given(*words):
 
 
 def test_run_generation_command_is_translated(run, folder, ready):
-  words = f"--model_type=gpt2 --model_name_or_path={folder} --length 9 --k 5 --p 0.8 --json --half --no_cuda".split()
+  words = f"--model_type=gpt2 --model_name_or_path={folder} --length 9 --k 5 --p 0.8".split()
+  words += ["--json", "--half", "--no_cuda"]
   output = run(
     *words,
     "--use_cache",

@@ -1,4 +1,4 @@
-"""What a user sees: a terminal's bar and prompt, and a log without anything that steers a terminal."""
+"""What a user sees: a terminal's bar and prompt, and a log without control characters."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be tried without Docker: what it copies is there, enough to install, and runs elsewhere.
+"""The Dockerfile, as far as it can be tried without Docker: what it copies installs and runs.
 
 Not tried here: the base image, CUDA's wheels, and a GPU inside a container.
 """
@@ -110,7 +110,7 @@ def test_image_user_owns_its_volumes():
 
 @pytest.mark.slow
 def test_copied_files_install_and_run(tmp_path):
-  """pip builds jaxft from what is copied, and no more, and the commands of the README's `docker run` are taken from there."""
+  """pip builds jaxft from what is copied, and the commands of the README's `docker run` start."""
   for what, workdir, where in copied():
     for name in what:
       folder = tmp_path / f"image{workdir}"

@@ -1,4 +1,4 @@
-"""The pages themselves: links lead somewhere, files, settings, commands and names that they mention are there."""
+"""The pages themselves: links resolve, and files, settings, commands and names exist."""
 
 import ast
 import importlib

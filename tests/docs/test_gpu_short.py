@@ -1,4 +1,4 @@
-"""benchmarks/gpu_short.sh without a GPU: the commands of all parts with tiny shapes; what a part suffers costs only itself."""
+"""benchmarks/gpu_short.sh without a GPU: all parts with tiny shapes; failures stay apart."""
 
 import importlib
 import importlib.util
@@ -191,7 +191,8 @@ def test_time_limits_scale_with_patience(tmp_path):
 
 def test_hanging_part_is_killed_with_children(tmp_path):
   """The other parts run."""
-  child = "import subprocess, sys, time; it = subprocess.Popen(['sleep', '600'], process_group=0); print(it.pid, flush=True); "
+  child = "import subprocess, sys, time; it = subprocess.Popen(['sleep', '600'], process_group=0); "
+  child += "print(it.pid, flush=True); "
   runner = Runner(tmp_path)
   runner.run((part("hangs", f'-c "{child}time.sleep(600)"', limit=2), part("next", SAY)))
   assert runner.states == {"hangs": "killed after 2 s", "next": "ok"} and runner.end() == 1
@@ -303,7 +304,8 @@ sys.path.append({benchmarks!r})
 import gpu_parts
 from gpu_runner import Part
 command = "-c \\"import os, time; print(os.getpid(), flush=True); time.sleep(60)\\""
-gpu_parts.PARTS = (Part("first", 1, 60, 0, {say!r}, ""), Part("second", 1, 60, 0, command, ""), Part("third", 1, 9, 0, "", ""))
+first = Part("first", 1, 60, 0, {say!r}, "")
+gpu_parts.PARTS = (first, Part("second", 1, 60, 0, command, ""), Part("third", 1, 9, 0, "", ""))
 sys.argv = ["gpu_parts.py", "1", "100", "--out", sys.argv[1]]
 sys.exit(gpu_parts.main())
 """
@@ -388,7 +390,8 @@ def test_wrong_command_ends_in_one_line(words, parts, message, tmp_path):
 
 
 def test_silent_contender_is_killed_with_children():
-  code = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+  code = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); "
+  code += "time.sleep(600)"
   began = time.monotonic()
   assert children.answer([sys.executable, "-c", code], 1) == {"error": "no answer in 1 s"}
   assert time.monotonic() - began < 30

@@ -1,4 +1,4 @@
-"""What the pages and the docstrings of configs/ have a reader run, run: as written, in their order, on small stand-ins.
+"""Run the commands of the pages and of the docstrings of configs/, in order, on small stand-ins.
 
 Each page is followed in a folder of its own, in which the models and data sets that it names are: a
 folder `gpt2` is taken before the hub's model of that name, and a folder `stanfordnlp/imdb` before
@@ -36,10 +36,11 @@ pytestmark = [
 ]
 MODELS = ("gpt2", "gpt2-medium", "gpt2-xl", "EleutherAI/gpt-neo-2.7B", "EleutherAI/gpt-j-6b")
 SMALL = {
-  "train --config": "--config.data.sequence_length=32 --config.train.epochs=0.0 --config.train.steps=2 "
-  "--config.train.batch_size=4 --config.train.micro_batch_size=2 --config.train.sample_tokens=4 --config.optim.warmup_steps=1 "
+  "train --config": "--config.data.sequence_length=32 --config.train.epochs=0.0 "
+  "--config.train.steps=2 --config.train.batch_size=4 --config.train.micro_batch_size=2 "
+  "--config.train.sample_tokens=4 --config.optim.warmup_steps=1 --config.mesh.fsdp=1",
+  "train --model_name_or_path": "--block_size 32 --max_steps 2 --warmup_steps 1 "
   "--config.mesh.fsdp=1",
-  "train --model_name_or_path": "--block_size 32 --max_steps 2 --warmup_steps 1 --config.mesh.fsdp=1",
   "generate": "--max_new_tokens 4",
   "evaluate": "--sequence_length 32",
   "export --workdir": "--step 2",
@@ -49,8 +50,10 @@ SMALL = {
 LIKE_CONFIGS = {"docs/recipes/jokes.md"}
 # Read and checked, and no more.
 NOT_RUN = {
-  "python -m jaxft.train --config configs/X.py --workdir /shared/run --coordinator host0:7777 --num_processes 4 "
-  "--process_id 0": "needs four hosts; tests/distributed/test_hosts.py has processes instead",
+  "python -m jaxft.train --config configs/X.py --workdir /shared/run --coordinator host0:7777 "
+  "--num_processes 4 --process_id 0": (
+    "needs four hosts; tests/distributed/test_hosts.py has processes instead"
+  ),
 }
 FOLLOWED = {name: pages.steps(name) for name in (*pages.PAGES, *pages.CONFIGS)}
 PLANS = sorted(
@@ -137,7 +140,7 @@ def test_commands_of_a_page_run(name, stand_ins, tmp_path, monkeypatch):
 
 
 def follow_python(text, names):
-  """A block of Python as it is; one for transformers or PEFT where torch, which they need, is there."""
+  """Run a block of Python; one for transformers or PEFT only if torch is installed."""
   others = [package for package in ("transformers", "peft") if package in text]
   if others and not importlib.util.find_spec("torch"):
     return
@@ -146,7 +149,10 @@ def follow_python(text, names):
 
 
 def follow(command, later, monkeypatch):
-  """Runs a command in this process, which has imported everything; a training whose run no later step uses only compiles."""
+  """Run a command in this process, which has imported everything.
+
+  A training whose run no later step uses only compiles.
+  """
   words = pages.words(command.replace("--config ...", "--config configs/quickstart.py"))
   name = words[2].removeprefix("jaxft.")
   if command in NOT_RUN:

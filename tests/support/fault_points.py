@@ -1,4 +1,6 @@
-"""Ends or breaks a training at a named point: python tests/support/fault_points.py POINT N ACTION [arguments of jaxft.train]
+"""End or break a training at a named point.
+
+python tests/support/fault_points.py POINT N ACTION [arguments of jaxft.train]
 
 The points are functions of jaxft and of Orbax, wrapped here before the command imports them; a
 normal run has none of it. The action comes at the Nth time that the point is passed, and the moment

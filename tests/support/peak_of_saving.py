@@ -1,5 +1,7 @@
-"""Prints, as JSON, the memory that a save, a read-back and a restore of a state in the host's memory take beside what they
-keep, in its largest leaf: python tests/support/peak_of_saving.py FOLDER"""
+"""Print the extra memory of saving, verifying and restoring a state on the host, as JSON.
+
+python tests/support/peak_of_saving.py FOLDER; the unit is the state's largest leaf.
+"""
 
 import gc
 import json

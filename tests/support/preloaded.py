@@ -1,4 +1,4 @@
-"""A process that has imported jaxft and forks for each command: imports are most of a short command's time.
+"""A process that has imported jaxft and forks for each command, as imports take most of its time.
 
 `Popen` is `subprocess.Popen` of `sys.executable` but for how the process begins. The child is a
 real process with a JAX of its own, and a child of the caller: it can be signalled, killed and
@@ -139,7 +139,7 @@ def _preload():
 
 
 def _serve(server):
-  """Forks for each request, and returns in the new process alone: with the arguments of its interpreter."""
+  """Fork for each request; return in the new process alone, with its interpreter's arguments."""
   while True:
     text, ancillary, *_ = server.recvmsg(2**20, socket.CMSG_LEN(12))
     if not text:

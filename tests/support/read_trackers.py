@@ -109,7 +109,10 @@ def wandb(workdir):
 
 
 def _level_db_log(data):
-  """The records of LevelDB's log format, which W&B writes after 7 bytes of its own: blocks of 32 KiB of framed pieces."""
+  """Yield the records of LevelDB's log format, which W&B writes after 7 bytes of its own.
+
+  It has blocks of 32 KiB of framed pieces.
+  """
   at, record = 7, b""
   while at + 7 <= len(data):
     if (left := 32768 - at % 32768) < 7:

@@ -36,7 +36,8 @@ def write_table(reports) -> str:
   )
   lines += [
     "",
-    f"{datetime.date.today()}, Python {platform.python_version()}, {versions}; tests that failed: {failed}.",
+    f"{datetime.date.today()}, Python {platform.python_version()}, {versions}; "
+    f"tests that failed: {failed}.",
   ]
   text = "\n".join(lines)
   page = PAGE.read_text(encoding="utf-8")

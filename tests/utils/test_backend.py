@@ -1,4 +1,4 @@
-"""What JAX is set up with, and what is said or refused where it would compute on another device than the machine has."""
+"""JAX's configuration, and the warnings and errors if it would compute on the wrong device."""
 
 import dataclasses
 import logging
@@ -201,7 +201,7 @@ def test_users_pinned_limit_stays(monkeypatch, own):
 
 
 def test_pinned_pool_has_gaps():
-  """Blocks of 3 MiB lie in regions of 4, 4 and 8, the last of which may be what is left of the limit."""
+  """Blocks of 3 MiB lie in regions of 4, 4 and 8; the last may be what is left of the limit."""
   block = 3 * 2**20
   for count, least in ((1, 3), (2, 7), (3, 11), (4, 14)):
     assert backend.pool_fits([block] * count, least * 2**20)

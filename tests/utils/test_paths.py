@@ -1,4 +1,4 @@
-"""Where a run lives: any path that the file system has works for workdir, export and data, or is refused at once."""
+"""Paths of workdir, export and data: any that the file system has works, or fails at once."""
 
 import json
 import os
@@ -21,9 +21,10 @@ from jaxft.pretrained import load_workdir
 from jaxft.train import finetune, validate_run
 
 NAMES = [
-  "lr[1e-4]", "plain", "a b", " c", "d ", "e#f", "g?h", "i%20j", "k%l", "[1]", "{x}", "a:b", "é", "e\u0301", "日本", "🐈",
-  "a+b", "a&b", "a=b", "a'b", 'a"b', "a,b", "a;b", "a@b", "a@2", "a|b", "~x", "$HOME", "a\\b", "new\nline", "tab\tx", "*", "**",
-  "-x", "--workdir", "..a", ".hidden", "a!b", "a^b`c", "x" * 200,
+  "lr[1e-4]", "plain", "a b", " c", "d ", "e#f", "g?h", "i%20j", "k%l", "[1]", "{x}", "a:b", "é",
+  "e\u0301", "日本", "🐈", "a+b", "a&b", "a=b", "a'b", 'a"b', "a,b", "a;b", "a@b", "a@2", "a|b",
+  "~x", "$HOME", "a\\b", "new\nline", "tab\tx", "*", "**", "-x", "--workdir", "..a", ".hidden",
+  "a!b", "a^b`c", "x" * 200,
 ]  # fmt: skip
 REFUSED = ("[", "**", "\\")
 STATE = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.int32(7)}
@@ -70,7 +71,7 @@ def test_awkward_folder_names(ready, folder, tmp_path, part):
 
 
 def test_finished_run_needs_no_base_model(finished, folder, stories, tmp_path, monkeypatch):
-  """The workdir has the model's config and tokenizer; relative paths are from where the run was started."""
+  """The workdir has the model's config and tokenizer; relative paths start at the run's folder."""
   workdir = shutil.copytree(finished[0], tmp_path / "w")
   about = json.loads((workdir / "config.json").read_text())
   about["model"]["path"] = "no/such/model"
@@ -94,7 +95,7 @@ def test_finished_run_needs_no_base_model(finished, folder, stories, tmp_path, m
 
 
 def test_foreign_files_in_workdir_stay_untouched(folder, stories, tmp_path):
-  """The run keeps its model's config there; a model of the user's, or anything else, stays as it is."""
+  """The run has its model's config in the workdir; a user's model, or anything else, stays."""
   config = tiny.config(folder, stories)
   (tmp_path / "model").mkdir()
   (tmp_path / "model" / "my_code.py").write_text("import this")
@@ -174,7 +175,7 @@ def test_unwritable_export_fails_before_training(folder, stories, tmp_path):
 
 
 def test_evaluate_held_out_data_or_fail(finished, stories, tmp_path):
-  """A text that has grown would be divided anew: what was trained on would be measured as if it had not been."""
+  """A text that has grown would be split anew, and text that was trained on would be measured."""
   workdir = shutil.copytree(finished[0], tmp_path / "w")
   about = json.loads((workdir / "config.json").read_text())
   mine = shutil.copyfile(stories, tmp_path / "stories.jsonl")
@@ -196,7 +197,7 @@ def test_evaluate_held_out_data_or_fail(finished, stories, tmp_path):
 
 
 def test_relative_paths_work_from_another_folder(folder, stories, tmp_path, monkeypatch):
-  """Its model and texts are those of the folder in which it was started, and not the hub's or others of the same names."""
+  """Its model and texts are those of the folder it was started in, not others of the same names."""
   here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
   shutil.copytree(folder, here / "mine" / "model")
   tiny.write_gpt2(elsewhere / "mine" / "model", seed=5)

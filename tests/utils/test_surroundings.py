@@ -1,4 +1,4 @@
-"""Processes that are started without streams, a home, a width, or with flags of JAX that jaxft's programs are not made for."""
+"""Processes without streams, home or width, or with JAX flags that jaxft is not made for."""
 
 import json
 import os
@@ -108,11 +108,12 @@ def test_awkward_environments(part):
 
 @pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]])
 def test_closed_stream_becomes_null_device(tmp_path, closed):
-  """Else the next file that is opened would get its number, and what is printed would be written into it."""
+  """Otherwise the next file would get its number, and what is printed would be written into it."""
   code = (
     "import os, sys; from jaxft.utils import environment; environment.setup()\n"
     f"file = os.open({str(tmp_path / 'file')!r}, os.O_WRONLY | os.O_CREAT)\n"
-    "print('printed'); print('said', file=sys.stderr); sys.stdout.flush(); os.write(1, b'x'); os.write(2, b'y')\n"
+    "print('printed'); print('said', file=sys.stderr); sys.stdout.flush(); os.write(1, b'x'); "
+    "os.write(2, b'y')\n"
     "sys.exit(file < 3 or bool(sys.stdin.read()))"
   )
   redirections = " ".join(f"{number}{'<' if number == 0 else '>'}&-" for number in closed)
@@ -181,7 +182,7 @@ def test_read_only_token_cache_is_read(tmp_path, monkeypatch):
 
 
 def test_folder_named_jaxft_does_not_shadow_it(tmp_path):
-  """git clone jaxft; pip install -e jaxft; and then work beside the checkout: jaxft/ there is no package."""
+  """After git clone and pip install -e jaxft, beside the checkout, jaxft/ is not the package."""
   (tmp_path / "jaxft" / "jaxft").mkdir(parents=True)
   code = "import jaxft; print(jaxft.__file__, jaxft.load.__name__)"
   environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
