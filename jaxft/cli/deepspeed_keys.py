@@ -183,23 +183,20 @@ def _tensor_parallel(ctx: Context, _: str, value: Any) -> str:
 
 
 ORDERED = "XLA orders the transfers, a layer at a time"
-WHOLE = "always so: the export is a whole model in --config.export.dtype"
+WHOLE_MODEL = "always so: the export is a whole model in --config.export.dtype"
 OWN_MODULES = "it is about DeepSpeed's own modules and buffers"
 QUANTIZED = "what devices send is not quantized: the numbers are more exact, and more bytes travel"
 FOR_DISK = ignored("it is for an offload to a disk")
 NO_NVME = '; refused: `nvme`, as there is only the host\'s memory (`"cpu"`)'
-STAGE3 = {
-  "prefetch_bucket_size": ORDERED,
-  "param_persistence_threshold": ORDERED,
-  "model_persistence_threshold": ORDERED,
-  "max_live_parameters": ORDERED,
-  "max_reuse_distance": ORDERED,
-  "module_granularity_threshold": ORDERED,
-  "use_all_reduce_for_fetch_params": ORDERED,
-  "allgather_sequential": ORDERED,
-  "gather_16bit_weights_on_model_save": WHOLE,
-  "gather_fp16_weights_on_model_save": WHOLE,
-}
+STAGE3 = dict.fromkeys(
+  (
+    "prefetch_bucket_size param_persistence_threshold model_persistence_threshold "
+    "max_live_parameters max_reuse_distance module_granularity_threshold "
+    "use_all_reduce_for_fetch_params allgather_sequential"
+  ).split(),
+  ORDERED,
+)
+STAGE3 |= {f"gather_{it}_weights_on_model_save": WHOLE_MODEL for it in ("16bit", "fp16")}
 ZERO_KEYS = {
   ZERO: Rule(
     "an object with the keys below; `true`: `--config.mesh.zero_stage=1`, `false`: 0",

@@ -828,13 +828,9 @@ class FlagTranslator:
     self._set("tracking.writers", MAPPED["report_to"].value(value), "report_to")
 
   def _per_device_train_batch_size(self, value: str) -> None:
-    _positive_int(value)
+    _positive_int(value)  # `add_batch` takes it
 
-  def _gradient_accumulation_steps(self, value: str) -> None:
-    _positive_int(value)
-
-  def _per_device_eval_batch_size(self, value: str) -> None:
-    _positive_int(value)
+  _per_device_eval_batch_size = _gradient_accumulation_steps = _per_device_train_batch_size
 
   def _deepspeed(self, value: str) -> None:
     """Read later, in `add_deepspeed`: every other flag wins over the file."""
