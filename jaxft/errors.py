@@ -70,7 +70,7 @@ def same_command(overwrite: bool) -> str:
 
 def run_command(main: Callable[[], None]) -> None:
   """Run a command's `main` and turn its errors into exit codes."""
-  signal.signal(signal.SIGINT, signal.default_int_handler)  # jaxft/__init__.py gave it away
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # cli/startup.py gave it away
   sys.excepthook = sys.__excepthook__  # everything is imported
   for stream in (sys.stdout, sys.stderr):  # one that is not in UTF-8 must not end a run
     stream.reconfigure(errors="backslashreplace")

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 
 from jaxft.errors import RequestError, first_line
+from jaxft.utils import environment, jax_private
 from jaxft.utils.files import cache_dir
 
 GIB = 2**30
@@ -75,6 +76,7 @@ def configure_jax() -> None:
   leaves a quarter), and pin 80 % of the host's memory for `memory.offload` (its default is 64 GB;
   see `limit_pinned_memory`).
   """
+  environment.quiet_transformers()
   for flag, required in JAX_FLAGS.items():
     value = getattr(jax.config, flag, required)
     # A device is chosen by a program, not by the environment.
@@ -188,12 +190,10 @@ def limit_pinned_memory(host_bytes: int | None) -> None:
 
   It has no effect if the user has set a limit, or if JAX has started already.
   """
-  from jax._src import xla_bridge  # JAX has no public way to ask
-
   limit = max_pinned_bytes(host_bytes)
   if limit is None or PINNED_LIMIT_ENV not in _own_env_vars:
     return
-  if not xla_bridge.backends_are_initialized():
+  if not jax_private.backends_are_initialized():
     os.environ[PINNED_LIMIT_ENV] = _ceil_gib(min(PINNED_FRACTION * host_memory_bytes(), limit))
 
 

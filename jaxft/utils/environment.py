@@ -26,6 +26,11 @@ def setup() -> None:
   sys.excepthook = _env_error_hook  # until `errors.run_command` takes over
 
 
+def quiet_transformers() -> None:
+  """Keep transformers from advising to install torch when it is imported."""
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
 def _reopen_std_streams() -> None:
   """Open the null device for each standard stream that was closed (`>&-`).
 
