@@ -92,7 +92,7 @@ class Completer:
   ) -> list[Completion]:
     """The completions, whose prompts are without the prefix that the model reads before them."""
     whole = [self._prefix + prompt for prompt in prompts]
-    found = self.ready.generate(whole, stop_strings=self._stops, tell=tell, **self._given)
+    found = self.ready.generate(whole, stop_strings=self._stops, on_text=tell, **self._given)
     return [it._replace(prompt=it.prompt.removeprefix(self._prefix)) for it in found]
 
   def write(self, prompt: str) -> None:
