@@ -90,7 +90,7 @@ def states(run, like):
 
 
 @pytest.mark.parts(8, 250)
-def test_a_damaged_checkpoint_is_never_loaded(
+def test_damaged_checkpoint_is_never_restored(
   run, like, states, tmp_path, part, record_property, capsys
 ):
   rng, tried = np.random.default_rng(part), Tried()
@@ -125,7 +125,8 @@ def test_a_damaged_checkpoint_is_never_loaded(
   record_property("torture", tried.row("every file of a checkpoint"))
 
 
-def test_when_all_are_damaged_the_run_says_so_and_removes_nothing(run, like, tmp_path):
+def test_all_checkpoints_damaged_is_storage_error(run, like, tmp_path):
+  """The run says so and removes nothing."""
   rng = np.random.default_rng(0)
   shutil.copytree(run[1] / "checkpoints", tmp_path / "c")
   for step in ("4", "8", "12"):
@@ -138,7 +139,7 @@ def test_when_all_are_damaged_the_run_says_so_and_removes_nothing(run, like, tmp
 
 
 @pytest.mark.parts(6, 150)
-def test_a_damaged_token_cache_is_made_again(run, tmp_path, part, record_property):
+def test_damaged_token_cache_is_rebuilt(run, tmp_path, part, record_property):
   rng, tried, config = np.random.default_rng(part), Tried(), run[0].copy_and_resolve_references()
   tokenizer = jaxft.hf.tokenizer.load_tokenizer(Path(config.model.path), 293)
   prepare = lambda: dataset.prepare_data(
@@ -178,7 +179,7 @@ def opened(folder: Path):
 
 
 @pytest.mark.parts(4, 100)
-def test_a_damaged_export_is_refused(run, tmp_path, part, record_property):
+def test_damaged_export_is_refused(run, tmp_path, part, record_property):
   rng, tried = np.random.default_rng(part), Tried()
   names = [file.name for file in files_in(run[1] / "export")]
   wanted = opened(run[1] / "export")

@@ -162,7 +162,7 @@ def found(clients, exports):
 
 
 @pytest.mark.parametrize("name", NAMES[:-1])
-def test_models_that_write_are_read_as_they_are(found, exports, name):
+def test_clients_read_exported_language_models(found, exports, name):
   ours, theirs = jaxft.load(exports[name]), found[name]
   assert theirs["transformers"].startswith("4.")
   for i, text in enumerate(ASKED["texts"]):
@@ -182,7 +182,7 @@ def test_models_that_write_are_read_as_they_are(found, exports, name):
       ] == [one.token_ids for one in wrote]
 
 
-def test_a_classifier_answers_batches_with_the_same_probabilities(found, exports):
+def test_clients_get_the_same_class_probabilities(found, exports):
   ours = jaxft.load(exports["classifier"]).classify(ASKED["texts"])
   np.testing.assert_allclose(
     found["classifier"]["padded"], [label.logits_C for label in ours], atol=1e-4

@@ -32,7 +32,7 @@ def halfway(interruptible, shared):
 
 
 @pytest.mark.parts(1, 100)
-def test_a_full_disk_ends_with_code_4_and_costs_nothing(
+def test_full_disk_exits_with_code_4_and_loses_nothing(
   interruptible, undisturbed, halfway, tmp_path, part, record_property
 ):
   rng = random.Random(part)
@@ -64,7 +64,7 @@ def test_a_full_disk_ends_with_code_4_and_costs_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parts(1, 8)
-def test_a_disk_that_another_program_fills_costs_nothing(
+def test_disk_filled_by_others_loses_nothing(
   interruptible, undisturbed, small_disk, part, record_property
 ):
   run = Interrupted(interruptible, small_disk / "run")

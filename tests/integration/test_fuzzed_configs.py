@@ -67,9 +67,10 @@ def refused(flags: list[str], names: list[str], config_file, workdir, dry_run: b
 
 
 @pytest.mark.parametrize("part", range(10))
-def test_a_thousand_fuzzed_configs_are_named_or_fine(
+def test_fuzzed_configs_validate_or_name_the_setting(
   config_file, tmp_path, monkeypatch, part, record_property
 ):
+  """A thousand of them."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "argv", sys.argv)
   rng = random.Random(part)
@@ -86,7 +87,7 @@ def test_a_thousand_fuzzed_configs_are_named_or_fine(
 @pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parts(1, 10)
-def test_those_that_pass_the_check_compile_or_are_named(
+def test_valid_fuzzed_configs_compile_or_are_refused(
   config_file, tmp_path, monkeypatch, part, record_property
 ):
   """The same configs again, each that passes the check with its data read and its step compiled."""
@@ -103,7 +104,7 @@ def test_those_that_pass_the_check_compile_or_are_named(
   record_property("torture", {"what": "fuzzed configs that pass the check, compiled", "tried": run})
 
 
-def test_a_refusal_is_one_line(config_file, tmp_path):
+def test_request_error_is_one_line(config_file, tmp_path):
   """In a process of its own: one line a fault, no traceback, nothing written."""
   done = processes.train(config_file, tmp_path / "w", "--config.train.steps=" + "9" * 400, check=2)
   assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: config.train.steps")

@@ -16,9 +16,10 @@ def kills_of(part):
 
 
 @pytest.mark.parts(2, 101)
-def test_killed_runs_end_as_undisturbed_ones(
+def test_killed_runs_resume_bit_for_bit(
   interruptible, undisturbed, tmp_path, part, record_property
 ):
+  """Killed runs end as undisturbed ones."""
   rng, killed, places, lost, run = random.Random(part), 0, set(), [0], None
   wanted, lines = undisturbed
   names = map("run{}".format, itertools.count())

@@ -35,7 +35,7 @@ def models(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*OFFLOADED, "gptj_6b_v5e8", "gptj_6b_lora"])
 @pytest.mark.wide_for("gptj_6b_24gb", "gptneo_2b7_16gb")
-def test_a_large_model_learns_and_goes_out(name, texts, models, tmp_path):
+def test_large_model_learns_and_is_exported(name, texts, models, tmp_path):
   wanted, chips = fresh(name), jax.device_count() if name == "gptj_6b_v5e8" else 1
   assert (wanted.memory.offload == "all") == (name in OFFLOADED) and wanted.mesh.fsdp == -1
   folder = models[PUBLISHED[wanted.model.path]["model_type"]]
@@ -75,7 +75,7 @@ def test_a_large_model_learns_and_goes_out(name, texts, models, tmp_path):
     np.testing.assert_allclose(after[key], before[key] + scale * B @ A, atol=1e-6)
 
 
-def test_marks_take_the_rows_of_gptj_that_no_token_uses(tmp_path):
+def test_added_tokens_use_the_unused_rows_of_gptj(tmp_path):
   folder = tiny.write_family(tmp_path / "model", "gptj", seed=0, P=71, std=0.05, V=300)
   tiny.write_tokenizer(folder, 293)
   processes.run("jaxft.tokenizer", "--model", folder, "--add", *MARKS, "--out", tmp_path / "marked")

@@ -43,7 +43,7 @@ def reviews(tmp_path_factory):
 @pytest.mark.parametrize(
   "change", [pytest.param(name, marks=() if name == "pack" else wide) for name in CHANGES]
 )
-def test_losses_are_those_of_a_run_on_the_device(folder, stories, reviews, tmp_path, change, kept):
+def test_offloaded_losses_match_a_run_on_device(folder, stories, reviews, tmp_path, change, kept):
   config = tiny.config(folder, reviews if change == "classification" else stories)
   config.train.steps, config.train.micro_batch_size, config.train.sample_prompts = 6, 4, ()
   for name, value in CHANGES[change].items():
@@ -70,7 +70,7 @@ def test_losses_are_those_of_a_run_on_the_device(folder, stories, reviews, tmp_p
 @pytest.mark.parametrize(
   "kept", [pytest.param("optimizer", marks=wide), pytest.param("all", marks=wide)]
 )
-def test_a_killed_run_goes_on_bit_for_bit(config_file, tmp_path, kept):
+def test_killed_offloaded_run_resumes_bit_for_bit(config_file, tmp_path, kept):
   flags = (
     f"--config.memory.offload={kept}",
     "--config.model.dropout=0.1",

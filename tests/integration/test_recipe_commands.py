@@ -174,7 +174,7 @@ def one_column(name, content):
   [(GPT2_XL, "gpt2-xl", "gpt2"), (GPT_NEO, "EleutherAI/gpt-neo-2.7B", "gpt_neo")],
   ids=["gpt2-xl", "gpt-neo"],
 )
-def test_one_command_with_a_deepspeed_config(there, command, model, family):
+def test_command_with_a_deepspeed_config(there, command, model, family):
   # One layer and one head of GPT-2, whose eight rows of 1,024 tokens are for a larger machine.
   if family == "gpt2":
     tiny.write_gpt2(there / model, seed=0, P=1024, D=8, F=16, L=1, N=1, std=0.05)
@@ -213,7 +213,7 @@ def test_one_command_with_a_deepspeed_config(there, command, model, family):
 # ---- GPT-J with ZeRO-3, settings in a dictionary -------------------------------------------------------------------------
 
 
-def test_a_folder_of_texts_and_zero_3(there):
+def test_folder_of_texts_with_zero_stage_3(there):
   tiny.write_family(there / "EleutherAI/gpt-j-6B", "gptj", seed=0, P=71, std=0.05)
   (there / "text").mkdir()
   for i in range(12):
@@ -255,7 +255,7 @@ def test_a_folder_of_texts_and_zero_3(there):
 # ---- TinyStories ---------------------------------------------------------------------------------------------------------
 
 
-def test_stories_with_trainers_arguments(there):
+def test_stories_with_hf_trainer_flags(there):
   pytest.importorskip("datasets")
   tiny.write_gpt2(there / "gpt2", seed=0, P=256, std=0.05)
   (there / "roneneldan" / "TinyStories").mkdir(parents=True)
@@ -289,7 +289,7 @@ def test_stories_with_trainers_arguments(there):
 # ---- vader-speak ---------------------------------------------------------------------------------------------------------
 
 
-def test_questions_and_answers_in_one_line_of_text(there):
+def test_questions_and_answers_in_one_text_column(there):
   pytest.importorskip("datasets")
   tiny.write_gpt2(there / "gpt2", seed=0, P=256, std=0.05)
   (there / "samdotme" / "vader-speak").mkdir(parents=True)
@@ -328,7 +328,7 @@ def test_questions_and_answers_in_one_line_of_text(there):
 # ---- A mix: jokes, recipes with marks, reviews ---------------------------------------------------------------------------
 
 
-def test_jokes_recipes_and_reviews(there):
+def test_recipe_commands_for_jokes_recipes_reviews(there):
   config = f"{processes.ROOT}/configs"
   tiny.write_gpt2(there / "gpt2", seed=0, P=256, std=0.05)
   (there / "gpt2").rename(there / "small")

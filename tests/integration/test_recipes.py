@@ -53,7 +53,7 @@ def write(file, rows):
 
 
 @pytest.mark.slow
-def test_reviews_are_told_apart(small, tmp_path):
+def test_classifier_learns_reviews(small, tmp_path):
   rng = random.Random(0)
 
   def review(i):
@@ -83,7 +83,7 @@ def test_reviews_are_told_apart(small, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_answers_are_learned_and_end(small, tmp_path):
+def test_answers_are_learned_up_to_the_end_token(small, tmp_path):
   answers = {"cat": "the red mat", "dog": "a big house", "door": "blue", "sun": "once upon a time"}
   pairs = [
     {"question": f"where is the {what}?", "answer": answer} for what, answer in answers.items()
@@ -124,7 +124,7 @@ def test_answers_are_learned_and_end(small, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_a_model_from_nothing_beats_counting_tokens(tmp_path):
+def test_training_from_scratch_beats_unigram_entropy(tmp_path):
   text, folder = tmp_path / "text.jsonl", tmp_path / "mine"
   rng = random.Random(0)  # words in an order that can be learned, which their counts do not tell
   write(
@@ -164,7 +164,8 @@ def test_a_model_from_nothing_beats_counting_tokens(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path):
+def test_overfit_run_exports_the_best_checkpoint(small, tmp_path):
+  """Jokes are learned by heart."""
   rng = random.Random(0)
   joke = lambda: " ".join(rng.choices(tiny.WORDS, k=20))
   file = tmp_path / "jokes.csv"
@@ -233,7 +234,8 @@ def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_stories_are_drawn_learned_and_end(small, tmp_path, monkeypatch):
+def test_tinystories_recipe_learns_and_ends(small, tmp_path, monkeypatch):
+  """Stories are drawn, learned, and end."""
   config = recipe(
     "gpt2_tinystories",
     small,
@@ -314,7 +316,7 @@ def marked(request, small, tmp_path_factory):
   return folder, out
 
 
-def test_tables_grow_as_transformers_resizes_them(marked):
+def test_embedding_resize_matches_transformers(marked):
   folder, out = marked
   transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -331,7 +333,7 @@ def test_tables_grow_as_transformers_resizes_them(marked):
 
 
 @pytest.mark.slow
-def test_marks_are_learned_and_go_out_with_the_model(marked, tmp_path):
+def test_added_tokens_are_learned_and_exported(marked, tmp_path):
   _, folder = marked
   steps = {"cat": "sat on mat", "dog": "ran to house", "door": "red", "once": "upon a time"}
   rows = [{"text": f"<|title|>{title}<|steps|>{text}"} for title, text in steps.items()] * 20
@@ -351,7 +353,7 @@ def test_marks_are_learned_and_go_out_with_the_model(marked, tmp_path):
     assert [it.text for it in found] == list(steps.values())
 
 
-def test_tokens_that_cannot_be_added_are_refused(small, tmp_path):
+def test_invalid_added_tokens_are_refused(small, tmp_path):
   for more, message in (
     (["--model", small, "--add", "<a>", "<a>"], "--add '<a>': a token already"),
     (["--model", small, "--add", tiny.EOS], "a token already"),
@@ -364,7 +366,7 @@ def test_tokens_that_cannot_be_added_are_refused(small, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_tokenizer_is_refused_what_it_cannot_be(tmp_path):
+def test_invalid_tokenizer_settings_are_refused(tmp_path):
   text = tiny.write_stories(tmp_path / "text.jsonl", 3, seed=0)
   for more, message in (
     (["--vocab_size", "256", "--out", tmp_path / "a"], "must be at least 257"),

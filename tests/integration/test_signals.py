@@ -44,9 +44,10 @@ def phases_of(part):
 
 
 @pytest.mark.parts(2, 31)
-def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
+def test_preempted_runs_save_and_resume_bit_for_bit(
   interruptible, undisturbed, tmp_path, part, record_property
 ):
+  """Runs that are asked to stop end as undisturbed ones."""
   rng, stopped, slowest, run, again = random.Random(part), 0, 0.0, None, False
   phases = phases_of(part)
   while stopped < len(phases):
@@ -90,7 +91,7 @@ def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once(interruptible, tmp_path):
+def test_second_signal_ends_the_process_at_once(interruptible, tmp_path):
   run = Interrupted(interruptible, tmp_path / "run")
   process = run.start("save begun", 1, "SIGTERM")
   while not run.moment.exists():
@@ -104,7 +105,7 @@ def test_a_second_signal_ends_at_once(interruptible, tmp_path):
 @pytest.mark.parametrize(
   "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.wide)]
 )
-def test_a_signal_while_xla_compiles_has_its_exit_code(config_file, tmp_path, number):
+def test_signal_during_compilation_has_exit_code(config_file, tmp_path, number):
   """Python's own end crashed there, with 139: the compiler's threads were under way (jax 0.10.2)."""
   command = [
     sys.executable,
@@ -133,7 +134,7 @@ def test_a_signal_while_xla_compiles_has_its_exit_code(config_file, tmp_path, nu
 
 
 @pytest.mark.slow
-def test_a_terminal_that_goes_away_loses_nothing(config_file, tmp_path):
+def test_sighup_of_a_closed_terminal_loses_nothing(config_file, tmp_path):
   """An ssh that drops: SIGHUP from the kernel and from the shell, and nowhere to print."""
   ours, theirs = os.openpty()
   own_terminal = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"

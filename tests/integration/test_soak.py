@@ -42,7 +42,8 @@ def watch() -> None:
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_two_thousand_steps_take_no_more_than_five_hundred(config_file, tmp_path, record_property):
+def test_memory_does_not_grow_over_2000_steps(config_file, tmp_path, record_property):
+  """They take no more than five hundred, nor more files or threads."""
   settings = {"steps": STEPS, "save_every": EVERY, "eval_every": 100, "log_every": 20}
   flags = [f"--config.train.{name}={value}" for name, value in settings.items()]
   code = WATCHED.format(tests=str(processes.ROOT / "tests" / "support"))

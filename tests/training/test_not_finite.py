@@ -80,7 +80,7 @@ def names(tree):
   return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-def test_the_run_ends_after_so_many_bad_steps_in_a_row_and_leaves_the_weights_alone(
+def test_run_ends_after_max_bad_steps_in_a_row(
   config, tmp_path, capsys
 ):
   """A rate that overflows the weights in one step: the loss after it is no number."""
@@ -101,7 +101,7 @@ def test_the_run_ends_after_so_many_bad_steps_in_a_row_and_leaves_the_weights_al
 
 @pytest.mark.slow
 @pytest.mark.parts(2, 34)
-def test_nothing_that_is_not_finite_gets_into_a_state(part, record_property):
+def test_nonfinite_values_never_enter_the_state(part, record_property):
   rng = np.random.default_rng(part)
   for i in range(PER_PART):
     family, accumulation, devices = (

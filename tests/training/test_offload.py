@@ -114,7 +114,8 @@ def every_case():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family, kept, accumulation", [*every_case()])
-def test_twenty_steps_are_those_of_weights_on_the_device(family, kept, accumulation):
+def test_offloaded_training_matches_on_device(family, kept, accumulation):
+  """Over twenty steps."""
   losses, state, run = train(family, kept, accumulation=accumulation)
   wanted, theirs = resident(family)
   np.testing.assert_allclose(losses, wanted, rtol=1e-6)
@@ -134,7 +135,7 @@ def test_twenty_steps_are_those_of_weights_on_the_device(family, kept, accumulat
     ("all", 2, 2),
   ],
 )
-def test_over_several_devices_too(monkeypatch, kept, fsdp, tensor):
+def test_offload_matches_on_device_over_a_mesh(monkeypatch, kept, fsdp, tensor):
   monkeypatch.setattr(
     offload, "TABLE_CHUNK_BYTES", 4 * 40 * 50
   )  # tables in parts, cut along the axis that devices share
@@ -148,7 +149,7 @@ def test_over_several_devices_too(monkeypatch, kept, fsdp, tensor):
 @pytest.mark.wide
 @pytest.mark.parametrize("name", ["lion", "sgd", "adafactor", "muon"])
 @pytest.mark.parametrize("kept", ["optimizer", "all"])
-def test_every_optimizer(kept, name):
+def test_offload_matches_for_every_optimizer(kept, name):
   how = dict(steps=6, optim__name=name, optim__learning_rate=1e-3)
   losses, state, _ = train("gpt2", kept, **how)
   wanted, theirs, _ = train("gpt2", "none", **how)
@@ -164,7 +165,8 @@ def test_every_optimizer(kept, name):
 
 
 @pytest.mark.parametrize("kept", [pytest.param("optimizer", marks=pytest.mark.slow), "all"])
-def test_a_step_is_that_of_weights_on_the_device_and_one_that_is_not_finite_changes_nothing(kept):
+def test_offloaded_step_matches_and_skips_nonfinite(kept):
+  """A step that is not finite changes nothing."""
   found = {}
   for where in ("none", kept):
     _, run = build("gpt2", where)
@@ -187,7 +189,7 @@ def test_a_step_is_that_of_weights_on_the_device_and_one_that_is_not_finite_chan
 
 
 @pytest.mark.slow
-def test_tables_are_cut_into_rows(monkeypatch):
+def test_tables_are_updated_in_row_chunks(monkeypatch):
   monkeypatch.setattr(offload, "TABLE_CHUNK_BYTES", 4 * 40 * 100)
   cut = offload.LeafChunks.of((jax.tree_util.DictKey("embed"),), np.zeros((384, 40), np.float32), 1)
   assert cut == (False, 4, 1)
@@ -208,7 +210,8 @@ def plain(folder, stories, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("kept", ["optimizer", "all"])
-def test_a_run_is_evaluated_saved_resumed_and_exported(plain, tmp_path, kept):
+def test_offloaded_run_resumes_and_exports(plain, tmp_path, kept):
+  """It is evaluated and saved too."""
   config, wanted = plain[0].copy_and_resolve_references(), plain[1]
   config.memory.offload = kept
   run = finetune(config, tmp_path / "run")
@@ -252,7 +255,7 @@ def test_a_run_is_evaluated_saved_resumed_and_exported(plain, tmp_path, kept):
   )
 
 
-def test_accumulated_gradients_add_up_in_float32():
+def test_gradient_accumulation_is_in_float32():
   """The copy on the device is in bfloat16, and so is the gradient of one accumulation step."""
   _, run = build("gpt2", "optimizer", accumulation=4, model__compute_dtype="bfloat16")
   _, gradient, _ = jax.eval_shape(run.grad_fn, run.state, run.batch)
