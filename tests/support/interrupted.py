@@ -39,8 +39,8 @@ class Interrupted:
       workdir.with_name(f"{workdir.name}.moment"),
     )
 
-  def start(self, place="nowhere", count=1, action="none", largest_file=None):
-    command = [fault_points.__file__, place, str(count), action]
+  def start(self, point="nowhere", count=1, action="none", largest_file=None):
+    command = [fault_points.__file__, point, str(count), action]
     command += ["--config", str(self.config_file), "--workdir", str(self.workdir)]
     command += [f"--config.data.cache_dir={self.workdir.with_name(f'{self.workdir.name}.tokens')}"]
     self.moment.unlink(missing_ok=True)
@@ -72,7 +72,7 @@ class Interrupted:
     return process.returncode, said, since
 
   def lost_steps(self):
-    """Steps that were told of and are in no checkpoint."""
+    """Steps that were logged and are in no checkpoint."""
     done = [
       line["step"] for line in whole_lines(self.workdir / "metrics.jsonl") if "train/loss" in line
     ]

@@ -1,7 +1,7 @@
 """The byte offsets that XLA annotates slices of a GPU program with, against what the indices of these slices say.
 
 XLA turns a slice of a large array in a loop into a copy whose address is `byte_offset + byte_stride x iteration`, and writes
-both numbers into the program. jax 0.10.2 wrote those of the loop's counter in place of the index (openxla/xla #46231). This
+both numbers into the program. jax 0.10.2 wrote those of the loop's counter instead of the index (openxla/xla #46231). This
 reads a compiled program and computes the index of every annotated slice, iteration by iteration.
 """
 
