@@ -205,4 +205,4 @@ def hidden_states(
 ) -> jax.Array:
   """Hidden states (B, T, D) of a micro-batch."""
   optional = {"segments_BT": batch.get("segments"), "positions_BT": batch.get("positions")}
-  return model(batch["ids"], **optional, keys_B=keys_B, rows_BTD=embeddings_BTD)
+  return model(batch["ids"], **optional, keys_B=keys_B, embeds_BTD=embeddings_BTD)
