@@ -151,13 +151,13 @@ def make_streamed_grad_fn(
     other_embed = {name: leaf for name, leaf in embed.items() if name != "tokens"}
     # Outside of the function that is differentiated: the gradient of the rows is added to the
     # table's at the end, and no second table exists.
-    embeddings = _map_micro_batches(model_with(embed=embed).embed_tokens, batch["ids"])
+    embeds = _map_micro_batches(model_with(embed=embed).embed_tokens, batch["ids"])
 
-    def embed_inputs(other_embed, embeddings):
+    def embed_inputs(other_embed, embeds):
       embed_one = lambda xs: model_with(embed=params["embed"] | other_embed).embed_inputs(*xs)
-      return _map_micro_batches(embed_one, (embeddings, positions, embed_keys_AB))
+      return _map_micro_batches(embed_one, (embeds, positions, embed_keys_AB))
 
-    x, embed_vjp = jax.vjp(embed_inputs, other_embed, embeddings)
+    x, embed_vjp = jax.vjp(embed_inputs, other_embed, embeds)
     layer_info = model.layer_info()
 
     def apply_layer(blocks, x, index):
@@ -165,8 +165,10 @@ def make_streamed_grad_fn(
 
       def apply_one(xs):
         x_BTD, positions_BT, segments_BT, keys_B = xs
-        cached = lambda k, v: (k, v, segments_BT, 0)
-        return model.apply_layer(block, x_BTD, positions_BT, segments_BT, info, keys_B, cached)
+        update_cache = lambda k, v: (k, v, segments_BT, 0)
+        return model.apply_layer(
+          block, x_BTD, positions_BT, segments_BT, info, keys_B, update_cache
+        )
 
       keys_AB = None if keys_LAB is None else keys_LAB[index]
       xs = (x, positions, batch.get("segments"), keys_AB)
@@ -219,7 +221,7 @@ def make_streamed_grad_fn(
     dx, d_blocks = jax.lax.scan(backward, dx, (inputs, layers), reverse=True)
 
     # ---- The embedding: the gradient of its rows is added to what a tied head has left.
-    d_other, d_embeddings = embed_vjp(dx)
+    d_other, d_embeds = embed_vjp(dx)
     if "tokens" in d_head.get("embed", {}):
       d_tokens = to_device(d_head["embed"]["tokens"])
     else:
@@ -227,7 +229,7 @@ def make_streamed_grad_fn(
     trained_embed = state.params.get("embed", {})
     d_embed = {"tokens": d_tokens} | d_other
     d_embed = {"embed": {name: d for name, d in d_embed.items() if name in trained_embed}}
-    d_embed = tree_to_host(model.add_embedding_grads(d_embed, batch["ids"], d_embeddings))
+    d_embed = tree_to_host(model.add_embedding_grads(d_embed, batch["ids"], d_embeds))
     grads = {**d_head, **d_embed, **d_blocks}
     return loss, {name: grads[name] for name in state.params}, tokens
 

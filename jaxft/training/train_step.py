@@ -34,9 +34,9 @@ def make_grad_fn(
   """
   mask_frozen_layers = make_layer_mask(trained)
 
-  def loss_sum(params, embeddings_BTD, batch, keys_B):
+  def loss_sum(params, embeds_BTD, batch, keys_B):
     model = nnx.merge(graph, params)
-    h_BTD = hidden_states(model, batch, keys_B, embeddings_BTD)
+    h_BTD = hidden_states(model, batch, keys_B, embeds_BTD)
     loss = cross_entropy_sum(h_BTD, model.head(), batch["targets"], batch["mask"], loss_chunk)
     return jnp.where(ids_in_range(batch, model.cfg), loss, jnp.nan)
 
@@ -54,17 +54,15 @@ def make_grad_fn(
       keys_B = per_row_keys(key, index * B, B)
 
       # Scaled before the backward pass: its numbers then do not grow with the size of the batch.
-      def loss_fn(params, embeddings_BTD):
+      def loss_fn(params, embeds_BTD):
         params = combine(params, state.frozen)
-        return scale * loss_sum(params, embeddings_BTD, micro_batch, keys_B)
+        return scale * loss_sum(params, embeds_BTD, micro_batch, keys_B)
 
       # The embeddings are an argument of their own: their gradient is then added to what the head
       # has left in that of a tied table, where autodiff would make a second table.
-      embeddings_BTD = model.embed_tokens(micro_batch["ids"])
-      loss, (grads, d_embeddings_BTD) = jax.value_and_grad(loss_fn, (0, 1))(
-        state.params, embeddings_BTD
-      )
-      grads = model.add_embedding_grads(grads, micro_batch["ids"], d_embeddings_BTD)
+      embeds_BTD = model.embed_tokens(micro_batch["ids"])
+      loss, (grads, d_embeds_BTD) = jax.value_and_grad(loss_fn, (0, 1))(state.params, embeds_BTD)
+      grads = model.add_embedding_grads(grads, micro_batch["ids"], d_embeds_BTD)
       return loss, shard_grads(grads)
 
     A = batch["ids"].shape[0]
@@ -201,8 +199,8 @@ def hidden_states(
   model: Any,
   batch: dict,
   keys_B: jax.Array | None = None,
-  embeddings_BTD: jax.Array | None = None,
+  embeds_BTD: jax.Array | None = None,
 ) -> jax.Array:
   """Hidden states (B, T, D) of a micro-batch."""
   optional = {"segments_BT": batch.get("segments"), "positions_BT": batch.get("positions")}
-  return model(batch["ids"], **optional, keys_B=keys_B, embeds_BTD=embeddings_BTD)
+  return model(batch["ids"], **optional, keys_B=keys_B, embeds_BTD=embeds_BTD)
