@@ -200,7 +200,10 @@ def test_nonfinite_state_is_never_saved(tmp_path):
 
 @pytest.mark.wide
 def test_save_and_restore_make_no_second_copy(tmp_path):
-  """Of a state of three leaves of 512 MiB in the host's memory. What a save and the read-back take is 0.6 GiB for any leaf."""
+  """Of a state of three leaves of 512 MiB in the host's memory.
+
+  What a save and the read-back take is 0.6 GiB for any leaf.
+  """
   done = subprocess.run(
     [sys.executable, peak_of_saving.__file__, str(tmp_path / "checkpoints")],
     capture_output=True,

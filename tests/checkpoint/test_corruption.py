@@ -1,4 +1,4 @@
-"""Damage to any file that a run leaves: it is found, and what is loaded is what was written, or nothing is."""
+"""Damage to any file of a run is detected: what is loaded is what was written, or nothing is."""
 
 import collections
 import shutil
@@ -38,7 +38,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def damage(rng: np.random.Generator, folder: Path, file: Path) -> str:
-  """Does to a file one of what disks, kills and people do to files; returns what, or "" if its bytes are as before."""
+  """Damages a file as disks, kills and people do; returns how, or "" if its bytes are as before."""
   before, kind = file.read_bytes(), rng.choice(["flip", "zeros", "cut", "delete", "swap"])
   if kind == "delete":
     file.unlink()
@@ -169,7 +169,7 @@ def test_damaged_token_cache_is_rebuilt(run, tmp_path, part, record_property):
 
 
 def opened(folder: Path):
-  """Everything that a user of an export gets: weights, configuration, and what the tokenizer makes of a text."""
+  """All that a user of an export gets: weights, configuration, and the tokens of a text."""
   found = pretrained.load(str(folder))
   return (
     jax.device_get(found.params),

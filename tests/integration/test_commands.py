@@ -1,4 +1,4 @@
-"""The commands as a user runs them: real processes, what they leave behind, how they end when killed or asked wrongly."""
+"""The commands as a user runs them: real processes, their files, and their ends when killed."""
 
 import json
 import os
@@ -324,10 +324,11 @@ import tiny, jaxft
 from pathlib import Path
 c = tiny.config(Path({str(folder)!r}), Path({str(stories)!r}))
 run = jaxft.finetune(c, {str(tmp_path / "w")!r})
-assert run.metrics[-1]["eval/loss"] < run.metrics[0]["eval/loss"] and run.samples[0]["when"] == "before"
+first, last = run.metrics[0]["eval/loss"], run.metrics[-1]["eval/loss"]
+assert last < first and run.samples[0]["when"] == "before"
 model = jaxft.load(run.export)
 print(model.generate(["a cat"], max_new_tokens=3)[0])
-assert abs(model.evaluate({str(stories)!r}, sequence_length=32)["loss"] - run.metrics[-1]["eval/loss"]) < 0.5
+assert abs(model.evaluate({str(stories)!r}, sequence_length=32)["loss"] - last) < 0.5
 model.export({str(tmp_path / "again")!r})
 """
   done = preloaded.run(["-c", script], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Evaluation: torch's loss, whatever the batch size and the devices, and bits a byte by their definition."""
+"""Evaluation: torch's loss for any batch size and devices, and bits per byte by definition."""
 
 import json
 import math
@@ -64,9 +64,7 @@ def wanted(folder, rows):
 @pytest.mark.parametrize(
   "devices", [*(pytest.param(it, marks=pytest.mark.slow) for it in (1, 2, 4)), 8]
 )
-def test_eval_loss_matches_torch(
-  devices, folder, text, wanted, monkeypatch
-):
+def test_eval_loss_matches_torch(devices, folder, text, wanted, monkeypatch):
   """For any batch size and any number of devices."""
   all_of_them = make_mesh
   monkeypatch.setattr(
@@ -134,9 +132,10 @@ def test_evaluate_command_takes_a_layout(folder, stories, monkeypatch, capsys):
 
 
 def as_documented(folder, ids, length, stride):
-  """Nats of all tokens and how many: transformers' page on perplexity, but that a window weighs as much as it has targets.
+  """Nats and number of all tokens, as transformers' page on perplexity, with windows by targets.
 
-  There the mean of a window is weighed with one target less than it has, where all of them have a token before them.
+  There the mean of a window is weighed with one target less than it has, where all of them have a
+  token before them.
   """
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")

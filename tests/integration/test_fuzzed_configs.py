@@ -1,4 +1,4 @@
-"""Settings that nobody should give: each is refused by its name before anything is compiled, or the run goes ahead."""
+"""Fuzzed settings: each is refused by its name before anything is compiled, or the run goes on."""
 
 import random
 import sys
@@ -11,8 +11,9 @@ import jaxft.config
 from jaxft import train
 from jaxft.errors import RequestError
 
-VALUES = """0 -1 1 2 1.5 nan inf -inf 1e400 -0.0 1e-400 None True x [] {} 999999999999 a,b ('a','b') ../nowhere /nowhere *.none
-{prompt} %s none auto full lm scratch linear float16 0x10 1_000 --x hub: x@0 x@nan""".split()
+VALUES = """0 -1 1 2 1.5 nan inf -inf 1e400 -0.0 1e-400 None True x [] {} 999999999999 a,b ('a','b')
+../nowhere /nowhere *.none {prompt} %s none auto full lm scratch linear float16 0x10 1_000 --x
+hub: x@0 x@nan""".split()
 VALUES += ["", " 3 ", "9" * 400, "é 🐈", "\ud800", "a\0b"]
 PER_PART = 100
 # ml_collections reads config files so, in its own way (1.1).

@@ -1,4 +1,4 @@
-"""The configs of large models on stand-ins of their families: streamed, accumulated, cut over devices, adapted."""
+"""The configs of large models on small stand-ins: streamed, accumulated, sharded, with LoRA."""
 
 import jax
 import numpy as np
@@ -28,8 +28,8 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-  place = tmp_path_factory.mktemp("models")
-  return {it: tiny.write_family(place / it, it, seed=0, P=71, std=0.05) for it in tiny.FAMILIES}
+  folder = tmp_path_factory.mktemp("models")
+  return {it: tiny.write_family(folder / it, it, seed=0, P=71, std=0.05) for it in tiny.FAMILIES}
 
 
 @pytest.mark.slow
@@ -54,8 +54,8 @@ def test_large_model_learns_and_is_exported(name, texts, models, tmp_path):
   assert [it["when"] for it in run.samples] == ["before", "after"]
   trained = jaxft.pretrained.load_workdir(run.workdir)
   assert trained.evaluate(str(texts), sequence_length=64)["loss"] < losses[0] - less
-  (told,) = jaxft.load(run.export).generate([PROMPT], max_new_tokens=8, temperature=0)
-  assert len(told.token_ids) == 8
+  (completion,) = jaxft.load(run.export).generate([PROMPT], max_new_tokens=8, temperature=0)
+  assert len(completion.token_ids) == 8
   trained.export(tmp_path / "again", dtype="float32")
   before, after = (load_file(it / "model.safetensors") for it in (folder, tmp_path / "again"))
   assert before.keys() == after.keys()
@@ -63,7 +63,7 @@ def test_large_model_learns_and_is_exported(name, texts, models, tmp_path):
   if not wanted.lora.rank:
     assert changed == before.keys()
     return
-  # Nothing but what has an adapter; and that by what the adapters, whose B began as nothing, come to.
+  # Nothing but what has an adapter; and that by what the adapters, whose B began at zero, come to.
   assert changed == {key for key in before if key.endswith(("q_proj.weight", "v_proj.weight"))}
   adapters = load_file(run.workdir / "adapter" / "adapter_model.safetensors")
   for key in changed:

@@ -1,7 +1,7 @@
 """examples/*.ipynb: its code runs from top to bottom, and does what its text says.
 
-The cells run as one program, in a process of its own. A Jupyter kernel would add 30 packages to the tests for what the
-notebooks do not have: magics, widgets, pictures.
+The cells run as one program, in a process of its own. A Jupyter kernel would add 30 packages to the
+tests for what the notebooks do not have: magics, widgets, pictures.
 """
 
 import ast
@@ -94,12 +94,14 @@ def test_notebook_trains_and_generates_stories(tmp_path):
     float(loss) for loss in re.findall(r"^loss ([\d.]+) nats", done.stdout, re.MULTILINE)
   )
   assert after < 5 < 10 < before  # no village in a ship's log
-  told = [
+  losses = [
     line["eval/loss"]
     for line in processes.lines(tmp_path / "runs/notebook/metrics.jsonl")
     if "eval/loss" in line
   ]
-  assert told[0] == pytest.approx(before, abs=1e-3) and told[-1] == pytest.approx(after, abs=1e-3)
+  assert losses[0] == pytest.approx(before, abs=1e-3) and losses[-1] == pytest.approx(
+    after, abs=1e-3
+  )
   halves = [
     tmp_path / "runs/notebook" / name / "model.safetensors" for name in ("export", "bfloat16")
   ]

@@ -1,4 +1,4 @@
-"""Each recipe's config on a small stand-in for its model and data, from training to the export; and that it did its job."""
+"""Each recipe's config on a small stand-in, from training to the export; and that it works."""
 
 import json
 import random
@@ -105,7 +105,7 @@ def test_answers_are_learned_up_to_the_end_token(small, tmp_path):
   )
   evals = [line for line in run.metrics if "eval/loss" in line]
   assert evals[-1]["eval/loss"] < 0.1 < evals[0]["eval/loss"]
-  # What became of other text: told before and after, in metrics and on the page.
+  # What became of other text: reported before and after, in metrics and on the page.
   ends = [format_number(line["eval/unrelated_perplexity"]) for line in (evals[0], evals[-1])]
   assert (
     f"<dt>perplexity, unrelated text</dt><dd>{' → '.join(ends)}"
@@ -126,7 +126,9 @@ def test_answers_are_learned_up_to_the_end_token(small, tmp_path):
 @pytest.mark.wide
 def test_training_from_scratch_beats_unigram_entropy(tmp_path):
   text, folder = tmp_path / "text.jsonl", tmp_path / "mine"
-  rng = random.Random(0)  # words in an order that can be learned, which their counts do not tell
+  rng = random.Random(
+    0
+  )  # words in an order that can be learned, which does not follow from their counts
   write(
     text,
     [
@@ -158,8 +160,8 @@ def test_training_from_scratch_beats_unigram_entropy(tmp_path):
   held_out = jaxft.pretrained.load_workdir(run.workdir).evaluate_held_out()
   assert held_out["loss"] == pytest.approx(losses[-1], rel=1e-5)
   assert exported.evaluate(str(text), sequence_length=64)["loss"] < of_counts - 0.5
-  (told,) = exported.generate([" ".join(tiny.WORDS[:4])], max_new_tokens=12, temperature=0)
-  assert set(told.text.split()[:-1]) <= set(tiny.WORDS)
+  (completion,) = exported.generate([" ".join(tiny.WORDS[:4])], max_new_tokens=12, temperature=0)
+  assert set(completion.text.split()[:-1]) <= set(tiny.WORDS)
 
 
 @pytest.mark.slow
@@ -203,7 +205,8 @@ def test_overfit_run_exports_the_best_checkpoint(small, tmp_path):
   assert wanted.evaluate(str(other), **how)["loss"] == pytest.approx(unrelated[best], rel=1e-5)
   assert f"{evals[best]:.4f} at step {best:,}" in (run.export / "README.md").read_text()
   assert [line["step"] for line in run.samples if line["when"] == "after"] == [best] * 4
-  # By heart: as a plain search in the training text counts it, of what the model draws with the prompt and seed of the run.
+  # By heart: as a plain search in the training text counts it, of what the model draws with the
+  # prompt and seed of the run.
   read = dataset.prepare_data(
     config.data, wanted.tokenizer, jaxft.hf.tokenizer.fingerprint(wanted.tokenizer)
   ).train.tokens.ids.tolist()
@@ -213,10 +216,10 @@ def test_overfit_run_exports_the_best_checkpoint(small, tmp_path):
     drawn = model.generate(
       list(begin), max_new_tokens=20, temperature=0.8, top_k=0, top_p=0.95, seed=0
     )
-    told = [it for it in run.samples if it["step"] == step]
-    assert [it["text"] for it in told] == [it.text for it in drawn]
+    samples = [it for it in run.samples if it["step"] == step]
+    assert [it["text"] for it in samples] == [it.text for it in drawn]
     shares[step] = [np.mean([eight in known for eight in runs_of_8(it.token_ids)]) for it in drawn]
-    assert [it["memorised_8grams"] for it in told] == pytest.approx(shares[step], abs=1e-4)
+    assert [it["memorised_8grams"] for it in samples] == pytest.approx(shares[step], abs=1e-4)
   assert sum(shares[0]) < sum(shares[last])
   again = finetune(config, run.workdir)  # a run that is through says the same once more
   assert again.samples == run.samples and again.metrics == run.metrics
@@ -260,7 +263,7 @@ def test_tinystories_recipe_learns_and_ends(small, tmp_path, monkeypatch):
   )  # which fit this model's rows
   endings = (" and the big cat ran.", " with the small dog.", " on a blue house.")
   stories = [{"text": prompt + ending} for prompt, ending in zip(prompts, endings, strict=True)]
-  # The data set of the hub, as its files lie in a folder of that name: datasets takes it from there.
+  # The data set of the hub, as its files are in a folder of that name: datasets reads it there.
   (tmp_path / "roneneldan/TinyStories").mkdir(parents=True)
   for split, count in (("train", 100), ("validation", 10)):
     write(tmp_path / f"roneneldan/TinyStories/{split}.jsonl", stories * count)
@@ -280,8 +283,10 @@ def test_tinystories_recipe_learns_and_ends(small, tmp_path, monkeypatch):
   texts = {
     when: [it["text"] for it in run.samples if it["when"] == when] for when in ("before", "after")
   }
-  told = lambda when: sum(ending in text for ending, text in zip(endings, texts[when], strict=True))
-  assert told("before") == 0 and told("after") >= 2  # drawn, not the likeliest
+  num_right = lambda when: sum(
+    ending in text for ending, text in zip(endings, texts[when], strict=True)
+  )
+  assert num_right("before") == 0 and num_right("after") >= 2  # drawn, not the likeliest
   for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
     found = model.evaluate(*wanted.data.validation, sequence_length=64)
     assert found["loss"] < 0.3

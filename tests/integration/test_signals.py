@@ -14,7 +14,9 @@ import time
 import pytest
 from interrupted import Interrupted, assert_same, steps
 
-PHASES = {  # and where a signal meets the run; `make test-all` tries the first four and "step", `make torture` all of them
+# And where a signal meets the run; `make test-all` tries the first four and "step", `make torture`
+# all of them.
+PHASES = {
   "compile": "program built",
   "evaluation": "evaluation",
   "save": "arrays written",
@@ -57,7 +59,7 @@ def test_preempted_runs_save_and_resume_bit_for_bit(
     code, said, seconds = run.end(
       run.start(PHASES[phase], 1 if again else rng.choice([1, 1, 2]), number)
     )
-    if code == 0:  # what was left of the run does not pass the place so often: a new one does
+    if code == 0:  # what was left of the run does not pass the point so often: a new one does
       assert_same(run, undisturbed[0])
       assert not run.moment.exists(), f"{phase}: the signal came, and the run went on to its end"
       assert not again, phase
@@ -106,7 +108,7 @@ def test_second_signal_ends_the_process_at_once(interruptible, tmp_path):
   "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.wide)]
 )
 def test_signal_during_compilation_has_exit_code(config_file, tmp_path, number):
-  """Python's own end crashed there, with 139: the compiler's threads were under way (jax 0.10.2)."""
+  """Python's own exit crashed there, with 139: XLA's compiler threads were running (jax 0.10.2)."""
   command = [
     sys.executable,
     "-m",
@@ -137,7 +139,10 @@ def test_signal_during_compilation_has_exit_code(config_file, tmp_path, number):
 def test_sighup_of_a_closed_terminal_loses_nothing(config_file, tmp_path):
   """An ssh that drops: SIGHUP from the kernel and from the shell, and nowhere to print."""
   ours, theirs = os.openpty()
-  own_terminal = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+  own_terminal = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "os.execv(sys.executable, sys.argv[1:])"
+  )
   arguments = [
     sys.executable,
     "-m",

@@ -1,4 +1,4 @@
-"""A long run leaks nothing: memory, open files and threads are after 2,000 steps what they were after 500."""
+"""A long run leaks nothing: memory, files and threads after 2,000 steps are those after 500."""
 
 import os
 import sys
@@ -19,7 +19,10 @@ STEPS, EVERY = 2000, 20
 
 
 def watch() -> None:
-  """Runs jaxft.train and writes a line every `EVERY` steps, right after a save: step, resident KiB, open files, threads."""
+  """Runs jaxft.train and writes a line every `EVERY` steps, right after a save.
+
+  It has the step, resident KiB, open files and threads.
+  """
   from jaxft import train
   from jaxft.checkpoint.manager import CheckpointManager
 
@@ -64,7 +67,8 @@ def test_memory_does_not_grow_over_2000_steps(config_file, tmp_path, record_prop
   growth = max(it[1] for it in late) / late[0][1] - 1
   files, threads = ([it[i] for it in late] for i in (2, 3))
   print(
-    f"growth {100 * growth:.2f} %, files {min(files)} to {max(files)}, threads {min(threads)} to {max(threads)}"
+    f"growth {100 * growth:.2f} %, files {min(files)} to {max(files)}, "
+    f"threads {min(threads)} to {max(threads)}"
   )
   assert growth < 0.02
   assert files[-1] <= files[0] and threads[-1] <= threads[0]

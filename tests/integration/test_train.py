@@ -92,7 +92,7 @@ def test_profile_steps_writes_a_trace_with_waits(config, tmp_path, monkeypatch):
 
   monkeypatch.setattr(jax.profiler, "stop_trace", stopped)
   run = finetune(config, tmp_path / "w")
-  assert written == [3]  # steps 3 and 4 are traced; the time of 3 is told before 4 is waited for
+  assert written == [3]  # steps 3 and 4 are traced; the time of 3 is logged before 4 is waited for
   assert len([line for line in run.metrics if "train/loss" in line]) == 6
   command = [sys.executable, str(ROOT / "benchmarks" / "gaps.py"), str(run.workdir), "--steps", "2"]
   done = subprocess.run(
@@ -103,9 +103,7 @@ def test_profile_steps_writes_a_trace_with_waits(config, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_unwritable_trace_costs_a_line_not_the_run(
-  config, tmp_path, monkeypatch, capsys
-):
+def test_unwritable_trace_costs_a_line_not_the_run(config, tmp_path, monkeypatch, capsys):
   """The trace ends before the evaluation."""
   config.train.steps, config.train.profile_steps, stopped = 4, 5, []
 

@@ -1,4 +1,4 @@
-"""One writer, room on the disk, signals in every phase, the best checkpoint, an early end, numbers that are not finite."""
+"""Workdir lock, disk space, signals, the best checkpoint, early stopping, non-finite numbers."""
 
 import json
 import os
@@ -36,8 +36,8 @@ with lock_workdir(Path({str(tmp_path / "run")!r})): pass
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (
-      f"RequestError: --workdir={str(tmp_path / 'run')!r}: process {os.getpid()} on {held['host']} is writing"
-      in done.stderr
+      f"RequestError: --workdir={str(tmp_path / 'run')!r}: process {os.getpid()} on "
+      f"{held['host']} is writing" in done.stderr
     )
   with jaxft.training.workdir.lock_workdir(tmp_path / "run"):
     pass
@@ -124,7 +124,7 @@ def test_second_signal_has_the_default_handler(monkeypatch):
 
 def test_checkpoint_save_overlaps_one_step(config, tmp_path, monkeypatch):
   """So that a kill costs at most `save_every` + 1 steps, however slow the disk is."""
-  events, wait, save, told = (
+  events, wait, save, log_step = (
     [],
     manager.CheckpointManager.wait,
     manager.CheckpointManager.save,
@@ -141,23 +141,23 @@ def test_checkpoint_save_overlaps_one_step(config, tmp_path, monkeypatch):
   monkeypatch.setattr(
     Reporter,
     "log_step",
-    lambda self, step, *rest: (events.append(("told", step)), told(self, step, *rest))[1],
+    lambda self, step, *rest: (events.append(("logged", step)), log_step(self, step, *rest))[1],
   )
   config.train.save_every = 3
   finetune(config, tmp_path / "run")
   for step in (3, 6, 9):
     after = events[events.index(("save", step)) :]
-    assert "wait" in after[: after.index(("told", step + 2))], after
+    assert "wait" in after[: after.index(("logged", step + 2))], after
 
 
 def test_best_checkpoint_is_preserved_beside_newest(tmp_path):
-  kept = manager.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss")
+  checkpoints = manager.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss")
   state = {"x": jnp.arange(7.0)}
   for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.6, 2.7], 1):
-    kept.save(step, state, {"config": {}}, {"eval/loss": loss})
-  kept.wait()
-  assert kept.steps() == [2, 5, 6]
-  kept.close()
+    checkpoints.save(step, state, {"config": {}}, {"eval/loss": loss})
+  checkpoints.wait()
+  assert checkpoints.steps() == [2, 5, 6]
+  checkpoints.close()
   again = manager.CheckpointManager(
     tmp_path / "c", 2, best_metric="eval/loss", writes=True
   )  # another process knows it too
@@ -236,8 +236,10 @@ def test_resume_refuses_other_model_data_or_optimizer(config, folder, stories, t
   assert (
     load_workdir(tmp_path / "run").source.cfg.norm_eps == 1e-5
   )  # the run keeps the config that it trained
-  kept = tmp_path / "run" / "run.model" / "config.json"
-  kept.write_text(json.dumps(json.loads(kept.read_text()) | {"layer_norm_epsilon": 0.5}))
+  saved_config = tmp_path / "run" / "run.model" / "config.json"
+  saved_config.write_text(
+    json.dumps(json.loads(saved_config.read_text()) | {"layer_norm_epsilon": 0.5})
+  )
   with pytest.raises(RequestError, match="norm_eps is 0.5, and was 1e-05 when the run"):
     load_workdir(tmp_path / "run")
   (model / "config.json").write_text(facts)
@@ -297,12 +299,12 @@ def test_metrics_of_other_processes_stay_in_memory(tmp_path):
 
 
 def test_best_step_has_the_least_metric(tmp_path):
-  kept = manager.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss")
+  checkpoints = manager.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss")
   for step, loss in enumerate([3.0, 1.0, 2.0, 2.5], 1):
-    kept.save(step, {"x": jnp.arange(7.0)}, {"config": {}}, {"eval/loss": loss})
-  kept.wait()
-  assert kept.best_step() == 2
-  kept.close()
+    checkpoints.save(step, {"x": jnp.arange(7.0)}, {"config": {}}, {"eval/loss": loss})
+  checkpoints.wait()
+  assert checkpoints.best_step() == 2
+  checkpoints.close()
   assert manager.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss").best_step() == 2
 
 

@@ -1,4 +1,4 @@
-"""Adapters and frozen weights: what is trained changes, everything else stays bit for bit, and PEFT reads the adapters."""
+"""LoRA and frozen weights: only trained weights change, bit for bit, and PEFT reads adapters."""
 
 import dataclasses
 import functools
@@ -254,12 +254,12 @@ def test_adapter_folder_loads_as_a_model(family, tmp_path):
   wanted = merge_params(trained, cfg, source, merged_shapes(run))
   adapted = repo.resolve(str(folder))
   shapes = merged_shapes(run)
-  places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-  found = load_weights.load_params(adapted, shapes, places)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+  found = load_weights.load_params(adapted, shapes, shardings)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, wanted)
   assert repo.fingerprint(adapted) != repo.fingerprint(source)
   about = json.loads((folder / "adapter_config.json").read_text())
-  for change, told in (
+  for change, message in (
     ({"use_dora": True}, "use_dora=True: only plain LoRA"),
     ({"peft_type": "IA3"}, "peft_type='IA3': only plain LoRA"),
     ({"modules_to_save": ["score"]}, "modules_to_save"),
@@ -270,11 +270,11 @@ def test_adapter_folder_loads_as_a_model(family, tmp_path):
     ({"base_model_name_or_path": None}, "names no model"),
   ):
     (folder / "adapter_config.json").write_text(json.dumps(about | change))
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=message):
       repo.resolve(str(folder))
   (folder / "adapter_config.json").write_text(json.dumps(about | {"r": 4}))
   with pytest.raises(RequestError, match="or of rank 4"):
-    load_weights.load_params(repo.resolve(str(folder)), shapes, places)
+    load_weights.load_params(repo.resolve(str(folder)), shapes, shardings)
 
 
 @pytest.fixture
@@ -285,9 +285,7 @@ def finetuned(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_lora_run_resumes_and_exports_merged_model(
-  finetuned, folder, tmp_path
-):
+def test_lora_run_resumes_and_exports_merged_model(finetuned, folder, tmp_path):
   """It goes on bit for bit."""
   run, config = finetuned
   base, exported = (load_file(at / "model.safetensors") for at in (folder, run.export))
@@ -433,7 +431,7 @@ def test_peft_logits_match_saved_adapters(family, stories, tmp_path):
     wanted, found = adapted(ids).logits, ours(ids).logits
   assert float((wanted - before).abs().max()) > 1e-2
   np.testing.assert_allclose(found.numpy(), wanted.numpy(), atol=1e-5 * float(wanted.abs().max()))
-  # Every tensor of the file found its place: PEFT leaves out what it does not know.
+  # Every tensor of the file found its parameter: PEFT leaves out what it does not know.
   state = peft.get_peft_model_state_dict(adapted)
   written = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
   assert state.keys() == written.keys()

@@ -55,14 +55,14 @@ def updated(optim_settings, params, grads, steps=3):
 
 
 def test_lion_and_sgd_match_their_formulas():
-  """Chen et al., 2023: the sign of a mean with b1, and a mean with b2 that is kept; momentum b1 without a mean."""
+  """Lion (Chen et al., 2023): sign of a mean with b1, stored mean with b2; SGD: momentum b1."""
   settings_, rng = jaxft.config.default().optim, np.random.default_rng(0)
   grads = [rng.standard_normal((3, 4)).astype(np.float32) for _ in range(3)]
   settings_.update(b1=0.6, b2=0.95, weight_decay=0.0)
-  lion, sgd, kept, summed = [], [], 0, 0
+  lion, sgd, mean, summed = [], [], 0, 0
   for grad in grads:
-    lion.append(np.sign(0.6 * kept + 0.4 * grad))
-    kept, summed = 0.95 * kept + 0.05 * grad, grad + 0.6 * summed
+    lion.append(np.sign(0.6 * mean + 0.4 * grad))
+    mean, summed = 0.95 * mean + 0.05 * grad, grad + 0.6 * summed
     sgd.append(summed)
   for name, wanted in (("lion", lion), ("sgd", sgd)):
     settings_.name = name
@@ -104,15 +104,15 @@ def test_stacked_layers_update_independently(name):
   together = updated(settings_, {"blocks": stack}, {"blocks": grads})["blocks"]["kernel"]
   for i in range(3):
     # Muon is for layers: its one layer is a stack too.
-    place, one = ("blocks", slice(i, i + 1)) if name == "muon" else ("other", i)
+    stack_name, one = ("blocks", slice(i, i + 1)) if name == "muon" else ("other", i)
     alone = updated(
       settings_,
-      {place: {"kernel": stack["kernel"][one]}},
-      {place: {"kernel": grads["kernel"][one]}},
+      {stack_name: {"kernel": stack["kernel"][one]}},
+      {stack_name: {"kernel": grads["kernel"][one]}},
     )
     # Its matrix products round as the loop they are in has it; the others do the same sums.
     how = dict(rtol=1e-5, atol=1e-6) if name == "muon" else dict(rtol=1e-6)
-    np.testing.assert_allclose(together[one], alone[place]["kernel"], **how)
+    np.testing.assert_allclose(together[one], alone[stack_name]["kernel"], **how)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])

@@ -1,4 +1,4 @@
-"""Weights in bfloat16: rounded without bias, the same on every path, and as good as float32 over a run."""
+"""bfloat16 weights: rounded without bias, the same on every path, as good as float32 in a run."""
 
 import shutil
 
@@ -52,6 +52,7 @@ def test_nonfinite_values_stay_nonfinite():
 
 def test_small_updates_add_up_in_bfloat16():
   """Rounding to the nearest would leave the weights as they are."""
+
   def turn(i, x):
     return stochastic_rounding.stochastic_round(
       x.astype(jnp.float32) - jnp.float32(2**-12), BFLOAT16, jax.random.key(i)
@@ -64,17 +65,17 @@ def test_small_updates_add_up_in_bfloat16():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "kept, mesh",
+  "mode, mesh",
   [
     pytest.param("none", {"fsdp": 4}, marks=pytest.mark.wide),
     ("all", {}),
     pytest.param("optimizer", {}, marks=pytest.mark.wide),
   ],
 )
-def test_every_offload_mode_rounds_alike(kept, mesh):
+def test_every_offload_mode_rounds_alike(mode, mesh):
   """A weight that is rounded to the other side is 1/256 of itself away: few of them may be."""
   how = dict(steps=4, model__param_dtype="bfloat16", optim__weight_decay=0.0)
-  losses, state, _ = test_offload.train("gpt2", kept, **how, **mesh)
+  losses, state, _ = test_offload.train("gpt2", mode, **how, **mesh)
   wanted, theirs, _ = test_offload.train("gpt2", "none", **how)
   np.testing.assert_allclose(losses, wanted, rtol=1e-3)
   ours, theirs = (jax.device_get(it.params) for it in (state, theirs))
@@ -88,9 +89,7 @@ def test_every_offload_mode_rounds_alike(kept, mesh):
 
 
 @pytest.mark.slow
-def test_bfloat16_run_learns_resumes_and_exports(
-  config, config_file, tmp_path
-):
+def test_bfloat16_run_learns_resumes_and_exports(config, config_file, tmp_path):
   """It learns as in float32, and is resumed bit for bit."""
   config.train.sample_prompts = ()
   precise = finetune(config.copy_and_resolve_references(), tmp_path / "float32")

@@ -1,4 +1,4 @@
-"""The train step: the same numbers for every way to run it, transformers' numbers, and none from a bad batch."""
+"""The train step: the same numbers for every mesh and micro-batch, torch's, none of a bad batch."""
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,9 @@ def train(folder, steps=3, *, mesh=None, accumulation=1, dropout=0.0, spoil=None
   checkpoint = repo.resolve(str(folder))
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
   run = build_train_program(config, checkpoint.cfg.with_dropout(dropout), on, steps, row)
-  places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  params = load_weights.load_params(checkpoint, run.state.params, places.params)
-  state = jax.jit(lambda p: TrainState(jnp.int32(0), p, run.tx.init(p)), out_shardings=places)(
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+  params = load_weights.load_params(checkpoint, run.state.params, shardings.params)
+  state = jax.jit(lambda p: TrainState(jnp.int32(0), p, run.tx.init(p)), out_shardings=shardings)(
     params
   )
   metrics = []
@@ -59,8 +59,11 @@ def train(folder, steps=3, *, mesh=None, accumulation=1, dropout=0.0, spoil=None
 
 
 def assert_close(state, other, rtol=1e-5):
-  """Weights are equal, but for the biases of keys: they move no softmax, their gradient is zero but for rounding, and Adam
-  divides that rounding by its own size."""
+  """Weights are equal, but for the biases of keys.
+
+  They move no softmax, their gradient is zero but for rounding, and Adam divides that rounding by
+  its own size.
+  """
 
   def comparable(state):
     params = jax.device_get(state.params)
