@@ -335,7 +335,7 @@ def finetune(
       "held_out": data.validation_fingerprint,
       "rows_in_all": total_rows,
       "rows_of_step": min(len(rows), config.train.batch_size),
-      "versions": dict(multihost.package_versions()),
+      "versions": dict(versions),
       "started_in": str(Path.cwd()),
       "workdir": str(workdir.absolute()),
       "local_model": repo.is_local(config.model.path),
@@ -433,8 +433,8 @@ def finetune(
     model_flops = flops.model_flops(cfg, config.train.batch_size, rows.seq_len)
     target = specs.local_target(device, mesh.size)
     ideal_step_seconds = roofline.ideal_step_seconds(target, mesh.size, model_flops)
-    has_system_metrics = is_main and config.tracking.system_metrics
-    system = exit_stack.enter_context(SystemMetrics(has_system_metrics, workdir))
+    system = SystemMetrics(is_main and config.tracking.system_metrics, workdir)
+    exit_stack.enter_context(system)
     reporter = Reporter(
       config,
       workdir,

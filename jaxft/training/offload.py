@@ -61,9 +61,9 @@ def with_host_memory(shapes: Any) -> Any:
   """The shapes, with shardings in host memory for what is offloaded."""
 
   def pin(leaf):
-    if not is_offloaded(leaf):
-      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    sharding = leaf.sharding.with_memory_kind("pinned_host")
+    sharding = leaf.sharding
+    if is_offloaded(leaf):
+      sharding = sharding.with_memory_kind("pinned_host")
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   return jax.tree.map(pin, shapes)
@@ -354,15 +354,7 @@ def make_streamed_update_fn(config: ConfigDict, shardings: Any, trained: Any = (
     num_turns = jnp.where(is_finite, chunks.num_chunks, 0)
     return jax.lax.fori_loop(0, num_turns, body, (param, opt_state))
 
-  def update_fn(
-    is_finite: jax.Array,
-    grads: Any,
-    scale: jax.Array,
-    learning_rate: jax.Array,
-    keys: Any,
-    params: Any,
-    opt_state: Any,
-  ) -> tuple[Any, Any]:
+  def update_fn(is_finite, grads, scale, learning_rate, keys, params, opt_state):
     update = lambda *leaves: update_leaf(*leaves, is_finite, scale, learning_rate)
     trees = (shardings, keys, params, grads, opt_state)
     return optimizer.unzip(params, jax.tree_util.tree_map_with_path(update, *trees))

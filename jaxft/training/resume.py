@@ -42,7 +42,10 @@ def check_same_run(
     except StorageError:
       continue  # `restore_latest` will say so
     lines = _diff(saved, config, current)
-    _check_leaves(checkpoints, step, like, saved, lines)
+    if other := _other_leaves(like, saved["leaves"]):
+      lines.append(f"{checkpoints.folder / str(step)}: of another model or optimizer: {other}")
+      lines.append(f"{checkpoints.folder} holds another run: {OTHER_WORKDIR}")
+      raise RequestError("\n".join(lines))
     total_steps = current["total_steps"]
     path = f"config.model.path={config.model.path!r}"
     if saved.get("frozen", "") != current["frozen"]:
@@ -88,31 +91,15 @@ def _diff(saved: dict[str, Any], config: ConfigDict, current: dict[str, Any]) ->
   ]
 
 
-def _check_leaves(
-  checkpoints: CheckpointManager,
-  step: int,
-  like: CheckpointState,
-  saved: dict[str, Any],
-  lines: list[str],
-) -> None:
-  """Raises RequestError, with `lines` too, where a checkpoint has other leaves than this run."""
-  ours, theirs = leaf_specs(like), saved["leaves"]
-  other = [
-    name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)
-  ]
-  if other:
-    name = other[0]
-    was, now = theirs.get(name, "missing"), ours.get(name, "missing")
-    raise RequestError(
-      "\n".join(
-        [
-          *lines,
-          f"{checkpoints.folder / str(step)}: of another model or optimizer: {name} is {was} there "
-          f"and {now} in this run ({len(other)} such leaves)",
-          f"{checkpoints.folder} holds another run: {OTHER_WORKDIR}",
-        ]
-      )
-    )
+def _other_leaves(like: CheckpointState, saved: dict[str, str]) -> str:
+  """Names the first leaf that a checkpoint has otherwise than this run; "" where there is none."""
+  current = leaf_specs(like)
+  names = sorted(saved.keys() | current.keys())
+  other = [name for name in names if saved.get(name) != current.get(name)]
+  if not other:
+    return ""
+  was, now = (specs.get(other[0], "missing") for specs in (saved, current))
+  return f"{other[0]} is {was} there and {now} in this run ({len(other)} such leaves)"
 
 
 def _masked_rows_note(saved: dict[str, Any], current: dict[str, Any], step: int) -> str:

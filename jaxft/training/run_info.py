@@ -1,7 +1,6 @@
 """about.json: with what a run was started and how it ended; its page is written at the end."""
 
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -17,7 +16,7 @@ from jaxft.distributed import multihost
 from jaxft.errors import StorageError, exit_code, first_line
 from jaxft.metrics.reporter import peak_memory_source
 from jaxft.utils.console import log
-from jaxft.utils.files import atomic_write, read_json_object
+from jaxft.utils.files import read_json_object, write_json
 from jaxft.utils.redact import redact
 
 # What decides the devices and the compiled program beside the command line.
@@ -59,7 +58,7 @@ def record_run(
       "devices": devices,
       "mesh": dict(mesh.shape),
     }
-    _write(workdir, about)
+    write_json(workdir / "about.json", about)
   ending = {"exit_code": 0, "why": ""}
   try:
     yield
@@ -69,7 +68,7 @@ def record_run(
   finally:
     with _log_failure("report.html"):
       about |= {key: facts[key] for key in ("reached", "exported_step", "export") if key in facts}
-      _write(workdir, about | {"ending": {"at": _now(), **ending}})
+      write_json(workdir / "about.json", about | {"ending": {"at": _now(), **ending}})
       write_page(workdir)
       log(f"report: {workdir / 'report.html'}")
 
@@ -82,10 +81,6 @@ def _log_failure(name: str) -> Iterator[None]:
     reason = f"{type(error).__name__}: {first_line(error)}"
     reason = str(error) if isinstance(error, StorageError) else reason
     log(f"{name} is not written ({reason}); python -m jaxft.report makes the page again")
-
-
-def _write(workdir: Path, about: dict[str, Any]) -> None:
-  atomic_write(workdir / "about.json", json.dumps(about, indent=2) + "\n")
 
 
 def _now() -> str:

@@ -106,15 +106,7 @@ def make_update_fn(tx: optax.GradientTransformation, trained: Any = ()) -> Calla
   """
   mask_frozen_layers = make_layer_mask(trained)
 
-  def update_fn(
-    is_finite: jax.Array,
-    grads: Any,
-    scale: jax.Array,
-    learning_rate: jax.Array,
-    keys: Any,
-    params: Any,
-    opt_state: Any,
-  ) -> tuple[Any, Any]:
+  def update_fn(is_finite, grads, scale, learning_rate, keys, params, opt_state):
     # A loop of one turn or none writes over the state where it lies. A choice between old and new
     # takes copies on a CPU, where the update is then three times as slow; a branch copies the state
     # on a GPU.
