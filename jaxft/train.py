@@ -222,7 +222,8 @@ def finetune(
   Raises:
     RequestError, NumericsError, StorageError, Preempted: see `jaxft.errors`.
   """
-  workdir, config = Path(workdir), jaxft.config.normalize(config)
+  workdir = Path(workdir)
+  config = jaxft.config.normalize(config)
   backend.validate_require(require)
   backend.configure_jax()
   flags = {
@@ -258,7 +259,7 @@ def finetune(
     # ---- Base model: config and tokenizer; no weights yet ----------------------------------------
     model_path = f"config.model.path={config.model.path!r}"
     source = base_model.resolve(config.model)
-    max_length = source.cfg.P
+    P = source.cfg.P  # positions
     if overwrite:  # adapters name a model of their own
       check_not_an_input(workdir, [source.folder, source.tokenizer_folder])
     if source.adapter and config.lora.rank:
@@ -266,17 +267,15 @@ def finetune(
         f"{model_path}: a folder of adapters, and adapters on top of it could not be used without "
         f"it; merge it first: python -m jaxft.export --model {config.model.path} --out MERGED"
       )
-    if (length := config.data.sequence_length) > max_length:
-      raise RequestError(
-        f"config.data.sequence_length={length}: the model has {max_length} positions"
-      )
+    if (length := config.data.sequence_length) > P:
+      raise RequestError(f"config.data.sequence_length={length}: the model has {P} positions")
     tokenizer = load_tokenizer(source.tokenizer_folder, source.cfg.V)
 
     for prompt in config.train.sample_prompts:
-      if (length := len(tokenize.encode_prompt(tokenizer, prompt))) >= max_length:
+      if (length := len(tokenize.encode_prompt(tokenizer, prompt))) >= P:
         raise RequestError(
           f"config.train.sample_prompts: {prompt[:40]!r}... has {length} tokens and the model "
-          f"{max_length} positions; shorten it"
+          f"{P} positions; shorten it"
         )
 
     # ---- Data: every document and every token accounted for --------------------------------------
@@ -391,7 +390,8 @@ def finetune(
     # ---- State. The order is important: 1. a checkpoint of this run, the newest sound one; 2. the
     # pretrained weights; 3. new weights. Only 2 and 3 are beginnings, so only they are evaluated
     # and sampled as "before".
-    saved, tokens_seen = None, 0
+    saved = None
+    tokens_seen = 0
     if checkpoints:
       like = program.state.checkpointable
       saved, tokens_seen = restore_latest(checkpoints, like, total_steps, strict)

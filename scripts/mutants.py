@@ -204,8 +204,8 @@ FAULTS = (
   Fault(
     "checksums of a checkpoint are not compared where it is read",
     "jaxft/checkpoint/manager.py",
-    "wrong = [name for name in names if wanted.get(name) != found.get(name)]",
-    "wrong = [name for name in names if name not in wanted or name not in found]",
+    "wrong = [name for name in names if expected.get(name) != actual.get(name)]",
+    "wrong = [name for name in names if name not in expected or name not in actual]",
     ("test_checkpoint.py", "test_corruption.py"),
   ),
   Fault(

@@ -112,10 +112,9 @@ class CheckpointManager:
     self._nbytes = 0
     policies = [LatestN(max_to_keep), self._verified]
     if best_metric:
-      best = BestN(
-        get_metric_fn=self._metric, reverse=True, n=1, keep_checkpoints_without_metrics=False
+      policies.append(
+        BestN(get_metric_fn=self._metric, reverse=True, n=1, keep_checkpoints_without_metrics=False)
       )
-      policies.append(best)
     options = ocp.CheckpointManagerOptions(
       preservation_policy=AnyPreservationPolicy(policies),
       # Without it Orbax writes no metrics, and another process knows of no best one.
@@ -273,17 +272,17 @@ class CheckpointManager:
     Args:
       like: ShapeDtypeStructs with shardings. A leaf that is `PLACEHOLDER` stays so.
     """
-    wanted = self.metadata(step)["checksums"]
+    expected = self.metadata(step)["checksums"]
     state = like
     for batch in _split_by_size(like) if self._low_memory else [like]:
       read = self._restore(step, batch)
       state = jax.tree.map(lambda new, old: old if new is PLACEHOLDER else new, read, state)
     # Of the arrays where they are used: a bit that flips on the way to them shows too.
-    found = checksums(jax.tree.map(lambda x: None if x is PLACEHOLDER else x, state))
+    actual = checksums(jax.tree.map(lambda x: None if x is PLACEHOLDER else x, state))
     leaves = jax.tree_util.tree_leaves_with_path(like)
     skipped = {jax.tree_util.keystr(path) for path, x in leaves if x is PLACEHOLDER}
-    names = wanted.keys() - skipped | found.keys()
-    wrong = [name for name in names if wanted.get(name) != found.get(name)]
+    names = expected.keys() - skipped | actual.keys()
+    wrong = [name for name in names if expected.get(name) != actual.get(name)]
     if wrong:
       raise StorageError(
         f"{self._path(step)}: damaged ({min(wrong)} and {len(wrong) - 1} more leaves differ from "

@@ -220,8 +220,8 @@ def build_train_program(
 
   def loss_chunk(rows: int) -> int:
     rows //= rules.data_parallel_size(mesh)
-    asked, T = config.memory.loss_chunk, config.data.sequence_length
-    return loss.choose_chunk(asked, rows, T, vocab_rows, max_logits)
+    T = config.data.sequence_length
+    return loss.choose_chunk(config.memory.loss_chunk, rows, T, vocab_rows, max_logits)
 
   eval_rows = rules.eval_batch_size(config.train, mesh)
   chunk = loss_chunk(config.train.batch_size // A)

@@ -161,7 +161,8 @@ def make_streamed_grad_fn(
     layer_info = model.layer_info()
 
     def apply_layer(blocks, x, index):
-      block, info = model_with(blocks=blocks).blocks, layer_info.at(index)
+      block = model_with(blocks=blocks).blocks
+      info = layer_info.at(index)
 
       def apply_one(xs):
         x_BTD, positions_BT, segments_BT, keys_B = xs
@@ -207,8 +208,7 @@ def make_streamed_grad_fn(
     def backward(dx, xs):
       x, index = xs
       fetch = lambda tree: fetch_layer({"blocks": tree.get("blocks", {})}, index)
-      frozen = fetch(state.frozen)
-      params = fetch(state.params)
+      frozen, params = map(fetch, (state.frozen, state.params))
       # In float32, as the gradients of the accumulation steps are added up in the dtype of these.
       params_f32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
       _, vjp = jax.vjp(

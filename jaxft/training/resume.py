@@ -135,9 +135,7 @@ def restore_best(
         raise
       log(f"{error}; set aside as {checkpoints.quarantine(step).name}, and taking the next one")
       continue
-    why = "the best of the checkpoints on disk"
-    if best is None:
-      why = "no checkpoint on disk was evaluated"
+    why = "none on disk was evaluated" if best is None else "the best on disk"
     log(f"exporting the weights of step {step}: {why}")
     return step, weights
 

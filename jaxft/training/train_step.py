@@ -50,7 +50,8 @@ def make_grad_fn(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
     def micro_batch_grads(index, micro_batch):
-      B, model = micro_batch["ids"].shape[0], nnx.merge(graph, state.all_params)
+      B = micro_batch["ids"].shape[0]
+      model = nnx.merge(graph, state.all_params)
       keys_B = per_row_keys(key, index * B, B)
 
       # Scaled before the backward pass: its numbers then do not grow with the size of the batch.
