@@ -167,8 +167,8 @@ FAULTS = (
   Fault(
     "tokens are not made again for a tokenizer of the same size",
     "jaxft/hf/tokenizer.py",
-    "return hashlib.sha256(said.encode()).hexdigest()",
-    "return hashlib.sha256(str(len(said)).encode()).hexdigest()",
+    "return hashlib.sha256(content.encode()).hexdigest()",
+    "return hashlib.sha256(str(len(content)).encode()).hexdigest()",
     ("test_cache.py", "test_tokenizer.py"),
   ),
   Fault(
