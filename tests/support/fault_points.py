@@ -1,7 +1,10 @@
-"""Ends or breaks a training at a named point: python tests/support/fault_points.py POINT N ACTION [arguments of jaxft.train]
+"""End or break a training at a named point.
 
-The points are functions of jaxft and of Orbax, wrapped here before the command imports them; a normal run has none of it. The
-action comes at the Nth time that the point is passed, and the moment of it goes to the file that FAULT_FILE names.
+python tests/support/fault_points.py POINT N ACTION [arguments of jaxft.train]
+
+The points are functions of jaxft and of Orbax, wrapped here before the command imports them; a
+normal run has none of it. The action comes at the Nth time that the point is passed, and the moment
+of it goes to the file that FAULT_FILE names.
 """
 
 import contextlib
@@ -126,7 +129,8 @@ def arm(point: str, count: int, action: str) -> None:
 
 
 def main() -> None:
-  # Importing torch would be most of a start; where it is imported already (preloaded.py), exports are compared with it.
+  # Importing torch would be most of a start; where it is imported already (preloaded.py), exports
+  # are compared with it.
   sys.modules.setdefault("torch", None)
   point, count, action, *arguments = sys.argv[1:]
   if largest := os.environ.get("LARGEST_FILE"):

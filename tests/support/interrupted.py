@@ -1,4 +1,4 @@
-"""A run that is started again and again until it is through, and what must be as if it had been left alone."""
+"""A run that is started again until it ends, and must then equal an undisturbed one."""
 
 import os
 import signal
@@ -23,7 +23,8 @@ import tiny
 def get_config():
   c = tiny.config(Path({{folder!r}}), Path({{stories!r}}))
   c.model.dropout = 0.1
-  c.train.steps, c.train.save_every, c.train.eval_every, c.train.micro_batch_size = {STEPS}, {SAVE_EVERY}, 4, 4
+  c.train.steps, c.train.save_every = {STEPS}, {SAVE_EVERY}
+  c.train.eval_every, c.train.micro_batch_size = 4, 4
   c.train.keep_best_metric = "eval/loss"
   return c
 """

@@ -1,5 +1,8 @@
-"""Trains, and notes the rows that each device of this process is given: python tests/support/noted_batches.py FILE [arguments of
-jaxft.train] writes {"step/name/index in the batch": SHA-256 of the row's bytes}."""
+"""Train, and record the rows that each device of this process gets.
+
+python tests/support/noted_batches.py FILE [arguments of jaxft.train] writes {"step/name/index in
+the batch": SHA-256 of the row's bytes}.
+"""
 
 import hashlib
 import json
