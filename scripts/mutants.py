@@ -139,8 +139,8 @@ FAULTS = (
   Fault(
     "end tokens are masked as padding is",
     "jaxft/data/packing.py",
-    "mask[here] = piece.stop - n + np.arange(n) - start >= prompt",
-    "mask[here] = (piece.stop - n + np.arange(n) - start >= prompt) & (values[1:] != self._end)",
+    "mask[at] = span.stop - n + np.arange(n) - start >= prompt",
+    "mask[at] = (span.stop - n + np.arange(n) - start >= prompt) & (values[1:] != self._eos_id)",
     ("test_data.py", "test_packing.py"),
   ),
   Fault(

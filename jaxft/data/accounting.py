@@ -6,15 +6,9 @@ from typing import Any, TypedDict
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxft.data import tokenize
-from jaxft.data.packing import (
-  ClassificationDataset,
-  ConcatDataset,
-  PackedDataset,
-  SlidingWindowDataset,
-)
+from jaxft.data.packing import TokenDataset
+from jaxft.data.tokenize import TokenArrays
 
-TokenDataset = ConcatDataset | PackedDataset | ClassificationDataset | SlidingWindowDataset
 HELD_OUT_TAILS = "documents whose end is held out"  # a note of data_report.json
 
 
@@ -37,7 +31,7 @@ class Manifest(TypedDict):
 
 def build_report(
   manifest: Manifest,
-  stored: dict[str, tokenize.TokenArrays],
+  stored: dict[str, TokenArrays],
   laid_out: dict[str, TokenDataset],
   T: int,
 ) -> dict[str, Any]:

@@ -13,9 +13,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxft.data import columns, formats, readers, sources, token_cache, tokenize
-from jaxft.data.accounting import Manifest, TokenDataset, build_report, num_rows_and_steps
+from jaxft.data.accounting import Manifest, build_report, num_rows_and_steps
 from jaxft.data.formats import BadRowError, Example
-from jaxft.data.packing import ClassificationDataset, ConcatDataset, PackedDataset
+from jaxft.data.packing import (
+  ClassificationDataset,
+  ConcatDataset,
+  PackedDataset,
+  TokenDataset,
+)
 from jaxft.errors import RequestError
 from jaxft.utils.files import cache_dir
 from jaxft.utils.units import format_count
