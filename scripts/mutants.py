@@ -160,8 +160,8 @@ FAULTS = (
   Fault(
     "what is held out is trained on too",
     "jaxft/data/dataset.py",
-    "np.flatnonzero(batch_to == place)",
-    "np.flatnonzero(batch_to >= place)",
+    "np.flatnonzero(batch_splits == split)",
+    "np.flatnonzero(batch_splits >= split)",
     ("test_data.py",),
   ),
   Fault(
