@@ -20,9 +20,8 @@ from jaxft import config_checks
 from jaxft.checkpoint import manager
 from jaxft.checkpoint.manager import PLACEHOLDER, CheckpointManager
 from jaxft.data import formats, loader, tokenize
-from jaxft.data.accounting import TokenDataset
 from jaxft.data.dataset import build_dataset, prepare_data, read_examples
-from jaxft.data.packing import SlidingWindowDataset
+from jaxft.data.packing import SlidingWindowDataset, TokenDataset
 from jaxft.errors import RequestError
 from jaxft.generation import generation_config
 from jaxft.generation.sampler import Generator

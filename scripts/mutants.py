@@ -140,8 +140,8 @@ FAULTS = (
   Fault(
     "end tokens are masked as padding is",
     "jaxft/data/packing.py",
-    "mask[here] = piece.stop - n + np.arange(n) - start >= prompt",
-    "mask[here] = (piece.stop - n + np.arange(n) - start >= prompt) & (values[1:] != self._end)",
+    "mask[at] = span.stop - n + np.arange(n) - start >= prompt",
+    "mask[at] = (span.stop - n + np.arange(n) - start >= prompt) & (values[1:] != self._eos_id)",
     ("test_data.py", "test_packing.py"),
   ),
   Fault(
@@ -161,8 +161,8 @@ FAULTS = (
   Fault(
     "what is held out is trained on too",
     "jaxft/data/dataset.py",
-    "np.flatnonzero(batch_to == place)",
-    "np.flatnonzero(batch_to >= place)",
+    "np.flatnonzero(batch_splits == split)",
+    "np.flatnonzero(batch_splits >= split)",
     ("test_data.py",),
   ),
   Fault(

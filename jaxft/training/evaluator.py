@@ -5,8 +5,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxft.data import loader, memorization, tokenize
-from jaxft.data.accounting import TokenDataset
 from jaxft.data.dataset import PreparedData
+from jaxft.data.packing import TokenDataset
 from jaxft.generation.sampler import Generator
 from jaxft.generation.sampling import Sampling
 from jaxft.metrics.reporter import Reporter
