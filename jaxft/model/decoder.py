@@ -45,7 +45,7 @@ class Decoder(nnx.Module):
     segments_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
     keys_B: jax.Array | None = None,
-    rows_BTD: jax.Array | None = None,
+    embeds_BTD: jax.Array | None = None,
   ) -> jax.Array:
     """Hidden states (B, T, D) after the last norm, in the compute dtype.
 
@@ -54,14 +54,14 @@ class Decoder(nnx.Module):
       segments_BT: tokens see only tokens of their own segment; None: one segment a row.
       positions_BT: position ids; None: 0, 1, 2, ...
       keys_B: dropout keys, one for each row; None: no dropout.
-      rows_BTD: what `embed_tokens` gives for the ids, where their gradient is wanted (`add_embedding_grads`); None: it is called.
+      embeds_BTD: what `embed_tokens` gives for the ids, where their gradient is wanted (`add_embedding_grads`); None: it is called.
     """
 
     def cached(layer, cache, k, v):
       return (k, v, segments_BT, 0), cache
 
-    rows_BTD = self.embed_tokens(ids_BT) if rows_BTD is None else rows_BTD
-    return self._run(rows_BTD, segments_BT, positions_BT, keys_B, None, cached)[0]
+    embeds_BTD = self.embed_tokens(ids_BT) if embeds_BTD is None else embeds_BTD
+    return self._run(embeds_BTD, segments_BT, positions_BT, keys_B, None, cached)[0]
 
   def forward_cached(
     self,
@@ -87,8 +87,8 @@ class Decoder(nnx.Module):
       )
       return (k_BSNH, v_BSNH, segments_BS, cache.used), (k, v)
 
-    rows_BTD, kv = self.embed_tokens(ids_BT), (cache.k, cache.v)
-    h_BTD, (k, v) = self._run(rows_BTD, segments_BT, positions_BT, None, kv, cached, layers)
+    embeds_BTD, kv = self.embed_tokens(ids_BT), (cache.k, cache.v)
+    h_BTD, (k, v) = self._run(embeds_BTD, segments_BT, positions_BT, None, kv, cached, layers)
     return h_BTD, KVCache(k, v, segments_BS, cache.used + ids_BT.shape[1])
 
   def head(self) -> Head:
@@ -116,8 +116,8 @@ class Decoder(nnx.Module):
 
   def embed_tokens(self, ids_BT: jax.Array) -> jax.Array:
     """Rows of the token table, (B, T, D). They are read where the table is stored: it is never whole on a device for them."""
-    rows_BTD = self.compute.to_device(self.embed.tokens[...])[ids_BT].astype(self.compute.dtype)
-    return self.compute.constrain(self.compute.shard_rows(rows_BTD), ACTIVATION_AXES)
+    embeds_BTD = self.compute.to_device(self.embed.tokens[...])[ids_BT].astype(self.compute.dtype)
+    return self.compute.constrain(self.compute.shard_rows(embeds_BTD), ACTIVATION_AXES)
 
   def add_embedding_grads(self, gradient: dict, ids: jax.Array, d_rows: jax.Array) -> dict:
     """The gradient of the parameters with that of the rows that were looked up.
@@ -132,13 +132,13 @@ class Decoder(nnx.Module):
     return gradient | {"embed": gradient["embed"] | {"tokens": table_VD}}
 
   def embed_inputs(
-    self, rows_BTD: jax.Array, positions_BT: jax.Array, keys_B: jax.Array | None
+    self, embeds_BTD: jax.Array, positions_BT: jax.Array, keys_B: jax.Array | None
   ) -> jax.Array:
     """What goes into the first layer, (B, T, D)."""
     if not self.cfg.rotary_dim:
-      rows_BTD = rows_BTD + gather_weight(self.embed.positions, self.compute)[positions_BT]
+      embeds_BTD = embeds_BTD + gather_weight(self.embed.positions, self.compute)[positions_BT]
     return self.compute.constrain(
-      dropout(rows_BTD, self.cfg.embed_dropout, keys_B), ACTIVATION_AXES
+      dropout(embeds_BTD, self.cfg.embed_dropout, keys_B), ACTIVATION_AXES
     )
 
   def apply_layer(
@@ -159,10 +159,10 @@ class Decoder(nnx.Module):
     )
     return LayerInfo(windows_L, depths_L)
 
-  def _run(self, rows_BTD, segments_BT, positions_BT, keys_B, kv, cached, layers=None):
+  def _run(self, embeds_BTD, segments_BT, positions_BT, keys_B, kv, cached, layers=None):
     embed_keys_B, layers_keys_B = split_keys(keys_B, 2)
     if positions_BT is None:
-      positions_BT = default_positions(rows_BTD)
+      positions_BT = default_positions(embeds_BTD)
 
     def layer(carry, xs):
       x_BTD, kv = carry
@@ -178,7 +178,7 @@ class Decoder(nnx.Module):
         kv,
       ), None
 
-    x_BTD, of_layers = self.embed_inputs(rows_BTD, positions_BT, embed_keys_B), self.layer_info()
+    x_BTD, of_layers = self.embed_inputs(embeds_BTD, positions_BT, embed_keys_B), self.layer_info()
     if layers is not None:
       graph, carry = nnx.graphdef(self.blocks), (x_BTD, kv)
       for index, weights in enumerate(layers):

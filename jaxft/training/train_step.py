@@ -189,4 +189,4 @@ def hidden_states(
 ) -> jax.Array:
   """Hidden states (B, T, D) of a part of a batch."""
   how = {"segments_BT": part.get("segments"), "positions_BT": part.get("positions")}
-  return model(part["ids"], **how, keys_B=keys_B, rows_BTD=rows_BTD)
+  return model(part["ids"], **how, keys_B=keys_B, embeds_BTD=rows_BTD)
