@@ -34,7 +34,7 @@ class ModelConfig:
   tied: bool = True  # the output table is the token embedding
   head_bias: bool = False
   exact_gelu: bool = False  # with the error function (Cerebras-GPT); else approximated with tanh
-  classes: int = 0  # above 0: a classification head in place of the language head
+  classes: int = 0  # above 0: a classification head instead of the language head
   # What a run makes of the model (`hf/trainable_params.py`): its adapters, and what it trains.
   lora_rank: int = 0
   lora_scale: float = 0.0
