@@ -6,8 +6,8 @@ B batch, T length, V vocabulary, D model, F feed-forward, L layers, N heads, H h
 import math
 from typing import Any
 
-# Number of matrix products of an attention kernel, and the axis of the queries' length. Each product
-# is of all queries and half of the keys: no kernel computes blocks that are masked.
+# Matrix products of each attention kernel, and the axis of the queries' length. Each product is of
+# all queries and half of the keys: no kernel computes blocks that are masked.
 ATTENTION_KERNELS = {
   "dot_product_attention_fwd": (2, 1),  # cuDNN, (B, T, N, H)
   "dot_product_attention_bwd": (5, 1),

@@ -338,7 +338,7 @@ def test_a_compiler_that_dies_is_told_in_a_line(monkeypatch):
 def _start_with(compiler, start):
   compiler._stderr = tempfile.TemporaryFile("w+")
   pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=compiler._stderr, text=True)
-  compiler._child = start(None, **pipes)
+  compiler._process = start(None, **pipes)
 
 
 def test_published_models_are_known_without_a_network(monkeypatch, tmp_path):
