@@ -130,10 +130,21 @@ GPUS = {
 }
 GPUS["t4"] = GPUS["t4"]._replace(node=4, bfloat16=False)
 TPUS = {
-  "v5e": Tpu("TPU v5 lite", int(15.75 * GIB), 819 * GIGA, 197 * TERA, 200 * GIGA),
-  "v5p": Tpu("TPU v5", int(95.74 * GIB), 2765 * GIGA, 459 * TERA, 600 * GIGA),
-  "v6e": Tpu("TPU v6 lite", int(31.25 * GIB), 1640 * GIGA, 918 * TERA, 400 * GIGA),
-  "tpu7x": Tpu("TPU7x", int(94.75 * GIB), 3690 * GIGA, 2307 * TERA // 2, 300 * GIGA, 2),
+  name: Tpu(
+    label=label,
+    usable=int(usable * GIB),
+    bandwidth=bandwidth * GIGA,
+    flops=int(teraflops * TERA),
+    link=link * GIGA,
+    devices=devices,
+  )
+  for name, label, usable, bandwidth, teraflops, link, devices in (
+    # name, label, usable memory (GiB), bandwidth (GB/s), TFLOP/s, link (GB/s), devices a chip
+    ("v5e", "TPU v5 lite", 15.75, 819, 197, 200, 1),
+    ("v5p", "TPU v5", 95.74, 2765, 459, 600, 1),
+    ("v6e", "TPU v6 lite", 31.25, 1640, 918, 400, 1),
+    ("tpu7x", "TPU7x", 94.75, 3690, 1153.5, 300, 2),
+  )
 }
 NVIDIA = "https://www.nvidia.com/en-us/"
 GEFORCE = "https://images.nvidia.com/aem-dam/Solutions/geforce/"
@@ -213,7 +224,8 @@ def parse_device(name: str) -> Target:
         reason = f"{kind} comes in nodes of {node}; give a multiple of it, or fewer"
         raise RequestError(f"--device={name!r}: {reason}")
       return Target(name=name, kind=kind, count=count, topology="")
-  gpus, tpus = f"{', '.join(GPUS)}, each with xN for N of them", ", ".join(TPUS)
+  gpus = f"{', '.join(GPUS)}, each with xN for N of them"
+  tpus = ", ".join(TPUS)
   raise RequestError(
     f"--device={name!r}: not known; there are cpu, {gpus}, and slices of {tpus} such as v5e:2x4"
   )

@@ -120,7 +120,8 @@ class Reporter:
       ideal_step_seconds: of a step at peak FLOP/s, for the MFU; None where the peak is not known.
       num_rows: rows of an epoch.
     """
-    self.tokens_seen, self.clock = tokens_seen, StepTimer()
+    self.tokens_seen = tokens_seen
+    self.clock = StepTimer()
     self._train, self._total_steps = config.train, total_steps
     self._entropy_floor, self._device = entropy_floor, device
     self._num_nonfinite = 0  # steps in a row

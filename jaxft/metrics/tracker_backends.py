@@ -115,7 +115,8 @@ class MLflow:
     self._samples = list(run.samples)
 
   def _find_or_create(self, run: TrackerRun, artifacts: str | None) -> str:
-    client, run_filter = self._client, f"tags.`jaxft.id` = '{run.id}'"
+    client = self._client
+    run_filter = f"tags.`jaxft.id` = '{run.id}'"
     experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
     if not experiment_id:
       name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT

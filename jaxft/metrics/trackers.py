@@ -109,10 +109,12 @@ class TrackerGroup:
   def __enter__(self) -> "TrackerGroup":
     for name in self._names:
       if name in self._resumed_names:
-        run, backlog, sent = self._run | {"samples": self._sent_samples}, {}, self._sent
+        run = self._run | {"samples": self._sent_samples}
+        client = TrackerClient(name, run, backlog={}, sent=self._sent)
       else:  # a tracker that is new to the run gets all of it
-        run, backlog, sent = self._run | {"samples": []}, self._entries, set()
-      self._clients.append(TrackerClient(name, run, backlog, sent))
+        run = self._run | {"samples": []}
+        client = TrackerClient(name, run, backlog=self._entries, sent=set())
+      self._clients.append(client)
     return self
 
   def log(self, kind: str, entry: dict[str, Any]) -> None:
@@ -130,7 +132,7 @@ class TrackerGroup:
 
 
 class TrackerClient(threading.Thread):
-  """Sends lines to the process of one tracker, and waits for its answers, in place of the run."""
+  """Sends lines to the process of one tracker and waits for its answers, so that no step does."""
 
   def __init__(
     self,

@@ -47,7 +47,7 @@ def collectives(text: str) -> list[Collective]:
   """Returns every collective of a program, from `compiled.as_text()`."""
   computations, entry = _parse_computations(text)
   times = _execution_counts(computations, entry)
-  found = []
+  ops = []
   channels = set()
   for name, lines in computations.items():
     for line in lines:
@@ -60,8 +60,8 @@ def collectives(text: str) -> list[Collective]:
           channels.add(channel[1])
         # libtpu's fusion of an all-reduce with a slice of it, which is what travels.
         kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else match[2]
-        found.append(Collective(kind, _largest_shapes(match[1]), times[name]))
-  return found
+        ops.append(Collective(kind, _largest_shapes(match[1]), times[name]))
+  return ops
 
 
 def bytes_by_kind(ops: list[Collective]) -> dict[str, int]:
@@ -75,8 +75,8 @@ def bytes_by_kind(ops: list[Collective]) -> dict[str, int]:
 def hbm_bytes(text: str) -> int:
   """Returns the bytes that a program reads from a device's memory and writes to it, in one run.
 
-  A fusion reads its operands and writes its result once. If an array is only sliced or updated in
-  place, its slice counts: the weights of all layers go into every iteration of the loop over
+  A fusion reads its operands and writes its result once. If an array is only sliced, or updated by
+  a slice, the slice counts: the weights of all layers go into every iteration of the loop over
   layers, which reads those of one.
   """
   computations, entry = _parse_computations(text)
@@ -115,7 +115,8 @@ def _parse_instruction(line: str) -> Instruction | None:
   if not match:
     return None
   name, shape, op, rest = match.groups()
-  depth, end = 1, 0
+  depth = 1
+  end = 0
   while end < len(rest) and depth:
     depth += {"(": 1, ")": -1}.get(rest[end], 0)
     end += 1
@@ -169,7 +170,7 @@ def _fusion_bytes_read(module: HloModule, fused: str, index: int, nbytes: int) -
     elif it.op in ("dynamic-slice", "slice", "gather") and uses == [0]:
       total += it.nbytes
     elif it.op == "dynamic-update-slice" and uses == [0]:
-      total += 0  # in place: what it writes is counted as written
+      total += 0  # a donated buffer: its slice is counted as written
     elif it.op == "fusion":
       total += sum(_fusion_bytes_read(module, it.called[0], i, nbytes) for i in uses)
     elif it.op not in ("tuple", "get-tuple-element"):
@@ -226,8 +227,10 @@ def _execution_counts(computations: dict[str, list[str]], entry: str) -> collect
 
 
 def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
-  """Returns the trip count of a loop: as the compiler notes it or, as libtpu (0.0.42) does not, the
-  number that its counter is compared with; 1 if there is neither."""
+  """Returns the trip count of a loop, or 1 if it is not known.
+
+  The compiler notes it or, as libtpu (0.0.42) does not, it is the limit of the loop's counter.
+  """
   if known := TRIP_COUNT.search(line):
     return int(known[1])
   condition = "\n".join(computations.get(CONDITION.search(line)[1], ()))
@@ -246,5 +249,5 @@ def _largest_shapes(text: str) -> Shapes:
 
 def _parse_shapes(text: str) -> Shapes:
   """Returns the arrays of a known dtype in "f32[2,3], ..."."""
-  found = [(dtype, dims.split(",")) for dtype, dims in SHAPE.findall(text) if dtype in DTYPE_BYTES]
-  return tuple((dtype, tuple(int(size) for size in dims if size)) for dtype, dims in found)
+  arrays = [(dtype, dims.split(",")) for dtype, dims in SHAPE.findall(text) if dtype in DTYPE_BYTES]
+  return tuple((dtype, tuple(int(size) for size in dims if size)) for dtype, dims in arrays)

@@ -1,4 +1,4 @@
-"""A plan: will it fit, how full, how fast, what to change; as one dict, which `--json` prints."""
+"""Makes a plan, a dict that `--json` prints: does a run fit, how fast is it, what to change."""
 
 import dataclasses
 import importlib.metadata

@@ -265,7 +265,8 @@ def _html_section(plan: dict[str, Any]) -> str:
     out.append(f'<p class="no">as it is: {e(plan["refused"])}</p>')
   else:
     total = max(plan["peak_bytes"], plan["usable_bytes"])
-    rows, blocks = [], ""
+    rows = []
+    blocks = ""
     for name, nbytes in plan["breakdown"].items():
       if nbytes:
         size, width = format_bytes(nbytes), f"{100 * nbytes / total:.2f}%"

@@ -65,7 +65,10 @@ def find_settings(
   least = min((it.state_bytes for it in untried), default=None)
   # Measured over estimated bytes, for each remat policy.
   correction = dict.fromkeys(SEARCH_SPACE["memory.remat"], 1.0)
-  size = lambda it: it.state_bytes + correction[it.settings["memory.remat"]] * it.other_bytes
+
+  def size(it: Candidate) -> float:
+    return it.state_bytes + correction[it.settings["memory.remat"]] * it.other_bytes
+
   fitting: list[dict[str, Any]] = []
   lost: list[dict[str, Any]] = []
   started = time.monotonic()
@@ -155,7 +158,7 @@ def candidates(config: ConfigDict, cfg: ModelConfig, target: specs.Target) -> li
   """Returns every mesh, micro-batch and choice of SEARCH_SPACE that divides model and batch."""
   cost = CostModel.from_config(config, cfg, target)
   platform = "tpu" if target.kind in specs.TPUS else "gpu"
-  found = []
+  results = []
   for data, fsdp, tensor in meshes(cfg, target):
     if config.train.batch_size % (data * fsdp):
       continue
@@ -172,7 +175,7 @@ def candidates(config: ConfigDict, cfg: ModelConfig, target: specs.Target) -> li
       if offload.validate_offload(platform, shapes, settings["memory.offload"]):
         continue
       B = micro or rows
-      found.append(
+      results.append(
         Candidate(
           settings=settings,
           seconds=cost.seconds(settings, B),
@@ -180,7 +183,7 @@ def candidates(config: ConfigDict, cfg: ModelConfig, target: specs.Target) -> li
           other_bytes=cost.other_bytes(settings, B),
         )
       )
-  return found
+  return results
 
 
 def meshes(cfg: ModelConfig, target: specs.Target) -> list[tuple[int, int, int]]:
@@ -190,12 +193,12 @@ def meshes(cfg: ModelConfig, target: specs.Target) -> list[tuple[int, int, int]]
   """
   n, spec = target.count, target.spec
   node = min(n, spec.node if isinstance(spec, specs.Gpu) else n)
-  found = []
+  results = []
   for tensor in (1, 2, 4, 8):
     if node % tensor == 0 and cfg.N % tensor == 0 and cfg.F % tensor == 0:
-      found += [
+      results += [
         (n // tensor // fsdp, fsdp, tensor)
         for fsdp in sorted({n // tensor, node // tensor, 1}, reverse=True)
         if cfg.D % fsdp == 0
       ]
-  return found
+  return results

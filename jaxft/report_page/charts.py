@@ -83,7 +83,8 @@ def chart(
     aria_label=f"{title}, {unit}",
   )
   label = lambda text, class_, style: element("span", text, class_=class_, style=style)
-  left, top = lambda x: f"left:{to_x(x) / BOX_SIZE:.2%}", lambda y: f"top:{to_y(y) / BOX_SIZE:.2%}"
+  left = lambda x: f"left:{to_x(x) / BOX_SIZE:.2%}"
+  top = lambda y: f"top:{to_y(y) / BOX_SIZE:.2%}"
   y_texts = map(format_tick, y_ticks) if log else format_ticks(y_ticks)
   labels = [label(text, "y", top(y)) for y, text in zip(y_ticks, y_texts)]
   labels += [label(text, "x", left(x)) for x, text in zip(x_ticks, format_ticks(x_ticks))]

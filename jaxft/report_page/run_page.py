@@ -86,7 +86,7 @@ def _lead(record: RunRecord) -> list[Any]:
     )
   if record.exported_step < record.last_step:
     steps = f"step {record.exported_step:,} of {record.last_step:,}"
-    parts.append(f" The weights of {steps} were exported, the best that were kept.")
+    parts.append(f" The weights of {steps} were exported, the best that were saved.")
   return parts
 
 
@@ -284,7 +284,8 @@ def _dot(name: str) -> Html:
 
 
 def _data(record: RunRecord) -> Html | None:
-  report, kinds = record.data, ("rows", "tokens")
+  report = record.data
+  kinds = ("rows", "tokens")
   if not any(get_dict(report, kind) for kind in kinds):
     return None
 

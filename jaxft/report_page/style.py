@@ -2,8 +2,8 @@
 
 from jaxft.plan.rendering import MEMORY_COLOURS
 
-# Distinguishable colours: blue, vermilion, green, purple, ochre, sky (after Okabe and Ito), for light
-# and dark screens.
+# Distinguishable colours: blue, vermilion, green, purple, ochre, sky (after Okabe and Ito), for
+# light and dark screens.
 LIGHT_COLOURS = ("#0b62a4", "#c1440e", "#00795a", "#8e4585", "#8a6a00", "#2a7fa8")
 DARK_COLOURS = ("#6cb6f0", "#f0885a", "#4fc3a1", "#d59ad0", "#dcb84c", "#8fd0ee")
 
@@ -14,8 +14,8 @@ STYLE = (
   + " ".join(f"--c{i}: {colour};" for i, colour in enumerate(LIGHT_COLOURS))
   + """ }
 @media (prefers-color-scheme: dark) { :root { --ground: #131416; --card: #1a1c1f; --text: #e7e7e4;
-  --soft: #a0a4a9; --line: #303338; --grid: #26292d; --shade: #000c; --bad: #ff8a80; --good: #4fc3a1;
-  """
+  --soft: #a0a4a9; --line: #303338; --grid: #26292d; --shade: #000c; --bad: #ff8a80;
+  --good: #4fc3a1; """
   + " ".join(f"--c{i}: {colour};" for i, colour in enumerate(DARK_COLOURS))
   + """ } }
 * { box-sizing: border-box; }

@@ -534,7 +534,7 @@ def test_where_the_best_weights_are_exported_it_is_their_loss_that_counts(tmp_pa
   files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": drawn}
   page = shown(write(tmp_path / "w", changes={"train.keep_best_metric": "eval/loss"}, **files))
   assert "Eval loss fell from 4.000 to 2.000" in page.text
-  assert "The weights of step 50 of 100 were exported, the best that were kept" in page.text
+  assert "The weights of step 50 of 100 were exported, the best that were saved" in page.text
 
 
 def test_where_training_made_it_worse_the_page_says_so(tmp_path):
