@@ -432,20 +432,19 @@ def finetune(
     exit_stack.enter_context(record_run(workdir, mesh, run_info, run_page.write))
     model_flops = flops.model_flops(cfg, config.train.batch_size, rows.seq_len)
     target = specs.local_target(device, mesh.size)
-    ideal_step_seconds = roofline.ideal_step_seconds(target, mesh.size, model_flops)
     system = SystemMetrics(is_main and config.tracking.system_metrics, workdir)
     exit_stack.enter_context(system)
     reporter = Reporter(
-      config,
-      workdir,
-      start,
-      total_steps,
-      tokens_seen,
-      data.entropy_floor,
-      device,
-      ideal_step_seconds,
-      system,
-      len(rows),
+      config=config,
+      workdir=workdir,
+      start=start,
+      total_steps=total_steps,
+      tokens_seen=tokens_seen,
+      entropy_floor=data.entropy_floor,
+      device=device,
+      ideal_step_seconds=roofline.ideal_step_seconds(target, mesh.size, model_flops),
+      system=system,
+      num_rows=len(rows),
     )
     trackers = TrackerGroup(config, workdir, start, reporter.metrics, reporter.samples, is_main)
     reporter.on_entry = exit_stack.enter_context(trackers).log
