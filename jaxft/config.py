@@ -1,6 +1,7 @@
 """Every setting of a run: its name, default, unit and meaning, in one table.
 
-A config file (`configs/X.py`) has `get_config()`, which starts from `default()` and sets what the experiment is about.
+A config file (`configs/X.py`) has `get_config()`, which starts from `default()` and sets what the
+experiment is about.
 """
 
 import difflib
@@ -35,400 +36,400 @@ from jaxft.utils.files import expand_user
 class Setting(NamedTuple):
   name: str
   default: Any  # the type itself where no default makes sense (the value is then None)
-  check: Check
   doc: str
+  check: Check = any_value
   literals: tuple[str, ...] = ()  # values of another type than the default's
 
 
 EPOCH = ("epoch",)
 SETTINGS = (
-  Setting(
-    "model.path", "", any_value, "checkpoint to start from: a Hugging Face hub id or a folder"
-  ),
-  Setting("model.revision", "main", any_value, "branch, tag or commit of the hub id"),
+  Setting("model.path", "", "checkpoint to start from: a Hugging Face hub id or a folder"),
+  Setting("model.revision", "main", "branch, tag or commit of the hub id"),
   Setting(
     "model.torch_bin",
     False,
-    any_value,
-    "read pytorch_model*.bin, a pickle, where there are no other weights: through torch, which then must be installed, "
-    "with weights_only=True",
+    "read pytorch_model*.bin, a pickle, where there are no other weights: through torch, which "
+    "then must be installed, with weights_only=True",
   ),
   Setting(
     "model.init",
     "pretrained",
-    one_of("pretrained", "scratch"),
     "read the weights, or draw new ones",
+    check=one_of("pretrained", "scratch"),
   ),
   Setting(
     "model.head",
     "lm",
-    one_of("lm", "classification"),
     "lm writes text; classification tells the labels of data.format=classification apart",
+    check=one_of("lm", "classification"),
   ),
   Setting(
     "model.config",
     "",
-    any_value,
     "config.json of the model to draw from scratch; empty: the one in model.path",
   ),
   Setting(
     "model.config_overrides",
     "",
-    config_overrides,
-    "keys of that config.json with other values, for a model drawn from scratch: n_embd=512,n_layer=4",
+    "keys of that config.json with other values, for a model drawn from scratch: "
+    "n_embd=512,n_layer=4",
+    check=config_overrides,
   ),
   Setting(
-    "model.tokenizer",
-    "",
-    any_value,
-    "folder or hub id of another tokenizer; empty: the one in model.path",
+    "model.tokenizer", "", "folder or hub id of another tokenizer; empty: the one in model.path"
   ),
   Setting(
     "model.compute_dtype",
     "auto",
-    compute_dtype,
     "dtype of activations; auto: bfloat16 on GPU and TPU, float32 on CPU",
+    check=compute_dtype,
   ),
   Setting(
     "model.param_dtype",
     "float32",
-    one_of("float32", "bfloat16"),
-    "of the matrices of layers; bfloat16 takes half the memory, and rounds updates up or down by chance",
+    "of the matrices of layers; bfloat16 takes half the memory, and rounds updates up or down by "
+    "chance",
+    check=one_of("float32", "bfloat16"),
   ),
   Setting(
     "model.attention",
     "auto",
-    one_of("auto", "cudnn", "splash", "chunked", "reference"),
-    "auto: cudnn or splash where the hardware has it, else chunked; reference: all probabilities in memory",
+    "auto: cudnn or splash where the hardware has it, else chunked; reference: all probabilities "
+    "in memory",
+    check=one_of("auto", "cudnn", "splash", "chunked", "reference"),
   ),
   Setting(
     "model.dropout",
     float,
-    between(0, 1),
     "dropout everywhere; unset: the rates of the model's config.json",
+    check=between(0, 1),
   ),
   Setting(
     "data.train",
     (),
-    any_value,
-    "one or more sources: hub:NAME[:SPLIT], or a .txt, .jsonl, .csv or .parquet file, glob or folder; with @WEIGHT after "
-    "it an epoch passes so often over its documents: stories.jsonl@0.5",
+    "one or more sources: hub:NAME[:SPLIT], or a .txt, .jsonl, .csv or .parquet file, glob or "
+    "folder; with @WEIGHT after it an epoch passes so often over its documents: stories.jsonl@0.5",
   ),
-  Setting(
-    "data.validation",
-    (),
-    any_value,
-    "sources to evaluate on; empty: split off the training documents",
-  ),
+  Setting("data.validation", (), "sources to evaluate on; empty: split off the training documents"),
   Setting(
     "data.unrelated",
     (),
-    any_value,
-    "sources of text that has nothing to do with data.train: evaluated with the held-out text, to see what was forgotten",
+    "sources of text that has nothing to do with data.train: evaluated with the held-out text, to "
+    "see what was forgotten",
   ),
   Setting(
     "data.validation_fraction",
     0.05,
-    between(0, 1),
-    "share of documents held out when data.validation is empty; of fewer documents than that the end of each; 0: nothing "
-    "is held out, and there is no eval loss",
+    "share of documents held out when data.validation is empty; of fewer documents than that the "
+    "end of each; 0: nothing is held out, and there is no eval loss",
+    check=between(0, 1),
   ),
   Setting(
     "data.format",
     "text",
-    one_of("text", "prompt_completion", "classification"),
-    "what a row is: text to learn, a prompt and the completion to learn, or text and its label (the folder's name, for .txt "
-    "files)",
+    "what a row is: text to learn, a prompt and the completion to learn, or text and its label "
+    "(the folder's name, for .txt files)",
+    check=one_of("text", "prompt_completion", "classification"),
   ),
-  Setting("data.text_column", "text", any_value, "column that holds the text"),
-  Setting("data.prompt_column", "prompt", any_value, "column of the prompt, for prompt_completion"),
+  Setting("data.text_column", "text", "column that holds the text"),
+  Setting("data.prompt_column", "prompt", "column of the prompt, for prompt_completion"),
   Setting(
-    "data.completion_column",
-    "completion",
-    any_value,
-    "column of the completion, for prompt_completion",
+    "data.completion_column", "completion", "column of the completion, for prompt_completion"
   ),
-  Setting("data.label_column", "label", any_value, "column of the label, for classification"),
+  Setting("data.label_column", "label", "column of the label, for classification"),
   Setting(
     "data.template",
     "{prompt}{completion}",
-    any_value,
-    "how a prompt and its completion are put together; what follows the prompt's text is learned from {completion} on. With "
-    "data.format=text another one puts columns of the row together, all of it to be learned: Question: {q}. Answer: {a}",
+    "how a prompt and its completion are put together; what follows the prompt's text is learned "
+    "from {completion} on. With data.format=text another one puts columns of the row together, all "
+    "of it to be learned: Question: {q}. Answer: {a}",
   ),
   Setting(
     "data.encoding",
     "utf-8",
-    encoding,
     "of text, JSON and CSV files: utf-8, cp1252, latin-1, utf-16, ...",
+    check=encoding,
   ),
   Setting(
-    "data.separator",
-    "",
-    any_value,
-    "text that cuts a .txt file into documents; empty: a file is one document",
+    "data.separator", "", "text that cuts a .txt file into documents; empty: a file is one document"
   ),
   Setting(
     "data.on_bad_row",
     "error",
-    one_of("error", "skip"),
     "end the run at a row that is no text, or count it and go on",
+    check=one_of("error", "skip"),
   ),
   Setting(
     "data.duplicates",
     "keep",
-    one_of("keep", "drop"),
     "what becomes of a document that was read before",
+    check=one_of("keep", "drop"),
   ),
   Setting(
     "data.layout",
     "concat",
-    one_of("concat", "pack", "pad"),
-    "concat: one stream cut into rows; pack: several examples a row that do not see each other; pad: one example a row",
+    "concat: one stream cut into rows; pack: several examples a row that do not see each other; "
+    "pad: one example a row",
+    check=one_of("concat", "pack", "pad"),
   ),
   Setting(
     "data.cache_dir",
     "",
-    any_value,
     "folder that keeps the tokens; empty: ~/.cache/jaxft/tokens (or XDG_CACHE_HOME)",
   ),
   Setting(
     "data.nats_column",
     "",
-    any_value,
-    "column with -log p of each document in nats, where the text was drawn from "
-    "a known distribution: the floor no model can beat is then printed beside the eval loss",
+    "column with -log p of each document in nats, where the text was drawn from a known "
+    "distribution: the floor no model can beat is then printed beside the eval loss",
   ),
-  Setting("data.sequence_length", 512, at_least(2), "tokens a row"),
+  Setting("data.sequence_length", 512, "tokens a row", check=at_least(2)),
   Setting(
     "data.limit_train",
     0,
-    at_least(0),
     "use this many training documents, drawn with shuffle_seed; 0: all",
+    check=at_least(0),
   ),
   Setting(
     "data.limit_validation",
     0,
-    at_least(0),
     "use this many validation documents, drawn likewise; 0: all",
+    check=at_least(0),
   ),
   Setting(
     "data.shuffle_seed",
     0,
-    between(0, 2**31),
     "seed of the order of rows and of every draw of documents",
+    check=between(0, 2**31),
   ),
-  Setting("train.steps", 0, at_least(0), "optimizer steps; 0: as many as train.epochs takes"),
+  Setting("train.steps", 0, "optimizer steps; 0: as many as train.epochs takes", check=at_least(0)),
   Setting(
     "train.epochs",
     0.0,
-    at_least(0),
     "passes over the training rows; 0: train.steps says when to end",
+    check=at_least(0),
   ),
-  Setting("train.batch_size", 8, at_least(1), "sequences per optimizer step, over all devices"),
+  Setting(
+    "train.batch_size", 8, "sequences per optimizer step, over all devices", check=at_least(1)
+  ),
   Setting(
     "train.micro_batch_size",
     0,
-    at_least(0),
     "most sequences a device takes at once; a batch that is larger is accumulated; 0: no limit",
+    check=at_least(0),
   ),
   Setting(
     "train.profile_steps",
     0,
-    at_least(0),
     "optimizer steps, from the third on, that JAX's profiler traces into WORKDIR/profile",
+    check=at_least(0),
   ),
-  Setting("train.seed", 0, between(0, 2**31), "seed of dropout, of new weights and of the samples"),
   Setting(
-    "train.log_every", 10, at_least(1), "steps between lines of metrics.jsonl, or epoch", EPOCH
+    "train.seed", 0, "seed of dropout, of new weights and of the samples", check=between(0, 2**31)
+  ),
+  Setting(
+    "train.log_every",
+    10,
+    "steps between lines of metrics.jsonl, or epoch",
+    check=at_least(1),
+    literals=EPOCH,
   ),
   Setting(
     "train.eval_every",
     0,
-    at_least(0),
     "steps between evaluations, or epoch; 0: only before the first and after the last",
-    EPOCH,
+    check=at_least(0),
+    literals=EPOCH,
   ),
   Setting(
     "train.eval_batch_size",
     0,
-    at_least(0),
     "sequences an evaluation takes at once, over all devices; 0: as many as training does",
+    check=at_least(0),
   ),
-  Setting("train.eval_batches", 0, at_least(0), "batches an evaluation; 0: all validation rows"),
+  Setting(
+    "train.eval_batches", 0, "batches an evaluation; 0: all validation rows", check=at_least(0)
+  ),
   Setting(
     "train.save_every",
     500,
-    at_least(0),
     "steps between checkpoints, or epoch; 0: only after the last",
-    EPOCH,
+    check=at_least(0),
+    literals=EPOCH,
   ),
-  Setting("train.keep", 2, at_least(1), "newest checkpoints to keep"),
+  Setting("train.keep", 2, "newest checkpoints to keep", check=at_least(1)),
   Setting(
     "train.keep_best_metric",
     "",
-    one_of("", "eval/loss", "eval/perplexity"),
-    "keep the checkpoint with the least of this too: one is saved after each evaluation; empty: only the newest",
+    "keep the checkpoint with the least of this too: one is saved after each evaluation; empty: "
+    "only the newest",
+    check=one_of("", "eval/loss", "eval/perplexity"),
   ),
   Setting(
     "train.early_stopping_patience",
     0,
-    at_least(0),
     "evaluations without a lower eval loss that end the run; 0: none do",
+    check=at_least(0),
   ),
   Setting(
     "train.max_bad_steps",
     1,
-    at_least(1),
     "non-finite steps in a row that end the run (they change no weight)",
+    check=at_least(1),
   ),
   Setting(
-    "train.sample_prompts",
-    (),
-    any_value,
-    "prompts completed before and after training, with the same seed",
+    "train.sample_prompts", (), "prompts completed before and after training, with the same seed"
   ),
   Setting(
-    "train.sample_every", 0, at_least(0), "steps between further samples; 0: only before and after"
+    "train.sample_every",
+    0,
+    "steps between further samples; 0: only before and after",
+    check=at_least(0),
   ),
-  Setting("train.sample_tokens", 100, at_least(1), "tokens drawn for each prompt"),
+  Setting("train.sample_tokens", 100, "tokens drawn for each prompt", check=at_least(1)),
   Setting(
     "train.only",
     (),
-    any_value,
-    "names of the weights to train, as the checkpoint has them, with * for anything: transformer.h.11.*, "
-    "transformer.ln_f.*; the others stay as they are; empty: all are trained",
+    "names of the weights to train, as the checkpoint has them, with * for anything: "
+    "transformer.h.11.*, transformer.ln_f.*; the others stay as they are; empty: all are trained",
   ),
   Setting(
     "optim.name",
     "adamw",
-    one_of("adamw", "adafactor", "lion", "muon", "sgd"),
     "optimizer; muon: for matrices of layers, and adamw for the rest",
+    check=one_of("adamw", "adafactor", "lion", "muon", "sgd"),
   ),
-  Setting("optim.learning_rate", 5e-5, above(0), "peak learning rate"),
+  Setting("optim.learning_rate", 5e-05, "peak learning rate", check=above(0)),
   Setting(
-    "optim.schedule", "linear", one_of("constant", "linear", "cosine"), "course after the warm-up"
+    "optim.schedule",
+    "linear",
+    "course after the warm-up",
+    check=one_of("constant", "linear", "cosine"),
   ),
   Setting(
     "optim.warmup_steps",
     0,
-    at_least(0),
     "steps of linear warm-up, from 0; where the run has fewer, a tenth of them",
+    check=at_least(0),
   ),
   Setting(
     "optim.warmup_ratio",
     0.0,
-    between(0, 1),
     "share of all steps to warm up in; goes without warmup_steps",
+    check=between(0, 1),
   ),
   Setting(
-    "optim.end_learning_rate", 0.0, at_least(0), "learning rate that linear and cosine end at"
+    "optim.end_learning_rate", 0.0, "learning rate that linear and cosine end at", check=at_least(0)
   ),
   Setting(
     "optim.weight_decay",
     0.0,
-    at_least(0),
     "decoupled decay of matrices and embeddings (not biases, not norms)",
+    check=at_least(0),
   ),
-  Setting("optim.b1", 0.9, between(0, 1), "decay of the first moment (momentum for sgd)"),
-  Setting("optim.b2", 0.999, between(0, 1), "decay of the second moment"),
-  Setting("optim.eps", 1e-8, at_least(1e-30), "added to the root of the second moment"),
+  Setting("optim.b1", 0.9, "decay of the first moment (momentum for sgd)", check=between(0, 1)),
+  Setting("optim.b2", 0.999, "decay of the second moment", check=between(0, 1)),
+  Setting("optim.eps", 1e-08, "added to the root of the second moment", check=at_least(1e-30)),
   Setting(
-    "optim.clip_norm", 1.0, at_least(0), "largest global norm of the gradient; 0: no clipping"
+    "optim.clip_norm", 1.0, "largest global norm of the gradient; 0: no clipping", check=at_least(0)
   ),
   Setting(
-    "optim.state_dtype", "float32", one_of("float32", "bfloat16"), "dtype of the first moment"
+    "optim.state_dtype", "float32", "dtype of the first moment", check=one_of("float32", "bfloat16")
   ),
-  Setting("mesh.data", 1, axis_size, "devices that hold copies and split the batch; -1: the rest"),
+  Setting(
+    "mesh.data", 1, "devices that hold copies and split the batch; -1: the rest", check=axis_size
+  ),
   Setting(
     "mesh.fsdp",
     -1,
-    axis_size,
     "devices that split weights, optimizer state and the batch; -1: the rest",
+    check=axis_size,
   ),
   Setting(
     "mesh.tensor",
     1,
-    axis_size,
     "devices that split heads, feed-forward and vocabulary of each layer; -1: the rest",
+    check=axis_size,
   ),
   Setting(
     "mesh.zero_stage",
     3,
-    between(0, 4),
-    "what mesh.fsdp splits: 0 nothing but the batch, 1 the optimizer state, 2 and the gradients, 3 and the weights",
+    "what mesh.fsdp splits: 0 nothing but the batch, 1 the optimizer state, 2 and the gradients, 3 "
+    "and the weights",
+    check=between(0, 4),
   ),
   Setting(
     "memory.remat",
     "dots",
-    one_of("none", "dots", "full"),
-    "activations recomputed in the backward pass: none, all but matrix products and attention, all but each layer's input",
+    "activations recomputed in the backward pass: none, all but matrix products and attention, all "
+    "but each layer's input",
+    check=one_of("none", "dots", "full"),
   ),
   Setting(
     "memory.offload",
     "none",
-    one_of("none", "optimizer", "all"),
-    "kept in the host's memory: nothing; weights and optimizer state, with a copy of the weights in the compute dtype on the "
-    "device; weights, gradient and optimizer state, of which the device has one layer at a time",
+    "what the host's memory holds: nothing; weights and optimizer state, with a copy of the "
+    "weights in the compute dtype on the device; weights, gradient and optimizer state, of which "
+    "the device has one layer at a time",
+    check=one_of("none", "optimizer", "all"),
   ),
   Setting(
     "memory.loss_chunk",
     -1,
-    at_least(-1),
-    "positions a row whose logits exist at once; -1: as many as 128 MiB hold, on a GPU or TPU 512 MiB unless `memory.remat` is "
-    "full; 0: all of them",
+    "positions a row whose logits exist at once; -1: as many as 128 MiB hold, on a GPU or TPU 512 "
+    "MiB unless `memory.remat` is full; 0: all of them",
+    check=at_least(-1),
   ),
   Setting(
     "lora.rank",
     0,
-    at_least(0),
-    "rank of adapters that are trained in place of the weights; 0: none",
+    "rank of adapters that are trained instead of the weights; 0: none",
+    check=at_least(0),
   ),
-  Setting("lora.alpha", 16.0, above(0), "adapters are scaled by alpha / rank"),
-  Setting("lora.dropout", 0.0, between(0, 1), "dropout of what goes into an adapter"),
+  Setting("lora.alpha", 16.0, "adapters are scaled by alpha / rank", check=above(0)),
+  Setting("lora.dropout", 0.0, "dropout of what goes into an adapter", check=between(0, 1)),
   Setting(
     "lora.targets",
     (),
-    any_value,
-    "matrices with an adapter, by the ends of their names in the checkpoint: c_attn, mlp.c_proj, q_proj, ..., or all-linear; "
-    "empty: what PEFT takes, c_attn of GPT-2 and q_proj and v_proj of the others",
+    "matrices with an adapter, by the ends of their names in the checkpoint: c_attn, mlp.c_proj, "
+    "q_proj, ..., or all-linear; empty: what PEFT takes, c_attn of GPT-2 and q_proj and v_proj of "
+    "the others",
   ),
-  Setting("lora.layers", (), any_value, 'layers with an adapter, such as "0-3", "11"; empty: all'),
+  Setting("lora.layers", (), 'layers with an adapter, such as "0-3", "11"; empty: all'),
   Setting(
     "tracking.writers",
     (),
-    writers,
-    "trackers that are told of the run, beside the console and metrics.jsonl: tensorboard, mlflow, wandb, trackio; "
-    "docs/trackers.md",
+    "trackers of the run, beside the console and metrics.jsonl: tensorboard, mlflow, wandb, "
+    "trackio; docs/trackers.md",
+    check=writers,
   ),
-  Setting("tracking.run_name", "", any_value, "name of the run in trackers; empty: the workdir's"),
+  Setting("tracking.run_name", "", "name of the run in trackers; empty: the workdir's"),
   Setting(
     "tracking.logging_dir",
     "",
-    any_value,
     "folder of TensorBoard's files, one in it for each run; empty: WORKDIR/tensorboard",
   ),
   Setting(
     "tracking.system_metrics",
     False,
-    any_value,
-    "tell the load and memory of the host of process 0 and of its devices too, in metrics.jsonl and trackers",
+    "log the load and memory of the host of process 0 and of its devices too, in metrics.jsonl and "
+    "trackers",
   ),
-  Setting("export.out", "", any_value, "folder for the Hugging Face model; empty: WORKDIR/export"),
+  Setting("export.out", "", "folder for the Hugging Face model; empty: WORKDIR/export"),
   Setting(
     "export.dtype",
     "float32",
-    one_of("float32", "bfloat16", "float16"),
     "dtype of the exported weights",
+    check=one_of("float32", "bfloat16", "float16"),
   ),
   Setting(
-    "export.max_shard_size", "5GB", file_size, "largest weight file: a number and KB, MB, GB or TB"
+    "export.max_shard_size",
+    "5GB",
+    "largest weight file: a number and KB, MB, GB or TB",
+    check=file_size,
   ),
   Setting(
-    "export.push_to_hub",
-    "",
-    any_value,
-    "hub repository (OWNER/NAME) to upload the export to; empty: none",
+    "export.push_to_hub", "", "hub repository (OWNER/NAME) to upload the export to; empty: none"
   ),
 )
 MAX_INT = 2**31 - 1  # of a whole number: steps and rows are counted in 32 bits
@@ -445,11 +446,11 @@ PATH_SETTINGS = (
 )
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
-# Settings that say the same thing in two ways: where one is on the command line, the other one of the config file is set to
-# its default.
+# Two settings of one quantity: if one is on the command line, the other one of the config file is
+# set to its default.
 EXCLUSIVE_PAIRS = (("train.steps", "train.epochs"), ("optim.warmup_steps", "optim.warmup_ratio"))
 
-# Settings that may differ when a run is resumed: they change what is written, never what is learned.
+# Settings that may differ when a run is resumed: they change what is written, not what is learned.
 MUTABLE_ON_RESUME = frozenset(
   {
     "model.attention",
@@ -489,32 +490,33 @@ MUTABLE_ON_RESUME = frozenset(
 
 
 def default() -> ConfigDict:
-  """Every setting at its default, locked: an unknown key raises AttributeError with the nearest right name."""
+  """Return every setting at its default, locked: an unknown key raises AttributeError."""
   config = ConfigDict(type_safe=False)  # `normalize` and `validate` look at types
   for setting in SETTINGS:
     section, key = setting.name.split(".")
     if section not in config:
       config[section] = ConfigDict(type_safe=False)
-    kind = isinstance(setting.default, type)
-    config[section][key] = config_dict.placeholder(setting.default) if kind else setting.default
+    value = setting.default
+    config[section][key] = config_dict.placeholder(value) if isinstance(value, type) else value
   return config.lock()
 
 
 def normalize(config: ConfigDict) -> ConfigDict:
-  """A copy with the types that the settings have, where a value means one thing; `validate` tells of the rest.
+  """Return a copy whose values have the settings' types if their meaning is clear.
 
-  A path is its text, a text a tuple of it, a number of numpy the number, 1e3 is 1000, and ~ the user's home.
+  A Path becomes its text, a text a tuple of it, a numpy number the number, 1e3 becomes 1000 and ~
+  the user's home. `validate` reports the rest.
   """
-  made = ConfigDict(type_safe=False)
+  normalized = ConfigDict(type_safe=False)
   for name, value in flatten(config).items():
     section, _, key = name.partition(".")
-    if not key:  # no section: `validate` tells of it
-      made[section] = value
+    if not key:  # no section: `validate` reports it
+      normalized[section] = value
       continue
-    if section not in made:
-      made[section] = ConfigDict(type_safe=False)
-    made[section][key] = _normalize_value(BY_NAME[name], value) if name in BY_NAME else value
-  return made.lock()
+    if section not in normalized:
+      normalized[section] = ConfigDict(type_safe=False)
+    normalized[section][key] = _normalize_value(BY_NAME[name], value) if name in BY_NAME else value
+  return normalized.lock()
 
 
 def _normalize_value(setting: Setting, value: Any) -> Any:
@@ -523,13 +525,12 @@ def _normalize_value(setting: Setting, value: Any) -> Any:
     value = value.tolist()
   if kind is tuple:
     value = tuple(value) if isinstance(value, list) else value
-    several = value if isinstance(value, tuple) else () if value == "" else (value,)
-    several = () if several == ("",) else several  # --config.data.validation= says: none
-    return tuple(_expand_path(item, setting) for item in several)
+    items = value if isinstance(value, tuple) else (value,)
+    items = () if items == ("",) else items  # --config.data.validation= means none
+    return tuple(_expand_path(item, setting) for item in items)
   value = _expand_path(value, setting)
-  if (
-    setting.literals and isinstance(value, str) and value.isdecimal()
-  ):  # of the command line, which takes text here
+  # From the command line, which takes text here.
+  if setting.literals and isinstance(value, str) and value.isdecimal():
     return int(value)
   if isinstance(value, int | float) and not isinstance(value, bool):
     if kind is float:
@@ -544,7 +545,7 @@ def _expand_path(value: Any, setting: Setting) -> Any:
   return expand_user(value) if setting.name in PATH_SETTINGS and isinstance(value, str) else value
 
 
-# What other tools call a setting, where that is nearer to another one's name.
+# What other tools call a setting, if that is nearer to the name of another one.
 FOREIGN_NAMES = {
   "lr": "optim.learning_rate",
   "wd": "optim.weight_decay",
@@ -575,30 +576,31 @@ FOREIGN_NAMES = {
 
 
 def unknown_settings(names: list[str]) -> list[str]:
-  """One line for each name that is no setting, with the nearest one that is."""
+  """Return one line for each name that is no setting, with the nearest one that is."""
+  by_key = {known.split(".")[1]: known for known in BY_NAME}
   lines = []
   for name in names:
-    if name not in BY_NAME:
-      if there := FOREIGN_NAMES.get(name.split(".")[-1]):
-        lines.append(f"config.{name}: there is no such setting; here it is {there}")
-        continue
-      # The last part decides what was meant: `optim.lerning_rate`, `train.learning_rate` and `learning_rate` alike.
-      by_key = {known.split(".")[1]: known for known in BY_NAME}
-      near = difflib.get_close_matches(name, BY_NAME, 1) or [
-        by_key[key] for key in difflib.get_close_matches(name.split(".")[-1], by_key, 1)
-      ]
-      way_out = f"did you mean {near[0]}?" if near else "--print_config lists all settings"
-      lines.append(f"config.{name}: there is no such setting; {way_out}")
+    if name in BY_NAME:
+      continue
+    key = name.split(".")[-1]
+    # The key decides: `optim.lerning_rate`, `train.learning_rate` and `learning_rate` mean one.
+    near = difflib.get_close_matches(name, BY_NAME, 1)
+    near = near or [by_key[match] for match in difflib.get_close_matches(key, by_key, 1)]
+    way_out = f"did you mean {near[0]}?" if near else "--print_config lists all settings"
+    if key in FOREIGN_NAMES:
+      way_out = f"here it is {FOREIGN_NAMES[key]}"
+    lines.append(f"config.{name}: there is no such setting; {way_out}")
   return lines
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-  """{"train.steps": 3, ...} of a ConfigDict or of the nested dict in a config.json; tuples and lists become tuples."""
+  """Return {"train.steps": 3, ...} of a ConfigDict or of the nested dict in a config.json.
+
+  Lists become tuples.
+  """
   flat = {}
   for section, values in (config.to_dict() if isinstance(config, ConfigDict) else config).items():
-    if not isinstance(
-      values, Mapping
-    ):  # a key outside any section: the caller reports it as unknown
+    if not isinstance(values, Mapping):  # a key outside any section, which is reported as unknown
       flat[section] = values
       continue
     for key, value in values.items():
@@ -607,16 +609,15 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_prefix(config: ConfigDict) -> dict[str, Any]:
-  """{"config.train.steps": 3, ...}: as messages name settings."""
+  """Return {"config.train.steps": 3, ...}: settings by their names in messages."""
   return {f"config.{name}": value for name, value in flatten(config).items()}
 
 
 def validate(config: ConfigDict) -> list[str]:
-  """Everything wrong with the values themselves, one line each; files and devices are looked at elsewhere."""
+  """Return the errors of the values themselves, one line each; files and devices come later."""
   values = flatten(config)
-  lines = unknown_settings(list(values)) + [
-    f"config.{name}: missing" for name in BY_NAME if name not in values
-  ]
+  lines = unknown_settings(list(values))
+  lines += [f"config.{name}: missing" for name in BY_NAME if name not in values]
   for name in BY_NAME.keys() & values.keys():
     setting, value = BY_NAME[name], values[name]
     if value in setting.literals:
@@ -633,25 +634,23 @@ def validate(config: ConfigDict) -> list[str]:
 
 
 def diff_from_saved(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
-  """The settings that shape what is learned and differ between a saved config and this one, one line each."""
-  before, now = (
-    flatten(default()) | flatten(saved),
-    flatten(config),
-  )  # a setting that was not there yet had its default
+  """Return a line for each setting that changes what is learned and differs from a saved config."""
+  old = flatten(default()) | flatten(saved)  # a setting that did not exist yet had its default
+  new = flatten(config)
   return [
-    f"config.{name}={now.get(name)!r}: the run was started with {before.get(name)!r}"
-    for name in sorted(before.keys() | now.keys())
-    if name not in MUTABLE_ON_RESUME and before.get(name) != now.get(name)
+    f"config.{name}={new.get(name)!r}: the run was started with {old.get(name)!r}"
+    for name in sorted(old.keys() | new.keys())
+    if name not in MUTABLE_ON_RESUME and old.get(name) != new.get(name)
   ]
 
 
 def to_json(config: ConfigDict) -> str:
-  """The resolved config as JSON text, nested by section."""
+  """Return the resolved config as JSON text, nested by section."""
   return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
-  """The inverse of `to_json`; raises RequestError on anything that `to_json` cannot have written."""
+  """Invert `to_json`; raises RequestError for anything that it cannot have written."""
   try:
     flat = flatten(json.loads(text))
   except (ValueError, AttributeError, RecursionError) as error:
@@ -669,7 +668,7 @@ def from_json(text: str) -> ConfigDict:
 
 
 def load_run_config(file: Path) -> ConfigDict:
-  """The config.json that a run has left; raises RequestError when it is not what `to_json` wrote."""
+  """Read the config.json of a run; raises RequestError if `to_json` cannot have written it."""
   try:
     return from_json(file.read_text(encoding="utf-8"))
   except (OSError, UnicodeDecodeError) as error:
@@ -677,8 +676,9 @@ def load_run_config(file: Path) -> ConfigDict:
 
 
 def describe(config: ConfigDict) -> str:
-  """Every setting with its value and its meaning, as `--print_config` shows it."""
-  lines, values = [], flatten(config)
+  """Return every setting with its value and its meaning, as `--print_config` shows it."""
+  values = flatten(config)
+  lines = []
   for setting in SETTINGS:
     lines += [f"# {setting.doc}", f"config.{setting.name} = {values[setting.name]!r}"]
   return "\n".join(lines)

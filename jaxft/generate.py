@@ -101,7 +101,7 @@ class Completer:
     completions = self.model.generate(
       [self.prefix + prompt for prompt in prompts],
       stop_strings=self.stop_strings,
-      tell=on_text,
+      on_text=on_text,
       **self.settings,
     )
     return [it._replace(prompt=it.prompt.removeprefix(self.prefix)) for it in completions]

@@ -17,11 +17,11 @@ def complete():
   return config
 
 
-def test_a_complete_config_has_no_fault():
+def test_complete_config_is_valid():
   assert jaxft.config.validate(complete()) == []
 
 
-def test_every_setting_is_explained_and_its_default_is_right():
+def test_settings_have_docs_and_valid_defaults():
   for setting in jaxft.config.SETTINGS:
     assert len(setting.doc) > 3 and setting.doc in jaxft.config.describe(complete())
     assert isinstance(setting.default, type) or setting.check(setting.default) is None, setting.name
@@ -38,7 +38,7 @@ def test_every_setting_is_explained_and_its_default_is_right():
     ("train.batchsize", "train.batch_size"),
   ],
 )
-def test_a_typo_gets_the_nearest_name(name, near):
+def test_unknown_setting_suggests_nearest_name(name, near):
   line = jaxft.config.unknown_settings([name])[0]
   assert f"config.{name}" in line and (near is None or f"did you mean {near}?" in line)
 
@@ -66,7 +66,7 @@ def test_a_typo_gets_the_nearest_name(name, near):
     ("optim.end_learning_rate", 1.0, "above"),
   ],
 )
-def test_wrong_values_are_named(name, value, told):
+def test_invalid_values_are_named(name, value, told):
   config = complete()
   section, key = name.split(".")
   config[section][key] = value
@@ -74,13 +74,13 @@ def test_wrong_values_are_named(name, value, told):
   assert len(lines) == 1 and f"config.{name}" in lines[0] and told in lines[0]
 
 
-def test_all_faults_are_told_at_once():
+def test_all_errors_are_reported_at_once():
   config = complete()
   config.train.batch_size, config.optim.b1, config.memory.remat = 0, 2.0, "all"
   assert len(jaxft.config.validate(config)) == 3
 
 
-def test_json_and_back():
+def test_config_json_round_trip():
   config = complete()
   config.model.dropout, config.train.sample_prompts = 0.25, ("a", "b\n")
   assert jaxft.config.from_json(jaxft.config.to_json(config)).to_json() == config.to_json()
@@ -89,7 +89,7 @@ def test_json_and_back():
     jaxft.config.from_json('{"optim": {"lr": 1}}')
 
 
-def test_only_what_shapes_learning_must_stay_the_same_on_resume():
+def test_resume_fixes_only_what_changes_learning():
   before, now = complete(), complete()
   now.train.save_every, now.mesh.fsdp, now.optim.learning_rate = 7, 2, 1e-3
   assert [line.split("=")[0] for line in jaxft.config.diff_from_saved(before.to_dict(), now)] == [
@@ -112,7 +112,7 @@ def test_shipped_configs_are_complete_and_explained(file):
 
 
 @pytest.mark.parametrize("setting", jaxft.config.SETTINGS, ids=lambda setting: setting.name)
-def test_whatever_a_config_file_puts_there_is_named_or_fine(setting):
+def test_any_value_of_a_setting_is_valid_or_named(setting):
   """A plain dict stands for a config file that went round ConfigDict's own checks."""
   for value in (
     None,

@@ -1,4 +1,7 @@
-"""Checkpoints: Orbax, plus a checksum of every leaf, because Orbax loads flipped bits without a word (0.12.8, measured)."""
+"""Checkpoints: Orbax, plus a checksum of every leaf.
+
+Orbax loads flipped bits without a word (0.12.8, measured).
+"""
 
 import contextlib
 import dataclasses
@@ -25,30 +28,20 @@ from jaxft.checkpoint.checksums import checksums, chunk_checksum, nonfinite_leav
 from jaxft.errors import CheckpointReadError, NumericsError, StorageError, first_line
 from jaxft.utils.files import is_encodable
 
-# After a failed read Orbax (0.12.8) leaves tasks behind that nobody awaits; asyncio would log each with a traceback, pages
-# after the error has been told in one line.
+# After a failed read Orbax (0.12.8) leaves tasks behind that nobody awaits; asyncio would log each
+# with a traceback, pages after the error has been printed in one line.
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-logging.getLogger("absl").setLevel(
-  logging.CRITICAL
-)  # Orbax's: what it logs with a traceback it raises too
+# Orbax's: what it logs with a traceback it raises too.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-PLACEHOLDER = ocp.PLACEHOLDER
-READ_BATCH_BYTES = (
-  2**28
-)  # bytes of a leaf, or of several, that are read at once where there is no room for all
-CHUNK_BYTES = (
-  2**26
-)  # bytes that are compressed at once, and that a file is to have: Orbax makes a file in memory, as a whole
-TMP_MARK, TRASH_DIR = (
-  ".orbax-checkpoint-tmp",
-  "to-be-deleted",
-)  # in the names of folders beside the checkpoints
-GLOB_CHARS = (
-  "[",
-  "**",
-  "\\",
-)  # Orbax collects the files of a checkpoint by a pattern, and does not escape the path
-# Reasons why a sound file cannot be read here and now.
+PLACEHOLDER = ocp.PLACEHOLDER  # for a leaf that is not read
+READ_BATCH_BYTES = 2**28  # read at once, of one leaf or several, where there is no room for all
+CHUNK_BYTES = 2**26  # compressed at once, and of a file, which Orbax makes in memory as a whole
+TMP_MARK = ".orbax-checkpoint-tmp"  # in the names of folders beside the checkpoints
+TRASH_DIR = "to-be-deleted"
+# Orbax collects the files of a checkpoint by a glob pattern, and does not escape the path.
+GLOB_CHARS = ("[", "**", "\\")
+# Reasons why a sound file cannot be read on this machine at this moment.
 TRANSIENT_ERRORS = (
   "PERMISSION_DENIED",
   "RESOURCE_EXHAUSTED",
@@ -59,22 +52,26 @@ TRANSIENT_ERRORS += ("Too many open files", "Cannot allocate memory", "Stale fil
 
 
 def validate_path(folder: Path) -> list[str]:
-  """Why checkpoints in this folder could not be read again, at most one line."""
-  if not is_encodable(str(folder.absolute())):
+  """Returns why checkpoints in this folder could not be read again, in at most one line."""
+  path = str(folder.absolute())
+  if not is_encodable(path):
     return [
-      f"{str(folder)!r}: its name is not UTF-8, and Orbax would not save there (0.12); name another folder"
+      f"{str(folder)!r}: its name is not UTF-8, and Orbax would not save there (0.12); name "
+      "another folder"
     ]
-  found = [part for part in GLOB_CHARS if part in str(folder.absolute())]
-  return [
-    f"{str(folder)!r}: Orbax takes the {part} in the path of a checkpoint for part of a pattern (0.12), and would not "
-    f"find what it has saved; name a folder without any of {' '.join(GLOB_CHARS)}"
-    for part in found[:1]
-  ]
+  for char in GLOB_CHARS:
+    if char in path:
+      return [
+        f"{str(folder)!r}: Orbax takes the {char} in the path of a checkpoint for part of a "
+        "pattern (0.12), and would not find what it has saved; name a folder without any of "
+        f"{' '.join(GLOB_CHARS)}"
+      ]
+  return []
 
 
 @dataclasses.dataclass
 class KeepVerified:
-  """Orbax's policy that keeps the checkpoint that was last read back and found as it was written."""
+  """Orbax policy that preserves the checkpoint last read back and equal to what was written."""
 
   step: int | None
 
@@ -83,12 +80,12 @@ class KeepVerified:
 
 
 class CheckpointManager:
-  """The checkpoints of one run: `folder/STEP/` with the state and a JSON record about it, written in the background."""
+  """The checkpoints of one run: `folder/STEP/` with state and JSON record, saved in background."""
 
   def __init__(
     self,
     folder: Path,
-    keep: int = 1,
+    max_to_keep: int = 1,
     best_metric: str = "",
     *,
     writes: bool = False,
@@ -97,75 +94,85 @@ class CheckpointManager:
     """Opens the folder, making it if need be; raises StorageError when it cannot.
 
     Args:
-      keep: newest checkpoints to keep; the last that was read back stays too, until a newer one has been.
-      best_metric: keep the one with the least value of this metric too.
-      writes: this run is the folder's only writer, and removes what a killed one left half written or half deleted.
-      low_memory: read and write some leaves at a time, and wait for it: the host has no room for a copy of the state.
+      max_to_keep: the newest checkpoints; the last that was read back stays too, until a newer one
+        has been.
+      best_metric: the checkpoint with the least value of this metric stays too.
+      writes: this run is the folder's only writer, and removes what a killed one left half written
+        or half deleted.
+      low_memory: read and write some leaves at a time, and wait for it: the host has no room for a
+        copy of the state.
     """
-    self.folder, self._closed, self._nbytes = folder, False, 0
-    self._keep, self._low_memory, self._verified, self._has_saved = (
-      keep,
-      low_memory,
-      KeepVerified(None),
-      False,
-    )
-    self._lowest = lowest = lambda metrics: (
-      metrics.get(best_metric, math.inf) if metrics else math.inf
-    )
-    kept = [LatestN(keep), self._verified]
+    self.folder = folder
+    self._max_to_keep = max_to_keep
+    self._best_metric = best_metric
+    self._low_memory = low_memory
+    self._verified = KeepVerified(None)
+    self._has_saved = False
+    self._closed = False
+    self._nbytes = 0
+    policies = [LatestN(max_to_keep), self._verified]
     if best_metric:
-      kept.append(
-        BestN(get_metric_fn=lowest, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+      policies.append(
+        BestN(get_metric_fn=self._metric, reverse=True, n=1, keep_checkpoints_without_metrics=False)
       )
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=AnyPreservationPolicy(kept),
-      best_fn=lowest
-      if best_metric
-      else None,  # without it Orbax writes no metrics, and another process knows of no best one
+      preservation_policy=AnyPreservationPolicy(policies),
+      # Without it Orbax writes no metrics, and another process knows of no best one.
+      best_fn=self._metric if best_metric else None,
       best_mode="min",
-      todelete_subdir=TRASH_DIR,  # so that none is ever half there under its own name
+      todelete_subdir=TRASH_DIR,  # so that none is ever half deleted under its own name
     )
-    piece = (
-      {"save_device_host_concurrent_gb": 1, "is_prioritized_key_fn": lambda _: False}
-      if low_memory
-      else {}
-    )
-    handlers = {"state": ocp.PyTreeCheckpointHandler(**piece), "meta": ocp.JsonCheckpointHandler()}
-    self._or_storage_error(lambda: folder.mkdir(parents=True, exist_ok=True))
+    limits = {}
+    if low_memory:  # at most a gigabyte is on its way at once
+      limits = {"save_device_host_concurrent_gb": 1, "is_prioritized_key_fn": lambda _: False}
+    handlers = {"state": ocp.PyTreeCheckpointHandler(**limits), "meta": ocp.JsonCheckpointHandler()}
+    self._call(lambda: folder.mkdir(parents=True, exist_ok=True))
     if writes:
-      self._or_storage_error(self._sweep)
-    opened = lambda: ocp.CheckpointManager(
-      folder.absolute(), options=options, item_handlers=handlers
+      self._call(self._sweep)
+    folder = folder.absolute()
+    self._manager = self._call(
+      lambda: ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
     )
-    self._manager = self._or_storage_error(opened)
+
+  def _metric(self, metrics: Mapping[str, float] | None) -> float:
+    return metrics.get(self._best_metric, math.inf) if metrics else math.inf
+
+  def _path(self, step: int) -> Path:
+    return self.folder / str(step)
 
   def save(
     self, step: int, state: Any, meta: dict[str, Any], metrics: Mapping[str, float] | None = None
   ) -> None:
     """Starts to write; the arrays may be changed or donated as soon as this returns.
 
-    Raises StorageError, and NumericsError for a state that is not finite: an update can overflow though nothing before it did.
-    The first checkpoint of a process is waited for and read back, so that a disk that is not to be trusted shows at once, and
-    later the newest one each time the last that was read back is about to be older than the newest `keep`.
+    Raises StorageError, and NumericsError for a state that is not finite: an update can overflow
+    though nothing before it did. The first checkpoint of a process is waited for and read back, so
+    that a disk that is not to be trusted shows at once, and later the newest one each time the last
+    that was read back is about to be older than the newest `max_to_keep`.
     """
-    if wrong := nonfinite_leaves(state):
+    if names := nonfinite_leaves(state):
       raise NumericsError(
-        f"step {step}: not saved: {wrong[0]} is not finite ({len(wrong)} such leaves)"
+        f"step {step}: not saved: {names[0]} is not finite ({len(names)} such leaves)"
       )
     self.wait()
     steps = self.steps()
-    if steps and self._verified.step not in (steps[-1], *[*steps, step][-self._keep :]):
+    if steps and self._verified.step not in (steps[-1], *[*steps, step][-self._max_to_keep :]):
       self._read_back(steps[-1], state)
+    # Checksums of the arrays in memory: whatever happens to them on the way to the disk shows.
     meta = meta | {"step": step, "leaves": leaf_specs(state), "checksums": checksums(state)}
     meta |= {"sha256": _sha256(meta)}
-    each = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
-    arrays = ocp.args.PyTreeSave(state, save_args=each, ocdbt_target_data_file_size=CHUNK_BYTES)
-    args = ocp.args.Composite(state=arrays, meta=ocp.args.JsonSave(meta))
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
+    args = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(
+        state, save_args=save_args, ocdbt_target_data_file_size=CHUNK_BYTES
+      ),
+      meta=ocp.args.JsonSave(meta),
+    )
     # force: without it Orbax leaves out, in silence, a step that is not after the newest.
     write = lambda: self._manager.save(step, args=args, metrics=dict(metrics or {}), force=True)
     self._nbytes = tree_nbytes(state)
-    if not self._or_storage_error(write):
-      raise StorageError(f"{self.folder / str(step)}: not saved")
+    if not self._call(write):
+      raise StorageError(f"{self._path(step)}: not saved")
     if self._low_memory or not self._has_saved:
       self.wait()
     if not self._has_saved:
@@ -177,66 +184,63 @@ class CheckpointManager:
     self._verified.step = step
 
   def verify(self, step: int, like: Any) -> None:
-    """Reads a checkpoint back, each process some chunks of it, and compares checksums; raises StorageError."""
-    wanted = self.metadata(step)["checksums"]
-    folder = self.folder.absolute() / str(step) / "state"
-    leaves = jax.tree_util.tree_flatten_with_path(like)[0]
+    """Reads a checkpoint back and compares checksums; raises StorageError.
+
+    Each process reads some chunks, a few at a time: there may be no memory for a second state.
+    """
+    expected = self.metadata(step)["checksums"]
+    folder = self._path(step).absolute() / "state"
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(like))
     names = list(ocp.tree.to_flat_dict(like, sep="."))  # as Orbax names their folders
 
     def read() -> list[int]:
-      with ThreadPoolExecutor(
-        4
-      ) as pool:  # to decompress and to add up; numpy lets go of the interpreter
-        return [
-          _local_checksum(folder, name, leaf, pool)
-          for name, (_, leaf) in zip(names, leaves, strict=True)
-        ]
+      # Threads decompress and add up at once: numpy lets go of the interpreter.
+      with ThreadPoolExecutor(4) as pool:
+        pairs = zip(names, leaves, strict=True)
+        return [_local_checksum(folder, name, leaf, pool) for name, leaf in pairs]
 
     sums = np.array(self._read(step, read), np.uint32)
     if jax.process_count() > 1:
       sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
-    for (path, _), found in zip(leaves, sums, strict=True):
-      if found != wanted[name := jax.tree_util.keystr(path)]:
-        raise StorageError(f"{self.folder / str(step)}: {name} read back is not what was written")
+    for path, checksum in zip(map(jax.tree_util.keystr, paths), sums, strict=True):
+      if checksum != expected[path]:
+        raise StorageError(f"{self._path(step)}: {path} read back is not what was written")
 
   def quarantine(self, step: int) -> Path:
-    """Renames a damaged checkpoint, out of the way of the one that the run will save at this step; returns its new place."""
-    names = (
-      self.folder / (f"damaged-{step}" + (f"-{number}" if number > 1 else ""))
-      for number in itertools.count(1)
-    )
-    aside = next(name for name in names if not name.exists())
+    """Renames a damaged checkpoint, as the run will save this step again; returns its new path."""
+    names = (f"damaged-{step}" + (f"-{i}" if i > 1 else "") for i in itertools.count(1))
+    path = next(path for name in names if not (path := self.folder / name).exists())
     if jax.process_index() == 0:
-      self._or_storage_error(lambda: (self.folder / str(step)).rename(aside))
+      self._call(lambda: self._path(step).rename(path))
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices(f"set aside {step}")
-    self._or_storage_error(self._manager.reload)
-    return aside
+    self._call(self._manager.reload)
+    return path
 
   def wait(self) -> None:
-    """Returns when everything saved is on disk. Raises StorageError if it is not; the steps are then read from the disk."""
+    """Returns when all saves are on disk; else raises StorageError and lists the steps anew."""
     try:
-      self._or_storage_error(self._manager.wait_until_finished)
+      self._call(self._manager.wait_until_finished)
     except StorageError:
       self._manager.reload()
       raise
     self._sweep(half_written=False)
 
   def _sweep(self, half_written: bool = True) -> None:
-    """Removes checkpoints that were to go and, where nothing is being written, those that were never whole."""
+    """Removes deleted checkpoints and, where nothing is being written, half-written ones."""
     if jax.process_index() == 0:
       shutil.rmtree(self.folder / TRASH_DIR, ignore_errors=True)
-      for rest in self.folder.glob(f"*{TMP_MARK}*") if half_written else ():
-        shutil.rmtree(rest, ignore_errors=True)
+      for folder in self.folder.glob(f"*{TMP_MARK}*") if half_written else ():
+        shutil.rmtree(folder, ignore_errors=True)
 
   def close(self) -> None:
     """Waits for what is being written; raises StorageError if it is not on disk then."""
-    self._or_storage_error(self._manager.close)
+    self._call(self._manager.close)
     self._closed = True
     self._sweep(half_written=False)
 
   def close_quietly(self) -> None:
-    """Closes after an error, whose story is told already."""
+    """Closes after an error, which is reported already."""
     if not self._closed:
       with contextlib.suppress(Exception):
         self._manager.close()
@@ -245,91 +249,88 @@ class CheckpointManager:
     return sorted(self._manager.all_steps())
 
   def best_step(self) -> int | None:
-    """The step with the least value of the metric that was named; None where none of those that are kept has it."""
+    """The step with the least value of `best_metric`; None where no checkpoint has it."""
     step = self._manager.best_step()
-    return (
-      step if step is not None and self._lowest(self._manager.metrics(step)) < math.inf else None
-    )
+    has_metric = step is not None and self._metric(self._manager.metrics(step)) < math.inf
+    return step if has_metric else None
 
   def metadata(self, step: int) -> dict[str, Any]:
-    """The record of a checkpoint; raises StorageError when it cannot be read, or is not what was saved."""
+    """Reads a checkpoint's record; raises StorageError when it is not what was saved."""
 
     def read() -> tuple[dict[str, Any], bool]:
-      meta = ocp.JsonCheckpointHandler().restore(self.folder.absolute() / str(step) / "meta")
+      meta = ocp.JsonCheckpointHandler().restore(self._path(step).absolute() / "meta")
       return meta, meta.pop("sha256") == _sha256(meta)
 
-    meta, sound = self._read(step, read)
-    if not sound:
-      raise StorageError(
-        f"{self.folder / str(step)}: damaged (its record differs from its checksum)"
-      )
+    meta, is_sound = self._read(step, read)
+    if not is_sound:
+      raise StorageError(f"{self._path(step)}: damaged (its record differs from its checksum)")
     return meta
 
   def restore(self, step: int, like: Any) -> Any:
-    """The state, placed as the ShapeDtypeStructs in `like` say; raises StorageError when it is not what was saved.
+    """Restores the state; raises StorageError when it is not what was saved.
 
-    A leaf of `like` that is `PLACEHOLDER` stays so.
+    Args:
+      like: ShapeDtypeStructs with shardings. A leaf that is `PLACEHOLDER` stays so.
     """
-    wanted = self.metadata(step)["checksums"]
+    expected = self.metadata(step)["checksums"]
     state = like
-    for some in _split_by_size(like) if self._low_memory else [like]:
-      state = jax.tree.map(
-        lambda new, old: old if new is PLACEHOLDER else new, self._restore(step, some), state
-      )
-    found = checksums(jax.tree.map(lambda x: None if x is PLACEHOLDER else x, state))
-    left_out = {
-      jax.tree_util.keystr(path)
-      for path, x in jax.tree_util.tree_flatten_with_path(like)[0]
-      if x is PLACEHOLDER
-    }
-    names = wanted.keys() - left_out | found.keys()
-    wrong = [name for name in names if wanted.get(name) != found.get(name)]
+    for batch in _split_by_size(like) if self._low_memory else [like]:
+      read = self._restore(step, batch)
+      state = jax.tree.map(lambda new, old: old if new is PLACEHOLDER else new, read, state)
+    # Of the arrays where they are used: a bit that flips on the way to them shows too.
+    actual = checksums(jax.tree.map(lambda x: None if x is PLACEHOLDER else x, state))
+    leaves = jax.tree_util.tree_leaves_with_path(like)
+    skipped = {jax.tree_util.keystr(path) for path, x in leaves if x is PLACEHOLDER}
+    names = expected.keys() - skipped | actual.keys()
+    wrong = [name for name in names if expected.get(name) != actual.get(name)]
     if wrong:
       raise StorageError(
-        f"{self.folder / str(step)}: damaged ({min(wrong)} and {len(wrong) - 1} more leaves differ from their checksums)"
+        f"{self._path(step)}: damaged ({min(wrong)} and {len(wrong) - 1} more leaves differ from "
+        "their checksums)"
       )
-    if not left_out:
+    if not skipped:
       self._verified.step = step
     return state
 
   def _restore(self, step: int, like: Any) -> Any:
-    how = ocp.args.PyTreeRestore(
-      like, restore_args=ocp.checkpoint_utils.construct_restore_args(like)
-    )
-    folder = self.folder.absolute() / str(step) / "state"
-    return self._read(step, lambda: ocp.PyTreeCheckpointHandler().restore(folder, args=how))
+    restore_args = ocp.checkpoint_utils.construct_restore_args(like)
+    args = ocp.args.PyTreeRestore(like, restore_args=restore_args)
+    folder = self._path(step).absolute() / "state"
+    return self._read(step, lambda: ocp.PyTreeCheckpointHandler().restore(folder, args=args))
 
-  def _read(self, step: int, act: Callable[[], Any]) -> Any:
-    """What `act` reads, where all processes can read it. It must not wait for other processes: they may have failed already,
-    as in Orbax's manager, so its handlers are asked.
+  def _read(self, step: int, read: Callable[[], Any]) -> Any:
+    """Returns `read()`, where all processes can read.
 
-    Raises, in all of them, Unreadable where one is refused the file, and StorageError where it is damaged.
+    It must not wait for other processes, which may have failed already. Orbax's manager does; its
+    handlers do not.
+
+    Raises, in all of them, CheckpointReadError where one may not read the file, and StorageError
+    where it is damaged.
     """
-    found, failure = None, None
+    result, failure = None, None
     try:
-      found = act()
+      result = read()
     except Exception as error:  # whatever damage makes Orbax raise
       failure = error
     outcome = 0 if failure is None else 2 if is_transient_error(failure) else 1
-    if jax.process_count() > 1:
+    if jax.process_count() > 1:  # all raise the same, or one would wait for the others
       outcome = int(np.max(multihost_utils.process_allgather(np.int32(outcome))))
     if not outcome:
-      return found
+      return result
     reason = "by another process" if failure is None else first_line(failure)
     reason = reason.split(" See full TensorStore")[0]  # which is a page long
-    place = self.folder / str(step)
     if outcome == 2:
       raise CheckpointReadError(
-        f"{place}: cannot be read now ({reason}); nothing was changed: run again where it can"
+        f"{self._path(step)}: cannot be read now ({reason}); nothing was changed: run again where "
+        "it can"
       ) from failure
-    raise StorageError(f"{place}: damaged ({reason})") from failure
+    raise StorageError(f"{self._path(step)}: damaged ({reason})") from failure
 
-  def _or_storage_error(self, act: Callable[[], Any]) -> Any:
+  def _call(self, action: Callable[[], Any]) -> Any:
+    """Returns `action()`; raises StorageError for whatever it raises."""
     try:
-      return act()
-    except (
-      Exception
-    ) as error:  # disk full, no permission, ...: Orbax and TensorStore have no common class
+      return action()
+    except Exception as error:  # disk full, ...: Orbax and TensorStore have no common class
       reason = first_line(error).split(" [source locations")[0]
       if self._nbytes:
         free = shutil.disk_usage(self.folder).free
@@ -340,22 +341,22 @@ class CheckpointManager:
 def num_new_checkpoints(
   steps: list[int], total_steps: int, train: ConfigDict, steps_of_epoch: int
 ) -> int:
-  """How many more checkpoints the disk will have to hold at once, until a run of so many steps is through.
+  """How many more checkpoints the disk will have to hold at once, until the run is through.
 
   Args:
-    steps: those of the checkpoints that are there.
+    steps: those of the checkpoints on disk.
   """
-  of = lambda every: (steps_of_epoch if every == "epoch" else every) or total_steps
-  everies = [of(train.save_every)]
+  num_steps = lambda every: (steps_of_epoch if every == "epoch" else every) or total_steps
+  intervals = [num_steps(train.save_every)]
   if train.keep_best_metric:
-    everies.append(of(train.eval_every))
-  saves = sum(-(-(total_steps - max(steps, default=0)) // every) for every in everies)
+    intervals.append(num_steps(train.eval_every))
+  num_saves = sum(-(-(total_steps - max(steps, default=0)) // every) for every in intervals)
   at_once = max(train.keep, 2) + bool(train.keep_best_metric) + 1  # while the next one is written
-  return min(saves, max(at_once - len(steps), 1))
+  return min(num_saves, max(at_once - len(steps), 1))
 
 
 def is_transient_error(error: Exception) -> bool:
-  """Whether an error while reading tells of this machine and moment rather than of the file."""
+  """Whether an error while reading is of this machine and moment rather than of the file."""
   kinds = MemoryError, PermissionError, jax.errors.JaxRuntimeError
   return isinstance(error, kinds) or any(reason in str(error) for reason in TRANSIENT_ERRORS)
 
@@ -366,48 +367,49 @@ def _sha256(meta: Mapping[str, Any]) -> str:
 
 def leaf_specs(state: Any) -> dict[str, str]:
   """The type and shape of each leaf, by path."""
-  leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+  leaves = jax.tree_util.tree_leaves_with_path(state)
   return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def tree_nbytes(state: Any) -> int:
-  """What a checkpoint takes on the disk at most, of arrays or of their shapes."""
+  """Most bytes that a checkpoint takes on disk, of arrays or of their shapes."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def _split_by_size(like: Any) -> list[Any]:
-  """`like` several times, each with at most `READ_BATCH_BYTES` bytes, or one leaf, to be read."""
-  groups, room = [], 0
-  for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]:
+  """Copies `like` with at most `READ_BATCH_BYTES` bytes, or one leaf, each, and placeholders."""
+  batches = []
+  room = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(like):
     if leaf is not PLACEHOLDER:
       room -= tree_nbytes(leaf)
       if room < 0:
-        groups.append(set())
+        batches.append(set())
         room = READ_BATCH_BYTES - tree_nbytes(leaf)
-      groups[-1].add(path)
-  only = lambda paths: jax.tree_util.tree_map_with_path(
-    lambda at, x: x if at in paths else PLACEHOLDER, like
-  )
-  return [only(paths) for paths in groups]
+      batches[-1].add(path)
+
+  def select(paths):
+    mask = lambda path, x: x if path in paths else PLACEHOLDER
+    return jax.tree_util.tree_map_with_path(mask, like)
+
+  return list(map(select, batches))
 
 
 def _local_checksum(folder: Path, name: str, leaf: Any, pool: ThreadPoolExecutor) -> int:
-  """What this process's share of the chunks of a leaf, read as they lie on the disk, adds to its checksum."""
+  """What this process's share of the chunks of a leaf on disk adds to its checksum."""
   store = {"driver": "ocdbt", "base": folder.as_uri() + "/", "path": f"{name}/"}
   array = tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
   if (array.shape, array.dtype.numpy_dtype) != (leaf.shape, leaf.dtype):
     raise ValueError(f"{name} is {array.dtype.name}{array.shape}")
   sizes = array.chunk_layout.read_chunk.shape or ()  # None of a scalar
-  corners = itertools.product(
-    *(range(0, whole, size) for whole, size in zip(leaf.shape, sizes, strict=True))
-  )
-  mine = itertools.islice(corners, jax.process_index(), None, jax.process_count())
+  # Chunk by chunk, as they lie on disk: each is decompressed once, and no leaf is whole in memory.
+  ranges = (range(0, length, size) for length, size in zip(leaf.shape, sizes, strict=True))
+  offsets = itertools.product(*ranges)
+  local_offsets = itertools.islice(offsets, jax.process_index(), None, jax.process_count())
 
-  def of(corner: tuple[int, ...]) -> int:
-    box = tuple(
-      slice(start, min(start + size, whole))
-      for start, size, whole in zip(corner, sizes, leaf.shape)
-    )
-    return chunk_checksum(array[box].read().result(), corner, leaf.shape)
+  def checksum(offsets: tuple[int, ...]) -> int:
+    ends = map(sum, zip(offsets, sizes))  # past the end of the leaf for the last chunk
+    chunk = tuple(slice(i, min(end, n)) for i, end, n in zip(offsets, ends, leaf.shape))
+    return chunk_checksum(array[chunk].read().result(), offsets, leaf.shape)
 
-  return sum(pool.map(of, mine)) % 2**32
+  return sum(pool.map(checksum, local_offsets)) % 2**32

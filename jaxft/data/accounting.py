@@ -6,22 +6,16 @@ from typing import Any, TypedDict
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxft.data import tokenize
-from jaxft.data.packing import (
-  ClassificationDataset,
-  ConcatDataset,
-  PackedDataset,
-  SlidingWindowDataset,
-)
+from jaxft.data.packing import TokenDataset
+from jaxft.data.tokenize import TokenArrays
 
-TokenDataset = ConcatDataset | PackedDataset | ClassificationDataset | SlidingWindowDataset
 HELD_OUT_TAILS = "documents whose end is held out"  # a note of data_report.json
 
 
 class Manifest(TypedDict):
-  """What an entry of the token cache says of itself. An entry with other fields, of an older jaxft, is not opened."""
+  """The manifest of a token cache entry; one with other fields, of an older jaxft, is not read."""
 
-  files: dict[str, dict[str, Any]]  # of cache.Writer.close
+  files: dict[str, dict[str, Any]]  # of TokenWriter.close
   labels: list[str]
   numbers: list[int | None]  # of the labels, where the data gives names and numbers
   read: int  # rows
@@ -31,49 +25,42 @@ class Manifest(TypedDict):
   characters: int
   lost: int  # characters without a token
   notes: dict[str, int]
-  said: list[str]  # what was done where the settings do not say it
+  said: list[str]  # what was done where the settings leave it open
   tails: int  # documents whose end is held out
 
 
 def build_report(
-  manifest: Manifest,
-  stored: dict[str, tokenize.TokenArrays],
-  laid_out: dict[str, TokenDataset],
-  T: int,
+  manifest: Manifest, arrays: dict[str, TokenArrays], datasets: dict[str, TokenDataset], T: int
 ) -> dict[str, Any]:
-  """data_report.json, less what depends on the batch."""
-  train, held_out = stored["train"], stored["validation"]
-  accounts = {name: rows.stats for name, rows in laid_out.items()}
-  dropped = collections.Counter()
-  for account in accounts.values():
-    dropped.update(account.dropped)
-  empty = sum(account.empty for account in accounts.values())
-  kept = {name: len(of.ids) - sum(accounts[name].dropped.values()) for name, of in stored.items()}
+  """Return the content of data_report.json, except for what depends on the batch."""
+  train, validation = arrays["train"], arrays["validation"]
+  train_stats, validation_stats = datasets["train"].stats, datasets["validation"].stats
+  dropped = collections.Counter(train_stats.dropped)
+  dropped.update(validation_stats.dropped)
+  empty = train_stats.empty + validation_stats.empty
+  tails = manifest["tails"]
   lengths_N = np.asarray(train.lengths_N)
   return {
     "rows": {
       "read": manifest["read"],
-      "trained": len(train) - accounts["train"].empty,
-      "held_out": len(held_out) - accounts["validation"].empty - manifest["tails"],
+      "trained": len(train) - train_stats.empty,
+      "held_out": len(validation) - validation_stats.empty - tails,
       "dropped": manifest["dropped"]
       | ({"the prompt leaves no room in a row": empty} if empty else {}),
     },
     "tokens": {
-      "read": len(train.ids) + len(held_out.ids),
-      "trained": kept["train"],
-      "held_out": kept["validation"],
+      "read": len(train.ids) + len(validation.ids),
+      "trained": len(train.ids) - sum(train_stats.dropped.values()),
+      "held_out": len(validation.ids) - sum(validation_stats.dropped.values()),
       "dropped": dict(dropped),
     },
     "characters": {"read": manifest["characters"], "without_a_token": manifest["lost"]},
     "end_tokens": {
-      "trained": accounts["train"].eos_targets,
-      "held_out": accounts["validation"].eos_targets,
+      "trained": train_stats.eos_targets,
+      "held_out": validation_stats.eos_targets,
     },
     "sequence_length": T,
-    "sequences": {
-      name: len(laid_out[split])
-      for name, split in (("trained", "train"), ("held_out", "validation"))
-    },
+    "sequences": {"trained": len(datasets["train"]), "held_out": len(datasets["validation"])},
     "tokens_per_row": {
       "shortest": int(lengths_N.min()),
       "median": int(np.median(lengths_N)),
@@ -81,22 +68,23 @@ def build_report(
       "longest": int(lengths_N.max()),
     },
     "longer_than_a_sequence": {
-      "rows": accounts["train"].overlong,
-      "share": round(accounts["train"].overlong / len(train), 4),
+      "rows": train_stats.overlong,
+      "share": round(train_stats.overlong / len(train), 4),
     },
-    "padding_share": round(1 - accounts["train"].filled / (len(laid_out["train"]) * T), 4),
+    "padding_share": round(1 - train_stats.filled / (len(datasets["train"]) * T), 4),
     "duplicates": manifest["duplicates"],
     "prompt_ends_inside_a_token": manifest["merged"],
-    "notes": manifest["notes"] | ({HELD_OUT_TAILS: manifest["tails"]} if manifest["tails"] else {}),
+    "notes": manifest["notes"] | ({HELD_OUT_TAILS: tails} if tails else {}),
   } | ({"labels": manifest["labels"]} if manifest["labels"] else {})
 
 
 def num_rows_and_steps(rows: TokenDataset, train: ConfigDict) -> tuple[int, int]:
-  """Rows and optimizer steps of a run of `config.train`.
+  """Return the rows and the optimizer steps of a run of `config.train`.
 
-  A run of so many steps goes through the rows as often as it takes; one of so many epochs masks the rest of its last step.
-  Where all rows are fewer than a batch, a step takes all of them and masks the rest.
+  With train.steps the run repeats the rows as often as the steps need; with train.epochs the rest
+  of its last step is masked. If there are fewer rows than a batch, each step takes all of them and
+  masks the rest.
   """
-  a_step = min(train.batch_size, len(rows))
-  total_rows = train.steps * a_step or max(1, round(train.epochs * len(rows)))
-  return total_rows, -(-total_rows // a_step)
+  rows_per_step = min(train.batch_size, len(rows))
+  total_rows = train.steps * rows_per_step or max(1, round(train.epochs * len(rows)))
+  return total_rows, -(-total_rows // rows_per_step)

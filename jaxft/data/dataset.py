@@ -1,4 +1,4 @@
-"""prepare_data: from the sources in the settings to token datasets, every row and token of them accounted for."""
+"""prepare_data: from the sources in the settings to datasets of tokens, with everything counted."""
 
 import collections
 import dataclasses
@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxft.data import columns, formats, readers, sources, token_cache, tokenize
-from jaxft.data.accounting import Manifest, TokenDataset, build_report, num_rows_and_steps
+from jaxft.data import columns, formats, packing, readers, sources, token_cache, tokenize
+from jaxft.data.accounting import Manifest, build_report, num_rows_and_steps
 from jaxft.data.formats import BadRowError, Example
-from jaxft.data.packing import ClassificationDataset, ConcatDataset, PackedDataset
+from jaxft.data.packing import ClassificationDataset, TokenDataset
 from jaxft.errors import RequestError
 from jaxft.utils.files import cache_dir
 from jaxft.utils.units import format_count
 
-ProgressFn = Callable[[int, int], None]  # examples tokenised, and how many there will be
+ProgressFn = Callable[[int, int], None]  # examples tokenised so far, and in total
 DROPPED, TRAIN, VALIDATION = 0, 1, 2
 SPLITS = {"train": TRAIN, "validation": VALIDATION}
-# The settings that decide which tokens there are; the others decide how they lie in rows.
+# The settings that the tokens depend on; the others only decide how they are laid out in rows.
 CACHE_KEY_SETTINGS = (
   "format",
   "text_column",
@@ -47,37 +47,42 @@ class PreparedData(NamedTuple):
   train: TokenDataset
   validation: TokenDataset | None  # None: nothing is held out
   labels: list[str]  # of the classification format, in the order of their numbers
-  entropy_floor: (
-    float | None
-  )  # nats per validation token that no model can go below, where the source knows it
-  fingerprint: str  # of the training examples and how they lie in rows
-  validation_fingerprint: str  # fingerprint of the validation examples
-  unrelated_fingerprint: str  # fingerprint of the unrelated text
-  unrelated: TokenDataset | None  # of text to evaluate too
+  entropy_floor: float | None  # nats per validation token that no model can beat, if known
+  fingerprint: str  # of the training examples and their layout in rows
+  validation_fingerprint: str
+  unrelated_fingerprint: str
+  unrelated: TokenDataset | None  # further text to evaluate on
   report: dict[str, Any]
 
   def with_class_ids(self, classes: list[str]) -> "PreparedData":
-    """The same rows with the numbers that the labels have among `classes`; raises RequestError for a label that is none."""
-    number = np.array(formats.class_ids(self.labels, classes), np.int32)
-    renumbered = lambda rows: ClassificationDataset(
-      dataclasses.replace(rows.tokens, labels_N=number[np.asarray(rows.tokens.labels_N)]),
-      rows.seq_len,
-    )
-    validation = renumbered(self.validation) if self.validation else None
-    return self._replace(train=renumbered(self.train), validation=validation, labels=list(classes))
+    """Return the same rows with labels numbered as in `classes`.
+
+    Raises RequestError for a label that is not among them.
+    """
+    ids = np.array(formats.class_ids(self.labels, classes), np.int32)
+
+    def renumber(rows: ClassificationDataset) -> ClassificationDataset:
+      labels_N = ids[np.asarray(rows.tokens.labels_N)]
+      return ClassificationDataset(
+        dataclasses.replace(rows.tokens, labels_N=labels_N), rows.seq_len
+      )
+
+    validation = renumber(self.validation) if self.validation else None
+    return self._replace(train=renumber(self.train), validation=validation, labels=list(classes))
 
   def to_json(self, train: ConfigDict) -> str:
-    """The content of data_report.json, for a run of `config.train`."""
-    _, in_all = num_rows_and_steps(self.train, train)
+    """Return the content of data_report.json, for a run of `config.train`."""
+    _, total_steps = num_rows_and_steps(self.train, train)
     steps = -(-len(self.train) // train.batch_size)
     last = len(self.train) - (steps - 1) * train.batch_size
-    full = last == train.batch_size
-    rest = "; the next epoch fills the rest, and after the last one it is masked"
-    rest = rest if steps > 1 else "; the rest is masked"
+    rest = "; the rest is masked"
+    if steps > 1:
+      rest = "; the next epoch fills the rest, and after the last one it is masked"
+    rest = "" if last == train.batch_size else rest
     epoch = {
       "steps_per_epoch": steps,
-      "steps_in_all": in_all,
-      "last_step_of_an_epoch": f"{last} of {train.batch_size} sequences" + ("" if full else rest),
+      "steps_in_all": total_steps,
+      "last_step_of_an_epoch": f"{last} of {train.batch_size} sequences{rest}",
     }
     return json.dumps(self.report | epoch, indent=2) + "\n"
 
@@ -86,13 +91,13 @@ def prepare_data(
   data: ConfigDict,
   tokenizer: Any,
   tokenizer_fingerprint: str,
-  tell: ProgressFn = lambda done, total: None,
+  on_progress: ProgressFn = lambda done, total: None,
   log: Callable[[str], None] = lambda line: None,
 ) -> PreparedData:
-  """Reads, splits, samples, tokenises and lays out what `config.data` names, or opens what an earlier run has kept of it.
+  """Read, split, sample, tokenise and pack the data of `config.data`, or open its cached tokens.
 
-  Raises RequestError when a row is bad (unless they are skipped) or nothing is left to train on, StorageError when the cache
-  folder cannot be written.
+  Raises RequestError when a row is bad (unless they are skipped) or nothing is left to train on,
+  StorageError when the cache folder cannot be written.
   """
   key = {
     "sources": _source_fingerprints(data),
@@ -102,64 +107,62 @@ def prepare_data(
   }
   folder = Path(data.cache_dir) if data.cache_dir else cache_dir("tokens")
 
-  def make(to: Path) -> Manifest:
-    made = _build_cache(to, data, tokenizer, tell)
+  def build(to: Path) -> Manifest:
+    manifest = _build_cache(to, data, tokenizer, on_progress)
     if _source_fingerprints(data) != key["sources"]:
       raise RequestError("config.data: a source has changed while it was read; run again")
-    return made
+    return manifest
 
-  entry, manifest = token_cache.load_or_build(folder, key, make, log)
+  entry, manifest = token_cache.load_or_build(folder, key, build, log)
   for line in manifest["said"]:
     log(line)
   if manifest["lost"]:
     log(
-      f"{manifest['lost']:,} of {manifest['characters']:,} characters have no token in the model's tokenizer: they are left "
-      "out, or read as its unknown token"
+      f"{manifest['lost']:,} of {manifest['characters']:,} characters have no token in the model's "
+      "tokenizer: they are left out, or read as its unknown token"
     )
-  stored = {name: token_cache.open_arrays(entry, name, manifest) for name in SPLITS}
-  laid_out = {name: build_dataset(stored[name], data, tokenizer.eos_token_id) for name in SPLITS}
-  for name, rows in laid_out.items():
-    if not len(rows) and len(stored[name]):
+  arrays = {split: token_cache.open_arrays(entry, split, manifest) for split in SPLITS}
+  datasets = {split: build_dataset(arrays[split], data, tokenizer.eos_token_id) for split in SPLITS}
+  for split, rows in datasets.items():
+    if not len(rows) and len(arrays[split]):
       raise RequestError(
-        f"config.data: the {name} examples leave no row of {data.sequence_length} tokens with anything to learn in it; "
-        "raise config.data.sequence_length"
+        f"config.data: the {split} examples leave no row of {data.sequence_length} tokens with "
+        "anything to learn in it; raise config.data.sequence_length"
       )
-  held_out = stored["validation"]
-  known = len(held_out) and len(held_out.nats_N) == len(held_out)
-  floor = float(held_out.nats_N.sum() / len(held_out.ids)) if known else None
-  layout = f"{data.layout} {data.sequence_length} {manifest['labels']} {token_cache.fingerprint('train', manifest)}"
+  validation = arrays["validation"]
+  has_nats = len(validation) and len(validation.nats_N) == len(validation)
+  train_fingerprint = token_cache.fingerprint("train", manifest)
+  layout = f"{data.layout} {data.sequence_length} {manifest['labels']} {train_fingerprint}"
   return PreparedData(
-    laid_out["train"],
-    laid_out["validation"] if len(held_out) else None,
-    [
+    train=datasets["train"],
+    validation=datasets["validation"] if len(validation) else None,
+    labels=[
       readers.ClassName(label, number) if number is not None else label
       for label, number in zip(manifest["labels"], manifest["numbers"], strict=True)
     ],
-    floor,
-    hashlib.sha256(layout.encode()).hexdigest(),
-    token_cache.fingerprint("validation", manifest),
-    " ".join(sources.fingerprint(data.unrelated, "validation")),
-    _load_unrelated(data, tokenizer) if data.unrelated else None,
-    build_report(manifest, stored, laid_out, data.sequence_length),
+    entropy_floor=float(validation.nats_N.sum() / len(validation.ids)) if has_nats else None,
+    fingerprint=hashlib.sha256(layout.encode()).hexdigest(),
+    validation_fingerprint=token_cache.fingerprint("validation", manifest),
+    unrelated_fingerprint=" ".join(sources.fingerprint(data.unrelated, "validation")),
+    unrelated=_load_unrelated(data, tokenizer) if data.unrelated else None,
+    report=build_report(manifest, arrays, datasets, data.sequence_length),
   )
 
 
 def _load_unrelated(data: ConfigDict, tokenizer: Any) -> TokenDataset:
-  """What `data.unrelated` names as text, in rows like those of the run, which one program evaluates."""
-  how = ConfigDict(
-    data.to_dict() | {"format": "text", "nats_column": "", "template": formats.DEFAULT_TEMPLATE}
-  )
-  nothing = collections.Counter()
-  stored = tokenize.encode_in_memory(
-    read_examples(data.unrelated, "validation", how, nothing, nothing), tokenizer
-  )
-  if not len(stored):
+  """Return the text of `data.unrelated`, in rows like the run's: one program evaluates both."""
+  as_text = {"format": "text", "nats_column": "", "template": formats.DEFAULT_TEMPLATE}
+  data = ConfigDict(data.to_dict() | as_text)
+  ignored = collections.Counter()
+  examples = read_examples(data.unrelated, "validation", data, ignored, ignored)
+  arrays = tokenize.encode_in_memory(examples, tokenizer)
+  if not len(arrays):
     raise RequestError(f"config.data.unrelated={data.unrelated!r}: no text in it")
-  return build_dataset(stored, how, tokenizer.eos_token_id)
+  return build_dataset(arrays, data, tokenizer.eos_token_id)
 
 
 def _source_fingerprints(data: ConfigDict) -> dict[str, list]:
-  """What the sources hold now."""
+  """Return the fingerprints of the current content of the sources."""
   return {
     "train": [
       [sources.fingerprint((name,), "train"), weight]
@@ -177,35 +180,31 @@ def read_examples(
   notes: collections.Counter,
   log: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Example]:
-  """The examples of all rows. Bad ones are counted in `dropped`, or raise RequestError.
+  """Yield the examples of all rows. Bad rows are counted in `dropped`, or raise RequestError.
 
   Args:
-    log: told of each column that is read in place of one that is not there.
+    log: gets a line for each column that is read instead of a missing one.
   """
-  of_file, printed = data, set()
+  file_data, logged = data, set()
 
-  def how(name: str) -> readers.ReaderOptions:
-    nonlocal of_file
-    of_file, lines = columns.resolve(name, split, data)
+  def options_for(name: str) -> readers.ReaderOptions:
+    nonlocal file_data
+    file_data, lines = columns.resolve(name, split, data)
     for line in lines:
-      if line not in printed:  # of the files of a folder the first alone
+      if line not in logged:  # of the files of a folder only the first
         log(f"{name}: {line}")
-        printed.add(line)
-    return readers.ReaderOptions(
-      formats.required_columns(of_file),
-      data.text_column,
-      data.separator,
-      data.encoding,
-      formats.label_column(of_file),
+        logged.add(line)
+    return readers.ReaderOptions.from_config(
+      data, formats.required_columns(file_data), formats.label_column(file_data)
     )
 
-  for row in sources.read_rows(names, split, how, notes):
+  for row in sources.read_rows(names, split, options_for, notes):
     try:
-      yield formats.to_example(row, of_file)
-    except BadRowError as fault:
+      yield formats.to_example(row, file_data)
+    except BadRowError as error:
       if data.on_bad_row == "error":
-        raise formats.as_request_error(row, fault) from fault
-      dropped[formats.error_category(str(fault))] += 1
+        raise formats.as_request_error(row, error) from error
+      dropped[formats.error_category(str(error))] += 1
 
 
 class DataSource(NamedTuple):
@@ -214,112 +213,125 @@ class DataSource(NamedTuple):
   weight: float
 
 
-def _build_cache(folder: Path, data: ConfigDict, tokenizer: Any, tell: ProgressFn) -> Manifest:
-  """Writes the token files: a first pass counts the examples, for the second to know which of them are wanted."""
+def _build_cache(
+  folder: Path, data: ConfigDict, tokenizer: Any, on_progress: ProgressFn
+) -> Manifest:
+  """Write the token files. A first pass over the examples decides which the second one takes."""
   rng = np.random.default_rng(data.shuffle_seed)
-  dropped, notes, labels, seen = collections.Counter(), collections.Counter(), set(), set()
+  dropped, notes = collections.Counter(), collections.Counter()
   all_sources = [
     DataSource(name, "train", weight) for name, weight in map(sources.parse_weight, data.train)
   ]
   all_sources += [DataSource(name, "validation", 1.0) for name in data.validation]
-  said, counts, read_before = [], [], bytearray()
+  log_lines: list[str] = []
+  label_set, seen = set(), set()
+  counts, is_duplicate = [], bytearray()
   for source in all_sources:
     counts.append(0)
-    for example in read_examples((source.name,), source.split, data, dropped, notes, said.append):
+    names = (source.name,)
+    for example in read_examples(names, source.split, data, dropped, notes, log_lines.append):
       counts[-1] += 1
-      labels.add(example.label)
+      label_set.add(example.label)
       digest = hash((example.label, example.text))  # of 64 bits
-      read_before.append(digest in seen)
+      is_duplicate.append(digest in seen)
       seen.add(digest)
   seen.clear()
-  bad = sum(dropped.values())
-  duplicates = np.frombuffer(read_before, bool)
-  places, share = _assign_splits(all_sources, counts, duplicates, data, rng, dropped)
-  if share:
-    whole = sum(int((of == TRAIN).sum()) for of in places)
-    said.append(
-      f"{format_count(whole, 'document')}: the last {100 * share:g} % of each is held out, as a separate document "
-      "(config.data.validation_fraction)"
+  num_bad = sum(dropped.values())
+  duplicates = np.frombuffer(is_duplicate, bool)
+  splits, tail_share = _assign_splits(all_sources, counts, duplicates, data, rng, dropped)
+  if tail_share:
+    num_train = sum(int((split_N == TRAIN).sum()) for split_N in splits)
+    log_lines.append(
+      f"{format_count(num_train, 'document')}: the last {100 * tail_share:g} % of each is held "
+      "out, as a separate document (config.data.validation_fraction)"
       + (", whatever config.data.limit_validation is" * bool(data.limit_validation))
     )
-  passes = [
-    _repeat_counts(source.weight, of, rng, dropped) for source, of in zip(all_sources, places)
+  repeats = [
+    _repeat_counts(source.weight, split_N, rng, dropped)
+    for source, split_N in zip(all_sources, splits)
   ]
-  if not any((of == TRAIN).any() and often[of == TRAIN].any() for of, often in zip(places, passes)):
+  if not any(repeats_N[split_N == TRAIN].any() for split_N, repeats_N in zip(splits, repeats)):
     raise RequestError(
       f"config.data.train={data.train!r}: the weights leave no document to train on"
     )
-  labels = labels - {None}
-  numbered = all(isinstance(label, readers.ClassName) for label in labels)  # a data set's own order
-  labels = sorted(labels, key=(lambda label: label.number) if numbered else _label_sort_key)
+  labels = _sort_labels(label_set - {None})
   if len(labels) == 1:
     raise RequestError(
-      f"config.data.label_column={data.label_column!r}: all rows have the label {labels[0]!r}; give two or more"
+      f"config.data.label_column={data.label_column!r}: all rows have the label {labels[0]!r}; "
+      "give two or more"
     )
-  number, total = {label: i for i, label in enumerate(labels)}, sum(int(of.sum()) for of in passes)
+  label_ids = {label: i for i, label in enumerate(labels)}
+  total = sum(int(repeats_N.sum()) for repeats_N in repeats)
 
   dtype = tokenize.ids_dtype(tokenizer)
   writers = {name: token_cache.TokenWriter(folder, name, dtype) for name in SPLITS}
   done = merged = lost = characters = tails = 0
-  again = (
-    collections.Counter()
-  )  # the second pass meets the same bad rows, which the first has counted
-  for source, of, often in zip(all_sources, places, passes):
-    for number_of_pass in range(often.max(initial=0)):
-      wanted = often > number_of_pass
-      chosen = itertools.compress(
-        read_examples((source.name,), source.split, data, again, again), wanted
-      )
-      to = iter(of[wanted])
-      if share:
-        places_of_parts = collections.deque()
-        chosen, to = (
-          _split_documents(chosen, share, number_of_pass == 0, places_of_parts),
-          iter(places_of_parts.popleft, None),
+  ignored = collections.Counter()  # the second pass meets the bad rows that the first has counted
+  for source, split_N, repeats_N in zip(all_sources, splits, repeats):
+    for repeat in range(repeats_N.max(initial=0)):
+      selected_N = repeats_N > repeat
+      examples = read_examples((source.name,), source.split, data, ignored, ignored)
+      examples = itertools.compress(examples, selected_N)
+      example_splits = iter(split_N[selected_N])
+      if tail_share:
+        queue = collections.deque()
+        examples = _split_documents(examples, tail_share, repeat == 0, queue)
+        example_splits = iter(queue.popleft, None)
+      for batch, encoded in tokenize.encode_batches(examples, tokenizer, dtype):
+        batch_splits = np.fromiter(
+          itertools.islice(example_splits, len(batch)), np.uint8, len(batch)
         )
-      for batch, encoded in tokenize.encode_batches(chosen, tokenizer, dtype):
-        batch_to = np.fromiter(itertools.islice(to, len(batch)), np.uint8, len(batch))
-        tails += int((batch_to == VALIDATION).sum()) if share else 0
-        for name, place in SPLITS.items():
-          if len(mine := np.flatnonzero(batch_to == place)):
-            nats = [batch[i].nats for i in mine if batch[i].nats is not None]
-            label_ids = [number[batch[i].label] for i in mine if batch[i].label is not None]
-            writers[name].examples(
-              [encoded.ids[i] for i in mine], [encoded.prompts[i] for i in mine], label_ids, nats
+        tails += int((batch_splits == VALIDATION).sum()) if tail_share else 0
+        for name, split in SPLITS.items():
+          if len(indices := np.flatnonzero(batch_splits == split)):
+            rows = [batch[i] for i in indices]
+            writers[name].add_examples(
+              ids=[encoded.ids[i] for i in indices],
+              prompts=[encoded.prompts[i] for i in indices],
+              labels=[label_ids[row.label] for row in rows if row.label is not None],
+              nats=[row.nats for row in rows if row.nats is not None],
             )
-        merged, lost = merged + encoded.straddling, lost + encoded.unknown_chars
+        merged += encoded.straddling
+        lost += encoded.unknown_chars
         characters += sum(len(example.text) for example in batch)
         done += len(batch)
-        tell(done, total)
+        on_progress(done, total)
   if done != total + tails:
     raise RequestError("config.data: a source has changed while it was read; run again")
-  more = sum(int(np.maximum(of, 1).sum()) - len(of) for of in passes)
-  if more:
-    notes["rows read again, as their weight says"] = more
+  extra = sum(int(np.maximum(repeats_N, 1).sum()) - len(repeats_N) for repeats_N in repeats)
+  if extra:
+    notes["rows read again, as their weight says"] = extra
   files = {name: about for writer in writers.values() for name, about in writer.close().items()}
   if 2 * lost > characters:
     raise RequestError(
-      f"config.model.path: its tokenizer has no token for {lost:,} of the {characters:,} characters of config.data; "
-      "take a model whose tokenizer was made for such text"
+      f"config.model.path: its tokenizer has no token for {lost:,} of the {characters:,} "
+      "characters of config.data; take a model whose tokenizer was made for such text"
     )
   return Manifest(
     files=files,
     labels=labels,
     numbers=[getattr(label, "number", None) for label in labels],
-    read=sum(counts) + bad + more,
+    read=sum(counts) + num_bad + extra,
     dropped=dict(dropped),
     duplicates=int(duplicates.sum()),
     merged=merged,
     characters=characters,
     lost=lost,
     notes={note: count for note, count in notes.items() if count},
-    said=list(dict.fromkeys(said)),
+    said=list(dict.fromkeys(log_lines)),
     tails=tails,
   )
 
 
+def _sort_labels(labels: set[str]) -> list[str]:
+  """Sort labels by the numbers that their data set gives them, else by name."""
+  if all(isinstance(label, readers.ClassName) for label in labels):
+    return sorted(labels, key=lambda label: label.number)
+  return sorted(labels, key=_label_sort_key)
+
+
 def _label_sort_key(label: str) -> tuple:
-  """Sorts labels that are numbers by their size, before all others; without int(), which stops at 4300 digits."""
+  """Sort numeric labels by value, before all others; int() would stop at 4300 digits."""
   digits = label.lstrip("0") if label.isascii() and label.isdecimal() else None
   return (digits is None, len(digits or ""), digits or "", label)
 
@@ -332,80 +344,87 @@ def _assign_splits(
   rng: np.random.Generator,
   dropped: collections.Counter,
 ) -> tuple[list[np.ndarray], float]:
-  """For each source the split that each of its examples goes to, and the share that is held out at the end of each document.
+  """Return the split of each example, per source, and the share of each document to hold out.
 
-  That share is 0 where whole documents are held out. Raises RequestError when there is nothing to train on, or to evaluate on
-  although sources are named for it.
+  That share is 0 where whole documents are held out. Raises RequestError when there is nothing to
+  train on, or nothing to evaluate on although sources are named for it.
   """
-  places = np.concatenate(
+  split_N = np.concatenate(
     [np.full(n, SPLITS[source.split], np.uint8) for source, n in zip(all_sources, counts)]
   )
   if data.duplicates == "drop" and duplicates.any():
-    places[duplicates] = DROPPED
+    split_N[duplicates] = DROPPED
     dropped["duplicates"] = int(duplicates.sum())
-  share = 0.0
+  tail_share = 0.0
   if not data.validation and data.validation_fraction:
-    there = np.flatnonzero(places == TRAIN)
-    some = round(len(there) * data.validation_fraction)
-    if some in (0, len(there)):  # too few documents for whole ones
-      share = data.validation_fraction if data.format == "text" else 0.0
-      some = 0 if share or len(there) < 2 else max(1, some - 1)
-    places[rng.permutation(there)[:some]] = VALIDATION
-  for name, place in SPLITS.items():
-    there, limit = np.flatnonzero(places == place), data[f"limit_{name}"]
-    if not len(there) and (place == TRAIN or data.validation):
+    indices = np.flatnonzero(split_N == TRAIN)
+    num_held_out = round(len(indices) * data.validation_fraction)
+    if num_held_out in (0, len(indices)):  # too few documents for whole ones
+      tail_share = data.validation_fraction if data.format == "text" else 0.0
+      num_held_out = 0 if tail_share or len(indices) < 2 else max(1, num_held_out - 1)
+    split_N[rng.permutation(indices)[:num_held_out]] = VALIDATION
+  for name, split in SPLITS.items():
+    indices = np.flatnonzero(split_N == split)
+    limit = data[f"limit_{name}"]
+    if not len(indices) and (split == TRAIN or data.validation):
+      reasons = "".join(f", {reason}: {count:,}" for reason, count in dropped.items())
       raise RequestError(
-        f"config.data: no {name} examples ({format_count(sum(counts), 'good row')}, {sum(dropped.values())} dropped"
-        + "".join(f", {reason}: {count:,}" for reason, count in dropped.items())
-        + "); give more data"
+        f"config.data: no {name} examples ({format_count(sum(counts), 'good row')}, "
+        f"{sum(dropped.values())} dropped{reasons}); give more data"
       )
-    if limit and limit < len(there):
-      places[rng.permutation(there)[limit:]] = DROPPED
-      dropped[f"limit_{name}"] = len(there) - limit
-  return np.split(places, np.cumsum(counts)[:-1]), share
+    if limit and limit < len(indices):
+      split_N[rng.permutation(indices)[limit:]] = DROPPED
+      dropped[f"limit_{name}"] = len(indices) - limit
+  return np.split(split_N, np.cumsum(counts)[:-1]), tail_share
 
 
 def _split_documents(
-  documents: Iterable[Example], share: float, with_end: bool, places: collections.deque[int]
+  documents: Iterable[Example], share: float, with_tails: bool, splits: collections.deque[int]
 ) -> Iterator[Example]:
-  """Each document without its end, to train on, and its end, to be held out, cut behind a blank where there is one near.
+  """Yield each document without its end, for training, and its end, for validation.
+
+  Documents are cut after a blank if there is one nearby.
 
   Args:
-    with_end: whether the ends are wanted.
-    places: gets the split of each example that comes.
+    with_tails: whether to yield the ends.
+    splits: gets the split of each example that is yielded.
   """
   for document in documents:
-    end = max(1, round(len(document.text) * share))
-    at = max(len(document.text) - end, min(1, len(document.text) - 1))  # a letter is left at least
-    at = document.text.rfind(" ", max(0, at - end), at) + 1 or at
-    places.append(TRAIN)
+    text = document.text
+    tail = max(1, round(len(text) * share))
+    at = max(len(text) - tail, min(1, len(text) - 1))  # leaves at least one letter
+    at = text.rfind(" ", max(0, at - tail), at) + 1 or at
+    splits.append(TRAIN)
     if not at:  # of one letter
       yield document
       continue
-    yield document._replace(text=document.text[:at], nats=None)
-    if with_end:
-      places.append(VALIDATION)
-      yield document._replace(text=document.text[at:], nats=None)
+    yield document._replace(text=text[:at], nats=None)
+    if with_tails:
+      splits.append(VALIDATION)
+      yield document._replace(text=text[at:], nats=None)
 
 
 def _repeat_counts(
-  weight: float, places: np.ndarray, rng: np.random.Generator, dropped: collections.Counter
+  weight: float, split_N: np.ndarray, rng: np.random.Generator, dropped: collections.Counter
 ) -> np.ndarray:
-  """How often each example of a source is written. What is left of the weight after whole passes is a share, drawn anew."""
-  often = np.where(places == TRAIN, int(weight), places != DROPPED)
-  trained = np.flatnonzero(places == TRAIN)
-  often[rng.permutation(trained)[: round(len(trained) * (weight % 1))]] += 1
-  out = int((often[trained] == 0).sum())
-  if out:
-    dropped["weight of the source"] += out
-  return often
+  """Return how often each example of a source is written: the weight's integer part, for all of
+  them, and once more for a random share of them, its fraction.
+  """
+  repeats_N = np.where(split_N == TRAIN, int(weight), split_N != DROPPED)
+  trained = np.flatnonzero(split_N == TRAIN)
+  repeats_N[rng.permutation(trained)[: round(len(trained) * (weight % 1))]] += 1
+  num_dropped = int((repeats_N[trained] == 0).sum())
+  if num_dropped:
+    dropped["weight of the source"] += num_dropped
+  return repeats_N
 
 
-def build_dataset(stored: tokenize.TokenArrays, data: ConfigDict, end: int) -> TokenDataset:
-  """The examples in rows of `data.sequence_length` tokens."""
+def build_dataset(arrays: tokenize.TokenArrays, data: ConfigDict, eos_id: int) -> TokenDataset:
+  """Lay out the examples in rows of `data.sequence_length` tokens."""
+  T = data.sequence_length
   if data.format == "classification":
-    return ClassificationDataset(stored, data.sequence_length)
+    return ClassificationDataset(arrays, T)
   if data.layout == "concat":
-    return ConcatDataset(stored, data.sequence_length, end)
-  texts = data.format == "text"
-  return PackedDataset(stored, data.sequence_length, end, pack=data.layout == "pack", texts=texts)
+    return packing.ConcatDataset(arrays, T, eos_id)
+  pack, texts = data.layout == "pack", data.format == "text"
+  return packing.PackedDataset(arrays, T, eos_id, pack=pack, texts=texts)

@@ -1,6 +1,6 @@
-"""Rows to batches. A batch is a pure function of (seed, step): nothing has to be remembered to resume.
+"""Rows to batches. A batch is a pure function of (seed, step): resuming needs no saved state.
 
-A accumulation steps, B rows a step, T columns
+A accumulation steps, B rows per step, T columns
 """
 
 import functools
@@ -17,12 +17,13 @@ Batch = dict[str, Any]
 
 
 class BatchSource:
-  """What this process holds of the batch of each optimizer step: {"ids", ...}, each (A, B / processes, T).
+  """This process's share of the batch of each step: {"ids", ...}, each (A, B / processes, T).
 
-  Rows come in a new order each epoch; a batch may straddle two epochs. The global batch is the same rows in the same order for
-  any number of processes, each of which takes the places `local_rows` of every accumulation step. From the row `total_rows` on
-  everything is masked: it fills the last batch of a run whose length was given in epochs. Of fewer rows than a batch each step
-  takes all, and what is left of the batch is masked.
+  Rows come in a new order each epoch; a batch may straddle two epochs. The global batch is the same
+  rows in the same order for any number of processes, each of which takes the rows `local_rows` of
+  every accumulation step. All rows from `total_rows` on are masked: they fill up the last batch of
+  a run whose length is given in epochs. If there are fewer rows than a batch, each step takes all
+  of them and the rest of the batch is masked.
   """
 
   def __init__(
@@ -35,33 +36,32 @@ class BatchSource:
     total_rows: int,
     local_rows: np.ndarray,
   ):
-    self._rows, self._seed, self._rows_in_all = rows, seed, total_rows
-    self._batch_size, self._accumulation, self._mine = batch_size, accumulation, local_rows
-    self._each = min(batch_size, len(rows))  # rows of a step
+    self._rows, self._seed, self._total_rows = rows, seed, total_rows
+    self._rows_per_step = min(batch_size, len(rows))
+    # (A, B / processes): which rows of the global batch this process takes.
+    self._indices = np.arange(batch_size).reshape(accumulation, -1)[:, local_rows]
 
   def __len__(self) -> int:
-    return -(-self._rows_in_all // self._each)
+    return -(-self._total_rows // self._rows_per_step)
 
   def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-    places = np.arange(self._batch_size).reshape(self._accumulation, -1)[:, self._mine]
-    there = places < self._each
-    places = places + step * self._each
-    rows = [self._rows[self._shuffled(int(place))] for place in places.reshape(-1)]
+    indices = self._indices + step * self._rows_per_step
+    rows = [self._rows[self._shuffled(int(index))] for index in indices.reshape(-1)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    batch["mask"] &= (there & (places < self._rows_in_all)).reshape(-1, 1)
-    return {name: x.reshape(*places.shape, -1) for name, x in batch.items()}
+    is_real = (self._indices < self._rows_per_step) & (indices < self._total_rows)
+    batch["mask"] &= is_real.reshape(-1, 1)
+    return {name: x.reshape(*indices.shape, -1) for name, x in batch.items()}
 
-  def _shuffled(self, place: int) -> int:
-    """The row at a place in the endless sequence of epochs: Grain's stateless permutation, keyed by seed and epoch."""
-    epoch, place = divmod(place, len(self._rows))
-    return index_shuffle(
-      place, max_index=len(self._rows) - 1, seed=_epoch_seed(self._seed, epoch), rounds=4
-    )
+  def _shuffled(self, index: int) -> int:
+    """Map an index over all epochs to a row: Grain's stateless shuffle, keyed by (seed, epoch)."""
+    epoch, index = divmod(index, len(self._rows))
+    seed = _epoch_seed(self._seed, epoch)
+    return index_shuffle(index, max_index=len(self._rows) - 1, seed=seed, rounds=4)
 
 
 @functools.lru_cache(maxsize=16)
 def _epoch_seed(seed: int, epoch: int) -> int:
-  """32 bits of both: seed + epoch would give each run the epochs of the run before it."""
+  """Mix both into 32 bits: with seed + epoch, seed 1 would repeat the epochs of seed 0."""
   return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
@@ -75,7 +75,7 @@ def train_batches(
   start: int,
   sharding: Sharding,
 ) -> Iterator[Batch]:
-  """Batches of the optimizer steps `start`, `start + 1`, ..., each {"ids", ...} of shape (A, B, T), on the devices."""
+  """Yield the batches of steps `start`, `start + 1`, ..., each (A, B, T), on the devices."""
   B = batch_size // accumulation
   local_rows = local_row_indices(sharding, B)
   steps = BatchSource(
@@ -86,7 +86,7 @@ def train_batches(
     total_rows=total_rows,
     local_rows=local_rows,
   )
-  # Threads, not processes: rows are slices of one array, and copying them releases the GIL soon enough.
+  # Threads, not processes: rows are slices of one array; their copies release the GIL soon enough.
   options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
   for batch in grain.MapDataset.source(steps)[start:].to_iter_dataset(options):
     yield _make_global_batch(batch, sharding, B, local_rows)
@@ -95,20 +95,17 @@ def train_batches(
 def eval_batches(
   rows: Any, *, batch_size: int, sharding: Sharding, limit: int = 0
 ) -> Iterator[Batch]:
-  """All rows once, in order, or those of the first `limit` batches; the last batch is filled up with masked rows."""
-  local_rows, blank = local_row_indices(sharding, batch_size), jax.tree.map(np.zeros_like, rows[0])
+  """Yield all rows once, in order, or the first `limit` batches; masked rows fill up the last."""
+  local_rows = local_row_indices(sharding, batch_size)
+  blank = jax.tree.map(np.zeros_like, rows[0])
   for start in range(0, min(len(rows), limit * batch_size or len(rows)), batch_size):
-    picked = [rows[start + i] if start + i < len(rows) else blank for i in local_rows.tolist()]
-    yield _make_global_batch(
-      jax.tree.map(lambda *columns: np.stack(columns)[None], *picked),
-      sharding,
-      batch_size,
-      local_rows,
-    )
+    local = [rows[start + i] if start + i < len(rows) else blank for i in local_rows.tolist()]
+    batch = jax.tree.map(lambda *columns: np.stack(columns)[None], *local)
+    yield _make_global_batch(batch, sharding, batch_size, local_rows)
 
 
 def batch_shapes(row: dict[str, Any], A: int, B: int, sharding: Sharding) -> Batch:
-  """The shapes of a batch of such rows, to compile for."""
+  """Return the shapes of a batch of such rows, to compile for."""
   return {
     name: jax.ShapeDtypeStruct((A, B, *x.shape), x.dtype, sharding=sharding)
     for name, x in row.items()
@@ -116,18 +113,18 @@ def batch_shapes(row: dict[str, Any], A: int, B: int, sharding: Sharding) -> Bat
 
 
 def local_row_indices(sharding: Sharding, B: int) -> np.ndarray:
-  """Which of B rows the devices of this process hold, in rising order."""
-  held = sharding.addressable_devices_indices_map((1, B, 1)).values()
-  return np.unique(np.concatenate([np.arange(B)[index[1]] for index in held]))
+  """Return which of B rows the devices of this process hold, in rising order."""
+  slices = sharding.addressable_devices_indices_map((1, B, 1)).values()
+  return np.unique(np.concatenate([np.arange(B)[index[1]] for index in slices]))
 
 
 def _make_global_batch(
   batch: dict[str, np.ndarray], sharding: Sharding, B: int, local_rows: np.ndarray
 ) -> Batch:
-  """The parts of all processes as one batch of B rows a step, on the devices."""
+  """Join the local rows of all processes into one batch of B rows per step, on the devices."""
 
-  def array(x: np.ndarray) -> jax.Array:
-    part = lambda index: x[:, np.searchsorted(local_rows, np.arange(B)[index[1]])]
-    return jax.make_array_from_callback((x.shape[0], B, x.shape[2]), sharding, part)
+  def make_array(x: np.ndarray) -> jax.Array:
+    shard = lambda index: x[:, np.searchsorted(local_rows, np.arange(B)[index[1]])]
+    return jax.make_array_from_callback((x.shape[0], B, x.shape[2]), sharding, shard)
 
-  return {name: array(x) for name, x in batch.items()}
+  return {name: make_array(x) for name, x in batch.items()}

@@ -1,4 +1,4 @@
-"""Rows out of files and hub data sets, one at a time: nothing is in memory whole, but for each .txt and .json file."""
+"""Rows from files and hub data sets, one at a time; only .txt and .json files are read whole."""
 
 import collections
 import contextlib
@@ -24,7 +24,7 @@ from jaxft.data.readers import READABLE_FORMATS, RawRow, ReaderOptions, file_for
 from jaxft.errors import RequestError, first_line
 from jaxft.utils.files import HUB_URL, exists
 
-# Of a run or a model, in whose folder text may lie too.
+# In the folder of a run or a model, in which there may be text to learn too.
 RUN_FOLDERS = (
   "checkpoints",
   "profile",
@@ -45,128 +45,124 @@ TOKENIZER_FILES = {
   "special_tokens_map.json",
 }
 HUB_TIMEOUT = 5  # seconds for the hub to answer
+# Notes of data_report.json.
 SEEN_NOTE = "links to folders that are read anyway, or that hold this one, left out"
+RUN_NOTE = "files of a run or a model, left out"
+RUN_KIND = "folders of runs"
 # What datasets.Dataset.save_to_disk writes, and DatasetDict.save_to_disk.
 SAVED_STATE, SAVED_SPLITS = "state.json", "dataset_dict.json"
 
 
 def find_files(source: str, split: str, notes: collections.Counter | None = None) -> list[Path]:
-  """The files that a path, a glob or a folder stands for, sorted; raises RequestError when there are none.
+  """Return the files of a path, a glob or a folder, sorted; raises RequestError for none.
 
   Args:
     split: of a folder that datasets.DatasetDict.save_to_disk has written.
     notes: counts what is left out of folders.
   """
   path = Path(source)
+  notes = collections.Counter() if notes is None else notes
   if exists(path) and path.is_dir():
-    return _folder_files(path, split, collections.Counter() if notes is None else notes)
+    return _folder_files(path, split, notes)
   if exists(path):
-    files, what = [path] if path.is_file() else [], "not an ordinary file"
+    files, problem = [path] if path.is_file() else [], "not an ordinary file"
   else:
-    files, what = (
-      _match_glob(source, collections.Counter() if notes is None else notes),
-      "no such file or folder",
-    )
-  if not files and (address := HUB_URL.fullmatch(source)) and address["datasets"]:
-    raise RequestError(f"data source {source!r}: an address; give hub:{address['id']}")
+    files, problem = _match_glob(source, notes), "no such file or folder"
+  if not files and (url := HUB_URL.fullmatch(source)) and url["datasets"]:
+    raise RequestError(f"data source {source!r}: an address; give hub:{url['id']}")
   if not files:
-    raise RequestError(f"data source {source!r}: {what}; give a file, a glob, a folder or hub:NAME")
+    way_out = "give a file, a glob, a folder or hub:NAME"
+    raise RequestError(f"data source {source!r}: {problem}; {way_out}")
   for file in files:
     if not file_format(file):
       raise RequestError(
-        f"data source {str(file)!r}: cannot read {file.suffix or 'a file without a suffix'}; it must be one of "
-        f"{', '.join(READABLE_FORMATS)}, and may be compressed ({', '.join(readers.COMPRESSION_SUFFIXES)}) if it is text, JSON or CSV"
+        f"data source {str(file)!r}: cannot read {file.suffix or 'a file without a suffix'}; "
+        f"it must be one of {', '.join(READABLE_FORMATS)}, and may be compressed "
+        f"({', '.join(readers.COMPRESSION_SUFFIXES)}) if it is text, JSON or CSV"
       )
   return files
 
 
 def _folder_files(folder: Path, split: str, notes: collections.Counter) -> list[Path]:
-  """The files of a folder that are read: those of the usual kinds, or all of one kind where there are none of them."""
+  """Return the files of a folder to read: those of the default formats, else all of one format."""
   if _has_list(folder / SAVED_SPLITS, "splits"):
     if not (folder / split).is_dir():
-      there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
+      splits = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
       raise RequestError(
-        f"data source {str(folder)!r}: no split {split!r} in it ({there}); name one as {folder}/SPLIT"
+        f"data source {str(folder)!r}: no split {split!r} in it ({splits}); "
+        f"name one as {folder}/SPLIT"
       )
     folder = folder / split
   if _has_list(folder / SAVED_STATE, "_data_files"):
     return _saved_files(folder)
+  source = f"data source {str(folder)!r}"
   files = _list_files(folder, notes)
-  kinds = {file: of for file in files if (of := file_format(file))}
-  found = readers.select_files(
-    f"data source {str(folder)!r}", kinds, f"name those, such as {folder}/*.SUFFIX,"
-  )
-  if not found:
+  suffixes = {file: suffix for file in files if (suffix := file_format(file))}
+  selected = readers.select_files(source, suffixes, f"name those, such as {folder}/*.SUFFIX,")
+  if not selected:
     raise RequestError(
-      f"data source {str(folder)!r}: no {', '.join(READABLE_FORMATS)} file in this folder; give a file, a glob, a folder or hub:NAME"
+      f"{source}: no {', '.join(READABLE_FORMATS)} file in this folder; "
+      "give a file, a glob, a folder or hub:NAME"
     )
-  read = set(found)
-  if left := collections.Counter(file_format(file) for file in files if file not in read):
+  if left := collections.Counter(file_format(file) for file in {*files} - {*selected}):
     notes["files in folders that are of no kind that is read"] += left.pop("", 0)
-    notes["files in folders that are read only if they are named (.json, .md, .zip, ...)"] += (
-      left.total()
-    )
-  return found
+    named_only = "files in folders that are read only if they are named (.json, .md, .zip, ...)"
+    notes[named_only] += left.total()
+  return selected
 
 
 def _has_list(file: Path, key: str) -> bool:
-  """Whether this is a JSON object with a list at `key`: other tools write files of the same names."""
+  """Return whether a JSON object has a list at `key`: other tools write files of the same names."""
   try:
-    found = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(file.read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError):
     return False
-  return isinstance(found, dict) and isinstance(found.get(key), list)
+  return isinstance(content, dict) and isinstance(content.get(key), list)
 
 
 def _saved_files(folder: Path) -> list[Path]:
-  """The files of a folder that datasets.Dataset.save_to_disk has written, in their order."""
+  """Return the files that datasets.Dataset.save_to_disk has written to a folder, in their order."""
+  source = f"data source {str(folder)!r}"
   try:
     state = json.loads((folder / SAVED_STATE).read_text(encoding="utf-8"))
     names = [file["filename"] for file in state["_data_files"]]
-    if state.get("_indices_data_files") or not all(
-      isinstance(name, str) and Path(name).name == name for name in names
-    ):
+    are_names = all(isinstance(name, str) and Path(name).name == name for name in names)
+    if state.get("_indices_data_files") or not are_names:
       raise ValueError("not written by datasets 2.0 or newer")
   except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-    raise RequestError(
-      f"data source {str(folder)!r}: {SAVED_STATE}: {first_line(error)}"
-    ) from error
+    raise RequestError(f"{source}: {SAVED_STATE}: {first_line(error)}") from error
   for name in names:
     if not (folder / name).is_file():
-      raise RequestError(
-        f"data source {str(folder)!r}: {name}, which {SAVED_STATE} names, is not there"
-      )
+      raise RequestError(f"{source}: {name}, which {SAVED_STATE} names, is not there")
   return [folder / name for name in names]
 
 
 def _list_files(folder: Path, notes: collections.Counter) -> list[Path]:
-  """The files of a folder and of the folders in it, but for hidden ones, and for runs and models, which hold no text to learn.
+  """Return the files below a folder, except hidden ones and those of runs and models.
 
-  Links to folders are followed, and each folder is read once. The folder itself may be a run's or a model's, with text beside:
-  of that the text is taken. Raises RequestError for a folder that may not be read.
+  Links to folders are followed, and each folder is read once. The folder itself may be a run's or a
+  model's, with text beside its own files: that text is read. Raises RequestError for a folder that
+  may not be read.
   """
   files = []
   with _as_request_error(str(folder)):
-    for at, folders, names in _walk(folder, notes):
+    for path, folders, names in _walk(folder, notes):
       folders[:] = sorted(name for name in folders if not name.startswith("."))
-      this = _non_text_kind(at)
-      holds = {name: what for name in folders if (what := _non_text_kind(at / name))}
-      holds |= {
-        name: "folders of runs"
-        for name in folders
-        if this == "folders of runs" and name in RUN_FOLDERS
-      }
-      notes.update(f"{what}, left out" for what in holds.values())
-      folders[:] = [name for name in folders if name not in holds]
-      own = _run_files(this, names)
-      notes["files of a run or a model, left out"] += len(own)
-      files += [at / name for name in names if not name.startswith(".") and name not in own]
+      kind = _non_text_kind(path)
+      skipped = {name: sub for name in folders if (sub := _non_text_kind(path / name))}
+      if kind == RUN_KIND:
+        skipped |= {name: RUN_KIND for name in folders if name in RUN_FOLDERS}
+      notes.update(f"{sub}, left out" for sub in skipped.values())
+      folders[:] = [name for name in folders if name not in skipped]
+      run_files = _run_files(kind, names)
+      notes[RUN_NOTE] += len(run_files)
+      files += [path / name for name in names if not name.startswith(".") and name not in run_files]
     return sorted(file for file in files if _is_accessible(file, notes) and file.is_file())
 
 
 @contextlib.contextmanager
 def _as_request_error(source: str) -> Iterator[None]:
-  """A folder that may not be read becomes one line."""
+  """Report a folder that may not be read in one line."""
   try:
     yield
   except OSError as error:
@@ -174,23 +170,23 @@ def _as_request_error(source: str) -> Iterator[None]:
 
 
 def _walk(folder: Path, notes: collections.Counter) -> Iterator[tuple[Path, list[str], list[str]]]:
-  """os.walk, which follows links, enters each folder once, and raises OSError for one that may not be read."""
+  """Walk like os.walk, but follow links, enter each folder once and raise OSError if it fails."""
 
-  def refuse(error: OSError) -> None:
+  def raise_error(error: OSError) -> None:
     raise error
 
-  seen = {_inode(above) for above in folder.resolve().parents}
-  for at, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-    if (which := _inode(Path(at))) in seen:
+  seen = {_inode(parent) for parent in folder.resolve().parents}
+  for path, folders, names in os.walk(folder, followlinks=True, onerror=raise_error):
+    if (inode := _inode(Path(path))) in seen:
       notes[SEEN_NOTE] += 1
       folders.clear()
       continue
-    seen.add(which)
-    yield Path(at), folders, names
+    seen.add(inode)
+    yield Path(path), folders, names
 
 
 def _is_accessible(file: Path, notes: collections.Counter) -> bool:
-  """Whether a name in a folder leads to something; raises PermissionError where nobody may know."""
+  """Return whether a path exists; raises PermissionError if that cannot be known."""
   try:
     file.stat()
   except PermissionError:
@@ -202,33 +198,32 @@ def _is_accessible(file: Path, notes: collections.Counter) -> bool:
 
 
 def _match_glob(pattern: str, notes: collections.Counter) -> list[Path]:
-  """The files that match a pattern, but for those of runs and models in folders that it does not name itself."""
+  """Return the files that match, except those of runs and models in folders it does not name."""
   parts = Path(pattern).parts
-  plain = list(itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1]))
-  base, files = Path(*plain), []
-  identity = functools.cache(_inode)
+  base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1]))
+  inode = functools.cache(_inode)
 
   @functools.cache
-  def holds_none(folder: Path) -> bool:
+  def is_skipped(folder: Path) -> bool:
     if folder == base:
       return False
-    run = _non_text_kind(folder.parent) == "folders of runs" and folder.name in RUN_FOLDERS
-    return run or bool(_non_text_kind(folder)) or holds_none(folder.parent)
+    in_run = _non_text_kind(folder.parent) == RUN_KIND and folder.name in RUN_FOLDERS
+    return in_run or bool(_non_text_kind(folder)) or is_skipped(folder.parent)
 
   start = Path(parts[0]) if Path(pattern).is_absolute() else Path()
   with _as_request_error(pattern):
-    matching = sorted(_expand_glob(start, parts[start.is_absolute() :], notes))
-    matching = [file for file in matching if _is_accessible(file, notes) and file.is_file()]
-  seen = set()
-  for file in matching:
-    if (which := (identity(file.parent), file.name)) in seen:
+    matches = sorted(_expand_glob(start, parts[start.is_absolute() :], notes))
+    matches = [file for file in matches if _is_accessible(file, notes) and file.is_file()]
+  files, seen = [], set()
+  for file in matches:
+    if (identity := (inode(file.parent), file.name)) in seen:
       notes[SEEN_NOTE] += 1
       continue
-    seen.add(which)
-    # Few names are a run's or a model's own: only for those the folder is looked at.
-    maybe_own = glob.has_magic(parts[-1]) and file.name in RUN_FILES
-    if holds_none(file.parent) or maybe_own and _is_run_file(file):
-      notes["files of a run or a model, left out"] += 1
+    seen.add(identity)
+    # Few names may be a run's or a model's own: only for those the folder is read.
+    may_be_run_file = glob.has_magic(parts[-1]) and file.name in RUN_FILES
+    if is_skipped(file.parent) or may_be_run_file and _is_run_file(file):
+      notes[RUN_NOTE] += 1
     else:
       files.append(file)
   return files
@@ -237,23 +232,25 @@ def _match_glob(pattern: str, notes: collections.Counter) -> list[Path]:
 def _expand_glob(
   folder: Path, parts: tuple[str, ...], notes: collections.Counter
 ) -> Iterator[Path]:
-  """What a pattern stands for in a folder, as glob.glob(recursive=True) has it, but that ** enters each folder once, and that a
-  folder that may not be read is not passed over, but raises OSError. A link that leads nowhere is among it."""
+  """Yield the matches of a pattern in a folder, like glob.glob(recursive=True).
+
+  But ** enters each folder once, and a folder that may not be read raises OSError instead of being
+  skipped. Links that lead nowhere are yielded too.
+  """
   part, rest = parts[0], parts[1:]
   if part == "**":
-    for at, folders, names in _walk(folder, notes):
+    for path, folders, names in _walk(folder, notes):
       folders[:] = sorted(name for name in folders if not name.startswith("."))
-      yield from (
-        _expand_glob(at, rest, notes)
-        if rest
-        else (at / name for name in names if not name.startswith("."))
-      )
+      if rest:
+        yield from _expand_glob(path, rest, notes)
+      else:
+        yield from (path / name for name in names if not name.startswith("."))
   elif not glob.has_magic(part):
-    found = folder / part
-    if rest and found.is_dir():
-      yield from _expand_glob(found, rest, notes)
-    elif not rest and os.path.lexists(found):
-      yield found
+    path = folder / part
+    if rest and path.is_dir():
+      yield from _expand_glob(path, rest, notes)
+    elif not rest and os.path.lexists(path):
+      yield path
   else:
     for name in fnmatch.filter(sorted(os.listdir(folder)), part):
       if name.startswith(".") and not part.startswith("."):
@@ -265,76 +262,67 @@ def _expand_glob(
 
 
 def _is_run_file(file: Path) -> bool:
-  return file.name in _run_files(
-    _non_text_kind(file.parent), [path.name for path in file.parent.iterdir()]
-  )
+  names = [path.name for path in file.parent.iterdir()]
+  return file.name in _run_files(_non_text_kind(file.parent), names)
 
 
-def _run_files(what: str, names: list[str]) -> set[str]:
-  """Which files of a folder, which is of this kind, are a run's or a model's, and no text."""
-  return {name for name in names if name in RUN_FILES and (what or TOKENIZER_FILES & {*names})}
+def _run_files(kind: str, names: list[str]) -> set[str]:
+  """Return which files of a folder of this kind are a run's or a model's own, not text."""
+  return {name for name in names if name in RUN_FILES and (kind or TOKENIZER_FILES & {*names})}
 
 
 def _inode(folder: Path) -> tuple[int, int]:
-  found = folder.stat()
-  return found.st_dev, found.st_ino
+  stat = folder.stat()
+  return stat.st_dev, stat.st_ino
 
 
 def _non_text_kind(folder: Path) -> str:
-  """What a folder is that holds no text to learn, though it has files of kinds that are read; "" for any other."""
-  names = (
-    {path.name for path in folder.iterdir()} if os.access(folder, os.R_OK | os.X_OK) else set()
-  )
+  """Return the kind of a folder whose readable files are no text to learn; "" for any other."""
+  readable = os.access(folder, os.R_OK | os.X_OK)
+  names = {path.name for path in folder.iterdir()} if readable else set()
   if "run.lock" in names or {"config.json", "metrics.jsonl"} <= names:
-    return "folders of runs"
-  if (
-    names & {"parity.json", "adapter_config.json"}
-    or "config.json" in names
-    and any(name.endswith(MODEL_FILES) for name in names)
-  ):
+    return RUN_KIND
+  has_weights = any(name.endswith(MODEL_FILES) for name in names)
+  if names & {"parity.json", "adapter_config.json"} or "config.json" in names and has_weights:
     return "folders of models"
   return "Python environments" if "pyvenv.cfg" in names else ""
 
 
 def parse_weight(source: str) -> tuple[str, float]:
-  """A source of training data, and how often an epoch passes over its documents: SOURCE@0.5, SOURCE@3; 1 where it says nothing.
+  """Return a training source and its epochs per epoch: SOURCE@0.5, SOURCE@3; 1 by default.
 
   Raises RequestError for a weight that no epoch can have.
   """
   name, at, text = source.rpartition("@")
-  if (
-    not at or "/" in text or file_format(Path(source)) or exists(Path(source))
-  ):  # a file or a folder may have an @ in its name
+  # The name of a file or a folder may have an @ too.
+  if not at or "/" in text or file_format(Path(source)) or exists(Path(source)):
     return source, 1.0
   try:
     weight = float(text)
   except ValueError:
     weight = math.nan
   if not 0 < weight <= 100:
-    raise RequestError(
-      f"data source {source!r}: what follows the @ must be a number above 0 and at most 100"
-    )
+    wanted = "a number above 0 and at most 100"
+    raise RequestError(f"data source {source!r}: what follows the @ must be {wanted}")
   return name, weight
 
 
 def validate_sources(data: Mapping[str, Any]) -> list[str]:
-  """One line for each local source in `config.data` that cannot be found."""
-  named = [
-    (key, source) for key in ("train", "validation", "unrelated") for source in data.get(key) or ()
-  ]
+  """Return one line for each local source in `config.data` that cannot be found."""
   lines = []
-  for key, source in named:
-    try:
-      name = parse_weight(source)[0] if key == "train" else source
-      if not name.startswith("hub:"):
-        find_files(name, "train" if key == "train" else "validation")
-    except RequestError as error:
-      lines.append(f"config.data.{key}: {error}")
+  for key in ("train", "validation", "unrelated"):
+    for source in data.get(key) or ():
+      try:
+        name = parse_weight(source)[0] if key == "train" else source
+        if not name.startswith("hub:"):
+          find_files(name, "train" if key == "train" else "validation")
+      except RequestError as error:
+        lines.append(f"config.data.{key}: {error}")
   return lines
 
 
 def fingerprint(sources: tuple[str, ...], split: str) -> list[str]:
-  """One line for each file or hub data set, which changes when anything in it does."""
+  """Return one line for each file or hub data set, which changes with its content."""
   lines = []
   for source in sources:
     if source.startswith("hub:"):
@@ -349,47 +337,51 @@ def fingerprint(sources: tuple[str, ...], split: str) -> list[str]:
 def read_rows(
   sources: tuple[str, ...],
   split: str,
-  how: ReaderOptions | Callable[[str], ReaderOptions],
+  options: ReaderOptions | Callable[[str], ReaderOptions],
   notes: collections.Counter,
 ) -> Iterator[RawRow]:
-  """All rows of the sources, in order.
+  """Yield all rows of the sources, in order.
 
-  Rows that do not parse come as rows with a fault; a file that cannot be read at all raises RequestError.
+  Rows that do not parse have an error; a file that cannot be read at all raises RequestError.
 
   Args:
-    how: to read all of them, or a function that is called with the name of each file, or hub data set, before it is opened.
     split: of hub data sets that name none.
-    notes: counts what was seen on the way: files with a byte order mark, .txt files with \\r\\n.
+    options: for all of them, or a function that is called with the name of each file or hub data
+      set before it is opened.
+    notes: counts what is notable: files with a byte order mark, .txt files with \\r\\n.
   """
+  options_for = options if callable(options) else lambda name: options
   for source in sources:
     if source.startswith("hub:"):
-      of_this = how(source) if callable(how) else how
+      hub_options = options_for(source)
       with _errors_named_after(source):
-        yield from _read_hub(source, split, of_this)
+        yield from _read_hub(source, split, hub_options)
       continue
     files = find_files(source, split, notes)
-    # Where folders name the labels, a file that lies in none of them has none.
+    # Where folders name the labels, a file outside of them has none.
     in_folders = any(file.parent != Path(source) for file in files)
     for file in files:
-      of_this = how(str(file)) if callable(how) else how
-      beside = in_folders and of_this.label_column and file.parent == Path(source)
-      if beside and file_format(file) in readers.TEXT_FORMATS:
+      file_options = options_for(str(file))
+      unlabelled = in_folders and file_options.label_column and file.parent == Path(source)
+      if unlabelled and file_format(file) in readers.TEXT_FORMATS:
         yield RawRow(str(file), {}, "not in one of the folders that name the labels")
         continue
       with _errors_named_after(file):
-        yield from readers.read_rows(file, of_this, notes)
+        yield from readers.read_rows(file, file_options, notes)
 
 
-def _read_hub(source: str, split: str, how: ReaderOptions) -> Iterator[RawRow]:
-  rows = _open_hub(source, split)
-  nothing, names = dict.fromkeys(rows.column_names), readers.class_names(rows.features or {})
-  wanted = how.of(nothing)
-  for number, columns in enumerate(rows.select_columns(wanted) if wanted else [{}] * len(rows), 1):
-    yield RawRow(f"{source}, row {number}", readers.with_class_names(nothing | columns, names))
+def _read_hub(source: str, split: str, options: ReaderOptions) -> Iterator[RawRow]:
+  table = _open_hub(source, split)
+  blank = dict.fromkeys(table.column_names)
+  names = readers.class_names(table.features or {})
+  selected = options.select(blank)
+  rows = table.select_columns(selected) if selected else [{}] * len(table)
+  for number, columns in enumerate(rows, 1):
+    yield RawRow(f"{source}, row {number}", readers.with_class_names(blank | columns, names))
 
 
 class _errors_named_after:
-  """Whatever goes wrong with a source becomes one line that names it."""
+  """Turns whatever goes wrong with a source into one line that names it."""
 
   def __init__(self, source: Path | str):
     self.source = source
@@ -405,28 +397,27 @@ class _errors_named_after:
 def _open_hub(source: str, split: str) -> Any:
   import datasets  # a second to import: only runs that read from the hub pay for it
 
-  name, _, chosen = source.removeprefix("hub:").partition(":")
+  name, _, own_split = source.removeprefix("hub:").partition(":")
   if not name:
-    raise RequestError(
-      f"data source {source!r}: no name; give hub:NAME, hub:NAME:SPLIT or hub:NAME/CONFIGURATION:SPLIT"
-    )
+    way_out = "give hub:NAME, hub:NAME:SPLIT or hub:NAME/CONFIGURATION:SPLIT"
+    raise RequestError(f"data source {source!r}: no name; {way_out}")
   name, configuration = _split_configuration(name)
   try:
     with _offline_if_unreachable(name):
-      return _load_dataset(datasets, name, configuration, chosen or split)
-  except Exception as error:  # hub, network and format errors share no class; all mean that this source cannot be read
-    if there := re.search(r"vailable(?: configs)?: \[(.*?)\]", str(error)):
-      names = there[1].replace("'", "")
-      raise RequestError(
-        f"data source {source!r}: name one of its configurations as hub:{name}/CONFIGURATION[:SPLIT]: {names}"
-      ) from error
-    raise RequestError(
-      f"data source {source!r}: {first_line(error)}; check the name and the split, or download it and give the files"
-    ) from error
+      return _load_dataset(datasets, name, configuration, own_split or split)
+  # Hub, network and format errors share no class; all mean that this source cannot be read.
+  except Exception as error:
+    problem = first_line(error)
+    way_out = "check the name and the split, or download it and give the files"
+    if match := re.search(r"vailable(?: configs)?: \[(.*?)\]", str(error)):
+      problem = f"name one of its configurations as hub:{name}/CONFIGURATION[:SPLIT]"
+      names = match[1].replace("'", "")
+      raise RequestError(f"data source {source!r}: {problem}: {names}") from error
+    raise RequestError(f"data source {source!r}: {problem}; {way_out}") from error
 
 
 def has_split(source: str, split: str) -> bool:
-  """Whether a hub data set has a split of that name; False where that cannot be known: reading it says why."""
+  """Return whether a hub data set has a split of that name; False if unknown: reading says why."""
   import datasets
 
   name, configuration = _split_configuration(source.removeprefix("hub:"))
@@ -438,7 +429,7 @@ def has_split(source: str, split: str) -> bool:
 
 
 def _split_configuration(name: str) -> tuple[str, str | None]:
-  """The name of a data set and, after a slash, of one of its configurations: a hub id has at most one slash of its own."""
+  """Split NAME/CONFIGURATION of a data set; a hub id has at most one slash of its own."""
   head, _, tail = name.rpartition("/")
   if exists(Path(name)) or not head:
     return name, None
@@ -461,21 +452,16 @@ def _load_dataset(datasets: Any, name: str, configuration: str | None, split: st
 
 @contextlib.contextmanager
 def _offline_if_unreachable(name: str) -> Iterator[None]:
-  """Where the hub does not answer: look at what is cached, and nowhere else. The libraries would try again for a minute."""
+  """Use only the cache if the hub does not answer: the libraries would retry for a minute."""
   import datasets
   from huggingface_hub import constants
 
   host = urllib.parse.urlsplit(constants.ENDPOINT)
-  as_it_is = (
-    constants.HF_HUB_OFFLINE
-    or exists(Path(name))
-    or urllib.request.getproxies()
-    or _is_reachable(host)
-  )
-  if as_it_is:
+  local = constants.HF_HUB_OFFLINE or exists(Path(name))
+  if local or urllib.request.getproxies() or _is_reachable(host):
     yield
     return
-  before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+  saved = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
   constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
   try:
     yield
@@ -484,26 +470,25 @@ def _offline_if_unreachable(name: str) -> Iterator[None]:
       f"{host.hostname} does not answer, and the data set is not in the cache"
     ) from error
   finally:
-    constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+    constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = saved
 
 
-@functools.cache  # once in a process: a data set is opened several times
+@functools.cache  # once per process: a data set is opened several times
 def _is_reachable(host: urllib.parse.SplitResult) -> bool:
-  """Whether a server takes connections; asked in a thread, as looking up a name may take long."""
+  """Return whether a server takes connections; in a thread, as a DNS lookup may take long."""
 
-  def ask() -> bool:
+  def connect() -> bool:
+    port = host.port or (80 if host.scheme == "http" else 443)
     try:
-      socket.create_connection(
-        (host.hostname, host.port or (80 if host.scheme == "http" else 443)), HUB_TIMEOUT
-      ).close()
+      socket.create_connection((host.hostname, port), HUB_TIMEOUT).close()
     except OSError:
       return False
     return True
 
-  asked = ThreadPoolExecutor(1)
+  worker = ThreadPoolExecutor(1)
   try:
-    return asked.submit(ask).result(HUB_TIMEOUT)
+    return worker.submit(connect).result(HUB_TIMEOUT)
   except TimeoutError:
     return False
   finally:
-    asked.shutdown(wait=False)
+    worker.shutdown(wait=False)

@@ -1,7 +1,8 @@
-"""Token files: written once for the same text, tokenizer and settings, memory-mapped from then on.
+"""Token files: written once per text, tokenizer and settings, memory-mapped from then on.
 
-A cache folder has one folder an entry, named by what it was made from. It is written under another name and renamed when it is
-whole, by one process while others wait, and its checksums are compared whenever it is opened.
+A cache folder has one folder per entry, named by what it was made from. One process writes it under
+a temporary name, while others wait, and renames it when it is complete. Its checksums are compared
+whenever it is opened.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from jaxft.data.tokenize import TokenArrays
 from jaxft.errors import StorageError
 from jaxft.utils.files import atomic_write, write_failure
 
-VERSION = 4  # of the files; another one is another entry
+VERSION = 4  # of the files; another version is another entry
 ARRAYS = {
   "ids": None,
   "starts_N1": np.int64,
@@ -30,71 +31,69 @@ ARRAYS = {
 
 
 class TokenWriter:
-  """The files of one set of examples, written as they come."""
+  """Writes the files of one set of examples, batch by batch."""
 
   def __init__(self, folder: Path, name: str, ids_dtype: np.dtype):
-    self._name, self._folder, self._end = name, folder, 0
+    self._name, self._end = name, 0
     self._dtypes = ARRAYS | {"ids": ids_dtype}
-    self._files = {part: (folder / f"{name}.{part}").open("wb") for part in ARRAYS}
-    self._hashes = {part: hashlib.sha256() for part in ARRAYS}
-    self.add("starts_N1", [0])
+    self._files = {array: (folder / f"{name}.{array}").open("wb") for array in ARRAYS}
+    self._hashes = {array: hashlib.sha256() for array in ARRAYS}
+    self._append("starts_N1", [0])
 
-  def add(self, part: str, values: Any) -> None:
-    piece = np.asarray(values, self._dtypes[part]).tobytes()
-    self._files[part].write(piece)
-    self._hashes[part].update(piece)
+  def _append(self, array: str, values: Any) -> None:
+    content = np.asarray(values, self._dtypes[array]).tobytes()
+    self._files[array].write(content)
+    self._hashes[array].update(content)
 
-  def examples(
+  def add_examples(
     self, ids: list[np.ndarray], prompts: list[int], labels: list[int], nats: list[float]
   ) -> None:
-    ends = self._end + np.cumsum([len(array) for array in ids], dtype=np.int64)
-    self._end = int(ends[-1])
-    for part, values in (("ids", np.concatenate(ids)), ("starts_N1", ends), ("prompts_N", prompts)):
-      self.add(part, values)
-    self.add("labels_N", labels)
-    self.add("nats_N", nats)
+    stops = self._end + np.cumsum([len(array) for array in ids], dtype=np.int64)
+    self._end = int(stops[-1])
+    columns = (np.concatenate(ids), stops, prompts, labels, nats)
+    for array, values in zip(ARRAYS, columns, strict=True):
+      self._append(array, values)
 
   def close(self) -> dict[str, dict[str, Any]]:
-    """Syncs the files; returns size, type and checksum of each, for the manifest."""
-    about = {}
-    for part, file in self._files.items():
+    """Sync the files; return the size, type and checksum of each, for the manifest."""
+    entries = {}
+    for array, file in self._files.items():
       file.flush()
       os.fsync(file.fileno())
-      about[f"{self._name}.{part}"] = {
-        "dtype": np.dtype(self._dtypes[part]).name,
+      entries[f"{self._name}.{array}"] = {
+        "dtype": np.dtype(self._dtypes[array]).name,
         "bytes": file.tell(),
-        "sha256": self._hashes[part].hexdigest(),
+        "sha256": self._hashes[array].hexdigest(),
       }
       file.close()
-    return about
+    return entries
 
 
 def load_or_build(
   folder: Path,
   key: Mapping[str, Any],
-  make: Callable[[Path], dict[str, Any]],
+  build: Callable[[Path], dict[str, Any]],
   log: Callable[[str], None],
 ) -> tuple[Path, dict[str, Any]]:
-  """The entry of `key` and its manifest: the one that is there and sound, else one that `make` writes.
+  """Return the entry of `key` and its manifest: a valid one on disk, else one that `build` writes.
 
   Args:
-    folder: of all entries; made if need be.
+    folder: of all entries; created if need be.
     key: everything that the tokens depend on.
-    make: writes the files of an entry into a folder and returns its manifest, with the "files" of `TokenWriter.close`.
+    build: writes the files of an entry into a folder and returns its manifest, with the "files" of
+      `TokenWriter.close`.
 
   Raises:
     StorageError: the folder cannot be written.
   """
-  text = json.dumps({"version": VERSION} | dict(key), sort_keys=True)
-  name = hashlib.sha256(text.encode()).hexdigest()[:32]
+  key_json = json.dumps({"version": VERSION} | dict(key), sort_keys=True)
+  name = hashlib.sha256(key_json.encode()).hexdigest()[:32]
   entry, partial = folder / name, folder / f"{name}.partial"
   lock = FileLock(folder / f"{name}.lock")
   try:
-    if entry.exists() and not os.access(
-      folder, os.W_OK
-    ):  # one that others have made, for readers alone
-      manifest, fault = _verify_entry(entry, text)
-      if not fault:
+    if entry.exists() and not os.access(folder, os.W_OK):  # made by others, read-only here
+      manifest, problem = _verify_entry(entry, key_json)
+      if not problem:
         return entry, manifest
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -103,23 +102,22 @@ def load_or_build(
       log(f"another process is tokenising the same text; waiting for it ({lock.lock_file})")
       lock.acquire()
     if entry.exists():
-      manifest, fault = _verify_entry(entry, text)
-      if not fault:
+      manifest, problem = _verify_entry(entry, key_json)
+      if not problem:
         return entry, manifest
-      log(f"token cache {entry}: {fault}; tokenising again")
+      log(f"token cache {entry}: {problem}; tokenising again")
       _remove(entry)
     _remove(partial)  # of a process that was killed
     partial.mkdir()
-    manifest = {"made_from": json.loads(text)} | make(partial)
-    atomic_write(
-      partial / "manifest.json",
-      json.dumps({"sha256": _manifest_checksum(manifest)} | manifest, indent=1),
-    )
+    manifest = {"made_from": json.loads(key_json)} | build(partial)
+    content = {"sha256": _manifest_checksum(manifest)} | manifest
+    atomic_write(partial / "manifest.json", json.dumps(content, indent=1))
     partial.rename(entry)
     return entry, manifest
   except OSError as error:
     raise StorageError(
-      f"token cache {folder}: {write_failure(folder, error)}; --config.data.cache_dir names another folder"
+      f"token cache {folder}: {write_failure(folder, error)}; "
+      "--config.data.cache_dir names another folder"
     ) from error
   finally:
     if lock.is_locked:
@@ -135,41 +133,39 @@ def _remove(path: Path) -> None:
 
 
 def open_arrays(entry: Path, name: str, manifest: Mapping[str, Any]) -> TokenArrays:
-  """The examples of one set, memory-mapped."""
-  return TokenArrays(
-    *(_memmap(entry / f"{name}.{part}", manifest["files"][f"{name}.{part}"]) for part in ARRAYS)
-  )
+  """Return the examples of one set, memory-mapped."""
+  files = {array: f"{name}.{array}" for array in ARRAYS}
+  return TokenArrays(**{a: _memmap(entry / f, manifest["files"][f]) for a, f in files.items()})
 
 
 def fingerprint(name: str, manifest: Mapping[str, Any]) -> str:
-  """Tells one set of examples from another."""
-  checksums = [manifest["files"][f"{name}.{part}"]["sha256"] for part in ARRAYS]
+  """Return a hash that differs between two sets of examples."""
+  checksums = [manifest["files"][f"{name}.{array}"]["sha256"] for array in ARRAYS]
   return hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
 def _memmap(file: Path, about: Mapping[str, Any]) -> np.ndarray:
   dtype = np.dtype(about["dtype"])
-  return (
-    np.memmap(file, dtype, "r") if about["bytes"] else np.zeros(0, dtype)
-  )  # nothing cannot be mapped
+  return np.memmap(file, dtype, "r") if about["bytes"] else np.zeros(0, dtype)  # mmap needs a byte
 
 
 def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _verify_entry(entry: Path, text: str) -> tuple[dict[str, Any], str]:
-  """The manifest of an entry, and what is wrong with the entry."""
+def _verify_entry(entry: Path, key_json: str) -> tuple[dict[str, Any], str]:
+  """Return the manifest of an entry, and what is wrong with the entry."""
   try:
     manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
     if manifest.pop("sha256") != _manifest_checksum(manifest):
       return {}, "manifest.json differs from its checksum"
-    if manifest["made_from"] != json.loads(text):
+    if manifest["made_from"] != json.loads(key_json):
       return {}, "its manifest is of another text"
     for name, about in manifest["files"].items():
       file = entry / name
-      if file.stat().st_size != about["bytes"]:
-        return {}, f"{name} has {file.stat().st_size} bytes, not {about['bytes']}"
+      size = file.stat().st_size
+      if size != about["bytes"]:
+        return {}, f"{name} has {size} bytes, not {about['bytes']}"
       with file.open("rb") as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() != about["sha256"]:
           return {}, f"{name} differs from its checksum"

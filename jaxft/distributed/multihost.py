@@ -1,4 +1,4 @@
-"""Several processes as one run: they meet (roll_call.py), watch each other (watchdog.py), and must agree."""
+"""Several processes as one run: they meet (rendezvous), watch each other (watchdog) and agree."""
 
 import functools
 import hashlib
@@ -31,27 +31,27 @@ _call_counter = itertools.count()  # the same in all processes
 
 @contextmanager
 def distributed_context(
-  place: ProcessInfo | None, start_timeout: int = START_TIMEOUT, peer_timeout: int = PEER_TIMEOUT
+  info: ProcessInfo | None, start_timeout: int = START_TIMEOUT, peer_timeout: int = PEER_TIMEOUT
 ) -> Iterator[None]:
-  """Inside it this process is part of the run, and only process 0 says anything. It does not return from an error: the process
-  ends, with the error's exit code, because JAX would wait for the others at exit.
+  """Joins the distributed run; only process 0 logs.
 
-  Raises RequestError or PeerLost when not all processes come within `start_timeout` seconds.
+  An error inside it ends the process at once, with the error's exit code, because JAX's own
+  shutdown would wait for the others. Raises RequestError or PeerLostError when not all processes
+  come within `start_timeout` seconds.
   """
-  if place is None:
+  if info is None:
     yield
     return
-  console.quiet = place.process_id != 0
-  log(
-    f"waiting for {place.num_processes} processes at {place.coordinator}; to run alone: --num_processes=1"
-  )
-  peers = rendezvous.connect_peers(place, start_timeout)
-  watchdog = Watchdog(place, peers, peer_timeout)
-  install_abort_handler(peers[0] if place.process_id else None)
+  console.quiet = info.process_id != 0
+  waiting = f"waiting for {info.num_processes} processes at {info.coordinator}"
+  log(f"{waiting}; to run alone: --num_processes=1")
+  peers = rendezvous.connect_peers(info, start_timeout)
+  watchdog = Watchdog(info, peers, peer_timeout)
+  install_abort_handler(peers[0] if info.process_id else None)
   jax.distributed.initialize(
-    place.coordinator,
-    place.num_processes,
-    place.process_id,
+    info.coordinator,
+    info.num_processes,
+    info.process_id,
     initialization_timeout=start_timeout,
     heartbeat_timeout_seconds=10 * peer_timeout,  # the watchdog is to be first, with a name
     cluster_detection_method="deactivate" if is_only_local_process() else None,
@@ -60,21 +60,25 @@ def distributed_context(
     yield
   except BaseException as error:
     if not isinstance(error, JaxftError | Preempted | KeyboardInterrupt | SystemExit):
-      # A collective whose other end is gone fails here before the watchdog knows why; a bug waits the same seconds.
+      # A collective whose peer is gone fails here before the watchdog knows why; after a bug we
+      # wait too.
       time.sleep(peer_timeout + 5 if isinstance(error, jax.errors.JaxRuntimeError) else 5)
     code = print_error(error)
-    watchdog.announce_exit(code, str(error).splitlines()[0] if str(error) else type(error).__name__)
+    why = str(error).splitlines()[0] if str(error) else type(error).__name__
+    watchdog.announce_exit(code, why)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-  assert_all_equal(
-    "the end", {}
-  )  # process 0 may still be exporting, and is watched until it is done
+  # Process 0 may still be exporting, and is watched until it is done.
+  assert_all_equal("the end", {})
   watchdog.announce_exit(0, "")
 
 
 def is_only_local_process() -> bool:
-  """Whether SLURM or Open MPI has started one process here: it is to have all devices, and JAX would give it the first."""
+  """Returns whether SLURM or Open MPI has started one process on this node.
+
+  It shall have all devices; JAX would give it the first.
+  """
   tasks = (
     os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0],
     os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -84,74 +88,65 @@ def is_only_local_process() -> bool:
 
 @functools.cache
 def package_versions() -> Mapping[str, str]:
-  """Of what computes, and of jaxft's own files."""
+  """Returns the versions of the packages that compute, and of jaxft's own files."""
   files = sorted(Path(jaxft.__file__).parent.rglob("*.py"))
-  own = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-  packages = (
-    "jax",
-    "jaxlib",
-    "jax-cuda13-plugin",
-    "libtpu",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "numpy",
-  )
-  found = {"jaxft": f"{jaxft.__version__} ({own})", "python": platform.python_version()}
-  for name in packages:
+  digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+  versions = {"jaxft": f"{jaxft.__version__} ({digest})", "python": platform.python_version()}
+  accelerators = ("jax", "jaxlib", "jax-cuda13-plugin", "libtpu")
+  for name in (*accelerators, "flax", "optax", "orbax-checkpoint", "numpy"):
     with suppress(importlib.metadata.PackageNotFoundError):
-      found[name] = importlib.metadata.version(name)
-  return MappingProxyType(found)
+      versions[name] = importlib.metadata.version(name)
+  return MappingProxyType(versions)
 
 
 def assert_all_equal(topic: str, facts: dict[str, Any]) -> None:
-  """Raises RequestError in every process, with a line for each fact that is not the same in all of them."""
-  from jax._src.distributed import (
-    global_state,  # its key-value store is JAX's own, and Orbax's, way to compare notes
-  )
+  """Raises RequestError in every process, with a line for each fact that differs between them."""
+  # JAX and Orbax synchronise through this key-value store; it has no public name.
+  from jax._src.distributed import global_state
 
+  store, process_id = global_state.client, global_state.process_id
   # jax.process_count() would start JAX, whose environment is not complete yet.
-  store, me, processes = global_state.client, global_state.process_id, global_state.num_processes
-  if store is None or processes == 1:
+  num_processes = global_state.num_processes
+  if store is None or num_processes == 1:
     return
-  topic = f"{topic}/{next(_call_counter)}"  # keys are set once, and a program may train twice
-  patience = (
-    24 * 3_600_000
-  )  # ms: others may be tokenising or exporting; one that is lost is the watchdog's to find
-  store.key_value_set(f"jaxft/{topic}/{me}", json.dumps(facts, default=str))
-  if me == 0:
+  # Keys can be set once, and a program may train twice.
+  prefix = f"jaxft/{topic}/{next(_call_counter)}"
+  # Others may be tokenising or exporting; one that is lost is the watchdog's to find.
+  timeout_ms = 24 * 3_600_000
+  store.key_value_set(f"{prefix}/{process_id}", json.dumps(facts, default=str))
+  if process_id == 0:
+    ours = json.loads(json.dumps(facts, default=str))
     lines = []
-    for other in range(1, processes):
-      theirs = json.loads(store.blocking_key_value_get(f"jaxft/{topic}/{other}", patience))
-      ours = json.loads(json.dumps(facts, default=str))
-      lines += [
-        f"{name}={theirs.get(name)!r} on process {other}: {ours.get(name)!r} on process 0; all must be the same"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
-      ]
-    store.key_value_set(f"jaxft/{topic}/verdict", "\n".join(lines) or "-")
-  verdict = store.blocking_key_value_get(f"jaxft/{topic}/verdict", patience)
+    for other in range(1, num_processes):
+      theirs = json.loads(store.blocking_key_value_get(f"{prefix}/{other}", timeout_ms))
+      for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+          values = f"{theirs.get(name)!r} on process {other}: {ours.get(name)!r} on process 0"
+          lines.append(f"{name}={values}; all must be the same")
+    store.key_value_set(f"{prefix}/verdict", "\n".join(lines) or "-")
+  verdict = store.blocking_key_value_get(f"{prefix}/verdict", timeout_ms)
   if verdict != "-":
     raise RequestError(verdict)
 
 
 def check_shared_folder(folder: Path) -> None:
-  """Raises RequestError in all processes when the folder is not the same one, on one disk, for all of them."""
+  """Raises RequestError in all processes if they do not share this folder, on one disk."""
   if jax.process_count() == 1:
     return
   from jax._src.distributed import global_state
 
-  store, mark, key = global_state.client, folder / "run.hosts", next(_call_counter)
+  store = global_state.client
+  mark = folder / "run.hosts"
+  key = f"jaxft/mark/{next(_call_counter)}"
   if jax.process_index() == 0:
     text = f"{os.getpid()} {time.time_ns()}"
     atomic_write(mark, text)
-    store.key_value_set(f"jaxft/mark/{key}", text)
-  text = store.blocking_key_value_get(f"jaxft/mark/{key}", 600_000)
-  until = time.monotonic() + 30  # network disks show a new file late
-  while not (seen := mark.is_file() and mark.read_text() == text) and time.monotonic() < until:
+    store.key_value_set(key, text)
+  text = store.blocking_key_value_get(key, 600_000)
+  deadline = time.monotonic() + 30  # network disks show a new file late
+  while not (seen := mark.is_file() and mark.read_text() == text) and time.monotonic() < deadline:
     time.sleep(0.5)
-  assert_all_equal(
-    "workdir", {f"--workdir={str(folder)!r}, on one disk that all processes share": bool(seen)}
-  )
+  fact = f"--workdir={str(folder)!r}, on one disk that all processes share"
+  assert_all_equal("workdir", {fact: bool(seen)})
   if jax.process_index() == 0:
     mark.unlink(missing_ok=True)

@@ -1,4 +1,8 @@
-"""Who is there: process 0 waits for all others on the coordinator's port, before JAX takes it over."""
+"""Rendezvous: process 0 waits for all others on the coordinator's port, before JAX takes it over.
+
+Own sockets, so that an error names the process that is missing or was started with other flags; the
+watchdog goes on with these connections.
+"""
 
 import importlib.util
 import json
@@ -15,7 +19,7 @@ REQUIRED_FLAGS = "several processes need --coordinator, --num_processes, --proce
 
 
 class ProcessInfo(NamedTuple):
-  """Where this process stands among those of a run."""
+  """This process among those of a run."""
 
   coordinator: str  # HOST:PORT of process 0
   num_processes: int
@@ -25,42 +29,33 @@ class ProcessInfo(NamedTuple):
 def detect_processes(
   coordinator: str | None, processes: int | None, process: int | None, timeout: int
 ) -> ProcessInfo | None:
-  """From the flags, or where they are not given from SLURM, Open MPI, Kubernetes or a TPU's metadata; None for a lone process.
+  """Returns the flags or, without them, what SLURM, Open MPI, Kubernetes or a TPU's metadata give.
 
-  Raises RequestError when only some of it is known.
+  None for a single process. Raises RequestError when only some of it is known.
   """
   # What jax.distributed.initialize itself asks; there is no public name (jax 0.10 to 0.12).
   from jax._src import clusters
 
   if processes == 1:
     return None
-  given = coordinator, processes, process
+  flags = coordinator, processes, process
+  no_flags = flags == (None, None, None)
   try:
-    with warnings.catch_warnings(
-      action="ignore"
-    ):  # a pod of Kubernetes, without its package: most are alone
+    # JAX warns in a Kubernetes pod without the package of that name, but most pods are alone.
+    with warnings.catch_warnings(action="ignore"):
       detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
-      coordinator, processes, process, _ = detect(*given, None, None, timeout)
-  except (
-    Exception
-  ) as error:  # a pod that may not ask who else there is, a metadata server that is silent, ...
-    if given != (None, None, None):
-      raise RequestError(
-        f"looking for the other processes: {first_line(error)}; {REQUIRED_FLAGS}"
-      ) from error
-    log(
-      f"running alone: the other processes, if there are any, were not found ({first_line(error)}); {REQUIRED_FLAGS}"
-    )
+      coordinator, processes, process, _ = detect(*flags, None, None, timeout)
+  except Exception as error:  # no permission to list pods, a metadata server that is silent, ...
+    why = first_line(error)
+    if not no_flags:
+      raise RequestError(f"looking for the other processes: {why}; {REQUIRED_FLAGS}") from error
+    failure = f"the other processes, if there are any, were not found ({why})"
+    log(f"running alone: {failure}; {REQUIRED_FLAGS}")
     return None
-  pod = "KUBERNETES_SERVICE_HOST" in os.environ
-  if (
-    pod
-    and given == (None, None, None)
-    and not (coordinator or importlib.util.find_spec("kubernetes"))
-  ):
-    log(
-      f"running alone: to find the other pods of a job, if there are any, JAX needs pip install kubernetes; {REQUIRED_FLAGS}"
-    )
+  in_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+  if in_pod and no_flags and not (coordinator or importlib.util.find_spec("kubernetes")):
+    advice = "to find the other pods of a job, if there are any, JAX needs pip install kubernetes"
+    log(f"running alone: {advice}; {REQUIRED_FLAGS}")
   known = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
   if all(value is None for value in known.values()) or processes == 1:
     return None
@@ -70,90 +65,86 @@ def detect_processes(
   if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
     raise RequestError(f"--coordinator={coordinator!r}: must be HOST:PORT of process 0")
   if not 0 <= process < processes:
-    raise RequestError(
-      f"--process_id={process}: must be from 0 to {processes - 1} (--num_processes={processes})"
-    )
+    allowed = f"from 0 to {processes - 1} (--num_processes={processes})"
+    raise RequestError(f"--process_id={process}: must be {allowed}")
   return ProcessInfo(coordinator, processes, process)
 
 
-def connect_peers(place: ProcessInfo, timeout: int) -> dict[int, socket.socket]:
-  """Calls the roll. Returns connections to the other processes: of process 0 to all of them, of the others to process 0."""
-  host, _, port = place.coordinator.rpartition(":")
+def connect_peers(info: ProcessInfo, timeout: int) -> dict[int, socket.socket]:
+  """Connects process 0 to all others, and each of them to process 0."""
+  host, _, port = info.coordinator.rpartition(":")
   host = host.removeprefix("[").removesuffix("]")  # of an IPv6 address
-  return (
-    _accept_peers(int(port), place, timeout)
-    if place.process_id == 0
-    else {0: _connect(host, int(port), place, timeout)}
-  )
+  if info.process_id == 0:
+    return _accept_peers(int(port), info, timeout)
+  return {0: _connect(host, int(port), info, timeout)}
 
 
-def _accept_peers(port: int, place: ProcessInfo, timeout: int) -> dict[int, socket.socket]:
-  there: dict[int, socket.socket] = {}
-  until = time.monotonic() + timeout
+def _accept_peers(port: int, info: ProcessInfo, timeout: int) -> dict[int, socket.socket]:
+  deadline = time.monotonic() + timeout
   try:
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     listener = socket.create_server(
-      ("", port), family=family, dualstack_ipv6=both, backlog=place.num_processes
+      ("", port), family=family, dualstack_ipv6=both, backlog=info.num_processes
     )
   except OSError as error:
-    raise RequestError(
-      f"--coordinator={place.coordinator}: cannot listen on port {port} ({error.strerror})"
-    ) from error
-  fault, peers = "", []
+    problem = f"cannot listen on port {port} ({error.strerror})"
+    raise RequestError(f"--coordinator={info.coordinator}: {problem}") from error
+  peers: dict[int, socket.socket] = {}
+  sockets = []  # every connection gets an answer, those that are refused too
+  fault = lost = ""
   with listener:
-    while len(there) < place.num_processes - 1 and not fault:
-      listener.settimeout(max(0.01, until - time.monotonic()))
+    while len(peers) < info.num_processes - 1 and not fault:
+      listener.settimeout(max(0.01, deadline - time.monotonic()))
       try:
         peer, address = listener.accept()
-        peers.append(peer)
+        sockets.append(peer)
+        # A peer sends its line at once: whoever is silent must not hold up the others.
         hello = json.loads(_read_line(peer, time.monotonic() + 5))
         other, processes = int(hello["process"]), int(hello["processes"])
       except TimeoutError:
-        if time.monotonic() >= until:
+        if time.monotonic() >= deadline:
           break
         continue
       except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         continue  # something else that tries ports
-      if processes != place.num_processes:
-        fault = (
-          f"--num_processes={processes} on process {other}, and {place.num_processes} on process 0"
-        )
-      elif (
-        not 0 < other < processes or other in there and not is_closed(there[other])
-      ):  # it may have been started again
+      if processes != info.num_processes:
+        ours = f"{info.num_processes} on process 0"
+        fault = f"--num_processes={processes} on process {other}, and {ours}"
+      # An id may come twice if its first process has ended and was started again.
+      elif not 0 < other < processes or other in peers and not is_closed(peers[other]):
         fault = f"--process_id={other}: another process has it too (at {address[0]})"
-      there[other] = peer
-  missing = [str(i) for i in range(1, place.num_processes) if i not in there]
-  lost = (
-    "" if fault or not missing else f"process {', '.join(missing)} did not come within {timeout} s"
-  )
-  for peer in peers:
+      peers[other] = peer
+  missing = [str(i) for i in range(1, info.num_processes) if i not in peers]
+  if missing and not fault:
+    lost = f"process {', '.join(missing)} did not come within {timeout} s"
+  # All of them learn of a failure, so that none waits for its own timeout.
+  for peer in sockets:
     send_message(peer, {"refused": fault} if fault else {"lost": lost} if lost else {"go": True})
   if fault:
     raise RequestError(fault)
   if lost:
-    raise PeerLostError(
-      f"{lost}; {len(there) + 1} of {place.num_processes} are there; to run this one alone: --num_processes=1"
-    )
-  return there
+    present = f"{len(peers) + 1} of {info.num_processes} are there"
+    raise PeerLostError(f"{lost}; {present}; to run this one alone: --num_processes=1")
+  return peers
 
 
-def _connect(host: str, port: int, place: ProcessInfo, timeout: int) -> socket.socket:
-  until = time.monotonic() + timeout
+def _connect(host: str, port: int, info: ProcessInfo, timeout: int) -> socket.socket:
+  deadline = time.monotonic() + timeout
   while True:
     try:
       peer = socket.create_connection((host, port), timeout=5)
-      send_message(peer, {"process": place.process_id, "processes": place.num_processes})
-      verdict = json.loads(_read_line(peer, until + 5))
+      send_message(peer, {"process": info.process_id, "processes": info.num_processes})
+      # Process 0 answers when all have come, or at its own timeout.
+      verdict = json.loads(_read_line(peer, deadline + 5))
       if not isinstance(verdict, dict):
         raise ValueError("something else listens there")
       break
     except (OSError, ValueError) as error:
-      if time.monotonic() > until:
-        told = f"did not answer within {timeout} s, or had all its processes before"
-        raise PeerLostError(f"process 0 at {host}:{port} {told} ({error})") from error
-      time.sleep(0.3)
+      if time.monotonic() > deadline:
+        problem = f"did not answer within {timeout} s, or had all its processes before"
+        raise PeerLostError(f"process 0 at {host}:{port} {problem} ({error})") from error
+      time.sleep(0.3)  # process 0 may be started later
   if "refused" in verdict:
     raise RequestError(verdict["refused"])
   if "lost" in verdict:
@@ -161,11 +152,14 @@ def _connect(host: str, port: int, place: ProcessInfo, timeout: int) -> socket.s
   return peer
 
 
-def _read_line(peer: socket.socket, until: float) -> bytes:
-  """One short line; raises OSError when it does not come in time, or the other end closes."""
+def _read_line(peer: socket.socket, deadline: float) -> bytes:
+  """Reads one short line; raises OSError when it is late, or the other end closes.
+
+  Byte by byte, because what follows the line is the watchdog's to read.
+  """
   line = b""
   while not line.endswith(b"\n") and len(line) < 2000:
-    peer.settimeout(max(0.01, until - time.monotonic()))
+    peer.settimeout(max(0.01, deadline - time.monotonic()))
     byte = peer.recv(1)
     if not byte:
       raise OSError("the connection was closed")
@@ -187,4 +181,4 @@ def send_message(peer: socket.socket, message: dict[str, Any] | None) -> None:
   try:
     peer.sendall((json.dumps(message) if message else "").encode() + b"\n")
   except OSError:
-    pass  # whoever reads from it finds out
+    pass  # whoever reads from this peer notices

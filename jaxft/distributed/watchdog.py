@@ -1,7 +1,8 @@
-"""Is anyone lost: the connections of the roll call stay open, and a line a second goes both ways.
+"""Detects lost processes: the rendezvous connections stay open, and a line a second goes both ways.
 
-A process that dies closes its connection, one that is frozen falls silent; either way all others end with exit code 5. JAX's
-own coordination service would abort them, minutes later and with no name.
+A process that dies closes its connection, one that is frozen falls silent; either way all others
+end with exit code 5. JAX's own coordination service would abort them, minutes later and without a
+name.
 """
 
 import ctypes
@@ -19,97 +20,97 @@ from typing import Any
 from jaxft.distributed.rendezvous import ProcessInfo, is_closed, send_message
 from jaxft.errors import PeerLostError, Preempted, same_command
 
-GRACE_SECONDS = (
-  15  # seconds that others have to end by themselves after one has ended with an error
-)
+GRACE_SECONDS = 15  # that others have to end by themselves after one has ended with an error
 
 
 class Watchdog(threading.Thread):
-  """Sends and hears a line a second; ends the process when another is lost, or has ended with an error."""
+  """Exchanges a line a second; ends this process when another is lost or ended with an error."""
 
-  def __init__(self, place: ProcessInfo, peers: dict[int, socket.socket], limit: int):
+  def __init__(self, info: ProcessInfo, peers: dict[int, socket.socket], timeout: int):
     super().__init__(name="jaxft-watchdog", daemon=True)
-    self._place, self._peers, self._limit, self._lock = place, peers, limit, threading.Lock()
+    self._info, self._peers, self._timeout = info, peers, timeout
+    self._lock = threading.Lock()
     self._ending = False
     self.start()
 
   def announce_exit(self, code: int, why: str) -> None:
-    """Says that this process is about to end, so that the others do not take it for lost.
+    """Announces that this process is about to end, so that the others do not take it for lost.
 
-    Process 0 stays, for a while, until all others have ended: JAX's service is in it, and they may end for the same reason.
+    Process 0 stays, for a while, until all others have ended: JAX's service is in it, and they may
+    end for the same reason.
     """
     self._ending = True
     with self._lock:
       for peer in self._peers.values():
-        send_message(peer, {"ended": self._place.process_id, "code": code, "why": why})
-    if code and self._place.process_id == 0:
-      self.join(
-        GRACE_SECONDS + 5
-      )  # the others give up first, and say why: without JAX's service they would be aborted
+        send_message(peer, {"ended": self._info.process_id, "code": code, "why": why})
+    if code and self._info.process_id == 0:
+      # The others give up first, with a reason: without JAX's service they would be aborted.
+      self.join(GRACE_SECONDS + 5)
 
   def run(self) -> None:
-    heard = dict.fromkeys(self._peers, time.monotonic())
-    waiting = selectors.DefaultSelector()
+    last_heard = dict.fromkeys(self._peers, time.monotonic())
+    selector = selectors.DefaultSelector()
     for process, peer in self._peers.items():
       peer.setblocking(False)
-      waiting.register(peer, selectors.EVENT_READ, process)
-    rests, doomed = dict.fromkeys(self._peers, b""), None
-    while heard or doomed and not self._ending:
-      for key, _ in waiting.select(timeout=1):
+      selector.register(peer, selectors.EVENT_READ, process)
+    unread = dict.fromkeys(self._peers, b"")  # the beginning of a line
+    doom: tuple[float, str] | None = None  # when to end, and why
+    while last_heard or doom and not self._ending:
+      for key, _ in selector.select(timeout=1):
         process, chunk = key.data, _receive(key.fileobj)
         if not chunk and self._ending:
-          waiting.unregister(key.fileobj)
-          del heard[process]
+          selector.unregister(key.fileobj)
+          del last_heard[process]
           continue
         if not chunk:
-          self._lost(f"process {process} is gone: its connection closed")
-        heard[process] = time.monotonic()
-        *lines, rests[process] = (rests[process] + chunk).split(b"\n")
+          self._peer_lost(f"process {process} is gone: its connection closed")
+        last_heard[process] = time.monotonic()
+        *lines, unread[process] = (unread[process] + chunk).split(b"\n")
         for message in map(json.loads, filter(None, lines)):
           if "lost" in message:
-            self._lost(message["lost"])
+            self._peer_lost(message["lost"])
           if message["code"]:
-            # One that was preempted has agreed on it with the others, which may take longer to end.
-            patience = self._limit if message["code"] == Preempted.exit_code else GRACE_SECONDS
-            why = (
-              f"process {message['ended']} ended with exit code {message['code']}: {message['why']}"
-            )
-            doomed = doomed or (time.monotonic() + patience, why)
-          if self._place.process_id == 0 and message["code"]:
-            self._tell(message)
+            # All processes agree on a preemption, and some of them may take longer to end.
+            preempted = message["code"] == Preempted.exit_code
+            grace = self._timeout if preempted else GRACE_SECONDS
+            exit_code = f"exit code {message['code']}"
+            why = f"process {message['ended']} ended with {exit_code}: {message['why']}"
+            doom = doom or (time.monotonic() + grace, why)
+          if self._info.process_id == 0 and message["code"]:
+            self._broadcast(message)
           if message["ended"] == process:  # a closed connection is no news from here on
-            waiting.unregister(key.fileobj)
-            del heard[process]
+            selector.unregister(key.fileobj)
+            del last_heard[process]
       now = time.monotonic()
-      for process, at in heard.items():
-        if now - at > self._limit:
-          self._lost(f"process {process} is frozen or cut off: not heard of for {self._limit} s")
-      if doomed and now > doomed[0]:
-        self._lost(doomed[1])
+      for process, heard_at in last_heard.items():
+        if now - heard_at > self._timeout:
+          silence = f"not heard of for {self._timeout} s"
+          self._peer_lost(f"process {process} is frozen or cut off: {silence}")
+      if doom and now > doom[0]:
+        self._peer_lost(doom[1])
       with self._lock:
         for peer in self._peers.values():
           send_message(peer, None)
 
-  def _tell(self, message: dict[str, Any]) -> None:
+  def _broadcast(self, message: dict[str, Any]) -> None:
     with self._lock:
       for process, peer in self._peers.items():
         if process != message.get("ended"):
           send_message(peer, message)
 
-  def _lost(self, why: str) -> None:
+  def _peer_lost(self, why: str) -> None:
     if self._ending:  # with an exit code of its own
       return
-    if self._place.process_id == 0:
-      self._tell({"lost": why})
+    if self._info.process_id == 0:
+      self._broadcast({"lost": why})
     _exit_process(why)
 
 
 def _exit_process(why: str) -> None:
   """Ends the process here and now: the main thread may wait in a collective for ever."""
-  again = same_command("--overwrite_output_dir" in sys.argv)
+  resume = f"{same_command('--overwrite_output_dir' in sys.argv)} continues"
   print(
-    f"error: {why}; {again} continues from the newest checkpoint. Where this process was:",
-    file=sys.stderr,
+    f"error: {why}; {resume} from the newest checkpoint. Where this process was:", file=sys.stderr
   )
   faulthandler.dump_traceback()
   sys.stderr.flush()
@@ -117,28 +118,28 @@ def _exit_process(why: str) -> None:
 
 
 def install_abort_handler(coordinator: socket.socket | None) -> None:
-  """When process 0 dies, JAX's client aborts at once (jax 0.10 to 0.12: LOG(FATAL)), which may come before the watchdog.
+  """Prints why JAX aborts when process 0 is gone.
+
+  JAX's client aborts at once (jax 0.10 to 0.12: LOG(FATAL)), which may come before the watchdog.
 
   Args:
-    coordinator: the connection to process 0; None in it itself. While it is open the abort has another reason, and goes on.
+    coordinator: the connection to process 0; None in process 0. While it is open the abort has
+      another reason, and goes on.
   """
 
   def handler(_: int) -> None:
     if coordinator is None or not is_closed(coordinator):
       return
-    again = same_command("--overwrite_output_dir" in sys.argv)
-    print(
-      f"error: JAX has given up, most likely because process 0 is gone; {again} continues",
-      file=sys.stderr,
-    )
+    resume = f"{same_command('--overwrite_output_dir' in sys.argv)} continues"
+    reason = "JAX has given up, most likely because process 0 is gone"
+    print(f"error: {reason}; {resume}", file=sys.stderr)
     faulthandler.dump_traceback()
     os._exit(PeerLostError.exit_code)
 
   callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
-  install_abort_handler.kept = callback  # as long as the process lives
-  ctypes.CDLL(None).signal(
-    signal.SIGABRT, callback
-  )  # Python's own handlers run too late: abort() does not return
+  install_abort_handler.callback = callback  # must live as long as the process
+  # Python's own handlers run too late: abort() does not return.
+  ctypes.CDLL(None).signal(signal.SIGABRT, callback)
 
 
 def _receive(peer: socket.socket) -> bytes:

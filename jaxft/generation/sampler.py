@@ -49,7 +49,7 @@ class Generator:
       decoder = nnx.merge(graph, params)
       cache = KVCache.empty(cfg, ids_BT.shape[0], S, decoder.compute.dtype)
       logits_BV, cache = step(params, None, cache, ids_BT, segments_BT, positions_BT)
-      return logits_BV, cache.apart() if apart else cache
+      return logits_BV, cache.unstack() if apart else cache
 
     self._prefill = jax.jit(prefill, static_argnames=("S", "apart"))
     self._step = jax.jit(step, donate_argnums=2)
@@ -274,7 +274,7 @@ def _length_limits(
   return min_new_B, max_new_B
 
 
-_reorder_cache = jax.jit(KVCache.take, donate_argnums=0)
+_reorder_cache = jax.jit(KVCache.take_rows, donate_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnames="sampling")

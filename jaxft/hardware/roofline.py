@@ -1,4 +1,4 @@
-"""How long a step takes, as a roofline: of three times the longest counts, each with the share of the peak it assumes."""
+"""Estimates the time of a step by a roofline model, with an assumed share of each peak."""
 
 import math
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ class Efficiency(NamedTuple):
 
 
 EFFICIENCY = Efficiency()
-# What a device sends for a collective over n devices, in bytes of the larger of its input and output, by rings.
+# Bytes that a device sends for a ring collective over n devices, over the larger of its input and
+# output.
 RING_FACTORS = {
   "all-gather": lambda n: (n - 1) / n,
   "reduce-scatter": lambda n: (n - 1) / n,
@@ -40,18 +41,26 @@ class Estimate(NamedTuple):
 
   @property
   def bound_by(self) -> str:
-    return max(
-      ("compute", "memory", "network", "bus"), key=lambda what: getattr(self, f"{what}_seconds")
-    )
+    terms = ("compute", "memory", "network", "bus")
+    return max(terms, key=lambda term: getattr(self, f"{term}_seconds"))
 
   def rows_to_hide_the_bus(self, rows: int) -> int:
-    """Rows a batch from which on the bus is at most a fifth of a step: its bytes stay the same, the rest grows with rows."""
-    a_row = (self.step_seconds - self.bus_seconds) / rows
-    return math.ceil(4 * self.bus_seconds / a_row)
+    """Returns the rows of a batch from which on the bus is at most a fifth of a step.
+
+    The bytes on the bus stay the same, the rest grows with the rows.
+    """
+    row_seconds = (self.step_seconds - self.bus_seconds) / rows
+    return math.ceil(4 * self.bus_seconds / row_seconds)
 
 
-MFU_FORMULA = "model FLOPs / (step seconds x devices x dense 16-bit peak FLOP/s), model FLOPs without recomputation"
-STEP_FORMULA = "the longest of compute, memory and network seconds, which are taken to overlap, and the bus seconds, which are not"
+MFU_FORMULA = (
+  "model FLOPs / (step seconds x devices x dense 16-bit peak FLOP/s), "
+  "model FLOPs without recomputation"
+)
+STEP_FORMULA = (
+  "the longest of compute, memory and network seconds, which are taken to overlap, "
+  "and the bus seconds, which are not"
+)
 
 
 def estimate_step(
@@ -67,7 +76,7 @@ def estimate_step(
   bus_bytes: int = 0,
   efficiency: Efficiency = EFFICIENCY,
 ) -> Estimate | None:
-  """The estimate for one optimizer step; None for a device whose speed is not known (cpu).
+  """Estimates one optimizer step; None for a device whose speed is not known (cpu).
 
   Args:
     devices: that share the step; not all of a target need be in the mesh.
@@ -78,52 +87,63 @@ def estimate_step(
     tokens: of a step.
     bus_bytes: between the host's memory and a device (`offload.host_traffic`).
   """
-  facts = target.spec
-  if facts is None:
+  spec = target.spec
+  if spec is None:
     return None
-  compute = flops / devices / (efficiency.compute * facts.peak_flops(dtype))
-  memory = moved_bytes / (efficiency.memory * facts.bandwidth)
+  compute = flops / devices / (efficiency.compute * spec.peak_flops(dtype))
+  memory = moved_bytes / (efficiency.memory * spec.bandwidth)
   sent = sum(RING_FACTORS[kind](devices) * nbytes for kind, nbytes in collective_bytes.items())
   network = sent / (efficiency.network * target.link)
-  bus = bus_bytes / (efficiency.bus * facts.bus)
+  bus = bus_bytes / (efficiency.bus * spec.bus)
   seconds = max(compute, memory, network) + bus
-  mfu = ideal_step_seconds(target, devices, model_flops) / seconds
-  return Estimate(compute, memory, network, bus, seconds, tokens / seconds, mfu)
+  return Estimate(
+    compute_seconds=compute,
+    memory_seconds=memory,
+    network_seconds=network,
+    bus_seconds=bus,
+    step_seconds=seconds,
+    tokens_per_second=tokens / seconds,
+    mfu=ideal_step_seconds(target, devices, model_flops) / seconds,
+  )
 
 
 def ideal_step_seconds(target: Target, devices: int, model_flops: int) -> float | None:
-  """A step's, if no device ever waited: over what it takes this is its MFU. None for a device whose speed is not known."""
-  return (
-    None if target.spec is None else model_flops / (devices * target.spec.peak_flops("bfloat16"))
-  )
+  """Returns the time of a step at peak FLOP/s, or None for a device whose speed is not known.
+
+  The MFU is this over the measured time.
+  """
+  if target.spec is None:
+    return None
+  return model_flops / (devices * target.spec.peak_flops("bfloat16"))
 
 
 def estimate_cost(
   price: float | None, target: Target, estimate: Estimate | None
 ) -> dict[str, float]:
-  """{"per_hour", "per_million_tokens"} of all devices of the target, by the user's price for one of them an hour."""
+  """Returns the cost per hour and per million tokens, from the hourly price of a device."""
   if price is None:
     return {}
   hourly = price * target.count
-  return {"per_hour": hourly} | (
-    {"per_million_tokens": hourly / 3600 * 1e6 / estimate.tokens_per_second} if estimate else {}
-  )
+  cost = {"per_hour": hourly}
+  if estimate:
+    cost["per_million_tokens"] = hourly / 3600 * 1e6 / estimate.tokens_per_second
+  return cost
 
 
 def to_dict(
   estimate: Estimate | None, target: Target, dtype: str, efficiency: Efficiency = EFFICIENCY
 ) -> dict[str, Any]:
-  """The estimate with all that it rests on, for JSON."""
+  """Returns the estimate with all its assumptions, for JSON."""
   if estimate is None:
     return {}
-  facts = target.spec
+  spec = target.spec
   return estimate._asdict() | {
     "bound_by": estimate.bound_by,
     "peak": {
-      "flops": facts.peak_flops(dtype),
-      "memory_bytes_per_second": facts.bandwidth,
+      "flops": spec.peak_flops(dtype),
+      "memory_bytes_per_second": spec.bandwidth,
       "link_bytes_per_second": target.link,
-      "bus_bytes_per_second": facts.bus,
+      "bus_bytes_per_second": spec.bus,
     },
     "efficiency": efficiency._asdict(),
     "step_formula": STEP_FORMULA,

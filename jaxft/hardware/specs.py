@@ -1,9 +1,10 @@
-"""Hardware that can be compiled for without having it: its facts, each from the maker's public data sheet (`SOURCES`).
+"""Specifications of hardware to compile for, from the makers' public data sheets (`SOURCES`).
 
-GPUs: NVIDIA's data sheets and architecture white papers (memory, bandwidth, dense bfloat16 or float16 tensor rate with float32
-accumulation, multiprocessors), and the CUDA C++ programming guide's table of compute capabilities (threads, shared memory).
-TPUs: Google Cloud's pages on each version (HBM, bandwidth, bfloat16 rate, links, of which they give both ways together); usable
-memory is what libtpu's compiler grants.
+GPUs: NVIDIA's data sheets and architecture white papers (memory, bandwidth, dense bfloat16 or
+float16 tensor rate with float32 accumulation, multiprocessors), and the CUDA C++ programming
+guide's table of compute capabilities (threads, shared memory). TPUs: Google Cloud's pages on each
+version (HBM, bandwidth, bfloat16 rate, links, of which they give both ways together); usable memory
+is what libtpu's compiler grants.
 """
 
 import difflib
@@ -19,8 +20,9 @@ import jax
 from jaxft.errors import RequestError, first_line
 
 GIB, TERA, GIGA = 2**30, 10**12, 10**9
-# Memory is what nvidia-smi tells of a card: error correction takes some of an A10G's and an L4's. A process gets less: the
-# driver, the CUDA context and NCCL take some, and XLA's pool is the rest (`backend.configure_jax`).
+# Memory is nvidia-smi's total: error correction takes some of an A10G's and an L4's. A process gets
+# less: the driver, the CUDA context and NCCL take some, and XLA's pool is the rest
+# (`backend.configure_jax`).
 GPU_USABLE_SHARE = 0.93
 CUDNN_VERSION = (9, 28)  # what jax[cuda13] brings today
 
@@ -41,7 +43,10 @@ class Gpu(NamedTuple):
   bfloat16: bool = True
 
   def peak_flops(self, dtype: str) -> int:
-    """FLOP/s of matrix products: float32 ones go through TF32 at half the 16-bit rate (XLA's default), or through the cores."""
+    """Returns the FLOP/s of matrix products.
+
+    float32 ones go through TF32 at half the 16-bit rate (XLA's default), or through the cores.
+    """
     if dtype != "float32":
       return self.flops
     cores = self.multiprocessors * self.fpus
@@ -49,7 +54,7 @@ class Gpu(NamedTuple):
 
   @property
   def bus(self) -> int:
-    """bytes/s between the host's memory and the device, each way: 16 lanes of the PCI Express that it has."""
+    """bytes/s between host and device memory, each way: 16 lanes of its PCI Express version."""
     return PCIE3 if self.capability < (8, 0) else PCIE4 if self.capability < (9, 0) else PCIE5
 
   @property
@@ -59,7 +64,7 @@ class Gpu(NamedTuple):
 
 
 class Tpu(NamedTuple):
-  """Of a device, which is a chip; a TPU7x has two devices, with half of its memory, bandwidth, rate and links each."""
+  """Of a device, which is a chip; a TPU7x has two devices with half of everything each."""
 
   label: str
   usable: int  # bytes
@@ -70,205 +75,90 @@ class Tpu(NamedTuple):
   bfloat16: bool = True
 
   def peak_flops(self, dtype: str) -> int:
-    """FLOP/s of matrix products: XLA rounds the operands of float32 ones to bfloat16 (its default precision on TPUs)."""
+    """Returns the FLOP/s of matrix products.
+
+    XLA rounds the operands of float32 ones to bfloat16 (its default precision on TPUs).
+    """
     return self.flops
 
   @property
   def bus(self) -> int:
-    """bytes/s between the host's memory and the chip: Google publishes none, so PCI Express 3 is assumed."""
+    """bytes/s between host memory and the chip: PCI Express 3, as Google publishes no number."""
     return PCIE3
 
 
-# A 400 Gbit/s network card for each GPU, as in NVIDIA's DGX H100; rented nodes of smaller GPUs have less.
+# A 400 Gbit/s network card for each GPU, as in NVIDIA's DGX H100; rented nodes of smaller GPUs have
+# less.
 NETWORK_BANDWIDTH = 50 * GIGA
 KB, MB = 2**10, 2**20
-NVLINK3, NVLINK4, NVLINK5, PCIE3, PCIE4, PCIE5 = (
-  300 * GIGA,
-  450 * GIGA,
-  900 * GIGA,
-  14 * GIGA,
-  28 * GIGA,
-  56 * GIGA,
-)
+NVLINK3, NVLINK4, NVLINK5 = 300 * GIGA, 450 * GIGA, 900 * GIGA
+PCIE3, PCIE4, PCIE5 = 14 * GIGA, 28 * GIGA, 56 * GIGA
 GPUS = {
-  "t4": Gpu(
-    "Tesla T4",
-    (7, 5),
-    40,
-    1.59,
-    15 * GIB,
-    320 * GIGA,
-    4 * MB,
-    64 * KB,
-    1024,
-    65 * TERA,
-    PCIE3,
-    4,
-    False,
-  ),
-  "rtx3060": Gpu(
-    "GeForce RTX 3060",
-    (8, 6),
-    28,
-    1.777,
-    12 * GIB,
-    360 * GIGA,
-    3 * MB,
-    100 * KB,
-    1536,
-    25 * TERA,
-    PCIE4,
-  ),
-  "rtx3070": Gpu(
-    "GeForce RTX 3070",
-    (8, 6),
-    46,
-    1.725,
-    8 * GIB,
-    448 * GIGA,
-    4 * MB,
-    100 * KB,
-    1536,
-    40 * TERA,
-    PCIE4,
-  ),
-  "rtx3090": Gpu(
-    "GeForce RTX 3090",
-    (8, 6),
-    82,
-    1.695,
-    24 * GIB,
-    936 * GIGA,
-    6 * MB,
-    100 * KB,
-    1536,
-    71 * TERA,
-    PCIE4,
-  ),
-  "a10": Gpu(
-    "A10", (8, 6), 72, 1.695, 45 * GIB // 2, 600 * GIGA, 6 * MB, 100 * KB, 1536, 125 * TERA, PCIE4
-  ),
-  "a10g": Gpu(
-    "A10G", (8, 6), 80, 1.71, 45 * GIB // 2, 600 * GIGA, 6 * MB, 100 * KB, 1536, 70 * TERA, PCIE4
-  ),
-  "l4": Gpu(
-    "L4", (8, 9), 58, 2.04, 45 * GIB // 2, 300 * GIGA, 48 * MB, 100 * KB, 1536, 121 * TERA, PCIE4
-  ),
-  "rtx4080": Gpu(
-    "GeForce RTX 4080",
-    (8, 9),
-    76,
-    2.505,
-    16 * GIB,
-    717 * GIGA,
-    64 * MB,
-    100 * KB,
-    1536,
-    97 * TERA,
-    PCIE4,
-  ),
-  "rtx4090": Gpu(
-    "GeForce RTX 4090",
-    (8, 9),
-    128,
-    2.52,
-    24 * GIB,
-    1008 * GIGA,
-    72 * MB,
-    100 * KB,
-    1536,
-    165 * TERA,
-    PCIE4,
-  ),
-  "rtx5090": Gpu(
-    "GeForce RTX 5090",
-    (12, 0),
-    170,
-    2.41,
-    32 * GIB,
-    1792 * GIGA,
-    96 * MB,
-    100 * KB,
-    1536,
-    209 * TERA,
-    PCIE5,
-  ),
-  "a100-40gb": Gpu(
-    "A100-SXM4-40GB",
-    (8, 0),
-    108,
-    1.41,
-    40 * GIB,
-    1555 * GIGA,
-    40 * MB,
-    164 * KB,
-    2048,
-    312 * TERA,
-    NVLINK3,
-  ),
-  "a100-80gb": Gpu(
-    "A100-SXM4-80GB",
-    (8, 0),
-    108,
-    1.41,
-    80 * GIB,
-    2039 * GIGA,
-    40 * MB,
-    164 * KB,
-    2048,
-    312 * TERA,
-    NVLINK3,
-  ),
-  "h100": Gpu(
-    "H100 80GB HBM3",
-    (9, 0),
-    132,
-    1.98,
-    80 * GIB,
-    3352 * GIGA,
-    50 * MB,
-    228 * KB,
-    2048,
-    989 * TERA,
-    NVLINK4,
-  ),
-  "h200": Gpu(
-    "H200", (9, 0), 132, 1.98, 140 * GIB, 4800 * GIGA, 50 * MB, 228 * KB, 2048, 989 * TERA, NVLINK4
-  ),
-  "b200": Gpu(
-    "B200",
-    (10, 0),
-    148,
-    1.965,
-    179 * GIB,
-    7700 * GIGA,
-    126 * MB,
-    228 * KB,
-    2048,
-    2250 * TERA,
-    NVLINK5,
-  ),
+  name: Gpu(
+    label=label,
+    capability=capability,
+    multiprocessors=multiprocessors,
+    clock_ghz=clock_ghz,
+    memory=int(memory * GIB),
+    bandwidth=bandwidth * GIGA,
+    l2=l2 * MB,
+    shared=shared * KB,
+    threads=threads,
+    flops=teraflops * TERA,
+    link=link,
+  )
+  for name, label, capability, multiprocessors, clock_ghz, *sizes in (
+    # name, label, capability, multiprocessors, clock, then:
+    # memory (GiB), bandwidth (GB/s), L2 (MiB), shared (KiB), threads, TFLOP/s, link
+    ("t4", "Tesla T4", (7, 5), 40, 1.59, 15, 320, 4, 64, 1024, 65, PCIE3),
+    ("rtx3060", "GeForce RTX 3060", (8, 6), 28, 1.777, 12, 360, 3, 100, 1536, 25, PCIE4),
+    ("rtx3070", "GeForce RTX 3070", (8, 6), 46, 1.725, 8, 448, 4, 100, 1536, 40, PCIE4),
+    ("rtx3090", "GeForce RTX 3090", (8, 6), 82, 1.695, 24, 936, 6, 100, 1536, 71, PCIE4),
+    ("a10", "A10", (8, 6), 72, 1.695, 22.5, 600, 6, 100, 1536, 125, PCIE4),
+    ("a10g", "A10G", (8, 6), 80, 1.71, 22.5, 600, 6, 100, 1536, 70, PCIE4),
+    ("l4", "L4", (8, 9), 58, 2.04, 22.5, 300, 48, 100, 1536, 121, PCIE4),
+    ("rtx4080", "GeForce RTX 4080", (8, 9), 76, 2.505, 16, 717, 64, 100, 1536, 97, PCIE4),
+    ("rtx4090", "GeForce RTX 4090", (8, 9), 128, 2.52, 24, 1008, 72, 100, 1536, 165, PCIE4),
+    ("rtx5090", "GeForce RTX 5090", (12, 0), 170, 2.41, 32, 1792, 96, 100, 1536, 209, PCIE5),
+    ("a100-40gb", "A100-SXM4-40GB", (8, 0), 108, 1.41, 40, 1555, 40, 164, 2048, 312, NVLINK3),
+    ("a100-80gb", "A100-SXM4-80GB", (8, 0), 108, 1.41, 80, 2039, 40, 164, 2048, 312, NVLINK3),
+    ("h100", "H100 80GB HBM3", (9, 0), 132, 1.98, 80, 3352, 50, 228, 2048, 989, NVLINK4),
+    ("h200", "H200", (9, 0), 132, 1.98, 140, 4800, 50, 228, 2048, 989, NVLINK4),
+    ("b200", "B200", (10, 0), 148, 1.965, 179, 7700, 126, 228, 2048, 2250, NVLINK5),
+  )
+  for memory, bandwidth, l2, shared, threads, teraflops, link in (sizes,)
 }
+GPUS["t4"] = GPUS["t4"]._replace(node=4, bfloat16=False)
 TPUS = {
-  "v5e": Tpu("TPU v5 lite", int(15.75 * GIB), 819 * GIGA, 197 * TERA, 200 * GIGA),
-  "v5p": Tpu("TPU v5", int(95.74 * GIB), 2765 * GIGA, 459 * TERA, 600 * GIGA),
-  "v6e": Tpu("TPU v6 lite", int(31.25 * GIB), 1640 * GIGA, 918 * TERA, 400 * GIGA),
-  "tpu7x": Tpu("TPU7x", int(94.75 * GIB), 3690 * GIGA, 2307 * TERA // 2, 300 * GIGA, 2),
+  name: Tpu(
+    label=label,
+    usable=int(usable * GIB),
+    bandwidth=bandwidth * GIGA,
+    flops=int(teraflops * TERA),
+    link=link * GIGA,
+    devices=devices,
+  )
+  for name, label, usable, bandwidth, teraflops, link, devices in (
+    # name, label, usable memory (GiB), bandwidth (GB/s), TFLOP/s, link (GB/s), devices a chip
+    ("v5e", "TPU v5 lite", 15.75, 819, 197, 200, 1),
+    ("v5p", "TPU v5", 95.74, 2765, 459, 600, 1),
+    ("v6e", "TPU v6 lite", 31.25, 1640, 918, 400, 1),
+    ("tpu7x", "TPU7x", 94.75, 3690, 1153.5, 300, 2),
+  )
 }
-NVIDIA, GEFORCE = (
-  "https://www.nvidia.com/en-us/",
-  "https://images.nvidia.com/aem-dam/Solutions/geforce/",
-)
+NVIDIA = "https://www.nvidia.com/en-us/"
+GEFORCE = "https://images.nvidia.com/aem-dam/Solutions/geforce/"
 AMPERE = (
   "https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf"
 )
 ADA = f"{GEFORCE}ada/nvidia-ada-gpu-architecture.pdf"
+AWS = "https://d1.awsstatic.com/product-marketing/ec2/"
 SOURCES = {
   "t4": f"{NVIDIA}data-center/tesla-t4/",
   "rtx3060": f"{NVIDIA}geforce/graphics-cards/30-series/rtx-3060-3060ti/",
   **dict.fromkeys(("rtx3070", "rtx3090"), AMPERE),
   "a10": f"{NVIDIA}data-center/products/a10-gpu/",
-  "a10g": "https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf",
+  "a10g": f"{AWS}NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf",
   "l4": f"{NVIDIA}data-center/l4/",
   **dict.fromkeys(("rtx4080", "rtx4090"), ADA),
   "rtx5090": f"{GEFORCE}blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf",
@@ -279,9 +169,12 @@ SOURCES = {
   **{kind: f"https://docs.cloud.google.com/tpu/docs/{kind}" for kind in TPUS},
 }
 UNSUPPORTED = {
-  "v100": "CUDA 13, which jaxft's plugin is for, no longer knows its compute capability 7.0; JAX with CUDA 12 does",
-  # Two devices a chip come out of its topology, and the compiler then asks for one of two (libtpu 0.0.42 to 0.0.51).
-  "v4": "libtpu's compiler ends in an assertion about its two cores a chip when there is no such chip; v5p is its successor",
+  "v100": "CUDA 13, which jaxft's plugin is for, no longer knows its compute capability 7.0; "
+  "JAX with CUDA 12 does",
+  # Its topology gives two devices a chip, and the compiler then asks for one of two (libtpu 0.0.42
+  # to 0.0.51).
+  "v4": "libtpu's compiler ends in an assertion about its two cores a chip when there is no such "
+  "chip; v5p is its successor",
 }
 
 
@@ -299,114 +192,103 @@ class Target(NamedTuple):
 
   @property
   def usable_bytes(self) -> int:
-    """What a process really gets of a device's memory; devices of the kind cpu share what this machine has."""
-    facts = self.spec
-    if facts is None:
+    """Bytes of a device that a process can use; CPU devices share the memory of this machine."""
+    spec = self.spec
+    if spec is None:
       return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.count
-    return int(GPU_USABLE_SHARE * facts.memory) if isinstance(facts, Gpu) else facts.usable
+    return int(GPU_USABLE_SHARE * spec.memory) if isinstance(spec, Gpu) else spec.usable
 
   @property
   def link(self) -> int:
-    """bytes/s that a device sends to others, over the slowest way that a collective over all of them takes."""
-    facts = self.spec
-    return (
-      min(NETWORK_BANDWIDTH, facts.link)
-      if isinstance(facts, Gpu) and self.count > facts.node
-      else facts.link
-    )
+    """bytes/s that a device sends, over the slowest link of a collective over all devices."""
+    spec = self.spec
+    between_nodes = isinstance(spec, Gpu) and self.count > spec.node
+    return min(NETWORK_BANDWIDTH, spec.link) if between_nodes else spec.link
 
 
 def parse_device(name: str) -> Target:
-  """The target of `h100`, `h100x8`, `v5e:2x4`, `cpu`, `cpux8`, ...; raises RequestError with the nearest that there is."""
-  if name.partition("x")[0].partition(":")[0] in UNSUPPORTED:
-    raise RequestError(
-      f"--device={name!r}: {UNSUPPORTED[name.partition('x')[0].partition(':')[0]]}"
-    )
+  """Parses `h100`, `h100x8`, `v5e:2x4`, `cpu`, `cpux8`, ...; raises RequestError."""
+  if (kind := name.partition("x")[0].partition(":")[0]) in UNSUPPORTED:
+    raise RequestError(f"--device={name!r}: {UNSUPPORTED[kind]}")
   tpu = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
   if tpu and tpu[1] in TPUS:
-    return Target(
-      name, tpu[1], TPUS[tpu[1]].devices * math.prod(map(int, tpu[2].split("x"))), tpu[2]
-    )
+    chips = math.prod(map(int, tpu[2].split("x")))
+    count = TPUS[tpu[1]].devices * chips
+    return Target(name=name, kind=tpu[1], count=count, topology=tpu[2])
   for kind in ("cpu", *GPUS):
-    many = re.fullmatch(rf"{re.escape(kind)}(?:x(\d+))?", name)
-    if many and int(many[1] or 1) > 0:
-      count = int(many[1] or 1)
-      if kind in GPUS and count > GPUS[kind].node and count % GPUS[kind].node:
-        raise RequestError(
-          f"--device={name!r}: {kind} comes in nodes of {GPUS[kind].node}; give a multiple of it, or fewer"
-        )
-      return Target(name, kind, count, "")
+    match = re.fullmatch(rf"{re.escape(kind)}(?:x(\d+))?", name)
+    if match and int(match[1] or 1) > 0:
+      count = int(match[1] or 1)
+      node = GPUS[kind].node if kind in GPUS else 1
+      if count > node and count % node:
+        reason = f"{kind} comes in nodes of {node}; give a multiple of it, or fewer"
+        raise RequestError(f"--device={name!r}: {reason}")
+      return Target(name=name, kind=kind, count=count, topology="")
+  gpus = f"{', '.join(GPUS)}, each with xN for N of them"
+  tpus = ", ".join(TPUS)
   raise RequestError(
-    f"--device={name!r}: not known; there are cpu, {', '.join(GPUS)}, each with xN for N of them, and slices of "
-    f"{', '.join(TPUS)} such as v5e:2x4"
+    f"--device={name!r}: not known; there are cpu, {gpus}, and slices of {tpus} such as v5e:2x4"
   )
 
 
 def read_prices(file: Path) -> dict[str, float]:
-  """The user's table of what a device costs an hour, JSON such as {"h100": 2.5, "v5e": 1.2}, in any currency.
+  """Reads the hourly price of a device of each kind, JSON such as {"h100": 2.5}, in any currency.
 
-  Raises RequestError for a file that is none, a device that is not known, or a price that is no number.
+  Raises RequestError for an unreadable file, an unknown device or a price that is not a number.
   """
+  flag = f"--prices={str(file)!r}"
   try:
     prices = json.loads(file.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
-    raise RequestError(f"--prices={str(file)!r}: {first_line(error)}") from error
+    raise RequestError(f"{flag}: {first_line(error)}") from error
   if not isinstance(prices, dict):
-    raise RequestError(
-      f'--prices={str(file)!r}: must be a JSON object such as {{"h100": 2.5, "v5e": 1.2}}'
-    )
+    raise RequestError(f'{flag}: must be a JSON object such as {{"h100": 2.5, "v5e": 1.2}}')
   known = ("cpu", *GPUS, *TPUS)
   for kind, price in prices.items():
     if kind not in known:
-      near = difflib.get_close_matches(kind, known, 1)
-      raise RequestError(
-        f"--prices={str(file)!r}: {kind!r} is no device that is known; "
-        + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
-      )
+      close = difflib.get_close_matches(kind, known, 1)
+      hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+      raise RequestError(f"{flag}: {kind!r} is no device that is known; {hint}")
     if isinstance(price, bool) or not isinstance(price, int | float) or not 0 <= price < math.inf:
-      raise RequestError(
-        f"--prices={str(file)!r}: {kind!r} costs {price!r}; give a number, for one device an hour"
-      )
+      problem = f"{kind!r} costs {price!r}; give a number, for one device an hour"
+      raise RequestError(f"{flag}: {problem}")
   return prices
 
 
 def local_target(device: jax.Device, count: int) -> Target:
-  """The target that this device, which is there, is one of; without facts where it is of no kind that is known here."""
+  """Returns the target of devices of this machine; its spec is None for an unknown kind."""
   label = device.device_kind.removeprefix("NVIDIA ")
-  kind = next((kind for kind, facts in (GPUS | TPUS).items() if facts.label == label), "")
-  return Target(f"{count} x {device.device_kind}", kind, count, "")
+  kind = next((kind for kind, spec in (GPUS | TPUS).items() if spec.label == label), "")
+  return Target(name=f"{count} x {device.device_kind}", kind=kind, count=count, topology="")
 
 
 def compile_devices(target: Target) -> list[Any]:
-  """Devices to compile for. Only in a process whose environment is that of `compile.compiler_env`; raises RequestError."""
+  """Returns devices to compile for; the process must have the environment of `compiler_env`."""
   from jax.experimental import topologies
 
   if target.kind == "cpu":
     return jax.devices("cpu")[: target.count]
   if target.kind in TPUS:
-    alone = target.count == target.spec.devices
-    one = (
-      {"chips_per_host_bounds": (1, 1, 1)} if alone else {}
-    )  # a machine with one chip; else it has four
-    return list(
-      topologies.get_topology_desc(platform="tpu", topology_name=target.name, **one).devices
-    )
+    # A machine has one chip for a target of one, else four.
+    one_chip = target.count == target.spec.devices
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if one_chip else {}
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=target.name, **bounds)
+    return list(topology.devices)
   gpu = GPUS[target.kind]
   hosts = -(-target.count // gpu.node)
-  found = topologies.get_topology_desc(
-    "jaxft",
-    "cuda",
-    target_config=_target_config(gpu),
-    topology=f"1x{hosts}x{target.count // hosts}",
+  shape = f"1x{hosts}x{target.count // hosts}"
+  topology = topologies.get_topology_desc(
+    "jaxft", "cuda", target_config=_target_config(gpu), topology=shape
   )
   _pretend_cudnn(gpu.capability)
-  return list(found.devices)
+  return list(topology.devices)
 
 
 def _pretend_cudnn(capability: tuple[int, int]) -> None:
-  """Lets JAX trace cuDNN's attention for a GPU that is not there: it asks the library and the first device (jax 0.10 to 0.12).
+  """Lets JAX trace cuDNN's attention without a GPU.
 
-  XLA leaves the call in the compiled program as it is; what cuDNN would take as a workspace it cannot say.
+  JAX (0.10 to 0.12) asks the library and the first device. XLA leaves the call in the compiled
+  program as it is; it does not know the workspace that cuDNN would take.
   """
   from jax._src.cudnn import fused_attention_stablehlo as calls
 
@@ -416,17 +298,19 @@ def _pretend_cudnn(capability: tuple[int, int]) -> None:
 
 
 def _target_config(gpu: Gpu) -> str:
-  """A GPU as XLA's compiler is told of it (xla/stream_executor/device_description.proto)."""
-  major, _ = gpu.capability
+  """Describes a GPU to XLA's compiler (xla/stream_executor/device_description.proto)."""
+  major, minor = gpu.capability
+  optin = gpu.shared - (1024 if major >= 8 else 0)
   return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: {gpu.shared} threads_per_core_limit: {gpu.threads} core_count: {gpu.multiprocessors}
+  shared_memory_per_core: {gpu.shared} threads_per_core_limit: {gpu.threads}
+  core_count: {gpu.multiprocessors}
   fpus_per_core: {gpu.fpus}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.l2} clock_rate_ghz: {gpu.clock_ghz}
-  device_memory_size: {gpu.memory} shared_memory_per_block_optin: {gpu.shared - (1024 if major >= 8 else 0)}
-  cuda_compute_capability {{ major: {gpu.capability[0]} minor: {gpu.capability[1]} }}
+  device_memory_size: {gpu.memory} shared_memory_per_block_optin: {optin}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }}
 platform_name: "CUDA"

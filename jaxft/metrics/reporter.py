@@ -21,12 +21,14 @@ from jaxft.utils.files import atomic_write, write_failure
 
 
 class JsonlLog:
-  """A .jsonl file of one object a line, each with a "step", which after a resume holds no line of a lost step."""
+  """A .jsonl file of objects that have a "step"; a resume removes the lines of lost steps."""
 
   def __init__(self, file: Path, last_step: int, writes: bool):
-    """Drops lines after `last_step` and those of the end, which the run is about to write again; -1 drops all.
+    """Reads the file and drops lines that the run is about to write again.
 
-    writes: false in all processes of a run but one; they only remember.
+    Args:
+      last_step: entries after it are dropped, and those of the end; -1 drops all.
+      writes: false in all processes of a run but one; they only remember.
     """
     self.entries: list[dict[str, Any]] = []
     self.dropped: list[dict[str, Any]] = []
@@ -35,8 +37,8 @@ class JsonlLog:
       for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
           values = json.loads(line)
-          kept = values["step"] <= last_step and values.get("when") != "after"
-          (self.entries if kept else self.dropped).append(values)
+          is_valid = values["step"] <= last_step and values.get("when") != "after"
+          (self.entries if is_valid else self.dropped).append(values)
         except (ValueError, KeyError, TypeError):
           continue  # cut short by a kill in the middle of a write
     if writes:
@@ -53,49 +55,51 @@ class JsonlLog:
       raise StorageError(f"{self._file}: {write_failure(self._file, error)}") from error
 
   def values(self, key: str) -> list[Any]:
-    """All values of `key`, oldest first."""
+    """Returns all values of `key`, oldest first."""
     return [line[key] for line in self.entries if key in line]
 
 
 class StepTimer:
-  """Wall time of steps since the last restart, without what happens inside `paused`."""
+  """Wall time of steps since the last reset, without what happens inside `paused`."""
 
   def __init__(self):
     self.restart()
 
   def restart(self) -> None:
-    self._counted = time.monotonic()
+    self._step_end = time.monotonic()
     self.reset()
 
   def count(self, tokens: int) -> None:
-    """A step is over."""
-    self._steps, self._tokens, self._counted = (
-      self._steps + 1,
-      self._tokens + tokens,
-      time.monotonic(),
-    )
+    """Counts a step that has just ended."""
+    self._step_end = time.monotonic()
+    self._steps += 1
+    self._tokens += tokens
 
   def reset(self) -> None:
-    """Counts from the end of the last step, so what was done since, while devices worked at the next one, is part of that."""
-    self._started, self._steps, self._tokens = self._counted, 0, 0
+    """Starts again at the end of the last step.
+
+    Devices have worked at the next step since then, so this time is part of that step.
+    """
+    self._started = self._step_end
+    self._steps = self._tokens = 0
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    away = time.monotonic()
+    paused_at = time.monotonic()
     yield
-    self._started += time.monotonic() - away
+    self._started += time.monotonic() - paused_at
 
   @property
   def tokens_per_second(self) -> float:
-    return self._tokens / max(self._counted - self._started, 1e-9)
+    return self._tokens / max(self._step_end - self._started, 1e-9)
 
   @property
   def step_seconds(self) -> float:
-    return (self._counted - self._started) / max(self._steps, 1)
+    return (self._step_end - self._started) / max(self._steps, 1)
 
 
 class Reporter:
-  """Tells of steps, evaluations and samples, and ends a run whose numbers are no longer finite."""
+  """Logs steps, evaluations and samples, and ends a run whose numbers are no longer finite."""
 
   def __init__(
     self,
@@ -104,52 +108,58 @@ class Reporter:
     start: int,
     total_steps: int,
     tokens_seen: int,
-    floor: float | None,
+    entropy_floor: float | None,
     device: jax.Device,
-    seconds_at_peak: float | None = None,
+    ideal_step_seconds: float | None = None,
     system: SystemMetrics | None = None,
-    rows: int = 1,
+    num_rows: int = 1,
   ):
-    """`seconds_at_peak`: of a step, for its MFU; None where the device's peak is not known. `rows`: of an epoch."""
-    self.tokens_seen, self.clock = tokens_seen, StepTimer()
-    self._train, self._seed, self._total, self._floor, self._device = (
-      config.train,
-      config.train.seed,
-      total_steps,
-      floor,
-      device,
-    )
-    self._bad_in_a_row, self._seconds_at_peak = 0, seconds_at_peak
+    """Opens metrics.jsonl and samples.jsonl in the workdir.
+
+    Args:
+      ideal_step_seconds: of a step at peak FLOP/s, for the MFU; None where the peak is not known.
+      num_rows: rows of an epoch.
+    """
+    self.tokens_seen = tokens_seen
+    self.clock = StepTimer()
+    self._train, self._total_steps = config.train, total_steps
+    self._entropy_floor, self._device = entropy_floor, device
+    self._num_nonfinite = 0  # steps in a row
+    self._ideal_step_seconds = ideal_step_seconds
     self._is_due = functools.partial(
-      due_at, config.train.log_every, rows=rows, batch_size=config.train.batch_size
+      due_at, config.train.log_every, rows=num_rows, batch_size=config.train.batch_size
     )
-    last_kept = start if start else -1  # a run that begins again evaluates and samples again
+    last_step = start if start else -1  # a run that begins again evaluates and samples again
     writes = jax.process_index() == 0
     self.metrics, self.samples = (
-      JsonlLog(workdir / name, last_kept, writes) for name in ("metrics.jsonl", "samples.jsonl")
+      JsonlLog(workdir / name, last_step, writes) for name in ("metrics.jsonl", "samples.jsonl")
     )
-    self.on_entry: Callable[[str, dict[str, Any]], None] = lambda kind, line: (
-      None
-    )  # gets each line that was written
+    # Gets each entry that was written.
+    self.on_entry: Callable[[str, dict[str, Any]], None] = lambda kind, entry: None
     self._system = system
 
   def log_step(
     self,
     step: int,
-    numbers: dict[str, Any],
-    meter: ProgressBar,
-    name_bad_leaves: Callable[[Any], list[str]],
+    metrics: dict[str, Any],
+    progress: ProgressBar,
+    nonfinite_names: Callable[[Any], list[str]],
   ) -> None:
-    """Takes the metrics of a train step; raises NumericsError after `train.max_bad_steps` bad ones in a row."""
-    loss, norm, rate = (float(numbers[key]) for key in ("loss", "grad_norm", "learning_rate"))
-    self.tokens_seen += int(numbers["tokens"])
-    self.clock.count(int(numbers["tokens"]))
-    speed, mfu = f"{self.clock.tokens_per_second:,.0f} tokens/s", {}
-    if self._seconds_at_peak:
-      mfu = {"perf/mfu": round(self._seconds_at_peak / self.clock.step_seconds, 4)}
+    """Logs the metrics of a train step.
+
+    Raises NumericsError after `train.max_bad_steps` steps in a row with a loss or gradient that is
+    not finite.
+    """
+    loss, norm, rate = (float(metrics[key]) for key in ("loss", "grad_norm", "learning_rate"))
+    self.tokens_seen += int(metrics["tokens"])
+    self.clock.count(int(metrics["tokens"]))
+    speed = f"{self.clock.tokens_per_second:,.0f} tokens/s"
+    mfu = {}
+    if self._ideal_step_seconds:
+      mfu = {"perf/mfu": round(self._ideal_step_seconds / self.clock.step_seconds, 4)}
       speed += f"  MFU {mfu['perf/mfu']:.0%}"
-    meter.update(step, f"loss {loss:.4f}  {speed}")
-    if self._is_due(step) or step == self._total or numbers["bad"]:
+    progress.update(step, f"loss {loss:.4f}  {speed}")
+    if self._is_due(step) or step == self._total_steps or metrics["bad"]:
       self._write(
         step,
         {
@@ -165,24 +175,20 @@ class Reporter:
         },
       )
       if not console.live:
-        left = round((self._total - step) * self.clock.step_seconds)
-        log(
-          f"step {step}/{self._total}  loss {loss:.4f}  lr {rate:.2e}  {speed}  {left // 60}:{left % 60:02} left"
-        )
+        minutes, seconds = divmod(round((self._total_steps - step) * self.clock.step_seconds), 60)
+        values = f"loss {loss:.4f}  lr {rate:.2e}  {speed}"
+        log(f"step {step}/{self._total_steps}  {values}  {minutes}:{seconds:02} left")
       self.clock.reset()
-    self._bad_in_a_row = self._bad_in_a_row + 1 if numbers["bad"] else 0
-    if numbers["bad"]:
-      leaves = name_bad_leaves(numbers["bad_leaves"])
-      where = (
-        f"; not finite: {leaves[0]}" + (f" and {len(leaves) - 1} more" if leaves[1:] else "")
-        if leaves
-        else ""
-      )
-      what = f"step {step}: loss {loss}, gradient norm {norm}{where}"
+    self._num_nonfinite = self._num_nonfinite + 1 if metrics["bad"] else 0
+    if metrics["bad"]:
+      leaves = nonfinite_names(metrics["bad_leaves"])
+      more = f" and {len(leaves) - 1} more" if leaves[1:] else ""
+      nonfinite = f"; not finite: {leaves[0]}{more}" if leaves else ""
+      what = f"step {step}: loss {loss}, gradient norm {norm}{nonfinite}"
       log(f"{what}: not applied, the weights are as before")
-      if self._bad_in_a_row >= self._train.max_bad_steps:
+      if self._num_nonfinite >= self._train.max_bad_steps:
         raise NumericsError(
-          f"{what}, for {self._bad_in_a_row} step(s) in a row; they changed no weight. "
+          f"{what}, for {self._num_nonfinite} step(s) in a row; they changed no weight. "
           "Try a lower config.optim.learning_rate, or look at the data of this step"
         )
 
@@ -191,89 +197,103 @@ class Reporter:
     self.on_entry("metrics", self.metrics.entries[-1])
 
   def log_eval(
-    self, step: int, when: str, what: Any, nbytes: int = 0, unrelated: Any | None = None
+    self, step: int, when: str, result: Any, nbytes: int = 0, unrelated: Any | None = None
   ) -> dict[str, float]:
-    """Takes a `step.EvalResult` of text of so many bytes (0: not known), and one of `data.unrelated`.
+    """Logs an `EvalResult` of the validation text, and one of `data.unrelated`.
 
     Raises NumericsError when the first has no finite loss.
-    """
-    if not math.isfinite(what.loss):
-      raise NumericsError(
-        f"{when}: eval loss {what.loss}: the weights give no finite numbers on the validation text"
-      )
-    floor = {} if self._floor is None else {"eval/floor": self._floor}
-    found = {"eval/loss": what.loss, "eval/perplexity": what.perplexity}
-    if nbytes:
-      found["eval/bits_per_byte"] = bits_per_byte(what.loss, what.tokens, nbytes)
-    beside = "" if self._floor is None else f" (the text's own entropy: {self._floor:.4f})"
-    rest = f"perplexity {what.perplexity:.2f}"
-    if what.confusion_CC is not None:
-      found |= {"eval/accuracy": what.accuracy, "eval/f1": what.f1}
-      rest = f"accuracy {what.accuracy:.1%}, F1 {what.f1:.3f}"
-    if unrelated:
-      found |= _unrelated_metrics(unrelated)
-      rest += f"; on unrelated text {unrelated.loss:.4f}"
-    self._write(step, found | floor)
-    log(f"{when}: eval loss {what.loss:.4f}{beside}, {rest}")
-    return found
 
-  def log_unrelated(self, step: int, when: str, what: Any) -> None:
-    """Takes a `step.EvalResult` of `data.unrelated`, where nothing else is held out."""
-    self._write(step, _unrelated_metrics(what))
-    log(f"{when}: on unrelated text {what.loss:.4f}")
+    Args:
+      nbytes: of the validation text; 0 where that is not known.
+    """
+    if not math.isfinite(result.loss):
+      problem = "the weights give no finite numbers on the validation text"
+      raise NumericsError(f"{when}: eval loss {result.loss}: {problem}")
+    metrics = {"eval/loss": result.loss, "eval/perplexity": result.perplexity}
+    if nbytes:
+      metrics["eval/bits_per_byte"] = bits_per_byte(result.loss, result.tokens, nbytes)
+    details = f"perplexity {result.perplexity:.2f}"
+    if result.confusion_CC is not None:
+      metrics |= {"eval/accuracy": result.accuracy, "eval/f1": result.f1}
+      details = f"accuracy {result.accuracy:.1%}, F1 {result.f1:.3f}"
+    if unrelated:
+      metrics |= _unrelated_metrics(unrelated)
+      details += f"; on unrelated text {unrelated.loss:.4f}"
+    entropy = ""
+    floor = {}
+    if self._entropy_floor is not None:
+      entropy = f" (the text's own entropy: {self._entropy_floor:.4f})"
+      floor = {"eval/floor": self._entropy_floor}
+    self._write(step, metrics | floor)
+    log(f"{when}: eval loss {result.loss:.4f}{entropy}, {details}")
+    return metrics
+
+  def log_unrelated(self, step: int, when: str, result: Any) -> None:
+    """Logs an `EvalResult` of `data.unrelated`, where nothing else is held out."""
+    self._write(step, _unrelated_metrics(result))
+    log(f"{when}: on unrelated text {result.loss:.4f}")
 
   def evals_since_best(self) -> int:
-    """How many evaluations there were since the one with the least loss."""
+    """Returns the number of evaluations since the one with the least loss."""
     losses = self.metrics.values("eval/loss")
     return len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__) if losses else 0
 
-  def log_sample(self, step: int, when: str, prompt: str, text: str, known: float | None) -> None:
-    """`known`: share of the text's runs of 8 tokens that stand in the training text; None where it is shorter."""
-    about = {"when": when, "prompt": prompt, "text": text, "seed": self._seed}
-    self.samples.write(
-      step, about if known is None else about | {"memorised_8grams": round(known, 4)}
-    )
+  def log_sample(
+    self, step: int, when: str, prompt: str, text: str, memorized: float | None
+  ) -> None:
+    """Logs a sample.
+
+    Args:
+      memorized: share of its 8-grams of tokens that the training text has; None for a shorter text.
+    """
+    entry = {"when": when, "prompt": prompt, "text": text, "seed": self._train.seed}
+    if memorized is not None:
+      entry["memorised_8grams"] = round(memorized, 4)
+    self.samples.write(step, entry)
     self.on_entry("samples", self.samples.entries[-1])
     log(f"  [{when}] {prompt}|{text}".replace("\n", "\n    "))
 
   def summary(self, step: int) -> str:
-    """Eval loss before and at this step, and the floor, in one line."""
-    losses = [
-      line["eval/loss"]
-      for line in self.metrics.entries
-      if "eval/loss" in line and line["step"] <= step
-    ]
+    """Returns the eval loss before and at this step, and its floor, in one line."""
+    entries = [entry for entry in self.metrics.entries if entry["step"] <= step]
+    losses = [entry["eval/loss"] for entry in entries if "eval/loss" in entry]
     if not losses:  # a finished run whose metrics.jsonl is gone
       return "no eval loss: metrics.jsonl of this run is gone"
-    floor = "" if self._floor is None else f"; the text's own entropy: {self._floor:.4f}"
-    return f"eval loss {losses[0]:.4f} -> {losses[-1]:.4f} ({100 * (losses[-1] / losses[0] - 1):+.1f} %){floor}"
+    floor = self._entropy_floor
+    entropy = "" if floor is None else f"; the text's own entropy: {floor:.4f}"
+    change = f"{100 * (losses[-1] / losses[0] - 1):+.1f} %"
+    return f"eval loss {losses[0]:.4f} -> {losses[-1]:.4f} ({change}){entropy}"
 
 
-def _unrelated_metrics(what: Any) -> dict[str, float | str]:
-  perplexity = json_float(what.perplexity)
-  return {"eval/unrelated_loss": json_float(what.loss), "eval/unrelated_perplexity": perplexity}
+def _unrelated_metrics(result: Any) -> dict[str, float | str]:
+  perplexity = json_float(result.perplexity)
+  return {"eval/unrelated_loss": json_float(result.loss), "eval/unrelated_perplexity": perplexity}
 
 
 def due_at(every: int | str, step: int, rows: int, batch_size: int) -> bool:
-  """Whether what happens every so many steps (0: never), or at the end of each epoch of so many rows, is due after a step."""
+  """Returns whether something is due after a step.
+
+  Args:
+    every: number of steps (0: never), or "epoch" for the end of each epoch of `rows`.
+  """
   if every == "epoch":
-    a_step = min(batch_size, rows)
-    return step * a_step // rows > (step - 1) * a_step // rows
+    step_rows = min(batch_size, rows)
+    return step * step_rows // rows > (step - 1) * step_rows // rows
   return every > 0 and step % every == 0
 
 
 def bits_per_byte(loss: float, tokens: int, nbytes: int) -> float:
-  """Of a loss in nats a token over so many tokens, which stand for so many bytes of text."""
+  """Converts a mean loss in nats per token of `tokens` tokens, or `nbytes` bytes of text."""
   return loss * tokens / (math.log(2) * nbytes)
 
 
 def json_float(number: float) -> float | str:
-  """JSON has no NaN: "nan" and "inf" are written as text, so that they are seen for what they are."""
+  """Returns a finite number as it is, and "nan" or "inf" as text, because JSON has neither."""
   return number if math.isfinite(number) else str(number)
 
 
 def peak_memory_bytes(device: jax.Device) -> int:
-  """Most memory in use so far: of the device where it keeps count, else of this process."""
+  """Returns the peak memory so far: of the device if it reports one, else of this process."""
   if peak_memory_source(device) == "device":
     return device.memory_stats()["peak_bytes_in_use"]
   kib = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux and bytes on macOS
@@ -281,5 +301,5 @@ def peak_memory_bytes(device: jax.Device) -> int:
 
 
 def peak_memory_source(device: jax.Device) -> str:
-  """What `peak_memory_bytes` is of: "device" or "process"."""
+  """Returns what `peak_memory_bytes` is of: "device" or "process"."""
   return "device" if (device.memory_stats() or {}).get("peak_bytes_in_use") else "process"

@@ -1,4 +1,4 @@
-"""Load and memory of the host that this process runs on and of the devices that it drives, its disk, network and power."""
+"""Reads load, memory, disk, network and power of this host and of its devices."""
 
 import contextlib
 import threading
@@ -14,38 +14,39 @@ INTERVAL = 10  # seconds between readings
 
 
 class SystemMetrics(threading.Thread):
-  """Reads in a thread of its own, because a driver may take its time; `latest` is the newest reading. A context manager.
+  """Reads in a thread, because a driver may be slow; `latest` is the newest reading.
 
-  Of this host only: to gather the others' would be a collective that training waits for.
+  A context manager. Of this host only: to gather the others' would be a collective that training
+  waits for.
   """
 
-  def __init__(self, on: bool, workdir: Path):
+  def __init__(self, enabled: bool, workdir: Path):
     """`workdir`: of the run; its disk is the one that is measured."""
     super().__init__(name="jaxft-system", daemon=True)
     self.latest: dict[str, float] = {}
-    self._on, self._workdir, self._ended = on, workdir, threading.Event()
+    self._enabled, self._workdir = enabled, workdir
+    self._stopped = threading.Event()
 
   def __enter__(self) -> "SystemMetrics":
-    if self._on:
+    if self._enabled:
       self.start()
     return self
 
   def __exit__(self, *_) -> None:
-    self._ended.set()
+    self._stopped.set()
 
   def run(self) -> None:
     readings = [*_host_readings(self._workdir), _device_memory, *_gpu_readings()]
     with contextlib.suppress(Exception):
       psutil.cpu_percent()  # the first call begins the interval that the next one covers
-    while not self._ended.is_set():
-      found = {}
+    while not self._stopped.is_set():
+      values: dict[str, float] = {}
       for read in readings:
-        with contextlib.suppress(
-          Exception
-        ):  # of a driver, or of a container without /proc: the others are told
-          found |= read()
-      self.latest = found
-      self._ended.wait(INTERVAL)
+        # A driver may fail, or a container have no /proc: the others are still reported.
+        with contextlib.suppress(Exception):
+          values |= read()
+      self.latest = values
+      self._stopped.wait(INTERVAL)
 
 
 ReadFn = Callable[[], dict[str, float]]  # one that may fail alone
@@ -53,58 +54,54 @@ ReadFn = Callable[[], dict[str, float]]  # one that may fail alone
 
 def _host_readings(workdir: Path) -> list[ReadFn]:
   def memory() -> dict[str, float]:
-    it = psutil.virtual_memory()
-    return {
-      "system/memory_percent": it.percent,
-      "system/memory_used_bytes": it.total - it.available,
-    }
+    info = psutil.virtual_memory()
+    used = info.total - info.available
+    return {"system/memory_percent": info.percent, "system/memory_used_bytes": used}
 
   def disk() -> dict[str, float]:
-    it = psutil.disk_usage(str(workdir))
-    return {"system/disk_percent": it.percent, "system/disk_used_bytes": it.used}
+    usage = psutil.disk_usage(str(workdir))
+    return {"system/disk_percent": usage.percent, "system/disk_used_bytes": usage.used}
 
+  disk_fields = {"read": "read_bytes", "written": "write_bytes"}
+  network_fields = {"sent": "bytes_sent", "received": "bytes_recv"}
   return [
     lambda: {"system/cpu_percent": psutil.cpu_percent()},
     memory,
     lambda: {"system/process_memory_bytes": psutil.Process().memory_info().rss},
     disk,
-    _counter_deltas(
-      "disk", {"read": "read_bytes", "written": "write_bytes"}, psutil.disk_io_counters
-    ),
-    _counter_deltas(
-      "network", {"sent": "bytes_sent", "received": "bytes_recv"}, psutil.net_io_counters
-    ),
+    _counter_deltas("disk", disk_fields, psutil.disk_io_counters),
+    _counter_deltas("network", network_fields, psutil.net_io_counters),
   ]
 
 
-def _counter_deltas(what: str, fields: dict[str, str], counters: Callable[[], Any]) -> ReadFn:
-  """What the host's counters, which began with the host, have counted since the first reading."""
-  first = []
+def _counter_deltas(prefix: str, fields: dict[str, str], counters: Callable[[], Any]) -> ReadFn:
+  """Returns a function that reads counters of the host, less their values at the first call."""
+  first: list[Any] = []
 
   def read() -> dict[str, float]:
     now = counters()
-    if now is None:  # of a host without such a device
+    if now is None:  # a host without such a device
       return {}
     if not first:
       first.append(now)
-    return {
-      f"system/{what}_{name}_bytes": getattr(now, field) - getattr(first[0], field)
-      for name, field in fields.items()
-    }
+    delta = lambda field: getattr(now, field) - getattr(first[0], field)
+    return {f"system/{prefix}_{name}_bytes": delta(field) for name, field in fields.items()}
 
   return read
 
 
 def _device_memory() -> dict[str, float]:
-  """What JAX has in use; a CPU keeps no count."""
-  stats = {device.id: device.memory_stats() or {} for device in jax.local_devices()}
-  return {
-    f"system/device{i}_bytes": it["bytes_in_use"] for i, it in stats.items() if "bytes_in_use" in it
-  }
+  """Returns the bytes that JAX has in use on each device; CPUs do not report them."""
+  values = {}
+  for device in jax.local_devices():
+    stats = device.memory_stats() or {}
+    if "bytes_in_use" in stats:
+      values[f"system/device{device.id}_bytes"] = stats["bytes_in_use"]
+  return values
 
 
 def _gpu_readings() -> list[ReadFn]:
-  """NVIDIA's own readings, through the package nvidia-ml-py; none without it or without a driver."""
+  """Returns NVML's readings (package nvidia-ml-py); none without it or without a driver."""
   try:
     import pynvml
 
@@ -112,25 +109,25 @@ def _gpu_readings() -> list[ReadFn]:
     handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
   except Exception:  # ImportError; NVMLError where there is no driver
     return []
-  return [
-    reading
-    for i, handle in enumerate(handles)
-    for reading in _readings_of_gpu(pynvml, handle, f"system/gpu{i}")
-  ]
+  gpus = (_readings_of_gpu(pynvml, handle, f"system/gpu{i}") for i, handle in enumerate(handles))
+  return [reading for readings in gpus for reading in readings]
 
 
 def _readings_of_gpu(nvml: ModuleType, handle: Any, name: str) -> list[ReadFn]:
-  """Each alone: a part of a card (MIG, vGPU) reports no load, and some cards report no power or no limit of it."""
+  """Returns one function for each reading, as each may fail alone.
+
+  A part of a card (MIG, vGPU) reports no load, and some cards report no power or no limit of it.
+  """
 
   def memory() -> dict[str, float]:
-    it = nvml.nvmlDeviceGetMemoryInfo(handle)
-    return {f"{name}_memory_bytes": it.used, f"{name}_memory_percent": 100 * it.used / it.total}
+    info = nvml.nvmlDeviceGetMemoryInfo(handle)
+    percent = 100 * info.used / info.total
+    return {f"{name}_memory_bytes": info.used, f"{name}_memory_percent": percent}
 
   return [
     memory,
     lambda: {f"{name}_percent": nvml.nvmlDeviceGetUtilizationRates(handle).gpu},
-    lambda: {
-      f"{name}_power_watts": nvml.nvmlDeviceGetPowerUsage(handle) / 1000
-    },  # NVML counts milliwatts
+    # NVML counts milliwatts.
+    lambda: {f"{name}_power_watts": nvml.nvmlDeviceGetPowerUsage(handle) / 1000},
     lambda: {f"{name}_power_limit_watts": nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000},
   ]

@@ -1,8 +1,8 @@
 """The process that serves one tracker: python -m jaxft.metrics.tracker_worker WRITER
 
-One JSON message a line on standard input, one answer a line on standard output. The first message is a `trackers.TrackerRun`, which is
-not answered; then come {"metrics": [lines], "samples": [lines], "end": null or {"status", "why"}}. Where the input ends without
-an end, the run was killed.
+One JSON message a line on standard input, one answer a line on standard output. The first message
+is a `TrackerRun`, which has no answer; then come {"metrics": [lines], "samples": [lines], "end":
+null or {"status", "why"}}. If the input ends without an end, the run was killed.
 """
 
 import json
@@ -17,45 +17,38 @@ from jaxft.errors import first_line
 from jaxft.metrics import tracker_backends
 from jaxft.utils.redact import redact
 
-SHUTDOWN_TIMEOUT = 15  # seconds to say that a run was killed
-KILLED_MESSAGE = {
-  "metrics": [],
-  "samples": [],
-  "end": {"status": "killed", "why": "the process ended without a word"},
-}
+SHUTDOWN_TIMEOUT = 15  # seconds to report that a run was killed
+KILLED_STATUS = {"status": "killed", "why": "the process ended without a word"}
+KILLED_MESSAGE = {"metrics": [], "samples": [], "end": KILLED_STATUS}
 
 
 class TrackerService:
   """Opens the tracker when it is first needed, and again after that has failed."""
 
-  def __init__(self, writer: str, run: tracker_backends.TrackerRun):
-    self._writer, self._run, self._tracker, self._step = writer, run, None, 0
+  def __init__(self, name: str, run: tracker_backends.TrackerRun):
+    self._name, self._run = name, run
+    self._tracker: Any = None
+    self._step = 0
 
   def __call__(self, message: dict[str, Any]) -> dict[str, Any]:
-    """Gives a message to the tracker; the answer has where it went, or why it did not."""
+    """Gives a message to the tracker; the answer has where it went, or why it failed."""
     try:
       metrics = [(line["step"], tracker_backends.to_floats(line)) for line in message["metrics"]]
       self._step = max([self._step, *(step for step, _ in metrics)])
       if self._tracker is None:
-        self._tracker = tracker_backends.BACKENDS[self._writer](self._run)
+        self._tracker = tracker_backends.BACKENDS[self._name](self._run)
       if metrics or message["samples"]:
         self._tracker.write(metrics, message["samples"])
       if message["end"]:
         self._tracker.finish(**message["end"], step=self._step)
-    except (
-      Exception
-    ) as error:  # whatever a library, a network or a disk comes up with: the run goes on
-      said = first_line(error)
-      return {
-        "failed": redact(
-          said if type(error).__name__ in said else f"{type(error).__name__}: {said}"
-        )
-      }
+    except Exception as error:  # of a library, a network or a disk: the run goes on
+      message, kind = first_line(error), type(error).__name__
+      return {"failed": redact(message if kind in message else f"{kind}: {message}")}
     return {"where": redact(self._tracker.where)}
 
 
 def main() -> None:
-  # These are meant for the run, which then says how it ended.
+  # These are meant for the run, which then sends how it ended.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
   os.nice(10)
@@ -64,7 +57,8 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
   messages = queue.SimpleQueue()
   threading.Thread(target=_read_messages, args=(messages,), daemon=True).start()
-  service, ended = TrackerService(sys.argv[1], tracker_backends.TrackerRun(**messages.get())), False
+  service = TrackerService(sys.argv[1], tracker_backends.TrackerRun(**messages.get()))
+  ended = False
   while not ended:
     message = messages.get()
     ended = message["end"] is not None
@@ -74,7 +68,7 @@ def main() -> None:
 
 
 def _read_messages(messages: queue.SimpleQueue) -> None:
-  """A thread of its own, because a library may hang while the run is killed."""
+  """Reads in a thread, because a library may hang while the run is killed."""
   message = {}
   for line in sys.stdin:
     message = json.loads(line)

@@ -1,7 +1,7 @@
-"""Scaled dot-product attention, causal, with optional windows and segments: one function, four ways to compute it.
+"""Scaled dot-product attention, causal, with optional windows and segments, by one of four kernels.
 
-cuDNN's kernel on NVIDIA GPUs, the splash kernel on TPUs, chunks of queries anywhere, and the reference that tests compare with.
-Only the reference has all probabilities (B, N, T, S) in memory.
+cuDNN's kernel on NVIDIA GPUs, the splash kernel on TPUs, chunks of queries anywhere, and the
+reference that tests compare with. Only the reference has all probabilities (B, N, T, S) in memory.
 
 B batch, T query length, S key length, N heads, H head size
 """
@@ -16,8 +16,8 @@ from jaxft.model.dropout import attention_dropout_mask
 
 FASTEST = {"gpu": "cudnn", "tpu": "splash"}  # elsewhere chunked
 KERNELS = ("cudnn", "splash", "chunked", "reference")
-LANES = 128  # of a TPU's vector unit: what splash wants lengths to be multiples of
-SPLASH_BLOCK = 512  # queries and keys a turn, as MaxText has it; not measured here
+LANES = 128  # of a TPU's vector unit: splash takes lengths that are multiples of it
+SPLASH_BLOCK = 512  # queries and keys of a block, as in MaxText; not measured here
 
 
 def fastest_kernel(device: jax.Device, dtype: Any, H: int) -> str:
@@ -28,10 +28,9 @@ def fastest_kernel(device: jax.Device, dtype: Any, H: int) -> str:
 def unsupported_reason(
   kernel: str, device: jax.Device, dtype: Any, H: int, segments: bool = False, dropout: bool = False
 ) -> str:
-  """What keeps a device from using a kernel for this dtype, head size and kind of rows; "": nothing."""
-  if kernel == "splash":
-    if device.platform != "tpu":
-      return f"it is for TPUs, and this is a {device.platform}"
+  """Why a device cannot use a kernel for this dtype, head size and kind of rows; "": it can."""
+  if kernel == "splash" and device.platform != "tpu":
+    return f"it is for TPUs, and this is a {device.platform}"
   if kernel == "cudnn":  # 9.x, as jax 0.10 to 0.12 call it
     if device.platform != "gpu":
       return f"it is for NVIDIA GPUs, and this is a {device.platform}"
@@ -40,8 +39,9 @@ def unsupported_reason(
       return f"it needs compute capability 8.0, and this GPU has {capability}"
     if jnp.dtype(dtype).itemsize != 2:
       return f"it computes in bfloat16, and the model in {jnp.dtype(dtype)}"
-    if H % 8 or H > (256 if capability >= 9 else 128):
-      return f"it takes heads of 8, 16 ... {256 if capability >= 9 else 128} here, and the model's have {H}"
+    max_H = 256 if capability >= 9 else 128
+    if H % 8 or H > max_H:
+      return f"it takes heads of 8, 16 ... {max_H} here, and the model's have {H}"
     if segments:
       return "it does not keep packed examples apart"
   if kernel in ("cudnn", "splash") and dropout:
@@ -49,24 +49,24 @@ def unsupported_reason(
   return ""
 
 
-def resolve_kernel(kernel: str, device: jax.Device, *what: Any) -> tuple[str, str]:
-  """What training with `kernel` takes, and why that is not the fastest of this kind of device; `what` is as in `unsupported_reason`."""
+def resolve_kernel(kernel: str, device: jax.Device, *shape: Any) -> tuple[str, str]:
+  """The kernel that training with `kernel` uses, and why it is not the device's fastest.
+
+  `shape` is what `unsupported_reason` takes after the device.
+  """
   fastest = FASTEST.get(device.platform, "chunked")
-  if unsupported_reason(kernel, device, *what):
+  if unsupported_reason(kernel, device, *shape):
     kernel = "chunked"
   if kernel == fastest:
     return kernel, ""
-  return (
-    kernel,
-    f"not {fastest}: {unsupported_reason(fastest, device, *what) or 'it is not asked for'}",
-  )
+  reason = unsupported_reason(fastest, device, *shape) or "it is not asked for"
+  return kernel, f"not {fastest}: {reason}"
 
 
 def attention_saveable(primitive: Any, *_: Any, **params: Any) -> bool:
-  """A policy for `jax.checkpoint`: keep what kernels give, so that none of them runs twice."""
-  return (
-    primitive.name.startswith("dot_product_attention_fwd") or params.get("name") == CHECKPOINT_NAME
-  )
+  """A policy for `jax.checkpoint`: save the kernels' outputs, so that none of them runs twice."""
+  is_cudnn = primitive.name.startswith("dot_product_attention_fwd")
+  return is_cudnn or params.get("name") == CHECKPOINT_NAME
 
 
 def attention(
@@ -83,85 +83,80 @@ def attention(
   dropout_rate: float = 0.0,
   keys_BN: jax.Array | None = None,
 ) -> jax.Array:
-  """Attention of each query to the keys at or before it, in its own segment; returns (B, T, N, H).
+  """Attend from each query to the keys at or before it in its own segment; returns (B, T, N, H).
 
-  Causality goes by column, not by position id: query t stands in column `offset + t`, key s in column s. So padding,
-  packing and a key/value cache longer than what is filled need nothing but segments: a query sees only keys of its own.
-  With `window`, only the last `window` columns up to the query's own are visible.
-  Softmax is in float32 whatever the inputs are. `dropout_rate` acts on the probabilities when keys are given, one for each row
-  and head.
+  Causality goes by column, not by position id: query t is in column `offset + t`, key s in column
+  s. So padding, packing and a key/value cache longer than what is filled need nothing but segments:
+  a query sees only keys of its own. With `window`, it sees only the last `window` columns up to its
+  own. Softmax is in float32 whatever the inputs are.
 
   Args:
-    kernel: of `KERNELS`. What cuDNN and splash cannot do (a cache, dropout whose bits are the same on every device, and
-      segments on cuDNN) is computed in chunks.
+    kernel: of `KERNELS`. What cuDNN and splash cannot do (a cache, dropout whose bits are the same
+      on every device, and segments on cuDNN) is computed in chunks.
+    dropout_rate: of the probabilities, when there are keys.
+    keys_BN: dropout keys, one for each row and head.
   """
   T, S = q_BTNH.shape[1], k_BSNH.shape[1]
   if window is not None and window >= S:
     window = None
   if not dropout_rate:
     keys_BN = None
-  plain = T == S and isinstance(offset, int) and offset == 0 and keys_BN is None
-  if kernel == "cudnn" and plain and q_segments_BT is None:
-    span = None if window is None else (window - 1, 0)
+  has_offset = not isinstance(offset, int) or offset != 0
+  fits_kernels = T == S and not has_offset and keys_BN is None
+  if kernel == "cudnn" and fits_kernels and q_segments_BT is None:
     return jax.nn.dot_product_attention(
       q_BTNH,
       k_BSNH,
       v_BSNH,
       scale=scale,
       is_causal=True,
-      local_window_size=span,
+      local_window_size=None if window is None else (window - 1, 0),
       implementation="cudnn",
     )
-  if kernel == "splash" and plain:
+  if kernel == "splash" and fits_kernels:
     return _splash(q_BTNH, k_BSNH, v_BSNH, scale, window, q_segments_BT)
-  rest = NonDiffArgs(offset, q_segments_BT, k_segments_BS, keys_BN)
-  if (
-    kernel == "reference" or T == 1
-  ):  # a token after the other: there is little to keep out of memory
-    return _reference(q_BTNH, k_BSNH, v_BSNH, rest, scale, window, dropout_rate)
-  return ChunkedAttention(scale, window, dropout_rate)(q_BTNH, k_BSNH, v_BSNH, rest)
-
-
-def _reference(q_BTNH, k_BSNH, v_BSNH, rest, scale, window, dropout_rate):
-  """As the formula reads."""
-  T, S = q_BTNH.shape[1], k_BSNH.shape[1]
-  logits_BNTS = scale * jnp.einsum(
-    "BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32
+  nondiff = NonDiffArgs(
+    offset=offset, q_segments_BT=q_segments_BT, k_segments_BS=k_segments_BS, keys_BN=keys_BN
   )
-  distance_TS = rest.offset + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
+  if kernel == "reference" or T == 1:  # one token at a time: the (B, N, T, S) array is small
+    return _reference(q_BTNH, k_BSNH, v_BSNH, nondiff, scale, window, dropout_rate)
+  return ChunkedAttention(scale, window, dropout_rate)(q_BTNH, k_BSNH, v_BSNH, nondiff)
+
+
+def _reference(q_BTNH, k_BSNH, v_BSNH, nondiff, scale, window, dropout_rate):
+  """The formula, written out."""
+  T, S = q_BTNH.shape[1], k_BSNH.shape[1]
+  equation = "BTNH,BSNH->BNTS"
+  logits_BNTS = scale * jnp.einsum(equation, q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
+  distance_TS = nondiff.offset + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
   visible = distance_TS >= 0
   if window is not None:
     visible = visible & (distance_TS < window)
-  if rest.q_segments_BT is not None:
-    visible = visible & (
-      rest.q_segments_BT[:, None, :, None] == rest.k_segments_BS[:, None, None, :]
-    )
-  # The lowest finite number, not -inf: a row with no visible key stays finite (and is masked from the loss anyway).
+  if nondiff.q_segments_BT is not None:
+    q_segments_B1T1 = nondiff.q_segments_BT[:, None, :, None]
+    visible = visible & (q_segments_B1T1 == nondiff.k_segments_BS[:, None, None, :])
+  # The lowest finite number, not -inf: a row with no visible key stays finite (the loss masks it).
   p_BNTS = jax.nn.softmax(jnp.where(visible, logits_BNTS, jnp.finfo(jnp.float32).min))
-  if rest.keys_BN is not None:
-    p_BNTS = p_BNTS * attention_dropout_mask(rest.keys_BN, dropout_rate, jnp.arange(T), S)
+  if nondiff.keys_BN is not None:
+    p_BNTS = p_BNTS * attention_dropout_mask(nondiff.keys_BN, dropout_rate, jnp.arange(T), S)
   return jnp.einsum("BNTS,BSNH->BTNH", p_BNTS.astype(v_BSNH.dtype), v_BSNH)
 
 
 def _splash(q_BTNH, k_BTNH, v_BTNH, scale, window, segments_BT):
-  """The Pallas kernel that JAX brings; it computes nothing of what is masked for all queries of a block."""
+  """JAX's Pallas kernel; it skips blocks in which nothing is visible."""
   from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
   T, N = q_BTNH.shape[1:3]
-  # Causal, so what is added at the end is seen by nobody.
-  padded = lambda x: jnp.pad(x, [(0, 0), (0, -T % LANES)] + [(0, 0)] * (x.ndim - 2))
-  q, k, v = (
-    jnp.moveaxis(padded(x), 2, 1)
-    for x in (q_BTNH * jnp.asarray(scale, q_BTNH.dtype), k_BTNH, v_BTNH)
-  )
+  # Attention is causal, so no query sees the padding at the end.
+  pad = lambda x: jnp.pad(x, [(0, 0), (0, -T % LANES)] + [(0, 0)] * (x.ndim - 2))
+  q_BTNH = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
+  q, k, v = (jnp.moveaxis(pad(x), 2, 1) for x in (q_BTNH, k_BTNH, v_BTNH))
   attend = _splash_kernel(T + -T % LANES, N, window)
   if segments_BT is None:
     out_BNTH = jax.vmap(attend)(q, k, v)
   else:
-    segments = padded(segments_BT)
-    out_BNTH = jax.vmap(lambda q, k, v, s: attend(q, k, v, segment_ids=SegmentIds(s, s)))(
-      q, k, v, segments
-    )
+    attend_in_segments = lambda q, k, v, s: attend(q, k, v, segment_ids=SegmentIds(s, s))
+    out_BNTH = jax.vmap(attend_in_segments)(q, k, v, pad(segments_BT))
   return jnp.moveaxis(out_BNTH, 1, 2)[:, :T]
 
 
@@ -172,18 +167,13 @@ def _splash_kernel(T: int, N: int, window: int | None) -> Any:
   mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
   block = next(size for size in (SPLASH_BLOCK, 384, 256, LANES) if T % size == 0)
   names = (
-    "block_q",
-    "block_kv",
-    "block_kv_compute",
-    "block_q_dkv",
-    "block_kv_dkv",
-    "block_kv_dkv_compute",
-  )
-  sizes = splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
+    "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute "
+    "block_q_dq block_kv_dq"
+  ).split()
   return splash.make_splash_mha(
     masks.MultiHeadMask([mask] * N),
     head_shards=1,
     q_seq_shards=1,
-    block_sizes=sizes,
+    block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
     residual_checkpoint_name=CHECKPOINT_NAME,
   )

@@ -1,7 +1,8 @@
-"""Attention without a (B, N, T, S) array, on any device: some queries after others, forward and backward.
+"""Attention without a (B, N, T, S) array, on any device: chunks of queries, forward and backward.
 
-The mathematics of FlashAttention (Dao et al., arXiv:2205.14135) in XLA's own operations: kept for the backward pass are the
-output and the logarithm of each query's sum, and probabilities are made again from them. A chunk sees all of its keys at once.
+The mathematics of FlashAttention (Dao et al., arXiv:2205.14135) in XLA's own operations: the
+backward pass reads the output and each query's log-sum-exp, and computes the probabilities again
+from them. A chunk sees all of its keys at once.
 
 B batch, T query length, S key length, C queries of a chunk, N heads, H head size
 """
@@ -14,28 +15,28 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.model.dropout import attention_dropout_mask
 
-MIN_CHUNK = 128  # at least, at once
-CHECKPOINT_NAME = "attention"  # the name, for `jax.checkpoint`, of what the backward pass reads beside queries, keys and values
+MIN_CHUNK = 128  # queries
 MAX_UNROLLED = 8  # chunks that are written out, each with only the keys that it can see
+CHECKPOINT_NAME = "attention"  # of the residuals beside q, k and v; read by remat policies
 
 
 class Chunk(NamedTuple):
-  """Queries [start, start + C) and the keys [first, last) that they may see."""
+  """Queries [start, start + C) and the keys [key_start, key_end) that they may see."""
 
   start: Any
   C: int
-  first: int
-  last: int
+  key_start: int
+  key_end: int
 
   def queries(self, x: jax.Array, axis: int = 2) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, self.start, self.C, axis)
 
   def keys(self, x: jax.Array, axis: int = 2) -> jax.Array:
-    return jax.lax.slice_in_dim(x, self.first, self.last, axis=axis)
+    return jax.lax.slice_in_dim(x, self.key_start, self.key_end, axis=axis)
 
 
 class NonDiffArgs(NamedTuple):
-  """What has no gradient."""
+  """Arguments without a gradient."""
 
   offset: Any
   q_segments_BT: jax.Array | None
@@ -44,147 +45,147 @@ class NonDiffArgs(NamedTuple):
 
 
 class ChunkedAttention(NamedTuple):
-  """`attention` in chunks of queries, with what is the same for all of them."""
+  """`attention` in chunks of queries; its fields are the same for all chunks."""
 
   scale: float
   window: int | None
   dropout_rate: float
 
   def __call__(
-    self, q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, rest: NonDiffArgs
+    self, q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, nondiff: NonDiffArgs
   ) -> jax.Array:
-    """(B, T, N, H), as `attention.attention` has it."""
+    """Return what `attention.attention` does, (B, T, N, H)."""
     T, S = q_BTNH.shape[1], k_BSNH.shape[1]
     C = min(T, -(-T // MAX_UNROLLED // MIN_CHUNK) * MIN_CHUNK)
-    # Dropout's bits are hundreds of operations: written out eight times, a compiler for TPUs takes minutes for them.
-    looped = rest.keys_BN is not None
+    # Dropout's bits are hundreds of operations: written out eight times, a compiler for TPUs takes
+    # minutes for them. In a loop all chunks have one shape: T is padded, and each sees all keys.
+    use_scan = nondiff.keys_BN is not None
+    chunk_at = lambda start: Chunk(start=start, C=C, key_start=0, key_end=S)
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_BTNH, k_BSNH, v_BSNH))
-    if looped:  # all chunks alike
+    if use_scan:
       q = jnp.pad(q, [(0, 0), (0, 0), (0, -T % C), (0, 0)])
-      if rest.q_segments_BT is not None:
-        rest = rest._replace(q_segments_BT=jnp.pad(rest.q_segments_BT, [(0, 0), (0, -T % C)]))
+      if nondiff.q_segments_BT is not None:
+        padded = jnp.pad(nondiff.q_segments_BT, [(0, 0), (0, -T % C)])
+        nondiff = nondiff._replace(q_segments_BT=padded)
 
     @jax.custom_vjp
-    def attend(q, k, v, rest):
-      return forward(q, k, v, rest)[0]
+    def attend(q, k, v, nondiff):
+      return forward(q, k, v, nondiff)[0]
 
-    def forward(q, k, v, rest):
-      if looped:
-        one = lambda start: self.forward(Chunk(start, C, 0, S), q, k, v, rest)
-        out, log_sum = map(merge_chunks, jax.lax.map(one, jnp.arange(0, q.shape[2], C)))
+    def forward(q, k, v, nondiff):
+      if use_scan:
+        body = lambda start: self.forward(chunk_at(start), q, k, v, nondiff)
+        out, lse = map(merge_chunks, jax.lax.map(body, jnp.arange(0, q.shape[2], C)))
       else:
-        # One after the other: XLA would look for fusions across chunks, which for GPT-J on an RTX 4090 takes it 23 s instead of
-        # 3, and has the scores of several in memory (2.4 GiB instead of 0.7 for 8 x 2048 tokens; jax 0.10.2).
-        in_turn = jax.lax.optimization_barrier
-        pairs = [
-          in_turn(self.forward(chunk, q, k, v, rest)) for chunk in self.chunks(T, S, C, rest.offset)
-        ]
-        out, log_sum = (jnp.concatenate(pieces, 2) for pieces in zip(*pairs))
-      out, log_sum = (checkpoint_name(x, CHECKPOINT_NAME) for x in (out, log_sum))
-      return out, (q, k, v, rest, out, log_sum)
+        # A barrier after each chunk: XLA would look for fusions across chunks, which for GPT-J on
+        # an RTX 4090 takes it 23 s instead of 3, and has the scores of several in memory (2.4 GiB
+        # instead of 0.7 for 8 x 2048 tokens; jax 0.10.2).
+        barrier = jax.lax.optimization_barrier
+        chunks = self.chunks(T, S, C, nondiff.offset)
+        pairs = [barrier(self.forward(chunk, q, k, v, nondiff)) for chunk in chunks]
+        out, lse = (jnp.concatenate(pieces, 2) for pieces in zip(*pairs))
+      out, lse = (checkpoint_name(x, CHECKPOINT_NAME) for x in (out, lse))
+      return out, (q, k, v, nondiff, out, lse)
 
-    def backward(kept, d_out):
-      q, k, v, rest, out, log_sum = kept
-      total = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-      if looped:
+    def backward(residuals, d_out):
+      q, k, v, nondiff, *_ = residuals
+      # Every chunk adds to the gradients of the keys and values: their sums are in float32.
+      d_kv = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+      if use_scan:
 
-        def turn(total, start):
-          dq, *more = self.backward(Chunk(start, C, 0, S), q, k, v, rest, out, log_sum, d_out)
-          return jax.tree.map(jnp.add, total, tuple(more)), dq
+        def body(d_kv, start):
+          dq, *d_chunk = self.backward(chunk_at(start), *residuals, d_out)
+          return jax.tree.map(jnp.add, d_kv, tuple(d_chunk)), dq
 
-        total, dq = jax.lax.scan(turn, total, jnp.arange(0, q.shape[2], C))
+        d_kv, dq = jax.lax.scan(body, d_kv, jnp.arange(0, q.shape[2], C))
         dq = merge_chunks(dq)
       else:
         dqs = []
-        for chunk in self.chunks(T, S, C, rest.offset):
-          dq, *more = self.backward(chunk, q, k, v, rest, out, log_sum, d_out)
+        for chunk in self.chunks(T, S, C, nondiff.offset):
+          dq, *d_chunk = self.backward(chunk, *residuals, d_out)
           dqs.append(dq)
-          total = tuple(
-            x.at[:, :, chunk.first : chunk.last].add(part) for x, part in zip(total, more)
-          )
+          keys = slice(chunk.key_start, chunk.key_end)
+          d_kv = tuple(x.at[:, :, keys].add(d) for x, d in zip(d_kv, d_chunk))
         dq = jnp.concatenate(dqs, 2)
-      return dq, total[0].astype(k.dtype), total[1].astype(v.dtype), None
+      return dq, d_kv[0].astype(k.dtype), d_kv[1].astype(v.dtype), None
 
     attend.defvjp(forward, backward)
-    return jnp.moveaxis(attend(q, k, v, rest), 1, 2)[:, :T]
+    return jnp.moveaxis(attend(q, k, v, nondiff), 1, 2)[:, :T]
 
   def chunks(self, T: int, S: int, C: int, offset: Any) -> list[Chunk]:
-    """With the keys that can be left out without a look: all, where queries begin in a column that is not known yet."""
-    if not isinstance(offset, int):
-      return [Chunk(start, min(C, T - start), 0, S) for start in range(0, T, C)]
-    found = []
+    """Split the queries, each chunk with the keys it can see; all keys where `offset` is traced."""
+    chunks = []
     for start in range(0, T, C):
-      last = min(start + C, T)
-      first = 0 if self.window is None else max(0, offset + start + 1 - self.window)
-      found.append(Chunk(start, last - start, first, min(offset + last, S)))
-    return found
+      end = min(start + C, T)
+      key_start, key_end = 0, S
+      if isinstance(offset, int):
+        key_end = min(offset + end, S)
+        if self.window is not None:
+          key_start = max(0, offset + start + 1 - self.window)
+      chunks.append(Chunk(start=start, C=end - start, key_start=key_start, key_end=key_end))
+    return chunks
 
-  def logits(self, chunk: Chunk, q, k, rest: NonDiffArgs) -> jax.Array:
-    """(B, N, C, keys) in float32, the lowest number where a query does not see a key."""
-    rows, columns = (
-      rest.offset + chunk.start + jnp.arange(chunk.C),
-      jnp.arange(chunk.first, chunk.last),
-    )
-    # Tied to the queries: else the mask is the same in all layers, and is made once for all chunks, heads and rows and kept.
+  def logits(self, chunk: Chunk, q, k, nondiff: NonDiffArgs) -> jax.Array:
+    """(B, N, C, keys) in float32, the lowest finite number where a query does not see a key."""
+    rows = nondiff.offset + chunk.start + jnp.arange(chunk.C)
+    columns = jnp.arange(chunk.key_start, chunk.key_end)
+    # Tied to the queries: the mask is the same in all layers, so XLA would else compute it once for
+    # all chunks, heads and rows, and hold on to it.
     rows, _ = jax.lax.optimization_barrier((rows, q[0, 0, 0, 0]))
     distance = rows[:, None] - columns
     visible = distance >= 0
     if self.window is not None:
       visible = visible & (distance < self.window)
-    if rest.q_segments_BT is not None:
-      mine, theirs = chunk.queries(rest.q_segments_BT, 1), chunk.keys(rest.k_segments_BS, 1)
-      visible = visible & (mine[:, None, :, None] == theirs[:, None, None, :])
-    x = jnp.einsum(
-      "BNTH,BNSH->BNTS", chunk.queries(q), chunk.keys(k), preferred_element_type=jnp.float32
-    )
+    if nondiff.q_segments_BT is not None:
+      q_segments = chunk.queries(nondiff.q_segments_BT, 1)
+      k_segments = chunk.keys(nondiff.k_segments_BS, 1)
+      visible = visible & (q_segments[:, None, :, None] == k_segments[:, None, None, :])
+    x = _einsum("BNTH,BNSH->BNTS", chunk.queries(q), chunk.keys(k))
     return jnp.where(visible, self.scale * x, jnp.finfo(jnp.float32).min)
 
-  def dropout(self, chunk: Chunk, rest: NonDiffArgs) -> jax.Array:
+  def dropout(self, chunk: Chunk, nondiff: NonDiffArgs) -> jax.Array:
     rows = chunk.start + jnp.arange(chunk.C)
-    return attention_dropout_mask(rest.keys_BN, self.dropout_rate, rows, chunk.last)[
-      ..., chunk.first :
-    ]
+    mask = attention_dropout_mask(nondiff.keys_BN, self.dropout_rate, rows, chunk.key_end)
+    return mask[..., chunk.key_start :]
 
-  def forward(self, chunk: Chunk, q, k, v, rest: NonDiffArgs) -> tuple[jax.Array, jax.Array]:
-    """Output (B, N, C, H) of a chunk, and the logarithm of each query's sum (B, N, C)."""
-    x = self.logits(chunk, q, k, rest)
-    largest = x.max(-1, keepdims=True)
-    p = jnp.exp(x - largest)
-    total = p.sum(-1, keepdims=True)
-    if rest.keys_BN is not None:
-      p = p * self.dropout(chunk, rest)
-    out = (
-      jnp.einsum(
-        "BNTS,BNSH->BNTH", p.astype(v.dtype), chunk.keys(v), preferred_element_type=jnp.float32
-      )
-      / total
-    )
-    return out.astype(v.dtype), (largest + jnp.log(total))[..., 0]
+  def forward(self, chunk: Chunk, q, k, v, nondiff: NonDiffArgs) -> tuple[jax.Array, jax.Array]:
+    """Output (B, N, C, H) of a chunk, and each query's log-sum-exp (B, N, C)."""
+    x = self.logits(chunk, q, k, nondiff)
+    row_max = x.max(-1, keepdims=True)
+    p = jnp.exp(x - row_max)
+    row_sum = p.sum(-1, keepdims=True)
+    if nondiff.keys_BN is not None:
+      p = p * self.dropout(chunk, nondiff)
+    # Divided after the product: C x H numbers, not C x S.
+    out = _einsum("BNTS,BNSH->BNTH", p.astype(v.dtype), chunk.keys(v)) / row_sum
+    return out.astype(v.dtype), (row_max + jnp.log(row_sum))[..., 0]
 
   def backward(
-    self, chunk: Chunk, q, k, v, rest: NonDiffArgs, out, log_sum, d_out
+    self, chunk: Chunk, q, k, v, nondiff: NonDiffArgs, out, lse, d_out
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of a chunk's queries, and its parts of those of the keys and values that it sees."""
-    d_out, seen = chunk.queries(d_out), chunk.keys(v)
-    p = jnp.exp(self.logits(chunk, q, k, rest) - chunk.queries(log_sum)[..., None])
-    dp = jnp.einsum("BNTH,BNSH->BNTS", d_out, seen, preferred_element_type=jnp.float32)
-    used = p
-    if rest.keys_BN is not None:
-      kept = self.dropout(chunk, rest)
-      used, dp = p * kept, dp * kept
-    inner = jnp.sum(
-      d_out.astype(jnp.float32) * chunk.queries(out).astype(jnp.float32), -1, keepdims=True
-    )
-    dx = (self.scale * p * (dp - inner)).astype(q.dtype)
-    dq = jnp.einsum("BNTS,BNSH->BNTH", dx, chunk.keys(k))
-    dk = jnp.einsum("BNTS,BNTH->BNSH", dx, chunk.queries(q), preferred_element_type=jnp.float32)
-    dv = jnp.einsum(
-      "BNTS,BNTH->BNSH", used.astype(d_out.dtype), d_out, preferred_element_type=jnp.float32
-    )
+    """Gradients of a chunk's queries, and what it adds to those of the keys and values it sees."""
+    d_out, v = chunk.queries(d_out), chunk.keys(v)
+    p = jnp.exp(self.logits(chunk, q, k, nondiff) - chunk.queries(lse)[..., None])
+    dp = _einsum("BNTH,BNSH->BNTS", d_out, v)
+    p_dropped = p
+    if nondiff.keys_BN is not None:
+      mask = self.dropout(chunk, nondiff)
+      p_dropped, dp = p * mask, dp * mask
+    # FlashAttention's D: sum over S of p dp, which is the sum over H of d_out out, known without p.
+    d_out_f32 = d_out.astype(jnp.float32)
+    delta = jnp.sum(d_out_f32 * chunk.queries(out).astype(jnp.float32), -1, keepdims=True)
+    d_logits = (self.scale * p * (dp - delta)).astype(q.dtype)
+    dq = jnp.einsum("BNTS,BNSH->BNTH", d_logits, chunk.keys(k))
+    dk = _einsum("BNTS,BNTH->BNSH", d_logits, chunk.queries(q))
+    dv = _einsum("BNTS,BNTH->BNSH", p_dropped.astype(d_out.dtype), d_out)
     return dq, dk, dv
 
 
-def merge_chunks(parts: jax.Array) -> jax.Array:
+def merge_chunks(x: jax.Array) -> jax.Array:
   """(chunks, B, N, C, ...) -> (B, N, chunks x C, ...)."""
-  x = jnp.moveaxis(parts, 0, 2)
+  x = jnp.moveaxis(x, 0, 2)
   return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
+def _einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)

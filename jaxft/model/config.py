@@ -1,6 +1,6 @@
 """ModelConfig: the sizes and switches of a decoder.
 
-B batch, T length, V vocabulary, P positions, D model, F feed-forward, L layers, N heads, H head size
+V vocabulary, P positions, D model, F feed-forward, L layers, N heads, H head size
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Facts about an architecture, read from a checkpoint's config.json (`hf/facts.py`), never typed by a user."""
+  """Facts about an architecture, read from config.json (`hf/model_config.py`), never typed."""
 
   V: int
   P: int
@@ -22,31 +22,26 @@ class ModelConfig:
   attention_dropout: float
   residual_dropout: float
   init_std: float
-  # What tells the families apart. GPT-2: none of it; GPT-Neo: no query/key/value biases, no scale, windows; GPT-J: rotary
-  # positions, parallel blocks, no attention biases, a head of its own.
+  # What tells the families apart. GPT-2: none of it; GPT-Neo: no query/key/value biases, no scale,
+  # windows; GPT-J: rotary positions, parallel blocks, no attention biases, a head of its own.
   attention_scale: float
-  divided_by_depth: bool = False  # attention_scale is divided by 1, 2, 3, ... in the layers, as stanford-crfm's GPT-2s have it
+  divided_by_depth: bool = False  # stanford-crfm's GPT-2s divide attention_scale by 1, 2, 3, ...
   windows: tuple[int, ...] = ()  # per layer, 0 for a layer that sees everything; (): all do
-  rotary_dim: int = (
-    0  # leading dimensions of each head that are rotated; 0: a table of learned positions instead
-  )
+  rotary_dim: int = 0  # leading dimensions of a head that are rotated; 0: learned positions instead
   parallel: bool = False  # attention and feed-forward both read the same norm and are added at once
   qkv_bias: bool = True
   out_bias: bool = True
   tied: bool = True  # the output table is the token embedding
   head_bias: bool = False
-  exact_gelu: bool = (
-    False  # by the error function, as Cerebras-GPT has it; else by its approximation with tanh
-  )
-  classes: int = 0  # above 0: a classification head in place of the language head
-  # What a run makes of the model (`hf/chosen.py`): adapters beside the products named, and which weights it trains.
+  exact_gelu: bool = False  # with the error function (Cerebras-GPT); else approximated with tanh
+  classes: int = 0  # above 0: a classification head instead of the language head
+  # What a run makes of the model (`hf/trainable_params.py`): its adapters, and what it trains.
   lora_rank: int = 0
   lora_scale: float = 0.0
   lora_dropout: float = 0.0
   lora_targets: tuple[str, ...] = ()  # qkv where they share an adapter, else q, k, v; out, up, down
-  trained: tuple[
-    tuple[str, tuple[int, ...]], ...
-  ] = ()  # (path, its layers), ... as `parts.py` reads it; (): everything
+  # (path, its layers), ... as `training/trainable.py` reads it; (): everything
+  trained: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
   @property
   def distinct_windows(self) -> tuple[int, ...]:

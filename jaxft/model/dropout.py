@@ -1,4 +1,4 @@
-"""Dropout with a key for each row of a batch: which rows are computed together, and where, changes nothing."""
+"""Dropout with a key for each row of a batch: a row's mask does not depend on batch or device."""
 
 import jax
 import jax.numpy as jnp
@@ -9,28 +9,32 @@ def per_row_keys(key: jax.Array, first: jax.Array | int, rows: int) -> jax.Array
   return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(rows))
 
 
-def split_keys(keys_B: jax.Array | None, parts: int) -> jax.Array | tuple[None, ...]:
-  """Keys (parts, B) for so many parts of a computation."""
+def split_keys(keys_B: jax.Array | None, num: int) -> jax.Array | tuple[None, ...]:
+  """Split each key into `num`: (num, B), or Nones where there are no keys."""
   if keys_B is None:
-    return (None,) * parts
-  return jax.vmap(lambda key: jax.random.split(key, parts), out_axes=1)(keys_B)
+    return (None,) * num
+  return jax.vmap(lambda key: jax.random.split(key, num), out_axes=1)(keys_B)
 
 
 def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
-  """Sets elements of x (B, ...) to 0 with this probability, and scales the rest so that the mean stays."""
+  """Set elements of x (B, ...) to 0 at this rate, and scale the rest so that the mean stays."""
   if not rate or keys_B is None:
     return x
-  kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys_B)
-  return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), 0)
+  keep_mask = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys_B)
+  return jnp.where(keep_mask, x / jnp.asarray(1 - rate, x.dtype), 0)
 
 
 def attention_dropout_mask(
   keys_BN: jax.Array, rate: float, queries_T: jax.Array, S: int
 ) -> jax.Array:
-  """Factors (B, N, T, S) for the probabilities of these queries to the first S keys: 0, or 1 / (1 - rate).
+  """Factors (B, N, T, S), 0 or 1 / (1 - rate), for these queries and the first S keys.
 
-  Each query has bits of its own, and those of the first keys do not depend on S: so any part can be made alone.
+  Each query has bits of its own, and those of the first keys do not depend on S: so any chunk can
+  be made alone.
   """
-  of_query = lambda key, query: jax.random.bernoulli(jax.random.fold_in(key, query), 1 - rate, (S,))
-  of_head = lambda key: jax.vmap(lambda query: of_query(key, query))(queries_T)
+
+  def of_head(key):
+    of_query = lambda query: jax.random.bernoulli(jax.random.fold_in(key, query), 1 - rate, (S,))
+    return jax.vmap(of_query)(queries_T)
+
   return jax.vmap(jax.vmap(of_head))(keys_BN).astype(jnp.float32) / (1 - rate)

@@ -15,30 +15,30 @@ from jaxft.model.config import ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """Keys and values of the columns seen so far; written in place inside a jitted function."""
+  """Keys and values of the columns read so far; updated without a copy where it is donated."""
 
   k: Any  # (L, B, N, S, H), or a tuple: of each layer (B, N, S, H)
   v: Any
   segments_BS: jax.Array  # 0: padding or not written yet
-  used: jax.Array  # columns written, the same for every row
+  length: jax.Array  # columns written, the same for every row
 
   @classmethod
   def empty(cls, cfg: ModelConfig, B: int, S: int, dtype: Any) -> "KVCache":
     kv = jnp.zeros((cfg.L, B, cfg.N, S, cfg.H), dtype)
-    return cls(kv, kv, jnp.zeros((B, S), jnp.int32), jnp.int32(0))
+    return cls(k=kv, v=kv, segments_BS=jnp.zeros((B, S), jnp.int32), length=jnp.int32(0))
 
-  def apart(self) -> "KVCache":
-    """With arrays of its own for each layer."""
+  def unstack(self) -> "KVCache":
+    """Give each layer arrays of its own."""
     return dataclasses.replace(self, k=tuple(jnp.unstack(self.k)), v=tuple(jnp.unstack(self.v)))
 
-  def take(self, rows: jax.Array) -> "KVCache":
-    """Of these rows."""
+  def take_rows(self, rows: jax.Array) -> "KVCache":
     k, v = jax.tree.map(lambda x: jnp.take(x, rows, x.ndim - 4), (self.k, self.v))
-    return KVCache(k, v, self.segments_BS[rows], self.used)
+    return dataclasses.replace(self, k=k, v=v, segments_BS=self.segments_BS[rows])
 
-  def write(self, kv: Any, layer: Any, new_BTNH: jax.Array) -> tuple[Any, jax.Array]:
-    """`kv`, which is k or v, with more columns in a layer, and all columns of that layer, (B, S, N, H)."""
-    new_BNTH, start = jnp.moveaxis(new_BTNH, 2, 1), (0, 0, self.used, 0)
+  def update(self, kv: Any, layer: Any, new_BTNH: jax.Array) -> tuple[Any, jax.Array]:
+    """Write new columns to a layer of `kv` (k or v); returns it and that layer, (B, S, N, H)."""
+    new_BNTH = jnp.moveaxis(new_BTNH, 2, 1)
+    start = (0, 0, self.length, 0)
     if isinstance(kv, tuple):
       all_BNSH = jax.lax.dynamic_update_slice(kv[layer], new_BNTH, start)
       kv = (*kv[:layer], all_BNSH, *kv[layer + 1 :])

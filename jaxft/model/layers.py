@@ -1,6 +1,7 @@
 """The layers of the decoder.
 
-B batch, T query length, S key length, V vocabulary, P positions, D model, F feed-forward, L layers, N heads, H head size
+B batch, T query length, S key length, M = B T tokens, V vocabulary, P positions, D model,
+F feed-forward, L layers, N heads, H head size
 """
 
 import dataclasses
@@ -18,10 +19,7 @@ from jaxft.model.dropout import dropout, split_keys
 
 
 class Einsum(nnx.Module):
-  """`einsum(x, kernel) + bias`, M being all tokens of x (B, T, ...); and its adapter, where there is one.
-
-  The kernel's shape, axis names and initial scale stand side by side.
-  """
+  """`einsum(x, kernel) + bias`, plus a LoRA adapter where the config has one."""
 
   def __init__(
     self,
@@ -30,39 +28,38 @@ class Einsum(nnx.Module):
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
     *,
-    inputs: int,
+    num_in_axes: int,
     std: float,
     cfg: ModelConfig,
     compute: ComputeConfig,
     rngs: nnx.Rngs,
     bias: bool = True,
   ):
-    self.equation, self.compute = equation, compute
+    self.equation = equation
+    self.compute = compute
     self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape), out_sharding=axes)
     if bias:
-      self.bias = nnx.Param(jnp.zeros(shape[inputs:]), out_sharding=axes[inputs:])
+      self.bias = nnx.Param(jnp.zeros(shape[num_in_axes:]), out_sharding=axes[num_in_axes:])
     if lora.has_adapter(cfg, name):
-      self.adapter = lora.Adapter(
-        name, equation, shape, axes, inputs=inputs, cfg=cfg, compute=compute, rngs=rngs
-      )
+      shared = {"cfg": cfg, "compute": compute, "rngs": rngs}
+      self.adapter = lora.Adapter(name, equation, shape, axes, num_in_axes=num_in_axes, **shared)
 
   def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
-    """keys_B: of the adapter's dropout."""
-    # Rows and columns as one axis: XLA's CPU compiler transposes a whole gradient where it is to be summed over two.
-    rows = x.shape[:2]
-    y = jnp.einsum(
-      self.equation, x.reshape(-1, *x.shape[2:]), gather_weight(self.kernel, self.compute)
-    )
+    """Apply to x (B, T, ...); `keys_B` are for the adapter's dropout."""
+    # B and T as one axis M: XLA's CPU compiler transposes a whole gradient to sum it over two axes.
+    x_M = x.reshape(-1, *x.shape[2:])
+    y = jnp.einsum(self.equation, x_M, gather_weight(self.kernel, self.compute))
     y = y + gather_weight(self.bias, self.compute) if hasattr(self, "bias") else y
     y = y + self.adapter(x, keys_B) if hasattr(self, "adapter") else y
-    return y.reshape(*rows, *y.shape[1:])
+    return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
 class LayerNorm(nnx.Module):
   """Layer normalisation, in float32 whatever the dtype of its input."""
 
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig):
-    self.eps, self.compute = cfg.norm_eps, compute
+    self.eps = cfg.norm_eps
+    self.compute = compute
     self.scale = nnx.Param(jnp.ones(cfg.D), out_sharding=("embed",))
     self.bias = nnx.Param(jnp.zeros(cfg.D), out_sharding=("embed",))
 
@@ -71,58 +68,58 @@ class LayerNorm(nnx.Module):
     y_BTD = x_BTD.astype(jnp.float32)
     y_BTD = y_BTD - y_BTD.mean(-1, keepdims=True)
     y_BTD = y_BTD * jax.lax.rsqrt((y_BTD * y_BTD).mean(-1, keepdims=True) + self.eps)
-    return (y_BTD * gather_weight(self.scale, f32) + gather_weight(self.bias, f32)).astype(
-      x_BTD.dtype
-    )
+    y_BTD = y_BTD * gather_weight(self.scale, f32) + gather_weight(self.bias, f32)
+    return y_BTD.astype(x_BTD.dtype)
 
 
 class Attention(nnx.Module):
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
-    self.cfg, self.compute = cfg, compute
+    self.cfg = cfg
+    self.compute = compute
     D, N, H = cfg.D, cfg.N, cfg.H
-    how = {"cfg": cfg, "compute": compute, "rngs": rngs}
+    shared = {"cfg": cfg, "compute": compute, "rngs": rngs}
     self.qkv = Einsum(
       "qkv",
       "MD,DQNH->MQNH",
       (D, 3, N, H),
       ("embed", None, "heads", None),
-      inputs=1,
+      num_in_axes=1,
       std=cfg.init_std,
       bias=cfg.qkv_bias,
-      **how,
+      **shared,
     )
     self.out = Einsum(
       "out",
       "MNH,NHD->MD",
       (N, H, D),
       ("heads", None, "embed"),
-      inputs=2,
-      std=cfg.init_std / (2 * cfg.L) ** 0.5,
+      num_in_axes=2,
+      std=cfg.init_std / (2 * cfg.L) ** 0.5,  # GPT-2's, for what adds to the residual stream
       bias=cfg.out_bias,
-      **how,
+      **shared,
     )
 
-  def __call__(self, x_BTD, positions_BT, segments_BT, of_layer, cached, keys_B, adapter_keys):
+  def __call__(self, x_BTD, positions_BT, segments_BT, info, update_cache, keys_B, adapter_keys):
     q_BTNH, k_BTNH, v_BTNH = jnp.unstack(self.qkv(x_BTD, adapter_keys[0]), axis=2)
-    if of_layer.depth is not None:
-      q_BTNH = (q_BTNH.astype(jnp.float32) / of_layer.depth).astype(q_BTNH.dtype)
+    if info.depth is not None:
+      q_BTNH = (q_BTNH.astype(jnp.float32) / info.depth).astype(q_BTNH.dtype)
     if self.cfg.rotary_dim:
       q_BTNH, k_BTNH = (apply_rope(x, positions_BT, self.cfg.rotary_dim) for x in (q_BTNH, k_BTNH))
-    k_BSNH, v_BSNH, segments_BS, offset = cached(k_BTNH, v_BTNH)
+    k_BSNH, v_BSNH, segments_BS, offset = update_cache(k_BTNH, v_BTNH)
     keys_BN = None if keys_B is None else split_keys(keys_B, self.cfg.N).T
     operands = (q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN)
-    ways = [functools.partial(self.attend, window, offset) for window in self.cfg.distinct_windows]
-    attended_BTNH = (
-      ways[0](*operands)
-      if of_layer.window is None
-      else jax.lax.switch(of_layer.window, ways, *operands)
-    )
-    return self.out(attended_BTNH, adapter_keys[1])
+    # One branch for each window: kernels want it static, and one scan walks along all layers.
+    branches = [functools.partial(self.attend, w, offset) for w in self.cfg.distinct_windows]
+    if info.window_index is None:
+      y_BTNH = branches[0](*operands)
+    else:
+      y_BTNH = jax.lax.switch(info.window_index, branches, *operands)
+    return self.out(y_BTNH, adapter_keys[1])
 
   def attend(self, window, offset, *operands):
-    """`attention` in layers of this kind of window."""
+    """`attention` with this window (0: none), on each device's own rows and heads."""
 
-    def local(q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN):
+    def attend_locally(q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN):
       return attention(
         q_BTNH,
         k_BSNH,
@@ -138,19 +135,21 @@ class Attention(nnx.Module):
       )
 
     if not isinstance(offset, int):  # with a cache: chunks, which the compiler splits as it likes
-      return local(*operands)
-    heads, columns = ("batch", None, "heads", None), ("batch", None)
-    axes = (heads, heads, heads, columns, columns, ("batch", "heads"))
-    return self.compute.shard_map(local, axes, heads)(*operands)
+      return attend_locally(*operands)
+    head_axes = ("batch", None, "heads", None)
+    segment_axes = ("batch", None)
+    in_axes = (head_axes, head_axes, head_axes, segment_axes, segment_axes, ("batch", "heads"))
+    return self.compute.shard_map(attend_locally, in_axes, head_axes)(*operands)
 
 
 class Mlp(nnx.Module):
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
-    F, D, how = cfg.F, cfg.D, {"cfg": cfg, "compute": compute, "rngs": rngs}
+    D, F, std = cfg.D, cfg.F, cfg.init_std
+    shared = {"num_in_axes": 1, "cfg": cfg, "compute": compute, "rngs": rngs}
     self.exact_gelu = cfg.exact_gelu
-    self.up = Einsum("up", "MD,DF->MF", (D, F), ("embed", "mlp"), inputs=1, std=cfg.init_std, **how)
-    std = cfg.init_std / (2 * cfg.L) ** 0.5
-    self.down = Einsum("down", "MF,FD->MD", (F, D), ("mlp", "embed"), inputs=1, std=std, **how)
+    self.up = Einsum("up", "MD,DF->MF", (D, F), ("embed", "mlp"), std=std, **shared)
+    std = std / (2 * cfg.L) ** 0.5
+    self.down = Einsum("down", "MF,FD->MD", (F, D), ("mlp", "embed"), std=std, **shared)
 
   def __call__(self, x_BTD, adapter_keys):
     h_BTF = jax.nn.gelu(self.up(x_BTD, adapter_keys[0]), approximate=not self.exact_gelu)
@@ -163,18 +162,18 @@ class Block(nnx.Module):
     self.norm1 = LayerNorm(cfg, compute)
     if not cfg.parallel:
       self.norm2 = LayerNorm(cfg, compute)
-    self.attention, self.mlp = Attention(cfg, compute, rngs), Mlp(cfg, compute, rngs)
+    self.attention = Attention(cfg, compute, rngs)
+    self.mlp = Mlp(cfg, compute, rngs)
 
-  def __call__(self, x_BTD, positions_BT, segments_BT, of_layer, cached, keys_B):
+  def __call__(self, x_BTD, positions_BT, segments_BT, info, update_cache, keys_B):
     keys = split_keys(keys_B, 7)
-    rate, normed_BTD = self.cfg.residual_dropout, self.norm1(x_BTD)
-    attended_BTD = self.attention(
-      normed_BTD, positions_BT, segments_BT, of_layer, cached, keys[0], keys[3:5]
-    )
-    attended_BTD = dropout(attended_BTD, rate, keys[1])
+    rate = self.cfg.residual_dropout
+    h_BTD = self.norm1(x_BTD)
+    y_BTD = self.attention(h_BTD, positions_BT, segments_BT, info, update_cache, keys[0], keys[3:5])
+    y_BTD = dropout(y_BTD, rate, keys[1])
     if self.cfg.parallel:
-      return x_BTD + attended_BTD + dropout(self.mlp(normed_BTD, keys[5:]), rate, keys[2])
-    x_BTD = x_BTD + attended_BTD
+      return x_BTD + y_BTD + dropout(self.mlp(h_BTD, keys[5:]), rate, keys[2])
+    x_BTD = x_BTD + y_BTD
     return x_BTD + dropout(self.mlp(self.norm2(x_BTD), keys[5:]), rate, keys[2])
 
 
@@ -182,19 +181,17 @@ class Embed(nnx.Module):
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     self.tokens = init_embedding(cfg, compute, rngs)
     if not cfg.rotary_dim:
-      self.positions = nnx.Param(
-        cfg.init_std * jax.random.normal(rngs.params(), (cfg.P, cfg.D)),
-        out_sharding=(None, "embed"),
-      )
+      positions_PD = cfg.init_std * jax.random.normal(rngs.params(), (cfg.P, cfg.D))
+      self.positions = nnx.Param(positions_PD, out_sharding=(None, "embed"))
 
 
 class OutputHead(nnx.Module):
-  """What the head has of its own: a table if it is not tied, a bias if there is one; or the scores of the classes."""
+  """What the head does not share: an untied table, a bias; or the scores of a classifier."""
 
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     if cfg.classes:
-      scores = cfg.init_std * jax.random.normal(rngs.params(), (cfg.classes, cfg.D))
-      self.score = nnx.Param(scores, out_sharding=(None, "embed"))
+      score = cfg.init_std * jax.random.normal(rngs.params(), (cfg.classes, cfg.D))
+      self.score = nnx.Param(score, out_sharding=(None, "embed"))
       return
     if not cfg.tied:
       self.kernel = init_embedding(cfg, compute, rngs)
@@ -203,25 +200,24 @@ class OutputHead(nnx.Module):
 
 
 def init_embedding(cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs) -> nnx.Param:
-  """New rows of all tokens; those that pad the table are 0, and stay so: they have no gradient and nothing to decay."""
-  rows_VD = cfg.init_std * jax.random.normal(rngs.params(), (cfg.V, cfg.D))
-  padded_VD = jnp.pad(rows_VD, [(0, compute.padded_vocab(cfg) - cfg.V), (0, 0)])
-  return nnx.Param(padded_VD, out_sharding=("vocab", "embed"))
+  """Draw a vocabulary table; padding rows are 0 and stay so: no gradient, and nothing to decay."""
+  table_VD = cfg.init_std * jax.random.normal(rngs.params(), (cfg.V, cfg.D))
+  table_VD = jnp.pad(table_VD, [(0, compute.padded_vocab(cfg) - cfg.V), (0, 0)])
+  return nnx.Param(table_VD, out_sharding=("vocab", "embed"))
 
 
 def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array, rotary_dim: int) -> jax.Array:
-  """Rotary positions (Su et al., arXiv:2104.09864) as GPT-J has them: pairs (0, 1), (2, 3), ... of the first dimensions.
+  """Rotate each head by its position (RoPE; Su et al., arXiv:2104.09864).
 
+  As in GPT-J, dimensions are rotated in pairs (0, 1), (2, 3), ..., and only the first `rotary_dim`.
   Angles, sines and the rotation are in float32: bfloat16 rounds position 257 to 256.
   """
-  turns = 10000 ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
-  angles = positions_BT.astype(jnp.float32)[:, :, None, None] * turns
+  inv_freq = 10000 ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+  angles = positions_BT.astype(jnp.float32)[:, :, None, None] * inv_freq
   sin, cos = jnp.sin(angles), jnp.cos(angles)
-  pairs = (
-    x_BTNH[..., :rotary_dim].astype(jnp.float32).reshape(*x_BTNH.shape[:-1], rotary_dim // 2, 2)
-  )
+  x_rot = x_BTNH[..., :rotary_dim].astype(jnp.float32)
+  pairs = x_rot.reshape(*x_rot.shape[:-1], rotary_dim // 2, 2)
   even, odd = pairs[..., 0], pairs[..., 1]
-  turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(
-    *x_BTNH.shape[:-1], rotary_dim
-  )
-  return jnp.concatenate([turned.astype(x_BTNH.dtype), x_BTNH[..., rotary_dim:]], -1)
+  pairs = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+  rotated = pairs.reshape(x_rot.shape).astype(x_BTNH.dtype)
+  return jnp.concatenate([rotated, x_BTNH[..., rotary_dim:]], -1)

@@ -1,1 +1,3 @@
-"""Compiling for hardware that is not there: what fits, what it costs, what to change."""
+"""Compiles for hardware that need not exist: does a run fit, how fast is it, what to change."""
+
+"""Compiles for hardware that need not exist: does a run fit, how fast is it, what to change."""

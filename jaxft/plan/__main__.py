@@ -1,4 +1,7 @@
-"""Will it fit, how full, how fast, what to change: python -m jaxft.plan --config configs/X.py --device NAME [--fit] [--json]"""
+"""Memory, speed and better settings of a run, without its hardware.
+
+python -m jaxft.plan --config configs/X.py --device NAME [--fit] [--json]
+"""
 
 import json
 import sys
@@ -18,9 +21,11 @@ def main() -> None:
   devices = [name for text in arguments.device for name in text.split(",")]
   if not devices:
     raise RequestError("--device is missing; name one, such as h100x8, rtx4090 or v5e:2x4")
-  tell = lambda line: print(line, file=sys.stderr, flush=True)
+  progress = lambda line: print(line, file=sys.stderr, flush=True)
   prices = specs.read_prices(Path(expand_user(arguments.prices))) if arguments.prices else {}
-  plans = plans_for(arguments.config, devices, search=arguments.fit, prices=prices, tell=tell)
+  plans = plans_for(
+    arguments.config, devices, search=arguments.fit, prices=prices, on_progress=progress
+  )
   if arguments.html:
     atomic_write(Path(expand_user(arguments.html)), rendering.html_page(plans))
   if arguments.json:

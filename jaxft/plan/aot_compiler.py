@@ -1,6 +1,7 @@
-"""A process of its own that compiles: CUDA and TPU each want an environment before JAX is imported; the caller needs neither.
+"""Compiles in a separate process: CUDA and TPU each need an environment before JAX is imported.
 
-Run as a module it is that process: one JSON request a line on standard input, one answer a line on standard output.
+Run as a module it is that process: one JSON request a line on standard input, one answer a line on
+standard output.
 """
 
 import importlib.util
@@ -20,7 +21,8 @@ from jaxft.model.config import ModelConfig
 from jaxft.plan.measure import measure_step
 from jaxft.utils import backend
 
-# Over the caller's own; flags of the compilers come after the caller's, which a run has too, and of two the last counts.
+# Added to the caller's environment. Compiler flags come after the caller's, which a run has too: of
+# two the last counts.
 COMPILER_ENV = {
   "JAX_PLATFORMS": "cpu",  # do not look for a device: the topology brings its own
   "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # no driver here, so the version checks cannot run
@@ -46,34 +48,35 @@ class CompileRequest(NamedTuple):
 
 
 class Compiler:
-  """The process, started when it is first asked and again after it has died. A context manager: it ends with the block."""
+  """The process, started at the first request and again after it has died. A context manager."""
 
   def __enter__(self) -> "Compiler":
-    self._child, self._cpus = None, 0
+    self._process: subprocess.Popen | None = None
+    self._cpus = 0
     return self
 
   def __exit__(self, *_) -> None:
     self._end()
 
   def __call__(self, request: CompileRequest) -> dict[str, Any]:
-    """The answer to a request: see `measure_step`; or {"refused": the reason} where the compiler or jaxft refuses it.
+    """Returns what `measure_step` does, or {"refused": reason} from the compiler or jaxft.
 
     Raises RequestError when the compiler for the device is not installed, or the process dies.
     """
     target = specs.parse_device(request.device)
     check_compiler_installed(target)
     cpus = target.count if target.kind == "cpu" else 1
-    if self._child is None or cpus > self._cpus:
+    if self._process is None or cpus > self._cpus:
       self._start(cpus)
     try:
-      self._child.stdin.write(json.dumps(request._asdict()) + "\n")
-      self._child.stdin.flush()
+      self._process.stdin.write(json.dumps(request._asdict()) + "\n")
+      self._process.stdin.flush()
     except BrokenPipeError:
       pass  # the reason it died follows
-    for line in self._child.stdout:
+    for line in self._process.stdout:
       if line.startswith("answer: "):
         return json.loads(line.removeprefix("answer: "))
-    code = self._child.wait()
+    code = self._process.wait()
     self._stderr.seek(0)
     last = (self._stderr.read().strip() or "it said nothing").splitlines()[-1]
     self._end()
@@ -81,11 +84,9 @@ class Compiler:
 
   def _start(self, cpus: int) -> None:
     self._end()
-    self._cpus, self._stderr = (
-      cpus,
-      tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"),
-    )
-    self._child = subprocess.Popen(
+    self._cpus = cpus
+    self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+    self._process = subprocess.Popen(
       [sys.executable, "-m", "jaxft.plan.aot_compiler"],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
@@ -95,30 +96,28 @@ class Compiler:
     )
 
   def _end(self) -> None:
-    if self._child is not None:
-      self._child.kill()
-      self._child.communicate()
+    if self._process is not None:
+      self._process.kill()
+      self._process.communicate()
       self._stderr.close()
-      self._child = None
+      self._process = None
 
 
 def compiler_env() -> dict[str, str]:
-  """Of the process that compiles."""
-  flags = {
-    name: f"{os.environ.get(name, '')} {COMPILER_ENV[name]}".strip() for name in FLAG_VARIABLES
-  }
+  """Returns the environment of the process that compiles."""
+  merge_flags = lambda name: f"{os.environ.get(name, '')} {COMPILER_ENV[name]}".strip()
+  flags = {name: merge_flags(name) for name in FLAG_VARIABLES}
   if backend.has_slice_bug():
     flags["XLA_FLAGS"] = backend.disable_slice_pass(flags["XLA_FLAGS"])
   return os.environ | COMPILER_ENV | flags
 
 
 def check_compiler_installed(target: specs.Target) -> None:
-  """Raises RequestError, with the command that installs it, where the compiler for the target is missing."""
+  """Raises RequestError, with the install command, if the target's compiler is missing."""
   plugin = "tpu" if target.kind in specs.TPUS else "gpu" if target.kind in specs.GPUS else None
   if plugin and not _installed(PLUGINS[plugin]):
-    raise RequestError(
-      f"--device={target.name!r}: its compiler is not installed; {INSTALL_COMMAND}"
-    )
+    problem = "its compiler is not installed"
+    raise RequestError(f"--device={target.name!r}: {problem}; {INSTALL_COMMAND}")
 
 
 def _installed(module: str) -> bool:
@@ -134,7 +133,7 @@ def main() -> None:
     try:
       config, cfg = jaxft.config.from_json(request.config), ModelConfig(**request.cfg)
       answer = measure_step(config, cfg, specs.parse_device(request.device), request.text)
-    # The compilers' own refusals come as the last two as well: a topology that does not exist, an instruction it lacks.
+    # The compilers refuse with the last two as well: an unknown topology, an instruction they lack.
     except (JaxftError, jax.errors.JaxRuntimeError, AssertionError, NotImplementedError) as error:
       answer = {"refused": str(error) if isinstance(error, JaxftError) else first_line(error)}
     print("answer: " + json.dumps(answer), flush=True)

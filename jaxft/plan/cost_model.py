@@ -1,10 +1,9 @@
-"""What settings need, by formulas: rough, and good for an order only. What is compiled corrects the bytes (`fit.find_settings`).
+"""Estimates memory and time of settings by formulas, to rank them; `search` corrects the bytes.
 
 B batch, T length, V vocabulary, D model, F feed-forward, L layers, N heads, H head size
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,13 +18,10 @@ from jaxft.model.decoder import abstract_model
 from jaxft.sharding import rules
 from jaxft.training import offload, optimizer, trainable
 
-UNKNOWN_SPEEDS = (
-  200,
-  10,
-  1,
-  0.2,
-)  # operations, bytes moved, sent and fetched a second of a device without facts: a GPU's ratios
-# How often layers and attention are computed in a step: forward, twice that backward, and once more what is not kept.
+# FLOPs, bytes moved, sent and fetched a second of a device without a data sheet: a GPU's ratios.
+UNKNOWN_SPEEDS = (200, 10, 1, 0.2)
+# How often layers and attention are computed in a step: forward, twice that backward, and once more
+# what remat recomputes.
 COMPUTE_PASSES = {"none": (3, 3), "dots": (3, 4), "full": (4, 4)}
 
 
@@ -35,146 +31,124 @@ class CostModel(NamedTuple):
   config: ConfigDict
   cfg: ModelConfig
   target: specs.Target
-  shapes: Any  # of the parameters that are trained
-  states: Any  # of all optimizer state
-  frozen: Any  # of the other parameters
+  trained: Any  # shapes of the parameters that are trained
+  opt_state: Any  # shapes of all optimizer state
+  frozen: Any  # shapes of the other parameters
 
   @classmethod
-  def of(cls, config: ConfigDict, cfg: ModelConfig, target: specs.Target) -> "CostModel":
-    whole = abstract_model(cfg, ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))[1]
-    shapes, frozen = trainable.partition(whole, cfg.trained)
-    states = jax.eval_shape(optimizer.make_optimizer(config.optim).init, shapes)
+  def from_config(cls, config: ConfigDict, cfg: ModelConfig, target: specs.Target) -> "CostModel":
+    all_params = abstract_model(cfg, ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))[1]
+    trained, frozen = trainable.partition(all_params, cfg.trained)
+    opt_state = jax.eval_shape(optimizer.make_optimizer(config.optim).init, trained)
+    trained = optimizer.with_param_dtype(config.model.param_dtype, trained, cfg.trained)
     return cls(
-      config,
-      cfg,
-      target,
-      optimizer.with_param_dtype(config.model.param_dtype, shapes, cfg.trained),
-      states,
-      frozen,
+      config=config, cfg=cfg, target=target, trained=trained, opt_state=opt_state, frozen=frozen
     )
 
   @property
-  def weights(self) -> int:
+  def param_bytes(self) -> int:
     """Bytes of all parameters in float32."""
-    return self.trained + _nbytes(self.frozen)
+    return self.trained_bytes + _nbytes(self.frozen)
 
   @property
-  def trained(self) -> int:
-    """Bytes of those that are trained."""
-    return _nbytes(self.shapes)
+  def trained_bytes(self) -> int:
+    """Bytes of the trained parameters, and of their gradient."""
+    return _nbytes(self.trained)
 
   @property
-  def moments(self) -> int:
-    """Bytes of all optimizer state."""
-    return _nbytes(self.states)
+  def itemsize(self) -> int:
+    """Bytes of a number in the compute dtype."""
+    bfloat16 = self.target.spec and self.target.spec.bfloat16
+    return 4 if not bfloat16 or self.config.model.compute_dtype == "float32" else 2
 
-  @property
-  def width(self) -> int:
-    """Bytes of a number as it is computed with."""
-    facts = self.target.spec
-    return (
-      4 if not (facts and facts.bfloat16) or self.config.model.compute_dtype == "float32" else 2
-    )
-
-  def cut(self, settings: dict[str, Any], what: str, nbytes: int) -> int:
-    """What a device holds of parameters, gradients or optimizer state."""
-    over = settings["mesh.fsdp"] if settings["mesh.zero_stage"] >= rules.MIN_ZERO_STAGE[what] else 1
-    return nbytes // settings["mesh.tensor"] // over
+  def shard_bytes(self, settings: dict[str, Any], what: str, nbytes: int) -> int:
+    """Returns the bytes on a device of parameters, gradients or optimizer state."""
+    is_sharded = settings["mesh.zero_stage"] >= rules.MIN_ZERO_STAGE[what]
+    return nbytes // settings["mesh.tensor"] // (settings["mesh.fsdp"] if is_sharded else 1)
 
   def state_bytes(self, settings: dict[str, Any]) -> int:
-    """Weights, gradient and optimizer state on the device."""
+    """Estimates weights, gradient and optimizer state on the device."""
     if settings["memory.offload"] == "all":
       return 0
-    copy = self.width / 4 if settings["memory.offload"] == "optimizer" else 1
-    weights, gradient = (
-      copy * self.cut(settings, what, self.trained) for what in ("parameters", "gradients")
-    )
-    weights += self.width / 4 * self.cut(settings, "parameters", _nbytes(self.frozen))
-    moments = (
-      self.cut(settings, "optimizer", self.moments) if settings["memory.offload"] == "none" else 0
-    )
+    compressed = self.itemsize / 4
+    scale = compressed if settings["memory.offload"] == "optimizer" else 1
+    weights = scale * self.shard_bytes(settings, "parameters", self.trained_bytes)
+    gradient = scale * self.shard_bytes(settings, "gradients", self.trained_bytes)
+    weights += compressed * self.shard_bytes(settings, "parameters", _nbytes(self.frozen))
+    moments = 0
+    if settings["memory.offload"] == "none":
+      moments = self.shard_bytes(settings, "optimizer", _nbytes(self.opt_state))
     return int(weights + gradient + moments)
 
   def other_bytes(self, settings: dict[str, Any], B: int) -> float:
-    """Activations, logits and what is gathered or fetched, of B rows at once."""
-    cfg, T = self.cfg, self.config.data.sequence_length
-    inside, scores = self._layer_bytes()
-    kept = {"none": inside, "dots": (6 * cfg.D + cfg.F) * self.width, "full": cfg.D * self.width}
-    layers = cfg.L * kept[settings["memory.remat"]] + 2 * (inside + 2 * scores)
-    rows, tensor = self._output_rows(settings), settings["mesh.tensor"]
-    most = loss.max_logits_bytes(
-      "cpu" if self.target.kind == "cpu" else "gpu", settings["memory.remat"]
-    )
-    chunk = loss.choose_chunk(settings["memory.loss_chunk"], B, T, int(rows), most)
-    logits = B * (min(chunk, T) or T) * rows * (8 + self.width)
-    gathered = self.width * self.weights / cfg.L / tensor + (self.width + 4) * cfg.D * rows
-    if (
-      settings["memory.offload"] == "all"
-    ):  # the inputs of all layers and accumulation steps; a layer and its gradient
-      steps = self.config.train.batch_size // (settings["mesh.data"] * settings["mesh.fsdp"]) // B
-      layers += (steps - 1) * cfg.L * cfg.D * self.width
-      layers -= (cfg.L - 1) * (kept[settings["memory.remat"]] - kept["full"])
-      gathered += (8 + self.width) * self.weights / cfg.L / tensor
+    """Estimates activations, logits and gathered or fetched weights, with B rows at once."""
+    cfg, T, itemsize = self.cfg, self.config.data.sequence_length, self.itemsize
+    remat, tensor = settings["memory.remat"], settings["mesh.tensor"]
+    layer, scores = self._layer_bytes()
+    saved = {"none": layer, "dots": (6 * cfg.D + cfg.F) * itemsize, "full": cfg.D * itemsize}
+    layers = cfg.L * saved[remat] + 2 * (layer + 2 * scores)
+    vocab = self._vocab_per_device(settings)
+    max_bytes = loss.max_logits_bytes("cpu" if self.target.kind == "cpu" else "gpu", remat)
+    chunk = loss.choose_chunk(settings["memory.loss_chunk"], B, T, int(vocab), max_bytes)
+    logits = B * (min(chunk, T) or T) * vocab * (8 + itemsize)
+    gathered = itemsize * self.param_bytes / cfg.L / tensor + (itemsize + 4) * cfg.D * vocab
+    if settings["memory.offload"] == "all":
+      # The inputs of all layers and accumulation steps; a layer and its gradient.
+      steps = self._accumulation_steps(settings, B)
+      layers += (steps - 1) * cfg.L * cfg.D * itemsize
+      layers -= (cfg.L - 1) * (saved[remat] - saved["full"])
+      gathered += (8 + itemsize) * self.param_bytes / cfg.L / tensor
     return B * T / tensor * layers + logits + gathered
 
   def seconds(self, settings: dict[str, Any], B: int) -> float:
-    """A step: operations, bytes moved and bytes sent, of which nothing overlaps wholly."""
-    config, cfg, target = self.config, self.cfg, self.target
-    data, fsdp, tensor, stage = (
-      settings[f"mesh.{name}"] for name in ("data", "fsdp", "tensor", "zero_stage")
-    )
-    T, rows, facts = config.data.sequence_length, self._output_rows(settings), target.spec
-    steps = config.train.batch_size // (data * fsdp) // B  # of accumulation
+    """Estimates the time of a step: FLOPs, bytes moved and bytes sent overlap only in part."""
+    cfg, spec, T = self.cfg, self.target.spec, self.config.data.sequence_length
+    mesh_keys = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.zero_stage")
+    data, fsdp, tensor, stage = (settings[key] for key in mesh_keys)
+    vocab, itemsize = self._vocab_per_device(settings), self.itemsize
+    steps = self._accumulation_steps(settings, B)
     tokens = B * T * steps
-    layers, attention = COMPUTE_PASSES[settings["memory.remat"]]
-    layer = cfg.L * (8 * cfg.D * cfg.N * cfg.H + 4 * cfg.D * cfg.F)
-    products = (
-      layers * layer + attention * cfg.L * 4 * cfg.N * cfg.H * T + 3 * 2 * rows * tensor * cfg.D
-    )
-    inside, _ = self._layer_bytes()
-    moved = tokens * (attention * cfg.L * 2 * inside / tensor + 3 * rows * (4 + self.width))
-    moved += steps * 4 * self.cut(settings, "gradients", self.trained) + 3 * self.state_bytes(
-      settings
-    )
-    ring = lambda size: (size - 1) / size
-    gather = steps * self.width / 4 * (2 if stage == 3 else 1)
-    scatter = steps * (self.width / 4 if stage > 1 else 2)
-    sent = ring(fsdp) / tensor * (gather * self.weights + scatter * self.trained)
-    sent += ring(data) * 2 * steps * self.cut(settings, "gradients", self.trained)
-    sent += ring(tensor) * 2 * (layers + 1) * cfg.L * tokens * cfg.D * self.width
-    share, dtype = roofline.EFFICIENCY, "float32" if self.width == 4 else "bfloat16"
-    speeds = (
-      (facts.peak_flops(dtype), facts.bandwidth, target.link) if facts else UNKNOWN_SPEEDS[:3]
-    )
+    layer_passes, attention_passes = COMPUTE_PASSES[settings["memory.remat"]]
+    products = layer_passes * cfg.L * (8 * cfg.D * cfg.N * cfg.H + 4 * cfg.D * cfg.F)
+    products += attention_passes * cfg.L * 4 * cfg.N * cfg.H * T
+    products += 3 * 2 * vocab * tensor * cfg.D
+    grad_shard = self.shard_bytes(settings, "gradients", self.trained_bytes)
+    layer, _ = self._layer_bytes()
+    moved = attention_passes * cfg.L * 2 * layer / tensor + 3 * vocab * (4 + itemsize)
+    moved = tokens * moved + (steps * 4 * grad_shard + 3 * self.state_bytes(settings))
+    ring = lambda size: (size - 1) / size  # share of its bytes that a device sends
+    gather = steps * itemsize / 4 * (2 if stage == 3 else 1)
+    scatter = steps * (itemsize / 4 if stage > 1 else 2)
+    sent = ring(fsdp) / tensor * (gather * self.param_bytes + scatter * self.trained_bytes)
+    sent += ring(data) * 2 * steps * grad_shard
+    sent += ring(tensor) * 2 * (layer_passes + 1) * cfg.L * tokens * cfg.D * itemsize
+    efficiency, speeds = roofline.EFFICIENCY, UNKNOWN_SPEEDS
+    if spec:
+      dtype = "float32" if itemsize == 4 else "bfloat16"
+      speeds = (spec.peak_flops(dtype), spec.bandwidth, self.target.link, spec.bus)
     work = (products * tokens / tensor, moved, sent)
-    parts = [n / (part * speed) for n, part, speed in zip(work, share[:3], speeds, strict=True)]
-    bus = sum(
-      offload.host_traffic(
-        settings["memory.offload"],
-        *(self.shapes, self.states, self.frozen),
-        cfg.tied,
-        self._held(settings),
-      )
+    times = [n / (share * speed) for n, share, speed in zip(work, efficiency[:3], speeds[:3])]
+    # Where the host has a share of the state, every device fetches its own shard of it.
+    num_shards = fsdp * tensor
+    traffic = offload.host_traffic(
+      settings["memory.offload"],
+      *(self.trained, self.opt_state, self.frozen, cfg.tied),
+      lambda tree: _nbytes(tree) // num_shards,
     )
-    return (
-      max(parts)
-      + 0.1 * sum(parts)
-      + bus / (share.bus * (facts.bus if facts else UNKNOWN_SPEEDS[-1]))
-    )
+    return max(times) + 0.1 * sum(times) + sum(traffic) / (efficiency.bus * speeds[3])
 
-  def _held(self, settings: dict[str, Any]) -> Callable[[Any], int]:
-    """Bytes of a tree on one device, where all of it is cut."""
-    parts = settings["mesh.fsdp"] * settings["mesh.tensor"]
-    return lambda tree: _nbytes(tree) // parts
+  def _accumulation_steps(self, settings: dict[str, Any], B: int) -> int:
+    return self.config.train.batch_size // (settings["mesh.data"] * settings["mesh.fsdp"]) // B
 
   def _layer_bytes(self) -> tuple[int, int]:
-    """Of a token and layer: what products make and take, and attention's scores of an eighth of the queries."""
+    """Returns the bytes of a token in a layer: inputs and outputs of products; attention scores."""
     cfg, T = self.cfg, self.config.data.sequence_length
-    return (8 * cfg.D + 3 * cfg.F) * self.width + 8 * cfg.D, cfg.N * T * (
-      4 + self.width
-    ) // MAX_UNROLLED
+    products = (8 * cfg.D + 3 * cfg.F) * self.itemsize + 8 * cfg.D
+    # Of the queries of one chunk (model/attention_chunked.py).
+    scores = cfg.N * T * (4 + self.itemsize) // MAX_UNROLLED
+    return products, scores
 
-  def _output_rows(self, settings: dict[str, Any]) -> float:
+  def _vocab_per_device(self, settings: dict[str, Any]) -> float:
     return self.cfg.classes or self.cfg.V / settings["mesh.tensor"]
 
 

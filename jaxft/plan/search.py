@@ -1,4 +1,4 @@
-"""The fastest settings that fit: candidates in the order of `rough`'s formulas, and the compiler's word on the first few."""
+"""Searches the fastest settings that fit: a cost model ranks them, the first few are compiled."""
 
 import copy
 import itertools
@@ -15,10 +15,12 @@ from jaxft.plan.cost_model import CostModel
 from jaxft.sharding.mesh import mesh_shape
 from jaxft.training import offload
 
-MEMORY_MARGIN = 0.05  # of the usable memory stays free: what the plan says is to be within this of what a device takes
-NUM_PLANS = 3  # plans to find, where they are asked for; one is enough to show a way out
+# Share of the usable memory that stays free: plans are to be within this of what a device takes.
+MEMORY_MARGIN = 0.05
+NUM_PLANS = 3  # plans to find, where a search is requested; one is enough to show a way out
 MAX_COMPILES, MAX_SECONDS = 10, 150
-# What is tried, with every mesh and every micro-batch that goes into the batch; nothing that changes what is learned.
+# Settings to try, with every mesh and every micro-batch that divides the batch. None of them
+# changes what is learned.
 SEARCH_SPACE = {
   "memory.offload": ("none", "optimizer", "all"),
   "memory.remat": ("none", "dots", "full"),
@@ -27,7 +29,7 @@ SEARCH_SPACE = {
 
 
 class Candidate(NamedTuple):
-  """Settings to try, with what the rough formulas say of them: a step's seconds, and a device's bytes."""
+  """Settings to try, with the cost model's estimates: seconds of a step, bytes of a device."""
 
   settings: dict[str, Any]
   seconds: float
@@ -39,79 +41,76 @@ def find_settings(
   config: ConfigDict,
   cfg: ModelConfig,
   target: specs.Target,
-  plan_of: Callable[[ConfigDict], dict[str, Any]],
-  tell: Callable[[str], None] = lambda line: None,
-  *,
-  shown: int = NUM_PLANS,
+  compile_plan: Callable[[ConfigDict], dict[str, Any]],
+  num_plans: int = NUM_PLANS,
+  on_progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-  """{"best": plans that fit with a margin, fastest first; "lost": what was compiled and why it lost; "not_compiled": why not}.
+  """Searches the fastest settings that fit `target`.
 
-  Formulas put candidates in order and leave out what is far too large; each compiled plan corrects the formula for the next.
-  The search ends with enough plans that fit, as all others are slower by the formula, or with nothing left that could fit; or,
-  before that, after so many compiles or seconds, which "ended_early" then says.
+  A cost model ranks the candidates and rules out those that are far too large; each compiled plan
+  corrects it for the next. The search ends with enough plans that fit, as all others are slower by
+  the model, or when nothing left could fit; or, before that, after MAX_COMPILES or MAX_SECONDS.
 
   Args:
-    plan_of: compiles one config.
-    shown: how many plans that fit are enough.
+    compile_plan: compiles one config.
+    num_plans: how many plans that fit are enough.
+
+  Returns:
+    {"best": plans that fit with a margin, fastest first; "lost": compiled plans and why they lost;
+    "not_compiled": number of candidates for each reason; "ended_early": why, or None; ...}.
   """
-  room = int(target.usable_bytes * (1 - MEMORY_MARGIN))
+  budget = int(target.usable_bytes * (1 - MEMORY_MARGIN))
   untried = sorted(candidates(config, cfg, target), key=lambda it: it.seconds)
+  num_candidates = len(untried)
   least = min((it.state_bytes for it in untried), default=None)
-  count, correction, fitting, lost = (
-    len(untried),
-    dict.fromkeys(SEARCH_SPACE["memory.remat"], 1.0),
-    [],
-    [],
-  )
-  size = lambda it: it.state_bytes + correction[it.settings["memory.remat"]] * it.other_bytes
-  started, frugal, ended_early = time.monotonic(), 0, None
-  while untried and len(fitting) < shown:
-    candidate = next((it for it in untried if size(it) <= room), None)
-    if candidate is None:  # by the formula nothing fits: the smallest decides
-      candidate, frugal = min(untried, key=size), frugal + 1
-      if candidate.state_bytes > room or frugal > 2 or fitting:
+  # Measured over estimated bytes, for each remat policy.
+  correction = dict.fromkeys(SEARCH_SPACE["memory.remat"], 1.0)
+
+  def size(it: Candidate) -> float:
+    return it.state_bytes + correction[it.settings["memory.remat"]] * it.other_bytes
+
+  fitting: list[dict[str, Any]] = []
+  lost: list[dict[str, Any]] = []
+  started = time.monotonic()
+  num_too_large = 0
+  ended_early = None
+  while untried and len(fitting) < num_plans:
+    candidate = next((it for it in untried if size(it) <= budget), None)
+    if candidate is None:  # by the model nothing fits: the smallest decides
+      candidate = min(untried, key=size)
+      num_too_large += 1
+      if candidate.state_bytes > budget or num_too_large > 2 or fitting:
         break
     if ended_early := _budget_exhausted(len(fitting) + len(lost), time.monotonic() - started):
       break
     untried.remove(candidate)
     flags = overrides(config, candidate.settings, target.count)
     try:
-      plan = plan_of(with_settings(config, candidate.settings))
+      plan = compile_plan(with_settings(config, candidate.settings))
     except RequestError as error:
       lost.append({"overrides": flags, "why": str(error)})
       continue
-    short = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0)) - room
-    found = {
-      "overrides": flags,
-      "settings": candidate.settings,
-      **{
-        name: plan[name]
-        for name in ("peak_bytes", "host_bytes", "step_seconds_estimate", "accumulation_steps")
-      },
-    }
-    tell(
-      f"{' '.join(flags) or 'as it is'}: {'fits' if short <= 0 else f'{short / 2**30:.1f} GiB too large'}"
-    )
-    if short <= 0:
-      fitting.append(found | {"rough_seconds": candidate.seconds})
+    peak = plan["peak_bytes"]
+    excess = max(peak, plan.get("eval_peak_bytes", 0)) - budget
+    outcome = "fits" if excess <= 0 else f"{excess / 2**30:.1f} GiB too large"
+    on_progress(f"{' '.join(flags) or 'as it is'}: {outcome}")
+    if excess <= 0:
+      keys = ("peak_bytes", "host_bytes", "step_seconds_estimate", "accumulation_steps")
+      entry = {"overrides": flags, "settings": candidate.settings}
+      entry |= {key: plan[key] for key in keys} | {"rough_seconds": candidate.seconds}
+      fitting.append(entry)
     else:
-      lost.append(
-        {
-          "overrides": flags,
-          "why": f"does not fit, by {short / 2**30:.2f} GiB",
-          "peak_bytes": plan["peak_bytes"],
-        }
-      )
-    other = max(plan["peak_bytes"] - candidate.state_bytes, 1)
-    correction[candidate.settings["memory.remat"]] = other / candidate.other_bytes
-  fitting.sort(
-    key=lambda it: (it["step_seconds_estimate"] or it["rough_seconds"], it["peak_bytes"])
-  )
-  too_large = [it for it in untried if size(it) > room]
-  over = [it for it in too_large if it.state_bytes > room]
+      why = f"does not fit, by {excess / 2**30:.2f} GiB"
+      lost.append({"overrides": flags, "why": why, "peak_bytes": peak})
+    measured = max(peak - candidate.state_bytes, 1)
+    correction[candidate.settings["memory.remat"]] = measured / candidate.other_bytes
+  seconds = lambda entry: entry["step_seconds_estimate"] or entry["rough_seconds"]
+  fitting.sort(key=lambda entry: (seconds(entry), entry["peak_bytes"]))
+  too_large = [it for it in untried if size(it) > budget]
+  over = [it for it in too_large if it.state_bytes > budget]
   return {
-    "room_bytes": room,
-    "candidates": count,
+    "room_bytes": budget,
+    "candidates": num_candidates,
     "best": fitting,
     "lost": lost,
     "not_compiled": {
@@ -125,14 +124,14 @@ def find_settings(
 
 
 def _budget_exhausted(compiles: int, seconds: float) -> str | None:
-  """Why a search ends that is not over."""
+  """Returns the reason to end a search early, if there is one."""
   if compiles >= MAX_COMPILES:
     return f"the search ended after {MAX_COMPILES} compiles"
   return f"the search ended after {MAX_SECONDS} s" if seconds > MAX_SECONDS else None
 
 
 def with_settings(config: ConfigDict, settings: dict[str, Any]) -> ConfigDict:
-  """A copy of the config with these settings."""
+  """Returns a copy of the config with these settings."""
   config = copy.deepcopy(config)
   for name, value in settings.items():
     section, key = name.split(".")
@@ -141,7 +140,7 @@ def with_settings(config: ConfigDict, settings: dict[str, Any]) -> ConfigDict:
 
 
 def overrides(config: ConfigDict, settings: dict[str, Any], devices: int) -> list[str]:
-  """The flags that make these settings of the config, without those that it has already, or that come to the same."""
+  """Returns the flags that change the config to these settings."""
   try:
     mesh = mesh_shape(config.mesh, devices)
   except RequestError:  # the mesh of the config does not go with this target
@@ -156,46 +155,50 @@ def overrides(config: ConfigDict, settings: dict[str, Any], devices: int) -> lis
 
 
 def candidates(config: ConfigDict, cfg: ModelConfig, target: specs.Target) -> list[Candidate]:
-  """Every mesh of all the target's devices, with every micro-batch and choice, that divides model and batch."""
-  rough, platform = CostModel.of(config, cfg, target), "tpu" if target.kind in specs.TPUS else "gpu"
-  found = []
+  """Returns every mesh, micro-batch and choice of SEARCH_SPACE that divides model and batch."""
+  cost = CostModel.from_config(config, cfg, target)
+  platform = "tpu" if target.kind in specs.TPUS else "gpu"
+  results = []
   for data, fsdp, tensor in meshes(cfg, target):
-    parts = data * fsdp
-    if config.train.batch_size % parts:
+    if config.train.batch_size % (data * fsdp):
       continue
-    stages = (
-      (3, 2, 1) if fsdp > 1 else (config.mesh.zero_stage,)
-    )  # with nothing to cut over, stages are all the same
-    rows = config.train.batch_size // parts
-    micro_batches = [2**i for i in range(rows.bit_length()) if rows % 2**i == 0 and 2**i < rows] + [
-      0
-    ]
+    mesh = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+    # With an fsdp axis of one, the ZeRO stages are all the same.
+    stages = (3, 2, 1) if fsdp > 1 else (config.mesh.zero_stage,)
+    rows = config.train.batch_size // (data * fsdp)
+    micro_batches = [2**i for i in range(rows.bit_length()) if rows % 2**i == 0 and 2**i < rows]
+    micro_batches.append(0)  # the whole batch
     for stage, micro, *choice in itertools.product(stages, micro_batches, *SEARCH_SPACE.values()):
-      chosen = dict(zip(SEARCH_SPACE, choice, strict=True)) | {
-        "mesh.data": data,
-        "mesh.fsdp": fsdp,
-        "mesh.tensor": tensor,
-        "mesh.zero_stage": stage,
-        "train.micro_batch_size": micro,
-      }
-      if offload.validate_offload(platform, (rough.shapes, rough.states), chosen["memory.offload"]):
+      settings = dict(zip(SEARCH_SPACE, choice, strict=True)) | mesh
+      settings |= {"mesh.zero_stage": stage, "train.micro_batch_size": micro}
+      shapes = (cost.trained, cost.opt_state)
+      if offload.validate_offload(platform, shapes, settings["memory.offload"]):
         continue
       B = micro or rows
-      state, other = rough.state_bytes(chosen), rough.other_bytes(chosen, B)
-      found.append(Candidate(chosen, rough.seconds(chosen, B), state, other))
-  return found
+      results.append(
+        Candidate(
+          settings=settings,
+          seconds=cost.seconds(settings, B),
+          state_bytes=cost.state_bytes(settings),
+          other_bytes=cost.other_bytes(settings, B),
+        )
+      )
+  return results
 
 
 def meshes(cfg: ModelConfig, target: specs.Target) -> list[tuple[int, int, int]]:
-  """(data, fsdp, tensor) over all devices: weights over all of them, over those of a node, or copies; tensor within a node."""
-  n, facts = target.count, target.spec
-  node = min(n, facts.node if isinstance(facts, specs.Gpu) else n)
-  found = []
+  """Returns (data, fsdp, tensor) meshes of all devices.
+
+  Weights are sharded over all of them, over those of a node, or not at all; tensor stays in a node.
+  """
+  n, spec = target.count, target.spec
+  node = min(n, spec.node if isinstance(spec, specs.Gpu) else n)
+  results = []
   for tensor in (1, 2, 4, 8):
     if node % tensor == 0 and cfg.N % tensor == 0 and cfg.F % tensor == 0:
-      found += [
+      results += [
         (n // tensor // fsdp, fsdp, tensor)
         for fsdp in sorted({n // tensor, node // tensor, 1}, reverse=True)
         if cfg.D % fsdp == 0
       ]
-  return found
+  return results

@@ -1,4 +1,4 @@
-"""The page of several runs: which is the best, how they went, and what was different."""
+"""Renders the page of several runs: the best one, their curves and their differences."""
 
 import os
 from pathlib import Path
@@ -6,17 +6,18 @@ from pathlib import Path
 from jaxft.plan.rendering import format_bytes
 from jaxft.report_page import formatting, markup, samples
 from jaxft.report_page.charts import Series, chart
+from jaxft.report_page.formatting import METRIC_NAMES, format_metric
 from jaxft.report_page.markup import Html, element, section, table
 from jaxft.report_page.run_record import RunRecord, get_int
 from jaxft.report_page.style import LIGHT_COLOURS
 
 MAX_PROMPTS = 5
-# Settings that say where something lies, not what is done.
+# Settings that are paths of outputs and do not change a run.
 PATH_SETTINGS = ("data.cache_dir", "export.out")
 
 
 def render(records: list[RunRecord]) -> str:
-  """The HTML of two runs or more, in the order given."""
+  """Returns the HTML of two runs or more, in this order."""
   named = list(zip(_unique_names(records), records, strict=True))
   title = f"{len(records)} runs compared"
   parts = [_header(title, named), _curves(named), _differences(named), _samples(named)]
@@ -24,44 +25,33 @@ def render(records: list[RunRecord]) -> str:
 
 
 def _unique_names(records: list[RunRecord]) -> list[str]:
-  """The folders' own names, with as many of the folders they are in as it takes to tell the runs apart."""
+  """Returns the shortest path suffixes that distinguish the runs."""
   paths = [record.workdir.resolve() for record in records]
-  for parts in range(1, max(len(path.parts) for path in paths) + 1):
-    names = [str(Path(*path.parts[-parts:])) for path in paths]
+  for length in range(1, max(len(path.parts) for path in paths) + 1):
+    names = [str(Path(*path.parts[-length:])) for path in paths]
     if len(set(names)) == len(names):
       return names
   return [f"{name} ({i})" for i, name in enumerate(map(os.fspath, paths), 1)]
 
 
 def _header(title: str, named: list[tuple[str, RunRecord]]) -> Html:
-  found = {
-    name: it
-    for name, record in named
-    if (it := formatting.headline_metric(record)) and it.after is not None
-  }
-  headline, measures = title, {it.key for it in found.values()}
-  if len(found) > 1 and len(measures) == 1:
-    key = measures.pop()
-    pick = max if key == "eval/accuracy" else min
-    best = pick(found, key=lambda name: found[name].after)
-    word = "highest" if key == "eval/accuracy" else "lowest"
-    headline = f"{best} has the {word} {found[best].name}: {formatting.format_metric(key, found[best].after)}"
+  metrics = {name: formatting.headline_metric(record) for name, record in named}
+  metrics = {name: it for name, it in metrics.items() if it and it.after is not None}
+  headline = title
+  if len(metrics) > 1 and len({it.key for it in metrics.values()}) == 1:
+    by_accuracy = next(iter(metrics.values())).key == "eval/accuracy"
+    pick, word = (max, "highest") if by_accuracy else (min, "lowest")
+    name, best = pick(metrics.items(), key=lambda item: item[1].after)
+    headline = f"{name} has the {word} {best.name}: {format_metric(best.key, best.after)}"
   held_out = {get_int(record.data, "tokens", "held_out") for _, record in named}
-  unlike = (
-    "The runs were evaluated on different texts: their eval losses cannot be compared."
-    if len(held_out) > 1
-    else None
-  )
+  warning = "The runs were evaluated on different texts: their eval losses cannot be compared."
+  notes = [f"{name}: {note}." for name, record in named for note in record.notes]
   return element(
     "header",
     element("p", title, class_="over"),
     element("h1", headline),
-    element("p", unlike, class_="state bad") if unlike else None,
-    [
-      element("p", f"{name}: {note}.", class_="state")
-      for name, record in named
-      for note in record.notes
-    ],
+    element("p", warning, class_="state bad") if len(held_out) > 1 else None,
+    [element("p", note, class_="state") for note in notes],
     _results_table(named),
   )
 
@@ -70,31 +60,16 @@ def _results_table(named: list[tuple[str, RunRecord]]) -> Html:
   keys = formatting.measured_metrics([record for _, record in named])
   rows = []
   for i, (name, record) in enumerate(named):
-    cells = [
-      " → ".join(formatting.format_metric(key, value) for value in record.cells(key))
-      for key in keys
-    ]
-    peak, speed = (
-      max((v for _, v in record.points("memory/peak_bytes")), default=None),
-      record.median("perf/tokens_per_second"),
-    )
-    finished, state = formatting.run_status(record)
-    state = element(
-      "small", state.splitlines()[0].split(":")[0], class_=None if finished else "bad"
-    )
-    rows.append(
-      [
-        [_swatch(i), name, state],
-        *cells,
-        formatting.format_speed(speed) if speed is not None else "?",
-        format_bytes(peak),
-      ]
-    )
-  return table(
-    ["run", *(formatting.METRIC_NAMES[key] for key in keys), "tokens/s", "most memory"],
-    rows,
-    "numbers runs",
-  )
+    cells = [formatting.format_cells(record, key) for key in keys]
+    peak = max((v for _, v in record.points("memory/peak_bytes")), default=None)
+    median = record.median("perf/tokens_per_second")
+    speed = "?" if median is None else formatting.format_speed(median)
+    finished, status = formatting.run_status(record)
+    short = status.splitlines()[0].split(":")[0]
+    run = [_swatch(i), name, element("small", short, class_=None if finished else "bad")]
+    rows.append([run, *cells, speed, format_bytes(peak)])
+  head = ["run", *(METRIC_NAMES[key] for key in keys), "tokens/s", "most memory"]
+  return table(head, rows, "numbers runs")
 
 
 def _swatch(i: int) -> Html:
@@ -103,22 +78,22 @@ def _swatch(i: int) -> Html:
 
 
 def _curves(named: list[tuple[str, RunRecord]]) -> Html | None:
-  def lines(key: str, points=RunRecord.points, **how) -> list[Series]:
-    return [Series(name, points(record, key), i, **how) for i, (name, record) in enumerate(named)]
+  def lines(key: str, points=RunRecord.points, **style) -> list[Series]:
+    runs = enumerate(named)
+    return [Series(name, points(record, key), colour=i, **style) for i, (name, record) in runs]
 
-  noisy, speed = {"noisy": True, "only_mean": True}, "perf/tokens_per_second"
+  noisy = {"noisy": True, "only_mean": True}
+  speed = lines("perf/tokens_per_second", RunRecord.without_outliers, **noisy)
   figures = [
     chart("Eval loss", "nats a token", lines("eval/loss", dots=True), wide=True),
     chart("Training loss", "means over steps", lines("train/loss", **noisy), wide=True),
     chart("Accuracy", "share of the held-out texts", lines("eval/accuracy", dots=True), share=True),
     chart("Learning rate", "", lines("train/learning_rate"), from_zero=True),
     chart("Gradient norm", "before clipping", lines("train/grad_norm", **noisy)),
-    chart(
-      "Speed", "tokens a second", lines(speed, RunRecord.without_outliers, **noisy), from_zero=True
-    ),
+    chart("Speed", "tokens a second", speed, from_zero=True),
   ]
-  drawn = [it for it in figures if it]
-  return section("How they went", element("div", drawn, class_="charts")) if drawn else None
+  figures = [it for it in figures if it]
+  return section("How they went", element("div", figures, class_="charts")) if figures else None
 
 
 def _differences(named: list[tuple[str, RunRecord]]) -> Html:
@@ -133,28 +108,16 @@ def _differences(named: list[tuple[str, RunRecord]]) -> Html:
 
 
 def _samples(named: list[tuple[str, RunRecord]]) -> Html | None:
-  """What each run made in the end of the prompts that it shares with another."""
-  last = {
-    name: {prompt: sides[-1] for prompt, sides in samples.by_prompt(record).items()}
-    for name, record in named
-  }
-  prompts = [it for it in dict.fromkeys(prompt for of in last.values() for prompt in of)]
-  shared = [it for it in prompts if sum(it in of for of in last.values()) > 1]
-  if not shared:
+  """Renders the last samples of the prompts that at least two runs have."""
+  by_prompt: dict[str, list[samples.Sample]] = {}
+  for name, record in named:
+    for prompt, (*_, last) in samples.by_prompt(record).items():
+      by_prompt.setdefault(prompt, []).append(last._replace(title=f"{name}: {last.title}"))
+  groups = [samples.side_by_side(group) for group in by_prompt.values() if len(group) > 1]
+  if not groups:
     return None
-  groups = [
-    samples.side_by_side(
-      [
-        of[prompt]._replace(title=f"{name}: {of[prompt].title}")
-        for name, of in last.items()
-        if prompt in of
-      ]
-    )
-    for prompt in shared[:MAX_PROMPTS]
-  ]
-  more = (
-    f"{len(shared) - MAX_PROMPTS:,} more prompts are in samples.jsonl."
-    if len(shared) > MAX_PROMPTS
-    else None
-  )
-  return section("The last samples", *groups, element("p", more, class_="note") if more else None)
+  more = None
+  if len(groups) > MAX_PROMPTS:
+    text = f"{len(groups) - MAX_PROMPTS:,} more prompts are in samples.jsonl."
+    more = element("p", text, class_="note")
+  return section("The last samples", *groups[:MAX_PROMPTS], more)

@@ -1,4 +1,4 @@
-"""HTML whose text is always escaped: a sample, a path or a label may hold any characters."""
+"""HTML whose text is always escaped: a sample, a path or a label may have any characters."""
 
 import base64
 import hashlib
@@ -14,20 +14,19 @@ class Html(str):
 
 
 def element(name: str, *children: Any, **attributes: Any) -> Html:
-  """An element: children are texts, numbers, Html, lists of these, or None, which is left out.
+  """Returns an element; children are texts, numbers, Html, None or lists of these.
 
-  Attributes that are None are left out too; class_ gives class, and data_x data-x.
+  Children and attributes that are None are left out; class_ gives class, and data_x data-x.
   """
-  words = [name] + [
-    f'{key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
-    for key, value in attributes.items()
-    if value is not None
-  ]
-  return Html(f"<{' '.join(words)}>{escape_children(*children)}</{name}>")
+  tag = name
+  for key, value in attributes.items():
+    if value is not None:
+      tag += f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
+  return Html(f"<{tag}>{escape_children(*children)}</{name}>")
 
 
 def escape_children(*children: Any) -> Html:
-  """The children, escaped, side by side."""
+  """Returns the children, escaped and joined."""
   parts = []
   for child in children:
     if isinstance(child, Html):
@@ -40,31 +39,27 @@ def escape_children(*children: Any) -> Html:
 
 
 def escape(text: str) -> str:
-  """The text as HTML: control characters and halves of surrogate pairs, which no page may hold, are written out."""
+  """Returns the text as HTML, without control characters and halves of surrogate pairs."""
   return html.escape(escape_controls(text.encode(errors="backslashreplace").decode()))
 
 
 def breakable(text: str) -> Html:
-  """The text, which a narrow screen breaks behind a slash before it does within a word."""
+  """Returns the text with break opportunities after slashes, for narrow screens."""
   return Html(escape(text).replace("/", "/<wbr>"))
 
 
 def table(head: list[Any], rows: list[list[Any]], class_: str | None = None) -> Html:
-  """The first cell of a row is its name; the table scrolls sideways where the screen is narrower."""
-  body = [
-    element("tr", element("th", row[0], scope="row"), [element("td", cell) for cell in row[1:]])
-    for row in rows
-  ]
-  top = (
-    element("thead", element("tr", [element("th", cell, scope="col") for cell in head]))
-    if head
-    else None
-  )
-  return element(
-    "div",
-    element("table", top, element("tbody", body)),
-    class_=" ".join(filter(None, ["scroll", class_])),
-  )
+  """Returns a table that scrolls sideways; the first cell of a row is its name."""
+  body = []
+  for name, *cells in rows:
+    body.append(
+      element("tr", element("th", name, scope="row"), [element("td", it) for it in cells])
+    )
+  top = None
+  if head:
+    top = element("thead", element("tr", [element("th", cell, scope="col") for cell in head]))
+  inner = element("table", top, element("tbody", body))
+  return element("div", inner, class_=" ".join(filter(None, ["scroll", class_])))
 
 
 def section(title: str, *children: Any) -> Html:
@@ -72,7 +67,7 @@ def section(title: str, *children: Any) -> Html:
 
 
 def render_page(title: str, *children: Any) -> str:
-  """A whole page that loads nothing: its policy forbids any request, and any script but the one here."""
+  """Returns a page that loads nothing: its policy allows no request and no script but its own."""
   digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
   policy = (
     f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -80,7 +75,8 @@ def render_page(title: str, *children: Any) -> str:
   return (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    '<link rel="icon" href="data:,">\n'
     f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
     + "\n".join(escape_children(child) for child in children)
     + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"

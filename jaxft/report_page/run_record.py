@@ -1,4 +1,4 @@
-"""What a workdir tells of its run. Files that are missing or damaged are told in `notes`; what there is can be shown."""
+"""Reads the record of a run from its workdir; `notes` has the files that are missing or damaged."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,9 @@ import jaxft.config
 from jaxft.errors import RequestError, first_line
 from jaxft.utils.files import read_json_object
 
-MAX_DRAWN = 1e300  # of what is drawn: sums and differences of such numbers are still finite
+MAX_DRAWN = 1e300  # sums and differences of such numbers are still finite
+NUMERIC_CHECK_KEYS = ("train/loss", "train/grad_norm")
+SAMPLE_KEYS = ("when", "prompt", "text")
 
 
 class RunRecord(NamedTuple):
@@ -27,181 +29,154 @@ class RunRecord(NamedTuple):
 
   @property
   def last_step(self) -> int:
-    """The last one that was taken, or as far as is known: not every step is logged."""
+    """The last step that was taken, as far as is known: not every step is logged."""
     return max([get_int(self.about, "reached") or 0, *(line["step"] for line in self.metrics)])
 
   @property
   def starts(self) -> list[dict[str, Any]]:
     """When, where and at which step the run was started and continued."""
-    found = self.about.get("starts")
-    return [it for it in found if isinstance(it, dict)] if isinstance(found, list) else []
+    starts = self.about.get("starts")
+    return [it for it in starts if isinstance(it, dict)] if isinstance(starts, list) else []
 
   @property
   def total_steps(self) -> int | None:
-    for place, key in (
-      (self.about, "total_steps"),
-      (self.data, "steps_in_all"),
-      (self.config, "train.steps"),
-    ):
-      if total := get_int(place, key):
-        return total
-    return None
+    steps = get_int(self.about, "total_steps") or get_int(self.data, "steps_in_all")
+    return steps or get_int(self.config, "train.steps") or None
 
   @property
   def exported_step(self) -> int:
-    """Of the weights that went out: the last step's or, where a metric chose them, the best."""
+    """The step of the exported weights: the last or, if a metric chose them, the best."""
     if (exported := get_int(self.about, "exported_step")) is not None:
       return exported
     # A run of before 2026-11-28. There is no checkpoint of step 0.
     after = [it["step"] for it in self.samples if it["when"] == "after"]
-    chosen = [it for it in self.points(self.config.get("train.keep_best_metric") or "") if it[0]]
-    if not after and chosen and get_int(self.about, "ending", "exit_code") == 0:
-      return min(chosen, key=lambda it: it[1])[0]
+    points = [it for it in self.points(self.config.get("train.keep_best_metric") or "") if it[0]]
+    if not after and points and get_int(self.about, "ending", "exit_code") == 0:
+      return min(points, key=lambda it: it[1])[0]
     return after[-1] if after else self.last_step
 
   def first_and_final(self, key: str) -> list[float]:
-    """The first value of `key` and the one of the exported weights: one, if only the first was measured; none, if none was."""
+    """Returns `cells` that are finite numbers."""
     return [value for value in self.cells(key) if not isinstance(value, str)]
 
   def cells(self, key: str) -> list[float | str]:
-    """`ends`, and as text what is no finite number: the perplexity of a large loss is "inf"."""
-    exported = self.exported_step
-    found = [
-      (line["step"], cell)
-      for line in self.metrics
-      if line["step"] <= exported and (cell := metric_cell(line, key)) != ""
-    ]
-    return (
-      [found[0][1], found[-1][1]]
-      if found and found[-1][0] > found[0][0]
-      else [it for _, it in found[:1]]
-    )
+    """Returns the first value of `key` and that of the exported weights, or as many as there are.
+
+    A number that is not finite is a text: the perplexity of a large loss is "inf".
+    """
+    exported_step = self.exported_step
+    lines = [line for line in self.metrics if line["step"] <= exported_step]
+    steps = [line["step"] for line in lines if metric_cell(line, key) != ""]
+    cells = [cell for line in lines if (cell := metric_cell(line, key)) != ""]
+    return [cells[0], cells[-1]] if cells and steps[-1] > steps[0] else cells[:1]
 
   def memorized_share(self, when: str) -> float | None:
-    """The mean share of 8-grams of the samples before or after that stand in the training text."""
-    found = [get_float(it, "memorised_8grams") for it in self.samples if it["when"] == when]
-    found = [it for it in found if it is not None]
-    return sum(found) / len(found) if found else None
+    """Returns the mean share of 8-grams of samples before or after that the training text has."""
+    shares = [get_float(it, "memorised_8grams") for it in self.samples if it["when"] == when]
+    shares = [it for it in shares if it is not None]
+    return sum(shares) / len(shares) if shares else None
 
   @property
   def nonfinite_steps(self) -> list[int]:
-    """Steps whose loss or gradient norm was no finite number: they are in metrics.jsonl as text."""
-    return [
-      line["step"]
-      for line in self.metrics
-      if any(type(line.get(key)) is str for key in NUMERIC_CHECK_KEYS)
-    ]
+    """Steps whose loss or gradient norm was not finite: they are in metrics.jsonl as text."""
+    is_text = lambda line: any(type(line.get(key)) is str for key in NUMERIC_CHECK_KEYS)
+    return [line["step"] for line in self.metrics if is_text(line)]
 
   def points(self, key: str) -> list[tuple[int, float]]:
-    """(step, value) of every line that has a number for `key`."""
-    found = ((line["step"], get_float(line, key)) for line in self.metrics)
-    return [(step, value) for step, value in found if value is not None]
+    """Returns (step, value) of every line that has a number for `key`."""
+    points = ((line["step"], get_float(line, key)) for line in self.metrics)
+    return [(step, value) for step, value in points if value is not None]
 
   def without_outliers(self, key: str) -> list[tuple[int, float]]:
-    """`points` of a speed, without those of steps that were read at one moment, which seem to have taken no time."""
-    most = 4 * (self.median(key) or 0)
-    return [(step, value) for step, value in self.points(key) if value <= most]
+    """Returns `points` of a speed, without steps that seem to have taken no time.
+
+    Those were read at one moment.
+    """
+    limit = 4 * (self.median(key) or 0)
+    return [(step, value) for step, value in self.points(key) if value <= limit]
 
   def median(self, key: str) -> float | None:
-    """The median of the values of `key`: a first step that compiles, or a pause, does not count."""
+    """Returns the median of `key`: a first step that compiles, or a pause, does not count."""
     values = sorted(value for _, value in self.points(key))
     return values[len(values) // 2] if values else None
 
 
-NUMERIC_CHECK_KEYS = ("train/loss", "train/grad_norm")
-
-
 def get_float(values: Any, *keys: str) -> float | None:
-  """The number at values[key][key]...; None where there is none."""
+  """Returns the number at values[key][key]..., or None."""
   for key in keys:
     values = values.get(key) if isinstance(values, dict) else None
-  if type(values) not in (int, float) or not abs(values) <= MAX_DRAWN:  # which NaN is not either
+  if type(values) not in (int, float) or not abs(values) <= MAX_DRAWN:  # nor NaN
     return None
   return values
 
 
 def metric_cell(line: dict[str, Any], key: str) -> float | str:
-  """What a line of metrics.jsonl has for `key`: a number, a text for one that is not finite or cannot be drawn, or ""."""
-  value, found = get_float(line, key), line.get(key)
+  """Returns the number of a line of metrics.jsonl, a text if it cannot be drawn, or ""."""
+  value = get_float(line, key)
   if value is not None:
     return value
-  return (
-    f"{found:.3g}"
-    if type(found) in (int, float)
-    else found
-    if found in ("inf", "-inf", "nan")
-    else ""
-  )
+  raw = line.get(key)
+  if type(raw) in (int, float):
+    return f"{raw:.3g}"
+  return raw if raw in ("inf", "-inf", "nan") else ""
 
 
 def get_int(values: Any, *keys: str) -> int | None:
-  found = get_float(values, *keys)
-  return int(found) if found is not None else None
+  value = get_float(values, *keys)
+  return int(value) if value is not None else None
 
 
 def get_dict(values: dict[str, Any], key: str) -> dict[str, Any]:
-  """The object at `key`; an empty one where there is none."""
-  found = values.get(key)
-  return found if isinstance(found, dict) else {}
+  """Returns the object at `key`, or an empty one."""
+  value = values.get(key)
+  return value if isinstance(value, dict) else {}
 
 
 def load(workdir: Path) -> RunRecord:
-  """Raises RequestError when the folder is not one that a run has begun to write."""
-  file, notes = workdir / "config.json", []
+  """Reads the files of a run; raises RequestError if the folder is not a run's workdir."""
+  file = workdir / "config.json"
+  advice = "name a folder that jaxft.train has written"
   if not file.is_file():
-    what = "has no config.json" if workdir.is_dir() else "no such folder"
-    raise RequestError(
-      f"{workdir}: {what}; name a folder that jaxft.train has written (its --workdir)"
-    )
+    problem = "has no config.json" if workdir.is_dir() else "no such folder"
+    raise RequestError(f"{workdir}: {problem}; {advice} (its --workdir)")
   try:
     config = json.loads(file.read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError) as error:
     raise RequestError(f"{file}: {first_line(error)}; it is not the config of a run") from error
   if not isinstance(config, dict) or not isinstance(config.get("train"), dict):
-    raise RequestError(
-      f"{file}: no settings of jaxft.train in it; name a folder that jaxft.train has written"
-    )
+    raise RequestError(f"{file}: no settings of jaxft.train in it; {advice}")
+  notes: list[str] = []
+  is_sample = lambda line: all(type(line.get(key)) is str for key in SAMPLE_KEYS)
   return RunRecord(
-    workdir,
-    workdir.resolve().name,
-    jaxft.config.flatten(config),
-    read_json_object(workdir / "about.json", notes),
-    read_json_object(workdir / "data_report.json", notes),
-    sorted(_read_jsonl(workdir / "metrics.jsonl", notes), key=lambda line: line["step"]),
-    [
-      it
-      for it in _read_jsonl(workdir / "samples.jsonl", notes)
-      if all(type(it.get(key)) is str for key in SAMPLE_KEYS)
-    ],
-    notes,
+    workdir=workdir,
+    name=workdir.resolve().name,
+    config=jaxft.config.flatten(config),
+    about=read_json_object(workdir / "about.json", notes),
+    data=read_json_object(workdir / "data_report.json", notes),
+    metrics=sorted(_read_jsonl(workdir / "metrics.jsonl", notes), key=lambda line: line["step"]),
+    samples=list(filter(is_sample, _read_jsonl(workdir / "samples.jsonl", notes))),
+    notes=notes,
   )
 
 
-SAMPLE_KEYS = ("when", "prompt", "text")
-
-
 def _read_jsonl(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-  """The objects of a .jsonl file that have a step; the others are counted in `notes`."""
+  """Returns the objects of a .jsonl file that have a step; `notes` gets the number of others."""
   try:
     texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
   except OSError as error:
-    told = "There is no" if isinstance(error, FileNotFoundError) else f"{error.strerror}:"
-    notes.append(f"{told} {file.name}: what it tells is left out")
+    problem = "There is no" if isinstance(error, FileNotFoundError) else f"{error.strerror}:"
+    notes.append(f"{problem} {file.name}: what it tells is left out")
     return []
-  found = []
+  lines = []
   for text in texts:
     try:
-      values = json.loads(text)
+      line = json.loads(text)
     except (ValueError, RecursionError):
       continue
-    if (
-      isinstance(values, dict)
-      and type(values.get("step")) is int
-      and 0 <= values["step"] <= jaxft.config.MAX_INT
-    ):
-      found.append(values)
-  if lost := len(texts) - len(found):
-    notes.append(
-      f"{lost:,} of {len(texts):,} lines of {file.name} cannot be read; a kill cuts the last one short"
-    )
-  return found
+    step = line.get("step") if isinstance(line, dict) else None
+    if type(step) is int and 0 <= step <= jaxft.config.MAX_INT:
+      lines.append(line)
+  if lost := len(texts) - len(lines):
+    damage = f"{lost:,} of {len(texts):,} lines of {file.name} cannot be read"
+    notes.append(f"{damage}; a kill cuts the last one short")
+  return lines

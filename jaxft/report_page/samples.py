@@ -1,16 +1,12 @@
-"""Samples side by side: what the same prompt and seed gave at different steps, or in different runs."""
+"""Samples side by side: of the same prompt and seed at different steps, or in different runs."""
 
 from typing import NamedTuple
 
 from jaxft.report_page.markup import Html, element
 from jaxft.report_page.run_record import RunRecord, get_float
 
-MAX_PROMPTS, MAX_SAMPLES, MAX_TEXT_CHARS, MAX_PROMPT_CHARS = (
-  30,
-  4,
-  3000,
-  500,
-)  # a page stays below 3 MB whatever the samples hold
+# A page stays below 3 MB with any samples.
+MAX_PROMPTS, MAX_SAMPLES, MAX_TEXT_CHARS, MAX_PROMPT_CHARS = 30, 4, 3000, 500
 
 
 class Sample(NamedTuple):
@@ -21,57 +17,56 @@ class Sample(NamedTuple):
 
 
 def by_prompt(record: RunRecord) -> dict[str, list[Sample]]:
-  """The sides of each prompt, oldest first."""
-  found = {}
+  """Returns the samples of each prompt, oldest first."""
+  groups: dict[str, list[Sample]] = {}
   for it in record.samples:
-    after = it["when"] == "after"
-    title = f"{it['when']}, step {it['step']:,}" if it["step"] else it["when"]
-    if (known := get_float(it, "memorised_8grams")) is not None:
-      title += f"; {100 * known:.1f} % by heart"
-    found.setdefault(it["prompt"], []).append(Sample(title, it["prompt"], it["text"], after))
-  return found
+    prompt, when = it["prompt"], it["when"]
+    title = f"{when}, step {it['step']:,}" if it["step"] else when
+    if (share := get_float(it, "memorised_8grams")) is not None:
+      title += f"; {100 * share:.1f} % by heart"
+    sample = Sample(title=title, prompt=prompt, text=it["text"], after=when == "after")
+    groups.setdefault(prompt, []).append(sample)
+  return groups
 
 
-def evenly_spaced(found: list, most: int) -> list:
-  """At most `most` of them: the first, the last, and some evenly between."""
-  if len(found) <= most:
-    return found
-  return [found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)]
+def evenly_spaced(items: list, max_items: int) -> list:
+  """Returns at most `max_items`: the first, the last, and some evenly between."""
+  if len(items) <= max_items:
+    return items
+  return [items[round(i * (len(items) - 1) / (max_items - 1))] for i in range(max_items)]
 
 
-def side_by_side(shown: list[Sample], most_text: int = MAX_TEXT_CHARS) -> Html:
-  """The texts beside each other, or below where the screen is narrow."""
-  return element("div", [_render_sample(it, most_text) for it in shown], class_="sides")
+def side_by_side(group: list[Sample], max_chars: int = MAX_TEXT_CHARS) -> Html:
+  """Renders the texts beside each other, or one below the other on a narrow screen."""
+  return element("div", [_render_sample(it, max_chars) for it in group], class_="sides")
 
 
-def _render_sample(side: Sample, most: int) -> Html:
-  prompt = (
-    side.prompt if len(side.prompt) <= MAX_PROMPT_CHARS else "… " + side.prompt[-MAX_PROMPT_CHARS:]
-  )
-  text = element("div", element("i", prompt), clip_text(side.text, most), dir="auto")
-  return element(
-    "div", element("b", side.title), text, class_="text after" if side.after else "text"
-  )
+def _render_sample(it: Sample, max_chars: int) -> Html:
+  prompt = it.prompt
+  if len(prompt) > MAX_PROMPT_CHARS:
+    prompt = "… " + prompt[-MAX_PROMPT_CHARS:]
+  text = element("div", element("i", prompt), clip_text(it.text, max_chars), dir="auto")
+  return element("div", element("b", it.title), text, class_="text after" if it.after else "text")
 
 
-def clip_text(text: str, most: int) -> str:
-  """At most `most` letters of it, cut behind a word where there is one, with a sign."""
-  if len(text) <= most:
+def clip_text(text: str, max_chars: int) -> str:
+  """Returns at most `max_chars` of a text, cut after a word if possible, with an ellipsis."""
+  if len(text) <= max_chars:
     return text
-  words = text[:most].rsplit(maxsplit=1)[0]
-  return (words if len(words) > most // 2 else text[:most]) + "…"
+  words = text[:max_chars].rsplit(maxsplit=1)[0]
+  return (words if len(words) > max_chars // 2 else text[:max_chars]) + "…"
 
 
-def render_all(found: dict[str, list[Sample]]) -> list[Html]:
-  """Every prompt with its sides, as far as a page should go."""
-  parts, more_sides = [], 0
-  for of in list(found.values())[:MAX_PROMPTS]:
-    parts.append(side_by_side(evenly_spaced(of, MAX_SAMPLES)))
-    more_sides += max(0, len(of) - MAX_SAMPLES)
-  left = [f"{len(found) - MAX_PROMPTS:,} more prompts"] if len(found) > MAX_PROMPTS else []
-  left += [f"{more_sides:,} samples of steps in between"] if more_sides else []
-  if left:
-    parts.append(
-      element("p", f"Not shown: {' and '.join(left)}; they are in samples.jsonl.", class_="note")
-    )
+def render_all(groups: dict[str, list[Sample]]) -> list[Html]:
+  """Renders every prompt with its samples, up to the limits of a page."""
+  shown = list(groups.values())[:MAX_PROMPTS]
+  parts = [side_by_side(evenly_spaced(group, MAX_SAMPLES)) for group in shown]
+  hidden = []
+  if len(groups) > MAX_PROMPTS:
+    hidden.append(f"{len(groups) - MAX_PROMPTS:,} more prompts")
+  if between := sum(max(0, len(group) - MAX_SAMPLES) for group in shown):
+    hidden.append(f"{between:,} samples of steps in between")
+  if hidden:
+    note = f"Not shown: {' and '.join(hidden)}; they are in samples.jsonl."
+    parts.append(element("p", note, class_="note"))
   return parts

@@ -12,92 +12,95 @@ from jaxft.sharding.rules import COMPUTE, partition_spec
 
 
 class LocalShard(NamedTuple):
-  """What a device has of an array."""
+  """A device's shard of an array."""
 
   values: jax.Array
-  offsets: tuple[Any, ...]  # where it begins along each axis
-  shape: tuple[int, ...]  # of the whole array
-  is_primary: Any  # false on a device whose part another one, which counts, has too
+  offsets: tuple[Any, ...]  # of the shard in the array, along each axis
+  shape: tuple[int, ...]  # of the array
+  is_primary: Any  # true on one of the devices that hold copies of this shard
 
 
 def map_shards(
-  shardings: list[Sharding], of_part: Callable[[LocalShard], jax.Array]
+  shardings: list[Sharding], fn: Callable[[LocalShard], jax.Array]
 ) -> Callable[[list[jax.Array]], jax.Array]:
-  """leaves -> `of_part` of what each device has of each leaf, (devices, leaves, ...).
+  """Make a function: leaves -> `fn` of each device's shard of each leaf, (devices, leaves, ...).
 
-  Each device looks at what it holds, and one collective tells all: one for each leaf would be dozens that wait for nothing, and
-  XLA's CPU devices that have several under way can wait for each other without end (jax 0.10.2, eight devices on two cores).
+  Each device reads what it holds, and one collective shares all results: one for each leaf would be
+  dozens that wait for nothing, and XLA's CPU devices that have several under way can wait for each
+  other without end (jax 0.10.2, eight devices on two cores).
 
   Args:
-    shardings: of the leaves, in order; all of one mesh, or else the leaves are looked at whole.
+    shardings: of the leaves, in order; unless all are of one mesh, `fn` gets whole leaves.
   """
-  meshes = {
-    sharding.mesh if isinstance(sharding, NamedSharding) else None for sharding in shardings
-  }
+  meshes = {s.mesh if isinstance(s, NamedSharding) else None for s in shardings}
   if len(meshes) != 1 or None in meshes:
-    return lambda leaves: jnp.stack(
-      [of_part(LocalShard(leaf, (0,) * leaf.ndim, leaf.shape, True)) for leaf in leaves]
-    )[None]
+
+    def map_whole(leaves: list[jax.Array]) -> jax.Array:
+      shards = [
+        LocalShard(values=leaf, offsets=(0,) * leaf.ndim, shape=leaf.shape, is_primary=True)
+        for leaf in leaves
+      ]
+      return jnp.stack(list(map(fn, shards)))[None]
+
+    return map_whole
   (mesh,) = meshes
 
-  def part_of(local: jax.Array, sharding: NamedSharding) -> LocalShard:
-    axes = [sharding.spec[i] if i < len(sharding.spec) else None for i in range(local.ndim)]
-    places = [jax.lax.axis_index(names) if names else 0 for names in axes]
-    shape = tuple(size * _axis_size(mesh, names) for size, names in zip(local.shape, axes))
-    cut_by = {
-      name for names in axes if names for name in (names if isinstance(names, tuple) else (names,))
-    }
-    copies = [name for name in mesh.axis_names if name not in cut_by]
-    counts = (jax.lax.axis_index(tuple(copies)) == 0) if copies else True
-    return LocalShard(
-      local, tuple(place * size for place, size in zip(places, local.shape)), shape, counts
-    )
+  def map_local(leaves: list[jax.Array]) -> jax.Array:
+    pairs = zip(leaves, shardings, strict=True)
+    return jnp.stack([fn(_local_shard(leaf, sharding)) for leaf, sharding in pairs])[None]
 
-  def look(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack(
-      [of_part(part_of(leaf, sharding)) for leaf, sharding in zip(leaves, shardings, strict=True)]
-    )[None]
-
-  specs = [sharding.spec for sharding in shardings]
+  in_specs = ([sharding.spec for sharding in shardings],)
+  out_specs = PartitionSpec(mesh.axis_names)
+  # Without check_vma, as results differ from device to device by design.
   return jax.shard_map(
-    look, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(mesh.axis_names), check_vma=False
+    map_local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
   )
 
 
-def _axis_size(mesh: Mesh, names: str | tuple[str, ...] | None) -> int:
-  return math.prod(
-    mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ())
+def _local_shard(values: jax.Array, sharding: NamedSharding) -> LocalShard:
+  """Describe this device's shard, inside `shard_map`."""
+  mesh = sharding.mesh
+  # Mesh axes of each array axis; a PartitionSpec may end early, and may have a name for a tuple.
+  spec = (*sharding.spec, *[None] * values.ndim)[: values.ndim]
+  axes = [names if isinstance(names, tuple) else (names,) if names else () for names in spec]
+  index = [jax.lax.axis_index(names) if names else 0 for names in axes]
+  sizes = [math.prod(mesh.shape[name] for name in names) for names in axes]
+  # Devices that differ only along the other mesh axes hold copies: the first of them is primary.
+  copy_axes = tuple(name for name in mesh.axis_names if name not in sum(axes, ()))
+  return LocalShard(
+    values=values,
+    offsets=tuple(i * n for i, n in zip(index, values.shape)),
+    shape=tuple(n * size for n, size in zip(values.shape, sizes)),
+    is_primary=jax.lax.axis_index(copy_axes) == 0 if copy_axes else True,
   )
 
 
 def make_nonfinite_check(shardings: Any) -> Callable:
-  """tree -> for each leaf, in order, whether it holds a NaN or an infinity.
-
-  The tree is placed as `shardings`, a tree like it, says.
-  """
-  # A NaN is the maximum wherever it is; isfinite(leaf).all() takes four times as long and 500 MB (GPT-2 124M on a CPU).
-  everyone = map_shards(
-    jax.tree.leaves(shardings), lambda part: ~jnp.isfinite(jnp.max(jnp.abs(part.values)))
-  )
-  return lambda tree: everyone(jax.tree.leaves(tree)).any(axis=0)
+  """Make a function: tree sharded as `shardings` -> per leaf, whether it has a NaN or infinity."""
+  # A NaN is the maximum wherever it is; isfinite(leaf).all() takes four times as long and 500 MB
+  # (GPT-2 124M on a CPU).
+  has_nonfinite = lambda shard: ~jnp.isfinite(jnp.max(jnp.abs(shard.values)))
+  check = map_shards(jax.tree.leaves(shardings), has_nonfinite)
+  return lambda tree: check(jax.tree.leaves(tree)).any(axis=0)
 
 
 def make_shard_map(mesh: Mesh) -> Callable:
-  """For what no device needs another for: (function, axes of each array argument, of the result) -> the function, sharded.
+  """Make `ComputeConfig.shard_map`, for functions in which no device needs another.
 
-  A compiler that is left to split a kernel would gather its arguments first. An argument may be None.
+  Left to split a kernel itself, the compiler would gather its arguments first. Arguments may be
+  None.
   """
 
-  def on_each_device(f: Callable, axes_in: Any, axes_out: Any) -> Callable:
+  def shard_map(fn: Callable, in_axes: Any, out_axes: Any) -> Callable:
     if mesh.size == 1:
-      return f
+      return fn
 
-    def sharded(*arguments: jax.Array | None) -> jax.Array:
-      of = lambda x, axes: None if x is None else partition_spec(axes, x.shape, mesh, COMPUTE)
-      specs = tuple(map(of, arguments, axes_in))
-      out = partition_spec(axes_out, arguments[0].shape, mesh, COMPUTE)
-      return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*arguments)
+    def sharded_fn(*args: jax.Array | None) -> jax.Array:
+      spec = lambda x, axes: None if x is None else partition_spec(axes, x.shape, mesh, COMPUTE)
+      in_specs = tuple(map(spec, args, in_axes))
+      specs = {"in_specs": in_specs, "out_specs": spec(args[0], out_axes)}  # the result's shape
+      return jax.shard_map(fn, mesh=mesh, check_vma=False, **specs)(*args)
 
-    return sharded
+    return sharded_fn
 
-  return on_each_device
+  return shard_map

@@ -1,8 +1,9 @@
-"""Weights, gradients and optimizer state in the host's memory: what a layer needs is on the device while the layer is used.
+"""Weights, gradients and optimizer state in host memory; a layer is on the device while in use.
 
-"all" walks the layers forward and backward by hand: autodiff through weights on the host would keep the gradients of all layers
-on the device. Each layer is fetched once forward and once backward for all accumulation steps together, so that what travels
-does not grow with the batch. "optimizer" keeps a copy of the weights on the device, in the compute dtype, made anew each step.
+"all" walks the layers forward and backward by hand: autodiff through weights on the host would
+hold the gradients of all layers on the device. Each layer is fetched once forward and once backward
+for all accumulation steps together, so that what travels does not grow with the batch. "optimizer"
+has a copy of the weights on the device, in the compute dtype, made anew each step.
 
 A accumulation steps, B rows at once, T tokens a row, L layers, D model
 """
@@ -20,7 +21,8 @@ from jaxft.model.decoder import apply_remat, default_positions
 from jaxft.model.dropout import per_row_keys, split_keys
 from jaxft.model.loss import cross_entropy_sum
 from jaxft.sharding import per_device
-from jaxft.training import optimizer, stochastic_rounding
+from jaxft.training import optimizer
+from jaxft.training.stochastic_rounding import stochastic_round
 from jaxft.training.train_state import TrainState
 from jaxft.training.train_step import ids_in_range
 from jaxft.training.trainable import combine, make_layer_mask
@@ -28,395 +30,407 @@ from jaxft.training.trainable import combine, make_layer_mask
 TABLE_CHUNK_BYTES = 2**26  # bytes of a table that are updated at once
 
 
-def validate_offload(platform: str, shapes: Any, kept: str) -> list[str]:
-  """One line where the compiler of such devices is known to fail on weights or optimizer state in the host's memory.
+def validate_offload(platform: str, shapes: Any, mode: str) -> list[str]:
+  """Returns one line where the compiler is known to fail on such a state in host memory.
 
   Args:
-    shapes: of what is kept there; those of a device's part, where they have shardings.
+    shapes: of the state; where they have shardings, a device's shards count.
+    mode: `memory.offload`.
   """
-  if kept == "none" or platform != "tpu":
+  if mode == "none" or platform != "tpu":
     return []
   for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
     shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) else leaf.shape
-    # libtpu (0.0.42.1) keeps other shapes in another order in the host's memory than it copies them in.
+    # libtpu (0.0.42.1) has other shapes in another order in host memory than it copies them in.
     if is_offloaded(leaf) and (shape[-1] % 128 or len(shape) > 2 and shape[-2] % 8):
       return [
-        f"config.memory.offload={kept}: on a TPU not for this model, optimizer or adapter: libtpu aborts on shapes whose last "
-        f"two sizes are no multiples of 8 and 128, as of {jax.tree_util.keystr(path)}, {shape}; all of GPT-J with adamw, lion "
-        "or sgd has none; more chips (config.mesh.fsdp) hold others without offload"
+        f"config.memory.offload={mode}: on a TPU not for this model, optimizer or adapter: libtpu "
+        "aborts on shapes whose last two sizes are no multiples of 8 and 128, as of "
+        f"{jax.tree_util.keystr(path)}, {shape}; all of GPT-J with adamw, lion or sgd has none; "
+        "more chips (config.mesh.fsdp) hold others without offload"
       ]
   return []
 
 
 def is_offloaded(leaf: Any) -> bool:
-  """Whether the host keeps a leaf of the state: vectors, such as step counts and the last norm, are too small to bother."""
+  """Whether a leaf goes to the host: vectors and scalars are too small to bother."""
   return leaf.ndim > 1
 
 
 def with_host_memory(shapes: Any) -> Any:
-  """The shapes with their shardings, which are in the host's memory for what is kept there."""
+  """The shapes, with shardings in host memory for what is offloaded."""
 
-  def of_leaf(leaf):
-    sharding = (
-      leaf.sharding.with_memory_kind("pinned_host") if is_offloaded(leaf) else leaf.sharding
-    )
+  def pin(leaf):
+    sharding = leaf.sharding
+    if is_offloaded(leaf):
+      sharding = sharding.with_memory_kind("pinned_host")
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-  return jax.tree.map(of_leaf, shapes)
+  return jax.tree.map(pin, shapes)
 
 
 def to_device(tree: Any) -> Any:
-  """On the device; what is there already stays."""
+  """Moves a tree to the device; what is on it already stays."""
 
-  # In the host's layout, row after row: libtpu (0.0.42.1) aborts where it is to change it on the way.
-  in_rows = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+  # In the host's layout, row after row: libtpu (0.0.42.1) aborts where the layout is to change.
+  row_major = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
-  def of_leaf(x: jax.Array) -> jax.Array:
+  def fetch(x: jax.Array) -> jax.Array:
     x = jax.device_put(x, jax.memory.Space.Device)
-    return jax.lax.platform_dependent(x, tpu=in_rows, default=lambda x: x)
+    return jax.lax.platform_dependent(x, tpu=row_major, default=lambda x: x)
 
-  return jax.tree.map(of_leaf, tree)
+  return jax.tree.map(fetch, tree)
 
 
 def to_host(x: jax.Array) -> jax.Array:
-  """To the host."""
+  """Moves an array to the host."""
   return jax.device_put(x, jax.memory.Space.Host)
 
 
 def tree_to_host(tree: Any) -> Any:
-  """Whole leaves, on the host where they are kept there."""
+  """Moves whole leaves to the host, those that are offloaded."""
   return jax.tree.map(lambda leaf: to_host(leaf) if is_offloaded(leaf) else leaf, tree)
 
 
-def host_mask(state: TrainState, offload: str) -> TrainState:
-  """Of each leaf of the state, or of its shapes, whether the host keeps it."""
-  of = lambda tree, there: jax.tree.map(lambda leaf: there and is_offloaded(leaf), tree)
+def host_mask(state: TrainState, mode: str) -> TrainState:
+  """Says for each leaf of the state, or of its shapes, whether it is in host memory."""
+  mask = lambda tree, on: jax.tree.map(lambda leaf: on and is_offloaded(leaf), tree)
   return TrainState(
-    False,
-    *(of(tree, offload != "none") for tree in (state.params, state.opt_state)),
-    of(state.frozen, offload == "all"),
+    step=False,
+    params=mask(state.params, mode != "none"),
+    opt_state=mask(state.opt_state, mode != "none"),
+    frozen=mask(state.frozen, mode == "all"),
   )
 
 
-def mark_host_inputs(step: Callable, kept: Any) -> Callable:
-  """`step`, told which leaves of its first argument are on the host.
+def mark_host_inputs(step: Callable, mask: Any) -> Callable:
+  """Wraps `step` so that XLA knows which leaves of its first argument are on the host.
 
-  For a GPU that is not there shardings have no kind of memory, and the program would not know (jax 0.10 to 0.12).
+  The shardings of a GPU that does not exist have no memory kind, and the program would not know
+  (jax 0.10 to 0.12).
   """
-  place = lambda x, there: to_host(x) if there else x
-  return lambda state, batch: step(jax.tree.map(place, state, kept), batch)
+  mark = lambda x, on_host: to_host(x) if on_host else x
+  return lambda state, batch: step(jax.tree.map(mark, state, mask), batch)
 
 
 def fetch_layer(stack: Any, index: jax.Array) -> Any:
-  """One layer of stacked leaves, fetched."""
-  return to_device(
-    jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stack)
-  )
+  """Fetches one layer of stacked leaves."""
+  layer = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+  return to_device(jax.tree.map(layer, stack))
 
 
 def make_streamed_grad_fn(
   graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str, trained: Any = ()
 ) -> Callable:
-  """`step.make_grad_fn` with weights on the host, and the gradient there too."""
-  only_trained = make_layer_mask(trained)
+  """Makes `train_step.make_grad_fn`'s function for weights on the host, and the gradient too."""
+  mask_frozen_layers = make_layer_mask(trained)
 
-  def gradient(state: TrainState, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
-    params, (A, B, T) = state.all_params, batch["ids"].shape
+  def grad_fn(state: TrainState, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
+    params = state.all_params
+    A, B, T = batch["ids"].shape
     tokens = jnp.sum(batch["mask"])
     scale = 1 / jnp.maximum(tokens, 1).astype(jnp.float32)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys_AB = per_row_keys(key, 0, A * B).reshape(A, B)
-    with_ = lambda **parts: nnx.merge(graph, params | parts)
-    model = with_()
-    dropped = any(
-      (
-        model.cfg.embed_dropout,
-        model.cfg.attention_dropout,
-        model.cfg.residual_dropout,
-        model.cfg.lora_dropout,
-      )
+    # The model with some of its parameters replaced by ones on the device; those it does not use in
+    # a call stay on the host.
+    model_with = lambda **replaced: nnx.merge(graph, params | replaced)
+    model = model_with()
+    cfg = model.cfg
+    has_dropout = any(
+      (cfg.embed_dropout, cfg.attention_dropout, cfg.residual_dropout, cfg.lora_dropout)
     )
-    embed_keys_AB, keys_LAB = _split_keys(keys_AB, model.cfg.L) if dropped else (None, None)
+    embed_keys_AB, keys_LAB = _split_keys(keys_AB, cfg.L) if has_dropout else (None, None)
     positions = batch.get(
       "positions", jnp.broadcast_to(default_positions(batch["ids"][0]), (A, 1, T))
     )
 
-    # ---- Forward: embedding, then layer after layer; the input of each is kept -------------------------------------
+    # ---- Forward: embedding, then layer after layer. Only the inputs of each layer are saved, of
+    # all micro-batches: the backward pass computes the layer again from them, as with remat.
     embed = to_device(params["embed"])
-    rest = {name: leaf for name, leaf in embed.items() if name != "tokens"}
-    rows = _map_micro_batches(with_(embed=embed).embed_tokens, batch["ids"])
+    other_embed = {name: leaf for name, leaf in embed.items() if name != "tokens"}
+    # Outside of the function that is differentiated: the gradient of the rows is added to the
+    # table's at the end, and no second table exists.
+    embeds = _map_micro_batches(model_with(embed=embed).embed_tokens, batch["ids"])
 
-    def enter(rest, rows):
-      part = lambda xs: with_(embed=params["embed"] | rest).embed_inputs(*xs)
-      return _map_micro_batches(part, (rows, positions, embed_keys_AB))
+    def embed_inputs(other_embed, embeds):
+      embed_one = lambda xs: model_with(embed=params["embed"] | other_embed).embed_inputs(*xs)
+      return _map_micro_batches(embed_one, (embeds, positions, embed_keys_AB))
 
-    x, enter_vjp = jax.vjp(enter, rest, rows)
-    of_layers = model.layer_info()
+    x, embed_vjp = jax.vjp(embed_inputs, other_embed, embeds)
+    layer_info = model.layer_info()
 
-    def layer(block, x, index):
-      module, of_layer = with_(blocks=block).blocks, of_layers.at(index)
+    def apply_layer(blocks, x, index):
+      block = model_with(blocks=blocks).blocks
+      info = layer_info.at(index)
 
-      def of_part(xs):
+      def apply_one(xs):
         x_BTD, positions_BT, segments_BT, keys_B = xs
-        cached = lambda k, v: (k, v, segments_BT, 0)
-        return model.apply_layer(module, x_BTD, positions_BT, segments_BT, of_layer, keys_B, cached)
+        update_cache = lambda k, v: (k, v, segments_BT, 0)
+        return model.apply_layer(
+          block, x_BTD, positions_BT, segments_BT, info, keys_B, update_cache
+        )
 
       keys_AB = None if keys_LAB is None else keys_LAB[index]
-      return _map_micro_batches(
-        apply_remat(of_part, remat), (x, positions, batch.get("segments"), keys_AB)
-      )
+      xs = (x, positions, batch.get("segments"), keys_AB)
+      return _map_micro_batches(apply_remat(apply_one, remat), xs)
 
     def forward(x, index):
-      return layer(fetch_layer(params["blocks"], index), x, index), x
+      return apply_layer(fetch_layer(params["blocks"], index), x, index), x
 
-    layers = jnp.arange(model.cfg.L)
+    layers = jnp.arange(cfg.L)
     x, inputs = jax.lax.scan(forward, x, layers)
 
-    # ---- Loss ------------------------------------------------------------------------------------------------------
-    def leave(top, x_BTD, targets_BT, mask_BT):
-      model = with_(**top)
-      return scale * cross_entropy_sum(
-        model.norm(x_BTD), model.head(), targets_BT, mask_BT, loss_chunk
-      )
+    # ---- Loss: its gradient by the head's parameters and by the last hidden states.
+    def loss_fn(head_params, x_BTD, targets_BT, mask_BT):
+      model = model_with(**combine(head_params, frozen_head))
+      h_BTD = model.norm(x_BTD)
+      return scale * cross_entropy_sum(h_BTD, model.head(), targets_BT, mask_BT, loss_chunk)
 
-    at_top = (
-      ("norm", "output", "embed")
-      if model.cfg.tied and not model.cfg.classes
-      else ("norm", "output")
-    )
-    of_top = lambda tree: to_device({name: tree[name] for name in at_top if name in tree})
-    top, top_frozen, of_parts = (
-      of_top(state.params),
-      of_top(state.frozen),
-      (x, batch["targets"], batch["mask"]),
-    )
+    # A tied head is the table of the embedding; a classifier has an output of its own.
+    uses_table = cfg.tied and not cfg.classes
+    head_names = ("norm", "output", "embed") if uses_table else ("norm", "output")
+    select_head = lambda tree: to_device({name: tree[name] for name in head_names if name in tree})
+    head_params = select_head(state.params)
+    frozen_head = select_head(state.frozen)
 
-    def leave_part(total, xs):
-      of_trained = lambda top, *xs: leave(combine(top, top_frozen), *xs)
-      loss, (d_top, dx) = jax.value_and_grad(of_trained, (0, 1))(top, *xs)
-      return jax.tree.map(jnp.add, total, (loss, d_top)), dx
+    def add_loss(total, xs):
+      loss, (d_head, dx) = jax.value_and_grad(loss_fn, (0, 1))(head_params, *xs)
+      return jax.tree.map(jnp.add, total, (loss, d_head)), dx
 
-    (loss, d_top), dx = jax.lax.scan(
-      leave_part, jax.tree.map(jnp.zeros_like, (jnp.float32(0), top)), of_parts
-    )
-    loss, d_top = jnp.where(ids_in_range(batch, model.cfg), loss, jnp.nan), tree_to_host(d_top)
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), head_params))
+    (loss, d_head), dx = jax.lax.scan(add_loss, zeros, (x, batch["targets"], batch["mask"]))
+    loss = jnp.where(ids_in_range(batch, cfg), loss, jnp.nan)
+    d_head = tree_to_host(d_head)
 
-    # ---- Backward: each layer's gradient goes to the host as it is made ----------------------------------------------
+    # ---- Backward: layers from the last to the first, each fetched again. Its gradient, of all
+    # micro-batches, goes to the host as it is made: the device has one layer's, never all.
     def backward(dx, xs):
       x, index = xs
-      of_layer = lambda tree: fetch_layer({"blocks": tree.get("blocks", {})}, index)
-      frozen, block = of_layer(state.frozen), of_layer(state.params)
-      precise = jax.tree.map(
-        lambda p: p.astype(jnp.float32), block
-      )  # accumulation steps are added up in it
+      fetch = lambda tree: fetch_layer({"blocks": tree.get("blocks", {})}, index)
+      frozen, params = map(fetch, (state.frozen, state.params))
+      # In float32, as the gradients of the accumulation steps are added up in the dtype of these.
+      params_f32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
       _, vjp = jax.vjp(
-        lambda block, x: layer(combine(block, frozen)["blocks"], x, index), precise, x
+        lambda params, x: apply_layer(combine(params, frozen)["blocks"], x, index), params_f32, x
       )
-      d_block, dx = vjp(dx)
-      sent = lambda path, d, p: to_host(only_trained(path, d, index).astype(p.dtype))
-      return dx, jax.tree_util.tree_map_with_path(sent, d_block, block)
+      d_params, dx = vjp(dx)
+      send = lambda path, d, p: to_host(mask_frozen_layers(path, d, index).astype(p.dtype))
+      return dx, jax.tree_util.tree_map_with_path(send, d_params, params)
 
     dx, d_blocks = jax.lax.scan(backward, dx, (inputs, layers), reverse=True)
-    d_rest, d_rows = enter_vjp(dx)
-    d_tokens = (
-      to_device(d_top["embed"]["tokens"])
-      if "tokens" in d_top.get("embed", {})
-      else jnp.zeros_like(embed["tokens"])
-    )
-    d_embed = {
-      name: d
-      for name, d in ({"tokens": d_tokens} | d_rest).items()
-      if name in state.params.get("embed", {})
-    }
-    d_embed = tree_to_host(model.add_embedding_grads({"embed": d_embed}, batch["ids"], d_rows))
-    found = {**d_top, **d_embed, **d_blocks}
-    return loss, {name: found[name] for name in state.params}, tokens
 
-  return gradient
+    # ---- The embedding: the gradient of its rows is added to what a tied head has left.
+    d_other, d_embeds = embed_vjp(dx)
+    if "tokens" in d_head.get("embed", {}):
+      d_tokens = to_device(d_head["embed"]["tokens"])
+    else:
+      d_tokens = jnp.zeros_like(embed["tokens"])
+    trained_embed = state.params.get("embed", {})
+    d_embed = {"tokens": d_tokens} | d_other
+    d_embed = {"embed": {name: d for name, d in d_embed.items() if name in trained_embed}}
+    d_embed = tree_to_host(model.add_embedding_grads(d_embed, batch["ids"], d_embeds))
+    grads = {**d_head, **d_embed, **d_blocks}
+    return loss, {name: grads[name] for name in state.params}, tokens
+
+  return grad_fn
 
 
-def _map_micro_batches(part: Callable, xs: Any) -> jax.Array:
-  """`part` of each accumulation step, one after the other."""
+def _map_micro_batches(f: Callable, xs: Any) -> jax.Array:
+  """Maps `f` over the accumulation steps, one after the other."""
   if jax.tree.leaves(xs)[0].shape[0] == 1:
-    return part(jax.tree.map(lambda x: x[0], xs))[None]
-  return jax.lax.map(part, xs)
+    return f(jax.tree.map(lambda x: x[0], xs))[None]
+  return jax.lax.map(f, xs)
 
 
 def _split_keys(keys_AB: jax.Array, L: int) -> tuple[jax.Array, jax.Array]:
-  """Keys for what goes into the first layer, (A, B), and for the layers, (L, A, B): those that the model itself would draw."""
-  of_rows = lambda keys_B: (lambda embed, layers: (embed, split_keys(layers, L)))(
-    *split_keys(keys_B, 2)
-  )
-  return jax.vmap(of_rows, out_axes=(0, 1))(keys_AB)
+  """Makes the keys the model itself would: for its embedding (A, B), for its layers (L, A, B)."""
+
+  def split_rows(keys_B):
+    embed_B, layers_B = split_keys(keys_B, 2)
+    return embed_B, split_keys(layers_B, L)
+
+  return jax.vmap(split_rows, out_axes=(0, 1))(keys_AB)
 
 
-def make_copy_grad_fn(gradient: Callable, dtype: Any, places: Any) -> Callable:
-  """`gradient`, of weights on the device that are made of those on the host, a layer at a time.
+def make_copy_grad_fn(grad_fn: Callable, dtype: Any, shardings: Any) -> Callable:
+  """Makes `grad_fn` copy weights on the host to the device first, a layer at a time.
 
-  Matrices of layers are in the compute dtype, and so are their gradients; what all layers share stays in float32, as its
-  gradient is a sum of several.
+  Matrices of layers are in the compute dtype, and so are their gradients; what all layers share
+  stays in float32, as its gradient is a sum of several.
 
   Args:
-    places: a sharding on the device for every parameter.
+    shardings: on the device, for every parameter.
   """
 
-  def copied(path, leaf, place):
+  def copy(path, leaf, sharding):
     if not optimizer.is_stacked(path):
       return to_device(leaf)
-    one = lambda index: fetch_layer(leaf, index).astype(optimizer.param_dtype(path, leaf, dtype))
-    return jax.lax.with_sharding_constraint(jax.lax.map(one, jnp.arange(leaf.shape[0])), place)
+    # Cast before the layers are stacked: the device never has all of them in float32.
+    to = optimizer.param_dtype(path, leaf, dtype)
+    fetch = lambda index: fetch_layer(leaf, index).astype(to)
+    copied = jax.lax.map(fetch, jnp.arange(leaf.shape[0]))
+    return jax.lax.with_sharding_constraint(copied, sharding)
 
-  def of_copy(state: TrainState, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
-    copy = jax.tree_util.tree_map_with_path(copied, state.params, places)
-    return gradient(state._replace(params=copy), batch)
+  def copy_grad_fn(state: TrainState, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
+    params = jax.tree_util.tree_map_with_path(copy, state.params, shardings)
+    return grad_fn(state._replace(params=params), batch)
 
-  return of_copy
-
-
-def make_streamed_stats(gradients: Any) -> Callable:
-  """`step.make_grad_stats` in pieces: the norm of the gradient, and which of its leaves are not finite.
-
-  The state is not looked at: 12 more bytes a parameter over the bus. Weights that are no numbers show in the loss, moments in
-  the weights after them, and a checkpoint of either is refused (`Checkpoints.save`).
-
-  Args:
-    gradients: a sharding for every leaf of the gradient.
-  """
-
-  def of_part(part: per_device.LocalShard) -> jax.Array:
-    leaf, cut = part.values, LeafChunks.in_rows(part.values)
-
-    def add(i, found):
-      x = to_device(cut.read(leaf, i)).astype(jnp.float32)
-      return found[0] + jnp.sum(x * x), jnp.maximum(found[1], jnp.max(jnp.abs(x)))
-
-    squares, largest = jax.lax.fori_loop(0, cut.num_chunks, add, (jnp.float32(0), jnp.float32(0)))
-    return jnp.stack([jnp.where(part.is_primary, squares, 0), largest])
-
-  everyone = per_device.map_shards(jax.tree.leaves(gradients), of_part)
-
-  def look(grads: Any, state: TrainState) -> tuple[jax.Array, jax.Array]:
-    squares, largest = jnp.moveaxis(everyone(jax.tree.leaves(grads)), -1, 0)
-    rest = jnp.zeros(len(jax.tree.leaves(state)), bool)
-    return jnp.sqrt(squares.sum()), jnp.concatenate([~jnp.isfinite(largest.max(axis=0)), rest])
-
-  return look
+  return copy_grad_fn
 
 
-def make_streamed_update_fn(config: ConfigDict, places: Any, trained: Any = ()) -> Callable:
-  """`step.make_update_fn` in place on the host: of each leaf a layer, or some rows of a table, after the other.
+def make_streamed_stats(grad_shardings: Any) -> Callable:
+  """Makes `train_step.make_grad_stats`'s function for a gradient on the host, read in chunks.
+
+  It does not check the state: 12 more bytes a parameter over the bus. A NaN among the weights shows
+  in the loss, among the moments in the weights after them, and a checkpoint of either is refused
+  (`CheckpointManager.save`).
 
   Args:
-    places: a sharding for every parameter.
+    grad_shardings: a sharding for every leaf of the gradient.
   """
-  only_trained = make_layer_mask(trained)
 
-  def of_leaf(path, place, key, param, grad, states, good, scale, rate):
-    tx, cut = (
-      optimizer.make_leaf_optimizer(config, path),
-      LeafChunks.of(path, param, param.shape[0] // place.shard_shape(param.shape)[0]),
-    )
-    if any(leaf.ndim and leaf.shape[:1] != param.shape[:1] for leaf in jax.tree.leaves(states)):
-      cut = cut._replace(num_chunks=1)  # an optimizer that measures over the whole table
-    in_parts = lambda leaf: (
-      leaf.shape[:1] == param.shape[:1]
-    )  # others, such as step counts, are the same for all parts
-    read = lambda leaf, i: to_device(cut.read(leaf, i) if in_parts(leaf) else leaf)
+  def shard_stats(shard: per_device.LocalShard) -> jax.Array:
+    chunks = LeafChunks.of_rows(shard.values)
+
+    def add(i, carry):
+      squares, max_abs = carry
+      x = to_device(chunks.read(shard.values, i)).astype(jnp.float32)
+      return squares + jnp.sum(x * x), jnp.maximum(max_abs, jnp.max(jnp.abs(x)))
+
+    zeros = (jnp.float32(0), jnp.float32(0))
+    squares, max_abs = jax.lax.fori_loop(0, chunks.num_chunks, add, zeros)
+    # A replica adds nothing to the norm; NaN and infinity are the maximum wherever they are.
+    return jnp.stack([jnp.where(shard.is_primary, squares, 0), max_abs])
+
+  map_shards = per_device.map_shards(jax.tree.leaves(grad_shardings), shard_stats)
+
+  def grad_stats(grads: Any, state: TrainState) -> tuple[jax.Array, jax.Array]:
+    squares, max_abs = jnp.moveaxis(map_shards(jax.tree.leaves(grads)), -1, 0)
+    unchecked = jnp.zeros(len(jax.tree.leaves(state)), bool)
+    norm = jnp.sqrt(squares.sum())
+    return norm, jnp.concatenate([~jnp.isfinite(max_abs.max(axis=0)), unchecked])
+
+  return grad_stats
+
+
+def make_streamed_update_fn(config: ConfigDict, shardings: Any, trained: Any = ()) -> Callable:
+  """Makes `train_step.make_update_fn`'s function for a state on the host, updated in place.
+
+  It updates a layer of each leaf, or some rows of a table, after the other.
+
+  Args:
+    shardings: for every parameter.
+  """
+  mask_frozen_layers = make_layer_mask(trained)
+
+  def update_leaf(path, sharding, key, param, grad, opt_state, is_finite, scale, learning_rate):
+    tx = optimizer.make_leaf_optimizer(config, path)
+    num_shards = param.shape[0] // sharding.shard_shape(param.shape)[0]
+    chunks = LeafChunks.of(path, param, num_shards)
+    # Others, such as step counts, are the same for all chunks.
+    is_chunked = lambda leaf: leaf.shape[:1] == param.shape[:1]
+    if any(leaf.ndim and not is_chunked(leaf) for leaf in jax.tree.leaves(opt_state)):
+      chunks = chunks._replace(num_chunks=1)  # an optimizer that measures over the whole table
+    read = lambda leaf, i: to_device(chunks.read(leaf, i) if is_chunked(leaf) else leaf)
 
     def write(leaf, new, i):
       new = to_host(new) if is_offloaded(leaf) else new
-      return cut.write(leaf, new, i) if in_parts(leaf) else new
+      return chunks.write(leaf, new, i) if is_chunked(leaf) else new
 
-    def turn(i, now):
-      p = read(now[0], i).astype(jnp.float32)
-      s = jax.tree.map(lambda leaf, old: read(leaf if in_parts(leaf) else old, i), now[1], states)
-      direction, new = tx.update(to_device(cut.read(grad, i)).astype(jnp.float32) * scale, s, p)
-      direction = only_trained(path, direction, i) if cut.layers else direction
-      p = stochastic_rounding.stochastic_round(
-        p - rate * direction, param.dtype, jax.random.fold_in(key, i)
-      )
-      return write(now[0], p, i), jax.tree.map(lambda x, y: write(x, y, i), now[1], new)
+    def body(i, carry):
+      param, new_state = carry
+      p = read(param, i).astype(jnp.float32)
+      # What all chunks share is read as it was before the step: a count is increased once.
+      old = lambda new, old: read(new if is_chunked(new) else old, i)
+      s = jax.tree.map(old, new_state, opt_state)
+      g = to_device(chunks.read(grad, i)).astype(jnp.float32)
+      update, s = tx.update(g * scale, s, p)
+      update = mask_frozen_layers(path, update, i) if chunks.by_layer else update
+      p = stochastic_round(p - learning_rate * update, param.dtype, jax.random.fold_in(key, i))
+      return write(param, p, i), jax.tree.map(lambda x, y: write(x, y, i), new_state, s)
 
-    return jax.lax.fori_loop(0, jnp.where(good, cut.num_chunks, 0), turn, (param, states))
+    # No turn where the step is skipped; a loop writes over the state where it lies.
+    num_turns = jnp.where(is_finite, chunks.num_chunks, 0)
+    return jax.lax.fori_loop(0, num_turns, body, (param, opt_state))
 
-  def update(
-    good: jax.Array, grads: Any, scale: jax.Array, rate: jax.Array, keys: Any, params: Any, opt: Any
-  ) -> tuple[Any, Any]:
-    one = lambda *leaves: of_leaf(*leaves, good, scale, rate)
-    pairs = jax.tree_util.tree_map_with_path(one, places, keys, params, grads, opt)
-    return tuple(
-      jax.tree.map(lambda _, pair, part=part: pair[part], params, pairs) for part in (0, 1)
-    )
+  def update_fn(is_finite, grads, scale, learning_rate, keys, params, opt_state):
+    update = lambda *leaves: update_leaf(*leaves, is_finite, scale, learning_rate)
+    trees = (shardings, keys, params, grads, opt_state)
+    return optimizer.unzip(params, jax.tree_util.tree_map_with_path(update, *trees))
 
-  return update
+  return update_fn
 
 
 class HostTraffic(NamedTuple):
-  """Bytes that a step moves between the host's memory and a device, which do not grow with the batch."""
+  """Bytes that a step moves between host and device; they do not grow with the batch."""
 
   to_device: int
   to_host: int
 
 
 def host_traffic(
-  kept: str, params: Any, opt: Any, frozen: Any, tied: bool, nbytes: Callable[[Any], int]
+  mode: str, params: Any, opt_state: Any, frozen: Any, tied: bool, nbytes: Callable[[Any], int]
 ) -> HostTraffic:
-  """What a step of `memory.offload` = `kept` moves.
+  """What a step with this `memory.offload` moves.
 
   Args:
-    params, opt, frozen: shapes of the weights that are trained, of optimizer state, and of the other weights.
+    params, opt_state, frozen: shapes of trained weights, optimizer state, and other weights.
     nbytes: of a tree, on one device.
   """
-  weights, moments = nbytes(params), nbytes(opt)
-  if kept == "none":
+  weights, moments = nbytes(params), nbytes(opt_state)
+  if mode == "none":
     return HostTraffic(0, 0)
-  if kept == "optimizer":  # the copy, then the update
+  if mode == "optimizer":  # the copy, then the update
     return HostTraffic(2 * weights + moments, weights + moments)
-  of = lambda part, tree: nbytes(tree.get(part, {}))
-  layers = of("blocks", params) + of("blocks", frozen)
-  shared, still = (of("embed", tree) if tied else 0 for tree in (params, frozen))
-  # Layers forward and backward, all else once, what is tied twice, with its gradient; the gradient for its norm; the update.
-  fetched = (
-    weights + nbytes(frozen) + layers + 2 * shared + still + weights + (2 * weights + moments)
+  layers = sum(nbytes(tree.get("blocks", {})) for tree in (params, frozen))
+  tied_trained, tied_frozen = (
+    nbytes(tree.get("embed", {})) if tied else 0 for tree in (params, frozen)
   )
-  return HostTraffic(fetched, weights + shared + weights + moments)
+  # Layers forward and backward, all else once, what is tied twice, with its gradient; the gradient
+  # for its norm; the update.
+  fetched = weights + nbytes(frozen) + layers + 2 * tied_trained + tied_frozen
+  fetched += weights + (2 * weights + moments)
+  return HostTraffic(fetched, weights + tied_trained + weights + moments)
 
 
 class LeafChunks(NamedTuple):
-  """How a leaf is cut along its first axis into parts that are on the device one after the other."""
+  """How a leaf is split along its first axis into chunks, on the device one after the other."""
 
-  layers: bool  # a part is a layer, without the axis of layers; otherwise it is some rows of each device's
+  by_layer: bool  # a chunk is a layer, without that axis; otherwise some rows of each device's
   num_chunks: int
-  devices: int = 1  # that share the rows
+  num_devices: int = 1  # that share the rows
 
   @classmethod
-  def of(cls, path: Any, leaf: jax.Array, devices: int) -> "LeafChunks":
-    return cls(True, leaf.shape[0]) if optimizer.is_stacked(path) else cls.in_rows(leaf, devices)
+  def of(cls, path: Any, leaf: jax.Array, num_devices: int) -> "LeafChunks":
+    if optimizer.is_stacked(path):
+      return cls(True, leaf.shape[0])
+    return cls.of_rows(leaf, num_devices)
 
   @classmethod
-  def in_rows(cls, leaf: jax.Array, devices: int = 1) -> "LeafChunks":
-    rows, least = leaf.shape[0] // devices, leaf.size * 4 / devices / TABLE_CHUNK_BYTES
-    return cls(
-      False, next(n for n in range(1, rows + 1) if rows % n == 0 and n >= min(least, rows)), devices
-    )
+  def of_rows(cls, leaf: jax.Array, num_devices: int = 1) -> "LeafChunks":
+    """The fewest chunks of equal size of at most `TABLE_CHUNK_BYTES` in float32."""
+    rows = leaf.shape[0] // num_devices
+    least = min(leaf.size * 4 / num_devices / TABLE_CHUNK_BYTES, rows)
+    num_chunks = next(n for n in range(1, rows + 1) if rows % n == 0 and n >= least)
+    return cls(False, num_chunks, num_devices)
 
   def read(self, x: jax.Array, i: jax.Array) -> jax.Array:
-    if self.layers:
+    if self.by_layer:
       return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
     if self.num_chunks == 1:
       return x
-    rows = x.shape[0] // self.devices // self.num_chunks
+    rows = x.shape[0] // self.num_devices // self.num_chunks
     return jax.lax.dynamic_slice_in_dim(self._by_device(x), i * rows, rows, 1)
 
   def write(self, x: jax.Array, new: jax.Array, i: jax.Array) -> jax.Array:
-    if self.layers:
+    if self.by_layer:
       return jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
     if self.num_chunks == 1:
       return new
-    return jax.lax.dynamic_update_slice_in_dim(
-      self._by_device(x), new, i * new.shape[1], 1
-    ).reshape(x.shape)
+    rows = self._by_device(x)
+    return jax.lax.dynamic_update_slice_in_dim(rows, new, i * new.shape[1], 1).reshape(x.shape)
 
   def _by_device(self, x: jax.Array) -> jax.Array:
-    """(rows, ...) -> (devices, rows of each, ...): a slice of all rows would have to be gathered first."""
-    return x.reshape(self.devices, -1, *x.shape[1:])
+    """(rows, ...) -> (devices, rows of each, ...), as a slice of all rows would need a gather."""
+    return x.reshape(self.num_devices, -1, *x.shape[1:])

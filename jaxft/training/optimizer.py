@@ -12,15 +12,17 @@ from ml_collections import ConfigDict
 
 from jaxft.training.trainable import param_name
 
-# The last part of a parameter's path says what it is; a new name must be placed here before it can be trained.
+# The last key of a parameter's path says what it is; a new name must be added here before it can be
+# trained.
 DECAYED = {"kernel", "tokens", "positions", "score", "lora_a", "lora_b"}
 NOT_DECAYED = {"bias", "scale"}
 
 
 def warmup_steps(optim: ConfigDict, total_steps: int) -> int:
-  """Steps of warm-up of a run of so many: `warmup_steps`, or a tenth of all where there are fewer; else `warmup_ratio` of them.
+  """Warm-up steps of a run: the setting, or a tenth of all steps where it is more than all.
 
-  The ratio is rounded up, as transformers does; the tenth down, as the first step of a warm-up has a rate of 0.
+  Without the setting, `warmup_ratio` of all steps, rounded up as transformers does; the tenth is
+  rounded down, as the first step of a warm-up has a rate of 0.
   """
   if optim.warmup_steps > total_steps:
     return total_steps // 10
@@ -28,69 +30,71 @@ def warmup_steps(optim: ConfigDict, total_steps: int) -> int:
 
 
 def make_schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
-  """Learning rate of optimizer step 0, 1, 2, ...: a linear warm-up from 0, then constant, linear or cosine.
+  """Makes the learning rate: a linear warm-up from 0, then constant, linear or cosine.
 
   The same course as transformers' `get_*_schedule_with_warmup`, with an end that may be above 0.
   """
-  peak, warmup, end = optim.learning_rate, warmup_steps(optim, total_steps), optim.end_learning_rate
+  peak, end = optim.learning_rate, optim.end_learning_rate
+  warmup = warmup_steps(optim, total_steps)
   rest = max(total_steps - warmup, 1)
   after = {
     "constant": optax.constant_schedule(peak),
     "linear": optax.linear_schedule(peak, end, rest),
     "cosine": optax.cosine_decay_schedule(peak, rest, alpha=end / peak),
   }[optim.schedule]
-  return (
-    optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
-    if warmup
-    else after
-  )
+  if not warmup:
+    return after
+  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
 def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
-  """Turns clipped gradients into a direction; the step multiplies it by the learning rate and subtracts it.
+  """Makes clipped gradients into updates, of which the step subtracts learning rate times update.
 
-  Each leaf has a state of its own, and so has each layer in a leaf that stacks them: a layer can be updated alone, and what an
-  optimizer measures over a whole matrix (Adafactor) it measures over that of one layer. The learning rate is no part of it,
-  because it follows the step of the run, also over steps that were skipped.
+  Each leaf has a state of its own, and so has each layer in a leaf that stacks them: a layer can be
+  updated alone, and what an optimizer measures over a whole matrix (Adafactor) it measures over
+  that of one layer. The learning rate is no part of it, because it follows the step of the run,
+  also over steps that were skipped.
   """
 
   def init(params: Any) -> Any:
     # In float32, whatever the parameters are in: moments follow `optim.state_dtype` alone.
-    begin = lambda path, leaf: _map_over_layers(optim, path).init(leaf.astype(jnp.float32))
-    return jax.tree_util.tree_map_with_path(begin, params)
+    init_leaf = lambda path, p: _map_over_layers(optim, path).init(p.astype(jnp.float32))
+    return jax.tree_util.tree_map_with_path(init_leaf, params)
 
   def update(grads: Any, states: Any, params: Any) -> tuple[Any, Any]:
-    def of_leaf(path, param, grad, state):
+    def update_leaf(path, param, grad, state):
       return _map_over_layers(optim, path).update(grad, state, param)
 
-    pairs = jax.tree_util.tree_map_with_path(of_leaf, params, grads, states)
-    return tuple(
-      jax.tree.map(lambda _, pair, part=part: pair[part], params, pairs) for part in (0, 1)
-    )
+    return unzip(params, jax.tree_util.tree_map_with_path(update_leaf, params, grads, states))
 
   return optax.GradientTransformation(init, update)
 
 
+def unzip(like: Any, pairs: Any) -> tuple[Any, Any]:
+  """Makes two trees like `like` of one that has a pair at each of its leaves."""
+  return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], like, pairs) for i in (0, 1))
+
+
 def make_leaf_optimizer(optim: ConfigDict, path: Any) -> optax.GradientTransformation:
-  """The optimizer of the leaf at this path, or of one layer of it."""
-  adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=jnp.dtype(optim.state_dtype))
+  """Makes the optimizer of the leaf at this path, or of one layer of it."""
+  dtype = jnp.dtype(optim.state_dtype)
+  adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=dtype)
   scale = {
     "adamw": adam,
     "muon": _muon(optim) if is_stacked(path) and path[-1].key == "kernel" else adam,
-    "lion": optax.scale_by_lion(optim.b1, optim.b2, mu_dtype=jnp.dtype(optim.state_dtype)),
-    # Adafactor (arXiv:1804.04235) without its own learning rate: factored second moment, then clipping by block.
+    "lion": optax.scale_by_lion(optim.b1, optim.b2, mu_dtype=dtype),
+    # Adafactor (arXiv:1804.04235) without its own learning rate: factored second moment, then
+    # clipping by block.
     "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
-    "sgd": optax.trace(optim.b1, accumulator_dtype=jnp.dtype(optim.state_dtype)),
+    "sgd": optax.trace(optim.b1, accumulator_dtype=dtype),
   }[optim.name]
-  return (
-    optax.chain(scale, optax.add_decayed_weights(optim.weight_decay))
-    if has_weight_decay(path)
-    else scale
-  )
+  if not has_weight_decay(path):
+    return scale
+  return optax.chain(scale, optax.add_decayed_weights(optim.weight_decay))
 
 
-# Of the kernel of a layer, by its axes: (D, F) or (F, D), (N, H, D), and (D, 3, N, H), whose queries, keys and values are
-# three matrices.
+# For the kernel of a layer, by its number of axes: (D, F) or (F, D), (N, H, D), and (D, 3, N, H),
+# whose queries, keys and values are three matrices.
 MUON_AXES = {
   2: optax.contrib.MuonDimensionNumbers(0, 1),
   3: optax.contrib.MuonDimensionNumbers((0, 1), 2),
@@ -104,31 +108,32 @@ def _muon(optim: ConfigDict) -> optax.GradientTransformation:
   Scaled as in arXiv:2502.16982, so that a learning rate for AdamW is one for it too.
   """
   dtype = jnp.dtype(optim.state_dtype)
-  of = lambda x: optax.contrib.scale_by_muon(
-    beta=optim.b1, mu_dtype=dtype, weight_dimension_numbers=MUON_AXES[x.ndim]
-  )
 
+  def muon_of(x: jax.Array) -> optax.GradientTransformation:
+    axes = MUON_AXES[x.ndim]
+    return optax.contrib.scale_by_muon(beta=optim.b1, mu_dtype=dtype, weight_dimension_numbers=axes)
+
+  # optax has the coefficients of its iteration in the state too: constants, left out here.
   def init(x: jax.Array) -> Any:
-    state = of(x).init(x)
-    return (
-      state.count,
-      state.mu,
-    )  # optax keeps the coefficients of its iteration there too: constants
+    state = muon_of(x).init(x)
+    return state.count, state.mu
 
   def update(grad: jax.Array, state: Any, _: Any = None) -> tuple[jax.Array, Any]:
-    constants = of(grad).init(grad).ns_coeffs
-    orthogonal, after = of(grad).update(grad, optax.contrib.MuonState(*state, constants))
+    muon = muon_of(grad)
+    state = optax.contrib.MuonState(*state, ns_coeffs=muon.init(grad).ns_coeffs)
+    orthogonal, state = muon.update(grad, state)
     axes = MUON_AXES[grad.ndim]
-    rows, columns = (math.prod(np.take(grad.shape, np.atleast_1d(of))) for of in axes)
-    return 0.2 * max(rows, columns) ** 0.5 * orthogonal, (after.count, after.mu)
+    rows, columns = (math.prod(np.take(grad.shape, np.atleast_1d(axis))) for axis in axes)
+    return 0.2 * max(rows, columns) ** 0.5 * orthogonal, (state.count, state.mu)
 
   return optax.GradientTransformation(init, update)
 
 
 def param_dtype(path: Any, leaf: Any, dtype: Any) -> Any:
-  """Of the parameter at this path, where matrices of layers are to be in `dtype`.
+  """The dtype of the parameter at this path, where matrices of layers are to be in `dtype`.
 
-  What all layers share stays as it is, as its gradient is a sum of several; adapters stay too, which are small.
+  What all layers share stays as it is, as its gradient is a sum of several; adapters stay too,
+  which are small.
   """
   return dtype if is_stacked(path) and path[-1].key == "kernel" else leaf.dtype
 
@@ -137,29 +142,31 @@ def with_param_dtype(dtype: Any, shapes: Any, trained: Any = ()) -> Any:
   """Shapes of parameters with the matrices of layers in `dtype`.
 
   Args:
-    trained: `ModelConfig.trained`; matrices of which some layers are frozen stay as they are, so that those do not change.
+    trained: `ModelConfig.trained`; matrices of which some layers are frozen stay as they are, so
+      that those layers do not change.
   """
-  parted = {name for name, layers in trained if layers}
+  partly_frozen = {name for name, layers in trained if layers}
 
-  def as_kept(path, leaf):
-    return (
-      leaf
-      if param_name(path) in parted
-      else leaf.update(dtype=param_dtype(path, leaf, jnp.dtype(dtype)))
-    )
+  def cast(path, leaf):
+    if param_name(path) in partly_frozen:
+      return leaf
+    return leaf.update(dtype=param_dtype(path, leaf, jnp.dtype(dtype)))
 
-  return jax.tree_util.tree_map_with_path(as_kept, shapes)
+  return jax.tree_util.tree_map_with_path(cast, shapes)
 
 
 def _map_over_layers(optim: ConfigDict, path: Any) -> optax.GradientTransformation:
-  one = make_leaf_optimizer(optim, path)
+  tx = make_leaf_optimizer(optim, path)
   if not is_stacked(path):
-    return one
-  # One after the other where a layer's matrix must be whole: all at once, a device would have all layers of it.
-  in_turn = lambda *operands: jax.lax.map(lambda of_layer: one.update(*of_layer), operands)
-  return optax.GradientTransformation(
-    jax.vmap(one.init), in_turn if optim.name == "muon" else jax.vmap(one.update)
-  )
+    return tx
+
+  # Muon needs a layer's matrix whole. One layer after the other: all at once, a device would have
+  # all layers of it.
+  def scan_layers(*operands):
+    return jax.lax.map(lambda layer: tx.update(*layer), operands)
+
+  update = scan_layers if optim.name == "muon" else jax.vmap(tx.update)
+  return optax.GradientTransformation(jax.vmap(tx.init), update)
 
 
 def is_stacked(path: Any) -> bool:
@@ -168,7 +175,7 @@ def is_stacked(path: Any) -> bool:
 
 
 def has_weight_decay(path: Any) -> bool:
-  """True for matrices and embeddings, False for biases and norms; raises KeyError on a parameter of neither kind."""
+  """True for matrices and embeddings, False for biases and norms; KeyError for any other."""
   name = path[-1].key
   if name not in DECAYED | NOT_DECAYED:
     raise KeyError(f"{jax.tree_util.keystr(path)}: neither in DECAYED nor in NOT_DECAYED")

@@ -15,11 +15,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class PreemptionHandler:
-  """Inside `with StopRequest() as stop` a first signal ends the run at the next safe point, a second one the process.
+  """A context in which a first signal ends the run at the next safe point, a second the process.
 
-  Where nothing would be lost it is safe at once: Preempted is raised out of whatever goes on. Inside `with stop.deferred():` the
-  signal is only remembered, for `should_stop(step)` to find. A terminal that goes away sends SIGHUP more than once: the kernel does, and
-  the shell.
+  Where nothing would be lost it is safe at once: Preempted is raised out of whatever goes on.
+  Inside `with preemption.deferred():` the signal is only remembered, for `should_stop(step)` to
+  find. A terminal that goes away sends SIGHUP more than once: the kernel does, and the shell.
   """
 
   def __init__(self):
@@ -27,27 +27,22 @@ class PreemptionHandler:
     self._deferred = False
 
   def __enter__(self) -> "PreemptionHandler":
-    several = jax.process_count() > 1
+    is_multi_process = jax.process_count() > 1
+    on_signal = self._forward if is_multi_process else self._on_signal
+    handlers = dict.fromkeys(SIGNALS, on_signal)
+    if is_multi_process:  # JAX listens for SIGTERM, and finds a step at which all processes stop
+      del handlers[signal.SIGTERM]
     try:
-      # With several processes JAX listens for SIGTERM, and finds a step at which all of them stop.
-      handlers = {number: self._pass_on if several else self._on_signal for number in SIGNALS}
-      if several:
-        del handlers[signal.SIGTERM]
-      if (
-        signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-      ):  # nohup: the run is to outlive its terminal
+      # nohup ignores SIGHUP: the run is to outlive its terminal.
+      if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         del handlers[signal.SIGHUP]
-      self._before = {
-        number: signal.signal(number, handler) for number, handler in handlers.items()
-      }
-    except (
-      ValueError
-    ):  # not the main thread (a notebook's worker, say): the host program keeps its own handlers
-      self._before = {}
+      self._previous = {number: signal.signal(number, it) for number, it in handlers.items()}
+    except ValueError:  # not the main thread (a notebook's worker, say): its handlers stay
+      self._previous = {}
     return self
 
   def __exit__(self, *_) -> None:
-    for number, handler in self._before.items():
+    for number, handler in self._previous.items():
       signal.signal(number, handler)
 
   @contextmanager
@@ -59,7 +54,7 @@ class PreemptionHandler:
       self._deferred = False
 
   def defer(self) -> None:
-    """From now on a signal is only remembered."""
+    """Only remembers signals from now on."""
     self._deferred = True
 
   def should_stop(self, step: int) -> bool:
@@ -67,26 +62,26 @@ class PreemptionHandler:
     if jax.process_count() == 1:
       return self.received is not None
     if not multihost_utils.reached_preemption_sync_point(step):
-      return False  # this process may know of a signal that the others have not been told of
+      return False  # this process may know of a signal that the others have not received
     self.received = self.received or "SIGTERM"
     return True
 
-  def _again(self, number: int) -> bool:
-    """Whether this is not the first signal. But for SIGHUP, which is not heard twice, the second ends the process."""
+  def _is_repeated(self, number: int) -> bool:
+    """Whether this is not the first signal; a second one, but for SIGHUP, ends the process."""
     if self.received and number != signal.SIGHUP:
       signal.signal(number, signal.SIG_DFL)
       os.kill(os.getpid(), number)
     return self.received is not None
 
   def _on_signal(self, number: int, _: FrameType | None) -> None:
-    if self._again(number):
+    if self._is_repeated(number):
       return
     self.received = signal.Signals(number).name
     if not self._deferred:
       raise Preempted(f"{self.received}: nothing was lost; the same command continues")
 
-  def _pass_on(self, number: int, _: FrameType | None) -> None:
-    if self._again(number):
+  def _forward(self, number: int, _: FrameType | None) -> None:
+    if self._is_repeated(number):
       return
     self.received = signal.Signals(number).name
     os.kill(os.getpid(), signal.SIGTERM)

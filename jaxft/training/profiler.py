@@ -12,12 +12,11 @@ from jaxft.utils.console import log
 
 
 class Profiler:
-  """Steps `first`, `first + 1`, ... of this start, `count` of them or up to the last, into a folder. A context manager: a trace
-  ends with it.
+  """A context that traces `count` steps from `first` on, or up to the last, into a folder.
 
-  The device is done with what was before when a trace begins, and with the last step when it ends: it holds these steps and no
-  part of others. `paused` stops the clock of the run while a trace is begun or written, which takes seconds. A trace that
-  cannot be made costs a line, not the run.
+  The device is done with what was before when a trace begins, and with the last step when it ends:
+  it holds these steps and nothing of others. `paused` stops the clock of the run while a trace is
+  begun or written, which takes seconds. A trace that cannot be made costs a line, not the run.
   """
 
   def __init__(
@@ -28,47 +27,43 @@ class Profiler:
     total: int,
     paused: Callable[[], AbstractContextManager],
   ):
-    self._folder, self._first, self._last, self._paused = (
-      folder,
-      first,
-      min(first + count - 1, total),
-      paused,
-    )
-    self._under_way = False
+    self._folder = folder
+    self._first = first
+    self._last = min(first + count - 1, total)
+    self._paused = paused
+    self._is_tracing = False
     if count and first > total:
-      log(
-        f"nothing is traced: the first step that would be is {first}, and the last of the run is {total}"
-      )
+      last = f"and the last of the run is {total}"
+      log(f"nothing is traced: the first step that would be is {first}, {last}")
 
   def __enter__(self) -> "Profiler":
     return self
 
   def __exit__(self, *_) -> None:
-    if self._under_way:
+    if self._is_tracing:
       self._stop()
 
-  def on_step_begin(self, step: int, numbers: Any) -> None:
-    """`numbers`: what the step before it gives."""
+  def on_step_begin(self, step: int, metrics: Any) -> None:
+    """`metrics`: of the step before it."""
     if self._first == step <= self._last:
-      jax.block_until_ready(numbers)
-      self._under_way = self._tried(lambda: jax.profiler.start_trace(self._folder))
+      jax.block_until_ready(metrics)
+      self._is_tracing = self._try(lambda: jax.profiler.start_trace(self._folder))
 
-  def on_step_end(self, step: int, numbers: Any) -> None:
-    if self._under_way and step == self._last:
-      jax.block_until_ready(numbers)
+  def on_step_end(self, step: int, metrics: Any) -> None:
+    if self._is_tracing and step == self._last:
+      jax.block_until_ready(metrics)
       self._stop()
 
   def _stop(self) -> None:
-    self._under_way = False
-    if self._tried(jax.profiler.stop_trace):
-      log(
-        f"steps {self._first} to {self._last} are traced in {self._folder}: `xprof {self._folder}` shows them"
-      )
+    self._is_tracing = False
+    if self._try(jax.profiler.stop_trace):
+      steps = f"steps {self._first} to {self._last}"
+      log(f"{steps} are traced in {self._folder}: `xprof {self._folder}` shows them")
 
-  def _tried(self, call: Callable[[], None]) -> bool:
+  def _try(self, action: Callable[[], None]) -> bool:
     try:
       with self._paused():
-        call()
+        action()
     except Exception as error:  # a full disk, or a trace that somebody else has begun
       log(f"no trace in {self._folder}: {first_line(error)}")
       return False

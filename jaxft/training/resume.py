@@ -1,4 +1,4 @@
-"""Going on with a run: is it the same one, and which of its checkpoints is sound."""
+"""Resuming a run: is it the same run, and which of its checkpoints is sound."""
 
 import json
 from typing import Any
@@ -14,118 +14,120 @@ from jaxft.training.train_state import CheckpointState
 from jaxft.utils.console import log
 from jaxft.utils.units import format_count
 
-LENGTH_SETTINGS = (
-  "config.train.steps",
-  "config.train.epochs",
-)  # what only makes a run longer or shorter
-OTHER_WORKDIR, WAYS_OUT = (
-  "name another --workdir",
-  "go back to its settings, name another --workdir, or go on with --allow_change",
-)
+LENGTH_SETTINGS = ("config.train.steps", "config.train.epochs")  # they make a run longer or shorter
+OTHER_WORKDIR = "name another --workdir"
+WAYS_OUT = "go back to its settings, name another --workdir, or go on with --allow_change"
 
 
 def check_same_run(
   checkpoints: CheckpointManager,
   like: CheckpointState,
   config: ConfigDict,
-  about: dict[str, Any],
+  current: dict[str, Any],
   allow_change: bool,
 ) -> None:
-  """Raises RequestError when the newest readable checkpoint is of another run than this one; says so, where that is allowed.
+  """Raises RequestError when the newest readable checkpoint is of another run than this one.
 
-  A checkpoint with other leaves than `like`, the state of this run, is refused in any case: nothing could be done with it.
+  With `allow_change` it logs the differences. A checkpoint with other leaves than `like`, the state
+  of this run, is refused in any case: nothing could be done with it.
+
+  Args:
+    current: the metadata that a checkpoint of this run would have.
   """
   for step in reversed(checkpoints.steps()):
     try:
-      meta = checkpoints.metadata(step)
+      saved = checkpoints.metadata(step)
     except CheckpointReadError:
       raise
     except StorageError:
       continue  # `restore_latest` will say so
-    lines, longer = jaxft.config.diff_from_saved(meta["config"], config), ""
-    if meta["total_steps"] < about["total_steps"]:
-      lines = [line for line in lines if line.split("=")[0] not in LENGTH_SETTINGS]
-      longer = (
-        f"{about['total_steps']} steps in all instead of {meta['total_steps']}: going on at step {step}, with the learning "
-        "rate as a run of that length has it" + _masked_rows_note(meta, about, step)
-      )
-    now = json.loads(json.dumps(about["model"]))
-    lines += [
-      f"config.json of config.model.path={config.model.path!r}: {name} is {now.get(name)!r}; the run was started with {was!r}"
-      for name, was in meta.get("model", {}).items()  # a record of before 2026-11-21 has none
-      if now.get(name) != was and name not in RUN_FIELDS  # told as settings already
-    ]
-    saved, wanted = meta["leaves"], leaf_specs(like)
-    other = [
-      name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)
-    ]
-    if other:
-      first = f"{other[0]} is {saved.get(other[0], 'missing')} there and {wanted.get(other[0], 'missing')} in this run"
+    lines = _diff(saved, config, current)
+    if other := _other_leaves(like, saved["leaves"]):
+      lines.append(f"{checkpoints.folder / str(step)}: of another model or optimizer: {other}")
+      lines.append(f"{checkpoints.folder} holds another run: {OTHER_WORKDIR}")
+      raise RequestError("\n".join(lines))
+    total_steps = current["total_steps"]
+    path = f"config.model.path={config.model.path!r}"
+    if saved.get("frozen", "") != current["frozen"]:
+      lines.append(f"{path}: its weights, some of which are frozen, are not what they were")
+    if saved["data"] != current["data"]:
       lines.append(
-        f"{checkpoints.folder / str(step)}: of another model or optimizer: {first} ({len(other)} such leaves)"
+        "config.data: the training text, or how it is cut into tokens, is not what the run was "
+        "started with"
       )
-      raise RequestError(
-        "\n".join([*lines, f"{checkpoints.folder} holds another run: {OTHER_WORKDIR}"])
-      )
-    if meta.get("frozen", "") != about["frozen"]:
-      lines.append(
-        f"config.model.path={config.model.path!r}: its weights, some of which are frozen, are not what they were"
-      )
-    if meta["data"] != about["data"]:
-      lines.append(
-        "config.data: the training text, or how it is cut into tokens, is not what the run was started with"
-      )
-    if (
-      meta.get("held_out", about["held_out"]) != about["held_out"]
-    ):  # a record of before 2026-11-28 has none
+    # A record of before 2026-11-28 has no "held_out".
+    if saved.get("held_out", current["held_out"]) != current["held_out"]:
       lines.append("config.data: the held-out text is not what the run was started with")
-    if meta["total_steps"] > about["total_steps"]:
-      lines.append(
-        f"{about['total_steps']} steps in all: the run was started for {meta['total_steps']}"
-      )
-    if about["total_steps"] < step:
-      raise RequestError(
-        "\n".join(
-          [*lines, f"{checkpoints.folder} has a checkpoint of step {step} already: {OTHER_WORKDIR}"]
-        )
-      )
-    if lines and allow_change:
-      for line in lines:
-        log(f"{line}; going on with the change, as --allow_change says")
-    elif lines:
+    if saved["total_steps"] > total_steps:
+      lines.append(f"{total_steps} steps in all: the run was started for {saved['total_steps']}")
+    if total_steps < step:
+      lines.append(f"{checkpoints.folder} has a checkpoint of step {step} already: {OTHER_WORKDIR}")
+      raise RequestError("\n".join(lines))
+    if lines and not allow_change:
       lines.append(f"{checkpoints.folder} holds another run: {WAYS_OUT}")
       raise RequestError("\n".join(lines))
-    if longer:
-      log(longer)
+    for line in lines:
+      log(f"{line}; going on with the change, as --allow_change says")
+    if saved["total_steps"] < total_steps:
+      log(
+        f"{total_steps} steps in all instead of {saved['total_steps']}: going on at step {step}, "
+        "with the learning rate as a run of that length has it"
+        + _masked_rows_note(saved, current, step)
+      )
     return
 
 
-def _masked_rows_note(meta: dict[str, Any], about: dict[str, Any], step: int) -> str:
-  """What is said of rows that the last step of a shorter run had masked, and that the longer one has passed then."""
-  there = meta.get("rows_in_all")
-  if not there:
+def _diff(saved: dict[str, Any], config: ConfigDict, current: dict[str, Any]) -> list[str]:
+  """A line for each setting, and each fact of the model, that is not what it was."""
+  lines = jaxft.config.diff_from_saved(saved["config"], config)
+  if saved["total_steps"] < current["total_steps"]:
+    lines = [line for line in lines if line.split("=")[0] not in LENGTH_SETTINGS]
+  model = json.loads(json.dumps(current["model"]))
+  return lines + [
+    f"config.json of config.model.path={config.model.path!r}: {name} is {model.get(name)!r}; the "
+    f"run was started with {was!r}"
+    for name, was in saved.get("model", {}).items()  # a record of before 2026-11-21 has none
+    if model.get(name) != was and name not in RUN_FIELDS  # those are settings
+  ]
+
+
+def _other_leaves(like: CheckpointState, saved: dict[str, str]) -> str:
+  """Names the first leaf that a checkpoint has otherwise than this run; "" where there is none."""
+  current = leaf_specs(like)
+  names = sorted(saved.keys() | current.keys())
+  other = [name for name in names if saved.get(name) != current.get(name)]
+  if not other:
     return ""
-  passed = min(step * about["rows_of_step"], about["rows_in_all"]) - there
-  return (
-    f"; left out of one epoch: {format_count(passed, 'row')} that its last step had masked"
-    if passed > 0
-    else ""
-  )
+  was, now = (specs.get(other[0], "missing") for specs in (saved, current))
+  return f"{other[0]} is {was} there and {now} in this run ({len(other)} such leaves)"
+
+
+def _masked_rows_note(saved: dict[str, Any], current: dict[str, Any], step: int) -> str:
+  """Says which rows the last step of a shorter run had masked, and the longer one has passed."""
+  rows = saved.get("rows_in_all")
+  if not rows:
+    return ""
+  passed = min(step * current["rows_of_step"], current["rows_in_all"]) - rows
+  if passed <= 0:
+    return ""
+  return f"; left out of one epoch: {format_count(passed, 'row')} that its last step had masked"
 
 
 def restore_best(
   checkpoints: CheckpointManager, like: CheckpointState, strict: bool
 ) -> tuple[int, CheckpointState]:
-  """The step of the best checkpoint, or the newest where none that is kept was evaluated, and its weights alone.
+  """Restores the weights alone of the best checkpoint, or of the newest where none has a metric.
 
-  Damaged ones are set aside, or raise if `strict`. Raises StorageError where none is sound.
+  Returns its step too. Damaged ones are set aside, or raise if `strict`. Raises StorageError where
+  none is sound.
   """
-  unread = CheckpointState(PLACEHOLDER, like.params, jax.tree.map(lambda _: PLACEHOLDER, like.opt))
+  skip_opt = jax.tree.map(lambda _: PLACEHOLDER, like.opt)
+  weights_like = CheckpointState(PLACEHOLDER, like.params, skip_opt)
   while True:
     best = checkpoints.best_step()
     step = checkpoints.steps()[-1] if best is None else best
     try:
-      weights = checkpoints.restore(step, unread)
+      weights = checkpoints.restore(step, weights_like)
     except CheckpointReadError:
       raise
     except StorageError as error:
@@ -133,11 +135,7 @@ def restore_best(
         raise
       log(f"{error}; set aside as {checkpoints.quarantine(step).name}, and taking the next one")
       continue
-    why = (
-      "no checkpoint that is kept was evaluated"
-      if best is None
-      else "the best of the checkpoints that are kept"
-    )
+    why = "none on disk was evaluated" if best is None else "the best on disk"
     log(f"exporting the weights of step {step}: {why}")
     return step, weights
 
@@ -145,14 +143,16 @@ def restore_best(
 def restore_latest(
   checkpoints: CheckpointManager, like: CheckpointState, total_steps: int, strict: bool
 ) -> tuple[CheckpointState | None, int]:
-  """The newest sound checkpoint and the tokens it has seen, or (None, 0) when the run is new.
+  """Restores the newest sound checkpoint, with the tokens it has seen; (None, 0) in a new run.
 
-  Damaged ones that are newer are set aside, or raise if `strict`. Raises StorageError when there are some and none is sound.
+  Damaged ones that are newer are set aside, or raise if `strict`. Raises StorageError when there
+  are some and none is sound.
   """
   damaged = {}
   for step in reversed(checkpoints.steps()):
     try:
-      state, seen = checkpoints.restore(step, like), checkpoints.metadata(step)["tokens"]
+      state = checkpoints.restore(step, like)
+      tokens_seen = checkpoints.metadata(step)["tokens"]
     except CheckpointReadError:
       raise
     except StorageError as error:
@@ -160,15 +160,12 @@ def restore_latest(
         raise
       damaged[step] = str(error)
       continue
-    for bad, reason in damaged.items():
-      log(
-        f"{reason}; set aside as {checkpoints.quarantine(bad).name}, and going on from the one before it"
-      )
+    for bad_step, reason in damaged.items():
+      moved = checkpoints.quarantine(bad_step).name
+      log(f"{reason}; set aside as {moved}, and going on from the one before it")
     log(f"continuing at step {step} of {total_steps}")
-    return state, seen
+    return state, tokens_seen
   if damaged:
-    last = (
-      f"no sound checkpoint is left in {checkpoints.folder}; to start anew name another --workdir"
-    )
+    last = f"no sound checkpoint is left in {checkpoints.folder}; to start anew {OTHER_WORKDIR}"
     raise StorageError("\n".join([*damaged.values(), last]))
   return None, 0

@@ -1,7 +1,6 @@
-"""about.json: with what a run was started and how it ended; report.html is written with its end."""
+"""about.json: with what a run was started and how it ended; its page is written at the end."""
 
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -17,7 +16,7 @@ from jaxft.distributed import multihost
 from jaxft.errors import StorageError, exit_code, first_line
 from jaxft.metrics.reporter import peak_memory_source
 from jaxft.utils.console import log
-from jaxft.utils.files import atomic_write, read_json_object
+from jaxft.utils.files import read_json_object, write_json
 from jaxft.utils.redact import redact
 
 # What decides the devices and the compiled program beside the command line.
@@ -28,13 +27,14 @@ ENV_VARIABLES = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES",
 def record_run(
   workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, Any], write_page: Callable[[Path], None]
 ) -> Iterator[None]:
-  """Inside it the run goes on; before it about.json is written, after it how the run ended, and the page.
+  """A context for a run: writes about.json before it, and how the run ended and its page after it.
 
-  A disk that does not take them costs a line of the story, not the run. Only process 0 writes.
+  A disk that does not take them costs a line of the log, not the run. Only process 0 writes.
 
   Args:
-    facts: what only the run knows of itself: "step", where this start begins, and "total_steps", "model", "memory";
-      later "reached", the last step that was taken, "exported_step" and "export".
+    facts: what only the run knows of itself: "step", where this start begins, and "total_steps",
+      "model", "memory"; later "reached", the last step that was taken, "exported_step" and
+      "export".
     write_page: writes the page of the run in this workdir.
   """
   if jax.process_index() > 0:
@@ -44,9 +44,10 @@ def record_run(
   with _log_failure("about.json"):
     device = mesh.local_devices[0]
     devices = {"count": mesh.size, "kind": device.device_kind, "processes": jax.process_count()}
-    this = {"at": _now(), "step": facts["step"], "devices": devices, "mesh": dict(mesh.shape)}
+    start = {"at": _now(), "step": facts["step"], "devices": devices, "mesh": dict(mesh.shape)}
     starts = read_json_object(workdir / "about.json", []).get("starts") if facts["step"] else []
-    about = {"starts": [*(starts if isinstance(starts, list) else []), this]} | {
+    about = {
+      "starts": [*(starts if isinstance(starts, list) else []), start],
       "command": shell_command(),
       "folder": os.getcwd(),
       "environment": {name: os.environ[name] for name in ENV_VARIABLES if name in os.environ},
@@ -57,7 +58,7 @@ def record_run(
       "devices": devices,
       "mesh": dict(mesh.shape),
     }
-    _write(workdir, about)
+    write_json(workdir / "about.json", about)
   ending = {"exit_code": 0, "why": ""}
   try:
     yield
@@ -66,8 +67,8 @@ def record_run(
     raise
   finally:
     with _log_failure("report.html"):
-      later = {key: facts[key] for key in ("reached", "exported_step", "export") if key in facts}
-      _write(workdir, about | later | {"ending": {"at": _now(), **ending}})
+      about |= {key: facts[key] for key in ("reached", "exported_step", "export") if key in facts}
+      write_json(workdir / "about.json", about | {"ending": {"at": _now(), **ending}})
       write_page(workdir)
       log(f"report: {workdir / 'report.html'}")
 
@@ -77,16 +78,9 @@ def _log_failure(name: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # of any kind: hours of training are worth more than a page
-    what = (
-      str(error)
-      if isinstance(error, StorageError)
-      else f"{type(error).__name__}: {first_line(error)}"
-    )
-    log(f"{name} is not written ({what}); python -m jaxft.report makes the page again")
-
-
-def _write(workdir: Path, about: dict[str, Any]) -> None:
-  atomic_write(workdir / "about.json", json.dumps(about, indent=2) + "\n")
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    reason = str(error) if isinstance(error, StorageError) else reason
+    log(f"{name} is not written ({reason}); python -m jaxft.report makes the page again")
 
 
 def _now() -> str:
@@ -94,16 +88,16 @@ def _now() -> str:
 
 
 def shell_command() -> str | None:
-  """The command line that started this process, for a shell; None where that is not `python -m jaxft...`: a notebook, say."""
+  """The command line of this process, for a shell; None where it is no `python -m jaxft...`."""
   words = sys.orig_argv
-  begin = next(
-    (i for i, word in enumerate(words) if word.startswith("jaxft.") and words[i - 1] == "-m"), None
-  )
-  return None if begin is None else redact(shlex.join(["python", "-m", *words[begin:]]))
+  for i, word in enumerate(words):
+    if word.startswith("jaxft.") and words[i - 1] == "-m":
+      return redact(shlex.join(["python", "-m", *words[i:]]))
+  return None  # a notebook, say
 
 
 def git_commit(checkout: Path) -> str | None:
-  """The commit of a git checkout, as its files say; None where it is no checkout. What was changed since is not seen."""
+  """The commit of a git checkout, from its files; None where it is none. Ignores later changes."""
   try:
     git = checkout / ".git"
     if git.is_file():  # a work tree of its own
@@ -111,8 +105,9 @@ def git_commit(checkout: Path) -> str | None:
     head = (git / "HEAD").read_text().strip()
     if not head.startswith("ref: "):
       return head
-    name, shared = head.removeprefix("ref: "), git / "commondir"
-    common = git / shared.read_text().strip() if shared.exists() else git
+    name = head.removeprefix("ref: ")
+    commondir = git / "commondir"
+    common = git / commondir.read_text().strip() if commondir.exists() else git
     if (common / name).exists():
       return (common / name).read_text().strip()
     packed = (common / "packed-refs").read_text().splitlines()

@@ -1,6 +1,7 @@
-"""Weights in bfloat16 that still learn: rounded up or down by chance, so that what is too small for one step adds up over many.
+"""Stochastic rounding: bfloat16 weights that still learn from updates too small for one step.
 
-Rounding to the nearest would leave a weight as it is until an update is 1/512 of it (arXiv:2010.06192).
+Rounding to the nearest would leave a weight as it is until an update is 1/512 of it
+(arXiv:2010.06192).
 """
 
 from typing import Any
@@ -12,33 +13,32 @@ RNG_STREAM = 0x726F756E  # of random numbers, apart from that of dropout
 
 
 def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
-  """`x`, float32, in `dtype`: float32 as it is, or one of the two neighbours in bfloat16, of which the mean is `x`.
+  """Rounds `x`, float32, to one of its two neighbours in bfloat16, so that the mean is `x`.
 
-  What bfloat16 can say exactly stays as it is, and what is not finite stays so.
+  With dtype float32 nothing changes. What bfloat16 has exactly stays as it is, and what is not
+  finite stays so.
   """
   if dtype == x.dtype:
     return x
-  # A bfloat16 is the upper half of a float32. The sum carries into it in as many of 65,536 cases as the lower half says.
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + jax.random.bits(
-    key, x.shape, jnp.uint16
-  ).astype(jnp.uint32)
+  # A bfloat16 is the upper half of a float32. The sum carries into it in as many of 65,536 cases as
+  # the lower half says.
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  bits += jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
   rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
-  return jnp.where(
-    jnp.isfinite(x), rounded, x.astype(jnp.bfloat16)
-  )  # a NaN's bits would carry into another number
+  # A NaN's bits would carry into another number.
+  return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
 def stochastic_round_layers(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
-  """`stochastic_round` of each layer of stacked ones, with a key of its own."""
+  """Rounds each layer of stacked ones with a key of its own."""
   if dtype == x.dtype:
     return x
-  return jax.vmap(lambda layer, i: stochastic_round(layer, dtype, jax.random.fold_in(key, i)))(
-    x, jnp.arange(x.shape[0])
-  )
+  round_layer = lambda layer, i: stochastic_round(layer, dtype, jax.random.fold_in(key, i))
+  return jax.vmap(round_layer)(x, jnp.arange(x.shape[0]))
 
 
 def rounding_keys(seed: int, step: jax.Array, params: Any) -> Any:
-  """A key for each leaf of the parameters in this step of a run."""
+  """Returns a key for each leaf of the parameters in this step of a run."""
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), RNG_STREAM), step)
   leaves, tree = jax.tree.flatten(params)
   return jax.tree.unflatten(tree, [jax.random.fold_in(key, i) for i in range(len(leaves))])

@@ -30,5 +30,10 @@ class TrainState(NamedTuple):
 
   @property
   def checkpointable(self) -> CheckpointState:
-    """Without the frozen weights, which can be read again where they came from."""
+    """The state without the frozen weights, which the base model still has."""
     return CheckpointState(self.step, self.params, self.opt_state)
+
+
+def shardings_of(shapes: Any) -> Any:
+  """The sharding of each leaf."""
+  return jax.tree.map(lambda leaf: leaf.sharding, shapes)

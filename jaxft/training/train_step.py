@@ -1,7 +1,7 @@
-"""The train step: gradients, their statistics, and the update. Pure functions, jitted by training/build.py.
+"""The train step: gradients, their statistics, the update. Pure functions; build.py jits them.
 
-A batch is {"ids", "targets", "mask"}, each (A, B, T): A accumulation steps of B rows of T columns. Where examples share rows it
-has their "segments" and "positions" too.
+A batch is {"ids", "targets", "mask"}, each (A, B, T): A accumulation steps of B rows of T columns.
+Where examples share rows it has their "segments" and "positions" too.
 """
 
 from collections.abc import Callable
@@ -14,137 +14,138 @@ from flax import nnx
 
 from jaxft.model.dropout import per_row_keys
 from jaxft.model.loss import cross_entropy_sum
-from jaxft.training import stochastic_rounding
+from jaxft.training.stochastic_rounding import rounding_keys, stochastic_round_layers
 from jaxft.training.train_state import TrainState
 from jaxft.training.trainable import combine, make_layer_mask
 
 
 def make_grad_fn(
-  graph: nnx.GraphDef, *, loss_chunk: int, seed: int, gradients: Any, trained: Any = ()
+  graph: nnx.GraphDef, *, loss_chunk: int, seed: int, grad_shardings: Any, trained: Any = ()
 ) -> Callable:
-  """Returns `gradient(state, batch) -> (loss, gradient, tokens)`.
+  """Returns `grad_fn(state, batch) -> (loss, grads, tokens)`.
 
-  The loss is a sum over the unmasked targets of the whole global batch divided by their count, so it does not depend on how
-  rows are cut into accumulation steps or spread over devices; nor does dropout, whose keys follow from (seed, step, row).
+  The loss is a sum over the unmasked targets of the whole global batch divided by their count, so
+  it does not depend on how rows are split into accumulation steps or over devices; nor does
+  dropout, whose keys follow from (seed, step, row).
 
   Args:
-    gradients: a sharding for every leaf of the gradient.
+    grad_shardings: a sharding for every leaf of the gradient.
     trained: `ModelConfig.trained`.
   """
-  only_trained = make_layer_mask(trained)
+  mask_frozen_layers = make_layer_mask(trained)
 
-  def loss_sum(params, rows, part, keys_B):
+  def loss_sum(params, embeds_BTD, batch, keys_B):
     model = nnx.merge(graph, params)
-    loss = cross_entropy_sum(
-      hidden_states(model, part, keys_B, rows),
-      model.head(),
-      part["targets"],
-      part["mask"],
-      loss_chunk,
-    )
-    return jnp.where(ids_in_range(part, model.cfg), loss, jnp.nan)
+    h_BTD = hidden_states(model, batch, keys_B, embeds_BTD)
+    loss = cross_entropy_sum(h_BTD, model.head(), batch["targets"], batch["mask"], loss_chunk)
+    return jnp.where(ids_in_range(batch, model.cfg), loss, jnp.nan)
 
-  def place(grads):
-    grads = jax.tree_util.tree_map_with_path(only_trained, grads)
-    return jax.tree.map(jax.lax.with_sharding_constraint, grads, gradients)
+  def shard_grads(grads):
+    grads = jax.tree_util.tree_map_with_path(mask_frozen_layers, grads)
+    return jax.tree.map(jax.lax.with_sharding_constraint, grads, grad_shardings)
 
-  def gradient(state: TrainState, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
+  def grad_fn(state: TrainState, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
     tokens = jnp.sum(batch["mask"])
     scale = 1 / jnp.maximum(tokens, 1).astype(jnp.float32)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-    def of_part(index, part):
-      # Scaled before the backward pass: its numbers then do not grow with the size of the batch.
-      B, model = part["ids"].shape[0], nnx.merge(graph, state.all_params)
+    def micro_batch_grads(index, micro_batch):
+      B = micro_batch["ids"].shape[0]
+      model = nnx.merge(graph, state.all_params)
       keys_B = per_row_keys(key, index * B, B)
-      scaled = lambda params, rows: (
-        scale * loss_sum(combine(params, state.frozen), rows, part, keys_B)
-      )
-      loss, (grads, d_rows) = jax.value_and_grad(scaled, (0, 1))(
-        state.params, model.embed_tokens(part["ids"])
-      )
-      return loss, place(model.add_embedding_grads(grads, part["ids"], d_rows))
+
+      # Scaled before the backward pass: its numbers then do not grow with the size of the batch.
+      def loss_fn(params, embeds_BTD):
+        params = combine(params, state.frozen)
+        return scale * loss_sum(params, embeds_BTD, micro_batch, keys_B)
+
+      # The embeddings are an argument of their own: their gradient is then added to what the head
+      # has left in that of a tied table, where autodiff would make a second table.
+      embeds_BTD = model.embed_tokens(micro_batch["ids"])
+      loss, (grads, d_embeds_BTD) = jax.value_and_grad(loss_fn, (0, 1))(state.params, embeds_BTD)
+      grads = model.add_embedding_grads(grads, micro_batch["ids"], d_embeds_BTD)
+      return loss, shard_grads(grads)
 
     A = batch["ids"].shape[0]
     if A == 1:  # no second copy of the gradient for runs that do not accumulate
-      return *of_part(0, jax.tree.map(lambda x: x[0], batch)), tokens
+      return *micro_batch_grads(0, jax.tree.map(lambda x: x[0], batch)), tokens
+
+    def add(total, xs):
+      micro_batch = micro_batch_grads(*xs)
+      return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, micro_batch), None
+
     # In float32, also where weights are a copy in bfloat16 (`offload.make_copy_grad_fn`).
-    zeros = place(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.params))
-    add = lambda total, xs: (
-      jax.tree.map(lambda t, part: t + part.astype(t.dtype), total, of_part(*xs)),
-      None,
-    )
+    zeros = shard_grads(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params))
     (loss, grads), _ = jax.lax.scan(add, (jnp.float32(0), zeros), (jnp.arange(A), batch))
     return loss, grads, tokens
 
-  return gradient
+  return grad_fn
 
 
-def make_grad_stats(not_finite: Callable) -> Callable:
-  """Returns `look(gradient, state) -> (norm, bad)`: for each leaf of the two in order whether it is not finite.
+def make_grad_stats(nonfinite_leaves: Callable) -> Callable:
+  """Returns `grad_stats(grads, state) -> (global norm, for each leaf of both: is not finite)`.
 
   Args:
-    not_finite: `sharding.make_nonfinite_check` for (gradient, state).
+    nonfinite_leaves: `per_device.make_nonfinite_check` for (grads, state).
   """
-  norm = lambda grads: optax.tree_utils.tree_norm(
-    jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-  )
-  return lambda grads, state: (norm(grads), not_finite((grads, state)))
+
+  def grad_stats(grads: Any, state: Any) -> tuple[jax.Array, jax.Array]:
+    grads_f32 = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    return optax.tree_utils.tree_norm(grads_f32), nonfinite_leaves((grads, state))
+
+  return grad_stats
 
 
 def make_update_fn(tx: optax.GradientTransformation, trained: Any = ()) -> Callable:
-  """Returns `update(good, gradient, scale, rate, keys, params, opt) -> (params, opt)`, as before where `good` is false.
+  """Returns `update_fn(is_finite, grads, scale, learning_rate, keys, params, opt_state)`.
 
-  `scale` is what the gradient is multiplied with, `rate` the learning rate, and `keys` what each parameter is rounded by.
+  It gives (params, opt_state), unchanged where `is_finite` is false. Gradients are multiplied by
+  `scale`; `keys` has one for each parameter, to round it with.
 
   Args:
     trained: `ModelConfig.trained`.
   """
-  only_trained = make_layer_mask(trained)
+  mask_frozen_layers = make_layer_mask(trained)
 
-  def update(
-    good: jax.Array, grads: Any, scale: jax.Array, rate: jax.Array, keys: Any, params: Any, opt: Any
-  ) -> tuple[Any, Any]:
-    # A loop of one turn or none writes over the state where it lies. A choice between old and new takes copies on a CPU, where
-    # the update is then three times as slow; a branch copies the state on a GPU.
-    def turn(now: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
-      _, params, opt = now
-      precise = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-      direction, opt = tx.update(
-        jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads), opt, precise
-      )
+  def update_fn(is_finite, grads, scale, learning_rate, keys, params, opt_state):
+    # A loop of one turn or none writes over the state where it lies. A choice between old and new
+    # takes copies on a CPU, where the update is then three times as slow; a branch copies the state
+    # on a GPU.
+    def body(carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
+      _, params, opt_state = carry
+      params_f32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+      scaled = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
+      updates, opt_state = tx.update(scaled, opt_state, params_f32)
 
-      def move(path, old, p, d, key):
-        return stochastic_rounding.stochastic_round_layers(
-          p - rate * only_trained(path, d), old.dtype, key
-        )
+      def apply(path, p, p_f32, update, key):
+        p_f32 = p_f32 - learning_rate * mask_frozen_layers(path, update)
+        return stochastic_round_layers(p_f32, p.dtype, key)
 
-      return (
-        jnp.bool(False),
-        jax.tree_util.tree_map_with_path(move, params, precise, direction, keys),
-        opt,
-      )
+      params = jax.tree_util.tree_map_with_path(apply, params, params_f32, updates, keys)
+      return jnp.bool(False), params, opt_state
 
-    return jax.lax.while_loop(lambda now: now[0], turn, (good, params, opt))[1:]
+    return jax.lax.while_loop(lambda carry: carry[0], body, (is_finite, params, opt_state))[1:]
 
-  return update
+  return update_fn
 
 
 def make_train_step(
-  gradient: Callable,
-  look: Callable,
-  update: Callable,
+  grad_fn: Callable,
+  grad_stats: Callable,
+  update_fn: Callable,
   schedule: optax.Schedule,
   *,
   clip_norm: float,
   seed: int,
 ) -> Callable:
-  """Returns `train_step(state, batch) -> (state, metrics)`, of the three functions that are made here or in `offload`.
+  """Returns `train_step(state, batch) -> (state, metrics)`, of functions made here or in `offload`.
 
-  When loss, gradient, or a leaf of the state is not finite, the step changes nothing but `state.step`: `metrics["bad"]` is
-  true, and `metrics["bad_leaves"]` tells which leaves of the gradient, and then of the weights and of the optimizer state, are
-  not finite (`nonfinite_leaf_names`). A weight that is no number shows here even where no row of the batch reads it. It is the old
-  state that is looked at: the new one would have to exist whole beside it (1.3 GiB more on each of eight H100 for GPT-J-6B).
+  When loss, gradient, or a leaf of the state is not finite, the step changes nothing but
+  `state.step`: `metrics["bad"]` is true, and `metrics["bad_leaves"]` says which leaves of the
+  gradient, and then of the weights and of the optimizer state, are not finite
+  (`nonfinite_leaf_names`). A NaN among the weights shows here even where no row of the batch reads
+  it. The check is of the old state: the new one would have to exist whole beside it (1.3 GiB more
+  on each of eight H100 for GPT-J-6B).
 
   Args:
     clip_norm: largest global norm of the gradient; 0: no clipping.
@@ -152,41 +153,47 @@ def make_train_step(
   """
 
   def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-    loss, grads, tokens = gradient(state, batch)
-    norm, bad_leaves = look(grads, state.checkpointable)
-    good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~bad_leaves.any()
+    loss, grads, tokens = grad_fn(state, batch)
+    norm, bad_leaves = grad_stats(grads, state.checkpointable)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & ~bad_leaves.any()
+    # Clipping is one factor on the gradients, applied in the update: no clipped copy of them.
     scale = jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30)) if clip_norm else jnp.float32(1)
-    rate = schedule(state.step)
+    learning_rate = schedule(state.step)
 
-    keys = stochastic_rounding.rounding_keys(seed, state.step, state.params)
-    params, opt = update(good, grads, scale, rate, keys, state.params, state.opt_state)
-    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
-    metrics |= {"bad": ~good, "bad_leaves": bad_leaves}
-    return state._replace(step=state.step + 1, params=params, opt_state=opt), metrics
+    keys = rounding_keys(seed, state.step, state.params)
+    params, opt_state = update_fn(
+      is_finite, grads, scale, learning_rate, keys, state.params, state.opt_state
+    )
+    metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate, "tokens": tokens}
+    metrics |= {"bad": ~is_finite, "bad_leaves": bad_leaves}
+    return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return train_step
 
 
-def ids_in_range(part: dict, cfg: Any) -> jax.Array:
-  """Whether ids and targets are ones that the tables have: XLA takes the nearest row for one that is not, in silence."""
-  inside = lambda ids, rows: jnp.all((ids >= 0) & (ids < rows))
-  return inside(part["ids"], cfg.V) & inside(part["targets"], max(cfg.V, cfg.classes))
+def ids_in_range(batch: dict, cfg: Any) -> jax.Array:
+  """Whether all ids and targets are in the tables: XLA reads the nearest row for one outside."""
+  in_range = lambda ids, size: jnp.all((ids >= 0) & (ids < size))
+  return in_range(batch["ids"], cfg.V) & in_range(batch["targets"], max(cfg.V, cfg.classes))
 
 
 def nonfinite_leaf_names(bad_leaves: Any, state: TrainState) -> list[str]:
   """The names behind `metrics["bad_leaves"]`."""
-  names = lambda tree: [
-    jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
-  ]
-  every = [f"the gradient of {name}" for name in names(state.params)] + [
-    name[1:] for name in names(state.checkpointable)
-  ]
-  return [name for name, bad in zip(every, bad_leaves, strict=True) if bad]
+
+  def paths(tree):
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+  names = [f"the gradient of {name}" for name in paths(state.params)]
+  names += [name[1:] for name in paths(state.checkpointable)]
+  return [name for name, bad in zip(names, bad_leaves, strict=True) if bad]
 
 
 def hidden_states(
-  model: Any, part: dict, keys_B: jax.Array | None = None, rows_BTD: jax.Array | None = None
+  model: Any,
+  batch: dict,
+  keys_B: jax.Array | None = None,
+  embeds_BTD: jax.Array | None = None,
 ) -> jax.Array:
-  """Hidden states (B, T, D) of a part of a batch."""
-  how = {"segments_BT": part.get("segments"), "positions_BT": part.get("positions")}
-  return model(part["ids"], **how, keys_B=keys_B, rows_BTD=rows_BTD)
+  """Hidden states (B, T, D) of a micro-batch."""
+  optional = {"segments_BT": batch.get("segments"), "positions_BT": batch.get("positions")}
+  return model(batch["ids"], **optional, keys_B=keys_B, embeds_BTD=embeds_BTD)

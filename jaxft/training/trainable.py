@@ -1,6 +1,7 @@
-"""What of a model is trained: all of it, adapters, or weights that were named; the rest is frozen.
+"""What of a model is trained: all of it, adapters, or named weights; the rest is frozen.
 
-`trained`, throughout, is `ModelConfig.trained`: the path of each parameter that is, with its layers; () means all.
+`trained`, throughout, is `ModelConfig.trained`: the path of each trained parameter, with its
+layers; () means all.
 """
 
 import math
@@ -15,17 +16,16 @@ Trained = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def partition(tree: dict, trained: Trained) -> tuple[dict, dict]:
-  """A tree of parameters as two: what is trained, whole leaves, and what is frozen."""
+  """Splits a tree of parameters in two: the trained leaves, whole, and the frozen ones."""
   if not trained:
     return tree, {}
   names = {name for name, _ in trained}
-  return _only(tree, "", lambda name: name in names), _only(
-    tree, "", lambda name: name not in names
-  )
+  frozen = _select(tree, "", lambda name: name not in names)
+  return _select(tree, "", lambda name: name in names), frozen
 
 
 def combine(trained: dict, frozen: dict) -> dict:
-  """The inverse of `partition`."""
+  """Undoes `partition`."""
   if not frozen:
     return trained
   both = {name: combine(trained[name], frozen[name]) for name in trained.keys() & frozen.keys()}
@@ -34,54 +34,53 @@ def combine(trained: dict, frozen: dict) -> dict:
 
 
 def select_like(tree: dict, shapes: dict) -> dict:
-  """Of a tree what `shapes`, which may have less in it, has."""
+  """Selects what `shapes`, which may have fewer leaves, has of a tree."""
   return {
-    name: select_like(tree[name], part) if isinstance(part, dict) else tree[name]
-    for name, part in shapes.items()
+    name: select_like(tree[name], node) if isinstance(node, dict) else tree[name]
+    for name, node in shapes.items()
   }
 
 
 def make_layer_mask(trained: Trained) -> Callable[..., jax.Array]:
-  """(path of a leaf, array shaped like it) -> the array, 0 in layers that are frozen; with `layer`, of that one layer alone."""
-  layers = {name: chosen for name, chosen in trained if chosen}
+  """Returns `mask_frozen_layers(path, x, layer=None)`: x with 0 in the leaf's frozen layers.
 
-  def of_leaf(path: Any, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
-    chosen = layers.get(param_name(path))
-    if chosen is None:
+  With `layer`, x is that one layer alone.
+  """
+  trained_layers = {name: layers for name, layers in trained if layers}
+
+  def mask_frozen_layers(path: Any, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+    layers = trained_layers.get(param_name(path))
+    if layers is None:
       return x
     if layer is not None:
-      return x * jnp.any(layer == jnp.array(chosen)).astype(x.dtype)
-    is_chosen = np.isin(np.arange(x.shape[0]), chosen).reshape(-1, *[1] * (x.ndim - 1))
-    return x * jnp.asarray(is_chosen, x.dtype)
+      return x * jnp.any(layer == jnp.array(layers)).astype(x.dtype)
+    is_trained = np.isin(np.arange(x.shape[0]), layers).reshape(-1, *[1] * (x.ndim - 1))
+    return x * jnp.asarray(is_trained, x.dtype)
 
-  return of_leaf
+  return mask_frozen_layers
 
 
 def num_params(tree: dict, cfg: Any) -> int:
-  """Parameters in a tree of them, without rows that pad the vocabulary of `cfg` (a `ModelConfig`)."""
+  """Counts parameters, without the rows that pad the vocabulary of `cfg` (a `ModelConfig`)."""
 
   def size(path: Any, leaf: Any) -> int:
-    rows = (
-      cfg.V
-      if param_name(path) in ("embed.tokens", "output.kernel", "output.bias")
-      else leaf.shape[0]
-    )
-    return rows * math.prod(leaf.shape[1:])
+    is_padded = param_name(path) in ("embed.tokens", "output.kernel", "output.bias")
+    return (cfg.V if is_padded else leaf.shape[0]) * math.prod(leaf.shape[1:])
 
   return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(size, tree)))
 
 
 def param_name(path: Any) -> str:
-  """The name of a leaf at this path of a tree of parameters."""
+  """The name of the parameter at this path, such as "blocks.mlp.up.kernel"."""
   return ".".join(key.key for key in path)
 
 
-def _only(tree: dict, above: str, wanted: Callable[[str], bool]) -> dict:
-  found = {}
-  for key, part in tree.items():
-    if not isinstance(part, dict):
-      if wanted(above + key):
-        found[key] = part
-    elif inside := _only(part, f"{above}{key}.", wanted):
-      found[key] = inside
-  return found
+def _select(tree: dict, prefix: str, predicate: Callable[[str], bool]) -> dict:
+  selected = {}
+  for key, node in tree.items():
+    if not isinstance(node, dict):
+      if predicate(prefix + key):
+        selected[key] = node
+    elif subtree := _select(node, f"{prefix}{key}.", predicate):
+      selected[key] = subtree
+  return selected

@@ -21,7 +21,10 @@ RUN_FILES = ("checkpoints", "metrics.jsonl", "config.json", "report.html", "expo
 
 @contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
-  """Holds the workdir's lock, which ends with the process; raises RequestError, with pid and host, when another run has it."""
+  """Holds the workdir's lock, which ends with the process.
+
+  Raises RequestError, with pid and host, when another run has it.
+  """
   if jax.process_index() > 0:  # process 0 writes
     yield
     return
@@ -31,63 +34,71 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    lock, about = FileLock(workdir / LOCK_FILES[0]), workdir / LOCK_FILES[1]
-    try:
-      lock.acquire(timeout=0)
-    except Timeout:
+    lock = FileLock(workdir / LOCK_FILES[0])
+    owner = workdir / LOCK_FILES[1]
+    if not _acquire(lock):
       raise RequestError(
-        f"--workdir={str(workdir)!r}: {_lock_owner(about)} is writing there; stop it, or name another folder"
-      ) from None
-    atomic_write(about, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        f"--workdir={str(workdir)!r}: {_lock_owner(workdir)} is writing there; stop it, or name "
+        "another folder"
+      )
+    atomic_write(owner, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
   except (OSError, NotImplementedError) as error:  # the second: a disk that knows no locks
     raise StorageError(f"workdir {workdir}: {write_failure(workdir, error)}") from error
   try:
     yield
   finally:
-    about.unlink(missing_ok=True)
+    owner.unlink(missing_ok=True)
     lock.release()
 
 
-def _lock_owner(about: Path) -> str:
+def _acquire(lock: FileLock) -> bool:
   try:
-    holder = json.loads(about.read_text())
-    return f"process {holder['pid']} on {holder['host']}"
+    lock.acquire(timeout=0)
+  except Timeout:
+    return False
+  return True
+
+
+def _lock_owner(workdir: Path) -> str:
+  try:
+    owner = json.loads((workdir / LOCK_FILES[1]).read_text())
+    return f"process {owner['pid']} on {owner['host']}"
   except (OSError, ValueError, KeyError, TypeError):
     return "another run"
 
 
-def check_not_an_input(workdir: Path, used: Iterable[Path]) -> None:
-  """Raises RequestError where a new run reads something in the workdir that is to be moved aside."""
-  for path in (Path.cwd(), *used):
+def check_not_an_input(workdir: Path, inputs: Iterable[Path]) -> None:
+  """Raises RequestError where a new run reads something in the workdir that will be moved."""
+  for path in (Path.cwd(), *inputs):
     if path.resolve().is_relative_to(workdir.resolve()):
       raise RequestError(
-        f"--overwrite_output_dir: {path} lies in {workdir}, which would be moved aside; name another --workdir"
+        f"--overwrite_output_dir: {path} lies in {workdir}, which would be moved aside; name "
+        "another --workdir"
       )
 
 
 def check_movable(workdir: Path) -> None:
-  """Raises RequestError where a workdir cannot be moved aside, or a run is going on in a folder of it."""
-  there = workdir.resolve()
-  if os.path.ismount(there):
+  """Raises RequestError where a workdir cannot be moved, or a folder of it has a run going on."""
+  folder = workdir.resolve()
+  if os.path.ismount(folder):
     raise RequestError(
-      f"--overwrite_output_dir: {workdir} is a mount point, which cannot be moved; name a folder in it"
+      f"--overwrite_output_dir: {workdir} is a mount point, which cannot be moved; name a folder "
+      "in it"
     )
-  if not os.access(there.parent, os.W_OK):
+  if not os.access(folder.parent, os.W_OK):
     raise RequestError(
-      f"--overwrite_output_dir: {workdir} would be moved aside, and {there.parent} may not be written to; name another "
-      "--workdir"
+      f"--overwrite_output_dir: {workdir} would be moved aside, and {folder.parent} may not be "
+      "written to; name another --workdir"
     )
-  for file in there.glob("**/run.lock"):
-    if file.parent == there:
+  for file in folder.glob(f"**/{LOCK_FILES[0]}"):
+    if file.parent == folder:
       continue
     lock = FileLock(file)
-    try:
-      lock.acquire(timeout=0)
-    except Timeout:
+    if not _acquire(lock):
       raise RequestError(
-        f"--overwrite_output_dir: {_lock_owner(file.with_name('run.lock.json'))} is writing in {file.parent}; stop it, or name "
-        "another --workdir"
-      ) from None
+        f"--overwrite_output_dir: {_lock_owner(file.parent)} is writing in {file.parent}; stop it, "
+        "or name another --workdir"
+      )
     lock.release()
 
 
@@ -97,45 +108,46 @@ def has_content(workdir: Path) -> bool:
 
 
 def move_aside(workdir: Path) -> Path:
-  """Renames a workdir, and makes a new one, in which the lock goes on. Returns the other name; raises StorageError.
+  """Renames a workdir, and makes a new one, in which the lock goes on. Returns the new path.
 
-  All of it is in one of the two folders at any moment.
+  All of it is in one of the two folders at any moment. Raises StorageError.
   """
-  there = workdir.resolve()
-  names = (there.with_name(f"{there.name}.{number}") for number in itertools.count(1))
+  folder = workdir.resolve()
+  names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
   aside = next(name for name in names if not os.path.lexists(name))
   try:
-    there.rename(aside)
+    folder.rename(aside)
     try:
-      there.mkdir()
+      folder.mkdir()
     except OSError:  # a quota
-      aside.rename(there)
+      aside.rename(folder)
       raise
     for name in LOCK_FILES:
       if (aside / name).exists():
-        (aside / name).rename(there / name)
+        (aside / name).rename(folder / name)
   except OSError as error:
-    raise StorageError(
-      f"--overwrite_output_dir: {workdir}: {write_failure(workdir, error)}"
-    ) from error
+    reason = write_failure(workdir, error)
+    raise StorageError(f"--overwrite_output_dir: {workdir}: {reason}") from error
   return aside
 
 
 def check_disk_space(needed: dict[Path, int], what: str) -> None:
-  """Raises StorageError when a disk has less free than what is needed of it.
+  """Raises StorageError when a disk has less free space than is needed.
 
   Args:
-    needed: bytes for each folder, which need not be there yet.
+    needed: bytes for each folder, which need not exist yet.
     what: the bytes are for.
   """
-  disks = {}
+  needed_on = {}
   for folder, nbytes in needed.items():
-    there = folder.absolute()
-    while not there.exists():
-      there = there.parent
-    disk, free = there.stat().st_dev, shutil.disk_usage(there).free
-    disks[disk] = disks.get(disk, 0) + nbytes
-    if free < disks[disk]:
+    existing = folder.absolute()
+    while not existing.exists():
+      existing = existing.parent
+    disk = existing.stat().st_dev
+    free = shutil.disk_usage(existing).free
+    needed_on[disk] = needed_on.get(disk, 0) + nbytes
+    if free < needed_on[disk]:
       raise StorageError(
-        f"{folder}: {what} need {disks[disk]:,} bytes and the disk has {free:,} free; make room, or name a folder elsewhere"
+        f"{folder}: {what} need {needed_on[disk]:,} bytes and the disk has {free:,} free; make "
+        "room, or name a folder elsewhere"
       )

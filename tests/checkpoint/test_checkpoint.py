@@ -35,7 +35,7 @@ def saved(folder, steps=(1,), keep=5):
   return checkpoints
 
 
-def test_state_and_record_come_back(tmp_path):
+def test_state_and_metadata_round_trip(tmp_path):
   checkpoints = saved(tmp_path, (1, 2, 3), keep=2)
   assert checkpoints.steps() == [2, 3]
   checkpoints.close()
@@ -44,7 +44,8 @@ def test_state_and_record_come_back(tmp_path):
   assert again.metadata(2)["tokens"] == 20 and again.metadata(2)["step"] == 2
 
 
-def test_the_last_one_that_was_read_back_stays_until_a_newer_one_was(tmp_path, monkeypatch):
+def test_last_verified_checkpoint_is_preserved(tmp_path, monkeypatch):
+  """The last checkpoint that was read back stays until a newer one was."""
   read_back = []
   verify = CheckpointManager.verify
   monkeypatch.setattr(
@@ -62,7 +63,8 @@ def test_the_last_one_that_was_read_back_stays_until_a_newer_one_was(tmp_path, m
   assert read_back == [1, 3, 5] and checkpoints.steps() == [5, 6, 7]
 
 
-def test_what_a_killed_run_left_half_written_or_half_deleted_is_removed(tmp_path):
+def test_partial_checkpoints_of_a_killed_run_are_removed(tmp_path):
+  """Half-written and half-deleted ones both."""
   saved(tmp_path, (1, 2)).close()
   for name in ("3.orbax-checkpoint-tmp", "to-be-deleted"):
     (tmp_path / name / "state").mkdir(parents=True)
@@ -76,7 +78,8 @@ def test_what_a_killed_run_left_half_written_or_half_deleted_is_removed(tmp_path
 @pytest.mark.filterwarnings(
   "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # Orbax leaves an event loop to the collector
-def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path):
+def test_transient_read_error_is_not_damage(tmp_path):
+  """A checkpoint that cannot be read now is not called damaged."""
   checkpoints = saved(tmp_path, (1,))
   most = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, most[1]))
@@ -91,7 +94,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path):
   )
 
 
-def test_donating_right_after_a_save_is_safe(tmp_path):
+def test_state_can_be_donated_right_after_save(tmp_path):
   checkpoints = CheckpointManager(tmp_path, 2)
   state = jax.jit(lambda: {"a": jnp.arange(4_000_000, dtype=jnp.float32)})()
   wanted = np.array(state["a"])
@@ -123,7 +126,7 @@ def test_checksums_do_not_depend_on_the_mesh():
     pytest.param("int32", marks=pytest.mark.slow),
   ],
 )
-def test_every_flipped_bit_and_every_swap_changes_the_checksum(dtype):
+def test_bit_flips_and_swaps_change_the_checksum(dtype):
   x = np.asarray(jnp.asarray(np.random.default_rng(0).standard_normal(256) * 50, dtype))
   size, rng = x.nbytes, np.random.default_rng(1)
   variants = []
@@ -140,7 +143,7 @@ def test_every_flipped_bit_and_every_swap_changes_the_checksum(dtype):
   assert values[0] not in values[1:]
 
 
-def test_no_flipped_bit_is_loaded_silently(tmp_path):
+def test_restore_detects_every_flipped_bit(tmp_path):
   """Orbax alone loads every one of these (0.12.8)."""
   state = {"a": jnp.asarray(np.random.default_rng(0).standard_normal((64, 64)), jnp.float32)}
   like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
@@ -166,7 +169,8 @@ def test_no_flipped_bit_is_loaded_silently(tmp_path):
   assert caught > 0
 
 
-def test_another_shape_or_a_lost_file_is_damage_not_a_traceback(tmp_path):
+def test_wrong_shape_or_lost_file_is_storage_error(tmp_path):
+  """It is damage in one line, not a traceback."""
   checkpoints = saved(tmp_path)
   with pytest.raises(StorageError, match="damaged"):
     checkpoints.restore(
@@ -178,13 +182,13 @@ def test_another_shape_or_a_lost_file_is_damage_not_a_traceback(tmp_path):
     CheckpointManager(tmp_path, 2).restore(1, LIKE)
 
 
-def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
+def test_unwritable_folder_is_storage_error(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(StorageError):
     saved(tmp_path / "file" / "checkpoints")
 
 
-def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
+def test_nonfinite_state_is_never_saved(tmp_path):
   checkpoints = saved(tmp_path)
   broken = STATE | {"a": STATE["a"].at[2, 3].set(jnp.inf)}
   with pytest.raises(
@@ -195,8 +199,11 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path):
 
 
 @pytest.mark.wide
-def test_saving_and_restoring_take_no_second_copy(tmp_path):
-  """Of a state of three leaves of 512 MiB in the host's memory. What a save and the read-back take is 0.6 GiB for any leaf."""
+def test_save_and_restore_make_no_second_copy(tmp_path):
+  """Of a state of three leaves of 512 MiB in the host's memory.
+
+  What a save and the read-back take is 0.6 GiB for any leaf.
+  """
   done = subprocess.run(
     [sys.executable, peak_of_saving.__file__, str(tmp_path / "checkpoints")],
     capture_output=True,

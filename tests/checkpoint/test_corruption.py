@@ -1,4 +1,4 @@
-"""Damage to any file that a run leaves: it is found, and what is loaded is what was written, or nothing is."""
+"""Damage to any file of a run is detected: what is loaded is what was written, or nothing is."""
 
 import collections
 import shutil
@@ -38,7 +38,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def damage(rng: np.random.Generator, folder: Path, file: Path) -> str:
-  """Does to a file one of what disks, kills and people do to files; returns what, or "" if its bytes are as before."""
+  """Damages a file as disks, kills and people do; returns how, or "" if its bytes are as before."""
   before, kind = file.read_bytes(), rng.choice(["flip", "zeros", "cut", "delete", "swap"])
   if kind == "delete":
     file.unlink()
@@ -90,7 +90,7 @@ def states(run, like):
 
 
 @pytest.mark.parts(8, 250)
-def test_a_damaged_checkpoint_is_never_loaded(
+def test_damaged_checkpoint_is_never_restored(
   run, like, states, tmp_path, part, record_property, capsys
 ):
   rng, tried = np.random.default_rng(part), Tried()
@@ -125,7 +125,8 @@ def test_a_damaged_checkpoint_is_never_loaded(
   record_property("torture", tried.row("every file of a checkpoint"))
 
 
-def test_when_all_are_damaged_the_run_says_so_and_removes_nothing(run, like, tmp_path):
+def test_all_checkpoints_damaged_is_storage_error(run, like, tmp_path):
+  """The run says so and removes nothing."""
   rng = np.random.default_rng(0)
   shutil.copytree(run[1] / "checkpoints", tmp_path / "c")
   for step in ("4", "8", "12"):
@@ -138,7 +139,7 @@ def test_when_all_are_damaged_the_run_says_so_and_removes_nothing(run, like, tmp
 
 
 @pytest.mark.parts(6, 150)
-def test_a_damaged_token_cache_is_made_again(run, tmp_path, part, record_property):
+def test_damaged_token_cache_is_rebuilt(run, tmp_path, part, record_property):
   rng, tried, config = np.random.default_rng(part), Tried(), run[0].copy_and_resolve_references()
   tokenizer = jaxft.hf.tokenizer.load_tokenizer(Path(config.model.path), 293)
   prepare = lambda: dataset.prepare_data(
@@ -168,7 +169,7 @@ def test_a_damaged_token_cache_is_made_again(run, tmp_path, part, record_propert
 
 
 def opened(folder: Path):
-  """Everything that a user of an export gets: weights, configuration, and what the tokenizer makes of a text."""
+  """All that a user of an export gets: weights, configuration, and the tokens of a text."""
   found = pretrained.load(str(folder))
   return (
     jax.device_get(found.params),
@@ -178,7 +179,7 @@ def opened(folder: Path):
 
 
 @pytest.mark.parts(4, 100)
-def test_a_damaged_export_is_refused(run, tmp_path, part, record_property):
+def test_damaged_export_is_refused(run, tmp_path, part, record_property):
   rng, tried = np.random.default_rng(part), Tried()
   names = [file.name for file in files_in(run[1] / "export")]
   wanted = opened(run[1] / "export")

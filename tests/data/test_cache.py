@@ -43,7 +43,8 @@ def entries(cache):
   return [path for path in cache.iterdir() if path.is_dir()]
 
 
-def test_the_same_text_is_tokenised_once(tokenizer, tmp_path, stories):
+def test_cache_hit_skips_tokenisation(tokenizer, tmp_path, stories):
+  """The same text is tokenised once."""
   first, told = prepare(tokenizer, tmp_path, stories)
   assert told.tokenised == 120
   again, told = prepare(tokenizer, tmp_path, stories)
@@ -64,7 +65,8 @@ def test_the_same_text_is_tokenised_once(tokenizer, tmp_path, stories):
     "a byte of the text",
   ],
 )
-def test_whatever_the_tokens_depend_on_makes_another_entry(tokenizer, tmp_path, stories, change):
+def test_cache_key_covers_every_input(tokenizer, tmp_path, stories, change):
+  """Whatever the tokens depend on makes another entry."""
   file = tmp_path / "stories.jsonl"
   file.write_text(stories.read_text())
   prepare(tokenizer, tmp_path / "c", file)
@@ -75,7 +77,8 @@ def test_whatever_the_tokens_depend_on_makes_another_entry(tokenizer, tmp_path, 
   assert told.tokenised and len(entries(tmp_path / "c")) == 2
 
 
-def test_an_entry_with_other_fields_is_made_again(tokenizer, tmp_path, stories, monkeypatch):
+def test_cache_of_other_manifest_is_rebuilt(tokenizer, tmp_path, stories, monkeypatch):
+  """An entry with other fields is built again."""
   with monkeypatch.context() as older:
     older.delitem(accounting.Manifest.__annotations__, "numbers")
     prepare(tokenizer, tmp_path, stories)
@@ -101,7 +104,7 @@ def flip(file, at):
   file.write_bytes(content)
 
 
-def test_every_damage_is_seen_and_mended(tokenizer, tmp_path, stories):
+def test_corrupt_cache_is_detected_and_rebuilt(tokenizer, tmp_path, stories):
   good, _ = prepare(tokenizer, tmp_path, stories)
   (entry,) = entries(tmp_path)
   kinds = [(what, file.name) for what, file, _ in damages(entry)]
@@ -119,7 +122,7 @@ def test_every_damage_is_seen_and_mended(tokenizer, tmp_path, stories):
     assert again.report == good.report
 
 
-def test_what_a_killed_writer_left_is_swept_away(tokenizer, tmp_path, stories):
+def test_partial_entry_of_killed_writer_is_removed(tokenizer, tmp_path, stories):
   prepare(tokenizer, tmp_path, stories)
   (entry,) = entries(tmp_path)
   entry.rename(entry.with_name(entry.name + ".partial"))
@@ -127,13 +130,13 @@ def test_what_a_killed_writer_left_is_swept_away(tokenizer, tmp_path, stories):
   assert told.tokenised == 120 and entries(tmp_path) == [entry]
 
 
-def test_a_folder_that_cannot_be_written_is_named(tokenizer, tmp_path, stories):
+def test_unwritable_cache_dir_is_named(tokenizer, tmp_path, stories):
   (tmp_path / "file").write_text("x")
   with pytest.raises(StorageError, match="token cache .*file.*--config.data.cache_dir"):
     prepare(tokenizer, tmp_path / "file", stories)
 
 
-def test_two_at_once_leave_one_sound_entry(tmp_path, folder):
+def test_concurrent_writers_leave_one_valid_entry(tmp_path, folder):
   file = tiny.write_stories(tmp_path / "many.jsonl", 8_000, seed=1)
   (tmp_path / "config.py").write_text(
     f"""
@@ -159,7 +162,8 @@ def get_config():
   assert len(entries(tmp_path / "cache")) == 1
 
 
-def test_a_tokenizer_with_one_other_merge_is_another(folder, tmp_path):
+def test_fingerprint_of_tokenizer_covers_merges(folder, tmp_path):
+  """A tokenizer with one other merge is another one."""
   other = shutil.copytree(folder, tmp_path / "other")
   before = jaxft.hf.tokenizer.fingerprint(jaxft.hf.tokenizer.load_tokenizer(other, 293))
   assert (

@@ -110,7 +110,8 @@ def decoded(ids, tokenizer):
 @pytest.mark.parametrize(
   "part", [*range(4), *(pytest.param(i, marks=pytest.mark.wide) for i in range(4, 10))]
 )
-def test_nothing_is_lost_of_two_thousand_sources(tokenizer, tmp_path, part):
+def test_accounting_is_exact_for_random_sources(tokenizer, tmp_path, part):
+  """Nothing is lost of two thousand sources."""
   for n in range(200 * part, 200 * part + 200):
     rng = np.random.default_rng(n)
     folders = [tmp_path / f"{n}{name}" for name in ("train", "validation")]
@@ -144,7 +145,7 @@ def test_nothing_is_lost_of_two_thousand_sources(tokenizer, tmp_path, part):
         assert decoded(plain, tokenizer) == of
 
 
-def test_a_source_that_changes_while_it_is_read_leaves_no_cache(tokenizer, tmp_path):
+def test_source_changed_during_read_leaves_no_cache(tokenizer, tmp_path):
   file = tmp_path / "a.jsonl"
   file.write_text('{"text": "cat"}\n{"text": "dog"}\n')
 
@@ -163,14 +164,14 @@ def test_a_source_that_changes_while_it_is_read_leaves_no_cache(tokenizer, tmp_p
   assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
 
 
-def test_one_label_alone_is_refused(tokenizer, tmp_path):
+def test_single_class_label_is_rejected(tokenizer, tmp_path):
   file = tmp_path / "a.jsonl"
   file.write_text('{"text": "cat", "label": "x"}\n' * 2)
   with pytest.raises(RequestError, match="all rows have the label 'x'"):
     prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), format="classification")
 
 
-def test_labels_that_are_numbers_come_first_in_their_order(tokenizer):
+def test_numeric_labels_sort_first_by_value(tokenizer):
   labels = ["10", "9", "ten", "\u0663", "9" * 5000, "010"]
   assert sorted(labels, key=dataset._label_sort_key) == [
     "9",
@@ -182,7 +183,7 @@ def test_labels_that_are_numbers_come_first_in_their_order(tokenizer):
   ]
 
 
-def test_splits_and_samples_by_document(tokenizer, tmp_path):
+def test_split_and_limits_are_by_document(tokenizer, tmp_path):
   texts = [f"cat {'and dog ' * i}" for i in range(50)]
   file = tmp_path / "a.jsonl"
   file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -206,7 +207,8 @@ def test_splits_and_samples_by_document(tokenizer, tmp_path):
   assert decoded(learned(other.train), tokenizer) != few
 
 
-def test_weights_say_how_often_an_epoch_reads_a_source(tokenizer, tmp_path):
+def test_source_weights_repeat_documents(tokenizer, tmp_path):
+  """Weights say how often an epoch reads a source."""
   sources = {"a": 2.5, "b": 0.3, "c": 1}
   for name in sources:
     lines = [json.dumps({"text": f"{name} cat {i}"}) + "\n" for i in range(20)]
@@ -233,7 +235,7 @@ def test_weights_say_how_often_an_epoch_reads_a_source(tokenizer, tmp_path):
   )
 
 
-def test_the_report_tells_lengths_padding_and_duplicates(tokenizer, tmp_path):
+def test_report_has_lengths_padding_duplicates(tokenizer, tmp_path):
   file = tmp_path / "a.jsonl"
   file.write_text(
     "".join(
@@ -253,13 +255,13 @@ def test_the_report_tells_lengths_padding_and_duplicates(tokenizer, tmp_path):
   assert found["padding_share"] == round(1 - (sum(lengths) - cut) / (6 * 16), 4)
 
 
-def test_nothing_to_train_on_is_told_with_numbers(tokenizer, tmp_path):
+def test_empty_train_split_is_an_error_with_counts(tokenizer, tmp_path):
   (tmp_path / "a.jsonl").write_text("")
   with pytest.raises(RequestError, match="no train examples .0 good rows, 0 dropped"):
     prepared(tokenizer, tmp_path / "c", [tmp_path / "a.jsonl"])
 
 
-def test_the_floor_is_nats_per_held_out_token(tokenizer, tmp_path):
+def test_entropy_floor_is_nats_per_validation_token(tokenizer, tmp_path):
   file = tmp_path / "a.jsonl"
   file.write_text('{"text": "cat", "nats": 2.5}\n{"text": "and dog", "nats": 4}\n')
   data = prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), nats_column="nats")
@@ -270,7 +272,8 @@ def test_the_floor_is_nats_per_held_out_token(tokenizer, tmp_path):
     prepared(tokenizer, tmp_path / "c", [file], validation=(str(file),), nats_column="nats")
 
 
-def test_sources_with_the_same_files_in_other_groups_are_other_data(tokenizer, tmp_path):
+def test_fingerprint_covers_grouping_of_sources(tokenizer, tmp_path):
+  """Sources with the same files in other groups are other data."""
   for name, text in (("1/a", "cat"), ("1/b", "dog"), ("2/b", "dog"), ("2/c", "mat")):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / f"{name}.txt").write_text(text)
@@ -287,7 +290,8 @@ def test_sources_with_the_same_files_in_other_groups_are_other_data(tokenizer, t
     assert {text: texts.count(text) for text in wanted} == wanted
 
 
-def test_rows_of_nothing_but_prompt_are_dropped_and_counted(tokenizer):
+def test_rows_without_targets_are_dropped(tokenizer):
+  """Rows of nothing but prompt are dropped and counted."""
   examples = [
     Example("the cat sat on mat " * 9 + "dog", prompt_chars=171),
     Example("the dog"),
@@ -304,7 +308,7 @@ def test_rows_of_nothing_but_prompt_are_dropped_and_counted(tokenizer):
 
 
 @pytest.mark.parametrize("layout", ["concat", "pack", "pad"])
-def test_end_tokens_and_padding_are_counted(tokenizer, tmp_path, layout):
+def test_report_counts_eos_tokens_and_padding(tokenizer, tmp_path, layout):
   file = tmp_path / "a.jsonl"
   file.write_text(
     "".join(json.dumps({"text": text}) + "\n" for text in ["the cat", "dog " * 40, "mat"])
@@ -319,7 +323,7 @@ def stored(tokenizer, examples):
   return tokenize.encode_in_memory(examples, tokenizer)
 
 
-def test_only_the_completion_is_learned(tokenizer):
+def test_loss_mask_covers_only_the_completion(tokenizer):
   pairs = [("the cat", " sat on"), ("", "the dog"), ("a", "a"), ("once upon a time the", " mat")]
   examples = [
     Example(prompt + completion, prompt_chars=len(prompt)) for prompt, completion in pairs
@@ -337,7 +341,8 @@ def test_only_the_completion_is_learned(tokenizer):
   assert batch.straddling == merged
 
 
-def test_a_prompt_that_fills_the_row_is_dropped_by_name(tokenizer, tmp_path):
+def test_prompt_that_fills_the_row_is_counted(tokenizer, tmp_path):
+  """A prompt that fills the row is dropped, with a reason of its own."""
   file = tmp_path / "a.jsonl"
   rows = [{"prompt": "dog " * 40, "completion": "x"}, {"prompt": "a", "completion": " cat"}]
   file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -354,7 +359,7 @@ def test_a_prompt_that_fills_the_row_is_dropped_by_name(tokenizer, tmp_path):
   ) + sum(found["tokens"]["dropped"].values())
 
 
-def test_a_class_is_the_target_of_the_last_token(tokenizer, tmp_path):
+def test_class_is_the_target_of_the_last_token(tokenizer, tmp_path):
   file = tmp_path / "a.jsonl"
   labels = ["10", "9", "ten", "9"]
   rows = [
@@ -374,7 +379,7 @@ def test_a_class_is_the_target_of_the_last_token(tokenizer, tmp_path):
     assert got["targets"][len(ids) - 1] == data.labels.index(row["label"])
 
 
-def test_best_fit_keeps_everything_and_wastes_little():
+def test_best_fit_packs_all_with_little_padding():
   rng = np.random.default_rng(0)
   for T in (7, 64, 1024):
     lengths = rng.integers(1, T + 1, 3000).tolist()

@@ -28,7 +28,8 @@ def collect(rows, steps, **how):
   return [jax.device_get(next(batches)) for _ in range(steps)]
 
 
-def test_an_epoch_has_each_row_once_and_its_own_order(rows):
+def test_epoch_shuffles_each_row_exactly_once(rows):
+  """Each epoch has its own order."""
   firsts = np.concatenate(
     [batch["targets"][0, :, 0] for batch in collect(rows, 17)]
   )  # 6 x 17 rows: 6 epochs
@@ -45,14 +46,15 @@ def test_an_epoch_has_each_row_once_and_its_own_order(rows):
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 7, 15, 166_660])
-def test_seeking_equals_going_there(rows, start):
+def test_resume_at_step_equals_iteration(rows, start):
+  """Seeking to a step gives the batches of going there."""
   there = collect(rows, 3, start=start)
   if start < 100:
     jax.tree.map(np.testing.assert_array_equal, there, collect(rows, start + 3)[start:])
   jax.tree.map(np.testing.assert_array_equal, there[1:], collect(rows, 2, start=start + 1))
 
 
-def test_the_global_batch_does_not_depend_on_hosts():
+def test_global_batch_is_independent_of_hosts():
   """1,000 random (seed, step, accumulation, hosts): the hosts' parts, side by side, are what one host has."""
   rng = np.random.default_rng(0)
   many = tokenize.TokenArrays(
@@ -77,20 +79,20 @@ def test_the_global_batch_does_not_depend_on_hosts():
       np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], axis=1), x)
 
 
-def test_accumulation_cuts_the_same_batch(rows):
+def test_accumulation_splits_the_same_batch(rows):
   for a, b in zip(collect(rows, 3), collect(rows, 3, accumulation=3)):
     assert b["ids"].shape == (3, 2, 5)
     np.testing.assert_array_equal(a["ids"].reshape(6, 5), b["ids"].reshape(6, 5))
 
 
-def test_what_lies_past_the_last_epoch_is_masked(rows):
+def test_rows_past_the_last_epoch_are_masked(rows):
   masks = np.concatenate(
     [batch["mask"].reshape(6, 5) for batch in collect(rows, 6, total_rows=2 * 17)]
   )
   assert masks[:34].all() and not masks[34:].any()
 
 
-def test_evaluation_sees_each_row_once(rows):
+def test_eval_batches_have_each_row_once(rows):
   batches = list(loader.eval_batches(rows, batch_size=6, sharding=HERE))
   counted = np.concatenate(
     [np.asarray(batch["targets"])[np.asarray(batch["mask"])] for batch in batches]

@@ -7,7 +7,7 @@ from jaxft.data import memorization
 
 
 @pytest.mark.parametrize("at_once", [7, 64, memorization.CHUNK_TOKENS])
-def test_shares_are_those_of_a_plain_search(monkeypatch, at_once):
+def test_ngram_overlap_matches_naive_search(monkeypatch, at_once):
   monkeypatch.setattr(memorization, "CHUNK_TOKENS", at_once)
   rng = np.random.default_rng(0)
   read = rng.integers(0, 5, 300).astype(np.uint16)  # few tokens: many runs are there by chance

@@ -81,7 +81,7 @@ def relative_difference(ours, theirs):
 
 
 @pytest.mark.slow_for("gptj", "gpt2")
-def test_packed_rows_learn_what_single_rows_learn(decoder):
+def test_packed_loss_and_grads_match_single_rows(decoder):
   examples = stored([5, 9, 3, 11, 24, 2, 7, 8, 13, 4])
   packed, single = (batch(PackedDataset(examples, T, EOS, pack=pack)) for pack in (True, False))
   assert len(packed["ids"]) < len(single["ids"]) and packed["mask"].sum() == single["mask"].sum()
@@ -95,7 +95,8 @@ def test_packed_rows_learn_what_single_rows_learn(decoder):
     assert relative_difference(ours, theirs) < 3e-6
 
 
-def test_an_example_changes_its_own_logits_only(decoder):
+def test_packed_examples_do_not_attend_across(decoder):
+  """An example changes only its own logits."""
   graph, params = decoder
   row = batch(PackedDataset(stored([6, 7, 8]), T, EOS, pack=True))
   segments = row["segments"][0]
@@ -111,7 +112,7 @@ def test_an_example_changes_its_own_logits_only(decoder):
 
 @pytest.mark.slow_for("gptj", "gpt2")
 @pytest.mark.parametrize("pack", [True, False])
-def test_what_lies_in_padding_changes_nothing(decoder, pack):
+def test_padding_content_does_not_change_loss(decoder, pack):
   row = batch(PackedDataset(stored([5, 9, 3]), T, EOS, pack=pack))
   used = row["segments"] > 0 if pack else np.cumsum(row["mask"][:, ::-1], 1)[:, ::-1] > 0
   other = row | {name: np.where(used, row[name], 55) for name in ("ids", "targets")}
@@ -123,7 +124,8 @@ def test_what_lies_in_padding_changes_nothing(decoder, pack):
   jax.tree.map(np.testing.assert_array_equal, gradient, wanted_gradient)
 
 
-def test_positions_begin_anew_and_long_texts_are_cut_in_pieces():
+def test_packed_positions_restart_per_segment():
+  """Positions restart, and long texts are split into spans."""
   rows = PackedDataset(stored([30, 4, 50]), T, EOS, pack=True)
   assert rows.stats.overlong == 2 and not rows.stats.dropped
   learned, ids = [], []

@@ -65,7 +65,7 @@ KINDS = ["jsonl", "parquet", "csv", "semicolons.csv"]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("asked", ["joke", "text", "JOKE "])
-def test_the_only_text_of_a_row_is_read_and_told(tmp_path, kind, asked):
+def test_only_text_column_is_detected_and_logged(tmp_path, kind, asked):
   file = table(tmp_path, kind, [{"ID": i, "Joke": f"a cat {i}", "score": 0.5} for i in range(3)])
   found, said = read(file, text_column=asked)
   assert [example.text for example in found] == ["a cat 0", "a cat 1", "a cat 2"]
@@ -76,7 +76,7 @@ def test_the_only_text_of_a_row_is_read_and_told(tmp_path, kind, asked):
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
-def test_two_texts_in_a_row_are_asked_about(tmp_path, kind):
+def test_ambiguous_text_columns_are_an_error(tmp_path, kind):
   file = table(tmp_path, kind, [{"title": "a", "body": "b"}])
   with pytest.raises(
     RequestError, match="row 1: no column 'text' .it has 'title', 'body'; config.data.text_column"
@@ -96,7 +96,7 @@ def test_two_texts_in_a_row_are_asked_about(tmp_path, kind):
     ("n,m\n1,2\n", None),
   ],
 )
-def test_more_than_a_row_is_looked_at_for_the_text(tmp_path, content, wanted):
+def test_text_column_detection_probes_several_rows(tmp_path, content, wanted):
   (tmp_path / "a.csv").write_text(content)
   if wanted is None:
     with pytest.raises(RequestError, match="row 1: no column 'text'"):
@@ -106,7 +106,7 @@ def test_more_than_a_row_is_looked_at_for_the_text(tmp_path, content, wanted):
     assert f"column {wanted!r} is read" in said[0]
 
 
-def test_each_file_of_a_folder_has_its_own_columns(tmp_path):
+def test_columns_are_resolved_per_file(tmp_path):
   for name, content in (
     ("a.csv", "ID,Joke\n1,a cat\n"),
     ("b.txt", "a dog"),
@@ -133,14 +133,14 @@ def test_each_file_of_a_folder_has_its_own_columns(tmp_path):
     ),
   ],
 )
-def test_a_column_that_the_first_row_lacks_is_not_another_one(tmp_path, first, other, how, missing):
+def test_column_missing_in_first_row_is_not_replaced(tmp_path, first, other, how, missing):
   file = table(tmp_path, "jsonl", [first, first | other, first | other])
   with pytest.raises(RequestError, match=f"row 1: no column '{missing}'"):
     read(file, **how)
   assert len(read(file, **how, on_bad_row="skip")[0]) == 2
 
 
-def test_a_label_is_no_text(tmp_path):
+def test_label_column_is_not_taken_for_text(tmp_path):
   file = table(
     tmp_path,
     "csv",
@@ -153,7 +153,7 @@ def test_a_label_is_no_text(tmp_path):
   ] and len(said) == 2
 
 
-def test_text_in_utf_16_is_asked_about(tmp_path):
+def test_utf16_without_encoding_is_an_error(tmp_path):
   (tmp_path / "a.csv").write_bytes("Joke\na cat\n".encode("utf-16"))
   with pytest.raises(
     RequestError, match="a.csv: begins as UTF-16 does.* set config.data.encoding=utf-16"
@@ -165,7 +165,7 @@ def test_text_in_utf_16_is_asked_about(tmp_path):
 @pytest.mark.parametrize(
   "names", [("prompt", "response"), ("Question", "ANSWER"), ("instruction", "output")]
 )
-def test_a_question_and_its_answer_are_known_by_their_usual_names(tmp_path, names):
+def test_prompt_and_completion_column_aliases(tmp_path, names):
   file = table(tmp_path, "jsonl", [dict(zip(names, ("who?", "me"))) | {"id": "x"}])
   how = {"format": "prompt_completion", "prompt_column": "question", "completion_column": "answer"}
   (example,), said = read(file, **how, template="Q {prompt} A {completion}")
@@ -177,7 +177,7 @@ def test_a_question_and_its_answer_are_known_by_their_usual_names(tmp_path, name
     read(several, **how)
 
 
-def test_a_template_of_plain_text_is_learned_whole(tmp_path, tokenizer):
+def test_text_template_is_learned_whole(tmp_path, tokenizer):
   file = table(tmp_path, "jsonl", [{"Prompt": "who?", "response": "me"}])
   (example,), said = read(file, template="Question: {prompt}. Answer: {response}")
   assert example.text == "Question: who?. Answer: me" and example.prompt_chars == 0
@@ -203,7 +203,7 @@ def test_a_template_of_plain_text_is_learned_whole(tmp_path, tokenizer):
   assert tokenizer.decode(data.unrelated.tokens.ids[:-1]) == "a cat"
 
 
-def test_folders_are_labels(tmp_path):
+def test_folder_names_are_class_labels(tmp_path):
   for name, text in (("pos/1", "good"), ("pos/2", "fine"), ("neg/1", "dull")):
     (tmp_path / "reviews" / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "reviews" / f"{name}.txt").write_text(text)
@@ -228,7 +228,8 @@ def test_folders_are_labels(tmp_path):
   assert len(read(reviews)[0]) == 4  # text without labels
 
 
-def test_duplicates_are_counted_and_dropped_where_that_is_wanted(tokenizer, tmp_path):
+def test_duplicates_are_counted_and_dropped(tokenizer, tmp_path):
+  """They are dropped only with data.duplicates=drop."""
   texts = ["a cat", "a dog", "a cat", "a mat", "a dog", "a cat"]
   file = table(tmp_path, "jsonl", [{"text": text} for text in texts])
   kept, _ = prepared(tokenizer, tmp_path, file, validation_fraction=0.0)
@@ -251,7 +252,7 @@ def test_duplicates_are_counted_and_dropped_where_that_is_wanted(tokenizer, tmp_
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_the_end_of_few_documents_is_held_out(tokenizer, tmp_path, count):
+def test_few_documents_hold_out_their_ends(tokenizer, tmp_path, count):
   texts = [" ".join(f"cat {i} {j}" for j in range(100)) for i in range(count)]
   file = table(tmp_path, "jsonl", [{"text": text} for text in texts])
   data, said = prepared(tokenizer, tmp_path, file, layout="concat")
@@ -276,7 +277,7 @@ def test_the_end_of_few_documents_is_held_out(tokenizer, tmp_path, count):
   "text", ["x" * 600 + " " + "y" * 400, "\n".join(["word"] * 300), "字" * 500]
 )
 @pytest.mark.parametrize("share", [0.05, 0.6])
-def test_the_end_that_is_held_out_is_about_its_share(tokenizer, tmp_path, text, share):
+def test_held_out_end_matches_validation_fraction(tokenizer, tmp_path, text, share):
   (tmp_path / "a.txt").write_text(text)
   data, _ = prepared(
     tokenizer, tmp_path, tmp_path / "a.txt", layout="concat", validation_fraction=share
@@ -285,13 +286,13 @@ def test_the_end_that_is_held_out_is_about_its_share(tokenizer, tmp_path, text, 
   assert share * 0.9 <= of_tail <= 2 * share
 
 
-def test_a_document_is_never_held_out_whole(tokenizer, tmp_path):
+def test_document_is_never_held_out_whole(tokenizer, tmp_path):
   file = table(tmp_path, "jsonl", [{"text": text} for text in ("ab", "the cat", "x y")])
   data, _ = prepared(tokenizer, tmp_path, file, layout="concat", validation_fraction=0.999)
   assert "".join(tokenizer.decode(data.validation.tokens.ids).split("<|endoftext|>")) == "bhe cat y"
 
 
-def test_a_document_that_is_passed_over_twice_has_its_end_held_out_once(tokenizer, tmp_path):
+def test_repeated_document_holds_out_its_end_once(tokenizer, tmp_path):
   file = tmp_path / "a.txt"
   file.write_text(" ".join(f"cat {i}" for i in range(100)))
   once, _ = prepared(tokenizer, tmp_path, file, layout="concat")
@@ -309,7 +310,7 @@ def test_few_pairs_hold_out_one_and_one_pair_none(tokenizer, tmp_path):
   assert (len(data.train), data.validation) == (1, None)
 
 
-def test_the_floor_is_told_only_where_all_of_it_is_known(tokenizer, tmp_path):
+def test_entropy_floor_needs_nats_of_every_document(tokenizer, tmp_path):
   file = table(tmp_path, "jsonl", [{"text": f"cat {i}", "nats": 2.0} for i in range(40)])
   data, said = prepared(tokenizer, tmp_path, file, nats_column="nats")
   assert data.entropy_floor and not said
@@ -322,7 +323,7 @@ def test_the_floor_is_told_only_where_all_of_it_is_known(tokenizer, tmp_path):
 @pytest.mark.parametrize(
   "rows, batch_size, accumulation", [(1, 8, 1), (3, 8, 2), (7, 8, 8), (8, 8, 2), (13, 4, 2)]
 )
-def test_a_step_of_fewer_rows_than_a_batch_takes_each_once(rows, batch_size, accumulation):
+def test_fewer_rows_than_a_batch_are_taken_once(rows, batch_size, accumulation):
   data = [{"ids": np.array([i]), "mask": np.array([True])} for i in range(rows)]
   each, epochs = min(rows, batch_size), 3
   steps = BatchSource(
@@ -343,7 +344,7 @@ def test_a_step_of_fewer_rows_than_a_batch_takes_each_once(rows, batch_size, acc
 
 
 @pytest.mark.parametrize("rows, batch_size", [(1, 8), (13, 4), (16, 4), (5, 3), (100, 7)])
-def test_the_end_of_each_epoch_is_due_once(rows, batch_size):
+def test_epoch_interval_is_due_once_per_epoch(rows, batch_size):
   a_step = min(rows, batch_size)
   steps = range(1, -(-5 * rows // a_step) + 1)
   due = [step for step in steps if due_at("epoch", step, rows, batch_size)]
@@ -359,7 +360,8 @@ def little(tmp_path_factory):
   return file
 
 
-def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, tmp_path, capsys):
+def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsys):
+  """A single short document is trained on, and its end is evaluated."""
   config.data.train = (str(little),)
   config.train.steps, config.train.epochs, config.optim.warmup_steps = 0, 4.0, 50
   config.train.eval_every, config.train.save_every, config.train.eval_batch_size = (
@@ -457,7 +459,7 @@ def test_one_short_document_is_trained_on_and_its_end_evaluated(config, little, 
     finetune(config, tmp_path / "run", overwrite=True)
 
 
-def test_a_folder_of_a_model_is_no_workdir(config, folder, tmp_path):
+def test_model_folder_is_rejected_as_workdir(config, folder, tmp_path):
   (tmp_path / "model").mkdir()
   shutil.copy(folder / "config.json", tmp_path / "model")
   with pytest.raises(
@@ -469,7 +471,7 @@ def test_a_folder_of_a_model_is_no_workdir(config, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_longer_run_tells_what_keeps_it_from_going_on(config, tmp_path, capsys):
+def test_longer_run_reports_what_blocks_resume(config, tmp_path, capsys):
   config.train.steps, config.train.eval_every, config.train.early_stopping_patience = 20, 1, 1
   config.optim.learning_rate, config.optim.warmup_steps = 3.0, 0  # no loss falls with it
   finetune(config, tmp_path / "run")
@@ -485,7 +487,7 @@ def test_a_longer_run_tells_what_keeps_it_from_going_on(config, tmp_path, capsys
 
 
 @pytest.mark.parametrize("step, there, wanted", [(9, 133, 11), (8, 133, 0), (9, 144, 0)])
-def test_rows_that_a_longer_run_has_passed_are_told(step, there, wanted):
+def test_longer_run_reports_rows_it_has_passed(step, there, wanted):
   meta, about = {"rows_in_all": there, "total_steps": 9}, {"rows_in_all": 266, "rows_of_step": 16}
   told = resume._masked_rows_note(meta, about, step)
   assert (
@@ -495,7 +497,7 @@ def test_rows_that_a_longer_run_has_passed_are_told(step, there, wanted):
   )
 
 
-def test_the_best_of_no_evaluations_is_refused(config, tmp_path):
+def test_keep_best_without_evaluations_is_rejected(config, tmp_path):
   file = table(tmp_path, "jsonl", [{"prompt": "cat", "completion": "mat"}])
   config.data.train, config.data.format = (str(file),), "prompt_completion"
   config.train.eval_every, config.train.keep_best_metric = 1, "eval/loss"

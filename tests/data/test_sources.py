@@ -52,7 +52,7 @@ def texts(*names, **how):
 
 
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
-def test_every_character_is_kept(tmp_path, compression):
+def test_every_character_survives_reading(tmp_path, compression):
   assert texts(write(tmp_path, f"a.txt{compression}", TEXT)) == [TEXT]
   assert texts(write(tmp_path, f"a.jsonl{compression}", json.dumps({"text": TEXT}) + "\r\n\n")) == [
     TEXT
@@ -67,13 +67,15 @@ def test_every_character_is_kept(tmp_path, compression):
   assert texts(str(tmp_path / "*.txt*"), str(tmp_path / f"a.csv{compression}")) == [TEXT, TEXT, "b"]
 
 
-def test_a_txt_file_is_one_document_or_cut_at_a_separator(tmp_path):
+def test_txt_file_is_split_at_the_separator(tmp_path):
+  """Without a separator it is one document."""
   file = write(tmp_path, "a.txt", "one\n<|end|>\ntwo<|end|>\n")
   assert texts(file) == ["one\n<|end|>\ntwo<|end|>\n"]
   assert texts(file, separator="<|end|>") == ["one\n", "\ntwo"]
 
 
-def test_a_folder_is_read_without_what_is_hidden_and_what_is_unknown_is_counted(tmp_path):
+def test_folder_skips_hidden_and_counts_unknown(tmp_path):
+  """Hidden files are skipped, files of unknown formats are counted."""
   (tmp_path / ".checkpoints").mkdir()
   for name in ("a.txt", "B.TXT", "sub.pdf", ".hidden.txt", ".checkpoints/c.txt"):
     write(tmp_path, name, name)
@@ -130,7 +132,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("name, content, told", BAD)
-def test_a_bad_row_is_named_or_counted(tmp_path, name, content, told):
+def test_bad_row_is_an_error_or_counted(tmp_path, name, content, told):
   file = write(tmp_path, name, content)
   with pytest.raises(RequestError, match=f"{told}.*on_bad_row=skip"):
     read(file)
@@ -142,12 +144,12 @@ def test_a_bad_row_is_named_or_counted(tmp_path, name, content, told):
   assert "(" not in "".join(dropped)  # a reason, not a row's own details
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path):
+def test_duplicate_column_names_are_rejected(tmp_path):
   with pytest.raises(RequestError, match="a.csv: two columns are called 'text'"):
     read(write(tmp_path, "a.csv", "text,text\na,b\n"))
 
 
-def test_a_value_that_cannot_be_read_is_the_fault_of_its_row(tmp_path):
+def test_unreadable_value_is_an_error_of_its_row(tmp_path):
   raw = pyarrow.array([b"fine", b"\xff", b"too"], pyarrow.binary())
   text = pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers())
   pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
@@ -156,13 +158,13 @@ def test_a_value_that_cannot_be_read_is_the_fault_of_its_row(tmp_path):
   assert texts(str(tmp_path / "a.parquet"), on_bad_row="skip") == ["fine", "too"]
 
 
-def test_bytes_in_parquet_are_no_text(tmp_path):
+def test_parquet_bytes_are_not_text(tmp_path):
   pyarrow.parquet.write_table(pyarrow.table({"text": [b"x", b"y"]}), tmp_path / "a.parquet")
   with pytest.raises(RequestError, match="row 1: column 'text' is no text .bytes"):
     read(str(tmp_path / "a.parquet"))
 
 
-def test_a_long_line_is_a_row_like_any_other(tmp_path):
+def test_long_csv_and_jsonl_lines_are_read(tmp_path):
   long = "ab " * 4_000_000
   assert texts(write(tmp_path, "a.jsonl", json.dumps({"text": long}))) == [long]
   assert texts(write(tmp_path, "a.csv", f"text\n{long}\n")) == [long]
@@ -177,7 +179,7 @@ def test_a_long_line_is_a_row_like_any_other(tmp_path):
     ("a.parquet.gz", b"x", "cannot read .gz"),
   ],
 )
-def test_files_that_cannot_be_read_are_named(tmp_path, name, content, told):
+def test_unreadable_files_are_named(tmp_path, name, content, told):
   file = write(tmp_path, name, content or b"x" * 1000)
   if content is None:  # cut short
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-12])
@@ -193,14 +195,14 @@ def test_missing_sources_are_named(tmp_path, monkeypatch, source):
     assert repr(source) in line
 
 
-def test_an_unreachable_hub_is_one_line():
+def test_unreachable_hub_is_a_one_line_error():
   with pytest.raises(
     RequestError, match="^data source 'hub:nobody/nothing:train': .*give the files$"
   ):
     read("hub:nobody/nothing:train")
 
 
-def test_a_fingerprint_changes_with_every_byte_and_no_name(tmp_path):
+def test_fingerprint_covers_content_not_names(tmp_path):
   one, other = write(tmp_path, "a.txt", "abc"), write(tmp_path, "b.txt", "abc")
   before = sources.fingerprint((one,), "train")
   assert before == sources.fingerprint((other,), "train")
@@ -211,7 +213,7 @@ def test_a_fingerprint_changes_with_every_byte_and_no_name(tmp_path):
   )  # read otherwise
 
 
-def test_a_weight_stands_after_its_source(tmp_path, monkeypatch):
+def test_source_weight_follows_an_at_sign(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert sources.parse_weight("a.txt@0.5") == ("a.txt", 0.5) and sources.parse_weight(
     "hub:x/y:train@3"
@@ -232,7 +234,7 @@ def test_a_weight_stands_after_its_source(tmp_path, monkeypatch):
   assert sources.validate_sources({"validation": ("a.txt@2",)})  # what is evaluated is read once
 
 
-def test_a_label_has_the_name_that_the_datasets_library_gives_it(tmp_path, monkeypatch):
+def test_class_label_names_of_datasets_are_used(tmp_path, monkeypatch):
   datasets = pytest.importorskip("datasets")
   monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
   features = datasets.Features(
@@ -286,7 +288,7 @@ def test_classes_have_the_order_of_the_data_set(tmp_path, folder):
   ]
 
 
-def test_labels_that_are_whole_numbers_are_labels_whatever_their_type(tmp_path):
+def test_integer_labels_of_any_type_are_labels(tmp_path):
   (tmp_path / "a.jsonl").write_text(
     '{"text": "a", "label": 1.0}\n{"text": "b", "label": 0}\n{"text": "c", "label": 0.5}\n{"text": "d", "label": NaN}\n'
   )
@@ -298,7 +300,7 @@ def test_labels_that_are_whole_numbers_are_labels_whatever_their_type(tmp_path):
   assert [example.label for example in found] == ["1", "0"]
 
 
-def test_features_of_any_kind_are_read_past(tmp_path):
+def test_malformed_hf_features_are_ignored(tmp_path):
   """As datasets 2 and 3 wrote them: a list of a dict for a list, and null."""
   table = pyarrow.table({"text": ["a", "b"], "label": [0, 1]})
   for features in (
@@ -320,7 +322,7 @@ def compressed(content, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["", ".bz2", ".xz"])
-def test_formats_that_people_have(tmp_path, suffix):
+def test_file_formats_and_compressions_are_read(tmp_path, suffix):
   rows = [{"text": TEXT, "x": 1}, {"text": "b", "x": [2]}]
   table = io.StringIO(newline="")
   csv.writer(table, delimiter="\t").writerows([["x", "text"], [1, TEXT], [2, "b"]])
@@ -341,7 +343,7 @@ def test_formats_that_people_have(tmp_path, suffix):
   assert texts(str(tmp_path / f"g.md{suffix}")) == ["# A\n"]
 
 
-def test_an_archive_is_the_files_in_it(tmp_path):
+def test_zip_archive_is_the_files_in_it(tmp_path):
   table = io.BytesIO()
   pyarrow.parquet.write_table(pyarrow.table({"text": ["p"]}), table)
   with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -375,7 +377,7 @@ def test_an_archive_is_the_files_in_it(tmp_path):
     texts(str(tmp_path / "b.zip"))
 
 
-def test_what_the_datasets_library_saves_is_read(tmp_path, monkeypatch):
+def test_save_to_disk_folders_are_read(tmp_path, monkeypatch):
   datasets = pytest.importorskip("datasets")
   features = datasets.Features(
     {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
@@ -403,7 +405,7 @@ def test_what_the_datasets_library_saves_is_read(tmp_path, monkeypatch):
     texts(str(tmp_path / "saved" / "test"))
 
 
-def test_quotes_of_a_tsv_are_letters_where_they_cannot_be_those_of_csv(tmp_path):
+def test_tsv_quotes_are_letters_if_not_csv(tmp_path):
   stray = "\n".join(
     ["label\ttext", *(f"{i}\t{chr(34) * (i == 3)}row {i}{chr(34) * (i == 6)}" for i in range(20))]
   )
@@ -423,7 +425,7 @@ def test_quotes_of_a_tsv_are_letters_where_they_cannot_be_those_of_csv(tmp_path)
   ]
 
 
-def test_files_of_odd_names_are_read(tmp_path):
+def test_files_with_odd_names_are_read(tmp_path):
   (tmp_path / "A.TXT.GZ").write_bytes(gzip.compress(b"a"))
   (tmp_path / "B.JSONL").write_text('{"text": "b"}')
   table = pyarrow.table({"text": ["c"]})
@@ -438,7 +440,8 @@ def test_files_of_odd_names_are_read(tmp_path):
   assert texts(str(tmp_path / os.fsdecode(b"caf\xe9.arrow"))) == ["c"]
 
 
-def test_other_tools_files_of_the_same_names_are_not_those_of_datasets(tmp_path):
+def test_state_json_of_other_tools_is_ignored(tmp_path):
+  """Files of other tools with the names of the datasets library's are not its."""
   write(tmp_path, "a.txt", "a")
   for name in ("state.json", "dataset_dict.json"):
     for content in ('{"last_page": 3}', "[1]", "no JSON"):
@@ -446,14 +449,14 @@ def test_other_tools_files_of_the_same_names_are_not_those_of_datasets(tmp_path)
       assert texts(str(tmp_path)) == ["a"]
 
 
-def test_a_json_of_one_row_may_have_lists(tmp_path):
+def test_json_of_one_row_may_have_lists(tmp_path):
   assert texts(write(tmp_path, "a.json", '{"text": "a", "tags": [1, 2]}')) == ["a"]
   with pytest.raises(RequestError, match="one JSON object, with 'rows', and not a list of rows"):
     texts(write(tmp_path, "b.json", '{"rows": [{"text": "a"}]}'))
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-16", "utf-8-sig", "UTF_8"])
-def test_text_in_another_encoding_is_read_if_it_is_named(tmp_path, encoding):
+def test_configured_encoding_is_decoded(tmp_path, encoding):
   text = "naïve café\r\n" * 20_000  # longer than a piece
   (tmp_path / "a.txt").write_bytes(text.encode(encoding))
   (tmp_path / "b.csv").write_bytes(f'text,x\n"{text}",1\n'.encode(encoding))
@@ -472,7 +475,8 @@ def test_text_in_another_encoding_is_read_if_it_is_named(tmp_path, encoding):
       texts(str(tmp_path / "d.txt"), encoding=encoding)
 
 
-def test_links_are_followed_once_and_what_may_not_be_read_is_refused(tmp_path, monkeypatch):
+def test_links_are_followed_once(tmp_path, monkeypatch):
+  """Folders that may not be read are rejected."""
   for name in ("data/a.txt", "data/sub/b.txt", "elsewhere/c.txt", "elsewhere/deep/d.txt"):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(name[-5:])
@@ -517,7 +521,7 @@ def test_links_are_followed_once_and_what_may_not_be_read_is_refused(tmp_path, m
           texts(source)
 
 
-def test_patterns_are_those_of_glob(tmp_path):
+def test_glob_patterns_match_python_glob(tmp_path):
   for name in (
     "a.txt",
     "b/a.txt",
@@ -543,7 +547,7 @@ def test_patterns_are_those_of_glob(tmp_path):
     assert sorted(it.resolve() for it in found) == sorted({*there}), pattern
 
 
-def test_only_columns_that_are_asked_for_are_looked_at(tmp_path, monkeypatch):
+def test_only_requested_columns_are_decoded(tmp_path, monkeypatch):
   assert texts(write(tmp_path, "spam.csv", "label,text,,,\nham,hello,,,\n")) == ["hello"]
   assert texts(write(tmp_path, "b.csv", "x,x,text\n1,2,hello\n")) == ["hello"]
   dates = pyarrow.array([10**15], pyarrow.timestamp("ms"))  # after the year 9999
@@ -567,7 +571,8 @@ def test_only_columns_that_are_asked_for_are_looked_at(tmp_path, monkeypatch):
     read(str(tmp_path / "b.parquet"))
 
 
-def test_a_folder_of_one_unusual_kind_is_read_and_of_several_asked_about(tmp_path):
+def test_folder_of_several_odd_formats_is_an_error(tmp_path):
+  """A folder of one unusual format is read."""
   write(tmp_path, "a.json", '[{"text": "a"}]')
   assert texts(str(tmp_path)) == ["a"]
   write(tmp_path, "README.md", "what this is")
@@ -636,7 +641,8 @@ def a_folder(rng, home):
 
 
 @pytest.mark.parametrize("part", range(3))
-def test_sixty_folders_read_is_trained_and_held_out_and_dropped(tmp_path, folder, part):
+def test_random_folders_are_accounted_for(tmp_path, folder, part):
+  """For sixty folders, read = trained + held out + dropped."""
   import jaxft.hf.tokenizer
 
   tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, 293)
@@ -663,7 +669,7 @@ def test_sixty_folders_read_is_trained_and_held_out_and_dropped(tmp_path, folder
     )
 
 
-def test_one_of_several_configurations_is_named(tmp_path):
+def test_missing_configuration_lists_the_choices(tmp_path):
   for name, text in (("a", "x"), ("b", "y")):
     (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
   files = "".join(
@@ -689,7 +695,7 @@ def test_one_of_several_configurations_is_named(tmp_path):
   )
 
 
-def test_an_id_without_an_owner_may_have_a_configuration(monkeypatch):
+def test_hub_id_without_owner_has_configuration(monkeypatch):
   datasets = pytest.importorskip("datasets")
   asked = []
 
@@ -704,7 +710,7 @@ def test_an_id_without_an_owner_may_have_a_configuration(monkeypatch):
   assert asked == [("glue/sst2", None, "validation"), ("glue", "sst2", "validation")]
 
 
-def test_a_hub_that_does_not_answer_is_told_in_seconds(monkeypatch):
+def test_silent_hub_fails_within_seconds(monkeypatch):
   pytest.importorskip("datasets")
   from huggingface_hub import constants
 
@@ -729,7 +735,7 @@ def test_a_hub_that_does_not_answer_is_told_in_seconds(monkeypatch):
     read("https://huggingface.co/datasets/stanfordnlp/imdb/viewer")
 
 
-def test_a_git_lfs_pointer_is_no_text(tmp_path):
+def test_git_lfs_pointer_is_rejected(tmp_path):
   with pytest.raises(RequestError, match="a.parquet: a git-lfs pointer"):
     read(
       write(

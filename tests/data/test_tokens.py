@@ -34,7 +34,7 @@ PIECES = [
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_long_text_in_parts_gives_the_tokens_of_the_whole(tmp_path, monkeypatch, seed):
+def test_long_text_in_chunks_has_the_same_tokens(tmp_path, monkeypatch, seed):
   tokenizer = jaxft.hf.tokenizer.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50257)
   rng = np.random.default_rng(seed)
   pieces = [
@@ -63,7 +63,8 @@ def test_a_long_text_in_parts_gives_the_tokens_of_the_whole(tmp_path, monkeypatc
   ]
 
 
-def test_what_a_trainer_left_in_the_tokenizer_is_not_applied(folder, tmp_path):
+def test_saved_truncation_and_padding_are_ignored(folder, tmp_path):
+  """What a trainer left in the tokenizer is not applied."""
   shutil.copytree(folder, tmp_path / "saved")
   saved = json.loads((folder / "tokenizer.json").read_text())
   saved["truncation"] = {
@@ -89,7 +90,7 @@ def test_what_a_trainer_left_in_the_tokenizer_is_not_applied(folder, tmp_path):
   np.testing.assert_array_equal(plain.ids, other.ids)
 
 
-def test_ids_are_transformers_own_for_ten_thousand_strings(tmp_path):
+def test_token_ids_match_transformers(tmp_path):
   """Real GPT-2 BPE: digits, control characters, CJK, emoji, blanks, and strings of anything."""
   tokenizer = jaxft.hf.tokenizer.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50257)
   rng = np.random.default_rng(0)
@@ -119,7 +120,7 @@ def test_ids_are_transformers_own_for_ten_thousand_strings(tmp_path):
   assert ours.ids.dtype == np.uint16
 
 
-def test_tokens_stand_for_the_bytes_of_their_text(tmp_path):
+def test_token_byte_lengths_sum_to_the_text(tmp_path):
   tokenizer = jaxft.hf.tokenizer.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50_304)
   lengths_V = tokenize.token_byte_lengths(tokenizer)
   for text in ("Hello world, naïve café 日本 🎉\n\n  x", "a" * 50, "", "<|endoftext|> b"):

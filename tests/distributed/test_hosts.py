@@ -1,4 +1,4 @@
-"""Several real processes as one run: the same losses, one writer, and an end with a name when one of them is lost."""
+"""Real processes as one run: the same losses, one writer, and a named end when one is lost."""
 
 import itertools
 import json
@@ -25,11 +25,11 @@ from safetensors.numpy import load_file
 from jaxft.distributed import multihost, rendezvous
 from jaxft.errors import RequestError
 
-FROZEN = 8  # seconds of silence that count as lost here
+PEER_TIMEOUT = 8  # seconds of silence that count as lost here
 wide = pytest.mark.wide
 
 
-class Hosts:
+class ProcessGroup:
   """Processes that were started as one run."""
 
   def __init__(
@@ -42,31 +42,26 @@ class Hosts:
     present=None,
     only=None,
     homes=None,
-    logs=None,
+    log_file=None,
     faults=None,
     notes=None,
   ):
     with socket.create_server(("127.0.0.1", 0)) as server:
       port = server.getsockname()[1]
-    self.outputs, self.all = [], {}
+    self.files = []
+    self.all = {}
     for i in range(count) if present is None else present:
-      place = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
-      output = (logs or workdir).with_name(f"{(logs or workdir).name}-{i}.log")
-      self.outputs.append(output)
-      command = (
-        [fault_points.__file__, *faults[i]] if i in (faults or {}) else ["-m", "jaxft.train"]
-      )
-      command = [noted_batches.__file__, notes / f"{i}.json"] if notes else command
-      command += [
-        "--config",
-        config_file,
-        "--workdir",
-        workdir,
-        *more,
-        *place,
-        *(only or {}).get(i, ()),
-      ]
-      with output.open("w") as stream:
+      flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
+      flags += (only or {}).get(i, ())
+      file = (log_file or workdir).with_name(f"{(log_file or workdir).name}-{i}.log")
+      self.files.append(file)
+      command = ["-m", "jaxft.train"]
+      if notes:
+        command = [noted_batches.__file__, notes / f"{i}.json"]
+      elif i in (faults or {}):
+        command = [fault_points.__file__, *faults[i]]
+      command += ["--config", config_file, "--workdir", workdir, *more, *flags]
+      with file.open("w") as stream:
         self.all[i] = preloaded.Popen(
           command,
           stdout=stream,
@@ -76,22 +71,22 @@ class Hosts:
         )
 
   def codes(self, timeout=400):
-    until = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     try:
-      return [process.wait(max(0.1, until - time.monotonic())) for process in self.all.values()]
+      return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.all.values()]
     finally:
       for process in self.all.values():
         process.kill()
         process.wait()
 
-  def said(self):
-    return [output.read_text() for output in self.outputs]
+  def logs(self):
+    return [file.read_text() for file in self.files]
 
 
 def wait_for(condition, timeout=240):
-  until = time.monotonic() + timeout
+  deadline = time.monotonic() + timeout
   while not condition():
-    assert time.monotonic() < until
+    assert time.monotonic() < deadline
     time.sleep(0.1)
 
 
@@ -101,54 +96,55 @@ def steps_in(workdir):
 
 
 @pytest.fixture(scope="module")
-def on_one(config_file, tmp_path_factory):
-  """The run on as many devices of one process as the largest run here has."""
+def one_process_run(config_file, tmp_path_factory):
+  """A run of one process with as many devices as the largest run below."""
   workdir = tmp_path_factory.mktemp("one") / "run"
-  one = Hosts(config_file, workdir, 1, "--config.mesh.fsdp=4", devices=4, notes=workdir.parent)
-  assert one.codes() == [0], one.said()
-  return workdir, noted_in(workdir.parent, 1)
+  one = ProcessGroup(
+    config_file, workdir, 1, "--config.mesh.fsdp=4", devices=4, notes=workdir.parent
+  )
+  assert one.codes() == [0], one.logs()
+  return workdir, recorded_rows(workdir.parent, 1)
 
 
-def noted_in(folder, count):
-  """The rows that the processes were given, by their place; one that several were given is the same row."""
+def recorded_rows(folder, count):
+  """Digests of the rows that the processes got, by index; a row that several got is the same."""
   rows = {}
   for i in range(count):
-    for place, digest in json.loads((folder / f"{i}.json").read_text()).items():
-      assert rows.setdefault(place, digest) == digest
+    for index, digest in json.loads((folder / f"{i}.json").read_text()).items():
+      assert rows.setdefault(index, digest) == digest
   return rows
 
 
-def close(a, b):
+def assert_losses_close(a, b):
   assert a.keys() == b.keys()
   np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count, devices", [(2, 2), pytest.param(4, 2, marks=wide)])
-def test_several_processes_are_one_run_and_their_checkpoints_anyones(
-  config_file, tmp_path, on_one, count, devices
-):
-  workdir, (of_one, rows_of_one) = tmp_path / "run", on_one
+def test_multihost_run_matches_one_process(config_file, tmp_path, one_process_run, count, devices):
+  """Losses, batches and one writer; the checkpoint restores in one process, too."""
+  workdir, (one_workdir, one_rows) = tmp_path / "run", one_process_run
   flags = ("--config.mesh.fsdp=-1", "--config.train.save_every=6")
-  several = Hosts(config_file, workdir, count, *flags, devices=devices, notes=tmp_path)
-  assert several.codes() == [0] * count, several.said()
-  close(processes.losses(workdir), processes.losses(of_one))
-  assert noted_in(tmp_path, count) == rows_of_one  # every byte of every batch
-  held = [len(json.loads((tmp_path / f"{i}.json").read_text())) for i in range(count)]
-  assert held == [len(rows_of_one) // count] * count  # each row is given to one process
-  first, *others = several.said()
-  assert "exported to" in first and not any("step" in said for said in others)  # one of them speaks
+  several = ProcessGroup(config_file, workdir, count, *flags, devices=devices, notes=tmp_path)
+  assert several.codes() == [0] * count, several.logs()
+  assert_losses_close(processes.losses(workdir), processes.losses(one_workdir))
+  assert recorded_rows(tmp_path, count) == one_rows  # every byte of every batch
+  num_rows = [len(json.loads((tmp_path / f"{i}.json").read_text())) for i in range(count)]
+  assert num_rows == [len(one_rows) // count] * count  # each row goes to one process
+  first, *others = several.logs()
+  assert "exported to" in first and not any("step" in log for log in others)  # only one logs
   # Their checkpoint restores in one process, which goes on from the middle.
   (workdir / "checkpoints" / "12").rename(tmp_path / "out of the way")
   done = processes.train(
     config_file, workdir, "--config.mesh.fsdp=1", "--config.train.save_every=6"
   )
   assert "continuing at step 6" in done.stdout
-  close(processes.losses(workdir), processes.losses(of_one))
+  assert_losses_close(processes.losses(workdir), processes.losses(one_workdir))
 
 
 @pytest.fixture(scope="module")
-def even(tmp_path_factory):
+def divisible_model(tmp_path_factory):
   """A model that tensor parallelism divides."""
   return tiny.write_gpt2(tmp_path_factory.mktemp("even") / "model", seed=0, N=4, F=52)
 
@@ -165,55 +161,54 @@ def even(tmp_path_factory):
     (2, 2, {"mesh.data": -1, "mesh.fsdp": 1, "mesh.zero_stage": 0}),
   ],
 )
-def test_every_kind_of_parallelism_crosses_processes(
-  config_file, tmp_path, even, count, devices, mesh
+def test_every_mesh_axis_spans_processes(
+  config_file, tmp_path, divisible_model, count, devices, mesh
 ):
-  model = f"--config.model.path={even}"
-  one = Hosts(
+  model = f"--config.model.path={divisible_model}"
+  one = ProcessGroup(
     config_file, tmp_path / "one", 1, model, "--config.mesh.fsdp=4", devices=4, notes=tmp_path
   )
-  assert one.codes() == [0], one.said()
-  rows = noted_in(tmp_path, 1)
+  assert one.codes() == [0], one.logs()
+  rows = recorded_rows(tmp_path, 1)
   flags = [f"--config.{key}={value}" for key, value in mesh.items()]
-  several = Hosts(
+  several = ProcessGroup(
     config_file, tmp_path / "run", count, model, *flags, devices=devices, notes=tmp_path
   )
-  assert several.codes() == [0] * count, several.said()
-  close(processes.losses(tmp_path / "run"), processes.losses(tmp_path / "one"))
-  assert noted_in(tmp_path, count) == rows
+  assert several.codes() == [0] * count, several.logs()
+  assert_losses_close(processes.losses(tmp_path / "run"), processes.losses(tmp_path / "one"))
+  assert recorded_rows(tmp_path, count) == rows
 
 
 @pytest.mark.slow
 @wide
-@pytest.mark.parametrize("kept", ["optimizer", "all"])
-def test_what_the_hosts_keep_is_saved_and_exported_by_all_of_them(
-  config_file, tmp_path, on_one, kept
-):
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+def test_multihost_offload_save_and_resume(config_file, tmp_path, one_process_run, offload):
+  """Offloaded state is saved, restored and exported by all processes."""
   workdir, flags = tmp_path / "run", ("--config.mesh.fsdp=-1", "--config.train.save_every=6")
-  several = Hosts(config_file, workdir, 2, *flags, f"--config.memory.offload={kept}")
-  assert several.codes() == [0, 0], several.said()
-  close(processes.losses(workdir), processes.losses(on_one[0]))
+  several = ProcessGroup(config_file, workdir, 2, *flags, f"--config.memory.offload={offload}")
+  assert several.codes() == [0, 0], several.logs()
+  assert_losses_close(processes.losses(workdir), processes.losses(one_process_run[0]))
   shutil.rmtree(workdir / "checkpoints" / "12")
-  again = Hosts(config_file, workdir, 2, *flags, f"--config.memory.offload={kept}")
-  assert again.codes() == [0, 0] and "continuing at step 6" in again.said()[0], again.said()
-  close(processes.losses(workdir), processes.losses(on_one[0]))
+  again = ProcessGroup(config_file, workdir, 2, *flags, f"--config.memory.offload={offload}")
+  assert again.codes() == [0, 0] and "continuing at step 6" in again.logs()[0], again.logs()
+  assert_losses_close(processes.losses(workdir), processes.losses(one_process_run[0]))
 
 
 @pytest.mark.slow
 @wide
-def test_adapters_are_gathered_and_written_by_several_processes(config_file, tmp_path):
+def test_multihost_lora_export(config_file, tmp_path):
   flags = (
     "--config.mesh.fsdp=-1",
     "--config.lora.rank=3",
     "--config.lora.targets=all-linear",
     "--config.optim.learning_rate=0.01",
   )
-  several = Hosts(config_file, tmp_path / "two", 2, *flags, devices=2)
-  assert several.codes() == [0, 0], several.said()
+  several = ProcessGroup(config_file, tmp_path / "two", 2, *flags, devices=2)
+  assert several.codes() == [0, 0], several.logs()
   processes.train(
     config_file, tmp_path / "one", *flags, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
   )
-  close(processes.losses(tmp_path / "two"), processes.losses(tmp_path / "one"))
+  assert_losses_close(processes.losses(tmp_path / "two"), processes.losses(tmp_path / "one"))
   for name in ("adapter/adapter_model.safetensors", "export/model.safetensors"):
     ours, theirs = (load_file(tmp_path / of / name) for of in ("two", "one"))
     assert ours.keys() == theirs.keys()
@@ -230,28 +225,28 @@ LONG = (
 
 
 @pytest.fixture(scope="module")
-def saved_by(config_file, tmp_path_factory):
-  """Runs of 26 steps by 1, 2 and 4 processes of two devices, each with a checkpoint of step 6: {processes: workdir}."""
+def saved_runs(config_file, tmp_path_factory):
+  """Workdirs of 26 steps by 1, 2 and 4 processes of two devices, with a checkpoint of step 6."""
   home = tmp_path_factory.mktemp("saved by")
   for count in (1, 2, 4):
-    assert Hosts(config_file, home / str(count), count, *LONG).codes() == [0] * count
+    assert ProcessGroup(config_file, home / str(count), count, *LONG).codes() == [0] * count
   return {count: home / str(count) for count in (1, 2, 4)}
 
 
 @pytest.mark.slow
 @wide
 @pytest.mark.parametrize("before, after", [*itertools.permutations((1, 2, 4), 2)])
-def test_every_number_of_processes_goes_on_from_every_other(
-  config_file, tmp_path, saved_by, before, after, record_property
+def test_resume_with_other_number_of_processes(
+  config_file, tmp_path, saved_runs, before, after, record_property
 ):
-  """The state is the saved one, by its checksums, on the other mesh; the twenty losses after it are those of the first run."""
-  workdir = shutil.copytree(saved_by[before], tmp_path / "run")
+  """The state is the saved one, by its checksums, and twenty losses are those of the first run."""
+  workdir = shutil.copytree(saved_runs[before], tmp_path / "run")
   for step in (12, 18, 24, 26):
     shutil.rmtree(workdir / "checkpoints" / str(step))
-  several = Hosts(config_file, workdir, after, *LONG)
-  assert several.codes() == [0] * after, several.said()
-  assert "continuing at step 6 of 26" in several.said()[0] and "set aside" not in several.said()[0]
-  close(processes.losses(workdir), processes.losses(saved_by[before]))
+  several = ProcessGroup(config_file, workdir, after, *LONG)
+  assert several.codes() == [0] * after, several.logs()
+  assert "continuing at step 6 of 26" in several.logs()[0] and "set aside" not in several.logs()[0]
+  assert_losses_close(processes.losses(workdir), processes.losses(saved_runs[before]))
   record_property("torture", {"what": "ordered pairs of 1, 2 and 4 processes", "tried": 1})
 
 
@@ -266,14 +261,14 @@ def test_every_number_of_processes_goes_on_from_every_other(
     pytest.param(4, 0, signal.SIGSTOP, marks=wide),
   ],
 )
-def test_a_lost_process_ends_the_others_with_code_5(config_file, tmp_path, count, lost, number):
+def test_lost_process_ends_others_with_code_5(config_file, tmp_path, count, lost, number):
   workdir = tmp_path / "run"
-  more = ("--config.train.steps=100000", "--config.mesh.fsdp=-1", f"--peer_timeout={FROZEN}")
-  several = Hosts(config_file, workdir, count, *more, devices=1)
+  more = ("--config.train.steps=100000", "--config.mesh.fsdp=-1", f"--peer_timeout={PEER_TIMEOUT}")
+  several = ProcessGroup(config_file, workdir, count, *more, devices=1)
   wait_for(
     lambda: steps_in(workdir) or any(process.poll() is not None for process in several.all.values())
   )
-  assert steps_in(workdir), several.said()
+  assert steps_in(workdir), several.logs()
   several.all[lost].send_signal(number)
   started = time.monotonic()
   wait_for(
@@ -282,60 +277,54 @@ def test_a_lost_process_ends_the_others_with_code_5(config_file, tmp_path, count
   taken = time.monotonic() - started
   several.all[lost].kill()  # where it is only frozen
   codes = several.codes()
-  said = [text for i, text in enumerate(several.said()) if i != lost]
-  assert [code for i, code in enumerate(codes) if i != lost] == [5] * (count - 1), said
-  assert taken < (60 if number == signal.SIGKILL else FROZEN + 30)
-  for text in said:
-    assert (
-      re.search(rf"error: .*process ({lost}|0) is (gone|frozen)", text)
-      and "most recent call first" in text
-    ), text
+  logs = [text for i, text in enumerate(several.logs()) if i != lost]
+  assert [code for i, code in enumerate(codes) if i != lost] == [5] * (count - 1), logs
+  assert taken < (60 if number == signal.SIGKILL else PEER_TIMEOUT + 30)
+  for text in logs:
+    assert re.search(rf"error: .*process ({lost}|0) is (gone|frozen)", text), text
+    assert "most recent call first" in text, text
   if lost:  # process 0 hears of all others; to them it may be process 0 that went first
-    assert f"process {lost} is" in said[0]
+    assert f"process {lost} is" in logs[0]
 
 
-def test_a_process_that_does_not_come_is_named(config_file, tmp_path):
-  several = Hosts(config_file, tmp_path / "run", 4, "--start_timeout=12", present=(0, 2))
-  alone = Hosts(config_file, tmp_path / "alone", 2, "--start_timeout=3", present=(1,))
+def test_missing_process_is_named(config_file, tmp_path):
+  several = ProcessGroup(config_file, tmp_path / "run", 4, "--start_timeout=12", present=(0, 2))
+  alone = ProcessGroup(config_file, tmp_path / "alone", 2, "--start_timeout=3", present=(1,))
   assert several.codes(60) == [5, 5]
-  for text in several.said():
+  for text in several.logs():
     assert "error: process 1, 3 did not come within 12 s" in text and "Traceback" not in text
   assert alone.codes(60) == [5]
-  assert (
-    "waiting for 4 processes at 127.0.0.1" in several.said()[0]
-    and "to run alone: --num_processes=1" in several.said()[0]
-  )
-  assert re.search(r"error: process 0 at 127.0.0.1:\d+ did not answer within 3 s", alone.said()[0])
+  assert "waiting for 4 processes at 127.0.0.1" in several.logs()[0]
+  assert "to run alone: --num_processes=1" in several.logs()[0]
+  assert re.search(r"error: process 0 at 127.0.0.1:\d+ did not answer within 3 s", alone.logs()[0])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
-def test_the_roll_is_called_at_any_kind_of_address(host):
+def test_rendezvous_over_ipv4_and_ipv6(host):
   with socket.create_server(("127.0.0.1", 0)) as server:
     port = server.getsockname()[1]
-  places = [rendezvous.ProcessInfo(f"{host}:{port}", 2, i) for i in range(2)]
+  infos = [rendezvous.ProcessInfo(f"{host}:{port}", 2, i) for i in range(2)]
   with ThreadPoolExecutor(2) as pool:
-    ends = [
-      call.result()
-      for call in [pool.submit(rendezvous.connect_peers, place, 20) for place in places]
-    ]
-  assert [list(peers) for peers in ends] == [[1], [0]]
-  for peers in ends:
+    calls = [pool.submit(rendezvous.connect_peers, info, 20) for info in infos]
+    results = [call.result() for call in calls]
+  assert [list(peers) for peers in results] == [[1], [0]]
+  for peers in results:
     for peer in peers.values():
       peer.close()
 
 
 @pytest.mark.slow
-def test_another_config_on_one_host_is_refused_by_key(config_file, tmp_path):
-  several = Hosts(config_file, tmp_path / "run", 2, only={1: ["--config.train.seed=5"]})
-  assert several.codes(90) == [2, 2], several.said()
-  for text in several.said():
+def test_different_config_of_process_names_key(config_file, tmp_path):
+  several = ProcessGroup(config_file, tmp_path / "run", 2, only={1: ["--config.train.seed=5"]})
+  assert several.codes(90) == [2, 2], several.logs()
+  for text in several.logs():
     assert "error: config.train.seed=5 on process 1: 0 on process 0; all must be the same" in text
     assert "Traceback" not in text
   assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-  "flags, told",
+  "flags, message",
   [
     (["--num_processes=2"], "--coordinator, --process_id: missing"),
     (
@@ -349,12 +338,13 @@ def test_another_config_on_one_host_is_refused_by_key(config_file, tmp_path):
     (["--start_timeout=0"], "--start_timeout=0: must be at least 1 second"),
   ],
 )
-def test_flags_that_say_too_little_are_refused(config_file, tmp_path, flags, told):
+def test_incomplete_multihost_flags_are_refused(config_file, tmp_path, flags, message):
   done = processes.train(config_file, tmp_path / "run", *flags, check=2)
-  assert told in done.stderr
+  assert message in done.stderr
 
 
-def test_a_pod_that_may_not_ask_who_else_there_is_runs_alone_and_says_so(monkeypatch, capsys):
+def test_pod_without_permission_runs_alone(monkeypatch, capsys):
+  """A Kubernetes pod that may not list the others runs alone, and logs that."""
   monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
   assert rendezvous.detect_processes(None, None, None, 1) is None
   assert "JAX needs pip install kubernetes" in capsys.readouterr().out
@@ -364,8 +354,9 @@ def test_a_pod_that_may_not_ask_who_else_there_is_runs_alone_and_says_so(monkeyp
 
   monkeypatch.setattr(clusters.ClusterEnv, "auto_detect_unset_distributed_params", forbidden)
   assert rendezvous.detect_processes(None, None, None, 1) is None
-  told = "(Kubernetes API Error: 403 - Forbidden); several processes need --coordinator, --num_processes, --process_id\n"
-  assert capsys.readouterr().out.endswith(told)
+  advice = "several processes need --coordinator, --num_processes, --process_id"
+  message = f"(Kubernetes API Error: 403 - Forbidden); {advice}\n"
+  assert capsys.readouterr().out.endswith(message)
   with pytest.raises(RequestError, match="looking for the other processes: Kubernetes API Error"):
     rendezvous.detect_processes(None, 2, None, 1)
   assert rendezvous.detect_processes(None, 1, None, 1) is None
@@ -381,7 +372,7 @@ def test_a_pod_that_may_not_ask_who_else_there_is_runs_alone_and_says_so(monkeyp
     ({"SLURM_STEP_TASKS_PER_NODE": "1", "JAX_LOCAL_DEVICE_IDS": "0,1"}, False),
   ],
 )
-def test_one_process_a_node_has_all_of_its_devices(monkeypatch, environment, alone):
+def test_only_local_process_has_all_devices(monkeypatch, environment, alone):
   for name in ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE", "JAX_LOCAL_DEVICE_IDS"):
     monkeypatch.delenv(name, raising=False)
   for name, value in environment.items():
@@ -389,8 +380,9 @@ def test_one_process_a_node_has_all_of_its_devices(monkeypatch, environment, alo
   assert multihost.is_only_local_process() == alone
 
 
-def test_two_processes_of_one_number_and_strangers_on_the_port(config_file, tmp_path):
-  several = Hosts(
+def test_duplicate_process_id_and_port_scanners(config_file, tmp_path):
+  """Other programs may connect to the port, but no process id may come twice."""
+  several = ProcessGroup(
     config_file,
     tmp_path / "run",
     3,
@@ -398,11 +390,8 @@ def test_two_processes_of_one_number_and_strangers_on_the_port(config_file, tmp_
     present=(0, 1),
     only={1: ["--process_id=1"]},
   )
-  port = int(
-    re.search(
-      r":(\d+)", several.all[0].args[several.all[0].args.index("--num_processes=3") - 1]
-    ).group(1)
-  )
+  args = several.all[0].args
+  port = int(re.search(r":(\d+)", args[args.index("--num_processes=3") - 1])[1])
   strangers = [
     b"GET / HTTP/1.0\r\n\r\n",
     b"[" * 1900 + b"\n",
@@ -414,11 +403,11 @@ def test_two_processes_of_one_number_and_strangers_on_the_port(config_file, tmp_
   try:
     for line in (*strangers, twice):
       wait_for(lambda: connects(port, line, open_ones) or several.all[0].poll() is not None)  # noqa: B023
-    assert several.codes(60) == [2, 2], several.said()
+    assert several.codes(60) == [2, 2], several.logs()
   finally:
     for peer in open_ones:
       peer.close()
-  assert all("--process_id=1: another process has it too" in text for text in several.said())
+  assert all("--process_id=1: another process has it too" in text for text in several.logs())
 
 
 def connects(port, line, open_ones):
@@ -432,7 +421,7 @@ def connects(port, line, open_ones):
 
 
 @pytest.mark.slow
-def test_one_host_with_other_weights_is_refused(config_file, folder, tmp_path):
+def test_different_weights_of_process_are_refused(config_file, folder, tmp_path):
   other = shutil.copytree(folder, tmp_path / "other")
   weights = bytearray((other / "model.safetensors").read_bytes())
   weights[-1] ^= 1
@@ -442,7 +431,7 @@ def test_one_host_with_other_weights_is_refused(config_file, folder, tmp_path):
   for home, model in zip(homes, (folder, other), strict=True):
     home.mkdir()
     (home / "model").symlink_to(model)
-  several = Hosts(
+  several = ProcessGroup(
     config_file,
     tmp_path / "run",
     2,
@@ -450,20 +439,18 @@ def test_one_host_with_other_weights_is_refused(config_file, folder, tmp_path):
     "--config.mesh.fsdp=-1",
     homes=homes,
   )
-  assert several.codes(90) == [2, 2], several.said()
-  assert all("error: the files of config.model.path=" in text for text in several.said())
+  assert several.codes(90) == [2, 2], several.logs()
+  assert all("error: the files of config.model.path=" in text for text in several.logs())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fails", [1, pytest.param(0, marks=wide)])
-def test_what_ends_one_process_alone_ends_the_other_soon_and_by_its_name(
-  config_file, tmp_path, fails
-):
+def test_failed_process_ends_others_by_name(config_file, tmp_path, fails):
   homes = [tmp_path / "0", tmp_path / "1"]
   for home in homes:
     home.mkdir()
   (homes[fails] / "tokens").write_text("a file where the folder of tokens should be")
-  several = Hosts(
+  several = ProcessGroup(
     config_file,
     tmp_path / "run",
     2,
@@ -474,63 +461,62 @@ def test_what_ends_one_process_alone_ends_the_other_soon_and_by_its_name(
   wait_for(lambda: several.all[fails].poll() is not None)
   began = time.monotonic()
   codes = several.codes(60)
-  assert (codes[fails], codes[1 - fails]) == (4, 5), several.said()
+  assert (codes[fails], codes[1 - fails]) == (4, 5), several.logs()
   assert time.monotonic() - began < 40
-  assert f"process {fails} ended with exit code 4" in several.said()[1 - fails]
+  assert f"process {fails} ended with exit code 4" in several.logs()[1 - fails]
 
 
 @pytest.mark.slow
 @wide
-def test_a_workdir_that_is_not_one_folder_is_refused(config_file, tmp_path):
+def test_workdir_that_is_not_shared_is_refused(config_file, tmp_path):
   homes = [tmp_path / "0", tmp_path / "1"]
   for home in homes:
     home.mkdir()
-  several = Hosts(config_file, Path("run"), 2, homes=homes, logs=tmp_path / "log")
-  assert several.codes(120) == [2, 2], several.said()
+  several = ProcessGroup(config_file, Path("run"), 2, homes=homes, log_file=tmp_path / "log")
+  assert several.codes(120) == [2, 2], several.logs()
   assert all(
     "--workdir='run', on one disk that all processes share=False on process 1" in t
-    for t in several.said()
+    for t in several.logs()
   )
 
 
 @pytest.mark.slow
 @wide
 @pytest.mark.parametrize("count, to", [(2, (1,)), (2, (0, 1)), (4, (2,)), (4, (0, 1, 2, 3))])
-def test_a_signal_to_one_or_all_saves_one_step_and_ends_with_75(config_file, tmp_path, count, to):
+def test_signal_to_any_process_saves_one_step(config_file, tmp_path, count, to):
+  """All processes save the same step and end with code 75."""
   workdir, more = tmp_path / "run", ("--config.train.steps=100000", "--config.mesh.fsdp=-1")
-  several = Hosts(config_file, workdir, count, *more, devices=1)
+  several = ProcessGroup(config_file, workdir, count, *more, devices=1)
   wait_for(
     lambda: steps_in(workdir) or any(process.poll() is not None for process in several.all.values())
   )
   for i in to:
     several.all[i].send_signal(signal.SIGUSR1)
-  assert several.codes() == [75] * count, several.said()
-  assert len({re.search("saved at step [0-9]+", text)[0] for text in several.said()}) == 1, (
-    several.said()
-  )
-  assert all("Traceback" not in text for text in several.said())
-  assert len(
-    [entry for entry in (workdir / "checkpoints").iterdir() if entry.name.isdecimal()]
-  ) in (1, 2)
+  assert several.codes() == [75] * count, several.logs()
+  logs = several.logs()
+  assert len({re.search("saved at step [0-9]+", text)[0] for text in logs}) == 1, logs
+  assert all("Traceback" not in text for text in logs)
+  saved = [entry for entry in (workdir / "checkpoints").iterdir() if entry.name.isdecimal()]
+  assert len(saved) in (1, 2)
 
 
 @pytest.mark.slow
 @wide
-@pytest.mark.parametrize(
-  "place, count", [("record read", "2"), ("state read", "1")]
-)  # Orbax reads its metrics before
-def test_a_checkpoint_that_one_process_cannot_read_is_left_alone_by_all(
-  config_file, tmp_path, place, count
-):
+# Orbax reads its metrics before.
+@pytest.mark.parametrize("point, count", [("record read", "2"), ("state read", "1")])
+def test_checkpoint_unreadable_for_one_process(config_file, tmp_path, point, count):
+  """A checkpoint that one process cannot read is changed by none."""
   workdir, more = tmp_path / "run", ("--config.mesh.fsdp=-1", "--config.train.save_every=6")
-  whole = Hosts(config_file, workdir, 2, *more, devices=1)
-  assert whole.codes() == [0, 0], whole.said()
+  first = ProcessGroup(config_file, workdir, 2, *more, devices=1)
+  assert first.codes() == [0, 0], first.logs()
   (workdir / "checkpoints" / "12").rename(tmp_path / "out of the way")
-  several = Hosts(config_file, workdir, 2, *more, devices=1, faults={1: (place, count, "EACCES")})
-  assert several.codes() == [4, 4], several.said()
+  several = ProcessGroup(
+    config_file, workdir, 2, *more, devices=1, faults={1: (point, count, "EACCES")}
+  )
+  assert several.codes() == [4, 4], several.logs()
   assert all(
     "checkpoints/6: cannot be read now" in text and "Traceback" not in text
-    for text in several.said()
+    for text in several.logs()
   )
-  again = Hosts(config_file, workdir, 2, *more, devices=1)
-  assert again.codes() == [0, 0] and "continuing at step 6" in again.said()[0], again.said()
+  again = ProcessGroup(config_file, workdir, 2, *more, devices=1)
+  assert again.codes() == [0, 0] and "continuing at step 6" in again.logs()[0], again.logs()

@@ -579,7 +579,7 @@ def test_a_text_stops_at_a_stop_string_and_is_told_as_it_comes(ready):
   told = {}
   tell = lambda text, added: told.update({text: told.get(text, "") + added})
   found = ready.generate(
-    ["Once upon", "The"], temperature=0, max_new_tokens=30, stop_strings=[stop, "@@"], tell=tell
+    ["Once upon", "The"], temperature=0, max_new_tokens=30, stop_strings=[stop, "@@"], on_text=tell
   )
   assert stop in found[0].text and whole.text.startswith(found[0].text)
   assert stop not in ready.tokenizer.decode(found[0].token_ids[:-1])

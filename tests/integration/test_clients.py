@@ -1,4 +1,4 @@
-"""Exports in tools that nobody here wrote: the last transformers 4, its pipelines, and CTranslate2 give what jaxft gives."""
+"""Exports in other tools: the last transformers 4, its pipelines, and CTranslate2 match jaxft."""
 
 import json
 import os
@@ -23,7 +23,8 @@ from jaxft.model.decoder import abstract_model
 pytestmark = pytest.mark.slow
 pytest.importorskip("torch", reason="transformers 4 computes with it")
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-# The last of transformers 4, and what it allows. They are put into a folder: an environment can hold one transformers.
+# The last of transformers 4, and what it allows. They are put into a folder: an environment can
+# hold one transformers.
 PACKAGES = (
   "transformers==4.57.6",
   "tokenizers==0.22.1",
@@ -69,7 +70,7 @@ def clients(tmp_path_factory):
 
 
 def saved_by_transformers_5(source, out):
-  """The folder as transformers 5 writes it: TokenizersBackend, loader arguments, pad_token_id null."""
+  """The folder as transformers 5 writes it: TokenizersBackend, arguments, pad_token_id null."""
   import transformers
 
   transformers.AutoModelForCausalLM.from_pretrained(source).save_pretrained(out)
@@ -162,7 +163,7 @@ def found(clients, exports):
 
 
 @pytest.mark.parametrize("name", NAMES[:-1])
-def test_models_that_write_are_read_as_they_are(found, exports, name):
+def test_clients_read_exported_language_models(found, exports, name):
   ours, theirs = jaxft.load(exports[name]), found[name]
   assert theirs["transformers"].startswith("4.")
   for i, text in enumerate(ASKED["texts"]):
@@ -182,7 +183,7 @@ def test_models_that_write_are_read_as_they_are(found, exports, name):
       ] == [one.token_ids for one in wrote]
 
 
-def test_a_classifier_answers_batches_with_the_same_probabilities(found, exports):
+def test_clients_get_the_same_class_probabilities(found, exports):
   ours = jaxft.load(exports["classifier"]).classify(ASKED["texts"])
   np.testing.assert_allclose(
     found["classifier"]["padded"], [label.logits_C for label in ours], atol=1e-4

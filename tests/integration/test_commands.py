@@ -1,4 +1,4 @@
-"""The commands as a user runs them: real processes, what they leave behind, how they end when killed or asked wrongly."""
+"""The commands as a user runs them: real processes, their files, and their ends when killed."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from processes import ROOT, lines, losses, run, train
 
 
-def test_a_run_leaves_what_the_contract_lists(finished):
+def test_train_writes_the_documented_files(finished):
   workdir, done = finished
   config = json.loads((workdir / "config.json").read_text())
   assert config["train"]["steps"] == 12 and config["optim"]["b1"] == 0.9
@@ -59,7 +59,7 @@ def test_a_run_leaves_what_the_contract_lists(finished):
 
 
 @pytest.mark.slow
-def test_running_again_after_the_end_changes_nothing(finished, config_file, tmp_path):
+def test_rerunning_a_finished_run_changes_nothing(finished, config_file, tmp_path):
   workdir = shutil.copytree(
     finished[0], tmp_path / "w"
   )  # other files' tests read the run's own record of its starts
@@ -87,7 +87,7 @@ def start(config_file, workdir, *more):
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_the_same_command_continues(config_file, tmp_path):
+def test_sigterm_saves_and_same_command_resumes(config_file, tmp_path):
   long = "--config.train.steps=4000"
   process = start(config_file, tmp_path, long)
   wait_for(
@@ -114,7 +114,8 @@ def test_a_signal_saves_and_the_same_command_continues(config_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config_file, finished, tmp_path):
+def test_resume_falls_back_from_damaged_checkpoint(config_file, finished, tmp_path):
+  """It is named, and the one before it used."""
   shutil.copytree(finished[0], tmp_path / "w")
   newest = tmp_path / "w" / "checkpoints" / "12"
   data = max(
@@ -136,7 +137,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config_file, f
   assert losses(tmp_path / "w") == losses(finished[0])
 
 
-def test_another_run_in_the_same_workdir_is_refused_by_key(finished, config_file):
+def test_changed_setting_on_resume_is_refused_by_key(finished, config_file):
   before = losses(finished[0])
   done = train(config_file, finished[0], "--config.optim.learning_rate=1e-4", check=2)
   assert "config.optim.learning_rate=0.0001: the run was started with 0.001" in done.stderr
@@ -148,7 +149,7 @@ def test_another_run_in_the_same_workdir_is_refused_by_key(finished, config_file
 
 
 @pytest.mark.slow
-def test_numbers_that_are_not_finite_end_with_exit_3(config_file, tmp_path):
+def test_nonfinite_loss_exits_with_code_3(config_file, tmp_path):
   done = train(
     config_file,
     tmp_path,
@@ -173,7 +174,7 @@ def test_dry_run_and_print_config_write_nothing(config_file, tmp_path):
   assert not (tmp_path / "w").exists()
 
 
-def test_evaluate_generate_and_export(finished, stories, tmp_path):
+def test_evaluate_generate_and_export_commands(finished, stories, tmp_path):
   workdir, _ = finished
   from_run = json.loads(
     run(
@@ -249,7 +250,7 @@ def test_evaluate_generate_and_export(finished, stories, tmp_path):
     *(pytest.param(it, marks=pytest.mark.slow) for it in ("config.json", "metrics.jsonl")),
   ],
 )
-def test_a_workdir_that_cannot_be_written_ends_with_exit_4(config_file, tmp_path, block):
+def test_unwritable_workdir_exits_with_code_4(config_file, tmp_path, block):
   if block == "checkpoints":
     (tmp_path / block).write_text("a file where a folder must be")
   else:
@@ -259,7 +260,7 @@ def test_a_workdir_that_cannot_be_written_ends_with_exit_4(config_file, tmp_path
 
 
 @pytest.mark.slow
-def test_a_finished_run_survives_the_loss_of_its_records(config_file, finished, tmp_path):
+def test_finished_run_survives_lost_metrics(config_file, finished, tmp_path):
   shutil.copytree(finished[0], tmp_path / "w")
   (tmp_path / "w" / "metrics.jsonl").write_bytes(b"\xff\xfe garbage")
   (tmp_path / "w" / "data_report.json").unlink()
@@ -275,7 +276,7 @@ def test_a_finished_run_survives_the_loss_of_its_records(config_file, finished, 
     assert "config" in done.stderr
 
 
-def test_several_sources_are_several_flags(config_file, stories, tmp_path):
+def test_repeated_flags_are_several_sources(config_file, stories, tmp_path):
   shutil.copy(stories, tmp_path / "more (1), or less.jsonl")
   flags = [
     f"--config.data.train={file}" for file in (stories, tmp_path / "more (1), or less.jsonl")
@@ -287,7 +288,7 @@ def test_several_sources_are_several_flags(config_file, stories, tmp_path):
   )
 
 
-def test_prepare_reports_what_a_run_will_read(config_file, finished, tmp_path):
+def test_prepare_reports_the_data_of_a_run(config_file, finished, tmp_path):
   done = run("jaxft.prepare", "--config", config_file)
   assert (
     "read 120, trained 108, held out 12" in done.stdout and "row 0, learned in green" in done.stdout
@@ -309,13 +310,13 @@ def test_prepare_reports_what_a_run_will_read(config_file, finished, tmp_path):
   assert "did you mean data.layout?" in done.stderr
 
 
-def test_doctor_finds_this_machine_sound():
+def test_doctor_passes_on_this_machine():
   out = run("jaxft.doctor").stdout
   assert "jaxlib" in out and "device 0" in out and 'pip install "jaxft[cuda]"' in out
 
 
 @pytest.mark.slow
-def test_the_same_from_python(folder, stories, tmp_path):
+def test_python_api_matches_the_commands(folder, stories, tmp_path):
   """In a process of its own: jax there sees one device."""
   script = f"""
 import sys; sys.path.insert(0, {str(ROOT / "tests" / "support")!r})
@@ -323,10 +324,11 @@ import tiny, jaxft
 from pathlib import Path
 c = tiny.config(Path({str(folder)!r}), Path({str(stories)!r}))
 run = jaxft.finetune(c, {str(tmp_path / "w")!r})
-assert run.metrics[-1]["eval/loss"] < run.metrics[0]["eval/loss"] and run.samples[0]["when"] == "before"
+first, last = run.metrics[0]["eval/loss"], run.metrics[-1]["eval/loss"]
+assert last < first and run.samples[0]["when"] == "before"
 model = jaxft.load(run.export)
 print(model.generate(["a cat"], max_new_tokens=3)[0])
-assert abs(model.evaluate({str(stories)!r}, sequence_length=32)["loss"] - run.metrics[-1]["eval/loss"]) < 0.5
+assert abs(model.evaluate({str(stories)!r}, sequence_length=32)["loss"] - last) < 0.5
 model.export({str(tmp_path / "again")!r})
 """
   done = preloaded.run(["-c", script], capture_output=True, text=True)
@@ -349,7 +351,8 @@ def test_one_and_eight_devices_train_the_same(config_file, finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_reader_of_the_output_may_go_away(config_file, tmp_path):
+def test_broken_pipe_on_stdout_is_no_error(config_file, tmp_path):
+  """A reader of the output may go away."""
   command = ["-m", "jaxft.train", "--config", config_file, "--workdir", tmp_path / "run"]
   process = preloaded.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   process.stdout.readline()

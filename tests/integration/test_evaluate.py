@@ -1,4 +1,4 @@
-"""Evaluation: torch's loss, whatever the batch size and the devices, and bits a byte by their definition."""
+"""Evaluation: torch's loss for any batch size and devices, and bits per byte by definition."""
 
 import json
 import math
@@ -64,9 +64,8 @@ def wanted(folder, rows):
 @pytest.mark.parametrize(
   "devices", [*(pytest.param(it, marks=pytest.mark.slow) for it in (1, 2, 4)), 8]
 )
-def test_the_loss_is_torchs_for_any_batch_size_and_devices(
-  devices, folder, text, wanted, monkeypatch
-):
+def test_eval_loss_matches_torch(devices, folder, text, wanted, monkeypatch):
+  """For any batch size and any number of devices."""
   all_of_them = make_mesh
   monkeypatch.setattr(
     jaxft.sharding.mesh, "make_mesh", lambda sizes: all_of_them(sizes, jax.devices()[:devices])
@@ -78,7 +77,7 @@ def test_the_loss_is_torchs_for_any_batch_size_and_devices(
     assert found["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
 
 
-def test_bits_a_byte_are_of_the_bytes_that_were_learned(folder, text, rows, wanted):
+def test_bits_per_byte_counts_bytes_of_targets(folder, text, rows, wanted):
   ready, (nats, _) = pretrained.load(folder), wanted
   learned = np.concatenate([row["targets"][row["mask"]] for row in rows])
   nbytes = sum(
@@ -91,7 +90,7 @@ def test_bits_a_byte_are_of_the_bytes_that_were_learned(folder, text, rows, want
 
 
 @pytest.mark.slow
-def test_a_run_is_evaluated_on_what_it_held_out(finished):
+def test_evaluate_held_out_uses_the_runs_validation_set(finished):
   workdir, _ = finished
   last = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][-1]
   assert not json.loads((workdir / "config.json").read_text())["data"]["validation"]
@@ -102,12 +101,12 @@ def test_a_run_is_evaluated_on_what_it_held_out(finished):
   assert found["bits_per_byte"] == pytest.approx(last["eval/bits_per_byte"], rel=1e-6)
 
 
-def test_weights_of_no_run_have_nothing_held_out(folder):
+def test_evaluate_held_out_needs_a_run(folder):
   with pytest.raises(RequestError, match="no run, so nothing was held out"):
     pretrained.load(folder).evaluate_held_out()
 
 
-def test_the_layout_may_be_named_on_the_command_line(folder, stories, monkeypatch, capsys):
+def test_evaluate_command_takes_a_layout(folder, stories, monkeypatch, capsys):
   import sys
 
   from jaxft import evaluate
@@ -133,9 +132,10 @@ def test_the_layout_may_be_named_on_the_command_line(folder, stories, monkeypatc
 
 
 def as_documented(folder, ids, length, stride):
-  """Nats of all tokens and how many: transformers' page on perplexity, but that a window weighs as much as it has targets.
+  """Nats and number of all tokens, as transformers' page on perplexity, with windows by targets.
 
-  There the mean of a window is weighed with one target less than it has, where all of them have a token before them.
+  There the mean of a window is weighed with one target less than it has, where all of them have a
+  token before them.
   """
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
@@ -160,7 +160,8 @@ def as_documented(folder, ids, length, stride):
 
 
 @pytest.mark.parametrize("length, stride", [(31, 16), (31, 7), (13, 12), (71, 70)])
-def test_a_stride_is_that_of_transformers_page_on_perplexity(folder, text, rows, length, stride):
+def test_strided_perplexity_matches_transformers(folder, text, rows, length, stride):
+  """The stride is that of transformers' page on perplexity."""
   ready = pretrained.load(folder)
   ids = np.concatenate([row["targets"][row["mask"]] for row in rows])
   loss, count = as_documented(folder, [ready.tokenizer.eos_token_id, *ids.tolist()], length, stride)
@@ -168,7 +169,7 @@ def test_a_stride_is_that_of_transformers_page_on_perplexity(folder, text, rows,
   assert found["tokens"] == count == len(ids) and found["loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_each_learned_token_is_a_target_once_whatever_the_stride():
+def test_each_token_is_a_target_once_for_any_stride():
   rng = np.random.default_rng(0)
   for _ in range(300):
     lengths = rng.integers(1, 9, rng.integers(1, 9))
@@ -188,7 +189,7 @@ def test_each_learned_token_is_a_target_once_whatever_the_stride():
     assert all((row["ids"] + 1 == row["targets"])[row["mask"]].all() for row in found)
 
 
-def test_a_stride_that_cannot_be_is_refused(folder, stories, finished):
+def test_invalid_stride_is_refused(folder, stories, finished):
   ready = pretrained.load(folder)
   for stride in (-1, 31, 40):
     with pytest.raises(RequestError, match=f"--stride={stride}: must be from 1 to 30"):

@@ -32,7 +32,7 @@ def halfway(interruptible, shared):
 
 
 @pytest.mark.parts(1, 100)
-def test_a_full_disk_ends_with_code_4_and_costs_nothing(
+def test_full_disk_exits_with_code_4_and_loses_nothing(
   interruptible, undisturbed, halfway, tmp_path, part, record_property
 ):
   rng = random.Random(part)
@@ -45,14 +45,13 @@ def test_a_full_disk_ends_with_code_4_and_costs_nothing(
     else:
       process = run.start(largest_file=rng.choice([500, 3_000, 20_000, 60_000, 100_000]))
     code, said, _ = run.end(process)
-    if newest in steps(run.workdir):  # newer ones may have taken its place
+    if newest in steps(run.workdir):  # newer ones may have replaced it
       assert same_bits(state(run.workdir, newest), before)
     assert max(steps(run.workdir), default=0) >= newest
     if code:
       break
-    assert_same(
-      run, undisturbed[0]
-    )  # what was left of the run did not come to that place, or wrote no such file
+    # What was left of the run did not come to that point, or wrote no such file.
+    assert_same(run, undisturbed[0])
   assert code == 4 and re.search(r"error: .*/.*bytes", said), said
   code, said, _ = run.end(run.start())
   assert code == 0, said
@@ -64,7 +63,7 @@ def test_a_full_disk_ends_with_code_4_and_costs_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parts(1, 8)
-def test_a_disk_that_another_program_fills_costs_nothing(
+def test_disk_filled_by_others_loses_nothing(
   interruptible, undisturbed, small_disk, part, record_property
 ):
   run = Interrupted(interruptible, small_disk / "run")

@@ -1,4 +1,4 @@
-"""Settings that nobody should give: each is refused by its name before anything is compiled, or the run goes ahead."""
+"""Fuzzed settings: each is refused by its name before anything is compiled, or the run goes on."""
 
 import random
 import sys
@@ -11,8 +11,9 @@ import jaxft.config
 from jaxft import train
 from jaxft.errors import RequestError
 
-VALUES = """0 -1 1 2 1.5 nan inf -inf 1e400 -0.0 1e-400 None True x [] {} 999999999999 a,b ('a','b') ../nowhere /nowhere *.none
-{prompt} %s none auto full lm scratch linear float16 0x10 1_000 --x hub: x@0 x@nan""".split()
+VALUES = """0 -1 1 2 1.5 nan inf -inf 1e400 -0.0 1e-400 None True x [] {} 999999999999 a,b ('a','b')
+../nowhere /nowhere *.none {prompt} %s none auto full lm scratch linear float16 0x10 1_000 --x
+hub: x@0 x@nan""".split()
 VALUES += ["", " 3 ", "9" * 400, "é 🐈", "\ud800", "a\0b"]
 PER_PART = 100
 # ml_collections reads config files so, in its own way (1.1).
@@ -67,9 +68,10 @@ def refused(flags: list[str], names: list[str], config_file, workdir, dry_run: b
 
 
 @pytest.mark.parametrize("part", range(10))
-def test_a_thousand_fuzzed_configs_are_named_or_fine(
+def test_fuzzed_configs_validate_or_name_the_setting(
   config_file, tmp_path, monkeypatch, part, record_property
 ):
+  """A thousand of them."""
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "argv", sys.argv)
   rng = random.Random(part)
@@ -86,7 +88,7 @@ def test_a_thousand_fuzzed_configs_are_named_or_fine(
 @pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parts(1, 10)
-def test_those_that_pass_the_check_compile_or_are_named(
+def test_valid_fuzzed_configs_compile_or_are_refused(
   config_file, tmp_path, monkeypatch, part, record_property
 ):
   """The same configs again, each that passes the check with its data read and its step compiled."""
@@ -103,7 +105,7 @@ def test_those_that_pass_the_check_compile_or_are_named(
   record_property("torture", {"what": "fuzzed configs that pass the check, compiled", "tried": run})
 
 
-def test_a_refusal_is_one_line(config_file, tmp_path):
+def test_request_error_is_one_line(config_file, tmp_path):
   """In a process of its own: one line a fault, no traceback, nothing written."""
   done = processes.train(config_file, tmp_path / "w", "--config.train.steps=" + "9" * 400, check=2)
   assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: config.train.steps")

@@ -16,19 +16,20 @@ def kills_of(part):
 
 
 @pytest.mark.parts(2, 101)
-def test_killed_runs_end_as_undisturbed_ones(
+def test_killed_runs_resume_bit_for_bit(
   interruptible, undisturbed, tmp_path, part, record_property
 ):
-  rng, killed, places, lost, run = random.Random(part), 0, set(), [0], None
+  """Killed runs end as undisturbed ones."""
+  rng, killed, points, lost, run = random.Random(part), 0, set(), [0], None
   wanted, lines = undisturbed
   names = map("run{}".format, itertools.count())
   while killed < kills_of(part):
     run = run or Interrupted(interruptible, tmp_path / next(names))
     if rng.random() < 0.5:
-      place = rng.choice(list(fault_points.FAULT_POINTS))
-      process = run.start(place, rng.choice([1, 1, 2, 3]), "SIGKILL")
+      point = rng.choice(list(fault_points.FAULT_POINTS))
+      process = run.start(point, rng.choice([1, 1, 2, 3]), "SIGKILL")
     else:
-      process, place = run.start(), None
+      process, point = run.start(), None
       said = "".join(itertools.islice(process.stdout, rng.randrange(lines)))
       assert "Traceback" not in said and "damaged" not in said, said
       time.sleep(rng.expovariate(2))  # half a second, more or less
@@ -36,21 +37,21 @@ def test_killed_runs_end_as_undisturbed_ones(
     code, _, _ = run.end(process)
     assert code in (0, -signal.SIGKILL)
     if code == 0:
-      assert place is None or not run.moment.exists(), place
+      assert point is None or not run.moment.exists(), point
       assert_same(run, wanted)
       run = None
       continue
-    assert place is None or run.moment.exists(), place
-    killed, places = killed + 1, places | {place}
+    assert point is None or run.moment.exists(), point
+    killed, points = killed + 1, points | {point}
     lost.append(run.lost_steps())
-    assert lost[-1] <= SAVE_EVERY + 1, (place, lost)
+    assert lost[-1] <= SAVE_EVERY + 1, (point, lost)
   if run:
     code, said, _ = run.end(run.start())
     assert code == 0, said
     assert_same(run, wanted)
   figures = {
     "most steps lost": max(lost),
-    "most places hit in a run of three": len(places - {None}),
+    "most points hit in a run of three": len(points - {None}),
   }
   record_property(
     "torture", {"what": "SIGKILL, half aimed, half at random", "tried": killed, "figures": figures}

@@ -1,4 +1,4 @@
-"""The configs of large models on stand-ins of their families: streamed, accumulated, cut over devices, adapted."""
+"""The configs of large models on small stand-ins: streamed, accumulated, sharded, with LoRA."""
 
 import jax
 import numpy as np
@@ -28,14 +28,14 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-  place = tmp_path_factory.mktemp("models")
-  return {it: tiny.write_family(place / it, it, seed=0, P=71, std=0.05) for it in tiny.FAMILIES}
+  folder = tmp_path_factory.mktemp("models")
+  return {it: tiny.write_family(folder / it, it, seed=0, P=71, std=0.05) for it in tiny.FAMILIES}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*OFFLOADED, "gptj_6b_v5e8", "gptj_6b_lora"])
 @pytest.mark.wide_for("gptj_6b_24gb", "gptneo_2b7_16gb")
-def test_a_large_model_learns_and_goes_out(name, texts, models, tmp_path):
+def test_large_model_learns_and_is_exported(name, texts, models, tmp_path):
   wanted, chips = fresh(name), jax.device_count() if name == "gptj_6b_v5e8" else 1
   assert (wanted.memory.offload == "all") == (name in OFFLOADED) and wanted.mesh.fsdp == -1
   folder = models[PUBLISHED[wanted.model.path]["model_type"]]
@@ -54,8 +54,8 @@ def test_a_large_model_learns_and_goes_out(name, texts, models, tmp_path):
   assert [it["when"] for it in run.samples] == ["before", "after"]
   trained = jaxft.pretrained.load_workdir(run.workdir)
   assert trained.evaluate(str(texts), sequence_length=64)["loss"] < losses[0] - less
-  (told,) = jaxft.load(run.export).generate([PROMPT], max_new_tokens=8, temperature=0)
-  assert len(told.token_ids) == 8
+  (completion,) = jaxft.load(run.export).generate([PROMPT], max_new_tokens=8, temperature=0)
+  assert len(completion.token_ids) == 8
   trained.export(tmp_path / "again", dtype="float32")
   before, after = (load_file(it / "model.safetensors") for it in (folder, tmp_path / "again"))
   assert before.keys() == after.keys()
@@ -63,7 +63,7 @@ def test_a_large_model_learns_and_goes_out(name, texts, models, tmp_path):
   if not wanted.lora.rank:
     assert changed == before.keys()
     return
-  # Nothing but what has an adapter; and that by what the adapters, whose B began as nothing, come to.
+  # Nothing but what has an adapter; and that by what the adapters, whose B began at zero, come to.
   assert changed == {key for key in before if key.endswith(("q_proj.weight", "v_proj.weight"))}
   adapters = load_file(run.workdir / "adapter" / "adapter_model.safetensors")
   for key in changed:
@@ -75,7 +75,7 @@ def test_a_large_model_learns_and_goes_out(name, texts, models, tmp_path):
     np.testing.assert_allclose(after[key], before[key] + scale * B @ A, atol=1e-6)
 
 
-def test_marks_take_the_rows_of_gptj_that_no_token_uses(tmp_path):
+def test_added_tokens_use_the_unused_rows_of_gptj(tmp_path):
   folder = tiny.write_family(tmp_path / "model", "gptj", seed=0, P=71, std=0.05, V=300)
   tiny.write_tokenizer(folder, 293)
   processes.run("jaxft.tokenizer", "--model", folder, "--add", *MARKS, "--out", tmp_path / "marked")

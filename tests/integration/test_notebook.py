@@ -1,7 +1,7 @@
 """examples/*.ipynb: its code runs from top to bottom, and does what its text says.
 
-The cells run as one program, in a process of its own. A Jupyter kernel would add 30 packages to the tests for what the
-notebooks do not have: magics, widgets, pictures.
+The cells run as one program, in a process of its own. A Jupyter kernel would add 30 packages to the
+tests for what the notebooks do not have: magics, widgets, pictures.
 """
 
 import ast
@@ -31,7 +31,7 @@ def cells(file, kind):
 
 
 @each
-def test_it_is_kept_without_outputs(file):
+def test_notebook_has_no_outputs(file):
   notebook = json.loads(file.read_text())
   assert notebook["nbformat"] == 4 and notebook["metadata"].keys() == {
     "kernelspec",
@@ -42,7 +42,7 @@ def test_it_is_kept_without_outputs(file):
 
 
 @each
-def test_its_code_is_python_and_names_what_is_there(file):
+def test_notebook_code_parses_and_names_exist(file):
   code = cells(file, "code") + [
     block[3] for text in cells(file, "markdown") for block in pages.FENCE.finditer(text)
   ]
@@ -65,7 +65,7 @@ def test_its_code_is_python_and_names_what_is_there(file):
 @pytest.mark.parametrize(
   "there, wanted", [("jaxft", []), ("checkout", [sys.executable]), ("", ["git", sys.executable])]
 )
-def test_it_installs_jaxft_where_there_is_none(file, there, wanted, tmp_path, monkeypatch):
+def test_notebook_installs_jaxft_where_missing(file, there, wanted, tmp_path, monkeypatch):
   commands = []
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "path", [*sys.path])
@@ -80,7 +80,8 @@ def test_it_installs_jaxft_where_there_is_none(file, there, wanted, tmp_path, mo
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_stories_are_told_before_and_after(tmp_path):
+def test_notebook_trains_and_generates_stories(tmp_path):
+  """Stories are generated before and after."""
   file = pages.ROOT / "examples" / "tinystories.ipynb"
   program = "\n\n".join(cells(file, "code"))
   assert program.count("STEPS = 300\n") == 1
@@ -93,12 +94,14 @@ def test_stories_are_told_before_and_after(tmp_path):
     float(loss) for loss in re.findall(r"^loss ([\d.]+) nats", done.stdout, re.MULTILINE)
   )
   assert after < 5 < 10 < before  # no village in a ship's log
-  told = [
+  losses = [
     line["eval/loss"]
     for line in processes.lines(tmp_path / "runs/notebook/metrics.jsonl")
     if "eval/loss" in line
   ]
-  assert told[0] == pytest.approx(before, abs=1e-3) and told[-1] == pytest.approx(after, abs=1e-3)
+  assert losses[0] == pytest.approx(before, abs=1e-3) and losses[-1] == pytest.approx(
+    after, abs=1e-3
+  )
   halves = [
     tmp_path / "runs/notebook" / name / "model.safetensors" for name in ("export", "bfloat16")
   ]

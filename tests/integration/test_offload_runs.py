@@ -1,4 +1,4 @@
-"""Whole runs with weights in the host's memory: every layout, task and state, killed and resumed, by several processes."""
+"""Runs with weights in host memory: every layout, task and state, killed, by several processes."""
 
 import json
 import random
@@ -39,27 +39,28 @@ def reviews(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", [pytest.param("optimizer", marks=wide), "all"])
+@pytest.mark.parametrize("mode", [pytest.param("optimizer", marks=wide), "all"])
 @pytest.mark.parametrize(
   "change", [pytest.param(name, marks=() if name == "pack" else wide) for name in CHANGES]
 )
-def test_losses_are_those_of_a_run_on_the_device(folder, stories, reviews, tmp_path, change, kept):
+def test_offloaded_losses_match_a_run_on_device(folder, stories, reviews, tmp_path, change, mode):
   config = tiny.config(folder, reviews if change == "classification" else stories)
   config.train.steps, config.train.micro_batch_size, config.train.sample_prompts = 6, 4, ()
   for name, value in CHANGES[change].items():
     section, key = name.split(".")
     config[section][key] = value
   found = {}
-  for memory in ("none", kept):
+  for memory in ("none", mode):
     config.memory.offload = memory
     found[memory] = finetune(config.copy_and_resolve_references(), tmp_path / memory)
     config.export.out = ""
-  assert [line["step"] for line in found[kept].metrics] == [
+  assert [line["step"] for line in found[mode].metrics] == [
     line["step"] for line in found["none"].metrics
   ]
-  # A moment in bfloat16 is rounded to 1/256 of itself: two sums in another order may fall on two sides of a middle.
+  # A moment in bfloat16 is rounded to 1/256 of itself: two sums in another order may fall on two
+  # sides of a middle.
   rtol = 1e-3 if BFLOAT16.items() <= CHANGES[change].items() else 1e-5
-  for ours, theirs in zip(found[kept].metrics, found["none"].metrics, strict=True):
+  for ours, theirs in zip(found[mode].metrics, found["none"].metrics, strict=True):
     for name in ("train/loss", "eval/loss", "eval/accuracy"):
       np.testing.assert_allclose(
         ours.get(name, 0), theirs.get(name, 0), rtol=rtol, err_msg=f"{name}: {ours}"
@@ -68,16 +69,16 @@ def test_losses_are_those_of_a_run_on_the_device(folder, stories, reviews, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "kept", [pytest.param("optimizer", marks=wide), pytest.param("all", marks=wide)]
+  "mode", [pytest.param("optimizer", marks=wide), pytest.param("all", marks=wide)]
 )
-def test_a_killed_run_goes_on_bit_for_bit(config_file, tmp_path, kept):
+def test_killed_offloaded_run_resumes_bit_for_bit(config_file, tmp_path, mode):
   flags = (
-    f"--config.memory.offload={kept}",
+    f"--config.memory.offload={mode}",
     "--config.model.dropout=0.1",
     "--config.train.micro_batch_size=4",
   )
   processes.train(config_file, tmp_path / "whole", *flags)
-  for place, count in (
+  for point, count in (
     ("step logged", 8),
     ("save handed over", 1),
     ("state restored", 1),
@@ -85,7 +86,7 @@ def test_a_killed_run_goes_on_bit_for_bit(config_file, tmp_path, kept):
   ):
     command = [
       fault_points.__file__,
-      place,
+      point,
       count,
       "SIGKILL",
       "--config",

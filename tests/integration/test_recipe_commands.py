@@ -1,7 +1,7 @@
 """The commands of the five recipes, from their data to a model that transformers loads.
 
-What a recipe types after the name of its script is here as it stands there; models and data sets are small stand-ins that lie,
-by the recipe's own names, in the folder where the commands run.
+What a recipe types after the name of its script is here as it stands there; models and data sets
+are small stand-ins that lie, by the recipe's own names, in the folder where the commands run.
 """
 
 import csv
@@ -116,13 +116,14 @@ def loads_in_transformers(export, prompt):
     **inputs, do_sample=False, max_new_tokens=8, pad_token_id=tokenizer.eos_token_id
   )
   ours = typed(
-    f"generate --model {shlex.quote(str(export))} --prompt {shlex.quote(prompt)} --max_new_tokens 8 --do_sample False"
+    f"generate --model {shlex.quote(str(export))} --prompt {shlex.quote(prompt)} --max_new_tokens "
+    "8 --do_sample False"
   )
   theirs = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
   assert ours.stdout == f"{prompt}{theirs}\n"
 
 
-# ---- GPT-2 XL and GPT-Neo 2.7B with DeepSpeed ----------------------------------------------------------------------------
+# ---- GPT-2 XL and GPT-Neo 2.7B with DeepSpeed ----------------------------------------------------
 
 GPT2_XL = """
 --deepspeed ds_config.json \\
@@ -174,7 +175,7 @@ def one_column(name, content):
   [(GPT2_XL, "gpt2-xl", "gpt2"), (GPT_NEO, "EleutherAI/gpt-neo-2.7B", "gpt_neo")],
   ids=["gpt2-xl", "gpt-neo"],
 )
-def test_one_command_with_a_deepspeed_config(there, command, model, family):
+def test_command_with_a_deepspeed_config(there, command, model, family):
   # One layer and one head of GPT-2, whose eight rows of 1,024 tokens are for a larger machine.
   if family == "gpt2":
     tiny.write_gpt2(there / model, seed=0, P=1024, D=8, F=16, L=1, N=1, std=0.05)
@@ -210,25 +211,31 @@ def test_one_command_with_a_deepspeed_config(there, command, model, family):
   loads_in_transformers(there / "finetuned" / "export", "the cat sat")
 
 
-# ---- GPT-J with ZeRO-3, settings in a dictionary -------------------------------------------------------------------------
+# ---- GPT-J with ZeRO-3, settings in a dictionary -------------------------------------------------
 
 
-def test_a_folder_of_texts_and_zero_3(there):
+def test_folder_of_texts_with_zero_stage_3(there):
   tiny.write_family(there / "EleutherAI/gpt-j-6B", "gptj", seed=0, P=71, std=0.05)
   (there / "text").mkdir()
   for i in range(12):
     (there / "text" / f"{i}.txt").write_text(text(60, seed=i))
   (there / "ds.json").write_text(json.dumps(deepspeed(ZERO_3, 12)))
   # token_split.py
-  split = typed(f"prepare --config {processes.ROOT}/configs/gptj_6b_24gb.py --config.model.path=EleutherAI/gpt-j-6B "
-                "--config.data.train=text/ --config.data.sequence_length=64 --json")  # fmt: skip
+  split = typed(
+    f"prepare --config {processes.ROOT}/configs/gptj_6b_24gb.py "
+    "--config.model.path=EleutherAI/gpt-j-6B --config.data.train=text/ "
+    "--config.data.sequence_length=64 --json"
+  )
   rows = json.loads(split.stdout)["rows"]
   assert rows["read"] == 12 == rows["trained"] + rows["held_out"]
   # TrainingArguments of finetune.py, as flags of the same names
   done = typed(
-    "train --deepspeed ds.json --do_train --do_eval --fp16 --evaluation_strategy epoch --gradient_checkpointing "
-    "--output_dir out --eval_steps 1 --learning_rate 5e-06 --warmup_steps 10 --per_device_train_batch_size 4 "
-    "--per_device_eval_batch_size 8 --gradient_accumulation_steps 32 --num_train_epochs 1 --save_strategy no "
+    "train --deepspeed ds.json --do_train --do_eval --fp16 --evaluation_strategy epoch "
+    "--gradient_checkpointing "
+    "--output_dir out --eval_steps 1 --learning_rate 5e-06 --warmup_steps 10 "
+    "--per_device_train_batch_size 4 "
+    "--per_device_eval_batch_size 8 --gradient_accumulation_steps 32 --num_train_epochs 1 "
+    "--save_strategy no "
     "--model_name_or_path EleutherAI/gpt-j-6B --train_file text --block_size 64 --local_rank=0"
   )
   assert "--config.memory.offload=all" in done.stderr
@@ -244,27 +251,32 @@ def test_a_folder_of_texts_and_zero_3(there):
   )
   # More epochs in the same folder: the run goes on.
   more = typed(
-    "train --deepspeed ds.json --do_train --fp16 --gradient_checkpointing --output_dir out --learning_rate 5e-06 "
-    "--warmup_steps 10 --per_device_train_batch_size 4 --gradient_accumulation_steps 32 --num_train_epochs 3 "
+    "train --deepspeed ds.json --do_train --fp16 --gradient_checkpointing --output_dir out "
+    "--learning_rate 5e-06 "
+    "--warmup_steps 10 --per_device_train_batch_size 4 --gradient_accumulation_steps 32 "
+    "--num_train_epochs 3 "
     "--save_strategy no --model_name_or_path EleutherAI/gpt-j-6B --train_file text --block_size 64 "
     "--resume_from_checkpoint True"
   )
   assert "3 steps in all instead of 1: going on at step 1" in more.stdout
 
 
-# ---- TinyStories ---------------------------------------------------------------------------------------------------------
+# ---- TinyStories ---------------------------------------------------------------------------------
 
 
-def test_stories_with_trainers_arguments(there):
+def test_stories_with_hf_trainer_flags(there):
   pytest.importorskip("datasets")
   tiny.write_gpt2(there / "gpt2", seed=0, P=256, std=0.05)
   (there / "roneneldan" / "TinyStories").mkdir(parents=True)
   for split, count in (("train", 200), ("validation", 30)):
     tiny.write_stories(there / "roneneldan" / "TinyStories" / f"{split}.jsonl", count, seed=count)
   done = typed(
-    "train --model_name_or_path gpt2 --dataset_name roneneldan/TinyStories --max_train_samples 100 --max_eval_samples 20 "
-    "--num_train_epochs 1 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 --warmup_steps 1 "
-    "--weight_decay 0.01 --logging_dir LOGS --logging_steps 10 --evaluation_strategy steps --eval_steps 10000 --fp16 "
+    "train --model_name_or_path gpt2 --dataset_name roneneldan/TinyStories --max_train_samples "
+    "100 --max_eval_samples 20 "
+    "--num_train_epochs 1 --per_device_train_batch_size 4 --per_device_eval_batch_size 4 "
+    "--warmup_steps 1 "
+    "--weight_decay 0.01 --logging_dir LOGS --logging_steps 10 --evaluation_strategy steps "
+    "--eval_steps 10000 --fp16 "
     "--report_to tensorboard --output_dir OUT --block_size 64"
   )
   assert "trained on its split train, evaluated on its split validation" in done.stderr
@@ -273,23 +285,26 @@ def test_stories_with_trainers_arguments(there):
   assert list((there / "LOGS").glob("*/events*"))
   evaluated(there / "OUT")
   prompts = [
-    "There was a cat with magic powers. It could turn invisible. But one day, the cat lost its magic and",
-    "There was a cloud that could laugh. It laughed every day. But one day, the cloud didn't laugh. The animals in the "
+    "There was a cat with magic powers. It could turn invisible. But one day, the cat lost its "
+    "magic and",
+    "There was a cloud that could laugh. It laughed every day. But one day, the cloud didn't "
+    "laugh. The animals in the "
     "forest decided to",
-    "Every night, Mia looked at the stars. But one night, one star twinkled differently. It seemed to be sending a message. "
+    "Every night, Mia looked at the stars. But one night, one star twinkled differently. It "
+    "seemed to be sending a message. "
     "Mia thought hard about what it could mean and",
   ]
-  told = typed(
+  output = typed(
     "generate OUT --max_new_tokens 20 --do_sample True --top_p 0.95", input="\n".join(prompts)
   ).stdout
-  assert all(prompt in told for prompt in prompts)
+  assert all(prompt in output for prompt in prompts)
   loads_in_transformers(there / "OUT" / "export", prompts[0])
 
 
-# ---- vader-speak ---------------------------------------------------------------------------------------------------------
+# ---- vader-speak ---------------------------------------------------------------------------------
 
 
-def test_questions_and_answers_in_one_line_of_text(there):
+def test_questions_and_answers_in_one_text_column(there):
   pytest.importorskip("datasets")
   tiny.write_gpt2(there / "gpt2", seed=0, P=256, std=0.05)
   (there / "samdotme" / "vader-speak").mkdir(parents=True)
@@ -301,11 +316,15 @@ def test_questions_and_answers_in_one_line_of_text(there):
     "".join(json.dumps(row) + "\n" for row in rows)
   )
   done = typed(
-    f"train --config {processes.ROOT}/configs/gpt2_vader_speak.py --workdir vader_gpt2 --overwrite_output_dir"
+    f"train --config {processes.ROOT}/configs/gpt2_vader_speak.py --workdir vader_gpt2 "
+    "--overwrite_output_dir"
   )
   assert "exported to vader_gpt2/export" in done.stdout
   assert evaluated(there / "vader_gpt2")[-1] > 1
-  how = "--max_length 100 --num_return_sequences 1 --no_repeat_ngram_size 2 --top_k 50 --top_p 0.95 --temperature 0.7"
+  how = (
+    "--max_length 100 --num_return_sequences 1 --no_repeat_ngram_size 2 --top_k 50 --top_p 0.95 "
+    "--temperature 0.7"
+  )
   for prompt in (
     "Did you remember to buy your ventilator filters?",
     "The earth is filled with wonder",
@@ -318,36 +337,43 @@ def test_questions_and_answers_in_one_line_of_text(there):
   lines = [f"Question: {row['prompt']}. Answer: {row['response']}\n" for row in rows]
   (there / "training_dataset.txt").write_text("".join(lines))
   typed(
-    "train --model_name_or_path gpt2 --train_file training_dataset.txt --output_dir ./results --overwrite_output_dir True "
-    "--num_train_epochs 3 --per_device_train_batch_size 4 --save_steps 10000 --save_total_limit 2 --logging_dir ./logs "
+    "train --model_name_or_path gpt2 --train_file training_dataset.txt --output_dir ./results "
+    "--overwrite_output_dir True "
+    "--num_train_epochs 3 --per_device_train_batch_size 4 --save_steps 10000 --save_total_limit 2 "
+    "--logging_dir ./logs "
     "--logging_steps 200 --block_size 64"
   )
   evaluated(there / "results")
 
 
-# ---- A mix: jokes, recipes with marks, reviews ---------------------------------------------------------------------------
+# ---- A mix: jokes, recipes with marks, reviews ---------------------------------------------------
 
 
-def test_jokes_recipes_and_reviews(there):
+def test_recipe_commands_for_jokes_recipes_reviews(there):
   config = f"{processes.ROOT}/configs"
   tiny.write_gpt2(there / "gpt2", seed=0, P=256, std=0.05)
   (there / "gpt2").rename(there / "small")
   (there / "jokes.csv").write_text(
     "ID,Joke\n" + "".join(f'{i},"{text(12, seed=i)}"\n' for i in range(60))
   )
-  typed(f"train --config {config}/gpt2_jokes.py --config.model.path=small --config.data.train=jokes.csv "
-        "--config.data.text_column=joke --config.train.epochs=3 --workdir jokes")  # fmt: skip
-  told = typed(
+  typed(
+    f"train --config {config}/gpt2_jokes.py --config.model.path=small "
+    "--config.data.train=jokes.csv --config.data.text_column=joke --config.train.epochs=3 "
+    "--workdir jokes"
+  )
+  output = typed(
     "generate jokes --prompt 'the cat' --num_return_sequences 3 --max_new_tokens 9"
   ).stdout
-  assert told.count("the cat") >= 3
+  assert output.count("the cat") >= 3
 
   typed("tokenizer --model small --add 'bos=<|startoftext|>' 'pad=[PAD]' --out marked")
   (there / "recipes.csv").write_text(
     "recipe\n" + "".join(f'"{text(30, seed=i)}"\n' for i in range(60))
   )
-  done = typed(f"train --config {config}/gpt2_medium_recipes.py --config.model.path=marked --config.data.train=recipes.csv "
-               "--config.train.epochs=2 --workdir recipes")  # fmt: skip
+  done = typed(
+    f"train --config {config}/gpt2_medium_recipes.py --config.model.path=marked "
+    "--config.data.train=recipes.csv --config.train.epochs=2 --workdir recipes"
+  )
   assert "column 'recipe' is read" in done.stdout
   transformers = pytest.importorskip("transformers")
   tokenizer = transformers.AutoTokenizer.from_pretrained(there / "recipes" / "export")
@@ -359,9 +385,11 @@ def test_jokes_recipes_and_reviews(there):
     for i in range(40):
       rng = random.Random(f"{label} {i}")
       (there / "reviews" / label / f"{i}.txt").write_text(" ".join(rng.choices(words.split(), k=9)))
-  typed(f"train --config {config}/gpt2_reviews_classification.py --config.model.path=small --config.data.train=reviews "
-        "--config.data.sequence_length=64 --config.train.steps=30 --config.optim.learning_rate=1e-3 "
-        "--config.train.eval_every=epoch --workdir sorted")  # fmt: skip
+  typed(
+    f"train --config {config}/gpt2_reviews_classification.py --config.model.path=small "
+    "--config.data.train=reviews --config.data.sequence_length=64 --config.train.steps=30 "
+    "--config.optim.learning_rate=1e-3 --config.train.eval_every=epoch --workdir sorted"
+  )
   found = json.loads(typed("evaluate --workdir sorted --data reviews --json").stdout)
   assert found["tokens"] == 80 and found["accuracy"] > 0.8
   model = transformers.AutoModelForSequenceClassification.from_pretrained(

@@ -1,4 +1,4 @@
-"""Each recipe's config on a small stand-in for its model and data, from training to the export; and that it did its job."""
+"""Each recipe's config on a small stand-in, from training to the export; and that it works."""
 
 import json
 import random
@@ -53,7 +53,7 @@ def write(file, rows):
 
 
 @pytest.mark.slow
-def test_reviews_are_told_apart(small, tmp_path):
+def test_classifier_learns_reviews(small, tmp_path):
   rng = random.Random(0)
 
   def review(i):
@@ -83,7 +83,7 @@ def test_reviews_are_told_apart(small, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_answers_are_learned_and_end(small, tmp_path):
+def test_answers_are_learned_up_to_the_end_token(small, tmp_path):
   answers = {"cat": "the red mat", "dog": "a big house", "door": "blue", "sun": "once upon a time"}
   pairs = [
     {"question": f"where is the {what}?", "answer": answer} for what, answer in answers.items()
@@ -105,7 +105,7 @@ def test_answers_are_learned_and_end(small, tmp_path):
   )
   evals = [line for line in run.metrics if "eval/loss" in line]
   assert evals[-1]["eval/loss"] < 0.1 < evals[0]["eval/loss"]
-  # What became of other text: told before and after, in metrics and on the page.
+  # What became of other text: reported before and after, in metrics and on the page.
   ends = [format_number(line["eval/unrelated_perplexity"]) for line in (evals[0], evals[-1])]
   assert (
     f"<dt>perplexity, unrelated text</dt><dd>{' → '.join(ends)}"
@@ -124,9 +124,11 @@ def test_answers_are_learned_and_end(small, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_a_model_from_nothing_beats_counting_tokens(tmp_path):
+def test_training_from_scratch_beats_unigram_entropy(tmp_path):
   text, folder = tmp_path / "text.jsonl", tmp_path / "mine"
-  rng = random.Random(0)  # words in an order that can be learned, which their counts do not tell
+  rng = random.Random(
+    0
+  )  # words in an order that can be learned, which does not follow from their counts
   write(
     text,
     [
@@ -158,13 +160,14 @@ def test_a_model_from_nothing_beats_counting_tokens(tmp_path):
   held_out = jaxft.pretrained.load_workdir(run.workdir).evaluate_held_out()
   assert held_out["loss"] == pytest.approx(losses[-1], rel=1e-5)
   assert exported.evaluate(str(text), sequence_length=64)["loss"] < of_counts - 0.5
-  (told,) = exported.generate([" ".join(tiny.WORDS[:4])], max_new_tokens=12, temperature=0)
-  assert set(told.text.split()[:-1]) <= set(tiny.WORDS)
+  (completion,) = exported.generate([" ".join(tiny.WORDS[:4])], max_new_tokens=12, temperature=0)
+  assert set(completion.text.split()[:-1]) <= set(tiny.WORDS)
 
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path):
+def test_overfit_run_exports_the_best_checkpoint(small, tmp_path):
+  """Jokes are learned by heart."""
   rng = random.Random(0)
   joke = lambda: " ".join(rng.choices(tiny.WORDS, k=20))
   file = tmp_path / "jokes.csv"
@@ -202,7 +205,8 @@ def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path)
   assert wanted.evaluate(str(other), **how)["loss"] == pytest.approx(unrelated[best], rel=1e-5)
   assert f"{evals[best]:.4f} at step {best:,}" in (run.export / "README.md").read_text()
   assert [line["step"] for line in run.samples if line["when"] == "after"] == [best] * 4
-  # By heart: as a plain search in the training text counts it, of what the model draws with the prompt and seed of the run.
+  # By heart: as a plain search in the training text counts it, of what the model draws with the
+  # prompt and seed of the run.
   read = dataset.prepare_data(
     config.data, wanted.tokenizer, jaxft.hf.tokenizer.fingerprint(wanted.tokenizer)
   ).train.tokens.ids.tolist()
@@ -212,10 +216,10 @@ def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path)
     drawn = model.generate(
       list(begin), max_new_tokens=20, temperature=0.8, top_k=0, top_p=0.95, seed=0
     )
-    told = [it for it in run.samples if it["step"] == step]
-    assert [it["text"] for it in told] == [it.text for it in drawn]
+    samples = [it for it in run.samples if it["step"] == step]
+    assert [it["text"] for it in samples] == [it.text for it in drawn]
     shares[step] = [np.mean([eight in known for eight in runs_of_8(it.token_ids)]) for it in drawn]
-    assert [it["memorised_8grams"] for it in told] == pytest.approx(shares[step], abs=1e-4)
+    assert [it["memorised_8grams"] for it in samples] == pytest.approx(shares[step], abs=1e-4)
   assert sum(shares[0]) < sum(shares[last])
   again = finetune(config, run.workdir)  # a run that is through says the same once more
   assert again.samples == run.samples and again.metrics == run.metrics
@@ -233,7 +237,8 @@ def test_jokes_are_learned_by_heart_and_the_best_weights_go_out(small, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_stories_are_drawn_learned_and_end(small, tmp_path, monkeypatch):
+def test_tinystories_recipe_learns_and_ends(small, tmp_path, monkeypatch):
+  """Stories are drawn, learned, and end."""
   config = recipe(
     "gpt2_tinystories",
     small,
@@ -258,7 +263,7 @@ def test_stories_are_drawn_learned_and_end(small, tmp_path, monkeypatch):
   )  # which fit this model's rows
   endings = (" and the big cat ran.", " with the small dog.", " on a blue house.")
   stories = [{"text": prompt + ending} for prompt, ending in zip(prompts, endings, strict=True)]
-  # The data set of the hub, as its files lie in a folder of that name: datasets takes it from there.
+  # The data set of the hub, as its files are in a folder of that name: datasets reads it there.
   (tmp_path / "roneneldan/TinyStories").mkdir(parents=True)
   for split, count in (("train", 100), ("validation", 10)):
     write(tmp_path / f"roneneldan/TinyStories/{split}.jsonl", stories * count)
@@ -278,8 +283,10 @@ def test_stories_are_drawn_learned_and_end(small, tmp_path, monkeypatch):
   texts = {
     when: [it["text"] for it in run.samples if it["when"] == when] for when in ("before", "after")
   }
-  told = lambda when: sum(ending in text for ending, text in zip(endings, texts[when], strict=True))
-  assert told("before") == 0 and told("after") >= 2  # drawn, not the likeliest
+  num_right = lambda when: sum(
+    ending in text for ending, text in zip(endings, texts[when], strict=True)
+  )
+  assert num_right("before") == 0 and num_right("after") >= 2  # drawn, not the likeliest
   for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
     found = model.evaluate(*wanted.data.validation, sequence_length=64)
     assert found["loss"] < 0.3
@@ -314,7 +321,7 @@ def marked(request, small, tmp_path_factory):
   return folder, out
 
 
-def test_tables_grow_as_transformers_resizes_them(marked):
+def test_embedding_resize_matches_transformers(marked):
   folder, out = marked
   transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -331,7 +338,7 @@ def test_tables_grow_as_transformers_resizes_them(marked):
 
 
 @pytest.mark.slow
-def test_marks_are_learned_and_go_out_with_the_model(marked, tmp_path):
+def test_added_tokens_are_learned_and_exported(marked, tmp_path):
   _, folder = marked
   steps = {"cat": "sat on mat", "dog": "ran to house", "door": "red", "once": "upon a time"}
   rows = [{"text": f"<|title|>{title}<|steps|>{text}"} for title, text in steps.items()] * 20
@@ -351,7 +358,7 @@ def test_marks_are_learned_and_go_out_with_the_model(marked, tmp_path):
     assert [it.text for it in found] == list(steps.values())
 
 
-def test_tokens_that_cannot_be_added_are_refused(small, tmp_path):
+def test_invalid_added_tokens_are_refused(small, tmp_path):
   for more, message in (
     (["--model", small, "--add", "<a>", "<a>"], "--add '<a>': a token already"),
     (["--model", small, "--add", tiny.EOS], "a token already"),
@@ -364,7 +371,7 @@ def test_tokens_that_cannot_be_added_are_refused(small, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_tokenizer_is_refused_what_it_cannot_be(tmp_path):
+def test_invalid_tokenizer_settings_are_refused(tmp_path):
   text = tiny.write_stories(tmp_path / "text.jsonl", 3, seed=0)
   for more, message in (
     (["--vocab_size", "256", "--out", tmp_path / "a"], "must be at least 257"),

@@ -14,7 +14,9 @@ import time
 import pytest
 from interrupted import Interrupted, assert_same, steps
 
-PHASES = {  # and where a signal meets the run; `make test-all` tries the first four and "step", `make torture` all of them
+# And where a signal meets the run; `make test-all` tries the first four and "step", `make torture`
+# all of them.
+PHASES = {
   "compile": "program built",
   "evaluation": "evaluation",
   "save": "arrays written",
@@ -44,9 +46,10 @@ def phases_of(part):
 
 
 @pytest.mark.parts(2, 31)
-def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
+def test_preempted_runs_save_and_resume_bit_for_bit(
   interruptible, undisturbed, tmp_path, part, record_property
 ):
+  """Runs that are asked to stop end as undisturbed ones."""
   rng, stopped, slowest, run, again = random.Random(part), 0, 0.0, None, False
   phases = phases_of(part)
   while stopped < len(phases):
@@ -56,7 +59,7 @@ def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
     code, said, seconds = run.end(
       run.start(PHASES[phase], 1 if again else rng.choice([1, 1, 2]), number)
     )
-    if code == 0:  # what was left of the run does not pass the place so often: a new one does
+    if code == 0:  # what was left of the run does not pass the point so often: a new one does
       assert_same(run, undisturbed[0])
       assert not run.moment.exists(), f"{phase}: the signal came, and the run went on to its end"
       assert not again, phase
@@ -90,7 +93,7 @@ def test_runs_that_are_asked_to_stop_save_and_end_as_undisturbed_ones(
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once(interruptible, tmp_path):
+def test_second_signal_ends_the_process_at_once(interruptible, tmp_path):
   run = Interrupted(interruptible, tmp_path / "run")
   process = run.start("save begun", 1, "SIGTERM")
   while not run.moment.exists():
@@ -104,8 +107,8 @@ def test_a_second_signal_ends_at_once(interruptible, tmp_path):
 @pytest.mark.parametrize(
   "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.wide)]
 )
-def test_a_signal_while_xla_compiles_has_its_exit_code(config_file, tmp_path, number):
-  """Python's own end crashed there, with 139: the compiler's threads were under way (jax 0.10.2)."""
+def test_signal_during_compilation_has_exit_code(config_file, tmp_path, number):
+  """Python's own exit crashed there, with 139: XLA's compiler threads were running (jax 0.10.2)."""
   command = [
     sys.executable,
     "-m",
@@ -133,10 +136,13 @@ def test_a_signal_while_xla_compiles_has_its_exit_code(config_file, tmp_path, nu
 
 
 @pytest.mark.slow
-def test_a_terminal_that_goes_away_loses_nothing(config_file, tmp_path):
+def test_sighup_of_a_closed_terminal_loses_nothing(config_file, tmp_path):
   """An ssh that drops: SIGHUP from the kernel and from the shell, and nowhere to print."""
   ours, theirs = os.openpty()
-  own_terminal = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+  own_terminal = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "os.execv(sys.executable, sys.argv[1:])"
+  )
   arguments = [
     sys.executable,
     "-m",

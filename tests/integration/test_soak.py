@@ -1,4 +1,4 @@
-"""A long run leaks nothing: memory, open files and threads are after 2,000 steps what they were after 500."""
+"""A long run leaks nothing: memory, files and threads after 2,000 steps are those after 500."""
 
 import os
 import sys
@@ -19,7 +19,10 @@ STEPS, EVERY = 2000, 20
 
 
 def watch() -> None:
-  """Runs jaxft.train and writes a line every `EVERY` steps, right after a save: step, resident KiB, open files, threads."""
+  """Runs jaxft.train and writes a line every `EVERY` steps, right after a save.
+
+  It has the step, resident KiB, open files and threads.
+  """
   from jaxft import train
   from jaxft.checkpoint.manager import CheckpointManager
 
@@ -42,7 +45,8 @@ def watch() -> None:
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_two_thousand_steps_take_no_more_than_five_hundred(config_file, tmp_path, record_property):
+def test_memory_does_not_grow_over_2000_steps(config_file, tmp_path, record_property):
+  """They take no more than five hundred, nor more files or threads."""
   settings = {"steps": STEPS, "save_every": EVERY, "eval_every": 100, "log_every": 20}
   flags = [f"--config.train.{name}={value}" for name, value in settings.items()]
   code = WATCHED.format(tests=str(processes.ROOT / "tests" / "support"))
@@ -63,7 +67,8 @@ def test_two_thousand_steps_take_no_more_than_five_hundred(config_file, tmp_path
   growth = max(it[1] for it in late) / late[0][1] - 1
   files, threads = ([it[i] for it in late] for i in (2, 3))
   print(
-    f"growth {100 * growth:.2f} %, files {min(files)} to {max(files)}, threads {min(threads)} to {max(threads)}"
+    f"growth {100 * growth:.2f} %, files {min(files)} to {max(files)}, "
+    f"threads {min(threads)} to {max(threads)}"
   )
   assert growth < 0.02
   assert files[-1] <= files[0] and threads[-1] <= threads[0]

@@ -36,7 +36,8 @@ CONFIGS = {
 }
 
 
-def test_weights_that_are_not_finite_end_the_run_before_it_begins(config, folder, tmp_path):
+def test_nonfinite_pretrained_weights_are_refused(config, folder, tmp_path):
+  """The run ends before it begins."""
   damaged = shutil.copytree(folder, tmp_path / "damaged")
   tensors = load_file(folder / "model.safetensors")
   tensors["transformer.ln_f.bias"][3] = np.nan
@@ -47,7 +48,7 @@ def test_weights_that_are_not_finite_end_the_run_before_it_begins(config, folder
 
 
 @pytest.mark.parametrize("kernel, device", [("cudnn", "NVIDIA GPUs"), ("splash", "TPUs")])
-def test_a_kernel_that_is_not_there_is_refused(config, tmp_path, kernel, device):
+def test_unsupported_attention_kernel_is_refused(config, tmp_path, kernel, device):
   config.model.attention = kernel
   with pytest.raises(
     RequestError, match=f"config.model.attention={kernel}: it is for {device}, and this is a cpu"
@@ -55,7 +56,7 @@ def test_a_kernel_that_is_not_there_is_refused(config, tmp_path, kernel, device)
     finetune(config, tmp_path, dry_run=True)
 
 
-def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path, capsys):
+def test_profiler_traces_exactly_the_asked_steps(tmp_path, capsys):
   paused = []
 
   @contextlib.contextmanager
@@ -78,7 +79,7 @@ def test_a_trace_holds_the_steps_that_were_asked_for(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_steps_are_traced_and_the_trace_tells_of_waits(config, tmp_path, monkeypatch):
+def test_profile_steps_writes_a_trace_with_waits(config, tmp_path, monkeypatch):
   config.train.steps, config.train.profile_steps, written, stop = 6, 2, [], jax.profiler.stop_trace
 
   def stopped():
@@ -91,7 +92,7 @@ def test_steps_are_traced_and_the_trace_tells_of_waits(config, tmp_path, monkeyp
 
   monkeypatch.setattr(jax.profiler, "stop_trace", stopped)
   run = finetune(config, tmp_path / "w")
-  assert written == [3]  # steps 3 and 4 are traced; the time of 3 is told before 4 is waited for
+  assert written == [3]  # steps 3 and 4 are traced; the time of 3 is logged before 4 is waited for
   assert len([line for line in run.metrics if "train/loss" in line]) == 6
   command = [sys.executable, str(ROOT / "benchmarks" / "gaps.py"), str(run.workdir), "--steps", "2"]
   done = subprocess.run(
@@ -102,9 +103,8 @@ def test_steps_are_traced_and_the_trace_tells_of_waits(config, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_a_trace_that_cannot_be_written_costs_a_line_and_ends_before_the_evaluation(
-  config, tmp_path, monkeypatch, capsys
-):
+def test_unwritable_trace_costs_a_line_not_the_run(config, tmp_path, monkeypatch, capsys):
+  """The trace ends before the evaluation."""
   config.train.steps, config.train.profile_steps, stopped = 4, 5, []
 
   def full():
@@ -128,7 +128,7 @@ def test_a_trace_that_cannot_be_written_costs_a_line_and_ends_before_the_evaluat
 @pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "gptj"])
-def test_every_family_trains_from_new_weights_and_comes_back(family, stories, tmp_path):
+def test_every_family_trains_from_scratch_and_exports(family, stories, tmp_path):
   empty = tmp_path / "empty"
   empty.mkdir()
   tiny.write_tokenizer(empty, 293)
@@ -161,7 +161,7 @@ def test_every_family_trains_from_new_weights_and_comes_back(family, stories, tm
 @pytest.mark.parametrize(
   "layout", ["pack", *(pytest.param(it, marks=pytest.mark.wide) for it in ("pad", "concat"))]
 )
-def test_a_model_learns_where_to_end(folder, tmp_path, layout):
+def test_model_learns_the_end_token(folder, tmp_path, layout):
   """Ten short examples by heart: greedy completions are theirs, and end by themselves."""
   sayings = [
     "the cat sat.",
@@ -193,7 +193,7 @@ def test_a_model_learns_where_to_end(folder, tmp_path, layout):
 
 
 @pytest.mark.slow
-def test_prompts_are_answered(folder, tmp_path):
+def test_trained_model_answers_prompts(folder, tmp_path):
   file = tmp_path / "pairs.jsonl"
   pairs = [("the cat", " sat on mat"), ("the dog", " ran to house"), ("the red", " door")]
   file.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs * 3))
@@ -220,7 +220,7 @@ def test_prompts_are_answered(folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_labels_are_learned_and_come_out_as_a_classifier(folder, tmp_path):
+def test_classification_run_exports_a_classifier(folder, tmp_path):
   file = tmp_path / "reviews.jsonl"
   kinds = (("cat", "good"), ("dog", "bad"))
   rows = [

@@ -214,7 +214,7 @@ def language_model(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_the_same_weights_decay(family, tmp_path):
+def test_weight_decay_mask_matches_trainer(family, tmp_path):
   folder = tiny.write_family(tmp_path / "model", family, seed=0, P=17, std=0.2)
   source = repo.resolve(str(folder))
   _, shapes, _ = abstract_model(source.cfg, ComputeConfig())
@@ -232,7 +232,7 @@ def test_the_same_weights_decay(family, tmp_path):
 
 
 @pytest.mark.parametrize("steps, share", [(24, 0.2), (7, 0.03), (100, 0.07), (1, 0.5), (20, 0.0)])
-def test_a_share_of_the_steps_warms_up(steps, share, tmp_path):
+def test_warmup_ratio_matches_trainer(steps, share, tmp_path):
   config = jaxft.config.default()
   config.optim.update(learning_rate=1e-3, warmup_ratio=share, schedule="linear")
   weight = torch.nn.Parameter(torch.zeros(1))
@@ -253,7 +253,7 @@ def test_a_share_of_the_steps_warms_up(steps, share, tmp_path):
 
 
 @pytest.mark.slow
-def test_blocks_of_one_stream(folder, tmp_path):
+def test_concat_layout_matches_trainer(folder, tmp_path):
   rng = random.Random(0)
   texts = [[{"text": tiny.story(rng)} for _ in range(count)] for count in (20, 7)]
   config = recipe(folder, tmp_path, *texts)
@@ -266,7 +266,7 @@ def test_blocks_of_one_stream(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_prompts_with_their_completions(folder, tmp_path):
+def test_prompt_masking_matches_trainer(folder, tmp_path):
   rng = random.Random(1)
   words = lambda most: " ".join(rng.choices(tiny.WORDS, k=rng.randint(1, most)))
   pair = lambda: {"prompt": words(9), "completion": f" {words(15)}."}
@@ -297,7 +297,7 @@ def classifier(folder, tmp_path_factory):
   return out
 
 
-def test_texts_with_labels(classifier, tmp_path):
+def test_classification_matches_trainer(classifier, tmp_path):
   rng = random.Random(2)
   text = lambda label: " ".join(rng.choices(tiny.WORDS, k=rng.randint(0, 20)) + [KEYS[label]])
   row = lambda label: {"text": text(label), "label": label}

@@ -1,4 +1,4 @@
-"""Trackers: what they are told is read back from their own files, and nothing that they do reaches the run."""
+"""Trackers: what they got is read back from their own files, and none of them disturbs the run."""
 
 import collections
 import contextlib
@@ -58,35 +58,27 @@ def silent_server():
     yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-def tell(workdir, names, steps, start=0, ending=None, kept=None):
-  """What a piece of a run tells: a line and a sample for each step. `kept`: the last step that a resume keeps."""
+def log_piece(workdir, names, steps, start=0, ending=None):
+  """Logs a piece of a run: an entry and a sample for each step."""
   config = jaxft.config.default()
-  config.tracking.writers, config.model.path = (
-    tuple(names),
-    "https://me:hunter2@host/model?token=hunter3",
-  )
+  config.tracking.writers = tuple(names)
+  config.model.path = "https://me:hunter2@host/model?token=hunter3"
   metrics, samples = (
     JsonlLog(workdir / name, start or -1, True) for name in ("metrics.jsonl", "samples.jsonl")
   )
   with (
     contextlib.suppress(type(ending)),
-    TrackerGroup(config, workdir, start, metrics, samples, True) as told,
+    TrackerGroup(config, workdir, start, metrics, samples, True) as group,
   ):
     for step in steps:
-      metrics.write(
-        step,
-        {
-          "train/loss": ("nan", "inf")[step - 2] if step in (2, 3) else 1 / step,
-          "train/tokens": 7 * step,
-        },
-      )
+      loss = ("nan", "inf")[step - 2] if step in (2, 3) else 1 / step
+      metrics.write(step, {"train/loss": loss, "train/tokens": 7 * step})
       samples.write(step, {"when": "during", "prompt": "Once", "text": f" text{step}", "seed": 0})
-      told.log("metrics", metrics.entries[-1])
-      told.log("samples", samples.entries[-1])
-    samples.write(
-      steps[0], {"when": "after", "prompt": "Once", "text": " of the best", "seed": 0}
-    )  # an earlier step
-    told.log("samples", samples.entries[-1])
+      group.log("metrics", metrics.entries[-1])
+      group.log("samples", samples.entries[-1])
+    best = {"when": "after", "prompt": "Once", "text": " of the best", "seed": 0}
+    samples.write(steps[0], best)  # an earlier step
+    group.log("samples", samples.entries[-1])
     if ending:
       raise ending
 
@@ -101,13 +93,13 @@ def read(name, workdir):
 
 @pytest.mark.slow_for("mlflow", "wandb", "trackio")
 @pytest.mark.parametrize("name", NAMES)
-def test_a_tracker_is_told_everything_once_and_how_each_piece_ended(name, tmp_path):
+def test_tracker_gets_each_entry_once_and_status(name, tmp_path):
+  """Each entry arrives once, over a resume, and so does the status of each piece."""
   failed, preempted, _ = ENDINGS[name]
-  tell(tmp_path, [name], range(1, 6), ending=Preempted("SIGTERM: saved"))
+  log_piece(tmp_path, [name], range(1, 6), ending=Preempted("SIGTERM: saved"))
   assert read(name, tmp_path)["status"].startswith(preempted)
-  tell(
-    tmp_path, [name], range(4, 7), start=3, ending=NumericsError("step 6: loss nan")
-  )  # 4 and 5 are taken again
+  error = NumericsError("step 6: loss nan")
+  log_piece(tmp_path, [name], range(4, 7), start=3, ending=error)  # 4 and 5 are taken again
   found = read(name, tmp_path)
   assert found["runs"] == 1 and found["status"].startswith(failed)
   assert [step for step, _ in found["metrics"]["train/loss"]] == [1, 2, 3, 4, 5, 6]
@@ -119,18 +111,20 @@ def test_a_tracker_is_told_everything_once_and_how_each_piece_ended(name, tmp_pa
   assert found["text"].count(" of the best") == 2
   assert float(found["settings"]["optim.learning_rate"]) == 5e-5
   assert found["settings"]["model.path"] == "https://***@host/model?token=***"
-  # Without it MLflow's page (3.17) takes the run for one of a generative application, and shows no metrics.
+  # Without it MLflow's page (3.17) takes the run for one of a generative application, and shows no
+  # metrics.
   assert name != "mlflow" or found["kind"] == "custom_model_development"
 
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_a_run_that_begins_again_is_a_new_run_and_a_tracker_that_comes_later_gets_all_of_it(
+def test_restarted_run_and_new_tracker(
   tmp_path,
 ):
-  tell(tmp_path, ["mlflow", "tensorboard"], [1, 2, 3])
-  tell(tmp_path, ["mlflow", "tensorboard"], [1, 2, 3, 4])
-  tell(tmp_path, ["mlflow", "trackio"], [4, 5], start=3)
+  """A run that begins again is a new run; a tracker that comes later gets all of it."""
+  log_piece(tmp_path, ["mlflow", "tensorboard"], [1, 2, 3])
+  log_piece(tmp_path, ["mlflow", "tensorboard"], [1, 2, 3, 4])
+  log_piece(tmp_path, ["mlflow", "trackio"], [4, 5], start=3)
   assert read("mlflow", tmp_path)["runs"] == 2
   steps = {
     name: [step for step, _ in read(name, tmp_path)["metrics"]["train/tokens"]]
@@ -149,7 +143,7 @@ def readings_of(workdir):
   return metrics.latest
 
 
-def test_the_load_of_this_host_is_read_while_a_run_goes_on(tmp_path):
+def test_system_metrics_of_host(tmp_path):
   found = readings_of(tmp_path)
   assert 0 < found["system/memory_percent"] <= 100
   assert 10e6 < found["system/process_memory_bytes"] < found["system/memory_used_bytes"]
@@ -161,11 +155,10 @@ def test_the_load_of_this_host_is_read_while_a_run_goes_on(tmp_path):
     assert not metrics.is_alive()
 
 
-def test_disk_and_network_are_counted_from_the_first_reading(tmp_path, monkeypatch):
+def test_disk_and_network_counters_are_deltas(tmp_path, monkeypatch):
   Counters = collections.namedtuple("Counters", "bytes_sent bytes_recv read_bytes write_bytes")
-  of_disk = iter(
-    [None, Counters(0, 0, 1000, 2000), Counters(0, 0, 1003, 2005)]
-  )  # None: no disk is there yet
+  # None: the host has no disk yet.
+  of_disk = iter([None, Counters(0, 0, 1000, 2000), Counters(0, 0, 1003, 2005)])
   of_network = iter([Counters(7, 70, 0, 0), Counters(8, 90, 0, 0)])
   monkeypatch.setattr(psutil, "disk_io_counters", lambda: next(of_disk))
   monkeypatch.setattr(psutil, "net_io_counters", lambda: next(of_network))
@@ -178,7 +171,7 @@ def test_disk_and_network_are_counted_from_the_first_reading(tmp_path, monkeypat
 
 
 class Nvml:
-  """The functions of pynvml that are called, of two cards: the second is a part of one, and tells its memory alone."""
+  """The functions of pynvml that are called, for two cards; the second reports its memory alone."""
 
   class NVMLError(Exception):
     pass
@@ -210,17 +203,16 @@ class Nvml:
     return cls.only_of_the_first(handle, 70_000)
 
 
-def test_each_reading_of_a_gpu_is_told_whatever_else_fails(tmp_path, monkeypatch):
+def test_gpu_readings_fail_independently(tmp_path, monkeypatch):
   gpu = lambda found: {
     key.removeprefix("system/"): value for key, value in found.items() if "/gpu" in key
   }
   monkeypatch.setitem(sys.modules, "pynvml", Nvml)
   memory = {"memory_bytes": 2 * 2**30, "memory_percent": 25}
   first = memory | {"percent": 93, "power_watts": 61.5, "power_limit_watts": 70}
-  wanted = {f"gpu0_{key}": value for key, value in first.items()} | {
-    f"gpu1_{key}": it for key, it in memory.items()
-  }
-  assert gpu(readings_of(tmp_path)) == wanted
+  expected = {f"gpu0_{key}": value for key, value in first.items()}
+  expected |= {f"gpu1_{key}": value for key, value in memory.items()}
+  assert gpu(readings_of(tmp_path)) == expected
 
   def broken(*_):
     raise OSError("no /proc in this container")
@@ -238,7 +230,8 @@ def test_each_reading_of_a_gpu_is_told_whatever_else_fails(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_training_is_the_same_bit_for_bit_and_no_file_has_a_secret(config, tmp_path, monkeypatch):
+def test_tracking_keeps_training_and_leaks_no_secret(config, tmp_path, monkeypatch):
+  """Training is the same bit for bit, and no file has a secret."""
   plain = finetune(config, tmp_path / "plain")
   monkeypatch.setenv("WANDB_API_KEY", KEY)
   monkeypatch.setenv("WANDB_MODE", "offline")
@@ -263,11 +256,9 @@ def test_training_is_the_same_bit_for_bit_and_no_file_has_a_secret(config, tmp_p
     found = read(name, workdir)
     assert ENDINGS[name][2] in found["status"], name
     for key in ("train/loss", "eval/loss", "system/process_memory_bytes"):
-      told = [[line["step"], line[key]] for line in tracked.metrics if key in line]
-      assert [step for step, _ in found["metrics"][key]] == [step for step, _ in told]
-      assert [value for _, value in found["metrics"][key]] == pytest.approx(
-        [value for _, value in told], rel=1e-6
-      )
+      steps, values = zip(*((line["step"], line[key]) for line in tracked.metrics if key in line))
+      assert [step for step, _ in found["metrics"][key]] == list(steps)
+      assert [value for _, value in found["metrics"][key]] == pytest.approx(values, rel=1e-6)
   written = [file for file in workdir.rglob("*") if file.is_file()]
   assert [file for file in written if KEY.encode() in file.read_bytes()] == []
   # Beside the request itself, which a resume is compared with, in config.json and in checkpoints.
@@ -280,9 +271,10 @@ def test_training_is_the_same_bit_for_bit_and_no_file_has_a_secret(config, tmp_p
 
 
 @pytest.mark.slow
-def test_trackers_that_raise_hang_or_die_change_nothing_and_are_told_of_once(
+def test_broken_trackers_do_not_change_training(
   config, tmp_path, monkeypatch, silent_server, capsys
 ):
+  """Trackers that raise, hang or die are reported once."""
   plain = finetune(config, tmp_path / "plain")
   capsys.readouterr()
   (tmp_path / "file").touch()
@@ -310,9 +302,10 @@ def test_trackers_that_raise_hang_or_die_change_nothing_and_are_told_of_once(
   assert "mlflow: not done after 2 s; " in said and "wandb: not done after 2 s; " in said
 
 
-def test_a_tracker_that_hangs_costs_a_step_microseconds_and_lines_beyond_the_most_are_dropped(
+def test_hanging_tracker_costs_a_step_microseconds(
   tmp_path, monkeypatch, silent_server, capsys, record_property
 ):
+  """And its queue is bounded."""
   monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
   monkeypatch.setattr(trackers, "SHUTDOWN_TIMEOUT", 0.1)
   monkeypatch.setattr(trackers, "MAX_QUEUE", 1000)
@@ -321,21 +314,20 @@ def test_a_tracker_that_hangs_costs_a_step_microseconds_and_lines_beyond_the_mos
   metrics, samples = (
     JsonlLog(tmp_path / name, -1, True) for name in ("metrics.jsonl", "samples.jsonl")
   )
-  with TrackerGroup(config, tmp_path, 0, metrics, samples, True) as told:
+  with TrackerGroup(config, tmp_path, 0, metrics, samples, True) as group:
     began = time.perf_counter()
     for step in range(5000):
-      told.log("metrics", {"step": step, "train/loss": 1.0})
+      group.log("metrics", {"step": step, "train/loss": 1.0})
     seconds = (time.perf_counter() - began) / 5000
-    assert sum(map(len, told._clients[0]._lines.values())) <= 1000
+    assert sum(map(len, group._clients[0]._lines.values())) <= 1000
   assert "5,000 of 5,000 lines did not arrive" in capsys.readouterr().out
   print(f"{seconds * 1e6:.1f} microseconds a line")
   assert seconds < 1e-3
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_of_and_changes_nothing(
-  config, tmp_path, small_disk, monkeypatch, capsys
-):
+def test_full_disk_of_trackers_is_reported(config, tmp_path, small_disk, monkeypatch, capsys):
+  """And it does not change training."""
   plain = finetune(config, tmp_path / "plain")
   capsys.readouterr()
   with (small_disk / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
@@ -354,12 +346,12 @@ def test_a_full_disk_is_told_of_and_changes_nothing(
   given = len(tracked.metrics) + len(tracked.samples)
   said = capsys.readouterr().out
   for name in config.tracking.writers:
-    # Some may find a place: a database keeps a page or two free.
+    # Some may be written: a database has a page or two in reserve.
     assert re.match(rf"[1-9]\d* of {given} lines did not arrive", said.split(f"{name}: ")[-1]), said
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_is_marked_so(tmp_path):
+def test_killed_run_gets_status_killed(tmp_path):
   script = f"""
 import os, signal, time
 from pathlib import Path
@@ -368,10 +360,11 @@ from jaxft.metrics.reporter import JsonlLog
 from jaxft.metrics.trackers import TrackerGroup
 config, workdir = jaxft.config.default(), Path({str(tmp_path)!r})
 config.tracking.writers = ("mlflow",)
-metrics, samples = JsonlLog(workdir / "metrics.jsonl", -1, True), JsonlLog(workdir / "samples.jsonl", -1, True)
-with TrackerGroup(config, workdir, 0, metrics, samples, True) as told:
-  told.log("metrics", {{"step": 1, "train/loss": 2.5}})
-  while not told._clients[0]._arrived:
+metrics = JsonlLog(workdir / "metrics.jsonl", -1, True)
+samples = JsonlLog(workdir / "samples.jsonl", -1, True)
+with TrackerGroup(config, workdir, 0, metrics, samples, True) as group:
+  group.log("metrics", {{"step": 1, "train/loss": 2.5}})
+  while not group._clients[0]._arrived:
     time.sleep(0.1)
   os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -385,17 +378,15 @@ with TrackerGroup(config, workdir, 0, metrics, samples, True) as told:
   assert status == "KILLED"
 
 
-def test_a_library_that_is_not_there_is_named_with_the_command_that_installs_it(
-  folder, stories, tmp_path, monkeypatch
-):
+def test_missing_tracker_names_install_command(folder, stories, tmp_path, monkeypatch):
   (tmp_path / "no_such_tracker").mkdir()  # a folder of that name beside the run is no library
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.setitem(trackers.REQUIRED_MODULES, "wandb", ("no_such_tracker",))
-  monkeypatch.setitem(trackers.REQUIRED_MODULES, "tensorboard", ("json",))  # is there
+  monkeypatch.setitem(trackers.REQUIRED_MODULES, "tensorboard", ("json",))  # is installed
   config = tiny.config(folder, stories)
   config.tracking.writers = ("tensorboard", "wandb")
-  line = r'config.tracking.writers: wandb needs no_such_tracker, not installed here: pip install "jaxft\[tracking\]"'
-  with pytest.raises(RequestError, match=f"^{line}$"):
+  problem = "config.tracking.writers: wandb needs no_such_tracker, not installed here"
+  with pytest.raises(RequestError, match=rf'^{problem}: pip install "jaxft\[tracking\]"$'):
     validate_run(config, tmp_path / "w")
 
 
@@ -409,5 +400,5 @@ def test_a_library_that_is_not_there_is_named_with_the_command_that_installs_it(
     ("with hf_AbCdEfGhIjKlMnOpQr in it", "with *** in it"),
   ],
 )
-def test_logins_in_addresses_are_masked(text, shown):
+def test_redact_hides_logins_and_tokens(text, shown):
   assert redact(text) == shown

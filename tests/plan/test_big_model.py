@@ -15,26 +15,34 @@ from safetensors.numpy import save_file
 MIB = 2**20
 SCRIPT = """
 import resource, sys
-sys.modules["torch"] = None  # no part of an installation: where tests have it, transformers imports it, which takes 200 MB
+# Not part of an installation: where tests have it, transformers imports it, which takes 200 MB.
+sys.modules["torch"] = None
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from pathlib import Path
-from jaxft import config, model, sharding
-from jaxft.hf import load, repo, save
+from jaxft import config
+from jaxft.hf import export, load_weights, repo
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.decoder import abstract_model
+from jaxft.sharding import rules
+from jaxft.sharding.mesh import make_mesh
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-source = repo.find(sys.argv[1])
-mesh = sharding.make_mesh(config.default().mesh)
-_, shapes, axes = model.abstract(source.cfg, model.Compute())
-params = jax.block_until_ready(load.load(source, shapes, sharding.shardings_of("parameters", shapes, axes, mesh)))
+checkpoint = repo.resolve(sys.argv[1])
+mesh = make_mesh(config.default().mesh)
+_, shapes, axes = abstract_model(checkpoint.cfg, ComputeConfig())
+shardings = rules.tree_shardings("parameters", shapes, axes, mesh)
+params = jax.block_until_ready(load_weights.load_params(checkpoint, shapes, shardings))
 print(peak())
-parity = save.export(Path(sys.argv[2]), params, source, dtype="bfloat16", max_shard_size="900MB")
+out = Path(sys.argv[2])
+export.export_model(out, params, checkpoint, dtype="bfloat16", max_shard_size="900MB")
 print(peak())
 """
 
 
 @pytest.mark.wide
-def test_gpt2_xl_loads_onto_eight_devices_and_goes_out_again(tmp_path):
+def test_gpt2_xl_export_round_trip_on_8_devices(tmp_path):
+  """GPT-2 XL is loaded onto eight devices and exported again: memory, and every byte."""
   shapes = tiny.gpt2_shapes(V=50257, P=1024, D=1600, F=6400, L=48)
   folder = tiny.write_gpt2(tmp_path / "tiny", seed=0).rename(tmp_path / "xl")
   (folder / "model.safetensors").unlink()
@@ -70,14 +78,15 @@ def test_gpt2_xl_loads_onto_eight_devices_and_goes_out_again(tmp_path):
   assert done.returncode == 0, done.stderr
   loaded, exported = map(int, done.stdout.split())
   own, largest = 4 * 1_557_611_200, 4 * 50257 * 1600
-  print(
-    f"weights {own / MIB:,.0f} MiB, peak after load {loaded / MIB:,.0f}, after export {exported / MIB:,.0f} MiB"
-  )
+  print(f"weights {own / MIB:,.0f} MiB, peak after load {loaded / MIB:,.0f} MiB")
+  print(f"peak after export {exported / MIB:,.0f} MiB")
   assert loaded < own + largest + 300 * MIB and exported < own + largest + 300 * MIB
   written = {file.name for file in (tmp_path / "out").glob("model-*.safetensors")}
   assert len(written) > 3
-  where = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
-  assert where.keys() == shapes.keys()
+  weight_map = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())[
+    "weight_map"
+  ]
+  assert weight_map.keys() == shapes.keys()
   from jaxft.hf import load_weights
 
   before, after = load_weights.list_tensors(folder), load_weights.list_tensors(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Programs of real sizes, compiled by the real GPU and TPU compilers without either: memory, and what devices exchange."""
+"""Programs of real sizes by the GPU and TPU compilers, without a device: memory and collectives."""
 
 import collections
 import dataclasses
@@ -36,7 +36,8 @@ HARDWARE = {
   "gptneo_2b7_16gb": ("t4",),
   "quickstart": ("cpu",),
 }
-# Programs like another's: GPT-2 that fits one card, and GPT-J on one with more room. `make torture` compiles these too.
+# Programs like another's: GPT-2 that fits one card, and GPT-J on one with more memory. Only `make
+# torture` compiles these.
 LIKE_OTHERS = {
   "gpt2_from_scratch",
   "gpt2_jokes",
@@ -67,43 +68,35 @@ def request(model, device, rows, T, dropout=None, **more):
   )
 
 
-def whole_stacks(found):
+def whole_stacks(collectives):
   """Collectives that move the weights of all layers at once."""
-  return [
-    it
-    for it in found
-    if any(
-      len(shape) > 2 and shape[0] == L and math.prod(shape) >= L * D * D for _, shape in it.shapes
-    )
-  ]
+  is_stack = lambda shape: len(shape) > 2 and shape[0] == L and math.prod(shape) >= L * D * D
+  return [it for it in collectives if any(is_stack(shape) for _, shape in it.shapes)]
 
 
 @pytest.fixture(scope="module")
 def compiler():
   with aot_compiler.Compiler() as it:
-    yield lambda request: with_right_slices(request, it(request))
+    yield lambda request: check_slices(request, it(request))
 
 
-def with_right_slices(request, answer):
-  """The answer, once every slice of its programs that XLA annotates is where its index says: openxla/xla #46231."""
-  target, kept = (
-    specs.parse_device(request.device),
-    jaxft.config.from_json(request.config).memory.offload,
-  )
+def check_slices(request, answer):
+  """Checks the offset of every slice that XLA annotates (openxla/xla #46231)."""
+  target = specs.parse_device(request.device)
+  offload = jaxft.config.from_json(request.config).memory.offload
   if target.kind not in specs.GPUS or "text" not in answer:
     return answer
   texts = [answer[name] for name in ("text", "eval_text")]
   if backend.has_slice_bug():
     assert not any(map(slice_offsets.count, texts))
     return answer
-  each = [slice_offsets.slices(text) for text in texts]
-  found = sum(each, [])
-  assert [len({it.name for it in of}) for of in each] == [
-    slice_offsets.count(text) for text in texts
-  ]
-  assert not slice_offsets.mismatches(found)
-  if kept == "all":  # the gradients of layers, backward, or of adapters alone
-    assert any(it.on_host and it.backward for it in found)
+  slices = [slice_offsets.slices(text) for text in texts]
+  counts = [slice_offsets.count(text) for text in texts]
+  assert [len({it.name for it in of_text}) for of_text in slices] == counts
+  every = sum(slices, [])
+  assert not slice_offsets.mismatches(every)
+  if offload == "all":  # the gradients of layers, backward, or of adapters alone
+    assert any(it.on_host and it.backward for it in every)
   return answer
 
 
@@ -113,30 +106,30 @@ def h100x8(compiler):
 
 
 @pytest.mark.slow
-def test_gptj_fits_eight_gpus_with_room_to_spare(h100x8):
+def test_gptj_fits_8_gpus(h100x8):
+  """GPT-J takes less than 20 GiB of each of eight H100s."""
   assert h100x8["devices"] == 8 and h100x8["peak_bytes"] < 20 * GIB
 
 
 @pytest.mark.slow
-def test_layers_are_gathered_one_at_a_time_and_gradients_come_back_cut(h100x8):
+def test_fsdp_gathers_layers_and_scatters_grads(h100x8):
+  """Layers are gathered one at a time, and gradients are reduce-scattered."""
   found = hlo.collectives(h100x8["text"])
   gathered = [it for it in found if it.kind == "all-gather" and it.times == L]
   # Twice, forward and backward: qkv, out, up and down of one layer.
   for shape in ((D, 3, 16, 256), (16, 256, D), (D, 4 * D), (4 * D, D)):
     assert sum(shape in [s for _, s in it.shapes] for it in gathered) == 2, shape
   scattered = [it for it in found if it.kind == "reduce-scatter" and it.times == L]
-  assert (
-    sum(math.prod(s) for it in scattered for _, s in it.shapes if math.prod(s) >= D * D)
-    == 12 * D * D
-  )
+  sizes = [math.prod(shape) for it in scattered for _, shape in it.shapes]
+  assert sum(size for size in sizes if size >= D * D) == 12 * D * D
   assert not whole_stacks(found)
-  # Nothing large is summed whole: that would be a gradient that each device then has all of.
+  # Nothing large is all-reduced: that would be a gradient that no device shards.
   assert all(it.nbytes < 10 * 2**20 for it in found if it.kind == "all-reduce")
 
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_muon_has_one_layer_whole_at_a_time(compiler):
+def test_muon_gathers_one_layer_at_a_time(compiler):
   answer = compiler(request(GPTJ, "h100x8", 32, 2048, optim__name="muon"))
   assert answer["peak_bytes"] < 14 * GIB and not whole_stacks(hlo.collectives(answer["text"]))
 
@@ -152,7 +145,8 @@ def test_muon_has_one_layer_whole_at_a_time(compiler):
     for device in devices
   ],
 )
-def test_every_shipped_config_fits_the_hardware_that_it_names(compiler, name, device):
+def test_shipped_config_fits_its_hardware(compiler, name, device):
+  """Every config in configs/ fits the hardware that its docstring names."""
   file = runpy.run_path(str(CONFIGS / f"{name}.py"))
   assert device in file["__doc__"].lower(), "the docstring names it"
   config = file["get_config"]()
@@ -176,13 +170,13 @@ def test_every_shipped_config_fits_the_hardware_that_it_names(compiler, name, de
     assert {"all-gather", "reduce-scatter"} <= {it.kind for it in found} | fused_scatter(answer)
 
 
-def test_no_shipped_config_is_left_out():
+def test_hardware_table_has_every_config():
   assert HARDWARE.keys() == {file.stem for file in CONFIGS.glob("*.py")}
 
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_a_tpu_chip_holds_less_the_more_there_are(compiler):
+def test_tpu_memory_per_chip_shrinks_with_slice_size(compiler):
   slices = {"v5e:2x4": 14, "v5e:4x4": 14, "v5e:8x8": 14, "v5e:16x16": 2.5}
   answers = [
     compiler(request(GPTJ, name, math.prod(map(int, name[4:].split("x"))), 2048)) for name in slices
@@ -203,10 +197,12 @@ def test_a_tpu_chip_holds_less_the_more_there_are(compiler):
     (GPTJ, 2048, 5),
   ],
 )
-def test_weights_and_state_on_the_host_leave_a_layer_on_the_device(compiler, model, T, most):
+def test_offload_all_leaves_one_layer_on_device(compiler, model, T, most):
+  """With weights and state on the host, a device has memory for about one layer."""
   answer = compiler(request(model, "h100", 1, T, memory__offload="all"))
   assert answer["peak_bytes"] < most * GIB
-  # Weights, two moments and the gradient, which waits there for its norm; beside them nothing as large as a layer's state.
+  # Weights, two moments and the gradient, which waits there for its norm; beside them nothing as
+  # large as a layer's state.
   cfg = model_config.from_hf_config(PUBLISHED[model])
   layer = 12 * (4 * cfg.D * cfg.N * cfg.H + 2 * cfg.D * cfg.F)
   print(answer["host_bytes"] / GIB, answer["host_temporary_bytes"] / GIB, layer / GIB)
@@ -216,7 +212,7 @@ def test_weights_and_state_on_the_host_leave_a_layer_on_the_device(compiler, mod
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_a_copy_of_the_weights_is_made_of_right_slices(compiler):
+def test_offload_optimizer_copy_slices(compiler):
   """And updated in accumulation steps; `compiler` looks at the slices."""
   answer = compiler(
     request("gpt2", "h100", 4, 512, memory__offload="optimizer", train__micro_batch_size=2)
@@ -226,18 +222,14 @@ def test_a_copy_of_the_weights_is_made_of_right_slices(compiler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp, tensor", [(2, 1), pytest.param(1, 2, marks=pytest.mark.wide)])
-def test_devices_keep_their_own_part_on_the_host_and_exchange_what_they_would_without(
-  compiler, fsdp, tensor
-):
+def test_offload_keeps_collectives_and_shards_host(compiler, fsdp, tensor):
+  """Devices offload their own shards, and exchange what they would without offload."""
   found = {}
-  for kept in ("none", "all"):
-    answer = compiler(
-      request(
-        "gpt2", "h100x2", 2, 512, 0.0, memory__offload=kept, mesh__fsdp=fsdp, mesh__tensor=tensor
-      )
-    )
+  mesh = dict(mesh__fsdp=fsdp, mesh__tensor=tensor)
+  for offload in ("none", "all"):
+    answer = compiler(request("gpt2", "h100x2", 2, 512, 0.0, memory__offload=offload, **mesh))
     large = [it for it in hlo.collectives(answer["text"]) if it.nbytes > 2**20]
-    found[kept] = collections.Counter((it.kind, it.times, it.nbytes) for it in large)
+    found[offload] = collections.Counter((it.kind, it.times, it.nbytes) for it in large)
   assert found["all"] == found["none"]
   # The table, too, travels as it is computed with.
   assert not [it for it in large if it.kind == "all-gather" and ("f32", (50304, 768)) in it.shapes]
@@ -246,7 +238,8 @@ def test_devices_keep_their_own_part_on_the_host_and_exchange_what_they_would_wi
 
 
 @pytest.mark.slow
-def test_what_the_tpu_compiler_cannot_keep_on_the_host_is_refused(compiler):
+def test_offload_unsupported_on_tpu_is_refused(compiler):
+  """Cases in which the TPU compiler cannot offload end with an error."""
   for model, T, more in (
     ("gpt2-xl", 1024, {}),
     (GPTJ, 2048, {"lora__rank": 16}),
@@ -257,18 +250,19 @@ def test_what_the_tpu_compiler_cannot_keep_on_the_host_is_refused(compiler):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept, most", [("none", 14), ("all", 5)])
+@pytest.mark.parametrize("offload, most", [("none", 14), ("all", 5)])
 @pytest.mark.wide
-def test_adapters_of_gptj_take_little_more_than_its_weights(compiler, kept, most):
-  answer = compiler(request(GPTJ, "h100", 1, 2048, memory__offload=kept, lora__rank=16))
-  print(kept, answer["peak_bytes"] / GIB, answer["host_bytes"] / GIB)
+def test_gptj_lora_memory(compiler, offload, most):
+  """LoRA on GPT-J takes little more memory than its weights."""
+  answer = compiler(request(GPTJ, "h100", 1, 2048, memory__offload=offload, lora__rank=16))
+  print(offload, answer["peak_bytes"] / GIB, answer["host_bytes"] / GIB)
   assert answer["peak_bytes"] < most * GIB
-  assert answer["host_bytes"] < 12 * GIB if kept == "all" else not answer["host_bytes"]
+  assert answer["host_bytes"] < 12 * GIB if offload == "all" else not answer["host_bytes"]
 
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_gptj_fits_one_tpu_chip(compiler):
+def test_gptj_offload_fits_one_tpu_chip(compiler):
   answer = compiler(request(GPTJ, "v5e:1x1", 1, 2048, memory__offload="all"))
   assert answer["peak_bytes"] < specs.parse_device("v5e:1x1").usable_bytes
 
@@ -284,8 +278,11 @@ def gpt2(compiler):
   return compiler(request("gpt2", "h100", 8, 1024, dropout=0.0, memory__loss_chunk=-1))
 
 
-def has_no_giants(answer, B=8, T=1024, V=50304, D=768, N=12):
-  """Neither all probabilities nor all logits, whatever their shape; the inputs of all layers, and the table, are smaller."""
+def check_no_giants(answer, B=8, T=1024, V=50304, D=768, N=12):
+  """No array has all attention probabilities or all logits, of any shape.
+
+  The inputs of all layers, and the table, are smaller.
+  """
   shapes = shapes_in(answer["text"])
   assert (V, D) in shapes and not [shape for shape in shapes if shape.count(T) > 1]
   largest = max(shapes, key=math.prod)
@@ -293,9 +290,10 @@ def has_no_giants(answer, B=8, T=1024, V=50304, D=768, N=12):
 
 
 @pytest.mark.slow
-def test_gpt2_on_a_gpu_takes_cudnn_and_has_no_giants(gpt2):
+def test_gpt2_on_gpu_uses_cudnn_attention(gpt2):
+  """No array has all attention probabilities or all logits."""
   assert "__cudnn$fmhaSoftmaxBackward" in gpt2["text"]
-  has_no_giants(gpt2)
+  check_no_giants(gpt2)
 
 
 @pytest.mark.slow
@@ -311,22 +309,24 @@ def test_gpt2_on_a_gpu_takes_cudnn_and_has_no_giants(gpt2):
     pytest.param("gpt2", "t4", 8, "", marks=pytest.mark.wide),
   ],
 )
-def test_no_program_has_giants(compiler, model, device, rows, kernel):
+def test_no_program_has_full_scores_or_logits(compiler, model, device, rows, kernel):
   answer = compiler(request(model, device, rows, 1024, dropout=0.0, memory__loss_chunk=-1))
   assert kernel in answer["text"]
-  has_no_giants(answer, B=rows)
+  check_no_giants(answer, B=rows)
 
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_attention_with_dropout_has_no_giants_either(compiler):
-  has_no_giants(compiler(request("gpt2", "h100", 8, 1024, memory__loss_chunk=-1)))
+def test_attention_dropout_has_no_full_scores(compiler):
+  check_no_giants(compiler(request("gpt2", "h100", 8, 1024, memory__loss_chunk=-1)))
 
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_full_rematerialisation_takes_little_and_computes_little_more(compiler, gpt2):
-  # With the default chunk of the loss, 128 MiB of logits, a little more than with one of 32 positions a row, and faster.
+def test_full_remat_memory_and_flops(compiler, gpt2):
+  # With the default chunk of the loss, 128 MiB of logits: a little more memory than with one of 32
+  # positions a row, and faster.
+  """Full remat takes little memory and computes little more."""
   assert gpt2["peak_bytes"] < 2.35 * GIB and gpt2["flops"] < 1.4 * gpt2["model_flops"]
   small = compiler(request("gpt2", "h100", 8, 1024, dropout=0.0, memory__loss_chunk=32))
   print(gpt2["peak_bytes"] / GIB, small["peak_bytes"] / GIB)
@@ -336,7 +336,8 @@ def test_full_rematerialisation_takes_little_and_computes_little_more(compiler, 
 @pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("remat", ["none", "dots"])
-def test_little_is_computed_twice(compiler, remat):
+def test_partial_remat_flops(compiler, remat):
+  """Without full remat, little is computed twice."""
   answer = compiler(
     request("gpt2", "h100", 8, 1024, dropout=0.0, memory__loss_chunk=-1, memory__remat=remat)
   )
@@ -346,28 +347,27 @@ def test_little_is_computed_twice(compiler, remat):
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_gpt2_with_dropout_compiles_for_tpus(compiler):
+def test_gpt2_dropout_compiles_for_tpu(compiler):
   """Four rows at once need a deeper stack than libtpu gives its threads."""
   answer = compiler(request("gpt2", "v5e:2x4", 32, 1024))
   assert answer["peak_bytes"] < 2 * GIB
 
 
 def fused_scatter(answer):
-  """libtpu fuses a reduce-scatter with what makes its operand: then it has a name, and no line, of its own."""
-  return (
-    {"reduce-scatter"}
-    if "reduce-scatter" in answer["text"] or "all-reduce-scatter" in answer["text"]
-    else set()
-  )
+  """libtpu fuses a reduce-scatter with what makes its operand: then only its name is left."""
+  return {"reduce-scatter"} if "reduce-scatter" in answer["text"] else set()
 
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_zero_stages_talk_as_the_docs_say(compiler):
-  """Eight GPUs: gradients are summed whole up to stage 1, the token table's in two parts (0.31 of the weights), and cut from
-  stage 2; weights are gathered once, or layer by layer."""
-  how = dict(memory__remat="none", memory__loss_chunk=0, model__compute_dtype="float32")
-  stages = [request("gpt2", "h100x8", 8, 64, mesh__zero_stage=stage, **how) for stage in range(4)]
+def test_zero_stage_collectives_match_docs(compiler):
+  """Eight GPUs: gradients are all-reduced up to stage 1, and reduce-scattered from stage 2 on.
+
+  The token table's are summed in two parts (0.31 of the weights). Weights are gathered once, or
+  layer by layer.
+  """
+  flags = dict(memory__remat="none", memory__loss_chunk=0, model__compute_dtype="float32")
+  stages = [request("gpt2", "h100x8", 8, 64, mesh__zero_stage=stage, **flags) for stage in range(4)]
   kinds = [collections.Counter(answer["collective_bytes"]) for answer in map(compiler, stages)]
   weights = 4 * 124_439_808
   gathered, summed, scattered = (
@@ -375,12 +375,8 @@ def test_zero_stages_talk_as_the_docs_say(compiler):
     for name in ("all-gather", "all-reduce", "reduce-scatter")
   )
   print(gathered, summed, scattered)
-  assert (
-    gathered[0] < 0.05
-    and gathered[1] == pytest.approx(1, abs=0.1) == gathered[2]
-    and gathered[3] > 1.6
-  )
-  assert (
-    summed[0] == pytest.approx(1.31, abs=0.03) == summed[1] and summed[2] < 0.1 and summed[3] < 0.1
-  )
+  assert gathered[1] == pytest.approx(1, abs=0.1) == gathered[2]
+  assert gathered[0] < 0.05 and gathered[3] > 1.6
+  assert summed[0] == pytest.approx(1.31, abs=0.03) == summed[1]
+  assert summed[2] < 0.1 and summed[3] < 0.1
   assert scattered[0] < 0.05 and scattered[2] == pytest.approx(1, abs=0.2) == scattered[3]

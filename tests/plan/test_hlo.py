@@ -1,4 +1,4 @@
-"""What is read out of compiled programs: bytes moved, collectives, the turns of loops."""
+"""What is read from compiled programs: bytes moved, collectives, trip counts of loops."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ import pytest
 from jaxft.plan import hlo
 
 
-def test_bytes_moved_count_slices_in_loops():
-  """A loop of five turns that adds row i of a matrix: it reads rows, not the matrix, each turn."""
+def test_hbm_bytes_count_slices_in_loops():
+  """A loop of five iterations that adds row i of a matrix reads one row in each."""
 
   def total(x):
     return jax.lax.fori_loop(
@@ -24,20 +24,20 @@ def test_bytes_moved_count_slices_in_loops():
 
 OF_A_TPU = """
 %all-reduce-scatter.1 (input: bf16[64,8]) -> bf16[16,8] {
-  %all-reduce.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=1, to_apply=%add
-  ROOT %dynamic-slice.1 = bf16[16,8]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.1, %zero, %zero)
+  %all-reduce.1 = bf16[64,8]TILED all-reduce(%input), channel_id=1, to_apply=%add
+  ROOT %dynamic-slice.1 = bf16[16,8]TILED dynamic-slice(%all-reduce.1, %zero, %zero)
 }
 
 %async_collective_fusion.1 (input: bf16[16,8]) -> bf16[64,8] {
-  ROOT %all-gather.1 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%input), channel_id=2, dimensions={0}
+  ROOT %all-gather.1 = bf16[64,8]TILED all-gather(%input), channel_id=2, dimensions={0}
 }
 
 %async_collective_fusion.2 (input: bf16[16,8]) -> bf16[64,8] {
-  ROOT %all-gather.2 = bf16[64,8]{1,0:T(8,128)(2,1)} all-gather(%input), channel_id=2, dimensions={0}
+  ROOT %all-gather.2 = bf16[64,8]TILED all-gather(%input), channel_id=2, dimensions={0}
 }
 
 %body.1 (param.1: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
-  %custom-call.1 = bf16[64,8]{1,0} custom-call(%param.1), custom_call_target="tpu_custom_call", backend_config={"of": {
+  %custom-call.1 = bf16[64,8]{1,0} custom-call(%param.1), KERNEL, backend_config={"of": {
 }}, metadata={op_name="a kernel"}
   %fusion.1 = bf16[16,8]{1,0} fusion(%custom-call.1), kind=kCustom, calls=%all-reduce-scatter.1
   %fusion.2 = bf16[64,8]{1,0} fusion(%fusion.1), kind=kCustom, calls=%async_collective_fusion.1
@@ -53,9 +53,12 @@ ENTRY %main (param.3: bf16[16,8]) -> bf16[16,8] {
   %while.1 = (s32[]{:T(128)}, bf16[16,8]{1,0}) while(%tuple.1), condition=%condition.1, body=%body.1
 }
 """
+OF_A_TPU = OF_A_TPU.replace("TILED", "{1,0:T(8,128)(2,1)}")
+OF_A_TPU = OF_A_TPU.replace("KERNEL", 'custom_call_target="tpu_custom_call"')
 
 
-def test_loops_of_tpu_programs_whose_compiler_notes_no_turns_are_counted():
+def test_tpu_loops_without_known_trip_count():
+  """libtpu notes no trip counts: they are read from the loops' conditions."""
   nbytes = 12 * 2 * 64 * 8
   assert hlo.bytes_by_kind(hlo.collectives(OF_A_TPU)) == {
     "reduce-scatter": nbytes,
@@ -63,16 +66,21 @@ def test_loops_of_tpu_programs_whose_compiler_notes_no_turns_are_counted():
   }
 
 
-# A forward loop over five layers of 64 x 64 (tanh(x @ w), 8 rows), the backward loop, and an update, compiled for an H100.
+# A forward loop over five layers of 64 x 64 (tanh(x @ w), 8 rows), the backward loop, and an
+# update, compiled for an H100.
 STEPS = sorted((Path(__file__).parent / "hlo").glob("step_of_jax_*.hlo.txt"))
 
 
 @pytest.mark.parametrize("file", STEPS, ids=lambda file: file.name)
-def test_bytes_moved_are_the_same_by_every_version_of_jax(file):
-  """Since 0.11 slices of loops are asynchronous fusions ("fusion-start"), which were counted as all that goes in: 2.79 MB."""
+def test_hbm_bytes_agree_across_jax_versions(file):
+  """Since 0.11 slices in loops are asynchronous fusions ("fusion-start").
+
+  These were counted with all of their inputs: 2.79 MB.
+  """
   text = file.read_text()
   assert ("fusion-start(" in text) == ("0.10.2" not in file.name) and len(STEPS) == 3
   matrices, rows = 4 * 5 * 64 * 64, 4 * 5 * 8 * 64
-  # Matrices: read forward and backward, their gradient zeroed, written and read, read and written by the update; and the rows.
+  # Matrices: read forward and backward, their gradient zeroed, written and read, read and written
+  # by the update; and the rows.
   assert 7 * matrices < hlo.hbm_bytes(text) < 14 * matrices + 30 * rows
   assert hlo.hbm_bytes(text) == pytest.approx(1_265_950, rel=0.04)

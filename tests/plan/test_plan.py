@@ -1,4 +1,4 @@
-"""Plans: operations against a hand count, the roofline's arithmetic, answers and refusals of the command, memory by hand."""
+"""Plans: FLOPs against a hand count, the roofline, results and errors of the command, memory."""
 
 import io
 import json
@@ -58,8 +58,8 @@ def published(model="gpt2", **more):
 
 def traced(config, cfg):
   mesh = jaxft.sharding.mesh.make_mesh(config.mesh, jax.devices()[:1])
-  run = build_train_program(config, cfg, mesh, 100, dummy_row(config, cfg))
-  return run, run.train_step.trace(run.state, run.batch)
+  program = build_train_program(config, cfg, mesh, 100, dummy_row(config, cfg))
+  return program.train_step.trace(program.state, program.batch)
 
 
 # Products of one token and layer: qkv, scores, weighted values, out, up, down.
@@ -78,108 +78,102 @@ def forward(cfg, T):
 @pytest.mark.parametrize(
   "remat, again",
   [
-    # Attention in chunks makes scores again in its backward pass, whatever is kept.
+    # Attention in chunks makes scores again in its backward pass, with any policy.
     ("none", ("scores",)),
     ("dots", ("scores",)),
-    (
-      "full",
-      ("scores", "qkv", "scores", "values", "out", "up"),
-    ),  # nothing in the backward pass needs what comes out of down
+    # Nothing in the backward pass needs the output of down.
+    ("full", ("scores", "qkv", "scores", "values", "out", "up")),
   ],
 )
 @pytest.mark.parametrize("chunk, accumulated", [(0, 1), (8, 1), (8, 2)])
-def test_operations_are_those_of_a_hand_count(config, remat, again, chunk, accumulated):
+def test_jaxpr_flops_match_hand_count(config, remat, again, chunk, accumulated):
   config.memory.remat, config.memory.loss_chunk = remat, chunk
   config.train.micro_batch_size = config.train.batch_size // accumulated
   cfg = planner.resolve_model_config(config)
   T, tokens = config.data.sequence_length, config.train.batch_size * config.data.sequence_length
-  products, rows = forward(cfg, T), -(-cfg.V // rules.VOCAB_MULTIPLE) * rules.VOCAB_MULTIPLE
+  products = forward(cfg, T)
+  padded_vocab = -(-cfg.V // rules.VOCAB_MULTIPLE) * rules.VOCAB_MULTIPLE
   layer = 3 * sum(products.values()) + sum(products[name] for name in again)
-  head = 3 * 2 * cfg.D * rows  # in chunks too
-  _, step = traced(config, cfg)
+  head = 3 * 2 * cfg.D * padded_vocab  # in chunks too
+  step = traced(config, cfg)
   assert flops.jaxpr_flops(step.jaxpr) == tokens * (cfg.L * layer + head)
 
 
-def test_the_models_own_operations_are_those_of_a_step_that_computes_only_scores_twice(config):
+def test_model_flops_match_step_without_remat(config):
+  """A step without remat has the model's FLOPs, and those of attention scores twice."""
   cfg = planner.resolve_model_config(config)
-  _, step = traced(config, cfg)
+  step = traced(config, cfg)
   B, T = config.train.batch_size, config.data.sequence_length
-  padding, scores = (
-    6 * (-cfg.V % rules.VOCAB_MULTIPLE) * cfg.D * B * T,
-    cfg.L * forward(cfg, T)["scores"] * B * T,
-  )
+  padding = 6 * (-cfg.V % rules.VOCAB_MULTIPLE) * cfg.D * B * T
+  scores = cfg.L * forward(cfg, T)["scores"] * B * T
   assert flops.jaxpr_flops(step.jaxpr) == flops.model_flops(cfg, B, T) + padding + scores
 
 
-def test_what_nothing_needs_is_not_counted_and_the_larger_branch_is():
+def test_jaxpr_flops_dead_code_and_branches():
+  """Dead code is not counted; of two branches the larger is."""
   x = jax.ShapeDtypeStruct((3, 3), np.float32)
   assert flops.jaxpr_flops(jax.make_jaxpr(lambda a: (a @ a, a)[1])(x)) == 0
   either = lambda a: jax.lax.cond(a[0, 0] > 0, lambda: a @ a, lambda: a @ a @ a)
   assert flops.jaxpr_flops(jax.make_jaxpr(either)(x)) == 2 * 2 * 27
 
 
-def test_roofline():
+def test_roofline_estimate():
   target = specs.parse_device("h100x8")
-  how = dict(dtype="bfloat16", tokens=1000, model_flops=8 * 10**14)
+  kwargs = dict(dtype="bfloat16", tokens=1000, model_flops=8 * 10**14)
   it = roofline.estimate_step(
     target,
     8,
     flops=8 * 989 * 10**12,
     moved_bytes=3352 * 10**9,
     collective_bytes={"all-reduce": 450 * 10**9},
-    **how,
+    **kwargs,
   )
-  assert it.compute_seconds == pytest.approx(1 / 0.5) and it.memory_seconds == pytest.approx(
-    1 / 0.8
-  )
-  assert (
-    it.network_seconds == pytest.approx(2 * 7 / 8 / 0.7) and it.network_seconds == it.step_seconds
-  )
+  assert it.compute_seconds == pytest.approx(1 / 0.5)
+  assert it.memory_seconds == pytest.approx(1 / 0.8)
+  assert it.network_seconds == pytest.approx(2 * 7 / 8 / 0.7)
+  assert it.network_seconds == it.step_seconds
   streamed = roofline.estimate_step(
-    target, 8, flops=10, moved_bytes=10, collective_bytes={}, bus_bytes=56 * 10**9, **how
+    target, 8, flops=10, moved_bytes=10, collective_bytes={}, bus_bytes=56 * 10**9, **kwargs
   )
   assert streamed.bus_seconds == pytest.approx(1 / 0.8) and streamed.bound_by == "bus"
-  # Ten rows take 6 s beside 8 s on the bus: 54 rows take 32.4 s, and then the bus is 19.8 % of a step.
+  # Ten rows take 6 s beside 8 s on the bus: 54 rows take 32.4 s, and the bus is 19.8 % of a step.
   assert streamed._replace(bus_seconds=8, step_seconds=14).rows_to_hide_the_bus(10) == 54
   assert it.bound_by == "network" and it.tokens_per_second == pytest.approx(1000 / 2.5)
   assert it.mfu == pytest.approx(10**14 / (2.5 * 989 * 10**12))
-  # Across nodes the network card is the way; a T4's float32 goes through its cores, 2 x 40 x 64 x 1.59 GHz.
+  # Network cards link nodes; a T4's float32 goes through its cores, 2 x 40 x 64 x 1.59 GHz.
   assert specs.parse_device("h100x16").link == 50 * 10**9 and target.link == 450 * 10**9
   assert specs.parse_device("t4").spec.peak_flops("float32") == pytest.approx(8.14e12, rel=1e-3)
 
 
-def test_every_kind_has_a_public_source_and_what_it_says_of_links_is_both_ways_together():
+def test_specs_have_sources_and_one_way_links():
+  """Every device has a public source; those of TPUs give both ways of a link together."""
   assert specs.SOURCES.keys() == specs.GPUS.keys() | specs.TPUS.keys()
   assert all(url.startswith("https://") for url in specs.SOURCES.values())
   both_ways = {"v5e": 400, "v5p": 1200, "v6e": 800, "tpu7x": 1200}  # GB/s a chip
   assert {kind: 2 * it.devices * it.link / 10**9 for kind, it in specs.TPUS.items()} == both_ways
   assert specs.parse_device("tpu7x:2x2x1").count == 8 and specs.parse_device("v5p:2x2x1").count == 4
-  # A box with eight GeForce cards is one machine: nothing goes over a network, and a mesh cuts over all of them.
+  # A box with eight GeForce cards is one machine: no network, and a mesh shards over all of them.
   box = specs.parse_device("rtx4090x8")
   assert box.link == box.spec.bus
-  config = published("gpt2")
-  assert (1, 8, 1) in jaxft.plan.search.meshes(planner.resolve_model_config(config), box) and (
-    1,
-    2,
-    4,
-  ) in jaxft.plan.search.meshes(planner.resolve_model_config(config), box)
+  cfg = planner.resolve_model_config(published("gpt2"))
+  assert {(1, 8, 1), (1, 2, 4)} <= set(jaxft.plan.search.meshes(cfg, box))
 
 
-def test_a_run_tells_its_mfu_where_the_peak_is_known(config, tmp_path):
-  numbers = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens": 8, "bad": False}
-  for at_peak in (None, 1e-6):
-    workdir = tmp_path / str(at_peak)
+def test_reporter_logs_mfu_if_peak_is_known(config, tmp_path):
+  metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens": 8, "bad": False}
+  for ideal in (None, 1e-6):
+    workdir = tmp_path / str(ideal)
     workdir.mkdir()
-    reporter = Reporter(config, workdir, 0, 1, 0, None, jax.devices()[0], at_peak)
-    with ProgressBar("training", 1) as meter:
-      reporter.log_step(1, numbers, meter, lambda bad: [])
+    reporter = Reporter(config, workdir, 0, 1, 0, None, jax.devices()[0], ideal)
+    with ProgressBar("training", 1) as progress:
+      reporter.log_step(1, metrics, progress, lambda bad: [])
     (line,) = reporter.metrics.entries
-    assert (line.get("perf/mfu") is None) == (at_peak is None)
-    if at_peak:
+    assert (line.get("perf/mfu") is None) == (ideal is None)
+    if ideal:
       assert 0 < line["perf/mfu"] < 1
 
 
-def test_costs_come_from_the_users_table_alone(tmp_path):
+def test_costs_come_from_price_table(tmp_path):
   target = specs.parse_device("h100x8")
   it = roofline.Estimate(1, 1, 1, 0, 2, 5000, 0.4)
   assert roofline.estimate_cost(None, target, it) == {}
@@ -205,8 +199,8 @@ def test_costs_come_from_the_users_table_alone(tmp_path):
     specs.read_prices(tmp_path / "none.json")
 
 
-def plan(*arguments, check=0, **how):
-  return processes.run("jaxft.plan", *arguments, check=check, **how)
+def plan(*arguments, check=0):
+  return processes.run("jaxft.plan", *arguments, check=check)
 
 
 @pytest.fixture(scope="module")
@@ -218,17 +212,14 @@ def on_cpu(config_file, tmp_path_factory):
   return plan("--config", config_file, "--device", "cpu,cpux2", *flags), page
 
 
-def test_json_is_one_object_with_the_keys_of_the_contract(on_cpu):
+def test_plan_json_has_documented_keys(on_cpu):
   done, _ = on_cpu
   one, two = json.loads(done.stdout)["plans"]
   for found in (one, two):
     assert found.keys() >= KEYS and found["fits"] is True
     assert sum(found["breakdown"].values()) == found["peak_bytes"] <= found["usable_bytes"]
-  assert (
-    (one["devices"], two["devices"]) == (1, 2)
-    and two["collective_bytes"]
-    and not one["collective_bytes"]
-  )
+  assert (one["devices"], two["devices"]) == (1, 2)
+  assert two["collective_bytes"] and not one["collective_bytes"]
   assert one["flops"] == two["flops"] > one["model_flops"]
   assert one["attention"] == {"kernel": "chunked", "why_not_faster": ""}
   assert one["step_seconds_estimate"] is None  # nothing is known of this CPU's speed
@@ -236,28 +227,24 @@ def test_json_is_one_object_with_the_keys_of_the_contract(on_cpu):
 
 
 @pytest.mark.slow
-def test_one_of_several_devices_that_refuses_leaves_the_others_their_plans(config_file, tmp_path):
+def test_refused_device_does_not_stop_others(config_file, tmp_path):
+  """One of several devices that refuses the config leaves the others their plans."""
   page, flags = tmp_path / "plan.html", ("--config.mesh.fsdp=2", "--config.mesh.data=1")
   done = plan("--config", config_file, "--device", "cpu,cpux2", *flags, "--json", "--html", page)
   refused, planned = json.loads(done.stdout)["plans"]
   assert refused.keys() >= KEYS and planned.keys() >= KEYS and planned["fits"] is True
-  assert (
-    "config.mesh.fsdp=2" in refused["refused"] and "does not fit 1 devices" in refused["refused"]
-  )
-  told = {
-    "device": "cpu",
-    "fits": False,
-    "usable_bytes": refused["usable_bytes"],
-    "versions": planned["versions"],
-  }
-  assert {key: refused[key] for key in KEYS} == dict.fromkeys(KEYS) | told
+  assert "config.mesh.fsdp=2" in refused["refused"]
+  assert "does not fit 1 devices" in refused["refused"]
+  known = {"device": "cpu", "fits": False, "usable_bytes": refused["usable_bytes"]}
+  known["versions"] = planned["versions"]
+  assert {key: refused[key] for key in KEYS} == dict.fromkeys(KEYS) | known
   assert "does not fit 1 devices" in page.read_text() and "activations" in page.read_text()
   console = Console(file=io.StringIO(), width=200)
   console.print(rendering.render_plan(refused))
   assert "as it is: --device='cpu'" in console.file.getvalue()
 
 
-def test_the_page_needs_nothing_from_elsewhere(on_cpu):
+def test_plan_page_is_self_contained(on_cpu):
   text = on_cpu[1].read_text()
   assert "prefers-color-scheme: dark" in text and "activations" in text
   assert not re.search(r"(src|href)=|https?://|<script|@import|url\(", text)
@@ -279,7 +266,7 @@ def test_the_page_needs_nothing_from_elsewhere(on_cpu):
     ),
   ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(config_file, arguments, message):
+def test_plan_errors_are_one_line_and_exit_code_2(config_file, arguments, message):
   done = plan("--config", config_file, *arguments, check=2)
   lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
   assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
@@ -287,13 +274,13 @@ def test_mistakes_are_one_line_and_exit_code_2(config_file, arguments, message):
 
 
 @pytest.mark.parametrize("search", [False, True])
-def test_a_compiler_that_is_not_installed_is_named_with_the_command(monkeypatch, search):
+def test_missing_compiler_names_install_command(monkeypatch, search):
   monkeypatch.setattr(aot_compiler, "_installed", lambda module: False)
   with pytest.raises(RequestError, match=r'compiler is not installed; pip install "jaxft\[plan\]"'):
     jaxft.plan_for(published(), "h100", search=search)
 
 
-def test_the_users_own_flags_are_compiled_with_but_for_autotuning(monkeypatch):
+def test_compiler_env_keeps_user_flags(monkeypatch):
   """Autotuning needs the device; the last of two settings of a flag counts."""
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4 --xla_gpu_enable_triton_gemm=false")
   monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=true")
@@ -314,20 +301,23 @@ def test_the_users_own_flags_are_compiled_with_but_for_autotuning(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "said",
+  "message",
   [
-    "Ran out of memory in memory space hbm. Used 21.26G of 15.75G hbm. Exceeded hbm capacity by 5.51G.",
-    "Ran out of memory on HBM, the total memory required for HLO temporaries (21.26G) exceeds available HBM (15.75G).",
+    "Ran out of memory in memory space hbm. Used 21.26G of 15.75G hbm. Exceeded hbm capacity by "
+    "5.51G.",
+    "Ran out of memory on HBM, the total memory required for HLO temporaries (21.26G) exceeds "
+    "available HBM (15.75G).",
   ],
 )
-def test_both_ways_in_which_libtpu_says_that_memory_is_short_are_understood(said):
-  assert measure.OUT_OF_MEMORY.search(said).groups() == ("21.26", "G", "15.75", "G")
+def test_out_of_memory_messages_of_libtpu(message):
+  """Both of libtpu's messages about a lack of memory are parsed."""
+  assert measure.OUT_OF_MEMORY.search(message).groups() == ("21.26", "G", "15.75", "G")
 
 
-def test_a_compiler_that_dies_is_told_in_a_line(monkeypatch):
-  quits = lambda command, **how: subprocess.Popen(
-    [sys.executable, "-c", "import os; os.abort()"], **how
-  )
+def test_dead_compiler_is_one_line_error(monkeypatch):
+  def quits(command, **pipes):
+    return subprocess.Popen([sys.executable, "-c", "import os; os.abort()"], **pipes)
+
   with aot_compiler.Compiler() as compiler:
     request = aot_compiler.CompileRequest(jaxft.config.to_json(published()), {}, "cpu")
     monkeypatch.setattr(compiler, "_start", lambda cpus: _start_with(compiler, quits))
@@ -338,22 +328,21 @@ def test_a_compiler_that_dies_is_told_in_a_line(monkeypatch):
 def _start_with(compiler, start):
   compiler._stderr = tempfile.TemporaryFile("w+")
   pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=compiler._stderr, text=True)
-  compiler._child = start(None, **pipes)
+  compiler._process = start(None, **pipes)
 
 
-def test_published_models_are_known_without_a_network(monkeypatch, tmp_path):
+def test_published_models_need_no_network(monkeypatch, tmp_path):
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
   monkeypatch.chdir(tmp_path)
   for name, hf_config in PUBLISHED.items():
     assert planner.resolve_model_config(published(name)) == model_config.from_hf_config(hf_config)
-  assert planner.resolve_model_config(
-    published("openai-community/gpt2")
-  ) == planner.resolve_model_config(published("gpt2"))
+  cfg = planner.resolve_model_config(published("gpt2"))
+  assert planner.resolve_model_config(published("openai-community/gpt2")) == cfg
   with pytest.raises(RequestError, match="2048: the model has 1024 positions"):
     planner.resolve_model_config(published("gpt2", data__sequence_length=2048))
 
 
-def test_the_table_says_what_is_missing():
+def test_plan_table_shows_missing_memory():
   plan = {
     "fits": False,
     "peak_bytes": 3 * 2**30,
@@ -379,22 +368,24 @@ from jaxft.training.build import build_train_program
 config = jaxft.config.from_json(sys.stdin.read())
 cfg = planner.resolve_model_config(config)
 mesh = make_mesh(config.mesh, specs.compile_devices(specs.parse_device(sys.argv[1])))
-run = build_train_program(config, cfg, mesh, 100, dummy_row(config, cfg))
-memory = mark_host_arguments(run.train_step.lower(run.state, run.batch), run, run.host_mask).compile().memory_analysis()
-on_tpu = sys.argv[1].startswith("v")
-print("peak", memory.peak_memory_in_bytes if on_tpu else memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+program = build_train_program(config, cfg, mesh, 100, dummy_row(config, cfg))
+lowered = program.train_step.lower(program.state, program.batch)
+lowered = mark_host_arguments(lowered, program, program.host_mask)
+memory = lowered.compile().memory_analysis()
+peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+print("peak", memory.peak_memory_in_bytes if sys.argv[1].startswith("v") else peak)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize(
-  "device, kept", [("v5e:2x4", "none"), ("h100x8", "none"), ("rtx4090", "all"), ("t4", "all")]
+  "device, offload", [("v5e:2x4", "none"), ("h100x8", "none"), ("rtx4090", "all"), ("t4", "all")]
 )
-def test_the_peak_is_that_of_compiling_the_step_by_hand(device, kept):
+def test_peak_matches_compiling_by_hand(device, offload):
   config = runpy.run_path(str(processes.ROOT / "configs" / "gptj_6b_v5e8.py"))["get_config"]()
-  config.memory.offload = kept
-  config.train.micro_batch_size = 1 if kept == "all" else 0
+  config.memory.offload = offload
+  config.train.micro_batch_size = 1 if offload == "all" else 0
   found = jaxft.plan_for(config, device)
   done = subprocess.run(
     [sys.executable, "-c", BY_HAND, device],
@@ -405,15 +396,15 @@ def test_the_peak_is_that_of_compiling_the_step_by_hand(device, kept):
     env=aot_compiler.compiler_env(),
   )
   by_hand = int(done.stdout.split("peak ")[1])
-  print(
-    f"{device}: {found['peak_bytes'] / 2**30:.2f} GiB planned, {by_hand / 2**30:.2f} by hand, fits: {found['fits']}"
-  )
+  peaks = f"{found['peak_bytes'] / 2**30:.2f} GiB planned, {by_hand / 2**30:.2f} by hand"
+  print(f"{device}: {peaks}, fits: {found['fits']}")
   assert found["peak_bytes"] == pytest.approx(by_hand, rel=0.02)
 
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_what_does_not_fit_is_an_answer_with_flags_that_do(tmp_path):
+def test_plan_that_does_not_fit_advises_flags(tmp_path):
+  """Its advice are flags that do fit."""
   file = tmp_path / "large.py"
   file.write_text(
     "from jaxft import config\n\ndef get_config():\n  c = config.default()\n"
@@ -428,7 +419,9 @@ def test_what_does_not_fit_is_an_answer_with_flags_that_do(tmp_path):
   assert again["fits"] is True and again["peak_bytes"] == found["advice"]["best"][0]["peak_bytes"]
 
 
-def test_memory_that_libtpu_lacks_is_told_in_its_units(config, monkeypatch):
+def test_libtpu_out_of_memory_units(config, monkeypatch):
+  """libtpu's G is a GiB."""
+
   def short(*_, **__):
     raise jax.errors.JaxRuntimeError(
       "Ran out of memory in memory space hbm. Used 21.26G of 15.75G hbm."

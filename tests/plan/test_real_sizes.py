@@ -1,4 +1,4 @@
-"""GPT-2 at its real sizes and with its real tokenizer, through the ordinary command: memory, and transformers' losses."""
+"""GPT-2 at real sizes and with its tokenizer, by the command: memory, and transformers' losses."""
 
 import json
 import os
@@ -16,7 +16,7 @@ STEPS, BATCH, T = 3, 4, 128
 
 
 def write_model(folder, **sizes):
-  """A published shape with random weights, and GPT-2's own BPE (encoder.json, vocab.bpe), which a package carries."""
+  """A published shape with random weights, and GPT-2's own BPE (encoder.json, vocab.bpe)."""
   tiny.write_gpt2(folder, seed=0, V=50257, P=1024, std=0.02, tokenizer=False, **sizes)
   return tiny.write_gpt2_bpe(folder)
 
@@ -27,7 +27,7 @@ def gpt2(tmp_path_factory):
 
 
 def train(folder, tmp_path, **more):
-  """Some steps on some of the embedded stories. Returns the text, what the command said, and its largest memory in KiB."""
+  """Trains on some of the stories; returns the text, the command's log and its peak KiB."""
   text = " ".join(
     json.loads(line)["text"]
     for line in (ROOT / "assets/quickstart/stories.jsonl").read_text().splitlines()[:40]
@@ -68,31 +68,33 @@ def train(folder, tmp_path, **more):
     _, status, usage = os.wait4(process.pid, 0)  # the memory of this process alone
     process.returncode = os.waitstatus_to_exitcode(status)
     log.seek(0)
-    said = log.read()
-  print(f"peak memory {usage.ru_maxrss / 2**20:.2f} GiB\n{said}")
+    log_text = log.read()
+  print(f"peak memory {usage.ru_maxrss / 2**20:.2f} GiB\n{log_text}")
   assert process.returncode == 0
-  return text, said, usage.ru_maxrss
+  return text, log_text, usage.ru_maxrss
 
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_a_model_of_355m_is_trained_on_a_device_that_could_not_hold_its_weights(tmp_path):
+def test_offload_trains_355m_in_less_than_its_weights(tmp_path):
+  """A model of 355M parameters is trained on a device that could not hold its weights."""
   folder = write_model(tmp_path / "medium", D=1024, F=4096, L=24, N=16)
-  how = dict(
+  flags = dict(
     memory__offload="all", memory__remat="full", memory__loss_chunk=64, train__micro_batch_size=1
   )
-  _, said, _ = train(folder, tmp_path, train__batch_size=2, **how)
-  needs = float(re.search(r"a device needs ([0-9.]+) MiB", said)[1]) * 2**20  # less than a GiB
+  _, log_text, _ = train(folder, tmp_path, train__batch_size=2, **flags)
+  needs = float(re.search(r"a device needs ([0-9.]+) MiB", log_text)[1]) * 2**20  # less than a GiB
   assert needs < 4 * 354_823_168, "less than its weights"
-  assert "tensors bit for bit, logits within" in said
+  assert "tensors bit for bit, logits within" in log_text
   assert (tmp_path / "w" / "export" / "model.safetensors").stat().st_size > 4 * 354_823_168
 
 
 @pytest.mark.slow
 @pytest.mark.wide
-def test_three_steps_of_gpt2_small_on_a_cpu(gpt2, tmp_path):
-  text, _, largest = train(gpt2, tmp_path)
-  assert largest < 6 * 2**20
+def test_gpt2_small_training_parity_on_cpu(gpt2, tmp_path):
+  """Three steps of GPT-2 small have the losses of transformers."""
+  text, _, peak_kib = train(gpt2, tmp_path)
+  assert peak_kib < 6 * 2**20
   metrics = [
     json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
   ]

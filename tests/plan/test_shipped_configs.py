@@ -31,12 +31,12 @@ WIDE += ("gpt2_medium_recipes", "gpt2_tinystories", "gpt2_from_scratch")
 
 
 @pytest.fixture(scope="module")
-def place(shared):
-  """A folder in which all is that the configs name."""
-  return shared("shipped", make_place)
+def home(shared):
+  """A folder with everything that the configs name."""
+  return shared("shipped", write_files)
 
 
-def make_place(home):
+def write_files(home):
   for name in MODELS:
     tiny.write_published(home / name, PUBLISHED[name]["model_type"])
   lines = (ASSETS / "stories.jsonl").read_text().splitlines()[: ROWS + HELD_OUT]
@@ -87,17 +87,17 @@ def cases():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*cases()])
-def test_a_config_runs_as_it_is(name, place, tmp_path):
+def test_shipped_config_runs_unchanged(name, home, tmp_path):
   config, workdir = runpy.run_path(str(CONFIGS[name]))["get_config"](), tmp_path / "run"
   devices = 8 if name in EIGHT_DEVICES else 1
-  done = train(name, place, workdir, devices, tmp_path / "cache")
+  done = train(name, home, workdir, devices, tmp_path / "cache")
   assert f"{devices} x cpu, mesh data=1 x fsdp={devices} x" in done.stdout + done.stderr
   report = json.loads((workdir / "data_report.json").read_text())
   rows = report["rows"]
   assert rows["read"] == rows["trained"] + rows["held_out"] + sum(rows["dropped"].values())
   if name not in MORE:
     assert rows["read"] == ROWS + HELD_OUT * bool(config.data.validation) and not rows["dropped"]
-  check_what_was_said(done.stdout + done.stderr, config, report)
+  check_warnings(done.stdout + done.stderr, config, report)
   metrics = processes.lines(workdir / "metrics.jsonl")
   losses = {line["step"]: line["eval/loss"] for line in metrics if "eval/loss" in line}
   assert rows["held_out"] and losses.keys() >= {0, report["steps_in_all"]}
@@ -106,7 +106,7 @@ def test_a_config_runs_as_it_is(name, place, tmp_path):
   check_use(workdir / "export", config.model.head)
 
 
-def train(name, place, workdir, devices, cache):
+def train(name, home, workdir, devices, cache):
   """What became of the command.
 
   Programs are compiled as users compile them: with 50,000 logits a token, running is most of it.
@@ -114,17 +114,17 @@ def train(name, place, workdir, devices, cache):
   env = os.environ | {"XDG_CACHE_HOME": str(cache), "HF_DATASETS_CACHE": str(cache / "datasets")}
   env |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
   flags = ["--config", CONFIGS[name], "--workdir", workdir, *MORE.get(name, ())]
-  return processes.run("jaxft.train", *flags, cwd=place, env=env, timeout=900)
+  return processes.run("jaxft.train", *flags, cwd=home, env=env, timeout=900)
 
 
-def check_what_was_said(said, config, report):
+def check_warnings(log, config, report):
   """Of what such little data changes: each line where it happens, and nowhere else."""
   rows, steps = report["sequences"]["trained"], report["steps_in_all"]
   batch, warmup = config.train.batch_size, config.optim.warmup_steps
   fills = f"config.train.batch_size={batch}: the training text fills only {rows} row"
-  assert (fills in said) == ("config.train.batch_size=" in said) == (rows < batch)
+  assert (fills in log) == ("config.train.batch_size=" in log) == (rows < batch)
   shorter = f"config.optim.warmup_steps={warmup}: more than the {steps} step"
-  assert (shorter in said) == ("config.optim.warmup_steps=" in said) == (warmup > steps)
+  assert (shorter in log) == ("config.optim.warmup_steps=" in log) == (warmup > steps)
 
 
 def check_use(export, head):
@@ -134,5 +134,5 @@ def check_use(export, head):
     (found,) = model.classify(["A film with a fox."])
     assert found.label in ("neg", "pos")
   else:
-    (told,) = model.generate(["Once upon a time"], max_new_tokens=4, temperature=0)
-    assert 0 < len(told.token_ids) <= 4
+    (completion,) = model.generate(["Once upon a time"], max_new_tokens=4, temperature=0)
+    assert 0 < len(completion.token_ids) <= 4

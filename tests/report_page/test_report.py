@@ -1,4 +1,4 @@
-"""Pages of runs: written at the end whatever the end, rebuilt from what a workdir holds, and safe to open."""
+"""Pages of runs: written at any end, rebuilt from the files of a workdir, and safe to open."""
 
 import html.parser
 import json
@@ -61,7 +61,7 @@ class Page(html.parser.HTMLParser):
 
 
 def write(folder: Path, steps=100, every=1, evals=(0, 50, 100), changes=(), **files) -> Path:
-  """A workdir as a run of GPT-2 leaves it, without the run; `files` take the place of its own."""
+  """Writes a workdir as a run of GPT-2 leaves it; `files` replace its own."""
   folder.mkdir(parents=True)
   config = jaxft.config.default()
   config.model.path, config.data.train, config.train.steps = "gpt2", ("stories.jsonl",), steps
@@ -132,28 +132,22 @@ def write(folder: Path, steps=100, every=1, evals=(0, 50, 100), changes=(), **fi
   return folder
 
 
-def shown(workdir: Path) -> Page:
+def load_page(workdir: Path) -> Page:
   return Page(run_page.render(run_record.load(workdir)))
 
 
-def test_a_run_leaves_its_page_and_what_it_was_started_with(finished):
+def test_run_writes_report_and_about_json(finished):
   workdir, done = finished
   assert f"report: {workdir}/report.html" in done.stdout
   page = Page((workdir / "report.html").read_text())
   assert page.found.count("polyline") >= 4
   started = json.loads((workdir / "about.json").read_text())
-  assert (
-    started["ending"]["exit_code"] == 0
-    and started["total_steps"] == 12
-    and len(started["starts"]) == 1
-  )
-  assert (
-    started["command"].startswith("python -m jaxft.train --config ")
-    and started["command"] in page.text
-  )
-  assert (
-    started["model"]["parameters"] > 10_000 and started["memory"]["planned"]["parameters"] > 40_000
-  )
+  assert started["ending"]["exit_code"] == 0
+  assert started["total_steps"] == 12 and len(started["starts"]) == 1
+  assert started["command"].startswith("python -m jaxft.train --config ")
+  assert started["command"] in page.text
+  assert started["model"]["parameters"] > 10_000
+  assert started["memory"]["planned"]["parameters"] > 40_000
   losses = [
     line["eval/loss"] for line in processes.lines(workdir / "metrics.jsonl") if "eval/loss" in line
   ]
@@ -162,17 +156,16 @@ def test_a_run_leaves_its_page_and_what_it_was_started_with(finished):
     assert sample["when"] in page.text
   assert "The exported model" in page.text and f"from_pretrained('{workdir}/export')" in page.text
   report = json.loads((workdir / "data_report.json").read_text())
-  assert (
-    f"{report['tokens']['trained']:,}" in page.text
-    and "to the last document and token" in page.text
-  )
-  kept = (workdir / "report.html").read_text()
+  assert f"{report['tokens']['trained']:,}" in page.text
+  assert "to the last document and token" in page.text
+  html = (workdir / "report.html").read_text()
   assert f"written to {workdir}/report.html" in processes.run("jaxft.report", workdir).stdout
-  assert (workdir / "report.html").read_text() == kept
+  assert (workdir / "report.html").read_text() == html
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_or_cannot_write_its_page_ends_as_it_would(config, tmp_path, capsys):
+def test_report_does_not_change_how_a_run_ends(config, tmp_path, capsys):
+  """Neither of a run that fails, nor where the page cannot be written."""
   config.optim.learning_rate, config.optim.warmup_steps, config.optim.clip_norm = 1e38, 0, 0.0
   with pytest.raises(NumericsError):
     finetune(config, tmp_path / "nan")
@@ -190,11 +183,11 @@ def test_a_run_that_fails_or_cannot_write_its_page_ends_as_it_would(config, tmp_
   assert said.count("is not written") == 2 and "report.html is not written (" in said
 
 
-def test_a_run_that_was_killed_is_told_from_one_that_is_done(tmp_path):
+def test_status_of_killed_and_finished_runs(tmp_path):
   killed = json.loads((write(tmp_path / "w") / "about.json").read_text())
   del killed["ending"]
   killed["total_steps"] = 400
-  page = shown(write(tmp_path / "killed", evals=(0,), about__json=json.dumps(killed)))
+  page = load_page(write(tmp_path / "killed", evals=(0,), about__json=json.dumps(killed)))
   assert "Stopped at step 100 of 400: the run was killed" in page.text
   assert "Eval loss before the first step: 4.000; none after" in page.text
   killed["ending"] = {
@@ -202,20 +195,20 @@ def test_a_run_that_was_killed_is_told_from_one_that_is_done(tmp_path):
     "exit_code": 75,
     "why": "SIGTERM: saved at step 100 of 400",
   }
-  page = shown(write(tmp_path / "stopped", about__json=json.dumps(killed)))
+  page = load_page(write(tmp_path / "stopped", about__json=json.dumps(killed)))
   assert "exit code 75" in page.text and "SIGTERM: saved at step 100 of 400" in page.text
-  assert "Stopped" not in shown(write(tmp_path / "done")).text
+  assert "Stopped" not in load_page(write(tmp_path / "done")).text
 
 
-def test_a_run_without_evaluations_has_a_page(tmp_path):
-  page = shown(write(tmp_path / "w", evals=()))
+def test_page_without_evaluations(tmp_path):
+  page = load_page(write(tmp_path / "w", evals=()))
   assert "Not evaluated; the training loss went from" in page.text and "Learning rate" in page.text
-  page = shown(write(tmp_path / "empty", metrics__jsonl="", samples__jsonl=""))
+  page = load_page(write(tmp_path / "empty", metrics__jsonl="", samples__jsonl=""))
   assert "No step was logged" in page.text and "svg" not in page.found
 
 
 @pytest.mark.slow
-def test_a_classification_run_is_told_by_accuracy(folder, tmp_path):
+def test_classification_headline_is_accuracy(folder, tmp_path):
   rows = [{"text": f"the {word} cat", "label": str(len(word) > 3)} for word in tiny.WORDS * 8]
   (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   config = tiny.config(folder, tmp_path / "rows.jsonl")
@@ -230,7 +223,7 @@ def test_a_classification_run_is_told_by_accuracy(folder, tmp_path):
   assert "F1" in page.text and "nats a text" in page.text and "Samples" not in page.text
 
 
-def test_hostile_text_is_shown_as_text(tmp_path):
+def test_hostile_text_is_escaped(tmp_path):
   sample = {
     "step": 0,
     "when": HOSTILE,
@@ -259,7 +252,7 @@ def test_hostile_text_is_shown_as_text(tmp_path):
       {"rows": counts, "tokens": counts, "notes": {HOSTILE: 3}, "labels": [HOSTILE]}
     ),
   )
-  clean = shown(write(tmp_path / "w")).found
+  clean = load_page(write(tmp_path / "w")).found
   for text in (
     run_page.render(run_record.load(workdir)),
     comparison.render([run_record.load(workdir)] * 2),
@@ -271,7 +264,8 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     text.encode()
 
 
-def test_a_page_forbids_every_request_and_every_script_but_its_own(tmp_path):
+def test_content_security_policy_of_page(tmp_path):
+  """It forbids every request, and every script but its own."""
   text = run_page.render(run_record.load(write(tmp_path / "w")))
   policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1]
   assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
@@ -279,7 +273,7 @@ def test_a_page_forbids_every_request_and_every_script_but_its_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_page_stays_small_however_long_the_run(tmp_path):
+def test_page_size_is_bounded(tmp_path):
   long = {"when": "during", "prompt": "<" * 5000, "text": '"' * 50_000, "seed": 0}
   texts = [
     json.dumps(long | {"step": step, "prompt": f"{step % 50}" + long["prompt"]})
@@ -294,32 +288,30 @@ def test_a_page_stays_small_however_long_the_run(tmp_path):
   assert len(comparison.render([found] * 3).encode()) < 3_000_000
 
 
-def test_thinning_keeps_the_ends_and_every_spike():
+def test_downsample_keeps_ends_and_spikes():
   points = [(step, 1.0) for step in range(100_000)]
   points[77_777], points[33_333] = (77_777, 50.0), (33_333, -50.0)
-  kept = charts.downsample(points)
-  assert len(kept) <= 2 * charts.NUM_COLUMNS + 2 and kept == sorted(kept)
-  assert {points[0], points[-1], points[77_777], points[33_333]} <= set(kept)
+  sampled = charts.downsample(points)
+  assert len(sampled) <= 2 * charts.NUM_COLUMNS + 2 and sampled == sorted(sampled)
+  assert {points[0], points[-1], points[77_777], points[33_333]} <= set(sampled)
   assert charts.downsample(points[:900]) == points[:900]
-  assert (
-    sum(y for _, y in charts.window_means([(step, step % 2) for step in range(12_000)]))
-    / charts.NUM_WINDOWS
-    == 0.5
-  )
+  means = charts.window_means([(step, step % 2) for step in range(12_000)])
+  assert sum(y for _, y in means) / charts.NUM_WINDOWS == 0.5
 
 
 @pytest.mark.parametrize(
-  "low, high, told",
+  "low, high, expected",
   [(0, 715, [0, 200, 400]), (6, 7, [6]), (0, 12, [0, 2, 4, 6, 8]), (0, 4, [0, 1, 2, 3])],
 )
-def test_steps_on_an_axis_are_whole_and_leave_room_for_the_last(low, high, told):
-  assert charts.step_ticks(low, high) == told
+def test_step_ticks_are_integers(low, high, expected):
+  """And they leave room for the label of the last step."""
+  assert charts.step_ticks(low, high) == expected
   drawn = charts.chart("Loss", "nats", [charts.Series("a", [(low, 1.0), (high, 2.0)])])
   assert f"step {high}</span>" in drawn and not re.search(r'class="x"[^>]*>[^<]*\.', drawn)
 
 
 @pytest.mark.parametrize("values", [(0.0, 0.0), (0.2, 0.4), (1.0, 1.0)])
-def test_a_share_is_drawn_from_0_to_1(values):
+def test_share_axis_is_0_to_1(values):
   drawn = charts.chart(
     "Accuracy", "share", [charts.Series("accuracy", list(enumerate(values)))], share=True
   )
@@ -328,8 +320,8 @@ def test_a_share_is_drawn_from_0_to_1(values):
   assert "-" not in "".join(re.findall(r'class="y"[^>]*>([^<]+)', drawn))
 
 
-def test_one_point_is_told_and_not_drawn(tmp_path):
-  page = shown(write(tmp_path / "w", steps=1, evals=()))
+def test_single_point_is_text_not_chart(tmp_path):
+  page = load_page(write(tmp_path / "w", steps=1, evals=()))
   assert "svg" not in page.found
   assert re.search(
     r"Logged once: training loss \d\.\d+ at step 1, learning rate 0 at step 1, gradient norm",
@@ -337,18 +329,18 @@ def test_one_point_is_told_and_not_drawn(tmp_path):
   )
 
 
-def test_a_run_is_as_far_as_its_last_step_not_its_last_line(tmp_path):
+def test_last_step_may_be_after_last_line(tmp_path):
   stopped = {
     "reached": 90,
     "total_steps": 3000,
     "ending": {"exit_code": 75, "why": "SIGHUP: saved at step 90 of 3000"},
   }
-  page = shown(write(tmp_path / "w", steps=50, evals=(0,), about__json=json.dumps(stopped)))
+  page = load_page(write(tmp_path / "w", steps=50, evals=(0,), about__json=json.dumps(stopped)))
   assert "Stopped at step 90 of 3,000, exit code 75" in page.text
 
 
-def test_ticks_of_a_logarithmic_axis_have_units_of_their_own():
-  told = {
+def test_log_ticks_have_their_own_units():
+  texts = {
     1e-5: "1e-5",
     1e-3: "0.001",
     0.5: "0.5",
@@ -358,43 +350,32 @@ def test_ticks_of_a_logarithmic_axis_have_units_of_their_own():
     1e10: "10G",
     1e20: "1e20",
   }
-  assert {number: charts.format_tick(number) for number in told} == told
+  assert {number: charts.format_tick(number) for number in texts} == texts
   drawn = charts.chart("Loss", "nats", [charts.Series("a", [(0, 0.001), (1, 1e10)])])
   assert re.findall(r'class="y"[^>]*>([^<]+)', drawn)[0] == "0.01"
 
 
-def test_what_is_not_finite_is_told(tmp_path):
-  for perplexity, told in (
-    ("inf", "inf"),
-    (1.0142e304, "1.01e+304"),
-  ):  # the second is larger than what is drawn
-    found = ((0, 4.0, 54.6), (9, 1e9, perplexity))
+def test_nonfinite_metrics_are_shown(tmp_path):
+  for perplexity, text in (("inf", "inf"), (1.0142e304, "1.01e+304")):  # too large to be drawn
+    values = ((0, 4.0, 54.6), (9, 1e9, perplexity))
     lines = [
-      {"step": step, "eval/loss": loss, "eval/perplexity": value} for step, loss, value in found
+      {"step": step, "eval/loss": loss, "eval/perplexity": value} for step, loss, value in values
     ]
-    page = shown(write(tmp_path / told, metrics__jsonl="\n".join(map(json.dumps, lines))))
-    assert f"perplexity54.60 → {told}" in page.text and f"1e+09{told}" in page.text
+    page = load_page(write(tmp_path / text, metrics__jsonl="\n".join(map(json.dumps, lines))))
+    assert f"perplexity54.60 → {text}" in page.text and f"1e+09{text}" in page.text
 
 
-def test_a_classifier_counts_texts(tmp_path):
-  page = shown(write(tmp_path / "w", changes={"model.head": "classification"}))
-  assert (
-    "texts trained on" in page.text
-    and "texts a second" in page.text
-    and "tokens a second" not in page.text
-  )
+def test_classifier_page_counts_texts(tmp_path):
+  page = load_page(write(tmp_path / "w", changes={"model.head": "classification"}))
+  assert "texts trained on" in page.text
+  assert "texts a second" in page.text and "tokens a second" not in page.text
 
 
-def test_a_line_of_one_point_is_no_line_beside_others():
-  of = lambda *series: charts.chart("Loss", "nats", list(series))
-  held_out, lone = (
-    charts.Series("held out", [(0, 1.0), (6, 0.5)], dots=True),
-    charts.Series("training", [(6, 0.7)], noisy=True),
-  )
-  assert (
-    of(held_out, lone).count("<polyline") == 1
-    and of(held_out, charts.Series("a", [(0, 1.0), (6, 1.0)])).count("<polyline") == 2
-  )
+def test_series_of_one_point_is_left_out():
+  num_lines = lambda *series: charts.chart("Loss", "nats", list(series)).count("<polyline")
+  held_out = charts.Series("held out", [(0, 1.0), (6, 0.5)], dots=True)
+  assert num_lines(held_out, charts.Series("training", [(6, 0.7)], noisy=True)) == 1
+  assert num_lines(held_out, charts.Series("a", [(0, 1.0), (6, 1.0)])) == 2
 
 
 EXPORT = {
@@ -407,19 +388,17 @@ EXPORT = {
 
 
 @pytest.mark.parametrize(
-  "head, auto, ours",
+  "head, auto, usage",
   [
     ("lm", "CausalLM", "jaxft.generate --model /models/out"),
     ("classification", "SequenceClassification", "jaxft.load('/models/out').classify("),
   ],
 )
-def test_the_export_is_on_the_page(tmp_path, head, auto, ours):
-  changes, about_it = (
-    {"model.head": head},
-    {"export": EXPORT | {"adapter": "/w/adapter"}, "exported_step": 50},
-  )
-  page = shown(write(tmp_path / "w", changes=changes, about__json=json.dumps(about_it)))
-  for told in (
+def test_export_is_on_page(tmp_path, head, auto, usage):
+  about_it = {"export": EXPORT | {"adapter": "/w/adapter"}, "exported_step": 50}
+  changes = {"model.head": head}
+  page = load_page(write(tmp_path / "w", changes=changes, about__json=json.dumps(about_it)))
+  for text in (
     "The exported model",
     "of step 50, in bfloat16",
     "bit for bit",
@@ -427,49 +406,45 @@ def test_the_export_is_on_the_page(tmp_path, head, auto, ours):
     "transformers 5.24.0",
     "/w/adapter",
   ):
-    assert told in page.text, told
-  assert f"AutoModelFor{auto}.from_pretrained('/models/out')" in page.text and ours in page.text
-  assert "The exported model" not in shown(write(tmp_path / "failed", about__json="{}")).text
+    assert text in page.text, text
+  assert f"AutoModelFor{auto}.from_pretrained('/models/out')" in page.text and usage in page.text
+  assert "The exported model" not in load_page(write(tmp_path / "failed", about__json="{}")).text
 
 
-def test_nothing_is_cut_without_a_sign(tmp_path):
+def test_clipped_text_ends_with_ellipsis(tmp_path):
   text = " ".join(f"word{i}" for i in range(1000))
   lines = [
     {"step": step, "when": when, "prompt": "Once", "text": " " + text}
     for step, when in ((0, "before"), (9, "after"))
   ]
-  page = shown(write(tmp_path / "w", samples__jsonl="\n".join(map(json.dumps, lines))))
+  page = load_page(write(tmp_path / "w", samples__jsonl="\n".join(map(json.dumps, lines))))
   ends = re.findall(r"(\S+)…", page.text)
   assert len(ends) == 4 and all(re.fullmatch(r"word\d+", it) and f" {it} " in text for it in ends)
-  assert (
-    jaxft.report_page.samples.clip_text("x" * 500, 420) == "x" * 420 + "…"
-    and jaxft.report_page.samples.clip_text("short", 420) == "short"
-  )
+  assert jaxft.report_page.samples.clip_text("x" * 500, 420) == "x" * 420 + "…"
+  assert jaxft.report_page.samples.clip_text("short", 420) == "short"
 
 
-def test_a_sample_that_the_first_screen_shows_whole_is_not_shown_twice(tmp_path):
-  page = shown(write(tmp_path / "w"))
+def test_short_sample_is_shown_once(tmp_path):
+  """The first screen shows it already."""
+  page = load_page(write(tmp_path / "w"))
   assert page.text.count("grey ships") == 1 and "Samples" not in page.text
 
 
 @pytest.mark.parametrize(
-  "number, told", [(1, "1 held-out document."), (2000, "2,000 held-out documents.")]
+  "number, text", [(1, "1 held-out document."), (2000, "2,000 held-out documents.")]
 )
-def test_counts_are_told_as_people_say_them(tmp_path, number, told):
+def test_numbers_are_formatted_for_people(tmp_path, number, text):
   counts = {"read": number, "trained": 0, "held_out": number, "dropped": {}}
   report = json.dumps({"rows": counts, "tokens": counts})
-  assert told in shown(write(tmp_path / "w", data_report__json=report)).text
-  assert [formatting.format_duration(it) for it in (59, 61, 3600)] == [
-    "59 s",
-    "1 min 1 s",
-    "1 h 0 min",
-  ]
+  assert text in load_page(write(tmp_path / "w", data_report__json=report)).text
+  durations = [formatting.format_duration(it) for it in (59, 61, 3600)]
+  assert durations == ["59 s", "1 min 1 s", "1 h 0 min"]
   assert [formatting.format_speed(it) for it in (66787.4, 941.0, 15.8)] == ["66,787", "941", "15.8"]
   assert formatting.format_metric("eval/f1", 0.0) == "0.0 %"
 
 
 @pytest.mark.parametrize(
-  "low, high, told",
+  "low, high, expected",
   [
     (0, 715, ["0", "200", "400", "600"]),
     (0, 2e-5, ["0", "5e-6", "1e-5", "1.5e-5", "2e-5"]),
@@ -478,11 +453,11 @@ def test_counts_are_told_as_people_say_them(tmp_path, number, told):
     (3, 3.0004, ["3", "3.0001", "3.0002", "3.0003", "3.0004"]),
   ],
 )
-def test_ticks_are_round(low, high, told):
-  assert charts.format_ticks(charts.ticks(low, high)) == told
+def test_ticks_are_round_numbers(low, high, expected):
+  assert charts.format_ticks(charts.ticks(low, high)) == expected
 
 
-def test_several_runs_are_compared(tmp_path):
+def test_comparison_of_several_runs(tmp_path):
   workdirs = [
     write(tmp_path / "plain"),
     write(tmp_path / "fast", changes={"optim.learning_rate": 3e-3}),
@@ -501,7 +476,7 @@ def test_several_runs_are_compared(tmp_path):
   assert page.found.count("figure") == 5
 
 
-def test_measures_that_are_there_are_shown(tmp_path):
+def test_optional_metrics_are_shown(tmp_path):
   lines = [
     {"step": step, "eval/loss": 3.0 - step, "eval/unrelated_loss": 3.5 + step} for step in (0, 1)
   ]
@@ -521,7 +496,7 @@ def test_measures_that_are_there_are_shown(tmp_path):
     "metrics__jsonl": "\n".join(map(json.dumps, lines)),
     "samples__jsonl": "\n".join(map(json.dumps, drawn)),
   }
-  page = shown(write(tmp_path / "w", **files))
+  page = load_page(write(tmp_path / "w", **files))
   assert "loss, unrelated text3.500 → 4.500" in page.text and "step 1; 40.0 % by heart" in page.text
   assert "8-grams by heart0.0 % → 25.0 %" in page.text
 
@@ -529,26 +504,27 @@ def test_measures_that_are_there_are_shown(tmp_path):
 @pytest.mark.parametrize(
   "drawn", [None, '{"step": 50, "when": "after", "prompt": "a", "text": "b"}']
 )
-def test_where_the_best_weights_are_exported_it_is_their_loss_that_counts(tmp_path, drawn):
+def test_headline_uses_exported_step(tmp_path, drawn):
+  """Where the best weights are exported, it is their loss that counts."""
   lines = [{"step": step, "eval/loss": loss} for step, loss in ((0, 4.0), (50, 2.0), (100, 3.0))]
   files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": drawn}
-  page = shown(write(tmp_path / "w", changes={"train.keep_best_metric": "eval/loss"}, **files))
+  page = load_page(write(tmp_path / "w", changes={"train.keep_best_metric": "eval/loss"}, **files))
   assert "Eval loss fell from 4.000 to 2.000" in page.text
-  assert "The weights of step 50 of 100 were exported, the best that were kept" in page.text
+  assert "The weights of step 50 of 100 were exported, the best that were saved" in page.text
 
 
-def test_where_training_made_it_worse_the_page_says_so(tmp_path):
+def test_page_says_if_training_made_it_worse(tmp_path):
   """The least loss is that of step 0, of which there is no checkpoint to export."""
   lines = [{"step": step, "eval/loss": loss} for step, loss in ((0, 2.0), (50, 3.0), (100, 2.5))]
   files = {"metrics__jsonl": "\n".join(map(json.dumps, lines)), "samples__jsonl": None}
-  page = shown(write(tmp_path / "w", changes={"train.keep_best_metric": "eval/loss"}, **files))
+  page = load_page(write(tmp_path / "w", changes={"train.keep_best_metric": "eval/loss"}, **files))
   assert (
     "Eval loss rose from 2.000 to 2.500" in page.text and "It is worse than before" in page.text
   )
 
 
 @pytest.mark.parametrize(
-  "files, told",
+  "files, message",
   [
     (
       {"metrics__jsonl": '{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra'},
@@ -559,7 +535,8 @@ def test_where_training_made_it_worse_the_page_says_so(tmp_path):
     ({"about__json": "{"}, "about.json cannot be read"),
     (
       {
-        "about__json": '{"starts": 3, "ending": [], "model": 4, "memory": {"planned": 7}, "mesh": "x"}'
+        "about__json": '{"starts": 3, "ending": [], "model": 4, "memory": {"planned": 7}, '
+        '"mesh": "x"}'
       },
       "Stopped",
     ),
@@ -569,7 +546,8 @@ def test_where_training_made_it_worse_the_page_says_so(tmp_path):
     ),
     (
       {
-        "data_report__json": '{"rows": {"read": 9, "trained": 2, "held_out": 3, "dropped": {"x": 1}}, "tokens": {}}'
+        "data_report__json": '{"rows": {"read": 9, "trained": 2, "held_out": 3, '
+        '"dropped": {"x": 1}}, "tokens": {}}'
       },
       "3 documents are not accounted for",
     ),
@@ -579,20 +557,22 @@ def test_where_training_made_it_worse_the_page_says_so(tmp_path):
     ),
     (
       {
-        "metrics__jsonl": '{"step": 1e400}\n{"step": 3, "train/loss": 1e308}\n{"step": 4, "train/loss": -1e299}'
+        "metrics__jsonl": '{"step": 1e400}\n{"step": 3, "train/loss": 1e308}\n'
+        '{"step": 4, "train/loss": -1e299}'
       },
       "1 of 3",
     ),
   ],
 )
-def test_what_is_damaged_is_told_and_the_rest_shown(tmp_path, files, told):
-  assert re.search(told, shown(write(tmp_path / "w", **files)).text)
+def test_damaged_files_are_noted(tmp_path, files, message):
+  """And the rest is shown."""
+  assert re.search(message, load_page(write(tmp_path / "w", **files)).text)
 
 
-def test_what_is_no_workdir_is_refused_in_a_line(tmp_path):
-  for folder, told in ((tmp_path / "none", "no such folder"), (tmp_path, "has no config.json")):
+def test_report_of_no_workdir_is_one_line_error(tmp_path):
+  for folder, problem in ((tmp_path / "none", "no such folder"), (tmp_path, "has no config.json")):
     done = processes.run("jaxft.report", folder, check=2)
-    assert told in done.stderr and done.stderr.count("\n") == 1
+    assert problem in done.stderr and done.stderr.count("\n") == 1
   (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
   with pytest.raises(RequestError, match="no settings of jaxft.train"):
     run_record.load(tmp_path)
@@ -602,23 +582,14 @@ def test_what_is_no_workdir_is_refused_in_a_line(tmp_path):
   assert "--out=" in done.stderr and "no such folder" in done.stderr
 
 
-def test_the_commit_of_a_checkout_is_found(tmp_path):
+def test_git_commit_of_checkout(tmp_path):
   git = lambda *words: (
     subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
   )
   assert run_info.git_commit(tmp_path) is None
   git("init", "-q", "-b", "main")
-  git(
-    "-c",
-    "user.name=x",
-    "-c",
-    "user.email=x@example.org",
-    "commit",
-    "-q",
-    "--allow-empty",
-    "-m",
-    "x",
-  )
+  author = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+  git(*author, "commit", "-q", "--allow-empty", "-m", "x")
   head = git("rev-parse", "HEAD").strip()
   assert run_info.git_commit(tmp_path) == head
   git("worktree", "add", "-q", "tree", "-b", "other")
@@ -629,6 +600,6 @@ def test_the_commit_of_a_checkout_is_found(tmp_path):
   assert run_info.git_commit(tmp_path) == head
 
 
-def test_quotes_in_names_end_no_attribute(tmp_path):
+def test_quotes_in_names_are_escaped(tmp_path):
   workdirs = [write(tmp_path / name) for name in ('a" onload="x', "b")]
   Page(comparison.render([run_record.load(it) for it in workdirs]))

@@ -1,4 +1,4 @@
-"""One writer, room on the disk, signals in every phase, the best checkpoint, an early end, numbers that are not finite."""
+"""Workdir lock, disk space, signals, the best checkpoint, early stopping, non-finite numbers."""
 
 import json
 import os
@@ -25,7 +25,8 @@ from jaxft.training.train_step import nonfinite_leaf_names
 from jaxft.utils.files import atomic_write
 
 
-def test_a_second_run_in_the_same_workdir_is_refused_with_pid_and_host(config, tmp_path):
+def test_workdir_lock_refuses_second_run(config, tmp_path):
+  """The message has pid and host."""
   with jaxft.training.workdir.lock_workdir(tmp_path / "run"):
     held = json.loads((tmp_path / "run" / "run.lock.json").read_text())
     script = f"""
@@ -35,14 +36,15 @@ with lock_workdir(Path({str(tmp_path / "run")!r})): pass
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (
-      f"RequestError: --workdir={str(tmp_path / 'run')!r}: process {os.getpid()} on {held['host']} is writing"
-      in done.stderr
+      f"RequestError: --workdir={str(tmp_path / 'run')!r}: process {os.getpid()} on "
+      f"{held['host']} is writing" in done.stderr
     )
   with jaxft.training.workdir.lock_workdir(tmp_path / "run"):
     pass
 
 
-def test_a_workdir_is_moved_aside_with_its_lock_and_never_from_under_a_run(tmp_path, monkeypatch):
+def test_move_aside_moves_the_lock_too(tmp_path, monkeypatch):
+  """Never from under a run."""
   workdir = tmp_path / "run"
   with jaxft.training.workdir.lock_workdir(workdir / "of_another"):
     with jaxft.training.workdir.lock_workdir(workdir):
@@ -86,7 +88,7 @@ def test_a_workdir_is_moved_aside_with_its_lock_and_never_from_under_a_run(tmp_p
     pass
 
 
-def test_room_on_the_disk_is_asked_for_with_the_bytes(tmp_path):
+def test_check_disk_space_names_the_bytes(tmp_path):
   jaxft.training.workdir.check_disk_space({tmp_path / "not" / "there": 1000}, "checkpoints")
   with pytest.raises(
     StorageError,
@@ -97,7 +99,7 @@ def test_room_on_the_disk_is_asked_for_with_the_bytes(tmp_path):
     )
 
 
-def test_folders_on_one_disk_share_its_room(tmp_path, monkeypatch):
+def test_check_disk_space_sums_folders_of_one_disk(tmp_path, monkeypatch):
   monkeypatch.setattr(
     jaxft.training.workdir.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100)
   )
@@ -106,7 +108,7 @@ def test_folders_on_one_disk_share_its_room(tmp_path, monkeypatch):
     jaxft.training.workdir.check_disk_space({tmp_path / "a": 60, tmp_path / "b": 50}, "checkpoints")
 
 
-def test_a_second_signal_is_the_systems_own(monkeypatch):
+def test_second_signal_has_the_default_handler(monkeypatch):
   sent = []
   with preemption.PreemptionHandler() as stop, stop.deferred():
     os.kill(os.getpid(), signal.SIGUSR1)
@@ -120,9 +122,9 @@ def test_a_second_signal_is_the_systems_own(monkeypatch):
   assert sent == [(os.getpid(), signal.SIGTERM, signal.SIG_DFL)]
 
 
-def test_a_save_is_waited_for_after_one_step(config, tmp_path, monkeypatch):
+def test_checkpoint_save_overlaps_one_step(config, tmp_path, monkeypatch):
   """So that a kill costs at most `save_every` + 1 steps, however slow the disk is."""
-  events, wait, save, told = (
+  events, wait, save, log_step = (
     [],
     manager.CheckpointManager.wait,
     manager.CheckpointManager.save,
@@ -139,23 +141,23 @@ def test_a_save_is_waited_for_after_one_step(config, tmp_path, monkeypatch):
   monkeypatch.setattr(
     Reporter,
     "log_step",
-    lambda self, step, *rest: (events.append(("told", step)), told(self, step, *rest))[1],
+    lambda self, step, *rest: (events.append(("logged", step)), log_step(self, step, *rest))[1],
   )
   config.train.save_every = 3
   finetune(config, tmp_path / "run")
   for step in (3, 6, 9):
     after = events[events.index(("save", step)) :]
-    assert "wait" in after[: after.index(("told", step + 2))], after
+    assert "wait" in after[: after.index(("logged", step + 2))], after
 
 
-def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
-  kept = manager.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss")
+def test_best_checkpoint_is_preserved_beside_newest(tmp_path):
+  checkpoints = manager.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss")
   state = {"x": jnp.arange(7.0)}
   for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.6, 2.7], 1):
-    kept.save(step, state, {"config": {}}, {"eval/loss": loss})
-  kept.wait()
-  assert kept.steps() == [2, 5, 6]
-  kept.close()
+    checkpoints.save(step, state, {"config": {}}, {"eval/loss": loss})
+  checkpoints.wait()
+  assert checkpoints.steps() == [2, 5, 6]
+  checkpoints.close()
   again = manager.CheckpointManager(
     tmp_path / "c", 2, best_metric="eval/loss", writes=True
   )  # another process knows it too
@@ -167,7 +169,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
   ) == ["2", "7", "8"]
 
 
-def test_training_ends_when_evaluations_get_no_better(config, tmp_path):
+def test_early_stopping_ends_training(config, tmp_path):
   config.optim.learning_rate, config.optim.warmup_steps = 1e-30, 0  # nothing is learned
   config.train.eval_every, config.train.early_stopping_patience, config.train.keep_best_metric = (
     2,
@@ -183,7 +185,7 @@ def test_training_ends_when_evaluations_get_no_better(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_ends_a_strict_run(config, tmp_path):
+def test_strict_run_ends_at_a_damaged_checkpoint(config, tmp_path):
   finetune(config, tmp_path / "run")
   newest = max(
     int(entry.name)
@@ -202,7 +204,7 @@ def test_a_damaged_checkpoint_ends_a_strict_run(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_change_goes_on_only_when_it_is_allowed(config, tmp_path):
+def test_changed_setting_needs_allow_change(config, tmp_path):
   finetune(config, tmp_path / "run")
   config.train.steps, config.optim.learning_rate = (
     14,
@@ -217,7 +219,8 @@ def test_a_change_goes_on_only_when_it_is_allowed(config, tmp_path):
   assert max(line["step"] for line in run.metrics) == 14
 
 
-def test_another_model_text_or_optimizer_is_refused_by_name(config, folder, stories, tmp_path):
+def test_resume_refuses_other_model_data_or_optimizer(config, folder, stories, tmp_path):
+  """The message names what differs."""
   model, text = (
     shutil.copytree(folder, tmp_path / "model"),
     shutil.copyfile(stories, tmp_path / "text.jsonl"),
@@ -233,8 +236,10 @@ def test_another_model_text_or_optimizer_is_refused_by_name(config, folder, stor
   assert (
     load_workdir(tmp_path / "run").source.cfg.norm_eps == 1e-5
   )  # the run keeps the config that it trained
-  kept = tmp_path / "run" / "run.model" / "config.json"
-  kept.write_text(json.dumps(json.loads(kept.read_text()) | {"layer_norm_epsilon": 0.5}))
+  saved_config = tmp_path / "run" / "run.model" / "config.json"
+  saved_config.write_text(
+    json.dumps(json.loads(saved_config.read_text()) | {"layer_norm_epsilon": 0.5})
+  )
   with pytest.raises(RequestError, match="norm_eps is 0.5, and was 1e-05 when the run"):
     load_workdir(tmp_path / "run")
   (model / "config.json").write_text(facts)
@@ -254,7 +259,8 @@ def test_another_model_text_or_optimizer_is_refused_by_name(config, folder, stor
 
 
 @pytest.mark.slow
-def test_a_torn_line_of_metrics_stops_no_export_and_a_broken_config_is_named(config, tmp_path):
+def test_torn_metrics_line_does_not_stop_export(config, tmp_path):
+  """A broken config is named."""
   run = finetune(config, tmp_path / "run")
   metrics = run.workdir / "metrics.jsonl"
   os.truncate(metrics, metrics.stat().st_size - 5)
@@ -265,7 +271,7 @@ def test_a_torn_line_of_metrics_stops_no_export_and_a_broken_config_is_named(con
     load_workdir(run.workdir)
 
 
-def test_bad_leaves_have_names():
+def test_nonfinite_leaf_names():
   state = TrainState(
     jnp.int32(0), {"a": {"kernel": jnp.zeros(2)}, "b": jnp.zeros(3)}, (jnp.zeros(2),)
   )
@@ -276,7 +282,7 @@ def test_bad_leaves_have_names():
   ]
 
 
-def test_float16_is_refused_with_advice(config, tmp_path):
+def test_float16_compute_is_refused_with_advice(config, tmp_path):
   config.model.compute_dtype = "float16"
   with pytest.raises(
     RequestError,
@@ -285,24 +291,24 @@ def test_float16_is_refused_with_advice(config, tmp_path):
     finetune(config, tmp_path / "run")
 
 
-def test_lines_of_a_process_that_does_not_write_are_remembered_only(tmp_path):
+def test_metrics_of_other_processes_stay_in_memory(tmp_path):
   lines = JsonlLog(tmp_path / "metrics.jsonl", -1, writes=False)
   lines.write(1, {"x": 2})
   assert lines.values("x") == [2] and not list(tmp_path.iterdir())
   assert jax.process_index() == 0
 
 
-def test_the_best_is_the_least(tmp_path):
-  kept = manager.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss")
+def test_best_step_has_the_least_metric(tmp_path):
+  checkpoints = manager.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss")
   for step, loss in enumerate([3.0, 1.0, 2.0, 2.5], 1):
-    kept.save(step, {"x": jnp.arange(7.0)}, {"config": {}}, {"eval/loss": loss})
-  kept.wait()
-  assert kept.best_step() == 2
-  kept.close()
+    checkpoints.save(step, {"x": jnp.arange(7.0)}, {"config": {}}, {"eval/loss": loss})
+  checkpoints.wait()
+  assert checkpoints.best_step() == 2
+  checkpoints.close()
   assert manager.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss").best_step() == 2
 
 
-def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
+def test_failed_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
   file = tmp_path / "about.json"
   atomic_write(file, "before")
 
@@ -315,7 +321,7 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
   assert file.read_text() == "before" and list(tmp_path.iterdir()) == [file]
 
 
-def test_a_signal_between_saves_is_saved_at_its_step(config, tmp_path, monkeypatch):
+def test_preemption_between_saves_saves_that_step(config, tmp_path, monkeypatch):
   step = Reporter.log_step
 
   def stopped(self, number, *rest):

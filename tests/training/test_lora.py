@@ -1,4 +1,4 @@
-"""Adapters and frozen weights: what is trained changes, everything else stays bit for bit, and PEFT reads the adapters."""
+"""LoRA and frozen weights: only trained weights change, bit for bit, and PEFT reads adapters."""
 
 import dataclasses
 import functools
@@ -133,7 +133,8 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family, part, way", CASES)
-def test_every_way_to_train_a_part_comes_to_the_same(family, part, way):
+def test_offload_and_meshes_match_for_partial_training(family, part, way):
+  """Every way to train a part of the model comes to the same."""
   losses, state, _ = train(family, **part, **WAYS[way])
   wanted, theirs, cfg = alone(family, tuple(part.items()))
   np.testing.assert_allclose(losses, wanted, rtol=1e-5)
@@ -151,7 +152,7 @@ def test_every_way_to_train_a_part_comes_to_the_same(family, part, way):
     pytest.param("gptj", ADAPTERS, marks=pytest.mark.slow),
   ],
 )
-def test_nothing_changes_but_what_is_trained(family, part):
+def test_frozen_parameters_do_not_change(family, part):
   _, state, cfg = alone(family, tuple(part.items()))
   before, layers = weights(family, cfg), dict(cfg.trained)
   for path, leaf in jax.tree_util.tree_flatten_with_path(state.all_params)[0]:
@@ -171,7 +172,7 @@ def test_nothing_changes_but_what_is_trained(family, part):
 
 @pytest.mark.parametrize("targets", ["all-linear", "odd"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_merged_weights_are_the_model_with_adapters(family, targets):
+def test_merged_lora_matches_model_with_adapters(family, targets):
   wanted = ODD_TARGETS[family] if targets == "odd" else (targets,)
   cfg, run = build(family, lora__rank=3, lora__targets=wanted)
   params = begin(run, cfg, family).all_params
@@ -190,7 +191,7 @@ def test_merged_weights_are_the_model_with_adapters(family, targets):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_files_of_adapters_hold_what_merging_adds(family, tmp_path):
+def test_saved_adapters_equal_the_merged_delta(family, tmp_path):
   lora_config = dict(
     lora__rank=3, lora__alpha=5.0, lora__targets=ODD_TARGETS[family], lora__layers=("0", "2")
   )
@@ -231,7 +232,7 @@ def test_files_of_adapters_hold_what_merging_adds(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_folder_of_adapters_is_a_model(family, tmp_path):
+def test_adapter_folder_loads_as_a_model(family, tmp_path):
   """Its base, found by name, merged with them as it is read."""
   base = tmp_path / "base"
   if family == "gpt2":
@@ -253,12 +254,12 @@ def test_a_folder_of_adapters_is_a_model(family, tmp_path):
   wanted = merge_params(trained, cfg, source, merged_shapes(run))
   adapted = repo.resolve(str(folder))
   shapes = merged_shapes(run)
-  places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-  found = load_weights.load_params(adapted, shapes, places)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+  found = load_weights.load_params(adapted, shapes, shardings)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, wanted)
   assert repo.fingerprint(adapted) != repo.fingerprint(source)
   about = json.loads((folder / "adapter_config.json").read_text())
-  for change, told in (
+  for change, message in (
     ({"use_dora": True}, "use_dora=True: only plain LoRA"),
     ({"peft_type": "IA3"}, "peft_type='IA3': only plain LoRA"),
     ({"modules_to_save": ["score"]}, "modules_to_save"),
@@ -269,11 +270,11 @@ def test_a_folder_of_adapters_is_a_model(family, tmp_path):
     ({"base_model_name_or_path": None}, "names no model"),
   ):
     (folder / "adapter_config.json").write_text(json.dumps(about | change))
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=message):
       repo.resolve(str(folder))
   (folder / "adapter_config.json").write_text(json.dumps(about | {"r": 4}))
   with pytest.raises(RequestError, match="or of rank 4"):
-    load_weights.load_params(repo.resolve(str(folder)), shapes, places)
+    load_weights.load_params(repo.resolve(str(folder)), shapes, shardings)
 
 
 @pytest.fixture
@@ -284,9 +285,8 @@ def finetuned(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_with_adapters_leaves_a_plain_model_and_goes_on_bit_for_bit(
-  finetuned, folder, tmp_path
-):
+def test_lora_run_resumes_and_exports_merged_model(finetuned, folder, tmp_path):
+  """It goes on bit for bit."""
   run, config = finetuned
   base, exported = (load_file(at / "model.safetensors") for at in (folder, run.export))
   adapted = {
@@ -317,7 +317,7 @@ def test_a_run_with_adapters_leaves_a_plain_model_and_goes_on_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_a_base_that_has_changed_is_refused(finetuned, folder, tmp_path):
+def test_changed_base_model_is_refused(finetuned, folder, tmp_path):
   run, config = finetuned
   other = shutil.copytree(folder, tmp_path / "other")
   data = bytearray((other / "model.safetensors").read_bytes())
@@ -337,7 +337,7 @@ def test_a_base_that_has_changed_is_refused(finetuned, folder, tmp_path):
     jaxft.pretrained.load_workdir(run.workdir)
 
 
-def test_positions_alone_with_everything_on_the_host():
+def test_position_embeddings_alone_train_offloaded():
   _, run = build("gpt2", memory__offload="all", train__only=("transformer.wpe.weight",))
   assert [path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(run.grad_shapes)[0]] == [
     "positions"
@@ -374,13 +374,14 @@ def test_positions_alone_with_everything_on_the_host():
     ({"lora__rank": 2, "lora__alpha": 0.0}, "config.lora.alpha=0.0: must be above 0"),
   ],
 )
-def test_what_the_model_has_not_is_refused(config, tmp_path, more, message):
+def test_unknown_trainable_params_are_refused(config, tmp_path, more, message):
   with pytest.raises(RequestError, match=message):
     finetune(changed(config, **more), tmp_path / "run")
   assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_query_key_and_value_that_share_an_array_are_trained_together():
+def test_fused_qkv_is_trained_as_a_whole():
+  """Query, key and value that share an array are trained together."""
   config = jaxft.config.default()
   config.train.only = ("transformer.h.0.attn.q_proj.weight",)
   with pytest.raises(
@@ -398,7 +399,7 @@ def test_query_key_and_value_that_share_an_array_are_trained_together():
 )  # PEFT 0.21 asks for it
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.wide_for("gpt_neo", "gptj")
-def test_peft_loads_the_adapters_and_gives_the_same_logits(family, stories, tmp_path):
+def test_peft_logits_match_saved_adapters(family, stories, tmp_path):
   torch = pytest.importorskip("torch", reason="PEFT is for torch")
   peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
   sizes = {"vocab_size": 293, "bos_token_id": 0, "eos_token_id": 0} | tiny.FAMILIES[family]
@@ -430,7 +431,7 @@ def test_peft_loads_the_adapters_and_gives_the_same_logits(family, stories, tmp_
     wanted, found = adapted(ids).logits, ours(ids).logits
   assert float((wanted - before).abs().max()) > 1e-2
   np.testing.assert_allclose(found.numpy(), wanted.numpy(), atol=1e-5 * float(wanted.abs().max()))
-  # Every tensor of the file found its place: PEFT leaves out what it does not know.
+  # Every tensor of the file found its parameter: PEFT leaves out what it does not know.
   state = peft.get_peft_model_state_dict(adapted)
   written = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
   assert state.keys() == written.keys()
@@ -438,7 +439,7 @@ def test_peft_loads_the_adapters_and_gives_the_same_logits(family, stories, tmp_
     assert np.array_equal(tensor.numpy(), written[name]), name
 
 
-def test_an_adapter_begins_as_nothing():
+def test_new_lora_adapter_changes_no_logits():
   cfg, run = build("gpt2", lora__rank=2)
   drawn = init_params(run, cfg, 0, lora.select_adapters(run.state.params))
   leaves = {

@@ -1,4 +1,4 @@
-"""A number that is not finite, wherever it comes from, is caught on its own step and changes no bit of weights or optimizer."""
+"""A non-finite number is caught on its own step and changes no bit of weights or optimizer."""
 
 import functools
 import json
@@ -38,10 +38,10 @@ def built(family, accumulation, devices):
   cfg = model_config.from_hf_config(vocabulary | CONFIGS[family]).with_dropout(0.0)
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
   run = build_train_program(config, cfg, make_mesh(config.mesh, jax.devices()[:devices]), 9, row)
-  places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
   new = lambda: nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
   begin = jax.jit(
-    lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places
+    lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=shardings
   )
   state, numbers = run.train_step(begin(), batch(run, 0))
   assert not numbers["bad"]
@@ -80,9 +80,7 @@ def names(tree):
   return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-def test_the_run_ends_after_so_many_bad_steps_in_a_row_and_leaves_the_weights_alone(
-  config, tmp_path, capsys
-):
+def test_run_ends_after_max_bad_steps_in_a_row(config, tmp_path, capsys):
   """A rate that overflows the weights in one step: the loss after it is no number."""
   config.optim.learning_rate, config.optim.warmup_steps, config.optim.clip_norm = 1e38, 0, 0.0
   config.train.max_bad_steps, config.train.save_every = 3, 0
@@ -101,7 +99,7 @@ def test_the_run_ends_after_so_many_bad_steps_in_a_row_and_leaves_the_weights_al
 
 @pytest.mark.slow
 @pytest.mark.parts(2, 34)
-def test_nothing_that_is_not_finite_gets_into_a_state(part, record_property):
+def test_nonfinite_values_never_enter_the_state(part, record_property):
   rng = np.random.default_rng(part)
   for i in range(PER_PART):
     family, accumulation, devices = (

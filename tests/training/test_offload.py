@@ -1,4 +1,4 @@
-"""Weights in the host's memory change no number: the losses and weights are those of a run that keeps all on the device."""
+"""Offload changes no number: losses and weights are those of a run with all on the device."""
 
 import functools
 import itertools
@@ -29,9 +29,9 @@ FAMILIES = tiny.FAMILIES | {
 }
 
 
-def build(family, kept, accumulation=1, fsdp=1, tensor=1, **more):
+def build(family, mode, accumulation=1, fsdp=1, tensor=1, **more):
   config = jaxft.config.default()
-  config.mesh.fsdp, config.mesh.tensor, config.memory.offload = fsdp, tensor, kept
+  config.mesh.fsdp, config.mesh.tensor, config.memory.offload = fsdp, tensor, mode
   config.train.batch_size, config.train.micro_batch_size = ROWS, ROWS // accumulation // fsdp
   config.optim.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-4, clip_norm=0.5)
   for name, value in more.items():
@@ -56,10 +56,10 @@ def weights(family):
 
 
 def begin(run, family):
-  places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
   params = jax.tree.map(lambda x, like: x.astype(like.dtype), weights(family), run.state.params)
   state = TrainState(jnp.int32(0), params, jax.device_get(run.tx.init(params)))
-  return jax.device_put(state, places)
+  return jax.device_put(state, shardings)
 
 
 def batch(run, step):
@@ -71,8 +71,8 @@ def batch(run, step):
   return jax.device_put({name: x.reshape(A, B, T) for name, x in made.items()}, run.batch_sharding)
 
 
-def train(family, kept, steps=STEPS, **how):
-  _, run = build(family, kept, **how)
+def train(family, mode, steps=STEPS, **how):
+  _, run = build(family, mode, **how)
   state, losses, norms = begin(run, family), [], []
   for step in range(steps):
     state, numbers = run.train_step(state, batch(run, step))
@@ -90,7 +90,10 @@ def resident(family):
 
 
 def close(found, wanted, rtol):
-  """All weights as one vector within `rtol`; a leaf alone within three times that: biases are but a sum of small updates."""
+  """All weights as one vector within `rtol`; a leaf alone within three times that.
+
+  Biases are but a sum of small updates.
+  """
   apart, whole = [], []
   for path, leaf in jax.tree_util.tree_flatten_with_path(found)[0]:
     other = functools.reduce(lambda node, key: node[key.key], path, wanted)
@@ -113,9 +116,10 @@ def every_case():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family, kept, accumulation", [*every_case()])
-def test_twenty_steps_are_those_of_weights_on_the_device(family, kept, accumulation):
-  losses, state, run = train(family, kept, accumulation=accumulation)
+@pytest.mark.parametrize("family, mode, accumulation", [*every_case()])
+def test_offloaded_training_matches_on_device(family, mode, accumulation):
+  """Over twenty steps."""
+  losses, state, run = train(family, mode, accumulation=accumulation)
   wanted, theirs = resident(family)
   np.testing.assert_allclose(losses, wanted, rtol=1e-6)
   close(jax.device_get(state.params), theirs.params, 1e-6)
@@ -126,7 +130,7 @@ def test_twenty_steps_are_those_of_weights_on_the_device(family, kept, accumulat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "kept, fsdp, tensor",
+  "mode, fsdp, tensor",
   [
     pytest.param("optimizer", 4, 1, marks=pytest.mark.wide),
     pytest.param("all", 4, 1, marks=pytest.mark.wide),
@@ -134,11 +138,11 @@ def test_twenty_steps_are_those_of_weights_on_the_device(family, kept, accumulat
     ("all", 2, 2),
   ],
 )
-def test_over_several_devices_too(monkeypatch, kept, fsdp, tensor):
+def test_offload_matches_on_device_over_a_mesh(monkeypatch, mode, fsdp, tensor):
   monkeypatch.setattr(
     offload, "TABLE_CHUNK_BYTES", 4 * 40 * 50
   )  # tables in parts, cut along the axis that devices share
-  losses, state, _ = train("gptj", kept, accumulation=2, fsdp=fsdp, tensor=tensor)
+  losses, state, _ = train("gptj", mode, accumulation=2, fsdp=fsdp, tensor=tensor)
   wanted, theirs = resident("gptj")
   np.testing.assert_allclose(losses, wanted, rtol=1e-5)
   close(jax.device_get(state.params), theirs.params, 1e-5)
@@ -147,10 +151,10 @@ def test_over_several_devices_too(monkeypatch, kept, fsdp, tensor):
 @pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("name", ["lion", "sgd", "adafactor", "muon"])
-@pytest.mark.parametrize("kept", ["optimizer", "all"])
-def test_every_optimizer(kept, name):
+@pytest.mark.parametrize("mode", ["optimizer", "all"])
+def test_offload_matches_for_every_optimizer(mode, name):
   how = dict(steps=6, optim__name=name, optim__learning_rate=1e-3)
-  losses, state, _ = train("gpt2", kept, **how)
+  losses, state, _ = train("gpt2", mode, **how)
   wanted, theirs, _ = train("gpt2", "none", **how)
   np.testing.assert_allclose(losses, wanted, rtol=1e-6)
   if name != "lion":  # which goes by the signs of numbers near zero
@@ -163,16 +167,18 @@ def test_every_optimizer(kept, name):
     close(ours, theirs, 1e-5)
 
 
-@pytest.mark.parametrize("kept", [pytest.param("optimizer", marks=pytest.mark.slow), "all"])
-def test_a_step_is_that_of_weights_on_the_device_and_one_that_is_not_finite_changes_nothing(kept):
+@pytest.mark.parametrize("mode", [pytest.param("optimizer", marks=pytest.mark.slow), "all"])
+def test_offloaded_step_matches_and_skips_nonfinite(mode):
+  """A step that is not finite changes nothing."""
   found = {}
-  for where in ("none", kept):
+  for where in ("none", mode):
     _, run = build("gpt2", where)
     after, numbers = run.train_step(begin(run, "gpt2"), batch(run, 0))
     found[where] = float(numbers["grad_norm"]), jax.device_get(after.params)
-  np.testing.assert_allclose(found[kept][0], found["none"][0], rtol=1e-5)
-  # 1e-6, which allows three times as much, was too little for a bias on one kind of processor (3.4e-6, 2026-11-29).
-  close(found[kept][1], found["none"][1], 2e-6)
+  np.testing.assert_allclose(found[mode][0], found["none"][0], rtol=1e-5)
+  # 1e-6, which allows three times as much, was too little for a bias on one kind of processor
+  # (3.4e-6, 2026-11-29).
+  close(found[mode][1], found["none"][1], 2e-6)
   state = begin(run, "gpt2")
   params = jax.tree.map(np.array, state.params)
   params["blocks"]["mlp"]["up"]["kernel"][1, 2, 3] = np.inf
@@ -187,7 +193,7 @@ def test_a_step_is_that_of_weights_on_the_device_and_one_that_is_not_finite_chan
 
 
 @pytest.mark.slow
-def test_tables_are_cut_into_rows(monkeypatch):
+def test_tables_are_updated_in_row_chunks(monkeypatch):
   monkeypatch.setattr(offload, "TABLE_CHUNK_BYTES", 4 * 40 * 100)
   cut = offload.LeafChunks.of((jax.tree_util.DictKey("embed"),), np.zeros((384, 40), np.float32), 1)
   assert cut == (False, 4, 1)
@@ -207,10 +213,11 @@ def plain(folder, stories, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.wide
-@pytest.mark.parametrize("kept", ["optimizer", "all"])
-def test_a_run_is_evaluated_saved_resumed_and_exported(plain, tmp_path, kept):
+@pytest.mark.parametrize("mode", ["optimizer", "all"])
+def test_offloaded_run_resumes_and_exports(plain, tmp_path, mode):
+  """It is evaluated and saved too."""
   config, wanted = plain[0].copy_and_resolve_references(), plain[1]
-  config.memory.offload = kept
+  config.memory.offload = mode
   run = finetune(config, tmp_path / "run")
   for a, b in zip(run.metrics, wanted.metrics, strict=True):
     for name in ("train/loss", "eval/loss"):
@@ -233,16 +240,16 @@ def test_a_run_is_evaluated_saved_resumed_and_exported(plain, tmp_path, kept):
   opened, exported = load_workdir(again.workdir), load(again.export)
   assert {
     leaf.sharding.memory_kind for leaf in jax.tree.leaves(opened.params) if leaf.ndim > 1
-  } == {"pinned_host" if kept == "all" else "device"}
+  } == {"pinned_host" if mode == "all" else "device"}
   text = list(config.data.validation or config.data.train)
   ours, theirs = (it.evaluate(*text, sequence_length=13)["loss"] for it in (opened, exported))
   np.testing.assert_allclose(ours, theirs, rtol=1e-6)
   prompts = ["The cat", "A dog was"]
-  told = [
+  texts = [
     [it.text for it in of.generate(prompts, max_new_tokens=5, temperature=0)]
     for of in (opened, exported)
   ]
-  assert told[0] == told[1]
+  assert texts[0] == texts[1]
   shutil.copytree(wanted.workdir, tmp_path / "other")
   shutil.rmtree(tmp_path / "other" / "checkpoints" / "12")
   config.export.out = ""
@@ -252,7 +259,7 @@ def test_a_run_is_evaluated_saved_resumed_and_exported(plain, tmp_path, kept):
   )
 
 
-def test_accumulated_gradients_add_up_in_float32():
+def test_gradient_accumulation_is_in_float32():
   """The copy on the device is in bfloat16, and so is the gradient of one accumulation step."""
   _, run = build("gpt2", "optimizer", accumulation=4, model__compute_dtype="bfloat16")
   _, gradient, _ = jax.eval_shape(run.grad_fn, run.state, run.batch)

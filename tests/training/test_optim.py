@@ -19,7 +19,7 @@ def course(total=20, **optim_settings):
 
 
 @pytest.mark.parametrize("warmup", [0, 5])
-def test_schedules_follow_transformers_formulas(warmup):
+def test_schedules_match_transformers(warmup):
   up = [1e-3 * step / warmup for step in range(warmup)]
   left = [1 - step / (20 - warmup) for step in range(21 - warmup)]
   wave = [0.5 * (1 + math.cos(math.pi * (1 - x))) for x in left]
@@ -54,15 +54,15 @@ def updated(optim_settings, params, grads, steps=3):
   return params
 
 
-def test_lion_and_sgd_are_their_formulas():
-  """Chen et al., 2023: the sign of a mean with b1, and a mean with b2 that is kept; momentum b1 without a mean."""
+def test_lion_and_sgd_match_their_formulas():
+  """Lion (Chen et al., 2023): sign of a mean with b1, stored mean with b2; SGD: momentum b1."""
   settings_, rng = jaxft.config.default().optim, np.random.default_rng(0)
   grads = [rng.standard_normal((3, 4)).astype(np.float32) for _ in range(3)]
   settings_.update(b1=0.6, b2=0.95, weight_decay=0.0)
-  lion, sgd, kept, summed = [], [], 0, 0
+  lion, sgd, mean, summed = [], [], 0, 0
   for grad in grads:
-    lion.append(np.sign(0.6 * kept + 0.4 * grad))
-    kept, summed = 0.95 * kept + 0.05 * grad, grad + 0.6 * summed
+    lion.append(np.sign(0.6 * mean + 0.4 * grad))
+    mean, summed = 0.95 * mean + 0.05 * grad, grad + 0.6 * summed
     sgd.append(summed)
   for name, wanted in (("lion", lion), ("sgd", sgd)):
     settings_.name = name
@@ -73,7 +73,7 @@ def test_lion_and_sgd_are_their_formulas():
       np.testing.assert_allclose(found["block"]["kernel"], direction, rtol=1e-5, atol=1e-7)
 
 
-def test_matrices_decay_and_biases_and_norms_do_not():
+def test_weight_decay_skips_biases_and_norms():
   settings_ = jaxft.config.default().optim
   settings_.weight_decay = 0.5
   params = {
@@ -87,13 +87,14 @@ def test_matrices_decay_and_biases_and_norms_do_not():
   }
 
 
-def test_a_parameter_of_no_known_kind_is_refused():
+def test_unknown_parameter_kind_is_refused():
   with pytest.raises(KeyError, match="gate.*DECAYED"):
     optimizer.make_optimizer(jaxft.config.default().optim).init({"block": {"gate": jnp.zeros(3)}})
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
-def test_a_layer_of_a_stack_is_updated_as_it_would_be_alone(name):
+def test_stacked_layers_update_independently(name):
+  """A layer of a stack is updated as it would be alone."""
   settings_ = jaxft.config.default().optim
   settings_.name, settings_.weight_decay = name, 0.1
   rng = np.random.default_rng(0)
@@ -103,19 +104,19 @@ def test_a_layer_of_a_stack_is_updated_as_it_would_be_alone(name):
   together = updated(settings_, {"blocks": stack}, {"blocks": grads})["blocks"]["kernel"]
   for i in range(3):
     # Muon is for layers: its one layer is a stack too.
-    place, one = ("blocks", slice(i, i + 1)) if name == "muon" else ("other", i)
+    stack_name, one = ("blocks", slice(i, i + 1)) if name == "muon" else ("other", i)
     alone = updated(
       settings_,
-      {place: {"kernel": stack["kernel"][one]}},
-      {place: {"kernel": grads["kernel"][one]}},
+      {stack_name: {"kernel": stack["kernel"][one]}},
+      {stack_name: {"kernel": grads["kernel"][one]}},
     )
     # Its matrix products round as the loop they are in has it; the others do the same sums.
     how = dict(rtol=1e-5, atol=1e-6) if name == "muon" else dict(rtol=1e-6)
-    np.testing.assert_allclose(together[one], alone[place]["kernel"], **how)
+    np.testing.assert_allclose(together[one], alone[stack_name]["kernel"], **how)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
-def test_every_optimizer_begins_with_zeros(name):
+def test_every_optimizer_state_begins_at_zero(name):
   """`program.init_train_state` relies on it where the state is on the host."""
   settings_ = jaxft.config.default().optim
   settings_.name = name
@@ -129,7 +130,7 @@ def test_every_optimizer_begins_with_zeros(name):
   )
 
 
-def test_muon_makes_queries_keys_and_values_orthogonal_each_for_itself():
+def test_muon_orthogonalizes_q_k_v_separately():
   settings_ = jaxft.config.default().optim
   settings_.name = "muon"
   rng = np.random.default_rng(0)
@@ -161,7 +162,7 @@ def test_muon_makes_queries_keys_and_values_orthogonal_each_for_itself():
     (0, 0.0, 9, 0),
   ],
 )
-def test_steps_of_warm_up(warmup, ratio, steps, wanted):
+def test_warmup_steps_and_ratio(warmup, ratio, steps, wanted):
   config = jaxft.config.default().optim
   config.warmup_steps, config.warmup_ratio = warmup, ratio
   assert optimizer.warmup_steps(config, steps) == wanted

@@ -1,4 +1,4 @@
-"""Weights in bfloat16: rounded without bias, the same on every path, and as good as float32 over a run."""
+"""bfloat16 weights: rounded without bias, the same on every path, as good as float32 in a run."""
 
 import shutil
 
@@ -16,7 +16,8 @@ from jaxft.training import stochastic_rounding
 BFLOAT16 = jnp.dtype("bfloat16")
 
 
-def test_a_number_becomes_one_of_its_neighbours_and_on_average_itself():
+def test_stochastic_rounding_is_unbiased():
+  """A number becomes one of its neighbours, and on average itself."""
   values = np.float32([1.001, -3.1415927, 1e-30, 12345.678, -0.1, 3e-39])
   rows = stochastic_rounding.stochastic_round(
     jnp.asarray(np.tile(values, (20000, 1))), BFLOAT16, jax.random.key(0)
@@ -28,7 +29,7 @@ def test_a_number_becomes_one_of_its_neighbours_and_on_average_itself():
     assert abs(column.mean() - value) < 5 * step / np.sqrt(20000)
 
 
-def test_what_bfloat16_can_say_stays():
+def test_exact_bfloat16_values_stay():
   values = jnp.asarray([0.0, -0.0, 1.0, -1.5, 3.3895314e38, 1e-40], BFLOAT16).astype(jnp.float32)
   for seed in range(20):
     rounded = stochastic_rounding.stochastic_round(values, BFLOAT16, jax.random.key(seed))
@@ -38,7 +39,7 @@ def test_what_bfloat16_can_say_stays():
   )
 
 
-def test_what_is_no_number_stays_none():
+def test_nonfinite_values_stay_nonfinite():
   bits = np.array(
     [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000, 0x7F800000, 0xFF800000], np.uint32
   )
@@ -49,7 +50,9 @@ def test_what_is_no_number_stays_none():
     assert not np.isfinite(np.asarray(rounded.astype(jnp.float32))).any()
 
 
-def test_small_updates_add_up_where_the_nearest_number_would_stay():
+def test_small_updates_add_up_in_bfloat16():
+  """Rounding to the nearest would leave the weights as they are."""
+
   def turn(i, x):
     return stochastic_rounding.stochastic_round(
       x.astype(jnp.float32) - jnp.float32(2**-12), BFLOAT16, jax.random.key(i)
@@ -62,17 +65,17 @@ def test_small_updates_add_up_where_the_nearest_number_would_stay():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "kept, mesh",
+  "mode, mesh",
   [
     pytest.param("none", {"fsdp": 4}, marks=pytest.mark.wide),
     ("all", {}),
     pytest.param("optimizer", {}, marks=pytest.mark.wide),
   ],
 )
-def test_every_path_rounds_alike(kept, mesh):
+def test_every_offload_mode_rounds_alike(mode, mesh):
   """A weight that is rounded to the other side is 1/256 of itself away: few of them may be."""
   how = dict(steps=4, model__param_dtype="bfloat16", optim__weight_decay=0.0)
-  losses, state, _ = test_offload.train("gpt2", kept, **how, **mesh)
+  losses, state, _ = test_offload.train("gpt2", mode, **how, **mesh)
   wanted, theirs, _ = test_offload.train("gpt2", "none", **how)
   np.testing.assert_allclose(losses, wanted, rtol=1e-3)
   ours, theirs = (jax.device_get(it.params) for it in (state, theirs))
@@ -86,9 +89,8 @@ def test_every_path_rounds_alike(kept, mesh):
 
 
 @pytest.mark.slow
-def test_a_run_learns_as_in_float32_is_resumed_bit_for_bit_and_exported(
-  config, config_file, tmp_path
-):
+def test_bfloat16_run_learns_resumes_and_exports(config, config_file, tmp_path):
+  """It learns as in float32, and is resumed bit for bit."""
   config.train.sample_prompts = ()
   precise = finetune(config.copy_and_resolve_references(), tmp_path / "float32")
   config.model.param_dtype, config.export.out = "bfloat16", ""

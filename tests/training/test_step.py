@@ -1,4 +1,4 @@
-"""The train step: the same numbers for every way to run it, transformers' numbers, and none from a bad batch."""
+"""The train step: the same numbers for every mesh and micro-batch, torch's, none of a bad batch."""
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,9 @@ def train(folder, steps=3, *, mesh=None, accumulation=1, dropout=0.0, spoil=None
   checkpoint = repo.resolve(str(folder))
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
   run = build_train_program(config, checkpoint.cfg.with_dropout(dropout), on, steps, row)
-  places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  params = load_weights.load_params(checkpoint, run.state.params, places.params)
-  state = jax.jit(lambda p: TrainState(jnp.int32(0), p, run.tx.init(p)), out_shardings=places)(
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+  params = load_weights.load_params(checkpoint, run.state.params, shardings.params)
+  state = jax.jit(lambda p: TrainState(jnp.int32(0), p, run.tx.init(p)), out_shardings=shardings)(
     params
   )
   metrics = []
@@ -59,8 +59,11 @@ def train(folder, steps=3, *, mesh=None, accumulation=1, dropout=0.0, spoil=None
 
 
 def assert_close(state, other, rtol=1e-5):
-  """Weights are equal, but for the biases of keys: they move no softmax, their gradient is zero but for rounding, and Adam
-  divides that rounding by its own size."""
+  """Weights are equal, but for the biases of keys.
+
+  They move no softmax, their gradient is zero but for rounding, and Adam divides that rounding by
+  its own size.
+  """
 
   def comparable(state):
     params = jax.device_get(state.params)
@@ -78,7 +81,7 @@ def assert_close(state, other, rtol=1e-5):
 
 @pytest.mark.slow_for("4", "8")
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
-def test_micro_batches_are_one_batch(folder, accumulation):
+def test_grad_accumulation_matches_one_batch(folder, accumulation):
   losses, state, _ = train(folder, dropout=0.1)
   again, other, _ = train(folder, accumulation=accumulation, dropout=0.1)
   np.testing.assert_allclose(again, losses, rtol=1e-6)
@@ -88,7 +91,7 @@ def test_micro_batches_are_one_batch(folder, accumulation):
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.wide_for("2")
-def test_a_mesh_draws_the_dropout_of_one_device(folder, accumulation):
+def test_dropout_is_the_same_on_any_mesh(folder, accumulation):
   losses, state, _ = train(folder, 20, dropout=0.1, accumulation=accumulation)
   again, other, _ = train(
     folder, 20, dropout=0.1, accumulation=accumulation, mesh=dict(data=2, fsdp=2)
@@ -122,7 +125,7 @@ def opened(folder):
   )
 
 
-def test_state_dtype_is_that_of_the_first_moment(folder):
+def test_state_dtype_sets_first_moment_dtype(folder):
   _, state, _ = train(folder, 1, state_dtype="bfloat16")
   dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(state.opt_state)}
   assert dtypes == {"int32", "bfloat16", "float32"}
@@ -130,7 +133,7 @@ def test_state_dtype_is_that_of_the_first_moment(folder):
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("fsdp", [1, 8])
-def test_a_step_that_is_not_finite_changes_nothing(folder, fsdp, accumulation):
+def test_nonfinite_step_changes_nothing(folder, fsdp, accumulation):
   if fsdp * accumulation > ROWS:
     accumulation = 1
   spoiled = []
@@ -152,7 +155,7 @@ def test_a_step_that_is_not_finite_changes_nothing(folder, fsdp, accumulation):
   )
 
 
-def test_dropout_is_drawn_anew_in_each_step(folder, monkeypatch):
+def test_dropout_differs_between_steps(folder, monkeypatch):
   """The same rows and the same weights twice."""
   (first,) = batches(repo.resolve(str(folder)).cfg, 1)
   monkeypatch.setitem(globals(), "batches", lambda cfg, steps: [first] * steps)
@@ -162,7 +165,7 @@ def test_dropout_is_drawn_anew_in_each_step(folder, monkeypatch):
   assert plain == same and abs(once - again) > 1e-4
 
 
-def test_ids_that_the_vocabulary_has_not_change_nothing(folder, monkeypatch):
+def test_out_of_vocabulary_ids_change_nothing(folder, monkeypatch):
   """Also those of rows that pad the table."""
   V, before = repo.resolve(str(folder)).cfg.V, []
   rows = list(batches(repo.resolve(str(folder)).cfg, 4))
@@ -193,7 +196,7 @@ def test_dropout_depends_on_seed_and_step_alone(folder):
   assert same_batch == resumed
 
 
-def test_adamw_steps_equal_torchs(folder):
+def test_adamw_steps_match_torch(folder):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   how = dict(
