@@ -1,56 +1,62 @@
-"""Beam search, as transformers has it (5.x, `early_stopping=False`): which texts go on, which have ended, and when to stop."""
+"""Beam search as in transformers (5.x, `early_stopping=False`): the part that is not jitted."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-NEG_INF = -1e9  # the score of a beam that is not there
+NEG_INF = -1e9  # the score of a beam that does not exist yet
 
 
 class Hypothesis(NamedTuple):
-  score: float  # of one that goes on, the sum of its log-probabilities; of one that has ended, that by its length
+  score: float  # sum of log-probabilities; once finished, divided by length ** length_penalty
   ids: list[int]
 
 
 class Beams:
   """The beams of one prompt."""
 
-  def __init__(self, count: int, length_penalty: float, most: int):
-    """`count` beams of at most `most` tokens; a score is divided by length ** `length_penalty`."""
-    self.running = [Hypothesis(0.0 if beam == 0 else NEG_INF, []) for beam in range(count)]
-    self.ended: list[Hypothesis] = []
+  def __init__(self, num_beams: int, length_penalty: float, max_new: int):
+    # One beam at first: equal ones would all continue in the same way.
+    self.running = [Hypothesis(NEG_INF if beam else 0.0, []) for beam in range(num_beams)]
+    self.finished: list[Hypothesis] = []
     self.done = False
-    self._count, self._penalty, self._most = count, length_penalty, most
+    self._num_beams = num_beams
+    self._length_penalty = length_penalty
+    self._max_new = max_new
 
   def advance(
-    self, scores: np.ndarray, beams: np.ndarray, tokens: np.ndarray, ends: frozenset[int]
+    self, scores: np.ndarray, beams: np.ndarray, tokens: np.ndarray, stop_ids: frozenset[int]
   ) -> list[int]:
-    """Takes the 2 x count best continuations, best first; returns from which beam each of the next ones comes.
+    """Take the 2 x num_beams best candidates, best first; returns the beam each new one extends.
 
     Args:
       scores: sums of log-probabilities.
-      beams, tokens: what each continues, and with which token; one of `ends` ends the text.
+      beams, tokens: what a candidate extends, and with which token; one of `stop_ids` finishes it.
     """
     length = len(self.running[0].ids) + 1
-    goes_on, sources, last = [], [], length == self._most
-    for place, (score, beam, token) in enumerate(
+    is_last = length == self._max_new
+    running, sources = [], []
+    for rank, (score, beam, token) in enumerate(
       zip(scores.tolist(), beams.tolist(), tokens.tolist(), strict=True)
     ):
-      text = Hypothesis(score, [*self.running[beam].ids, token])
-      if token not in ends and not last:
-        goes_on.append(text)
+      ids = [*self.running[beam].ids, token]
+      if token not in stop_ids and not is_last:
+        running.append(Hypothesis(score, ids))
         sources.append(beam)
-      elif place < self._count and not self.done:  # only what is among the best ends
-        self.ended.append(Hypothesis(score / length**self._penalty, text.ids))
-    self.ended = sorted(self.ended, key=lambda text: -text.score)[: self._count]
-    if last:
+      elif rank < self._num_beams and not self.done:  # only the best candidates may finish
+        self.finished.append(Hypothesis(score / length**self._length_penalty, ids))
+    best_first = sorted(self.finished, key=lambda hypothesis: -hypothesis.score)
+    self.finished = best_first[: self._num_beams]
+    if is_last:
       self.done = True
-      return list(range(self._count))
-    self.running, sources = goes_on[: self._count], sources[: self._count]
-    best = self.running[0].score / length**self._penalty
-    self.done = self.done or len(self.ended) == self._count and best <= self.ended[-1].score
-    return sources
+      return list(range(self._num_beams))
+    self.running = running[: self._num_beams]
+    best = self.running[0].score / length**self._length_penalty
+    is_full = len(self.finished) == self._num_beams
+    self.done = self.done or is_full and best <= self.finished[-1].score
+    return sources[: self._num_beams]
 
-  def best(self, count: int, ends: frozenset[int]) -> list[list[int]]:
-    """The ids of the best texts, without the end token."""
-    return [text.ids[:-1] if text.ids[-1] in ends else text.ids for text in self.ended[:count]]
+  def best(self, num: int, stop_ids: frozenset[int]) -> list[list[int]]:
+    """The ids of the best texts, without the stop token."""
+    best = [hypothesis.ids for hypothesis in self.finished[:num]]
+    return [ids[:-1] if ids[-1] in stop_ids else ids for ids in best]

@@ -1,7 +1,8 @@
-"""Each layer's weights as arrays of their own, in the memory of the stacked ones.
+"""Views of each layer's weights, without a copy, in the memory of the stacked weights.
 
-XLA's CPU compiler copies the weights of a layer out of the stack before it multiplies with them (jax 0.10 to 0.12). For a batch
-that hides behind the products; where one token is read at a time, memory is what takes time, and the copy twice as much again.
+XLA's CPU compiler copies the weights of a layer out of the stack before it multiplies with them
+(jax 0.10 to 0.12). With a batch the products hide the copy; when one token is read at a time,
+memory bandwidth is what takes time, and the copy takes twice as much again.
 """
 
 import operator
@@ -12,12 +13,12 @@ import numpy as np
 
 
 def unstack_layers(blocks: Any, L: int) -> list[Any] | None:
-  """Of each of L layers the weights, nothing copied; None where that is not to be had: other devices, several, bfloat16.
+  """Make zero-copy views of each layer, or None if weights are not float32 on a single CPU device.
 
-  The views hold on to the stacked arrays, which cannot be donated while there is one.
+  The views hold references to the stacked arrays, which cannot be donated while one exists.
   """
   leaves = jax.tree.leaves(blocks)
-  if not all(_is_viewable(leaf) for leaf in leaves):
+  if not all(map(_is_viewable, leaves)):
     return None
   (device,) = leaves[0].devices()
   stacks = jax.tree.map(np.from_dlpack, blocks)
@@ -26,5 +27,5 @@ def unstack_layers(blocks: Any, L: int) -> list[Any] | None:
 
 
 def _is_viewable(leaf: jax.Array) -> bool:
-  on = leaf.devices()
-  return len(on) == 1 and next(iter(on)).platform == "cpu" and leaf.dtype == np.float32
+  devices = list(leaf.devices())
+  return len(devices) == 1 and devices[0].platform == "cpu" and leaf.dtype == np.float32

@@ -1,6 +1,7 @@
-"""Text from a model: a key/value cache, one program that reads the prompts and one that adds a token to each.
+"""Text from a model with a KV cache: one program reads the prompts, one adds a token to each.
 
-B prompts, T columns read at once, S columns of the cache, V vocabulary
+B rows, P prompts, W beams and K candidates of a prompt, E stop tokens, T columns read at once,
+S columns of the cache, V vocabulary
 """
 
 import functools
@@ -20,38 +21,37 @@ from jaxft.model.config import ModelConfig
 from jaxft.model.kv_cache import KVCache
 
 TokenCallback = Callable[[int, list[int]], bool]
-StepFn = Callable[
-  ..., tuple[jax.Array, KVCache]
-]  # (cache, ids, segments, positions) -> logits, cache
-PAD_MULTIPLE = 64  # prompts and caches are padded to multiples of this many columns: few shapes, few compilations
+StepFn = Callable[..., tuple[jax.Array, KVCache]]  # (cache, ids, segments, positions)
+PAD_MULTIPLE = 64  # columns: prompts and caches are padded, for few shapes and few compilations
 
 
 class MinLength(NamedTuple):
-  """Texts that are too short to end."""
+  """The texts that are too short to stop, and the tokens that would stop them."""
 
   too_short_B: np.ndarray
-  ends_E: np.ndarray  # the tokens that end a text
+  stop_ids_E: np.ndarray
 
 
 class Generator:
-  """Completes prompts with the decoder of `graph`; compiled programs are kept from call to call."""
+  """Completes prompts with the decoder of `graphdef`; its compiled programs serve all calls."""
 
-  def __init__(self, graph: nnx.GraphDef, cfg: ModelConfig, eos_token_id: int):
-    self._cfg, self.eos_token_id = cfg, eos_token_id
+  def __init__(self, graphdef: nnx.GraphDef, cfg: ModelConfig, eos_token_id: int):
+    self._cfg = cfg
+    self.eos_token_id = eos_token_id
 
     def step(params, layers, cache, ids_BT, segments_BT, positions_BT):
-      decoder = nnx.merge(graph, params)
+      decoder = nnx.merge(graphdef, params)
       h_BTD, cache = decoder.forward_cached(cache, ids_BT, segments_BT, positions_BT, layers)
-      # Whole on every device: each process looks at them, and each draws the same.
+      # Replicated: each process reads the logits, and each draws the same tokens.
       return decoder.compute.constrain(decoder.logits(h_BTD[:, -1]), (None, None)), cache
 
-    def prefill(params, ids_BT, segments_BT, positions_BT, S, apart):
-      decoder = nnx.merge(graph, params)
+    def prefill(params, ids_BT, segments_BT, positions_BT, S, unstack):
+      decoder = nnx.merge(graphdef, params)
       cache = KVCache.empty(cfg, ids_BT.shape[0], S, decoder.compute.dtype)
       logits_BV, cache = step(params, None, cache, ids_BT, segments_BT, positions_BT)
-      return logits_BV, cache.unstack() if apart else cache
+      return logits_BV, cache.unstack() if unstack else cache
 
-    self._prefill = jax.jit(prefill, static_argnames=("S", "apart"))
+    self._prefill = jax.jit(prefill, static_argnames=("S", "unstack"))
     self._step = jax.jit(step, donate_argnums=2)
 
   def __call__(
@@ -61,116 +61,100 @@ class Generator:
     sampling: Sampling,
     *,
     stop_ids: frozenset[int] = frozenset(),
-    on_token: TokenCallback = lambda text, ids: False,
+    on_token: TokenCallback = lambda index, ids: False,
   ) -> list[list[int]]:
-    """The tokens that follow each prompt, up to and without the end token: `num_return_sequences` texts for each, together.
+    """Complete each prompt `num_return_sequences` times; returns new tokens without the stop token.
 
-    Text s of prompt i draws with keys from (seed, i, s, position), so neither the others nor their padding change it.
-    Raises RequestError for a prompt that fills the model's positions.
+    Text s of prompt i draws with keys from (seed, i, s, position), so neither the others nor their
+    padding change it. Raises RequestError for a prompt that fills the model's positions.
 
     Args:
-      stop_ids: tokens that end a text beside the end token.
-      on_token: told of each token, with the number of the text and its tokens so far; true ends the text with it. Not with beams.
+      stop_ids: tokens that end a text, beside the end token.
+      on_token: called after each token with the index of the text and its new tokens; true ends the
+        text with it. Not called in beam search.
     """
     sampling.validate()
     if not prompts:
       return []
-    each = max(sampling.num_beams, sampling.num_return_sequences)
-    rows = [prompt or [self.eos_token_id] for prompt in prompts for _ in range(each)]
-    texts, stop_ids = (
-      SequenceBuffer.from_prompts(rows, sampling, self._cfg.P, each),
-      stop_ids | {self.eos_token_id},
-    )
+    repeats = max(sampling.num_beams, sampling.num_return_sequences)
+    rows = [prompt or [self.eos_token_id] for prompt in prompts for _ in range(repeats)]
+    buffer = SequenceBuffer.from_prompts(rows, sampling, self._cfg.P, repeats)
     layers = layer_views.unstack_layers(params["blocks"], self._cfg.L)
     logits_BV, cache = self._prefill(
-      params, *texts.prompts(), S=texts.ids_BS.shape[1], apart=layers is not None
+      params, *buffer.prompts(), S=buffer.ids_BS.shape[1], unstack=layers is not None
     )
-    # The stack is no argument of the step then; a layer tells what a block is.
-    step = functools.partial(
-      self._step, params if layers is None else params | {"blocks": layers[0]}, layers
-    )
+    if layers is not None:
+      # The step needs no stack then; one layer shows the structure of a block.
+      params = params | {"blocks": layers[0]}
+    step = functools.partial(self._step, params, layers)
+    stop_ids = stop_ids | {self.eos_token_id}
     if sampling.num_beams > 1:
-      return self._likeliest(step, logits_BV, cache, texts, sampling, stop_ids)
-    return self._chosen(step, logits_BV, cache, texts, sampling, stop_ids, on_token)
+      return self._beam_search(step, logits_BV, cache, buffer, sampling, stop_ids)
+    return self._sample(step, logits_BV, cache, buffer, sampling, stop_ids, on_token)
 
-  def _chosen(
+  def _sample(
     self,
     step: StepFn,
     logits_BV: jax.Array,
     cache: KVCache,
-    texts: "SequenceBuffer",
+    buffer: "SequenceBuffer",
     sampling: Sampling,
     stop_ids: frozenset[int],
     on_token: TokenCallback,
   ) -> list[list[int]]:
-    """A token after the other: the likeliest, or drawn."""
-    count = len(texts.lengths_B)
-    keys_B = sampling_keys(sampling.seed, count, sampling.num_return_sequences)
-    completions, open_rows, temperature = (
-      [[] for _ in range(count)],
-      set(range(count)),
-      sampling.temperature or 1,
-    )
-    for n in range(texts.new):
-      next_B = sample_token(
-        logits_BV,
-        keys_B,
-        jnp.int32(n),
-        jnp.float32(temperature),
-        texts.history(),
-        sampling.for_jit(),
-        texts.min_length(stop_ids),
-      )
-      for row, token in enumerate(np.asarray(next_B).tolist()):
+    """Draw a token after the other, or take the likeliest."""
+    num_rows = len(buffer.lengths_B)
+    keys_B = sampling_keys(sampling.seed, num_rows, sampling.num_return_sequences)
+    temperature = jnp.float32(sampling.temperature or 1)
+    completions = [[] for _ in range(num_rows)]
+    open_rows = set(range(num_rows))
+    for n in range(buffer.max_new):
+      rules = (buffer.history(), sampling.for_jit(), buffer.min_length(stop_ids))
+      next_B = np.asarray(sample_token(logits_BV, keys_B, jnp.int32(n), temperature, *rules))
+      for row, token in enumerate(next_B.tolist()):
+        ids = completions[row]
         if token in stop_ids:
           open_rows.discard(row)
         if row in open_rows:
-          completions[row].append(token)
-          if on_token(row, completions[row]) or len(completions[row]) == texts.max_new_B[row]:
+          ids.append(token)
+          if on_token(row, ids) or len(ids) == buffer.max_new_B[row]:
             open_rows.discard(row)
-      if not open_rows or n == texts.new - 1:
+      if not open_rows or n == buffer.max_new - 1:
         break
-      logits_BV, cache = step(cache, *texts.append(np.asarray(next_B)))
+      logits_BV, cache = step(cache, *buffer.append(next_B))
     return completions
 
-  def _likeliest(
+  def _beam_search(
     self,
     step: StepFn,
     logits_BV: jax.Array,
     cache: KVCache,
-    texts: "SequenceBuffer",
+    buffer: "SequenceBuffer",
     sampling: Sampling,
     stop_ids: frozenset[int],
   ) -> list[list[int]]:
-    """Whole texts by beam search: `num_beams` rows for each prompt."""
+    """Find the likeliest texts, with `num_beams` rows for each prompt."""
     W = sampling.num_beams
-    prompts = [
-      beam_search.Beams(W, sampling.length_penalty, most) for most in texts.max_new_B[::W].tolist()
-    ]
+    max_new_P = buffer.max_new_B[::W].tolist()
+    prompts = [beam_search.Beams(W, sampling.length_penalty, max_new) for max_new in max_new_P]
     while True:
-      sums = np.array([[text.score for text in prompt.running] for prompt in prompts], np.float32)
-      best = beam_candidates(
-        logits_BV, sums, texts.history(), sampling.for_jit(), texts.min_length(stop_ids)
-      )
-      best = map(np.asarray, best)
-      sources = [
-        prompt.advance(*row, stop_ids) for prompt, *row in zip(prompts, *best, strict=True)
-      ]
+      scores_PW = np.array([[beam.score for beam in p.running] for p in prompts], np.float32)
+      rules = (buffer.history(), sampling.for_jit(), buffer.min_length(stop_ids))
+      candidates = map(np.asarray, beam_candidates(logits_BV, scores_PW, *rules))
+      by_prompt = zip(prompts, *candidates, strict=True)
+      sources = [prompt.advance(*arrays, stop_ids) for prompt, *arrays in by_prompt]
       if all(prompt.done for prompt in prompts):
-        return [
-          ids for prompt in prompts for ids in prompt.best(sampling.num_return_sequences, stop_ids)
-        ]
-      rows = np.concatenate([np.array(of) + W * i for i, of in enumerate(sources)])
-      texts.take(rows)
+        num = sampling.num_return_sequences
+        return [ids for prompt in prompts for ids in prompt.best(num, stop_ids)]
+      rows = np.concatenate([np.array(beams) + W * i for i, beams in enumerate(sources)])
+      buffer.take_rows(rows)
       cache = _reorder_cache(cache, rows)
-      last = np.array(
-        [(text.ids or [0])[-1] for prompt in prompts for text in prompt.running], np.int32
-      )
-      logits_BV, cache = step(cache, *texts.append(last))
+      last = [(beam.ids or [0])[-1] for prompt in prompts for beam in prompt.running]
+      logits_BV, cache = step(cache, *buffer.append(np.array(last, np.int32)))
 
 
 class SequenceBuffer:
-  """Prompts and what follows them, in rows that end in the same column."""
+  """Token ids of prompts and texts, in rows that end in the same column."""
 
   def __init__(
     self,
@@ -181,95 +165,96 @@ class SequenceBuffer:
     max_new_B: np.ndarray,
     P: int,
   ):
-    """`min_new_B`, `max_new_B`: tokens that must, and that may, follow each prompt."""
-    self.ids_BS, self.lengths_B, self.new = ids_BS, lengths_B, int(max_new_B.max())
-    self.min_new_B, self.max_new_B = min_new_B, max_new_B
+    """`min_new_B`, `max_new_B`: the fewest and the most new tokens of each prompt."""
+    self.ids_BS = ids_BS
+    self.lengths_B = lengths_B
+    self.min_new_B = min_new_B
+    self.max_new_B = max_new_B
+    self.max_new = int(max_new_B.max())
     self._T, self._end, self._P = T, T, P
 
   @classmethod
   def from_prompts(
-    cls, rows: list[list[int]], sampling: Sampling, P: int, repeated: int
+    cls, prompts: list[list[int]], sampling: Sampling, P: int, repeats: int
   ) -> "SequenceBuffer":
-    """Rows for prompts, each with as many more tokens as `sampling` allows, up to P positions.
+    """Make rows for prompts and as many new tokens as `sampling` allows, up to P positions.
 
-    Raises RequestError for a prompt that leaves no room, or not enough for what must follow it.
+    Raises RequestError for a prompt that leaves no room, or too little for its fewest new tokens.
 
     Args:
-      repeated: how often each prompt is there.
+      repeats: how often each prompt is in `prompts`, side by side.
     """
-    lengths_B = np.array([len(row) for row in rows])
-    min_new_B, max_new_B = _length_limits(lengths_B, sampling, P, repeated)
+    lengths_B = np.array([len(prompt) for prompt in prompts])
+    min_new_B, max_new_B = _length_limits(lengths_B, sampling, P, repeats)
     T = _round_up(lengths_B.max())
-    ids_BS = np.zeros((len(rows), _round_up(T + max_new_B.max())), np.int32)
-    for row, prompt in zip(ids_BS, rows, strict=True):
+    ids_BS = np.zeros((len(prompts), _round_up(T + max_new_B.max())), np.int32)
+    for row, prompt in zip(ids_BS, prompts, strict=True):
       row[T - len(prompt) : T] = prompt  # padded on the left
-    return cls(ids_BS, lengths_B, T, min_new_B, max_new_B, P)
+    return cls(ids_BS, lengths_B, T, min_new_B=min_new_B, max_new_B=max_new_B, P=P)
 
   def prompts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, segments and positions (B, T) of what is there at first."""
-    T, begins_B1 = self._T, (self._T - self.lengths_B)[:, None]
-    segments_BT = (np.arange(T) >= begins_B1).astype(np.int32)
-    return self.ids_BS[:, :T], segments_BT, np.maximum(np.arange(T) - begins_B1, 0).astype(np.int32)
+    """Ids, segments and positions (B, T) of the prompts."""
+    positions_BT = np.arange(self._T) - (self._T - self.lengths_B)[:, None]
+    segments_BT = (positions_BT >= 0).astype(np.int32)
+    return self.ids_BS[:, : self._T], segments_BT, np.maximum(positions_BT, 0).astype(np.int32)
 
   def append(self, ids_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Writes a token to each row; its id, segment and position (B, 1)."""
-    self.ids_BS[:, self._end], self._end = ids_B, self._end + 1
-    positions_B1 = np.minimum(self.lengths_B + self._end - self._T - 1, self._P - 1)[
-      :, None
-    ].astype(np.int32)
+    """Write a token to each row; returns its id, segment and position (B, 1)."""
+    # A row that is done goes on with the others, past the last position: none reads what it writes.
+    positions_B = np.minimum(self.lengths_B + self._end - self._T, self._P - 1)
+    positions_B1 = positions_B[:, None].astype(np.int32)
+    self.ids_BS[:, self._end] = ids_B
+    self._end += 1
     return ids_B[:, None], np.ones_like(positions_B1), positions_B1
 
   def min_length(self, stop_ids: frozenset[int]) -> MinLength | None:
-    """Which texts may not end with the next token; None where none of them has to be of any length."""
+    """Which texts may not stop with the next token; None where there is no minimum."""
     if not self.min_new_B.any():
       return None  # and the programs are those without this rule
     return MinLength(self._end - self._T < self.min_new_B, np.array(sorted(stop_ids), np.int32))
 
-  def take(self, rows: np.ndarray) -> None:
-    """Goes on from these rows."""
+  def take_rows(self, rows: np.ndarray) -> None:
     self.ids_BS = self.ids_BS[rows]
 
   def history(self) -> History:
     columns = np.arange(self.ids_BS.shape[1])
-    there_BS = (columns >= (self._T - self.lengths_B)[:, None]) & (columns < self._end)
-    # A copy: a CPU's devices read such arrays where they lie, and some may still do so while the next token is written.
-    return History(self.ids_BS.copy(), there_BS, np.int32(self._end))
+    valid_BS = (columns >= (self._T - self.lengths_B)[:, None]) & (columns < self._end)
+    # A copy: CPU devices read such arrays without one, perhaps while the next token is written.
+    return History(self.ids_BS.copy(), valid_BS, np.int32(self._end))
 
 
 def _length_limits(
-  lengths_B: np.ndarray, sampling: Sampling, P: int, repeated: int
+  lengths_B: np.ndarray, sampling: Sampling, P: int, repeats: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """How many tokens must, and how many may, follow prompts of these lengths; see `SequenceBuffer.from_prompts`."""
+  """The fewest and the most new tokens of each prompt; see `SequenceBuffer.from_prompts`."""
   longest, length = int(lengths_B.argmax()), int(lengths_B.max())
-  about = f"prompt {longest // repeated + 1} has {length} tokens"
+  prompt = f"prompt {longest // repeats + 1} has {length} tokens"
   if length >= P:
-    raise RequestError(f"{about} and the model {P} positions; shorten it")
+    raise RequestError(f"{prompt} and the model {P} positions; shorten it")
   if sampling.max_length and length >= sampling.max_length:
     raise RequestError(
-      f"{about}, and --max_length={sampling.max_length} counts them too; give --max_length={length + 1} or more, or "
-      "--max_new_tokens, which does not"
+      f"{prompt}, and --max_length={sampling.max_length} counts them too; give "
+      f"--max_length={length + 1} or more, or --max_new_tokens, which does not"
     )
-  max_new_B = (
-    sampling.max_length - lengths_B
-    if sampling.max_length
-    else np.full_like(lengths_B, sampling.max_new_tokens)
-  )
-  max_new_B = np.minimum(max_new_B, P - lengths_B)
-  least = "min_new_tokens" if sampling.min_new_tokens else "min_length"
+  maximum, minimum = "max_new_tokens", "min_length"
+  max_new_B = np.full_like(lengths_B, sampling.max_new_tokens)
   min_new_B = np.maximum(0, sampling.min_length - lengths_B)
+  if sampling.max_length:
+    maximum = "max_length"
+    max_new_B = sampling.max_length - lengths_B
   if sampling.min_new_tokens:
+    minimum = "min_new_tokens"
     min_new_B = np.full_like(lengths_B, sampling.min_new_tokens)
+  max_new_B = np.minimum(max_new_B, P - lengths_B)
   if (min_new_B > max_new_B).any():
     row = int((min_new_B - max_new_B).argmax())
-    most = "max_length" if sampling.max_length else "max_new_tokens"
-    limit = (
-      f"--{most}={getattr(sampling, most)}"
-      if max_new_B[row] < P - lengths_B[row]
-      else f"the model's {P} positions"
-    )
+    length, fewest, most = lengths_B[row], min_new_B[row], max_new_B[row]
+    leaves = f"the model's {P} positions leave"
+    if most < P - length:
+      leaves = f"--{maximum}={getattr(sampling, maximum)} leaves"
     raise RequestError(
-      f"prompt {row // repeated + 1} has {lengths_B[row]} tokens: --{least}={getattr(sampling, least)} wants {min_new_B[row]} "
-      f"more, and {limit} {'leaves' if limit[0] == '-' else 'leave'} {max_new_B[row]}; lower the one or raise the other"
+      f"prompt {row // repeats + 1} has {length} tokens: --{minimum}={getattr(sampling, minimum)} "
+      f"wants {fewest} more, and {leaves} {most}; lower the one or raise the other"
     )
   return min_new_B, max_new_B
 
@@ -280,36 +265,35 @@ _reorder_cache = jax.jit(KVCache.take_rows, donate_argnums=0)
 @functools.partial(jax.jit, static_argnames="sampling")
 def beam_candidates(
   logits_BV: jax.Array,
-  sums_PW: jax.Array,
+  scores_PW: jax.Array,
   history: History,
   sampling: Sampling,
-  early: MinLength | None = None,
+  min_length: MinLength | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Of each of P prompts with W beams the 2 W best continuations: sums of log-probabilities, beams and tokens, (P, 2 W) each.
+  """Find the 2 W best continuations of each prompt: scores, beams and tokens, (P, 2 W) each.
 
-  Twice as many as beams go on, as one of each beam may be its end.
+  Twice as many as beams, as one continuation of each beam may be its stop token.
   """
-  P, W = sums_PW.shape
-  logp_BV = process_logits(jax.nn.log_softmax(logits_BV), history, sampling, early)
-  every_PK = (logp_BV.reshape(P, W, -1) + sums_PW[..., None]).reshape(P, -1)
-  best_PK, places_PK = jax.lax.top_k(every_PK, 2 * W)
+  P, W = scores_PW.shape
   V = logits_BV.shape[-1]
-  return best_PK, places_PK // V, places_PK % V
+  logp_BV = process_logits(jax.nn.log_softmax(logits_BV), history, sampling, min_length)
+  scores_PK = (logp_BV.reshape(P, W, -1) + scores_PW[..., None]).reshape(P, -1)
+  best_PK, index_PK = jax.lax.top_k(scores_PK, 2 * W)
+  return best_PK, index_PK // V, index_PK % V
 
 
 def process_logits(
-  logits_BV: jax.Array, history: History, sampling: Sampling, early: MinLength | None
+  logits_BV: jax.Array, history: History, sampling: Sampling, min_length: MinLength | None
 ) -> jax.Array:
-  """Logits, or log-probabilities, under the rules about what the text has already."""
+  """Apply the rules that depend on the text so far to logits or log-probabilities."""
   if sampling.repetition_penalty != 1:
     logits_BV = logits_processors.penalize_repeats(logits_BV, history, sampling.repetition_penalty)
   if sampling.no_repeat_ngram_size:
-    logits_BV = logits_processors.ban_repeated_ngrams(
-      logits_BV, history, sampling.no_repeat_ngram_size
-    )
-  if early:
-    end_V = jnp.isin(jnp.arange(logits_BV.shape[-1]), early.ends_E)
-    logits_BV = jnp.where(early.too_short_B[:, None] & end_V, -jnp.inf, logits_BV)
+    n = sampling.no_repeat_ngram_size
+    logits_BV = logits_processors.ban_repeated_ngrams(logits_BV, history, n)
+  if min_length:
+    is_stop_V = jnp.isin(jnp.arange(logits_BV.shape[-1]), min_length.stop_ids_E)
+    logits_BV = jnp.where(min_length.too_short_B[:, None] & is_stop_V, -jnp.inf, logits_BV)
   return logits_BV
 
 
@@ -321,38 +305,39 @@ def sample_token(
   temperature: jax.Array,
   history: History,
   sampling: Sampling,
-  early: MinLength | None = None,
+  min_length: MinLength | None = None,
 ) -> jax.Array:
-  """The next token of each row, (B,) int32: the likeliest, or one drawn, after what `sampling` does to the logits.
+  """Draw the next token of each row, (B,) int32, or take the likeliest at temperature 0.
 
   Args:
     n: tokens drawn before.
-    temperature: that of `sampling`, apart so that another one needs no other program; of no account where it is 0 there.
-    early: texts that may not end yet.
+    temperature: an array, not that of `sampling`, so that another one is no recompilation.
   """
-  logits_BV = process_logits(logits_BV, history, sampling, early)
+  logits_BV = process_logits(logits_BV, history, sampling, min_length)
   if not sampling.temperature:
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)
-  logits_BV = logits_BV - logits_BV.max(
-    -1, keepdims=True
-  )  # so that no temperature makes infinities of the likeliest
+  # The largest is 0 before the division: no temperature makes an infinity of it.
+  logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature
   logits_BV = logits_processors.filter_logits(
-    logits_BV / temperature, sampling.top_k, sampling.top_p, sampling.min_p
+    logits_BV, sampling.top_k, sampling.top_p, sampling.min_p
   )
   keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, n)
   return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
-def sampling_keys(seed: int, count: int, each: int) -> jax.Array:
-  """A key for each of `count` texts, `each` of which are of one prompt: the first has the key of a prompt that has but one."""
-  text_B = jnp.arange(count)
-  of_prompt = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), text_B // each)
-  if each == 1:
-    return of_prompt
-  more = jax.vmap(lambda key, s: jax.random.fold_in(key, jnp.uint32(2**31) + s))(
-    of_prompt, (text_B % each).astype(jnp.uint32)
-  )
-  return jax.vmap(jax.lax.select)(text_B % each == 0, of_prompt, more)
+def sampling_keys(seed: int, num_rows: int, repeats: int) -> jax.Array:
+  """Make a key for each row, `repeats` of which are of one prompt.
+
+  The first of a prompt has the key that it has when a prompt has only one.
+  """
+  index_B = jnp.arange(num_rows)
+  prompt_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_B // repeats)
+  if repeats == 1:
+    return prompt_keys_B
+  # From 2^31 on, as `sample_token` folds the numbers of tokens into the first key of a prompt.
+  data_B = jnp.uint32(2**31) + (index_B % repeats).astype(jnp.uint32)
+  keys_B = jax.vmap(jax.random.fold_in)(prompt_keys_B, data_B)
+  return jax.vmap(jax.lax.select)(index_B % repeats == 0, prompt_keys_B, keys_B)
 
 
 def _round_up(columns: int) -> int:

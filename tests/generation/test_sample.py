@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxft.sharding.mesh
-import jaxft.sharding.rules
 from jaxft import generate, pretrained
 from jaxft.errors import RequestError
 from jaxft.generation import generation_config, layer_views, logits_processors, sampler
@@ -17,6 +15,7 @@ from jaxft.generation.sampling import Sampling
 from jaxft.model.compute import ComputeConfig
 from jaxft.model.decoder import abstract_model
 from jaxft.sharding.mesh import make_mesh
+from jaxft.sharding.rules import VOCAB_MULTIPLE
 
 PROMPTS = [
   "Once upon a time",
@@ -32,7 +31,7 @@ def ready(folder):
 
 
 @pytest.mark.slow
-def test_greedy_tokens_equal_transformers(ready, folder):
+def test_greedy_decoding_matches_transformers(ready, folder):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -47,26 +46,25 @@ def test_greedy_tokens_equal_transformers(ready, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.wide)])
-def test_scores_that_are_divided_by_depth_give_transformers_tokens(
-  devices, folder, tmp_path, monkeypatch
-):
+def test_inverse_layer_scaling_matches_transformers(devices, folder, tmp_path, monkeypatch):
+  """Attention logits that are divided by the layer's index, on one device and on eight."""
   shutil.copytree(folder, tmp_path / "m")
   config = json.loads((tmp_path / "m" / "config.json").read_text()) | {
     "scale_attn_by_inverse_layer_idx": True
   }
   (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-  all_of_them = make_mesh
-  monkeypatch.setattr(
-    jaxft.sharding.mesh, "make_mesh", lambda sizes: all_of_them(sizes, jax.devices()[:devices])
-  )
-  test_greedy_tokens_equal_transformers(pretrained.load(tmp_path / "m"), tmp_path / "m")
+  mesh_of = lambda sizes: make_mesh(sizes, jax.devices()[:devices])
+  monkeypatch.setattr(pretrained, "make_mesh", mesh_of)
+  model = pretrained.load(tmp_path / "m")
+  assert model.mesh.size == devices
+  test_greedy_decoding_matches_transformers(model, tmp_path / "m")
 
 
 @pytest.mark.slow_for("sampling0")
 @pytest.mark.parametrize(
   "sampling", [dict(temperature=0), dict(temperature=0.9, top_k=20, top_p=0.9, seed=5)]
 )
-def test_a_ragged_batch_equals_one_by_one(ready, sampling):
+def test_ragged_batch_matches_single_prompts(ready, sampling):
   together = ready.generate(PROMPTS, max_new_tokens=20, **sampling)
   alone = ready.generate([PROMPTS[0]], max_new_tokens=20, **sampling)
   assert together[0] == alone[0]
@@ -83,8 +81,8 @@ def test_a_ragged_batch_equals_one_by_one(ready, sampling):
   ],
 )
 @pytest.mark.slow_for("sampling2")
-def test_a_long_neighbour_does_not_end_a_text(ready, sampling):
-  """The model has 71 positions: a prompt of 60 tokens leaves room for 11 more, one of a few for all 40."""
+def test_long_neighbour_does_not_limit_a_text(ready, sampling):
+  """Of 71 positions a prompt of 60 tokens leaves room for 11 more, one of a few for all 40."""
   long = "the cat and " * 20
   while len(ready.tokenizer(long)["input_ids"]) > 60:
     long = long[:-1]
@@ -96,15 +94,14 @@ def test_a_long_neighbour_does_not_end_a_text(ready, sampling):
 
 
 @pytest.mark.slow
-def test_one_device_which_reads_layers_where_they_lie_writes_what_eight_write(ready):
+def test_layer_views_match_sharded_generation(ready):
+  """One device, which reads layers through views, writes what eight write."""
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   params = jax.device_put(ready.params, device)
-  assert layer_views.unstack_layers(
-    params["blocks"], ready.source.cfg.L
-  ) and not layer_views.unstack_layers(ready.params["blocks"], 1)
-  graph, *_ = abstract_model(
-    ready.source.cfg, ComputeConfig(vocab_multiple=jaxft.sharding.rules.VOCAB_MULTIPLE)
-  )
+  assert layer_views.unstack_layers(params["blocks"], ready.source.cfg.L)
+  assert not layer_views.unstack_layers(ready.params["blocks"], 1)
+  compute = ComputeConfig(vocab_multiple=VOCAB_MULTIPLE)
+  graph, *_ = abstract_model(ready.source.cfg, compute)
   alone = sampler.Generator(graph, ready.source.cfg, ready.tokenizer.eos_token_id)
   prompts = [ready.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
   for sampling in (
@@ -117,30 +114,26 @@ def test_one_device_which_reads_layers_where_they_lie_writes_what_eight_write(re
   assert alone._step._cache_size() == 3  # rows of a prompt each, of two, of four
 
 
-def test_a_temperature_near_zero_is_greedy(ready):
+def test_temperature_near_zero_is_greedy(ready):
   cold = ready.generate(PROMPTS, max_new_tokens=5, temperature=1e-45, top_k=0)
   assert cold == ready.generate(PROMPTS, max_new_tokens=5, temperature=0)
 
 
-def test_prompts_that_are_no_list_of_texts_are_refused(ready):
+def test_prompts_must_be_a_list_of_text(ready):
   with pytest.raises(RequestError, match="give a list of texts"):
     ready.generate("abc")
   with pytest.raises(RequestError, match=r"prompt '\\udcff': not valid text"):
     ready.generate(["\udcff"])
 
 
-def test_the_seed_decides(ready):
+def test_seed_determines_samples(ready):
   texts = [ready.generate(PROMPTS, seed=seed, max_new_tokens=20) for seed in (1, 1, 2)]
   assert texts[0] == texts[1] != texts[2]
-  assert (
-    len(
-      {tuple(completion.token_ids) for completion in ready.generate(["The"] * 4, max_new_tokens=20)}
-    )
-    == 4
-  )
+  samples = ready.generate(["The"] * 4, max_new_tokens=20)
+  assert len({tuple(completion.token_ids) for completion in samples}) == 4
 
 
-def test_prompts_of_a_bucket_share_their_programs(ready):
+def test_padded_prompts_share_compiled_programs(ready):
   ready.generate(["a"], max_new_tokens=3)
   before = ready._generator._prefill._cache_size(), ready._generator._step._cache_size()
   for prompt in ("cat", "the dog", "a small blue door"):
@@ -148,22 +141,18 @@ def test_prompts_of_a_bucket_share_their_programs(ready):
   assert (ready._generator._prefill._cache_size(), ready._generator._step._cache_size()) == before
 
 
-def test_it_ends_at_the_end_token_and_at_the_last_position(ready):
+def test_stops_at_end_token_and_last_position(ready):
   completion = ready.generate(["The"], max_new_tokens=500, top_k=0, temperature=2.0)[0]
   assert 0 not in completion.token_ids
   length = len(ready.tokenizer("The")["input_ids"])
   assert length + len(completion.token_ids) <= ready.source.cfg.P
-  always_end = sampler.Generator(
-    ready.graph,
-    ready.source.cfg,
-    eos_token_id=ready.generate(["The"], temperature=0)[0].token_ids[0],
-  )
-  assert always_end(
-    ready.params, [ready.tokenizer("The")["input_ids"]], Sampling(temperature=0)
-  ) == [[]]
+  first = ready.generate(["The"], temperature=0)[0].token_ids[0]
+  always_end = sampler.Generator(ready.graph, ready.source.cfg, eos_token_id=first)
+  ids = ready.tokenizer("The")["input_ids"]
+  assert always_end(ready.params, [ids], Sampling(temperature=0)) == [[]]
 
 
-def test_filters_keep_transformers_tokens():
+def test_top_k_top_p_min_p_match_transformers():
   torch = pytest.importorskip("torch", reason="transformers' processors are torch")
   from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -185,24 +174,23 @@ def test_filters_keep_transformers_tokens():
       wanted = TopPLogitsWarper(top_p)(None, wanted)
     if min_p:
       wanted = MinPLogitsWarper(min_p)(None, wanted)
-    kept = np.isfinite(logits_processors.filter_logits(jnp.asarray(logits), top_k, top_p, min_p))
-    np.testing.assert_array_equal(kept, np.isfinite(wanted.numpy()))
+    ours = logits_processors.filter_logits(jnp.asarray(logits), top_k, top_p, min_p)
+    np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(wanted.numpy()))
 
 
-def test_repetition_rules_are_transformers_own():
-  """1,000 rows of few different tokens, left-padded, each against transformers' processor of that row alone."""
+def test_repetition_processors_match_transformers():
+  """1,000 left-padded rows of few different tokens, each against transformers on it alone."""
   torch = pytest.importorskip("torch", reason="transformers' processors are torch")
   from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-  rng, B, S, V = np.random.default_rng(0), 1000, 23, 11
-  logits, ids, lengths = (
-    rng.standard_normal((B, V)).astype(np.float32),
-    rng.integers(V, size=(B, S)),
-    rng.integers(1, S, B),
-  )
+  B, S, V = 1000, 23, 11
+  rng = np.random.default_rng(0)
+  logits = rng.standard_normal((B, V)).astype(np.float32)
+  ids = rng.integers(V, size=(B, S))
+  lengths = rng.integers(1, S, B)
   end = S - 2
-  there = (np.arange(S) >= end - lengths[:, None]) & (np.arange(S) < end)
-  history = logits_processors.History(jnp.asarray(ids), jnp.asarray(there), jnp.int32(end))
+  valid = (np.arange(S) >= end - lengths[:, None]) & (np.arange(S) < end)
+  history = logits_processors.History(jnp.asarray(ids), jnp.asarray(valid), jnp.int32(end))
   for n in (1, 2, 3, 4):
     ours = np.asarray(logits_processors.ban_repeated_ngrams(jnp.asarray(logits), history, n))
     for row in range(B):
@@ -228,7 +216,8 @@ RULES = [
 
 @pytest.mark.slow_for("rules0", "rules1")
 @pytest.mark.parametrize("rules", RULES)
-def test_rules_give_transformers_tokens_alone_and_in_a_ragged_batch(ready, folder, rules):
+def test_repetition_generation_matches_transformers(ready, folder, rules):
+  """Alone and in a ragged batch."""
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -257,9 +246,8 @@ def test_rules_give_transformers_tokens_alone_and_in_a_ragged_batch(ready, folde
 )
 @pytest.mark.parametrize("end", [287, 68])  # both come early in some of the texts
 @pytest.mark.slow_for("68", "rules2", "rules3", "rules4")
-def test_limits_are_transformers_own_alone_and_in_a_ragged_batch(
-  ready, folder, end, rules, monkeypatch
-):
+def test_length_limits_match_transformers(ready, folder, end, rules, monkeypatch):
+  """Alone and in a ragged batch."""
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -289,7 +277,7 @@ def test_limits_are_transformers_own_alone_and_in_a_ragged_batch(
     (dict(min_length=12, max_length=40), dict(max_length=30, min_new_tokens=5)),
   ],
 )
-def test_limits_of_a_generation_config_are_as_in_transformers(
+def test_generation_config_limits_match_transformers(
   ready, folder, says, given, monkeypatch, tmp_path
 ):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
@@ -312,7 +300,7 @@ def test_limits_of_a_generation_config_are_as_in_transformers(
 
 
 @pytest.mark.parametrize(
-  "says, given, wanted, told",
+  "says, given, wanted, warnings",
   [
     (
       {},
@@ -361,19 +349,17 @@ def test_limits_of_a_generation_config_are_as_in_transformers(
     (dict(do_sample=False, temperature=0.5), dict(do_sample=True), dict(temperature=0.5), []),
   ],
 )
-def test_of_two_that_are_one_setting_one_counts_and_the_other_is_told(
-  tmp_path, says, given, wanted, told
-):
+def test_overridden_limits_are_reported(tmp_path, says, given, wanted, warnings):
+  """Of two settings for one limit one counts, and the other gets a warning."""
   (tmp_path / generation_config.FILE_NAME).write_text(json.dumps(says))
   found = generation_config.load(tmp_path, given)
   assert {name: getattr(found.sampling, name) for name in wanted} == wanted
-  assert len(found.warnings) == len(told) and all(
-    text in line for text, line in zip(told, found.warnings, strict=True)
-  )
+  pairs = list(zip(warnings, found.warnings, strict=True))
+  assert all(text in line for text, line in pairs)
 
 
 @pytest.mark.parametrize(
-  "says, given, told",
+  "says, given, message",
   [
     (
       {},
@@ -413,21 +399,19 @@ def test_of_two_that_are_one_setting_one_counts_and_the_other_is_told(
     ({}, dict(max_length=-1), "--max_length=-1: must be 0"),
   ],
 )
-def test_limits_that_cannot_be_kept_are_refused(ready, monkeypatch, tmp_path, says, given, told):
+def test_impossible_length_limits_are_refused(ready, monkeypatch, tmp_path, says, given, message):
   (tmp_path / generation_config.FILE_NAME).write_text(json.dumps(says))
   monkeypatch.setattr(ready, "source", ready.source._replace(folder=tmp_path))
-  with pytest.raises(RequestError, match=told):
+  with pytest.raises(RequestError, match=message):
     ready.generate(["a", "the cat and the dog"], **given)
 
 
 @pytest.mark.parametrize("beams", [dict(num_beams=4), dict(num_beams=1)])
-def test_no_text_ends_before_its_least_length(ready, monkeypatch, beams):
+def test_min_length_delays_the_end_token(ready, monkeypatch, beams):
   generator = sampler.Generator(ready.graph, ready.source.cfg, eos_token_id=68)
   monkeypatch.setattr(ready, "_generator", generator)
-  how, own = (
-    dict(temperature=0, max_new_tokens=12) | beams,
-    len(ready.tokenizer("The")["input_ids"]),
-  )
+  how = dict(temperature=0, max_new_tokens=12) | beams
+  own = len(ready.tokenizer("The")["input_ids"])
   (free,) = ready.generate(["The"], **how)
   assert len(free.token_ids) < 6
   limits = (
@@ -441,20 +425,19 @@ def test_no_text_ends_before_its_least_length(ready, monkeypatch, beams):
   assert len(found.token_ids) == 6
 
 
-def test_a_text_may_end_once_it_is_long_enough():
+def test_min_length_rule_of_each_row():
   for sampling in (Sampling(9, min_length=5), Sampling(max_length=9, min_length=5)):
-    texts, short = (
-      sampler.SequenceBuffer.from_prompts([[1, 2, 3], [1], [1] * 6], sampling, 71, 1),
-      [],
-    )
+    prompts = [[1, 2, 3], [1], [1] * 6]
+    buffer = sampler.SequenceBuffer.from_prompts(prompts, sampling, 71, 1)
+    too_short = []
     for _ in range(5):
-      short.append(texts.min_length(frozenset({7})).too_short_B.tolist())
-      texts.append(np.zeros(3, np.int32))
-    assert [sum(row) for row in zip(*short, strict=True)] == [2, 4, 0]
-  assert texts.max_new_B.tolist() == [6, 8, 3]
+      too_short.append(buffer.min_length(frozenset({7})).too_short_B.tolist())
+      buffer.append(np.zeros(3, np.int32))
+    assert [sum(row) for row in zip(*too_short, strict=True)] == [2, 4, 0]
+  assert buffer.max_new_B.tolist() == [6, 8, 3]
 
 
-def test_only_a_least_length_needs_another_program(ready):
+def test_only_min_length_recompiles(ready):
   count = sampler.sample_token._cache_size
   made = []
   for how in (
@@ -478,7 +461,8 @@ def test_only_a_least_length_needs_another_program(ready):
   ],
 )
 @pytest.mark.slow_for("rules0", "rules2", "rules3")
-def test_beams_are_transformers_own_alone_and_in_a_ragged_batch(ready, folder, end, rules):
+def test_beam_search_matches_transformers(ready, folder, end, rules):
+  """Alone and in a ragged batch."""
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -500,7 +484,7 @@ def test_beams_are_transformers_own_alone_and_in_a_ragged_batch(ready, folder, e
     assert found == (wanted[: wanted.index(end)] if end in wanted else wanted)
 
 
-def test_samples_follow_their_probabilities():
+def test_samples_follow_probabilities():
   logits = jnp.log(jnp.tile(jnp.array([0.5, 0.3, 0.2, 0.0]), (20000, 1)))
   keys = jax.random.split(jax.random.key(0), 20000)
   nothing = logits_processors.History(
@@ -531,30 +515,29 @@ def test_samples_follow_their_probabilities():
     dict(temperature=float("nan")),
   ],
 )
-def test_sampling_that_means_nothing_is_refused(ready, wrong):
+def test_invalid_sampling_is_refused(ready, wrong):
   with pytest.raises(RequestError, match=f"--{next(iter(wrong))}="):
     ready.generate(["a"], **wrong)
 
 
-def test_a_prompt_that_fills_the_model_is_refused(ready):
+def test_prompt_without_room_is_refused(ready):
   with pytest.raises(RequestError, match=r"prompt 2 has \d+ tokens and the model 71 positions"):
     ready.generate(["a", "cat dog " * 60])
 
 
 @pytest.mark.slow
-def test_several_texts_of_a_prompt_are_its_own(ready):
+def test_num_return_sequences_are_independent(ready):
+  """The first text of a prompt is that of one that has only one."""
   how = dict(max_new_tokens=12, seed=3)
   alone = ready.generate(PROMPTS, **how)
   three = ready.generate(PROMPTS, num_return_sequences=3, **how)
   assert [it.prompt for it in three] == [prompt for prompt in PROMPTS for _ in range(3)]
-  assert [it.token_ids for it in three[::3]] == [
-    it.token_ids for it in alone
-  ]  # the first is that of one
+  assert [it.token_ids for it in three[::3]] == [it.token_ids for it in alone]
   assert len({tuple(it.token_ids) for it in three}) == len(three)
   assert three[:3] == ready.generate(PROMPTS[:1], num_return_sequences=3, **how)
 
 
-def test_beams_give_their_best_texts(ready, folder):
+def test_beam_search_return_sequences_match(ready, folder):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -566,28 +549,27 @@ def test_beams_give_their_best_texts(ready, folder):
     how = dict(
       do_sample=False, num_beams=4, num_return_sequences=3, max_new_tokens=10, pad_token_id=292
     )
-    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **how)[
-      :, ids.shape[1] :
-    ].tolist()
-    wanted = [[token for token in row if token not in (0, 292)] for row in out]
+    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    rows = out[:, ids.shape[1] :].tolist()
+    wanted = [[token for token in row if token not in (0, 292)] for row in rows]
     assert [it.token_ids for it in found[3 * i : 3 * i + 3]] == wanted
 
 
-def test_a_text_stops_at_a_stop_string_and_is_told_as_it_comes(ready):
+def test_stop_strings_and_streaming(ready):
   (whole,) = ready.generate(["Once upon"], temperature=0, max_new_tokens=30)
   stop = whole.text[len(whole.text) // 2 :][:3]
-  told = {}
-  tell = lambda text, added: told.update({text: told.get(text, "") + added})
+  streamed = {}
+  on_text = lambda text, added: streamed.update({text: streamed.get(text, "") + added})
   found = ready.generate(
-    ["Once upon", "The"], temperature=0, max_new_tokens=30, stop_strings=[stop, "@@"], on_text=tell
+    ["Once upon", "The"], temperature=0, max_new_tokens=30, stop_strings=[stop, "@@"], on_text=on_text
   )
   assert stop in found[0].text and whole.text.startswith(found[0].text)
   assert stop not in ready.tokenizer.decode(found[0].token_ids[:-1])
-  assert [told[0], told[1]] == [it.text for it in found]
+  assert [streamed[0], streamed[1]] == [it.text for it in found]
 
 
 @pytest.mark.slow
-def test_the_models_own_generation_config_is_respected(folder, tmp_path):
+def test_generation_config_json_is_respected(folder, tmp_path):
   model = shutil.copytree(folder, tmp_path / "model")
 
   def says(**what):
@@ -597,16 +579,14 @@ def test_the_models_own_generation_config_is_respected(folder, tmp_path):
   plain = pretrained.load(folder)
   greedy = plain.generate(PROMPTS, temperature=0, max_new_tokens=9)
   assert says(do_sample=False, max_new_tokens=9).generate(PROMPTS) == greedy
-  assert (
-    says(do_sample=False, max_new_tokens=30).generate(PROMPTS, max_new_tokens=9) == greedy
-  )  # what is given counts
+  # An argument overrides the file.
+  assert says(do_sample=False, max_new_tokens=30).generate(PROMPTS, max_new_tokens=9) == greedy
   drawn = plain.generate(PROMPTS, temperature=0.5, top_k=7, max_new_tokens=9)
   assert says(temperature=0.5, top_k=7).generate(PROMPTS, max_new_tokens=9) == drawn
   beams = plain.generate(PROMPTS, temperature=0, num_beams=3, max_new_tokens=9)
   assert says(num_beams=3, max_new_tokens=9).generate(PROMPTS) == beams
-  assert (
-    plain.generate(PROMPTS, num_beams=3, max_new_tokens=9) == beams
-  )  # transformers draws where it is told to only
+  # As in transformers, which draws only with do_sample.
+  assert plain.generate(PROMPTS, num_beams=3, max_new_tokens=9) == beams
   says(early_stopping=True, min_length=0, max_length=20, typical_p=0.9)
   assert generation_config.load(model, {}).ignored == ("early_stopping", "typical_p")
   ends = {it.token_ids[4] for it in greedy}
@@ -626,7 +606,7 @@ def test_the_models_own_generation_config_is_respected(folder, tmp_path):
     pretrained.load(model).generate(PROMPTS)
 
 
-def test_a_prompt_file_has_one_prompt_a_line(tmp_path):
+def test_prompt_file_has_one_prompt_a_line(tmp_path):
   """A line ends at its end alone, not at a form feed or U+2028; a byte order mark is no text."""
   (tmp_path / "f").write_bytes(
     "\ufeffthe cat\r\n\r\n  \nthe dog\fran\u2028far\x85\x1caway\n café\n\n".encode()

@@ -1,4 +1,4 @@
-"""Every way to compute attention gives what the formula gives: outputs and gradients, over lengths, windows and segments."""
+"""Attention kernels match the reference: outputs and gradients, by length, window and segments."""
 
 import functools
 
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-import jaxft.model.attention
-from jaxft.model.attention import attention
+from jaxft.model.attention import attention, fastest_kernel, resolve_kernel
 from jaxft.model.dropout import attention_dropout_mask
 
 B, N, H = 2, 3, 8
@@ -23,19 +22,19 @@ def inputs(T, S, dtype=jnp.float32, N=N, H=H):
 
 
 @functools.partial(jax.jit, static_argnames=("kernel", "scale", "window", "dropout_rate"))
-def both(q, k, v, cotangent, *, kernel="reference", **how):
+def output_and_grads(q, k, v, cotangent, *, kernel="reference", **how):
   """Output and the three gradients."""
   out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, kernel=kernel, **how), q, k, v)
   return out, *vjp(cotangent)
 
 
-def close(found, expected, tolerance):
+def assert_close(found, expected, tolerance):
   for name, a, b in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     assert np.abs(a - b).max() <= tolerance * max(1, np.abs(b).max()), name
 
 
-def segments_of(T):
+def random_segments(T):
   """Three examples in a row, and padding."""
   cuts = np.sort(np.random.default_rng(T).integers(0, T + 1, (B, 3)), 1)
   return jnp.array((np.arange(T)[None, :, None] >= cuts[:, None]).sum(-1) + 1, jnp.int32)
@@ -54,12 +53,16 @@ def segments_of(T):
   ],
 )
 @pytest.mark.parametrize("packed", [False, True])
-def test_chunks_give_what_the_formula_gives(T, window, packed):
+def test_chunked_matches_reference(T, window, packed):
   how = {"scale": 0.3, "window": window}
   if packed:
-    how |= dict.fromkeys(("q_segments_BT", "k_segments_BS"), segments_of(T))
+    how |= dict.fromkeys(("q_segments_BT", "k_segments_BS"), random_segments(T))
   data = inputs(T, T)
-  close(both(*data, kernel="chunked", **how), both(*data, kernel="reference", **how), 2e-6)
+  assert_close(
+    output_and_grads(*data, kernel="chunked", **how),
+    output_and_grads(*data, kernel="reference", **how),
+    2e-6,
+  )
 
 
 @pytest.mark.parametrize(
@@ -72,21 +75,20 @@ def test_chunks_give_what_the_formula_gives(T, window, packed):
 )
 @pytest.mark.slow_for("True")
 @pytest.mark.parametrize("packed", [False, True])
-def test_dropout_in_chunks_has_the_bits_of_the_formula(T, rate, window, packed):
+def test_chunked_dropout_matches_reference(T, rate, window, packed):
+  """The bits of dropout are those of the formula."""
   keys_BN = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(jax.random.key(3), row), N))(
     jnp.arange(B)
   )
   how = {"scale": 0.3, "window": window, "dropout_rate": rate, "keys_BN": keys_BN}
   if packed:
-    how |= dict.fromkeys(("q_segments_BT", "k_segments_BS"), segments_of(T))
+    how |= dict.fromkeys(("q_segments_BT", "k_segments_BS"), random_segments(T))
   data = inputs(T, T)
-  expected = both(*data, kernel="reference", **how)
-  close(both(*data, kernel="chunked", **how), expected, 2e-6)
+  expected = output_and_grads(*data, kernel="reference", **how)
+  assert_close(output_and_grads(*data, kernel="chunked", **how), expected, 2e-6)
   if T > 1:
-    assert (
-      np.abs(np.asarray(expected[0]) - np.asarray(both(*data, scale=0.3, window=window)[0])).max()
-      > 0.01
-    )
+    without = output_and_grads(*data, scale=0.3, window=window)
+    assert np.abs(np.asarray(expected[0]) - np.asarray(without[0])).max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,8 @@ def test_dropout_in_chunks_has_the_bits_of_the_formula(T, rate, window, packed):
   ],
 )
 @pytest.mark.parametrize("known", [True, False])
-def test_chunks_with_a_cache(T, S, offset, known):
+def test_chunked_with_cache_matches_reference(T, S, offset, known):
+  """With an offset that is known when it is compiled, and with one that is not."""
   data, segments = inputs(T, S), jnp.ones((B, S), jnp.int32).at[:, :2].set(0)
   how = {"scale": 0.3, "q_segments_BT": jnp.ones((B, T), jnp.int32), "k_segments_BS": segments}
   of = lambda kernel: lambda offset: attention(*data[:3], kernel=kernel, offset=offset, **how)
@@ -107,16 +110,15 @@ def test_chunks_with_a_cache(T, S, offset, known):
 
 
 @pytest.mark.parametrize("T", [131, pytest.param(300, marks=pytest.mark.slow)])
-def test_chunks_in_bfloat16_are_as_near_as_the_formula_is(T):
+def test_chunked_bfloat16_is_as_accurate(T):
   """To the formula in float32, of the same inputs."""
   data, how = inputs(T, T, jnp.bfloat16), {"scale": 0.3}
-  exact = both(*(x.astype(jnp.float32) for x in data), **how)
-  off = lambda found: [
-    float(jnp.sqrt(jnp.mean((a.astype(jnp.float32) - b) ** 2))) for a, b in zip(found, exact)
-  ]
-  for ours, formula in zip(
-    off(both(*data, kernel="chunked", **how)), off(both(*data, **how)), strict=True
-  ):
+  exact = output_and_grads(*(x.astype(jnp.float32) for x in data), **how)
+  rms = lambda x: float(jnp.sqrt(jnp.mean(x**2)))
+  errors = lambda found: [rms(a.astype(jnp.float32) - b) for a, b in zip(found, exact)]
+  chunked = errors(output_and_grads(*data, kernel="chunked", **how))
+  reference = errors(output_and_grads(*data, **how))
+  for ours, formula in zip(chunked, reference, strict=True):
     assert 0 < ours <= 1.3 * formula
 
 
@@ -130,16 +132,20 @@ def test_chunks_in_bfloat16_are_as_near_as_the_formula_is(T):
   ],
 )
 @pytest.mark.parametrize("H", [64, pytest.param(128, marks=pytest.mark.slow)])
-def test_splash_gives_what_the_formula_gives(T, window, packed, H, monkeypatch):
+def test_splash_matches_reference(T, window, packed, H, monkeypatch):
   """The kernel itself, interpreted."""
   monkeypatch.setattr(
     splash, "make_splash_mha", functools.partial(splash.make_splash_mha, interpret=True)
   )
   how = {"scale": H**-0.5, "window": window}
   if packed:
-    how |= dict.fromkeys(("q_segments_BT", "k_segments_BS"), segments_of(T))
+    how |= dict.fromkeys(("q_segments_BT", "k_segments_BS"), random_segments(T))
   data = inputs(T, T, N=2, H=H)
-  close(both(*data, kernel="splash", **how), both(*data, kernel="reference", **how), 1e-5)
+  assert_close(
+    output_and_grads(*data, kernel="splash", **how),
+    output_and_grads(*data, kernel="reference", **how),
+    1e-5,
+  )
 
 
 class Device:
@@ -149,33 +155,33 @@ class Device:
       self.compute_capability = compute_capability
 
 
-def test_what_training_takes_is_told_with_why_it_is_not_the_fastest():
-  told = lambda kernel, device, *what: jaxft.model.attention.resolve_kernel(
-    kernel, Device(*device), jnp.bfloat16, *what
-  )
-  assert told("cudnn", ("gpu", "9.0"), 64, False, False) == ("cudnn", "")
+def test_resolve_kernel_says_why_not_fastest():
+  def resolve(kernel, device, *shape):
+    return resolve_kernel(kernel, Device(*device), jnp.bfloat16, *shape)
+
+  assert resolve("cudnn", ("gpu", "9.0"), 64, False, False) == ("cudnn", "")
   dropout = "it has no dropout that is the same on every mesh"
-  assert told("cudnn", ("gpu", "9.0"), 64, False, True) == ("chunked", f"not cudnn: {dropout}")
-  assert told("cudnn", ("gpu", "9.0"), 64, True, False) == (
+  assert resolve("cudnn", ("gpu", "9.0"), 64, False, True) == ("chunked", f"not cudnn: {dropout}")
+  assert resolve("cudnn", ("gpu", "9.0"), 64, True, False) == (
     "chunked",
     "not cudnn: it does not keep packed examples apart",
   )
-  kernel, why = told("chunked", ("gpu", "8.9"), 256, False, False)  # GPT-J
+  kernel, why = resolve("chunked", ("gpu", "8.9"), 256, False, False)  # GPT-J
   assert (
     kernel == "chunked"
     and why == "not cudnn: it takes heads of 8, 16 ... 128 here, and the model's have 256"
   )
-  assert told("chunked", ("gpu", "9.0"), 64, False, False) == (
+  assert resolve("chunked", ("gpu", "9.0"), 64, False, False) == (
     "chunked",
     "not cudnn: it is not asked for",
   )
-  assert told("splash", ("tpu",), 64, True, False) == ("splash", "")
-  assert told("splash", ("tpu",), 64, True, True) == ("chunked", f"not splash: {dropout}")
-  assert told("chunked", ("cpu",), 64, True, True) == ("chunked", "")
+  assert resolve("splash", ("tpu",), 64, True, False) == ("splash", "")
+  assert resolve("splash", ("tpu",), 64, True, True) == ("chunked", f"not splash: {dropout}")
+  assert resolve("chunked", ("cpu",), 64, True, True) == ("chunked", "")
 
 
-def test_each_device_gets_its_kernel():
-  pick = lambda device, dtype, H: jaxft.model.attention.fastest_kernel(Device(*device), dtype, H)
+def test_fastest_kernel_of_each_device():
+  pick = lambda device, dtype, H: fastest_kernel(Device(*device), dtype, H)
   assert pick(("cpu",), jnp.float32, 64) == "chunked"
   assert pick(("tpu",), jnp.bfloat16, 64) == "splash"
   assert pick(("gpu", "9.0"), jnp.bfloat16, 256) == "cudnn"
@@ -186,7 +192,7 @@ def test_each_device_gets_its_kernel():
   assert pick(("gpu", "9.0"), jnp.bfloat16, 20) == "chunked"
 
 
-def test_dropout_of_attention_keeps_the_mean():
+def test_attention_dropout_keeps_the_mean():
   keys_BN = jax.random.split(jax.random.key(0), (4, 5))
   factors = np.asarray(attention_dropout_mask(keys_BN, 0.3, jnp.arange(64), 64))
   assert abs(factors.mean() - 1) < 0.02 and abs((factors == 0).mean() - 0.3) < 0.02

@@ -1,4 +1,4 @@
-"""The loss: optax's own cross-entropy, whatever the chunk and whatever lies under the mask."""
+"""The loss: equal to optax's cross-entropy with any chunk, whatever is under the mask."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def inputs(seed=0):
   )
 
 
-def test_chunks_add_up_in_float32():
+def test_chunk_gradients_sum_in_float32():
   """A table that is cast to bfloat16 where it is used: more chunks are not more rounding."""
   h, table, bias, targets, mask = inputs()
   cast = lambda table: table.astype(jnp.bfloat16)
@@ -41,9 +41,7 @@ def test_chunks_add_up_in_float32():
 
     return jax.grad(of)(table)
 
-  exact = jax.grad(lambda table: loss.cross_entropy_sum(h, loss.Head(table, bias), targets, mask))(
-    table
-  )
+  exact = jax.grad(lambda table: cross_entropy_sum(h, table, bias, targets, mask))(table)
   error = {
     chunk: float(jnp.linalg.norm(gradient(chunk) - exact) / jnp.linalg.norm(exact))
     for chunk in (0, 7, 1)
@@ -52,8 +50,8 @@ def test_chunks_add_up_in_float32():
 
 
 @pytest.mark.parametrize("tokens", [4080, 8127])
-def test_chunks_scale_the_gradient_of_the_hidden_states_exactly(tokens):
-  """1 / tokens is no number of bfloat16: rounded there, it would scale the gradients of all layers by up to 0.4 %."""
+def test_chunked_hidden_gradient_scale_is_exact(tokens):
+  """1 / tokens rounded to bfloat16 would scale the gradients of all layers by up to 0.4 %."""
   h, table, bias, targets, mask = inputs()
 
   def gradient(chunk):
@@ -68,7 +66,7 @@ def test_chunks_scale_the_gradient_of_the_hidden_states_exactly(tokens):
 
 
 @pytest.mark.parametrize("chunk", [0, 8])
-def test_gradients_have_the_dtypes_of_what_they_are_of(chunk):
+def test_gradients_have_dtypes_of_their_inputs(chunk):
   h, table, bias, targets, mask = inputs()
   given = tuple(jnp.asarray(x, jnp.bfloat16) for x in (h, table, bias))
   of = lambda h, table, bias: (
@@ -77,7 +75,7 @@ def test_gradients_have_the_dtypes_of_what_they_are_of(chunk):
   assert {x.dtype for x in jax.grad(of, (0, 1, 2))(*given)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_equals_optax():
+def test_cross_entropy_matches_optax():
   h, table, bias, targets, mask = inputs()
   wanted = optax.softmax_cross_entropy_with_integer_labels(
     jnp.einsum("BTD,VD->BTV", h, table) + bias, targets
@@ -88,7 +86,7 @@ def test_equals_optax():
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 8, 29, 64])
-def test_chunks_change_neither_loss_nor_gradient(chunk):
+def test_chunk_size_does_not_change_loss_or_grads(chunk):
   h, table, bias, targets, mask = inputs()
   whole, parts = (jax.value_and_grad(cross_entropy_sum, (0, 1, 2)) for _ in range(2))
   for a, b in zip(
@@ -98,12 +96,12 @@ def test_chunks_change_neither_loss_nor_gradient(chunk):
     np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-5)
 
 
-def test_a_chunked_loss_holds_no_whole_logits():
+def test_chunked_loss_has_no_full_logits():
   shapes = str(jax.make_jaxpr(jax.grad(lambda h, *rest: cross_entropy_sum(h, *rest, 8)))(*inputs()))
   assert f"f32[{B},8,{V}]" in shapes and f"f32[{B},{T},{V}]" not in shapes
 
 
-def test_what_is_masked_counts_for_nothing():
+def test_masked_targets_do_not_affect_loss():
   h, table, bias, targets, mask = inputs()
   other = np.where(mask, targets, (targets + 1) % V)
   for chunk in (0, 7):
@@ -121,7 +119,7 @@ def test_what_is_masked_counts_for_nothing():
   st.sampled_from([293, 6300, 50304]),
   st.sampled_from([2**27, 2**29]),
 )
-def test_the_chosen_chunk_fits_and_computes_little_that_is_not_there(B, T, V, most_bytes):
+def test_choose_chunk_fits_with_little_padding(B, T, V, most_bytes):
   chunk, most = loss.choose_chunk(-1, B, T, V, most_bytes), max(1, most_bytes // (4 * B * V))
   if not chunk:
     assert most >= T
@@ -132,10 +130,8 @@ def test_the_chosen_chunk_fits_and_computes_little_that_is_not_there(B, T, V, mo
     assert -T % chunk <= T / 20
 
 
-def test_more_logits_where_the_table_costs_most():
-  assert (
-    loss.max_logits_bytes("gpu", "dots")
-    == loss.max_logits_bytes("tpu", "none")
-    == 4 * loss.max_logits_bytes("cpu", "dots")
-  )
-  assert loss.max_logits_bytes("gpu", "full") == loss.max_logits_bytes("cpu", "full")
+def test_max_logits_bytes_by_platform():
+  """Accelerators get more logits, as the table costs them most; remat=full gets few."""
+  limit = loss.max_logits_bytes
+  assert limit("gpu", "dots") == limit("tpu", "none") == 4 * limit("cpu", "dots")
+  assert limit("gpu", "full") == limit("cpu", "full")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import jaxft.model.config
-import jaxft.model.decoder
 from jaxft.hf import load_weights, repo
 from jaxft.model.compute import ComputeConfig
+from jaxft.model.config import ModelConfig
+from jaxft.model.decoder import abstract_model, init_model
 from jaxft.model.dropout import dropout, per_row_keys
 from jaxft.model.kv_cache import KVCache
 from jaxft.model.loss import cross_entropy_sum
@@ -23,14 +23,11 @@ def strict():
     yield
 
 
-def opened(folder, compute=None):
+def load_tiny(folder, compute=None):
   checkpoint = repo.resolve(str(folder))
-  graph, shapes, _ = jaxft.model.decoder.abstract_model(checkpoint.cfg, compute or ComputeConfig())
-  return (
-    checkpoint.cfg,
-    graph,
-    load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes)),
-  )
+  graph, shapes, _ = abstract_model(checkpoint.cfg, compute or ComputeConfig())
+  shardings = jax.tree.map(lambda _: HERE, shapes)
+  return checkpoint.cfg, graph, load_weights.load_params(checkpoint, shapes, shardings)
 
 
 def random_ids(cfg, B=3, T=None, seed=0):
@@ -46,18 +43,18 @@ def loss_of(graph, ids, **how):
   return loss
 
 
-def close(a, b, rtol):
+def assert_close(a, b, rtol):
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * np.abs(y).max()), a, b
   )
 
 
 @pytest.mark.slow
-def test_logits_and_every_gradient_equal_transformers(folder):
+def test_logits_and_gradients_match_transformers(folder):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
   theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager").eval()
-  cfg, graph, params = opened(folder)
+  cfg, graph, params = load_tiny(folder)
   ids = random_ids(cfg)
   decoder = nnx.merge(graph, params)
   wanted = theirs(torch.from_numpy(ids).long()).logits
@@ -67,25 +64,24 @@ def test_logits_and_every_gradient_equal_transformers(folder):
   torch.nn.functional.cross_entropy(
     wanted[:, :-1].reshape(-1, cfg.V), targets.reshape(-1), reduction="sum"
   ).backward()
-  from jaxft.hf.export_tensors import (
-    hf_tensors,  # gradients have the shapes of weights, so the weight table names them too
-  )
+  # Gradients have the shapes of weights, so the weight table names them too.
+  from jaxft.hf.export_tensors import hf_tensors
 
   ours = jax.grad(loss_of(graph, ids))(params)
   theirs = dict(theirs.named_parameters())
   for tensor in hf_tensors(ours, repo.resolve(str(folder))):
     wanted = theirs.pop(tensor.name).grad.numpy()
-    # Relative to the largest entry of the tensor. A key's bias moves no softmax: its own gradient is rounding around
-    # zero, but in GPT-2 it is a part of c_attn.bias and measured by the whole.
+    # Relative to the largest entry of the tensor. A key's bias moves no softmax: its own gradient
+    # is rounding around zero, but in GPT-2 it is a part of c_attn.bias and measured by the whole.
     np.testing.assert_allclose(
       tensor.to_numpy(), wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=tensor.name
     )
   assert set(theirs) <= {"lm_head.weight"}
 
 
-def test_no_token_sees_a_later_one(folder):
-  """Gradients of one output with respect to the position table: non-zero up to it, exactly zero after it."""
-  cfg, graph, params = opened(folder)
+def test_attention_is_causal(folder):
+  """The gradient of one output: non-zero for positions up to it, exactly zero after it."""
+  cfg, graph, params = load_tiny(folder)
   ids, t = random_ids(cfg, B=1), 31
 
   def one_output(positions):
@@ -96,38 +92,36 @@ def test_no_token_sees_a_later_one(folder):
   assert (seen[: t + 1] > 0).all() and (seen[t + 1 :] == 0).all()
 
 
-def test_scan_equals_a_plain_loop(folder):
-  cfg, graph, params = opened(folder)
+def test_layer_scan_matches_python_loop(folder):
+  cfg, graph, params = load_tiny(folder)
   ids = random_ids(cfg)
   decoder = nnx.merge(graph, params)
   x = params["embed"]["tokens"][ids] + params["embed"]["positions"]
   for layer in range(cfg.L):
     block = jax.tree.map(lambda a, layer=layer: a[layer], decoder.blocks)
     x = block(x, None, None, decoder.layer_info().at(layer), lambda k, v: (k, v, None, 0), None)
-  np.testing.assert_allclose(
-    decoder(ids), decoder.norm(x), rtol=1e-5, atol=1e-5
-  )  # values are around 1
+  # Values are around 1.
+  np.testing.assert_allclose(decoder(ids), decoder.norm(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
-def test_remat_changes_no_gradient(folder, remat):
-  cfg, graph, params = opened(folder)
-  _, again, _ = opened(folder, ComputeConfig(remat=remat))
+def test_remat_does_not_change_gradients(folder, remat):
+  cfg, graph, params = load_tiny(folder)
+  _, again, _ = load_tiny(folder, ComputeConfig(remat=remat))
   ids, key = random_ids(cfg), jax.random.key(3)
   plain, rematted = (
     jax.value_and_grad(loss_of(g, ids, keys_B=per_row_keys(key, 0, len(ids))))
     for g in (graph, again)
   )
-  activations = lambda f: str(jax.make_jaxpr(f)(params)).count(
-    "tanh"
-  )  # one to compute gelu, another to compute it again
+  # One to compute gelu, another to compute it again.
+  activations = lambda f: str(jax.make_jaxpr(f)(params)).count("tanh")
   assert activations(rematted) > activations(plain)
-  close(jax.jit(rematted)(params), jax.jit(plain)(params), 1e-6)
+  assert_close(jax.jit(rematted)(params), jax.jit(plain)(params), 1e-6)
 
 
-def test_segments_are_separate_texts(folder):
-  """Two texts in a row, with their own segments and positions, are to each other as if they were not there."""
-  cfg, graph, params = opened(folder)
+def test_packed_segments_are_independent(folder):
+  """Two texts in a row, each with its own segment and positions, do not see each other."""
+  cfg, graph, params = load_tiny(folder)
   a, b = random_ids(cfg, 1, 13), random_ids(cfg, 1, 19, seed=1)
   decoder = jax.jit(nnx.merge(graph, params))
   row, segments = np.concatenate([a, b], 1), np.repeat([[1, 2]], (13, 19), 1).astype(np.int32)
@@ -140,8 +134,8 @@ def test_segments_are_separate_texts(folder):
   np.testing.assert_array_equal(other[:, 13:], packed[:, 13:])
 
 
-def test_reading_with_a_cache_equals_reading_at_once(folder):
-  cfg, graph, params = opened(folder)
+def test_kv_cache_matches_full_forward(folder):
+  cfg, graph, params = load_tiny(folder)
   ids, decoder = random_ids(cfg, 2, 23), nnx.merge(graph, params)
   cache, parts = KVCache.empty(cfg, 2, 64, jnp.float32), []
   for start, end in ((0, 11), (11, 12), (12, 23)):
@@ -153,9 +147,9 @@ def test_reading_with_a_cache_equals_reading_at_once(folder):
   np.testing.assert_allclose(jnp.concatenate(parts, 1), decoder(ids), rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_follows_its_key_and_keeps_the_mean(folder):
-  cfg, _, params = opened(folder)
-  graph, _, _ = jaxft.model.decoder.abstract_model(cfg.with_dropout(0.3), ComputeConfig())
+def test_dropout_follows_key_and_keeps_mean(folder):
+  cfg, _, params = load_tiny(folder)
+  graph, _, _ = abstract_model(cfg.with_dropout(0.3), ComputeConfig())
   decoder, ids = nnx.merge(graph, params), random_ids(cfg)
   one, same, other = (
     decoder(ids, keys_B=per_row_keys(jax.random.key(seed), 0, len(ids))) for seed in (1, 1, 2)
@@ -167,9 +161,9 @@ def test_dropout_follows_its_key_and_keeps_the_mean(folder):
   assert abs(float(dropped.mean()) - 1) < 0.01 and abs(float((dropped == 0).mean()) - 0.3) < 0.01
 
 
-def test_bfloat16_stays_near_float32(folder):
-  cfg, graph, params = opened(folder)
-  half, _, _ = jaxft.model.decoder.abstract_model(cfg, ComputeConfig(jnp.bfloat16))
+def test_bfloat16_logits_are_near_float32(folder):
+  cfg, graph, params = load_tiny(folder)
+  half, _, _ = abstract_model(cfg, ComputeConfig(jnp.bfloat16))
   ids = random_ids(cfg)
   wide, narrow = nnx.merge(graph, params), nnx.merge(half, params)
   assert narrow(ids).dtype == jnp.bfloat16 and narrow.logits(narrow(ids)).dtype == jnp.float32
@@ -177,8 +171,8 @@ def test_bfloat16_stays_near_float32(folder):
   assert float(jnp.abs(narrow.logits(narrow(ids)) - wide.logits(wide(ids))).mean()) < 0.05 * spread
 
 
-def test_new_weights_have_gpt2s_scales():
-  cfg = jaxft.model.config.ModelConfig(
+def test_initialization_scales_match_gpt2():
+  cfg = ModelConfig(
     V=1009,
     P=64,
     D=96,
@@ -193,12 +187,11 @@ def test_new_weights_have_gpt2s_scales():
     init_std=0.02,
     attention_scale=0.25,
   )
-  params = nnx.to_pure_dict(nnx.state(jaxft.model.decoder.init_model(cfg, ComputeConfig(), seed=1)))
+  params = nnx.to_pure_dict(nnx.state(init_model(cfg, ComputeConfig(), seed=1)))
   std = lambda a: float(np.std(a))
   assert std(params["embed"]["tokens"]) == pytest.approx(0.02, rel=0.02)
   assert std(params["blocks"]["mlp"]["up"]["kernel"]) == pytest.approx(0.02, rel=0.02)
-  assert std(params["blocks"]["mlp"]["down"]["kernel"]) == pytest.approx(
-    0.02 / 4, rel=0.02
-  )  # 1 / sqrt(2 L)
+  residual_std = 0.02 / 4  # 1 / sqrt(2 L)
+  assert std(params["blocks"]["mlp"]["down"]["kernel"]) == pytest.approx(residual_std, rel=0.02)
   layers = params["blocks"]["mlp"]["up"]["kernel"]
   assert not np.allclose(layers[0], layers[1])

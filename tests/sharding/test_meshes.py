@@ -1,4 +1,4 @@
-"""Every way to spread a run over eight devices gives what one device gives, and each device holds what the formula says."""
+"""Every mesh of eight devices trains as one device does, and stores what the formula says."""
 
 import functools
 import math
@@ -11,10 +11,10 @@ import tiny
 from flax import nnx
 
 import jaxft.config
-import jaxft.model.compute
 import jaxft.sharding.mesh
 import jaxft.training.build
 from jaxft.hf import model_config
+from jaxft.model.compute import ComputeConfig
 from jaxft.model.decoder import abstract_model, init_model
 from jaxft.sharding import rules
 from jaxft.training.train_state import TrainState
@@ -41,10 +41,8 @@ def cfg_of(family):
 @functools.cache
 def weights(family):
   """New weights, with noise in every bias and norm too."""
-  compute, rng = (
-    jaxft.model.compute.ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE),
-    np.random.default_rng(0),
-  )
+  compute = ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE)
+  rng = np.random.default_rng(0)
   params = jax.device_get(nnx.to_pure_dict(nnx.state(init_model(cfg_of(family), compute))))
   noisy = lambda path, x: (
     x
@@ -67,11 +65,10 @@ def build(family, mesh, stage):
 
 
 def begin(run, family):
-  places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  params = jax.device_put(weights(family), places.params)
-  return jax.jit(lambda p: TrainState(jnp.int32(0), p, run.tx.init(p)), out_shardings=places)(
-    params
-  )
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+  params = jax.device_put(weights(family), shardings.params)
+  init = lambda p: TrainState(jnp.int32(0), p, run.tx.init(p))
+  return jax.jit(init, out_shardings=shardings)(params)
 
 
 def batch(run, step):
@@ -113,7 +110,7 @@ def every_case():
 
 
 @pytest.mark.parametrize("family, mesh, stage", list(every_case()))
-def test_twenty_steps_are_those_of_one_device(family, mesh, stage):
+def test_train_steps_match_one_device(family, mesh, stage):
   wanted, weights = on_one_device(family)
   losses, trained = train(family, mesh, stage)
   np.testing.assert_allclose(losses, wanted, rtol=1e-5)
@@ -121,7 +118,8 @@ def test_twenty_steps_are_those_of_one_device(family, mesh, stage):
     assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
 
 
-# What the docs say of each weight, by hand: tensor parallelism cuts these, and fsdp all that have a model axis.
+# What the docs say of each weight, by hand: tensor parallelism splits these, and fsdp all with a
+# model axis.
 CUT_BY_TENSOR = {"embed.tokens", "output.kernel", "output.bias"}
 CUT_BY_TENSOR |= {f"blocks.attention.{name}" for name in ("qkv.kernel", "qkv.bias", "out.kernel")}
 CUT_BY_TENSOR |= {f"blocks.mlp.{name}" for name in ("up.kernel", "up.bias", "down.kernel")}
@@ -131,9 +129,8 @@ WITHOUT_A_MODEL_AXIS = {"output.bias", "blocks.attention.qkv.bias", "blocks.mlp.
 def bytes_by_formula(family, mesh, stage):
   """{"parameters", "gradients", "optimizer"}: bytes a device (docs/sharding.md)."""
   _, fsdp, tensor = mesh
-  shapes = abstract_model(
-    cfg_of(family), jaxft.model.compute.ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE)
-  )[1]
+  compute = ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE)
+  _, shapes, _ = abstract_model(cfg_of(family), compute)
   leaves = {
     param_name(path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
   }
@@ -160,7 +157,7 @@ def bytes_by_formula(family, mesh, stage):
 @pytest.mark.parametrize(
   "family", ["gptj", *(pytest.param(it, marks=pytest.mark.wide) for it in ("gpt2", "gpt_neo"))]
 )
-def test_placements_follow_the_formula(family, mesh, stage):
+def test_sharded_bytes_match_formula(family, mesh, stage):
   run = build(family, mesh, stage)
   held = {
     "parameters": run.state.params,
@@ -179,7 +176,7 @@ def test_placements_follow_the_formula(family, mesh, stage):
 @pytest.mark.parametrize(
   "family", ["gpt2", *(pytest.param(it, marks=pytest.mark.wide) for it in ("gpt_neo", "gptj"))]
 )
-def test_bytes_of_a_device_follow_the_formula(family, mesh, stage):
+def test_measured_bytes_match_formula(family, mesh, stage):
   run = build(family, mesh, stage)
   state = begin(run, family)
   held = {

@@ -1,4 +1,4 @@
-"""A checkpoint goes on anywhere: on any number of devices the state is the same bits, and the losses after it the same."""
+"""A checkpoint restores on any number of devices: the same bits, and the same losses after it."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def steps(run, state, first, count):
   return state, losses
 
 
-def test_every_number_of_devices_goes_on_from_every_other(tmp_path, record_property):
+def test_checkpoint_restores_on_any_device_count(tmp_path, record_property):
   runs = {n: test_meshes.build("gpt2", (1, n, 1), 3) for n in COUNTS}
   saved, follow = {}, {}
   for n, run in runs.items():
