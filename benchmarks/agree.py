@@ -227,10 +227,8 @@ def jaxft_run(
   run = build_train_program(config, source.cfg, make_mesh(config.mesh, [device]), asked.steps, row)
   began = time.monotonic()
   step = run.train_step.trace(run.state, run.batch).lower().compile()
-  compiled, planned = (
-    time.monotonic() - began,
-    measure.memory_breakdown(run, step.memory_analysis()),
-  )
+  compiled = time.monotonic() - began
+  planned = measure.memory_breakdown(run, step.memory_analysis())
   begin = lambda: init_train_state(run, *load_or_init_params(run, source.cfg, source, config))
   batch = lambda i: jax.device_put(batch_of(some_ids(asked, i)), run.batch_sharding)
   state = begin()
@@ -259,19 +257,15 @@ def config_of(asked: argparse.Namespace, offload: str):
   import jaxft.config
 
   config = jaxft.config.default()
-  config.model.path, config.memory.offload, config.memory.remat = (
-    str(asked.folder / "model"),
-    offload,
-    asked.remat,
-  )
+  config.model.path = str(asked.folder / "model")
+  config.memory.offload = offload
+  config.memory.remat = asked.remat
   config.optim.update(
     learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, eps=EPS, schedule="linear"
   )
-  config.train.batch_size, config.train.steps, config.data.sequence_length = (
-    asked.rows,
-    asked.steps,
-    asked.length,
-  )
+  config.train.batch_size = asked.rows
+  config.train.steps = asked.steps
+  config.data.sequence_length = asked.length
   return config
 
 

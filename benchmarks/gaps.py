@@ -195,10 +195,11 @@ def union(spans: list[tuple[float, float]], apart: float = 0.0) -> list[tuple[fl
 
 def drawn(found: list[Busy]) -> str:
   """A time line as SVG, a row for each device."""
+  # A GPU runs thousands of kernels: those with less than 0.1 between them are one.
   width, height = (
     900,
     30 * len(found) + 10,
-  )  # a GPU runs thousands of kernels: those with less than 0.1 between them are one
+  )
   rows = []
   for row, it in enumerate(found):
     begin, scale = it.spans[0][0], (width - 160) / it.total

@@ -33,10 +33,8 @@ TURNS = 5
 
 
 def build(config, unguarded: bool):
-  cfg, T = (
-    model_config.from_hf_config(PUBLISHED["gpt2"]).with_dropout(0.0),
-    config.data.sequence_length,
-  )
+  cfg = model_config.from_hf_config(PUBLISHED["gpt2"]).with_dropout(0.0)
+  T = config.data.sequence_length
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
   found = per_device.make_nonfinite_check
   if unguarded:  # "nothing is wrong" is then known when the program is compiled, and all that rests on it is left out

@@ -49,11 +49,9 @@ def config_of(asked: argparse.Namespace):
   import jaxft.config
 
   config = jaxft.config.default()
-  config.model.path, config.memory.offload, config.optim.name = (
-    asked.model,
-    asked.offload,
-    asked.optimizer,
-  )
+  config.model.path = asked.model
+  config.memory.offload = asked.offload
+  config.optim.name = asked.optimizer
   config.model.dropout, config.data.train, config.train.steps = 0.0, ("random",), asked.steps
   config.train.batch_size, config.train.micro_batch_size = asked.rows, asked.micro
   config.data.sequence_length = asked.length

@@ -64,10 +64,8 @@ def planned(point: tuple, kind: str, file: Path | None) -> int:
   """The peak of a point's plan, in bytes; out of `file`, where it is there."""
   import jaxft
 
-  key, plans = (
-    f"{kind}: {line_of(point)}",
-    json.loads(file.read_text()) if file and file.exists() else {},
-  )
+  key = f"{kind}: {line_of(point)}"
+  plans = json.loads(file.read_text()) if file and file.exists() else {}
   if key not in plans:
     how = argparse.Namespace(**dict(zip(FLAGS, point, strict=True)), optimizer="adamw", steps=3)
     plans[key] = jaxft.plan_for(offload.config_of(how), kind)["peak_bytes"]

@@ -37,11 +37,9 @@ def main() -> None:
       config = jaxft.config.default()
       config.memory.loss_chunk = chunk
       config.model.path, config.memory.remat, config.train.steps = asked.model, remat, 100
-      config.train.batch_size, config.data.sequence_length, config.data.train = (
-        asked.rows,
-        asked.length,
-        ("none",),
-      )
+      config.train.batch_size = asked.rows
+      config.data.sequence_length = asked.length
+      config.data.train = ("none",)
       answer = compiler(CompileRequest(jaxft.config.to_json(config), cfg, asked.device))
       if "peak_bytes" not in answer:
         raise SystemExit(f"error: {remat}: {answer}")

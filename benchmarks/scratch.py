@@ -59,11 +59,9 @@ def finetune_until(
   from jaxft import train
   from jaxft.utils.console import log
 
-  report, say, room = (
-    jaxft.metrics.reporter.Reporter.log_step,
-    log,
-    jaxft.training.workdir.check_disk_space,
-  )
+  report = jaxft.metrics.reporter.Reporter.log_step
+  say = log
+  room = jaxft.training.workdir.check_disk_space
 
   def step(reporter, number: int, numbers: dict[str, Any], *rest) -> None:
     report(reporter, number, numbers, *rest)
@@ -75,17 +73,13 @@ def finetune_until(
     say(line)
     said(line)
 
-  jaxft.metrics.reporter.Reporter.log_step, log, jaxft.training.workdir.check_disk_space = (
-    step,
-    heard,
-    lambda *_: None,
-  )
+  jaxft.metrics.reporter.Reporter.log_step = step
+  log = heard
+  jaxft.training.workdir.check_disk_space = lambda *_: None
   try:
     with contextlib.suppress(LastStep):
       train.finetune(config, workdir, require=os.environ.get("BENCHMARKS_REQUIRE"))
   finally:
-    jaxft.metrics.reporter.Reporter.log_step, log, jaxft.training.workdir.check_disk_space = (
-      report,
-      say,
-      room,
-    )
+    jaxft.metrics.reporter.Reporter.log_step = report
+    log = say
+    jaxft.training.workdir.check_disk_space = room

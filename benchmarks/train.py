@@ -237,9 +237,8 @@ def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
       setattr(config, name, asked.dropout)
   config.use_cache = False
   cuda, marks, first_step = children.torch_device() == "cuda", [], []
-  with torch.device(
-    "cuda" if cuda else "cpu"
-  ):  # drawing six billion numbers on a CPU takes minutes
+  # Drawing six billion numbers on a CPU takes minutes.
+  with torch.device("cuda" if cuda else "cpu"):
     model = transformers.AutoModelForCausalLM.from_config(
       config, attn_implementation=how["attention"]
     )

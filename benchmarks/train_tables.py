@@ -8,13 +8,14 @@ from typing import Any
 import page
 from models import PUBLISHED
 
+# Settings that contenders of a table share.
 SAME = (
   "model",
   "rows",
   "length",
   "dropout",
   "checkpointing",
-)  # settings that contenders of a table share
+)
 Line = dict[str, Any]
 
 
@@ -84,10 +85,8 @@ def table(found: dict[str, list[Line]], device: str) -> str:
     if not sound[name]:
       lines.append(f"| {name} | {turns[0]['error']} |{' |' * (len(columns) - 2)}")
       continue
-    speeds, failed = (
-      sorted(turn["tokens_per_second"] for turn in sound[name]),
-      len(turns) - len(sound[name]),
-    )
+    speeds = sorted(turn["tokens_per_second"] for turn in sound[name])
+    failed = len(turns) - len(sound[name])
     cells = [name + (f", {failed} of {len(turns)} turns failed" if failed else "")]
     cells.append(f"{speed(name):,.0f} ({speeds[0]:,.0f} to {speeds[-1]:,.0f})")
     cells.append(f"{speed(name) / best:.2f}" if best else "")

@@ -13,7 +13,7 @@ EOS = 0
 
 @pytest.fixture(scope="module")
 def rows():
-  """17 rows of 5, told apart by their first target."""
+  """17 rows of 5, with distinct first targets."""
   ids = np.arange(1, 1 + 17 * 5, dtype=np.uint16)
   return ConcatDataset(
     tokenize.TokenArrays(ids, np.array([0, 85]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)),
@@ -30,9 +30,8 @@ def collect(rows, steps, **how):
 
 def test_epoch_shuffles_each_row_exactly_once(rows):
   """Each epoch has its own order."""
-  firsts = np.concatenate(
-    [batch["targets"][0, :, 0] for batch in collect(rows, 17)]
-  )  # 6 x 17 rows: 6 epochs
+  # 6 x 17 rows: 6 epochs.
+  firsts = np.concatenate([batch["targets"][0, :, 0] for batch in collect(rows, 17)])
   epochs = firsts.reshape(6, 17)
   for epoch in epochs:
     assert sorted(epoch) == list(range(1, 86, 5))
@@ -55,7 +54,7 @@ def test_resume_at_step_equals_iteration(rows, start):
 
 
 def test_global_batch_is_independent_of_hosts():
-  """1,000 random (seed, step, accumulation, hosts): the hosts' parts, side by side, are what one host has."""
+  """For random (seed, step, accumulation, hosts), the hosts' parts join to one host's batch."""
   rng = np.random.default_rng(0)
   many = tokenize.TokenArrays(
     np.arange(10**5) % 5000, np.array([0, 10**5]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)

@@ -1,4 +1,4 @@
-"""Examples that share a row do not see each other, padding is never seen, and the loss is that of one example a row."""
+"""Packed examples do not see each other or padding, and have the loss of one example per row."""
 
 import jax
 import numpy as np

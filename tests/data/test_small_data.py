@@ -1,4 +1,4 @@
-"""Data as it comes: other names of columns, folders as labels, templates, duplicates, and very little text."""
+"""Data as it comes: other column names, folders as labels, templates, duplicates, little text."""
 
 import collections
 import json
@@ -232,8 +232,8 @@ def test_duplicates_are_counted_and_dropped(tokenizer, tmp_path):
   """They are dropped only with data.duplicates=drop."""
   texts = ["a cat", "a dog", "a cat", "a mat", "a dog", "a cat"]
   file = table(tmp_path, "jsonl", [{"text": text} for text in texts])
-  kept, _ = prepared(tokenizer, tmp_path, file, validation_fraction=0.0)
-  assert (kept.report["duplicates"], len(kept.train)) == (3, 6)
+  data, _ = prepared(tokenizer, tmp_path, file, validation_fraction=0.0)
+  assert (data.report["duplicates"], len(data.train)) == (3, 6)
   data, _ = prepared(tokenizer, tmp_path, file, validation_fraction=0.0, duplicates="drop")
   rows = data.report["rows"]
   assert (rows["read"], rows["trained"], rows["dropped"]) == (6, 3, {"duplicates": 3})
@@ -364,15 +364,14 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   """A single short document is trained on, and its end is evaluated."""
   config.data.train = (str(little),)
   config.train.steps, config.train.epochs, config.optim.warmup_steps = 0, 4.0, 50
-  config.train.eval_every, config.train.save_every, config.train.eval_batch_size = (
-    "epoch",
-    "epoch",
-    16,
-  )
+  config.train.eval_every = "epoch"
+  config.train.save_every = "epoch"
+  config.train.eval_batch_size = 16
   run = finetune(config, tmp_path / "run")
   said = capsys.readouterr().out
   assert re.search(
-    r"1 document with \d+ tokens to train on, in 1 row of 32; the ends of 1 document with \d tokens held out;",
+    r"1 document with \d+ tokens to train on, in 1 row of 32; "
+    r"the ends of 1 document with \d tokens held out;",
     said,
   )
   assert "| steps | 4 of 1 sequence of 32 tokens |" in (run.export / "README.md").read_text()
@@ -381,8 +380,8 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
     in said
   )
   assert (
-    "config.optim.warmup_steps=50: more than the 4 steps of the run; 0 steps instead, a tenth of them"
-    in said
+    "config.optim.warmup_steps=50: more than the 4 steps of the run; "
+    "0 steps instead, a tenth of them" in said
   )
   assert [line["step"] for line in run.metrics if "eval/loss" in line] == [0, 1, 2, 3, 4]
   rates = [line["train/learning_rate"] for line in run.metrics if "train/loss" in line]
@@ -489,11 +488,11 @@ def test_longer_run_reports_what_blocks_resume(config, tmp_path, capsys):
 @pytest.mark.parametrize("step, there, wanted", [(9, 133, 11), (8, 133, 0), (9, 144, 0)])
 def test_longer_run_reports_rows_it_has_passed(step, there, wanted):
   meta, about = {"rows_in_all": there, "total_steps": 9}, {"rows_in_all": 266, "rows_of_step": 16}
-  told = resume._masked_rows_note(meta, about, step)
+  note = resume._masked_rows_note(meta, about, step)
   assert (
-    (f"left out of one epoch: {wanted} rows that its last step had masked" in told)
+    (f"left out of one epoch: {wanted} rows that its last step had masked" in note)
     if wanted
-    else told == ""
+    else note == ""
   )
 
 

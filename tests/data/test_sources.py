@@ -1,4 +1,4 @@
-"""Files in: every newline kept, every bad row named or counted, whatever the format and the compression."""
+"""Reading files: every newline survives, every bad row is named or counted, in all formats."""
 
 import collections
 import csv
@@ -131,10 +131,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("name, content, told", BAD)
-def test_bad_row_is_an_error_or_counted(tmp_path, name, content, told):
+@pytest.mark.parametrize("name, content, message", BAD)
+def test_bad_row_is_an_error_or_counted(tmp_path, name, content, message):
   file = write(tmp_path, name, content)
-  with pytest.raises(RequestError, match=f"{told}.*on_bad_row=skip"):
+  with pytest.raises(RequestError, match=f"{message}.*on_bad_row=skip"):
     read(file)
   dropped = collections.Counter()
   good = read(file, on_bad_row="skip", dropped=dropped)
@@ -171,7 +171,7 @@ def test_long_csv_and_jsonl_lines_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name, content, told",
+  "name, content, message",
   [
     ("a.parquet", b"x", "a.parquet: "),
     ("a.txt.gz", None, "a.txt.gz: "),
@@ -179,11 +179,11 @@ def test_long_csv_and_jsonl_lines_are_read(tmp_path):
     ("a.parquet.gz", b"x", "cannot read .gz"),
   ],
 )
-def test_unreadable_files_are_named(tmp_path, name, content, told):
+def test_unreadable_files_are_named(tmp_path, name, content, message):
   file = write(tmp_path, name, content or b"x" * 1000)
   if content is None:  # cut short
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-12])
-  with pytest.raises(RequestError, match=told):
+  with pytest.raises(RequestError, match=message):
     read(file, on_bad_row="skip")
 
 
@@ -208,9 +208,8 @@ def test_fingerprint_covers_content_not_names(tmp_path):
   assert before == sources.fingerprint((other,), "train")
   write(tmp_path, "a.txt", "abd")
   assert before != sources.fingerprint((one,), "train")
-  assert (
-    sources.fingerprint((write(tmp_path, "a.csv", "abc"),), "train") != before
-  )  # read otherwise
+  # Read otherwise.
+  assert sources.fingerprint((write(tmp_path, "a.csv", "abc"),), "train") != before
 
 
 def test_source_weight_follows_an_at_sign(tmp_path, monkeypatch):
@@ -290,7 +289,8 @@ def test_classes_have_the_order_of_the_data_set(tmp_path, folder):
 
 def test_integer_labels_of_any_type_are_labels(tmp_path):
   (tmp_path / "a.jsonl").write_text(
-    '{"text": "a", "label": 1.0}\n{"text": "b", "label": 0}\n{"text": "c", "label": 0.5}\n{"text": "d", "label": NaN}\n'
+    '{"text": "a", "label": 1.0}\n{"text": "b", "label": 0}\n'
+    '{"text": "c", "label": 0.5}\n{"text": "d", "label": NaN}\n'
   )
   data = jaxft.config.default().data
   data.update(format="classification", on_bad_row="skip")
@@ -348,8 +348,8 @@ def test_zip_archive_is_the_files_in_it(tmp_path):
   pyarrow.parquet.write_table(pyarrow.table({"text": ["p"]}), table)
   with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
     for name, content in (
-      ("b/z.txt", TEXT), ("a.csv", "text\nx\n"), ("c.parquet", table.getvalue()), ("d.pdf", "no"), ("e.zip", "no"),
-      ("__MACOSX/b/._z.txt", "no"), (".hidden/f.txt", "no"),
+      ("b/z.txt", TEXT), ("a.csv", "text\nx\n"), ("c.parquet", table.getvalue()),
+      ("d.pdf", "no"), ("e.zip", "no"), ("__MACOSX/b/._z.txt", "no"), (".hidden/f.txt", "no"),
     ):  # fmt: skip
       archive.writestr(name, content)
   notes = collections.Counter()
@@ -535,8 +535,9 @@ def test_glob_patterns_match_python_glob(tmp_path):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(name)
   for pattern in (
-    "*", "*.txt", "**", "**/*.txt", "**/c/*", "b/**/*", "*/a.txt", "?.txt", "[ab].txt", "b/**", "**/.h.txt", ".*/*.txt",
-    "**/b/**/*.txt", "b/c/e[[]1].txt", "b/c/*[!1].txt", "b/.*", "**/**/d.txt", "*/*/*.txt", "b/../*.txt", "../*/a.txt",
+    "*", "*.txt", "**", "**/*.txt", "**/c/*", "b/**/*", "*/a.txt", "?.txt", "[ab].txt", "b/**",
+    "**/.h.txt", ".*/*.txt", "**/b/**/*.txt", "b/c/e[[]1].txt", "b/c/*[!1].txt", "b/.*",
+    "**/**/d.txt", "*/*/*.txt", "b/../*.txt", "../*/a.txt",
   ):  # fmt: skip
     there = sorted(
       Path(it).resolve()
@@ -592,17 +593,15 @@ def test_folder_of_several_odd_formats_is_an_error(tmp_path):
 def a_folder(rng, home):
   """A data folder as people have them, and how many documents are in it."""
   good = 0
-  for place in range(rng.randint(1, 4)):
+  for number in range(rng.randint(1, 4)):
     folder = home / rng.choice(["", "a", "b", "a/c"])
     folder.mkdir(parents=True, exist_ok=True)
-    kind, count = (
-      rng.choice([".txt", ".jsonl", ".csv", ".parquet", ".jsonl.gz", ".csv.xz", ".txt.bz2"]),
-      rng.randint(1, 5),
-    )
+    kind = rng.choice([".txt", ".jsonl", ".csv", ".parquet", ".jsonl.gz", ".csv.xz", ".txt.bz2"])
+    count = rng.randint(1, 5)
     texts = [
       rng.choice(["a cat", "é\r\n", " x ", "🐈" * 9]) + str(rng.random()) for _ in range(count)
     ]
-    name = f"{rng.choice(['x', 'part [1]', '日本'])}{place}{kind}"
+    name = f"{rng.choice(['x', 'part [1]', '日本'])}{number}{kind}"
     if kind == ".parquet":
       pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / name)
     else:
