@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 def config_of(
   folder: Path, model: str, rows: int, length: int, steps: int, dropout: float = 0.0
 ) -> ConfigDict:
-  """The settings of such a run; writes the model's config.json, a tokenizer and the text into `folder`."""
+  """The settings of such a run; writes config.json, a tokenizer and the text into `folder`."""
   sys.path.insert(0, str(ROOT / "tests" / "support"))
   import tiny
   from models import PUBLISHED
@@ -47,7 +47,9 @@ def finetune_until(
   after_step: Callable[[int, dict[str, Any]], None] = lambda step, numbers: None,
   said: Callable[[str], None] = lambda line: None,
 ) -> None:
-  """`jaxft.finetune`, which ends after step `last` without a checkpoint or an export: those of GPT-J take 90 GiB of disk.
+  """`jaxft.finetune`, which ends after step `last` without a checkpoint or an export.
+
+  Those of GPT-J take 90 GiB of disk.
 
   Args:
     last: less than `config.train.steps`; after the last one a run is evaluated first.
