@@ -121,9 +121,9 @@ def test_accounting_is_exact_for_random_sources(tokenizer, tmp_path, part):
       folder.mkdir()
       bad += write_random_source(folder, rng, of)
     layout, T = str(rng.choice(["concat", "pack"])), int(rng.integers(2, 40))
-    how = dict(on_bad_row="skip", sequence_length=T, layout=layout)
+    options = dict(on_bad_row="skip", sequence_length=T, layout=layout)
     data = prepared(
-      tokenizer, tmp_path / "cache", [folders[0]], validation=(str(folders[1]),), **how
+      tokenizer, tmp_path / "cache", [folders[0]], validation=(str(folders[1]),), **options
     )
     rows, counts = data.report["rows"], data.report["tokens"]
     assert (
@@ -191,8 +191,8 @@ def test_split_and_limits_are_by_document(tokenizer, tmp_path):
   trained = decoded(learned(data.train), tokenizer)
   held = decoded(learned(data.validation), tokenizer)
   assert sorted(trained + held) == sorted(texts) and len(held) == 10
-  how = dict(validation_fraction=0.2, limit_train=7, limit_validation=3)
-  data = prepared(tokenizer, tmp_path / "c", [file], **how)
+  options = dict(validation_fraction=0.2, limit_train=7, limit_validation=3)
+  data = prepared(tokenizer, tmp_path / "c", [file], **options)
   few = decoded(learned(data.train), tokenizer)
   held_few = decoded(learned(data.validation), tokenizer)
   assert set(few) <= set(trained) and set(held_few) <= set(held)
@@ -202,7 +202,7 @@ def test_split_and_limits_are_by_document(tokenizer, tmp_path):
     "held_out": 3,
     "dropped": {"limit_train": 33, "limit_validation": 7},
   }
-  other = prepared(tokenizer, tmp_path / "c", [file], shuffle_seed=1, **how)
+  other = prepared(tokenizer, tmp_path / "c", [file], shuffle_seed=1, **options)
   assert decoded(learned(other.train), tokenizer) != few
 
 
@@ -280,13 +280,13 @@ def test_fingerprint_covers_grouping_of_sources(tokenizer, tmp_path):
   held.write_text("x")
   one = [f"{tmp_path}/1@2", f"{tmp_path}/2/c.txt@3"]
   other = [f"{tmp_path}/1/a.txt@2", f"{tmp_path}/2@3"]
-  for sources, wanted in (
+  for sources, expected in (
     (one, {"cat": 2, "dog": 2, "mat": 3}),
     (other, {"cat": 2, "dog": 3, "mat": 3}),
   ):
     data = prepared(tokenizer, tmp_path / "cache", sources, validation=(str(held),))
     texts = decoded(learned(data.train), tokenizer)
-    assert {text: texts.count(text) for text in wanted} == wanted
+    assert {text: texts.count(text) for text in expected} == expected
 
 
 def test_rows_without_targets_are_dropped(tokenizer):
@@ -345,8 +345,8 @@ def test_prompt_that_fills_the_row_is_counted(tokenizer, tmp_path):
   file = tmp_path / "a.jsonl"
   rows = [{"prompt": "dog " * 40, "completion": "x"}, {"prompt": "a", "completion": " cat"}]
   file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  how = dict(format="prompt_completion", layout="pad", validation=(str(file),))
-  found = prepared(tokenizer, tmp_path / "c", [file], **how).report
+  options = dict(format="prompt_completion", layout="pad", validation=(str(file),))
+  found = prepared(tokenizer, tmp_path / "c", [file], **options).report
   assert found["rows"] == {
     "read": 4,
     "trained": 1,

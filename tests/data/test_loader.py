@@ -22,9 +22,11 @@ def rows():
   )
 
 
-def collect(rows, steps, **how):
-  how = dict(batch_size=6, accumulation=1, seed=3, total_rows=10**6, start=0, sharding=HERE) | how
-  batches = loader.train_batches(rows, **how)
+def collect(rows, steps, **options):
+  options = (
+    dict(batch_size=6, accumulation=1, seed=3, total_rows=10**6, start=0, sharding=HERE) | options
+  )
+  batches = loader.train_batches(rows, **options)
   return [jax.device_get(next(batches)) for _ in range(steps)]
 
 
@@ -47,10 +49,10 @@ def test_epoch_shuffles_each_row_exactly_once(rows):
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 7, 15, 166_660])
 def test_resume_at_step_equals_iteration(rows, start):
   """Seeking to a step gives the batches of going there."""
-  there = collect(rows, 3, start=start)
+  resumed = collect(rows, 3, start=start)
   if start < 100:
-    jax.tree.map(np.testing.assert_array_equal, there, collect(rows, start + 3)[start:])
-  jax.tree.map(np.testing.assert_array_equal, there[1:], collect(rows, 2, start=start + 1))
+    jax.tree.map(np.testing.assert_array_equal, resumed, collect(rows, start + 3)[start:])
+  jax.tree.map(np.testing.assert_array_equal, resumed[1:], collect(rows, 2, start=start + 1))
 
 
 def test_global_batch_is_independent_of_hosts():
@@ -62,16 +64,16 @@ def test_global_batch_is_independent_of_hosts():
   rows = ConcatDataset(many, 5, EOS)
   for _ in range(1000):
     accumulation, hosts = int(rng.choice([1, 2, 3])), int(rng.choice([2, 4]))
-    how = dict(
+    options = dict(
       batch_size=12 * accumulation,
       accumulation=accumulation,
       seed=int(rng.integers(2**32)),
       total_rows=10**6,
     )
     step = int(rng.integers(1000))
-    whole = loader.BatchSource(rows, **how, local_rows=np.arange(12))[step]
+    whole = loader.BatchSource(rows, **options, local_rows=np.arange(12))[step]
     parts = [
-      loader.BatchSource(rows, **how, local_rows=mine)[step]
+      loader.BatchSource(rows, **options, local_rows=mine)[step]
       for mine in np.split(np.arange(12), hosts)
     ]
     for name, x in whole.items():

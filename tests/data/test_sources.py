@@ -36,9 +36,9 @@ def write(folder, name, content):
   return str(folder / name)
 
 
-def read(*names, notes=None, dropped=None, **how):
+def read(*names, notes=None, dropped=None, **settings):
   data = jaxft.config.default().data
-  data.update(how)
+  data.update(settings)
   dropped = collections.Counter() if dropped is None else dropped
   return list(
     dataset.read_examples(
@@ -47,8 +47,8 @@ def read(*names, notes=None, dropped=None, **how):
   )
 
 
-def texts(*names, **how):
-  return [example.text for example in read(*names, **how)]
+def texts(*names, **settings):
+  return [example.text for example in read(*names, **settings)]
 
 
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
@@ -500,10 +500,10 @@ def test_links_are_followed_once(tmp_path, monkeypatch):
   assert sorted(texts(f"{data}/**")) == ["a.txt", "b.txt", "c.txt", "d.txt"]
 
   def refusing(function):
-    def refuse(path, *more, **how):
+    def refuse(path, *more, **options):
       if str(path).endswith(("deep", "d.txt")):
         raise PermissionError(13, "Permission denied", str(path))
-      return function(path, *more, **how)
+      return function(path, *more, **options)
 
     return refuse
 
@@ -539,13 +539,13 @@ def test_glob_patterns_match_python_glob(tmp_path):
     "**/.h.txt", ".*/*.txt", "**/b/**/*.txt", "b/c/e[[]1].txt", "b/c/*[!1].txt", "b/.*",
     "**/**/d.txt", "*/*/*.txt", "b/../*.txt", "../*/a.txt",
   ):  # fmt: skip
-    there = sorted(
+    expected = sorted(
       Path(it).resolve()
       for it in glob.glob(f"{tmp_path}/{pattern}", recursive=True)
       if os.path.isfile(it)
     )
     found = sources._match_glob(f"{tmp_path}/{pattern}", collections.Counter())
-    assert sorted(it.resolve() for it in found) == sorted({*there}), pattern
+    assert sorted(it.resolve() for it in found) == sorted({*expected}), pattern
 
 
 def test_only_requested_columns_are_decoded(tmp_path, monkeypatch):
@@ -696,17 +696,17 @@ def test_missing_configuration_lists_the_choices(tmp_path):
 
 def test_hub_id_without_owner_has_configuration(monkeypatch):
   datasets = pytest.importorskip("datasets")
-  asked = []
+  calls = []
 
   def load(name, configuration, split):
-    asked.append((name, configuration, split))
+    calls.append((name, configuration, split))
     if configuration is None:
       raise datasets.exceptions.DatasetNotFoundError(f"{name} is not there")
     return "rows"
 
   monkeypatch.setattr(datasets, "load_dataset", load)
   assert sources._open_hub("hub:glue/sst2:validation", "train") == "rows"
-  assert asked == [("glue/sst2", None, "validation"), ("glue", "sst2", "validation")]
+  assert calls == [("glue/sst2", None, "validation"), ("glue", "sst2", "validation")]
 
 
 def test_silent_hub_fails_within_seconds(monkeypatch):
@@ -716,8 +716,8 @@ def test_silent_hub_fails_within_seconds(monkeypatch):
   for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-  with socket.create_server(("127.0.0.1", 0)) as there:
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{there.getsockname()[1]}")
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
     assert sources._is_reachable(urllib.parse.urlsplit(constants.ENDPOINT))
   sources._is_reachable.cache_clear()  # now it is gone
   with pytest.raises(
