@@ -1,15 +1,17 @@
-"""Short jokes: GPT-2 124M, many epochs over little text, over-fitting watched; the best weights are what is exported.
+"""Short jokes: GPT-2 124M, many epochs over little text; exports the best weights.
 
     python -m jaxft.train --config configs/gpt2_jokes.py --config.data.train=jokes.csv
-    python -m jaxft.generate --workdir runs/gpt2_jokes --prompt "<|endoftext|>Why did" --num_return_sequences 5
-    python -m jaxft.plan --config configs/gpt2_jokes.py --device rtx3070   # what it takes, without the card
+    python -m jaxft.generate --workdir runs/gpt2_jokes --prompt "<|endoftext|>Why did" \\
+      --num_return_sequences 5
+    python -m jaxft.plan --config configs/gpt2_jokes.py --device rtx3070   # needs no card
 
 A row of jokes.csv has the joke in the column Joke; --config.data.text_column names another.
 
-Hardware   one 8 GB GPU: 3.2 GiB of 7.4 (XLA's own analysis, jax 0.10.2, 2026-11-22; not yet run on one)
+Hardware   one 8 GB GPU: 3.2 GiB of 7.4 (XLA's own analysis, jax 0.10.2, 2026-11-22; not yet run on
+           one)
 Ends       when the eval loss has not fallen in three evaluations, at the latest after 20 passes
-Watch      "memorised_8grams" of each sample in samples.jsonl: the share of its runs of 8 tokens that stand in the training
-           text. A model that tells the jokes it has read is near 1
+Watch      "memorised_8grams" of each sample in samples.jsonl: the share of its runs of 8 tokens
+           that stand in the training text. A model that tells the jokes it has read is near 1
 Expect     not measured yet: it needs the weights and a GPU
 """
 

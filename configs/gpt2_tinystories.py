@@ -1,22 +1,26 @@
 """GPT-2 124M on 100,000 TinyStories, full fine-tuning, one pass.
 
     python -m jaxft.train --config configs/gpt2_tinystories.py
-    python -m jaxft.plan --config configs/gpt2_tinystories.py --device rtx4090   # what it takes, without the card
+    python -m jaxft.plan --config configs/gpt2_tinystories.py --device rtx4090   # needs no card
 
-Without a network: --config.model.path=FOLDER_OF_GPT2 --config.data.train=stories.jsonl --config.data.validation=held_out.jsonl
-(.txt, .csv and .parquet too; --config.data.text_column names the column).
+Without a network: --config.model.path=FOLDER_OF_GPT2 --config.data.train=stories.jsonl
+--config.data.validation=held_out.jsonl (.txt, .csv and .parquet too; --config.data.text_column
+names the column).
 
-Hardware   one 24 GB GPU: the step needs 4.3 GiB (XLA's own analysis for an H100, jax 0.10.2, 2026-11-22; not yet run on
-           one). Less: --config.train.micro_batch_size=8 3.3 GiB, =4 with --config.memory.remat=full 2.7 GiB
+Hardware   one 24 GB GPU: the step needs 4.3 GiB (XLA's own analysis for an H100, jax 0.10.2,
+           2026-11-22; not yet run on one). Less: --config.train.micro_batch_size=8 3.3 GiB, =4 with
+           --config.memory.remat=full 2.7 GiB
 Length     100,000 stories are about 22 M tokens: some 1,350 steps of 32 x 512 tokens
-Expect     not measured yet: it needs the hub and a GPU. Look at the eval loss before and after, and whether the completions
-           stay with the child and the animal they began with
+Expect     not measured yet: it needs the hub and a GPU. Look at the eval loss before and after, and
+           whether the completions stay with the child and the animal they began with
 
-Tracker    load, memory, disk, network and GPU power go into metrics.jsonl; --config.tracking.writers=mlflow is the one flag
-           for MLflow, which gets them too (docs/trackers.md)
+Tracker    load, memory, disk, network and GPU power go into metrics.jsonl;
+           --config.tracking.writers=mlflow is the one flag for MLflow, which gets them too
+           (docs/trackers.md)
 
-Compared with the usual recipe (AdamW, 5e-5, batch 8, padded rows): rows are packed, so no token of a batch is padding; the
-batch is larger and the rate with it; a cosine with a warm-up, because one pass ends while a linear decay is still moving.
+Compared with the usual recipe (AdamW, 5e-5, batch 8, padded rows): rows are packed, so no token of
+a batch is padding; the batch is larger and the rate with it; a cosine with a warm-up, because one
+pass ends while a linear decay is still moving.
 """
 
 from jaxft import config
@@ -37,11 +41,12 @@ def get_config():
   c.train.eval_every = 250
   c.train.save_every = 250
   c.train.sample_prompts = (
-    "There was a cat with magic powers. It could turn invisible. But one day, the cat lost its magic and",
-    "There was a cloud that could laugh. It laughed every day. But one day, the cloud didn't laugh. "
-    "The animals in the forest decided to",
-    "Every night, Mia looked at the stars. But one night, one star twinkled differently. It seemed to be "
-    "sending a message. Mia thought hard about what it could mean and",
+    "There was a cat with magic powers. It could turn invisible. But one day, the cat lost its "
+    "magic and",
+    "There was a cloud that could laugh. It laughed every day. But one day, the cloud didn't "
+    "laugh. The animals in the forest decided to",
+    "Every night, Mia looked at the stars. But one night, one star twinkled differently. It seemed "
+    "to be sending a message. Mia thought hard about what it could mean and",
   )
   c.train.sample_tokens = 250
 

@@ -1,19 +1,26 @@
-"""Prompts with Darth Vader's answers: GPT-2 124M on "Question: ... Answer: ..." lines, all of a line learned, three passes.
+"""Prompts with Darth Vader's answers: GPT-2 124M, "Question: ... Answer: ..." lines, three passes.
+
+The loss is on all of a line.
 
     python -m jaxft.train --config configs/gpt2_vader_speak.py
-    python -m jaxft.generate --workdir runs/gpt2_vader_speak --prompt "Did you remember to buy your ventilator filters?" \\
+    python -m jaxft.generate --workdir runs/gpt2_vader_speak \\
+      --prompt "Did you remember to buy your ventilator filters?" \\
       --max_new_tokens 90 --no_repeat_ngram_size 2 --top_k 50 --top_p 0.95 --temperature 0.7
-    python -m jaxft.plan --config configs/gpt2_vader_speak.py --device t4   # what it takes, without the card
+    python -m jaxft.plan --config configs/gpt2_vader_speak.py --device t4   # needs no card
 
-Without a network: --config.model.path=FOLDER_OF_GPT2 --config.data.train=pairs.jsonl, rows of {"prompt": ..., "response": ...}.
+Without a network: --config.model.path=FOLDER_OF_GPT2 --config.data.train=pairs.jsonl, rows of
+{"prompt": ..., "response": ...}.
 
-Hardware   one 16 GB GPU such as a T4: 2.2 GiB of 13.9 (XLA's own analysis, jax 0.10.2, 2026-11-29; not yet run on one)
-Rows       one line a row of at most 128 tokens, cut short beyond; the end token after a line is learned too. 5 % is held out
-Expect     not measured yet: it needs the hub and a GPU. A question is answered with his breathing in brackets, [kkshhhh];
-           the second prompt, which is no question, should go on as it did before
+Hardware   one 16 GB GPU such as a T4: 2.2 GiB of 13.9 (XLA's own analysis, jax 0.10.2, 2026-11-29;
+           not yet run on one)
+Rows       one line a row of at most 128 tokens, cut short beyond; the end token after a line is
+           learned too. 5 % is held out
+Expect     not measured yet: it needs the hub and a GPU. A question is answered with his breathing
+           in brackets, [kkshhhh]; the second prompt, which is no question, should go on as it did
+           before
 
-The rest is as transformers' TrainingArguments have it: AdamW, 5e-5 falling in a line to 0 without a warm-up, no decay, the
-gradient clipped to 1.
+The rest is as transformers' TrainingArguments have it: AdamW, 5e-5 falling in a line to 0 without a
+warm-up, no decay, the gradient clipped to 1.
 """
 
 from jaxft import config

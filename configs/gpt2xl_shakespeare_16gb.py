@@ -1,19 +1,24 @@
 """GPT-2 XL (1.5B), all of it, on one 16 GB GPU: Shakespeare, three passes.
 
-    python -m jaxft.train --config configs/gpt2xl_shakespeare_16gb.py --config.data.train=shakespeare/
-    python -m jaxft.plan --config configs/gpt2xl_shakespeare_16gb.py --device t4   # what it takes, without the card
+    python -m jaxft.train --config configs/gpt2xl_shakespeare_16gb.py \\
+      --config.data.train=shakespeare/
+    python -m jaxft.plan --config configs/gpt2xl_shakespeare_16gb.py --device t4   # needs no card
 
-Data       any text, as a folder of .txt files of which some are held out, such as one a play; a single file has to be cut by
-           --config.data.separator. The complete works are book 100 of Project Gutenberg, about 1.8 M tokens
-Hardware   one 16 GB GPU and 48 GB of host memory: weights, gradient and Adam's moments, 23 GiB, stay on the host, and a layer
-           at a time is on the device; 32 GB will do with --config.optim.state_dtype=bfloat16, 20 GiB. A T4,
-           which has no bfloat16, takes 3.8 GiB of 14 (XLA's own analysis, jax 0.10.2, 2026-11-21; not yet run on one)
+Data       any text, as a folder of .txt files of which some are held out, such as one a play; a
+           single file has to be cut by --config.data.separator. The complete works are book 100 of
+           Project Gutenberg, about 1.8 M tokens
+Hardware   one 16 GB GPU and 48 GB of host memory: weights, gradient and Adam's moments, 23 GiB,
+           stay on the host, and a layer at a time is on the device; 32 GB will do with
+           --config.optim.state_dtype=bfloat16, 20 GiB. A T4, which has no bfloat16, takes 3.8 GiB
+           of 14 (XLA's own analysis, jax 0.10.2, 2026-11-21; not yet run on one)
 Length     some 220 steps of 8 x 1024 tokens a pass
-Bus        44 GB a step to the device and 25 back: 6 s of PCI Express 3 at 80 %; arithmetic takes 26 s on a T4, by the plan
+Bus        44 GB a step to the device and 25 back: 6 s of PCI Express 3 at 80 %; arithmetic takes 26
+           s on a T4, by the plan
 Expect     not measured yet: it needs the weights and a GPU
 
-Compared with the usual recipe (DeepSpeed ZeRO-2 or 3 with CPU offload, 60 GB of host memory, float16 with a loss scale):
-bfloat16 where the card has it and float32 on a T4, so nothing is scaled; no JSON; the same losses as on a larger card.
+Compared with the usual recipe (DeepSpeed ZeRO-2 or 3 with CPU offload, 60 GB of host memory,
+float16 with a loss scale): bfloat16 where the card has it and float32 on a T4, so nothing is
+scaled; no JSON; the same losses as on a larger card.
 """
 
 from jaxft import config

@@ -1,13 +1,14 @@
-"""LoRA adapters for GPT-J-6B on one 16 GB GPU: the model stays as it is, and 7 of its 6,051 million parameters are trained.
+"""LoRA adapters for GPT-J-6B on one 16 GB GPU: 7 of its 6,051 million parameters are trained.
 
     python -m jaxft.train --config configs/gptj_6b_lora.py --config.data.train=my_texts/
-    python -m jaxft.plan --config configs/gptj_6b_lora.py --device rtx4080   # what it takes, without the card
+    python -m jaxft.plan --config configs/gptj_6b_lora.py --device rtx4080   # needs no card
 
-Hardware   one 16 GB GPU with bfloat16, where the frozen weights take 11.3 GiB, and 48 GB of host memory: the export merges
-           the adapters into float32 weights there, some 28 GiB
-           8 GB: --config.memory.offload=all, which takes 11.4 GiB of the host's memory while it trains
-Result     WORKDIR/adapter, 28 MB, which peft.PeftModel.from_pretrained(model, "WORKDIR/adapter") loads; and WORKDIR/export,
-           a whole model with the adapters merged in
+Hardware   one 16 GB GPU with bfloat16, where the frozen weights take 11.3 GiB, and 48 GB of host
+           memory: the export merges the adapters into float32 weights there, some 28 GiB
+           8 GB: --config.memory.offload=all, which takes 11.4 GiB of the host's memory while it
+           trains
+Result     WORKDIR/adapter, 28 MB, which peft.PeftModel.from_pretrained(model, "WORKDIR/adapter")
+           loads; and WORKDIR/export, a whole model with the adapters merged in
 Expect     not measured yet: it needs the weights and a GPU
 
 The learning rate is ten times that of full fine-tuning: adapters begin at nothing.

@@ -1,10 +1,11 @@
-"""The quickstart: a small GPT-2 that has only read ships' logs learns to tell village stories.
+"""The quickstart: a small GPT-2 that has only read ships' logs learns to write village stories.
 
     python -m jaxft.train --config configs/quickstart.py
 
-Offline, on two CPU cores, two to three minutes: 715 steps of 8 x 256 tokens. Expect an eval loss of 11.1 nats a token before
-(no village is mentioned in a ship's log) and 0.47 after. The stories come from a grammar (scripts/story_grammar.py) whose own
-entropy, 0.319 nats a token, no model can go below.
+Offline, on two CPU cores, two to three minutes: 715 steps of 8 x 256 tokens. Expect an eval loss of
+11.1 nats a token before (no village is mentioned in a ship's log) and 0.47 after. The stories come
+from a grammar (scripts/story_grammar.py) whose own entropy, 0.319 nats a token, no model can go
+below.
 """
 
 from pathlib import Path

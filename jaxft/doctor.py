@@ -1,4 +1,4 @@
-"""Versions, devices, memory and disk, and what is missing: python -m jaxft.doctor"""
+"""Prints versions, devices, memory and disk, and what is missing: python -m jaxft.doctor"""
 
 import importlib.metadata
 import platform
@@ -28,7 +28,7 @@ PACKAGES = (
   "datasets",
   "rich",
 )
-# What a package is for, and the extra of jaxft's that brings it. The CUDA plugin alone compiles; to run, it needs CUDA.
+# Package -> purpose, jaxft's extra. The CUDA plugin alone compiles; to run, it needs CUDA.
 EXTRAS = {
   "jax-cuda13-plugin": ("planning for GPUs", "plan"),
   "nvidia-cudnn-cu13": ("an NVIDIA GPU", "cuda"),
@@ -45,14 +45,14 @@ def main() -> None:
     "python -m jaxft.doctor", "Prints what is installed, and what is missing."
   ).parse_args()
   table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False, box=None)
-  faults = []
+  errors = []
   table.add_row(
     "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
   )
   for name in ("jaxft", *PACKAGES):
     table.add_row(name, version := _version(name) or "missing")
     if version == "missing":
-      faults.append(f"{name} is missing: pip install {'-e .' if name == 'jaxft' else name}")
+      errors.append(f"{name} is missing: pip install {'-e .' if name == 'jaxft' else name}")
   for name, (purpose, extra) in EXTRAS.items():
     table.add_row(
       name, _version(name) or escape(f'none; for {purpose}: pip install "jaxft[{extra}]"')
@@ -64,13 +64,13 @@ def main() -> None:
     from jaxft.utils import backend
 
     backend.configure_jax()
-    found, reason = backend.init_backend()
+    name, reason = backend.init_backend()
     for device in jax.devices():
       limit = (device.memory_stats() or {}).get("bytes_limit")
       table.add_row(
         f"device {device.id}", device.device_kind + (f", {limit / 2**30:.1f} GiB" if limit else "")
       )
-    if found == "gpu":
+    if name == "gpu":
       table.add_row(
         "pinned memory",
         f"up to {backend.pinned_limit() / 2**30:.0f} GiB of the host's, for config.memory.offload",
@@ -78,21 +78,21 @@ def main() -> None:
     elif backend.cpu_override() and backend.has_nvidia_gpu():
       table.add_row("device", backend.cpu_warning(reason))
     elif reason:
-      faults.append(backend.cpu_warning(reason))
+      errors.append(backend.cpu_warning(reason))
     for line in backend.known_bugs():
       table.add_row("known fault", line)
   except RequestError as error:
-    faults.append(str(error))
+    errors.append(str(error))
   except Exception as error:
-    faults.append(
+    errors.append(
       f"jax and flax do not start ({first_line(error)}): pip install --force-reinstall jaxft"
     )
   table.add_row("memory", _memory())
   table.add_row("free disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB in this folder")
   Console(soft_wrap=True, highlight=False).print(table)
-  for fault in faults:
-    print(f"error: {fault}", file=sys.stderr)
-  sys.exit(2 if faults else 0)
+  for message in errors:
+    print(f"error: {message}", file=sys.stderr)
+  sys.exit(2 if errors else 0)
 
 
 def _version(package: str) -> str | None:

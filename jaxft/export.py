@@ -1,4 +1,7 @@
-"""A verified Hugging Face folder: python -m jaxft.export --workdir DIR [--step N] --out DIR (or --model PATH_OR_ID)"""
+"""Exports a verified Hugging Face folder: python -m jaxft.export --workdir DIR --out DIR
+
+With --step N it exports that checkpoint of the run; with --model PATH_OR_ID, another model.
+"""
 
 from pathlib import Path
 
@@ -12,7 +15,8 @@ from jaxft.hf.verify import format_parity
 def main() -> None:
   arguments = parsers.export().parse_args()
   lines = export.validate_export(Path(arguments.out))
-  lines += push.validate_push(arguments.push_to_hub) if arguments.push_to_hub is not None else []
+  if arguments.push_to_hub is not None:
+    lines += push.validate_push(arguments.push_to_hub)
   if lines:
     raise RequestError("\n".join(lines))
   parity = load_model(arguments).export(

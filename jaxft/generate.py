@@ -1,7 +1,9 @@
-"""Text from a model: python -m jaxft.generate --model PATH_OR_ID [--prompt TEXT ...] [--prompt_file F] [--json]"""
+"""Generates text: python -m jaxft.generate --model PATH_OR_ID [--prompt TEXT ...] [--json]"""
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -19,100 +21,105 @@ from jaxft.hf import repo
 from jaxft.pretrained import Completion, Pretrained
 from jaxft.utils.console import escape_controls
 
-UNLIMITED_TOKENS = (
-  2**30
-)  # tokens: until the model has no position left, as run_generation.py has it for a negative --length
+# Until the model has no position left, as run_generation.py has it for a negative --length.
+UNLIMITED_TOKENS = 2**30
 
 
 def main() -> None:
   arguments = parsers.generate().parse_args()
-  given = sampling_args(arguments)  # looked at before a model is read
+  settings = sampling_args(arguments)  # checked before a model is read
   if "stop_strings" in arguments.given_as:  # run_generation.py: no stop token
     arguments.stop_strings = [text for text in arguments.stop_strings if text]
-  stops = [unescape(text, "--stop_strings") for text in arguments.stop_strings or []]
+  stop_strings = [unescape(text, "--stop_strings") for text in arguments.stop_strings or []]
   _check_compat_flags(arguments)
 
-  prompts = arguments.prompt + (
-    _read_prompt_file(Path(arguments.prompt_file)) if arguments.prompt_file else []
-  )
-  asked = bool(prompts or arguments.prompt_file)
-  if asked and not prompts:
-    raise RequestError(f"--prompt_file {arguments.prompt_file!r}: no line in it has a prompt")
-  interactive = not asked and sys.stdin.isatty() and not arguments.json
-  if not asked and not sys.stdin.isatty():
+  prompts = arguments.prompt
+  if arguments.prompt_file:
+    prompts = prompts + _read_prompt_file(Path(arguments.prompt_file))
+    if not prompts:
+      raise RequestError(f"--prompt_file {arguments.prompt_file!r}: no line in it has a prompt")
+  interactive = not prompts and sys.stdin.isatty() and not arguments.json
+  if not prompts and not sys.stdin.isatty():
     prompts = _read_stdin()
   if not prompts and not interactive:
     raise RequestError(
-      "--prompt is missing: give a text, --prompt_file, lines on standard input, or a terminal to ask on"
+      "--prompt is missing: give a text, --prompt_file, lines on standard input, "
+      "or a terminal to ask on"
     )
   if arguments.use_cpu:
     jax.config.update("jax_platforms", "cpu")  # before it looks for devices
   if arguments.model_type and arguments.model:
-    found = repo.resolve(arguments.model, arguments.revision, weights=False)
-    _check_model_type(arguments.model_type, found)
-  writer = Completer(load_model(arguments), given, stops, arguments.prefix or "")
+    checkpoint = repo.resolve(arguments.model, arguments.revision, weights=False)
+    _check_model_type(arguments.model_type, checkpoint)
+  completer = Completer(
+    model=load_model(arguments),
+    settings=settings,
+    stop_strings=stop_strings,
+    prefix=arguments.prefix or "",
+  )
   if arguments.model_type:
-    _check_model_type(arguments.model_type, writer.ready.source)
-  writer.tell_settings()
+    _check_model_type(arguments.model_type, completer.model.source)
+  completer.print_settings()
   if interactive:
-    return interactive_loop(writer)
+    return interactive_loop(completer)
   if len(prompts) == 1 and sys.stdout.isatty() and not arguments.json:
-    return writer.write(prompts[0])
-  completions = writer.complete(prompts)
+    return completer.stream(prompts[0])
+  completions = completer.complete(prompts)
   if arguments.json:
-    told = {"completions": [completion._asdict() for completion in completions]}
-    print(json.dumps(told, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
+    output = {"completions": [completion._asdict() for completion in completions]}
+    print(json.dumps(output, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
   else:
     print("\n\n".join(completion.prompt + completion.text for completion in completions))
 
 
+@dataclasses.dataclass(frozen=True)
 class Completer:
-  """A model, and how it is to write."""
+  """A model with its sampling settings, stop strings and prefix."""
 
-  def __init__(self, ready: Pretrained, given: dict[str, Any], stops: list[str], prefix: str):
-    self.ready, self._given, self._stops, self._prefix = ready, given, stops, prefix
+  model: Pretrained
+  settings: dict[str, Any]
+  stop_strings: list[str]
+  prefix: str
 
-  def tell_settings(self) -> None:
-    """Says what of the given and of the model's generation_config.json is of no account."""
-    found = generation_config.load(self.ready.source.folder, self._given)
-    if found.ignored:
-      print(f"{found.file}: not followed: {', '.join(found.ignored)}", file=sys.stderr)
-    for line in found.warnings:
+  def print_settings(self) -> None:
+    """Prints which settings, given or of the model's generation_config.json, have no effect."""
+    config = generation_config.load(self.model.source.folder, self.settings)
+    if config.ignored:
+      print(f"{config.file}: not followed: {', '.join(config.ignored)}", file=sys.stderr)
+    for line in config.warnings:
       print(line, file=sys.stderr)
-    positions = self.ready.source.cfg.P
+    positions = self.model.source.cfg.P
     for name in ("max_new_tokens", "max_length"):
-      if positions < self._given.get(name, 0) < UNLIMITED_TOKENS:
-        print(
-          f"--{name}={self._given[name]}: a text ends at the model's {positions} positions",
-          file=sys.stderr,
-        )
+      if positions < self.settings.get(name, 0) < UNLIMITED_TOKENS:
+        flag = f"--{name}={self.settings[name]}"
+        print(f"{flag}: a text ends at the model's {positions} positions", file=sys.stderr)
 
   def complete(
-    self, prompts: list[str], tell: Callable[[int, str], None] | None = None
+    self, prompts: list[str], on_text: Callable[[int, str], None] | None = None
   ) -> list[Completion]:
-    """The completions, whose prompts are without the prefix that the model reads before them."""
-    whole = [self._prefix + prompt for prompt in prompts]
-    found = self.ready.generate(whole, stop_strings=self._stops, tell=tell, **self._given)
-    return [it._replace(prompt=it.prompt.removeprefix(self._prefix)) for it in found]
+    """Returns the completions; their prompts lack the prefix that the model reads before them."""
+    completions = self.model.generate(
+      [self.prefix + prompt for prompt in prompts],
+      stop_strings=self.stop_strings,
+      tell=on_text,
+      **self.settings,
+    )
+    return [it._replace(prompt=it.prompt.removeprefix(self.prefix)) for it in completions]
 
-  def write(self, prompt: str) -> None:
-    """Writes what follows a prompt to the terminal, as it comes; of several texts one after the other.
-
-    Beams may be several.
-    """
-    sampling = generation_config.load(self.ready.source.folder, self._given).sampling
+  def stream(self, prompt: str) -> None:
+    """Streams one completion to the terminal; prints several, or beams, when they are done."""
+    sampling = generation_config.load(self.model.source.folder, self.settings).sampling
     if sampling.num_beams > 1 or sampling.num_return_sequences > 1:
       print("\n\n".join(escape_controls(it.prompt + it.text) for it in self.complete([prompt])))
     else:
-      print(escape_controls(prompt), end="", flush=True)
-      self.complete(
-        [prompt], tell=lambda _, added: print(escape_controls(added), end="", flush=True)
-      )
+      write = functools.partial(print, end="", flush=True)
+      write(escape_controls(prompt))
+      self.complete([prompt], on_text=lambda _, text: write(escape_controls(text)))
       print()
 
 
-def interactive_loop(writer: Completer) -> None:
-  """Asks for prompts on the terminal, which remembers them (arrow up), and writes each completion as it comes."""
+def interactive_loop(completer: Completer) -> None:
+  """Asks for prompts on the terminal, which remembers them (arrow up), and streams completions."""
   with contextlib.suppress(ImportError):  # `input` edits lines with it, where the platform has it
     import readline  # noqa: F401
 
@@ -123,7 +130,7 @@ def interactive_loop(writer: Completer) -> None:
       print()
       return
     try:
-      writer.write(prompt)
+      completer.stream(prompt)
     except KeyboardInterrupt:  # enough of this one
       print()
     except RequestError as error:  # a prompt that is too long
@@ -131,50 +138,46 @@ def interactive_loop(writer: Completer) -> None:
 
 
 def sampling_args(arguments: argparse.Namespace) -> dict[str, Any]:
-  """Fields of `Sampling`, and do_sample, of the command line, and what --model_type adds to them.
+  """Returns the given fields of `Sampling` and do_sample, and what --model_type adds to them.
 
-  Raises RequestError on values that mean nothing, alone or together, by the names that were given.
+  Raises RequestError on values that mean nothing, alone or together, by the flags that were given.
   """
   names = (*Sampling._fields, "do_sample")
-  given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-  if arguments.given_as.get("max_new_tokens") == "length" and given["max_new_tokens"] < 0:
-    given["max_new_tokens"] = UNLIMITED_TOKENS
+  settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+  if arguments.given_as.get("max_new_tokens") == "length" and settings["max_new_tokens"] < 0:
+    settings["max_new_tokens"] = UNLIMITED_TOKENS
   if arguments.model_type:
-    added = run_generation.missing_defaults(given)
-    told = ", ".join(f"{name}={value}" for name, value in added.items())
+    added = run_generation.missing_defaults(settings)
+    text = ", ".join(f"{name}={value}" for name, value in added.items()) or "all is given"
     print(
-      f"--model_type={arguments.model_type}: as run_generation.py has it: {told or 'all is given'}",
-      file=sys.stderr,
+      f"--model_type={arguments.model_type}: as run_generation.py has it: {text}", file=sys.stderr
     )
-    given |= added
+    settings |= added
   try:
-    Sampling(
-      **{name: value for name, value in given.items() if name in Sampling._fields}
-    ).validate_values()
-    resolve_sampling(given)
+    fields = {name: value for name, value in settings.items() if name in Sampling._fields}
+    Sampling(**fields).validate_values()
+    resolve_sampling(settings)
   except RequestError as error:
-    text = str(error)
-    for name, called in arguments.given_as.items():
-      text = text.replace(f"--{name}=", f"--{called}=")
-    raise RequestError(text) from error
-  return given
+    message = str(error)
+    for name, flag in arguments.given_as.items():
+      message = message.replace(f"--{name}=", f"--{flag}=")
+    raise RequestError(message) from error
+  return settings
 
 
 def _check_compat_flags(arguments: argparse.Namespace) -> None:
-  """Refuses flags that are nothing here, and says what those are that are not quite what they were."""
-  for name, (value, why) in run_generation.FIXED.items():
+  """Refuses flags without a meaning here, and prints what has become of those with another one."""
+  for name, (value, reason) in run_generation.FIXED.items():
     if getattr(arguments, name) is (not value):
-      raise RequestError(f"--{name}={not value}: {why}; leave it out")
+      raise RequestError(f"--{name}={not value}: {reason}; leave it out")
   for name, reason in run_generation.UNSUPPORTED.items():
     if value := getattr(arguments, name):
       raise RequestError(f"--{name}={value}: {reason}")
   if arguments.use_cpu and arguments.require:
     raise RequestError(f"--use_cpu and --require={arguments.require}: leave one of the two out")
   if arguments.fp16:
-    print(
-      f"--{arguments.given_as.get('fp16', 'fp16')}: {run_generation.FLAG_NOTES['fp16']}",
-      file=sys.stderr,
-    )
+    flag = arguments.given_as.get("fp16", "fp16")
+    print(f"--{flag}: {run_generation.FLAG_NOTES['fp16']}", file=sys.stderr)
   if "stop_strings" in arguments.given_as:
     print(
       "--stop_token: as --stop_strings: the text ends with it, and run_generation.py leaves it out",
@@ -182,11 +185,13 @@ def _check_compat_flags(arguments: argparse.Namespace) -> None:
     )
 
 
-def _check_model_type(model_type: str, source: repo.HFCheckpoint) -> None:
+def _check_model_type(model_type: str, checkpoint: repo.HFCheckpoint) -> None:
   """Raises RequestError for a model of another family."""
-  if run_generation.MODEL_TYPES[model_type] != (found := source.hf_config["model_type"]):
+  actual = checkpoint.hf_config["model_type"]
+  if run_generation.MODEL_TYPES[model_type] != actual:
     raise RequestError(
-      f"--model_type={model_type}: {source.folder / 'config.json'} says {found}; give --model_type={found}"
+      f"--model_type={model_type}: {checkpoint.folder / 'config.json'} says {actual}; "
+      f"give --model_type={actual}"
     )
 
 
@@ -198,7 +203,7 @@ def _read_prompt_file(file: Path) -> list[str]:
 
 
 def _read_stdin() -> list[str]:
-  """The prompts on standard input."""
+  """Reads the prompts on standard input."""
   try:
     with open(sys.stdin.fileno(), encoding="utf-8-sig", newline="", closefd=False) as stream:
       return _split_prompts(stream.read())
@@ -209,7 +214,7 @@ def _read_stdin() -> list[str]:
 
 
 def _split_prompts(text: str) -> list[str]:
-  """One a line; empty lines are none."""
+  """Splits lines into prompts, without the empty ones."""
   return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
 
 

@@ -1,4 +1,4 @@
-"""Pages of runs: python -m jaxft.report WORKDIR [WORKDIR ...] [--out FILE]"""
+"""Writes pages of runs: python -m jaxft.report WORKDIR [WORKDIR ...] [--out FILE]"""
 
 from pathlib import Path
 
@@ -11,18 +11,18 @@ from jaxft.utils.files import atomic_write
 def main() -> None:
   arguments = parsers.report().parse_args()
 
-  workdirs, several = arguments.workdirs, len(arguments.workdirs) > 1
+  workdirs = arguments.workdirs
+  several = len(workdirs) > 1
   out = arguments.out or (Path("comparison.html") if several else workdirs[0] / "report.html")
-  if out.is_dir() or not out.parent.is_dir():
-    raise RequestError(
-      f"--out={str(out)!r}: "
-      + ("a folder; name a file in it" if out.is_dir() else "no such folder")
-    )
+  if out.is_dir():
+    raise RequestError(f"--out={str(out)!r}: a folder; name a file in it")
+  if not out.parent.is_dir():
+    raise RequestError(f"--out={str(out)!r}: no such folder")
   records = [run_record.load(workdir) for workdir in workdirs]
   atomic_write(out, comparison.render(records) if several else run_page.render(records[0]))
-  for it in records:
-    for note in it.notes:
-      print(f"{it.workdir}: {note}")
+  for record in records:
+    for note in record.notes:
+      print(f"{record.workdir}: {note}")
   print(f"written to {out}")
 
 

@@ -1,8 +1,9 @@
-"""A tokenizer of your own text: python -m jaxft.tokenizer --data SOURCE [...] --vocab_size N --out FOLDER
+"""Trains a tokenizer: python -m jaxft.tokenizer --data SOURCE [...] --vocab_size N --out FOLDER
 
-The folder is what `config.model.init=scratch` begins with: tokenizer.json and a config.json, no weights. Or tokens of your own
-in a model that is there, with a role or without one:
-python -m jaxft.tokenizer --model PATH_OR_ID --add "<|title|>" "bos=<|start|>" "pad=[PAD]" --out FOLDER
+`config.model.init=scratch` begins with that folder: tokenizer.json and a config.json, no weights.
+Or adds tokens of your own to an existing model, with a role or without one:
+python -m jaxft.tokenizer --model PATH_OR_ID --add "<|title|>" "bos=<|start|>" "pad=[PAD]" \\
+  --out FOLDER
 """
 
 import collections
@@ -28,7 +29,7 @@ from jaxft.utils.files import atomic_write, write_failure
 
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTES = 256  # of which every text is made: the first tokens after the end token
-# GPT-2 124M, whose sizes are a beginning: n_positions is the longest row, and n_embd, n_layer and n_head are free.
+# GPT-2 124M, as a beginning: n_positions is the longest row; n_embd, n_layer and n_head are free.
 GPT2_CONFIG = {
   "model_type": "gpt2",
   "architectures": ["GPT2LMHeadModel"],
@@ -51,17 +52,20 @@ GPT2_CONFIG = {
 def train_tokenizer(
   texts: Iterable[str], vocab_size: int, folder: Path, **sizes: int | float
 ) -> Tokenizer:
-  """Writes a byte-level BPE tokenizer as GPT-2's, learned from `texts`, and the config.json of a GPT-2 with its vocabulary.
+  """Writes a byte-level BPE tokenizer as GPT-2's, learned from `texts`, and a GPT-2's config.json.
 
   Args:
-    vocab_size: at most so many tokens; fewer where the text has fewer pairs to join.
+    vocab_size: the largest number of tokens; fewer where the text has fewer pairs to join.
     sizes: keys of config.json that differ from GPT-2 124M.
 
-  Raises RequestError for a vocabulary that cannot hold all bytes, StorageError when the folder cannot be written.
+  Raises:
+    RequestError: the vocabulary cannot hold all bytes.
+    StorageError: the folder cannot be written.
   """
   if vocab_size <= NUM_BYTES:
     raise RequestError(
-      f"--vocab_size={vocab_size}: must be at least {NUM_BYTES + 1}, for {NUM_BYTES} bytes and the end token"
+      f"--vocab_size={vocab_size}: must be at least {NUM_BYTES + 1}, "
+      f"for {NUM_BYTES} bytes and the end token"
     )
   tokenizer = Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -101,43 +105,37 @@ def main() -> None:
     configure_jax()
     require_device(None)
     source = repo.resolve(arguments.model, arguments.revision, torch_bin=arguments.torch_bin)
-    grown, ids, parity = added_tokens.add_tokens(source, arguments.add, out)
-    print(
-      f"{', '.join(f'{name} is {id}' for name, id in ids.items())}; {out}: {format_parity(parity)}"
-    )
-    print(_describe_roles(grown))
+    tokenizer, ids, parity = added_tokens.add_tokens(source, arguments.add, out)
+    names = ", ".join(f"{name} is {id}" for name, id in ids.items())
+    print(f"{names}; {out}: {format_parity(parity)}")
+    print(_describe_roles(tokenizer))
     return
   if lines := sources.validate_sources({"train": arguments.data}):
     raise RequestError("\n".join(line.replace("config.data.train", "--data") for line in lines))
   data = jaxft.config.default().data
   data.text_column = arguments.text_column
-  nothing = collections.Counter()
-  tell = lambda line: print(line, file=sys.stderr)
-  texts = (
-    example.text
-    for example in read_examples(tuple(arguments.data), "train", data, nothing, nothing, tell)
-  )
-  tokens = train_tokenizer(texts, arguments.vocab_size, out).get_vocab_size()
+  unused = collections.Counter()
+  print_line = lambda line: print(line, file=sys.stderr)
+  examples = read_examples(tuple(arguments.data), "train", data, unused, unused, print_line)
+  texts = (example.text for example in examples)
+  num_tokens = train_tokenizer(texts, arguments.vocab_size, out).get_vocab_size()
   print(
-    f"{tokens:,} tokens in {out}/tokenizer.json, and {out}/config.json of a GPT-2 124M with them: change its n_embd, "
-    f"n_layer, n_head and n_positions for another size, then --config.model.init=scratch --config.model.path={out}"
+    f"{num_tokens:,} tokens in {out}/tokenizer.json, and {out}/config.json of a GPT-2 124M with "
+    "them: change its n_embd, n_layer, n_head and n_positions for another size, then "
+    f"--config.model.init=scratch --config.model.path={out}"
   )
 
 
 def _describe_roles(tokenizer: Any) -> str:
-  """What the tokens with a role do from now on."""
-  begins = TokenizerInfo(tokenizer).bos_id is not None
+  """Says what the tokens with a role do from now on."""
   line = f"a text ends with {tokenizer.eos_token!r} in training, and "
-  line += (
-    f"begins with {tokenizer.bos_token!r}, as a prompt then should"
-    if begins
-    else "the next one is learned from it"
-  )
-  return (
-    line
-    if tokenizer.pad_token is None
-    else f"{line}; transformers pads with {tokenizer.pad_token!r}"
-  )
+  if TokenizerInfo(tokenizer).bos_id is None:
+    line += "the next one is learned from it"
+  else:
+    line += f"begins with {tokenizer.bos_token!r}, as a prompt then should"
+  if tokenizer.pad_token is not None:
+    line += f"; transformers pads with {tokenizer.pad_token!r}"
+  return line
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 python scripts/launch_local.py N [--devices D] -- python -m jaxft.train --config configs/X.py
 
-Each gets --coordinator, --num_processes and --process_id, and with --devices so many fake CPU devices. Ctrl-C and SIGTERM go to
-all of them. The exit code is the largest of theirs.
+Each gets --coordinator, --num_processes and --process_id, and with --devices so many fake CPU
+devices. Ctrl-C and SIGTERM go to all of them. The exit code is the largest of theirs.
 """
 
 import argparse
@@ -35,12 +35,14 @@ def main() -> int:
   coordinator = f"127.0.0.1:{free_port()}"
   started = []
   for i in range(arguments.processes):
-    place = [
+    process_flags = [
       f"--coordinator={coordinator}",
       f"--num_processes={arguments.processes}",
       f"--process_id={i}",
     ]
-    started.append(subprocess.Popen([*command, *place], env=environment, start_new_session=True))
+    started.append(
+      subprocess.Popen([*command, *process_flags], env=environment, start_new_session=True)
+    )
 
   def forward(number, _):
     for process in started:

@@ -1,10 +1,10 @@
-"""Writes docs/hardware.md: what each published model takes on each kind of hardware, by the real compilers.
+"""Write docs/hardware.md: what each published model takes on each hardware, by real compilers.
 
     python scripts/make_hardware_page.py          # needs the plan extra; about an hour on two cores
 
-For each model and target: the least `memory.offload` with which a row fits, the most rows at once and the peak. For each file
-in configs/: its plan for the hardware that its docstring names. The search for the most rows begins with those of the page that
-is there.
+For each model and target: the least `memory.offload` with which a row fits, the most rows at once
+and the peak. For each file in configs/: its plan for the hardware that its docstring names. The
+search for the most rows begins with those of the page that is there.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ of it was run there. {margin} of the memory that a process gets stays free. A T4
 GPT-2's own dropout of 0.1 a device takes a little more. On one machine the fastest settings are those that
 `--fit` of `jaxft.plan` finds; this page says what is possible.
 
-"""
+"""  # noqa: E501
 CONFIGS_HEAD = """
 ## The configs of this repository
 
@@ -59,7 +59,7 @@ As they are, for the hardware that their docstrings name. Seconds a step are an 
 
 | | for | peak of a device, of | in the host's memory, each device | a step |
 |---|---|---|---|---|
-"""
+"""  # noqa: E501
 
 
 class Cells:
@@ -69,16 +69,16 @@ class Cells:
     """`before`: rows that fitted when the page was made last, by model, target and offload."""
     self._compiler, self._before, self._known, self._lines = compiler, before, {}, {}
 
-  def peak(self, model: str, target: specs.Target, kept: str, rows: int) -> float:
+  def peak(self, model: str, target: specs.Target, offload: str, rows: int) -> float:
     """Bytes of a device with so many rows on each; infinite where the compiler refuses."""
-    key = (model, target.name, kept, rows)
+    key = (model, target.name, offload, rows)
     if key not in self._known:
       cfg = model_config.from_hf_config(PUBLISHED[model])
       config = jaxft.config.default()
       config.model.path, config.data.train, config.train.steps = model, ("texts",), 100
       config.data.sequence_length, config.train.batch_size = cfg.P, 2 * rows * target.count
       config.train.micro_batch_size, config.model.dropout = rows, 0.0
-      config.memory.remat, config.memory.loss_chunk, config.memory.offload = "full", 256, kept
+      config.memory.remat, config.memory.loss_chunk, config.memory.offload = "full", 256, offload
       found = self._compiler(
         aot_compiler.CompileRequest(
           jaxft.config.to_json(config), dataclasses.asdict(cfg), target.name
@@ -86,56 +86,61 @@ class Cells:
       )
       self._known[key] = max(found.get("peak_bytes", math.inf), found.get("eval_peak_bytes", 0))
       print(
-        f"{model} {target.name} {kept} {rows}: {self._known[key] / 2**30:.2f} GiB",
+        f"{model} {target.name} {offload} {rows}: {self._known[key] / 2**30:.2f} GiB",
         file=sys.stderr,
         flush=True,
       )
     return self._known[key]
 
-  def line(self, model: str, target: specs.Target, kept: str) -> tuple[float, float]:
-    """Bytes of one row, and of each further one: the peak grows in a straight line, nearly, and alike on most GPUs."""
-    key = (model, kept, target.count, target.kind in specs.GPUS, target.spec.bfloat16)
+  def line(self, model: str, target: specs.Target, offload: str) -> tuple[float, float]:
+    """Return the bytes of one row, and of each further one.
+
+    The peak grows in nearly a straight line, which is alike on most GPUs.
+    """
+    key = (model, offload, target.count, target.kind in specs.GPUS, target.spec.bfloat16)
     if key not in self._lines:
-      one, four = self.peak(model, target, kept, 1), self.peak(model, target, kept, 4)
+      one, four = self.peak(model, target, offload, 1), self.peak(model, target, offload, 4)
       self._lines[key] = one, max(four - one, 1) / 3 if four < math.inf else math.inf
     return self._lines[key]
 
-  def likely(self, model: str, target: specs.Target, kept: str) -> int:
+  def likely(self, model: str, target: specs.Target, offload: str) -> int:
     """The most rows that fit, if the peak grows in a straight line; 1 where one is too many."""
-    if self.peak(model, target, kept, 1) > (room := (1 - MEMORY_MARGIN) * target.usable_bytes):
+    if self.peak(model, target, offload, 1) > (room := (1 - MEMORY_MARGIN) * target.usable_bytes):
       return 1
-    one, slope = self.line(model, target, kept)
+    one, slope = self.line(model, target, offload)
     return max(
       rows
       for rows in (2**n for n in range(MOST_ROWS.bit_length()))
       if one + (rows - 1) * slope <= room
     )
 
-  def largest(self, model: str, target: specs.Target, kept: str) -> tuple[int, float] | None:
+  def largest(self, model: str, target: specs.Target, offload: str) -> tuple[int, float] | None:
     """The most rows that fit, with their peak; None where one is too many."""
     room = (1 - MEMORY_MARGIN) * target.usable_bytes
     state = 16 * parameter_count(model_config.from_hf_config(PUBLISHED[model])) / target.count
-    if kept == "none" and state > room:  # float32 weights, gradient and two moments
+    if offload == "none" and state > room:  # float32 weights, gradient and two moments
       return None
-    rows = self._before.get((model, target.name, kept)) or self.likely(model, target, kept)
-    while rows and self.peak(model, target, kept, rows) > room:
+    rows = self._before.get((model, target.name, offload)) or self.likely(model, target, offload)
+    while rows and self.peak(model, target, offload, rows) > room:
       rows //= 2
     if not rows:
       return None
-    while rows < MOST_ROWS and self.peak(model, target, kept, 2 * rows) <= room:
+    while rows < MOST_ROWS and self.peak(model, target, offload, 2 * rows) <= room:
       rows *= 2
-    return rows, self.peak(model, target, kept, rows)
+    return rows, self.peak(model, target, offload, rows)
 
   def cell(self, model: str, target: specs.Target) -> str:
-    for kept in OFFLOAD if target.kind in specs.GPUS else ("none",):
+    for offload in OFFLOAD if target.kind in specs.GPUS else ("none",):
       try:
-        found = self.largest(model, target, kept)
+        found = self.largest(model, target, offload)
       except RequestError as error:  # the compiler's process has died; the next cell starts another
         print(error, file=sys.stderr, flush=True)
         return "the compiler fails"
       if found:
         rows, peak = found
-        return f"{rows}, {rendering.format_bytes(peak)}" + ("" if kept == "none" else f", `{kept}`")
+        return f"{rows}, {rendering.format_bytes(peak)}" + (
+          "" if offload == "none" else f", `{offload}`"
+        )
     return "-"
 
 
@@ -156,7 +161,10 @@ def rows_before(page: str) -> dict[tuple[str, str, str], int]:
 
 
 def config_lines() -> list[str]:
-  """A line for each file in configs/ and each device of the plan command in its docstring; the CPU where there is none."""
+  """Return a row for each file in configs/ and each device of its docstring's plan command.
+
+  Without such a command the device is the CPU.
+  """
   lines = []
   for file in CONFIGS:
     module = runpy.run_path(str(file))
@@ -168,10 +176,11 @@ def config_lines() -> list[str]:
       plan = jaxft.plan_for(config, device)
       peak = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0))
       seconds = plan["step_seconds_estimate"]
-      lines.append(
-        f"| `{file.name}` | {device} | {rendering.format_bytes(peak)} of {rendering.format_bytes(plan['usable_bytes'])} | "
-        f"{rendering.format_bytes(plan['host_bytes']) if plan['host_bytes'] else '-'} | {f'{seconds:.1f} s' if seconds else '-'} |"
-      )
+      usable = rendering.format_bytes(plan["usable_bytes"])
+      host = rendering.format_bytes(plan["host_bytes"]) if plan["host_bytes"] else "-"
+      step = f"{seconds:.1f} s" if seconds else "-"
+      memory = f"{rendering.format_bytes(peak)} of {usable}"
+      lines.append(f"| `{file.name}` | {device} | {memory} | {host} | {step} |")
       print(lines[-1], flush=True)
   return lines
 

@@ -1,8 +1,9 @@
-"""Makes assets/quickstart: the story data, a tokenizer, and a small GPT-2 pre-trained by jaxft on the other genre.
+"""Make assets/quickstart: story data, a tokenizer, and a small GPT-2 trained on the other genre.
 
     python scripts/make_quickstart_assets.py          # about a quarter of an hour on two cores
 
-Everything follows from the seeds in this file; on the same machine and package versions the weights come out the same.
+Everything follows from the seeds in this file; on the same machine and package versions the weights
+come out the same.
 """
 
 import json

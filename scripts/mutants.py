@@ -1,15 +1,16 @@
-"""How many faults do the tests catch? Thirty, of one line each, are put into a copy of jaxft, one after the other.
+"""Put thirty faults of one line each into a copy of jaxft, and count those that the tests catch.
 
-    python scripts/mutants.py                 # by the tests of `make test`; 27 of them must be caught
-    python scripts/mutants.py --all           # by the slow tests too; all must be caught
-    python scripts/mutants.py --only loader   # those that have this word in their line; no table is written
+    python scripts/mutants.py                 # by the tests of `make test`: 27 must be caught
+    python scripts/mutants.py --all           # by the slow tests too: all must be caught
+    python scripts/mutants.py --only loader   # faults with this word in their line; no table
 
-Needs the dev extra, and torch: faults that only another implementation shows are caught beside transformers alone. For each
-fault the tests run that are to catch it, in a copy of the checkout. It is caught when one of them fails; when all of them pass
-it has escaped, and anything else is an error of this file. The same tests must pass without any fault first.
+Needs the dev extra, and torch: faults that only another implementation shows are caught beside
+transformers alone. For each fault the tests run that are to catch it, in a copy of the checkout. It
+is caught when one of them fails; when all of them pass it has escaped, and anything else is an
+error of this file. The same tests must pass without any fault first.
 
-The table goes into docs/reliability.md. A change that rewrites a line of FAULTS rewrites the fault too: one that can no longer
-be put in ends the script before it begins.
+The table goes into docs/reliability.md. A change that rewrites a line of FAULTS rewrites the fault
+too: one that can no longer be put in ends the script before it begins.
 """
 
 import argparse
@@ -49,7 +50,7 @@ class Fault(NamedTuple):
 
 
 FAULTS = (
-  # ---- The model ---------------------------------------------------------------------------------------------------------
+  # ---- The model ---------------------------------------------------------------------------------
   Fault(
     "a window of attention is one key too wide",
     "jaxft/model/attention_chunked.py",
@@ -78,7 +79,7 @@ FAULTS = (
     "change = (lora_delta(a[i], b[i], places)[columns] for i in range(len(a))[rows])",
     ("test_lora.py",),
   ),
-  # ---- A step ------------------------------------------------------------------------------------------------------------
+  # ---- A step ------------------------------------------------------------------------------------
   Fault(
     "the gradient is divided by the tokens of the first accumulation step",
     "jaxft/training/train_step.py",
@@ -128,7 +129,7 @@ FAULTS = (
     "jax.lax.scan(backward, dx, (inputs, layers))",
     ("test_offload.py",),
   ),
-  # ---- Text --------------------------------------------------------------------------------------------------------------
+  # ---- Text --------------------------------------------------------------------------------------
   Fault(
     "the first token of a completion is not learned",
     "jaxft/data/packing.py",
@@ -167,8 +168,8 @@ FAULTS = (
   Fault(
     "tokens are not made again for a tokenizer of the same size",
     "jaxft/hf/tokenizer.py",
-    "return hashlib.sha256(said.encode()).hexdigest()",
-    "return hashlib.sha256(str(len(said)).encode()).hexdigest()",
+    "return hashlib.sha256(content.encode()).hexdigest()",
+    "return hashlib.sha256(str(len(content)).encode()).hexdigest()",
     ("test_cache.py", "test_tokenizer.py"),
   ),
   Fault(
@@ -185,12 +186,12 @@ FAULTS = (
     "logits_processors.filter_logits(logits_BV * temperature,",
     ("test_sample.py",),
   ),
-  # ---- Folders of models -------------------------------------------------------------------------------------------------
+  # ---- Folders of models -------------------------------------------------------------------------
   Fault(
     "a square matrix of GPT-Neo is read and written transposed",
     "jaxft/hf/weight_map.py",
-    'Rule("h.{}.attn.attention.out_proj.weight", "blocks.attention.out.kernel", "D (N H) -> N H D")',
-    'Rule("h.{}.attn.attention.out_proj.weight", "blocks.attention.out.kernel", "(N H) D -> N H D")',
+    'h.{}.attn.attention.out_proj.weight", "blocks.attention.out.kernel", "D (N H) -> N H D")',
+    'h.{}.attn.attention.out_proj.weight", "blocks.attention.out.kernel", "(N H) D -> N H D")',
     ("test_classification.py",),
   ),
   Fault(
@@ -200,7 +201,7 @@ FAULTS = (
     "return lambda name: next(iter(source.values()))",
     ("test_hf.py",),
   ),
-  # ---- A run -------------------------------------------------------------------------------------------------------------
+  # ---- A run -------------------------------------------------------------------------------------
   Fault(
     "checksums of a checkpoint are not compared where it is read",
     "jaxft/checkpoint/manager.py",
@@ -243,7 +244,7 @@ FAULTS = (
     'return PARAMETER.sub(r"\\1***", LOGIN.sub("***@", text))',
     ("test_trackers.py",),
   ),
-  # ---- Plans and pages ---------------------------------------------------------------------------------------------------
+  # ---- Plans and pages ---------------------------------------------------------------------------
   Fault(
     "the search for settings forgets the optimizer state",
     "jaxft/plan/cost_model.py",
@@ -262,7 +263,8 @@ FAULTS = (
     "quotes are not escaped on a page",
     "jaxft/report_page/markup.py",
     'return html.escape(escape_controls(text.encode(errors="backslashreplace").decode()))',
-    'return html.escape(escape_controls(text.encode(errors="backslashreplace").decode()), quote=False)',
+    "return html.escape(escape_controls("
+    'text.encode(errors="backslashreplace").decode()), quote=False)',
     ("test_report.py",),
   ),
 )
@@ -278,7 +280,7 @@ class Outcome(NamedTuple):
 
   fault: Fault
   by: str  # the test that failed; "": none, it has escaped
-  error: str  # what kept the tests from running; "": nothing
+  error: str  # why the tests did not run; "": they did
   seconds: float
 
 
@@ -436,8 +438,8 @@ def write_into_page(text: str) -> None:
   page = PAGE.read_text(encoding="utf-8")
   if BEGIN not in page:
     page += (
-      "\n## Faults that the tests catch\n\n`scripts/mutants.py` puts these into a copy of jaxft, one after the other, and "
-      f"writes this table:\n\n{BEGIN}\n{END}\n"
+      "\n## Faults that the tests catch\n\n`scripts/mutants.py` puts these into a copy of jaxft, "
+      f"one after the other, and writes this table:\n\n{BEGIN}\n{END}\n"
     )
   before, _, rest = page.partition(BEGIN)
   PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
@@ -463,8 +465,8 @@ def main() -> int:
   if not importlib.util.find_spec("torch"):
     parser.error("torch is not installed here, and some faults show only beside transformers")
   markers = "not wide" if arguments.all else "not slow and not wide"
-  with tempfile.TemporaryDirectory(prefix="jaxft-mutants-") as place:
-    folders = [Path(place).resolve() / str(i) for i in range(min(arguments.n, len(chosen)))]
+  with tempfile.TemporaryDirectory(prefix="jaxft-mutants-") as parent:
+    folders = [Path(parent).resolve() / str(i) for i in range(min(arguments.n, len(chosen)))]
     copy_checkout(folders[0])
     for folder in folders[1:]:
       shutil.copytree(folders[0], folder)

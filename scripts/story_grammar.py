@@ -33,14 +33,14 @@ class Teller:
   Attributes:
     text: the story so far.
     nats: what its picks say so far, -log p(text), in nats.
-    kept: what a later passage can recall or pick from, by name.
+    memory: what a later passage can recall or pick from, by name.
   """
 
   def __init__(self, source: random.Random | str):
     self.source = source
     self.text = ""
     self.nats = 0.0
-    self.kept: dict[str, Any] = {}
+    self.memory: dict[str, Any] = {}
 
   def pick(self, options: Collection[Any] | Mapping[Any, float]) -> Any:
     """Append one option's text and return that option; a mapping gives weights, else equal."""
@@ -67,26 +67,28 @@ class Teller:
     """Append fixed text: a pick with one option, which costs 0 nats."""
     self.pick([text])
 
-  def tell(self, passage: str) -> None:
+  def narrate(self, passage: str) -> None:
     """Append a passage in which some words are picked and others recalled.
 
-    [red|blue] picks; [coat: red|blue] also keeps the pick, for {coat} to recall.  [coat: COLORS]
-    picks from the list kept as COLORS, less what is kept already, so that two ports of one story
-    are two.  White space counts as one space; a slash starts a paragraph.
+    [red|blue] picks; [coat: red|blue] also remembers the pick, for {coat} to recall.  [coat:
+    COLORS] picks from the list remembered as COLORS, less what is used already, so that two ports
+    of one story are two.  White space counts as one space; a slash starts a paragraph.
     """
     flat = re.sub(r" ?/ ?", "\n", re.sub(r"\s+", " ", passage))
     for part in re.split(r"(\[.*?\])", flat):
       if slot := re.fullmatch(r"\[(?:(\w+): )?(.*)\]", part):
         name, options = slot.groups()
-        if options in self.kept:
-          told = list(self.kept.values())
-          choice = self.pick([option for option in self.kept[options] if option not in told])
+        if options in self.memory:
+          used = list(self.memory.values())
+          choice = self.pick([option for option in self.memory[options] if option not in used])
         else:
-          choice = self.pick([option.strip().format(**self.kept) for option in options.split("|")])
+          choice = self.pick(
+            [option.strip().format(**self.memory) for option in options.split("|")]
+          )
         if name:
-          self.kept[name] = choice
+          self.memory[name] = choice
       else:
-        self.say(part.format(**self.kept))
+        self.say(part.format(**self.memory))
 
 
 def pools(listing: str) -> dict[str, list[str]]:
@@ -241,14 +243,14 @@ WISHES = {
 
 def village(t: Teller) -> None:
   """A wish, a trouble, a helper, a mend and a moral."""
-  t.kept |= VILLAGE
-  t.tell(LIVED)
+  t.memory |= VILLAGE
+  t.narrate(LIVED)
   names = {"girl": GIRLS, "boy": BOYS}.get(t.pick(KINDS), GIRLS + BOYS)
   t.say(" named ")
-  t.kept["hero"] = t.pick(names)
-  t.tell(WISHED)
+  t.memory["hero"] = t.pick(names)
+  t.narrate(WISHED)
   wish = t.pick(list(WISHES))
-  t.tell(WISHES[wish].replace("MEET", MEET).replace("CHEER", CHEER))
+  t.narrate(WISHES[wish].replace("MEET", MEET).replace("CHEER", CHEER))
 
 
 # ---- sea: a ship's log, terse and dated, in fragments and semicolons ----
@@ -352,19 +354,19 @@ TROUBLES = {
 
 def sea(t: Teller) -> None:
   """Three dated entries: sailing, a trouble, and what came of it in port."""
-  t.kept |= SEA
-  t.tell(CLEARED)
+  t.memory |= SEA
+  t.narrate(CLEARED)
   # Days run from 2 to 28: every month has them, and no day on offer begins another, as 1 does 12.
   day = t.pick(range(2, 13))
-  t.tell(" [month: MONTHS]. Wind ")
+  t.narrate(" [month: MONTHS]. Wind ")
   t.pick(WINDS)
-  t.tell(SAILED)
+  t.narrate(SAILED)
   day = t.pick(range(day + 2, day + 7))
-  t.tell(" {month}. ")
+  t.narrate(" {month}. ")
   at_sea, in_port = TROUBLES[t.pick(list(TROUBLES))]
-  t.tell(at_sea + "/")
+  t.narrate(at_sea + "/")
   t.pick(range(day + 5, day + 11))
-  t.tell(" {month}. " + RAISED + in_port + CLOSED)
+  t.narrate(" {month}. " + RAISED + in_port + CLOSED)
 
 
 GENRES = {"sea": sea, "village": village}

@@ -150,7 +150,11 @@ def config(folder, stories):
 
 @pytest.fixture(scope="session")
 def configs(shared, folder, stories):
-  paths = {"tests": str(processes.ROOT / "tests" / "support"), "folder": str(folder), "stories": str(stories)}
+  paths = {
+    "tests": str(processes.ROOT / "tests" / "support"),
+    "folder": str(folder),
+    "stories": str(stories),
+  }
 
   def make(home):
     (home / "small.py").write_text(processes.CONFIG.format(**paths))

@@ -1,152 +1,88 @@
-"""Who may import whom (docs/architecture.md), and what no part of jaxft may do."""
+"""Who may import whom, as docs/architecture.md says it, and what no part of jaxft may do."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent / "jaxft"
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+# In the order of the page: each imports only packages further down.
+PACKAGES = re.findall(r"^\| `(\w+)` \|", PAGE.split("```mermaid")[0], re.MULTILINE)
+ARROWS = {(above, below) for below, above in re.findall(r"^  (\w+) --> (\w+)$", PAGE, re.MULTILINE)}
+COMMANDS = set(re.findall(r"`(\w+)`", PAGE.split("| `commands` |")[1].split("\n")[0])) - {"plan"}
 FILES = {
-  ".".join(("jaxft", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
-  for file in ROOT.rglob("*.py")
-}
-COMMANDS = {
-  "jaxft.train",
-  "jaxft.prepare",
-  "jaxft.evaluate",
-  "jaxft.generate",
-  "jaxft.export",
-  "jaxft.doctor",
-}
-COMMANDS |= {"jaxft.plan.__main__", "jaxft.report"}
-# The only imports of jaxft that each leaf has. A new leaf module goes here, with as few as it can.
-LEAVES = {
-  "jaxft.errors": set(),
-  "jaxft.utils.environment": set(),
-  "jaxft.utils.units": set(),
-  "jaxft.cli.usage": {"jaxft.cli.parsers"},
-  "jaxft.utils.backend": {"jaxft.errors", "jaxft.utils.files"},
-  "jaxft.utils.files": {"jaxft.errors"},
-  "jaxft.model.dropout": set(),
-  "jaxft.model.attention": {"jaxft.model.attention_chunked", "jaxft.model.dropout"},
-  "jaxft.model.attention_chunked": {"jaxft.model.dropout"},
-  "jaxft.model.loss": set(),
-  "jaxft.training.optimizer": {"jaxft.training.trainable"},
-  "jaxft.config_checks": {"jaxft.utils.files"},
-  "jaxft.config": {"jaxft.config_checks", "jaxft.errors", "jaxft.utils.files"},
-  "jaxft.sharding.rules": {"jaxft.utils.backend", "jaxft.errors"},
-  "jaxft.model.config": set(),
-  "jaxft.model.lora": {"jaxft.model.config", "jaxft.model.dropout"},
-  "jaxft.training.trainable": set(),
-  "jaxft.model.layers": {
-    "jaxft.model.config",
-    "jaxft.model.attention",
-    "jaxft.model.dropout",
-    "jaxft.model.lora",
-  },
-  "jaxft.model.decoder": {
-    "jaxft.model.config",
-    "jaxft.model.attention",
-    "jaxft.model.dropout",
-    "jaxft.model.layers",
-    "jaxft.model.loss",
-  },
-  "jaxft.training.train_step": {
-    "jaxft.model.dropout",
-    "jaxft.model.loss",
-    "jaxft.training.trainable",
-    "jaxft.training.stochastic_rounding",
-  },
-  "jaxft.training.stochastic_rounding": set(),
-  "jaxft.generation.logits_processors": set(),
-  "jaxft.generation.beam_search": set(),
-  "jaxft.generation.layer_views": set(),
-  "jaxft.generation.sampler": {
-    "jaxft.generation.beam_search",
-    "jaxft.errors",
-    "jaxft.generation.logits_processors",
-    "jaxft.model.decoder",
-    "jaxft.generation.sampling",
-    "jaxft.generation.layer_views",
-  },
-  "jaxft.generation.sampling": {"jaxft.errors"},
-  "jaxft.cli.parsers": {
-    "jaxft.errors",
-    "jaxft.utils.files",
-    "jaxft.cli.run_generation",
-    "jaxft.generation.sampling",
-  },
-  "jaxft.cli.run_generation": set(),
-  "jaxft.data.readers": {"jaxft.errors", "jaxft.utils.files"},
-  "jaxft.data.sources": {"jaxft.data.readers", "jaxft.errors", "jaxft.utils.files"},
-  "jaxft.data.formats": {
-    "jaxft.config_checks",
-    "jaxft.data.readers",
-    "jaxft.errors",
-    "jaxft.utils.files",
-  },
-  "jaxft.data.tokenize": {"jaxft.data.formats"},
-  "jaxft.data.packing": {"jaxft.data.tokenize"},
-  "jaxft.data.loader": set(),
-  "jaxft.data.token_cache": {"jaxft.data.tokenize", "jaxft.errors", "jaxft.utils.files"},
-  "jaxft.hf.weight_map": set(),
-  "jaxft.hf.tokenizer": {"jaxft.errors", "jaxft.utils.files"},
-  "jaxft.hf.flax_msgpack": set(),
-  "jaxft.hf.torch_pickle": set(),
-  "jaxft.hf.push": {"jaxft.errors"},
-  "jaxft.training.workdir": {"jaxft.errors", "jaxft.utils.files"},
-  "jaxft.distributed.rendezvous": {"jaxft.errors", "jaxft.metrics.reporter"},
-  "jaxft.utils.redact": set(),
-  "jaxft.metrics.system": set(),
-  "jaxft.metrics.tracker_backends": set(),
-  "jaxft.metrics.tracker_worker": {
-    "jaxft.errors",
-    "jaxft.utils.redact",
-    "jaxft.metrics.tracker_backends",
-  },
-  "jaxft.training.profiler": {"jaxft.errors", "jaxft.metrics.reporter"},
-  "jaxft.distributed.watchdog": {"jaxft.errors", "jaxft.distributed.rendezvous"},
-  "jaxft.plan.hlo": set(),
-  "jaxft.hardware.flops": set(),
-  "jaxft.hardware.roofline": {"jaxft.hardware.specs"},
-  "jaxft.plan.rendering": {"jaxft.utils.backend", "jaxft.metrics.reporter"},
-  "jaxft.hardware.specs": {"jaxft.errors"},
-  "jaxft.report_page.style": {"jaxft.plan.rendering"},
-  "jaxft.report_page.markup": {"jaxft.report_page.style", "jaxft.metrics.reporter"},
-  "jaxft.report_page.charts": {"jaxft.report_page.markup", "jaxft.report_page.style"},
-  "jaxft.report_page.run_record": {"jaxft.config", "jaxft.errors"},
-  "jaxft.report_page.samples": {"jaxft.report_page.markup", "jaxft.report_page.run_record"},
-  "jaxft.report_page.formatting": {"jaxft.report_page.run_record", "jaxft.utils.redact"},
-  "jaxft.checkpoint.manager": {"jaxft.errors", "jaxft.utils.files", "jaxft.checkpoint.checksums"},
-  "jaxft.checkpoint.checksums": {"jaxft.sharding.rules"},
+  ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+  for file in (ROOT / "jaxft").rglob("*.py")
 }
 
 
 def imports(file):
-  """The modules a file imports, those inside functions too."""
-  found = set()
+  """The modules that a file imports, inside functions too."""
+  modules = set()
   for node in ast.walk(ast.parse(file.read_text())):
     if isinstance(node, ast.Import):
-      found |= {alias.name for alias in node.names}
+      modules |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
-      found |= {
-        name if (name := f"{node.module}.{alias.name}") in FILES else node.module
-        for alias in node.names
-      }
-  return found
+      for alias in node.names:
+        name = f"{node.module}.{alias.name}"
+        modules.add(name if name in FILES else node.module)
+  return modules
 
 
-@pytest.mark.parametrize("name", LEAVES)
-def test_leaves_import_only_what_is_below_them(name):
-  assert {module for module in imports(FILES[name]) if module.split(".")[0] == "jaxft"} == LEAVES[
-    name
-  ]
+def package(module):
+  _, name, *_ = module.split(".")
+  if name in COMMANDS or module == "jaxft.plan.__main__":
+    return "commands"
+  return "config" if name == "config_checks" else name
+
+
+IMPORTS = {
+  (package(name), package(other))
+  for name, file in FILES.items()
+  for other in imports(file)
+  if name != "jaxft" and other.startswith("jaxft.") and package(name) != package(other)
+}
+
+
+def test_page_lists_every_package():
+  assert set(PACKAGES) == {package(name) for name in FILES if name != "jaxft"}
+  assert len(PACKAGES) == len(set(PACKAGES))
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_import_only_packages_below(name):
+  below = PACKAGES[PACKAGES.index(name) + 1 :]
+  assert {other for mine, other in IMPORTS if mine == name} <= set(below)
+
+
+def test_arrows_of_the_page_are_the_imports():
+  """Each arrow is an import, and each import follows from the arrows."""
+  assert ARROWS <= IMPORTS
+  implied = set(ARROWS)
+  while new := {(a, d) for a, b in implied for c, d in implied if b == c} - implied:
+    implied |= new
+  assert IMPORTS <= implied
+
+
+def test_root_holds_what_a_user_types_or_imports():
+  assert len(list((ROOT / "jaxft").glob("*.py"))) <= 15
+
+
+def test_files_of_the_page_exist():
+  named = set(re.findall(r"\b(\w+(?:/\w+)*\.py)\b", PAGE)) - {"run_clm.py", "run_generation.py"}
+  missing = {
+    file for file in named if not any((ROOT / home / file).exists() for home in ("jaxft", ""))
+  }
+  assert named and not missing
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_nothing_imports_a_command_and_torch_stays_in_two_rooms(name):
+def test_nothing_imports_a_command_and_torch_stays_in_two_modules(name):
   modules = imports(FILES[name])
-  assert not modules & COMMANDS
+  commands = {f"jaxft.{command}" for command in COMMANDS} | {"jaxft.plan.__main__"}
+  assert not modules & commands
   # Where it happens to be installed it checks an export; where a user asks for it, it reads a .bin.
   assert name in ("jaxft.hf.verify", "jaxft.hf.torch_pickle") or "torch" not in {
     module.split(".")[0] for module in modules
@@ -154,19 +90,33 @@ def test_nothing_imports_a_command_and_torch_stays_in_two_rooms(name):
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_private_jax_stays_in_one_module(name):
+  private = {module for module in imports(FILES[name]) if module.startswith("jax._src")}
+  assert name == "jaxft.utils.jax_private" or not private
+
+
+def test_own_modules_have_no_aliases():
+  for file in [
+    *FILES.values(),
+    *(ROOT / "tests").rglob("*.py"),
+    *(ROOT / "benchmarks").glob("*.py"),
+  ]:
+    for node in ast.walk(ast.parse(file.read_text())):
+      own = isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jaxft"
+      own |= isinstance(node, ast.Import) and any(it.name.startswith("jaxft") for it in node.names)
+      assert not own or not any(it.asname for it in node.names), f"{file}:{node.lineno}"
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_no_code_is_run_from_data(name):
   assert not imports(FILES[name]) & {"pickle", "dill", "cloudpickle", "marshal"}
   # The compilers and the trackers run in processes of their own, which are jaxft again.
-  assert name in (
-    "jaxft.plan.aot_compiler",
-    "jaxft.metrics.trackers",
-  ) or "subprocess" not in imports(FILES[name])
+  processes = ("jaxft.plan.aot_compiler", "jaxft.metrics.trackers")
+  assert name in processes or "subprocess" not in imports(FILES[name])
   for node in ast.walk(ast.parse(FILES[name].read_text())):
     if isinstance(node, ast.Call):
       called = ast.unparse(node.func)
       assert called not in ("eval", "exec", "compile", "os.system"), f"{name}: {called}"
       assert called != "torch.load" or "weights_only=True" in map(ast.unparse, node.keywords), name
-      assert not any(
-        word.arg == "trust_remote_code" and ast.unparse(word.value) != "False"
-        for word in node.keywords
-      )
+      trusting = (it for it in node.keywords if it.arg == "trust_remote_code")
+      assert not any(ast.unparse(it.value) != "False" for it in trusting)

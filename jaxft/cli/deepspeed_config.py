@@ -1,4 +1,7 @@
-"""A DeepSpeed config, ds_config.json, as settings of jaxft. `jaxft.cli.deepspeed_keys` says what each of its keys is here."""
+"""Translation of a DeepSpeed config, ds_config.json, to settings of jaxft.
+
+`jaxft.cli.deepspeed_keys` has the rule of each key.
+"""
 
 import difflib
 import json
@@ -10,36 +13,39 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxft.cli import deepspeed_keys, deepspeed_sections
-from jaxft.cli.deepspeed_rules import AUTO, Reading, Rule, count, is_off, nothing
+from jaxft.cli.deepspeed_rules import AUTO, Context, Rule, ignored, is_off, to_count
 from jaxft.errors import RequestError, first_line
 
-LARGEST_FILE = 2**20  # bytes; a config has some hundreds
-DEEPEST = 12  # levels of objects; DeepSpeed's own have six
-# Strings as they are, and comments, which DeepSpeed's own reader leaves out too.
+MAX_FILE_BYTES = 2**20  # a config has some hundreds
+MAX_DEPTH = 12  # levels of objects; DeepSpeed's own have six
+# Strings, which stay, and comments, which DeepSpeed's own reader removes too.
 COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.DOTALL)
-LAST_COMMA = re.compile(r'"(?:\\.|[^"\\\n])*"|,(?=\s*[}\]])', re.DOTALL)
+TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\\n])*"|,(?=\s*[}\]])', re.DOTALL)
 COMMENT_KEYS = ("_", "//", "#", "$")
-HINTS = 20  # lines that say which key was meant; looking for it takes milliseconds
+SEE_PAGE = "docs/recipes/deepspeed.md has all that there are"
+MAX_HINTS = 20  # lines that suggest a key; looking for it takes milliseconds
 SECTIONS = deepspeed_keys.sections()
-NAMES = (*deepspeed_keys.known_keys(), *sorted(SECTIONS))
-TIMES = Counter(name.rpartition(".")[2] for name in NAMES)
-LAST_PARTS = {last: name for name in NAMES if TIMES[last := name.rpartition(".")[2]] == 1}
+KEY_NAMES = (*deepspeed_keys.known_keys(), *sorted(SECTIONS))
+LAST_PART_COUNTS = Counter(name.rpartition(".")[2] for name in KEY_NAMES)
+LAST_PARTS = {
+  last: name for name in KEY_NAMES if LAST_PART_COUNTS[last := name.rpartition(".")[2]] == 1
+}
 
 
 class Entry(NamedTuple):
-  """A leaf of a file: its dotted name, its value, and what it has become."""
+  """A leaf of a file: its dotted name, its value, and what it became."""
 
   key: str
   value: Any
-  outcome: str  # "--config.mesh.zero_stage=2", "nothing: why" or "auto: as the flags or their defaults say"
+  outcome: str  # "--config.mesh.zero_stage=2", "nothing: why" or `AUTO`
 
 
 class ParsedConfig(NamedTuple):
-  """What a file says; a batch is counted by the run, which knows its devices."""
+  """The translation of a file; the run computes the batch, as it knows its devices."""
 
   settings: dict[str, Any]  # by the names of `jaxft.config.SETTINGS`
-  rows: int | None  # train_micro_batch_size_per_gpu, if a number
-  accumulation: int | None  # gradient_accumulation_steps, if a number
+  micro_batch_size: int | None  # train_micro_batch_size_per_gpu, if a number
+  accumulation_steps: int | None  # gradient_accumulation_steps, if a number
   batch_size: int | None  # train_batch_size, if a number
   entries: list[Entry]  # all leaves, in the order of the file
 
@@ -50,49 +56,45 @@ class _Leaf(NamedTuple):
   is_comment: bool
 
 
-class _Object(dict):
-  """An object of JSON that remembers which of its keys came twice."""
+class _JsonObject(dict):
+  """A JSON object that remembers its duplicate keys."""
 
   def __init__(self, pairs: list[tuple[str, Any]]):
     super().__init__(pairs)
-    names = [name for name, _ in pairs]
-    self.twice = [name for name in self if names.count(name) > 1] if len(self) < len(names) else []
+    counts = Counter(name for name, _ in pairs)
+    self.duplicates = [name for name in self if counts[name] > 1]
 
 
 def read(file: Path) -> ParsedConfig:
-  """Translates a ds_config.json, which may have comments and a comma too many, as DeepSpeed's own reader allows.
+  """Translate a ds_config.json; comments and trailing commas are allowed, as in DeepSpeed.
 
   Args:
     file: the path, as `--deepspeed` has it.
 
   Returns:
-    The settings that the file comes to, its batch, and a row for each of its leaves.
+    The settings that the file becomes, its batch, and an entry for each of its leaves.
 
   Raises:
-    RequestError: the file cannot be read or is no JSON, or one line for each key that is unknown or can mean nothing here.
+    RequestError: the file cannot be read or is not JSON, or one line for each key that is unknown
+      or has no meaning here.
   """
   try:
     if not file.is_file():
-      raise RequestError(
-        f"{file}: {'not a file' if file.exists() else 'no such file'}; name a ds_config.json"
-      )
-    if file.stat().st_size > LARGEST_FILE:
-      raise RequestError(
-        f"{file}: {file.stat().st_size:,} bytes are no DeepSpeed config; name a ds_config.json"
-      )
+      reason = "not a file" if file.exists() else "no such file"
+      raise RequestError(f"{file}: {reason}; name a ds_config.json")
+    if (size := file.stat().st_size) > MAX_FILE_BYTES:
+      raise RequestError(f"{file}: {size:,} bytes are no DeepSpeed config; name a ds_config.json")
     text = file.read_bytes().decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise RequestError(f"{file}: byte {error.start:,} is not UTF-8; save it as UTF-8") from error
   except (OSError, ValueError) as error:  # no permission; a name with NUL
-    raise RequestError(
-      f"{file}: {getattr(error, 'strerror', None) or first_line(error)}"
-    ) from error
-  text = COMMENT.sub(
-    lambda found: found[0] if found[0][0] == '"' else "\n" * found[0].count("\n"), text
-  )
-  text = LAST_COMMA.sub(lambda found: found[0] if found[0][0] == '"' else "", text)
+    reason = getattr(error, "strerror", None) or first_line(error)
+    raise RequestError(f"{file}: {reason}") from error
+  # A comment becomes its newlines, so that errors have the right line.
+  text = COMMENT.sub(lambda it: it[0] if it[0][0] == '"' else "\n" * it[0].count("\n"), text)
+  text = TRAILING_COMMA.sub(lambda it: it[0] if it[0][0] == '"' else "", text)
   try:
-    content = json.loads(text, object_pairs_hook=_Object)
+    content = json.loads(text, object_pairs_hook=_JsonObject)
   except RecursionError as error:
     raise RequestError(
       f"{file}: objects or lists lie too deep in each other; a DeepSpeed config has few"
@@ -101,107 +103,99 @@ def read(file: Path) -> ParsedConfig:
     raise RequestError(f"{file}: not JSON: {first_line(error)}") from error
   if not isinstance(content, dict):
     raise RequestError(
-      f'{file}: {_shown(content)} is no object; a DeepSpeed config is one, such as {{"bf16": ...}}'
+      f"{file}: {_format_value(content)} is no object; a DeepSpeed config is one, such as "
+      '{"bf16": ...}'
     )
   return translate(content, str(file))
 
 
 def translate(config: Mapping[str, Any], where: str) -> ParsedConfig:
-  """Translates what a file has, or the dictionary that a script gives to `TrainingArguments(deepspeed=...)`.
+  """Translate the content of a file, or the dictionary of `TrainingArguments(deepspeed=...)`.
 
   Args:
     config: the keys and values, nested as in the file.
-    where: what errors call it.
+    where: its name in errors.
 
   Returns:
     See `read`.
 
   Raises:
-    RequestError: one line for each key that is unknown or can mean nothing here.
+    RequestError: one line for each key that is unknown or has no meaning here.
   """
   leaves = list(_leaves(config))
-  reading = Reading({leaf.key: leaf.value for leaf in leaves if not leaf.is_comment})
-  lines, entries = (
-    [f"{where}: {name}: is there twice; leave one out" for name in _twice(config)],
-    [],
-  )
+  ctx = Context({leaf.key: leaf.value for leaf in leaves if not leaf.is_comment})
+  lines = [f"{where}: {it}: is there twice; leave one out" for it in _duplicate_keys(config)]
+  entries = []
   for key, value, is_comment in leaves:
     try:
-      entries.append(
-        Entry(key, value, "nothing: a comment" if is_comment else _became(reading, key, value))
-      )
+      outcome = "nothing: a comment" if is_comment else _translate_leaf(ctx, key, value)
+      entries.append(Entry(key, value, outcome))
     except LookupError as error:
-      hint = (
-        _nearest(key) if len(lines) < HINTS else "docs/recipes/deepspeed.md has all that there are"
-      )
+      hint = _suggestion(key) if len(lines) < MAX_HINTS else SEE_PAGE
       lines.append(f"{where}: {key}: {error.args[0]}; {hint}")
     except ValueError as error:
-      lines.append(f"{where}: {key}={_shown(value)}: {error}")
+      lines.append(f"{where}: {key}={_format_value(value)}: {error}")
   if lines:
     raise RequestError("\n".join(lines))
-  batch = (
-    count(reading.values.get(name))
-    for name in (
-      deepspeed_keys.MICRO_BATCH,
-      deepspeed_keys.ACCUMULATION,
-      deepspeed_keys.TRAIN_BATCH,
-    )
+  return ParsedConfig(
+    settings=ctx.settings,
+    micro_batch_size=to_count(ctx.values.get(deepspeed_keys.MICRO_BATCH)),
+    accumulation_steps=to_count(ctx.values.get(deepspeed_keys.ACCUMULATION)),
+    batch_size=to_count(ctx.values.get(deepspeed_keys.TRAIN_BATCH)),
+    entries=entries,
   )
-  return ParsedConfig(reading.settings, *batch, entries)
 
 
 def format_table(entries: Iterable[Entry], overridden: Mapping[str, str]) -> str:
-  """Aligned columns for a terminal: the key, its value, and what it has become.
+  """Format entries as aligned columns for a terminal: key, value and outcome.
 
   Args:
     entries: of `ParsedConfig`.
-    overridden: the flag that says otherwise, by the name of the setting, or by the key for what is no setting of its own
-      (`gradient_accumulation_steps`); the row tells it.
+    overridden: the flag that wins over a setting, by the setting's name, or by the key if it is not
+      a setting of its own (`gradient_accumulation_steps`); its row shows it.
 
   Returns:
     One line for each entry.
   """
   rows = []
-  for key, value, became in entries:
-    names = [key, *re.findall(r"(?:^| )--config\.([a-z_0-9.]+)=", became.partition("(")[0])]
+  for key, value, outcome in entries:
+    names = [key, *re.findall(r"(?:^| )--config\.([a-z_0-9.]+)=", outcome.partition("(")[0])]
     flags = dict.fromkeys(overridden[name] for name in names if name in overridden)
-    rows.append(
-      (key, _shown(value, 32), became + "".join(f"; {flag} is given, and wins" for flag in flags))
-    )
+    wins = "".join(f"; {flag} is given, and wins" for flag in flags)
+    rows.append((key, _format_value(value, 32), outcome + wins))
   widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
-  return "\n".join(
-    f"{key:{widths[0]}}  {value:{widths[1]}}  {became}" for key, value, became in rows
-  )
+  return "\n".join(f"{key:{widths[0]}}  {value:{widths[1]}}  {end}" for key, value, end in rows)
 
 
 def _leaves(config: Mapping[str, Any], above: str = "", depth: int = 1) -> Iterator[_Leaf]:
-  """All of them; an object without keys, one very deep in others, and a comment are leaves too."""
+  """Yield all leaves; so are empty objects, very deep ones, and comments."""
   for key, value in config.items():
-    name, is_comment = above + _name(key), str(key).startswith(COMMENT_KEYS) or key == "comment"
-    if isinstance(value, Mapping) and value and depth < DEEPEST and not is_comment:
+    name = above + _key_text(key)
+    is_comment = str(key).startswith(COMMENT_KEYS) or key == "comment"
+    if isinstance(value, Mapping) and value and depth < MAX_DEPTH and not is_comment:
       yield from _leaves(value, f"{name}.", depth + 1)
     else:
       yield _Leaf(name, value, is_comment)
 
 
-def _twice(config: Mapping[str, Any], above: str = "", depth: int = 1) -> Iterator[str]:
-  """Dotted names of the keys that are there twice."""
-  yield from (above + _name(key) for key in getattr(config, "twice", ()))
+def _duplicate_keys(config: Mapping[str, Any], above: str = "", depth: int = 1) -> Iterator[str]:
+  """Yield the dotted names of duplicate keys."""
+  yield from (above + _key_text(key) for key in getattr(config, "duplicates", ()))
   for key, value in config.items():
-    if isinstance(value, Mapping) and depth < DEEPEST:
-      yield from _twice(value, f"{above}{_name(key)}.", depth + 1)
+    if isinstance(value, Mapping) and depth < MAX_DEPTH:
+      yield from _duplicate_keys(value, f"{above}{_key_text(key)}.", depth + 1)
 
 
-def _name(key: Any) -> str:
-  """A key as messages name it: in quotes where it is not plain, so that "a.b" is not b of a."""
-  return (
-    key if isinstance(key, str) and re.fullmatch(r"[\w/#$-]+", key, re.ASCII) else _shown(str(key))
-  )
+def _key_text(key: Any) -> str:
+  """Format a key for messages: in quotes unless it is plain, so that "a.b" is not b of a."""
+  is_plain = isinstance(key, str) and re.fullmatch(r"[\w/#$-]+", key, re.ASCII)
+  return key if is_plain else _format_value(str(key))
 
 
-def _became(reading: Reading, key: str, value: Any) -> str:
-  """What a leaf has become; raises ValueError with what is wrong with its value, LookupError where there is no such key."""
-  rule, is_section = _rule(reading, key), key in SECTIONS
+def _translate_leaf(ctx: Context, key: str, value: Any) -> str:
+  """Translate a leaf; raises ValueError for a wrong value, LookupError for an unknown key."""
+  rule = _rule_for(ctx, key)
+  is_section = key in SECTIONS
   if is_section and (value is None or value == {}):
     return "nothing: empty"
   if rule is None and is_section:
@@ -209,96 +203,86 @@ def _became(reading: Reading, key: str, value: Any) -> str:
     raise ValueError(f"give an object with its keys, such as {inside.removeprefix(f'{key}.')}")
   if rule is None:
     raise LookupError("DeepSpeed has no such key")
-  if isinstance(value, Mapping) and (value or not rule.empty):
+  if isinstance(value, Mapping) and (value or not rule.allows_empty):
     raise ValueError("give a value, not an object")
-  if any(
-    isinstance(it, float) and not math.isfinite(it)
-    for it in (value if isinstance(value, list) else [value])
-  ):
+  numbers = value if isinstance(value, list) else [value]
+  if any(isinstance(it, float) and not math.isfinite(it) for it in numbers):
     raise ValueError("not a finite number")
-  return (
-    AUTO
-    if isinstance(value, str) and value == "auto" and not rule.reads_auto
-    else rule.read(reading, key, value)
-  )
+  is_auto = isinstance(value, str) and value == "auto"
+  return AUTO if is_auto and not rule.handles_auto else rule.translate(ctx, key, value)
 
 
-def _rule(reading: Reading, key: str) -> Rule | None:
-  """The rule of a key in this file; None where DeepSpeed has no such key."""
+def _rule_for(ctx: Context, key: str) -> Rule | None:
+  """Return the rule of a key in this file, or None if DeepSpeed has no such key."""
   section, _, param = key.partition(".params.")
   if param and section in deepspeed_sections.TYPES:
-    return _rule_of_param(reading, section, param)
+    return _param_rule(ctx, section, param)
   if key in deepspeed_keys.RULES:
     return deepspeed_keys.RULES[key]
-  whole = next(
-    (name for name in (*deepspeed_keys.FREE, *deepspeed_keys.SWITCHED) if _is_in(key, name)), None
-  )
-  if whole in deepspeed_keys.FREE:
-    return nothing(deepspeed_keys.FREE[whole])._replace(empty=True)
-  return whole and _switched(reading, whole)
+  for name, why in deepspeed_keys.IGNORED_SECTIONS.items():
+    if _is_in(key, name):
+      return ignored(why)._replace(allows_empty=True)
+  sections = (it for it in deepspeed_keys.UNSUPPORTED_SECTIONS if _is_in(key, it))
+  unsupported = next(sections, None)
+  return unsupported and _off_rule(ctx, unsupported)
 
 
-def _rule_of_param(reading: Reading, section: str, param: str) -> Rule | None:
-  """The rule of a parameter, which the type of the optimizer or the scheduler decides."""
-  kinds = {name.lower(): kind for name, kind in deepspeed_sections.TYPES[section].items()}
-  if f"{section}.type" not in reading.values:
+def _param_rule(ctx: Context, section: str, param: str) -> Rule | None:
+  """Return the rule of a parameter, which depends on the type of optimizer or scheduler."""
+  types = {name.lower(): it for name, it in deepspeed_sections.TYPES[section].items()}
+  if f"{section}.type" not in ctx.values:
 
-    def read(*_: Any) -> str:
+    def reject(*_: Any) -> str:
       raise ValueError(f"of which {section}? give {section}.type too")
 
-    return (
-      Rule("", read, reads_auto=True)
-      if any(param in kind.params for kind in kinds.values())
-      else None
-    )
-  name = reading.kind(section)
-  kind = next(iter(kinds.values())) if name == "auto" else kinds.get(name)
-  return kind.params.get(param) if kind else nothing(f"{section}.type is refused")
+    is_known = any(param in it.params for it in types.values())
+    return Rule("", reject, handles_auto=True) if is_known else None
+  name = ctx.type_of(section)
+  type_rule = next(iter(types.values())) if name == "auto" else types.get(name)
+  return type_rule.params.get(param) if type_rule else ignored(f"{section}.type is refused")
 
 
-def _switched(reading: Reading, section: str) -> Rule:
-  """Of the keys of a section that may be on: the first one that says so is refused."""
-  first = reading.once(("on", section), lambda: _first_on(reading, section))
+def _off_rule(ctx: Context, section: str) -> Rule:
+  """Return the rule of a section that must be off: the first key that switches it on is refused."""
+  first = ctx.cached(("on", section), lambda: _first_key_on(ctx, section))
 
-  def read(_: Reading, key: str, __: Any) -> str:
+  def reject_first(_: Context, key: str, __: Any) -> str:
     if key == first:
-      raise ValueError(deepspeed_keys.SWITCHED[section])
+      raise ValueError(deepspeed_keys.UNSUPPORTED_SECTIONS[section])
     return "nothing: it is off"
 
-  return Rule("", read, reads_auto=True, empty=True)
+  return Rule(doc="", translate=reject_first, handles_auto=True, allows_empty=True)
 
 
-def _first_on(reading: Reading, section: str) -> str | None:
-  """The key by which a section is on: its `enabled`, or that of any part of it, or its being there at all."""
-  inside = {key: value for key, value in reading.values.items() if _is_in(key, section)}
+def _first_key_on(ctx: Context, section: str) -> str | None:
+  """Return the key that switches a section on.
+
+  That is its `enabled`, else that of any subsection, else any key.
+  """
+  inside = {key: value for key, value in ctx.values.items() if _is_in(key, section)}
   switches = {key: value for key, value in inside.items() if key.endswith(".enabled")}
-  if f"{section}.enabled" in inside:  # says it for all of the section
+  if f"{section}.enabled" in inside:  # it decides for the whole section
     switches = {f"{section}.enabled": inside[f"{section}.enabled"]}
-  return next(
-    (key for key, value in (switches or inside).items() if not is_off(value) and value != {}), None
-  )
+  keys = (key for key, value in (switches or inside).items() if not is_off(value) and value != {})
+  return next(keys, None)
 
 
 def _is_in(key: str, section: str) -> bool:
   return key == section or key.startswith(f"{section}.")
 
 
-def _nearest(key: str) -> str:
-  """A hint to the key that was meant: by its whole name, else by its last part, if that is the last part of one key only."""
+def _suggestion(key: str) -> str:
+  """Suggest a key by its whole name, else by its last part, if only one key ends so."""
   last = key.rpartition(".")[2]
-  near = difflib.get_close_matches(key, NAMES, 1, 0.85)
+  near = difflib.get_close_matches(key, KEY_NAMES, 1, 0.85)
   near = near or [LAST_PARTS[part] for part in difflib.get_close_matches(last, LAST_PARTS, 1, 0.7)]
-  return f"did you mean {near[0]}?" if near else "docs/recipes/deepspeed.md has all that there are"
+  return f"did you mean {near[0]}?" if near else SEE_PAGE
 
 
-def _shown(value: Any, length: int = 60) -> str:
-  """A value as JSON, in one line of ASCII, cut where it is long."""
+def _format_value(value: Any, length: int = 60) -> str:
+  """Format a value as JSON, in one line of ASCII; cut it if it is long."""
   try:
     text = json.dumps(value, default=str)
-  except (
-    RecursionError,
-    ValueError,
-    TypeError,
-  ):  # very deep; thousands of digits; no text for its keys
+  except (RecursionError, ValueError, TypeError):  # very deep; thousands of digits; odd keys
     text = f"a {type(value).__name__}"
   return text if len(text) <= length else f"{text[: length - 4]} ..."

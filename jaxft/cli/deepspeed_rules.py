@@ -1,4 +1,4 @@
-"""What a rule of `jaxft.cli.deepspeed_keys` is made of: a value of a DeepSpeed config as a setting, as nothing, or refused."""
+"""Rules for the keys of a DeepSpeed config: a value becomes a setting, is ignored or refused."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,62 +9,61 @@ from jaxft import config_checks
 AUTO = "auto: as the flags or their defaults say"
 
 
-class Reading:
-  """The leaves of one file by their dotted names, and the settings that they have come to so far."""
+class Context:
+  """The leaves of one file by their dotted names, and the settings that they became so far."""
 
   def __init__(self, values: Mapping[str, Any]):
     self.values = values
     self.settings: dict[str, Any] = {}
-    self._found: dict[Any, Any] = {}
+    self._cache: dict[Any, Any] = {}
 
   def set(self, name: str, value: Any, why: str = "") -> str:
-    """Records a setting; returns it as a row tells it. Raises ValueError where it cannot have this value."""
-    self.settings[name] = checked(name, value)
-    return given(name, self.settings[name]) + (f" ({why})" if why else "")
+    """Record a setting; return its outcome. Raises ValueError if it cannot have this value."""
+    self.settings[name] = validate(name, value)
+    return as_flag(name, self.settings[name]) + (f" ({why})" if why else "")
 
-  def once(self, name: Any, find: Callable[[], Any]) -> Any:
-    """What `find` returns, called once for each name."""
-    if name not in self._found:
-      self._found[name] = find()
-    return self._found[name]
+  def cached(self, name: Any, find: Callable[[], Any]) -> Any:
+    """Return what `find` returns; it is called once for each name."""
+    if name not in self._cache:
+      self._cache[name] = find()
+    return self._cache[name]
 
-  def kind(self, section: str) -> str:
-    """The type of the optimizer or the scheduler in lower case; empty where there is none."""
-    kind = self.values.get(f"{section}.type")
-    return kind.lower() if isinstance(kind, str) else ""
+  def type_of(self, section: str) -> str:
+    """Return the type of the optimizer or the scheduler in lower case, or ""."""
+    name = self.values.get(f"{section}.type")
+    return name.lower() if isinstance(name, str) else ""
 
 
 class Rule(NamedTuple):
-  """What a key is here."""
+  """The meaning of a key."""
 
-  says: str  # for the page
-  read: Callable[
-    [Reading, str, Any], str
-  ]  # of its value in a file; raises ValueError with the reason of a refusal
-  reads_auto: bool = False  # or "auto" is `AUTO`
-  empty: bool = False  # whether an object without keys may be its value
+  doc: str  # for the page
+  # (context, key, value) -> outcome; raises ValueError with the reason if the value is refused.
+  translate: Callable[[Context, str, Any], str]
+  handles_auto: bool = False  # else "auto" is `AUTO`
+  allows_empty: bool = False  # whether an object without keys may be its value
 
 
-def given(name: str, value: Any) -> str:
-  """A setting as the command line has it."""
+def as_flag(name: str, value: Any) -> str:
+  """Format a setting as a word of the command line."""
   return f"--config.{name}={','.join(value) if isinstance(value, tuple) else value}"
 
 
-def checked(name: str, value: Any) -> Any:
-  """The value with the type of this setting; raises ValueError with what it must be."""
+def validate(name: str, value: Any) -> Any:
+  """Return the value with the type of this setting; raises ValueError with what it must be."""
   setting = jaxft.config.BY_NAME[name]
   if is_number(value) and not abs(value) <= jaxft.config.MAX_INT:  # nor NaN
     raise ValueError(f"at most {jaxft.config.MAX_INT:,}")
   if isinstance(setting.default, float) and is_number(value):
     value = float(value)
-  wanted = config_checks.type_error(setting.default, value) or setting.check(value)
-  if wanted:
-    raise ValueError(f"must be {wanted}")
+  expected = config_checks.type_error(setting.default, value) or setting.check(value)
+  if expected:
+    raise ValueError(f"must be {expected}")
   return value
 
 
 def is_number(value: Any) -> bool:
-  """Whether this is a number of JSON, which true and false are not."""
+  """Whether this is a JSON number, which true and false are not."""
   return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -73,69 +72,68 @@ def is_off(value: Any) -> bool:
   return value is None or value is False or is_number(value) and value == 0
 
 
-def switch(value: Any) -> bool:
-  """True for true; raises ValueError for what is no true, false or null."""
+def to_bool(value: Any) -> bool:
+  """Return True for true; raises ValueError for anything but true, false or null."""
   if value is not None and not isinstance(value, bool):
     raise ValueError("must be true or false")
   return bool(value)
 
 
-def nothing(why: str) -> Rule:
-  """Any value is accepted, and means nothing here."""
-  return Rule(f"nothing: {why}", lambda *_: f"nothing: {why}", reads_auto=True)
+def ignored(why: str) -> Rule:
+  """Make a rule that accepts any value, which has no meaning here."""
+  return Rule(f"nothing: {why}", lambda *_: f"nothing: {why}", handles_auto=True)
 
 
-def sets(name: str, why: str = "") -> Rule:
-  """The value is that of a setting."""
-  says = f"`--config.{name}`" + (f" ({why})" if why else "")
-  return Rule(says, lambda reading, _, value: reading.set(name, value, why))
+def maps_to(name: str, why: str = "") -> Rule:
+  """Make a rule by which the value is that of a setting."""
+  doc = f"`--config.{name}`" + (f" ({why})" if why else "")
+  return Rule(doc, lambda ctx, _, value: ctx.set(name, value, why))
 
 
-def when_true(name: str, wanted: Any, why: str = "") -> Rule:
-  """A switch that gives a setting one value."""
+def when_true(name: str, setting_value: Any, why: str = "") -> Rule:
+  """Make a rule of a switch that gives a setting one value."""
 
-  def read(reading: Reading, _: str, value: Any) -> str:
-    return reading.set(name, wanted, why) if switch(value) else "nothing: it is off"
+  def translate(ctx: Context, _: str, value: Any) -> str:
+    return ctx.set(name, setting_value, why) if to_bool(value) else "nothing: it is off"
 
-  return Rule(f"`true`: `{given(name, wanted)}`" + (f" ({why})" if why else ""), read)
+  doc = f"`true`: `{as_flag(name, setting_value)}`" + (f" ({why})" if why else "")
+  return Rule(doc, translate)
 
 
-def off(way_out: str) -> Rule:
-  """Refused, unless it is false, null or 0."""
+def must_be_off(way_out: str) -> Rule:
+  """Make a rule that refuses anything but false, null or 0."""
 
-  def read(_: Reading, __: str, value: Any) -> str:
+  def translate(_: Context, __: str, value: Any) -> str:
     if not is_off(value):
       raise ValueError(way_out)
     return "nothing: it is off"
 
-  return Rule(f"refused, unless it is off: {way_out}", read)
+  return Rule(f"refused, unless it is off: {way_out}", translate)
 
 
-def only(wanted: Any, way_out: str) -> Rule:
-  """Refused, unless it asks for what always happens."""
+def must_be(required: Any, way_out: str) -> Rule:
+  """Make a rule that refuses anything but the value for what always happens."""
+  is_bool = isinstance(required, bool)
 
-  def read(_: Reading, __: str, value: Any) -> str:
-    if value is not None and (
-      value != wanted or isinstance(value, bool) != isinstance(wanted, bool)
-    ):
+  def translate(_: Context, __: str, value: Any) -> str:
+    if value is not None and (value != required or isinstance(value, bool) != is_bool):
       raise ValueError(way_out)
     return "nothing: always so"
 
-  shown = str(wanted).lower() if isinstance(wanted, bool) else wanted
-  return Rule(f"`{shown}`: always so; refused otherwise: {way_out}", read)
+  text = str(required).lower() if is_bool else required
+  return Rule(f"`{text}`: always so; refused otherwise: {way_out}", translate)
 
 
-def each(section: str, names: str, rule: Rule) -> dict[str, Rule]:
-  """The same rule for several keys of a section, or of the file itself where that is empty."""
+def for_keys(section: str, names: str, rule: Rule) -> dict[str, Rule]:
+  """Map several keys of a section, or of the file itself if it is empty, to the same rule."""
   return {f"{section}.{name}" if section else name: rule for name in names.split()}
 
 
-def count(value: Any) -> int | None:
-  """A number of rows or steps; None for "auto", and for null. Raises ValueError for anything else."""
+def to_count(value: Any) -> int | None:
+  """Return a number of rows or steps, or None for "auto" and null; raises ValueError otherwise."""
   if value is None or value == "auto":
     return None
-  if (
-    not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= jaxft.config.MAX_INT
-  ):
+  is_int = isinstance(value, int) and not isinstance(value, bool)
+  if not is_int or not 1 <= value <= jaxft.config.MAX_INT:
     raise ValueError(f"must be a whole number from 1 to {jaxft.config.MAX_INT:,}")
   return value

@@ -4,81 +4,81 @@ from typing import Any, NamedTuple
 
 from jaxft.cli.deepspeed_rules import (
   AUTO,
-  Reading,
+  Context,
   Rule,
-  checked,
-  count,
-  each,
+  for_keys,
+  ignored,
   is_number,
   is_off,
-  nothing,
-  off,
-  only,
-  sets,
-  switch,
+  maps_to,
+  must_be,
+  must_be_off,
+  to_bool,
+  to_count,
+  validate,
 )
 
 
-def _lr(reading: Reading, _: str, value: Any) -> str:
-  checked("optim.learning_rate", value)
-  peak = reading.values.get("scheduler.params.warmup_max_lr")
-  if (
-    reading.kind("scheduler") in ("warmuplr", "warmupdecaylr") and is_number(peak) and peak != value
-  ):
+def _lr(ctx: Context, _: str, value: Any) -> str:
+  validate("optim.learning_rate", value)
+  peak = ctx.values.get("scheduler.params.warmup_max_lr")
+  has_peak = ctx.type_of("scheduler") in ("warmuplr", "warmupdecaylr") and is_number(peak)
+  if has_peak and peak != value:
     return "nothing: scheduler.params.warmup_max_lr is the peak, as in DeepSpeed"
-  return reading.set("optim.learning_rate", value)
+  return ctx.set("optim.learning_rate", value)
 
 
-def _betas(reading: Reading, _: str, value: Any) -> str:
+def _betas(ctx: Context, _: str, value: Any) -> str:
   if not isinstance(value, list | tuple) or len(value) != 2:
     raise ValueError("must be a list of two numbers, such as [0.9, 0.999]")
-  return f"{reading.set('optim.b1', value[0])} {reading.set('optim.b2', value[1])}"
+  return f"{ctx.set('optim.b1', value[0])} {ctx.set('optim.b2', value[1])}"
 
 
-def _second_beta(reading: Reading, _: str, value: Any) -> str:
+def _muon_beta2(ctx: Context, _: str, value: Any) -> str:
   if not isinstance(value, list | tuple) or len(value) != 2:
     raise ValueError("must be a list of two numbers, such as [0.9, 0.999]")
-  checked("optim.b1", value[0])
-  return reading.set("optim.b2", value[1], "b1 is the momentum")
+  validate("optim.b1", value[0])
+  return ctx.set("optim.b2", value[1], "b1 is the momentum")
 
 
-def _decoupled(reading: Reading, key: str, value: Any) -> str:
-  if switch(value) or value is None:
+def _adam_w_mode(ctx: Context, key: str, value: Any) -> str:
+  if to_bool(value) or value is None:
     return "nothing: always so"
-  if reading.kind("optimizer") == "adamw":
+  if ctx.type_of("optimizer") == "adamw":
     return "nothing: DeepSpeed's AdamW does not read it"
-  decay = reading.values.get("optimizer.params.weight_decay")
+  decay = ctx.values.get("optimizer.params.weight_decay")
   if not is_number(decay) or decay:
     raise ValueError(
-      "the decay is decoupled here, as in AdamW: set it to true, or optimizer.params.weight_decay to 0"
+      "the decay is decoupled here, as in AdamW: set it to true, or optimizer.params.weight_decay "
+      "to 0"
     )
   return "nothing: there is no decay"
 
 
-def _torch_adam(reading: Reading, _: str, value: Any) -> str:
-  if switch(value) and "optimizer.params.weight_decay" not in reading.values:
-    return reading.set(
-      "optim.weight_decay", 0.01, "torch's default, as weight_decay is not in the file"
-    )
+def _torch_adam(ctx: Context, _: str, value: Any) -> str:
+  if to_bool(value) and "optimizer.params.weight_decay" not in ctx.values:
+    why = "torch's default, as weight_decay is not in the file"
+    return ctx.set("optim.weight_decay", 0.01, why)
   return "nothing: there is one Adam"
 
 
-def _sgd_decay(reading: Reading, _: str, value: Any) -> str:
-  momentum = not is_off(reading.values.get("optimizer.params.momentum"))
+def _sgd_decay(ctx: Context, _: str, value: Any) -> str:
+  has_momentum = not is_off(ctx.values.get("optimizer.params.momentum"))
   if value == "auto":
-    return AUTO + ("; decoupled here" if momentum else "")
-  if momentum and not is_off(value):
+    return AUTO + ("; decoupled here" if has_momentum else "")
+  if has_momentum and not is_off(value):
     raise ValueError(
       "the decay is decoupled here, and torch's goes through the momentum: set one of the two to 0"
     )
-  return reading.set("optim.weight_decay", value)
+  return ctx.set("optim.weight_decay", value)
 
 
-def _muon_lr(reading: Reading, _: str, value: Any) -> str:
-  checked("optim.learning_rate", value)
-  if not is_number(reading.values.get("optimizer.params.adam_lr")):
+def _muon_lr(ctx: Context, _: str, value: Any) -> str:
+  validate("optim.learning_rate", value)
+  if not is_number(ctx.values.get("optimizer.params.adam_lr")):
     raise ValueError(
-      "a step of Muon has the size of AdamW's here, and another one in DeepSpeed: give adam_lr, a learning rate for AdamW"
+      "a step of Muon has the size of AdamW's here, and another one in DeepSpeed: give adam_lr, a "
+      "learning rate for AdamW"
     )
   return "nothing: adam_lr is for all weights, as a step of Muon has the size of AdamW's here"
 
@@ -87,22 +87,22 @@ LR = Rule(
   "`--config.optim.learning_rate`, unless `scheduler.params.warmup_max_lr` is the peak", _lr
 )
 BETAS = Rule("`--config.optim.b1` and `--config.optim.b2`", _betas)
-DECAY = sets("optim.weight_decay")
-EPS = sets("optim.eps")
-MOMENTUM = sets("optim.b1")
-KERNELS = nothing("it says which kernel computes the same")
-VARIANT = off("there is no such variant: leave it out")
+DECAY = maps_to("optim.weight_decay")
+EPS = maps_to("optim.eps")
+MOMENTUM = maps_to("optim.b1")
+KERNELS = ignored("it says which kernel computes the same")
+VARIANT = must_be_off("there is no such variant: leave it out")
 ADAM = {
   "lr": LR,
   "betas": BETAS,
   "eps": EPS,
   "weight_decay": DECAY,
-  **each(
+  **for_keys(
     "",
     "adam_w_mode adamw_mode",
     Rule(
       "`true`: always so; `false`: refused where weights decay, and the optimizer is not `AdamW`",
-      _decoupled,
+      _adam_w_mode,
     ),
   ),
   "torch_adam": Rule(
@@ -110,18 +110,16 @@ ADAM = {
   ),
   "fp32_optimizer_states": Rule(
     "`false`: `--config.optim.state_dtype=bfloat16` (the first moment)",
-    lambda reading, _, value: (
+    lambda ctx, _, value: (
       "nothing: always so"
-      if value is None or switch(value)
-      else reading.set(
-        "optim.state_dtype", "bfloat16", "the first moment; the second stays float32"
-      )
+      if value is None or to_bool(value)
+      else ctx.set("optim.state_dtype", "bfloat16", "the first moment; the second stays float32")
     ),
   ),
-  "bias_correction": only(True, "moments are always corrected for their start"),
-  **each("", "amsgrad maximize", VARIANT),
-  **each("", "set_grad_none fused foreach capturable differentiable", KERNELS),
-  "max_grad_norm": off("DeepSpeed refuses it too: give gradient_clipping"),
+  "bias_correction": must_be(True, "moments are always corrected for their start"),
+  **for_keys("", "amsgrad maximize", VARIANT),
+  **for_keys("", "set_grad_none fused foreach capturable differentiable", KERNELS),
+  "max_grad_norm": must_be_off("DeepSpeed refuses it too: give gradient_clipping"),
 }
 LION = {
   "lr": LR,
@@ -137,9 +135,9 @@ MUON_LR = Rule(
 MUON = {
   "lr": MUON_LR,
   "muon_lr": MUON_LR,
-  "adam_lr": sets("optim.learning_rate"),
+  "adam_lr": maps_to("optim.learning_rate"),
   "momentum": MOMENTUM,
-  "betas": Rule("the second is `--config.optim.b2`; the first is the momentum", _second_beta),
+  "betas": Rule("the second is `--config.optim.b2`; the first is the momentum", _muon_beta2),
   "eps": EPS,
   "weight_decay": DECAY,
   "ns_method": KERNELS,
@@ -148,14 +146,14 @@ SGD = {
   "lr": LR,
   "momentum": MOMENTUM,
   "weight_decay": Rule(
-    "`--config.optim.weight_decay`; refused beside a momentum", _sgd_decay, reads_auto=True
+    "`--config.optim.weight_decay`; refused beside a momentum", _sgd_decay, handles_auto=True
   ),
-  **each("", "dampening nesterov maximize", VARIANT),
-  **each("", "fused foreach differentiable", KERNELS),
+  **for_keys("", "dampening nesterov maximize", VARIANT),
+  **for_keys("", "fused foreach differentiable", KERNELS),
 }
 
 
-class Kind(NamedTuple):
+class TypeRule(NamedTuple):
   """A type of optimizer or scheduler."""
 
   setting: str
@@ -163,157 +161,169 @@ class Kind(NamedTuple):
 
 
 OPTIMIZERS = {
-  "Adam": Kind("adamw", ADAM),
-  "AdamW": Kind("adamw", ADAM),
-  "FusedAdam": Kind("adamw", ADAM),
-  "CPUAdam": Kind("adamw", ADAM),
-  "DeepSpeedCPUAdam": Kind("adamw", ADAM),
-  "Lion": Kind("lion", LION),
-  "FusedLion": Kind("lion", LION),
-  "CPULion": Kind("lion", LION),
-  "DeepSpeedCPULion": Kind("lion", LION),
-  "Muon": Kind("muon", MUON),
-  "SGD": Kind("sgd", SGD),
+  "Adam": TypeRule("adamw", ADAM),
+  "AdamW": TypeRule("adamw", ADAM),
+  "FusedAdam": TypeRule("adamw", ADAM),
+  "CPUAdam": TypeRule("adamw", ADAM),
+  "DeepSpeedCPUAdam": TypeRule("adamw", ADAM),
+  "Lion": TypeRule("lion", LION),
+  "FusedLion": TypeRule("lion", LION),
+  "CPULion": TypeRule("lion", LION),
+  "DeepSpeedCPULion": TypeRule("lion", LION),
+  "Muon": TypeRule("muon", MUON),
+  "SGD": TypeRule("sgd", SGD),
 }
 ONE_BIT = "devices send whole gradients here, not their signs: set it to AdamW"
 OTHER_OPTIMIZER = "there is no such optimizer: set it to AdamW, Lion, Muon or SGD"
-REFUSED_OPTIMIZERS = {
+UNSUPPORTED_OPTIMIZERS = {
   **dict.fromkeys(("OneBitAdam", "ZeroOneAdam", "OneBitLamb"), ONE_BIT),
   **dict.fromkeys(
-    "Lamb FusedLamb Adagrad DeepSpeedCPUAdagrad MuAdam MuAdamW MuSGD Adadelta Adamax ASGD LBFGS NAdam RAdam RMSprop "
-    "Rprop SparseAdam".split(),
+    (
+      "Lamb FusedLamb Adagrad DeepSpeedCPUAdagrad MuAdam MuAdamW MuSGD Adadelta Adamax ASGD LBFGS "
+      "NAdam RAdam RMSprop Rprop SparseAdam"
+    ).split(),
     OTHER_OPTIMIZER,
   ),
-  "Adafactor": "the learning rate of torch's Adafactor is a share of the weights: set it to AdamW, or leave the optimizer "
-  "out and give --config.optim.name=adafactor",
+  "Adafactor": (
+    "the learning rate of torch's Adafactor is a share of the weights: set it to AdamW, or leave "
+    "the optimizer out and give --config.optim.name=adafactor"
+  ),
 }
 
 
-def optimizer(reading: Reading, _: str, value: Any) -> str:
-  """Reads optimizer.type."""
-  name, kind = _kind_of(value, OPTIMIZERS, REFUSED_OPTIMIZERS, OTHER_OPTIMIZER)
-  momentum = reading.values.get("optimizer.params.momentum")
+def optimizer_type(ctx: Context, _: str, value: Any) -> str:
+  """Translate optimizer.type."""
+  name, rule = _find_type(value, OPTIMIZERS, UNSUPPORTED_OPTIMIZERS, OTHER_OPTIMIZER)
+  momentum = ctx.values.get("optimizer.params.momentum")
   rates = ("optimizer.params.lr", "optimizer.params.adam_lr", "scheduler.params.warmup_max_lr")
-  rows = [reading.set("optim.name", kind.setting)]
+  outcomes = [ctx.set("optim.name", rule.setting)]
   if name == "SGD" and momentum is None:
-    rows.append(reading.set("optim.b1", 0.0, "it has no momentum in the file"))
+    outcomes.append(ctx.set("optim.b1", 0.0, "it has no momentum in the file"))
   if name == "Muon" and momentum is None:
-    rows.append(reading.set("optim.b1", 0.95, "DeepSpeed's default momentum"))
-  if all(reading.values.get(rate) is None for rate in rates):
-    rows.append("(it has no lr in the file: the flags or their defaults say, 0.001 in DeepSpeed)")
-  return " ".join(rows)
+    outcomes.append(ctx.set("optim.b1", 0.95, "DeepSpeed's default momentum"))
+  if all(ctx.values.get(rate) is None for rate in rates):
+    outcomes.append(
+      "(it has no lr in the file: the flags or their defaults say, 0.001 in DeepSpeed)"
+    )
+  return " ".join(outcomes)
 
 
-def _kind_of(
-  value: Any, kinds: dict[str, Kind], refused: dict[str, str], other: str
-) -> tuple[str, Kind]:
-  """The name of a type as DeepSpeed spells it, and what it is here; raises ValueError where it is nothing."""
+def _find_type(
+  value: Any, types: dict[str, TypeRule], unsupported: dict[str, str], default: str
+) -> tuple[str, TypeRule]:
+  """Return a type's name as DeepSpeed spells it, and its rule; raises ValueError if unsupported."""
   lower = value.lower() if isinstance(value, str) else ""
-  for name, kind in kinds.items():
+  for name, rule in types.items():
     if name.lower() == lower:
-      return name, kind
-  raise ValueError(next((why for name, why in refused.items() if name.lower() == lower), other))
+      return name, rule
+  reasons = (why for name, why in unsupported.items() if name.lower() == lower)
+  raise ValueError(next(reasons, default))
 
 
-def _begins(reading: Reading, _: str, value: Any) -> str:
+def _warmup_start(ctx: Context, _: str, value: Any) -> str:
   if not is_number(value) or value < 0:
     raise ValueError("must be a number, at least 0")
-  if value and value == reading.values.get("scheduler.params.warmup_max_lr"):
+  if value and value == ctx.values.get("scheduler.params.warmup_max_lr"):
     return "nothing: it is the peak, so there is no warm-up"
   if value > 1e-6:
     raise ValueError("the warm-up begins at 0: set it to 0, or to warmup_max_lr for no warm-up")
   return "nothing: the warm-up begins at 0"
 
 
-def _warmup(reading: Reading, _: str, value: Any) -> str:
-  checked("optim.warmup_steps", value)
-  low, peak = (reading.values.get(f"scheduler.params.warmup_{name}_lr") for name in ("min", "max"))
+def _warmup_steps(ctx: Context, _: str, value: Any) -> str:
+  validate("optim.warmup_steps", value)
+  low, peak = (ctx.values.get(f"scheduler.params.warmup_{name}_lr") for name in ("min", "max"))
   if is_number(low) and low and low == peak:
-    return reading.set("optim.warmup_steps", 0, "as warmup_min_lr is the peak")
-  return reading.set("optim.warmup_steps", value)
+    return ctx.set("optim.warmup_steps", 0, "as warmup_min_lr is the peak")
+  return ctx.set("optim.warmup_steps", value)
 
 
-def _rises(_: Reading, __: str, value: Any) -> str:
+def _warmup_type(_: Context, __: str, value: Any) -> str:
   if value not in (None, "linear", "log"):
     raise ValueError('must be "linear" or "log"')
-  return (
-    "nothing: always so"
-    if value == "linear"
-    else "nothing: the warm-up rises in a line; the log is faster at first"
-  )
+  if value == "linear":
+    return "nothing: always so"
+  return "nothing: the warm-up rises in a line; the log is faster at first"
 
 
-def _total(reading: Reading, _: str, value: Any) -> str:
-  count(value)
+def _total_steps(ctx: Context, _: str, value: Any) -> str:
+  to_count(value)
   if value is None:
     return "nothing: null"
-  epochs = reading.set("train.epochs", 0.0, "a schedule ends where the run does")
-  return f"{reading.set('train.steps', value)} {epochs}"
+  epochs = ctx.set("train.epochs", 0.0, "a schedule ends where the run does")
+  return f"{ctx.set('train.steps', value)} {epochs}"
 
 
-def _cosine_end(reading: Reading, _: str, value: Any) -> str:
+def _end_learning_rate(ctx: Context, _: str, value: Any) -> str:
   if not is_number(value) or not 0 <= value <= 1:
     raise ValueError("must be a number from 0 to 1")
-  peak = reading.values.get("optimizer.params.lr")
+  peak = ctx.values.get("optimizer.params.lr")
   if value and not is_number(peak):
     raise ValueError(
-      "a share of which learning rate? give optimizer.params.lr, or --config.optim.end_learning_rate instead"
+      "a share of which learning rate? give optimizer.params.lr, or "
+      "--config.optim.end_learning_rate instead"
     )
-  checked("optim.learning_rate", peak if value else 1)
-  return reading.set(
-    "optim.end_learning_rate", value * peak if value else 0.0, "this share of optimizer.params.lr"
-  )
+  validate("optim.learning_rate", peak if value else 1)
+  end = value * peak if value else 0.0
+  return ctx.set("optim.end_learning_rate", end, "this share of optimizer.params.lr")
 
 
 WARMUP = {
-  "warmup_num_steps": Rule("`--config.optim.warmup_steps`", _warmup),
+  "warmup_num_steps": Rule("`--config.optim.warmup_steps`", _warmup_steps),
   "warmup_type": Rule(
-    "nothing: the warm-up rises in a line; DeepSpeed's default `log` is faster at first", _rises
+    "nothing: the warm-up rises in a line; DeepSpeed's default `log` is faster at first",
+    _warmup_type,
   ),
-  "last_batch_iteration": only(-1, "a run is continued from its own checkpoints: leave it out"),
+  "last_batch_iteration": must_be(-1, "a run is continued from its own checkpoints: leave it out"),
 }
-PEAK = {
+WARMUP_RATES = {
   "warmup_min_lr": Rule(
     "nothing up to 1e-6: the warm-up begins at 0; `warmup_max_lr`: no warm-up; refused: others",
-    _begins,
+    _warmup_start,
   ),
-  "warmup_max_lr": sets("optim.learning_rate"),
+  "warmup_max_lr": maps_to("optim.learning_rate"),
 }
-TOTAL = {
-  "total_num_steps": Rule("`--config.train.steps`: a schedule ends where the run does", _total)
+TOTAL_STEPS = {
+  "total_num_steps": Rule(
+    "`--config.train.steps`: a schedule ends where the run does", _total_steps
+  )
 }
 SCHEDULERS = {
-  "WarmupLR": Kind("constant", PEAK | WARMUP),
-  "WarmupDecayLR": Kind("linear", PEAK | WARMUP | TOTAL),
-  "WarmupCosineLR": Kind(
+  "WarmupLR": TypeRule("constant", WARMUP_RATES | WARMUP),
+  "WarmupDecayLR": TypeRule("linear", WARMUP_RATES | WARMUP | TOTAL_STEPS),
+  "WarmupCosineLR": TypeRule(
     "cosine",
     WARMUP
-    | TOTAL
+    | TOTAL_STEPS
     | {
-      "warmup_min_ratio": off("the warm-up begins at 0: set it to 0"),
+      "warmup_min_ratio": must_be_off("the warm-up begins at 0: set it to 0"),
       "cos_min_ratio": Rule(
-        "`--config.optim.end_learning_rate`: this share of `optimizer.params.lr`", _cosine_end
+        "`--config.optim.end_learning_rate`: this share of `optimizer.params.lr`",
+        _end_learning_rate,
       ),
     },
   ),
 }
 OTHER_SCHEDULER = "there is no such schedule: set it to WarmupLR, WarmupDecayLR or WarmupCosineLR"
-REFUSED_SCHEDULERS = {
-  "LRRangeTest": "a test of learning rates is several runs here: set it to WarmupLR, and compare runs with jaxft.report",
+UNSUPPORTED_SCHEDULERS = {
+  "LRRangeTest": (
+    "a test of learning rates is several runs here: set it to WarmupLR, and compare runs with "
+    "jaxft.report"
+  ),
   "OneCycle": OTHER_SCHEDULER,
 }
 
 
-def scheduler(reading: Reading, _: str, value: Any) -> str:
-  """Reads scheduler.type."""
-  name, kind = _kind_of(value, SCHEDULERS, REFUSED_SCHEDULERS, OTHER_SCHEDULER)
-  said = ["constant after the warm-up"] if name == "WarmupLR" else []
-  if "scheduler.params.warmup_type" not in reading.values:
-    said.append("the warm-up rises in a line; the log, DeepSpeed's default, is faster at first")
-  if "scheduler.params.warmup_num_steps" not in reading.values:
-    said.append("the flags or their defaults say how long it is; 1,000 steps in DeepSpeed")
-  return reading.set("optim.schedule", kind.setting, "; ".join(said))
+def scheduler_type(ctx: Context, _: str, value: Any) -> str:
+  """Translate scheduler.type."""
+  name, rule = _find_type(value, SCHEDULERS, UNSUPPORTED_SCHEDULERS, OTHER_SCHEDULER)
+  notes = ["constant after the warm-up"] if name == "WarmupLR" else []
+  if "scheduler.params.warmup_type" not in ctx.values:
+    notes.append("the warm-up rises in a line; the log, DeepSpeed's default, is faster at first")
+  if "scheduler.params.warmup_num_steps" not in ctx.values:
+    notes.append("the flags or their defaults say how long it is; 1,000 steps in DeepSpeed")
+  return ctx.set("optim.schedule", rule.setting, "; ".join(notes))
 
 
 TYPES = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS}
-REFUSED = {"optimizer": REFUSED_OPTIMIZERS, "scheduler": REFUSED_SCHEDULERS}
+UNSUPPORTED = {"optimizer": UNSUPPORTED_OPTIMIZERS, "scheduler": UNSUPPORTED_SCHEDULERS}

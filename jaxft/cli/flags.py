@@ -1,4 +1,4 @@
-"""Flags: --config FILE.py with --config.section.key=value for train, --model or --workdir for the other commands."""
+"""Command-line flags of the commands that take a config, and the model that the others open."""
 
 import argparse
 import ast
@@ -46,22 +46,18 @@ class TrainArguments(NamedTuple):
 
 
 def parse_train() -> TrainArguments:
-  """The command line of train; see `parse`."""
-  numbers = {
+  """Parse the command line of train; see `parse`."""
+  int_flags = {
     "num_processes": None,
     "process_id": None,
     "start_timeout": multihost.START_TIMEOUT,
     "peer_timeout": multihost.PEER_TIMEOUT,
   }
-  sys.argv[1:], per_device = run_clm.translate(
-    _whole_words(sys.argv[1:]), (*BOOL_FLAGS, *STR_FLAGS, *numbers)
-  )
-  values = parse(usage.TRAIN, BOOL_FLAGS, STR_FLAGS, numbers)
-  workdir = (
-    Path(expand_user(values.workdir))
-    if values.workdir
-    else Path("runs") / Path(values.config_file).stem
-  )
+  own_flags = (*BOOL_FLAGS, *STR_FLAGS, *int_flags)
+  sys.argv[1:], per_device = run_clm.translate(_join_values(sys.argv[1:]), own_flags)
+  values = parse(usage.TRAIN, BOOL_FLAGS, STR_FLAGS, int_flags)
+  config_file = Path(expand_user(values.config_file))
+  default_workdir = f"runs/{Path(values.config_file).stem}"
   for name in ("start_timeout", "peer_timeout"):
     if getattr(values, name) < 1:
       raise RequestError(f"--{name}={getattr(values, name)}: must be at least 1 second")
@@ -72,71 +68,62 @@ def parse_train() -> TrainArguments:
       values.coordinator, values.num_processes, values.process_id, values.start_timeout
     )
   return TrainArguments(
-    values.config,
-    Path(expand_user(values.config_file)),
-    workdir,
-    *(getattr(values, name) for name in BOOL_FLAGS),
-    values.require,
-    process_info,
-    values.start_timeout,
-    values.peer_timeout,
-    per_device,
+    config=values.config,
+    config_file=config_file,
+    workdir=Path(expand_user(values.workdir) if values.workdir else default_workdir),
+    require=values.require,
+    process_info=process_info,
+    start_timeout=values.start_timeout,
+    peer_timeout=values.peer_timeout,
+    per_device=per_device,
+    **{name: getattr(values, name) for name in BOOL_FLAGS},
   )
 
 
 def parse(
-  text: str,
-  switches: tuple[str, ...] = (),
-  texts: tuple[str, ...] = (),
-  numbers: Mapping[str, int | None] = MappingProxyType({}),
+  usage_text: str,
+  bool_flags: tuple[str, ...] = (),
+  str_flags: tuple[str, ...] = (),
+  int_flags: Mapping[str, int | None] = MappingProxyType({}),
   list_flags: tuple[str, ...] = (),
 ) -> SimpleNamespace:
-  """`config`, `config_file` and the command's own flags, out of `sys.argv`, which ml_collections reads too.
+  """Parse `sys.argv`, which ml_collections reads too: the config, its file and the flags.
 
-  Raises RequestError with every unknown setting, or the first other fault. `--help` prints `text` and ends the process. Flags
-  in `list_flags` may be repeated, and give lists.
+  `--help` prints `usage_text` and ends the process. Flags in `list_flags` may be repeated, and give
+  lists. Raises RequestError with every unknown setting, or with the first other error.
   """
   if {"-h", "--help"} & set(sys.argv[1:]) or len(sys.argv) == 1:
-    print(text)
+    print(usage_text)
     sys.exit(0 if len(sys.argv) > 1 else 2)
-  argv = _whole_words(sys.argv)
-  given = dict(
-    word.removeprefix("--config.").split("=", 1)
-    for word in argv[1:]
-    if re.match(r"--config\.[^=]*=", word)
-  )
-  names = [
-    word.removeprefix("--config.").split("=")[0]
-    for word in argv[1:]
-    if word.startswith("--config.")
-  ]
-  if lines := jaxft.config.unknown_settings(names):
+  argv = _join_values(sys.argv)
+  words = [word.removeprefix("--config.") for word in argv[1:] if word.startswith("--config.")]
+  if lines := jaxft.config.unknown_settings([word.split("=")[0] for word in words]):
     raise RequestError("\n".join(lines))
-  argv, file = _without_config_file([_quoted(word) for word in argv])
-  config = _of_file(file) if file else jaxft.config.default()
-  _make_way(given, config, file)
+  overrides = dict(word.split("=", 1) for word in words if "=" in word)
+  argv, file = _pop_config_file([_quote_tuple_value(word) for word in argv])
+  config = _load_config(file) if file else jaxft.config.default()
+  _prepare_for_overrides(config, overrides, file)
 
   values = flags.FlagValues()
   try:
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-  except Exception as error:  # a section of the file that is none
-    raise RequestError(f"--config: {_reason(error)}") from error
-  for name in texts:
+  except Exception as error:  # a section of the file is not a section
+    raise RequestError(f"--config: {_one_line_error(error)}") from error
+  for name in str_flags:
     flags.DEFINE_string(name, None, "", flag_values=values)
   for name in list_flags:
     flags.DEFINE_multi_string(name, [], "", flag_values=values)
-  for name, default in numbers.items():
+  for name, default in int_flags.items():
     flags.DEFINE_integer(name, default, "", flag_values=values)
-  for name in switches:
+  for name in bool_flags:
     flags.DEFINE_bool(name, False, "", flag_values=values)
   try:
     rest = values(argv)
   except flags.UnrecognizedFlagError as error:
-    raise RequestError(
-      f"--{error.flagname}: no such flag; {_meant(error.flagname, [*switches, *texts, *numbers])}"
-    ) from error
+    hint = _suggestion(error.flagname, [*bool_flags, *str_flags, *int_flags])
+    raise RequestError(f"--{error.flagname}: no such flag; {hint}") from error
   except Exception as error:  # whatever the parser raises on an override
-    raise RequestError(_reason(error)) from error
+    raise RequestError(_one_line_error(error)) from error
   if rest[1:]:
     raise RequestError(f"{rest[1]!r}: not a flag; --help shows what there is")
   if not file:
@@ -145,54 +132,59 @@ def parse(
   return SimpleNamespace(
     config=config,
     config_file=file,
-    **{name: values[name].value for name in (*switches, *texts, *list_flags, *numbers)},
+    **{name: values[name].value for name in (*bool_flags, *str_flags, *list_flags, *int_flags)},
   )
 
 
-def _make_way(given: Mapping[str, str], config: ConfigDict, file: str | None) -> None:
-  """Prepares the config of a file for the settings that are given on the command line.
+def _prepare_for_overrides(
+  config: ConfigDict, overrides: Mapping[str, str], file: str | None
+) -> None:
+  """Prepare the config of a file for the settings of the command line.
 
-  A setting beats its counterpart in the file, and training text brings its own held-out text.
+  A setting replaces its counterpart in the file, and training text brings its own held-out text.
   """
-  before = jaxft.config.flatten(config)
+  from_file = jaxft.config.flatten(config)
 
-  def put(name: str, value: object) -> None:
+  def set_value(name: str, value: object) -> None:
     section, key = name.split(".")
     with config.ignore_type():
       config[section][key] = value
 
   for pair in jaxft.config.EXCLUSIVE_PAIRS:
     for one, other in (pair, pair[::-1]):
-      # 0 steps are no steps at all, and the epochs count; 0 steps of warm-up are none.
-      says = one in given and (one.startswith("optim.") or given[one].strip("0.") != "")
-      if says and other not in given and other in before:
-        put(other, jaxft.config.BY_NAME[other].default)
-  if "data.train" in given and "data.validation" not in given and before.get("data.validation"):
-    share = given.get("data.validation_fraction") or before.get("data.validation_fraction")
-    if not share and "data.validation_fraction" in before:
-      share = jaxft.config.BY_NAME["data.validation_fraction"].default
-      put("data.validation_fraction", share)
-    own = before["data.validation"]
+      # With 0 steps the epochs count, but 0 steps of warm-up mean no warm-up.
+      is_set = one in overrides and (one.startswith("optim.") or overrides[one].strip("0.") != "")
+      if is_set and other not in overrides and other in from_file:
+        set_value(other, jaxft.config.BY_NAME[other].default)
+  held_out = from_file.get("data.validation")
+  if "data.train" in overrides and "data.validation" not in overrides and held_out:
+    key = "data.validation_fraction"
+    fraction = overrides.get(key) or from_file.get(key)
+    if not fraction and key in from_file:
+      fraction = jaxft.config.BY_NAME[key].default
+      set_value(key, fraction)
     print(
-      f"{file}: its config.data.validation goes with its own config.data.train; a share of {share} of the "
-      f"new text is held out instead (to keep it: --config.data.validation={own[0] if isinstance(own, tuple) else own})",
+      f"{file}: its config.data.validation goes with its own config.data.train; a share of "
+      f"{fraction} of the new text is held out instead (to keep it: "
+      f"--config.data.validation={held_out[0] if isinstance(held_out, tuple) else held_out})",
       file=sys.stderr,
     )
-    put("data.validation", ())
-  for name in given.keys() & before.keys() & jaxft.config.BY_NAME.keys():
-    # The parser takes what the value of the file is: text for text, several for several.
+    set_value("data.validation", ())
+  for name in overrides.keys() & from_file.keys() & jaxft.config.BY_NAME.keys():
+    # The parser takes the type of the value in the file: text for text, a tuple for a tuple.
     default = jaxft.config.BY_NAME[name].default
     if jaxft.config.BY_NAME[name].literals:
-      put(name, str(before[name]))
+      set_value(name, str(from_file[name]))
     elif isinstance(default, tuple):
-      put(name, ())
-    elif not isinstance(default, type) and type(before[name]) is not type(default):
-      put(name, default)
+      set_value(name, ())
+    elif not isinstance(default, type) and type(from_file[name]) is not type(default):
+      set_value(name, default)
 
 
-def _whole_words(argv: list[str]) -> list[str]:
-  """The words with each --config.key=value in one, however it was written: -config.key, or the value as the next word."""
-  words, rest = [], iter(argv)
+def _join_values(argv: list[str]) -> list[str]:
+  """Write each setting as one word, --config.key=value: its value may be the next word."""
+  words = []
+  rest = iter(argv)
   for word in rest:
     word = "-" + word if word.startswith("-config") else word
     setting = jaxft.config.BY_NAME.get(word.removeprefix("--config."))
@@ -202,9 +194,11 @@ def _whole_words(argv: list[str]) -> list[str]:
   return words
 
 
-def _without_config_file(words: list[str]) -> tuple[list[str], str | None]:
-  """The words but for --config FILE, and FILE."""
-  others, file, rest = [], None, iter(words)
+def _pop_config_file(words: list[str]) -> tuple[list[str], str | None]:
+  """Return the words without --config FILE, and FILE."""
+  others = []
+  file = None
+  rest = iter(words)
   for word in rest:
     if word == "--config":
       file = next(rest, None)
@@ -215,13 +209,17 @@ def _without_config_file(words: list[str]) -> tuple[list[str], str | None]:
   return others, file
 
 
-def _of_file(file: str) -> ConfigDict:
-  """What get_config() in a file returns; FILE:TEXT gives it the text. Raises RequestError whatever goes wrong in the file."""
+def _load_config(file: str) -> ConfigDict:
+  """Return what get_config() in a file returns; FILE:TEXT gives it the text.
+
+  Raises RequestError whatever goes wrong in the file.
+  """
   ends = [len(file), *(i for i in reversed(range(len(file))) if file[i] == ":")]
   end = next((end for end in ends if _is_file(Path(expand_user(file[:end])))), None)
   if end is None:
     raise RequestError(f"--config: {file!r}: no such file; name one such as configs/quickstart.py")
-  path, arguments = Path(expand_user(file[:end])), [file[end + 1 :]] if end < len(file) else []
+  path = Path(expand_user(file[:end]))
+  arguments = [file[end + 1 :]] if end < len(file) else []
   if path.suffix == ".json":
     raise RequestError(
       f"--config: {file!r}: a config is Python with a get_config(), such as configs/quickstart.py"
@@ -233,10 +231,8 @@ def _of_file(file: str) -> ConfigDict:
     loader.exec_module(module)
     config = module.get_config(*arguments)
   except (Exception, SystemExit) as error:  # whatever the file raises while it runs
-    text = " ".join(str(error).split())
-    raise RequestError(
-      f"--config: the config file does not run: {type(error).__name__}: {text}"
-    ) from error
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    raise RequestError(f"--config: the config file does not run: {reason}") from error
   if not isinstance(config, ConfigDict):
     raise RequestError(
       f"--config: get_config() in {path} returned no ConfigDict; start from jaxft.config.default()"
@@ -248,8 +244,8 @@ def _is_file(path: Path) -> bool:
   return exists(path) and path.is_file()
 
 
-def _quoted(word: str) -> str:
-  """A text for a setting that takes several, as the parser wants it: in quotes, or a blank or a bracket would confuse it."""
+def _quote_tuple_value(word: str) -> str:
+  """Quote a text for a tuple setting: a blank or a bracket in it would confuse the parser."""
   name, equals, value = word.partition("=")
   setting = jaxft.config.BY_NAME.get(name.removeprefix("--config."))
   if not equals or setting is None:
@@ -259,38 +255,36 @@ def _quoted(word: str) -> str:
   if not isinstance(setting.default, tuple):
     return word
   try:
-    found = ast.literal_eval(value)
-  except (
-    Exception
-  ):  # a text, which may be any odd Python: {[]} is a TypeError, a thousand dashes a RecursionError
-    found = None
-  texts = isinstance(found, tuple) and all(isinstance(it, str) for it in found)
-  return word if texts else f"{name}={value!r}"
+    literal = ast.literal_eval(value)
+  # A text may be any odd Python: {[]} is a TypeError, a thousand dashes a RecursionError.
+  except Exception:
+    literal = None
+  is_tuple = isinstance(literal, tuple) and all(isinstance(it, str) for it in literal)
+  return word if is_tuple else f"{name}={value!r}"
 
 
 def unescape(text: str, name: str) -> str:
-  """A text of the command line with line ends and tabs for \\n, \\r and \\t, which no shell makes of them; says so."""
-  found = re.sub(r"\\([nrt])", lambda match: {"n": "\n", "r": "\r", "t": "\t"}[match[1]], text)
-  if found != text:
-    print(f"{name}={text}: read as {found!r}", file=sys.stderr)
-  return found
+  """Replace \\n, \\r and \\t, which no shell does, and print the result if it differs."""
+  result = re.sub(r"\\([nrt])", lambda match: {"n": "\n", "r": "\r", "t": "\t"}[match[1]], text)
+  if result != text:
+    print(f"{name}={text}: read as {result!r}", file=sys.stderr)
+  return result
 
 
-def _meant(name: str, own: list[str]) -> str:
-  """The flag that was meant, or the setting that has this name, or another one elsewhere."""
-  if near := difflib.get_close_matches(name, own, 1):
+def _suggestion(name: str, own_flags: list[str]) -> str:
+  """Suggest a similar flag, or the setting that has this name, here or in another tool."""
+  if near := difflib.get_close_matches(name, own_flags, 1):
     return f"did you mean --{near[0]}?"
-  setting = jaxft.config.FOREIGN_NAMES.get(name) or (
-    run_clm.MAPPED[name].setting if name in run_clm.MAPPED else None
-  )
-  setting = setting or next(
-    (known for known in jaxft.config.BY_NAME if known.split(".")[1] == name), None
-  )
+  setting = jaxft.config.FOREIGN_NAMES.get(name)
+  if not setting and name in run_clm.MAPPED:
+    setting = run_clm.MAPPED[name].setting
+  same_key = (known for known in jaxft.config.BY_NAME if known.split(".")[1] == name)
+  setting = setting or next(same_key, None)
   return f"did you mean --config.{setting}?" if setting else "--help shows what there is"
 
 
-def _reason(error: Exception) -> str:
-  """What is wrong with a flag, in one line, without the parser's own words around it."""
+def _one_line_error(error: Exception) -> str:
+  """Say what is wrong with a flag, in one line, without the parser's own words around it."""
   text = " ".join(line.strip() for line in str(error).splitlines()).removeprefix("flag ")
   text = re.sub(
     r"\('Non-boolean argument to boolean flag', '?(.*?)'?\)", r"\1 is neither true nor false", text
@@ -300,6 +294,7 @@ def _reason(error: Exception) -> str:
 
 
 def load_model(arguments: argparse.Namespace) -> pretrained.Pretrained:
+  """Open the model that the arguments of a `ModelParser` name."""
   if arguments.step is not None and not arguments.workdir:
     raise RequestError("--step goes with --workdir: a Hugging Face folder has no steps")
   backend.configure_jax()

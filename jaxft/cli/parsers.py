@@ -1,4 +1,4 @@
-"""What the commands that take no config understand, and their --help: made before jax is imported, which takes seconds."""
+"""Argument parsers of the commands without a config; they and their --help need no jax."""
 
 import argparse
 import difflib
@@ -18,10 +18,9 @@ DTYPES = ("float32", "bfloat16", "float16")  # of `jaxft.hf.export_tensors.EXPOR
 LAYOUTS = ("concat", "pack", "pad")  # of `config.data.layout`
 DEVICES = ("gpu", "tpu")  # `jaxft.utils.backend.REQUIRE_CHOICES`
 
-
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 WEIGHT_PATTERNS = ("*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin")
-# What other tools call a flag, where that is nearer to another one's name, or to none.
+# Other tools' names for a flag, if they are nearer to another flag's name, or to none.
 SUGGESTIONS = {
   "block_size": "--sequence_length",
   "max_seq_length": "--sequence_length",
@@ -31,23 +30,29 @@ SUGGESTIONS = {
   "output_dir": "--out",
   "num_samples": "--num_return_sequences",
 }
-MIN_SIMILARITY = 0.6  # of a flag that is meant, by difflib
+MIN_SIMILARITY = 0.6  # of a suggested flag, by difflib
 
 
 class Parser(argparse.ArgumentParser):
-  """Whose faults are RequestErrors of one line; names may have dashes for underscores, and no name is guessed."""
+  """A parser that raises RequestError with one line.
+
+  Names may have dashes for underscores, and no name is guessed.
+  """
 
   def __init__(self, command: str, description: str):
     super().__init__(command, description=description, allow_abbrev=False)
-    self._same: dict[str, str] = {}
+    self._aliases: dict[str, str] = {}
 
-  def add_switch(self, flag: str, help: str) -> None:
-    """A flag that is true alone, or takes True or False; None where it is not given."""
-    self.add_argument(flag, nargs="?", const=True, type=_truth, metavar="True|False", help=help)
+  def add_bool(self, flag: str, help: str) -> None:
+    """Add a flag that is true alone, or takes True or False; None if it is not given."""
+    self.add_argument(
+      flag, nargs="?", const=True, type=_parse_bool, metavar="True|False", help=help
+    )
 
-  def add_same(self, name: str, other: str) -> None:
-    """--NAME, another name of the flag --OTHER, which is there already and is None where it is not given."""
-    action, self._same[name] = self._option_string_actions[f"--{other}"], other
+  def add_alias(self, name: str, other: str) -> None:
+    """Add --NAME as an alias of --OTHER, which exists, and is None if it is not given."""
+    action = self._option_string_actions[f"--{other}"]
+    self._aliases[name] = other
     nargs = 1 if action.nargs == "+" else action.nargs
     self.add_argument(
       f"--{name}",
@@ -63,73 +68,70 @@ class Parser(argparse.ArgumentParser):
   ) -> Any:
     words = list(sys.argv[1:] if args is None else args)
     arguments, rest = self.parse_known_args(self._with_known_names(words), namespace)
-    arguments.given_as = {}  # flags that were given by another name -> that name
-    for name, other in self._same.items():
+    arguments.given_as = {}  # flag -> the alias that was given
+    for name, other in self._aliases.items():
       value = vars(arguments).pop(name)
       if value is not None:
         self._set(arguments, other, value, f"--{name}")
         arguments.given_as[other] = name
-    self.settle(arguments, rest)
+    self.finalize(arguments, rest)
     return arguments
 
-  def settle(self, arguments: argparse.Namespace, rest: list[str]) -> None:
-    """What is to be done when all words are read, and some are left over."""
+  def finalize(self, arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Check the parsed arguments, and the words that are left over."""
     if rest:
       self.error(f"{rest[0]!r}: a word too many; --help shows what there is")
 
   def error(self, message: str) -> None:
     raise RequestError(message.removeprefix("argument "))
 
-  def _set(self, arguments: argparse.Namespace, name: str, value: Any, said: str) -> None:
-    there = getattr(arguments, name)
-    if there is not None and there != value:
-      self.error(
-        f"{said}={_told(value)} and --{name}={_told(there)} are one setting; give one of them"
-      )
+  def _set(self, arguments: argparse.Namespace, name: str, value: Any, alias: str) -> None:
+    current = getattr(arguments, name)
+    if current is not None and current != value:
+      both = f"{alias}={_format_value(value)} and --{name}={_format_value(current)}"
+      self.error(f"{both} are one setting; give one of them")
     setattr(arguments, name, value)
 
   def _with_known_names(self, words: list[str]) -> list[str]:
-    """The words with each name of a flag as it is known here. argparse would tell what is missing before what is mistyped."""
-    found = []
+    """Replace each flag's name by its known spelling, and reject unknown ones.
+
+    argparse would report a missing flag before a mistyped one.
+    """
+    result = []
     for i, word in enumerate(words):
       name, equals, value = word.partition("=")
       if word == "--":
-        return found + words[i:]
+        return result + words[i:]
       if name in self._option_string_actions or not re.fullmatch(r"--?[^\W\d][\w.-]*", name):
         known = name
       elif (known := "--" + name[2:].replace("-", "_")) not in self._option_string_actions:
-        self.error(f"{name}: no such flag{self._meant(name)}")
+        self.error(f"{name}: no such flag{self._suggestion(name)}")
       action = self._option_string_actions.get(known)
-      if (
-        action
-        and action.nargs == "?"
-        and not equals
-        and "".join(words[i + 1 : i + 2]).lower() not in BOOLEANS
-      ):
-        equals, value = "=", "True"  # or the next word, which may be a model, would be its value
-      found.append(known + equals + value)
-    return found
+      next_word = "".join(words[i + 1 : i + 2]).lower()
+      if action and action.nargs == "?" and not equals and next_word not in BOOLEANS:
+        # Otherwise the next word, which may be a model, would be its value.
+        equals, value = "=", "True"
+      result.append(known + equals + value)
+    return result
 
-  def _meant(self, name: str) -> str:
-    """The flags that are most like this name."""
+  def _suggestion(self, name: str) -> str:
+    """Suggest the flags that are most like this name."""
     name = name.strip("-").lower().replace("-", "_")
     if SUGGESTIONS.get(name) in self._option_string_actions:
       return f"; did you mean {SUGGESTIONS[name]}?"
-    like = {
+    similarity = {
       flag: difflib.SequenceMatcher(None, flag[2:], name).ratio()
       for flag in self._option_string_actions
       if flag.startswith("--")
     }
-    best = max(like.values())
+    best = max(similarity.values())
     if best < MIN_SIMILARITY:
       return "; --help shows what there is"
-    return (
-      f"; did you mean {' or '.join(flag for flag, likeness in like.items() if likeness == best)}?"
-    )
+    return f"; did you mean {' or '.join(flag for flag in similarity if similarity[flag] == best)}?"
 
 
 class ModelParser(Parser):
-  """Of a command that opens a model: MODEL, --model or --model_name_or_path, or --workdir with --step."""
+  """A parser of a command that opens a model: MODEL, --model, or --workdir with --step."""
 
   def __init__(self, command: str, description: str):
     super().__init__(command, description)
@@ -140,12 +142,13 @@ class ModelParser(Parser):
       metavar="PATH_OR_ID",
       help="a Hugging Face folder or hub id, or a run",
     )
-    self.add_same("model_name_or_path", "model")
+    self.add_alias("model_name_or_path", "model")
     self.add_argument(
       "--workdir",
       type=expand_user,
       metavar="DIR",
-      help="a run: the model of its best checkpoint where train.keep_best_metric is set, else of its newest",
+      help="a run: the model of its best checkpoint where train.keep_best_metric is set, else of "
+      "its newest",
     )
     self.add_argument(
       "--step", type=int, metavar="N", help="with --workdir: the checkpoint of this step"
@@ -162,49 +165,47 @@ class ModelParser(Parser):
       help="with --model: read pytorch_model*.bin through torch, weights_only",
     )
 
-  def settle(self, arguments: argparse.Namespace, rest: list[str]) -> None:
+  def finalize(self, arguments: argparse.Namespace, rest: list[str]) -> None:
     word = vars(arguments).pop("MODEL")
     if rest:
-      self.error(
-        f"{rest[0]!r}: a word too many; give a text to complete as --prompt, in quotes where it has blanks"
-      )
+      way_out = "give a text to complete as --prompt, in quotes where it has blanks"
+      self.error(f"{rest[0]!r}: a word too many; {way_out}")
     if word is not None:
       self._set(arguments, "model", word, "MODEL")
-    if arguments.model is not None and arguments.workdir is not None:
-      self.error(f"--model={arguments.model} and --workdir={arguments.workdir}: give one of them")
-    if arguments.model is None and arguments.workdir is None:
+    model = arguments.model
+    if model is not None and arguments.workdir is not None:
+      self.error(f"--model={model} and --workdir={arguments.workdir}: give one of them")
+    if model is None and arguments.workdir is None:
       self.error(
         "--model is missing: name a Hugging Face folder or hub id, or a run with --workdir"
       )
-    if arguments.model is not None and _is_run(Path(arguments.model)):
-      print(
-        f"--model={arguments.model}: a run, read as --workdir={arguments.model}", file=sys.stderr
-      )
-      arguments.workdir, arguments.model = arguments.model, None
+    if model is not None and _is_workdir(Path(model)):
+      print(f"--model={model}: a run, read as --workdir={model}", file=sys.stderr)
+      arguments.workdir = model
+      arguments.model = None
 
 
-def _is_run(folder: Path) -> bool:
-  """Whether a folder is what a run was given as --workdir, and no Hugging Face folder."""
+def _is_workdir(folder: Path) -> bool:
+  """Whether a folder is the workdir of a run, and not a Hugging Face folder."""
   try:
-    if not (folder / "checkpoints").is_dir() or any(
-      any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS
-    ):
+    if not (folder / "checkpoints").is_dir():
+      return False
+    if any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
       return False
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError):
     return False
-  return isinstance(config, dict) and all(
-    isinstance(config.get(section), dict) for section in ("data", "train")
-  )
+  sections = ("data", "train")
+  return isinstance(config, dict) and all(isinstance(config.get(it), dict) for it in sections)
 
 
-def _truth(text: str) -> bool:
+def _parse_bool(text: str) -> bool:
   if text.lower() not in BOOLEANS:
     raise argparse.ArgumentTypeError(f"{text!r}: must be True or False")
   return BOOLEANS[text.lower()]
 
 
-def _told(value: Any) -> str:
+def _format_value(value: Any) -> str:
   return " ".join(value) if isinstance(value, list) else str(value)
 
 
@@ -216,7 +217,8 @@ def generate() -> ModelParser:
   parser = ModelParser(
     "python -m jaxft.generate", description="Completes prompts. With none, on a terminal, it asks."
   )
-  parser.add_argument(
+  add = parser.add_argument
+  add(
     "--prompt",
     nargs="+",
     action="extend",
@@ -224,97 +226,95 @@ def generate() -> ModelParser:
     metavar="TEXT",
     help="text to complete (with no prompt, and no terminal: the lines of standard input)",
   )
-  parser.add_argument(
+  add(
     "--prompt_file",
     type=expand_user,
     metavar="F",
     help="a file with one prompt a line; empty lines are left out",
   )
-  parser.add_argument(
-    "--stop_strings", nargs="+", metavar="TEXT", help="end a text when it has one of these"
-  )
+  add("--stop_strings", nargs="+", metavar="TEXT", help="end a text when it has one of these")
   for name, default in Sampling._field_defaults.items():
-    parser.add_argument(
+    add(
       f"--{name}",
       type=type(default),
-      help=f"as in transformers (default: what the model's generation_config.json says, or {default})",
+      help="as in transformers (default: what the model's generation_config.json says, or "
+      f"{default})",
     )
-  parser.add_switch(
+  parser.add_bool(
     "--do_sample", "False: as --temperature=0; True: draw, whatever generation_config.json says"
   )
-  parser.add_argument(
-    "--prefix", metavar="TEXT", help="text that the model reads before each prompt"
-  )
-  _add_flags_of_transformers(parser)
-  parser.add_argument("--json", action="store_true", help="print one JSON object")
+  add("--prefix", metavar="TEXT", help="text that the model reads before each prompt")
+  _add_transformers_flags(parser)
+  add("--json", action="store_true", help="print one JSON object")
   return parser
 
 
-def _add_flags_of_transformers(parser: Parser) -> None:
-  parser.add_argument(
+def _add_transformers_flags(parser: Parser) -> None:
+  add = parser.add_argument
+  add(
     "--model_type",
     type=str.lower,
     choices=run_generation.MODEL_TYPES,
     help="of the model; where nothing is said it is done as run_generation.py has it",
   )
-  parser.add_switch("--use_cpu", "compute on the CPU")
-  parser.add_switch("--fp16", "bfloat16 where the device has it, as always")
+  parser.add_bool("--use_cpu", "compute on the CPU")
+  parser.add_bool("--fp16", "bfloat16 where the device has it, as always")
   for name, (value, why) in run_generation.FIXED.items():
-    parser.add_switch(f"--{name}", f"{value}, always so: {why}")
+    parser.add_bool(f"--{name}", f"{value}, always so: {why}")
   name, about = run_generation.PAD_TOKEN
-  parser.add_argument(f"--{name}", type=int, metavar="N", help=about)
+  add(f"--{name}", type=int, metavar="N", help=about)
   for name, reason in run_generation.UNSUPPORTED.items():
-    parser.add_argument(f"--{name}", metavar="X", help=f"refused: {reason}")
+    add(f"--{name}", metavar="X", help=f"refused: {reason}")
   for name, other in run_generation.ALIASES.items():
     if other != "model":
-      parser.add_same(name, other)
+      parser.add_alias(name, other)
 
 
 def evaluate() -> ModelParser:
   parser = ModelParser(
     "python -m jaxft.evaluate", description="Loss and perplexity of a model on a text."
   )
-  parser.add_argument(
+  add = parser.add_argument
+  add(
     "--data",
     nargs="+",
     type=expand_user,
     default=[],
     metavar="SOURCE",
-    help="file, glob, folder or hub:NAME[:SPLIT]; default with --workdir: what the run has held out",
+    help="file, glob, folder or hub:NAME[:SPLIT]; default with --workdir: what the run has held "
+    "out",
   )
-  parser.add_argument(
-    "--text_column", help="column that holds the text (default: as the run has it, or text)"
-  )
-  parser.add_argument(
+  add("--text_column", help="column that holds the text (default: as the run has it, or text)")
+  add(
     "--label_column",
     help="column that holds the label, for a model that classifies (default: as the run, or label)",
   )
-  parser.add_argument(
+  add(
     "--layout",
     choices=LAYOUTS,
-    help="concat: one stream cut into rows; pad: each text alone, as lm-eval has it; pack: several of them in a row "
-    "(default: as the run has it, or concat)",
+    help="concat: one stream cut into rows; pad: each text alone, as lm-eval has it; pack: "
+    "several of them in a row (default: as the run has it, or concat)",
   )
-  parser.add_argument(
+  add(
     "--sequence_length",
     type=int,
     default=0,
     help="tokens a row (default: as the run, or the model's positions)",
   )
-  parser.add_argument(
+  add(
     "--stride",
     type=int,
     default=0,
-    help="rows of one stream that overlap, this many tokens apart: more context for each token, as transformers' page on "
-    "perplexity has it (default: rows do not overlap)",
+    help="rows of one stream that overlap, this many tokens apart: more context for each token, as "
+    "transformers' page on perplexity has it (default: rows do not overlap)",
   )
-  parser.add_argument(
+  add(
     "--batch_size",
     type=int,
     default=8,
     help="rows at once; changes speed and memory only (default: 8)",
   )
-  parser.add_argument("--json", action="store_true", help="print one JSON object")
+  add("--json", action="store_true", help="print one JSON object")
   return parser
 
 
@@ -322,24 +322,22 @@ def export() -> ModelParser:
   parser = ModelParser(
     "python -m jaxft.export", description="Writes a Hugging Face folder and verifies it."
   )
-  parser.add_argument(
+  add = parser.add_argument
+  add(
     "--out",
     required=True,
     type=expand_user,
     metavar="DIR",
     help="folder to write; replaces an earlier export",
   )
-  parser.add_argument(
+  add(
     "--dtype",
     choices=DTYPES,
-    help="of the weights (default: float32 for a run, what the weights are stored in for a --model)",
+    help="of the weights (default: float32 for a run, what the weights are stored in for a "
+    "--model)",
   )
-  parser.add_argument(
-    "--max_shard_size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)"
-  )
-  parser.add_argument(
-    "--push_to_hub", metavar="REPO", help="upload the folder to this hub repository (OWNER/NAME)"
-  )
+  add("--max_shard_size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+  add("--push_to_hub", metavar="REPO", help="upload the folder to this hub repository (OWNER/NAME)")
   return parser
 
 
@@ -348,38 +346,32 @@ def tokenizer() -> Parser:
     "python -m jaxft.tokenizer",
     description="A BPE tokenizer of your own text, or a model with tokens of your own.",
   )
-  begin = parser.add_mutually_exclusive_group(required=True)
-  begin.add_argument(
+  add = parser.add_argument
+  begin = parser.add_mutually_exclusive_group(required=True).add_argument
+  begin(
     "--data",
     nargs="+",
     type=expand_user,
     metavar="SOURCE",
     help="file, glob, folder or hub:NAME[:SPLIT]",
   )
-  begin.add_argument(
-    "--model", type=expand_user, metavar="PATH_OR_ID", help="model to add tokens to"
-  )
-  parser.add_argument(
-    "--revision", default="main", help="with --model: branch, tag or commit (default: main)"
-  )
-  parser.add_argument(
+  begin("--model", type=expand_user, metavar="PATH_OR_ID", help="model to add tokens to")
+  add("--revision", default="main", help="with --model: branch, tag or commit (default: main)")
+  add(
     "--torch_bin",
     action="store_true",
     help="with --model: read pytorch_model*.bin through torch, weights_only",
   )
-  parser.add_argument(
+  add(
     "--add",
     nargs="+",
     metavar="[ROLE=]TOKEN",
-    help="with --model: the special tokens to add; bos=, eos= or pad= before one, new or not, gives it that role",
+    help="with --model: the special tokens to add; bos=, eos= or pad= before one, new or not, "
+    "gives it that role",
   )
-  parser.add_argument(
-    "--text_column", default="text", help="column that holds the text (default: text)"
-  )
-  parser.add_argument("--vocab_size", type=int, default=16384, help="tokens (default: 16384)")
-  parser.add_argument(
-    "--out", required=True, type=expand_user, metavar="FOLDER", help="folder to write; a new one"
-  )
+  add("--text_column", default="text", help="column that holds the text (default: text)")
+  add("--vocab_size", type=int, default=16384, help="tokens (default: 16384)")
+  add("--out", required=True, type=expand_user, metavar="FOLDER", help="folder to write; a new one")
   return parser
 
 
@@ -388,10 +380,11 @@ def report() -> Parser:
     "python -m jaxft.report",
     description="Writes the page of a run again, or one that compares several runs.",
   )
-  parser.add_argument(
+  add = parser.add_argument
+  add(
     "workdirs", nargs="+", type=_path, metavar="WORKDIR", help="what a run was given as --workdir"
   )
-  parser.add_argument(
+  add(
     "--out",
     type=_path,
     metavar="FILE",

@@ -1,6 +1,6 @@
-"""The flags of transformers' run_clm.py: what each is here, or why it is nothing here. Also the config that they start from.
+"""The flags of transformers' run_clm.py, translated to jaxft's, and the config they start from.
 
-python -m jaxft.train --model_name_or_path gpt2 --train_file my_texts.txt --do_train --output_dir runs/mine
+python -m jaxft.train --model_name_or_path gpt2 --train_file a.txt --do_train --output_dir runs/x
 """
 
 import difflib
@@ -22,10 +22,10 @@ from jaxft.utils.files import expand_user
 
 
 class MapsTo(NamedTuple):
-  """A setting that means the same."""
+  """The setting that a flag becomes."""
 
   setting: str
-  # None: nothing is set. Raises ValueError with the reason where the value cannot mean anything.
+  # None: nothing is set. Raises ValueError with the reason if the value has no meaning here.
   value: Callable[[str], str | None] = str
 
 
@@ -33,15 +33,14 @@ def _choice(**choices: str) -> Callable[[str], str]:
   def value(text: str) -> str:
     if text not in choices:
       near = difflib.get_close_matches(text, choices, 1)
-      raise ValueError(
-        f"there is only {', '.join(choices)} here" + (f"; did you mean {near[0]}?" if near else "")
-      )
+      hint = f"; did you mean {near[0]}?" if near else ""
+      raise ValueError(f"there is only {', '.join(choices)} here{hint}")
     return choices[text]
 
   return value
 
 
-def _whole(text: str) -> str:
+def _integer(text: str) -> str:
   try:
     number = float(text)
   except ValueError:
@@ -51,40 +50,41 @@ def _whole(text: str) -> str:
   return str(int(number))
 
 
-def _at_least_one(text: str) -> str:
-  if int(found := _whole(text)) < 1:
+def _positive_int(text: str) -> str:
+  number = _integer(text)
+  if int(number) < 1:
     raise ValueError("must be at least 1")
-  return found
+  return number
 
 
-def _every(text: str) -> str:
-  """How many steps apart; transformers takes a share of all steps too."""
+def _interval(text: str) -> str:
+  """Read an interval in steps; transformers takes a share of all steps too."""
   if text.startswith("0.") and 0 < float(_number(text)) < 1:
     raise ValueError("a share of the steps means nothing here; give a number of steps")
-  return _at_least_one(text)
+  return _positive_int(text)
 
 
 def _number(text: str) -> str:
   try:
-    fine = math.isfinite(float(text))
+    is_finite = math.isfinite(float(text))
   except ValueError:
-    fine = False
-  if not fine:
+    is_finite = False
+  if not is_finite:
     raise ValueError("give a number")
   return text
 
 
-def _at_most(text: str) -> str:
-  """The number of checkpoints to keep; transformers keeps all where it is 0 or less."""
-  return str(jaxft.config.MAX_INT) if re.fullmatch("-[0-9]+|0", text) else _whole(text)
+def _save_limit(text: str) -> str:
+  """Read the number of checkpoints to keep; transformers keeps all if it is 0 or less."""
+  return str(jaxft.config.MAX_INT) if re.fullmatch("-[0-9]+|0", text) else _integer(text)
 
 
-def _share(text: str) -> str:
+def _percentage(text: str) -> str:
   return str(float(_number(text)) / 100)
 
 
-def _switch(on: str, off: str | None) -> Callable[[str], str | None]:
-  """The value of a setting for True, and for False, where None leaves it as it is."""
+def _if_true(on: str, off: str | None) -> Callable[[str], str | None]:
+  """Read a switch as the setting's value for True, and for False; None leaves the setting."""
   return lambda text: on if _is_true(text) else off
 
 
@@ -100,7 +100,10 @@ def _trackers(text: str) -> str:
   return str(tuple(names)) if names[1:] else "".join(names)
 
 
-FLOAT16 = "float16 is not there yet; computed in bfloat16 where the device has it, else in float32, which need no loss scale"
+NO_FLOAT16 = (
+  "float16 is not there yet; computed in bfloat16 where the device has it, else in float32, which "
+  "need no loss scale"
+)
 MAPPED = {
   "model_name_or_path": MapsTo("model.path"),
   "model_revision": MapsTo("model.revision"),
@@ -108,18 +111,18 @@ MAPPED = {
   "config_overrides": MapsTo("model.config_overrides"),
   "train_file": MapsTo("data.train"),
   "validation_file": MapsTo("data.validation"),
-  "validation_split_percentage": MapsTo("data.validation_fraction", _share),
-  "max_train_samples": MapsTo("data.limit_train", _at_least_one),
-  "max_eval_samples": MapsTo("data.limit_validation", _at_least_one),
-  "block_size": MapsTo("data.sequence_length", _at_least_one),
+  "validation_split_percentage": MapsTo("data.validation_fraction", _percentage),
+  "max_train_samples": MapsTo("data.limit_train", _positive_int),
+  "max_eval_samples": MapsTo("data.limit_validation", _positive_int),
+  "block_size": MapsTo("data.sequence_length", _positive_int),
   "learning_rate": MapsTo("optim.learning_rate", _number),
   "num_train_epochs": MapsTo("train.epochs", _number),
-  "max_steps": MapsTo("train.steps", _whole),
+  "max_steps": MapsTo("train.steps", _integer),
   "lr_scheduler_type": MapsTo(
     "optim.schedule",
     _choice(linear="linear", cosine="cosine", constant="constant", constant_with_warmup="constant"),
   ),
-  "warmup_steps": MapsTo("optim.warmup_steps", _whole),
+  "warmup_steps": MapsTo("optim.warmup_steps", _integer),
   "warmup_ratio": MapsTo("optim.warmup_ratio", _number),
   "optim": MapsTo(
     "optim.name",
@@ -131,27 +134,27 @@ MAPPED = {
       lion_32bit="lion",
     ),
   ),
-  "adafactor": MapsTo("optim.name", _switch("adafactor", None)),
+  "adafactor": MapsTo("optim.name", _if_true("adafactor", None)),
   "weight_decay": MapsTo("optim.weight_decay", _number),
   "adam_beta1": MapsTo("optim.b1", _number),
   "adam_beta2": MapsTo("optim.b2", _number),
   "adam_epsilon": MapsTo("optim.eps", _number),
   "max_grad_norm": MapsTo("optim.clip_norm", _number),
-  "seed": MapsTo("train.seed", _whole),
-  "data_seed": MapsTo("data.shuffle_seed", _whole),
-  "bf16": MapsTo("model.compute_dtype", _switch("bfloat16", "float32")),
-  "gradient_checkpointing": MapsTo("memory.remat", _switch("full", "dots")),
-  "activation_checkpointing": MapsTo("memory.remat", _switch("full", "dots")),
+  "seed": MapsTo("train.seed", _integer),
+  "data_seed": MapsTo("data.shuffle_seed", _integer),
+  "bf16": MapsTo("model.compute_dtype", _if_true("bfloat16", "float32")),
+  "gradient_checkpointing": MapsTo("memory.remat", _if_true("full", "dots")),
+  "activation_checkpointing": MapsTo("memory.remat", _if_true("full", "dots")),
   "logging_dir": MapsTo("tracking.logging_dir"),
-  "logging_steps": MapsTo("train.log_every", _every),
-  "eval_steps": MapsTo("train.eval_every", _every),
-  "save_steps": MapsTo("train.save_every", _every),
-  "save_total_limit": MapsTo("train.keep", _at_most),
-  "load_best_model_at_end": MapsTo("train.keep_best_metric", _switch("eval/loss", "")),
+  "logging_steps": MapsTo("train.log_every", _interval),
+  "eval_steps": MapsTo("train.eval_every", _interval),
+  "save_steps": MapsTo("train.save_every", _interval),
+  "save_total_limit": MapsTo("train.keep", _save_limit),
+  "load_best_model_at_end": MapsTo("train.keep_best_metric", _if_true("eval/loss", "")),
   "report_to": MapsTo("tracking.writers", _trackers),
   "run_name": MapsTo("tracking.run_name"),
 }
-# When something happens, and the flag and the setting that say how often.
+# Flags that say when something happens -> the flag and the setting that say how often.
 STRATEGIES = {
   "logging_strategy": ("logging_steps", "train.log_every"),
   "eval_strategy": ("eval_steps", "train.eval_every"),
@@ -164,30 +167,32 @@ ALIASES = {
   "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
 PUSH, HUB_NAME = "push_to_hub", "hub_model_id"
-BEST = "metric_for_best_model"
+BEST_METRIC = "metric_for_best_model"
 PER_DEVICE, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
 EVAL_PER_DEVICE = "per_device_eval_batch_size"
-BATCH = {"train.batch_size", "train.micro_batch_size"}
-WORKDIR, OVERWRITE, RESUME = "output_dir", "overwrite_output_dir", "resume_from_checkpoint"
+BATCH_SETTINGS = {"train.batch_size", "train.micro_batch_size"}
+OUTPUT_DIR, OVERWRITE, RESUME = "output_dir", "overwrite_output_dir", "resume_from_checkpoint"
 DATASET, CONFIGURATION = "dataset_name", "dataset_config_name"
-MODEL_TYPE, CONFIG_NAME, CACHE = "model_type", "config_name", "cache_dir"
-DEEPSPEED, FLOAT_16, DTYPE = "deepspeed", "fp16", "torch_dtype"
-STREAMING, STREAMED = (
-  "streaming",
-  "the data set is downloaded, and its tokens made once and memory-mapped",
-)
+MODEL_TYPE, CONFIG_NAME, CACHE_DIR = "model_type", "config_name", "cache_dir"
+DEEPSPEED, FP16, TORCH_DTYPE = "deepspeed", "fp16", "torch_dtype"
+STREAMING = "streaming"
+STREAMING_NOTE = "the data set is downloaded, and its tokens made once and memory-mapped"
 LOADER = "the loader has nothing to set: it reads memory-mapped tokens"
-NO_DDP, NO_TORCH = "XLA makes the collectives", "it is torch's; XLA compiles every step"
+NO_DDP = "XLA makes the collectives"
+NO_TORCH = "it is torch's; XLA compiles every step"
 NO_METRICS = "an evaluation reports loss and perplexity, or accuracy and F1"
-# Flags that ask for what every run does, or for what changes no result, with the reason where another value asks for more.
+# Flags for what every run does, or for what changes no result, with the reason to print if a value
+# asks for more.
 NO_OPS = {
   "do_train": "",
   "do_eval": "weights are evaluated before the first step and after the last in any case",
   "low_cpu_mem_usage": "",
   "eval_on_start": "weights are evaluated before the first step in any case",
   "prediction_loss_only": "",
-  "logging_first_step": "weights are evaluated before the first step, whose loss is not logged separately",
-  "logging_nan_inf_filter": "what is not finite is told, and never applied",
+  "logging_first_step": (
+    "weights are evaluated before the first step, whose loss is not logged separately"
+  ),
+  "logging_nan_inf_filter": "what is not finite is reported, and never applied",
   "include_num_input_tokens_seen": "",
   "past_index": "no state is handed on from batch to batch",
   "ray_scope": "no hyper-parameters are searched",
@@ -201,11 +206,11 @@ NO_OPS = {
   "remove_unused_columns": "",
   "overwrite_cache": "tokens are made anew when text, tokenizer or settings change",
   "use_fast_tokenizer": "the fast tokenizer is read, whose tokens are the same",
-  "keep_linebreaks": "every newline is kept",
+  "keep_linebreaks": "every newline stays in the text",
   "disable_tqdm": "a log without a terminal has no bar",
-  "log_level": "a run tells one story, without levels",
-  "log_level_replica": "process 0 alone tells it",
-  "log_on_each_node": "process 0 alone tells it",
+  "log_level": "a run has one log, without levels",
+  "log_level_replica": "process 0 alone logs",
+  "log_on_each_node": "process 0 alone logs",
   "save_on_each_node": "the workdir is shared",
   "bf16_full_eval": "an evaluation computes as training does",
   "fp16_full_eval": "an evaluation computes as training does",
@@ -236,46 +241,47 @@ NO_OPS = {
   "ddp_timeout": "--peer_timeout says how long a silent process is waited for",
   "local_rank": "processes are found out",
 } | dict.fromkeys(
-  "preprocessing_num_workers dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
-  "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order dispatch_batches split_batches".split(),
+  (
+    "preprocessing_num_workers dataloader_num_workers dataloader_pin_memory "
+    "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context "
+    "dataloader_in_order dispatch_batches split_batches"
+  ).split(),
   LOADER,
-)  # fmt: skip
+)
 # Those that take a value, and those of which False asks for what always happens.
-VALUED = {
-  *(
-    "log_level log_level_replica torch_compile_backend torch_compile_mode torch_empty_cache_steps fp16_opt_level"
-  ).split(),
-  *(
-    "half_precision_backend fp16_backend gradient_checkpointing_kwargs activation_checkpointing_kwargs"
-  ).split(),
-  *(
-    "eval_accumulation_steps ddp_bucket_cap_mb ddp_backend ddp_timeout local_rank past_index ray_scope"
-  ).split(),
-  *(
-    "preprocessing_num_workers dataloader_num_workers dataloader_prefetch_factor torchdynamo xpu_backend"
-  ).split(),
-  *("dataloader_multiprocessing_context include_num_input_tokens_seen").split(),
-}
-ONLY_FALSE = {
-  *(
-    "disable_tqdm log_on_each_node save_on_each_node bf16_full_eval fp16_full_eval logging_first_step"
-  ).split(),
-  *("use_cache jit_mode_eval use_ipex").split(),
-}
-# Values of others that change nothing.
-PLAIN = {
+NO_OPS_WITH_VALUE = set(
+  (
+    "log_level log_level_replica torch_compile_backend torch_compile_mode torch_empty_cache_steps "
+    "fp16_opt_level half_precision_backend fp16_backend gradient_checkpointing_kwargs "
+    "activation_checkpointing_kwargs eval_accumulation_steps ddp_bucket_cap_mb ddp_backend "
+    "ddp_timeout local_rank past_index ray_scope preprocessing_num_workers dataloader_num_workers "
+    "dataloader_prefetch_factor torchdynamo xpu_backend dataloader_multiprocessing_context "
+    "include_num_input_tokens_seen"
+  ).split()
+)
+ONLY_FALSE = set(
+  (
+    "disable_tqdm log_on_each_node save_on_each_node bf16_full_eval fp16_full_eval "
+    "logging_first_step use_cache jit_mode_eval use_ipex"
+  ).split()
+)
+# Values that change nothing.
+SILENT_VALUES = {
   "log_level": ("passive",),
   "log_level_replica": ("passive", "warning"),
   "ddp_timeout": ("1800",),
   "local_rank": ("-1", "0"),
 }
-# Of these only True asks for what always happens.
+# Those of which only True asks for what always happens.
 ONLY_TRUE = {
   "keep_linebreaks": "text without its newlines is other text; leave them out of the file",
   "save_safetensors": "pickles are not written",
 }
 SHARDING = "config.mesh and config.memory say how a run is spread: docs/sharding.md"
 TOKEN = "the token is read where huggingface_hub keeps it, or from HF_TOKEN"
+NONFINITE = "a step with a NaN or an infinity is reported with the names of such tensors"
+PACK = "--config.data.layout=pack leaves no padding to save"
+PROJECT = "docs/trackers.md says how to name projects"
 UNSUPPORTED = {
   "trust_remote_code": "no code from a checkpoint is ever run; leave it out",
   "fsdp": SHARDING,
@@ -297,16 +303,20 @@ UNSUPPORTED = {
   "hub_strategy": "the model is uploaded once, at the end",
   "hub_always_push": "the model is uploaded once, at the end",
   "hub_revision": "the model is uploaded to the branch main",
-  "dataloader_drop_last": "the last rows of an epoch are in the same batch as the first of the next, so none is dropped: "
-  "leave it out",
+  "dataloader_drop_last": (
+    "the last rows of an epoch are in the same batch as the first of the next, so none is dropped: "
+    "leave it out"
+  ),
   "label_smoothing_factor": "the loss is plain cross-entropy; leave it out",
   "label_names": "targets are the tokens themselves",
   "neftune_noise_alpha": "there is no noise on embeddings; --config.model.dropout is what there is",
   "do_predict": "python -m jaxft.generate and python -m jaxft.evaluate use a model",
-  "auto_find_batch_size": "python -m jaxft.plan --fit finds the largest batch that fits, before the run",
-  "group_by_length": "--config.data.layout=pack leaves no padding to save",
-  "train_sampling_strategy": "rows come in a new order each epoch; --config.data.layout=pack leaves no padding to save",
-  "length_column_name": "--config.data.layout=pack leaves no padding to save",
+  "auto_find_batch_size": (
+    "python -m jaxft.plan --fit finds the largest batch that fits, before the run"
+  ),
+  "group_by_length": PACK,
+  "train_sampling_strategy": f"rows come in a new order each epoch; {PACK}",
+  "length_column_name": PACK,
   "no_cuda": "set JAX_PLATFORMS=cpu before the command",
   "use_cpu": "set JAX_PLATFORMS=cpu before the command",
   "use_mps_device": "JAX has no stable support for it",
@@ -318,38 +328,35 @@ UNSUPPORTED = {
   "eval_delay": "--config.train.eval_every says when weights are evaluated",
   "include_for_metrics": NO_METRICS,
   "include_inputs_for_metrics": NO_METRICS,
-  "save_only_model": "a checkpoint has what a run needs to continue; the model alone is in WORKDIR/export",
-  "ignore_data_skip": "a run that continues takes the rows that come next, and looks them up at once",
+  "save_only_model": (
+    "a checkpoint has what a run needs to continue; the model alone is in WORKDIR/export"
+  ),
+  "ignore_data_skip": (
+    "a run that continues takes the rows that come next, and looks them up at once"
+  ),
   "restore_callback_states_from_checkpoint": "a run that continues has all of its state",
   "liger_kernel_config": "config.model.attention and XLA choose the kernels",
-  "project": "docs/trackers.md says how to name projects",
-  "trackio_space_id": "docs/trackers.md says how to name projects",
-  "trackio_bucket_id": "docs/trackers.md says how to name projects",
-  "trackio_static_space_id": "docs/trackers.md says how to name projects",
-  "debug": "a step with a NaN or an infinity is reported with the names of such tensors",
-  "tpu_metrics_debug": "a step with a NaN or an infinity is reported with the names of such tensors",
+  "project": PROJECT,
+  "trackio_space_id": PROJECT,
+  "trackio_bucket_id": PROJECT,
+  "trackio_static_space_id": PROJECT,
+  "debug": NONFINITE,
+  "tpu_metrics_debug": NONFINITE,
 }
-# Values that ask for what always happens, as no value at all does.
-NOTHING = {"false", "0", "0.0", "no", "none", "{}", "[]"}
-DEFAULTS = {"train_sampling_strategy": "random", "hub_strategy": "every_save"}
-KNOWN_FLAGS = (
-  MAPPED.keys() | STRATEGIES.keys() | ALIASES.keys() | NO_OPS.keys() | UNSUPPORTED.keys()
-  | {PUSH, HUB_NAME, BEST, PER_DEVICE, ACCUMULATION, EVAL_PER_DEVICE, WORKDIR, OVERWRITE, RESUME, DATASET, CONFIGURATION}
-  | {MODEL_TYPE, CONFIG_NAME, CACHE, STREAMING, DEEPSPEED, FLOAT_16, DTYPE}
-)  # fmt: skip
-
-
+# Values that ask for what always happens, like no value at all.
+OFF_VALUES = {"false", "0", "0.0", "no", "none", "{}", "[]"}
+HF_DEFAULTS = {"train_sampling_strategy": "random", "hub_strategy": "every_save"}
+KNOWN_FLAGS = {
+  *(PUSH, HUB_NAME, BEST_METRIC, PER_DEVICE, ACCUMULATION, EVAL_PER_DEVICE, OUTPUT_DIR, OVERWRITE),
+  *(RESUME, DATASET, CONFIGURATION, MODEL_TYPE, CONFIG_NAME, CACHE_DIR, STREAMING, DEEPSPEED, FP16),
+  *(TORCH_DTYPE, *MAPPED, *STRATEGIES, *ALIASES, *NO_OPS, *UNSUPPORTED),
+}
 # Those that may stand alone, for True.
 BOOL_FLAGS = {
-  "bf16",
-  FLOAT_16,
-  "gradient_checkpointing",
-  "activation_checkpointing",
-  "adafactor",
-  "load_best_model_at_end",
+  *("bf16", "gradient_checkpointing", "activation_checkpointing", "adafactor"),
+  *("load_best_model_at_end", FP16, OVERWRITE, RESUME, PUSH, STREAMING),
 }
-BOOL_FLAGS |= {OVERWRITE, RESUME, PUSH, STREAMING}
-# What people type for a flag with a name that is nearer to another one's.
+# What people type for a flag, if its name is nearer to another flag's.
 SUGGESTIONS = {
   "model": "model_name_or_path",
   "data": "train_file",
@@ -369,29 +376,34 @@ SUGGESTIONS = {
 
 
 class PerDeviceBatch(NamedTuple):
-  """A batch as run_clm.py counts it; None where the config says it."""
+  """A batch as run_clm.py counts it; None if the config has it."""
 
-  rows: int | None
-  accumulation: int
-  eval_rows: int | None = None
-  batch_size: int | None = None  # of a DeepSpeed config that says all three
+  micro_batch_size: int | None
+  accumulation_steps: int
+  eval_batch_size: int | None = None
+  batch_size: int | None = None  # of a DeepSpeed config with all three
 
   def apply_to(self, config: ConfigDict, devices: int) -> None:
-    """Sets the batch of a run on so many devices; raises RequestError where a DeepSpeed config says another."""
-    if self.rows:
-      config.train.micro_batch_size = self.rows
-      config.train.batch_size = self.rows * self.accumulation * devices
+    """Set the batch of a run on so many devices.
+
+    Raises RequestError if a DeepSpeed config has another batch.
+    """
+    rows = self.micro_batch_size
+    if rows:
+      config.train.micro_batch_size = rows
+      config.train.batch_size = rows * self.accumulation_steps * devices
     if self.batch_size and self.batch_size != config.train.batch_size:
       raise RequestError(
-        f"--{DEEPSPEED}: train_batch_size={self.batch_size} is not {self.rows} rows x {self.accumulation} accumulation steps "
-        f"x {devices} devices; leave one of them out, or say auto"
+        f"--{DEEPSPEED}: train_batch_size={self.batch_size} is not {rows} rows x "
+        f"{self.accumulation_steps} accumulation steps x {devices} devices; leave one of them out, "
+        "or say auto"
       )
-    if self.eval_rows:
-      config.train.eval_batch_size = self.eval_rows * devices
+    if self.eval_batch_size:
+      config.train.eval_batch_size = self.eval_batch_size * devices
 
 
 def get_config() -> ConfigDict:
-  """What run_clm.py does where no flag says otherwise."""
+  """Return the settings of run_clm.py without flags."""
   config = jaxft.config.default()
   config.data.sequence_length = 1024
   config.train.epochs = 3.0
@@ -400,252 +412,252 @@ def get_config() -> ConfigDict:
 
 
 def translate(words: list[str], own: Iterable[str] = ()) -> tuple[list[str], PerDeviceBatch | None]:
-  """The words of a command line with run_clm.py's flags as jaxft's own, and the batch where it is counted by device.
+  """Translate run_clm.py's flags on a command line to jaxft's own.
 
-  Tells, on standard error, what a flag became where that is not plain.
+  Prints, on standard error, what a flag became if that is not plain.
 
   Args:
     words: those after the name of the command.
     own: names of jaxft's own flags.
 
+  Returns:
+    The translated words, and the batch if it is counted by device.
+
   Raises:
-    RequestError: with every flag that cannot mean anything here, and the reason, or the nearest one that is known.
+    RequestError: one line for each flag that has no meaning here, with the reason or a suggestion.
   """
-  rest, given, lines, notes = _given(words, {*own})
+  own_words, flags, lines, notes = _split_words(words, {*own})
   if lines:
     raise RequestError("\n".join(lines))
-  if not given:
-    return rest, None
-  command = FlagTranslator(rest, given)
-  command.notes += notes
-  for name, value in given.items():
+  if not flags:
+    return own_words, None
+  translator = FlagTranslator(own_words, flags)
+  translator.notes += notes
+  for name, value in flags.items():
     try:
-      command.add(name, value)
+      translator.add(name, value)
     except ValueError as error:
       lines.append(f"--{name}{'=' + value if value else ''}: {error}")
   if lines:
     raise RequestError("\n".join(lines))
   try:
-    command.add_deepspeed()
-    command.add_batch()
+    translator.add_deepspeed()
+    translator.add_batch()
   except ValueError as error:
     raise RequestError(str(error)) from error
-  for line in command.notes:
+  for line in translator.notes:
     print(line, file=sys.stderr)
-  config = [] if command.has_config else [f"--config={__file__}"]
-  return [
-    *config,
-    *rest,
-    *(f"--config.{setting}={value}" for setting, value in command.ours.items()),
-  ], command.batch
+  config = [] if translator.has_config else [f"--config={__file__}"]
+  settings = [f"--config.{name}={value}" for name, value in translator.settings.items()]
+  return [*config, *own_words, *settings], translator.batch
 
 
-def _given(
+def _split_words(
   words: list[str], own: set[str]
 ) -> tuple[list[str], dict[str, str], list[str], list[str]]:
-  """The words that are none of run_clm.py's, the values of those that are, and lines of unknown and of repeated flags."""
-  rest, given, lines, notes, i = [], {}, [], [], 0
-  switches = own | {f"no{name}" for name in own}
+  """Return jaxft's own words, run_clm.py's flags, and lines of unknown and of repeated flags."""
+  own_words: list[str] = []
+  flags: dict[str, str] = {}
+  lines: list[str] = []
+  notes: list[str] = []
+  own_names = own | {f"no{name}" for name in own}
+  ours = {*own_names, "", "help", "config"}
+  i = 0
   while i < len(words):
-    word, i = words[i], i + 1
+    word = words[i]
+    i += 1
     name, equals, value = word.lstrip("-").partition("=")
     name = name.replace("-", "_")
     negated = name.removeprefix("no_") if name.startswith("no_") and name not in KNOWN_FLAGS else ""
     if word.startswith("--") and negated in KNOWN_FLAGS:
-      given[ALIASES.get(negated, negated)] = "False"
+      flags[ALIASES.get(negated, negated)] = "False"
     elif word.startswith("--") and name in KNOWN_FLAGS:
       name = ALIASES.get(name, name)
       if not equals and i < len(words) and not words[i].startswith("--"):
-        value, i = words[i], i + 1
-      if given.get(name, value) != value:
-        notes.append(f"--{name}={given[name]}: given again, as {value}, which counts")
-      given[name] = value
-    elif (
-      word.startswith("--")
-      and name not in (*switches, "", "help", "config")
-      and not name.startswith("config.")
-    ):
-      lines.append(f"{word.split('=')[0]}: no such flag; {_nearest(name, KNOWN_FLAGS | own)}")
-    elif word.startswith("-") and word[1:2].isalpha() and name in KNOWN_FLAGS | switches:
+        value = words[i]
+        i += 1
+      if flags.get(name, value) != value:
+        notes.append(f"--{name}={flags[name]}: given again, as {value}, which counts")
+      flags[name] = value
+    elif word.startswith("--") and name not in ours and not name.startswith("config."):
+      lines.append(f"{word.split('=')[0]}: no such flag; {_suggestion(name, KNOWN_FLAGS | own)}")
+    elif word.startswith("-") and word[1:2].isalpha() and name in KNOWN_FLAGS | own_names:
       lines.append(f"{word.split('=')[0]}: no such flag; did you mean --{name}?")
     else:
-      rest.append(word)
-  return rest, given, lines, notes
+      own_words.append(word)
+  return own_words, flags, lines, notes
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
   near = [SUGGESTIONS[name]] if name in SUGGESTIONS else difflib.get_close_matches(name, known, 1)
-  near = near or [
-    f"config.{setting}"
-    for setting in jaxft.config.BY_NAME
-    if setting.split(".")[1] == name.split(".")[-1]
-  ]
-  return (
-    f"did you mean --{near[0]}?"
-    if near
-    else "--help and docs/recipes/run_clm.md tell what there is"
-  )
+  key = name.split(".")[-1]
+  near = near or [f"config.{it}" for it in jaxft.config.BY_NAME if it.split(".")[1] == key]
+  if not near:
+    return "--help and docs/recipes/run_clm.md show what there is"
+  return f"did you mean --{near[0]}?"
+
+
+def _conflict(word: str) -> ValueError:
+  return ValueError(f"{word} is given too; leave one of the two out")
 
 
 class FlagTranslator:
-  """A command line of run_clm.py while it is read."""
+  """The state of a translation: run_clm.py's flags so far, and the settings that they become.
 
-  def __init__(self, rest: list[str], given: dict[str, str]):
-    self.has_config = any(word == "--config" or word.startswith("--config=") for word in rest)
-    self.ours: dict[str, object] = {}  # setting -> value
+  `add` finds the method of a flag by its name: `_seed` translates --seed.
+  """
+
+  def __init__(self, own_words: list[str], flags: dict[str, str]):
+    self.has_config = any(it == "--config" or it.startswith("--config=") for it in own_words)
+    self.settings: dict[str, object] = {}
     self.notes: list[str] = []
     self.batch: PerDeviceBatch | None = None
-    self._given, self._rest, self._file = given, rest, None
+    self._flags = flags
+    self._own_words = own_words
+    self._parsed = None  # the DeepSpeed config
     self._set_by: dict[str, str] = {}  # setting -> flag, with its value
 
   def add(self, name: str, value: str) -> None:
-    """Takes a flag; raises ValueError with the reason where it means nothing here."""
+    """Translate a flag; raises ValueError with the reason if it has no meaning here."""
     if not value and name not in BOOL_FLAGS and (name in MAPPED or hasattr(self, f"_{name}")):
       raise ValueError("give a value")
     if name in UNSUPPORTED:
-      if value.lower() in NOTHING or value == DEFAULTS.get(name):
+      if value.lower() in OFF_VALUES or value == HF_DEFAULTS.get(name):
         return  # --trust_remote_code False asks for what always happens
       raise ValueError(UNSUPPORTED[name])
     if name in NO_OPS:
-      return self._always(name, value)
+      return self._ignore(name, value)
     if name in STRATEGIES:
-      return self._strategy(name, value)
+      return self._set_strategy(name, value)
     if method := getattr(self, f"_{name}", None):
       return method(value)
-    if name in MAPPED and not self._is_off(name):
+    if name in MAPPED and not self._is_overruled(name):
       self._set(MAPPED[name].setting, MAPPED[name].value(value), name)
 
   def _set(self, setting: str, value: object, flag: str) -> None:
     if value is None:
       return
-    words, other = self._words_of(_with_counterpart(setting)), self._set_by.get(setting)
+    words = self._setting_words(_with_counterpart(setting))
     if words and words[-1] != f"--config.{setting}={value}":
-      raise ValueError(f"{words[-1]} is given too; leave one of the two out")
-    if other and self.ours[setting] != value:
-      raise ValueError(f"{other} is given too; leave one of the two out")
-    self.ours[setting], self._set_by[setting] = value, f"--{flag}={self._given.get(flag, value)}"
+      raise _conflict(words[-1])
+    if setting in self._set_by and self.settings[setting] != value:
+      raise _conflict(self._set_by[setting])
+    self.settings[setting] = value
+    self._set_by[setting] = f"--{flag}={self._flags.get(flag, value)}"
 
-  def _words_of(self, names: set[str]) -> list[str]:
-    return [
-      word for word in self._rest if any(word.startswith(f"--config.{name}=") for name in names)
-    ]
+  def _note(self, flag: str, text: str) -> None:
+    self.notes.append(f"--{flag}={self._flags[flag]}: {text}")
 
-  def _is_off(self, name: str) -> bool:
-    """Whether another flag says that this one is of no account."""
-    if name == "num_train_epochs" and _says_steps(self._given.get("max_steps", "-1")):
-      self.notes.append(
-        f"--num_train_epochs={self._given[name]}: --max_steps={self._given['max_steps']} says when to end"
-      )
+  def _is_given(self, flag: str) -> bool:
+    """Whether a switch is given, and not False."""
+    return flag in self._flags and _is_true(self._flags[flag])
+
+  def _setting_words(self, names: set[str]) -> list[str]:
+    """Return the words of the command line that set one of these settings."""
+    prefixes = tuple(f"--config.{name}=" for name in names)
+    return [word for word in self._own_words if word.startswith(prefixes)]
+
+  def _is_overruled(self, name: str) -> bool:
+    """Whether another flag makes this one meaningless."""
+    if name == "num_train_epochs" and _is_step_limit(self._flags.get("max_steps", "-1")):
+      self._note(name, f"--max_steps={self._flags['max_steps']} says when to end")
       return True
-    if (
-      name == "bf16"
-      and not _is_true(self._given[name])
-      and _is_true(self._given.get(FLOAT_16, "False"))
-    ):
+    if name == "bf16" and not _is_true(self._flags[name]) and self._is_given(FP16):
       return True
-    if (
-      name in ("warmup_steps", "warmup_ratio")
-      and self._given.get("lr_scheduler_type") == "constant"
-    ):
-      if float(_number(self._given[name])):
-        self.notes.append(
-          f"--{name}={self._given[name]}: constant has no warm-up; constant_with_warmup has one"
-        )
+    is_constant = self._flags.get("lr_scheduler_type") == "constant"
+    if name in ("warmup_steps", "warmup_ratio") and is_constant:
+      if float(_number(self._flags[name])):
+        self._note(name, "constant has no warm-up; constant_with_warmup has one")
       return True
-    of = {steps: self._given.get(strategy) for strategy, (steps, _) in STRATEGIES.items()}
-    if of.get(name) in ("no", "epoch", "best"):
-      self.notes.append(
-        f"--{name}={self._given[name]}: of no account with a strategy of {of[name]}"
-      )
+    strategies = {steps: self._flags.get(strategy) for strategy, (steps, _) in STRATEGIES.items()}
+    if strategies.get(name) in ("no", "epoch", "best"):
+      self._note(name, f"of no account with a strategy of {strategies[name]}")
       return True
     return False
 
-  def _always(self, name: str, value: str) -> None:
-    alone = name == "do_eval" and _is_true(value) and "do_train" not in self._given
-    if name == "do_train" and not _is_true(value) or alone:
+  def _ignore(self, name: str, value: str) -> None:
+    """Accept a flag that changes nothing, with a note if its value asks for more."""
+    eval_only = name == "do_eval" and _is_true(value) and "do_train" not in self._flags
+    if name == "do_train" and not _is_true(value) or eval_only:
       raise ValueError(
         "this command trains; python -m jaxft.evaluate --model MODEL --data FILE measures a model"
       )
     if name in ONLY_TRUE and not _is_true(value):
       raise ValueError(ONLY_TRUE[name])
-    if name in VALUED:
-      more = value.lower() not in PLAIN.get(name, ()) and NO_OPS[name] not in (
-        LOADER,
-        NO_TORCH,
-        NO_DDP,
-      )
+    reason = NO_OPS[name]
+    if name in NO_OPS_WITH_VALUE:
+      is_silent = value.lower() in SILENT_VALUES.get(name, ())
+      asks_more = not is_silent and reason not in (LOADER, NO_TORCH, NO_DDP)
     else:
-      more = _is_true(value) == (name in ONLY_FALSE)
-    if NO_OPS[name] and more:
-      self.notes.append(f"--{name}={value}: {NO_OPS[name]}")
+      asks_more = _is_true(value) == (name in ONLY_FALSE)
+    if reason and asks_more:
+      self._note(name, reason)
 
-  def _strategy(self, name: str, value: str) -> None:
+  def _set_strategy(self, name: str, value: str) -> None:
     steps, setting = STRATEGIES[name]
     if value not in ("no", "steps", "epoch", *(["best"] if name == "save_strategy" else [])):
       raise ValueError("there is only no, steps and epoch")
     if value == "steps":
-      if steps in self._given or self._words_of({setting}):
+      if steps in self._flags or self._setting_words({setting}):
         return
-      if self.has_config and (steps == "save_steps" or "logging_steps" not in self._given):
+      if self.has_config and (steps == "save_steps" or "logging_steps" not in self._flags):
         raise ValueError(f"how many? give --{steps} too")
       if steps != "save_steps":
-        self._set(setting, _every(self._given.get("logging_steps", "500")), name)
+        self._set(setting, _interval(self._flags.get("logging_steps", "500")), name)
     elif value == "epoch":
       self._set(setting, "epoch", name)
     elif value == "best":
       self._set(setting, 0, name)
       self._set("train.keep_best_metric", "eval/loss", name)
     elif value == "no" and name == "logging_strategy":
-      self.notes.append(
-        "--logging_strategy=no: metrics.jsonl is written all the same, every 500 steps"
-      )
+      self._note(name, "metrics.jsonl is written all the same, every 500 steps")
       self._set(setting, 500, name)
     elif value == "no":
       self._set(setting, 0, name)
 
   def _max_steps(self, value: str) -> None:
-    if _says_steps(value):
-      self._set("train.steps", _whole(value), "max_steps")
-      self.ours["train.epochs"] = 0.0
+    if _is_step_limit(value):
+      self._set("train.steps", _integer(value), "max_steps")
+      self.settings["train.epochs"] = 0.0
 
   def _num_train_epochs(self, value: str) -> None:
-    if not self._is_off("num_train_epochs"):
+    if not self._is_overruled("num_train_epochs"):
       self._set("train.epochs", _number(value), "num_train_epochs")
-      self.ours["train.steps"] = 0
+      self.settings["train.steps"] = 0
 
   def _warmup_steps(self, value: str) -> None:
-    if self._is_off("warmup_steps"):
+    if self._is_overruled("warmup_steps"):
       return
     if 0 < float(_number(value)) < 1:  # transformers 5: a share
       return self._set("optim.warmup_ratio", value, "warmup_steps")
-    self._set("optim.warmup_steps", _whole(value), "warmup_steps")
-    if float(_number(self._given.get("warmup_ratio", "0"))) and int(_whole(value)):
-      self.notes.append(
-        f"--warmup_ratio={self._given['warmup_ratio']}: --warmup_steps={value} says how many"
-      )
+    self._set("optim.warmup_steps", _integer(value), "warmup_steps")
+    if float(_number(self._flags.get("warmup_ratio", "0"))) and int(_integer(value)):
+      self._note("warmup_ratio", f"--warmup_steps={value} says how many")
 
   def _warmup_ratio(self, value: str) -> None:
     number = float(_number(value))
     if not 0 <= number < 1:
       raise ValueError("must be at least 0 and below 1: a share of the steps")
-    if not self._is_off("warmup_ratio") and not float(
-      _number(self._given.get("warmup_steps", "0"))
-    ):
+    if self._is_overruled("warmup_ratio"):
+      return
+    if not float(_number(self._flags.get("warmup_steps", "0"))):
       self._set("optim.warmup_ratio", value, "warmup_ratio")
 
   def _lr_scheduler_type(self, value: str) -> None:
     self._set("optim.schedule", MAPPED["lr_scheduler_type"].value(value), "lr_scheduler_type")
-    if value == "constant" and not self._words_of({"optim.warmup_steps", "optim.warmup_ratio"}):
+    has_warmup = self._setting_words({"optim.warmup_steps", "optim.warmup_ratio"})
+    if value == "constant" and not has_warmup:
       self._set("optim.warmup_steps", 0, "lr_scheduler_type")
 
   def _seed(self, value: str) -> None:
-    self._set("train.seed", _whole(value), "seed")
-    if "data_seed" in self._given or self._words_of({"data.shuffle_seed"}):
+    self._set("train.seed", _integer(value), "seed")
+    if "data_seed" in self._flags or self._setting_words({"data.shuffle_seed"}):
       return
-    self._set("data.shuffle_seed", _whole(value), "seed")
-    if not {"validation_file", DATASET} & self._given.keys():
-      self.notes.append(
-        f"--seed={value}: orders the rows and draws the held-out text too; --data_seed is a seed for these alone"
+    self._set("data.shuffle_seed", _integer(value), "seed")
+    if not {"validation_file", DATASET} & self._flags.keys():
+      self._note(
+        "seed",
+        "orders the rows and draws the held-out text too; --data_seed is a seed for these alone",
       )
 
   def _optim(self, value: str) -> None:
@@ -656,143 +668,140 @@ class FlagTranslator:
     self._set("optim.name", MAPPED["optim"].value(value), "optim")
 
   def _dataset_name(self, value: str) -> None:
-    name = (
-      f"hub:{value}/{self._given[CONFIGURATION]}"
-      if CONFIGURATION in self._given
-      else f"hub:{value}"
-    )
+    configuration = f"/{self._flags[CONFIGURATION]}" if CONFIGURATION in self._flags else ""
+    name = f"hub:{value}{configuration}"
     self._set("data.train", name, DATASET)
-    if "validation_file" not in self._given and sources.has_split(name, "validation"):
+    if "validation_file" not in self._flags and sources.has_split(name, "validation"):
       self._set("data.validation", f"{name}:validation", DATASET)
-      self.notes.append(
-        f"--{DATASET}={value}: trained on its split train, evaluated on its split validation"
-      )
+      self._note(DATASET, "trained on its split train, evaluated on its split validation")
 
   def _dataset_config_name(self, value: str) -> None:
-    if DATASET not in self._given:
+    if DATASET not in self._flags:
       raise ValueError(f"goes with --{DATASET}")
 
   def _validation_split_percentage(self, value: str) -> None:
-    if "validation_file" in self._given:
-      return self.notes.append(
-        f"--validation_split_percentage={value}: --validation_file names what is evaluated on"
-      )
-    self._set("data.validation_fraction", _share(value), "validation_split_percentage")
+    flag = "validation_split_percentage"
+    if "validation_file" in self._flags:
+      return self._note(flag, "--validation_file names what is evaluated on")
+    self._set("data.validation_fraction", _percentage(value), flag)
 
   def _max_train_samples(self, value: str) -> None:
-    self._limit("max_train_samples", value)
+    self._set_limit("max_train_samples", value)
 
   def _max_eval_samples(self, value: str) -> None:
-    self._limit("max_eval_samples", value)
+    self._set_limit("max_eval_samples", value)
 
-  def _limit(self, name: str, value: str) -> None:
+  def _set_limit(self, name: str, value: str) -> None:
     self._set(MAPPED[name].setting, MAPPED[name].value(value), name)
-    self.notes.append(
-      f"--{name}={value}: so many documents (rows of the data), drawn; run_clm.py takes its first blocks"
+    self._note(
+      name, "so many documents (rows of the data), drawn; run_clm.py takes its first blocks"
     )
 
   def _model_type(self, value: str) -> None:
-    if "model_name_or_path" in self._given:
+    if "model_name_or_path" in self._flags:
       return  # run_clm.py looks at it for new models only, and the checkpoint says what it is
-    if CONFIG_NAME not in self._given and "tokenizer_name" not in self._given:
+    if CONFIG_NAME not in self._flags and "tokenizer_name" not in self._flags:
       raise ValueError(
-        "new weights need a tokenizer: give --tokenizer_name, or --model_name_or_path for weights to read"
+        "new weights need a tokenizer: give --tokenizer_name, or --model_name_or_path for weights "
+        "to read"
       )
-    if CONFIG_NAME not in self._given:
-      self._new_weights(self._given["tokenizer_name"])
-    pairs = filter(None, [f"model_type={value}", self._given.get("config_overrides")])
-    self.ours["model.config_overrides"] = ",".join(pairs)
+    if CONFIG_NAME not in self._flags:
+      self._init_from_scratch(self._flags["tokenizer_name"])
+    pairs = filter(None, [f"model_type={value}", self._flags.get("config_overrides")])
+    self.settings["model.config_overrides"] = ",".join(pairs)
 
   def _config_name(self, value: str) -> None:
-    if "model_name_or_path" in self._given:
+    if "model_name_or_path" in self._flags:
       raise ValueError(
-        "weights that are read have their own config.json; leave --model_name_or_path out for new ones"
+        "weights that are read have their own config.json; leave --model_name_or_path out for new "
+        "ones"
       )
-    self._new_weights(value)
+    self._init_from_scratch(value)
 
-  def _new_weights(self, path: str) -> None:
-    self.ours |= {"model.path": path, "model.init": "scratch"}
+  def _init_from_scratch(self, path: str) -> None:
+    self.settings |= {"model.path": path, "model.init": "scratch"}
     self.notes.append(
       f"no --model_name_or_path: new weights are drawn, of the sizes that {path}/config.json says"
     )
 
   def _config_overrides(self, value: str) -> None:
-    if "model_name_or_path" in self._given:
+    if "model_name_or_path" in self._flags:
       raise ValueError(
         "weights that are read have their own sizes; leave --model_name_or_path out for new ones"
       )
-    self.ours.setdefault("model.config_overrides", value)
+    self.settings.setdefault("model.config_overrides", value)
 
   def _fp16(self, value: str) -> None:
     if not _is_true(value):
       return
-    if _is_true(self._given.get("bf16", "False")):
-      raise ValueError("--bf16 is given too; leave one of the two out")
-    self._set("model.compute_dtype", "auto", FLOAT_16)
-    self.notes.append(f"--fp16: {FLOAT16}")
+    if self._is_given("bf16"):
+      raise _conflict("--bf16")
+    self._set("model.compute_dtype", "auto", FP16)
+    self.notes.append(f"--fp16: {NO_FLOAT16}")
 
   def _torch_dtype(self, value: str) -> None:
-    which = _choice(auto="float32", float32="float32", bfloat16="bfloat16", float16="bfloat16")(
-      value
-    )
-    self._set("model.param_dtype", which, DTYPE)
-    if which == "bfloat16":
-      self._set("model.compute_dtype", which if value == which else "auto", DTYPE)
+    read = _choice(auto="float32", float32="float32", bfloat16="bfloat16", float16="bfloat16")
+    dtype = read(value)
+    self._set("model.param_dtype", dtype, TORCH_DTYPE)
+    if dtype == "bfloat16":
+      self._set("model.compute_dtype", dtype if value == dtype else "auto", TORCH_DTYPE)
     if value in ("auto", "float16"):
-      self.notes.append(
-        f"--{DTYPE}={value}: weights are kept in {which}"
-        + (": " + FLOAT16 if value != "auto" else "")
-      )
+      reason = "" if value == "auto" else f": {NO_FLOAT16}"
+      self._note(TORCH_DTYPE, f"weights are stored in {dtype}{reason}")
 
   def _output_dir(self, value: str) -> None:
-    if words := [word for word in self._rest if word.startswith("--workdir")]:
-      raise ValueError(f"{words[0]} is given too; leave one of the two out")
-    self._rest.append(f"--workdir={value}")
+    if words := [word for word in self._own_words if word.startswith("--workdir")]:
+      raise _conflict(words[0])
+    self._own_words.append(f"--workdir={value}")
 
   def _overwrite_output_dir(self, value: str) -> None:
     if _is_true(value):
-      self._rest.append(f"--{OVERWRITE}")
+      self._own_words.append(f"--{OVERWRITE}")
 
   def _resume_from_checkpoint(self, value: str) -> None:
-    workdir = self._workdir()
-    if OVERWRITE in self._given and _is_true(self._given[OVERWRITE]):
+    workdir = self._find_workdir()
+    if self._is_given(OVERWRITE):
       raise ValueError(f"--{OVERWRITE} begins a new run; leave one of the two out")
     if value.lower() == "false":
       raise ValueError(f"a run that is there is continued; --{OVERWRITE} begins a new one")
     if value.lower() in ("true", ""):  # a run is continued always
-      if not _checkpoints(workdir):
+      if not _checkpoint_steps(workdir):
         self.notes.append(f"--{RESUME}: {workdir} has no checkpoint, so a new run begins")
       return
-    if _is_newest(Path(expand_user(value)), workdir):
+    if _is_latest(Path(expand_user(value)), workdir):
       return
     if (Path(value) / "trainer_state.json").exists():
       raise ValueError(
-        f"a checkpoint of transformers' Trainer; --model_name_or_path={value} begins with its weights"
+        f"a checkpoint of transformers' Trainer; --model_name_or_path={value} begins with its "
+        "weights"
       )
     raise ValueError(
-      f"not the newest checkpoint of --{WORKDIR}={workdir}, which is the one that is continued; leave it out"
+      f"not the newest checkpoint of --{OUTPUT_DIR}={workdir}, which is the one that is continued; "
+      "leave it out"
     )
 
-  def _workdir(self) -> Path:
-    """The folder of the run, as far as the command line says it."""
-    said = [
-      value or "".join(self._rest[i + 1 : i + 2])
-      for i, (name, _, value) in enumerate(word.partition("=") for word in self._rest)
-      if name == "--workdir"
-    ]
-    return Path(
-      expand_user(self._given.get(WORKDIR) or next(iter(said), f"runs/{Path(__file__).stem}"))
-    )
+  def _find_workdir(self) -> Path:
+    """Return the folder of the run, by the flags so far."""
+    workdir = f"runs/{Path(__file__).stem}"
+    for i, word in enumerate(self._own_words):
+      name, _, value = word.partition("=")
+      if name == "--workdir":
+        workdir = value or "".join(self._own_words[i + 1 : i + 2])
+        break
+    return Path(expand_user(self._flags.get(OUTPUT_DIR) or workdir))
 
   def _streaming(self, value: str) -> None:
     if _is_true(value):
-      self.notes.append(f"--{STREAMING}: {STREAMED}")
+      self.notes.append(f"--{STREAMING}: {STREAMING_NOTE}")
 
   def _cache_dir(self, value: str) -> None:
-    """Has models and data sets downloaded to a folder. Both libraries read where to when they are imported, which is later."""
-    self._set("data.cache_dir", str(Path(value) / "tokens"), CACHE)
+    """Download models and data sets to a folder.
+
+    Both libraries read these variables when they are imported, which is later.
+    """
+    self._set("data.cache_dir", str(Path(value) / "tokens"), CACHE_DIR)
     os.environ["HF_HUB_CACHE"] = os.environ["HF_DATASETS_CACHE"] = expand_user(value)
-    self.notes.append(f"--{CACHE}={value}: for downloads and tokens")
+    self._note(CACHE_DIR, "for downloads and tokens")
 
   def _hub_model_id(self, value: str) -> None:
     pass  # goes with --push_to_hub
@@ -800,9 +809,9 @@ class FlagTranslator:
   def _push_to_hub(self, value: str) -> None:
     if not _is_true(value):
       return
-    if HUB_NAME not in self._given:
+    if HUB_NAME not in self._flags:
       raise ValueError(f"give --{HUB_NAME} OWNER/NAME too")
-    self._set("export.push_to_hub", self._given[HUB_NAME], PUSH)
+    self._set("export.push_to_hub", self._flags[HUB_NAME], PUSH)
 
   def _metric_for_best_model(self, value: str) -> None:
     if value not in ("eval_loss", "loss"):
@@ -810,127 +819,128 @@ class FlagTranslator:
 
   def _logging_dir(self, value: str) -> None:
     self._set("tracking.logging_dir", value, "logging_dir")
-    if "tensorboard" not in self._given.get("report_to", ""):
-      self.notes.append(
-        f"--logging_dir={value}: of TensorBoard's files, which --report_to tensorboard switches on"
-      )
+    if "tensorboard" not in self._flags.get("report_to", ""):
+      self._note("logging_dir", "of TensorBoard's files, which --report_to tensorboard switches on")
 
   def _report_to(self, value: str) -> None:
     if value == "all":
-      raise ValueError("name those to tell: tensorboard, mlflow, wandb or trackio")
+      raise ValueError("name the trackers: tensorboard, mlflow, wandb or trackio")
     self._set("tracking.writers", MAPPED["report_to"].value(value), "report_to")
 
   def _per_device_train_batch_size(self, value: str) -> None:
-    _at_least_one(value)
+    _positive_int(value)  # `add_batch` takes it
 
-  def _gradient_accumulation_steps(self, value: str) -> None:
-    _at_least_one(value)
-
-  def _per_device_eval_batch_size(self, value: str) -> None:
-    _at_least_one(value)
+  _per_device_eval_batch_size = _gradient_accumulation_steps = _per_device_train_batch_size
 
   def _deepspeed(self, value: str) -> None:
-    """Is read when all flags are known, which beat it."""
+    """Read later, in `add_deepspeed`: every other flag wins over the file."""
 
   def add_deepspeed(self) -> None:
-    """Takes what a ds_config.json says and no flag or setting of the command line says, and prints what became of it."""
+    """Take the settings of a ds_config.json that the command line does not set; print a table."""
     from jaxft.cli import deepspeed_config, deepspeed_keys  # tables that few commands need
 
-    if not (value := self._given.get(DEEPSPEED)):
+    if not (value := self._flags.get(DEEPSPEED)):
       return
-    self._file, beaten = deepspeed_config.read(Path(expand_user(value))), {}
-    for setting, of_file in self._file.settings.items():
-      if beats := self._beats(setting):
-        beaten[setting] = beats
+    self._parsed = deepspeed_config.read(Path(expand_user(value)))
+    overridden = {}
+    for setting, file_value in self._parsed.settings.items():
+      if winner := self._overriding(setting):
+        overridden[setting] = winner
       else:
-        self.ours[setting] = of_file
+        self.settings[setting] = file_value
     counted = {
-      flag: f"--{flag}={self._given[flag]}"
+      flag: f"--{flag}={self._flags[flag]}"
       for flag in (PER_DEVICE, ACCUMULATION)
-      if flag in self._given
+      if flag in self._flags
     }
-    for key, flags in (
-      (deepspeed_keys.MICRO_BATCH, (PER_DEVICE,)),
-      (deepspeed_keys.ACCUMULATION, (ACCUMULATION,)),
-      (deepspeed_keys.TRAIN_BATCH, counted),
+    for key, flags, settings in (
+      (deepspeed_keys.MICRO_BATCH, (PER_DEVICE,), BATCH_SETTINGS),
+      (deepspeed_keys.ACCUMULATION, (ACCUMULATION,), BATCH_SETTINGS),
+      (deepspeed_keys.TRAIN_BATCH, counted, {"train.batch_size"}),
     ):
-      said = {"train.batch_size"} if key == deepspeed_keys.TRAIN_BATCH else BATCH
-      if beats := [*self._words_of(said), *(counted[flag] for flag in flags if flag in counted)]:
-        beaten[key] = beats[0]
-    print(deepspeed_config.format_table(self._file.entries, beaten), file=sys.stderr)
+      winners = [*self._setting_words(settings), *(counted[it] for it in flags if it in counted)]
+      if winners:
+        overridden[key] = winners[0]
+    print(deepspeed_config.format_table(self._parsed.entries, overridden), file=sys.stderr)
 
-  def _beats(self, setting: str) -> str | None:
-    """What the command line says of a setting, or of its counterpart; None where it says nothing."""
-    same = _with_counterpart(setting)
-    return next(
-      iter([*self._words_of(same), *(flag for name, flag in self._set_by.items() if name in same)]),
-      None,
-    )
+  def _overriding(self, setting: str) -> str | None:
+    """Return the word of the command line that sets this setting or its counterpart, or None."""
+    names = _with_counterpart(setting)
+    flags = (flag for name, flag in self._set_by.items() if name in names)
+    return next(iter([*self._setting_words(names), *flags]), None)
 
   def add_batch(self) -> None:
-    """Finds out the batch, from flags, the DeepSpeed file and the defaults; raises ValueError where they contradict."""
-    given, file = self._given, self._file
-    words = self._words_of(BATCH)
-    counted = {PER_DEVICE, ACCUMULATION} & given.keys()
+    """Find the batch by flags, the DeepSpeed file and defaults; raises ValueError on a clash."""
+    flags = self._flags
+    parsed = self._parsed
+    words = self._setting_words(BATCH_SETTINGS)
+    counted = {PER_DEVICE, ACCUMULATION} & flags.keys()
     if words and counted:
       raise ValueError(f"{words[0]}: a batch by device is given too; leave one of the two out")
-    if words and file and file.batch_size and not self._words_of({"train.batch_size"}):
-      self.ours["train.batch_size"] = file.batch_size
-    file = None if words else file  # the command line says it
-    of = {
-      flag: int(_at_least_one(given[flag])) for flag in (*counted, EVAL_PER_DEVICE) if flag in given
+    if words and parsed and parsed.batch_size and not self._setting_words({"train.batch_size"}):
+      self.settings["train.batch_size"] = parsed.batch_size
+    parsed = None if words else parsed  # the command line wins
+    numbers = {
+      flag: int(_positive_int(flags[flag])) for flag in (*counted, EVAL_PER_DEVICE) if flag in flags
     }
-    rows = of.get(PER_DEVICE, file and file.rows)
-    each = of.get(ACCUMULATION, file and file.accumulation)
-    eval_rows = of.get(EVAL_PER_DEVICE)
-    if each and not rows and self.has_config and not (file and file.batch_size):
-      flag = ACCUMULATION if ACCUMULATION in given else DEEPSPEED
+    rows = numbers.get(PER_DEVICE, parsed and parsed.micro_batch_size)
+    accumulation_steps = numbers.get(ACCUMULATION, parsed and parsed.accumulation_steps)
+    eval_batch_size = numbers.get(EVAL_PER_DEVICE)
+    has_total = parsed and parsed.batch_size
+    if accumulation_steps and not rows and self.has_config and not has_total:
+      flag = ACCUMULATION if ACCUMULATION in flags else DEEPSPEED
       raise ValueError(
-        f"--{flag}={given[flag]}: {each} accumulation steps of how many rows? give --{PER_DEVICE} too, or "
-        "--config.train.batch_size and --config.train.micro_batch_size in its place"
+        f"--{flag}={flags[flag]}: {accumulation_steps} accumulation steps of how many rows? give "
+        f"--{PER_DEVICE} too, or --config.train.batch_size and --config.train.micro_batch_size "
+        "instead"
       )
-    batch_size = file.batch_size if file and not counted else None
-    if batch_size and not (file.rows and file.accumulation):
-      self.ours["train.batch_size"] = batch_size
-      self.ours["train.micro_batch_size"] = file.rows or 0
-      if file.accumulation:
+    batch_size = parsed.batch_size if parsed and not counted else None
+    if batch_size and not (parsed.micro_batch_size and parsed.accumulation_steps):
+      self.settings["train.batch_size"] = batch_size
+      self.settings["train.micro_batch_size"] = parsed.micro_batch_size or 0
+      if parsed.accumulation_steps:
         raise ValueError(
-          f"--{DEEPSPEED}: train_batch_size={batch_size} with gradient_accumulation_steps={file.accumulation}: give "
-          "train_micro_batch_size_per_gpu in place of one of the two"
+          f"--{DEEPSPEED}: train_batch_size={batch_size} with gradient_accumulation_steps="
+          f"{parsed.accumulation_steps}: give train_micro_batch_size_per_gpu instead of one of the "
+          "two"
         )
       rows = batch_size = None
     elif not rows and (counted or not self.has_config and not words):
       rows = 8
-    if rows or eval_rows:
-      self.batch = PerDeviceBatch(rows, each or 1, eval_rows, batch_size)
+    if rows or eval_batch_size:
+      self.batch = PerDeviceBatch(
+        micro_batch_size=rows,
+        accumulation_steps=accumulation_steps or 1,
+        eval_batch_size=eval_batch_size,
+        batch_size=batch_size,
+      )
 
 
 def _with_counterpart(setting: str) -> set[str]:
-  return {
-    setting,
-    *(other for pair in jaxft.config.EXCLUSIVE_PAIRS if setting in pair for other in pair),
-  }
+  pairs = [pair for pair in jaxft.config.EXCLUSIVE_PAIRS if setting in pair]
+  return {setting}.union(*pairs)
 
 
-def _says_steps(max_steps: str) -> bool:
+def _is_step_limit(max_steps: str) -> bool:
   """Whether --max_steps says when to end; with 0 or less the epochs do."""
   return not re.fullmatch("-[0-9]+|0", max_steps)
 
 
-def _checkpoints(workdir: Path) -> list[int]:
+def _checkpoint_steps(workdir: Path) -> list[int]:
   folder = workdir / "checkpoints"
   return [int(it.name) for it in folder.iterdir() if it.name.isdecimal()] if folder.is_dir() else []
 
 
-def _is_newest(path: Path, workdir: Path) -> bool:
-  """Whether a path names a run, or the checkpoint of it that is continued: the newest."""
-  there, folder, steps = path.resolve(), (workdir / "checkpoints").resolve(), _checkpoints(workdir)
-  return there in (workdir.resolve(), folder, *([folder / str(max(steps))] if steps else []))
+def _is_latest(path: Path, workdir: Path) -> bool:
+  """Whether a path names a run, its checkpoints, or the newest of them, which is continued."""
+  folder = (workdir / "checkpoints").resolve()
+  latest = [folder / str(step) for step in sorted(_checkpoint_steps(workdir))[-1:]]
+  return path.resolve() in (workdir.resolve(), folder, *latest)
 
 
 def markdown_table() -> str:
-  """All flags in Markdown, for docs/recipes/run_clm.md."""
-  special = {
+  """Return all flags as a Markdown table, for docs/recipes/run_clm.md."""
+  remarks = {
     "max_train_samples": "documents, drawn",
     "max_eval_samples": "documents, drawn",
     "max_steps": "beats `--num_train_epochs`",
@@ -939,36 +949,41 @@ def markdown_table() -> str:
     "config_overrides": "of new weights",
     "logging_dir": "with `--report_to tensorboard`",
   }
-  lines = [
-    f"| `--{name}` | `--config.{same.setting}`{'; ' + special[name] if name in special else ''} |"
-    for name, same in MAPPED.items()
-  ]
-  lines += [
-    f"| `--{WORKDIR}` | `--workdir` |",
-    f"| `--{OVERWRITE}` | a new run: one that is in `--{WORKDIR}` is renamed, and the new name printed; the command that "
-    "continues leaves the flag out |",
-    f"| `--{RESUME}` | always so: the same command continues; refused: another checkpoint than the newest of `--{WORKDIR}` |",
-    f"| `--{STREAMING}` | {STREAMED} |",
-    f"| `--{CACHE}` | folder for downloads and tokens |",
-    f"| `--{DATASET}` with `--{CONFIGURATION}` | `--config.data.train=hub:NAME/CONFIGURATION` |",
-    f"| `--{MODEL_TYPE}`, `--{CONFIG_NAME}` | without `--model_name_or_path` `--config.model.init=scratch`: new weights |",
-    f"| `--{PER_DEVICE}` | `--config.train.micro_batch_size`; times devices and accumulation `--config.train.batch_size` |",
-    f"| `--{ACCUMULATION}` | see above |",
-    f"| `--{EVAL_PER_DEVICE}` | times devices `--config.train.eval_batch_size` |",
-    f"| `--{DEEPSPEED}` | the file is read, and a table printed of what each key became: [deepspeed.md](deepspeed.md) |",
-    f"| `--{FLOAT_16}` | `--config.model.compute_dtype=auto`: {FLOAT16} |",
-    f"| `--{DTYPE}` | `--config.model.param_dtype`; `float16` is bfloat16 |",
-    *(
-      f"| `--{name}` | `no`: never; `steps`: as `--{steps}` says; `epoch`: `--config.{setting}=epoch` |"
-      for name, (steps, setting) in STRATEGIES.items()
-    ),
-    f"| `--{BEST}` | `eval_loss`, as `--load_best_model_at_end` has it in any case; refused: another |",
-    f"| `--{PUSH}` with `--{HUB_NAME}` | `--config.export.push_to_hub` |",
-    *(f"| `--{name}` | as `--{new}` |" for name, new in ALIASES.items()),
-    *(
-      f"| `--{name}` | always so{': ' + reason if reason else ''} |"
-      for name, reason in NO_OPS.items()
-    ),
-    *(f"| `--{name}` | refused: {reason} |" for name, reason in UNSUPPORTED.items()),
-  ]
+  rows = {f"`--{name}`": f"`--config.{target.setting}`" for name, target in MAPPED.items()}
+  for name, remark in remarks.items():
+    rows[f"`--{name}`"] += f"; {remark}"
+  rows |= {
+    f"`--{OUTPUT_DIR}`": "`--workdir`",
+    f"`--{OVERWRITE}`": f"a new run: one that is in `--{OUTPUT_DIR}` is renamed, and the new name "
+    "printed; the command that continues leaves the flag out",
+    f"`--{RESUME}`": "always so: the same command continues; refused: another checkpoint than the "
+    f"newest of `--{OUTPUT_DIR}`",
+    f"`--{STREAMING}`": STREAMING_NOTE,
+    f"`--{CACHE_DIR}`": "folder for downloads and tokens",
+    f"`--{DATASET}` with `--{CONFIGURATION}`": "`--config.data.train=hub:NAME/CONFIGURATION`",
+    f"`--{MODEL_TYPE}`, `--{CONFIG_NAME}`": "without `--model_name_or_path` "
+    "`--config.model.init=scratch`: new weights",
+    f"`--{PER_DEVICE}`": "`--config.train.micro_batch_size`; times devices and accumulation "
+    "`--config.train.batch_size`",
+    f"`--{ACCUMULATION}`": "see above",
+    f"`--{EVAL_PER_DEVICE}`": "times devices `--config.train.eval_batch_size`",
+    f"`--{DEEPSPEED}`": "the file is read, and a table printed of what each key became: "
+    "[deepspeed.md](deepspeed.md)",
+    f"`--{FP16}`": f"`--config.model.compute_dtype=auto`: {NO_FLOAT16}",
+    f"`--{TORCH_DTYPE}`": "`--config.model.param_dtype`; `float16` is bfloat16",
+  }
+  for name, (steps, setting) in STRATEGIES.items():
+    rows[f"`--{name}`"] = (
+      f"`no`: never; `steps`: as `--{steps}` says; `epoch`: `--config.{setting}=epoch`"
+    )
+  rows |= {
+    f"`--{BEST_METRIC}`": "`eval_loss`, as `--load_best_model_at_end` has it in any case; refused: "
+    "another",
+    f"`--{PUSH}` with `--{HUB_NAME}`": "`--config.export.push_to_hub`",
+  }
+  rows |= {f"`--{name}`": f"as `--{new}`" for name, new in ALIASES.items()}
+  for name, reason in NO_OPS.items():
+    rows[f"`--{name}`"] = f"always so: {reason}" if reason else "always so"
+  rows |= {f"`--{name}`": f"refused: {reason}" for name, reason in UNSUPPORTED.items()}
+  lines = [f"| {flag} | {meaning} |" for flag, meaning in rows.items()]
   return "\n".join(["| run_clm.py | jaxft |", "|---|---|", *lines])

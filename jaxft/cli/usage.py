@@ -1,24 +1,27 @@
-"""What --help says: printed before jax is imported, which takes seconds. Of the commands that take a config it is here."""
+"""The --help texts of the commands with a config, printed before jax is imported (seconds)."""
 
 import contextlib
 import sys
 
-TRAIN = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config.section.key=value ...]
+TRAIN = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config.a.b=value ...]
 
   --config FILE      a file with get_config(); see configs/
   --workdir DIR      where the run is written, and found again (default: runs/NAME_OF_CONFIG)
-  --config.a.b=VALUE any setting; --print_config lists them all with their meaning. Settings that take several texts,
-                     such as data.train, take the flag several times
-  --dry_run          compile and tell the memory, train nothing
+  --config.a.b=VALUE any setting; --print_config lists them all with their meaning. Settings that
+                     take several texts, such as data.train, take the flag several times
+  --dry_run          compile and report the memory, train nothing
   --print_config     print the settings of this run and end
-  --strict           end, with exit code 4, at a damaged checkpoint instead of going back to the one before it
+  --strict           end, with exit code 4, at a damaged checkpoint instead of going back to the one
+                     before it
   --allow_change     continue a run although settings that shape what is learned have changed
   --overwrite_output_dir  begin a new run; one that is in the workdir is moved to a folder beside it
   --require gpu      end, with exit code 2, where JAX would compute on anything else; or tpu
 
-The flags of transformers' run_clm.py that mean the same thing are understood: docs/recipes/run_clm.md.
+The flags of transformers' run_clm.py that mean the same thing are understood:
+docs/recipes/run_clm.md.
 
-Several hosts, the same command on each; under SLURM, Open MPI, Kubernetes and on TPU pods these are found out:
+Several hosts, the same command on each; under SLURM, Open MPI, Kubernetes and on TPU pods these are
+found out:
   --coordinator HOST:PORT   of process 0
   --num_processes N         of the run
   --process_id I            of this process, from 0
@@ -33,24 +36,30 @@ PREPARE = """python -m jaxft.prepare --config configs/X.py [--config.section.key
   --json             print the content of data_report.json, and nothing else, on standard output
 """
 
-PLAN = """python -m jaxft.plan --config configs/X.py --device NAME [--config.a.b=value ...] [--fit] [--json] [--html FILE]
+PLAN = """python -m jaxft.plan --config configs/X.py --device NAME [--config.a.b=value ...]
+                     [--fit] [--json] [--html FILE]
 
-  --config FILE      a file with get_config(); see configs/. Its data need not be there, and no weights are read
-  --device NAME      t4, rtx4090, a100-80gb, h100, h100x8, ..., or a slice of TPUs such as v5e:2x4 or tpu7x:2x2x1, or cpux8.
-                     Several: the flag several times, or NAME,NAME
+  --config FILE      a file with get_config(); see configs/. Its data need not exist, and no weights
+                     are read
+  --device NAME      t4, rtx4090, a100-80gb, h100, h100x8, ..., or a slice of TPUs such as v5e:2x4
+                     or tpu7x:2x2x1, or cpux8. Several: the flag several times, or NAME,NAME
   --config.a.b=VALUE any setting
-  --fit              look for the fastest settings that fit; where the config does not fit, one that does is looked for anyway
-  --prices FILE      what a device costs an hour, by your own table: JSON such as {"h100": 2.5, "v5e": 1.2}
+  --fit              look for the fastest settings that fit; without it, only where the config
+                     does not fit
+  --prices FILE      what a device costs an hour, by your own table: JSON such as
+                     {"h100": 2.5, "v5e": 1.2}
   --json             print one JSON object, and nothing else, on standard output
   --html FILE        write a page
 
-Compiles the train step with the compiler of that device, which need not be there. A plan that does not fit is an answer too:
-the exit code is 0.
+Compiles the train step with the compiler of that device, without the device. A plan that does not
+fit is an answer too: the exit code is 0.
 """
 
 
 def print_help(command: list[str]) -> None:
-  """Prints the usage of `python -m jaxft.X --help` and ends the process; returns where it is not asked for, or not known here.
+  """Print the usage of `python -m jaxft.X --help` and end the process.
+
+  Return if no help is asked for, or if the command is unknown.
 
   Args:
     command: `sys.orig_argv`.
@@ -62,11 +71,10 @@ def print_help(command: list[str]) -> None:
   if text is None:
     from jaxft.cli import parsers
 
-    names = {
-      f"jaxft.{name}": name for name in ("generate", "evaluate", "export", "tokenizer", "report")
-    }
-    name = next((names[word] for word in command if word in names), None)
-    text = name and getattr(parsers, name)().format_help().rstrip()
+    names = ("generate", "evaluate", "export", "tokenizer", "report")
+    makers = {f"jaxft.{name}": getattr(parsers, name) for name in names}
+    make_parser = next((makers[word] for word in command if word in makers), None)
+    text = make_parser and make_parser().format_help().rstrip()
   if text:
     with contextlib.suppress(BrokenPipeError):
       print(text, flush=True)

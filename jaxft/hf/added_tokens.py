@@ -1,4 +1,4 @@
-"""A model with tokens of the user's own: more rows in its tables, and a tokenizer that knows them and what each is for."""
+"""Adds tokens and their roles to a model: more rows in its tables, and a tokenizer with them."""
 
 import dataclasses
 from pathlib import Path
@@ -14,27 +14,23 @@ from jaxft.hf.tokenizer import CONFIG_FILE, SPECIAL_TOKENS, is_special, load_tok
 from jaxft.model.compute import ComputeConfig
 from jaxft.model.decoder import abstract_model
 
-VOCAB_TABLES = (
-  ("embed", "tokens"),
-  ("output", "kernel"),
-  ("output", "bias"),
-)  # those that have a row for each token
+# The parameters that have a row for each token.
+VOCAB_TABLES = (("embed", "tokens"), ("output", "kernel"), ("output", "bias"))
 ROLES = ("bos", "eos", "pad")
 # transformers' other roles, which a model that writes or classifies text has no use for.
-UNUSED_ROLES = tuple(
-  name.removesuffix("_token") for name in SPECIAL_TOKENS if name.removesuffix("_token") not in ROLES
-)
+ALL_ROLES = tuple(name.removesuffix("_token") for name in SPECIAL_TOKENS)
+UNUSED_ROLES = tuple(role for role in ALL_ROLES if role not in ROLES)
 
 
 class TokenSpec(NamedTuple):
-  """What one value of --add asks for: a new token without a role, or a token, new or not, for a role."""
+  """A value of --add: a new token without a role, or a token, new or not, for a role."""
 
   token: str
   role: str = ""
 
 
 def parse_token_spec(value: str) -> TokenSpec:
-  """`TOKEN` or `ROLE=TOKEN`; a text with "=" in it is a token, unless a role is before it.
+  """Parses TOKEN or ROLE=TOKEN; a text with "=" is a token, unless a role is before it.
 
   Raises RequestError for an empty token, and for a role of transformers that has no use here.
   """
@@ -42,15 +38,15 @@ def parse_token_spec(value: str) -> TokenSpec:
   role = before.removesuffix("_token") if sign else ""
   if role in UNUSED_ROLES:
     raise RequestError(
-      f"--add {value!r}: the roles are {', '.join(ROLES)}, and {role!r} has no use in these models; "
-      f"give {token!r} alone to add it without a role"
+      f"--add {value!r}: the roles are {', '.join(ROLES)}, and {role!r} has no use in these "
+      f"models; give {token!r} alone to add it without a role"
     )
-  found = TokenSpec(token, role) if role in ROLES else TokenSpec(value)
-  if not found.token:
+  spec = TokenSpec(token, role) if role in ROLES else TokenSpec(value)
+  if not spec.token:
     raise RequestError(
       f"--add {value!r}: must be a text, or ROLE=TEXT with one of the roles {', '.join(ROLES)}"
     )
-  return found
+  return spec
 
 
 def add_tokens(
@@ -71,68 +67,69 @@ def add_tokens(
 
   Raises RequestError for a token that cannot be added, or cannot have the role.
   """
-  asked = [parse_token_spec(value) for value in values]
+  specs = [parse_token_spec(value) for value in values]
   tokenizer = load_tokenizer(source.tokenizer_folder, source.cfg.V)
-  new = _new_tokens(asked, tokenizer)
-  tokenizer.add_tokens(new, special_tokens=True)
-  for it in asked:
-    if it.role:
-      setattr(tokenizer, f"{it.role}_token", it.token)
-  before = tokenize.special_ids_around(tokenizer)[0]
-  named_bos = any(it.role == "bos" for it in asked) and tokenizer.bos_token != tokenizer.eos_token
-  if named_bos and tokenize.document_bos_id(tokenizer, before) is None:
+  new_tokens = _new_tokens(specs, tokenizer)
+  tokenizer.add_tokens(new_tokens, special_tokens=True)
+  for spec in specs:
+    if spec.role:
+      setattr(tokenizer, f"{spec.role}_token", spec.token)
+  prefix = tokenize.special_ids_around(tokenizer)[0]
+  own_bos = tokenizer.bos_token != tokenizer.eos_token
+  bos_named = own_bos and any(spec.role == "bos" for spec in specs)
+  if bos_named and tokenize.document_bos_id(tokenizer, prefix) is None:
     raise RequestError(
-      f"--add {f'bos={tokenizer.bos_token}'!r}: the tokenizer of {source.tokenizer_folder} itself begins each text with "
-      f"{tokenizer.convert_ids_to_tokens(before[0])!r}; take that out of it first (add_bos_token in {CONFIG_FILE}, "
-      "post_processor in tokenizer.json)"
+      f"--add {f'bos={tokenizer.bos_token}'!r}: the tokenizer of {source.tokenizer_folder} itself "
+      f"begins each text with {tokenizer.convert_ids_to_tokens(prefix[0])!r}; take that out of it "
+      f"first (add_bos_token in {CONFIG_FILE}, post_processor in tokenizer.json)"
     )
-  ids = {it.token: tokenizer.convert_tokens_to_ids(it.token) for it in asked}
+  ids = {spec.token: tokenizer.convert_tokens_to_ids(spec.token) for spec in specs}
   V = max(source.cfg.V, *(id + 1 for id in ids.values()))
   _, shapes, _ = abstract_model(source.cfg, ComputeConfig())
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  params = load_weights.load_params(source, shapes, jax.tree.map(lambda _: here, shapes))
-  for part, name in VOCAB_TABLES:
-    if new and name in params.get(part, {}):
-      params[part][name] = _resize_table(params[part][name], [ids[token] for token in new], V)
-  larger = source._replace(
-    hf_config=source.hf_config | {"vocab_size": V}, cfg=dataclasses.replace(source.cfg, V=V)
-  )
-  return (
-    tokenizer,
-    ids,
-    export.export_model(out, params, larger, dtype="source", tokenizer=tokenizer),
-  )
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  params = load_weights.load_params(source, shapes, jax.tree.map(lambda _: device, shapes))
+  new_ids = [ids[token] for token in new_tokens]
+  for module, name in VOCAB_TABLES:
+    if new_ids and name in params.get(module, {}):
+      params[module][name] = _resize_table(params[module][name], new_ids, V)
+  cfg = dataclasses.replace(source.cfg, V=V)
+  resized = source._replace(hf_config=source.hf_config | {"vocab_size": V}, cfg=cfg)
+  parity = export.export_model(out, params, resized, dtype="source", tokenizer=tokenizer)
+  return tokenizer, ids, parity
 
 
-def _new_tokens(asked: list[TokenSpec], tokenizer: Any) -> list[str]:
-  """The tokens that are to be added, in the order in which they were named."""
-  known, new, given = tokenizer.get_vocab(), [], {}
-  for it in asked:
-    flag = f"--add {'='.join(filter(None, (it.role, it.token)))!r}"
-    if not it.role and (it.token in known or it.token in new):
+def _new_tokens(specs: list[TokenSpec], tokenizer: Any) -> list[str]:
+  """Returns the tokens to be added, in the order in which they were named."""
+  vocab = tokenizer.get_vocab()
+  new_tokens = []
+  token_of_role = {}
+  for token, role in specs:
+    flag = f"--add {'='.join(filter(None, (role, token)))!r}"
+    if not role and (token in vocab or token in new_tokens):
       raise RequestError(
         f"{flag}: a token already; name another, or give it a role, {ROLES[0]}=... for one"
       )
-    if it.role and given.setdefault(it.role, it.token) != it.token:
-      raise RequestError(f"{flag}: {it.role} is {given[it.role]!r} already; name one token for it")
-    if it.role and it.token in known and _is_ordinary(tokenizer, known[it.token]):
+    if role and token_of_role.setdefault(role, token) != token:
       raise RequestError(
-        f"{flag}: a token that texts are made of, which transformers would leave out of every text; name a new token, "
-        f"or a special one ({tokenizer.eos_token!r})"
+        f"{flag}: {role} is {token_of_role[role]!r} already; name one token for it"
       )
-    if it.token not in known and it.token not in new:
-      new.append(it.token)
-  return new
+    if role and token in vocab and _is_ordinary(tokenizer, vocab[token]):
+      raise RequestError(
+        f"{flag}: a token that texts are made of, which transformers would leave out of every "
+        f"text; name a new token, or a special one ({tokenizer.eos_token!r})"
+      )
+    if token not in vocab and token not in new_tokens:
+      new_tokens.append(token)
+  return new_tokens
 
 
 def _is_ordinary(tokenizer: Any, id: int) -> bool:
   """Whether an ordinary text is cut into this token."""
-  backend = tokenizer.backend_tokenizer
   if is_special(tokenizer, id):
     return False
-  return backend.encode(
-    backend.decode([id], skip_special_tokens=False), add_special_tokens=False
-  ).ids == [id]
+  backend = tokenizer.backend_tokenizer
+  text = backend.decode([id], skip_special_tokens=False)
+  return backend.encode(text, add_special_tokens=False).ids == [id]
 
 
 def _resize_table(table: jax.Array, ids: list[int], V: int) -> jax.Array:

@@ -32,7 +32,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 `parity.json` says how far this folder's logits are from those of the model that was trained.
 """
-# What a model does, as the hub's tag of it, and the class that loads it.
+# A head -> the hub's tag for the task, and the class that loads the model.
 TASKS = {
   "lm": ("text-generation", "AutoModelForCausalLM"),
   "classification": ("text-classification", "AutoModelForSequenceClassification"),
@@ -40,70 +40,68 @@ TASKS = {
 
 
 def model_card(workdir: Path, step: int, local: bool) -> str:
-  """README.md of a model exported at `step`: the facts of the run, as the files of its workdir tell them.
+  """Returns README.md of a model exported at `step`: facts of the run, from its workdir's files.
 
   Args:
-    local: the model that it began with is a folder, not a hub id, whose page the hub would link.
+    local: the base model is a folder, not a hub id, whose page the hub would link.
 
   Local paths are cut to their last part.
   """
   config = jaxft.config.load_run_config(workdir / "config.json")
-  path, pretrained = config.model.path, config.model.init == "pretrained"
+  batch_size, length = config.train.batch_size, config.data.sequence_length
+  optim = config.optim
+  path = config.model.path
+  pretrained = config.model.init == "pretrained"
   name = path.rstrip("/").split("/")[-1]
   hub_id = pretrained and not local
   facts = {
     "training text": ", ".join(source.rstrip("/").split("/")[-1] for source in config.data.train),
-    "steps": f"{step:,} of {config.train.batch_size} sequences of {config.data.sequence_length} tokens",
-    "optimizer": f"{config.optim.name}, peak learning rate {config.optim.learning_rate:g}, {config.optim.schedule}",
+    "steps": f"{step:,} of {batch_size} sequences of {length} tokens",
+    "optimizer": f"{optim.name}, peak learning rate {optim.learning_rate:g}, {optim.schedule}",
   }
   for report in _read_json_lines(workdir / "data_report.json"):
-    documents, rows = (
-      report["rows"]["trained"],
-      min(config.train.batch_size, report["sequences"]["trained"]),
-    )
-    facts["training text"] += (
-      f": {format_count(documents, 'document')}, {report['tokens']['trained']:,} tokens"
-    )
-    facts["steps"] = (
-      f"{step:,} of {format_count(rows, 'sequence')} of {config.data.sequence_length} tokens"
-    )
+    documents = format_count(report["rows"]["trained"], "document")
+    sequences = min(batch_size, report["sequences"]["trained"])
+    facts["training text"] += f": {documents}, {report['tokens']['trained']:,} tokens"
+    facts["steps"] = f"{step:,} of {format_count(sequences, 'sequence')} of {length} tokens"
     if not report["tokens"]["held_out"]:
       facts["eval loss"] = "none: nothing was held out"
-  evals = [
-    line
-    for line in _read_json_lines(workdir / "metrics.jsonl")
-    if "eval/loss" in line and line["step"] <= step
-  ]
+  metrics = _read_json_lines(workdir / "metrics.jsonl")
+  evals = [line for line in metrics if "eval/loss" in line and line["step"] <= step]
   if evals:
-    first, last = evals[0], evals[-1]
-    floor = f" (entropy of the text: {first['eval/floor']:.4f})" if "eval/floor" in first else ""
-    losses = [f"{line['eval/loss']:.4f} at step {line['step']:,}" for line in (first, last)]
-    facts["eval loss"] = ", ".join(losses) + floor
-    for key, what in (("eval/accuracy", "accuracy"), ("eval/f1", "F1")):
-      if key in first:
-        facts[what] = ", ".join(
-          f"{line[key]:.4f} at step {line['step']:,}" for line in (first, last)
-        )
+    for key, metric in (
+      ("eval/loss", "eval loss"),
+      ("eval/accuracy", "accuracy"),
+      ("eval/f1", "F1"),
+    ):
+      if key in evals[0]:
+        ends = (f"{line[key]:.4f} at step {line['step']:,}" for line in (evals[0], evals[-1]))
+        facts[metric] = ", ".join(ends)
+    if "eval/floor" in evals[0]:
+      facts["eval loss"] += f" (entropy of the text: {evals[0]['eval/floor']:.4f})"
   task, auto = TASKS[config.model.head]
+  base = f"Fine-tuned from `{path if hub_id else name}`"
   return CARD.format(
     task=task,
     auto=auto,
     base=f"base_model: {path}\n" if hub_id else "",
     name=f"{name}, fine-tuned" if pretrained else name,
-    what=f"Fine-tuned from `{path if hub_id else name}`"
-    if pretrained
-    else "Trained from new weights",
+    what=base if pretrained else "Trained from new weights",
     version=jaxft.__version__,
-    facts="\n".join(f"| {what} | {fact} |" for what, fact in facts.items()),
+    facts="\n".join(f"| {key} | {fact} |" for key, fact in facts.items()),
   )
 
 
 def _read_json_lines(file: Path) -> list[dict[str, Any]]:
-  """The objects of a .json or .jsonl file; none where the user has removed it, nor of a line that a kill has cut short."""
+  """Reads the objects of a .json or .jsonl file.
+
+  There are none where the user has removed it, nor of a line that a kill has cut short.
+  """
   if not file.is_file():
     return []
-  text, objects = file.read_text(encoding="utf-8", errors="replace"), []
-  for part in [text] if file.suffix == ".json" else text.splitlines():
+  text = file.read_text(encoding="utf-8", errors="replace")
+  objects = []
+  for line in [text] if file.suffix == ".json" else text.splitlines():
     with contextlib.suppress(ValueError):
-      objects.append(json.loads(part))
+      objects.append(json.loads(line))
   return objects

@@ -1,4 +1,4 @@
-"""Weights -> a Hugging Face folder, written under a temporary name, read back, compared, and only then put in place."""
+"""Exports weights to a Hugging Face folder: written aside, read back, compared, then renamed."""
 
 import collections
 import contextlib
@@ -17,59 +17,50 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from jaxft.errors import RequestError, StorageError
 from jaxft.hf import load_weights, repo
 from jaxft.hf.export_tensors import DtypeFn, ExportTensor, always_float32, hf_tensors, make_dtype_fn
-from jaxft.hf.tokenizer import FILES, bos_token_id, save_tokenizer, verify_tokenizer
+from jaxft.hf.tokenizer import TOKENIZER_FILES, bos_token_id, save_tokenizer, verify_tokenizer
 from jaxft.hf.verify import check_hf_config, verify_export
 from jaxft.hf.weight_map import EMBEDDING, full_name
 from jaxft.utils.files import is_encodable, write_failure, write_json
 
-# Keys of config.json that name code to be loaded: there is none of it in an export.
-DROPPED_KEYS = (
-  "auto_map",
-  "custom_pipelines",
-  "attn_implementation",
-  "_attn_implementation",
-  "trust_remote_code",
-)
+# Keys of config.json that name code to be loaded: an export has no code.
+DROPPED_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
+DROPPED_KEYS += ("attn_implementation", "_attn_implementation")
 GENERATION_CONFIG = "generation_config.json"
-# The folder in a workdir with config and tokenizer of the run's model, and the files that may be in it.
+# The folder in a workdir with config and tokenizer of the run's model, and the files it may hold.
 RUN_MODEL = "run.model"
-RUN_MODEL_FILES = ("config.json", GENERATION_CONFIG, *FILES)
+RUN_MODEL_FILES = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES)
 
 
 def validate_export(out: Path) -> list[str]:
-  """What is in the way of an export to `out`, at most one line. Only what jaxft has exported is ever replaced.
+  """Checks whether `out` can be exported to: at most one line. Only an export is ever replaced.
 
   A link leads to where the export is written, which may be another disk.
   """
-  named = str(out)
+  what = f"export to {str(out)!r}"
   if not is_encodable(str(out.absolute())):
-    return [
-      f"export to {named!r}: its name is not UTF-8, which tokenizers cannot write to; name another folder"
-    ]
+    return [f"{what}: its name is not UTF-8, which tokenizers cannot write to; name another folder"]
   try:
     if out.is_symlink() and not out.exists():
-      return [
-        f"export to {named!r}: a link that leads nowhere; make {os.readlink(out)!r}, or name another folder"
-      ]
+      target = os.readlink(out)
+      return [f"{what}: a link that leads nowhere; make {target!r}, or name another folder"]
     out = Path(os.path.realpath(out))
     if out in (Path.cwd(), *Path.cwd().parents):
-      return [
-        f"export to {named!r}: this is where the command was started; name a folder to be made"
-      ]
-    above = next(path for path in out.parents if os.path.lexists(path))
-    if not above.is_dir():
-      return [f"export to {named!r}: {above} is no folder"]
-    for name in (*out.relative_to(above).parts, _partial_path(out).name, _backup_path(out).name):
+      return [f"{what}: this is where the command was started; name a folder to be made"]
+    parent = next(path for path in out.parents if os.path.lexists(path))
+    if not parent.is_dir():
+      return [f"{what}: {parent} is no folder"]
+    for name in (*out.relative_to(parent).parts, _partial_path(out).name, _backup_path(out).name):
       with contextlib.suppress(FileNotFoundError):
-        os.lstat(above / name)  # a name may be too long
+        os.lstat(parent / name)  # a name may be too long
     if not out.exists() or out.is_dir() and not any(out.iterdir()):
       return []
-    if (out / repo.PARITY_FILE).is_file() and not any(inside.is_dir() for inside in out.iterdir()):
+    if (out / repo.PARITY_FILE).is_file() and not any(entry.is_dir() for entry in out.iterdir()):
       return []
   except OSError as error:
-    return [f"export to {named!r}: {error.strerror}"]
+    return [f"{what}: {error.strerror}"]
   return [
-    f"export to {named!r}: it is there, and is no earlier export (no {repo.PARITY_FILE} in it); name another folder"
+    f"{what}: it is there, and is no earlier export (no {repo.PARITY_FILE} in it); "
+    "name another folder"
   ]
 
 
@@ -84,22 +75,26 @@ def export_model(
   tokenizer: Any = None,
   stored: repo.HFCheckpoint | None = None,
 ) -> dict[str, Any]:
-  """Writes `params` as a model that transformers' `from_pretrained(out)` loads, and returns its parity report.
+  """Writes `params` so that transformers' `from_pretrained(out)` loads them.
+
+  In a run of several processes all of them must call it; process 0 writes.
 
   Args:
-    out: the folder; one that is already there is replaced if it is empty or an earlier export, and else refused.
+    out: the folder. An existing one is replaced if it is empty or an earlier export, else refused.
     params: parameters as `model.abstract_model` nests them, on any mesh.
     checkpoint: where the config comes from.
-    dtype: of `EXPORT_DTYPES`, or "source": for each tensor the dtype that it has in `stored`, and float32 if it is not there.
+    dtype: of `EXPORT_DTYPES`, or "source": each tensor's dtype in `stored`, and float32 for a
+      tensor that is new.
     stored: None: `checkpoint`.
     tokenizer: what `jaxft.hf.tokenizer.load_tokenizer` returned; None: none is written.
     card: text of the model card (README.md); empty: the checkpoint's own, if it has one.
 
+  Returns:
+    The parity report; in processes other than 0 an empty one.
+
   Raises:
     StorageError: the disk refused, or what was read back is not what was written.
     RequestError: `out` holds something else.
-
-  In a run of several processes all of them must call it; process 0 writes, and returns the report that the others return empty.
   """
   dtype_of = make_dtype_fn(stored or checkpoint, dtype)
   _check_float16_range(params, checkpoint, dtype_of)
@@ -115,16 +110,14 @@ def export_model(
     partial.mkdir(parents=True)
     _write_weights(partial, params, checkpoint, dtype_of, max_shard_size)
     main_dtype = dtype_of(full_name(EMBEDDING)).name
-    write_config_files(
-      partial, checkpoint, tokenizer, {"dtype": main_dtype, "torch_dtype": main_dtype}
-    )
+    dtypes = {"dtype": main_dtype, "torch_dtype": main_dtype}
+    write_config_files(partial, checkpoint, tokenizer, dtypes)
     if (checkpoint.folder / "README.md").is_file():
       shutil.copyfile(checkpoint.folder / "README.md", partial / "README.md")
     if card:
       (partial / "README.md").write_text(card, encoding="utf-8")
-    parity = verify_export(partial, params, checkpoint, dtype_of, tokenizer) | {
-      "sha256": repo.checksums(partial)
-    }
+    parity = verify_export(partial, params, checkpoint, dtype_of, tokenizer)
+    parity |= {"sha256": repo.checksums(partial)}
     write_json(partial / repo.PARITY_FILE, parity)
     _atomic_replace(partial, out)
   except OSError as error:
@@ -139,58 +132,60 @@ def export_model(
 def write_config_files(
   folder: Path, checkpoint: repo.HFCheckpoint, tokenizer: Any, more: Mapping[str, Any]
 ) -> None:
-  """Writes all of a model but its weights and its card: config.json with `more` in it, generation_config.json, tokenizer.
+  """Writes a model without weights and card: config.json, generation_config.json, tokenizer.
 
-  Of both configs the tokens that begin, end and fill up a text are the tokenizer's, with which the model was trained.
+  Both configs get the begin, end and padding tokens of the tokenizer, with which the model was
+  trained.
+
+  Args:
+    more: further keys of config.json.
   """
   hf_config = {key: value for key, value in checkpoint.hf_config.items() if key not in DROPPED_KEYS}
-  hf_config |= {
-    "architectures": [checkpoint.architecture],
-    **more,
-    **_special_ids(hf_config, tokenizer),
-  }
+  special_ids = _special_ids(hf_config, tokenizer)
+  hf_config |= {"architectures": [checkpoint.architecture], **more, **special_ids}
   if checkpoint.cfg.classes and tokenizer:
     hf_config["pad_token_id"] = repo.choose_pad_token(checkpoint, tokenizer)
   if hf_config["model_type"] == "gpt2" and hf_config.get("n_ctx") is None:
     hf_config["n_ctx"] = checkpoint.cfg.P  # which llama.cpp's converter asks for
   write_json(folder / "config.json", hf_config)
   source = checkpoint.folder / GENERATION_CONFIG
-  says = repo.read_json(source) if source.is_file() else {}
-  if not checkpoint.cfg.classes or says:
-    says = {
-      key: hf_config[key] for key in ("bos_token_id", "eos_token_id") if key in hf_config
-    } | says
-    write_json(folder / GENERATION_CONFIG, says | _special_ids(says, tokenizer))
+  generation = repo.read_json(source) if source.is_file() else {}
+  if not checkpoint.cfg.classes or generation:
+    defaults = {key: hf_config[key] for key in ("bos_token_id", "eos_token_id") if key in hf_config}
+    generation = defaults | generation
+    write_json(folder / GENERATION_CONFIG, generation | _special_ids(generation, tokenizer))
   if tokenizer:
-    # jaxft pads on the right, and transformers must where no position_ids are given.
-    more = {"padding_side": "right"} if checkpoint.cfg.classes else {}
-    positions, pad = checkpoint.cfg.P, hf_config.get("pad_token_id")
     save_tokenizer(
-      tokenizer, checkpoint.tokenizer_folder, folder, more, positions=positions, pad_token_id=pad
+      tokenizer,
+      checkpoint.tokenizer_folder,
+      folder,
+      # jaxft pads on the right, and transformers must where no position_ids are given.
+      {"padding_side": "right"} if checkpoint.cfg.classes else {},
+      positions=checkpoint.cfg.P,
+      pad_token_id=hf_config.get("pad_token_id"),
     )
 
 
 def validate_workdir(workdir: Path) -> list[str]:
-  """Why config and tokenizer cannot be written into a workdir, at most one line: other files have the folder's name."""
+  """Checks that a run's model config can be written into its workdir: at most one line.
+
+  It cannot where other files have the folder's name.
+  """
   folder = workdir / RUN_MODEL
   try:
-    strange = [
-      file.name
-      for file in folder.iterdir()
-      if file.name not in RUN_MODEL_FILES or not file.is_file()
-    ]
+    for file in folder.iterdir():
+      if file.name not in RUN_MODEL_FILES or not file.is_file():
+        what = f"a run writes its model's config there, and {file.name!r} is none of it"
+        return [f"{str(folder)!r}: {what}"]
   except FileNotFoundError:
-    strange = []
+    pass
   except OSError as error:
     return [f"{str(folder)!r}: {error.strerror}"]
-  return [
-    f"{str(folder)!r}: a run writes its model's config there, and {name!r} is none of it"
-    for name in strange[:1]
-  ]
+  return []
 
 
 def is_hf_model(folder: Path) -> bool:
-  """Whether a folder has the config.json of a model, and not that of a run."""
+  """Whether a folder has the config.json of a model, not that of a run."""
   try:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError):
@@ -201,7 +196,8 @@ def is_hf_model(folder: Path) -> bool:
 def save_run_model(workdir: Path, checkpoint: repo.HFCheckpoint, tokenizer: Any) -> None:
   """Replaces WORKDIR/run.model by what `write_config_files` writes, in one rename.
 
-  The run's checkpoints can then be used when the folder of the model is gone. Raises RequestError where anything else is there.
+  The run's checkpoints can then be used when the model's folder is gone. Raises RequestError where
+  the folder holds anything else.
   """
   folder = workdir / RUN_MODEL
   partial = _partial_path(folder)
@@ -218,32 +214,33 @@ def save_run_model(workdir: Path, checkpoint: repo.HFCheckpoint, tokenizer: Any)
 
 
 def find_run_model(workdir: Path) -> Path | None:
-  """The folder of a workdir with config and tokenizer of its model; None where a run of before 2026-11-28 has none."""
-  folders = (
-    workdir / RUN_MODEL,
-    _backup_path(workdir / RUN_MODEL),
-  )  # the second: of a start that was killed just then
-  return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+  """Finds the folder of a workdir with its model's config and tokenizer.
+
+  A run of before 2026-11-28 has none: None.
+  """
+  folder = workdir / RUN_MODEL
+  # The backup is of a start that was killed in the middle of the replacement.
+  candidates = (folder, _backup_path(folder))
+  return next((path for path in candidates if (path / "config.json").is_file()), None)
 
 
-def _special_ids(says: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-  """The tokenizer's special tokens, as the keys of a config; what else may end a text there stays."""
+def _special_ids(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+  """The tokenizer's special tokens as keys of a config; other end tokens of the config stay."""
   if tokenizer is None:
     return {}
-  found = {"bos_token_id": bos_token_id(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-  found |= {} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id}
-  if isinstance(ends := says.get("eos_token_id"), list):
-    found["eos_token_id"] = [
-      found["eos_token_id"],
-      *(end for end in ends if end != found["eos_token_id"]),
-    ]
-  return found
+  ids = {"bos_token_id": bos_token_id(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+  if tokenizer.pad_token_id is not None:
+    ids["pad_token_id"] = tokenizer.pad_token_id
+  eos = ids["eos_token_id"]
+  if isinstance(ends := config.get("eos_token_id"), list):
+    ids["eos_token_id"] = [eos, *(end for end in ends if end != eos)]
+  return ids
 
 
 def check_exportable(checkpoint: repo.HFCheckpoint, tokenizer: Any) -> None:
-  """Raises RequestError where transformers would not read config and tokenizer of an export as they are meant.
+  """Raises RequestError where transformers would misread an export's config or tokenizer.
 
-  To be asked before training: what is wrong with them is known long before there are weights to write.
+  For the time before training: such an error is known long before there are weights to write.
   """
   with tempfile.TemporaryDirectory(prefix="jaxft-") as folder:
     write_config_files(Path(folder), checkpoint, tokenizer, {})
@@ -252,14 +249,16 @@ def check_exportable(checkpoint: repo.HFCheckpoint, tokenizer: Any) -> None:
 
 
 def _check_float16_range(params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn) -> None:
-  """Raises RequestError for a weight that is beyond the largest number of the dtype that it would be written in."""
-  limit = 65520  # float16 ends at 65504, to which what is below this is rounded
+  """Raises RequestError for a weight beyond the range of float16, if it is written in that."""
+  limit = 65520  # float16 ends at 65504, to which anything below the limit is rounded
   for tensor in hf_tensors(params, checkpoint, always_float32):
-    if (dtype := dtype_of(tensor.name)) == np.float16:
-      largest = max((float(np.abs(piece).max(initial=0)) for piece in tensor.chunks()), default=0.0)
+    if dtype_of(tensor.name) == np.float16:
+      maxima = (float(np.abs(chunk).max(initial=0)) for chunk in tensor.chunks())
+      largest = max(maxima, default=0.0)
       if not largest < limit:  # NaN neither
         raise RequestError(
-          f"{tensor.name} has a weight of {largest:.6g}, and {dtype.name} ends at 65504; export in bfloat16 or float32"
+          f"{tensor.name} has a weight of {largest:.6g}, and float16 ends at 65504; "
+          "export in bfloat16 or float32"
         )
 
 
@@ -270,16 +269,14 @@ def _write_weights(
   for file, tensors in files.items():
     _write_safetensors(folder / file, tensors)
   if plan.is_sharded:
-    write_json(
-      folder / "model.safetensors.index.json",
-      {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename},
-    )
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def _plan_files(
   params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn, max_shard_size: str
 ) -> tuple[dict[str, dict[str, ExportTensor]], Any]:
-  """The tensors of each file, in the order in which they are written, and the library's plan."""
+  """Plans the tensors of each file, in the order of writing; returns the library's plan too."""
   tensors = {tensor.name: tensor for tensor in hf_tensors(params, checkpoint, dtype_of)}
   plan = split_state_dict_into_shards_factory(
     tensors,
@@ -288,19 +285,19 @@ def _plan_files(
     filename_pattern="model{suffix}.safetensors",
     max_shard_size=max_shard_size,
   )
-  aligned = lambda name: (
-    -tensors[name].dtype.itemsize
-  )  # wide ones first: each begins at a multiple of its own size
-  files = plan.filename_to_tensors.items()
-  return {
-    file: {name: tensors[name] for name in sorted(names, key=aligned)} for file, names in files
-  }, plan
+  # Wide dtypes first: each tensor then begins at a multiple of its own item size.
+  alignment = lambda name: -tensors[name].dtype.itemsize
+  files = {
+    file: {name: tensors[name] for name in sorted(names, key=alignment)}
+    for file, names in plan.filename_to_tensors.items()
+  }
+  return files, plan
 
 
 def _join_gathers(
   params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn, max_shard_size: str
 ) -> dict[str, Any]:
-  """The part of a process that does not write: it takes part in gathering each piece, to write it and to compare it."""
+  """Takes part in gathering each chunk, twice: process 0 writes it, and then compares it."""
   files, _ = _plan_files(params, checkpoint, dtype_of, max_shard_size)
   written = [tensor for tensors in files.values() for tensor in tensors.values()]
   for tensor in (*written, *hf_tensors(params, checkpoint, dtype_of)):
@@ -309,44 +306,46 @@ def _join_gathers(
 
 
 def _write_safetensors(file: Path, tensors: dict[str, ExportTensor]) -> None:
-  """A safetensors file, one tensor in memory at a time: the library's own writer wants them all (0.8)."""
-  header, end = {"__metadata__": {"format": "pt"}}, 0
+  """Writes a file with one tensor in memory at a time: the library's writer wants all (0.8)."""
+  header = {"__metadata__": {"format": "pt"}}
+  end = 0
   for name, tensor in tensors.items():
     start, end = end, end + tensor.nbytes
-    header[name] = {
-      "dtype": load_weights.DTYPE_NAMES[tensor.dtype],
-      "shape": tensor.shape,
-      "data_offsets": [start, end],
-    }
+    dtype = load_weights.DTYPE_NAMES[tensor.dtype]
+    header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end]}
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
   with file.open("wb") as stream:
     stream.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
-      for piece in tensor.chunks():
-        stream.write(piece.view(np.uint8).data)
+      for chunk in tensor.chunks():
+        stream.write(chunk.view(np.uint8).data)
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def _atomic_replace(partial: Path, out: Path) -> None:
-  """Renames; a model that was there before is there until the new one is, but for a moment (see `_recover_replace`)."""
-  old = _backup_path(out)
-  shutil.rmtree(old, ignore_errors=True)
+  """Renames; an old model stays until the new one is there, but for a moment.
+
+  See `_recover_replace`.
+  """
+  backup = _backup_path(out)
+  shutil.rmtree(backup, ignore_errors=True)
   if out.exists():
-    out.rename(old)
+    out.rename(backup)
   try:
     partial.rename(out)
   except OSError:
     _recover_replace(out)
     raise
-  shutil.rmtree(old, ignore_errors=True)
+  shutil.rmtree(backup, ignore_errors=True)
 
 
 def _recover_replace(out: Path) -> None:
-  """Where something ended the process between the two renames, the old model gets its name again."""
-  if _backup_path(out).exists() and not out.exists():
-    _backup_path(out).rename(out)
+  """Gives the old model its name again where a process ended between the two renames."""
+  backup = _backup_path(out)
+  if backup.exists() and not out.exists():
+    backup.rename(out)
 
 
 def _partial_path(out: Path) -> Path:

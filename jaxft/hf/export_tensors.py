@@ -19,23 +19,24 @@ EXPORT_DTYPES = {
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
   "float16": np.dtype("float16"),
 }
-CHUNK_BYTES = 2**25  # bytes
+CHUNK_BYTES = 2**25
 DtypeFn = Callable[[str], np.dtype]  # of each tensor, by its full name
 
 
 def make_dtype_fn(checkpoint: repo.HFCheckpoint, dtype: str) -> DtypeFn:
-  """One of `EXPORT_DTYPES` for every tensor; or, for "source", what each has in the checkpoint (a new head: float32)."""
+  """Returns the dtype of each tensor: one of `EXPORT_DTYPES`, or for "source" the checkpoint's own.
+
+  A new head, which the checkpoint lacks, is float32.
+  """
   if dtype != "source":
     return lambda name: EXPORT_DTYPES[dtype]
-  source = {
-    short_name(name): tensor.dtype
-    for name, tensor in load_weights.list_tensors(checkpoint.folder, checkpoint.torch_bin).items()
-  }
+  tensors = load_weights.list_tensors(checkpoint.folder, checkpoint.torch_bin)
+  source = {short_name(name): tensor.dtype for name, tensor in tensors.items()}
   return lambda name: source.get(short_name(name), EXPORT_DTYPES["float32"])
 
 
 class ExportTensor(NamedTuple):
-  """A tensor to be written; it leaves the devices piece by piece, in the order of its bytes."""
+  """A tensor to be written; it leaves the devices chunk by chunk, in the order of its bytes."""
 
   name: str
   dtype: np.dtype
@@ -43,8 +44,8 @@ class ExportTensor(NamedTuple):
   chunks: Callable[[], Iterator[np.ndarray]]
 
   def to_numpy(self) -> np.ndarray:
-    """All of it."""
-    return np.concatenate([piece.reshape(-1) for piece in self.chunks()]).reshape(self.shape)
+    """The whole tensor."""
+    return np.concatenate([chunk.reshape(-1) for chunk in self.chunks()]).reshape(self.shape)
 
   @property
   def nbytes(self) -> int:
@@ -58,69 +59,75 @@ def always_float32(name: str) -> np.dtype:
 def hf_tensors(
   params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn = always_float32
 ) -> Iterator[ExportTensor]:
-  """Parameters as the checkpoint's family names and shapes them; gradients too."""
-  leaves = {
-    ".".join(key.key for key in path): leaf
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
-  }
+  """Yields parameters as the checkpoint's family names and shapes them; gradients too."""
+  paths, _ = jax.tree_util.tree_flatten_with_path(params)
+  leaves = {".".join(key.key for key in path): leaf for path, leaf in paths}
   for rule in checkpoint.family.rules:
     if rule.param not in leaves:
-      continue  # a head that is tied, or one of the other kind
+      continue  # a tied head, or one of the other kind
     leaf = leaves.pop(rule.param)
-    real = unpadded_shape(
-      rule.layout, leaf.shape[1:] if rule.by_layer else leaf.shape, checkpoint.cfg.V
-    )
-    shape = hf_shape(rule.layout, real)
-    for layer in range(leaf.shape[0] if rule.by_layer else 1):
+    shape = leaf.shape[1:] if rule.by_layer else leaf.shape
+    shape = unpadded_shape(rule.layout, shape, checkpoint.cfg.V)
+    for layer in range(leaf.shape[0]) if rule.by_layer else (None,):
       for index, short in enumerate(rule.names):
         name = full_name(short.format(layer))
-        dtype, part = dtype_of(name), layer if rule.by_layer else None
+        dtype = dtype_of(name)
         yield ExportTensor(
-          name, dtype, shape, functools.partial(_chunks, rule, leaf, part, dtype, real, index)
+          name=name,
+          dtype=dtype,
+          shape=hf_shape(rule.layout, shape),
+          chunks=functools.partial(_chunks, rule, leaf, layer, dtype, shape, index),
         )
   if leaves:
     raise KeyError(f"{sorted(leaves)}: no rule writes these parameters")
 
 
 def _chunks(
-  rule: Rule, leaf: jax.Array, layer: int | None, dtype: np.dtype, real: tuple[int, ...], index: int
+  rule: Rule,
+  leaf: jax.Array,
+  layer: int | None,
+  dtype: np.dtype,
+  shape: tuple[int, ...],
+  index: int,
 ) -> Iterator[np.ndarray]:
-  """One piece, or for a table of the vocabulary, the largest tensor of most models, as many rows at a time as `CHUNK_BYTES` holds."""
+  """Yields one chunk, or of a vocabulary table as many rows at a time as `CHUNK_BYTES` holds.
+
+  Such a table is the largest tensor of most models.
+  """
   if not rule.layout.startswith("V "):
     padded = _to_host(leaf, layer, dtype)
-    yield to_hf(rule.layout, padded[tuple(slice(size) for size in real)], index)
+    yield to_hf(rule.layout, padded[tuple(slice(size) for size in shape)], index)
     return
   rows = max(1, CHUNK_BYTES // (4 * math.prod(leaf.shape[1:])))
-  for start in range(0, real[0], rows):
-    piece = jax.lax.dynamic_slice_in_dim(leaf, start, min(rows, real[0] - start))
-    yield to_hf(rule.layout, _to_host(piece, None, dtype), index)
+  for start in range(0, shape[0], rows):
+    chunk = jax.lax.dynamic_slice_in_dim(leaf, start, min(rows, shape[0] - start))
+    yield to_hf(rule.layout, _to_host(chunk, None, dtype), index)
 
 
 def _to_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
-  """The array, or a layer of it, shard by shard: np.asarray would keep a second copy of all of it in the array itself.
+  """Copies an array, or a layer of it, shard by shard: np.asarray would cache a second copy in it.
 
-  What other processes hold is gathered, one piece at a time; all of them must ask for the same pieces in the same order.
+  What other processes hold is gathered, one chunk at a time; all of them must ask for the same
+  chunks in the same order.
   """
   if not array.is_fully_addressable:
-    layer_or_all = (lambda a: a) if layer is None else (lambda a: a[layer])
-    return np.asarray(
-      jax.jit(layer_or_all, out_shardings=NamedSharding(array.sharding.mesh, PartitionSpec()))(
-        array
-      )
-    ).astype(dtype)
+    select = (lambda a: a) if layer is None else (lambda a: a[layer])
+    replicated = NamedSharding(array.sharding.mesh, PartitionSpec())
+    return np.asarray(jax.jit(select, out_shardings=replicated)(array)).astype(dtype)
   first = 0 if layer is None else 1
-  whole = np.empty(array.shape[first:], dtype)
+  result = np.empty(array.shape[first:], dtype)
   for shard in array.addressable_shards:
     if shard.replica_id == 0:
-      whole[shard.index[first:]] = shard.data if layer is None else shard.data[layer]
-  return whole
+      result[shard.index[first:]] = shard.data if layer is None else shard.data[layer]
+  return result
 
 
 def round_to_dtype(params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn) -> Any:
-  """The parameters, rounded to the dtype in which they are written; several are only those of an unchanged source."""
-  written = {tensor.dtype for tensor in hf_tensors(params, checkpoint, dtype_of)}
-  return (
-    jax.tree.map(lambda leaf: leaf.astype(*written).astype(jnp.float32), params)
-    if len(written) == 1
-    else params
-  )
+  """Rounds the parameters to the dtype in which they are written, if it is one.
+
+  Only an unchanged source has several.
+  """
+  dtypes = {tensor.dtype for tensor in hf_tensors(params, checkpoint, dtype_of)}
+  if len(dtypes) != 1:
+    return params
+  return jax.tree.map(lambda leaf: leaf.astype(*dtypes).astype(jnp.float32), params)

@@ -1,4 +1,4 @@
-"""What config.json says of the published checkpoints, as far as it is not transformers' default for the family."""
+"""The config.json of published checkpoints, where it differs from transformers' defaults."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""config.json -> ModelConfig. An option that changes the maths is honoured or refused by name, never ignored."""
+"""Parses a config.json: an option that changes the maths is honoured or refused, never ignored."""
 
 import dataclasses
 import re
@@ -7,8 +7,8 @@ from typing import Any
 from jaxft.errors import RequestError
 from jaxft.model.config import ModelConfig
 
-# config.json key -> the only value whose maths is built; a missing key has this value in transformers too.
-# reorder_and_upcast_attn is no such key: scores are in float32 here whatever it says.
+# config.json key -> the only value whose maths is built; a missing key has this value in
+# transformers too. reorder_and_upcast_attn is no such key: scores are always float32 in jaxft.
 GPT2_REQUIRED = {"add_cross_attention": False}
 REQUIRED = {"quantization_config": None}
 # transformers' names of one function, gelu by tanh, and of the other, by the error function.
@@ -41,15 +41,14 @@ def gpt2(config: dict[str, Any]) -> ModelConfig:
 
 
 def gpt_neo(config: dict[str, Any]) -> ModelConfig:
-  D, N, L = (
-    _get_size(config, "hidden_size"),
-    _get_size(config, "num_heads"),
-    _get_size(config, "num_layers", at_most=2**16),
-  )
-  window, kinds = _get_size(config, "window_size", at_most=2**30), config["attention_layers"]
+  D, N = _get_size(config, "hidden_size"), _get_size(config, "num_heads")
+  L = _get_size(config, "num_layers", at_most=2**16)
+  window = _get_size(config, "window_size", at_most=2**30)
+  kinds = config["attention_layers"]
   if len(kinds) != L or set(kinds) - {"global", "local"}:
     raise RequestError(
-      f"config.json: attention_types names global or local for {len(kinds)} layers, num_layers is {L}"
+      f"config.json: attention_types names global or local for {len(kinds)} layers, "
+      f"num_layers is {L}"
     )
   return ModelConfig(
     V=_get_size(config, "vocab_size"),
@@ -74,7 +73,8 @@ def gpt_neo(config: dict[str, Any]) -> ModelConfig:
 
 def gptj(config: dict[str, Any]) -> ModelConfig:
   D, N = _get_size(config, "n_embd"), _get_size(config, "n_head")
-  H, rotary_dim = _get_head_size("n_embd", D, "n_head", N), config["rotary_dim"]
+  H = _get_head_size("n_embd", D, "n_head", N)
+  rotary_dim = config["rotary_dim"]
   if not isinstance(rotary_dim, int) or rotary_dim % 2 or not 0 < rotary_dim <= H:
     raise RequestError(
       f"config.json: rotary_dim={rotary_dim!r} must be even, above 0 and at most the head size {H}"
@@ -107,9 +107,10 @@ FAMILIES = {"gpt2": gpt2, "gpt_neo": gpt_neo, "gptj": gptj}
 
 
 def from_hf_config(config: dict[str, Any]) -> ModelConfig:
-  """The facts of a parsed config.json; raises RequestError naming the key that is wrong or not supported.
+  """Returns the `ModelConfig` of a parsed config.json; raises RequestError naming the wrong key.
 
-  transformers' own config class reads it first: defaults, types and second names (`hidden_size` for `n_embd`) are its own.
+  transformers' own config class reads it first: defaults, types and second names (`hidden_size` for
+  `n_embd`) are its own.
   """
   family = config.get("model_type")
   if not isinstance(family, str) or family not in FAMILIES:
@@ -121,27 +122,26 @@ def from_hf_config(config: dict[str, Any]) -> ModelConfig:
   import transformers  # half a second
 
   try:
-    read = transformers.CONFIG_MAPPING[family].from_dict(dict(config)).to_dict()
+    parsed = transformers.CONFIG_MAPPING[family].from_dict(dict(config)).to_dict()
   except Exception as error:  # whatever its checks raise; a list of layers may not be one at all
     raise RequestError(f"config.json: {' '.join(str(error).split())}") from error
-  # A tied head is the default of two families, and config.json is what says so.
-  read["tie_word_embeddings"] = config.get("tie_word_embeddings", family != "gptj")
-  return dataclasses.replace(FAMILIES[family](read), classes=_num_labels(config))
+  # Only config.json decides whether the head is tied, which is the default of two families.
+  parsed["tie_word_embeddings"] = config.get("tie_word_embeddings", family != "gptj")
+  return dataclasses.replace(FAMILIES[family](parsed), classes=_num_labels(config))
 
 
 def _check_num_layers(attention_types: Any) -> None:
-  """[[["global"], 10**9]] is short, but the config class would write out a list of as many layers."""
+  """Refuses [[["global"], 10**9]]: the config class would write out a list of as many layers."""
   text = str(attention_types)
   if len(text) > 2**16 or any(int(number) > 2**16 for number in re.findall(r"\d+", text)):
     raise RequestError("config.json: attention_types names more layers than a model has")
 
 
 def _num_labels(config: dict[str, Any]) -> int:
-  """How many classes a model tells apart; 0 for one that writes text."""
+  """Returns a classifier's number of classes; 0 for a model that writes text."""
   architectures = config.get("architectures")
-  if not isinstance(architectures, list) or not any(
-    str(name).endswith("ForSequenceClassification") for name in architectures
-  ):
+  names = map(str, architectures) if isinstance(architectures, list) else ()
+  if not any(name.endswith("ForSequenceClassification") for name in names):
     return 0
   classes = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
   if not isinstance(classes, int) or not 0 < classes < 2**16:
@@ -149,23 +149,24 @@ def _num_labels(config: dict[str, Any]) -> int:
   return classes
 
 
-def _check_required(config: dict[str, Any], fixed: dict[str, Any]) -> None:
-  for key, value in fixed.items():
+def _check_required(config: dict[str, Any], required: dict[str, Any]) -> None:
+  for key, value in required.items():
     if config.get(key, value) != value:
       raise RequestError(f"config.json: {key}={config[key]!r} is not supported, only {value!r}")
 
 
 def _exact_gelu(config: dict[str, Any]) -> bool:
   name = config["activation_function"]
-  if name not in TANH_GELU + EXACT_GELU:
+  known = TANH_GELU + EXACT_GELU
+  if name not in known:
     raise RequestError(
-      f"config.json: activation_function={name!r} is not supported, only {', '.join(TANH_GELU + EXACT_GELU)}"
+      f"config.json: activation_function={name!r} is not supported, only {', '.join(known)}"
     )
   return name in EXACT_GELU
 
 
-def _get_size(config: dict[str, Any], key: str, otherwise: int = 0, at_most: int = 2**24) -> int:
-  size = config[key] or otherwise
+def _get_size(config: dict[str, Any], key: str, default: int = 0, at_most: int = 2**24) -> int:
+  size = config[key] or default
   if not isinstance(size, int) or not 0 < size <= at_most:
     raise RequestError(f"config.json: {key}={size!r} is no size of a model")
   return size

@@ -1,4 +1,4 @@
-"""Adapters in the format of PEFT (read by 0.21): adapter_config.json and adapter_model.safetensors."""
+"""Adapters in PEFT's format (read by 0.21): adapter_config.json, adapter_model.safetensors."""
 
 import json
 import os
@@ -37,58 +37,60 @@ model = {auto}.from_pretrained("path/to/this/folder")
 """
 
 
-def _model_card(about: dict[str, Any]) -> str:
-  """README.md of the adapters; a base that is a folder is named by its last part, and not as a hub id."""
-  path = about["base_model_name_or_path"]
+def _model_card(config: dict[str, Any]) -> str:
+  """Returns README.md of the adapters; a base folder is named by its last part, not as a hub id."""
+  path = config["base_model_name_or_path"]
   local = is_local(path)
+  task = "SequenceClassification" if config["task_type"] == "SEQ_CLS" else "CausalLM"
   return CARD.format(
     base="" if local else f"base_model: {path}\n",
     name=path.rstrip("/").split("/")[-1] if local else path,
-    modules=", ".join(f"`{name}`" for name in about["target_modules"]),
-    auto="AutoPeftModelForSequenceClassification"
-    if about["task_type"] == "SEQ_CLS"
-    else "AutoPeftModelForCausalLM",
-    **{key: about[key] for key in ("r", "lora_alpha")},
+    modules=", ".join(f"`{name}`" for name in config["target_modules"]),
+    auto=f"AutoPeftModelFor{task}",
+    r=config["r"],
+    lora_alpha=config["lora_alpha"],
   )
 
 
 def save_adapters(
   folder: Path, trained: Any, cfg: ModelConfig, source: HFCheckpoint, config: ConfigDict
 ) -> None:
-  """Writes the adapters so that `peft.PeftModel.from_pretrained(base, folder)` loads them; raises StorageError.
+  """Writes the adapters so that `peft.PeftModel.from_pretrained(base, folder)` loads them.
+
+  In a run of several processes all of them must call it; process 0 writes.
 
   Args:
-    trained: `State.params`; in a run of several processes all must call it, and process 0 writes.
+    trained: `TrainState.params`.
+
+  Raises StorageError.
   """
   model_type = source.hf_config["model_type"]
-  adapted = {
-    name: target for name, target in lora_modules(model_type).items() if target in cfg.lora_targets
-  }
+  targets = {name: t for name, t in lora_modules(model_type).items() if t in cfg.lora_targets}
   layers = dict(cfg.trained)[next(name for name, _ in cfg.trained if name.endswith("lora_a"))]
-  found = {}
-  for name, target in adapted.items():
+  tensors = {}
+  for name, target in targets.items():
     layer, module = TARGET_MODULES[target]
-    adapter, places = trained["blocks"][layer][module]["adapter"], qkv_slots(cfg, module)
-    a, b = (gather_to_host(adapter[part]) for part in ("lora_a", "lora_b"))
-    if places:
-      a, b = (x[:, places.index("qkv".index(target))] for x in (a, b))
+    adapter = trained["blocks"][layer][module]["adapter"]
+    slots = qkv_slots(cfg, module)
+    a, b = (gather_to_host(adapter[ab]) for ab in ("lora_a", "lora_b"))
+    if slots:
+      a, b = (x[:, slots.index("qkv".index(target))] for x in (a, b))
     for i in layers or range(cfg.L):
       prefix = f"base_model.model.{full_name(f'h.{i}.{name}')}"
-      found[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a[i].reshape(-1, cfg.lora_rank).T)
-      found[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[i].reshape(cfg.lora_rank, -1).T)
+      tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a[i].reshape(-1, cfg.lora_rank).T)
+      tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[i].reshape(cfg.lora_rank, -1).T)
   if cfg.classes:
-    found[f"base_model.model.{SCORE}"] = gather_to_host(trained["output"]["score"])
-  about = {
+    tensors[f"base_model.model.{SCORE}"] = gather_to_host(trained["output"]["score"])
+  path = config.model.path
+  adapter_config = {
     "peft_type": "LORA",
     "task_type": "SEQ_CLS" if cfg.classes else "CAUSAL_LM",
-    "base_model_name_or_path": os.path.abspath(config.model.path)
-    if is_local(config.model.path)
-    else config.model.path,
+    "base_model_name_or_path": os.path.abspath(path) if is_local(path) else path,
     "revision": config.model.revision,
     "r": cfg.lora_rank,
     "lora_alpha": config.lora.alpha,
     "lora_dropout": cfg.lora_dropout,
-    "target_modules": sorted(adapted),
+    "target_modules": sorted(targets),
     "layers_to_transform": list(layers) or None,
     "layers_pattern": "h" if layers else None,
     "fan_in_fan_out": model_type == "gpt2",  # whose products are Conv1D: inputs first
@@ -101,17 +103,18 @@ def save_adapters(
   partial = folder / ".adapter_model.safetensors.partial"
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(found, partial, metadata={"format": "pt"})
+    save_file(tensors, partial, metadata={"format": "pt"})
     with partial.open("rb") as stream:
       os.fsync(stream.fileno())
-    back = load_file(partial)
-    if wrong := [name for name, array in found.items() if array.tobytes() != back[name].tobytes()]:
-      raise StorageError(
-        f"adapters to {folder}: {wrong[0]!r} read back differs; the disk is not to be trusted"
-      )
+    saved = load_file(partial)
+    for name, tensor in tensors.items():
+      if tensor.tobytes() != saved[name].tobytes():
+        raise StorageError(
+          f"adapters to {folder}: {name!r} read back differs; the disk is not to be trusted"
+        )
     partial.rename(folder / "adapter_model.safetensors")
-    atomic_write(folder / "adapter_config.json", json.dumps(about, indent=2) + "\n")
-    atomic_write(folder / "README.md", _model_card(about))
+    atomic_write(folder / "adapter_config.json", json.dumps(adapter_config, indent=2) + "\n")
+    atomic_write(folder / "README.md", _model_card(adapter_config))
   except (OSError, SafetensorError) as error:
     raise StorageError(f"adapters to {folder}: {write_failure(folder, error)}") from error
   finally:

@@ -1,4 +1,4 @@
-"""An exported folder -> the Hugging Face hub."""
+"""Uploads an exported folder to the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from jaxft.errors import RequestError, StorageError, first_line
 
 
 def validate_push(repo: str) -> list[str]:
-  """What would keep an upload to `repo` from beginning, as far as it can be known without a network; at most one line."""
+  """Checks, without a network, whether an upload to `repo` can begin: at most one line."""
   try:
     huggingface_hub.utils.validate_repo_id(repo)
   except HFValidationError as error:
@@ -20,10 +20,10 @@ def validate_push(repo: str) -> list[str]:
 
 
 def push_to_hub(folder: Path, repo: str) -> str:
-  """Uploads the folder as one commit to `repo` (NAME or OWNER/NAME), which is made if it is not there; returns its address.
+  """Uploads the folder as one commit to `repo` (NAME or OWNER/NAME); returns its address.
 
-  Raises RequestError for a name or a login that cannot work, and StorageError when the hub does not take the upload: the
-  folder is there still.
+  Creates the repository if it does not exist. Raises RequestError for a name or a login that cannot
+  work, and StorageError when the hub does not take the upload; the folder stays.
   """
   if lines := validate_push(repo):
     raise RequestError("\n".join(lines))
@@ -34,6 +34,7 @@ def push_to_hub(folder: Path, repo: str) -> str:
     )
   except Exception as error:  # hub and network errors share no class
     raise StorageError(
-      f"push_to_hub={repo!r}: {first_line(error)}; the model is in {folder}: `hf upload {repo} {folder}` tries again"
+      f"push_to_hub={repo!r}: {first_line(error)}; the model is in {folder}: "
+      f"`hf upload {repo} {folder}` tries again"
     ) from error
   return str(address)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder or hub id -> a folder whose files can be trusted to be files, and its ModelConfig."""
+"""Resolves a Hugging Face id or path to a folder whose files are safe to read, and its config."""
 
 import dataclasses
 import hashlib
@@ -13,21 +13,22 @@ from typing import Any, NamedTuple
 from jaxft.data import tokenize
 from jaxft.errors import RequestError, first_line
 from jaxft.hf import model_config
-from jaxft.hf.tokenizer import FILES, VOCAB_FILES, is_special
+from jaxft.hf.tokenizer import TOKENIZER_FILES, VOCAB_FILES, is_special
 from jaxft.hf.weight_map import FAMILIES, Family
 from jaxft.model.config import ModelConfig
 from jaxft.utils.files import HUB_URL, exists, is_encodable, reject_lfs_pointer
 
-# What a folder needs to be used and to be exported again; weights in other formats stay on the hub.
+# What using and exporting a model needs; weights in other formats stay on the hub.
 DOWNLOAD_PATTERNS = ["*.json", "*.txt", "*.safetensors", "*.model", "*.jinja", "README.md"]
-WEIGHT_FORMATS = ("model.safetensors", "flax_model.msgpack")  # the first that is there is read
-HEAD_KEYS = ("num_labels", "_num_labels", "problem_type", "finetuning_task")  # keys of config.json
-MAX_TEXT_BYTES = (
-  2**28
-)  # bytes of a .json or .txt file, which is read whole; the tokenizer.json of a large vocabulary has 2^25
-PARITY_FILE = "parity.json"  # what an export was compared with, and the checksums of its files
+WEIGHT_FORMATS = ("model.safetensors", "flax_model.msgpack")  # the first that exists is read
+TORCH_PICKLE = "pytorch_model.bin"  # read last, and only on request
+# Keys of config.json that describe a head; a new head does not inherit them.
+HEAD_KEYS = ("num_labels", "_num_labels", "problem_type", "finetuning_task")
+# Of a .json or .txt file, which is read at once; the tokenizer.json of a large vocabulary has 2^25.
+MAX_TEXT_BYTES = 2**28
+PARITY_FILE = "parity.json"  # of an export: its parity report and the checksums of its files
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
-# Its keys -> what plain LoRA has there; anything that counts as false will do as well.
+# Keys of adapter_config.json -> the values of plain LoRA; any false value is plain as well.
 PLAIN_LORA = {
   "peft_type": ("LORA",),
   "task_type": ("CAUSAL_LM",),
@@ -35,35 +36,28 @@ PLAIN_LORA = {
   "use_dora": (),
   "use_rslora": (),
 }
-UNSUPPORTED_LORA = "rank_pattern alpha_pattern modules_to_save trainable_token_indices lora_bias layer_replication target_parameters "
-UNSUPPORTED_LORA += "use_qalora use_bdlora alora_invocation_tokens arrow_config"
+UNSUPPORTED_LORA = (
+  "rank_pattern alpha_pattern modules_to_save trainable_token_indices lora_bias layer_replication "
+  "target_parameters use_qalora use_bdlora alora_invocation_tokens arrow_config"
+)
 PLAIN_LORA |= {key: () for key in UNSUPPORTED_LORA.split()}
 PLAIN_LORA["init_lora_weights"] = (True, "gaussian")  # others change the base as well
-# All that is read of a folder, besides weights and their index.
-READABLE_FILES = {
-  "config.json",
-  "generation_config.json",
-  "README.md",
-  "encoder.json",
-  "vocab.bpe",
-  PARITY_FILE,
-  ADAPTER_CONFIG,
-  *FILES,
-}
-TORCH_PICKLE = "pytorch_model.bin"  # read last, and only when it is asked for
+# All files of a folder that are read, besides weights and their index.
+READABLE_FILES = {"config.json", "generation_config.json", "README.md", "encoder.json", "vocab.bpe"}
+READABLE_FILES |= {PARITY_FILE, ADAPTER_CONFIG, *TOKENIZER_FILES}
 
 
 class HFCheckpoint(NamedTuple):
-  """A folder with a config that can be run; its weights are not read yet."""
+  """A model folder and its parsed config; its weights are not read yet."""
 
   folder: Path
   hf_config: dict[str, Any]
   cfg: ModelConfig
   torch_bin: bool = False  # pickles may be read
-  new_head: bool = False  # the classes are the run's own: their scores are not in the folder
-  adapter: Path | None = (
-    None  # LoRA adapters of PEFT that are merged into the weights as they are read
+  new_head: bool = (
+    False  # the classification head is the run's own: the folder has no weights of it
   )
+  adapter: Path | None = None  # PEFT's LoRA adapters, merged into the weights as they are read
   tokenizer: Path | None = None  # folder of another tokenizer than the model's own
 
   @property
@@ -90,15 +84,16 @@ class HFCheckpoint(NamedTuple):
 
 
 def with_class_head(checkpoint: HFCheckpoint, labels: list[str], tokenizer: Any) -> HFCheckpoint:
-  """The checkpoint with a classification head: its own, else a new one for these labels in place of its language head.
+  """Returns the checkpoint with its own classification head, or else a new one for these labels.
 
-  Raises RequestError where transformers could not tell padding from what the tokenizer itself puts after a text.
+  A new head replaces the language head. Raises RequestError where transformers would confuse
+  padding with the token that the tokenizer itself puts after a text.
   """
   has_head = checkpoint.cfg.classes > 0
   labels = checkpoint.labels if has_head else labels
-  about = {
-    key: value for key, value in checkpoint.hf_config.items() if has_head or key not in HEAD_KEYS
-  } | {
+  dropped = () if has_head else HEAD_KEYS
+  hf_config = {key: value for key, value in checkpoint.hf_config.items() if key not in dropped}
+  hf_config |= {
     "architectures": [checkpoint.family.classifier],
     "id2label": {str(i): label for i, label in enumerate(labels)},
     "label2id": {label: i for i, label in enumerate(labels)},
@@ -106,29 +101,32 @@ def with_class_head(checkpoint: HFCheckpoint, labels: list[str], tokenizer: Any)
     "pad_token_id": choose_pad_token(checkpoint, tokenizer),
   }
   cfg = dataclasses.replace(checkpoint.cfg, classes=len(labels))
-  return checkpoint._replace(hf_config=about, cfg=cfg, new_head=not has_head)
+  return checkpoint._replace(hf_config=hf_config, cfg=cfg, new_head=not has_head)
 
 
 def choose_pad_token(checkpoint: HFCheckpoint, tokenizer: Any) -> int:
-  """The token that rows are filled up with: transformers reads the class at the last token that is not this one."""
-  said, after = checkpoint.hf_config.get("pad_token_id"), tokenize.special_ids_around(tokenizer)[1]
-  # A head that was trained has learned with what its config.json says. A new one's must be no token that texts have.
-  has_head = checkpoint.cfg.classes and not checkpoint.new_head
-  fine = said in tokenizer.get_vocab().values() if has_head else is_special(tokenizer, said)
-  known = said if fine else None
-  chosen = next(
-    id for id in (tokenizer.pad_token_id, known, tokenizer.eos_token_id) if id is not None
-  )
-  if after[-1:] == [chosen]:
+  """Returns the padding token: transformers reads the class at the last token that is another."""
+  declared = checkpoint.hf_config.get("pad_token_id")
+  # A trained head has learned with what its config.json says. A new one needs a token that no text
+  # is made of.
+  if checkpoint.cfg.classes and not checkpoint.new_head:
+    usable = declared in tokenizer.get_vocab().values()
+  else:
+    usable = is_special(tokenizer, declared)
+  candidates = (tokenizer.pad_token_id, declared if usable else None, tokenizer.eos_token_id)
+  pad_token_id = next(id for id in candidates if id is not None)
+  if tokenize.special_ids_around(tokenizer)[1][-1:] == [pad_token_id]:
     raise RequestError(
-      f"{checkpoint.folder}: the tokenizer ends each text with {tokenizer.convert_ids_to_tokens(chosen)!r}, which is the "
-      "padding token too, and transformers would overlook it; give the tokenizer a pad_token of its own"
+      f"{checkpoint.folder}: the tokenizer ends each text with "
+      f"{tokenizer.convert_ids_to_tokens(pad_token_id)!r}, which is the "
+      "padding token too, and transformers would overlook it; give the tokenizer a pad_token of "
+      "its own"
     )
-  return chosen
+  return pad_token_id
 
 
 def validate_model(path: str, weights: bool = True, torch_bin: bool = False) -> list[str]:
-  """What is wrong with config.model.path if it is a folder, at most one line; a hub id is not looked up here."""
+  """Checks config.model.path if it is a folder: at most one line. A hub id is not looked up."""
   try:
     _reject_url(path)
     if path and is_local(path):
@@ -139,49 +137,48 @@ def validate_model(path: str, weights: bool = True, torch_bin: bool = False) -> 
 
 
 def is_local(path: str) -> bool:
-  """Whether a path is meant, not a hub id: it exists, or it could not be an id (an id is NAME or OWNER/NAME)."""
+  """Whether this is a path: it exists, or it cannot be a hub id (NAME or OWNER/NAME)."""
   return exists(Path(path)) or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", path)
 
 
 def resolve(
   path: str, revision: str = "main", weights: bool = True, torch_bin: bool = False
 ) -> HFCheckpoint:
-  """The checkpoint that a folder or a hub id names, downloaded if need be; raises RequestError with the way out.
+  """Returns the checkpoint that a folder or a hub id names; downloads it if need be.
 
   Args:
     weights: whether the folder must hold weights.
     torch_bin: whether pytorch_model*.bin may be read, where there are no others.
+
+  Raises RequestError with the way out.
   """
   _reject_url(path)
   if is_local(path):
     return _open_folder(Path(path), weights, torch_bin)
   import huggingface_hub
 
+  download = huggingface_hub.snapshot_download
+  weight_patterns = ["*.safetensors", "flax_model*.msgpack"]
+  weight_patterns += ["pytorch_model*.bin"] if torch_bin else []
   try:
-    folder = Path(
-      huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=DOWNLOAD_PATTERNS)
-    )
-    for others in (
-      "*.safetensors",
-      "flax_model*.msgpack",
-      *(["pytorch_model*.bin"] if torch_bin else []),
-    ):
-      if not weights or any(folder.glob(others)):
+    folder = Path(download(path, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
+    for pattern in weight_patterns:
+      if not weights or any(folder.glob(pattern)):
         break
-      huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=others)
+      download(path, revision=revision, allow_patterns=pattern)
   except Exception as error:  # hub and network errors share no class
     raise RequestError(
-      f"config.model.path or --model, {path!r}: no such folder, and the hub gave none ({first_line(error)}); "
-      "check the id, or give a folder"
+      f"config.model.path or --model, {path!r}: no such folder, and the hub gave none "
+      f"({first_line(error)}); check the id, or give a folder"
     ) from error
   return _open_folder(folder, weights, torch_bin)
 
 
 def _reject_url(path: str) -> None:
-  if not exists(Path(path)) and (address := HUB_URL.fullmatch(path)):
-    if address["datasets"]:
+  if not exists(Path(path)) and (url := HUB_URL.fullmatch(path)):
+    if url["datasets"]:
       raise RequestError(f"model {path!r}: the address of a data set, not of a model")
-    raise RequestError(f"model {path!r}: an address; give the id alone: {address['id']}")
+    raise RequestError(f"model {path!r}: an address; give the id alone: {url['id']}")
 
 
 def _open_folder(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
@@ -189,18 +186,16 @@ def _open_folder(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
     raise RequestError(
       f"model folder {str(folder)!r}: no such folder; give one, or a hub id such as gpt2"
     )
-  config_file = folder / "config.json"
   _check_safe_files(folder, [name for name in READABLE_FILES if os.path.lexists(folder / name)])
-  of_a_model = [
-    *WEIGHT_FORMATS,
-    TORCH_PICKLE,
-    *(f"{name}.index.json" for name in (*WEIGHT_FORMATS, TORCH_PICKLE)),
-  ]
-  if (folder / ADAPTER_CONFIG).is_file() and not (
-    config_file.is_file() and any((folder / it).is_file() for it in of_a_model)
-  ):
+  has_config = (folder / "config.json").is_file()
+  weight_names = (*WEIGHT_FORMATS, TORCH_PICKLE)
+  has_weights = any(
+    (folder / name).is_file()
+    for name in (*weight_names, *(f"{name}.index.json" for name in weight_names))
+  )
+  if (folder / ADAPTER_CONFIG).is_file() and not (has_config and has_weights):
     return _resolve_adapter(folder, weights, torch_bin)
-  if not config_file.is_file():
+  if not has_config:
     raise RequestError(
       f"model folder {str(folder)!r}: no config.json in it, so it is not a Hugging Face model; "
       "give a folder with config.json and model.safetensors, or a hub id such as gpt2"
@@ -208,26 +203,26 @@ def _open_folder(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
   verify_checksums(folder, weights=False)
   if weights:
     weight_files(folder, torch_bin)
-  return HFCheckpoint(folder, *read_config(config_file), torch_bin)
+  hf_config, cfg = read_config(folder / "config.json")
+  return HFCheckpoint(folder=folder, hf_config=hf_config, cfg=cfg, torch_bin=torch_bin)
 
 
 def _resolve_adapter(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
-  """A folder of LoRA adapters as the model that they are for, which is found by its name there, and merged with them when read.
+  """Returns the base model that a folder of LoRA adapters names, to be merged with them when read.
 
   Raises RequestError for adapters whose maths is not built.
   """
-  about = read_json(folder / ADAPTER_CONFIG)
+  file = folder / ADAPTER_CONFIG
+  config = read_json(file)
   for key, plain in PLAIN_LORA.items():
-    if about.get(key) and about[key] not in plain:
+    if config.get(key) and config[key] not in plain:
       raise RequestError(
-        f"{folder / ADAPTER_CONFIG}: {key}={about[key]!r}: only plain LoRA can be merged here; merge it with PEFT (merge_and_unload), "
-        "and give the model"
+        f"{file}: {key}={config[key]!r}: only plain LoRA can be merged here; "
+        "merge it with PEFT (merge_and_unload), and give the model"
       )
-  base, revision = about.get("base_model_name_or_path"), about.get("revision") or "main"
+  base, revision = config.get("base_model_name_or_path"), config.get("revision") or "main"
   if not isinstance(base, str) or not base or not isinstance(revision, str):
-    raise RequestError(
-      f"{folder / ADAPTER_CONFIG}: base_model_name_or_path={base!r} names no model"
-    )
+    raise RequestError(f"{file}: base_model_name_or_path={base!r} names no model")
   if weights and not (folder / ADAPTER_WEIGHTS).is_file():
     raise RequestError(
       f"{folder}: no {ADAPTER_WEIGHTS} in it (an adapter_model.bin is a pickle, and not read)"
@@ -241,16 +236,16 @@ def _resolve_adapter(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoi
       f"{folder}: adapters of {base!r}, which is a folder of adapters itself; merge that one first"
     )
   try:
-    found = resolve(base, revision, weights, torch_bin)
+    checkpoint = resolve(base, revision, weights, torch_bin)
   except RequestError as error:
     raise RequestError(
       f"{folder}: adapters of {base!r}, which is not there ({first_line(error)})"
     ) from error
-  return found._replace(adapter=folder)
+  return checkpoint._replace(adapter=folder)
 
 
 def read_config(file: Path) -> tuple[dict[str, Any], ModelConfig]:
-  """A parsed config.json and the facts in it; raises RequestError naming the file."""
+  """Parses a config.json; raises RequestError naming the file."""
   hf_config = read_json(file)
   try:
     return hf_config, model_config.from_hf_config(hf_config)
@@ -259,67 +254,63 @@ def read_config(file: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
-  """The folder's weights, in the first of `WEIGHT_FORMATS` that it has: one file, or the shards that an index names.
+  """Lists the weight files of the first of `WEIGHT_FORMATS` that exists: one, or an index's shards.
 
-  A shard lies in the folder itself and is of the format that the index is of.
+  A shard lies in the folder itself and has the format of its index.
   """
-  for single in (*WEIGHT_FORMATS, TORCH_PICKLE) if torch_bin else WEIGHT_FORMATS:
-    index = folder / f"{single}.index.json"
-    if os.path.lexists(folder / single):
-      return _files_in_folder(folder, folder / single, [single])
+  for name in (*WEIGHT_FORMATS, TORCH_PICKLE) if torch_bin else WEIGHT_FORMATS:
+    index = folder / f"{name}.index.json"
+    if os.path.lexists(folder / name):
+      return _files_in_folder(folder, folder / name, [name])
     if os.path.lexists(index):
       _check_safe_files(folder, [index.name])
-      return _files_in_folder(folder, index, _read_index(index, Path(single).suffix))
+      return _files_in_folder(folder, index, _read_index(index, Path(name).suffix))
   pickled = any(folder.glob("pytorch_model*.bin"))
+  advice = (
+    f"; {TORCH_PICKLE} is a pickle, which is read (by torch, weights_only) only when asked: "
+    "--config.model.torch_bin=True to train, --torch_bin for the other commands"
+  )
   raise RequestError(
-    f"model folder {str(folder)!r}: none of {', '.join(WEIGHT_FORMATS)} in it, whole or with an index"
-    + (
-      f"; {TORCH_PICKLE} is a pickle, which is read (by torch, weights_only) only when asked: --config.model.torch_bin=True to "
-      "train, --torch_bin for the other commands"
-      if pickled
-      else ""
-    )
+    f"model folder {str(folder)!r}: none of {', '.join(WEIGHT_FORMATS)} in it, "
+    f"whole or with an index{advice if pickled else ''}"
   )
 
 
 def checksums(folder: Path) -> dict[str, str]:
-  """SHA-256 of every file of an export but its card, which people edit."""
-  files = sorted(
-    file
-    for file in folder.iterdir()
-    if file.is_file() and file.name not in (PARITY_FILE, "README.md")
-  )
-  with ThreadPoolExecutor() as threads:  # hashing leaves Python's lock
-    return {
-      file.name: found for file, found in zip(files, threads.map(_sha256, files), strict=True)
-    }
+  """Returns the SHA-256 of every file of an export but its card, which people edit."""
+  excluded = (PARITY_FILE, "README.md")
+  files = [file for file in folder.iterdir() if file.is_file() and file.name not in excluded]
+  files.sort()
+  with ThreadPoolExecutor() as threads:  # hashing releases Python's lock
+    names = (file.name for file in files)
+    return dict(zip(names, threads.map(_sha256, files), strict=True))
 
 
 def verify_checksums(folder: Path, weights: bool) -> None:
-  """Raises RequestError when a file of an export is not what it was: a flipped bit in weights or a config loads without a word.
+  """Raises RequestError when a file of an export has changed: a flipped bit would load silently.
 
   Folders that jaxft has not exported have no checksums, and pass.
 
   Args:
-    weights: look at weights, or at all other files, which costs little.
+    weights: check the weights, or else all other files, which costs little.
   """
   if not (folder / PARITY_FILE).is_file():
     return
-  wanted = read_json(folder / PARITY_FILE).get("sha256", {})
-  if not isinstance(wanted, dict):
+  expected = read_json(folder / PARITY_FILE).get("sha256", {})
+  if not isinstance(expected, dict):
     raise RequestError(
       f"{folder / PARITY_FILE}: its checksums are not a list of files; export again, or remove it"
     )
-  chosen = [name for name in wanted if name.endswith(".safetensors") == weights]
+  names = [name for name in expected if name.endswith(".safetensors") == weights]
+  files = [folder / Path(name).name for name in names]
   with ThreadPoolExecutor() as threads:
-    found = dict(
-      zip(chosen, threads.map(lambda name: _sha256(folder / Path(name).name), chosen), strict=True)
-    )
-  for name in chosen:
-    if found[name] != wanted[name]:
-      what = "is not what was exported" if found[name] else "was exported, and cannot be read"
+    actual = list(threads.map(_sha256, files))
+  for name, file, digest in zip(names, files, actual, strict=True):
+    if digest != expected[name]:
+      what = "is not what was exported" if digest else "was exported, and cannot be read"
       raise RequestError(
-        f"{folder / Path(name).name}: {what} (by its SHA-256 in {PARITY_FILE}); export again, or remove {PARITY_FILE} if you changed it"
+        f"{file}: {what} (by its SHA-256 in {PARITY_FILE}); "
+        f"export again, or remove {PARITY_FILE} if you changed it"
       )
 
 
@@ -332,16 +323,17 @@ def _sha256(file: Path) -> str | None:
 
 
 def _read_index(index: Path, suffix: str) -> list[str]:
-  where = read_json(index).get("weight_map")
-  if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+  weight_map = read_json(index).get("weight_map")
+  if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
     raise RequestError(f"{index}: not an index of weights: it has no weight_map of file names")
-  for name in where.values():
+  for name in weight_map.values():
     if not name.endswith(suffix):
       raise RequestError(f"{index}: {name[:100]!r} is no {suffix} file")
-  return sorted(set(where.values()))
+  return sorted(set(weight_map.values()))
 
 
 def read_json(file: Path) -> dict[str, Any]:
+  """Reads a JSON object; raises RequestError for anything else."""
   try:
     content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicate_keys)
   except (OSError, ValueError, RecursionError) as error:
@@ -352,46 +344,43 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """A JSON object; ValueError for one that says a thing twice, of which readers believe either."""
-  found = dict(pairs)
-  if len(found) < len(pairs):
+  """Builds a JSON object; ValueError where a key occurs twice: readers disagree on which counts."""
+  content = dict(pairs)
+  if len(content) < len(pairs):
     names = [name for name, _ in pairs]
-    raise ValueError(
-      f"{next(name for name in names if names.count(name) > 1)[:100]!r} is in it twice"
-    )
-  return found
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f"{twice[:100]!r} is in it twice")
+  return content
 
 
 def _files_in_folder(folder: Path, named_in: Path, names: list[str]) -> list[Path]:
   for name in names:
-    if (
-      Path(name).name != name
-      or "\0" in name
-      or not is_encodable(name)
-      or not _can_be_file(folder / name)
-    ):
+    plain = Path(name).name == name and "\0" not in name and is_encodable(name)
+    if not plain or not _can_be_file(folder / name):
       raise RequestError(f"{named_in}: {name[:100]!r} is not a file of this folder")
   _check_safe_files(folder, names)
   return [folder / name for name in names]
 
 
 def _can_be_file(file: Path) -> bool:
-  """Whether there is something that may be a file: a link that leads nowhere is refused later, with what can be done."""
+  """Whether this may be a file; a broken link is refused later, with advice."""
   return os.path.lexists(file) and not file.is_dir()
 
 
 def _check_safe_files(folder: Path, names: Iterable[str]) -> None:
-  """Files that are read, and some of them copied into exports: none may be a file from elsewhere, or a pipe.
+  """Raises RequestError where a file that is read or exported lies elsewhere, or is a pipe.
 
-  Whatever else lies in the folder is not looked at.
+  Other files of the folder are not looked at.
   """
-  # The hub's cache links each file to ../../blobs/HASH: its own folders, models--X/snapshots/Y, are what may be left.
-  home = folder.resolve()
-  home = home.parent.parent if home.parent.name == "snapshots" else home
+  # The hub's cache links each file to ../../blobs/HASH: only out of its own folders,
+  # models--X/snapshots/Y, may a link lead.
+  root = folder.resolve()
+  root = root.parent.parent if root.parent.name == "snapshots" else root
   for file in (folder / name for name in sorted(names)):
-    if file.is_symlink() and not file.resolve().is_relative_to(home):
+    if file.is_symlink() and not file.resolve().is_relative_to(root):
       raise RequestError(
-        f"{file}: a link that leads out of this folder; copy the folder with the files themselves: cp -rL {folder} COPY"
+        f"{file}: a link that leads out of this folder; "
+        f"copy the folder with the files themselves: cp -rL {folder} COPY"
       )
     if not file.is_file() and not file.is_dir():
       raise RequestError(f"{file}: not an ordinary file")
@@ -402,20 +391,19 @@ def _check_safe_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def fingerprint(checkpoint: HFCheckpoint, whole: bool = False) -> str:
-  """Tells the weights of one folder from another's: by all bytes, or by sizes and 64 KB at each of 17 places in each file."""
-  digest, sample = hashlib.sha256(json.dumps(checkpoint.hf_config, sort_keys=True).encode()), 2**16
-  adapter = (
-    [checkpoint.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
-    if checkpoint.adapter
-    else []
-  )
-  for file in (*weight_files(checkpoint.folder, checkpoint.torch_bin), *adapter):
+  """Identifies the weights: by all bytes, or by sizes and 17 samples of 64 KB in each file."""
+  digest = hashlib.sha256(json.dumps(checkpoint.hf_config, sort_keys=True).encode())
+  sample_bytes = 2**16
+  files = weight_files(checkpoint.folder, checkpoint.torch_bin)
+  if checkpoint.adapter:
+    files += [checkpoint.adapter / ADAPTER_CONFIG, checkpoint.adapter / ADAPTER_WEIGHTS]
+  for file in files:
     size = file.stat().st_size
     digest.update(f"{file.name} {size} ".encode())
     with file.open("rb") as stream:
       if whole:
         digest.update(hashlib.file_digest(stream, "sha256").digest())
-      for part in range(0 if whole else 17):
-        stream.seek(max(0, size - sample) * part // 16)
-        digest.update(stream.read(sample))
+      for i in range(0 if whole else 17):
+        stream.seek(max(0, size - sample_bytes) * i // 16)
+        digest.update(stream.read(sample_bytes))
   return digest.hexdigest()

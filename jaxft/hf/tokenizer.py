@@ -1,7 +1,8 @@
-"""The tokenizer of a Hugging Face folder: read, looked at, and written so that transformers 4 and 5 and other tools read it.
+"""A Hugging Face folder's tokenizer: loaded, checked, and saved for transformers 4 and 5.
 
-What AutoTokenizer returns is not believed: of a folder without a vocabulary transformers 5 makes a tokenizer of one token, and
-of a vocab.json without its merges one that spells every word (5.24, measured).
+We do not trust what AutoTokenizer returns: for a folder without a vocabulary transformers 5 makes
+a tokenizer of one token, and for a vocab.json without its merges one that spells every word (5.24,
+measured).
 """
 
 import hashlib
@@ -25,35 +26,24 @@ SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "
 # A folder with one of them has a tokenizer.
 VOCAB_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", *SENTENCEPIECE)
 # All that `save_tokenizer` may write.
-FILES = (
-  "tokenizer.json",
-  CONFIG_FILE,
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "vocab.json",
-  "merges.txt",
-  "vocab.txt",
-)
-FILES += (*SENTENCEPIECE, "chat_template.jinja")
-# transformers 4 and 5 both know it, and it takes everything from tokenizer.json. 5 saves TokenizersBackend, unknown to 4.
+TOKENIZER_FILES = ("tokenizer.json", CONFIG_FILE, "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES += ("vocab.json", "merges.txt", "vocab.txt", *SENTENCEPIECE, "chat_template.jinja")
+# transformers 4 and 5 both know it, and it takes everything from tokenizer.json. 5 saves
+# TokenizersBackend, which 4 does not know.
 GENERIC_CLASS = "PreTrainedTokenizerFast"
-# Arguments of a loader, which transformers 5 writes too: they say where a file was, not what the tokenizer is.
+# Arguments of a loader, which transformers 5 writes too: they say where a file was, not what the
+# tokenizer is.
 LOADER_KEYS = (
-  "is_local local_files_only name_or_path tokenizer_file vocab_file merges_file special_tokens_map_file added_tokens_file "
-  "auto_map trust_remote_code backend files_loaded device_map slow_tokenizer_class use_fast from_slow cache_dir revision token"
+  "is_local local_files_only name_or_path tokenizer_file vocab_file merges_file "
+  "special_tokens_map_file added_tokens_file auto_map trust_remote_code backend files_loaded "
+  "device_map slow_tokenizer_class use_fast from_slow cache_dir revision token"
 ).split()
-SPECIAL_TOKENS = (
-  "bos_token",
-  "eos_token",
-  "unk_token",
-  "sep_token",
-  "pad_token",
-  "cls_token",
-  "mask_token",
+SPECIAL_TOKENS = tuple(
+  f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
-SAMPLE_SIZE = 1000  # tokens of a vocabulary that are looked at
+SAMPLE_SIZE = 1000  # tokens of a vocabulary that are tried
 REPLACEMENT_CHAR = "\ufffd"
-# Every byte that UTF-8 has, and texts as they come.
+# Every byte that UTF-8 has, and ordinary texts.
 CODE_POINTS = itertools.chain(
   range(128),
   range(0x80, 0x800, 0x41),
@@ -72,17 +62,16 @@ PROBE_TEXTS = (
 
 
 def load_tokenizer(folder: Path, V: int) -> Any:
-  """The tokenizer of a folder, as transformers loads it; it reads text back, or is refused.
+  """Loads a folder's tokenizer with transformers, and checks that it reads text.
 
   Args:
-    V: rows of the model's table.
+    V: rows of the model's vocabulary table.
 
-  Raises RequestError for a folder without a vocabulary, for one whose tokens no text gives, or that contradicts itself, and for
-  a tokenizer without an end token or with more tokens than the table has rows.
+  Raises RequestError for a folder without a vocabulary, for one that contradicts itself or whose
+  tokens no text gives, and for a tokenizer without an end token or with more tokens than rows.
   """
-  from transformers import (
-    AutoTokenizer,  # most of a second to import: a mistyped config should not wait for it
-  )
+  # Most of a second to import: a mistyped config should not wait for it.
+  from transformers import AutoTokenizer
 
   try:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -94,45 +83,48 @@ def load_tokenizer(folder: Path, V: int) -> Any:
       f"{folder}: no tokenizer that can be read ({first_line(error)}); the folder needs "
       "tokenizer.json, or vocab.json and merges.txt"
     ) from error
+  backend = tokenizer.backend_tokenizer
   # A folder that a Trainer has saved may hold the length it cut texts to, or padded them to.
-  tokenizer.backend_tokenizer.no_truncation()
-  tokenizer.backend_tokenizer.no_padding()
-  if (
-    isinstance(tokenizer.backend_tokenizer.pre_tokenizer, ByteLevel)
-    and not tokenizer.backend_tokenizer.decoder
-  ):
+  backend.no_truncation()
+  backend.no_padding()
+  if isinstance(backend.pre_tokenizer, ByteLevel) and not backend.decoder:
     # Without it a text comes back with a letter for each byte: "Ġthe" for " the".
-    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
-  if fault := _vocab_error(tokenizer, folder):
-    raise RequestError(f"{folder}: {fault}")
+    backend.decoder = decoders.ByteLevel()
+  if reason := _vocab_error(tokenizer, folder):
+    raise RequestError(f"{folder}: {reason}")
   if tokenizer.eos_token_id is None:
     raise RequestError(f"{folder}: the tokenizer has no end token; set eos_token in {CONFIG_FILE}")
   largest = max(tokenizer.get_vocab().values())
   if largest >= V:
     raise RequestError(
-      f"{folder}: the tokenizer has {len(tokenizer)} tokens, up to id {largest}, and the model's table only {V} rows; "
-      "python -m jaxft.tokenizer --model MODEL --add TOKEN makes room for tokens in a model; for new weights set "
+      f"{folder}: the tokenizer has {len(tokenizer)} tokens, up to id {largest}, "
+      f"and the model's table only {V} rows; python -m jaxft.tokenizer --model MODEL --add TOKEN "
+      "makes room for tokens in a model; for new weights set "
       f"config.model.config_overrides=vocab_size={largest + 1}"
     )
   return tokenizer
 
 
 def _prefer_tokenizer_json(tokenizer: Any, folder: Path) -> Any:
-  """`tokenizer`, or what tokenizer.json says where the class that transformers 5 took for it cuts a text into other tokens.
+  """Returns `tokenizer`, or what tokenizer.json says where the two cut texts differently.
 
-  Classes of transformers 5, such as GPT2Tokenizer, take the vocabulary from tokenizer.json and the rest from their own code;
-  those of transformers 4 take all of it but add_prefix_space (5.24 and 4.57, measured).
+  Classes of transformers 5, such as GPT2Tokenizer, take the vocabulary from tokenizer.json and the
+  rest from their own code; those of transformers 4 take all of it but add_prefix_space (5.24 and
+  4.57, measured).
   """
   file = folder / "tokenizer.json"
   if not file.is_file() or type(tokenizer).__name__ in (GENERIC_CLASS, "TokenizersBackend"):
     return tokenizer
-  said = Tokenizer.from_file(str(file))
-  said.no_truncation()
-  # Whether a text gets a blank before it is the class's or tokenizer_config.json's to say, in transformers 4 too.
-  file_way, class_way = said.pre_tokenizer, tokenizer.backend_tokenizer.pre_tokenizer
-  if isinstance(file_way, ByteLevel) and isinstance(class_way, ByteLevel):
-    file_way.add_prefix_space = class_way.add_prefix_space
-  if all(_encode(said, text) == _encode(tokenizer.backend_tokenizer, text) for text in PROBE_TEXTS):
+  from_file = Tokenizer.from_file(str(file))
+  from_file.no_truncation()
+  # Whether a text gets a blank before it is for the class or tokenizer_config.json to say, in
+  # transformers 4 too.
+  file_pre = from_file.pre_tokenizer
+  class_pre = tokenizer.backend_tokenizer.pre_tokenizer
+  if isinstance(file_pre, ByteLevel) and isinstance(class_pre, ByteLevel):
+    file_pre.add_prefix_space = class_pre.add_prefix_space
+  backend = tokenizer.backend_tokenizer
+  if all(_encode(from_file, text) == _encode(backend, text) for text in PROBE_TEXTS):
     return tokenizer
   from transformers import PreTrainedTokenizerFast
 
@@ -140,45 +132,49 @@ def _prefer_tokenizer_json(tokenizer: Any, folder: Path) -> Any:
 
 
 def _vocab_error(tokenizer: Any, folder: Path) -> str:
-  """Why this cannot be the tokenizer of a model; "" where nothing speaks against it."""
-  vocabulary, added = tokenizer.get_vocab(), tokenizer.backend_tokenizer.get_added_tokens_decoder()
-  ordinary = [id for id in sorted(vocabulary.values()) if id not in added or not added[id].special]
-  needs = (
+  """Says why this cannot be a model's tokenizer; "" where nothing speaks against it."""
+  vocab = tokenizer.get_vocab()
+  backend = tokenizer.backend_tokenizer
+  added = backend.get_added_tokens_decoder()
+  ordinary = [id for id in sorted(vocab.values()) if id not in added or not added[id].special]
+  advice = (
     "the folder needs tokenizer.json, or vocab.json and merges.txt, as its model was saved with"
   )
   if (folder / "encoder.json").is_file() and (folder / "vocab.bpe").is_file():
-    needs = "rename encoder.json to vocab.json, and vocab.bpe to merges.txt"
+    advice = "rename encoder.json to vocab.json, and vocab.bpe to merges.txt"
+  sample = ordinary[:: max(1, len(ordinary) // SAMPLE_SIZE)]
+  texts = backend.decode_batch([[id] for id in sample], skip_special_tokens=False)
+  decoded = list(zip(sample, texts, strict=True))
   unknown = tokenizer.unk_token_id
-  some = ordinary[:: max(1, len(ordinary) // SAMPLE_SIZE)]
-  texts = tokenizer.backend_tokenizer.decode_batch([[id] for id in some], skip_special_tokens=False)
-  if not any(text.strip() for id, text in zip(some, texts, strict=True) if id != unknown):
-    return f"no tokenizer: {len(vocabulary)} tokens, and none of them is text; {needs}"
-  words = [(id, text) for id, text in zip(some, texts, strict=True) if _is_word(text)]
-  if len(words) > 9 and not any(
-    _encode(tokenizer.backend_tokenizer, text) == [id] for id, text in words
-  ):
+  if not any(text.strip() for id, text in decoded if id != unknown):
+    return f"no tokenizer: {len(vocab)} tokens, and none of them is text; {advice}"
+  words = [(id, text) for id, text in decoded if _is_word(text)]
+  if len(words) > 9 and not any(_encode(backend, text) == [id] for id, text in words):
     return (
-      f"the tokenizer cuts {words[-1][1]!r}, and every other of its tokens that was tried, into pieces: its merges are "
-      f"missing, or of another vocabulary; {needs}"
+      f"the tokenizer cuts {words[-1][1]!r}, and every other of its tokens that was tried, into "
+      f"pieces: its merges are missing, or of another vocabulary; {advice}"
     )
-  return _added_tokens_error(vocabulary, folder / "added_tokens.json")
+  return _added_tokens_error(vocab, folder / "added_tokens.json")
 
 
 def _is_word(text: str) -> bool:
   return len(text.strip()) > 1 and REPLACEMENT_CHAR not in text
 
 
-def _added_tokens_error(vocabulary: dict[str, int], file: Path) -> str:
-  """How added_tokens.json, which transformers 5 does not read beside a tokenizer.json, contradicts the tokenizer."""
+def _added_tokens_error(vocab: dict[str, int], file: Path) -> str:
+  """Says how added_tokens.json contradicts the tokenizer.
+
+  transformers 5 does not read that file beside a tokenizer.json.
+  """
   if not file.is_file():
     return ""
   try:
-    said = json.loads(file.read_text(encoding="utf-8"))
-    other = [(token, id) for token, id in said.items() if vocabulary.get(token, id) != id]
+    added = json.loads(file.read_text(encoding="utf-8"))
+    other = [(token, id) for token, id in added.items() if vocab.get(token, id) != id]
   except (OSError, ValueError, RecursionError, AttributeError) as error:
     return f"{file.name}: {first_line(error)}"
   return "".join(
-    f"{file.name} says {token!r} is {id}, and the tokenizer {vocabulary[token]}"
+    f"{file.name} says {token!r} is {id}, and the tokenizer {vocab[token]}"
     for token, id in other[:1]
   )
 
@@ -188,14 +184,14 @@ def _encode(backend: Tokenizer, text: str, add_special_tokens: bool = False) -> 
 
 
 def fingerprint(tokenizer: Any) -> str:
-  """Changes with whatever changes the tokens of a text: vocabulary, rules, the tokens that begin and end one."""
-  begin, end = bos_token_id(tokenizer), tokenizer.eos_token_id
-  # Since 2026-11-29 documents begin with a bos token that is not the end token: tokens from before lack it.
-  said = (
-    json.dumps([begin, end, *(["begins"] if begin != end else [])])
-    + tokenizer.backend_tokenizer.to_str()
-  )
-  return hashlib.sha256(said.encode()).hexdigest()
+  """Changes with whatever changes a text's tokens: vocabulary, rules, begin and end tokens."""
+  begin = bos_token_id(tokenizer)
+  end = tokenizer.eos_token_id
+  # Since 2026-11-29 documents begin with a bos token that is not the end token: tokens from before
+  # lack it.
+  content = json.dumps([begin, end, *(["begins"] if begin != end else [])])
+  content += tokenizer.backend_tokenizer.to_str()
+  return hashlib.sha256(content.encode()).hexdigest()
 
 
 def save_tokenizer(
@@ -207,60 +203,63 @@ def save_tokenizer(
   positions: int,
   pad_token_id: int | None,
 ) -> None:
-  """Writes the files of a tokenizer: the same ids in transformers 4 and 5, and what converters look for beside them.
+  """Writes a tokenizer's files: the same ids in transformers 4 and 5, and what converters need.
 
   Args:
-    source: the folder that it was read from, whose tokenizer_config.json is taken over but for what is untrue of `out`.
+    source: the folder that it was read from; we take over its tokenizer_config.json, except what
+      is untrue of `out`.
     more: for tokenizer_config.json.
-    positions: of the model: the length that `truncation=True` cuts to, unless the source names a shorter one.
-    pad_token_id: of the model's config.json: its token is the padding token, where the tokenizer has none and it is a special
-      token. An ordinary one would vanish from texts, as what transformers takes for special does.
+    positions: of the model: the length that `truncation=True` cuts to, unless the source names a
+      shorter one.
+    pad_token_id: of the model's config.json: its token is the padding token, where the tokenizer
+      has none and it is a special token. An ordinary one would vanish from texts, as what
+      transformers takes for special does.
   """
   backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-  model, added = backend["model"], tokenizer.backend_tokenizer.get_added_tokens_decoder()
+  model = backend["model"]
+  added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
   merges = model.get("merges") or []
   if merges and not any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
     model["merges"] = [" ".join(merge) for merge in merges]  # what tokenizers before 0.20 read
   write_json(out / "tokenizer.json", backend)
 
-  named = _special_tokens(tokenizer, backend, pad_token_id)
+  special = _special_tokens(tokenizer, backend, pad_token_id)
   extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", ()) or ()]
-  about = {key: value for key, value in _read_config(source).items() if key not in LOADER_KEYS}
-  if not isinstance(
-    about.get("extra_special_tokens"), dict
-  ):  # transformers 4 cannot read a list there
-    about.pop("extra_special_tokens", None)
-  about.pop("add_prefix_space", None)
+  additional = {"additional_special_tokens": extra} if extra else {}
+  config = {key: value for key, value in _read_config(source).items() if key not in LOADER_KEYS}
+  # transformers 4 cannot read a list there.
+  if not isinstance(config.get("extra_special_tokens"), dict):
+    config.pop("extra_special_tokens", None)
+  config.pop("add_prefix_space", None)
   if "add_prefix_space" in (backend["pre_tokenizer"] or {}):  # else transformers 4 sets its own
-    about["add_prefix_space"] = backend["pre_tokenizer"]["add_prefix_space"]
-  longest = about.get("model_max_length")
-  longest = min(positions, longest) if isinstance(longest, int) and longest > 0 else positions
-  about |= named | {
-    "tokenizer_class": _tokenizer_class(about, tokenizer),
-    "model_max_length": int(longest),
+    config["add_prefix_space"] = backend["pre_tokenizer"]["add_prefix_space"]
+  length = config.get("model_max_length")
+  length = min(positions, length) if isinstance(length, int) and length > 0 else positions
+  config |= special
+  config |= {
+    "tokenizer_class": _tokenizer_class(config, tokenizer),
+    "model_max_length": int(length),
   }
-  about |= ({"additional_special_tokens": extra} if extra else {}) | dict(more)
-  # A class of transformers 4 gives token_type_ids unless told not to, and GPT-2 adds their embeddings to a text's.
-  about["model_input_names"] = ["input_ids", "attention_mask"]
-  about.setdefault("clean_up_tokenization_spaces", bool(tokenizer.clean_up_tokenization_spaces))
-  about["added_tokens_decoder"] = {
+  config |= additional | dict(more)
+  # By default a class of transformers 4 gives token_type_ids, and GPT-2 adds their embeddings to
+  # a text's.
+  config["model_input_names"] = ["input_ids", "attention_mask"]
+  config.setdefault("clean_up_tokenization_spaces", bool(tokenizer.clean_up_tokenization_spaces))
+  config["added_tokens_decoder"] = {
     str(id): _token_to_dict(token) for id, token in sorted(added.items())
   }
-  write_json(out / CONFIG_FILE, about)
-  write_json(
-    out / "special_tokens_map.json", named | ({"additional_special_tokens": extra} if extra else {})
-  )
+  write_json(out / CONFIG_FILE, config)
+  write_json(out / "special_tokens_map.json", special | additional)
 
   files = _legacy_vocab_files(backend)
   for name, text in files.items():
     (out / name).write_text(text, encoding="utf-8")
-  beyond = {
-    token.content: id
-    for id, token in sorted(added.items())
-    if token.content not in (model.get("vocab") or {})
+  vocab = model.get("vocab") or {}
+  added_ids = {
+    token.content: id for id, token in sorted(added.items()) if token.content not in vocab
   }
-  if files and beyond:
-    write_json(out / "added_tokens.json", beyond)
+  if files and added_ids:
+    write_json(out / "added_tokens.json", added_ids)
   for name in (*SENTENCEPIECE, "chat_template.jinja"):
     if (source / name).is_file():
       shutil.copyfile(source / name, out / name)
@@ -269,24 +268,27 @@ def save_tokenizer(
 def _special_tokens(
   tokenizer: Any, backend: dict[str, Any], pad_token_id: int | None
 ) -> dict[str, str]:
-  """The special tokens by name. Converters ask for one that begins a text, and for an unknown one: where the tokenizer has none
-  it is the end token, from which jaxft begins a text too."""
-  named = {
+  """The special tokens by name.
+
+  Converters ask for one that begins a text, and for an unknown one: where the tokenizer has none it
+  is the end token, from which jaxft begins a text too.
+  """
+  special = {
     name: str(token) for name in SPECIAL_TOKENS if (token := getattr(tokenizer, name)) is not None
   }
   model = backend["model"]
   unknown = model.get("unk_token")
   if unknown is None and isinstance(model.get("unk_id"), int):
     unknown = model["vocab"][model["unk_id"]][0]
-  named.setdefault("bos_token", named["eos_token"])
-  named.setdefault("unk_token", unknown or named["eos_token"])
+  special.setdefault("bos_token", special["eos_token"])
+  special.setdefault("unk_token", unknown or special["eos_token"])
   if is_special(tokenizer, pad_token_id):
-    named.setdefault("pad_token", tokenizer.convert_ids_to_tokens(pad_token_id))
-  return named
+    special.setdefault("pad_token", tokenizer.convert_ids_to_tokens(pad_token_id))
+  return special
 
 
 def is_special(tokenizer: Any, id: Any) -> bool:
-  """Whether a token is none that a text is made of."""
+  """Whether no ordinary text is made of this token."""
   if not isinstance(id, int):  # null in a config.json
     return False
   added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
@@ -295,72 +297,69 @@ def is_special(tokenizer: Any, id: Any) -> bool:
   )
 
 
-def _tokenizer_class(about: dict[str, Any], tokenizer: Any) -> str:
-  """The class that the source names, where both transformers 4 and 5 have it and 5 took it; else one that takes any."""
+def _tokenizer_class(config: dict[str, Any], tokenizer: Any) -> str:
+  """The class that the source names, where transformers 4 and 5 have it and 5 took it; else any."""
   import transformers
 
-  name = str(about.get("tokenizer_class") or type(tokenizer).__name__)
-  taken = name.removesuffix("Fast") == type(tokenizer).__name__.removesuffix("Fast")
-  return (
-    name
-    if taken and not name.endswith("Backend") and hasattr(transformers, name)
-    else GENERIC_CLASS
-  )
+  name = str(config.get("tokenizer_class") or type(tokenizer).__name__)
+  same = name.removesuffix("Fast") == type(tokenizer).__name__.removesuffix("Fast")
+  usable = same and not name.endswith("Backend") and hasattr(transformers, name)
+  return name if usable else GENERIC_CLASS
 
 
 def _legacy_vocab_files(backend: dict[str, Any]) -> dict[str, str]:
-  """The vocabulary in the files that tools from before tokenizer.json read, where they can say all of it."""
+  """The vocabulary for tools from before tokenizer.json, where their files can say all of it."""
   model = backend["model"]
-  vocabulary = model.get("vocab")
-  if not isinstance(vocabulary, dict) or sorted(vocabulary.values()) != list(
-    range(len(vocabulary))
-  ):
+  vocab = model.get("vocab")
+  if not isinstance(vocab, dict) or sorted(vocab.values()) != list(range(len(vocab))):
     return {}
-  if model["type"] == "WordPiece" and not any("\n" in token for token in vocabulary):
-    return {"vocab.txt": "".join(token + "\n" for token in sorted(vocabulary, key=vocabulary.get))}
-  way = backend["pre_tokenizer"] or {}
-  as_gpt2 = (
-    way.get("type") == "ByteLevel" and way.get("use_regex", True) and not backend["normalizer"]
-  )
-  if (
-    model["type"] == "BPE" and as_gpt2 and all(isinstance(merge, str) for merge in model["merges"])
-  ):
+  if model["type"] == "WordPiece" and not any("\n" in token for token in vocab):
+    return {"vocab.txt": "".join(token + "\n" for token in sorted(vocab, key=vocab.get))}
+  pre = backend["pre_tokenizer"] or {}
+  byte_level = pre.get("type") == "ByteLevel" and pre.get("use_regex", True)
+  as_gpt2 = byte_level and not backend["normalizer"]
+  if model["type"] == "BPE" and as_gpt2 and all(isinstance(m, str) for m in model["merges"]):
     merges = "".join(merge + "\n" for merge in model["merges"])
-    return {
-      "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
-      "merges.txt": f"#version: 0.2\n{merges}",
-    }
+    vocab_json = json.dumps(vocab, ensure_ascii=False)
+    return {"vocab.json": vocab_json, "merges.txt": f"#version: 0.2\n{merges}"}
   return {}
 
 
 def verify_tokenizer(folder: Path, tokenizer: Any, source: Path) -> None:
-  """Raises RequestError where transformers reads the tokenizer of `source` that was written to `folder` as another one."""
+  """Raises RequestError where transformers reads the tokenizer saved in `folder` differently.
+
+  Args:
+    source: the folder that it was loaded from, for the message.
+  """
   from transformers import AutoTokenizer
 
   again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-  both = [one.backend_tokenizer.get_added_tokens_decoder().values() for one in (tokenizer, again)]
-  special = sorted({str(token.content) for tokens in both for token in tokens})
+  special = sorted(
+    {
+      str(token.content)
+      for either in (tokenizer, again)
+      for token in either.backend_tokenizer.get_added_tokens_decoder().values()
+    }
+  )
   what = f"{source}: its tokenizer cannot be written"
-  for text in (
-    *PROBE_TEXTS,
-    *(f"word{token}word {token}, {token} {token}" for token in special[:20]),
-  ):
-    for how in (False, True):
-      wanted, found = (_encode(one.backend_tokenizer, text, how) for one in (tokenizer, again))
-      if wanted != found:
+  for text in (*PROBE_TEXTS, *(f"word{t}word {t}, {t} {t}" for t in special[:20])):
+    for add_special_tokens in (False, True):
+      expected, actual = (
+        _encode(either.backend_tokenizer, text, add_special_tokens) for either in (tokenizer, again)
+      )
+      if expected != actual:
         raise RequestError(
-          f"{what}: transformers reads {text[:60]!r} back as {len(found)} other tokens ({found[:8]} ..., not {wanted[:8]} ...)"
+          f"{what}: transformers reads {text[:60]!r} back as {len(actual)} other tokens "
+          f"({actual[:8]} ..., not {expected[:8]} ...)"
         )
-    if tokenizer.decode(wanted, skip_special_tokens=True) != again.decode(
-      wanted, skip_special_tokens=True
+    if tokenizer.decode(expected, skip_special_tokens=True) != again.decode(
+      expected, skip_special_tokens=True
     ):
       raise RequestError(f"{what}: transformers makes another text of the tokens of {text[:60]!r}")
-  for name, wanted in (
-    ("bos_token_id", bos_token_id(tokenizer)),
-    ("eos_token_id", tokenizer.eos_token_id),
-  ):
-    if getattr(again, name) != wanted:
-      raise RequestError(f"{what}: {name} is {getattr(again, name)} when read back, not {wanted}")
+  ids = {"bos_token_id": bos_token_id(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+  for name, id in ids.items():
+    if getattr(again, name) != id:
+      raise RequestError(f"{what}: {name} is {getattr(again, name)} when read back, not {id}")
 
 
 def bos_token_id(tokenizer: Any) -> int:
@@ -370,10 +369,10 @@ def bos_token_id(tokenizer: Any) -> int:
 
 def _read_config(source: Path) -> dict[str, Any]:
   try:
-    about = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError):  # there need not be one
+    config = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError):  # the file is optional
     return {}
-  return about if isinstance(about, dict) else {}
+  return config if isinstance(config, dict) else {}
 
 
 def _token_to_dict(token: Any) -> dict[str, Any]:

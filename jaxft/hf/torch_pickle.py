@@ -1,4 +1,4 @@
-"""pytorch_model*.bin: pickles, read by torch alone, in the mode that builds tensors and runs nothing."""
+"""Reads pytorch_model*.bin: pickles, with torch's mode that builds tensors and runs nothing."""
 
 import zipfile
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class TorchTensor(NamedTuple):
-  """A tensor of a file that torch has mapped into memory: its bytes are read when they are used."""
+  """A tensor of a memory-mapped file: its bytes are read when they are used."""
 
   tensor: Any
   dtype: np.dtype
@@ -21,16 +21,17 @@ class TorchTensor(NamedTuple):
   def view(self) -> np.ndarray:
     import torch
 
-    whole = self.tensor.contiguous()
-    if whole.dtype == torch.bfloat16:  # numpy has none of its own
-      return whole.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return whole.numpy()
+    tensor = self.tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:  # numpy has none of its own
+      return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 def load_tensors(file: Path) -> dict[str, TorchTensor]:
-  """The float tensors of a state dict by name; causal masks are left out.
+  """Returns the float tensors of a state dict by name, without causal masks.
 
-  Raises ImportError without torch, and ValueError for anything that is no state dict of float32, float16 or bfloat16 tensors.
+  Raises ImportError without torch, and ValueError for anything but a state dict of float32, float16
+  or bfloat16 tensors.
   """
   import torch
 
@@ -45,20 +46,17 @@ def load_tensors(file: Path) -> dict[str, TorchTensor]:
     except RuntimeError:
       if zipfile.is_zipfile(file):
         raise
-      # Of before torch 1.6 (2020): all of it in memory.
+      # From before torch 1.6 (2020): it cannot be mapped, and is read into memory.
       content = torch.load(file, map_location="cpu", weights_only=True)
   except Exception as error:  # of many classes: a pickle can be wrong in many ways
     raise ValueError(str(error)) from error
   if not isinstance(content, dict):
     raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
-  found = {}
+  tensors = {}
   for name, tensor in content.items():
-    plain = (
-      isinstance(tensor, torch.Tensor)
-      and tensor.layout == torch.strided
-      and tensor.device.type == "cpu"
-    )
-    if not isinstance(name, str) or not plain or tensor.is_neg() or tensor.is_conj():
+    plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+    plain = plain and tensor.device.type == "cpu" and not tensor.is_neg() and not tensor.is_conj()
+    if not isinstance(name, str) or not plain:
       raise ValueError(f"its entry {str(name)[:100]!r} is no plain tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
       raise ValueError(f"its tensor {name!r} is larger than what is stored of it")
@@ -66,5 +64,5 @@ def load_tensors(file: Path) -> dict[str, TorchTensor]:
       continue
     if tensor.dtype not in dtypes:
       raise ValueError(f"its tensor {name!r} has dtype {tensor.dtype}")
-    found[name] = TorchTensor(tensor.detach(), dtypes[tensor.dtype])
-  return found
+    tensors[name] = TorchTensor(tensor.detach(), dtypes[tensor.dtype])
+  return tensors

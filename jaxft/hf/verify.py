@@ -1,4 +1,4 @@
-"""Is an exported folder the model that was trained? Read back, compared tensor by tensor, and by its logits."""
+"""Verifies an export: read back, compared with the model tensor by tensor, and by its logits."""
 
 import importlib.util
 from pathlib import Path
@@ -18,71 +18,73 @@ from jaxft.hf.weight_map import EMBEDDING, full_name
 from jaxft.model.compute import ComputeConfig
 from jaxft.model.decoder import abstract_model, parameter_count
 
-MAX_LOGITS_PARAMS = 500_000_000  # parameters; larger models are compared tensor by tensor alone, which needs no second copy
-# Largest difference of two float32 logits that an export may show, the one the docs promise; and relative to the largest logit,
-# for models whose logits are large (those of the published GPT-2 are around -100, where float32 has steps of 8e-6).
+# Larger models are compared tensor by tensor alone, which needs no second copy.
+MAX_LOGITS_PARAMS = 500_000_000
+# Largest difference of two float32 logits that an export may show, the one the docs promise; and
+# relative to the largest logit, for models whose logits are large (those of the published GPT-2 are
+# around -100, where float32 has steps of 8e-6).
 ATOL, RTOL = 1e-4, 1e-4
 
 
 def verify_export(
   folder: Path, params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn, tokenizer: Any = None
 ) -> dict[str, Any]:
-  """Reads the folder back and compares: every tensor bit for bit, and logits in float32.
+  """Reads the folder back and compares every tensor bit for bit, and logits in float32.
 
-  The logits of the folder are transformers' own where torch is installed, else those of jaxft's model with the weights read
-  back; `reference` says which. Raises StorageError on any difference above `ATOL` and `RTOL` (for a narrower dtype
-  than float32, against the weights as written).
+  The folder's logits are transformers' own where torch is installed, else those of jaxft's model
+  with the weights read back; `reference` says which. Raises StorageError on any difference above
+  `ATOL` and `RTOL` (for a narrower dtype than float32, against the weights as written).
   """
   written = load_weights.list_tensors(folder)
   for tensor in hf_tensors(params, checkpoint, dtype_of):
-    there = written.pop(tensor.name)
-    if there.shape != tensor.shape or not there.bytes_equal(tensor.chunks()):
+    ref = written.pop(tensor.name)
+    if ref.shape != tensor.shape or not ref.bytes_equal(tensor.chunks()):
       raise StorageError(
-        f"{folder}: tensor {tensor.name!r} read back differs from what was written; the disk is not to be trusted"
+        f"{folder}: tensor {tensor.name!r} read back differs from what was written; "
+        "the disk is not to be trusted"
       )
   if written:
     raise StorageError(f"{folder}: tensors {sorted(written)} were not meant to be written")
-  back = repo.resolve(str(folder))
-  if back.cfg != checkpoint.cfg:
+  saved = repo.resolve(str(folder))
+  if saved.cfg != checkpoint.cfg:
     raise StorageError(
-      f"{folder}: config.json read back describes another model: {back.cfg}, not {checkpoint.cfg}"
+      f"{folder}: config.json read back describes another model: {saved.cfg}, not {checkpoint.cfg}"
     )
   if tokenizer:
     verify_tokenizer(folder, tokenizer, checkpoint.tokenizer_folder)
-  dtype = dtype_of(full_name(EMBEDDING))
-  report = {"tensors": "bit for bit", "dtype": dtype.name}
+  report = {"tensors": "bit for bit", "dtype": dtype_of(full_name(EMBEDDING)).name}
   graph, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
   if parameter_count(checkpoint.cfg) > MAX_LOGITS_PARAMS or jax.process_count() > 1:
-    return report | {
-      "logits_max_abs_difference": None,
-      "reference": "tensors only: logits would take a second model",
-    }
+    reason = "tensors only: logits would take a second model"
+    return report | {"logits_max_abs_difference": None, "reference": reason}
 
-  ids_BT, lengths_B = _random_batch(back)
+  ids_BT, lengths_B = _random_batch(saved)
   if importlib.util.find_spec("torch"):
     reference, theirs = _transformers_logits(folder, ids_BT, bool(checkpoint.cfg.classes))
   else:
-    here = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    saved_params = load_weights.load_params(saved, shapes, jax.tree.map(lambda _: device, shapes))
     reference = f"jaxft {jaxft.__version__}, weights read back"
-    theirs = compute_logits(graph, load_weights.load_params(back, shapes, here), ids_BT)
-  # A model that is kept on the host is small enough here to be on the device as well.
-  on_device = jax.device_put(
-    params, jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), params)
-  )
+    theirs = compute_logits(graph, saved_params, ids_BT)
+  # A model that stays on the host is small enough here to be on the device as well.
+  shardings = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), params)
+  on_device = jax.device_put(params, shardings)
   ours = compute_logits(graph, round_to_dtype(on_device, checkpoint, dtype_of), ids_BT)
-  if checkpoint.cfg.classes:  # the last token's are what transformers gives
-    rows, last_B = np.arange(len(ids_BT)), lengths_B - 1
-    ours, theirs = ours[rows, last_B], theirs if theirs.ndim == 2 else theirs[rows, last_B]
+  if checkpoint.cfg.classes:  # transformers gives the last token's
+    last = (np.arange(len(ids_BT)), lengths_B - 1)
+    ours = ours[last]
+    theirs = theirs if theirs.ndim == 2 else theirs[last]
   if not np.isfinite(ours).all():
     raise RequestError(
-      f"export to {folder}: the logits of the model in memory are no numbers: a weight is NaN or infinite"
+      f"export to {folder}: the logits of the model in memory are no numbers: "
+      "a weight is NaN or infinite"
     )
   difference = float(np.max(np.abs(ours - theirs)))
   tolerance = max(ATOL, RTOL * float(np.abs(theirs).max()))
   if not difference <= tolerance:
     raise StorageError(
-      f"{folder}: its float32 logits differ by {difference:.1e} from the trained model's ({reference}); "
-      f"at most {tolerance:.0e} is rounding. Please report this"
+      f"{folder}: its float32 logits differ by {difference:.1e} from the trained model's "
+      f"({reference}); at most {tolerance:.0e} is rounding. Please report this"
     )
   return report | {
     "logits_max_abs_difference": difference,
@@ -93,7 +95,7 @@ def verify_export(
 
 
 def format_parity(parity: dict[str, Any]) -> str:
-  """What a parity report says, in one line."""
+  """Formats a parity report as one line."""
   difference = parity["logits_max_abs_difference"]
   logits = "" if difference is None else f", logits within {difference:.1e} of the model in memory"
   return f"tensors {parity['tensors']}{logits} (reference: {parity['reference']})"
@@ -110,7 +112,7 @@ def compute_logits(graph: nnx.GraphDef, params: Any, ids_BT: np.ndarray) -> np.n
 
 
 def check_hf_config(folder: Path, checkpoint: repo.HFCheckpoint) -> None:
-  """Raises RequestError where transformers does not read config.json, or reads another number of classes in it."""
+  """Raises RequestError where transformers reads no config.json, or another number of classes."""
   import transformers
 
   try:
@@ -121,19 +123,22 @@ def check_hf_config(folder: Path, checkpoint: repo.HFCheckpoint) -> None:
     ) from error
   if checkpoint.cfg.classes and config.num_labels != checkpoint.cfg.classes:
     raise RequestError(
-      f"{checkpoint.folder}: transformers reads {config.num_labels} classes in its config.json, not {checkpoint.cfg.classes}"
+      f"{checkpoint.folder}: transformers reads {config.num_labels} classes in its config.json, "
+      f"not {checkpoint.cfg.classes}"
     )
 
 
 def _random_batch(checkpoint: repo.HFCheckpoint) -> tuple[np.ndarray, np.ndarray]:
-  """(B, T) random tokens and the length of each row: one; of a classifier two, the second half of it padding.
+  """Draws (B, T) tokens and the length of each row.
 
-  None of the tokens is the padding one: transformers' classifiers look for the last that is not.
+  A language model gets one row; a classifier two, the second half of it padding. None of the tokens
+  is the padding token: transformers' classifiers look for the last that is not.
   """
-  T, pad = min(checkpoint.cfg.P, 128), checkpoint.hf_config.get("pad_token_id")
-  choice = np.flatnonzero(np.arange(checkpoint.cfg.V) != pad)
+  T = min(checkpoint.cfg.P, 128)
+  pad = checkpoint.hf_config.get("pad_token_id")
+  candidates = np.flatnonzero(np.arange(checkpoint.cfg.V) != pad)
   lengths_B = np.array([T, (T + 1) // 2][: 1 + (checkpoint.cfg.classes > 0 and pad is not None)])
-  ids_BT = np.random.default_rng(0).choice(choice, (len(lengths_B), T)).astype(np.int32)
+  ids_BT = np.random.default_rng(0).choice(candidates, (len(lengths_B), T)).astype(np.int32)
   return np.where(np.arange(T) < lengths_B[:, None], ids_BT, pad or 0), lengths_B
 
 
@@ -144,13 +149,11 @@ def _transformers_logits(
   import transformers
 
   transformers.utils.logging.disable_progress_bar()
-  auto = (
-    transformers.AutoModelForSequenceClassification
-    if classifies
-    else transformers.AutoModelForCausalLM
-  )
+  auto = transformers.AutoModelForCausalLM
+  if classifies:
+    auto = transformers.AutoModelForSequenceClassification
   try:
-    theirs = auto.from_pretrained(
+    model = auto.from_pretrained(
       folder,
       dtype=torch.float32,
       attn_implementation="eager",
@@ -158,10 +161,8 @@ def _transformers_logits(
       use_safetensors=True,
     )
     with torch.no_grad():
-      logits = theirs(torch.from_numpy(ids_BT).long(), return_dict=True).logits.numpy()
-  except (
-    Exception
-  ) as error:  # it raises whatever its config, or a package it looks for, makes it raise
+      logits = model(torch.from_numpy(ids_BT).long(), return_dict=True).logits.numpy()
+  except Exception as error:  # whatever its config, or a package that it needs, makes it raise
     raise RequestError(
       f"{folder}: transformers does not load this export ({first_line(error)})"
     ) from error

@@ -1,7 +1,8 @@
-"""Weight names and layouts as data, one table a family, used in both directions. No arithmetic: reshape, transpose, stack.
+"""Weight names and layouts as data, one table for each family, used in both directions.
 
-A layout reads Hugging Face -> ours. Letters are the axes (see model.py), brackets are axes that Hugging Face has merged; a
-letter that only ours has is the axis along which several tensors are stacked.
+A layout reads Hugging Face -> ours. Letters are the axes (see model/config.py), brackets are axes
+that Hugging Face has merged; a letter that only ours has is the stacking axis, along which several
+tensors become one. There is no arithmetic: reshape, transpose, stack.
 """
 
 import math
@@ -32,13 +33,10 @@ class Family(NamedTuple):
   classifier: str  # and of one that classifies
 
 
-PREFIX = "transformer."  # written before every name but the head's, stripped when read: the oldest checkpoints have none
-LM_HEAD, LM_HEAD_BIAS, SCORE, EMBEDDING = (
-  "lm_head.weight",
-  "lm_head.bias",
-  "score.weight",
-  "wte.weight",
-)
+# Written before every name but the head's, stripped when read: the oldest checkpoints have none.
+PREFIX = "transformer."
+EMBEDDING = "wte.weight"
+LM_HEAD, LM_HEAD_BIAS, SCORE = "lm_head.weight", "lm_head.bias", "score.weight"
 HEADS = (LM_HEAD, LM_HEAD_BIAS, SCORE)
 
 COMMON = (
@@ -78,7 +76,7 @@ GPT_NEO = (  # Linear: outputs first
   *SEQUENTIAL,
   *MLP_BIASES,
   Rule(
-    tuple(f"h.{{}}.attn.attention.{part}_proj.weight" for part in "qkv"),
+    tuple(f"h.{{}}.attn.attention.{x}_proj.weight" for x in "qkv"),
     "blocks.attention.qkv.kernel",
     "(N H) D -> D Q N H",
   ),
@@ -91,7 +89,7 @@ GPTJ = (
   *COMMON,
   Rule(LM_HEAD_BIAS, "output.bias", "V -> V"),
   Rule(
-    tuple(f"h.{{}}.attn.{part}_proj.weight" for part in "qkv"),
+    tuple(f"h.{{}}.attn.{x}_proj.weight" for x in "qkv"),
     "blocks.attention.qkv.kernel",
     "(N H) D -> D Q N H",
   ),
@@ -104,19 +102,22 @@ GPTJ = (
 
 FAMILIES = {
   "gpt2": Family(
-    GPT2, (r"h\.\d+\.attn\.(masked_)?bias",), "GPT2LMHeadModel", "GPT2ForSequenceClassification"
+    rules=GPT2,
+    buffers=(r"h\.\d+\.attn\.(masked_)?bias",),
+    architecture="GPT2LMHeadModel",
+    classifier="GPT2ForSequenceClassification",
   ),
   "gpt_neo": Family(
-    GPT_NEO,
-    (r"h\.\d+\.attn\.attention\.(masked_)?bias",),
-    "GPTNeoForCausalLM",
-    "GPTNeoForSequenceClassification",
+    rules=GPT_NEO,
+    buffers=(r"h\.\d+\.attn\.attention\.(masked_)?bias",),
+    architecture="GPTNeoForCausalLM",
+    classifier="GPTNeoForSequenceClassification",
   ),
   "gptj": Family(
-    GPTJ,
-    (r"h\.\d+\.attn\.((masked_)?bias|embed_positions)",),
-    "GPTJForCausalLM",
-    "GPTJForSequenceClassification",
+    rules=GPTJ,
+    buffers=(r"h\.\d+\.attn\.((masked_)?bias|embed_positions)",),
+    architecture="GPTJForCausalLM",
+    classifier="GPTJForSequenceClassification",
   ),
 }
 
@@ -133,50 +134,47 @@ def short_name(name: str) -> str:
 
 def unpadded_shape(layout: str, shape: tuple[int, ...], V: int) -> tuple[int, ...]:
   """The shape of a parameter without the rows that pad its vocabulary."""
-  _, right = _parse_layout(layout)
-  return tuple(V if group == ["V"] else size for group, size in zip(right, shape, strict=True))
+  _, ours = _parse_layout(layout)
+  return tuple(V if group == ["V"] else size for group, size in zip(ours, shape, strict=True))
 
 
 def hf_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   """Shape of one Hugging Face tensor for a parameter (one layer of it) of `shape`."""
-  left, right = _parse_layout(layout)
-  size = dict(zip((letter for group in right for letter in group), shape, strict=True))
-  return tuple(math.prod(size[letter] for letter in group) for group in left)
+  hf, ours = _parse_layout(layout)
+  size = dict(zip(_letters(ours), shape, strict=True))
+  return tuple(math.prod(size[letter] for letter in group) for group in hf)
 
 
 def from_hf(layout: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """A view of `tensor` in our layout, less the axis along which tensors are stacked; `tensor` must be contiguous."""
-  left, right = _parse_layout(layout)
-  order = [group[0] for group in right]
-  size = dict(zip(order, shape, strict=True))
-  letters = [letter for group in left for letter in group]
-  split = tensor.reshape([size[letter] for letter in letters])
-  return split.transpose([letters.index(letter) for letter in order if letter in letters])
+  """Views a contiguous `tensor` in our layout, without the stacking axis."""
+  hf, ours = map(_letters, _parse_layout(layout))
+  size = dict(zip(ours, shape, strict=True))
+  split = tensor.reshape([size[letter] for letter in hf])
+  return split.transpose([hf.index(letter) for letter in ours if letter in hf])
 
 
-def to_hf(layout: str, ours: np.ndarray, index: int) -> np.ndarray:
-  """The inverse of `from_hf`, for the tensor that is number `index` of the stacked ones.
+def to_hf(layout: str, param: np.ndarray, index: int) -> np.ndarray:
+  """Inverts `from_hf`, for tensor number `index` of the stacked ones.
 
   The result is contiguous: safetensors 0.8 writes wrong bytes for other arrays (safetensors#825).
   """
-  left, right = _parse_layout(layout)
-  order = [group[0] for group in right]
-  letters = [letter for group in left for letter in group]
-  shape = hf_shape(layout, ours.shape)
+  hf, ours = map(_letters, _parse_layout(layout))
+  shape = hf_shape(layout, param.shape)
   axis = stacking_axis(layout)
   if axis is not None:
-    ours, order = ours.take(index, axis), [letter for letter in order if letter in letters]
-  return np.ascontiguousarray(
-    ours.transpose([order.index(letter) for letter in letters]).reshape(shape)
-  )
+    param = param.take(index, axis)
+    ours = [letter for letter in ours if letter in hf]
+  return np.ascontiguousarray(param.transpose([ours.index(letter) for letter in hf]).reshape(shape))
 
 
 def stacking_axis(layout: str) -> int | None:
   """The axis of ours that no Hugging Face tensor has."""
-  left, right = _parse_layout(layout)
-  letters = {letter for group in left for letter in group}
-  extra = [axis for axis, group in enumerate(right) if group[0] not in letters]
-  return extra[0] if extra else None
+  hf, ours = map(_letters, _parse_layout(layout))
+  return next((axis for axis, letter in enumerate(ours) if letter not in hf), None)
+
+
+def _letters(side: list[list[str]]) -> list[str]:
+  return [letter for group in side for letter in group]
 
 
 def _parse_layout(layout: str) -> list[list[list[str]]]:

@@ -12,21 +12,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class RunConsole(Console):
-  """A console whose reader may go away: rich would end the run then."""
+  """A console that survives the loss of its reader, where rich would end the run."""
 
   @property
   def live(self) -> bool:
-    """Whether bars can be drawn. rich takes a file for a terminal where FORCE_COLOR is set, as many CI services do."""
+    """Whether progress bars can be drawn.
+
+    rich takes a file for a terminal where FORCE_COLOR is set, as many CI services do.
+    """
     return self.is_terminal and not self.is_dumb_terminal and self.file.isatty()
 
-  def __exit__(self, *ending: Any) -> None:
-    """Ends a piece of output, which is then written; all of rich's goes through here."""
+  def __exit__(self, *exc_info: Any) -> None:
+    """End a piece of output, which is then written; all of rich's goes through here."""
     try:
-      super().__exit__(*ending)
+      super().__exit__(*exc_info)
     except OSError as error:
-      if (
-        error.errno != errno.EIO
-      ):  # what a terminal says that is gone; a log on a full disk may have room again
+      if error.errno != errno.EIO:  # only a lost terminal: a full disk may have room again
         raise
       self.on_broken_pipe()
 
@@ -39,15 +40,14 @@ console = RunConsole(soft_wrap=True, highlight=False)
 
 
 def log(text: str) -> None:
-  """One line of the story. Not rich markup, and no control characters: text comes from users' files."""
-  with contextlib.suppress(
-    OSError
-  ):  # a log on a full disk: the run goes on as long as its own files can be written
+  """Print a line, without rich's markup and control characters: text comes from users' files."""
+  # The log may be on a full disk: the run goes on as long as its own files can be written.
+  with contextlib.suppress(OSError):
     console.print(escape_controls(text), markup=False)
 
 
 def escape_controls(text: str) -> str:
-  """The text with control characters, but for line ends and tabs, written out: some of them steer a terminal."""
+  """Escape control characters other than newlines and tabs: some of them steer a terminal."""
   return "".join(
     c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode()
     for c in text
@@ -55,9 +55,9 @@ def escape_controls(text: str) -> str:
 
 
 class ProgressBar:
-  """Progress of something counted: a bar on a terminal, nothing but the story's lines in a log."""
+  """A progress bar on a terminal; nothing in a log."""
 
-  def __init__(self, what: str, total: int, done: int = 0):
+  def __init__(self, label: str, total: int, done: int = 0):
     columns = (
       TextColumn("{task.description}"),
       BarColumn(),
@@ -66,7 +66,7 @@ class ProgressBar:
       TextColumn("{task.fields[note]}"),
     )
     self._bar = Progress(*columns, console=console, transient=True, disable=not console.live)
-    self._task = self._bar.add_task(what, total=total, completed=done, note="")
+    self._task = self._bar.add_task(label, total=total, completed=done, note="")
 
   def __enter__(self) -> "ProgressBar":
     self._bar.start()

@@ -1,6 +1,6 @@
-"""What a process may be started without, set right before anything else is imported: streams, a home, a width to print in.
+"""Repairs of a process's environment before anything else is imported: streams, home, width.
 
-And with: variables that a library reads while it is imported, and does not understand.
+And errors of libraries that cannot read an environment variable while they are imported.
 """
 
 import os
@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-# Variables that a library may refuse while it is imported. Others, such as PATH, are words that any message may have.
+# Variables that a library may refuse while it is imported. Others, such as PATH, are words that
+# any message may contain.
 ENV_PREFIXES = ("JAX_", "XLA_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "DATASETS_", "TF_")
 STREAMS = {"stdin": (0, "r"), "stdout": (1, "w"), "stderr": (2, "w")}
 MIN_COLUMNS = 40  # columns: below it rich cuts numbers
@@ -25,9 +26,17 @@ def setup() -> None:
   sys.excepthook = _env_error_hook  # until `errors.run_command` takes over
 
 
+def quiet_transformers() -> None:
+  """Keep transformers from advising to install torch when it is imported."""
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
 def _reopen_std_streams() -> None:
-  """A stream that was closed (`>&-`) becomes the null device. Else the next file that is opened would take its place, and
-  whatever a library prints would be written into it."""
+  """Open the null device for each standard stream that was closed (`>&-`).
+
+  Otherwise the next file that is opened would get its number, and whatever a library prints
+  would be written into that file.
+  """
   closed = [name for name in STREAMS if getattr(sys, name) is None]
   for number in range(3):
     try:
@@ -40,8 +49,11 @@ def _reopen_std_streams() -> None:
 
 
 def _ensure_home() -> None:
-  """Where neither $HOME nor the user's entry in /etc/passwd says where caches may lie, as in a container that runs as another
-  user than its image has: a folder of temporary files, of this user alone."""
+  """Set $HOME to a temporary folder of this user alone, if the user has no home.
+
+  A container that runs as another user than its image has neither $HOME nor an entry in
+  /etc/passwd, and libraries would not find a folder for their caches.
+  """
   if os.environ.get("HOME"):
     return
   try:
@@ -57,7 +69,7 @@ def _ensure_home() -> None:
 
 
 def _ensure_min_width() -> None:
-  """$COLUMNS is 0 in some containers and under expect."""
+  """Raise a small $COLUMNS, which is 0 in some containers and under expect."""
   columns = os.environ.get("COLUMNS", "")
   if columns.isdecimal() and int(columns) < MIN_COLUMNS:
     os.environ["COLUMNS"] = str(MIN_COLUMNS)
@@ -66,19 +78,17 @@ def _ensure_min_width() -> None:
 def _env_error_hook(
   kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-  """An import that fails at a variable of the environment, such as JAX_ENABLE_X64=maybe, ends in one line with exit code 2."""
-  said, variables = (
-    str(error),
-    {name: it for name, it in os.environ.items() if name.startswith(ENV_PREFIXES)},
-  )
-  named = [name for name in variables if re.search(rf"\b{re.escape(name)}\b", said.upper())]
-  named += [name for name, value in variables.items() if value and repr(value) in said]
+  """End an import that fails on an environment variable in one line, with exit code 2.
+
+  Such a variable is JAX_ENABLE_X64=maybe.
+  """
+  message = str(error)
+  variables = {name: it for name, it in os.environ.items() if name.startswith(ENV_PREFIXES)}
+  named = [name for name in variables if re.search(rf"\b{re.escape(name)}\b", message.upper())]
+  named += [name for name, value in variables.items() if value and repr(value) in message]
   if kind is ValueError and named:
-    name, said = named[0], " ".join(said.split())
-    print(
-      f"error: {name}={os.environ[name]!r}: {said}; unset it, or give it another value",
-      file=sys.stderr,
-    )
+    culprit = f"{named[0]}={os.environ[named[0]]!r}: {' '.join(message.split())}"
+    print(f"error: {culprit}; unset it, or give it another value", file=sys.stderr)
     sys.stderr.flush()
     os._exit(2)
   sys.__excepthook__(kind, error, trace)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files: atomic writes, caches, paths, and text that UTF-8 can hold."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxft.errors import RequestError, StorageError, first_line
 
-# An address of a model or a data set of the hub, or of a page or a file of it.
+# The address of a model or a data set on the hub, or of one of its pages or files.
 HUB_URL = re.compile(
   r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?P<datasets>datasets/)?"
   r"(?P<id>[\w.-]+(?:/(?!(?:tree|blob|resolve|viewer)(?:/|$))[\w.-]+)?)(?:[/?#].*)?",
@@ -19,9 +19,9 @@ LFS_HEADER = b"version https://git-lfs.github.com/spec/"
 
 
 def atomic_write(file: Path, text: str) -> None:
-  """Writes under a temporary name, syncs to disk, renames: a kill or a full disk leaves what was there before.
+  """Write under a temporary name, sync to disk, and rename.
 
-  Raises StorageError.
+  A kill or a full disk leaves the previous file. Raises StorageError.
   """
   partial = file.with_name(file.name + ".partial")
   try:
@@ -36,20 +36,21 @@ def atomic_write(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-  """`atomic_write` of a JSON object; raises StorageError."""
+  """Write a JSON object with `atomic_write`; raises StorageError."""
   atomic_write(file, json.dumps(content, indent=2) + "\n")
 
 
 def write_failure(file: Path, error: Exception) -> str:
-  """Why a file could not be written, and how much room there is."""
-  there = next((folder for folder in file.absolute().parents if folder.exists()), Path("/"))
-  return f"{getattr(error, 'strerror', None) or error}; {shutil.disk_usage(there).free:,} bytes are free there"
+  """Say why a file could not be written, and how much room its disk has."""
+  folder = next((folder for folder in file.absolute().parents if folder.exists()), Path("/"))
+  free = shutil.disk_usage(folder).free
+  return f"{getattr(error, 'strerror', None) or error}; {free:,} bytes are free there"
 
 
 def cache_dir(name: str) -> Path:
-  """Where jaxft keeps what it can make again: XDG_CACHE_HOME/jaxft/NAME, or ~/.cache/jaxft/NAME.
+  """Return XDG_CACHE_HOME/jaxft/NAME, or ~/.cache/jaxft/NAME.
 
-  Raises RequestError where there is no home.
+  Raises RequestError if the user has no home.
   """
   try:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxft" / name
@@ -60,25 +61,25 @@ def cache_dir(name: str) -> Path:
 
 
 def expand_user(path: str) -> str:
-  """A path with the user's home for its ~, which no shell makes of --x=~/y; but for a file that is called so."""
+  """Expand ~, which no shell expands in --x=~/y, unless a file has this very name."""
   return os.path.expanduser(path) if path.startswith("~") and not os.path.lexists(path) else path
 
 
 def reject_lfs_pointer(file: Path) -> None:
-  """Raises RequestError for a git-lfs pointer, which stands for a file that was not fetched."""
+  """Raise RequestError for a git-lfs pointer, which stands for a file that was not fetched."""
   try:
     with file.open("rb") as stream:
-      pointer = stream.read(len(LFS_HEADER)) == LFS_HEADER
+      is_pointer = stream.read(len(LFS_HEADER)) == LFS_HEADER
   except OSError:
-    return  # whoever reads it says so
-  if pointer:
+    return  # whoever reads it reports the error
+  if is_pointer:
     raise RequestError(
       f"{file}: a git-lfs pointer, not the file itself; run git lfs pull in its folder"
     )
 
 
 def exists(path: Path) -> bool:
-  """Whether there is something; False too for a name that the file system cannot have."""
+  """Whether a path exists; False too for a name that the file system cannot have."""
   try:
     return path.exists()
   except OSError:
@@ -86,7 +87,7 @@ def exists(path: Path) -> bool:
 
 
 def is_encodable(text: str) -> bool:
-  """False for what no UTF-8 file can hold: halves of surrogate pairs, which JSON's \\u escapes and stray bytes give."""
+  """Whether UTF-8 can hold the text; not so for lone surrogates, of JSON escapes or stray bytes."""
   try:
     text.encode()
   except UnicodeEncodeError:
@@ -95,11 +96,11 @@ def is_encodable(text: str) -> bool:
 
 
 def read_json_object(file: Path, notes: list[str]) -> dict[str, Any]:
-  """The object in a .json file; an empty one, and a line in `notes`, where there is none."""
+  """Read the object in a .json file; if there is none, return {} and add a line to `notes`."""
   try:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(found, dict):
-      return found
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(content, dict):
+      return content
     notes.append(f"{file.name} holds no JSON object: what it tells is left out")
   except FileNotFoundError:
     notes.append(f"There is no {file.name}: what it tells is left out")

@@ -1,4 +1,4 @@
-"""What must not leave a run: names and passwords in addresses."""
+"""Removal of secrets from text: logins in addresses, parameters, and tokens of the hub."""
 
 import re
 
@@ -9,5 +9,5 @@ PARAMETER = re.compile(rf"([?&][^=&\s]*(?:{SECRET_WORDS})[^=&\s]*=)[^&#\s]+", re
 
 
 def redact(text: str) -> str:
-  """The text with *** for the login of https://user:password@host, for parameters such as ?token=... and for a hub token."""
+  """Replace logins (https://user:password@host), parameters (?token=...) and hub tokens by ***."""
   return HUB_TOKEN.sub("***", PARAMETER.sub(r"\1***", LOGIN.sub("***@", text)))

@@ -1,4 +1,4 @@
-"""Words of the command line and values of a config file as people write them: they mean one thing, or are refused in a line."""
+"""Command-line words and config values as people write them: clear, or rejected in one line."""
 
 import os
 import random
@@ -19,9 +19,9 @@ CONFIG = (
 )
 # Values of each type as they may stand on a command line, and what they mean.
 TEXTS = [
-  "my file.txt", "Once upon a time, there was", "a,b", "(1)", "[x]", "'quoted'", 'say "x"', "None", "True", "12", "1e3", "-x",
-  "--x", "a=b", "$HOME", "日本 é", "#", "{prompt}", "a\\b", "*.txt", "hub:x/y:train@2", "C:\\data", "lambda: 0", "()", "",
-  " ", "~", "0x10",
+  "my file.txt", "Once upon a time, there was", "a,b", "(1)", "[x]", "'quoted'", 'say "x"', "None",
+  "True", "12", "1e3", "-x", "--x", "a=b", "$HOME", "日本 é", "#", "{prompt}", "a\\b", "*.txt",
+  "hub:x/y:train@2", "C:\\data", "lambda: 0", "()", "", " ", "~", "0x10",
 ]  # fmt: skip
 NUMBERS = [("7", 7), ("0", 0), ("1000000", 1_000_000)]
 REALS = [("1e-4", 1e-4), ("1", 1.0), (".5", 0.5), ("3E-5", 3e-5)]
@@ -45,7 +45,7 @@ def value_of(config, name):
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_a_hundred_values_of_every_awkward_kind(monkeypatch, tmp_path, part):
+def test_parse_awkward_values(monkeypatch, tmp_path, part):
   monkeypatch.setenv("HOME", "/home/me")
   file, rng = config_file(tmp_path), random.Random(part)
   for _ in range(25):
@@ -72,7 +72,8 @@ def test_a_hundred_values_of_every_awkward_kind(monkeypatch, tmp_path, part):
       assert found == wanted and type(found) is type(wanted), (words, found)
 
 
-def test_several_values_are_several_flags(monkeypatch, tmp_path):
+def test_list_settings_repeat_the_flag(monkeypatch, tmp_path):
+  """A setting of several texts takes the flag several times."""
   words = [
     "--config.data.train",
     "a b.txt",
@@ -85,7 +86,7 @@ def test_several_values_are_several_flags(monkeypatch, tmp_path):
   )
 
 
-def test_line_ends_and_tabs_are_said_to_be_meant(monkeypatch, tmp_path, capsys):
+def test_escapes_are_replaced_and_printed(monkeypatch, tmp_path, capsys):
   file = config_file(tmp_path)
   config = parsed(
     monkeypatch,
@@ -106,7 +107,7 @@ def test_line_ends_and_tabs_are_said_to_be_meant(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
   "folder", ["2026-01-01T10:30", "a b", "é日本", "[x]", "c.d", "-e", "$HOME", "a=b"]
 )
-def test_a_config_file_may_lie_anywhere(monkeypatch, tmp_path, folder):
+def test_config_file_in_any_folder(monkeypatch, tmp_path, folder):
   lines = (
     "c.train.seed = 5",
     "from pathlib import Path",
@@ -120,7 +121,8 @@ def test_a_config_file_may_lie_anywhere(monkeypatch, tmp_path, folder):
   )
 
 
-def test_a_config_file_is_given_what_stands_after_a_colon(monkeypatch, tmp_path):
+def test_config_file_gets_text_after_colon(monkeypatch, tmp_path):
+  """`--config FILE:TEXT` calls get_config(TEXT)."""
   file = config_file(tmp_path, "c.train.seed = int(given[0]) if given else 1")
   assert parsed(monkeypatch, "--config", file).train.seed == 1
   assert parsed(monkeypatch, "--config", f"{file}:7").train.seed == 7
@@ -133,14 +135,14 @@ def test_a_config_file_is_given_what_stands_after_a_colon(monkeypatch, tmp_path)
 @pytest.mark.parametrize(
   "text", ["{[]}", "{[1]: 2}", "1, 2, 3", "1,2", "-" * 4000 + "1", "(1,)", "()x", "'a', 2"]
 )
-def test_a_prompt_may_be_odd_python(monkeypatch, tmp_path, text):
+def test_prompt_may_be_odd_python(monkeypatch, tmp_path, text):
   file = config_file(tmp_path)
   assert parsed(
     monkeypatch, "--config", file, f"--config.train.sample_prompts={text}"
   ).train.sample_prompts == (text,)
 
 
-def test_arrays_and_frozen_configs_are_what_they_hold(monkeypatch, tmp_path):
+def test_arrays_and_frozen_configs_are_unwrapped(monkeypatch, tmp_path):
   lines = "import numpy", "c.data.train = numpy.array(['a', 'b'])", "c.train.steps = numpy.array(3)"
   config = parsed(monkeypatch, "--config", config_file(tmp_path / "a", *lines))
   assert config.data.train == ("a", "b") and config.train.steps == 3
@@ -151,7 +153,7 @@ def test_arrays_and_frozen_configs_are_what_they_hold(monkeypatch, tmp_path):
   assert (config.train.seed, config.train.steps) == (7, 3)
 
 
-def test_values_of_a_config_file_mean_what_they_are(monkeypatch, tmp_path):
+def test_config_file_values_are_normalized(monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", "/home/me")
   lines = (
     "import numpy, pathlib",
@@ -176,7 +178,7 @@ def test_values_of_a_config_file_mean_what_they_are(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "line, told",
+  "line, message",
   [
     ("c.optim.learning_rate = 'fast'", "config.optim.learning_rate='fast': must be a number"),
     ("c.train.steps = 1.5", "config.train.steps=1.5: must be a whole number"),
@@ -199,8 +201,9 @@ def test_values_of_a_config_file_mean_what_they_are(monkeypatch, tmp_path):
     ("c.data.encoding = 'base64'", "must be the name of an encoding"),
   ],
 )
-def test_what_means_nothing_is_refused(monkeypatch, tmp_path, line, told):
-  with pytest.raises(RequestError, match=told.replace("did you mean.*", "")):
+def test_invalid_flags_are_rejected(monkeypatch, tmp_path, line, message):
+  """With a hint at the nearest flag or setting."""
+  with pytest.raises(RequestError, match=message.replace("did you mean.*", "")):
     config = parsed(monkeypatch, "--config", config_file(tmp_path, line))
     if lines := jaxft.config.validate(config):
       raise RequestError("\n".join(lines))
@@ -214,7 +217,7 @@ def test_what_means_nothing_is_refused(monkeypatch, tmp_path, line, told):
     ("data.block_size", "data.sequence_length"),
   ],
 )
-def test_names_of_other_tools_lead_to_those_of_here(name, there):
+def test_foreign_names_suggest_settings(name, there):
   assert jaxft.config.unknown_settings([name]) == [
     f"config.{name}: there is no such setting; here it is {there}"
   ]
@@ -225,7 +228,8 @@ def test_names_of_other_tools_lead_to_those_of_here(name, there):
   )
 
 
-def test_a_tilde_is_the_home_but_for_a_file_of_that_name(monkeypatch, tmp_path):
+def test_tilde_is_expanded(monkeypatch, tmp_path):
+  """Unless a file has this very name."""
   monkeypatch.setenv("HOME", str(tmp_path / "home"))
   monkeypatch.chdir(tmp_path)
   assert parsers.export().parse_args(["--model", "gpt2", "--out=~/x"]).out == str(
@@ -240,8 +244,8 @@ def test_a_tilde_is_the_home_but_for_a_file_of_that_name(monkeypatch, tmp_path):
   assert os.listdir("~") == [] and Path("~").is_dir()
 
 
-def test_a_python_users_config_stays_as_it_is(folder, stories, tmp_path):
-  """And a prompt that is too long is told with its name, before anything is compiled."""
+def test_finetune_does_not_change_the_config(folder, stories, tmp_path):
+  """And a prompt that is too long is reported with its name, before anything is compiled."""
   config = tiny.config(folder, stories)
   config.data.train, config.optim.learning_rate = Path(stories), np.float32(1e-3)
   config.train.sample_prompts = "the cat " * 99
@@ -285,9 +289,7 @@ def test_a_python_users_config_stays_as_it_is(folder, stories, tmp_path):
     (("c.data.validation = 'v.txt'",), ["train.seed=8"], {"data.validation": ("v.txt",)}),
   ],
 )
-def test_a_setting_of_the_command_line_beats_its_counterpart_in_the_file(
-  monkeypatch, tmp_path, capsys, file, words, wanted
-):
+def test_flag_overrides_counterpart_in_file(monkeypatch, tmp_path, capsys, file, words, wanted):
   config = parsed(
     monkeypatch, "--config", config_file(tmp_path, *file), *(f"--config.{word}" for word in words)
   )
@@ -298,14 +300,14 @@ def test_a_setting_of_the_command_line_beats_its_counterpart_in_the_file(
   ) == dropped
 
 
-def test_text_that_is_given_has_a_share_held_out_whatever_the_file_says(
-  monkeypatch, tmp_path, capsys
-):
+def test_train_flag_replaces_validation_of_file(monkeypatch, tmp_path, capsys):
+  """A share of the given text is held out instead."""
   file = config_file(tmp_path, "c.data.validation, c.data.validation_fraction = ('v.txt',), 0.0")
   config = parsed(monkeypatch, "--config", file, "--config.data.train=t.txt")
   assert (config.data.validation, config.data.validation_fraction) == ((), 0.05)
-  told = "a share of 0.05 of the new text is held out instead (to keep it: --config.data.validation=v.txt)"
-  assert told in capsys.readouterr().err
+  note = "a share of 0.05 of the new text is held out instead (to keep it: "
+  note += "--config.data.validation=v.txt)"
+  assert note in capsys.readouterr().err
   config = parsed(
     monkeypatch,
     "--config",
@@ -317,7 +319,7 @@ def test_text_that_is_given_has_a_share_held_out_whatever_the_file_says(
 
 
 @pytest.mark.parametrize("line", ["c.data = Odd({'validation': 3})", "c = Odd(); c.data = 3"])
-def test_odd_values_of_a_file_are_no_traceback_beside_flags(monkeypatch, tmp_path, line):
+def test_odd_file_values_give_no_traceback(monkeypatch, tmp_path, line):
   file = config_file(tmp_path, "from ml_collections import ConfigDict as Odd", line)
   try:
     assert parsed(monkeypatch, "--config", file, "--config.data.train=t.txt").data.validation == ()
@@ -326,7 +328,7 @@ def test_odd_values_of_a_file_are_no_traceback_beside_flags(monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize("value", ["np.int64(8)", "None", "[8]", "len", "True", "8.5"])
-def test_a_setting_beats_whatever_stands_in_the_file(monkeypatch, tmp_path, value):
+def test_flag_overrides_any_file_value(monkeypatch, tmp_path, value):
   file = config_file(
     tmp_path, "import numpy as np", "with c.ignore_type():", f"  c.train.steps = {value}"
   )
@@ -334,7 +336,7 @@ def test_a_setting_beats_whatever_stands_in_the_file(monkeypatch, tmp_path, valu
 
 
 @pytest.mark.parametrize(
-  "words, told",
+  "words, message",
   [
     (["--block_size=8"], "--block_size: no such flag; did you mean --config.data.sequence_length?"),
     (["--max_length=8"], "--max_length: no such flag; did you mean --config.data.sequence_length?"),
@@ -344,20 +346,20 @@ def test_a_setting_beats_whatever_stands_in_the_file(monkeypatch, tmp_path, valu
     (["--remat=full"], "--remat: no such flag; did you mean --config.memory.remat?"),
   ],
 )
-def test_flags_that_another_command_has_lead_to_settings(monkeypatch, tmp_path, words, told):
+def test_flags_of_other_commands_suggest_settings(monkeypatch, tmp_path, words, message):
   monkeypatch.setattr(sys, "argv", ["prepare", "--config", config_file(tmp_path), *words])
   with pytest.raises(RequestError) as refusal:
     flags.parse("usage", ("json",))
-  assert told in str(refusal.value)
+  assert message in str(refusal.value)
 
 
-def test_a_config_of_json_is_said_to_be_none(monkeypatch, tmp_path):
+def test_json_config_is_rejected(monkeypatch, tmp_path):
   (tmp_path / "c.json").write_text('{"train": null}')
   with pytest.raises(RequestError, match="a config is Python with a get_config"):
     parsed(monkeypatch, "--config", str(tmp_path / "c.json"), "--config.train.steps=4")
 
 
-def test_both_on_the_command_line_are_refused(monkeypatch, tmp_path):
+def test_exclusive_flags_are_rejected(monkeypatch, tmp_path):
   file = config_file(tmp_path, "c.model.path, c.data.train = 'm', 't'")
   config = parsed(
     monkeypatch, "--config", file, "--config.train.steps=8", "--config.train.epochs=3"

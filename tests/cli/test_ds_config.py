@@ -1,4 +1,4 @@
-"""DeepSpeed configs: what their keys come to, what is refused, and that the page says the same as the code."""
+"""DeepSpeed configs: what keys become, what is rejected, and the page's table."""
 
 import copy
 import json
@@ -16,7 +16,8 @@ from jaxft.errors import RequestError
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "recipes" / "deepspeed.md"
-# The keys and values of ds_config.json and ds_config_gptneo.json of Xirider/finetune-gpt2xl, which are the same.
+# The keys and values of ds_config.json and ds_config_gptneo.json of Xirider/finetune-gpt2xl, which
+# are the same.
 GPT2XL = {
   "fp16": {
     "enabled": "auto",
@@ -95,7 +96,7 @@ def refused(config):
 
 
 @pytest.mark.parametrize("config, stage, offload", [(GPT2XL, 2, "optimizer"), (GPTJ, 3, "all")])
-def test_the_configs_of_the_recipes_are_understood(config, stage, offload):
+def test_recipe_configs_are_translated(config, stage, offload):
   found = translated(config)
   assert found.settings == {
     "model.compute_dtype": "auto",
@@ -292,13 +293,13 @@ ADAMW, DECAYING, COSINE = (
     ({"autotuning": {"enabled": True, "arg_mappings": {}}, "compile": True}, {}),
   ],
 )
-def test_what_a_key_comes_to(dotted, wanted):
+def test_key_becomes_settings(dotted, wanted):
   found = translated(nested(dotted))
   assert found.settings == wanted
-  told = " ".join(entry.outcome for entry in found.entries)
+  outcomes = " ".join(entry.outcome for entry in found.entries)
   for name, value in wanted.items():  # nothing is set that no row tells
     for part in value if isinstance(value, tuple) else (value,):
-      assert f"--config.{name}={part}" in told
+      assert f"--config.{name}={part}" in outcomes
 
 
 @pytest.mark.parametrize(
@@ -320,7 +321,7 @@ def test_what_a_key_comes_to(dotted, wanted):
     (None, False, "float32"),
   ],
 )
-def test_two_sections_say_the_dtype(fp16, bf16, dtype):
+def test_fp16_and_bf16_choose_compute_dtype(fp16, bf16, dtype):
   given = {"fp16.enabled": fp16, "bf16.enabled": bf16}
   found = translated(nested({key: value for key, value in given.items() if value is not None}))
   assert found.settings.get("model.compute_dtype") == dtype
@@ -346,7 +347,7 @@ def test_two_sections_say_the_dtype(fp16, bf16, dtype):
     ),
   ],
 )
-def test_other_sections_say_the_dtype_too(dotted, wanted):
+def test_amp_and_autocast_choose_compute_dtype(dotted, wanted):
   found = translated(nested(dotted)).settings
   assert found.get("model.compute_dtype") == wanted
   master = "bf16.bf16_optimizer_states" in dotted
@@ -367,7 +368,8 @@ def test_other_sections_say_the_dtype_too(dotted, wanted):
     (None, 3, None),
   ],
 )
-def test_the_batch_is_told_to_whoever_counts_devices(rows, accumulation, batch):
+def test_batch_fields_are_parsed(rows, accumulation, batch):
+  """The run counts the devices, and computes the batch."""
   config = {
     deepspeed_keys.MICRO_BATCH: rows or "auto",
     deepspeed_keys.ACCUMULATION: accumulation or "auto",
@@ -549,14 +551,15 @@ def test_the_batch_is_told_to_whoever_counts_devices(rows, accumulation, batch):
     ({"foo.enabled": 2}, "foo.enabled", "docs/recipes/deepspeed.md"),
   ],
 )
-def test_what_can_mean_nothing_is_refused_with_the_way_out(dotted, key, message):
+def test_unsupported_keys_are_rejected(dotted, key, message):
+  """Each message has a way out."""
   (line,) = refused(nested(dotted))
   assert (
     line.startswith(f"ds.json: {key}") and line[len(f"ds.json: {key}")] in ":0" and message in line
   )
 
 
-def test_every_fault_is_told():
+def test_all_errors_are_reported():
   keys = [
     line.split()[1]
     for line in refused(
@@ -571,7 +574,8 @@ def test_every_fault_is_told():
 
 
 @pytest.mark.parametrize("key", deepspeed_keys.known_keys())
-def test_a_known_key_is_never_unknown(key):
+def test_known_keys_are_accepted_or_rejected(key):
+  """No known key is reported as unknown."""
   section = key.partition(".params.")[0]
   kinds = deepspeed_sections.TYPES.get(section, {})
   types = [
@@ -588,7 +592,7 @@ def test_a_known_key_is_never_unknown(key):
         assert "no such key" not in str(refusal) and "\n" not in str(refusal)
 
 
-def test_rows_tell_what_another_key_has_decided():
+def test_outcome_names_the_deciding_key():
   became = {
     entry.key: entry.outcome
     for entry in translated(
@@ -621,7 +625,7 @@ def test_rows_tell_what_another_key_has_decided():
   )
 
 
-def test_rows_for_a_terminal():
+def test_format_table():
   found = translated(
     nested({f"{ZERO}.stage": 2, "gradient_accumulation_steps": 4, "gradient_clipping": 1})
   )
@@ -633,7 +637,8 @@ def test_rows_for_a_terminal():
     },
   ).splitlines()
   assert lines == [
-    f"{ZERO}.stage      2  --config.mesh.zero_stage=2; --config.mesh.zero_stage=3 is given, and wins",
+    f"{ZERO}.stage      2  --config.mesh.zero_stage=2; --config.mesh.zero_stage=3 is given, and "
+    "wins",
     "gradient_accumulation_steps  4  --config.train.batch_size is rows a device x 4 x devices; "
     "--gradient_accumulation_steps=8 is given, and wins",
     "gradient_clipping            1  --config.optim.clip_norm=1.0",
@@ -656,11 +661,13 @@ def written(folder, content):
   [
     '{"fp16": {"enabled": true}, "zero_optimization": {"stage": 2}}',
     '\ufeff{"fp16": {"enabled": true}, "zero_optimization": {"stage": 2}}',
-    '// "a"\n{"fp16": {"enabled": true,}, # {\n "zero_optimization": /* "stage": 1,\n */ {"stage": 2},\n}\n',
-    '{"_note": "// # /* ,]", "fp16": {"enabled": true}, "zero_optimization": {"stage": 2, "_": "\\"//,}"}}',
+    '// "a"\n{"fp16": {"enabled": true,}, # {\n "zero_optimization": '
+    '/* "stage": 1,\n */ {"stage": 2},\n}\n',
+    '{"_note": "// # /* ,]", "fp16": {"enabled": true}, '
+    '"zero_optimization": {"stage": 2, "_": "\\"//,}"}}',
   ],
 )
-def test_a_file_is_read_as_deepspeed_reads_it(tmp_path, text):
+def test_file_syntax_is_that_of_deepspeed(tmp_path, text):
   found = deepspeed_config.read(written(tmp_path, text))
   assert found.settings == {"model.compute_dtype": "auto", "mesh.zero_stage": 2}
   notes = [entry.value for entry in found.entries if "a comment" in entry.outcome]
@@ -689,7 +696,7 @@ def test_a_file_is_read_as_deepspeed_reads_it(tmp_path, text):
     (b" " * 2**20 + b"{}", "1,048,578 bytes are no DeepSpeed config"),
   ],
 )
-def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, content, message):
+def test_invalid_file_is_rejected_in_one_line(tmp_path, content, message):
   file = written(tmp_path, content)
   with pytest.raises(RequestError) as refusal:
     deepspeed_config.read(file)
@@ -699,7 +706,7 @@ def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, content, mess
   assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_a_file_that_is_none_is_refused(tmp_path):
+def test_missing_file_is_rejected(tmp_path):
   for file, message in [
     (tmp_path / "x", "no such file"),
     (tmp_path, "not a file"),
@@ -709,7 +716,7 @@ def test_a_file_that_is_none_is_refused(tmp_path):
       deepspeed_config.read(file)
 
 
-# Of any kind, at any place.
+# Values of any kind, for any key.
 JUNK = [
   None,
   True,
@@ -773,7 +780,7 @@ def is_right(name, value):
   )
 
 
-def test_whatever_is_in_a_config_it_is_understood_or_refused(tmp_path):
+def test_fuzzed_configs_raise_only_request_errors(tmp_path):
   rng, outcomes = random.Random(0), {True: 0, False: 0}
   for i in range(800):
     config = spoiled((GPT2XL, GPTJ)[i % 2], rng)
@@ -791,7 +798,7 @@ def test_whatever_is_in_a_config_it_is_understood_or_refused(tmp_path):
   assert min(outcomes.values()) > 100
 
 
-def test_whatever_is_in_a_file_it_is_understood_or_refused(tmp_path):
+def test_fuzzed_files_raise_only_request_errors(tmp_path):
   rng, text = random.Random(0), json.dumps(GPTJ).encode()
   for _ in range(300):
     spoilt = bytearray(text)
@@ -807,7 +814,7 @@ def test_whatever_is_in_a_file_it_is_understood_or_refused(tmp_path):
       assert all(line.startswith(f"{file}: ") for line in str(refusal).splitlines())
 
 
-def test_a_large_file_is_refused_in_moments(tmp_path):
+def test_large_file_is_rejected_quickly(tmp_path):
   many = {
     "elasticity": {f"a{i}": i for i in range(20_000)},
     ZERO: {f"overlap_com{i}": i for i in range(20_000)},
@@ -819,11 +826,11 @@ def test_a_large_file_is_refused_in_moments(tmp_path):
   assert len(lines) == 20_001 and hint in lines[1] and hint not in lines[-1]
 
 
-def test_the_page_has_the_table_of_the_code():
+def test_docs_have_the_generated_table():
   assert deepspeed_keys.markdown_table() in PAGE.read_text()
 
 
-def test_settings_that_the_page_names_are_settings():
+def test_settings_on_the_page_exist():
   text = PAGE.read_text()
   names = set(re.findall(r"config\.([a-z_]+\.[a-z_0-9]+)", text))
   assert (

@@ -1,4 +1,4 @@
-"""Flags of the commands that take no config: mistyped ones are named, other spellings are the same, nothing is guessed."""
+"""Flags of the commands without a config: hints for mistyped ones, aliases, and no guessing."""
 
 import json
 import random
@@ -24,7 +24,7 @@ def flags(command):
 
 
 def mistyped(flag):
-  """The flag without each of its letters, and with each two neighbours swapped, but for what is the same or a flag again."""
+  """The flag without one letter, or with two neighbours swapped, unless that is a flag again."""
   name = flag[2:]
   dropped = {name[:i] + name[i + 1 :] for i in range(len(name))}
   swapped = {name[:i] + name[i + 1] + name[i] + name[i + 2 :] for i in range(len(name) - 1)}
@@ -32,7 +32,8 @@ def mistyped(flag):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_mistyped_flag_is_refused_with_the_right_one(command):
+def test_mistyped_flags_get_the_right_hint(command):
+  """Every flag of every command, misspelt."""
   parser, known = getattr(parsers, command)(), set(flags(command)) | {"--k", "--p"}
   for flag in flags(command):
     for wrong in sorted(mistyped(flag) - known):
@@ -54,7 +55,7 @@ def test_every_mistyped_flag_is_refused_with_the_right_one(command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_beginning_of_a_flag_is_no_flag(command):
+def test_flag_prefixes_are_rejected(command):
   parser = getattr(parsers, command)()
   for flag in flags(command):
     for end in range(5, len(flag)):
@@ -64,7 +65,7 @@ def test_the_beginning_of_a_flag_is_no_flag(command):
 
 
 @pytest.mark.parametrize(
-  "words, told",
+  "words, message",
   [
     (["--modle", "x"], "--modle: no such flag; did you mean --model?"),
     (["--num_samples", "3"], "--num_samples: no such flag; did you mean --num_return_sequences?"),
@@ -98,10 +99,10 @@ def test_the_beginning_of_a_flag_is_no_flag(command):
     (["x", "--no_cuda", "--use_cpu=False"], "--no_cuda=True and --use_cpu=False are one setting"),
   ],
 )
-def test_what_cannot_be_meant_is_refused_in_one_line(words, told):
+def test_bad_arguments_are_rejected_in_one_line(words, message):
   with pytest.raises(RequestError) as refusal:
     parsers.generate().parse_args(words)
-  assert str(refusal.value).startswith(told)
+  assert str(refusal.value).startswith(message)
 
 
 SPELLINGS = {
@@ -134,7 +135,8 @@ def parsed(*parts):
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_spellings_of_a_flag_are_one_setting_wherever_they_stand(name):
+def test_flag_aliases_set_one_value(name):
+  """In any order."""
   rng, model = random.Random(0), [] if name == "model" else ["--model=m"]
   plain = parsed(SPELLINGS[name][-1], model, ["--temperature=-1", "--json"])
   assert plain[name]
@@ -155,17 +157,18 @@ def test_spellings_of_a_flag_are_one_setting_wherever_they_stand(name):
     "--top_k=3 --json -- m",
   ],
 )
-def test_a_model_may_stand_between_flags(words):
+def test_positional_model_between_flags(words):
   assert parsed(words.split()) == parsed(["--model=m", "--json", "--top_k=3"])
 
 
-def test_a_switch_takes_no_word_that_is_not_its_own():
+def test_bool_flag_leaves_the_next_word():
   arguments = parsers.generate().parse_args(["--do_sample", "false", "--jit", "m"])
   assert (arguments.do_sample, arguments.jit, arguments.model) == (False, True, "m")
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate", "export"])
-def test_a_run_is_read_as_one_whatever_flag_names_it(command, tmp_path, capsys):
+def test_model_flag_accepts_a_workdir(command, tmp_path, capsys):
+  """Whichever flag names it."""
   run, more = tmp_path / "run", COMMANDS[command][2:]
   (run / "checkpoints" / "12").mkdir(parents=True)
   (run / "config.json").write_text(json.dumps({"model": {}, "data": {}, "train": {}}))

@@ -51,8 +51,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_request_ends_in_one_line(config_file, tmp_path, fault):
-  arguments, told = FAULTS[fault]
+def test_train_errors_are_one_line(config_file, tmp_path, fault):
+  arguments, message = FAULTS[fault]
   (tmp_path / "broken.py").write_text("def get_config():\n  return nothing\n")
   arguments = [argument.format(tmp=tmp_path) for argument in arguments]
   done = train(config_file, tmp_path / "w", *arguments, check=2)
@@ -60,7 +60,7 @@ def test_a_wrong_request_ends_in_one_line(config_file, tmp_path, fault):
     done.stdout == ""
     and len(done.stderr.splitlines()) == 1
     and done.stderr.startswith("error: ")
-    and told in done.stderr
+    and message in done.stderr
   )
   assert not (tmp_path / "w").exists()
 
@@ -68,7 +68,7 @@ def test_a_wrong_request_ends_in_one_line(config_file, tmp_path, fault):
 @pytest.mark.parametrize(
   "command", ["train", "prepare", "plan", "generate", "evaluate", "export", "tokenizer", "report"]
 )
-def test_help_waits_for_no_import_of_jax(command):
+def test_help_does_not_import_jax(command):
   flags = [sys.executable, "-X", "importtime", "-m", f"jaxft.{command}", "--help"]
   done = subprocess.run(flags, capture_output=True, text=True)
   assert done.returncode == 0 and f"python -m jaxft.{command} " in done.stdout.splitlines()[0], (
@@ -78,7 +78,8 @@ def test_help_waits_for_no_import_of_jax(command):
   assert "jaxft.cli.usage" in imported and not {"jax", "numpy", "ml_collections"} & imported
 
 
-def test_what_parsers_offer_is_what_there_is():
+def test_parser_choices_match_the_code():
+  """Parsers repeat them, as they import no jax."""
   from jaxft.cli import parsers
   from jaxft.hf.export_tensors import EXPORT_DTYPES
   from jaxft.utils import backend
@@ -86,7 +87,8 @@ def test_what_parsers_offer_is_what_there_is():
   assert parsers.DTYPES == tuple(EXPORT_DTYPES) and parsers.DEVICES == backend.REQUIRE_CHOICES
 
 
-def test_a_wrong_request_waits_for_no_package_that_takes_seconds_to_import(config_file, tmp_path):
+def test_train_errors_need_no_slow_imports(config_file, tmp_path):
+  """A wrong request waits for no package that takes seconds to import."""
   code = (
     "import os, runpy, sys; end, slow = os._exit, {'torch', 'transformers', 'datasets'}; "
     "os._exit = lambda code: print(sorted(slow & sys.modules.keys()), flush=True) or end(code); "
@@ -104,7 +106,7 @@ def test_a_wrong_request_waits_for_no_package_that_takes_seconds_to_import(confi
 
 
 @pytest.mark.parametrize(
-  "arguments, told",
+  "arguments, message",
   [
     (["jaxft.evaluate", "--model", "{export}"], "--data is missing"),
     (
@@ -172,16 +174,15 @@ def test_a_wrong_request_waits_for_no_package_that_takes_seconds_to_import(confi
     ),
   ],
 )
-def test_the_other_commands_refuse_in_one_line_too(finished, tmp_path, arguments, told):
+def test_other_commands_errors_are_one_line(finished, tmp_path, arguments, message):
   workdir, _ = finished
   arguments = (a.format(export=workdir / "export", workdir=workdir) for a in arguments)
   done = run(*arguments, check=2, cwd=tmp_path, stdin=subprocess.DEVNULL)
-  assert told in done.stderr.splitlines()[-1] and done.stdout == ""
+  assert message in done.stderr.splitlines()[-1] and done.stdout == ""
 
 
-def test_a_sample_prompt_that_is_too_long_is_told_before_anything_is_compiled(
-  config, tmp_path, monkeypatch
-):
+def test_long_sample_prompt_fails_before_compile(config, tmp_path, monkeypatch):
+  """With its name, before anything is compiled."""
   monkeypatch.setattr(
     jaxft.training.build, "build_train_program", lambda *_: pytest.fail("compiled")
   )

@@ -1,4 +1,4 @@
-"""run_clm.py's flags: what they come to, what is refused, and that the page says the same as the code."""
+"""run_clm.py's flags: what they become, what is rejected, and the page's table."""
 
 import dataclasses
 import difflib
@@ -24,12 +24,15 @@ def parsed(monkeypatch, *words):
   return flags.parse_train()
 
 
-def test_a_command_of_run_clm_is_understood(monkeypatch):
-  words = "--model_name_or_path gpt2 --train_file a.txt --validation_file=b.txt --per_device_train_batch_size 4 --do_train"
-  words += " --gradient_accumulation_steps 3 --num_train_epochs 2 --block_size 512 --learning_rate 1e-4 --bf16 --output_dir out"
-  words += " --lr_scheduler_type cosine --warmup_steps 7 --optim adamw_torch --weight_decay 0.1 --seed 5 --save_total_limit 3"
+def test_run_clm_command_is_translated(monkeypatch):
+  words = "--model_name_or_path gpt2 --train_file a.txt --validation_file=b.txt --do_train"
+  words += " --per_device_train_batch_size 4 --gradient_accumulation_steps 3 --num_train_epochs 2"
+  words += " --block_size 512 --learning_rate 1e-4 --bf16 --output_dir out --save_total_limit 3"
+  words += " --lr_scheduler_type cosine --warmup_steps 7 --optim adamw_torch --weight_decay 0.1"
+  words += " --seed 5"
   words += " --save_strategy steps --save_steps 7"
-  words += " --validation_split_percentage 10 --report_to none --gradient_checkpointing --adam_beta2 0.95 --do_eval"
+  words += " --validation_split_percentage 10 --report_to none --gradient_checkpointing"
+  words += " --adam_beta2 0.95 --do_eval"
   arguments = parsed(monkeypatch, *words.split())
   found = jaxft.config.flatten(arguments.config)
   arguments.per_device.apply_to(arguments.config, 8)
@@ -60,7 +63,7 @@ def test_a_command_of_run_clm_is_understood(monkeypatch):
   assert not jaxft.config.validate(arguments.config)
 
 
-def test_steps_take_the_place_of_epochs(monkeypatch):
+def test_max_steps_replaces_epochs(monkeypatch):
   arguments = parsed(
     monkeypatch, "--model_name_or_path=gpt2", "--dataset_name", "wikitext", "--max_steps", "30"
   )
@@ -77,17 +80,19 @@ def test_steps_take_the_place_of_epochs(monkeypatch):
     ("--config=configs/quickstart.py", None),
   ],
 )
-def test_a_batch_is_counted_by_device_unless_the_config_says_it(monkeypatch, words, rows):
+def test_batch_is_counted_per_device(monkeypatch, words, rows):
+  """Unless the config has it."""
   monkeypatch.chdir(ROOT)
   found = parsed(monkeypatch, "--model_name_or_path=gpt2", *words.split())
-  assert (found.per_device and found.per_device.rows) == rows
+  assert (found.per_device and found.per_device.micro_batch_size) == rows
   if rows:
     found.per_device.apply_to(found.config, 4)
     assert (found.config.train.batch_size, found.config.train.micro_batch_size) == (4 * rows, rows)
 
 
-def test_the_best_checkpoint_is_what_goes_out(monkeypatch):
-  words = "--model_name_or_path=gpt2 --train_file a.txt --eval_strategy steps --eval_steps 50 --load_best_model_at_end True"
+def test_load_best_model_keeps_best_checkpoint(monkeypatch):
+  words = "--model_name_or_path=gpt2 --train_file a.txt --eval_strategy steps --eval_steps 50"
+  words += " --load_best_model_at_end True"
   for more in ("", "--metric_for_best_model eval_loss"):
     config = parsed(monkeypatch, *words.split(), *more.split()).config
     assert config.train.keep_best_metric == "eval/loss" and not jaxft.config.validate(config)
@@ -95,7 +100,7 @@ def test_the_best_checkpoint_is_what_goes_out(monkeypatch):
   assert not alone.train.keep_best_metric
 
 
-def test_flags_go_with_a_config_file_and_with_its_settings(monkeypatch):
+def test_flags_combine_with_a_config_file(monkeypatch):
   file = str(ROOT / "configs" / "gpt2_tinystories.py")
   arguments = parsed(monkeypatch, "--config", file, "--block_size", "256", "--config.train.seed=3")
   config = arguments.config
@@ -107,7 +112,8 @@ def test_flags_go_with_a_config_file_and_with_its_settings(monkeypatch):
   assert arguments.workdir == Path("runs/gpt2_tinystories")
 
 
-def test_what_means_nothing_here_is_refused_with_every_reason(monkeypatch):
+def test_unsupported_flags_are_rejected(monkeypatch):
+  """With one reason for each."""
   words = (
     "--model_name_or_path gpt2 --fsdp full_shard --lr_scheduler_type polynomial --warmup_steps 1.5"
   )
@@ -121,8 +127,8 @@ def test_what_means_nothing_here_is_refused_with_every_reason(monkeypatch):
   ]
 
 
-# A command's own words -> settings that they come to, and the lines that are told, by their beginnings.
-SAID = [
+# A command's own words -> settings that they come to, and the notes, by their beginnings.
+CASES = [
   ("--fp16", {"model.compute_dtype": "auto"}, ["--fp16: float16 is not there yet"]),
   ("--bf16 False", {"model.compute_dtype": "float32"}, []),
   (
@@ -180,12 +186,12 @@ SAID = [
   (
     "--dtype float16",
     {"model.param_dtype": "bfloat16"},
-    ["--torch_dtype=float16: weights are kept in bfloat16"],
+    ["--torch_dtype=float16: weights are stored in bfloat16"],
   ),
   (
     "--torch_dtype auto",
     {"model.param_dtype": "float32"},
-    ["--torch_dtype=auto: weights are kept in float32"],
+    ["--torch_dtype=auto: weights are stored in float32"],
   ),
   (
     "--logging_dir logs",
@@ -250,7 +256,8 @@ SAID = [
     ["--eval_on_start=0: weights", "--ddp_timeout=7200: --peer_timeout"],
   ),
   (
-    "--label_smoothing_factor 0.0 --neftune_noise_alpha None --lr_scheduler_kwargs {} --hub_strategy every_save",
+    "--label_smoothing_factor 0.0 --neftune_noise_alpha None --lr_scheduler_kwargs {} "
+    "--hub_strategy every_save",
     {},
     [],
   ),
@@ -269,8 +276,9 @@ SAID = [
 ]
 
 
-@pytest.mark.parametrize("words, wanted, told", SAID)
-def test_a_flag_is_done_and_what_was_done_is_told(monkeypatch, capsys, words, wanted, told):
+@pytest.mark.parametrize("words, wanted, notes", CASES)
+def test_flags_become_settings_and_notes(monkeypatch, capsys, words, wanted, notes):
+  """Notes say what a flag became, if that is not plain."""
   for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
     monkeypatch.setenv(name, "elsewhere")  # which --cache_dir changes
   config = parsed(
@@ -279,10 +287,10 @@ def test_a_flag_is_done_and_what_was_done_is_told(monkeypatch, capsys, words, wa
   found = jaxft.config.flatten(config)
   assert {name: found[name] for name in wanted} == wanted and not jaxft.config.validate(config)
   lines = capsys.readouterr().err.splitlines()
-  assert len(lines) == len(told) and all(map(str.startswith, lines, told)), lines
+  assert len(lines) == len(notes) and all(map(str.startswith, lines, notes)), lines
 
 
-def test_an_evaluation_has_a_batch_of_its_own(monkeypatch):
+def test_eval_batch_size_is_per_device(monkeypatch):
   words = "--model_name_or_path=gpt2 --train_file=a.txt --per_device_eval_batch_size 16"
   found = parsed(monkeypatch, *words.split())
   found.per_device.apply_to(found.config, 4)
@@ -293,8 +301,10 @@ def test_an_evaluation_has_a_batch_of_its_own(monkeypatch):
   assert (found.config.train.batch_size, found.config.train.eval_batch_size) == (64, 16)
 
 
-def test_new_weights_are_what_run_clm_begins_with_without_a_checkpoint(monkeypatch, capsys):
-  words = "--model_type gpt2 --tokenizer_name mine --config_overrides=n_embd=1024,n_layer=48 --train_file a.txt"
+def test_model_type_trains_from_scratch(monkeypatch, capsys):
+  """What run_clm.py does without a checkpoint."""
+  words = "--model_type gpt2 --tokenizer_name mine --config_overrides=n_embd=1024,n_layer=48"
+  words += " --train_file a.txt"
   model = parsed(monkeypatch, *words.split()).config.model
   assert (model.path, model.init, model.tokenizer) == ("mine", "scratch", "mine")
   assert model.config_overrides == "model_type=gpt2,n_embd=1024,n_layer=48"
@@ -305,7 +315,8 @@ def test_new_weights_are_what_run_clm_begins_with_without_a_checkpoint(monkeypat
   assert (model.path, model.init, model.tokenizer) == ("sizes", "scratch", "mine")
 
 
-def test_a_dataset_of_the_hub_is_evaluated_on_its_own_split(monkeypatch, tmp_path, capsys):
+def test_hub_dataset_uses_its_validation_split(monkeypatch, tmp_path, capsys):
+  """Unless --validation_file names another text."""
   pytest.importorskip("datasets")
   for name in ("train", "validation"):
     (tmp_path / "small" / f"{name}.jsonl").parent.mkdir(exist_ok=True)
@@ -320,7 +331,7 @@ def test_a_dataset_of_the_hub_is_evaluated_on_its_own_split(monkeypatch, tmp_pat
   assert parsed(monkeypatch, *words).config.data.validation == ()
 
 
-def test_only_the_run_itself_is_resumed(monkeypatch, tmp_path):
+def test_resume_accepts_only_the_latest_checkpoint(monkeypatch, tmp_path):
   for name in ("run/checkpoints/3", "run/checkpoints/12", "theirs"):
     (tmp_path / name).mkdir(parents=True)
   (tmp_path / "theirs" / "trainer_state.json").write_text("{}")
@@ -338,24 +349,29 @@ def test_only_the_run_itself_is_resumed(monkeypatch, tmp_path):
       parsed(monkeypatch, *words, f"--resume_from_checkpoint={wrong}")
 
 
-def test_all_flags_of_transformers_are_known():
+def test_all_transformers_flags_are_known():
   transformers = pytest.importorskip("transformers")
   names = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
   assert not names - run_clm.KNOWN_FLAGS
 
 
-# A flag with a letter less, with two letters swapped, and with a blank of another kind, each of another flag.
+# A flag with a letter less, with two letters swapped, and with a blank of another kind, each of
+# another flag.
 MISTYPED = sorted(name for name in run_clm.KNOWN_FLAGS if len(name) > 7)
 
 
-@pytest.mark.parametrize("spell", [
-  lambda name: name[:4] + name[5:],
-  lambda name: name[:-1],
-  lambda name: name[:3] + name[4] + name[3] + name[5:] if name[3] != name[4] else name[:2] + name[3:],
-])  # fmt: skip
-def test_a_mistyped_flag_gets_the_nearest_of_all(monkeypatch, spell):
+def swap_letters(name):
+  if name[3] == name[4]:
+    return name[:2] + name[3:]
+  return name[:3] + name[4] + name[3] + name[5:]
+
+
+@pytest.mark.parametrize(
+  "spell", [lambda name: name[:4] + name[5:], lambda name: name[:-1], swap_letters]
+)
+def test_mistyped_flag_gets_the_nearest_hint(monkeypatch, spell):
   wrong = [name for name in MISTYPED if spell(name) not in run_clm.KNOWN_FLAGS]
-  told = []
+  hints = []
   assert len(wrong) > 100
   for name in wrong:
     with pytest.raises(RequestError) as refusal:
@@ -364,24 +380,31 @@ def test_a_mistyped_flag_gets_the_nearest_of_all(monkeypatch, spell):
     assert "\n" not in line and line.startswith(
       f"--{spell(name)}: no such flag; did you mean --"
     ), line
-    told.append(line.split("mean --")[1].rstrip("?"))
-    assert difflib.SequenceMatcher(None, told[-1], name).ratio() > 0.8, line
-  # Few flags are as near to another one: per_device_train_batch_size without a letter is not among them.
-  assert sum(map(str.__eq__, told, wrong)) > 0.97 * len(wrong)
+    hints.append(line.split("mean --")[1].rstrip("?"))
+    assert difflib.SequenceMatcher(None, hints[-1], name).ratio() > 0.8, line
+  # Few flags are as near to another one: per_device_train_batch_size without a letter is not among
+  # them.
+  assert sum(map(str.__eq__, hints, wrong)) > 0.97 * len(wrong)
 
 
 @pytest.mark.parametrize(
   "typed, meant",
-  [("lr", "learning_rate"), ("model", "model_name_or_path"), ("resume", "resume_from_checkpoint"),
-   ("batch_size", "per_device_train_batch_size"), ("overwrite", "overwrite_output_dir"), ("epochs", "num_train_epochs")],
-)  # fmt: skip
-def test_what_people_type_leads_to_what_they_mean(monkeypatch, typed, meant):
+  [
+    ("lr", "learning_rate"),
+    ("model", "model_name_or_path"),
+    ("resume", "resume_from_checkpoint"),
+    ("batch_size", "per_device_train_batch_size"),
+    ("overwrite", "overwrite_output_dir"),
+    ("epochs", "num_train_epochs"),
+  ],
+)
+def test_common_names_suggest_run_clm_flags(monkeypatch, typed, meant):
   with pytest.raises(RequestError, match=f"--{typed}: no such flag; did you mean --{meant}"):
     parsed(monkeypatch, "--model_name_or_path=gpt2", f"--{typed}=1")
 
 
 @pytest.mark.parametrize("devices, fine", [(1, False), (4, True)])
-def test_a_deepspeed_batch_must_come_out(monkeypatch, tmp_path, devices, fine):
+def test_deepspeed_batch_must_match_devices(monkeypatch, tmp_path, devices, fine):
   batch = {
     "train_batch_size": 32,
     "train_micro_batch_size_per_gpu": 4,
@@ -405,7 +428,7 @@ def test_a_deepspeed_batch_must_come_out(monkeypatch, tmp_path, devices, fine):
 
 
 @pytest.mark.parametrize(
-  "batch, words, wanted, told",
+  "batch, words, wanted, message",
   [
     (
       (None, 4, 2),
@@ -441,8 +464,8 @@ def test_a_deepspeed_batch_must_come_out(monkeypatch, tmp_path, devices, fine):
     ),
   ],
 )
-def test_the_command_line_beats_the_batch_of_a_deepspeed_config(
-  monkeypatch, tmp_path, capsys, batch, words, wanted, told
+def test_flags_override_deepspeed_batch(
+  monkeypatch, tmp_path, capsys, batch, words, wanted, message
 ):
   names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
   (tmp_path / "ds.json").write_text(
@@ -455,20 +478,20 @@ def test_the_command_line_beats_the_batch_of_a_deepspeed_config(
     f"--deepspeed={tmp_path / 'ds.json'}",
   ]
   if wanted is None:
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=message):
       parsed(monkeypatch, *words)
     return
   found = parsed(monkeypatch, *words)
   if found.per_device:
     found.per_device.apply_to(found.config, 1)
   assert (found.config.train.batch_size, found.config.train.micro_batch_size) == wanted
-  assert told in " ".join(capsys.readouterr().err.split())
+  assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
   "word", ["--config.optim.learning_rate=3e-5", "--config.optim.learning_rate 3e-5", "--fp16"]
 )
-def test_the_command_line_beats_a_deepspeed_config(monkeypatch, tmp_path, capsys, word):
+def test_flags_override_deepspeed_settings(monkeypatch, tmp_path, capsys, word):
   optimizer = {"type": "AdamW", "params": {"lr": 1e-4}}
   (tmp_path / "ds.json").write_text(json.dumps({"bf16": {"enabled": True}, "optimizer": optimizer}))
   words = [
@@ -495,7 +518,7 @@ def test_the_command_line_beats_a_deepspeed_config(monkeypatch, tmp_path, capsys
     ("--save_strategy no", {"train.save_every": 0}),
   ],
 )
-def test_a_flag_that_says_no_beats_a_config_file(monkeypatch, tmp_path, words, wanted):
+def test_false_flags_override_a_config_file(monkeypatch, tmp_path, words, wanted):
   file = tmp_path / "c.py"
   lines = [
     "c.train.keep_best_metric, c.train.eval_every = 'eval/loss', 4",
@@ -512,7 +535,7 @@ def test_a_flag_that_says_no_beats_a_config_file(monkeypatch, tmp_path, words, w
   assert {name: found[name] for name in wanted} == wanted and found["train.batch_size"] == 8
 
 
-def test_every_setting_named_is_one():
+def test_mapped_settings_exist():
   assert {same.setting for same in run_clm.MAPPED.values()} <= jaxft.config.BY_NAME.keys()
   groups = [
     set(run_clm.MAPPED),
@@ -526,7 +549,7 @@ def test_every_setting_named_is_one():
 @pytest.mark.parametrize(
   "words", ["--max_steps 30 --num_train_epochs 3", "--num_train_epochs 3 --max_steps 30"]
 )
-def test_the_order_of_flags_is_of_no_account(monkeypatch, words):
+def test_flag_order_does_not_matter(monkeypatch, words):
   config = parsed(
     monkeypatch, "--model_name_or_path=gpt2", *words.split(), "--eval_steps=5", "--eval_strategy=no"
   ).config
@@ -598,10 +621,10 @@ def test_the_order_of_flags_is_of_no_account(monkeypatch, words):
     ("--per_device_train_batch_size two", "give a whole number"),
   ],
 )
-def test_halves_of_a_request_are_refused(monkeypatch, words, message):
+def test_incomplete_requests_are_rejected(monkeypatch, words, message):
   with pytest.raises(RequestError, match=message):
     parsed(monkeypatch, "--model_name_or_path=gpt2", *words.split())
 
 
-def test_the_page_has_the_table_of_the_code():
+def test_docs_have_the_generated_table():
   assert run_clm.markdown_table() in (ROOT / "docs" / "recipes" / "run_clm.md").read_text()

@@ -1,4 +1,4 @@
-"""Habits of run_generation.py, of run_generate_neo.py and of prompts in a pipe; and that the page says the same as the code."""
+"""Flags of run_generation.py and run_generate_neo.py, prompts in a pipe, and the page's table."""
 
 import json
 import re
@@ -22,8 +22,8 @@ def ready(folder):
 
 
 @pytest.fixture
-def told(ready, folder, monkeypatch, tmp_path, capsys):
-  """`told(words, piped)`: what the command prints, on both streams, with the model that is there already."""
+def run(ready, folder, monkeypatch, tmp_path, capsys):
+  """`run(words, piped)`: what the command prints, on both streams, with a model that is open."""
   monkeypatch.setattr(generate, "load_model", lambda arguments: ready)
 
   def run(*words, piped=b"", model=True):
@@ -39,17 +39,18 @@ def told(ready, folder, monkeypatch, tmp_path, capsys):
   return run
 
 
-def completions(said):
-  return json.loads(said.out)["completions"]
+def completions(output):
+  return json.loads(output.out)["completions"]
 
 
 def given(*words):
   return generate.sampling_args(parsers.generate().parse_args(["m", *words]))
 
 
-def test_a_command_of_run_generation_is_understood(told, folder, ready):
-  words = f"--model_type=gpt2 --model_name_or_path={folder} --length 9 --k 5 --p 0.8 --json --half --no_cuda".split()
-  said = told(
+def test_run_generation_command_is_translated(run, folder, ready):
+  words = f"--model_type=gpt2 --model_name_or_path={folder} --length 9 --k 5 --p 0.8".split()
+  words += ["--json", "--half", "--no_cuda"]
+  output = run(
     *words,
     "--use_cache",
     "--jit",
@@ -60,8 +61,8 @@ def test_a_command_of_run_generation_is_understood(told, folder, ready):
     model=False,
   )
   how = dict(max_new_tokens=9, top_k=5, top_p=0.8, temperature=1.0, seed=42)
-  assert completions(said) == [it._asdict() for it in ready.generate(["Once upon"], **how)]
-  first, second = said.err.splitlines()
+  assert completions(output) == [it._asdict() for it in ready.generate(["Once upon"], **how)]
+  first, second = output.err.splitlines()
   defaults = (
     "temperature=1.0, repetition_penalty=1.0, num_return_sequences=1, do_sample=True, seed=42"
   )
@@ -81,16 +82,16 @@ def test_a_command_of_run_generation_is_understood(told, folder, ready):
     ("--k 3 --seed 1", dict(top_k=3, seed=1)),
   ],
 )
-def test_the_scripts_defaults_hold_where_nothing_is_said(words, changed):
+def test_model_type_selects_script_defaults(words, changed):
   wanted = run_generation.SCRIPT_DEFAULTS | changed
   assert given("--model_type", "gpt2", *words.split()) == {
     name: it for name, it in wanted.items() if it is not None
   }
-  said = given(*words.split())
-  assert said == {name: it for name, it in changed.items() if it is not None}
+  output = given(*words.split())
+  assert output == {name: it for name, it in changed.items() if it is not None}
 
 
-def test_families_are_those_there_are(told):
+def test_model_types_are_the_families(run):
   assert set(run_generation.MODEL_TYPES.values()) == set(FAMILIES)
   for name in ("GPT-Neo", "gpt_neo", "gptj", "gpt-j"):
     family = run_generation.MODEL_TYPES[name.lower()]
@@ -99,11 +100,11 @@ def test_families_are_those_there_are(told):
       RequestError,
       match=f"--model_type={name.lower()}: .*config.json says gpt2; give --model_type=gpt2",
     ):
-      told("--model_type", name, "--prompt=x")
+      run("--model_type", name, "--prompt=x")
     assert family != "gpt2"
 
 
-def test_every_flag_named_is_one():
+def test_documented_flags_exist():
   known = {flag.removeprefix("--") for flag in parsers.generate()._option_string_actions}
   named = [
     *run_generation.ALIASES,
@@ -116,7 +117,7 @@ def test_every_flag_named_is_one():
 
 
 @pytest.mark.parametrize(
-  "words, told_of",
+  "words, message",
   [
     ("--early_stopping", "--early_stopping=True: beams go on until"),
     ("--use_cache=False", "--use_cache=False: keys and values"),
@@ -129,24 +130,23 @@ def test_every_flag_named_is_one():
     ("--min_length=9 --max_length=8", "--min_length=9: more than --max_length=8"),
   ],
 )
-def test_what_means_nothing_here_is_refused_before_a_model_is_read(
-  told, monkeypatch, words, told_of
-):
+def test_unsupported_flags_fail_before_loading(run, monkeypatch, words, message):
+  """With the reason, before a model is read."""
   monkeypatch.setattr(generate, "load_model", lambda arguments: pytest.fail("read a model"))
-  with pytest.raises(RequestError, match=re.escape(told_of)):
-    told(*words.split(), "--prompt=x")
+  with pytest.raises(RequestError, match=re.escape(message)):
+    run(*words.split(), "--prompt=x")
 
 
-def test_prompts_may_come_through_a_pipe(told, ready):
+def test_prompts_from_a_pipe(run, ready):
   lines = b"\xef\xbb\xbfthe cat\r\n\r\n  \nthe caf\xc3\xa9\x0cr\ran\na cat"
-  said = told("--json", "--temperature=0", "--max_new_tokens=4", piped=lines)
+  output = run("--json", "--temperature=0", "--max_new_tokens=4", piped=lines)
   wanted = ready.generate(["the cat", "the café\fr\ran", "a cat"], temperature=0, max_new_tokens=4)
-  assert completions(said) == [it._asdict() for it in wanted] and said.err == ""
+  assert completions(output) == [it._asdict() for it in wanted] and output.err == ""
   assert (
-    told("--temperature=0", "--max_new_tokens=4", piped=b"the cat\n").out
+    run("--temperature=0", "--max_new_tokens=4", piped=b"the cat\n").out
     == "the cat" + wanted[0].text + "\n"
   )
-  alone = told(
+  alone = run(
     "--json",
     "--max_new_tokens=4",
     "--temperature=0",
@@ -161,73 +161,74 @@ def test_prompts_may_come_through_a_pipe(told, ready):
   "piped, message",
   [(b"", "--prompt is missing: "), (b" \n\n", "--prompt is missing: "), (b"\xff", "UTF-8|utf-8")],
 )
-def test_a_pipe_without_prompts_is_refused_in_one_line(told, piped, message):
+def test_empty_pipe_is_rejected(run, piped, message):
   with pytest.raises(RequestError, match=message) as refusal:
-    told("--json", piped=piped)
+    run("--json", piped=piped)
   assert "\n" not in str(refusal.value) and str(refusal.value).startswith("--prompt is missing")
 
 
-def test_a_file_without_prompts_is_refused(told, tmp_path):
+def test_empty_prompt_file_is_rejected(run, tmp_path):
   (tmp_path / "none.txt").write_text(" \n\n")
   with pytest.raises(RequestError, match="--prompt_file '.*none.txt': no line in it has a prompt"):
-    told("--prompt_file", tmp_path / "none.txt", piped=b"a cat")
+    run("--prompt_file", tmp_path / "none.txt", piped=b"a cat")
 
 
-def test_a_prefix_is_read_and_not_printed(told, ready):
+def test_prefix_is_not_printed(run, ready):
   how = ("--temperature=0", "--max_new_tokens=4", "--padding_text", "the dog and ")
   (wanted,) = ready.generate(["the dog and the cat"], temperature=0, max_new_tokens=4)
-  assert completions(told(*how, "--json", "--prompt=the cat")) == [
+  assert completions(run(*how, "--json", "--prompt=the cat")) == [
     wanted._replace(prompt="the cat")._asdict()
   ]
-  assert told(*how, piped=b"the cat").out == "the cat" + wanted.text + "\n"
+  assert run(*how, piped=b"the cat").out == "the cat" + wanted.text + "\n"
 
 
-def test_a_stop_token_is_a_stop_string_and_says_what_differs(told, ready):
+def test_stop_token_is_a_stop_string(run, ready):
+  """And prints how it differs."""
   how = dict(temperature=0, max_new_tokens=30)
   (whole,) = ready.generate(["Once upon"], **how)
   stop = whole.text[len(whole.text) // 2 :][:3]
-  said = told(
+  output = run(
     "--json", "--temperature=0", "--max_new_tokens=30", f"--stop_token={stop}", "--prompt=Once upon"
   )
-  assert completions(said) == [
+  assert completions(output) == [
     it._asdict() for it in ready.generate(["Once upon"], stop_strings=[stop], **how)
   ]
   assert (
-    said.err.startswith("--stop_token: as --stop_strings: the text ends with it")
-    and said.err.count("\n") == 1
+    output.err.startswith("--stop_token: as --stop_strings: the text ends with it")
+    and output.err.count("\n") == 1
   )
 
 
 @pytest.mark.parametrize(
   "words, asked", [(["--no_cuda"], [("jax_platforms", "cpu")]), (["--use_cpu=False"], [])]
 )
-def test_the_cpu_is_asked_for_before_a_model_is_opened(told, ready, monkeypatch, words, asked):
+def test_use_cpu_is_set_before_loading(run, ready, monkeypatch, words, asked):
   seen = []
   monkeypatch.setattr(generate.jax.config, "update", lambda *setting: seen.append(setting))
   monkeypatch.setattr(
     generate, "load_model", lambda _: ready if seen == asked else pytest.fail(str(seen))
   )
-  assert completions(told("--json", "--max_new_tokens=2", "--prompt=x", *words))
+  assert completions(run("--json", "--max_new_tokens=2", "--prompt=x", *words))
 
 
-def test_a_text_ends_where_the_model_has_no_position_left(told, ready):
+def test_text_ends_at_the_last_position(run, ready):
   (wanted,) = ready.generate(["the cat"], temperature=0, max_new_tokens=1000)
   how = ("--json", "--temperature=0", "--prompt=the cat", "--stop_token=")
-  said = told(*how, "--length=-1")
-  assert completions(said) == [wanted._asdict()] and len(said.err.splitlines()) == 1
-  said = told(*how, "--length=1000")
-  assert completions(said) == [wanted._asdict()]
+  output = run(*how, "--length=-1")
+  assert completions(output) == [wanted._asdict()] and len(output.err.splitlines()) == 1
+  output = run(*how, "--length=1000")
+  assert completions(output) == [wanted._asdict()]
   assert (
     f"--max_new_tokens=1000: a text ends at the model's {ready.source.cfg.P} positions\n"
-    in said.err
+    in output.err
   )
 
 
-def test_what_is_of_no_account_is_told_once(told):
-  said = told("--json", "--max_length=30", "--max_new_tokens=3", "--prompt=x")
-  assert said.err == "--max_length=30: of no account, as --max_new_tokens=3 is given\n"
+def test_overruled_length_is_noted_once(run):
+  output = run("--json", "--max_length=30", "--max_new_tokens=3", "--prompt=x")
+  assert output.err == "--max_length=30: of no account, as --max_new_tokens=3 is given\n"
 
 
-def test_the_page_has_the_table_of_the_code():
+def test_docs_have_the_generated_table():
   page = PAGE.read_text()
   assert run_generation.markdown_table() in page and run_generation.format_defaults() in page

@@ -1,4 +1,4 @@
-"""What a user sees: a terminal's bar and prompt, and a log without anything that steers a terminal."""
+"""What a user sees: a terminal's bar and prompt, and a log without control characters."""
 
 import fcntl
 import os
@@ -19,7 +19,8 @@ from jaxft.utils.console import escape_controls
 
 pytestmark = pytest.mark.slow
 ESCAPE = "\x1b"
-# Ctrl-C reaches what has the terminal as its own; `preexec_fn` would fork a process with JAX's threads in it.
+# Ctrl-C reaches what has the terminal as its own; `preexec_fn` would fork a process with JAX's
+# threads in it.
 OWN_TERMINAL = """
 import fcntl, os, sys, termios
 os.setsid()
@@ -78,7 +79,8 @@ class Terminal:
     return self.text, self.process.wait(60)
 
 
-def test_a_terminal_has_a_bar_which_survives_another_size_and_ctrl_c_saves(config_file, tmp_path):
+def test_progress_bar_resize_and_ctrl_c(config_file, tmp_path):
+  """On a terminal: Ctrl-C saves."""
   flags = ("--config.train.steps=100000", "--config.train.save_every=0")
   terminal = Terminal("jaxft.train", "--config", config_file, "--workdir", tmp_path / "w", *flags)
   terminal.until(r"training.*\d+/100000.*tokens/s")
@@ -92,9 +94,8 @@ def test_a_terminal_has_a_bar_which_survives_another_size_and_ctrl_c_saves(confi
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
-def test_a_log_has_lines_and_nothing_that_steers_a_terminal(
-  config_file, tmp_path, variable, monkeypatch
-):
+def test_log_has_no_control_characters(config_file, tmp_path, variable, monkeypatch):
+  """Lines, and nothing that steers a terminal."""
   monkeypatch.setenv(variable, "1")
   done = train(
     config_file, tmp_path / "w", "--config.train.log_every=4", "--config.train.sample_prompts="
@@ -107,7 +108,8 @@ def test_a_log_has_lines_and_nothing_that_steers_a_terminal(
   ]
 
 
-def test_a_prompt_is_asked_for_answered_as_it_comes_and_remembered(folder):
+def test_interactive_generate_streams_text(folder):
+  """And remembers the prompts."""
   terminal = Terminal(
     "jaxft.generate", "--model", folder, "--temperature", 0, "--max_new_tokens", 9
   )
@@ -127,7 +129,7 @@ def test_a_prompt_is_asked_for_answered_as_it_comes_and_remembered(folder):
   assert code == 0 and "Traceback" not in said
 
 
-def test_one_prompt_is_answered_as_it_comes_too(folder):
+def test_single_prompt_is_streamed(folder):
   flags = ("--prompt", "Once upon", "--temperature", 0, "--max_new_tokens", 9)
   on_terminal, code = Terminal("jaxft.generate", "--model", folder, *flags).end()
   piped = subprocess.run(

@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be tried without Docker: what it copies is there, enough to install, and runs elsewhere.
+"""The Dockerfile, as far as it can be tried without Docker: what it copies installs and runs.
 
 Not tried here: the base image, CUDA's wheels, and a GPU inside a container.
 """
@@ -31,13 +31,13 @@ def of(instruction):
 
 def copied():
   """(what, the folder that is current then, where it goes) of each COPY."""
-  place = "/"
+  workdir = "/"
   for name, rest in LINES:
     if name == "WORKDIR":
-      place = rest
+      workdir = rest
     if name == "COPY":
       *what, where = rest.split()
-      yield what, place, where
+      yield what, workdir, where
 
 
 def installed():
@@ -51,7 +51,7 @@ def installed():
   ]
 
 
-def test_each_package_has_the_version_that_was_tried():
+def test_packages_are_pinned_to_tested_versions():
   lines = (pages.ROOT / "constraints.txt").read_text().splitlines()
   pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
   (base,) = of("FROM")
@@ -66,7 +66,7 @@ def test_each_package_has_the_version_that_was_tried():
   assert "--constraint=constraints.txt" in shlex.split(command)
 
 
-def test_it_installs_an_extra_for_a_python_that_there_is():
+def test_image_extra_and_python_exist():
   (base,) = of("FROM")
   version = re.fullmatch(r"python:(\d+\.\d+)-slim", base)[1]
   assert SpecifierSet(PROJECT["project"]["requires-python"]).contains(f"{version}.0")
@@ -75,7 +75,7 @@ def test_it_installs_an_extra_for_a_python_that_there_is():
   assert extras == ["cuda"] and set(extras) <= PROJECT["project"]["optional-dependencies"].keys()
 
 
-def test_what_is_copied_is_there_and_not_ignored():
+def test_copied_files_exist_and_are_not_ignored():
   rules = [
     line
     for line in (pages.ROOT / ".dockerignore").read_text().splitlines()
@@ -91,7 +91,8 @@ def test_what_is_copied_is_there_and_not_ignored():
   }
 
 
-def test_it_does_not_run_as_root_and_keeps_what_it_writes():
+def test_image_user_owns_its_volumes():
+  """The image does not run as root."""
   names = [name for name, _ in LINES]
   number, user = re.search(r"useradd --uid (\d+) .*?(\w+) &&", of("RUN")[0]).groups()
   assert of("USER") == [number] and names.index("USER") > max(
@@ -100,19 +101,19 @@ def test_it_does_not_run_as_root_and_keeps_what_it_writes():
   (volumes,), (environment,) = of("VOLUME"), of("ENV")
   volumes = json.loads(volumes)
   owned = re.search(rf"chown -R {user} (.*)", of("RUN")[0])[1].split()
-  assert all(any(Path(volume).is_relative_to(place) for place in owned) for volume in volumes)
+  assert all(any(Path(volume).is_relative_to(workdir) for workdir in owned) for volume in volumes)
   for variable in ("HF_HOME", "XDG_CACHE_HOME"):
-    place = dict(word.split("=") for word in environment.split())[variable]
-    assert any(Path(place).is_relative_to(volume) for volume in volumes), variable
+    workdir = dict(word.split("=") for word in environment.split())[variable]
+    assert any(Path(workdir).is_relative_to(volume) for volume in volumes), variable
   assert json.loads(of("CMD")[0]) == ["python", "-m", "jaxft.doctor"] and not of("ENTRYPOINT")
 
 
 @pytest.mark.slow
-def test_what_is_copied_can_be_installed_and_run(tmp_path):
-  """pip builds jaxft from what is copied, and no more, and the commands of the README's `docker run` are taken from there."""
-  for what, place, where in copied():
+def test_copied_files_install_and_run(tmp_path):
+  """pip builds jaxft from what is copied, and the commands of the README's `docker run` start."""
+  for what, workdir, where in copied():
     for name in what:
-      folder = tmp_path / f"image{place}"
+      folder = tmp_path / f"image{workdir}"
       folder.mkdir(parents=True, exist_ok=True)
       if (pages.ROOT / name).is_dir():
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -142,9 +143,9 @@ def docker_runs(page):
         yield shlex.split(line.partition(" jaxft ")[2], comments=True)
 
 
-def run(words, place, **environment):
+def run(words, workdir, **environment):
   done = subprocess.run(
-    words, cwd=place, capture_output=True, text=True, env=os.environ | environment
+    words, cwd=workdir, capture_output=True, text=True, env=os.environ | environment
   )
   assert done.returncode == 0, done.stdout + done.stderr
   return done

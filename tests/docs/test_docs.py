@@ -1,4 +1,4 @@
-"""The pages themselves: links lead somewhere, files, settings, commands and names that they mention are there."""
+"""The pages themselves: links resolve, and files, settings, commands and names exist."""
 
 import ast
 import importlib
@@ -27,7 +27,8 @@ def anchors(file):
   return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_each_fault_of_mutants_has_its_line():
+def test_mutants_match_source_lines():
+  """Each fault of scripts/mutants.py replaces one line of the source."""
   script = pages.ROOT / "scripts" / "mutants.py"
   assigned = (node for node in ast.parse(script.read_text()).body if isinstance(node, ast.Assign))
   (faults,) = (node for node in assigned if ast.unparse(node.targets[0]) == "FAULTS")
@@ -37,7 +38,7 @@ def test_each_fault_of_mutants_has_its_line():
 
 
 @pytest.mark.parametrize("name", pages.PAGES)
-def test_links_lead_somewhere(name):
+def test_links_resolve(name):
   for target in LINK.findall(pages.prose(name)):
     if "://" in target:
       continue
@@ -48,12 +49,13 @@ def test_links_lead_somewhere(name):
 
 
 @everywhere
-def test_files_that_are_named_are_there(name):
+def test_named_files_exist(name):
   for path in set(FILES.findall(pages.text_of(name))) - NOT_HERE:
     assert (pages.ROOT / path).exists(), f"{name}: {path}"
 
 
-def test_a_page_that_nothing_leads_to_is_not_found():
+def test_every_page_is_linked():
+  """A page without a link to it would not be found."""
   linked = {
     str(((pages.ROOT / name).parent / target.partition("#")[0]).resolve().relative_to(pages.ROOT))
     for name in pages.PAGES
@@ -66,7 +68,7 @@ def test_a_page_that_nothing_leads_to_is_not_found():
 
 
 @everywhere
-def test_settings_that_are_named_are_there(name):
+def test_named_settings_exist(name):
   text = pages.text_of(name)
   quoted = pages.INLINE.findall(pages.prose(name))
   quoted = [code for code in quoted if code.split(".")[0] in SECTIONS and not code.endswith(".py")]
@@ -77,7 +79,8 @@ def test_settings_that_are_named_are_there(name):
 
 
 @everywhere
-def test_commands_extras_and_targets_that_are_named_are_there(name):
+def test_named_commands_and_extras_exist(name):
+  """And targets of the Makefile."""
   text = pages.text_of(name)
   for module in set(re.findall(r"python -m (jaxft\.\w+)", text)):
     found = importlib.import_module(module)
@@ -94,7 +97,7 @@ def test_commands_extras_and_targets_that_are_named_are_there(name):
 
 
 @pytest.mark.parametrize("name", pages.PAGES)
-def test_python_on_a_page_is_right(name):
+def test_python_on_pages_compiles(name):
   for block in pages.steps(name):
     if block.kind == "python":
       for node in ast.walk(ast.parse(block.text)):

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_short.sh without a GPU: the commands of all parts with tiny shapes; what a part suffers costs only itself."""
+"""benchmarks/gpu_short.sh without a GPU: all parts with tiny shapes; failures stay apart."""
 
 import importlib
 import importlib.util
@@ -28,7 +28,8 @@ H100 = "NVIDIA H100 80GB HBM3"
 HAS_TORCH = all(map(importlib.util.find_spec, ("torch", "transformers", "accelerate")))
 NEED_TORCH = {"warm", "agree", "streamed", "train124", "generate", "eager"}
 NAMES = [part.name for part in gpu_parts.PARTS]
-# What differs from another part in nothing but shapes and contenders, and what takes minutes, runs before a release.
+# What differs from another part in nothing but shapes and contenders, and what takes minutes, runs
+# before a release.
 LIKE_OTHERS = {
   "train124",
   "warm",
@@ -86,7 +87,8 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_each_part_runs_with_tiny_shapes_and_leaves_its_figures(tiny):
+def test_each_part_runs_with_tiny_shapes(tiny):
+  """And leaves its figures."""
   assert {file.name for file in tiny.iterdir()} == OUT_FILES | {
     "gaps.svg",
     "trace.tar.gz",
@@ -103,7 +105,7 @@ def test_each_part_runs_with_tiny_shapes_and_leaves_its_figures(tiny):
 @pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("name", sorted(LIKE_OTHERS))
-def test_parts_that_are_like_others_run_too(name, tmp_path):
+def test_similar_parts_run_too(name, tmp_path):
   out = tried(tmp_path, {name})
   if name == "train124" and HAS_TORCH:
     assert {line.get("contender") for line in lines(out / "results.jsonl")} >= {"Trainer, SDPA"}
@@ -123,7 +125,7 @@ def tables(root, *folders):
 
 
 @pytest.mark.slow
-def test_figures_of_a_cpu_are_not_written_as_those_of_a_gpu(tiny, root):
+def test_cpu_figures_are_not_written_as_gpu(tiny, root):
   before = (root / "docs" / "benchmarks.md").read_text()
   done = tables(root, tiny)
   assert done.returncode == 1 and "measured on a GPU; nothing is written" in done.stderr
@@ -131,7 +133,8 @@ def test_figures_of_a_cpu_are_not_written_as_those_of_a_gpu(tiny, root):
 
 
 @pytest.mark.slow
-def test_figures_of_a_gpu_become_tables_and_the_expectation_of_a_config(tiny, root, tmp_path):
+def test_gpu_figures_become_tables(tiny, root, tmp_path):
+  """And the expectation of a config."""
   folder = tmp_path / "h100"
   shutil.copytree(tiny, folder)
   text = (
@@ -161,13 +164,13 @@ def test_figures_of_a_gpu_become_tables_and_the_expectation_of_a_config(tiny, ro
   compile(config, "config", "exec")
 
 
-# ---- The runner ------------------------------------------------------------------------------------------------------
+# ---- The runner ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
   "it", [it for it in gpu_parts.PARTS if "benchmarks/" in it.command], ids=lambda it: it.name
 )
-def test_the_flags_of_a_part_are_its_commands(it, tmp_path, monkeypatch):
+def test_part_flags_are_known_to_its_command(it, tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
   for tiny in (False, True):
     file, *flags = Runner(tmp_path, tiny=tiny).command(it, tmp_path)
@@ -178,7 +181,7 @@ def test_the_flags_of_a_part_are_its_commands(it, tmp_path, monkeypatch):
     ]
 
 
-def test_limits_are_in_the_commands_and_grow_with_patience(tmp_path):
+def test_time_limits_scale_with_patience(tmp_path):
   train = next(it for it in gpu_parts.PARTS if it.name == "train124")
   assert "Trainer, SDPA, torch.compile=90" in Runner(tmp_path).command(train, tmp_path)
   assert "Trainer, SDPA, torch.compile=900" in Runner(tmp_path, patience=10).command(
@@ -186,8 +189,10 @@ def test_limits_are_in_the_commands_and_grow_with_patience(tmp_path):
   )
 
 
-def test_a_part_that_hangs_is_killed_with_what_it_started_and_costs_only_itself(tmp_path):
-  child = "import subprocess, sys, time; it = subprocess.Popen(['sleep', '600'], process_group=0); print(it.pid, flush=True); "
+def test_hanging_part_is_killed_with_children(tmp_path):
+  """The other parts run."""
+  child = "import subprocess, sys, time; it = subprocess.Popen(['sleep', '600'], process_group=0); "
+  child += "print(it.pid, flush=True); "
   runner = Runner(tmp_path)
   runner.run((part("hangs", f'-c "{child}time.sleep(600)"', limit=2), part("next", SAY)))
   assert runner.states == {"hangs": "killed after 2 s", "next": "ok"} and runner.end() == 1
@@ -200,7 +205,8 @@ def test_a_part_that_hangs_is_killed_with_what_it_started_and_costs_only_itself(
   assert summary[-1].endswith("failed: hangs (killed after 2 s)")
 
 
-def test_a_part_that_is_killed_or_crashes_costs_only_itself(tmp_path):
+def test_crashed_part_does_not_stop_the_rest(tmp_path):
+  """Nor does one that is killed."""
   runner = Runner(tmp_path)
   killed = part(
     "killed", "-c \"import os; print('begun', flush=True); os.kill(os.getpid(), 9)\"", group="one"
@@ -208,12 +214,17 @@ def test_a_part_that_is_killed_or_crashes_costs_only_itself(tmp_path):
   crashes = part("crashes", '-c "raise ValueError(12)"', group="one")
   runner.run((killed, crashes, part("beside", SAY, group="one"), part("next", SAY)))
   assert runner.states == {"killed": "code -9", "crashes": "code 1", "beside": "ok", "next": "ok"}
-  told = {line["name"]: line["told"] for line in lines(tmp_path / "results.jsonl")}
-  assert told == {"killed": "begun", "crashes": "ValueError: 12", "beside": "said", "next": "said"}
+  results = {line["name"]: line["told"] for line in lines(tmp_path / "results.jsonl")}
+  assert results == {
+    "killed": "begun",
+    "crashes": "ValueError: 12",
+    "beside": "said",
+    "next": "said",
+  }
   assert runner.end() == 1
 
 
-def test_a_part_that_cannot_be_started_is_a_failure(tmp_path, monkeypatch):
+def test_part_that_cannot_start_fails(tmp_path, monkeypatch):
   (tmp_path / "results.jsonl").write_text(
     'null\n{"benchmark": 3}\n'
   )  # lines that are none of ours cost nothing
@@ -230,14 +241,15 @@ def test_a_part_that_cannot_be_started_is_a_failure(tmp_path, monkeypatch):
   )
 
 
-def test_a_part_for_which_no_time_is_left_is_skipped_and_named(tmp_path):
+def test_part_without_time_left_is_skipped(tmp_path):
+  """And named."""
   runner = Runner(tmp_path, seconds=30)
   runner.run((part("long", SAY, least=60), part("short", SAY)))
   assert runner.states == {"long": "skipped", "short": "ok"} and runner.end() == 0
   assert "skipped, no time was left: long" in (tmp_path / "summary.txt").read_text()
 
 
-def test_a_part_in_place_of_another_runs_where_that_one_failed(tmp_path):
+def test_fallback_part_runs_after_a_failure(tmp_path):
   for command, state in ((SAY, "not needed"), ('-c "raise SystemExit(1)"', "ok")):
     runner = Runner(tmp_path)
     runner.run((part("large", command), part("small", SAY, instead_of="large")))
@@ -252,7 +264,7 @@ def test_a_part_in_place_of_another_runs_where_that_one_failed(tmp_path):
     *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.wide]) for name in ("gptj", "trace")),
   ],
 )
-def test_a_part_without_a_gpu_ends_in_one_line(name, tmp_path, monkeypatch):
+def test_part_without_a_gpu_ends_in_one_line(name, tmp_path, monkeypatch):
   monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")  # JAX falls back to the CPU
   runner = Runner(tmp_path)
   runner.run(tuple(it for it in gpu_parts.PARTS if it.name == name))
@@ -265,14 +277,15 @@ def test_a_part_without_a_gpu_ends_in_one_line(name, tmp_path, monkeypatch):
   assert "--require gpu: JAX computes on the cpu" in line
 
 
-def test_figures_of_the_cpu_are_a_failure_where_a_gpu_was_wanted(tmp_path):
+def test_cpu_figures_fail_if_a_gpu_is_required(tmp_path):
   noting = "import sys; sys.path.append('benchmarks'); import page; page.note('x', device='cpu')"
   runner = Runner(tmp_path)
   runner.run((part("strays", f'-c "{noting}"'),))
   assert runner.states == {"strays": "computed on the CPU"} and runner.end() == 1
 
 
-def test_without_a_choice_a_part_must_have_a_gpu_and_its_share_of_it(tmp_path, monkeypatch):
+def test_default_requires_a_gpu_and_its_memory(tmp_path, monkeypatch):
+  """Unless the user chose a platform."""
   monkeypatch.delenv("JAX_PLATFORMS", raising=False)
   monkeypatch.setenv("PYTHONPATH", "/brought/along")
   smoke = gpu_parts.PARTS[0]
@@ -291,14 +304,15 @@ sys.path.append({benchmarks!r})
 import gpu_parts
 from gpu_runner import Part
 command = "-c \\"import os, time; print(os.getpid(), flush=True); time.sleep(60)\\""
-gpu_parts.PARTS = (Part("first", 1, 60, 0, {say!r}, ""), Part("second", 1, 60, 0, command, ""), Part("third", 1, 9, 0, "", ""))
+first = Part("first", 1, 60, 0, {say!r}, "")
+gpu_parts.PARTS = (first, Part("second", 1, 60, 0, command, ""), Part("third", 1, 9, 0, "", ""))
 sys.argv = ["gpu_parts.py", "1", "100", "--out", sys.argv[1]]
 sys.exit(gpu_parts.main())
 """
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_cut_off_has_what_was_written(ending, tmp_path):
+def test_interrupted_run_keeps_its_results(ending, tmp_path):
   code = RUNS.format(benchmarks=str(ROOT / "benchmarks"), say=SAY)
   runner = subprocess.Popen(
     [sys.executable, "-c", code, tmp_path], env=children.environment(), stdout=subprocess.DEVNULL
@@ -325,7 +339,8 @@ def test_a_run_that_is_cut_off_has_what_was_written(ending, tmp_path):
   assert (tmp_path / "benchmarks.md").read_text().endswith(page.PAGE.read_text())
 
 
-def test_of_a_long_log_the_beginning_and_the_end_are_kept(tmp_path):
+def test_long_log_keeps_both_ends(tmp_path):
+  """The beginning and the end of a log stay."""
   Runner(tmp_path).run(
     (part("talks", "-c \"[print(f'line {i}', 'x' * 90) for i in range(5000)]\""),)
   )
@@ -338,7 +353,7 @@ def test_of_a_long_log_the_beginning_and_the_end_are_kept(tmp_path):
   )
 
 
-def test_a_part_goes_on_where_its_log_cannot_be_written(tmp_path):
+def test_part_survives_an_unwritable_log(tmp_path):
   """As on a full disk: what it says is read on, or it would wait for ever."""
   (tmp_path / "logs.txt").mkdir()
   runner = Runner(tmp_path)
@@ -346,7 +361,7 @@ def test_a_part_goes_on_where_its_log_cannot_be_written(tmp_path):
   assert runner.states == {"talks": "ok"} and "line 4999" in (tmp_path / "summary.txt").read_text()
 
 
-def test_a_variable_of_the_user_counts_before_that_of_a_part(tmp_path, monkeypatch):
+def test_user_variables_override_those_of_parts(tmp_path, monkeypatch):
   monkeypatch.delenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", raising=False)
   asks = part("asks", SAY, environment={"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": "104"})
   for own in ("104", "48"):
@@ -355,7 +370,7 @@ def test_a_variable_of_the_user_counts_before_that_of_a_part(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-  "words, parts, told",
+  "words, parts, message",
   [
     (["1"], "", "bash benchmarks/gpu_short.sh 1 330"),
     (["1", "soon"], "", "bash benchmarks/gpu_short.sh 1 330"),
@@ -366,16 +381,17 @@ def test_a_variable_of_the_user_counts_before_that_of_a_part(tmp_path, monkeypat
     (["1", "330"], "smoke gptj", "no part of phase 1: gptj; there are smoke, attention"),
   ],
 )
-def test_a_wrong_command_is_told_in_a_line(words, parts, told, tmp_path):
+def test_wrong_command_ends_in_one_line(words, parts, message, tmp_path):
   done = script(*words, OUT=str(tmp_path), PARTS=parts)
-  assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+  assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-# ---- What benchmarks share -------------------------------------------------------------------------------------------
+# ---- What benchmarks share -----------------------------------------------------------------------
 
 
-def test_a_contender_that_does_not_answer_is_killed_with_what_it_started():
-  code = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+def test_silent_contender_is_killed_with_children():
+  code = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); "
+  code += "time.sleep(600)"
   began = time.monotonic()
   assert children.answer([sys.executable, "-c", code], 1) == {"error": "no answer in 1 s"}
   assert time.monotonic() - began < 30
@@ -406,7 +422,8 @@ def trained_by(contender, speed, remat="dots"):
   return {"settings": settings, "contender": contender, "tokens_per_second": speed, **taken}
 
 
-def test_contenders_of_several_commands_share_a_table():
+def test_contenders_share_a_table():
+  """Those of several commands."""
   error = {"contender": "Trainer, SDPA", "turn": 1, "error": "out of memory"}
   error["settings"] = trained_by("jaxft", 300.0)["settings"]
   noted = [
@@ -427,7 +444,8 @@ def test_contenders_of_several_commands_share_a_table():
   )
 
 
-def test_of_several_runs_into_a_folder_the_newest_figures_of_a_contender_are_shown():
+def test_newest_figures_of_a_contender_are_shown():
+  """Of several runs into a folder."""
   turns = [
     {"run": "1.5", "tokens_per_second": 1},
     {"run": "2.5", "tokens_per_second": 2},
@@ -441,7 +459,8 @@ def test_of_several_runs_into_a_folder_the_newest_figures_of_a_contender_are_sho
   ]  # without gpu_parts.py
 
 
-def test_the_heading_of_a_section_has_no_files_of_this_machine(tmp_path, monkeypatch):
+def test_heading_has_no_local_paths(tmp_path, monkeypatch):
+  """The heading of a section has no files of this machine."""
   monkeypatch.setattr(page, "OUT", str(tmp_path))
   monkeypatch.setattr(
     sys, "argv", ["x.py", "--rows", "8", "--caches", "/here/it/is", "--trace", "--model", "gpt2"]

@@ -1,8 +1,9 @@
-"""What the pages and the docstrings of configs/ have a reader run, run: as written, in their order, on small stand-ins.
+"""Run the commands of the pages and of the docstrings of configs/, in order, on small stand-ins.
 
-Each page is followed in a folder of its own, in which the models and data sets that it names are: a folder `gpt2` is taken
-before the hub's model of that name, and a folder `stanfordnlp/imdb` before its data set. So nothing of a command is replaced;
-SMALL is what is added to it, so that it takes seconds.
+Each page is followed in a folder of its own, in which the models and data sets that it names are: a
+folder `gpt2` is taken before the hub's model of that name, and a folder `stanfordnlp/imdb` before
+its data set. So nothing of a command is replaced; SMALL is what is added to it, so that it takes
+seconds.
 """
 
 import contextlib
@@ -35,10 +36,11 @@ pytestmark = [
 ]
 MODELS = ("gpt2", "gpt2-medium", "gpt2-xl", "EleutherAI/gpt-neo-2.7B", "EleutherAI/gpt-j-6b")
 SMALL = {
-  "train --config": "--config.data.sequence_length=32 --config.train.epochs=0.0 --config.train.steps=2 "
-  "--config.train.batch_size=4 --config.train.micro_batch_size=2 --config.train.sample_tokens=4 --config.optim.warmup_steps=1 "
+  "train --config": "--config.data.sequence_length=32 --config.train.epochs=0.0 "
+  "--config.train.steps=2 --config.train.batch_size=4 --config.train.micro_batch_size=2 "
+  "--config.train.sample_tokens=4 --config.optim.warmup_steps=1 --config.mesh.fsdp=1",
+  "train --model_name_or_path": "--block_size 32 --max_steps 2 --warmup_steps 1 "
   "--config.mesh.fsdp=1",
-  "train --model_name_or_path": "--block_size 32 --max_steps 2 --warmup_steps 1 --config.mesh.fsdp=1",
   "generate": "--max_new_tokens 4",
   "evaluate": "--sequence_length 32",
   "export --workdir": "--step 2",
@@ -48,8 +50,10 @@ SMALL = {
 LIKE_CONFIGS = {"docs/recipes/jokes.md"}
 # Read and checked, and no more.
 NOT_RUN = {
-  "python -m jaxft.train --config configs/X.py --workdir /shared/run --coordinator host0:7777 --num_processes 4 "
-  "--process_id 0": "needs four hosts; tests/distributed/test_hosts.py has processes in their place",
+  "python -m jaxft.train --config configs/X.py --workdir /shared/run --coordinator host0:7777 "
+  "--num_processes 4 --process_id 0": (
+    "needs four hosts; tests/distributed/test_hosts.py has processes instead"
+  ),
 }
 FOLLOWED = {name: pages.steps(name) for name in (*pages.PAGES, *pages.CONFIGS)}
 PLANS = sorted(
@@ -65,15 +69,15 @@ PLANS = sorted(
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
   """A folder with everything that the pages name, but for what they make."""
-  place, rng = tmp_path_factory.mktemp("stand_ins"), random.Random(0)
+  folder, rng = tmp_path_factory.mktemp("stand_ins"), random.Random(0)
   for name in ("configs", "assets"):
-    (place / name).symlink_to(pages.ROOT / name)
-  first = tiny.write_gpt2(place / "first", seed=0, P=1024, L=12, std=0.05)  # a page names layer 11
+    (folder / name).symlink_to(pages.ROOT / name)
+  first = tiny.write_gpt2(folder / "first", seed=0, P=1024, L=12, std=0.05)  # a page names layer 11
   for name in MODELS:
     if (family := PUBLISHED[name]["model_type"]) == "gpt2":
-      shutil.copytree(first, place / name)
+      shutil.copytree(first, folder / name)
     else:
-      tiny.write_family(place / name, family, seed=0, P=1024, std=0.05)
+      tiny.write_family(folder / name, family, seed=0, P=1024, std=0.05)
   story = lambda: tiny.story(rng)
   texts = [{"text": story()} for _ in range(100)]
   for name in (
@@ -81,28 +85,28 @@ def stand_ins(tmp_path_factory):
     "roneneldan/TinyStories/train",
     "roneneldan/TinyStories/validation",
   ):
-    write(place / f"{name}.jsonl", texts)
+    write(folder / f"{name}.jsonl", texts)
   write(
-    place / "recipes.jsonl", [{"text": f"<|title|>{story()}<|steps|>{story()}"} for _ in range(40)]
+    folder / "recipes.jsonl", [{"text": f"<|title|>{story()}<|steps|>{story()}"} for _ in range(40)]
   )
-  (place / "jokes.csv").write_text("\n".join(["Joke", *(story() for _ in range(40))]))
-  write(place / "pairs.jsonl", [{"question": "where is the cat?", "answer": "on the mat"}] * 40)
+  (folder / "jokes.csv").write_text("\n".join(["Joke", *(story() for _ in range(40))]))
+  write(folder / "pairs.jsonl", [{"question": "where is the cat?", "answer": "on the mat"}] * 40)
   lines = [
     {"prompt": f"where is the {word}", "response": "[kkshhhh] on the mat"}
     for word in tiny.WORDS * 2
   ]
   for name in ("samdotme/vader-speak/train", "lines"):
-    write(place / f"{name}.jsonl", lines)
+    write(folder / f"{name}.jsonl", lines)
   for name in ("stanfordnlp/imdb/train", "stanfordnlp/imdb/test"):
-    write(place / f"{name}.jsonl", [{"text": story(), "label": i % 2} for i in range(40)])
-  (place / "shakespeare").mkdir()
+    write(folder / f"{name}.jsonl", [{"text": story(), "label": i % 2} for i in range(40)])
+  (folder / "shakespeare").mkdir()
   for i in range(40):
-    folder = place / "reviews" / ("pos", "neg")[i % 2]
+    folder = folder / "reviews" / ("pos", "neg")[i % 2]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{i}.txt").write_text("a fine film" if i % 2 == 0 else "a dull film")
   for name in ("my_texts", "held_out", "other_text", *(f"shakespeare/{i}" for i in range(20))):
-    (place / f"{name}.txt").write_text("\n".join(story() for _ in range(200)))
-  return place
+    (folder / f"{name}.txt").write_text("\n".join(story() for _ in range(200)))
+  return folder
 
 
 def write(file, rows):
@@ -119,10 +123,10 @@ def write(file, rows):
     if steps
   ],
 )
-def test_a_page_can_be_followed(name, stand_ins, tmp_path, monkeypatch):
+def test_commands_of_a_page_run(name, stand_ins, tmp_path, monkeypatch):
   import datasets
 
-  monkeypatch.chdir(shutil.copytree(stand_ins, tmp_path / "place", symlinks=True))
+  monkeypatch.chdir(shutil.copytree(stand_ins, tmp_path / "stand_ins", symlinks=True))
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
   if name == "README.md":
@@ -136,7 +140,7 @@ def test_a_page_can_be_followed(name, stand_ins, tmp_path, monkeypatch):
 
 
 def follow_python(text, names):
-  """A block of Python as it is; one for transformers or PEFT where torch, which they need, is there."""
+  """Run a block of Python; one for transformers or PEFT only if torch is installed."""
   others = [package for package in ("transformers", "peft") if package in text]
   if others and not importlib.util.find_spec("torch"):
     return
@@ -145,7 +149,10 @@ def follow_python(text, names):
 
 
 def follow(command, later, monkeypatch):
-  """Runs a command in this process, which has imported everything; a training whose run no later step uses only compiles."""
+  """Run a command in this process, which has imported everything.
+
+  A training whose run no later step uses only compiles.
+  """
   words = pages.words(command.replace("--config ...", "--config configs/quickstart.py"))
   name = words[2].removeprefix("jaxft.")
   if command in NOT_RUN:
@@ -179,7 +186,7 @@ def is_named(folder, texts):
   return any(re.search(rf"(?<![\w./-]){re.escape(folder)}(?![\w.-])", text) for text in texts)
 
 
-def test_a_folder_is_named_by_its_whole_name():
+def test_is_named_matches_whole_names():
   assert is_named("runs/gptj", ["export --workdir runs/gptj --out x"]) and is_named(
     "runs/a", ['load("runs/a/adapter")']
   )
@@ -189,7 +196,7 @@ def test_a_folder_is_named_by_its_whole_name():
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
-def test_trainings_that_differ_have_folders_of_their_own(name):
+def test_different_trainings_have_own_workdirs(name):
   """The second would find its run finished, and do nothing."""
   trainings = {
     step.text for step in FOLLOWED[name] if step.text.startswith(f"{pages.COMMAND}train ")
@@ -202,12 +209,12 @@ def test_trainings_that_differ_have_folders_of_their_own(name):
   assert len(folders) == len(set(folders)), folders
 
 
-def test_what_is_not_run_is_on_a_page():
+def test_skipped_commands_are_on_a_page():
   assert NOT_RUN.keys() <= {step.text for steps in FOLLOWED.values() for step in steps}
 
 
 @pytest.mark.parametrize("command", PLANS)
-def test_what_is_planned_is_there(command, monkeypatch):
+def test_planned_devices_are_valid(command, monkeypatch):
   """All but the compiling: settings, hardware, and that the models need no network."""
   monkeypatch.chdir(pages.ROOT)
   monkeypatch.setattr(sys, "argv", words_of_plan(command))
@@ -219,13 +226,13 @@ def test_what_is_planned_is_there(command, monkeypatch):
 
 @pytest.mark.wide
 @pytest.mark.parametrize("command", PLANS)
-def test_plans_of_the_pages_fit(command, monkeypatch):
+def test_plans_on_pages_fit(command, monkeypatch):
   monkeypatch.chdir(pages.ROOT)
   monkeypatch.setattr(sys, "argv", [*words_of_plan(command), "--json"])
   with contextlib.redirect_stdout(io.StringIO()) as said:
     __main__.main()
-  told = json.loads(said.getvalue())
-  assert all(it["fits"] for it in told.get("plans", [told])), told
+  plan = json.loads(said.getvalue())
+  assert all(it["fits"] for it in plan.get("plans", [plan])), plan
 
 
 def words_of_plan(command):

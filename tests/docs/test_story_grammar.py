@@ -26,19 +26,20 @@ def vocabulary(genre):
 
 
 @BOTH
-def test_a_story_is_a_function_of_genre_and_seed(genre):
+def test_story_is_a_function_of_genre_and_seed(genre):
   random.seed(1)
   assert [write(genre, seed) for seed in range(20)] == stories(genre)[:20]
 
 
 @BOTH
-def test_reading_finds_the_nats_of_writing(genre):
+def test_parser_recovers_nats_of_writer(genre):
   for story in stories(genre)[:300]:
     assert read(genre, story.text) == pytest.approx(story.nats, abs=1e-9)
 
 
 @BOTH
-def test_no_word_can_be_another(genre):
+def test_options_are_unambiguous(genre):
+  """No word can be taken for another option."""
   text = stories(genre)[0].text
   for word in re.finditer(r"\w+", text):
     with pytest.raises(ValueError, match="position"):
@@ -46,7 +47,7 @@ def test_no_word_can_be_another(genre):
 
 
 @BOTH
-def test_a_name_changed_in_one_place_is_noticed(genre):
+def test_one_changed_name_is_detected(genre):
   text = stories(genre)[0].text
   name = re.search(r"named (\w+)" if genre == "village" else r"Captain (\w+)", text)[1]
   other = {"village": ["Mia", "Tom"], "sea": ["Hale", "Vane"]}[genre][name in ("Mia", "Hale")]
@@ -55,7 +56,7 @@ def test_a_name_changed_in_one_place_is_noticed(genre):
 
 
 @BOTH
-def test_spaces_and_ends_matter(genre):
+def test_spaces_and_newlines_matter(genre):
   text = stories(genre)[0].text
   other = next(g for g in GENRES if g != genre)
   for changed in (text[:-1], text + "\n", " " + text, text.replace("\n", " ", 1), ""):
@@ -65,14 +66,14 @@ def test_spaces_and_ends_matter(genre):
     read(other, text)
 
 
-def test_a_swapped_pick_changes_the_nats_by_its_odds():
+def test_swapped_pick_changes_nats_by_its_odds():
   # Kinds of hero weigh 5 or 1, and a rabbit may bear twice as many names as a girl.
   story = next(s for s in stories("village") if re.search(r"girl named", s.text))
   rabbit = read("village", story.text.replace("girl named", "rabbit named", 1))
   assert rabbit - story.nats == pytest.approx(math.log(5) + math.log(2), abs=1e-9)
 
 
-def test_picks_are_drawn_and_counted_by_their_weights():
+def test_picks_follow_their_weights():
   odds = {"calm": 1, "gale": 3}
   nats = {}
   for text in odds:
@@ -89,26 +90,30 @@ def test_picks_are_drawn_and_counted_by_their_weights():
 
 @pytest.mark.parametrize("source", [random.Random(0), "oak tree"])
 @pytest.mark.parametrize("options", [["oak", "elm", "oak tree"], ["oak", "oak"], ["", "oak"]])
-def test_options_that_a_reader_would_confuse_are_refused(source, options):
+def test_ambiguous_options_are_rejected(source, options):
   with pytest.raises(ValueError, match="begins option"):
     Teller(source).pick(options)
 
 
-def test_a_passage_picks_recalls_and_does_not_repeat_itself():
+def test_passage_picks_and_recalls():
+  """And does not repeat itself."""
   teller = Teller("a red hat, a blue hat;\na red bow.")
-  teller.kept["COLORS"] = ["red", "blue", "green"]
-  teller.tell("a [first: COLORS] [thing: hat|\n  cap], a [COLORS] {thing}; / a {first} [bow|tie].")
+  teller.memory["COLORS"] = ["red", "blue", "green"]
+  teller.narrate(
+    "a [first: COLORS] [thing: hat|\n  cap], a [COLORS] {thing}; / a {first} [bow|tie]."
+  )
   assert teller.text == teller.source
   assert teller.nats == pytest.approx(math.log(3 * 2 * 2 * 2))
 
   again = Teller("a red hat, a red hat;")
-  again.kept["COLORS"] = ["red", "blue", "green"]
+  again.memory["COLORS"] = ["red", "blue", "green"]
   with pytest.raises(ValueError, match="position 13"):
-    again.tell("a [first: COLORS] hat, a [COLORS] hat;")
+    again.narrate("a [first: COLORS] hat, a [COLORS] hat;")
 
 
 @BOTH
-def test_stories_hold_45_to_80_nats_and_differ(genre):
+def test_stories_have_45_to_80_nats(genre):
+  """And differ."""
   nats = [story.nats for story in stories(genre)]
   assert 45 < statistics.fmean(nats) < 80
   assert min(nats) > 40
@@ -128,14 +133,14 @@ def test_stories_are_short_and_plain(genre):
 
 
 @BOTH
-def test_sentences_start_with_capitals_and_articles_agree(genre):
+def test_capitals_and_articles_agree(genre):
   for story in stories(genre):
     assert not re.search(r"(^|\n|\. )[a-z]", story.text)
     assert not re.search(r"\ba [aeiou]|\ban [^aeiou]", story.text, re.IGNORECASE)
     assert story.text.count('"') % 2 == 0
 
 
-def test_a_hero_keeps_name_and_pronouns():
+def test_hero_keeps_name_and_pronouns():
   for story in stories("village"):
     name, pronoun = re.search(r"named (\w+) who .*? (She|He) ", story.text).groups()
     assert story.text.count(name) >= 3
@@ -143,7 +148,7 @@ def test_a_hero_keeps_name_and_pronouns():
     assert not re.search(wrong, story.text, re.IGNORECASE)
 
 
-def test_the_genres_have_rich_and_different_vocabularies():
+def test_genres_have_distinct_vocabularies():
   sea, village = vocabulary("sea"), vocabulary("village")
   assert min(len(sea), len(village)) > 250
   assert len(sea & village) / len(sea | village) < 0.6

@@ -1,4 +1,4 @@
-"""Tokens with a role: what `jaxft.tokenizer --add ROLE=TOKEN` writes, what a document begins with, and what stays as it was."""
+"""Tokens with a role: what `jaxft.tokenizer --add` writes, and what documents begin with."""
 
 import hashlib
 import json
@@ -29,8 +29,8 @@ ADD = (f"bos={BEGIN}", f"pad={PAD}", TITLE)
 
 
 @pytest.fixture(scope="module")
-def made(folder, tmp_path_factory):
-  """A model folder with a token that begins a text, one that fills up rows, and one without a role."""
+def roles_folder(folder, tmp_path_factory):
+  """A model folder with a bos token, a padding token, and a token without a role."""
   out = tmp_path_factory.mktemp("models") / "roles"
   done = processes.run("jaxft.tokenizer", "--model", folder, "--add", *ADD, "--out", out)
   assert f"{BEGIN} is {BEGIN_ID}, {PAD} is {PAD_ID}, {TITLE} is {TITLE_ID}" in done.stdout
@@ -41,35 +41,36 @@ def made(folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(made):
-  return jaxft.hf.tokenizer.load_tokenizer(made, 296)
+def tokenizer(roles_folder):
+  return jaxft.hf.tokenizer.load_tokenizer(roles_folder, 296)
 
 
-def must_have_the_roles(folder):
-  """In each file that says them, and as transformers reads it."""
+def assert_roles(folder):
+  """Checks each file with roles, and what transformers reads."""
   for name in ("config.json", "generation_config.json"):
-    said = json.loads((folder / name).read_text())
-    assert [said[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [
+    config = json.loads((folder / name).read_text())
+    assert [config[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [
       BEGIN_ID,
       END_ID,
       PAD_ID,
     ], name
   for name in ("tokenizer_config.json", "special_tokens_map.json"):
-    said = json.loads((folder / name).read_text())
-    assert [said[f"{role}_token"] for role in ("bos", "eos", "pad")] == [BEGIN, END, PAD], name
+    config = json.loads((folder / name).read_text())
+    assert [config[f"{role}_token"] for role in ("bos", "eos", "pad")] == [BEGIN, END, PAD], name
   again = AutoTokenizer.from_pretrained(folder)
   assert (again.bos_token, again.eos_token, again.pad_token) == (BEGIN, END, PAD)
   assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == (BEGIN_ID, END_ID, PAD_ID)
   return again
 
 
-def test_roles_are_what_transformers_reads(made):
-  must_have_the_roles(made)
+def test_token_roles_load_in_transformers(roles_folder):
+  """The roles written by --add are what transformers reads."""
+  assert_roles(roles_folder)
 
 
 @pytest.mark.slow
-def test_roles_go_through_training_and_out(made, stories, tmp_path):
-  config = tiny.config(made, stories)
+def test_token_roles_survive_training_and_export(roles_folder, stories, tmp_path):
+  config = tiny.config(roles_folder, stories)
   config.train.steps, config.train.eval_every, config.train.save_every, config.data.layout = (
     2,
     2,
@@ -78,8 +79,8 @@ def test_roles_go_through_training_and_out(made, stories, tmp_path):
   )
   config.train.sample_prompts, config.optim.warmup_steps = ("", f"{BEGIN}once"), 0
   run = finetune(config, tmp_path / "run")
-  must_have_the_roles(run.workdir / "run.model")
-  again = must_have_the_roles(run.export)
+  assert_roles(run.workdir / "run.model")
+  again = assert_roles(run.export)
 
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(run.export)
@@ -100,7 +101,7 @@ def test_roles_go_through_training_and_out(made, stories, tmp_path):
   assert begun.tolist()[: 1 + len(empty.token_ids)] == [BEGIN_ID, *empty.token_ids]
 
 
-def cut(tokenizer, text):
+def encode(tokenizer, text):
   return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -110,53 +111,58 @@ def read(example, tokenizer):
   return found.ids.tolist(), int(found.prompts_N[0])
 
 
-def test_a_document_begins_with_the_token_that_is_there_for_it(tokenizer):
+def test_documents_begin_with_bos_token(tokenizer):
+  """A document begins with the bos token, where the tokenizer has its own."""
   text, asked = "the big cat sat", "where is it?"
-  document = [BEGIN_ID, *cut(tokenizer, text), END_ID]
+  document = [BEGIN_ID, *encode(tokenizer, text), END_ID]
   assert read(Example(text), tokenizer) == (document, 1)
   assert read(Example(BEGIN + text), tokenizer) == (document, 1)  # not twice
-  whole = [BEGIN_ID, *cut(tokenizer, asked), *cut(tokenizer, " red"), END_ID]
+  whole = [BEGIN_ID, *encode(tokenizer, asked), *encode(tokenizer, " red"), END_ID]
   assert read(Example(asked + " red", prompt_chars=len(asked)), tokenizer) == (
     whole,
-    1 + len(cut(tokenizer, asked)),
+    1 + len(encode(tokenizer, asked)),
   )
   begun = Example(BEGIN + asked + " red", prompt_chars=len(BEGIN + asked))
-  assert read(begun, tokenizer) == (whole, 1 + len(cut(tokenizer, asked)))
-  assert tokenizer.decode(cut(tokenizer, " the")[0]) == " t"  # in which a prompt of one blank ends
+  assert read(begun, tokenizer) == (whole, 1 + len(encode(tokenizer, asked)))
+  # A prompt of one blank ends inside this token.
+  assert tokenizer.decode(encode(tokenizer, " the")[0]) == " t"
   assert read(Example(" the", prompt_chars=1), tokenizer) == (
-    [BEGIN_ID, *cut(tokenizer, " the"), END_ID],
+    [BEGIN_ID, *encode(tokenizer, " the"), END_ID],
     1,
   )
-  assert read(Example(text, label="a"), tokenizer) == (cut(tokenizer, text), 0)
+  assert read(Example(text, label="a"), tokenizer) == (encode(tokenizer, text), 0)
   assert (
-    tokenize.encode_prompt(tokenizer, text) == tokenizer(text)["input_ids"] == cut(tokenizer, text)
+    tokenize.encode_prompt(tokenizer, text)
+    == tokenizer(text)["input_ids"]
+    == encode(tokenizer, text)
   )
   assert tokenize.encode_prompt(tokenizer, "") == [BEGIN_ID]
   assert tokenize.encode_text(tokenizer, "") == [END_ID]
   assert tokenize.token_byte_lengths(tokenizer)[[BEGIN_ID, END_ID]].tolist() == [0, 0]
 
 
-def test_a_tokenizer_that_puts_it_there_itself_does_not_get_it_twice(made):
-  own = jaxft.hf.tokenizer.load_tokenizer(made, 296)
+def test_bos_token_is_not_added_twice(roles_folder):
+  """A tokenizer that begins each text itself does not get a second bos token."""
+  own = jaxft.hf.tokenizer.load_tokenizer(roles_folder, 296)
   own.backend_tokenizer.post_processor = processors.TemplateProcessing(
     single=f"{BEGIN} $A", special_tokens=[(BEGIN, BEGIN_ID)]
   )
-  assert read(Example("the cat"), own) == ([BEGIN_ID, *cut(own, "the cat"), END_ID], 1)
-  assert read(Example("the cat", label="a"), own) == ([BEGIN_ID, *cut(own, "the cat")], 0)
+  assert read(Example("the cat"), own) == ([BEGIN_ID, *encode(own, "the cat"), END_ID], 1)
+  assert read(Example("the cat", label="a"), own) == ([BEGIN_ID, *encode(own, "the cat")], 0)
   assert (
     tokenize.encode_prompt(own, "the cat")
     == own("the cat")["input_ids"]
-    == [BEGIN_ID, *cut(own, "the cat")]
+    == [BEGIN_ID, *encode(own, "the cat")]
   )
   # One that begins a text with another token: as its texts begin, and as before.
   own.backend_tokenizer.post_processor = processors.TemplateProcessing(
     single=f"{TITLE} $A", special_tokens=[(TITLE, TITLE_ID)]
   )
-  assert read(Example("the cat"), own) == ([TITLE_ID, *cut(own, "the cat"), END_ID], 0)
+  assert read(Example("the cat"), own) == ([TITLE_ID, *encode(own, "the cat"), END_ID], 0)
   assert tokenize.encode_prompt(own, "") == [TITLE_ID]
 
 
-def learned(rows):
+def loss_pairs(rows):
   """(input, target) of each target that is learned, by row."""
   picked = [rows[i] for i in range(len(rows))]
   return [
@@ -166,7 +172,8 @@ def learned(rows):
 
 
 @pytest.mark.parametrize("layout", ["concat", "pad", "pack"])
-def test_the_first_token_of_a_text_follows_it_and_it_is_never_a_target(tokenizer, layout):
+def test_bos_token_is_never_a_loss_target(tokenizer, layout):
+  """The first token of a text is learned from the bos token, which is never a target."""
   texts = [
     "the cat",
     "once upon a time the dog sat on mat and ran to big red house",
@@ -177,7 +184,7 @@ def test_the_first_token_of_a_text_follows_it_and_it_is_never_a_target(tokenizer
   rows = build_dataset(
     stored, ConfigDict({"format": "text", "layout": layout, "sequence_length": T}), END_ID
   )
-  pairs, documents = learned(rows), [[*cut(tokenizer, text), END_ID] for text in texts]
+  pairs, documents = loss_pairs(rows), [[*encode(tokenizer, text), END_ID] for text in texts]
   wanted = [list(zip([BEGIN_ID, *ids], ids, strict=False)) for ids in documents]
   if layout == "pad":  # one a row, cut short at T targets
     assert pairs == [of[:T] for of in wanted]
@@ -189,12 +196,12 @@ def test_the_first_token_of_a_text_follows_it_and_it_is_never_a_target(tokenizer
   )
   assert rows.stats.filled + sum(rows.stats.dropped.values()) <= len(stored.ids)
   if layout == "concat":
-    strided = learned(SlidingWindowDataset(stored, T, END_ID, 3))
+    strided = loss_pairs(SlidingWindowDataset(stored, T, END_ID, 3))
     assert sorted(sum(strided, [])) == sorted(sum(wanted, []))
 
 
-def test_without_such_a_token_every_token_is_as_it_was(folder, tmp_path):
-  """Whose bos token is the end token, or who have none; also one that puts tokens of its own around a text."""
+def test_tokenization_is_unchanged_without_bos(folder, tmp_path):
+  """With a bos token that is the end token, or none; also where tokens are put around a text."""
   rng = random.Random(3)
   kinds = [
     jaxft.hf.tokenizer.load_tokenizer(folder, 293),
@@ -218,13 +225,14 @@ def test_without_such_a_token_every_token_is_as_it_was(folder, tmp_path):
     assert tokenize.encode_prompt(tokenizer, "") == before
     stored = tokenize.encode_in_memory([Example(tiny.story(rng)) for _ in range(30)], tokenizer)
     stream = [end, *stored.ids.tolist()]
-    flat = sum(learned(ConcatDataset(stored, 13, end)), [])
+    flat = sum(loss_pairs(ConcatDataset(stored, 13, end)), [])
     assert flat == list(zip(stream, stream[1:], strict=False))
-    pieces = sum(learned(PackedDataset(stored, 13, end, pack=True, texts=True)), [])
+    pieces = sum(loss_pairs(PackedDataset(stored, 13, end, pack=True, texts=True)), [])
     assert sorted(pieces) == sorted(flat)  # the token before a text is an end token there too
 
 
-def test_a_value_is_a_token_or_a_role_with_one():
+def test_parse_token_spec_roles_and_refusals():
+  """A value of --add is a token, or a role with one."""
   assert added_tokens.parse_token_spec("<|title|>") == ("<|title|>", "")
   assert added_tokens.parse_token_spec("a=b") == ("a=b", "") and added_tokens.parse_token_spec(
     "=x"
@@ -245,16 +253,17 @@ def test_a_value_is_a_token_or_a_role_with_one():
       added_tokens.parse_token_spec(value)
 
 
-def test_only_the_role_of_a_token_that_exists_changes(made, folder, tmp_path):
+def test_role_of_existing_token_keeps_embeddings(roles_folder, folder, tmp_path):
+  """For a token that exists only the role changes."""
   tokenizer, ids, _ = added_tokens.add_tokens(
-    repo.resolve(str(made)), [f"pad={END}", f"eos={TITLE}"], tmp_path / "out"
+    repo.resolve(str(roles_folder)), [f"pad={END}", f"eos={TITLE}"], tmp_path / "out"
   )
   assert ids == {END: END_ID, TITLE: TITLE_ID} and len(tokenizer) == 296
-  weights = [(at / "model.safetensors").read_bytes() for at in (made, tmp_path / "out")]
+  weights = [(at / "model.safetensors").read_bytes() for at in (roles_folder, tmp_path / "out")]
   assert weights[0] == weights[1]
   for name in ("config.json", "generation_config.json"):
-    said = json.loads((tmp_path / "out" / name).read_text())
-    assert [said[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [
+    config = json.loads((tmp_path / "out" / name).read_text())
+    assert [config[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [
       BEGIN_ID,
       TITLE_ID,
       END_ID,
@@ -282,16 +291,16 @@ def test_only_the_role_of_a_token_that_exists_changes(made, folder, tmp_path):
   assert (both.pad_token_id, both.bos_token_id, len(both)) == (293, 293, 294)
 
 
-def test_tokens_of_before_are_made_again(tokenizer, folder):
-  """A cache of a tokenizer whose documents begin with its bos token is not that of one whose documents did not."""
+def test_tokenizer_fingerprint_covers_bos(tokenizer, folder):
+  """Tokens from before documents began with the bos token are made again."""
   plain = jaxft.hf.tokenizer.load_tokenizer(folder, 293)
 
-  def of_before(it):
-    said = (
+  def old_fingerprint(it):
+    content = (
       json.dumps([jaxft.hf.tokenizer.bos_token_id(it), it.eos_token_id])
       + it.backend_tokenizer.to_str()
     )
-    return hashlib.sha256(said.encode()).hexdigest()
+    return hashlib.sha256(content.encode()).hexdigest()
 
-  assert jaxft.hf.tokenizer.fingerprint(plain) == of_before(plain)
-  assert jaxft.hf.tokenizer.fingerprint(tokenizer) != of_before(tokenizer)
+  assert jaxft.hf.tokenizer.fingerprint(plain) == old_fingerprint(plain)
+  assert jaxft.hf.tokenizer.fingerprint(tokenizer) != old_fingerprint(tokenizer)

@@ -60,36 +60,36 @@ def theirs(request, tmp_path_factory):
     {label: i for i, label in enumerate(LABELS)},
   )
   torch.manual_seed(0)
-  their = getattr(transformers, name + "ForSequenceClassification")(config).eval()
-  for name, parameter in their.named_parameters():
+  their_model = getattr(transformers, name + "ForSequenceClassification")(config).eval()
+  for name, parameter in their_model.named_parameters():
     torch.nn.init.normal_(parameter, mean=float("ln_" in name and name.endswith("weight")), std=0.2)
   folder = tmp_path_factory.mktemp("models") / "m"
-  their.save_pretrained(folder)
+  their_model.save_pretrained(folder)
   tiny.write_tokenizer(folder, 293)
-  return their, folder
+  return their_model, folder
 
 
-def their_logits(their, ids):
+def their_logits(their_model, ids):
   """Ragged rows, padded on the right with the padding token."""
   T = max(map(len, ids))
   with torch.no_grad():
-    return their(torch.tensor([row + [292] * (T - len(row)) for row in ids])).logits.numpy()
+    return their_model(torch.tensor([row + [292] * (T - len(row)) for row in ids])).logits.numpy()
 
 
-def test_labels_and_logits_are_transformers_own(theirs):
-  their, folder = theirs
+def test_classifier_logits_match_transformers(theirs):
+  their_model, folder = theirs
   ours = jaxft.load(folder)
   found = ours.classify(TEXTS, batch_size=3)
-  wanted = their_logits(their, [ours.tokenizer(text)["input_ids"] or [0] for text in TEXTS])
+  expected = their_logits(their_model, [ours.tokenizer(text)["input_ids"] or [0] for text in TEXTS])
   np.testing.assert_allclose(
-    [label.logits_C for label in found], wanted, atol=1e-5 * np.abs(wanted).max()
+    [label.logits_C for label in found], expected, atol=1e-5 * np.abs(expected).max()
   )
-  assert [label.label for label in found] == [LABELS[i] for i in wanted.argmax(-1)]
+  assert [label.label for label in found] == [LABELS[i] for i in expected.argmax(-1)]
   assert all(abs(sum(label.probabilities.values()) - 1) < 1e-6 for label in found)
 
 
 @pytest.mark.slow_for("gpt_neo", "gptj")
-def test_the_padding_token_may_be_any(theirs, tmp_path):
+def test_any_pad_token_classifies_alike(theirs, tmp_path):
   """Export compares with transformers, which looks for the last token that is not padding."""
   _, folder = theirs
   other = shutil.copytree(folder, tmp_path / "in")
@@ -101,28 +101,29 @@ def test_the_padding_token_may_be_any(theirs, tmp_path):
 
 @pytest.mark.slow_for("bfloat16")
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_out_again(theirs, tmp_path, dtype):
-  their, folder = theirs
+def test_classifier_export_round_trip(theirs, tmp_path, dtype):
+  their_model, folder = theirs
   ours = jaxft.load(folder)
   ours.export(tmp_path / "out", dtype=dtype)
   again, info = transformers.AutoModelForSequenceClassification.from_pretrained(
     tmp_path / "out", output_loading_info=True, dtype=torch.float32
   )
   assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-  assert type(again) is type(their) and again.config.id2label == dict(enumerate(LABELS))
+  assert type(again) is type(their_model) and again.config.id2label == dict(enumerate(LABELS))
   ids = [ours.tokenizer(text)["input_ids"] or [0] for text in TEXTS]
   if dtype:
-    their = type(their).from_pretrained(folder)
-    for parameter in their.parameters():  # not the buffers: GPT-J's table of sines is one
+    their_model = type(their_model).from_pretrained(folder)
+    for parameter in their_model.parameters():  # not the buffers: GPT-J's table of sines is one
       parameter.data = parameter.data.bfloat16().float()
-  np.testing.assert_allclose(their_logits(again, ids), their_logits(their, ids), atol=1e-5)
+  np.testing.assert_allclose(their_logits(again, ids), their_logits(their_model, ids), atol=1e-5)
   if not dtype:
     before, after = load_weights.list_tensors(folder), load_weights.list_tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(before[name].view().tobytes() == after[name].view().tobytes() for name in before)
 
 
-def test_what_it_cannot_do_is_refused_in_words(theirs, folder):
+def test_classifier_refuses_generation(theirs, folder):
+  """A classifier refuses what it cannot do, and says why."""
   ours = jaxft.load(theirs[1])
   with pytest.raises(RequestError, match="writes no text"):
     ours.generate(["the cat"])
@@ -130,7 +131,7 @@ def test_what_it_cannot_do_is_refused_in_words(theirs, folder):
     jaxft.load(folder).classify(["the cat"])
 
 
-def test_numbers_of_classes(theirs, tmp_path):
+def test_number_of_classes_from_config_json(theirs, tmp_path):
   """Two where config.json says nothing, as transformers has it; nonsense is refused."""
   _, folder = theirs
   config = json.loads((folder / "config.json").read_text())
@@ -147,7 +148,7 @@ def test_numbers_of_classes(theirs, tmp_path):
 
 
 @pytest.mark.slow_for("gpt2", "gpt_neo")
-def test_accuracy_and_f1_are_those_of_the_labels_one_by_one(theirs, tmp_path):
+def test_accuracy_and_f1_match_per_label_counts(theirs, tmp_path):
   ours, file = jaxft.load(theirs[1]), tmp_path / "rows.jsonl"
   rng = np.random.default_rng(0)
   texts = [" ".join(rng.choice(tiny.WORDS, rng.integers(1, 30))) for _ in range(41)]
@@ -179,7 +180,7 @@ def test_accuracy_and_f1_are_those_of_the_labels_one_by_one(theirs, tmp_path):
     ours.evaluate(str(file))
 
 
-def test_f1_of_two_classes_is_that_of_the_second():
+def test_binary_f1_is_of_second_class():
   from jaxft.training.eval_step import EvalResult
 
   found = EvalResult(0.5, 10, np.array([[5, 1], [2, 2]]))
@@ -201,8 +202,8 @@ LEFT_OVER = {
 
 
 @pytest.mark.parts(12, 12)
-def test_a_new_head_on_five_configs_answers_batches_in_transformers(folder, tmp_path, part):
-  """Whatever the config says of another head or of padding; three texts of three lengths, padded by the export's tokenizer."""
+def test_new_head_export_classifies_padded_batches(folder, tmp_path, part):
+  """Whatever the config says of another head or padding; its tokenizer pads three texts."""
   for seed in range(5 * part, 5 * part + 5):
     rng = np.random.default_rng(seed)
     source, out = shutil.copytree(folder, tmp_path / str(seed)), tmp_path / f"{seed}-out"
@@ -223,20 +224,21 @@ def test_a_new_head_on_five_configs_answers_batches_in_transformers(folder, tmp_
     _, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
     params = load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
     export.export_model(out, params, checkpoint, tokenizer=tokenizer)
-    their = transformers.AutoModelForSequenceClassification.from_pretrained(out)
+    their_model = transformers.AutoModelForSequenceClassification.from_pretrained(out)
     texts = ["the cat sat on the mat and ran", "the dog" + tokenizer.decode([5]), "cat"]
     with torch.no_grad():
-      found = their(
+      found = their_model(
         **transformers.AutoTokenizer.from_pretrained(out)(texts, padding=True, return_tensors="pt")
       ).logits
     ours = np.stack([label.logits_C for label in jaxft.load(out).classify(texts)])
     np.testing.assert_allclose(found.numpy(), ours, atol=1e-4, err_msg=str(more))
-    assert their.config.num_labels == len(labels) and their.config.id2label == dict(
+    assert their_model.config.num_labels == len(labels) and their_model.config.id2label == dict(
       enumerate(labels)
     ), more
 
 
-def test_labels_find_their_class_by_name_then_by_case_then_by_number():
+def test_labels_map_to_classes_by_name_case_number():
+  """Labels find their class by name, then by case, then by number."""
   names = ["entailment", "neutral", "contradiction"]
   assert class_ids(sorted(names), names) == [2, 0, 1]
   assert class_ids(["neutral"], names) == [1]
@@ -248,7 +250,7 @@ def test_labels_find_their_class_by_name_then_by_case_then_by_number():
       class_ids(labels, names)
 
 
-def test_a_head_whose_classes_are_in_another_order_is_trained_on(theirs, tmp_path):
+def test_label_order_follows_existing_head(theirs, tmp_path):
   """The rows get the numbers that the head has; the data may lack a class."""
   _, folder = theirs
   (tmp_path / "rows.jsonl").write_text(
@@ -271,19 +273,19 @@ def test_a_head_whose_classes_are_in_another_order_is_trained_on(theirs, tmp_pat
   } == {0, 2}
 
 
-def test_padding_is_a_token_that_the_tokenizer_has(theirs):
+def test_pad_token_is_in_the_vocabulary(theirs):
   _, folder = theirs
   source, tokenizer = repo.resolve(str(folder)), jaxft.hf.tokenizer.load_tokenizer(folder, 293)
-  for said, wanted in ((5, 5), (None, 0), (100_000, 0)):
+  for said, expected in ((5, 5), (None, 0), (100_000, 0)):
     other = source._replace(hf_config=source.hf_config | {"pad_token_id": said})
-    assert repo.with_class_head(other, LABELS, tokenizer).hf_config["pad_token_id"] == wanted
+    assert repo.with_class_head(other, LABELS, tokenizer).hf_config["pad_token_id"] == expected
     new = other._replace(
       cfg=dataclasses.replace(other.cfg, classes=0)
     )  # 5 is a letter, which texts may end with
     assert repo.with_class_head(new, LABELS, tokenizer).hf_config["pad_token_id"] == 0
 
 
-def test_padding_that_ends_each_text_is_refused_before_training(theirs, tmp_path):
+def test_pad_token_equal_to_end_token_is_refused(theirs, tmp_path):
   """transformers would read the class at the token before it."""
   from tokenizers.processors import TemplateProcessing
 
@@ -303,7 +305,7 @@ def test_padding_that_ends_each_text_is_refused_before_training(theirs, tmp_path
   )
 
 
-def test_names_from_a_data_set_find_the_classes_of_a_head_without_names():
+def test_dataset_label_names_match_unnamed_head():
   from jaxft.data.readers import ClassName
 
   names = [ClassName("neg", 0), ClassName("pos", 1)]
@@ -313,7 +315,7 @@ def test_names_from_a_data_set_find_the_classes_of_a_head_without_names():
     class_ids(["neg", "pos"], ["LABEL_0", "LABEL_1"])  # of a file that says no numbers
 
 
-def test_two_rows_of_two_lengths_are_compared_with_transformers(theirs):
+def test_parity_batch_has_a_padded_row(theirs):
   from jaxft.hf import verify
 
   ids_BT, lengths_B = verify._random_batch(repo.resolve(str(theirs[1])))
@@ -322,7 +324,7 @@ def test_two_rows_of_two_lengths_are_compared_with_transformers(theirs):
   )
 
 
-def test_numbers_as_a_csv_has_them_find_their_classes():
+def test_csv_numbers_map_to_classes():
   assert class_ids(["1.0", "0.0", "1.0"], ["neg", "pos"]) == [1, 0, 1]
   assert class_ids(["True", "False"], ["LABEL_0", "LABEL_1"]) == [1, 0]
   with pytest.raises(RequestError, match="label '2.0'"):

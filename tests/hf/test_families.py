@@ -1,4 +1,4 @@
-"""GPT-2, GPT-Neo and GPT-J against transformers in torch: logits, loss, every gradient, training, bytes, names, text."""
+"""GPT-2, GPT-Neo and GPT-J against transformers: logits, gradients, training, bytes, text."""
 
 import shutil
 
@@ -36,7 +36,8 @@ NO_DROPOUT = {
   )
 }
 
-# Three odd shapes a family: widths and lengths that tell axes apart, windows shorter than the text, few rotated dimensions.
+# Three odd shapes a family: widths and lengths that distinguish axes, windows shorter than the
+# text, few rotated dimensions.
 GPT2 = [
   dict(vocab_size=97, n_positions=607, n_embd=42, n_head=3, n_inner=53, n_layer=3),
   dict(
@@ -106,8 +107,8 @@ CASES = [
 
 
 @pytest.fixture(params=CASES, scope="module")
-def case(request, tmp_path_factory):
-  """Their model, its folder, our checkpoint and weights: everything random, biases and norms too."""
+def family_case(request, tmp_path_factory):
+  """Their model, its folder, our checkpoint and weights: all random, biases and norms too."""
   family, sizes, tied = request.param
   config_class, model_class = CLASSES[family]
   known = config_class().to_dict().keys()
@@ -140,58 +141,59 @@ def ids_for(checkpoint, B, T, seed=0):
   return np.random.default_rng(seed).integers(checkpoint.cfg.V, size=(B, T)).astype(np.int32)
 
 
-def relative(ours, theirs):
+def relative_error(ours, theirs):
   return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("T", [1, 37, 600])
-def test_logits(case, T):
-  theirs, _, checkpoint, graph, params = case
+def test_logits_match_transformers(family_case, T):
+  theirs, _, checkpoint, graph, params = family_case
   ids = ids_for(checkpoint, 2, T)
   with torch.no_grad():
-    wanted = theirs(torch.from_numpy(ids).long()).logits.numpy()
-  assert relative(verify.compute_logits(graph, params, ids), wanted) < 1e-5
+    expected = theirs(torch.from_numpy(ids).long()).logits.numpy()
+  assert relative_error(verify.compute_logits(graph, params, ids), expected) < 1e-5
 
 
-def test_logits_with_padding_on_either_side(case):
-  theirs, _, checkpoint, graph, params = case
+def test_logits_match_with_left_and_right_padding(family_case):
+  theirs, _, checkpoint, graph, params = family_case
   ids, real = ids_for(checkpoint, 2, 41), np.ones((2, 41), np.int32)
   real[0, :13], real[1, 29:] = 0, 0
   positions = np.maximum(real.cumsum(1) - 1, 0).astype(np.int32)
   with torch.no_grad():
-    wanted = theirs(
+    expected = theirs(
       torch.from_numpy(ids).long(),
       attention_mask=torch.from_numpy(real),
       position_ids=torch.from_numpy(positions).long(),
     ).logits.numpy()
   decoder = nnx.merge(graph, params)
   ours = np.asarray(decoder.logits(decoder(ids, segments_BT=real, positions_BT=positions)))
-  assert relative(ours[real == 1], wanted[real == 1]) < 1e-5
+  assert relative_error(ours[real == 1], expected[real == 1]) < 1e-5
 
 
 def grads_by_name(grads, checkpoint):
   return {tensor.name: tensor.to_numpy() for tensor in export_tensors.hf_tensors(grads, checkpoint)}
 
 
-def test_loss_and_every_gradient(case):
-  theirs, _, checkpoint, graph, params = case
+def test_loss_and_all_gradients_match_torch(family_case):
+  theirs, _, checkpoint, graph, params = family_case
   ids = ids_for(checkpoint, 2, 300)
   theirs.zero_grad()
-  wanted = theirs(torch.from_numpy(ids).long(), labels=torch.from_numpy(ids).long()).loss
-  wanted.backward()
+  expected = theirs(torch.from_numpy(ids).long(), labels=torch.from_numpy(ids).long()).loss
+  expected.backward()
 
   def loss(params):
     decoder, mask = nnx.merge(graph, params), jnp.ones((2, 299), bool)
     return cross_entropy_sum(decoder(ids[:, :-1]), decoder.head(), ids[:, 1:], mask) / mask.sum()
 
   value, grads = jax.jit(jax.value_and_grad(loss))(params)
-  assert abs(value - wanted.item()) < 1e-5 * wanted.item()
+  assert abs(value - expected.item()) < 1e-5 * expected.item()
   ours, named = grads_by_name(grads, checkpoint), dict(theirs.named_parameters())
   assert ours.keys() == named.keys()
   largest = max(p.grad.abs().max().item() for p in named.values())
   for name, grad in ours.items():
-    # A key's bias moves no softmax: its gradient is zero but for rounding. GPT-2 keeps it inside c_attn.bias, so no tensor is
-    # all rounding; 1e-6 of the largest gradient is what zero is compared with all the same.
+    # A key's bias moves no softmax: its gradient is zero but for rounding. In GPT-2 it is a part of
+    # c_attn.bias, so no tensor is all rounding; zero is compared with 1e-6 of the largest gradient
+    # all the same.
     assert np.abs(grad - named[name].grad.numpy()).max() < max(
       1e-4 * named[name].grad.abs().max().item(), 1e-6 * largest
     ), name
@@ -199,8 +201,8 @@ def test_loss_and_every_gradient(case):
 
 @pytest.mark.slow
 @pytest.mark.wide_for("untied")
-def test_ten_adamw_steps(case):
-  theirs, folder, checkpoint, graph, params = case
+def test_ten_adamw_steps_match_torch(family_case):
+  theirs, folder, checkpoint, graph, params = family_case
   theirs = type(theirs).from_pretrained(folder, attn_implementation="eager").train()
   config = jaxft.config.default()
   config.optim.update(learning_rate=1e-3, weight_decay=0.1, eps=1e-6)
@@ -235,17 +237,18 @@ def test_ten_adamw_steps(case):
     linear.step()
   named = dict(theirs.named_parameters())
   for name, ours in grads_by_name(state.params, checkpoint).items():
-    wanted = named[name].detach().numpy()
+    expected = named[name].detach().numpy()
     if name.endswith(
       "c_attn.bias"
     ):  # less the keys' part: Adam divides its rounding by its own size
       D = checkpoint.cfg.D
-      ours, wanted = np.delete(ours, np.s_[D : 2 * D]), np.delete(wanted, np.s_[D : 2 * D])
-    assert np.abs(ours - wanted).max() < 1e-4 * max(np.abs(wanted).max(), 1), name
+      ours, expected = np.delete(ours, np.s_[D : 2 * D]), np.delete(expected, np.s_[D : 2 * D])
+    assert np.abs(ours - expected).max() < 1e-4 * max(np.abs(expected).max(), 1), name
 
 
-def test_out_again_is_byte_identical_and_transformers_misses_nothing(case, tmp_path):
-  _, folder, checkpoint, _, params = case
+def test_export_round_trip_is_byte_identical(family_case, tmp_path):
+  """transformers misses no weight in the export."""
+  _, folder, checkpoint, _, params = family_case
   export.export_model(tmp_path / "out", params, checkpoint)
   before, after = (
     load_file(folder / "model.safetensors"),
@@ -260,8 +263,8 @@ def test_out_again_is_byte_identical_and_transformers_misses_nothing(case, tmp_p
   assert again.config.tie_word_embeddings == checkpoint.cfg.tied
 
 
-def test_each_tensor_keeps_a_dtype_of_its_own(case, tmp_path):
-  _, folder, _, _, _ = case
+def test_export_preserves_dtype_per_tensor(family_case, tmp_path):
+  _, folder, _, _, _ = family_case
   kinds = [np.dtype("float32"), np.dtype("float16"), load_weights.DTYPES["BF16"]]
   tensors = {
     name: t.astype(kinds[i % 3])
@@ -285,8 +288,8 @@ def test_each_tensor_keeps_a_dtype_of_its_own(case, tmp_path):
 @pytest.mark.slow_for("float16", "20KB")
 @pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_from_narrow_sources_whole_and_sharded(case, tmp_path, dtype, shard_size):
-  theirs, folder, *_ = case
+def test_load_narrow_dtypes_single_and_sharded(family_case, tmp_path, dtype, shard_size):
+  theirs, folder, *_ = family_case
   narrow = type(theirs).from_pretrained(folder, dtype=getattr(torch, dtype))
   narrow.save_pretrained(tmp_path / "in", max_shard_size=shard_size)
   checkpoint = repo.resolve(str(tmp_path / "in"))
@@ -299,8 +302,8 @@ def test_from_narrow_sources_whole_and_sharded(case, tmp_path, dtype, shard_size
   )
   ids = ids_for(checkpoint, 2, 300)
   with torch.no_grad():
-    wanted = wide(torch.from_numpy(ids).long()).logits.numpy()
-  assert relative(verify.compute_logits(graph, params, ids), wanted) < 1e-5
+    expected = wide(torch.from_numpy(ids).long()).logits.numpy()
+  assert relative_error(verify.compute_logits(graph, params, ids), expected) < 1e-5
   export.export_model(
     tmp_path / "out", params, checkpoint, dtype="source", max_shard_size=shard_size
   )
@@ -317,8 +320,8 @@ def test_from_narrow_sources_whole_and_sharded(case, tmp_path, dtype, shard_size
   assert type(theirs).from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
 
 
-def test_config_reads_back_the_same(case, tmp_path):
-  theirs, folder, checkpoint, _, params = case
+def test_config_json_round_trip(family_case, tmp_path):
+  theirs, folder, checkpoint, _, params = family_case
   export.export_model(tmp_path / "out", params, checkpoint)
   before, after = (
     type(theirs.config).from_pretrained(path).to_dict() for path in (folder, tmp_path / "out")
@@ -331,8 +334,9 @@ def test_config_reads_back_the_same(case, tmp_path):
 
 
 @pytest.mark.slow_for("gpt2")
-def test_sixty_four_greedy_tokens(case):
-  theirs, _, checkpoint, graph, params = case
+def test_greedy_decoding_matches_transformers(family_case):
+  """64 tokens."""
+  theirs, _, checkpoint, graph, params = family_case
   prompts = [ids_for(checkpoint, 1, n, seed=n)[0].tolist() for n in (5, 23, 1)]
   ours = Generator(graph, checkpoint.cfg, eos_token_id=-1)(
     params, prompts, Sampling(64, temperature=0)
@@ -350,8 +354,8 @@ def test_sixty_four_greedy_tokens(case):
     assert new == out[0, len(prompt) :].tolist()
 
 
-def test_a_local_layer_sees_its_window_and_no_more(case):
-  theirs, _, checkpoint, graph, params = case
+def test_local_attention_sees_exactly_its_window(family_case):
+  theirs, _, checkpoint, graph, params = family_case
   if not any(checkpoint.cfg.windows):
     assert checkpoint.hf_config["model_type"] != "gpt_neo" or set(checkpoint.cfg.windows) == {0}
     return
@@ -380,7 +384,8 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("size", COUNTS)
-def test_published_sizes_have_their_counts_and_names(size):
+def test_published_sizes_have_exact_param_counts(size):
+  """And the tensor names of the published checkpoints."""
   config_class, model_class = CLASSES[PUBLISHED[size]["model_type"]]
   checkpoint = repo.HFCheckpoint(
     None, PUBLISHED[size], model_config.from_hf_config(PUBLISHED[size])

@@ -1,4 +1,4 @@
-"""flax_model.msgpack, written by the last transformers that had Flax classes, in a virtual environment of its own."""
+"""flax_model.msgpack, as the last transformers with Flax classes writes it."""
 
 import subprocess
 import sys
@@ -20,19 +20,23 @@ PINS = ("transformers==4.53.3", "flax==0.10.4", "jax==0.4.38", "jaxlib==0.4.38",
 WRITE = """
 import sys, numpy as np, jax
 from pathlib import Path
-from transformers import (FlaxGPT2LMHeadModel, FlaxGPTJForCausalLM, FlaxGPTNeoForCausalLM, GPT2Config, GPTJConfig, GPTNeoConfig)
+from transformers import FlaxGPT2LMHeadModel, FlaxGPTJForCausalLM, FlaxGPTNeoForCausalLM
+from transformers import GPT2Config, GPTJConfig, GPTNeoConfig
 out = Path(sys.argv[1])
 models = {
-  "gpt2": FlaxGPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=31, n_embd=12, n_layer=2, n_head=3, n_inner=20)),
-  "gpt_neo": FlaxGPTNeoForCausalLM(GPTNeoConfig(vocab_size=97, max_position_embeddings=31, hidden_size=12, num_layers=2,
-      num_heads=3, intermediate_size=20, attention_types=[[["global", "local"], 1]], window_size=7)),
-  "gptj": FlaxGPTJForCausalLM(GPTJConfig(vocab_size=97, n_positions=31, n_embd=12, n_layer=2, n_head=3, n_inner=20,
-      rotary_dim=2)),
+  "gpt2": FlaxGPT2LMHeadModel(GPT2Config(
+      vocab_size=97, n_positions=31, n_embd=12, n_layer=2, n_head=3, n_inner=20)),
+  "gpt_neo": FlaxGPTNeoForCausalLM(GPTNeoConfig(
+      vocab_size=97, max_position_embeddings=31, hidden_size=12, num_layers=2, num_heads=3,
+      intermediate_size=20, attention_types=[[["global", "local"], 1]], window_size=7)),
+  "gptj": FlaxGPTJForCausalLM(GPTJConfig(
+      vocab_size=97, n_positions=31, n_embd=12, n_layer=2, n_head=3, n_inner=20, rotary_dim=2)),
 }
 ids = np.random.default_rng(0).integers(97, size=(2, 31))
 for name, flax_model in models.items():
   key = iter(jax.random.split(jax.random.key(0), 100))
-  flax_model.params = jax.tree.map(lambda a: 0.3 * jax.random.normal(next(key), a.shape), flax_model.params)
+  random = lambda a: 0.3 * jax.random.normal(next(key), a.shape)
+  flax_model.params = jax.tree.map(random, flax_model.params)
   flax_model.save_pretrained(out / name)
   flax_model.save_pretrained(out / (name + "-sharded"), max_shard_size="6KB")
   np.save(out / f"{name}.npy", flax_model(ids).logits)
@@ -40,8 +44,8 @@ for name, flax_model in models.items():
 
 
 @pytest.fixture(scope="module")
-def written():
-  """The three families, whole and sharded, with the logits that Flax's own models give. Kept from run to run."""
+def flax_models():
+  """The families in one file and sharded, with Flax's own logits; reused by later runs."""
   home = (
     Path(tempfile.gettempdir())
     / f"jaxft-test-flax-{sys.version_info.major}.{sys.version_info.minor}"
@@ -63,17 +67,17 @@ def written():
 
 @pytest.mark.wide
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "gptj"])
-def test_weights_written_by_flax_give_flaxs_logits(written, family):
+def test_msgpack_logits_match_flax_model(flax_models, family):
   ids = np.random.default_rng(0).integers(97, size=(2, 31)).astype(np.int32)
-  for folder in (written / family, written / f"{family}-sharded"):
+  for folder in (flax_models / family, flax_models / f"{family}-sharded"):
     checkpoint = repo.resolve(str(folder))
     graph, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
     params = load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
-    wanted = np.load(written / f"{family}.npy")
+    expected = np.load(flax_models / f"{family}.npy")
     np.testing.assert_allclose(
-      verify.compute_logits(graph, params, ids), wanted, atol=2e-5 * np.abs(wanted).max()
+      verify.compute_logits(graph, params, ids), expected, atol=2e-5 * np.abs(expected).max()
     )
-  assert len(list((written / f"{family}-sharded").glob("*.msgpack"))) > 1
+  assert len(list((flax_models / f"{family}-sharded").glob("*.msgpack"))) > 1
 
 
 @pytest.fixture
@@ -106,21 +110,23 @@ def flax_folder(folder, tmp_path):
   return to
 
 
-def read(folder):
+def load_params_of(folder):
   checkpoint = repo.resolve(str(folder))
   _, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
   return load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
 
 
-def test_the_same_weights_from_either_format(folder, flax_folder):
+def test_msgpack_weights_equal_safetensors(folder, flax_folder):
   jax.tree.map(
-    np.testing.assert_array_equal, jax.device_get(read(flax_folder)), jax.device_get(read(folder))
+    np.testing.assert_array_equal,
+    jax.device_get(load_params_of(flax_folder)),
+    jax.device_get(load_params_of(folder)),
   )
 
 
 @pytest.mark.slow
-def test_damaged_msgpack_is_refused_in_one_line(flax_folder):
-  """Every other header byte changed, and every kind of truncation: refused by name, or the same names and shapes as before."""
+def test_damaged_msgpack_is_one_error_line(flax_folder):
+  """Every other header byte changed, and every truncation: refused by name, or the same shapes."""
   file = flax_folder / "flax_model.msgpack"
   good, rng = file.read_bytes(), np.random.default_rng(0)
   refused = 0
@@ -129,23 +135,34 @@ def test_damaged_msgpack_is_refused_in_one_line(flax_folder):
     bad[at] ^= 1 << int(rng.integers(8))
     file.write_bytes(bad if at % 3 else good[:at])
     try:
-      read(flax_folder)
+      load_params_of(flax_folder)
     except RequestError as error:
       refused += 1
       assert str(flax_folder) in str(error) and len(str(error).splitlines()) == 1
   assert refused > 100
 
 
-@pytest.mark.parametrize("bomb", [
-  b"\xdf\xff\xff\xff\xff" * 3, b"\x81\xa1a" * 4000, b"\x81\xa1a\xc9\xff\xff\xff\xff\x01", b"", b"\x81\xdb\xff\xff\xff\xff",
-  b"\x81\xa1a\xc7\x10\x01\x93\x91\xce\xff\xff\xff\xff\xa7float32\xc4\x00", b"\x80\x80", b"\xc0"])  # fmt: skip
+@pytest.mark.parametrize(
+  "bomb",
+  [
+    b"\xdf\xff\xff\xff\xff" * 3,
+    b"\x81\xa1a" * 4000,
+    b"\x81\xa1a\xc9\xff\xff\xff\xff\x01",
+    b"",
+    b"\x81\xdb\xff\xff\xff\xff",
+    b"\x81\xa1a\xc7\x10\x01\x93\x91\xce\xff\xff\xff\xff\xa7float32\xc4\x00",
+    b"\x80\x80",
+    b"\xc0",
+  ],
+)
 def test_msgpack_bombs_are_refused(flax_folder, bomb):
   (flax_folder / "flax_model.msgpack").write_bytes(bomb)
   with pytest.raises(RequestError, match="flax_model.msgpack: not a file that Flax wrote"):
     load_weights.list_tensors(flax_folder)
 
 
-def test_links_that_lead_out_of_the_folder_are_refused(folder, tmp_path):
+def test_msgpack_symlinks_out_are_refused(folder, tmp_path):
+  """Links that lead out of the folder are refused."""
   (tmp_path / "m").mkdir()
   for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
     (tmp_path / "m" / name).write_bytes((folder / name).read_bytes())

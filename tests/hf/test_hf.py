@@ -1,4 +1,4 @@
-"""Folders in and out: exact both ways, and every fault of a folder is named."""
+"""Loads and exports model folders: exact both ways, and every error of a folder is named."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from jaxft.model.compute import ComputeConfig
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def read(folder, shardings=None):
+def load_folder(folder, shardings=None):
   checkpoint = repo.resolve(str(folder))
   _, shapes, axes = jaxft.model.decoder.abstract_model(checkpoint.cfg, ComputeConfig())
   return checkpoint, load_weights.load_params(
@@ -45,13 +45,11 @@ def rewrite(folder, to, change=lambda tensors: tensors, config=lambda config: co
   return to
 
 
-def test_out_again_unchanged_is_byte_identical(folder, tmp_path):
-  checkpoint, params = read(folder)
+def test_gpt2_export_round_trip_is_byte_identical(folder, tmp_path):
+  checkpoint, params = load_folder(folder)
   parity = export.export_model(tmp_path / "out", params, checkpoint)
-  before, after = (
-    load_file(folder / "model.safetensors"),
-    load_file(tmp_path / "out" / "model.safetensors"),
-  )
+  before = load_file(folder / "model.safetensors")
+  after = load_file(tmp_path / "out" / "model.safetensors")
   assert before.keys() == after.keys()
   for name in before:
     assert (
@@ -63,20 +61,20 @@ def test_out_again_unchanged_is_byte_identical(folder, tmp_path):
 
 
 def narrow(name: str, dtype: str) -> np.dtype:
-  """`dtype` for every tensor; "mixed": norms in float32 and the rest in float16, as some tools write them."""
+  """`dtype` of a tensor; "mixed": norms in float32, the rest in float16, as some tools write."""
   return export_tensors.EXPORT_DTYPES[
     dtype if dtype != "mixed" else "float32" if ".ln_" in name else "float16"
   ]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "mixed"])
-def test_narrow_dtypes_come_in_and_go_out_as_they_are(folder, tmp_path, dtype):
+def test_source_dtypes_survive_load_and_export(folder, tmp_path, dtype):
   source = rewrite(
     folder,
     tmp_path / "in",
     lambda ts: {name: t.astype(narrow(name, dtype)) for name, t in ts.items()},
   )
-  checkpoint, params = read(source)
+  checkpoint, params = load_folder(source)
   assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
   export.export_model(tmp_path / "out", params, checkpoint, dtype="source")
   before, after = load_weights.list_tensors(source), load_weights.list_tensors(tmp_path / "out")
@@ -90,23 +88,22 @@ def test_narrow_dtypes_come_in_and_go_out_as_they_are(folder, tmp_path, dtype):
 
 
 @pytest.mark.slow
-def test_the_vocabulary_is_padded_inside_and_nowhere_else(folder, tmp_path):
-  """Rows that pad the table: no probability, no gradient, not in an export; on one device and split over eight."""
+def test_vocab_padding_changes_no_logits_or_export(folder, tmp_path):
+  """Rows that pad the table have no probability and no gradient, and are in no export."""
   import jaxft.config
   import jaxft.sharding.mesh
   from jaxft.model.loss import cross_entropy_sum
 
-  checkpoint, params = read(folder)
+  checkpoint, params = load_folder(folder)
   mesh = jaxft.sharding.mesh.make_mesh(jaxft.config.default().mesh)
   graph, shapes, _ = jaxft.model.decoder.abstract_model(
     checkpoint.cfg, ComputeConfig(vocab_multiple=128)
   )
-  split = jax.sharding.NamedSharding(
-    mesh, jax.sharding.PartitionSpec("fsdp")
-  )  # rows 288 ... 383 hold 5 tokens
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  places = jax.tree.map(lambda leaf: split if leaf.shape[0] == 384 else whole, shapes)
-  padded = load_weights.load_params(checkpoint, shapes, places)
+  # On one device and split over eight: rows 288 ... 383 hold 5 tokens.
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  shardings = jax.tree.map(lambda leaf: split if leaf.shape[0] == 384 else replicated, shapes)
+  padded = load_weights.load_params(checkpoint, shapes, shardings)
   table = np.asarray(padded["embed"]["tokens"])
   np.testing.assert_array_equal(table[:293], params["embed"]["tokens"])
   assert table.shape == (384, 40) and not table[293:].any()
@@ -124,38 +121,39 @@ def test_the_vocabulary_is_padded_inside_and_nowhere_else(folder, tmp_path):
 
   for chunk in (0, 16):
     value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(padded, chunk)
-    wanted, plain = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, chunk)
-    np.testing.assert_allclose(value, wanted, rtol=1e-6)
-    grown = np.asarray(grads["embed"]["tokens"])
-    np.testing.assert_allclose(grown[:293], plain["embed"]["tokens"], atol=1e-4)
-    assert not grown[293:].any()
+    expected, plain = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, chunk)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    table_grads = np.asarray(grads["embed"]["tokens"])
+    np.testing.assert_allclose(table_grads[:293], plain["embed"]["tokens"], atol=1e-4)
+    assert not table_grads[293:].any()
   export.export_model(tmp_path / "out", padded, checkpoint)
-  before, after = (
-    load_file(folder / "model.safetensors"),
-    load_file(tmp_path / "out" / "model.safetensors"),
-  )
+  before = load_file(folder / "model.safetensors")
+  after = load_file(tmp_path / "out" / "model.safetensors")
   assert all(before[name].tobytes() == after[name].tobytes() for name in before)
 
 
-def test_shards_and_meshes_change_nothing(folder, tmp_path):
+def test_load_and_export_on_meshes_and_shards(folder, tmp_path):
+  """Meshes and sharded files change nothing."""
   import jaxft.config
   import jaxft.sharding.mesh
   from jaxft.sharding import rules
 
   mesh = jaxft.sharding.mesh.make_mesh(jaxft.config.default().mesh)
-  checkpoint, sharded = read(
+  checkpoint, sharded = load_folder(
     folder, lambda shapes, axes: rules.tree_shardings("parameters", shapes, axes, mesh)
   )
-  _, params = read(folder)
+  _, params = load_folder(folder)
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(sharded), jax.device_get(params))
   export.export_model(tmp_path / "out", sharded, checkpoint, max_shard_size="40KB")
   assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
-  _, again = read(tmp_path / "out")
+  _, again = load_folder(tmp_path / "out")
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(params))
 
 
-def test_names_without_prefix_buffers_and_a_tied_head_are_read(folder, tmp_path):
-  def as_the_first_gpt2(tensors):
+def test_load_names_without_prefix_and_tied_head(folder, tmp_path):
+  """Names without prefix, buffers and a tied head are read."""
+
+  def as_first_gpt2(tensors):
     plain = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     masks = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 71, 71), np.float32)) for i in range(3)}
     return (
@@ -167,9 +165,9 @@ def test_names_without_prefix_buffers_and_a_tied_head_are_read(folder, tmp_path)
       }
     )
 
-  _, params = read(rewrite(folder, tmp_path / "in", as_the_first_gpt2))
+  _, params = load_folder(rewrite(folder, tmp_path / "in", as_first_gpt2))
   jax.tree.map(
-    np.testing.assert_array_equal, jax.device_get(params), jax.device_get(read(folder)[1])
+    np.testing.assert_array_equal, jax.device_get(params), jax.device_get(load_folder(folder)[1])
   )
 
 
@@ -178,12 +176,12 @@ def without(name):
 
 
 @pytest.mark.parametrize(
-  "change, told",
+  "change, message",
   [
     (without("transformer.h.1.mlp.c_fc.bias"), "'h.1.mlp.c_fc.bias' is missing"),
     (
       lambda t: t | {"transformer.h.3.ln_1.bias": t["transformer.ln_f.bias"]},
-      "'h.3.ln_1.bias' has no place in a gpt2",
+      "'h.3.ln_1.bias' does not belong in a gpt2",
     ),
     (
       lambda t: t | {"transformer.wpe.weight": t["transformer.wpe.weight"][:-1].copy()},
@@ -203,13 +201,13 @@ def without(name):
     ),
   ],
 )
-def test_weights_that_do_not_fit_are_named(folder, tmp_path, change, told):
-  with pytest.raises(RequestError, match=told):
-    read(rewrite(folder, tmp_path / "in", change))
+def test_mismatched_weights_are_named(folder, tmp_path, change, message):
+  with pytest.raises(RequestError, match=message):
+    load_folder(rewrite(folder, tmp_path / "in", change))
 
 
 @pytest.mark.parametrize(
-  "change, told",
+  "change, message",
   [
     (dict(model_type="llama"), "model_type='llama'"),
     (dict(add_cross_attention=True), "add_cross_attention"),
@@ -230,12 +228,13 @@ def test_weights_that_do_not_fit_are_named(folder, tmp_path, change, told):
     (dict(n_embd=None), "'n_embd': .* expected int"),
   ],
 )
-def test_configs_that_change_the_maths_are_refused_by_name(folder, tmp_path, change, told):
-  with pytest.raises(RequestError, match=f"config.json: .*{told}"):
-    read(rewrite(folder, tmp_path / "in", config=lambda config: config | change))
+def test_unsupported_config_json_keys_are_refused(folder, tmp_path, change, message):
+  """Keys that change the maths are refused by name."""
+  with pytest.raises(RequestError, match=f"config.json: .*{message}"):
+    load_folder(rewrite(folder, tmp_path / "in", config=lambda config: config | change))
 
 
-def test_second_names_mean_what_they_mean_to_transformers(folder, tmp_path):
+def test_config_json_attribute_aliases(folder, tmp_path):
   """`hidden_size` is `n_embd`, and so on: transformers reads either, so jaxft does."""
   plain = json.loads((folder / "config.json").read_text())
   renamed = {
@@ -246,33 +245,35 @@ def test_second_names_mean_what_they_mean_to_transformers(folder, tmp_path):
   config = {renamed.get(key, key): value for key, value in plain.items()}
   assert model_config.from_hf_config(config) == model_config.from_hf_config(plain)
   with pytest.raises(RequestError, match="is missing"):  # a layer more than there are weights
-    read(rewrite(folder, tmp_path / "in", config=lambda config: config | {"num_hidden_layers": 4}))
+    load_folder(
+      rewrite(folder, tmp_path / "in", config=lambda config: config | {"num_hidden_layers": 4})
+    )
 
 
-def test_an_export_names_no_code(folder, tmp_path):
+def test_export_drops_keys_that_name_code(folder, tmp_path):
   hostile = {
     "auto_map": {"AutoModel": "x.y"},
     "attn_implementation": "evil/kernel",
     "_attn_implementation": "evil/kernel",
   }
-  checkpoint, params = read(
+  checkpoint, params = load_folder(
     rewrite(folder, tmp_path / "in", config=lambda config: config | hostile)
   )
   export.export_model(tmp_path / "out", params, checkpoint)
   assert not hostile.keys() & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
 
 
-def test_large_logits_are_compared_by_their_size(tmp_path):
-  checkpoint, params = read(tiny.write_gpt2(tmp_path / "in", seed=0, std=1.0))
+def test_logits_tolerance_is_relative_when_large(tmp_path):
+  checkpoint, params = load_folder(tiny.write_gpt2(tmp_path / "in", seed=0, std=1.0))
   assert export.export_model(tmp_path / "out", params, checkpoint)["tolerance"] > 1e-3
 
 
 def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
-  def refused(told, to, act):
+  def refused(message, to, damage):
     shutil.copytree(folder, tmp_path / to)
-    act(tmp_path / to)
-    with pytest.raises(RequestError, match=told):
-      read(tmp_path / to)
+    damage(tmp_path / to)
+    with pytest.raises(RequestError, match=message):
+      load_folder(tmp_path / to)
 
   weights = (folder / "model.safetensors").read_bytes()
   refused(
@@ -310,11 +311,11 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
   )
 
   def index(names):
-    def act(f):
+    def damage(f):
       (f / "model.safetensors").rename(f.parent / "outside.safetensors")
       (f / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
 
-    return act
+    return damage
 
   refused(
     "'../outside.safetensors' is not a file of this folder",
@@ -329,13 +330,12 @@ def test_damaged_and_hostile_folders_are_refused(folder, tmp_path):
   refused("'x.bin' is no .safetensors file", "pickle", index({"a": "x.bin"}))
 
 
-def test_an_export_replaces_earlier_exports_and_nothing_else(folder, tmp_path):
-  checkpoint, params = read(folder)
+def test_export_replaces_only_earlier_exports(folder, tmp_path):
+  checkpoint, params = load_folder(folder)
   (tmp_path / "notes").mkdir()
   (tmp_path / "notes" / "mine.txt").write_text("x")
-  mine = shutil.copytree(
-    folder, tmp_path / "mine"
-  )  # somebody's model: it has a config.json, and no parity.json
+  # Somebody's model: it has a config.json, and no parity.json.
+  mine = shutil.copytree(folder, tmp_path / "mine")
   (tmp_path / "run" / "checkpoints").mkdir(parents=True)
   (tmp_path / "run" / "parity.json").write_text("{}")
   (tmp_path / "file").write_text("x")
@@ -366,25 +366,25 @@ def test_an_export_replaces_earlier_exports_and_nothing_else(folder, tmp_path):
   assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_export_that_differs_is_never_put_in_place(folder, tmp_path, monkeypatch):
-  checkpoint, params = read(folder)
+def test_export_that_differs_is_discarded(folder, tmp_path, monkeypatch):
+  checkpoint, params = load_folder(folder)
   real = load_weights.list_tensors
 
-  def one_bit_off(folder):
+  def flip_one_bit(folder):
     file = next(iter(real(folder).values())).file
     content = bytearray(file.read_bytes())
     content[real(folder)["transformer.wpe.weight"].offset + 5] ^= 1
     file.write_bytes(content)
     return real(folder)
 
-  monkeypatch.setattr(load_weights, "list_tensors", one_bit_off)
+  monkeypatch.setattr(load_weights, "list_tensors", flip_one_bit)
   with pytest.raises(StorageError, match="'transformer.wpe.weight' read back differs"):
     export.export_model(tmp_path / "out", params, checkpoint)
   assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_was_ended_between_its_renames_is_put_back(folder, tmp_path, monkeypatch):
-  checkpoint, params = read(folder)
+def test_export_recovers_from_kill_between_renames(folder, tmp_path, monkeypatch):
+  checkpoint, params = load_folder(folder)
   out = tmp_path / "out"
   export.export_model(out, params, checkpoint, card="first")
   with monkeypatch.context() as ended:
@@ -413,10 +413,10 @@ def test_an_export_that_was_ended_between_its_renames_is_put_back(folder, tmp_pa
   ] == ["out"]
 
 
-def test_exported_folder_is_transformers_own(folder, tmp_path):
+def test_exported_folder_loads_in_transformers(folder, tmp_path):
   torch = pytest.importorskip("torch", reason="parity is measured where torch is installed")
   transformers = pytest.importorskip("transformers")
-  checkpoint, params = read(folder)
+  checkpoint, params = load_folder(folder)
   parity = export.export_model(
     tmp_path / "out", params, checkpoint, tokenizer=jaxft.hf.tokenizer.load_tokenizer(folder, 293)
   )
@@ -439,68 +439,66 @@ def test_exported_folder_is_transformers_own(folder, tmp_path):
   assert tokenizer("the naïve cat")["input_ids"] == ours("the naïve cat")["input_ids"]
 
 
-def test_only_what_is_read_of_a_folder_is_looked_at(folder, tmp_path):
+def test_unused_files_of_a_folder_are_ignored(folder, tmp_path):
   """Environments, logs and corpora lie beside models; --model=. is a common way to name one."""
   other = shutil.copytree(folder, tmp_path / "m")
   for name in ("wandb/debug-core.log", ".venv/bin/python", "last"):
     (other / name).parent.mkdir(parents=True, exist_ok=True)
-    (other / name).symlink_to("/no/such/place")
+    (other / name).symlink_to("/no/such/file")
   os.mkfifo(other / "pipe")
   with (other / "train.txt").open("wb") as sparse:
     sparse.truncate(repo.MAX_TEXT_BYTES + 1)
-  checkpoint, params = read(other)
+  checkpoint, params = load_folder(other)
   export.export_model(tmp_path / "out", params, checkpoint)
   with (other / "merges.txt").open("wb") as sparse:
     sparse.truncate(repo.MAX_TEXT_BYTES + 1)
   with pytest.raises(RequestError, match="merges.txt: .* bytes are too many"):
-    read(other)
+    load_folder(other)
   (other / "merges.txt").unlink()
   (other / "model.safetensors").rename(tmp_path / "shared")
   (other / "model.safetensors").symlink_to(tmp_path / "shared")
   with pytest.raises(RequestError, match="a link that leads out of this folder; copy .*: cp -rL "):
-    read(other)
+    load_folder(other)
 
 
-def test_weights_that_are_not_read_may_be_anything(folder, tmp_path):
-  """What `git lfs pull --include model.safetensors` leaves, and a Trainer's optimizer on another disk."""
-  other, pointer = (
-    shutil.copytree(folder, tmp_path / "m"),
-    "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
-  )
+def test_unread_weight_formats_may_be_broken(folder, tmp_path):
+  """As after `git lfs pull --include model.safetensors`; or a Trainer's optimizer elsewhere."""
+  other = shutil.copytree(folder, tmp_path / "m")
+  pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
   for name in ("pytorch_model.bin", "flax_model.msgpack", "optimizer.bin", "foo.index.json"):
     (other / name).write_text(pointer)
   for name in ("adapter_model.safetensors", "scheduler.bin", "flax_model-00001-of-00002.msgpack"):
-    (other / name).symlink_to("/no/such/place")
+    (other / name).symlink_to("/no/such/file")
   os.mkfifo(other / "events.safetensors")
-  read(other)
+  load_folder(other)
   (other / "model.safetensors").unlink()
   with pytest.raises(RequestError, match="flax_model.msgpack: a git-lfs pointer"):
-    read(other)
+    load_folder(other)
   (other / "flax_model.msgpack").unlink()
   os.mkfifo(other / "model.safetensors")
   with pytest.raises(RequestError, match="model.safetensors: not an ordinary file"):
-    read(other)
+    load_folder(other)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_git_lfs_pointer_is_named(folder, tmp_path, name):
+def test_git_lfs_pointer_is_refused(folder, tmp_path, name):
   other = shutil.copytree(folder, tmp_path / "m")
   (other / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
   with pytest.raises(RequestError, match=f"{name}: a git-lfs pointer.*git lfs pull"):
-    read(other)
+    load_folder(other)
 
 
-def test_an_address_leads_to_the_id():
+def test_hub_url_error_names_the_id():
   for address in (
     "https://huggingface.co/gpt2",
     "huggingface.co/gpt2/tree/main",
     "https://hf.co/gpt2/",
   ):
-    for told in (
+    for message in (
       repo.validate_model(address)[0],
       str(pytest.raises(RequestError, repo.resolve, address).value),
     ):
-      assert told.endswith("an address; give the id alone: gpt2")
+      assert message.endswith("an address; give the id alone: gpt2")
   assert repo.validate_model("https://huggingface.co/EleutherAI/gpt-neo-125m")[0].endswith(
     "alone: EleutherAI/gpt-neo-125m"
   )
@@ -516,7 +514,7 @@ def test_an_address_leads_to_the_id():
   assert "of a data set" in repo.validate_model("https://huggingface.co/datasets/imdb")[0]
 
 
-def test_a_folder_may_be_called_like_an_address(folder, tmp_path, monkeypatch):
+def test_folder_named_like_hub_url_is_local(folder, tmp_path, monkeypatch):
   shutil.copytree(folder, tmp_path / "huggingface.co" / "gpt2")
   monkeypatch.chdir(tmp_path)
   assert (
@@ -525,8 +523,9 @@ def test_a_folder_may_be_called_like_an_address(folder, tmp_path, monkeypatch):
   )
 
 
-def test_a_weight_beyond_float16_is_named_before_anything_is_written(folder, tmp_path):
-  checkpoint, params = read(folder)
+def test_float16_overflow_is_refused_before_writing(folder, tmp_path):
+  """The error names the weight."""
+  checkpoint, params = load_folder(folder)
   is_up = lambda path: [key.key for key in path[-2:]] == ["up", "kernel"]
   params = jax.tree_util.tree_map_with_path(
     lambda path, x: x.at[1].mul(1e8) if is_up(path) else x, params
@@ -538,11 +537,10 @@ def test_a_weight_beyond_float16_is_named_before_anything_is_written(folder, tmp
   assert not list(tmp_path.iterdir())
   is_bias = lambda path: [key.key for key in path[-2:]] == ["up", "bias"]
   change = lambda to: jax.tree_util.tree_map_with_path(
-    lambda path, x: x.at[1].set(to) if is_bias(path) else x, read(folder)[1]
+    lambda path, x: x.at[1].set(to) if is_bias(path) else x, load_folder(folder)[1]
   )
-  export.export_model(
-    tmp_path / "out", change(65519.0), checkpoint, dtype="float16"
-  )  # which float16 has as 65504
+  # float16 has 65519 as 65504.
+  export.export_model(tmp_path / "out", change(65519.0), checkpoint, dtype="float16")
   with pytest.raises(RequestError, match="c_fc.bias has a weight of nan"):
     export.export_model(tmp_path / "out", change(float("nan")), checkpoint, dtype="float16")
   with pytest.raises(
@@ -573,13 +571,13 @@ def test_a_weight_beyond_float16_is_named_before_anything_is_written(folder, tmp
     pytest.param("gptj", {"activation_function": "gelu_python"}, marks=pytest.mark.slow),
   ],
 )
-def test_other_activations_and_scales_are_transformers_own(family, more, tmp_path):
-  """An export compares its logits with transformers'; and those of the other gelu are farther away."""
+def test_activations_and_scales_match_transformers(family, more, tmp_path):
+  """An export compares its logits with transformers'; those of the other gelu differ more."""
   pytest.importorskip("torch")
   tiny.write_family(tmp_path / "m", family, seed=3, P=17, std=0.5)
   about = json.loads((tmp_path / "m" / "config.json").read_text())
   (tmp_path / "m" / "config.json").write_text(json.dumps(about | more))
-  checkpoint, params = read(tmp_path / "m")
+  checkpoint, params = load_folder(tmp_path / "m")
   report = export.export_model(tmp_path / "out", params, checkpoint)
   assert (
     "transformers" in report["reference"]

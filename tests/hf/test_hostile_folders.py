@@ -1,4 +1,4 @@
-"""Three hundred model folders that lie, are damaged or attack: each is refused by name or is harmless, none runs anything."""
+"""Three hundred damaged or hostile folders: refused by name or harmless, none runs anything."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def broken_json(folder, rng):
 
 def index_that_leads_out(folder, rng):
   (folder / "model.safetensors").unlink()
-  where = [
+  names = [
     "../outside/model.safetensors",
     str(PLANTED["outside"] / "model.safetensors"),
     "..",
@@ -114,7 +114,7 @@ def index_that_leads_out(folder, rng):
     None,
     "x" * 5000,
   ]
-  name = where[rng.integers(len(where))]
+  name = names[rng.integers(len(names))]
   (folder / "model.safetensors.index.json").write_text(
     json.dumps({"weight_map": {"wte.weight": name}})
   )
@@ -156,8 +156,8 @@ def remote_code(folder, rng):
     (folder / file).write_text(json.dumps(config))
 
 
-KINDS = [truncated, flipped_header, lying_header, lying_config, broken_json, index_that_leads_out, link_that_leads_out, pickled,
-         remote_code]  # fmt: skip
+KINDS = [truncated, flipped_header, lying_header, lying_config, broken_json, index_that_leads_out]
+KINDS += [link_that_leads_out, pickled, remote_code]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def watched(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_hostile_folders(kind, folder, watched):
+def test_hostile_folders_are_refused_or_harmless(kind, folder, watched):
   home, events = watched
   refused, rng = 0, np.random.default_rng(KINDS.index(kind))
   for _ in range(34):

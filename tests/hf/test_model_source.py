@@ -1,4 +1,4 @@
-"""What `config.model` names: another tokenizer, and the sizes of a model that is drawn from scratch."""
+"""What `config.model` names: another tokenizer, and the sizes of a model with new weights."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ def model(folder, **more):
   return config
 
 
-def test_overrides_have_the_types_that_config_json_has(folder):
+def test_config_overrides_have_config_json_types(folder):
   found = base_model.resolve(
     model(folder, init="scratch", config_overrides="n_embd=20, n_layer=2,embd_pdrop=0.5")
   )
@@ -43,13 +43,13 @@ def test_overrides_have_the_types_that_config_json_has(folder):
     ("model_type=gptj", "model_type=gptj: .* is of a gpt2"),
   ],
 )
-def test_overrides_that_no_model_can_have_are_refused(folder, overrides, message):
+def test_impossible_config_overrides_are_refused(folder, overrides, message):
   with pytest.raises(RequestError, match=message):
     base_model.resolve(model(folder, init="scratch", config_overrides=overrides))
 
 
 @pytest.mark.slow
-def test_another_tokenizer_is_read_and_goes_out_with_the_model(config, folder, tmp_path):
+def test_separate_tokenizer_is_used_and_exported(config, folder, tmp_path):
   (tmp_path / "words").mkdir()
   tiny.write_tokenizer(tmp_path / "words", 280)  # with other tokens than the model's own
   config.model.tokenizer, config.train.steps = str(tmp_path / "words"), 1
@@ -65,7 +65,7 @@ def test_another_tokenizer_is_read_and_goes_out_with_the_model(config, folder, t
   "name, message",
   [("gone", "no tokenizer.json, vocab.json in it"), ("nobody/here", "the hub gave none")],
 )
-def test_a_tokenizer_that_is_not_there_is_refused(folder, tmp_path, name, message):
+def test_missing_tokenizer_is_refused(folder, tmp_path, name, message):
   (tmp_path / "gone").mkdir()
   with pytest.raises(RequestError, match=f"config.model.tokenizer=.*{message}"):
     base_model.resolve(model(folder, tokenizer=str(tmp_path / name) if name == "gone" else name))

@@ -14,15 +14,15 @@ SECRET = "hf_" + "s" * 34
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-  """The four requests of an upload of small files (api/repos/create, validate-yaml, preupload, commit)."""
+  """An upload's requests for small files (api/repos/create, validate-yaml, preupload, commit)."""
 
   def do_POST(self):
-    asked = self.rfile.read(int(self.headers["Content-Length"]))
+    request = self.rfile.read(int(self.headers["Content-Length"]))
     self.server.tokens.add(self.headers["Authorization"])
     if self.server.broken and "commit" in self.path:
       return self.answer(403, {"error": "not yours"})  # 5xx would be tried again for half a minute
     if self.path == "/api/repos/create":
-      repo = json.loads(asked)
+      repo = json.loads(request)
       self.server.repo = f"{repo['organization']}/{repo['name']}"
       return self.answer(
         200, {"url": f"http://127.0.0.1:{self.server.server_port}/{self.server.repo}"}
@@ -30,11 +30,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
     if "preupload" in self.path:
       files = [
         file | {"uploadMode": "regular", "shouldIgnore": False}
-        for file in json.loads(asked)["files"]
+        for file in json.loads(request)["files"]
       ]
       return self.answer(200, {"files": files})
     if "commit" in self.path:
-      for line in map(json.loads, asked.splitlines()):
+      for line in map(json.loads, request.splitlines()):
         if line["key"] == "file":
           self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
       return self.answer(
@@ -92,7 +92,7 @@ def export(folder, out, repo, hub, token=SECRET):
   return subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
 
 
-def test_every_file_arrives_and_the_token_is_nowhere_else(folder, tmp_path, hub):
+def test_push_uploads_all_files_and_hides_token(folder, tmp_path, hub):
   done = export(folder, tmp_path / "out", "someone/stories", hub)
   assert done.returncode == 0, done.stderr
   assert hub.repo == "someone/stories" and "someone/stories" in done.stdout
@@ -104,7 +104,8 @@ def test_every_file_arrives_and_the_token_is_nowhere_else(folder, tmp_path, hub)
 
 
 @pytest.mark.slow
-def test_a_hub_that_fails_leaves_the_folder_and_says_how_to_go_on(folder, tmp_path, hub):
+def test_failed_push_keeps_folder_and_gives_command(folder, tmp_path, hub):
+  """A hub that fails leaves the folder, and the error says how to go on."""
   hub.broken = True
   done = export(folder, tmp_path / "out", "someone/stories", hub)
   assert done.returncode == 4 and "Traceback" not in done.stderr
@@ -115,13 +116,11 @@ def test_a_hub_that_fails_leaves_the_folder_and_says_how_to_go_on(folder, tmp_pa
 
 
 @pytest.mark.parametrize(
-  "repo, token, told", [("someone/stories", None, "hf auth login"), ("a/b/c", SECRET, "a/b/c")]
+  "repo, token, message", [("someone/stories", None, "hf auth login"), ("a/b/c", SECRET, "a/b/c")]
 )
-def test_what_cannot_work_is_refused_before_anything_is_read(
-  folder, tmp_path, hub, repo, token, told
-):
+def test_invalid_push_is_refused_before_reading(folder, tmp_path, hub, repo, token, message):
   done = export(folder, tmp_path / "out", repo, hub, token)
-  assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1, (
+  assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, (
     done.stderr
   )
   assert not (tmp_path / "out").exists() and not hub.files

@@ -1,4 +1,4 @@
-"""pytorch_model*.bin: a pickle, read by torch alone, in the mode that runs nothing, and only when it is asked for."""
+"""pytorch_model*.bin: a pickle, read on request, by torch in the mode that runs nothing."""
 
 import json
 import os
@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch", reason="torch is what reads these files")
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def read(folder, torch_bin=True):
+def load_folder(folder, torch_bin=True):
   checkpoint = repo.resolve(str(folder), torch_bin=torch_bin)
   _, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
   return load_weights.load_params(checkpoint, shapes, jax.tree.map(lambda _: HERE, shapes))
@@ -43,38 +43,39 @@ def pickled(folder, tmp_path):
   return write
 
 
-def same(ours, theirs):
+def assert_trees_equal(ours, theirs):
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(ours), jax.device_get(theirs))
 
 
-def test_it_is_read_only_when_asked(folder, pickled):
+def test_torch_bin_is_read_only_on_request(folder, pickled):
   with pytest.raises(RequestError, match="config.model.torch_bin=True"):
     repo.resolve(str(pickled()))
-  with_head = pickled(
-    lambda ts: ts | {"lm_head.weight": ts["transformer.wte.weight"]}
-  )  # one storage, two names
-  same(read(with_head), read(folder, torch_bin=False))
+  # One storage, two names.
+  with_head = pickled(lambda ts: ts | {"lm_head.weight": ts["transformer.wte.weight"]})
+  assert_trees_equal(load_folder(with_head), load_folder(folder, torch_bin=False))
 
 
-def test_narrow_transposed_and_sharded_tensors(folder, pickled):
+def test_torch_bin_narrow_transposed_and_sharded(folder, pickled):
   narrow = lambda ts: {name: t.bfloat16() for name, t in ts.items()}
   exact = jax.tree.map(
-    lambda p: p.astype("bfloat16").astype("float32"), read(folder, torch_bin=False)
+    lambda p: p.astype("bfloat16").astype("float32"), load_folder(folder, torch_bin=False)
   )
-  same(read(pickled(narrow)), exact)
+  assert_trees_equal(load_folder(pickled(narrow)), exact)
   crooked = lambda ts: {
     name: t.t().contiguous().t() if t.ndim == 2 else t for name, t in ts.items()
   }
-  same(read(pickled(crooked)), read(folder, torch_bin=False))
+  assert_trees_equal(load_folder(pickled(crooked)), load_folder(folder, torch_bin=False))
 
   sharded = pickled()
   tensors = torch.load(sharded / "pytorch_model.bin", weights_only=True)
   (sharded / "pytorch_model.bin").unlink()
-  where = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(tensors)}
-  for file in set(where.values()):
-    torch.save({name: tensors[name] for name in where if where[name] == file}, sharded / file)
-  (sharded / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
-  same(read(sharded), read(folder, torch_bin=False))
+  weight_map = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(tensors)}
+  for file in set(weight_map.values()):
+    torch.save(
+      {name: tensors[name] for name in weight_map if weight_map[name] == file}, sharded / file
+    )
+  (sharded / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+  assert_trees_equal(load_folder(sharded), load_folder(folder, torch_bin=False))
 
 
 class Payload:
@@ -85,21 +86,21 @@ class Payload:
     return os.mkdir, (self.marker,)
 
 
-def test_no_pickle_runs_anything(pickled, tmp_path):
+def test_torch_bin_runs_no_pickled_code(pickled, tmp_path):
   ran = tmp_path / "ran"
   with pytest.raises(
     RequestError, match="pytorch_model.bin: not weights that torch reads with weights_only"
   ):
-    read(pickled(lambda ts: ts | {"x": Payload(ran)}))
+    load_folder(pickled(lambda ts: ts | {"x": Payload(ran)}))
   plain = pickled()
   (plain / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(ran)))
   with pytest.raises(RequestError, match="not weights that torch reads"):
-    read(plain)
+    load_folder(plain)
   assert not ran.exists()
 
 
 @pytest.mark.parametrize(
-  "change, told",
+  "change, message",
   [
     (lambda ts: list(ts.values()), "it holds a list"),
     (lambda ts: ts | {"x": 1}, "its entry 'x' is no plain tensor"),
@@ -116,17 +117,17 @@ def test_no_pickle_runs_anything(pickled, tmp_path):
       lambda ts: ts | {"x": torch.zeros(1).expand(2**40)},
       "its tensor 'x' is larger than what is stored",
     ),
-    (lambda ts: ts | {"x": torch.zeros(2)}, "tensor 'x' has no place"),
+    (lambda ts: ts | {"x": torch.zeros(2)}, "tensor 'x' does not belong"),
     (lambda ts: ts | {"x": torch.eye(2).to_sparse()}, "its entry 'x' is no plain tensor"),
   ],
 )
-def test_what_is_no_state_dict_is_named(pickled, change, told):
-  with pytest.raises(RequestError, match=told):
-    read(pickled(change))
+def test_torch_bin_malformed_state_dict_is_named(pickled, change, message):
+  with pytest.raises(RequestError, match=message):
+    load_folder(pickled(change))
 
 
 @pytest.mark.slow
-def test_tokens_are_added_to_it_too(folder, pickled, tmp_path, monkeypatch):
+def test_tokens_are_added_to_torch_bin_models(folder, pickled, tmp_path, monkeypatch):
   words = [
     "jaxft.tokenizer",
     "--model",
@@ -144,10 +145,10 @@ def test_tokens_are_added_to_it_too(folder, pickled, tmp_path, monkeypatch):
   assert repo.resolve(str(tmp_path / "out")).cfg.V == repo.resolve(str(folder)).cfg.V + 1
 
 
-def test_files_of_before_torch_1_6_are_read(pickled, folder):
+def test_torch_bin_before_torch_1_6_is_read(pickled, folder):
   """Most GPT-2s of 2019 and 2020: no zip, which cannot be mapped."""
   old = pickled(_use_new_zipfile_serialization=False)
-  ours, wanted = read(old), read(folder, torch_bin=False)
+  ours, expected = load_folder(old), load_folder(folder, torch_bin=False)
   jax.tree.map(
-    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), ours, wanted
+    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), ours, expected
   )

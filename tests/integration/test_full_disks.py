@@ -12,11 +12,11 @@ from interrupted import Interrupted, assert_same, same_bits, state, steps
 WRITING = [
   "save begun",
   "arrays written",
-  "checkpoint in place",
+  "checkpoint renamed",
   "file written, not renamed",
   "line of metrics",
 ]
-WRITING += ["weights exported", "export to be put in place", "tokens written"]
+WRITING += ["weights exported", "export about to be renamed", "tokens written"]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def halfway(interruptible, shared):
 
   def make(home):
     run = Interrupted(interruptible, home / "run")
-    code, said, _ = run.end(run.start("step told", 7, "SIGTERM"))
+    code, said, _ = run.end(run.start("step logged", 7, "SIGTERM"))
     assert code == 75, said
 
   return shared("halfway", make) / "run"

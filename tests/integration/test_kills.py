@@ -25,7 +25,7 @@ def test_killed_runs_end_as_undisturbed_ones(
   while killed < kills_of(part):
     run = run or Interrupted(interruptible, tmp_path / next(names))
     if rng.random() < 0.5:
-      place = rng.choice(list(fault_points.PLACES))
+      place = rng.choice(list(fault_points.FAULT_POINTS))
       process = run.start(place, rng.choice([1, 1, 2, 3]), "SIGKILL")
     else:
       process, place = run.start(), None

@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_bit_for_bit(config_file, tmp_path, kept):
   )
   processes.train(config_file, tmp_path / "whole", *flags)
   for place, count in (
-    ("step told", 8),
+    ("step logged", 8),
     ("save handed over", 1),
     ("state restored", 1),
     ("export begun", 1),

@@ -20,7 +20,7 @@ PHASES = {  # and where a signal meets the run; `make test-all` tries the first 
   "save": "arrays written",
   "export": "weights exported",
   "data": "batch made",
-  "step": "step told",
+  "step": "step logged",
   "sample": "sample",
   "handing over": "save handed over",
   "reading back": "first checkpoint read back",

@@ -1,6 +1,7 @@
-"""What other tools read in exported folders: run by test_clients.py, in a process that has transformers 4 and CTranslate2.
+"""What other tools read in exported folders; needs transformers 4 and CTranslate2.
 
-python clients.py FOLDER... < {"texts": [...], "prompts": [...]}: one JSON object a folder on stdout.
+test_clients.py runs python clients.py FOLDER... < {"texts": [...], "prompts": [...]}, which prints
+one JSON object a folder.
 """
 
 import json

@@ -1,7 +1,10 @@
-"""Ends or breaks a training at a named place: python tests/support/fault_points.py PLACE N ACTION [arguments of jaxft.train]
+"""End or break a training at a named point.
 
-The places are functions of jaxft and of Orbax, wrapped here before the command imports them; a normal run has none of it. The
-action comes at the Nth time that the place is passed, and the moment of it goes to the file that FAULT_FILE names.
+python tests/support/fault_points.py POINT N ACTION [arguments of jaxft.train]
+
+The points are functions of jaxft and of Orbax, wrapped here before the command imports them; a
+normal run has none of it. The action comes at the Nth time that the point is passed, and the moment
+of it goes to the file that FAULT_FILE names.
 """
 
 import contextlib
@@ -16,7 +19,7 @@ import signal
 import sys
 import time
 
-PLACES = {
+FAULT_POINTS = {
   "tokens made": ("jaxft.data.token_cache:TokenWriter.close", "before"),
   "tokens written": ("jaxft.data.token_cache:TokenWriter.close", "after"),
   "program built": ("jaxft.training.build:build_train_program", "after"),
@@ -28,7 +31,7 @@ PLACES = {
   "evaluation": ("jaxft.training.eval_step:evaluate", "before"),
   "sample": ("jaxft.generation.sampler:Generator.__call__", "before"),
   "batch made": ("jaxft.data.loader:BatchSource.__getitem__", "before"),
-  "step told": ("jaxft.metrics.reporter:Reporter.log_step", "before"),
+  "step logged": ("jaxft.metrics.reporter:Reporter.log_step", "before"),
   "line of metrics": ("jaxft.metrics.reporter:JsonlLog.write", "torn"),
   "checksums": ("jaxft.checkpoint.manager:checksums", "before"),
   "save begun": ("orbax.checkpoint:CheckpointManager.save", "before"),
@@ -37,7 +40,7 @@ PLACES = {
     "orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize",
     "before",
   ),
-  "checkpoint in place": (
+  "checkpoint renamed": (
     "orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath.finalize",
     "after",
   ),
@@ -56,8 +59,8 @@ PLACES = {
   "export begun": ("jaxft.hf.export:export_model", "before"),
   "weights exported": ("jaxft.hf.export:_write_safetensors", "after"),
   "export compared": ("jaxft.hf.export:verify_export", "before"),
-  "export to be put in place": ("jaxft.hf.export:_atomic_replace", "before"),
-  "export in place": ("jaxft.hf.export:_atomic_replace", "after"),
+  "export about to be renamed": ("jaxft.hf.export:_atomic_replace", "before"),
+  "export renamed": ("jaxft.hf.export:_atomic_replace", "after"),
 }
 
 
@@ -88,9 +91,9 @@ def tear(self, step: int, values: dict, write, action: str) -> None:
   act(action)
 
 
-def arm(place: str, count: int, action: str) -> None:
-  """Wraps the function of a place."""
-  target, when = PLACES[place]
+def arm(point: str, count: int, action: str) -> None:
+  """Wraps the function of a point."""
+  target, when = FAULT_POINTS[point]
   module, _, path = target.partition(":")
   *parents, name = path.split(".")
   home = functools.reduce(getattr, parents, importlib.import_module(module))
@@ -126,13 +129,14 @@ def arm(place: str, count: int, action: str) -> None:
 
 
 def main() -> None:
-  # Importing torch would be most of a start; where it is imported already (preloaded.py), exports are compared with it.
+  # Importing torch would be most of a start; where it is imported already (preloaded.py), exports
+  # are compared with it.
   sys.modules.setdefault("torch", None)
-  place, count, action, *arguments = sys.argv[1:]
+  point, count, action, *arguments = sys.argv[1:]
   if largest := os.environ.get("LARGEST_FILE"):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(largest), int(largest)))
-  if place != "nowhere":
-    arm(place, int(count), action)
+  if point != "nowhere":
+    arm(point, int(count), action)
   sys.argv = ["jaxft.train", *arguments]
   with contextlib.suppress(BrokenPipeError):
     runpy.run_module("jaxft.train", run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""A run that is started again and again until it is through, and what must be as if it had been left alone."""
+"""A run that is started again until it ends, and must then equal an undisturbed one."""
 
 import os
 import signal
@@ -23,7 +23,8 @@ import tiny
 def get_config():
   c = tiny.config(Path({{folder!r}}), Path({{stories!r}}))
   c.model.dropout = 0.1
-  c.train.steps, c.train.save_every, c.train.eval_every, c.train.micro_batch_size = {STEPS}, {SAVE_EVERY}, 4, 4
+  c.train.steps, c.train.save_every = {STEPS}, {SAVE_EVERY}
+  c.train.eval_every, c.train.micro_batch_size = 4, 4
   c.train.keep_best_metric = "eval/loss"
   return c
 """
@@ -39,8 +40,8 @@ class Interrupted:
       workdir.with_name(f"{workdir.name}.moment"),
     )
 
-  def start(self, place="nowhere", count=1, action="none", largest_file=None):
-    command = [fault_points.__file__, place, str(count), action]
+  def start(self, point="nowhere", count=1, action="none", largest_file=None):
+    command = [fault_points.__file__, point, str(count), action]
     command += ["--config", str(self.config_file), "--workdir", str(self.workdir)]
     command += [f"--config.data.cache_dir={self.workdir.with_name(f'{self.workdir.name}.tokens')}"]
     self.moment.unlink(missing_ok=True)
@@ -72,7 +73,7 @@ class Interrupted:
     return process.returncode, said, since
 
   def lost_steps(self):
-    """Steps that were told of and are in no checkpoint."""
+    """Steps that were logged and are in no checkpoint."""
     done = [
       line["step"] for line in whole_lines(self.workdir / "metrics.jsonl") if "train/loss" in line
     ]

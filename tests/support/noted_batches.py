@@ -1,5 +1,8 @@
-"""Trains, and notes the rows that each device of this process is given: python tests/support/noted_batches.py FILE [arguments of
-jaxft.train] writes {"step/name/place in the batch": SHA-256 of the row's bytes}."""
+"""Train, and record the rows that each device of this process gets.
+
+python tests/support/noted_batches.py FILE [arguments of jaxft.train] writes {"step/name/index in
+the batch": SHA-256 of the row's bytes}.
+"""
 
 import hashlib
 import json
@@ -19,10 +22,10 @@ def noted(batches, file: Path):
         for a, b in (
           (a, b) for a in range(shard.data.shape[0]) for b in range(shard.data.shape[1])
         ):
-          place = a * array.shape[1] + first + b  # the same with and without accumulation
+          index = a * array.shape[1] + first + b  # the same with and without accumulation
           digest = hashlib.sha256(bytes(shard.data[a, b])).hexdigest()
           assert (
-            rows.setdefault(f"{step}/{name}/{place}", digest) == digest
+            rows.setdefault(f"{step}/{name}/{index}", digest) == digest
           )  # its copies on other devices
     file.write_text(json.dumps(rows))
     yield batch

@@ -1,4 +1,4 @@
-"""README.md, docs/ and the docstrings of configs/ as what a reader does with them: commands and Python, in order."""
+"""The steps of README.md, docs/ and the docstrings of configs/: commands and Python, in order."""
 
 import ast
 import re

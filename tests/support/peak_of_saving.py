@@ -1,5 +1,7 @@
-"""Prints, as JSON, the memory that a save, a read-back and a restore of a state in the host's memory take beside what they
-keep, in its largest leaf: python tests/support/peak_of_saving.py FOLDER"""
+"""Print the extra memory of saving, verifying and restoring a state on the host, as JSON.
+
+python tests/support/peak_of_saving.py FOLDER; the unit is the state's largest leaf.
+"""
 
 import gc
 import json
@@ -48,12 +50,13 @@ class Peak(threading.Thread):
 
 
 def main(folder: Path) -> None:
-  place = NamedSharding(make_mesh(default().mesh), PartitionSpec(), memory_kind="pinned_host")
+  sharding = NamedSharding(make_mesh(default().mesh), PartitionSpec(), memory_kind="pinned_host")
   draw = lambda seed: np.random.default_rng(seed).random(SHAPE, np.float32)
   state = {
-    str(i): jax.make_array_from_callback(SHAPE, place, draw(i).__getitem__) for i in range(LEAVES)
+    str(i): jax.make_array_from_callback(SHAPE, sharding, draw(i).__getitem__)
+    for i in range(LEAVES)
   }
-  like = {name: jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=place) for name in state}
+  like = {name: jax.ShapeDtypeStruct(SHAPE, np.float32, sharding=sharding) for name in state}
   wanted = checksums(state)
   checkpoints = CheckpointManager(folder, 1, writes=True, low_memory=True)
   with Peak() as save:  # and the first one is read back

@@ -1,9 +1,10 @@
-"""A process that has imported jaxft and forks for each command: imports are most of a short command's time.
+"""A process that has imported jaxft and forks for each command, as imports take most of its time.
 
-`Popen` is `subprocess.Popen` of `sys.executable` but for how the process begins. The child is a real process with a JAX of its
-own, and a child of the caller: it can be signalled, killed and waited for. It starts afresh wherever its environment differs in
-what Python and the libraries read at import; with FRESH_PROCESSES=1, which `--torture` sets, every process does. Forked ones
-share a seed of hashes, and what is imported.
+`Popen` is `subprocess.Popen` of `sys.executable` but for how the process begins. The child is a
+real process with a JAX of its own, and a child of the caller: it can be signalled, killed and
+waited for. It starts afresh wherever its environment differs in what Python and the libraries read
+at import; with FRESH_PROCESSES=1, which `--torture` sets, every process does. Forked ones share a
+seed of hashes, and what is imported.
 """
 
 import array
@@ -125,7 +126,7 @@ def _server():
   return ours
 
 
-# ---- In the process that forks ---------------------------------------------------------------------------------------
+# ---- In the process that forks -------------------------------------------------------------------
 
 
 def _preload():
@@ -138,7 +139,7 @@ def _preload():
 
 
 def _serve(server):
-  """Forks for each request, and returns in the new process alone: with the arguments of its interpreter."""
+  """Fork for each request; return in the new process alone, with its interpreter's arguments."""
   while True:
     text, ancillary, *_ = server.recvmsg(2**20, socket.CMSG_LEN(12))
     if not text:
@@ -187,7 +188,7 @@ def _run(first, *rest):
   of_jaxft = first == "-m" and rest[0].startswith("jaxft.")
   signal.signal(
     signal.SIGINT, signal.SIG_DFL if of_jaxft else signal.default_int_handler
-  )  # as jaxft/__init__.py does
+  )  # as cli/startup.py does
   if first == "-c":
     sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
     exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})

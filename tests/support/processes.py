@@ -33,7 +33,7 @@ def lines(file):
 
 
 def losses(workdir):
-  """Every loss by step: what a run that was cut into pieces must have in common with one that was not."""
+  """Every loss by step, which an interrupted run must share with an undisturbed one."""
   return {
     (line["step"], key): line[key]
     for line in lines(workdir / "metrics.jsonl")

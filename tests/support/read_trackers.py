@@ -1,7 +1,8 @@
 """What is in a tracker's files, as JSON: python tests/support/read_trackers.py WRITER WORKDIR
 
-{"metrics": {key: [[step, value], ...]}, "settings": {...}, "status": text, "text": all samples, "runs": how many}. A process of
-its own: the libraries are slow to import, warn, and keep their folders in globals.
+{"metrics": {key: [[step, value], ...]}, "settings": {...}, "status": text, "text": all samples,
+"runs": how many}. A process of its own: the libraries are slow to import, warn, and keep their
+folders in globals.
 """
 
 import json
@@ -108,7 +109,10 @@ def wandb(workdir):
 
 
 def _level_db_log(data):
-  """The records of LevelDB's log format, which W&B writes after 7 bytes of its own: blocks of 32 KiB of framed pieces."""
+  """Yield the records of LevelDB's log format, which W&B writes after 7 bytes of its own.
+
+  It has blocks of 32 KiB of framed pieces.
+  """
   at, record = 7, b""
   while at + 7 <= len(data):
     if (left := 32768 - at % 32768) < 7:

@@ -1,8 +1,9 @@
-"""The byte offsets that XLA annotates slices of a GPU program with, against what the indices of these slices say.
+"""Compare the byte offsets that XLA annotates slices of a GPU program with to their indices.
 
-XLA turns a slice of a large array in a loop into a copy whose address is `byte_offset + byte_stride x iteration`, and writes
-both numbers into the program. jax 0.10.2 wrote those of the loop's counter in place of the index (openxla/xla #46231). This
-reads a compiled program and computes the index of every annotated slice, iteration by iteration.
+XLA turns a slice of a large array in a loop into a copy whose address is `byte_offset + byte_stride
+x iteration`, and writes both numbers into the program. jax 0.10.2 wrote those of the loop's counter
+instead of the index (openxla/xla #46231). This reads a compiled program and computes the index of
+every annotated slice, iteration by iteration.
 """
 
 import json
@@ -103,9 +104,10 @@ class Slice(NamedTuple):
 
 
 def slices(text: str) -> list[Slice]:
-  """Every annotated slice of a compiled GPU program, in the first, second and last iteration of its loop.
+  """Return the annotated slices of a compiled GPU program, in three iterations of their loops.
 
-  Raises Unknown for an annotated slice whose index does not follow from the counters of loops.
+  These are the first, the second and the last. Raises Unknown for an annotated slice whose index
+  does not follow from the counters of loops.
   """
   computations, entry = _computations(text)
   return list(_walk(Frame(computations, entry, _from_data)))
@@ -282,7 +284,8 @@ def _instruction(line: str) -> Instruction | None:
 def mismatches(found: list[Slice]) -> list[str]:
   return sorted(
     {
-      f"{it.name} of {it.shape}: iteration {it.iteration} at {it.annotated}, its index says {it.indexed}"
+      f"{it.name} of {it.shape}: iteration {it.iteration} at {it.annotated}, its index says "
+      f"{it.indexed}"
       for it in found
       if it.annotated != it.indexed
     }

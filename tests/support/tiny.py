@@ -1,4 +1,4 @@
-"""Small models and texts for tests, written straight in Hugging Face's format: no jaxft, no torch."""
+"""Small models and texts for tests, written in Hugging Face's format without jaxft or torch."""
 
 import json
 import random
@@ -10,9 +10,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import jaxft.config
 
-WORDS = "once upon a time the cat dog sat on mat and ran to big red house with small blue door café naïve 東京 🐈".split()
+WORDS = (
+  "once upon a time the cat dog sat on mat and ran to big red house with small blue door".split()
+)
+WORDS += ["café", "naïve", "東京", "🐈"]
 EOS = "<|endoftext|>"
-# Heads, widths and layers that two, four and eight devices can share: the part of config.json that a family has of its own.
+# Heads, widths and layers that two, four and eight devices can share: the part of config.json that
+# a family has of its own.
 FAMILIES = {
   "gpt2": dict(n_embd=40, n_layer=3, n_head=8, n_inner=88, n_positions=17),
   "gpt_neo": dict(
@@ -155,7 +159,7 @@ def write_gpt2(
   std: float = 0.2,
   tokenizer: bool = True,
 ) -> Path:
-  """A complete GPT-2 folder. 40 = 5 heads of 8 divides over 8 devices; the other sizes are primes."""
+  """Write a complete GPT-2 folder: 40 = 5 heads of 8 divides over 8 devices; others are primes."""
   folder.mkdir(parents=True)
   save_file(
     gpt2_tensors(gpt2_shapes(V, P, D, F, L), seed, std),
@@ -201,7 +205,7 @@ def write_family(
   tokenizer: bool = True,
   **sizes,
 ) -> Path:
-  """A complete folder of a model of FAMILIES, with P positions; `sizes` are keys of config.json with other values."""
+  """Write a complete folder of a model of FAMILIES, with P positions and config.json's `sizes`."""
   folder.mkdir(parents=True)
   names = ("max_position_embeddings", "hidden_size", "intermediate_size", "num_layers")
   names = names if family == "gpt_neo" else ("n_positions", "n_embd", "n_inner", "n_layer")
@@ -221,7 +225,7 @@ def write_family(
 
 
 def write_published(folder: Path, family: str) -> Path:
-  """A model with the tokenizer, the table and the positions of the published ones, and next to nothing between."""
+  """Write a model with the published tokenizer, table and positions, and tiny layers."""
   neo, gptj = family == "gpt_neo", family == "gptj"
   sizes = dict(n_embd=8, n_layer=1, n_head=1, n_inner=16)
   if neo:  # a layer of each kind; the window is its own

@@ -14,7 +14,8 @@ def write_table(reports) -> str:
 
   Figures are {name: number} of which the worst counts, sums are added up.
 
-  A part that failed has recorded nothing, and is counted apart. Returns the text, which is put into the page too.
+  A part that failed has recorded nothing, and is counted apart. Returns the text, which is put into
+  the page too.
   """
   rows, failed = {}, sum(1 for report in reports if report.failed)
   for report in reports:
@@ -35,7 +36,8 @@ def write_table(reports) -> str:
   )
   lines += [
     "",
-    f"{datetime.date.today()}, Python {platform.python_version()}, {versions}; tests that failed: {failed}.",
+    f"{datetime.date.today()}, Python {platform.python_version()}, {versions}; "
+    f"tests that failed: {failed}.",
   ]
   text = "\n".join(lines)
   page = PAGE.read_text(encoding="utf-8")

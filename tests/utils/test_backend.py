@@ -1,4 +1,4 @@
-"""What JAX is set up with, and what is said or refused where it would compute on another device than the machine has."""
+"""JAX's configuration, and the warnings and errors if it would compute on the wrong device."""
 
 import dataclasses
 import logging
@@ -61,7 +61,7 @@ def gpu(monkeypatch, tmp_path):
   monkeypatch.setattr(backend, "NVIDIA_PATHS", (str(tmp_path / "nvidiactl"),))
 
 
-# ---- Slices in loops, and other faults of a version --------------------------------------------------------------------
+# ---- Slices in loops, and other faults of a version ----------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,8 @@ def gpu(monkeypatch, tmp_path):
     ),
   ],
 )
-def test_the_annotator_of_slices_is_turned_off_beside_what_the_user_has_turned_off(before, after):
+def test_slice_pass_is_disabled_with_user_flags(before, after):
+  """Passes that the user has disabled stay so."""
   assert backend.disable_slice_pass(before) == after == backend.disable_slice_pass(after)
 
 
@@ -89,7 +90,7 @@ def test_the_annotator_of_slices_is_turned_off_beside_what_the_user_has_turned_o
     ((0, 12, 0), False, False),
   ],
 )
-def test_faults_are_known_by_version(monkeypatch, version, wrong, crashes):
+def test_known_bugs_by_version(monkeypatch, version, wrong, crashes):
   monkeypatch.setattr(jax, "__version_info__", version)
   assert (backend.has_slice_bug(), backend.has_cpu_mesh_bug()) == (wrong, crashes)
   assert len(backend.known_bugs()) == wrong + crashes
@@ -101,7 +102,8 @@ def test_faults_are_known_by_version(monkeypatch, version, wrong, crashes):
   assert (backend.SLICE_PASS in os.environ.get("XLA_FLAGS", "")) == wrong
 
 
-def test_a_wrong_program_is_refused_where_jax_started_before(monkeypatch):
+def test_annotated_slices_are_rejected(monkeypatch):
+  """If JAX started before the pass was disabled."""
   compiled = SimpleNamespace(as_text=lambda: 'backend_config={"dynamic_slice_config":{}}')
   monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
   with pytest.raises(RequestError, match="install jax 0.11.1 or newer"):
@@ -112,7 +114,8 @@ def test_a_wrong_program_is_refused_where_jax_started_before(monkeypatch):
   backend.check_slices(compiled, "gpu")
 
 
-def test_several_cpu_devices_are_refused_where_the_compiler_would_crash(monkeypatch):
+def test_cpu_meshes_are_rejected_with_bug(monkeypatch):
+  """The compiler would crash."""
   monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
   sizes = jaxft.config.default().mesh
   sizes.fsdp = -1
@@ -121,7 +124,7 @@ def test_several_cpu_devices_are_refused_where_the_compiler_would_crash(monkeypa
     make_mesh(sizes, jax.devices()[:2])
 
 
-def test_jax_looks_for_devices_where_linux_shows_one(monkeypatch, tmp_path):
+def test_jax_platforms_follow_device_files(monkeypatch, tmp_path):
   """A card without its driver's files too: they may come into being when CUDA starts."""
   monkeypatch.setattr(backend, "ACCELERATOR_PATHS", ("/nowhere",))
   for has_card, platforms in ((False, "cpu"), (True, None)):
@@ -131,10 +134,10 @@ def test_jax_looks_for_devices_where_linux_shows_one(monkeypatch, tmp_path):
     assert jax.config.jax_platforms == platforms
 
 
-# ---- Memory of the host -----------------------------------------------------------------------------------------------
+# ---- Memory of the host --------------------------------------------------------------------------
 
 
-def test_memory_of_the_host_is_what_the_variable_says(monkeypatch):
+def test_host_memory_from_variable(monkeypatch):
   shown = backend.host_memory_bytes()
   assert 0 < shown <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   monkeypatch.setenv(backend.HOST_MEMORY_ENV, "128")
@@ -158,9 +161,7 @@ def test_memory_of_the_host_is_what_the_variable_says(monkeypatch):
     ("5:memory:/slurm/job_7\n4:cpu:/\n", {"memory/memory.limit_in_bytes": f"{4 * GIB}"}, 4 * GIB),
   ],
 )
-def test_memory_of_the_host_is_what_its_control_groups_allow(
-  monkeypatch, tmp_path, groups, files, limit
-):
+def test_host_memory_from_cgroups(monkeypatch, tmp_path, groups, files, limit):
   """Those of containers and of SLURM, in versions 1 and 2, and of the groups around them."""
   (tmp_path / "cgroup").write_text(groups)
   for name, text in files.items():
@@ -171,7 +172,8 @@ def test_memory_of_the_host_is_what_its_control_groups_allow(
   assert min(backend._cgroup_limits()) == limit
 
 
-def test_xla_pins_80_percent_of_the_host_or_what_a_run_needs_with_headroom(monkeypatch):
+def test_pinned_limit_is_80_percent_or_the_need(monkeypatch):
+  """80 % of the host, or what a run needs, with headroom."""
   from jax._src import xla_bridge
 
   monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
@@ -180,14 +182,14 @@ def test_xla_pins_80_percent_of_the_host_or_what_a_run_needs_with_headroom(monke
   assert os.environ[backend.PINNED_LIMIT_ENV] == "103"  # whole GiB, upwards
   backend.limit_pinned_memory(90 * GIB)
   assert backend.pinned_limit() == 103 * GIB
-  backend.limit_pinned_memory(None)  # what is kept depends on devices that are not known yet
+  backend.limit_pinned_memory(None)  # what is offloaded depends on devices that are not known yet
   assert backend.pinned_limit() == 103 * GIB
   backend.limit_pinned_memory(20 * GIB)
   assert backend.pinned_limit() == 30 * GIB
 
 
 @pytest.mark.parametrize("own", ["103", "104"])  # the first is the default, too
-def test_a_limit_of_the_user_stays(monkeypatch, own):
+def test_users_pinned_limit_stays(monkeypatch, own):
   from jax._src import xla_bridge
 
   monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
@@ -198,15 +200,15 @@ def test_a_limit_of_the_user_stays(monkeypatch, own):
   assert backend.pinned_limit() == int(own) * GIB
 
 
-def test_a_pool_that_grows_by_doubling_has_gaps():
-  """Blocks of 3 MiB lie in regions of 4, 4 and 8, the last of which may be what is left of the limit."""
+def test_pinned_pool_has_gaps():
+  """Blocks of 3 MiB lie in regions of 4, 4 and 8; the last may be what is left of the limit."""
   block = 3 * 2**20
   for count, least in ((1, 3), (2, 7), (3, 11), (4, 14)):
     assert backend.pool_fits([block] * count, least * 2**20)
     assert not backend.pool_fits([block] * count, least * 2**20 - 1)
 
 
-def test_a_limit_of_pinned_memory_stays_once_jax_has_started(monkeypatch):
+def test_pinned_limit_is_fixed_after_start(monkeypatch):
   monkeypatch.setenv(backend.HOST_MEMORY_ENV, "128")
   backend.configure_jax()
   jax.devices()
@@ -225,7 +227,7 @@ def test_a_limit_of_pinned_memory_stays_once_jax_has_started(monkeypatch):
   ],
   ids=str,
 )
-def test_bytes_on_the_host_are_known_before_there_are_devices(model, more):
+def test_host_bytes_known_before_devices(model, more):
   """And are those of the program itself."""
   config = jaxft.config.default()
   for name, value in more.items():
@@ -238,7 +240,8 @@ def test_bytes_on_the_host_are_known_before_there_are_devices(model, more):
   assert max_host_bytes(config, cfg) == host_bytes(run)
 
 
-def test_bytes_on_the_host_depend_on_devices_where_each_has_a_copy():
+def test_host_bytes_depend_on_replicas():
+  """On devices that each have a copy."""
   config, cfg = jaxft.config.default(), model_config.from_hf_config(PUBLISHED["gpt2"])
   config.memory.offload = "all"
   one = max_host_bytes(config, cfg)
@@ -253,7 +256,7 @@ def test_bytes_on_the_host_depend_on_devices_where_each_has_a_copy():
   assert max_host_bytes(config, dataclasses.replace(cfg, trained=(("norm.scale", ()),))) is None
 
 
-def test_more_than_xla_may_pin_is_refused(monkeypatch):
+def test_more_than_pinned_limit_is_rejected(monkeypatch):
   config = jaxft.config.default()
   config.memory.offload = "all"
   cfg = model_config.from_hf_config(PUBLISHED["gpt2"])
@@ -285,10 +288,10 @@ def test_more_than_xla_may_pin_is_refused(monkeypatch):
   assert "warning: the host is to keep 1,991,5" in pinned_memory_warning(on_gpu)
 
 
-# ---- The CPU, where there is a GPU -------------------------------------------------------------------------------------
+# ---- The CPU, where there is a GPU ---------------------------------------------------------------
 
 
-def test_nothing_is_said_on_a_machine_without_a_gpu(capsys):
+def test_no_warning_without_a_gpu(capsys):
   backend.require_device(None)
   assert capsys.readouterr() == ("", "")
 
@@ -304,9 +307,8 @@ def test_nothing_is_said_on_a_machine_without_a_gpu(capsys):
     ({}, True, "CUDA does not start"),
   ],
 )
-def test_the_cpu_in_place_of_a_gpu_is_told_once_and_refused_where_a_gpu_is_required(
-  gpu, monkeypatch, capsys, environment, plugin, reason
-):
+def test_cpu_fallback_warns_once(gpu, monkeypatch, capsys, environment, plugin, reason):
+  """And is an error if a GPU is required."""
   monkeypatch.delenv("JAX_PLATFORMS", raising=False)
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
@@ -318,12 +320,12 @@ def test_the_cpu_in_place_of_a_gpu_is_told_once_and_refused_where_a_gpu_is_requi
   assert line.startswith(
     f"warning: this machine has an NVIDIA GPU, but JAX computes on the CPU: {reason}"
   )
-  with pytest.raises(RequestError, match="--require gpu: JAX computes on the cpu: ") as told:
+  with pytest.raises(RequestError, match="--require gpu: JAX computes on the cpu: ") as refusal:
     backend.require_device("gpu")
-  assert reason in str(told.value)
+  assert reason in str(refusal.value)
 
 
-def test_a_card_without_a_driver_is_seen_too(monkeypatch, tmp_path):
+def test_gpu_without_driver_is_detected(monkeypatch, tmp_path):
   jax.config.update("jax_platforms", None)
   monkeypatch.setattr(backend, "PCI_DEVICES", str(tmp_path / "*"))
   monkeypatch.setattr(backend, "_has_module", lambda name: True)
@@ -336,12 +338,12 @@ def test_a_card_without_a_driver_is_seen_too(monkeypatch, tmp_path):
   assert "its driver is not loaded" in backend.init_backend()[1]
 
 
-def test_require_is_refused_for_other_devices_too():
+def test_require_tpu_fails_without_one():
   with pytest.raises(RequestError, match="--require tpu: JAX computes on the cpu"):
     backend.require_device("tpu")
 
 
-def test_what_jax_says_is_told_where_it_looked_for_another_device(monkeypatch, capsys):
+def test_jax_log_explains_a_cpu_fallback(monkeypatch, capsys):
   """As of a TPU that does not answer, on a machine without an NVIDIA GPU."""
 
   def falls_back():
@@ -357,9 +359,7 @@ def test_what_jax_says_is_told_where_it_looked_for_another_device(monkeypatch, c
 
 
 @pytest.mark.parametrize("hidden, code", [(None, 2), ("-1", 0)])
-def test_doctor_names_faults_of_the_version_and_a_gpu_that_jax_does_not_find(
-  gpu, monkeypatch, capsys, hidden, code
-):
+def test_doctor_reports_bugs_and_missing_gpu(gpu, monkeypatch, capsys, hidden, code):
   """But for one that the user has hidden."""
   jax.config.update("jax_platforms", None)
   monkeypatch.setattr(backend, "configure_jax", lambda: None)
@@ -371,14 +371,12 @@ def test_doctor_names_faults_of_the_version_and_a_gpu_that_jax_does_not_find(
     doctor.main()
   out, err = (" ".join(text.split()) for text in capsys.readouterr())  # a table breaks its lines
   assert ended.value.code == code and "compiler crashes on several devices" in out
-  told = "this machine has an NVIDIA GPU, but JAX computes on the CPU: "
-  assert told in (err if code else out)
+  warning = "this machine has an NVIDIA GPU, but JAX computes on the CPU: "
+  assert warning in (err if code else out)
 
 
 @pytest.mark.slow
-def test_a_run_limits_what_xla_pins_and_looks_at_its_slices(
-  folder, stories, tmp_path, monkeypatch, capsys
-):
+def test_finetune_limits_pinning_and_checks_slices(folder, stories, tmp_path, monkeypatch, capsys):
   seen, config = [], tiny.config(folder, stories)
   monkeypatch.setattr(backend, "limit_pinned_memory", lambda nbytes: seen.append(nbytes))
   monkeypatch.setattr(backend, "check_slices", lambda compiled, platform: seen.append(platform))
@@ -392,7 +390,7 @@ def test_a_run_limits_what_xla_pins_and_looks_at_its_slices(
 
 
 @pytest.mark.slow
-def test_commands_refuse_the_cpu_where_a_gpu_is_required(config_file, folder, tmp_path):
+def test_commands_honour_require_gpu(config_file, folder, tmp_path):
   """In one line, with exit code 2, before they have written anything."""
   train = ["jaxft.train", "--config", str(config_file), "--workdir", str(tmp_path / "run")]
   generate = ["jaxft.generate", "--model", str(folder), "--prompt", "a"]

@@ -1,4 +1,4 @@
-"""Where a run lives: any path that the file system has works for workdir, export and data, or is refused at once."""
+"""Paths of workdir, export and data: any that the file system has works, or fails at once."""
 
 import json
 import os
@@ -21,9 +21,10 @@ from jaxft.pretrained import load_workdir
 from jaxft.train import finetune, validate_run
 
 NAMES = [
-  "lr[1e-4]", "plain", "a b", " c", "d ", "e#f", "g?h", "i%20j", "k%l", "[1]", "{x}", "a:b", "é", "e\u0301", "日本", "🐈",
-  "a+b", "a&b", "a=b", "a'b", 'a"b', "a,b", "a;b", "a@b", "a@2", "a|b", "~x", "$HOME", "a\\b", "new\nline", "tab\tx", "*", "**",
-  "-x", "--workdir", "..a", ".hidden", "a!b", "a^b`c", "x" * 200,
+  "lr[1e-4]", "plain", "a b", " c", "d ", "e#f", "g?h", "i%20j", "k%l", "[1]", "{x}", "a:b", "é",
+  "e\u0301", "日本", "🐈", "a+b", "a&b", "a=b", "a'b", 'a"b', "a,b", "a;b", "a@b", "a@2", "a|b",
+  "~x", "$HOME", "a\\b", "new\nline", "tab\tx", "*", "**", "-x", "--workdir", "..a", ".hidden",
+  "a!b", "a^b`c", "x" * 200,
 ]  # fmt: skip
 REFUSED = ("[", "**", "\\")
 STATE = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.int32(7)}
@@ -36,7 +37,7 @@ def ready(folder):
 
 
 @pytest.mark.parts(5, 5)
-def test_forty_names_of_folders(ready, folder, tmp_path, part):
+def test_awkward_folder_names(ready, folder, tmp_path, part):
   for i, name in enumerate(NAMES[part::5]):
     root = tmp_path / str(i) / name
     root.mkdir(parents=True)
@@ -69,10 +70,8 @@ def test_forty_names_of_folders(ready, folder, tmp_path, part):
     again.close()
 
 
-def test_a_finished_run_is_used_from_anywhere_and_without_its_model(
-  finished, folder, stories, tmp_path, monkeypatch
-):
-  """The workdir has the model's config and tokenizer; relative paths are from where the run was started."""
+def test_finished_run_needs_no_base_model(finished, folder, stories, tmp_path, monkeypatch):
+  """The workdir has the model's config and tokenizer; relative paths start at the run's folder."""
   workdir = shutil.copytree(finished[0], tmp_path / "w")
   about = json.loads((workdir / "config.json").read_text())
   about["model"]["path"] = "no/such/model"
@@ -95,8 +94,8 @@ def test_a_finished_run_is_used_from_anywhere_and_without_its_model(
     there.export(tmp_path / "not", dtype="source")
 
 
-def test_what_is_in_a_workdir_is_never_taken_for_the_runs_own(folder, stories, tmp_path):
-  """The run keeps its model's config there; a model of the user's, or anything else, stays as it is."""
+def test_foreign_files_in_workdir_stay_untouched(folder, stories, tmp_path):
+  """The run has its model's config in the workdir; a user's model, or anything else, stays."""
   config = tiny.config(folder, stories)
   (tmp_path / "model").mkdir()
   (tmp_path / "model" / "my_code.py").write_text("import this")
@@ -119,9 +118,8 @@ def test_what_is_in_a_workdir_is_never_taken_for_the_runs_own(folder, stories, t
     validate_run(config, tmp_path / "mine" / ".." / "mine")
 
 
-def test_a_start_that_is_killed_between_two_renames_leaves_the_old_config(
-  folder, tmp_path, monkeypatch
-):
+def test_killed_overwrite_leaves_old_config(folder, tmp_path, monkeypatch):
+  """Killed between two renames."""
   source, tokenizer = repo.resolve(str(folder)), jaxft.hf.tokenizer.load_tokenizer(folder, 293)
   export.save_run_model(tmp_path, source, tokenizer)
   rename = Path.rename
@@ -141,7 +139,7 @@ def test_a_start_that_is_killed_between_two_renames_leaves_the_old_config(
   assert [path.name for path in tmp_path.iterdir()] == ["run.model"]
 
 
-def test_an_export_through_a_link_is_where_the_link_leads(ready, tmp_path):
+def test_export_through_a_symlink(ready, tmp_path):
   disk = tmp_path / "disk" / "out"
   disk.mkdir(parents=True)
   (tmp_path / "export").symlink_to(disk)
@@ -151,11 +149,12 @@ def test_an_export_through_a_link_is_where_the_link_leads(ready, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "export"]
 
 
-def test_places_where_no_export_can_be_written_are_told_before_training(folder, stories, tmp_path):
+def test_unwritable_export_fails_before_training(folder, stories, tmp_path):
+  """For each path where no export can be written."""
   config = tiny.config(folder, stories)
   (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
   (tmp_path / "file").touch()
-  for out, told in (
+  for out, message in (
     (tmp_path / ("x" * 245), "File name too long"),
     (tmp_path / "file" / "out", "is no folder"),
     (tmp_path / "gone", "a link that leads nowhere"),
@@ -167,7 +166,7 @@ def test_places_where_no_export_can_be_written_are_told_before_training(folder, 
     (tmp_path / "run" / "checkpoints" / "x", "the run itself is written there"),
   ):
     config.export.out = str(out)
-    with pytest.raises(RequestError, match=f"config.export.out.*{told}"):
+    with pytest.raises(RequestError, match=f"config.export.out.*{message}"):
       validate_run(config, tmp_path / "run")
   config.export.out, strange = "", tmp_path / os.fsdecode(b"caf\xe9")
   with pytest.raises(RequestError, match="--workdir: .*: its name is not UTF-8"):
@@ -175,8 +174,8 @@ def test_places_where_no_export_can_be_written_are_told_before_training(folder, 
   assert "its name is not UTF-8" in export.validate_export(strange)[0]
 
 
-def test_what_was_held_out_is_measured_or_refused(finished, stories, tmp_path):
-  """A text that has grown would be divided anew: what was trained on would be measured as if it had not been."""
+def test_evaluate_held_out_data_or_fail(finished, stories, tmp_path):
+  """A text that has grown would be split anew, and text that was trained on would be measured."""
   workdir = shutil.copytree(finished[0], tmp_path / "w")
   about = json.loads((workdir / "config.json").read_text())
   mine = shutil.copyfile(stories, tmp_path / "stories.jsonl")
@@ -197,10 +196,8 @@ def test_what_was_held_out_is_measured_or_refused(finished, stories, tmp_path):
       ready.evaluate_held_out(sequence_length=length)
 
 
-def test_a_run_of_relative_names_is_used_from_another_folder(
-  folder, stories, tmp_path, monkeypatch
-):
-  """Its model and texts are those of the folder in which it was started, and not the hub's or others of the same names."""
+def test_relative_paths_work_from_another_folder(folder, stories, tmp_path, monkeypatch):
+  """Its model and texts are those of the folder it was started in, not others of the same names."""
   here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
   shutil.copytree(folder, here / "mine" / "model")
   tiny.write_gpt2(elsewhere / "mine" / "model", seed=5)
@@ -247,7 +244,8 @@ def test_a_run_of_relative_names_is_used_from_another_folder(
   named = (workdir / "adapter" / "tokenizer_config.json").read_text().replace("<|endoftext|>", "e")
   (workdir / "adapter" / "tokenizer_config.json").write_text(named)
   assert jaxft.load(workdir / "adapter").tokenizer.eos_token == "e"
-  # Beside the base's config.json, and with a base that is named from the folder, they are adapters still.
+  # Beside the base's config.json, and with a base that is named from the folder, they are adapters
+  # still.
   shutil.copyfile(here / "mine" / "model" / "config.json", workdir / "adapter" / "config.json")
   about = json.loads((workdir / "adapter" / "adapter_config.json").read_text())
   about["base_model_name_or_path"] = "../../mine/model"
@@ -272,7 +270,8 @@ def test_a_run_of_relative_names_is_used_from_another_folder(
     load_workdir(workdir).evaluate_held_out()
 
 
-def test_a_folder_of_text_is_read_without_the_runs_and_models_in_it(finished, folder, tmp_path):
+def test_text_folder_skips_runs_and_models(finished, folder, tmp_path):
+  """Runs and models in a folder of text are not read as text."""
   (tmp_path / "sub").mkdir()
   tiny.write_stories(tmp_path / "a.jsonl", 7, seed=0)
   tiny.write_stories(tmp_path / "sub" / "b.jsonl", 5, seed=1)

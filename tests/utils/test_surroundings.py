@@ -1,4 +1,4 @@
-"""Processes that are started without streams, a home, a width, or with flags of JAX that jaxft's programs are not made for."""
+"""Processes without streams, home or width, or with JAX flags that jaxft is not made for."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from jaxft.utils import backend
 
 MODEL = ROOT / "assets" / "quickstart" / "model"
 GENERATE = ("generate", "--model", MODEL, "--prompt", "Once", "--max_new_tokens", "2", "--json")
-# What one meets: (variables, or a redirection of the shell; exit code; what is then said on standard error).
+# What one meets: (variables, or a redirection of the shell; exit code; what is then said on
+# standard error).
 KINDS = [
   ({"JAX_ENABLE_X64": "1"}, 0, "warning: JAX_ENABLE_X64=True: jaxft's programs are made for False"),
   ({"JAX_NUMPY_DTYPE_PROMOTION": "strict"}, 0, "made for standard"),
@@ -76,17 +77,18 @@ def start(words, variables, redirection):
   )
 
 
-def ends_well(change, code, told, redirection=""):
+def ends_well(change, code, message, redirection=""):
   variables, redirection = (change, redirection) if isinstance(change, dict) else ({}, change)
   done = start(GENERATE, variables, redirection)
   assert done.returncode == code, (change, done.stderr[-2000:])
-  assert "Traceback" not in done.stderr and re.search(told, done.stderr), (change, done.stderr)
+  assert "Traceback" not in done.stderr and re.search(message, done.stderr), (change, done.stderr)
   if code == 0 and ">&-" not in redirection.replace("2>&-", ""):
     assert json.loads(done.stdout)["completions"][0]["prompt"] == "Once", change
 
 
 @pytest.mark.slow
-def test_all_that_changes_types_at_once():
+def test_type_changing_variables_together():
+  """All variables that change types, at once."""
   types = {name: value for change, _, _ in KINDS[:5] for name, value in change.items()}
   ends_well(types, 0, "made for threefry2x32", "<&-")
 
@@ -95,22 +97,23 @@ def test_all_that_changes_types_at_once():
 @pytest.mark.parametrize(
   "part", [pytest.param(i, marks=[pytest.mark.wide] * (i > 0)) for i in range(PARTS)]
 )
-def test_thirty_environments(part):
+def test_awkward_environments(part):
   """Each kind once, and a pair of them."""
-  for change, code, told in KINDS[part::PARTS]:
-    ends_well(change, code, told)
+  for change, code, message in KINDS[part::PARTS]:
+    ends_well(change, code, message)
   good = [change for change, code, _ in KINDS if not code and isinstance(change, dict)]
   first, second = random.Random(part).sample(good, 2)
   ends_well(first | second, 0, "")
 
 
 @pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1, 2]])
-def test_a_stream_that_is_closed_is_the_null_device(tmp_path, closed):
-  """Else the next file that is opened would take its place, and what is printed would be written into it."""
+def test_closed_stream_becomes_null_device(tmp_path, closed):
+  """Otherwise the next file would get its number, and what is printed would be written into it."""
   code = (
     "import os, sys; from jaxft.utils import environment; environment.setup()\n"
     f"file = os.open({str(tmp_path / 'file')!r}, os.O_WRONLY | os.O_CREAT)\n"
-    "print('printed'); print('said', file=sys.stderr); sys.stdout.flush(); os.write(1, b'x'); os.write(2, b'y')\n"
+    "print('printed'); print('said', file=sys.stderr); sys.stdout.flush(); os.write(1, b'x'); "
+    "os.write(2, b'y')\n"
     "sys.exit(file < 3 or bool(sys.stdin.read()))"
   )
   redirections = " ".join(f"{number}{'<' if number == 0 else '>'}&-" for number in closed)
@@ -122,7 +125,7 @@ def test_a_stream_that_is_closed_is_the_null_device(tmp_path, closed):
   assert done.returncode == 0 and (tmp_path / "file").read_bytes() == b""
 
 
-def test_a_user_without_a_home_gets_a_folder_of_temporary_files(tmp_path, monkeypatch):
+def test_user_without_home_gets_temporary_one(tmp_path, monkeypatch):
   def nobody(_):
     raise KeyError("uid not found")
 
@@ -147,21 +150,21 @@ def test_a_user_without_a_home_gets_a_folder_of_temporary_files(tmp_path, monkey
   assert os.path.isdir(os.environ["HOME"])
 
 
-def test_nothing_is_printed_into_less_than_forty_columns(monkeypatch):
+def test_columns_have_a_minimum_of_forty(monkeypatch):
   for said, used in (("0", "40"), ("12", "40"), ("200", "200"), ("", "")):
     monkeypatch.setenv("COLUMNS", said)
     jaxft.utils.environment.setup()
     assert os.environ["COLUMNS"] == used
 
 
-def test_flags_that_change_types_are_set_back(capsys):
+def test_type_changing_flags_are_reset(capsys):
   jax.config.update("jax_enable_x64", True)
   backend.configure_jax()
   assert not jax.config.jax_enable_x64
   assert "JAX_ENABLE_X64=True" in capsys.readouterr().err
 
 
-def test_a_token_cache_that_cannot_be_written_is_read(tmp_path, monkeypatch):
+def test_read_only_token_cache_is_read(tmp_path, monkeypatch):
   def make(folder):
     writer = token_cache.TokenWriter(folder, "train", "int32")
     return {"files": writer.close()}
@@ -178,8 +181,8 @@ def test_a_token_cache_that_cannot_be_written_is_read(tmp_path, monkeypatch):
   assert token_cache.load_or_build(tmp_path, {"a": 1}, make, print) == made
 
 
-def test_a_folder_called_jaxft_does_not_hide_the_package(tmp_path):
-  """git clone jaxft; pip install -e jaxft; and then work beside the checkout: jaxft/ there is no package."""
+def test_folder_named_jaxft_does_not_shadow_it(tmp_path):
+  """After git clone and pip install -e jaxft, beside the checkout, jaxft/ is not the package."""
   (tmp_path / "jaxft" / "jaxft").mkdir(parents=True)
   code = "import jaxft; print(jaxft.__file__, jaxft.load.__name__)"
   environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -189,7 +192,8 @@ def test_a_folder_called_jaxft_does_not_hide_the_package(tmp_path):
   assert done.returncode == 0 and done.stdout.split()[1] == "load", done.stderr
 
 
-def test_only_variables_of_libraries_are_blamed_for_an_import_that_fails(monkeypatch, capsys):
+def test_only_library_variables_are_blamed(monkeypatch, capsys):
+  """For an import that fails."""
   codes = []
   monkeypatch.setattr(jaxft.utils.environment.os, "_exit", codes.append)
   monkeypatch.setenv("HF_TIMEOUT", "soon")
@@ -199,13 +203,13 @@ def test_only_variables_of_libraries_are_blamed_for_an_import_that_fails(monkeyp
   assert codes == [2] and capsys.readouterr().err.startswith(
     "error: HF_TIMEOUT='soon': invalid literal"
   )
-  for told in ("the path and the home of this user", f"not a number: {os.environ['PATH']!r}"):
-    jaxft.utils.environment._env_error_hook(ValueError, ValueError(told), None)
-    assert capsys.readouterr().err == f"ValueError: {told}\n"
+  for message in ("the path and the home of this user", f"not a number: {os.environ['PATH']!r}"):
+    jaxft.utils.environment._env_error_hook(ValueError, ValueError(message), None)
+    assert capsys.readouterr().err == f"ValueError: {message}\n"
   assert codes == [2]
 
 
-def test_a_device_that_a_program_has_chosen_stays_chosen():
+def test_default_device_of_a_program_stays():
   before = jax.config.jax_default_device
   try:
     for chosen in (jax.devices()[1], None):

@@ -1,0 +1,43 @@
+"""Private JAX: everything that jaxft needs and that has no public name (jax 0.10 to 0.12)."""
+
+from typing import Any
+
+from jax._src import clusters, distributed, xla_bridge
+
+
+def backends_are_initialized() -> bool:
+  """Whether JAX has looked for devices already, and read its environment."""
+  return xla_bridge.backends_are_initialized()
+
+
+def distributed_state() -> Any:
+  """The processes of `jax.distributed`: client (the key-value store), process_id, num_processes.
+
+  `jax.process_count()` would start JAX, whose environment may not be complete yet.
+  """
+  return distributed.global_state
+
+
+def detect_cluster(
+  coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+) -> tuple[str | None, int | None, int | None]:
+  """What `jax.distributed.initialize` finds out from SLURM, Open MPI, Kubernetes or a TPU's metadata."""
+  detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+  return detect(coordinator, num_processes, process_id, None, None, timeout)[:3]
+
+
+def pretend_cudnn(version: tuple[int, int], capability: tuple[int, int]) -> None:
+  """Lets JAX trace cuDNN's attention for a GPU that is not there: it asks the library and the first device.
+
+  XLA leaves the call in the compiled program as it is; what cuDNN would take as a workspace it cannot say.
+  """
+  from jax._src.cudnn import fused_attention_stablehlo as calls
+
+  calls.check_cudnn_version = lambda: 10000 * version[0] + 100 * version[1]
+  calls.check_compute_capability = lambda least: capability >= tuple(map(int, least.split(".")))
+  calls.is_cuda_compute_capability_equal = lambda one: capability == tuple(map(int, one.split(".")))
+
+
+def stablehlo_module(lowered: Any) -> Any:
+  """The MLIR module of a lowered program, to be changed before it is compiled."""
+  return lowered._lowering.stablehlo()
