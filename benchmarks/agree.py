@@ -1,10 +1,14 @@
-"""jaxft against transformers in torch, on the device that is here: python benchmarks/agree.py [--model gpt2] [--rows 8]
+"""jaxft against transformers in torch, on the device that is here.
 
-The same random weights, batches and AdamW on both sides: losses, the first gradient, and the way of the weights in all steps.
-jaxft computes as it does by default (bfloat16 and cuDNN's attention on a GPU, float32 on a CPU), torch in float32 without TF32,
-which is the reference, and under bfloat16 autocast, which is the yardstick. With `--offloads all none` weights that are
-streamed are held against resident ones too. Says DIFFERS, and ends with code 1, where jaxft is further from the reference than
-ALLOWED. The peak that was planned is beside the measured one. The table goes into docs/benchmarks.md.
+  python benchmarks/agree.py [--model gpt2] [--rows 8]
+
+The same random weights, batches and AdamW on both sides: losses, the first gradient, and the way of
+the weights in all steps. jaxft computes as it does by default (bfloat16 and cuDNN's attention on a
+GPU, float32 on a CPU), torch in float32 without TF32, which is the reference, and under bfloat16
+autocast, which is the yardstick. With `--offloads all none` weights that are streamed are held
+against resident ones too. Says DIFFERS, and ends with code 1, where jaxft is further from the
+reference than ALLOWED. The peak that was planned is beside the measured one. The table goes into
+docs/benchmarks.md.
 
 Needs torch and transformers beside jaxft.
 """
@@ -27,7 +31,8 @@ import page
 LEARNING_RATE, WEIGHT_DECAY, EPS = 1e-4, 0.1, 1e-8
 # Times the distance of bfloat16 torch to float32 torch, and what comes on top.
 ALLOWED = {"loss": (2, 1e-3), "gradient": (4, 1e-3), "update": (4, 1e-2)}
-# Streamed and resident weights differ by rounding alone; a leaf in another's place would be wrong by its whole size.
+# Streamed and resident weights differ by rounding alone; two swapped leaves would be wrong
+# by their whole size.
 ALLOWED_LEAF = 0.5
 Tensors = dict[str, np.ndarray]
 
@@ -47,7 +52,7 @@ def parsed() -> argparse.Namespace:
     "--offloads", nargs="+", choices=("none", "optimizer", "all"), default=["none"]
   )
   parser.add_argument(
-    "--trace", action="store_true", help="tell the longest kernels of one more step of the first"
+    "--trace", action="store_true", help="print the longest kernels of one more step of the first"
   )
   parser.add_argument("--side", choices=("torch", "jaxft"), help=argparse.SUPPRESS)
   parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -55,10 +60,10 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-  asked = parsed()
-  if asked.side:
+  args = parsed()
+  if args.side:
     del sys.argv[-4:]  # a section's heading is of the command as it was given
-    return with_torch(asked) if asked.side == "torch" else with_jaxft(asked)
+    return with_torch(args) if args.side == "torch" else with_jaxft(args)
   with tempfile.TemporaryDirectory() as folder:
     command = [sys.executable, *sys.argv, "--folder", folder, "--side"]
     start = lambda side: subprocess.Popen([*command, side], env=children.environment())
@@ -80,9 +85,9 @@ def wait_for(file: Path) -> Path:
   return file
 
 
-def some_ids(asked: argparse.Namespace, step: int) -> np.ndarray:
+def some_ids(args: argparse.Namespace, step: int) -> np.ndarray:
   """[rows, length + 1] of a Zipf-like draw: random, and yet to be learned."""
-  draw = np.random.default_rng(step).zipf(1.3, size=(asked.rows, asked.length + 1))
+  draw = np.random.default_rng(step).zipf(1.3, size=(args.rows, args.length + 1))
   return np.minimum(draw - 1, 50256)
 
 
@@ -97,16 +102,16 @@ def distance(found: Tensors, reference: Tensors) -> float:
   )
 
 
-# ---- torch -----------------------------------------------------------------------------------------------------------------
+# ---- torch ---------------------------------------------------------------------------------------
 
 
-def torch_model(asked: argparse.Namespace, device: str):
+def torch_model(args: argparse.Namespace, device: str):
   """Random weights, no dropout; biases and norms are not all zeros and ones."""
   import torch
   import transformers
   from models import PUBLISHED
 
-  facts = dict(PUBLISHED[asked.model])
+  facts = dict(PUBLISHED[args.model])
   config = transformers.AutoConfig.for_model(facts.pop("model_type"), **facts)
   for name in (
     "embd_pdrop",
@@ -132,38 +137,38 @@ def torch_model(asked: argparse.Namespace, device: str):
   return model
 
 
-def with_torch(asked: argparse.Namespace) -> None:
+def with_torch(args: argparse.Namespace) -> None:
   """Writes the model first, then what it learns, {"float32", "bfloat16"} each, into the folder."""
   import torch
   from safetensors.numpy import save_file
 
   device = children.torch_device()
-  model = torch_model(asked, device)
-  model.save_pretrained(asked.folder / "model")
-  (asked.folder / "model written").touch()
+  model = torch_model(args, device)
+  model.save_pretrained(args.folder / "model")
+  (args.folder / "model written").touch()
   start, found = {name: p.detach().clone() for name, p in model.named_parameters()}, {}
   for dtype in ("float32", "bfloat16"):
     with torch.no_grad():
       for name, parameter in model.named_parameters():
         parameter.copy_(start[name])
-    found[dtype], gradient = torch_steps(asked, model, device, dtype)
+    found[dtype], gradient = torch_steps(args, model, device, dtype)
     update = {name: p.detach() - start[name] for name, p in model.named_parameters()}
     for what, tensors in (("gradient", gradient), ("update", update)):
       save_file(
         {name: it.cpu().numpy() for name, it in tensors.items()},
-        asked.folder / f"{what} {dtype}.safetensors",
+        args.folder / f"{what} {dtype}.safetensors",
       )
   found |= {
     "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     "torch": torch.__version__,
   }
-  whole = asked.folder / "torch.json.part"
+  whole = args.folder / "torch.json.part"
   whole.write_text(json.dumps(found))
-  whole.rename(asked.folder / "torch.json")
+  whole.rename(args.folder / "torch.json")
 
 
 def torch_steps(
-  asked: argparse.Namespace, model, device: str, dtype: str
+  args: argparse.Namespace, model, device: str, dtype: str
 ) -> tuple[list[float], dict]:
   """The losses and the first gradient."""
   import torch
@@ -175,10 +180,10 @@ def torch_steps(
     {"params": [p for p in weights if p.ndim == 1], "weight_decay": 0.0},
   ]
   adamw = torch.optim.AdamW(groups, lr=LEARNING_RATE, eps=EPS)
-  linear = transformers.get_linear_schedule_with_warmup(adamw, 0, asked.steps)
+  linear = transformers.get_linear_schedule_with_warmup(adamw, 0, args.steps)
   losses, gradient = [], {}
-  for step in range(asked.steps):
-    ids = torch.from_numpy(some_ids(asked, step)).to(device)
+  for step in range(args.steps):
+    ids = torch.from_numpy(some_ids(args, step)).to(device)
     adamw.zero_grad()
     with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
       logits = model(ids[:, :-1]).logits
@@ -192,27 +197,27 @@ def torch_steps(
   return losses, gradient
 
 
-# ---- jaxft -----------------------------------------------------------------------------------------------------------------
+# ---- jaxft ---------------------------------------------------------------------------------------
 
 
-def with_jaxft(asked: argparse.Namespace) -> None:
+def with_jaxft(args: argparse.Namespace) -> None:
   from jaxft.hf import repo
 
   device = children.jax_device()
-  wait_for(asked.folder / "model written")
-  source, runs = repo.resolve(str(asked.folder / "model")), []
-  for offload in asked.offloads:
-    figures, gradient, update = jaxft_run(asked, source, device, offload)
+  wait_for(args.folder / "model written")
+  source, runs = repo.resolve(str(args.folder / "model")), []
+  for offload in args.offloads:
+    figures, gradient, update = jaxft_run(args, source, device, offload)
     runs.append((figures, gradient, update))
-    page.note("agree run", device=device.device_kind, model=asked.model, **figures)
-    print(told(figures), flush=True)
+    page.note("agree run", device=device.device_kind, model=args.model, **figures)
+    print(describe_run(figures), flush=True)
   report(
-    asked, runs, json.loads(wait_for(asked.folder / "torch.json").read_text()), device.device_kind
+    args, runs, json.loads(wait_for(args.folder / "torch.json").read_text()), device.device_kind
   )
 
 
 def jaxft_run(
-  asked: argparse.Namespace, source, device, offload: str
+  args: argparse.Namespace, source, device, offload: str
 ) -> tuple[dict[str, Any], Tensors, Tensors]:
   """Figures of the steps, the first gradient, and the way of the weights."""
   import jax
@@ -222,20 +227,18 @@ def jaxft_run(
   from jaxft.training.build import build_train_program
   from jaxft.training.init import init_train_state, load_or_init_params
 
-  config, T = config_of(asked, offload), asked.length
+  config, T = config_of(args, offload), args.length
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.ones(T, bool)}
-  run = build_train_program(config, source.cfg, make_mesh(config.mesh, [device]), asked.steps, row)
+  run = build_train_program(config, source.cfg, make_mesh(config.mesh, [device]), args.steps, row)
   began = time.monotonic()
   step = run.train_step.trace(run.state, run.batch).lower().compile()
-  compiled, planned = (
-    time.monotonic() - began,
-    measure.memory_breakdown(run, step.memory_analysis()),
-  )
+  compiled = time.monotonic() - began
+  planned = measure.memory_breakdown(run, step.memory_analysis())
   begin = lambda: init_train_state(run, *load_or_init_params(run, source.cfg, source, config))
-  batch = lambda i: jax.device_put(batch_of(some_ids(asked, i)), run.batch_sharding)
+  batch = lambda i: jax.device_put(batch_of(some_ids(args, i)), run.batch_sharding)
   state = begin()
   before = as_torch(state.params, source)
-  state, numbers, seconds = taken(step, state, [batch(i) for i in range(asked.steps)])
+  state, numbers, seconds = taken(step, state, [batch(i) for i in range(args.steps)])
   found = {
     "offload": offload,
     "compute_dtype": run.compute.dtype.name,
@@ -248,30 +251,26 @@ def jaxft_run(
     "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),  # of this process so far
   }
   update = {name: after - before[name] for name, after in as_torch(state.params, source).items()}
-  if asked.trace and offload == asked.offloads[0]:
-    state = traced(asked.folder / "trace", step, state, batch(0))
+  if args.trace and offload == args.offloads[0]:
+    state = traced(args.folder / "trace", step, state, batch(0))
   del state
   _, gradients, _ = run.grad_fn(begin(), batch(0))  # after the steps, whose peak is wanted alone
   return found, as_torch(gradients, source), update
 
 
-def config_of(asked: argparse.Namespace, offload: str):
+def config_of(args: argparse.Namespace, offload: str):
   import jaxft.config
 
   config = jaxft.config.default()
-  config.model.path, config.memory.offload, config.memory.remat = (
-    str(asked.folder / "model"),
-    offload,
-    asked.remat,
-  )
+  config.model.path = str(args.folder / "model")
+  config.memory.offload = offload
+  config.memory.remat = args.remat
   config.optim.update(
     learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, eps=EPS, schedule="linear"
   )
-  config.train.batch_size, config.train.steps, config.data.sequence_length = (
-    asked.rows,
-    asked.steps,
-    asked.length,
-  )
+  config.train.batch_size = args.rows
+  config.train.steps = args.steps
+  config.data.sequence_length = args.length
   return config
 
 
@@ -294,7 +293,7 @@ def taken(step, state, batches: list) -> tuple[Any, list[dict], list[float]]:
 
 
 def traced(folder: Path, step, state, batch):
-  """One more step; its longest kernels are told. A trace that cannot be made costs a line."""
+  """One more step; prints its longest kernels. A trace that cannot be made costs a line."""
   import gaps
   import jax
 
@@ -302,7 +301,7 @@ def traced(folder: Path, step, state, batch):
     with jax.profiler.trace(str(folder)):
       state, numbers = step(state, batch)
       jax.block_until_ready(numbers)
-    print(gaps.kernels_told(folder, 1), flush=True)
+    print(gaps.describe_kernels(folder, 1), flush=True)
   except OSError as error:
     print(f"no trace: {error}", flush=True)
   return state
@@ -317,15 +316,15 @@ def as_torch(tree: Any, source) -> Tensors:
   }
 
 
-# ---- What is told of both --------------------------------------------------------------------------------------------------
+# ---- Report --------------------------------------------------------------------------------------
 
 
-def report(asked: argparse.Namespace, runs: list, torch: dict[str, Any], device: str) -> None:
+def report(args: argparse.Namespace, runs: list, torch: dict[str, Any], device: str) -> None:
   """Notes and prints the comparison; ends with code 1 where something differs."""
   from safetensors.numpy import load_file
 
   (figures, gradient, update), *others = runs
-  read = lambda what, dtype: load_file(asked.folder / f"{what} {dtype}.safetensors")
+  read = lambda what, dtype: load_file(args.folder / f"{what} {dtype}.safetensors")
   away = lambda losses: float(np.abs(np.subtract(losses, torch["float32"])).max())
   compared = {"loss": (away(figures["loss"]), away(torch["bfloat16"]))}
   for what, tensors in (("gradient", gradient), ("update", update)):
@@ -346,23 +345,23 @@ def report(asked: argparse.Namespace, runs: list, torch: dict[str, Any], device:
     differs.append(f"the device: torch computed on {torch['device']}")
   verdict = f"DIFFERS: {', '.join(differs)}" if differs else "agrees"
   page.note(
-    "agree", device=device, model=asked.model, verdict=verdict, compared=compared, between=between
+    "agree", device=device, model=args.model, verdict=verdict, compared=compared, between=between
   )
-  text = table(asked, [run for run, _, _ in runs], compared, between, verdict, device)
+  text = table(args, [run for run, _, _ in runs], compared, between, verdict, device)
   page.put(
-    f"agreement with torch, {name_of(asked)} on {page.where(device)}",
+    f"agreement with torch, {name_of(args)} on {page.where(device)}",
     "benchmarks/agree.py",
     text,
     device,
   )
-  print(f"{text}\n{verdict}; {'; '.join(told(run) for run, _, _ in runs)}")
+  print(f"{text}\n{verdict}; {'; '.join(describe_run(run) for run, _, _ in runs)}")
   sys.exit(1 if differs else 0)
 
 
 def between_runs(
   gradient: Tensors, update: Tensors, like: Tensors, like_update: Tensors
 ) -> dict[str, float]:
-  """How far a run of another `memory.offload` is from the first one; the worst leaf among those that weigh something."""
+  """How far a run of another `memory.offload` is from the first; the worst leaf that counts."""
   all_of = norm(like)
   leaves = [name for name, it in like.items() if norm({name: it}) > 1e-3 * all_of]
   worst = max(distance({name: gradient[name]}, {name: like[name]}) for name in leaves)
@@ -378,21 +377,22 @@ def limit(what: str, compared: dict[str, tuple[float, float]]) -> float:
   return ALLOWED_LEAF if what == "worst leaf" else compared[what][1] + ALLOWED[what][1]
 
 
-def name_of(asked: argparse.Namespace) -> str:
-  return f"{asked.model}, offload {' and '.join(asked.offloads)}"
+def name_of(args: argparse.Namespace) -> str:
+  return f"{args.model}, offload {' and '.join(args.offloads)}"
 
 
-def told(run: dict[str, Any]) -> str:
-  gib = lambda nbytes: f"{nbytes / 2**30:.2f} GiB" if nbytes else "not told"
+def describe_run(run: dict[str, Any]) -> str:
+  gib = lambda nbytes: f"{nbytes / 2**30:.2f} GiB" if nbytes else "unknown"
   return (
-    f"offload={run['offload']}: {run['compute_dtype']}, {run['attention']}, loss {run['loss'][0]:.4f} to "
-    f"{run['loss'][-1]:.4f}, {1000 * run['step_seconds']:.0f} ms a step, peak {gib(run['peak_bytes'])}, planned "
-    f"{gib(run['planned_peak_bytes'])}, compiled in {run['compile_seconds']} s"
+    f"offload={run['offload']}: {run['compute_dtype']}, {run['attention']}, loss "
+    f"{run['loss'][0]:.4f} to {run['loss'][-1]:.4f}, {1000 * run['step_seconds']:.0f} ms a step, "
+    f"peak {gib(run['peak_bytes'])}, planned {gib(run['planned_peak_bytes'])}, compiled in "
+    f"{run['compile_seconds']} s"
   )
 
 
 def table(
-  asked: argparse.Namespace, runs: list, compared: dict, between: dict, verdict: str, device: str
+  args: argparse.Namespace, runs: list, compared: dict, between: dict, verdict: str, device: str
 ) -> str:
   names = {
     "loss": "loss, the largest difference of any step",
@@ -400,8 +400,9 @@ def table(
     "update": "way of the weights in all steps, relative",
   }
   lines = [
-    f"{page.machine(device, 'jax', 'torch', 'transformers')}. {name_of(asked)}: {asked.steps} steps of {asked.rows} x "
-    f"{asked.length} tokens, `memory.remat={asked.remat}`, AdamW, no dropout, against torch in float32: **{verdict}**.",
+    f"{page.machine(device, 'jax', 'torch', 'transformers')}. {name_of(args)}: {args.steps} "
+    f"steps of {args.rows} x {args.length} tokens, `memory.remat={args.remat}`, AdamW, no "
+    f"dropout, against torch in float32: **{verdict}**.",
     "",
     f"| | jaxft, {runs[0]['compute_dtype']}, {runs[0]['attention']} | torch, bfloat16 autocast |",
     "|---|---|---|",
@@ -409,7 +410,7 @@ def table(
       f"| {names[what]} | {ours:.1e} | {theirs:.1e} |" for what, (ours, theirs) in compared.items()
     ),
     "",
-    *(f"- {told(run)}" for run in runs),
+    *(f"- {describe_run(run)}" for run in runs),
   ]
   for offload, apart in between.items():
     figures = ", ".join(f"{what} {far:.1e}" for what, far in apart.items())

@@ -1,9 +1,12 @@
-"""Attention's kernels on the device that is here, against the formula in float32: python benchmarks/attention.py
+"""Attention's kernels on the device that is here, against the formula in float32.
 
-Outputs and all three gradients, over lengths, windows, packed rows and heads of every family, in bfloat16; in float32 on a CPU.
-The error is the largest difference over the largest number; that of the formula itself in the same dtype is beside it. Ends
-with an error where a kernel's is more than twice the formula's and more than 1e-5. Then the time of forward and backward of
-`--rows` of `--length`, unless `--rows 0`. The table goes into docs/benchmarks.md.
+  python benchmarks/attention.py
+
+Outputs and all three gradients, over lengths, windows, packed rows and heads of every family, in
+bfloat16; in float32 on a CPU. The error is the largest difference over the largest number; that of
+the formula itself in the same dtype is beside it. Ends with an error where a kernel's is more than
+twice the formula's and more than 1e-5. Then the time of forward and backward of `--rows` of
+`--length`, unless `--rows 0`. The table goes into docs/benchmarks.md.
 """
 
 import argparse
@@ -64,7 +67,7 @@ def compared(
     exact = both(*wide, data[4], kernel="reference", **how)
   return tuple(
     float(np.max(errors(both(*data, kernel=it, **how), exact))) for it in (kernel, "reference")
-  )  # NaN is kept
+  )  # NaN stays
 
 
 def timed(
@@ -99,20 +102,18 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-  asked = parsed()
+  args = parsed()
   device = children.jax_device()
   dtype, cpu = (jnp.float32, True) if device.platform == "cpu" else (jnp.bfloat16, False)
   lines, faults = [], []
-  for family, packed, kernel in itertools.product(asked.heads, (False, True), asked.kernels):
+  for family, packed, kernel in itertools.product(args.heads, (False, True), args.kernels):
     N, H, local = HEADS[family]
     if unsupported_reason(kernel, device, dtype, H, packed):
       continue
     for window in dict.fromkeys((None, local)):
       how = (N, H, dtype, packed, window)
-      worst, formula = np.max([compared(kernel, T, *how) for T in asked.lengths], 0)
-      times = [
-        timed(it, asked.rows, asked.length, *how) for it in (kernel, "reference") if asked.rows
-      ]
+      worst, formula = np.max([compared(kernel, T, *how) for T in args.lengths], 0)
+      times = [timed(it, args.rows, args.length, *how) for it in (kernel, "reference") if args.rows]
       rows = ("packed" if packed else "plain") + (f", window {window}" if window else "")
       cells = [
         family,
@@ -136,26 +137,26 @@ def main() -> None:
       if not worst <= max(2 * formula, 1e-5):
         faults.append(lines[-1])
   if not lines:
-    sys.exit(f"none of {', '.join(asked.kernels)} is for a {device.device_kind}")
-  put(asked, "cpu" if cpu else device.device_kind, dtype, lines)
+    sys.exit(f"none of {', '.join(args.kernels)} is for a {device.device_kind}")
+  put(args, "cpu" if cpu else device.device_kind, dtype, lines)
   if faults:
     sys.exit("further from float32 than the formula is:\n" + "\n".join(faults))
 
 
-def put(asked: argparse.Namespace, device: str, dtype, lines: list[str]) -> None:
+def put(args: argparse.Namespace, device: str, dtype, lines: list[str]) -> None:
   """The table, into the page; one of errors only is a section of its own."""
   head = ["heads of", "", "rows", "kernel", "its error", "the formula's error"]
   about = (
-    f"{page.machine(device, 'jax')}. {jnp.dtype(dtype)}; errors over lengths of {', '.join(map(str, asked.lengths))} "
-    "(output and gradients, the worst)"
+    f"{page.machine(device, 'jax')}. {jnp.dtype(dtype)}; errors over lengths of "
+    f"{', '.join(map(str, args.lengths))} (output and gradients, the worst)"
   )
-  if asked.rows:
+  if args.rows:
     head += ["its time", "the formula's time"]
     about += (
-      f"; times of forward and backward of {asked.rows} x {asked.length} tokens, medians of nine"
+      f"; times of forward and backward of {args.rows} x {args.length} tokens, medians of nine"
     )
   table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]
-  what = "attention on" if asked.rows else "attention's errors on"
+  what = "attention on" if args.rows else "attention's errors on"
   page.put(
     f"{what} {page.where(device)}",
     "benchmarks/attention.py",

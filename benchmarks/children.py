@@ -1,4 +1,4 @@
-"""Processes that benchmarks start: their environment, what they answer, their end. The standard library only."""
+"""Child processes of benchmarks: environment, answer, end. Needs only the standard library."""
 
 import argparse
 import contextlib
@@ -20,9 +20,10 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def jax_device():
-  """JAX's first device, set up as jaxft does; with BENCHMARKS_REQUIRE=gpu an error where it is none.
+  """JAX's first device, set up as jaxft does; with BENCHMARKS_REQUIRE=gpu an error if it is no GPU.
 
-  JAX_PLATFORMS=cuda,cpu does not see to that: where CUDA does not start, JAX (0.10 to 0.12) says so and takes the CPU.
+  JAX_PLATFORMS=cuda,cpu does not see to that: if CUDA does not start, JAX (0.10 to 0.12) logs it
+  and takes the CPU.
   """
   import jax
 
@@ -45,7 +46,10 @@ def torch_device() -> str:
 
 
 def answer(command: list[str], seconds: float | None = None) -> dict:
-  """The JSON of a command's last line, or {"error": why there is none}. After `seconds` it is killed, with what it started."""
+  """The JSON of a command's last line, or {"error": why there is none}.
+
+  After `seconds` it is killed, with what it started.
+  """
   with subprocess.Popen(
     command, stdout=subprocess.PIPE, env=environment(), process_group=0
   ) as child:

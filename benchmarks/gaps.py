@@ -1,9 +1,12 @@
-"""How long devices wait between the programs of a run: python benchmarks/gaps.py [WORKDIR] [--steps 5] [--picture gaps.svg]
+"""How long devices wait between the programs of a run.
 
-WORKDIR is that of a run with `--config.train.profile_steps=N`; what JAX's profiler wrote there is read, and the traced time of
-each device is printed, how much of it programs ran, the longest wait as a share of a step, and the kernels that took longest.
-Without WORKDIR a run is made: `--model` with random weights, which ends after the traced steps, without a checkpoint or an
-export; the figures and their picture go into docs/benchmarks.md, and the trace into `--trace FILE.tar.gz`.
+  python benchmarks/gaps.py [WORKDIR] [--steps 5] [--picture gaps.svg]
+
+WORKDIR is that of a run with `--config.train.profile_steps=N`; what JAX's profiler wrote there is
+read, and the traced time of each device is printed, how much of it programs ran, the longest wait
+as a share of a step, and the kernels that took longest. Without WORKDIR a run is made: `--model`
+with random weights, which ends after the traced steps, without a checkpoint or an export; the
+figures and their picture go into docs/benchmarks.md, and the trace into `--trace FILE.tar.gz`.
 """
 
 import argparse
@@ -54,45 +57,49 @@ def parsed() -> argparse.Namespace:
   parser.add_argument("--dropout", type=float, default=0.1)
   parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
   parser.add_argument(
-    "--trace", type=Path, help="file for the trace, as .tar.gz: without it none is kept"
+    "--trace", type=Path, help="file for the trace, as .tar.gz: without it none is saved"
   )
   return parser.parse_args()
 
 
 def main() -> None:
-  asked = parsed()
-  if asked.workdir:
-    found = spans_of(asked.workdir)
+  args = parsed()
+  if args.workdir:
+    found = spans_of(args.workdir)
     if not found:
       raise SystemExit(
-        f"error: no trace of a device under {asked.workdir}; train with --config.train.profile_steps=5"
+        f"error: no trace of a device under {args.workdir}; train with "
+        "--config.train.profile_steps=5"
       )
-    if asked.picture:
-      asked.picture.write_text(drawn(found), encoding="utf-8")
-    return print(f"{told(found, asked.steps)}\n{kernels_told(asked.workdir, asked.steps)}".strip())
+    if args.picture:
+      args.picture.write_text(drawn(found), encoding="utf-8")
+    kernels = describe_kernels(args.workdir, args.steps)
+    return print(f"{describe_gaps(found, args.steps)}\n{kernels}".strip())
   with tempfile.TemporaryDirectory() as folder:
-    device = train(asked, Path(folder))
-    if asked.trace:
-      with tarfile.open(asked.trace, "w:gz") as file:
+    device = train(args, Path(folder))
+    if args.trace:
+      with tarfile.open(args.trace, "w:gz") as file:
         file.add(Path(folder) / "run" / "profile", "profile")
-    found, kernels = spans_of(Path(folder)), kernels_told(Path(folder), asked.steps)
+    found = spans_of(Path(folder))
+    kernels = describe_kernels(Path(folder), args.steps)
   if not found or (device != "cpu" and not found[0].device.startswith("/device:")):
     raise SystemExit(
       f"error: the trace tells nothing of {device}: can JAX's profiler read its counters here?"
     )
   print(kernels)
-  put(asked, found, device)
+  put(args, found, device)
 
 
-def put(asked: argparse.Namespace, found: list[Busy], device: str) -> None:
+def put(args: argparse.Namespace, found: list[Busy], device: str) -> None:
   """The figures and their picture, into the page."""
-  name = f"gaps-{re.sub('[^a-z0-9]+', '-', f'{asked.model} {device}'.lower())}.svg"
-  picture = asked.picture or page.pictures() / name
+  name = f"gaps-{re.sub('[^a-z0-9]+', '-', f'{args.model} {device}'.lower())}.svg"
+  picture = args.picture or page.pictures() / name
   picture.write_text(drawn(found), encoding="utf-8")
-  text = told(found, asked.steps)
+  text = describe_gaps(found, args.steps)
   about = (
-    f"{page.machine(device, 'jax')}: {asked.steps} steps of {asked.model}, {asked.rows} x {asked.length} tokens, dropout "
-    f"{asked.dropout:g}, `memory.remat={asked.remat}`, random weights, traced by `config.train.profile_steps`. {text}"
+    f"{page.machine(device, 'jax')}: {args.steps} steps of {args.model}, {args.rows} x "
+    f"{args.length} tokens, dropout {args.dropout:g}, `memory.remat={args.remat}`, random "
+    f"weights, traced by `config.train.profile_steps`. {text}"
   )
   print(about)
   page.note(
@@ -103,19 +110,19 @@ def put(asked: argparse.Namespace, found: list[Busy], device: str) -> None:
     busy=[it.share for it in found],
     told=text,
   )
-  picture_of = f"![{asked.steps} steps one after the other, with the waits between them]({name})"
-  what = f"between programs, {asked.model} on {page.where(device)}"
+  picture_of = f"![{args.steps} steps one after the other, with the waits between them]({name})"
+  what = f"between programs, {args.model} on {page.where(device)}"
   page.put(what, "benchmarks/gaps.py", f"{about}\n\n{picture_of}", device)
 
 
-def train(asked: argparse.Namespace, folder: Path) -> str:
+def train(args: argparse.Namespace, folder: Path) -> str:
   """Traces a run; returns the device that it was on."""
   import jax
 
   # Two steps are not traced, and the trace is written after the last traced one.
-  last = asked.steps + 4
-  config = scratch.config_of(folder, asked.model, asked.rows, asked.length, last + 1, asked.dropout)
-  config.train.profile_steps, config.memory.remat = asked.steps, asked.remat
+  last = args.steps + 4
+  config = scratch.config_of(folder, args.model, args.rows, args.length, last + 1, args.dropout)
+  config.train.profile_steps, config.memory.remat = args.steps, args.remat
   scratch.finetune_until(last, config, folder / "run")
   return jax.devices()[0].device_kind
 
@@ -135,7 +142,7 @@ def longest_kernels(folder: Path, most: int = 25) -> dict[str, list[tuple[str, f
   return found
 
 
-def kernels_told(folder: Path, steps: int) -> str:
+def describe_kernels(folder: Path, steps: int) -> str:
   lines = []
   for device, kernels in longest_kernels(folder).items():
     lines += [f"{device}: the kernels that took longest"]
@@ -149,19 +156,20 @@ def spans_of(folder: Path) -> list[Busy]:
   return [busy for file in sorted(folder.rglob("*.xplane.pb")) for busy in of_file(file)]
 
 
-def told(found: list[Busy], steps: int) -> str:
+def describe_gaps(found: list[Busy], steps: int) -> str:
   lines = []
   for it in found:
     longest, step = max(it.gaps, default=0), it.total / steps
     lines.append(
       f"{it.device}: {it.total / 1e6:,.1f} ms, {step / 1e6:,.1f} ms a step; programs ran "
-      f"{it.share:.2%} of it; the longest wait was {longest / 1e6:.2f} ms, {longest / step:.2%} of a step."
+      f"{it.share:.2%} of it; the longest wait was {longest / 1e6:.2f} ms, {longest / step:.2%} of "
+      "a step."
     )
   return "\n".join(lines)
 
 
 def of_file(file: Path) -> list[Busy]:
-  """Of every device of a trace: kernels of a GPU's streams, operations of a TPU, whole programs on a CPU."""
+  """For each traced device: kernels of a GPU's streams, operations of a TPU, programs of a CPU."""
   found = []
   for plane in ProfileData.from_file(str(file)).planes:
     if plane.name.startswith("/device:"):
@@ -195,22 +203,22 @@ def union(spans: list[tuple[float, float]], apart: float = 0.0) -> list[tuple[fl
 
 def drawn(found: list[Busy]) -> str:
   """A time line as SVG, a row for each device."""
-  width, height = (
-    900,
-    30 * len(found) + 10,
-  )  # a GPU runs thousands of kernels: those with less than 0.1 between them are one
+  # A GPU runs thousands of kernels: those with less than 0.1 between them are one.
+  width, height = 900, 30 * len(found) + 10
   rows = []
   for row, it in enumerate(found):
     begin, scale = it.spans[0][0], (width - 160) / it.total
     rows.append(
-      f'<text x="4" y="{30 * row + 25}" font-family="sans-serif" font-size="12" fill="#808080">{it.device}</text>'
+      f'<text x="4" y="{30 * row + 25}" font-family="sans-serif" font-size="12" fill="#808080">'
+      f"{it.device}</text>"
     )
     rows += [
-      f'<rect x="{150 + (b - begin) * scale:.2f}" y="{30 * row + 10}" width="{(e - b) * scale:.2f}" height="22" '
-      'fill="#3465a4"/>'
+      f'<rect x="{150 + (b - begin) * scale:.2f}" y="{30 * row + 10}" '
+      f'width="{(e - b) * scale:.2f}" height="22" fill="#3465a4"/>'
       for b, e in union(it.spans, 0.1 / scale)
     ]
-  return f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">{"".join(rows)}</svg>\n'
+  size = f'width="{width}" height="{height}"'
+  return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(rows)}</svg>\n'
 
 
 if __name__ == "__main__":

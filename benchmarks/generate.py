@@ -1,10 +1,13 @@
-"""Generation, side by side with transformers' generate and its cache: python benchmarks/generate.py [--model gpt2] [--new 128]
+"""Generation, side by side with transformers' generate and its cache.
 
-The same random weights, the same prompts of random tokens, greedy. Each turn is a process of its own, and the contenders take
-turns; the first call of each, which compiles or allocates, does not count; medians do. On a GPU all compute in bfloat16, on a
-CPU in float32. With a static cache (`cache_implementation="static"`) transformers compiles its forward pass on a GPU. The table
-goes into docs/benchmarks.md after each contender; `--contenders jaxft transformers=60` takes these only, and ends one that has
-not answered after so many seconds. Needs torch and transformers beside jaxft.
+  python benchmarks/generate.py [--model gpt2] [--new 128]
+
+The same random weights, the same prompts of random tokens, greedy. Each turn is a process of its
+own, and the contenders take turns; the first call of each, which compiles or allocates, does not
+count; medians do. On a GPU all compute in bfloat16, on a CPU in float32. With a static cache
+(`cache_implementation="static"`) transformers compiles its forward pass on a GPU. The table goes
+into docs/benchmarks.md after each contender; `--contenders jaxft transformers=60` takes these only,
+and ends one that has not answered after so many seconds. Needs torch and transformers beside jaxft.
 """
 
 import argparse
@@ -49,27 +52,27 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-  asked = parsed()
-  if asked.measure:
+  args = parsed()
+  if args.measure:
     with quiet():
-      opened = with_jaxft if asked.measure == "jaxft" else with_transformers
-      found = measured(asked, *opened(asked))
+      opened = with_jaxft if args.measure == "jaxft" else with_transformers
+      found = measured(args, *opened(args))
     return print(json.dumps(found))
-  turns, wrong = {name: [] for name, _ in asked.contenders}, []
+  turns, wrong = {name: [] for name, _ in args.contenders}, []
   with tempfile.TemporaryDirectory() as folder:
-    write_model(asked, Path(folder))
-    for turn in range(1, asked.turns + 1):
-      for name, seconds in asked.contenders:
+    write_model(args, Path(folder))
+    for turn in range(1, args.turns + 1):
+      for name, seconds in args.contenders:
         now = children.answer(
           [sys.executable, *sys.argv, "--measure", name, "--folder", folder], seconds
         )
         page.note(
           "generate",
-          model=asked.model,
+          model=args.model,
           contender=name,
           turn=turn,
-          prompt=asked.prompt,
-          new=asked.new,
+          prompt=args.prompt,
+          new=args.new,
           **now,
         )
         if "error" in now:
@@ -77,16 +80,16 @@ def main() -> None:
           print(wrong[-1], flush=True)
           continue
         turns[name].append(now)
-        told = ", ".join(
+        speeds = ", ".join(
           f"{speed:,.1f} tokens/s at {rows}" for rows, speed in now["tokens_per_second"].items()
         )
-        print(f"turn {turn}, {name}: {told}", flush=True)
+        print(f"turn {turn}, {name}: {speeds}", flush=True)
         device = now["device"]
-        what = f"generating with {asked.model} on {page.where(device)}"
+        what = f"generating with {args.model} on {page.where(device)}"
         page.put(
           what,
           "benchmarks/generate.py",
-          text := table(asked, {k: of for k, of in turns.items() if of}),
+          text := table(args, {k: of for k, of in turns.items() if of}),
           device,
         )
   if any(turns.values()):
@@ -95,7 +98,7 @@ def main() -> None:
     sys.exit("\n".join(wrong))
 
 
-def write_model(asked: argparse.Namespace, folder: Path) -> None:
+def write_model(args: argparse.Namespace, folder: Path) -> None:
   """The model with random weights, and GPT-2's tokenizer."""
   import transformers
 
@@ -103,61 +106,62 @@ def write_model(asked: argparse.Namespace, folder: Path) -> None:
   import tiny
   from models import PUBLISHED
 
-  facts = dict(PUBLISHED[asked.model])
+  facts = dict(PUBLISHED[args.model])
   config = transformers.AutoConfig.for_model(facts.pop("model_type"), **facts)
   transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
   tiny.write_gpt2_bpe(folder)
 
 
-def with_jaxft(asked: argparse.Namespace) -> tuple[Callable, str]:
+def with_jaxft(args: argparse.Namespace) -> tuple[Callable, str]:
   import jaxft
   from jaxft.generation.sampling import Sampling
 
   device = children.jax_device()
-  ready = jaxft.load(asked.folder)
-  sampling = Sampling(max_new_tokens=asked.new, temperature=0)
-  # Token ids in and out, as the peer has them; no end token of random weights should cut a text short.
+  ready = jaxft.load(args.folder)
+  sampling = Sampling(max_new_tokens=args.new, temperature=0)
+  # Token ids in and out, as the peer has them; no end token of random weights should cut a text
+  # short.
   generator = ready._generator
   generator.eos_token_id = -1
   return lambda prompts: generator(ready.params, prompts, sampling), device.device_kind
 
 
-def with_transformers(asked: argparse.Namespace) -> tuple[Callable, str]:
+def with_transformers(args: argparse.Namespace) -> tuple[Callable, str]:
   import torch
   import transformers
 
   cuda = children.torch_device() == "cuda"
   dtype = torch.bfloat16 if cuda else torch.float32
   model = transformers.AutoModelForCausalLM.from_pretrained(
-    asked.folder, dtype=dtype, attn_implementation="sdpa"
+    args.folder, dtype=dtype, attn_implementation="sdpa"
   )
   model = model.eval().to("cuda" if cuda else "cpu")
 
   def generate(prompts: list[list[int]]) -> list[list[int]]:
     ids = torch.tensor(prompts, device=model.device)
-    how = dict(max_new_tokens=asked.new, min_new_tokens=asked.new, do_sample=False, use_cache=True)
-    how |= {"cache_implementation": "static"} if "static" in asked.measure else {}
+    how = dict(max_new_tokens=args.new, min_new_tokens=args.new, do_sample=False, use_cache=True)
+    how |= {"cache_implementation": "static"} if "static" in args.measure else {}
     found = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **how)
     return found[:, ids.shape[1] :].tolist()
 
   return generate, torch.cuda.get_device_name() if cuda else "cpu"
 
 
-def measured(asked: argparse.Namespace, generate: Callable, device: str) -> dict:
+def measured(args: argparse.Namespace, generate: Callable, device: str) -> dict:
   """Tokens a second by the number of prompts, and what was written first."""
   speed, written = {}, None
-  for rows in asked.rows:
-    prompts = np.random.default_rng(0).integers(1000, 40_000, (rows, asked.prompt)).tolist()
+  for rows in args.rows:
+    prompts = np.random.default_rng(0).integers(1000, 40_000, (rows, args.prompt)).tolist()
     generate(prompts)
     began = time.monotonic()
     found = generate(prompts)
-    assert all(len(text) == asked.new for text in found)
-    speed[rows] = rows * asked.new / (time.monotonic() - began)
+    assert all(len(text) == args.new for text in found)
+    speed[rows] = rows * args.new / (time.monotonic() - began)
     written = written or found[0]
   return {"tokens_per_second": speed, "first_tokens": written, "device": device}
 
 
-def table(asked: argparse.Namespace, turns: dict[str, list[dict]]) -> str:
+def table(args: argparse.Namespace, turns: dict[str, list[dict]]) -> str:
   first = {name: of[0]["first_tokens"] for name, of in turns.items()}
   same = sum(
     np.logical_and.accumulate(
@@ -168,14 +172,15 @@ def table(asked: argparse.Namespace, turns: dict[str, list[dict]]) -> str:
   ratios = [f"to {name}" for name in peers] if "jaxft" in turns else []
   columns = ["prompts at once", *(f"{name}, tokens/s" for name in turns), *ratios]
   lines = [
-    f"{page.machine(next(iter(turns.values()))[0]['device'], 'jax', 'torch', 'transformers')}. {asked.model}, prompts of "
-    f"{asked.prompt} tokens, {asked.new} new ones, greedy; medians of {asked.turns} turns, in brackets the slowest and "
-    f"fastest. The first {same} tokens of all are the same.",
+    f"{page.machine(next(iter(turns.values()))[0]['device'], 'jax', 'torch', 'transformers')}. "
+    f"{args.model}, prompts of {args.prompt} tokens, {args.new} new ones, greedy; medians of "
+    f"{args.turns} turns, in brackets the slowest and fastest. The first {same} tokens of all are "
+    "the same.",
     "",
     f"| {' | '.join(columns)} |",
     f"|{'---|' * len(columns)}",
   ]
-  for rows in map(str, asked.rows):
+  for rows in map(str, args.rows):
     speeds = {
       name: sorted(turn["tokens_per_second"][rows] for turn in of) for name, of in turns.items()
     }

@@ -1,4 +1,4 @@
-"""Runs parts of benchmarks/gpu_parts.py: each with its own limit, killed with what it started. The standard library only."""
+"""Runs parts of benchmarks/gpu_parts.py, each with its own limit. The standard library only."""
 
 import collections
 import contextlib
@@ -26,17 +26,17 @@ class Part(NamedTuple):
   phase: int  # 3: only without a deadline
   limit: int  # seconds
   least: int  # seconds that must be left for it to begin
-  command: str  # after `python`; {out}, {work}, {caches}, {turns}, {require}, and {N} for a limit of N seconds
+  # After `python`; {out}, {work}, {caches}, {turns}, {require}, and {N} for a limit of N seconds.
+  command: str
   tiny: str  # flags that are added to try the command on a CPU: of two the last one counts
   group: str = ""  # parts that follow each other with the same group run beside each other
-  share: float = (
-    0.0  # of the card's memory for XLA, where others run beside it; 0: as much as JAX takes
-  )
+  share: float = 0.0  # of the card's memory for XLA, if others run beside it; 0: JAX's default
   environment: dict[str, str] = {}
   instead_of: str = ""  # runs only where that part did not end well
 
 
-# Of what a part says, that its line in the summary does not end with: XLA's log, warnings, and what JAX adds to a traceback.
+# Of what a part says, that its line in the summary does not end with: XLA's log, warnings, and what
+# JAX adds to a traceback.
 NO_NEWS = re.compile(
   r"\s*$|[A-Z]\d{4} |.*WARNING|-+$|For simplicity, JAX has removed|.*JAX_TRACEBACK_FILTERING"
 )
@@ -102,7 +102,7 @@ class Runner:
     return self._deadline - time.monotonic()
 
   def run(self, parts: tuple[Part, ...]) -> None:
-    """One group after the other; of tiny shapes, of which nothing is timed, two parts beside each other."""
+    """One group after the other; two parts at once for tiny shapes, of which nothing is timed."""
     with tempfile.TemporaryDirectory(prefix="jaxft-gpu-", ignore_cleanup_errors=True) as work:
       while parts:
         beside = 1
@@ -236,13 +236,13 @@ class Runner:
     return "computed on the CPU" if on_cpu and not self.tiny else state
 
   def _ended(
-    self, part: Part, state: str, told: str, code: int | None = None, seconds: float = 0
+    self, part: Part, state: str, detail: str, code: int | None = None, seconds: float = 0
   ) -> None:
     with self._lock:
       self.states[part.name] = state
-      self.say(f"{part.name}: {state}, {seconds:.0f} s | {told[:600]}")
+      self.say(f"{part.name}: {state}, {seconds:.0f} s | {detail[:600]}")
       self.note(
-        "part", name=part.name, state=state, code=code, seconds=round(seconds, 1), told=told
+        "part", name=part.name, state=state, code=code, seconds=round(seconds, 1), told=detail
       )
       self._write_page()
 
@@ -251,7 +251,8 @@ class Runner:
       page.PAGE.read_text(encoding="utf-8"), page.read(self.out / "results.jsonl")
     )
     if self.tiny:
-      text = f"**Tiny shapes on a CPU, to try the commands: what is new here is no measurement.**\n\n{text}"
+      head = "**Tiny shapes on a CPU, to try the commands: what is new here is no measurement.**"
+      text = f"{head}\n\n{text}"
     whole = self.out / "benchmarks.md.part"
     with contextlib.suppress(OSError):
       whole.write_text(text, encoding="utf-8")
@@ -278,7 +279,7 @@ def append(file: Path, line: str) -> None:
 
 
 def kill_session(session: int) -> None:
-  """Kills all processes of a session, whatever groups they made; where there is no /proc, its first group."""
+  """Kills all processes of a session, whatever their groups; without /proc, its first group."""
   for _ in range(3):  # one may be about to start another
     members = session_members(session)
     for pid in members:

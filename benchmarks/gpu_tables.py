@@ -1,10 +1,14 @@
-"""Tables of docs/benchmarks.md from what a run on a GPU left: python benchmarks/gpu_tables.py FOLDER [FOLDER ...]
+"""Tables of docs/benchmarks.md from what a run on a GPU left.
 
-FOLDER is the $OUT of benchmarks/gpu_short.sh; of several the contenders of a batch come into one table. Beside each part's own
-section one tells the plan's error: planned against measured peaks, of every part that has both. The line "Expect" of a config
-that a part stands for gets what was measured, where it says that nothing is yet; what was decided otherwise is printed alone.
+  python benchmarks/gpu_tables.py FOLDER [FOLDER ...]
 
-Figures of a CPU, such as those of GPU_TINY=1, are left out; where there are no others nothing is written, and the code is 1.
+FOLDER is the $OUT of benchmarks/gpu_short.sh; of several the contenders of a batch come into one
+table. Beside each part's own section one tells the plan's error: planned against measured peaks, of
+every part that has both. The line "Expect" of a config that a part stands for gets what was
+measured, where it says that nothing is yet; what was decided otherwise is printed alone.
+
+Figures of a CPU, such as those of GPU_TINY=1, are left out; where there are no others nothing is
+written, and the code is 1.
 """
 
 import argparse
@@ -44,23 +48,23 @@ def main() -> None:
     default=ROOT,
     help="whose docs/ and configs/ are written (default: this checkout's)",
   )
-  asked = parser.parse_args()
+  args = parser.parse_args()
   lines = [
     line | {"folder": folder}
-    for folder in asked.folders
+    for folder in args.folders
     for line in page.read(folder / "results.jsonl")
   ]
   measured = [line for line in lines if line.get("device") != "cpu"]
   if not any("device" in line for line in measured):
-    names = ", ".join(map(str, asked.folders))
+    names = ", ".join(map(str, args.folders))
     sys.exit(f"error: nothing in {names} was measured on a GPU; nothing is written")
   if left_out := len(lines) - len(measured):
     print(f"{left_out} lines are of a CPU, and left out")
-  write_page(asked.root / "docs" / "benchmarks.md", measured)
-  copy_pictures(measured, asked.root / "docs")
+  write_page(args.root / "docs" / "benchmarks.md", measured)
+  copy_pictures(measured, args.root / "docs")
   newest = {line.get("part"): line for line in measured if line["benchmark"] == "offload"}
   for part in STANDS_FOR.keys() & newest.keys():
-    write_config(asked.root / "configs" / STANDS_FOR[part], expectation(newest[part]))
+    write_config(args.root / "configs" / STANDS_FOR[part], expectation(newest[part]))
 
 
 def write_page(file: Path, lines: list[Line]) -> None:
@@ -93,7 +97,8 @@ def plan_errors(lines: list[Line]) -> str:
     errors.append(planned / peak - 1)
     name = f"{line.get('part', line['benchmark'])}, {model_of(line)}"
     rows.append(
-      f"| {name} | {line['device']} | {rendering.format_bytes(planned)} | {rendering.format_bytes(peak)} | {100 * errors[-1]:+.1f} % |"
+      f"| {name} | {line['device']} | {rendering.format_bytes(planned)} | "
+      f"{rendering.format_bytes(peak)} | {100 * errors[-1]:+.1f} % |"
     )
   if not both:
     return ""
@@ -123,22 +128,23 @@ def expectation(line: Line) -> str:
   it, day = line["settings"], datetime.date.fromtimestamp(line["at"])
   pool = f", of which XLA had {it['pool']:g} GiB" if it["pool"] else ""
   return (
-    f"losses are not measured yet: they need the weights. With random ones on a {line['device']}{pool}, {it['rows']} x "
-    f"{it['length']} tokens a step ({day}, jax {line['jax']}): a peak of {rendering.format_bytes(line['peak_bytes'])}, "
+    "losses are not measured yet: they need the weights. With random ones on a "
+    f"{line['device']}{pool}, {it['rows']} x {it['length']} tokens a step ({day}, jax "
+    f"{line['jax']}): a peak of {rendering.format_bytes(line['peak_bytes'])}, "
     f"{line['step_seconds']:.2f} s a step, {line['tokens_per_second']:,.0f} tokens/s"
   )
 
 
-def write_config(file: Path, told: str) -> None:
+def write_config(file: Path, result: str) -> None:
   """Into the docstring, where it says that nothing is measured; else it is printed alone."""
   text = file.read_text(encoding="utf-8")
   if not UNMEASURED.search(text):
-    return print(f"{file} says something else already; this was measured: {told}")
+    return print(f"{file} says something else already; this was measured: {result}")
   wrapped = textwrap.fill(
-    f"Expect     {told}", 124, subsequent_indent=" " * 11, break_on_hyphens=False
+    f"Expect     {result}", 124, subsequent_indent=" " * 11, break_on_hyphens=False
   )
   file.write_text(UNMEASURED.sub(lambda _: wrapped, text, count=1), encoding="utf-8")
-  print(f"wrote {file}: {told}")
+  print(f"wrote {file}: {result}")
 
 
 if __name__ == "__main__":

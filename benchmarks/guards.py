@@ -1,8 +1,11 @@
-"""What safety costs a step of GPT-2 124M: python benchmarks/guards.py [--rows 8] [--length 512]
+"""What safety costs a step of GPT-2 124M.
 
-The train step with and without the look for numbers that are not finite (and what follows from it: the old state where there
-are some), in turns; then, beside them, a step's line in metrics.jsonl and the checksums of a checkpoint, which come once in
-`train.save_every` steps. Random weights; nothing is read.
+  python benchmarks/guards.py [--rows 8] [--length 512]
+
+The train step with and without the look for numbers that are not finite (and what follows from it:
+the old state where there are some), in turns; then, beside them, a step's line in metrics.jsonl and
+the checksums of a checkpoint, which come once in `train.save_every` steps. Random weights; nothing
+is read.
 """
 
 import argparse
@@ -33,13 +36,12 @@ TURNS = 5
 
 
 def build(config, unguarded: bool):
-  cfg, T = (
-    model_config.from_hf_config(PUBLISHED["gpt2"]).with_dropout(0.0),
-    config.data.sequence_length,
-  )
+  cfg = model_config.from_hf_config(PUBLISHED["gpt2"]).with_dropout(0.0)
+  T = config.data.sequence_length
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
   found = per_device.make_nonfinite_check
-  if unguarded:  # "nothing is wrong" is then known when the program is compiled, and all that rests on it is left out
+  # "Nothing is wrong" is then known at compile time, and all that depends on it is left out.
+  if unguarded:
     per_device.make_nonfinite_check = lambda shardings: (
       lambda tree: jnp.zeros(len(jax.tree.leaves(tree)), bool)
     )
@@ -64,10 +66,10 @@ def main() -> None:
   config.train.batch_size, config.data.sequence_length = arguments.rows, arguments.length
   cfg, run, guarded = build(config, False)
   _, _, bare = build(config, True)
-  places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
   new = lambda: nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
   state = jax.jit(
-    lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places
+    lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=shardings
   )()
   rng = np.random.default_rng(0)
   ids = rng.integers(cfg.V, size=run.batch["ids"].shape, dtype=np.int32)
@@ -96,22 +98,23 @@ def main() -> None:
     started = time.monotonic()
     for step in range(1, 1001):
       reporter.log_step(step, host, meter, lambda bad: [])
-    told = (time.monotonic() - started) / 1000
+    log_seconds = (time.monotonic() - started) / 1000
 
   every, bare = config.train.save_every, median["bare"]
   share = lambda more: f"{100 * more / bare:+.2f} %"
   spread = (max(seconds["bare"]) - min(seconds["bare"])) / bare
   lines = [
-    f"{page.machine(jax.devices()[0].device_kind, 'jax')}, GPT-2 124M shape, {arguments.rows} x {arguments.length} tokens: "
-    f"medians of {TURNS} steps of each kind, in turns.",
+    f"{page.machine(jax.devices()[0].device_kind, 'jax')}, GPT-2 124M shape, {arguments.rows} x "
+    f"{arguments.length} tokens: medians of {TURNS} steps of each kind, in turns.",
     "",
     "| | a step | of a step |",
     "|---|---|---|",
     f"| without guards | {bare:.2f} s | (the turns differ by {100 * spread:.0f} %) |",
-    "| with the look over gradients, weights and optimizer state, and the update that depends on it | "
-    f"{median['guarded']:.2f} s | {share(median['guarded'] - bare)} |",
-    f"| a line of metrics | {1000 * told:.2f} ms | {share(told)} |",
-    f"| checksums of a checkpoint, once in {every} steps | {1000 * sums / every:.1f} ms | {share(sums / every)} |",
+    "| with the look over gradients, weights and optimizer state, and the update that depends on "
+    f"it | {median['guarded']:.2f} s | {share(median['guarded'] - bare)} |",
+    f"| a line of metrics | {1000 * log_seconds:.2f} ms | {share(log_seconds)} |",
+    f"| checksums of a checkpoint, once in {every} steps | {1000 * sums / every:.1f} ms | "
+    f"{share(sums / every)} |",
   ]
   print("\n".join(lines))
   page.put("what safety costs", "benchmarks/guards.py", "\n".join(lines))

@@ -1,8 +1,10 @@
-"""Optimizer steps of a model that is larger than the device: python benchmarks/offload.py [--model EleutherAI/gpt-j-6b]
+"""Optimizer steps of a model that is larger than the device.
 
-On a GPU XLA's pool is held to `--pool` GiB, so that a large card stands in for a small one; elsewhere there is no such limit.
-Weights and tokens are random; nothing is read. The plan's peak beside the measured one, tokens/s and bytes over the bus go into
-docs/benchmarks.md.
+  python benchmarks/offload.py [--model EleutherAI/gpt-j-6b]
+
+On a GPU XLA's pool is held to `--pool` GiB, so that a large card stands in for a small one;
+elsewhere there is no such limit. Weights and tokens are random; nothing is read. The plan's peak
+beside the measured one, tokens/s and bytes over the bus go into docs/benchmarks.md.
 """
 
 import argparse
@@ -44,20 +46,18 @@ def parsed() -> argparse.Namespace:
   return parser.parse_args()
 
 
-def config_of(asked: argparse.Namespace):
-  """The run's settings; jaxft is imported late, because the size of the pool is set before JAX starts."""
+def config_of(args: argparse.Namespace):
+  """The run's settings; jaxft is imported late: the size of the pool is set before JAX starts."""
   import jaxft.config
 
   config = jaxft.config.default()
-  config.model.path, config.memory.offload, config.optim.name = (
-    asked.model,
-    asked.offload,
-    asked.optimizer,
-  )
-  config.model.dropout, config.data.train, config.train.steps = 0.0, ("random",), asked.steps
-  config.train.batch_size, config.train.micro_batch_size = asked.rows, asked.micro
-  config.data.sequence_length = asked.length
-  config.memory.remat, config.memory.loss_chunk = asked.remat, 256
+  config.model.path = args.model
+  config.memory.offload = args.offload
+  config.optim.name = args.optimizer
+  config.model.dropout, config.data.train, config.train.steps = 0.0, ("random",), args.steps
+  config.train.batch_size, config.train.micro_batch_size = args.rows, args.micro
+  config.data.sequence_length = args.length
+  config.memory.remat, config.memory.loss_chunk = args.remat, 256
   return config
 
 
@@ -76,7 +76,7 @@ def repeated(block: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
   return np.resize(block, shape)
 
 
-def prepared(asked: argparse.Namespace) -> tuple:
+def prepared(args: argparse.Namespace) -> tuple:
   """The run, its random state, its compiled step, and what is planned of it."""
   import jax
   import models
@@ -88,11 +88,11 @@ def prepared(asked: argparse.Namespace) -> tuple:
   from jaxft.training.init import init_train_state
 
   device = children.jax_device()
-  config = config_of(asked)
+  config = config_of(args)
   known_models.PUBLISHED.update(models.TINY)  # for answer.model_facts
   cfg = planner.resolve_model_config(config)
   mesh = jaxft.sharding.mesh.make_mesh(config.mesh, [device])
-  run = build_train_program(config, cfg, mesh, asked.steps, measure.dummy_row(config, cfg))
+  run = build_train_program(config, cfg, mesh, args.steps, measure.dummy_row(config, cfg))
   check_fits(run, config)
   # A prime number of them: rows of a matrix are not alike.
   block = np.random.default_rng(0).standard_normal(2**24 + 43, np.float32) * np.float32(0.02)
@@ -106,21 +106,22 @@ def prepared(asked: argparse.Namespace) -> tuple:
   step = traced.lower().compile()
   planned = measure.measure_traced(run, config, cfg, traced) | measure.measure_compiled(run, step)
   print(
-    f"state made in {drawn - started:.1f} s, compiled in {time.monotonic() - drawn:.1f} s; planned peak "
-    f"{rendering.format_bytes(planned['peak_bytes'])}, on the host {rendering.format_bytes(planned['host_bytes'])}",
+    f"state made in {drawn - started:.1f} s, compiled in {time.monotonic() - drawn:.1f} s; planned "
+    f"peak {rendering.format_bytes(planned['peak_bytes'])}, on the host "
+    f"{rendering.format_bytes(planned['host_bytes'])}",
     flush=True,
   )
   return run, cfg.V, state, step, planned
 
 
-def taken(asked: argparse.Namespace, run, vocabulary: int, state, step) -> list[dict]:
+def taken(args: argparse.Namespace, run, vocabulary: int, state, step) -> list[dict]:
   """Steps of random tokens."""
   import jax
 
   rng, found = np.random.default_rng(1), []
-  for i in range(asked.steps):
+  for i in range(args.steps):
     ids = rng.integers(
-      vocabulary, size=(*run.batch["ids"].shape[:2], asked.length + 1), dtype=np.int32
+      vocabulary, size=(*run.batch["ids"].shape[:2], args.length + 1), dtype=np.int32
     )
     batch = {
       "ids": ids[..., :-1],
@@ -132,23 +133,23 @@ def taken(asked: argparse.Namespace, run, vocabulary: int, state, step) -> list[
     loss = float(numbers["loss"])
     found.append({"loss": loss, "step_seconds": time.monotonic() - started})
     print(
-      f"step {i + 1}/{asked.steps}  loss {loss:.4f}  {found[-1]['step_seconds']:.2f} s", flush=True
+      f"step {i + 1}/{args.steps}  loss {loss:.4f}  {found[-1]['step_seconds']:.2f} s", flush=True
     )
   return found
 
 
 def main() -> None:
-  asked = parsed()
-  hold_pool(asked.pool)
+  args = parsed()
+  hold_pool(args.pool)
   import jax
 
   from jaxft.plan import rendering
 
-  run, vocabulary, state, step, planned = prepared(asked)
-  steps = taken(asked, run, vocabulary, state, step)
+  run, vocabulary, state, step, planned = prepared(args)
+  steps = taken(args, run, vocabulary, state, step)
   device = jax.devices()[0]
   found = {
-    "settings": {key: value for key, value in vars(asked).items() if key != "json"},
+    "settings": {key: value for key, value in vars(args).items() if key != "json"},
     "device": device.device_kind,
     "jax": jax.__version__,
     "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
@@ -158,20 +159,22 @@ def main() -> None:
     "step_seconds": statistics.median(it["step_seconds"] for it in steps),
     "loss": [it["loss"] for it in steps],
   }
-  found["tokens_per_second"] = asked.rows * asked.length / found["step_seconds"]
-  if asked.json:
+  found["tokens_per_second"] = args.rows * args.length / found["step_seconds"]
+  if args.json:
     return print(json.dumps(found))
   page.note("offload", **found)
-  pool = f", {asked.pool:g} GiB of the card for XLA" if asked.pool else ""
+  pool = f", {args.pool:g} GiB of the card for XLA" if args.pool else ""
   text = (
-    f"{page.machine(device.device_kind, 'jax')}: {asked.model}, {asked.rows} x {asked.length} tokens, "
-    f"`memory.offload={asked.offload}`{pool}. Measured peak {rendering.format_bytes(found['peak_bytes'])}, planned "
-    f"{rendering.format_bytes(found['planned_peak_bytes'])}; {found['step_seconds']:.2f} s a step, {found['tokens_per_second']:,.0f} "
-    f"tokens/s, {rendering.format_bytes(found['bus_bytes'])} over the bus a step."
+    f"{page.machine(device.device_kind, 'jax')}: {args.model}, {args.rows} x {args.length} "
+    f"tokens, `memory.offload={args.offload}`{pool}. Measured peak "
+    f"{rendering.format_bytes(found['peak_bytes'])}, planned "
+    f"{rendering.format_bytes(found['planned_peak_bytes'])}; {found['step_seconds']:.2f} s a step, "
+    f"{found['tokens_per_second']:,.0f} tokens/s, {rendering.format_bytes(found['bus_bytes'])} "
+    "over the bus a step."
   )
   print(text)
   if page.OUT or device.platform != "cpu":
-    what = f"a model larger than the device, {asked.model} on {page.where(device.device_kind)}"
+    what = f"a model larger than the device, {args.model} on {page.where(device.device_kind)}"
     page.put(what, "benchmarks/offload.py", text, device.device_kind)
 
 

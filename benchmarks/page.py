@@ -1,7 +1,8 @@
 """Where benchmarks put what they found: docs/benchmarks.md, each in a section of its own.
 
-With BENCHMARKS_OUT=FOLDER that page is left alone: figures and sections are lines of FOLDER/results.jsonl, appended as they
-come, and benchmarks/gpu_tables.py makes a page of them. The standard library only.
+With BENCHMARKS_OUT=FOLDER that page is left alone: figures and sections are lines of
+FOLDER/results.jsonl, appended as they come, and benchmarks/gpu_tables.py makes a page of them. The
+standard library only.
 """
 
 import contextlib
@@ -22,7 +23,10 @@ _noted: list[dict[str, Any]] = []
 
 
 def machine(device: str, *packages: str) -> str:
-  """The date, the machine and the versions: what each section begins with. `device`: as its framework calls it, or "cpu"."""
+  """The date, the machine and the versions, with which each section begins.
+
+  `device`: as its framework calls it, or "cpu".
+  """
   what = [
     str(datetime.date.today()),
     f"{os.cpu_count()} CPU cores",
@@ -68,7 +72,7 @@ def noted(benchmark: str) -> list[dict[str, Any]]:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-  """The lines of a results.jsonl; one that was cut off while it was written, or is none of ours, is left out."""
+  """The lines of a results.jsonl, except for one that was cut off in writing or is not ours."""
   found = []
   for line in (
     file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ()
@@ -79,7 +83,7 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def put(what: str, command: str, text: str, device: str = "cpu") -> None:
-  """Puts a result into the page, in the place of the last one of its name.
+  """Puts a result into the page, instead of the last one of its name.
 
   Args:
     device: that the figures are of, as its framework calls it.

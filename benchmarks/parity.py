@@ -1,7 +1,10 @@
-"""docs/parity.md: how far jaxft is from transformers in torch, for every published size. Run: python benchmarks/parity.py
+"""docs/parity.md: how far jaxft is from transformers in torch, for every published size.
 
-Random weights of the published shapes, float32, on the CPU. A model whose training does not fit in memory beside its own
-reference loses layers, never width. Each framework runs in a process of its own; files carry the numbers between them.
+  python benchmarks/parity.py
+
+Random weights of the published shapes, float32, on the CPU. A model whose training does not fit in
+memory beside its own reference loses layers, never width. Each framework runs in a process of its
+own; files carry the numbers between them.
 """
 
 import argparse
@@ -28,7 +31,7 @@ on {date} with {versions}, on {machine}; it took {minutes} minutes.
 
 | model | layers | parameters | rounding | logits | left padding | right padding | loss | gradient | AdamW | AdamW, table |
 |---|---|---|---|---|---|---|---|---|---|---|
-"""
+"""  # noqa: E501
 FOOTER = """
 - **rounding**: torch's own, the largest absolute difference between the logits of transformers in float32 and in float64 with
   the same weights. It is what float32 can promise for a model: GPT-Neo does not scale its attention scores, so the softmax of a
@@ -44,7 +47,7 @@ FOOTER = """
   own size. GPT-J's head is such a table too, and is among the weights. GPT-2's key biases are left out: they move no softmax,
   so all of their gradient is rounding.
 - **layers**: fewer than published where ten steps of both frameworks would not fit into {memory} GiB.
-"""
+"""  # noqa: E501
 
 
 def reference(name: str, layers: int, folder: Path) -> None:
@@ -206,7 +209,10 @@ def with_layers(config: dict, layers: int) -> dict:
 
 
 def layers_that_fit(config: dict, memory: int) -> tuple[int, int]:
-  """How many layers can be trained in `memory` bytes, and how many there are: four copies, one more for both to load."""
+  """How many layers can be trained in `memory` bytes, and how many there are.
+
+  Training takes four copies, and one more for both frameworks to load.
+  """
   from jaxft.hf.model_config import from_hf_config
   from jaxft.model.decoder import parameter_count
 
@@ -265,8 +271,8 @@ def main() -> None:
     rows.append(
       f"| {name} | {layers} of {of} | {found['parameters']:,} | {found['rounding']:.1e} | "
       f"{found['logits']:.1e} of {found['largest logit']:.1f} | "
-      f"{found['logits left']:.1e} | {found['logits right']:.1e} | {found['loss']:.1e} | {found['gradient']:.1e} | "
-      f"{found['weights']:.1e} | {found['table']:.1e} |"
+      f"{found['logits left']:.1e} | {found['logits right']:.1e} | {found['loss']:.1e} | "
+      f"{found['gradient']:.1e} | {found['weights']:.1e} | {found['table']:.1e} |"
     )
     print(rows[-1], flush=True)
     if not arguments.only:  # after each, so that a run that is cut short has its rows

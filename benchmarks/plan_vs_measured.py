@@ -1,15 +1,18 @@
-"""The plan's peak against the measured one, on one GPU: python benchmarks/plan_vs_measured.py
+"""The plan's peak against the measured one, on one GPU.
 
-Each point is planned with `jaxft.plan`, for the card that is here and as if it were not, then trained for three steps in a
-process of its own (`benchmarks/offload.py`), whose allocator tells the most bytes it had in use. A table, the median and the
-largest error go into docs/benchmarks.md; some twenty minutes on one 80 GB card, less what does not fit. Without a GPU it prints
-the points alone, with their numbers; `--points 0 3` takes these.
+  python benchmarks/plan_vs_measured.py
 
-Plans need no card: `--plans FILE --device h100` makes those of the points, anywhere, and ends; `--plans FILE` on the machine
-with the card takes what is in the file.
+Each point is planned with `jaxft.plan`, for the card that is here and as if it were not, then
+trained for three steps in a process of its own (`benchmarks/offload.py`), whose allocator tells the
+most bytes it had in use. A table, the median and the largest error go into docs/benchmarks.md; some
+twenty minutes on one 80 GB card, less what does not fit. Without a GPU it prints the points alone,
+with their numbers; `--points 0 3` takes these.
 
-A plan is made without autotuning, which needs the card, and has no workspace of cuDNN's, which only the library on the card
-tells; what is measured has both.
+Plans need no card: `--plans FILE --device h100` makes those of the points, anywhere, and ends;
+`--plans FILE` on the machine with the card takes what is in the file.
+
+A plan is made without autotuning, which needs the card, and has no workspace of cuDNN's, which only
+the library on the card tells; what is measured has both.
 """
 
 import argparse
@@ -54,20 +57,18 @@ def parsed() -> argparse.Namespace:
     "--plans", type=Path, help="JSON file of plans: read, and written where one was not there"
   )
   parser.add_argument("--device", help="plan for it, and measure nothing; needs --plans")
-  asked = parser.parse_args()
-  if asked.device and not asked.plans:
-    parser.error("--device needs --plans, where the plans are kept")
-  return asked
+  args = parser.parse_args()
+  if args.device and not args.plans:
+    parser.error("--device needs --plans, where the plans are saved")
+  return args
 
 
 def planned(point: tuple, kind: str, file: Path | None) -> int:
   """The peak of a point's plan, in bytes; out of `file`, where it is there."""
   import jaxft
 
-  key, plans = (
-    f"{kind}: {line_of(point)}",
-    json.loads(file.read_text()) if file and file.exists() else {},
-  )
+  key = f"{kind}: {line_of(point)}"
+  plans = json.loads(file.read_text()) if file and file.exists() else {}
   if key not in plans:
     how = argparse.Namespace(**dict(zip(FLAGS, point, strict=True)), optimizer="adamw", steps=3)
     plans[key] = jaxft.plan_for(offload.config_of(how), kind)["peak_bytes"]
@@ -86,15 +87,15 @@ def measured(point: tuple) -> dict:
 
 def line_of(point: tuple) -> str:
   """The beginning of its line in the table."""
-  model, rows, micro, length, remat, kept = point
-  return f"| {model} | {rows} x {length}, {micro} | {remat} | {kept}"
+  model, rows, micro, length, remat, offload = point
+  return f"| {model} | {rows} x {length}, {micro} | {remat} | {offload}"
 
 
 def kind_of_this_gpu() -> str:
-  """As `jaxft.plan` calls it, or nothing; in a process of its own, so that this one holds no memory of the card."""
+  """As `jaxft.plan` calls it, or nothing; in its own process: this one holds no card memory."""
   code = (
-    "import sys; sys.path.append(sys.argv[1]); import json, children; from jaxft.hardware import specs; "
-    "print(json.dumps({'kind': specs.local_target(children.jax_device(), 1).kind}))"
+    "import sys; sys.path.append(sys.argv[1]); import json, children; from jaxft.hardware import "
+    "specs; print(json.dumps({'kind': specs.local_target(children.jax_device(), 1).kind}))"
   )
   found = children.answer([sys.executable, "-c", code, str(Path(__file__).parent)])
   return found["kind"] if "kind" in found else sys.exit(f"error: no device: {found['error']}")
@@ -103,24 +104,25 @@ def kind_of_this_gpu() -> str:
 def main() -> None:
   from jaxft.plan import rendering
 
-  asked = parsed()
-  points = [POINTS[i] for i in asked.points]
-  if asked.device:
+  args = parsed()
+  points = [POINTS[i] for i in args.points]
+  if args.device:
     for point in points:
       print(
-        f"{line_of(point)} | {rendering.format_bytes(planned(point, asked.device, asked.plans))} |",
+        f"{line_of(point)} | {rendering.format_bytes(planned(point, args.device, args.plans))} |",
         flush=True,
       )
     return
   if not (kind := kind_of_this_gpu()):
-    for i, point in zip(asked.points, points, strict=True):
+    for i, point in zip(args.points, points, strict=True):
       print(f"{i:2} {line_of(point)} |")
     return print(
-      "no GPU here that jaxft.plan knows: on one this fills a table, and tells the median and the largest error"
+      "no GPU here that jaxft.plan knows: on one this fills a table, and tells the median and the "
+      "largest error"
     )
   found, text = [], "no point could be measured"
   for point in points:
-    found.append((point, planned(point, kind, asked.plans), noted(point, kind)))
+    found.append((point, planned(point, kind, args.plans), noted(point, kind)))
     if any("error" not in taken for _, _, taken in found):
       text = put(found)
   print(text)
@@ -129,7 +131,7 @@ def main() -> None:
 
 
 def noted(point: tuple, kind: str) -> dict:
-  """`measured`, told and noted."""
+  """`measured`, printed and noted."""
   now = measured(point)
   print(f"{line_of(point)} | {now.get('error') or now['peak_bytes']} |", flush=True)
   return page.note("plan_vs_measured", point=point, kind=kind, **now)

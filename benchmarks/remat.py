@@ -1,6 +1,9 @@
-"""Memory against arithmetic: python benchmarks/remat.py [--model gpt2] [--device h100] [--rows 8] [--length 1024]
+"""Memory against arithmetic.
 
-What `memory.remat` costs and gives, by the compiler for a device that need not be there. The table goes to docs/benchmarks.md.
+  python benchmarks/remat.py [--model gpt2] [--device h100] [--rows 8] [--length 1024]
+
+What `memory.remat` costs and gives, by the compiler for a device that need not be there. The table
+goes to docs/benchmarks.md.
 """
 
 import argparse
@@ -26,8 +29,8 @@ def main() -> None:
   parser.add_argument("--device", default="h100")
   parser.add_argument("--rows", type=int, default=8)
   parser.add_argument("--length", type=int, default=1024)
-  asked = parser.parse_args()
-  cfg = dataclasses.asdict(model_config.from_hf_config(PUBLISHED[asked.model]).with_dropout(0.0))
+  args = parser.parse_args()
+  cfg = dataclasses.asdict(model_config.from_hf_config(PUBLISHED[args.model]).with_dropout(0.0))
   lines = [
     "| `memory.remat` | peak | beside weights, optimizer and gradient | computed / needed |",
     "|---|---|---|---|",
@@ -36,29 +39,29 @@ def main() -> None:
     for remat, chunk in (("none", -1), ("dots", -1), ("full", -1), ("full", 32)):
       config = jaxft.config.default()
       config.memory.loss_chunk = chunk
-      config.model.path, config.memory.remat, config.train.steps = asked.model, remat, 100
-      config.train.batch_size, config.data.sequence_length, config.data.train = (
-        asked.rows,
-        asked.length,
-        ("none",),
-      )
-      answer = compiler(CompileRequest(jaxft.config.to_json(config), cfg, asked.device))
+      config.model.path, config.memory.remat, config.train.steps = args.model, remat, 100
+      config.train.batch_size = args.rows
+      config.data.sequence_length = args.length
+      config.data.train = ("none",)
+      answer = compiler(CompileRequest(jaxft.config.to_json(config), cfg, args.device))
       if "peak_bytes" not in answer:
         raise SystemExit(f"error: {remat}: {answer}")
       gib = lambda nbytes: f"{nbytes / 2**30:.2f} GiB"
       smaller = "" if chunk < 0 else f", `memory.loss_chunk={chunk}`"
       lines.append(
-        f"| `{remat}`{smaller} | {gib(answer['peak_bytes'])} | {gib(answer['breakdown']['activations'])} | "
+        f"| `{remat}`{smaller} | {gib(answer['peak_bytes'])} | "
+        f"{gib(answer['breakdown']['activations'])} | "
         f"{answer['flops'] / answer['model_flops']:.2f} |"
       )
       print(lines[-1], flush=True)
   about = (
-    f"{datetime.date.today()}, jax {importlib.metadata.version('jax')}: {asked.model} on {asked.device}, {asked.rows} x "
-    f"{asked.length} tokens, {answer['compute_dtype']}, AdamW, no dropout. Needed is (6 P + 12 L N H T) x tokens (PaLM, "
-    "appendix B), which counts attention to later tokens too; what is computed does not."
+    f"{datetime.date.today()}, jax {importlib.metadata.version('jax')}: {args.model} on "
+    f"{args.device}, {args.rows} x {args.length} tokens, {answer['compute_dtype']}, AdamW, no "
+    "dropout. Needed is (6 P + 12 L N H T) x tokens (PaLM, appendix B), which counts attention to "
+    "later tokens too; what is computed does not."
   )
   page.put(
-    f"memory against arithmetic, {asked.model}",
+    f"memory against arithmetic, {args.model}",
     "benchmarks/remat.py",
     "\n".join([about, "", *lines]),
   )

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 def config_of(
   folder: Path, model: str, rows: int, length: int, steps: int, dropout: float = 0.0
 ) -> ConfigDict:
-  """The settings of such a run; writes the model's config.json, a tokenizer and the text into `folder`."""
+  """The settings of such a run; writes config.json, a tokenizer and the text into `folder`."""
   sys.path.insert(0, str(ROOT / "tests" / "support"))
   import tiny
   from models import PUBLISHED
@@ -47,7 +47,9 @@ def finetune_until(
   after_step: Callable[[int, dict[str, Any]], None] = lambda step, numbers: None,
   said: Callable[[str], None] = lambda line: None,
 ) -> None:
-  """`jaxft.finetune`, which ends after step `last` without a checkpoint or an export: those of GPT-J take 90 GiB of disk.
+  """`jaxft.finetune`, which ends after step `last` without a checkpoint or an export.
+
+  Those of GPT-J take 90 GiB of disk.
 
   Args:
     last: less than `config.train.steps`; after the last one a run is evaluated first.
@@ -59,11 +61,9 @@ def finetune_until(
   from jaxft import train
   from jaxft.utils.console import log
 
-  report, say, room = (
-    jaxft.metrics.reporter.Reporter.log_step,
-    log,
-    jaxft.training.workdir.check_disk_space,
-  )
+  report = jaxft.metrics.reporter.Reporter.log_step
+  say = log
+  room = jaxft.training.workdir.check_disk_space
 
   def step(reporter, number: int, numbers: dict[str, Any], *rest) -> None:
     report(reporter, number, numbers, *rest)
@@ -75,17 +75,13 @@ def finetune_until(
     say(line)
     said(line)
 
-  jaxft.metrics.reporter.Reporter.log_step, log, jaxft.training.workdir.check_disk_space = (
-    step,
-    heard,
-    lambda *_: None,
-  )
+  jaxft.metrics.reporter.Reporter.log_step = step
+  log = heard
+  jaxft.training.workdir.check_disk_space = lambda *_: None
   try:
     with contextlib.suppress(LastStep):
       train.finetune(config, workdir, require=os.environ.get("BENCHMARKS_REQUIRE"))
   finally:
-    jaxft.metrics.reporter.Reporter.log_step, log, jaxft.training.workdir.check_disk_space = (
-      report,
-      say,
-      room,
-    )
+    jaxft.metrics.reporter.Reporter.log_step = report
+    log = say
+    jaxft.training.workdir.check_disk_space = room

@@ -1,8 +1,10 @@
-"""What trackers cost a step of GPT-2 124M: python benchmarks/trackers.py [--rows 1] [--length 128] [--writers ...]
+"""What trackers cost a step of GPT-2 124M.
 
-Steps in turns of `train.log_every`: without trackers; with a line to each at the beginning of the turn, as a run sends it; and
-the same with trackers that are broken: servers that take the connection and never say a word, and a folder that is a file.
-Random weights; nothing is read.
+  python benchmarks/trackers.py [--rows 1] [--length 128] [--writers ...]
+
+Steps in turns of `train.log_every`: without trackers; with a line to each at the beginning of the
+turn, as a run sends it; and the same with trackers that are broken: servers that take the
+connection and never say a word, and a folder that is a file. Random weights; nothing is read.
 """
 
 import argparse
@@ -58,10 +60,10 @@ def main() -> None:
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
   run = build_train_program(config, cfg, make_mesh(config.mesh), 100, row)
   train_step = run.train_step.lower(run.state, run.batch).compile()
-  places = jax.tree.map(lambda leaf: leaf.sharding, run.state)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
   new = lambda: nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
   state = jax.jit(
-    lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=places
+    lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=shardings
   )()
   ids = np.random.default_rng(0).integers(cfg.V, size=run.batch["ids"].shape, dtype=np.int32)
   batch = jax.device_put(
@@ -103,8 +105,10 @@ def main() -> None:
     "with": f"a line to {names}",
     "broken": "the same, and all of them broken",
   }
-  text = f"{datetime.date.today()}, {where}, a line in {steps} steps, the medians of {TURNS} turns (those without trackers "
-  text += f"differ by {spread:.0%}):\n\n| | a step | of a step |\n|---|---|---|\n"
+  text = f"{datetime.date.today()}, {where}, a line in {steps} steps, the medians of {TURNS} turns "
+  text += (
+    f"(those without trackers differ by {spread:.0%}):\n\n| | a step | of a step |\n|---|---|---|\n"
+  )
   for what, name in rows.items():
     change = "" if what == "without" else f"{median[what] / median['without'] - 1:+.1%}"
     text += f"| {name} | {median[what]:.3f} s | {change} |\n"

@@ -1,14 +1,18 @@
-"""Training, side by side with Hugging Face's Trainer: python benchmarks/train.py [--model gpt2] [--rows 4] [--length 512]
+"""Training, side by side with Hugging Face's Trainer.
 
-The same model with random weights, the same batch, length, optimizer and precision. Each turn is a process of its own, and the
-contenders take turns; medians count. jaxft is the whole of `jaxft.finetune`; the peer is Trainer with the attention and compile
-settings that its documentation names, those that the model's class offers. The table goes into docs/benchmarks.md, after each
-contender. On a GPU bfloat16 is used, on a CPU float32. Caches of compiled programs are empty in the first turn, but for
-`--caches FOLDER`. jaxft also reads, checks and tokenises its text before its first step. Neither saves anything: a turn ends
-after its last step. Memory on a GPU is the most that was in use, by either one's allocator; MFU is by jaxft's formula
-(docs/speed.md) for all.
+  python benchmarks/train.py [--model gpt2] [--rows 4] [--length 512]
 
-`--contenders jaxft=110 "Trainer, SDPA=60"` measures these only, and ends one that has not answered after so many seconds.
+The same model with random weights, the same batch, length, optimizer and precision. Each turn is a
+process of its own, and the contenders take turns; medians count. jaxft is the whole of
+`jaxft.finetune`; the peer is Trainer with the attention and compile settings that its documentation
+names, those that the model's class offers. The table goes into docs/benchmarks.md, after each
+contender. On a GPU bfloat16 is used, on a CPU float32. Caches of compiled programs are empty in the
+first turn, but for `--caches FOLDER`. jaxft also reads, checks and tokenises its text before its
+first step. Neither saves anything: a turn ends after its last step. Memory on a GPU is the most
+that was in use, by either one's allocator; MFU is by jaxft's formula (docs/speed.md) for all.
+
+`--contenders jaxft=110 "Trainer, SDPA=60"` measures these only, and ends one that has not answered
+after so many seconds.
 
 Needs torch, transformers and accelerate beside jaxft.
 """
@@ -81,21 +85,21 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-  asked = parsed()
-  if asked.measure:
-    print(json.dumps(found := measured(asked)))
+  args = parsed()
+  if args.measure:
+    print(json.dumps(found := measured(args)))
     sys.exit("error" in found)
   wrong, devices = [], set()
   with contextlib.ExitStack() as until_the_end:
-    if not asked.caches:
+    if not args.caches:
       use_caches(Path(until_the_end.enter_context(tempfile.TemporaryDirectory())))
-    for turn in range(1, asked.turns + 1):
-      for name, seconds in asked.contenders or contenders_of(asked.model):
-        line = measure(asked, name, seconds, turn)
-        print(told(line), flush=True)
+    for turn in range(1, args.turns + 1):
+      for name, seconds in args.contenders or contenders_of(args.model):
+        line = measure(args, name, seconds, turn)
+        print(describe(line), flush=True)
         devices |= {line["device"]} if "device" in line else set()
         if "error" in line:  # a batch that a peer has no memory for is an answer
-          wrong.append(told(line))
+          wrong.append(describe(line))
         for what, (device, text) in train_tables.sections(page.noted("train")).items():
           if what == train_tables.name_of(line["settings"], device):
             page.put(what, "benchmarks/train.py", text, device)
@@ -108,7 +112,7 @@ def main() -> None:
 
 
 def contenders_of(model: str) -> list[tuple[str, None]]:
-  """jaxft and what the model's class offers: transformers has SDPA for GPT-2, not for GPT-Neo and GPT-J (5.23)."""
+  """jaxft and what the model's class offers: transformers (5.23) has SDPA only for GPT-2."""
   eager = ["Trainer, eager", "Trainer, eager, torch.compile"]
   gpt2 = [eager[0], "Trainer, SDPA", "Trainer, SDPA, torch.compile"]
   names = gpt2 if PUBLISHED[model]["model_type"] == "gpt2" else eager
@@ -117,20 +121,20 @@ def contenders_of(model: str) -> list[tuple[str, None]]:
 
 def use_caches(folder: Path) -> None:
   """For this process and those that it starts."""
-  places = {
+  cache_dirs = {
     "XDG_CACHE_HOME": "",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",
   }
-  os.environ |= {name: str(folder.absolute() / place) for name, place in places.items()}
+  os.environ |= {name: str(folder.absolute() / path) for name, path in cache_dirs.items()}
 
 
-def measure(asked: argparse.Namespace, name: str, seconds: float | None, turn: int) -> dict:
+def measure(args: argparse.Namespace, name: str, seconds: float | None, turn: int) -> dict:
   """A turn of a contender in a process of its own, noted."""
   began = time.time()
   command = [sys.executable, *sys.argv, "--measure", name, "--began", str(began)]
   now = children.answer(command, seconds)
-  settings = {key: getattr(asked, key) for key in SETTINGS} | {"filled_caches": bool(asked.caches)}
+  settings = {key: getattr(args, key) for key in SETTINGS} | {"filled_caches": bool(args.caches)}
   if "device" in now:
     now["versions"] = page.machine(now["device"], "jax", "torch", "transformers", "accelerate")
     if at_peak := train_tables.tokens_per_second_at_peak(settings, now["device"]):
@@ -144,7 +148,7 @@ def measure(asked: argparse.Namespace, name: str, seconds: float | None, turn: i
   return page.note("train", **took, **now)
 
 
-def told(line: dict) -> str:
+def describe(line: dict) -> str:
   """A turn in one line."""
   head = f"turn {line['turn']}, {line['contender']}: "
   if "error" in line:
@@ -154,18 +158,18 @@ def told(line: dict) -> str:
     f" of {line['planned_peak_bytes'] / 2**30:.2f} planned" if "planned_peak_bytes" in line else ""
   )
   return (
-    f"{head}{line['tokens_per_second']:,.0f} tokens/s{mfu}, peak {line['peak_bytes'] / 2**30:.2f} GiB{planned}, loss "
-    f"{line['loss']:.3f}, first step after {line['first_step_seconds']:.1f} s"
+    f"{head}{line['tokens_per_second']:,.0f} tokens/s{mfu}, peak {line['peak_bytes'] / 2**30:.2f} "
+    f"GiB{planned}, loss {line['loss']:.3f}, first step after {line['first_step_seconds']:.1f} s"
   )
 
 
-def measured(asked: argparse.Namespace) -> dict:
+def measured(args: argparse.Namespace) -> dict:
   """A turn in this process, or {"error": what ended it}."""
-  if asked.caches:
-    use_caches(asked.caches)
+  if args.caches:
+    use_caches(args.caches)
   with tempfile.TemporaryDirectory() as folder, quiet():
     try:
-      return (with_jaxft if asked.measure == "jaxft" else with_trainer)(asked, Path(folder))
+      return (with_jaxft if args.measure == "jaxft" else with_trainer)(args, Path(folder))
     except Exception as error:
       traceback.print_exc()
       return {
@@ -173,28 +177,28 @@ def measured(asked: argparse.Namespace) -> dict:
       }
 
 
-def with_jaxft(asked: argparse.Namespace, folder: Path) -> dict:
+def with_jaxft(args: argparse.Namespace, folder: Path) -> dict:
   """A run of `jaxft.finetune`: its steps as its own reporter hears of them."""
   import jax
 
   from jaxft.metrics.reporter import peak_memory_bytes, peak_memory_source
 
-  last = asked.warm_up + asked.steps
-  config = config_of(folder, asked.model, asked.rows, asked.length, last + 1, asked.dropout)
-  config.memory.remat, config.train.log_every = asked.remat, min(10, asked.steps)
+  last = args.warm_up + args.steps
+  config = config_of(folder, args.model, args.rows, args.length, last + 1, args.dropout)
+  config.memory.remat, config.train.log_every = args.remat, min(10, args.steps)
   first_step, marks, losses = [], [], []
 
   def after_step(step: int, numbers: dict) -> None:
-    if step in (asked.warm_up, last):
+    if step in (args.warm_up, last):
       marks.append(time.monotonic())
       losses.append(float(numbers["loss"]))
 
   def said(line: str) -> None:
     if line.startswith("first step after"):
-      first_step.append(time.time() - asked.began)
+      first_step.append(time.time() - args.began)
 
   finetune_until(last, config, folder / "run", after_step, said)
-  device, found = jax.devices()[0], taken(asked, marks, losses, first_step)
+  device, found = jax.devices()[0], taken(args, marks, losses, first_step)
   if peak_memory_source(device) == "device":  # a CPU's is that of the process
     about = json.loads((folder / "run" / "about.json").read_text())
     found["planned_peak_bytes"] = sum(about["memory"]["planned"].values())
@@ -202,24 +206,24 @@ def with_jaxft(asked: argparse.Namespace, folder: Path) -> dict:
 
 
 def taken(
-  asked: argparse.Namespace, marks: list[float], losses: list[float], first_step: list[float]
+  args: argparse.Namespace, marks: list[float], losses: list[float], first_step: list[float]
 ) -> dict:
-  """What all contenders tell of their steps; `marks` are when the warm-up and the last step were over."""
-  seconds = (marks[1] - marks[0]) / asked.steps
+  """The figures of any contender's steps; `marks`: the ends of the warm-up and of the last step."""
+  seconds = (marks[1] - marks[0]) / args.steps
   return {
-    "tokens_per_second": asked.rows * asked.length / seconds,
+    "tokens_per_second": args.rows * args.length / seconds,
     "step_seconds": seconds,
     "loss": losses[-1],
     "first_step_seconds": first_step[0],
   }
 
 
-def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
+def with_trainer(args: argparse.Namespace, folder: Path) -> dict:
   """A run of Trainer on random tokens."""
   import torch
   import transformers
 
-  how, facts = CONTENDERS[asked.measure], dict(PUBLISHED[asked.model])
+  how, facts = CONTENDERS[args.measure], dict(PUBLISHED[args.model])
   config = transformers.AutoConfig.for_model(facts.pop("model_type"), **facts)
   rates = [
     name
@@ -234,17 +238,16 @@ def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
   ]
   for name in rates:
     if hasattr(config, name):
-      setattr(config, name, asked.dropout)
+      setattr(config, name, args.dropout)
   config.use_cache = False
   cuda, marks, first_step = children.torch_device() == "cuda", [], []
-  with torch.device(
-    "cuda" if cuda else "cpu"
-  ):  # drawing six billion numbers on a CPU takes minutes
+  # Drawing six billion numbers on a CPU takes minutes.
+  with torch.device("cuda" if cuda else "cpu"):
     model = transformers.AutoModelForCausalLM.from_config(
       config, attn_implementation=how["attention"]
     )
   rows = torch.randint(
-    config.vocab_size, (64 * asked.rows, asked.length), generator=torch.Generator().manual_seed(0)
+    config.vocab_size, (64 * args.rows, args.length), generator=torch.Generator().manual_seed(0)
   )
 
   class Rows(torch.utils.data.Dataset):
@@ -256,21 +259,21 @@ def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
 
   class Watch(transformers.TrainerCallback):
     def on_step_end(self, arguments, state, control, **_) -> None:
-      if state.global_step in (1, asked.warm_up, asked.warm_up + asked.steps):
+      if state.global_step in (1, args.warm_up, args.warm_up + args.steps):
         if cuda:
           torch.cuda.synchronize()
         if state.global_step == 1:
-          first_step.append(time.time() - asked.began)
-        if state.global_step > 1 or asked.warm_up == 1:
+          first_step.append(time.time() - args.began)
+        if state.global_step > 1 or args.warm_up == 1:
           marks.append(time.monotonic())
 
   trainer = transformers.Trainer(
     model=model,
     args=transformers.TrainingArguments(
       output_dir=str(folder),
-      per_device_train_batch_size=asked.rows,
-      max_steps=asked.warm_up + asked.steps,
-      logging_steps=min(10, asked.steps),
+      per_device_train_batch_size=args.rows,
+      max_steps=args.warm_up + args.steps,
+      logging_steps=min(10, args.steps),
       logging_nan_inf_filter=False,  # it waits for the device after each step
       save_strategy="no",
       report_to="none",
@@ -278,7 +281,7 @@ def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
       torch_compile=how.get("compiled", False),
       bf16=cuda,
       use_cpu=not cuda,
-      gradient_checkpointing=asked.checkpointing,
+      gradient_checkpointing=args.checkpointing,
     ),
     train_dataset=Rows(),
     callbacks=[Watch()],
@@ -290,7 +293,7 @@ def with_trainer(asked: argparse.Namespace, folder: Path) -> dict:
     if cuda
     else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   )
-  return taken(asked, marks, losses, first_step) | {
+  return taken(args, marks, losses, first_step) | {
     "peak_bytes": peak,
     "device": torch.cuda.get_device_name() if cuda else "cpu",
   }

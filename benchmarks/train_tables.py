@@ -1,5 +1,7 @@
-"""The tables of benchmarks/train.py, from the lines that it noted: contenders of one batch in one table, whichever command ran
-them."""
+"""The tables of benchmarks/train.py, from the lines that it noted.
+
+Contenders of one batch are in one table, whichever command ran them.
+"""
 
 import statistics
 import types
@@ -8,18 +10,19 @@ from typing import Any
 import page
 from models import PUBLISHED
 
+# Settings that contenders of a table share.
 SAME = (
   "model",
   "rows",
   "length",
   "dropout",
   "checkpointing",
-)  # settings that contenders of a table share
+)
 Line = dict[str, Any]
 
 
 def sections(lines: list[Line]) -> dict[str, tuple[str, str]]:
-  """{name of a section: (device, text)}: one for each batch, device and `memory.remat` that jaxft was measured with."""
+  """{name of a section: (device, text)}, for each batch, device and `memory.remat` of jaxft."""
   found = {}
   for device in dict.fromkeys(line["device"] for line in lines if "device" in line):
     folders = {line.get("folder") for line in lines if line.get("device") == device}
@@ -40,8 +43,8 @@ def sections(lines: list[Line]) -> dict[str, tuple[str, str]]:
 
 def name_of(settings: Line, device: str) -> str:
   return (
-    f"training {settings['model']} on {page.where(device)}, {settings['rows']} x {settings['length']} tokens, dropout "
-    f"{settings['dropout']:g}, remat {settings['remat']}"
+    f"training {settings['model']} on {page.where(device)}, {settings['rows']} x "
+    f"{settings['length']} tokens, dropout {settings['dropout']:g}, remat {settings['remat']}"
   )
 
 
@@ -84,10 +87,8 @@ def table(found: dict[str, list[Line]], device: str) -> str:
     if not sound[name]:
       lines.append(f"| {name} | {turns[0]['error']} |{' |' * (len(columns) - 2)}")
       continue
-    speeds, failed = (
-      sorted(turn["tokens_per_second"] for turn in sound[name]),
-      len(turns) - len(sound[name]),
-    )
+    speeds = sorted(turn["tokens_per_second"] for turn in sound[name])
+    failed = len(turns) - len(sound[name])
     cells = [name + (f", {failed} of {len(turns)} turns failed" if failed else "")]
     cells.append(f"{speed(name):,.0f} ({speeds[0]:,.0f} to {speeds[-1]:,.0f})")
     cells.append(f"{speed(name) / best:.2f}" if best else "")
@@ -107,27 +108,30 @@ def about(line: Line, turns: int, device: str) -> str:
     else "in the first turn and in later ones"
   )
   return (
-    f"{line['versions']}. {it['model']}, {it['rows']} x {it['length']} tokens, {precision}, AdamW, dropout "
-    f"{it['dropout']:g}; jaxft with `memory.remat={it['remat']}`, Trainer with {again}; medians of {turns} turns of "
-    f"{it['steps']} steps, in brackets the slowest and fastest. First step: how long after the command it is over, {caches}."
+    f"{line['versions']}. {it['model']}, {it['rows']} x {it['length']} tokens, {precision}, AdamW, "
+    f"dropout {it['dropout']:g}; jaxft with `memory.remat={it['remat']}`, Trainer with {again}; "
+    f"medians of {turns} turns of {it['steps']} steps, in brackets the slowest and fastest. First "
+    f"step: how long after the command it is over, {caches}."
   )
 
 
 def first_steps(turns: list[Line], filled: bool) -> list[str]:
   """The cells of when the first step is over."""
-  told = lambda of: (
-    f"{statistics.median(turn['first_step_seconds'] for turn in of):.1f} s" if of else ""
-  )
+
+  def median(selected: list[Line]) -> str:
+    seconds = [turn["first_step_seconds"] for turn in selected]
+    return f"{statistics.median(seconds):.1f} s" if seconds else ""
+
   if filled:
-    return [told(turns)]
+    return [median(turns)]
   return [
-    told([turn for turn in turns if turn["turn"] == 1]),
-    told([turn for turn in turns if turn["turn"] > 1]),
+    median([turn for turn in turns if turn["turn"] == 1]),
+    median([turn for turn in turns if turn["turn"] > 1]),
   ]
 
 
 def tokens_per_second_at_peak(settings: Line, device: str) -> float | None:
-  """Of a device that never waits, by the model's FLOPs and the data sheet; None where jaxft has no data sheet of it."""
+  """Of a device that never waits, by the model's FLOPs; None if jaxft has no data sheet."""
   from jaxft.hardware import flops, roofline, specs
   from jaxft.hf import model_config
 

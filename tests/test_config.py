@@ -44,7 +44,7 @@ def test_unknown_setting_suggests_nearest_name(name, near):
 
 
 @pytest.mark.parametrize(
-  "name, value, told",
+  "name, value, message",
   [
     ("train.batch_size", -1, "at least 1"),
     ("optim.learning_rate", float("nan"), "finite"),
@@ -66,12 +66,12 @@ def test_unknown_setting_suggests_nearest_name(name, near):
     ("optim.end_learning_rate", 1.0, "above"),
   ],
 )
-def test_invalid_values_are_named(name, value, told):
+def test_invalid_values_are_named(name, value, message):
   config = complete()
   section, key = name.split(".")
   config[section][key] = value
   lines = jaxft.config.validate(config)
-  assert len(lines) == 1 and f"config.{name}" in lines[0] and told in lines[0]
+  assert len(lines) == 1 and f"config.{name}" in lines[0] and message in lines[0]
 
 
 def test_all_errors_are_reported_at_once():
@@ -134,11 +134,9 @@ def test_any_value_of_a_setting_is_valid_or_named(setting):
     object(),
   ):
     config = jaxft.config.default().to_dict()
-    config["model"]["path"], config["data"]["train"], config["train"]["steps"] = (
-      "gpt2",
-      ("a.txt",),
-      10,
-    )
+    config["model"]["path"] = "gpt2"
+    config["data"]["train"] = ("a.txt",)
+    config["train"]["steps"] = 10
     section, key = setting.name.split(".")
     config[section][key] = value
     for line in jaxft.config.validate(config):

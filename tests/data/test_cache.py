@@ -1,4 +1,4 @@
-"""Token files: made once, made again when anything changes or is damaged, by one process at a time."""
+"""Token files: built once, and again when anything changes or is damaged, by one process."""
 
 import json
 import os
@@ -24,19 +24,19 @@ def tokenizer(folder):
   return jaxft.hf.tokenizer.load_tokenizer(folder, 293)
 
 
-class Told(list):
-  """What prepare has said, and how many examples it has tokenised."""
+class Log(list):
+  """The lines that prepare has logged, and how many examples it has tokenised."""
 
   tokenised = 0
 
-  def tell(self, done, total):
+  def on_progress(self, done, total):
     self.tokenised = done
 
 
 def prepare(tokenizer, cache, file, fingerprint="a tokenizer", **data):
-  config, told = jaxft.config.default(), Told()
+  config, log = jaxft.config.default(), Log()
   config.data.update(train=(str(file),), cache_dir=str(cache), sequence_length=16, **data)
-  return dataset.prepare_data(config.data, tokenizer, fingerprint, told.tell, told.append), told
+  return dataset.prepare_data(config.data, tokenizer, fingerprint, log.on_progress, log.append), log
 
 
 def entries(cache):
@@ -45,14 +45,14 @@ def entries(cache):
 
 def test_cache_hit_skips_tokenisation(tokenizer, tmp_path, stories):
   """The same text is tokenised once."""
-  first, told = prepare(tokenizer, tmp_path, stories)
-  assert told.tokenised == 120
-  again, told = prepare(tokenizer, tmp_path, stories)
-  assert told.tokenised == 0 and not told and len(entries(tmp_path)) == 1
+  first, log = prepare(tokenizer, tmp_path, stories)
+  assert log.tokenised == 120
+  again, log = prepare(tokenizer, tmp_path, stories)
+  assert log.tokenised == 0 and not log and len(entries(tmp_path)) == 1
   assert again.fingerprint == first.fingerprint and again.report == first.report
   np.testing.assert_array_equal(again.train.tokens.ids, first.train.tokens.ids)
-  other_rows, told = prepare(tokenizer, tmp_path, stories, layout="pack")
-  assert told.tokenised == 0 and other_rows.fingerprint != first.fingerprint
+  other_rows, log = prepare(tokenizer, tmp_path, stories, layout="pack")
+  assert log.tokenised == 0 and other_rows.fingerprint != first.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_cache_key_covers_every_input(tokenizer, tmp_path, stories, change):
   if isinstance(change, str):
     file.write_text(file.read_text().replace("cat", "dog", 1))
     change = {}
-  _, told = prepare(tokenizer, tmp_path / "c", file, **change)
-  assert told.tokenised and len(entries(tmp_path / "c")) == 2
+  _, log = prepare(tokenizer, tmp_path / "c", file, **change)
+  assert log.tokenised and len(entries(tmp_path / "c")) == 2
 
 
 def test_cache_of_other_manifest_is_rebuilt(tokenizer, tmp_path, stories, monkeypatch):
@@ -82,8 +82,8 @@ def test_cache_of_other_manifest_is_rebuilt(tokenizer, tmp_path, stories, monkey
   with monkeypatch.context() as older:
     older.delitem(accounting.Manifest.__annotations__, "numbers")
     prepare(tokenizer, tmp_path, stories)
-  _, told = prepare(tokenizer, tmp_path, stories)
-  assert told.tokenised and len(entries(tmp_path)) == 2
+  _, log = prepare(tokenizer, tmp_path, stories)
+  assert log.tokenised and len(entries(tmp_path)) == 2
 
 
 def damages(entry):
@@ -112,12 +112,11 @@ def test_corrupt_cache_is_detected_and_rebuilt(tokenizer, tmp_path, stories):
   for i, kind in enumerate(kinds):
     what, file, act = list(damages(entry))[i]
     act()
-    again, told = prepare(tokenizer, tmp_path, stories)
-    if (
-      told
-    ):  # a manifest with a flipped bit may still say the same, or be taken for that of another text
-      assert len(told) == 1 and told[0].endswith("tokenising again") and told.tokenised == 120, kind
-    assert told or file.name == "manifest.json", kind
+    again, log = prepare(tokenizer, tmp_path, stories)
+    # A manifest with a flipped bit may still say the same, or be taken for that of another text.
+    if log:
+      assert len(log) == 1 and log[0].endswith("tokenising again") and log.tokenised == 120, kind
+    assert log or file.name == "manifest.json", kind
     np.testing.assert_array_equal(again.train.tokens.ids, good.train.tokens.ids)
     assert again.report == good.report
 
@@ -126,8 +125,8 @@ def test_partial_entry_of_killed_writer_is_removed(tokenizer, tmp_path, stories)
   prepare(tokenizer, tmp_path, stories)
   (entry,) = entries(tmp_path)
   entry.rename(entry.with_name(entry.name + ".partial"))
-  _, told = prepare(tokenizer, tmp_path, stories)
-  assert told.tokenised == 120 and entries(tmp_path) == [entry]
+  _, log = prepare(tokenizer, tmp_path, stories)
+  assert log.tokenised == 120 and entries(tmp_path) == [entry]
 
 
 def test_unwritable_cache_dir_is_named(tokenizer, tmp_path, stories):

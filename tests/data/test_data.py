@@ -1,4 +1,4 @@
-"""Prepared data: every row and token accounted for, rows that hold the text, batches that are a function of (seed, step)."""
+"""Prepared data: every row and token is accounted for, and rows hold the text."""
 
 import csv
 import gzip
@@ -57,11 +57,11 @@ def random_text(rng):
 
 
 def write_random_source(folder, rng, texts):
-  """The texts, and some bad rows among them, in a format and compression drawn at random; returns the bad rows' number."""
+  """Write texts and some bad rows in a random format and compression; return how many are bad."""
   kind, bad = rng.choice(["txt", "jsonl", "csv", "parquet"]), int(rng.integers(3))
-  places = set(rng.choice(len(texts) + bad, bad, replace=False).tolist())
-  rows = iter(texts)
-  rows = [None if i in places else next(rows) for i in range(len(texts) + bad)]
+  bad_rows = set(rng.choice(len(texts) + bad, bad, replace=False).tolist())
+  good = iter(texts)
+  rows = [None if i in bad_rows else next(good) for i in range(len(texts) + bad)]
   if kind == "parquet":
     pyarrow.parquet.write_table(
       pyarrow.table({"text": pyarrow.array(rows, pyarrow.string())}), folder / "a.parquet"
@@ -121,9 +121,9 @@ def test_accounting_is_exact_for_random_sources(tokenizer, tmp_path, part):
       folder.mkdir()
       bad += write_random_source(folder, rng, of)
     layout, T = str(rng.choice(["concat", "pack"])), int(rng.integers(2, 40))
-    how = dict(on_bad_row="skip", sequence_length=T, layout=layout)
+    options = dict(on_bad_row="skip", sequence_length=T, layout=layout)
     data = prepared(
-      tokenizer, tmp_path / "cache", [folders[0]], validation=(str(folders[1]),), **how
+      tokenizer, tmp_path / "cache", [folders[0]], validation=(str(folders[1]),), **options
     )
     rows, counts = data.report["rows"], data.report["tokens"]
     assert (
@@ -149,7 +149,7 @@ def test_source_changed_during_read_leaves_no_cache(tokenizer, tmp_path):
   file = tmp_path / "a.jsonl"
   file.write_text('{"text": "cat"}\n{"text": "dog"}\n')
 
-  def tell(done, total):
+  def on_progress(done, total):
     file.write_text('{"text": "mat"}\n{"text": "dog"}\n')
 
   config = jaxft.config.default()
@@ -160,7 +160,7 @@ def test_source_changed_during_read_leaves_no_cache(tokenizer, tmp_path):
     sequence_length=4,
   )
   with pytest.raises(RequestError, match="a source has changed while it was read"):
-    dataset.prepare_data(config.data, tokenizer, "a tokenizer", tell)
+    dataset.prepare_data(config.data, tokenizer, "a tokenizer", on_progress)
   assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
 
 
@@ -188,22 +188,21 @@ def test_split_and_limits_are_by_document(tokenizer, tmp_path):
   file = tmp_path / "a.jsonl"
   file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
   data = prepared(tokenizer, tmp_path / "c", [file], validation_fraction=0.2)
-  kept, held = decoded(learned(data.train), tokenizer), decoded(learned(data.validation), tokenizer)
-  assert sorted(kept + held) == sorted(texts) and len(held) == 10
-  how = dict(validation_fraction=0.2, limit_train=7, limit_validation=3)
-  data = prepared(tokenizer, tmp_path / "c", [file], **how)
-  few, held_few = (
-    decoded(learned(data.train), tokenizer),
-    decoded(learned(data.validation), tokenizer),
-  )
-  assert set(few) <= set(kept) and set(held_few) <= set(held)
+  trained = decoded(learned(data.train), tokenizer)
+  held = decoded(learned(data.validation), tokenizer)
+  assert sorted(trained + held) == sorted(texts) and len(held) == 10
+  options = dict(validation_fraction=0.2, limit_train=7, limit_validation=3)
+  data = prepared(tokenizer, tmp_path / "c", [file], **options)
+  few = decoded(learned(data.train), tokenizer)
+  held_few = decoded(learned(data.validation), tokenizer)
+  assert set(few) <= set(trained) and set(held_few) <= set(held)
   assert data.report["rows"] == {
     "read": 50,
     "trained": 7,
     "held_out": 3,
     "dropped": {"limit_train": 33, "limit_validation": 7},
   }
-  other = prepared(tokenizer, tmp_path / "c", [file], shuffle_seed=1, **how)
+  other = prepared(tokenizer, tmp_path / "c", [file], shuffle_seed=1, **options)
   assert decoded(learned(other.train), tokenizer) != few
 
 
@@ -281,13 +280,13 @@ def test_fingerprint_covers_grouping_of_sources(tokenizer, tmp_path):
   held.write_text("x")
   one = [f"{tmp_path}/1@2", f"{tmp_path}/2/c.txt@3"]
   other = [f"{tmp_path}/1/a.txt@2", f"{tmp_path}/2@3"]
-  for sources, wanted in (
+  for sources, expected in (
     (one, {"cat": 2, "dog": 2, "mat": 3}),
     (other, {"cat": 2, "dog": 3, "mat": 3}),
   ):
     data = prepared(tokenizer, tmp_path / "cache", sources, validation=(str(held),))
     texts = decoded(learned(data.train), tokenizer)
-    assert {text: texts.count(text) for text in wanted} == wanted
+    assert {text: texts.count(text) for text in expected} == expected
 
 
 def test_rows_without_targets_are_dropped(tokenizer):
@@ -346,8 +345,8 @@ def test_prompt_that_fills_the_row_is_counted(tokenizer, tmp_path):
   file = tmp_path / "a.jsonl"
   rows = [{"prompt": "dog " * 40, "completion": "x"}, {"prompt": "a", "completion": " cat"}]
   file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  how = dict(format="prompt_completion", layout="pad", validation=(str(file),))
-  found = prepared(tokenizer, tmp_path / "c", [file], **how).report
+  options = dict(format="prompt_completion", layout="pad", validation=(str(file),))
+  found = prepared(tokenizer, tmp_path / "c", [file], **options).report
   assert found["rows"] == {
     "read": 4,
     "trained": 1,

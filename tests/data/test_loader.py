@@ -13,7 +13,7 @@ EOS = 0
 
 @pytest.fixture(scope="module")
 def rows():
-  """17 rows of 5, told apart by their first target."""
+  """17 rows of 5, with distinct first targets."""
   ids = np.arange(1, 1 + 17 * 5, dtype=np.uint16)
   return ConcatDataset(
     tokenize.TokenArrays(ids, np.array([0, 85]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)),
@@ -22,17 +22,18 @@ def rows():
   )
 
 
-def collect(rows, steps, **how):
-  how = dict(batch_size=6, accumulation=1, seed=3, total_rows=10**6, start=0, sharding=HERE) | how
-  batches = loader.train_batches(rows, **how)
+def collect(rows, steps, **options):
+  options = (
+    dict(batch_size=6, accumulation=1, seed=3, total_rows=10**6, start=0, sharding=HERE) | options
+  )
+  batches = loader.train_batches(rows, **options)
   return [jax.device_get(next(batches)) for _ in range(steps)]
 
 
 def test_epoch_shuffles_each_row_exactly_once(rows):
   """Each epoch has its own order."""
-  firsts = np.concatenate(
-    [batch["targets"][0, :, 0] for batch in collect(rows, 17)]
-  )  # 6 x 17 rows: 6 epochs
+  # 6 x 17 rows: 6 epochs.
+  firsts = np.concatenate([batch["targets"][0, :, 0] for batch in collect(rows, 17)])
   epochs = firsts.reshape(6, 17)
   for epoch in epochs:
     assert sorted(epoch) == list(range(1, 86, 5))
@@ -48,14 +49,14 @@ def test_epoch_shuffles_each_row_exactly_once(rows):
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 7, 15, 166_660])
 def test_resume_at_step_equals_iteration(rows, start):
   """Seeking to a step gives the batches of going there."""
-  there = collect(rows, 3, start=start)
+  resumed = collect(rows, 3, start=start)
   if start < 100:
-    jax.tree.map(np.testing.assert_array_equal, there, collect(rows, start + 3)[start:])
-  jax.tree.map(np.testing.assert_array_equal, there[1:], collect(rows, 2, start=start + 1))
+    jax.tree.map(np.testing.assert_array_equal, resumed, collect(rows, start + 3)[start:])
+  jax.tree.map(np.testing.assert_array_equal, resumed[1:], collect(rows, 2, start=start + 1))
 
 
 def test_global_batch_is_independent_of_hosts():
-  """1,000 random (seed, step, accumulation, hosts): the hosts' parts, side by side, are what one host has."""
+  """For random (seed, step, accumulation, hosts), the hosts' parts join to one host's batch."""
   rng = np.random.default_rng(0)
   many = tokenize.TokenArrays(
     np.arange(10**5) % 5000, np.array([0, 10**5]), np.zeros(1, np.int32), np.zeros(0), np.zeros(0)
@@ -63,16 +64,16 @@ def test_global_batch_is_independent_of_hosts():
   rows = ConcatDataset(many, 5, EOS)
   for _ in range(1000):
     accumulation, hosts = int(rng.choice([1, 2, 3])), int(rng.choice([2, 4]))
-    how = dict(
+    options = dict(
       batch_size=12 * accumulation,
       accumulation=accumulation,
       seed=int(rng.integers(2**32)),
       total_rows=10**6,
     )
     step = int(rng.integers(1000))
-    whole = loader.BatchSource(rows, **how, local_rows=np.arange(12))[step]
+    whole = loader.BatchSource(rows, **options, local_rows=np.arange(12))[step]
     parts = [
-      loader.BatchSource(rows, **how, local_rows=mine)[step]
+      loader.BatchSource(rows, **options, local_rows=mine)[step]
       for mine in np.split(np.arange(12), hosts)
     ]
     for name, x in whole.items():

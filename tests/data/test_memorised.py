@@ -10,14 +10,14 @@ from jaxft.data import memorization
 def test_ngram_overlap_matches_naive_search(monkeypatch, at_once):
   monkeypatch.setattr(memorization, "CHUNK_TOKENS", at_once)
   rng = np.random.default_rng(0)
-  read = rng.integers(0, 5, 300).astype(np.uint16)  # few tokens: many runs are there by chance
-  texts = [rng.integers(0, 5, n).tolist() for n in (0, 2, 3, 40)] + [read[20:50].tolist()]
-  known = {tuple(read[i : i + 3].tolist()) for i in range(298)}
-  wanted = [
+  ids = rng.integers(0, 5, 300).astype(np.uint16)  # few tokens: many runs are there by chance
+  texts = [rng.integers(0, 5, n).tolist() for n in (0, 2, 3, 40)] + [ids[20:50].tolist()]
+  known = {tuple(ids[i : i + 3].tolist()) for i in range(298)}
+  expected = [
     np.mean([tuple(text[i : i + 3]) in known for i in range(len(text) - 2)])
     if len(text) > 2
     else None
     for text in texts
   ]
-  assert memorization.ngram_overlap(texts, read, 3) == wanted
-  assert wanted[0] is wanted[1] is None and wanted[-1] == 1 and 0 < wanted[3] < 1
+  assert memorization.ngram_overlap(texts, ids, 3) == expected
+  assert expected[0] is expected[1] is None and expected[-1] == 1 and 0 < expected[3] < 1

@@ -1,4 +1,4 @@
-"""Examples that share a row do not see each other, padding is never seen, and the loss is that of one example a row."""
+"""Packed examples do not see each other or padding, and have the loss of one example per row."""
 
 import jax
 import numpy as np
@@ -85,13 +85,15 @@ def test_packed_loss_and_grads_match_single_rows(decoder):
   examples = stored([5, 9, 3, 11, 24, 2, 7, 8, 13, 4])
   packed, single = (batch(PackedDataset(examples, T, EOS, pack=pack)) for pack in (True, False))
   assert len(packed["ids"]) < len(single["ids"]) and packed["mask"].sum() == single["mask"].sum()
-  (loss, gradient), (wanted, wanted_gradient) = (
+  (loss, gradient), (expected, expected_gradient) = (
     loss_and_gradient(decoder, part) for part in (packed, single)
   )
-  np.testing.assert_allclose(loss, wanted, rtol=1e-6)
-  assert relative_difference(gradient, wanted_gradient) < 1e-6
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  assert relative_difference(gradient, expected_gradient) < 1e-6
   # Each leaf alone: the smallest of them are sums in which most of the digits cancel.
-  for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted_gradient), strict=True):
+  for ours, theirs in zip(
+    jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True
+  ):
     assert relative_difference(ours, theirs) < 3e-6
 
 
@@ -117,11 +119,11 @@ def test_padding_content_does_not_change_loss(decoder, pack):
   used = row["segments"] > 0 if pack else np.cumsum(row["mask"][:, ::-1], 1)[:, ::-1] > 0
   other = row | {name: np.where(used, row[name], 55) for name in ("ids", "targets")}
   assert (other["ids"] != row["ids"]).any()
-  (loss, gradient), (wanted, wanted_gradient) = (
+  (loss, gradient), (expected, expected_gradient) = (
     loss_and_gradient(decoder, part) for part in (other, row)
   )
-  assert loss == wanted
-  jax.tree.map(np.testing.assert_array_equal, gradient, wanted_gradient)
+  assert loss == expected
+  jax.tree.map(np.testing.assert_array_equal, gradient, expected_gradient)
 
 
 def test_packed_positions_restart_per_segment():
@@ -137,9 +139,9 @@ def test_packed_positions_restart_per_segment():
     learned += row["targets"][row["mask"]].tolist()
     ids += row["ids"][row["segments"] > 0].tolist()
   examples = rows.tokens
-  wanted = [
+  expected = [
     t
     for i in range(3)
     for t in examples.ids[examples.starts_N1[i] + examples.prompts_N[i] : examples.starts_N1[i + 1]]
   ]
-  assert sorted(learned) == sorted(wanted)
+  assert sorted(learned) == sorted(expected)

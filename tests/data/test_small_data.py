@@ -1,4 +1,4 @@
-"""Data as it comes: other names of columns, folders as labels, templates, duplicates, and very little text."""
+"""Data as it comes: other column names, folders as labels, templates, duplicates, little text."""
 
 import collections
 import json
@@ -30,19 +30,19 @@ def tokenizer(folder):
 
 def prepared(tokenizer, tmp_path, *files, **data):
   """The data, and the lines that were said of it."""
-  config, said = jaxft.config.default(), []
-  how = {"sequence_length": 16, "cache_dir": str(tmp_path / "cache"), "layout": "pad", **data}
-  config.data.update(train=tuple(map(str, files)), **how)
-  return dataset.prepare_data(config.data, tokenizer, "a tokenizer", log=said.append), said
+  config, lines = jaxft.config.default(), []
+  settings = {"sequence_length": 16, "cache_dir": str(tmp_path / "cache"), "layout": "pad", **data}
+  config.data.update(train=tuple(map(str, files)), **settings)
+  return dataset.prepare_data(config.data, tokenizer, "a tokenizer", log=lines.append), lines
 
 
-def read(*names, **how):
-  data, said = jaxft.config.default().data, []
-  data.update(how)
+def read(*names, **settings):
+  data, lines = jaxft.config.default().data, []
+  data.update(settings)
   nothing = collections.Counter()
   return list(
-    dataset.read_examples(tuple(map(str, names)), "train", data, nothing, nothing, said.append)
-  ), said
+    dataset.read_examples(tuple(map(str, names)), "train", data, nothing, nothing, lines.append)
+  ), lines
 
 
 def table(tmp_path, kind, rows):
@@ -64,13 +64,13 @@ KINDS = ["jsonl", "parquet", "csv", "semicolons.csv"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("asked", ["joke", "text", "JOKE "])
-def test_only_text_column_is_detected_and_logged(tmp_path, kind, asked):
+@pytest.mark.parametrize("name", ["joke", "text", "JOKE "])
+def test_only_text_column_is_detected_and_logged(tmp_path, kind, name):
   file = table(tmp_path, kind, [{"ID": i, "Joke": f"a cat {i}", "score": 0.5} for i in range(3)])
-  found, said = read(file, text_column=asked)
+  found, lines = read(file, text_column=name)
   assert [example.text for example in found] == ["a cat 0", "a cat 1", "a cat 2"]
-  assert said == [
-    f"{file}: column 'Joke' is read, as config.data.text_column={asked!r} is not there"
+  assert lines == [
+    f"{file}: column 'Joke' is read, as config.data.text_column={name!r} is not there"
   ]
   assert read(file, text_column="Joke")[1] == []
 
@@ -85,7 +85,7 @@ def test_ambiguous_text_columns_are_an_error(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-  "content, wanted",
+  "content, expected",
   [
     (
       "id,joke,author\n1,,Ann\n2,a cat,Bob\n3,a dog,Cy\n",
@@ -96,14 +96,14 @@ def test_ambiguous_text_columns_are_an_error(tmp_path, kind):
     ("n,m\n1,2\n", None),
   ],
 )
-def test_text_column_detection_probes_several_rows(tmp_path, content, wanted):
+def test_text_column_detection_probes_several_rows(tmp_path, content, expected):
   (tmp_path / "a.csv").write_text(content)
-  if wanted is None:
+  if expected is None:
     with pytest.raises(RequestError, match="row 1: no column 'text'"):
       read(tmp_path / "a.csv")
   else:
-    _, said = read(tmp_path / "a.csv", on_bad_row="skip")
-    assert f"column {wanted!r} is read" in said[0]
+    _, lines = read(tmp_path / "a.csv", on_bad_row="skip")
+    assert f"column {expected!r} is read" in lines[0]
 
 
 def test_columns_are_resolved_per_file(tmp_path):
@@ -114,15 +114,15 @@ def test_columns_are_resolved_per_file(tmp_path):
     ("d.csv", "TEXT\nhat\n"),
   ):
     (tmp_path / name).write_text(content)
-  found, said = read(tmp_path)
+  found, lines = read(tmp_path)
   assert [example.text for example in found] == ["a cat", "a dog", "a mat", "hat"]
-  assert [line.split(":")[0] for line in said] == [
+  assert [line.split(":")[0] for line in lines] == [
     str(tmp_path / name) for name in ("a.csv", "c.csv", "d.csv")
   ]
 
 
 @pytest.mark.parametrize(
-  "first, other, how, missing",
+  "first, other, settings, missing",
   [
     ({"title": "a"}, {"title": "b", "text": "c"}, {}, "text"),
     (
@@ -133,11 +133,11 @@ def test_columns_are_resolved_per_file(tmp_path):
     ),
   ],
 )
-def test_column_missing_in_first_row_is_not_replaced(tmp_path, first, other, how, missing):
+def test_column_missing_in_first_row_is_not_replaced(tmp_path, first, other, settings, missing):
   file = table(tmp_path, "jsonl", [first, first | other, first | other])
   with pytest.raises(RequestError, match=f"row 1: no column '{missing}'"):
-    read(file, **how)
-  assert len(read(file, **how, on_bad_row="skip")[0]) == 2
+    read(file, **settings)
+  assert len(read(file, **settings, on_bad_row="skip")[0]) == 2
 
 
 def test_label_column_is_not_taken_for_text(tmp_path):
@@ -146,11 +146,11 @@ def test_label_column_is_not_taken_for_text(tmp_path):
     "csv",
     [{"Review": "good", "sentiment": "pos"}, {"Review": "dull", "sentiment": "neg"}],
   )
-  found, said = read(file, format="classification")
+  found, lines = read(file, format="classification")
   assert [(example.text, example.label) for example in found] == [
     ("good", "pos"),
     ("dull", "neg"),
-  ] and len(said) == 2
+  ] and len(lines) == 2
 
 
 def test_utf16_without_encoding_is_an_error(tmp_path):
@@ -167,29 +167,33 @@ def test_utf16_without_encoding_is_an_error(tmp_path):
 )
 def test_prompt_and_completion_column_aliases(tmp_path, names):
   file = table(tmp_path, "jsonl", [dict(zip(names, ("who?", "me"))) | {"id": "x"}])
-  how = {"format": "prompt_completion", "prompt_column": "question", "completion_column": "answer"}
-  (example,), said = read(file, **how, template="Q {prompt} A {completion}")
+  settings = {
+    "format": "prompt_completion",
+    "prompt_column": "question",
+    "completion_column": "answer",
+  }
+  (example,), lines = read(file, **settings, template="Q {prompt} A {completion}")
   assert (
-    example.text == "Q who? A me" and example.prompt_chars == len("Q who? A ") and len(said) == 2
+    example.text == "Q who? A me" and example.prompt_chars == len("Q who? A ") and len(lines) == 2
   )
   several = table(tmp_path, "jsonl", [{"prompt": "a", "instruction": "b", "response": "c"}])
   with pytest.raises(RequestError, match="no column 'question'"):
-    read(several, **how)
+    read(several, **settings)
 
 
 def test_text_template_is_learned_whole(tmp_path, tokenizer):
   file = table(tmp_path, "jsonl", [{"Prompt": "who?", "response": "me"}])
-  (example,), said = read(file, template="Question: {prompt}. Answer: {response}")
+  (example,), lines = read(file, template="Question: {prompt}. Answer: {response}")
   assert example.text == "Question: who?. Answer: me" and example.prompt_chars == 0
-  assert said == [f"{file}: column 'Prompt' is read for {{prompt}} of config.data.template"]
+  assert lines == [f"{file}: column 'Prompt' is read for {{prompt}} of config.data.template"]
   with pytest.raises(
     RequestError, match="no column 'reply' .it has 'Prompt', 'response'; config.data.template"
   ):
     read(file, template="{prompt} {reply}")
   plain = tmp_path / "a.txt"
   plain.write_text("a cat")
-  (example,), said = read(plain, template="Question: {prompt}. Answer: {response}")
-  assert example.text == "a cat" and "so it is read as it is" in said[0]
+  (example,), lines = read(plain, template="Question: {prompt}. Answer: {response}")
+  assert example.text == "a cat" and "so it is read as it is" in lines[0]
   with pytest.raises(
     RequestError, match="no column 'asked' .it has 'Prompt', 'response'; config.data.template"
   ):
@@ -207,18 +211,18 @@ def test_folder_names_are_class_labels(tmp_path):
   for name, text in (("pos/1", "good"), ("pos/2", "fine"), ("neg/1", "dull")):
     (tmp_path / "reviews" / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "reviews" / f"{name}.txt").write_text(text)
-  wanted = {("good", "pos"), ("fine", "pos"), ("dull", "neg")}
+  expected = {("good", "pos"), ("fine", "pos"), ("dull", "neg")}
   reviews = tmp_path / "reviews"
   for names in ([reviews], [reviews / "*" / "*.txt"], [reviews / "pos", reviews / "neg"]):
     found, _ = read(*names, format="classification")
-    assert {(example.text, example.label) for example in found} == wanted
+    assert {(example.text, example.label) for example in found} == expected
   (tmp_path / "blobs").mkdir()
   for i, file in enumerate(sorted(reviews.glob("*/*.txt"))):  # as the hub's cache has files
     file.rename(tmp_path / "blobs" / str(i))
     file.symlink_to(tmp_path / "blobs" / str(i))
   assert {
     (example.text, example.label) for example in read(reviews, format="classification")[0]
-  } == wanted
+  } == expected
   (reviews / "urls.txt").write_text("https://example.org")
   with pytest.raises(
     RequestError, match="urls.txt: not in one of the folders that name the labels"
@@ -232,8 +236,8 @@ def test_duplicates_are_counted_and_dropped(tokenizer, tmp_path):
   """They are dropped only with data.duplicates=drop."""
   texts = ["a cat", "a dog", "a cat", "a mat", "a dog", "a cat"]
   file = table(tmp_path, "jsonl", [{"text": text} for text in texts])
-  kept, _ = prepared(tokenizer, tmp_path, file, validation_fraction=0.0)
-  assert (kept.report["duplicates"], len(kept.train)) == (3, 6)
+  data, _ = prepared(tokenizer, tmp_path, file, validation_fraction=0.0)
+  assert (data.report["duplicates"], len(data.train)) == (3, 6)
   data, _ = prepared(tokenizer, tmp_path, file, validation_fraction=0.0, duplicates="drop")
   rows = data.report["rows"]
   assert (rows["read"], rows["trained"], rows["dropped"]) == (6, 3, {"duplicates": 3})
@@ -255,7 +259,7 @@ def test_duplicates_are_counted_and_dropped(tokenizer, tmp_path):
 def test_few_documents_hold_out_their_ends(tokenizer, tmp_path, count):
   texts = [" ".join(f"cat {i} {j}" for j in range(100)) for i in range(count)]
   file = table(tmp_path, "jsonl", [{"text": text} for text in texts])
-  data, said = prepared(tokenizer, tmp_path, file, layout="concat")
+  data, lines = prepared(tokenizer, tmp_path, file, layout="concat")
   heads, tails = (
     [
       tokenizer.decode(rows.tokens.ids[a : b - 1])
@@ -268,7 +272,7 @@ def test_few_documents_hold_out_their_ends(tokenizer, tmp_path, count):
   rows = data.report["rows"]
   assert (rows["read"], rows["trained"], rows["held_out"]) == (count, count, 0)
   assert data.report["notes"]["documents whose end is held out"] == count
-  assert said[0].startswith(
+  assert lines[0].startswith(
     f"{count} document{'s' if count > 1 else ''}: the last 5 % of each is held out"
   )
 
@@ -302,20 +306,20 @@ def test_repeated_document_holds_out_its_end_once(tokenizer, tmp_path):
 
 
 def test_few_pairs_hold_out_one_and_one_pair_none(tokenizer, tmp_path):
-  how = dict(format="prompt_completion", prompt_column="q", completion_column="a")
+  settings = dict(format="prompt_completion", prompt_column="q", completion_column="a")
   pairs = [{"q": f"cat {i}?", "a": "mat"} for i in range(3)]
-  data, _ = prepared(tokenizer, tmp_path, table(tmp_path, "jsonl", pairs), **how)
+  data, _ = prepared(tokenizer, tmp_path, table(tmp_path, "jsonl", pairs), **settings)
   assert (len(data.train), len(data.validation)) == (2, 1)
-  data, _ = prepared(tokenizer, tmp_path, table(tmp_path, "jsonl", pairs[:1]), **how)
+  data, _ = prepared(tokenizer, tmp_path, table(tmp_path, "jsonl", pairs[:1]), **settings)
   assert (len(data.train), data.validation) == (1, None)
 
 
 def test_entropy_floor_needs_nats_of_every_document(tokenizer, tmp_path):
   file = table(tmp_path, "jsonl", [{"text": f"cat {i}", "nats": 2.0} for i in range(40)])
-  data, said = prepared(tokenizer, tmp_path, file, nats_column="nats")
-  assert data.entropy_floor and not said
-  data, said = prepared(tokenizer, tmp_path, file, nats_column="bits")
-  assert data.entropy_floor is None and said == [
+  data, lines = prepared(tokenizer, tmp_path, file, nats_column="nats")
+  assert data.entropy_floor and not lines
+  data, lines = prepared(tokenizer, tmp_path, file, nats_column="bits")
+  assert data.entropy_floor is None and lines == [
     f"{file}: no column 'bits' (config.data.nats_column), so no floor of the loss"
   ]
 
@@ -335,11 +339,11 @@ def test_fewer_rows_than_a_batch_are_taken_once(rows, batch_size, accumulation):
   for step in range(len(steps)):
     batch = steps[step]
     assert batch["ids"].shape == (accumulation, batch_size // accumulation, 1)
-    there = batch["ids"][batch["mask"]].tolist()
-    assert len(there) <= each
+    ids = batch["ids"][batch["mask"]].tolist()
+    assert len(ids) <= each
     if rows < batch_size:
-      assert sorted(there) == list(range(rows))
-    seen.update(there)
+      assert sorted(ids) == list(range(rows))
+    seen.update(ids)
   assert seen == dict.fromkeys(range(rows), epochs)
 
 
@@ -364,25 +368,24 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   """A single short document is trained on, and its end is evaluated."""
   config.data.train = (str(little),)
   config.train.steps, config.train.epochs, config.optim.warmup_steps = 0, 4.0, 50
-  config.train.eval_every, config.train.save_every, config.train.eval_batch_size = (
-    "epoch",
-    "epoch",
-    16,
-  )
+  config.train.eval_every = "epoch"
+  config.train.save_every = "epoch"
+  config.train.eval_batch_size = 16
   run = finetune(config, tmp_path / "run")
-  said = capsys.readouterr().out
+  output = capsys.readouterr().out
   assert re.search(
-    r"1 document with \d+ tokens to train on, in 1 row of 32; the ends of 1 document with \d tokens held out;",
-    said,
+    r"1 document with \d+ tokens to train on, in 1 row of 32; "
+    r"the ends of 1 document with \d tokens held out;",
+    output,
   )
   assert "| steps | 4 of 1 sequence of 32 tokens |" in (run.export / "README.md").read_text()
   assert (
     "config.train.batch_size=8: the training text fills only 1 row, so each step takes all of it"
-    in said
+    in output
   )
   assert (
-    "config.optim.warmup_steps=50: more than the 4 steps of the run; 0 steps instead, a tenth of them"
-    in said
+    "config.optim.warmup_steps=50: more than the 4 steps of the run; "
+    "0 steps instead, a tenth of them" in output
   )
   assert [line["step"] for line in run.metrics if "eval/loss" in line] == [0, 1, 2, 3, 4]
   rates = [line["train/learning_rate"] for line in run.metrics if "train/loss" in line]
@@ -407,13 +410,13 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   config.data.unrelated = (str(little),)
   before = {it.name for it in (tmp_path / "run").iterdir()}
   run = finetune(config, tmp_path / "run", overwrite=True)
-  said = capsys.readouterr().out
-  assert f"is moved to {tmp_path / 'run.1'}" in said
+  output = capsys.readouterr().out
+  assert f"is moved to {tmp_path / 'run.1'}" in output
   assert {it.name for it in (tmp_path / "run.1").iterdir()} == before - {"run.lock"}
   assert load_workdir(tmp_path / "run.1").run[1] == 6
   assert (
-    "nothing is held out, so there is no eval loss" in said
-    and "no eval loss: nothing was held out\n" in said
+    "nothing is held out, so there is no eval loss" in output
+    and "no eval loss: nothing was held out\n" in output
   )
   assert not any("eval/loss" in line for line in run.metrics)
   assert [line["step"] for line in run.metrics if "eval/unrelated_loss" in line] == [0, 1]
@@ -431,7 +434,7 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
     finetune(config, tmp_path / "link", overwrite=True)
   assert load_workdir(tmp_path / "link").run[1] == 1 and not (tmp_path / "run.2").exists()
   # So is a model that cannot be read, and a disk that has no room.
-  config.data.sequence_length, there = 32, {it.name for it in (tmp_path / "run").iterdir()}
+  config.data.sequence_length, files = 32, {it.name for it in (tmp_path / "run").iterdir()}
   shutil.copytree(config.model.path, tmp_path / "model")
   tensors = load_file(tmp_path / "model" / "model.safetensors")
   del tensors["transformer.h.0.mlp.c_fc.weight"]
@@ -447,7 +450,7 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
     other.update_from_flattened_dict(changes)
     with pytest.raises(refusal[0], match=refusal[1]):
       finetune(other, tmp_path / "link", overwrite=True)
-    assert {it.name for it in (tmp_path / "run").iterdir()} == there and not (
+    assert {it.name for it in (tmp_path / "run").iterdir()} == files and not (
       tmp_path / "run.2"
     ).exists()
   assert move_aside(tmp_path / "link") == tmp_path / "run.2" and {
@@ -486,14 +489,15 @@ def test_longer_run_reports_what_blocks_resume(config, tmp_path, capsys):
   assert finetune(config, tmp_path / "run").metrics[-1]["step"] == 30 > last
 
 
-@pytest.mark.parametrize("step, there, wanted", [(9, 133, 11), (8, 133, 0), (9, 144, 0)])
-def test_longer_run_reports_rows_it_has_passed(step, there, wanted):
-  meta, about = {"rows_in_all": there, "total_steps": 9}, {"rows_in_all": 266, "rows_of_step": 16}
-  told = resume._masked_rows_note(meta, about, step)
+@pytest.mark.parametrize("step, saved_rows, expected", [(9, 133, 11), (8, 133, 0), (9, 144, 0)])
+def test_longer_run_reports_rows_it_has_passed(step, saved_rows, expected):
+  meta = {"rows_in_all": saved_rows, "total_steps": 9}
+  about = {"rows_in_all": 266, "rows_of_step": 16}
+  note = resume._masked_rows_note(meta, about, step)
   assert (
-    (f"left out of one epoch: {wanted} rows that its last step had masked" in told)
-    if wanted
-    else told == ""
+    (f"left out of one epoch: {expected} rows that its last step had masked" in note)
+    if expected
+    else note == ""
   )
 
 

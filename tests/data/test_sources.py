@@ -1,4 +1,4 @@
-"""Files in: every newline kept, every bad row named or counted, whatever the format and the compression."""
+"""Reading files: every newline survives, every bad row is named or counted, in all formats."""
 
 import collections
 import csv
@@ -36,9 +36,9 @@ def write(folder, name, content):
   return str(folder / name)
 
 
-def read(*names, notes=None, dropped=None, **how):
+def read(*names, notes=None, dropped=None, **settings):
   data = jaxft.config.default().data
-  data.update(how)
+  data.update(settings)
   dropped = collections.Counter() if dropped is None else dropped
   return list(
     dataset.read_examples(
@@ -47,8 +47,8 @@ def read(*names, notes=None, dropped=None, **how):
   )
 
 
-def texts(*names, **how):
-  return [example.text for example in read(*names, **how)]
+def texts(*names, **settings):
+  return [example.text for example in read(*names, **settings)]
 
 
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
@@ -131,10 +131,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("name, content, told", BAD)
-def test_bad_row_is_an_error_or_counted(tmp_path, name, content, told):
+@pytest.mark.parametrize("name, content, message", BAD)
+def test_bad_row_is_an_error_or_counted(tmp_path, name, content, message):
   file = write(tmp_path, name, content)
-  with pytest.raises(RequestError, match=f"{told}.*on_bad_row=skip"):
+  with pytest.raises(RequestError, match=f"{message}.*on_bad_row=skip"):
     read(file)
   dropped = collections.Counter()
   good = read(file, on_bad_row="skip", dropped=dropped)
@@ -171,7 +171,7 @@ def test_long_csv_and_jsonl_lines_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name, content, told",
+  "name, content, message",
   [
     ("a.parquet", b"x", "a.parquet: "),
     ("a.txt.gz", None, "a.txt.gz: "),
@@ -179,11 +179,11 @@ def test_long_csv_and_jsonl_lines_are_read(tmp_path):
     ("a.parquet.gz", b"x", "cannot read .gz"),
   ],
 )
-def test_unreadable_files_are_named(tmp_path, name, content, told):
+def test_unreadable_files_are_named(tmp_path, name, content, message):
   file = write(tmp_path, name, content or b"x" * 1000)
   if content is None:  # cut short
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-12])
-  with pytest.raises(RequestError, match=told):
+  with pytest.raises(RequestError, match=message):
     read(file, on_bad_row="skip")
 
 
@@ -208,9 +208,8 @@ def test_fingerprint_covers_content_not_names(tmp_path):
   assert before == sources.fingerprint((other,), "train")
   write(tmp_path, "a.txt", "abd")
   assert before != sources.fingerprint((one,), "train")
-  assert (
-    sources.fingerprint((write(tmp_path, "a.csv", "abc"),), "train") != before
-  )  # read otherwise
+  # Read otherwise.
+  assert sources.fingerprint((write(tmp_path, "a.csv", "abc"),), "train") != before
 
 
 def test_source_weight_follows_an_at_sign(tmp_path, monkeypatch):
@@ -290,7 +289,8 @@ def test_classes_have_the_order_of_the_data_set(tmp_path, folder):
 
 def test_integer_labels_of_any_type_are_labels(tmp_path):
   (tmp_path / "a.jsonl").write_text(
-    '{"text": "a", "label": 1.0}\n{"text": "b", "label": 0}\n{"text": "c", "label": 0.5}\n{"text": "d", "label": NaN}\n'
+    '{"text": "a", "label": 1.0}\n{"text": "b", "label": 0}\n'
+    '{"text": "c", "label": 0.5}\n{"text": "d", "label": NaN}\n'
   )
   data = jaxft.config.default().data
   data.update(format="classification", on_bad_row="skip")
@@ -348,8 +348,8 @@ def test_zip_archive_is_the_files_in_it(tmp_path):
   pyarrow.parquet.write_table(pyarrow.table({"text": ["p"]}), table)
   with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
     for name, content in (
-      ("b/z.txt", TEXT), ("a.csv", "text\nx\n"), ("c.parquet", table.getvalue()), ("d.pdf", "no"), ("e.zip", "no"),
-      ("__MACOSX/b/._z.txt", "no"), (".hidden/f.txt", "no"),
+      ("b/z.txt", TEXT), ("a.csv", "text\nx\n"), ("c.parquet", table.getvalue()),
+      ("d.pdf", "no"), ("e.zip", "no"), ("__MACOSX/b/._z.txt", "no"), (".hidden/f.txt", "no"),
     ):  # fmt: skip
       archive.writestr(name, content)
   notes = collections.Counter()
@@ -500,10 +500,10 @@ def test_links_are_followed_once(tmp_path, monkeypatch):
   assert sorted(texts(f"{data}/**")) == ["a.txt", "b.txt", "c.txt", "d.txt"]
 
   def refusing(function):
-    def refuse(path, *more, **how):
+    def refuse(path, *more, **options):
       if str(path).endswith(("deep", "d.txt")):
         raise PermissionError(13, "Permission denied", str(path))
-      return function(path, *more, **how)
+      return function(path, *more, **options)
 
     return refuse
 
@@ -535,16 +535,17 @@ def test_glob_patterns_match_python_glob(tmp_path):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(name)
   for pattern in (
-    "*", "*.txt", "**", "**/*.txt", "**/c/*", "b/**/*", "*/a.txt", "?.txt", "[ab].txt", "b/**", "**/.h.txt", ".*/*.txt",
-    "**/b/**/*.txt", "b/c/e[[]1].txt", "b/c/*[!1].txt", "b/.*", "**/**/d.txt", "*/*/*.txt", "b/../*.txt", "../*/a.txt",
+    "*", "*.txt", "**", "**/*.txt", "**/c/*", "b/**/*", "*/a.txt", "?.txt", "[ab].txt", "b/**",
+    "**/.h.txt", ".*/*.txt", "**/b/**/*.txt", "b/c/e[[]1].txt", "b/c/*[!1].txt", "b/.*",
+    "**/**/d.txt", "*/*/*.txt", "b/../*.txt", "../*/a.txt",
   ):  # fmt: skip
-    there = sorted(
+    expected = sorted(
       Path(it).resolve()
       for it in glob.glob(f"{tmp_path}/{pattern}", recursive=True)
       if os.path.isfile(it)
     )
     found = sources._match_glob(f"{tmp_path}/{pattern}", collections.Counter())
-    assert sorted(it.resolve() for it in found) == sorted({*there}), pattern
+    assert sorted(it.resolve() for it in found) == sorted({*expected}), pattern
 
 
 def test_only_requested_columns_are_decoded(tmp_path, monkeypatch):
@@ -592,17 +593,15 @@ def test_folder_of_several_odd_formats_is_an_error(tmp_path):
 def a_folder(rng, home):
   """A data folder as people have them, and how many documents are in it."""
   good = 0
-  for place in range(rng.randint(1, 4)):
+  for number in range(rng.randint(1, 4)):
     folder = home / rng.choice(["", "a", "b", "a/c"])
     folder.mkdir(parents=True, exist_ok=True)
-    kind, count = (
-      rng.choice([".txt", ".jsonl", ".csv", ".parquet", ".jsonl.gz", ".csv.xz", ".txt.bz2"]),
-      rng.randint(1, 5),
-    )
+    kind = rng.choice([".txt", ".jsonl", ".csv", ".parquet", ".jsonl.gz", ".csv.xz", ".txt.bz2"])
+    count = rng.randint(1, 5)
     texts = [
       rng.choice(["a cat", "é\r\n", " x ", "🐈" * 9]) + str(rng.random()) for _ in range(count)
     ]
-    name = f"{rng.choice(['x', 'part [1]', '日本'])}{place}{kind}"
+    name = f"{rng.choice(['x', 'part [1]', '日本'])}{number}{kind}"
     if kind == ".parquet":
       pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / name)
     else:
@@ -697,17 +696,17 @@ def test_missing_configuration_lists_the_choices(tmp_path):
 
 def test_hub_id_without_owner_has_configuration(monkeypatch):
   datasets = pytest.importorskip("datasets")
-  asked = []
+  calls = []
 
   def load(name, configuration, split):
-    asked.append((name, configuration, split))
+    calls.append((name, configuration, split))
     if configuration is None:
       raise datasets.exceptions.DatasetNotFoundError(f"{name} is not there")
     return "rows"
 
   monkeypatch.setattr(datasets, "load_dataset", load)
   assert sources._open_hub("hub:glue/sst2:validation", "train") == "rows"
-  assert asked == [("glue/sst2", None, "validation"), ("glue", "sst2", "validation")]
+  assert calls == [("glue/sst2", None, "validation"), ("glue", "sst2", "validation")]
 
 
 def test_silent_hub_fails_within_seconds(monkeypatch):
@@ -717,8 +716,8 @@ def test_silent_hub_fails_within_seconds(monkeypatch):
   for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-  with socket.create_server(("127.0.0.1", 0)) as there:
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{there.getsockname()[1]}")
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
     assert sources._is_reachable(urllib.parse.urlsplit(constants.ENDPOINT))
   sources._is_reachable.cache_clear()  # now it is gone
   with pytest.raises(

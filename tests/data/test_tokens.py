@@ -112,8 +112,8 @@ def test_token_ids_match_transformers(tmp_path):
     ]
     texts.append(str(rng.choice([" ", "  ", "\n", ""])).join(words))
   ours = tokenize.encode_in_memory([Example(text) for text in texts], tokenizer)
-  wanted = tokenizer(texts)["input_ids"]
-  for i, ids in enumerate(wanted):
+  expected = tokenizer(texts)["input_ids"]
+  for i, ids in enumerate(expected):
     np.testing.assert_array_equal(
       ours.ids[ours.starts_N1[i] : ours.starts_N1[i + 1]], [*ids, 50256]
     )
