@@ -20,9 +20,8 @@ def get_config():
   c.model.path = str(ASSETS / "model")
   c.data.train = (str(ASSETS / "stories.jsonl"),)
   c.data.validation = (str(ASSETS / "validation.jsonl"),)
-  c.data.unrelated = (
-    str(ASSETS / "ships_logs.jsonl"),
-  )  # what the model knew, and is about to forget
+  # what the model knew, and is about to forget
+  c.data.unrelated = (str(ASSETS / "ships_logs.jsonl"),)
   c.data.nats_column = "nats"
   c.data.sequence_length = 256
 

@@ -340,9 +340,8 @@ class Copy:
       return Outcome(fault, "", f"no end after {MOST_SECONDS} s", time.monotonic() - began)
     finally:
       file.write_text(before, encoding="utf-8")
-      os.utime(
-        file, ns=(times.st_atime_ns, times.st_mtime_ns)
-      )  # Python tells what it has compiled by time and size
+      # Python tells what it has compiled by time and size
+      os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     by, error = "", ""
     if done.returncode == FAILED:
       by = first_failure(done.stdout)

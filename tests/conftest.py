@@ -28,9 +28,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Of torch, whose threads would wait for each other: a worker has a core. Without it test_families and test_sample take
 # a quarter more of the processor's time (116 s, not 92, on two cores).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault(
-  "JAX_PLATFORMS", "cpu"
-)  # the compilers for other hardware are installed, and would look for it
+# the compilers for other hardware are installed, and would look for it
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest

@@ -75,9 +75,8 @@ def test_partial_checkpoints_of_a_killed_run_are_removed(tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
-@pytest.mark.filterwarnings(
-  "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # Orbax leaves an event loop to the collector
+# Orbax leaves an event loop to the collector
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_transient_read_error_is_not_damage(tmp_path):
   """A checkpoint that cannot be read now is not called damaged."""
   checkpoints = saved(tmp_path, (1,))
@@ -161,9 +160,8 @@ def test_restore_detects_every_flipped_bit(tmp_path):
     data.write_bytes(bad)
     checkpoints = CheckpointManager(tmp_path, 2)
     try:
-      jax.tree.map(
-        np.testing.assert_array_equal, checkpoints.restore(1, like), state
-      )  # harmless, or
+      # harmless, or
+      jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, like), state)
     except StorageError as error:
       caught += "differ from their checksums" in str(error)
   assert caught > 0

@@ -138,6 +138,5 @@ def test_single_prompt_is_streamed(folder):
     text=True,
   )
   assert code == 0 and piped.stdout.startswith("Once upon")
-  assert on_terminal.replace("\r", "") == escape_controls(
-    piped.stdout
-  )  # what a model writes may steer a terminal
+  # what a model writes may steer a terminal
+  assert on_terminal.replace("\r", "") == escape_controls(piped.stdout)

@@ -41,9 +41,8 @@ def test_epoch_shuffles_each_row_exactly_once(rows):
   other = np.concatenate(
     [batch["targets"][0, :, 0] for batch in collect(rows, 17, seed=4)]
   ).reshape(6, 17)
-  assert not {tuple(epoch) for epoch in epochs} & {
-    tuple(epoch) for epoch in other
-  }  # the next seed's are others
+  # the next seed's are others
+  assert not {tuple(epoch) for epoch in epochs} & {tuple(epoch) for epoch in other}
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 7, 15, 166_660])

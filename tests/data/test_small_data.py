@@ -87,10 +87,8 @@ def test_ambiguous_text_columns_are_an_error(tmp_path, kind):
 @pytest.mark.parametrize(
   "content, expected",
   [
-    (
-      "id,joke,author\n1,,Ann\n2,a cat,Bob\n3,a dog,Cy\n",
-      None,
-    ),  # the first is blank, and both are text
+    # the first is blank, and both are text
+    ("id,joke,author\n1,,Ann\n2,a cat,Bob\n3,a dog,Cy\n", None),
     ("when,what\n3/5/84,1984\n4/5/84,a cat\n5/5/84,a dog\n", "what"),
     ("ID,Joke\n1,\n2,\n3,a cat\n", "Joke"),
     ("n,m\n1,2\n", None),

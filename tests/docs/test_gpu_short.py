@@ -64,9 +64,8 @@ def script(*words, **environment):
 def tried(out, names):
   names = [name for name in NAMES if name in names and (HAS_TORCH or name not in NEED_TORCH)]
   before = page.PAGE.read_bytes()
-  done = script(
-    "all", "0", OUT=str(out), TMPDIR=str(out.parent), PARTS=" ".join(names)
-  )  # no caches of other versions
+  # no caches of other versions
+  done = script("all", "0", OUT=str(out), TMPDIR=str(out.parent), PARTS=" ".join(names))
   assert page.PAGE.read_bytes() == before
   assert done.returncode == 0, done.stdout + done.stderr + (out / "logs.txt").read_text()[-6000:]
   summary = (out / "summary.txt").read_text().splitlines()
@@ -89,10 +88,8 @@ def tiny(tmp_path_factory):
 @pytest.mark.slow
 def test_each_part_runs_with_tiny_shapes(tiny):
   """And leaves its figures."""
-  assert {file.name for file in tiny.iterdir()} == OUT_FILES | {
-    "gaps.svg",
-    "trace.tar.gz",
-  }  # small, and at most eight
+  # small, and at most eight
+  assert {file.name for file in tiny.iterdir()} == OUT_FILES | {"gaps.svg", "trace.tar.gz"}
   assert "no measurement" in (tiny / "benchmarks.md").read_text().splitlines()[0]
   log = (tiny / "logs.txt").read_text()
   assert "smoke | exported to" in log and "machine | jax " in log
@@ -146,9 +143,8 @@ def test_gpu_figures_become_tables(tiny, root, tmp_path):
   text = text.replace('"peak_bytes": null', '"peak_bytes": 6000000000').replace("tiny-gpt2", "gpt2")
   (folder / "gaps.svg").write_text("of the card")
   trained = json.dumps({"benchmark": "train", "at": 1, **trained_by("jaxft", 300.0)}) + "\n"
-  (folder / "results.jsonl").write_text(
-    text + trained + '{"benchmark": "tra'
-  )  # the last line is cut off
+  # the last line is cut off
+  (folder / "results.jsonl").write_text(text + trained + '{"benchmark": "tra')
   done = tables(root, folder, tiny)
   assert done.returncode == 0, done.stderr
   assert "lines are of a CPU, and left out" in done.stdout
@@ -225,9 +221,8 @@ def test_crashed_part_does_not_stop_the_rest(tmp_path):
 
 
 def test_part_that_cannot_start_fails(tmp_path, monkeypatch):
-  (tmp_path / "results.jsonl").write_text(
-    'null\n{"benchmark": 3}\n'
-  )  # lines that are none of ours cost nothing
+  # lines that are none of ours cost nothing
+  (tmp_path / "results.jsonl").write_text('null\n{"benchmark": 3}\n')
   runner = Runner(tmp_path)
   monkeypatch.setattr(
     Runner,
@@ -453,10 +448,8 @@ def test_newest_figures_of_a_contender_are_shown():
   ]
   assert train_tables.of_newest_run(turns) == turns[1:2]
   assert train_tables.of_newest_run(turns[2:]) == turns[2:] and train_tables.of_newest_run([]) == []
-  assert train_tables.of_newest_run([{"error": "x"}, {"a": 1}]) == [
-    {"error": "x"},
-    {"a": 1},
-  ]  # without gpu_parts.py
+  # without gpu_parts.py
+  assert train_tables.of_newest_run([{"error": "x"}, {"a": 1}]) == [{"error": "x"}, {"a": 1}]
 
 
 def test_heading_has_no_local_paths(tmp_path, monkeypatch):

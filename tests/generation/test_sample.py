@@ -561,7 +561,11 @@ def test_stop_strings_and_streaming(ready):
   streamed = {}
   on_text = lambda text, added: streamed.update({text: streamed.get(text, "") + added})
   found = ready.generate(
-    ["Once upon", "The"], temperature=0, max_new_tokens=30, stop_strings=[stop, "@@"], on_text=on_text
+    ["Once upon", "The"],
+    temperature=0,
+    max_new_tokens=30,
+    stop_strings=[stop, "@@"],
+    on_text=on_text,
   )
   assert stop in found[0].text and whole.text.startswith(found[0].text)
   assert stop not in ready.tokenizer.decode(found[0].token_ids[:-1])

@@ -279,9 +279,8 @@ def test_pad_token_is_in_the_vocabulary(theirs):
   for said, expected in ((5, 5), (None, 0), (100_000, 0)):
     other = source._replace(hf_config=source.hf_config | {"pad_token_id": said})
     assert repo.with_class_head(other, LABELS, tokenizer).hf_config["pad_token_id"] == expected
-    new = other._replace(
-      cfg=dataclasses.replace(other.cfg, classes=0)
-    )  # 5 is a letter, which texts may end with
+    # 5 is a letter, which texts may end with
+    new = other._replace(cfg=dataclasses.replace(other.cfg, classes=0))
     assert repo.with_class_head(new, LABELS, tokenizer).hf_config["pad_token_id"] == 0
 
 

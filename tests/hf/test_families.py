@@ -238,9 +238,8 @@ def test_ten_adamw_steps_match_torch(family_case):
   named = dict(theirs.named_parameters())
   for name, ours in grads_by_name(state.params, checkpoint).items():
     expected = named[name].detach().numpy()
-    if name.endswith(
-      "c_attn.bias"
-    ):  # less the keys' part: Adam divides its rounding by its own size
+    # less the keys' part: Adam divides its rounding by its own size
+    if name.endswith("c_attn.bias"):
       D = checkpoint.cfg.D
       ours, expected = np.delete(ours, np.s_[D : 2 * D]), np.delete(expected, np.s_[D : 2 * D])
     assert np.abs(ours - expected).max() < 1e-4 * max(np.abs(expected).max(), 1), name
@@ -326,10 +325,8 @@ def test_config_json_round_trip(family_case, tmp_path):
   before, after = (
     type(theirs.config).from_pretrained(path).to_dict() for path in (folder, tmp_path / "out")
   )
-  assert after.pop("n_ctx", None) in (
-    None,
-    checkpoint.cfg.P,
-  )  # for llama.cpp's converter; transformers does not read it
+  # for llama.cpp's converter; transformers does not read it
+  assert after.pop("n_ctx", None) in (None, checkpoint.cfg.P)
   assert before == after
 
 

@@ -562,10 +562,8 @@ def test_float16_overflow_is_refused_before_writing(folder, tmp_path):
       },
       marks=pytest.mark.slow,
     ),
-    (
-      "gpt2",
-      {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
-    ),  # stanford-crfm's
+    # stanford-crfm's
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
     pytest.param("gpt_neo", {"activation_function": "gelu_accurate"}, marks=pytest.mark.slow),
     ("gptj", {"activation_function": "gelu_pytorch_tanh"}),
     pytest.param("gptj", {"activation_function": "gelu_python"}, marks=pytest.mark.slow),

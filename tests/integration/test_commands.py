@@ -60,9 +60,8 @@ def test_train_writes_the_documented_files(finished):
 
 @pytest.mark.slow
 def test_rerunning_a_finished_run_changes_nothing(finished, config_file, tmp_path):
-  workdir = shutil.copytree(
-    finished[0], tmp_path / "w"
-  )  # other files' tests read the run's own record of its starts
+  # other files' tests read the run's own record of its starts
+  workdir = shutil.copytree(finished[0], tmp_path / "w")
   before = losses(workdir), (workdir / "export" / "model.safetensors").read_bytes()
   assert "continuing at step 12 of 12" in train(config_file, workdir).stdout
   assert (losses(workdir), (workdir / "export" / "model.safetensors").read_bytes()) == before

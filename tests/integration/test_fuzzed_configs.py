@@ -48,14 +48,8 @@ def fuzzed(rng: random.Random) -> tuple[list[str], list[str]]:
 def refused(flags: list[str], names: list[str], config_file, workdir, dry_run: bool) -> bool:
   """Whether the request is refused; fails when that is done in another way than with a name."""
   try:
-    sys.argv = [
-      "train",
-      "--config",
-      str(config_file),
-      "--workdir",
-      str(workdir),
-      *flags,
-    ]  # ml_collections reads it too
+    # ml_collections reads it too
+    sys.argv = ["train", "--config", str(config_file), "--workdir", str(workdir), *flags]
     arguments = jaxft.cli.flags.parse_train()
     train.validate_run(arguments.config, arguments.workdir)
     if dry_run:

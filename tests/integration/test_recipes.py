@@ -114,9 +114,8 @@ def test_answers_are_learned_up_to_the_end_token(small, tmp_path):
   for model in (jaxft.pretrained.load_workdir(run.workdir), jaxft.load(run.export)):
     prompts = [f"Question: where is the {what}? Answer:" for what in answers]
     found = model.generate(prompts, max_new_tokens=20, temperature=0)
-    assert [it.text.strip() for it in found] == list(
-      answers.values()
-    )  # and nothing after it: the end was learned
+    # and nothing after it: the end was learned
+    assert [it.text.strip() for it in found] == list(answers.values())
   # What was not learned: the question, whose tokens are masked.
   question = write(tmp_path / "question.jsonl", [{"text": "where is the cat?"}])
   assert model.evaluate(str(question))["loss"] > 1
@@ -126,9 +125,8 @@ def test_answers_are_learned_up_to_the_end_token(small, tmp_path):
 @pytest.mark.wide
 def test_training_from_scratch_beats_unigram_entropy(tmp_path):
   text, folder = tmp_path / "text.jsonl", tmp_path / "mine"
-  rng = random.Random(
-    0
-  )  # words in an order that can be learned, which does not follow from their counts
+  # words in an order that can be learned, which does not follow from their counts
+  rng = random.Random(0)
   write(
     text,
     [
@@ -258,9 +256,8 @@ def test_tinystories_recipe_learns_and_ends(small, tmp_path, monkeypatch):
     all(map(str.startswith, wanted.train.sample_prompts, begin))
     and wanted.train.sample_tokens == 250
   )
-  prompts = config.train.sample_prompts = tuple(
-    prompt.split(".")[0] for prompt in begin
-  )  # which fit this model's rows
+  # which fit this model's rows
+  prompts = config.train.sample_prompts = tuple(prompt.split(".")[0] for prompt in begin)
   endings = (" and the big cat ran.", " with the small dog.", " on a blue house.")
   stories = [{"text": prompt + ending} for prompt, ending in zip(prompts, endings, strict=True)]
   # The data set of the hub, as its files are in a folder of that name: datasets reads it there.

@@ -117,9 +117,8 @@ def test_unwritable_trace_costs_a_line_not_the_run(config, tmp_path, monkeypatch
     run = finetune(config, tmp_path / "w")
   finally:
     stop()
-  assert (
-    stopped == [1 + 3] and run.metrics[-1]["step"] == 4
-  )  # the first evaluation, and steps 1 to 3
+  # the first evaluation, and steps 1 to 3
+  assert stopped == [1 + 3] and run.metrics[-1]["step"] == 4
   assert (
     f"no trace in {tmp_path / 'w' / 'profile'}: No space left on device" in capsys.readouterr().out
   )
@@ -180,9 +179,8 @@ def test_model_learns_the_end_token(folder, tmp_path, layout):
     config.train.batch_size = 2
   run = finetune(config, tmp_path / "w")
   model = jaxft.load(run.export)
-  if (
-    layout == "concat"
-  ):  # its rows begin anywhere: only the first text was ever seen where a prompt stands
+  # its rows begin anywhere: only the first text was ever seen where a prompt stands
+  if layout == "concat":
     sayings = sayings[:1]
   starts = ["<|endoftext|>" + saying.split()[0] for saying in sayings]  # as each began in training
   completions = model.generate(starts, temperature=0, max_new_tokens=30)

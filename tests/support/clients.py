@@ -75,9 +75,8 @@ def main():
       found = (classifies if "Classification" in config["architectures"][0] else writes)(
         folder, asked
       )
-    if (
-      config["model_type"] in ("gpt2", "gptj") and "generated" in found
-    ):  # CTranslate2 knows no GPT-Neo
+    # CTranslate2 knows no GPT-Neo
+    if config["model_type"] in ("gpt2", "gptj") and "generated" in found:
       found["converted"] = converted(folder, asked)
     print(json.dumps(found | {"transformers": transformers.__version__}), flush=True)
 

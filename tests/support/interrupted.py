@@ -55,9 +55,8 @@ class Interrupted:
 
   def end(self, process):
     """Its exit code, all that it said, and the seconds since the fault."""
-    end = threading.Timer(
-      240, process.kill
-    )  # communicate() would leave out what has been read ahead of the last line
+    # communicate() would leave out what has been read ahead of the last line
+    end = threading.Timer(240, process.kill)
     end.start()
     said = process.stdout.read()
     process.stdout.close()

@@ -24,9 +24,8 @@ def noted(batches, file: Path):
         ):
           index = a * array.shape[1] + first + b  # the same with and without accumulation
           digest = hashlib.sha256(bytes(shard.data[a, b])).hexdigest()
-          assert (
-            rows.setdefault(f"{step}/{name}/{index}", digest) == digest
-          )  # its copies on other devices
+          # its copies on other devices
+          assert rows.setdefault(f"{step}/{name}/{index}", digest) == digest
     file.write_text(json.dumps(rows))
     yield batch
 

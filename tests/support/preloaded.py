@@ -186,9 +186,8 @@ def _run(first, *rest):
   """As the interpreter would."""
   sys.orig_argv = [sys.executable, first, *rest]
   of_jaxft = first == "-m" and rest[0].startswith("jaxft.")
-  signal.signal(
-    signal.SIGINT, signal.SIG_DFL if of_jaxft else signal.default_int_handler
-  )  # as cli/startup.py does
+  # as cli/startup.py does
+  signal.signal(signal.SIGINT, signal.SIG_DFL if of_jaxft else signal.default_int_handler)
   if first == "-c":
     sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
     exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})

@@ -38,9 +38,8 @@ def tensorboard(workdir):
     "text": "".join(
       text for tag, found in texts.items() if tag.startswith("samples/") for text in found
     ),
-    "runs": len(
-      {file.parent for file in (workdir / "tensorboard").rglob("events*")}
-    ),  # TensorBoard calls a folder a run
+    # TensorBoard calls a folder a run
+    "runs": len({file.parent for file in (workdir / "tensorboard").rglob("events*")}),
   }
 
 
@@ -88,9 +87,8 @@ def wandb(workdir):
         for item in record.history.item
       }
       for key, value in line.items():
-        if (
-          key == "samples.path"
-        ):  # as the history has it: a file alone is one that W&B may have refused
+        # as the history has it: a file alone is one that W&B may have refused
+        if key == "samples.path":
           table = file.parent / "files" / value
         elif not key.startswith(("_", "samples")):
           metrics.setdefault(key, []).append([line["_step"], float(value)])

@@ -125,10 +125,8 @@ class Frame:
     self, computations: Any, name: str, parameter: Callable[[int], Any], loops: tuple[int, ...] = ()
   ):
     self.computations, self.body = computations, computations[name]
-    self.parameter, self.loops = (
-      parameter,
-      loops,
-    )  # loops: iterations of those around, innermost first
+    # loops: iterations of those around, innermost first
+    self.parameter, self.loops = parameter, loops
     self._known = {}
 
   def value(self, name: str) -> Any:

@@ -78,9 +78,8 @@ def write_gpt2_bpe(folder: Path) -> Path:
     json.dumps({"tokenizer_class": "GPT2Tokenizer", **end})
   )
   if not (folder / "config.json").exists():
-    (folder / "config.json").write_text(
-      json.dumps({"model_type": "gpt2"})
-    )  # what the tokenizer's class is looked up by
+    # what the tokenizer's class is looked up by
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
   return folder
 
 

@@ -158,9 +158,8 @@ def test_best_checkpoint_is_preserved_beside_newest(tmp_path):
   checkpoints.wait()
   assert checkpoints.steps() == [2, 5, 6]
   checkpoints.close()
-  again = manager.CheckpointManager(
-    tmp_path / "c", 2, best_metric="eval/loss", writes=True
-  )  # another process knows it too
+  # another process knows it too
+  again = manager.CheckpointManager(tmp_path / "c", 2, best_metric="eval/loss", writes=True)
   for step in (7, 8):
     again.save(step, state, {"config": {}}, {"eval/loss": 2.0})
   again.close()
@@ -206,10 +205,8 @@ def test_strict_run_ends_at_a_damaged_checkpoint(config, tmp_path):
 @pytest.mark.slow
 def test_changed_setting_needs_allow_change(config, tmp_path):
   finetune(config, tmp_path / "run")
-  config.train.steps, config.optim.learning_rate = (
-    14,
-    5e-4,
-  )  # longer it may be, with another rate it is another run
+  # longer it may be, with another rate it is another run
+  config.train.steps, config.optim.learning_rate = 14, 5e-4
   refused = (
     r"(?s)^config.optim.learning_rate=0.0005: the run was started with 0.001\n[^\n]*--allow_change"
   )
@@ -228,14 +225,12 @@ def test_resume_refuses_other_model_data_or_optimizer(config, folder, stories, t
   config.model.path, config.data.train = str(model), (str(text),)
   finetune(config, tmp_path / "run")
   facts = (model / "config.json").read_text()
-  (model / "config.json").write_text(
-    json.dumps(json.loads(facts) | {"layer_norm_epsilon": 0.5})
-  )  # of the same shapes
+  # of the same shapes
+  (model / "config.json").write_text(json.dumps(json.loads(facts) | {"layer_norm_epsilon": 0.5}))
   with pytest.raises(RequestError, match="norm_eps is 0.5; the run was started with 1e-05"):
     finetune(config, tmp_path / "run")
-  assert (
-    load_workdir(tmp_path / "run").source.cfg.norm_eps == 1e-5
-  )  # the run keeps the config that it trained
+  # the run keeps the config that it trained
+  assert load_workdir(tmp_path / "run").source.cfg.norm_eps == 1e-5
   saved_config = tmp_path / "run" / "run.model" / "config.json"
   saved_config.write_text(
     json.dumps(json.loads(saved_config.read_text()) | {"layer_norm_epsilon": 0.5})

@@ -197,9 +197,8 @@ def test_saved_adapters_equal_the_merged_delta(family, tmp_path):
   )
   cfg, run = build(family, **lora_config)
   state = begin(run, cfg, family)
-  untrained = lambda path, x: (
-    x.at[1].set(0) if path[-1].key == "lora_b" else x
-  )  # in the layer that has no adapter
+  # in the layer that has no adapter
+  untrained = lambda path, x: x.at[1].set(0) if path[-1].key == "lora_b" else x
   trained, params = (
     jax.tree_util.tree_map_with_path(untrained, tree) for tree in (state.params, state.all_params)
   )
@@ -394,9 +393,8 @@ def test_fused_qkv_is_trained_as_a_whole():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings(
-  "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)  # PEFT 0.21 asks for it
+# PEFT 0.21 asks for it
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.wide_for("gpt_neo", "gptj")
 def test_peft_logits_match_saved_adapters(family, stories, tmp_path):

@@ -139,9 +139,8 @@ def test_offloaded_training_matches_on_device(family, mode, accumulation):
   ],
 )
 def test_offload_matches_on_device_over_a_mesh(monkeypatch, mode, fsdp, tensor):
-  monkeypatch.setattr(
-    offload, "TABLE_CHUNK_BYTES", 4 * 40 * 50
-  )  # tables in parts, cut along the axis that devices share
+  # tables in parts, cut along the axis that devices share
+  monkeypatch.setattr(offload, "TABLE_CHUNK_BYTES", 4 * 40 * 50)
   losses, state, _ = train("gptj", mode, accumulation=2, fsdp=fsdp, tensor=tensor)
   wanted, theirs = resident("gptj")
   np.testing.assert_allclose(losses, wanted, rtol=1e-5)
@@ -159,9 +158,8 @@ def test_offload_matches_for_every_optimizer(mode, name):
   np.testing.assert_allclose(losses, wanted, rtol=1e-6)
   if name != "lion":  # which goes by the signs of numbers near zero
     ours, theirs = jax.device_get(state.params), jax.device_get(theirs.params)
-    if (
-      name == "adafactor"
-    ):  # a key's bias has no gradient but rounding, which is scaled up to a usual step
+    # a key's bias has no gradient but rounding, which is scaled up to a usual step
+    if name == "adafactor":
       for params in (ours, theirs):
         del params["blocks"]["attention"]["qkv"]["bias"]
     close(ours, theirs, 1e-5)

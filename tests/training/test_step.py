@@ -21,9 +21,8 @@ def batches(cfg, steps, seed=0):
   rng = np.random.default_rng(seed)
   for _ in range(steps):
     ids = rng.integers(cfg.V, size=(ROWS, T + 1)).astype(np.int32)
-    mask = (
-      rng.random((ROWS, T)) < np.linspace(0.2, 1, ROWS)[:, None]
-    )  # ragged: rows weigh differently
+    # ragged: rows weigh differently
+    mask = rng.random((ROWS, T)) < np.linspace(0.2, 1, ROWS)[:, None]
     yield {"ids": ids[:, :-1], "targets": ids[:, 1:], "mask": mask}
 
 

@@ -309,9 +309,8 @@ def test_text_folder_skips_runs_and_models(finished, folder, tmp_path):
   }
   with pytest.raises(RequestError, match="no such file"):  # nothing but the run's own
     sources.find_files(f"{tmp_path}/runs/mine/m*.jsonl", "train")
-  assert sources.find_files(
-    f"{tmp_path}/runs/mine/metrics.jsonl", "train"
-  )  # whoever names it wants it
+  # whoever names it wants it
+  assert sources.find_files(f"{tmp_path}/runs/mine/metrics.jsonl", "train")
   for name in ("metrics.jsonl", "samples.jsonl", "run.lock"):  # the folder is now a workdir itself
     shutil.copyfile(finished[0] / name, tmp_path / name)
   assert (

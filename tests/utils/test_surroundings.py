@@ -170,9 +170,8 @@ def test_read_only_token_cache_is_read(tmp_path, monkeypatch):
     return {"files": writer.close()}
 
   made = token_cache.load_or_build(tmp_path, {"a": 1}, make, print)
-  monkeypatch.setattr(
-    token_cache.os, "access", lambda path, how: False
-  )  # as root, who may write everywhere
+  # as root, who may write everywhere
+  monkeypatch.setattr(token_cache.os, "access", lambda path, how: False)
   monkeypatch.setattr(
     token_cache.FileLock,
     "acquire",
