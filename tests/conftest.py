@@ -10,14 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-# Before jax starts. Sub-processes inherit the cache: a program is compiled once in a whole test run.
+# Before jax starts. Sub-processes inherit the cache: a test run compiles each program once.
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jaxft-test-xla-{os.getuid()}")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Compiling is most of what tests do. Without LLVM's optimizations it takes half as long (27 s, not 50, for four train steps);
-# with the older of two code generators, which jaxlib 0.11 no longer has, a third less than that. With --torture programs are
-# compiled as users compile them.
+# Compiling is most of what tests do. Without LLVM's optimizations it takes half as long (27 s, not
+# 50, for four train steps); with the older of two code generators, which jaxlib 0.11 no longer has,
+# a third less than that. With --torture programs are compiled as users compile them.
 if "--torture" not in sys.argv:
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
   if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -25,8 +25,8 @@ if "--torture" not in sys.argv:
 else:
   os.environ["FRESH_PROCESSES"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Of torch, whose threads would wait for each other: a worker has a core. Without it test_families and test_sample take
-# a quarter more of the processor's time (116 s, not 92, on two cores).
+# torch's threads would wait for each other: a worker has a core. Without it test_families and
+# test_sample take a quarter more of the processor's time (116 s, not 92, on two cores).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # the compilers for other hardware are installed, and would look for it
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -57,7 +57,7 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-  """`@pytest.mark.parts(few, many)`: a test in so many parts, many with --torture; `make test` runs the first."""
+  """`@pytest.mark.parts(few, many)`: a test in parts, many with --torture; the first is not slow."""
   if marker := metafunc.definition.get_closest_marker("parts"):
     few, many = marker.args
     parts = range(many if metafunc.config.getoption("--torture") else few)
@@ -110,7 +110,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-  """`shared(name, make)`: a folder that the first worker makes, by make(folder), and all of them look at."""
+  """`shared(name, make)`: a folder that the first worker makes with make(folder), for all workers."""
   workers = "PYTEST_XDIST_WORKER" in os.environ
   home = tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.getbasetemp()
 
@@ -202,7 +202,7 @@ def finished(config_file, shared):
 
 @pytest.fixture
 def small_disk():
-  """A disk of 4 MiB, outside pytest's folders: one left by a run that was killed would stop pytest from removing them."""
+  """A disk of 4 MiB, outside pytest's folders: pytest could not remove one that a killed run left."""
   place = Path(tempfile.mkdtemp(prefix="jaxft-disk-"))
   if subprocess.run(
     ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True

@@ -22,6 +22,7 @@ from jaxft.distributed import rendezvous
 from jaxft.distributed.rendezvous import ProcessInfo
 from jaxft.distributed.watchdog import Watchdog, install_abort_handler
 from jaxft.errors import JaxftError, Preempted, RequestError, print_error
+from jaxft.utils import jax_private
 from jaxft.utils.console import console, log
 from jaxft.utils.files import atomic_write
 
@@ -102,11 +103,8 @@ def package_versions() -> Mapping[str, str]:
 def assert_all_equal(topic: str, facts: dict[str, Any]) -> None:
   """Raises RequestError in every process, with a line for each fact that differs between them."""
   # JAX and Orbax synchronise through this key-value store; it has no public name.
-  from jax._src.distributed import global_state
-
-  store, process_id = global_state.client, global_state.process_id
-  # jax.process_count() would start JAX, whose environment is not complete yet.
-  num_processes = global_state.num_processes
+  state = jax_private.distributed_state()
+  store, process_id, num_processes = state.client, state.process_id, state.num_processes
   if store is None or num_processes == 1:
     return
   # Keys can be set once, and a program may train twice.
@@ -133,9 +131,7 @@ def check_shared_folder(folder: Path) -> None:
   """Raises RequestError in all processes if they do not share this folder, on one disk."""
   if jax.process_count() == 1:
     return
-  from jax._src.distributed import global_state
-
-  store = global_state.client
+  store = jax_private.distributed_state().client
   mark = folder / "run.hosts"
   key = f"jaxft/mark/{next(_call_counter)}"
   if jax.process_index() == 0:

@@ -13,6 +13,7 @@ import warnings
 from typing import Any, NamedTuple
 
 from jaxft.errors import PeerLostError, RequestError, first_line
+from jaxft.utils import jax_private
 from jaxft.utils.console import log
 
 REQUIRED_FLAGS = "several processes need --coordinator, --num_processes, --process_id"
@@ -33,9 +34,6 @@ def detect_processes(
 
   None for a single process. Raises RequestError when only some of it is known.
   """
-  # What jax.distributed.initialize itself asks; there is no public name (jax 0.10 to 0.12).
-  from jax._src import clusters
-
   if processes == 1:
     return None
   flags = coordinator, processes, process
@@ -43,8 +41,7 @@ def detect_processes(
   try:
     # JAX warns in a Kubernetes pod without the package of that name, but most pods are alone.
     with warnings.catch_warnings(action="ignore"):
-      detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
-      coordinator, processes, process, _ = detect(*flags, None, None, timeout)
+      coordinator, processes, process = jax_private.detect_cluster(*flags, timeout)
   except Exception as error:  # no permission to list pods, a metadata server that is silent, ...
     why = first_line(error)
     if not no_flags:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxft.errors import RequestError, first_line
+from jaxft.utils import jax_private
 
 GIB, TERA, GIGA = 2**30, 10**12, 10**9
 # Memory is nvidia-smi's total: error correction takes some of an A10G's and an L4's. A process gets
@@ -280,21 +281,8 @@ def compile_devices(target: Target) -> list[Any]:
   topology = topologies.get_topology_desc(
     "jaxft", "cuda", target_config=_target_config(gpu), topology=shape
   )
-  _pretend_cudnn(gpu.capability)
+  jax_private.pretend_cudnn(CUDNN_VERSION, gpu.capability)
   return list(topology.devices)
-
-
-def _pretend_cudnn(capability: tuple[int, int]) -> None:
-  """Lets JAX trace cuDNN's attention without a GPU.
-
-  JAX (0.10 to 0.12) asks the library and the first device. XLA leaves the call in the compiled
-  program as it is; it does not know the workspace that cuDNN would take.
-  """
-  from jax._src.cudnn import fused_attention_stablehlo as calls
-
-  calls.check_cudnn_version = lambda: 10000 * CUDNN_VERSION[0] + 100 * CUDNN_VERSION[1]
-  calls.check_compute_capability = lambda least: capability >= tuple(map(int, least.split(".")))
-  calls.is_cuda_compute_capability_equal = lambda one: capability == tuple(map(int, one.split(".")))
 
 
 def _target_config(gpu: Gpu) -> str:

@@ -19,7 +19,7 @@ from jaxft.sharding import rules
 from jaxft.sharding.mesh import make_mesh
 from jaxft.training import build, offload
 from jaxft.training.build import TrainProgram, bytes_per_device
-from jaxft.utils import backend
+from jaxft.utils import backend, jax_private
 
 # libtpu's message when memory is short: for the whole program or, if it fails before that, for its
 # temporaries.
@@ -144,7 +144,7 @@ def mark_host_arguments(lowered: Any, program: TrainProgram, host_mask: Any) -> 
   if program.offload == "none":
     return lowered
   mask = jax.tree.leaves(host_mask) + [False] * len(jax.tree.leaves(program.batch))
-  module = lowered._lowering.stablehlo()
+  module = jax_private.stablehlo_module(lowered)
   with module.context, ir.Location.unknown(module.context):
     main = next(op for op in module.body.operations if "main" in str(op.name))
     attributes = [{it.name: it.attr for it in argument} for argument in main.arg_attrs]

@@ -21,15 +21,16 @@ def distributed_state() -> Any:
 def detect_cluster(
   coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
 ) -> tuple[str | None, int | None, int | None]:
-  """What `jax.distributed.initialize` finds out from SLURM, Open MPI, Kubernetes or a TPU's metadata."""
+  """What `jax.distributed.initialize` learns from SLURM, Open MPI, Kubernetes or a TPU."""
   detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
   return detect(coordinator, num_processes, process_id, None, None, timeout)[:3]
 
 
 def pretend_cudnn(version: tuple[int, int], capability: tuple[int, int]) -> None:
-  """Lets JAX trace cuDNN's attention for a GPU that is not there: it asks the library and the first device.
+  """Lets JAX trace cuDNN's attention without a GPU.
 
-  XLA leaves the call in the compiled program as it is; what cuDNN would take as a workspace it cannot say.
+  JAX asks the library and the first device. XLA leaves the call in the compiled program as it is;
+  it does not know the workspace that cuDNN would take.
   """
   from jax._src.cudnn import fused_attention_stablehlo as calls
 
