@@ -12,7 +12,6 @@ from processes import run
 
 import jaxft.config
 import jaxft.hf.tokenizer
-import jaxft.sharding.mesh
 from jaxft import pretrained
 from jaxft.data import packing, tokenize
 from jaxft.data.dataset import build_dataset, read_examples
@@ -66,11 +65,10 @@ def wanted(folder, rows):
 )
 def test_eval_loss_matches_torch(devices, folder, text, wanted, monkeypatch):
   """For any batch size and any number of devices."""
-  all_of_them = make_mesh
-  monkeypatch.setattr(
-    jaxft.sharding.mesh, "make_mesh", lambda sizes: all_of_them(sizes, jax.devices()[:devices])
-  )
+  mesh_of = lambda sizes: make_mesh(sizes, jax.devices()[:devices])
+  monkeypatch.setattr(pretrained, "make_mesh", mesh_of)
   ready, (nats, count) = pretrained.load(folder), wanted
+  assert ready.mesh.size == devices
   for batch_size in range(1, 9):
     found = ready.evaluate(str(text), sequence_length=T, batch_size=batch_size)
     assert found["tokens"] == count and found["loss"] == pytest.approx(nats / count, rel=1e-5)
