@@ -56,32 +56,24 @@ def finetune_until(
     after_step: takes the number and the metrics of each step.
     said: takes each line that the run says.
   """
-  import jaxft.metrics.reporter
-  import jaxft.training.workdir
   from jaxft import train
-  from jaxft.utils.console import log
 
-  report = jaxft.metrics.reporter.Reporter.log_step
-  say = log
-  room = jaxft.training.workdir.check_disk_space
+  log_step, log, check_disk_space = train.Reporter.log_step, train.log, train.check_disk_space
 
   def step(reporter, number: int, numbers: dict[str, Any], *rest) -> None:
-    report(reporter, number, numbers, *rest)
+    log_step(reporter, number, numbers, *rest)
     after_step(number, numbers)
     if number == last:
       raise LastStep
 
   def heard(line: str) -> None:
-    say(line)
+    log(line)
     said(line)
 
-  jaxft.metrics.reporter.Reporter.log_step = step
-  log = heard
-  jaxft.training.workdir.check_disk_space = lambda *_: None
+  train.Reporter.log_step, train.log, train.check_disk_space = step, heard, lambda *_: None
   try:
     with contextlib.suppress(LastStep):
       train.finetune(config, workdir, require=os.environ.get("BENCHMARKS_REQUIRE"))
   finally:
-    jaxft.metrics.reporter.Reporter.log_step = report
-    log = say
-    jaxft.training.workdir.check_disk_space = room
+    train.Reporter.log_step, train.log = log_step, log
+    train.check_disk_space = check_disk_space

@@ -288,7 +288,7 @@ SETTINGS = (
   ),
   Setting("train.sample_tokens", 100, "tokens drawn for each prompt", check=at_least(1)),
   Setting(
-    "train.only",
+    "train.trainable_params",
     (),
     "names of the weights to train, as the checkpoint has them, with * for anything: "
     "transformer.h.11.*, transformer.ln_f.*; the others stay as they are; empty: all are trained",
@@ -574,6 +574,9 @@ FOREIGN_NAMES = {
   "report_to": "tracking.writers",
 }
 
+# Settings with another name in the config.json and the checkpoints of earlier runs.
+RENAMED = {"train.only": "train.trainable_params"}  # until 2026-11-29
+
 
 def unknown_settings(names: list[str]) -> list[str]:
   """Return one line for each name that is no setting, with the nearest one that is."""
@@ -587,8 +590,8 @@ def unknown_settings(names: list[str]) -> list[str]:
     near = difflib.get_close_matches(name, BY_NAME, 1)
     near = near or [by_key[match] for match in difflib.get_close_matches(key, by_key, 1)]
     way_out = f"did you mean {near[0]}?" if near else "--print_config lists all settings"
-    if key in FOREIGN_NAMES:
-      way_out = f"here it is {FOREIGN_NAMES[key]}"
+    if new_name := RENAMED.get(name, FOREIGN_NAMES.get(key)):
+      way_out = f"here it is {new_name}"
     lines.append(f"config.{name}: there is no such setting; {way_out}")
   return lines
 
@@ -606,6 +609,11 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
       flat[f"{section}.{key}"] = tuple(value) if isinstance(value, list | tuple) else value
   return flat
+
+
+def _flatten_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
+  """As `flatten`, of the config that a run has left; settings get the names that they have now."""
+  return {RENAMED.get(name, name): value for name, value in flatten(saved).items()}
 
 
 def with_prefix(config: ConfigDict) -> dict[str, Any]:
@@ -635,7 +643,7 @@ def validate(config: ConfigDict) -> list[str]:
 
 def diff_from_saved(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
   """Return a line for each setting that changes what is learned and differs from a saved config."""
-  old = flatten(default()) | flatten(saved)  # a setting that did not exist yet had its default
+  old = flatten(default()) | _flatten_saved(saved)  # a setting that did not exist yet had its default
   new = flatten(config)
   return [
     f"config.{name}={new.get(name)!r}: the run was started with {old.get(name)!r}"
@@ -652,7 +660,7 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str) -> ConfigDict:
   """Invert `to_json`; raises RequestError for anything that it cannot have written."""
   try:
-    flat = flatten(json.loads(text))
+    flat = _flatten_saved(json.loads(text))
   except (ValueError, AttributeError, RecursionError) as error:
     raise RequestError(f"config.json of the run: not a config ({first_line(error)})") from error
   if lines := unknown_settings(list(flat)):

@@ -135,18 +135,18 @@ def validate_combinations(v: Mapping[str, Any]) -> list[str]:
   for name, default in (("lora.targets", ()), ("lora.layers", ()), ("lora.dropout", 0)):
     if not v["lora.rank"] and v[name] != default:
       lines.append(f"{show(name)}: there are no adapters with config.lora.rank=0")
-  if v["lora.rank"] and v["train.only"]:
+  if v["lora.rank"] and v["train.trainable_params"]:
     lines.append(
-      f"{show('train.only')}: with {show('lora.rank')} the adapters are trained; set one"
+      f"{show('train.trainable_params')}: with {show('lora.rank')} the adapters are trained; set one"
     )
   if v["lora.rank"] and from_scratch:
     lines.append(
       f"{show('lora.rank')}: adapters change a model that was trained; "
       "config.model.init=scratch has none"
     )
-  if v["train.only"] and from_scratch:
+  if v["train.trainable_params"] and from_scratch:
     lines.append(
-      "config.train.only: the other weights would stay as they are drawn with "
+      "config.train.trainable_params: the other weights would stay as they are drawn with "
       "config.model.init=scratch"
     )
   if bool(v["train.steps"]) == bool(v["train.epochs"]):

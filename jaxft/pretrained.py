@@ -426,7 +426,7 @@ def load_workdir(
 def _model_of_run(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> repo.HFCheckpoint:
   """The model that a run trains: as the workdir has it, or its base model if a part is frozen."""
   folder = find_run_model(workdir)
-  has_frozen = bool(config.lora.rank or config.train.only)
+  has_frozen = bool(config.lora.rank or config.train.trainable_params)
   if folder and not has_frozen:
     return repo.HFCheckpoint(folder, *repo.read_config(folder / "config.json"))
   source = _base_model(config, workdir, record, weights=has_frozen)

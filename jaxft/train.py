@@ -290,7 +290,7 @@ def finetune(
     elif source.cfg.classes:
       raise RequestError(f"{model_path}: a model that classifies; set config.model.head")
     export.check_exportable(source, tokenizer)
-    has_frozen = bool(config.lora.rank or config.train.only)
+    has_frozen = bool(config.lora.rank or config.train.trainable_params)
     weights_fingerprint = ""
     if config.model.init == "pretrained":
       whole = has_frozen or jax.process_count() > 1

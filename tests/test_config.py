@@ -1,6 +1,7 @@
 """Settings: documented once, checked all at once, saved and read back."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -98,8 +99,24 @@ def test_resume_fixes_only_what_changes_learning():
   assert jaxft.config.MUTABLE_ON_RESUME <= jaxft.config.BY_NAME.keys()
   # A run from before there were adapters goes on.
   older = before.to_dict()
-  del older["lora"], older["train"]["only"]
+  del older["lora"], older["train"]["trainable_params"]
   assert jaxft.config.diff_from_saved(older, complete()) == []
+
+
+@pytest.mark.parametrize(("old", "new"), jaxft.config.RENAMED.items())
+def test_renamed_settings_of_earlier_runs_are_read(old, new):
+  """Typed by a user the old name is refused, with the new one."""
+  config = complete()
+  section, key = new.split(".")
+  config[section][key] = ("transformer.h.2.*",)
+  saved = config.to_dict()
+  saved[section][old.split(".")[1]] = saved[section].pop(key)
+  assert jaxft.config.diff_from_saved(saved, config) == []
+  assert len(jaxft.config.diff_from_saved(saved, complete())) == 1
+  assert jaxft.config.from_json(json.dumps(saved)).to_json() == config.to_json()
+  assert jaxft.config.unknown_settings([old]) == [
+    f"config.{old}: there is no such setting; here it is {new}"
+  ]
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)

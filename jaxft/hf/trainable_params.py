@@ -27,9 +27,9 @@ def apply_config(cfg: ModelConfig, config: ConfigDict, model_type: str) -> Model
     cfg = cfg.with_dropout(config.model.dropout)
   if config.lora.rank:
     return _with_lora(cfg, config.lora, model_type)
-  if not config.train.only:
+  if not config.train.trainable_params:
     return cfg
-  return dataclasses.replace(cfg, trained=_match_params(cfg, config.train.only, model_type))
+  return dataclasses.replace(cfg, trained=_match_params(cfg, config.train.trainable_params, model_type))
 
 
 def lora_modules(model_type: str) -> dict[str, str]:
@@ -101,7 +101,7 @@ def _match_params(
       unused -= set().union(*matches)
       if any(matches) and not all(matches):
         raise RequestError(
-          f"config.train.only: jaxft keeps {' and '.join(names)} in one array; "
+          f"config.train.trainable_params: jaxft keeps {' and '.join(names)} in one array; "
           "name all of them, or none"
         )
       if all(matches):
@@ -112,7 +112,7 @@ def _match_params(
   if unused:
     names = [name for rule in rules for _, some in _tensor_names(rule, cfg) for name in some]
     raise RequestError(
-      f"config.train.only: {min(unused)!r} is the name of no weight; "
+      f"config.train.trainable_params: {min(unused)!r} is the name of no weight; "
       f"there are {', '.join(names[:3])}, ... {names[-1]}"
     )
   return tuple(sorted(trained))

@@ -36,7 +36,7 @@ ADAPTERS = {
   "lora__targets": ("all-linear",),
   "lora__layers": ("0", "2"),
 }
-LAST_LAYER = {"train__only": ("transformer.h.2.*", "transformer.ln_f.weight")}
+LAST_LAYER = {"train__trainable_params": ("transformer.h.2.*", "transformer.ln_f.weight")}
 ODD_TARGETS = {
   "gpt2": ("attn.c_proj", "c_fc"),
   "gpt_neo": ("v_proj", "out_proj"),
@@ -337,7 +337,7 @@ def test_changed_base_model_is_refused(finetuned, folder, tmp_path):
 
 
 def test_position_embeddings_alone_train_offloaded():
-  _, run = build("gpt2", memory__offload="all", train__only=("transformer.wpe.weight",))
+  _, run = build("gpt2", memory__offload="all", train__trainable_params=("transformer.wpe.weight",))
   assert [path[-1].key for path, _ in jax.tree_util.tree_flatten_with_path(run.grad_shapes)[0]] == [
     "positions"
   ]
@@ -362,10 +362,10 @@ def test_position_embeddings_alone_train_offloaded():
       "config.lora.targets=.* there are no adapters with config.lora.rank=0",
     ),
     (
-      {"train__only": ("h.2.*",)},
-      r"config.train.only: 'h.2.\*' is the name of no weight; there are transformer.wte.weight",
+      {"train__trainable_params": ("h.2.*",)},
+      r"config.train.trainable_params: 'h.2.\*' is the name of no weight; there are transformer.wte.weight",
     ),
-    ({"train__only": ("transformer.*",), "lora__rank": 2}, "config.train.only=.* set one"),
+    ({"train__trainable_params": ("transformer.*",), "lora__rank": 2}, "config.train.trainable_params=.* set one"),
     (
       {"model__init": "scratch", "lora__rank": 2},
       "config.lora.rank=2: adapters need a trained model|adapters change",
@@ -382,7 +382,7 @@ def test_unknown_trainable_params_are_refused(config, tmp_path, more, message):
 def test_fused_qkv_is_trained_as_a_whole():
   """Query, key and value that share an array are trained together."""
   config = jaxft.config.default()
-  config.train.only = ("transformer.h.0.attn.q_proj.weight",)
+  config.train.trainable_params = ("transformer.h.0.attn.q_proj.weight",)
   with pytest.raises(
     RequestError,
     match="h.0.attn.q_proj.weight and .*k_proj.weight and .* name all of them, or none",
