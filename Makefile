@@ -30,7 +30,7 @@ test-all: test $(VENV)/installed-dev-all  ## then more cases, real sizes, GPU an
 torture: $(VENV)/installed-dev-all  ## before a release, hours: hundreds of each fault, with a table in docs/reliability.md; every shape
 	$(PYTEST) -n 2 --dist worksteal --torture $(addprefix tests/, \
 	  $(addprefix integration/test_, kills.py signals.py full_disks.py fuzzed_configs.py soak.py) checkpoint/test_corruption.py \
-	  training/test_not_finite.py sharding/test_other_meshes.py distributed/test_hosts.py)
+	  training/test_nonfinite_steps.py sharding/test_other_meshes.py distributed/test_multihost.py)
 	$(OPTIMIZED) $(PYTEST) $(WORKERS) -m wide
 
 coverage: $(VENV)/installed-dev  ## the lines of jaxft that `make test` runs, sub-processes counted: about nine minutes

@@ -643,7 +643,9 @@ def validate(config: ConfigDict) -> list[str]:
 
 def diff_from_saved(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
   """Return a line for each setting that changes what is learned and differs from a saved config."""
-  old = flatten(default()) | _flatten_saved(saved)  # a setting that did not exist yet had its default
+  old = flatten(default()) | _flatten_saved(
+    saved
+  )  # a setting that did not exist yet had its default
   new = flatten(config)
   return [
     f"config.{name}={new.get(name)!r}: the run was started with {old.get(name)!r}"

@@ -70,7 +70,7 @@ FAULTS = (
     "jaxft/model/dropout.py",
     "return jax.vmap(jax.vmap(of_head))(keys_BN).astype(jnp.float32) / (1 - rate)",
     "return jax.vmap(jax.vmap(of_head))(keys_BN).astype(jnp.float32)",
-    ("test_attention.py", "test_model.py", "test_step.py"),
+    ("test_attention.py", "test_decoder.py", "test_train_step.py"),
   ),
   Fault(
     "merging leaves out the scale of adapters",
@@ -85,42 +85,42 @@ FAULTS = (
     "jaxft/training/train_step.py",
     'tokens = jnp.sum(batch["mask"])',
     'tokens = jnp.sum(batch["mask"][0])',
-    ("test_step.py",),
+    ("test_train_step.py",),
   ),
   Fault(
     "Adam's second moment decays as the first does",
     "jaxft/training/optimizer.py",
     "adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps,",
     "adam = optax.scale_by_adam(optim.b1, optim.b1, optim.eps,",
-    ("test_step.py",),
+    ("test_train_step.py",),
   ),
   Fault(
     "the course after the warm-up begins a step late",
     "jaxft/training/optimizer.py",
     "optax.linear_schedule(0.0, peak, warmup), after], [warmup])",
     "optax.linear_schedule(0.0, peak, warmup), after], [warmup + 1])",
-    ("test_optim.py",),
+    ("test_optimizer.py",),
   ),
   Fault(
     "the scales of norms decay",
     "jaxft/training/optimizer.py",
     "return name in DECAYED\n",
     'return name != "bias"\n',
-    ("test_optim.py",),
+    ("test_optimizer.py",),
   ),
   Fault(
     "rounding by chance mostly rounds towards zero",
     "jaxft/training/stochastic_rounding.py",
     "jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)",
     "jax.random.bits(key, x.shape, jnp.uint8).astype(jnp.uint32)",
-    ("test_rounding.py",),
+    ("test_stochastic_rounding.py",),
   ),
   Fault(
     "weights are whole where they are stored, and cut where they are used",
     "jaxft/sharding/rules.py",
     '"embed": (("fsdp",), ()),',
     '"embed": ((), ("fsdp",)),',
-    ("test_sharding.py",),
+    ("test_rules.py",),
   ),
   Fault(
     "offloaded layers go backward from the first to the last",
@@ -135,21 +135,21 @@ FAULTS = (
     "jaxft/data/packing.py",
     "return at - starts[example] >= self.tokens.prompts_N[example]",
     "return at - starts[example] > self.tokens.prompts_N[example]",
-    ("test_data.py",),
+    ("test_dataset.py",),
   ),
   Fault(
     "end tokens are masked as padding is",
     "jaxft/data/packing.py",
     "mask[at] = span.stop - n + np.arange(n) - start >= prompt",
     "mask[at] = (span.stop - n + np.arange(n) - start >= prompt) & (values[1:] != self._eos_id)",
-    ("test_data.py", "test_packing.py"),
+    ("test_dataset.py", "test_packing.py"),
   ),
   Fault(
     "the last row is dropped where it is not full",
     "jaxft/data/packing.py",
     "rows = np.arange(-(-len(tokens.ids) // T))",
     "rows = np.arange(len(tokens.ids) // T)",
-    ("test_data.py",),
+    ("test_dataset.py",),
   ),
   Fault(
     "a run that goes on takes its last batch again",
@@ -163,28 +163,28 @@ FAULTS = (
     "jaxft/data/dataset.py",
     "np.flatnonzero(batch_splits == split)",
     "np.flatnonzero(batch_splits >= split)",
-    ("test_data.py",),
+    ("test_dataset.py",),
   ),
   Fault(
     "tokens are not made again for a tokenizer of the same size",
     "jaxft/hf/tokenizer.py",
     "return hashlib.sha256(content.encode()).hexdigest()",
     "return hashlib.sha256(str(len(content)).encode()).hexdigest()",
-    ("test_cache.py", "test_tokenizer.py"),
+    ("test_token_cache.py", "test_tokenizer.py"),
   ),
   Fault(
     "top_p leaves out the token that reaches it",
     "jaxft/generation/logits_processors.py",
     "cut_BV = (tail_BV <= 1 - top_p)",
     "cut_BV = (jnp.pad(tail_BV, [(0, 0), (1, 0)])[:, :-1] <= 1 - top_p)",
-    ("test_sample.py",),
+    ("test_sampler.py",),
   ),
   Fault(
     "logits are multiplied by the temperature",
     "jaxft/generation/sampler.py",
     "logits_BV.max(-1, keepdims=True)) / temperature",
     "logits_BV.max(-1, keepdims=True)) * temperature",
-    ("test_sample.py",),
+    ("test_sampler.py",),
   ),
   # ---- Folders of models -------------------------------------------------------------------------
   Fault(
@@ -199,7 +199,7 @@ FAULTS = (
     "jaxft/hf/export_tensors.py",
     'return lambda name: source.get(short_name(name), EXPORT_DTYPES["float32"])',
     "return lambda name: next(iter(source.values()))",
-    ("test_hf.py",),
+    ("test_export.py",),
   ),
   # ---- A run -------------------------------------------------------------------------------------
   Fault(
@@ -207,7 +207,7 @@ FAULTS = (
     "jaxft/checkpoint/manager.py",
     "wrong = [name for name in names if expected.get(name) != actual.get(name)]",
     "wrong = [name for name in names if name not in expected or name not in actual]",
-    ("test_checkpoint.py", "test_corruption.py"),
+    ("test_manager.py", "test_corruption.py"),
   ),
   Fault(
     "the worst checkpoint is taken for the best",
@@ -235,7 +235,7 @@ FAULTS = (
     "jaxft/errors.py",
     "return error.exit_code",
     "return JaxftError.exit_code",
-    ("test_report.py",),
+    ("test_run_page.py",),
   ),
   Fault(
     "a token of the hub is recorded",
@@ -250,14 +250,14 @@ FAULTS = (
     "jaxft/plan/cost_model.py",
     "return int(weights + gradient + moments)",
     "return int(weights + gradient)",
-    ("test_fit.py",),
+    ("test_search.py",),
   ),
   Fault(
     "a TPU's compiler is taken to count in powers of ten",
     "jaxft/plan/measure.py",
     'UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}',
     'UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}',
-    ("test_plan.py", "test_compiled.py"),
+    ("test_planner.py", "test_aot_compiler.py"),
   ),
   Fault(
     "quotes are not escaped on a page",
@@ -265,7 +265,7 @@ FAULTS = (
     'return html.escape(escape_controls(text.encode(errors="backslashreplace").decode()))',
     "return html.escape(escape_controls("
     'text.encode(errors="backslashreplace").decode()), quote=False)',
-    ("test_report.py",),
+    ("test_run_page.py",),
   ),
 )
 

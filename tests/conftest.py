@@ -26,7 +26,7 @@ else:
   os.environ["FRESH_PROCESSES"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # torch's threads would wait for each other: a worker has a core. Without it test_families and
-# test_sample take a quarter more of the processor's time (116 s, not 92, on two cores).
+# test_sampler take a quarter more of the processor's time (116 s, not 92, on two cores).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # the compilers for other hardware are installed, and would look for it
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -69,23 +69,23 @@ def pytest_generate_tests(metafunc):
 # The files that take minutes begin first, so that no worker is left with one of them at the end.
 LONGEST = (
   "test_shipped_configs",
-  "test_compiled",
+  "test_aot_compiler",
   "test_pages",
   "test_recipes",
   "test_kills",
   "test_signals",
   "test_gpu_short",
   "test_full_disks",
-  "test_hosts",
+  "test_multihost",
   "test_commands",
   "test_notebook",
   "test_lora",
   "test_train",
-  "test_sample",
+  "test_sampler",
   "test_guards",
   "test_families",
-  "test_step",
-  "test_plan",
+  "test_train_step",
+  "test_planner",
 )
 
 

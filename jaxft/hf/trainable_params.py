@@ -29,7 +29,9 @@ def apply_config(cfg: ModelConfig, config: ConfigDict, model_type: str) -> Model
     return _with_lora(cfg, config.lora, model_type)
   if not config.train.trainable_params:
     return cfg
-  return dataclasses.replace(cfg, trained=_match_params(cfg, config.train.trainable_params, model_type))
+  return dataclasses.replace(
+    cfg, trained=_match_params(cfg, config.train.trainable_params, model_type)
+  )
 
 
 def lora_modules(model_type: str) -> dict[str, str]:

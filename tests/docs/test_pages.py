@@ -52,7 +52,7 @@ LIKE_CONFIGS = {"docs/recipes/jokes.md"}
 NOT_RUN = {
   "python -m jaxft.train --config configs/X.py --workdir /shared/run --coordinator host0:7777 "
   "--num_processes 4 --process_id 0": (
-    "needs four hosts; tests/distributed/test_hosts.py has processes instead"
+    "needs four hosts; tests/distributed/test_multihost.py has processes instead"
   ),
 }
 FOLLOWED = {name: pages.steps(name) for name in (*pages.PAGES, *pages.CONFIGS)}

@@ -365,7 +365,10 @@ def test_position_embeddings_alone_train_offloaded():
       {"train__trainable_params": ("h.2.*",)},
       r"config.train.trainable_params: 'h.2.\*' is the name of no weight; there are transformer.wte.weight",
     ),
-    ({"train__trainable_params": ("transformer.*",), "lora__rank": 2}, "config.train.trainable_params=.* set one"),
+    (
+      {"train__trainable_params": ("transformer.*",), "lora__rank": 2},
+      "config.train.trainable_params=.* set one",
+    ),
     (
       {"model__init": "scratch", "lora__rank": 2},
       "config.lora.rank=2: adapters need a trained model|adapters change",

@@ -1,7 +1,7 @@
 """The search for settings that fit, with a fake compiler: what it takes, rules out and reports."""
 
 import pytest
-from test_plan import published
+from test_planner import published
 
 import jaxft.config
 from jaxft.hardware import specs
