@@ -6,7 +6,7 @@ v5e:2x4,rtx4090x8   # what it takes, without either
 
 The 6.05 billion float32 weights and Adam's moments, 73 GB, are cut over the chips, 9.1 GB each; a
 layer is gathered in bfloat16 as it runs. The TPU compiler counts 13.6 GiB a chip of 15.75
-(2026-11-22, `tests/plan/test_aot_compiler.py`), and fewer the more chips there are. Not run on a TPU
+(2026-11-22, `tests/plan/test_aot_compiler.py`), and fewer with more chips. Not run on a TPU
 yet.
 """
 

@@ -136,9 +136,8 @@ def validate_combinations(v: Mapping[str, Any]) -> list[str]:
     if not v["lora.rank"] and v[name] != default:
       lines.append(f"{show(name)}: there are no adapters with config.lora.rank=0")
   if v["lora.rank"] and v["train.trainable_params"]:
-    lines.append(
-      f"{show('train.trainable_params')}: with {show('lora.rank')} the adapters are trained; set one"
-    )
+    trainable = show("train.trainable_params")
+    lines.append(f"{trainable}: with {show('lora.rank')} the adapters are trained; set one")
   if v["lora.rank"] and from_scratch:
     lines.append(
       f"{show('lora.rank')}: adapters change a model that was trained; "

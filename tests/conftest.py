@@ -57,7 +57,7 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-  """`@pytest.mark.parts(few, many)`: a test in parts, many with --torture; the first is not slow."""
+  """`@pytest.mark.parts(few, many)`: a test in parts, many with --torture; the first is quick."""
   if marker := metafunc.definition.get_closest_marker("parts"):
     few, many = marker.args
     parts = range(many if metafunc.config.getoption("--torture") else few)
@@ -110,7 +110,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-  """`shared(name, make)`: a folder that the first worker makes with make(folder), for all workers."""
+  """`shared(name, make)`: a folder that the first worker makes by make(folder), for all workers."""
   workers = "PYTEST_XDIST_WORKER" in os.environ
   home = tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.getbasetemp()
 
@@ -202,7 +202,7 @@ def finished(config_file, shared):
 
 @pytest.fixture
 def small_disk():
-  """A disk of 4 MiB, outside pytest's folders: pytest could not remove one that a killed run left."""
+  """A disk of 4 MiB, outside pytest's folders: it could not remove one that a killed run left."""
   place = Path(tempfile.mkdtemp(prefix="jaxft-disk-"))
   if subprocess.run(
     ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True

@@ -521,7 +521,8 @@ UNSUPPORTED_SECTIONS = {
   ),
   "curriculum_learning": CURRICULUM,
   "data_efficiency": CURRICULUM,
-  "progressive_layer_drop": "all layers are trained: leave it out; config.train.trainable_params freezes some",
+  "progressive_layer_drop": "all layers are trained: leave it out; "
+  "config.train.trainable_params freezes some",
   "compression_training": f"nothing is pruned or quantized in training: leave it out, {COMPRESS}",
   "quantize_training": f"{NOT_QUANTIZED}, {COMPRESS}",
   "weight_quantization": f"{NOT_QUANTIZED}, {COMPRESS}",

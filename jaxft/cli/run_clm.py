@@ -322,7 +322,8 @@ UNSUPPORTED = {
   "use_mps_device": "JAX has no stable support for it",
   "tf32": "set JAX_DEFAULT_MATMUL_PRECISION, to tensorfloat32 or float32, before the command",
   "optim_args": "config.optim has what can be set of an optimizer",
-  "optim_target_modules": "--config.train.trainable_params and --config.lora.targets choose what is trained",
+  "optim_target_modules": "--config.train.trainable_params and --config.lora.targets choose what "
+  "is trained",
   "lr_scheduler_kwargs": "config.optim has what can be set of a schedule",
   "greater_is_better": "less eval loss is better",
   "eval_delay": "--config.train.eval_every says when weights are evaluated",
