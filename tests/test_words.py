@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TABLE = (ROOT / "docs" / "glossary.md").read_text().split("## Words that names do not use")[1]
+GLOSSARY, TABLE = (
+  (ROOT / "docs" / "glossary.md").read_text().split("## Words that names do not use")
+)
 BANNED = [
   word
   for row in re.findall(r"^\| (`.*?) \|", TABLE, re.MULTILINE)
   for word in re.findall(r"`(\w+)`", row)
+]
+TERMS = [
+  name
+  for row in re.findall(r"^\| [^|]+ \| ([^|]*) \| [^|]+ \|$", GLOSSARY, re.MULTILINE)
+  for name in re.findall(r"`([^`]+)`", row)
 ]
 FILES = sorted((ROOT / "jaxft").rglob("*.py"))
 
@@ -35,6 +42,16 @@ def test_banned_words_are_in_no_name(file):
     if {*name.lower().strip("_").split("_")} & {*BANNED}
   ]
   assert BANNED and not found
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_terms_of_the_glossary_are_in_the_code(term):
+  """A setting by its key, a metric or a file by its name, everything else as a name of its own."""
+  source = "\n".join(file.read_text() for file in FILES)
+  if re.fullmatch(r"(?:model|data|train|optim|mesh|memory|tracking)\.\w+", term):
+    assert f'"{term}"' in source
+  else:
+    assert re.search(rf"(?<!\w){re.escape(term)}(?!\w)", source)
 
 
 def test_overloaded_words_are_rare_in_prose():
