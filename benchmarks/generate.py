@@ -114,7 +114,7 @@ def write_model(args: argparse.Namespace, folder: Path) -> None:
 
 def with_jaxft(args: argparse.Namespace) -> tuple[Callable, str]:
   import jaxft
-  from jaxft.generation.sampling import Sampling
+  from jaxft.generation.sampling_config import Sampling
 
   device = children.jax_device()
   ready = jaxft.load(args.folder)

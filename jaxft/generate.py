@@ -16,7 +16,7 @@ from jaxft.cli import parsers, run_generation
 from jaxft.cli.flags import load_model, unescape
 from jaxft.errors import RequestError, run_command
 from jaxft.generation import generation_config
-from jaxft.generation.sampling import Sampling, resolve_sampling
+from jaxft.generation.sampling_config import Sampling, resolve_sampling
 from jaxft.hf import repo
 from jaxft.pretrained import Completion, Pretrained
 from jaxft.utils.console import escape_controls

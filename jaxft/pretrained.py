@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 import jaxft.config
 from jaxft import config_checks
 from jaxft.checkpoint import manager
-from jaxft.checkpoint.manager import PLACEHOLDER, CheckpointManager
+from jaxft.checkpoint.manager import PLACEHOLDER, CheckpointManager, CheckpointState
 from jaxft.data import formats, loader, tokenize
 from jaxft.data.dataset import build_dataset, prepare_data, read_examples
 from jaxft.data.packing import SlidingWindowDataset, TokenDataset
@@ -40,7 +40,7 @@ from jaxft.sharding.mesh import make_mesh
 from jaxft.training import offload, optimizer, trainable
 from jaxft.training.eval_step import evaluate, make_eval_step
 from jaxft.training.init import merge_params
-from jaxft.training.train_state import CheckpointState, shardings_of
+from jaxft.training.train_state import shardings_of
 from jaxft.utils.backend import configure_jax, device_memory_bytes, require_device
 from jaxft.utils.files import exists, is_encodable
 
@@ -114,7 +114,7 @@ class Pretrained:
   ) -> list[Completion]:
     """Completes each prompt, `num_return_sequences` times.
 
-    `sampling` takes the fields of `jaxft.generation.sampling.Sampling`, whose names are
+    `sampling` takes the fields of `jaxft.generation.sampling_config.Sampling`, whose names are
     transformers', and `do_sample`. What is not given is as the model's generation_config.json says.
 
     `max_new_tokens` counts, and not `max_length`, where both are given, as in transformers; so does

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -79,6 +79,17 @@ class KeepVerified:
     return [info.step == self.step for info in checkpoints]
 
 
+class CheckpointState(NamedTuple):
+  """Everything a checkpoint holds besides its JSON record, and everything that training changes.
+
+  The names of the fields are in the files of every checkpoint.
+  """
+
+  step: jax.Array  # optimizer steps done, skipped ones included
+  params: Any  # the trained weights, in float32 or in `model.param_dtype`
+  opt: Any  # the state of the optax chain: moments and counts
+
+
 class CheckpointManager:
   """The checkpoints of one run: `folder/STEP/` with state and JSON record, saved in background."""
 
@@ -141,7 +152,11 @@ class CheckpointManager:
     return self.folder / str(step)
 
   def save(
-    self, step: int, state: Any, meta: dict[str, Any], metrics: Mapping[str, float] | None = None
+    self,
+    step: int,
+    state: CheckpointState,
+    meta: dict[str, Any],
+    metrics: Mapping[str, float] | None = None,
   ) -> None:
     """Starts to write; the arrays may be changed or donated as soon as this returns.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxft.cli import run_generation
 from jaxft.errors import RequestError
-from jaxft.generation.sampling import Sampling
+from jaxft.generation.sampling_config import Sampling
 from jaxft.utils.files import expand_user
 
 DTYPES = ("float32", "bfloat16", "float16")  # of `jaxft.hf.export_tensors.EXPORT_DTYPES`

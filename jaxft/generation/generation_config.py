@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxft.errors import RequestError, first_line
-from jaxft.generation.sampling import LENGTH_LIMITS, Sampling, resolve_sampling, validate_do_sample
+from jaxft.generation.sampling_config import (
+  LENGTH_LIMITS,
+  Sampling,
+  resolve_sampling,
+  validate_do_sample,
+)
 
 FILE_NAME = "generation_config.json"
 REPLACEMENT_CHAR = "\ufffd"  # a tokenizer decodes the bytes of an incomplete character to it

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxft.errors import RequestError
 from jaxft.generation import beam_search, layer_views, logits_processors
 from jaxft.generation.logits_processors import History
-from jaxft.generation.sampling import Sampling
+from jaxft.generation.sampling_config import Sampling
 from jaxft.model.config import ModelConfig
 from jaxft.model.kv_cache import KVCache
 

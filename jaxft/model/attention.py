@@ -2,6 +2,8 @@
 
 cuDNN's kernel on NVIDIA GPUs, the splash kernel on TPUs, chunks of queries anywhere, and the
 reference that tests compare with. Only the reference has all probabilities (B, N, T, S) in memory.
+What a device can do is decided here; `config.model.attention` is applied by `training.build`
+(`select_kernel`).
 
 B batch, T query length, S key length, N heads, H head size
 """

@@ -62,7 +62,7 @@ def tree_shardings(tree: str, shapes: Any, axes: Any, mesh: Mesh, zero_stage: in
 
   Args:
     tree: "parameters", "gradients" or "optimizer" (its moments).
-    shapes, axes: the trees of `decoder.abstract_model`.
+    shapes, axes: the trees of `decoder.abstract_model`; `model/layers.py` names the axes.
   """
   use = _use(tree, zero_stage)
   sharding = lambda leaf, names: NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, use))

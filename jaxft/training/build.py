@@ -194,7 +194,8 @@ def build_train_program(
     vocab_multiple=rules.VOCAB_MULTIPLE,
     to_device=offload.to_device if mode != "none" else lambda x: x,
   )
-  # ---- Shapes and shardings of the state
+  # ---- Shapes and shardings of the state. Shapes only, so that this also runs for devices that do
+  # not exist (jaxft.plan), and memory is known before any is taken.
   graph, all_shapes, all_axes = abstract_model(cfg, compute)
   shapes_f32, frozen = partition(all_shapes, cfg.trained)
   axes, frozen_axes = partition(all_axes, cfg.trained)
@@ -230,13 +231,15 @@ def build_train_program(
   grad_args = {"loss_chunk": chunk, "seed": config.train.seed, "trained": cfg.trained}
   compute_params = ()
   grad_shapes = shapes
-  if mode == "all":  # the layers forward and backward by hand
+  if mode == "all":
+    # By hand, layer after layer: jax.grad would need the weights of all layers on the device.
     grad_fn = offload.make_streamed_grad_fn(graph, remat=config.memory.remat, **grad_args)
     pinned = offload.with_host_memory(rules.with_shardings(shapes, grad_shardings))
     grad_shardings = shardings_of(pinned)
   else:
     grad_fn = train_step.make_grad_fn(graph, grad_shardings=grad_shardings, **grad_args)
   if mode == "optimizer":
+    # The float32 weights stay on the host; the device has a copy in the compute dtype.
     compute_params = optimizer.with_param_dtype(compute.dtype, state.params)
     grad_shapes = compute_params
     grad_fn = offload.make_copy_grad_fn(grad_fn, compute.dtype, shardings_of(state.params))
@@ -252,6 +255,8 @@ def build_train_program(
       opt_state=offload.with_host_memory(state.opt_state),
       frozen=offload.with_host_memory(state.frozen) if mode == "all" else state.frozen,
     )
+    # Gradients alone: reading the state for NaNs would bring it over from the host once more. A NaN
+    # in a weight reaches the loss, one in a moment reaches a weight and the loss a step later.
     grad_stats = offload.make_streamed_stats(grad_shardings)
     param_shardings = shardings_of(state.params)
     update_fn = offload.make_streamed_update_fn(config.optim, param_shardings, cfg.trained)
@@ -269,7 +274,9 @@ def build_train_program(
     step = offload.mark_host_inputs(step, mask)
     eval_step = offload.mark_host_inputs(eval_step, mask.all_params)
 
-  # ---- Jitted, with what they give sharded as what they take
+  # ---- Jitted. The state leaves a step with the shardings that it came with: left to the compiler
+  # they could change, and the next step would be another program. It is donated, so old and new
+  # weights never exist together; the eval step only reads it.
   replicated = rules.replicated(mesh)
   batch_sharding = rules.batch_sharding(mesh)
   return TrainProgram(

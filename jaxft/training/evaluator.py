@@ -8,7 +8,7 @@ from jaxft.data import loader, memorization, tokenize
 from jaxft.data.dataset import PreparedData
 from jaxft.data.packing import TokenDataset
 from jaxft.generation.sampler import Generator
-from jaxft.generation.sampling import Sampling
+from jaxft.generation.sampling_config import Sampling
 from jaxft.metrics.reporter import Reporter
 from jaxft.training.build import TrainProgram
 from jaxft.training.eval_step import EvalResult, evaluate

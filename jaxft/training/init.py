@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from jaxft.checkpoint.manager import CheckpointState
 from jaxft.hf import load_weights
 from jaxft.hf.repo import HFCheckpoint
 from jaxft.model import lora
@@ -15,7 +16,7 @@ from jaxft.model.config import ModelConfig
 from jaxft.model.decoder import init_model
 from jaxft.training import offload, trainable
 from jaxft.training.build import TrainProgram
-from jaxft.training.train_state import CheckpointState, TrainState, shardings_of
+from jaxft.training.train_state import TrainState, shardings_of
 
 
 def init_params(program: TrainProgram, cfg: ModelConfig, seed: int, shapes: Any) -> Any:

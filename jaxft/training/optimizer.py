@@ -175,7 +175,7 @@ def is_stacked(path: Any) -> bool:
 
 
 def has_weight_decay(path: Any) -> bool:
-  """True for matrices and embeddings, False for biases and norms; KeyError for any other."""
+  """The weight decay mask: matrices and embeddings, not biases and norms; KeyError for others."""
   name = path[-1].key
   if name not in DECAYED | NOT_DECAYED:
     raise KeyError(f"{jax.tree_util.keystr(path)}: neither in DECAYED nor in NOT_DECAYED")

@@ -7,10 +7,9 @@ import jax
 from ml_collections import ConfigDict
 
 import jaxft.config
-from jaxft.checkpoint.manager import PLACEHOLDER, CheckpointManager, leaf_specs
+from jaxft.checkpoint.manager import PLACEHOLDER, CheckpointManager, CheckpointState, leaf_specs
 from jaxft.errors import CheckpointReadError, RequestError, StorageError
 from jaxft.model.config import RUN_FIELDS
-from jaxft.training.train_state import CheckpointState
 from jaxft.utils.console import log
 from jaxft.utils.units import format_count
 

@@ -1,22 +1,15 @@
-"""The train state: what a step changes, and the part of it that a checkpoint holds."""
+"""The train state: what a step changes, and the weights that it leaves as they are."""
 
 from typing import Any, NamedTuple
 
 import jax
 
+from jaxft.checkpoint.manager import CheckpointState
 from jaxft.training.trainable import combine
 
 
-class CheckpointState(NamedTuple):
-  """Everything that training changes, and everything a checkpoint holds."""
-
-  step: jax.Array
-  params: Any
-  opt: Any
-
-
 class TrainState(NamedTuple):
-  """What training changes, and the weights that it leaves as they are."""
+  """Step, parameters and optimizer state, with the weights that are not trained."""
 
   step: jax.Array  # optimizer steps done, skipped ones included
   params: Any  # those that are trained

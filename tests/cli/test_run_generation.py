@@ -10,7 +10,7 @@ import pytest
 from jaxft import generate, pretrained
 from jaxft.cli import parsers, run_generation
 from jaxft.errors import RequestError
-from jaxft.generation.sampling import Sampling
+from jaxft.generation.sampling_config import Sampling
 from jaxft.hf.weight_map import FAMILIES
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes" / "run_generation.md"

@@ -11,7 +11,7 @@ import pytest
 from jaxft import generate, pretrained
 from jaxft.errors import RequestError
 from jaxft.generation import generation_config, layer_views, logits_processors, sampler
-from jaxft.generation.sampling import Sampling
+from jaxft.generation.sampling_config import Sampling
 from jaxft.model.compute import ComputeConfig
 from jaxft.model.decoder import abstract_model
 from jaxft.sharding.mesh import make_mesh

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import jaxft.config
 import jaxft.model.decoder
 from jaxft.generation.sampler import Generator
-from jaxft.generation.sampling import Sampling
+from jaxft.generation.sampling_config import Sampling
 from jaxft.hf import export, export_tensors, load_weights, model_config, repo, verify
 from jaxft.hf.known_models import PUBLISHED
 from jaxft.model.compute import ComputeConfig

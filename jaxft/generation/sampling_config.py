@@ -1,4 +1,7 @@
-"""Sampling: how the next token is chosen. Without jax, as --help lists these settings."""
+"""Settings of sampling, and their limits. Without jax, as --help lists these settings.
+
+The filters are in `logits_processors.py`, the loop in `sampler.py`.
+"""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
