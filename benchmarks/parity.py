@@ -26,28 +26,39 @@ T, PADDING, STEPS, STEP_T = 300, 43, 10, 64  # longer than GPT-Neo's window of 2
 RATE, DECAY, EPS = 1e-3, 0.1, 1e-6
 HEADER = """# Parity with transformers
 
-jaxft against transformers in torch, the same random weights, float32, on a CPU. Made by `python benchmarks/parity.py`
+jaxft against transformers in torch, the same random weights, float32, on a CPU. Made by `python \
+benchmarks/parity.py`
 on {date} with {versions}, on {machine}; it took {minutes} minutes.
 
-| model | layers | parameters | rounding | logits | left padding | right padding | loss | gradient | AdamW | AdamW, table |
+| model | layers | parameters | rounding | logits | left padding | right padding | loss | \
+gradient | AdamW | AdamW, table |
 |---|---|---|---|---|---|---|---|---|---|---|
-"""  # noqa: E501
+"""
 FOOTER = """
-- **rounding**: torch's own, the largest absolute difference between the logits of transformers in float32 and in float64 with
-  the same weights. It is what float32 can promise for a model: GPT-Neo does not scale its attention scores, so the softmax of a
+- **rounding**: torch's own, the largest absolute difference between the logits of transformers in \
+float32 and in float64 with
+  the same weights. It is what float32 can promise for a model: GPT-Neo does not scale its \
+attention scores, so the softmax of a
   wide one with random weights is close to a hard choice, and rounding grows from layer to layer.
-- **logits**: largest absolute difference over 2 x {T} tokens, beside the largest absolute logit. With padding, {padding} tokens
+- **logits**: largest absolute difference over 2 x {T} tokens, beside the largest absolute logit. \
+With padding, {padding} tokens
   of a row are padding and the real ones count.
 - **loss**: absolute difference of the mean loss, about 10.8 nats.
-- **gradient**: of every leaf, the largest difference relative to the largest entry of that leaf; the table has the worst
+- **gradient**: of every leaf, the largest difference relative to the largest entry of that leaf; \
+the table has the worst
   leaf.
-- **AdamW**: largest absolute difference of any weight after {steps} steps of 2 x {step_t} tokens at a learning rate of
-  {rate} falling to 0, decay {decay}, eps {eps}, gradients clipped to a norm of 1. The token table has a column of its own:
-  most of its rows are in no batch, their gradients are sums that nearly cancel, and Adam divides what rounding leaves by its
-  own size. GPT-J's head is such a table too, and is among the weights. GPT-2's key biases are left out: they move no softmax,
+- **AdamW**: largest absolute difference of any weight after {steps} steps of 2 x {step_t} tokens \
+at a learning rate of
+  {rate} falling to 0, decay {decay}, eps {eps}, gradients clipped to a norm of 1. The token table \
+has a column of its own:
+  most of its rows are in no batch, their gradients are sums that nearly cancel, and Adam divides \
+what rounding leaves by its
+  own size. GPT-J's head is such a table too, and is among the weights. GPT-2's key biases are \
+left out: they move no softmax,
   so all of their gradient is rounding.
-- **layers**: fewer than published where ten steps of both frameworks would not fit into {memory} GiB.
-"""  # noqa: E501
+- **layers**: fewer than published where ten steps of both frameworks would not fit into {memory} \
+GiB.
+"""
 
 
 def reference(name: str, layers: int, folder: Path) -> None:

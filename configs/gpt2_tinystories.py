@@ -58,7 +58,6 @@ def get_config():
 
   c.tracking.system_metrics = True
 
-  c.memory.loss_chunk = (
-    128  # 50,257 logits a token: whole, they would be the largest array of the step
-  )
+  # 50,257 logits a token: whole, they would be the largest array of the step.
+  c.memory.loss_chunk = 128
   return c

@@ -1,8 +1,9 @@
 """GPT-J-6B, all of it, on eight TPU v5e chips (16 GB each), or on eight GPUs of 24 GB or more.
 
-python -m jaxft.train --config configs/gptj_6b_v5e8.py --config.data.train=my_texts/
---config.data.validation= python -m jaxft.plan --config configs/gptj_6b_v5e8.py --device
-v5e:2x4,rtx4090x8   # what it takes, without either
+  python -m jaxft.train --config configs/gptj_6b_v5e8.py --config.data.train=my_texts/ \\
+    --config.data.validation=
+  # what it takes, without either
+  python -m jaxft.plan --config configs/gptj_6b_v5e8.py --device v5e:2x4,rtx4090x8
 
 The 6.05 billion float32 weights and Adam's moments, 73 GB, are cut over the chips, 9.1 GB each; a
 layer is gathered in bfloat16 as it runs. The TPU compiler counts 13.6 GiB a chip of 15.75

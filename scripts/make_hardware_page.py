@@ -34,32 +34,44 @@ OFFLOAD = ("none", "optimizer", "all")
 MOST_ROWS = 64
 HEAD = """# What fits where
 
-Full fine-tuning with AdamW, rows of as many tokens as the model has positions (1,024 for GPT-2, 2,048 for the others), and
-`--config.memory.remat=full --config.memory.loss_chunk=256 --config.model.dropout=0`. Each cell: the most rows a device takes at
-once, in powers of two, the peak of a device, and `memory.offload` where it is needed. {most} rows are the most that was tried:
-more may fit. A cell has the least offload (nothing, `optimizer`, `all`) with which one row fits; more offload, up to `all`,
-takes more rows, and more time on the bus. To use a cell, add what it says to the flags above, such as
-`--config.memory.offload=all --config.train.micro_batch_size=8`, with a `train.batch_size` that so many rows a device divide.
+Full fine-tuning with AdamW, rows of as many tokens as the model has positions (1,024 for GPT-2, \
+2,048 for the others), and
+`--config.memory.remat=full --config.memory.loss_chunk=256 --config.model.dropout=0`. Each cell: \
+the most rows a device takes at
+once, in powers of two, the peak of a device, and `memory.offload` where it is needed. {most} rows \
+are the most that was tried:
+more may fit. A cell has the least offload (nothing, `optimizer`, `all`) with which one row fits; \
+more offload, up to `all`,
+takes more rows, and more time on the bus. To use a cell, add what it says to the flags above, \
+such as
+`--config.memory.offload=all --config.train.micro_batch_size=8`, with a `train.batch_size` that so \
+many rows a device divide.
 
-Every cell accumulates two such parts; with `all` each further one takes the input of its layers, {input} a row for
-GPT-J-6B, and otherwise nothing. Where no part fits (-) a batch that is not accumulated may, without the sum of gradients:
+Every cell accumulates two such parts; with `all` each further one takes the input of its layers, \
+{input} a row for
+GPT-J-6B, and otherwise nothing. Where no part fits (-) a batch that is not accumulated may, \
+without the sum of gradients:
 GPT-J-6B does on a v5e:2x4, as `gptj_6b_v5e8.py` below.
 
-The train step of every cell was compiled for that hardware by `python scripts/make_hardware_page.py`, {date}, {versions}; none
-of it was run there. {margin} of the memory that a process gets stays free. A T4 has no bfloat16, and computes in float32. With
-GPT-2's own dropout of 0.1 a device takes a little more. On one machine the fastest settings are those that
+The train step of every cell was compiled for that hardware by `python \
+scripts/make_hardware_page.py`, {date}, {versions}; none
+of it was run there. {margin} of the memory that a process gets stays free. A T4 has no bfloat16, \
+and computes in float32. With
+GPT-2's own dropout of 0.1 a device takes a little more. On one machine the fastest settings are \
+those that
 `--fit` of `jaxft.plan` finds; this page says what is possible.
 
-"""  # noqa: E501
+"""
 CONFIGS_HEAD = """
 ## The configs of this repository
 
-As they are, for the hardware that their docstrings name. Seconds a step are an estimate, with the assumptions that
+As they are, for the hardware that their docstrings name. Seconds a step are an estimate, with the \
+assumptions that
 `python -m jaxft.plan` prints.
 
 | | for | peak of a device, of | in the host's memory, each device | a step |
 |---|---|---|---|---|
-"""  # noqa: E501
+"""
 
 
 class Cells:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import jaxft
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 # In the order of the page: each imports only packages further down.
@@ -18,17 +20,34 @@ FILES = {
 }
 
 
+LAZY = {name: f"jaxft.{path}" for name, path in (("finetune", "train"), ("load", "pretrained"))}
+LAZY["plan_for"] = "jaxft.plan.planner"
+
+
 def imports(file):
-  """The modules that a file imports, inside functions too."""
+  """The modules that a file imports or names: inside functions, by attributes, by import_module."""
   modules = set()
   for node in ast.walk(ast.parse(file.read_text())):
     if isinstance(node, ast.Import):
       modules |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
-      for alias in node.names:
-        name = f"{node.module}.{alias.name}"
-        modules.add(name if name in FILES else node.module)
+      assert not node.level, f"{file}:{node.lineno}: a relative import"
+      modules |= {_module_of(f"{node.module}.{alias.name}") for alias in node.names}
+    elif isinstance(node, ast.Attribute) and (name := ast.unparse(node)).startswith("jaxft."):
+      modules.add(_module_of(name))
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+      modules |= {it.value for it in node.args if isinstance(it, ast.Constant)}
   return modules
+
+
+def _module_of(name):
+  """The module that a dotted name is in, or is."""
+  package, _, member = name.rpartition(".")
+  if package == "jaxft" and member in LAZY:
+    return LAZY[member]
+  if not name.startswith("jaxft."):
+    return name if package == "jax" else package
+  return name if name in FILES or not package else _module_of(package)
 
 
 def package(module):
@@ -66,6 +85,19 @@ def test_arrows_of_the_page_are_the_imports():
   assert IMPORTS <= implied
 
 
+def test_lazy_names_of_jaxft_are_those_of_the_test():
+  assert jaxft._MODULES == LAZY
+
+
+def test_modules_import_each_other_in_no_circle():
+  below = {name: imports(file) & FILES.keys() - {"jaxft", name} for name, file in FILES.items()}
+  del below["jaxft"]
+  while leaves := [name for name, others in below.items() if not others & below.keys()]:
+    for name in leaves:
+      del below[name]
+  assert not below
+
+
 def test_root_holds_what_a_user_types_or_imports():
   assert len(list((ROOT / "jaxft").glob("*.py"))) <= 15
 
@@ -79,7 +111,7 @@ def test_files_of_the_page_exist():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_nothing_imports_a_command_and_torch_stays_in_two_modules(name):
+def test_no_module_imports_a_command_or_torch(name):
   modules = imports(FILES[name])
   commands = {f"jaxft.{command}" for command in COMMANDS} | {"jaxft.plan.__main__"}
   assert not modules & commands
@@ -96,11 +128,8 @@ def test_private_jax_stays_in_one_module(name):
 
 
 def test_own_modules_have_no_aliases():
-  for file in [
-    *FILES.values(),
-    *(ROOT / "tests").rglob("*.py"),
-    *(ROOT / "benchmarks").glob("*.py"),
-  ]:
+  others = ("tests", "benchmarks", "scripts", "configs", "examples")
+  for file in [*FILES.values(), *(it for name in others for it in (ROOT / name).rglob("*.py"))]:
     for node in ast.walk(ast.parse(file.read_text())):
       own = isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jaxft"
       own |= isinstance(node, ast.Import) and any(it.name.startswith("jaxft") for it in node.names)

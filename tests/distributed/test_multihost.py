@@ -402,7 +402,9 @@ def test_duplicate_process_id_and_port_scanners(config_file, tmp_path):
   open_ones = []
   try:
     for line in (*strangers, twice):
-      wait_for(lambda: connects(port, line, open_ones) or several.all[0].poll() is not None)  # noqa: B023
+      wait_for(
+        lambda line=line: connects(port, line, open_ones) or several.all[0].poll() is not None
+      )
     assert several.codes(60) == [2, 2], several.logs()
   finally:
     for peer in open_ones:

@@ -101,9 +101,9 @@ def stand_ins(tmp_path_factory):
     write(folder / f"{name}.jsonl", [{"text": story(), "label": i % 2} for i in range(40)])
   (folder / "shakespeare").mkdir()
   for i in range(40):
-    folder = folder / "reviews" / ("pos", "neg")[i % 2]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{i}.txt").write_text("a fine film" if i % 2 == 0 else "a dull film")
+    label = folder / "reviews" / ("pos", "neg")[i % 2]
+    label.mkdir(parents=True, exist_ok=True)
+    (label / f"{i}.txt").write_text("a fine film" if i % 2 == 0 else "a dull film")
   for name in ("my_texts", "held_out", "other_text", *(f"shakespeare/{i}" for i in range(20))):
     (folder / f"{name}.txt").write_text("\n".join(story() for _ in range(200)))
   return folder

@@ -28,7 +28,7 @@ FAULT_POINTS = {
   "record read": ("orbax.checkpoint:JsonCheckpointHandler.restore", "before"),
   "state read": ("orbax.checkpoint:PyTreeCheckpointHandler.restore", "before"),
   "weights loaded": ("jaxft.hf.load_weights:load_params", "after"),
-  "evaluation": ("jaxft.training.eval_step:evaluate", "before"),
+  "evaluation": ("jaxft.training.evaluator:Evaluator._evaluate", "before"),
   "sample": ("jaxft.generation.sampler:Generator.__call__", "before"),
   "batch made": ("jaxft.data.loader:BatchSource.__getitem__", "before"),
   "step logged": ("jaxft.metrics.reporter:Reporter.log_step", "before"),
