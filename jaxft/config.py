@@ -627,7 +627,8 @@ def validate(config: ConfigDict) -> list[str]:
   lines = unknown_settings(list(values))
   lines += [f"config.{name}: missing" for name in BY_NAME if name not in values]
   for name in BY_NAME.keys() & values.keys():
-    setting, value = BY_NAME[name], values[name]
+    setting = BY_NAME[name]
+    value = values[name]
     if value in setting.literals:
       continue
     if wanted := config_checks.type_error(setting.default, value):

@@ -61,7 +61,9 @@ def _validate_template(v: Mapping[str, Any]) -> list[str]:
 
   Its fields are a prompt and a completion or, for plain text, columns.
   """
-  x, prompt, completion = v["data.template"], "{prompt}", "{completion}"
+  x = v["data.template"]
+  prompt = "{prompt}"
+  completion = "{completion}"
   if v["data.format"] == "text":
     is_valid = bool(TEMPLATE_FIELD.search(x))
     expected = "text with the name of a column in braces, such as {question}"

@@ -110,7 +110,8 @@ class Parser(argparse.ArgumentParser):
       next_word = "".join(words[i + 1 : i + 2]).lower()
       if action and action.nargs == "?" and not equals and next_word not in BOOLEANS:
         # Otherwise the next word, which may be a model, would be its value.
-        equals, value = "=", "True"
+        equals = "="
+        value = "True"
       result.append(known + equals + value)
     return result
 

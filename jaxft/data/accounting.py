@@ -33,8 +33,10 @@ def build_report(
   manifest: Manifest, arrays: dict[str, TokenArrays], datasets: dict[str, TokenDataset], T: int
 ) -> dict[str, Any]:
   """Return the content of data_report.json, except for what depends on the batch."""
-  train, validation = arrays["train"], arrays["validation"]
-  train_stats, validation_stats = datasets["train"].stats, datasets["validation"].stats
+  train = arrays["train"]
+  validation = arrays["validation"]
+  train_stats = datasets["train"].stats
+  validation_stats = datasets["validation"].stats
   dropped = collections.Counter(train_stats.dropped)
   dropped.update(validation_stats.dropped)
   empty = train_stats.empty + validation_stats.empty

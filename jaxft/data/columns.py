@@ -42,7 +42,9 @@ def resolve(name: str, split: str, data: ConfigDict) -> tuple[ConfigDict, list[s
     return data, []
   # In their order; a JSON row may lack some.
   names = list(dict.fromkeys(name for row in rows for name in row))
-  resolved, lines, used = ConfigDict(data), [], set()
+  resolved = ConfigDict(data)
+  lines = []
+  used = set()
   # Columns with aliases first: the label or the prompt is not the text.
   settings = formats.column_settings(data)
   for setting in sorted(settings, key=lambda setting: setting not in COLUMN_ALIASES):

@@ -185,7 +185,8 @@ def read_examples(
   Args:
     log: gets a line for each column that is read instead of a missing one.
   """
-  file_data, logged = data, set()
+  file_data = data
+  logged = set()
 
   def options_for(name: str) -> readers.ReaderOptions:
     nonlocal file_data
@@ -218,14 +219,17 @@ def _build_cache(
 ) -> Manifest:
   """Write the token files. A first pass over the examples decides which the second one takes."""
   rng = np.random.default_rng(data.shuffle_seed)
-  dropped, notes = collections.Counter(), collections.Counter()
+  dropped = collections.Counter()
+  notes = collections.Counter()
   all_sources = [
     DataSource(name, "train", weight) for name, weight in map(sources.parse_weight, data.train)
   ]
   all_sources += [DataSource(name, "validation", 1.0) for name in data.validation]
   log_lines: list[str] = []
-  label_set, seen = set(), set()
-  counts, is_duplicate = [], bytearray()
+  label_set = set()
+  seen = set()
+  counts = []
+  is_duplicate = bytearray()
   for source in all_sources:
     counts.append(0)
     names = (source.name,)
@@ -426,5 +430,10 @@ def build_dataset(arrays: tokenize.TokenArrays, data: ConfigDict, eos_id: int) -
     return ClassificationDataset(arrays, T)
   if data.layout == "concat":
     return packing.ConcatDataset(arrays, T, eos_id)
-  pack, texts = data.layout == "pack", data.format == "text"
-  return packing.PackedDataset(arrays, T, eos_id, pack=pack, texts=texts)
+  return packing.PackedDataset(
+    tokens=arrays,
+    T=T,
+    eos_id=eos_id,
+    pack=data.layout == "pack",
+    texts=data.format == "text",
+  )

@@ -36,7 +36,9 @@ class BatchSource:
     total_rows: int,
     local_rows: np.ndarray,
   ):
-    self._rows, self._seed, self._total_rows = rows, seed, total_rows
+    self._rows = rows
+    self._seed = seed
+    self._total_rows = total_rows
     self._rows_per_step = min(batch_size, len(rows))
     # (A, B / processes): which rows of the global batch this process takes.
     self._indices = np.arange(batch_size).reshape(accumulation, -1)[:, local_rows]
@@ -79,7 +81,7 @@ def train_batches(
   B = batch_size // accumulation
   local_rows = local_row_indices(sharding, B)
   steps = BatchSource(
-    rows,
+    rows=rows,
     batch_size=batch_size,
     accumulation=accumulation,
     seed=seed,
@@ -124,7 +126,10 @@ def _make_global_batch(
   """Join the local rows of all processes into one batch of B rows per step, on the devices."""
 
   def make_array(x: np.ndarray) -> jax.Array:
-    shard = lambda index: x[:, np.searchsorted(local_rows, np.arange(B)[index[1]])]
+    def shard(index):
+      rows = np.arange(B)[index[1]]
+      return x[:, np.searchsorted(local_rows, rows)]
+
     return jax.make_array_from_callback((x.shape[0], B, x.shape[2]), sharding, shard)
 
   return {name: make_array(x) for name, x in batch.items()}

@@ -33,7 +33,9 @@ class ConcatDataset:
   """
 
   def __init__(self, tokens: TokenArrays, T: int, eos_id: int):
-    self.tokens, self.seq_len, self._eos_id = tokens, T, eos_id
+    self.tokens = tokens
+    self.seq_len = T
+    self._eos_id = eos_id
     rows = np.arange(-(-len(tokens.ids) // T))
     self._rows = rows[self._has_targets(len(rows))] if np.any(tokens.prompts_N) else rows
     dropped = sum(min(T, len(tokens.ids) - int(i) * T) for i in np.setdiff1d(rows, self._rows))
@@ -89,7 +91,9 @@ class SlidingWindowDataset:
 
   def __init__(self, tokens: TokenArrays, T: int, eos_id: int, stride: int):
     self._stream = ConcatDataset(tokens, T, eos_id)
-    self.seq_len, self._eos_id, self._stride = T, eos_id, stride
+    self.seq_len = T
+    self._eos_id = eos_id
+    self._stride = stride
 
   def __len__(self) -> int:
     return 1 - (-max(0, len(self._stream.tokens.ids) + 1 - self.seq_len) // self._stride)
@@ -130,8 +134,12 @@ class PackedDataset:
 
   def __init__(self, tokens: TokenArrays, T: int, eos_id: int, *, pack: bool, texts: bool = False):
     """`texts`: examples have no prompt, but may begin with one bos token that is not learned."""
-    self.tokens, self.seq_len, self._eos_id, self._pack = tokens, T, eos_id, pack
-    starts, prompts = np.asarray(tokens.starts_N1), np.asarray(tokens.prompts_N)
+    self.tokens = tokens
+    self.seq_len = T
+    self._eos_id = eos_id
+    self._pack = pack
+    starts = np.asarray(tokens.starts_N1)
+    prompts = np.asarray(tokens.prompts_N)
     # The first token of a prompt is an input only, so such an example may have one token more.
     capacity_N = T + (prompts > 0)
     lengths_N = np.diff(starts)
@@ -181,8 +189,10 @@ class PackedDataset:
         values = np.concatenate([[np.int32(before)], values])
       n = len(values) - 1
       at = slice(end, end + n)
-      ids[at], targets[at] = values[:-1], values[1:]
-      segments[at], positions[at] = segment, np.arange(n)
+      ids[at] = values[:-1]
+      targets[at] = values[1:]
+      segments[at] = segment
+      positions[at] = np.arange(n)
       mask[at] = span.stop - n + np.arange(n) - start >= prompt
       end += n
     row = {"ids": ids, "targets": targets, "mask": mask}
@@ -193,7 +203,8 @@ class ClassificationDataset:
   """One text per row, truncated to T tokens; the target is its class, at its last token."""
 
   def __init__(self, tokens: TokenArrays, T: int):
-    self.tokens, self.seq_len = tokens, T
+    self.tokens = tokens
+    self.seq_len = T
     excess_N = np.maximum(tokens.lengths_N - T, 0)
     dropped = int(excess_N.sum())
     self.stats = PackingStats(
@@ -235,7 +246,8 @@ def best_fit(lengths: list[int], T: int) -> list[list[int]]:
       if not rows_with_room[room]:
         room_bits &= ~(1 << room)
     else:
-      room, row = T, len(rows)
+      room = T
+      row = len(rows)
       rows.append([])
     rows[row].append(i)
     rows_with_room[room - length].append(row)

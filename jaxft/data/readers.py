@@ -62,7 +62,13 @@ class ReaderOptions(NamedTuple):
   def from_config(
     cls, data: ConfigDict, columns: tuple[str, ...] | None, label_column: str
   ) -> "ReaderOptions":
-    return cls(columns, data.text_column, data.separator, data.encoding, label_column)
+    return cls(
+      columns=columns,
+      text_column=data.text_column,
+      separator=data.separator,
+      encoding=data.encoding,
+      label_column=label_column,
+    )
 
   def select(self, names: Iterable[str]) -> list[str]:
     """Return those of a table's columns that are requested."""
@@ -124,13 +130,15 @@ def _read_archive(
       suffixes[entry] = "" if nested else suffix
     readable = {entry: suffix for entry, suffix in suffixes.items() if suffix}
     entries = select_files(f"data source {str(file)!r}", readable, "unpack it, and name those")
-    unread, unselected = len(suffixes) - len(readable), len(readable) - len(entries)
+    unread = len(suffixes) - len(readable)
+    unselected = len(readable) - len(entries)
     notes["files in archives that are of no kind that is read"] += unread
     notes[
       "files in archives that are read only where there is no other kind (.json, .md, ...)"
     ] += unselected
     for entry in entries:
-      location, suffix = f"{file}: {entry.filename}", suffixes[entry]
+      location = f"{file}: {entry.filename}"
+      suffix = suffixes[entry]
       options = options._replace(label=PurePath(entry.filename).parent.name)
       with archive.open(entry) as raw:
         if suffix in STREAMED_FORMATS:
@@ -391,12 +399,20 @@ def _read_table(
 
   if suffix == ".parquet":
     table = pyarrow.parquet.ParquetFile(file)
-    schema, count = table.schema_arrow, table.metadata.num_rows
-    batches = lambda names: table.iter_batches(1000, columns=names)
+    schema = table.schema_arrow
+    count = table.metadata.num_rows
+
+    def batches(names):
+      return table.iter_batches(1000, columns=names)
+
   else:
     table = _open_arrow(file)
-    schema, count = table.schema, table.num_rows
-    batches = lambda names: table.select(names).to_batches(1000)
+    schema = table.schema
+    count = table.num_rows
+
+    def batches(names):
+      return table.select(names).to_batches(1000)
+
   _check_unique(location, schema.names, options)
   blank = dict.fromkeys(schema.names)
   columns = options.select(schema.names)
@@ -469,7 +485,8 @@ def with_class_names(
 ) -> dict[str, Any]:
   """Return the columns with names for class numbers; one without a name, such as -1, is None."""
   for column in class_names.keys() & columns.keys():
-    number, names = columns[column], class_names[column]
+    number = columns[column]
+    names = class_names[column]
     if isinstance(number, int):
       columns = columns | {column: names[number] if 0 <= number < len(names) else None}
   return columns

@@ -50,7 +50,8 @@ SEEN_NOTE = "links to folders that are read anyway, or that hold this one, left 
 RUN_NOTE = "files of a run or a model, left out"
 RUN_KIND = "folders of runs"
 # What datasets.Dataset.save_to_disk writes, and DatasetDict.save_to_disk.
-SAVED_STATE, SAVED_SPLITS = "state.json", "dataset_dict.json"
+SAVED_STATE = "state.json"
+SAVED_SPLITS = "dataset_dict.json"
 
 
 def find_files(source: str, split: str, notes: collections.Counter | None = None) -> list[Path]:
@@ -65,9 +66,11 @@ def find_files(source: str, split: str, notes: collections.Counter | None = None
   if exists(path) and path.is_dir():
     return _folder_files(path, split, notes)
   if exists(path):
-    files, problem = [path] if path.is_file() else [], "not an ordinary file"
+    files = [path] if path.is_file() else []
+    problem = "not an ordinary file"
   else:
-    files, problem = _match_glob(source, notes), "no such file or folder"
+    files = _match_glob(source, notes)
+    problem = "no such file or folder"
   if not files and (url := HUB_URL.fullmatch(source)) and url["datasets"]:
     raise RequestError(f"data source {source!r}: an address; give hub:{url['id']}")
   if not files:
@@ -214,7 +217,8 @@ def _match_glob(pattern: str, notes: collections.Counter) -> list[Path]:
   with _as_request_error(pattern):
     matches = sorted(_expand_glob(start, parts[start.is_absolute() :], notes))
     matches = [file for file in matches if _is_accessible(file, notes) and file.is_file()]
-  files, seen = [], set()
+  files = []
+  seen = set()
   for file in matches:
     if (identity := (inode(file.parent), file.name)) in seen:
       notes[SEEN_NOTE] += 1

@@ -34,7 +34,8 @@ class TokenWriter:
   """Writes the files of one set of examples, batch by batch."""
 
   def __init__(self, folder: Path, name: str, ids_dtype: np.dtype):
-    self._name, self._end = name, 0
+    self._name = name
+    self._end = 0
     self._dtypes = ARRAYS | {"ids": ids_dtype}
     self._files = {array: (folder / f"{name}.{array}").open("wb") for array in ARRAYS}
     self._hashes = {array: hashlib.sha256() for array in ARRAYS}
@@ -88,7 +89,8 @@ def load_or_build(
   """
   key_json = json.dumps({"version": VERSION} | dict(key), sort_keys=True)
   name = hashlib.sha256(key_json.encode()).hexdigest()[:32]
-  entry, partial = folder / name, folder / f"{name}.partial"
+  entry = folder / name
+  partial = folder / f"{name}.partial"
   lock = FileLock(folder / f"{name}.lock")
   try:
     if entry.exists() and not os.access(folder, os.W_OK):  # made by others, read-only here

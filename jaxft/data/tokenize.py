@@ -70,7 +70,8 @@ def token_byte_lengths(tokenizer: Any) -> np.ndarray | None:
   backend = tokenizer.backend_tokenizer
   if not _is_byte_level(json.loads(backend.to_str())):
     return None
-  vocab, added = tokenizer.get_vocab(), backend.get_added_tokens_decoder()
+  vocab = tokenizer.get_vocab()
+  added = backend.get_added_tokens_decoder()
   lengths_V = np.zeros(max(vocab.values()) + 1, np.int64)
   for token, i in vocab.items():  # one letter per byte, except for added tokens
     lengths_V[i] = len(added[i].content.encode()) if i in added else len(token)
@@ -100,7 +101,8 @@ def special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
   texts = itertools.islice(_probe_texts(tokenizer), 9)
   text = next((text for text in texts if _encode_plain(backend, text)), "a")
   encoding = backend.encode(text)
-  ids, special = encoding.ids, encoding.special_tokens_mask
+  ids = encoding.ids
+  special = encoding.special_tokens_mask
   if 0 not in special:
     return [], []
   return ids[: special.index(0)], ids[len(special) - special[::-1].index(0) :]
@@ -162,7 +164,8 @@ class TokenizerInfo:
     self.bos_id = document_bos_id(tokenizer, self.before)
     spec = json.loads(self.backend.to_str())
     self.splits_at_spaces = _splits_at_spaces(spec)
-    model, vocab = spec["model"], tokenizer.get_vocab()
+    model = spec["model"]
+    vocab = tokenizer.get_vocab()
     missing = [byte for byte, letter in BYTE_TO_UNICODE.items() if letter not in vocab]
     byte_level = _is_byte_level(spec)
     # A normalizer changes a text's bytes before they are looked up.
@@ -227,7 +230,9 @@ def encode_examples(examples: list[Example], info: TokenizerInfo, dtype: np.dtyp
     if info.bos_id is not None and example.label is None:
       prompts[i] = max(1, prompts[i])  # the bos token of a document is given, never learned
     all_ids.append(np.concatenate([np.array(before, dtype), text_ids, np.array(after, dtype)]))
-  return EncodedBatch(all_ids, prompts, straddling, unknown_chars)
+  return EncodedBatch(
+    ids=all_ids, prompts=prompts, straddling=straddling, unknown_chars=unknown_chars
+  )
 
 
 def _special_ids(
@@ -257,7 +262,8 @@ def _split_long_text(text: str, info: TokenizerInfo) -> list[str]:
   """
   if len(text) <= MAX_BATCH_CHARS or not info.splits_at_spaces:
     return [text]
-  chunks, start = [], 0
+  chunks = []
+  start = 0
   while blank := WORD_BOUNDARY.search(text, start + MAX_BATCH_CHARS // 8):
     chunks.append(text[start : blank.start()])
     start = blank.start()
@@ -278,7 +284,9 @@ def encode_in_memory(
 ) -> TokenArrays:
   """Encode examples without a file; raises RequestError for a label that is not in `labels`."""
   dtype = ids_dtype(tokenizer)
-  ids, prompts, example_labels = [], [], []
+  ids = []
+  prompts = []
+  example_labels = []
   for batch, encoded in encode_batches(examples, tokenizer, dtype):
     example_labels += [example.label for example in batch if example.label is not None]
     ids += encoded.ids
@@ -312,12 +320,14 @@ def encode_batches(
 
 def _batched(items: Iterable[Any], num_chars: Callable[[Any], int]) -> Iterator[list[Any]]:
   """Yield the items in batches for the tokenizer: some for every core, but little text at once."""
-  batch, size = [], 0
+  batch = []
+  size = 0
   for item in items:
     batch.append(item)
     size += num_chars(item)
     if len(batch) == MAX_BATCH_EXAMPLES or size > MAX_BATCH_CHARS:
       yield batch
-      batch, size = [], 0
+      batch = []
+      size = 0
   if batch:
     yield batch

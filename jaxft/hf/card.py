@@ -48,7 +48,8 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
   Local paths are cut to their last part.
   """
   config = jaxft.config.load_run_config(workdir / "config.json")
-  batch_size, length = config.train.batch_size, config.data.sequence_length
+  batch_size = config.train.batch_size
+  length = config.data.sequence_length
   optim = config.optim
   path = config.model.path
   pretrained = config.model.init == "pretrained"

@@ -285,8 +285,11 @@ def _plan_files(
     filename_pattern="model{suffix}.safetensors",
     max_shard_size=max_shard_size,
   )
+
+  def alignment(name):
+    return -tensors[name].dtype.itemsize
+
   # Wide dtypes first: each tensor then begins at a multiple of its own item size.
-  alignment = lambda name: -tensors[name].dtype.itemsize
   files = {
     file: {name: tensors[name] for name in sorted(names, key=alignment)}
     for file, names in plan.filename_to_tensors.items()

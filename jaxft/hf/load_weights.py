@@ -226,7 +226,8 @@ def _merge_lora(checkpoint: repo.HFCheckpoint, tensors: dict[str, Any]) -> None:
   file = checkpoint.adapter / repo.ADAPTER_WEIGHTS
   config_file = checkpoint.adapter / repo.ADAPTER_CONFIG
   config = repo.read_json(config_file)
-  rank, alpha = config.get("r"), config.get("lora_alpha")
+  rank = config.get("r")
+  alpha = config.get("lora_alpha")
   if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
     raise RequestError(f"{config_file}: r={rank!r} and lora_alpha={alpha!r} must be numbers")
   adapters = _safetensors(file)

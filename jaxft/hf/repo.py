@@ -27,7 +27,9 @@ HEAD_KEYS = ("num_labels", "_num_labels", "problem_type", "finetuning_task")
 # Of a .json or .txt file, which is read at once; the tokenizer.json of a large vocabulary has 2^25.
 MAX_TEXT_BYTES = 2**28
 PARITY_FILE = "parity.json"  # of an export: its parity report and the checksums of its files
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+# Files of PEFT's adapters.
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Keys of adapter_config.json -> the values of plain LoRA; any false value is plain as well.
 PLAIN_LORA = {
   "peft_type": ("LORA",),
@@ -54,9 +56,8 @@ class HFCheckpoint(NamedTuple):
   hf_config: dict[str, Any]
   cfg: ModelConfig
   torch_bin: bool = False  # pickles may be read
-  new_head: bool = (
-    False  # the classification head is the run's own: the folder has no weights of it
-  )
+  # The classification head is the run's own: the folder has no weights of it.
+  new_head: bool = False
   adapter: Path | None = None  # PEFT's LoRA adapters, merged into the weights as they are read
   tokenizer: Path | None = None  # folder of another tokenizer than the model's own
 
@@ -220,7 +221,8 @@ def _resolve_adapter(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoi
         f"{file}: {key}={config[key]!r}: only plain LoRA can be merged here; "
         "merge it with PEFT (merge_and_unload), and give the model"
       )
-  base, revision = config.get("base_model_name_or_path"), config.get("revision") or "main"
+  base = config.get("base_model_name_or_path")
+  revision = config.get("revision") or "main"
   if not isinstance(base, str) or not base or not isinstance(revision, str):
     raise RequestError(f"{file}: base_model_name_or_path={base!r} names no model")
   if weights and not (folder / ADAPTER_WEIGHTS).is_file():

@@ -36,7 +36,9 @@ class Family(NamedTuple):
 # Written before every name but the head's, stripped when read: the oldest checkpoints have none.
 PREFIX = "transformer."
 EMBEDDING = "wte.weight"
-LM_HEAD, LM_HEAD_BIAS, SCORE = "lm_head.weight", "lm_head.bias", "score.weight"
+LM_HEAD = "lm_head.weight"
+LM_HEAD_BIAS = "lm_head.bias"
+SCORE = "score.weight"
 HEADS = (LM_HEAD, LM_HEAD_BIAS, SCORE)
 
 COMMON = (
