@@ -49,7 +49,9 @@ def _compile(shardings: tuple[Any, ...], f: Callable, reduce: Callable) -> Calla
       first, *other = shard.offsets
       return f(shard._replace(values=values, offsets=(first + i, *other)))
 
-    add = lambda i, total: reduce(jnp.stack([total, row(i)])).astype(total.dtype)
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+      return reduce(jnp.stack([total, row(i)])).astype(total.dtype)
+
     return jax.lax.fori_loop(1, x.shape[0], add, row(0))
 
   map_shards = per_device.map_shards(list(shardings), by_rows)

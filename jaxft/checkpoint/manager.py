@@ -183,8 +183,11 @@ class CheckpointManager:
       ),
       meta=ocp.args.JsonSave(meta),
     )
-    # force: without it Orbax leaves out, in silence, a step that is not after the newest.
-    write = lambda: self._manager.save(step, args=args, metrics=dict(metrics or {}), force=True)
+
+    def write() -> bool:
+      # force: without it Orbax leaves out, in silence, a step that is not after the newest.
+      return self._manager.save(step, args=args, metrics=dict(metrics or {}), force=True)
+
     self._nbytes = tree_nbytes(state)
     if not self._call(write):
       raise StorageError(f"{self._path(step)}: not saved")
@@ -322,7 +325,8 @@ class CheckpointManager:
     Raises, in all of them, CheckpointReadError where one may not read the file, and StorageError
     where it is damaged.
     """
-    result, failure = None, None
+    result = None
+    failure = None
     try:
       result = read()
     except Exception as error:  # whatever damage makes Orbax raise
@@ -361,7 +365,10 @@ def num_new_checkpoints(
   Args:
     steps: those of the checkpoints on disk.
   """
-  num_steps = lambda every: (steps_of_epoch if every == "epoch" else every) or total_steps
+
+  def num_steps(every: int | str) -> int:
+    return (steps_of_epoch if every == "epoch" else every) or total_steps
+
   intervals = [num_steps(train.save_every)]
   if train.keep_best_metric:
     intervals.append(num_steps(train.eval_every))
@@ -404,7 +411,9 @@ def _split_by_size(like: Any) -> list[Any]:
       batches[-1].add(path)
 
   def select(paths):
-    mask = lambda path, x: x if path in paths else PLACEHOLDER
+    def mask(path, x):
+      return x if path in paths else PLACEHOLDER
+
     return jax.tree_util.tree_map_with_path(mask, like)
 
   return list(map(select, batches))

@@ -104,7 +104,9 @@ def assert_all_equal(topic: str, facts: dict[str, Any]) -> None:
   """Raises RequestError in every process, with a line for each fact that differs between them."""
   # JAX and Orbax synchronise through this key-value store; it has no public name.
   state = jax_private.distributed_state()
-  store, process_id, num_processes = state.client, state.process_id, state.num_processes
+  store = state.client
+  process_id = state.process_id
+  num_processes = state.num_processes
   if store is None or num_processes == 1:
     return
   # Keys can be set once, and a program may train twice.

@@ -89,16 +89,17 @@ def _accept_peers(port: int, info: ProcessInfo, timeout: int) -> dict[int, socke
     raise RequestError(f"--coordinator={info.coordinator}: {problem}") from error
   peers: dict[int, socket.socket] = {}
   sockets = []  # every connection gets an answer, those that are refused too
-  fault = lost = ""
+  reason = lost = ""
   with listener:
-    while len(peers) < info.num_processes - 1 and not fault:
+    while len(peers) < info.num_processes - 1 and not reason:
       listener.settimeout(max(0.01, deadline - time.monotonic()))
       try:
         peer, address = listener.accept()
         sockets.append(peer)
         # A peer sends its line at once: whoever is silent must not hold up the others.
         hello = json.loads(_read_line(peer, time.monotonic() + 5))
-        other, processes = int(hello["process"]), int(hello["processes"])
+        other = int(hello["process"])
+        processes = int(hello["processes"])
       except TimeoutError:
         if time.monotonic() >= deadline:
           break
@@ -107,19 +108,19 @@ def _accept_peers(port: int, info: ProcessInfo, timeout: int) -> dict[int, socke
         continue  # something else that tries ports
       if processes != info.num_processes:
         ours = f"{info.num_processes} on process 0"
-        fault = f"--num_processes={processes} on process {other}, and {ours}"
+        reason = f"--num_processes={processes} on process {other}, and {ours}"
       # An id may come twice if its first process has ended and was started again.
       elif not 0 < other < processes or other in peers and not is_closed(peers[other]):
-        fault = f"--process_id={other}: another process has it too (at {address[0]})"
+        reason = f"--process_id={other}: another process has it too (at {address[0]})"
       peers[other] = peer
   missing = [str(i) for i in range(1, info.num_processes) if i not in peers]
-  if missing and not fault:
+  if missing and not reason:
     lost = f"process {', '.join(missing)} did not come within {timeout} s"
   # All of them learn of a failure, so that none waits for its own timeout.
   for peer in sockets:
-    send_message(peer, {"refused": fault} if fault else {"lost": lost} if lost else {"go": True})
-  if fault:
-    raise RequestError(fault)
+    send_message(peer, {"refused": reason} if reason else {"lost": lost} if lost else {"go": True})
+  if reason:
+    raise RequestError(reason)
   if lost:
     present = f"{len(peers) + 1} of {info.num_processes} are there"
     raise PeerLostError(f"{lost}; {present}; to run this one alone: --num_processes=1")

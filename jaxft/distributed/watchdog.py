@@ -28,7 +28,9 @@ class Watchdog(threading.Thread):
 
   def __init__(self, info: ProcessInfo, peers: dict[int, socket.socket], timeout: int):
     super().__init__(name="jaxft-watchdog", daemon=True)
-    self._info, self._peers, self._timeout = info, peers, timeout
+    self._info = info
+    self._peers = peers
+    self._timeout = timeout
     self._lock = threading.Lock()
     self._ending = False
     self.start()
@@ -57,7 +59,8 @@ class Watchdog(threading.Thread):
     doom: tuple[float, str] | None = None  # when to end, and why
     while last_heard or doom and not self._ending:
       for key, _ in selector.select(timeout=1):
-        process, chunk = key.data, _receive(key.fileobj)
+        process = key.data
+        chunk = _receive(key.fileobj)
         if not chunk and self._ending:
           selector.unregister(key.fileobj)
           del last_heard[process]

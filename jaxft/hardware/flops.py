@@ -34,7 +34,7 @@ def model_flops(cfg: Any, batch_size: int, T: int) -> int:
   masked. Recomputation is not in it. See appendix B of arXiv:2204.02311.
 
   Args:
-    cfg: a `jaxft.model.decoder.ModelConfig`.
+    cfg: a `jaxft.model.config.ModelConfig`.
     batch_size: rows of an optimizer step.
   """
   heads = cfg.N * cfg.H
@@ -48,7 +48,10 @@ def model_flops(cfg: Any, batch_size: int, T: int) -> int:
   sizes = {f"blocks.{name}.kernel": cfg.L * math.prod(shape) for name, shape in layer.items()}
   sizes |= {head: (cfg.classes or cfg.V) * cfg.D}
   trained = {name for name, _ in cfg.trained}
-  factor = lambda name: 6 if name in trained or not trained else 4
+
+  def factor(name: str) -> int:
+    return 6 if name in trained or not trained else 4
+
   # Adapters have rank x (inputs + outputs), where query, key and value are counted as one.
   adapters = sum(
     6 * cfg.L * cfg.lora_rank * sum(shape)
@@ -74,7 +77,8 @@ def _count_live(jaxpr: Any, needed: list[bool]) -> tuple[int, list[bool]]:
 
 
 def _count_equation(eqn: Any, needed: list[bool]) -> tuple[int, list[bool]]:
-  name, params = eqn.primitive.name, eqn.params
+  name = eqn.primitive.name
+  params = eqn.params
   everything = [True] * len(eqn.invars)
   if name == "dot_general":
     (contracted, _), _ = params["dimension_numbers"]

@@ -32,7 +32,8 @@ class JsonlLog:
     """
     self.entries: list[dict[str, Any]] = []
     self.dropped: list[dict[str, Any]] = []
-    self._file, self._writes = file, writes
+    self._file = file
+    self._writes = writes
     if file.exists():
       for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -122,8 +123,10 @@ class Reporter:
     """
     self.tokens_seen = tokens_seen
     self.clock = StepTimer()
-    self._train, self._total_steps = config.train, total_steps
-    self._entropy_floor, self._device = entropy_floor, device
+    self._train = config.train
+    self._total_steps = total_steps
+    self._entropy_floor = entropy_floor
+    self._device = device
     self._num_nonfinite = 0  # steps in a row
     self._ideal_step_seconds = ideal_step_seconds
     self._is_due = functools.partial(

@@ -24,7 +24,8 @@ class SystemMetrics(threading.Thread):
     """`workdir`: of the run; its disk is the one that is measured."""
     super().__init__(name="jaxft-system", daemon=True)
     self.latest: dict[str, float] = {}
-    self._enabled, self._workdir = enabled, workdir
+    self._enabled = enabled
+    self._workdir = workdir
     self._stopped = threading.Event()
 
   def __enter__(self) -> "SystemMetrics":
@@ -84,7 +85,10 @@ def _counter_deltas(prefix: str, fields: dict[str, str], counters: Callable[[], 
       return {}
     if not first:
       first.append(now)
-    delta = lambda field: getattr(now, field) - getattr(first[0], field)
+
+    def delta(field: str) -> float:
+      return getattr(now, field) - getattr(first[0], field)
+
     return {f"system/{prefix}_{name}_bytes": delta(field) for name, field in fields.items()}
 
   return read

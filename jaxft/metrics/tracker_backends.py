@@ -60,7 +60,10 @@ class TensorBoard:
     self._thread_errors: list[BaseException] = []
     threading.excepthook = lambda args: self._thread_errors.append(args.exc_value)
     self._prompts: dict[str, int] = {}
-    plain = lambda value: value if isinstance(value, int | float | str) else str(value)
+
+    def plain(value: Any) -> int | float | str:
+      return value if isinstance(value, int | float | str) else str(value)
+
     settings = {key: plain(value) for key, value in run.settings.items()}
     # The third summary would report that the run has succeeded.
     for summary in hparams(settings, {"eval/loss": None})[:2]:
@@ -214,7 +217,11 @@ class Trackio:
     # It swallows its own errors and warns of them, from its threads too: `write` raises them.
     self._errors: list[str] = []
     warnings.simplefilter("always")
-    warnings.showwarning = lambda message, *_, **__: self._errors.append(str(message))
+
+    def keep_warning(message, *_, **__) -> None:
+      self._errors.append(str(message))
+
+    warnings.showwarning = keep_warning
     self._run = trackio.init(
       os.environ.get("TRACKIO_PROJECT") or PROJECT,
       # Trackio identifies runs by name: the id separates two workdirs of one name.

@@ -26,7 +26,8 @@ class TrackerService:
   """Opens the tracker when it is first needed, and again after that has failed."""
 
   def __init__(self, name: str, run: tracker_backends.TrackerRun):
-    self._name, self._run = name, run
+    self._name = name
+    self._run = run
     self._tracker: Any = None
     self._step = 0
 
@@ -42,7 +43,8 @@ class TrackerService:
       if message["end"]:
         self._tracker.finish(**message["end"], step=self._step)
     except Exception as error:  # of a library, a network or a disk: the run goes on
-      message, kind = first_line(error), type(error).__name__
+      message = first_line(error)
+      kind = type(error).__name__
       return {"failed": redact(message if kind in message else f"{kind}: {message}")}
     return {"where": redact(self._tracker.where)}
 

@@ -110,10 +110,10 @@ class TrackerGroup:
     for name in self._names:
       if name in self._resumed_names:
         run = self._run | {"samples": self._sent_samples}
-        client = TrackerClient(name, run, backlog={}, sent=self._sent)
+        client = TrackerClient(tracker=name, run=run, backlog={}, sent=self._sent)
       else:  # a tracker that is new to the run gets all of it
         run = self._run | {"samples": []}
-        client = TrackerClient(name, run, backlog=self._entries, sent=set())
+        client = TrackerClient(tracker=name, run=run, backlog=self._entries, sent=set())
       self._clients.append(client)
     return self
 
@@ -148,7 +148,9 @@ class TrackerClient(threading.Thread):
       sent: `_entry_keys` of entries that need not be sent again.
     """
     super().__init__(name=f"jaxft-{tracker}", daemon=True)
-    self._tracker, self._run, self._sent = tracker, run, sent
+    self._tracker = tracker
+    self._run = run
+    self._sent = sent
     self._lines = {kind: list(backlog.get(kind, [])) for kind in ("metrics", "samples")}
     self._given = sum(map(len, self._lines.values()))
     self._arrived = 0

@@ -105,7 +105,10 @@ class Compiler:
 
 def compiler_env() -> dict[str, str]:
   """Returns the environment of the process that compiles."""
-  merge_flags = lambda name: f"{os.environ.get(name, '')} {COMPILER_ENV[name]}".strip()
+
+  def merge_flags(name: str) -> str:
+    return f"{os.environ.get(name, '')} {COMPILER_ENV[name]}".strip()
+
   flags = {name: merge_flags(name) for name in FLAG_VARIABLES}
   if backend.has_slice_bug():
     flags["XLA_FLAGS"] = backend.disable_slice_pass(flags["XLA_FLAGS"])
@@ -131,7 +134,8 @@ def main() -> None:
   for line in sys.stdin:
     request = CompileRequest(**json.loads(line))
     try:
-      config, cfg = jaxft.config.from_json(request.config), ModelConfig(**request.cfg)
+      config = jaxft.config.from_json(request.config)
+      cfg = ModelConfig(**request.cfg)
       answer = measure_step(config, cfg, specs.parse_device(request.device), request.text)
     # The compilers refuse with the last two as well: an unknown topology, an instruction they lack.
     except (JaxftError, jax.errors.JaxRuntimeError, AssertionError, NotImplementedError) as error:

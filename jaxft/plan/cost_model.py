@@ -82,8 +82,11 @@ class CostModel(NamedTuple):
 
   def other_bytes(self, settings: dict[str, Any], B: int) -> float:
     """Estimates activations, logits and gathered or fetched weights, with B rows at once."""
-    cfg, T, itemsize = self.cfg, self.config.data.sequence_length, self.itemsize
-    remat, tensor = settings["memory.remat"], settings["mesh.tensor"]
+    cfg = self.cfg
+    T = self.config.data.sequence_length
+    itemsize = self.itemsize
+    remat = settings["memory.remat"]
+    tensor = settings["mesh.tensor"]
     layer, scores = self._layer_bytes()
     saved = {"none": layer, "dots": (6 * cfg.D + cfg.F) * itemsize, "full": cfg.D * itemsize}
     layers = cfg.L * saved[remat] + 2 * (layer + 2 * scores)
@@ -102,10 +105,13 @@ class CostModel(NamedTuple):
 
   def seconds(self, settings: dict[str, Any], B: int) -> float:
     """Estimates the time of a step: FLOPs, bytes moved and bytes sent overlap only in part."""
-    cfg, spec, T = self.cfg, self.target.spec, self.config.data.sequence_length
+    cfg = self.cfg
+    spec = self.target.spec
+    T = self.config.data.sequence_length
     mesh_keys = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.zero_stage")
     data, fsdp, tensor, stage = (settings[key] for key in mesh_keys)
-    vocab, itemsize = self._vocab_per_device(settings), self.itemsize
+    vocab = self._vocab_per_device(settings)
+    itemsize = self.itemsize
     steps = self._accumulation_steps(settings, B)
     tokens = B * T * steps
     layer_passes, attention_passes = COMPUTE_PASSES[settings["memory.remat"]]
@@ -116,13 +122,17 @@ class CostModel(NamedTuple):
     layer, _ = self._layer_bytes()
     moved = attention_passes * cfg.L * 2 * layer / tensor + 3 * vocab * (4 + itemsize)
     moved = tokens * moved + (steps * 4 * grad_shard + 3 * self.state_bytes(settings))
-    ring = lambda size: (size - 1) / size  # share of its bytes that a device sends
+
+    def ring(size: int) -> float:  # share of its bytes that a device sends
+      return (size - 1) / size
+
     gather = steps * itemsize / 4 * (2 if stage == 3 else 1)
     scatter = steps * (itemsize / 4 if stage > 1 else 2)
     sent = ring(fsdp) / tensor * (gather * self.param_bytes + scatter * self.trained_bytes)
     sent += ring(data) * 2 * steps * grad_shard
     sent += ring(tensor) * 2 * (layer_passes + 1) * cfg.L * tokens * cfg.D * itemsize
-    efficiency, speeds = roofline.EFFICIENCY, UNKNOWN_SPEEDS
+    efficiency = roofline.EFFICIENCY
+    speeds = UNKNOWN_SPEEDS
     if spec:
       dtype = "float32" if itemsize == 4 else "bfloat16"
       speeds = (spec.peak_flops(dtype), spec.bandwidth, self.target.link, spec.bus)
@@ -142,7 +152,8 @@ class CostModel(NamedTuple):
 
   def _layer_bytes(self) -> tuple[int, int]:
     """Returns the bytes of a token in a layer: inputs and outputs of products; attention scores."""
-    cfg, T = self.cfg, self.config.data.sequence_length
+    cfg = self.cfg
+    T = self.config.data.sequence_length
     products = (8 * cfg.D + 3 * cfg.F) * self.itemsize + 8 * cfg.D
     # Of the queries of one chunk (model/attention_chunked.py).
     scores = cfg.N * T * (4 + self.itemsize) // MAX_UNROLLED

@@ -243,7 +243,10 @@ def _largest_shapes(text: str) -> Shapes:
   groups = re.findall(r"\(([^()]*)\)", text.removeprefix("(")) if text.startswith("((") else [text]
   if len(groups) == 1 and text.startswith("("):
     groups = [f"{dtype}[{dims}]" for dtype, dims in SHAPE.findall(text)]
-  nbytes = lambda shapes: sum(DTYPE_BYTES[dtype] * math.prod(dims) for dtype, dims in shapes)
+
+  def nbytes(shapes: Shapes) -> int:
+    return sum(DTYPE_BYTES[dtype] * math.prod(dims) for dtype, dims in shapes)
+
   return max(map(_parse_shapes, groups), key=nbytes)
 
 

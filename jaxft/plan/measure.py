@@ -43,12 +43,16 @@ def measure_step(
   mesh = make_mesh(config.mesh, specs.compile_devices(target))
   total_steps = max(config.train.steps, 1)
   program = build.build_train_program(config, cfg, mesh, total_steps, dummy_row(config, cfg))
-  state, host_mask = program.state, program.host_mask
+  state = program.state
+  host_mask = program.host_mask
   started = time.monotonic()
   traced = program.train_step.trace(state, program.batch)
   lowered = mark_host_arguments(traced.lower(), program, host_mask)
   result = measure_traced(program, config, cfg, traced)
-  seconds = lambda: {"compile_seconds": round(time.monotonic() - started, 1)}
+
+  def seconds() -> dict[str, float]:
+    return {"compile_seconds": round(time.monotonic() - started, 1)}
+
   # Both steps at once, as libtpu works on one core: it takes 75 s for GPT-J's train step on eight
   # chips, and 15 s for the eval step.
   with ThreadPoolExecutor(1) as pool:
@@ -85,7 +89,9 @@ def measure_traced(
 ) -> dict[str, Any]:
   """Returns what is known before a compiler runs: bytes of one device, FLOPs of the whole step."""
   A, B, T = program.batch["ids"].shape
-  mesh, compute, state = program.batch_sharding.mesh, program.compute, program.state
+  mesh = program.batch_sharding.mesh
+  compute = program.compute
+  state = program.state
   kernel, why_not_faster = attention.resolve_kernel(
     compute.attention,
     mesh.devices.flat[0],
@@ -119,7 +125,8 @@ def measure_traced(
 
 def measure_compiled(program: TrainProgram, compiled: Any) -> dict[str, Any]:
   """Returns what the compiled train step gives, in bytes of one device."""
-  memory, text = compiled.memory_analysis(), compiled.as_text()
+  memory = compiled.memory_analysis()
+  text = compiled.as_text()
   on_host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
   return memory_breakdown(program, memory) | {
     "argument_bytes": memory.argument_size_in_bytes,
@@ -174,7 +181,8 @@ def logits_bytes(program: TrainProgram, cfg: ModelConfig) -> int:
 
 def argument_bytes(program: TrainProgram) -> dict[str, int]:
   """Returns the bytes on a device of each argument of the step."""
-  state, mask = program.state, program.host_mask
+  state = program.state
+  mask = program.host_mask
   return {
     "parameters": _bytes_where(state.all_params, mask.all_params, on_host=False),
     "optimizer": _bytes_where(state.opt_state, mask.opt_state, on_host=False),

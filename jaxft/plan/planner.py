@@ -93,7 +93,8 @@ def resolve_model_config(config: ConfigDict) -> ModelConfig:
   if config.model.config and scratch:
     return _apply_run_config(config, *base_model.scratch_config(config.model))
   if name in published and not repo.is_local(path):
-    hf_config, cfg = published[name], model_config.from_hf_config(published[name])
+    hf_config = published[name]
+    cfg = model_config.from_hf_config(hf_config)
   else:
     _, hf_config, cfg, *_ = repo.resolve(path, config.model.revision, weights=False)
   if scratch:
@@ -195,12 +196,16 @@ def _to_plan(
   """Turns the compiler's figures into a plan."""
   if "refused" in measured:
     raise RequestError(f"--device={target.name!r}: {measured['refused']}")
-  pick = lambda *keys: {key: measured[key] for key in keys}
+
+  def pick(*keys: str) -> dict[str, Any]:
+    return {key: measured[key] for key in keys}
+
   plan = _plan_header(config, target) | pick("device_kind", "devices", "mesh")
   plan |= pick("accumulation_steps", "compute_dtype", "attention")
   estimate = None
   if "needs_bytes" in measured:  # out of memory: the compiler's own limit counts
-    peak, limit = measured["needs_bytes"], measured["has_bytes"]
+    peak = measured["needs_bytes"]
+    limit = measured["has_bytes"]
     plan |= {"fits": False, "peak_bytes": peak, "usable_bytes": limit} | pick("host_bytes")
     plan["breakdown"] = measured["arguments"] | {"gradients": measured["gradient_bytes"]}
     plan["breakdown"]["activations"] = max(0, peak - sum(plan["breakdown"].values()))

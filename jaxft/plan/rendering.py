@@ -49,7 +49,8 @@ def format_seconds(value: float | None) -> str:
 
 def fit_summary(plan: dict[str, Any]) -> str:
   """Returns whether the plan fits, and by how much."""
-  peak, usable = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0)), plan["usable_bytes"]
+  peak = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0))
+  usable = plan["usable_bytes"]
   needs, has, excess = map(format_bytes, (peak, usable, peak - usable))
   if plan["fits"]:
     return f"fits: {needs} of {has} a device, {100 * peak / usable:.0f} %"
@@ -75,7 +76,10 @@ def render_memory(plan: dict[str, Any]) -> RenderableType:
 def _memory_bar(plan: dict[str, Any]) -> Text:
   """Renders the categories of the peak, side by side, with a mark at the usable memory."""
   max_bytes = max(plan["peak_bytes"], plan["usable_bytes"])
-  column = lambda nbytes: round(BAR_WIDTH * nbytes / max_bytes)
+
+  def column(nbytes: int) -> int:
+    return round(BAR_WIDTH * nbytes / max_bytes)
+
   bar = Text()
   total = end = 0
   for category, nbytes in plan["breakdown"].items():
@@ -113,7 +117,8 @@ def detail_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
   """Returns everything but the memory of a device, as pairs of a name and a text."""
   mesh = " x ".join(f"{name}={count}" for name, count in plan["mesh"].items())
   devices = f"{plan['devices']} x {plan['device_kind']}"
-  kernel, why = plan["attention"]["kernel"], plan["attention"]["why_not_faster"]
+  kernel = plan["attention"]["kernel"]
+  why = plan["attention"]["why_not_faster"]
   traffic = f", {format_bytes(plan['bus_bytes'])} a step over the bus" if plan["bus_bytes"] else ""
   host = f"{format_bytes(plan['host_bytes'])} for each device{traffic}"
   ratio = plan["flops"] / plan["model_flops"]
@@ -148,7 +153,8 @@ def detail_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _estimate_rows(estimate: dict[str, Any], plan: dict[str, Any]) -> list[tuple[str, str]]:
-  share, peak = estimate["efficiency"], estimate["peak"]
+  share = estimate["efficiency"]
+  peak = estimate["peak"]
   speeds = {
     "compute": f"{peak['flops'] / 1e12:.0f} TFLOP/s",
     "memory": f"{peak['memory_bytes_per_second'] / 1e9:.0f} GB/s",
@@ -259,7 +265,9 @@ def html_page(plans: list[dict[str, Any]]) -> str:
 
 
 def _html_section(plan: dict[str, Any]) -> str:
-  e = lambda text: html.escape(escape_controls(str(text)))
+  def e(text: Any) -> str:
+    return html.escape(escape_controls(str(text)))
+
   out = [f"<h1>{e(plan['model'])} on {e(plan['device'])}</h1>"]
   if "refused" in plan:
     out.append(f'<p class="no">as it is: {e(plan["refused"])}</p>')
@@ -269,7 +277,8 @@ def _html_section(plan: dict[str, Any]) -> str:
     blocks = ""
     for name, nbytes in plan["breakdown"].items():
       if nbytes:
-        size, width = format_bytes(nbytes), f"{100 * nbytes / total:.2f}%"
+        size = format_bytes(nbytes)
+        width = f"{100 * nbytes / total:.2f}%"
         blocks += f'<div class="{name}" style="width:{width}" title="{name} {size}"></div>'
         rows.append((f'<span class="dot {name}"></span>{name}', size, MEMORY_MEANING[name]))
     left = f"{100 * plan['usable_bytes'] / total:.2f}%"

@@ -18,7 +18,8 @@ from jaxft.training import offload
 # Share of the usable memory that stays free: plans are to be within this of what a device takes.
 MEMORY_MARGIN = 0.05
 NUM_PLANS = 3  # plans to find, where a search is requested; one is enough to show a way out
-MAX_COMPILES, MAX_SECONDS = 10, 150
+MAX_COMPILES = 10
+MAX_SECONDS = 150
 # Settings to try, with every mesh and every micro-batch that divides the batch. None of them
 # changes what is learned.
 SEARCH_SPACE = {
@@ -104,7 +105,10 @@ def find_settings(
       lost.append({"overrides": flags, "why": why, "peak_bytes": peak})
     measured = max(peak - candidate.state_bytes, 1)
     correction[candidate.settings["memory.remat"]] = measured / candidate.other_bytes
-  seconds = lambda entry: entry["step_seconds_estimate"] or entry["rough_seconds"]
+
+  def seconds(entry: dict[str, Any]) -> float:
+    return entry["step_seconds_estimate"] or entry["rough_seconds"]
+
   fitting.sort(key=lambda entry: (seconds(entry), entry["peak_bytes"]))
   too_large = [it for it in untried if size(it) > budget]
   over = [it for it in too_large if it.state_bytes > budget]
@@ -191,7 +195,8 @@ def meshes(cfg: ModelConfig, target: specs.Target) -> list[tuple[int, int, int]]
 
   Weights are sharded over all of them, over those of a node, or not at all; tensor stays in a node.
   """
-  n, spec = target.count, target.spec
+  n = target.count
+  spec = target.spec
   node = min(n, spec.node if isinstance(spec, specs.Gpu) else n)
   results = []
   for tensor in (1, 2, 4, 8):

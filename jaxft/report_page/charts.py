@@ -60,9 +60,15 @@ def chart(
   y0, y1 = 0.0, 1.0
   if not share:
     y0, y1 = _axis_range([0.0, *values] if from_zero else values, scale, from_zero)
-  to_x = lambda x: BOX_SIZE * (x - x0) / (x1 - x0)
-  to_y = lambda y: BOX_SIZE * (y1 - scale(y)) / (y1 - y0)
-  x_ticks, y_ticks = step_ticks(x0, x1), log_ticks(y0, y1) if log else ticks(y0, y1)
+
+  def to_x(x: float) -> float:
+    return BOX_SIZE * (x - x0) / (x1 - x0)
+
+  def to_y(y: float) -> float:
+    return BOX_SIZE * (y1 - scale(y)) / (y1 - y0)
+
+  x_ticks = step_ticks(x0, x1)
+  y_ticks = log_ticks(y0, y1) if log else ticks(y0, y1)
 
   shapes = [_horizontal_line(to_y(y), "grid") for y in y_ticks]
   shapes.append(_horizontal_line(BOX_SIZE, "axis"))
@@ -83,8 +89,13 @@ def chart(
     aria_label=f"{title}, {unit}",
   )
   label = lambda text, class_, style: element("span", text, class_=class_, style=style)
-  left = lambda x: f"left:{to_x(x) / BOX_SIZE:.2%}"
-  top = lambda y: f"top:{to_y(y) / BOX_SIZE:.2%}"
+
+  def left(x: float) -> str:
+    return f"left:{to_x(x) / BOX_SIZE:.2%}"
+
+  def top(y: float) -> str:
+    return f"top:{to_y(y) / BOX_SIZE:.2%}"
+
   y_texts = map(format_tick, y_ticks) if log else format_ticks(y_ticks)
   labels = [label(text, "y", top(y)) for y, text in zip(y_ticks, y_texts)]
   labels += [label(text, "x", left(x)) for x, text in zip(x_ticks, format_ticks(x_ticks))]
@@ -169,7 +180,10 @@ def downsample(points: Points) -> list[tuple[float, float]]:
   if len(points) <= 2 * NUM_COLUMNS:
     return list(points)
   indices = {0, len(points) - 1}
-  value = lambda i: points[i][1]
+
+  def value(i: int) -> float:
+    return points[i][1]
+
   for column in _bins(points, NUM_COLUMNS):
     indices |= {min(column, key=value), max(column, key=value)}
   return [points[i] for i in sorted(indices)]
@@ -177,7 +191,10 @@ def downsample(points: Points) -> list[tuple[float, float]]:
 
 def window_means(points: Points) -> list[tuple[float, float]]:
   """Returns the mean step and the mean value of each of NUM_WINDOWS spans of steps."""
-  mean = lambda span, axis: sum([points[i][axis] for i in span]) / len(span)
+
+  def mean(span: range, axis: int) -> float:
+    return sum([points[i][axis] for i in span]) / len(span)
+
   return [(mean(span, 0), mean(span, 1)) for span in _bins(points, NUM_WINDOWS)]
 
 
@@ -201,7 +218,8 @@ def step_ticks(low: float, high: float) -> list[float]:
 
 
 def _tick_multiples(spacing: float, low: float, high: float) -> list[float]:
-  first, last = math.ceil(low / spacing - 1e-9), math.floor(high / spacing + 1e-9)
+  first = math.ceil(low / spacing - 1e-9)
+  last = math.floor(high / spacing + 1e-9)
   return [i * spacing for i in range(first, last + 1)]
 
 

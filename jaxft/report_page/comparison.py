@@ -80,7 +80,9 @@ def _swatch(i: int) -> Html:
 def _curves(named: list[tuple[str, RunRecord]]) -> Html | None:
   def lines(key: str, points=RunRecord.points, **style) -> list[Series]:
     runs = enumerate(named)
-    return [Series(name, points(record, key), colour=i, **style) for i, (name, record) in runs]
+    return [
+      Series(name=name, points=points(record, key), colour=i, **style) for i, (name, record) in runs
+    ]
 
   noisy = {"noisy": True, "only_mean": True}
   speed = lines("perf/tokens_per_second", RunRecord.without_outliers, **noisy)

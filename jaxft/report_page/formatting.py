@@ -73,8 +73,11 @@ def model_name(record: RunRecord) -> str:
 
 def run_status(record: RunRecord) -> tuple[bool, str]:
   """Returns whether the run is finished, and its state in a line or, of a failure, several."""
-  ending, total, last = get_dict(record.about, "ending"), record.total_steps, record.last_step
-  code, why = get_int(ending, "exit_code"), ending.get("why")
+  ending = get_dict(record.about, "ending")
+  total = record.total_steps
+  last = record.last_step
+  code = get_int(ending, "exit_code")
+  why = ending.get("why")
   step = f"step {last:,}" + (f" of {total:,}" if total else "")
   if code == 0 and total and last < total:
     return True, f"ended early at {step}: no lower eval loss"
@@ -143,7 +146,8 @@ def headline(record: RunRecord, finished: bool) -> str:
       return "No step was logged and nothing was evaluated"
     first, last = (format_number(loss) for _, loss in (losses[0], losses[-1]))
     return f"Not evaluated; the training loss went from {first} to {last}"
-  name, before = metric.name.capitalize(), format_metric(metric.key, metric.before)
+  name = metric.name.capitalize()
+  before = format_metric(metric.key, metric.before)
   if metric.after is None:
     return f"{name} before the first step: {before}" + ("" if finished else "; none after")
   verb = "hardly changed:"
@@ -154,7 +158,8 @@ def headline(record: RunRecord, finished: bool) -> str:
 
 def time_span(record: RunRecord) -> str | None:
   """Returns when the run was started, and how long it took if that was its only start."""
-  starts, ended = record.starts, get_dict(record.about, "ending").get("at")
+  starts = record.starts
+  ended = get_dict(record.about, "ending").get("at")
   if not starts:
     return None
   parse = datetime.datetime.fromisoformat

@@ -65,7 +65,8 @@ def _header(record: RunRecord) -> Html:
 
 def _lead(record: RunRecord) -> list[Any]:
   """Explains the headline: of which text it is, and what the best possible value is."""
-  metric, floor = formatting.headline_metric(record), _entropy_floor(record)
+  metric = formatting.headline_metric(record)
+  floor = _entropy_floor(record)
   held_out = get_int(record.data, "rows", "held_out")
   if metric is None:
     if get_int(record.data, "tokens", "held_out") == 0:
@@ -300,7 +301,8 @@ def _data(record: RunRecord) -> Html | None:
     rows.append([f"dropped: {reason}", *(f"{n or 0:,}" for n in counts("dropped", reason))])
   if not reasons:
     rows.append(["dropped", "0", "0"])
-  padding, duplicates = get_float(report, "padding_share"), get_int(report, "duplicates")
+  padding = get_float(report, "padding_share")
+  duplicates = get_int(report, "duplicates")
   labels = report.get("labels")
   sequences = {"trained": "trained on", "held_out": "held out"}
   facts = [
@@ -353,9 +355,11 @@ def _accounting_note(report: dict[str, Any]) -> Html:
 
 
 def _run_details(record: RunRecord) -> Html:
-  about, config = record.about, record.config
+  about = record.about
+  config = record.config
   model, devices, mesh = (get_dict(about, key) for key in ("model", "devices", "mesh"))
-  num_params, trained = get_int(model, "parameters"), get_int(model, "trained")
+  num_params = get_int(model, "parameters")
+  trained = get_int(model, "trained")
   processes = get_int(devices, "processes") or 1
   source = f"{model.get('type', '')} from {config.get('model.path')}".strip()
   params = None
@@ -394,7 +398,10 @@ def _short_commit(commit: Any) -> str | None:
 def _facts_table(facts: list[tuple[str, Any]]) -> Html:
   """Returns a table of the values that are known; a path breaks after its slashes."""
   known = ((name, str(value)) for name, value in facts if value)
-  cell = lambda text: markup.breakable(format_setting(text, MAX_VALUE_CHARS))
+
+  def cell(text: str) -> Html:
+    return markup.breakable(format_setting(text, MAX_VALUE_CHARS))
+
   return table([], [[name, cell(text)] for name, text in known], "facts")
 
 

@@ -79,7 +79,10 @@ class RunRecord(NamedTuple):
   @property
   def nonfinite_steps(self) -> list[int]:
     """Steps whose loss or gradient norm was not finite: they are in metrics.jsonl as text."""
-    is_text = lambda line: any(type(line.get(key)) is str for key in NUMERIC_CHECK_KEYS)
+
+    def is_text(line: dict[str, Any]) -> bool:
+      return any(type(line.get(key)) is str for key in NUMERIC_CHECK_KEYS)
+
     return [line["step"] for line in self.metrics if is_text(line)]
 
   def points(self, key: str) -> list[tuple[int, float]]:
@@ -146,7 +149,10 @@ def load(workdir: Path) -> RunRecord:
   if not isinstance(config, dict) or not isinstance(config.get("train"), dict):
     raise RequestError(f"{file}: no settings of jaxft.train in it; {advice}")
   notes: list[str] = []
-  is_sample = lambda line: all(type(line.get(key)) is str for key in SAMPLE_KEYS)
+
+  def is_sample(line: dict[str, Any]) -> bool:
+    return all(type(line.get(key)) is str for key in SAMPLE_KEYS)
+
   return RunRecord(
     workdir=workdir,
     name=workdir.resolve().name,

@@ -6,7 +6,10 @@ from jaxft.report_page.markup import Html, element
 from jaxft.report_page.run_record import RunRecord, get_float
 
 # A page stays below 3 MB with any samples.
-MAX_PROMPTS, MAX_SAMPLES, MAX_TEXT_CHARS, MAX_PROMPT_CHARS = 30, 4, 3000, 500
+MAX_PROMPTS = 30
+MAX_SAMPLES = 4
+MAX_TEXT_CHARS = 3000
+MAX_PROMPT_CHARS = 500
 
 
 class Sample(NamedTuple):
@@ -20,7 +23,8 @@ def by_prompt(record: RunRecord) -> dict[str, list[Sample]]:
   """Returns the samples of each prompt, oldest first."""
   groups: dict[str, list[Sample]] = {}
   for it in record.samples:
-    prompt, when = it["prompt"], it["when"]
+    prompt = it["prompt"]
+    when = it["when"]
     title = f"{when}, step {it['step']:,}" if it["step"] else when
     if (share := get_float(it, "memorised_8grams")) is not None:
       title += f"; {100 * share:.1f} % by heart"
