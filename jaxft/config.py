@@ -611,9 +611,15 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
   return flat
 
 
-def _flatten_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
-  """As `flatten`, of the config that a run has left; settings get the names that they have now."""
-  return {RENAMED.get(name, name): value for name, value in flatten(saved).items()}
+def rename_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
+  """The nested config that a run has left, each setting under the name that it has now."""
+  renamed = dict(saved)
+  for old, new in RENAMED.items():
+    section, key = old.split(".")
+    values = renamed.get(section)
+    if isinstance(values, Mapping) and key in values:
+      renamed[section] = {new.split(".")[1] if it == key else it: values[it] for it in values}
+  return renamed
 
 
 def with_prefix(config: ConfigDict) -> dict[str, Any]:
@@ -644,9 +650,8 @@ def validate(config: ConfigDict) -> list[str]:
 
 def diff_from_saved(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
   """Return a line for each setting that changes what is learned and differs from a saved config."""
-  old = flatten(default()) | _flatten_saved(
-    saved
-  )  # a setting that did not exist yet had its default
+  # A setting that did not exist yet had its default.
+  old = flatten(default()) | flatten(rename_saved(saved))
   new = flatten(config)
   return [
     f"config.{name}={new.get(name)!r}: the run was started with {old.get(name)!r}"
@@ -663,7 +668,7 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str) -> ConfigDict:
   """Invert `to_json`; raises RequestError for anything that it cannot have written."""
   try:
-    flat = _flatten_saved(json.loads(text))
+    flat = flatten(rename_saved(json.loads(text)))
   except (ValueError, AttributeError, RecursionError) as error:
     raise RequestError(f"config.json of the run: not a config ({first_line(error)})") from error
   if lines := unknown_settings(list(flat)):

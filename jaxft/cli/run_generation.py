@@ -18,8 +18,8 @@ ALIASES = {
   "half": "fp16",
 }
 # Values of --model_type -> model_type in the config.json of the model.
-MODEL_TYPES = {name: name for name in ("gpt2", "gpt_neo", "gptj")}
-MODEL_TYPES |= {"gpt-neo": "gpt_neo", "gpt-j": "gptj"}
+MODEL_TYPES = {"gpt2": "gpt2", "gpt_neo": "gpt_neo", "gpt-neo": "gpt_neo"}
+MODEL_TYPES |= {"gptj": "gptj", "gpt-j": "gptj"}
 # What run_generation.py gives to generate() by default; --model_type, which it requires, selects
 # these.
 SCRIPT_DEFAULTS = {

@@ -29,7 +29,7 @@ found out:
   --peer_timeout SECONDS    of silence after which another process counts as lost (default: 60)
 """
 
-PREPARE = """python -m jaxft.prepare --config configs/X.py [--config.section.key=value ...] [--json]
+PREPARE = """python -m jaxft.prepare --config configs/X.py [--config.a.b=value ...] [--json]
 
   --config FILE      a file with get_config(); see configs/
   --config.a.b=VALUE any setting; those of `data` decide what is read and how

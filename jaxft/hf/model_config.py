@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxft.errors import RequestError
 from jaxft.model.config import ModelConfig
+from jaxft.utils import environment
 
 # config.json key -> the only value whose maths is built; a missing key has this value in
 # transformers too. reorder_and_upcast_attn is no such key: scores are always float32 in jaxft.
@@ -119,6 +120,7 @@ def from_hf_config(config: dict[str, Any]) -> ModelConfig:
     )
   _check_required(config, REQUIRED)
   _check_num_layers(config.get("attention_types"))
+  environment.quiet_transformers()
   import transformers  # half a second
 
   try:

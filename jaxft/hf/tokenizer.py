@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.pre_tokenizers import ByteLevel
 
 from jaxft.errors import RequestError, first_line
+from jaxft.utils import environment
 from jaxft.utils.files import write_json
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -70,6 +71,7 @@ def load_tokenizer(folder: Path, V: int) -> Any:
   Raises RequestError for a folder without a vocabulary, for one that contradicts itself or whose
   tokens no text gives, and for a tokenizer without an end token or with more tokens than rows.
   """
+  environment.quiet_transformers()
   # Most of a second to import: a mistyped config should not wait for it.
   from transformers import AutoTokenizer
 

@@ -148,6 +148,7 @@ def load(workdir: Path) -> RunRecord:
     raise RequestError(f"{file}: {first_line(error)}; it is not the config of a run") from error
   if not isinstance(config, dict) or not isinstance(config.get("train"), dict):
     raise RequestError(f"{file}: no settings of jaxft.train in it; {advice}")
+  config = jaxft.config.rename_saved(config)
   notes: list[str] = []
 
   def is_sample(line: dict[str, Any]) -> bool:
