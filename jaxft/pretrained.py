@@ -211,7 +211,9 @@ class Pretrained:
         f"data source {names}: its rows leave nothing to predict in rows of {length} tokens"
       )
     if stride:
-      rows = SlidingWindowDataset(text, length, self.tokenizer.eos_token_id, stride)
+      rows = SlidingWindowDataset(
+        tokens=text, T=length, eos_id=self.tokenizer.eos_token_id, stride=stride
+      )
     return self._evaluate(rows, batch_size)
 
   def evaluate_held_out(
@@ -246,8 +248,12 @@ class Pretrained:
       raise RequestError(f"{workdir}: the run held nothing out; name a text with --data")
     rows = data.with_class_ids(self.labels).validation if self.labels else data.validation
     if stride:
-      eos_token_id = self.tokenizer.eos_token_id
-      rows = SlidingWindowDataset(rows.tokens, config.sequence_length, eos_token_id, stride)
+      rows = SlidingWindowDataset(
+        tokens=rows.tokens,
+        T=config.sequence_length,
+        eos_id=self.tokenizer.eos_token_id,
+        stride=stride,
+      )
     return self._evaluate(rows, batch_size)
 
   def _check_stride(self, stride: int, length: int) -> None:
@@ -417,7 +423,8 @@ def load_workdir(
   params = optimizer.with_param_dtype(param_dtype, model.trained_shapes(cfg), cfg.trained)
   opt = jax.eval_shape(optimizer.make_optimizer(config.optim).init, params)
   like = CheckpointState(PLACEHOLDER, params, jax.tree.map(lambda _: PLACEHOLDER, opt))
-  model.run, model._record = (workdir, step), record
+  model.run = (workdir, step)
+  model._record = record
   model.params = merge_params(checkpoints.restore(step, like).params, cfg, source, model.shapes)
   checkpoints.close()
   return model

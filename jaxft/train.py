@@ -155,7 +155,8 @@ def small_data_warnings(config: ConfigDict, data: PreparedData, total_steps: int
 
 def _data_summary(report: dict[str, Any], rows: int) -> str:
   """Says in a line what is trained on, held out and left out."""
-  documents, tokens = report["rows"], report["tokens"]
+  documents = report["rows"]
+  tokens = report["tokens"]
   held_out = format_count(documents["held_out"], "document")
   if tails := report["notes"].get(HELD_OUT_TAILS, 0):
     held_out = f"the ends of {format_count(tails, 'document')}"
@@ -174,7 +175,8 @@ def export_dir(config: ConfigDict, workdir: Path) -> Path:
 
 def _input_paths(config: ConfigDict) -> list[Path]:
   """The files and folders that a run reads."""
-  data, model = config.data, config.model
+  data = config.data
+  model = config.model
   names = [sources.parse_weight(name)[0] for name in data.train]
   names += [*data.validation, *data.unrelated]
   names += [model.path, model.config, model.tokenizer, data.cache_dir]
@@ -347,9 +349,9 @@ def finetune(
     def open_checkpoints() -> CheckpointManager:
       """Opens the checkpoints of this run; raises where they are of another."""
       checkpoints = CheckpointManager(
-        workdir / "checkpoints",
-        config.train.keep,
-        config.train.keep_best_metric,
+        folder=workdir / "checkpoints",
+        max_to_keep=config.train.keep,
+        best_metric=config.train.keep_best_metric,
         writes=True,
         low_memory=program.offload != "none",
       )
@@ -446,7 +448,14 @@ def finetune(
       system=system,
       num_rows=len(rows),
     )
-    trackers = TrackerGroup(config, workdir, start, reporter.metrics, reporter.samples, is_main)
+    trackers = TrackerGroup(
+      config=config,
+      workdir=workdir,
+      start=start,
+      metrics=reporter.metrics,
+      samples=reporter.samples,
+      writes=is_main,
+    )
     reporter.on_entry = exit_stack.enter_context(trackers).log
     evaluator = Evaluator(
       config=config,
@@ -547,7 +556,8 @@ def finetune(
 
     # ---- What is exported: the last weights or, with keep_best_metric, the best ------------------
     if config.train.keep_best_metric:
-      frozen, state = state.frozen, None  # there may be no room for two
+      frozen = state.frozen
+      state = None  # there may be no room for two
       step, best_state = restore_best(checkpoints, program.state.checkpointable, strict)
       state = TrainState(*best_state, frozen)
     evaluator.sample(state.all_params, step, "after")

@@ -35,7 +35,8 @@ class Beams:
     """
     length = len(self.running[0].ids) + 1
     is_last = length == self._max_new
-    running, sources = [], []
+    running = []
+    sources = []
     for rank, (score, beam, token) in enumerate(
       zip(scores.tolist(), beams.tolist(), tokens.tolist(), strict=True)
     ):

@@ -106,11 +106,14 @@ def _drop_overridden(from_file: dict[str, Any], given: Mapping[str, Any], file: 
   warnings = []
   for total, new in LENGTH_LIMITS:
     if new in given:
-      dropped, why = total, f"--{new}={given[new]} is given"
+      dropped = total
+      why = f"--{new}={given[new]} is given"
     elif given.get(total):
-      dropped, why = new, f"--{total}={given[total]} is given"
+      dropped = new
+      why = f"--{total}={given[total]} is given"
     elif new in from_file and total not in given:
-      dropped, why = total, f"{new}={from_file[new]} is there too"
+      dropped = total
+      why = f"{new}={from_file[new]} is there too"
     else:
       continue
     if value := from_file.pop(dropped, 0):

@@ -1,7 +1,7 @@
 """Text from a model with a KV cache: one program reads the prompts, one adds a token to each.
 
-B rows, P prompts, W beams and K candidates of a prompt, E stop tokens, T columns read at once,
-S columns of the cache, V vocabulary
+B rows, J prompts, W beams and K candidates of a prompt, E stop tokens, T columns read at once,
+S columns of the cache, P positions, V vocabulary
 """
 
 import functools
@@ -135,12 +135,12 @@ class Generator:
   ) -> list[list[int]]:
     """Find the likeliest texts, with `num_beams` rows for each prompt."""
     W = sampling.num_beams
-    max_new_P = buffer.max_new_B[::W].tolist()
-    prompts = [beam_search.Beams(W, sampling.length_penalty, max_new) for max_new in max_new_P]
+    max_new_J = buffer.max_new_B[::W].tolist()
+    prompts = [beam_search.Beams(W, sampling.length_penalty, max_new) for max_new in max_new_J]
     while True:
-      scores_PW = np.array([[beam.score for beam in p.running] for p in prompts], np.float32)
+      scores_JW = np.array([[beam.score for beam in p.running] for p in prompts], np.float32)
       rules = (buffer.history(), sampling.for_jit(), buffer.min_length(stop_ids))
-      candidates = map(np.asarray, beam_candidates(logits_BV, scores_PW, *rules))
+      candidates = map(np.asarray, beam_candidates(logits_BV, scores_JW, *rules))
       by_prompt = zip(prompts, *candidates, strict=True)
       sources = [prompt.advance(*arrays, stop_ids) for prompt, *arrays in by_prompt]
       if all(prompt.done for prompt in prompts):
@@ -171,7 +171,9 @@ class SequenceBuffer:
     self.min_new_B = min_new_B
     self.max_new_B = max_new_B
     self.max_new = int(max_new_B.max())
-    self._T, self._end, self._P = T, T, P
+    self._T = T
+    self._end = T
+    self._P = P
 
   @classmethod
   def from_prompts(
@@ -190,7 +192,9 @@ class SequenceBuffer:
     ids_BS = np.zeros((len(prompts), _round_up(T + max_new_B.max())), np.int32)
     for row, prompt in zip(ids_BS, prompts, strict=True):
       row[T - len(prompt) : T] = prompt  # padded on the left
-    return cls(ids_BS, lengths_B, T, min_new_B=min_new_B, max_new_B=max_new_B, P=P)
+    return cls(
+      ids_BS=ids_BS, lengths_B=lengths_B, T=T, min_new_B=min_new_B, max_new_B=max_new_B, P=P
+    )
 
   def prompts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, segments and positions (B, T) of the prompts."""
@@ -227,7 +231,8 @@ def _length_limits(
   lengths_B: np.ndarray, sampling: Sampling, P: int, repeats: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """The fewest and the most new tokens of each prompt; see `SequenceBuffer.from_prompts`."""
-  longest, length = int(lengths_B.argmax()), int(lengths_B.max())
+  longest = int(lengths_B.argmax())
+  length = int(lengths_B.max())
   prompt = f"prompt {longest // repeats + 1} has {length} tokens"
   if length >= P:
     raise RequestError(f"{prompt} and the model {P} positions; shorten it")
@@ -248,7 +253,8 @@ def _length_limits(
   max_new_B = np.minimum(max_new_B, P - lengths_B)
   if (min_new_B > max_new_B).any():
     row = int((min_new_B - max_new_B).argmax())
-    length, fewest, most = lengths_B[row], min_new_B[row], max_new_B[row]
+    length = lengths_B[row]
+    fewest, most = min_new_B[row], max_new_B[row]
     leaves = f"the model's {P} positions leave"
     if most < P - length:
       leaves = f"--{maximum}={getattr(sampling, maximum)} leaves"
@@ -265,21 +271,21 @@ _reorder_cache = jax.jit(KVCache.take_rows, donate_argnums=0)
 @functools.partial(jax.jit, static_argnames="sampling")
 def beam_candidates(
   logits_BV: jax.Array,
-  scores_PW: jax.Array,
+  scores_JW: jax.Array,
   history: History,
   sampling: Sampling,
   min_length: MinLength | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Find the 2 W best continuations of each prompt: scores, beams and tokens, (P, 2 W) each.
+  """Find the 2 W best continuations of each prompt: scores, beams and tokens, (J, 2 W) each.
 
   Twice as many as beams, as one continuation of each beam may be its stop token.
   """
-  P, W = scores_PW.shape
+  J, W = scores_JW.shape
   V = logits_BV.shape[-1]
   logp_BV = process_logits(jax.nn.log_softmax(logits_BV), history, sampling, min_length)
-  scores_PK = (logp_BV.reshape(P, W, -1) + scores_PW[..., None]).reshape(P, -1)
-  best_PK, index_PK = jax.lax.top_k(scores_PK, 2 * W)
-  return best_PK, index_PK // V, index_PK % V
+  scores_JWV = logp_BV.reshape(J, W, -1) + scores_JW[..., None]
+  best_JK, index_JK = jax.lax.top_k(scores_JWV.reshape(J, -1), 2 * W)
+  return best_JK, index_JK // V, index_JK % V
 
 
 def process_logits(

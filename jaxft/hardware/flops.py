@@ -27,10 +27,10 @@ def jaxpr_flops(jaxpr: Any) -> int:
 
 
 def model_flops(cfg: Any, batch_size: int, T: int) -> int:
-  """Returns the least FLOPs of a step by PaLM's formula: (6 P + 12 L N H T) x tokens.
+  """Returns the least FLOPs of a step by PaLM's formula: (6 weights + 12 L N H T) x tokens.
 
-  P are the parameters of matrix products: 2 P a token forward and twice that backward, less 2 for
-  each that is frozen; attention to all T columns, as it is usually counted, though half of them are
+  The weights are those of matrix products: each takes 2 FLOPs a token forward and 4 backward, or 2
+  where it is frozen; attention to all T columns, as it is usually counted, though half of them are
   masked. Recomputation is not in it. See appendix B of arXiv:2204.02311.
 
   Args:

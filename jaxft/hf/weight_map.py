@@ -1,8 +1,8 @@
 """Weight names and layouts as data, one table for each family, used in both directions.
 
-A layout reads Hugging Face -> ours. Letters are the axes (see model/config.py), brackets are axes
-that Hugging Face has merged; a letter that only ours has is the stacking axis, along which several
-tensors become one. There is no arithmetic: reshape, transpose, stack.
+A layout reads Hugging Face -> ours. Letters are the axes (see model/config.py; Q is query, key and
+value), brackets are axes that Hugging Face has merged; a letter that only ours has is the stacking
+axis, along which several tensors become one. There is no arithmetic: reshape, transpose, stack.
 """
 
 import math

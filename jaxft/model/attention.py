@@ -149,15 +149,21 @@ def _splash(q_BTNH, k_BTNH, v_BTNH, scale, window, segments_BT):
   from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
   T, N = q_BTNH.shape[1:3]
-  # Attention is causal, so no query sees the padding at the end.
-  pad = lambda x: jnp.pad(x, [(0, 0), (0, -T % LANES)] + [(0, 0)] * (x.ndim - 2))
+
+  def pad(x):  # attention is causal, so no query sees the padding at the end
+    widths = [(0, 0), (0, -T % LANES)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths)
+
   q_BTNH = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
   q, k, v = (jnp.moveaxis(pad(x), 2, 1) for x in (q_BTNH, k_BTNH, v_BTNH))
   attend = _splash_kernel(T + -T % LANES, N, window)
   if segments_BT is None:
     out_BNTH = jax.vmap(attend)(q, k, v)
   else:
-    attend_in_segments = lambda q, k, v, s: attend(q, k, v, segment_ids=SegmentIds(s, s))
+
+    def attend_in_segments(q, k, v, segments):
+      return attend(q, k, v, segment_ids=SegmentIds(segments, segments))
+
     out_BNTH = jax.vmap(attend_in_segments)(q, k, v, pad(segments_BT))
   return jnp.moveaxis(out_BNTH, 1, 2)[:, :T]
 

@@ -4,7 +4,7 @@ The mathematics of FlashAttention (Dao et al., arXiv:2205.14135) in XLA's own op
 backward pass reads the output and each query's log-sum-exp, and computes the probabilities again
 from them. A chunk sees all of its keys at once.
 
-B batch, T query length, S key length, C queries of a chunk, N heads, H head size
+B batch, T query length, S key length, U queries of a chunk, N heads, H head size
 """
 
 from typing import Any, NamedTuple
@@ -21,15 +21,15 @@ CHECKPOINT_NAME = "attention"  # of the residuals beside q, k and v; read by rem
 
 
 class Chunk(NamedTuple):
-  """Queries [start, start + C) and the keys [key_start, key_end) that they may see."""
+  """Queries [start, start + U) and the keys [key_start, key_end) that they may see."""
 
   start: Any
-  C: int
+  U: int
   key_start: int
   key_end: int
 
   def queries(self, x: jax.Array, axis: int = 2) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, self.start, self.C, axis)
+    return jax.lax.dynamic_slice_in_dim(x, self.start, self.U, axis)
 
   def keys(self, x: jax.Array, axis: int = 2) -> jax.Array:
     return jax.lax.slice_in_dim(x, self.key_start, self.key_end, axis=axis)
@@ -56,16 +56,16 @@ class ChunkedAttention(NamedTuple):
   ) -> jax.Array:
     """Return what `attention.attention` does, (B, T, N, H)."""
     T, S = q_BTNH.shape[1], k_BSNH.shape[1]
-    C = min(T, -(-T // MAX_UNROLLED // MIN_CHUNK) * MIN_CHUNK)
+    U = min(T, -(-T // MAX_UNROLLED // MIN_CHUNK) * MIN_CHUNK)
     # Dropout's bits are hundreds of operations: written out eight times, a compiler for TPUs takes
     # minutes for them. In a loop all chunks have one shape: T is padded, and each sees all keys.
     use_scan = nondiff.keys_BN is not None
-    chunk_at = lambda start: Chunk(start=start, C=C, key_start=0, key_end=S)
+    chunk_at = lambda start: Chunk(start=start, U=U, key_start=0, key_end=S)
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_BTNH, k_BSNH, v_BSNH))
     if use_scan:
-      q = jnp.pad(q, [(0, 0), (0, 0), (0, -T % C), (0, 0)])
+      q = jnp.pad(q, [(0, 0), (0, 0), (0, -T % U), (0, 0)])
       if nondiff.q_segments_BT is not None:
-        padded = jnp.pad(nondiff.q_segments_BT, [(0, 0), (0, -T % C)])
+        padded = jnp.pad(nondiff.q_segments_BT, [(0, 0), (0, -T % U)])
         nondiff = nondiff._replace(q_segments_BT=padded)
 
     @jax.custom_vjp
@@ -74,14 +74,17 @@ class ChunkedAttention(NamedTuple):
 
     def forward(q, k, v, nondiff):
       if use_scan:
-        body = lambda start: self.forward(chunk_at(start), q, k, v, nondiff)
-        out, lse = map(merge_chunks, jax.lax.map(body, jnp.arange(0, q.shape[2], C)))
+
+        def body(start):
+          return self.forward(chunk_at(start), q, k, v, nondiff)
+
+        out, lse = map(merge_chunks, jax.lax.map(body, jnp.arange(0, q.shape[2], U)))
       else:
         # A barrier after each chunk: XLA would look for fusions across chunks, which for GPT-J on
         # an RTX 4090 takes it 23 s instead of 3, and has the scores of several in memory (2.4 GiB
         # instead of 0.7 for 8 x 2048 tokens; jax 0.10.2).
         barrier = jax.lax.optimization_barrier
-        chunks = self.chunks(T, S, C, nondiff.offset)
+        chunks = self.chunks(T, S, U, nondiff.offset)
         pairs = [barrier(self.forward(chunk, q, k, v, nondiff)) for chunk in chunks]
         out, lse = (jnp.concatenate(pieces, 2) for pieces in zip(*pairs))
       out, lse = (checkpoint_name(x, CHECKPOINT_NAME) for x in (out, lse))
@@ -97,11 +100,11 @@ class ChunkedAttention(NamedTuple):
           dq, *d_chunk = self.backward(chunk_at(start), *residuals, d_out)
           return jax.tree.map(jnp.add, d_kv, tuple(d_chunk)), dq
 
-        d_kv, dq = jax.lax.scan(body, d_kv, jnp.arange(0, q.shape[2], C))
+        d_kv, dq = jax.lax.scan(body, d_kv, jnp.arange(0, q.shape[2], U))
         dq = merge_chunks(dq)
       else:
         dqs = []
-        for chunk in self.chunks(T, S, C, nondiff.offset):
+        for chunk in self.chunks(T, S, U, nondiff.offset):
           dq, *d_chunk = self.backward(chunk, *residuals, d_out)
           dqs.append(dq)
           keys = slice(chunk.key_start, chunk.key_end)
@@ -112,22 +115,22 @@ class ChunkedAttention(NamedTuple):
     attend.defvjp(forward, backward)
     return jnp.moveaxis(attend(q, k, v, nondiff), 1, 2)[:, :T]
 
-  def chunks(self, T: int, S: int, C: int, offset: Any) -> list[Chunk]:
+  def chunks(self, T: int, S: int, U: int, offset: Any) -> list[Chunk]:
     """Split the queries, each chunk with the keys it can see; all keys where `offset` is traced."""
     chunks = []
-    for start in range(0, T, C):
-      end = min(start + C, T)
+    for start in range(0, T, U):
+      end = min(start + U, T)
       key_start, key_end = 0, S
       if isinstance(offset, int):
         key_end = min(offset + end, S)
         if self.window is not None:
           key_start = max(0, offset + start + 1 - self.window)
-      chunks.append(Chunk(start=start, C=end - start, key_start=key_start, key_end=key_end))
+      chunks.append(Chunk(start=start, U=end - start, key_start=key_start, key_end=key_end))
     return chunks
 
   def logits(self, chunk: Chunk, q, k, nondiff: NonDiffArgs) -> jax.Array:
-    """(B, N, C, keys) in float32, the lowest finite number where a query does not see a key."""
-    rows = nondiff.offset + chunk.start + jnp.arange(chunk.C)
+    """(B, N, U, keys) in float32, the lowest finite number where a query does not see a key."""
+    rows = nondiff.offset + chunk.start + jnp.arange(chunk.U)
     columns = jnp.arange(chunk.key_start, chunk.key_end)
     # Tied to the queries: the mask is the same in all layers, so XLA would else compute it once for
     # all chunks, heads and rows, and hold on to it.
@@ -140,49 +143,51 @@ class ChunkedAttention(NamedTuple):
       q_segments = chunk.queries(nondiff.q_segments_BT, 1)
       k_segments = chunk.keys(nondiff.k_segments_BS, 1)
       visible = visible & (q_segments[:, None, :, None] == k_segments[:, None, None, :])
-    x = _einsum("BNTH,BNSH->BNTS", chunk.queries(q), chunk.keys(k))
+    x = _einsum("BNUH,BNSH->BNUS", chunk.queries(q), chunk.keys(k))
     return jnp.where(visible, self.scale * x, jnp.finfo(jnp.float32).min)
 
   def dropout(self, chunk: Chunk, nondiff: NonDiffArgs) -> jax.Array:
-    rows = chunk.start + jnp.arange(chunk.C)
+    rows = chunk.start + jnp.arange(chunk.U)
     mask = attention_dropout_mask(nondiff.keys_BN, self.dropout_rate, rows, chunk.key_end)
     return mask[..., chunk.key_start :]
 
   def forward(self, chunk: Chunk, q, k, v, nondiff: NonDiffArgs) -> tuple[jax.Array, jax.Array]:
-    """Output (B, N, C, H) of a chunk, and each query's log-sum-exp (B, N, C)."""
+    """Output (B, N, U, H) of a chunk, and each query's log-sum-exp (B, N, U)."""
     x = self.logits(chunk, q, k, nondiff)
     row_max = x.max(-1, keepdims=True)
     p = jnp.exp(x - row_max)
     row_sum = p.sum(-1, keepdims=True)
     if nondiff.keys_BN is not None:
       p = p * self.dropout(chunk, nondiff)
-    # Divided after the product: C x H numbers, not C x S.
-    out = _einsum("BNTS,BNSH->BNTH", p.astype(v.dtype), chunk.keys(v)) / row_sum
+    # Divided after the product: U x H numbers, not U x S.
+    out = _einsum("BNUS,BNSH->BNUH", p.astype(v.dtype), chunk.keys(v)) / row_sum
     return out.astype(v.dtype), (row_max + jnp.log(row_sum))[..., 0]
 
   def backward(
     self, chunk: Chunk, q, k, v, nondiff: NonDiffArgs, out, lse, d_out
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of a chunk's queries, and what it adds to those of the keys and values it sees."""
-    d_out, v = chunk.queries(d_out), chunk.keys(v)
+    d_out = chunk.queries(d_out)
+    v = chunk.keys(v)
     p = jnp.exp(self.logits(chunk, q, k, nondiff) - chunk.queries(lse)[..., None])
-    dp = _einsum("BNTH,BNSH->BNTS", d_out, v)
+    dp = _einsum("BNUH,BNSH->BNUS", d_out, v)
     p_dropped = p
     if nondiff.keys_BN is not None:
       mask = self.dropout(chunk, nondiff)
-      p_dropped, dp = p * mask, dp * mask
+      p_dropped = p * mask
+      dp = dp * mask
     # FlashAttention's D: sum over S of p dp, which is the sum over H of d_out out, known without p.
     d_out_f32 = d_out.astype(jnp.float32)
     delta = jnp.sum(d_out_f32 * chunk.queries(out).astype(jnp.float32), -1, keepdims=True)
     d_logits = (self.scale * p * (dp - delta)).astype(q.dtype)
-    dq = jnp.einsum("BNTS,BNSH->BNTH", d_logits, chunk.keys(k))
-    dk = _einsum("BNTS,BNTH->BNSH", d_logits, chunk.queries(q))
-    dv = _einsum("BNTS,BNTH->BNSH", p_dropped.astype(d_out.dtype), d_out)
+    dq = jnp.einsum("BNUS,BNSH->BNUH", d_logits, chunk.keys(k))
+    dk = _einsum("BNUS,BNUH->BNSH", d_logits, chunk.queries(q))
+    dv = _einsum("BNUS,BNUH->BNSH", p_dropped.astype(d_out.dtype), d_out)
     return dq, dk, dv
 
 
 def merge_chunks(x: jax.Array) -> jax.Array:
-  """(chunks, B, N, C, ...) -> (B, N, chunks x C, ...)."""
+  """(chunks, B, N, U, ...) -> (B, N, chunks x U, ...)."""
   x = jnp.moveaxis(x, 0, 2)
   return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 

@@ -34,7 +34,10 @@ def attention_dropout_mask(
   """
 
   def of_head(key):
-    of_query = lambda query: jax.random.bernoulli(jax.random.fold_in(key, query), 1 - rate, (S,))
+    def of_query(query):
+      query_key = jax.random.fold_in(key, query)
+      return jax.random.bernoulli(query_key, 1 - rate, (S,))
+
     return jax.vmap(of_query)(queries_T)
 
   return jax.vmap(jax.vmap(of_head))(keys_BN).astype(jnp.float32) / (1 - rate)

@@ -1,7 +1,7 @@
 """The layers of the decoder.
 
-B batch, T query length, S key length, M = B T tokens, V vocabulary, P positions, D model,
-F feed-forward, L layers, N heads, H head size
+B batch, T query length, S key length, M = B T tokens, Q query, key and value, V vocabulary,
+P positions, D model, F feed-forward, L layers, N heads, H head size
 """
 
 import dataclasses
@@ -42,7 +42,9 @@ class Einsum(nnx.Module):
       self.bias = nnx.Param(jnp.zeros(shape[num_in_axes:]), out_sharding=axes[num_in_axes:])
     if lora.has_adapter(cfg, name):
       shared = {"cfg": cfg, "compute": compute, "rngs": rngs}
-      self.adapter = lora.Adapter(name, equation, shape, axes, num_in_axes=num_in_axes, **shared)
+      self.adapter = lora.Adapter(
+        name=name, equation=equation, shape=shape, axes=axes, num_in_axes=num_in_axes, **shared
+      )
 
   def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
     """Apply to x (B, T, ...); `keys_B` are for the adapter's dropout."""
@@ -79,20 +81,20 @@ class Attention(nnx.Module):
     D, N, H = cfg.D, cfg.N, cfg.H
     shared = {"cfg": cfg, "compute": compute, "rngs": rngs}
     self.qkv = Einsum(
-      "qkv",
-      "MD,DQNH->MQNH",
-      (D, 3, N, H),
-      ("embed", None, "heads", None),
+      name="qkv",
+      equation="MD,DQNH->MQNH",
+      shape=(D, 3, N, H),
+      axes=("embed", None, "heads", None),
       num_in_axes=1,
       std=cfg.init_std,
       bias=cfg.qkv_bias,
       **shared,
     )
     self.out = Einsum(
-      "out",
-      "MNH,NHD->MD",
-      (N, H, D),
-      ("heads", None, "embed"),
+      name="out",
+      equation="MNH,NHD->MD",
+      shape=(N, H, D),
+      axes=("heads", None, "embed"),
       num_in_axes=2,
       std=cfg.init_std / (2 * cfg.L) ** 0.5,  # GPT-2's, for what adds to the residual stream
       bias=cfg.out_bias,
@@ -144,12 +146,17 @@ class Attention(nnx.Module):
 
 class Mlp(nnx.Module):
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
-    D, F, std = cfg.D, cfg.F, cfg.init_std
+    D, F = cfg.D, cfg.F
+    std = cfg.init_std
     shared = {"num_in_axes": 1, "cfg": cfg, "compute": compute, "rngs": rngs}
     self.exact_gelu = cfg.exact_gelu
-    self.up = Einsum("up", "MD,DF->MF", (D, F), ("embed", "mlp"), std=std, **shared)
+    self.up = Einsum(
+      name="up", equation="MD,DF->MF", shape=(D, F), axes=("embed", "mlp"), std=std, **shared
+    )
     std = std / (2 * cfg.L) ** 0.5
-    self.down = Einsum("down", "MF,FD->MD", (F, D), ("mlp", "embed"), std=std, **shared)
+    self.down = Einsum(
+      name="down", equation="MF,FD->MD", shape=(F, D), axes=("mlp", "embed"), std=std, **shared
+    )
 
   def __call__(self, x_BTD, adapter_keys):
     h_BTF = jax.nn.gelu(self.up(x_BTD, adapter_keys[0]), approximate=not self.exact_gelu)

@@ -1,6 +1,7 @@
 """LoRA (Hu et al., arXiv:2106.09685): low-rank adapters beside matrix products, trained instead.
 
-M tokens, G slots (of query, key, value) with matrices of their own, R rank, L layers
+M tokens, G slots (of query, key, value) with matrices of their own, R rank, L layers. Products A B
+are of the paper's two matrices, A and B.
 """
 
 import math
@@ -54,9 +55,11 @@ class Adapter(nnx.Module):
     in_axes = slice(num_in_axes)
     out_axes = slice(num_in_axes + len(group), None)  # without the kernel's own axis of q, k, v
     x_letters, kernel = equation.partition("->")[0].split(",")
-    G, inner, outer = "G" * len(group), kernel[in_axes], kernel[out_axes]
-    self.down = f"{x_letters},{G}{inner}R->M{G}R"
-    self.up = f"M{G}R,{G}R{outer}->M{G}{outer}"
+    inner = kernel[in_axes]
+    outer = kernel[out_axes]
+    slot = "G" * len(group)
+    self.down = f"{x_letters},{slot}{inner}R->M{slot}R"
+    self.up = f"M{slot}R,{slot}R{outer}->M{slot}{outer}"
     # As PEFT: A uniform within 1 / sqrt(fan-in); B zero, so that training begins with the model.
     bound = math.prod(shape[in_axes]) ** -0.5
     a_shape = (*group, *shape[in_axes], cfg.lora_rank)
@@ -99,7 +102,8 @@ def merge(params: dict, cfg: ModelConfig) -> dict:
   # Sorted, so that all processes gather in the same order.
   for layer, module in sorted({TARGET_MODULES[target] for target in cfg.lora_targets}):
     weights = dict(blocks[layer][module])
-    adapter, kernel = weights.pop("adapter"), weights["kernel"]
+    adapter = weights.pop("adapter")
+    kernel = weights["kernel"]
     a, b = (gather_to_host(adapter[name]) for name in ("lora_a", "lora_b"))
     shards = {str(shard.index): shard.data for shard in kernel.addressable_shards}
     slots = qkv_slots(cfg, module)
@@ -117,9 +121,9 @@ def merge(params: dict, cfg: ModelConfig) -> dict:
 
 def lora_delta(a: np.ndarray, b: np.ndarray, slots: tuple[int, ...]) -> np.ndarray:
   """A B of one layer, shaped as the kernel."""
-  G = int(bool(slots))  # leading axes
-  delta = a.reshape(*a.shape[:G], -1, a.shape[-1]) @ b.reshape(*b.shape[: G + 1], -1)
-  delta = delta.reshape(*a.shape[:-1], *b.shape[G + 1 :])
+  lead = int(bool(slots))  # leading axes
+  delta = a.reshape(*a.shape[:lead], -1, a.shape[-1]) @ b.reshape(*b.shape[: lead + 1], -1)
+  delta = delta.reshape(*a.shape[:-1], *b.shape[lead + 1 :])
   return np.asarray(_scatter_qkv(np.moveaxis(delta, 0, 1), slots)) if slots else delta
 
 

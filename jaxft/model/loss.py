@@ -49,7 +49,10 @@ def cross_entropy_sum(
   @jax.custom_vjp
   def loss_sum(arrays, h, targets, mask):
     chunk_head = Head(*arrays, head.gather)
-    body = lambda total, xs: (total + _chunk_loss(xs[0], chunk_head, *xs[1:]), None)
+
+    def body(total, xs):
+      return total + _chunk_loss(xs[0], chunk_head, *xs[1:]), None
+
     return jax.lax.scan(body, jnp.float32(0), (h, targets, mask))[0]
 
   def forward(arrays, h, targets, mask):
@@ -70,7 +73,10 @@ def cross_entropy_sum(
 
   def backward(residuals, d_loss):
     d_arrays, d_h, h = residuals
-    scale = lambda x, dtype: (x.astype(jnp.float32) * d_loss).astype(dtype)
+
+    def scale(x, dtype):
+      return (x.astype(jnp.float32) * d_loss).astype(dtype)
+
     return jax.tree.map(lambda x: scale(x, x.dtype), d_arrays), scale(d_h, h.dtype), None, None
 
   loss_sum.defvjp(forward, backward)
@@ -146,7 +152,9 @@ def _grads(residuals):
 
 
 def _backward(residuals, d_loss):
-  scale = lambda grad, x: (grad * d_loss).astype(x.dtype)
+  def scale(grad, x):
+    return (grad * d_loss).astype(x.dtype)
+
   return *jax.tree.map(scale, _grads(residuals), tuple(residuals[:3])), None, None
 
 

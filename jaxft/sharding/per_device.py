@@ -77,9 +77,12 @@ def _local_shard(values: jax.Array, sharding: NamedSharding) -> LocalShard:
 
 def make_nonfinite_check(shardings: Any) -> Callable:
   """Make a function: tree sharded as `shardings` -> per leaf, whether it has a NaN or infinity."""
+
   # A NaN is the maximum wherever it is; isfinite(leaf).all() takes four times as long and 500 MB
   # (GPT-2 124M on a CPU).
-  has_nonfinite = lambda shard: ~jnp.isfinite(jnp.max(jnp.abs(shard.values)))
+  def has_nonfinite(shard):
+    return ~jnp.isfinite(jnp.max(jnp.abs(shard.values)))
+
   check = map_shards(jax.tree.leaves(shardings), has_nonfinite)
   return lambda tree: check(jax.tree.leaves(tree)).any(axis=0)
 
@@ -96,7 +99,9 @@ def make_shard_map(mesh: Mesh) -> Callable:
       return fn
 
     def sharded_fn(*args: jax.Array | None) -> jax.Array:
-      spec = lambda x, axes: None if x is None else partition_spec(axes, x.shape, mesh, COMPUTE)
+      def spec(x, axes):
+        return None if x is None else partition_spec(axes, x.shape, mesh, COMPUTE)
+
       in_specs = tuple(map(spec, args, in_axes))
       specs = {"in_specs": in_specs, "out_specs": spec(args[0], out_axes)}  # the result's shape
       return jax.shard_map(fn, mesh=mesh, check_vma=False, **specs)(*args)

@@ -65,7 +65,10 @@ def tree_shardings(tree: str, shapes: Any, axes: Any, mesh: Mesh, zero_stage: in
     shapes, axes: the trees of `decoder.abstract_model`; `model/layers.py` names the axes.
   """
   use = _use(tree, zero_stage)
-  sharding = lambda leaf, names: NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, use))
+
+  def sharding(leaf, names):
+    return NamedSharding(mesh, partition_spec(names, leaf.shape, mesh, use))
+
   return jax.tree.map(sharding, shapes, axes)
 
 
@@ -165,7 +168,10 @@ def make_shard_rows(mesh: Mesh, zero_stage: int, tree: str) -> Callable:
   def shard_rows(rows: jax.Array) -> jax.Array:
     # Not RULES: they split B over data and fsdp, but here fsdp splits D, as it does in the table.
     axes = [*[None] * (rows.ndim - 3), "data", None, "fsdp"]
-    divides = lambda axis, size: axis and size % mesh.shape[axis] == 0
+
+    def divides(axis, size):
+      return axis and size % mesh.shape[axis] == 0
+
     spec = [axis if divides(axis, size) else None for axis, size in zip(axes, rows.shape)]
     return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec(*spec)))
 

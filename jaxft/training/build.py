@@ -66,7 +66,10 @@ class TrainProgram(NamedTuple):
 
 def bytes_per_device(tree: Any) -> int:
   """Bytes of these shapes with shardings on a device, or in its share of the host's memory."""
-  nbytes = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+  def nbytes(leaf):
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
   return sum(map(nbytes, jax.tree.leaves(tree)))
 
 

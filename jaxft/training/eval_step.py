@@ -42,7 +42,8 @@ def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> Callable:
   def eval_step(params: Any, batch: dict) -> tuple[jax.Array, ...]:
     model = nnx.merge(graph, params)
     batch = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
-    targets_BT, mask_BT = batch["targets"], batch["mask"]
+    targets_BT = batch["targets"]
+    mask_BT = batch["mask"]
     h_BTD = hidden_states(model, batch)
     loss = cross_entropy_sum(h_BTD, model.head(), targets_BT, mask_BT, loss_chunk)
     sums = loss, jnp.sum(mask_BT)
@@ -51,7 +52,8 @@ def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> Callable:
     classes = jnp.arange(model.cfg.classes)
     predicted_BTC = (model.logits(h_BTD).argmax(-1)[..., None] == classes).astype(jnp.int32)
     true_BTC = ((targets_BT[..., None] == classes) & mask_BT[..., None]).astype(jnp.int32)
-    return *sums, jnp.einsum("BTC,BTK->CK", true_BTC, predicted_BTC)
+    # C the true class, c the predicted one.
+    return *sums, jnp.einsum("BTC,BTc->Cc", true_BTC, predicted_BTC)
 
   return eval_step
 

@@ -67,7 +67,11 @@ class Evaluator:
     if not prompts:
       return  # without a look through the training text
     sampling = Sampling(
-      self._config.sample_tokens, temperature=0.8, top_k=0, top_p=0.95, seed=self._config.seed
+      max_new_tokens=self._config.sample_tokens,
+      temperature=0.8,
+      top_k=0,
+      top_p=0.95,
+      seed=self._config.seed,
     )
     prompt_ids = [tokenize.encode_prompt(self._tokenizer, prompt) for prompt in prompts]
     completions = self._generator(params, prompt_ids, sampling)

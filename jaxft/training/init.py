@@ -43,17 +43,23 @@ def init_params(program: TrainProgram, cfg: ModelConfig, seed: int, shapes: Any)
 def init_train_state(program: TrainProgram, params: Any, frozen: Any) -> TrainState:
   """Initializes the state from parameters sharded as the program's; trained ones are donated."""
   if program.offload == "none":
-    init = lambda params: CheckpointState(jnp.int32(0), params, program.tx.init(params))
+
+    def init(params):
+      return CheckpointState(jnp.int32(0), params, program.tx.init(params))
+
     shardings = shardings_of(program.state.checkpointable)
     return TrainState(*jax.jit(init, out_shardings=shardings, donate_argnums=0)(params), frozen)
 
   # Every optimizer begins with zeros: made on the host, without a detour over the device.
   def zeros(leaf):
-    shard = lambda index: np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+    def shard(index):
+      return np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
 
   step = jax.device_put(jnp.int32(0), program.state.step.sharding)
-  return TrainState(step, params, jax.tree.map(zeros, program.state.opt_state), frozen)
+  opt_state = jax.tree.map(zeros, program.state.opt_state)
+  return TrainState(step=step, params=params, opt_state=opt_state, frozen=frozen)
 
 
 def load_or_init_params(

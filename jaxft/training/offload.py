@@ -73,7 +73,8 @@ def to_device(tree: Any) -> Any:
   """Moves a tree to the device; what is on it already stays."""
 
   # In the host's layout, row after row: libtpu (0.0.42.1) aborts where the layout is to change.
-  row_major = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+  def row_major(x):
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
   def fetch(x: jax.Array) -> jax.Array:
     x = jax.device_put(x, jax.memory.Space.Device)
@@ -94,7 +95,10 @@ def tree_to_host(tree: Any) -> Any:
 
 def host_mask(state: TrainState, mode: str) -> TrainState:
   """Says for each leaf of the state, or of its shapes, whether it is in host memory."""
-  mask = lambda tree, on: jax.tree.map(lambda leaf: on and is_offloaded(leaf), tree)
+
+  def mask(tree, on):
+    return jax.tree.map(lambda leaf: on and is_offloaded(leaf), tree)
+
   return TrainState(
     step=False,
     params=mask(state.params, mode != "none"),
@@ -109,7 +113,10 @@ def mark_host_inputs(step: Callable, mask: Any) -> Callable:
   The shardings of a GPU that does not exist have no memory kind, and the program would not know
   (jax 0.10 to 0.12).
   """
-  mark = lambda x, on_host: to_host(x) if on_host else x
+
+  def mark(x, on_host):
+    return to_host(x) if on_host else x
+
   return lambda state, batch: step(jax.tree.map(mark, state, mask), batch)
 
 
@@ -132,9 +139,12 @@ def make_streamed_grad_fn(
     scale = 1 / jnp.maximum(tokens, 1).astype(jnp.float32)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys_AB = per_row_keys(key, 0, A * B).reshape(A, B)
+
     # The model with some of its parameters replaced by ones on the device; those it does not use in
     # a call stay on the host.
-    model_with = lambda **replaced: nnx.merge(graph, params | replaced)
+    def model_with(**replaced):
+      return nnx.merge(graph, params | replaced)
+
     model = model_with()
     cfg = model.cfg
     has_dropout = any(
@@ -154,7 +164,9 @@ def make_streamed_grad_fn(
     embeds = _map_micro_batches(model_with(embed=embed).embed_tokens, batch["ids"])
 
     def embed_inputs(other_embed, embeds):
-      embed_one = lambda xs: model_with(embed=params["embed"] | other_embed).embed_inputs(*xs)
+      def embed_one(xs):
+        return model_with(embed=params["embed"] | other_embed).embed_inputs(*xs)
+
       return _map_micro_batches(embed_one, (embeds, positions, embed_keys_AB))
 
     x, embed_vjp = jax.vjp(embed_inputs, other_embed, embeds)
@@ -190,7 +202,10 @@ def make_streamed_grad_fn(
     # A tied head is the table of the embedding; a classifier has an output of its own.
     uses_table = cfg.tied and not cfg.classes
     head_names = ("norm", "output", "embed") if uses_table else ("norm", "output")
-    select_head = lambda tree: to_device({name: tree[name] for name in head_names if name in tree})
+
+    def select_head(tree):
+      return to_device({name: tree[name] for name in head_names if name in tree})
+
     head_params = select_head(state.params)
     frozen_head = select_head(state.frozen)
 
@@ -207,7 +222,10 @@ def make_streamed_grad_fn(
     # micro-batches, goes to the host as it is made: the device has one layer's, never all.
     def backward(dx, xs):
       x, index = xs
-      fetch = lambda tree: fetch_layer({"blocks": tree.get("blocks", {})}, index)
+
+      def fetch(tree):
+        return fetch_layer({"blocks": tree.get("blocks", {})}, index)
+
       frozen, params = map(fetch, (state.frozen, state.params))
       # In float32, as the gradients of the accumulation steps are added up in the dtype of these.
       params_f32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
@@ -215,7 +233,10 @@ def make_streamed_grad_fn(
         lambda params, x: apply_layer(combine(params, frozen)["blocks"], x, index), params_f32, x
       )
       d_params, dx = vjp(dx)
-      send = lambda path, d, p: to_host(mask_frozen_layers(path, d, index).astype(p.dtype))
+
+      def send(path, d, p):
+        return to_host(mask_frozen_layers(path, d, index).astype(p.dtype))
+
       return dx, jax.tree_util.tree_map_with_path(send, d_params, params)
 
     dx, d_blocks = jax.lax.scan(backward, dx, (inputs, layers), reverse=True)
@@ -268,7 +289,10 @@ def make_copy_grad_fn(grad_fn: Callable, dtype: Any, shardings: Any) -> Callable
       return to_device(leaf)
     # Cast before the layers are stacked: the device never has all of them in float32.
     to = optimizer.param_dtype(path, leaf, dtype)
-    fetch = lambda index: fetch_layer(leaf, index).astype(to)
+
+    def fetch(index):
+      return fetch_layer(leaf, index).astype(to)
+
     copied = jax.lax.map(fetch, jnp.arange(leaf.shape[0]))
     return jax.lax.with_sharding_constraint(copied, sharding)
 
@@ -328,11 +352,16 @@ def make_streamed_update_fn(config: ConfigDict, shardings: Any, trained: Any = (
     tx = optimizer.make_leaf_optimizer(config, path)
     num_shards = param.shape[0] // sharding.shard_shape(param.shape)[0]
     chunks = LeafChunks.of(path, param, num_shards)
+
     # Others, such as step counts, are the same for all chunks.
-    is_chunked = lambda leaf: leaf.shape[:1] == param.shape[:1]
+    def is_chunked(leaf):
+      return leaf.shape[:1] == param.shape[:1]
+
     if any(leaf.ndim and not is_chunked(leaf) for leaf in jax.tree.leaves(opt_state)):
       chunks = chunks._replace(num_chunks=1)  # an optimizer that measures over the whole table
-    read = lambda leaf, i: to_device(chunks.read(leaf, i) if is_chunked(leaf) else leaf)
+
+    def read(leaf, i):
+      return to_device(chunks.read(leaf, i) if is_chunked(leaf) else leaf)
 
     def write(leaf, new, i):
       new = to_host(new) if is_offloaded(leaf) else new
@@ -341,9 +370,12 @@ def make_streamed_update_fn(config: ConfigDict, shardings: Any, trained: Any = (
     def body(i, carry):
       param, new_state = carry
       p = read(param, i).astype(jnp.float32)
+
       # What all chunks share is read as it was before the step: a count is increased once.
-      old = lambda new, old: read(new if is_chunked(new) else old, i)
-      s = jax.tree.map(old, new_state, opt_state)
+      def read_old(new, old):
+        return read(new if is_chunked(new) else old, i)
+
+      s = jax.tree.map(read_old, new_state, opt_state)
       g = to_device(chunks.read(grad, i)).astype(jnp.float32)
       update, s = tx.update(g * scale, s, p)
       update = mask_frozen_layers(path, update, i) if chunks.by_layer else update
@@ -378,7 +410,8 @@ def host_traffic(
     params, opt_state, frozen: shapes of trained weights, optimizer state, and other weights.
     nbytes: of a tree, on one device.
   """
-  weights, moments = nbytes(params), nbytes(opt_state)
+  weights = nbytes(params)
+  moments = nbytes(opt_state)
   if mode == "none":
     return HostTraffic(0, 0)
   if mode == "optimizer":  # the copy, then the update

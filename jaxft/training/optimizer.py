@@ -58,7 +58,9 @@ def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
 
   def init(params: Any) -> Any:
     # In float32, whatever the parameters are in: moments follow `optim.state_dtype` alone.
-    init_leaf = lambda path, p: _map_over_layers(optim, path).init(p.astype(jnp.float32))
+    def init_leaf(path, p):
+      return _map_over_layers(optim, path).init(p.astype(jnp.float32))
+
     return jax.tree_util.tree_map_with_path(init_leaf, params)
 
   def update(grads: Any, states: Any, params: Any) -> tuple[Any, Any]:

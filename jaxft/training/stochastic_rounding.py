@@ -33,7 +33,10 @@ def stochastic_round_layers(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Arr
   """Rounds each layer of stacked ones with a key of its own."""
   if dtype == x.dtype:
     return x
-  round_layer = lambda layer, i: stochastic_round(layer, dtype, jax.random.fold_in(key, i))
+
+  def round_layer(layer, i):
+    return stochastic_round(layer, dtype, jax.random.fold_in(key, i))
+
   return jax.vmap(round_layer)(x, jnp.arange(x.shape[0]))
 
 

@@ -173,7 +173,10 @@ def make_train_step(
 
 def ids_in_range(batch: dict, cfg: Any) -> jax.Array:
   """Whether all ids and targets are in the tables: XLA reads the nearest row for one outside."""
-  in_range = lambda ids, size: jnp.all((ids >= 0) & (ids < size))
+
+  def in_range(ids, size):
+    return jnp.all((ids >= 0) & (ids < size))
+
   return in_range(batch["ids"], cfg.V) & in_range(batch["targets"], max(cfg.V, cfg.classes))
 
 
