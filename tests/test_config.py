@@ -114,9 +114,7 @@ def test_renamed_settings_of_earlier_runs_are_read(old, new):
   assert jaxft.config.diff_from_saved(saved, config) == []
   assert len(jaxft.config.diff_from_saved(saved, complete())) == 1
   assert jaxft.config.from_json(json.dumps(saved)).to_json() == config.to_json()
-  assert jaxft.config.rename_saved(saved) == json.loads(json.dumps(config.to_dict())) | {
-    section: config[section].to_dict()
-  }
+  assert jaxft.config.flatten(jaxft.config.rename_saved(saved)) == jaxft.config.flatten(config)
   assert jaxft.config.unknown_settings([old]) == [
     f"config.{old}: there is no such setting; here it is {new}"
   ]

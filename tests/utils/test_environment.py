@@ -217,3 +217,14 @@ def test_default_device_of_a_program_stays():
       assert jax.config.jax_default_device == chosen
   finally:
     jax.config.update("jax_default_device", before)
+
+
+def test_load_without_torch_gives_no_advice(folder):
+  """transformers would advise to install it, when it is imported."""
+  code = (
+    "import importlib.util as util; real = util.find_spec\n"
+    "util.find_spec = lambda name, *more: None if name == 'torch' else real(name, *more)\n"
+    f"import jaxft; jaxft.load({str(folder)!r})"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.returncode == 0 and "PyTorch" not in done.stdout + done.stderr, done.stderr
