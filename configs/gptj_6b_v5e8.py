@@ -1,6 +1,6 @@
-"""GPT-J-6B, all of it, on eight TPU v5e chips (16 GB each), or on eight GPUs of 24 GB or more.
+r"""GPT-J-6B, all of it, on eight TPU v5e chips (16 GB each), or on eight GPUs of 24 GB or more.
 
-  python -m jaxft.train --config configs/gptj_6b_v5e8.py --config.data.train=my_texts/ \\
+  python -m jaxft.train --config configs/gptj_6b_v5e8.py --config.data.train=my_texts/ \
     --config.data.validation=
   # what it takes, without either
   python -m jaxft.plan --config configs/gptj_6b_v5e8.py --device v5e:2x4,rtx4090x8

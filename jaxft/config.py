@@ -613,7 +613,7 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 def rename_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
   """The nested config that a run has left, each setting under the name that it has now."""
-  renamed = dict(saved)
+  renamed = {**saved}  # not dict(): it takes lists of pairs too
   for old, new in RENAMED.items():
     section, key = old.split(".")
     values = renamed.get(section)
@@ -669,7 +669,7 @@ def from_json(text: str) -> ConfigDict:
   """Invert `to_json`; raises RequestError for anything that it cannot have written."""
   try:
     flat = flatten(rename_saved(json.loads(text)))
-  except (ValueError, AttributeError, RecursionError) as error:
+  except (ValueError, TypeError, AttributeError, RecursionError) as error:
     raise RequestError(f"config.json of the run: not a config ({first_line(error)})") from error
   if lines := unknown_settings(list(flat)):
     raise RequestError("\n".join(lines))

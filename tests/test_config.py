@@ -90,6 +90,12 @@ def test_config_json_round_trip():
     jaxft.config.from_json('{"optim": {"lr": 1}}')
 
 
+@pytest.mark.parametrize("text", ["[1]", "[]", "null", "5", '[["train", {}]]', "{"])
+def test_config_json_must_be_an_object(text):
+  with pytest.raises(RequestError, match="config.json of the run: not a config"):
+    jaxft.config.from_json(text)
+
+
 def test_resume_fixes_only_what_changes_learning():
   before, now = complete(), complete()
   now.train.save_every, now.mesh.fsdp, now.optim.learning_rate = 7, 2, 1e-3

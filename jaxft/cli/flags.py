@@ -232,9 +232,10 @@ def _load_config(file: str) -> ConfigDict:
     config = module.get_config(*arguments)
   except (Exception, SystemExit) as error:  # whatever the file raises while it runs
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    # A setting of an earlier version: ConfigDict knows no more than that it is locked.
     for old, new in jaxft.config.RENAMED.items():
-      if f'"{old.split(".")[1]}"' in reason:
+      # ConfigDict's sentence about a key, with the keys that its section has.
+      missing = f'AttributeError: \'Key "{old.split(".")[1]}" does not exist'
+      if reason.startswith(missing) and new.split(".")[1] in reason:
         reason = f"config.{old}: there is no such setting; here it is {new}"
     raise RequestError(f"--config: the config file does not run: {reason}") from error
   if not isinstance(config, ConfigDict):

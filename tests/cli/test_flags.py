@@ -192,6 +192,12 @@ def test_config_file_values_are_normalized(monkeypatch, tmp_path):
       "--config: the config file does not run: AttributeError: .*did you mean.*steps",
     ),
     ("raise SystemExit(3)", "--config: the config file does not run: SystemExit: 3"),
+    (
+      "c.train.only = ('h.0',)",
+      "config.train.only: there is no such setting; here it is train.tra",
+    ),
+    ("c.data.only = 1", "the config file does not run: AttributeError: .*only.*does not exist"),
+    ("raise ValueError('no \"only\" here')", "the config file does not run: ValueError"),
     ("import no_such_module", "does not run: ModuleNotFoundError"),
     ("c = 3", "returned no ConfigDict"),
     (
