@@ -82,7 +82,8 @@ class KeepVerified:
 class CheckpointState(NamedTuple):
   """Everything a checkpoint holds besides its JSON record, and everything that training changes.
 
-  The names of the fields are in the files of every checkpoint.
+  The names of the fields are in the files of every checkpoint. What the record says of the run
+  (config, fingerprints, versions) is collected in `jaxft.train.finetune`.
   """
 
   step: jax.Array  # optimizer steps done, skipped ones included

@@ -1,5 +1,7 @@
 """Text from a model with a KV cache: one program reads the prompts, one adds a token to each.
 
+Top-k, top-p and penalties are in `logits_processors.py`, beams in `beam_search.py`.
+
 B rows, J prompts, W beams and K candidates of a prompt, E stop tokens, T columns read at once,
 S columns of the cache, P positions, V vocabulary
 """
