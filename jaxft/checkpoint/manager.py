@@ -28,12 +28,6 @@ from jaxft.checkpoint.checksums import checksums, chunk_checksum, nonfinite_leav
 from jaxft.errors import CheckpointReadError, NumericsError, StorageError, first_line
 from jaxft.utils.files import is_encodable
 
-# After a failed read Orbax (0.12.8) leaves tasks behind that nobody awaits; asyncio would log each
-# with a traceback, pages after the error has been printed in one line.
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-# Orbax's: what it logs with a traceback it raises too.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-
 PLACEHOLDER = ocp.PLACEHOLDER  # for a leaf that is not read
 READ_BATCH_BYTES = 2**28  # read at once, of one leaf or several, where there is no room for all
 CHUNK_BYTES = 2**26  # compressed at once, and of a file, which Orbax makes in memory as a whole
@@ -79,6 +73,15 @@ class KeepVerified:
     return [info.step == self.step for info in checkpoints]
 
 
+def _silence_orbax() -> None:
+  """Keep tracebacks of errors that are raised too out of the log."""
+  # After a failed read Orbax (0.12.8) leaves tasks behind that nobody awaits; asyncio would log
+  # each with a traceback, pages after the error has been printed in one line.
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  # Orbax's own log.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
 class CheckpointState(NamedTuple):
   """Everything a checkpoint holds besides its JSON record, and everything that training changes.
 
@@ -114,6 +117,7 @@ class CheckpointManager:
       low_memory: read and write some leaves at a time, and wait for it: the host has no room for a
         copy of the state.
     """
+    _silence_orbax()
     self.folder = folder
     self._max_to_keep = max_to_keep
     self._best_metric = best_metric

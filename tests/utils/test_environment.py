@@ -228,3 +228,23 @@ def test_load_without_torch_gives_no_advice(folder):
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert done.returncode == 0 and "PyTorch" not in done.stdout + done.stderr, done.stderr
+
+
+def test_import_of_jaxft_sets_nothing():
+  """Neither signals nor the environment nor log levels: those are a command's."""
+  code = """
+import logging, os, signal, sys, pkgutil, importlib
+import flax, grain, orbax.checkpoint, datasets, huggingface_hub, transformers
+def state():
+  levels = [logging.getLogger(name).level for name in ("", "asyncio", "absl")]
+  handlers = [signal.getsignal(it) for it in (signal.SIGINT, signal.SIGTERM)]
+  return dict(os.environ), levels, handlers, sys.excepthook, sys.unraisablehook
+before = state()
+import jaxft
+for it in pkgutil.walk_packages(jaxft.__path__, "jaxft."):
+  if not it.name.endswith("__main__"):
+    importlib.import_module(it.name)
+assert state() == before, (before, state())
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
