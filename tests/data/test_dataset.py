@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tiny
 
 import jaxft.config
 import jaxft.hf.tokenizer
@@ -18,25 +19,6 @@ from jaxft.data.packing import ClassificationDataset, ConcatDataset, PackedDatas
 from jaxft.errors import RequestError
 
 EOS = 0
-PIECES = [
-  "a",
-  " cat",
-  "\n",
-  "\r\n",
-  "  ",
-  '"',
-  ",",
-  "é",
-  "東",
-  "🐈",
-  "\u2028",
-  "\x00",
-  "\t",
-  "'",
-  "\\",
-  "ß",
-  "The dog",
-]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +35,7 @@ def prepared(tokenizer, cache, files, **data):
 
 
 def random_text(rng):
-  return "".join(PIECES[i] for i in rng.integers(len(PIECES), size=rng.integers(1, 30)))
+  return "".join(tiny.PIECES[i] for i in rng.integers(len(tiny.PIECES), size=rng.integers(1, 30)))
 
 
 def write_random_source(folder, rng, texts):

@@ -12,25 +12,6 @@ from jaxft.data import tokenize
 from jaxft.data.formats import Example
 
 EOS = 0
-PIECES = [
-  "a",
-  " cat",
-  "\n",
-  "\r\n",
-  "  ",
-  '"',
-  ",",
-  "é",
-  "東",
-  "🐈",
-  "\u2028",
-  "\x00",
-  "\t",
-  "'",
-  "\\",
-  "ß",
-  "The dog",
-]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -38,7 +19,7 @@ def test_long_text_in_chunks_has_the_same_tokens(tmp_path, monkeypatch, seed):
   tokenizer = jaxft.hf.tokenizer.load_tokenizer(tiny.write_gpt2_bpe(tmp_path), 50257)
   rng = np.random.default_rng(seed)
   pieces = [
-    *PIECES,
+    *tiny.PIECES,
     " ",
     " ",
     "\n",

@@ -14,6 +14,26 @@ WORDS = (
   "once upon a time the cat dog sat on mat and ran to big red house with small blue door".split()
 )
 WORDS += ["café", "naïve", "東京", "🐈"]
+# What texts of tests are put together from: letters of 1 to 4 bytes, quotes, ends of lines.
+PIECES = [
+  "a",
+  " cat",
+  "\n",
+  "\r\n",
+  "  ",
+  '"',
+  ",",
+  "é",
+  "東",
+  "🐈",
+  "\u2028",
+  "\x00",
+  "\t",
+  "'",
+  "\\",
+  "ß",
+  "The dog",
+]
 EOS = "<|endoftext|>"
 # Heads, widths and layers that two, four and eight devices can share: the part of config.json that
 # a family has of its own.
