@@ -98,12 +98,8 @@ def any_value(_: Any) -> None:
   return None
 
 
-def type_error(default: Any, value: Any) -> str | None:
+def type_error(kind: type, value: object) -> str | None:
   """Return the type that a value should have, or None: a config file can assign anything."""
-  optional = isinstance(default, type)
-  kind = default if optional else type(default)
-  if value is None and optional:
-    return None
   if kind is tuple:
     is_valid = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     expected = "text, or a tuple of texts"
@@ -113,7 +109,7 @@ def type_error(default: Any, value: Any) -> str | None:
     expected = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[kind]
   if not is_valid:
     return expected
-  texts = value if kind is tuple else (str(value),)
+  texts = value if isinstance(value, tuple) else (str(value),)
   is_text = all(is_encodable(text) and "\0" not in text for text in texts)
   return None if is_text else "text in UTF-8, without NUL"
 

@@ -177,7 +177,7 @@ def _prepare_for_overrides(
       set_value(name, str(from_file[name]))
     elif isinstance(default, tuple):
       set_value(name, ())
-    elif not isinstance(default, type) and type(from_file[name]) is not type(default):
+    elif default is not None and type(from_file[name]) is not type(default):
       set_value(name, default)
 
 
