@@ -19,6 +19,7 @@ import jaxft.config
 from jaxft import config_checks
 from jaxft.checkpoint import manager
 from jaxft.checkpoint.manager import PLACEHOLDER, CheckpointManager, CheckpointState
+from jaxft.config import Config, DataSection
 from jaxft.data import formats, loader, tokenize
 from jaxft.data.dataset import build_dataset, prepare_data, read_examples
 from jaxft.data.packing import SlidingWindowDataset, TokenDataset
@@ -156,7 +157,7 @@ class Pretrained:
     sequence_length: int = 0,
     batch_size: int = 8,
     stride: int = 0,
-    like: ConfigDict | None = None,
+    like: DataSection | ConfigDict | None = None,
     **settings_of_data: Any,
   ) -> dict[str, Any]:
     """Evaluates all rows of the sources, end tokens included.
@@ -430,7 +431,7 @@ def load_workdir(
   return model
 
 
-def _model_of_run(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> repo.HFCheckpoint:
+def _model_of_run(workdir: Path, config: Config, record: dict[str, Any]) -> repo.HFCheckpoint:
   """The model that a run trains: as the workdir has it, or its base model if a part is frozen."""
   folder = find_run_model(workdir)
   has_frozen = bool(config.lora.rank or config.train.trainable_params)
@@ -449,7 +450,7 @@ def _model_of_run(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> 
 
 
 def _base_model(
-  config: ConfigDict, workdir: Path, record: dict[str, Any], weights: bool = True
+  config: Config, workdir: Path, record: dict[str, Any], weights: bool = True
 ) -> repo.HFCheckpoint:
   """Resolves `config.model.path`: a folder, if it was one, and never the hub's of its name."""
   model = config.model
@@ -461,7 +462,7 @@ def _print_stderr(line: str) -> None:
   print(line, file=sys.stderr)
 
 
-def _resolve_sources(data: ConfigDict, workdir: Path, record: dict[str, Any]) -> ConfigDict:
+def _resolve_sources(data: DataSection, workdir: Path, record: dict[str, Any]) -> DataSection:
   """Resolves the sources of `config.data` from where the run was started, not from here."""
 
   def resolve(name: str) -> str:

@@ -20,6 +20,7 @@ import jaxft.config
 from jaxft.checkpoint import manager
 from jaxft.checkpoint.manager import CheckpointManager, tree_nbytes
 from jaxft.cli.flags import parse_train
+from jaxft.config import Config
 from jaxft.data import loader, sources, tokenize
 from jaxft.data.accounting import HELD_OUT_TAILS, num_rows_and_steps
 from jaxft.data.dataset import PreparedData, prepare_data
@@ -79,7 +80,7 @@ class TrainOutput(NamedTuple):
   export: Path  # the Hugging Face folder
 
 
-def validate_run(config: ConfigDict, workdir: Path, overwrite: bool = False) -> None:
+def validate_run(config: Config, workdir: Path, overwrite: bool = False) -> None:
   """Raises RequestError with every error that shows without building anything."""
   lines = jaxft.config.validate(config)
   if not lines:
@@ -118,7 +119,7 @@ def validate_run(config: ConfigDict, workdir: Path, overwrite: bool = False) -> 
     raise RequestError("\n".join(lines))
 
 
-def small_data_warnings(config: ConfigDict, data: PreparedData, total_steps: int) -> list[str]:
+def small_data_warnings(config: Config, data: PreparedData, total_steps: int) -> list[str]:
   """Returns a line for each setting that the run cannot follow, as its data is too small for it.
 
   Raises RequestError for what needs an evaluation where nothing is held out.
@@ -169,11 +170,11 @@ def _data_summary(report: dict[str, Any], rows: int) -> str:
   )
 
 
-def export_dir(config: ConfigDict, workdir: Path) -> Path:
+def export_dir(config: Config, workdir: Path) -> Path:
   return Path(config.export.out) if config.export.out else workdir / "export"
 
 
-def _input_paths(config: ConfigDict) -> list[Path]:
+def _input_paths(config: Config) -> list[Path]:
   """The files and folders that a run reads."""
   data = config.data
   model = config.model
@@ -199,7 +200,7 @@ def _compile(program: TrainProgram, device: jax.Device) -> tuple[Any, Any, Any]:
 
 
 def finetune(
-  config: ConfigDict,
+  config: ConfigDict | Config,
   workdir: str | Path,
   *,
   dry_run: bool = False,

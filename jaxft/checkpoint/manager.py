@@ -21,10 +21,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxft.checkpoint.checksums import checksums, chunk_checksum, nonfinite_leaves
+from jaxft.config import TrainSection
 from jaxft.errors import CheckpointReadError, NumericsError, StorageError, first_line
 from jaxft.utils.files import is_encodable
 
@@ -363,7 +363,7 @@ class CheckpointManager:
 
 
 def num_new_checkpoints(
-  steps: list[int], total_steps: int, train: ConfigDict, steps_of_epoch: int
+  steps: list[int], total_steps: int, train: TrainSection, steps_of_epoch: int
 ) -> int:
   """How many more checkpoints the disk will have to hold at once, until the run is through.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxft.config import DataSection
 from jaxft.config_checks import TEMPLATE_FIELD
 from jaxft.data import formats, readers, sources
 
@@ -20,7 +21,7 @@ COLUMN_ALIASES = {
 MAX_PROBED_ROWS = 100  # from the beginning of a source
 
 
-def resolve(name: str, split: str, data: ConfigDict) -> tuple[ConfigDict, list[str]]:
+def resolve(name: str, split: str, data: DataSection) -> tuple[DataSection, list[str]]:
   """Return `config.data` with the column names of this source, and a line for each that differs.
 
   A name without a match stays as it is: the first row is then rejected.
@@ -68,7 +69,7 @@ def resolve(name: str, split: str, data: ConfigDict) -> tuple[ConfigDict, list[s
 
 
 def _first_rows(
-  name: str, split: str, data: ConfigDict, columns: tuple[str, ...] | None
+  name: str, split: str, data: DataSection, columns: tuple[str, ...] | None
 ) -> list[dict[str, Any]]:
   """Return valid rows of the first MAX_PROBED_ROWS: one, or all of them where `columns` is None."""
   options = readers.ReaderOptions.from_config(data, columns, formats.label_column(data))
@@ -78,7 +79,7 @@ def _first_rows(
 
 
 def _match_column(
-  setting: str, rows: list[dict[str, Any]], names: list[str], data: ConfigDict
+  setting: str, rows: list[dict[str, Any]], names: list[str], data: DataSection
 ) -> str | None:
   """Return the one of `names` that a setting means; None if none or several of them may be."""
   if column := _find_column(data[setting], names):

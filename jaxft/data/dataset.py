@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxft.config import DataSection, TrainSection
 from jaxft.data import columns, formats, packing, readers, sources, token_cache, tokenize
 from jaxft.data.accounting import Manifest, build_report, num_rows_and_steps
 from jaxft.data.formats import BadRowError, Example
@@ -70,7 +71,7 @@ class PreparedData(NamedTuple):
     validation = renumber(self.validation) if self.validation else None
     return self._replace(train=renumber(self.train), validation=validation, labels=list(classes))
 
-  def to_json(self, train: ConfigDict) -> str:
+  def to_json(self, train: TrainSection) -> str:
     """Return the content of data_report.json, for a run of `config.train`."""
     _, total_steps = num_rows_and_steps(self.train, train)
     steps = -(-len(self.train) // train.batch_size)
@@ -88,7 +89,7 @@ class PreparedData(NamedTuple):
 
 
 def prepare_data(
-  data: ConfigDict,
+  data: DataSection,
   tokenizer: Any,
   tokenizer_fingerprint: str,
   on_progress: ProgressFn = lambda done, total: None,
@@ -149,7 +150,7 @@ def prepare_data(
   )
 
 
-def _load_unrelated(data: ConfigDict, tokenizer: Any) -> TokenDataset:
+def _load_unrelated(data: DataSection, tokenizer: Any) -> TokenDataset:
   """Return the text of `data.unrelated`, in rows like the run's: one program evaluates both."""
   as_text = {"format": "text", "nats_column": "", "template": formats.DEFAULT_TEMPLATE}
   data = ConfigDict(data.to_dict() | as_text)
@@ -161,7 +162,7 @@ def _load_unrelated(data: ConfigDict, tokenizer: Any) -> TokenDataset:
   return build_dataset(arrays, data, tokenizer.eos_token_id)
 
 
-def _source_fingerprints(data: ConfigDict) -> dict[str, list]:
+def _source_fingerprints(data: DataSection) -> dict[str, list]:
   """Return the fingerprints of the current content of the sources."""
   return {
     "train": [
@@ -175,7 +176,7 @@ def _source_fingerprints(data: ConfigDict) -> dict[str, list]:
 def read_examples(
   names: tuple[str, ...],
   split: str,
-  data: ConfigDict,
+  data: DataSection,
   dropped: collections.Counter,
   notes: collections.Counter,
   log: Callable[[str], None] = lambda line: None,
@@ -215,7 +216,7 @@ class DataSource(NamedTuple):
 
 
 def _build_cache(
-  folder: Path, data: ConfigDict, tokenizer: Any, on_progress: ProgressFn
+  folder: Path, data: DataSection, tokenizer: Any, on_progress: ProgressFn
 ) -> Manifest:
   """Write the token files. A first pass over the examples decides which the second one takes."""
   rng = np.random.default_rng(data.shuffle_seed)
@@ -344,7 +345,7 @@ def _assign_splits(
   all_sources: list[DataSource],
   counts: list[int],
   duplicates: np.ndarray,
-  data: ConfigDict,
+  data: DataSection,
   rng: np.random.Generator,
   dropped: collections.Counter,
 ) -> tuple[list[np.ndarray], float]:
@@ -423,7 +424,7 @@ def _repeat_counts(
   return repeats_N
 
 
-def build_dataset(arrays: tokenize.TokenArrays, data: ConfigDict, eos_id: int) -> TokenDataset:
+def build_dataset(arrays: tokenize.TokenArrays, data: DataSection, eos_id: int) -> TokenDataset:
   """Lay out the examples in rows of `data.sequence_length` tokens."""
   T = data.sequence_length
   if data.format == "classification":

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
+from jaxft.config import Config
 from jaxft.errors import NumericsError, StorageError
 from jaxft.metrics.system import SystemMetrics
 from jaxft.utils.console import ProgressBar, console, log
@@ -104,7 +104,7 @@ class Reporter:
 
   def __init__(
     self,
-    config: ConfigDict,
+    config: Config,
     workdir: Path,
     start: int,
     total_steps: int,

@@ -24,9 +24,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 import jaxft.config
+from jaxft.config import Config
 from jaxft.config_checks import TRACKERS
 from jaxft.errors import Preempted, first_line
 from jaxft.metrics.reporter import JsonlLog
@@ -43,11 +42,11 @@ REQUIRED_MODULES = {name: (name,) for name in TRACKERS} | {"tensorboard": ("tens
 LOCAL_ONLY_MODULES = {"mlflow": ("MLFLOW_TRACKING_URI", ("sqlalchemy", "alembic"))}
 
 
-def enabled_trackers(config: ConfigDict) -> list[str]:
+def enabled_trackers(config: Config) -> list[str]:
   return [name for name in TRACKERS if name in config.tracking.writers]
 
 
-def missing_packages(config: ConfigDict) -> list[str]:
+def missing_packages(config: Config) -> list[str]:
   """Returns a line for each tracker whose library is not installed; nothing is imported."""
   lines = []
   for name in enabled_trackers(config):
@@ -72,7 +71,7 @@ class TrackerGroup:
 
   def __init__(
     self,
-    config: ConfigDict,
+    config: Config,
     workdir: Path,
     start: int,
     metrics: JsonlLog,

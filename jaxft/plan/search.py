@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
+from jaxft.config import Config
 from jaxft.errors import RequestError
 from jaxft.hardware import specs
 from jaxft.model.config import ModelConfig
@@ -39,10 +38,10 @@ class Candidate(NamedTuple):
 
 
 def find_settings(
-  config: ConfigDict,
+  config: Config,
   cfg: ModelConfig,
   target: specs.Target,
-  compile_plan: Callable[[ConfigDict], dict[str, Any]],
+  compile_plan: Callable[[Config], dict[str, Any]],
   num_plans: int = NUM_PLANS,
   on_progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def _budget_exhausted(compiles: int, seconds: float) -> str | None:
   return f"the search ended after {MAX_SECONDS} s" if seconds > MAX_SECONDS else None
 
 
-def with_settings(config: ConfigDict, settings: dict[str, Any]) -> ConfigDict:
+def with_settings(config: Config, settings: dict[str, Any]) -> Config:
   """Returns a copy of the config with these settings."""
   config = copy.deepcopy(config)
   for name, value in settings.items():
@@ -143,7 +142,7 @@ def with_settings(config: ConfigDict, settings: dict[str, Any]) -> ConfigDict:
   return config
 
 
-def overrides(config: ConfigDict, settings: dict[str, Any], devices: int) -> list[str]:
+def overrides(config: Config, settings: dict[str, Any], devices: int) -> list[str]:
   """Returns the flags that change the config to these settings."""
   try:
     mesh = mesh_shape(config.mesh, devices)
@@ -158,7 +157,7 @@ def overrides(config: ConfigDict, settings: dict[str, Any], devices: int) -> lis
   return flags
 
 
-def candidates(config: ConfigDict, cfg: ModelConfig, target: specs.Target) -> list[Candidate]:
+def candidates(config: Config, cfg: ModelConfig, target: specs.Target) -> list[Candidate]:
   """Returns every mesh, micro-batch and choice of SEARCH_SPACE that divides model and batch."""
   cost = CostModel.from_config(config, cfg, target)
   platform = "tpu" if target.kind in specs.TPUS else "gpu"

@@ -8,15 +8,15 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
-from ml_collections import ConfigDict
 
+from jaxft.config import MeshSection
 from jaxft.errors import RequestError, first_line
 from jaxft.utils import backend
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: MeshSection, devices: list[jax.Device] | None = None) -> Mesh:
   """Make a (data, fsdp, tensor) mesh over the devices; -1 takes what the other axes leave.
 
   Sizes that need fewer devices than there are use the first ones, but with several processes each
@@ -48,7 +48,7 @@ def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mes
   return Mesh(_arrange_devices(used, tuple(shape.values())), tuple(shape), axis_types=axis_types)
 
 
-def mesh_shape(sizes: ConfigDict, num_devices: int) -> dict[str, int]:
+def mesh_shape(sizes: MeshSection, num_devices: int) -> dict[str, int]:
   """The sizes of the mesh's axes, with -1 resolved; raises RequestError as `make_mesh` does."""
   fixed = math.prod(sizes[name] for name in MESH_AXES if sizes[name] != -1)
   shape = {name: num_devices // fixed if sizes[name] == -1 else sizes[name] for name in MESH_AXES}
@@ -62,7 +62,7 @@ def mesh_shape(sizes: ConfigDict, num_devices: int) -> dict[str, int]:
   return shape
 
 
-def _describe(sizes: ConfigDict) -> str:
+def _describe(sizes: MeshSection) -> str:
   return ", ".join(f"config.mesh.{name}={sizes[name]}" for name in MESH_AXES)
 
 

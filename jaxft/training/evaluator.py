@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from jaxft.config import Config
 from jaxft.data import loader, memorization, tokenize
 from jaxft.data.dataset import PreparedData
 from jaxft.data.packing import TokenDataset
@@ -19,7 +18,7 @@ class Evaluator:
 
   def __init__(
     self,
-    config: ConfigDict,
+    config: Config,
     program: TrainProgram,
     eval_step: Any,
     generator: Generator,

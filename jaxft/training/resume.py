@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 import jaxft.config
 from jaxft.checkpoint.manager import PLACEHOLDER, CheckpointManager, CheckpointState, leaf_specs
+from jaxft.config import Config
 from jaxft.errors import CheckpointReadError, RequestError, StorageError
 from jaxft.model.config import RUN_FIELDS
 from jaxft.utils.console import log
@@ -21,7 +21,7 @@ WAYS_OUT = "go back to its settings, name another --workdir, or go on with --all
 def check_same_run(
   checkpoints: CheckpointManager,
   like: CheckpointState,
-  config: ConfigDict,
+  config: Config,
   current: dict[str, Any],
   allow_change: bool,
 ) -> None:
@@ -76,7 +76,7 @@ def check_same_run(
     return
 
 
-def _diff(saved: dict[str, Any], config: ConfigDict, current: dict[str, Any]) -> list[str]:
+def _diff(saved: dict[str, Any], config: Config, current: dict[str, Any]) -> list[str]:
   """A line for each setting, and each fact of the model, that is not what it was."""
   lines = jaxft.config.diff_from_saved(saved["config"], config)
   if saved["total_steps"] < current["total_steps"]:
