@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import (
-  Any,
   Literal,
   NamedTuple,
   TypeAlias,
@@ -29,6 +28,7 @@ from ml_collections import ConfigDict, config_dict
 
 from jaxft import config_checks
 from jaxft.config_checks import (
+  TEMPLATE_FIELD,
   Check,
   above,
   any_value,
@@ -44,6 +44,7 @@ from jaxft.config_checks import (
 )
 from jaxft.errors import RequestError, first_line
 from jaxft.utils.files import expand_user
+from jaxft.utils.types import Json
 
 T = TypeVar("T")
 Value: TypeAlias = str | int | float | bool | tuple[str, ...] | None
@@ -473,7 +474,7 @@ def normalize(config: ConfigDict | Config) -> ConfigDict:
   return normalized.lock()
 
 
-def _normalize_value(setting: Setting, value: Any) -> Any:
+def _normalize_value(setting: Setting, value: object) -> object:
   if hasattr(value, "tolist"):  # of numpy, pandas
     value = value.tolist()
   if setting.kind is tuple:
@@ -492,7 +493,7 @@ def _normalize_value(setting: Setting, value: Any) -> Any:
   return value
 
 
-def _expand_path(value: Any, setting: Setting) -> Any:
+def _expand_path(value: object, setting: Setting) -> object:
   value = os.fspath(value) if isinstance(value, os.PathLike) else value
   return expand_user(value) if setting.name in PATH_SETTINGS and isinstance(value, str) else value
 
@@ -548,7 +549,7 @@ def unknown_settings(names: list[str]) -> list[str]:
   return lines
 
 
-def flatten(config: ConfigDict | Config | Mapping[str, Any]) -> dict[str, Any]:
+def flatten(config: ConfigDict | Config | Mapping[str, object]) -> dict[str, object]:
   """Return {"train.steps": 3, ...} of a config or of the nested dict in a config.json.
 
   Lists become tuples.
@@ -563,7 +564,7 @@ def flatten(config: ConfigDict | Config | Mapping[str, Any]) -> dict[str, Any]:
   return flat
 
 
-def rename_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
+def rename_saved(saved: Json) -> Json:
   """The nested config that a run has left, each setting under the name that it has now."""
   renamed = {**saved}  # not dict(): it takes lists of pairs too
   for old, new in RENAMED.items():
@@ -574,21 +575,25 @@ def rename_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
   return renamed
 
 
-def with_prefix(config: ConfigDict | Config) -> dict[str, Any]:
+def with_prefix(config: ConfigDict | Config) -> dict[str, object]:
   """Return {"config.train.steps": 3, ...}: settings by their names in messages."""
   return {f"config.{name}": value for name, value in flatten(config).items()}
 
 
 def resolve(config: ConfigDict | Config) -> Config:
   """Parse what a user wrote, normalized; raises RequestError with all that `validate` finds."""
-  normalized = normalize(config)
-  if lines := validate(normalized):
+  return _parse(flatten(normalize(config)))
+
+
+def _parse(values: Mapping[str, object]) -> Config:
+  """Invert `flatten`; raises RequestError with all that is wrong with the values."""
+  if lines := _validate_values(values):
     raise RequestError("\n".join(lines))
-  return _from_flat(flatten(normalized))
+  return _from_flat(values)
 
 
-def _from_flat(values: Mapping[str, Value]) -> Config:
-  """Invert `flatten` for valid values."""
+def _from_flat(values: Mapping[str, object]) -> Config:
+  """Invert `flatten` for values that are valid by themselves."""
   sections = {
     name: section(**{key.name: values[f"{name}.{key.name}"] for key in dataclasses.fields(section)})
     for name, section in SECTIONS.items()
@@ -596,9 +601,12 @@ def _from_flat(values: Mapping[str, Value]) -> Config:
   return Config(**sections)
 
 
-def validate(config: ConfigDict | Config) -> list[str]:
+def validate(config: ConfigDict | Config | Mapping[str, object]) -> list[str]:
   """Return the errors of the values themselves, one line each; files and devices come later."""
-  values = flatten(config)
+  return _validate_values(flatten(config))
+
+
+def _validate_values(values: Mapping[str, object]) -> list[str]:
   lines = unknown_settings(list(values))
   lines += [f"config.{name}: missing" for name in BY_NAME if name not in values]
   for name in BY_NAME.keys() & values.keys():
@@ -614,10 +622,103 @@ def validate(config: ConfigDict | Config) -> list[str]:
       lines.append(f"config.{name}: a number of {len(str(abs(value)))} digits; at most {MAX_INT:,}")
     elif wanted := setting.check(value):
       lines.append(f"config.{name}={value!r}: must be {wanted}")
-  return sorted(lines) or config_checks.validate_combinations(values)
+  return sorted(lines) or _validate_combinations(_from_flat(values))
 
 
-def diff_from_saved(saved: Mapping[str, Any], config: ConfigDict | Config) -> list[str]:
+def _validate_combinations(config: Config) -> list[str]:
+  """Return what is wrong with values that are valid by themselves, one line each."""
+  values = flatten(config)
+
+  def show(name: str) -> str:
+    return f"config.{name}={values[name]!r}"
+
+  model = config.model
+  data = config.data
+  train = config.train
+  optim = config.optim
+  lines = _validate_template(data)
+  from_scratch = model.init == "scratch"
+  if not model.path:
+    lines.append("config.model.path: empty; name a hub id (gpt2) or a folder")
+  if not data.train:
+    lines.append("config.data.train: empty; name a file, a folder or hub:NAME")
+  for name in ("lora.targets", "lora.layers", "lora.dropout"):
+    if not config.lora.rank and values[name] != BY_NAME[name].default:
+      lines.append(f"{show(name)}: there are no adapters with config.lora.rank=0")
+  if config.lora.rank and train.trainable_params:
+    trainable = show("train.trainable_params")
+    lines.append(f"{trainable}: with {show('lora.rank')} the adapters are trained; set one")
+  if config.lora.rank and from_scratch:
+    lines.append(
+      f"{show('lora.rank')}: adapters change a model that was trained; "
+      "config.model.init=scratch has none"
+    )
+  if train.trainable_params and from_scratch:
+    lines.append(
+      "config.train.trainable_params: the other weights would stay as they are drawn with "
+      "config.model.init=scratch"
+    )
+  if bool(train.steps) == bool(train.epochs):
+    lines.append(f"{show('train.steps')} and {show('train.epochs')}: set one of the two")
+  classifies = model.head == "classification"
+  has_labels = data.format == "classification"
+  if classifies != has_labels:
+    settings = f"{show('model.head')} and {show('data.format')}"
+    lines.append(f"{settings}: classification is both or neither")
+  eval_settings = ("train.keep_best_metric", "train.early_stopping_patience")
+  for name in eval_settings:
+    if values[name] and not train.eval_every:
+      lines.append(f"{show(name)}: goes with evaluations; set config.train.eval_every")
+  if data.nats_column and data.format != "text":
+    lines.append(f"{show('data.nats_column')}: goes with data.format=text only")
+  if data.unrelated and has_labels:
+    lines.append(f"{show('data.unrelated')}: a model that classifies has no loss on other text")
+  for name in eval_settings:
+    if values[name] and not (data.validation or data.validation_fraction):
+      lines.append(
+        f"{show(name)}: nothing is held out with config.data.validation_fraction=0; "
+        "name sources in config.data.validation"
+      )
+  if classifies and train.sample_prompts:
+    lines.append(
+      "config.train.sample_prompts: a model with a classification head writes no text; "
+      "leave it empty"
+    )
+  rest = [show(name) for name in ("mesh.data", "mesh.fsdp", "mesh.tensor") if values[name] == -1]
+  if len(rest) > 1:
+    lines.append(f"{' and '.join(rest)}: only one can take the rest")
+  if optim.end_learning_rate > optim.learning_rate:
+    lines.append(f"{show('optim.end_learning_rate')}: above {show('optim.learning_rate')}")
+  if optim.warmup_steps and optim.warmup_ratio:
+    warmup = f"{show('optim.warmup_steps')} and {show('optim.warmup_ratio')}"
+    lines.append(f"{warmup}: set one of the two")
+  if model.config_overrides and not from_scratch:
+    lines.append(
+      f"{show('model.config_overrides')}: weights that are read have their own sizes; "
+      "config.model.init=scratch draws new ones"
+    )
+  return lines
+
+
+def _validate_template(data: DataSection) -> list[str]:
+  """Return what is wrong with `data.template`.
+
+  Its fields are a prompt and a completion or, for plain text, columns.
+  """
+  x = data.template
+  prompt = "{prompt}"
+  completion = "{completion}"
+  if data.format == "text":
+    is_valid = bool(TEMPLATE_FIELD.search(x))
+    expected = "text with the name of a column in braces, such as {question}"
+  else:
+    once = x.count(prompt) == 1 == x.count(completion)
+    is_valid = once and x.index(prompt) < x.index(completion)
+    expected = "text with {prompt} and after it {completion}, each once"
+  return [] if is_valid else [f"config.data.template={x!r}: must be {expected}"]
+
+
+def diff_from_saved(saved: Json, config: ConfigDict | Config) -> list[str]:
   """Return a line for each setting that changes what is learned and differs from a saved config."""
   # A setting that did not exist yet had its default.
   old = flatten(default()) | flatten(rename_saved(saved))
@@ -634,7 +735,7 @@ def to_json(config: ConfigDict | Config) -> str:
   return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str) -> Config:
   """Invert `to_json`; raises RequestError for anything that it cannot have written."""
   try:
     flat = flatten(rename_saved(json.loads(text)))
@@ -642,17 +743,11 @@ def from_json(text: str) -> ConfigDict:
     raise RequestError(f"config.json of the run: not a config ({first_line(error)})") from error
   if lines := unknown_settings(list(flat)):
     raise RequestError("\n".join(lines))
-  config = default()
-  for name, value in flat.items():
-    section, key = name.split(".")
-    if value is not None:
-      config[section][key] = value
-  if lines := validate(config):
-    raise RequestError("\n".join(lines))
-  return config
+  given = {name: value for name, value in flat.items() if value is not None}
+  return _parse(flatten(default()) | given)
 
 
-def load_run_config(file: Path) -> ConfigDict:
+def load_run_config(file: Path) -> Config:
   """Read the config.json of a run; raises RequestError if `to_json` cannot have written it."""
   try:
     return from_json(file.read_text(encoding="utf-8"))

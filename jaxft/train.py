@@ -141,11 +141,11 @@ def small_data_warnings(config: Config, data: PreparedData, total_steps: int) ->
     )
   if not data.validation:
     for name in ("keep_best_metric", "early_stopping_patience"):
-      if train[name]:
+      if getattr(train, name):
         read = format_count(data.report["rows"]["read"], "row")
         raise RequestError(
-          f"config.train.{name}={train[name]!r}: nothing is held out of {read}; name sources in "
-          "config.data.validation"
+          f"config.train.{name}={getattr(train, name)!r}: nothing is held out of {read}; "
+          "name sources in config.data.validation"
         )
     lines.append(
       "nothing is held out, so there is no eval loss; config.data.validation names text to "
@@ -238,6 +238,7 @@ def finetune(
   }
   versions = multihost.package_versions()
   multihost.assert_all_equal("command", flags | jaxft.config.with_prefix(config) | versions)
+  config = jaxft.config.resolve(config)
   validate_run(config, workdir, overwrite)
   if config.memory.offload != "none":
     backend.limit_pinned_memory(build.max_host_bytes(config, resolve_model_config(config)))
@@ -518,7 +519,9 @@ def finetune(
         checkpoints.wait()
         pending = metrics
         is_last = step == total_steps
-        intervals = {what: config.train[f"{what}_every"] for what in ("eval", "save", "sample")}
+        intervals = {
+          what: getattr(config.train, f"{what}_every") for what in ("eval", "save", "sample")
+        }
         due = {what for what, every in intervals.items() if is_due(every, step)}
         if is_last:  # what is exported is sampled, below
           due = (due | {"eval", "save"}) - {"sample"}

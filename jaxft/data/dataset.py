@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from jaxft.config import DataSection, TrainSection
 from jaxft.data import columns, formats, packing, readers, sources, token_cache, tokenize
@@ -103,7 +102,7 @@ def prepare_data(
   key = {
     "sources": _source_fingerprints(data),
     "tokenizer": tokenizer_fingerprint,
-    "settings": {name: data[name] for name in CACHE_KEY_SETTINGS},
+    "settings": {name: getattr(data, name) for name in CACHE_KEY_SETTINGS},
     "manifest": sorted(Manifest.__annotations__),
   }
   folder = Path(data.cache_dir) if data.cache_dir else cache_dir("tokens")
@@ -152,8 +151,8 @@ def prepare_data(
 
 def _load_unrelated(data: DataSection, tokenizer: Any) -> TokenDataset:
   """Return the text of `data.unrelated`, in rows like the run's: one program evaluates both."""
-  as_text = {"format": "text", "nats_column": "", "template": formats.DEFAULT_TEMPLATE}
-  data = ConfigDict(data.to_dict() | as_text)
+  template = formats.DEFAULT_TEMPLATE
+  data = dataclasses.replace(data, format="text", nats_column="", template=template)
   ignored = collections.Counter()
   examples = read_examples(data.unrelated, "validation", data, ignored, ignored)
   arrays = tokenize.encode_in_memory(examples, tokenizer)
@@ -370,7 +369,7 @@ def _assign_splits(
     split_N[rng.permutation(indices)[:num_held_out]] = VALIDATION
   for name, split in SPLITS.items():
     indices = np.flatnonzero(split_N == split)
-    limit = data[f"limit_{name}"]
+    limit = getattr(data, f"limit_{name}")
     if not len(indices) and (split == TRAIN or data.validation):
       reasons = "".join(f", {reason}: {count:,}" for reason, count in dropped.items())
       raise RequestError(

@@ -65,7 +65,7 @@ def label_column(data: DataSection) -> str:
 
 def required_columns(data: DataSection) -> tuple[str, ...]:
   """Return the columns that `to_example` reads."""
-  names = [data[setting] for setting in column_settings(data)]
+  names = [getattr(data, setting) for setting in column_settings(data)]
   fields = TEMPLATE_FIELD.findall(data.template) if is_templated(data) else ()
   return (*names, *dict.fromkeys(fields), *filter(None, [data.nats_column]))
 
@@ -80,7 +80,7 @@ def _fill_template(columns: dict[str, Any], template: str) -> str:
 
 
 def _text_cell(columns: dict[str, Any], data: DataSection, setting: str) -> str:
-  return _cell(columns, data[setting], setting)
+  return _cell(columns, getattr(data, setting), setting)
 
 
 def _cell(columns: dict[str, Any], column: str, setting: str) -> str:

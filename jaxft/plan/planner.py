@@ -66,9 +66,7 @@ def plans_for(
   One of several that does not go with the config has a plan with the reason as "refused"; alone it
   is a RequestError.
   """
-  config = jaxft.config.normalize(config)
-  if lines := jaxft.config.validate(config):
-    raise RequestError("\n".join(lines))
+  config = jaxft.config.resolve(config)
   # A mistyped device is an error before any is compiled for.
   targets = [specs.parse_device(device) for device in devices]
   cfg = resolve_model_config(config)

@@ -50,10 +50,11 @@ def make_mesh(sizes: MeshSection, devices: list[jax.Device] | None = None) -> Me
 
 def mesh_shape(sizes: MeshSection, num_devices: int) -> dict[str, int]:
   """The sizes of the mesh's axes, with -1 resolved; raises RequestError as `make_mesh` does."""
-  fixed = math.prod(sizes[name] for name in MESH_AXES if sizes[name] != -1)
-  shape = {name: num_devices // fixed if sizes[name] == -1 else sizes[name] for name in MESH_AXES}
+  axes = {name: getattr(sizes, name) for name in MESH_AXES}
+  fixed = math.prod(size for size in axes.values() if size != -1)
+  shape = {name: num_devices // fixed if size == -1 else size for name, size in axes.items()}
   needed = math.prod(shape.values())
-  has_rest = any(sizes[name] == -1 for name in MESH_AXES)
+  has_rest = -1 in axes.values()
   if needed > num_devices or needed == 0 or (has_rest and needed != num_devices):
     raise RequestError(
       f"{_describe(sizes)}: does not fit {num_devices} devices; "
@@ -63,7 +64,7 @@ def mesh_shape(sizes: MeshSection, num_devices: int) -> dict[str, int]:
 
 
 def _describe(sizes: MeshSection) -> str:
-  return ", ".join(f"config.mesh.{name}={sizes[name]}" for name in MESH_AXES)
+  return ", ".join(f"config.mesh.{name}={getattr(sizes, name)}" for name in MESH_AXES)
 
 
 def _arrange_devices(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
