@@ -53,7 +53,7 @@ def published(model="gpt2", **more):
   for name, value in more.items():
     section, key = name.split("__")
     config[section][key] = value
-  return config
+  return jaxft.config.resolve(config)
 
 
 def traced(config, cfg):
