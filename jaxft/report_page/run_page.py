@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxft.config
-from jaxft.plan.rendering import MEMORY_COLOURS, format_bytes
+from jaxft.plan.rendering import MEMORY_CATEGORIES, format_bytes
 from jaxft.report_page import formatting, markup, run_record, samples
 from jaxft.report_page.charts import Series, chart
 from jaxft.report_page.formatting import METRIC_NAMES, format_number, format_percent, format_setting
@@ -118,7 +118,7 @@ def _tiles(record: RunRecord) -> Html:
   for name, value, note in tiles:
     small = element("small", note) if note else None
     items.append(element("div", element("dt", name), element("dd", value, small)))
-  return element("dl", items, class_="tiles") if items else markup.escape_children()
+  return element("dl", items, class_="tiles") if items else Html("")
 
 
 def _before_and_after(record: RunRecord) -> Html | None:
@@ -252,7 +252,7 @@ def _evaluations(record: RunRecord) -> Html | None:
 
 def _memory(record: RunRecord) -> Html | None:
   memory = get_dict(record.about, "memory")
-  planned = {name: get_float(memory, "planned", name) for name in MEMORY_COLOURS}
+  planned = {name: get_float(memory, "planned", name) for name in MEMORY_CATEGORIES}
   planned = {name: nbytes for name, nbytes in planned.items() if nbytes}
   total = sum(planned.values())
   of_device = memory.get("peak_of") == "device"
@@ -351,7 +351,7 @@ def _accounting_note(report: dict[str, Any]) -> Html:
   if problems:
     return element("span", "; ".join(problems) + ".", class_="bad")
   text = "Read = trained on + held out + dropped, to the last document and token."
-  return markup.escape_children(text)
+  return markup.join(text)
 
 
 def _run_details(record: RunRecord) -> Html:
