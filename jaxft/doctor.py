@@ -5,6 +5,7 @@ import platform
 import shutil
 import sys
 
+import psutil
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -13,21 +14,9 @@ from jaxft.cli import parsers
 from jaxft.errors import RequestError, first_line, run_command
 
 PACKAGES = (
-  "jax",
-  "jaxlib",
-  "flax",
-  "optax",
-  "orbax-checkpoint",
-  "grain",
-  "numpy",
-  "transformers",
-  "tokenizers",
-  "safetensors",
-  "huggingface_hub",
-  "ml_collections",
-  "datasets",
-  "rich",
-)
+  "jax jaxlib flax optax orbax-checkpoint grain numpy transformers tokenizers safetensors "
+  "huggingface_hub ml_collections datasets rich"
+).split()
 # Package -> purpose, jaxft's extra. The CUDA plugin alone compiles; to run, it needs CUDA.
 EXTRAS = {
   "jax-cuda13-plugin": ("planning for GPUs", "plan"),
@@ -87,7 +76,10 @@ def main() -> None:
     errors.append(
       f"jax and flax do not start ({first_line(error)}): pip install --force-reinstall jaxft"
     )
-  table.add_row("memory", _memory())
+  memory = psutil.virtual_memory()
+  table.add_row(
+    "memory", f"{memory.available / 2**30:.1f} GiB available of {memory.total / 2**30:.1f} GiB"
+  )
   table.add_row("free disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB in this folder")
   Console(soft_wrap=True, highlight=False).print(table)
   for message in errors:
@@ -100,15 +92,6 @@ def _version(package: str) -> str | None:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
     return None
-
-
-def _memory() -> str:
-  try:
-    with open("/proc/meminfo", encoding="ascii") as lines:
-      kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-  except OSError:
-    return "unknown on this system"
-  return f"{kib['MemAvailable'] / 2**20:.1f} GiB available of {kib['MemTotal'] / 2**20:.1f} GiB"
 
 
 if __name__ == "__main__":
