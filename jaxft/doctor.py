@@ -5,7 +5,7 @@ import platform
 import shutil
 import sys
 
-import psutil
+import psutil  # pyrefly: ignore[untyped-import]  (it has no types)
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -34,18 +34,15 @@ def main() -> None:
     "python -m jaxft.doctor", "Prints what is installed, and what is missing."
   ).parse_args()
   table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False, box=None)
+  add_row = table.add_row
   errors = []
-  table.add_row(
-    "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-  )
+  add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
   for name in ("jaxft", *PACKAGES):
-    table.add_row(name, version := _version(name) or "missing")
+    add_row(name, version := _version(name) or "missing")
     if version == "missing":
       errors.append(f"{name} is missing: pip install {'-e .' if name == 'jaxft' else name}")
   for name, (purpose, extra) in EXTRAS.items():
-    table.add_row(
-      name, _version(name) or escape(f'none; for {purpose}: pip install "jaxft[{extra}]"')
-    )
+    add_row(name, _version(name) or escape(f'none; for {purpose}: pip install "jaxft[{extra}]"'))
   try:
     import flax.nnx  # noqa: F401 - flax fails at import beside a jax it was not made for
     import jax
@@ -56,31 +53,26 @@ def main() -> None:
     name, reason = backend.init_backend()
     for device in jax.devices():
       limit = (device.memory_stats() or {}).get("bytes_limit")
-      table.add_row(
-        f"device {device.id}", device.device_kind + (f", {limit / 2**30:.1f} GiB" if limit else "")
-      )
+      size = f", {limit / 2**30:.1f} GiB" if limit else ""
+      add_row(f"device {device.id}", device.device_kind + size)
     if name == "gpu":
-      table.add_row(
-        "pinned memory",
-        f"up to {backend.pinned_limit() / 2**30:.0f} GiB of the host's, for config.memory.offload",
-      )
+      limit = f"up to {backend.pinned_limit() / 2**30:.0f} GiB of the host's"
+      add_row("pinned memory", f"{limit}, for config.memory.offload")
     elif backend.cpu_override() and backend.has_nvidia_gpu():
-      table.add_row("device", backend.cpu_warning(reason))
+      add_row("device", backend.cpu_warning(reason))
     elif reason:
       errors.append(backend.cpu_warning(reason))
     for line in backend.known_bugs():
-      table.add_row("known fault", line)
+      add_row("known fault", line)
   except RequestError as error:
     errors.append(str(error))
   except Exception as error:
     errors.append(
       f"jax and flax do not start ({first_line(error)}): pip install --force-reinstall jaxft"
     )
-  memory = psutil.virtual_memory()
-  table.add_row(
-    "memory", f"{memory.available / 2**30:.1f} GiB available of {memory.total / 2**30:.1f} GiB"
-  )
-  table.add_row("free disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB in this folder")
+  ram = psutil.virtual_memory()
+  add_row("memory", f"{ram.available / 2**30:.1f} GiB available of {ram.total / 2**30:.1f} GiB")
+  add_row("free disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB in this folder")
   Console(soft_wrap=True, highlight=False).print(table)
   for message in errors:
     print(f"error: {message}", file=sys.stderr)

@@ -51,12 +51,6 @@ class Axes(NamedTuple):
     """Returns how far below the top a value is in the box."""
     return BOX_SIZE * (self.y1 - (math.log10(value) if self.log else value)) / (self.y1 - self.y0)
 
-  def left(self, step: float) -> str:
-    return f"left:{self.x(step) / BOX_SIZE:.2%}"
-
-  def top(self, value: float) -> str:
-    return f"top:{self.y(value) / BOX_SIZE:.2%}"
-
 
 def chart(
   title: str,
@@ -93,18 +87,18 @@ def chart(
   shapes.append(_horizontal_line(BOX_SIZE, "axis"))
   for it in series:
     shapes += _draw_line(it, axes)
-  labels = _tick_labels(axes, y_ticks)
+  labels = _axis_labels(axes, y_ticks)
   keys = [_legend_entry(it) for it in series] if len(series) > 1 else []
   if floor:
-    name, value = floor
-    shapes.append(_horizontal_line(axes.y(value), "floor"))
-    labels.append(element("span", f"{name} {value:.4g}", class_="at", style=axes.top(value)))
+    y = axes.y(floor[1])
+    shapes.append(_horizontal_line(y, "floor"))
+    labels.append(_label(f"{floor[0]} {floor[1]:.4g}", "at", "top", y))
   if nonfinite_steps:
     marked = downsample([(x, 0.0) for x in nonfinite_steps])
     marks = " ".join(f"M{axes.x(x):.1f} {BOX_SIZE} v-60" for x, _ in marked)
     shapes.append(element("path", d=marks, class_="fault"))
-    mark = element("path", d="M13 10 v-10", class_="fault")
-    keys.append(_legend_mark(mark, "not finite, not applied"))
+    key = element("path", d="M13 10 v-10", class_="fault")
+    keys.append(_legend_mark(key, "not finite, not applied"))
   svg = element(
     "svg",
     shapes,
@@ -152,17 +146,17 @@ def _fit_axes(steps: list[float], values: list[float], from_zero: bool, share: b
   return Axes(x0=min(steps), x1=max(steps), y0=y0, y1=y1, log=log)
 
 
-def _tick_labels(axes: Axes, y_ticks: list[float]) -> list[Html]:
-  x_ticks = step_ticks(axes.x0, axes.x1)
+def _axis_labels(axes: Axes, y_ticks: list[float]) -> list[Html]:
   y_texts = map(format_tick, y_ticks) if axes.log else format_ticks(y_ticks)
-  return [
-    *(element("span", it, class_="y", style=axes.top(y)) for y, it in zip(y_ticks, y_texts)),
-    *(
-      element("span", it, class_="x", style=axes.left(x))
-      for x, it in zip(x_ticks, format_ticks(x_ticks))
-    ),
-    element("span", f"step {math.floor(axes.x1):,}", class_="x last"),
-  ]
+  labels = [_label(text, "y", "top", axes.y(y)) for y, text in zip(y_ticks, y_texts)]
+  x_ticks = step_ticks(axes.x0, axes.x1)
+  x_texts = format_ticks(x_ticks)
+  labels += [_label(text, "x", "left", axes.x(x)) for x, text in zip(x_ticks, x_texts)]
+  return [*labels, element("span", f"step {math.floor(axes.x1):,}", class_="x last")]
+
+
+def _label(text: str, class_: str, side: str, position: float) -> Html:
+  return element("span", text, class_=class_, style=f"{side}:{position / BOX_SIZE:.2%}")
 
 
 def _draw_line(it: Series, axes: Axes) -> list[Html]:
