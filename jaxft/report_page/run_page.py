@@ -391,12 +391,8 @@ def _short_commit(commit: object) -> str | None:
 
 def _facts_table(facts: Sequence[tuple[str, object]]) -> Html:
   """Returns a table of the values that are known; a path breaks after its slashes."""
-  known = ((name, str(value)) for name, value in facts if value)
-
-  def cell(text: str) -> Html:
-    return markup.breakable(format_setting(text, MAX_VALUE_CHARS))
-
-  return table([], [[name, cell(text)] for name, text in known], "facts")
+  cell = lambda value: markup.breakable(format_setting(str(value), MAX_VALUE_CHARS))
+  return table([], [[name, cell(value)] for name, value in facts if value], "facts")
 
 
 def _starts(record: RunRecord) -> list[str]:
