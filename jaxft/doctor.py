@@ -5,6 +5,7 @@ import platform
 import shutil
 import sys
 
+import psutil  # pyrefly: ignore[untyped-import]  (it has no types)
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -13,21 +14,9 @@ from jaxft.cli import parsers
 from jaxft.errors import RequestError, first_line, run_command
 
 PACKAGES = (
-  "jax",
-  "jaxlib",
-  "flax",
-  "optax",
-  "orbax-checkpoint",
-  "grain",
-  "numpy",
-  "transformers",
-  "tokenizers",
-  "safetensors",
-  "huggingface_hub",
-  "ml_collections",
-  "datasets",
-  "rich",
-)
+  "jax jaxlib flax optax orbax-checkpoint grain numpy transformers tokenizers safetensors "
+  "huggingface_hub ml_collections datasets rich"
+).split()
 # Package -> purpose, jaxft's extra. The CUDA plugin alone compiles; to run, it needs CUDA.
 EXTRAS = {
   "jax-cuda13-plugin": ("planning for GPUs", "plan"),
@@ -45,18 +34,15 @@ def main() -> None:
     "python -m jaxft.doctor", "Prints what is installed, and what is missing."
   ).parse_args()
   table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False, box=None)
+  add_row = table.add_row
   errors = []
-  table.add_row(
-    "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-  )
+  add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
   for name in ("jaxft", *PACKAGES):
-    table.add_row(name, version := _version(name) or "missing")
+    add_row(name, version := _version(name) or "missing")
     if version == "missing":
       errors.append(f"{name} is missing: pip install {'-e .' if name == 'jaxft' else name}")
   for name, (purpose, extra) in EXTRAS.items():
-    table.add_row(
-      name, _version(name) or escape(f'none; for {purpose}: pip install "jaxft[{extra}]"')
-    )
+    add_row(name, _version(name) or escape(f'none; for {purpose}: pip install "jaxft[{extra}]"'))
   try:
     import flax.nnx  # noqa: F401 - flax fails at import beside a jax it was not made for
     import jax
@@ -67,28 +53,26 @@ def main() -> None:
     name, reason = backend.init_backend()
     for device in jax.devices():
       limit = (device.memory_stats() or {}).get("bytes_limit")
-      table.add_row(
-        f"device {device.id}", device.device_kind + (f", {limit / 2**30:.1f} GiB" if limit else "")
-      )
+      size = f", {limit / 2**30:.1f} GiB" if limit else ""
+      add_row(f"device {device.id}", device.device_kind + size)
     if name == "gpu":
-      table.add_row(
-        "pinned memory",
-        f"up to {backend.pinned_limit() / 2**30:.0f} GiB of the host's, for config.memory.offload",
-      )
+      limit = f"up to {backend.pinned_limit() / 2**30:.0f} GiB of the host's"
+      add_row("pinned memory", f"{limit}, for config.memory.offload")
     elif backend.cpu_override() and backend.has_nvidia_gpu():
-      table.add_row("device", backend.cpu_warning(reason))
+      add_row("device", backend.cpu_warning(reason))
     elif reason:
       errors.append(backend.cpu_warning(reason))
     for line in backend.known_bugs():
-      table.add_row("known fault", line)
+      add_row("known fault", line)
   except RequestError as error:
     errors.append(str(error))
   except Exception as error:
     errors.append(
       f"jax and flax do not start ({first_line(error)}): pip install --force-reinstall jaxft"
     )
-  table.add_row("memory", _memory())
-  table.add_row("free disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB in this folder")
+  ram = psutil.virtual_memory()
+  add_row("memory", f"{ram.available / 2**30:.1f} GiB available of {ram.total / 2**30:.1f} GiB")
+  add_row("free disk", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB in this folder")
   Console(soft_wrap=True, highlight=False).print(table)
   for message in errors:
     print(f"error: {message}", file=sys.stderr)
@@ -100,15 +84,6 @@ def _version(package: str) -> str | None:
     return importlib.metadata.version(package)
   except importlib.metadata.PackageNotFoundError:
     return None
-
-
-def _memory() -> str:
-  try:
-    with open("/proc/meminfo", encoding="ascii") as lines:
-      kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-  except OSError:
-    return "unknown on this system"
-  return f"{kib['MemAvailable'] / 2**20:.1f} GiB available of {kib['MemTotal'] / 2**20:.1f} GiB"
 
 
 if __name__ == "__main__":

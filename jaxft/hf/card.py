@@ -3,10 +3,10 @@
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
 
 import jaxft
 import jaxft.config
+from jaxft.utils.types import Json
 from jaxft.utils.units import format_count
 
 CARD = """---
@@ -93,7 +93,7 @@ def model_card(workdir: Path, step: int, local: bool) -> str:
   )
 
 
-def _read_json_lines(file: Path) -> list[dict[str, Any]]:
+def _read_json_lines(file: Path) -> list[Json]:
   """Reads the objects of a .json or .jsonl file.
 
   There are none where the user has removed it, nor of a line that a kill has cut short.

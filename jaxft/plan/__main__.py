@@ -12,6 +12,7 @@ from jaxft.errors import RequestError, run_command
 from jaxft.hardware import specs
 from jaxft.plan import rendering
 from jaxft.plan.planner import plans_for
+from jaxft.report_page import plan_page
 from jaxft.utils.console import console
 from jaxft.utils.files import atomic_write, expand_user
 
@@ -27,7 +28,7 @@ def main() -> None:
     arguments.config, devices, search=arguments.fit, prices=prices, on_progress=progress
   )
   if arguments.html:
-    atomic_write(Path(expand_user(arguments.html)), rendering.html_page(plans))
+    atomic_write(Path(expand_user(arguments.html)), plan_page.render(plans))
   if arguments.json:
     print(json.dumps(plans[0] if len(plans) == 1 else {"plans": plans}))
     return

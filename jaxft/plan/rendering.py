@@ -1,8 +1,4 @@
-"""Renders a plan: a table with a bar of the memory, and an HTML page."""
-
-import html
-from collections.abc import Iterable
-from typing import Any
+"""Renders a plan for a terminal: a table, with a bar of the memory."""
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,26 +6,19 @@ from rich.text import Text
 
 from jaxft.utils.backend import PINNED_FRACTION
 from jaxft.utils.console import escape_controls
+from jaxft.utils.types import Json
 
 GIB = 2**30
 BAR_WIDTH = 60  # characters
 PADDING = (0, 2, 0, 0)  # of the cells of a table
-# Categories of memory, with their colours: for a terminal, for a light and for a dark page.
-MEMORY_COLOURS = {
-  "parameters": ("blue", "#3b6fb6", "#79a8e8"),
-  "optimizer": ("magenta", "#8a4fa3", "#c492da"),
-  "gradients": ("yellow", "#b8860b", "#e5c04b"),
-  "activations": ("green", "#3c8d4f", "#7fd194"),
-  "batch": ("cyan", "#2f8f9d", "#73cfdc"),
-  "other": ("red", "#a35a4f", "#e09a8f"),
-}
-MEMORY_MEANING = {
-  "parameters": "weights, float32",
-  "optimizer": "optimizer state",
-  "gradients": "gradient, float32",
-  "activations": "activations, logits and other temporaries",
-  "batch": "token ids, targets and masks",
-  "other": "counters, and what tiles fill up",
+# Categories of memory, with a terminal's colours (memory.css has those of pages) and the meaning.
+MEMORY_CATEGORIES = {
+  "parameters": ("blue", "weights, float32"),
+  "optimizer": ("magenta", "optimizer state"),
+  "gradients": ("yellow", "gradient, float32"),
+  "activations": ("green", "activations, logits and other temporaries"),
+  "batch": ("cyan", "token ids, targets and masks"),
+  "other": ("red", "counters, and what tiles fill up"),
 }
 
 
@@ -47,7 +36,7 @@ def format_seconds(value: float | None) -> str:
   return "?" if value is None else f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
 
 
-def fit_summary(plan: dict[str, Any]) -> str:
+def fit_summary(plan: Json) -> str:
   """Returns whether the plan fits, and by how much."""
   peak = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0))
   usable = plan["usable_bytes"]
@@ -57,7 +46,7 @@ def fit_summary(plan: dict[str, Any]) -> str:
   return f"does not fit: needs {needs} a device, of which there are {has}; {excess} too much"
 
 
-def render_memory(plan: dict[str, Any]) -> RenderableType:
+def render_memory(plan: Json) -> RenderableType:
   """Renders the bar and the table of a device's memory.
 
   It needs "breakdown", "peak_bytes", "usable_bytes" and "fits" of `plan`.
@@ -65,15 +54,15 @@ def render_memory(plan: dict[str, Any]) -> RenderableType:
   table = Table(box=None, show_header=False, padding=PADDING)
   for category, nbytes in plan["breakdown"].items():
     if nbytes:
-      name = Text("■ ", MEMORY_COLOURS[category][0]) + Text(category)
+      colour, meaning = MEMORY_CATEGORIES[category]
       size = Text(format_bytes(nbytes), justify="right")
-      table.add_row(name, size, MEMORY_MEANING[category])
+      table.add_row(Text("■ ", colour) + Text(category), size, meaning)
   peak = Text(format_bytes(plan["peak_bytes"]), "bold", justify="right")
   table.add_row(Text("peak", "bold"), peak, fit_summary(plan))
   return Group(_memory_bar(plan), table)
 
 
-def _memory_bar(plan: dict[str, Any]) -> Text:
+def _memory_bar(plan: Json) -> Text:
   """Renders the categories of the peak, side by side, with a mark at the usable memory."""
   max_bytes = max(plan["peak_bytes"], plan["usable_bytes"])
 
@@ -84,7 +73,7 @@ def _memory_bar(plan: dict[str, Any]) -> Text:
   total = end = 0
   for category, nbytes in plan["breakdown"].items():
     total += nbytes
-    bar.append("█" * (column(total) - end), MEMORY_COLOURS[category][0])
+    bar.append("█" * (column(total) - end), MEMORY_CATEGORIES[category][0])
     end = max(end, column(total))
   bar.append("░" * (BAR_WIDTH - end), "grey50")
   mark = column(plan["usable_bytes"])
@@ -93,9 +82,9 @@ def _memory_bar(plan: dict[str, Any]) -> Text:
   return bar
 
 
-def render_plan(plan: dict[str, Any]) -> RenderableType:
+def render_plan(plan: Json) -> RenderableType:
   """Renders all of a plan."""
-  parts = [Text(f"\n{plan['model']} on {plan['device']}", "bold")]
+  parts: list[RenderableType] = [Text(f"\n{plan['model']} on {plan['device']}", "bold")]
   if "refused" in plan:
     parts.append(Text(escape_controls(f"as it is: {plan['refused']}")))
   else:
@@ -113,7 +102,7 @@ def _pinned_note(nbytes: int | None) -> str:
   return f"; XLA pins up to {size}"
 
 
-def detail_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+def detail_rows(plan: Json) -> list[tuple[str, str]]:
   """Returns everything but the memory of a device, as pairs of a name and a text."""
   mesh = " x ".join(f"{name}={count}" for name, count in plan["mesh"].items())
   devices = f"{plan['devices']} x {plan['device_kind']}"
@@ -152,7 +141,7 @@ def detail_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
   return [*pairs, ("compiled", f"{took}with {versions}")]
 
 
-def _estimate_rows(estimate: dict[str, Any], plan: dict[str, Any]) -> list[tuple[str, str]]:
+def _estimate_rows(estimate: Json, plan: Json) -> list[tuple[str, str]]:
   share = estimate["efficiency"]
   peak = estimate["peak"]
   speeds = {
@@ -180,7 +169,7 @@ def _estimate_rows(estimate: dict[str, Any], plan: dict[str, Any]) -> list[tuple
   return rows
 
 
-def advice_rows(advice: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def advice_rows(advice: Json) -> list[tuple[str, str, str, str]]:
   """Returns (step, peak, host, flags) of the plans that fit, fastest first."""
   return [
     (
@@ -193,7 +182,7 @@ def advice_rows(advice: dict[str, Any]) -> list[tuple[str, str, str, str]]:
   ]
 
 
-def rejection_lines(plan: dict[str, Any]) -> list[str]:
+def rejection_lines(plan: Json) -> list[str]:
   """Returns lines on what the search ruled out and, if nothing fits, on how much is missing."""
   advice = plan["advice"]
   lines = [f"{' '.join(it['overrides']) or 'as it is'}: {it['why']}" for it in advice["lost"]]
@@ -211,16 +200,17 @@ def rejection_lines(plan: dict[str, Any]) -> list[str]:
   return lines
 
 
-def _render_advice(plan: dict[str, Any]) -> Iterable[RenderableType]:
+def _render_advice(plan: Json) -> list[RenderableType]:
   rows = advice_rows(plan["advice"])
-  if rows:
-    title = dict(title="fits, fastest first", title_justify="left")
-    table = Table("a step", "peak", "host", "flags", box=None, padding=PADDING, **title)
-    for row in rows:
-      table.add_row(*row)
-    yield table
   head = "the rest:" if rows else "no settings that fit were found:"
-  yield Text("\n".join([head, *rejection_lines(plan)]), "grey50")
+  rest = Text("\n".join([head, *rejection_lines(plan)]), "grey50")
+  if not rows:
+    return [rest]
+  table = Table("a step", "peak", "host", "flags", box=None, padding=PADDING)
+  table.title, table.title_justify = "fits, fastest first", "left"
+  for row in rows:
+    table.add_row(*row)
+  return [table, rest]
 
 
 def _render_pairs(pairs: list[tuple[str, str]]) -> Table:
@@ -228,76 +218,3 @@ def _render_pairs(pairs: list[tuple[str, str]]) -> Table:
   for name, value in pairs:
     grid.add_row(name, Text(escape_controls(value)))
   return grid
-
-
-DARK_SCREEN = "@media (prefers-color-scheme: dark)"
-STYLE = "\n".join(
-  [
-    ":root { color-scheme: light dark; --ground: #fff; --text: #1d1d1f; --faint: #777; "
-    "--line: #ddd; }",
-    f"{DARK_SCREEN} {{ :root {{ --ground: #16181c; --text: #e8e8ea; --faint: #999; "
-    "--line: #333; } }",
-    "body { background: var(--ground); color: var(--text); font: 16px/1.5 system-ui, sans-serif; "
-    "max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }",
-    ".bar { display: flex; height: 2rem; border: 1px solid var(--line); position: relative; }",
-    ".limit { position: absolute; top: -4px; bottom: -4px; border-left: 3px solid #d33; }",
-    "td, th { padding: .2rem 1rem .2rem 0; vertical-align: top; text-align: left; }",
-    "td:first-child { color: var(--faint); } code { overflow-wrap: anywhere; } "
-    ".no { color: #d33; }",
-    ".dot { display: inline-block; width: .8em; height: .8em; margin-right: .4em; }",
-    *(f".{name} {{ background: {light}; }}" for name, (_, light, _) in MEMORY_COLOURS.items()),
-    f"{DARK_SCREEN} {{ "
-    + " ".join(f".{name} {{ background: {dark}; }}" for name, (*_, dark) in MEMORY_COLOURS.items())
-    + " }",
-  ]
-)
-
-
-def html_page(plans: list[dict[str, Any]]) -> str:
-  """Renders all plans as one HTML page without scripts or network, for light and dark screens."""
-  title = html.escape(f"{plans[0]['model']} on {', '.join(plan['device'] for plan in plans)}")
-  body = "\n".join(map(_html_section, plans))
-  return (
-    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-    f'<meta name="viewport" content="width=device-width"><style>\n{STYLE}\n</style></head>\n'
-    f"<body>\n{body}\n</body></html>\n"
-  )
-
-
-def _html_section(plan: dict[str, Any]) -> str:
-  def e(text: Any) -> str:
-    return html.escape(escape_controls(str(text)))
-
-  out = [f"<h1>{e(plan['model'])} on {e(plan['device'])}</h1>"]
-  if "refused" in plan:
-    out.append(f'<p class="no">as it is: {e(plan["refused"])}</p>')
-  else:
-    total = max(plan["peak_bytes"], plan["usable_bytes"])
-    rows = []
-    blocks = ""
-    for name, nbytes in plan["breakdown"].items():
-      if nbytes:
-        size = format_bytes(nbytes)
-        width = f"{100 * nbytes / total:.2f}%"
-        blocks += f'<div class="{name}" style="width:{width}" title="{name} {size}"></div>'
-        rows.append((f'<span class="dot {name}"></span>{name}', size, MEMORY_MEANING[name]))
-    left = f"{100 * plan['usable_bytes'] / total:.2f}%"
-    limit = f'<div class="limit" style="left:{left}" title="usable"></div>'
-    out += [
-      f"<p{'' if plan['fits'] else ' class=no'}>{e(fit_summary(plan))}</p>",
-      f'<div class="bar">{blocks}{limit}</div>',
-      _html_table(rows),
-      _html_table([(e(name), e(value)) for name, value in detail_rows(plan)]),
-    ]
-  if "advice" in plan:
-    advice = advice_rows(plan["advice"])
-    rows = [(*map(e, values), f"<code>{e(flags)}</code>") for *values, flags in advice]
-    head = ("a step", "peak", "host", "flags")
-    out += ["<h2>What fits</h2>", _html_table([head, *rows] if rows else [])]
-    out += [f"<p>{e(line)}</p>" for line in rejection_lines(plan)]
-  return "\n".join(out)
-
-
-def _html_table(rows: list[tuple[str, ...]]) -> str:
-  cells = ("".join(f"<td>{cell}</td>" for cell in row) for row in rows)
-  return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"

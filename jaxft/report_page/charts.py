@@ -3,15 +3,15 @@
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxft.report_page.markup import Html, element
-from jaxft.report_page.style import LIGHT_COLOURS
+from jaxft.report_page.markup import Child, Html, element
 
 NUM_COLUMNS = 500  # of a downsampled line, two points in each: more than most screens show
 NUM_WINDOWS = 120  # of a noisy line's mean
 BOX_SIZE = 1000  # of the box that lines are drawn in, as the script expects it
+NUM_COLOURS = 6  # of lines, in style.css
 
 Points = Sequence[tuple[float, float]]  # (step, value), in the order of steps; all finite
 
@@ -23,6 +23,33 @@ class Series(NamedTuple):
   dots: bool = False  # few values, each of its own: dots, joined by a line
   noisy: bool = False  # drawn faint, with its mean over windows of steps on top
   only_mean: bool = False  # only that mean is drawn: for several noisy lines in one chart
+
+  @property
+  def colour_class(self) -> str:
+    return f"s{self.colour % NUM_COLOURS}"
+
+  @property
+  def is_dense(self) -> bool:
+    """Whether the mean shows more than the line."""
+    return len(self.points) > 2 * NUM_WINDOWS
+
+
+class Axes(NamedTuple):
+  """The ends of the axes; those of logarithmic values are exponents of ten."""
+
+  x0: float
+  x1: float
+  y0: float
+  y1: float
+  log: bool
+
+  def x(self, step: float) -> float:
+    """Returns how far to the right a step is in the box."""
+    return BOX_SIZE * (step - self.x0) / (self.x1 - self.x0)
+
+  def y(self, value: float) -> float:
+    """Returns how far below the top a value is in the box."""
+    return BOX_SIZE * (self.y1 - (math.log10(value) if self.log else value)) / (self.y1 - self.y0)
 
 
 def chart(
@@ -54,32 +81,24 @@ def chart(
   if len(set(steps)) < 2:
     return None
   values = [y for it in series for _, y in it.points] + ([floor[1]] if floor else [])
-  log = not (from_zero or share) and min(values) > 0 and max(values) > 10 * min(values)
-  scale = math.log10 if log else float
-  x0, x1 = min([*steps, *nonfinite_steps]), max([*steps, *nonfinite_steps])
-  y0, y1 = 0.0, 1.0
-  if not share:
-    y0, y1 = _axis_range([0.0, *values] if from_zero else values, scale, from_zero)
-
-  def to_x(x: float) -> float:
-    return BOX_SIZE * (x - x0) / (x1 - x0)
-
-  def to_y(y: float) -> float:
-    return BOX_SIZE * (y1 - scale(y)) / (y1 - y0)
-
-  x_ticks = step_ticks(x0, x1)
-  y_ticks = log_ticks(y0, y1) if log else ticks(y0, y1)
-
-  shapes = [_horizontal_line(to_y(y), "grid") for y in y_ticks]
+  axes = _fit_axes([*steps, *nonfinite_steps], values, from_zero, share)
+  y_ticks = log_ticks(axes.y0, axes.y1) if axes.log else ticks(axes.y0, axes.y1)
+  shapes = [_horizontal_line(axes.y(y), "grid") for y in y_ticks]
   shapes.append(_horizontal_line(BOX_SIZE, "axis"))
   for it in series:
-    shapes += _draw_line(it, to_x, to_y)
+    shapes += _draw_line(it, axes)
+  labels = _axis_labels(axes, y_ticks)
+  keys = [_legend_entry(it) for it in series] if len(series) > 1 else []
   if floor:
-    shapes.append(_horizontal_line(to_y(floor[1]), "floor"))
+    y = axes.y(floor[1])
+    shapes.append(_horizontal_line(y, "floor"))
+    labels.append(_label(f"{floor[0]} {floor[1]:.4g}", "at", "top", y))
   if nonfinite_steps:
     marked = downsample([(x, 0.0) for x in nonfinite_steps])
-    marks = " ".join(f"M{to_x(x):.1f} {BOX_SIZE} v-60" for x, _ in marked)
+    marks = " ".join(f"M{axes.x(x):.1f} {BOX_SIZE} v-60" for x, _ in marked)
     shapes.append(element("path", d=marks, class_="fault"))
+    key = element("path", d="M13 10 v-10", class_="fault")
+    keys.append(_legend_mark(key, "not finite, not applied"))
   svg = element(
     "svg",
     shapes,
@@ -88,74 +107,73 @@ def chart(
     role="img",
     aria_label=f"{title}, {unit}",
   )
-  label = lambda text, class_, style: element("span", text, class_=class_, style=style)
-
-  def left(x: float) -> str:
-    return f"left:{to_x(x) / BOX_SIZE:.2%}"
-
-  def top(y: float) -> str:
-    return f"top:{to_y(y) / BOX_SIZE:.2%}"
-
-  y_texts = map(format_tick, y_ticks) if log else format_ticks(y_ticks)
-  labels = [label(text, "y", top(y)) for y, text in zip(y_ticks, y_texts)]
-  labels += [label(text, "x", left(x)) for x, text in zip(x_ticks, format_ticks(x_ticks))]
-  labels.append(element("span", f"step {math.floor(x1):,}", class_="x last"))
-  if floor:
-    labels.append(label(f"{floor[0]} {floor[1]:.4g}", "at", top(floor[1])))
-  keys = [_legend_entry(it) for it in series] if len(series) > 1 else []
-  if nonfinite_steps:
-    mark = element("path", d="M13 10 v-10", class_="fault")
-    keys.append(_legend_mark(mark, "not finite, not applied"))
   caption = element(
     "figcaption",
     element("b", title),
-    element("span", unit + (", logarithmic" if log else "")),
+    element("span", unit + (", logarithmic" if axes.log else "")),
     element("div", keys, class_="keys") if keys else None,
   )
-  data = {"data_x": f"{x0} {x1}", "data_y": f"{y0} {y1}", "data_log": "1" if log else None}
-  plot = element("div", svg, labels, class_="plot", **data)
+  plot = element(
+    "div",
+    svg,
+    labels,
+    class_="plot",
+    data_x=f"{axes.x0} {axes.x1}",
+    data_y=f"{axes.y0} {axes.y1}",
+    data_log="1" if axes.log else None,
+  )
   return element("figure", caption, plot, class_="wide" if wide else None)
 
 
 def _drawn_points(it: Series) -> Points:
-  return window_means(it.points) if it.only_mean and _is_dense(it.points) else it.points
+  return window_means(it.points) if it.only_mean and it.is_dense else it.points
 
 
-def _axis_range(
-  values: list[float], scale: Callable[[float], float], from_zero: bool
-) -> tuple[float, float]:
-  """Returns the ends of the axis of values, with a margin or from zero to a round number."""
-  low, high = min(map(scale, values)), max(map(scale, values))
-  if from_zero and low == 0:
-    high = high or 1.0
-    return 0.0, _tick_spacing(0.0, high) * math.ceil(high / _tick_spacing(0.0, high) - 1e-9)
-  margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
-  return low - margin, high + margin
+def _fit_axes(steps: list[float], values: list[float], from_zero: bool, share: bool) -> Axes:
+  """Returns axes whose values have a margin, or go from zero to a round number."""
+  log = not (from_zero or share) and min(values) > 0 and max(values) > 10 * min(values)
+  scaled = [math.log10(it) if log else it for it in values]
+  y0, y1 = min(scaled), max(scaled)
+  if share:
+    y0, y1 = 0.0, 1.0
+  elif from_zero and y0 >= 0:
+    spacing = _tick_spacing(0.0, y1 or 1.0)
+    y0, y1 = 0.0, spacing * math.ceil((y1 or 1.0) / spacing - 1e-9)
+  else:
+    y1 = max(y1, 0.0) if from_zero else y1
+    margin = 0.05 * (y1 - y0) or 0.1 * abs(y1) or 1.0
+    y0, y1 = y0 - margin, y1 + margin
+  return Axes(x0=min(steps), x1=max(steps), y0=y0, y1=y1, log=log)
 
 
-def _draw_line(
-  it: Series, to_x: Callable[[float], float], to_y: Callable[[float], float]
-) -> list[Html]:
+def _axis_labels(axes: Axes, y_ticks: list[float]) -> list[Html]:
+  y_texts = map(format_tick, y_ticks) if axes.log else format_ticks(y_ticks)
+  labels = [_label(text, "y", "top", axes.y(y)) for y, text in zip(y_ticks, y_texts)]
+  x_ticks = step_ticks(axes.x0, axes.x1)
+  x_texts = format_ticks(x_ticks)
+  labels += [_label(text, "x", "left", axes.x(x)) for x, text in zip(x_ticks, x_texts)]
+  return [*labels, element("span", f"step {math.floor(axes.x1):,}", class_="x last")]
+
+
+def _label(text: str, class_: str, side: str, position: float) -> Html:
+  return element("span", text, class_=class_, style=f"{side}:{position / BOX_SIZE:.2%}")
+
+
+def _draw_line(it: Series, axes: Axes) -> list[Html]:
   """Draws the line, its mean and dots; the script shows the values of the one with the name."""
-  colour = f"s{it.colour % len(LIGHT_COLOURS)}"
   sampled = downsample(it.points)
 
   def polyline(points: Points, class_: str, name: str | None = None) -> Html:
-    pairs = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in points)
-    return element("polyline", points=pairs, class_=f"{class_} {colour}", data_name=name)
+    pairs = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in points)
+    return element("polyline", points=pairs, class_=f"{class_} {it.colour_class}", data_name=name)
 
-  if it.noisy and _is_dense(it.points):
+  if it.noisy and it.is_dense:
     return [polyline(sampled, "faint"), polyline(window_means(it.points), "line", it.name)]
   shapes = [polyline(sampled, "line", it.name)]
   if it.dots or len(it.points) == 1:
-    dots = " ".join(f"M{to_x(x):.1f} {to_y(y):.1f} h0" for x, y in sampled)
-    shapes.append(element("path", d=dots, class_=f"dots {colour}"))
+    dots = " ".join(f"M{axes.x(x):.1f} {axes.y(y):.1f} h0" for x, y in sampled)
+    shapes.append(element("path", d=dots, class_=f"dots {it.colour_class}"))
   return shapes
-
-
-def _is_dense(points: Points) -> bool:
-  """Returns whether the mean shows more than the line."""
-  return len(points) > 2 * NUM_WINDOWS
 
 
 def _horizontal_line(y: float, class_: str) -> Html:
@@ -163,14 +181,13 @@ def _horizontal_line(y: float, class_: str) -> Html:
 
 
 def _legend_entry(it: Series) -> Html:
-  colour = f"s{it.colour % len(LIGHT_COLOURS)}"
-  mark = [element("path", d="M0 5 h26", class_=f"line {colour}")]
+  mark = [element("path", d="M0 5 h26", class_=f"line {it.colour_class}")]
   if it.dots:
-    mark.append(element("path", d="M13 5 h0", class_=f"dots {colour}"))
+    mark.append(element("path", d="M13 5 h0", class_=f"dots {it.colour_class}"))
   return _legend_mark(mark, it.name)
 
 
-def _legend_mark(mark, name: str) -> Html:
+def _legend_mark(mark: Child, name: str) -> Html:
   svg = element("svg", mark, viewBox="0 0 26 10", aria_hidden="true")
   return element("span", svg, element("span", name), class_="key")
 

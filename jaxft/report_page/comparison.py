@@ -5,11 +5,10 @@ from pathlib import Path
 
 from jaxft.plan.rendering import format_bytes
 from jaxft.report_page import formatting, markup, samples
-from jaxft.report_page.charts import Series, chart
+from jaxft.report_page.charts import NUM_COLOURS, Series, chart
 from jaxft.report_page.formatting import METRIC_NAMES, format_metric
 from jaxft.report_page.markup import Html, element, section, table
 from jaxft.report_page.run_record import RunRecord, get_int
-from jaxft.report_page.style import LIGHT_COLOURS
 
 MAX_PROMPTS = 5
 # Settings that are paths of outputs and do not change a run.
@@ -35,14 +34,14 @@ def _unique_names(records: list[RunRecord]) -> list[str]:
 
 
 def _header(title: str, named: list[tuple[str, RunRecord]]) -> Html:
-  metrics = {name: formatting.headline_metric(record) for name, record in named}
-  metrics = {name: it for name, it in metrics.items() if it and it.after is not None}
+  metrics = ((name, formatting.headline_metric(record)) for name, record in named)
+  finals = [(it.after, name, it) for name, it in metrics if it and it.after is not None]
   headline = title
-  if len(metrics) > 1 and len({it.key for it in metrics.values()}) == 1:
-    by_accuracy = next(iter(metrics.values())).key == "eval/accuracy"
-    pick, word = (max, "highest") if by_accuracy else (min, "lowest")
-    name, best = pick(metrics.items(), key=lambda item: item[1].after)
-    headline = f"{name} has the {word} {best.name}: {format_metric(best.key, best.after)}"
+  if len(finals) > 1 and len({it.key for _, _, it in finals}) == 1:
+    by_accuracy = finals[0][2].key == "eval/accuracy"
+    after, name, best = (max if by_accuracy else min)(finals, key=lambda item: item[0])
+    word = "highest" if by_accuracy else "lowest"
+    headline = f"{name} has the {word} {best.name}: {format_metric(best.key, after)}"
   held_out = {get_int(record.data, "tokens", "held_out") for _, record in named}
   warning = "The runs were evaluated on different texts: their eval losses cannot be compared."
   notes = [f"{name}: {note}." for name, record in named for note in record.notes]
@@ -73,12 +72,12 @@ def _results_table(named: list[tuple[str, RunRecord]]) -> Html:
 
 
 def _swatch(i: int) -> Html:
-  line = element("path", d="M0 5 h18", class_=f"line s{i % len(LIGHT_COLOURS)}")
+  line = element("path", d="M0 5 h18", class_=f"line s{i % NUM_COLOURS}")
   return element("svg", line, viewBox="0 0 26 10", width=26, height=10, aria_hidden="true")
 
 
 def _curves(named: list[tuple[str, RunRecord]]) -> Html | None:
-  def lines(key: str, points=RunRecord.points, **style) -> list[Series]:
+  def lines(key: str, points=RunRecord.points, **style: bool) -> list[Series]:
     runs = enumerate(named)
     return [
       Series(name=name, points=points(record, key), colour=i, **style) for i, (name, record) in runs

@@ -1,7 +1,7 @@
 """Formats numbers, settings and the outcome of a run for pages."""
 
 import datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxft.report_page.run_record import RunRecord, get_dict, get_int
 from jaxft.utils.redact import redact
@@ -58,7 +58,7 @@ def format_percent(share: float) -> str:
   return f"{100 * share:.1f} %"
 
 
-def format_setting(value: Any, max_chars: int = 300) -> str:
+def format_setting(value: object, max_chars: int = 300) -> str:
   """Returns the value of a setting, cut short if it is long."""
   values = value if isinstance(value, tuple) else ("not set" if value is None else value,)
   text = redact(", ".join(map(str, values))) or "empty"

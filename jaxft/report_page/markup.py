@@ -3,9 +3,10 @@
 import base64
 import hashlib
 import html
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
 
-from jaxft.report_page.style import SCRIPT, STYLE
 from jaxft.utils.console import escape_controls
 
 
@@ -13,29 +14,29 @@ class Html(str):
   """Markup. Every other text that goes into a page is escaped by `element`."""
 
 
-def element(name: str, *children: Any, **attributes: Any) -> Html:
-  """Returns an element; children are texts, numbers, Html, None or lists of these.
+# Texts and numbers, which are escaped, Html, None, which is left out, or sequences of these.
+Child: TypeAlias = "str | float | None | Sequence[Child]"
 
-  Children and attributes that are None are left out; class_ gives class, and data_x data-x.
+
+def element(name: str, *children: Child, **attributes: str | float | None) -> Html:
+  """Returns an element.
+
+  Attributes that are None are left out; class_ gives class, and data_x data-x.
   """
   tag = name
   for key, value in attributes.items():
     if value is not None:
       tag += f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
-  return Html(f"<{tag}>{escape_children(*children)}</{name}>")
+  return Html(f"<{tag}>{join(children)}</{name}>")
 
 
-def escape_children(*children: Any) -> Html:
-  """Returns the children, escaped and joined."""
-  parts = []
-  for child in children:
-    if isinstance(child, Html):
-      parts.append(child)
-    elif isinstance(child, list | tuple):
-      parts.append(escape_children(*child))
-    elif child is not None:
-      parts.append(escape(str(child)))
-  return Html("".join(parts))
+def join(child: Child) -> Html:
+  """Returns a child, or a sequence of children one after the other, as HTML."""
+  if isinstance(child, Html):
+    return child
+  if isinstance(child, list | tuple):
+    return Html("".join(map(join, child)))
+  return Html("" if child is None else escape(str(child)))
 
 
 def escape(text: str) -> str:
@@ -48,27 +49,31 @@ def breakable(text: str) -> Html:
   return Html(escape(text).replace("/", "/<wbr>"))
 
 
-def table(head: list[Any], rows: list[list[Any]], class_: str | None = None) -> Html:
+def table(head: Sequence[Child], rows: Sequence[Sequence[Child]], class_: str = "") -> Html:
   """Returns a table that scrolls sideways; the first cell of a row is its name."""
-  body = []
-  for name, *cells in rows:
-    body.append(
-      element("tr", element("th", name, scope="row"), [element("td", it) for it in cells])
-    )
-  top = None
-  if head:
-    top = element("thead", element("tr", [element("th", cell, scope="col") for cell in head]))
-  inner = element("table", top, element("tbody", body))
-  return element("div", inner, class_=" ".join(filter(None, ["scroll", class_])))
+  body = [
+    element("tr", element("th", name, scope="row"), [element("td", it) for it in cells])
+    for name, *cells in rows
+  ]
+  top = [element("thead", element("tr", [element("th", it, scope="col") for it in head]))]
+  inner = element("table", top if head else None, element("tbody", body))
+  return element("div", inner, class_=f"scroll {class_}".strip())
 
 
-def section(title: str, *children: Any) -> Html:
+def section(title: str, *children: Child) -> Html:
   return element("section", element("h2", title), *children)
 
 
-def render_page(title: str, *children: Any) -> str:
+def read_asset(*names: str) -> str:
+  """Returns the text of style sheets or scripts that are beside this file."""
+  folder = Path(__file__).parent
+  return "\n" + "".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+
+def render_page(title: str, *children: Child) -> str:
   """Returns a page that loads nothing: its policy allows no request and no script but its own."""
-  digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+  script = read_asset("script.js")
+  digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
   policy = (
     f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
   )
@@ -77,7 +82,8 @@ def render_page(title: str, *children: Any) -> str:
     f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     '<link rel="icon" href="data:,">\n'
-    f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-    + "\n".join(escape_children(child) for child in children)
-    + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    f"<title>{escape(title)}</title>\n<style>{read_asset('style.css', 'memory.css')}</style>\n"
+    "</head>\n<body>\n<main>\n"
+    + "\n".join(map(join, children))
+    + f"\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
   )

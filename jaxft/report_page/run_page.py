@@ -1,17 +1,18 @@
 """Renders the page of one run: its outcome, its course and how to reproduce it."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jaxft.config
-from jaxft.plan.rendering import MEMORY_COLOURS, format_bytes
+from jaxft.plan.rendering import MEMORY_CATEGORIES, format_bytes
 from jaxft.report_page import formatting, markup, run_record, samples
 from jaxft.report_page.charts import Series, chart
 from jaxft.report_page.formatting import METRIC_NAMES, format_number, format_percent, format_setting
-from jaxft.report_page.markup import Html, element, section, table
+from jaxft.report_page.markup import Child, Html, element, section, table
 from jaxft.report_page.run_record import RunRecord, get_dict, get_float, get_int, metric_cell
 from jaxft.utils.files import atomic_write
+from jaxft.utils.types import Json
 from jaxft.utils.units import format_count
 
 MAX_EVALUATIONS = 24  # rows of the table
@@ -63,7 +64,7 @@ def _header(record: RunRecord) -> Html:
   )
 
 
-def _lead(record: RunRecord) -> list[Any]:
+def _lead(record: RunRecord) -> list[Child]:
   """Explains the headline: of which text it is, and what the best possible value is."""
   metric = formatting.headline_metric(record)
   floor = _entropy_floor(record)
@@ -75,7 +76,7 @@ def _lead(record: RunRecord) -> list[Any]:
   noun = "held-out text" if record.classifies else "held-out document"
   text = f"Measured on {format_count(held_out, noun) if held_out else 'held-out text'}."
   worse = element("span", "It is worse than before. ", class_="bad")
-  parts = [worse, text] if metric.better is False else [text]
+  parts: list[Child] = [worse, text] if metric.better is False else [text]
   if metric.after is None:
     return parts
   if metric.key == "eval/loss" and floor is not None and metric.before > floor:
@@ -96,12 +97,13 @@ def _entropy_floor(record: RunRecord) -> float | None:
   return next((floor for floor in floors if floor is not None), None)
 
 
-def _tiles(record: RunRecord) -> Html:
+def _tiles(record: RunRecord) -> Html | None:
   """Renders the numbers that people look for first."""
   unit = formatting.unit_name(record)
-  tiles: list[tuple[str, str, str | None]] = []
-  for key in formatting.measured_metrics([record]):
-    tiles.append((METRIC_NAMES[key], formatting.format_cells(record, key), None))
+  tiles: list[tuple[str, str, str | None]] = [
+    (METRIC_NAMES[key], formatting.format_cells(record, key), None)
+    for key in formatting.measured_metrics([record])
+  ]
   shares = [record.memorized_share(when) for when in ("before", "after")]
   if percents := [format_percent(it) for it in shares if it is not None]:
     tiles.append(("8-grams by heart", " → ".join(percents), "of the samples"))
@@ -118,7 +120,7 @@ def _tiles(record: RunRecord) -> Html:
   for name, value, note in tiles:
     small = element("small", note) if note else None
     items.append(element("div", element("dt", name), element("dd", value, small)))
-  return element("dl", items, class_="tiles") if items else markup.escape_children()
+  return element("dl", items, class_="tiles") if items else None
 
 
 def _before_and_after(record: RunRecord) -> Html | None:
@@ -161,8 +163,8 @@ def _export_section(record: RunRecord) -> Html | None:
   return section("The exported model", _facts_table(facts), _code("\n".join(lines)), _code(usage))
 
 
-def _note(text: str) -> Html:
-  return element("p", text, class_="note")
+def _note(content: Child) -> Html:
+  return element("p", content, class_="note")
 
 
 def _code(text: str) -> Html:
@@ -170,7 +172,7 @@ def _code(text: str) -> Html:
 
 
 def _curves(record: RunRecord) -> Html | None:
-  def series(name: str, key: str, colour: int = 0, **style) -> Series:
+  def series(name: str, key: str, colour: int = 0, **style: bool) -> Series:
     return Series(name=name, points=record.points(key), colour=colour, **style)
 
   def speed(name: str, key: str) -> list[Series]:
@@ -193,7 +195,7 @@ def _curves(record: RunRecord) -> Html | None:
       "Loss",
       f"nats a {unit}",
       losses,
-      floor=floor and ("entropy", floor),
+      floor=("entropy", floor) if floor else None,
       nonfinite_steps=record.nonfinite_steps,
       wide=True,
     ),
@@ -252,18 +254,19 @@ def _evaluations(record: RunRecord) -> Html | None:
 
 def _memory(record: RunRecord) -> Html | None:
   memory = get_dict(record.about, "memory")
-  planned = {name: get_float(memory, "planned", name) for name in MEMORY_COLOURS}
+  planned = {name: get_float(memory, "planned", name) for name in MEMORY_CATEGORIES}
   planned = {name: nbytes for name, nbytes in planned.items() if nbytes}
   total = sum(planned.values())
   of_device = memory.get("peak_of") == "device"
   peak = max((nbytes for _, nbytes in record.points("memory/peak_bytes")), default=None)
-  rows: list[list[Any]] = []
-  bar = None
+  rows: list[list[Child]] = []
+  bar = []
   if planned:
     width = max(total, peak or 0) if of_device else total
-    segments = [_bar_segment(name, nbytes / width) for name, nbytes in planned.items()]
-    bar = element("div", segments, class_="bar")
-    rows = [[[_dot(name), name], format_bytes(nbytes)] for name, nbytes in planned.items()]
+    for name, nbytes in planned.items():
+      share = f"width:{nbytes / width:.2%}"
+      bar.append(element("div", style=share, class_=name, title=name))
+      rows.append([[element("span", class_=f"dot {name}"), name], format_bytes(nbytes)])
     rows.append(["planned, a device", element("b", format_bytes(total))])
   if host := get_float(memory, "host"):
     rows.append(["planned, of the host for each device", format_bytes(host)])
@@ -273,15 +276,8 @@ def _memory(record: RunRecord) -> Html | None:
   if not rows:
     return None
   text = "Planned by the compiler before any memory was taken; measured while the run went on."
-  return section("Memory", _note(text), bar, table([], rows, "numbers"))
-
-
-def _bar_segment(name: str, share: float) -> Html:
-  return element("div", style=f"width:{share:.2%}", class_=name, title=name)
-
-
-def _dot(name: str) -> Html:
-  return element("span", class_=f"dot {name}")
+  shown = element("div", bar, class_="bar") if bar else None
+  return section("Memory", _note(text), shown, table([], rows, "numbers"))
 
 
 def _data(record: RunRecord) -> Html | None:
@@ -296,7 +292,7 @@ def _data(record: RunRecord) -> Html | None:
   rows = []
   for name, key in (("read", "read"), ("trained on", "trained"), ("held out", "held_out")):
     rows.append([name, *("" if n is None else f"{n:,}" for n in counts(key))])
-  reasons = sorted({it for kind in kinds for it in get_dict(get_dict(report, kind), "dropped")})
+  reasons = sorted({it for kind in kinds for it in get_dict(report, kind, "dropped")})
   for reason in reasons[:MAX_ITEMS]:
     rows.append([f"dropped: {reason}", *(f"{n or 0:,}" for n in counts("dropped", reason))])
   if not reasons:
@@ -318,8 +314,7 @@ def _data(record: RunRecord) -> Html | None:
     count = get_int(report, "notes", note)
     facts.append((note, f"{count:,}" if count else None))
   counted = table(["", "documents", "tokens"], rows, "numbers")
-  note = element("p", _accounting_note(report), class_="note")
-  return section("Data", note, counted, _facts_table(facts))
+  return section("Data", _note(_accounting_note(report)), counted, _facts_table(facts))
 
 
 def _held_out(record: RunRecord) -> str:
@@ -334,24 +329,23 @@ def _held_out(record: RunRecord) -> str:
   return f"{format_percent(fraction)} of the documents, drawn"
 
 
-def _labelled_counts(report: dict[str, Any], key: str, labels: dict[str, str]) -> str:
+def _labelled_counts(report: Json, key: str, labels: dict[str, str]) -> str:
   counts = {label: get_float(report, key, name) for name, label in labels.items()}
   return ", ".join(f"{label} {count:,}" for label, count in counts.items() if count is not None)
 
 
-def _accounting_note(report: dict[str, Any]) -> Html:
+def _accounting_note(report: Json) -> Child:
   """Returns whether everything that was read is accounted for."""
   problems = []
   for kind, name in (("rows", "documents"), ("tokens", "tokens")):
-    dropped = get_dict(get_dict(report, kind), "dropped")
+    dropped = get_dict(report, kind, "dropped")
     counts = [get_int(report, kind, key) or 0 for key in ("trained", "held_out")]
     counts += [get_int(dropped, reason) or 0 for reason in dropped]
     if difference := (get_int(report, kind, "read") or 0) - sum(counts):
       problems.append(f"{difference:,} {name} are not accounted for")
   if problems:
     return element("span", "; ".join(problems) + ".", class_="bad")
-  text = "Read = trained on + held out + dropped, to the last document and token."
-  return markup.escape_children(text)
+  return "Read = trained on + held out + dropped, to the last document and token."
 
 
 def _run_details(record: RunRecord) -> Html:
@@ -391,18 +385,14 @@ def _run_details(record: RunRecord) -> Html:
   )
 
 
-def _short_commit(commit: Any) -> str | None:
+def _short_commit(commit: object) -> str | None:
   return str(commit)[:12] if commit else None
 
 
-def _facts_table(facts: list[tuple[str, Any]]) -> Html:
+def _facts_table(facts: Sequence[tuple[str, object]]) -> Html:
   """Returns a table of the values that are known; a path breaks after its slashes."""
-  known = ((name, str(value)) for name, value in facts if value)
-
-  def cell(text: str) -> Html:
-    return markup.breakable(format_setting(text, MAX_VALUE_CHARS))
-
-  return table([], [[name, cell(text)] for name, text in known], "facts")
+  cell = lambda value: markup.breakable(format_setting(str(value), MAX_VALUE_CHARS))
+  return table([], [[name, cell(value)] for name, value in facts if value], "facts")
 
 
 def _starts(record: RunRecord) -> list[str]:
@@ -413,7 +403,7 @@ def _starts(record: RunRecord) -> list[str]:
   ]
 
 
-def _devices(about: dict[str, Any]) -> str:
+def _devices(about: Json) -> str:
   return f"{get_int(about, 'devices', 'count')} x {get_dict(about, 'devices').get('kind')}"
 
 

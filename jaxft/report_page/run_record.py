@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jaxft.config
 from jaxft.errors import RequestError, first_line
 from jaxft.utils.files import read_json_object
+from jaxft.utils.types import Json
 
 MAX_DRAWN = 1e300  # sums and differences of such numbers are still finite
 NUMERIC_CHECK_KEYS = ("train/loss", "train/grad_norm")
@@ -16,11 +17,11 @@ SAMPLE_KEYS = ("when", "prompt", "text")
 class RunRecord(NamedTuple):
   workdir: Path
   name: str
-  config: dict[str, Any]  # {"train.steps": 715, ...}
-  about: dict[str, Any]  # about.json; empty where a run left none
-  data: dict[str, Any]  # data_report.json
-  metrics: list[dict[str, Any]]  # in the order of their steps
-  samples: list[dict[str, Any]]
+  config: Json  # {"train.steps": 715, ...}
+  about: Json  # about.json; empty where a run left none
+  data: Json  # data_report.json
+  metrics: list[Json]  # in the order of their steps
+  samples: list[Json]
   notes: list[str]  # what could not be read
 
   @property
@@ -33,7 +34,7 @@ class RunRecord(NamedTuple):
     return max([get_int(self.about, "reached") or 0, *(line["step"] for line in self.metrics)])
 
   @property
-  def starts(self) -> list[dict[str, Any]]:
+  def starts(self) -> list[Json]:
     """When, where and at which step the run was started and continued."""
     starts = self.about.get("starts")
     return [it for it in starts if isinstance(it, dict)] if isinstance(starts, list) else []
@@ -80,7 +81,7 @@ class RunRecord(NamedTuple):
   def nonfinite_steps(self) -> list[int]:
     """Steps whose loss or gradient norm was not finite: they are in metrics.jsonl as text."""
 
-    def is_text(line: dict[str, Any]) -> bool:
+    def is_text(line: Json) -> bool:
       return any(type(line.get(key)) is str for key in NUMERIC_CHECK_KEYS)
 
     return [line["step"] for line in self.metrics if is_text(line)]
@@ -104,16 +105,21 @@ class RunRecord(NamedTuple):
     return values[len(values) // 2] if values else None
 
 
-def get_float(values: Any, *keys: str) -> float | None:
-  """Returns the number at values[key][key]..., or None."""
+def get_value(values: object, *keys: str) -> object:
+  """Returns values[key][key]..., or None."""
   for key in keys:
     values = values.get(key) if isinstance(values, dict) else None
-  if type(values) not in (int, float) or not abs(values) <= MAX_DRAWN:  # nor NaN
-    return None
   return values
 
 
-def metric_cell(line: dict[str, Any], key: str) -> float | str:
+def get_float(values: object, *keys: str) -> float | None:
+  """Returns the number at these keys, or None."""
+  value = get_value(values, *keys)
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  return value if is_number and abs(value) <= MAX_DRAWN else None  # NaN is not
+
+
+def metric_cell(line: Json, key: str) -> float | str:
   """Returns the number of a line of metrics.jsonl, a text if it cannot be drawn, or ""."""
   value = get_float(line, key)
   if value is not None:
@@ -124,14 +130,14 @@ def metric_cell(line: dict[str, Any], key: str) -> float | str:
   return raw if raw in ("inf", "-inf", "nan") else ""
 
 
-def get_int(values: Any, *keys: str) -> int | None:
+def get_int(values: object, *keys: str) -> int | None:
   value = get_float(values, *keys)
   return int(value) if value is not None else None
 
 
-def get_dict(values: dict[str, Any], key: str) -> dict[str, Any]:
-  """Returns the object at `key`, or an empty one."""
-  value = values.get(key)
+def get_dict(values: object, *keys: str) -> Json:
+  """Returns the object at these keys, or an empty one."""
+  value = get_value(values, *keys)
   return value if isinstance(value, dict) else {}
 
 
@@ -151,7 +157,7 @@ def load(workdir: Path) -> RunRecord:
   config = jaxft.config.rename_saved(config)
   notes: list[str] = []
 
-  def is_sample(line: dict[str, Any]) -> bool:
+  def is_sample(line: Json) -> bool:
     return all(type(line.get(key)) is str for key in SAMPLE_KEYS)
 
   return RunRecord(
@@ -166,7 +172,7 @@ def load(workdir: Path) -> RunRecord:
   )
 
 
-def _read_jsonl(file: Path, notes: list[str]) -> list[dict[str, Any]]:
+def _read_jsonl(file: Path, notes: list[str]) -> list[Json]:
   """Returns the objects of a .jsonl file that have a step; `notes` gets the number of others."""
   try:
     texts = file.read_text(encoding="utf-8", errors="replace").splitlines()

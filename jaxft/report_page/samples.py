@@ -1,6 +1,6 @@
 """Samples side by side: of the same prompt and seed at different steps, or in different runs."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from jaxft.report_page.markup import Html, element
 from jaxft.report_page.run_record import RunRecord, get_float
@@ -10,6 +10,8 @@ MAX_PROMPTS = 30
 MAX_SAMPLES = 4
 MAX_TEXT_CHARS = 3000
 MAX_PROMPT_CHARS = 500
+
+Item = TypeVar("Item")
 
 
 class Sample(NamedTuple):
@@ -33,7 +35,7 @@ def by_prompt(record: RunRecord) -> dict[str, list[Sample]]:
   return groups
 
 
-def evenly_spaced(items: list, max_items: int) -> list:
+def evenly_spaced(items: list[Item], max_items: int) -> list[Item]:
   """Returns at most `max_items`: the first, the last, and some evenly between."""
   if len(items) <= max_items:
     return items

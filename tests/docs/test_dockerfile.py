@@ -129,9 +129,9 @@ def test_copied_files_install_and_run(tmp_path):
     words = [*command, "--print_config"] if "--config" in command else command
     done = run([sys.executable, *words[1:]], work, PYTHONPATH=str(site))
     assert "jaxft" in done.stdout or "config.model.path" in done.stdout
-  where = run(
-    [sys.executable, "-c", "import jaxft; print(jaxft.__file__)"], work, PYTHONPATH=str(site)
-  )
+  code = "import jaxft; print(jaxft.__file__); "
+  code += "from jaxft.report_page import markup; markup.render_page('')"  # its files are there
+  where = run([sys.executable, "-c", code], work, PYTHONPATH=str(site))
   assert Path(where.stdout.strip()).is_relative_to(site)
 
 

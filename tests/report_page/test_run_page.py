@@ -14,7 +14,8 @@ import tiny
 import jaxft.config
 import jaxft.report_page.samples
 from jaxft.errors import NumericsError, RequestError
-from jaxft.report_page import charts, comparison, formatting, run_page, run_record, style
+from jaxft.plan.rendering import MEMORY_CATEGORIES
+from jaxft.report_page import charts, comparison, formatting, markup, run_page, run_record
 from jaxft.train import finetune
 from jaxft.training import run_info
 
@@ -269,7 +270,13 @@ def test_content_security_policy_of_page(tmp_path):
   text = run_page.render(run_record.load(write(tmp_path / "w")))
   policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text)[1]
   assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
-  assert not re.search(r"https?://", text.replace(style.SCRIPT, ""))
+  assert not re.search(r"https?://", text.replace(markup.read_asset("script.js"), ""))
+
+
+def test_every_colour_is_in_a_style_sheet():
+  style = markup.read_asset("style.css", "memory.css")
+  for name in [*MEMORY_CATEGORIES, *(f"s{i}" for i in range(charts.NUM_COLOURS))]:
+    assert re.search(rf"^\.{name} {{", style, re.MULTILINE), name
 
 
 @pytest.mark.slow
