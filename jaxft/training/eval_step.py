@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 
 from jaxft.model.loss import cross_entropy_sum
-from jaxft.training.train_step import hidden_states
 
 
 class EvalResult(NamedTuple):
@@ -44,7 +43,9 @@ def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> Callable:
     batch = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
     targets_BT = batch["targets"]
     mask_BT = batch["mask"]
-    h_BTD = hidden_states(model, batch)
+    h_BTD, _ = model(
+      batch["ids"], segments_BT=batch.get("segments"), positions_BT=batch.get("positions")
+    )
     loss = cross_entropy_sum(h_BTD, model.head(), targets_BT, mask_BT, loss_chunk)
     sums = loss, jnp.sum(mask_BT)
     if not model.cfg.classes:

@@ -36,7 +36,13 @@ def make_grad_fn(
 
   def loss_sum(params, embeds_BTD, batch, keys_B):
     model = nnx.merge(graph, params)
-    h_BTD = hidden_states(model, batch, keys_B, embeds_BTD)
+    h_BTD, _ = model(
+      batch["ids"],
+      segments_BT=batch.get("segments"),
+      positions_BT=batch.get("positions"),
+      keys_B=keys_B,
+      embeds_BTD=embeds_BTD,
+    )
     loss = cross_entropy_sum(h_BTD, model.head(), batch["targets"], batch["mask"], loss_chunk)
     return jnp.where(ids_in_range(batch, model.cfg), loss, jnp.nan)
 
@@ -189,14 +195,3 @@ def nonfinite_leaf_names(bad_leaves: Any, state: TrainState) -> list[str]:
   names = [f"the gradient of {name}" for name in paths(state.params)]
   names += [name[1:] for name in paths(state.checkpointable)]
   return [name for name, bad in zip(names, bad_leaves, strict=True) if bad]
-
-
-def hidden_states(
-  model: Any,
-  batch: dict,
-  keys_B: jax.Array | None = None,
-  embeds_BTD: jax.Array | None = None,
-) -> jax.Array:
-  """Hidden states (B, T, D) of a micro-batch."""
-  optional = {"segments_BT": batch.get("segments"), "positions_BT": batch.get("positions")}
-  return model(batch["ids"], **optional, keys_B=keys_B, embeds_BTD=embeds_BTD)
