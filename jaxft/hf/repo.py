@@ -41,8 +41,8 @@ PLAIN_LORA: dict[str, tuple[object, ...]] = {
   "bias": ("none",),
 }
 PLAIN_LORA |= dict.fromkeys(
-  "use_dora use_rslora rank_pattern alpha_pattern modules_to_save trainable_token_indices lora_bias "
-  "layer_replication target_parameters use_qalora use_bdlora alora_invocation_tokens "
+  "use_dora use_rslora rank_pattern alpha_pattern modules_to_save trainable_token_indices "
+  "lora_bias layer_replication target_parameters use_qalora use_bdlora alora_invocation_tokens "
   "arrow_config".split(),
   (),
 )
