@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from jaxft.hf import load_weights, repo, weight_map
-from jaxft.hf.weight_map import Rule, full_name, short_name, to_hf
+from jaxft.hf import load_weights, repo
+from jaxft.hf.weight_map import Rule, full_name, hf_shape, layer_shape, short_name, to_hf
 from jaxft.model.lora import gather_to_host
 from jaxft.utils.types import Params
 
@@ -62,8 +62,7 @@ def hf_tensors(
     if rule.param not in leaves:
       continue  # a tied head, or one of the other kind
     leaf = leaves.pop(rule.param)
-    shape = leaf.shape[1:] if rule.by_layer else leaf.shape
-    shape = weight_map.unpadded_shape(rule.layout, shape, checkpoint.cfg.V)
+    shape = layer_shape(rule, leaf.shape, checkpoint.cfg.V)
     for layer in range(leaf.shape[0]) if rule.by_layer else (None,):
       for index, short in enumerate(rule.names):
         name = full_name(short.format(layer))
@@ -71,7 +70,7 @@ def hf_tensors(
         yield ExportTensor(
           name=name,
           dtype=dtype,
-          shape=weight_map.hf_shape(rule.layout, shape),
+          shape=hf_shape(rule.layout, shape),
           chunks=functools.partial(_chunks, rule, leaf, layer, dtype, shape, index),
         )
   if leaves:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from jaxft.errors import RequestError, first_line
 from jaxft.hf import flax_msgpack, repo, torch_pickle, weight_map
 from jaxft.hf.torch_pickle import TorchTensor
-from jaxft.hf.weight_map import Rule, short_name
+from jaxft.hf.weight_map import Rule, layer_shape, short_name
 from jaxft.utils.types import Params, PyTree
 
 DTYPES = {
@@ -265,11 +265,6 @@ def _init_scores(shape: tuple[int, ...], std: float) -> Callable[[tuple[slice, .
   return lambda index: scores[index]
 
 
-def _layer_shape(rule: Rule, shape: tuple[int, ...], V: int) -> tuple[int, ...]:
-  """The shape of one layer of a parameter, without the rows that pad a vocabulary."""
-  return weight_map.unpadded_shape(rule.layout, shape[1:] if rule.by_layer else shape, V)
-
-
 def _take_tensors(
   checkpoint: repo.HFCheckpoint,
   tensors: dict[str, StoredTensor],
@@ -278,7 +273,7 @@ def _take_tensors(
 ) -> list[list[StoredTensor]]:
   """Takes a parameter's tensors out of `tensors`: for each layer, those that are stacked in it."""
   folder = checkpoint.folder
-  expected = weight_map.hf_shape(rule.layout, _layer_shape(rule, shape, checkpoint.cfg.V))
+  expected = weight_map.hf_shape(rule.layout, layer_shape(rule, shape, checkpoint.cfg.V))
   layers = []
   for layer in range(shape[0] if rule.by_layer else 1):
     names = [name.format(layer) for name in rule.names]
@@ -306,19 +301,19 @@ def _read_slice(
   result = _empty_aligned(tuple(cut.stop - cut.start for cut in index))
   targets, cuts = (result, index[1:]) if rule.by_layer else (result[None], index)
   axis = weight_map.stacking_axis(rule.layout)
-  layer_shape = _layer_shape(rule, shape, V)
+  unpadded = layer_shape(rule, shape, V)
   # Rows that pad the vocabulary, which is always the first axis.
-  if layer_shape != shape and not rule.by_layer:
+  if unpadded != shape and not rule.by_layer:
     num_rows = max(0, V - index[0].start)
     result[num_rows:] = 0
     targets = targets[:, :num_rows]
   for target, stacked in zip(targets, layers[index[0]] if rule.by_layer else layers, strict=True):
     if axis is None:
-      target[...] = weight_map.from_hf(rule.layout, stacked[0].view(), layer_shape)[cuts]
+      target[...] = weight_map.from_hf(rule.layout, stacked[0].view(), unpadded)[cuts]
       continue
     other_cuts = cuts[:axis] + cuts[axis + 1 :]
     for slot, tensor in zip(np.moveaxis(target, axis, 0), stacked[cuts[axis]], strict=True):
-      slot[...] = weight_map.from_hf(rule.layout, tensor.view(), layer_shape)[other_cuts]
+      slot[...] = weight_map.from_hf(rule.layout, tensor.view(), unpadded)[other_cuts]
   return result
 
 
