@@ -262,21 +262,21 @@ class Pretrained:
       )
 
   def _evaluate(self, rows: TokenDataset, batch_size: int, stride: int) -> Json:
+    eos_id = self.tokenizer.eos_token_id
+    sequences = rows
     if stride:
-      rows = SlidingWindowDataset(
-        tokens=rows.tokens, T=rows.seq_len, eos_id=self.tokenizer.eos_token_id, stride=stride
-      )
+      sequences = SlidingWindowDataset(rows.tokens, rows.seq_len, eos_id=eos_id, stride=stride)
     size = rules.data_parallel_size(self.mesh)
     batch_size = -(-batch_size // size) * size  # devices take equal shares
     sharding = rules.batch_sharding(self.mesh)
-    batches = loader.eval_batches(rows, batch_size=batch_size, sharding=sharding)
+    batches = loader.eval_batches(sequences, batch_size=batch_size, sharding=sharding)
     result = evaluate(self._eval_step, self.params, batches)
     metrics = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
     if result.confusion_CC is not None:
       counts = [dict(zip(self.labels, row, strict=True)) for row in result.confusion_CC.tolist()]
       confusion = dict(zip(self.labels, counts, strict=True))
       return metrics | {"accuracy": result.accuracy, "f1": result.f1, "confusion": confusion}
-    if nbytes := tokenize.target_bytes(rows, self.tokenizer):
+    if nbytes := tokenize.target_bytes(sequences, self.tokenizer):
       metrics["bits_per_byte"] = bits_per_byte(result.loss, result.tokens, nbytes)
     return metrics
 
@@ -416,8 +416,9 @@ def load_workdir(
   param_dtype = saved_config.model.param_dtype
   params = optimizer.with_param_dtype(param_dtype, model.trained_shapes(cfg), cfg.trained)
   init = optimizer.make_optimizer(config.optim).init
-  opt = jax.tree.map(lambda _: PLACEHOLDER, jax.eval_shape(init, params))
-  like = CheckpointState(step=PLACEHOLDER, params=params, opt=opt)
+  not_read = (step, jax.eval_shape(init, params))
+  step_like, opt_like = jax.tree.map(lambda _: PLACEHOLDER, not_read)
+  like = CheckpointState(step=step_like, params=params, opt=opt_like)
   model.run = (workdir, step)
   model._record = record
   model.params = merge_params(checkpoints.restore(step, like).params, cfg, source, model.shapes)
