@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -14,6 +13,7 @@ from jaxft.config import DataSection
 from jaxft.data import sources
 from jaxft.errors import RequestError, run_command
 from jaxft.utils.console import escape_controls
+from jaxft.utils.types import Json
 
 MIN_VALUES = {"sequence_length": 0, "batch_size": 1, "stride": 0}  # 0: not given
 
@@ -55,7 +55,7 @@ def main() -> None:
     print_confusion(result.get("confusion", {}))
 
 
-def _format_result(result: dict[str, Any]) -> str:
+def _format_result(result: Json) -> str:
   loss = f"loss {result['loss']:.4f}"
   if "accuracy" in result:
     scores = f"accuracy {result['accuracy']:.1%}, F1 {result['f1']:.3f}"

@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -77,7 +76,7 @@ class Completer:
   """A model with its sampling settings, stop strings and prefix."""
 
   model: Pretrained
-  settings: dict[str, Any]
+  settings: dict[str, float]
   stop_strings: list[str]
   prefix: str
 
@@ -137,7 +136,7 @@ def interactive_loop(completer: Completer) -> None:
       print(f"error: {error}")
 
 
-def sampling_args(arguments: argparse.Namespace) -> dict[str, Any]:
+def sampling_args(arguments: argparse.Namespace) -> dict[str, float]:
   """Returns the given fields of `Sampling` and do_sample, and what --model_type adds to them.
 
   Raises RequestError on values that mean nothing, alone or together, by the flags that were given.

@@ -44,6 +44,7 @@ from jaxft.training.init import merge_params
 from jaxft.training.train_state import shardings_of
 from jaxft.utils.backend import configure_jax, device_memory_bytes, require_device
 from jaxft.utils.files import exists, is_encodable
+from jaxft.utils.types import Json, Params
 
 
 class Completion(NamedTuple):
@@ -81,10 +82,10 @@ class Pretrained:
     )
     self._on_host = on_host  # and a layer at a time on the device
     self.graph, self.shapes = self._abstract_model(source.cfg, compute)
-    self.params: Any = None  # set by load and load_workdir
+    self.params: Params = {}  # set by load and load_workdir
     # The workdir and step that the weights are from; None: from `source`.
     self.run: tuple[Path, int] | None = None
-    self._record: dict[str, Any] = {}  # of the checkpoint
+    self._record: Json = {}  # of the checkpoint
     self._generator = Generator(self.graph, source.cfg, self.tokenizer.eos_token_id)
 
     def last_logits(params, ids_BT, last_B):
@@ -94,12 +95,14 @@ class Pretrained:
     self._last_logits = jax.jit(last_logits)
     self._eval_step = jax.jit(make_eval_step(self.graph, loss_chunk=128))
 
-  def trained_shapes(self, cfg: ModelConfig) -> Any:
+  def trained_shapes(self, cfg: ModelConfig) -> Params:
     """Shapes of what a run of `cfg` trains, sharded as the weights of this model are."""
     compute = ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE)
     return trainable.partition(self._abstract_model(cfg, compute)[1], cfg.trained)[0]
 
-  def _abstract_model(self, cfg: ModelConfig, compute: ComputeConfig) -> tuple[nnx.GraphDef, Any]:
+  def _abstract_model(
+    self, cfg: ModelConfig, compute: ComputeConfig
+  ) -> tuple[nnx.GraphDef, Params]:
     graph, shapes, axes = abstract_model(cfg, compute)
     shardings = rules.tree_shardings("parameters", shapes, axes, self.mesh)
     shapes = rules.with_shardings(shapes, shardings)
@@ -111,7 +114,7 @@ class Pretrained:
     *,
     stop_strings: Sequence[str] = (),
     on_text: Callable[[int, str], None] | None = None,
-    **sampling: Any,
+    **sampling: float,
   ) -> list[Completion]:
     """Completes each prompt, `num_return_sequences` times.
 
@@ -125,7 +128,11 @@ class Pretrained:
       stop_strings: a text ends when one of these is in it, with the token that makes it so.
       on_text: gets the number of a completion and what was added to its text, as it comes.
     """
-    self._check_generates()
+    if self.source.cfg.classes:
+      raise RequestError(
+        f"{self.source.folder}: a model with a classification head writes no text; `classify` "
+        "labels it"
+      )
     config = generation_config.load(self.source.folder, sampling)
     if stop_strings and config.sampling.num_beams > 1:
       raise RequestError(f"--stop_strings={list(stop_strings)}: beams end at the end token alone")
@@ -144,7 +151,7 @@ class Pretrained:
       raise config.with_context(error) from error
     repeated = [prompt for prompt in prompts for _ in range(config.sampling.num_return_sequences)]
     completions = [
-      Completion(prompt, self.tokenizer.decode(ids), ids)
+      Completion(prompt, str(self.tokenizer.decode(ids)), ids)
       for prompt, ids in zip(repeated, token_ids, strict=True)
     ]
     for i, completion in enumerate(completions):
@@ -159,7 +166,7 @@ class Pretrained:
     stride: int = 0,
     like: DataSection | ConfigDict | None = None,
     **settings_of_data: Any,
-  ) -> dict[str, Any]:
+  ) -> Json:
     """Evaluates all rows of the sources, end tokens included.
 
     Returns {"loss": nats per token, "perplexity", "tokens", "bits_per_byte"}. The text is one
@@ -214,15 +221,11 @@ class Pretrained:
       raise RequestError(
         f"data source {names}: its rows leave nothing to predict in rows of {length} tokens"
       )
-    if stride:
-      rows = SlidingWindowDataset(
-        tokens=text, T=length, eos_id=self.tokenizer.eos_token_id, stride=stride
-      )
-    return self._evaluate(rows, batch_size)
+    return self._evaluate(rows, batch_size, stride)
 
   def evaluate_held_out(
     self, *, sequence_length: int = 0, batch_size: int = 8, stride: int = 0
-  ) -> dict[str, Any]:
+  ) -> Json:
     """Evaluates all that the run of these weights has held out, made or cached as the run has.
 
     Raises RequestError for weights that are no run's, and where the text is not what it was.
@@ -247,17 +250,11 @@ class Pretrained:
     if sequence_length:
       config = dataclasses.replace(config, sequence_length=sequence_length)
       data = prepare_data(config, self.tokenizer, tokenizer_fingerprint)
+    if data.validation and self.labels:
+      data = data.with_class_ids(self.labels)
     if not data.validation:
       raise RequestError(f"{workdir}: the run held nothing out; name a text with --data")
-    rows = data.with_class_ids(self.labels).validation if self.labels else data.validation
-    if stride:
-      rows = SlidingWindowDataset(
-        tokens=rows.tokens,
-        T=config.sequence_length,
-        eos_id=self.tokenizer.eos_token_id,
-        stride=stride,
-      )
-    return self._evaluate(rows, batch_size)
+    return self._evaluate(data.validation, batch_size, stride)
 
   def _check_stride(self, stride: int, length: int) -> None:
     if stride and self.labels:
@@ -267,18 +264,22 @@ class Pretrained:
         f"--stride={stride}: must be from 1 to {length - 1}, below the {length} tokens of a row"
       )
 
-  def _evaluate(self, rows: TokenDataset, batch_size: int) -> dict[str, Any]:
+  def _evaluate(self, rows: TokenDataset, batch_size: int, stride: int) -> Json:
+    eos_id = self.tokenizer.eos_token_id
+    sequences = rows
+    if stride:
+      sequences = SlidingWindowDataset(rows.tokens, rows.seq_len, eos_id=eos_id, stride=stride)
     size = rules.data_parallel_size(self.mesh)
     batch_size = -(-batch_size // size) * size  # devices take equal shares
     sharding = rules.batch_sharding(self.mesh)
-    batches = loader.eval_batches(rows, batch_size=batch_size, sharding=sharding)
+    batches = loader.eval_batches(sequences, batch_size=batch_size, sharding=sharding)
     result = evaluate(self._eval_step, self.params, batches)
     metrics = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
     if result.confusion_CC is not None:
       counts = [dict(zip(self.labels, row, strict=True)) for row in result.confusion_CC.tolist()]
       confusion = dict(zip(self.labels, counts, strict=True))
       return metrics | {"accuracy": result.accuracy, "f1": result.f1, "confusion": confusion}
-    if nbytes := tokenize.target_bytes(rows, self.tokenizer):
+    if nbytes := tokenize.target_bytes(sequences, self.tokenizer):
       metrics["bits_per_byte"] = bits_per_byte(result.loss, result.tokens, nbytes)
     return metrics
 
@@ -310,7 +311,7 @@ class Pretrained:
 
   def export(
     self, out: str | Path, *, dtype: str | None = None, max_shard_size: str = "5GB", card: str = ""
-  ) -> dict[str, Any]:
+  ) -> Json:
     """Writes a verified Hugging Face folder, as `jaxft.hf.export.export_model`; returns its parity.
 
     Args:
@@ -334,24 +335,17 @@ class Pretrained:
       max_shard_size=max_shard_size,
       card=card,
       tokenizer=self.tokenizer,
-      stored=self._base_model() if self.run and dtype == "source" else None,
+      stored=self._base_model(self.run[0]) if self.run and dtype == "source" else None,
     )
 
-  def _base_model(self) -> repo.HFCheckpoint:
+  def _base_model(self, workdir: Path) -> repo.HFCheckpoint:
     """The model that the run began with; raises RequestError where there was or is none."""
-    config = jaxft.config.load_run_config(self.run[0] / "config.json")
+    config = jaxft.config.load_run_config(workdir / "config.json")
     if config.model.init == "scratch":
       raise RequestError(
         f"dtype='source': the run began with new weights; name one of {', '.join(EXPORT_DTYPES)}"
       )
-    return _base_model(config, self.run[0], self._record)
-
-  def _check_generates(self) -> None:
-    if self.source.cfg.classes:
-      raise RequestError(
-        f"{self.source.folder}: a model with a classification head writes no text; `classify` "
-        "labels it"
-      )
+    return _base_model(config, workdir, self._record)
 
 
 def load(
@@ -424,8 +418,10 @@ def load_workdir(
   model = Pretrained(source, compute_dtype, on_host=config.memory.offload == "all" or not fits)
   param_dtype = saved_config.model.param_dtype
   params = optimizer.with_param_dtype(param_dtype, model.trained_shapes(cfg), cfg.trained)
-  opt = jax.eval_shape(optimizer.make_optimizer(config.optim).init, params)
-  like = CheckpointState(PLACEHOLDER, params, jax.tree.map(lambda _: PLACEHOLDER, opt))
+  init = optimizer.make_optimizer(config.optim).init
+  not_read = (step, jax.eval_shape(init, params))
+  step_like, opt_like = jax.tree.map(lambda _: PLACEHOLDER, not_read)
+  like = CheckpointState(step=step_like, params=params, opt=opt_like)
   model.run = (workdir, step)
   model._record = record
   model.params = merge_params(checkpoints.restore(step, like).params, cfg, source, model.shapes)
@@ -433,12 +429,12 @@ def load_workdir(
   return model
 
 
-def _model_of_run(workdir: Path, config: Config, record: dict[str, Any]) -> repo.HFCheckpoint:
+def _model_of_run(workdir: Path, config: Config, record: Json) -> repo.HFCheckpoint:
   """The model that a run trains: as the workdir has it, or its base model if a part is frozen."""
   folder = find_run_model(workdir)
   has_frozen = bool(config.lora.rank or config.train.trainable_params)
   if folder and not has_frozen:
-    return repo.HFCheckpoint(folder, *repo.read_config(folder / "config.json"))
+    return repo.read_checkpoint(folder)
   source = _base_model(config, workdir, record, weights=has_frozen)
   if name := config.model.tokenizer:
     name = _resolve_path(name, workdir, record) if repo.is_local(name) else name
@@ -446,13 +442,12 @@ def _model_of_run(workdir: Path, config: Config, record: dict[str, Any]) -> repo
   if config.model.init == "scratch":
     file = config.model.config and _resolve_path(config.model.config, workdir, record)
     model = dataclasses.replace(config.model, config=file)
-    sizes = base_model.scratch_config(model, source.hf_config, source.folder / "config.json")
-    source = repo.HFCheckpoint(source.folder, *sizes, tokenizer=source.tokenizer)
+    return base_model.scratch_checkpoint(model, source)
   return source
 
 
 def _base_model(
-  config: Config, workdir: Path, record: dict[str, Any], weights: bool = True
+  config: Config, workdir: Path, record: Json, weights: bool = True
 ) -> repo.HFCheckpoint:
   """Resolves `config.model.path`: a folder, if it was one, and never the hub's of its name."""
   model = config.model
@@ -464,7 +459,7 @@ def _print_stderr(line: str) -> None:
   print(line, file=sys.stderr)
 
 
-def _resolve_sources(data: DataSection, workdir: Path, record: dict[str, Any]) -> DataSection:
+def _resolve_sources(data: DataSection, workdir: Path, record: Json) -> DataSection:
   """Resolves the sources of `config.data` from where the run was started, not from here."""
 
   def resolve(name: str) -> str:
@@ -479,7 +474,7 @@ def _resolve_sources(data: DataSection, workdir: Path, record: dict[str, Any]) -
   )
 
 
-def _resolve_path(path: str, workdir: Path, record: dict[str, Any]) -> str:
+def _resolve_path(path: str, workdir: Path, record: Json) -> str:
   """Resolves a path of a run's config.
 
   From the folder in which the run was started; beside the workdir, as far as it was then, where

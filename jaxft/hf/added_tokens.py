@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,10 @@ from jaxft.hf import export, load_weights, repo
 from jaxft.hf.tokenizer import CONFIG_FILE, SPECIAL_TOKENS, is_special, load_tokenizer
 from jaxft.model.compute import ComputeConfig
 from jaxft.model.decoder import abstract_model
+from jaxft.utils.types import Json
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast
 
 # The parameters that have a row for each token.
 VOCAB_TABLES = (("embed", "tokens"), ("output", "kernel"), ("output", "bias"))
@@ -51,7 +55,7 @@ def parse_token_spec(value: str) -> TokenSpec:
 
 def add_tokens(
   source: repo.HFCheckpoint, values: list[str], out: Path
-) -> tuple[Any, dict[str, int], dict[str, Any]]:
+) -> tuple["PreTrainedTokenizerFast", dict[str, int], Json]:
   """Writes `source` with new special tokens and roles to `out`.
 
   As transformers' `resize_token_embeddings` the tables get a row for each new token, which begins
@@ -83,11 +87,12 @@ def add_tokens(
       f"begins each text with {tokenizer.convert_ids_to_tokens(prefix[0])!r}; take that out of it "
       f"first (add_bos_token in {CONFIG_FILE}, post_processor in tokenizer.json)"
     )
-  ids = {spec.token: tokenizer.convert_tokens_to_ids(spec.token) for spec in specs}
+  vocab = tokenizer.get_vocab()
+  ids = {spec.token: vocab[spec.token] for spec in specs}
   V = max(source.cfg.V, *(id + 1 for id in ids.values()))
   _, shapes, _ = abstract_model(source.cfg, ComputeConfig())
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  params = load_weights.load_params(source, shapes, jax.tree.map(lambda _: device, shapes))
+  params = load_weights.load_params(source, shapes, device)
   new_ids = [ids[token] for token in new_tokens]
   for module, name in VOCAB_TABLES:
     if new_ids and name in params.get(module, {}):
@@ -98,7 +103,7 @@ def add_tokens(
   return tokenizer, ids, parity
 
 
-def _new_tokens(specs: list[TokenSpec], tokenizer: Any) -> list[str]:
+def _new_tokens(specs: list[TokenSpec], tokenizer: "PreTrainedTokenizerFast") -> list[str]:
   """Returns the tokens to be added, in the order in which they were named."""
   vocab = tokenizer.get_vocab()
   new_tokens = []
@@ -123,7 +128,7 @@ def _new_tokens(specs: list[TokenSpec], tokenizer: Any) -> list[str]:
   return new_tokens
 
 
-def _is_ordinary(tokenizer: Any, id: int) -> bool:
+def _is_ordinary(tokenizer: "PreTrainedTokenizerFast", id: int) -> bool:
   """Whether an ordinary text is cut into this token."""
   if is_special(tokenizer, id):
     return False

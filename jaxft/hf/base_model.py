@@ -3,13 +3,13 @@
 import difflib
 import json
 from pathlib import Path
-from typing import Any
 
 from jaxft.config import ModelSection
-from jaxft.errors import RequestError, first_line
+from jaxft.errors import RequestError
 from jaxft.hf import model_config, repo
 from jaxft.hf.tokenizer import TOKENIZER_FILES, VOCAB_FILES
 from jaxft.model.config import ModelConfig
+from jaxft.utils.types import Json
 
 
 def resolve(model: ModelSection, weights: bool = True) -> repo.HFCheckpoint:
@@ -25,17 +25,23 @@ def resolve(model: ModelSection, weights: bool = True) -> repo.HFCheckpoint:
   pretrained = model.init == "pretrained"
   checkpoint = repo.resolve(model.path, model.revision, weights and pretrained, model.torch_bin)
   if not pretrained:
-    file = checkpoint.folder / "config.json"
-    hf_config, cfg = scratch_config(model, checkpoint.hf_config, file)
-    checkpoint = repo.HFCheckpoint(checkpoint.folder, hf_config, cfg)
+    checkpoint = scratch_checkpoint(model, checkpoint)
   if not model.tokenizer:
     return checkpoint
   return checkpoint._replace(tokenizer=resolve_tokenizer(model.tokenizer))
 
 
+def scratch_checkpoint(model: ModelSection, checkpoint: repo.HFCheckpoint) -> repo.HFCheckpoint:
+  """Returns `config.model` with new weights, where `model.path` is this checkpoint."""
+  hf_config, cfg = scratch_config(model, checkpoint.hf_config, checkpoint.folder / "config.json")
+  return repo.HFCheckpoint(
+    folder=checkpoint.folder, hf_config=hf_config, cfg=cfg, tokenizer=checkpoint.tokenizer
+  )
+
+
 def scratch_config(
-  model: ModelSection, hf_config: dict[str, Any] | None = None, file: Path | None = None
-) -> tuple[dict[str, Any], ModelConfig]:
+  model: ModelSection, hf_config: Json | None = None, file: Path | None = None
+) -> tuple[Json, ModelConfig]:
   """Returns the config.json and the `ModelConfig` of a model with new weights.
 
   Args:
@@ -48,6 +54,7 @@ def scratch_config(
   if model.config:
     file = Path(model.config)
     hf_config = repo.read_json(file)
+  hf_config = hf_config or {}
   hf_config = hf_config | _parse_overrides(model.config_overrides, hf_config, file)
   try:
     return hf_config, model_config.from_hf_config(hf_config)
@@ -63,24 +70,14 @@ def resolve_tokenizer(path: str) -> Path:
   Raises RequestError where there is none.
   """
   what = f"config.model.tokenizer={path!r}"
-  if repo.is_local(path):
-    folder = Path(path)
-  else:
-    import huggingface_hub
-
-    try:
-      folder = Path(huggingface_hub.snapshot_download(path, allow_patterns=list(TOKENIZER_FILES)))
-    except Exception as error:  # hub and network errors share no class
-      raise RequestError(
-        f"{what}: no such folder, and the hub gave none ({first_line(error)}); check the id, "
-        "or give a folder"
-      ) from error
+  is_local = repo.is_local(path)
+  folder = Path(path) if is_local else repo.download(what, path, list(TOKENIZER_FILES))
   if not any((folder / name).is_file() for name in VOCAB_FILES):
     raise RequestError(f"{what}: no {', '.join(VOCAB_FILES[:2])} in it")
   return folder
 
 
-def _parse_overrides(text: str, hf_config: dict[str, Any], file: Path | None) -> dict[str, Any]:
+def _parse_overrides(text: str, hf_config: Json, file: Path | None) -> Json:
   """Parses `config.model.config_overrides` into values of the types that config.json has."""
   overrides = {}
   for pair in filter(None, (pair.strip() for pair in text.split(","))):
@@ -97,16 +94,16 @@ def _parse_overrides(text: str, hf_config: dict[str, Any], file: Path | None) ->
   return overrides
 
 
-def _parse_value(text: str, default: Any, where: str) -> Any:
+def _parse_value(text: str, default: object, where: str) -> object:
   if isinstance(default, str):
     return text
   try:
     value = json.loads({"true": "true", "false": "false", "none": "null"}.get(text.lower(), text))
   except ValueError:
     value = text
-  expected = {bool: bool, int: int, float: int | float}.get(type(default))
-  same_kind = isinstance(value, bool) == isinstance(default, bool)
-  if expected and not (isinstance(value, expected) and same_kind):
-    kind = "True or False" if expected is bool else "a number"
-    raise RequestError(f"{where}: must be {kind}, as {default!r} is")
+  if isinstance(default, int | float):
+    expected = type(default) if isinstance(default, int) else int | float  # bool is an int
+    if not isinstance(value, expected) or isinstance(value, bool) != isinstance(default, bool):
+      kind = "True or False" if expected is bool else "a number"
+      raise RequestError(f"{where}: must be {kind}, as {default!r} is")
   return value

@@ -2,17 +2,18 @@
 
 import collections
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 
 from jaxft.errors import RequestError, StorageError
 from jaxft.hf import load_weights, repo
@@ -20,7 +21,11 @@ from jaxft.hf.export_tensors import DtypeFn, ExportTensor, always_float32, hf_te
 from jaxft.hf.tokenizer import TOKENIZER_FILES, bos_token_id, save_tokenizer, verify_tokenizer
 from jaxft.hf.verify import check_hf_config, verify_export
 from jaxft.hf.weight_map import EMBEDDING, full_name
-from jaxft.utils.files import is_encodable, write_failure, write_json
+from jaxft.utils.files import is_encodable, read_json_object, write_failure, write_json
+from jaxft.utils.types import Json, Params
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast
 
 # Keys of config.json that name code to be loaded: an export has no code.
 DROPPED_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
@@ -66,15 +71,15 @@ def validate_export(out: Path) -> list[str]:
 
 def export_model(
   out: Path,
-  params: Any,
+  params: Params,
   checkpoint: repo.HFCheckpoint,
   *,
   dtype: str = "float32",
   max_shard_size: str = "5GB",
   card: str = "",
-  tokenizer: Any = None,
+  tokenizer: "PreTrainedTokenizerFast | None" = None,
   stored: repo.HFCheckpoint | None = None,
-) -> dict[str, Any]:
+) -> Json:
   """Writes `params` so that transformers' `from_pretrained(out)` loads them.
 
   In a run of several processes all of them must call it; process 0 writes.
@@ -98,8 +103,13 @@ def export_model(
   """
   dtype_of = make_dtype_fn(stored or checkpoint, dtype)
   _check_float16_range(params, checkpoint, dtype_of)
+  files, plan = _plan_files(params, checkpoint, dtype_of, max_shard_size)
   if jax.process_index() > 0:
-    return _join_gathers(params, checkpoint, dtype_of, max_shard_size)
+    # Takes part in gathering each chunk, twice: process 0 writes it, and then compares it.
+    written = (tensor for tensors in files.values() for tensor in tensors.values())
+    for tensor in itertools.chain(written, hf_tensors(params, checkpoint, dtype_of)):
+      collections.deque(tensor.chunks(), maxlen=0)
+    return {}
   if lines := validate_export(out):
     raise RequestError("\n".join(lines))
   out = Path(os.path.realpath(out))
@@ -108,7 +118,11 @@ def export_model(
     _recover_replace(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_weights(partial, params, checkpoint, dtype_of, max_shard_size)
+    for file, tensors in files.items():
+      _write_safetensors(partial / file, tensors)
+    if plan.is_sharded:
+      index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+      write_json(partial / "model.safetensors.index.json", index)
     main_dtype = dtype_of(full_name(EMBEDDING)).name
     dtypes = {"dtype": main_dtype, "torch_dtype": main_dtype}
     write_config_files(partial, checkpoint, tokenizer, dtypes)
@@ -130,7 +144,10 @@ def export_model(
 
 
 def write_config_files(
-  folder: Path, checkpoint: repo.HFCheckpoint, tokenizer: Any, more: Mapping[str, Any]
+  folder: Path,
+  checkpoint: repo.HFCheckpoint,
+  tokenizer: "PreTrainedTokenizerFast | None",
+  more: Mapping[str, object],
 ) -> None:
   """Writes a model without weights and card: config.json, generation_config.json, tokenizer.
 
@@ -186,14 +203,12 @@ def validate_workdir(workdir: Path) -> list[str]:
 
 def is_hf_model(folder: Path) -> bool:
   """Whether a folder has the config.json of a model, not that of a run."""
-  try:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError):
-    return False
-  return isinstance(config, dict) and "model_type" in config
+  return "model_type" in read_json_object(folder / "config.json", [])
 
 
-def save_run_model(workdir: Path, checkpoint: repo.HFCheckpoint, tokenizer: Any) -> None:
+def save_run_model(
+  workdir: Path, checkpoint: repo.HFCheckpoint, tokenizer: "PreTrainedTokenizerFast"
+) -> None:
   """Replaces WORKDIR/run.model by what `write_config_files` writes, in one rename.
 
   The run's checkpoints can then be used when the model's folder is gone. Raises RequestError where
@@ -224,20 +239,20 @@ def find_run_model(workdir: Path) -> Path | None:
   return next((path for path in candidates if (path / "config.json").is_file()), None)
 
 
-def _special_ids(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+def _special_ids(config: Json, tokenizer: "PreTrainedTokenizerFast | None") -> Json:
   """The tokenizer's special tokens as keys of a config; other end tokens of the config stay."""
   if tokenizer is None:
     return {}
-  ids = {"bos_token_id": bos_token_id(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+  eos = tokenizer.eos_token_id
+  ids: Json = {"bos_token_id": bos_token_id(tokenizer), "eos_token_id": eos}
   if tokenizer.pad_token_id is not None:
     ids["pad_token_id"] = tokenizer.pad_token_id
-  eos = ids["eos_token_id"]
   if isinstance(ends := config.get("eos_token_id"), list):
     ids["eos_token_id"] = [eos, *(end for end in ends if end != eos)]
   return ids
 
 
-def check_exportable(checkpoint: repo.HFCheckpoint, tokenizer: Any) -> None:
+def check_exportable(checkpoint: repo.HFCheckpoint, tokenizer: "PreTrainedTokenizerFast") -> None:
   """Raises RequestError where transformers would misread an export's config or tokenizer.
 
   For the time before training: such an error is known long before there are weights to write.
@@ -248,7 +263,7 @@ def check_exportable(checkpoint: repo.HFCheckpoint, tokenizer: Any) -> None:
     verify_tokenizer(Path(folder), tokenizer, checkpoint.tokenizer_folder)
 
 
-def _check_float16_range(params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn) -> None:
+def _check_float16_range(params: Params, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn) -> None:
   """Raises RequestError for a weight beyond the range of float16, if it is written in that."""
   limit = 65520  # float16 ends at 65504, to which anything below the limit is rounded
   for tensor in hf_tensors(params, checkpoint, always_float32):
@@ -262,20 +277,9 @@ def _check_float16_range(params: Any, checkpoint: repo.HFCheckpoint, dtype_of: D
         )
 
 
-def _write_weights(
-  folder: Path, params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn, max_shard_size: str
-) -> None:
-  files, plan = _plan_files(params, checkpoint, dtype_of, max_shard_size)
-  for file, tensors in files.items():
-    _write_safetensors(folder / file, tensors)
-  if plan.is_sharded:
-    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-    write_json(folder / "model.safetensors.index.json", index)
-
-
 def _plan_files(
-  params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn, max_shard_size: str
-) -> tuple[dict[str, dict[str, ExportTensor]], Any]:
+  params: Params, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn, max_shard_size: str
+) -> tuple[dict[str, dict[str, ExportTensor]], StateDictSplit]:
   """Plans the tensors of each file, in the order of writing; returns the library's plan too."""
   tensors = {tensor.name: tensor for tensor in hf_tensors(params, checkpoint, dtype_of)}
   plan = split_state_dict_into_shards_factory(
@@ -285,32 +289,17 @@ def _plan_files(
     filename_pattern="model{suffix}.safetensors",
     max_shard_size=max_shard_size,
   )
-
-  def alignment(name):
-    return -tensors[name].dtype.itemsize
-
   # Wide dtypes first: each tensor then begins at a multiple of its own item size.
   files = {
-    file: {name: tensors[name] for name in sorted(names, key=alignment)}
+    file: {it: tensors[it] for it in sorted(names, key=lambda it: -tensors[it].dtype.itemsize)}
     for file, names in plan.filename_to_tensors.items()
   }
   return files, plan
 
 
-def _join_gathers(
-  params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn, max_shard_size: str
-) -> dict[str, Any]:
-  """Takes part in gathering each chunk, twice: process 0 writes it, and then compares it."""
-  files, _ = _plan_files(params, checkpoint, dtype_of, max_shard_size)
-  written = [tensor for tensors in files.values() for tensor in tensors.values()]
-  for tensor in (*written, *hf_tensors(params, checkpoint, dtype_of)):
-    collections.deque(tensor.chunks(), maxlen=0)
-  return {}
-
-
 def _write_safetensors(file: Path, tensors: dict[str, ExportTensor]) -> None:
   """Writes a file with one tensor in memory at a time: the library's writer wants all (0.8)."""
-  header = {"__metadata__": {"format": "pt"}}
+  header: Json = {"__metadata__": {"format": "pt"}}
   end = 0
   for name, tensor in tensors.items():
     start, end = end, end + tensor.nbytes

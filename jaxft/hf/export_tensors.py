@@ -3,22 +3,19 @@
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from flax.traverse_util import flatten_dict
 
 from jaxft.hf import load_weights, repo
-from jaxft.hf.weight_map import Rule, full_name, hf_shape, short_name, to_hf, unpadded_shape
+from jaxft.hf.weight_map import Rule, full_name, hf_shape, layer_shape, short_name, to_hf
+from jaxft.model.lora import gather_to_host
+from jaxft.utils.types import Params
 
-EXPORT_DTYPES = {
-  "float32": np.dtype("float32"),
-  "bfloat16": np.dtype(ml_dtypes.bfloat16),
-  "float16": np.dtype("float16"),
-}
+EXPORT_DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
 CHUNK_BYTES = 2**25
 DtypeFn = Callable[[str], np.dtype]  # of each tensor, by its full name
 
@@ -57,17 +54,15 @@ def always_float32(name: str) -> np.dtype:
 
 
 def hf_tensors(
-  params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn = always_float32
+  params: Params, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn = always_float32
 ) -> Iterator[ExportTensor]:
   """Yields parameters as the checkpoint's family names and shapes them; gradients too."""
-  paths, _ = jax.tree_util.tree_flatten_with_path(params)
-  leaves = {".".join(key.key for key in path): leaf for path, leaf in paths}
+  leaves: Params = flatten_dict(params, sep=".")
   for rule in checkpoint.family.rules:
     if rule.param not in leaves:
       continue  # a tied head, or one of the other kind
     leaf = leaves.pop(rule.param)
-    shape = leaf.shape[1:] if rule.by_layer else leaf.shape
-    shape = unpadded_shape(rule.layout, shape, checkpoint.cfg.V)
+    shape = layer_shape(rule, leaf.shape, checkpoint.cfg.V)
     for layer in range(leaf.shape[0]) if rule.by_layer else (None,):
       for index, short in enumerate(rule.names):
         name = full_name(short.format(layer))
@@ -111,9 +106,7 @@ def _to_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray
   chunks in the same order.
   """
   if not array.is_fully_addressable:
-    select = (lambda a: a) if layer is None else (lambda a: a[layer])
-    replicated = NamedSharding(array.sharding.mesh, PartitionSpec())
-    return np.asarray(jax.jit(select, out_shardings=replicated)(array)).astype(dtype)
+    return gather_to_host(array if layer is None else array[layer]).astype(dtype)
   first = 0 if layer is None else 1
   result = np.empty(array.shape[first:], dtype)
   for shard in array.addressable_shards:
@@ -122,7 +115,7 @@ def _to_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray
   return result
 
 
-def round_to_dtype(params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn) -> Any:
+def round_to_dtype(params: Params, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn) -> Params:
   """Rounds the parameters to the dtype in which they are written, if it is one.
 
   Only an unchanged source has several.

@@ -1,64 +1,35 @@
 """The config.json of published checkpoints, where it differs from transformers' defaults."""
 
-from typing import Any
+from jaxft.utils.types import Json
 
-PUBLISHED: dict[str, dict[str, Any]] = {
-  "distilgpt2": {
-    "model_type": "gpt2",
-    "n_positions": 1024,
-    "n_embd": 768,
-    "n_layer": 6,
-    "n_head": 12,
-  },
-  "gpt2": {"model_type": "gpt2", "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12},
-  "gpt2-medium": {
-    "model_type": "gpt2",
-    "n_positions": 1024,
-    "n_embd": 1024,
-    "n_layer": 24,
-    "n_head": 16,
-  },
-  "gpt2-large": {
-    "model_type": "gpt2",
-    "n_positions": 1024,
-    "n_embd": 1280,
-    "n_layer": 36,
-    "n_head": 20,
-  },
-  "gpt2-xl": {
-    "model_type": "gpt2",
-    "n_positions": 1024,
-    "n_embd": 1600,
-    "n_layer": 48,
-    "n_head": 25,
-  },
-  "EleutherAI/gpt-neo-125m": {
+
+def _gpt2(D: int, L: int, N: int) -> Json:
+  sizes = {"n_positions": 1024, "n_embd": D, "n_layer": L, "n_head": N, "vocab_size": 50257}
+  return {"model_type": "gpt2", **sizes}
+
+
+def _gpt_neo(D: int, L: int, N: int) -> Json:
+  return {
     "model_type": "gpt_neo",
     "max_position_embeddings": 2048,
-    "hidden_size": 768,
-    "num_layers": 12,
-    "num_heads": 12,
-    "attention_types": [[["global", "local"], 6]],
+    "hidden_size": D,
+    "num_layers": L,
+    "num_heads": N,
+    "attention_types": [[["global", "local"], L // 2]],
     "window_size": 256,
-  },
-  "EleutherAI/gpt-neo-1.3B": {
-    "model_type": "gpt_neo",
-    "max_position_embeddings": 2048,
-    "hidden_size": 2048,
-    "num_layers": 24,
-    "num_heads": 16,
-    "attention_types": [[["global", "local"], 12]],
-    "window_size": 256,
-  },
-  "EleutherAI/gpt-neo-2.7B": {
-    "model_type": "gpt_neo",
-    "max_position_embeddings": 2048,
-    "hidden_size": 2560,
-    "num_layers": 32,
-    "num_heads": 20,
-    "attention_types": [[["global", "local"], 16]],
-    "window_size": 256,
-  },
+    "vocab_size": 50257,
+  }
+
+
+PUBLISHED: dict[str, Json] = {
+  "distilgpt2": _gpt2(D=768, L=6, N=12),
+  "gpt2": _gpt2(D=768, L=12, N=12),
+  "gpt2-medium": _gpt2(D=1024, L=24, N=16),
+  "gpt2-large": _gpt2(D=1280, L=36, N=20),
+  "gpt2-xl": _gpt2(D=1600, L=48, N=25),
+  "EleutherAI/gpt-neo-125m": _gpt_neo(D=768, L=12, N=12),
+  "EleutherAI/gpt-neo-1.3B": _gpt_neo(D=2048, L=24, N=16),
+  "EleutherAI/gpt-neo-2.7B": _gpt_neo(D=2560, L=32, N=20),
   "EleutherAI/gpt-j-6b": {
     "model_type": "gptj",
     "n_positions": 2048,
@@ -67,7 +38,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "n_head": 16,
     "rotary_dim": 64,
     "tie_word_embeddings": False,
+    "vocab_size": 50400,
   },
 }
-for config in PUBLISHED.values():
-  config["vocab_size"] = 50400 if config["model_type"] == "gptj" else 50257

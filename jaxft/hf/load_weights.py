@@ -6,16 +6,19 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from jaxft.errors import RequestError, first_line
 from jaxft.hf import flax_msgpack, repo, torch_pickle, weight_map
-from jaxft.hf.weight_map import Rule, short_name
+from jaxft.hf.torch_pickle import TorchTensor
+from jaxft.hf.weight_map import Rule, layer_shape, short_name
+from jaxft.utils.types import Params, PyTree
 
 DTYPES = {
   "F32": np.dtype("float32"),
@@ -56,9 +59,27 @@ class TensorRef(NamedTuple):
     return left == 0 and not self.transposed
 
 
-def list_tensors(
-  folder: Path, torch_bin: bool = False
-) -> dict[str, TensorRef | torch_pickle.TorchTensor]:
+class MergedTensor(NamedTuple):
+  """A matrix with what a LoRA adapter adds to it."""
+
+  tensor: "StoredTensor"
+  a: np.ndarray  # (rank, inputs), float32
+  b: np.ndarray  # (outputs, rank), float32, times the adapter's scale
+  inputs_first: bool  # as in Conv1D's matrices
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.tensor.shape
+
+  def view(self) -> np.ndarray:
+    delta = self.a.T @ self.b.T if self.inputs_first else self.b @ self.a
+    return self.tensor.view().astype(np.float32) + delta
+
+
+StoredTensor: TypeAlias = TensorRef | TorchTensor | MergedTensor
+
+
+def list_tensors(folder: Path, torch_bin: bool = False) -> dict[str, TensorRef | TorchTensor]:
   """Lists the tensors of the weight files by their names in torch; only headers are read."""
   tensors = {}
   readers = {".safetensors": _safetensors, ".msgpack": _flax_msgpack, ".bin": _torch}
@@ -123,7 +144,7 @@ def _flax_msgpack(file: Path) -> dict[str, TensorRef]:
   return tensors
 
 
-def _torch(file: Path) -> dict[str, torch_pickle.TorchTensor]:
+def _torch(file: Path) -> dict[str, TorchTensor]:
   try:
     return torch_pickle.load_tensors(file)
   except ImportError as error:
@@ -136,21 +157,21 @@ def _torch(file: Path) -> dict[str, torch_pickle.TorchTensor]:
     ) from error
 
 
-def load_params(checkpoint: repo.HFCheckpoint, shapes: Any, shardings: Any) -> Any:
+def load_params(checkpoint: repo.HFCheckpoint, shapes: Params, shardings: PyTree) -> Params:
   """Loads the checkpoint's parameters with the shapes, dtypes and shardings of two trees.
 
-  Both are trees of `model.abstract_model`. Each process reads only the slices that its devices
-  hold, and at most one parameter is in host memory besides the arrays themselves. Every tensor is
-  used exactly once: an unknown, a missing, a misshaped or an untied one raises RequestError with
-  its name. A new classification head is drawn; it replaces the folder's language head.
+  Both are trees of `model.abstract_model`; one sharding is that of all. Each process reads only the
+  slices that its devices hold, and at most one parameter is in host memory besides the arrays
+  themselves. Every tensor is used exactly once: an unknown, a missing, a misshaped or an untied one
+  raises RequestError with its name. A new classification head is drawn; it replaces the folder's
+  language head.
   """
   repo.verify_checksums(checkpoint.folder, weights=True)
   tensors = _tensors_by_name(checkpoint)
-  paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
-  leaves = {".".join(key.key for key in path): leaf for path, leaf in paths}
+  leaves: Params = flatten_dict(shapes, sep=".")
   rules = {rule.param: rule for rule in checkpoint.family.rules}
-  readers = {}
-  for path, leaf in leaves.items():
+  readers: dict[str, Callable[[tuple[slice, ...]], np.ndarray]] = {}
+  for path, leaf in sorted(leaves.items()):
     rule = rules[path]
     if checkpoint.new_head and rule.hf == weight_map.SCORE:
       readers[path] = _init_scores(leaf.shape, checkpoint.cfg.init_std)
@@ -163,20 +184,19 @@ def load_params(checkpoint: repo.HFCheckpoint, shapes: Any, shardings: Any) -> A
       f"{checkpoint.hf_config['model_type']} model of {checkpoint.cfg.L} layers "
       f"({len(tensors)} such tensors)"
     )
-  arrays = [
-    jax.make_array_from_callback(
-      leaf.shape,
-      sharding,
-      lambda index, path=path, dtype=leaf.dtype: readers[path](index).astype(dtype, copy=False),
-    )
-    for (path, leaf), sharding in zip(leaves.items(), jax.tree.leaves(shardings), strict=True)
-  ]
-  return jax.tree.unflatten(structure, arrays)
+  shardings: PyTree = flatten_dict(jax.tree.broadcast(shardings, shapes), sep=".")
+
+  def load(path: str) -> jax.Array:
+    leaf = leaves[path]
+    read = lambda index: readers[path](index or ()).astype(leaf.dtype, copy=False)
+    return jax.make_array_from_callback(leaf.shape, shardings[path], read)
+
+  return unflatten_dict({path: load(path) for path in readers}, sep=".")
 
 
-def _tensors_by_name(checkpoint: repo.HFCheckpoint) -> dict[str, TensorRef]:
+def _tensors_by_name(checkpoint: repo.HFCheckpoint) -> dict[str, StoredTensor]:
   """The folder's tensors by their names without prefix, less buffers and a tied head."""
-  tensors = {}
+  tensors: dict[str, StoredTensor] = {}
   for name, tensor in list_tensors(checkpoint.folder, checkpoint.torch_bin).items():
     short = short_name(name)
     if short in tensors:
@@ -194,37 +214,22 @@ def _tensors_by_name(checkpoint: repo.HFCheckpoint) -> dict[str, TensorRef]:
         "but config.json ties them (tie_word_embeddings)"
       )
   if checkpoint.adapter:
-    _merge_lora(checkpoint, tensors)
+    _merge_lora(checkpoint, checkpoint.adapter, tensors)
   if checkpoint.new_head:  # it replaces the language head
     for name in (weight_map.LM_HEAD, weight_map.LM_HEAD_BIAS):
       tensors.pop(name, None)
   return tensors
 
 
-class MergedTensor(NamedTuple):
-  """A matrix with what a LoRA adapter adds to it."""
-
-  tensor: TensorRef
-  a: np.ndarray  # (rank, inputs), float32
-  b: np.ndarray  # (outputs, rank), float32, times the adapter's scale
-  inputs_first: bool  # as in Conv1D's matrices
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return self.tensor.shape
-
-  def view(self) -> np.ndarray:
-    delta = self.a.T @ self.b.T if self.inputs_first else self.b @ self.a
-    return self.tensor.view().astype(np.float32) + delta
-
-
-def _merge_lora(checkpoint: repo.HFCheckpoint, tensors: dict[str, Any]) -> None:
+def _merge_lora(
+  checkpoint: repo.HFCheckpoint, adapter: Path, tensors: dict[str, StoredTensor]
+) -> None:
   """Replaces each tensor that the adapters change by a `MergedTensor`.
 
   Raises RequestError for a tensor that does not exist.
   """
-  file = checkpoint.adapter / repo.ADAPTER_WEIGHTS
-  config_file = checkpoint.adapter / repo.ADAPTER_CONFIG
+  file = adapter / repo.ADAPTER_WEIGHTS
+  config_file = adapter / repo.ADAPTER_CONFIG
   config = repo.read_json(config_file)
   rank = config.get("r")
   alpha = config.get("lora_alpha")
@@ -260,17 +265,15 @@ def _init_scores(shape: tuple[int, ...], std: float) -> Callable[[tuple[slice, .
   return lambda index: scores[index]
 
 
-def _layer_shape(rule: Rule, shape: tuple[int, ...], V: int) -> tuple[int, ...]:
-  """The shape of one layer of a parameter, without the rows that pad a vocabulary."""
-  return weight_map.unpadded_shape(rule.layout, shape[1:] if rule.by_layer else shape, V)
-
-
 def _take_tensors(
-  checkpoint: repo.HFCheckpoint, tensors: dict[str, TensorRef], rule: Rule, shape: tuple[int, ...]
-) -> list[list[TensorRef]]:
+  checkpoint: repo.HFCheckpoint,
+  tensors: dict[str, StoredTensor],
+  rule: Rule,
+  shape: tuple[int, ...],
+) -> list[list[StoredTensor]]:
   """Takes a parameter's tensors out of `tensors`: for each layer, those that are stacked in it."""
   folder = checkpoint.folder
-  expected = weight_map.hf_shape(rule.layout, _layer_shape(rule, shape, checkpoint.cfg.V))
+  expected = weight_map.hf_shape(rule.layout, layer_shape(rule, shape, checkpoint.cfg.V))
   layers = []
   for layer in range(shape[0] if rule.by_layer else 1):
     names = [name.format(layer) for name in rule.names]
@@ -289,7 +292,7 @@ def _take_tensors(
 def _read_slice(
   rule: Rule,
   V: int,
-  layers: list[list[TensorRef]],
+  layers: list[list[StoredTensor]],
   shape: tuple[int, ...],
   index: tuple[slice, ...],
 ) -> np.ndarray:
@@ -298,19 +301,19 @@ def _read_slice(
   result = _empty_aligned(tuple(cut.stop - cut.start for cut in index))
   targets, cuts = (result, index[1:]) if rule.by_layer else (result[None], index)
   axis = weight_map.stacking_axis(rule.layout)
-  layer_shape = _layer_shape(rule, shape, V)
+  unpadded = layer_shape(rule, shape, V)
   # Rows that pad the vocabulary, which is always the first axis.
-  if layer_shape != shape and not rule.by_layer:
+  if unpadded != shape and not rule.by_layer:
     num_rows = max(0, V - index[0].start)
     result[num_rows:] = 0
     targets = targets[:, :num_rows]
   for target, stacked in zip(targets, layers[index[0]] if rule.by_layer else layers, strict=True):
     if axis is None:
-      target[...] = weight_map.from_hf(rule.layout, stacked[0].view(), layer_shape)[cuts]
+      target[...] = weight_map.from_hf(rule.layout, stacked[0].view(), unpadded)[cuts]
       continue
     other_cuts = cuts[:axis] + cuts[axis + 1 :]
     for slot, tensor in zip(np.moveaxis(target, axis, 0), stacked[cuts[axis]], strict=True):
-      slot[...] = weight_map.from_hf(rule.layout, tensor.view(), layer_shape)[other_cuts]
+      slot[...] = weight_map.from_hf(rule.layout, tensor.view(), unpadded)[other_cuts]
   return result
 
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 import re
-from typing import Any
 
 from jaxft.errors import RequestError
 from jaxft.model.config import ModelConfig
 from jaxft.utils import environment
+from jaxft.utils.types import Json
 
 # config.json key -> the only value whose maths is built; a missing key has this value in
 # transformers too. reorder_and_upcast_attn is no such key: scores are always float32 in jaxft.
@@ -17,8 +17,31 @@ TANH_GELU = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gel
 EXACT_GELU = ("gelu", "gelu_python")
 
 
-def gpt2(config: dict[str, Any]) -> ModelConfig:
+def gpt2(config: Json) -> ModelConfig:
   _check_required(config, GPT2_REQUIRED)
+  cfg = _parse_gpt(config)
+  return dataclasses.replace(
+    cfg,
+    attention_scale=cfg.attention_scale if config["scale_attn_weights"] else 1.0,
+    divided_by_depth=bool(config["scale_attn_by_inverse_layer_idx"]),
+  )
+
+
+def gptj(config: Json) -> ModelConfig:
+  cfg = _parse_gpt(config)
+  rotary_dim = config["rotary_dim"]
+  if not isinstance(rotary_dim, int) or rotary_dim % 2 or not 0 < rotary_dim <= cfg.H:
+    raise RequestError(
+      f"config.json: rotary_dim={rotary_dim!r} must be even, above 0 and at most the head size "
+      f"{cfg.H}"
+    )
+  return dataclasses.replace(
+    cfg, rotary_dim=rotary_dim, parallel=True, qkv_bias=False, out_bias=False, head_bias=True
+  )
+
+
+def _parse_gpt(config: Json) -> ModelConfig:
+  """Parses the keys that GPT-2 and GPT-J share."""
   D, N = _get_size(config, "n_embd"), _get_size(config, "n_head")
   H = _get_head_size("n_embd", D, "n_head", N)
   return ModelConfig(
@@ -34,14 +57,13 @@ def gpt2(config: dict[str, Any]) -> ModelConfig:
     attention_dropout=_get_rate(config, "attn_pdrop"),
     residual_dropout=_get_rate(config, "resid_pdrop"),
     init_std=config["initializer_range"],
-    attention_scale=H**-0.5 if config["scale_attn_weights"] else 1.0,
-    divided_by_depth=bool(config["scale_attn_by_inverse_layer_idx"]),
+    attention_scale=H**-0.5,
     exact_gelu=_exact_gelu(config),
     tied=config["tie_word_embeddings"],
   )
 
 
-def gpt_neo(config: dict[str, Any]) -> ModelConfig:
+def gpt_neo(config: Json) -> ModelConfig:
   D, N = _get_size(config, "hidden_size"), _get_size(config, "num_heads")
   L = _get_size(config, "num_layers", at_most=2**16)
   window = _get_size(config, "window_size", at_most=2**30)
@@ -72,42 +94,10 @@ def gpt_neo(config: dict[str, Any]) -> ModelConfig:
   )
 
 
-def gptj(config: dict[str, Any]) -> ModelConfig:
-  D, N = _get_size(config, "n_embd"), _get_size(config, "n_head")
-  H = _get_head_size("n_embd", D, "n_head", N)
-  rotary_dim = config["rotary_dim"]
-  if not isinstance(rotary_dim, int) or rotary_dim % 2 or not 0 < rotary_dim <= H:
-    raise RequestError(
-      f"config.json: rotary_dim={rotary_dim!r} must be even, above 0 and at most the head size {H}"
-    )
-  return ModelConfig(
-    V=_get_size(config, "vocab_size"),
-    P=_get_size(config, "n_positions"),
-    D=D,
-    F=_get_size(config, "n_inner", 4 * D),
-    L=_get_size(config, "n_layer", at_most=2**16),
-    N=N,
-    H=H,
-    norm_eps=_get_eps(config),
-    embed_dropout=_get_rate(config, "embd_pdrop"),
-    attention_dropout=_get_rate(config, "attn_pdrop"),
-    residual_dropout=_get_rate(config, "resid_pdrop"),
-    init_std=config["initializer_range"],
-    attention_scale=H**-0.5,
-    rotary_dim=rotary_dim,
-    parallel=True,
-    qkv_bias=False,
-    out_bias=False,
-    tied=config["tie_word_embeddings"],
-    head_bias=True,
-    exact_gelu=_exact_gelu(config),
-  )
-
-
 FAMILIES = {"gpt2": gpt2, "gpt_neo": gpt_neo, "gptj": gptj}
 
 
-def from_hf_config(config: dict[str, Any]) -> ModelConfig:
+def from_hf_config(config: Json) -> ModelConfig:
   """Returns the `ModelConfig` of a parsed config.json; raises RequestError naming the wrong key.
 
   transformers' own config class reads it first: defaults, types and second names (`hidden_size` for
@@ -132,14 +122,14 @@ def from_hf_config(config: dict[str, Any]) -> ModelConfig:
   return dataclasses.replace(FAMILIES[family](parsed), classes=_num_labels(config))
 
 
-def _check_num_layers(attention_types: Any) -> None:
+def _check_num_layers(attention_types: object) -> None:
   """Refuses [[["global"], 10**9]]: the config class would write out a list of as many layers."""
   text = str(attention_types)
   if len(text) > 2**16 or any(int(number) > 2**16 for number in re.findall(r"\d+", text)):
     raise RequestError("config.json: attention_types names more layers than a model has")
 
 
-def _num_labels(config: dict[str, Any]) -> int:
+def _num_labels(config: Json) -> int:
   """Returns a classifier's number of classes; 0 for a model that writes text."""
   architectures = config.get("architectures")
   names = map(str, architectures) if isinstance(architectures, list) else ()
@@ -151,13 +141,13 @@ def _num_labels(config: dict[str, Any]) -> int:
   return classes
 
 
-def _check_required(config: dict[str, Any], required: dict[str, Any]) -> None:
+def _check_required(config: Json, required: Json) -> None:
   for key, value in required.items():
     if config.get(key, value) != value:
       raise RequestError(f"config.json: {key}={config[key]!r} is not supported, only {value!r}")
 
 
-def _exact_gelu(config: dict[str, Any]) -> bool:
+def _exact_gelu(config: Json) -> bool:
   name = config["activation_function"]
   known = TANH_GELU + EXACT_GELU
   if name not in known:
@@ -167,20 +157,20 @@ def _exact_gelu(config: dict[str, Any]) -> bool:
   return name in EXACT_GELU
 
 
-def _get_size(config: dict[str, Any], key: str, default: int = 0, at_most: int = 2**24) -> int:
+def _get_size(config: Json, key: str, default: int = 0, at_most: int = 2**24) -> int:
   size = config[key] or default
   if not isinstance(size, int) or not 0 < size <= at_most:
     raise RequestError(f"config.json: {key}={size!r} is no size of a model")
   return size
 
 
-def _get_rate(config: dict[str, Any], key: str) -> float:
+def _get_rate(config: Json, key: str) -> float:
   if not isinstance(config[key], int | float) or not 0 <= config[key] < 1:
     raise RequestError(f"config.json: {key}={config[key]!r} is no rate of dropout")
   return float(config[key])
 
 
-def _get_eps(config: dict[str, Any]) -> float:
+def _get_eps(config: Json) -> float:
   eps = config["layer_norm_epsilon"]
   if not isinstance(eps, int | float) or not 0 < eps < 1:
     raise RequestError(f"config.json: layer_norm_epsilon={eps!r} must be above 0 and below 1")

@@ -1,9 +1,7 @@
 """Adapters in PEFT's format (read by 0.21): adapter_config.json, adapter_model.safetensors."""
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,12 +10,13 @@ from safetensors.numpy import load_file, save_file
 
 from jaxft.config import Config
 from jaxft.errors import StorageError
-from jaxft.hf.repo import HFCheckpoint, is_local
+from jaxft.hf.repo import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HFCheckpoint, is_local
 from jaxft.hf.trainable_params import lora_modules
 from jaxft.hf.weight_map import SCORE, full_name
 from jaxft.model.config import ModelConfig
 from jaxft.model.lora import TARGET_MODULES, gather_to_host, qkv_slots
-from jaxft.utils.files import atomic_write, write_failure
+from jaxft.utils.files import atomic_write, write_failure, write_json
+from jaxft.utils.types import Json, Params
 
 CARD = """---
 library_name: peft
@@ -37,7 +36,7 @@ model = {auto}.from_pretrained("path/to/this/folder")
 """
 
 
-def _model_card(config: dict[str, Any]) -> str:
+def _model_card(config: Json) -> str:
   """Returns README.md of the adapters; a base folder is named by its last part, not as a hub id."""
   path = config["base_model_name_or_path"]
   local = is_local(path)
@@ -53,7 +52,7 @@ def _model_card(config: dict[str, Any]) -> str:
 
 
 def save_adapters(
-  folder: Path, trained: Any, cfg: ModelConfig, source: HFCheckpoint, config: Config
+  folder: Path, trained: Params, cfg: ModelConfig, source: HFCheckpoint, config: Config
 ) -> None:
   """Writes the adapters so that `peft.PeftModel.from_pretrained(base, folder)` loads them.
 
@@ -100,7 +99,7 @@ def save_adapters(
   }
   if jax.process_index() > 0:
     return
-  partial = folder / ".adapter_model.safetensors.partial"
+  partial = folder / f".{ADAPTER_WEIGHTS}.partial"
   try:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, partial, metadata={"format": "pt"})
@@ -112,8 +111,8 @@ def save_adapters(
         raise StorageError(
           f"adapters to {folder}: {name!r} read back differs; the disk is not to be trusted"
         )
-    partial.rename(folder / "adapter_model.safetensors")
-    atomic_write(folder / "adapter_config.json", json.dumps(adapter_config, indent=2) + "\n")
+    partial.rename(folder / ADAPTER_WEIGHTS)
+    write_json(folder / ADAPTER_CONFIG, adapter_config)
     atomic_write(folder / "README.md", _model_card(adapter_config))
   except (OSError, SafetensorError) as error:
     raise StorageError(f"adapters to {folder}: {write_failure(folder, error)}") from error

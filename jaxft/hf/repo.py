@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxft.data import tokenize
 from jaxft.errors import RequestError, first_line
@@ -17,6 +17,10 @@ from jaxft.hf.tokenizer import TOKENIZER_FILES, VOCAB_FILES, is_special
 from jaxft.hf.weight_map import FAMILIES, Family
 from jaxft.model.config import ModelConfig
 from jaxft.utils.files import HUB_URL, exists, is_encodable, reject_lfs_pointer
+from jaxft.utils.types import Json
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast
 
 # What using and exporting a model needs; weights in other formats stay on the hub.
 DOWNLOAD_PATTERNS = ["*.json", "*.txt", "*.safetensors", "*.model", "*.jinja", "README.md"]
@@ -31,18 +35,17 @@ PARITY_FILE = "parity.json"  # of an export: its parity report and the checksums
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Keys of adapter_config.json -> the values of plain LoRA; any false value is plain as well.
-PLAIN_LORA = {
+PLAIN_LORA: dict[str, tuple[object, ...]] = {
   "peft_type": ("LORA",),
   "task_type": ("CAUSAL_LM",),
   "bias": ("none",),
-  "use_dora": (),
-  "use_rslora": (),
 }
-UNSUPPORTED_LORA = (
-  "rank_pattern alpha_pattern modules_to_save trainable_token_indices lora_bias layer_replication "
-  "target_parameters use_qalora use_bdlora alora_invocation_tokens arrow_config"
+PLAIN_LORA |= dict.fromkeys(
+  "use_dora use_rslora rank_pattern alpha_pattern modules_to_save trainable_token_indices "
+  "lora_bias layer_replication target_parameters use_qalora use_bdlora alora_invocation_tokens "
+  "arrow_config".split(),
+  (),
 )
-PLAIN_LORA |= {key: () for key in UNSUPPORTED_LORA.split()}
 PLAIN_LORA["init_lora_weights"] = (True, "gaussian")  # others change the base as well
 # All files of a folder that are read, besides weights and their index.
 READABLE_FILES = {"config.json", "generation_config.json", "README.md", "encoder.json", "vocab.bpe"}
@@ -53,7 +56,7 @@ class HFCheckpoint(NamedTuple):
   """A model folder and its parsed config; its weights are not read yet."""
 
   folder: Path
-  hf_config: dict[str, Any]
+  hf_config: Json
   cfg: ModelConfig
   torch_bin: bool = False  # pickles may be read
   # The classification head is the run's own: the folder has no weights of it.
@@ -74,8 +77,9 @@ class HFCheckpoint(NamedTuple):
     """Where the tokenizer is: adapters may have their own, with which they were trained."""
     if self.tokenizer:
       return self.tokenizer
-    own = self.adapter and any((self.adapter / name).is_file() for name in VOCAB_FILES)
-    return self.adapter if own else self.folder
+    if self.adapter and any((self.adapter / name).is_file() for name in VOCAB_FILES):
+      return self.adapter
+    return self.folder
 
   @property
   def labels(self) -> list[str]:
@@ -84,7 +88,9 @@ class HFCheckpoint(NamedTuple):
     return [names.get(str(i), f"LABEL_{i}") for i in range(self.cfg.classes)]
 
 
-def with_class_head(checkpoint: HFCheckpoint, labels: list[str], tokenizer: Any) -> HFCheckpoint:
+def with_class_head(
+  checkpoint: HFCheckpoint, labels: list[str], tokenizer: "PreTrainedTokenizerFast"
+) -> HFCheckpoint:
   """Returns the checkpoint with its own classification head, or else a new one for these labels.
 
   A new head replaces the language head. Raises RequestError where transformers would confuse
@@ -105,7 +111,7 @@ def with_class_head(checkpoint: HFCheckpoint, labels: list[str], tokenizer: Any)
   return checkpoint._replace(hf_config=hf_config, cfg=cfg, new_head=not has_head)
 
 
-def choose_pad_token(checkpoint: HFCheckpoint, tokenizer: Any) -> int:
+def choose_pad_token(checkpoint: HFCheckpoint, tokenizer: "PreTrainedTokenizerFast") -> int:
   """Returns the padding token: transformers reads the class at the last token that is another."""
   declared = checkpoint.hf_config.get("pad_token_id")
   # A trained head has learned with what its config.json says. A new one needs a token that no text
@@ -156,23 +162,30 @@ def resolve(
   _reject_url(path)
   if is_local(path):
     return _open_folder(Path(path), weights, torch_bin)
-  import huggingface_hub
-
-  download = huggingface_hub.snapshot_download
+  what = f"config.model.path or --model, {path!r}"
+  folder = download(what, path, DOWNLOAD_PATTERNS, revision)
   weight_patterns = ["*.safetensors", "flax_model*.msgpack"]
   weight_patterns += ["pytorch_model*.bin"] if torch_bin else []
+  for pattern in weight_patterns if weights else ():
+    if any(folder.glob(pattern)):
+      break
+    download(what, path, [pattern], revision)
+  return _open_folder(folder, weights, torch_bin)
+
+
+def download(what: str, hub_id: str, patterns: list[str], revision: str | None = None) -> Path:
+  """Returns the folder with the hub's files of these patterns; raises RequestError about `what`."""
+  import huggingface_hub
+
   try:
-    folder = Path(download(path, revision=revision, allow_patterns=DOWNLOAD_PATTERNS))
-    for pattern in weight_patterns:
-      if not weights or any(folder.glob(pattern)):
-        break
-      download(path, revision=revision, allow_patterns=pattern)
+    return Path(
+      huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns)
+    )
   except Exception as error:  # hub and network errors share no class
     raise RequestError(
-      f"config.model.path or --model, {path!r}: no such folder, and the hub gave none "
-      f"({first_line(error)}); check the id, or give a folder"
+      f"{what}: no such folder, and the hub gave none ({first_line(error)}); check the id, "
+      "or give a folder"
     ) from error
-  return _open_folder(folder, weights, torch_bin)
 
 
 def _reject_url(path: str) -> None:
@@ -189,10 +202,10 @@ def _open_folder(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
     )
   _check_safe_files(folder, [name for name in READABLE_FILES if os.path.lexists(folder / name)])
   has_config = (folder / "config.json").is_file()
-  weight_names = (*WEIGHT_FORMATS, TORCH_PICKLE)
   has_weights = any(
-    (folder / name).is_file()
-    for name in (*weight_names, *(f"{name}.index.json" for name in weight_names))
+    (folder / f"{name}{suffix}").is_file()
+    for name in (*WEIGHT_FORMATS, TORCH_PICKLE)
+    for suffix in ("", ".index.json")
   )
   if (folder / ADAPTER_CONFIG).is_file() and not (has_config and has_weights):
     return _resolve_adapter(folder, weights, torch_bin)
@@ -204,8 +217,7 @@ def _open_folder(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
   verify_checksums(folder, weights=False)
   if weights:
     weight_files(folder, torch_bin)
-  hf_config, cfg = read_config(folder / "config.json")
-  return HFCheckpoint(folder=folder, hf_config=hf_config, cfg=cfg, torch_bin=torch_bin)
+  return read_checkpoint(folder, torch_bin)
 
 
 def _resolve_adapter(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
@@ -246,13 +258,14 @@ def _resolve_adapter(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoi
   return checkpoint._replace(adapter=folder)
 
 
-def read_config(file: Path) -> tuple[dict[str, Any], ModelConfig]:
-  """Parses a config.json; raises RequestError naming the file."""
-  hf_config = read_json(file)
+def read_checkpoint(folder: Path, torch_bin: bool = False) -> HFCheckpoint:
+  """Parses a folder's config.json; raises RequestError naming the folder."""
+  hf_config = read_json(folder / "config.json")
   try:
-    return hf_config, model_config.from_hf_config(hf_config)
+    cfg = model_config.from_hf_config(hf_config)
   except RequestError as error:
-    raise RequestError(f"{file.parent}: {error}") from error
+    raise RequestError(f"{folder}: {error}") from error
+  return HFCheckpoint(folder=folder, hf_config=hf_config, cfg=cfg, torch_bin=torch_bin)
 
 
 def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
@@ -281,8 +294,7 @@ def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
 def checksums(folder: Path) -> dict[str, str]:
   """Returns the SHA-256 of every file of an export but its card, which people edit."""
   excluded = (PARITY_FILE, "README.md")
-  files = [file for file in folder.iterdir() if file.is_file() and file.name not in excluded]
-  files.sort()
+  files = sorted(it for it in folder.iterdir() if it.is_file() and it.name not in excluded)
   with ThreadPoolExecutor() as threads:  # hashing releases Python's lock
     names = (file.name for file in files)
     return dict(zip(names, threads.map(_sha256, files), strict=True))
@@ -306,22 +318,20 @@ def verify_checksums(folder: Path, weights: bool) -> None:
   names = [name for name in expected if name.endswith(".safetensors") == weights]
   files = [folder / Path(name).name for name in names]
   with ThreadPoolExecutor() as threads:
-    actual = list(threads.map(_sha256, files))
-  for name, file, digest in zip(names, files, actual, strict=True):
-    if digest != expected[name]:
-      what = "is not what was exported" if digest else "was exported, and cannot be read"
+    digests = [threads.submit(_sha256, file) for file in files]
+  for name, file, digest in zip(names, files, digests, strict=True):
+    is_readable = digest.exception() is None
+    if not is_readable or digest.result() != expected[name]:
+      what = "is not what was exported" if is_readable else "was exported, and cannot be read"
       raise RequestError(
         f"{file}: {what} (by its SHA-256 in {PARITY_FILE}); "
         f"export again, or remove {PARITY_FILE} if you changed it"
       )
 
 
-def _sha256(file: Path) -> str | None:
-  try:
-    with file.open("rb") as stream:
-      return hashlib.file_digest(stream, "sha256").hexdigest()
-  except OSError:
-    return None
+def _sha256(file: Path) -> str:
+  with file.open("rb") as stream:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_index(index: Path, suffix: str) -> list[str]:
@@ -334,7 +344,7 @@ def _read_index(index: Path, suffix: str) -> list[str]:
   return sorted(set(weight_map.values()))
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> Json:
   """Reads a JSON object; raises RequestError for anything else."""
   try:
     content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicate_keys)
@@ -345,7 +355,7 @@ def read_json(file: Path) -> dict[str, Any]:
   return content
 
 
-def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
   """Builds a JSON object; ValueError where a key occurs twice: readers disagree on which counts."""
   content = dict(pairs)
   if len(content) < len(pairs):
@@ -358,15 +368,11 @@ def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _files_in_folder(folder: Path, named_in: Path, names: list[str]) -> list[Path]:
   for name in names:
     plain = Path(name).name == name and "\0" not in name and is_encodable(name)
-    if not plain or not _can_be_file(folder / name):
+    # A broken link is refused later, with advice.
+    if not plain or not os.path.lexists(folder / name) or (folder / name).is_dir():
       raise RequestError(f"{named_in}: {name[:100]!r} is not a file of this folder")
   _check_safe_files(folder, names)
   return [folder / name for name in names]
-
-
-def _can_be_file(file: Path) -> bool:
-  """Whether this may be a file; a broken link is refused later, with advice."""
-  return os.path.lexists(file) and not file.is_dir()
 
 
 def _check_safe_files(folder: Path, names: Iterable[str]) -> None:
@@ -388,8 +394,7 @@ def _check_safe_files(folder: Path, names: Iterable[str]) -> None:
       raise RequestError(f"{file}: not an ordinary file")
     if file.suffix in (".json", ".txt") and file.stat().st_size > MAX_TEXT_BYTES:
       raise RequestError(f"{file}: {file.stat().st_size:,} bytes are too many for such a file")
-    if file.is_file():
-      reject_lfs_pointer(file)
+    reject_lfs_pointer(file)
 
 
 def fingerprint(checkpoint: HFCheckpoint, whole: bool = False) -> str:

@@ -12,14 +12,18 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer, decoders
+from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.pre_tokenizers import ByteLevel
 
 from jaxft.errors import RequestError, first_line
 from jaxft.utils import environment
-from jaxft.utils.files import write_json
+from jaxft.utils.files import read_json_object, write_json
+from jaxft.utils.types import Json
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast
 
 CONFIG_FILE = "tokenizer_config.json"
 # Copied where a tokenizer was read from one, beside the tokenizer.json that is always written.
@@ -62,7 +66,7 @@ PROBE_TEXTS = (
 )
 
 
-def load_tokenizer(folder: Path, V: int) -> Any:
+def load_tokenizer(folder: Path, V: int) -> "PreTrainedTokenizerFast":
   """Loads a folder's tokenizer with transformers, and checks that it reads text.
 
   Args:
@@ -71,15 +75,8 @@ def load_tokenizer(folder: Path, V: int) -> Any:
   Raises RequestError for a folder without a vocabulary, for one that contradicts itself or whose
   tokens no text gives, and for a tokenizer without an end token or with more tokens than rows.
   """
-  environment.quiet_transformers()
-  # Most of a second to import: a mistyped config should not wait for it.
-  from transformers import AutoTokenizer
-
   try:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not hasattr(tokenizer, "backend_tokenizer"):
-      raise TypeError(f"{type(tokenizer).__name__} is no tokenizer of one text")
-    tokenizer = _prefer_tokenizer_json(tokenizer, folder)
+    tokenizer = _prefer_tokenizer_json(_from_pretrained(folder), folder)
   except Exception as error:  # transformers raises whatever its readers raise
     raise RequestError(
       f"{folder}: no tokenizer that can be read ({first_line(error)}); the folder needs "
@@ -107,7 +104,20 @@ def load_tokenizer(folder: Path, V: int) -> Any:
   return tokenizer
 
 
-def _prefer_tokenizer_json(tokenizer: Any, folder: Path) -> Any:
+def _from_pretrained(folder: Path) -> "PreTrainedTokenizerFast":
+  environment.quiet_transformers()
+  # Most of a second to import: a mistyped config should not wait for it.
+  from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+  tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+  if not isinstance(tokenizer, PreTrainedTokenizerFast):
+    raise TypeError(f"{type(tokenizer).__name__} is no tokenizer of one text")
+  return tokenizer
+
+
+def _prefer_tokenizer_json(
+  tokenizer: "PreTrainedTokenizerFast", folder: Path
+) -> "PreTrainedTokenizerFast":
   """Returns `tokenizer`, or what tokenizer.json says where the two cut texts differently.
 
   Classes of transformers 5, such as GPT2Tokenizer, take the vocabulary from tokenizer.json and the
@@ -121,11 +131,11 @@ def _prefer_tokenizer_json(tokenizer: Any, folder: Path) -> Any:
   from_file.no_truncation()
   # Whether a text gets a blank before it is for the class or tokenizer_config.json to say, in
   # transformers 4 too.
+  backend = tokenizer.backend_tokenizer
   file_pre = from_file.pre_tokenizer
-  class_pre = tokenizer.backend_tokenizer.pre_tokenizer
+  class_pre = backend.pre_tokenizer
   if isinstance(file_pre, ByteLevel) and isinstance(class_pre, ByteLevel):
     file_pre.add_prefix_space = class_pre.add_prefix_space
-  backend = tokenizer.backend_tokenizer
   if all(_encode(from_file, text) == _encode(backend, text) for text in PROBE_TEXTS):
     return tokenizer
   from transformers import PreTrainedTokenizerFast
@@ -133,7 +143,7 @@ def _prefer_tokenizer_json(tokenizer: Any, folder: Path) -> Any:
   return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
 
 
-def _vocab_error(tokenizer: Any, folder: Path) -> str:
+def _vocab_error(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> str:
   """Says why this cannot be a model's tokenizer; "" where nothing speaks against it."""
   vocab = tokenizer.get_vocab()
   backend = tokenizer.backend_tokenizer
@@ -185,7 +195,7 @@ def _encode(backend: Tokenizer, text: str, add_special_tokens: bool = False) -> 
   return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
 
-def fingerprint(tokenizer: Any) -> str:
+def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
   """Changes with whatever changes a text's tokens: vocabulary, rules, begin and end tokens."""
   begin = bos_token_id(tokenizer)
   end = tokenizer.eos_token_id
@@ -197,10 +207,10 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def save_tokenizer(
-  tokenizer: Any,
+  tokenizer: "PreTrainedTokenizerFast",
   source: Path,
   out: Path,
-  more: Mapping[str, Any] = MappingProxyType({}),
+  more: Mapping[str, object] = MappingProxyType({}),
   *,
   positions: int,
   pad_token_id: int | None,
@@ -228,7 +238,8 @@ def save_tokenizer(
   special = _special_tokens(tokenizer, backend, pad_token_id)
   extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", ()) or ()]
   additional = {"additional_special_tokens": extra} if extra else {}
-  config = {key: value for key, value in _read_config(source).items() if key not in LOADER_KEYS}
+  config = read_json_object(source / CONFIG_FILE, [])
+  config = {key: value for key, value in config.items() if key not in LOADER_KEYS}
   # transformers 4 cannot read a list there.
   if not isinstance(config.get("extra_special_tokens"), dict):
     config.pop("extra_special_tokens", None)
@@ -238,11 +249,8 @@ def save_tokenizer(
   length = config.get("model_max_length")
   length = min(positions, length) if isinstance(length, int) and length > 0 else positions
   config |= special
-  config |= {
-    "tokenizer_class": _tokenizer_class(config, tokenizer),
-    "model_max_length": int(length),
-  }
-  config |= additional | dict(more)
+  tokenizer_class = _tokenizer_class(config, tokenizer)
+  config |= {"tokenizer_class": tokenizer_class, "model_max_length": length, **additional, **more}
   # By default a class of transformers 4 gives token_type_ids, and GPT-2 adds their embeddings to
   # a text's.
   config["model_input_names"] = ["input_ids", "attention_mask"]
@@ -268,7 +276,7 @@ def save_tokenizer(
 
 
 def _special_tokens(
-  tokenizer: Any, backend: dict[str, Any], pad_token_id: int | None
+  tokenizer: "PreTrainedTokenizerFast", backend: Json, pad_token_id: int | None
 ) -> dict[str, str]:
   """The special tokens by name.
 
@@ -284,22 +292,22 @@ def _special_tokens(
     unknown = model["vocab"][model["unk_id"]][0]
   special.setdefault("bos_token", special["eos_token"])
   special.setdefault("unk_token", unknown or special["eos_token"])
-  if is_special(tokenizer, pad_token_id):
-    special.setdefault("pad_token", tokenizer.convert_ids_to_tokens(pad_token_id))
+  if pad_token_id is not None and is_special(tokenizer, pad_token_id):
+    special.setdefault("pad_token", str(tokenizer.convert_ids_to_tokens(pad_token_id)))
   return special
 
 
-def is_special(tokenizer: Any, id: Any) -> bool:
+def is_special(tokenizer: "PreTrainedTokenizerFast", id: object) -> bool:
   """Whether no ordinary text is made of this token."""
   if not isinstance(id, int):  # null in a config.json
     return False
   added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-  return (
-    added[id].special if id in added else id in (tokenizer.eos_token_id, tokenizer.pad_token_id)
-  )
+  if id in added:
+    return added[id].special
+  return id in (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
-def _tokenizer_class(config: dict[str, Any], tokenizer: Any) -> str:
+def _tokenizer_class(config: Json, tokenizer: "PreTrainedTokenizerFast") -> str:
   """The class that the source names, where transformers 4 and 5 have it and 5 took it; else any."""
   import transformers
 
@@ -309,14 +317,14 @@ def _tokenizer_class(config: dict[str, Any], tokenizer: Any) -> str:
   return name if usable else GENERIC_CLASS
 
 
-def _legacy_vocab_files(backend: dict[str, Any]) -> dict[str, str]:
+def _legacy_vocab_files(backend: Json) -> dict[str, str]:
   """The vocabulary for tools from before tokenizer.json, where their files can say all of it."""
   model = backend["model"]
   vocab = model.get("vocab")
   if not isinstance(vocab, dict) or sorted(vocab.values()) != list(range(len(vocab))):
     return {}
   if model["type"] == "WordPiece" and not any("\n" in token for token in vocab):
-    return {"vocab.txt": "".join(token + "\n" for token in sorted(vocab, key=vocab.get))}
+    return {"vocab.txt": "".join(token + "\n" for token in sorted(vocab, key=vocab.__getitem__))}
   pre = backend["pre_tokenizer"] or {}
   byte_level = pre.get("type") == "ByteLevel" and pre.get("use_regex", True)
   as_gpt2 = byte_level and not backend["normalizer"]
@@ -327,28 +335,20 @@ def _legacy_vocab_files(backend: dict[str, Any]) -> dict[str, str]:
   return {}
 
 
-def verify_tokenizer(folder: Path, tokenizer: Any, source: Path) -> None:
+def verify_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerFast", source: Path) -> None:
   """Raises RequestError where transformers reads the tokenizer saved in `folder` differently.
 
   Args:
     source: the folder that it was loaded from, for the message.
   """
-  from transformers import AutoTokenizer
-
-  again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-  special = sorted(
-    {
-      str(token.content)
-      for either in (tokenizer, again)
-      for token in either.backend_tokenizer.get_added_tokens_decoder().values()
-    }
-  )
+  again = _from_pretrained(folder)
+  backends = [tokenizer.backend_tokenizer, again.backend_tokenizer]
+  added = [token for it in backends for token in it.get_added_tokens_decoder().values()]
+  special = sorted({token.content for token in added})
   what = f"{source}: its tokenizer cannot be written"
   for text in (*PROBE_TEXTS, *(f"word{t}word {t}, {t} {t}" for t in special[:20])):
     for add_special_tokens in (False, True):
-      expected, actual = (
-        _encode(either.backend_tokenizer, text, add_special_tokens) for either in (tokenizer, again)
-      )
+      expected, actual = (_encode(backend, text, add_special_tokens) for backend in backends)
       if expected != actual:
         raise RequestError(
           f"{what}: transformers reads {text[:60]!r} back as {len(actual)} other tokens "
@@ -364,19 +364,11 @@ def verify_tokenizer(folder: Path, tokenizer: Any, source: Path) -> None:
       raise RequestError(f"{what}: {name} is {getattr(again, name)} when read back, not {id}")
 
 
-def bos_token_id(tokenizer: Any) -> int:
+def bos_token_id(tokenizer: "PreTrainedTokenizerFast") -> int:
   """The token that begins a text: the tokenizer's own, else the end token."""
   return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def _read_config(source: Path) -> dict[str, Any]:
-  try:
-    config = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError):  # the file is optional
-    return {}
-  return config if isinstance(config, dict) else {}
-
-
-def _token_to_dict(token: Any) -> dict[str, Any]:
+def _token_to_dict(token: AddedToken) -> dict[str, object]:
   fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
   return {field: getattr(token, field) for field in fields}

@@ -2,16 +2,19 @@
 
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+if TYPE_CHECKING:
+  import torch
 
 
 class TorchTensor(NamedTuple):
   """A tensor of a memory-mapped file: its bytes are read when they are used."""
 
-  tensor: Any
+  tensor: "torch.Tensor"
   dtype: np.dtype
 
   @property
@@ -35,11 +38,8 @@ def load_tensors(file: Path) -> dict[str, TorchTensor]:
   """
   import torch
 
-  dtypes = {
-    torch.float32: np.dtype("float32"),
-    torch.float16: np.dtype("float16"),
-    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
-  }
+  names = ("float32", "float16", "bfloat16")
+  dtypes = {getattr(torch, name): np.dtype(name) for name in names}
   try:
     try:
       content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

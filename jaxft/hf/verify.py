@@ -2,7 +2,7 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,10 @@ from jaxft.hf.tokenizer import verify_tokenizer
 from jaxft.hf.weight_map import EMBEDDING, full_name
 from jaxft.model.compute import ComputeConfig
 from jaxft.model.decoder import abstract_model, parameter_count
+from jaxft.utils.types import Json, Params
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast
 
 # Larger models are compared tensor by tensor alone, which needs no second copy.
 MAX_LOGITS_PARAMS = 500_000_000
@@ -27,8 +31,12 @@ ATOL, RTOL = 1e-4, 1e-4
 
 
 def verify_export(
-  folder: Path, params: Any, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn, tokenizer: Any = None
-) -> dict[str, Any]:
+  folder: Path,
+  params: Params,
+  checkpoint: repo.HFCheckpoint,
+  dtype_of: DtypeFn,
+  tokenizer: "PreTrainedTokenizerFast | None" = None,
+) -> Json:
   """Reads the folder back and compares every tensor bit for bit, and logits in float32.
 
   The folder's logits are transformers' own where torch is installed, else those of jaxft's model
@@ -38,7 +46,8 @@ def verify_export(
   written = load_weights.list_tensors(folder)
   for tensor in hf_tensors(params, checkpoint, dtype_of):
     ref = written.pop(tensor.name)
-    if ref.shape != tensor.shape or not ref.bytes_equal(tensor.chunks()):
+    is_ref = isinstance(ref, load_weights.TensorRef)
+    if not is_ref or ref.shape != tensor.shape or not ref.bytes_equal(tensor.chunks()):
       raise StorageError(
         f"{folder}: tensor {tensor.name!r} read back differs from what was written; "
         "the disk is not to be trusted"
@@ -53,40 +62,43 @@ def verify_export(
   if tokenizer:
     verify_tokenizer(folder, tokenizer, checkpoint.tokenizer_folder)
   report = {"tensors": "bit for bit", "dtype": dtype_of(full_name(EMBEDDING)).name}
-  graph, shapes, _ = abstract_model(checkpoint.cfg, ComputeConfig())
   if parameter_count(checkpoint.cfg) > MAX_LOGITS_PARAMS or jax.process_count() > 1:
     reason = "tensors only: logits would take a second model"
     return report | {"logits_max_abs_difference": None, "reference": reason}
+  return report | _compare_logits(saved, params, dtype_of)
 
+
+def _compare_logits(saved: repo.HFCheckpoint, params: Params, dtype_of: DtypeFn) -> Json:
+  """Returns how far the logits of an export are from those of the model in memory."""
+  graph, shapes, _ = abstract_model(saved.cfg, ComputeConfig())
   ids_BT, lengths_B = _random_batch(saved)
   if importlib.util.find_spec("torch"):
-    reference, theirs = _transformers_logits(folder, ids_BT, bool(checkpoint.cfg.classes))
+    reference, theirs = _transformers_logits(saved.folder, ids_BT, bool(saved.cfg.classes))
   else:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    saved_params = load_weights.load_params(saved, shapes, jax.tree.map(lambda _: device, shapes))
     reference = f"jaxft {jaxft.__version__}, weights read back"
-    theirs = compute_logits(graph, saved_params, ids_BT)
+    theirs = compute_logits(graph, load_weights.load_params(saved, shapes, device), ids_BT)
   # A model that stays on the host is small enough here to be on the device as well.
   shardings = jax.tree.map(lambda leaf: leaf.sharding.with_memory_kind("device"), params)
   on_device = jax.device_put(params, shardings)
-  ours = compute_logits(graph, round_to_dtype(on_device, checkpoint, dtype_of), ids_BT)
-  if checkpoint.cfg.classes:  # transformers gives the last token's
+  ours = compute_logits(graph, round_to_dtype(on_device, saved, dtype_of), ids_BT)
+  if saved.cfg.classes:  # transformers gives the last token's
     last = (np.arange(len(ids_BT)), lengths_B - 1)
     ours = ours[last]
     theirs = theirs if theirs.ndim == 2 else theirs[last]
   if not np.isfinite(ours).all():
     raise RequestError(
-      f"export to {folder}: the logits of the model in memory are no numbers: "
+      f"export to {saved.folder}: the logits of the model in memory are no numbers: "
       "a weight is NaN or infinite"
     )
   difference = float(np.max(np.abs(ours - theirs)))
   tolerance = max(ATOL, RTOL * float(np.abs(theirs).max()))
   if not difference <= tolerance:
     raise StorageError(
-      f"{folder}: its float32 logits differ by {difference:.1e} from the trained model's "
+      f"{saved.folder}: its float32 logits differ by {difference:.1e} from the trained model's "
       f"({reference}); at most {tolerance:.0e} is rounding. Please report this"
     )
-  return report | {
+  return {
     "logits_max_abs_difference": difference,
     "tolerance": tolerance,
     "reference": reference,
@@ -94,14 +106,14 @@ def verify_export(
   }
 
 
-def format_parity(parity: dict[str, Any]) -> str:
+def format_parity(parity: Json) -> str:
   """Formats a parity report as one line."""
   difference = parity["logits_max_abs_difference"]
   logits = "" if difference is None else f", logits within {difference:.1e} of the model in memory"
   return f"tensors {parity['tensors']}{logits} (reference: {parity['reference']})"
 
 
-def compute_logits(graph: nnx.GraphDef, params: Any, ids_BT: np.ndarray) -> np.ndarray:
+def compute_logits(graph: nnx.GraphDef, params: Params, ids_BT: np.ndarray) -> np.ndarray:
   """(B, T) -> (B, T, V), or (B, T, classes)."""
 
   def run(params):
@@ -147,8 +159,9 @@ def _transformers_logits(
 ) -> tuple[str, np.ndarray]:
   import torch
   import transformers
+  from transformers.utils.logging import disable_progress_bar
 
-  transformers.utils.logging.disable_progress_bar()
+  disable_progress_bar()
   auto = transformers.AutoModelForCausalLM
   if classifies:
     auto = transformers.AutoModelForSequenceClassification

@@ -134,10 +134,11 @@ def short_name(name: str) -> str:
   return name.removeprefix(PREFIX)
 
 
-def unpadded_shape(layout: str, shape: tuple[int, ...], V: int) -> tuple[int, ...]:
-  """The shape of a parameter without the rows that pad its vocabulary."""
-  _, ours = _parse_layout(layout)
-  return tuple(V if group == ["V"] else size for group, size in zip(ours, shape, strict=True))
+def layer_shape(rule: Rule, shape: tuple[int, ...], V: int) -> tuple[int, ...]:
+  """The shape of one layer of a parameter, without the rows that pad a vocabulary."""
+  _, ours = _parse_layout(rule.layout)
+  sizes = zip(ours, shape[1:] if rule.by_layer else shape, strict=True)
+  return tuple(V if group == ["V"] else size for group, size in sizes)
 
 
 def hf_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -405,7 +405,7 @@ def test_export_recovers_from_kill_between_renames(folder, tmp_path, monkeypatch
     raise OSError("no")
 
   with monkeypatch.context() as failing:
-    failing.setattr(export, "_write_weights", fails)
+    failing.setattr(export, "_write_safetensors", fails)
     with pytest.raises(StorageError, match="what was there before has not been changed"):
       export.export_model(out, params, checkpoint, card="third")
   assert (out / "README.md").read_text() == "first" and [
