@@ -5,7 +5,7 @@ A accumulation steps, B rows per step, T columns
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import grain
 import jax
@@ -13,7 +13,9 @@ import numpy as np
 from grain.experimental import index_shuffle
 from jax.sharding import Sharding
 
-Batch = dict[str, Any]
+# "ids", "targets" (int32) and "mask" (bool, which targets count); of packed sequences "segments" and
+# "positions" (int32) too. Each is (A, B, T), or (B, T) of one micro-batch.
+Batch: TypeAlias = dict[str, jax.Array]
 
 
 class BatchSource:
@@ -106,7 +108,9 @@ def eval_batches(
     yield _make_global_batch(batch, sharding, batch_size, local_rows)
 
 
-def batch_shapes(row: dict[str, Any], A: int, B: int, sharding: Sharding) -> Batch:
+def batch_shapes(
+  row: dict[str, np.ndarray], A: int, B: int, sharding: Sharding
+) -> dict[str, jax.ShapeDtypeStruct]:
   """Return the shapes of a batch of such rows, to compile for."""
   return {
     name: jax.ShapeDtypeStruct((A, B, *x.shape), x.dtype, sharding=sharding)
