@@ -6,9 +6,9 @@ python -m jaxft.tokenizer --model PATH_OR_ID --add "<|title|>" "bos=<|start|>" "
   --out FOLDER
 """
 
-import collections
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def main() -> None:
     raise RequestError("\n".join(line.replace("config.data.train", "--data") for line in lines))
   data = jaxft.config.default().data
   data.text_column = arguments.text_column
-  unused = collections.Counter()
+  unused = Counter()
   print_line = lambda line: print(line, file=sys.stderr)
   examples = read_examples(tuple(arguments.data), "train", data, unused, unused, print_line)
   texts = (example.text for example in examples)

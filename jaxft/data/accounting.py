@@ -1,6 +1,6 @@
 """Accounting: read = trained + held out + dropped, in rows and in tokens."""
 
-import collections
+from collections import Counter
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -21,7 +21,7 @@ def build_report(
   validation = arrays["validation"]
   train_stats = datasets["train"].stats
   validation_stats = datasets["validation"].stats
-  dropped = collections.Counter(train_stats.dropped)
+  dropped = Counter(train_stats.dropped)
   dropped.update(validation_stats.dropped)
   empty = train_stats.empty + validation_stats.empty
   tails = manifest["tails"]

@@ -1,10 +1,10 @@
 """prepare_data: from the sources in the settings to datasets of tokens, with everything counted."""
 
-import collections
 import dataclasses
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -157,7 +157,7 @@ def _load_unrelated(data: ConfigDict, tokenizer: "PreTrainedTokenizerBase") -> L
   """Return the text of `data.unrelated`, in rows like the run's: one program evaluates both."""
   as_text = {"format": "text", "nats_column": "", "template": formats.DEFAULT_TEMPLATE}
   data = ConfigDict(data.to_dict() | as_text)
-  ignored = collections.Counter()
+  ignored = Counter()
   examples = read_examples(data.unrelated, "validation", data, ignored, ignored)
   arrays = tokenize.encode_in_memory(examples, tokenizer)
   if not len(arrays):
@@ -180,8 +180,8 @@ def read_examples(
   names: tuple[str, ...],
   split: str,
   data: ConfigDict,
-  dropped: collections.Counter[str],
-  notes: collections.Counter[str],
+  dropped: Counter[str],
+  notes: Counter[str],
   log: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Example]:
   """Yield the examples of all rows. Bad rows are counted in `dropped`, or raise RequestError.
@@ -225,9 +225,9 @@ class Survey(NamedTuple):
   counts: list[int]  # examples of each source
   duplicates: np.ndarray  # whether each example is there before
   labels: list[str]
-  dropped: collections.Counter[str]  # rows, by reason: at first only the bad ones
+  dropped: Counter[str]  # rows, by reason: at first only the bad ones
   read: int  # rows, bad ones too
-  notes: collections.Counter[str]
+  notes: Counter[str]
   log_lines: list[str]
 
 
@@ -272,8 +272,8 @@ def _survey(data: ConfigDict) -> Survey:
   weighted = map(sources.parse_weight, data.train)
   all_sources = [DataSource(name, "train", weight) for name, weight in weighted]
   all_sources += [DataSource(name, "validation", 1.0) for name in data.validation]
-  dropped = collections.Counter()
-  notes = collections.Counter()
+  dropped = Counter()
+  notes = Counter()
   log_lines = []
   labels: set[str | None] = set()
   seen = set()
@@ -331,7 +331,7 @@ def _selected_examples(
   data: ConfigDict,
 ) -> Iterator[tuple[Example, int]]:
   """Yield the examples to write, each with its split."""
-  ignored = collections.Counter()  # this pass meets the bad rows that the first has counted
+  ignored = Counter()  # this pass meets the bad rows that the first has counted
   for source, split_N, repeats_N in zip(all_sources, splits, repeats):
     for repeat in range(repeats_N.max(initial=0)):
       selected_N = repeats_N > repeat
@@ -349,12 +349,12 @@ def _write_tokens(
   labels: list[str],
   tokenizer: "PreTrainedTokenizerBase",
   on_progress: Callable[[int], None],
-) -> tuple[dict[str, token_cache.FileInfo], collections.Counter[str]]:
+) -> tuple[dict[str, token_cache.FileInfo], Counter[str]]:
   """Write the token files of the examples, those of each split apart; return them, and counts."""
   dtype = tokenize.ids_dtype(tokenizer)
   writers = {name: token_cache.TokenWriter(folder, name, dtype) for name in SPLITS}
   label_ids = {label: i for i, label in enumerate(labels)}
-  written = collections.Counter()
+  written = Counter()
   examples, again = itertools.tee(examples)
   texts = (example for example, _ in examples)
   for batch, encoded in tokenize.encode_batches(texts, tokenizer, dtype):
@@ -462,7 +462,7 @@ def _split_documents(
 
 
 def _repeat_counts(
-  weight: float, split_N: np.ndarray, rng: np.random.Generator, dropped: collections.Counter
+  weight: float, split_N: np.ndarray, rng: np.random.Generator, dropped: Counter
 ) -> np.ndarray:
   """Return how often each example of a source is written: the weight's integer part, for all of
   them, and once more for a random share of them, its fraction.
