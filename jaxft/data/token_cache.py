@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from jaxft.data.tokenize import TokenArrays
 from jaxft.errors import StorageError
-from jaxft.utils.files import atomic_write, write_failure
+from jaxft.utils.files import atomic_write, json_sha256, write_failure
 
 VERSION = 4  # of the files; another version is another entry
 ARRAYS: dict[str, DTypeLike] = {
@@ -137,7 +137,7 @@ def load_or_build(
     partial.mkdir()
     manifest = build(partial)
     content = {"made_from": json.loads(key_json), **manifest}
-    content = {"sha256": _manifest_checksum(content)} | content
+    content = {"sha256": json_sha256(content)} | content
     atomic_write(partial / "manifest.json", json.dumps(content, indent=1))
     partial.rename(entry)
     return entry, manifest
@@ -176,15 +176,11 @@ def _memmap(file: Path, about: FileInfo) -> np.ndarray:
   return np.memmap(file, dtype, "r") if about["bytes"] else np.zeros(0, dtype)  # mmap needs a byte
 
 
-def _manifest_checksum(manifest: Mapping[str, object]) -> str:
-  return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
 def _read_manifest(entry: Path, key_json: str) -> tuple[Manifest | None, str]:
   """Return the manifest of an entry, or None and what is wrong with the entry."""
   try:
     manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
-    if manifest.pop("sha256") != _manifest_checksum(manifest):
+    if manifest.pop("sha256") != json_sha256(manifest):
       return None, "manifest.json differs from its checksum"
     if manifest.pop("made_from") != json.loads(key_json):
       return None, "its manifest is of another text"
