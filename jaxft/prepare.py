@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -12,10 +12,15 @@ from rich.text import Text
 import jaxft.config
 from jaxft.cli import flags, usage
 from jaxft.data import dataset, sources
+from jaxft.data.packing import PackedRow
 from jaxft.errors import RequestError, run_command
 from jaxft.hf import base_model, repo
 from jaxft.hf.tokenizer import fingerprint, load_tokenizer
 from jaxft.utils.console import ProgressBar, escape_controls, log
+from jaxft.utils.types import Json
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
 
 PREVIEW_ROWS = 3
 
@@ -55,7 +60,7 @@ def main() -> None:
     console.print(_preview(data.train[i], tokenizer, data.labels))
 
 
-def _table(report: dict[str, Any]) -> Table:
+def _table(report: Json) -> Table:
   table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False, box=None)
   for name, value in report.items():
     text = _format_number(value)
@@ -66,19 +71,16 @@ def _table(report: dict[str, Any]) -> Table:
   return table
 
 
-def _format_number(value: Any) -> str:
+def _format_number(value: object) -> str:
   if isinstance(value, dict):
     return "(" + ", ".join(f"{key} {_format_number(it)}" for key, it in value.items()) + ")"
   return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _preview(row: dict[str, np.ndarray], tokenizer: Any, labels: list[str]) -> Text:
+def _preview(row: PackedRow, tokenizer: "PreTrainedTokenizerBase", labels: list[str]) -> Text:
   """Decodes the row, coloured by whether each token is learned, without the padding at its end."""
   last = int(np.flatnonzero(row["mask"])[-1])  # no row is without a learned token
-
-  def decode(ids: np.ndarray) -> str:
-    return escape_controls(tokenizer.decode(ids))
-
+  decode = lambda ids: escape_controls(str(tokenizer.decode(ids)))
   if labels:
     text = Text(decode(row["ids"][: last + 1]), "grey50")
     return text.append(f" -> {labels[row['targets'][last]]}", "green")

@@ -22,7 +22,7 @@ from jaxft.checkpoint.manager import PLACEHOLDER, CheckpointManager, CheckpointS
 from jaxft.config import Config, DataSection, MeshSection
 from jaxft.data import formats, loader, tokenize
 from jaxft.data.dataset import build_dataset, prepare_data, read_examples
-from jaxft.data.packing import SlidingWindowDataset, TokenDataset
+from jaxft.data.packing import LayoutDataset, SlidingWindowDataset
 from jaxft.errors import RequestError
 from jaxft.generation import generation_config
 from jaxft.generation.sampler import Generator
@@ -264,7 +264,7 @@ class Pretrained:
         f"--stride={stride}: must be from 1 to {length - 1}, below the {length} tokens of a row"
       )
 
-  def _evaluate(self, rows: TokenDataset, batch_size: int, stride: int) -> Json:
+  def _evaluate(self, rows: LayoutDataset, batch_size: int, stride: int) -> Json:
     eos_id = self.tokenizer.eos_token_id
     sequences = rows
     if stride:

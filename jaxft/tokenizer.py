@@ -6,12 +6,11 @@ python -m jaxft.tokenizer --model PATH_OR_ID --add "<|title|>" "bos=<|start|>" "
   --out FOLDER
 """
 
-import collections
-import json
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -25,7 +24,11 @@ from jaxft.hf import added_tokens, repo
 from jaxft.hf.tokenizer import save_tokenizer
 from jaxft.hf.verify import format_parity
 from jaxft.utils.backend import configure_jax, require_device
-from jaxft.utils.files import atomic_write, write_failure
+from jaxft.utils.files import write_failure, write_json
+from jaxft.utils.types import Json
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTES = 256  # of which every text is made: the first tokens after the end token
@@ -80,14 +83,14 @@ def train_tokenizer(
   tokenizer.train_from_iterator(texts, trainer)
   from transformers import PreTrainedTokenizerFast  # most of a second to import
 
-  config = GPT2_CONFIG | {"vocab_size": tokenizer.get_vocab_size()} | sizes
+  config: Json = GPT2_CONFIG | {"vocab_size": tokenizer.get_vocab_size()} | sizes
   config |= {"n_ctx": config["n_positions"]}
   wrapped = PreTrainedTokenizerFast(
     tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT
   )
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
     save_tokenizer(wrapped, folder, folder, positions=config["n_positions"], pad_token_id=None)
   except OSError as error:
     raise StorageError(f"--out={str(folder)!r}: {write_failure(folder, error)}") from error
@@ -113,7 +116,7 @@ def main() -> None:
   data = DataSection(train=tuple(arguments.data), text_column=arguments.text_column)
   if lines := sources.validate_sources(data):
     raise RequestError("\n".join(line.replace("config.data.train", "--data") for line in lines))
-  unused = collections.Counter()
+  unused = Counter()
   print_line = lambda line: print(line, file=sys.stderr)
   examples = read_examples(data.train, "train", data, unused, unused, print_line)
   texts = (example.text for example in examples)
@@ -125,7 +128,7 @@ def main() -> None:
   )
 
 
-def _describe_roles(tokenizer: Any) -> str:
+def _describe_roles(tokenizer: "PreTrainedTokenizerBase") -> str:
   """Says what the tokens with a role do from now on."""
   line = f"a text ends with {tokenizer.eos_token!r} in training, and "
   if TokenizerInfo(tokenizer).bos_id is None:

@@ -2,24 +2,28 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from jaxft.sharding import per_device
+from jaxft.utils.types import PyTree
 
+ShardFn: TypeAlias = Callable[[per_device.LocalShard], jax.Array]
+ReduceFn: TypeAlias = Callable[..., jax.Array]  # jnp.all, jnp.sum
 KNUTH_MULTIPLIER = 2654435761  # of his multiplicative hash
 
 
-def nonfinite_leaves(state: Any) -> list[str]:
+def nonfinite_leaves(state: PyTree) -> list[str]:
   """The paths of leaves that hold a NaN or an infinity."""
   is_finite = _reduce_over_shards(state, _shard_is_finite, jnp.all)
   return [path.lstrip(".") for path, finite in is_finite.items() if not finite]
 
 
-def checksums(state: Any) -> dict[str, int]:
+def checksums(state: PyTree) -> dict[str, int]:
   """A 32-bit checksum of each leaf, by path: the same on every mesh, another after any flipped bit.
 
   The sum over elements of (bits of the element) x (an odd number made from its index), modulo 2^32:
@@ -29,7 +33,7 @@ def checksums(state: Any) -> dict[str, int]:
   return {path: int(value) for path, value in values.items()}
 
 
-def _reduce_over_shards(state: Any, f: Callable, reduce: Callable) -> dict[str, np.ndarray]:
+def _reduce_over_shards(state: PyTree, f: ShardFn, reduce: ReduceFn) -> dict[str, np.ndarray]:
   """Reduces `f` over the shards of each leaf, and over its rows where it is on the host."""
   paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(state))
   values = _compile(tuple(leaf.sharding for leaf in leaves), f, reduce)(list(leaves))
@@ -37,14 +41,16 @@ def _reduce_over_shards(state: Any, f: Callable, reduce: Callable) -> dict[str, 
 
 
 @functools.cache
-def _compile(shardings: tuple[Any, ...], f: Callable, reduce: Callable) -> Callable:
+def _compile(
+  shardings: tuple[Sharding, ...], f: ShardFn, reduce: ReduceFn
+) -> Callable[[list[jax.Array]], jax.Array]:
   def by_rows(shard: per_device.LocalShard) -> jax.Array:
     x = shard.values
     if jax.typeof(x).memory_space == jax.memory.Space.Device or not x.ndim:
       return f(shard._replace(values=jax.device_put(x, jax.memory.Space.Device)))
 
     # Row by row: the device may have no room for a leaf that is on the host.
-    def row(i: jax.Array) -> jax.Array:
+    def row(i: jax.Array | int) -> jax.Array:
       values = jax.device_put(jax.lax.dynamic_slice_in_dim(x, i, 1), jax.memory.Space.Device)
       first, *other = shard.offsets
       return f(shard._replace(values=values, offsets=(first + i, *other)))

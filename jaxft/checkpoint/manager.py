@@ -5,29 +5,29 @@ Orbax loads flipped bits without a word (0.12.8, measured).
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
-import json
 import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint import checkpoint_managers
 
 from jaxft.checkpoint.checksums import checksums, chunk_checksum, nonfinite_leaves
 from jaxft.config import TrainSection
 from jaxft.errors import CheckpointReadError, NumericsError, StorageError, first_line
-from jaxft.utils.files import is_encodable
+from jaxft.utils.files import is_encodable, json_sha256
+from jaxft.utils.types import Json, Params, PyTree
 
+Result = TypeVar("Result")
 PLACEHOLDER = ocp.PLACEHOLDER  # for a leaf that is not read
 READ_BATCH_BYTES = 2**28  # read at once, of one leaf or several, where there is no room for all
 CHUNK_BYTES = 2**26  # compressed at once, and of a file, which Orbax makes in memory as a whole
@@ -36,13 +36,9 @@ TRASH_DIR = "to-be-deleted"
 # Orbax collects the files of a checkpoint by a glob pattern, and does not escape the path.
 GLOB_CHARS = ("[", "**", "\\")
 # Reasons why a sound file cannot be read on this machine at this moment.
-TRANSIENT_ERRORS = (
-  "PERMISSION_DENIED",
-  "RESOURCE_EXHAUSTED",
-  "Permission denied",
-  "Operation not permitted",
-)
-TRANSIENT_ERRORS += ("Too many open files", "Cannot allocate memory", "Stale file handle")
+TRANSIENT_ERRORS = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "Permission denied")
+TRANSIENT_ERRORS += ("Operation not permitted", "Too many open files", "Cannot allocate memory")
+TRANSIENT_ERRORS += ("Stale file handle",)
 
 
 def validate_path(folder: Path) -> list[str]:
@@ -69,7 +65,9 @@ class KeepVerified:
 
   step: int | None
 
-  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+  def should_preserve(
+    self, checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo], *, context: object
+  ) -> Sequence[bool]:
     return [info.step == self.step for info in checkpoints]
 
 
@@ -90,8 +88,8 @@ class CheckpointState(NamedTuple):
   """
 
   step: jax.Array  # optimizer steps done, skipped ones included
-  params: Any  # the trained weights, in float32 or in `model.param_dtype`
-  opt: Any  # the state of the optax chain: moments and counts
+  params: Params  # the trained weights, in float32 or in `model.param_dtype`
+  opt: PyTree  # the state of the optax chain: moments and counts
 
 
 class CheckpointManager:
@@ -126,22 +124,25 @@ class CheckpointManager:
     self._has_saved = False
     self._closed = False
     self._nbytes = 0
-    policies = [LatestN(max_to_keep), self._verified]
-    if best_metric:
-      policies.append(
-        BestN(get_metric_fn=self._metric, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-      )
+    best = checkpoint_managers.BestN(
+      get_metric_fn=self._metric, reverse=True, n=1, keep_checkpoints_without_metrics=False
+    )
+    policies = [checkpoint_managers.LatestN(max_to_keep), self._verified]
+    policies += [best] if best_metric else []
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=AnyPreservationPolicy(policies),
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
       # Without it Orbax writes no metrics, and another process knows of no best one.
       best_fn=self._metric if best_metric else None,
       best_mode="min",
       todelete_subdir=TRASH_DIR,  # so that none is ever half deleted under its own name
     )
-    limits = {}
-    if low_memory:  # at most a gigabyte is on its way at once
-      limits = {"save_device_host_concurrent_gb": 1, "is_prioritized_key_fn": lambda _: False}
-    handlers = {"state": ocp.PyTreeCheckpointHandler(**limits), "meta": ocp.JsonCheckpointHandler()}
+    # At most a gigabyte on its way at once; but Orbax (0.12.8) heeds it only for arrays that a
+    # callback of its array handler defers, and none is.
+    limit = 1 if low_memory else None
+    handlers = {
+      "state": ocp.PyTreeCheckpointHandler(save_device_host_concurrent_gb=limit),
+      "meta": ocp.JsonCheckpointHandler(),
+    }
     self._call(lambda: folder.mkdir(parents=True, exist_ok=True))
     if writes:
       self._call(self._sweep)
@@ -160,7 +161,7 @@ class CheckpointManager:
     self,
     step: int,
     state: CheckpointState,
-    meta: dict[str, Any],
+    meta: Json,
     metrics: Mapping[str, float] | None = None,
   ) -> None:
     """Starts to write; the arrays may be changed or donated as soon as this returns.
@@ -180,7 +181,7 @@ class CheckpointManager:
       self._read_back(steps[-1], state)
     # Checksums of the arrays in memory: whatever happens to them on the way to the disk shows.
     meta = meta | {"step": step, "leaves": leaf_specs(state), "checksums": checksums(state)}
-    meta |= {"sha256": _sha256(meta)}
+    meta |= {"sha256": json_sha256(meta)}
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
     args = ocp.args.Composite(
       state=ocp.args.PyTreeSave(
@@ -202,11 +203,11 @@ class CheckpointManager:
       self._read_back(step, state)
       self._has_saved = True
 
-  def _read_back(self, step: int, like: Any) -> None:
+  def _read_back(self, step: int, like: PyTree) -> None:
     self.verify(step, like)
     self._verified.step = step
 
-  def verify(self, step: int, like: Any) -> None:
+  def verify(self, step: int, like: PyTree) -> None:
     """Reads a checkpoint back and compares checksums; raises StorageError.
 
     Each process reads some chunks, a few at a time: there may be no memory for a second state.
@@ -277,19 +278,21 @@ class CheckpointManager:
     has_metric = step is not None and self._metric(self._manager.metrics(step)) < math.inf
     return step if has_metric else None
 
-  def metadata(self, step: int) -> dict[str, Any]:
+  def metadata(self, step: int) -> Json:
     """Reads a checkpoint's record; raises StorageError when it is not what was saved."""
 
-    def read() -> tuple[dict[str, Any], bool]:
-      meta = ocp.JsonCheckpointHandler().restore(self._path(step).absolute() / "meta")
-      return meta, meta.pop("sha256") == _sha256(meta)
+    def read() -> tuple[Json, bool]:
+      # Orbax asks for an epath.Path, whose exists() would hide that one may not read the file.
+      folder = self._path(step).absolute() / "meta"
+      meta = dict(ocp.JsonCheckpointHandler().restore(folder))  # pyrefly: ignore[bad-argument-type]
+      return meta, meta.pop("sha256") == json_sha256(meta)
 
     meta, is_sound = self._read(step, read)
     if not is_sound:
       raise StorageError(f"{self._path(step)}: damaged (its record differs from its checksum)")
     return meta
 
-  def restore(self, step: int, like: Any) -> Any:
+  def restore(self, step: int, like: PyTree) -> PyTree:
     """Restores the state; raises StorageError when it is not what was saved.
 
     Args:
@@ -315,13 +318,14 @@ class CheckpointManager:
       self._verified.step = step
     return state
 
-  def _restore(self, step: int, like: Any) -> Any:
+  def _restore(self, step: int, like: PyTree) -> PyTree:
     restore_args = ocp.checkpoint_utils.construct_restore_args(like)
     args = ocp.args.PyTreeRestore(like, restore_args=restore_args)
-    folder = self._path(step).absolute() / "state"
-    return self._read(step, lambda: ocp.PyTreeCheckpointHandler().restore(folder, args=args))
+    read = ocp.PyTreeCheckpointHandler().restore
+    folder = self._path(step).absolute() / "state"  # not an epath.Path, as in `metadata`
+    return self._read(step, lambda: read(folder, args=args))  # pyrefly: ignore[bad-argument-type]
 
-  def _read(self, step: int, read: Callable[[], Any]) -> Any:
+  def _read(self, step: int, read: Callable[[], Result]) -> Result:
     """Returns `read()`, where all processes can read.
 
     It must not wait for other processes, which may have failed already. Orbax's manager does; its
@@ -330,17 +334,14 @@ class CheckpointManager:
     Raises, in all of them, CheckpointReadError where one may not read the file, and StorageError
     where it is damaged.
     """
-    result = None
-    failure = None
     try:
       result = read()
     except Exception as error:  # whatever damage makes Orbax raise
-      failure = error
-    outcome = 0 if failure is None else 2 if is_transient_error(failure) else 1
-    if jax.process_count() > 1:  # all raise the same, or one would wait for the others
-      outcome = int(np.max(multihost_utils.process_allgather(np.int32(outcome))))
-    if not outcome:
-      return result
+      failure, outcome = error, _worst_outcome(2 if is_transient_error(error) else 1)
+    else:
+      failure, outcome = None, _worst_outcome(0)
+      if not outcome:
+        return result
     reason = "by another process" if failure is None else first_line(failure)
     reason = reason.split(" See full TensorStore")[0]  # which is a page long
     if outcome == 2:
@@ -350,7 +351,7 @@ class CheckpointManager:
       ) from failure
     raise StorageError(f"{self._path(step)}: damaged ({reason})") from failure
 
-  def _call(self, action: Callable[[], Any]) -> Any:
+  def _call(self, action: Callable[[], Result]) -> Result:
     """Returns `action()`; raises StorageError for whatever it raises."""
     try:
       return action()
@@ -372,7 +373,7 @@ def num_new_checkpoints(
   """
 
   def num_steps(every: int | str) -> int:
-    return (steps_of_epoch if every == "epoch" else every) or total_steps
+    return (every if isinstance(every, int) else steps_of_epoch) or total_steps
 
   intervals = [num_steps(train.save_every)]
   if train.keep_best_metric:
@@ -382,30 +383,33 @@ def num_new_checkpoints(
   return min(num_saves, max(at_once - len(steps), 1))
 
 
+def _worst_outcome(outcome: int) -> int:
+  """The largest of all processes: all raise the same, or one would wait for the others."""
+  if jax.process_count() == 1:
+    return outcome
+  return int(np.max(multihost_utils.process_allgather(np.int32(outcome))))
+
+
 def is_transient_error(error: Exception) -> bool:
   """Whether an error while reading is of this machine and moment rather than of the file."""
   kinds = MemoryError, PermissionError, jax.errors.JaxRuntimeError
   return isinstance(error, kinds) or any(reason in str(error) for reason in TRANSIENT_ERRORS)
 
 
-def _sha256(meta: Mapping[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def leaf_specs(state: Any) -> dict[str, str]:
+def leaf_specs(state: PyTree) -> dict[str, str]:
   """The type and shape of each leaf, by path."""
   leaves = jax.tree_util.tree_leaves_with_path(state)
   return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
-def tree_nbytes(state: Any) -> int:
+def tree_nbytes(state: PyTree) -> int:
   """Most bytes that a checkpoint takes on disk, of arrays or of their shapes."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def _split_by_size(like: Any) -> list[Any]:
+def _split_by_size(like: PyTree) -> list[PyTree]:
   """Copies `like` with at most `READ_BATCH_BYTES` bytes, or one leaf, each, and placeholders."""
-  batches = []
+  batches: list[set[jax.tree_util.KeyPath]] = []
   room = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(like):
     if leaf is not PLACEHOLDER:
@@ -415,22 +419,22 @@ def _split_by_size(like: Any) -> list[Any]:
         room = READ_BATCH_BYTES - tree_nbytes(leaf)
       batches[-1].add(path)
 
-  def select(paths):
-    def mask(path, x):
-      return x if path in paths else PLACEHOLDER
-
+  def select(paths: set[jax.tree_util.KeyPath]) -> PyTree:
+    mask = lambda path, x: x if path in paths else PLACEHOLDER
     return jax.tree_util.tree_map_with_path(mask, like)
 
   return list(map(select, batches))
 
 
-def _local_checksum(folder: Path, name: str, leaf: Any, pool: ThreadPoolExecutor) -> int:
+def _local_checksum(
+  folder: Path, name: str, leaf: jax.Array | jax.ShapeDtypeStruct, pool: ThreadPoolExecutor
+) -> int:
   """What this process's share of the chunks of a leaf on disk adds to its checksum."""
   store = {"driver": "ocdbt", "base": folder.as_uri() + "/", "path": f"{name}/"}
   array = tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
   if (array.shape, array.dtype.numpy_dtype) != (leaf.shape, leaf.dtype):
     raise ValueError(f"{name} is {array.dtype.name}{array.shape}")
-  sizes = array.chunk_layout.read_chunk.shape or ()  # None of a scalar
+  sizes = array.chunk_layout.read_chunk_template.shape
   # Chunk by chunk, as they lie on disk: each is decompressed once, and no leaf is whole in memory.
   ranges = (range(0, length, size) for length, size in zip(leaf.shape, sizes, strict=True))
   offsets = itertools.product(*ranges)

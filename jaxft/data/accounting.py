@@ -1,43 +1,27 @@
 """Accounting: read = trained + held out + dropped, in rows and in tokens."""
 
-import collections
-from typing import Any, TypedDict
+from collections import Counter
 
 import numpy as np
 
 from jaxft.config import TrainSection
-from jaxft.data.packing import TokenDataset
+from jaxft.data.packing import LayoutDataset, TokenDataset
+from jaxft.data.token_cache import Manifest
 from jaxft.data.tokenize import TokenArrays
+from jaxft.utils.types import Json
 
 HELD_OUT_TAILS = "documents whose end is held out"  # a note of data_report.json
 
 
-class Manifest(TypedDict):
-  """The manifest of a token cache entry; one with other fields, of an older jaxft, is not read."""
-
-  files: dict[str, dict[str, Any]]  # of TokenWriter.close
-  labels: list[str]
-  numbers: list[int | None]  # of the labels, where the data gives names and numbers
-  read: int  # rows
-  dropped: dict[str, int]  # reason -> rows
-  duplicates: int
-  merged: int  # prompts whose end lies inside a token
-  characters: int
-  lost: int  # characters without a token
-  notes: dict[str, int]
-  said: list[str]  # what was done where the settings leave it open
-  tails: int  # documents whose end is held out
-
-
 def build_report(
-  manifest: Manifest, arrays: dict[str, TokenArrays], datasets: dict[str, TokenDataset], T: int
-) -> dict[str, Any]:
+  manifest: Manifest, arrays: dict[str, TokenArrays], datasets: dict[str, LayoutDataset], T: int
+) -> Json:
   """Return the content of data_report.json, except for what depends on the batch."""
   train = arrays["train"]
   validation = arrays["validation"]
   train_stats = datasets["train"].stats
   validation_stats = datasets["validation"].stats
-  dropped = collections.Counter(train_stats.dropped)
+  dropped = Counter(train_stats.dropped)
   dropped.update(validation_stats.dropped)
   empty = train_stats.empty + validation_stats.empty
   tails = manifest["tails"]

@@ -1,15 +1,15 @@
 """Which columns of a source a format reads: those that the settings name, else the obvious ones."""
 
-import collections
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import PurePath
-from typing import Any
 
 from jaxft.config import DataSection
 from jaxft.config_checks import TEMPLATE_FIELD
 from jaxft.data import formats, readers, sources
+from jaxft.utils.types import Json
 
 # Common names in data sets. One is used if the source lacks the configured name and has just one.
 COLUMN_ALIASES = {
@@ -42,7 +42,7 @@ def resolve(name: str, split: str, data: DataSection) -> tuple[DataSection, list
     return data, []
   # In their order; a JSON row may lack some.
   names = list(dict.fromkeys(name for row in rows for name in row))
-  changes: dict[str, Any] = {}
+  changes: Json = {}
   lines = []
   used = set()
   # Columns with aliases first: the label or the prompt is not the text.
@@ -72,17 +72,15 @@ def resolve(name: str, split: str, data: DataSection) -> tuple[DataSection, list
 
 def _first_rows(
   name: str, split: str, data: DataSection, columns: tuple[str, ...] | None
-) -> list[dict[str, Any]]:
+) -> list[Json]:
   """Return valid rows of the first MAX_PROBED_ROWS: one, or all of them where `columns` is None."""
   options = readers.ReaderOptions.from_config(data, columns, formats.label_column(data))
-  rows = sources.read_rows((name,), split, options, collections.Counter())
+  rows = sources.read_rows((name,), split, options, Counter())
   valid = (row.columns for row in itertools.islice(rows, MAX_PROBED_ROWS) if not row.error)
   return list(itertools.islice(valid, None if columns is None else 1))
 
 
-def _match_column(
-  setting: str, rows: list[dict[str, Any]], names: list[str], configured: str
-) -> str | None:
+def _match_column(setting: str, rows: list[Json], names: list[str], configured: str) -> str | None:
   """Return the one of `names` that a setting means; None if none or several of them may be."""
   if column := _find_column(configured, names):
     return column
@@ -103,7 +101,7 @@ def _only_one(names: Iterable[str]) -> str | None:
   return candidates[0] if len(candidates) == 1 else None
 
 
-def _looks_like_text(values: list[Any]) -> bool:
+def _looks_like_text(values: list[object]) -> bool:
   """Return whether most values that are not empty have letters, unlike numbers and dates."""
   non_empty = [value for value in values if value not in (None, "")]
   texts = sum(isinstance(value, str) and any(map(str.isalpha, value)) for value in non_empty)

@@ -1,26 +1,31 @@
 """prepare_data: from the sources in the settings to datasets of tokens, with everything counted."""
 
-import collections
 import dataclasses
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 
 from jaxft.config import DataSection, TrainSection
 from jaxft.data import columns, formats, packing, readers, sources, token_cache, tokenize
-from jaxft.data.accounting import Manifest, build_report, num_rows_and_steps
+from jaxft.data.accounting import build_report, num_rows_and_steps
 from jaxft.data.formats import BadRowError, Example
-from jaxft.data.packing import ClassificationDataset, TokenDataset
+from jaxft.data.packing import ClassificationDataset, LayoutDataset
+from jaxft.data.token_cache import Manifest
 from jaxft.errors import RequestError
 from jaxft.utils.files import cache_dir
+from jaxft.utils.types import Json
 from jaxft.utils.units import format_count
 
-ProgressFn = Callable[[int, int], None]  # examples tokenised so far, and in total
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
+
+ProgressFn: TypeAlias = Callable[[int, int], None]  # examples tokenised so far, and in total
 DROPPED, TRAIN, VALIDATION = 0, 1, 2
 SPLITS = {"train": TRAIN, "validation": VALIDATION}
 # The settings that the tokens depend on; the others only decide how they are laid out in rows.
@@ -44,15 +49,15 @@ CACHE_KEY_SETTINGS = (
 
 
 class PreparedData(NamedTuple):
-  train: TokenDataset
-  validation: TokenDataset | None  # None: nothing is held out
+  train: LayoutDataset
+  validation: LayoutDataset | None  # None: nothing is held out
   labels: list[str]  # of the classification format, in the order of their numbers
   entropy_floor: float | None  # nats per validation token that no model can beat, if known
   fingerprint: str  # of the training examples and their layout in rows
   validation_fingerprint: str
   unrelated_fingerprint: str
-  unrelated: TokenDataset | None  # further text to evaluate on
-  report: dict[str, Any]
+  unrelated: LayoutDataset | None  # further text to evaluate on
+  report: Json
 
   def with_class_ids(self, classes: list[str]) -> "PreparedData":
     """Return the same rows with labels numbered as in `classes`.
@@ -61,11 +66,10 @@ class PreparedData(NamedTuple):
     """
     ids = np.array(formats.class_ids(self.labels, classes), np.int32)
 
-    def renumber(rows: ClassificationDataset) -> ClassificationDataset:
+    def renumber(rows: LayoutDataset) -> ClassificationDataset:
       labels_N = ids[np.asarray(rows.tokens.labels_N)]
-      return ClassificationDataset(
-        dataclasses.replace(rows.tokens, labels_N=labels_N), rows.seq_len
-      )
+      tokens = dataclasses.replace(rows.tokens, labels_N=labels_N)
+      return ClassificationDataset(tokens, rows.seq_len)
 
     validation = renumber(self.validation) if self.validation else None
     return self._replace(train=renumber(self.train), validation=validation, labels=list(classes))
@@ -89,7 +93,7 @@ class PreparedData(NamedTuple):
 
 def prepare_data(
   data: DataSection,
-  tokenizer: Any,
+  tokenizer: "PreTrainedTokenizerBase",
   tokenizer_fingerprint: str,
   on_progress: ProgressFn = lambda done, total: None,
   log: Callable[[str], None] = lambda line: None,
@@ -149,11 +153,11 @@ def prepare_data(
   )
 
 
-def _load_unrelated(data: DataSection, tokenizer: Any) -> TokenDataset:
+def _load_unrelated(data: DataSection, tokenizer: "PreTrainedTokenizerBase") -> LayoutDataset:
   """Return the text of `data.unrelated`, in rows like the run's: one program evaluates both."""
   template = formats.DEFAULT_TEMPLATE
   data = dataclasses.replace(data, format="text", nats_column="", template=template)
-  ignored = collections.Counter()
+  ignored = Counter()
   examples = read_examples(data.unrelated, "validation", data, ignored, ignored)
   arrays = tokenize.encode_in_memory(examples, tokenizer)
   if not len(arrays):
@@ -176,8 +180,8 @@ def read_examples(
   names: tuple[str, ...],
   split: str,
   data: DataSection,
-  dropped: collections.Counter,
-  notes: collections.Counter,
+  dropped: Counter[str],
+  notes: Counter[str],
   log: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Example]:
   """Yield the examples of all rows. Bad rows are counted in `dropped`, or raise RequestError.
@@ -214,19 +218,64 @@ class DataSource(NamedTuple):
   weight: float
 
 
+class Survey(NamedTuple):
+  """What a first pass over all examples finds."""
+
+  sources: list[DataSource]
+  counts: list[int]  # examples of each source
+  duplicates: np.ndarray  # whether each example is there before
+  labels: list[str]
+  dropped: Counter[str]  # rows, by reason: at first only the bad ones
+  read: int  # rows, bad ones too
+  notes: Counter[str]
+  log_lines: list[str]
+
+
 def _build_cache(
-  folder: Path, data: DataSection, tokenizer: Any, on_progress: ProgressFn
+  folder: Path, data: DataSection, tokenizer: "PreTrainedTokenizerBase", on_progress: ProgressFn
 ) -> Manifest:
   """Write the token files. A first pass over the examples decides which the second one takes."""
-  rng = np.random.default_rng(data.shuffle_seed)
-  dropped = collections.Counter()
-  notes = collections.Counter()
-  all_sources = [
-    DataSource(name, "train", weight) for name, weight in map(sources.parse_weight, data.train)
-  ]
+  survey = _survey(data)
+  splits, repeats, tail_share = _select(survey, data)
+  total = sum(int(repeats_N.sum()) for repeats_N in repeats)
+  examples = _selected_examples(survey.sources, splits, repeats, tail_share, data)
+  log_done = lambda done: on_progress(done, total)
+  files, written = _write_tokens(folder, examples, survey.labels, tokenizer, log_done)
+  tails = written["held_out"] if tail_share else 0
+  if written["examples"] != total + tails:
+    raise RequestError("config.data: a source has changed while it was read; run again")
+  lost, characters = written["lost"], written["characters"]
+  if 2 * lost > characters:
+    raise RequestError(
+      f"config.model.path: its tokenizer has no token for {lost:,} of the {characters:,} "
+      "characters of config.data; take a model whose tokenizer was made for such text"
+    )
+  extra = sum(int(np.maximum(repeats_N - 1, 0).sum()) for repeats_N in repeats)
+  survey.notes["rows read again, as their weight says"] = extra
+  return Manifest(
+    files=files,
+    labels=survey.labels,
+    numbers=[getattr(label, "number", None) for label in survey.labels],
+    read=survey.read + extra,
+    dropped=dict(survey.dropped),
+    duplicates=int(survey.duplicates.sum()),
+    merged=written["merged"],
+    characters=characters,
+    lost=lost,
+    notes={note: count for note, count in survey.notes.items() if count},
+    said=list(dict.fromkeys(survey.log_lines)),
+    tails=tails,
+  )
+
+
+def _survey(data: DataSection) -> Survey:
+  weighted = map(sources.parse_weight, data.train)
+  all_sources = [DataSource(name, "train", weight) for name, weight in weighted]
   all_sources += [DataSource(name, "validation", 1.0) for name in data.validation]
-  log_lines: list[str] = []
-  label_set = set()
+  dropped = Counter()
+  notes = Counter()
+  log_lines = []
+  labels: set[str | None] = set()
   seen = set()
   counts = []
   is_duplicate = bytearray()
@@ -235,102 +284,107 @@ def _build_cache(
     names = (source.name,)
     for example in read_examples(names, source.split, data, dropped, notes, log_lines.append):
       counts[-1] += 1
-      label_set.add(example.label)
+      labels.add(example.label)
       digest = hash((example.label, example.text))  # of 64 bits
       is_duplicate.append(digest in seen)
       seen.add(digest)
-  seen.clear()
-  num_bad = sum(dropped.values())
-  duplicates = np.frombuffer(is_duplicate, bool)
-  splits, tail_share = _assign_splits(all_sources, counts, duplicates, data, rng, dropped)
-  if tail_share:
-    num_train = sum(int((split_N == TRAIN).sum()) for split_N in splits)
-    log_lines.append(
-      f"{format_count(num_train, 'document')}: the last {100 * tail_share:g} % of each is held "
-      "out, as a separate document (config.data.validation_fraction)"
-      + (", whatever config.data.limit_validation is" * bool(data.limit_validation))
-    )
+  return Survey(
+    sources=all_sources,
+    counts=counts,
+    duplicates=np.frombuffer(is_duplicate, bool),
+    labels=_sort_labels({label for label in labels if label is not None}),
+    dropped=dropped,
+    read=sum(counts) + dropped.total(),
+    notes=notes,
+    log_lines=log_lines,
+  )
+
+
+def _select(survey: Survey, data: DataSection) -> tuple[list[np.ndarray], list[np.ndarray], float]:
+  """Return what `_assign_splits` does, and between the two how often each example is written.
+
+  Raises RequestError as it does, and where the weights leave nothing or all labels are the same.
+  """
+  rng = np.random.default_rng(data.shuffle_seed)
+  splits, tail_share = _assign_splits(survey, data, rng)
   repeats = [
-    _repeat_counts(source.weight, split_N, rng, dropped)
-    for source, split_N in zip(all_sources, splits)
+    _repeat_counts(source.weight, split_N, rng, survey.dropped)
+    for source, split_N in zip(survey.sources, splits)
   ]
   if not any(repeats_N[split_N == TRAIN].any() for split_N, repeats_N in zip(splits, repeats)):
     raise RequestError(
       f"config.data.train={data.train!r}: the weights leave no document to train on"
     )
-  labels = _sort_labels(label_set - {None})
-  if len(labels) == 1:
+  if len(survey.labels) == 1:
     raise RequestError(
-      f"config.data.label_column={data.label_column!r}: all rows have the label {labels[0]!r}; "
-      "give two or more"
+      f"config.data.label_column={data.label_column!r}: all rows have the label "
+      f"{survey.labels[0]!r}; give two or more"
     )
-  label_ids = {label: i for i, label in enumerate(labels)}
-  total = sum(int(repeats_N.sum()) for repeats_N in repeats)
+  return splits, repeats, tail_share
 
-  dtype = tokenize.ids_dtype(tokenizer)
-  writers = {name: token_cache.TokenWriter(folder, name, dtype) for name in SPLITS}
-  done = merged = lost = characters = tails = 0
-  ignored = collections.Counter()  # the second pass meets the bad rows that the first has counted
+
+def _selected_examples(
+  all_sources: list[DataSource],
+  splits: list[np.ndarray],
+  repeats: list[np.ndarray],
+  tail_share: float,
+  data: DataSection,
+) -> Iterator[tuple[Example, int]]:
+  """Yield the examples to write, each with its split."""
+  ignored = Counter()  # this pass meets the bad rows that the first has counted
   for source, split_N, repeats_N in zip(all_sources, splits, repeats):
     for repeat in range(repeats_N.max(initial=0)):
       selected_N = repeats_N > repeat
       examples = read_examples((source.name,), source.split, data, ignored, ignored)
       examples = itertools.compress(examples, selected_N)
-      example_splits = iter(split_N[selected_N])
       if tail_share:
-        queue = collections.deque()
-        examples = _split_documents(examples, tail_share, repeat == 0, queue)
-        example_splits = iter(queue.popleft, None)
-      for batch, encoded in tokenize.encode_batches(examples, tokenizer, dtype):
-        batch_splits = np.fromiter(
-          itertools.islice(example_splits, len(batch)), np.uint8, len(batch)
+        yield from _split_documents(examples, tail_share, with_tails=repeat == 0)
+      else:
+        yield from zip(examples, split_N[selected_N])
+
+
+def _write_tokens(
+  folder: Path,
+  examples: Iterable[tuple[Example, int]],
+  labels: list[str],
+  tokenizer: "PreTrainedTokenizerBase",
+  on_progress: Callable[[int], None],
+) -> tuple[dict[str, token_cache.FileInfo], Counter[str]]:
+  """Write the token files of the examples, those of each split apart; return them, and counts."""
+  dtype = tokenize.ids_dtype(tokenizer)
+  writers = {name: token_cache.TokenWriter(folder, name, dtype) for name in SPLITS}
+  label_ids = {label: i for i, label in enumerate(labels)}
+  written = Counter()
+  examples, again = itertools.tee(examples)
+  texts = (example for example, _ in examples)
+  for batch, encoded in tokenize.encode_batches(texts, tokenizer, dtype):
+    batch_splits = np.array([split for _, split in itertools.islice(again, len(batch))])
+    for name, split in SPLITS.items():
+      if len(indices := np.flatnonzero(batch_splits == split)):
+        rows = [batch[i] for i in indices]
+        writers[name].add_examples(
+          ids=[encoded.ids[i] for i in indices],
+          prompts=[encoded.prompts[i] for i in indices],
+          labels=[label_ids[row.label] for row in rows if row.label is not None],
+          nats=[row.nats for row in rows if row.nats is not None],
         )
-        tails += int((batch_splits == VALIDATION).sum()) if tail_share else 0
-        for name, split in SPLITS.items():
-          if len(indices := np.flatnonzero(batch_splits == split)):
-            rows = [batch[i] for i in indices]
-            writers[name].add_examples(
-              ids=[encoded.ids[i] for i in indices],
-              prompts=[encoded.prompts[i] for i in indices],
-              labels=[label_ids[row.label] for row in rows if row.label is not None],
-              nats=[row.nats for row in rows if row.nats is not None],
-            )
-        merged += encoded.straddling
-        lost += encoded.unknown_chars
-        characters += sum(len(example.text) for example in batch)
-        done += len(batch)
-        on_progress(done, total)
-  if done != total + tails:
-    raise RequestError("config.data: a source has changed while it was read; run again")
-  extra = sum(int(np.maximum(repeats_N, 1).sum()) - len(repeats_N) for repeats_N in repeats)
-  if extra:
-    notes["rows read again, as their weight says"] = extra
-  files = {name: about for writer in writers.values() for name, about in writer.close().items()}
-  if 2 * lost > characters:
-    raise RequestError(
-      f"config.model.path: its tokenizer has no token for {lost:,} of the {characters:,} "
-      "characters of config.data; take a model whose tokenizer was made for such text"
+    written.update(
+      examples=len(batch),
+      held_out=int((batch_splits == VALIDATION).sum()),
+      merged=encoded.straddling,
+      lost=encoded.unknown_chars,
+      characters=sum(len(example.text) for example in batch),
     )
-  return Manifest(
-    files=files,
-    labels=labels,
-    numbers=[getattr(label, "number", None) for label in labels],
-    read=sum(counts) + num_bad + extra,
-    dropped=dict(dropped),
-    duplicates=int(duplicates.sum()),
-    merged=merged,
-    characters=characters,
-    lost=lost,
-    notes={note: count for note, count in notes.items() if count},
-    said=list(dict.fromkeys(log_lines)),
-    tails=tails,
-  )
+    on_progress(written["examples"])
+  files = {name: info for writer in writers.values() for name, info in writer.close().items()}
+  return files, written
 
 
 def _sort_labels(labels: set[str]) -> list[str]:
   """Sort labels by the numbers that their data set gives them, else by name."""
-  if all(isinstance(label, readers.ClassName) for label in labels):
-    return sorted(labels, key=lambda label: label.number)
+  named = [label for label in labels if isinstance(label, readers.ClassName)]
+  if len(named) == len(labels):
+    return [*sorted(named, key=lambda label: label.number)]
   return sorted(labels, key=_label_sort_key)
 
 
@@ -341,24 +395,19 @@ def _label_sort_key(label: str) -> tuple:
 
 
 def _assign_splits(
-  all_sources: list[DataSource],
-  counts: list[int],
-  duplicates: np.ndarray,
-  data: DataSection,
-  rng: np.random.Generator,
-  dropped: collections.Counter,
+  survey: Survey, data: DataSection, rng: np.random.Generator
 ) -> tuple[list[np.ndarray], float]:
   """Return the split of each example, per source, and the share of each document to hold out.
 
   That share is 0 where whole documents are held out. Raises RequestError when there is nothing to
   train on, or nothing to evaluate on although sources are named for it.
   """
-  split_N = np.concatenate(
-    [np.full(n, SPLITS[source.split], np.uint8) for source, n in zip(all_sources, counts)]
-  )
-  if data.duplicates == "drop" and duplicates.any():
-    split_N[duplicates] = DROPPED
-    dropped["duplicates"] = int(duplicates.sum())
+  dropped = survey.dropped
+  source_splits = np.array([SPLITS[source.split] for source in survey.sources], np.uint8)
+  split_N = np.repeat(source_splits, survey.counts)
+  if data.duplicates == "drop" and survey.duplicates.any():
+    split_N[survey.duplicates] = DROPPED
+    dropped["duplicates"] = int(survey.duplicates.sum())
   tail_share = 0.0
   if not data.validation and data.validation_fraction:
     indices = np.flatnonzero(split_N == TRAIN)
@@ -373,43 +422,47 @@ def _assign_splits(
     if not len(indices) and (split == TRAIN or data.validation):
       reasons = "".join(f", {reason}: {count:,}" for reason, count in dropped.items())
       raise RequestError(
-        f"config.data: no {name} examples ({format_count(sum(counts), 'good row')}, "
-        f"{sum(dropped.values())} dropped{reasons}); give more data"
+        f"config.data: no {name} examples ({format_count(sum(survey.counts), 'good row')}, "
+        f"{dropped.total()} dropped{reasons}); give more data"
       )
     if limit and limit < len(indices):
       split_N[rng.permutation(indices)[limit:]] = DROPPED
       dropped[f"limit_{name}"] = len(indices) - limit
-  return np.split(split_N, np.cumsum(counts)[:-1]), tail_share
+  if tail_share:
+    num_train = int((split_N == TRAIN).sum())
+    survey.log_lines.append(
+      f"{format_count(num_train, 'document')}: the last {100 * tail_share:g} % of each is held "
+      "out, as a separate document (config.data.validation_fraction)"
+      + (", whatever config.data.limit_validation is" * bool(data.limit_validation))
+    )
+  return np.split(split_N, np.cumsum(survey.counts)[:-1]), tail_share
 
 
 def _split_documents(
-  documents: Iterable[Example], share: float, with_tails: bool, splits: collections.deque[int]
-) -> Iterator[Example]:
+  documents: Iterable[Example], share: float, with_tails: bool
+) -> Iterator[tuple[Example, int]]:
   """Yield each document without its end, for training, and its end, for validation.
 
   Documents are cut after a blank if there is one nearby.
 
   Args:
     with_tails: whether to yield the ends.
-    splits: gets the split of each example that is yielded.
   """
   for document in documents:
     text = document.text
     tail = max(1, round(len(text) * share))
     at = max(len(text) - tail, min(1, len(text) - 1))  # leaves at least one letter
     at = text.rfind(" ", max(0, at - tail), at) + 1 or at
-    splits.append(TRAIN)
     if not at:  # of one letter
-      yield document
+      yield document, TRAIN
       continue
-    yield document._replace(text=text[:at], nats=None)
+    yield document._replace(text=text[:at], nats=None), TRAIN
     if with_tails:
-      splits.append(VALIDATION)
-      yield document._replace(text=text[at:], nats=None)
+      yield document._replace(text=text[at:], nats=None), VALIDATION
 
 
 def _repeat_counts(
-  weight: float, split_N: np.ndarray, rng: np.random.Generator, dropped: collections.Counter
+  weight: float, split_N: np.ndarray, rng: np.random.Generator, dropped: Counter
 ) -> np.ndarray:
   """Return how often each example of a source is written: the weight's integer part, for all of
   them, and once more for a random share of them, its fraction.
@@ -423,7 +476,7 @@ def _repeat_counts(
   return repeats_N
 
 
-def build_dataset(arrays: tokenize.TokenArrays, data: DataSection, eos_id: int) -> TokenDataset:
+def build_dataset(arrays: tokenize.TokenArrays, data: DataSection, eos_id: int) -> LayoutDataset:
   """Lay out the examples in rows of `data.sequence_length` tokens."""
   T = data.sequence_length
   if data.format == "classification":

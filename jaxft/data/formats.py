@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxft.config import DataSection
 from jaxft.config_checks import TEMPLATE_FIELD
 from jaxft.data.readers import ClassName, RawRow
 from jaxft.errors import RequestError
 from jaxft.utils.files import is_encodable
+from jaxft.utils.types import Json
 
 PROMPT, COMPLETION = "{prompt}", "{completion}"
 DEFAULT_TEMPLATE = PROMPT + COMPLETION  # of `data.template`; plain text then has no template
@@ -75,15 +76,15 @@ def error_category(message: str) -> str:
   return message.split(" (")[0]
 
 
-def _fill_template(columns: dict[str, Any], template: str) -> str:
+def _fill_template(columns: Json, template: str) -> str:
   return TEMPLATE_FIELD.sub(lambda field: _cell(columns, field[1], "template"), template)
 
 
-def _text_cell(columns: dict[str, Any], data: DataSection, setting: str) -> str:
+def _text_cell(columns: Json, data: DataSection, setting: str) -> str:
   return _cell(columns, getattr(data, setting), setting)
 
 
-def _cell(columns: dict[str, Any], column: str, setting: str) -> str:
+def _cell(columns: Json, column: str, setting: str) -> str:
   if column not in columns:
     names = ", ".join(map(repr, columns)) or "none"
     raise BadRowError(f"no column {column!r} (it has {names}; config.data.{setting} says which)")
@@ -97,11 +98,11 @@ def _cell(columns: dict[str, Any], column: str, setting: str) -> str:
   return value
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
   return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-def _parse_label(columns: dict[str, Any], data: DataSection) -> str:
+def _parse_label(columns: Json, data: DataSection) -> str:
   column = data.label_column
   value = columns.get(column)
   if isinstance(value, float) and value.is_integer():  # pandas' integers in a column with gaps
@@ -123,17 +124,19 @@ def class_ids(labels: list[str], classes: Sequence[str]) -> list[int]:
   by_number = {number: i for i in range(len(classes)) for number in (str(i), f"{i}.0")}
   if len(classes) == 2:
     by_number |= {"false": 0, "true": 1}
-  for index, normalize in ((by_name, str), (by_case, str.casefold), (by_number, str.casefold)):
-    if all(normalize(label) in index for label in labels):
-      return [index[normalize(label)] for label in labels]
+  folded_labels = [label.casefold() for label in labels]
+  for index, names in ((by_name, labels), (by_case, folded_labels), (by_number, folded_labels)):
+    if all(name in index for name in names):
+      return [index[name] for name in names]
   unnamed = all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(classes))
-  if unnamed and all(isinstance(x, ClassName) and x.number < len(classes) for x in labels):
-    return [label.number for label in labels]
+  numbers = [label.number for label in labels if isinstance(label, ClassName)]
+  if unnamed and len(numbers) == len(labels) and max(numbers) < len(classes):
+    return numbers
   unknown = next(label for label in labels if label not in by_name)
   raise RequestError(f"label {unknown!r}: the model's classes are {', '.join(map(repr, classes))}")
 
 
-def _parse_nats(columns: dict[str, Any], data: DataSection) -> float:
+def _parse_nats(columns: Json, data: DataSection) -> float:
   column = data.nats_column
   try:
     nats = float(columns[column])

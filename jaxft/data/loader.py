@@ -5,7 +5,7 @@ A accumulation steps, B rows per step, T columns
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeAlias
 
 import grain
 import jax
@@ -13,7 +13,11 @@ import numpy as np
 from grain.experimental import index_shuffle
 from jax.sharding import Sharding
 
-Batch = dict[str, Any]
+from jaxft.data.packing import PackedRow, TokenDataset
+
+# "ids" and "targets" (int32), "mask" (bool: the targets that count); of packed sequences "segments"
+# and "positions" (int32) too. Each is (A, B, T), or (B, T) of one micro-batch.
+Batch: TypeAlias = dict[str, jax.Array]
 
 
 class BatchSource:
@@ -28,7 +32,7 @@ class BatchSource:
 
   def __init__(
     self,
-    rows: Any,
+    rows: TokenDataset,
     *,
     batch_size: int,
     accumulation: int,
@@ -46,9 +50,10 @@ class BatchSource:
   def __len__(self) -> int:
     return -(-self._total_rows // self._rows_per_step)
 
-  def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-    indices = self._indices + step * self._rows_per_step
-    rows = [self._rows[self._shuffled(int(index))] for index in indices.reshape(-1)]
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """Return the batch of step `index`, which is Grain's name for it."""
+    indices = self._indices + index * self._rows_per_step
+    rows = [self._rows[self._shuffled(int(i))] for i in indices.reshape(-1)]
     batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     is_real = (self._indices < self._rows_per_step) & (indices < self._total_rows)
     batch["mask"] &= is_real.reshape(-1, 1)
@@ -68,7 +73,7 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 def train_batches(
-  rows: Any,
+  rows: TokenDataset,
   *,
   batch_size: int,
   accumulation: int,
@@ -95,7 +100,7 @@ def train_batches(
 
 
 def eval_batches(
-  rows: Any, *, batch_size: int, sharding: Sharding, limit: int = 0
+  rows: TokenDataset, *, batch_size: int, sharding: Sharding, limit: int = 0
 ) -> Iterator[Batch]:
   """Yield all rows once, in order, or the first `limit` batches; masked rows fill up the last."""
   local_rows = local_row_indices(sharding, batch_size)
@@ -106,7 +111,9 @@ def eval_batches(
     yield _make_global_batch(batch, sharding, batch_size, local_rows)
 
 
-def batch_shapes(row: dict[str, Any], A: int, B: int, sharding: Sharding) -> Batch:
+def batch_shapes(
+  row: PackedRow, A: int, B: int, sharding: Sharding
+) -> dict[str, jax.ShapeDtypeStruct]:
   """Return the shapes of a batch of such rows, to compile for."""
   return {
     name: jax.ShapeDtypeStruct((A, B, *x.shape), x.dtype, sharding=sharding)
@@ -117,7 +124,7 @@ def batch_shapes(row: dict[str, Any], A: int, B: int, sharding: Sharding) -> Bat
 def local_row_indices(sharding: Sharding, B: int) -> np.ndarray:
   """Return which of B rows the devices of this process hold, in rising order."""
   slices = sharding.addressable_devices_indices_map((1, B, 1)).values()
-  return np.unique(np.concatenate([np.arange(B)[index[1]] for index in slices]))
+  return np.unique(np.concatenate([np.arange(B)[index[1]] for index in slices if index]))
 
 
 def _make_global_batch(
@@ -126,10 +133,7 @@ def _make_global_batch(
   """Join the local rows of all processes into one batch of B rows per step, on the devices."""
 
   def make_array(x: np.ndarray) -> jax.Array:
-    def shard(index):
-      rows = np.arange(B)[index[1]]
-      return x[:, np.searchsorted(local_rows, rows)]
-
+    shard = lambda index: x[:, np.searchsorted(local_rows, np.arange(B)[index[1]])]
     return jax.make_array_from_callback((x.shape[0], B, x.shape[2]), sharding, shard)
 
   return {name: make_array(x) for name, x in batch.items()}

@@ -5,13 +5,13 @@ counts}; where several examples share it also {"segments": (T,) int32, 0 for pad
 (T,) int32}.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from jaxft.data.tokenize import TokenArrays
 
-PackedRow = dict[str, np.ndarray]
+PackedRow: TypeAlias = dict[str, np.ndarray]
 
 
 class PackingStats(NamedTuple):
@@ -226,7 +226,8 @@ class ClassificationDataset:
     return {"ids": ids, "targets": targets, "mask": np.arange(self.seq_len) == len(values) - 1}
 
 
-TokenDataset = ConcatDataset | PackedDataset | ClassificationDataset | SlidingWindowDataset
+LayoutDataset: TypeAlias = ConcatDataset | PackedDataset | ClassificationDataset
+TokenDataset: TypeAlias = LayoutDataset | SlidingWindowDataset
 
 
 def best_fit(lengths: list[int], T: int) -> list[list[int]]:

@@ -1,21 +1,28 @@
 """The rows of one file, whose suffix says how it is read."""
 
 import codecs
-import collections
 import contextlib
 import csv
 import io
+import itertools
 import json
 import lzma
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
 from jaxft.config import DataSection
 from jaxft.errors import RequestError, first_line
 from jaxft.utils.files import is_encodable, reject_lfs_pointer
+from jaxft.utils.types import Json
 
+if TYPE_CHECKING:
+  import pyarrow
+  from _typeshed import WriteableBuffer
+
+File = TypeVar("File")  # of a folder or of an archive
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # pyarrow's names
 TEXT_FORMATS = (".txt", ".md")
 COMPRESSION_SUFFIXES = (*CODECS, ".xz")  # after any of STREAMED_FORMATS
@@ -43,7 +50,7 @@ class RawRow(NamedTuple):
   """A row as the source has it, or why it cannot be read."""
 
   location: str  # file and number
-  columns: dict[str, Any]  # all names, with the values of the requested ones
+  columns: Json  # all names, with the values of the requested ones
   error: str = ""
 
 
@@ -94,7 +101,7 @@ def file_format(file: PurePath) -> str:
   return last if last in READABLE_FORMATS else ""
 
 
-def read_rows(file: Path, options: ReaderOptions, notes: collections.Counter) -> Iterator[RawRow]:
+def read_rows(file: Path, options: ReaderOptions, notes: Counter[str]) -> Iterator[RawRow]:
   """Yield all rows of a file; those that do not parse have an error.
 
   A file that cannot be read at all raises one of READ_ERRORS.
@@ -113,9 +120,7 @@ def read_rows(file: Path, options: ReaderOptions, notes: collections.Counter) ->
       yield from _read_table(str(file), suffix, source, options)
 
 
-def _read_archive(
-  file: Path, options: ReaderOptions, notes: collections.Counter
-) -> Iterator[RawRow]:
+def _read_archive(file: Path, options: ReaderOptions, notes: Counter[str]) -> Iterator[RawRow]:
   """Yield the rows of those files in a zip that would be read in a folder."""
   with zipfile.ZipFile(file) as archive:
     suffixes = {}
@@ -141,12 +146,13 @@ def _read_archive(
       options = options._replace(label=PurePath(entry.filename).parent.name)
       with archive.open(entry) as raw:
         if suffix in STREAMED_FORMATS:
+          assert isinstance(raw, zipfile.ZipExtFile)
           yield from _read_stream(location, suffix, io.BufferedReader(raw), options, notes)
         else:
           yield from _read_table(location, suffix, io.BytesIO(raw.read()), options)
 
 
-def select_files(location: str, suffixes: dict[Any, str], way_out: str) -> list[Any]:
+def select_files(location: str, suffixes: dict[File, str], way_out: str) -> list[File]:
   """Return the files of a folder or an archive to read: DEFAULT_FORMATS, else all of one format.
 
   Raises RequestError for several other formats.
@@ -161,7 +167,7 @@ def select_files(location: str, suffixes: dict[Any, str], way_out: str) -> list[
 
 
 @contextlib.contextmanager
-def _open_decompressed(file: Path) -> Iterator[io.BufferedReader]:
+def _open_decompressed(file: Path) -> Generator[io.BufferedReader]:
   """Open a file, decompressed.
 
   Python opens it, not pyarrow: its name may not be UTF-8, and its suffix may be in capitals.
@@ -192,15 +198,16 @@ class _Utf8Stream(io.RawIOBase):
   def readable(self) -> bool:
     return True
 
-  def readinto(self, buffer: Any) -> int:
+  def readinto(self, buffer: "WriteableBuffer") -> int:
     while not self._rest:
       content = self._stream.read(2**16)
       text = self._decoder.decode(content, final=not content)
       self._rest = text.encode("utf-8", "surrogatepass")
       if not content:
         break
-    size = min(len(buffer), len(self._rest))
-    buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+    view = memoryview(buffer)
+    size = min(len(view), len(self._rest))
+    view[:size], self._rest = self._rest[:size], self._rest[size:]
     return size
 
 
@@ -212,7 +219,7 @@ def _read_stream(
   suffix: str,
   stream: io.BufferedReader,
   options: ReaderOptions,
-  notes: collections.Counter,
+  notes: Counter[str],
 ) -> Iterator[RawRow]:
   if options.encoding.lower().replace("_", "-") not in ("utf-8", "utf8"):
     stream = io.BufferedReader(_Utf8Stream(stream, options.encoding))
@@ -227,13 +234,13 @@ def _read_stream(
   if suffix in TEXT_FORMATS:
     yield from _read_text(location, stream, options, notes)
   elif suffix == ".csv":
-    yield from _read_csv(location, stream, options, notes, ",", csv.QUOTE_MINIMAL)
+    yield from _read_csv(location, stream, options, notes, ",")
   elif suffix == ".tsv":
     content = stream.read()
-    quoting = _detect_tsv_quoting(content)
-    notes[".tsv files whose quotes are letters"] += quoting == csv.QUOTE_NONE
+    quoted = _has_quoted_cells(content)
+    notes[".tsv files whose quotes are letters"] += not quoted
     stream = io.BufferedReader(io.BytesIO(content))
-    yield from _read_csv(location, stream, options, notes, "\t", quoting)
+    yield from _read_csv(location, stream, options, notes, "\t", quoted)
   elif suffix == ".json":
     yield from _read_json(location, stream, options, notes)
   else:
@@ -241,7 +248,7 @@ def _read_stream(
 
 
 def _read_text(
-  location: str, stream: io.BufferedReader, options: ReaderOptions, notes: collections.Counter
+  location: str, stream: io.BufferedReader, options: ReaderOptions, notes: Counter[str]
 ) -> Iterator[RawRow]:
   """Yield the file as one row, or as many as `separator` cuts it into."""
   content = stream.read()
@@ -266,7 +273,7 @@ def _utf8_error(error: UnicodeDecodeError) -> str:
 
 
 def _read_json(
-  location: str, stream: io.BufferedReader, options: ReaderOptions, notes: collections.Counter
+  location: str, stream: io.BufferedReader, options: ReaderOptions, notes: Counter[str]
 ) -> Iterator[RawRow]:
   """Yield the objects of an array, or one object per line."""
   text = stream.read()
@@ -288,7 +295,7 @@ def _read_json(
 
 
 def _read_json_lines(
-  location: str, stream: Iterable[bytes], notes: collections.Counter
+  location: str, stream: Iterable[bytes], notes: Counter[str]
 ) -> Iterator[RawRow]:
   for number, line in enumerate(stream, 1):
     row_location = f"{location}, row {number}"
@@ -305,13 +312,13 @@ def _read_json_lines(
       yield _json_row(row_location, row)
 
 
-def _json_row(location: str, row: Any) -> RawRow:
+def _json_row(location: str, row: object) -> RawRow:
   is_object = isinstance(row, dict)
   return RawRow(location, row) if is_object else RawRow(location, {}, "not a JSON object")
 
 
-def _detect_tsv_quoting(content: bytes) -> int:
-  """Return whether quotes enclose cells (csv.QUOTE_MINIMAL) or are letters (csv.QUOTE_NONE).
+def _has_quoted_cells(content: bytes) -> bool:
+  """Return whether quotes enclose cells of a .tsv file, rather than being letters.
 
   Read as csv, two stray quotes make one row of all rows between them. So quotes are letters if the
   file is not valid csv, or if a quoted cell spans lines although every line has the tabs of a row.
@@ -322,52 +329,49 @@ def _detect_tsv_quoting(content: bytes) -> int:
   try:
     spans_lines = any("\n" in cell for row in rows for cell in row)
   except csv.Error:
-    return csv.QUOTE_NONE
+    return False
   tabs = {line.count("\t") for line in text.split("\n") if line.strip()} if spans_lines else ()
-  return csv.QUOTE_NONE if len(tabs) == 1 and tabs != {0} else csv.QUOTE_MINIMAL
+  return len(tabs) != 1 or tabs == {0}
 
 
 def _read_csv(
   location: str,
   stream: io.BufferedReader,
   options: ReaderOptions,
-  notes: collections.Counter,
+  notes: Counter[str],
   delimiter: str,
-  quoting: int,
+  quoted: bool = True,
 ) -> Iterator[RawRow]:
   csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is shorter than a chapter
   delimiter = _detect_delimiter(stream.peek().splitlines()[:1], options, notes, delimiter)
   # Bytes that are not UTF-8 become surrogates, which `is_encodable` finds in the row that has them.
   with io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="") as text:
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     lines = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
-    yield from _read_cells(location, lines, options)
-
-
-def _read_cells(location: str, lines: Any, options: ReaderOptions) -> Iterator[RawRow]:
-  names = next(lines, [])
-  _check_unique(location, names, options)
-  number = 0
-  while True:
-    number += 1
-    row_location = f"{location}, row {number}"
-    try:
-      cells = next(lines)
-    except StopIteration:
-      return
-    except csv.Error as error:  # a quote that is never closed, or closed in the middle of a cell
-      yield RawRow(row_location, {}, f"not CSV ({error}, at line {lines.line_num})")
-      continue
-    if not cells:  # an empty line, which csv.writer never writes for a row
-      number -= 1
-    elif len(cells) > len(names):
-      counts = f"{len(cells)} and {len(names)}; is a comma not quoted?"
-      yield RawRow(row_location, {}, f"more cells than the first line names ({counts})")
-    else:
-      yield RawRow(row_location, dict(zip(names, cells)))
+    names = next(lines, [])
+    _check_unique(location, names, options)
+    number = 0
+    while True:
+      number += 1
+      row_location = f"{location}, row {number}"
+      try:
+        cells = next(lines)
+      except StopIteration:
+        return
+      except csv.Error as error:  # a quote that is never closed, or closed in the middle of a cell
+        yield RawRow(row_location, {}, f"not CSV ({error}, at line {lines.line_num})")
+        continue
+      if not cells:  # an empty line, which csv.writer never writes for a row
+        number -= 1
+      elif len(cells) > len(names):
+        counts = f"{len(cells)} and {len(names)}; is a comma not quoted?"
+        yield RawRow(row_location, {}, f"more cells than the first line names ({counts})")
+      else:
+        yield RawRow(row_location, dict(zip(names, cells)))
 
 
 def _detect_delimiter(
-  lines: list[bytes], options: ReaderOptions, notes: collections.Counter, default: str
+  lines: list[bytes], options: ReaderOptions, notes: Counter[str], default: str
 ) -> str:
   """Return the default, or another delimiter if only that finds a requested column."""
   header = b"".join(lines).decode(errors="replace")
@@ -398,20 +402,12 @@ def _read_table(
 
   if suffix == ".parquet":
     table = pyarrow.parquet.ParquetFile(file)
-    schema = table.schema_arrow
-    count = table.metadata.num_rows
-
-    def batches(names):
-      return table.iter_batches(1000, columns=names)
-
+    schema, count = table.schema_arrow, table.metadata.num_rows
+    batches = lambda names: table.iter_batches(1000, columns=names)
   else:
     table = _open_arrow(file)
-    schema = table.schema
-    count = table.num_rows
-
-    def batches(names):
-      return table.select(names).to_batches(1000)
-
+    schema, count = table.schema, table.num_rows
+    batches = lambda names: table.select(names).to_batches(1000)
   _check_unique(location, schema.names, options)
   blank = dict.fromkeys(schema.names)
   columns = options.select(schema.names)
@@ -419,14 +415,12 @@ def _read_table(
     yield from (RawRow(f"{location}, row {number}", blank) for number in range(1, count + 1))
     return
   names = class_names(_hf_features(schema.metadata or {}))
-  number = 0
-  for batch in batches(columns):
-    for row, error in _batch_rows(batch):
-      number += 1
-      yield RawRow(f"{location}, row {number}", with_class_names(blank | row, names), error)
+  rows = itertools.chain.from_iterable(map(_batch_rows, batches(columns)))
+  for number, (row, error) in enumerate(rows, 1):
+    yield RawRow(f"{location}, row {number}", with_class_names(blank | row, names), error)
 
 
-def _open_arrow(file: Path | BinaryIO) -> Any:
+def _open_arrow(file: Path | BinaryIO) -> "pyarrow.Table":
   """Return a memory-mapped pyarrow table: a stream, as datasets writes it, or an indexed file."""
   import pyarrow.ipc
 
@@ -440,7 +434,7 @@ def _open_arrow(file: Path | BinaryIO) -> Any:
     return pyarrow.ipc.open_file(source).read_all()
 
 
-def _batch_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
+def _batch_rows(batch: "pyarrow.RecordBatch") -> Iterator[tuple[Json, str]]:
   """Yield the rows of a pyarrow batch, and the error of each that Python cannot represent.
 
   Rows are converted one by one if a value fails (bytes that are not UTF-8, a date).
@@ -458,7 +452,7 @@ def _batch_rows(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
       yield {}, f"a value cannot be read ({first_line(error)})"
 
 
-def _hf_features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
+def _hf_features(metadata: Mapping[bytes, bytes]) -> Json:
   """Return the features of the columns in a table that the datasets library has written."""
   try:
     features = json.loads(metadata[b"huggingface"])["info"]["features"]
@@ -467,7 +461,7 @@ def _hf_features(metadata: Mapping[bytes, bytes]) -> Mapping[str, Any]:
   return features if isinstance(features, dict) else {}
 
 
-def class_names(features: Mapping[str, Any]) -> dict[str, list[ClassName]]:
+def class_names(features: Mapping[str, object]) -> dict[str, list[ClassName]]:
   """Return the class names of each column of class numbers (datasets.ClassLabel, or its JSON)."""
   by_column = {}
   for column, feature in features.items():
@@ -479,9 +473,7 @@ def class_names(features: Mapping[str, Any]) -> dict[str, list[ClassName]]:
   return by_column
 
 
-def with_class_names(
-  columns: dict[str, Any], class_names: Mapping[str, list[ClassName]]
-) -> dict[str, Any]:
+def with_class_names(columns: Json, class_names: Mapping[str, list[ClassName]]) -> Json:
   """Return the columns with names for class numbers; one without a name, such as -1, is None."""
   for column in class_names.keys() & columns.keys():
     number = columns[column]

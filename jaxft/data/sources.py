@@ -1,6 +1,5 @@
 """Rows from files and hub data sets, one at a time; only .txt and .json files are read whole."""
 
-import collections
 import contextlib
 import fnmatch
 import functools
@@ -14,16 +13,21 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from jaxft.config import DataSection
 from jaxft.data import readers
 from jaxft.data.readers import READABLE_FORMATS, RawRow, ReaderOptions, file_format
 from jaxft.errors import RequestError, first_line
 from jaxft.utils.files import HUB_URL, exists
+
+if TYPE_CHECKING:
+  import datasets
 
 # In the folder of a run or a model, in which there may be text to learn too.
 RUN_FOLDERS = (
@@ -55,7 +59,7 @@ SAVED_STATE = "state.json"
 SAVED_SPLITS = "dataset_dict.json"
 
 
-def find_files(source: str, split: str, notes: collections.Counter | None = None) -> list[Path]:
+def find_files(source: str, split: str, notes: Counter[str] | None = None) -> list[Path]:
   """Return the files of a path, a glob or a folder, sorted; raises RequestError for none.
 
   Args:
@@ -63,7 +67,7 @@ def find_files(source: str, split: str, notes: collections.Counter | None = None
     notes: counts what is left out of folders.
   """
   path = Path(source)
-  notes = collections.Counter() if notes is None else notes
+  notes = Counter() if notes is None else notes
   if exists(path) and path.is_dir():
     return _folder_files(path, split, notes)
   if exists(path):
@@ -87,7 +91,7 @@ def find_files(source: str, split: str, notes: collections.Counter | None = None
   return files
 
 
-def _folder_files(folder: Path, split: str, notes: collections.Counter) -> list[Path]:
+def _folder_files(folder: Path, split: str, notes: Counter[str]) -> list[Path]:
   """Return the files of a folder to read: those of the default formats, else all of one format."""
   if _has_list(folder / SAVED_SPLITS, "splits"):
     if not (folder / split).is_dir():
@@ -108,7 +112,7 @@ def _folder_files(folder: Path, split: str, notes: collections.Counter) -> list[
       f"{source}: no {', '.join(READABLE_FORMATS)} file in this folder; "
       "give a file, a glob, a folder or hub:NAME"
     )
-  if left := collections.Counter(file_format(file) for file in {*files} - {*selected}):
+  if left := Counter(file_format(file) for file in {*files} - {*selected}):
     notes["files in folders that are of no kind that is read"] += left.pop("", 0)
     named_only = "files in folders that are read only if they are named (.json, .md, .zip, ...)"
     notes[named_only] += left.total()
@@ -141,7 +145,7 @@ def _saved_files(folder: Path) -> list[Path]:
   return [folder / name for name in names]
 
 
-def _list_files(folder: Path, notes: collections.Counter) -> list[Path]:
+def _list_files(folder: Path, notes: Counter[str]) -> list[Path]:
   """Return the files below a folder, except hidden ones and those of runs and models.
 
   Links to folders are followed, and each folder is read once. The folder itself may be a run's or a
@@ -165,7 +169,7 @@ def _list_files(folder: Path, notes: collections.Counter) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _as_request_error(source: str) -> Iterator[None]:
+def _as_request_error(source: str) -> Generator[None]:
   """Report a folder that may not be read in one line."""
   try:
     yield
@@ -173,7 +177,7 @@ def _as_request_error(source: str) -> Iterator[None]:
     raise RequestError(f"data source {source!r}: {error.filename}: {error.strerror}") from error
 
 
-def _walk(folder: Path, notes: collections.Counter) -> Iterator[tuple[Path, list[str], list[str]]]:
+def _walk(folder: Path, notes: Counter[str]) -> Iterator[tuple[Path, list[str], list[str]]]:
   """Walk like os.walk, but follow links, enter each folder once and raise OSError if it fails."""
 
   def raise_error(error: OSError) -> None:
@@ -189,7 +193,7 @@ def _walk(folder: Path, notes: collections.Counter) -> Iterator[tuple[Path, list
     yield Path(path), folders, names
 
 
-def _is_accessible(file: Path, notes: collections.Counter) -> bool:
+def _is_accessible(file: Path, notes: Counter[str]) -> bool:
   """Return whether a path exists; raises PermissionError if that cannot be known."""
   try:
     file.stat()
@@ -201,7 +205,7 @@ def _is_accessible(file: Path, notes: collections.Counter) -> bool:
   return True
 
 
-def _match_glob(pattern: str, notes: collections.Counter) -> list[Path]:
+def _match_glob(pattern: str, notes: Counter[str]) -> list[Path]:
   """Return the files that match, except those of runs and models in folders it does not name."""
   parts = Path(pattern).parts
   base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1]))
@@ -234,9 +238,7 @@ def _match_glob(pattern: str, notes: collections.Counter) -> list[Path]:
   return files
 
 
-def _expand_glob(
-  folder: Path, parts: tuple[str, ...], notes: collections.Counter
-) -> Iterator[Path]:
+def _expand_glob(folder: Path, parts: tuple[str, ...], notes: Counter[str]) -> Iterator[Path]:
   """Yield the matches of a pattern in a folder, like glob.glob(recursive=True).
 
   But ** enters each folder once, and a folder that may not be read raises OSError instead of being
@@ -343,7 +345,7 @@ def read_rows(
   sources: tuple[str, ...],
   split: str,
   options: ReaderOptions | Callable[[str], ReaderOptions],
-  notes: collections.Counter,
+  notes: Counter[str],
 ) -> Iterator[RawRow]:
   """Yield all rows of the sources, in order.
 
@@ -376,7 +378,7 @@ def read_rows(
 
 
 def _read_hub(source: str, split: str, options: ReaderOptions) -> Iterator[RawRow]:
-  table = _open_hub(source, split)
+  table: Any = _open_hub(source, split)  # what its methods return has no types
   blank = dict.fromkeys(table.column_names)
   names = readers.class_names(table.features or {})
   selected = options.select(blank)
@@ -385,21 +387,16 @@ def _read_hub(source: str, split: str, options: ReaderOptions) -> Iterator[RawRo
     yield RawRow(f"{source}, row {number}", readers.with_class_names(blank | columns, names))
 
 
-class _errors_named_after:
-  """Turns whatever goes wrong with a source into one line that names it."""
-
-  def __init__(self, source: Path | str):
-    self.source = source
-
-  def __enter__(self) -> None:
-    pass
-
-  def __exit__(self, _, error: BaseException | None, __) -> None:
-    if isinstance(error, readers.READ_ERRORS):
-      raise RequestError(f"{self.source}: {first_line(error)}") from error
+@contextlib.contextmanager
+def _errors_named_after(source: Path | str) -> Generator[None]:
+  """Turn whatever goes wrong with a source into one line that names it."""
+  try:
+    yield
+  except readers.READ_ERRORS as error:
+    raise RequestError(f"{source}: {first_line(error)}") from error
 
 
-def _open_hub(source: str, split: str) -> Any:
+def _open_hub(source: str, split: str) -> "datasets.Dataset":
   import datasets  # a second to import: only runs that read from the hub pay for it
 
   name, _, own_split = source.removeprefix("hub:").partition(":")
@@ -441,7 +438,9 @@ def _split_configuration(name: str) -> tuple[str, str | None]:
   return (head, tail) if exists(Path(head)) or head.count("/") == 1 else (name, None)
 
 
-def _load_dataset(datasets: Any, name: str, configuration: str | None, split: str) -> Any:
+def _load_dataset(
+  datasets: ModuleType, name: str, configuration: str | None, split: str
+) -> "datasets.Dataset":
   try:
     return datasets.load_dataset(name, configuration, split=split)
   except datasets.exceptions.DatasetNotFoundError:
@@ -456,9 +455,9 @@ def _load_dataset(datasets: Any, name: str, configuration: str | None, split: st
 
 
 @contextlib.contextmanager
-def _offline_if_unreachable(name: str) -> Iterator[None]:
+def _offline_if_unreachable(name: str) -> Generator[None]:
   """Use only the cache if the hub does not answer: the libraries would retry for a minute."""
-  import datasets
+  import datasets.config
   from huggingface_hub import constants
 
   host = urllib.parse.urlsplit(constants.ENDPOINT)

@@ -11,18 +11,19 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import ArrayLike, DTypeLike
 
 from jaxft.data.tokenize import TokenArrays
 from jaxft.errors import StorageError
-from jaxft.utils.files import atomic_write, write_failure
+from jaxft.utils.files import atomic_write, json_sha256, write_failure
 
 VERSION = 4  # of the files; another version is another entry
-ARRAYS = {
-  "ids": None,
+ARRAYS: dict[str, DTypeLike] = {
+  "ids": np.uint32,  # or uint16, if that holds every id
   "starts_N1": np.int64,
   "prompts_N": np.int32,
   "labels_N": np.int32,
@@ -30,10 +31,35 @@ ARRAYS = {
 }
 
 
+class FileInfo(TypedDict):
+  """A file of an entry, as its manifest has it."""
+
+  dtype: str
+  bytes: int
+  sha256: str
+
+
+class Manifest(TypedDict):
+  """The manifest of an entry; one with other fields, of an older jaxft, is not read."""
+
+  files: dict[str, FileInfo]
+  labels: list[str]
+  numbers: list[int | None]  # of the labels, where the data gives names and numbers
+  read: int  # rows
+  dropped: dict[str, int]  # reason -> rows
+  duplicates: int
+  merged: int  # prompts whose end lies inside a token
+  characters: int
+  lost: int  # characters without a token
+  notes: dict[str, int]
+  said: list[str]  # what was done where the settings leave it open
+  tails: int  # documents whose end is held out
+
+
 class TokenWriter:
   """Writes the files of one set of examples, batch by batch."""
 
-  def __init__(self, folder: Path, name: str, ids_dtype: np.dtype):
+  def __init__(self, folder: Path, name: str, ids_dtype: DTypeLike):
     self._name = name
     self._end = 0
     self._dtypes = ARRAYS | {"ids": ids_dtype}
@@ -41,7 +67,7 @@ class TokenWriter:
     self._hashes = {array: hashlib.sha256() for array in ARRAYS}
     self._append("starts_N1", [0])
 
-  def _append(self, array: str, values: Any) -> None:
+  def _append(self, array: str, values: ArrayLike) -> None:
     content = np.asarray(values, self._dtypes[array]).tobytes()
     self._files[array].write(content)
     self._hashes[array].update(content)
@@ -55,9 +81,9 @@ class TokenWriter:
     for array, values in zip(ARRAYS, columns, strict=True):
       self._append(array, values)
 
-  def close(self) -> dict[str, dict[str, Any]]:
-    """Sync the files; return the size, type and checksum of each, for the manifest."""
-    entries = {}
+  def close(self) -> dict[str, FileInfo]:
+    """Sync the files; return what the manifest has of each."""
+    entries: dict[str, FileInfo] = {}
     for array, file in self._files.items():
       file.flush()
       os.fsync(file.fileno())
@@ -72,17 +98,16 @@ class TokenWriter:
 
 def load_or_build(
   folder: Path,
-  key: Mapping[str, Any],
-  build: Callable[[Path], dict[str, Any]],
+  key: Mapping[str, object],
+  build: Callable[[Path], Manifest],
   log: Callable[[str], None],
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, Manifest]:
   """Return the entry of `key` and its manifest: a valid one on disk, else one that `build` writes.
 
   Args:
     folder: of all entries; created if need be.
     key: everything that the tokens depend on.
-    build: writes the files of an entry into a folder and returns its manifest, with the "files" of
-      `TokenWriter.close`.
+    build: writes the files of an entry into a folder and returns its manifest.
 
   Raises:
     StorageError: the folder cannot be written.
@@ -94,8 +119,7 @@ def load_or_build(
   lock = FileLock(folder / f"{name}.lock")
   try:
     if entry.exists() and not os.access(folder, os.W_OK):  # made by others, read-only here
-      manifest, problem = _verify_entry(entry, key_json)
-      if not problem:
+      if manifest := _read_manifest(entry, key_json)[0]:
         return entry, manifest
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -104,15 +128,16 @@ def load_or_build(
       log(f"another process is tokenising the same text; waiting for it ({lock.lock_file})")
       lock.acquire()
     if entry.exists():
-      manifest, problem = _verify_entry(entry, key_json)
-      if not problem:
+      manifest, problem = _read_manifest(entry, key_json)
+      if manifest:
         return entry, manifest
       log(f"token cache {entry}: {problem}; tokenising again")
       _remove(entry)
     _remove(partial)  # of a process that was killed
     partial.mkdir()
-    manifest = {"made_from": json.loads(key_json)} | build(partial)
-    content = {"sha256": _manifest_checksum(manifest)} | manifest
+    manifest = build(partial)
+    content = {"made_from": json.loads(key_json), **manifest}
+    content = {"sha256": json_sha256(content)} | content
     atomic_write(partial / "manifest.json", json.dumps(content, indent=1))
     partial.rename(entry)
     return entry, manifest
@@ -134,43 +159,39 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def open_arrays(entry: Path, name: str, manifest: Mapping[str, Any]) -> TokenArrays:
+def open_arrays(entry: Path, name: str, manifest: Manifest) -> TokenArrays:
   """Return the examples of one set, memory-mapped."""
   files = {array: f"{name}.{array}" for array in ARRAYS}
   return TokenArrays(**{a: _memmap(entry / f, manifest["files"][f]) for a, f in files.items()})
 
 
-def fingerprint(name: str, manifest: Mapping[str, Any]) -> str:
+def fingerprint(name: str, manifest: Manifest) -> str:
   """Return a hash that differs between two sets of examples."""
   checksums = [manifest["files"][f"{name}.{array}"]["sha256"] for array in ARRAYS]
   return hashlib.sha256("".join(checksums).encode()).hexdigest()
 
 
-def _memmap(file: Path, about: Mapping[str, Any]) -> np.ndarray:
+def _memmap(file: Path, about: FileInfo) -> np.ndarray:
   dtype = np.dtype(about["dtype"])
   return np.memmap(file, dtype, "r") if about["bytes"] else np.zeros(0, dtype)  # mmap needs a byte
 
 
-def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _verify_entry(entry: Path, key_json: str) -> tuple[dict[str, Any], str]:
-  """Return the manifest of an entry, and what is wrong with the entry."""
+def _read_manifest(entry: Path, key_json: str) -> tuple[Manifest | None, str]:
+  """Return the manifest of an entry, or None and what is wrong with the entry."""
   try:
     manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
-    if manifest.pop("sha256") != _manifest_checksum(manifest):
-      return {}, "manifest.json differs from its checksum"
-    if manifest["made_from"] != json.loads(key_json):
-      return {}, "its manifest is of another text"
+    if manifest.pop("sha256") != json_sha256(manifest):
+      return None, "manifest.json differs from its checksum"
+    if manifest.pop("made_from") != json.loads(key_json):
+      return None, "its manifest is of another text"
     for name, about in manifest["files"].items():
       file = entry / name
       size = file.stat().st_size
       if size != about["bytes"]:
-        return {}, f"{name} has {size} bytes, not {about['bytes']}"
+        return None, f"{name} has {size} bytes, not {about['bytes']}"
       with file.open("rb") as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() != about["sha256"]:
-          return {}, f"{name} differs from its checksum"
+          return None, f"{name} differs from its checksum"
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    return {}, f"damaged ({type(error).__name__}: {error})"
+    return None, f"damaged ({type(error).__name__}: {error})"
   return manifest, ""

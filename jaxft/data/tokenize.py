@@ -6,12 +6,19 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
 from jaxft.data.formats import Example, class_ids
+from jaxft.utils.types import Json
 
+if TYPE_CHECKING:
+  from _typeshed import SupportsLenAndGetItem
+  from tokenizers import Encoding, Tokenizer
+  from transformers import PreTrainedTokenizerBase
+
+Item = TypeVar("Item")
 # Of one call of the tokenizer: it spreads texts over the cores, and takes some 200 bytes per
 # character (tokenizers 0.23).
 MAX_BATCH_EXAMPLES = 1000
@@ -57,12 +64,12 @@ class EncodedBatch(NamedTuple):
   unknown_chars: int  # characters without a token: dropped, or read as the unknown token
 
 
-def ids_dtype(tokenizer: Any) -> np.dtype:
+def ids_dtype(tokenizer: "PreTrainedTokenizerBase") -> np.dtype:
   """Return the narrowest dtype that holds every id."""
   return np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
 
 
-def token_byte_lengths(tokenizer: Any) -> np.ndarray | None:
+def token_byte_lengths(tokenizer: "PreTrainedTokenizerBase") -> np.ndarray | None:
   """Return (V,) bytes of text per token; None for a tokenizer that does not work on bytes.
 
   The end token and what the tokenizer itself puts around a text count 0.
@@ -81,12 +88,16 @@ def token_byte_lengths(tokenizer: Any) -> np.ndarray | None:
   return lengths_V
 
 
-def _is_byte_level(spec: dict[str, Any]) -> bool:
+def _is_byte_level(spec: Json) -> bool:
   """Return whether a tokenizer.json has one letter per byte of text."""
   return (spec["decoder"] or {}).get("type") == "ByteLevel"
 
 
-def target_bytes(rows: Any, tokenizer: Any, limit: int = 0) -> int:
+def target_bytes(
+  rows: "SupportsLenAndGetItem[dict[str, np.ndarray]]",
+  tokenizer: "PreTrainedTokenizerBase",
+  limit: int = 0,
+) -> int:
   """Return the bytes of text of the targets in the first `limit` rows (0: all); 0 if unknown."""
   lengths_V = token_byte_lengths(tokenizer)
   if lengths_V is None:
@@ -95,7 +106,7 @@ def target_bytes(rows: Any, tokenizer: Any, limit: int = 0) -> int:
   return sum(int(lengths_V[row["targets"][row["mask"]]].sum()) for row in limited)
 
 
-def special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+def special_ids_around(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
   """Return the ids that a tokenizer itself puts before and after a text, as BERT's [CLS], [SEP]."""
   backend = tokenizer.backend_tokenizer
   texts = itertools.islice(_probe_texts(tokenizer), 9)
@@ -108,14 +119,14 @@ def special_ids_around(tokenizer: Any) -> tuple[list[int], list[int]]:
   return ids[: special.index(0)], ids[len(special) - special[::-1].index(0) :]
 
 
-def _probe_texts(tokenizer: Any) -> Iterator[str]:
+def _probe_texts(tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
   yield from ("a", "1")
   # Only now: it takes a tenth of a second with a large vocabulary.
   added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
   yield from (token for token, id in tokenizer.get_vocab().items() if id not in added)
 
 
-def document_bos_id(tokenizer: Any, before: list[int]) -> int | None:
+def document_bos_id(tokenizer: "PreTrainedTokenizerBase", before: list[int]) -> int | None:
   """Return the token that begins each document: bos, if it is not the end token too.
 
   None if documents have no such token: their texts are learned from the end token of the document
@@ -129,7 +140,7 @@ def document_bos_id(tokenizer: Any, before: list[int]) -> int | None:
   return bos_id if bos_id != tokenizer.eos_token_id and before[:1] in ([], [bos_id]) else None
 
 
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
   """Return the ids of a text to be continued, as transformers' `tokenizer(text)` does.
 
   GPT-2's tokenizer puts no bos token before a text. So none is added here, for the same prompt to
@@ -143,21 +154,21 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
   return [] if bos_id is None else [bos_id]
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
+def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
   """Return the ids of a whole text, to classify: an empty one is the end token."""
   before, after = special_ids_around(tokenizer)
   ids = before + _encode_plain(tokenizer.backend_tokenizer, text) + after
   return ids or [tokenizer.eos_token_id]
 
 
-def _encode_plain(backend: Any, text: str) -> list[int]:
+def _encode_plain(backend: "Tokenizer", text: str) -> list[int]:
   return backend.encode(text, add_special_tokens=False).ids
 
 
 class TokenizerInfo:
   """Properties of a tokenizer that are looked up once: it takes 0.1 s for a large one."""
 
-  def __init__(self, tokenizer: Any):
+  def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
     self.backend = tokenizer.backend_tokenizer
     self.before, self.after = special_ids_around(tokenizer)
     self.eos_id = tokenizer.eos_token_id
@@ -177,7 +188,7 @@ class TokenizerInfo:
     unk = model.get("unk_token")
     self._unk_id = vocab.get(unk, -1) if unk is not None else model.get("unk_id", -1)
 
-  def count_unknown(self, text: str, encoding: Any) -> int:
+  def count_unknown(self, text: str, encoding: "Encoding") -> int:
     """Count characters without a token: dropped, or read as the unknown one. Not blanks."""
     if self._missing_bytes is not None:
       for token in self._added:
@@ -270,7 +281,7 @@ def _split_long_text(text: str, info: TokenizerInfo) -> list[str]:
   return [*chunks, text[start:]]
 
 
-def _splits_at_spaces(spec: dict[str, Any]) -> bool:
+def _splits_at_spaces(spec: Json) -> bool:
   has_spaces = any(" " in added["content"] for added in spec["added_tokens"])
   if spec["normalizer"] is not None or has_spaces:
     return False
@@ -280,7 +291,7 @@ def _splits_at_spaces(spec: dict[str, Any]) -> bool:
 
 
 def encode_in_memory(
-  examples: Iterable[Example], tokenizer: Any, labels: Sequence[str] = ()
+  examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", labels: Sequence[str] = ()
 ) -> TokenArrays:
   """Encode examples without a file; raises RequestError for a label that is not in `labels`."""
   dtype = ids_dtype(tokenizer)
@@ -303,7 +314,7 @@ def encode_in_memory(
 
 
 def encode_batches(
-  examples: Iterable[Example], tokenizer: Any, dtype: np.dtype
+  examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", dtype: np.dtype
 ) -> Iterator[tuple[list[Example], EncodedBatch]]:
   """Yield the examples in batches, encoded; the next batch is read meanwhile."""
   info = TokenizerInfo(tokenizer)
@@ -318,7 +329,7 @@ def encode_batches(
       yield pending[0], pending[1].result()
 
 
-def _batched(items: Iterable[Any], num_chars: Callable[[Any], int]) -> Iterator[list[Any]]:
+def _batched(items: Iterable[Item], num_chars: Callable[[Item], int]) -> Iterator[list[Item]]:
   """Yield the items in batches for the tokenizer: some for every core, but little text at once."""
   batch = []
   size = 0

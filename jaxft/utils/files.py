@@ -1,9 +1,11 @@
 """Files: atomic writes, caches, paths, and text that UTF-8 can hold."""
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,10 @@ def atomic_write(file: Path, text: str) -> None:
 def write_json(file: Path, content: dict[str, Any]) -> None:
   """Write a JSON object with `atomic_write`; raises StorageError."""
   atomic_write(file, json.dumps(content, indent=2) + "\n")
+
+
+def json_sha256(content: Mapping[str, object]) -> str:
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_failure(file: Path, error: Exception) -> str:
