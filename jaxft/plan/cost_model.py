@@ -3,9 +3,8 @@
 B batch, T length, V vocabulary, D model, F feed-forward, L layers, N heads, H head size
 """
 
-import dataclasses
 import math
-from functools import cached_property
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -27,8 +26,7 @@ UNKNOWN_SPEEDS = (200, 10, 1, 0.2)
 COMPUTE_PASSES = {"none": (3, 3), "dots": (3, 4), "full": (4, 4)}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CostModel:
+class CostModel(NamedTuple):
   """Formulas for one model, config and target; bytes and seconds are of one device and one step."""
 
   config: ConfigDict
@@ -48,12 +46,12 @@ class CostModel:
       config=config, cfg=cfg, target=target, trained=trained, opt_state=opt_state, frozen=frozen
     )
 
-  @cached_property
+  @property
   def param_bytes(self) -> int:
     """Bytes of all parameters in float32."""
     return self.trained_bytes + _nbytes(self.frozen)
 
-  @cached_property
+  @property
   def trained_bytes(self) -> int:
     """Bytes of the trained parameters, and of their gradient."""
     return _nbytes(self.trained)
