@@ -1,12 +1,12 @@
 """The errors that end a command, each with its exit code (README, "Exit codes")."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
 
 
 class JaxftError(Exception):
@@ -53,7 +53,7 @@ class Preempted(BaseException):
   exit_code = 75
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
   """Return the first line of another library's error, or its type if it has no message."""
   return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -73,7 +73,8 @@ def run_command(main: Callable[[], None]) -> None:
   signal.signal(signal.SIGINT, signal.default_int_handler)  # cli/startup.py gave it away
   sys.excepthook = sys.__excepthook__  # everything is imported
   for stream in (sys.stdout, sys.stderr):  # one that is not in UTF-8 must not end a run
-    stream.reconfigure(errors="backslashreplace")
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")
   sys.unraisablehook = _ignore_closed_loops
   try:
     main()
@@ -87,7 +88,7 @@ def run_command(main: Callable[[], None]) -> None:
     os._exit(code)
 
 
-def _ignore_closed_loops(unraisable: Any) -> None:
+def _ignore_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
   """Ignore what TensorStore (0.1.86) prints after a failed write, half a page for each array.
 
   The failure itself is raised.

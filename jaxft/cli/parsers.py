@@ -5,9 +5,9 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxft.cli import run_generation
 from jaxft.errors import RequestError
@@ -53,19 +53,11 @@ class Parser(argparse.ArgumentParser):
     """Add --NAME as an alias of --OTHER, which exists, and is None if it is not given."""
     action = self._option_string_actions[f"--{other}"]
     self._aliases[name] = other
-    nargs = 1 if action.nargs == "+" else action.nargs
-    self.add_argument(
-      f"--{name}",
-      nargs=nargs,
-      const=action.const,
-      type=action.type,
-      metavar=action.metavar,
-      help=f"= --{other}",
-    )
+    same = {it: getattr(action, it) for it in ("nargs", "const", "type", "metavar")}
+    same["nargs"] = 1 if action.nargs == "+" else action.nargs
+    self.add_argument(f"--{name}", **same, help=f"= --{other}")
 
-  def parse_args(
-    self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-  ) -> Any:
+  def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
     words = list(sys.argv[1:] if args is None else args)
     arguments, rest = self.parse_known_args(self._with_known_names(words), namespace)
     arguments.given_as = {}  # flag -> the alias that was given
@@ -82,10 +74,10 @@ class Parser(argparse.ArgumentParser):
     if rest:
       self.error(f"{rest[0]!r}: a word too many; --help shows what there is")
 
-  def error(self, message: str) -> None:
+  def error(self, message: str) -> NoReturn:
     raise RequestError(message.removeprefix("argument "))
 
-  def _set(self, arguments: argparse.Namespace, name: str, value: Any, alias: str) -> None:
+  def _set(self, arguments: argparse.Namespace, name: str, value: object, alias: str) -> None:
     current = getattr(arguments, name)
     if current is not None and current != value:
       both = f"{alias}={_format_value(value)} and --{name}={_format_value(current)}"
@@ -206,7 +198,7 @@ def _parse_bool(text: str) -> bool:
   return BOOLEANS[text.lower()]
 
 
-def _format_value(value: Any) -> str:
+def _format_value(value: object) -> str:
   return " ".join(value) if isinstance(value, list) else str(value)
 
 

@@ -9,11 +9,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import jax
 
@@ -33,7 +32,7 @@ _call_counter = itertools.count()  # the same in all processes
 @contextmanager
 def distributed_context(
   info: ProcessInfo | None, start_timeout: int = START_TIMEOUT, peer_timeout: int = PEER_TIMEOUT
-) -> Iterator[None]:
+) -> Generator[None]:
   """Joins the distributed run; only process 0 logs.
 
   An error inside it ends the process at once, with the error's exit code, because JAX's own
@@ -100,7 +99,7 @@ def package_versions() -> Mapping[str, str]:
   return MappingProxyType(versions)
 
 
-def assert_all_equal(topic: str, facts: dict[str, Any]) -> None:
+def assert_all_equal(topic: str, facts: dict[str, object]) -> None:
   """Raises RequestError in every process, with a line for each fact that differs between them."""
   # JAX and Orbax synchronise through this key-value store; it has no public name.
   state = jax_private.distributed_state()
@@ -134,6 +133,7 @@ def check_shared_folder(folder: Path) -> None:
   if jax.process_count() == 1:
     return
   store = jax_private.distributed_state().client
+  assert store is not None  # there are several processes
   mark = folder / "run.hosts"
   key = f"jaxft/mark/{next(_call_counter)}"
   if jax.process_index() == 0:

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxft.errors import PeerLostError, RequestError, first_line
 from jaxft.utils import jax_private
@@ -56,7 +56,8 @@ def detect_processes(
   known = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
   if all(value is None for value in known.values()) or processes == 1:
     return None
-  if missing := [name for name, value in known.items() if value is None]:
+  if coordinator is None or processes is None or process is None:
+    missing = [name for name, value in known.items() if value is None]
     raise RequestError(f"{', '.join(missing)}: missing; {REQUIRED_FLAGS}")
   host, colon, port = coordinator.rpartition(":")
   if not (host and colon and port.isdecimal() and 0 < int(port) < 2**16):
@@ -64,7 +65,7 @@ def detect_processes(
   if not 0 <= process < processes:
     allowed = f"from 0 to {processes - 1} (--num_processes={processes})"
     raise RequestError(f"--process_id={process}: must be {allowed}")
-  return ProcessInfo(coordinator, processes, process)
+  return ProcessInfo(coordinator=coordinator, num_processes=processes, process_id=process)
 
 
 def connect_peers(info: ProcessInfo, timeout: int) -> dict[int, socket.socket]:
@@ -89,9 +90,9 @@ def _accept_peers(port: int, info: ProcessInfo, timeout: int) -> dict[int, socke
     raise RequestError(f"--coordinator={info.coordinator}: {problem}") from error
   peers: dict[int, socket.socket] = {}
   sockets = []  # every connection gets an answer, those that are refused too
-  reason = lost = ""
+  verdict: dict[str, object] = {"go": True}
   with listener:
-    while len(peers) < info.num_processes - 1 and not reason:
+    while len(peers) < info.num_processes - 1 and "go" in verdict:
       listener.settimeout(max(0.01, deadline - time.monotonic()))
       try:
         peer, address = listener.accept()
@@ -108,22 +109,23 @@ def _accept_peers(port: int, info: ProcessInfo, timeout: int) -> dict[int, socke
         continue  # something else that tries ports
       if processes != info.num_processes:
         ours = f"{info.num_processes} on process 0"
-        reason = f"--num_processes={processes} on process {other}, and {ours}"
+        verdict = {"refused": f"--num_processes={processes} on process {other}, and {ours}"}
       # An id may come twice if its first process has ended and was started again.
       elif not 0 < other < processes or other in peers and not is_closed(peers[other]):
-        reason = f"--process_id={other}: another process has it too (at {address[0]})"
+        twice = f"--process_id={other}: another process has it too (at {address[0]})"
+        verdict = {"refused": twice}
       peers[other] = peer
   missing = [str(i) for i in range(1, info.num_processes) if i not in peers]
-  if missing and not reason:
-    lost = f"process {', '.join(missing)} did not come within {timeout} s"
+  if missing and "go" in verdict:
+    verdict = {"lost": f"process {', '.join(missing)} did not come within {timeout} s"}
   # All of them learn of a failure, so that none waits for its own timeout.
   for peer in sockets:
-    send_message(peer, {"refused": reason} if reason else {"lost": lost} if lost else {"go": True})
-  if reason:
-    raise RequestError(reason)
-  if lost:
+    send_message(peer, verdict)
+  if "refused" in verdict:
+    raise RequestError(verdict["refused"])
+  if "lost" in verdict:
     present = f"{len(peers) + 1} of {info.num_processes} are there"
-    raise PeerLostError(f"{lost}; {present}; to run this one alone: --num_processes=1")
+    raise PeerLostError(f"{verdict['lost']}; {present}; to run this one alone: --num_processes=1")
   return peers
 
 
@@ -175,7 +177,7 @@ def is_closed(peer: socket.socket) -> bool:
     return True
 
 
-def send_message(peer: socket.socket, message: dict[str, Any] | None) -> None:
+def send_message(peer: socket.socket, message: dict[str, object] | None) -> None:
   try:
     peer.sendall((json.dumps(message) if message else "").encode() + b"\n")
   except OSError:

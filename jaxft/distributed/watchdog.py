@@ -15,11 +15,12 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
 
 from jaxft.distributed.rendezvous import ProcessInfo, is_closed, send_message
 from jaxft.errors import PeerLostError, Preempted, same_command
+from jaxft.utils.types import Json
 
+_abort_handlers: list[object] = []  # must live as long as the process
 GRACE_SECONDS = 15  # that others have to end by themselves after one has ended with an error
 
 
@@ -60,7 +61,7 @@ class Watchdog(threading.Thread):
     while last_heard or doom and not self._ending:
       for key, _ in selector.select(timeout=1):
         process = key.data
-        chunk = _receive(key.fileobj)
+        chunk = _receive(self._peers[process])
         if not chunk and self._ending:
           selector.unregister(key.fileobj)
           del last_heard[process]
@@ -95,7 +96,7 @@ class Watchdog(threading.Thread):
         for peer in self._peers.values():
           send_message(peer, None)
 
-  def _broadcast(self, message: dict[str, Any]) -> None:
+  def _broadcast(self, message: Json) -> None:
     with self._lock:
       for process, peer in self._peers.items():
         if process != message.get("ended"):
@@ -140,7 +141,7 @@ def install_abort_handler(coordinator: socket.socket | None) -> None:
     os._exit(PeerLostError.exit_code)
 
   callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
-  install_abort_handler.callback = callback  # must live as long as the process
+  _abort_handlers.append(callback)
   # Python's own handlers run too late: abort() does not return.
   ctypes.CDLL(None).signal(signal.SIGABRT, callback)
 

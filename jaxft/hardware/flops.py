@@ -4,7 +4,10 @@ B batch, T length, V vocabulary, D model, F feed-forward, L layers, N heads, H h
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from jax.extend.core import ClosedJaxpr, Jaxpr
 
 # Matrix products of each attention kernel, and the axis of the queries' length. Each product is of
 # all queries and half of the keys: no kernel computes blocks that are masked.
@@ -17,13 +20,13 @@ ATTENTION_KERNELS = {
 }
 
 
-def jaxpr_flops(jaxpr: Any) -> int:
+def jaxpr_flops(jaxpr: "ClosedJaxpr | Jaxpr") -> int:
   """Returns the FLOPs of all matrix products, with loops by trip count and with recomputation.
 
   XLA's own `cost_analysis` counts the body of a loop once (jax 0.10.2). Other operations are bound
   by memory. Dead code is not counted, as the compiler drops it.
   """
-  return _count_live(jaxpr, [True] * len(_inner_jaxpr(jaxpr).outvars))[0]
+  return _count_live(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def model_flops(cfg: Any, batch_size: int, T: int) -> int:
@@ -62,9 +65,8 @@ def model_flops(cfg: Any, batch_size: int, T: int) -> int:
   return (products + 12 * cfg.L * heads * T) * batch_size * T
 
 
-def _count_live(jaxpr: Any, needed: list[bool]) -> tuple[int, list[bool]]:
+def _count_live(jaxpr: "ClosedJaxpr | Jaxpr", needed: list[bool]) -> tuple[int, list[bool]]:
   """Returns the FLOPs of the needed outputs, and which inputs they need."""
-  jaxpr = _inner_jaxpr(jaxpr)
   live = {id(var) for var, need in zip(jaxpr.outvars, needed, strict=True) if need}
   total = 0
   for eqn in reversed(jaxpr.eqns):
@@ -94,15 +96,11 @@ def _count_equation(eqn: Any, needed: list[bool]) -> tuple[int, list[bool]]:
   if name == "scan":
     # JAX 0.10 and 0.12 name the groups of variables differently, so we count axes: a variable that
     # is scanned over has one axis more outside than inside.
-    body = _inner_jaxpr(params["jaxpr"])
-
-    def num_unscanned(outer: list[Any], inner: list[Any]) -> int:
-      return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner))
-
-    carries = num_unscanned(eqn.outvars, body.outvars)
-    consts = num_unscanned(eqn.invars, body.invars) - carries
+    body = params["jaxpr"]
+    carries = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, body.outvars))
+    consts = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.invars, body.invars)) - carries
     while True:  # the carry that one iteration needs, the iteration before must make
-      count, used = _count_live(params["jaxpr"], needed)
+      count, used = _count_live(body, needed)
       carry_used = used[consts : consts + carries]
       carry = [need or use for need, use in zip(needed[:carries], carry_used, strict=True)]
       if carry == needed[:carries]:
@@ -116,12 +114,6 @@ def _count_equation(eqn: Any, needed: list[bool]) -> tuple[int, list[bool]]:
     count, used = _count_live(params["jaxpr"], needed)
     return params["mesh"].size * count, used
   if len(inner) == 1:
-    body = _inner_jaxpr(inner[0])
-    if (len(body.invars), len(body.outvars)) == (len(everything), len(needed)):
-      return _count_live(body, needed)
+    if (len(inner[0].invars), len(inner[0].outvars)) == (len(everything), len(needed)):
+      return _count_live(inner[0], needed)
   return sum(map(jaxpr_flops, inner)), everything
-
-
-def _inner_jaxpr(jaxpr: Any) -> Any:
-  """Returns the jaxpr without the constants that a closed one carries."""
-  return getattr(jaxpr, "jaxpr", jaxpr)

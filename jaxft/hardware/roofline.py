@@ -1,9 +1,10 @@
 """Estimates the time of a step by a roofline model, with an assumed share of each peak."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxft.hardware.specs import Target
+from jaxft.utils.types import Json
 
 UNMEASURED = "assumption: jaxft has not been measured on this hardware"
 
@@ -88,7 +89,8 @@ def estimate_step(
     bus_bytes: between the host's memory and a device (`offload.host_traffic`).
   """
   spec = target.spec
-  if spec is None:
+  ideal = ideal_step_seconds(target, devices, model_flops)
+  if spec is None or ideal is None:
     return None
   compute = flops / devices / (efficiency.compute * spec.peak_flops(dtype))
   memory = moved_bytes / (efficiency.memory * spec.bandwidth)
@@ -103,7 +105,7 @@ def estimate_step(
     bus_seconds=bus,
     step_seconds=seconds,
     tokens_per_second=tokens / seconds,
-    mfu=ideal_step_seconds(target, devices, model_flops) / seconds,
+    mfu=ideal / seconds,
   )
 
 
@@ -132,11 +134,11 @@ def estimate_cost(
 
 def to_dict(
   estimate: Estimate | None, target: Target, dtype: str, efficiency: Efficiency = EFFICIENCY
-) -> dict[str, Any]:
+) -> Json:
   """Returns the estimate with all its assumptions, for JSON."""
-  if estimate is None:
-    return {}
   spec = target.spec
+  if estimate is None or spec is None:
+    return {}
   return estimate._asdict() | {
     "bound_by": estimate.bound_by,
     "peak": {

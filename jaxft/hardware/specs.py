@@ -13,7 +13,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -108,24 +108,24 @@ GPUS = {
     flops=teraflops * TERA,
     link=link,
   )
-  for name, label, capability, multiprocessors, clock_ghz, *sizes in (
+  for name, label, capability, multiprocessors, clock_ghz, sizes in (
     # name, label, capability, multiprocessors, clock, then:
-    # memory (GiB), bandwidth (GB/s), L2 (MiB), shared (KiB), threads, TFLOP/s, link
-    ("t4", "Tesla T4", (7, 5), 40, 1.59, 15, 320, 4, 64, 1024, 65, PCIE3),
-    ("rtx3060", "GeForce RTX 3060", (8, 6), 28, 1.777, 12, 360, 3, 100, 1536, 25, PCIE4),
-    ("rtx3070", "GeForce RTX 3070", (8, 6), 46, 1.725, 8, 448, 4, 100, 1536, 40, PCIE4),
-    ("rtx3090", "GeForce RTX 3090", (8, 6), 82, 1.695, 24, 936, 6, 100, 1536, 71, PCIE4),
-    ("a10", "A10", (8, 6), 72, 1.695, 22.5, 600, 6, 100, 1536, 125, PCIE4),
-    ("a10g", "A10G", (8, 6), 80, 1.71, 22.5, 600, 6, 100, 1536, 70, PCIE4),
-    ("l4", "L4", (8, 9), 58, 2.04, 22.5, 300, 48, 100, 1536, 121, PCIE4),
-    ("rtx4080", "GeForce RTX 4080", (8, 9), 76, 2.505, 16, 717, 64, 100, 1536, 97, PCIE4),
-    ("rtx4090", "GeForce RTX 4090", (8, 9), 128, 2.52, 24, 1008, 72, 100, 1536, 165, PCIE4),
-    ("rtx5090", "GeForce RTX 5090", (12, 0), 170, 2.41, 32, 1792, 96, 100, 1536, 209, PCIE5),
-    ("a100-40gb", "A100-SXM4-40GB", (8, 0), 108, 1.41, 40, 1555, 40, 164, 2048, 312, NVLINK3),
-    ("a100-80gb", "A100-SXM4-80GB", (8, 0), 108, 1.41, 80, 2039, 40, 164, 2048, 312, NVLINK3),
-    ("h100", "H100 80GB HBM3", (9, 0), 132, 1.98, 80, 3352, 50, 228, 2048, 989, NVLINK4),
-    ("h200", "H200", (9, 0), 132, 1.98, 140, 4800, 50, 228, 2048, 989, NVLINK4),
-    ("b200", "B200", (10, 0), 148, 1.965, 179, 7700, 126, 228, 2048, 2250, NVLINK5),
+    # (memory (GiB), bandwidth (GB/s), L2 (MiB), shared (KiB), threads, TFLOP/s, link)
+    ("t4", "Tesla T4", (7, 5), 40, 1.59, (15, 320, 4, 64, 1024, 65, PCIE3)),
+    ("rtx3060", "GeForce RTX 3060", (8, 6), 28, 1.777, (12, 360, 3, 100, 1536, 25, PCIE4)),
+    ("rtx3070", "GeForce RTX 3070", (8, 6), 46, 1.725, (8, 448, 4, 100, 1536, 40, PCIE4)),
+    ("rtx3090", "GeForce RTX 3090", (8, 6), 82, 1.695, (24, 936, 6, 100, 1536, 71, PCIE4)),
+    ("a10", "A10", (8, 6), 72, 1.695, (22.5, 600, 6, 100, 1536, 125, PCIE4)),
+    ("a10g", "A10G", (8, 6), 80, 1.71, (22.5, 600, 6, 100, 1536, 70, PCIE4)),
+    ("l4", "L4", (8, 9), 58, 2.04, (22.5, 300, 48, 100, 1536, 121, PCIE4)),
+    ("rtx4080", "GeForce RTX 4080", (8, 9), 76, 2.505, (16, 717, 64, 100, 1536, 97, PCIE4)),
+    ("rtx4090", "GeForce RTX 4090", (8, 9), 128, 2.52, (24, 1008, 72, 100, 1536, 165, PCIE4)),
+    ("rtx5090", "GeForce RTX 5090", (12, 0), 170, 2.41, (32, 1792, 96, 100, 1536, 209, PCIE5)),
+    ("a100-40gb", "A100-SXM4-40GB", (8, 0), 108, 1.41, (40, 1555, 40, 164, 2048, 312, NVLINK3)),
+    ("a100-80gb", "A100-SXM4-80GB", (8, 0), 108, 1.41, (80, 2039, 40, 164, 2048, 312, NVLINK3)),
+    ("h100", "H100 80GB HBM3", (9, 0), 132, 1.98, (80, 3352, 50, 228, 2048, 989, NVLINK4)),
+    ("h200", "H200", (9, 0), 132, 1.98, (140, 4800, 50, 228, 2048, 989, NVLINK4)),
+    ("b200", "B200", (10, 0), 148, 1.965, (179, 7700, 126, 228, 2048, 2250, NVLINK5)),
   )
   for memory, bandwidth, l2, shared, threads, teraflops, link in (sizes,)
 }
@@ -203,6 +203,7 @@ class Target(NamedTuple):
   def link(self) -> int:
     """bytes/s that a device sends, over the slowest link of a collective over all devices."""
     spec = self.spec
+    assert spec is not None, "a CPU has no links"
     between_nodes = isinstance(spec, Gpu) and self.count > spec.node
     return min(NETWORK_BANDWIDTH, spec.link) if between_nodes else spec.link
 
@@ -263,15 +264,15 @@ def local_target(device: jax.Device, count: int) -> Target:
   return Target(name=f"{count} x {device.device_kind}", kind=kind, count=count, topology="")
 
 
-def compile_devices(target: Target) -> list[Any]:
+def compile_devices(target: Target) -> list[jax.Device]:
   """Returns devices to compile for; the process must have the environment of `compiler_env`."""
   from jax.experimental import topologies
 
   if target.kind == "cpu":
     return jax.devices("cpu")[: target.count]
-  if target.kind in TPUS:
+  if isinstance(spec := target.spec, Tpu):
     # A machine has one chip for a target of one, else four.
-    one_chip = target.count == target.spec.devices
+    one_chip = target.count == spec.devices
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if one_chip else {}
     topology = topologies.get_topology_desc(platform="tpu", topology_name=target.name, **bounds)
     return list(topology.devices)

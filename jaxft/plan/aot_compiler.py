@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -20,6 +20,7 @@ from jaxft.hardware import specs
 from jaxft.model.config import ModelConfig
 from jaxft.plan.measure import measure_step
 from jaxft.utils import backend
+from jaxft.utils.types import Json
 
 # Added to the caller's environment. Compiler flags come after the caller's, which a run has too: of
 # two the last counts.
@@ -42,7 +43,7 @@ class CompileRequest(NamedTuple):
   """One thing to compile."""
 
   config: str  # as `jaxft.config.to_json` writes it
-  cfg: dict[str, Any]  # fields of the ModelConfig
+  cfg: Json  # fields of the ModelConfig
   device: str
   text: bool = False  # return the compiled programs' texts too
 
@@ -51,14 +52,14 @@ class Compiler:
   """The process, started at the first request and again after it has died. A context manager."""
 
   def __enter__(self) -> "Compiler":
-    self._process: subprocess.Popen | None = None
+    self._process: subprocess.Popen[str] | None = None
     self._cpus = 0
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self._end()
 
-  def __call__(self, request: CompileRequest) -> dict[str, Any]:
+  def __call__(self, request: CompileRequest) -> Json:
     """Returns what `measure_step` does, or {"refused": reason} from the compiler or jaxft.
 
     Raises RequestError when the compiler for the device is not installed, or the process dies.
@@ -66,23 +67,25 @@ class Compiler:
     target = specs.parse_device(request.device)
     check_compiler_installed(target)
     cpus = target.count if target.kind == "cpu" else 1
-    if self._process is None or cpus > self._cpus:
-      self._start(cpus)
+    process = self._process
+    if process is None or cpus > self._cpus:
+      process = self._start(cpus)
+    assert process.stdin and process.stdout  # both are pipes
     try:
-      self._process.stdin.write(json.dumps(request._asdict()) + "\n")
-      self._process.stdin.flush()
+      process.stdin.write(json.dumps(request._asdict()) + "\n")
+      process.stdin.flush()
     except BrokenPipeError:
       pass  # the reason it died follows
-    for line in self._process.stdout:
+    for line in process.stdout:
       if line.startswith("answer: "):
         return json.loads(line.removeprefix("answer: "))
-    code = self._process.wait()
+    code = process.wait()
     self._stderr.seek(0)
     last = (self._stderr.read().strip() or "it said nothing").splitlines()[-1]
     self._end()
     raise RequestError(f"--device={request.device!r}: the compiler ended with code {code}: {last}")
 
-  def _start(self, cpus: int) -> None:
+  def _start(self, cpus: int) -> subprocess.Popen[str]:
     self._end()
     self._cpus = cpus
     self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
@@ -94,6 +97,7 @@ class Compiler:
       text=True,
       env=compiler_env() | {"JAX_NUM_CPU_DEVICES": str(cpus)},
     )
+    return self._process
 
   def _end(self) -> None:
     if self._process is not None:

@@ -4,7 +4,7 @@ B batch, T length, V vocabulary, D model, F feed-forward, L layers, N heads, H h
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -17,6 +17,7 @@ from jaxft.model.config import ModelConfig
 from jaxft.model.decoder import abstract_model
 from jaxft.sharding import rules
 from jaxft.training import offload, optimizer, trainable
+from jaxft.utils.types import Json, PyTree
 
 # FLOPs, bytes moved, sent and fetched a second of a device without a data sheet: a GPU's ratios.
 UNKNOWN_SPEEDS = (200, 10, 1, 0.2)
@@ -31,9 +32,9 @@ class CostModel(NamedTuple):
   config: Config
   cfg: ModelConfig
   target: specs.Target
-  trained: Any  # shapes of the parameters that are trained
-  opt_state: Any  # shapes of all optimizer state
-  frozen: Any  # shapes of the other parameters
+  trained: PyTree  # shapes of the parameters that are trained
+  opt_state: PyTree  # shapes of all optimizer state
+  frozen: PyTree  # shapes of the other parameters
 
   @classmethod
   def from_config(cls, config: Config, cfg: ModelConfig, target: specs.Target) -> "CostModel":
@@ -61,12 +62,12 @@ class CostModel(NamedTuple):
     bfloat16 = self.target.spec and self.target.spec.bfloat16
     return 4 if not bfloat16 or self.config.model.compute_dtype == "float32" else 2
 
-  def shard_bytes(self, settings: dict[str, Any], what: str, nbytes: int) -> int:
+  def shard_bytes(self, settings: Json, what: str, nbytes: int) -> int:
     """Returns the bytes on a device of parameters, gradients or optimizer state."""
     is_sharded = settings["mesh.zero_stage"] >= rules.MIN_ZERO_STAGE[what]
     return nbytes // settings["mesh.tensor"] // (settings["mesh.fsdp"] if is_sharded else 1)
 
-  def state_bytes(self, settings: dict[str, Any]) -> int:
+  def state_bytes(self, settings: Json) -> int:
     """Estimates weights, gradient and optimizer state on the device."""
     if settings["memory.offload"] == "all":
       return 0
@@ -80,7 +81,7 @@ class CostModel(NamedTuple):
       moments = self.shard_bytes(settings, "optimizer", _nbytes(self.opt_state))
     return int(weights + gradient + moments)
 
-  def other_bytes(self, settings: dict[str, Any], B: int) -> float:
+  def other_bytes(self, settings: Json, B: int) -> float:
     """Estimates activations, logits and gathered or fetched weights, with B rows at once."""
     cfg = self.cfg
     T = self.config.data.sequence_length
@@ -103,51 +104,72 @@ class CostModel(NamedTuple):
       gathered += (8 + itemsize) * self.param_bytes / cfg.L / tensor
     return B * T / tensor * layers + logits + gathered
 
-  def seconds(self, settings: dict[str, Any], B: int) -> float:
+  def seconds(self, settings: Json, B: int) -> float:
     """Estimates the time of a step: FLOPs, bytes moved and bytes sent overlap only in part."""
-    cfg = self.cfg
     spec = self.target.spec
+    efficiency = roofline.EFFICIENCY
+    speeds = UNKNOWN_SPEEDS
+    if spec:
+      dtype = "float32" if self.itemsize == 4 else "bfloat16"
+      speeds = (spec.peak_flops(dtype), spec.bandwidth, self.target.link, spec.bus)
+    work = (self._flops(settings, B), self._moved(settings, B), self._sent(settings, B))
+    times = [n / (share * speed) for n, share, speed in zip(work, efficiency[:3], speeds[:3])]
+    # Where the host has a share of the state, every device fetches its own shard of it.
+    num_shards = settings["mesh.fsdp"] * settings["mesh.tensor"]
+    traffic = offload.host_traffic(
+      settings["memory.offload"],
+      *(self.trained, self.opt_state, self.frozen, self.cfg.tied),
+      lambda tree: _nbytes(tree) // num_shards,
+    )
+    return max(times) + 0.1 * sum(times) + sum(traffic) / (efficiency.bus * speeds[3])
+
+  def _flops(self, settings: Json, B: int) -> float:
+    """Returns the FLOPs of all matrix products of a step."""
+    cfg = self.cfg
     T = self.config.data.sequence_length
-    mesh_keys = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.zero_stage")
-    data, fsdp, tensor, stage = (settings[key] for key in mesh_keys)
-    vocab = self._vocab_per_device(settings)
-    itemsize = self.itemsize
-    steps = self._accumulation_steps(settings, B)
-    tokens = B * T * steps
+    tensor = settings["mesh.tensor"]
     layer_passes, attention_passes = COMPUTE_PASSES[settings["memory.remat"]]
     products = layer_passes * cfg.L * (8 * cfg.D * cfg.N * cfg.H + 4 * cfg.D * cfg.F)
     products += attention_passes * cfg.L * 4 * cfg.N * cfg.H * T
-    products += 3 * 2 * vocab * tensor * cfg.D
-    grad_shard = self.shard_bytes(settings, "gradients", self.trained_bytes)
+    products += 3 * 2 * self._vocab_per_device(settings) * tensor * cfg.D
+    return products * self._tokens(settings, B) / tensor
+
+  def _moved(self, settings: Json, B: int) -> float:
+    """Returns the bytes between memory and cores."""
+    steps = self._accumulation_steps(settings, B)
+    _, attention_passes = COMPUTE_PASSES[settings["memory.remat"]]
     layer, _ = self._layer_bytes()
-    moved = attention_passes * cfg.L * 2 * layer / tensor + 3 * vocab * (4 + itemsize)
-    moved = tokens * moved + (steps * 4 * grad_shard + 3 * self.state_bytes(settings))
+    moved = attention_passes * self.cfg.L * 2 * layer / settings["mesh.tensor"]
+    moved += 3 * self._vocab_per_device(settings) * (4 + self.itemsize)
+    grad_shard = self.shard_bytes(settings, "gradients", self.trained_bytes)
+    state = steps * 4 * grad_shard + 3 * self.state_bytes(settings)
+    return self._tokens(settings, B) * moved + state
+
+  def _sent(self, settings: Json, B: int) -> float:
+    """Returns the bytes to other devices."""
+    cfg = self.cfg
+    itemsize = self.itemsize
+    tensor = settings["mesh.tensor"]
+    stage = settings["mesh.zero_stage"]
+    steps = self._accumulation_steps(settings, B)
+    layer_passes, _ = COMPUTE_PASSES[settings["memory.remat"]]
 
     def ring(size: int) -> float:  # share of its bytes that a device sends
       return (size - 1) / size
 
     gather = steps * itemsize / 4 * (2 if stage == 3 else 1)
     scatter = steps * (itemsize / 4 if stage > 1 else 2)
-    sent = ring(fsdp) / tensor * (gather * self.param_bytes + scatter * self.trained_bytes)
-    sent += ring(data) * 2 * steps * grad_shard
-    sent += ring(tensor) * 2 * (layer_passes + 1) * cfg.L * tokens * cfg.D * itemsize
-    efficiency = roofline.EFFICIENCY
-    speeds = UNKNOWN_SPEEDS
-    if spec:
-      dtype = "float32" if itemsize == 4 else "bfloat16"
-      speeds = (spec.peak_flops(dtype), spec.bandwidth, self.target.link, spec.bus)
-    work = (products * tokens / tensor, moved, sent)
-    times = [n / (share * speed) for n, share, speed in zip(work, efficiency[:3], speeds[:3])]
-    # Where the host has a share of the state, every device fetches its own shard of it.
-    num_shards = fsdp * tensor
-    traffic = offload.host_traffic(
-      settings["memory.offload"],
-      *(self.trained, self.opt_state, self.frozen, cfg.tied),
-      lambda tree: _nbytes(tree) // num_shards,
-    )
-    return max(times) + 0.1 * sum(times) + sum(traffic) / (efficiency.bus * speeds[3])
+    sent = gather * self.param_bytes + scatter * self.trained_bytes
+    sent *= ring(settings["mesh.fsdp"]) / tensor
+    grad_shard = self.shard_bytes(settings, "gradients", self.trained_bytes)
+    sent += ring(settings["mesh.data"]) * 2 * steps * grad_shard
+    tokens = self._tokens(settings, B)
+    return sent + ring(tensor) * 2 * (layer_passes + 1) * cfg.L * tokens * cfg.D * itemsize
 
-  def _accumulation_steps(self, settings: dict[str, Any], B: int) -> int:
+  def _tokens(self, settings: Json, B: int) -> int:
+    return B * self.config.data.sequence_length * self._accumulation_steps(settings, B)
+
+  def _accumulation_steps(self, settings: Json, B: int) -> int:
     return self.config.train.batch_size // (settings["mesh.data"] * settings["mesh.fsdp"]) // B
 
   def _layer_bytes(self) -> tuple[int, int]:
@@ -159,9 +181,9 @@ class CostModel(NamedTuple):
     scores = cfg.N * T * (4 + self.itemsize) // MAX_UNROLLED
     return products, scores
 
-  def _vocab_per_device(self, settings: dict[str, Any]) -> float:
+  def _vocab_per_device(self, settings: Json) -> float:
     return self.cfg.classes or self.cfg.V / settings["mesh.tensor"]
 
 
-def _nbytes(tree: Any) -> int:
+def _nbytes(tree: PyTree) -> int:
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -3,11 +3,12 @@
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import numpy as np
+from jax.stages import Compiled, Lowered, Traced
 from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import func
 
 from jaxft.checkpoint.manager import tree_nbytes
 from jaxft.config import Config
@@ -20,6 +21,8 @@ from jaxft.sharding.mesh import make_mesh
 from jaxft.training import build, offload
 from jaxft.training.build import TrainProgram, bytes_per_device
 from jaxft.utils import backend, jax_private
+from jaxft.utils.jax_private import MemoryStats
+from jaxft.utils.types import Json, PyTree
 
 # libtpu's message when memory is short: for the whole program or, if it fails before that, for its
 # temporaries.
@@ -31,7 +34,7 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def measure_step(
   config: Config, cfg: ModelConfig, target: specs.Target, text: bool = False
-) -> dict[str, Any]:
+) -> Json:
   """Compiles the steps of `config` for `target` and returns their memory, FLOPs and traffic.
 
   If the compiler runs out of memory, the result has "needs_bytes" and "has_bytes" but nothing that
@@ -76,7 +79,7 @@ def measure_step(
   return result | texts
 
 
-def eval_peak_bytes(program: TrainProgram, compiled: Any) -> int:
+def eval_peak_bytes(program: TrainProgram, compiled: Compiled) -> int:
   """Returns the peak memory of a device in the eval step; the optimizer state stays on it."""
   mask = program.host_mask.all_params
   on_host = _bytes_where(program.state.all_params, mask, on_host=True)
@@ -84,9 +87,7 @@ def eval_peak_bytes(program: TrainProgram, compiled: Any) -> int:
   return peak + argument_bytes(program)["optimizer"]
 
 
-def measure_traced(
-  program: TrainProgram, config: Config, cfg: ModelConfig, traced: Any
-) -> dict[str, Any]:
+def measure_traced(program: TrainProgram, config: Config, cfg: ModelConfig, traced: Traced) -> Json:
   """Returns what is known before a compiler runs: bytes of one device, FLOPs of the whole step."""
   A, B, T = program.batch["ids"].shape
   mesh = program.batch_sharding.mesh
@@ -123,10 +124,10 @@ def measure_traced(
   }
 
 
-def measure_compiled(program: TrainProgram, compiled: Any) -> dict[str, Any]:
+def measure_compiled(program: TrainProgram, compiled: Compiled) -> Json:
   """Returns what the compiled train step gives, in bytes of one device."""
-  memory = compiled.memory_analysis()
-  text = compiled.as_text()
+  memory: MemoryStats = compiled.memory_analysis()
+  text = compiled.as_text() or ""
   on_host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
   return memory_breakdown(program, memory) | {
     "argument_bytes": memory.argument_size_in_bytes,
@@ -139,7 +140,7 @@ def measure_compiled(program: TrainProgram, compiled: Any) -> dict[str, Any]:
   }
 
 
-def mark_host_arguments(lowered: Any, program: TrainProgram, host_mask: Any) -> Any:
+def mark_host_arguments(lowered: Lowered, program: TrainProgram, host_mask: PyTree) -> Lowered:
   """Marks the arguments of a lowered program that are in host memory.
 
   Without a device JAX (0.10 to 0.12) omits the marks for CUDA, and the program would expect all of
@@ -153,8 +154,10 @@ def mark_host_arguments(lowered: Any, program: TrainProgram, host_mask: Any) -> 
   mask = jax.tree.leaves(host_mask) + [False] * len(jax.tree.leaves(program.batch))
   module = jax_private.stablehlo_module(lowered)
   with module.context, ir.Location.unknown(module.context):
-    main = next(op for op in module.body.operations if "main" in str(op.name))
-    attributes = [{it.name: it.attr for it in argument} for argument in main.arg_attrs]
+    functions = (op for op in module.body.operations if isinstance(op, func.FuncOp))
+    main = next(op for op in functions if "main" in str(op.name))
+    arguments = map(ir.DictAttr, main.arg_attrs)
+    attributes = [{it.name: it.attr for it in argument} for argument in arguments]
     for argument, on_host in zip(attributes, mask, strict=True):
       if on_host:
         argument["mhlo.memory_kind"] = ir.StringAttr.get("pinned_host")
@@ -190,7 +193,7 @@ def argument_bytes(program: TrainProgram) -> dict[str, int]:
   }
 
 
-def memory_breakdown(program: TrainProgram, memory: Any) -> dict[str, Any]:
+def memory_breakdown(program: TrainProgram, memory: MemoryStats) -> Json:
   """Returns "peak_bytes" of a device and its "breakdown", whose values add up to the peak.
 
   The gradient is no argument: its bytes follow from its shardings, and the compiler counts them
@@ -220,13 +223,13 @@ def _is_cpu(program: TrainProgram) -> bool:
   return program.batch_sharding.mesh.devices.flat[0].platform == "cpu"
 
 
-def _bytes_where(tree: Any, host_mask: Any, on_host: bool) -> int:
+def _bytes_where(tree: PyTree, host_mask: PyTree, on_host: bool) -> int:
   """Returns the bytes per device of the leaves that are on the host, or of those that are not."""
   leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(host_mask), strict=True)
   return bytes_per_device([leaf for leaf, masked in leaves if masked == on_host])
 
 
-def step_peak_bytes(memory: Any, program: TrainProgram, on_host: int) -> int:
+def step_peak_bytes(memory: MemoryStats, program: TrainProgram, on_host: int) -> int:
   """Returns the most memory that a device needs at once.
 
   A GPU takes all temporaries as one block, next to the arguments; outputs live in donated

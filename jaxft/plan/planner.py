@@ -5,8 +5,8 @@ import importlib.metadata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
+from jax.stages import Compiled, Traced
 from ml_collections import ConfigDict
 
 import jaxft.config
@@ -20,6 +20,7 @@ from jaxft.plan import aot_compiler, measure
 from jaxft.plan.search import NUM_PLANS, find_settings
 from jaxft.training.build import TrainProgram
 from jaxft.utils import backend
+from jaxft.utils.types import Json
 
 # What the compiler gives for every plan, and is None in one that was refused.
 COMPILER_KEYS = (
@@ -35,7 +36,7 @@ def plan_for(
   *,
   search: bool = False,
   prices: Mapping[str, float] = MappingProxyType({}),
-) -> dict[str, Any]:
+) -> Json:
   """Compiles the train step of `config` for `device` and returns what it needs.
 
   The device need not exist on this machine.
@@ -60,7 +61,7 @@ def plans_for(
   search: bool = False,
   prices: Mapping[str, float] = MappingProxyType({}),
   on_progress: Callable[[str], None] = lambda line: None,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
   """Runs `plan_for` for several devices, one after the other; `on_progress` gets lines of text.
 
   One of several that does not go with the config has a plan with the reason as "refused"; alone it
@@ -101,7 +102,7 @@ def resolve_model_config(config: Config) -> ModelConfig:
   return _apply_run_config(config, hf_config, cfg)
 
 
-def _apply_run_config(config: Config, hf_config: dict[str, Any], cfg: ModelConfig) -> ModelConfig:
+def _apply_run_config(config: Config, hf_config: Json, cfg: ModelConfig) -> ModelConfig:
   """Applies `config` to the architecture; raises RequestError for rows that are too long for it."""
   T = config.data.sequence_length
   if T > cfg.P:
@@ -120,8 +121,8 @@ def _make_plan(
   do_search: bool,
   price: float | None,
   on_progress: Callable[[str], None],
-) -> dict[str, Any]:
-  def compile_plan(config: Config) -> dict[str, Any]:
+) -> Json:
+  def compile_plan(config: Config) -> Json:
     on_progress(f"compiling for {target.name} ...")
     config_json = jaxft.config.to_json(config)
     request = aot_compiler.CompileRequest(config_json, dataclasses.asdict(cfg), target.name)
@@ -146,10 +147,10 @@ def plan_from_compiled(
   config: Config,
   cfg: ModelConfig,
   program: TrainProgram,
-  traced: Any,
-  compiled: Any,
-  eval_compiled: Any,
-) -> dict[str, Any]:
+  traced: Traced,
+  compiled: Compiled,
+  eval_compiled: Compiled,
+) -> Json:
   """Returns the plan of compiled steps, for their own devices; `traced` is the train step's."""
   mesh = program.batch_sharding.mesh
   device = mesh.local_devices[0]
@@ -164,12 +165,12 @@ def plan_from_compiled(
   return plan | {"usable_bytes": usable, "fits": fits}
 
 
-def _refused_plan(config: Config, target: specs.Target, error: RequestError) -> dict[str, Any]:
+def _refused_plan(config: Config, target: specs.Target, error: RequestError) -> Json:
   plan = _plan_header(config, target) | dict.fromkeys(COMPILER_KEYS)
   return plan | {"fits": False, "refused": str(error)}
 
 
-def _plan_header(config: Config, target: specs.Target) -> dict[str, Any]:
+def _plan_header(config: Config, target: specs.Target) -> Json:
   kind = "tpu" if target.kind in specs.TPUS else "gpu" if target.kind in specs.GPUS else "cpu"
   packages = ("jaxft", "jax", "jaxlib", *VERSIONED_PACKAGES[kind])
   return {
@@ -188,13 +189,13 @@ def _version(package: str) -> str | None:
 
 
 def _to_plan(
-  config: Config, target: specs.Target, measured: dict[str, Any], price: float | None = None
-) -> dict[str, Any]:
+  config: Config, target: specs.Target, measured: Json, price: float | None = None
+) -> Json:
   """Turns the compiler's figures into a plan."""
   if "refused" in measured:
     raise RequestError(f"--device={target.name!r}: {measured['refused']}")
 
-  def pick(*keys: str) -> dict[str, Any]:
+  def pick(*keys: str) -> Json:
     return {key: measured[key] for key in keys}
 
   plan = _plan_header(config, target) | pick("device_kind", "devices", "mesh")

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxft.config import Config, flatten
 from jaxft.errors import RequestError
@@ -12,6 +12,7 @@ from jaxft.model.config import ModelConfig
 from jaxft.plan.cost_model import CostModel
 from jaxft.sharding.mesh import mesh_shape
 from jaxft.training import offload
+from jaxft.utils.types import Json
 
 # Share of the usable memory that stays free: plans are to be within this of what a device takes.
 MEMORY_MARGIN = 0.05
@@ -20,7 +21,7 @@ MAX_COMPILES = 10
 MAX_SECONDS = 150
 # Settings to try, with every mesh and every micro-batch that divides the batch. None of them
 # changes what is learned.
-SEARCH_SPACE = {
+SEARCH_SPACE: Json = {
   "memory.offload": ("none", "optimizer", "all"),
   "memory.remat": ("none", "dots", "full"),
   "memory.loss_chunk": (-1, 64),
@@ -30,20 +31,51 @@ SEARCH_SPACE = {
 class Candidate(NamedTuple):
   """Settings to try, with the cost model's estimates: seconds of a step, bytes of a device."""
 
-  settings: dict[str, Any]
+  settings: Json
   seconds: float
   state_bytes: int
   other_bytes: float
+
+
+class Ranking:
+  """The candidates that are not compiled yet, by a cost model that compiled ones correct."""
+
+  def __init__(self, candidates: list[Candidate], budget: int):
+    self.untried = sorted(candidates, key=lambda it: it.seconds)
+    self._budget = budget
+    # Measured over estimated bytes, for each remat policy.
+    self._correction = dict.fromkeys(SEARCH_SPACE["memory.remat"], 1.0)
+    self._num_too_large = 0
+
+  def is_too_large(self, it: Candidate) -> bool:
+    return self._size(it) > self._budget
+
+  def next(self, has_fitting: bool) -> Candidate | None:
+    """Returns the fastest that may fit; None if none may, `has_fitting` or not."""
+    if fastest := next((it for it in self.untried if not self.is_too_large(it)), None):
+      return fastest
+    smallest = min(self.untried, key=self._size)  # by the model nothing fits: it decides
+    self._num_too_large += 1
+    hopeless = smallest.state_bytes > self._budget or self._num_too_large > 2 or has_fitting
+    return None if hopeless else smallest
+
+  def correct(self, it: Candidate, peak: int) -> None:
+    """Corrects the model by the measured peak of a candidate."""
+    measured = max(peak - it.state_bytes, 1)
+    self._correction[it.settings["memory.remat"]] = measured / it.other_bytes
+
+  def _size(self, it: Candidate) -> float:
+    return it.state_bytes + self._correction[it.settings["memory.remat"]] * it.other_bytes
 
 
 def find_settings(
   config: Config,
   cfg: ModelConfig,
   target: specs.Target,
-  compile_plan: Callable[[Config], dict[str, Any]],
+  compile_plan: Callable[[Config], Json],
   num_plans: int = NUM_PLANS,
   on_progress: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> Json:
   """Searches the fastest settings that fit `target`.
 
   A cost model ranks the candidates and rules out those that are far too large; each compiled plan
@@ -59,30 +91,19 @@ def find_settings(
     "not_compiled": number of candidates for each reason; "ended_early": why, or None; ...}.
   """
   budget = int(target.usable_bytes * (1 - MEMORY_MARGIN))
-  untried = sorted(candidates(config, cfg, target), key=lambda it: it.seconds)
-  num_candidates = len(untried)
-  least = min((it.state_bytes for it in untried), default=None)
-  # Measured over estimated bytes, for each remat policy.
-  correction = dict.fromkeys(SEARCH_SPACE["memory.remat"], 1.0)
-
-  def size(it: Candidate) -> float:
-    return it.state_bytes + correction[it.settings["memory.remat"]] * it.other_bytes
-
-  fitting: list[dict[str, Any]] = []
-  lost: list[dict[str, Any]] = []
+  all_candidates = candidates(config, cfg, target)
+  ranking = Ranking(all_candidates, budget)
+  fitting: list[Json] = []
+  lost: list[Json] = []
   started = time.monotonic()
-  num_too_large = 0
   ended_early = None
-  while untried and len(fitting) < num_plans:
-    candidate = next((it for it in untried if size(it) <= budget), None)
-    if candidate is None:  # by the model nothing fits: the smallest decides
-      candidate = min(untried, key=size)
-      num_too_large += 1
-      if candidate.state_bytes > budget or num_too_large > 2 or fitting:
-        break
+  while ranking.untried and len(fitting) < num_plans:
+    candidate = ranking.next(bool(fitting))
+    if candidate is None:
+      break
     if ended_early := _budget_exhausted(len(fitting) + len(lost), time.monotonic() - started):
       break
-    untried.remove(candidate)
+    ranking.untried.remove(candidate)
     flags = overrides(config, candidate.settings, target.count)
     try:
       plan = compile_plan(config.replace(candidate.settings))
@@ -101,27 +122,26 @@ def find_settings(
     else:
       why = f"does not fit, by {excess / 2**30:.2f} GiB"
       lost.append({"overrides": flags, "why": why, "peak_bytes": peak})
-    measured = max(peak - candidate.state_bytes, 1)
-    correction[candidate.settings["memory.remat"]] = measured / candidate.other_bytes
+    ranking.correct(candidate, peak)
 
-  def seconds(entry: dict[str, Any]) -> float:
+  def seconds(entry: Json) -> float:
     return entry["step_seconds_estimate"] or entry["rough_seconds"]
 
   fitting.sort(key=lambda entry: (seconds(entry), entry["peak_bytes"]))
-  too_large = [it for it in untried if size(it) > budget]
-  over = [it for it in too_large if it.state_bytes > budget]
+  too_large = [it for it in ranking.untried if ranking.is_too_large(it)]
+  num_over = sum(it.state_bytes > budget for it in too_large)
   return {
     "room_bytes": budget,
-    "candidates": num_candidates,
+    "candidates": len(all_candidates),
     "best": fitting,
     "lost": lost,
     "not_compiled": {
-      "weights, gradient and optimizer state alone are too large": len(over),
-      "estimated not to fit": len(too_large) - len(over),
-      ended_early or "estimated to be slower": len(untried) - len(too_large),
+      "weights, gradient and optimizer state alone are too large": num_over,
+      "estimated not to fit": len(too_large) - num_over,
+      ended_early or "estimated to be slower": len(ranking.untried) - len(too_large),
     },
     "ended_early": ended_early,
-    "least_state_bytes": least,
+    "least_state_bytes": min((it.state_bytes for it in all_candidates), default=None),
   }
 
 
@@ -132,7 +152,7 @@ def _budget_exhausted(compiles: int, seconds: float) -> str | None:
   return f"the search ended after {MAX_SECONDS} s" if seconds > MAX_SECONDS else None
 
 
-def overrides(config: Config, settings: dict[str, Any], devices: int) -> list[str]:
+def overrides(config: Config, settings: Json, devices: int) -> list[str]:
   """Returns the flags that change the config to these settings."""
   try:
     mesh = mesh_shape(config.mesh, devices)
@@ -158,7 +178,7 @@ def candidates(config: Config, cfg: ModelConfig, target: specs.Target) -> list[C
     micro_batches = [2**i for i in range(rows.bit_length()) if rows % 2**i == 0 and 2**i < rows]
     micro_batches.append(0)  # the whole batch
     for stage, micro, *choice in itertools.product(stages, micro_batches, *SEARCH_SPACE.values()):
-      settings = dict(zip(SEARCH_SPACE, choice, strict=True)) | mesh
+      settings: Json = dict(zip(SEARCH_SPACE, choice, strict=True)) | mesh
       settings |= {"mesh.zero_stage": stage, "train.micro_batch_size": micro}
       shapes = (cost.trained, cost.opt_state)
       if offload.validate_offload(platform, shapes, settings["memory.offload"]):

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import jax
@@ -84,10 +84,10 @@ def configure_jax() -> None:
       jax.config.update(flag, required)
       _warn(f"{flag.upper()}={value}: jaxft's programs are made for {required}, which is set now")
   has_accelerator = sys.platform != "linux" or _any_exists(ACCELERATOR_PATHS) or has_nvidia_gpu()
-  if not jax.config.jax_platforms and not has_accelerator:
+  if not jax.config.values["jax_platforms"] and not has_accelerator:
     # The compilers of jaxft[plan] look like accelerators, and would complain at length.
     jax.config.update("jax_platforms", "cpu")
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.values["jax_compilation_cache_dir"]:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir("xla")))
   if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its former name
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
@@ -122,7 +122,7 @@ def disable_slice_pass(flags: str) -> str:
 
 def check_slices(compiled: jax.stages.Compiled, platform: str) -> None:
   """Raise RequestError if a GPU program has wrong slices: JAX started without our XLA_FLAGS."""
-  if has_slice_bug() and platform == "gpu" and SLICE_ANNOTATION in compiled.as_text():
+  if has_slice_bug() and platform == "gpu" and SLICE_ANNOTATION in (compiled.as_text() or ""):
     raise RequestError(
       f"config.memory.offload: jax {jax.__version__} writes gradients to the wrong layers on a GPU "
       "(openxla/xla #46231), and started before jaxft could prevent it; set "
@@ -322,8 +322,8 @@ def init_backend() -> tuple[str, str]:
 
 def cpu_override() -> str:
   """Return which variable selects the CPU instead of an NVIDIA GPU, or ""."""
-  if (jax.config.jax_platforms or "").startswith("cpu"):
-    return f"JAX_PLATFORMS={jax.config.jax_platforms} is set"
+  if (platforms := jax.config.values["jax_platforms"] or "").startswith("cpu"):
+    return f"JAX_PLATFORMS={platforms} is set"
   visible = os.environ.get("CUDA_VISIBLE_DEVICES")
   if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
     return f"CUDA_VISIBLE_DEVICES={visible!r} hides it"
@@ -340,7 +340,7 @@ def _no_gpu_reason(log: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _capture_jax_log() -> Iterator[list[str]]:
+def _capture_jax_log() -> Generator[list[str]]:
   """Collect one line for each record that JAX would log while it starts.
 
   A plugin that does not load would be pages of traceback.
@@ -350,7 +350,8 @@ def _capture_jax_log() -> Iterator[list[str]]:
 
   class Collect(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-      lines.append(first_line(record.exc_info[1]) if record.exc_info else record.getMessage())
+      error = record.exc_info and record.exc_info[1]
+      lines.append(first_line(error) if error else record.getMessage())
 
   handler = Collect(logging.WARNING)
   propagated = logger.propagate

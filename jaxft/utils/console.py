@@ -5,7 +5,6 @@ import errno
 import os
 import sys
 import unicodedata
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,10 +21,10 @@ class RunConsole(Console):
     """
     return self.is_terminal and not self.is_dumb_terminal and self.file.isatty()
 
-  def __exit__(self, *exc_info: Any) -> None:
+  def __exit__(self, exc_type: object, exc_value: object, traceback: object) -> None:
     """End a piece of output, which is then written; all of rich's goes through here."""
     try:
-      super().__exit__(*exc_info)
+      super().__exit__(exc_type, exc_value, traceback)
     except OSError as error:
       if error.errno != errno.EIO:  # only a lost terminal: a full disk may have room again
         raise
@@ -72,7 +71,7 @@ class ProgressBar:
     self._bar.start()
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self._bar.stop()
 
   def update(self, done: int, note: str = "", total: int | None = None) -> None:

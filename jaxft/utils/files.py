@@ -7,9 +7,9 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from jaxft.errors import RequestError, StorageError, first_line
+from jaxft.utils.types import Json
 
 # The address of a model or a data set on the hub, or of one of its pages or files.
 HUB_URL = re.compile(
@@ -37,7 +37,7 @@ def atomic_write(file: Path, text: str) -> None:
     raise StorageError(f"{file}: {write_failure(file, error)}") from error
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: Json) -> None:
   """Write a JSON object with `atomic_write`; raises StorageError."""
   atomic_write(file, json.dumps(content, indent=2) + "\n")
 
@@ -101,7 +101,7 @@ def is_encodable(text: str) -> bool:
   return True
 
 
-def read_json_object(file: Path, notes: list[str]) -> dict[str, Any]:
+def read_json_object(file: Path, notes: list[str]) -> Json:
   """Read the object in a .json file; if there is none, return {} and add a line to `notes`."""
   try:
     content = json.loads(file.read_text(encoding="utf-8"))
