@@ -4,7 +4,6 @@ Allocates nothing: what a step needs is known before any memory is taken.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from jaxft.sharding.mesh import validate_mesh
 from jaxft.training import offload, optimizer, train_step
 from jaxft.training.eval_step import make_eval_step
 from jaxft.training.train_state import TrainState, shardings_of
-from jaxft.training.train_step import GradFn
+from jaxft.training.train_step import GradFn, TrainStepFn
 from jaxft.training.trainable import partition
 from jaxft.utils.types import Params
 
@@ -51,12 +50,8 @@ class TrainProgram:
   @property
   def eval_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the batch of an eval step."""
-
-    def resize(leaf):
-      shape = (1, self.eval_rows, *leaf.shape[2:])
-      return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
-
-    return {name: resize(leaf) for name, leaf in self.batch.items()}
+    row = {name: np.empty(x.shape[2:], x.dtype) for name, x in self.batch.items()}
+    return loader.batch_shapes(row, 1, self.eval_rows, self.batch_sharding)
 
   @property
   def host_mask(self) -> TrainState:
@@ -66,15 +61,6 @@ class TrainProgram:
   @property
   def batch_sharding(self) -> NamedSharding:
     return self.batch["ids"].sharding
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GradProgram:
-  """The gradient function of a `memory.offload`, and shapes with their shardings."""
-
-  fn: GradFn
-  shapes: Params  # of the gradient
-  compute_params: Params = dataclasses.field(default_factory=dict)  # as in `TrainProgram`
 
 
 def build_train_program(
@@ -92,33 +78,41 @@ def build_train_program(
   A = rules.accumulation_steps(config.train, mesh)
   B = config.train.batch_size // A
   compute = make_compute_config(config, cfg, mesh, packed="segments" in row)
-  tx = optimizer.make_optimizer(config.optim)
-  graph, resident, grads_f32 = abstract_train_state(config, cfg, compute, tx, mesh)
+  graph, resident, grads_f32 = abstract_train_state(config, cfg, compute, mesh)
   mode = config.memory.offload
   stored = (resident.params, resident.opt_state, resident.frozen)
   if lines := offload.validate_offload(mesh.devices.flat[0].platform, stored, mode):
     raise RequestError("\n".join(lines))
-  state = offload.state_with_host_memory(resident, mode)
   eval_rows = rules.eval_batch_size(config.train, mesh)
-  chunk, eval_chunk = (loss_chunk(config, cfg, compute, mesh, rows) for rows in (B, eval_rows))
-  grad = make_grad_program(
-    config, cfg, graph, resident.params, grads_f32, A=A, loss_chunk=chunk, dtype=compute.dtype
+  chunk, eval_chunk = (
+    choose_loss_chunk(config, cfg, compute, mesh, rows) for rows in (B, eval_rows)
   )
+  grad_fn, grad_shapes, compute_params = build_grad_fn(
+    config, cfg, compute, graph, resident.params, grads_f32, A=A, loss_chunk=chunk
+  )
+  state = offload.state_with_host_memory(resident, mode)
+  step = build_train_step(config, cfg, state, grad_fn, grad_shapes, total_steps)
   eval_step = make_eval_step(graph, loss_chunk=eval_chunk)
+  host_mask = offload.host_mask(state, mode)
+  # The state leaves a step with the shardings that it came with: left to the compiler they could
+  # change, and the next step would be another program. It is donated, so old and new weights never
+  # exist together; the eval step only reads it.
   replicated = rules.replicated(mesh)
   return TrainProgram(
     graph=graph,
     compute=compute,
-    tx=tx,
+    tx=optimizer.make_optimizer(config.optim),
     state=state,
     batch=loader.batch_shapes(row, A, B, rules.batch_sharding(mesh)),
-    compute_params=grad.compute_params,
-    grad_shapes=grad.shapes,
-    grad_fn=jax.jit(grad.fn, out_shardings=(replicated, shardings_of(grad.shapes), replicated)),
-    train_step=jit_train_step(config, cfg, tx, state, grad, total_steps),
-    eval_step=jax.jit(
-      offload.mark_host_inputs(eval_step, offload.host_mask(state, mode).all_params)
+    compute_params=compute_params,
+    grad_shapes=grad_shapes,
+    grad_fn=jax.jit(grad_fn, out_shardings=(replicated, shardings_of(grad_shapes), replicated)),
+    train_step=jax.jit(
+      offload.mark_host_inputs(step, host_mask),
+      donate_argnums=0,
+      out_shardings=(shardings_of(state), replicated),
     ),
+    eval_step=jax.jit(offload.mark_host_inputs(eval_step, host_mask.all_params)),
     eval_rows=eval_rows,
     offload=mode,
     loss_chunk=chunk,
@@ -160,11 +154,7 @@ def select_kernel(
 
 
 def abstract_train_state(
-  config: ConfigDict,
-  cfg: ModelConfig,
-  compute: ComputeConfig,
-  tx: optax.GradientTransformation,
-  mesh: Mesh,
+  config: ConfigDict, cfg: ModelConfig, compute: ComputeConfig, mesh: Mesh
 ) -> tuple[nnx.GraphDef[Decoder], TrainState, Params]:
   """Returns the model's graph, and shapes with shardings of its state and of a float32 gradient.
 
@@ -174,6 +164,7 @@ def abstract_train_state(
   graph, shapes, axes = abstract_model(cfg, compute)
   shapes_f32, frozen = partition(shapes, cfg.trained)
   trained_axes, frozen_axes = partition(axes, cfg.trained)
+  tx = optimizer.make_optimizer(config.optim)
   zero_stage = config.mesh.zero_stage
 
   # Frozen weights are stored in the dtype they are computed with: half the bytes, the same result.
@@ -187,19 +178,15 @@ def abstract_train_state(
   stored = optimizer.with_param_dtype(config.model.param_dtype, shapes_f32, cfg.trained)
   step, params, opt_state = rules.abstract_state(tx, stored, trained_axes, mesh, zero_stage)
   frozen_cast = jax.tree_util.tree_map_with_path(cast_frozen, frozen)
-  state = TrainState(
-    step=step,
-    params=params,
-    opt_state=opt_state,
-    frozen=with_shardings("parameters", frozen_cast, frozen_axes),
-  )
+  frozen_params = with_shardings("parameters", frozen_cast, frozen_axes)
+  state = TrainState(step=step, params=params, opt_state=opt_state, frozen=frozen_params)
   return graph, state, with_shardings("gradients", shapes_f32, trained_axes)
 
 
-def loss_chunk(
+def choose_loss_chunk(
   config: ConfigDict, cfg: ModelConfig, compute: ComputeConfig, mesh: Mesh, rows: int
 ) -> int:
-  """Positions of `rows` rows whose logits exist at once: at most so many bytes of them; 0: all."""
+  """Chooses how many positions of these rows have logits at once, of at most so many bytes."""
   return loss.choose_chunk(
     config.memory.loss_chunk,
     B=rows // rules.data_parallel_size(mesh),
@@ -209,67 +196,59 @@ def loss_chunk(
   )
 
 
-def make_grad_program(
+def build_grad_fn(
   config: ConfigDict,
   cfg: ModelConfig,
+  compute: ComputeConfig,
   graph: nnx.GraphDef[Decoder],
   params: Params,
   grads_f32: Params,
   *,
   A: int,
   loss_chunk: int,
-  dtype: jnp.dtype,
-) -> GradProgram:
-  """Makes the gradient function, one for each `memory.offload`.
+) -> tuple[GradFn, Params, Params]:
+  """Builds the gradient function of this `memory.offload`.
+
+  Returns it, the shapes of its gradient, and those of the copy of the weights that it makes.
 
   Args:
-    params, grads_f32: shapes of the trained weights and of their gradient, with shardings on the
-      device.
+    params, grads_f32: shapes of the trained weights and of a gradient, on the device.
     A: accumulation steps.
-    dtype: the compute dtype.
   """
   shared = {"loss_chunk": loss_chunk, "seed": config.train.seed, "trained": cfg.trained}
-  grad_shardings = shardings_of(grads_f32)
+  shardings = shardings_of(grads_f32)
   if config.memory.offload == "all":
     # By hand, layer after layer: jax.grad would need the weights of all layers on the device.
     grad_fn = offload.make_streamed_grad_fn(graph, remat=config.memory.remat, **shared)
-    grads = offload.with_host_memory(rules.with_shardings(params, grad_shardings))
-    return GradProgram(fn=grad_fn, shapes=grads)
-
-  def grads_of(params):  # several are added up in float32
-    return grads_f32 if A > 1 else rules.with_shardings(params, grad_shardings)
-
-  make_grad_fn = functools.partial(
-    train_step.make_grad_fn, graph, grad_shardings=grad_shardings, **shared
+    return grad_fn, offload.with_host_memory(rules.with_shardings(params, shardings)), {}
+  if config.memory.offload == "optimizer":
+    # The float32 weights stay on the host; the device has a copy in the compute dtype.
+    copy = optimizer.with_param_dtype(compute.dtype, params)
+    fetch_params = offload.make_fetch_params(compute.dtype, shardings_of(params))
+  else:
+    copy, fetch_params = {}, lambda params: params
+  grad_fn = train_step.make_grad_fn(
+    graph, grad_shardings=shardings, fetch_params=fetch_params, **shared
   )
-  if config.memory.offload == "none":
-    return GradProgram(fn=make_grad_fn(), shapes=grads_of(params))
-  # The float32 weights stay on the host; the device has a copy in the compute dtype.
-  fetch_params = offload.make_fetch_params(dtype, shardings_of(params))
-  copy = optimizer.with_param_dtype(dtype, params)
-  return GradProgram(
-    fn=make_grad_fn(fetch_params=fetch_params), shapes=grads_of(copy), compute_params=copy
-  )
+  # Several are added up in float32.
+  grads = grads_f32 if A > 1 else rules.with_shardings(copy or params, shardings)
+  return grad_fn, grads, copy
 
 
-def jit_train_step(
+def build_train_step(
   config: ConfigDict,
   cfg: ModelConfig,
-  tx: optax.GradientTransformation,
   state: TrainState,
-  grad: GradProgram,
+  grad_fn: GradFn,
+  grad_shapes: Params,
   total_steps: int,
-) -> jax.stages.Wrapped:
-  """Makes the train step, a `train_step.TrainStepFn`, and jits it.
-
-  The state leaves a step with the shardings that it came with: left to the compiler they could
-  change, and the next step would be another program. It is donated, so old and new weights never
-  exist together; the eval step only reads it.
-  """
-  grad_shardings = shardings_of(grad.shapes)
+) -> TrainStepFn:
+  """Builds the train step of this `memory.offload`."""
+  grad_shardings = shardings_of(grad_shapes)
   if config.memory.offload == "none":
     checked = (grad_shardings, shardings_of(state.checkpointable))
     grad_stats = train_step.make_grad_stats(per_device.make_nonfinite_check(checked))
+    tx = optimizer.make_optimizer(config.optim)
     update_fn = train_step.make_update_fn(tx, cfg.trained)
   else:
     # Gradients alone: reading the state for NaNs would bring it over from the host once more. A NaN
@@ -277,16 +256,11 @@ def jit_train_step(
     grad_stats = offload.make_streamed_stats(grad_shardings)
     param_shardings = shardings_of(state.params)
     update_fn = offload.make_streamed_update_fn(config.optim, param_shardings, cfg.trained)
-  step = train_step.make_train_step(
-    grad.fn,
+  return train_step.make_train_step(
+    grad_fn,
     grad_stats,
     update_fn,
     optimizer.make_schedule(config.optim, total_steps),
     clip_norm=config.optim.clip_norm,
     seed=config.train.seed,
-  )
-  return jax.jit(
-    offload.mark_host_inputs(step, offload.host_mask(state, config.memory.offload)),
-    donate_argnums=0,
-    out_shardings=(shardings_of(state), state.step.sharding),
   )

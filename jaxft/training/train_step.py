@@ -42,8 +42,8 @@ def make_grad_fn(
   loss_chunk: int,
   seed: int,
   grad_shardings: PyTree,
-  trained: Trained = (),
-  fetch_params: Callable[[Params], Params] = lambda params: params,
+  trained: Trained,
+  fetch_params: Callable[[Params], Params],
 ) -> GradFn:
   """Returns `grad_fn(state, batch) -> (loss, grads, tokens)`.
 
