@@ -50,7 +50,7 @@ def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> EvalStepFn:
     batch = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
     targets_BT = batch["targets"]
     mask_BT = batch["mask"]
-    h_BTD = model(
+    h_BTD, _ = model(
       batch["ids"], segments_BT=batch.get("segments"), positions_BT=batch.get("positions")
     )
     loss = cross_entropy_sum(h_BTD, model.head(), targets_BT, mask_BT, loss_chunk)

@@ -171,10 +171,9 @@ def make_streamed_grad_fn(
 
       def apply_one(xs):
         x_BTD, positions_BT, segments_BT, keys_B = xs
-        update_cache = lambda k, v: (k, v, segments_BT, 0)
-        return model.apply_layer(
-          block, x_BTD, positions_BT, segments_BT, info, keys_B, update_cache
-        )
+        return block(
+          x_BTD, positions_BT=positions_BT, segments_BT=segments_BT, info=info, keys_B=keys_B
+        )[0]
 
       keys_AB = None if keys_LAB is None else keys_LAB[index]
       xs = (x, positions, batch.get("segments"), keys_AB)

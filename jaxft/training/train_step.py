@@ -76,7 +76,7 @@ def make_grad_fn(
       # Scaled before the backward pass: its numbers then do not grow with the size of the batch.
       def loss_fn(params, embeds_BTD):
         model = nnx.merge(graph, combine(params, state.frozen))
-        h_BTD = model(
+        h_BTD, _ = model(
           micro_batch["ids"],
           segments_BT=micro_batch.get("segments"),
           positions_BT=micro_batch.get("positions"),

@@ -55,7 +55,8 @@ def batch(rows):
 
 
 def hidden_states(net, part):
-  return net(part["ids"], segments_BT=part.get("segments"), positions_BT=part.get("positions"))
+  optional = {f"{name}_BT": part[name] for name in ("segments", "positions") if name in part}
+  return net(part["ids"], **optional)[0]
 
 
 def loss_and_gradient(decoder, part):

@@ -182,7 +182,7 @@ def test_merged_lora_matches_model_with_adapters(family, targets):
   plain = nnx.merge(
     jaxft.model.decoder.abstract_model(plain_cfg, run.compute)[0], lora.merge(params, cfg)
   )
-  logits = [np.asarray(decoder.logits(decoder(ids))) for decoder in (with_adapters, plain)]
+  logits = [np.asarray(decoder.logits(decoder(ids)[0])) for decoder in (with_adapters, plain)]
   without = nnx.merge(
     jaxft.model.decoder.abstract_model(plain_cfg, run.compute)[0], lora.without_adapters(params)
   )
