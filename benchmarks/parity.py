@@ -192,7 +192,7 @@ def compare(folder: Path) -> None:
     "mask": np.ones(STEP_T - 1, bool),
   }
   run = build_train_program(config, source.cfg, make_mesh(config.mesh), STEPS, row)
-  state = TrainState(jnp.int32(0), params, run.tx.init(params))
+  state = TrainState(step=jnp.int32(0), params=params, opt_state=run.tx.init(params))
   del params
   for step in range(STEPS):
     ids = some_ids(step, STEP_T).astype(np.int32)[None]

@@ -41,10 +41,16 @@ from jaxft.plan import measure, rendering
 from jaxft.plan.planner import plan_from_compiled, resolve_model_config
 from jaxft.report_page import run_page
 from jaxft.sharding.mesh import make_mesh
-from jaxft.training import build, optimizer
+from jaxft.training import optimizer
 from jaxft.training.build import TrainProgram, build_train_program
 from jaxft.training.evaluator import Evaluator
 from jaxft.training.init import init_train_state, load_or_init_params, merge_params, merged_shapes
+from jaxft.training.memory import (
+  check_fits,
+  host_bytes,
+  max_host_bytes,
+  pinned_memory_warning,
+)
 from jaxft.training.preemption import PreemptionHandler
 from jaxft.training.profiler import Profiler
 from jaxft.training.resume import check_same_run, restore_best, restore_latest
@@ -241,7 +247,7 @@ def finetune(
   config = jaxft.config.resolve(config)
   validate_run(config, workdir, overwrite)
   if config.memory.offload != "none":
-    backend.limit_pinned_memory(build.max_host_bytes(config, resolve_model_config(config)))
+    backend.limit_pinned_memory(max_host_bytes(config, resolve_model_config(config)))
   backend.require_device(require)
   start_time = time.monotonic()
   with contextlib.ExitStack() as exit_stack:
@@ -319,8 +325,8 @@ def finetune(
     model_type = source.hf_config["model_type"]
     cfg = trainable_params.apply_config(source.cfg, config, model_type)
     program = build_train_program(config, cfg, mesh, total_steps, rows[0])
-    build.check_fits(program, config)
-    if warning := build.pinned_memory_warning(program):
+    check_fits(program, config)
+    if warning := pinned_memory_warning(program):
       log(warning)
     num_all = num_params(program.state.all_params, cfg)
     num_trained = num_params(program.state.params, cfg)
@@ -403,7 +409,7 @@ def finetune(
       state = init_train_state(program, *load_or_init_params(program, cfg, source, config))
     else:
       frozen = load_or_init_params(program, cfg, source, config)[1] if cfg.trained else {}
-      state = TrainState(*saved, frozen)
+      state = TrainState.from_checkpoint(saved, frozen)
     start = int(state.step)
     if overwrite:  # now that nothing is left to refuse
       multihost.assert_all_equal("read", {})
@@ -431,7 +437,7 @@ def finetune(
         "parameters": num_all,
         "trained": num_trained,
       },
-      "memory": {"planned": memory, "host": build.host_bytes(program)},
+      "memory": {"planned": memory, "host": host_bytes(program)},
     }
     exit_stack.enter_context(record_run(workdir, mesh, run_info, run_page.write))
     model_flops = flops.model_flops(cfg, config.train.batch_size, rows.seq_len)
@@ -563,7 +569,7 @@ def finetune(
       frozen = state.frozen
       state = None  # there may be no room for two
       step, best_state = restore_best(checkpoints, program.state.checkpointable, strict)
-      state = TrainState(*best_state, frozen)
+      state = TrainState.from_checkpoint(best_state, frozen)
     evaluator.sample(state.all_params, step, "after")
     run_info["exported_step"] = step
 

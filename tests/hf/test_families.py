@@ -217,7 +217,8 @@ def test_ten_adamw_steps_match_torch(family_case):
   params = load_weights.load_params(
     checkpoint, run.state.params, jax.tree.map(lambda leaf: leaf.sharding, run.state.params)
   )
-  state, step = TrainState(jnp.int32(0), params, run.tx.init(params)), run.train_step
+  state = TrainState(step=jnp.int32(0), params=params, opt_state=run.tx.init(params))
+  step = run.train_step
   # jaxft decays matrices and embeddings. In torch those are the parameters with two axes.
   groups = [
     {"params": [p for p in theirs.parameters() if p.ndim == 2], "weight_decay": 0.1},

@@ -85,7 +85,7 @@ def begin(run, cfg, family):
   trained, frozen = trainable.partition(weights(family, cfg), cfg.trained)
   opt = jax.device_get(run.tx.init(trained))
   return jax.device_put(
-    TrainState(jnp.int32(0), trained, opt, frozen),
+    TrainState(step=jnp.int32(0), params=trained, opt_state=opt, frozen=frozen),
     jax.tree.map(lambda leaf: leaf.sharding, run.state),
   )
 
