@@ -53,7 +53,7 @@ class Preempted(BaseException):
   exit_code = 75
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
   """Return the first line of another library's error, or its type if it has no message."""
   return (str(error).strip() or type(error).__name__).splitlines()[0]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from jaxft.metrics.reporter import due_at
 from safetensors.numpy import load_file, save_file
 
 import jaxft.config
@@ -16,7 +17,6 @@ import jaxft.hf.tokenizer
 from jaxft.data import dataset
 from jaxft.data.loader import BatchSource
 from jaxft.errors import RequestError, StorageError
-from jaxft.metrics.reporter import due_at
 from jaxft.pretrained import load_workdir
 from jaxft.train import finetune, validate_run
 from jaxft.training import resume

@@ -18,11 +18,11 @@ import psutil
 import pytest
 import read_trackers
 import tiny
+from jaxft.metrics.reporter import JsonlLog
 
 import jaxft.config
 from jaxft.errors import NumericsError, Preempted, RequestError
 from jaxft.metrics import system, trackers
-from jaxft.metrics.reporter import JsonlLog
 from jaxft.metrics.system import SystemMetrics
 from jaxft.metrics.trackers import TrackerGroup
 from jaxft.train import finetune, validate_run

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import processes
 import pytest
+from jaxft.metrics.reporter import Reporter
 from rich.console import Console
 
 import jaxft
@@ -23,7 +24,6 @@ from jaxft.errors import RequestError
 from jaxft.hardware import flops, roofline, specs
 from jaxft.hf import model_config
 from jaxft.hf.known_models import PUBLISHED
-from jaxft.metrics.reporter import Reporter
 from jaxft.plan import aot_compiler, measure, planner, rendering
 from jaxft.plan.measure import dummy_row
 from jaxft.sharding import rules

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxft.metrics.reporter import JsonlLog, Reporter
 
 import jaxft.training.workdir
 from jaxft.checkpoint import manager
 from jaxft.errors import Preempted, RequestError, StorageError
-from jaxft.metrics.reporter import JsonlLog, Reporter
 from jaxft.pretrained import load_workdir
 from jaxft.train import finetune
 from jaxft.training import preemption
