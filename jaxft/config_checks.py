@@ -1,9 +1,9 @@
-"""Validators of settings, alone and in combination; `jaxft.config` assigns them to settings."""
+"""Validators of the values of settings; `jaxft.config` assigns them to settings."""
 
 import codecs
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from jaxft.utils.files import is_encodable
@@ -56,24 +56,6 @@ def config_overrides(x: str) -> str | None:
   return None if is_valid and (pairs or not x) else "pairs such as n_embd=512,n_layer=4"
 
 
-def _validate_template(v: Mapping[str, Any]) -> list[str]:
-  """Return what is wrong with `data.template`.
-
-  Its fields are a prompt and a completion or, for plain text, columns.
-  """
-  x = v["data.template"]
-  prompt = "{prompt}"
-  completion = "{completion}"
-  if v["data.format"] == "text":
-    is_valid = bool(TEMPLATE_FIELD.search(x))
-    expected = "text with the name of a column in braces, such as {question}"
-  else:
-    once = x.count(prompt) == 1 == x.count(completion)
-    is_valid = once and x.index(prompt) < x.index(completion)
-    expected = "text with {prompt} and after it {completion}, each once"
-  return [] if is_valid else [f"config.data.template={x!r}: must be {expected}"]
-
-
 def writers(x: tuple[str, ...]) -> str | None:
   for i, name in enumerate(x):
     if name not in TRACKERS + BUILTIN_WRITERS:
@@ -94,16 +76,12 @@ def compute_dtype(x: str) -> str | None:
   return one_of("auto", "float32", "bfloat16")(x)
 
 
-def any_value(_: Any) -> None:
+def any_value(_: object) -> None:
   return None
 
 
-def type_error(default: Any, value: Any) -> str | None:
+def type_error(kind: type, value: object) -> str | None:
   """Return the type that a value should have, or None: a config file can assign anything."""
-  optional = isinstance(default, type)
-  kind = default if optional else type(default)
-  if value is None and optional:
-    return None
   if kind is tuple:
     is_valid = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     expected = "text, or a tuple of texts"
@@ -113,81 +91,6 @@ def type_error(default: Any, value: Any) -> str | None:
     expected = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}[kind]
   if not is_valid:
     return expected
-  texts = value if kind is tuple else (str(value),)
+  texts = value if isinstance(value, tuple) else (str(value),)
   is_text = all(is_encodable(text) and "\0" not in text for text in texts)
   return None if is_text else "text in UTF-8, without NUL"
-
-
-def validate_combinations(v: Mapping[str, Any]) -> list[str]:
-  """Return what is wrong with values that are valid by themselves, one line each.
-
-  Args:
-    v: all settings by name.
-  """
-
-  def show(name: str) -> str:
-    return f"config.{name}={v[name]!r}"
-
-  lines = _validate_template(v)
-  from_scratch = v["model.init"] == "scratch"
-  if not v["model.path"]:
-    lines.append("config.model.path: empty; name a hub id (gpt2) or a folder")
-  if not v["data.train"]:
-    lines.append("config.data.train: empty; name a file, a folder or hub:NAME")
-  for name, default in (("lora.targets", ()), ("lora.layers", ()), ("lora.dropout", 0)):
-    if not v["lora.rank"] and v[name] != default:
-      lines.append(f"{show(name)}: there are no adapters with config.lora.rank=0")
-  if v["lora.rank"] and v["train.trainable_params"]:
-    trainable = show("train.trainable_params")
-    lines.append(f"{trainable}: with {show('lora.rank')} the adapters are trained; set one")
-  if v["lora.rank"] and from_scratch:
-    lines.append(
-      f"{show('lora.rank')}: adapters change a model that was trained; "
-      "config.model.init=scratch has none"
-    )
-  if v["train.trainable_params"] and from_scratch:
-    lines.append(
-      "config.train.trainable_params: the other weights would stay as they are drawn with "
-      "config.model.init=scratch"
-    )
-  if bool(v["train.steps"]) == bool(v["train.epochs"]):
-    lines.append(f"{show('train.steps')} and {show('train.epochs')}: set one of the two")
-  classifies, has_labels = (v[x] == "classification" for x in ("model.head", "data.format"))
-  if classifies != has_labels:
-    settings = f"{show('model.head')} and {show('data.format')}"
-    lines.append(f"{settings}: classification is both or neither")
-  eval_settings = ("train.keep_best_metric", "train.early_stopping_patience")
-  for name in eval_settings:
-    if v[name] and not v["train.eval_every"]:
-      lines.append(f"{show(name)}: goes with evaluations; set config.train.eval_every")
-  if v["data.nats_column"] and v["data.format"] != "text":
-    lines.append(f"{show('data.nats_column')}: goes with data.format=text only")
-  if v["data.unrelated"] and has_labels:
-    lines.append(f"{show('data.unrelated')}: a model that classifies has no loss on other text")
-  held_out = v["data.validation"] or v["data.validation_fraction"]
-  for name in eval_settings:
-    if v[name] and not held_out:
-      lines.append(
-        f"{show(name)}: nothing is held out with config.data.validation_fraction=0; "
-        "name sources in config.data.validation"
-      )
-  if classifies and v["train.sample_prompts"]:
-    lines.append(
-      "config.train.sample_prompts: a model with a classification head writes no text; "
-      "leave it empty"
-    )
-  axes = [f"mesh.{axis}" for axis in ("data", "fsdp", "tensor")]
-  rest = [show(axis) for axis in axes if v[axis] == -1]
-  if len(rest) > 1:
-    lines.append(f"{' and '.join(rest)}: only one can take the rest")
-  if v["optim.end_learning_rate"] > v["optim.learning_rate"]:
-    lines.append(f"{show('optim.end_learning_rate')}: above {show('optim.learning_rate')}")
-  if v["optim.warmup_steps"] and v["optim.warmup_ratio"]:
-    warmup = f"{show('optim.warmup_steps')} and {show('optim.warmup_ratio')}"
-    lines.append(f"{warmup}: set one of the two")
-  if v["model.config_overrides"] and not from_scratch:
-    lines.append(
-      f"{show('model.config_overrides')}: weights that are read have their own sizes; "
-      "config.model.init=scratch draws new ones"
-    )
-  return lines

@@ -10,6 +10,7 @@ from rich.table import Column, Table
 import jaxft.config
 from jaxft.cli import parsers
 from jaxft.cli.flags import load_model
+from jaxft.config import DataSection
 from jaxft.data import sources
 from jaxft.errors import RequestError, run_command
 from jaxft.utils.console import escape_controls
@@ -27,7 +28,7 @@ def main() -> None:
       f"--layout={arguments.layout}: goes with --data; "
       "what a run has held out is read as in the run"
     )
-  lines = sources.validate_sources({"validation": arguments.data})
+  lines = sources.validate_sources(DataSection(validation=tuple(arguments.data)))
   lines = [line.replace("config.data.validation", "--data") for line in lines]
   settings = {name: getattr(arguments, name) for name in MIN_VALUES}
   for name, value in settings.items():

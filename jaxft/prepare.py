@@ -22,10 +22,8 @@ PREVIEW_ROWS = 3
 
 def main() -> None:
   arguments = flags.parse(usage.PREPARE, ("json",))
-  config = arguments.config
-  lines = jaxft.config.validate(config)
-  if not lines:
-    lines += sources.validate_sources(config.data)
+  config = jaxft.config.resolve(arguments.config)
+  lines = sources.validate_sources(config.data)
   if not lines:  # as in train.py: reading a model's config takes seconds
     lines += repo.validate_model(config.model.path, weights=False)
   if lines:

@@ -19,6 +19,7 @@ import jaxft.config
 from jaxft import config_checks
 from jaxft.checkpoint import manager
 from jaxft.checkpoint.manager import PLACEHOLDER, CheckpointManager, CheckpointState
+from jaxft.config import Config, DataSection, MeshSection
 from jaxft.data import formats, loader, tokenize
 from jaxft.data.dataset import build_dataset, prepare_data, read_examples
 from jaxft.data.packing import SlidingWindowDataset, TokenDataset
@@ -65,7 +66,7 @@ class Pretrained:
     require_device(None)
     self.source = source
     self.tokenizer = load_tokenizer(source.tokenizer_folder, source.cfg.V)
-    self.mesh = make_mesh(jaxft.config.default().mesh)
+    self.mesh = make_mesh(MeshSection())
     device = self.mesh.devices.flat[0]
     dtype = resolve_dtype(compute_dtype, device)
     compute = ComputeConfig(
@@ -156,7 +157,7 @@ class Pretrained:
     sequence_length: int = 0,
     batch_size: int = 8,
     stride: int = 0,
-    like: ConfigDict | None = None,
+    like: DataSection | ConfigDict | None = None,
     **settings_of_data: Any,
   ) -> dict[str, Any]:
     """Evaluates all rows of the sources, end tokens included.
@@ -186,19 +187,22 @@ class Pretrained:
       )
     if batch_size < 1:
       raise RequestError(f"--batch_size={batch_size}: must be at least 1")
-    config = ConfigDict(like or jaxft.config.default().data)
-    config.update(settings_of_data, sequence_length=length)
-    if "text_column" in settings_of_data or config.format != (like or config).format:
-      config.template = settings_of_data.get("template", formats.DEFAULT_TEMPLATE)
+    if not isinstance(like, DataSection):
+      like = DataSection(**like.to_dict()) if like else DataSection()
+    changes = settings_of_data | {"sequence_length": length}
+    if "text_column" in changes or changes.get("format", like.format) != like.format:
+      changes.setdefault("template", formats.DEFAULT_TEMPLATE)
     if self.source.cfg.classes:
-      config.format = "classification"
+      changes["format"] = "classification"
     self._check_stride(stride, length)
-    if stride and config.layout != "concat":
+    layout = changes.get("layout", like.layout)
+    if stride and layout != "concat":
       if "layout" in settings_of_data:
         raise RequestError(
-          f"--stride={stride}: its rows overlap in one stream, --layout=concat, not {config.layout}"
+          f"--stride={stride}: its rows overlap in one stream, --layout=concat, not {layout}"
         )
-      config.layout = "concat"
+      changes["layout"] = "concat"
+    config = dataclasses.replace(like, **changes)
     names = tuple(map(str, data))
     unused = collections.Counter()  # nobody asks what was counted
     examples = read_examples(names, "validation", config, unused, unused, _print_stderr)
@@ -227,8 +231,7 @@ class Pretrained:
       raise RequestError(f"{self.source.folder}: no run, so nothing was held out; name a text")
     workdir = self.run[0]
     config = jaxft.config.load_run_config(workdir / "config.json").data
-    config = _resolve_sources(config, workdir, self._record)
-    config.unrelated = ()
+    config = dataclasses.replace(_resolve_sources(config, workdir, self._record), unrelated=())
     self._check_stride(stride, sequence_length or config.sequence_length)
     tokenizer_fingerprint = fingerprint(self.tokenizer)
     data = prepare_data(config, self.tokenizer, tokenizer_fingerprint)
@@ -242,7 +245,7 @@ class Pretrained:
         "may have been trained on; name a text with --data"
       )
     if sequence_length:
-      config.sequence_length = sequence_length
+      config = dataclasses.replace(config, sequence_length=sequence_length)
       data = prepare_data(config, self.tokenizer, tokenizer_fingerprint)
     if not data.validation:
       raise RequestError(f"{workdir}: the run held nothing out; name a text with --data")
@@ -430,7 +433,7 @@ def load_workdir(
   return model
 
 
-def _model_of_run(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> repo.HFCheckpoint:
+def _model_of_run(workdir: Path, config: Config, record: dict[str, Any]) -> repo.HFCheckpoint:
   """The model that a run trains: as the workdir has it, or its base model if a part is frozen."""
   folder = find_run_model(workdir)
   has_frozen = bool(config.lora.rank or config.train.trainable_params)
@@ -441,15 +444,15 @@ def _model_of_run(workdir: Path, config: ConfigDict, record: dict[str, Any]) -> 
     name = _resolve_path(name, workdir, record) if repo.is_local(name) else name
     source = source._replace(tokenizer=base_model.resolve_tokenizer(name))
   if config.model.init == "scratch":
-    model = ConfigDict(config.model.to_dict())
-    model.config = _resolve_path(model.config, workdir, record) if model.config else ""
+    file = config.model.config and _resolve_path(config.model.config, workdir, record)
+    model = dataclasses.replace(config.model, config=file)
     sizes = base_model.scratch_config(model, source.hf_config, source.folder / "config.json")
     source = repo.HFCheckpoint(source.folder, *sizes, tokenizer=source.tokenizer)
   return source
 
 
 def _base_model(
-  config: ConfigDict, workdir: Path, record: dict[str, Any], weights: bool = True
+  config: Config, workdir: Path, record: dict[str, Any], weights: bool = True
 ) -> repo.HFCheckpoint:
   """Resolves `config.model.path`: a folder, if it was one, and never the hub's of its name."""
   model = config.model
@@ -461,18 +464,19 @@ def _print_stderr(line: str) -> None:
   print(line, file=sys.stderr)
 
 
-def _resolve_sources(data: ConfigDict, workdir: Path, record: dict[str, Any]) -> ConfigDict:
+def _resolve_sources(data: DataSection, workdir: Path, record: dict[str, Any]) -> DataSection:
   """Resolves the sources of `config.data` from where the run was started, not from here."""
 
   def resolve(name: str) -> str:
     return name if name.startswith("hub:") else _resolve_path(name, workdir, record)
 
-  resolved = ConfigDict(data)
-  for key in ("train", "validation"):
-    resolved[key] = tuple(map(resolve, data[key]))
   cache = _resolve_path(data.cache_dir, workdir, record) if data.cache_dir else ""
-  resolved.cache_dir = cache if cache and exists(Path(cache)) else ""
-  return resolved
+  return dataclasses.replace(
+    data,
+    train=tuple(map(resolve, data.train)),
+    validation=tuple(map(resolve, data.validation)),
+    cache_dir=cache if cache and exists(Path(cache)) else "",
+  )
 
 
 def _resolve_path(path: str, workdir: Path, record: dict[str, Any]) -> str:

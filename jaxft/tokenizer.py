@@ -15,8 +15,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-import jaxft.config
 from jaxft.cli import parsers
+from jaxft.config import DataSection
 from jaxft.data import sources
 from jaxft.data.dataset import read_examples
 from jaxft.data.tokenize import TokenizerInfo
@@ -110,13 +110,12 @@ def main() -> None:
     print(f"{names}; {out}: {format_parity(parity)}")
     print(_describe_roles(tokenizer))
     return
-  if lines := sources.validate_sources({"train": arguments.data}):
+  data = DataSection(train=tuple(arguments.data), text_column=arguments.text_column)
+  if lines := sources.validate_sources(data):
     raise RequestError("\n".join(line.replace("config.data.train", "--data") for line in lines))
-  data = jaxft.config.default().data
-  data.text_column = arguments.text_column
   unused = collections.Counter()
   print_line = lambda line: print(line, file=sys.stderr)
-  examples = read_examples(tuple(arguments.data), "train", data, unused, unused, print_line)
+  examples = read_examples(data.train, "train", data, unused, unused, print_line)
   texts = (example.text for example in examples)
   num_tokens = train_tokenizer(texts, arguments.vocab_size, out).get_vocab_size()
   print(

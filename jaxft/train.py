@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 import jaxft.config
 from jaxft.checkpoint.manager import CheckpointManager
 from jaxft.cli.flags import parse_train
+from jaxft.config import Config
 from jaxft.distributed import multihost
 from jaxft.errors import RequestError, exit_code, first_line, run_command
 from jaxft.plan import measure, rendering
@@ -63,7 +64,7 @@ class TrainOutput(NamedTuple):
 
 
 def finetune(
-  config: ConfigDict,
+  config: ConfigDict | Config,
   workdir: str | Path,
   *,
   dry_run: bool = False,
@@ -88,44 +89,92 @@ def finetune(
   Raises:
     RequestError, NumericsError, StorageError, Preempted: see `jaxft.errors`.
   """
+  settings = jaxft.config.normalize(config)
+  backend.validate_require(require)
+  backend.configure_jax()
+  flags = {
+    "--workdir": Path(workdir),
+    "--dry_run": dry_run,
+    "--strict": strict,
+    "--allow_change": allow_change,
+    "--overwrite_output_dir": overwrite,
+  }
+  command = flags | jaxft.config.with_prefix(settings) | {**multihost.package_versions()}
+  multihost.assert_all_equal("command", command)
   request = RunRequest(
-    config=jaxft.config.normalize(config),
+    config=jaxft.config.resolve(settings),
     workdir=Path(workdir),
     strict=strict,
     allow_change=allow_change,
     overwrite=overwrite,
   )
-  start_devices(request, dry_run, require)
+  validate(request)
+  backend.require_device(require)
   start_time = time.monotonic()
   with contextlib.ExitStack() as stack:
     preemption = stack.enter_context(PreemptionHandler())
     if not dry_run:
       stack.enter_context(hold_workdir(request.workdir, overwrite, request.input_paths))
-    run = build_run(request, load_inputs(request))
+    inputs = load_inputs(request)
+    run = build_run(request, inputs)
     if dry_run:
       print_plan(run, compile_steps(run))
       return None
     return train_and_export(run, preemption, stack, start_time)
 
 
-def start_devices(request: RunRequest, dry_run: bool, require: str | None) -> None:
-  """Starts JAX; RequestError with every error of the request that shows without it."""
+def train_and_export(
+  run: BuiltRun, preemption: PreemptionHandler, stack: contextlib.ExitStack, start_time: float
+) -> TrainOutput:
+  """Runs what `finetune` has built. The only function that holds the state between two stages."""
+  compiled, checkpoints, state, tokens_seen = start_run(run, preemption, stack)
+  start = int(state.step)
+  write_run_files(run)
+  about = stack.enter_context(report_at_end(run, start, compiled.memory))
+  files, logger = loop.open_logger(run, start, tokens_seen, stack)
+  evaluator = Evaluator(run=run, eval_step=compiled.eval_step, logger=logger, history=files.metrics)
+  if start == 0:
+    evaluator.evaluate(state.all_params, 0, "before")
+    evaluator.sample(state.all_params, 0, "before")
+  # A signal while trackers are waited for changes nothing of how the run ended.
+  stack.callback(preemption.defer)
+  step, state = loop.train(
+    run,
+    state,
+    train_step=compiled.train_step,
+    checkpoints=checkpoints,
+    logger=logger,
+    evaluator=evaluator,
+    preemption=preemption,
+    about=about,
+    start_time=start_time,
+  )
+  if run.config.train.keep_best_metric:  # else the last weights are exported
+    frozen = state.frozen
+    del state  # there may be no room for two
+    like = run.program.state.checkpointable
+    step, best = restore_best(checkpoints, like, run.request.strict)
+    state = with_frozen(best, frozen)
+  evaluator.sample(state.all_params, step, "after")
+  about["exported_step"] = step
+  params = state.params
+  del state
+  export_run(run, params, step, about)
+  log(evaluator.summary(step))
+  return TrainOutput(
+    workdir=run.request.workdir,
+    metrics=files.metrics.entries,
+    samples=files.samples.entries,
+    export=run.request.export_dir,
+  )
+
+
+def validate(request: RunRequest) -> None:
+  """Raises RequestError with every error that shows before JAX looks for devices."""
   config = request.config
-  backend.validate_require(require)
-  backend.configure_jax()
-  flags = {
-    "--workdir": request.workdir,
-    "--dry_run": dry_run,
-    "--strict": request.strict,
-    "--allow_change": request.allow_change,
-    "--overwrite_output_dir": request.overwrite,
-  }
-  settings = jaxft.config.with_prefix(config)
-  multihost.assert_all_equal("command", flags | settings | {**multihost.package_versions()})
   validate_run(config, request.workdir, request.overwrite)
   if config.memory.offload != "none":
     backend.limit_pinned_memory(build.max_host_bytes(config, resolve_model_config(config)))
-  backend.require_device(require)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,52 +242,6 @@ def start_run(
   multihost.assert_all_equal("compiled", {})
   state, tokens_seen = restore_or_init(run, checkpoints)
   return compiled, checkpoints, state, tokens_seen
-
-
-def train_and_export(
-  run: BuiltRun, preemption: PreemptionHandler, stack: contextlib.ExitStack, start_time: float
-) -> TrainOutput:
-  """Runs what `finetune` has built. The only function that holds the state between two stages."""
-  compiled, checkpoints, state, tokens_seen = start_run(run, preemption, stack)
-  start = int(state.step)
-  write_run_files(run)
-  about = stack.enter_context(report_at_end(run, start, compiled.memory))
-  files, logger = loop.open_logger(run, start, tokens_seen, stack)
-  evaluator = Evaluator(run, compiled.eval_step, logger, files.metrics)
-  if start == 0:
-    evaluator.evaluate(state.all_params, 0, "before")
-    evaluator.sample(state.all_params, 0, "before")
-  # A signal while trackers are waited for changes nothing of how the run ended.
-  stack.callback(preemption.defer)
-  step, state = loop.train(
-    run,
-    state,
-    train_step=compiled.train_step,
-    checkpoints=checkpoints,
-    logger=logger,
-    evaluator=evaluator,
-    preemption=preemption,
-    about=about,
-    start_time=start_time,
-  )
-  if run.config.train.keep_best_metric:  # else the last weights are exported
-    frozen = state.frozen
-    del state  # there may be no room for two
-    like = run.program.state.checkpointable
-    step, best = restore_best(checkpoints, like, run.request.strict)
-    state = with_frozen(best, frozen)
-  evaluator.sample(state.all_params, step, "after")
-  about["exported_step"] = step
-  params = state.params
-  del state
-  export_run(run, params, step, about)
-  log(evaluator.summary(step))
-  return TrainOutput(
-    workdir=run.request.workdir,
-    metrics=files.metrics.entries,
-    samples=files.samples.entries,
-    export=run.request.export_dir,
-  )
 
 
 @contextlib.contextmanager

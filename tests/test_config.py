@@ -1,12 +1,15 @@
 """Settings: documented once, checked all at once, saved and read back."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 import jaxft.config
+from jaxft import config_checks
 from jaxft.errors import RequestError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -22,10 +25,51 @@ def test_complete_config_is_valid():
   assert jaxft.config.validate(complete()) == []
 
 
-def test_settings_have_docs_and_valid_defaults():
-  for setting in jaxft.config.SETTINGS:
-    assert len(setting.doc) > 3 and setting.doc in jaxft.config.describe(complete())
-    assert isinstance(setting.default, type) or setting.check(setting.default) is None, setting.name
+@pytest.mark.parametrize("setting", jaxft.config.SETTINGS, ids=lambda setting: setting.name)
+def test_settings_have_docs_and_defaults_of_their_types(setting):
+  assert len(setting.doc) > 3 and setting.doc in jaxft.config.describe(complete())
+  section, key = setting.name.split(".")
+  annotation = get_type_hints(jaxft.config.SECTIONS[section])[key]
+  assert (setting.default is None) == (type(None) in get_args(annotation))
+  if setting.default is not None:
+    assert config_checks.type_error(setting.kind, setting.default) is None
+    assert setting.check(setting.default) is None
+
+
+@pytest.mark.parametrize(
+  "name, kind, literals, wanted",
+  [
+    ("model.dropout", float, (), "at least 0 and below 1"),
+    ("data.train", tuple, (), None),
+    ("train.eval_every", int, ("epoch",), "at least 0"),
+    ("memory.remat", str, (), "one of none, dots, full"),
+  ],
+)
+def test_annotations_say_types_choices_and_literals(name, kind, literals, wanted):
+  setting = jaxft.config.BY_NAME[name]
+  assert (setting.kind, setting.literals) == (kind, literals)
+  assert setting.check("all" if kind is str else -1) == wanted
+
+
+def test_config_of_a_run_is_frozen():
+  config = jaxft.config.resolve(complete())
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    config.train = config.train
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    config.train.steps = 3
+  assert hash(config) == hash(jaxft.config.resolve(complete()))
+  changed = config.replace({"train.steps": 3, "memory.remat": "full"})
+  assert (changed.train.steps, changed.memory.remat, config.train.steps) == (3, "full", 10)
+
+
+def test_resolve_normalizes_what_a_user_wrote(tmp_path):
+  config = complete()
+  config.data.train, config.train.batch_size, config.lora.alpha = tmp_path, 8.0, 4
+  resolved = jaxft.config.resolve(config)
+  assert resolved.data.train == (str(tmp_path),)
+  assert type(resolved.train.batch_size) is int and type(resolved.lora.alpha) is float
+  assert jaxft.config.resolve(resolved) == resolved
+  assert config.data.train == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -73,19 +117,28 @@ def test_invalid_values_are_named(name, value, message):
   config[section][key] = value
   lines = jaxft.config.validate(config)
   assert len(lines) == 1 and f"config.{name}" in lines[0] and message in lines[0]
+  with pytest.raises(RequestError) as refusal:
+    jaxft.config.resolve(config)
+  assert str(refusal.value) == lines[0]
 
 
 def test_all_errors_are_reported_at_once():
   config = complete()
   config.train.batch_size, config.optim.b1, config.memory.remat = 0, 2.0, "all"
   assert len(jaxft.config.validate(config)) == 3
+  with pytest.raises(RequestError) as refusal:
+    jaxft.config.resolve(config)
+  assert str(refusal.value).splitlines() == jaxft.config.validate(config)
 
 
 def test_config_json_round_trip():
   config = complete()
   config.model.dropout, config.train.sample_prompts = 0.25, ("a", "b\n")
-  assert jaxft.config.from_json(jaxft.config.to_json(config)).to_json() == config.to_json()
-  assert jaxft.config.from_json(jaxft.config.to_json(complete())).to_json() == complete().to_json()
+  for written in (config, complete()):
+    text, resolved = jaxft.config.to_json(written), jaxft.config.resolve(written)
+    assert jaxft.config.from_json(text) == resolved
+    assert jaxft.config.to_json(resolved) == text
+    assert resolved.to_dict() == written.to_dict()
   with pytest.raises(RequestError, match="optim.lr"):
     jaxft.config.from_json('{"optim": {"lr": 1}}')
 
@@ -119,7 +172,7 @@ def test_renamed_settings_of_earlier_runs_are_read(old, new):
   saved[section][old.split(".")[1]] = saved[section].pop(key)
   assert jaxft.config.diff_from_saved(saved, config) == []
   assert len(jaxft.config.diff_from_saved(saved, complete())) == 1
-  assert jaxft.config.from_json(json.dumps(saved)).to_json() == config.to_json()
+  assert jaxft.config.from_json(json.dumps(saved)) == jaxft.config.resolve(config)
   assert jaxft.config.flatten(jaxft.config.rename_saved(saved)) == jaxft.config.flatten(config)
   assert jaxft.config.unknown_settings([old]) == [
     f"config.{old}: there is no such setting; here it is {new}"

@@ -21,14 +21,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxft.checkpoint.checksums import checksums, chunk_checksum, nonfinite_leaves
+from jaxft.config import TrainSection
 from jaxft.errors import CheckpointReadError, NumericsError, StorageError, first_line
 from jaxft.utils.files import is_encodable
 
-PLACEHOLDER = ocp.PLACEHOLDER  # for a leaf that is not read
+PLACEHOLDER: Any = ocp.PLACEHOLDER  # for a leaf that is not read
 READ_BATCH_BYTES = 2**28  # read at once, of one leaf or several, where there is no room for all
 CHUNK_BYTES = 2**26  # compressed at once, and of a file, which Orbax makes in memory as a whole
 TMP_MARK = ".orbax-checkpoint-tmp"  # in the names of folders beside the checkpoints
@@ -86,7 +86,7 @@ class CheckpointState(NamedTuple):
   """Everything a checkpoint holds besides its JSON record, and everything that training changes.
 
   The names of the fields are in the files of every checkpoint. What the record says of the run
-  (config, fingerprints, versions) is collected in `jaxft.train.finetune`.
+  (config, fingerprints, versions) is `BuiltRun.checkpoint_metadata` of training/run.py.
   """
 
   step: jax.Array  # optimizer steps done, skipped ones included
@@ -150,8 +150,8 @@ class CheckpointManager:
       lambda: ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
     )
 
-  def _metric(self, metrics: Mapping[str, float] | None) -> float:
-    return metrics.get(self._best_metric, math.inf) if metrics else math.inf
+  def _metric(self, metrics: Mapping[str, float | str] | None) -> float:
+    return float(metrics.get(self._best_metric, math.inf)) if metrics else math.inf
 
   def _path(self, step: int) -> Path:
     return self.folder / str(step)
@@ -161,7 +161,7 @@ class CheckpointManager:
     step: int,
     state: CheckpointState,
     meta: dict[str, Any],
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float | str] | None = None,  # "nan" and "inf" are texts
   ) -> None:
     """Starts to write; the arrays may be changed or donated as soon as this returns.
 
@@ -363,7 +363,7 @@ class CheckpointManager:
 
 
 def num_new_checkpoints(
-  steps: list[int], total_steps: int, train: ConfigDict, steps_of_epoch: int
+  steps: list[int], total_steps: int, train: TrainSection, steps_of_epoch: int
 ) -> int:
   """How many more checkpoints the disk will have to hold at once, until the run is through.
 

@@ -56,7 +56,7 @@ def validate(name: str, value: Any) -> Any:
     raise ValueError(f"at most {jaxft.config.MAX_INT:,}")
   if isinstance(setting.default, float) and is_number(value):
     value = float(value)
-  expected = config_checks.type_error(setting.default, value) or setting.check(value)
+  expected = config_checks.type_error(setting.kind, value) or setting.check(value)
   if expected:
     raise ValueError(f"must be {expected}")
   return value

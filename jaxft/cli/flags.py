@@ -177,7 +177,7 @@ def _prepare_for_overrides(
       set_value(name, str(from_file[name]))
     elif isinstance(default, tuple):
       set_value(name, ())
-    elif not isinstance(default, type) and type(from_file[name]) is not type(default):
+    elif default is not None and type(from_file[name]) is not type(default):
       set_value(name, default)
 
 
@@ -225,7 +225,9 @@ def _load_config(file: str) -> ConfigDict:
       f"--config: {file!r}: a config is Python with a get_config(), such as configs/quickstart.py"
     )
   loader = importlib.machinery.SourceFileLoader("jaxft_config", str(path))
-  module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+  spec = importlib.util.spec_from_loader(loader.name, loader)
+  assert spec  # as there is a loader
+  module = importlib.util.module_from_spec(spec)
   sys.modules[loader.name] = module  # where dataclasses look for theirs
   try:
     loader.exec_module(module)

@@ -4,8 +4,8 @@ import collections
 from typing import Any, TypedDict
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from jaxft.config import TrainSection
 from jaxft.data.packing import TokenDataset
 from jaxft.data.tokenize import TokenArrays
 
@@ -80,7 +80,7 @@ def build_report(
   } | ({"labels": manifest["labels"]} if manifest["labels"] else {})
 
 
-def num_rows_and_steps(rows: TokenDataset, train: ConfigDict) -> tuple[int, int]:
+def num_rows_and_steps(rows: TokenDataset, train: TrainSection) -> tuple[int, int]:
   """Return the rows and the optimizer steps of a run of `config.train`.
 
   With train.steps the run repeats the rows as often as the steps need; with train.epochs the rest

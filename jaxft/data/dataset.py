@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from jaxft.config import DataSection, TrainSection
 from jaxft.data import columns, formats, packing, readers, sources, token_cache, tokenize
 from jaxft.data.accounting import Manifest, build_report, num_rows_and_steps
 from jaxft.data.formats import BadRowError, Example
@@ -70,7 +70,7 @@ class PreparedData(NamedTuple):
     validation = renumber(self.validation) if self.validation else None
     return self._replace(train=renumber(self.train), validation=validation, labels=list(classes))
 
-  def to_json(self, train: ConfigDict) -> str:
+  def to_json(self, train: TrainSection) -> str:
     """Return the content of data_report.json, for a run of `config.train`."""
     _, total_steps = num_rows_and_steps(self.train, train)
     steps = -(-len(self.train) // train.batch_size)
@@ -88,7 +88,7 @@ class PreparedData(NamedTuple):
 
 
 def prepare_data(
-  data: ConfigDict,
+  data: DataSection,
   tokenizer: Any,
   tokenizer_fingerprint: str,
   on_progress: ProgressFn = lambda done, total: None,
@@ -102,7 +102,7 @@ def prepare_data(
   key = {
     "sources": _source_fingerprints(data),
     "tokenizer": tokenizer_fingerprint,
-    "settings": {name: data[name] for name in CACHE_KEY_SETTINGS},
+    "settings": {name: getattr(data, name) for name in CACHE_KEY_SETTINGS},
     "manifest": sorted(Manifest.__annotations__),
   }
   folder = Path(data.cache_dir) if data.cache_dir else cache_dir("tokens")
@@ -149,10 +149,10 @@ def prepare_data(
   )
 
 
-def _load_unrelated(data: ConfigDict, tokenizer: Any) -> TokenDataset:
+def _load_unrelated(data: DataSection, tokenizer: Any) -> TokenDataset:
   """Return the text of `data.unrelated`, in rows like the run's: one program evaluates both."""
-  as_text = {"format": "text", "nats_column": "", "template": formats.DEFAULT_TEMPLATE}
-  data = ConfigDict(data.to_dict() | as_text)
+  template = formats.DEFAULT_TEMPLATE
+  data = dataclasses.replace(data, format="text", nats_column="", template=template)
   ignored = collections.Counter()
   examples = read_examples(data.unrelated, "validation", data, ignored, ignored)
   arrays = tokenize.encode_in_memory(examples, tokenizer)
@@ -161,7 +161,7 @@ def _load_unrelated(data: ConfigDict, tokenizer: Any) -> TokenDataset:
   return build_dataset(arrays, data, tokenizer.eos_token_id)
 
 
-def _source_fingerprints(data: ConfigDict) -> dict[str, list]:
+def _source_fingerprints(data: DataSection) -> dict[str, list]:
   """Return the fingerprints of the current content of the sources."""
   return {
     "train": [
@@ -175,7 +175,7 @@ def _source_fingerprints(data: ConfigDict) -> dict[str, list]:
 def read_examples(
   names: tuple[str, ...],
   split: str,
-  data: ConfigDict,
+  data: DataSection,
   dropped: collections.Counter,
   notes: collections.Counter,
   log: Callable[[str], None] = lambda line: None,
@@ -215,7 +215,7 @@ class DataSource(NamedTuple):
 
 
 def _build_cache(
-  folder: Path, data: ConfigDict, tokenizer: Any, on_progress: ProgressFn
+  folder: Path, data: DataSection, tokenizer: Any, on_progress: ProgressFn
 ) -> Manifest:
   """Write the token files. A first pass over the examples decides which the second one takes."""
   rng = np.random.default_rng(data.shuffle_seed)
@@ -344,7 +344,7 @@ def _assign_splits(
   all_sources: list[DataSource],
   counts: list[int],
   duplicates: np.ndarray,
-  data: ConfigDict,
+  data: DataSection,
   rng: np.random.Generator,
   dropped: collections.Counter,
 ) -> tuple[list[np.ndarray], float]:
@@ -369,7 +369,7 @@ def _assign_splits(
     split_N[rng.permutation(indices)[:num_held_out]] = VALIDATION
   for name, split in SPLITS.items():
     indices = np.flatnonzero(split_N == split)
-    limit = data[f"limit_{name}"]
+    limit = getattr(data, f"limit_{name}")
     if not len(indices) and (split == TRAIN or data.validation):
       reasons = "".join(f", {reason}: {count:,}" for reason, count in dropped.items())
       raise RequestError(
@@ -423,7 +423,7 @@ def _repeat_counts(
   return repeats_N
 
 
-def build_dataset(arrays: tokenize.TokenArrays, data: ConfigDict, eos_id: int) -> TokenDataset:
+def build_dataset(arrays: tokenize.TokenArrays, data: DataSection, eos_id: int) -> TokenDataset:
   """Lay out the examples in rows of `data.sequence_length` tokens."""
   T = data.sequence_length
   if data.format == "classification":

@@ -4,8 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
+from jaxft.config import DataSection
 from jaxft.config_checks import TEMPLATE_FIELD
 from jaxft.data.readers import ClassName, RawRow
 from jaxft.errors import RequestError
@@ -26,7 +25,7 @@ class BadRowError(Exception):
   """A row that is no example; the message gives the reason, which the report counts."""
 
 
-def to_example(row: RawRow, data: ConfigDict) -> Example:
+def to_example(row: RawRow, data: DataSection) -> Example:
   """Return a row as an example of `data.format`; raises BadRowError."""
   if row.error:
     raise BadRowError(row.error)
@@ -46,12 +45,12 @@ def to_example(row: RawRow, data: ConfigDict) -> Example:
   return Example(prompt + completion, prompt_chars=len(prompt))
 
 
-def is_templated(data: ConfigDict) -> bool:
+def is_templated(data: DataSection) -> bool:
   """Return whether a text is made of several columns of its row, all of it to be learned."""
   return data.format == "text" and data.template != DEFAULT_TEMPLATE
 
 
-def column_settings(data: ConfigDict) -> tuple[str, ...]:
+def column_settings(data: DataSection) -> tuple[str, ...]:
   """Return the settings of `config.data` that name the columns of its format."""
   if is_templated(data):
     return ()
@@ -59,14 +58,14 @@ def column_settings(data: ConfigDict) -> tuple[str, ...]:
   return by_format.get(data.format, ("prompt_column", "completion_column"))
 
 
-def label_column(data: ConfigDict) -> str:
+def label_column(data: DataSection) -> str:
   """Return the column that gets the folder's name of a .txt file; "" if there are no labels."""
   return data.label_column if data.format == "classification" else ""
 
 
-def required_columns(data: ConfigDict) -> tuple[str, ...]:
+def required_columns(data: DataSection) -> tuple[str, ...]:
   """Return the columns that `to_example` reads."""
-  names = [data[setting] for setting in column_settings(data)]
+  names = [getattr(data, setting) for setting in column_settings(data)]
   fields = TEMPLATE_FIELD.findall(data.template) if is_templated(data) else ()
   return (*names, *dict.fromkeys(fields), *filter(None, [data.nats_column]))
 
@@ -80,8 +79,8 @@ def _fill_template(columns: dict[str, Any], template: str) -> str:
   return TEMPLATE_FIELD.sub(lambda field: _cell(columns, field[1], "template"), template)
 
 
-def _text_cell(columns: dict[str, Any], data: ConfigDict, setting: str) -> str:
-  return _cell(columns, data[setting], setting)
+def _text_cell(columns: dict[str, Any], data: DataSection, setting: str) -> str:
+  return _cell(columns, getattr(data, setting), setting)
 
 
 def _cell(columns: dict[str, Any], column: str, setting: str) -> str:
@@ -102,7 +101,7 @@ def _describe(value: Any) -> str:
   return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
-def _parse_label(columns: dict[str, Any], data: ConfigDict) -> str:
+def _parse_label(columns: dict[str, Any], data: DataSection) -> str:
   column = data.label_column
   value = columns.get(column)
   if isinstance(value, float) and value.is_integer():  # pandas' integers in a column with gaps
@@ -134,7 +133,7 @@ def class_ids(labels: list[str], classes: Sequence[str]) -> list[int]:
   raise RequestError(f"label {unknown!r}: the model's classes are {', '.join(map(repr, classes))}")
 
 
-def _parse_nats(columns: dict[str, Any], data: ConfigDict) -> float:
+def _parse_nats(columns: dict[str, Any], data: DataSection) -> float:
   column = data.nats_column
   try:
     nats = float(columns[column])

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NamedTuple
 
-from ml_collections import ConfigDict
-
+from jaxft.config import DataSection
 from jaxft.errors import RequestError, first_line
 from jaxft.utils.files import is_encodable, reject_lfs_pointer
 
@@ -60,7 +59,7 @@ class ReaderOptions(NamedTuple):
 
   @classmethod
   def from_config(
-    cls, data: ConfigDict, columns: tuple[str, ...] | None, label_column: str
+    cls, data: DataSection, columns: tuple[str, ...] | None, label_column: str
   ) -> "ReaderOptions":
     return cls(
       columns=columns,

@@ -14,11 +14,12 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jaxft.config import DataSection
 from jaxft.data import readers
 from jaxft.data.readers import READABLE_FORMATS, RawRow, ReaderOptions, file_format
 from jaxft.errors import RequestError, first_line
@@ -311,11 +312,11 @@ def parse_weight(source: str) -> tuple[str, float]:
   return name, weight
 
 
-def validate_sources(data: Mapping[str, Any]) -> list[str]:
+def validate_sources(data: DataSection) -> list[str]:
   """Return one line for each local source in `config.data` that cannot be found."""
   lines = []
   for key in ("train", "validation", "unrelated"):
-    for source in data.get(key) or ():
+    for source in getattr(data, key):
       try:
         name = parse_weight(source)[0] if key == "train" else source
         if not name.startswith("hub:"):

@@ -5,15 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from jaxft.config import ModelSection
 from jaxft.errors import RequestError, first_line
 from jaxft.hf import model_config, repo
 from jaxft.hf.tokenizer import TOKENIZER_FILES, VOCAB_FILES
 from jaxft.model.config import ModelConfig
 
 
-def resolve(model: ConfigDict, weights: bool = True) -> repo.HFCheckpoint:
+def resolve(model: ModelSection, weights: bool = True) -> repo.HFCheckpoint:
   """Returns the checkpoint of `config.model`, downloaded if need be.
 
   Args:
@@ -35,7 +34,7 @@ def resolve(model: ConfigDict, weights: bool = True) -> repo.HFCheckpoint:
 
 
 def scratch_config(
-  model: ConfigDict, hf_config: dict[str, Any] | None = None, file: Path | None = None
+  model: ModelSection, hf_config: dict[str, Any] | None = None, file: Path | None = None
 ) -> tuple[dict[str, Any], ModelConfig]:
   """Returns the config.json and the `ModelConfig` of a model with new weights.
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from jaxft.config import Config
 from jaxft.errors import StorageError
 from jaxft.hf.repo import HFCheckpoint, is_local
 from jaxft.hf.trainable_params import lora_modules
@@ -53,7 +53,7 @@ def _model_card(config: dict[str, Any]) -> str:
 
 
 def save_adapters(
-  folder: Path, trained: Any, cfg: ModelConfig, source: HFCheckpoint, config: ConfigDict
+  folder: Path, trained: Any, cfg: ModelConfig, source: HFCheckpoint, config: Config
 ) -> None:
   """Writes the adapters so that `peft.PeftModel.from_pretrained(base, folder)` loads them.
 

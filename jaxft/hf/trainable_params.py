@@ -5,8 +5,7 @@ import fnmatch
 import re
 from collections.abc import Iterator
 
-from ml_collections import ConfigDict
-
+from jaxft.config import Config, LoraSection
 from jaxft.errors import RequestError
 from jaxft.hf.weight_map import FAMILIES, Rule, full_name
 from jaxft.model.config import ModelConfig
@@ -21,7 +20,7 @@ DEFAULT_TARGETS = {
 ALL_LINEAR = "all-linear"
 
 
-def apply_config(cfg: ModelConfig, config: ConfigDict, model_type: str) -> ModelConfig:
+def apply_config(cfg: ModelConfig, config: Config, model_type: str) -> ModelConfig:
   """Returns the `ModelConfig` as the run trains it; raises RequestError for an unknown name."""
   if config.model.dropout is not None:
     cfg = cfg.with_dropout(config.model.dropout)
@@ -45,7 +44,7 @@ def lora_modules(model_type: str) -> dict[str, str]:
   return modules
 
 
-def _with_lora(cfg: ModelConfig, lora: ConfigDict, model_type: str) -> ModelConfig:
+def _with_lora(cfg: ModelConfig, lora: LoraSection, model_type: str) -> ModelConfig:
   modules = lora_modules(model_type)
   targets = set()
   for pattern in lora.targets or DEFAULT_TARGETS[model_type]:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from jaxft.config import TrainSection
 from jaxft.errors import NumericsError
 from jaxft.metrics.sinks import Kind, Sink
 from jaxft.metrics.system import SystemMetrics, peak_memory_bytes
@@ -62,7 +62,7 @@ class MetricsLogger:
   def __init__(
     self,
     *,
-    train: ConfigDict,
+    train: TrainSection,
     sinks: Sequence[Sink],
     total_steps: int,
     num_rows: int,

@@ -24,9 +24,8 @@ import uuid
 from pathlib import Path
 from typing import IO
 
-from ml_collections import ConfigDict
-
 import jaxft.config
+from jaxft.config import Config, TrackingSection
 from jaxft.config_checks import TRACKERS
 from jaxft.errors import Preempted, first_line
 from jaxft.metrics.sinks import JsonlSink, Kind
@@ -44,14 +43,14 @@ REQUIRED_MODULES = {name: (name,) for name in TRACKERS} | {"tensorboard": ("tens
 LOCAL_ONLY_MODULES = {"mlflow": ("MLFLOW_TRACKING_URI", ("sqlalchemy", "alembic"))}
 
 
-def enabled_trackers(config: ConfigDict) -> list[str]:
-  return [name for name in TRACKERS if name in config.tracking.writers]
+def enabled_trackers(tracking: TrackingSection) -> list[str]:
+  return [name for name in TRACKERS if name in tracking.writers]
 
 
-def missing_packages(config: ConfigDict) -> list[str]:
+def missing_packages(tracking: TrackingSection) -> list[str]:
   """Returns a line for each tracker whose library is not installed; nothing is imported."""
   lines = []
-  for name in enabled_trackers(config):
+  for name in enabled_trackers(tracking):
     variable, more = LOCAL_ONLY_MODULES.get(name, ("", ()))
     modules = REQUIRED_MODULES[name] + (() if os.environ.get(variable) else more)
     if missing := " and ".join(module for module in modules if not _installed(module)):
@@ -71,9 +70,7 @@ class TrackerGroup:
   A context manager, whose end gives the trackers the status of the run.
   """
 
-  def __init__(
-    self, *, config: ConfigDict, workdir: Path, start: int, files: JsonlSink, writes: bool
-  ):
+  def __init__(self, *, config: Config, workdir: Path, start: int, files: JsonlSink, writes: bool):
     """Reads WORKDIR/trackers.json, and writes it; raises StorageError.
 
     Args:
@@ -81,7 +78,7 @@ class TrackerGroup:
       files: entries of the run so far, and those that a resume has dropped.
       writes: false in all processes but one.
     """
-    self._names = enabled_trackers(config) if writes else []
+    self._names = enabled_trackers(config.tracking) if writes else []
     self._clients: list[TrackerClient] = []
     if not self._names:
       return

@@ -7,8 +7,8 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
+from jaxft.config import Config
 from jaxft.hardware import roofline, specs
 from jaxft.model import loss
 from jaxft.model.attention_chunked import MAX_UNROLLED
@@ -28,7 +28,7 @@ COMPUTE_PASSES = {"none": (3, 3), "dots": (3, 4), "full": (4, 4)}
 class CostModel(NamedTuple):
   """Formulas for one model, config and target; bytes and seconds are of one device and one step."""
 
-  config: ConfigDict
+  config: Config
   cfg: ModelConfig
   target: specs.Target
   trained: Any  # shapes of the parameters that are trained
@@ -36,7 +36,7 @@ class CostModel(NamedTuple):
   frozen: Any  # shapes of the other parameters
 
   @classmethod
-  def from_config(cls, config: ConfigDict, cfg: ModelConfig, target: specs.Target) -> "CostModel":
+  def from_config(cls, config: Config, cfg: ModelConfig, target: specs.Target) -> "CostModel":
     all_params = abstract_model(cfg, ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))[1]
     trained, frozen = trainable.partition(all_params, cfg.trained)
     opt_state = jax.eval_shape(optimizer.make_optimizer(config.optim).init, trained)

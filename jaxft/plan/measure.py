@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 from jaxlib.mlir import ir
-from ml_collections import ConfigDict
 
 from jaxft.checkpoint.manager import tree_nbytes
+from jaxft.config import Config
 from jaxft.hardware import flops, specs
 from jaxft.model import attention
 from jaxft.model.config import ModelConfig
@@ -30,7 +30,7 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def measure_step(
-  config: ConfigDict, cfg: ModelConfig, target: specs.Target, text: bool = False
+  config: Config, cfg: ModelConfig, target: specs.Target, text: bool = False
 ) -> dict[str, Any]:
   """Compiles the steps of `config` for `target` and returns their memory, FLOPs and traffic.
 
@@ -85,7 +85,7 @@ def eval_peak_bytes(program: TrainProgram, compiled: Any) -> int:
 
 
 def measure_traced(
-  program: TrainProgram, config: ConfigDict, cfg: ModelConfig, traced: Any
+  program: TrainProgram, config: Config, cfg: ModelConfig, traced: Any
 ) -> dict[str, Any]:
   """Returns what is known before a compiler runs: bytes of one device, FLOPs of the whole step."""
   A, B, T = program.batch["ids"].shape
@@ -162,7 +162,7 @@ def mark_host_arguments(lowered: Any, program: TrainProgram, host_mask: Any) -> 
   return lowered
 
 
-def dummy_row(config: ConfigDict, cfg: ModelConfig) -> dict[str, np.ndarray]:
+def dummy_row(config: Config, cfg: ModelConfig) -> dict[str, np.ndarray]:
   """Returns a row shaped as `config.data` makes them; the data itself need not exist."""
   T = config.data.sequence_length
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}

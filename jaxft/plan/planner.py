@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import jaxft.config
+from jaxft.config import Config
 from jaxft.errors import RequestError
 from jaxft.hardware import roofline, specs
 from jaxft.hf import base_model, model_config, repo, trainable_params
@@ -29,7 +30,7 @@ VERSIONED_PACKAGES = {"gpu": ("jax-cuda13-plugin",), "tpu": ("libtpu",), "cpu": 
 
 
 def plan_for(
-  config: ConfigDict,
+  config: ConfigDict | Config,
   device: str,
   *,
   search: bool = False,
@@ -53,7 +54,7 @@ def plan_for(
 
 
 def plans_for(
-  config: ConfigDict,
+  config: ConfigDict | Config,
   devices: list[str],
   *,
   search: bool = False,
@@ -65,9 +66,7 @@ def plans_for(
   One of several that does not go with the config has a plan with the reason as "refused"; alone it
   is a RequestError.
   """
-  config = jaxft.config.normalize(config)
-  if lines := jaxft.config.validate(config):
-    raise RequestError("\n".join(lines))
+  config = jaxft.config.resolve(config)
   # A mistyped device is an error before any is compiled for.
   targets = [specs.parse_device(device) for device in devices]
   cfg = resolve_model_config(config)
@@ -84,7 +83,7 @@ def plans_for(
   return plans
 
 
-def resolve_model_config(config: ConfigDict) -> ModelConfig:
+def resolve_model_config(config: Config) -> ModelConfig:
   """Returns the architecture that `config` trains; published models need no network."""
   path = config.model.path
   published = {name.lower(): value for name, value in PUBLISHED.items()}
@@ -102,9 +101,7 @@ def resolve_model_config(config: ConfigDict) -> ModelConfig:
   return _apply_run_config(config, hf_config, cfg)
 
 
-def _apply_run_config(
-  config: ConfigDict, hf_config: dict[str, Any], cfg: ModelConfig
-) -> ModelConfig:
+def _apply_run_config(config: Config, hf_config: dict[str, Any], cfg: ModelConfig) -> ModelConfig:
   """Applies `config` to the architecture; raises RequestError for rows that are too long for it."""
   T = config.data.sequence_length
   if T > cfg.P:
@@ -117,14 +114,14 @@ def _apply_run_config(
 
 def _make_plan(
   compiler: aot_compiler.Compiler,
-  config: ConfigDict,
+  config: Config,
   cfg: ModelConfig,
   target: specs.Target,
   do_search: bool,
   price: float | None,
   on_progress: Callable[[str], None],
 ) -> dict[str, Any]:
-  def compile_plan(config: ConfigDict) -> dict[str, Any]:
+  def compile_plan(config: Config) -> dict[str, Any]:
     on_progress(f"compiling for {target.name} ...")
     config_json = jaxft.config.to_json(config)
     request = aot_compiler.CompileRequest(config_json, dataclasses.asdict(cfg), target.name)
@@ -146,7 +143,7 @@ def _make_plan(
 
 
 def plan_from_compiled(
-  config: ConfigDict,
+  config: Config,
   cfg: ModelConfig,
   program: TrainProgram,
   traced: Any,
@@ -167,12 +164,12 @@ def plan_from_compiled(
   return plan | {"usable_bytes": usable, "fits": fits}
 
 
-def _refused_plan(config: ConfigDict, target: specs.Target, error: RequestError) -> dict[str, Any]:
+def _refused_plan(config: Config, target: specs.Target, error: RequestError) -> dict[str, Any]:
   plan = _plan_header(config, target) | dict.fromkeys(COMPILER_KEYS)
   return plan | {"fits": False, "refused": str(error)}
 
 
-def _plan_header(config: ConfigDict, target: specs.Target) -> dict[str, Any]:
+def _plan_header(config: Config, target: specs.Target) -> dict[str, Any]:
   kind = "tpu" if target.kind in specs.TPUS else "gpu" if target.kind in specs.GPUS else "cpu"
   packages = ("jaxft", "jax", "jaxlib", *VERSIONED_PACKAGES[kind])
   return {
@@ -191,7 +188,7 @@ def _version(package: str) -> str | None:
 
 
 def _to_plan(
-  config: ConfigDict, target: specs.Target, measured: dict[str, Any], price: float | None = None
+  config: Config, target: specs.Target, measured: dict[str, Any], price: float | None = None
 ) -> dict[str, Any]:
   """Turns the compiler's figures into a plan."""
   if "refused" in measured:

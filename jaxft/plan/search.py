@@ -1,13 +1,11 @@
 """Searches the fastest settings that fit: a cost model ranks them, the first few are compiled."""
 
-import copy
 import itertools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
+from jaxft.config import Config, flatten
 from jaxft.errors import RequestError
 from jaxft.hardware import specs
 from jaxft.model.config import ModelConfig
@@ -39,10 +37,10 @@ class Candidate(NamedTuple):
 
 
 def find_settings(
-  config: ConfigDict,
+  config: Config,
   cfg: ModelConfig,
   target: specs.Target,
-  compile_plan: Callable[[ConfigDict], dict[str, Any]],
+  compile_plan: Callable[[Config], dict[str, Any]],
   num_plans: int = NUM_PLANS,
   on_progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -87,7 +85,7 @@ def find_settings(
     untried.remove(candidate)
     flags = overrides(config, candidate.settings, target.count)
     try:
-      plan = compile_plan(with_settings(config, candidate.settings))
+      plan = compile_plan(config.replace(candidate.settings))
     except RequestError as error:
       lost.append({"overrides": flags, "why": str(error)})
       continue
@@ -134,31 +132,18 @@ def _budget_exhausted(compiles: int, seconds: float) -> str | None:
   return f"the search ended after {MAX_SECONDS} s" if seconds > MAX_SECONDS else None
 
 
-def with_settings(config: ConfigDict, settings: dict[str, Any]) -> ConfigDict:
-  """Returns a copy of the config with these settings."""
-  config = copy.deepcopy(config)
-  for name, value in settings.items():
-    section, key = name.split(".")
-    config[section][key] = value
-  return config
-
-
-def overrides(config: ConfigDict, settings: dict[str, Any], devices: int) -> list[str]:
+def overrides(config: Config, settings: dict[str, Any], devices: int) -> list[str]:
   """Returns the flags that change the config to these settings."""
   try:
     mesh = mesh_shape(config.mesh, devices)
   except RequestError:  # the mesh of the config does not go with this target
     mesh = {}
-  has = {f"mesh.{axis}": size for axis, size in mesh.items()}
-  flags = []
-  for name, value in settings.items():
-    section, key = name.split(".")
-    if has.get(name, config[section][key]) != value:
-      flags.append(f"--config.{name}={value}")
-  return flags
+  has = flatten(config) | {f"mesh.{axis}": size for axis, size in mesh.items()}
+  changed = {name: value for name, value in settings.items() if has[name] != value}
+  return [f"--config.{name}={value}" for name, value in changed.items()]
 
 
-def candidates(config: ConfigDict, cfg: ModelConfig, target: specs.Target) -> list[Candidate]:
+def candidates(config: Config, cfg: ModelConfig, target: specs.Target) -> list[Candidate]:
   """Returns every mesh, micro-batch and choice of SEARCH_SPACE that divides model and batch."""
   cost = CostModel.from_config(config, cfg, target)
   platform = "tpu" if target.kind in specs.TPUS else "gpu"

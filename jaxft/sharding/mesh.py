@@ -8,15 +8,15 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
-from ml_collections import ConfigDict
 
+from jaxft.config import MeshSection
 from jaxft.errors import RequestError, first_line
 from jaxft.utils import backend
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: MeshSection, devices: list[jax.Device] | None = None) -> Mesh:
   """Make a (data, fsdp, tensor) mesh over the devices; -1 takes what the other axes leave.
 
   Sizes that need fewer devices than there are use the first ones, but with several processes each
@@ -48,12 +48,13 @@ def make_mesh(sizes: ConfigDict, devices: list[jax.Device] | None = None) -> Mes
   return Mesh(_arrange_devices(used, tuple(shape.values())), tuple(shape), axis_types=axis_types)
 
 
-def mesh_shape(sizes: ConfigDict, num_devices: int) -> dict[str, int]:
+def mesh_shape(sizes: MeshSection, num_devices: int) -> dict[str, int]:
   """The sizes of the mesh's axes, with -1 resolved; raises RequestError as `make_mesh` does."""
-  fixed = math.prod(sizes[name] for name in MESH_AXES if sizes[name] != -1)
-  shape = {name: num_devices // fixed if sizes[name] == -1 else sizes[name] for name in MESH_AXES}
+  axes = {name: getattr(sizes, name) for name in MESH_AXES}
+  fixed = math.prod(size for size in axes.values() if size != -1)
+  shape = {name: num_devices // fixed if size == -1 else size for name, size in axes.items()}
   needed = math.prod(shape.values())
-  has_rest = any(sizes[name] == -1 for name in MESH_AXES)
+  has_rest = -1 in axes.values()
   if needed > num_devices or needed == 0 or (has_rest and needed != num_devices):
     raise RequestError(
       f"{_describe(sizes)}: does not fit {num_devices} devices; "
@@ -62,8 +63,8 @@ def mesh_shape(sizes: ConfigDict, num_devices: int) -> dict[str, int]:
   return shape
 
 
-def _describe(sizes: ConfigDict) -> str:
-  return ", ".join(f"config.mesh.{name}={sizes[name]}" for name in MESH_AXES)
+def _describe(sizes: MeshSection) -> str:
+  return ", ".join(f"config.mesh.{name}={getattr(sizes, name)}" for name in MESH_AXES)
 
 
 def _arrange_devices(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:

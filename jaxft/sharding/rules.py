@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
+from jaxft.config import TrainSection
 from jaxft.errors import RequestError
 
 # Logical axis -> mesh axes, of arrays as they are stored, split as far as they can be, and as the
@@ -114,7 +114,7 @@ def data_parallel_size(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in RULES["batch"][STORED])
 
 
-def accumulation_steps(train: ConfigDict, mesh: Mesh) -> int:
+def accumulation_steps(train: TrainSection, mesh: Mesh) -> int:
   """Gradient accumulation steps of a batch; raises RequestError when rows do not divide evenly."""
   dp_size = data_parallel_size(mesh)
   micro_batch = min(train.micro_batch_size * dp_size or train.batch_size, train.batch_size)
@@ -127,7 +127,7 @@ def accumulation_steps(train: ConfigDict, mesh: Mesh) -> int:
   return train.batch_size // micro_batch
 
 
-def eval_batch_size(train: ConfigDict, mesh: Mesh) -> int:
+def eval_batch_size(train: TrainSection, mesh: Mesh) -> int:
   """Rows of an evaluation batch; raises RequestError when the devices cannot share them evenly."""
   dp_size = data_parallel_size(mesh)
   if train.eval_batch_size % dp_size:

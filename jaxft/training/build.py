@@ -10,8 +10,8 @@ import jax
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
+from jaxft.config import Config
 from jaxft.data import loader
 from jaxft.errors import RequestError
 from jaxft.model import attention, loss
@@ -73,7 +73,7 @@ def bytes_per_device(tree: Any) -> int:
   return sum(map(nbytes, jax.tree.leaves(tree)))
 
 
-def check_fits(program: TrainProgram, config: ConfigDict) -> None:
+def check_fits(program: TrainProgram, config: Config) -> None:
   """Raises RequestError when device or host cannot hold the state and a batch.
 
   Activations and other temporaries come on top.
@@ -128,7 +128,7 @@ def host_bytes(program: TrainProgram) -> int:
   return host_state_bytes(program) + bytes_per_device(list(filter(offload.is_offloaded, grads)))
 
 
-def max_host_bytes(config: ConfigDict, cfg: ModelConfig) -> int | None:
+def max_host_bytes(config: Config, cfg: ModelConfig) -> int | None:
   """Most bytes in one host's memory, before JAX has looked for devices; None if they decide it."""
   if config.memory.offload == "none":
     return 0
@@ -156,7 +156,7 @@ def _host_leaves(program: TrainProgram) -> list[Any]:
 
 
 def select_kernel(
-  config: ConfigDict, cfg: ModelConfig, device: jax.Device, dtype: Any, packed: bool
+  config: Config, cfg: ModelConfig, device: jax.Device, dtype: Any, packed: bool
 ) -> str:
   """Selects one of `attention.KERNELS`; RequestError where the configured one cannot do it."""
   name = config.model.attention
@@ -169,7 +169,7 @@ def select_kernel(
 
 
 def build_train_program(
-  config: ConfigDict, cfg: ModelConfig, mesh: Mesh, total_steps: int, row: dict[str, Any]
+  config: Config, cfg: ModelConfig, mesh: Mesh, total_steps: int, row: dict[str, Any]
 ) -> TrainProgram:
   """Builds the programs of a run of `config` with this model on this mesh.
 

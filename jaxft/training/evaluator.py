@@ -12,7 +12,7 @@ from jaxft.metrics.logger import MetricsLogger, json_float
 from jaxft.metrics.sinks import JsonlLog
 from jaxft.training.eval_step import EvalResult, evaluate
 from jaxft.training.run import BuiltRun
-from jaxft.utils.types import Params
+from jaxft.utils.types import Json, Params
 
 
 class Evaluator:
@@ -102,7 +102,7 @@ class Evaluator:
     shares = memorization.ngram_overlap(completions, self._data.train.tokens.ids)
     for prompt, ids, share in zip(prompts, completions, shares, strict=True):
       text = self._tokenizer.decode(ids)
-      entry = {"when": when, "prompt": prompt, "text": text, "seed": self._train.seed}
+      entry: Json = {"when": when, "prompt": prompt, "text": text, "seed": self._train.seed}
       if share is not None:
         entry["memorised_8grams"] = round(share, 4)
       line = f"  [{when}] {prompt}|{text}".replace("\n", "\n    ")

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from jaxft.checkpoint.manager import CheckpointState
+from jaxft.config import Config
 from jaxft.hf import load_weights
 from jaxft.hf.repo import HFCheckpoint
 from jaxft.model import lora
@@ -63,7 +63,7 @@ def init_train_state(program: TrainProgram, params: Any, frozen: Any) -> TrainSt
 
 
 def load_or_init_params(
-  program: TrainProgram, cfg: ModelConfig, source: HFCheckpoint, config: ConfigDict
+  program: TrainProgram, cfg: ModelConfig, source: HFCheckpoint, config: Config
 ) -> tuple[Any, Any]:
   """Returns trained and frozen weights: of the base model, or drawn; adapters are always drawn."""
   shapes = program.state.all_params

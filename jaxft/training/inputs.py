@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 import jaxft.config
 from jaxft.checkpoint import manager
+from jaxft.config import Config
 from jaxft.data import sources, tokenize
 from jaxft.data.accounting import HELD_OUT_TAILS, num_rows_and_steps
 from jaxft.data.dataset import PreparedData, prepare_data
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class RunRequest:
   """The arguments of `jaxft.finetune`."""
 
-  config: ConfigDict
+  config: Config
   workdir: Path
   strict: bool  # a damaged checkpoint ends the run
   allow_change: bool  # a run goes on with other settings than it was started with
@@ -76,11 +76,11 @@ class RunInputs:
     return self.source.hf_config["model_type"]
 
 
-def export_dir(config: ConfigDict, workdir: Path) -> Path:
+def export_dir(config: Config, workdir: Path) -> Path:
   return Path(config.export.out) if config.export.out else workdir / "export"
 
 
-def validate_run(config: ConfigDict, workdir: Path, overwrite: bool = False) -> None:
+def validate_run(config: Config, workdir: Path, overwrite: bool = False) -> None:
   """Raises RequestError with every error that shows without building anything."""
   lines = jaxft.config.validate(config)
   if not lines:
@@ -111,7 +111,7 @@ def validate_run(config: ConfigDict, workdir: Path, overwrite: bool = False) -> 
     if config.export.push_to_hub:
       lines += [f"config.export.{line}" for line in push.validate_push(config.export.push_to_hub)]
     lines += sources.validate_sources(config.data)
-    lines += missing_packages(config)
+    lines += missing_packages(config.tracking)
   if not lines:  # reading a model's config takes seconds, most of them to import transformers
     needs_weights = config.model.init == "pretrained"
     lines += repo.validate_model(config.model.path, needs_weights, config.model.torch_bin)
@@ -158,7 +158,7 @@ def load_inputs(request: RunRequest) -> RunInputs:
   )
 
 
-def has_frozen(config: ConfigDict) -> bool:
+def has_frozen(config: Config) -> bool:
   """Whether some weights are not trained."""
   return bool(config.lora.rank or config.train.trainable_params)
 
@@ -189,7 +189,7 @@ def _load_base_model(request: RunRequest) -> "tuple[HFCheckpoint, PreTrainedToke
 
 
 def _load_data(
-  config: ConfigDict, source: HFCheckpoint, tokenizer: "PreTrainedTokenizerBase"
+  config: Config, source: HFCheckpoint, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[PreparedData, HFCheckpoint]:
   """Reads every document, and gives a model that classifies a head for the data's classes."""
   with ProgressBar("tokenising", 1) as progress:
@@ -206,7 +206,7 @@ def _load_data(
   return data, source
 
 
-def small_data_warnings(config: ConfigDict, data: PreparedData, total_steps: int) -> list[str]:
+def small_data_warnings(config: Config, data: PreparedData, total_steps: int) -> list[str]:
   """Returns a line for each setting that the run cannot follow, as its data is too small for it.
 
   Raises RequestError for what needs an evaluation where nothing is held out.

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
-from ml_collections import ConfigDict
 
+from jaxft.config import OptimSection
 from jaxft.model.decoder import apply_remat, default_positions
 from jaxft.model.dropout import per_row_keys, split_keys
 from jaxft.model.loss import cross_entropy_sum
@@ -338,7 +338,7 @@ def make_streamed_stats(grad_shardings: Any) -> Callable:
   return grad_stats
 
 
-def make_streamed_update_fn(config: ConfigDict, shardings: Any, trained: Any = ()) -> Callable:
+def make_streamed_update_fn(config: OptimSection, shardings: Any, trained: Any = ()) -> Callable:
   """Makes `train_step.make_update_fn`'s function for a state on the host, updated in place.
 
   It updates a layer of each leaf, or some rows of a table, after the other.

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from ml_collections import ConfigDict
 
+from jaxft.config import OptimSection
 from jaxft.training.trainable import param_name
 
 # The last key of a parameter's path says what it is; a new name must be added here before it can be
@@ -18,7 +18,7 @@ DECAYED = {"kernel", "tokens", "positions", "score", "lora_a", "lora_b"}
 NOT_DECAYED = {"bias", "scale"}
 
 
-def warmup_steps(optim: ConfigDict, total_steps: int) -> int:
+def warmup_steps(optim: OptimSection, total_steps: int) -> int:
   """Warm-up steps of a run: the setting, or a tenth of all steps where it is more than all.
 
   Without the setting, `warmup_ratio` of all steps, rounded up as transformers does; the tenth is
@@ -29,7 +29,7 @@ def warmup_steps(optim: ConfigDict, total_steps: int) -> int:
   return optim.warmup_steps or math.ceil(total_steps * optim.warmup_ratio)
 
 
-def make_schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
+def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
   """Makes the learning rate: a linear warm-up from 0, then constant, linear or cosine.
 
   The same course as transformers' `get_*_schedule_with_warmup`, with an end that may be above 0.
@@ -47,7 +47,7 @@ def make_schedule(optim: ConfigDict, total_steps: int) -> optax.Schedule:
   return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
   """Makes clipped gradients into updates, of which the step subtracts learning rate times update.
 
   Each leaf has a state of its own, and so has each layer in a leaf that stacks them: a layer can be
@@ -77,7 +77,7 @@ def unzip(like: Any, pairs: Any) -> tuple[Any, Any]:
   return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], like, pairs) for i in (0, 1))
 
 
-def make_leaf_optimizer(optim: ConfigDict, path: Any) -> optax.GradientTransformation:
+def make_leaf_optimizer(optim: OptimSection, path: Any) -> optax.GradientTransformation:
   """Makes the optimizer of the leaf at this path, or of one layer of it."""
   dtype = jnp.dtype(optim.state_dtype)
   adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=dtype)
@@ -104,7 +104,7 @@ MUON_AXES = {
 }
 
 
-def _muon(optim: ConfigDict) -> optax.GradientTransformation:
+def _muon(optim: OptimSection) -> optax.GradientTransformation:
   """Muon (Jordan et al., 2024) for one matrix: its momentum, made orthogonal.
 
   Scaled as in arXiv:2502.16982, so that a learning rate for AdamW is one for it too.
@@ -157,7 +157,7 @@ def with_param_dtype(dtype: Any, shapes: Any, trained: Any = ()) -> Any:
   return jax.tree_util.tree_map_with_path(cast, shapes)
 
 
-def _map_over_layers(optim: ConfigDict, path: Any) -> optax.GradientTransformation:
+def _map_over_layers(optim: OptimSection, path: Any) -> optax.GradientTransformation:
   tx = make_leaf_optimizer(optim, path)
   if not is_stacked(path):
     return tx

@@ -3,10 +3,10 @@
 import json
 
 import jax
-from ml_collections import ConfigDict
 
 import jaxft.config
 from jaxft.checkpoint.manager import PLACEHOLDER, CheckpointManager, CheckpointState, leaf_specs
+from jaxft.config import Config
 from jaxft.errors import CheckpointReadError, RequestError, StorageError
 from jaxft.model.config import RUN_FIELDS
 from jaxft.training.train_state import TrainState
@@ -22,7 +22,7 @@ WAYS_OUT = "go back to its settings, name another --workdir, or go on with --all
 def check_same_run(
   checkpoints: CheckpointManager,
   like: CheckpointState,
-  config: ConfigDict,
+  config: Config,
   current: Json,
   allow_change: bool,
 ) -> None:
@@ -77,7 +77,7 @@ def check_same_run(
     return
 
 
-def _diff(saved: Json, config: ConfigDict, current: Json) -> list[str]:
+def _diff(saved: Json, config: Config, current: Json) -> list[str]:
   """A line for each setting, and each fact of the model, that is not what it was."""
   lines = jaxft.config.diff_from_saved(saved["config"], config)
   if saved["total_steps"] < current["total_steps"]:

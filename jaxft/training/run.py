@@ -7,11 +7,11 @@ from collections.abc import Generator
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
 import jaxft.config
 from jaxft.checkpoint import manager
 from jaxft.checkpoint.manager import CheckpointManager, tree_nbytes
+from jaxft.config import Config
 from jaxft.distributed import multihost
 from jaxft.hf import export, peft, push, repo, trainable_params
 from jaxft.hf.card import model_card
@@ -47,7 +47,7 @@ class BuiltRun:
   program: TrainProgram
 
   @property
-  def config(self) -> ConfigDict:
+  def config(self) -> Config:
     return self.request.config
 
   @property

@@ -775,9 +775,7 @@ def spoiled(config, rng):
 def is_right(name, value):
   setting = jaxft.config.BY_NAME[name]
   finite = not isinstance(value, float) or math.isfinite(value)
-  return (
-    finite and not config_checks.type_error(setting.default, value) and not setting.check(value)
-  )
+  return finite and not config_checks.type_error(setting.kind, value) and not setting.check(value)
 
 
 def test_fuzzed_configs_raise_only_request_errors(tmp_path):

@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 import tiny
 
-import jaxft.config
 import jaxft.hf.tokenizer
+from jaxft.config import DataSection
 from jaxft.data import dataset, tokenize
 from jaxft.data.formats import Example
 from jaxft.data.packing import ClassificationDataset, ConcatDataset, PackedDataset, best_fit
@@ -27,11 +27,9 @@ def tokenizer(folder):
 
 
 def prepared(tokenizer, cache, files, **data):
-  config = jaxft.config.default()
-  config.data.update(
-    train=tuple(map(str, files)), cache_dir=str(cache), **{"sequence_length": 16, **data}
-  )
-  return dataset.prepare_data(config.data, tokenizer, "a tokenizer")
+  settings = {"sequence_length": 16, "cache_dir": str(cache), **data}
+  section = DataSection(train=tuple(map(str, files)), **settings)
+  return dataset.prepare_data(section, tokenizer, "a tokenizer")
 
 
 def random_text(rng):
@@ -134,15 +132,14 @@ def test_source_changed_during_read_leaves_no_cache(tokenizer, tmp_path):
   def on_progress(done, total):
     file.write_text('{"text": "mat"}\n{"text": "dog"}\n')
 
-  config = jaxft.config.default()
-  config.data.update(
+  data = DataSection(
     train=(str(file),),
     validation=(str(file),),
     cache_dir=str(tmp_path / "cache"),
     sequence_length=4,
   )
   with pytest.raises(RequestError, match="a source has changed while it was read"):
-    dataset.prepare_data(config.data, tokenizer, "a tokenizer", on_progress)
+    dataset.prepare_data(data, tokenizer, "a tokenizer", on_progress)
   assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
 
 

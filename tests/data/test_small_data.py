@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from jaxft.metrics.reporter import due_at
 from safetensors.numpy import load_file, save_file
 
-import jaxft.config
 import jaxft.hf.tokenizer
+from jaxft.config import DataSection
 from jaxft.data import dataset
 from jaxft.data.loader import BatchSource
 from jaxft.errors import RequestError, StorageError
+from jaxft.metrics.logger import due_at
 from jaxft.pretrained import load_workdir
 from jaxft.train import finetune, validate_run
 from jaxft.training import resume
@@ -30,15 +30,13 @@ def tokenizer(folder):
 
 def prepared(tokenizer, tmp_path, *files, **data):
   """The data, and the lines that were said of it."""
-  config, lines = jaxft.config.default(), []
   settings = {"sequence_length": 16, "cache_dir": str(tmp_path / "cache"), "layout": "pad", **data}
-  config.data.update(train=tuple(map(str, files)), **settings)
-  return dataset.prepare_data(config.data, tokenizer, "a tokenizer", log=lines.append), lines
+  section, lines = DataSection(train=tuple(map(str, files)), **settings), []
+  return dataset.prepare_data(section, tokenizer, "a tokenizer", log=lines.append), lines
 
 
 def read(*names, **settings):
-  data, lines = jaxft.config.default().data, []
-  data.update(settings)
+  data, lines = DataSection(**settings), []
   nothing = collections.Counter()
   return list(
     dataset.read_examples(tuple(map(str, names)), "train", data, nothing, nothing, lines.append)

@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import dataclasses
 import glob
 import gzip
 import io
@@ -19,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import jaxft.config
+from jaxft.config import DataSection
 from jaxft.data import dataset, sources
 from jaxft.errors import RequestError
 
@@ -37,8 +38,7 @@ def write(folder, name, content):
 
 
 def read(*names, notes=None, dropped=None, **settings):
-  data = jaxft.config.default().data
-  data.update(settings)
+  data = DataSection(**settings)
   dropped = collections.Counter() if dropped is None else dropped
   return list(
     dataset.read_examples(
@@ -83,9 +83,8 @@ def test_folder_skips_hidden_and_counts_unknown(tmp_path):
   assert sorted(texts(str(tmp_path), notes=notes)) == ["B.TXT", "a.txt"]
   assert notes["files in folders that are of no kind that is read"] == 1
   os.mkfifo(tmp_path / "pipe.txt")
-  assert (
-    "not an ordinary file" in sources.validate_sources({"train": (str(tmp_path / "pipe.txt"),)})[0]
-  )
+  data = DataSection(train=(str(tmp_path / "pipe.txt"),))
+  assert "not an ordinary file" in sources.validate_sources(data)[0]
 
 
 def test_byte_order_marks_and_crlf_are_reported(tmp_path):
@@ -191,7 +190,7 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
 def test_missing_sources_are_named(tmp_path, monkeypatch, source):
   monkeypatch.chdir(tmp_path)
   for train, validation in (((source,), ()), ((), (source,)), ((f"{source}@2",), ())):
-    (line,) = sources.validate_sources({"train": train, "validation": validation})
+    (line,) = sources.validate_sources(DataSection(train=train, validation=validation))
     assert repr(source) in line
 
 
@@ -227,10 +226,11 @@ def test_source_weight_follows_an_at_sign(tmp_path, monkeypatch):
   for weight in ("0", "101", "nan", "-1", "1e3", "x", ""):
     assert (
       "a number above 0 and at most 100"
-      in sources.validate_sources({"train": (f"a.txt@{weight}",)})[0]
+      in sources.validate_sources(DataSection(train=(f"a.txt@{weight}",)))[0]
     )
   assert sources.parse_weight("a.txt@1.") == ("a.txt", 1.0)
-  assert sources.validate_sources({"validation": ("a.txt@2",)})  # what is evaluated is read once
+  data = DataSection(validation=("a.txt@2",))
+  assert sources.validate_sources(data)  # what is evaluated is read once
 
 
 def test_class_label_names_of_datasets_are_used(tmp_path, monkeypatch):
@@ -244,8 +244,7 @@ def test_class_label_names_of_datasets_are_used(tmp_path, monkeypatch):
   )
   (tmp_path / "imdb").mkdir()
   rows.to_parquet(str(tmp_path / "imdb" / "train.parquet"))
-  data = jaxft.config.default().data
-  data.update(format="classification", on_bad_row="skip")
+  data = DataSection(format="classification", on_bad_row="skip")
   for source in (str(tmp_path / "imdb"), f"hub:{tmp_path / 'imdb'}"):
     dropped, notes = collections.Counter(), collections.Counter()
     found = list(dataset.read_examples((source,), "train", data, dropped, notes))
@@ -265,8 +264,7 @@ def test_classes_have_the_order_of_the_data_set(tmp_path, folder):
     {"text": ["the cat"] * 20, "label": [0, 1] * 10}, features=features
   )
   rows.to_parquet(str(tmp_path / "train.parquet"))
-  data = jaxft.config.default().data
-  data.update(
+  data = DataSection(
     train=(str(tmp_path),),
     format="classification",
     sequence_length=8,
@@ -279,7 +277,7 @@ def test_classes_have_the_order_of_the_data_set(tmp_path, folder):
   mixed.mkdir()
   (tmp_path / "train.parquet").rename(mixed / "a.parquet")
   (mixed / "b.jsonl").write_text('{"text": "the dog", "label": "zzz"}\n' * 9)
-  data.train = (str(mixed),)
+  data = dataclasses.replace(data, train=(str(mixed),))
   assert dataset.prepare_data(data, jaxft.hf.tokenizer.load_tokenizer(folder, 293), "").labels == [
     "neg",
     "pos",
@@ -292,8 +290,7 @@ def test_integer_labels_of_any_type_are_labels(tmp_path):
     '{"text": "a", "label": 1.0}\n{"text": "b", "label": 0}\n'
     '{"text": "c", "label": 0.5}\n{"text": "d", "label": NaN}\n'
   )
-  data = jaxft.config.default().data
-  data.update(format="classification", on_bad_row="skip")
+  data = DataSection(format="classification", on_bad_row="skip")
   found = dataset.read_examples(
     (str(tmp_path / "a.jsonl"),), "train", data, collections.Counter(), collections.Counter()
   )
@@ -392,7 +389,7 @@ def test_save_to_disk_folders_are_read(tmp_path, monkeypatch):
   assert texts(str(file)) == ["bad"]
   assert (
     "no split 'validation' in it (test, train)"
-    in sources.validate_sources({"validation": (str(tmp_path / "saved"),)})[0]
+    in sources.validate_sources(DataSection(validation=(str(tmp_path / "saved"),)))[0]
   )
   with (
     pyarrow.OSFile(str(tmp_path / "b.arrow"), "wb") as out,
@@ -649,8 +646,7 @@ def test_random_folders_are_accounted_for(tmp_path, folder, part):
     home = tmp_path / str(i)
     home.mkdir()
     good, bad = a_folder(random.Random(f"{part} {i}"), home)
-    data = jaxft.config.default().data
-    data.update(
+    data = DataSection(
       train=(str(home),),
       validation_fraction=0.3,
       sequence_length=8,

@@ -11,8 +11,8 @@ import preloaded
 import pytest
 import tiny
 
-import jaxft.config
 import jaxft.hf.tokenizer
+from jaxft.config import DataSection
 from jaxft.data import accounting, dataset
 from jaxft.errors import StorageError
 
@@ -34,9 +34,9 @@ class Log(list):
 
 
 def prepare(tokenizer, cache, file, fingerprint="a tokenizer", **data):
-  config, log = jaxft.config.default(), Log()
-  config.data.update(train=(str(file),), cache_dir=str(cache), sequence_length=16, **data)
-  return dataset.prepare_data(config.data, tokenizer, fingerprint, log.on_progress, log.append), log
+  settings = {"cache_dir": str(cache), "sequence_length": 16, **data}
+  section, log = DataSection(train=(str(file),), **settings), Log()
+  return dataset.prepare_data(section, tokenizer, fingerprint, log.on_progress, log.append), log
 
 
 def entries(cache):

@@ -8,13 +8,13 @@ import shutil
 import processes
 import pytest
 import tiny
-from ml_collections import ConfigDict
 from test_tokenizer import WORDPIECE, wordpiece
 from tokenizers import processors
 from transformers import AutoTokenizer
 
 import jaxft
 import jaxft.hf.tokenizer
+from jaxft.config import DataSection
 from jaxft.data import tokenize
 from jaxft.data.dataset import build_dataset
 from jaxft.data.formats import Example
@@ -181,9 +181,7 @@ def test_bos_token_is_never_a_loss_target(tokenizer, layout):
   ]
   stored = tokenize.encode_in_memory(map(Example, texts), tokenizer)
   T = 7
-  rows = build_dataset(
-    stored, ConfigDict({"format": "text", "layout": layout, "sequence_length": T}), END_ID
-  )
+  rows = build_dataset(stored, DataSection(layout=layout, sequence_length=T), END_ID)
   pairs, documents = loss_pairs(rows), [[*encode(tokenizer, text), END_ID] for text in texts]
   wanted = [list(zip([BEGIN_ID, *ids], ids, strict=False)) for ids in documents]
   if layout == "pad":  # one a row, cut short at T targets

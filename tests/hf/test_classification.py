@@ -11,8 +11,8 @@ import pytest
 import tiny
 
 import jaxft
-import jaxft.config
 import jaxft.hf.tokenizer
+from jaxft.config import DataSection
 from jaxft.data import dataset
 from jaxft.data.formats import class_ids
 from jaxft.errors import RequestError
@@ -260,9 +260,13 @@ def test_label_order_follows_existing_head(theirs, tmp_path):
       for label in ("good", "bad")
     )
   )
-  data = jaxft.config.default().data
-  data.update(format="classification", train=(str(tmp_path / "rows.jsonl"),), sequence_length=16)
-  data.update(validation_fraction=0.2, cache_dir=str(tmp_path / "cache"))
+  data = DataSection(
+    format="classification",
+    train=(str(tmp_path / "rows.jsonl"),),
+    sequence_length=16,
+    validation_fraction=0.2,
+    cache_dir=str(tmp_path / "cache"),
+  )
   tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, 293)
   source = repo.with_class_head(repo.resolve(str(folder)), ["bad", "good"], tokenizer)
   assert source.labels == LABELS and not source.new_head

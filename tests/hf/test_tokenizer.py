@@ -1,5 +1,6 @@
 """Any folder's tokenizer reads text back, as its export does, or is refused before training."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -21,8 +22,8 @@ from tokenizers import (
 from transformers import AutoTokenizer
 
 import jaxft
-import jaxft.config
 import jaxft.hf.tokenizer
+from jaxft.config import DataSection
 from jaxft.data import dataset, tokenize
 from jaxft.data.formats import Example
 from jaxft.errors import RequestError
@@ -324,9 +325,13 @@ def test_changed_vocab_txt_is_tokenized_again(tmp_path):
   (tmp_path / "t.jsonl").write_text(
     '{"text": "the cat sat on the mat."}\n{"text": "the dog ran far."}\n' * 9
   )
-  data = jaxft.config.default().data
-  data.update(train=(str(tmp_path / "t.jsonl"),), sequence_length=8, validation_fraction=0.2)
-  data.cache_dir, read = str(tmp_path / "cache"), []
+  data = DataSection(
+    train=(str(tmp_path / "t.jsonl"),),
+    sequence_length=8,
+    validation_fraction=0.2,
+    cache_dir=str(tmp_path / "cache"),
+  )
+  read = []
   for words in (WORDPIECE, WORDPIECE[:5] + WORDPIECE[5:][::-1]):
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, len(words))
@@ -492,16 +497,16 @@ def test_report_counts_lost_text_or_refuses(tmp_path):
     json.dumps({"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"})
   )
   (folder / "config.json").write_text('{"model_type": "gpt2"}')
-  tokenizer, data = jaxft.hf.tokenizer.load_tokenizer(folder, 400), jaxft.config.default().data
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, 400)
   for name, text in (("few", "the miller ЖЖ"), ("most", "ЖЖЖЖЖ the")):
     (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{text}"}}\n' * 20)
-  data.update(
+  data = DataSection(
     train=(str(tmp_path / "few.jsonl"),), sequence_length=8, cache_dir=str(tmp_path / "cache")
   )
   found = dataset.prepare_data(data, tokenizer, "", log=said.append)
   assert found.report["characters"] == {"read": 20 * 13, "without_a_token": 40}
   assert said[-1].startswith("40 of 260 characters have no token in the model's tokenizer")
-  data.train = (str(tmp_path / "most.jsonl"),)
+  data = dataclasses.replace(data, train=(str(tmp_path / "most.jsonl"),))
   with pytest.raises(RequestError, match="no token for 100 of the 180 characters"):
     dataset.prepare_data(data, tokenizer, "")
 

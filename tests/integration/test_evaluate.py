@@ -7,12 +7,11 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from ml_collections import ConfigDict
 from processes import run
 
-import jaxft.config
 import jaxft.hf.tokenizer
 from jaxft import pretrained
+from jaxft.config import DataSection
 from jaxft.data import packing, tokenize
 from jaxft.data.dataset import build_dataset, read_examples
 from jaxft.errors import RequestError
@@ -35,8 +34,8 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(folder, text):
-  how = ConfigDict(jaxft.config.default().data)
-  how.sequence_length, tokenizer = T, jaxft.hf.tokenizer.load_tokenizer(folder, 293)
+  how = DataSection(sequence_length=T)
+  tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, 293)
   stored = tokenize.encode_in_memory(
     read_examples([str(text)], "validation", how, {}, {}), tokenizer
   )

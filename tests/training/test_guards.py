@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxft.metrics.reporter import JsonlLog, Reporter
 
 import jaxft.training.workdir
 from jaxft.checkpoint import manager
 from jaxft.errors import Preempted, RequestError, StorageError
+from jaxft.metrics.logger import MetricsLogger
+from jaxft.metrics.sinks import JsonlLog
 from jaxft.pretrained import load_workdir
 from jaxft.train import finetune
 from jaxft.training import preemption
@@ -128,7 +129,7 @@ def test_checkpoint_save_overlaps_one_step(config, tmp_path, monkeypatch):
     [],
     manager.CheckpointManager.wait,
     manager.CheckpointManager.save,
-    Reporter.log_step,
+    MetricsLogger.log_step,
   )
   monkeypatch.setattr(
     manager.CheckpointManager, "wait", lambda self: (events.append("wait"), wait(self))[1]
@@ -139,7 +140,7 @@ def test_checkpoint_save_overlaps_one_step(config, tmp_path, monkeypatch):
     lambda self, step, *rest: (save(self, step, *rest), events.append(("save", step)))[0],
   )
   monkeypatch.setattr(
-    Reporter,
+    MetricsLogger,
     "log_step",
     lambda self, step, *rest: (events.append(("logged", step)), log_step(self, step, *rest))[1],
   )
@@ -288,7 +289,7 @@ def test_float16_compute_is_refused_with_advice(config, tmp_path):
 
 def test_metrics_of_other_processes_stay_in_memory(tmp_path):
   lines = JsonlLog(tmp_path / "metrics.jsonl", -1, writes=False)
-  lines.write(1, {"x": 2})
+  lines.write({"step": 1, "x": 2})
   assert lines.values("x") == [2] and not list(tmp_path.iterdir())
   assert jax.process_index() == 0
 
@@ -317,14 +318,14 @@ def test_failed_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_preemption_between_saves_saves_that_step(config, tmp_path, monkeypatch):
-  step = Reporter.log_step
+  step = MetricsLogger.log_step
 
   def stopped(self, number, *rest):
     step(self, number, *rest)
     if number == 2:
       signal.raise_signal(signal.SIGUSR1)
 
-  monkeypatch.setattr(Reporter, "log_step", stopped)
+  monkeypatch.setattr(MetricsLogger, "log_step", stopped)
   with pytest.raises(
     Preempted,
     match="SIGUSR1: saved at step 3 of 12; the same command, without --overwrite_output_dir,",
