@@ -58,9 +58,9 @@ def finetune_until(
   """
   from jaxft import train
   from jaxft.metrics.logger import MetricsLogger
-  from jaxft.training import loop
+  from jaxft.training import loop, stages
 
-  log_step, log, check_room = MetricsLogger.log_step, loop.log, train.check_room
+  log_step, log, check_room = MetricsLogger.log_step, loop.log, stages.check_room
 
   def step(logger, number: int, numbers: dict[str, Any], *rest) -> None:
     log_step(logger, number, numbers, *rest)
@@ -72,9 +72,9 @@ def finetune_until(
     log(line)
     said(line)
 
-  MetricsLogger.log_step, loop.log, train.check_room = step, heard, lambda *_: None
+  MetricsLogger.log_step, loop.log, stages.check_room = step, heard, lambda *_: None
   try:
     with contextlib.suppress(LastStep):
       train.finetune(config, workdir, require=os.environ.get("BENCHMARKS_REQUIRE"))
   finally:
-    MetricsLogger.log_step, loop.log, train.check_room = log_step, log, check_room
+    MetricsLogger.log_step, loop.log, stages.check_room = log_step, log, check_room

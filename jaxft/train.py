@@ -25,21 +25,12 @@ from jaxft.errors import RequestError, exit_code, first_line, run_command
 from jaxft.plan import measure, rendering
 from jaxft.plan.planner import plan_from_compiled, resolve_model_config
 from jaxft.report_page import run_page
-from jaxft.training import build, loop, run_info
+from jaxft.training import build, loop, run_info, stages
 from jaxft.training.evaluator import Evaluator
 from jaxft.training.inputs import RunRequest, load_inputs, validate_run
 from jaxft.training.preemption import PreemptionHandler
 from jaxft.training.resume import restore_best, with_frozen
-from jaxft.training.run import (
-  BuiltRun,
-  build_run,
-  check_room,
-  export_run,
-  initial_state,
-  open_checkpoints,
-  restore_or_init,
-  write_run_files,
-)
+from jaxft.training.stages import BuiltRun
 from jaxft.training.train_state import TrainState
 from jaxft.training.workdir import check_not_an_input, hold_workdir, overwrite_workdir
 from jaxft.utils import backend
@@ -116,7 +107,7 @@ def finetune(
     if not dry_run:
       stack.enter_context(hold_workdir(request.workdir, overwrite, request.input_paths))
     inputs = load_inputs(request)
-    run = build_run(request, inputs)
+    run = stages.build_run(request, inputs)
     if dry_run:
       print_plan(run, compile_steps(run))
       return None
@@ -129,7 +120,7 @@ def train_and_export(
   """Runs what `finetune` has built. The only function that holds the state between two stages."""
   compiled, checkpoints, state, tokens_seen = start_run(run, preemption, stack)
   start = int(state.step)
-  write_run_files(run)
+  stages.write_run_files(run)
   about = stack.enter_context(report_at_end(run, start, compiled.memory))
   files, logger = loop.open_logger(run, start, tokens_seen, stack)
   evaluator = Evaluator(run=run, eval_step=compiled.eval_step, logger=logger, history=files.metrics)
@@ -159,7 +150,7 @@ def train_and_export(
   about["exported_step"] = step
   params = state.params
   del state
-  export_run(run, params, step, about)
+  stages.export_run(run, params, step, about)
   log(evaluator.summary(step))
   return TrainOutput(
     workdir=run.request.workdir,
@@ -228,19 +219,19 @@ def start_run(
   A run that is to be overwritten is moved when nothing is left to refuse the new one.
   """
   if run.request.overwrite:
-    check_room(run, saved_steps=[])
+    stages.check_room(run, [])
     compiled = compile_steps(run)
     # A collective gives up on a process that comes 30 s late.
     multihost.assert_all_equal("compiled", {})
-    state = initial_state(run)
+    state = stages.initial_state(run)
     jax.block_until_ready(state.step)  # now nothing is left to refuse
     overwrite_workdir(run.request.workdir, run.request.export_dir, preemption)
-    return compiled, stack.enter_context(open_checkpoints(run)), state, 0
-  checkpoints = stack.enter_context(open_checkpoints(run))
-  check_room(run, checkpoints.steps())
+    return compiled, stack.enter_context(stages.open_checkpoints(run)), state, 0
+  checkpoints = stack.enter_context(stages.open_checkpoints(run))
+  stages.check_room(run, checkpoints.steps())
   compiled = compile_steps(run)
   multihost.assert_all_equal("compiled", {})
-  state, tokens_seen = restore_or_init(run, checkpoints)
+  state, tokens_seen = stages.restore_or_init(run, checkpoints)
   return compiled, checkpoints, state, tokens_seen
 
 

@@ -86,7 +86,7 @@ class CheckpointState(NamedTuple):
   """Everything a checkpoint holds besides its JSON record, and everything that training changes.
 
   The names of the fields are in the files of every checkpoint. What the record says of the run
-  (config, fingerprints, versions) is `BuiltRun.checkpoint_metadata` of training/run.py.
+  (config, fingerprints, versions) is `BuiltRun.checkpoint_metadata` of training/stages.py.
   """
 
   step: jax.Array  # optimizer steps done, skipped ones included

@@ -11,7 +11,7 @@ from jaxft.generation.sampling_config import Sampling
 from jaxft.metrics.logger import MetricsLogger, json_float
 from jaxft.metrics.sinks import JsonlLog
 from jaxft.training.eval_step import EvalResult, evaluate
-from jaxft.training.run import BuiltRun
+from jaxft.training.stages import BuiltRun
 from jaxft.utils.types import Json, Params
 
 

@@ -19,7 +19,7 @@ from jaxft.metrics.trackers import TrackerGroup
 from jaxft.training.evaluator import Evaluator
 from jaxft.training.preemption import PreemptionHandler
 from jaxft.training.profiler import Profiler
-from jaxft.training.run import BuiltRun
+from jaxft.training.stages import BuiltRun
 from jaxft.training.train_state import TrainState
 from jaxft.training.train_step import nonfinite_leaf_names
 from jaxft.utils.console import ProgressBar, log
@@ -78,6 +78,7 @@ def train(
   start = step = int(state.step)
   total_steps = run.inputs.total_steps
   patience = run.config.train.early_stopping_patience
+  same = same_command(run.request.overwrite)
   ended_early = start > 0 and 0 < patience <= evaluator.evals_since_best()
   if ended_early and start < total_steps:
     log(
@@ -127,19 +128,15 @@ def train(
       if stopping:
         checkpoints.close()
         raise Preempted(
-          f"{preemption.received}: saved at step {step} of {total_steps}; {_same(run)} continues"
+          f"{preemption.received}: saved at step {step} of {total_steps}; {same} continues"
         )
       if ended_early:
         log(f"no lower eval loss in {patience} evaluations: ended at step {step} of {total_steps}")
         break
     checkpoints.close()
     if preemption.should_stop(total_steps + 1):
-      raise Preempted(f"{preemption.received}: all steps are saved; {_same(run)} exports the model")
+      raise Preempted(f"{preemption.received}: all steps are saved; {same} exports the model")
   return step, state
-
-
-def _same(run: BuiltRun) -> str:
-  return same_command(run.request.overwrite)
 
 
 def _batches(run: BuiltRun, start: int) -> Iterator[Batch]:

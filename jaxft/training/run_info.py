@@ -15,7 +15,7 @@ from jaxft.distributed import multihost
 from jaxft.errors import StorageError, first_line
 from jaxft.metrics.system import peak_memory_source
 from jaxft.training import build
-from jaxft.training.run import BuiltRun
+from jaxft.training.stages import BuiltRun
 from jaxft.utils.console import log
 from jaxft.utils.files import read_json_object, write_json
 from jaxft.utils.redact import redact

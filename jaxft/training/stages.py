@@ -1,4 +1,4 @@
-"""A run from its programs to the state before its first step, and its export at the end."""
+"""The stages of a run before its first step and after its last: build, start, export."""
 
 import contextlib
 import dataclasses
@@ -19,14 +19,8 @@ from jaxft.hf.export_tensors import EXPORT_DTYPES
 from jaxft.hf.verify import format_parity
 from jaxft.model.config import ModelConfig
 from jaxft.model.decoder import parameter_count
-from jaxft.training import build
+from jaxft.training import build, init
 from jaxft.training.build import TrainProgram
-from jaxft.training.init import (
-  init_train_state,
-  load_or_init_params,
-  merge_params,
-  merged_shapes,
-)
 from jaxft.training.inputs import RunInputs, RunRequest, has_frozen
 from jaxft.training.resume import check_same_run, restore_latest, with_frozen
 from jaxft.training.train_state import TrainState
@@ -140,8 +134,8 @@ def check_room(run: BuiltRun, saved_steps: list[int]) -> None:
 
 def initial_state(run: BuiltRun) -> TrainState:
   """Returns the state of a run that begins, with pretrained or new weights."""
-  params, frozen = load_or_init_params(run.program, run.cfg, run.inputs.source, run.config)
-  return init_train_state(run.program, params, frozen)
+  params, frozen = init.load_or_init_params(run.program, run.cfg, run.inputs.source, run.config)
+  return init.init_train_state(run.program, params, frozen)
 
 
 def restore_or_init(run: BuiltRun, checkpoints: CheckpointManager) -> tuple[TrainState, int]:
@@ -153,7 +147,7 @@ def restore_or_init(run: BuiltRun, checkpoints: CheckpointManager) -> tuple[Trai
     return initial_state(run), 0
   if not run.cfg.trained:
     return with_frozen(saved, {}), tokens_seen
-  _, frozen = load_or_init_params(run.program, run.cfg, run.inputs.source, run.config)
+  _, frozen = init.load_or_init_params(run.program, run.cfg, run.inputs.source, run.config)
   return with_frozen(saved, frozen), tokens_seen
 
 
@@ -181,7 +175,7 @@ def export_run(run: BuiltRun, params: Params, step: int, about: Json) -> None:
     peft.save_adapters(workdir / "adapter", params, run.cfg, source, config)
   parity = export.export_model(
     out,
-    merge_params(params, run.cfg, source, merged_shapes(run.program)),
+    init.merge_params(params, run.cfg, source, init.merged_shapes(run.program)),
     source,
     dtype=config.export.dtype,
     max_shard_size=config.export.max_shard_size,
