@@ -9,20 +9,12 @@ import difflib
 import json
 import math
 import os
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import (
-  Literal,
-  NamedTuple,
-  TypeAlias,
-  TypeVar,
-  Union,
-  get_args,
-  get_origin,
-  get_type_hints,
-)
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 from ml_collections import ConfigDict, config_dict
 
@@ -351,6 +343,8 @@ class ExportSection:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+  """All settings of a run, as `resolve` checked them."""
+
   model: ModelSection
   data: DataSection
   train: TrainSection
@@ -383,23 +377,23 @@ class Setting(NamedTuple):
 
 
 def _read_settings(name: str, section: type) -> Iterator[Setting]:
-  annotations = get_type_hints(section)
+  annotations = typing.get_type_hints(section)
   for field in dataclasses.fields(section):
     annotation = annotations[field.name]
-    is_union = get_origin(annotation) in (Union, UnionType)
-    first, *others = get_args(annotation) if is_union else [annotation]
-    origin = get_origin(first)
+    is_union = typing.get_origin(annotation) in (typing.Union, UnionType)
+    first, *others = typing.get_args(annotation) if is_union else [annotation]
+    origin = typing.get_origin(first)
     yield Setting(
       name=f"{name}.{field.name}",
       kind=str if origin is Literal else origin or first,
       default=getattr(section, field.name),
       doc=field.metadata["doc"],
-      check=one_of(*get_args(first)) if origin is Literal else field.metadata["check"],
-      literals=tuple(text for other in others for text in get_args(other)),
+      check=one_of(*typing.get_args(first)) if origin is Literal else field.metadata["check"],
+      literals=tuple(text for other in others for text in typing.get_args(other)),
     )
 
 
-SECTIONS = get_type_hints(Config)
+SECTIONS = typing.get_type_hints(Config)
 SETTINGS = tuple(it for item in SECTIONS.items() for it in _read_settings(*item))
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 MAX_INT = 2**31 - 1  # of a whole number: steps and rows are counted in 32 bits
