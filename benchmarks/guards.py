@@ -68,10 +68,12 @@ def main() -> None:
   cfg, run, guarded = build(config, False)
   _, _, bare = build(config, True)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  new = lambda: nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
-  state = jax.jit(
-    lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=shardings
-  )()
+
+  def new():
+    params = nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
+    return TrainState(step=jnp.int32(0), params=params, opt_state=run.tx.init(params))
+
+  state = jax.jit(new, out_shardings=shardings)()
   rng = np.random.default_rng(0)
   ids = rng.integers(cfg.V, size=run.batch["ids"].shape, dtype=np.int32)
   batch = jax.device_put(

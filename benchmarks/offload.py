@@ -84,8 +84,9 @@ def prepared(args: argparse.Namespace) -> tuple:
   import jaxft.sharding.mesh
   from jaxft.hf import known_models
   from jaxft.plan import measure, planner, rendering
-  from jaxft.training.build import build_train_program, check_fits
+  from jaxft.training.build import build_train_program
   from jaxft.training.init import init_train_state
+  from jaxft.training.memory import check_fits
 
   device = children.jax_device()
   config = config_of(args)

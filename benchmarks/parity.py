@@ -156,7 +156,7 @@ def compare(folder: Path) -> None:
   @jax.jit
   def logits(params, ids, real, positions):
     decoder = nnx.merge(graph, params)
-    return decoder.logits(decoder(ids, segments_BT=real, positions_BT=positions))
+    return decoder.logits(decoder(ids, segments_BT=real, positions_BT=positions)[0])
 
   ids = some_ids(0, T).astype(np.int32)
   for side, real in masks().items():
@@ -170,9 +170,8 @@ def compare(folder: Path) -> None:
 
   def loss(params):
     decoder, mask = nnx.merge(graph, params), jnp.ones((2, T - 1), bool)
-    return (
-      cross_entropy_sum(decoder(ids[:, :-1]), decoder.head(), ids[:, 1:], mask, 128) / mask.sum()
-    )
+    hidden, _ = decoder(ids[:, :-1])
+    return cross_entropy_sum(hidden, decoder.head(), ids[:, 1:], mask, 128) / mask.sum()
 
   value, gradients = jax.jit(jax.value_and_grad(loss))(params)
   found["loss"] = abs(float(value) - float(wanted["loss"]))
@@ -193,7 +192,7 @@ def compare(folder: Path) -> None:
     "mask": np.ones(STEP_T - 1, bool),
   }
   run = build_train_program(config, source.cfg, make_mesh(config.mesh), STEPS, row)
-  state = TrainState(jnp.int32(0), params, run.tx.init(params))
+  state = TrainState(step=jnp.int32(0), params=params, opt_state=run.tx.init(params))
   del params
   for step in range(STEPS):
     ids = some_ids(step, STEP_T).astype(np.int32)[None]

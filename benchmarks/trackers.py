@@ -61,10 +61,12 @@ def main() -> None:
   run = build_train_program(config, cfg, make_mesh(config.mesh), 100, row)
   train_step = run.train_step.lower(run.state, run.batch).compile()
   shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  new = lambda: nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
-  state = jax.jit(
-    lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=shardings
-  )()
+
+  def new():
+    params = nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
+    return TrainState(step=jnp.int32(0), params=params, opt_state=run.tx.init(params))
+
+  state = jax.jit(new, out_shardings=shardings)()
   ids = np.random.default_rng(0).integers(cfg.V, size=run.batch["ids"].shape, dtype=np.int32)
   batch = jax.device_put(
     {"ids": ids, "targets": ids, "mask": np.ones(ids.shape, bool)}, run.batch_sharding

@@ -89,7 +89,7 @@ class Pretrained:
 
     def last_logits(params, ids_BT, last_B):
       decoder = nnx.merge(self.graph, params)
-      return decoder.logits(decoder(ids_BT)[jnp.arange(len(last_B)), last_B])
+      return decoder.logits(decoder(ids_BT)[0][jnp.arange(len(last_B)), last_B])
 
     self._last_logits = jax.jit(last_logits)
     self._eval_step = jax.jit(make_eval_step(self.graph, loss_chunk=128))

@@ -25,11 +25,12 @@ from jaxft.errors import RequestError, exit_code, first_line, run_command
 from jaxft.plan import measure, rendering
 from jaxft.plan.planner import plan_from_compiled, resolve_model_config
 from jaxft.report_page import run_page
-from jaxft.training import build, loop, run_info, stages
+from jaxft.training import loop, run_info, stages
 from jaxft.training.evaluator import Evaluator
 from jaxft.training.inputs import RunRequest, load_inputs, validate_run
+from jaxft.training.memory import max_host_bytes
 from jaxft.training.preemption import PreemptionHandler
-from jaxft.training.resume import restore_best, with_frozen
+from jaxft.training.resume import restore_best
 from jaxft.training.stages import BuiltRun
 from jaxft.training.train_state import TrainState
 from jaxft.training.workdir import check_not_an_input, hold_workdir, overwrite_workdir
@@ -145,7 +146,7 @@ def train_and_export(
     del state  # there may be no room for two
     like = run.program.state.checkpointable
     step, best = restore_best(checkpoints, like, run.request.strict)
-    state = with_frozen(best, frozen)
+    state = TrainState.from_checkpoint(best, frozen)
   evaluator.sample(state.all_params, step, "after")
   about["exported_step"] = step
   params = state.params
@@ -165,7 +166,7 @@ def validate(request: RunRequest) -> None:
   config = request.config
   validate_run(config, request.workdir, request.overwrite)
   if config.memory.offload != "none":
-    backend.limit_pinned_memory(build.max_host_bytes(config, resolve_model_config(config)))
+    backend.limit_pinned_memory(max_host_bytes(config, resolve_model_config(config)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from jaxft.model.config import ModelConfig
 from jaxft.model.kv_cache import KVCache
 
 TokenCallback = Callable[[int, list[int]], bool]
-StepFn = Callable[..., tuple[jax.Array, KVCache]]  # (cache, ids, segments, positions)
+DecodeFn = Callable[..., tuple[jax.Array, KVCache]]  # (cache, ids, segments, positions)
 PAD_MULTIPLE = 64  # columns: prompts and caches are padded, for few shapes and few compilations
 
 
@@ -41,20 +41,22 @@ class Generator:
     self._cfg = cfg
     self.eos_token_id = eos_token_id
 
-    def step(params, layers, cache, ids_BT, segments_BT, positions_BT):
+    def decode(params, layers, cache, ids_BT, segments_BT, positions_BT):
       decoder = nnx.merge(graphdef, params)
-      h_BTD, cache = decoder.forward_cached(cache, ids_BT, segments_BT, positions_BT, layers)
+      h_BTD, cache = decoder(
+        ids_BT, cache, segments_BT=segments_BT, positions_BT=positions_BT, layers=layers
+      )
       # Replicated: each process reads the logits, and each draws the same tokens.
       return decoder.compute.constrain(decoder.logits(h_BTD[:, -1]), (None, None)), cache
 
     def prefill(params, ids_BT, segments_BT, positions_BT, S, unstack):
       decoder = nnx.merge(graphdef, params)
       cache = KVCache.empty(cfg, ids_BT.shape[0], S, decoder.compute.dtype)
-      logits_BV, cache = step(params, None, cache, ids_BT, segments_BT, positions_BT)
+      logits_BV, cache = decode(params, None, cache, ids_BT, segments_BT, positions_BT)
       return logits_BV, cache.unstack() if unstack else cache
 
     self._prefill = jax.jit(prefill, static_argnames=("S", "unstack"))
-    self._step = jax.jit(step, donate_argnums=2)
+    self._decode = jax.jit(decode, donate_argnums=2)
 
   def __call__(
     self,
@@ -86,17 +88,17 @@ class Generator:
       params, *buffer.prompts(), S=buffer.ids_BS.shape[1], unstack=layers is not None
     )
     if layers is not None:
-      # The step needs no stack then; one layer shows the structure of a block.
+      # Decoding needs no stack then; one layer shows the structure of a block.
       params = params | {"blocks": layers[0]}
-    step = functools.partial(self._step, params, layers)
+    decode = functools.partial(self._decode, params, layers)
     stop_ids = stop_ids | {self.eos_token_id}
     if sampling.num_beams > 1:
-      return self._beam_search(step, logits_BV, cache, buffer, sampling, stop_ids)
-    return self._sample(step, logits_BV, cache, buffer, sampling, stop_ids, on_token)
+      return self._beam_search(decode, logits_BV, cache, buffer, sampling, stop_ids)
+    return self._sample(decode, logits_BV, cache, buffer, sampling, stop_ids, on_token)
 
   def _sample(
     self,
-    step: StepFn,
+    decode: DecodeFn,
     logits_BV: jax.Array,
     cache: KVCache,
     buffer: "SequenceBuffer",
@@ -123,12 +125,12 @@ class Generator:
             open_rows.discard(row)
       if not open_rows or n == buffer.max_new - 1:
         break
-      logits_BV, cache = step(cache, *buffer.append(next_B))
+      logits_BV, cache = decode(cache, *buffer.append(next_B))
     return completions
 
   def _beam_search(
     self,
-    step: StepFn,
+    decode: DecodeFn,
     logits_BV: jax.Array,
     cache: KVCache,
     buffer: "SequenceBuffer",
@@ -152,7 +154,7 @@ class Generator:
       buffer.take_rows(rows)
       cache = _reorder_cache(cache, rows)
       last = [(beam.ids or [0])[-1] for prompt in prompts for beam in prompt.running]
-      logits_BV, cache = step(cache, *buffer.append(np.array(last, np.int32)))
+      logits_BV, cache = decode(cache, *buffer.append(np.array(last, np.int32)))
 
 
 class SequenceBuffer:

@@ -106,7 +106,7 @@ def compute_logits(graph: nnx.GraphDef, params: Any, ids_BT: np.ndarray) -> np.n
 
   def run(params):
     decoder = nnx.merge(graph, params)
-    return decoder.logits(decoder(jnp.asarray(ids_BT)))
+    return decoder.logits(decoder(jnp.asarray(ids_BT))[0])
 
   return np.asarray(jax.jit(run)(params))
 

@@ -20,11 +20,13 @@ ConstrainFn = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 class LayerInfo(NamedTuple):
   """How layers differ beside their weights: (L,) for all of them, () for one; None: not at all."""
 
+  index: jax.Array | int  # 0, 1, 2, ...: in a cache
   window_index: jax.Array | None  # in `distinct_windows`
   depth: jax.Array | None  # 1, 2, 3, ...: what its attention_scale is divided by
 
-  def at(self, index: Any) -> "LayerInfo":
-    return jax.tree.map(lambda x_L: x_L[index], self)
+  def at(self, index: jax.Array | int) -> "LayerInfo":
+    window_index, depth = jax.tree.map(lambda x_L: x_L[index], (self.window_index, self.depth))
+    return LayerInfo(index, window_index, depth)
 
 
 @dataclasses.dataclass(frozen=True)

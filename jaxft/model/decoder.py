@@ -3,6 +3,7 @@
 B batch, T query length, S key length, V vocabulary, D model, L layers, N heads, H head size
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -15,12 +16,12 @@ from jaxft.model.compute import ComputeConfig, LayerInfo, gather_weight
 from jaxft.model.config import ModelConfig
 from jaxft.model.dropout import dropout, split_keys
 from jaxft.model.kv_cache import KVCache
-from jaxft.model.layers import Block, Embed, LayerNorm, OutputHead
+from jaxft.model.layers import ACTIVATION_AXES, Block, Embed, LayerNorm, OutputHead
 from jaxft.model.loss import Head, compute_logits
+from jaxft.utils.types import Params
 
 # Cheap to compute again, and what they make of a weight is as large as the layer.
 CHEAP_PRIMITIVES = {"convert_element_type", "sharding_constraint"}
-ACTIVATION_AXES = ("batch", None, "act_embed")
 
 
 class Decoder(nnx.Module):
@@ -41,57 +42,57 @@ class Decoder(nnx.Module):
   def __call__(
     self,
     ids_BT: jax.Array,
+    cache: KVCache | None = None,
     *,
     segments_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
     keys_B: jax.Array | None = None,
     embeds_BTD: jax.Array | None = None,
-  ) -> jax.Array:
-    """Return the hidden states (B, T, D) after the last norm, in the compute dtype.
+    layers: list[Params] | None = None,
+  ) -> tuple[jax.Array, KVCache | None]:
+    """Return the hidden states (B, T, D) after the last norm, in the compute dtype, and the cache.
+
+    With a cache, these are T more columns after those in it, and the cache returned has them too;
+    the caller makes sure that it has room: `cache.length + T <= S`.
 
     Args:
       ids_BT: token ids.
       segments_BT: tokens see only tokens of their own segment; None: one segment a row.
-      positions_BT: position ids; None: 0, 1, 2, ...
+      positions_BT: position ids; None: those of the columns, 0, 1, 2, ...
       keys_B: dropout keys, one for each row; None: no dropout.
       embeds_BTD: `embed_tokens(ids_BT)`, by a caller that wants its gradient; None: it is computed.
+      layers: weights of each layer, with a cache that is `unstack`ed; None: they are in `blocks`.
     """
-
-    def update_cache(layer, cache, k, v):
-      return (k, v, segments_BT, 0), cache
-
     embeds_BTD = self.embed_tokens(ids_BT) if embeds_BTD is None else embeds_BTD
-    return self._forward(embeds_BTD, segments_BT, positions_BT, keys_B, None, update_cache)[0]
+    embed_keys_B, layers_keys_B = split_keys(keys_B, 2)
+    if positions_BT is None:
+      positions_BT = default_positions(embeds_BTD)
+      positions_BT = positions_BT if cache is None else positions_BT + cache.length
+    if cache is not None:
+      segments_BT = jnp.ones_like(ids_BT) if segments_BT is None else segments_BT
+      cache = cache.write_segments(segments_BT)
 
-  def forward_cached(
-    self,
-    cache: KVCache,
-    ids_BT: jax.Array,
-    segments_BT: jax.Array,
-    positions_BT: jax.Array,
-    layers: list[dict] | None = None,
-  ) -> tuple[jax.Array, KVCache]:
-    """Read T more columns after those in the cache: hidden states (B, T, D) and the longer cache.
+    def layer(carry, xs):
+      block, info, keys_B = xs
+      carry = block(
+        *carry, positions_BT=positions_BT, segments_BT=segments_BT, info=info, keys_B=keys_B
+      )
+      return carry, None
 
-    The caller makes sure that the cache has room: `cache.length + T <= S`.
-
-    Args:
-      layers: weights of each layer, for a cache that is `unstack`ed; None: they are in `blocks`.
-    """
-    segments_BS = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, (0, cache.length))
-
-    def update_cache(layer, kv, k_BTNH, v_BTNH):
-      k, k_BSNH = cache.update(kv[0], layer, k_BTNH)
-      v, v_BSNH = cache.update(kv[1], layer, v_BTNH)
-      return (k_BSNH, v_BSNH, segments_BS, cache.length), (k, v)
-
-    embeds_BTD = self.embed_tokens(ids_BT)
-    kv = (cache.k, cache.v)
-    h_BTD, (k, v) = self._forward(
-      embeds_BTD, segments_BT, positions_BT, None, kv, update_cache, layers
-    )
-    length = cache.length + ids_BT.shape[1]
-    return h_BTD, KVCache(k=k, v=v, segments_BS=segments_BS, length=length)
+    carry = (self.embed_inputs(embeds_BTD, positions_BT, embed_keys_B), cache)
+    info_L = self.layer_info()
+    if layers is None:
+      keys_LB = None if layers_keys_B is None else split_keys(layers_keys_B, self.cfg.L)
+      xs = (self.blocks, info_L, keys_LB)
+      carry, _ = jax.lax.scan(apply_remat(layer, self.compute.remat), carry, xs)
+    else:
+      graphdef = nnx.graphdef(self.blocks)
+      for index, weights in enumerate(layers):
+        carry, _ = layer(carry, (nnx.merge(graphdef, weights), info_L.at(index), None))
+    x_BTD, cache = carry
+    if cache is not None:
+      cache = dataclasses.replace(cache, length=cache.length + ids_BT.shape[1])
+    return self.norm(x_BTD), cache
 
   def head(self) -> Head:
     """The output table and its bias in float32; the bias of padding rows is minus infinity."""
@@ -144,12 +145,6 @@ class Decoder(nnx.Module):
     embeds_BTD = dropout(embeds_BTD, self.cfg.embed_dropout, keys_B)
     return self.compute.constrain(embeds_BTD, ACTIVATION_AXES)
 
-  def apply_layer(
-    self, block: Block, x_BTD, positions_BT, segments_BT, info, keys_B, update_cache
-  ) -> jax.Array:
-    x_BTD = block(x_BTD, positions_BT, segments_BT, info, update_cache, keys_B)
-    return self.compute.constrain(x_BTD, ACTIVATION_AXES)
-
   def layer_info(self) -> LayerInfo:
     windows = self.cfg.distinct_windows
     index_L = depth_L = None
@@ -157,37 +152,7 @@ class Decoder(nnx.Module):
       index_L = jnp.array([windows.index(window) for window in self.cfg.windows])
     if self.cfg.divided_by_depth:
       depth_L = jnp.arange(1, self.cfg.L + 1, dtype=jnp.float32)
-    return LayerInfo(index_L, depth_L)
-
-  def _forward(self, embeds_BTD, segments_BT, positions_BT, keys_B, kv, update_cache, layers=None):
-    embed_keys_B, layers_keys_B = split_keys(keys_B, 2)
-    if positions_BT is None:
-      positions_BT = default_positions(embeds_BTD)
-
-    def layer(carry, xs):
-      x_BTD, kv = carry
-      block, index, info, keys_B = xs
-
-      def update_layer(k_BTNH, v_BTNH):
-        nonlocal kv
-        visible, kv = update_cache(index, kv, k_BTNH, v_BTNH)
-        return visible
-
-      x_BTD = self.apply_layer(block, x_BTD, positions_BT, segments_BT, info, keys_B, update_layer)
-      return (x_BTD, kv), None
-
-    x_BTD = self.embed_inputs(embeds_BTD, positions_BT, embed_keys_B)
-    info_L = self.layer_info()
-    if layers is not None:
-      graphdef = nnx.graphdef(self.blocks)
-      carry = (x_BTD, kv)
-      for index, weights in enumerate(layers):
-        carry, _ = layer(carry, (nnx.merge(graphdef, weights), index, info_L.at(index), None))
-      return self.norm(carry[0]), carry[1]
-    keys_LB = None if layers_keys_B is None else split_keys(layers_keys_B, self.cfg.L)
-    xs = (self.blocks, jnp.arange(self.cfg.L), info_L, keys_LB)
-    (x_BTD, kv), _ = jax.lax.scan(apply_remat(layer, self.compute.remat), (x_BTD, kv), xs)
-    return self.norm(x_BTD), kv
+    return LayerInfo(jnp.arange(self.cfg.L), index_L, depth_L)
 
 
 def default_positions(x: jax.Array) -> jax.Array:

@@ -1,7 +1,11 @@
 """Dropout with a key for each row of a batch: a row's mask does not depend on batch or device."""
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
+
+Keys: TypeAlias = jax.Array | tuple[None, ...]  # what `split_keys` returns
 
 
 def per_row_keys(key: jax.Array, first: jax.Array | int, rows: int) -> jax.Array:
@@ -9,7 +13,7 @@ def per_row_keys(key: jax.Array, first: jax.Array | int, rows: int) -> jax.Array
   return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(rows))
 
 
-def split_keys(keys_B: jax.Array | None, num: int) -> jax.Array | tuple[None, ...]:
+def split_keys(keys_B: jax.Array | None, num: int) -> Keys:
   """Split each key into `num`: (num, B), or Nones where there are no keys."""
   if keys_B is None:
     return (None,) * num

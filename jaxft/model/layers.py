@@ -13,9 +13,12 @@ from flax import nnx
 
 from jaxft.model import lora
 from jaxft.model.attention import attention
-from jaxft.model.compute import ComputeConfig, gather_weight
+from jaxft.model.compute import ComputeConfig, LayerInfo, gather_weight
 from jaxft.model.config import ModelConfig
-from jaxft.model.dropout import dropout, split_keys
+from jaxft.model.dropout import Keys, dropout, split_keys
+from jaxft.model.kv_cache import KVCache
+
+ACTIVATION_AXES = ("batch", None, "act_embed")
 
 
 class Einsum(nnx.Module):
@@ -101,13 +104,25 @@ class Attention(nnx.Module):
       **shared,
     )
 
-  def __call__(self, x_BTD, positions_BT, segments_BT, info, update_cache, keys_B, adapter_keys):
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    cache: KVCache | None,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array | None,
+    info: LayerInfo,
+    keys_B: jax.Array | None,
+    adapter_keys: Keys,
+  ) -> tuple[jax.Array, KVCache | None]:
     q_BTNH, k_BTNH, v_BTNH = jnp.unstack(self.qkv(x_BTD, adapter_keys[0]), axis=2)
     if info.depth is not None:
       q_BTNH = (q_BTNH.astype(jnp.float32) / info.depth).astype(q_BTNH.dtype)
     if self.cfg.rotary_dim:
       q_BTNH, k_BTNH = (apply_rope(x, positions_BT, self.cfg.rotary_dim) for x in (q_BTNH, k_BTNH))
-    k_BSNH, v_BSNH, segments_BS, offset = update_cache(k_BTNH, v_BTNH)
+    k_BSNH, v_BSNH, segments_BS, offset = k_BTNH, v_BTNH, segments_BT, 0
+    if cache is not None:
+      k_BSNH, v_BSNH, cache = cache.write_layer(info.index, k_BTNH, v_BTNH)
+      segments_BS, offset = cache.segments_BS, cache.length
     keys_BN = None if keys_B is None else split_keys(keys_B, self.cfg.N).T
     operands = (q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN)
     # One branch for each window: kernels want it static, and one scan walks along all layers.
@@ -116,7 +131,7 @@ class Attention(nnx.Module):
       y_BTNH = branches[0](*operands)
     else:
       y_BTNH = jax.lax.switch(info.window_index, branches, *operands)
-    return self.out(y_BTNH, adapter_keys[1])
+    return self.out(y_BTNH, adapter_keys[1]), cache
 
   def attend(self, window, offset, *operands):
     """`attention` with this window (0: none), on each device's own rows and heads."""
@@ -158,7 +173,7 @@ class Mlp(nnx.Module):
       name="down", equation="MF,FD->MD", shape=(F, D), axes=("mlp", "embed"), std=std, **shared
     )
 
-  def __call__(self, x_BTD, adapter_keys):
+  def __call__(self, x_BTD: jax.Array, adapter_keys: Keys) -> jax.Array:
     h_BTF = jax.nn.gelu(self.up(x_BTD, adapter_keys[0]), approximate=not self.exact_gelu)
     return self.down(h_BTF, adapter_keys[1])
 
@@ -166,22 +181,36 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     self.cfg = cfg
+    self.compute = compute
     self.norm1 = LayerNorm(cfg, compute)
     if not cfg.parallel:
       self.norm2 = LayerNorm(cfg, compute)
     self.attention = Attention(cfg, compute, rngs)
     self.mlp = Mlp(cfg, compute, rngs)
 
-  def __call__(self, x_BTD, positions_BT, segments_BT, info, update_cache, keys_B):
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    cache: KVCache | None = None,
+    *,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array | None,
+    info: LayerInfo,
+    keys_B: jax.Array | None,
+  ) -> tuple[jax.Array, KVCache | None]:
+    """Return the output (B, T, D) and the cache with the layer's keys and values, if there is one.
+
+    The arguments are those of `Decoder.__call__`; `info` is of this layer.
+    """
     keys = split_keys(keys_B, 7)
     rate = self.cfg.residual_dropout
     h_BTD = self.norm1(x_BTD)
-    y_BTD = self.attention(h_BTD, positions_BT, segments_BT, info, update_cache, keys[0], keys[3:5])
-    y_BTD = dropout(y_BTD, rate, keys[1])
-    if self.cfg.parallel:
-      return x_BTD + y_BTD + dropout(self.mlp(h_BTD, keys[5:]), rate, keys[2])
-    x_BTD = x_BTD + y_BTD
-    return x_BTD + dropout(self.mlp(self.norm2(x_BTD), keys[5:]), rate, keys[2])
+    y_BTD, cache = self.attention(h_BTD, cache, positions_BT, segments_BT, info, keys[0], keys[3:5])
+    x_BTD = x_BTD + dropout(y_BTD, rate, keys[1])
+    if not self.cfg.parallel:
+      h_BTD = self.norm2(x_BTD)
+    x_BTD = x_BTD + dropout(self.mlp(h_BTD, keys[5:]), rate, keys[2])
+    return self.compute.constrain(x_BTD, ACTIVATION_AXES), cache
 
 
 class Embed(nnx.Module):

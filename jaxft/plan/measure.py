@@ -18,7 +18,8 @@ from jaxft.plan import hlo
 from jaxft.sharding import rules
 from jaxft.sharding.mesh import make_mesh
 from jaxft.training import build, offload
-from jaxft.training.build import TrainProgram, bytes_per_device
+from jaxft.training.build import TrainProgram
+from jaxft.training.memory import bytes_per_device, host_bytes, host_state_bytes, max_host_bytes
 from jaxft.utils import backend, jax_private
 
 # libtpu's message when memory is short: for the whole program or, if it fails before that, for its
@@ -108,8 +109,8 @@ def measure_traced(
     "attention": {"kernel": kernel, "why_not_faster": why_not_faster},
     "arguments": argument_bytes(program),
     "gradient_bytes": 0 if program.offload == "all" else bytes_per_device(program.grad_shapes),
-    "host_bytes": build.host_bytes(program),
-    "bytes_on_every_host": build.max_host_bytes(config, cfg),
+    "host_bytes": host_bytes(program),
+    "bytes_on_every_host": max_host_bytes(config, cfg),
     "checkpoint_bytes": tree_nbytes(state.checkpointable),
     "bus_bytes": sum(
       offload.host_traffic(
@@ -133,7 +134,7 @@ def measure_compiled(program: TrainProgram, compiled: Any) -> dict[str, Any]:
     "temporary_bytes": memory.temp_size_in_bytes,
     "host_bytes": on_host,
     # Beside the state and, with "all", its gradient.
-    "host_temporary_bytes": on_host - build.host_bytes(program),
+    "host_temporary_bytes": on_host - host_bytes(program),
     "collective_bytes": hlo.bytes_by_kind(hlo.collectives(text)),
     "moved_bytes": hlo.hbm_bytes(text),
   }
@@ -202,8 +203,8 @@ def memory_breakdown(program: TrainProgram, memory: Any) -> dict[str, Any]:
   """
   breakdown = argument_bytes(program)
   on_device = sum(breakdown.values())
-  peak = step_peak_bytes(memory, program, build.host_bytes(program))
-  counted_on_host = build.host_state_bytes(program) if _is_cpu(program) else 0
+  peak = step_peak_bytes(memory, program, host_bytes(program))
+  counted_on_host = host_state_bytes(program) if _is_cpu(program) else 0
   # Counters, and what tiles of a TPU fill up.
   other = memory.argument_size_in_bytes - counted_on_host - on_device
   temporaries = peak - on_device - other

@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxft.data.loader import Batch
 from jaxft.model.loss import cross_entropy_sum
-from jaxft.training.train_step import hidden_states
+from jaxft.utils.types import Params
+
+# (params, batch) -> sum of the loss, tokens and, of a classifier, the confusion matrix
+EvalStepFn: TypeAlias = Callable[[Params, Batch], tuple[jax.Array, ...]]
 
 
 class EvalResult(NamedTuple):
@@ -26,25 +30,29 @@ class EvalResult(NamedTuple):
 
   @property
   def accuracy(self) -> float:
+    assert self.confusion_CC is not None
     return float(self.confusion_CC.trace() / max(self.confusion_CC.sum(), 1))
 
   @property
   def f1(self) -> float:
     """Of two classes the second one's; of more the mean ("macro"), with 0 for absent classes."""
+    assert self.confusion_CC is not None
     true_and_predicted = self.confusion_CC.sum(0) + self.confusion_CC.sum(1)
     f1_C = 2 * self.confusion_CC.diagonal() / np.maximum(true_and_predicted, 1)
     return float(f1_C[1] if len(f1_C) == 2 else f1_C.mean())
 
 
-def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> Callable:
+def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> EvalStepFn:
   """Returns `eval_step(params, batch) -> sums`, which add up over batches of any size."""
 
-  def eval_step(params: Any, batch: dict) -> tuple[jax.Array, ...]:
+  def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, ...]:
     model = nnx.merge(graph, params)
     batch = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
     targets_BT = batch["targets"]
     mask_BT = batch["mask"]
-    h_BTD = hidden_states(model, batch)
+    h_BTD, _ = model(
+      batch["ids"], segments_BT=batch.get("segments"), positions_BT=batch.get("positions")
+    )
     loss = cross_entropy_sum(h_BTD, model.head(), targets_BT, mask_BT, loss_chunk)
     sums = loss, jnp.sum(mask_BT)
     if not model.cfg.classes:
@@ -58,7 +66,7 @@ def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> Callable:
   return eval_step
 
 
-def evaluate(eval_step: Callable, params: Any, batches: Iterable[dict]) -> EvalResult:
+def evaluate(eval_step: EvalStepFn, params: Params, batches: Iterable[Batch]) -> EvalResult:
   """Evaluates the model on all batches.
 
   Sums stay on the device until the end, and no batch waits for the one before it, but on a CPU.
@@ -74,5 +82,5 @@ def evaluate(eval_step: Callable, params: Any, batches: Iterable[dict]) -> EvalR
   losses, counts, *confusions = zip(*sums, strict=True)
   tokens = sum(int(count) for count in counts)
   loss = sum(float(loss) for loss in losses) / max(tokens, 1)
-  confusion = sum(np.asarray(x, np.int64) for x in confusions[0]) if confusions else None
+  confusion = np.sum([np.asarray(x, np.int64) for x in confusions[0]], 0) if confusions else None
   return EvalResult(loss, tokens, confusion)

@@ -1,7 +1,6 @@
 """Evaluation during a run: the loss on held-out and on unrelated text, and samples."""
 
 import math
-from collections.abc import Callable
 
 from jaxft.data import loader, memorization, tokenize
 from jaxft.data.packing import TokenDataset
@@ -10,7 +9,7 @@ from jaxft.generation.sampler import Generator
 from jaxft.generation.sampling_config import Sampling
 from jaxft.metrics.logger import MetricsLogger, json_float
 from jaxft.metrics.sinks import JsonlLog
-from jaxft.training.eval_step import EvalResult, evaluate
+from jaxft.training.eval_step import EvalResult, EvalStepFn, evaluate
 from jaxft.training.stages import BuiltRun
 from jaxft.utils.types import Json, Params
 
@@ -18,7 +17,9 @@ from jaxft.utils.types import Json, Params
 class Evaluator:
   """Evaluates and samples, and logs the results."""
 
-  def __init__(self, run: BuiltRun, eval_step: Callable, logger: MetricsLogger, history: JsonlLog):
+  def __init__(
+    self, run: BuiltRun, eval_step: EvalStepFn, logger: MetricsLogger, history: JsonlLog
+  ):
     """`eval_step`: compiled for the run; `history`: metrics.jsonl, which `logger` writes."""
     self._train = run.config.train
     self._program = run.program

@@ -1,7 +1,5 @@
 """Initial parameters and train state of a run, and the whole model after its last step."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +15,13 @@ from jaxft.model.decoder import init_model
 from jaxft.training import offload, trainable
 from jaxft.training.build import TrainProgram
 from jaxft.training.train_state import TrainState, shardings_of
+from jaxft.utils.types import Params
 
 
-def init_params(program: TrainProgram, cfg: ModelConfig, seed: int, shapes: Any) -> Any:
+def init_params(program: TrainProgram, cfg: ModelConfig, seed: int, shapes: Params) -> Params:
   """Draws new weights, sharded as `shapes`, which may be a part of the program's."""
 
-  def init() -> Any:
+  def init() -> Params:
     params = nnx.to_pure_dict(nnx.state(init_model(cfg, program.compute, seed)))
     params = trainable.select_like(params, shapes)
     return jax.tree.map(lambda p, shape: p.astype(shape.dtype), params, shapes)
@@ -32,7 +31,7 @@ def init_params(program: TrainProgram, cfg: ModelConfig, seed: int, shapes: Any)
   # Leaf by leaf on the CPU, in whose memory they stay: all may be too large for the device.
   leaves, tree = jax.tree.flatten(shapes)
   arrays = []
-  has_cpu = "cpu" in (jax.config.jax_platforms or "cpu").split(",")
+  has_cpu = "cpu" in (jax.config.read("jax_platforms") or "cpu").split(",")
   with jax.default_device(jax.local_devices(backend="cpu")[0] if has_cpu else None):
     for i, leaf in enumerate(leaves):
       x = np.asarray(jax.jit(lambda i=i: jax.tree.leaves(init())[i])())
@@ -40,7 +39,7 @@ def init_params(program: TrainProgram, cfg: ModelConfig, seed: int, shapes: Any)
   return jax.tree.unflatten(tree, arrays)
 
 
-def init_train_state(program: TrainProgram, params: Any, frozen: Any) -> TrainState:
+def init_train_state(program: TrainProgram, params: Params, frozen: Params) -> TrainState:
   """Initializes the state from parameters sharded as the program's; trained ones are donated."""
   if program.offload == "none":
 
@@ -48,7 +47,8 @@ def init_train_state(program: TrainProgram, params: Any, frozen: Any) -> TrainSt
       return CheckpointState(jnp.int32(0), params, program.tx.init(params))
 
     shardings = shardings_of(program.state.checkpointable)
-    return TrainState(*jax.jit(init, out_shardings=shardings, donate_argnums=0)(params), frozen)
+    saved = jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)
+    return TrainState.from_checkpoint(saved, frozen)
 
   # Every optimizer begins with zeros: made on the host, without a detour over the device.
   def zeros(leaf):
@@ -64,7 +64,7 @@ def init_train_state(program: TrainProgram, params: Any, frozen: Any) -> TrainSt
 
 def load_or_init_params(
   program: TrainProgram, cfg: ModelConfig, source: HFCheckpoint, config: Config
-) -> tuple[Any, Any]:
+) -> tuple[Params, Params]:
   """Returns trained and frozen weights: of the base model, or drawn; adapters are always drawn."""
   shapes = program.state.all_params
   if config.model.init == "scratch":
@@ -77,7 +77,7 @@ def load_or_init_params(
   return trainable.partition(params, cfg.trained)
 
 
-def merge_params(trained: Any, cfg: ModelConfig, source: HFCheckpoint, shapes: Any) -> Any:
+def merge_params(trained: Params, cfg: ModelConfig, source: HFCheckpoint, shapes: Params) -> Params:
   """Merges what was trained into the base model: all its weights, without adapters, in float32.
 
   Args:
@@ -91,7 +91,7 @@ def merge_params(trained: Any, cfg: ModelConfig, source: HFCheckpoint, shapes: A
   return lora.merge(trainable.combine(trained, frozen), cfg)
 
 
-def merged_shapes(program: TrainProgram) -> Any:
+def merged_shapes(program: TrainProgram) -> Params:
   """The shapes of `merge_params`.
 
   In host memory where some weights are frozen: in float32 they may be too many for the device.

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 
@@ -21,7 +21,7 @@ from jaxft.training.preemption import PreemptionHandler
 from jaxft.training.profiler import Profiler
 from jaxft.training.stages import BuiltRun
 from jaxft.training.train_state import TrainState
-from jaxft.training.train_step import nonfinite_leaf_names
+from jaxft.training.train_step import TrainStepFn, nonfinite_leaf_names
 from jaxft.utils.console import ProgressBar, log
 from jaxft.utils.types import Json
 
@@ -60,7 +60,7 @@ def train(
   run: BuiltRun,
   state: TrainState,
   *,
-  train_step: Callable,
+  train_step: TrainStepFn,
   checkpoints: CheckpointManager,
   logger: MetricsLogger,
   evaluator: Evaluator,

@@ -8,29 +8,36 @@ has a copy of the weights on the device, in the compute dtype, made anew each st
 A accumulation steps, B rows at once, T tokens a row, L layers, D model
 """
 
+import functools
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jaxft.checkpoint.manager import CheckpointState
 from jaxft.config import OptimSection
-from jaxft.model.decoder import apply_remat, default_positions
+from jaxft.data.loader import Batch
+from jaxft.model.config import ModelConfig
+from jaxft.model.decoder import Decoder, apply_remat, default_positions
 from jaxft.model.dropout import per_row_keys, split_keys
 from jaxft.model.loss import cross_entropy_sum
 from jaxft.sharding import per_device
 from jaxft.training import optimizer
 from jaxft.training.stochastic_rounding import stochastic_round
 from jaxft.training.train_state import TrainState
-from jaxft.training.train_step import ids_in_range
-from jaxft.training.trainable import combine, make_layer_mask
+from jaxft.training.train_step import GradFn, GradStatsFn, UpdateFn, ids_in_range
+from jaxft.training.trainable import ParamPath, Trained, combine, make_layer_mask
+from jaxft.utils.types import Params, PyTree
 
+ApplyLayerFn: TypeAlias = Callable[[Params, jax.Array, jax.Array], jax.Array]  # (blocks, x, index)
 TABLE_CHUNK_BYTES = 2**26  # bytes of a table that are updated at once
 
 
-def validate_offload(platform: str, shapes: Any, mode: str) -> list[str]:
+def validate_offload(platform: str, shapes: PyTree, mode: str) -> list[str]:
   """Returns one line where the compiler is known to fail on such a state in host memory.
 
   Args:
@@ -52,12 +59,12 @@ def validate_offload(platform: str, shapes: Any, mode: str) -> list[str]:
   return []
 
 
-def is_offloaded(leaf: Any) -> bool:
+def is_offloaded(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
   """Whether a leaf goes to the host: vectors and scalars are too small to bother."""
   return leaf.ndim > 1
 
 
-def with_host_memory(shapes: Any) -> Any:
+def with_host_memory(shapes: PyTree) -> PyTree:
   """The shapes, with shardings in host memory for what is offloaded."""
 
   def pin(leaf):
@@ -69,7 +76,7 @@ def with_host_memory(shapes: Any) -> Any:
   return jax.tree.map(pin, shapes)
 
 
-def to_device(tree: Any) -> Any:
+def to_device(tree: PyTree) -> PyTree:
   """Moves a tree to the device; what is on it already stays."""
 
   # In the host's layout, row after row: libtpu (0.0.42.1) aborts where the layout is to change.
@@ -88,7 +95,7 @@ def to_host(x: jax.Array) -> jax.Array:
   return jax.device_put(x, jax.memory.Space.Host)
 
 
-def tree_to_host(tree: Any) -> Any:
+def tree_to_host(tree: PyTree) -> PyTree:
   """Moves whole leaves to the host, those that are offloaded."""
   return jax.tree.map(lambda leaf: to_host(leaf) if is_offloaded(leaf) else leaf, tree)
 
@@ -107,12 +114,25 @@ def host_mask(state: TrainState, mode: str) -> TrainState:
   )
 
 
-def mark_host_inputs(step: Callable, mask: Any) -> Callable:
+def state_with_host_memory(state: TrainState, mode: str) -> TrainState:
+  """The state's shapes, with shardings in host memory for what this `memory.offload` has there."""
+
+  def pin(leaf, on_host):
+    return with_host_memory(leaf) if on_host else leaf
+
+  return jax.tree.map(pin, state, host_mask(state, mode))
+
+
+def mark_host_inputs(
+  step: Callable[[PyTree, Batch], PyTree], mask: PyTree
+) -> Callable[[PyTree, Batch], PyTree]:
   """Wraps `step` so that XLA knows which leaves of its first argument are on the host.
 
   The shardings of a GPU that does not exist have no memory kind, and the program would not know
   (jax 0.10 to 0.12).
   """
+  if not any(jax.tree.leaves(mask)):
+    return step
 
   def mark(x, on_host):
     return to_host(x) if on_host else x
@@ -120,162 +140,199 @@ def mark_host_inputs(step: Callable, mask: Any) -> Callable:
   return lambda state, batch: step(jax.tree.map(mark, state, mask), batch)
 
 
-def fetch_layer(stack: Any, index: jax.Array) -> Any:
+def fetch_layer(stack: PyTree, index: jax.Array) -> PyTree:
   """Fetches one layer of stacked leaves."""
   layer = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
   return to_device(jax.tree.map(layer, stack))
 
 
 def make_streamed_grad_fn(
-  graph: nnx.GraphDef, *, loss_chunk: int, seed: int, remat: str, trained: Any = ()
-) -> Callable:
+  graph: nnx.GraphDef[Decoder], *, loss_chunk: int, seed: int, remat: str, trained: Trained = ()
+) -> GradFn:
   """Makes `train_step.make_grad_fn`'s function for weights on the host, and the gradient too."""
   mask_frozen_layers = make_layer_mask(trained)
 
-  def grad_fn(state: TrainState, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
+  def grad_fn(state: TrainState, batch: Batch) -> tuple[jax.Array, Params, jax.Array]:
     params = state.all_params
-    A, B, T = batch["ids"].shape
+    model = nnx.merge(graph, params)
+    ids = batch["ids"]
     tokens = jnp.sum(batch["mask"])
     scale = 1 / jnp.maximum(tokens, 1).astype(jnp.float32)
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    keys_AB = per_row_keys(key, 0, A * B).reshape(A, B)
-
-    # The model with some of its parameters replaced by ones on the device; those it does not use in
-    # a call stay on the host.
-    def model_with(**replaced):
-      return nnx.merge(graph, params | replaced)
-
-    model = model_with()
-    cfg = model.cfg
-    has_dropout = any(
-      (cfg.embed_dropout, cfg.attention_dropout, cfg.residual_dropout, cfg.lora_dropout)
-    )
-    embed_keys_AB, keys_LAB = _split_keys(keys_AB, cfg.L) if has_dropout else (None, None)
-    positions = batch.get(
-      "positions", jnp.broadcast_to(default_positions(batch["ids"][0]), (A, 1, T))
-    )
-
-    # ---- Forward: embedding, then layer after layer. Only the inputs of each layer are saved, of
-    # all micro-batches: the backward pass computes the layer again from them, as with remat.
-    embed = to_device(params["embed"])
-    other_embed = {name: leaf for name, leaf in embed.items() if name != "tokens"}
-    # Outside of the function that is differentiated: the gradient of the rows is added to the
-    # table's at the end, and no second table exists.
-    embeds = _map_micro_batches(model_with(embed=embed).embed_tokens, batch["ids"])
-
-    def embed_inputs(other_embed, embeds):
-      def embed_one(xs):
-        return model_with(embed=params["embed"] | other_embed).embed_inputs(*xs)
-
-      return _map_micro_batches(embed_one, (embeds, positions, embed_keys_AB))
-
-    x, embed_vjp = jax.vjp(embed_inputs, other_embed, embeds)
+    embed_keys_AB, keys_LAB = _dropout_keys(model.cfg, seed, state.step, ids.shape[:2])
+    positions = jnp.broadcast_to(default_positions(ids[0]), (len(ids), 1, ids.shape[2]))
+    positions = batch.get("positions", positions)
+    embedded, embed_vjp = _embed(graph, params, ids, positions, embed_keys_AB)
     layer_info = model.layer_info()
 
+    # Parts of the model with weights that are on the device; all others stay on the host.
     def apply_layer(blocks, x, index):
-      block = model_with(blocks=blocks).blocks
+      block = nnx.merge(graph, params | {"blocks": blocks}).blocks
       info = layer_info.at(index)
 
       def apply_one(xs):
         x_BTD, positions_BT, segments_BT, keys_B = xs
-        update_cache = lambda k, v: (k, v, segments_BT, 0)
-        return model.apply_layer(
-          block, x_BTD, positions_BT, segments_BT, info, keys_B, update_cache
-        )
+        return block(
+          x_BTD, positions_BT=positions_BT, segments_BT=segments_BT, info=info, keys_B=keys_B
+        )[0]
 
       keys_AB = None if keys_LAB is None else keys_LAB[index]
       xs = (x, positions, batch.get("segments"), keys_AB)
       return _map_micro_batches(apply_remat(apply_one, remat), xs)
 
-    def forward(x, index):
-      return apply_layer(fetch_layer(params["blocks"], index), x, index), x
-
-    layers = jnp.arange(cfg.L)
-    x, inputs = jax.lax.scan(forward, x, layers)
-
-    # ---- Loss: its gradient by the head's parameters and by the last hidden states.
-    def loss_fn(head_params, x_BTD, targets_BT, mask_BT):
-      model = model_with(**combine(head_params, frozen_head))
+    def loss_fn(head, x_BTD, targets_BT, mask_BT):
+      model = nnx.merge(graph, params | head)
       h_BTD = model.norm(x_BTD)
       return scale * cross_entropy_sum(h_BTD, model.head(), targets_BT, mask_BT, loss_chunk)
 
-    # A tied head is the table of the embedding; a classifier has an output of its own.
-    uses_table = cfg.tied and not cfg.classes
-    head_names = ("norm", "output", "embed") if uses_table else ("norm", "output")
-
-    def select_head(tree):
-      return to_device({name: tree[name] for name in head_names if name in tree})
-
-    head_params = select_head(state.params)
-    frozen_head = select_head(state.frozen)
-
-    def add_loss(total, xs):
-      loss, (d_head, dx) = jax.value_and_grad(loss_fn, (0, 1))(head_params, *xs)
-      return jax.tree.map(jnp.add, total, (loss, d_head)), dx
-
-    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), head_params))
-    (loss, d_head), dx = jax.lax.scan(add_loss, zeros, (x, batch["targets"], batch["mask"]))
-    loss = jnp.where(ids_in_range(batch, cfg), loss, jnp.nan)
-    d_head = tree_to_host(d_head)
-
-    # ---- Backward: layers from the last to the first, each fetched again. Its gradient, of all
-    # micro-batches, goes to the host as it is made: the device has one layer's, never all.
-    def backward(dx, xs):
-      x, index = xs
-
-      def fetch(tree):
-        return fetch_layer({"blocks": tree.get("blocks", {})}, index)
-
-      frozen, params = map(fetch, (state.frozen, state.params))
-      # In float32, as the gradients of the accumulation steps are added up in the dtype of these.
-      params_f32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-      _, vjp = jax.vjp(
-        lambda params, x: apply_layer(combine(params, frozen)["blocks"], x, index), params_f32, x
-      )
-      d_params, dx = vjp(dx)
-
-      def send(path, d, p):
-        return to_host(mask_frozen_layers(path, d, index).astype(p.dtype))
-
-      return dx, jax.tree_util.tree_map_with_path(send, d_params, params)
-
-    dx, d_blocks = jax.lax.scan(backward, dx, (inputs, layers), reverse=True)
-
-    # ---- The embedding: the gradient of its rows is added to what a tied head has left.
-    d_other, d_embeds = embed_vjp(dx)
-    if "tokens" in d_head.get("embed", {}):
-      d_tokens = to_device(d_head["embed"]["tokens"])
-    else:
-      d_tokens = jnp.zeros_like(embed["tokens"])
-    trained_embed = state.params.get("embed", {})
-    d_embed = {"tokens": d_tokens} | d_other
-    d_embed = {"embed": {name: d for name, d in d_embed.items() if name in trained_embed}}
-    d_embed = tree_to_host(model.add_embedding_grads(d_embed, batch["ids"], d_embeds))
-    grads = {**d_head, **d_embed, **d_blocks}
+    layers = jnp.arange(model.cfg.L)
+    x, inputs = _forward_layers(apply_layer, params, embedded, layers)
+    loss, d_head, dx = _head_grads(loss_fn, model.cfg, state, x, batch)
+    dx, d_blocks = _backward_layers(apply_layer, mask_frozen_layers, state, dx, inputs, layers)
+    d_embed = _embed_grads(model, state, ids, d_head, *embed_vjp(dx))
+    grads = d_head | d_embed | d_blocks
     return loss, {name: grads[name] for name in state.params}, tokens
 
   return grad_fn
 
 
-def _map_micro_batches(f: Callable, xs: Any) -> jax.Array:
+def _dropout_keys(
+  cfg: ModelConfig, seed: int, step: jax.Array, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
+  """Makes the keys the model itself would: for its embedding (A, B), for its layers (L, A, B)."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  keys_AB = per_row_keys(key, 0, math.prod(shape)).reshape(shape)
+  if not any((cfg.embed_dropout, cfg.attention_dropout, cfg.residual_dropout, cfg.lora_dropout)):
+    return None, None
+
+  def split_rows(keys_B):
+    embed_B, layers_B = split_keys(keys_B, 2)
+    return embed_B, split_keys(layers_B, cfg.L)
+
+  return jax.vmap(split_rows, out_axes=(0, 1))(keys_AB)
+
+
+def _embed(
+  graph: nnx.GraphDef[Decoder], params: Params, ids: jax.Array, positions, keys_AB
+) -> tuple[jax.Array, Callable]:
+  """Returns the input of the first layer, (A, B, T, D), and its VJP.
+
+  The VJP gives the gradient of the embedding's parameters but its table, and of the rows of that.
+  """
+  embed = to_device(params["embed"])
+  other = {name: leaf for name, leaf in embed.items() if name != "tokens"}
+  # Outside of the function that is differentiated: the gradient of the rows is added to the
+  # table's at the end, and no second table exists.
+  embed_tokens = nnx.merge(graph, params | {"embed": embed}).embed_tokens
+  embeds = _map_micro_batches(embed_tokens, ids)
+
+  def embed_inputs(other, embeds):
+    model = nnx.merge(graph, params | {"embed": params["embed"] | other})
+    return _map_micro_batches(lambda xs: model.embed_inputs(*xs), (embeds, positions, keys_AB))
+
+  return jax.vjp(embed_inputs, other, embeds)
+
+
+def _forward_layers(
+  apply_layer: ApplyLayerFn, params: Params, x: jax.Array, layers: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the output of the last layer, and the inputs of all, (L, A, B, T, D).
+
+  Nothing else is saved: the backward pass computes a layer again from its input, as with remat.
+  """
+
+  def forward(x, index):
+    return apply_layer(fetch_layer(params["blocks"], index), x, index), x
+
+  return jax.lax.scan(forward, x, layers)
+
+
+def _head_grads(
+  loss_fn: Callable, cfg: ModelConfig, state: TrainState, x: jax.Array, batch: Batch
+) -> tuple[jax.Array, Params, jax.Array]:
+  """Returns the loss, and its gradient by the head's parameters and by the last hidden states."""
+  # A tied head is the table of the embedding; a classifier has an output of its own.
+  uses_table = cfg.tied and not cfg.classes
+  names = ("norm", "output", "embed") if uses_table else ("norm", "output")
+
+  def select_head(tree):
+    return to_device({name: tree[name] for name in names if name in tree})
+
+  head = select_head(state.params)
+  frozen = select_head(state.frozen)
+
+  def add_loss(total, xs):
+    head_loss = lambda head, x_BTD: loss_fn(combine(head, frozen), x_BTD, *xs[1:])
+    loss, (d_head, dx) = jax.value_and_grad(head_loss, (0, 1))(head, xs[0])
+    return jax.tree.map(jnp.add, total, (loss, d_head)), dx
+
+  zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), head))
+  (loss, d_head), dx = jax.lax.scan(add_loss, zeros, (x, batch["targets"], batch["mask"]))
+  return jnp.where(ids_in_range(batch, cfg), loss, jnp.nan), tree_to_host(d_head), dx
+
+
+def _backward_layers(
+  apply_layer: ApplyLayerFn,
+  mask_frozen_layers: Callable[..., jax.Array],
+  state: TrainState,
+  dx: jax.Array,
+  inputs: jax.Array,
+  layers: jax.Array,
+) -> tuple[jax.Array, Params]:
+  """Returns the gradient of the first layer's input, and that of all layers' parameters.
+
+  From the last layer to the first, each is fetched again. Its gradient, of all micro-batches, goes
+  to the host as it is made: the device has one layer's, never all.
+  """
+
+  def backward(dx, xs):
+    x, index = xs
+
+    def fetch(tree):
+      return fetch_layer({"blocks": tree.get("blocks", {})}, index)
+
+    frozen, params = map(fetch, (state.frozen, state.params))
+    # In float32, as the gradients of the accumulation steps are added up in the dtype of these.
+    params_f32 = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    _, vjp = jax.vjp(
+      lambda params, x: apply_layer(combine(params, frozen)["blocks"], x, index), params_f32, x
+    )
+    d_params, dx = vjp(dx)
+
+    def send(path, d, p):
+      return to_host(mask_frozen_layers(path, d, index).astype(p.dtype))
+
+    return dx, jax.tree_util.tree_map_with_path(send, d_params, params)
+
+  return jax.lax.scan(backward, dx, (inputs, layers), reverse=True)
+
+
+def _embed_grads(
+  model: Decoder, state: TrainState, ids: jax.Array, d_head: Params, d_other: Params, d_embeds
+) -> Params:
+  """Returns the gradient of the embedding: that of its rows is added to what a tied head has left.
+
+  Args:
+    d_other, d_embeds: of its parameters but the table, and of the rows, by the VJP of `_embed`.
+  """
+  if "tokens" in d_head.get("embed", {}):
+    d_tokens = to_device(d_head["embed"]["tokens"])
+  else:
+    table_VD = state.all_params["embed"]["tokens"]
+    d_tokens = jnp.zeros(table_VD.shape, table_VD.dtype)
+  trained = state.params.get("embed", {})
+  d_embed = {name: d for name, d in ({"tokens": d_tokens} | d_other).items() if name in trained}
+  return tree_to_host(model.add_embedding_grads({"embed": d_embed}, ids, d_embeds))
+
+
+def _map_micro_batches(f: Callable, xs: PyTree) -> jax.Array:
   """Maps `f` over the accumulation steps, one after the other."""
   if jax.tree.leaves(xs)[0].shape[0] == 1:
     return f(jax.tree.map(lambda x: x[0], xs))[None]
   return jax.lax.map(f, xs)
 
 
-def _split_keys(keys_AB: jax.Array, L: int) -> tuple[jax.Array, jax.Array]:
-  """Makes the keys the model itself would: for its embedding (A, B), for its layers (L, A, B)."""
-
-  def split_rows(keys_B):
-    embed_B, layers_B = split_keys(keys_B, 2)
-    return embed_B, split_keys(layers_B, L)
-
-  return jax.vmap(split_rows, out_axes=(0, 1))(keys_AB)
-
-
-def make_copy_grad_fn(grad_fn: Callable, dtype: Any, shardings: Any) -> Callable:
-  """Makes `grad_fn` copy weights on the host to the device first, a layer at a time.
+def make_fetch_params(dtype: jnp.dtype, shardings: PyTree) -> Callable[[Params], Params]:
+  """Makes a function that copies weights on the host to the device, a layer at a time.
 
   Matrices of layers are in the compute dtype, and so are their gradients; what all layers share
   stays in float32, as its gradient is a sum of several.
@@ -296,14 +353,10 @@ def make_copy_grad_fn(grad_fn: Callable, dtype: Any, shardings: Any) -> Callable
     copied = jax.lax.map(fetch, jnp.arange(leaf.shape[0]))
     return jax.lax.with_sharding_constraint(copied, sharding)
 
-  def copy_grad_fn(state: TrainState, batch: dict) -> tuple[jax.Array, Any, jax.Array]:
-    params = jax.tree_util.tree_map_with_path(copy, state.params, shardings)
-    return grad_fn(state._replace(params=params), batch)
-
-  return copy_grad_fn
+  return lambda params: jax.tree_util.tree_map_with_path(copy, params, shardings)
 
 
-def make_streamed_stats(grad_shardings: Any) -> Callable:
+def make_streamed_stats(grad_shardings: PyTree) -> GradStatsFn:
   """Makes `train_step.make_grad_stats`'s function for a gradient on the host, read in chunks.
 
   It does not check the state: 12 more bytes a parameter over the bus. A NaN among the weights shows
@@ -329,7 +382,7 @@ def make_streamed_stats(grad_shardings: Any) -> Callable:
 
   map_shards = per_device.map_shards(jax.tree.leaves(grad_shardings), shard_stats)
 
-  def grad_stats(grads: Any, state: TrainState) -> tuple[jax.Array, jax.Array]:
+  def grad_stats(grads: Params, state: CheckpointState) -> tuple[jax.Array, jax.Array]:
     squares, max_abs = jnp.moveaxis(map_shards(jax.tree.leaves(grads)), -1, 0)
     unchecked = jnp.zeros(len(jax.tree.leaves(state)), bool)
     norm = jnp.sqrt(squares.sum())
@@ -338,7 +391,9 @@ def make_streamed_stats(grad_shardings: Any) -> Callable:
   return grad_stats
 
 
-def make_streamed_update_fn(config: OptimSection, shardings: Any, trained: Any = ()) -> Callable:
+def make_streamed_update_fn(
+  config: OptimSection, shardings: PyTree, trained: Trained = ()
+) -> UpdateFn:
   """Makes `train_step.make_update_fn`'s function for a state on the host, updated in place.
 
   It updates a layer of each leaf, or some rows of a table, after the other.
@@ -348,7 +403,7 @@ def make_streamed_update_fn(config: OptimSection, shardings: Any, trained: Any =
   """
   mask_frozen_layers = make_layer_mask(trained)
 
-  def update_leaf(path, sharding, key, param, grad, opt_state, is_finite, scale, learning_rate):
+  def update_leaf(path, sharding, key, param, grad, opt_state, *, scale, learning_rate, is_finite):
     tx = optimizer.make_leaf_optimizer(config, path)
     num_shards = param.shape[0] // sharding.shard_shape(param.shape)[0]
     chunks = LeafChunks.of(path, param, num_shards)
@@ -386,10 +441,11 @@ def make_streamed_update_fn(config: OptimSection, shardings: Any, trained: Any =
     num_turns = jnp.where(is_finite, chunks.num_chunks, 0)
     return jax.lax.fori_loop(0, num_turns, body, (param, opt_state))
 
-  def update_fn(is_finite, grads, scale, learning_rate, keys, params, opt_state):
-    update = lambda *leaves: update_leaf(*leaves, is_finite, scale, learning_rate)
-    trees = (shardings, keys, params, grads, opt_state)
-    return optimizer.unzip(params, jax.tree_util.tree_map_with_path(update, *trees))
+  def update_fn(state, grads, keys, scale, learning_rate, is_finite):
+    shared = {"scale": scale, "learning_rate": learning_rate, "is_finite": is_finite}
+    update = functools.partial(update_leaf, **shared)
+    trees = (shardings, keys, state.params, grads, state.opt_state)
+    return optimizer.unzip(state.params, jax.tree_util.tree_map_with_path(update, *trees))
 
   return update_fn
 
@@ -402,7 +458,12 @@ class HostTraffic(NamedTuple):
 
 
 def host_traffic(
-  mode: str, params: Any, opt_state: Any, frozen: Any, tied: bool, nbytes: Callable[[Any], int]
+  mode: str,
+  params: Params,
+  opt_state: PyTree,
+  frozen: Params,
+  tied: bool,
+  nbytes: Callable[[PyTree], int],
 ) -> HostTraffic:
   """What a step with this `memory.offload` moves.
 
@@ -435,7 +496,7 @@ class LeafChunks(NamedTuple):
   num_devices: int = 1  # that share the rows
 
   @classmethod
-  def of(cls, path: Any, leaf: jax.Array, num_devices: int) -> "LeafChunks":
+  def of(cls, path: ParamPath, leaf: jax.Array, num_devices: int) -> "LeafChunks":
     if optimizer.is_stacked(path):
       return cls(True, leaf.shape[0])
     return cls.of_rows(leaf, num_devices)

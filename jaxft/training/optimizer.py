@@ -1,7 +1,6 @@
 """Learning-rate schedules, optimizers, and which weights decay."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,8 @@ import optax
 import optax.contrib
 
 from jaxft.config import OptimSection
-from jaxft.training.trainable import param_name
+from jaxft.training.trainable import ParamPath, Trained, param_name
+from jaxft.utils.types import Params, PyTree
 
 # The last key of a parameter's path says what it is; a new name must be added here before it can be
 # trained.
@@ -56,28 +56,31 @@ def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
   also over steps that were skipped.
   """
 
-  def init(params: Any) -> Any:
+  def init(params: optax.Params) -> optax.OptState:
     # In float32, whatever the parameters are in: moments follow `optim.state_dtype` alone.
     def init_leaf(path, p):
       return _map_over_layers(optim, path).init(p.astype(jnp.float32))
 
     return jax.tree_util.tree_map_with_path(init_leaf, params)
 
-  def update(grads: Any, states: Any, params: Any) -> tuple[Any, Any]:
-    def update_leaf(path, param, grad, state):
-      return _map_over_layers(optim, path).update(grad, state, param)
+  def update(
+    updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, optax.OptState]:
+    def update_leaf(path, param, grad, leaf_state):
+      return _map_over_layers(optim, path).update(grad, leaf_state, param)
 
-    return unzip(params, jax.tree_util.tree_map_with_path(update_leaf, params, grads, states))
+    return unzip(params, jax.tree_util.tree_map_with_path(update_leaf, params, updates, state))
 
   return optax.GradientTransformation(init, update)
 
 
-def unzip(like: Any, pairs: Any) -> tuple[Any, Any]:
+def unzip(like: PyTree, pairs: PyTree) -> tuple[PyTree, PyTree]:
   """Makes two trees like `like` of one that has a pair at each of its leaves."""
-  return tuple(jax.tree.map(lambda _, pair, i=i: pair[i], like, pairs) for i in (0, 1))
+  first, second = (jax.tree.map(lambda _, pair, i=i: pair[i], like, pairs) for i in (0, 1))
+  return first, second
 
 
-def make_leaf_optimizer(optim: OptimSection, path: Any) -> optax.GradientTransformation:
+def make_leaf_optimizer(optim: OptimSection, path: ParamPath) -> optax.GradientTransformation:
   """Makes the optimizer of the leaf at this path, or of one layer of it."""
   dtype = jnp.dtype(optim.state_dtype)
   adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=dtype)
@@ -116,22 +119,28 @@ def _muon(optim: OptimSection) -> optax.GradientTransformation:
     return optax.contrib.scale_by_muon(beta=optim.b1, mu_dtype=dtype, weight_dimension_numbers=axes)
 
   # optax has the coefficients of its iteration in the state too: constants, left out here.
-  def init(x: jax.Array) -> Any:
-    state = muon_of(x).init(x)
+  def init(params: PyTree) -> PyTree:
+    state = muon_of(params).init(params)
+    assert isinstance(state, optax.contrib.MuonState)
     return state.count, state.mu
 
-  def update(grad: jax.Array, state: Any, _: Any = None) -> tuple[jax.Array, Any]:
-    muon = muon_of(grad)
-    state = optax.contrib.MuonState(*state, ns_coeffs=muon.init(grad).ns_coeffs)
-    orthogonal, state = muon.update(grad, state)
-    axes = MUON_AXES[grad.ndim]
-    rows, columns = (math.prod(np.take(grad.shape, np.atleast_1d(axis))) for axis in axes)
-    return 0.2 * max(rows, columns) ** 0.5 * orthogonal, (state.count, state.mu)
+  def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+    muon = muon_of(updates)
+    start = muon.init(updates)
+    assert isinstance(start, optax.contrib.MuonState)
+    count, mu = state
+    orthogonal, new = muon.update(updates, start._replace(count=count, mu=mu))
+    assert isinstance(new, optax.contrib.MuonState)
+    axes = MUON_AXES[updates.ndim]
+    rows, columns = (math.prod(np.take(updates.shape, np.atleast_1d(axis))) for axis in axes)
+    return 0.2 * max(rows, columns) ** 0.5 * orthogonal, (new.count, new.mu)
 
   return optax.GradientTransformation(init, update)
 
 
-def param_dtype(path: Any, leaf: Any, dtype: Any) -> Any:
+def param_dtype(
+  path: ParamPath, leaf: jax.Array | jax.ShapeDtypeStruct, dtype: jnp.dtype
+) -> jnp.dtype:
   """The dtype of the parameter at this path, where matrices of layers are to be in `dtype`.
 
   What all layers share stays as it is, as its gradient is a sum of several; adapters stay too,
@@ -140,7 +149,7 @@ def param_dtype(path: Any, leaf: Any, dtype: Any) -> Any:
   return dtype if is_stacked(path) and path[-1].key == "kernel" else leaf.dtype
 
 
-def with_param_dtype(dtype: Any, shapes: Any, trained: Any = ()) -> Any:
+def with_param_dtype(dtype: jax.typing.DTypeLike, shapes: Params, trained: Trained = ()) -> Params:
   """Shapes of parameters with the matrices of layers in `dtype`.
 
   Args:
@@ -157,26 +166,26 @@ def with_param_dtype(dtype: Any, shapes: Any, trained: Any = ()) -> Any:
   return jax.tree_util.tree_map_with_path(cast, shapes)
 
 
-def _map_over_layers(optim: OptimSection, path: Any) -> optax.GradientTransformation:
+def _map_over_layers(optim: OptimSection, path: ParamPath) -> optax.GradientTransformation:
   tx = make_leaf_optimizer(optim, path)
   if not is_stacked(path):
     return tx
 
   # Muon needs a layer's matrix whole. One layer after the other: all at once, a device would have
   # all layers of it.
-  def scan_layers(*operands):
-    return jax.lax.map(lambda layer: tx.update(*layer), operands)
+  def scan_layers(updates, state, params=None):
+    return jax.lax.map(lambda layer: tx.update(*layer), (updates, state, params))
 
   update = scan_layers if optim.name == "muon" else jax.vmap(tx.update)
   return optax.GradientTransformation(jax.vmap(tx.init), update)
 
 
-def is_stacked(path: Any) -> bool:
+def is_stacked(path: ParamPath) -> bool:
   """Whether the leaf at this path has a leading axis of layers."""
   return path[0].key == "blocks"
 
 
-def has_weight_decay(path: Any) -> bool:
+def has_weight_decay(path: ParamPath) -> bool:
   """The weight decay mask: matrices and embeddings, not biases and norms; KeyError for others."""
   name = path[-1].key
   if name not in DECAYED | NOT_DECAYED:

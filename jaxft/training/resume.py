@@ -9,9 +9,8 @@ from jaxft.checkpoint.manager import PLACEHOLDER, CheckpointManager, CheckpointS
 from jaxft.config import Config
 from jaxft.errors import CheckpointReadError, RequestError, StorageError
 from jaxft.model.config import RUN_FIELDS
-from jaxft.training.train_state import TrainState
 from jaxft.utils.console import log
-from jaxft.utils.types import Json, Params
+from jaxft.utils.types import Json
 from jaxft.utils.units import format_count
 
 LENGTH_SETTINGS = ("config.train.steps", "config.train.epochs")  # they make a run longer or shorter
@@ -111,10 +110,6 @@ def _masked_rows_note(saved: Json, current: Json, step: int) -> str:
   if passed <= 0:
     return ""
   return f"; left out of one epoch: {format_count(passed, 'row')} that its last step had masked"
-
-
-def with_frozen(saved: CheckpointState, frozen: Params) -> TrainState:
-  return TrainState(step=saved.step, params=saved.params, opt_state=saved.opt, frozen=frozen)
 
 
 def restore_best(

@@ -14,7 +14,7 @@ import jaxft
 from jaxft.distributed import multihost
 from jaxft.errors import StorageError, first_line
 from jaxft.metrics.system import peak_memory_source
-from jaxft.training import build
+from jaxft.training.memory import host_bytes
 from jaxft.training.stages import BuiltRun
 from jaxft.utils.console import log
 from jaxft.utils.files import read_json_object, write_json
@@ -37,7 +37,7 @@ def write_about(run: BuiltRun, start: int, memory: dict[str, int]) -> Json:
     file = run.request.workdir / "about.json"
     mesh = run.inputs.mesh
     device = run.inputs.device
-    host = build.host_bytes(run.program)
+    host = host_bytes(run.program)
     devices = {"count": mesh.size, "kind": device.device_kind, "processes": jax.process_count()}
     this_start = {"at": now(), "step": start, "devices": devices, "mesh": dict(mesh.shape)}
     starts = read_json_object(file, []).get("starts") if start else []

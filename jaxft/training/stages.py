@@ -19,10 +19,10 @@ from jaxft.hf.export_tensors import EXPORT_DTYPES
 from jaxft.hf.verify import format_parity
 from jaxft.model.config import ModelConfig
 from jaxft.model.decoder import parameter_count
-from jaxft.training import build, init
+from jaxft.training import build, init, memory
 from jaxft.training.build import TrainProgram
 from jaxft.training.inputs import RunInputs, RunRequest, has_frozen
-from jaxft.training.resume import check_same_run, restore_latest, with_frozen
+from jaxft.training.resume import check_same_run, restore_latest
 from jaxft.training.train_state import TrainState
 from jaxft.training.trainable import num_params
 from jaxft.training.workdir import check_disk_space
@@ -82,8 +82,8 @@ def build_run(request: RunRequest, inputs: RunInputs) -> BuiltRun:
   cfg = trainable_params.apply_config(inputs.source.cfg, config, inputs.model_type)
   row = inputs.data.train[0]
   program = build.build_train_program(config, cfg, inputs.mesh, inputs.total_steps, row)
-  build.check_fits(program, config)
-  if warning := build.pinned_memory_warning(program):
+  memory.check_fits(program, config)
+  if warning := memory.pinned_memory_warning(program):
     log(warning)
   run = BuiltRun(request=request, inputs=inputs, cfg=cfg, program=program)
   facts = run.model_facts
@@ -146,9 +146,9 @@ def restore_or_init(run: BuiltRun, checkpoints: CheckpointManager) -> tuple[Trai
   if saved is None:
     return initial_state(run), 0
   if not run.cfg.trained:
-    return with_frozen(saved, {}), tokens_seen
+    return TrainState.from_checkpoint(saved, {}), tokens_seen
   _, frozen = init.load_or_init_params(run.program, run.cfg, run.inputs.source, run.config)
-  return with_frozen(saved, frozen), tokens_seen
+  return TrainState.from_checkpoint(saved, frozen), tokens_seen
 
 
 def write_run_files(run: BuiltRun) -> None:

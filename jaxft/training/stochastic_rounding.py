@@ -4,15 +4,15 @@ Rounding to the nearest would leave a weight as it is until an update is 1/512 o
 (arXiv:2010.06192).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+
+from jaxft.utils.types import Params
 
 RNG_STREAM = 0x726F756E  # of random numbers, apart from that of dropout
 
 
-def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+def stochastic_round(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Array:
   """Rounds `x`, float32, to one of its two neighbours in bfloat16, so that the mean is `x`.
 
   With dtype float32 nothing changes. What bfloat16 has exactly stays as it is, and what is not
@@ -29,7 +29,7 @@ def stochastic_round(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
   return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def stochastic_round_layers(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+def stochastic_round_layers(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Array:
   """Rounds each layer of stacked ones with a key of its own."""
   if dtype == x.dtype:
     return x
@@ -40,7 +40,7 @@ def stochastic_round_layers(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Arr
   return jax.vmap(round_layer)(x, jnp.arange(x.shape[0]))
 
 
-def rounding_keys(seed: int, step: jax.Array, params: Any) -> Any:
+def rounding_keys(seed: int, step: jax.Array, params: Params) -> Params:
   """Returns a key for each leaf of the parameters in this step of a run."""
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), RNG_STREAM), step)
   leaves, tree = jax.tree.flatten(params)

@@ -1,23 +1,34 @@
 """The train state: what a step changes, and the weights that it leaves as they are."""
 
-from typing import Any, NamedTuple
+import dataclasses
 
 import jax
 
 from jaxft.checkpoint.manager import CheckpointState
 from jaxft.training.trainable import combine
+from jaxft.utils.types import Params, PyTree
 
 
-class TrainState(NamedTuple):
-  """Step, parameters and optimizer state, with the weights that are not trained."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+  """Step, parameters and optimizer state, with the weights that are not trained.
 
-  step: jax.Array  # optimizer steps done, skipped ones included
-  params: Any  # those that are trained
-  opt_state: Any
-  frozen: Any = {}  # those that are not
+  As a tree it may have shapes, shardings or a mask at its leaves, instead of arrays.
+  """
+
+  step: PyTree  # optimizer steps done, skipped ones included
+  params: Params  # those that are trained
+  opt_state: PyTree
+  frozen: Params = dataclasses.field(default_factory=dict)  # those that are not
+
+  @classmethod
+  def from_checkpoint(cls, saved: CheckpointState, frozen: Params) -> "TrainState":
+    """Undoes `checkpointable`."""
+    return cls(step=saved.step, params=saved.params, opt_state=saved.opt, frozen=frozen)
 
   @property
-  def all_params(self) -> Any:
+  def all_params(self) -> Params:
     """All parameters of the model."""
     return combine(self.params, self.frozen)
 
@@ -27,6 +38,6 @@ class TrainState(NamedTuple):
     return CheckpointState(self.step, self.params, self.opt_state)
 
 
-def shardings_of(shapes: Any) -> Any:
+def shardings_of(shapes: PyTree) -> PyTree:
   """The sharding of each leaf."""
   return jax.tree.map(lambda leaf: leaf.sharding, shapes)

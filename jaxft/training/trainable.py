@@ -6,16 +6,20 @@ layers; () means all.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Trained = tuple[tuple[str, tuple[int, ...]], ...]
+from jaxft.model.config import ModelConfig
+from jaxft.utils.types import Params
+
+Trained: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
+ParamPath: TypeAlias = tuple[jax.tree_util.DictKey, ...]  # as jax.tree_util has it
 
 
-def partition(tree: dict, trained: Trained) -> tuple[dict, dict]:
+def partition(tree: Params, trained: Trained) -> tuple[Params, Params]:
   """Splits a tree of parameters in two: the trained leaves, whole, and the frozen ones."""
   if not trained:
     return tree, {}
@@ -24,7 +28,7 @@ def partition(tree: dict, trained: Trained) -> tuple[dict, dict]:
   return _select(tree, "", lambda name: name in names), frozen
 
 
-def combine(trained: dict, frozen: dict) -> dict:
+def combine(trained: Params, frozen: Params) -> Params:
   """Undoes `partition`."""
   if not frozen:
     return trained
@@ -33,7 +37,7 @@ def combine(trained: dict, frozen: dict) -> dict:
   return {name: merged[name] for name in sorted(merged)}
 
 
-def select_like(tree: dict, shapes: dict) -> dict:
+def select_like(tree: Params, shapes: Params) -> Params:
   """Selects what `shapes`, which may have fewer leaves, has of a tree."""
   return {
     name: select_like(tree[name], node) if isinstance(node, dict) else tree[name]
@@ -48,7 +52,9 @@ def make_layer_mask(trained: Trained) -> Callable[..., jax.Array]:
   """
   trained_layers = {name: layers for name, layers in trained if layers}
 
-  def mask_frozen_layers(path: Any, x: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+  def mask_frozen_layers(
+    path: ParamPath, x: jax.Array, layer: jax.Array | None = None
+  ) -> jax.Array:
     layers = trained_layers.get(param_name(path))
     if layers is None:
       return x
@@ -60,22 +66,22 @@ def make_layer_mask(trained: Trained) -> Callable[..., jax.Array]:
   return mask_frozen_layers
 
 
-def num_params(tree: dict, cfg: Any) -> int:
-  """Counts parameters, without the rows that pad the vocabulary of `cfg` (a `ModelConfig`)."""
+def num_params(tree: Params, cfg: ModelConfig) -> int:
+  """Counts parameters, without the rows that pad the vocabulary."""
 
-  def size(path: Any, leaf: Any) -> int:
+  def size(path: ParamPath, leaf: jax.Array) -> int:
     is_padded = param_name(path) in ("embed.tokens", "output.kernel", "output.bias")
     return (cfg.V if is_padded else leaf.shape[0]) * math.prod(leaf.shape[1:])
 
   return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(size, tree)))
 
 
-def param_name(path: Any) -> str:
+def param_name(path: ParamPath) -> str:
   """The name of the parameter at this path, such as "blocks.mlp.up.kernel"."""
   return ".".join(key.key for key in path)
 
 
-def _select(tree: dict, prefix: str, predicate: Callable[[str], bool]) -> dict:
+def _select(tree: Params, prefix: str, predicate: Callable[[str], bool]) -> Params:
   selected = {}
   for key, node in tree.items():
     if not isinstance(node, dict):

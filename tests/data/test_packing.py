@@ -11,7 +11,6 @@ from jaxft.data.packing import PackedDataset
 from jaxft.hf import model_config
 from jaxft.model.compute import ComputeConfig
 from jaxft.model.loss import cross_entropy_sum
-from jaxft.training.train_step import hidden_states
 
 T, EOS = 24, 0
 CONFIGS = {
@@ -53,6 +52,11 @@ def stored(lengths, seed=0):
 def batch(rows):
   picked = [rows[i] for i in range(len(rows))]
   return {name: np.stack([row[name] for row in picked]) for name in picked[0]}
+
+
+def hidden_states(net, part):
+  optional = {f"{name}_BT": part[name] for name in ("segments", "positions") if name in part}
+  return net(part["ids"], **optional)[0]
 
 
 def loss_and_gradient(decoder, part):

@@ -111,7 +111,7 @@ def test_layer_views_match_sharded_generation(ready):
     Sampling(20, temperature=0, num_beams=4, num_return_sequences=2),
   ):
     assert alone(params, prompts, sampling) == ready._generator(ready.params, prompts, sampling)
-  assert alone._step._cache_size() == 3  # rows of a prompt each, of two, of four
+  assert alone._decode._cache_size() == 3  # rows of a prompt each, of two, of four
 
 
 def test_temperature_near_zero_is_greedy(ready):
@@ -135,10 +135,10 @@ def test_seed_determines_samples(ready):
 
 def test_padded_prompts_share_compiled_programs(ready):
   ready.generate(["a"], max_new_tokens=3)
-  before = ready._generator._prefill._cache_size(), ready._generator._step._cache_size()
+  before = ready._generator._prefill._cache_size(), ready._generator._decode._cache_size()
   for prompt in ("cat", "the dog", "a small blue door"):
     ready.generate([prompt], max_new_tokens=9)
-  assert (ready._generator._prefill._cache_size(), ready._generator._step._cache_size()) == before
+  assert (ready._generator._prefill._cache_size(), ready._generator._decode._cache_size()) == before
 
 
 def test_stops_at_end_token_and_last_position(ready):

@@ -116,7 +116,7 @@ def test_vocab_padding_changes_no_logits_or_export(folder, tmp_path):
   def loss(params, chunk):
     decoder = nnx.merge(graph, params)
     return cross_entropy_sum(
-      decoder(ids[:, :-1]), decoder.head(), ids[:, 1:], np.ones((3, 40), bool), chunk
+      decoder(ids[:, :-1])[0], decoder.head(), ids[:, 1:], np.ones((3, 40), bool), chunk
     )
 
   for chunk in (0, 16):

@@ -166,7 +166,7 @@ def test_logits_match_with_left_and_right_padding(family_case):
       position_ids=torch.from_numpy(positions).long(),
     ).logits.numpy()
   decoder = nnx.merge(graph, params)
-  ours = np.asarray(decoder.logits(decoder(ids, segments_BT=real, positions_BT=positions)))
+  ours = np.asarray(decoder.logits(decoder(ids, segments_BT=real, positions_BT=positions)[0]))
   assert relative_error(ours[real == 1], expected[real == 1]) < 1e-5
 
 
@@ -183,7 +183,8 @@ def test_loss_and_all_gradients_match_torch(family_case):
 
   def loss(params):
     decoder, mask = nnx.merge(graph, params), jnp.ones((2, 299), bool)
-    return cross_entropy_sum(decoder(ids[:, :-1]), decoder.head(), ids[:, 1:], mask) / mask.sum()
+    hidden, _ = decoder(ids[:, :-1])
+    return cross_entropy_sum(hidden, decoder.head(), ids[:, 1:], mask) / mask.sum()
 
   value, grads = jax.jit(jax.value_and_grad(loss))(params)
   assert abs(value - expected.item()) < 1e-5 * expected.item()
@@ -216,7 +217,8 @@ def test_ten_adamw_steps_match_torch(family_case):
   params = load_weights.load_params(
     checkpoint, run.state.params, jax.tree.map(lambda leaf: leaf.sharding, run.state.params)
   )
-  state, step = TrainState(jnp.int32(0), params, run.tx.init(params)), run.train_step
+  state = TrainState(step=jnp.int32(0), params=params, opt_state=run.tx.init(params))
+  step = run.train_step
   # jaxft decays matrices and embeddings. In torch those are the parameters with two axes.
   groups = [
     {"params": [p for p in theirs.parameters() if p.ndim == 2], "weight_decay": 0.1},

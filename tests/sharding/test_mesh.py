@@ -17,6 +17,7 @@ from jaxft.hf import model_config
 from jaxft.model.compute import ComputeConfig
 from jaxft.model.decoder import abstract_model, init_model
 from jaxft.sharding import rules
+from jaxft.training.memory import bytes_per_device
 from jaxft.training.train_state import TrainState
 from jaxft.training.trainable import param_name
 
@@ -67,7 +68,7 @@ def build(family, mesh, stage):
 def begin(run, family):
   shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
   params = jax.device_put(weights(family), shardings.params)
-  init = lambda p: TrainState(jnp.int32(0), p, run.tx.init(p))
+  init = lambda p: TrainState(step=jnp.int32(0), params=p, opt_state=run.tx.init(p))
   return jax.jit(init, out_shardings=shardings)(params)
 
 
@@ -164,9 +165,9 @@ def test_sharded_bytes_match_formula(family, mesh, stage):
     "gradients": run.grad_shapes,
     "optimizer": run.state.opt_state,
   }
-  assert {
-    what: jaxft.training.build.bytes_per_device(tree) for what, tree in held.items()
-  } == bytes_by_formula(family, mesh, stage)
+  assert {what: bytes_per_device(tree) for what, tree in held.items()} == bytes_by_formula(
+    family, mesh, stage
+  )
 
 
 @pytest.mark.slow

@@ -268,9 +268,8 @@ def test_torn_metrics_line_does_not_stop_export(config, tmp_path):
 
 
 def test_nonfinite_leaf_names():
-  state = TrainState(
-    jnp.int32(0), {"a": {"kernel": jnp.zeros(2)}, "b": jnp.zeros(3)}, (jnp.zeros(2),)
-  )
+  params = {"a": {"kernel": jnp.zeros(2)}, "b": jnp.zeros(3)}
+  state = TrainState(step=jnp.int32(0), params=params, opt_state=(jnp.zeros(2),))
   assert nonfinite_leaf_names(np.array([False, True, False, True, False, True]), state) == [
     "the gradient of ['b']",
     "params['a']['kernel']",

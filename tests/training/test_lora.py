@@ -85,7 +85,7 @@ def begin(run, cfg, family):
   trained, frozen = trainable.partition(weights(family, cfg), cfg.trained)
   opt = jax.device_get(run.tx.init(trained))
   return jax.device_put(
-    TrainState(jnp.int32(0), trained, opt, frozen),
+    TrainState(step=jnp.int32(0), params=trained, opt_state=opt, frozen=frozen),
     jax.tree.map(lambda leaf: leaf.sharding, run.state),
   )
 
@@ -182,7 +182,7 @@ def test_merged_lora_matches_model_with_adapters(family, targets):
   plain = nnx.merge(
     jaxft.model.decoder.abstract_model(plain_cfg, run.compute)[0], lora.merge(params, cfg)
   )
-  logits = [np.asarray(decoder.logits(decoder(ids))) for decoder in (with_adapters, plain)]
+  logits = [np.asarray(decoder.logits(decoder(ids)[0])) for decoder in (with_adapters, plain)]
   without = nnx.merge(
     jaxft.model.decoder.abstract_model(plain_cfg, run.compute)[0], lora.without_adapters(params)
   )

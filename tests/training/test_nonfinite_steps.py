@@ -1,5 +1,6 @@
 """A non-finite number is caught on its own step and changes no bit of weights or optimizer."""
 
+import dataclasses
 import functools
 import json
 
@@ -39,10 +40,12 @@ def built(family, accumulation, devices):
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
   run = build_train_program(config, cfg, make_mesh(config.mesh, jax.devices()[:devices]), 9, row)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
-  new = lambda: nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
-  begin = jax.jit(
-    lambda: TrainState(jnp.int32(0), params := new(), run.tx.init(params)), out_shardings=shardings
-  )
+
+  def new():
+    params = nnx.to_pure_dict(nnx.state(init_model(cfg, run.compute)))
+    return TrainState(step=jnp.int32(0), params=params, opt_state=run.tx.init(params))
+
+  begin = jax.jit(new, out_shardings=shardings)
   state, numbers = run.train_step(begin(), batch(run, 0))
   assert not numbers["bad"]
   return run, jax.device_get(state)
@@ -116,19 +119,21 @@ def test_nonfinite_values_never_enter_the_state(part, record_property):
     named = None
     if where == "weight":
       params, leaf = poisoned(rng, state.params, value)
-      state, named = state._replace(params=params), f"params{names(params)[leaf]}"
+      state, named = dataclasses.replace(state, params=params), f"params{names(params)[leaf]}"
     if where == "optimizer":
       opt, leaf = poisoned(rng, state.opt_state, value)
-      state, named = state._replace(opt_state=opt), f"opt{names(opt)[leaf]}"
+      state, named = dataclasses.replace(state, opt_state=opt), f"opt{names(opt)[leaf]}"
     if where in ("ids", "targets"):
       change = {where: (at, int(rng.choice([-1, V + 10**6, 2**31 - 1])))}
     if where == "gradient":  # finite weights, and activations that overflow on the way
-      state = state._replace(params=jax.tree.map(lambda x: x * np.float32(1e30), state.params))
+      state = dataclasses.replace(
+        state, params=jax.tree.map(lambda x: x * np.float32(1e30), state.params)
+      )
     if where == "loss":  # finite hidden states, and logits that are not
       room, table = ("embed", "tokens") if family == "gpt2" else ("output", "kernel")
       params = state.params
       changed = params[room] | {table: params[room][table] * np.float32(1e38)}
-      state = state._replace(params=params | {room: changed})
+      state = dataclasses.replace(state, params=params | {room: changed})
     placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, run.state)
     after, numbers = run.train_step(placed, batch(run, part, **change))
     assert numbers["bad"], (family, accumulation, devices, where, value)

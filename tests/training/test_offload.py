@@ -1,5 +1,6 @@
 """Offload changes no number: losses and weights are those of a run with all on the device."""
 
+import dataclasses
 import functools
 import itertools
 import shutil
@@ -58,7 +59,8 @@ def weights(family):
 def begin(run, family):
   shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
   params = jax.tree.map(lambda x, like: x.astype(like.dtype), weights(family), run.state.params)
-  state = TrainState(jnp.int32(0), params, jax.device_get(run.tx.init(params)))
+  opt_state = jax.device_get(run.tx.init(params))
+  state = TrainState(step=jnp.int32(0), params=params, opt_state=opt_state)
   return jax.device_put(state, shardings)
 
 
@@ -180,8 +182,8 @@ def test_offloaded_step_matches_and_skips_nonfinite(mode):
   state = begin(run, "gpt2")
   params = jax.tree.map(np.array, state.params)
   params["blocks"]["mlp"]["up"]["kernel"][1, 2, 3] = np.inf
-  state = state._replace(
-    params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, run.state.params))
+  state = dataclasses.replace(
+    state, params=jax.device_put(params, jax.tree.map(lambda x: x.sharding, run.state.params))
   )
   before = jax.device_get(state)
   after, numbers = run.train_step(state, batch(run, 0))

@@ -1,5 +1,7 @@
 """The train step: the same numbers for every mesh and micro-batch, torch's, none of a bad batch."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,9 +42,8 @@ def train(folder, steps=3, *, mesh=None, accumulation=1, dropout=0.0, spoil=None
   run = build_train_program(config, checkpoint.cfg.with_dropout(dropout), on, steps, row)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state)
   params = load_weights.load_params(checkpoint, run.state.params, shardings.params)
-  state = jax.jit(lambda p: TrainState(jnp.int32(0), p, run.tx.init(p)), out_shardings=shardings)(
-    params
-  )
+  init = lambda p: TrainState(step=jnp.int32(0), params=p, opt_state=run.tx.init(p))
+  state = jax.jit(init, out_shardings=shardings)(params)
   metrics = []
   for batch in batches(checkpoint.cfg, steps):
     batch = {
@@ -141,8 +142,9 @@ def test_nonfinite_step_changes_nothing(folder, fsdp, accumulation):
     kernel = state.params["blocks"]["mlp"]["up"]["kernel"]
     bad = jax.device_put(kernel.at[0, 0, 0].set(jnp.nan), kernel.sharding)
     params = jax.tree.map(lambda a: bad if a is kernel else a, state.params)
-    spoiled.append(jax.device_get(TrainState(state.step, params, state.opt_state)))
-    return TrainState(state.step, params, state.opt_state)
+    state = dataclasses.replace(state, params=params)
+    spoiled.append(jax.device_get(state))
+    return state
 
   _, state, metrics = train(folder, 2, mesh=dict(fsdp=fsdp), accumulation=accumulation, spoil=spoil)
   assert [bool(numbers["bad"]) for numbers in metrics] == [False, True]

@@ -21,8 +21,8 @@ from jaxft.hf import model_config
 from jaxft.hf.known_models import PUBLISHED
 from jaxft.plan.measure import dummy_row
 from jaxft.sharding.mesh import make_mesh
-from jaxft.training.build import (
-  build_train_program,
+from jaxft.training.build import build_train_program
+from jaxft.training.memory import (
   check_fits,
   host_bytes,
   max_host_bytes,
@@ -269,7 +269,7 @@ def test_more_than_pinned_limit_is_rejected(monkeypatch):
   )
   batch = SimpleNamespace(mesh=SimpleNamespace(local_devices=[gpu]))
   on_gpu = SimpleNamespace(
-    **{name: getattr(run, name) for name in run._fields},
+    **vars(run),
     host_mask=run.host_mask,
     batch_sharding=batch,
   )
@@ -380,7 +380,9 @@ def test_finetune_limits_pinning_and_checks_slices(folder, stories, tmp_path, mo
   seen, config = [], tiny.config(folder, stories)
   monkeypatch.setattr(backend, "limit_pinned_memory", lambda nbytes: seen.append(nbytes))
   monkeypatch.setattr(backend, "check_slices", lambda compiled, platform: seen.append(platform))
-  monkeypatch.setattr(jaxft.training.build, "pinned_memory_warning", lambda run: "warning: of gaps")
+  monkeypatch.setattr(
+    jaxft.training.memory, "pinned_memory_warning", lambda run: "warning: of gaps"
+  )
   jaxft.train.finetune(config, tmp_path / "resident", dry_run=True)
   assert seen == []
   config.memory.offload = "all"

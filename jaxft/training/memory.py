@@ -1,0 +1,107 @@
+"""What a run takes of the memory of its devices and of the host, before any of it is taken."""
+
+import math
+
+import jax
+
+from jaxft.config import Config
+from jaxft.errors import RequestError
+from jaxft.model.compute import ComputeConfig
+from jaxft.model.config import ModelConfig
+from jaxft.model.decoder import abstract_model
+from jaxft.sharding import rules
+from jaxft.training import offload, optimizer
+from jaxft.training.build import TrainProgram
+from jaxft.utils import backend
+from jaxft.utils.types import PyTree
+
+
+def bytes_per_device(tree: PyTree) -> int:
+  """Bytes of these shapes with shardings on a device, or in its share of the host's memory."""
+
+  def nbytes(leaf):
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+  return sum(map(nbytes, jax.tree.leaves(tree)))
+
+
+def check_fits(program: TrainProgram, config: Config) -> None:
+  """Raises RequestError when device or host cannot hold the state and a batch.
+
+  Activations and other temporaries come on top.
+  """
+  devices = program.batch_sharding.mesh.local_devices
+  device = devices[0]
+  on_host = host_bytes(program) * len(devices)
+  fewer = (
+    "config.model.param_dtype=bfloat16, config.optim.name=adafactor or "
+    "config.optim.state_dtype=bfloat16 needs fewer (docs/memory.md)"
+  )
+  needs = f"config.memory.offload={program.offload}: the host is to keep {on_host:,} bytes and"
+  if on_host > (limit := backend.host_memory_bytes()):
+    raise RequestError(f"{needs} has {limit:,}; {fewer}")
+  if device.platform == "gpu" and on_host > (limit := backend.pinned_limit()):
+    raise RequestError(
+      f"{needs} XLA may pin {limit:,} in this process; set {backend.PINNED_LIMIT_ENV} (GiB) before "
+      f"it starts or, where the machine has more memory than it shows, {backend.HOST_MEMORY_ENV}; "
+      f"{fewer}"
+    )
+  limit = backend.device_memory_bytes(device)
+  state = bytes_per_device(program.state) if program.offload == "none" else 0
+  batch = bytes_per_device(program.batch)
+  if state + batch > limit:
+    raise RequestError(
+      f"config.train.batch_size={config.train.batch_size}, "
+      f"config.data.sequence_length={config.data.sequence_length}, "
+      f"config.model.path={config.model.path!r}: weights and optimizer take {state:,} bytes of a "
+      f"device and a batch {batch:,}; a {device.device_kind} here has {limit:,}"
+    )
+
+
+def pinned_memory_warning(program: TrainProgram) -> str:
+  """Returns a warning where XLA's pool of pinned memory may be too small for the state; else ""."""
+  devices = program.batch_sharding.mesh.local_devices
+  on_host = host_bytes(program)
+  limit = backend.pinned_limit()
+  blocks = [bytes_per_device(leaf) for leaf in _host_leaves(program)]
+  blocks.append(on_host - sum(blocks))  # the gradient is one
+  if devices[0].platform != "gpu" or backend.pool_fits(blocks * len(devices), limit):
+    return ""
+  return (
+    f"warning: the host is to keep {on_host * len(devices):,} bytes; with the gaps between them "
+    f"that may be more than the {limit:,} that XLA may pin. If it runs out of host memory, set "
+    f"{backend.PINNED_LIMIT_ENV} (GiB) before the run starts (docs/memory.md)"
+  )
+
+
+def host_bytes(program: TrainProgram) -> int:
+  """Host memory for each device: weights and optimizer state, and with "all" the gradient."""
+  grads = jax.tree.leaves(program.grad_shapes) if program.offload == "all" else []
+  return host_state_bytes(program) + bytes_per_device(list(filter(offload.is_offloaded, grads)))
+
+
+def max_host_bytes(config: Config, cfg: ModelConfig) -> int | None:
+  """Most bytes in one host's memory, before JAX has looked for devices; None if they decide it."""
+  if config.memory.offload == "none":
+    return 0
+  if config.mesh.data == -1 or config.mesh.zero_stage < max(rules.MIN_ZERO_STAGE.values()):
+    return None  # each device has a copy
+  if cfg.trained:
+    return None  # the export has all weights there, frozen ones too, in float32
+  shapes = abstract_model(cfg, ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))[1]
+  moments = jax.eval_shape(optimizer.make_optimizer(config.optim).init, shapes)
+  weights = optimizer.with_param_dtype(config.model.param_dtype, shapes, cfg.trained)
+  grads = weights if config.memory.offload == "all" else ()
+  leaves = filter(offload.is_offloaded, jax.tree.leaves((weights, moments, grads)))
+  return config.mesh.data * sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+
+
+def host_state_bytes(program: TrainProgram) -> int:
+  """`host_bytes` without the gradient."""
+  return bytes_per_device(_host_leaves(program))
+
+
+def _host_leaves(program: TrainProgram) -> list[jax.ShapeDtypeStruct]:
+  """The leaves of the state that are in host memory."""
+  leaves, mask = map(jax.tree.leaves, (program.state, program.host_mask))
+  return [leaf for leaf, on_host in zip(leaves, mask, strict=True) if on_host]
