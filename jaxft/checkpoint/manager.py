@@ -27,8 +27,9 @@ from jaxft.checkpoint.checksums import checksums, chunk_checksum, nonfinite_leav
 from jaxft.config import TrainSection
 from jaxft.errors import CheckpointReadError, NumericsError, StorageError, first_line
 from jaxft.utils.files import is_encodable
+from jaxft.utils.types import PyTree
 
-PLACEHOLDER: Any = ocp.PLACEHOLDER  # for a leaf that is not read
+PLACEHOLDER: PyTree = ocp.PLACEHOLDER  # for a leaf that is not read
 READ_BATCH_BYTES = 2**28  # read at once, of one leaf or several, where there is no room for all
 CHUNK_BYTES = 2**26  # compressed at once, and of a file, which Orbax makes in memory as a whole
 TMP_MARK = ".orbax-checkpoint-tmp"  # in the names of folders beside the checkpoints
