@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxft.train
 import jaxft.training.workdir
 from jaxft.checkpoint import manager
 from jaxft.errors import Preempted, RequestError, StorageError
@@ -20,7 +22,7 @@ from jaxft.metrics.logger import MetricsLogger
 from jaxft.metrics.sinks import JsonlLog
 from jaxft.pretrained import load_workdir
 from jaxft.train import finetune
-from jaxft.training import preemption
+from jaxft.training import loop, preemption
 from jaxft.training.train_state import TrainState
 from jaxft.training.train_step import nonfinite_leaf_names
 from jaxft.utils.files import atomic_write
@@ -167,6 +169,32 @@ def test_best_checkpoint_is_preserved_beside_newest(tmp_path):
   assert again.steps() == [2, 7, 8] and sorted(
     path.name for path in (tmp_path / "c").iterdir()
   ) == ["2", "7", "8"]
+
+
+def test_last_state_is_freed_before_the_best_is_read(config, tmp_path, monkeypatch):
+  """There may be no room for two, and where no step is left none donates the first."""
+  config.train.keep_best_metric = "eval/loss"
+  refs, freed = [], []
+  train, restore = loop.train, jaxft.train.restore_best
+
+  def trained(run, state, **tools):
+    first = jax.tree.leaves(state)
+    step, state = train(run, state, **tools)
+    freed.append([x.is_deleted() for x in first])
+    refs.extend(map(weakref.ref, jax.tree.leaves(state)))
+    return step, state
+
+  def restored(*rest):
+    freed.append([ref() is None for ref in refs])
+    return restore(*rest)
+
+  monkeypatch.setattr(loop, "train", trained)
+  monkeypatch.setattr(jaxft.train, "restore_best", restored)
+  finetune(config, tmp_path / "run")
+  assert all(map(all, freed)) and len(freed) == 2
+  refs.clear(), freed.clear()
+  finetune(config, tmp_path / "run")
+  assert not any(freed[0]) and all(freed[1])
 
 
 def test_early_stopping_ends_training(config, tmp_path):
