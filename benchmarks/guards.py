@@ -25,7 +25,8 @@ import jaxft.training.build
 from jaxft.checkpoint.checksums import checksums, nonfinite_leaves
 from jaxft.hf import model_config
 from jaxft.hf.known_models import PUBLISHED
-from jaxft.metrics.reporter import Reporter
+from jaxft.metrics.logger import MetricsLogger
+from jaxft.metrics.sinks import ConsoleSink, JsonlSink
 from jaxft.model.decoder import init_model
 from jaxft.sharding import per_device
 from jaxft.sharding.mesh import make_mesh
@@ -95,11 +96,18 @@ def main() -> None:
   sums = time.monotonic() - compiled
   console.quiet = True
   with tempfile.TemporaryDirectory() as folder, ProgressBar("training", 1) as meter:
-    reporter = Reporter(config, Path(folder), 0, 10**9, 0, None, jax.devices()[0])
+    logger = MetricsLogger(
+      train=config.train,
+      sinks=(JsonlSink(Path(folder), 0, True), ConsoleSink()),
+      total_steps=10**9,
+      num_rows=1,
+      device=jax.devices()[0],
+      nonfinite_names=lambda bad: [],
+    )
     host = jax.device_get(numbers)
     started = time.monotonic()
     for step in range(1, 1001):
-      reporter.log_step(step, host, meter, lambda bad: [])
+      logger.log_step(step, host, meter)
     log_seconds = (time.monotonic() - started) / 1000
 
   every, bare = config.train.save_every, median["bare"]

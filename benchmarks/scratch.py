@@ -54,14 +54,16 @@ def finetune_until(
   Args:
     last: less than `config.train.steps`; after the last one a run is evaluated first.
     after_step: takes the number and the metrics of each step.
-    said: takes each line that the run says.
+    said: takes each line that the train loop logs.
   """
   from jaxft import train
+  from jaxft.metrics.logger import MetricsLogger
+  from jaxft.training import loop, stages
 
-  log_step, log, check_disk_space = train.Reporter.log_step, train.log, train.check_disk_space
+  log_step, log, check_room = MetricsLogger.log_step, loop.log, stages.check_room
 
-  def step(reporter, number: int, numbers: dict[str, Any], *rest) -> None:
-    log_step(reporter, number, numbers, *rest)
+  def step(logger, number: int, numbers: dict[str, Any], *rest) -> None:
+    log_step(logger, number, numbers, *rest)
     after_step(number, numbers)
     if number == last:
       raise LastStep
@@ -70,10 +72,9 @@ def finetune_until(
     log(line)
     said(line)
 
-  train.Reporter.log_step, train.log, train.check_disk_space = step, heard, lambda *_: None
+  MetricsLogger.log_step, loop.log, stages.check_room = step, heard, lambda *_: None
   try:
     with contextlib.suppress(LastStep):
       train.finetune(config, workdir, require=os.environ.get("BENCHMARKS_REQUIRE"))
   finally:
-    train.Reporter.log_step, train.log = log_step, log
-    train.check_disk_space = check_disk_space
+    MetricsLogger.log_step, loop.log, stages.check_room = log_step, log, check_room

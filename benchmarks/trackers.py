@@ -27,7 +27,7 @@ import jaxft.config
 from jaxft.config_checks import TRACKERS
 from jaxft.hf import model_config
 from jaxft.hf.known_models import PUBLISHED
-from jaxft.metrics.reporter import JsonlLog
+from jaxft.metrics.sinks import JsonlSink
 from jaxft.metrics.trackers import TrackerGroup
 from jaxft.model.decoder import init_model
 from jaxft.sharding.mesh import make_mesh
@@ -75,19 +75,18 @@ def main() -> None:
   console.quiet = True
   seconds, steps = {"without": [], "with": [], "broken": []}, config.train.log_every
   with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as silent:
-    lines = [JsonlLog(Path(folder) / name, -1, True) for name in ("metrics.jsonl", "samples.jsonl")]
+    files = JsonlSink(Path(folder), 0, True)
+    group_in = lambda name: TrackerGroup(
+      config=config, workdir=Path(folder) / name, start=0, files=files, writes=True
+    )
     for name in ("working", "broken"):
       (Path(folder) / name).mkdir()
     with contextlib.ExitStack() as until_the_end:
-      working = until_the_end.enter_context(
-        TrackerGroup(config, Path(folder) / "working", 0, *lines, True)
-      )
+      working = until_the_end.enter_context(group_in("working"))
       send(working, 0)
       wait_for(working)
       break_all(f"http://127.0.0.1:{silent.getsockname()[1]}", Path(folder) / "file")
-      broken = until_the_end.enter_context(
-        TrackerGroup(config, Path(folder) / "broken", 0, *lines, True)
-      )
+      broken = until_the_end.enter_context(group_in("broken"))
       for turn in range(1, TURNS + 1):
         for what, writers in {"without": None, "with": working, "broken": broken}.items():
           started = time.monotonic()
@@ -119,7 +118,7 @@ def main() -> None:
 
 
 def send(writers: TrackerGroup, turn: int) -> None:
-  writers.log("metrics", {"step": turn} | LINE)
+  writers.write("metrics", {"step": turn} | LINE, "")
 
 
 def wait_for(writers: TrackerGroup) -> None:

@@ -178,10 +178,10 @@ def measured(args: argparse.Namespace) -> dict:
 
 
 def with_jaxft(args: argparse.Namespace, folder: Path) -> dict:
-  """A run of `jaxft.finetune`: its steps as its own reporter hears of them."""
+  """A run of `jaxft.finetune`: its steps as its own logger hears of them."""
   import jax
 
-  from jaxft.metrics.reporter import peak_memory_bytes, peak_memory_source
+  from jaxft.metrics.system import peak_memory_bytes, peak_memory_source
 
   last = args.warm_up + args.steps
   config = config_of(folder, args.model, args.rows, args.length, last + 1, args.dropout)

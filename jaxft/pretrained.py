@@ -31,7 +31,6 @@ from jaxft.hf.card import model_card
 from jaxft.hf.export import export_model, find_run_model
 from jaxft.hf.export_tensors import EXPORT_DTYPES
 from jaxft.hf.tokenizer import fingerprint, load_tokenizer
-from jaxft.metrics.reporter import bits_per_byte
 from jaxft.model import attention
 from jaxft.model.compute import ComputeConfig, resolve_dtype
 from jaxft.model.config import RUN_FIELDS, ModelConfig
@@ -40,6 +39,7 @@ from jaxft.sharding import per_device, rules
 from jaxft.sharding.mesh import make_mesh
 from jaxft.training import offload, optimizer, trainable
 from jaxft.training.eval_step import evaluate, make_eval_step
+from jaxft.training.evaluator import bits_per_byte
 from jaxft.training.init import merge_params
 from jaxft.training.train_state import shardings_of
 from jaxft.utils.backend import configure_jax, device_memory_bytes, require_device

@@ -218,9 +218,9 @@ FAULTS = (
   ),
   Fault(
     "a run that is asked to stop says that it has saved, and has not",
-    "jaxft/train.py",
-    'if "save" in due or stopping or best or ended_early:',
-    'if "save" in due or best or ended_early:',
+    "jaxft/training/loop.py",
+    'if "save" in due or stopping or ended_early:',
+    'if "save" in due or ended_early:',
     ("test_guards.py", "test_signals.py"),
   ),
   Fault(

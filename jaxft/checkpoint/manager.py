@@ -28,7 +28,7 @@ from jaxft.utils.files import is_encodable, json_sha256
 from jaxft.utils.types import Json, Params, PyTree
 
 Result = TypeVar("Result")
-PLACEHOLDER = ocp.PLACEHOLDER  # for a leaf that is not read
+PLACEHOLDER: PyTree = ocp.PLACEHOLDER  # for a leaf that is not read
 READ_BATCH_BYTES = 2**28  # read at once, of one leaf or several, where there is no room for all
 CHUNK_BYTES = 2**26  # compressed at once, and of a file, which Orbax makes in memory as a whole
 TMP_MARK = ".orbax-checkpoint-tmp"  # in the names of folders beside the checkpoints
@@ -84,7 +84,7 @@ class CheckpointState(NamedTuple):
   """Everything a checkpoint holds besides its JSON record, and everything that training changes.
 
   The names of the fields are in the files of every checkpoint. What the record says of the run
-  (config, fingerprints, versions) is collected in `jaxft.train.finetune`.
+  (config, fingerprints, versions) is `BuiltRun.checkpoint_metadata` of training/stages.py.
   """
 
   step: jax.Array  # optimizer steps done, skipped ones included
@@ -151,8 +151,8 @@ class CheckpointManager:
       lambda: ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
     )
 
-  def _metric(self, metrics: Mapping[str, float] | None) -> float:
-    return metrics.get(self._best_metric, math.inf) if metrics else math.inf
+  def _metric(self, metrics: Mapping[str, float | str] | None) -> float:
+    return float(metrics.get(self._best_metric, math.inf)) if metrics else math.inf
 
   def _path(self, step: int) -> Path:
     return self.folder / str(step)
@@ -162,7 +162,7 @@ class CheckpointManager:
     step: int,
     state: CheckpointState,
     meta: Json,
-    metrics: Mapping[str, float] | None = None,
+    metrics: Mapping[str, float | str] | None = None,  # "nan" and "inf" are texts
   ) -> None:
     """Starts to write; the arrays may be changed or donated as soon as this returns.
 

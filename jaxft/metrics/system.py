@@ -1,14 +1,15 @@
 """Reads load, memory, disk, network and power of this host and of its devices."""
 
 import contextlib
+import resource
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import jax
-import psutil  # Orbax requires it
+import psutil  # pyrefly: ignore[untyped-import]  (Orbax requires it; it has no types)
 
 INTERVAL = 10  # seconds between readings
 
@@ -33,7 +34,7 @@ class SystemMetrics(threading.Thread):
       self.start()
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self._stopped.set()
 
   def run(self) -> None:
@@ -75,9 +76,9 @@ def _host_readings(workdir: Path) -> list[ReadFn]:
   ]
 
 
-def _counter_deltas(prefix: str, fields: dict[str, str], counters: Callable[[], Any]) -> ReadFn:
+def _counter_deltas(prefix: str, fields: dict[str, str], counters: Callable[[], object]) -> ReadFn:
   """Returns a function that reads counters of the host, less their values at the first call."""
-  first: list[Any] = []
+  first: list[object] = []
 
   def read() -> dict[str, float]:
     now = counters()
@@ -117,7 +118,7 @@ def _gpu_readings() -> list[ReadFn]:
   return [reading for readings in gpus for reading in readings]
 
 
-def _readings_of_gpu(nvml: ModuleType, handle: Any, name: str) -> list[ReadFn]:
+def _readings_of_gpu(nvml: ModuleType, handle: object, name: str) -> list[ReadFn]:
   """Returns one function for each reading, as each may fail alone.
 
   A part of a card (MIG, vGPU) reports no load, and some cards report no power or no limit of it.
@@ -135,3 +136,16 @@ def _readings_of_gpu(nvml: ModuleType, handle: Any, name: str) -> list[ReadFn]:
     lambda: {f"{name}_power_watts": nvml.nvmlDeviceGetPowerUsage(handle) / 1000},
     lambda: {f"{name}_power_limit_watts": nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000},
   ]
+
+
+def peak_memory_bytes(device: jax.Device) -> int:
+  """Returns the peak memory so far: of the device if it reports one, else of this process."""
+  if peak_memory_source(device) == "device":
+    return device.memory_stats()["peak_bytes_in_use"]
+  kib = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux and bytes on macOS
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
+
+
+def peak_memory_source(device: jax.Device) -> str:
+  """Returns what `peak_memory_bytes` is of: "device" or "process"."""
+  return "device" if (device.memory_stats() or {}).get("peak_bytes_in_use") else "process"

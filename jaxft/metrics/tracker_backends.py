@@ -9,8 +9,11 @@ import os
 import threading
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from jaxft.utils.types import Json
 
 PROJECT = "jaxft"  # where a variable of the library names no other
 
@@ -22,8 +25,8 @@ class TrackerRun(NamedTuple):
   resumed: bool
   workdir: str
   name: str  # empty: not set
-  settings: dict[str, Any]  # of the config, by dotted name
-  samples: list[dict[str, Any]]  # lines of samples.jsonl that it got before the resume
+  settings: Json  # of the config, by dotted name
+  samples: list[Json]  # lines of samples.jsonl that it got before the resume
 
   @property
   def display_name(self) -> str:
@@ -33,7 +36,7 @@ class TrackerRun(NamedTuple):
 Metrics = dict[str, float]
 
 
-def to_floats(line: dict[str, Any]) -> Metrics:
+def to_floats(line: Json) -> Metrics:
   """Returns the numbers of a line of metrics.jsonl, also of "nan" and "inf", without its step."""
   return {key: float(value) for key, value in line.items() if key != "step"}
 
@@ -58,20 +61,25 @@ class TensorBoard:
       filename_suffix=f".{time.time_ns()}",
     )
     self._thread_errors: list[BaseException] = []
-    threading.excepthook = lambda args: self._thread_errors.append(args.exc_value)
+    threading.excepthook = self._keep_error
     self._prompts: dict[str, int] = {}
 
-    def plain(value: Any) -> int | float | str:
+    def plain(value: object) -> int | float | str:
       return value if isinstance(value, int | float | str) else str(value)
 
     settings = {key: plain(value) for key, value in run.settings.items()}
     # The third summary would report that the run has succeeded.
+    assert self._writer.file_writer  # as long as it writes to a disk
     for summary in hparams(settings, {"eval/loss": None})[:2]:
       self._writer.file_writer.add_summary(summary)
     table = "".join(f"| {key} | {value} |\n" for key, value in run.settings.items())
     self._writer.add_text("config", f"| setting | value |\n|---|---|\n{table}", 0)
 
-  def write(self, metrics: list[tuple[int, Metrics]], samples: list[dict[str, Any]]) -> None:
+  def _keep_error(self, args: threading.ExceptHookArgs) -> None:
+    if args.exc_value:
+      self._thread_errors.append(args.exc_value)
+
+  def write(self, metrics: list[tuple[int, Metrics]], samples: list[Json]) -> None:
     for step, values in metrics:
       for key, value in values.items():
         self._writer.add_scalar(key, value, step)
@@ -132,7 +140,7 @@ class MLflow:
     tags = json.loads(os.environ.get("MLFLOW_TAGS") or "{}") | {"jaxft.id": run.id}
     return client.create_run(experiment_id, tags=tags, run_name=run.display_name).info.run_id
 
-  def write(self, metrics: list[tuple[int, Metrics]], samples: list[dict[str, Any]]) -> None:
+  def write(self, metrics: list[tuple[int, Metrics]], samples: list[Json]) -> None:
     from mlflow.entities import Metric
 
     now = time.time_ns() // 1_000_000
@@ -162,20 +170,16 @@ class WandB:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
-    defaults = {"id": run.id, "dir": run.workdir, "project": PROJECT, "resume": "allow"}
-    variables = {"id": "RUN_ID", "dir": "DIR", "project": "PROJECT", "resume": "RESUME"}
-    options = {
-      name: value
-      for name, value in defaults.items()
-      if not os.environ.get(f"WANDB_{variables[name]}")
-    }
-    if run.name or not os.environ.get("WANDB_NAME"):
-      options["name"] = run.display_name
-    if not os.environ.get("WANDB_MODE"):
-      options["mode"] = "online" if wandb.login(prompt=False) else "offline"
+    is_set = lambda name: bool(os.environ.get(f"WANDB_{name}"))
+    mode = None if is_set("MODE") else "online" if wandb.login(prompt=False) else "offline"
     self._wandb = wandb
     self._run = wandb.init(
-      **options,
+      id=None if is_set("RUN_ID") else run.id,
+      dir=None if is_set("DIR") else run.workdir,
+      project=None if is_set("PROJECT") else PROJECT,
+      resume=None if is_set("RESUME") else "allow",
+      name=run.display_name if run.name or not is_set("NAME") else None,
+      mode=mode,
       # By default the library uploads the console, the code, the command line, the git remote and
       # readings of the host.
       settings=wandb.Settings(
@@ -187,16 +191,16 @@ class WandB:
     self._samples = list(run.samples)
     self._last_step = self._run.step
 
-  def write(self, metrics: list[tuple[int, Metrics]], samples: list[dict[str, Any]]) -> None:
+  def write(self, metrics: list[tuple[int, Metrics]], samples: list[Json]) -> None:
     for step, values in metrics:
       self._run.log(values, step=step)
       self._last_step = max(self._last_step, step)
     if samples:
       self._samples += samples
       self._last_step = max(self._last_step, samples[-1]["step"])
-      columns = ["step", "when", "prompt", "text"]
-      rows = [[line[column] for column in columns] for line in self._samples]
-      table = self._wandb.Table(columns=columns, data=rows)
+      columns = ("step", "when", "prompt", "text")
+      rows: list[Iterable] = [[line[column] for column in columns] for line in self._samples]
+      table = self._wandb.Table(columns=[*columns], data=rows)
       self._run.log({"samples": table}, step=self._last_step)  # W&B drops an earlier step
 
   def finish(self, status: str, why: str, step: int) -> None:
@@ -218,7 +222,7 @@ class Trackio:
     self._errors: list[str] = []
     warnings.simplefilter("always")
 
-    def keep_warning(message, *_, **__) -> None:
+    def keep_warning(message: Warning | str, *_: object, **__: object) -> None:
       self._errors.append(str(message))
 
     warnings.showwarning = keep_warning
@@ -235,7 +239,7 @@ class Trackio:
     self.where = self._run.url or str(trackio.utils.TRACKIO_DIR)
     self._prompts: dict[str, int] = {}
 
-  def write(self, metrics: list[tuple[int, Metrics]], samples: list[dict[str, Any]]) -> None:
+  def write(self, metrics: list[tuple[int, Metrics]], samples: list[Json]) -> None:
     for step, values in metrics:
       self._run.log(values, step)
     for line in samples:
@@ -256,4 +260,5 @@ class Trackio:
       raise RuntimeError(errors[0])
 
 
+Backend = TensorBoard | MLflow | WandB | Trackio
 BACKENDS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB, "trackio": Trackio}

@@ -11,11 +11,11 @@ import queue
 import signal
 import sys
 import threading
-from typing import Any
 
 from jaxft.errors import first_line
 from jaxft.metrics import tracker_backends
 from jaxft.utils.redact import redact
+from jaxft.utils.types import Json
 
 SHUTDOWN_TIMEOUT = 15  # seconds to report that a run was killed
 KILLED_STATUS = {"status": "killed", "why": "the process ended without a word"}
@@ -28,10 +28,10 @@ class TrackerService:
   def __init__(self, name: str, run: tracker_backends.TrackerRun):
     self._name = name
     self._run = run
-    self._tracker: Any = None
+    self._tracker: tracker_backends.Backend | None = None
     self._step = 0
 
-  def __call__(self, message: dict[str, Any]) -> dict[str, Any]:
+  def __call__(self, message: Json) -> Json:
     """Gives a message to the tracker; the answer has where it went, or why it failed."""
     try:
       metrics = [(line["step"], tracker_backends.to_floats(line)) for line in message["metrics"]]
@@ -43,9 +43,9 @@ class TrackerService:
       if message["end"]:
         self._tracker.finish(**message["end"], step=self._step)
     except Exception as error:  # of a library, a network or a disk: the run goes on
-      message = first_line(error)
+      reason = first_line(error)
       kind = type(error).__name__
-      return {"failed": redact(message if kind in message else f"{kind}: {message}")}
+      return {"failed": redact(reason if kind in reason else f"{kind}: {reason}")}
     return {"where": redact(self._tracker.where)}
 
 

@@ -22,16 +22,17 @@ import threading
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import jaxft.config
-from jaxft.config import Config
+from jaxft.config import Config, TrackingSection
 from jaxft.config_checks import TRACKERS
 from jaxft.errors import Preempted, first_line
-from jaxft.metrics.reporter import JsonlLog
+from jaxft.metrics.sinks import JsonlSink, Kind
 from jaxft.utils.console import log
 from jaxft.utils.files import atomic_write
 from jaxft.utils.redact import redact
+from jaxft.utils.types import Json
 
 SHUTDOWN_TIMEOUT = 15  # seconds at the end, for all trackers together
 SEND_INTERVAL = 1  # seconds between messages: what comes meanwhile goes together
@@ -42,14 +43,14 @@ REQUIRED_MODULES = {name: (name,) for name in TRACKERS} | {"tensorboard": ("tens
 LOCAL_ONLY_MODULES = {"mlflow": ("MLFLOW_TRACKING_URI", ("sqlalchemy", "alembic"))}
 
 
-def enabled_trackers(config: Config) -> list[str]:
-  return [name for name in TRACKERS if name in config.tracking.writers]
+def enabled_trackers(tracking: TrackingSection) -> list[str]:
+  return [name for name in TRACKERS if name in tracking.writers]
 
 
-def missing_packages(config: Config) -> list[str]:
+def missing_packages(tracking: TrackingSection) -> list[str]:
   """Returns a line for each tracker whose library is not installed; nothing is imported."""
   lines = []
-  for name in enabled_trackers(config):
+  for name in enabled_trackers(tracking):
     variable, more = LOCAL_ONLY_MODULES.get(name, ("", ()))
     modules = REQUIRED_MODULES[name] + (() if os.environ.get(variable) else more)
     if missing := " and ".join(module for module in modules if not _installed(module)):
@@ -64,28 +65,20 @@ def _installed(module: str) -> bool:
 
 
 class TrackerGroup:
-  """All trackers of a run, none in processes other than the first.
+  """The sink of all trackers of a run, none in processes other than the first.
 
   A context manager, whose end gives the trackers the status of the run.
   """
 
-  def __init__(
-    self,
-    config: Config,
-    workdir: Path,
-    start: int,
-    metrics: JsonlLog,
-    samples: JsonlLog,
-    writes: bool,
-  ):
+  def __init__(self, *, config: Config, workdir: Path, start: int, files: JsonlSink, writes: bool):
     """Reads WORKDIR/trackers.json, and writes it; raises StorageError.
 
     Args:
       start: step that the run goes on from.
-      metrics, samples: entries of the run so far, and those that a resume has dropped.
+      files: entries of the run so far, and those that a resume has dropped.
       writes: false in all processes but one.
     """
-    self._names = enabled_trackers(config) if writes else []
+    self._names = enabled_trackers(config.tracking) if writes else []
     self._clients: list[TrackerClient] = []
     if not self._names:
       return
@@ -99,6 +92,7 @@ class TrackerGroup:
       "settings": _redact_settings(jaxft.config.flatten(config)),
     }
     self._resumed_names = manifest.get("writers", [])
+    metrics, samples = files.metrics, files.samples
     self._entries = {"metrics": metrics.entries[:], "samples": samples.entries[:]}
     self._sent_samples = samples.entries + samples.dropped
     self._sent = _entry_keys("metrics", metrics.dropped) | _entry_keys("samples", samples.dropped)
@@ -116,12 +110,12 @@ class TrackerGroup:
       self._clients.append(client)
     return self
 
-  def log(self, kind: str, entry: dict[str, Any]) -> None:
-    """Queues an entry of "metrics" or "samples"; returns at once."""
+  def write(self, kind: Kind, entry: Json, line: str) -> None:
+    """Queues an entry; returns at once."""
     for client in self._clients:
-      client.log(kind, entry)
+      client.write(kind, entry)
 
-  def __exit__(self, _, error: BaseException | None, __) -> None:
+  def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
     status = _exit_status(error)
     deadline = time.monotonic() + SHUTDOWN_TIMEOUT
     for client in self._clients:
@@ -136,9 +130,9 @@ class TrackerClient(threading.Thread):
   def __init__(
     self,
     tracker: str,
-    run: dict[str, Any],
-    backlog: dict[str, list[dict[str, Any]]],
-    sent: set[Any],
+    run: Json,
+    backlog: dict[str, list[Json]],
+    sent: set[tuple],
   ):
     """Starts the thread.
 
@@ -156,10 +150,10 @@ class TrackerClient(threading.Thread):
     self._changed = threading.Condition()
     self._end: dict[str, str] | None = None
     self._warned = False
-    self._process: subprocess.Popen | None = None
+    self._process: subprocess.Popen[str] | None = None
     self.start()
 
-  def log(self, kind: str, entry: dict[str, Any]) -> None:
+  def write(self, kind: Kind, entry: Json) -> None:
     if self._sent and self._sent.issuperset(_entry_keys(kind, [entry])):
       return
     with self._changed:
@@ -188,23 +182,21 @@ class TrackerClient(threading.Thread):
 
   def run(self) -> None:
     try:
-      with _start_worker(self._tracker) as self._process:
-        self._send(self._run)
+      with _start_worker(self._tracker) as process:
+        self._process = process
+        assert process.stdin and process.stdout  # pipes
+        _send(process.stdin, self._run)
         ended = False
         while not ended:
           message = self._next_message()
-          self._send(message)
-          line = self._process.stdout.readline() or '{"failed": "its process has ended"}'
+          _send(process.stdin, message)
+          line = process.stdout.readline() or '{"failed": "its process has ended"}'
           self._handle_answer(json.loads(line), len(message["metrics"]) + len(message["samples"]))
           ended = message["end"] is not None
     except (OSError, ValueError) as error:  # no process could be started, or it has died
       self._handle_answer({"failed": first_line(error)}, 0)
 
-  def _send(self, message: dict[str, Any]) -> None:
-    self._process.stdin.write(json.dumps(message) + "\n")
-    self._process.stdin.flush()
-
-  def _next_message(self) -> dict[str, Any]:
+  def _next_message(self) -> Json:
     """Returns the entries to send, as soon as there are any, and the end of the run."""
     with self._changed:
       if self._arrived:
@@ -225,7 +217,12 @@ class TrackerClient(threading.Thread):
       log(f"{self._tracker}: {error}; the run goes on, what was sent is lost there")
 
 
-def _start_worker(tracker: str) -> subprocess.Popen:
+def _send(stream: IO[str], message: Json) -> None:
+  stream.write(json.dumps(message) + "\n")
+  stream.flush()
+
+
+def _start_worker(tracker: str) -> subprocess.Popen[str]:
   return subprocess.Popen(
     [sys.executable, "-m", "jaxft.metrics.tracker_worker", tracker],
     stdin=subprocess.PIPE,
@@ -237,7 +234,7 @@ def _start_worker(tracker: str) -> subprocess.Popen:
   )
 
 
-def _entry_keys(kind: str, lines: list[dict[str, Any]]) -> set[Any]:
+def _entry_keys(kind: Kind, lines: list[Json]) -> set[tuple]:
   """Returns (step, key) for each number and (step, when, prompt) for each sample."""
   if kind == "samples":
     return {(line["step"], line.get("when"), line.get("prompt")) for line in lines}
@@ -247,11 +244,12 @@ def _entry_keys(kind: str, lines: list[dict[str, Any]]) -> set[Any]:
 def _exit_status(error: BaseException | None) -> dict[str, str]:
   if error is None:
     return {"status": "finished", "why": ""}
+  statuses: dict[type[BaseException], str]
   statuses = {Preempted: "preempted", KeyboardInterrupt: "killed"}
   return {"status": statuses.get(type(error), "failed"), "why": redact(first_line(error))}
 
 
-def _read_manifest(file: Path) -> dict[str, Any]:
+def _read_manifest(file: Path) -> Json:
   try:
     manifest = json.loads(file.read_text(encoding="utf-8"))
     return {"id": str(manifest["id"]), "writers": list(manifest["writers"])}
@@ -259,8 +257,8 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     return {}
 
 
-def _redact_settings(values: dict[str, Any]) -> dict[str, Any]:
-  def redacted(value: Any) -> Any:
+def _redact_settings(values: Json) -> Json:
+  def redacted(value: object) -> object:
     if isinstance(value, tuple):
       return [redacted(it) for it in value]
     return redact(value) if isinstance(value, str) else value

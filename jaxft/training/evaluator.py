@@ -1,44 +1,41 @@
 """Evaluation during a run: the loss on held-out and on unrelated text, and samples."""
 
-from typing import Any
+import math
 
-from jaxft.config import Config
 from jaxft.data import loader, memorization, tokenize
-from jaxft.data.dataset import PreparedData
 from jaxft.data.packing import TokenDataset
+from jaxft.errors import NumericsError
 from jaxft.generation.sampler import Generator
 from jaxft.generation.sampling_config import Sampling
-from jaxft.metrics.reporter import Reporter
-from jaxft.training.build import TrainProgram
-from jaxft.training.eval_step import EvalResult, evaluate
+from jaxft.metrics.logger import MetricsLogger, json_float
+from jaxft.metrics.sinks import JsonlLog
+from jaxft.training.eval_step import EvalResult, EvalStepFn, evaluate
+from jaxft.training.stages import BuiltRun
+from jaxft.utils.types import Json, Params
 
 
 class Evaluator:
-  """Evaluates and samples, and reports the results."""
+  """Evaluates and samples, and logs the results."""
 
   def __init__(
-    self,
-    config: Config,
-    program: TrainProgram,
-    eval_step: Any,
-    generator: Generator,
-    data: PreparedData,
-    tokenizer: Any,
-    reporter: Reporter,
+    self, run: BuiltRun, eval_step: EvalStepFn, logger: MetricsLogger, history: JsonlLog
   ):
-    """`eval_step`: compiled for `program.eval_batch`."""
-    self._config = config.train
-    self._program = program
+    """`eval_step`: compiled for the run; `history`: metrics.jsonl, which `logger` writes."""
+    self._train = run.config.train
+    self._program = run.program
     self._eval_step = eval_step
-    self._generator = generator
-    self._data = data
-    self._tokenizer = tokenizer
-    self._reporter = reporter
-    limit = config.train.eval_batches * program.eval_rows
+    self._data = data = run.inputs.data
+    self._tokenizer = run.inputs.tokenizer
+    self._generator = Generator(run.program.graph, run.cfg, self._tokenizer.eos_token_id)
+    self._logger = logger
+    self._history = history
+    limit = self._train.eval_batches * run.program.eval_rows
     has_text = data.validation and not data.labels
-    self._target_bytes = tokenize.target_bytes(data.validation, tokenizer, limit) if has_text else 0
+    self._target_bytes = (
+      tokenize.target_bytes(data.validation, self._tokenizer, limit) if has_text else 0
+    )
 
-  def evaluate(self, params: Any, step: int, when: str) -> dict[str, float]:
+  def evaluate(self, params: Params, step: int, when: str) -> dict[str, float | str]:
     """Returns the metrics of metrics.jsonl, {} where nothing is held out.
 
     Raises NumericsError when the loss is not finite.
@@ -46,34 +43,96 @@ class Evaluator:
     unrelated = self._evaluate(params, self._data.unrelated) if self._data.unrelated else None
     if not self._data.validation:
       if unrelated:
-        self._reporter.log_unrelated(step, when, unrelated)
+        line = f"{when}: on unrelated text {unrelated.loss:.4f}"
+        self._logger.write("metrics", step, _unrelated_metrics(unrelated), line)
       return {}
     result = self._evaluate(params, self._data.validation)
-    return self._reporter.log_eval(step, when, result, self._target_bytes, unrelated)
+    if not math.isfinite(result.loss):
+      problem = "the weights give no finite numbers on the validation text"
+      raise NumericsError(f"{when}: eval loss {result.loss}: {problem}")
+    metrics = self._metrics(result) | (_unrelated_metrics(unrelated) if unrelated else {})
+    details = f"perplexity {result.perplexity:.2f}"
+    if result.confusion_CC is not None:
+      details = f"accuracy {result.accuracy:.1%}, F1 {result.f1:.3f}"
+    if unrelated:
+      details += f"; on unrelated text {unrelated.loss:.4f}"
+    entropy = ""
+    floor = {}
+    if self._data.entropy_floor is not None:
+      entropy = f" (the text's own entropy: {self._data.entropy_floor:.4f})"
+      floor = {"eval/floor": self._data.entropy_floor}
+    line = f"{when}: eval loss {result.loss:.4f}{entropy}, {details}"
+    self._logger.write("metrics", step, metrics | floor, line)
+    return metrics
 
-  def _evaluate(self, params: Any, rows: TokenDataset) -> EvalResult:
+  def _evaluate(self, params: Params, rows: TokenDataset) -> EvalResult:
     batches = loader.eval_batches(
       rows,
       batch_size=self._program.eval_rows,
-      limit=self._config.eval_batches,
+      limit=self._train.eval_batches,
       sharding=self._program.batch_sharding,
     )
     return evaluate(self._eval_step, params, batches)
 
-  def sample(self, params: Any, step: int, when: str) -> None:
+  def _metrics(self, result: EvalResult) -> dict[str, float | str]:
+    """Returns the metrics of the validation text."""
+    metrics: dict[str, float | str]
+    metrics = {"eval/loss": result.loss, "eval/perplexity": result.perplexity}
+    if self._target_bytes:
+      bits = bits_per_byte(result.loss, result.tokens, self._target_bytes)
+      metrics["eval/bits_per_byte"] = bits
+    if result.confusion_CC is not None:
+      metrics |= {"eval/accuracy": result.accuracy, "eval/f1": result.f1}
+    return metrics
+
+  def sample(self, params: Params, step: int, when: str) -> None:
     """Completes the prompts, and says how much of each completion is in the training text."""
-    prompts = list(self._config.sample_prompts)
+    prompts = list(self._train.sample_prompts)
     if not prompts:
       return  # without a look through the training text
     sampling = Sampling(
-      max_new_tokens=self._config.sample_tokens,
+      max_new_tokens=self._train.sample_tokens,
       temperature=0.8,
       top_k=0,
       top_p=0.95,
-      seed=self._config.seed,
+      seed=self._train.seed,
     )
     prompt_ids = [tokenize.encode_prompt(self._tokenizer, prompt) for prompt in prompts]
     completions = self._generator(params, prompt_ids, sampling)
+    # Of 8-grams of tokens; None for a shorter text.
     shares = memorization.ngram_overlap(completions, self._data.train.tokens.ids)
     for prompt, ids, share in zip(prompts, completions, shares, strict=True):
-      self._reporter.log_sample(step, when, prompt, self._tokenizer.decode(ids), share)
+      text = self._tokenizer.decode(ids)
+      entry: Json = {"when": when, "prompt": prompt, "text": text, "seed": self._train.seed}
+      if share is not None:
+        entry["memorised_8grams"] = round(share, 4)
+      line = f"  [{when}] {prompt}|{text}".replace("\n", "\n    ")
+      self._logger.write("samples", step, entry, line)
+
+  def evals_since_best(self) -> int:
+    """Returns the number of evaluations since the one with the least loss."""
+    losses = self._history.values("eval/loss")
+    return len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__) if losses else 0
+
+  def summary(self, step: int) -> str:
+    """Returns the eval loss before and at this step, and its floor, in one line."""
+    if not self._data.validation:
+      return "no eval loss: nothing was held out"
+    entries = [entry for entry in self._history.entries if entry["step"] <= step]
+    losses = [entry["eval/loss"] for entry in entries if "eval/loss" in entry]
+    if not losses:  # a finished run whose metrics.jsonl is gone
+      return "no eval loss: metrics.jsonl of this run is gone"
+    floor = self._data.entropy_floor
+    entropy = "" if floor is None else f"; the text's own entropy: {floor:.4f}"
+    change = f"{100 * (losses[-1] / losses[0] - 1):+.1f} %"
+    return f"eval loss {losses[0]:.4f} -> {losses[-1]:.4f} ({change}){entropy}"
+
+
+def _unrelated_metrics(result: EvalResult) -> dict[str, float | str]:
+  perplexity = json_float(result.perplexity)
+  return {"eval/unrelated_loss": json_float(result.loss), "eval/unrelated_perplexity": perplexity}
+
+
+def bits_per_byte(loss: float, tokens: int, nbytes: int) -> float:
+  """Converts a mean loss in nats per token of `tokens` tokens, or `nbytes` bytes of text."""
+  return loss * tokens / (math.log(2) * nbytes)

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -41,12 +41,12 @@ class PreemptionHandler:
       self._previous = {}
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 
   @contextmanager
-  def deferred(self) -> Iterator[None]:
+  def deferred(self) -> Generator[None]:
     self._deferred = True
     try:
       yield

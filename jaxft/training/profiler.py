@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from jaxft.errors import first_line
 from jaxft.utils.console import log
+from jaxft.utils.types import PyTree
 
 
 class Profiler:
@@ -21,6 +21,7 @@ class Profiler:
 
   def __init__(
     self,
+    *,
     folder: Path,
     first: int,
     count: int,
@@ -39,17 +40,17 @@ class Profiler:
   def __enter__(self) -> "Profiler":
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     if self._is_tracing:
       self._stop()
 
-  def on_step_begin(self, step: int, metrics: Any) -> None:
+  def on_step_begin(self, step: int, metrics: PyTree) -> None:
     """`metrics`: of the step before it."""
     if self._first == step <= self._last:
       jax.block_until_ready(metrics)
       self._is_tracing = self._try(lambda: jax.profiler.start_trace(self._folder))
 
-  def on_step_end(self, step: int, metrics: Any) -> None:
+  def on_step_end(self, step: int, metrics: PyTree) -> None:
     if self._is_tracing and step == self._last:
       jax.block_until_ready(metrics)
       self._stop()

@@ -1,7 +1,6 @@
 """Resuming a run: is it the same run, and which of its checkpoints is sound."""
 
 import json
-from typing import Any
 
 import jax
 
@@ -11,6 +10,7 @@ from jaxft.config import Config
 from jaxft.errors import CheckpointReadError, RequestError, StorageError
 from jaxft.model.config import RUN_FIELDS
 from jaxft.utils.console import log
+from jaxft.utils.types import Json
 from jaxft.utils.units import format_count
 
 LENGTH_SETTINGS = ("config.train.steps", "config.train.epochs")  # they make a run longer or shorter
@@ -22,7 +22,7 @@ def check_same_run(
   checkpoints: CheckpointManager,
   like: CheckpointState,
   config: Config,
-  current: dict[str, Any],
+  current: Json,
   allow_change: bool,
 ) -> None:
   """Raises RequestError when the newest readable checkpoint is of another run than this one.
@@ -76,7 +76,7 @@ def check_same_run(
     return
 
 
-def _diff(saved: dict[str, Any], config: Config, current: dict[str, Any]) -> list[str]:
+def _diff(saved: Json, config: Config, current: Json) -> list[str]:
   """A line for each setting, and each fact of the model, that is not what it was."""
   lines = jaxft.config.diff_from_saved(saved["config"], config)
   if saved["total_steps"] < current["total_steps"]:
@@ -101,7 +101,7 @@ def _other_leaves(like: CheckpointState, saved: dict[str, str]) -> str:
   return f"{other[0]} is {was} there and {now} in this run ({len(other)} such leaves)"
 
 
-def _masked_rows_note(saved: dict[str, Any], current: dict[str, Any], step: int) -> str:
+def _masked_rows_note(saved: Json, current: Json, step: int) -> str:
   """Says which rows the last step of a shorter run had masked, and the longer one has passed."""
   rows = saved.get("rows_in_all")
   if not rows:
@@ -121,7 +121,7 @@ def restore_best(
   none is sound.
   """
   skip_opt = jax.tree.map(lambda _: PLACEHOLDER, like.opt)
-  weights_like = CheckpointState(PLACEHOLDER, like.params, skip_opt)
+  weights_like = like._replace(step=PLACEHOLDER, opt=skip_opt)
   while True:
     best = checkpoints.best_step()
     step = checkpoints.steps()[-1] if best is None else best

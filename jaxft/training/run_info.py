@@ -1,80 +1,67 @@
-"""about.json: with what a run was started and how it ended; its page is written at the end."""
+"""about.json: with what a run was started and how it ended."""
 
 import contextlib
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
 
 import jax
 
 import jaxft
 from jaxft.distributed import multihost
-from jaxft.errors import StorageError, exit_code, first_line
-from jaxft.metrics.reporter import peak_memory_source
+from jaxft.errors import StorageError, first_line
+from jaxft.metrics.system import peak_memory_source
+from jaxft.training.memory import host_bytes
+from jaxft.training.stages import BuiltRun
 from jaxft.utils.console import log
 from jaxft.utils.files import read_json_object, write_json
 from jaxft.utils.redact import redact
+from jaxft.utils.types import Json
 
 # What decides the devices and the compiled program beside the command line.
 ENV_VARIABLES = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES", "XLA_FLAGS")
 
 
-@contextlib.contextmanager
-def record_run(
-  workdir: Path, mesh: jax.sharding.Mesh, facts: dict[str, Any], write_page: Callable[[Path], None]
-) -> Iterator[None]:
-  """A context for a run: writes about.json before it, and how the run ended and its page after it.
-
-  A disk that does not take them costs a line of the log, not the run. Only process 0 writes.
+def write_about(run: BuiltRun, start: int, memory: dict[str, int]) -> Json:
+  """Writes about.json of a run that begins or goes on, and returns its content.
 
   Args:
-    facts: what only the run knows of itself: "step", where this start begins, and "total_steps",
-      "model", "memory"; later "reached", the last step that was taken, "exported_step" and
-      "export".
-    write_page: writes the page of the run in this workdir.
+    start: step that the run goes on from.
+    memory: planned bytes of a device, by what they are for.
   """
-  if jax.process_index() > 0:
-    yield
-    return
-  about = {"starts": []}
-  with _log_failure("about.json"):
-    device = mesh.local_devices[0]
+  about: Json = {"starts": []}
+  with log_failure("about.json"):
+    file = run.request.workdir / "about.json"
+    mesh = run.inputs.mesh
+    device = run.inputs.device
+    host = host_bytes(run.program)
     devices = {"count": mesh.size, "kind": device.device_kind, "processes": jax.process_count()}
-    start = {"at": _now(), "step": facts["step"], "devices": devices, "mesh": dict(mesh.shape)}
-    starts = read_json_object(workdir / "about.json", []).get("starts") if facts["step"] else []
+    this_start = {"at": now(), "step": start, "devices": devices, "mesh": dict(mesh.shape)}
+    starts = read_json_object(file, []).get("starts") if start else []
     about = {
-      "starts": [*(starts if isinstance(starts, list) else []), start],
+      "starts": [*(starts if isinstance(starts, list) else []), this_start],
       "command": shell_command(),
       "folder": os.getcwd(),
       "environment": {name: os.environ[name] for name in ENV_VARIABLES if name in os.environ},
       "commit": git_commit(Path(jaxft.__file__).parent.parent),
       "versions": dict(multihost.package_versions()),
-      **facts,
-      "memory": facts["memory"] | {"peak_of": peak_memory_source(device)},
+      "step": start,
+      "total_steps": run.inputs.total_steps,
+      "model": run.model_facts,
+      "memory": {"planned": memory, "host": host, "peak_of": peak_memory_source(device)},
       "devices": devices,
       "mesh": dict(mesh.shape),
     }
-    write_json(workdir / "about.json", about)
-  ending = {"exit_code": 0, "why": ""}
-  try:
-    yield
-  except BaseException as error:
-    ending = {"exit_code": exit_code(error), "why": redact(str(error)) or type(error).__name__}
-    raise
-  finally:
-    with _log_failure("report.html"):
-      about |= {key: facts[key] for key in ("reached", "exported_step", "export") if key in facts}
-      write_json(workdir / "about.json", about | {"ending": {"at": _now(), **ending}})
-      write_page(workdir)
-      log(f"report: {workdir / 'report.html'}")
+    write_json(file, about)
+  return about
 
 
 @contextlib.contextmanager
-def _log_failure(name: str) -> Iterator[None]:
+def log_failure(name: str) -> Generator[None]:
+  """Logs an error: a disk that does not take a file costs a line of the log, not the run."""
   try:
     yield
   except Exception as error:  # of any kind: hours of training are worth more than a page
@@ -83,7 +70,7 @@ def _log_failure(name: str) -> Iterator[None]:
     log(f"{name} is not written ({reason}); python -m jaxft.report makes the page again")
 
 
-def _now() -> str:
+def now() -> str:
   return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 

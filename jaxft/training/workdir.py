@@ -5,14 +5,17 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 from filelock import FileLock, Timeout
 
+from jaxft.distributed import multihost
 from jaxft.errors import RequestError, StorageError
+from jaxft.training.preemption import PreemptionHandler
+from jaxft.utils.console import log
 from jaxft.utils.files import atomic_write, write_failure
 
 LOCK_FILES = ("run.lock", "run.lock.json")
@@ -20,7 +23,19 @@ RUN_FILES = ("checkpoints", "metrics.jsonl", "config.json", "report.html", "expo
 
 
 @contextmanager
-def lock_workdir(workdir: Path) -> Iterator[None]:
+def hold_workdir(workdir: Path, overwrite: bool, inputs: Iterable[Path]) -> Generator[None]:
+  """Holds the workdir's lock; with `overwrite`, RequestError where it could not be moved aside."""
+  if overwrite:
+    check_not_an_input(workdir, inputs)
+  with lock_workdir(workdir):
+    multihost.check_shared_folder(workdir)
+    if overwrite and jax.process_index() == 0 and has_content(workdir):
+      check_movable(workdir)
+    yield
+
+
+@contextmanager
+def lock_workdir(workdir: Path) -> Generator[None]:
   """Holds the workdir's lock, which ends with the process.
 
   Raises RequestError, with pid and host, when another run has it.
@@ -129,6 +144,21 @@ def move_aside(workdir: Path) -> Path:
     reason = write_failure(workdir, error)
     raise StorageError(f"--overwrite_output_dir: {workdir}: {reason}") from error
   return aside
+
+
+def overwrite_workdir(workdir: Path, out: Path, preemption: PreemptionHandler) -> None:
+  """Moves the run that is in the workdir aside, for all processes; says that `out` will be new."""
+  is_main = jax.process_index() == 0
+  multihost.assert_all_equal("read", {})
+  with preemption.deferred():
+    if is_main and has_content(workdir):
+      aside = move_aside(workdir)
+      log(
+        f"{workdir}: what was there is moved to {aside}; a new run begins (--overwrite_output_dir)"
+      )
+    multihost.assert_all_equal("moved", {})
+  if is_main and out.is_dir() and any(out.iterdir()):
+    log(f"{out}: the export in it will be replaced when the run ends")
 
 
 def check_disk_space(needed: dict[Path, int], what: str) -> None:

@@ -183,7 +183,7 @@ def test_other_commands_errors_are_one_line(finished, tmp_path, arguments, messa
 
 def test_long_sample_prompt_fails_before_compile(config, tmp_path, monkeypatch):
   """With its name, before anything is compiled."""
-  monkeypatch.setattr(jaxft.train, "build_train_program", lambda *_: pytest.fail("compiled"))
+  monkeypatch.setattr(jaxft.training.stages, "build_run", lambda *_: pytest.fail("compiled"))
   config.train.sample_prompts = ("short", "the cat " * 100)
   with pytest.raises(
     RequestError,

@@ -16,7 +16,7 @@ from jaxft.config import DataSection
 from jaxft.data import dataset
 from jaxft.data.loader import BatchSource
 from jaxft.errors import RequestError, StorageError
-from jaxft.metrics.reporter import due_at
+from jaxft.metrics.logger import due_at
 from jaxft.pretrained import load_workdir
 from jaxft.train import finetune, validate_run
 from jaxft.training import resume

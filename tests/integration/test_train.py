@@ -64,14 +64,14 @@ def test_profiler_traces_exactly_the_asked_steps(tmp_path, capsys):
     paused.append(step)
     yield
 
-  with Profiler(tmp_path, 2, 2, 5, pause) as profile:
+  with Profiler(folder=tmp_path, first=2, count=2, total=5, paused=pause) as profile:
     for step in range(1, 6):
       profile.on_step_begin(step, None)
       numbers = jax.block_until_ready(jax.numpy.ones(3) + step)
       profile.on_step_end(step, numbers)
   assert paused == [2, 3] and len(list(tmp_path.rglob("*.xplane.pb"))) == 1
   assert f"steps 2 to 3 are traced in {tmp_path}" in capsys.readouterr().out
-  Profiler(tmp_path, 6, 2, 5, pause)
+  Profiler(folder=tmp_path, first=6, count=2, total=5, paused=pause)
   assert (
     "nothing is traced: the first step that would be is 6, and the last of the run is 5"
     in capsys.readouterr().out

@@ -22,7 +22,7 @@ import tiny
 import jaxft.config
 from jaxft.errors import NumericsError, Preempted, RequestError
 from jaxft.metrics import system, trackers
-from jaxft.metrics.reporter import JsonlLog
+from jaxft.metrics.sinks import JsonlSink
 from jaxft.metrics.system import SystemMetrics
 from jaxft.metrics.trackers import TrackerGroup
 from jaxft.train import finetune, validate_run
@@ -63,22 +63,21 @@ def log_piece(workdir, names, steps, start=0, ending=None):
   config = jaxft.config.default()
   config.tracking.writers = tuple(names)
   config.model.path = "https://me:hunter2@host/model?token=hunter3"
-  metrics, samples = (
-    JsonlLog(workdir / name, start or -1, True) for name in ("metrics.jsonl", "samples.jsonl")
-  )
-  with (
-    contextlib.suppress(type(ending)),
-    TrackerGroup(config, workdir, start, metrics, samples, True) as group,
-  ):
+  files = JsonlSink(workdir, start, True)
+  group = TrackerGroup(config=config, workdir=workdir, start=start, files=files, writes=True)
+
+  def write(kind, entry):
+    for sink in (files, group):
+      sink.write(kind, entry, "")
+
+  with contextlib.suppress(type(ending)), group:
     for step in steps:
       loss = ("nan", "inf")[step - 2] if step in (2, 3) else 1 / step
-      metrics.write(step, {"train/loss": loss, "train/tokens": 7 * step})
-      samples.write(step, {"when": "during", "prompt": "Once", "text": f" text{step}", "seed": 0})
-      group.log("metrics", metrics.entries[-1])
-      group.log("samples", samples.entries[-1])
+      write("metrics", {"step": step, "train/loss": loss, "train/tokens": 7 * step})
+      text = {"when": "during", "prompt": "Once", "text": f" text{step}", "seed": 0}
+      write("samples", {"step": step} | text)
     best = {"when": "after", "prompt": "Once", "text": " of the best", "seed": 0}
-    samples.write(steps[0], best)  # an earlier step
-    group.log("samples", samples.entries[-1])
+    write("samples", {"step": steps[0]} | best)  # an earlier step
     if ending:
       raise ending
 
@@ -311,13 +310,11 @@ def test_hanging_tracker_costs_a_step_microseconds(
   monkeypatch.setattr(trackers, "MAX_QUEUE", 1000)
   config = jaxft.config.default()
   config.tracking.writers = ("mlflow",)
-  metrics, samples = (
-    JsonlLog(tmp_path / name, -1, True) for name in ("metrics.jsonl", "samples.jsonl")
-  )
-  with TrackerGroup(config, tmp_path, 0, metrics, samples, True) as group:
+  files = JsonlSink(tmp_path, 0, True)
+  with TrackerGroup(config=config, workdir=tmp_path, start=0, files=files, writes=True) as group:
     began = time.perf_counter()
     for step in range(5000):
-      group.log("metrics", {"step": step, "train/loss": 1.0})
+      group.write("metrics", {"step": step, "train/loss": 1.0}, "")
     seconds = (time.perf_counter() - began) / 5000
     assert sum(map(len, group._clients[0]._lines.values())) <= 1000
   assert "5,000 of 5,000 lines did not arrive" in capsys.readouterr().out
@@ -356,14 +353,13 @@ def test_killed_run_gets_status_killed(tmp_path):
 import os, signal, time
 from pathlib import Path
 import jaxft.config
-from jaxft.metrics.reporter import JsonlLog
+from jaxft.metrics.sinks import JsonlSink
 from jaxft.metrics.trackers import TrackerGroup
 config, workdir = jaxft.config.default(), Path({str(tmp_path)!r})
 config.tracking.writers = ("mlflow",)
-metrics = JsonlLog(workdir / "metrics.jsonl", -1, True)
-samples = JsonlLog(workdir / "samples.jsonl", -1, True)
-with TrackerGroup(config, workdir, 0, metrics, samples, True) as group:
-  group.log("metrics", {{"step": 1, "train/loss": 2.5}})
+files = JsonlSink(workdir, 0, True)
+with TrackerGroup(config=config, workdir=workdir, start=0, files=files, writes=True) as group:
+  group.write("metrics", {{"step": 1, "train/loss": 2.5}}, "")
   while not group._clients[0]._arrived:
     time.sleep(0.1)
   os.kill(os.getpid(), signal.SIGKILL)

@@ -23,7 +23,8 @@ from jaxft.errors import RequestError
 from jaxft.hardware import flops, roofline, specs
 from jaxft.hf import model_config
 from jaxft.hf.known_models import PUBLISHED
-from jaxft.metrics.reporter import Reporter
+from jaxft.metrics.logger import MetricsLogger
+from jaxft.metrics.sinks import JsonlSink
 from jaxft.plan import aot_compiler, measure, planner, rendering
 from jaxft.plan.measure import dummy_row
 from jaxft.sharding import rules
@@ -159,15 +160,24 @@ def test_specs_have_sources_and_one_way_links():
   assert {(1, 8, 1), (1, 2, 4)} <= set(jaxft.plan.search.meshes(cfg, box))
 
 
-def test_reporter_logs_mfu_if_peak_is_known(config, tmp_path):
+def test_logger_has_mfu_if_peak_is_known(config, tmp_path):
   metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens": 8, "bad": False}
   for ideal in (None, 1e-6):
     workdir = tmp_path / str(ideal)
     workdir.mkdir()
-    reporter = Reporter(config, workdir, 0, 1, 0, None, jax.devices()[0], ideal)
+    files = JsonlSink(workdir, 0, True)
+    logger = MetricsLogger(
+      train=config.train,
+      sinks=[files],
+      total_steps=1,
+      num_rows=1,
+      device=jax.devices()[0],
+      nonfinite_names=lambda bad: [],
+      ideal_step_seconds=ideal,
+    )
     with ProgressBar("training", 1) as progress:
-      reporter.log_step(1, metrics, progress, lambda bad: [])
-    (line,) = reporter.metrics.entries
+      logger.log_step(1, metrics, progress)
+    (line,) = files.metrics.entries
     assert (line.get("perf/mfu") is None) == (ideal is None)
     if ideal:
       assert 0 < line["perf/mfu"] < 1

@@ -31,8 +31,8 @@ FAULT_POINTS = {
   "evaluation": ("jaxft.training.evaluator:Evaluator._evaluate", "before"),
   "sample": ("jaxft.generation.sampler:Generator.__call__", "before"),
   "batch made": ("jaxft.data.loader:BatchSource.__getitem__", "before"),
-  "step logged": ("jaxft.metrics.reporter:Reporter.log_step", "before"),
-  "line of metrics": ("jaxft.metrics.reporter:JsonlLog.write", "torn"),
+  "step logged": ("jaxft.metrics.logger:MetricsLogger.log_step", "before"),
+  "line of metrics": ("jaxft.metrics.sinks:JsonlLog.write", "torn"),
   "checksums": ("jaxft.checkpoint.manager:checksums", "before"),
   "save begun": ("orbax.checkpoint:CheckpointManager.save", "before"),
   "save handed over": ("orbax.checkpoint:CheckpointManager.save", "after"),
@@ -78,14 +78,14 @@ def act(action: str) -> None:
     time.sleep(60)
 
 
-def tear(self, step: int, values: dict, write, action: str) -> None:
+def tear(self, entry: dict, write, action: str) -> None:
   """Half of the line that would be written."""
   whole = self._file.read_bytes() if self._file.exists() else b""
   if action == "ENOSPC":  # from the kernel, in the middle of the write
     note_moment()
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, resource.RLIM_INFINITY))
-    return write(self, step, values)
-  write(self, step, values)
+    return write(self, entry)
+  write(self, entry)
   line = self._file.read_bytes()[len(whole) :]
   os.truncate(self._file, len(whole) + len(line) // 2)
   act(action)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -13,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxft.train
 import jaxft.training.workdir
 from jaxft.checkpoint import manager
 from jaxft.errors import Preempted, RequestError, StorageError
-from jaxft.metrics.reporter import JsonlLog, Reporter
+from jaxft.metrics.logger import MetricsLogger
+from jaxft.metrics.sinks import JsonlLog
 from jaxft.pretrained import load_workdir
 from jaxft.train import finetune
-from jaxft.training import preemption
+from jaxft.training import loop, preemption
 from jaxft.training.train_state import TrainState
 from jaxft.training.train_step import nonfinite_leaf_names
 from jaxft.utils.files import atomic_write
@@ -128,7 +131,7 @@ def test_checkpoint_save_overlaps_one_step(config, tmp_path, monkeypatch):
     [],
     manager.CheckpointManager.wait,
     manager.CheckpointManager.save,
-    Reporter.log_step,
+    MetricsLogger.log_step,
   )
   monkeypatch.setattr(
     manager.CheckpointManager, "wait", lambda self: (events.append("wait"), wait(self))[1]
@@ -139,7 +142,7 @@ def test_checkpoint_save_overlaps_one_step(config, tmp_path, monkeypatch):
     lambda self, step, *rest: (save(self, step, *rest), events.append(("save", step)))[0],
   )
   monkeypatch.setattr(
-    Reporter,
+    MetricsLogger,
     "log_step",
     lambda self, step, *rest: (events.append(("logged", step)), log_step(self, step, *rest))[1],
   )
@@ -166,6 +169,32 @@ def test_best_checkpoint_is_preserved_beside_newest(tmp_path):
   assert again.steps() == [2, 7, 8] and sorted(
     path.name for path in (tmp_path / "c").iterdir()
   ) == ["2", "7", "8"]
+
+
+def test_last_state_is_freed_before_the_best_is_read(config, tmp_path, monkeypatch):
+  """There may be no room for two, and where no step is left none donates the first."""
+  config.train.keep_best_metric = "eval/loss"
+  refs, freed = [], []
+  train, restore = loop.train, jaxft.train.restore_best
+
+  def trained(run, state, **tools):
+    first = jax.tree.leaves(state)
+    step, state = train(run, state, **tools)
+    freed.append([x.is_deleted() for x in first])
+    refs.extend(map(weakref.ref, jax.tree.leaves(state)))
+    return step, state
+
+  def restored(*rest):
+    freed.append([ref() is None for ref in refs])
+    return restore(*rest)
+
+  monkeypatch.setattr(loop, "train", trained)
+  monkeypatch.setattr(jaxft.train, "restore_best", restored)
+  finetune(config, tmp_path / "run")
+  assert all(map(all, freed)) and len(freed) == 2
+  refs.clear(), freed.clear()
+  finetune(config, tmp_path / "run")
+  assert not any(freed[0]) and all(freed[1])
 
 
 def test_early_stopping_ends_training(config, tmp_path):
@@ -287,7 +316,7 @@ def test_float16_compute_is_refused_with_advice(config, tmp_path):
 
 def test_metrics_of_other_processes_stay_in_memory(tmp_path):
   lines = JsonlLog(tmp_path / "metrics.jsonl", -1, writes=False)
-  lines.write(1, {"x": 2})
+  lines.write({"step": 1, "x": 2})
   assert lines.values("x") == [2] and not list(tmp_path.iterdir())
   assert jax.process_index() == 0
 
@@ -316,14 +345,14 @@ def test_failed_atomic_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_preemption_between_saves_saves_that_step(config, tmp_path, monkeypatch):
-  step = Reporter.log_step
+  step = MetricsLogger.log_step
 
   def stopped(self, number, *rest):
     step(self, number, *rest)
     if number == 2:
       signal.raise_signal(signal.SIGUSR1)
 
-  monkeypatch.setattr(Reporter, "log_step", stopped)
+  monkeypatch.setattr(MetricsLogger, "log_step", stopped)
   with pytest.raises(
     Preempted,
     match="SIGUSR1: saved at step 3 of 12; the same command, without --overwrite_output_dir,",

@@ -380,7 +380,9 @@ def test_finetune_limits_pinning_and_checks_slices(folder, stories, tmp_path, mo
   seen, config = [], tiny.config(folder, stories)
   monkeypatch.setattr(backend, "limit_pinned_memory", lambda nbytes: seen.append(nbytes))
   monkeypatch.setattr(backend, "check_slices", lambda compiled, platform: seen.append(platform))
-  monkeypatch.setattr(jaxft.train, "pinned_memory_warning", lambda run: "warning: of gaps")
+  monkeypatch.setattr(
+    jaxft.training.memory, "pinned_memory_warning", lambda run: "warning: of gaps"
+  )
   jaxft.train.finetune(config, tmp_path / "resident", dry_run=True)
   assert seen == []
   config.memory.offload = "all"

@@ -1,0 +1,175 @@
+"""The metrics logger of a run: one entry a step, evaluation or sample, to every sink."""
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from jaxft.config import TrainSection
+from jaxft.errors import NumericsError
+from jaxft.metrics.sinks import Kind, Sink
+from jaxft.metrics.system import SystemMetrics, peak_memory_bytes
+from jaxft.utils.console import ProgressBar, console, log
+from jaxft.utils.types import Json
+
+
+class StepTimer:
+  """Wall time of steps since the last reset, without what happens inside `paused`."""
+
+  def __init__(self):
+    self.restart()
+
+  def restart(self) -> None:
+    self._step_end = time.monotonic()
+    self.reset()
+
+  def count(self, tokens: int) -> None:
+    """Counts a step that has just ended."""
+    self._step_end = time.monotonic()
+    self._steps += 1
+    self._tokens += tokens
+
+  def reset(self) -> None:
+    """Starts again at the end of the last step.
+
+    Devices have worked at the next step since then, so this time is part of that step.
+    """
+    self._started = self._step_end
+    self._steps = self._tokens = 0
+
+  @contextlib.contextmanager
+  def paused(self) -> Generator[None]:
+    paused_at = time.monotonic()
+    yield
+    self._started += time.monotonic() - paused_at
+
+  @property
+  def tokens_per_second(self) -> float:
+    return self._tokens / max(self._step_end - self._started, 1e-9)
+
+  @property
+  def step_seconds(self) -> float:
+    return (self._step_end - self._started) / max(self._steps, 1)
+
+
+class MetricsLogger:
+  """Sends what a run logs to its sinks, and ends a run whose steps are no longer finite."""
+
+  def __init__(
+    self,
+    *,
+    train: TrainSection,
+    sinks: Sequence[Sink],
+    total_steps: int,
+    num_rows: int,
+    device: jax.Device,
+    nonfinite_names: Callable[[np.ndarray], list[str]],
+    tokens_seen: int = 0,
+    ideal_step_seconds: float | None = None,
+    system: SystemMetrics | None = None,
+  ):
+    """Starts the clock.
+
+    Args:
+      train: `config.train`.
+      sinks: in the order in which they get each entry.
+      num_rows: rows of an epoch.
+      nonfinite_names: names the leaves behind `metrics["bad_leaves"]`.
+      tokens_seen: by the steps before this start of the run.
+      ideal_step_seconds: of a step at peak FLOP/s, for the MFU; None where the peak is not known.
+      system: its readings are part of the entry of a step.
+    """
+    self.tokens_seen = tokens_seen
+    self.clock = StepTimer()
+    self._sinks = sinks
+    self._total_steps = total_steps
+    self._device = device
+    self._nonfinite_names = nonfinite_names
+    self._max_bad_steps = train.max_bad_steps
+    self._num_nonfinite = 0  # steps in a row
+    self._ideal_step_seconds = ideal_step_seconds
+    self._is_due = functools.partial(
+      due_at, train.log_every, rows=num_rows, batch_size=train.batch_size
+    )
+    self._system = system
+
+  def write(self, kind: Kind, step: int, values: Json, line: str = "") -> None:
+    """Sends an entry, and the same in a line for people, to all sinks."""
+    entry = {"step": step} | values
+    for sink in self._sinks:
+      sink.write(kind, entry, line)
+
+  def log_step(self, step: int, metrics: Mapping[str, np.ndarray], progress: ProgressBar) -> None:
+    """Logs the metrics of a train step.
+
+    Raises NumericsError after `train.max_bad_steps` steps in a row with a loss or gradient that is
+    not finite.
+    """
+    loss, norm, rate = (float(metrics[key]) for key in ("loss", "grad_norm", "learning_rate"))
+    self.tokens_seen += int(metrics["tokens"])
+    self.clock.count(int(metrics["tokens"]))
+    speed = f"{self.clock.tokens_per_second:,.0f} tokens/s"
+    mfu = {}
+    if self._ideal_step_seconds:
+      mfu = {"perf/mfu": round(self._ideal_step_seconds / self.clock.step_seconds, 4)}
+      speed += f"  MFU {mfu['perf/mfu']:.0%}"
+    progress.update(step, f"loss {loss:.4f}  {speed}")
+    if self._is_due(step) or step == self._total_steps or metrics["bad"]:
+      minutes, seconds = divmod(round((self._total_steps - step) * self.clock.step_seconds), 60)
+      line = f"loss {loss:.4f}  lr {rate:.2e}  {speed}  {minutes}:{seconds:02} left"
+      self.write(
+        "metrics",
+        step,
+        {
+          "train/loss": json_float(loss),
+          "train/learning_rate": rate,
+          "train/grad_norm": json_float(norm),
+          "train/tokens": self.tokens_seen,
+          "perf/tokens_per_second": round(self.clock.tokens_per_second, 1),
+          "perf/step_seconds": round(self.clock.step_seconds, 4),
+          **mfu,
+          "memory/peak_bytes": peak_memory_bytes(self._device),
+          **(self._system.latest if self._system else {}),
+        },
+        "" if console.live else f"step {step}/{self._total_steps}  {line}",  # a bar shows the same
+      )
+      self.clock.reset()
+    self._check_finite(step, metrics, f"loss {loss}, gradient norm {norm}")
+
+  def _check_finite(self, step: int, metrics: Mapping[str, np.ndarray], numbers: str) -> None:
+    """Logs a step that was not applied; raises NumericsError when there were too many in a row."""
+    if not metrics["bad"]:
+      self._num_nonfinite = 0
+      return
+    self._num_nonfinite += 1
+    leaves = self._nonfinite_names(metrics["bad_leaves"])
+    more = f" and {len(leaves) - 1} more" if leaves[1:] else ""
+    nonfinite = f"; not finite: {leaves[0]}{more}" if leaves else ""
+    what = f"step {step}: {numbers}{nonfinite}"
+    log(f"{what}: not applied, the weights are as before")
+    if self._num_nonfinite >= self._max_bad_steps:
+      raise NumericsError(
+        f"{what}, for {self._num_nonfinite} step(s) in a row; they changed no weight. "
+        "Try a lower config.optim.learning_rate, or look at the data of this step"
+      )
+
+
+def due_at(every: int | str, step: int, rows: int, batch_size: int) -> bool:
+  """Returns whether something is due after a step.
+
+  Args:
+    every: number of steps (0: never), or "epoch" for the end of each epoch of `rows`.
+  """
+  if isinstance(every, str):
+    step_rows = min(batch_size, rows)
+    return step * step_rows // rows > (step - 1) * step_rows // rows
+  return every > 0 and step % every == 0
+
+
+def json_float(number: float) -> float | str:
+  """Returns a finite number as it is, and "nan" or "inf" as text, because JSON has neither."""
+  return number if math.isfinite(number) else str(number)

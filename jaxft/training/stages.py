@@ -1,0 +1,192 @@
+"""The stages of a run before its first step and after its last: build, start, export."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Generator
+from pathlib import Path
+
+import jax
+
+import jaxft.config
+from jaxft.checkpoint import manager
+from jaxft.checkpoint.manager import CheckpointManager, tree_nbytes
+from jaxft.config import Config
+from jaxft.distributed import multihost
+from jaxft.hf import export, peft, push, repo, trainable_params
+from jaxft.hf.card import model_card
+from jaxft.hf.export_tensors import EXPORT_DTYPES
+from jaxft.hf.verify import format_parity
+from jaxft.model.config import ModelConfig
+from jaxft.model.decoder import parameter_count
+from jaxft.training import build, init, memory
+from jaxft.training.build import TrainProgram
+from jaxft.training.inputs import RunInputs, RunRequest, has_frozen
+from jaxft.training.resume import check_same_run, restore_latest
+from jaxft.training.train_state import TrainState
+from jaxft.training.trainable import num_params
+from jaxft.training.workdir import check_disk_space
+from jaxft.utils.console import log
+from jaxft.utils.files import atomic_write
+from jaxft.utils.types import Json, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BuiltRun:
+  """What was asked, what was read, and the programs of both."""
+
+  request: RunRequest
+  inputs: RunInputs
+  cfg: ModelConfig  # of the model as it is trained
+  program: TrainProgram
+
+  @property
+  def config(self) -> Config:
+    return self.request.config
+
+  @property
+  def model_facts(self) -> Json:
+    """What about.json says of the model."""
+    return {
+      "type": self.inputs.model_type,
+      "compute_dtype": self.program.compute.dtype.name,
+      "parameters": num_params(self.program.state.all_params, self.cfg),
+      "trained": num_params(self.program.state.params, self.cfg),
+    }
+
+  @functools.cached_property
+  def checkpoint_metadata(self) -> Json:
+    """What each checkpoint says of the run, beside its step and its tokens."""
+    config = self.config
+    inputs = self.inputs
+    return {
+      "config": config.to_dict(),
+      "total_steps": inputs.total_steps,
+      "data": inputs.data.fingerprint,
+      "held_out": inputs.data.validation_fingerprint,
+      "rows_in_all": inputs.total_rows,
+      "rows_of_step": min(len(inputs.data.train), config.train.batch_size),
+      "versions": dict(multihost.package_versions()),
+      "started_in": str(Path.cwd()),
+      "workdir": str(self.request.workdir.absolute()),
+      "local_model": repo.is_local(config.model.path),
+      "model": dataclasses.asdict(self.cfg),
+      "labels": inputs.data.labels,
+      "frozen": inputs.weights_fingerprint if has_frozen(config) else "",
+    }
+
+
+def build_run(request: RunRequest, inputs: RunInputs) -> BuiltRun:
+  """Builds the programs of a run; RequestError where its state does not fit into memory."""
+  config = request.config
+  cfg = trainable_params.apply_config(inputs.source.cfg, config, inputs.model_type)
+  row = inputs.data.train[0]
+  program = build.build_train_program(config, cfg, inputs.mesh, inputs.total_steps, row)
+  memory.check_fits(program, config)
+  if warning := memory.pinned_memory_warning(program):
+    log(warning)
+  run = BuiltRun(request=request, inputs=inputs, cfg=cfg, program=program)
+  facts = run.model_facts
+  log(
+    f"{facts['type']} from {config.model.path}: {facts['parameters']:,} parameters, "
+    + (f"{facts['trained']:,} of them trained, " if cfg.trained else "")
+    + f"computing in {program.compute.dtype}"
+  )
+  return run
+
+
+@contextlib.contextmanager
+def open_checkpoints(run: BuiltRun) -> Generator[CheckpointManager]:
+  """Opens the checkpoints of this run; raises where they are of another."""
+  train = run.config.train
+  checkpoints = CheckpointManager(
+    folder=run.request.workdir / "checkpoints",
+    max_to_keep=train.keep,
+    best_metric=train.keep_best_metric,
+    writes=True,
+    low_memory=run.program.offload != "none",
+  )
+  like = run.program.state.checkpointable
+  try:
+    metadata = run.checkpoint_metadata
+    check_same_run(checkpoints, like, run.config, metadata, run.request.allow_change)
+    yield checkpoints
+  finally:
+    checkpoints.close_quietly()
+
+
+def check_room(run: BuiltRun, saved_steps: list[int]) -> None:
+  """Raises StorageError where the disk has no room for the checkpoints to come and the export.
+
+  `saved_steps`: of the checkpoints that are on it.
+  """
+  train = run.config.train
+  total_steps = run.inputs.total_steps
+  steps_of_epoch = -(-len(run.inputs.data.train) // train.batch_size)
+  num_new = manager.num_new_checkpoints(saved_steps, total_steps, train, steps_of_epoch)
+  itemsize = EXPORT_DTYPES[run.config.export.dtype].itemsize
+  needed = {
+    run.request.workdir / "checkpoints": num_new * tree_nbytes(run.program.state.checkpointable),
+    run.request.export_dir: itemsize * parameter_count(run.inputs.source.cfg),
+  }
+  check_disk_space(needed, f"{num_new} checkpoints of this run and its export")
+
+
+def initial_state(run: BuiltRun) -> TrainState:
+  """Returns the state of a run that begins, with pretrained or new weights."""
+  params, frozen = init.load_or_init_params(run.program, run.cfg, run.inputs.source, run.config)
+  return init.init_train_state(run.program, params, frozen)
+
+
+def restore_or_init(run: BuiltRun, checkpoints: CheckpointManager) -> tuple[TrainState, int]:
+  """Returns the state that the run goes on from or begins with, and the tokens it has seen."""
+  like = run.program.state.checkpointable
+  strict = run.request.strict
+  saved, tokens_seen = restore_latest(checkpoints, like, run.inputs.total_steps, strict)
+  if saved is None:
+    return initial_state(run), 0
+  if not run.cfg.trained:
+    return TrainState.from_checkpoint(saved, {}), tokens_seen
+  _, frozen = init.load_or_init_params(run.program, run.cfg, run.inputs.source, run.config)
+  return TrainState.from_checkpoint(saved, frozen), tokens_seen
+
+
+def write_run_files(run: BuiltRun) -> None:
+  """Writes what the workdir says of the run, from the main process: settings, data, base model."""
+  if jax.process_index() > 0:
+    return
+  workdir = run.request.workdir
+  inputs = run.inputs
+  atomic_write(workdir / "config.json", jaxft.config.to_json(run.config))
+  atomic_write(workdir / "data_report.json", inputs.data.to_json(run.config.train))
+  export.save_run_model(workdir, inputs.source, inputs.tokenizer)
+
+
+def export_run(run: BuiltRun, params: Params, step: int, about: Json) -> None:
+  """Writes a Hugging Face folder, reads it back and compares it.
+
+  The frozen weights are read again, as precise as they are in the base model.
+  """
+  config = run.config
+  source = run.inputs.source
+  workdir = run.request.workdir
+  out = run.request.export_dir
+  if run.cfg.lora_rank:
+    peft.save_adapters(workdir / "adapter", params, run.cfg, source, config)
+  parity = export.export_model(
+    out,
+    init.merge_params(params, run.cfg, source, init.merged_shapes(run.program)),
+    source,
+    dtype=config.export.dtype,
+    max_shard_size=config.export.max_shard_size,
+    card=model_card(workdir, step, run.checkpoint_metadata["local_model"]),
+    tokenizer=run.inputs.tokenizer,
+  )
+  if jax.process_index() > 0:
+    return
+  facts = {key: it for key, it in parity.items() if key != "sha256"}
+  adapter = {"adapter": str((workdir / "adapter").absolute())} if run.cfg.lora_rank else {}
+  about["export"] = {"folder": str(out.absolute())} | facts | adapter
+  log(f"exported to {out}: {format_parity(parity)}")
+  if config.export.push_to_hub:
+    log(f"uploaded to {push.push_to_hub(out, config.export.push_to_hub)}")
