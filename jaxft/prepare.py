@@ -2,7 +2,7 @@
 
 import json
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 from rich.console import Console
@@ -18,9 +18,6 @@ from jaxft.hf import base_model, repo
 from jaxft.hf.tokenizer import fingerprint, load_tokenizer
 from jaxft.utils.console import ProgressBar, escape_controls, log
 from jaxft.utils.types import Json
-
-if TYPE_CHECKING:
-  from transformers import PreTrainedTokenizerBase
 
 PREVIEW_ROWS = 3
 
@@ -55,9 +52,10 @@ def main() -> None:
     return
   console = Console(soft_wrap=True, highlight=False)
   console.print(_table(report))
+  decode = lambda ids: escape_controls(str(tokenizer.decode(ids)))
   for i in np.linspace(0, len(data.train) - 1, min(PREVIEW_ROWS, len(data.train))).astype(int):
     console.print(Text(f"\nrow {i}, learned in green, not learned in grey:", style="bold"))
-    console.print(_preview(data.train[i], tokenizer, data.labels))
+    console.print(_preview(data.train[i], decode, data.labels))
 
 
 def _table(report: Json) -> Table:
@@ -77,10 +75,9 @@ def _format_number(value: object) -> str:
   return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _preview(row: PackedRow, tokenizer: "PreTrainedTokenizerBase", labels: list[str]) -> Text:
+def _preview(row: PackedRow, decode: Callable[[np.ndarray], str], labels: list[str]) -> Text:
   """Decodes the row, coloured by whether each token is learned, without the padding at its end."""
   last = int(np.flatnonzero(row["mask"])[-1])  # no row is without a learned token
-  decode = lambda ids: escape_controls(str(tokenizer.decode(ids)))
   if labels:
     text = Text(decode(row["ids"][: last + 1]), "grey50")
     return text.append(f" -> {labels[row['targets'][last]]}", "green")

@@ -49,13 +49,12 @@ def validate_path(folder: Path) -> list[str]:
       f"{str(folder)!r}: its name is not UTF-8, and Orbax would not save there (0.12); name "
       "another folder"
     ]
-  for char in GLOB_CHARS:
-    if char in path:
-      return [
-        f"{str(folder)!r}: Orbax takes the {char} in the path of a checkpoint for part of a "
-        "pattern (0.12), and would not find what it has saved; name a folder without any of "
-        f"{' '.join(GLOB_CHARS)}"
-      ]
+  if char := next((char for char in GLOB_CHARS if char in path), ""):
+    return [
+      f"{str(folder)!r}: Orbax takes the {char} in the path of a checkpoint for part of a "
+      "pattern (0.12), and would not find what it has saved; name a folder without any of "
+      f"{' '.join(GLOB_CHARS)}"
+    ]
   return []
 
 
@@ -74,10 +73,9 @@ class KeepVerified:
 def _silence_orbax() -> None:
   """Keep tracebacks of errors that are raised too out of the log."""
   # After a failed read Orbax (0.12.8) leaves tasks behind that nobody awaits; asyncio would log
-  # each with a traceback, pages after the error has been printed in one line.
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-  # Orbax's own log.
-  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  # each with a traceback, pages after the error has been printed in one line. absl: Orbax's log.
+  for name in ("asyncio", "absl"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class CheckpointState(NamedTuple):
@@ -178,7 +176,7 @@ class CheckpointManager:
     self.wait()
     steps = self.steps()
     if steps and self._verified.step not in (steps[-1], *[*steps, step][-self._max_to_keep :]):
-      self._read_back(steps[-1], state)
+      self.verify(steps[-1], state)
     # Checksums of the arrays in memory: whatever happens to them on the way to the disk shows.
     meta = meta | {"step": step, "leaves": leaf_specs(state), "checksums": checksums(state)}
     meta |= {"sha256": json_sha256(meta)}
@@ -190,25 +188,19 @@ class CheckpointManager:
       meta=ocp.args.JsonSave(meta),
     )
 
-    def write() -> bool:
-      # force: without it Orbax leaves out, in silence, a step that is not after the newest.
-      return self._manager.save(step, args=args, metrics=dict(metrics or {}), force=True)
-
+    # force: without it Orbax leaves out, in silence, a step that is not after the newest.
+    write = lambda: self._manager.save(step, args=args, metrics=dict(metrics or {}), force=True)
     self._nbytes = tree_nbytes(state)
     if not self._call(write):
       raise StorageError(f"{self._path(step)}: not saved")
     if self._low_memory or not self._has_saved:
       self.wait()
     if not self._has_saved:
-      self._read_back(step, state)
+      self.verify(step, state)
       self._has_saved = True
 
-  def _read_back(self, step: int, like: PyTree) -> None:
-    self.verify(step, like)
-    self._verified.step = step
-
   def verify(self, step: int, like: PyTree) -> None:
-    """Reads a checkpoint back and compares checksums; raises StorageError.
+    """Reads a checkpoint back and compares checksums; raises StorageError. It is preserved then.
 
     Each process reads some chunks, a few at a time: there may be no memory for a second state.
     """
@@ -229,6 +221,7 @@ class CheckpointManager:
     for path, checksum in zip(map(jax.tree_util.keystr, paths), sums, strict=True):
       if checksum != expected[path]:
         raise StorageError(f"{self._path(step)}: {path} read back is not what was written")
+    self._verified.step = step
 
   def quarantine(self, step: int) -> Path:
     """Renames a damaged checkpoint, as the run will save this step again; returns its new path."""
@@ -371,13 +364,9 @@ def num_new_checkpoints(
   Args:
     steps: those of the checkpoints on disk.
   """
-
-  def num_steps(every: int | str) -> int:
-    return (every if isinstance(every, int) else steps_of_epoch) or total_steps
-
-  intervals = [num_steps(train.save_every)]
-  if train.keep_best_metric:
-    intervals.append(num_steps(train.eval_every))
+  settings = [train.save_every, *([train.eval_every] if train.keep_best_metric else [])]
+  # Numbers of steps, or "epoch"; 0: only at the end.
+  intervals = [(it if isinstance(it, int) else steps_of_epoch) or total_steps for it in settings]
   num_saves = sum(-(-(total_steps - max(steps, default=0)) // every) for every in intervals)
   at_once = max(train.keep, 2) + bool(train.keep_best_metric) + 1  # while the next one is written
   return min(num_saves, max(at_once - len(steps), 1))

@@ -17,12 +17,9 @@ def build_report(
   manifest: Manifest, arrays: dict[str, TokenArrays], datasets: dict[str, LayoutDataset], T: int
 ) -> Json:
   """Return the content of data_report.json, except for what depends on the batch."""
-  train = arrays["train"]
-  validation = arrays["validation"]
-  train_stats = datasets["train"].stats
-  validation_stats = datasets["validation"].stats
-  dropped = Counter(train_stats.dropped)
-  dropped.update(validation_stats.dropped)
+  train, validation = arrays["train"], arrays["validation"]
+  train_stats, validation_stats = datasets["train"].stats, datasets["validation"].stats
+  dropped = Counter(train_stats.dropped) + Counter(validation_stats.dropped)
   empty = train_stats.empty + validation_stats.empty
   tails = manifest["tails"]
   lengths_N = np.asarray(train.lengths_N)

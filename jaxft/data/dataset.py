@@ -30,22 +30,9 @@ DROPPED, TRAIN, VALIDATION = 0, 1, 2
 SPLITS = {"train": TRAIN, "validation": VALIDATION}
 # The settings that the tokens depend on; the others only decide how they are laid out in rows.
 CACHE_KEY_SETTINGS = (
-  "format",
-  "text_column",
-  "prompt_column",
-  "completion_column",
-  "label_column",
-  "nats_column",
-  "template",
-  "separator",
-  "encoding",
-  "validation_fraction",
-  "limit_train",
-  "limit_validation",
-  "shuffle_seed",
-  "on_bad_row",
-  "duplicates",
-)
+  "format text_column prompt_column completion_column label_column nats_column template separator "
+  "encoding validation_fraction limit_train limit_validation shuffle_seed on_bad_row duplicates"
+).split()
 
 
 class PreparedData(NamedTuple):
@@ -237,9 +224,10 @@ def _build_cache(
   """Write the token files. A first pass over the examples decides which the second one takes."""
   survey = _survey(data)
   splits, repeats, tail_share = _select(survey, data)
+  selected = zip(survey.sources, splits, repeats)
   total = sum(int(repeats_N.sum()) for repeats_N in repeats)
-  examples = _selected_examples(survey.sources, splits, repeats, tail_share, data)
   log_done = lambda done: on_progress(done, total)
+  examples = _read_selected(selected, tail_share, data)
   files, written = _write_tokens(folder, examples, survey.labels, tokenizer, log_done)
   tails = written["held_out"] if tail_share else 0
   if written["examples"] != total + tails:
@@ -272,12 +260,9 @@ def _survey(data: DataSection) -> Survey:
   weighted = map(sources.parse_weight, data.train)
   all_sources = [DataSource(name, "train", weight) for name, weight in weighted]
   all_sources += [DataSource(name, "validation", 1.0) for name in data.validation]
-  dropped = Counter()
-  notes = Counter()
-  log_lines = []
-  labels: set[str | None] = set()
-  seen = set()
-  counts = []
+  dropped, notes = Counter(), Counter()
+  log_lines, counts = [], []
+  labels, seen = set(), set()
   is_duplicate = bytearray()
   for source in all_sources:
     counts.append(0)
@@ -303,7 +288,7 @@ def _survey(data: DataSection) -> Survey:
 def _select(survey: Survey, data: DataSection) -> tuple[list[np.ndarray], list[np.ndarray], float]:
   """Return what `_assign_splits` does, and between the two how often each example is written.
 
-  Raises RequestError as it does, and where the weights leave nothing or all labels are the same.
+  Raises RequestError too where the weights leave nothing, or where all labels are the same.
   """
   rng = np.random.default_rng(data.shuffle_seed)
   splits, tail_share = _assign_splits(survey, data, rng)
@@ -323,16 +308,12 @@ def _select(survey: Survey, data: DataSection) -> tuple[list[np.ndarray], list[n
   return splits, repeats, tail_share
 
 
-def _selected_examples(
-  all_sources: list[DataSource],
-  splits: list[np.ndarray],
-  repeats: list[np.ndarray],
-  tail_share: float,
-  data: DataSection,
+def _read_selected(
+  selected: Iterable[tuple[DataSource, np.ndarray, np.ndarray]], tail_share: float, data: DataSection
 ) -> Iterator[tuple[Example, int]]:
   """Yield the examples to write, each with its split."""
   ignored = Counter()  # this pass meets the bad rows that the first has counted
-  for source, split_N, repeats_N in zip(all_sources, splits, repeats):
+  for source, split_N, repeats_N in selected:
     for repeat in range(repeats_N.max(initial=0)):
       selected_N = repeats_N > repeat
       examples = read_examples((source.name,), source.split, data, ignored, ignored)

@@ -50,12 +50,15 @@ class ConcatDataset:
 
   def __getitem__(self, i: int) -> PackedRow:
     start = int(self._rows[i]) * self.seq_len
-    stop = min(start + self.seq_len, len(self.tokens.ids))
+    return self.row(start, min(start + self.seq_len, len(self.tokens.ids)), first=start)
+
+  def row(self, start: int, stop: int, first: int) -> PackedRow:
+    """Return the row whose targets are tokens start ... stop - 1, those from `first` on learned."""
     window = np.zeros(self.seq_len + 1, np.int32)
     window[0] = self.tokens.ids[start - 1] if start else self._eos_id
     window[1 : 1 + stop - start] = self.tokens.ids[start:stop]
     mask = np.zeros(self.seq_len, bool)
-    mask[: stop - start] = self.loss_mask(start, stop)
+    mask[first - start : stop - start] = self._loss_mask(first, stop)
     return {"ids": window[:-1], "targets": window[1:], "mask": mask}
 
   def _has_targets(self, num_rows: int) -> np.ndarray:
@@ -70,7 +73,7 @@ class ConcatDataset:
     np.add.at(delta, (stops[learned] - 1) // self.seq_len + 1, -1)
     return np.cumsum(delta[:-1]) > 0
 
-  def loss_mask(self, start: int, stop: int) -> np.ndarray | bool:
+  def _loss_mask(self, start: int, stop: int) -> np.ndarray | bool:
     """Return which of the tokens start ... stop - 1 are not part of a prompt."""
     starts = self.tokens.starts_N1
     first, last = np.searchsorted(starts, (start, stop - 1), side="right") - 1
@@ -92,24 +95,17 @@ class SlidingWindowDataset:
   def __init__(self, tokens: TokenArrays, T: int, eos_id: int, stride: int):
     self._stream = ConcatDataset(tokens, T, eos_id)
     self.seq_len = T
-    self._eos_id = eos_id
     self._stride = stride
 
   def __len__(self) -> int:
     return 1 - (-max(0, len(self._stream.tokens.ids) + 1 - self.seq_len) // self._stride)
 
   def __getitem__(self, i: int) -> PackedRow:
-    stored = self._stream.tokens.ids
-    begin = i * self._stride  # the window's first token is stored[begin - 1]
-    stop = min(begin + self.seq_len - 1, len(stored))
-    # The first target: those before it were targets of the window before.
-    first = begin - self._stride + self.seq_len - 1 if i else 0
-    window = np.zeros(self.seq_len + 1, np.int32)
-    window[0] = stored[begin - 1] if i else self._eos_id
-    window[1 : 1 + stop - begin] = stored[begin:stop]
-    mask = np.zeros(self.seq_len, bool)
-    mask[first - begin : stop - begin] = self._stream.loss_mask(first, stop)
-    return {"ids": window[:-1], "targets": window[1:], "mask": mask}
+    start = i * self._stride  # the window begins with the token before it
+    stop = min(start + self.seq_len - 1, len(self._stream.tokens.ids))
+    # Targets before the first were targets of the window before.
+    first = start - self._stride + self.seq_len - 1 if i else 0
+    return self._stream.row(start, stop, first)
 
 
 class Span(NamedTuple):

@@ -35,15 +35,8 @@ DEFAULT_FORMATS = (".txt", ".jsonl", ".csv", ".parquet")
 BOM = b"\xef\xbb\xbf"
 # pyarrow, zlib and zstd raise OSError, ValueError or OverflowError; an archive with a password
 # RuntimeError.
-READ_ERRORS = (
-  OSError,
-  ValueError,
-  OverflowError,
-  EOFError,
-  lzma.LZMAError,
-  zipfile.BadZipFile,
-  RuntimeError,
-)
+READ_ERRORS = (OSError, ValueError, OverflowError, EOFError, RuntimeError)
+READ_ERRORS += (lzma.LZMAError, zipfile.BadZipFile)
 
 
 class RawRow(NamedTuple):
@@ -134,12 +127,9 @@ def _read_archive(file: Path, options: ReaderOptions, notes: Counter[str]) -> It
       suffixes[entry] = "" if nested else suffix
     readable = {entry: suffix for entry, suffix in suffixes.items() if suffix}
     entries = select_files(f"data source {str(file)!r}", readable, "unpack it, and name those")
-    unread = len(suffixes) - len(readable)
-    unselected = len(readable) - len(entries)
-    notes["files in archives that are of no kind that is read"] += unread
-    notes[
-      "files in archives that are read only where there is no other kind (.json, .md, ...)"
-    ] += unselected
+    notes["files in archives that are of no kind that is read"] += len(suffixes) - len(readable)
+    unselected = "read only where there is no other kind (.json, .md, ...)"
+    notes[f"files in archives that are {unselected}"] += len(readable) - len(entries)
     for entry in entries:
       location = f"{file}: {entry.filename}"
       suffix = suffixes[entry]
@@ -215,11 +205,7 @@ class _Utf8Stream(io.RawIOBase):
 
 
 def _read_stream(
-  location: str,
-  suffix: str,
-  stream: io.BufferedReader,
-  options: ReaderOptions,
-  notes: Counter[str],
+  location: str, suffix: str, stream: io.BufferedReader, options: ReaderOptions, notes: Counter[str]
 ) -> Iterator[RawRow]:
   if options.encoding.lower().replace("_", "-") not in ("utf-8", "utf8"):
     stream = io.BufferedReader(_Utf8Stream(stream, options.encoding))
@@ -425,12 +411,11 @@ def _open_arrow(file: Path | BinaryIO) -> "pyarrow.Table":
   import pyarrow.ipc
 
   is_path = isinstance(file, Path)
-  source = pyarrow.memory_map(str(file)) if is_path else pyarrow.py_buffer(file.read())
+  source = pyarrow.memory_map(str(file)) if is_path else pyarrow.BufferReader(file.read())
   try:
     return pyarrow.ipc.open_stream(source).read_all()
   except pyarrow.ArrowInvalid:
-    if is_path:
-      source.seek(0)
+    source.seek(0)
     return pyarrow.ipc.open_file(source).read_all()
 
 

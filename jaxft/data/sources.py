@@ -31,24 +31,12 @@ if TYPE_CHECKING:
 
 # In the folder of a run or a model, in which there may be text to learn too.
 RUN_FOLDERS = (
-  "checkpoints",
-  "profile",
-  "export",
-  "adapter",
-  "run.model",
-  "tensorboard",
-  "mlartifacts",
-  "wandb",
-  "trackio",
-)
+  "checkpoints profile export adapter run.model tensorboard mlartifacts wandb trackio"
+).split()
 RUN_FILES = ("metrics.jsonl", "samples.jsonl", "merges.txt", "vocab.txt")
 MODEL_FILES = (".safetensors", ".msgpack", ".bin", ".h5", "tokenizer.json", "tokenizer_config.json")
-TOKENIZER_FILES = {
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "vocab.json",
-  "special_tokens_map.json",
-}
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
+TOKENIZER_FILES |= {"vocab.json", "special_tokens_map.json"}
 HUB_TIMEOUT = 5  # seconds for the hub to answer
 # Notes of data_report.json.
 SEEN_NOTE = "links to folders that are read anyway, or that hold this one, left out"
@@ -409,13 +397,13 @@ def _open_hub(source: str, split: str) -> "datasets.Dataset":
       return _load_dataset(datasets, name, configuration, own_split or split)
   # Hub, network and format errors share no class; all mean that this source cannot be read.
   except Exception as error:
-    problem = first_line(error)
-    way_out = "check the name and the split, or download it and give the files"
+    problem = (
+      f"{first_line(error)}; check the name and the split, or download it and give the files"
+    )
     if match := re.search(r"vailable(?: configs)?: \[(.*?)\]", str(error)):
-      problem = f"name one of its configurations as hub:{name}/CONFIGURATION[:SPLIT]"
       names = match[1].replace("'", "")
-      raise RequestError(f"data source {source!r}: {problem}: {names}") from error
-    raise RequestError(f"data source {source!r}: {problem}; {way_out}") from error
+      problem = f"name one of its configurations as hub:{name}/CONFIGURATION[:SPLIT]: {names}"
+    raise RequestError(f"data source {source!r}: {problem}") from error
 
 
 def has_split(source: str, split: str) -> bool:
@@ -447,10 +435,8 @@ def _load_dataset(
     head, _, tail = name.rpartition("/")  # of an id without an owner: glue/sst2
     if configuration or not head:
       raise
-    try:
+    with contextlib.suppress(datasets.exceptions.DatasetNotFoundError):
       return datasets.load_dataset(head, tail, split=split)
-    except datasets.exceptions.DatasetNotFoundError:
-      pass
     raise
 
 

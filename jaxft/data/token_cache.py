@@ -32,8 +32,6 @@ ARRAYS: dict[str, DTypeLike] = {
 
 
 class FileInfo(TypedDict):
-  """A file of an entry, as its manifest has it."""
-
   dtype: str
   bytes: int
   sha256: str

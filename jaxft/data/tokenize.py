@@ -295,9 +295,7 @@ def encode_in_memory(
 ) -> TokenArrays:
   """Encode examples without a file; raises RequestError for a label that is not in `labels`."""
   dtype = ids_dtype(tokenizer)
-  ids = []
-  prompts = []
-  example_labels = []
+  ids, prompts, example_labels = [], [], []
   for batch, encoded in encode_batches(examples, tokenizer, dtype):
     example_labels += [example.label for example in batch if example.label is not None]
     ids += encoded.ids
