@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxft.cli import deepspeed_keys, deepspeed_sections
 from jaxft.cli.deepspeed_rules import AUTO, Context, Rule, ignored, is_off, to_count
@@ -36,14 +36,14 @@ class Entry(NamedTuple):
   """A leaf of a file: its dotted name, its value, and what it became."""
 
   key: str
-  value: Any
+  value: object
   outcome: str  # "--config.mesh.zero_stage=2", "nothing: why" or `AUTO`
 
 
 class ParsedConfig(NamedTuple):
   """The translation of a file; the run computes the batch, as it knows its devices."""
 
-  settings: dict[str, Any]  # by the names of `jaxft.config.SETTINGS`
+  settings: dict[str, object]  # by the names of `jaxft.config.SETTINGS`
   micro_batch_size: int | None  # train_micro_batch_size_per_gpu, if a number
   accumulation_steps: int | None  # gradient_accumulation_steps, if a number
   batch_size: int | None  # train_batch_size, if a number
@@ -52,14 +52,14 @@ class ParsedConfig(NamedTuple):
 
 class _Leaf(NamedTuple):
   key: str
-  value: Any
+  value: object
   is_comment: bool
 
 
-class _JsonObject(dict):
+class _JsonObject(dict[str, object]):
   """A JSON object that remembers its duplicate keys."""
 
-  def __init__(self, pairs: list[tuple[str, Any]]):
+  def __init__(self, pairs: list[tuple[str, object]]):
     super().__init__(pairs)
     counts = Counter(name for name, _ in pairs)
     self.duplicates = [name for name in self if counts[name] > 1]
@@ -109,7 +109,7 @@ def read(file: Path) -> ParsedConfig:
   return translate(content, str(file))
 
 
-def translate(config: Mapping[str, Any], where: str) -> ParsedConfig:
+def translate(config: Mapping[str, object], where: str) -> ParsedConfig:
   """Translate the content of a file, or the dictionary of `TrainingArguments(deepspeed=...)`.
 
   Args:
@@ -167,18 +167,18 @@ def format_table(entries: Iterable[Entry], overridden: Mapping[str, str]) -> str
   return "\n".join(f"{key:{widths[0]}}  {value:{widths[1]}}  {end}" for key, value, end in rows)
 
 
-def _leaves(config: Mapping[str, Any], above: str = "", depth: int = 1) -> Iterator[_Leaf]:
+def _leaves(config: Mapping[str, object], above: str = "", depth: int = 1) -> Iterator[_Leaf]:
   """Yield all leaves; so are empty objects, very deep ones, and comments."""
   for key, value in config.items():
     name = above + _key_text(key)
-    is_comment = str(key).startswith(COMMENT_KEYS) or key == "comment"
+    is_comment = isinstance(key, str) and key.startswith(COMMENT_KEYS) or key == "comment"
     if isinstance(value, Mapping) and value and depth < MAX_DEPTH and not is_comment:
       yield from _leaves(value, f"{name}.", depth + 1)
     else:
       yield _Leaf(name, value, is_comment)
 
 
-def _duplicate_keys(config: Mapping[str, Any], above: str = "", depth: int = 1) -> Iterator[str]:
+def _duplicate_keys(config: Mapping[str, object], above: str = "", depth: int = 1) -> Iterator[str]:
   """Yield the dotted names of duplicate keys."""
   yield from (above + _key_text(key) for key in getattr(config, "duplicates", ()))
   for key, value in config.items():
@@ -186,13 +186,13 @@ def _duplicate_keys(config: Mapping[str, Any], above: str = "", depth: int = 1) 
       yield from _duplicate_keys(value, f"{above}{_key_text(key)}.", depth + 1)
 
 
-def _key_text(key: Any) -> str:
+def _key_text(key: object) -> str:
   """Format a key for messages: in quotes unless it is plain, so that "a.b" is not b of a."""
   is_plain = isinstance(key, str) and re.fullmatch(r"[\w/#$-]+", key, re.ASCII)
   return key if is_plain else _format_value(str(key))
 
 
-def _translate_leaf(ctx: Context, key: str, value: Any) -> str:
+def _translate_leaf(ctx: Context, key: str, value: object) -> str:
   """Translate a leaf; raises ValueError for a wrong value, LookupError for an unknown key."""
   rule = _rule_for(ctx, key)
   is_section = key in SECTIONS
@@ -203,7 +203,7 @@ def _translate_leaf(ctx: Context, key: str, value: Any) -> str:
     raise ValueError(f"give an object with its keys, such as {inside.removeprefix(f'{key}.')}")
   if rule is None:
     raise LookupError("DeepSpeed has no such key")
-  if isinstance(value, Mapping) and (value or not rule.allows_empty):
+  if isinstance(value, Mapping) and (value or not _section_without_rules(key)):
     raise ValueError("give a value, not an object")
   numbers = value if isinstance(value, list) else [value]
   if any(isinstance(it, float) and not math.isfinite(it) for it in numbers):
@@ -219,12 +219,16 @@ def _rule_for(ctx: Context, key: str) -> Rule | None:
     return _param_rule(ctx, section, param)
   if key in deepspeed_keys.RULES:
     return deepspeed_keys.RULES[key]
-  for name, why in deepspeed_keys.IGNORED_SECTIONS.items():
-    if _is_in(key, name):
-      return ignored(why)._replace(allows_empty=True)
-  sections = (it for it in deepspeed_keys.UNSUPPORTED_SECTIONS if _is_in(key, it))
-  unsupported = next(sections, None)
-  return unsupported and _off_rule(ctx, unsupported)
+  section = _section_without_rules(key)
+  if why := deepspeed_keys.IGNORED_SECTIONS.get(section):
+    return ignored(why)
+  return _off_rule(ctx, section) if section else None
+
+
+def _section_without_rules(key: str) -> str:
+  """Return the section of a key if all of it is ignored or refused, or ""."""
+  sections = (*deepspeed_keys.IGNORED_SECTIONS, *deepspeed_keys.UNSUPPORTED_SECTIONS)
+  return next((it for it in sections if _is_in(key, it)), "")
 
 
 def _param_rule(ctx: Context, section: str, param: str) -> Rule | None:
@@ -232,7 +236,7 @@ def _param_rule(ctx: Context, section: str, param: str) -> Rule | None:
   types = {name.lower(): it for name, it in deepspeed_sections.TYPES[section].items()}
   if f"{section}.type" not in ctx.values:
 
-    def reject(*_: Any) -> str:
+    def reject(*_: object) -> str:
       raise ValueError(f"of which {section}? give {section}.type too")
 
     is_known = any(param in it.params for it in types.values())
@@ -244,14 +248,15 @@ def _param_rule(ctx: Context, section: str, param: str) -> Rule | None:
 
 def _off_rule(ctx: Context, section: str) -> Rule:
   """Return the rule of a section that must be off: the first key that switches it on is refused."""
-  first = ctx.cached(("on", section), lambda: _first_key_on(ctx, section))
+  if section not in ctx.first_on:
+    ctx.first_on[section] = _first_key_on(ctx, section)
 
-  def reject_first(_: Context, key: str, __: Any) -> str:
-    if key == first:
+  def reject_first(_: Context, key: str, __: object) -> str:
+    if key == ctx.first_on[section]:
       raise ValueError(deepspeed_keys.UNSUPPORTED_SECTIONS[section])
     return "nothing: it is off"
 
-  return Rule(doc="", translate=reject_first, handles_auto=True, allows_empty=True)
+  return Rule("", reject_first, handles_auto=True)
 
 
 def _first_key_on(ctx: Context, section: str) -> str | None:
@@ -279,7 +284,7 @@ def _suggestion(key: str) -> str:
   return f"did you mean {near[0]}?" if near else SEE_PAGE
 
 
-def _format_value(value: Any, length: int = 60) -> str:
+def _format_value(value: object, length: int = 60) -> str:
   """Format a value as JSON, in one line of ASCII; cut it if it is long."""
   try:
     text = json.dumps(value, default=str)

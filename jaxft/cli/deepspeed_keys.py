@@ -5,14 +5,14 @@ keys are those of DeepSpeed 0.19.
 """
 
 import math
-from typing import Any
 
 from jaxft.cli.deepspeed_rules import (
   AUTO,
   Context,
   Rule,
   as_flag,
-  for_keys,
+  by_key,
+  counts,
   ignored,
   is_off,
   maps_to,
@@ -23,7 +23,14 @@ from jaxft.cli.deepspeed_rules import (
   validate,
   when_true,
 )
-from jaxft.cli.deepspeed_sections import KERNELS, TYPES, UNSUPPORTED, optimizer_type, scheduler_type
+from jaxft.cli.deepspeed_sections import (
+  FIRST_MOMENT,
+  KERNELS,
+  TYPES,
+  UNSUPPORTED,
+  optimizer_type,
+  scheduler_type,
+)
 
 ZERO = "zero_optimization"
 
@@ -34,19 +41,7 @@ ACCUMULATION = "gradient_accumulation_steps"
 TRAIN_BATCH = "train_batch_size"
 
 
-def _micro_batch(_: Context, __: str, value: Any) -> str:
-  rows = to_count(value)
-  return "nothing: null" if rows is None else f"--config.train.micro_batch_size={rows}"
-
-
-def _accumulation(_: Context, __: str, value: Any) -> str:
-  steps = to_count(value)
-  if steps is None:
-    return "nothing: null"
-  return f"--config.train.batch_size is rows a device x {steps} x devices"
-
-
-def _batch(ctx: Context, _: str, value: Any) -> str:
+def _batch(ctx: Context, _: str, value: object) -> str:
   batch = to_count(value)
   if batch is None:
     return "nothing: null"
@@ -86,7 +81,7 @@ def _dtype_of(ctx: Context, key: str) -> str:
   return "auto" if key == "fp16.enabled" else "bfloat16"
 
 
-def _dtype(ctx: Context, key: str, value: Any) -> str:
+def _dtype(ctx: Context, key: str, value: object) -> str:
   name = "model.compute_dtype"
   if value != "auto":
     to_bool(value)
@@ -109,7 +104,11 @@ def _dtype(ctx: Context, key: str, value: Any) -> str:
   return ctx.set(name, "float32", "as DeepSpeed computes where nothing is on")
 
 
-def _amp_level(_: Context, __: str, value: Any) -> str:
+def _dtype_rule(doc: str) -> Rule:
+  return Rule(doc, _dtype, handles_auto=True)
+
+
+def _amp_level(_: Context, __: str, value: object) -> str:
   if value is not None and value not in tuple(AMP_LEVELS):
     raise ValueError(
       "must be O0, O1 or O2: weights stay float32, or bfloat16 with config.model.param_dtype"
@@ -117,13 +116,13 @@ def _amp_level(_: Context, __: str, value: Any) -> str:
   return "nothing: amp.enabled says the dtype"
 
 
-def _autocast_dtype(_: Context, __: str, value: Any) -> str:
+def _autocast_dtype(_: Context, __: str, value: object) -> str:
   if value is not None and value not in BFLOAT16 + FLOAT16:
     raise ValueError("must be bfloat16 or float16")
   return "nothing: torch_autocast.enabled says the dtype"
 
 
-def _param_dtype(ctx: Context, _: str, value: Any) -> str:
+def _param_dtype(ctx: Context, _: str, value: object) -> str:
   if value in BFLOAT16:
     return ctx.set("model.param_dtype", "bfloat16")
   if value is not None and value not in FLOAT32:
@@ -142,7 +141,7 @@ OFFLOAD_LEVELS = {
 }
 
 
-def _offload(ctx: Context, key: str, value: Any) -> str:
+def _offload(ctx: Context, key: str, value: object) -> str:
   if key.endswith(".device"):
     if value == "nvme":
       raise ValueError('there is no offload to a disk, only to the host\'s memory: set it to "cpu"')
@@ -162,23 +161,19 @@ def _offload(ctx: Context, key: str, value: Any) -> str:
   return ctx.set("memory.offload", "none")
 
 
-def _zero_stage(ctx: Context, _: str, value: Any) -> str:
-  return ctx.set("mesh.zero_stage", value)
-
-
-def _zero_switch(ctx: Context, _: str, value: Any) -> str:
+def _zero_switch(ctx: Context, _: str, value: object) -> str:
   if not isinstance(value, bool):
     raise ValueError("give an object with its keys, such as stage")
   return ctx.set("mesh.zero_stage", int(value), "as DeepSpeed reads true and false")
 
 
-def _mics_shard_size(ctx: Context, _: str, value: Any) -> str:
+def _mics_shard_size(ctx: Context, _: str, value: object) -> str:
   if value in (-1, 0, None) and not isinstance(value, bool):
     return "nothing: it is off"
   return f"{ctx.set('mesh.fsdp', value)} {ctx.set('mesh.data', -1)}"
 
 
-def _tensor_parallel(ctx: Context, _: str, value: Any) -> str:
+def _tensor_parallel(ctx: Context, _: str, value: object) -> str:
   return ctx.set("mesh.tensor", 1 if is_off(value) and value is not False else value)
 
 
@@ -188,24 +183,21 @@ OWN_MODULES = "it is about DeepSpeed's own modules and buffers"
 QUANTIZED = "what devices send is not quantized: the numbers are more exact, and more bytes travel"
 FOR_DISK = ignored("it is for an offload to a disk")
 NO_NVME = '; refused: `nvme`, as there is only the host\'s memory (`"cpu"`)'
-STAGE3 = dict.fromkeys(
-  (
-    "prefetch_bucket_size param_persistence_threshold model_persistence_threshold "
-    "max_live_parameters max_reuse_distance module_granularity_threshold "
-    "use_all_reduce_for_fetch_params allgather_sequential"
-  ).split(),
-  ORDERED,
+TRANSFERS = (
+  "prefetch_bucket_size param_persistence_threshold model_persistence_threshold "
+  "max_live_parameters max_reuse_distance module_granularity_threshold "
+  "use_all_reduce_for_fetch_params allgather_sequential"
 )
-STAGE3 |= {f"gather_{it}_weights_on_model_save": WHOLE_MODEL for it in ("16bit", "fp16")}
+SAVES = " ".join(f"gather_{it}_weights_on_model_save" for it in ("16bit", "fp16"))
+STAGE3 = dict.fromkeys(TRANSFERS.split(), ORDERED) | dict.fromkeys(SAVES.split(), WHOLE_MODEL)
 ZERO_KEYS = {
   ZERO: Rule(
     "an object with the keys below; `true`: `--config.mesh.zero_stage=1`, `false`: 0",
     _zero_switch,
     handles_auto=True,
   ),
-  f"{ZERO}.stage": Rule(
-    "`--config.mesh.zero_stage`, with `--config.mesh.fsdp=-1` (all devices; the default)",
-    _zero_stage,
+  f"{ZERO}.stage": maps_to("mesh.zero_stage")._replace(
+    doc="`--config.mesh.zero_stage`, with `--config.mesh.fsdp=-1` (all devices; the default)"
   ),
   **{
     key: Rule(
@@ -216,62 +208,42 @@ ZERO_KEYS = {
     )
     for key, level in OFFLOAD_LEVELS.items()
   },
-  **for_keys(
-    ZERO,
-    "offload_optimizer offload_param",
-    must_be_off('give an object, such as {"device": "cpu"}'),
+  f"{ZERO}: offload_optimizer offload_param": must_be_off(
+    'give an object, such as {"device": "cpu"}'
   ),
-  **for_keys(
-    ZERO,
-    "cpu_offload_use_pin_memory offload_optimizer.pin_memory offload_param.pin_memory",
-    ignored("the host's memory is pinned always"),
+  f"{ZERO}: cpu_offload_use_pin_memory offload_optimizer.pin_memory offload_param.pin_memory": (
+    ignored("the host's memory is pinned always")
   ),
-  **for_keys(
-    f"{ZERO}.offload_optimizer",
-    "nvme_path buffer_count pipeline_read pipeline_write fast_init",
-    FOR_DISK,
+  f"{ZERO}.offload_optimizer: nvme_path buffer_count pipeline_read pipeline_write fast_init": (
+    FOR_DISK
   ),
-  **for_keys(
-    f"{ZERO}.offload_optimizer",
-    "ratio super_offload cpuadam_cores_perc",
-    ignored("the host has all of the state, and updates it a layer at a time"),
+  f"{ZERO}.offload_optimizer: ratio super_offload cpuadam_cores_perc": ignored(
+    "the host has all of the state, and updates it a layer at a time"
   ),
-  **for_keys(f"{ZERO}.offload_param", "nvme_path buffer_count buffer_size max_in_cpu", FOR_DISK),
+  f"{ZERO}.offload_param: nvme_path buffer_count buffer_size max_in_cpu": FOR_DISK,
   f"{ZERO}.mics_shard_size": Rule(
     "N: `--config.mesh.fsdp=N` with `--config.mesh.data=-1`", _mics_shard_size
   ),
-  **for_keys(
-    ZERO,
-    "allgather_partitions allgather_bucket_size overlap_comm reduce_scatter reduce_bucket_size "
-    "contiguous_gradients use_multi_rank_bucket_allreduce round_robin_gradients grad_hooks "
-    "legacy_stage1 mics_hierarchical_params_gather memory_efficient_linear",
-    ignored(ORDERED),
+  f"{ZERO}: allgather_partitions allgather_bucket_size overlap_comm reduce_scatter "
+  "reduce_bucket_size contiguous_gradients use_multi_rank_bucket_allreduce round_robin_gradients "
+  "grad_hooks legacy_stage1 mics_hierarchical_params_gather memory_efficient_linear": ignored(
+    ORDERED
   ),
-  **{
-    f"{ZERO}.{alias}{name}": ignored(why)
-    for name, why in STAGE3.items()
-    for alias in ("stage3_", "")
-  },
+  **{f"{ZERO}: stage3_{name} {name}": ignored(why) for name, why in STAGE3.items()},
   f"{ZERO}.sub_group_size": ignored("the update on the host goes a layer at a time"),
   f"{ZERO}.zero_hpz_partition_size": ignored(
     "weights are gathered over all of mesh.fsdp; --config.mesh.fsdp=8 with --config.mesh.data=-1 "
     "stays within a node"
   ),
-  **for_keys(
-    ZERO,
-    "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients",
-    ignored(QUANTIZED),
+  f"{ZERO}: zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients": (
+    ignored(QUANTIZED)
   ),
-  **for_keys(
-    ZERO,
-    "elastic_checkpoint load_from_fp32_weights",
-    ignored("a checkpoint of one mesh fits all, in float32"),
+  f"{ZERO}: elastic_checkpoint load_from_fp32_weights": ignored(
+    "a checkpoint of one mesh fits all, in float32"
   ),
-  **for_keys(
-    ZERO,
-    "ignore_unused_parameters pipeline_loading_checkpoint override_module_apply "
-    "log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory",
-    ignored(OWN_MODULES),
+  f"{ZERO}: ignore_unused_parameters pipeline_loading_checkpoint override_module_apply "
+  "log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory": ignored(
+    OWN_MODULES
   ),
 }
 
@@ -279,16 +251,17 @@ ZERO_KEYS = {
 
 
 def _tracker(name: str) -> Rule:
-  def translate(ctx: Context, _: str, value: Any) -> str:
+  def translate(ctx: Context, _: str, value: object) -> str:
     if not to_bool(value):
       return "nothing: it is off"
-    ctx.set("tracking.writers", (*ctx.settings.get("tracking.writers", ()), name))
+    others = ctx.settings.get("tracking.writers")
+    ctx.set("tracking.writers", (*others, name) if isinstance(others, tuple) else (name,))
     return as_flag("tracking.writers", (name,))
 
   return Rule(f"`true`: `--config.tracking.writers={name}`", translate)
 
 
-def _run_name(ctx: Context, key: str, value: Any) -> str:
+def _run_name(ctx: Context, key: str, value: object) -> str:
   validate("tracking.run_name", value or "")
   name = ctx.settings.get("tracking.run_name", value)
   if not value or ctx.values.get(f"{key.partition('.')[0]}.enabled") is not True:
@@ -299,13 +272,13 @@ def _run_name(ctx: Context, key: str, value: Any) -> str:
 
 
 RUN_NAME = Rule("`--config.tracking.run_name`, where its section is on", _run_name)
+NO_COMET = "there is no writer for Comet"
 TRACKERS = {
   "tensorboard.enabled": _tracker("tensorboard"),
   "wandb.enabled": _tracker("wandb"),
   "csv_monitor.enabled": ignored("metrics.jsonl is written always"),
   "comet.enabled": must_be_off(
-    "there is no writer for Comet: name tensorboard, mlflow, wandb or trackio in "
-    "config.tracking.writers"
+    f"{NO_COMET}: name tensorboard, mlflow, wandb or trackio in config.tracking.writers"
   ),
   "tensorboard.job_name": RUN_NAME,
   "csv_monitor.job_name": RUN_NAME,
@@ -316,11 +289,8 @@ TRACKERS = {
   "wandb.project": ignored("WANDB_PROJECT names the project"),
   "wandb.team": ignored("WANDB_ENTITY names the team"),
   "wandb.group": ignored("WANDB_RUN_GROUP names the group"),
-  **for_keys(
-    "comet",
-    "samples_log_interval project workspace api_key experiment_name experiment_key online mode",
-    ignored("there is no writer for Comet"),
-  ),
+  "comet: samples_log_interval project workspace api_key experiment_name experiment_key online "
+  "mode": ignored(NO_COMET),
 }
 
 # ---- All of them.
@@ -328,7 +298,7 @@ TRACKERS = {
 FULL_REMAT = ("memory.remat", "full", "the numbers stay the same")
 
 
-def _checkpoints(ctx: Context, _: str, value: Any) -> str:
+def _checkpoints(ctx: Context, _: str, value: object) -> str:
   if value is None:
     return "nothing: null"
   to_count(value)
@@ -336,169 +306,117 @@ def _checkpoints(ctx: Context, _: str, value: Any) -> str:
 
 
 MEGATRON = "heads, feed-forward and vocabulary are split as Megatron does"
-SUMMED = "gradients are averaged over tokens, and summed in the compute dtype"
 COUNTED = "jaxft.plan counts operations and bytes; --config.train.profile_steps traces steps"
 STORED = "checkpoints are in --workdir, which all hosts must see"
-LOADED = "rows are counted by step: none is dropped, and a mesh of another shape reads the same"
-RULES = {
+# By the names of `by_key`.
+TABLE = {
   TRAIN_BATCH: Rule(
     "`--config.train.batch_size` (rows per optimizer step, over all devices)", _batch
   ),
-  MICRO_BATCH: Rule(
+  MICRO_BATCH: counts(
     "`--config.train.micro_batch_size`; times accumulation and devices `--config.train.batch_size`",
-    _micro_batch,
+    "--config.train.micro_batch_size={}",
   ),
-  ACCUMULATION: Rule("times rows and devices `--config.train.batch_size`", _accumulation),
+  ACCUMULATION: counts(
+    "times rows and devices `--config.train.batch_size`",
+    "--config.train.batch_size is rows a device x {} x devices",
+  ),
   "gradient_clipping": maps_to("optim.clip_norm"),
   "optimizer.type": Rule("", optimizer_type),
   "optimizer.legacy_fusion": KERNELS,
   "scheduler.type": Rule("", scheduler_type),
-  "fp16.enabled": Rule(
-    f"`true`: `--config.model.compute_dtype=auto` ({HALF_NOTE}); see below the table",
-    _dtype,
-    handles_auto=True,
+  "fp16.enabled": _dtype_rule(
+    f"`true`: `--config.model.compute_dtype=auto` ({HALF_NOTE}); see below the table"
   ),
-  **for_keys(
-    "fp16",
-    "auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
-    "min_loss_scale",
-    ignored("without float16 there is no loss scale"),
-  ),
+  "fp16: auto_cast loss_scale initial_scale_power loss_scale_window hysteresis "
+  "consecutive_hysteresis min_loss_scale": ignored("without float16 there is no loss scale"),
   "fp16.fp16_master_weights_and_grads": must_be_off(
     "there is no float16: --config.model.param_dtype=bfloat16 takes as much"
   ),
   **{
-    f"{name}.{key}": rule
+    f"{name}: {keys}": rule
     for name in ("bf16", "bfloat16")
-    for key, rule in {
-      "enabled": Rule(
-        "`true`: `--config.model.compute_dtype=bfloat16`; see below the table",
-        _dtype,
-        handles_auto=True,
+    for keys, rule in {
+      "enabled": _dtype_rule(
+        "`true`: `--config.model.compute_dtype=bfloat16`; see below the table"
       ),
       "bf16_master_weights_and_grads": when_true("model.param_dtype", "bfloat16"),
-      "bf16_optimizer_states": when_true(
-        "optim.state_dtype", "bfloat16", "the first moment; the second stays float32"
-      ),
-      **for_keys(
-        "",
-        "check_overflow check_grad_overflow immediate_grad_update",
-        ignored("a step that is not finite changes no weight"),
+      "bf16_optimizer_states": when_true(*FIRST_MOMENT),
+      "check_overflow check_grad_overflow immediate_grad_update": ignored(
+        "a step that is not finite changes no weight"
       ),
     }.items()
   },
-  "amp.enabled": Rule(
-    "`true`: as `fp16`; with `opt_level` `O0` `--config.model.compute_dtype=float32`", _dtype, True
+  "amp.enabled": _dtype_rule(
+    "`true`: as `fp16`; with `opt_level` `O0` `--config.model.compute_dtype=float32`"
   ),
   "amp.opt_level": Rule("`amp.enabled` has it; refused: `O3`", _amp_level),
-  **for_keys(
-    "amp",
-    "cast_model_type patch_torch_functions keep_batchnorm_fp32 master_weights loss_scale "
-    "cast_model_outputs num_losses verbosity min_loss_scale max_loss_scale",
-    ignored("there is no loss scale, and weights stay float32"),
+  "amp: cast_model_type patch_torch_functions keep_batchnorm_fp32 master_weights loss_scale "
+  "cast_model_outputs num_losses verbosity min_loss_scale max_loss_scale": ignored(
+    "there is no loss scale, and weights stay float32"
   ),
-  "torch_autocast.enabled": Rule(
-    "`true`: as `bf16`; with the dtype `float16` as `fp16`", _dtype, handles_auto=True
-  ),
+  "torch_autocast.enabled": _dtype_rule("`true`: as `bf16`; with the dtype `float16` as `fp16`"),
   "torch_autocast.dtype": Rule("`torch_autocast.enabled` has it", _autocast_dtype),
   "torch_autocast.lower_precision_safe_modules": ignored(
     "matrix products are in the compute dtype, norms in float32"
   ),
-  **for_keys(
-    "data_types", "grad_accum_dtype buffer_dtype", ignored("micro-batches are summed in float32")
-  ),
+  "data_types: grad_accum_dtype buffer_dtype": ignored("micro-batches are summed in float32"),
   "data_types.param_dtype": Rule(
     "`bf16`: `--config.model.param_dtype=bfloat16`; refused: `fp16`", _param_dtype
   ),
   **ZERO_KEYS,
-  **for_keys(
-    "tensor_parallel",
-    "autotp_size tp.tp_size tensor_parallel.tp_size",
-    Rule("`--config.mesh.tensor`", _tensor_parallel),
+  "tensor_parallel: autotp_size tp.tp_size tensor_parallel.tp_size": Rule(
+    "`--config.mesh.tensor`", _tensor_parallel
   ),
-  **for_keys(
-    "tensor_parallel",
-    "dtype tp_overlap_comm injection_policy_tuple preset_model keep_module_on_host "
-    "replace_with_kernel_inject kernel_inject tp.tp_grain_size tensor_parallel.tp_grain_size",
-    ignored(MEGATRON),
-  ),
-  **for_keys(
-    "activation_checkpointing", "partition_activations cpu_checkpointing", when_true(*FULL_REMAT)
-  ),
+  "tensor_parallel: dtype tp_overlap_comm injection_policy_tuple preset_model "
+  "keep_module_on_host replace_with_kernel_inject kernel_inject tp.tp_grain_size "
+  "tensor_parallel.tp_grain_size": ignored(MEGATRON),
+  "activation_checkpointing: partition_activations cpu_checkpointing": when_true(*FULL_REMAT),
   "activation_checkpointing.number_checkpoints": Rule(
     "a number: `--config.memory.remat=full`", _checkpoints
   ),
-  **for_keys(
-    "activation_checkpointing",
-    "contiguous_memory_optimization synchronize_checkpoint_boundary profile",
-    ignored("XLA lays activations out"),
-  ),
+  "activation_checkpointing: contiguous_memory_optimization synchronize_checkpoint_boundary "
+  "profile": ignored("XLA lays activations out"),
   **TRACKERS,
   "steps_per_print": ignored(
     "Trainer turns DeepSpeed's own lines off; --logging_steps says how often there is one"
   ),
-  **for_keys("", "wall_clock_breakdown memory_breakdown", ignored(COUNTED)),
-  **for_keys(
-    "",
-    "dump_state log_level",
-    ignored("metrics.jsonl, report.html and --print_config say what a run does"),
+  "wall_clock_breakdown memory_breakdown": ignored(COUNTED),
+  "dump_state log_level": ignored(
+    "metrics.jsonl, report.html and --print_config say what a run does"
   ),
   "vocabulary_size": ignored("the tables of the vocabulary are padded"),
-  **for_keys(
-    "flops_profiler",
-    "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
-    ignored(COUNTED),
-  ),
-  **for_keys("comms_logger", "enabled verbose prof_all debug prof_ops", ignored(COUNTED)),
-  **for_keys(
-    "timers.throughput", "enabled synchronized", ignored("metrics.jsonl has tokens a second")
-  ),
-  **for_keys(
-    "",
-    "communication_data_type seq_parallel_communication_data_type prescale_gradients "
-    "gradient_predivide_factor sparse_gradients disable_allgather allgather_size",
-    ignored(SUMMED),
+  "flops_profiler: enabled recompute_fwd_factor profile_step module_depth top_modules detailed "
+  "output_file": ignored(COUNTED),
+  "comms_logger: enabled verbose prof_all debug prof_ops": ignored(COUNTED),
+  "timers.throughput: enabled synchronized": ignored("metrics.jsonl has tokens a second"),
+  "communication_data_type seq_parallel_communication_data_type prescale_gradients "
+  "gradient_predivide_factor sparse_gradients disable_allgather allgather_size": ignored(
+    "gradients are averaged over tokens, and summed in the compute dtype"
   ),
   "gradient_allreduce_op": must_be(
     "mean", "a sum would grow with the devices: multiply the learning rate instead"
   ),
-  **for_keys(
-    "",
-    "managed_gradient_accumulation dataloader_drop_last use_data_before_expert_parallelism",
-    ignored(LOADED),
+  "managed_gradient_accumulation dataloader_drop_last use_data_before_expert_parallelism": (
+    ignored("rows are counted by step: none is dropped, and a mesh of another shape reads the same")
   ),
-  **for_keys(
-    "",
-    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
-    ignored("every optimizer is for every stage"),
+  "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer": ignored(
+    "every optimizer is for every stage"
   ),
   "graph_harvesting": ignored("every step is compiled"),
   "sequence_parallel_size": must_be(
     1, "rows are not split: set it to 1; --config.memory.remat=full saves memory"
   ),
-  **for_keys(
-    "checkpoint",
-    "tag_validation load_universal use_node_local_storage parallel_write.pipeline_stage "
-    "checkpoint_serialization",
-    ignored(STORED),
-  ),
-  **for_keys(
-    "checkpoint.writer",
-    "type io_buffer_size io_buffer_double io_multiplier show_statistics data_parallel decoupled",
-    ignored(STORED),
-  ),
-  **for_keys(
-    "nebula",
-    "enabled enable_nebula_load load_path nebula_load_path persistent_storage_path "
-    "persistent_time_interval num_of_version_in_retention",
-    ignored(STORED),
-  ),
-  **for_keys(
-    "aio",
-    "block_size queue_depth intra_op_parallelism thread_count single_submit overlap_events use_gds",
-    FOR_DISK,
-  ),
+  "checkpoint: tag_validation load_universal use_node_local_storage "
+  "parallel_write.pipeline_stage checkpoint_serialization": ignored(STORED),
+  "checkpoint.writer: type io_buffer_size io_buffer_double io_multiplier show_statistics "
+  "data_parallel decoupled": ignored(STORED),
+  "nebula: enabled enable_nebula_load load_path nebula_load_path persistent_storage_path "
+  "persistent_time_interval num_of_version_in_retention": ignored(STORED),
+  "aio: block_size queue_depth intra_op_parallelism thread_count single_submit overlap_events "
+  "use_gds": FOR_DISK,
 }
+RULES = by_key(TABLE)
 # Sections whose keys are many or free, none of which has a meaning here.
 IGNORED_SECTIONS = {
   "compile": "every step is compiled",
@@ -513,12 +431,10 @@ NOT_QUANTIZED = "nothing is quantized in training: leave it out"
 COMPRESS = "and compress the exported model"
 # Sections that are refused if they are on, by `enabled` or by their presence.
 UNSUPPORTED_SECTIONS = {
-  "sparse_attention": (
-    "attention is dense: leave it out; GPT-Neo's local layers are as its config.json has them"
-  ),
-  "elasticity": (
-    f"a run keeps its batch on any number of devices: give {TRAIN_BATCH}, and leave elasticity out"
-  ),
+  "sparse_attention": "attention is dense: leave it out; GPT-Neo's local layers are as its "
+  "config.json has them",
+  "elasticity": f"a run keeps its batch on any number of devices: give {TRAIN_BATCH}, and leave "
+  "elasticity out",
   "curriculum_learning": CURRICULUM,
   "data_efficiency": CURRICULUM,
   "progressive_layer_drop": "all layers are trained: leave it out; "
@@ -529,10 +445,8 @@ UNSUPPORTED_SECTIONS = {
   "eigenvalue": NOT_QUANTIZED,
   "hybrid_engine": "this is no RLHF: leave it out",
   "expert_parallel": "these models have no experts: leave it out",
-  "pipeline": (
-    "there are no pipeline stages: leave it out; config.mesh.fsdp and config.mesh.tensor split a "
-    "model"
-  ),
+  "pipeline": "there are no pipeline stages: leave it out; config.mesh.fsdp and config.mesh.tensor "
+  "split a model",
   f"{ZERO}.zenflow": "every weight is updated at every step: leave it out",
 }
 

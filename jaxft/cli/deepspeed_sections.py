@@ -1,12 +1,12 @@
 """Types of optimizers and schedulers of a DeepSpeed config, each with its parameters."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxft.cli.deepspeed_rules import (
   AUTO,
   Context,
   Rule,
-  for_keys,
+  by_key,
   ignored,
   is_number,
   is_off,
@@ -19,7 +19,7 @@ from jaxft.cli.deepspeed_rules import (
 )
 
 
-def _lr(ctx: Context, _: str, value: Any) -> str:
+def _lr(ctx: Context, _: str, value: object) -> str:
   validate("optim.learning_rate", value)
   peak = ctx.values.get("scheduler.params.warmup_max_lr")
   has_peak = ctx.type_of("scheduler") in ("warmuplr", "warmupdecaylr") and is_number(peak)
@@ -28,20 +28,24 @@ def _lr(ctx: Context, _: str, value: Any) -> str:
   return ctx.set("optim.learning_rate", value)
 
 
-def _betas(ctx: Context, _: str, value: Any) -> str:
+def _betas(ctx: Context, _: str, value: object) -> str:
+  b1, b2 = _two(value)
+  return f"{ctx.set('optim.b1', b1)} {ctx.set('optim.b2', b2)}"
+
+
+def _muon_beta2(ctx: Context, _: str, value: object) -> str:
+  b1, b2 = _two(value)
+  validate("optim.b1", b1)
+  return ctx.set("optim.b2", b2, "b1 is the momentum")
+
+
+def _two(value: object) -> list[object]:
   if not isinstance(value, list | tuple) or len(value) != 2:
     raise ValueError("must be a list of two numbers, such as [0.9, 0.999]")
-  return f"{ctx.set('optim.b1', value[0])} {ctx.set('optim.b2', value[1])}"
+  return list(value)
 
 
-def _muon_beta2(ctx: Context, _: str, value: Any) -> str:
-  if not isinstance(value, list | tuple) or len(value) != 2:
-    raise ValueError("must be a list of two numbers, such as [0.9, 0.999]")
-  validate("optim.b1", value[0])
-  return ctx.set("optim.b2", value[1], "b1 is the momentum")
-
-
-def _adam_w_mode(ctx: Context, key: str, value: Any) -> str:
+def _adam_w_mode(ctx: Context, key: str, value: object) -> str:
   if to_bool(value) or value is None:
     return "nothing: always so"
   if ctx.type_of("optimizer") == "adamw":
@@ -55,14 +59,14 @@ def _adam_w_mode(ctx: Context, key: str, value: Any) -> str:
   return "nothing: there is no decay"
 
 
-def _torch_adam(ctx: Context, _: str, value: Any) -> str:
+def _torch_adam(ctx: Context, _: str, value: object) -> str:
   if to_bool(value) and "optimizer.params.weight_decay" not in ctx.values:
     why = "torch's default, as weight_decay is not in the file"
     return ctx.set("optim.weight_decay", 0.01, why)
   return "nothing: there is one Adam"
 
 
-def _sgd_decay(ctx: Context, _: str, value: Any) -> str:
+def _sgd_decay(ctx: Context, _: str, value: object) -> str:
   has_momentum = not is_off(ctx.values.get("optimizer.params.momentum"))
   if value == "auto":
     return AUTO + ("; decoupled here" if has_momentum else "")
@@ -73,7 +77,7 @@ def _sgd_decay(ctx: Context, _: str, value: Any) -> str:
   return ctx.set("optim.weight_decay", value)
 
 
-def _muon_lr(ctx: Context, _: str, value: Any) -> str:
+def _muon_lr(ctx: Context, _: str, value: object) -> str:
   validate("optim.learning_rate", value)
   if not is_number(ctx.values.get("optimizer.params.adam_lr")):
     raise ValueError(
@@ -92,40 +96,38 @@ EPS = maps_to("optim.eps")
 MOMENTUM = maps_to("optim.b1")
 KERNELS = ignored("it says which kernel computes the same")
 VARIANT = must_be_off("there is no such variant: leave it out")
-ADAM = {
-  "lr": LR,
-  "betas": BETAS,
-  "eps": EPS,
-  "weight_decay": DECAY,
-  **for_keys(
-    "",
-    "adam_w_mode adamw_mode",
-    Rule(
+FIRST_MOMENT = ("optim.state_dtype", "bfloat16", "the first moment; the second stays float32")
+FLOAT32_STATES = Rule(
+  "`false`: `--config.optim.state_dtype=bfloat16` (the first moment)",
+  lambda ctx, _, value: (
+    "nothing: always so" if value is None or to_bool(value) else ctx.set(*FIRST_MOMENT)
+  ),
+)
+ADAM = by_key(
+  {
+    "lr": LR,
+    "betas": BETAS,
+    "eps": EPS,
+    "weight_decay": DECAY,
+    "adam_w_mode adamw_mode": Rule(
       "`true`: always so; `false`: refused where weights decay, and the optimizer is not `AdamW`",
       _adam_w_mode,
     ),
-  ),
-  "torch_adam": Rule(
-    "nothing; `true` without a `weight_decay`: `--config.optim.weight_decay=0.01`", _torch_adam
-  ),
-  "fp32_optimizer_states": Rule(
-    "`false`: `--config.optim.state_dtype=bfloat16` (the first moment)",
-    lambda ctx, _, value: (
-      "nothing: always so"
-      if value is None or to_bool(value)
-      else ctx.set("optim.state_dtype", "bfloat16", "the first moment; the second stays float32")
+    "torch_adam": Rule(
+      "nothing; `true` without a `weight_decay`: `--config.optim.weight_decay=0.01`", _torch_adam
     ),
-  ),
-  "bias_correction": must_be(True, "moments are always corrected for their start"),
-  **for_keys("", "amsgrad maximize", VARIANT),
-  **for_keys("", "set_grad_none fused foreach capturable differentiable", KERNELS),
-  "max_grad_norm": must_be_off("DeepSpeed refuses it too: give gradient_clipping"),
-}
+    "fp32_optimizer_states": FLOAT32_STATES,
+    "bias_correction": must_be(True, "moments are always corrected for their start"),
+    "amsgrad maximize": VARIANT,
+    "set_grad_none fused foreach capturable differentiable": KERNELS,
+    "max_grad_norm": must_be_off("DeepSpeed refuses it too: give gradient_clipping"),
+  }
+)
 LION = {
   "lr": LR,
   "betas": BETAS,
   "weight_decay": DECAY,
-  "fp32_optimizer_states": ADAM["fp32_optimizer_states"],
+  "fp32_optimizer_states": FLOAT32_STATES,
   "set_grad_none": KERNELS,
 }
 MUON_LR = Rule(
@@ -142,15 +144,16 @@ MUON = {
   "weight_decay": DECAY,
   "ns_method": KERNELS,
 }
-SGD = {
-  "lr": LR,
-  "momentum": MOMENTUM,
-  "weight_decay": Rule(
-    "`--config.optim.weight_decay`; refused beside a momentum", _sgd_decay, handles_auto=True
-  ),
-  **for_keys("", "dampening nesterov maximize", VARIANT),
-  **for_keys("", "fused foreach differentiable", KERNELS),
-}
+SGD_DECAY = Rule("`--config.optim.weight_decay`; refused beside a momentum", _sgd_decay, True)
+SGD = by_key(
+  {
+    "lr": LR,
+    "momentum": MOMENTUM,
+    "weight_decay": SGD_DECAY,
+    "dampening nesterov maximize": VARIANT,
+    "fused foreach differentiable": KERNELS,
+  }
+)
 
 
 class TypeRule(NamedTuple):
@@ -161,37 +164,26 @@ class TypeRule(NamedTuple):
 
 
 OPTIMIZERS = {
-  "Adam": TypeRule("adamw", ADAM),
-  "AdamW": TypeRule("adamw", ADAM),
-  "FusedAdam": TypeRule("adamw", ADAM),
-  "CPUAdam": TypeRule("adamw", ADAM),
-  "DeepSpeedCPUAdam": TypeRule("adamw", ADAM),
-  "Lion": TypeRule("lion", LION),
-  "FusedLion": TypeRule("lion", LION),
-  "CPULion": TypeRule("lion", LION),
-  "DeepSpeedCPULion": TypeRule("lion", LION),
+  **dict.fromkeys("Adam AdamW FusedAdam CPUAdam DeepSpeedCPUAdam".split(), TypeRule("adamw", ADAM)),
+  **dict.fromkeys("Lion FusedLion CPULion DeepSpeedCPULion".split(), TypeRule("lion", LION)),
   "Muon": TypeRule("muon", MUON),
   "SGD": TypeRule("sgd", SGD),
 }
 ONE_BIT = "devices send whole gradients here, not their signs: set it to AdamW"
 OTHER_OPTIMIZER = "there is no such optimizer: set it to AdamW, Lion, Muon or SGD"
+OTHER_OPTIMIZERS = (
+  "Lamb FusedLamb Adagrad DeepSpeedCPUAdagrad MuAdam MuAdamW MuSGD Adadelta Adamax ASGD LBFGS "
+  "NAdam RAdam RMSprop Rprop SparseAdam"
+)
 UNSUPPORTED_OPTIMIZERS = {
   **dict.fromkeys(("OneBitAdam", "ZeroOneAdam", "OneBitLamb"), ONE_BIT),
-  **dict.fromkeys(
-    (
-      "Lamb FusedLamb Adagrad DeepSpeedCPUAdagrad MuAdam MuAdamW MuSGD Adadelta Adamax ASGD LBFGS "
-      "NAdam RAdam RMSprop Rprop SparseAdam"
-    ).split(),
-    OTHER_OPTIMIZER,
-  ),
-  "Adafactor": (
-    "the learning rate of torch's Adafactor is a share of the weights: set it to AdamW, or leave "
-    "the optimizer out and give --config.optim.name=adafactor"
-  ),
+  **dict.fromkeys(OTHER_OPTIMIZERS.split(), OTHER_OPTIMIZER),
+  "Adafactor": "the learning rate of torch's Adafactor is a share of the weights: set it to AdamW, "
+  "or leave the optimizer out and give --config.optim.name=adafactor",
 }
 
 
-def optimizer_type(ctx: Context, _: str, value: Any) -> str:
+def optimizer_type(ctx: Context, _: str, value: object) -> str:
   """Translate optimizer.type."""
   name, rule = _find_type(value, OPTIMIZERS, UNSUPPORTED_OPTIMIZERS, OTHER_OPTIMIZER)
   momentum = ctx.values.get("optimizer.params.momentum")
@@ -209,7 +201,7 @@ def optimizer_type(ctx: Context, _: str, value: Any) -> str:
 
 
 def _find_type(
-  value: Any, types: dict[str, TypeRule], unsupported: dict[str, str], default: str
+  value: object, types: dict[str, TypeRule], unsupported: dict[str, str], default: str
 ) -> tuple[str, TypeRule]:
   """Return a type's name as DeepSpeed spells it, and its rule; raises ValueError if unsupported."""
   lower = value.lower() if isinstance(value, str) else ""
@@ -220,7 +212,7 @@ def _find_type(
   raise ValueError(next(reasons, default))
 
 
-def _warmup_start(ctx: Context, _: str, value: Any) -> str:
+def _warmup_start(ctx: Context, _: str, value: object) -> str:
   if not is_number(value) or value < 0:
     raise ValueError("must be a number, at least 0")
   if value and value == ctx.values.get("scheduler.params.warmup_max_lr"):
@@ -230,7 +222,7 @@ def _warmup_start(ctx: Context, _: str, value: Any) -> str:
   return "nothing: the warm-up begins at 0"
 
 
-def _warmup_steps(ctx: Context, _: str, value: Any) -> str:
+def _warmup_steps(ctx: Context, _: str, value: object) -> str:
   validate("optim.warmup_steps", value)
   low, peak = (ctx.values.get(f"scheduler.params.warmup_{name}_lr") for name in ("min", "max"))
   if is_number(low) and low and low == peak:
@@ -238,7 +230,7 @@ def _warmup_steps(ctx: Context, _: str, value: Any) -> str:
   return ctx.set("optim.warmup_steps", value)
 
 
-def _warmup_type(_: Context, __: str, value: Any) -> str:
+def _warmup_type(_: Context, __: str, value: object) -> str:
   if value not in (None, "linear", "log"):
     raise ValueError('must be "linear" or "log"')
   if value == "linear":
@@ -246,7 +238,7 @@ def _warmup_type(_: Context, __: str, value: Any) -> str:
   return "nothing: the warm-up rises in a line; the log is faster at first"
 
 
-def _total_steps(ctx: Context, _: str, value: Any) -> str:
+def _total_steps(ctx: Context, _: str, value: object) -> str:
   to_count(value)
   if value is None:
     return "nothing: null"
@@ -254,18 +246,20 @@ def _total_steps(ctx: Context, _: str, value: Any) -> str:
   return f"{ctx.set('train.steps', value)} {epochs}"
 
 
-def _end_learning_rate(ctx: Context, _: str, value: Any) -> str:
+def _end_learning_rate(ctx: Context, _: str, value: object) -> str:
   if not is_number(value) or not 0 <= value <= 1:
     raise ValueError("must be a number from 0 to 1")
+  why = "this share of optimizer.params.lr"
+  if not value:
+    return ctx.set("optim.end_learning_rate", 0.0, why)
   peak = ctx.values.get("optimizer.params.lr")
-  if value and not is_number(peak):
+  if not is_number(peak):
     raise ValueError(
       "a share of which learning rate? give optimizer.params.lr, or "
       "--config.optim.end_learning_rate instead"
     )
-  validate("optim.learning_rate", peak if value else 1)
-  end = value * peak if value else 0.0
-  return ctx.set("optim.end_learning_rate", end, "this share of optimizer.params.lr")
+  validate("optim.learning_rate", peak)
+  return ctx.set("optim.end_learning_rate", value * peak, why)
 
 
 WARMUP = {
@@ -288,33 +282,26 @@ TOTAL_STEPS = {
     "`--config.train.steps`: a schedule ends where the run does", _total_steps
   )
 }
+RATIOS = {
+  "warmup_min_ratio": must_be_off("the warm-up begins at 0: set it to 0"),
+  "cos_min_ratio": Rule(
+    "`--config.optim.end_learning_rate`: this share of `optimizer.params.lr`", _end_learning_rate
+  ),
+}
 SCHEDULERS = {
   "WarmupLR": TypeRule("constant", WARMUP_RATES | WARMUP),
   "WarmupDecayLR": TypeRule("linear", WARMUP_RATES | WARMUP | TOTAL_STEPS),
-  "WarmupCosineLR": TypeRule(
-    "cosine",
-    WARMUP
-    | TOTAL_STEPS
-    | {
-      "warmup_min_ratio": must_be_off("the warm-up begins at 0: set it to 0"),
-      "cos_min_ratio": Rule(
-        "`--config.optim.end_learning_rate`: this share of `optimizer.params.lr`",
-        _end_learning_rate,
-      ),
-    },
-  ),
+  "WarmupCosineLR": TypeRule("cosine", WARMUP | TOTAL_STEPS | RATIOS),
 }
 OTHER_SCHEDULER = "there is no such schedule: set it to WarmupLR, WarmupDecayLR or WarmupCosineLR"
 UNSUPPORTED_SCHEDULERS = {
-  "LRRangeTest": (
-    "a test of learning rates is several runs here: set it to WarmupLR, and compare runs with "
-    "jaxft.report"
-  ),
+  "LRRangeTest": "a test of learning rates is several runs here: set it to WarmupLR, and compare "
+  "runs with jaxft.report",
   "OneCycle": OTHER_SCHEDULER,
 }
 
 
-def scheduler_type(ctx: Context, _: str, value: Any) -> str:
+def scheduler_type(ctx: Context, _: str, value: object) -> str:
   """Translate scheduler.type."""
   name, rule = _find_type(value, SCHEDULERS, UNSUPPORTED_SCHEDULERS, OTHER_SCHEDULER)
   notes = ["constant after the warm-up"] if name == "WarmupLR" else []
