@@ -178,7 +178,7 @@ def build_train_program(
 
   Raises RequestError when the batch or the model cannot be split as the mesh asks.
   """
-  if lines := validate_mesh(cfg, mesh):
+  if lines := validate_mesh(mesh, D=cfg.D, N=cfg.N, F=cfg.F):
     raise RequestError("\n".join(lines))
   device = mesh.devices.flat[0]
   A = rules.accumulation_steps(config.train, mesh)
@@ -188,12 +188,9 @@ def build_train_program(
   compute = ComputeConfig(
     dtype=dtype,
     remat=config.memory.remat,
-    constrain=rules.make_constrain(mesh),
-    gather=rules.make_gather(mesh, zero_stage),
-    shard_rows=rules.make_shard_rows(mesh, zero_stage, "parameters"),
-    shard_row_grads=rules.make_shard_rows(mesh, zero_stage, "gradients"),
+    mesh=mesh,
+    zero_stage=zero_stage,
     attention=select_kernel(config, cfg, device, dtype, packed="segments" in row),
-    shard_map=per_device.make_shard_map(mesh),
     vocab_multiple=rules.VOCAB_MULTIPLE,
     to_device=offload.to_device if mode != "none" else lambda x: x,
   )
