@@ -149,8 +149,7 @@ class Attention(nnx.Module):
         kernel=self.compute.attention,
         offset=offset,
         window=window or None,
-        q_segments_BT=segments_BT,
-        k_segments_BS=segments_BS,
+        segments=None if segments_BT is None else (segments_BT, segments_BS),
         dropout_rate=self.cfg.attention_dropout,
         keys_BN=keys_BN,
       )
