@@ -309,7 +309,9 @@ def _select(survey: Survey, data: DataSection) -> tuple[list[np.ndarray], list[n
 
 
 def _read_selected(
-  selected: Iterable[tuple[DataSource, np.ndarray, np.ndarray]], tail_share: float, data: DataSection
+  selected: Iterable[tuple[DataSource, np.ndarray, np.ndarray]],
+  tail_share: float,
+  data: DataSection,
 ) -> Iterator[tuple[Example, int]]:
   """Yield the examples to write, each with its split."""
   ignored = Counter()  # this pass meets the bad rows that the first has counted
