@@ -99,7 +99,7 @@ def package_versions() -> Mapping[str, str]:
   return MappingProxyType(versions)
 
 
-def assert_all_equal(topic: str, facts: dict[str, object]) -> None:
+def assert_all_equal(topic: str, facts: Mapping[str, object]) -> None:
   """Raises RequestError in every process, with a line for each fact that differs between them."""
   # JAX and Orbax synchronise through this key-value store; it has no public name.
   state = jax_private.distributed_state()

@@ -30,10 +30,9 @@ class Evaluator:
     self._logger = logger
     self._history = history
     limit = self._train.eval_batches * run.program.eval_rows
-    has_text = data.validation and not data.labels
-    self._target_bytes = (
-      tokenize.target_bytes(data.validation, self._tokenizer, limit) if has_text else 0
-    )
+    self._target_bytes = 0
+    if data.validation and not data.labels:
+      self._target_bytes = tokenize.target_bytes(data.validation, self._tokenizer, limit)
 
   def evaluate(self, params: Params, step: int, when: str) -> dict[str, float | str]:
     """Returns the metrics of metrics.jsonl, {} where nothing is held out.

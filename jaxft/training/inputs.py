@@ -27,7 +27,7 @@ from jaxft.utils.types import Json
 from jaxft.utils.units import format_count
 
 if TYPE_CHECKING:
-  from transformers import PreTrainedTokenizerBase
+  from transformers import PreTrainedTokenizerFast
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class RunInputs:
 
   mesh: Mesh
   source: HFCheckpoint  # the base model
-  tokenizer: "PreTrainedTokenizerBase"
+  tokenizer: "PreTrainedTokenizerFast"
   data: PreparedData
   weights_fingerprint: str  # of the base model; "" of new weights
   total_rows: int  # of all steps
@@ -163,7 +163,7 @@ def has_frozen(config: Config) -> bool:
   return bool(config.lora.rank or config.train.trainable_params)
 
 
-def _load_base_model(request: RunRequest) -> "tuple[HFCheckpoint, PreTrainedTokenizerBase]":
+def _load_base_model(request: RunRequest) -> "tuple[HFCheckpoint, PreTrainedTokenizerFast]":
   """Reads config and tokenizer; RequestError where text would be too long for the model."""
   config = request.config
   source = base_model.resolve(config.model)
@@ -189,7 +189,7 @@ def _load_base_model(request: RunRequest) -> "tuple[HFCheckpoint, PreTrainedToke
 
 
 def _load_data(
-  config: Config, source: HFCheckpoint, tokenizer: "PreTrainedTokenizerBase"
+  config: Config, source: HFCheckpoint, tokenizer: "PreTrainedTokenizerFast"
 ) -> tuple[PreparedData, HFCheckpoint]:
   """Reads every document, and gives a model that classifies a head for the data's classes."""
   with ProgressBar("tokenising", 1) as progress:
