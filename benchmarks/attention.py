@@ -35,7 +35,8 @@ LENGTHS = 127, 512, 1031
 @functools.partial(jax.jit, static_argnames=("kernel", "scale", "window"))
 def both(q, k, v, cotangent, segments, *, kernel: str, scale: float, window: int | None):
   """The output and three gradients."""
-  how = {"q_segments_BT": segments, "k_segments_BS": segments, "scale": scale, "window": window}
+  pair = None if segments is None else (segments, segments)
+  how = {"segments": pair, "scale": scale, "window": window}
   out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, kernel=kernel, **how), q, k, v)
   return out, *vjp(cotangent)
 

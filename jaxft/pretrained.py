@@ -35,7 +35,7 @@ from jaxft.model import attention
 from jaxft.model.compute import ComputeConfig, resolve_dtype
 from jaxft.model.config import RUN_FIELDS, ModelConfig
 from jaxft.model.decoder import abstract_model, parameter_count
-from jaxft.sharding import per_device, rules
+from jaxft.sharding import rules
 from jaxft.sharding.mesh import make_mesh
 from jaxft.training import offload, optimizer, trainable
 from jaxft.training.eval_step import evaluate, make_eval_step
@@ -70,11 +70,8 @@ class Pretrained:
     dtype = resolve_dtype(compute_dtype, device)
     compute = ComputeConfig(
       dtype=dtype,
-      constrain=rules.make_constrain(self.mesh),
-      gather=rules.make_gather(self.mesh),
-      shard_rows=rules.make_shard_rows(self.mesh, 3, "parameters"),
+      mesh=self.mesh,
       attention=attention.fastest_kernel(device, dtype, source.cfg.H),
-      shard_map=per_device.make_shard_map(self.mesh),
       vocab_multiple=rules.VOCAB_MULTIPLE,
       to_device=offload.to_device if on_host else lambda x: x,
     )

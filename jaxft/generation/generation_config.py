@@ -2,17 +2,22 @@
 
 import collections
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxft.errors import RequestError, first_line
 from jaxft.generation.sampling_config import (
   LENGTH_LIMITS,
   Sampling,
+  Settings,
   resolve_sampling,
   validate_do_sample,
 )
+from jaxft.utils.types import Json
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerBase
 
 FILE_NAME = "generation_config.json"
 REPLACEMENT_CHAR = "\ufffd"  # a tokenizer decodes the bytes of an incomplete character to it
@@ -32,7 +37,7 @@ class GenerationConfig(NamedTuple):
   ignored: tuple[str, ...]  # settings of the file that are not supported
   warnings: tuple[str, ...]  # one line for each setting that another one overrides
   file: Path
-  from_file: dict[str, Any]  # fields of `sampling` that are the file's
+  from_file: Json  # fields of `sampling` that are the file's
 
   def with_context(self, error: RequestError) -> RequestError:
     """Name the settings of the file that the error is about."""
@@ -42,7 +47,7 @@ class GenerationConfig(NamedTuple):
     return RequestError(f"{error} ({self.file} has {settings})") if settings else error
 
 
-def load(folder: Path, given: Mapping[str, Any]) -> GenerationConfig:
+def load(folder: Path, given: Settings) -> GenerationConfig:
   """Merge the given settings, the folder's generation_config.json and the defaults of `Sampling`.
 
   The former override the latter. `do_sample: false` in the file, or beams without `do_sample`, is
@@ -89,7 +94,7 @@ def load(folder: Path, given: Mapping[str, Any]) -> GenerationConfig:
   return config
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> Json:
   if not file.is_file():
     return {}
   try:
@@ -101,7 +106,7 @@ def _read_json(file: Path) -> dict[str, Any]:
   return settings
 
 
-def _drop_overridden(from_file: dict[str, Any], given: Mapping[str, Any], file: Path) -> list[str]:
+def _drop_overridden(from_file: Json, given: Settings, file: Path) -> list[str]:
   """Drop length limits of the file that another limit overrides; returns a warning for each."""
   warnings = []
   for total, new in LENGTH_LIMITS:
@@ -125,11 +130,14 @@ class TextStreamer:
   """Token callback of `Generator`: streams each text as it grows, and ends it at stop strings."""
 
   def __init__(
-    self, tokenizer: Any, stop_strings: Sequence[str], on_text: Callable[[int, str], None] | None
+    self,
+    tokenizer: "PreTrainedTokenizerBase",
+    stop_strings: Sequence[str],
+    on_text: Callable[[int, str], None] | None,
   ):
     if not all(stop_strings):
       raise RequestError("--stop_strings: must be texts, and not empty")
-    self._decode = tokenizer.decode
+    self._tokenizer = tokenizer
     self._stop_strings = stop_strings
     self._on_text = on_text
     self._num_sent = collections.Counter()  # characters of each text
@@ -142,6 +150,11 @@ class TextStreamer:
       return False
     tail = self._decode(ids[-self._longest - 1 :])  # a token is at least a byte
     return any(stop in tail for stop in self._stop_strings)
+
+  def _decode(self, ids: list[int]) -> str:
+    text = self._tokenizer.decode(ids)
+    assert isinstance(text, str)  # of one text; a list of several is decoded to a list
+    return text
 
   def flush(self, index: int, text: str) -> None:
     """Send what of the text has not been sent."""

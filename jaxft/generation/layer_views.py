@@ -6,13 +6,14 @@ memory bandwidth is what takes time, and the copy takes twice as much again.
 """
 
 import operator
-from typing import Any
 
 import jax
 import numpy as np
 
+from jaxft.utils.types import Params
 
-def unstack_layers(blocks: Any, L: int) -> list[Any] | None:
+
+def unstack_layers(blocks: Params, L: int) -> list[Params] | None:
   """Make zero-copy views of each layer, or None if weights are not float32 on a single CPU device.
 
   The views hold references to the stacked arrays, which cannot be donated while one exists.

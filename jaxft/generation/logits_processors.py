@@ -7,14 +7,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class History(NamedTuple):
   """The text so far; all rows end in the same column."""
 
-  ids_BS: jax.Array
-  valid_BS: jax.Array  # false: padding, or not written yet
-  end: jax.Array  # the next column
+  ids_BS: jax.Array | np.ndarray
+  valid_BS: jax.Array | np.ndarray  # false: padding, or not written yet
+  end: jax.Array | np.integer  # the next column
 
 
 def penalize_repeats(logits_BV: jax.Array, history: History, penalty: float) -> jax.Array:
@@ -71,7 +72,9 @@ def filter_logits(logits_BV: jax.Array, top_k: int, top_p: float, min_p: float) 
   return logits_BV
 
 
-def _token_mask(ids_BS: jax.Array, valid_BS: jax.Array, V: int) -> jax.Array:
+def _token_mask(
+  ids_BS: jax.Array | np.ndarray, valid_BS: jax.Array | np.ndarray, V: int
+) -> jax.Array:
   """(B, V), true for the valid ids of a row."""
   rows = jnp.arange(len(ids_BS))[:, None]
   return jnp.zeros((len(ids_BS), V), bool).at[rows, ids_BS].max(valid_BS)

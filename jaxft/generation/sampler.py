@@ -8,7 +8,7 @@ S columns of the cache, P positions, V vocabulary
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from jaxft.generation.logits_processors import History
 from jaxft.generation.sampling_config import Sampling
 from jaxft.model.config import ModelConfig
 from jaxft.model.kv_cache import KVCache
+from jaxft.sharding.rules import constrain
+from jaxft.utils.types import Params
 
 TokenCallback = Callable[[int, list[int]], bool]
 DecodeFn = Callable[..., tuple[jax.Array, KVCache]]  # (cache, ids, segments, positions)
@@ -47,7 +49,8 @@ class Generator:
         ids_BT, cache, segments_BT=segments_BT, positions_BT=positions_BT, layers=layers
       )
       # Replicated: each process reads the logits, and each draws the same tokens.
-      return decoder.compute.constrain(decoder.logits(h_BTD[:, -1]), (None, None)), cache
+      logits_BV = constrain(decoder.logits(h_BTD[:, -1]), (None, None), decoder.compute.mesh)
+      return logits_BV, cache
 
     def prefill(params, ids_BT, segments_BT, positions_BT, S, unstack):
       decoder = nnx.merge(graphdef, params)
@@ -60,7 +63,7 @@ class Generator:
 
   def __call__(
     self,
-    params: Any,
+    params: Params,
     prompts: list[list[int]],
     sampling: Sampling,
     *,
@@ -350,5 +353,5 @@ def sampling_keys(seed: int, num_rows: int, repeats: int) -> jax.Array:
   return jax.vmap(jax.lax.select)(index_B % repeats == 0, prompt_keys_B, keys_B)
 
 
-def _round_up(columns: int) -> int:
+def _round_up(columns: np.integer | int) -> int:
   return -(-int(columns) // PAD_MULTIPLE) * PAD_MULTIPLE

@@ -4,14 +4,16 @@ The filters are in `logits_processors.py`, the loop in `sampler.py`.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from jaxft.errors import RequestError
+from jaxft.utils.types import Json
 
 # Limits of prompt and new tokens together, and of new tokens alone. Where both are set, the second
 # counts, as in transformers.
 LENGTH_LIMITS = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
 INF = float("inf")
+Settings: TypeAlias = Mapping[str, Any]  # fields of `Sampling` by name, and perhaps `do_sample`
 
 
 class Sampling(NamedTuple):
@@ -104,7 +106,7 @@ def validate_do_sample(temperature: float | None, num_beams: int) -> None:
     )
 
 
-def resolve_sampling(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def resolve_sampling(given: Settings) -> tuple[Json, list[str]]:
   """Drop settings that others override; returns the rest, and a warning for each.
 
   `do_sample` may be given: False is temperature 0, as in transformers whatever the temperature.

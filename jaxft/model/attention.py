@@ -8,10 +8,12 @@ What a device can do is decided here; `config.model.attention` is applied by `tr
 B batch, T query length, S key length, N heads, H head size
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxft.model.attention_chunked import CHECKPOINT_NAME, ChunkedAttention, NonDiffArgs
 from jaxft.model.dropout import attention_dropout_mask
@@ -22,13 +24,18 @@ LANES = 128  # of a TPU's vector unit: splash takes lengths that are multiples o
 SPLASH_BLOCK = 512  # queries and keys of a block, as in MaxText; not measured here
 
 
-def fastest_kernel(device: jax.Device, dtype: Any, H: int) -> str:
+def fastest_kernel(device: jax.Device, dtype: DTypeLike, H: int) -> str:
   """The fastest kernel that a device has for this dtype and head size."""
   return next(kernel for kernel in KERNELS if not unsupported_reason(kernel, device, dtype, H))
 
 
 def unsupported_reason(
-  kernel: str, device: jax.Device, dtype: Any, H: int, segments: bool = False, dropout: bool = False
+  kernel: str,
+  device: jax.Device,
+  dtype: DTypeLike,
+  H: int,
+  segments: bool = False,
+  dropout: bool = False,
 ) -> str:
   """Why a device cannot use a kernel for this dtype, head size and kind of rows; "": it can."""
   if kernel == "splash" and device.platform != "tpu":
@@ -51,12 +58,12 @@ def unsupported_reason(
   return ""
 
 
-def resolve_kernel(kernel: str, device: jax.Device, *shape: Any) -> tuple[str, str]:
-  """The kernel that training with `kernel` uses, and why it is not the device's fastest.
-
-  `shape` is what `unsupported_reason` takes after the device.
-  """
+def resolve_kernel(
+  kernel: str, device: jax.Device, dtype: DTypeLike, H: int, segments: bool, dropout: bool
+) -> tuple[str, str]:
+  """The kernel that training with `kernel` uses, and why it is not the device's fastest."""
   fastest = FASTEST.get(device.platform, "chunked")
+  shape = (dtype, H, segments, dropout)
   if unsupported_reason(kernel, device, *shape):
     kernel = "chunked"
   if kernel == fastest:
@@ -65,7 +72,7 @@ def resolve_kernel(kernel: str, device: jax.Device, *shape: Any) -> tuple[str, s
   return kernel, f"not {fastest}: {reason}"
 
 
-def attention_saveable(primitive: Any, *_: Any, **params: Any) -> bool:
+def attention_saveable(primitive: jax.extend.core.Primitive, *_: object, **params: object) -> bool:
   """A policy for `jax.checkpoint`: save the kernels' outputs, so that none of them runs twice."""
   is_cudnn = primitive.name.startswith("dot_product_attention_fwd")
   return is_cudnn or params.get("name") == CHECKPOINT_NAME
@@ -80,8 +87,7 @@ def attention(
   kernel: str = "reference",
   offset: jax.Array | int = 0,
   window: int | None = None,
-  q_segments_BT: jax.Array | None = None,
-  k_segments_BS: jax.Array | None = None,
+  segments: tuple[jax.Array, jax.Array] | None = None,
   dropout_rate: float = 0.0,
   keys_BN: jax.Array | None = None,
 ) -> jax.Array:
@@ -95,6 +101,7 @@ def attention(
   Args:
     kernel: of `KERNELS`. What cuDNN and splash cannot do (a cache, dropout whose bits are the same
       on every device, and segments on cuDNN) is computed in chunks.
+    segments: of the queries (B, T) and of the keys (B, S); None: one for all of a row.
     dropout_rate: of the probabilities, when there are keys.
     keys_BN: dropout keys, one for each row and head.
   """
@@ -105,7 +112,7 @@ def attention(
     keys_BN = None
   has_offset = not isinstance(offset, int) or offset != 0
   fits_kernels = T == S and not has_offset and keys_BN is None
-  if kernel == "cudnn" and fits_kernels and q_segments_BT is None:
+  if kernel == "cudnn" and fits_kernels and segments is None:
     return jax.nn.dot_product_attention(
       q_BTNH,
       k_BSNH,
@@ -116,10 +123,8 @@ def attention(
       implementation="cudnn",
     )
   if kernel == "splash" and fits_kernels:
-    return _splash(q_BTNH, k_BSNH, v_BSNH, scale, window, q_segments_BT)
-  nondiff = NonDiffArgs(
-    offset=offset, q_segments_BT=q_segments_BT, k_segments_BS=k_segments_BS, keys_BN=keys_BN
-  )
+    return _splash(q_BTNH, k_BSNH, v_BSNH, scale, window, segments)
+  nondiff = NonDiffArgs(offset, segments, keys_BN)
   if kernel == "reference" or T == 1:  # one token at a time: the (B, N, T, S) array is small
     return _reference(q_BTNH, k_BSNH, v_BSNH, nondiff, scale, window, dropout_rate)
   return ChunkedAttention(scale, window, dropout_rate)(q_BTNH, k_BSNH, v_BSNH, nondiff)
@@ -134,9 +139,9 @@ def _reference(q_BTNH, k_BSNH, v_BSNH, nondiff, scale, window, dropout_rate):
   visible = distance_TS >= 0
   if window is not None:
     visible = visible & (distance_TS < window)
-  if nondiff.q_segments_BT is not None:
-    q_segments_B1T1 = nondiff.q_segments_BT[:, None, :, None]
-    visible = visible & (q_segments_B1T1 == nondiff.k_segments_BS[:, None, None, :])
+  if nondiff.segments is not None:
+    q_segments_BT, k_segments_BS = nondiff.segments
+    visible = visible & (q_segments_BT[:, None, :, None] == k_segments_BS[:, None, None, :])
   # The lowest finite number, not -inf: a row with no visible key stays finite (the loss masks it).
   p_BNTS = jax.nn.softmax(jnp.where(visible, logits_BNTS, jnp.finfo(jnp.float32).min))
   if nondiff.keys_BN is not None:
@@ -144,7 +149,7 @@ def _reference(q_BTNH, k_BSNH, v_BSNH, nondiff, scale, window, dropout_rate):
   return jnp.einsum("BNTS,BSNH->BTNH", p_BNTS.astype(v_BSNH.dtype), v_BSNH)
 
 
-def _splash(q_BTNH, k_BTNH, v_BTNH, scale, window, segments_BT):
+def _splash(q_BTNH, k_BTNH, v_BTNH, scale, window, segments):
   """JAX's Pallas kernel; it skips blocks in which nothing is visible."""
   from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
@@ -157,31 +162,35 @@ def _splash(q_BTNH, k_BTNH, v_BTNH, scale, window, segments_BT):
   q_BTNH = q_BTNH * jnp.asarray(scale, q_BTNH.dtype)
   q, k, v = (jnp.moveaxis(pad(x), 2, 1) for x in (q_BTNH, k_BTNH, v_BTNH))
   attend = _splash_kernel(T + -T % LANES, N, window)
-  if segments_BT is None:
+  if segments is None:
     out_BNTH = jax.vmap(attend)(q, k, v)
   else:
 
     def attend_in_segments(q, k, v, segments):
       return attend(q, k, v, segment_ids=SegmentIds(segments, segments))
 
-    out_BNTH = jax.vmap(attend_in_segments)(q, k, v, pad(segments_BT))
+    out_BNTH = jax.vmap(attend_in_segments)(q, k, v, pad(segments[0]))
   return jnp.moveaxis(out_BNTH, 1, 2)[:, :T]
 
 
-def _splash_kernel(T: int, N: int, window: int | None) -> Any:
+def _splash_kernel(T: int, N: int, window: int | None) -> Callable:
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
   block = next(size for size in (SPLASH_BLOCK, 384, 256, LANES) if T % size == 0)
-  names = (
-    "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute "
-    "block_q_dq block_kv_dq"
-  ).split()
+  sizes = splash.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )
   return splash.make_splash_mha(
     masks.MultiHeadMask([mask] * N),
     head_shards=1,
     q_seq_shards=1,
-    block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+    block_sizes=sizes,
     residual_checkpoint_name=CHECKPOINT_NAME,
   )

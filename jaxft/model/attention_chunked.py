@@ -7,7 +7,7 @@ from them. A chunk sees all of its keys at once.
 B batch, T query length, S key length, U queries of a chunk, N heads, H head size
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ CHECKPOINT_NAME = "attention"  # of the residuals beside q, k and v; read by rem
 class Chunk(NamedTuple):
   """Queries [start, start + U) and the keys [key_start, key_end) that they may see."""
 
-  start: Any
+  start: jax.Array | int
   U: int
   key_start: int
   key_end: int
@@ -38,10 +38,13 @@ class Chunk(NamedTuple):
 class NonDiffArgs(NamedTuple):
   """Arguments without a gradient."""
 
-  offset: Any
-  q_segments_BT: jax.Array | None
-  k_segments_BS: jax.Array | None
+  offset: jax.Array | int
+  segments: tuple[jax.Array, jax.Array] | None  # of queries (B, T) and keys (B, S)
   keys_BN: jax.Array | None
+
+
+# q, k, v, arguments without a gradient, the output, and each query's log-sum-exp (B, N, T).
+Residuals: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, NonDiffArgs, jax.Array, jax.Array]
 
 
 class ChunkedAttention(NamedTuple):
@@ -64,9 +67,10 @@ class ChunkedAttention(NamedTuple):
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_BTNH, k_BSNH, v_BSNH))
     if use_scan:
       q = jnp.pad(q, [(0, 0), (0, 0), (0, -T % U), (0, 0)])
-      if nondiff.q_segments_BT is not None:
-        padded = jnp.pad(nondiff.q_segments_BT, [(0, 0), (0, -T % U)])
-        nondiff = nondiff._replace(q_segments_BT=padded)
+      if nondiff.segments is not None:
+        q_segments_BT, k_segments_BS = nondiff.segments
+        q_segments_BT = jnp.pad(q_segments_BT, [(0, 0), (0, -T % U)])
+        nondiff = nondiff._replace(segments=(q_segments_BT, k_segments_BS))
 
     @jax.custom_vjp
     def attend(q, k, v, nondiff):
@@ -97,7 +101,7 @@ class ChunkedAttention(NamedTuple):
       if use_scan:
 
         def body(d_kv, start):
-          dq, *d_chunk = self.backward(chunk_at(start), *residuals, d_out)
+          dq, *d_chunk = self.backward(chunk_at(start), residuals, d_out)
           return jax.tree.map(jnp.add, d_kv, tuple(d_chunk)), dq
 
         d_kv, dq = jax.lax.scan(body, d_kv, jnp.arange(0, q.shape[2], U))
@@ -105,7 +109,7 @@ class ChunkedAttention(NamedTuple):
       else:
         dqs = []
         for chunk in self.chunks(T, S, U, nondiff.offset):
-          dq, *d_chunk = self.backward(chunk, *residuals, d_out)
+          dq, *d_chunk = self.backward(chunk, residuals, d_out)
           dqs.append(dq)
           keys = slice(chunk.key_start, chunk.key_end)
           d_kv = tuple(x.at[:, :, keys].add(d) for x, d in zip(d_kv, d_chunk))
@@ -115,7 +119,7 @@ class ChunkedAttention(NamedTuple):
     attend.defvjp(forward, backward)
     return jnp.moveaxis(attend(q, k, v, nondiff), 1, 2)[:, :T]
 
-  def chunks(self, T: int, S: int, U: int, offset: Any) -> list[Chunk]:
+  def chunks(self, T: int, S: int, U: int, offset: jax.Array | int) -> list[Chunk]:
     """Split the queries, each chunk with the keys it can see; all keys where `offset` is traced."""
     chunks = []
     for start in range(0, T, U):
@@ -128,7 +132,7 @@ class ChunkedAttention(NamedTuple):
       chunks.append(Chunk(start=start, U=end - start, key_start=key_start, key_end=key_end))
     return chunks
 
-  def logits(self, chunk: Chunk, q, k, nondiff: NonDiffArgs) -> jax.Array:
+  def logits(self, chunk: Chunk, q: jax.Array, k: jax.Array, nondiff: NonDiffArgs) -> jax.Array:
     """(B, N, U, keys) in float32, the lowest finite number where a query does not see a key."""
     rows = nondiff.offset + chunk.start + jnp.arange(chunk.U)
     columns = jnp.arange(chunk.key_start, chunk.key_end)
@@ -139,41 +143,44 @@ class ChunkedAttention(NamedTuple):
     visible = distance >= 0
     if self.window is not None:
       visible = visible & (distance < self.window)
-    if nondiff.q_segments_BT is not None:
-      q_segments = chunk.queries(nondiff.q_segments_BT, 1)
-      k_segments = chunk.keys(nondiff.k_segments_BS, 1)
+    if nondiff.segments is not None:
+      q_segments = chunk.queries(nondiff.segments[0], 1)
+      k_segments = chunk.keys(nondiff.segments[1], 1)
       visible = visible & (q_segments[:, None, :, None] == k_segments[:, None, None, :])
     x = _einsum("BNUH,BNSH->BNUS", chunk.queries(q), chunk.keys(k))
     return jnp.where(visible, self.scale * x, jnp.finfo(jnp.float32).min)
 
-  def dropout(self, chunk: Chunk, nondiff: NonDiffArgs) -> jax.Array:
+  def dropout(self, chunk: Chunk, keys_BN: jax.Array) -> jax.Array:
     rows = chunk.start + jnp.arange(chunk.U)
-    mask = attention_dropout_mask(nondiff.keys_BN, self.dropout_rate, rows, chunk.key_end)
+    mask = attention_dropout_mask(keys_BN, self.dropout_rate, rows, chunk.key_end)
     return mask[..., chunk.key_start :]
 
-  def forward(self, chunk: Chunk, q, k, v, nondiff: NonDiffArgs) -> tuple[jax.Array, jax.Array]:
+  def forward(
+    self, chunk: Chunk, q: jax.Array, k: jax.Array, v: jax.Array, nondiff: NonDiffArgs
+  ) -> tuple[jax.Array, jax.Array]:
     """Output (B, N, U, H) of a chunk, and each query's log-sum-exp (B, N, U)."""
     x = self.logits(chunk, q, k, nondiff)
     row_max = x.max(-1, keepdims=True)
     p = jnp.exp(x - row_max)
     row_sum = p.sum(-1, keepdims=True)
     if nondiff.keys_BN is not None:
-      p = p * self.dropout(chunk, nondiff)
+      p = p * self.dropout(chunk, nondiff.keys_BN)
     # Divided after the product: U x H numbers, not U x S.
     out = _einsum("BNUS,BNSH->BNUH", p.astype(v.dtype), chunk.keys(v)) / row_sum
     return out.astype(v.dtype), (row_max + jnp.log(row_sum))[..., 0]
 
   def backward(
-    self, chunk: Chunk, q, k, v, nondiff: NonDiffArgs, out, lse, d_out
+    self, chunk: Chunk, residuals: Residuals, d_out: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of a chunk's queries, and what it adds to those of the keys and values it sees."""
+    q, k, v, nondiff, out, lse = residuals
     d_out = chunk.queries(d_out)
     v = chunk.keys(v)
     p = jnp.exp(self.logits(chunk, q, k, nondiff) - chunk.queries(lse)[..., None])
     dp = _einsum("BNUH,BNSH->BNUS", d_out, v)
     p_dropped = p
     if nondiff.keys_BN is not None:
-      mask = self.dropout(chunk, nondiff)
+      mask = self.dropout(chunk, nondiff.keys_BN)
       p_dropped = p * mask
       dp = dp * mask
     # FlashAttention's D: sum over S of p dp, which is the sum over H of d_out out, known without p.

@@ -1,20 +1,19 @@
-"""ComputeConfig: the dtypes, kernels and sharding hooks that a decoder computes with.
+"""ComputeConfig: the dtypes, kernels and devices that a decoder computes with.
 
 L layers
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxft.model.config import ModelConfig
-
-# Called on every activation, or on every weight where it is used, with its logical axis names.
-ConstrainFn = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+from jaxft.sharding.rules import Axes, gather
 
 
 class LayerInfo(NamedTuple):
@@ -33,16 +32,11 @@ class LayerInfo(NamedTuple):
 class ComputeConfig:
   """How a model is run: it changes nothing in what is computed (but for rounding)."""
 
-  dtype: Any = jnp.float32
+  dtype: jnp.dtype = jnp.dtype("float32")
   remat: str = "none"
-  constrain: ConstrainFn = lambda x, axes: x  # activations
-  gather: ConstrainFn = lambda x, axes: x  # weights
-  # Rows of a vocabulary table as they leave it, and their gradient as it goes back to it.
-  shard_rows: Callable[[jax.Array], jax.Array] = lambda rows: rows
-  shard_row_grads: Callable[[jax.Array], jax.Array] = lambda rows: rows
+  mesh: Mesh | None = None  # of the arrays, sharded by sharding/rules.py; None: one device
+  zero_stage: int = 3
   attention: str = "reference"  # of `attention.KERNELS`
-  # (function, logical axes of its array arguments, of its result) -> the function on local shards
-  shard_map: Callable[[Callable, Any, Any], Callable] = lambda f, axes_in, axes_out: f
   vocab_multiple: int = 1  # vocabulary tables are padded to it, so that any mesh can split them
   to_device: Callable[[jax.Array], jax.Array] = lambda x: x  # a weight from where it is stored
 
@@ -60,10 +54,15 @@ def gather_weight(param: nnx.Param, compute: ComputeConfig) -> jax.Array:
   axes = param.out_sharding
   if param.ndim == len(axes) - 1:
     axes = axes[1:]  # inside the scan the layer axis is gone, its name is not
-  return compute.gather(compute.to_device(param[...]).astype(compute.dtype), axes)
+  return cast_and_gather(compute.to_device(param[...]), axes, compute)
 
 
-def resolve_dtype(name: str, device: jax.Device) -> Any:
+def cast_and_gather(x: jax.Array, axes: Axes, compute: ComputeConfig) -> jax.Array:
+  """`gather_weight` of an array that is on the device, by its logical axes."""
+  return gather(x.astype(compute.dtype), axes, compute.mesh, compute.zero_stage)
+
+
+def resolve_dtype(name: str, device: jax.Device) -> jnp.dtype:
   """The dtype of activations; "auto" is bfloat16, or float32 where that is missing or gains little.
 
   It gains little on a CPU (docs/speed.md). NVIDIA GPUs have it from compute capability 8.0 on: a

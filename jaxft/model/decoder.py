@@ -4,6 +4,7 @@ B batch, T query length, S key length, V vocabulary, D model, L layers, N heads,
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxft.model import attention
-from jaxft.model.compute import ComputeConfig, LayerInfo, gather_weight
+from jaxft.model.compute import ComputeConfig, LayerInfo, cast_and_gather, gather_weight
 from jaxft.model.config import ModelConfig
 from jaxft.model.dropout import dropout, split_keys
 from jaxft.model.kv_cache import KVCache
 from jaxft.model.layers import ACTIVATION_AXES, Block, Embed, LayerNorm, OutputHead
 from jaxft.model.loss import Head, compute_logits
+from jaxft.sharding.rules import constrain, shard_rows
 from jaxft.utils.types import Params
 
 # Cheap to compute again, and what they make of a weight is as large as the layer.
@@ -81,14 +83,14 @@ class Decoder(nnx.Module):
 
     carry = (self.embed_inputs(embeds_BTD, positions_BT, embed_keys_B), cache)
     info_L = self.layer_info()
+    keys_LB = split_keys(layers_keys_B, self.cfg.L)
     if layers is None:
-      keys_LB = None if layers_keys_B is None else split_keys(layers_keys_B, self.cfg.L)
-      xs = (self.blocks, info_L, keys_LB)
+      xs = (self.blocks, info_L, None if layers_keys_B is None else keys_LB)
       carry, _ = jax.lax.scan(apply_remat(layer, self.compute.remat), carry, xs)
     else:
       graphdef = nnx.graphdef(self.blocks)
       for index, weights in enumerate(layers):
-        carry, _ = layer(carry, (nnx.merge(graphdef, weights), info_L.at(index), None))
+        carry, _ = layer(carry, (nnx.merge(graphdef, weights), info_L.at(index), keys_LB[index]))
     x_BTD, cache = carry
     if cache is not None:
       cache = dataclasses.replace(cache, length=cache.length + ids_BT.shape[1])
@@ -107,10 +109,7 @@ class Decoder(nnx.Module):
     if padded_V > self.cfg.V:
       is_token = jnp.arange(padded_V) < self.cfg.V
       bias_V = jnp.where(is_token, 0.0 if bias_V is None else bias_V, -jnp.inf)
-
-    def gather(table_VD):
-      return self.compute.gather(table_VD.astype(self.compute.dtype), table.out_sharding)
-
+    gather = functools.partial(cast_and_gather, axes=table.out_sharding, compute=self.compute)
     return Head(table_VD, bias_V, gather)
 
   def logits(self, h: jax.Array) -> jax.Array:
@@ -119,11 +118,12 @@ class Decoder(nnx.Module):
 
   def embed_tokens(self, ids_BT: jax.Array) -> jax.Array:
     """Look up rows of the token table, (B, T, D), where it is stored, without gathering it."""
-    table_VD = self.compute.to_device(self.embed.tokens[...])
-    embeds_BTD = self.compute.shard_rows(table_VD[ids_BT].astype(self.compute.dtype))
-    return self.compute.constrain(embeds_BTD, ACTIVATION_AXES)
+    compute = self.compute
+    embeds_BTD = compute.to_device(self.embed.tokens[...])[ids_BT].astype(compute.dtype)
+    embeds_BTD = shard_rows(embeds_BTD, "parameters", compute.mesh, compute.zero_stage)
+    return constrain(embeds_BTD, ACTIVATION_AXES, compute.mesh)
 
-  def add_embedding_grads(self, grads: dict, ids: jax.Array, d_embeds: jax.Array) -> dict:
+  def add_embedding_grads(self, grads: Params, ids: jax.Array, d_embeds: jax.Array) -> Params:
     """Add the gradient of `embed_tokens(ids)` to the gradient of the parameters.
 
     It is added in float32 to what the head has left in the table's gradient: a second table would
@@ -132,8 +132,9 @@ class Decoder(nnx.Module):
     """
     if "tokens" not in grads.get("embed", {}):
       return grads
+    d_embeds = shard_rows(d_embeds, "gradients", self.compute.mesh, self.compute.zero_stage)
     table_VD = grads["embed"]["tokens"]
-    table_VD = table_VD.at[ids].add(self.compute.shard_row_grads(d_embeds).astype(table_VD.dtype))
+    table_VD = table_VD.at[ids].add(d_embeds.astype(table_VD.dtype))
     return grads | {"embed": grads["embed"] | {"tokens": table_VD}}
 
   def embed_inputs(
@@ -143,7 +144,7 @@ class Decoder(nnx.Module):
     if not self.cfg.rotary_dim:
       embeds_BTD = embeds_BTD + gather_weight(self.embed.positions, self.compute)[positions_BT]
     embeds_BTD = dropout(embeds_BTD, self.cfg.embed_dropout, keys_B)
-    return self.compute.constrain(embeds_BTD, ACTIVATION_AXES)
+    return constrain(embeds_BTD, ACTIVATION_AXES, self.compute.mesh)
 
   def layer_info(self) -> LayerInfo:
     windows = self.cfg.distinct_windows
@@ -188,7 +189,7 @@ def init_model(cfg: ModelConfig, compute: ComputeConfig, seed: int = 0) -> Decod
     return Decoder(cfg, compute, nnx.Rngs(seed))
 
 
-def abstract_model(cfg: ModelConfig, compute: ComputeConfig) -> tuple[nnx.GraphDef, dict, dict]:
+def abstract_model(cfg: ModelConfig, compute: ComputeConfig) -> tuple[nnx.GraphDef, Params, Params]:
   """Describe a decoder without memory: graphdef, shapes of parameters, and their logical axes.
 
   The two dicts are nested alike. `nnx.merge(graphdef, params)` makes a decoder of such parameters.

@@ -50,20 +50,19 @@ class KVCache:
 
     `layer` is a Python number where the cache is `unstack`ed.
     """
-    k_BSNH, k = self._write(self.k, layer, k_BTNH)
-    v_BSNH, v = self._write(self.v, layer, v_BTNH)
-    return k_BSNH, v_BSNH, dataclasses.replace(self, k=k, v=v)
-
-  def _write(
-    self, kv: Layers, layer: jax.Array | int, new_BTNH: jax.Array
-  ) -> tuple[jax.Array, Layers]:
-    new_BNTH = jnp.moveaxis(new_BTNH, 2, 1)
     start = (0, 0, self.length, 0)
-    if isinstance(kv, tuple):
-      layer = int(layer)
-      all_BNSH = jax.lax.dynamic_update_slice(kv[layer], new_BNTH, start)
-      kv = (*kv[:layer], all_BNSH, *kv[layer + 1 :])
-    else:
-      kv = jax.lax.dynamic_update_slice(kv, new_BNTH[None], (layer, *start))
-      all_BNSH = jax.lax.dynamic_index_in_dim(kv, layer, keepdims=False)
-    return jnp.moveaxis(all_BNSH, 1, 2), kv
+
+    def write(kv: Layers, new_BTNH: jax.Array) -> tuple[jax.Array, Layers]:
+      new_BNTH = jnp.moveaxis(new_BTNH, 2, 1)
+      if isinstance(kv, tuple):
+        index = int(layer)
+        all_BNSH = jax.lax.dynamic_update_slice(kv[index], new_BNTH, start)
+        kv = (*kv[:index], all_BNSH, *kv[index + 1 :])
+      else:
+        kv = jax.lax.dynamic_update_slice(kv, new_BNTH[None], (layer, *start))
+        all_BNSH = jax.lax.dynamic_index_in_dim(kv, layer, keepdims=False)
+      return jnp.moveaxis(all_BNSH, 1, 2), kv
+
+    k_BSNH, k = write(self.k, k_BTNH)
+    v_BSNH, v = write(self.v, v_BTNH)
+    return k_BSNH, v_BSNH, dataclasses.replace(self, k=k, v=v)

@@ -17,6 +17,8 @@ from jaxft.model.compute import ComputeConfig, LayerInfo, gather_weight
 from jaxft.model.config import ModelConfig
 from jaxft.model.dropout import Keys, dropout, split_keys
 from jaxft.model.kv_cache import KVCache
+from jaxft.sharding.per_device import shard_map
+from jaxft.sharding.rules import constrain
 
 ACTIVATION_AXES = ("batch", None, "act_embed")
 
@@ -69,7 +71,7 @@ class LayerNorm(nnx.Module):
     self.bias = nnx.Param(jnp.zeros(cfg.D), out_sharding=("embed",))
 
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    f32 = dataclasses.replace(self.compute, dtype=jnp.float32)
+    f32 = dataclasses.replace(self.compute, dtype=jnp.dtype("float32"))
     y_BTD = x_BTD.astype(jnp.float32)
     y_BTD = y_BTD - y_BTD.mean(-1, keepdims=True)
     y_BTD = y_BTD * jax.lax.rsqrt((y_BTD * y_BTD).mean(-1, keepdims=True) + self.eps)
@@ -123,7 +125,9 @@ class Attention(nnx.Module):
     if cache is not None:
       k_BSNH, v_BSNH, cache = cache.write_layer(info.index, k_BTNH, v_BTNH)
       segments_BS, offset = cache.segments_BS, cache.length
-    keys_BN = None if keys_B is None else split_keys(keys_B, self.cfg.N).T
+    keys_BN = None
+    if keys_B is not None:
+      keys_BN = jax.vmap(lambda key: jax.random.split(key, self.cfg.N))(keys_B)
     operands = (q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN)
     # One branch for each window: kernels want it static, and one scan walks along all layers.
     branches = [functools.partial(self.attend, w, offset) for w in self.cfg.distinct_windows]
@@ -133,7 +137,7 @@ class Attention(nnx.Module):
       y_BTNH = jax.lax.switch(info.window_index, branches, *operands)
     return self.out(y_BTNH, adapter_keys[1]), cache
 
-  def attend(self, window, offset, *operands):
+  def attend(self, window: int, offset: jax.Array | int, *operands: jax.Array | None) -> jax.Array:
     """`attention` with this window (0: none), on each device's own rows and heads."""
 
     def attend_locally(q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN):
@@ -145,8 +149,7 @@ class Attention(nnx.Module):
         kernel=self.compute.attention,
         offset=offset,
         window=window or None,
-        q_segments_BT=segments_BT,
-        k_segments_BS=segments_BS,
+        segments=None if segments_BT is None else (segments_BT, segments_BS),
         dropout_rate=self.cfg.attention_dropout,
         keys_BN=keys_BN,
       )
@@ -156,7 +159,7 @@ class Attention(nnx.Module):
     head_axes = ("batch", None, "heads", None)
     segment_axes = ("batch", None)
     in_axes = (head_axes, head_axes, head_axes, segment_axes, segment_axes, ("batch", "heads"))
-    return self.compute.shard_map(attend_locally, in_axes, head_axes)(*operands)
+    return shard_map(attend_locally, in_axes, head_axes, self.compute.mesh)(*operands)
 
 
 class Mlp(nnx.Module):
@@ -210,7 +213,7 @@ class Block(nnx.Module):
     if not self.cfg.parallel:
       h_BTD = self.norm2(x_BTD)
     x_BTD = x_BTD + dropout(self.mlp(h_BTD, keys[5:]), rate, keys[2])
-    return self.compute.constrain(x_BTD, ACTIVATION_AXES), cache
+    return constrain(x_BTD, ACTIVATION_AXES, self.compute.mesh), cache
 
 
 class Embed(nnx.Module):

@@ -5,7 +5,6 @@ are of the paper's two matrices, A and B.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxft.model.compute import ComputeConfig, gather_weight
 from jaxft.model.config import ModelConfig
 from jaxft.model.dropout import dropout
+from jaxft.utils.types import Params, PyTree
 
 # Name in `ModelConfig.lora_targets` -> path of the module in a layer.
 TARGET_MODULES = {
@@ -89,7 +89,7 @@ def qkv_slots(cfg: ModelConfig, module: str) -> tuple[int, ...]:
   return tuple(i for i, name in enumerate("qkv") if name in cfg.lora_targets)
 
 
-def merge(params: dict, cfg: ModelConfig) -> dict:
+def merge(params: Params, cfg: ModelConfig) -> Params:
   """Add scale A B to each kernel that has an adapter: the weights of a model without adapters.
 
   Done shard by shard and layer by layer in the host's memory: the weights may be larger than the
@@ -127,7 +127,7 @@ def lora_delta(a: np.ndarray, b: np.ndarray, slots: tuple[int, ...]) -> np.ndarr
   return np.asarray(_scatter_qkv(np.moveaxis(delta, 0, 1), slots)) if slots else delta
 
 
-def select_adapters(tree: dict) -> dict:
+def select_adapters(tree: Params) -> Params:
   """Select the parameters of adapters from a tree of parameters."""
   selected = {
     name: subtree if name == "adapter" else select_adapters(subtree)
@@ -137,7 +137,7 @@ def select_adapters(tree: dict) -> dict:
   return {name: subtree for name, subtree in selected.items() if subtree}
 
 
-def without_adapters(tree: Any) -> Any:
+def without_adapters(tree: PyTree) -> PyTree:
   """Drop the adapters from a tree of parameters, or from one like it."""
   if not isinstance(tree, dict):
     return tree
@@ -147,12 +147,13 @@ def without_adapters(tree: Any) -> Any:
 def gather_to_host(x: jax.Array) -> np.ndarray:
   """Copy a small array to every process, whole."""
   if not x.is_fully_addressable:
+    assert isinstance(x.sharding, NamedSharding)  # what processes share is sharded over the mesh
     replicated = NamedSharding(x.sharding.mesh, PartitionSpec())
     x = jax.jit(lambda x: x, out_shardings=replicated)(x)
   return np.asarray(x)
 
 
-def _scatter_qkv(x: jax.Array, slots: tuple[int, ...]) -> jax.Array:
+def _scatter_qkv(x: jax.typing.ArrayLike, slots: tuple[int, ...]) -> jax.Array:
   """(..., slots, ...) -> (..., 3, ...) along axis 1, with zeros for the slots that x lacks."""
   by_slot = dict(zip(slots, jnp.unstack(x, axis=1), strict=True))
   zeros = jnp.zeros_like(by_slot[slots[0]])

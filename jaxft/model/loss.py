@@ -48,7 +48,7 @@ def cross_entropy_sum(
 
   @jax.custom_vjp
   def loss_sum(arrays, h, targets, mask):
-    chunk_head = Head(*arrays, head.gather)
+    chunk_head = head._replace(table_VD=arrays[0], bias_V=arrays[1])
 
     def body(total, xs):
       return total + _chunk_loss(xs[0], chunk_head, *xs[1:]), None

@@ -2,7 +2,6 @@
 
 import collections
 import math
-from typing import Any
 
 import jax
 import numpy as np
@@ -95,19 +94,19 @@ def _arrange_devices(devices: list[jax.Device], shape: tuple[int, ...]) -> np.nd
   )
 
 
-def validate_mesh(cfg: Any, mesh: Mesh) -> list[str]:
-  """One error line for each size of the model (a `ModelConfig`) that the mesh cannot split."""
+def validate_mesh(mesh: Mesh, *, D: int, N: int, F: int) -> list[str]:
+  """One error line for each of these sizes of a `ModelConfig` that the mesh cannot split."""
   fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
   lines = []
-  if cfg.D % fsdp:
-    sizes = ", ".join(str(n) for n in range(1, 1025) if cfg.D % n == 0)
+  if D % fsdp:
+    sizes = ", ".join(str(n) for n in range(1, 1025) if D % n == 0)
     lines.append(
-      f"config.mesh.fsdp={fsdp}: the model is {cfg.D} wide, which {fsdp} devices cannot share, so "
+      f"config.mesh.fsdp={fsdp}: the model is {D} wide, which {fsdp} devices cannot share, so "
       f"each would hold all of it; take one of {sizes}, and config.mesh.data=-1 for the rest"
     )
-  for name, size in (("heads", cfg.N), ("columns of the feed-forward layer", cfg.F)):
+  for name, size in (("heads", N), ("columns of the feed-forward layer", F)):
     if size % tensor:
-      sizes = ", ".join(str(n) for n in range(1, 65) if cfg.N % n == cfg.F % n == 0)
+      sizes = ", ".join(str(n) for n in range(1, 65) if N % n == F % n == 0)
       lines.append(
         f"config.mesh.tensor={tensor}: the model has {size} {name}, which {tensor} devices cannot "
         f"share; take one of {sizes}"

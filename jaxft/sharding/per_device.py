@@ -1,23 +1,24 @@
 """Functions that run once on each device, on its own shard of an array."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from jaxft.sharding.rules import COMPUTE, partition_spec
+from jaxft.sharding.rules import COMPUTE, Axes, partition_spec
+from jaxft.utils.types import PyTree
 
 
 class LocalShard(NamedTuple):
   """A device's shard of an array."""
 
   values: jax.Array
-  offsets: tuple[Any, ...]  # of the shard in the array, along each axis
+  offsets: tuple[jax.Array | int, ...]  # of the shard in the array, along each axis
   shape: tuple[int, ...]  # of the array
-  is_primary: Any  # true on one of the devices that hold copies of this shard
+  is_primary: jax.Array | bool  # true on one of the devices that hold copies of this shard
 
 
 def map_shards(
@@ -32,8 +33,9 @@ def map_shards(
   Args:
     shardings: of the leaves, in order; unless all are of one mesh, `fn` gets whole leaves.
   """
-  meshes = {s.mesh if isinstance(s, NamedSharding) else None for s in shardings}
-  if len(meshes) != 1 or None in meshes:
+  named = [sharding for sharding in shardings if isinstance(sharding, NamedSharding)]
+  meshes = {sharding.mesh for sharding in named}
+  if len(meshes) != 1 or len(named) < len(shardings):
 
     def map_whole(leaves: list[jax.Array]) -> jax.Array:
       shards = [
@@ -46,10 +48,10 @@ def map_shards(
   (mesh,) = meshes
 
   def map_local(leaves: list[jax.Array]) -> jax.Array:
-    pairs = zip(leaves, shardings, strict=True)
+    pairs = zip(leaves, named, strict=True)
     return jnp.stack([fn(_local_shard(leaf, sharding)) for leaf, sharding in pairs])[None]
 
-  in_specs = ([sharding.spec for sharding in shardings],)
+  in_specs = ([sharding.spec for sharding in named],)
   out_specs = PartitionSpec(mesh.axis_names)
   # Without check_vma, as results differ from device to device by design.
   return jax.shard_map(
@@ -75,7 +77,7 @@ def _local_shard(values: jax.Array, sharding: NamedSharding) -> LocalShard:
   )
 
 
-def make_nonfinite_check(shardings: Any) -> Callable:
+def make_nonfinite_check(shardings: PyTree) -> Callable[[PyTree], jax.Array]:
   """Make a function: tree sharded as `shardings` -> per leaf, whether it has a NaN or infinity."""
 
   # A NaN is the maximum wherever it is; isfinite(leaf).all() takes four times as long and 500 MB
@@ -87,25 +89,22 @@ def make_nonfinite_check(shardings: Any) -> Callable:
   return lambda tree: check(jax.tree.leaves(tree)).any(axis=0)
 
 
-def make_shard_map(mesh: Mesh) -> Callable:
-  """Make `ComputeConfig.shard_map`, for functions in which no device needs another.
+def shard_map(
+  fn: Callable[..., jax.Array], in_axes: Sequence[Axes], out_axes: Axes, mesh: Mesh | None
+) -> Callable[..., jax.Array]:
+  """Make `fn` run on local shards of its arguments, for one in which no device needs another.
 
   Left to split a kernel itself, the compiler would gather its arguments first. Arguments may be
-  None.
+  None; the result, with the logical axes `out_axes`, is shaped as the first of them.
   """
+  if mesh is None or mesh.size == 1:
+    return fn
 
-  def shard_map(fn: Callable, in_axes: Any, out_axes: Any) -> Callable:
-    if mesh.size == 1:
-      return fn
+  def sharded_fn(*args: jax.Array | None) -> jax.Array:
+    def spec(x, axes):
+      return None if x is None else partition_spec(axes, x.shape, mesh, COMPUTE)
 
-    def sharded_fn(*args: jax.Array | None) -> jax.Array:
-      def spec(x, axes):
-        return None if x is None else partition_spec(axes, x.shape, mesh, COMPUTE)
+    specs = {"in_specs": tuple(map(spec, args, in_axes)), "out_specs": spec(args[0], out_axes)}
+    return jax.shard_map(fn, mesh=mesh, check_vma=False, **specs)(*args)
 
-      in_specs = tuple(map(spec, args, in_axes))
-      specs = {"in_specs": in_specs, "out_specs": spec(args[0], out_axes)}  # the result's shape
-      return jax.shard_map(fn, mesh=mesh, check_vma=False, **specs)(*args)
-
-    return sharded_fn
-
-  return shard_map
+  return sharded_fn

@@ -1,8 +1,7 @@
 """Sharding rules: a table from logical axes to mesh axes, and the shardings that follow."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from jaxft.errors import RequestError
+from jaxft.utils.types import PyTree
+
+Axes: TypeAlias = tuple[str | None, ...]  # the logical axes of an array
 
 # Logical axis -> mesh axes, of arrays as they are stored, split as far as they can be, and as the
 # maths uses them. A weight is stored in slices along "embed" and gathered where it is used (FSDP,
@@ -38,9 +40,7 @@ MIN_ZERO_STAGE = {"optimizer": 1, "gradients": 2, "parameters": 3}
 VOCAB_MULTIPLE = 128
 
 
-def partition_spec(
-  axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, use: int
-) -> PartitionSpec:
+def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh, use: int) -> PartitionSpec:
   """Partition one array; `use` is STORED or COMPUTE.
 
   An axis that its mesh axes do not divide stays whole: JAX would refuse an uneven split.
@@ -57,7 +57,9 @@ def partition_spec(
   return PartitionSpec(*entries)
 
 
-def tree_shardings(tree: str, shapes: Any, axes: Any, mesh: Mesh, zero_stage: int = 3) -> Any:
+def tree_shardings(
+  tree: str, shapes: PyTree, axes: PyTree, mesh: Mesh, zero_stage: int = 3
+) -> PyTree:
   """Make a NamedSharding for every leaf of a tree that is shaped like the parameters.
 
   Args:
@@ -77,8 +79,8 @@ def _use(tree: str, zero_stage: int) -> int:
 
 
 def opt_state_shardings(
-  tx: optax.GradientTransformation, shapes: Any, moments: Any, mesh: Mesh
-) -> Any:
+  tx: optax.GradientTransformation, shapes: PyTree, moments: PyTree, mesh: Mesh
+) -> PyTree:
   """Shard optimizer state: moments as `moments`; what has another shape (counts) is replicated."""
 
   def of_param(param, sharding, states):
@@ -92,15 +94,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def with_shardings(shapes: Any, shardings: Any) -> Any:
+def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
   """Put the shardings into the shapes."""
   struct = jax.ShapeDtypeStruct
   return jax.tree.map(lambda x, s: struct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def abstract_state(
-  tx: optax.GradientTransformation, shapes: Any, axes: Any, mesh: Mesh, zero_stage: int
-) -> tuple[Any, Any, Any]:
+  tx: optax.GradientTransformation, shapes: PyTree, axes: PyTree, mesh: Mesh, zero_stage: int
+) -> tuple[jax.ShapeDtypeStruct, PyTree, PyTree]:
   """Shapes and shardings of (step, params, opt_state), to compile for and to restore into."""
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
   params = with_shardings(shapes, tree_shardings("parameters", shapes, axes, mesh, zero_stage))
@@ -143,18 +145,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(None, RULES["batch"][STORED], None))
 
 
-def make_constrain(mesh: Mesh) -> Callable:
-  """Make `ComputeConfig.constrain`, which shards the activations of a model on this mesh."""
-  return lambda x, axes: _constrain(x, axes, mesh, COMPUTE)
-
-
-def _constrain(x: jax.Array, axes: tuple[str | None, ...], mesh: Mesh, use: int) -> jax.Array:
+def constrain(x: jax.Array, axes: Axes, mesh: Mesh | None, use: int = COMPUTE) -> jax.Array:
+  """Shard an array of a program by its logical axes; without a mesh it stays as it is."""
+  if mesh is None:
+    return x
   sharding = NamedSharding(mesh, partition_spec(axes, x.shape, mesh, use))
   return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def make_shard_rows(mesh: Mesh, zero_stage: int, tree: str) -> Callable:
-  """Make `ComputeConfig.shard_rows` or shard_row_grads: rows (..., B, T, D) split as their table.
+def shard_rows(rows: jax.Array, tree: str, mesh: Mesh | None, zero_stage: int) -> jax.Array:
+  """Shard rows (..., B, T, D) of a vocabulary table, or their gradient, as the table is stored.
 
   Each device then looks up its slice of every row, or adds it up. B T D numbers travel instead of
   V D: for GPT-J a tenth.
@@ -162,42 +162,36 @@ def make_shard_rows(mesh: Mesh, zero_stage: int, tree: str) -> Callable:
   Args:
     tree: "parameters" or "gradients", whose table it is.
   """
-  if _use(tree, zero_stage) == COMPUTE:
-    return lambda rows: rows
-
-  def shard_rows(rows: jax.Array) -> jax.Array:
-    # Not RULES: they split B over data and fsdp, but here fsdp splits D, as it does in the table.
-    axes = [*[None] * (rows.ndim - 3), "data", None, "fsdp"]
-
-    def divides(axis, size):
-      return axis and size % mesh.shape[axis] == 0
-
-    spec = [axis if divides(axis, size) else None for axis, size in zip(axes, rows.shape)]
-    return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec(*spec)))
-
-  return shard_rows
+  if mesh is None or _use(tree, zero_stage) == COMPUTE:
+    return rows
+  # Not RULES: they split B over data and fsdp, but here fsdp splits D, as it does in the table.
+  axes = [*[None] * (rows.ndim - 3), "data", None, "fsdp"]
+  spec = [
+    axis if axis and size % mesh.shape[axis] == 0 else None
+    for axis, size in zip(axes, rows.shape, strict=True)
+  ]
+  return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def make_gather(mesh: Mesh, zero_stage: int = 3) -> Callable:
-  """Make `ComputeConfig.gather`: (weight, its logical axes) -> the weight as the maths uses it.
+def gather(x: jax.Array, axes: Axes, mesh: Mesh | None, zero_stage: int) -> jax.Array:
+  """Gather a weight, from how it is stored to how the maths uses it.
 
   A custom VJP shards the gradient as gradients are stored: with a constraint alone each device
   would have all of it first.
   """
+  if mesh is None:
+    return x
   param_use, grad_use = (_use(tree, zero_stage) for tree in ("parameters", "gradients"))
 
-  def gather(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    def forward(x: jax.Array) -> jax.Array:
-      # As it is stored first: XLA would else gather the float32 weight that a cast one comes from,
-      # twice the bytes.
-      return _constrain(_constrain(x, axes, mesh, param_use), axes, mesh, COMPUTE)
+  def forward(x: jax.Array) -> jax.Array:
+    # As it is stored first: XLA would else gather the float32 weight that a cast one comes from,
+    # twice the bytes.
+    return constrain(constrain(x, axes, mesh, param_use), axes, mesh)
 
-    gather_vjp = jax.custom_vjp(forward)
-    # `forward` and not `gather_vjp` inside: to a remat policy that would be a call, whose result
-    # would be saved for each layer.
-    gather_vjp.defvjp(
-      lambda x: (forward(x), None), lambda _, grad: (_constrain(grad, axes, mesh, grad_use),)
-    )
-    return gather_vjp(x)
-
-  return gather
+  gather_vjp = jax.custom_vjp(forward)
+  # `forward` and not `gather_vjp` inside: to a remat policy that would be a call, whose result
+  # would be saved for each layer.
+  gather_vjp.defvjp(
+    lambda x: (forward(x), None), lambda _, grad: (constrain(grad, axes, mesh, grad_use),)
+  )
+  return gather_vjp(x)

@@ -73,7 +73,7 @@ def build_train_program(
 
   Raises RequestError when the batch or the model cannot be split as the mesh asks.
   """
-  if lines := validate_mesh(cfg, mesh):
+  if lines := validate_mesh(mesh, D=cfg.D, N=cfg.N, F=cfg.F):
     raise RequestError("\n".join(lines))
   A = rules.accumulation_steps(config.train, mesh)
   B = config.train.batch_size // A
@@ -124,17 +124,13 @@ def make_compute_config(
 ) -> ComputeConfig:
   """Makes how the model of a run is computed on this mesh; `packed`: rows have segments."""
   device = mesh.devices.flat[0]
-  zero_stage = config.mesh.zero_stage
   dtype = resolve_dtype(config.model.compute_dtype, device)
   return ComputeConfig(
     dtype=dtype,
     remat=config.memory.remat,
-    constrain=rules.make_constrain(mesh),
-    gather=rules.make_gather(mesh, zero_stage),
-    shard_rows=rules.make_shard_rows(mesh, zero_stage, "parameters"),
-    shard_row_grads=rules.make_shard_rows(mesh, zero_stage, "gradients"),
+    mesh=mesh,
+    zero_stage=config.mesh.zero_stage,
     attention=select_kernel(config, cfg, device, dtype, packed),
-    shard_map=per_device.make_shard_map(mesh),
     vocab_multiple=rules.VOCAB_MULTIPLE,
     to_device=offload.to_device if config.memory.offload != "none" else lambda x: x,
   )

@@ -56,7 +56,7 @@ def random_segments(T):
 def test_chunked_matches_reference(T, window, packed):
   how = {"scale": 0.3, "window": window}
   if packed:
-    how |= dict.fromkeys(("q_segments_BT", "k_segments_BS"), random_segments(T))
+    how["segments"] = (random_segments(T),) * 2
   data = inputs(T, T)
   assert_close(
     output_and_grads(*data, kernel="chunked", **how),
@@ -82,7 +82,7 @@ def test_chunked_dropout_matches_reference(T, rate, window, packed):
   )
   how = {"scale": 0.3, "window": window, "dropout_rate": rate, "keys_BN": keys_BN}
   if packed:
-    how |= dict.fromkeys(("q_segments_BT", "k_segments_BS"), random_segments(T))
+    how["segments"] = (random_segments(T),) * 2
   data = inputs(T, T)
   expected = output_and_grads(*data, kernel="reference", **how)
   assert_close(output_and_grads(*data, kernel="chunked", **how), expected, 2e-6)
@@ -103,7 +103,7 @@ def test_chunked_dropout_matches_reference(T, rate, window, packed):
 def test_chunked_with_cache_matches_reference(T, S, offset, known):
   """With an offset that is known when it is compiled, and with one that is not."""
   data, segments = inputs(T, S), jnp.ones((B, S), jnp.int32).at[:, :2].set(0)
-  how = {"scale": 0.3, "q_segments_BT": jnp.ones((B, T), jnp.int32), "k_segments_BS": segments}
+  how = {"scale": 0.3, "segments": (jnp.ones((B, T), jnp.int32), segments)}
   of = lambda kernel: lambda offset: attention(*data[:3], kernel=kernel, offset=offset, **how)
   chunked = of("chunked")(offset) if known else jax.jit(of("chunked"))(offset)
   np.testing.assert_allclose(chunked, of("reference")(offset), atol=2e-6)
@@ -139,7 +139,7 @@ def test_splash_matches_reference(T, window, packed, H, monkeypatch):
   )
   how = {"scale": H**-0.5, "window": window}
   if packed:
-    how |= dict.fromkeys(("q_segments_BT", "k_segments_BS"), random_segments(T))
+    how["segments"] = (random_segments(T),) * 2
   data = inputs(T, T, N=2, H=H)
   assert_close(
     output_and_grads(*data, kernel="splash", **how),

@@ -137,11 +137,12 @@ def test_validate_mesh_names_sizes_that_fit():
   xl = model_config.from_hf_config(
     {"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25}
   )
-  (line,) = validate_mesh(xl, mesh(1, 4, 2))
+  sizes = {"D": xl.D, "N": xl.N, "F": xl.F}
+  (line,) = validate_mesh(mesh(1, 4, 2), **sizes)
   assert line == (
     "config.mesh.tensor=2: the model has 25 heads, which 2 devices cannot share; "
     "take one of 1, 5, 25"
   )
-  assert not validate_mesh(xl, mesh(1, -1))
-  (line,) = validate_mesh(xl, mesh(1, 6))
+  assert not validate_mesh(mesh(1, -1), **sizes)
+  (line,) = validate_mesh(mesh(1, 6), **sizes)
   assert line.startswith("config.mesh.fsdp=6: the model is 1600 wide, which 6 devices cannot share")
