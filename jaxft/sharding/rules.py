@@ -4,7 +4,6 @@ import math
 from typing import TypeAlias
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -98,17 +97,6 @@ def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
   """Put the shardings into the shapes."""
   struct = jax.ShapeDtypeStruct
   return jax.tree.map(lambda x, s: struct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-def abstract_state(
-  tx: optax.GradientTransformation, shapes: PyTree, axes: PyTree, mesh: Mesh, zero_stage: int
-) -> tuple[jax.ShapeDtypeStruct, PyTree, PyTree]:
-  """Shapes and shardings of (step, params, opt_state), to compile for and to restore into."""
-  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-  params = with_shardings(shapes, tree_shardings("parameters", shapes, axes, mesh, zero_stage))
-  moments = tree_shardings("optimizer", shapes, axes, mesh, zero_stage)
-  opt_state = jax.eval_shape(tx.init, shapes)
-  return step, params, with_shardings(opt_state, opt_state_shardings(tx, shapes, moments, mesh))
 
 
 def data_parallel_size(mesh: Mesh) -> int:

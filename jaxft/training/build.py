@@ -172,10 +172,15 @@ def abstract_train_state(
     return rules.with_shardings(shapes, shardings)
 
   stored = optimizer.with_param_dtype(config.model.param_dtype, shapes_f32, cfg.trained)
-  step, params, opt_state = rules.abstract_state(tx, stored, trained_axes, mesh, zero_stage)
+  moments = rules.tree_shardings("optimizer", stored, trained_axes, mesh, zero_stage)
+  opt_shardings = rules.opt_state_shardings(tx, stored, moments, mesh)
   frozen_cast = jax.tree_util.tree_map_with_path(cast_frozen, frozen)
-  frozen_params = with_shardings("parameters", frozen_cast, frozen_axes)
-  state = TrainState(step=step, params=params, opt_state=opt_state, frozen=frozen_params)
+  state = TrainState(
+    step=jax.ShapeDtypeStruct((), jnp.int32, sharding=rules.replicated(mesh)),
+    params=with_shardings("parameters", stored, trained_axes),
+    opt_state=rules.with_shardings(jax.eval_shape(tx.init, stored), opt_shardings),
+    frozen=with_shardings("parameters", frozen_cast, frozen_axes),
+  )
   return graph, state, with_shardings("gradients", shapes_f32, trained_axes)
 
 

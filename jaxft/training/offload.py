@@ -68,10 +68,9 @@ def with_host_memory(shapes: PyTree) -> PyTree:
   """The shapes, with shardings in host memory for what is offloaded."""
 
   def pin(leaf):
-    sharding = leaf.sharding
-    if is_offloaded(leaf):
-      sharding = sharding.with_memory_kind("pinned_host")
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    if not is_offloaded(leaf):
+      return leaf
+    return leaf.update(sharding=leaf.sharding.with_memory_kind("pinned_host"))
 
   return jax.tree.map(pin, shapes)
 
@@ -116,10 +115,7 @@ def host_mask(state: TrainState, mode: str) -> TrainState:
 
 def state_with_host_memory(state: TrainState, mode: str) -> TrainState:
   """The state's shapes, with shardings in host memory for what this `memory.offload` has there."""
-
-  def pin(leaf, on_host):
-    return with_host_memory(leaf) if on_host else leaf
-
+  pin = lambda leaf, on_host: with_host_memory(leaf) if on_host else leaf
   return jax.tree.map(pin, state, host_mask(state, mode))
 
 
@@ -204,7 +200,7 @@ def _dropout_keys(
   if not any((cfg.embed_dropout, cfg.attention_dropout, cfg.residual_dropout, cfg.lora_dropout)):
     return None, None
 
-  def split_rows(keys_B):
+  def split_rows(keys_B: jax.Array) -> PyTree:
     embed_B, layers_B = split_keys(keys_B, 2)
     return embed_B, split_keys(layers_B, cfg.L)
 
