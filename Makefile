@@ -42,9 +42,10 @@ coverage: $(VENV)/installed-dev  ## the lines of jaxft that `make test` runs, su
 mutants: $(VENV)/installed-dev  ## thirty faults, put into a copy one at a time: does `make test` notice?
 	$(VENV)/bin/python scripts/mutants.py
 
-lint: $(VENV)/installed-dev
+lint: $(VENV)/installed-dev  ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python --summary none
 
 assets: $(VENV)/installed-dev  ## make assets/quickstart again (about ten minutes on two cores)
 	$(VENV)/bin/python scripts/make_quickstart_assets.py
