@@ -111,20 +111,19 @@ def write_stories(folder: Path, count: int) -> None:
 
 
 def prepared(cache: Path, layout: str = "concat"):
-  import jaxft.config
   import jaxft.hf.tokenizer
+  from jaxft.config import DataSection
   from jaxft.data import dataset
 
   folder = Path((cache / "from").read_text())
   tokenizer = jaxft.hf.tokenizer.load_tokenizer(folder, 50257)
-  data = jaxft.config.default().data
-  data.update(
+  data = DataSection(
     train=(str(folder / "stories.jsonl"),),
     sequence_length=T,
     layout=layout,
     cache_dir=str(cache / "tokens"),
+    validation_fraction=0.01,
   )
-  data.validation_fraction = 0.01
   started = time.perf_counter()
   found = dataset.prepare_data(data, tokenizer, "gpt2")
   return found, time.perf_counter() - started
