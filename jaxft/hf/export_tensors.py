@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxft.hf import load_weights, repo
 from jaxft.hf.weight_map import Rule, full_name, hf_shape, layer_shape, short_name, to_hf
-from jaxft.model.lora import gather_to_host
 from jaxft.utils.types import Params
 
 EXPORT_DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
@@ -106,7 +106,10 @@ def _to_host(array: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray
   chunks in the same order.
   """
   if not array.is_fully_addressable:
-    return gather_to_host(array if layer is None else array[layer]).astype(dtype)
+    assert isinstance(array.sharding, NamedSharding)  # all processes share a mesh
+    select = (lambda a: a) if layer is None else (lambda a: a[layer])
+    replicated = NamedSharding(array.sharding.mesh, PartitionSpec())
+    return np.asarray(jax.jit(select, out_shardings=replicated)(array)).astype(dtype)
   first = 0 if layer is None else 1
   result = np.empty(array.shape[first:], dtype)
   for shard in array.addressable_shards:
