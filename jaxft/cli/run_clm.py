@@ -3,6 +3,7 @@
 python -m jaxft.train --model_name_or_path gpt2 --train_file a.txt --do_train --output_dir runs/x
 """
 
+import contextlib
 import difflib
 import math
 import os
@@ -10,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -19,6 +20,12 @@ from jaxft.config_checks import TRACKERS
 from jaxft.data import sources
 from jaxft.errors import RequestError
 from jaxft.utils.files import expand_user
+
+if TYPE_CHECKING:
+  from jaxft.cli.deepspeed_config import ParsedConfig
+
+
+TRUE = ("true", "1", "yes", "y", "t", "")
 
 
 class MapsTo(NamedTuple):
@@ -41,13 +48,10 @@ def _choice(**choices: str) -> Callable[[str], str]:
 
 
 def _integer(text: str) -> str:
-  try:
-    number = float(text)
-  except ValueError:
-    number = -1.0
-  if not (number >= 0 and number.is_integer()):
-    raise ValueError("give a whole number")
-  return str(int(number))
+  with contextlib.suppress(ValueError):
+    if (number := float(text)) >= 0 and number.is_integer():
+      return str(int(number))
+  raise ValueError("give a whole number")
 
 
 def _positive_int(text: str) -> str:
@@ -65,13 +69,10 @@ def _interval(text: str) -> str:
 
 
 def _number(text: str) -> str:
-  try:
-    is_finite = math.isfinite(float(text))
-  except ValueError:
-    is_finite = False
-  if not is_finite:
-    raise ValueError("give a number")
-  return text
+  with contextlib.suppress(ValueError):
+    if math.isfinite(float(text)):
+      return text
+  raise ValueError("give a number")
 
 
 def _save_limit(text: str) -> str:
@@ -89,9 +90,9 @@ def _if_true(on: str, off: str | None) -> Callable[[str], str | None]:
 
 
 def _is_true(text: str) -> bool:
-  if text.lower() not in ("true", "1", "yes", "y", "t", "", "false", "0", "no", "n", "f"):
+  if text.lower() not in (*TRUE, "false", "0", "no", "n", "f"):
     raise ValueError("give True or False")
-  return text.lower() in ("true", "1", "yes", "y", "t", "")
+  return text.lower() in TRUE
 
 
 def _trackers(text: str) -> str:
@@ -127,11 +128,8 @@ MAPPED = {
   "optim": MapsTo(
     "optim.name",
     _choice(
-      adamw_torch="adamw",
-      adamw_torch_fused="adamw",
-      adamw_hf="adamw",
-      adafactor="adafactor",
-      lion_32bit="lion",
+      **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+      **{"adafactor": "adafactor", "lion_32bit": "lion"},
     ),
   ),
   "adafactor": MapsTo("optim.name", _if_true("adafactor", None)),
@@ -166,114 +164,83 @@ ALIASES = {
   "per_gpu_train_batch_size": "per_device_train_batch_size",
   "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
-PUSH = "push_to_hub"
-HUB_NAME = "hub_model_id"
-BEST_METRIC = "metric_for_best_model"
 PER_DEVICE = "per_device_train_batch_size"
 ACCUMULATION = "gradient_accumulation_steps"
 EVAL_PER_DEVICE = "per_device_eval_batch_size"
 BATCH_SETTINGS = {"train.batch_size", "train.micro_batch_size"}
-OUTPUT_DIR = "output_dir"
-OVERWRITE = "overwrite_output_dir"
-RESUME = "resume_from_checkpoint"
-DATASET = "dataset_name"
-CONFIGURATION = "dataset_config_name"
-MODEL_TYPE = "model_type"
-CONFIG_NAME = "config_name"
-CACHE_DIR = "cache_dir"
-DEEPSPEED = "deepspeed"
-FP16 = "fp16"
-TORCH_DTYPE = "torch_dtype"
-STREAMING = "streaming"
 STREAMING_NOTE = "the data set is downloaded, and its tokens made once and memory-mapped"
 LOADER = "the loader has nothing to set: it reads memory-mapped tokens"
 NO_DDP = "XLA makes the collectives"
 NO_TORCH = "it is torch's; XLA compiles every step"
 NO_METRICS = "an evaluation reports loss and perplexity, or accuracy and F1"
+FIRST_EVALUATION = "weights are evaluated before the first step"
+
+
+def _by_flag(reasons: dict[str, str]) -> dict[str, str]:
+  """Return the reason of each flag; a key of `reasons` may be several flags."""
+  return {name: reason for names, reason in reasons.items() for name in names.split()}
+
+
 # Flags for what every run does, or for what changes no result, with the reason to print if a value
 # asks for more.
-NO_OPS = {
-  "do_train": "",
-  "do_eval": "weights are evaluated before the first step and after the last in any case",
-  "low_cpu_mem_usage": "",
-  "eval_on_start": "weights are evaluated before the first step in any case",
-  "prediction_loss_only": "",
-  "logging_first_step": (
-    "weights are evaluated before the first step, whose loss is not logged separately"
-  ),
-  "logging_nan_inf_filter": "what is not finite is reported, and never applied",
-  "include_num_input_tokens_seen": "",
-  "past_index": "no state is handed on from batch to batch",
-  "ray_scope": "no hyper-parameters are searched",
-  "use_legacy_prediction_loop": "",
-  "include_tokens_per_second": "",
-  "skip_memory_metrics": "",
-  "full_determinism": "",
-  "enable_jit_checkpoint": "",
-  "save_safetensors": "weights are written as safetensors",
-  "average_tokens_across_devices": "the loss is a mean over the tokens of all devices",
-  "remove_unused_columns": "",
-  "overwrite_cache": "tokens are made anew when text, tokenizer or settings change",
-  "use_fast_tokenizer": "the fast tokenizer is read, whose tokens are the same",
-  "keep_linebreaks": "every newline stays in the text",
-  "disable_tqdm": "a log without a terminal has no bar",
-  "log_level": "a run has one log, without levels",
-  "log_level_replica": "process 0 alone logs",
-  "log_on_each_node": "process 0 alone logs",
-  "save_on_each_node": "the workdir is shared",
-  "bf16_full_eval": "an evaluation computes as training does",
-  "fp16_full_eval": "an evaluation computes as training does",
-  "torch_compile": "every step is compiled",
-  "torch_compile_backend": NO_TORCH,
-  "torch_compile_mode": NO_TORCH,
-  "torch_empty_cache_steps": NO_TORCH,
-  "torchdynamo": NO_TORCH,
-  "jit_mode_eval": NO_TORCH,
-  "use_ipex": NO_TORCH,
-  "use_liger_kernel": "config.model.attention and XLA choose the kernels",
-  "half_precision_backend": "there is one",
-  "fp16_opt_level": "there is one",
-  "fp16_backend": "there is one",
-  "gradient_checkpointing_kwargs": "config.memory.remat is all there is",
-  "activation_checkpointing_kwargs": "config.memory.remat is all there is",
-  "use_cache": "training has no cache",
-  "eval_accumulation_steps": "sums stay on the device",
-  "eval_do_concat_batches": NO_METRICS,
-  "eval_use_gather_object": NO_METRICS,
-  "batch_eval_metrics": NO_METRICS,
-  "ddp_find_unused_parameters": NO_DDP,
-  "ddp_bucket_cap_mb": NO_DDP,
-  "ddp_broadcast_buffers": NO_DDP,
-  "ddp_static_graph": NO_DDP,
-  "ddp_backend": NO_DDP,
-  "xpu_backend": NO_DDP,
-  "ddp_timeout": "--peer_timeout says how long a silent process is waited for",
-  "local_rank": "processes are found out",
-} | dict.fromkeys(
-  (
-    "preprocessing_num_workers dataloader_num_workers dataloader_pin_memory "
-    "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context "
-    "dataloader_in_order dispatch_batches split_batches"
-  ).split(),
-  LOADER,
+NO_OPS = _by_flag(
+  {
+    "do_train": "",
+    "do_eval": f"{FIRST_EVALUATION} and after the last in any case",
+    "low_cpu_mem_usage": "",
+    "eval_on_start": f"{FIRST_EVALUATION} in any case",
+    "prediction_loss_only": "",
+    "logging_first_step": f"{FIRST_EVALUATION}, whose loss is not logged separately",
+    "logging_nan_inf_filter": "what is not finite is reported, and never applied",
+    "include_num_input_tokens_seen": "",
+    "past_index": "no state is handed on from batch to batch",
+    "ray_scope": "no hyper-parameters are searched",
+    "use_legacy_prediction_loop include_tokens_per_second skip_memory_metrics": "",
+    "full_determinism enable_jit_checkpoint": "",
+    "save_safetensors": "weights are written as safetensors",
+    "average_tokens_across_devices": "the loss is a mean over the tokens of all devices",
+    "remove_unused_columns": "",
+    "overwrite_cache": "tokens are made anew when text, tokenizer or settings change",
+    "use_fast_tokenizer": "the fast tokenizer is read, whose tokens are the same",
+    "keep_linebreaks": "every newline stays in the text",
+    "disable_tqdm": "a log without a terminal has no bar",
+    "log_level": "a run has one log, without levels",
+    "log_level_replica log_on_each_node": "process 0 alone logs",
+    "save_on_each_node": "the workdir is shared",
+    "bf16_full_eval fp16_full_eval": "an evaluation computes as training does",
+    "torch_compile": "every step is compiled",
+    "torch_compile_backend torch_compile_mode torch_empty_cache_steps torchdynamo": NO_TORCH,
+    "jit_mode_eval use_ipex": NO_TORCH,
+    "use_liger_kernel": "config.model.attention and XLA choose the kernels",
+    "half_precision_backend fp16_opt_level fp16_backend": "there is one",
+    "gradient_checkpointing_kwargs": "config.memory.remat is all there is",
+    "activation_checkpointing_kwargs": "config.memory.remat is all there is",
+    "use_cache": "training has no cache",
+    "eval_accumulation_steps": "sums stay on the device",
+    "eval_do_concat_batches eval_use_gather_object batch_eval_metrics": NO_METRICS,
+    "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph": NO_DDP,
+    "ddp_backend xpu_backend": NO_DDP,
+    "ddp_timeout": "--peer_timeout says how long a silent process is waited for",
+    "local_rank": "processes are found out",
+    "preprocessing_num_workers dataloader_num_workers dataloader_pin_memory": LOADER,
+    "dataloader_persistent_workers dataloader_prefetch_factor": LOADER,
+    "dataloader_multiprocessing_context dataloader_in_order dispatch_batches": LOADER,
+    "split_batches": LOADER,
+  }
 )
 # Those that take a value, and those of which False asks for what always happens.
-NO_OPS_WITH_VALUE = set(
-  (
-    "log_level log_level_replica torch_compile_backend torch_compile_mode torch_empty_cache_steps "
-    "fp16_opt_level half_precision_backend fp16_backend gradient_checkpointing_kwargs "
-    "activation_checkpointing_kwargs eval_accumulation_steps ddp_bucket_cap_mb ddp_backend "
-    "ddp_timeout local_rank past_index ray_scope preprocessing_num_workers dataloader_num_workers "
-    "dataloader_prefetch_factor torchdynamo xpu_backend dataloader_multiprocessing_context "
-    "include_num_input_tokens_seen"
-  ).split()
-)
-ONLY_FALSE = set(
-  (
-    "disable_tqdm log_on_each_node save_on_each_node bf16_full_eval fp16_full_eval "
-    "logging_first_step use_cache jit_mode_eval use_ipex"
-  ).split()
-)
+NO_OPS_WITH_VALUE = (
+  "log_level log_level_replica torch_compile_backend torch_compile_mode torch_empty_cache_steps "
+  "fp16_opt_level half_precision_backend fp16_backend gradient_checkpointing_kwargs "
+  "activation_checkpointing_kwargs eval_accumulation_steps ddp_bucket_cap_mb ddp_backend "
+  "ddp_timeout local_rank past_index ray_scope preprocessing_num_workers dataloader_num_workers "
+  "dataloader_prefetch_factor torchdynamo xpu_backend dataloader_multiprocessing_context "
+  "include_num_input_tokens_seen"
+).split()
+ONLY_FALSE = (
+  "disable_tqdm log_on_each_node save_on_each_node bf16_full_eval fp16_full_eval "
+  "logging_first_step use_cache jit_mode_eval use_ipex"
+).split()
 # Values that change nothing.
 SILENT_VALUES = {
   "log_level": ("passive",),
@@ -287,91 +254,77 @@ ONLY_TRUE = {
   "save_safetensors": "pickles are not written",
 }
 SHARDING = "config.mesh and config.memory say how a run is spread: docs/sharding.md"
-TOKEN = "the token is read where huggingface_hub keeps it, or from HF_TOKEN"
-NONFINITE = "a step with a NaN or an infinity is reported with the names of such tensors"
 PACK = "--config.data.layout=pack leaves no padding to save"
 PROJECT = "docs/trackers.md says how to name projects"
-UNSUPPORTED = {
-  "trust_remote_code": "no code from a checkpoint is ever run; leave it out",
-  "fsdp": SHARDING,
-  "fsdp_config": SHARDING,
-  "fsdp_min_num_params": SHARDING,
-  "fsdp_transformer_layer_cls_to_wrap": SHARDING,
-  "sharded_ddp": SHARDING,
-  "accelerator_config": SHARDING,
-  "parallelism_config": SHARDING,
-  "mp_parameters": SHARDING,
-  "tpu_num_cores": "all devices are used that JAX finds",
-  "hub_token": TOKEN,
-  "token": TOKEN,
-  "use_auth_token": TOKEN,
-  "push_to_hub_token": TOKEN,
-  "push_to_hub_model_id": "--hub_model_id OWNER/NAME is its name now",
-  "push_to_hub_organization": "--hub_model_id OWNER/NAME names it too",
-  "hub_private_repo": "make the repository first, as private as it should be",
-  "hub_strategy": "the model is uploaded once, at the end",
-  "hub_always_push": "the model is uploaded once, at the end",
-  "hub_revision": "the model is uploaded to the branch main",
-  "dataloader_drop_last": (
-    "the last rows of an epoch are in the same batch as the first of the next, so none is dropped: "
-    "leave it out"
-  ),
-  "label_smoothing_factor": "the loss is plain cross-entropy; leave it out",
-  "label_names": "targets are the tokens themselves",
-  "neftune_noise_alpha": "there is no noise on embeddings; --config.model.dropout is what there is",
-  "do_predict": "python -m jaxft.generate and python -m jaxft.evaluate use a model",
-  "auto_find_batch_size": (
-    "python -m jaxft.plan --fit finds the largest batch that fits, before the run"
-  ),
-  "group_by_length": PACK,
-  "train_sampling_strategy": f"rows come in a new order each epoch; {PACK}",
-  "length_column_name": PACK,
-  "no_cuda": "set JAX_PLATFORMS=cpu before the command",
-  "use_cpu": "set JAX_PLATFORMS=cpu before the command",
-  "use_mps_device": "JAX has no stable support for it",
-  "tf32": "set JAX_DEFAULT_MATMUL_PRECISION, to tensorfloat32 or float32, before the command",
-  "optim_args": "config.optim has what can be set of an optimizer",
-  "optim_target_modules": "--config.train.trainable_params and --config.lora.targets choose what "
-  "is trained",
-  "lr_scheduler_kwargs": "config.optim has what can be set of a schedule",
-  "greater_is_better": "less eval loss is better",
-  "eval_delay": "--config.train.eval_every says when weights are evaluated",
-  "include_for_metrics": NO_METRICS,
-  "include_inputs_for_metrics": NO_METRICS,
-  "save_only_model": (
-    "a checkpoint has what a run needs to continue; the model alone is in WORKDIR/export"
-  ),
-  "ignore_data_skip": (
-    "a run that continues takes the rows that come next, and looks them up at once"
-  ),
-  "restore_callback_states_from_checkpoint": "a run that continues has all of its state",
-  "liger_kernel_config": "config.model.attention and XLA choose the kernels",
-  "project": PROJECT,
-  "trackio_space_id": PROJECT,
-  "trackio_bucket_id": PROJECT,
-  "trackio_static_space_id": PROJECT,
-  "debug": NONFINITE,
-  "tpu_metrics_debug": NONFINITE,
-}
+UNSUPPORTED = _by_flag(
+  {
+    "trust_remote_code": "no code from a checkpoint is ever run; leave it out",
+    "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap": SHARDING,
+    "sharded_ddp accelerator_config parallelism_config mp_parameters": SHARDING,
+    "tpu_num_cores": "all devices are used that JAX finds",
+    "hub_token token use_auth_token push_to_hub_token": (
+      "the token is read where huggingface_hub keeps it, or from HF_TOKEN"
+    ),
+    "push_to_hub_model_id": "--hub_model_id OWNER/NAME is its name now",
+    "push_to_hub_organization": "--hub_model_id OWNER/NAME names it too",
+    "hub_private_repo": "make the repository first, as private as it should be",
+    "hub_strategy hub_always_push": "the model is uploaded once, at the end",
+    "hub_revision": "the model is uploaded to the branch main",
+    "dataloader_drop_last": "the last rows of an epoch are in the same batch as the first of the "
+    "next, so none is dropped: leave it out",
+    "label_smoothing_factor": "the loss is plain cross-entropy; leave it out",
+    "label_names": "targets are the tokens themselves",
+    "neftune_noise_alpha": "there is no noise on embeddings; --config.model.dropout is what there "
+    "is",
+    "do_predict": "python -m jaxft.generate and python -m jaxft.evaluate use a model",
+    "auto_find_batch_size": "python -m jaxft.plan --fit finds the largest batch that fits, before "
+    "the run",
+    "group_by_length": PACK,
+    "train_sampling_strategy": f"rows come in a new order each epoch; {PACK}",
+    "length_column_name": PACK,
+    "no_cuda use_cpu": "set JAX_PLATFORMS=cpu before the command",
+    "use_mps_device": "JAX has no stable support for it",
+    "tf32": "set JAX_DEFAULT_MATMUL_PRECISION, to tensorfloat32 or float32, before the command",
+    "optim_args": "config.optim has what can be set of an optimizer",
+    "optim_target_modules": "--config.train.trainable_params and --config.lora.targets choose what "
+    "is trained",
+    "lr_scheduler_kwargs": "config.optim has what can be set of a schedule",
+    "greater_is_better": "less eval loss is better",
+    "eval_delay": "--config.train.eval_every says when weights are evaluated",
+    "include_for_metrics include_inputs_for_metrics": NO_METRICS,
+    "save_only_model": "a checkpoint has what a run needs to continue; the model alone is in "
+    "WORKDIR/export",
+    "ignore_data_skip": "a run that continues takes the rows that come next, and looks them up at "
+    "once",
+    "restore_callback_states_from_checkpoint": "a run that continues has all of its state",
+    "liger_kernel_config": "config.model.attention and XLA choose the kernels",
+    "project trackio_space_id trackio_bucket_id trackio_static_space_id": PROJECT,
+    "debug tpu_metrics_debug": (
+      "a step with a NaN or an infinity is reported with the names of such tensors"
+    ),
+  }
+)
 # Values that ask for what always happens, like no value at all.
 OFF_VALUES = {"false", "0", "0.0", "no", "none", "{}", "[]"}
 HF_DEFAULTS = {"train_sampling_strategy": "random", "hub_strategy": "every_save"}
 KNOWN_FLAGS = {
-  *(PUSH, HUB_NAME, BEST_METRIC, PER_DEVICE, ACCUMULATION, EVAL_PER_DEVICE, OUTPUT_DIR, OVERWRITE),
-  *(RESUME, DATASET, CONFIGURATION, MODEL_TYPE, CONFIG_NAME, CACHE_DIR, STREAMING, DEEPSPEED, FP16),
-  *(TORCH_DTYPE, *MAPPED, *STRATEGIES, *ALIASES, *NO_OPS, *UNSUPPORTED),
+  *"output_dir overwrite_output_dir resume_from_checkpoint push_to_hub hub_model_id".split(),
+  *"dataset_name dataset_config_name streaming cache_dir metric_for_best_model".split(),
+  *"model_type config_name torch_dtype fp16 deepspeed".split(),
+  *(PER_DEVICE, ACCUMULATION, EVAL_PER_DEVICE),
+  *(*MAPPED, *STRATEGIES, *ALIASES, *NO_OPS, *UNSUPPORTED),
 }
 # Those that may stand alone, for True.
-BOOL_FLAGS = {
-  *("bf16", "gradient_checkpointing", "activation_checkpointing", "adafactor"),
-  *("load_best_model_at_end", FP16, OVERWRITE, RESUME, PUSH, STREAMING),
-}
+BOOL_FLAGS = (
+  "bf16 fp16 gradient_checkpointing activation_checkpointing adafactor load_best_model_at_end "
+  "overwrite_output_dir resume_from_checkpoint push_to_hub streaming"
+).split()
 # What people type for a flag, if its name is nearer to another flag's.
 SUGGESTIONS = {
   "model": "model_name_or_path",
   "data": "train_file",
-  "resume": RESUME,
-  "overwrite": OVERWRITE,
+  "resume": "resume_from_checkpoint",
+  "overwrite": "overwrite_output_dir",
   "batch_size": PER_DEVICE,
   "train_batch_size": PER_DEVICE,
   "eval_batch_size": EVAL_PER_DEVICE,
@@ -404,7 +357,7 @@ class PerDeviceBatch(NamedTuple):
       config.train.batch_size = rows * self.accumulation_steps * devices
     if self.batch_size and self.batch_size != config.train.batch_size:
       raise RequestError(
-        f"--{DEEPSPEED}: train_batch_size={self.batch_size} is not {rows} rows x "
+        f"--deepspeed: train_batch_size={self.batch_size} is not {rows} rows x "
         f"{self.accumulation_steps} accumulation steps x {devices} devices; leave one of them out, "
         "or say auto"
       )
@@ -524,27 +477,33 @@ class FlagTranslator:
     self.batch: PerDeviceBatch | None = None
     self._flags = flags
     self._own_words = own_words
-    self._parsed = None  # the DeepSpeed config
+    self._name = ""  # of the flag that is translated
+    self._parsed: ParsedConfig | None = None
     self._set_by: dict[str, str] = {}  # setting -> flag, with its value
 
   def add(self, name: str, value: str) -> None:
     """Translate a flag; raises ValueError with the reason if it has no meaning here."""
-    if not value and name not in BOOL_FLAGS and (name in MAPPED or hasattr(self, f"_{name}")):
+    self._name = name
+    method = getattr(self, f"_{name}", None)
+    if not value and name not in BOOL_FLAGS and (name in MAPPED or method):
       raise ValueError("give a value")
     if name in UNSUPPORTED:
-      if value.lower() in OFF_VALUES or value == HF_DEFAULTS.get(name):
-        return  # --trust_remote_code False asks for what always happens
-      raise ValueError(UNSUPPORTED[name])
-    if name in NO_OPS:
-      return self._ignore(name, value)
-    if name in STRATEGIES:
-      return self._set_strategy(name, value)
-    if method := getattr(self, f"_{name}", None):
-      return method(value)
-    if name in MAPPED and not self._is_overruled(name):
-      self._set(MAPPED[name].setting, MAPPED[name].value(value), name)
+      # --trust_remote_code False asks for what always happens
+      if value.lower() not in OFF_VALUES and value != HF_DEFAULTS.get(name):
+        raise ValueError(UNSUPPORTED[name])
+    elif name in NO_OPS:
+      self._ignore(value)
+    elif name in STRATEGIES:
+      self._set_strategy(value)
+    elif method:
+      method(value)
+    elif not self._is_overruled():
+      self._set_mapped(value)
 
-  def _set(self, setting: str, value: object, flag: str) -> None:
+  def _set_mapped(self, value: str) -> None:
+    self._set(MAPPED[self._name].setting, MAPPED[self._name].value(value))
+
+  def _set(self, setting: str, value: object) -> None:
     if value is None:
       return
     words = self._setting_words(_with_counterpart(setting))
@@ -553,9 +512,10 @@ class FlagTranslator:
     if setting in self._set_by and self.settings[setting] != value:
       raise _conflict(self._set_by[setting])
     self.settings[setting] = value
-    self._set_by[setting] = f"--{flag}={self._flags.get(flag, value)}"
+    self._set_by[setting] = f"--{self._name}={self._flags[self._name]}"
 
-  def _note(self, flag: str, text: str) -> None:
+  def _note(self, text: str, flag: str = "") -> None:
+    flag = flag or self._name
     self.notes.append(f"--{flag}={self._flags[flag]}: {text}")
 
   def _is_given(self, flag: str) -> bool:
@@ -567,26 +527,28 @@ class FlagTranslator:
     prefixes = tuple(f"--config.{name}=" for name in names)
     return [word for word in self._own_words if word.startswith(prefixes)]
 
-  def _is_overruled(self, name: str) -> bool:
+  def _is_overruled(self) -> bool:
     """Whether another flag makes this one meaningless."""
+    name = self._name
     if name == "num_train_epochs" and _is_step_limit(self._flags.get("max_steps", "-1")):
-      self._note(name, f"--max_steps={self._flags['max_steps']} says when to end")
+      self._note(f"--max_steps={self._flags['max_steps']} says when to end")
       return True
-    if name == "bf16" and not _is_true(self._flags[name]) and self._is_given(FP16):
+    if name == "bf16" and not _is_true(self._flags[name]) and self._is_given("fp16"):
       return True
     is_constant = self._flags.get("lr_scheduler_type") == "constant"
     if name in ("warmup_steps", "warmup_ratio") and is_constant:
       if float(_number(self._flags[name])):
-        self._note(name, "constant has no warm-up; constant_with_warmup has one")
+        self._note("constant has no warm-up; constant_with_warmup has one")
       return True
     strategies = {steps: self._flags.get(strategy) for strategy, (steps, _) in STRATEGIES.items()}
     if strategies.get(name) in ("no", "epoch", "best"):
-      self._note(name, f"of no account with a strategy of {strategies[name]}")
+      self._note(f"of no account with a strategy of {strategies[name]}")
       return True
     return False
 
-  def _ignore(self, name: str, value: str) -> None:
+  def _ignore(self, value: str) -> None:
     """Accept a flag that changes nothing, with a note if its value asks for more."""
+    name = self._name
     eval_only = name == "do_eval" and _is_true(value) and "do_train" not in self._flags
     if name == "do_train" and not _is_true(value) or eval_only:
       raise ValueError(
@@ -601,11 +563,11 @@ class FlagTranslator:
     else:
       asks_more = _is_true(value) == (name in ONLY_FALSE)
     if reason and asks_more:
-      self._note(name, reason)
+      self._note(reason)
 
-  def _set_strategy(self, name: str, value: str) -> None:
-    steps, setting = STRATEGIES[name]
-    if value not in ("no", "steps", "epoch", *(["best"] if name == "save_strategy" else [])):
+  def _set_strategy(self, value: str) -> None:
+    steps, setting = STRATEGIES[self._name]
+    if value not in ("no", "steps", "epoch", *(["best"] if self._name == "save_strategy" else [])):
       raise ValueError("there is only no, steps and epoch")
     if value == "steps":
       if steps in self._flags or self._setting_words({setting}):
@@ -613,61 +575,56 @@ class FlagTranslator:
       if self.has_config and (steps == "save_steps" or "logging_steps" not in self._flags):
         raise ValueError(f"how many? give --{steps} too")
       if steps != "save_steps":
-        self._set(setting, _interval(self._flags.get("logging_steps", "500")), name)
+        self._set(setting, _interval(self._flags.get("logging_steps", "500")))
     elif value == "epoch":
-      self._set(setting, "epoch", name)
-    elif value == "best":
-      self._set(setting, 0, name)
-      self._set("train.keep_best_metric", "eval/loss", name)
-    elif value == "no" and name == "logging_strategy":
-      self._note(name, "metrics.jsonl is written all the same, every 500 steps")
-      self._set(setting, 500, name)
-    elif value == "no":
-      self._set(setting, 0, name)
+      self._set(setting, "epoch")
+    elif self._name == "logging_strategy":
+      self._note("metrics.jsonl is written all the same, every 500 steps")
+      self._set(setting, 500)
+    else:
+      self._set(setting, 0)
+      if value == "best":
+        self._set("train.keep_best_metric", "eval/loss")
 
   def _max_steps(self, value: str) -> None:
     if _is_step_limit(value):
-      self._set("train.steps", _integer(value), "max_steps")
+      self._set_mapped(value)
       self.settings["train.epochs"] = 0.0
 
   def _num_train_epochs(self, value: str) -> None:
-    if not self._is_overruled("num_train_epochs"):
-      self._set("train.epochs", _number(value), "num_train_epochs")
+    if not self._is_overruled():
+      self._set_mapped(value)
       self.settings["train.steps"] = 0
 
   def _warmup_steps(self, value: str) -> None:
-    if self._is_overruled("warmup_steps"):
+    if self._is_overruled():
       return
     if 0 < float(_number(value)) < 1:  # transformers 5: a share
-      return self._set("optim.warmup_ratio", value, "warmup_steps")
-    self._set("optim.warmup_steps", _integer(value), "warmup_steps")
+      return self._set("optim.warmup_ratio", value)
+    self._set_mapped(value)
     if float(_number(self._flags.get("warmup_ratio", "0"))) and int(_integer(value)):
-      self._note("warmup_ratio", f"--warmup_steps={value} says how many")
+      self._note(f"--warmup_steps={value} says how many", "warmup_ratio")
 
   def _warmup_ratio(self, value: str) -> None:
-    number = float(_number(value))
-    if not 0 <= number < 1:
+    if not 0 <= float(_number(value)) < 1:
       raise ValueError("must be at least 0 and below 1: a share of the steps")
-    if self._is_overruled("warmup_ratio"):
-      return
-    if not float(_number(self._flags.get("warmup_steps", "0"))):
-      self._set("optim.warmup_ratio", value, "warmup_ratio")
+    if not self._is_overruled() and not float(_number(self._flags.get("warmup_steps", "0"))):
+      self._set_mapped(value)
 
   def _lr_scheduler_type(self, value: str) -> None:
-    self._set("optim.schedule", MAPPED["lr_scheduler_type"].value(value), "lr_scheduler_type")
+    self._set_mapped(value)
     has_warmup = self._setting_words({"optim.warmup_steps", "optim.warmup_ratio"})
     if value == "constant" and not has_warmup:
-      self._set("optim.warmup_steps", 0, "lr_scheduler_type")
+      self._set("optim.warmup_steps", 0)
 
   def _seed(self, value: str) -> None:
-    self._set("train.seed", _integer(value), "seed")
+    self._set_mapped(value)
     if "data_seed" in self._flags or self._setting_words({"data.shuffle_seed"}):
       return
-    self._set("data.shuffle_seed", _integer(value), "seed")
-    if not {"validation_file", DATASET} & self._flags.keys():
+    self._set("data.shuffle_seed", _integer(value))
+    if not {"validation_file", "dataset_name"} & self._flags.keys():
       self._note(
-        "seed",
-        "orders the rows and draws the held-out text too; --data_seed is a seed for these alone",
+        "orders the rows and draws the held-out text too; --data_seed is a seed for these alone"
       )
 
   def _optim(self, value: str) -> None:
@@ -675,47 +632,40 @@ class FlagTranslator:
       raise ValueError(
         "--config.optim.name=sgd --config.optim.b1=0 is torch's SGD; b1 is its momentum"
       )
-    self._set("optim.name", MAPPED["optim"].value(value), "optim")
+    self._set_mapped(value)
 
   def _dataset_name(self, value: str) -> None:
-    configuration = f"/{self._flags[CONFIGURATION]}" if CONFIGURATION in self._flags else ""
-    name = f"hub:{value}{configuration}"
-    self._set("data.train", name, DATASET)
+    configuration = self._flags.get("dataset_config_name")
+    name = f"hub:{value}" if configuration is None else f"hub:{value}/{configuration}"
+    self._set("data.train", name)
     if "validation_file" not in self._flags and sources.has_split(name, "validation"):
-      self._set("data.validation", f"{name}:validation", DATASET)
-      self._note(DATASET, "trained on its split train, evaluated on its split validation")
+      self._set("data.validation", f"{name}:validation")
+      self._note("trained on its split train, evaluated on its split validation")
 
   def _dataset_config_name(self, value: str) -> None:
-    if DATASET not in self._flags:
-      raise ValueError(f"goes with --{DATASET}")
+    if "dataset_name" not in self._flags:
+      raise ValueError("goes with --dataset_name")
 
   def _validation_split_percentage(self, value: str) -> None:
-    flag = "validation_split_percentage"
     if "validation_file" in self._flags:
-      return self._note(flag, "--validation_file names what is evaluated on")
-    self._set("data.validation_fraction", _percentage(value), flag)
+      return self._note("--validation_file names what is evaluated on")
+    self._set_mapped(value)
 
   def _max_train_samples(self, value: str) -> None:
-    self._set_limit("max_train_samples", value)
+    self._set_mapped(value)
+    self._note("so many documents (rows of the data), drawn; run_clm.py takes its first blocks")
 
-  def _max_eval_samples(self, value: str) -> None:
-    self._set_limit("max_eval_samples", value)
-
-  def _set_limit(self, name: str, value: str) -> None:
-    self._set(MAPPED[name].setting, MAPPED[name].value(value), name)
-    self._note(
-      name, "so many documents (rows of the data), drawn; run_clm.py takes its first blocks"
-    )
+  _max_eval_samples = _max_train_samples
 
   def _model_type(self, value: str) -> None:
     if "model_name_or_path" in self._flags:
       return  # run_clm.py looks at it for new models only, and the checkpoint says what it is
-    if CONFIG_NAME not in self._flags and "tokenizer_name" not in self._flags:
+    if "config_name" not in self._flags and "tokenizer_name" not in self._flags:
       raise ValueError(
         "new weights need a tokenizer: give --tokenizer_name, or --model_name_or_path for weights "
         "to read"
       )
-    if CONFIG_NAME not in self._flags:
+    if "config_name" not in self._flags:
       self._init_from_scratch(self._flags["tokenizer_name"])
     pairs = filter(None, [f"model_type={value}", self._flags.get("config_overrides")])
     self.settings["model.config_overrides"] = ",".join(pairs)
@@ -746,18 +696,18 @@ class FlagTranslator:
       return
     if self._is_given("bf16"):
       raise _conflict("--bf16")
-    self._set("model.compute_dtype", "auto", FP16)
+    self._set("model.compute_dtype", "auto")
     self.notes.append(f"--fp16: {NO_FLOAT16}")
 
   def _torch_dtype(self, value: str) -> None:
     read = _choice(auto="float32", float32="float32", bfloat16="bfloat16", float16="bfloat16")
     dtype = read(value)
-    self._set("model.param_dtype", dtype, TORCH_DTYPE)
+    self._set("model.param_dtype", dtype)
     if dtype == "bfloat16":
-      self._set("model.compute_dtype", dtype if value == dtype else "auto", TORCH_DTYPE)
+      self._set("model.compute_dtype", dtype if value == dtype else "auto")
     if value in ("auto", "float16"):
       reason = "" if value == "auto" else f": {NO_FLOAT16}"
-      self._note(TORCH_DTYPE, f"weights are stored in {dtype}{reason}")
+      self._note(f"weights are stored in {dtype}{reason}")
 
   def _output_dir(self, value: str) -> None:
     if words := [word for word in self._own_words if word.startswith("--workdir")]:
@@ -766,29 +716,28 @@ class FlagTranslator:
 
   def _overwrite_output_dir(self, value: str) -> None:
     if _is_true(value):
-      self._own_words.append(f"--{OVERWRITE}")
+      self._own_words.append("--overwrite_output_dir")
 
   def _resume_from_checkpoint(self, value: str) -> None:
     workdir = self._find_workdir()
-    if self._is_given(OVERWRITE):
-      raise ValueError(f"--{OVERWRITE} begins a new run; leave one of the two out")
+    if self._is_given("overwrite_output_dir"):
+      raise ValueError("--overwrite_output_dir begins a new run; leave one of the two out")
     if value.lower() == "false":
-      raise ValueError(f"a run that is there is continued; --{OVERWRITE} begins a new one")
+      raise ValueError("a run that is there is continued; --overwrite_output_dir begins a new one")
     if value.lower() in ("true", ""):  # a run is continued always
       if not _checkpoint_steps(workdir):
-        self.notes.append(f"--{RESUME}: {workdir} has no checkpoint, so a new run begins")
-      return
-    if _is_latest(Path(expand_user(value)), workdir):
-      return
-    if (Path(value) / "trainer_state.json").exists():
+        note = f"--resume_from_checkpoint: {workdir} has no checkpoint, so a new run begins"
+        self.notes.append(note)
+    elif not _is_latest(Path(expand_user(value)), workdir):
+      if (Path(value) / "trainer_state.json").exists():
+        raise ValueError(
+          f"a checkpoint of transformers' Trainer; --model_name_or_path={value} begins with its "
+          "weights"
+        )
       raise ValueError(
-        f"a checkpoint of transformers' Trainer; --model_name_or_path={value} begins with its "
-        "weights"
+        f"not the newest checkpoint of --output_dir={workdir}, which is the one that is continued; "
+        "leave it out"
       )
-    raise ValueError(
-      f"not the newest checkpoint of --{OUTPUT_DIR}={workdir}, which is the one that is continued; "
-      "leave it out"
-    )
 
   def _find_workdir(self) -> Path:
     """Return the folder of the run, by the flags so far."""
@@ -798,44 +747,44 @@ class FlagTranslator:
       if name == "--workdir":
         workdir = value or "".join(self._own_words[i + 1 : i + 2])
         break
-    return Path(expand_user(self._flags.get(OUTPUT_DIR) or workdir))
+    return Path(expand_user(self._flags.get("output_dir") or workdir))
 
   def _streaming(self, value: str) -> None:
     if _is_true(value):
-      self.notes.append(f"--{STREAMING}: {STREAMING_NOTE}")
+      self.notes.append(f"--streaming: {STREAMING_NOTE}")
 
   def _cache_dir(self, value: str) -> None:
     """Download models and data sets to a folder.
 
     Both libraries read these variables when they are imported, which is later.
     """
-    self._set("data.cache_dir", str(Path(value) / "tokens"), CACHE_DIR)
+    self._set("data.cache_dir", str(Path(value) / "tokens"))
     os.environ["HF_HUB_CACHE"] = os.environ["HF_DATASETS_CACHE"] = expand_user(value)
-    self._note(CACHE_DIR, "for downloads and tokens")
+    self._note("for downloads and tokens")
 
   def _hub_model_id(self, value: str) -> None:
-    pass  # goes with --push_to_hub
+    """Goes with --push_to_hub."""
 
   def _push_to_hub(self, value: str) -> None:
     if not _is_true(value):
       return
-    if HUB_NAME not in self._flags:
-      raise ValueError(f"give --{HUB_NAME} OWNER/NAME too")
-    self._set("export.push_to_hub", self._flags[HUB_NAME], PUSH)
+    if "hub_model_id" not in self._flags:
+      raise ValueError("give --hub_model_id OWNER/NAME too")
+    self._set("export.push_to_hub", self._flags["hub_model_id"])
 
   def _metric_for_best_model(self, value: str) -> None:
     if value not in ("eval_loss", "loss"):
       raise ValueError("there is only eval_loss here")
 
   def _logging_dir(self, value: str) -> None:
-    self._set("tracking.logging_dir", value, "logging_dir")
+    self._set_mapped(value)
     if "tensorboard" not in self._flags.get("report_to", ""):
-      self._note("logging_dir", "of TensorBoard's files, which --report_to tensorboard switches on")
+      self._note("of TensorBoard's files, which --report_to tensorboard switches on")
 
   def _report_to(self, value: str) -> None:
     if value == "all":
       raise ValueError("name the trackers: tensorboard, mlflow, wandb or trackio")
-    self._set("tracking.writers", MAPPED["report_to"].value(value), "report_to")
+    self._set_mapped(value)
 
   def _per_device_train_batch_size(self, value: str) -> None:
     _positive_int(value)  # `add_batch` takes it
@@ -849,7 +798,7 @@ class FlagTranslator:
     """Take the settings of a ds_config.json that the command line does not set; print a table."""
     from jaxft.cli import deepspeed_config, deepspeed_keys  # tables that few commands need
 
-    if not (value := self._flags.get(DEEPSPEED)):
+    if not (value := self._flags.get("deepspeed")):
       return
     self._parsed = deepspeed_config.read(Path(expand_user(value)))
     overridden = {}
@@ -858,18 +807,14 @@ class FlagTranslator:
         overridden[setting] = winner
       else:
         self.settings[setting] = file_value
-    counted = {
-      flag: f"--{flag}={self._flags[flag]}"
-      for flag in (PER_DEVICE, ACCUMULATION)
-      if flag in self._flags
-    }
+    counted = (PER_DEVICE, ACCUMULATION)
     for key, flags, settings in (
       (deepspeed_keys.MICRO_BATCH, (PER_DEVICE,), BATCH_SETTINGS),
       (deepspeed_keys.ACCUMULATION, (ACCUMULATION,), BATCH_SETTINGS),
       (deepspeed_keys.TRAIN_BATCH, counted, {"train.batch_size"}),
     ):
-      winners = [*self._setting_words(settings), *(counted[it] for it in flags if it in counted)]
-      if winners:
+      given = [f"--{flag}={self._flags[flag]}" for flag in flags if flag in self._flags]
+      if winners := [*self._setting_words(settings), *given]:
         overridden[key] = winners[0]
     print(deepspeed_config.format_table(self._parsed.entries, overridden), file=sys.stderr)
 
@@ -882,45 +827,44 @@ class FlagTranslator:
   def add_batch(self) -> None:
     """Find the batch by flags, the DeepSpeed file and defaults; raises ValueError on a clash."""
     flags = self._flags
-    parsed = self._parsed
     words = self._setting_words(BATCH_SETTINGS)
     counted = {PER_DEVICE, ACCUMULATION} & flags.keys()
     if words and counted:
       raise ValueError(f"{words[0]}: a batch by device is given too; leave one of the two out")
-    if words and parsed and parsed.batch_size and not self._setting_words({"train.batch_size"}):
-      self.settings["train.batch_size"] = parsed.batch_size
-    parsed = None if words else parsed  # the command line wins
+    file_rows, file_steps, batch_size = self._parsed[1:4] if self._parsed else (None, None, None)
+    if words and batch_size and not self._setting_words({"train.batch_size"}):
+      self.settings["train.batch_size"] = batch_size
+    if words:  # the command line wins
+      file_rows = file_steps = batch_size = None
     numbers = {
       flag: int(_positive_int(flags[flag])) for flag in (*counted, EVAL_PER_DEVICE) if flag in flags
     }
-    rows = numbers.get(PER_DEVICE, parsed and parsed.micro_batch_size)
-    accumulation_steps = numbers.get(ACCUMULATION, parsed and parsed.accumulation_steps)
-    eval_batch_size = numbers.get(EVAL_PER_DEVICE)
-    has_total = parsed and parsed.batch_size
-    if accumulation_steps and not rows and self.has_config and not has_total:
-      flag = ACCUMULATION if ACCUMULATION in flags else DEEPSPEED
+    rows = numbers.get(PER_DEVICE, file_rows)
+    steps = numbers.get(ACCUMULATION, file_steps)
+    if steps and not rows and self.has_config and not batch_size:
+      flag = ACCUMULATION if ACCUMULATION in flags else "deepspeed"
       raise ValueError(
-        f"--{flag}={flags[flag]}: {accumulation_steps} accumulation steps of how many rows? give "
-        f"--{PER_DEVICE} too, or --config.train.batch_size and --config.train.micro_batch_size "
-        "instead"
+        f"--{flag}={flags[flag]}: {steps} accumulation steps of how many rows? give --{PER_DEVICE} "
+        "too, or --config.train.batch_size and --config.train.micro_batch_size instead"
       )
-    batch_size = parsed.batch_size if parsed and not counted else None
-    if batch_size and not (parsed.micro_batch_size and parsed.accumulation_steps):
+    if counted:
+      batch_size = None
+    if batch_size and not (file_rows and file_steps):
       self.settings["train.batch_size"] = batch_size
-      self.settings["train.micro_batch_size"] = parsed.micro_batch_size or 0
-      if parsed.accumulation_steps:
+      self.settings["train.micro_batch_size"] = file_rows or 0
+      if file_steps:
         raise ValueError(
-          f"--{DEEPSPEED}: train_batch_size={batch_size} with gradient_accumulation_steps="
-          f"{parsed.accumulation_steps}: give train_micro_batch_size_per_gpu instead of one of the "
-          "two"
+          f"--deepspeed: train_batch_size={batch_size} with gradient_accumulation_steps="
+          f"{file_steps}: give train_micro_batch_size_per_gpu instead of one of the two"
         )
       rows = batch_size = None
     elif not rows and (counted or not self.has_config and not words):
       rows = 8
+    eval_batch_size = numbers.get(EVAL_PER_DEVICE)
     if rows or eval_batch_size:
       self.batch = PerDeviceBatch(
         micro_batch_size=rows,
-        accumulation_steps=accumulation_steps or 1,
+        accumulation_steps=steps or 1,
         eval_batch_size=eval_batch_size,
         batch_size=batch_size,
       )
@@ -963,33 +907,33 @@ def markdown_table() -> str:
   for name, remark in remarks.items():
     rows[f"`--{name}`"] += f"; {remark}"
   rows |= {
-    f"`--{OUTPUT_DIR}`": "`--workdir`",
-    f"`--{OVERWRITE}`": f"a new run: one that is in `--{OUTPUT_DIR}` is renamed, and the new name "
-    "printed; the command that continues leaves the flag out",
-    f"`--{RESUME}`": "always so: the same command continues; refused: another checkpoint than the "
-    f"newest of `--{OUTPUT_DIR}`",
-    f"`--{STREAMING}`": STREAMING_NOTE,
-    f"`--{CACHE_DIR}`": "folder for downloads and tokens",
-    f"`--{DATASET}` with `--{CONFIGURATION}`": "`--config.data.train=hub:NAME/CONFIGURATION`",
-    f"`--{MODEL_TYPE}`, `--{CONFIG_NAME}`": "without `--model_name_or_path` "
+    "`--output_dir`": "`--workdir`",
+    "`--overwrite_output_dir`": "a new run: one that is in `--output_dir` is renamed, and the new "
+    "name printed; the command that continues leaves the flag out",
+    "`--resume_from_checkpoint`": "always so: the same command continues; refused: another "
+    "checkpoint than the newest of `--output_dir`",
+    "`--streaming`": STREAMING_NOTE,
+    "`--cache_dir`": "folder for downloads and tokens",
+    "`--dataset_name` with `--dataset_config_name`": "`--config.data.train=hub:NAME/CONFIGURATION`",
+    "`--model_type`, `--config_name`": "without `--model_name_or_path` "
     "`--config.model.init=scratch`: new weights",
     f"`--{PER_DEVICE}`": "`--config.train.micro_batch_size`; times devices and accumulation "
     "`--config.train.batch_size`",
     f"`--{ACCUMULATION}`": "see above",
     f"`--{EVAL_PER_DEVICE}`": "times devices `--config.train.eval_batch_size`",
-    f"`--{DEEPSPEED}`": "the file is read, and a table printed of what each key became: "
+    "`--deepspeed`": "the file is read, and a table printed of what each key became: "
     "[deepspeed.md](deepspeed.md)",
-    f"`--{FP16}`": f"`--config.model.compute_dtype=auto`: {NO_FLOAT16}",
-    f"`--{TORCH_DTYPE}`": "`--config.model.param_dtype`; `float16` is bfloat16",
+    "`--fp16`": f"`--config.model.compute_dtype=auto`: {NO_FLOAT16}",
+    "`--torch_dtype`": "`--config.model.param_dtype`; `float16` is bfloat16",
   }
   for name, (steps, setting) in STRATEGIES.items():
     rows[f"`--{name}`"] = (
       f"`no`: never; `steps`: as `--{steps}` says; `epoch`: `--config.{setting}=epoch`"
     )
   rows |= {
-    f"`--{BEST_METRIC}`": "`eval_loss`, as `--load_best_model_at_end` has it in any case; refused: "
-    "another",
-    f"`--{PUSH}` with `--{HUB_NAME}`": "`--config.export.push_to_hub`",
+    "`--metric_for_best_model`": "`eval_loss`, as `--load_best_model_at_end` has it in any case; "
+    "refused: another",
+    "`--push_to_hub` with `--hub_model_id`": "`--config.export.push_to_hub`",
   }
   rows |= {f"`--{name}`": f"as `--{new}`" for name, new in ALIASES.items()}
   for name, reason in NO_OPS.items():
