@@ -401,7 +401,7 @@ def load_workdir(
     source = repo.with_class_head(source, record["labels"], tokenizer)
   saved_config = jaxft.config.from_json(json.dumps(record["config"]))
   cfg = trainable_params.apply_config(source.cfg, saved_config, source.hf_config["model_type"])
-  _check_same_model(cfg, record, source, workdir)
+  _check_model_config(cfg, source.folder / "config.json", record, workdir)
   # Where a part of it was trained, the whole in float32 may be more than the device holds.
   device = jax.local_devices()[0]
   fits = not cfg.trained or 5 * parameter_count(source.cfg) <= device_memory_bytes(device)
@@ -419,17 +419,15 @@ def load_workdir(
   return model
 
 
-def _check_same_model(
-  cfg: ModelConfig, record: Json, source: repo.HFCheckpoint, workdir: Path
-) -> None:
-  """Raises RequestError where the model is no longer the one that the run was started with."""
+def _check_model_config(cfg: ModelConfig, file: Path, record: Json, workdir: Path) -> None:
+  """Raises RequestError where a run's model is not what it was when the run was started."""
   fields = json.loads(json.dumps(dataclasses.asdict(cfg)))
   for name, was in record.get("model", {}).items():
     is_checked = name not in RUN_FIELDS and not name.endswith("dropout")
     if is_checked and fields.get(name) != was:
       raise RequestError(
-        f"{source.folder / 'config.json'}: {name} is {fields.get(name)!r}, and was {was!r} when "
-        f"the run of {str(workdir)!r} was started"
+        f"{file}: {name} is {fields.get(name)!r}, and was {was!r} when the run of "
+        f"{str(workdir)!r} was started"
       )
 
 

@@ -238,7 +238,7 @@ def save_tokenizer(
   special = _special_tokens(tokenizer, backend, pad_token_id)
   extra = [str(token) for token in getattr(tokenizer, "extra_special_tokens", ()) or ()]
   additional = {"additional_special_tokens": extra} if extra else {}
-  config = read_json_object(source / CONFIG_FILE, [])
+  config = read_json_object(source / CONFIG_FILE, [])  # optional
   config = {key: value for key, value in config.items() if key not in LOADER_KEYS}
   # transformers 4 cannot read a list there.
   if not isinstance(config.get("extra_special_tokens"), dict):
