@@ -268,9 +268,8 @@ UNSUPPORTED = _by_flag(
     "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap": SHARDING,
     "sharded_ddp accelerator_config parallelism_config mp_parameters": SHARDING,
     "tpu_num_cores": "all devices are used that JAX finds",
-    "hub_token token use_auth_token push_to_hub_token": (
-      "the token is read where huggingface_hub keeps it, or from HF_TOKEN"
-    ),
+    "hub_token token use_auth_token push_to_hub_token": "the token is read where huggingface_hub "
+    "keeps it, or from HF_TOKEN",
     "push_to_hub_model_id": "--hub_model_id OWNER/NAME is its name now",
     "push_to_hub_organization": "--hub_model_id OWNER/NAME names it too",
     "hub_private_repo": "make the repository first, as private as it should be",
@@ -305,9 +304,8 @@ UNSUPPORTED = _by_flag(
     "restore_callback_states_from_checkpoint": "a run that continues has all of its state",
     "liger_kernel_config": "config.model.attention and XLA choose the kernels",
     "project trackio_space_id trackio_bucket_id trackio_static_space_id": PROJECT,
-    "debug tpu_metrics_debug": (
-      "a step with a NaN or an infinity is reported with the names of such tensors"
-    ),
+    "debug tpu_metrics_debug": "a step with a NaN or an infinity is reported with the names of "
+    "such tensors",
   }
 )
 # Values that ask for what always happens, like no value at all.
