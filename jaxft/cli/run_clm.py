@@ -24,7 +24,6 @@ from jaxft.utils.files import expand_user
 if TYPE_CHECKING:
   from jaxft.cli.deepspeed_config import ParsedConfig
 
-
 TRUE = ("true", "1", "yes", "y", "t", "")
 
 
@@ -34,6 +33,7 @@ class MapsTo(NamedTuple):
   setting: str
   # None: nothing is set. Raises ValueError with the reason if the value has no meaning here.
   value: Callable[[str], str | None] = str
+  remark: str = ""  # for the page
 
 
 def _choice(**choices: str) -> Callable[[str], str]:
@@ -109,21 +109,25 @@ MAPPED = {
   "model_name_or_path": MapsTo("model.path"),
   "model_revision": MapsTo("model.revision"),
   "tokenizer_name": MapsTo("model.tokenizer"),
-  "config_overrides": MapsTo("model.config_overrides"),
+  "config_overrides": MapsTo("model.config_overrides", remark="of new weights"),
   "train_file": MapsTo("data.train"),
   "validation_file": MapsTo("data.validation"),
   "validation_split_percentage": MapsTo("data.validation_fraction", _percentage),
-  "max_train_samples": MapsTo("data.limit_train", _positive_int),
-  "max_eval_samples": MapsTo("data.limit_validation", _positive_int),
+  "max_train_samples": MapsTo("data.limit_train", _positive_int, "documents, drawn"),
+  "max_eval_samples": MapsTo("data.limit_validation", _positive_int, "documents, drawn"),
   "block_size": MapsTo("data.sequence_length", _positive_int),
   "learning_rate": MapsTo("optim.learning_rate", _number),
   "num_train_epochs": MapsTo("train.epochs", _number),
-  "max_steps": MapsTo("train.steps", _integer),
+  "max_steps": MapsTo("train.steps", _integer, "beats `--num_train_epochs`"),
   "lr_scheduler_type": MapsTo(
     "optim.schedule",
     _choice(linear="linear", cosine="cosine", constant="constant", constant_with_warmup="constant"),
   ),
-  "warmup_steps": MapsTo("optim.warmup_steps", _integer),
+  "warmup_steps": MapsTo(
+    "optim.warmup_steps",
+    _integer,
+    "below 1, as transformers 5 has it, `--config.optim.warmup_ratio`",
+  ),
   "warmup_ratio": MapsTo("optim.warmup_ratio", _number),
   "optim": MapsTo(
     "optim.name",
@@ -138,12 +142,14 @@ MAPPED = {
   "adam_beta2": MapsTo("optim.b2", _number),
   "adam_epsilon": MapsTo("optim.eps", _number),
   "max_grad_norm": MapsTo("optim.clip_norm", _number),
-  "seed": MapsTo("train.seed", _integer),
+  "seed": MapsTo(
+    "train.seed", _integer, "and, without `--data_seed`, `--config.data.shuffle_seed`"
+  ),
   "data_seed": MapsTo("data.shuffle_seed", _integer),
   "bf16": MapsTo("model.compute_dtype", _if_true("bfloat16", "float32")),
   "gradient_checkpointing": MapsTo("memory.remat", _if_true("full", "dots")),
   "activation_checkpointing": MapsTo("memory.remat", _if_true("full", "dots")),
-  "logging_dir": MapsTo("tracking.logging_dir"),
+  "logging_dir": MapsTo("tracking.logging_dir", remark="with `--report_to tensorboard`"),
   "logging_steps": MapsTo("train.log_every", _interval),
   "eval_steps": MapsTo("train.eval_every", _interval),
   "save_steps": MapsTo("train.save_every", _interval),
@@ -262,9 +268,8 @@ UNSUPPORTED = _by_flag(
     "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap": SHARDING,
     "sharded_ddp accelerator_config parallelism_config mp_parameters": SHARDING,
     "tpu_num_cores": "all devices are used that JAX finds",
-    "hub_token token use_auth_token push_to_hub_token": (
-      "the token is read where huggingface_hub keeps it, or from HF_TOKEN"
-    ),
+    "hub_token token use_auth_token push_to_hub_token": "the token is read where huggingface_hub "
+    "keeps it, or from HF_TOKEN",
     "push_to_hub_model_id": "--hub_model_id OWNER/NAME is its name now",
     "push_to_hub_organization": "--hub_model_id OWNER/NAME names it too",
     "hub_private_repo": "make the repository first, as private as it should be",
@@ -299,9 +304,8 @@ UNSUPPORTED = _by_flag(
     "restore_callback_states_from_checkpoint": "a run that continues has all of its state",
     "liger_kernel_config": "config.model.attention and XLA choose the kernels",
     "project trackio_space_id trackio_bucket_id trackio_static_space_id": PROJECT,
-    "debug tpu_metrics_debug": (
-      "a step with a NaN or an infinity is reported with the names of such tensors"
-    ),
+    "debug tpu_metrics_debug": "a step with a NaN or an infinity is reported with the names of "
+    "such tensors",
   }
 )
 # Values that ask for what always happens, like no value at all.
@@ -389,13 +393,11 @@ def translate(words: list[str], own: Iterable[str] = ()) -> tuple[list[str], Per
   Raises:
     RequestError: one line for each flag that has no meaning here, with the reason or a suggestion.
   """
-  own_words, flags, lines, notes = _split_words(words, {*own})
-  if lines:
-    raise RequestError("\n".join(lines))
+  own_words, flags, notes = _split_words(words, {*own})
   if not flags:
     return own_words, None
-  translator = FlagTranslator(own_words, flags)
-  translator.notes += notes
+  translator = FlagTranslator(own_words, flags, notes)
+  lines = []
   for name, value in flags.items():
     try:
       translator.add(name, value)
@@ -415,20 +417,20 @@ def translate(words: list[str], own: Iterable[str] = ()) -> tuple[list[str], Per
   return [*config, *own_words, *settings], translator.batch
 
 
-def _split_words(
-  words: list[str], own: set[str]
-) -> tuple[list[str], dict[str, str], list[str], list[str]]:
-  """Return jaxft's own words, run_clm.py's flags, and lines of unknown and of repeated flags."""
+def _split_words(words: list[str], own: set[str]) -> tuple[list[str], dict[str, str], list[str]]:
+  """Return jaxft's own words, run_clm.py's flags, and notes on repeated flags.
+
+  Raises RequestError with a line for each unknown flag.
+  """
   own_words: list[str] = []
   flags: dict[str, str] = {}
   lines: list[str] = []
   notes: list[str] = []
   own_names = own | {f"no{name}" for name in own}
   ours = {*own_names, "", "help", "config"}
-  i = 0
-  while i < len(words):
-    word = words[i]
-    i += 1
+  rest = words[::-1]
+  while rest:
+    word = rest.pop()
     name, equals, value = word.lstrip("-").partition("=")
     name = name.replace("-", "_")
     negated = name.removeprefix("no_") if name.startswith("no_") and name not in KNOWN_FLAGS else ""
@@ -436,9 +438,8 @@ def _split_words(
       flags[ALIASES.get(negated, negated)] = "False"
     elif word.startswith("--") and name in KNOWN_FLAGS:
       name = ALIASES.get(name, name)
-      if not equals and i < len(words) and not words[i].startswith("--"):
-        value = words[i]
-        i += 1
+      if not equals and rest and not rest[-1].startswith("--"):
+        value = rest.pop()
       if flags.get(name, value) != value:
         notes.append(f"--{name}={flags[name]}: given again, as {value}, which counts")
       flags[name] = value
@@ -448,7 +449,9 @@ def _split_words(
       lines.append(f"{word.split('=')[0]}: no such flag; did you mean --{name}?")
     else:
       own_words.append(word)
-  return own_words, flags, lines, notes
+  if lines:
+    raise RequestError("\n".join(lines))
+  return own_words, flags, notes
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
@@ -470,10 +473,10 @@ class FlagTranslator:
   `add` finds the method of a flag by its name: `_seed` translates --seed.
   """
 
-  def __init__(self, own_words: list[str], flags: dict[str, str]):
+  def __init__(self, own_words: list[str], flags: dict[str, str], notes: list[str]):
     self.has_config = any(it == "--config" or it.startswith("--config=") for it in own_words)
     self.settings: dict[str, object] = {}
-    self.notes: list[str] = []
+    self.notes = notes
     self.batch: PerDeviceBatch | None = None
     self._flags = flags
     self._own_words = own_words
@@ -871,8 +874,7 @@ class FlagTranslator:
 
 
 def _with_counterpart(setting: str) -> set[str]:
-  pairs = [pair for pair in jaxft.config.EXCLUSIVE_PAIRS if setting in pair]
-  return {setting}.union(*pairs)
+  return {setting}.union(*(pair for pair in jaxft.config.EXCLUSIVE_PAIRS if setting in pair))
 
 
 def _is_step_limit(max_steps: str) -> bool:
@@ -894,18 +896,9 @@ def _is_latest(path: Path, workdir: Path) -> bool:
 
 def markdown_table() -> str:
   """Return all flags as a Markdown table, for docs/recipes/run_clm.md."""
-  remarks = {
-    "max_train_samples": "documents, drawn",
-    "max_eval_samples": "documents, drawn",
-    "max_steps": "beats `--num_train_epochs`",
-    "seed": "and, without `--data_seed`, `--config.data.shuffle_seed`",
-    "warmup_steps": "below 1, as transformers 5 has it, `--config.optim.warmup_ratio`",
-    "config_overrides": "of new weights",
-    "logging_dir": "with `--report_to tensorboard`",
-  }
-  rows = {f"`--{name}`": f"`--config.{target.setting}`" for name, target in MAPPED.items()}
-  for name, remark in remarks.items():
-    rows[f"`--{name}`"] += f"; {remark}"
+  rows = {}
+  for name, (setting, _, remark) in MAPPED.items():
+    rows[f"`--{name}`"] = f"`--config.{setting}`" + (f"; {remark}" if remark else "")
   rows |= {
     "`--output_dir`": "`--workdir`",
     "`--overwrite_output_dir`": "a new run: one that is in `--output_dir` is renamed, and the new "

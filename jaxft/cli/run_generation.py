@@ -4,7 +4,6 @@ python -m jaxft.generate --model_type=gpt2 --model_name_or_path=finetuned --leng
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 # Their names -> the names in `jaxft.generate`.
 ALIASES = {
@@ -42,39 +41,30 @@ PAD_TOKEN = "pad_token_id", "accepted: padding never changes a text"
 UNSUPPORTED = {"xlm_language": "XLM models are not read here; leave it out"}
 # Flags that mean something else here than in run_generation.py, or that it alone has.
 FLAG_NOTES = {
-  "model_type": (
-    "asks for run_generation.py's defaults, above; must be the model_type of the model's "
-    "config.json"
-  ),
+  "model_type": "asks for run_generation.py's defaults, above; must be the model_type of the "
+  "model's config.json",
   "stop_token": "`--stop_strings`: the text ends with it, and run_generation.py leaves it out",
   "prefix": "text that the model reads before each prompt; it is not printed",
   "use_cpu": "computes on the CPU, as JAX_PLATFORMS=cpu does",
-  "fp16": (
-    "computed in bfloat16 where the device has it (TPUs, NVIDIA GPUs from compute capability 8.0), "
-    "in float32 elsewhere"
-  ),
-  "do_sample": (
-    "`False`: `--temperature=0`; `True`: a text is drawn, whatever generation_config.json says"
-  ),
-  "max_length": (
-    "at most so many tokens of a prompt and its text; `--max_new_tokens` counts where both are "
-    "given"
-  ),
-  "min_length": (
-    "at least so many tokens of a prompt and its text; `--min_new_tokens` counts where both are "
-    "given"
-  ),
+  "fp16": "computed in bfloat16 where the device has it (TPUs, NVIDIA GPUs from compute capability "
+  "8.0), in float32 elsewhere",
+  "do_sample": "`False`: `--temperature=0`; `True`: a text is drawn, whatever "
+  "generation_config.json says",
+  "max_length": "at most so many tokens of a prompt and its text; `--max_new_tokens` counts where "
+  "both are given",
+  "min_length": "at least so many tokens of a prompt and its text; `--min_new_tokens` counts where "
+  "both are given",
   "min_new_tokens": "at least so many tokens of a text",
 }
 
 
-def missing_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+def missing_defaults(given: Mapping[str, object]) -> dict[str, float]:
   """Return the script's defaults of the flags that are not given."""
   excluded = {*given}
   if given.get("max_length"):
     excluded.add("max_new_tokens")
   is_greedy = given.get("temperature") == 0 or given.get("do_sample") is False
-  if is_greedy or given.get("num_beams", 1) > 1:
+  if is_greedy or isinstance(beams := given.get("num_beams"), int) and beams > 1:
     excluded |= {"temperature", "do_sample"}
   return {name: value for name, value in SCRIPT_DEFAULTS.items() if name not in excluded}
 
