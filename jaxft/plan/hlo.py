@@ -233,8 +233,8 @@ def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
   """
   if known := TRIP_COUNT.search(line):
     return int(known[1])
-  name = CONDITION.search(line)
-  condition = "\n".join(computations.get(name[1], ()) if name else ())
+  match = CONDITION.search(line)
+  condition = "\n".join(computations.get(match[1], ()) if match else ())
   limits = LOOP_LIMIT.findall(condition)
   return int(limits[0]) if len(limits) == 1 and "direction=LT" in condition else 1
 
