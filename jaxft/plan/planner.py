@@ -124,8 +124,9 @@ def _make_plan(
 ) -> Json:
   def compile_plan(config: Config) -> Json:
     on_progress(f"compiling for {target.name} ...")
-    config_json = jaxft.config.to_json(config)
-    request = aot_compiler.CompileRequest(config_json, dataclasses.asdict(cfg), target.name)
+    request = aot_compiler.CompileRequest(
+      config=jaxft.config.to_json(config), cfg=dataclasses.asdict(cfg), device=target.name
+    )
     return _to_plan(config, target, compiler(request), price)
 
   aot_compiler.check_compiler_installed(target)

@@ -339,6 +339,7 @@ def _start_with(compiler, start):
   compiler._stderr = tempfile.TemporaryFile("w+")
   pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=compiler._stderr, text=True)
   compiler._process = start(None, **pipes)
+  return compiler._process
 
 
 def test_published_models_need_no_network(monkeypatch, tmp_path):
