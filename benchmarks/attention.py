@@ -109,7 +109,7 @@ def main() -> None:
   lines, faults = [], []
   for family, packed, kernel in itertools.product(args.heads, (False, True), args.kernels):
     N, H, local = HEADS[family]
-    if unsupported_reason(kernel, device, dtype, H, packed):
+    if unsupported_reason(kernel, device, dtype, H, packed, False):
       continue
     for window in dict.fromkeys((None, local)):
       how = (N, H, dtype, packed, window)

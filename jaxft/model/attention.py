@@ -26,16 +26,12 @@ SPLASH_BLOCK = 512  # queries and keys of a block, as in MaxText; not measured h
 
 def fastest_kernel(device: jax.Device, dtype: DTypeLike, H: int) -> str:
   """The fastest kernel that a device has for this dtype and head size."""
-  return next(kernel for kernel in KERNELS if not unsupported_reason(kernel, device, dtype, H))
+  shape = (dtype, H, False, False)
+  return next(kernel for kernel in KERNELS if not unsupported_reason(kernel, device, *shape))
 
 
 def unsupported_reason(
-  kernel: str,
-  device: jax.Device,
-  dtype: DTypeLike,
-  H: int,
-  segments: bool = False,
-  dropout: bool = False,
+  kernel: str, device: jax.Device, dtype: DTypeLike, H: int, segments: bool, dropout: bool
 ) -> str:
   """Why a device cannot use a kernel for this dtype, head size and kind of rows; "": it can."""
   if kernel == "splash" and device.platform != "tpu":

@@ -1,6 +1,6 @@
 """Dropout with a key for each row of a batch: a row's mask does not depend on batch or device."""
 
-from typing import TypeAlias
+from typing import TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,10 @@ def per_row_keys(key: jax.Array, first: jax.Array | int, rows: int) -> jax.Array
   return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(rows))
 
 
+@overload
+def split_keys(keys_B: jax.Array, num: int) -> jax.Array: ...
+@overload
+def split_keys(keys_B: jax.Array | None, num: int) -> Keys: ...
 def split_keys(keys_B: jax.Array | None, num: int) -> Keys:
   """Split each key into `num`: (num, B), or Nones where there are no keys."""
   if keys_B is None:

@@ -125,9 +125,7 @@ class Attention(nnx.Module):
     if cache is not None:
       k_BSNH, v_BSNH, cache = cache.write_layer(info.index, k_BTNH, v_BTNH)
       segments_BS, offset = cache.segments_BS, cache.length
-    keys_BN = None
-    if keys_B is not None:
-      keys_BN = jax.vmap(lambda key: jax.random.split(key, self.cfg.N))(keys_B)
+    keys_BN = None if keys_B is None else split_keys(keys_B, self.cfg.N).T
     operands = (q_BTNH, k_BSNH, v_BSNH, segments_BT, segments_BS, keys_BN)
     # One branch for each window: kernels want it static, and one scan walks along all layers.
     branches = [functools.partial(self.attend, w, offset) for w in self.cfg.distinct_windows]
