@@ -200,7 +200,7 @@ def _dropout_keys(
   if not any((cfg.embed_dropout, cfg.attention_dropout, cfg.residual_dropout, cfg.lora_dropout)):
     return None, None
 
-  def split_rows(keys_B: jax.Array) -> PyTree:
+  def split_rows(keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     embed_B, layers_B = split_keys(keys_B, 2)
     return embed_B, split_keys(layers_B, cfg.L)
 
