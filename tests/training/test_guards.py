@@ -173,7 +173,7 @@ def test_best_checkpoint_is_preserved_beside_newest(tmp_path):
 
 def test_last_state_is_freed_before_the_best_is_read(config, tmp_path, monkeypatch):
   """There may be no room for two, and where no step is left none donates the first."""
-  config.train.keep_best_metric = "eval/loss"
+  config.train.keep_best_metric, config.train.eval_every = "eval/loss", 4
   refs, freed = [], []
   train, restore = loop.train, jaxft.train.restore_best
 
