@@ -188,19 +188,19 @@ def _by_flag(reasons: dict[str, str]) -> dict[str, str]:
 
 
 # Flags for what every run does, or for what changes no result, with the reason to print if a value
-# asks for more.
-NO_OPS = _by_flag(
+# asks for more. "name=X" takes a value; of "name=False" False asks for what always happens.
+_NO_OPS = _by_flag(
   {
     "do_train": "",
     "do_eval": f"{FIRST_EVALUATION} and after the last in any case",
     "low_cpu_mem_usage": "",
     "eval_on_start": f"{FIRST_EVALUATION} in any case",
     "prediction_loss_only": "",
-    "logging_first_step": f"{FIRST_EVALUATION}, whose loss is not logged separately",
+    "logging_first_step=False": f"{FIRST_EVALUATION}, whose loss is not logged separately",
     "logging_nan_inf_filter": "what is not finite is reported, and never applied",
-    "include_num_input_tokens_seen": "",
-    "past_index": "no state is handed on from batch to batch",
-    "ray_scope": "no hyper-parameters are searched",
+    "include_num_input_tokens_seen=X": "",
+    "past_index=X": "no state is handed on from batch to batch",
+    "ray_scope=X": "no hyper-parameters are searched",
     "use_legacy_prediction_loop include_tokens_per_second skip_memory_metrics": "",
     "full_determinism enable_jit_checkpoint": "",
     "save_safetensors": "weights are written as safetensors",
@@ -209,44 +209,34 @@ NO_OPS = _by_flag(
     "overwrite_cache": "tokens are made anew when text, tokenizer or settings change",
     "use_fast_tokenizer": "the fast tokenizer is read, whose tokens are the same",
     "keep_linebreaks": "every newline stays in the text",
-    "disable_tqdm": "a log without a terminal has no bar",
-    "log_level": "a run has one log, without levels",
-    "log_level_replica log_on_each_node": "process 0 alone logs",
-    "save_on_each_node": "the workdir is shared",
-    "bf16_full_eval fp16_full_eval": "an evaluation computes as training does",
+    "disable_tqdm=False": "a log without a terminal has no bar",
+    "log_level=X": "a run has one log, without levels",
+    "log_level_replica=X log_on_each_node=False": "process 0 alone logs",
+    "save_on_each_node=False": "the workdir is shared",
+    "bf16_full_eval=False fp16_full_eval=False": "an evaluation computes as training does",
     "torch_compile": "every step is compiled",
-    "torch_compile_backend torch_compile_mode torch_empty_cache_steps torchdynamo": NO_TORCH,
-    "jit_mode_eval use_ipex": NO_TORCH,
+    "torch_compile_backend=X torch_compile_mode=X torch_empty_cache_steps=X": NO_TORCH,
+    "torchdynamo=X jit_mode_eval=False use_ipex=False": NO_TORCH,
     "use_liger_kernel": "config.model.attention and XLA choose the kernels",
-    "half_precision_backend fp16_opt_level fp16_backend": "there is one",
-    "gradient_checkpointing_kwargs": "config.memory.remat is all there is",
-    "activation_checkpointing_kwargs": "config.memory.remat is all there is",
-    "use_cache": "training has no cache",
-    "eval_accumulation_steps": "sums stay on the device",
+    "half_precision_backend=X fp16_opt_level=X fp16_backend=X": "there is one",
+    "gradient_checkpointing_kwargs=X": "config.memory.remat is all there is",
+    "activation_checkpointing_kwargs=X": "config.memory.remat is all there is",
+    "use_cache=False": "training has no cache",
+    "eval_accumulation_steps=X": "sums stay on the device",
     "eval_do_concat_batches eval_use_gather_object batch_eval_metrics": NO_METRICS,
-    "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph": NO_DDP,
-    "ddp_backend xpu_backend": NO_DDP,
-    "ddp_timeout": "--peer_timeout says how long a silent process is waited for",
-    "local_rank": "processes are found out",
-    "preprocessing_num_workers dataloader_num_workers dataloader_pin_memory": LOADER,
-    "dataloader_persistent_workers dataloader_prefetch_factor": LOADER,
-    "dataloader_multiprocessing_context dataloader_in_order dispatch_batches": LOADER,
+    "ddp_find_unused_parameters ddp_bucket_cap_mb=X ddp_broadcast_buffers ddp_static_graph": NO_DDP,
+    "ddp_backend=X xpu_backend=X": NO_DDP,
+    "ddp_timeout=X": "--peer_timeout says how long a silent process is waited for",
+    "local_rank=X": "processes are found out",
+    "preprocessing_num_workers=X dataloader_num_workers=X dataloader_pin_memory": LOADER,
+    "dataloader_persistent_workers dataloader_prefetch_factor=X": LOADER,
+    "dataloader_multiprocessing_context=X dataloader_in_order dispatch_batches": LOADER,
     "split_batches": LOADER,
   }
 )
-# Those that take a value, and those of which False asks for what always happens.
-NO_OPS_WITH_VALUE = (
-  "log_level log_level_replica torch_compile_backend torch_compile_mode torch_empty_cache_steps "
-  "fp16_opt_level half_precision_backend fp16_backend gradient_checkpointing_kwargs "
-  "activation_checkpointing_kwargs eval_accumulation_steps ddp_bucket_cap_mb ddp_backend "
-  "ddp_timeout local_rank past_index ray_scope preprocessing_num_workers dataloader_num_workers "
-  "dataloader_prefetch_factor torchdynamo xpu_backend dataloader_multiprocessing_context "
-  "include_num_input_tokens_seen"
-).split()
-ONLY_FALSE = (
-  "disable_tqdm log_on_each_node save_on_each_node bf16_full_eval fp16_full_eval "
-  "logging_first_step use_cache jit_mode_eval use_ipex"
-).split()
+NO_OPS = {name.partition("=")[0]: reason for name, reason in _NO_OPS.items()}
+NO_OPS_WITH_VALUE = {name.removesuffix("=X") for name in _NO_OPS if name.endswith("=X")}
+ONLY_FALSE = {name.removesuffix("=False") for name in _NO_OPS if name.endswith("=False")}
 # Values that change nothing.
 SILENT_VALUES = {
   "log_level": ("passive",),
