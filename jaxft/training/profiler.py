@@ -61,7 +61,7 @@ class Profiler:
       steps = f"steps {self._first} to {self._last}"
       log(f"{steps} are traced in {self._folder}: `xprof {self._folder}` shows them")
 
-  def _try(self, action: Callable[[], None]) -> bool:
+  def _try(self, action: Callable[[], object]) -> bool:
     try:
       with self._paused():
         action()
