@@ -45,7 +45,7 @@ mutants: $(VENV)/installed-dev  ## thirty faults, put into a copy one at a time:
 lint: $(VENV)/installed-dev  ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python --summary none
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python --summary=none
 
 assets: $(VENV)/installed-dev  ## make assets/quickstart again (about ten minutes on two cores)
 	$(VENV)/bin/python scripts/make_quickstart_assets.py

@@ -361,7 +361,12 @@ class Config:
     return {name: dict(sorted(values.items())) for name, values in sections}
 
   def replace(self, settings: Mapping[str, Value]) -> "Config":
-    """Return the config with other values of these settings: {"train.steps": 3, ...}."""
+    """Return the config with other values of these settings: {"train.steps": 3, ...}.
+
+    The values are not checked: `resolve` does that. Raises RequestError for an unknown setting.
+    """
+    if lines := unknown_settings([*settings]):
+      raise RequestError("\n".join(lines))
     return _from_flat({**flatten(self), **settings})
 
 

@@ -34,7 +34,7 @@ from jaxft.hf.tokenizer import fingerprint, load_tokenizer
 from jaxft.model import attention
 from jaxft.model.compute import ComputeConfig, resolve_dtype
 from jaxft.model.config import RUN_FIELDS, ModelConfig
-from jaxft.model.decoder import abstract_model, parameter_count
+from jaxft.model.decoder import Decoder, abstract_model, parameter_count
 from jaxft.sharding import rules
 from jaxft.sharding.mesh import make_mesh
 from jaxft.training import offload, optimizer, trainable
@@ -99,7 +99,7 @@ class Pretrained:
 
   def _abstract_model(
     self, cfg: ModelConfig, compute: ComputeConfig
-  ) -> tuple[nnx.GraphDef, Params]:
+  ) -> tuple[nnx.GraphDef[Decoder], Params]:
     graph, shapes, axes = abstract_model(cfg, compute)
     shardings = rules.tree_shardings("parameters", shapes, axes, self.mesh)
     shapes = rules.with_shardings(shapes, shardings)

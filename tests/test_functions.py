@@ -22,8 +22,7 @@ def functions(tree):
 
 def local_names(function):
   """Arguments and what is bound in the function itself, not in functions inside of it."""
-  arguments = function.args
-  names = {arg.arg for arg in arguments.posonlyargs + arguments.args + arguments.kwonlyargs}
+  names = {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
 
   def visit(node):
     for child in ast.iter_child_nodes(node):
@@ -34,6 +33,10 @@ def local_names(function):
       elif not isinstance(child, ast.GeneratorExp):
         if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
           names.add(child.id)
+        elif isinstance(child, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and child.name:
+          names.add(child.name)
+        elif isinstance(child, ast.alias):
+          names.add((child.asname or child.name).split(".")[0])
         visit(child)
 
   visit(function)
@@ -43,9 +46,12 @@ def local_names(function):
 def positional_constructors(tree):
   for node in ast.walk(tree):
     if isinstance(node, ast.Call):
-      name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-      is_splat = any(isinstance(arg, ast.Starred) for arg in node.args)
-      if name in CLASSES and (len(node.args) > MAX_POSITIONAL or is_splat):
+      called, args = node.func, node.args
+      if getattr(called, "attr", getattr(called, "id", "")) == "partial" and args:
+        called, args = args[0], args[1:]
+      name = getattr(called, "id", getattr(called, "attr", ""))
+      is_splat = any(isinstance(arg, ast.Starred) for arg in args)
+      if name in CLASSES | {"cls"} and (len(args) > MAX_POSITIONAL or is_splat):
         yield f"{name}, line {node.lineno}"
 
 
@@ -95,7 +101,14 @@ def test_limits_are_noticed():
   assert [*crowded_functions(crowded)]
   inside = ast.parse("def f(a):\n  for g in [h for h in a]: pass\n  def i(j): k = 0")
   assert local_names(inside.body[0]) == {"a", "g", "i"}
+  bound = ast.parse(
+    "def f(*a, **b):\n  try: import os.path\n  except OSError as c: pass\n"
+    "  match a:\n    case [d, *e]: pass"
+  )
+  assert local_names(bound.body[0]) == {"a", "b", "c", "d", "e", "os"}
   assert [*positional_constructors(ast.parse("kv_cache.KVCache(1, 2, 3, 4)"))]
+  assert [*positional_constructors(ast.parse("cls(1, 2, 3, 4)"))]
+  assert [*positional_constructors(ast.parse("functools.partial(KVCache, 1, 2, 3, 4)"))]
   assert [*positional_constructors(ast.parse("KVCache(*arrays)"))]
   assert not [*positional_constructors(ast.parse("KVCache(1, 2, 3)"))]
   assert uses_of_any(ast.parse("x: dict[str, Any] | Any = 0")) == 2

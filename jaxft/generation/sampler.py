@@ -20,6 +20,7 @@ from jaxft.generation import beam_search, layer_views, logits_processors
 from jaxft.generation.logits_processors import History
 from jaxft.generation.sampling_config import Sampling
 from jaxft.model.config import ModelConfig
+from jaxft.model.decoder import Decoder
 from jaxft.model.kv_cache import KVCache
 from jaxft.sharding.rules import constrain
 from jaxft.utils.types import Params
@@ -39,7 +40,7 @@ class MinLength(NamedTuple):
 class Generator:
   """Completes prompts with the decoder of `graphdef`; its compiled programs serve all calls."""
 
-  def __init__(self, graphdef: nnx.GraphDef, cfg: ModelConfig, eos_token_id: int):
+  def __init__(self, graphdef: nnx.GraphDef[Decoder], cfg: ModelConfig, eos_token_id: int):
     self._cfg = cfg
     self.eos_token_id = eos_token_id
 
@@ -48,6 +49,7 @@ class Generator:
       h_BTD, cache = decoder(
         ids_BT, cache, segments_BT=segments_BT, positions_BT=positions_BT, layers=layers
       )
+      assert cache is not None  # as one went in
       # Replicated: each process reads the logits, and each draws the same tokens.
       logits_BV = constrain(decoder.logits(h_BTD[:, -1]), (None, None), decoder.compute.mesh)
       return logits_BV, cache

@@ -51,6 +51,29 @@ def _model_card(config: Json) -> str:
   )
 
 
+def _adapter_config(
+  cfg: ModelConfig, model_type: str, targets: list[str], layers: tuple[int, ...], config: Config
+) -> Json:
+  """Returns the adapter_config.json of adapters on these modules of these layers; (): of all."""
+  path = config.model.path
+  return {
+    "peft_type": "LORA",
+    "task_type": "SEQ_CLS" if cfg.classes else "CAUSAL_LM",
+    "base_model_name_or_path": os.path.abspath(path) if is_local(path) else path,
+    "revision": config.model.revision,
+    "r": cfg.lora_rank,
+    "lora_alpha": config.lora.alpha,
+    "lora_dropout": cfg.lora_dropout,
+    "target_modules": targets,
+    "layers_to_transform": list(layers) or None,
+    "layers_pattern": "h" if layers else None,
+    "fan_in_fan_out": model_type == "gpt2",  # whose products are Conv1D: inputs first
+    "bias": "none",
+    "modules_to_save": ["score"] if cfg.classes else None,
+    "inference_mode": True,
+  }
+
+
 def save_adapters(
   folder: Path, trained: Params, cfg: ModelConfig, source: HFCheckpoint, config: Config
 ) -> None:
@@ -80,25 +103,9 @@ def save_adapters(
       tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b[i].reshape(cfg.lora_rank, -1).T)
   if cfg.classes:
     tensors[f"base_model.model.{SCORE}"] = gather_to_host(trained["output"]["score"])
-  path = config.model.path
-  adapter_config = {
-    "peft_type": "LORA",
-    "task_type": "SEQ_CLS" if cfg.classes else "CAUSAL_LM",
-    "base_model_name_or_path": os.path.abspath(path) if is_local(path) else path,
-    "revision": config.model.revision,
-    "r": cfg.lora_rank,
-    "lora_alpha": config.lora.alpha,
-    "lora_dropout": cfg.lora_dropout,
-    "target_modules": sorted(targets),
-    "layers_to_transform": list(layers) or None,
-    "layers_pattern": "h" if layers else None,
-    "fan_in_fan_out": model_type == "gpt2",  # whose products are Conv1D: inputs first
-    "bias": "none",
-    "modules_to_save": ["score"] if cfg.classes else None,
-    "inference_mode": True,
-  }
   if jax.process_index() > 0:
     return
+  adapter_config = _adapter_config(cfg, model_type, sorted(targets), layers, config)
   partial = folder / f".{ADAPTER_WEIGHTS}.partial"
   try:
     folder.mkdir(parents=True, exist_ok=True)

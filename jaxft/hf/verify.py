@@ -16,7 +16,7 @@ from jaxft.hf.export_tensors import DtypeFn, hf_tensors, round_to_dtype
 from jaxft.hf.tokenizer import verify_tokenizer
 from jaxft.hf.weight_map import EMBEDDING, full_name
 from jaxft.model.compute import ComputeConfig
-from jaxft.model.decoder import abstract_model, parameter_count
+from jaxft.model.decoder import Decoder, abstract_model, parameter_count
 from jaxft.utils.types import Json, Params
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def format_parity(parity: Json) -> str:
   return f"tensors {parity['tensors']}{logits} (reference: {parity['reference']})"
 
 
-def compute_logits(graph: nnx.GraphDef, params: Params, ids_BT: np.ndarray) -> np.ndarray:
+def compute_logits(graph: nnx.GraphDef[Decoder], params: Params, ids_BT: np.ndarray) -> np.ndarray:
   """(B, T) -> (B, T, V), or (B, T, classes)."""
 
   def run(params):

@@ -189,7 +189,9 @@ def init_model(cfg: ModelConfig, compute: ComputeConfig, seed: int = 0) -> Decod
     return Decoder(cfg, compute, nnx.Rngs(seed))
 
 
-def abstract_model(cfg: ModelConfig, compute: ComputeConfig) -> tuple[nnx.GraphDef, Params, Params]:
+def abstract_model(
+  cfg: ModelConfig, compute: ComputeConfig
+) -> tuple[nnx.GraphDef[Decoder], Params, Params]:
   """Describe a decoder without memory: graphdef, shapes of parameters, and their logical axes.
 
   The two dicts are nested alike. `nnx.merge(graphdef, params)` makes a decoder of such parameters.

@@ -19,6 +19,8 @@ MEMORY_MARGIN = 0.05
 NUM_PLANS = 3  # plans to find, where a search is requested; one is enough to show a way out
 MAX_COMPILES = 10
 MAX_SECONDS = 150
+# What a search keeps of a plan that fits.
+PLAN_KEYS = ("peak_bytes", "host_bytes", "step_seconds_estimate", "accumulation_steps")
 # Settings to try, with every mesh and every micro-batch that divides the batch. None of them
 # changes what is learned.
 SEARCH_SPACE: Json = {
@@ -115,13 +117,14 @@ def find_settings(
     outcome = "fits" if excess <= 0 else f"{excess / 2**30:.1f} GiB too large"
     on_progress(f"{' '.join(flags) or 'as it is'}: {outcome}")
     if excess <= 0:
-      keys = ("peak_bytes", "host_bytes", "step_seconds_estimate", "accumulation_steps")
-      entry = {"overrides": flags, "settings": candidate.settings}
-      entry |= {key: plan[key] for key in keys} | {"rough_seconds": candidate.seconds}
-      fitting.append(entry)
+      fitting.append(
+        {"overrides": flags, "settings": candidate.settings}
+        | {key: plan[key] for key in PLAN_KEYS}
+        | {"rough_seconds": candidate.seconds}
+      )
     else:
-      why = f"does not fit, by {excess / 2**30:.2f} GiB"
-      lost.append({"overrides": flags, "why": why, "peak_bytes": peak})
+      reason = f"does not fit, by {excess / 2**30:.2f} GiB"
+      lost.append({"overrides": flags, "why": reason, "peak_bytes": peak})
     ranking.correct(candidate, peak)
 
   def seconds(entry: Json) -> float:

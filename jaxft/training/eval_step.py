@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxft.data.loader import Batch
+from jaxft.model.decoder import Decoder
 from jaxft.model.loss import cross_entropy_sum
 from jaxft.utils.types import Params
 
@@ -42,7 +43,7 @@ class EvalResult(NamedTuple):
     return float(f1_C[1] if len(f1_C) == 2 else f1_C.mean())
 
 
-def make_eval_step(graph: nnx.GraphDef, *, loss_chunk: int) -> EvalStepFn:
+def make_eval_step(graph: nnx.GraphDef[Decoder], *, loss_chunk: int) -> EvalStepFn:
   """Returns `eval_step(params, batch) -> sums`, which add up over batches of any size."""
 
   def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, ...]:

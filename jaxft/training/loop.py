@@ -123,8 +123,12 @@ def train(
           if "sample" in due:
             evaluator.sample(state.all_params, step, "during")
           if "save" in due or stopping or ended_early:
-            metadata = run.checkpoint_metadata | {"tokens": logger.tokens_seen}
-            checkpoints.save(step, state.checkpointable, metadata, eval_metrics)
+            checkpoints.save(
+              step,
+              state.checkpointable,
+              run.checkpoint_metadata | {"tokens": logger.tokens_seen},
+              eval_metrics,
+            )
       if stopping:
         checkpoints.close()
         raise Preempted(

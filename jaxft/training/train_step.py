@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from jaxft.checkpoint.manager import CheckpointState
 from jaxft.data.loader import Batch
 from jaxft.model.config import ModelConfig
+from jaxft.model.decoder import Decoder
 from jaxft.model.dropout import per_row_keys
 from jaxft.model.loss import cross_entropy_sum
 from jaxft.training.stochastic_rounding import rounding_keys, stochastic_round_layers
@@ -37,7 +38,7 @@ TrainStepFn: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, dict[st
 
 
 def make_grad_fn(
-  graph: nnx.GraphDef,
+  graph: nnx.GraphDef[Decoder],
   *,
   loss_chunk: int,
   seed: int,
