@@ -99,10 +99,10 @@ def parse(
   if lines := jaxft.config.unknown_settings([word.split("=")[0] for word in words]):
     raise RequestError("\n".join(lines))
   overrides = dict(word.split("=", 1) for word in words if "=" in word)
-  argv, name = _pop_config_name([_quote_tuple_value(word) for word in argv])
-  file, texts = _find_config(name) if name else (None, [])
+  argv, config_name = _pop_config_name([_quote_tuple_value(word) for word in argv])
+  file, texts = _find_config(config_name) if config_name else (None, [])
   config = _load_config(file, texts) if file else jaxft.config.default()
-  _prepare_for_overrides(config, overrides, name)
+  _prepare_for_overrides(config, overrides, config_name)
 
   values = flags.FlagValues()
   try:
@@ -132,7 +132,7 @@ def parse(
   return SimpleNamespace(
     config=config,
     config_file=file,
-    config_name=name,
+    config_name=config_name,
     **{name: values[name].value for name in (*bool_flags, *str_flags, *list_flags, *int_flags)},
   )
 

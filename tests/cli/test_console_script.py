@@ -26,7 +26,7 @@ def run(*words, options=(), module="jaxft", workdir=ROOT):
 
 def parsed(monkeypatch, name):
   monkeypatch.setattr(sys, "argv", ["jaxft.train", "--config", name])
-  return flags.parse(usage.TRAIN)
+  return flags.parse(usage.TRAIN, ("dry_run",))
 
 
 def test_script_is_main_of_the_package():
@@ -106,10 +106,9 @@ def test_config_imports_from_the_current_folder(tmp_path):
   (tmp_path / "json.py").write_text("raise SystemExit('not the library')\n")
   line = "import helper; c.train.steps = helper.STEPS"
   (tmp_path / "mine.py").write_text(CONFIG.format(line=line))
-  script = "from jaxft.__main__ import main; main()"
-  command = [sys.executable, "-P", "-c", script, "train", "--config=mine.py", "--print_config"]
-  code = "import sys; sys.path[0] = sys.executable; "  # the folder of the script
-  command = [sys.executable, "-c", code + script, *command[4:]]
+  # A script's own folder is the first of the path, not the current folder.
+  code = "import sys; sys.path[0] = '/nowhere'; from jaxft.__main__ import main; main()"
+  command = [sys.executable, "-c", code, "train", "--config=mine.py", "--print_config"]
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
   done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
   assert done.returncode == 0 and "config.train.steps=7" in done.stdout.replace(" ", ""), (
