@@ -33,7 +33,9 @@ def overview() -> str:
   """Return what `jaxft --help` prints: the commands and the shipped configs."""
   lines = {name: _first_line(file) for name, file in COMMANDS.items()}
   lines["quickstart"] = QUICKSTART
-  configs = textwrap.fill(f"Configs that --config finds by name: {', '.join(shipped_configs())}", 90)
+  configs = textwrap.fill(
+    f"Configs that --config finds by name: {', '.join(shipped_configs())}", 90
+  )
   return "\n".join(
     [
       "jaxft COMMAND [--help] [flags]",
