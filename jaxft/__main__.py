@@ -4,7 +4,6 @@ import contextlib
 import runpy
 import sys
 
-import jaxft
 from jaxft.cli import commands, startup
 from jaxft.utils import environment
 
@@ -26,12 +25,13 @@ def main() -> None:
     runpy.run_module(f"jaxft.{name}", run_name="__main__", alter_sys=True)
     return
   environment.setup()
-  if name and name not in commands.HELP + commands.VERSION:
+  texts = dict.fromkeys(["", *commands.HELP], commands.overview)
+  texts |= dict.fromkeys(commands.VERSION, commands.version) | {"completion": commands.completion}
+  if name not in texts:
     print(f"error: {commands.suggestion(name)}", file=sys.stderr)
     sys.exit(2)
-  text = f"jaxft {jaxft.__version__}" if name in commands.VERSION else commands.overview()
   with contextlib.suppress(BrokenPipeError):
-    print(text, flush=True)
+    print(texts[name](), flush=True)
   sys.exit(0 if name else 2)
 
 
