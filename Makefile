@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Programs as users compile them; tests/conftest.py has the others compiled without most optimizations.
 OPTIMIZED = JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS=
 
-.PHONY: quickstart test tests test-all torture coverage mutants lint assets help
+.PHONY: quickstart test tests test-all torture coverage mutants lint wheel assets help
 
 quickstart: $(VENV)/installed  ## install, then fine-tune the embedded model on the embedded stories
 	$(VENV)/bin/python -m jaxft.train --config configs/quickstart.py --workdir $(WORKDIR)
@@ -46,6 +46,9 @@ lint: $(VENV)/installed-dev  ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python --summary=none
+
+wheel: $(VENV)/installed-dev  ## build an sdist, and a wheel from it, into dist/
+	$(VENV)/bin/python -m build --no-isolation
 
 assets: $(VENV)/installed-dev  ## make assets/quickstart again (about ten minutes on two cores)
 	$(VENV)/bin/python scripts/make_quickstart_assets.py

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 import jaxft.config
 from jaxft import pretrained
-from jaxft.cli import run_clm, usage
+from jaxft.cli import commands, run_clm, usage
 from jaxft.distributed import multihost, rendezvous
 from jaxft.errors import RequestError
 from jaxft.utils import backend
@@ -56,8 +56,7 @@ def parse_train() -> TrainArguments:
   own_flags = (*BOOL_FLAGS, *STR_FLAGS, *int_flags)
   sys.argv[1:], per_device = run_clm.translate(_join_values(sys.argv[1:]), own_flags)
   values = parse(usage.TRAIN, BOOL_FLAGS, STR_FLAGS, int_flags)
-  config_file = Path(expand_user(values.config_file))
-  default_workdir = f"runs/{Path(values.config_file).stem}"
+  default_workdir = f"runs/{Path(values.config_name).stem}"
   for name in ("start_timeout", "peer_timeout"):
     if getattr(values, name) < 1:
       raise RequestError(f"--{name}={getattr(values, name)}: must be at least 1 second")
@@ -69,7 +68,7 @@ def parse_train() -> TrainArguments:
     )
   return TrainArguments(
     config=values.config,
-    config_file=config_file,
+    config_file=values.config_file,
     workdir=Path(expand_user(values.workdir) if values.workdir else default_workdir),
     require=values.require,
     process_info=process_info,
@@ -87,22 +86,23 @@ def parse(
   int_flags: Mapping[str, int | None] = MappingProxyType({}),
   list_flags: tuple[str, ...] = (),
 ) -> SimpleNamespace:
-  """Parse `sys.argv`, which ml_collections reads too: the config, its file and the flags.
+  """Parse `sys.argv`, which ml_collections reads too: the config, its name and file, the flags.
 
   `--help` prints `usage_text` and ends the process. Flags in `list_flags` may be repeated, and give
   lists. Raises RequestError with every unknown setting, or with the first other error.
   """
   if {"-h", "--help"} & set(sys.argv[1:]) or len(sys.argv) == 1:
-    print(usage_text)
+    print(commands.as_typed(usage_text))
     sys.exit(0 if len(sys.argv) > 1 else 2)
   argv = _join_values(sys.argv)
   words = [word.removeprefix("--config.") for word in argv[1:] if word.startswith("--config.")]
   if lines := jaxft.config.unknown_settings([word.split("=")[0] for word in words]):
     raise RequestError("\n".join(lines))
   overrides = dict(word.split("=", 1) for word in words if "=" in word)
-  argv, file = _pop_config_file([_quote_tuple_value(word) for word in argv])
-  config = _load_config(file) if file else jaxft.config.default()
-  _prepare_for_overrides(config, overrides, file)
+  argv, config_name = _pop_config_name([_quote_tuple_value(word) for word in argv])
+  file, texts = _find_config(config_name) if config_name else (None, [])
+  config = _load_config(file, texts) if file else jaxft.config.default()
+  _prepare_for_overrides(config, overrides, config_name)
 
   values = flags.FlagValues()
   try:
@@ -127,11 +127,12 @@ def parse(
   if rest[1:]:
     raise RequestError(f"{rest[1]!r}: not a flag; --help shows what there is")
   if not file:
-    raise RequestError("--config is missing; name a file, such as --config configs/quickstart.py")
+    raise RequestError("--config is missing; name a file, or a shipped config: --config quickstart")
   config = jaxft.config.normalize(config)
   return SimpleNamespace(
     config=config,
     config_file=file,
+    config_name=config_name,
     **{name: values[name].value for name in (*bool_flags, *str_flags, *list_flags, *int_flags)},
   )
 
@@ -194,7 +195,7 @@ def _join_values(argv: list[str]) -> list[str]:
   return words
 
 
-def _pop_config_file(words: list[str]) -> tuple[list[str], str | None]:
+def _pop_config_name(words: list[str]) -> tuple[list[str], str | None]:
   """Return the words without --config FILE, and FILE."""
   others = []
   file = None
@@ -209,20 +210,34 @@ def _pop_config_file(words: list[str]) -> tuple[list[str], str | None]:
   return others, file
 
 
-def _load_config(file: str) -> ConfigDict:
-  """Return what get_config() in a file returns; FILE:TEXT gives it the text.
+def _find_config(name: str) -> tuple[Path, list[str]]:
+  """Find a config file, or a shipped config by its name; NAME:TEXT also returns [TEXT].
+
+  Raises RequestError with the most similar name of a shipped config.
+  """
+  ends = [len(name), *(i for i in reversed(range(len(name))) if name[i] == ":")]
+  for find in (_existing_file, commands.find_config):
+    for end in ends:
+      if path := find(name[:end]):
+        return path, [name[end + 1 :]] if end < len(name) else []
+  hint = commands.config_suggestion(name)
+  raise RequestError(f"--config: {name!r}: no such file or shipped config; {hint}")
+
+
+def _existing_file(name: str) -> Path | None:
+  path = Path(expand_user(name))
+  return path if _is_file(path) else None
+
+
+def _load_config(path: Path, texts: list[str]) -> ConfigDict:
+  """Return what get_config() in a file returns, called with `texts`.
 
   Raises RequestError whatever goes wrong in the file.
   """
-  ends = [len(file), *(i for i in reversed(range(len(file))) if file[i] == ":")]
-  end = next((end for end in ends if _is_file(Path(expand_user(file[:end])))), None)
-  if end is None:
-    raise RequestError(f"--config: {file!r}: no such file; name one such as configs/quickstart.py")
-  path = Path(expand_user(file[:end]))
-  arguments = [file[end + 1 :]] if end < len(file) else []
   if path.suffix == ".json":
     raise RequestError(
-      f"--config: {file!r}: a config is Python with a get_config(), such as configs/quickstart.py"
+      f"--config: {str(path)!r}: a config is Python with a get_config(), such as "
+      "configs/quickstart.py"
     )
   loader = importlib.machinery.SourceFileLoader("jaxft_config", str(path))
   spec = importlib.util.spec_from_loader(loader.name, loader)
@@ -231,7 +246,7 @@ def _load_config(file: str) -> ConfigDict:
   sys.modules[loader.name] = module  # where dataclasses look for theirs
   try:
     loader.exec_module(module)
-    config = module.get_config(*arguments)
+    config = module.get_config(*texts)
   except (Exception, SystemExit) as error:  # whatever the file raises while it runs
     reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     for old, new in jaxft.config.RENAMED.items():

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxft.cli import run_generation
+from jaxft.cli import commands, run_generation
 from jaxft.errors import RequestError
 from jaxft.generation.sampling_config import Sampling
 from jaxft.utils.files import expand_user
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
   """
 
   def __init__(self, command: str, description: str):
-    super().__init__(command, description=description, allow_abbrev=False)
+    super().__init__(commands.as_typed(command), description=description, allow_abbrev=False)
     self._aliases: dict[str, str] = {}
 
   def add_bool(self, flag: str, help: str) -> None:

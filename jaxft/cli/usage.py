@@ -3,9 +3,11 @@
 import contextlib
 import sys
 
+from jaxft.cli import commands
+
 TRAIN = """python -m jaxft.train --config configs/X.py [--workdir DIR] [--config.a.b=value ...]
 
-  --config FILE      a file with get_config(); see configs/
+  --config FILE      a file with get_config(), or the name of a shipped config (jaxft --help)
   --workdir DIR      where the run is written, and found again (default: runs/NAME_OF_CONFIG)
   --config.a.b=VALUE any setting; --print_config lists them all with their meaning. Settings that
                      take several texts, such as data.train, take the flag several times
@@ -31,7 +33,7 @@ found out:
 
 PREPARE = """python -m jaxft.prepare --config configs/X.py [--config.a.b=value ...] [--json]
 
-  --config FILE      a file with get_config(); see configs/
+  --config FILE      a file with get_config(), or the name of a shipped config (jaxft --help)
   --config.a.b=VALUE any setting; those of `data` decide what is read and how
   --json             print the content of data_report.json, and nothing else, on standard output
 """
@@ -39,8 +41,8 @@ PREPARE = """python -m jaxft.prepare --config configs/X.py [--config.a.b=value .
 PLAN = """python -m jaxft.plan --config configs/X.py --device NAME [--config.a.b=value ...]
                      [--fit] [--json] [--html FILE]
 
-  --config FILE      a file with get_config(); see configs/. Its data need not exist, and no weights
-                     are read
+  --config FILE      a file with get_config(), or the name of a shipped config. Its data need not
+                     exist, and no weights are read
   --device NAME      t4, rtx4090, a100-80gb, h100, h100x8, ..., or a slice of TPUs such as v5e:2x4
                      or tpu7x:2x2x1, or cpux8. Several: the flag several times, or NAME,NAME
   --config.a.b=VALUE any setting
@@ -57,18 +59,22 @@ fit is an answer too: the exit code is 0.
 
 
 def print_help(command: list[str]) -> None:
-  """Print the usage of `python -m jaxft.X --help` and end the process.
+  """Print the usage of `python -m jaxft.X --help` or `jaxft X --help` and end the process.
 
   Return if no help is asked for, or if the command is unknown.
 
   Args:
     command: `sys.orig_argv`.
   """
-  if not {"-h", "--help"} & {*command}:
+  if not {*commands.HELP} & {*command}:
     return
+  if command[0] == commands.SCRIPT:
+    command = [f"jaxft.{command[1]}"]
   texts = {"jaxft.train": TRAIN, "jaxft.prepare": PREPARE, "jaxft.plan": PLAN}
   text = next((texts[word] for word in command if word in texts), None)
-  if text is None:
+  if text:
+    text = commands.as_typed(text)
+  else:
     from jaxft.cli import parsers
 
     names = ("generate", "evaluate", "export", "tokenizer", "report")

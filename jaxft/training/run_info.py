@@ -75,8 +75,10 @@ def now() -> str:
 
 
 def shell_command() -> str | None:
-  """The command line of this process, for a shell; None where it is no `python -m jaxft...`."""
+  """The command line of this process, for a shell; None where it is no command of jaxft."""
   words = sys.orig_argv
+  if words[:1] == ["jaxft"]:  # the console script (`jaxft/__main__.py`)
+    return redact(shlex.join(words))
   for i, word in enumerate(words):
     if word.startswith("jaxft.") and words[i - 1] == "-m":
       return redact(shlex.join(["python", "-m", *words[i:]]))
