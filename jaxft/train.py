@@ -41,8 +41,8 @@ from jaxft.utils.redact import redact
 from jaxft.utils.types import Json
 
 OOM_ADVICE = (
-  "a smaller config.train.micro_batch_size, config.memory.remat=full or "
-  "config.memory.loss_chunk=128 need less memory"
+  "to save memory, lower config.train.micro_batch_size, or set config.memory.remat=full or "
+  "config.memory.loss_chunk=128"
 )
 
 
@@ -65,7 +65,7 @@ def finetune(
   overwrite: bool = False,
   require: str | None = None,
 ) -> TrainOutput | None:
-  """Fine-tunes as `config` says, continuing what `workdir` holds, and exports the result.
+  """Fine-tune as `config` says, continuing what `workdir` holds, and exports the result.
 
   Args:
     config: from `jaxft.config.default()`; `jaxft.config.SETTINGS` explains every key.
@@ -118,7 +118,7 @@ def finetune(
 def train_and_export(
   run: BuiltRun, preemption: PreemptionHandler, stack: contextlib.ExitStack, start_time: float
 ) -> TrainOutput:
-  """Runs what `finetune` has built. The only function that holds the state between two stages."""
+  """Run what `finetune` has built. The only function that holds the state between two stages."""
   compiled, checkpoints, state, tokens_seen = start_run(run, preemption, stack)
   start = int(state.step)
   stages.write_run_files(run)
@@ -162,7 +162,7 @@ def train_and_export(
 
 
 def validate(request: RunRequest) -> None:
-  """Raises RequestError with every error that shows before JAX looks for devices."""
+  """Raise RequestError with every error that shows before JAX looks for devices."""
   config = request.config
   validate_run(config, request.workdir, request.overwrite)
   if config.memory.offload != "none":
@@ -180,7 +180,7 @@ class CompiledSteps:
 
 
 def compile_steps(run: BuiltRun) -> CompiledSteps:
-  """Compiles train step and eval step: what they need is known before any of it is taken."""
+  """Compile train step and eval step: what they need is known before any of it is taken."""
   start = time.monotonic()
   program = run.program
   device = run.inputs.device
@@ -215,7 +215,7 @@ def print_plan(run: BuiltRun, compiled: CompiledSteps) -> None:
 def start_run(
   run: BuiltRun, preemption: PreemptionHandler, stack: contextlib.ExitStack
 ) -> tuple[CompiledSteps, CheckpointManager, TrainState, int]:
-  """Compiles the steps, and restores or initialises the state; the last value is its tokens.
+  """Compile the steps, and restores or initialises the state; the last value is its tokens.
 
   A run that is to be overwritten is moved when nothing is left to refuse the new one.
   """
@@ -238,7 +238,7 @@ def start_run(
 
 @contextlib.contextmanager
 def report_at_end(run: BuiltRun, start: int, memory: dict[str, int]) -> Generator[Json]:
-  """Writes about.json and, when the run returns or raises, how it ended and its page.
+  """Write about.json and, when the run returns or raises, how it ended and its page.
 
   Yields the content of about.json, which gets "reached", the last step that was taken,
   "exported_step" and "export". A disk that takes no file costs a line of the log, not the run.

@@ -34,7 +34,7 @@ def checksums(state: PyTree) -> dict[str, int]:
 
 
 def _reduce_over_shards(state: PyTree, f: ShardFn, reduce: ReduceFn) -> dict[str, np.ndarray]:
-  """Reduces `f` over the shards of each leaf, and over its rows where it is on the host."""
+  """Reduce `f` over the shards of each leaf, and over its rows where it is on the host."""
   paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(state))
   values = _compile(tuple(leaf.sharding for leaf in leaves), f, reduce)(list(leaves))
   return dict(zip(map(jax.tree_util.keystr, paths), np.asarray(values), strict=True))

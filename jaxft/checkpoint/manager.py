@@ -42,17 +42,17 @@ TRANSIENT_ERRORS += ("Stale file handle",)
 
 
 def validate_path(folder: Path) -> list[str]:
-  """Returns why checkpoints in this folder could not be read again, in at most one line."""
+  """Return why checkpoints in this folder could not be read again, in at most one line."""
   path = str(folder.absolute())
   if not is_encodable(path):
     return [
-      f"{str(folder)!r}: its name is not UTF-8, and Orbax would not save there (0.12); name "
+      f"{str(folder)!r}: its name is not UTF-8, and Orbax (0.12) cannot save there; name "
       "another folder"
     ]
   if char := next((char for char in GLOB_CHARS if char in path), ""):
     return [
-      f"{str(folder)!r}: Orbax takes the {char} in the path of a checkpoint for part of a "
-      "pattern (0.12), and would not find what it has saved; name a folder without any of "
+      f"{str(folder)!r}: Orbax (0.12) reads the {char} in this path as part of a pattern, and "
+      "would not find its checkpoints again; name a folder without any of "
       f"{' '.join(GLOB_CHARS)}"
     ]
   return []
@@ -102,7 +102,7 @@ class CheckpointManager:
     writes: bool = False,
     low_memory: bool = False,
   ):
-    """Opens the folder, making it if need be; raises StorageError when it cannot.
+    """Open the folder, making it if need be; raises StorageError when it cannot.
 
     Args:
       max_to_keep: the newest checkpoints; the last that was read back stays too, until a newer one
@@ -162,7 +162,7 @@ class CheckpointManager:
     meta: Json,
     metrics: Mapping[str, float | str] | None = None,  # "nan" and "inf" are texts
   ) -> None:
-    """Starts to write; the arrays may be changed or donated as soon as this returns.
+    """Start to write; the arrays may be changed or donated as soon as this returns.
 
     Raises StorageError, and NumericsError for a state that is not finite: an update can overflow
     though nothing before it did. The first checkpoint of a process is waited for and read back, so
@@ -200,7 +200,7 @@ class CheckpointManager:
       self._has_saved = True
 
   def verify(self, step: int, like: PyTree) -> None:
-    """Reads a checkpoint back and compares checksums; raises StorageError. It is preserved then.
+    """Read a checkpoint back and compares checksums; raises StorageError. It is preserved then.
 
     Each process reads some chunks, a few at a time: there may be no memory for a second state.
     """
@@ -220,11 +220,11 @@ class CheckpointManager:
       sums = multihost_utils.process_allgather(sums).sum(0, dtype=np.uint32)
     for path, checksum in zip(map(jax.tree_util.keystr, paths), sums, strict=True):
       if checksum != expected[path]:
-        raise StorageError(f"{self._path(step)}: {path} read back is not what was written")
+        raise StorageError(f"{self._path(step)}: {path} changed between writing and reading back")
     self._verified.step = step
 
   def quarantine(self, step: int) -> Path:
-    """Renames a damaged checkpoint, as the run will save this step again; returns its new path."""
+    """Rename a damaged checkpoint, as the run will save this step again; returns its new path."""
     names = (f"damaged-{step}" + (f"-{i}" if i > 1 else "") for i in itertools.count(1))
     path = next(path for name in names if not (path := self.folder / name).exists())
     if jax.process_index() == 0:
@@ -235,7 +235,7 @@ class CheckpointManager:
     return path
 
   def wait(self) -> None:
-    """Returns when all saves are on disk; else raises StorageError and lists the steps anew."""
+    """Return when all saves are on disk; else raises StorageError and lists the steps anew."""
     try:
       self._call(self._manager.wait_until_finished)
     except StorageError:
@@ -244,20 +244,20 @@ class CheckpointManager:
     self._sweep(half_written=False)
 
   def _sweep(self, half_written: bool = True) -> None:
-    """Removes deleted checkpoints and, where nothing is being written, half-written ones."""
+    """Remove deleted checkpoints and, where nothing is being written, half-written ones."""
     if jax.process_index() == 0:
       shutil.rmtree(self.folder / TRASH_DIR, ignore_errors=True)
       for folder in self.folder.glob(f"*{TMP_MARK}*") if half_written else ():
         shutil.rmtree(folder, ignore_errors=True)
 
   def close(self) -> None:
-    """Waits for what is being written; raises StorageError if it is not on disk then."""
+    """Wait for what is being written; raises StorageError if it is not on disk then."""
     self._call(self._manager.close)
     self._closed = True
     self._sweep(half_written=False)
 
   def close_quietly(self) -> None:
-    """Closes after an error, which is reported already."""
+    """Close after an error, which is reported already."""
     if not self._closed:
       with contextlib.suppress(Exception):
         self._manager.close()
@@ -272,7 +272,7 @@ class CheckpointManager:
     return step if has_metric else None
 
   def metadata(self, step: int) -> Json:
-    """Reads a checkpoint's record; raises StorageError when it is not what was saved."""
+    """Read a checkpoint's record; raises StorageError when it is not what was saved."""
 
     def read() -> tuple[Json, bool]:
       # Orbax asks for an epath.Path, whose exists() would hide that one may not read the file.
@@ -286,7 +286,7 @@ class CheckpointManager:
     return meta
 
   def restore(self, step: int, like: PyTree) -> PyTree:
-    """Restores the state; raises StorageError when it is not what was saved.
+    """Restore the state; raises StorageError when it is not what was saved.
 
     Args:
       like: ShapeDtypeStructs with shardings. A leaf that is `PLACEHOLDER` stays so.
@@ -319,7 +319,7 @@ class CheckpointManager:
     return self._read(step, lambda: read(folder, args=args))  # pyrefly: ignore[bad-argument-type]
 
   def _read(self, step: int, read: Callable[[], Result]) -> Result:
-    """Returns `read()`, where all processes can read.
+    """Return `read()`, where all processes can read.
 
     It must not wait for other processes, which may have failed already. Orbax's manager does; its
     handlers do not.
@@ -339,13 +339,13 @@ class CheckpointManager:
     reason = reason.split(" See full TensorStore")[0]  # which is a page long
     if outcome == 2:
       raise CheckpointReadError(
-        f"{self._path(step)}: cannot be read now ({reason}); nothing was changed: run again where "
-        "it can"
+        f"{self._path(step)}: cannot be read now ({reason}); it was left unchanged. Run again when "
+        "it can be read"
       ) from failure
     raise StorageError(f"{self._path(step)}: damaged ({reason})") from failure
 
   def _call(self, action: Callable[[], Result]) -> Result:
-    """Returns `action()`; raises StorageError for whatever it raises."""
+    """Return `action()`; raises StorageError for whatever it raises."""
     try:
       return action()
     except Exception as error:  # disk full, ...: Orbax and TensorStore have no common class
@@ -397,7 +397,7 @@ def tree_nbytes(state: PyTree) -> int:
 
 
 def _split_by_size(like: PyTree) -> list[PyTree]:
-  """Copies `like` with at most `READ_BATCH_BYTES` bytes, or one leaf, each, and placeholders."""
+  """Copy `like` with at most `READ_BATCH_BYTES` bytes, or one leaf, each, and placeholders."""
   batches: list[set[jax.tree_util.KeyPath]] = []
   room = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(like):

@@ -55,7 +55,7 @@ class TrainProgram:
 
   @property
   def host_mask(self) -> TrainState:
-    """Says for each leaf of the state whether it is in host memory."""
+    """Return for each leaf of the state whether it is in host memory."""
     return offload.host_mask(self.state, self.offload)
 
   @property
@@ -66,7 +66,7 @@ class TrainProgram:
 def build_train_program(
   config: Config, cfg: ModelConfig, mesh: Mesh, total_steps: int, row: dict[str, np.ndarray]
 ) -> TrainProgram:
-  """Builds the programs of a run of `config` with this model on this mesh.
+  """Build the programs of a run of `config` with this model on this mesh.
 
   Args:
     row: a row of the data, or one that is shaped like it.
@@ -122,7 +122,7 @@ def build_train_program(
 def make_compute_config(
   config: Config, cfg: ModelConfig, mesh: Mesh, packed: bool
 ) -> ComputeConfig:
-  """Makes how the model of a run is computed on this mesh; `packed`: rows have segments."""
+  """Make how the model of a run is computed on this mesh; `packed`: rows have segments."""
   device = mesh.devices.flat[0]
   dtype = resolve_dtype(config.model.compute_dtype, device)
   return ComputeConfig(
@@ -139,7 +139,7 @@ def make_compute_config(
 def select_kernel(
   config: Config, cfg: ModelConfig, device: jax.Device, dtype: jnp.dtype, packed: bool
 ) -> str:
-  """Selects one of `attention.KERNELS`; RequestError where the configured one cannot do it."""
+  """Select one of `attention.KERNELS`; RequestError where the configured one cannot do it."""
   name = config.model.attention
   if name == "auto":
     return attention.fastest_kernel(device, dtype, cfg.H)
@@ -152,7 +152,7 @@ def select_kernel(
 def abstract_train_state(
   config: Config, cfg: ModelConfig, compute: ComputeConfig, mesh: Mesh
 ) -> tuple[nnx.GraphDef[Decoder], TrainState, Params]:
-  """Returns the model's graph, and shapes with shardings of its state and of a float32 gradient.
+  """Return the model's graph, and shapes with shardings of its state and of a float32 gradient.
 
   All of it is on the device. Shapes only, so that this also runs for devices that do not exist
   (jaxft.plan), and memory is known before any is taken.
@@ -187,7 +187,7 @@ def abstract_train_state(
 def choose_loss_chunk(
   config: Config, cfg: ModelConfig, compute: ComputeConfig, mesh: Mesh, rows: int
 ) -> int:
-  """Chooses how many positions of these rows have logits at once, of at most so many bytes."""
+  """Choose how many positions of these rows have logits at once, of at most so many bytes."""
   return loss.choose_chunk(
     config.memory.loss_chunk,
     B=rows // rules.data_parallel_size(mesh),
@@ -208,7 +208,7 @@ def build_grad_fn(
   A: int,
   loss_chunk: int,
 ) -> tuple[GradFn, Params, Params]:
-  """Builds the gradient function of this `memory.offload`.
+  """Build the gradient function of this `memory.offload`.
 
   Returns it, the shapes of its gradient, and those of the copy of the weights that it makes.
 
@@ -244,7 +244,7 @@ def build_train_step(
   grad_shapes: Params,
   total_steps: int,
 ) -> TrainStepFn:
-  """Builds the train step of this `memory.offload`."""
+  """Build the train step of this `memory.offload`."""
   grad_shardings = shardings_of(grad_shapes)
   if config.memory.offload == "none":
     checked = (grad_shardings, shardings_of(state.checkpointable))

@@ -44,7 +44,7 @@ class EvalResult(NamedTuple):
 
 
 def make_eval_step(graph: nnx.GraphDef[Decoder], *, loss_chunk: int) -> EvalStepFn:
-  """Returns `eval_step(params, batch) -> sums`, which add up over batches of any size."""
+  """Return `eval_step(params, batch) -> sums`, which add up over batches of any size."""
 
   def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, ...]:
     model = nnx.merge(graph, params)
@@ -68,7 +68,7 @@ def make_eval_step(graph: nnx.GraphDef[Decoder], *, loss_chunk: int) -> EvalStep
 
 
 def evaluate(eval_step: EvalStepFn, params: Params, batches: Iterable[Batch]) -> EvalResult:
-  """Evaluates the model on all batches.
+  """Evaluate the model on all batches.
 
   Sums stay on the device until the end, and no batch waits for the one before it, but on a CPU.
   """

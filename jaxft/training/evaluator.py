@@ -35,30 +35,30 @@ class Evaluator:
       self._target_bytes = tokenize.target_bytes(data.validation, self._tokenizer, limit)
 
   def evaluate(self, params: Params, step: int, when: str) -> dict[str, float | str]:
-    """Returns the metrics of metrics.jsonl, {} where nothing is held out.
+    """Return the metrics of metrics.jsonl, {} where nothing is held out.
 
     Raises NumericsError when the loss is not finite.
     """
     unrelated = self._evaluate(params, self._data.unrelated) if self._data.unrelated else None
     if not self._data.validation:
       if unrelated:
-        line = f"{when}: on unrelated text {unrelated.loss:.4f}"
+        line = f"{when}: loss on unrelated text {unrelated.loss:.4f}"
         self._logger.write("metrics", step, _unrelated_metrics(unrelated), line)
       return {}
     result = self._evaluate(params, self._data.validation)
     if not math.isfinite(result.loss):
-      problem = "the weights give no finite numbers on the validation text"
+      problem = "the weights produce NaN or infinity on the held-out text"
       raise NumericsError(f"{when}: eval loss {result.loss}: {problem}")
     metrics = self._metrics(result) | (_unrelated_metrics(unrelated) if unrelated else {})
     details = f"perplexity {result.perplexity:.2f}"
     if result.confusion_CC is not None:
       details = f"accuracy {result.accuracy:.1%}, F1 {result.f1:.3f}"
     if unrelated:
-      details += f"; on unrelated text {unrelated.loss:.4f}"
+      details += f"; loss on unrelated text {unrelated.loss:.4f}"
     entropy = ""
     floor = {}
     if self._data.entropy_floor is not None:
-      entropy = f" (the text's own entropy: {self._data.entropy_floor:.4f})"
+      entropy = f" (entropy floor {self._data.entropy_floor:.4f})"
       floor = {"eval/floor": self._data.entropy_floor}
     line = f"{when}: eval loss {result.loss:.4f}{entropy}, {details}"
     self._logger.write("metrics", step, metrics | floor, line)
@@ -74,7 +74,7 @@ class Evaluator:
     return evaluate(self._eval_step, params, batches)
 
   def _metrics(self, result: EvalResult) -> dict[str, float | str]:
-    """Returns the metrics of the validation text."""
+    """Return the metrics of the validation text."""
     metrics: dict[str, float | str]
     metrics = {"eval/loss": result.loss, "eval/perplexity": result.perplexity}
     if self._target_bytes:
@@ -85,7 +85,7 @@ class Evaluator:
     return metrics
 
   def sample(self, params: Params, step: int, when: str) -> None:
-    """Completes the prompts, and says how much of each completion is in the training text."""
+    """Complete the prompts, and says how much of each completion is in the training text."""
     prompts = list(self._train.sample_prompts)
     if not prompts:
       return  # without a look through the training text
@@ -109,20 +109,20 @@ class Evaluator:
       self._logger.write("samples", step, entry, line)
 
   def evals_since_best(self) -> int:
-    """Returns the number of evaluations since the one with the least loss."""
+    """Return the number of evaluations since the one with the least loss."""
     losses = self._history.values("eval/loss")
     return len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__) if losses else 0
 
   def summary(self, step: int) -> str:
-    """Returns the eval loss before and at this step, and its floor, in one line."""
+    """Return the eval loss before and at this step, and its floor, in one line."""
     if not self._data.validation:
-      return "no eval loss: nothing was held out"
+      return "no eval loss: no text was held out"
     entries = [entry for entry in self._history.entries if entry["step"] <= step]
     losses = [entry["eval/loss"] for entry in entries if "eval/loss" in entry]
     if not losses:  # a finished run whose metrics.jsonl is gone
-      return "no eval loss: metrics.jsonl of this run is gone"
+      return "no eval loss: metrics.jsonl is missing"
     floor = self._data.entropy_floor
-    entropy = "" if floor is None else f"; the text's own entropy: {floor:.4f}"
+    entropy = "" if floor is None else f"; entropy floor {floor:.4f}"
     change = f"{100 * (losses[-1] / losses[0] - 1):+.1f} %"
     return f"eval loss {losses[0]:.4f} -> {losses[-1]:.4f} ({change}){entropy}"
 
@@ -133,5 +133,5 @@ def _unrelated_metrics(result: EvalResult) -> dict[str, float | str]:
 
 
 def bits_per_byte(loss: float, tokens: int, nbytes: int) -> float:
-  """Converts a mean loss in nats per token of `tokens` tokens, or `nbytes` bytes of text."""
+  """Convert a mean loss in nats per token of `tokens` tokens, or `nbytes` bytes of text."""
   return loss * tokens / (math.log(2) * nbytes)

@@ -19,7 +19,7 @@ from jaxft.utils.types import Params
 
 
 def init_params(program: TrainProgram, cfg: ModelConfig, seed: int, shapes: Params) -> Params:
-  """Draws new weights, sharded as `shapes`, which may be a part of the program's."""
+  """Draw new weights, sharded as `shapes`, which may be a part of the program's."""
 
   def init() -> Params:
     params = nnx.to_pure_dict(nnx.state(init_model(cfg, program.compute, seed)))
@@ -40,7 +40,7 @@ def init_params(program: TrainProgram, cfg: ModelConfig, seed: int, shapes: Para
 
 
 def init_train_state(program: TrainProgram, params: Params, frozen: Params) -> TrainState:
-  """Initializes the state from parameters sharded as the program's; trained ones are donated."""
+  """Initialize the state from parameters sharded as the program's; trained ones are donated."""
   if program.offload == "none":
 
     def init(params):
@@ -65,7 +65,7 @@ def init_train_state(program: TrainProgram, params: Params, frozen: Params) -> T
 def load_or_init_params(
   program: TrainProgram, cfg: ModelConfig, source: HFCheckpoint, config: Config
 ) -> tuple[Params, Params]:
-  """Returns trained and frozen weights: of the base model, or drawn; adapters are always drawn."""
+  """Return trained and frozen weights: of the base model, or drawn; adapters are always drawn."""
   shapes = program.state.all_params
   if config.model.init == "scratch":
     return init_params(program, cfg, config.train.seed, shapes), {}
@@ -78,7 +78,7 @@ def load_or_init_params(
 
 
 def merge_params(trained: Params, cfg: ModelConfig, source: HFCheckpoint, shapes: Params) -> Params:
-  """Merges what was trained into the base model: all its weights, without adapters, in float32.
+  """Merge what was trained into the base model: all its weights, without adapters, in float32.
 
   Args:
     trained: `TrainState.params`.

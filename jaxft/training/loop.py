@@ -29,7 +29,7 @@ from jaxft.utils.types import Json
 def open_logger(
   run: BuiltRun, start: int, tokens_seen: int, stack: contextlib.ExitStack
 ) -> tuple[JsonlSink, MetricsLogger]:
-  """Opens the sinks of metrics and samples, and the logger that feeds them."""
+  """Open the sinks of metrics and samples, and the logger that feeds them."""
   config = run.config
   workdir = run.request.workdir
   is_main = jax.process_index() == 0
@@ -68,7 +68,7 @@ def train(
   about: Json,
   start_time: float,
 ) -> tuple[int, TrainState]:
-  """Takes the steps that are left; returns the number of the last one, and the state after it.
+  """Take the steps that are left; returns the number of the last one, and the state after it.
 
   Step n + 1 is under way before the metrics of step n are read. `state` is donated. `about` gets
   "reached", the last step that was taken.
@@ -82,8 +82,8 @@ def train(
   ended_early = start > 0 and 0 < patience <= evaluator.evals_since_best()
   if ended_early and start < total_steps:
     log(
-      f"config.train.early_stopping_patience={patience}: no lower eval loss in as many "
-      "evaluations, so nothing more is trained; a higher one, or 0, goes on"
+      f"config.train.early_stopping_patience={patience}: the eval loss has not improved for this "
+      "number of evaluations, so training has ended; to continue, set a higher value or 0"
     )
   batches = _batches(run, start)
   profiler = Profiler(
@@ -135,7 +135,10 @@ def train(
           f"{preemption.received}: saved at step {step} of {total_steps}; {same} continues"
         )
       if ended_early:
-        log(f"no lower eval loss in {patience} evaluations: ended at step {step} of {total_steps}")
+        log(
+          f"early stopping at step {step} of {total_steps}: the eval loss did not improve for "
+          f"{patience} evaluations"
+        )
         break
     checkpoints.close()
     if preemption.should_stop(total_steps + 1):
@@ -156,7 +159,7 @@ def _batches(run: BuiltRun, start: int) -> Iterator[Batch]:
 
 
 def _due_after(step: int, run: BuiltRun) -> set[str]:
-  """Returns what is due after a step, of "eval", "save" and "sample"."""
+  """Return what is due after a step, of "eval", "save" and "sample"."""
   train = run.config.train
   rows = len(run.inputs.data.train)
   intervals = {"eval": train.eval_every, "save": train.save_every, "sample": train.sample_every}

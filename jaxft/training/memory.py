@@ -26,7 +26,7 @@ def bytes_per_device(tree: PyTree) -> int:
 
 
 def check_fits(program: TrainProgram, config: Config) -> None:
-  """Raises RequestError when device or host cannot hold the state and a batch.
+  """Raise RequestError when device or host cannot hold the state and a batch.
 
   Activations and other temporaries come on top.
   """
@@ -34,17 +34,17 @@ def check_fits(program: TrainProgram, config: Config) -> None:
   device = devices[0]
   on_host = host_bytes(program) * len(devices)
   fewer = (
-    "config.model.param_dtype=bfloat16, config.optim.name=adafactor or "
-    "config.optim.state_dtype=bfloat16 needs fewer (docs/memory.md)"
+    "to save memory, set config.model.param_dtype=bfloat16, config.optim.name=adafactor or "
+    "config.optim.state_dtype=bfloat16 (docs/memory.md)"
   )
-  needs = f"config.memory.offload={program.offload}: the host is to keep {on_host:,} bytes and"
+  needs = f"config.memory.offload={program.offload} needs {on_host:,} bytes of host memory"
   if on_host > (limit := backend.host_memory_bytes()):
-    raise RequestError(f"{needs} has {limit:,}; {fewer}")
+    raise RequestError(f"{needs}, and the host has {limit:,}; {fewer}")
   if device.platform == "gpu" and on_host > (limit := backend.pinned_limit()):
     raise RequestError(
-      f"{needs} XLA may pin {limit:,} in this process; set {backend.PINNED_LIMIT_ENV} (GiB) before "
-      f"it starts or, where the machine has more memory than it shows, {backend.HOST_MEMORY_ENV}; "
-      f"{fewer}"
+      f"{needs}, and XLA may pin {limit:,} in this process; set {backend.PINNED_LIMIT_ENV} (GiB) "
+      f"before it starts or, if the machine has more memory than it reports, "
+      f"{backend.HOST_MEMORY_ENV}; {fewer}"
     )
   limit = backend.device_memory_bytes(device)
   state = bytes_per_device(program.state) if program.offload == "none" else 0
@@ -53,13 +53,13 @@ def check_fits(program: TrainProgram, config: Config) -> None:
     raise RequestError(
       f"config.train.batch_size={config.train.batch_size}, "
       f"config.data.sequence_length={config.data.sequence_length}, "
-      f"config.model.path={config.model.path!r}: weights and optimizer take {state:,} bytes of a "
-      f"device and a batch {batch:,}; a {device.device_kind} here has {limit:,}"
+      f"config.model.path={config.model.path!r}: each device needs {state:,} bytes for weights "
+      f"and optimizer state and {batch:,} for a batch; a {device.device_kind} here has {limit:,}"
     )
 
 
 def pinned_memory_warning(program: TrainProgram) -> str:
-  """Returns a warning where XLA's pool of pinned memory may be too small for the state; else ""."""
+  """Return a warning where XLA's pool of pinned memory may be too small for the state; else ""."""
   devices = program.batch_sharding.mesh.local_devices
   on_host = host_bytes(program)
   limit = backend.pinned_limit()
@@ -68,9 +68,9 @@ def pinned_memory_warning(program: TrainProgram) -> str:
   if devices[0].platform != "gpu" or backend.pool_fits(blocks * len(devices), limit):
     return ""
   return (
-    f"warning: the host is to keep {on_host * len(devices):,} bytes; with the gaps between them "
-    f"that may be more than the {limit:,} that XLA may pin. If it runs out of host memory, set "
-    f"{backend.PINNED_LIMIT_ENV} (GiB) before the run starts (docs/memory.md)"
+    f"warning: offload needs {on_host * len(devices):,} bytes of host memory; with the gaps between "
+    f"blocks that may exceed the {limit:,} that XLA may pin. If the run ends out of host memory, set "
+    f"{backend.PINNED_LIMIT_ENV} (GiB) before it starts (docs/memory.md)"
   )
 
 

@@ -38,7 +38,7 @@ TABLE_CHUNK_BYTES = 2**26  # bytes of a table that are updated at once
 
 
 def validate_offload(platform: str, shapes: PyTree, mode: str) -> list[str]:
-  """Returns one line where the compiler is known to fail on such a state in host memory.
+  """Return one line where the compiler is known to fail on such a state in host memory.
 
   Args:
     shapes: of the state; where they have shardings, a device's shards count.
@@ -51,10 +51,10 @@ def validate_offload(platform: str, shapes: PyTree, mode: str) -> list[str]:
     # libtpu (0.0.42.1) has other shapes in another order in host memory than it copies them in.
     if is_offloaded(leaf) and (shape[-1] % 128 or len(shape) > 2 and shape[-2] % 8):
       return [
-        f"config.memory.offload={mode}: on a TPU not for this model, optimizer or adapter: libtpu "
-        "aborts on shapes whose last two sizes are no multiples of 8 and 128, as of "
-        f"{jax.tree_util.keystr(path)}, {shape}; all of GPT-J with adamw, lion or sgd has none; "
-        "more chips (config.mesh.fsdp) hold others without offload"
+        f"config.memory.offload={mode}: on a TPU this model, optimizer or adapter cannot be "
+        "offloaded. libtpu aborts unless the last two sizes of a shape are multiples of 8 and 128, "
+        f"and {jax.tree_util.keystr(path)} is {shape}. Full fine-tuning of GPT-J with adamw, lion or "
+        "sgd works; for other models, use more chips (config.mesh.fsdp) without offload"
       ]
   return []
 
@@ -76,7 +76,7 @@ def with_host_memory(shapes: PyTree) -> PyTree:
 
 
 def to_device(tree: PyTree) -> PyTree:
-  """Moves a tree to the device; what is on it already stays."""
+  """Move a tree to the device; what is on it already stays."""
 
   # In the host's layout, row after row: libtpu (0.0.42.1) aborts where the layout is to change.
   def row_major(x):
@@ -90,17 +90,17 @@ def to_device(tree: PyTree) -> PyTree:
 
 
 def to_host(x: jax.Array) -> jax.Array:
-  """Moves an array to the host."""
+  """Move an array to the host."""
   return jax.device_put(x, jax.memory.Space.Host)
 
 
 def tree_to_host(tree: PyTree) -> PyTree:
-  """Moves whole leaves to the host, those that are offloaded."""
+  """Move whole leaves to the host, those that are offloaded."""
   return jax.tree.map(lambda leaf: to_host(leaf) if is_offloaded(leaf) else leaf, tree)
 
 
 def host_mask(state: TrainState, mode: str) -> TrainState:
-  """Says for each leaf of the state, or of its shapes, whether it is in host memory."""
+  """Return for each leaf of the state, or of its shapes, whether it is in host memory."""
 
   def mask(tree, on):
     return jax.tree.map(lambda leaf: on and is_offloaded(leaf), tree)
@@ -122,7 +122,7 @@ def state_with_host_memory(state: TrainState, mode: str) -> TrainState:
 def mark_host_inputs(
   step: Callable[[PyTree, Batch], PyTree], mask: PyTree
 ) -> Callable[[PyTree, Batch], PyTree]:
-  """Wraps `step` so that XLA knows which leaves of its first argument are on the host.
+  """Wrap `step` so that XLA knows which leaves of its first argument are on the host.
 
   The shardings of a GPU that does not exist have no memory kind, and the program would not know
   (jax 0.10 to 0.12).
@@ -137,7 +137,7 @@ def mark_host_inputs(
 
 
 def fetch_layer(stack: PyTree, index: jax.Array) -> PyTree:
-  """Fetches one layer of stacked leaves."""
+  """Fetch one layer of stacked leaves."""
   layer = lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
   return to_device(jax.tree.map(layer, stack))
 
@@ -145,7 +145,7 @@ def fetch_layer(stack: PyTree, index: jax.Array) -> PyTree:
 def make_streamed_grad_fn(
   graph: nnx.GraphDef[Decoder], *, loss_chunk: int, seed: int, remat: str, trained: Trained = ()
 ) -> GradFn:
-  """Makes `train_step.make_grad_fn`'s function for weights on the host, and the gradient too."""
+  """Make `train_step.make_grad_fn`'s function for weights on the host, and the gradient too."""
   mask_frozen_layers = make_layer_mask(trained)
 
   def grad_fn(state: TrainState, batch: Batch) -> tuple[jax.Array, Params, jax.Array]:
@@ -194,7 +194,7 @@ def make_streamed_grad_fn(
 def _dropout_keys(
   cfg: ModelConfig, seed: int, step: jax.Array, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
-  """Makes the keys the model itself would: for its embedding (A, B), for its layers (L, A, B)."""
+  """Make the keys the model itself would: for its embedding (A, B), for its layers (L, A, B)."""
   key = jax.random.fold_in(jax.random.key(seed), step)
   keys_AB = per_row_keys(key, 0, math.prod(shape)).reshape(shape)
   if not any((cfg.embed_dropout, cfg.attention_dropout, cfg.residual_dropout, cfg.lora_dropout)):
@@ -210,7 +210,7 @@ def _dropout_keys(
 def _embed(
   graph: nnx.GraphDef[Decoder], params: Params, ids: jax.Array, positions, keys_AB
 ) -> tuple[jax.Array, Callable]:
-  """Returns the input of the first layer, (A, B, T, D), and its VJP.
+  """Return the input of the first layer, (A, B, T, D), and its VJP.
 
   The VJP gives the gradient of the embedding's parameters but its table, and of the rows of that.
   """
@@ -231,7 +231,7 @@ def _embed(
 def _forward_layers(
   apply_layer: ApplyLayerFn, params: Params, x: jax.Array, layers: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the output of the last layer, and the inputs of all, (L, A, B, T, D).
+  """Return the output of the last layer, and the inputs of all, (L, A, B, T, D).
 
   Nothing else is saved: the backward pass computes a layer again from its input, as with remat.
   """
@@ -245,7 +245,7 @@ def _forward_layers(
 def _head_grads(
   loss_fn: Callable, cfg: ModelConfig, state: TrainState, x: jax.Array, batch: Batch
 ) -> tuple[jax.Array, Params, jax.Array]:
-  """Returns the loss, and its gradient by the head's parameters and by the last hidden states."""
+  """Return the loss, and its gradient by the head's parameters and by the last hidden states."""
   # A tied head is the table of the embedding; a classifier has an output of its own.
   uses_table = cfg.tied and not cfg.classes
   names = ("norm", "output", "embed") if uses_table else ("norm", "output")
@@ -274,7 +274,7 @@ def _backward_layers(
   inputs: jax.Array,
   layers: jax.Array,
 ) -> tuple[jax.Array, Params]:
-  """Returns the gradient of the first layer's input, and that of all layers' parameters.
+  """Return the gradient of the first layer's input, and that of all layers' parameters.
 
   From the last layer to the first, each is fetched again. Its gradient, of all micro-batches, goes
   to the host as it is made: the device has one layer's, never all.
@@ -305,7 +305,7 @@ def _backward_layers(
 def _embed_grads(
   model: Decoder, state: TrainState, ids: jax.Array, d_head: Params, d_other: Params, d_embeds
 ) -> Params:
-  """Returns the gradient of the embedding: that of its rows is added to what a tied head has left.
+  """Return the gradient of the embedding: that of its rows is added to what a tied head has left.
 
   Args:
     d_other, d_embeds: of its parameters but the table, and of the rows, by the VJP of `_embed`.
@@ -321,14 +321,14 @@ def _embed_grads(
 
 
 def _map_micro_batches(f: Callable, xs: PyTree) -> jax.Array:
-  """Maps `f` over the accumulation steps, one after the other."""
+  """Map `f` over the accumulation steps, one after the other."""
   if jax.tree.leaves(xs)[0].shape[0] == 1:
     return f(jax.tree.map(lambda x: x[0], xs))[None]
   return jax.lax.map(f, xs)
 
 
 def make_fetch_params(dtype: jnp.dtype, shardings: PyTree) -> Callable[[Params], Params]:
-  """Makes a function that copies weights on the host to the device, a layer at a time.
+  """Make a function that copies weights on the host to the device, a layer at a time.
 
   Matrices of layers are in the compute dtype, and so are their gradients; what all layers share
   stays in float32, as its gradient is a sum of several.
@@ -353,7 +353,7 @@ def make_fetch_params(dtype: jnp.dtype, shardings: PyTree) -> Callable[[Params],
 
 
 def make_streamed_stats(grad_shardings: PyTree) -> GradStatsFn:
-  """Makes `train_step.make_grad_stats`'s function for a gradient on the host, read in chunks.
+  """Make `train_step.make_grad_stats`'s function for a gradient on the host, read in chunks.
 
   It does not check the state: 12 more bytes a parameter over the bus. A NaN among the weights shows
   in the loss, among the moments in the weights after them, and a checkpoint of either is refused
@@ -390,7 +390,7 @@ def make_streamed_stats(grad_shardings: PyTree) -> GradStatsFn:
 def make_streamed_update_fn(
   config: OptimSection, shardings: PyTree, trained: Trained = ()
 ) -> UpdateFn:
-  """Makes `train_step.make_update_fn`'s function for a state on the host, updated in place.
+  """Make `train_step.make_update_fn`'s function for a state on the host, updated in place.
 
   It updates a layer of each leaf, or some rows of a table, after the other.
 

@@ -30,7 +30,7 @@ def warmup_steps(optim: OptimSection, total_steps: int) -> int:
 
 
 def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
-  """Makes the learning rate: a linear warm-up from 0, then constant, linear or cosine.
+  """Make the learning rate: a linear warm-up from 0, then constant, linear or cosine.
 
   The same course as transformers' `get_*_schedule_with_warmup`, with an end that may be above 0.
   """
@@ -48,7 +48,7 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
-  """Makes clipped gradients into updates, of which the step subtracts learning rate times update.
+  """Make clipped gradients into updates, of which the step subtracts learning rate times update.
 
   Each leaf has a state of its own, and so has each layer in a leaf that stacks them: a layer can be
   updated alone, and what an optimizer measures over a whole matrix (Adafactor) it measures over
@@ -75,13 +75,13 @@ def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
 
 
 def unzip(like: PyTree, pairs: PyTree) -> tuple[PyTree, PyTree]:
-  """Makes two trees like `like` of one that has a pair at each of its leaves."""
+  """Make two trees like `like` of one that has a pair at each of its leaves."""
   first, second = (jax.tree.map(lambda _, pair, i=i: pair[i], like, pairs) for i in (0, 1))
   return first, second
 
 
 def make_leaf_optimizer(optim: OptimSection, path: ParamPath) -> optax.GradientTransformation:
-  """Makes the optimizer of the leaf at this path, or of one layer of it."""
+  """Make the optimizer of the leaf at this path, or of one layer of it."""
   dtype = jnp.dtype(optim.state_dtype)
   adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps, mu_dtype=dtype)
   scale = {

@@ -78,7 +78,7 @@ class PreemptionHandler:
       return
     self.received = signal.Signals(number).name
     if not self._deferred:
-      raise Preempted(f"{self.received}: nothing was lost; the same command continues")
+      raise Preempted(f"{self.received}: no work was lost; the same command continues")
 
   def _forward(self, number: int, _: FrameType | None) -> None:
     if self._is_repeated(number):

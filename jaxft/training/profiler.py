@@ -34,8 +34,8 @@ class Profiler:
     self._paused = paused
     self._is_tracing = False
     if count and first > total:
-      last = f"and the last of the run is {total}"
-      log(f"nothing is traced: the first step that would be is {first}, {last}")
+      last = f"and the run ends at step {total}"
+      log(f"no step is traced: tracing would begin at step {first}, {last}")
 
   def __enter__(self) -> "Profiler":
     return self
@@ -59,7 +59,7 @@ class Profiler:
     self._is_tracing = False
     if self._try(jax.profiler.stop_trace):
       steps = f"steps {self._first} to {self._last}"
-      log(f"{steps} are traced in {self._folder}: `xprof {self._folder}` shows them")
+      log(f"{steps} are traced in {self._folder}; to view them: `xprof {self._folder}`")
 
   def _try(self, action: Callable[[], object]) -> bool:
     try:

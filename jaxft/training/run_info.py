@@ -26,7 +26,7 @@ ENV_VARIABLES = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES",
 
 
 def write_about(run: BuiltRun, start: int, memory: dict[str, int]) -> Json:
-  """Writes about.json of a run that begins or goes on, and returns its content.
+  """Write about.json of a run that begins or goes on, and returns its content.
 
   Args:
     start: step that the run goes on from.
@@ -61,13 +61,13 @@ def write_about(run: BuiltRun, start: int, memory: dict[str, int]) -> Json:
 
 @contextlib.contextmanager
 def log_failure(name: str) -> Generator[None]:
-  """Logs an error: a disk that does not take a file costs a line of the log, not the run."""
+  """Log an error: a disk that does not take a file costs a line of the log, not the run."""
   try:
     yield
   except Exception as error:  # of any kind: hours of training are worth more than a page
     reason = f"{type(error).__name__}: {first_line(error)}"
     reason = str(error) if isinstance(error, StorageError) else reason
-    log(f"{name} is not written ({reason}); python -m jaxft.report makes the page again")
+    log(f"{name} is not written ({reason}); to rebuild the page: python -m jaxft.report")
 
 
 def now() -> str:

@@ -77,7 +77,7 @@ class BuiltRun:
 
 
 def build_run(request: RunRequest, inputs: RunInputs) -> BuiltRun:
-  """Builds the programs of a run; RequestError where its state does not fit into memory."""
+  """Build the programs of a run; RequestError where its state does not fit into memory."""
   config = request.config
   cfg = trainable_params.apply_config(inputs.source.cfg, config, inputs.model_type)
   row = inputs.data.train[0]
@@ -97,7 +97,7 @@ def build_run(request: RunRequest, inputs: RunInputs) -> BuiltRun:
 
 @contextlib.contextmanager
 def open_checkpoints(run: BuiltRun) -> Generator[CheckpointManager]:
-  """Opens the checkpoints of this run; raises where they are of another."""
+  """Open the checkpoints of this run; raises where they are of another."""
   train = run.config.train
   checkpoints = CheckpointManager(
     folder=run.request.workdir / "checkpoints",
@@ -116,7 +116,7 @@ def open_checkpoints(run: BuiltRun) -> Generator[CheckpointManager]:
 
 
 def check_room(run: BuiltRun, saved_steps: list[int]) -> None:
-  """Raises StorageError where the disk has no room for the checkpoints to come and the export.
+  """Raise StorageError where the disk has no room for the checkpoints to come and the export.
 
   `saved_steps`: of the checkpoints that are on it.
   """
@@ -133,13 +133,13 @@ def check_room(run: BuiltRun, saved_steps: list[int]) -> None:
 
 
 def initial_state(run: BuiltRun) -> TrainState:
-  """Returns the state of a run that begins, with pretrained or new weights."""
+  """Return the state of a run that begins, with pretrained or new weights."""
   params, frozen = init.load_or_init_params(run.program, run.cfg, run.inputs.source, run.config)
   return init.init_train_state(run.program, params, frozen)
 
 
 def restore_or_init(run: BuiltRun, checkpoints: CheckpointManager) -> tuple[TrainState, int]:
-  """Returns the state that the run goes on from or begins with, and the tokens it has seen."""
+  """Return the state that the run goes on from or begins with, and the tokens it has seen."""
   like = run.program.state.checkpointable
   strict = run.request.strict
   saved, tokens_seen = restore_latest(checkpoints, like, run.inputs.total_steps, strict)
@@ -152,7 +152,7 @@ def restore_or_init(run: BuiltRun, checkpoints: CheckpointManager) -> tuple[Trai
 
 
 def write_run_files(run: BuiltRun) -> None:
-  """Writes what the workdir says of the run, from the main process: settings, data, base model."""
+  """Write what the workdir says of the run, from the main process: settings, data, base model."""
   if jax.process_index() > 0:
     return
   workdir = run.request.workdir
@@ -163,7 +163,7 @@ def write_run_files(run: BuiltRun) -> None:
 
 
 def export_run(run: BuiltRun, params: Params, step: int, about: Json) -> None:
-  """Writes a Hugging Face folder, reads it back and compares it.
+  """Write a Hugging Face folder, reads it back and compares it.
 
   The frozen weights are read again, as precise as they are in the base model.
   """

@@ -13,7 +13,7 @@ RNG_STREAM = 0x726F756E  # of random numbers, apart from that of dropout
 
 
 def stochastic_round(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Array:
-  """Rounds `x`, float32, to one of its two neighbours in bfloat16, so that the mean is `x`.
+  """Round `x`, float32, to one of its two neighbours in bfloat16, so that the mean is `x`.
 
   With dtype float32 nothing changes. What bfloat16 has exactly stays as it is, and what is not
   finite stays so.
@@ -30,7 +30,7 @@ def stochastic_round(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Arra
 
 
 def stochastic_round_layers(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Array:
-  """Rounds each layer of stacked ones with a key of its own."""
+  """Round each layer of stacked ones with a key of its own."""
   if dtype == x.dtype:
     return x
 
@@ -41,7 +41,7 @@ def stochastic_round_layers(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> j
 
 
 def rounding_keys(seed: int, step: jax.Array, params: Params) -> Params:
-  """Returns a key for each leaf of the parameters in this step of a run."""
+  """Return a key for each leaf of the parameters in this step of a run."""
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), RNG_STREAM), step)
   leaves, tree = jax.tree.flatten(params)
   return jax.tree.unflatten(tree, [jax.random.fold_in(key, i) for i in range(len(leaves))])

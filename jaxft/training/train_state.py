@@ -24,7 +24,7 @@ class TrainState:
 
   @classmethod
   def from_checkpoint(cls, saved: CheckpointState, frozen: Params) -> "TrainState":
-    """Undoes `checkpointable`."""
+    """Undo `checkpointable`."""
     return cls(step=saved.step, params=saved.params, opt_state=saved.opt, frozen=frozen)
 
   @property

@@ -46,7 +46,7 @@ def make_grad_fn(
   trained: Trained,
   fetch_params: Callable[[Params], Params],
 ) -> GradFn:
-  """Returns `grad_fn(state, batch) -> (loss, grads, tokens)`.
+  """Return `grad_fn(state, batch) -> (loss, grads, tokens)`.
 
   The loss is a sum over the unmasked targets of the whole global batch divided by their count, so
   it does not depend on how rows are split into accumulation steps or over devices; nor does
@@ -112,7 +112,7 @@ def make_grad_fn(
 
 
 def make_grad_stats(nonfinite_leaves: Callable[[PyTree], jax.Array]) -> GradStatsFn:
-  """Returns `grad_stats(grads, state) -> (global norm, for each leaf of both: is not finite)`.
+  """Return `grad_stats(grads, state) -> (global norm, for each leaf of both: is not finite)`.
 
   Args:
     nonfinite_leaves: `per_device.make_nonfinite_check` for (grads, state).
@@ -126,7 +126,7 @@ def make_grad_stats(nonfinite_leaves: Callable[[PyTree], jax.Array]) -> GradStat
 
 
 def make_update_fn(tx: optax.GradientTransformation, trained: Trained = ()) -> UpdateFn:
-  """Returns `update_fn(state, grads, keys, scale, learning_rate, is_finite)`.
+  """Return `update_fn(state, grads, keys, scale, learning_rate, is_finite)`.
 
   It gives (params, opt_state), unchanged where `is_finite` is false. Gradients are multiplied by
   `scale`; `keys` has one for each parameter, to round it with.
@@ -168,7 +168,7 @@ def make_train_step(
   clip_norm: float,
   seed: int,
 ) -> TrainStepFn:
-  """Returns `train_step(state, batch) -> (state, metrics)`, of functions made here or in `offload`.
+  """Return `train_step(state, batch) -> (state, metrics)`, of functions made here or in `offload`.
 
   When loss, gradient, or a leaf of the state is not finite, the step changes nothing but
   `state.step`: `metrics["bad"]` is true, and `metrics["bad_leaves"]` says which leaves of the

@@ -20,7 +20,7 @@ ParamPath: TypeAlias = tuple[jax.tree_util.DictKey, ...]  # as jax.tree_util has
 
 
 def partition(tree: Params, trained: Trained) -> tuple[Params, Params]:
-  """Splits a tree of parameters in two: the trained leaves, whole, and the frozen ones."""
+  """Split a tree of parameters in two: the trained leaves, whole, and the frozen ones."""
   if not trained:
     return tree, {}
   names = {name for name, _ in trained}
@@ -29,7 +29,7 @@ def partition(tree: Params, trained: Trained) -> tuple[Params, Params]:
 
 
 def combine(trained: Params, frozen: Params) -> Params:
-  """Undoes `partition`."""
+  """Undo `partition`."""
   if not frozen:
     return trained
   both = {name: combine(trained[name], frozen[name]) for name in trained.keys() & frozen.keys()}
@@ -38,7 +38,7 @@ def combine(trained: Params, frozen: Params) -> Params:
 
 
 def select_like(tree: Params, shapes: Params) -> Params:
-  """Selects what `shapes`, which may have fewer leaves, has of a tree."""
+  """Select what `shapes`, which may have fewer leaves, has of a tree."""
   return {
     name: select_like(tree[name], node) if isinstance(node, dict) else tree[name]
     for name, node in shapes.items()
@@ -46,7 +46,7 @@ def select_like(tree: Params, shapes: Params) -> Params:
 
 
 def make_layer_mask(trained: Trained) -> Callable[..., jax.Array]:
-  """Returns `mask_frozen_layers(path, x, layer=None)`: x with 0 in the leaf's frozen layers.
+  """Return `mask_frozen_layers(path, x, layer=None)`: x with 0 in the leaf's frozen layers.
 
   With `layer`, x is that one layer alone.
   """
@@ -67,7 +67,7 @@ def make_layer_mask(trained: Trained) -> Callable[..., jax.Array]:
 
 
 def num_params(tree: Params, cfg: ModelConfig) -> int:
-  """Counts parameters, without the rows that pad the vocabulary."""
+  """Count parameters, without the rows that pad the vocabulary."""
 
   def size(path: ParamPath, leaf: jax.Array) -> int:
     is_padded = param_name(path) in ("embed.tokens", "output.kernel", "output.bias")

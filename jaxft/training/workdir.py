@@ -24,7 +24,7 @@ RUN_FILES = ("checkpoints", "metrics.jsonl", "config.json", "report.html", "expo
 
 @contextmanager
 def hold_workdir(workdir: Path, overwrite: bool, inputs: Iterable[Path]) -> Generator[None]:
-  """Holds the workdir's lock; with `overwrite`, RequestError where it could not be moved aside."""
+  """Hold the workdir's lock; with `overwrite`, RequestError where it could not be moved aside."""
   if overwrite:
     check_not_an_input(workdir, inputs)
   with lock_workdir(workdir):
@@ -36,7 +36,7 @@ def hold_workdir(workdir: Path, overwrite: bool, inputs: Iterable[Path]) -> Gene
 
 @contextmanager
 def lock_workdir(workdir: Path) -> Generator[None]:
-  """Holds the workdir's lock, which ends with the process.
+  """Hold the workdir's lock, which ends with the process.
 
   Raises RequestError, with pid and host, when another run has it.
   """
@@ -45,7 +45,7 @@ def lock_workdir(workdir: Path) -> Generator[None]:
     return
   if workdir.is_symlink() and not workdir.exists():
     raise RequestError(
-      f"--workdir={str(workdir)!r}: a link that leads nowhere; make the folder, or name another one"
+      f"--workdir={str(workdir)!r}: a broken link; create its target, or name another folder"
     )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -83,17 +83,17 @@ def _lock_owner(workdir: Path) -> str:
 
 
 def check_not_an_input(workdir: Path, inputs: Iterable[Path]) -> None:
-  """Raises RequestError where a new run reads something in the workdir that will be moved."""
+  """Raise RequestError where a new run reads something in the workdir that will be moved."""
   for path in (Path.cwd(), *inputs):
     if path.resolve().is_relative_to(workdir.resolve()):
       raise RequestError(
-        f"--overwrite_output_dir: {path} lies in {workdir}, which would be moved aside; name "
+        f"--overwrite_output_dir: {path} is in {workdir}, which would be moved aside; name "
         "another --workdir"
       )
 
 
 def check_movable(workdir: Path) -> None:
-  """Raises RequestError where a workdir cannot be moved, or a folder of it has a run going on."""
+  """Raise RequestError where a workdir cannot be moved, or a folder of it has a run going on."""
   folder = workdir.resolve()
   if os.path.ismount(folder):
     raise RequestError(
@@ -102,8 +102,8 @@ def check_movable(workdir: Path) -> None:
     )
   if not os.access(folder.parent, os.W_OK):
     raise RequestError(
-      f"--overwrite_output_dir: {workdir} would be moved aside, and {folder.parent} may not be "
-      "written to; name another --workdir"
+      f"--overwrite_output_dir: {workdir} cannot be moved aside, because {folder.parent} is not "
+      "writable; name another --workdir"
     )
   for file in folder.glob(f"**/{LOCK_FILES[0]}"):
     if file.parent == folder:
@@ -123,7 +123,7 @@ def has_content(workdir: Path) -> bool:
 
 
 def move_aside(workdir: Path) -> Path:
-  """Renames a workdir, and makes a new one, in which the lock goes on. Returns the new path.
+  """Rename a workdir, and makes a new one, in which the lock goes on. Returns the new path.
 
   All of it is in one of the two folders at any moment. Raises StorageError.
   """
@@ -147,22 +147,20 @@ def move_aside(workdir: Path) -> Path:
 
 
 def overwrite_workdir(workdir: Path, out: Path, preemption: PreemptionHandler) -> None:
-  """Moves the run that is in the workdir aside, for all processes; says that `out` will be new."""
+  """Move the run that is in the workdir aside, for all processes; says that `out` will be new."""
   is_main = jax.process_index() == 0
   multihost.assert_all_equal("read", {})
   with preemption.deferred():
     if is_main and has_content(workdir):
       aside = move_aside(workdir)
-      log(
-        f"{workdir}: what was there is moved to {aside}; a new run begins (--overwrite_output_dir)"
-      )
+      log(f"{workdir}: the old run is moved to {aside}; a new run begins (--overwrite_output_dir)")
     multihost.assert_all_equal("moved", {})
   if is_main and out.is_dir() and any(out.iterdir()):
-    log(f"{out}: the export in it will be replaced when the run ends")
+    log(f"{out}: this export will be replaced when the run ends")
 
 
 def check_disk_space(needed: dict[Path, int], what: str) -> None:
-  """Raises StorageError when a disk has less free space than is needed.
+  """Raise StorageError when a disk has less free space than is needed.
 
   Args:
     needed: bytes for each folder, which need not exist yet.
