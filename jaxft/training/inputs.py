@@ -172,8 +172,8 @@ def _load_base_model(request: RunRequest) -> "tuple[HFCheckpoint, PreTrainedToke
     check_not_an_input(request.workdir, [source.folder, source.tokenizer_folder])
   if source.adapter and config.lora.rank:
     raise RequestError(
-      f"config.model.path={config.model.path!r} is a folder of adapters, and new adapters cannot be "
-      "trained on top of them; merge them first: python -m jaxft.export --model "
+      f"config.model.path={config.model.path!r} is a folder of adapters, and new adapters cannot "
+      "be trained on top of them; merge them first: python -m jaxft.export --model "
       f"{config.model.path} --out MERGED"
     )
   if (length := config.data.sequence_length) > P:
@@ -231,8 +231,8 @@ def small_data_warnings(config: Config, data: PreparedData, total_steps: int) ->
       if value := getattr(train, name):
         read = format_count(data.report["rows"]["read"], "row")
         raise RequestError(
-          f"config.train.{name}={value!r} needs held-out text, and the data ({read}) has too little; "
-          "name sources in config.data.validation"
+          f"config.train.{name}={value!r} needs held-out text, and the data ({read}) has too "
+          "little; name sources in config.data.validation"
         )
     lines.append(
       "no text is held out, so this run has no eval loss; to evaluate, name text in "

@@ -68,9 +68,9 @@ def pinned_memory_warning(program: TrainProgram) -> str:
   if devices[0].platform != "gpu" or backend.pool_fits(blocks * len(devices), limit):
     return ""
   return (
-    f"warning: offload needs {on_host * len(devices):,} bytes of host memory; with the gaps between "
-    f"blocks that may exceed the {limit:,} that XLA may pin. If the run ends out of host memory, set "
-    f"{backend.PINNED_LIMIT_ENV} (GiB) before it starts (docs/memory.md)"
+    f"warning: offload needs {on_host * len(devices):,} bytes of host memory; with the gaps "
+    f"between blocks that may exceed the {limit:,} that XLA may pin. If the run ends out of host "
+    f"memory, set {backend.PINNED_LIMIT_ENV} (GiB) before it starts (docs/memory.md)"
   )
 
 

@@ -52,8 +52,8 @@ def validate_offload(platform: str, shapes: PyTree, mode: str) -> list[str]:
     if is_offloaded(leaf) and (shape[-1] % 128 or len(shape) > 2 and shape[-2] % 8):
       return [
         f"config.memory.offload={mode}: on a TPU this model, optimizer or adapter cannot be "
-        "offloaded. libtpu aborts unless the last two sizes of a shape are multiples of 8 and 128, "
-        f"and {jax.tree_util.keystr(path)} is {shape}. Full fine-tuning of GPT-J with adamw, lion or "
+        "offloaded. libtpu aborts unless the last two sizes of a shape are multiples of 8 and 128; "
+        f"{jax.tree_util.keystr(path)} is {shape}. Full fine-tuning of GPT-J with adamw, lion or "
         "sgd works; for other models, use more chips (config.mesh.fsdp) without offload"
       ]
   return []

@@ -1,4 +1,4 @@
-"""Resuming a run: is it the same run, and which of its checkpoints is sound."""
+"""Resuming a run: check that it is the same run, and find its newest sound checkpoint."""
 
 import json
 
@@ -13,7 +13,7 @@ from jaxft.utils.console import log
 from jaxft.utils.types import Json
 from jaxft.utils.units import format_count
 
-LENGTH_SETTINGS = ("config.train.steps", "config.train.epochs")  # they make a run longer or shorter
+LENGTH_SETTINGS = ("config.train.steps", "config.train.epochs")  # change only the length of a run
 OTHER_WORKDIR = "name another --workdir"
 WAYS_OUT = "restore its settings, name another --workdir, or pass --allow_change"
 
@@ -25,13 +25,18 @@ def check_same_run(
   current: Json,
   allow_change: bool,
 ) -> None:
-  """Raise RequestError when the newest readable checkpoint is of another run than this one.
-
-  With `allow_change` it logs the differences. A checkpoint with other leaves than `like`, the state
-  of this run, is refused in any case: nothing could be done with it.
+  """Check that the newest readable checkpoint belongs to this run.
 
   Args:
+    checkpoints: the checkpoints in the workdir.
+    like: the state of this run. A checkpoint with other leaves is always refused, because it cannot
+      be restored.
+    config: the config of this run.
     current: the metadata that a checkpoint of this run would have.
+    allow_change: log the differences instead of raising.
+
+  Raises:
+    RequestError: the checkpoint belongs to another run.
   """
   for step in reversed(checkpoints.steps()):
     try:
@@ -39,7 +44,7 @@ def check_same_run(
     except CheckpointReadError:
       raise
     except StorageError:
-      continue  # `restore_latest` will say so
+      continue  # `restore_latest` reports it
     lines = _diff(saved, config, current)
     if other := _other_leaves(like, saved["leaves"]):
       lines.append(f"{checkpoints.folder / str(step)}: from another model or optimizer: {other}")
@@ -49,13 +54,13 @@ def check_same_run(
     path = f"config.model.path={config.model.path!r}"
     if saved.get("frozen", "") != current["frozen"]:
       lines.append(
-        f"{path}: the weights, of which some are frozen, have changed since the run was started"
+        f"{path}: its weights, some of them frozen, have changed since the run was started"
       )
     if saved["data"] != current["data"]:
       lines.append(
         "config.data: the training text or its tokenization has changed since the run was started"
       )
-    # A record of before 2026-11-28 has no "held_out".
+    # Records from before 2026-11-28 have no "held_out".
     if saved.get("held_out", current["held_out"]) != current["held_out"]:
       lines.append("config.data: the held-out text has changed since the run was started")
     if saved["total_steps"] > total_steps:
@@ -70,15 +75,15 @@ def check_same_run(
       log(f"{line}; continuing with the change (--allow_change)")
     if saved["total_steps"] < total_steps:
       log(
-        f"{total_steps} steps in total instead of {saved['total_steps']}: continuing at step {step}, "
-        "with the learning-rate schedule of the new length"
+        f"{total_steps} steps in total instead of {saved['total_steps']}: continuing at step "
+        f"{step} with the learning-rate schedule of the new length"
         + _masked_rows_note(saved, current, step)
       )
     return
 
 
 def _diff(saved: Json, config: Config, current: Json) -> list[str]:
-  """A line for each setting, and each fact of the model, that is not what it was."""
+  """Return a line for each setting and each field of the model config that has changed."""
   lines = jaxft.config.diff_from_saved(saved["config"], config)
   if saved["total_steps"] < current["total_steps"]:
     lines = [line for line in lines if line.split("=")[0] not in LENGTH_SETTINGS]
@@ -86,13 +91,13 @@ def _diff(saved: Json, config: Config, current: Json) -> list[str]:
   return lines + [
     f"config.json of config.model.path={config.model.path!r}: {name} is {model.get(name)!r}; the "
     f"run was started with {was!r}"
-    for name, was in saved.get("model", {}).items()  # a record of before 2026-11-21 has none
-    if model.get(name) != was and name not in RUN_FIELDS  # those are settings
+    for name, was in saved.get("model", {}).items()  # records from before 2026-11-21 have no model
+    if model.get(name) != was and name not in RUN_FIELDS  # compared as settings
   ]
 
 
 def _other_leaves(like: CheckpointState, saved: dict[str, str]) -> str:
-  """Names the first leaf that a checkpoint has otherwise than this run; "" where there is none."""
+  """Describe the first leaf with another dtype or shape in the checkpoint; "" if all match."""
   current = leaf_specs(like)
   names = sorted(saved.keys() | current.keys())
   other = [name for name in names if saved.get(name) != current.get(name)]
@@ -103,25 +108,31 @@ def _other_leaves(like: CheckpointState, saved: dict[str, str]) -> str:
 
 
 def _masked_rows_note(saved: Json, current: Json, step: int) -> str:
-  """Return which rows the last step of a shorter run had masked, and the longer one has passed."""
+  """Report the rows that a shorter run masked in its last step and a longer run now skips."""
   rows = saved.get("rows_in_all")
   if not rows:
     return ""
   passed = min(step * current["rows_of_step"], current["rows_in_all"]) - rows
   if passed <= 0:
     return ""
-  return (
-    f"; one epoch lacks {format_count(passed, 'row')}, masked in the last step of the shorter run"
-  )
+  return f"; one epoch lacks {format_count(passed, 'row')}, masked by the shorter run"
 
 
 def restore_best(
   checkpoints: CheckpointManager, like: CheckpointState, strict: bool
 ) -> tuple[int, CheckpointState]:
-  """Restore the weights alone of the best checkpoint, or of the newest where none has a metric.
+  """Restore only the weights of the best checkpoint, or of the newest if none has a metric.
 
-  Returns its step too. Damaged ones are set aside, or raise if `strict`. Raises StorageError where
-  none is sound.
+  Args:
+    checkpoints: the checkpoints of the run.
+    like: shapes with shardings of a checkpoint's state.
+    strict: raise for a damaged checkpoint, instead of setting it aside.
+
+  Returns:
+    The step of the checkpoint, and its state with weights only.
+
+  Raises:
+    StorageError: no checkpoint is sound, or one is damaged and `strict` is set.
   """
   skip_opt = jax.tree.map(lambda _: PLACEHOLDER, like.opt)
   weights_like = like._replace(step=PLACEHOLDER, opt=skip_opt)
@@ -145,12 +156,21 @@ def restore_best(
 def restore_latest(
   checkpoints: CheckpointManager, like: CheckpointState, total_steps: int, strict: bool
 ) -> tuple[CheckpointState | None, int]:
-  """Restore the newest sound checkpoint, with the tokens it has seen; (None, 0) in a new run.
+  """Restore the newest sound checkpoint.
 
-  Damaged ones that are newer are set aside, or raise if `strict`. Raises StorageError when there
-  are some and none is sound.
+  Args:
+    checkpoints: the checkpoints of the run.
+    like: shapes with shardings of a checkpoint's state.
+    total_steps: of the run, for the log.
+    strict: raise for a damaged checkpoint, instead of setting it aside.
+
+  Returns:
+    Its state and the number of tokens trained on so far; (None, 0) for a new run.
+
+  Raises:
+    StorageError: checkpoints exist but none is sound, or one is damaged and `strict` is set.
   """
-  damaged = {}
+  damaged = {}  # set aside only after an older checkpoint was restored
   for step in reversed(checkpoints.steps()):
     try:
       state = checkpoints.restore(step, like)
