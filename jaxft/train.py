@@ -70,7 +70,7 @@ def finetune(
   Args:
     config: from `jaxft.config.default()`; `jaxft.config.SETTINGS` explains every key.
     workdir: folder for all files that the run writes.
-    dry_run: compile, print the memory use and return None, without reading weights or writing files.
+    dry_run: compile, print the memory use and return None. No weights are read, no files written.
     strict: raise for a damaged checkpoint, instead of setting it aside and using an older one.
     allow_change: resume even if settings that affect the result have changed since the run was
       started.

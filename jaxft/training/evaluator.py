@@ -1,4 +1,4 @@
-"""Evaluation during a run: the loss on held-out and on unrelated text, and samples."""
+"""Evaluation during a run: loss on held-out and unrelated text, and samples."""
 
 import math
 
@@ -15,12 +15,19 @@ from jaxft.utils.types import Json, Params
 
 
 class Evaluator:
-  """Evaluates and samples, and logs the results."""
+  """Evaluates the model, generates samples, and logs both."""
 
   def __init__(
     self, run: BuiltRun, eval_step: EvalStepFn, logger: MetricsLogger, history: JsonlLog
   ):
-    """`eval_step`: compiled for the run; `history`: metrics.jsonl, which `logger` writes."""
+    """Prepare the evaluation of a run.
+
+    Args:
+      run: the built run.
+      eval_step: the compiled eval step of the run.
+      logger: writes the metrics and the samples.
+      history: entries of metrics.jsonl, which `logger` writes.
+    """
     self._train = run.config.train
     self._program = run.program
     self._eval_step = eval_step
@@ -35,9 +42,18 @@ class Evaluator:
       self._target_bytes = tokenize.target_bytes(data.validation, self._tokenizer, limit)
 
   def evaluate(self, params: Params, step: int, when: str) -> dict[str, float | str]:
-    """Return the metrics of metrics.jsonl, {} where nothing is held out.
+    """Evaluate on held-out and unrelated text, and log the result.
 
-    Raises NumericsError when the loss is not finite.
+    Args:
+      params: all parameters of the model.
+      step: step of the parameters.
+      when: label of the log line, such as "before".
+
+    Returns:
+      The metrics, by their names in metrics.jsonl; {} if no text is held out.
+
+    Raises:
+      NumericsError: the loss is not finite.
     """
     unrelated = self._evaluate(params, self._data.unrelated) if self._data.unrelated else None
     if not self._data.validation:
@@ -74,7 +90,7 @@ class Evaluator:
     return evaluate(self._eval_step, params, batches)
 
   def _metrics(self, result: EvalResult) -> dict[str, float | str]:
-    """Return the metrics of the validation text."""
+    """Return the metrics of the held-out text, by their names in metrics.jsonl."""
     metrics: dict[str, float | str]
     metrics = {"eval/loss": result.loss, "eval/perplexity": result.perplexity}
     if self._target_bytes:
@@ -85,10 +101,10 @@ class Evaluator:
     return metrics
 
   def sample(self, params: Params, step: int, when: str) -> None:
-    """Complete the prompts, and says how much of each completion is in the training text."""
+    """Complete the sample prompts, and log how much of each completion is in the training text."""
     prompts = list(self._train.sample_prompts)
     if not prompts:
-      return  # without a look through the training text
+      return  # skips the search of the training text
     sampling = Sampling(
       max_new_tokens=self._train.sample_tokens,
       temperature=0.8,
@@ -98,7 +114,7 @@ class Evaluator:
     )
     prompt_ids = [tokenize.encode_prompt(self._tokenizer, prompt) for prompt in prompts]
     completions = self._generator(params, prompt_ids, sampling)
-    # Of 8-grams of tokens; None for a shorter text.
+    # Share of 8-grams of tokens that occur in the training text; None for a shorter completion.
     shares = memorization.ngram_overlap(completions, self._data.train.tokens.ids)
     for prompt, ids, share in zip(prompts, completions, shares, strict=True):
       text = self._tokenizer.decode(ids)
@@ -109,17 +125,17 @@ class Evaluator:
       self._logger.write("samples", step, entry, line)
 
   def evals_since_best(self) -> int:
-    """Return the number of evaluations since the one with the least loss."""
+    """Return the number of evaluations since the one with the lowest loss."""
     losses = self._history.values("eval/loss")
     return len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__) if losses else 0
 
   def summary(self, step: int) -> str:
-    """Return the eval loss before and at this step, and its floor, in one line."""
+    """Return one line with the eval loss before training and at `step`, and the entropy floor."""
     if not self._data.validation:
       return "no eval loss: no text was held out"
     entries = [entry for entry in self._history.entries if entry["step"] <= step]
     losses = [entry["eval/loss"] for entry in entries if "eval/loss" in entry]
-    if not losses:  # a finished run whose metrics.jsonl is gone
+    if not losses:  # the run was finished, and metrics.jsonl was deleted
       return "no eval loss: metrics.jsonl is missing"
     floor = self._data.entropy_floor
     entropy = "" if floor is None else f"; entropy floor {floor:.4f}"
@@ -133,5 +149,11 @@ def _unrelated_metrics(result: EvalResult) -> dict[str, float | str]:
 
 
 def bits_per_byte(loss: float, tokens: int, nbytes: int) -> float:
-  """Convert a mean loss in nats per token of `tokens` tokens, or `nbytes` bytes of text."""
+  """Convert a mean loss in nats per token to bits per byte of text.
+
+  Args:
+    loss: nats per token.
+    tokens: number of tokens that the loss is averaged over.
+    nbytes: bytes of the text of those tokens.
+  """
   return loss * tokens / (math.log(2) * nbytes)

@@ -1,4 +1,4 @@
-"""What a run is asked for, and what it reads: devices, base model, tokenizer and data."""
+"""The request of a run and its inputs: devices, base model, tokenizer and data."""
 
 import dataclasses
 from pathlib import Path
@@ -36,12 +36,13 @@ class RunRequest:
 
   config: Config
   workdir: Path
-  strict: bool  # a damaged checkpoint ends the run
-  allow_change: bool  # a run goes on with other settings than it was started with
-  overwrite: bool  # a run that is in the workdir is moved aside
+  strict: bool  # a damaged checkpoint raises
+  allow_change: bool  # a run may resume with changed settings
+  overwrite: bool  # an old run in the workdir is moved aside
 
   @property
   def export_dir(self) -> Path:
+    """The Hugging Face folder that the run exports to."""
     return export_dir(self.config, self.workdir)
 
   @property
@@ -57,31 +58,34 @@ class RunRequest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunInputs:
-  """What a run reads; of weights only what identifies them."""
+  """The inputs of a run. Weights are not read yet, except for their fingerprint."""
 
   mesh: Mesh
   source: HFCheckpoint  # the base model
   tokenizer: "PreTrainedTokenizerFast"
   data: PreparedData
-  weights_fingerprint: str  # of the base model; "" of new weights
-  total_rows: int  # of all steps
+  weights_fingerprint: str  # of the base model; "" for random weights
+  total_rows: int  # over all steps
   total_steps: int
 
   @property
   def device(self) -> jax.Device:
+    """The first device of this process."""
     return self.mesh.local_devices[0]
 
   @property
   def model_type(self) -> str:
+    """The architecture in config.json, such as "gpt2"."""
     return self.source.hf_config["model_type"]
 
 
 def export_dir(config: Config, workdir: Path) -> Path:
+  """Return the folder of the export: `export.out`, or WORKDIR/export."""
   return Path(config.export.out) if config.export.out else workdir / "export"
 
 
 def validate_run(config: Config, workdir: Path, overwrite: bool = False) -> None:
-  """Raise RequestError with every error that shows without building anything."""
+  """Raise RequestError with all errors that can be found without building the run."""
   lines = jaxft.config.validate(config)
   if not lines:
     out = export_dir(config, workdir)
@@ -112,7 +116,7 @@ def validate_run(config: Config, workdir: Path, overwrite: bool = False) -> None
       lines += [f"config.export.{line}" for line in push.validate_push(config.export.push_to_hub)]
     lines += sources.validate_sources(config.data)
     lines += missing_packages(config.tracking)
-  if not lines:  # reading a model's config takes seconds, most of them to import transformers
+  if not lines:  # last, because it imports transformers, which takes seconds
     needs_weights = config.model.init == "pretrained"
     lines += repo.validate_model(config.model.path, needs_weights, config.model.torch_bin)
   if lines:
@@ -120,7 +124,11 @@ def validate_run(config: Config, workdir: Path, overwrite: bool = False) -> None
 
 
 def load_inputs(request: RunRequest) -> RunInputs:
-  """Read what the settings name; the same in all processes, or RequestError."""
+  """Read the base model's config, the tokenizer and the data.
+
+  Raises:
+    RequestError: an input cannot be used, or the processes have read different inputs.
+  """
   config = request.config
   mesh = make_mesh(config.mesh)
   axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
@@ -159,16 +167,16 @@ def load_inputs(request: RunRequest) -> RunInputs:
 
 
 def has_frozen(config: Config) -> bool:
-  """Whether some weights are not trained."""
+  """Return whether some weights are not trained."""
   return bool(config.lora.rank or config.train.trainable_params)
 
 
 def _load_base_model(request: RunRequest) -> "tuple[HFCheckpoint, PreTrainedTokenizerFast]":
-  """Read config and tokenizer; RequestError where text would be too long for the model."""
+  """Read config and tokenizer; raises RequestError for text that is too long for the model."""
   config = request.config
   source = base_model.resolve(config.model)
   P = source.cfg.P  # positions
-  if request.overwrite:  # adapters name a model of their own
+  if request.overwrite:  # adapters name another folder, their base model
     check_not_an_input(request.workdir, [source.folder, source.tokenizer_folder])
   if source.adapter and config.lora.rank:
     raise RequestError(
@@ -191,7 +199,7 @@ def _load_base_model(request: RunRequest) -> "tuple[HFCheckpoint, PreTrainedToke
 def _load_data(
   config: Config, source: HFCheckpoint, tokenizer: "PreTrainedTokenizerFast"
 ) -> tuple[PreparedData, HFCheckpoint]:
-  """Read every document, and gives a model that classifies a head for the data's classes."""
+  """Read all documents; for classification, add a head for the classes in the data."""
   with ProgressBar("tokenising", 1) as progress:
     on_progress = lambda done, total: progress.update(done, total=total)
     data = prepare_data(config.data, tokenizer, fingerprint(tokenizer), on_progress, log)
@@ -207,9 +215,10 @@ def _load_data(
 
 
 def small_data_warnings(config: Config, data: PreparedData, total_steps: int) -> list[str]:
-  """Return a line for each setting that the run cannot follow, as its data is too small for it.
+  """Return a warning for each setting that the data is too small for.
 
-  Raises RequestError for what needs an evaluation where nothing is held out.
+  Raises:
+    RequestError: a setting needs an eval loss, and no text is held out.
   """
   lines = []
   rows = len(data.train)
@@ -242,7 +251,7 @@ def small_data_warnings(config: Config, data: PreparedData, total_steps: int) ->
 
 
 def _data_summary(report: Json, rows: int) -> str:
-  """Return in a line what is trained on, held out and left out."""
+  """Summarize in one line how much text is trained on, held out and left out."""
   documents = report["rows"]
   tokens = report["tokens"]
   held_out = format_count(documents["held_out"], "document")

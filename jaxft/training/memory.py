@@ -1,4 +1,4 @@
-"""What a run takes of the memory of its devices and of the host, before any of it is taken."""
+"""Predict the device and host memory of a run, before it allocates any."""
 
 import math
 
@@ -17,7 +17,7 @@ from jaxft.utils.types import PyTree
 
 
 def bytes_per_device(tree: PyTree) -> int:
-  """Bytes of these shapes with shardings on a device, or in its share of the host's memory."""
+  """Return the bytes of these shapes on one device, or in its share of host memory."""
 
   def nbytes(leaf):
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -26,9 +26,12 @@ def bytes_per_device(tree: PyTree) -> int:
 
 
 def check_fits(program: TrainProgram, config: Config) -> None:
-  """Raise RequestError when device or host cannot hold the state and a batch.
+  """Check that device and host can hold the state and a batch.
 
-  Activations and other temporaries come on top.
+  Activations and other temporaries are not counted: only compilation shows them.
+
+  Raises:
+    RequestError: the device or the host has too little memory.
   """
   devices = program.batch_sharding.mesh.local_devices
   device = devices[0]
@@ -59,12 +62,12 @@ def check_fits(program: TrainProgram, config: Config) -> None:
 
 
 def pinned_memory_warning(program: TrainProgram) -> str:
-  """Return a warning where XLA's pool of pinned memory may be too small for the state; else ""."""
+  """Return a warning if XLA's pool of pinned memory may be too small for the state, else ""."""
   devices = program.batch_sharding.mesh.local_devices
   on_host = host_bytes(program)
   limit = backend.pinned_limit()
   blocks = [bytes_per_device(leaf) for leaf in _host_leaves(program)]
-  blocks.append(on_host - sum(blocks))  # the gradient is one
+  blocks.append(on_host - sum(blocks))  # the gradient, counted as one block
   if devices[0].platform != "gpu" or backend.pool_fits(blocks * len(devices), limit):
     return ""
   return (
@@ -75,19 +78,25 @@ def pinned_memory_warning(program: TrainProgram) -> str:
 
 
 def host_bytes(program: TrainProgram) -> int:
-  """Host memory for each device: weights and optimizer state, and with "all" the gradient."""
+  """Return the bytes of host memory per device: the offloaded state, and with "all" gradients."""
   grads = jax.tree.leaves(program.grad_shapes) if program.offload == "all" else []
   return host_state_bytes(program) + bytes_per_device(list(filter(offload.is_offloaded, grads)))
 
 
 def max_host_bytes(config: Config, cfg: ModelConfig) -> int | None:
-  """Most bytes in one host's memory, before JAX has looked for devices; None if they decide it."""
+  """Return an upper bound of the bytes in one host's memory, before JAX initializes its devices.
+
+  XLA reads its limit of pinned memory once, at initialization, so the bound must be known earlier.
+
+  Returns:
+    0 without offload; None if the bound depends on the devices.
+  """
   if config.memory.offload == "none":
     return 0
   if config.mesh.data == -1 or config.mesh.zero_stage < max(rules.MIN_ZERO_STAGE.values()):
-    return None  # each device has a copy
+    return None  # each device has a copy, and their number is not known yet
   if cfg.trained:
-    return None  # the export has all weights there, frozen ones too, in float32
+    return None  # the export merges all weights, frozen ones too, in host memory in float32
   shapes = abstract_model(cfg, ComputeConfig(vocab_multiple=rules.VOCAB_MULTIPLE))[1]
   moments = jax.eval_shape(optimizer.make_optimizer(config.optim).init, shapes)
   weights = optimizer.with_param_dtype(config.model.param_dtype, shapes, cfg.trained)
@@ -97,11 +106,11 @@ def max_host_bytes(config: Config, cfg: ModelConfig) -> int | None:
 
 
 def host_state_bytes(program: TrainProgram) -> int:
-  """`host_bytes` without the gradient."""
+  """Return `host_bytes` without the gradient."""
   return bytes_per_device(_host_leaves(program))
 
 
 def _host_leaves(program: TrainProgram) -> list[jax.ShapeDtypeStruct]:
-  """The leaves of the state that are in host memory."""
+  """Return the shapes of the leaves of the state that are in host memory."""
   leaves, mask = map(jax.tree.leaves, (program.state, program.host_mask))
   return [leaf for leaf, on_host in zip(leaves, mask, strict=True) if on_host]

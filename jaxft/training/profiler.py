@@ -1,4 +1,4 @@
-"""A trace of some steps, by JAX's own profiler: what the devices did, and when they waited."""
+"""Profile some steps with JAX's profiler, to see when devices compute and when they wait."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,11 +12,11 @@ from jaxft.utils.types import PyTree
 
 
 class Profiler:
-  """A context that traces `count` steps from `first` on, or up to the last, into a folder.
+  """A context that traces `count` steps from `first` on (at most up to `total`) into a folder.
 
-  The device is done with what was before when a trace begins, and with the last step when it ends:
-  it holds these steps and nothing of others. `paused` stops the clock of the run while a trace is
-  begun or written, which takes seconds. A trace that cannot be made costs a line, not the run.
+  Before a trace begins and before it ends, the profiler waits for the device. The trace then holds
+  these steps and no others. Starting and writing a trace takes seconds, during which `paused` stops
+  the clock of the run. If a trace cannot be made, this is logged and the run continues.
   """
 
   def __init__(
@@ -45,12 +45,13 @@ class Profiler:
       self._stop()
 
   def on_step_begin(self, step: int, metrics: PyTree) -> None:
-    """`metrics`: of the step before it."""
+    """Start the trace if it begins with this step, once `metrics` of the step before are ready."""
     if self._first == step <= self._last:
       jax.block_until_ready(metrics)
       self._is_tracing = self._try(lambda: jax.profiler.start_trace(self._folder))
 
   def on_step_end(self, step: int, metrics: PyTree) -> None:
+    """Write the trace if it ends with this step, once its `metrics` are ready."""
     if self._is_tracing and step == self._last:
       jax.block_until_ready(metrics)
       self._stop()
@@ -65,7 +66,7 @@ class Profiler:
     try:
       with self._paused():
         action()
-    except Exception as error:  # a full disk, or a trace that somebody else has begun
+    except Exception as error:  # a full disk, or another trace in this process
       log(f"no trace in {self._folder}: {first_line(error)}")
       return False
     return True
