@@ -172,7 +172,7 @@ def train_and_export(
 
 
 def validate(request: RunRequest) -> None:
-  """Raise RequestError with all errors that can be found before JAX initializes its devices."""
+  """Raise RequestError with all errors that show before JAX initializes devices."""
   config = request.config
   validate_run(config, request.workdir, request.overwrite)
   if config.memory.offload != "none":
@@ -190,7 +190,7 @@ class CompiledSteps:
 
 
 def compile_steps(run: BuiltRun) -> CompiledSteps:
-  """Compile train step and eval step, and log their memory use before any of it is allocated."""
+  """Compile train and eval step, and log their memory use before it is allocated."""
   start = time.monotonic()
   program = run.program
   device = run.inputs.device
@@ -253,7 +253,9 @@ def start_run(
 
 @contextlib.contextmanager
 def report_at_end(run: BuiltRun, start: int, memory: dict[str, int]) -> Generator[Json]:
-  """Write about.json at the start, and its ending and report.html when the run returns or raises.
+  """Write about.json at the start and, at the end or on an error, report.html.
+
+  The ending of the run is added to about.json.
 
   Failures to write are logged and do not end the run.
 

@@ -1,4 +1,4 @@
-"""Checksums and finiteness of every leaf of a state, computed on the leaf's devices."""
+"""Checksums and finiteness of every leaf of a state, computed on its devices."""
 
 import functools
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def checksums(state: PyTree) -> dict[str, int]:
 
 
 def _reduce_over_shards(state: PyTree, f: ShardFn, reduce: ReduceFn) -> dict[str, np.ndarray]:
-  """Reduce `f` over the shards of each leaf, and over its rows if it is on the host."""
+  """Reduce `f` over the shards of each leaf, and over the rows of host leaves."""
   paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(state))
   values = _compile(tuple(leaf.sharding for leaf in leaves), f, reduce)(list(leaves))
   return dict(zip(map(jax.tree_util.keystr, paths), np.asarray(values), strict=True))
@@ -45,7 +45,7 @@ def _reduce_over_shards(state: PyTree, f: ShardFn, reduce: ReduceFn) -> dict[str
 def _compile(
   shardings: tuple[Sharding, ...], f: ShardFn, reduce: ReduceFn
 ) -> Callable[[list[jax.Array]], jax.Array]:
-  """Compile the reduction for these shardings; cached, since every save computes it again."""
+  """Compile the reduction for these shardings; cached for the next save."""
 
   def by_rows(shard: per_device.LocalShard) -> jax.Array:
     x = shard.values
@@ -88,7 +88,9 @@ def _shard_checksum(shard: per_device.LocalShard) -> jax.Array:
 
 
 def chunk_checksum(x: np.ndarray, offsets: tuple[int, ...], shape: tuple[int, ...]) -> int:
-  """Return the share of a chunk in its leaf's checksum, modulo 2^32: `_shard_checksum` in numpy.
+  """Return the share of a chunk in its leaf's checksum, modulo 2^32.
+
+  This is `_shard_checksum` in numpy, for chunks on disk.
 
   Args:
     x: the values of the chunk.

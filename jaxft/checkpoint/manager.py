@@ -42,7 +42,7 @@ TRANSIENT_ERRORS += ("Stale file handle",)
 
 
 def validate_path(folder: Path) -> list[str]:
-  """Return an error line if checkpoints in this folder could not be read again, else []."""
+  """Return an error line if checkpoints in this folder could not be read, else []."""
   path = str(folder.absolute())
   if not is_encodable(path):
     return [
@@ -171,7 +171,9 @@ class CheckpointManager:
     meta: Json,
     metrics: Mapping[str, float | str] | None = None,  # "nan" and "inf" are strings
   ) -> None:
-    """Start to save a checkpoint; its arrays may be changed or donated as soon as this returns.
+    """Start to save a checkpoint.
+
+    The arrays may be changed or donated as soon as this returns.
 
     The first checkpoint of a process is finished and verified before this returns, so that a faulty
     disk shows early. Later the newest one is verified each time the last verified one is about to
@@ -277,7 +279,7 @@ class CheckpointManager:
     self._sweep(half_written=False)
 
   def _sweep(self, half_written: bool = True) -> None:
-    """Remove deleted checkpoints and, if `half_written`, those that a killed run was writing."""
+    """Remove deleted checkpoints and, if `half_written`, those of a killed save."""
     if jax.process_index() == 0:
       shutil.rmtree(self.folder / TRASH_DIR, ignore_errors=True)
       for folder in self.folder.glob(f"*{TMP_MARK}*") if half_written else ():
@@ -300,7 +302,7 @@ class CheckpointManager:
     return sorted(self._manager.all_steps())
 
   def best_step(self) -> int | None:
-    """Return the step with the lowest `best_metric`; None if no checkpoint has this metric."""
+    """Return the step with the lowest `best_metric`; None if no checkpoint has it."""
     step = self._manager.best_step()
     has_metric = step is not None and self._metric(self._manager.metrics(step)) < math.inf
     return step if has_metric else None
@@ -357,7 +359,7 @@ class CheckpointManager:
     return self._read(step, lambda: read(folder, args=args))  # pyrefly: ignore[bad-argument-type]
 
   def _read(self, step: int, read: Callable[[], Result]) -> Result:
-    """Return `read()` if it succeeds in all processes; otherwise raise the same error in all.
+    """Return `read()` if it succeeds in all processes; else raise the same error.
 
     `read` must not wait for other processes, which may have failed already. Orbax's manager waits;
     its handlers do not.
@@ -398,7 +400,7 @@ class CheckpointManager:
 def num_new_checkpoints(
   steps: list[int], total_steps: int, train: TrainSection, steps_of_epoch: int
 ) -> int:
-  """Return how many more checkpoints the disk must have room for until the run ends.
+  """Return how many more checkpoints the disk needs room for until the run ends.
 
   Args:
     steps: steps of the checkpoints on disk.
@@ -422,7 +424,10 @@ def _worst_outcome(outcome: int) -> int:
 
 
 def is_transient_error(error: Exception) -> bool:
-  """Return whether a read error may pass: its cause is this machine or moment, not the file."""
+  """Return whether a read error may pass.
+
+  Its cause is then this machine at this moment, such as low memory, and not the file.
+  """
   kinds = MemoryError, PermissionError, jax.errors.JaxRuntimeError
   return isinstance(error, kinds) or any(reason in str(error) for reason in TRANSIENT_ERRORS)
 
@@ -439,7 +444,7 @@ def tree_nbytes(state: PyTree) -> int:
 
 
 def _split_by_size(like: PyTree) -> list[PyTree]:
-  """Split `like` into copies with at most `READ_BATCH_BYTES` bytes, or a single leaf, each.
+  """Split `like` into copies of at most `READ_BATCH_BYTES` bytes or one leaf each.
 
   The other leaves of a copy are placeholders.
   """
@@ -463,7 +468,7 @@ def _split_by_size(like: PyTree) -> list[PyTree]:
 def _local_checksum(
   folder: Path, name: str, leaf: jax.Array | jax.ShapeDtypeStruct, pool: ThreadPoolExecutor
 ) -> int:
-  """Return the part of a leaf's checksum that belongs to this process's share of its chunks."""
+  """Return the share in a leaf's checksum of the chunks that this process reads."""
   store = {"driver": "ocdbt", "base": folder.as_uri() + "/", "path": f"{name}/"}
   array = tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
   if (array.shape, array.dtype.numpy_dtype) != (leaf.shape, leaf.dtype):

@@ -32,7 +32,7 @@ from jaxft.utils.types import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainProgram:
-  """The train step and the eval step of a run, with the shapes and shardings of their inputs."""
+  """The train and eval steps of a run, with shapes and shardings of their inputs."""
 
   graph: nnx.GraphDef[Decoder]
   compute: ComputeConfig
@@ -103,8 +103,8 @@ def build_train_program(
   host_mask = offload.host_mask(state, mode)
   # out_shardings fixes the state's shardings. If the compiler chose them, they could change from
   # one step to the next, and the next step would be compiled again. Input shardings need no
-  # argument: jit takes them from `state` and `batch`. The state is donated, so that old and new weights never
-  # exist at the same time; the eval step only reads it.
+  # argument: jit takes them from `state` and `batch`. The state is donated, so that old and new
+  # weights never exist at the same time; the eval step only reads it.
   replicated = rules.replicated(mesh)
   return TrainProgram(
     graph=graph,
@@ -154,7 +154,11 @@ def make_compute_config(
 def select_kernel(
   config: Config, cfg: ModelConfig, device: jax.Device, dtype: jnp.dtype, packed: bool
 ) -> str:
-  """Select one of `attention.KERNELS`; raises RequestError if the configured one cannot be used."""
+  """Select one of `attention.KERNELS`.
+
+  Raises:
+    RequestError: the configured kernel cannot be used.
+  """
   name = config.model.attention
   if name == "auto":
     return attention.fastest_kernel(device, dtype, cfg.H)
@@ -167,7 +171,7 @@ def select_kernel(
 def abstract_train_state(
   config: Config, cfg: ModelConfig, compute: ComputeConfig, mesh: Mesh
 ) -> tuple[nnx.GraphDef[Decoder], TrainState, Params]:
-  """Return the model's graph, and shapes with shardings of the state and of a float32 gradient.
+  """Return the model's graph, and shapes of the state and of a float32 gradient.
 
   The shardings are in device memory; `offload.state_with_host_memory` moves some of them. Only
   shapes are made, so that this also runs for devices that are not present (`jaxft.plan`).
@@ -203,7 +207,7 @@ def abstract_train_state(
 def choose_loss_chunk(
   config: Config, cfg: ModelConfig, compute: ComputeConfig, mesh: Mesh, rows: int
 ) -> int:
-  """Choose for how many positions of `rows` rows logits are computed at a time; 0: for all."""
+  """Choose how many positions of each row have logits at a time; 0: all."""
   return loss.choose_chunk(
     config.memory.loss_chunk,
     B=rows // rules.data_parallel_size(mesh),

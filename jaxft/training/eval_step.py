@@ -38,7 +38,10 @@ class EvalResult(NamedTuple):
 
   @property
   def f1(self) -> float:
-    """F1 of the second of two classes; of more classes the macro mean, with 0 for absent ones."""
+    """F1 of the second class; of more than two classes the macro mean.
+
+    A class without true or predicted examples counts as 0.
+    """
     assert self.confusion_CC is not None
     true_and_predicted = self.confusion_CC.sum(0) + self.confusion_CC.sum(1)
     f1_C = 2 * self.confusion_CC.diagonal() / np.maximum(true_and_predicted, 1)
@@ -46,7 +49,7 @@ class EvalResult(NamedTuple):
 
 
 def make_eval_step(graph: nnx.GraphDef[Decoder], *, loss_chunk: int) -> EvalStepFn:
-  """Make `eval_step(params, batch) -> sums`; sums of several batches can be added up."""
+  """Make `eval_step(params, batch) -> sums`; sums of batches can be added up."""
 
   def eval_step(params: Params, batch: Batch) -> tuple[jax.Array, ...]:
     model = nnx.merge(graph, params)

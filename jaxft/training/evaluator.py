@@ -101,7 +101,10 @@ class Evaluator:
     return metrics
 
   def sample(self, params: Params, step: int, when: str) -> None:
-    """Complete the sample prompts, and log how much of each completion is in the training text."""
+    """Complete the sample prompts, and log the results.
+
+    Each entry has the share of the completion that occurs in the training text.
+    """
     prompts = list(self._train.sample_prompts)
     if not prompts:
       return  # skips the search of the training text
@@ -130,7 +133,7 @@ class Evaluator:
     return len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__) if losses else 0
 
   def summary(self, step: int) -> str:
-    """Return one line with the eval loss before training and at `step`, and the entropy floor."""
+    """Return a line with the eval loss at the start and at `step`, and the floor."""
     if not self._data.validation:
       return "no eval loss: no text was held out"
     entries = [entry for entry in self._history.entries if entry["step"] <= step]

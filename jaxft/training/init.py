@@ -48,7 +48,7 @@ def init_params(program: TrainProgram, cfg: ModelConfig, seed: int, shapes: Para
 
 
 def init_train_state(program: TrainProgram, params: Params, frozen: Params) -> TrainState:
-  """Initialize the state from parameters with the program's shardings; donates `params`."""
+  """Initialize the state from sharded parameters; donates `params`."""
   if program.offload == "none":
 
     def init(params):
@@ -73,7 +73,7 @@ def init_train_state(program: TrainProgram, params: Params, frozen: Params) -> T
 def load_or_init_params(
   program: TrainProgram, cfg: ModelConfig, source: HFCheckpoint, config: Config
 ) -> tuple[Params, Params]:
-  """Return trained and frozen weights: loaded or random. Adapters are always random."""
+  """Return trained and frozen weights, loaded or random; adapters are random."""
   shapes = program.state.all_params
   if config.model.init == "scratch":
     return init_params(program, cfg, config.train.seed, shapes), {}

@@ -172,7 +172,7 @@ def has_frozen(config: Config) -> bool:
 
 
 def _load_base_model(request: RunRequest) -> "tuple[HFCheckpoint, PreTrainedTokenizerFast]":
-  """Read config and tokenizer; raises RequestError for text that is too long for the model."""
+  """Read config and tokenizer, and check lengths against the model's positions."""
   config = request.config
   source = base_model.resolve(config.model)
   P = source.cfg.P  # positions

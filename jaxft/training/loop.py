@@ -1,4 +1,4 @@
-"""The train loop: steps, with logging, evaluation, samples and checkpoints when due."""
+"""The train loop: steps, logging, evaluation, samples and checkpoints."""
 
 import contextlib
 import functools

@@ -62,7 +62,7 @@ def check_fits(program: TrainProgram, config: Config) -> None:
 
 
 def pinned_memory_warning(program: TrainProgram) -> str:
-  """Return a warning if XLA's pool of pinned memory may be too small for the state, else ""."""
+  """Return a warning if the state may not fit XLA's pinned memory pool, else ""."""
   devices = program.batch_sharding.mesh.local_devices
   on_host = host_bytes(program)
   limit = backend.pinned_limit()
@@ -78,13 +78,13 @@ def pinned_memory_warning(program: TrainProgram) -> str:
 
 
 def host_bytes(program: TrainProgram) -> int:
-  """Return the bytes of host memory per device: the offloaded state, and with "all" gradients."""
+  """Return the host memory per device, in bytes: state and, with "all", gradients."""
   grads = jax.tree.leaves(program.grad_shapes) if program.offload == "all" else []
   return host_state_bytes(program) + bytes_per_device(list(filter(offload.is_offloaded, grads)))
 
 
 def max_host_bytes(config: Config, cfg: ModelConfig) -> int | None:
-  """Return an upper bound of the bytes in one host's memory, before JAX initializes its devices.
+  """Return an upper bound of the bytes in a host's memory, before JAX has devices.
 
   XLA reads its limit of pinned memory once, at initialization, so the bound must be known earlier.
 

@@ -1,4 +1,4 @@
-"""Offload: weights, gradients and optimizer state in host memory, streamed to the device.
+"""Offload: weights, gradients and optimizer state stream from host memory.
 
 `memory.offload` has two modes:
 
@@ -45,7 +45,7 @@ TABLE_CHUNK_BYTES = 2**26  # most bytes of a table that are updated at a time, i
 
 
 def validate_offload(platform: str, shapes: PyTree, mode: str) -> list[str]:
-  """Return an error line if libtpu is known to abort on this state in host memory, else [].
+  """Return an error line if libtpu would abort on this state on the host, else [].
 
   Args:
     platform: "cpu", "gpu" or "tpu".
@@ -68,12 +68,12 @@ def validate_offload(platform: str, shapes: PyTree, mode: str) -> list[str]:
 
 
 def is_offloaded(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-  """Return whether a leaf is offloaded: vectors and scalars are too small to be worth it."""
+  """Return whether a leaf is offloaded: vectors and scalars are too small."""
   return leaf.ndim > 1
 
 
 def with_host_memory(shapes: PyTree) -> PyTree:
-  """Return the shapes, with shardings in host memory for the leaves that are offloaded."""
+  """Return the shapes, with shardings in host memory for offloaded leaves."""
 
   def pin(leaf):
     if not is_offloaded(leaf):
@@ -108,7 +108,7 @@ def tree_to_host(tree: PyTree) -> PyTree:
 
 
 def host_mask(state: TrainState, mode: str) -> TrainState:
-  """Return for each leaf of the state (or of its shapes) whether it is in host memory."""
+  """Return for each leaf of the state (or its shapes) whether it is on the host."""
 
   def mask(tree, on):
     return jax.tree.map(lambda leaf: on and is_offloaded(leaf), tree)
@@ -122,7 +122,7 @@ def host_mask(state: TrainState, mode: str) -> TrainState:
 
 
 def state_with_host_memory(state: TrainState, mode: str) -> TrainState:
-  """Return the state's shapes, with shardings in host memory as `memory.offload=mode` needs."""
+  """Return the state's shapes, with host memory shardings as `mode` needs."""
   pin = lambda leaf, on_host: with_host_memory(leaf) if on_host else leaf
   return jax.tree.map(pin, state, host_mask(state, mode))
 
@@ -130,7 +130,7 @@ def state_with_host_memory(state: TrainState, mode: str) -> TrainState:
 def mark_host_inputs(
   step: Callable[[PyTree, Batch], PyTree], mask: PyTree
 ) -> Callable[[PyTree, Batch], PyTree]:
-  """Wrap `step` so that XLA knows which leaves of its first argument are on the host.
+  """Wrap `step` so that XLA knows which leaves of its state are on the host.
 
   When `jaxft.plan` compiles for a GPU that is not present, shardings have no memory kind, and the
   program alone would not show it (jax 0.10 to 0.12).
@@ -157,9 +157,9 @@ def fetch_layer(stack: PyTree, index: jax.Array) -> PyTree:
 def make_streamed_grad_fn(
   graph: nnx.GraphDef[Decoder], *, loss_chunk: int, seed: int, remat: str, trained: Trained = ()
 ) -> GradFn:
-  """Make the counterpart of `train_step.make_grad_fn` for weights and gradients on the host.
+  """Make a `train_step.GradFn` for weights and gradients on the host.
 
-  It computes the same loss and gradients in four stages: embedding, layers forward, output head
+  It computes the loss and gradients of `train_step.make_grad_fn` in four stages: embedding, layers forward, output head
   with its gradient, layers backward. All A micro-batches pass a stage before the next one begins,
   which is why activations between stages have the axes (A, B, T, D).
 
@@ -219,7 +219,7 @@ def make_streamed_grad_fn(
 def _dropout_keys(
   cfg: ModelConfig, seed: int, step: jax.Array, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array] | tuple[None, None]:
-  """Make the same keys as the model: (A, B) for the embedding, (L, A, B) for the layers."""
+  """Make the model's dropout keys: (A, B) for the embedding, (L, A, B) for layers."""
   key = jax.random.fold_in(jax.random.key(seed), step)
   keys_AB = per_row_keys(key, 0, math.prod(shape)).reshape(shape)
   if not any((cfg.embed_dropout, cfg.attention_dropout, cfg.residual_dropout, cfg.lora_dropout)):
@@ -257,7 +257,7 @@ def _embed(
 def _forward_layers(
   apply_layer: ApplyLayerFn, params: Params, x: jax.Array, layers: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Return the output of the last layer, and the inputs of all layers, (L, A, B, T, D).
+  """Return the last layer's output, and the inputs of all, (L, A, B, T, D).
 
   Nothing else is saved: the backward pass computes each layer again from its input, as with remat.
   """
@@ -271,7 +271,7 @@ def _forward_layers(
 def _head_grads(
   loss_fn: Callable, cfg: ModelConfig, state: TrainState, x: jax.Array, batch: Batch
 ) -> tuple[jax.Array, Params, jax.Array]:
-  """Return the loss, and its gradients with respect to the head and the last hidden states.
+  """Return the loss, and its gradients for the head and the last hidden states.
 
   Micro-batches are processed one at a time, and their gradients of the head are added up.
   """
@@ -303,7 +303,7 @@ def _backward_layers(
   inputs: jax.Array,
   layers: jax.Array,
 ) -> tuple[jax.Array, Params]:
-  """Return the gradients of the first layer's input and of the parameters of all layers.
+  """Return the gradients of the first layer's input and of all layers.
 
   Each layer is fetched again, from the last to the first. Its gradient, summed over all
   micro-batches, is sent to the host immediately, so that the device holds one layer's gradient at
@@ -336,7 +336,7 @@ def _backward_layers(
 def _embed_grads(
   model: Decoder, state: TrainState, ids: jax.Array, d_head: Params, d_other: Params, d_embeds
 ) -> Params:
-  """Return the gradient of the embedding, including a tied head's share of the table's gradient.
+  """Return the gradient of the embedding, with the share of a tied head.
 
   Args:
     model: the model, for its embedding.
@@ -364,7 +364,7 @@ def _map_micro_batches(f: Callable, xs: PyTree) -> jax.Array:
 
 
 def make_fetch_params(dtype: jnp.dtype, shardings: PyTree) -> Callable[[Params], Params]:
-  """Make a function that copies weights from the host to the device, a layer at a time.
+  """Make a function that copies weights to the device, a layer at a time.
 
   Matrices of layers are copied in the compute dtype, and their gradients have it too. Parameters
   that all layers share stay in float32, because their gradient is a sum of several.
@@ -390,7 +390,7 @@ def make_fetch_params(dtype: jnp.dtype, shardings: PyTree) -> Callable[[Params],
 
 
 def make_streamed_stats(grad_shardings: PyTree) -> GradStatsFn:
-  """Make the counterpart of `train_step.make_grad_stats` for gradients on the host.
+  """Make a `train_step.GradStatsFn` for gradients on the host.
 
   It reads the gradients in chunks and does not check the state, which would move 12 more bytes per
   parameter over the bus. A NaN in a weight reaches the loss, a NaN in a moment reaches a weight one
@@ -427,7 +427,7 @@ def make_streamed_stats(grad_shardings: PyTree) -> GradStatsFn:
 def make_streamed_update_fn(
   config: OptimSection, shardings: PyTree, trained: Trained = ()
 ) -> UpdateFn:
-  """Make the counterpart of `train_step.make_update_fn` for a state on the host.
+  """Make a `train_step.UpdateFn` for a state on the host.
 
   It updates each leaf in place, a chunk at a time: one layer, or some rows of a table.
 
@@ -531,7 +531,7 @@ def host_traffic(
 
 
 class LeafChunks(NamedTuple):
-  """How a leaf is split along its first axis into chunks, which are updated one at a time."""
+  """How a leaf is split along its first axis into chunks, updated one at a time."""
 
   by_layer: bool  # True: a chunk is a layer, without the layer axis; False: rows of each device
   num_chunks: int
@@ -546,7 +546,7 @@ class LeafChunks(NamedTuple):
 
   @classmethod
   def of_rows(cls, leaf: jax.Array, num_devices: int = 1) -> "LeafChunks":
-    """Split rows into the fewest equal chunks of at most `TABLE_CHUNK_BYTES` in float32."""
+    """Split rows into the fewest equal chunks of at most `TABLE_CHUNK_BYTES`."""
     rows = leaf.shape[0] // num_devices
     least = min(leaf.size * 4 / num_devices / TABLE_CHUNK_BYTES, rows)
     num_chunks = next(n for n in range(1, rows + 1) if rows % n == 0 and n >= least)
@@ -562,7 +562,7 @@ class LeafChunks(NamedTuple):
     return jax.lax.dynamic_slice_in_dim(self._by_device(x), i * rows, rows, 1)
 
   def write(self, x: jax.Array, new: jax.Array, i: jax.Array) -> jax.Array:
-    """Return x with chunk i replaced by `new`, which has the shape that `read` returns."""
+    """Return x with chunk i replaced by `new`, which has the shape from `read`."""
     if self.by_layer:
       return jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
     if self.num_chunks == 1:

@@ -31,7 +31,7 @@ def warmup_steps(optim: OptimSection, total_steps: int) -> int:
 
 
 def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
-  """Make the learning-rate schedule: linear warm-up from 0, then constant, linear or cosine.
+  """Make the schedule: linear warm-up from 0, then constant, linear or cosine.
 
   It equals transformers' `get_*_schedule_with_warmup`, except that the end may be above 0.
   """
@@ -49,7 +49,7 @@ def make_schedule(optim: OptimSection, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optim: OptimSection) -> optax.GradientTransformation:
-  """Make the optimizer, which maps clipped gradients to updates without the learning rate.
+  """Make the optimizer: clipped gradients to updates, without learning rate.
 
   The train step subtracts learning rate x update. The learning rate is not part of the optimizer
   because it follows the step of the run, which also counts skipped steps.
@@ -144,7 +144,7 @@ def _muon(optim: OptimSection) -> optax.GradientTransformation:
 def param_dtype(
   path: ParamPath, leaf: jax.Array | jax.ShapeDtypeStruct, dtype: jnp.dtype
 ) -> jnp.dtype:
-  """Return the storage dtype of the parameter at `path` if matrices of layers use `dtype`.
+  """Return the dtype of the parameter at `path` if layer matrices use `dtype`.
 
   Parameters that all layers share keep their dtype, because their gradient is a sum of several.
   Adapters keep theirs too, because they are small.

@@ -1,4 +1,4 @@
-"""Signal handling: the first signal asks a run to stop, the second kills the process."""
+"""Signals: the first asks a run to stop, the second kills the process."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class PreemptionHandler:
-  """A context in which signals stop the run: the first at a safe point, the second immediately.
+  """A context in which the first signal stops the run, and a second kills it.
 
   By default any point is safe, and the handler raises Preempted in the main thread. Inside
   `with preemption.deferred():` it only records the signal, and `should_stop(step)` reports it.
@@ -61,7 +61,7 @@ class PreemptionHandler:
     self._deferred = True
 
   def should_stop(self, step: int) -> bool:
-    """Return whether the run must stop after this step; all processes get the same answer."""
+    """Return whether the run must stop after this step, the same in all processes."""
     if jax.process_count() == 1:
       return self.received is not None
     if not multihost_utils.reached_preemption_sync_point(step):
@@ -70,7 +70,7 @@ class PreemptionHandler:
     return True
 
   def _is_repeated(self, number: int) -> bool:
-    """Return whether this is a repeated signal; a second one, except SIGHUP, kills the process."""
+    """Return whether a signal came before; then kill the process, except on SIGHUP."""
     if self.received and number != signal.SIGHUP:
       signal.signal(number, signal.SIG_DFL)
       os.kill(os.getpid(), number)

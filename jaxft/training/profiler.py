@@ -1,4 +1,4 @@
-"""Profile some steps with JAX's profiler, to see when devices compute and when they wait."""
+"""Profiles of some steps by JAX: when devices compute and when they wait."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,7 +12,7 @@ from jaxft.utils.types import PyTree
 
 
 class Profiler:
-  """A context that traces `count` steps from `first` on (at most up to `total`) into a folder.
+  """A context that traces `count` steps from `first` on, at most up to `total`.
 
   Before a trace begins and before it ends, the profiler waits for the device. The trace then holds
   these steps and no others. Starting and writing a trace takes seconds, during which `paused` stops
@@ -45,7 +45,7 @@ class Profiler:
       self._stop()
 
   def on_step_begin(self, step: int, metrics: PyTree) -> None:
-    """Start the trace if it begins with this step, once `metrics` of the step before are ready."""
+    """Start the trace if it begins here; `metrics` are those of the step before."""
     if self._first == step <= self._last:
       jax.block_until_ready(metrics)
       self._is_tracing = self._try(lambda: jax.profiler.start_trace(self._folder))

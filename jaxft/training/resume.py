@@ -1,4 +1,4 @@
-"""Resuming a run: check that it is the same run, and find its newest sound checkpoint."""
+"""Resuming: check that it is the same run, and find its newest sound checkpoint."""
 
 import json
 
@@ -83,7 +83,7 @@ def check_same_run(
 
 
 def _diff(saved: Json, config: Config, current: Json) -> list[str]:
-  """Return a line for each setting and each field of the model config that has changed."""
+  """Return a line for each setting and model config field that has changed."""
   lines = jaxft.config.diff_from_saved(saved["config"], config)
   if saved["total_steps"] < current["total_steps"]:
     lines = [line for line in lines if line.split("=")[0] not in LENGTH_SETTINGS]
@@ -97,7 +97,7 @@ def _diff(saved: Json, config: Config, current: Json) -> list[str]:
 
 
 def _other_leaves(like: CheckpointState, saved: dict[str, str]) -> str:
-  """Describe the first leaf with another dtype or shape in the checkpoint; "" if all match."""
+  """Describe the first leaf whose dtype or shape differs; "" if all match."""
   current = leaf_specs(like)
   names = sorted(saved.keys() | current.keys())
   other = [name for name in names if saved.get(name) != current.get(name)]
@@ -108,7 +108,7 @@ def _other_leaves(like: CheckpointState, saved: dict[str, str]) -> str:
 
 
 def _masked_rows_note(saved: Json, current: Json, step: int) -> str:
-  """Report the rows that a shorter run masked in its last step and a longer run now skips."""
+  """Report rows masked in a shorter run's last step, which this run skips."""
   rows = saved.get("rows_in_all")
   if not rows:
     return ""
@@ -121,7 +121,7 @@ def _masked_rows_note(saved: Json, current: Json, step: int) -> str:
 def restore_best(
   checkpoints: CheckpointManager, like: CheckpointState, strict: bool
 ) -> tuple[int, CheckpointState]:
-  """Restore only the weights of the best checkpoint, or of the newest if none has a metric.
+  """Restore the weights of the best checkpoint, or the newest without a metric.
 
   Args:
     checkpoints: the checkpoints of the run.

@@ -77,7 +77,7 @@ def now() -> str:
 
 
 def shell_command() -> str | None:
-  """Return this process's command line for a shell; None if it is not `python -m jaxft.X`."""
+  """Return the command line for a shell; None if it is not `python -m jaxft.X`."""
   words = sys.orig_argv
   for i, word in enumerate(words):
     if word.startswith("jaxft.") and words[i - 1] == "-m":
@@ -86,7 +86,7 @@ def shell_command() -> str | None:
 
 
 def git_commit(checkout: Path) -> str | None:
-  """Return the commit of a git checkout, read from its files; None if it is not a checkout.
+  """Return the commit of a git checkout, from its files; None for other folders.
 
   Uncommitted changes are ignored.
   """

@@ -78,7 +78,7 @@ class BuiltRun:
 
 
 def build_run(request: RunRequest, inputs: RunInputs) -> BuiltRun:
-  """Build the programs of a run; raises RequestError if its state does not fit into memory."""
+  """Build a run's programs; raises RequestError if its state exceeds memory."""
   config = request.config
   cfg = trainable_params.apply_config(inputs.source.cfg, config, inputs.model_type)
   row = inputs.data.train[0]
@@ -98,7 +98,7 @@ def build_run(request: RunRequest, inputs: RunInputs) -> BuiltRun:
 
 @contextlib.contextmanager
 def open_checkpoints(run: BuiltRun) -> Generator[CheckpointManager]:
-  """Open the checkpoints of this run; raises RequestError if they belong to another run."""
+  """Open the run's checkpoints; raises RequestError if another run wrote them."""
   train = run.config.train
   checkpoints = CheckpointManager(
     folder=run.request.workdir / "checkpoints",
@@ -117,7 +117,7 @@ def open_checkpoints(run: BuiltRun) -> Generator[CheckpointManager]:
 
 
 def check_room(run: BuiltRun, saved_steps: list[int]) -> None:
-  """Check that the disk has room for the checkpoints still to be written and the export.
+  """Check that the disk has room for the remaining checkpoints and the export.
 
   Args:
     run: the built run.
@@ -145,7 +145,7 @@ def initial_state(run: BuiltRun) -> TrainState:
 
 
 def restore_or_init(run: BuiltRun, checkpoints: CheckpointManager) -> tuple[TrainState, int]:
-  """Return the restored or initial state, and the number of tokens trained on so far."""
+  """Return the restored or initial state, and the tokens trained on so far."""
   like = run.program.state.checkpointable
   strict = run.request.strict
   saved, tokens_seen = restore_latest(checkpoints, like, run.inputs.total_steps, strict)
@@ -158,7 +158,7 @@ def restore_or_init(run: BuiltRun, checkpoints: CheckpointManager) -> tuple[Trai
 
 
 def write_run_files(run: BuiltRun) -> None:
-  """Write settings, data report and base model's config into the workdir, from process 0."""
+  """Write settings, data report and base model's config, from process 0."""
   if jax.process_index() > 0:
     return
   workdir = run.request.workdir

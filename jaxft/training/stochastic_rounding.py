@@ -1,4 +1,4 @@
-"""Stochastic rounding: bfloat16 weights that still learn from updates too small for one step.
+"""Stochastic rounding: bfloat16 weights that learn from very small updates.
 
 Round-to-nearest would leave a weight unchanged unless an update is at least 1/512 of it
 (arXiv:2010.06192).
@@ -13,7 +13,7 @@ RNG_STREAM = 0x726F756E  # separates these random numbers from those of dropout
 
 
 def stochastic_round(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Array:
-  """Round float32 `x` to one of its two bfloat16 neighbors, so that the mean is `x`.
+  """Round float32 `x` to one of its bfloat16 neighbors, so that the mean is `x`.
 
   Values that bfloat16 represents exactly do not change. NaN and infinity stay NaN and infinity.
 
@@ -34,7 +34,10 @@ def stochastic_round(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Arra
 
 
 def stochastic_round_layers(x: jax.Array, dtype: jnp.dtype, key: jax.Array) -> jax.Array:
-  """Round each layer of a stacked array with a separate key, as a layer-by-layer update does."""
+  """Round each layer of a stacked array with a separate key.
+
+  A layer-by-layer update (`offload`) then rounds the same way.
+  """
   if dtype == x.dtype:
     return x
 

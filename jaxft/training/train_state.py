@@ -24,7 +24,7 @@ class TrainState:
 
   @classmethod
   def from_checkpoint(cls, saved: CheckpointState, frozen: Params) -> "TrainState":
-    """Build the state from a checkpoint and the frozen weights: undoes `checkpointable`."""
+    """Build the state from a checkpoint and the frozen weights."""
     return cls(step=saved.step, params=saved.params, opt_state=saved.opt, frozen=frozen)
 
   @property
@@ -34,7 +34,7 @@ class TrainState:
 
   @property
   def checkpointable(self) -> CheckpointState:
-    """The state without the frozen weights, which can be loaded from the base model again."""
+    """The state without the frozen weights, which the base model has."""
     return CheckpointState(self.step, self.params, self.opt_state)
 
 

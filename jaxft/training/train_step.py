@@ -1,4 +1,6 @@
-"""The train step: gradients, their statistics, the update. Pure functions; build.py jits them.
+"""The train step: gradients, their statistics, the update.
+
+These are pure functions, which build.py compiles.
 
 A batch is {"ids", "targets", "mask"}, each (A, B, T): A accumulation steps, B rows per step, T
 tokens per row. Packed batches, in which several examples share a row, also have "segments" and
@@ -176,7 +178,9 @@ def make_train_step(
   clip_norm: float,
   seed: int,
 ) -> TrainStepFn:
-  """Make `train_step(state, batch) -> (state, metrics)` from functions made here or in `offload`.
+  """Make `train_step(state, batch) -> (state, metrics)`.
+
+  Its parts are made here or in `offload`.
 
   If the loss, the gradient or a leaf of the state is not finite, the step is skipped: it changes
   only `state.step`. Then `metrics["bad"]` is true, and `metrics["bad_leaves"]` flags the non-finite
@@ -215,7 +219,7 @@ def make_train_step(
 
 
 def ids_in_range(batch: Batch, cfg: ModelConfig) -> jax.Array:
-  """Return whether all ids and targets are in the tables; XLA would clamp others silently."""
+  """Return whether all ids and targets are in the tables; XLA clamps others."""
 
   def in_range(ids, size):
     return jnp.all((ids >= 0) & (ids < size))

@@ -49,7 +49,7 @@ def select_like(tree: Params, shapes: Params) -> Params:
 
 
 def make_layer_mask(trained: Trained) -> Callable[..., jax.Array]:
-  """Make `mask_frozen_layers(path, x, layer=None)`, which sets the leaf's frozen layers in x to 0.
+  """Make `mask_frozen_layers(path, x, layer=None)`: x with 0 in frozen layers.
 
   With `layer`, x is that single layer, without the layer axis.
   """

@@ -45,7 +45,7 @@ def hold_workdir(workdir: Path, overwrite: bool, inputs: Iterable[Path]) -> Gene
 
 @contextmanager
 def lock_workdir(workdir: Path) -> Generator[None]:
-  """Hold the workdir's lock; the operating system releases it when the process dies.
+  """Hold the workdir's lock; the kernel releases it when the process dies.
 
   Raises:
     RequestError: another run holds it. The message has its pid and host.
@@ -94,7 +94,7 @@ def _lock_owner(workdir: Path) -> str:
 
 
 def check_not_an_input(workdir: Path, inputs: Iterable[Path]) -> None:
-  """Raise RequestError if a new run reads a file in the workdir, which will be moved."""
+  """Raise RequestError if a new run reads a file in the workdir to be moved."""
   for path in (Path.cwd(), *inputs):
     if path.resolve().is_relative_to(workdir.resolve()):
       raise RequestError(
@@ -104,7 +104,7 @@ def check_not_an_input(workdir: Path, inputs: Iterable[Path]) -> None:
 
 
 def check_movable(workdir: Path) -> None:
-  """Raise RequestError if a workdir cannot be moved, or a run is active in one of its folders."""
+  """Raise RequestError if a workdir cannot be moved or has an active run in it."""
   folder = workdir.resolve()
   if os.path.ismount(folder):
     raise RequestError(
@@ -134,7 +134,7 @@ def has_content(workdir: Path) -> bool:
 
 
 def move_aside(workdir: Path) -> Path:
-  """Rename a workdir to `NAME.1`, `NAME.2`, ... and make an empty one that keeps the lock.
+  """Rename a workdir to `NAME.1` (2, 3, ...) and make a new one with the lock.
 
   If the process dies at any point, every file is still in one of the two folders.
 
@@ -164,7 +164,10 @@ def move_aside(workdir: Path) -> Path:
 
 
 def overwrite_workdir(workdir: Path, out: Path, preemption: PreemptionHandler) -> None:
-  """Move the old run aside while all processes wait; log if the export `out` will be replaced."""
+  """Move the old run aside while all processes wait.
+
+  If `out` already has an export, this logs that it will be replaced.
+  """
   is_main = jax.process_index() == 0
   multihost.assert_all_equal("read", {})
   with preemption.deferred():
