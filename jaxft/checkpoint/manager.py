@@ -95,7 +95,8 @@ class CheckpointManager:
   """The checkpoints of a run, saved in the background.
 
   Each is a folder `STEP/` with the state and a JSON record, which has checksums of both. A
-  checkpoint is verified by reading it back, and stays until a newer one is verified.
+  checkpoint is verified by reading it back. The last verified one stays until a newer one is
+  verified.
   """
 
   def __init__(

@@ -260,8 +260,8 @@ def build_grad_fn(
   grad_fn = train_step.make_grad_fn(
     graph, grad_shardings=shardings, fetch_params=fetch_params, **shared
   )
-  # The gradients of several accumulation steps are added up in float32. A single one keeps the
-  # dtype of the weights it was taken for.
+  # The gradients of several accumulation steps are added up in float32. A single one has the
+  # dtype of the weights.
   grads = grads_f32 if A > 1 else rules.with_shardings(copy or params, shardings)
   return grad_fn, grads, copy
 

@@ -46,7 +46,7 @@ def check_fits(program: TrainProgram, config: Config) -> None:
   if device.platform == "gpu" and on_host > (limit := backend.pinned_limit()):
     raise RequestError(
       f"{needs}, and XLA may pin {limit:,} in this process; set {backend.PINNED_LIMIT_ENV} (GiB) "
-      f"before it starts or, if the machine has more memory than it reports, "
+      "before it starts or, if the machine has more memory than it reports, "
       f"{backend.HOST_MEMORY_ENV}; {fewer}"
     )
   limit = backend.device_memory_bytes(device)

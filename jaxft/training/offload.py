@@ -159,9 +159,9 @@ def make_streamed_grad_fn(
 ) -> GradFn:
   """Make a `train_step.GradFn` for weights and gradients on the host.
 
-  It computes the loss and gradients of `train_step.make_grad_fn` in four stages: embedding, layers forward, output head
-  with its gradient, layers backward. All A micro-batches pass a stage before the next one begins,
-  which is why activations between stages have the axes (A, B, T, D).
+  It computes the loss and gradients of `train_step.make_grad_fn` in four stages: embedding, layers
+  forward, output head with its gradient, layers backward. All A micro-batches pass a layer while it
+  is on the device, which is why activations have the axes (A, B, T, D) here.
 
   Args:
     graph: the model's graph definition.

@@ -121,7 +121,7 @@ def _masked_rows_note(saved: Json, current: Json, step: int) -> str:
 def restore_best(
   checkpoints: CheckpointManager, like: CheckpointState, strict: bool
 ) -> tuple[int, CheckpointState]:
-  """Restore the weights of the best checkpoint, or the newest without a metric.
+  """Restore the weights of the best checkpoint; of the newest if none has a metric.
 
   Args:
     checkpoints: the checkpoints of the run.

@@ -37,7 +37,7 @@ class BuiltRun:
 
   request: RunRequest
   inputs: RunInputs
-  cfg: ModelConfig  # with the adapters and dropout that are trained
+  cfg: ModelConfig  # with the dropout and the adapters of this run
   program: TrainProgram
 
   @property
