@@ -376,12 +376,12 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   )
   assert "| steps | 4 of 1 sequence of 32 tokens |" in (run.export / "README.md").read_text()
   assert (
-    "config.train.batch_size=8: the training text fills only 1 row, so each step takes all of it"
+    "config.train.batch_size=8: the training text fills only 1 row, so each step uses all of it"
     in output
   )
   assert (
     "config.optim.warmup_steps=50: more than the 4 steps of the run; "
-    "0 steps instead, a tenth of them" in output
+    "using 0 steps, a tenth of the run" in output
   )
   assert [line["step"] for line in run.metrics if "eval/loss" in line] == [0, 1, 2, 3, 4]
   rates = [line["train/learning_rate"] for line in run.metrics if "train/loss" in line]
@@ -391,7 +391,7 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   # The same folder with more epochs goes on; with fewer, or another rate, it is another run.
   config.train.epochs = 6.0
   longer = finetune(config, tmp_path / "run")
-  assert "6 steps in all instead of 4: going on at step 4" in capsys.readouterr().out
+  assert "6 steps in total instead of 4: continuing at step 4" in capsys.readouterr().out
   assert [line["step"] for line in longer.metrics if "eval/loss" in line] == [0, 1, 2, 3, 4, 5, 6]
   assert longer.metrics[-2]["train/learning_rate"] == pytest.approx(1e-3 / 6)
   for setting, value in (("epochs", 5.0), ("seed", 3)):
@@ -411,8 +411,8 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   assert {it.name for it in (tmp_path / "run.1").iterdir()} == before - {"run.lock"}
   assert load_workdir(tmp_path / "run.1").run[1] == 6
   assert (
-    "nothing is held out, so there is no eval loss" in output
-    and "no eval loss: nothing was held out\n" in output
+    "no text is held out, so this run has no eval loss" in output
+    and "no eval loss: no text was held out\n" in output
   )
   assert not any("eval/loss" in line for line in run.metrics)
   assert [line["step"] for line in run.metrics if "eval/unrelated_loss" in line] == [0, 1]
@@ -454,7 +454,7 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   } == {"run.lock"}
   (tmp_path / "run" / "checkpoints").mkdir()
   config.data.cache_dir = str(tmp_path / "run" / "tokens")
-  with pytest.raises(RequestError, match="lies in .*run, which would be moved aside"):
+  with pytest.raises(RequestError, match="is in .*run, which would be moved aside"):
     finetune(config, tmp_path / "run", overwrite=True)
 
 
@@ -477,7 +477,7 @@ def test_longer_run_reports_what_blocks_resume(config, tmp_path, capsys):
   config.train.steps = 30
   run = finetune(config, tmp_path / "run")
   assert (
-    "early_stopping_patience=1: no lower eval loss in as many evaluations"
+    "early_stopping_patience=1: the eval loss has not improved for this number of evaluations"
     in capsys.readouterr().out
   )
   last = run.metrics[-1]["step"]
@@ -491,7 +491,7 @@ def test_longer_run_reports_rows_it_has_passed(step, saved_rows, expected):
   about = {"rows_in_all": 266, "rows_of_step": 16}
   note = resume._masked_rows_note(meta, about, step)
   assert (
-    (f"left out of one epoch: {expected} rows that its last step had masked" in note)
+    (f"one epoch lacks {expected} rows, masked by the shorter run" in note)
     if expected
     else note == ""
   )
@@ -502,6 +502,7 @@ def test_keep_best_without_evaluations_is_rejected(config, tmp_path):
   config.data.train, config.data.format = (str(file),), "prompt_completion"
   config.train.eval_every, config.train.keep_best_metric = 1, "eval/loss"
   with pytest.raises(
-    RequestError, match="config.train.keep_best_metric='eval/loss': nothing is held out of 1 row"
+    RequestError,
+    match="config.train.keep_best_metric='eval/loss' needs held-out text, .* .1 row",
   ):
     finetune(config, tmp_path / "other")

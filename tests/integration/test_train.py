@@ -73,7 +73,7 @@ def test_profiler_traces_exactly_the_asked_steps(tmp_path, capsys):
   assert f"steps 2 to 3 are traced in {tmp_path}" in capsys.readouterr().out
   Profiler(folder=tmp_path, first=6, count=2, total=5, paused=pause)
   assert (
-    "nothing is traced: the first step that would be is 6, and the last of the run is 5"
+    "no step is traced: tracing would begin at step 6, and the run ends at step 5"
     in capsys.readouterr().out
   )
 

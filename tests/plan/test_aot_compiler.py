@@ -246,7 +246,7 @@ def test_offload_unsupported_on_tpu_is_refused(compiler):
     (GPTJ, 2048, {"optim__name": "adafactor"}),
   ):
     answer = compiler(request(model, "v5e:1x1", 1, T, memory__offload="all", **more))
-    assert "config.memory.offload=all: on a TPU not for this" in answer["refused"], answer
+    assert "config.memory.offload=all: on a TPU this model" in answer["refused"], answer
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_awkward_folder_names(ready, folder, tmp_path, part):
     before = sorted(path.name for path in root.iterdir())
     if any(part in name for part in REFUSED):
       with pytest.raises(
-        RequestError, match="--workdir: .* Orbax takes the .* for part of a pattern"
+        RequestError, match="--workdir: .* Orbax .* reads the .* as part of a pattern"
       ):
         validate_run(config, root / "run")
       assert sorted(path.name for path in root.iterdir()) == before
@@ -86,9 +86,7 @@ def test_finished_run_needs_no_base_model(finished, folder, stories, tmp_path, m
   folders = (finished[0] / "export", tmp_path / "out", tmp_path / "as_stored")
   assert len({(at / "model.safetensors").read_bytes() for at in folders}) == 1
   (tmp_path / "[1]").mkdir()
-  with pytest.raises(
-    RequestError, match="Orbax takes the . for part of a pattern|Orbax takes the .* in the path"
-  ):
+  with pytest.raises(RequestError, match="Orbax .* reads the .* as part of a pattern"):
     load_workdir(shutil.copytree(finished[0], tmp_path / "[1]" / "w"))
   with pytest.raises(RequestError, match="no/such/model"):  # whose dtypes nobody knows now
     there.export(tmp_path / "not", dtype="source")
@@ -259,12 +257,12 @@ def test_relative_paths_work_from_another_folder(folder, stories, tmp_path, monk
   monkeypatch.chdir(here)
   config.model.path = "run/adapter"
   with pytest.raises(
-    RequestError, match="a folder of adapters, and adapters on top of it .* merge it first"
+    RequestError, match="a folder of adapters, and new adapters .* merge them first"
   ):
     finetune(config, "another")
   config.model.path = "mine/model"
   shutil.copyfile(elsewhere / "held_out.jsonl", here / "held_out.jsonl")
-  with pytest.raises(RequestError, match="the held-out text is not what the run was started with"):
+  with pytest.raises(RequestError, match="the held-out text has changed since the run was started"):
     finetune(config, "run")
   with pytest.raises(RequestError, match="name a text with --data"):
     load_workdir(workdir).evaluate_held_out()
