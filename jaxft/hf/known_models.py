@@ -1,4 +1,4 @@
-"""The config.json of published checkpoints, where it differs from transformers' defaults."""
+"""config.json of published checkpoints: the values that differ from transformers' defaults."""
 
 from jaxft.utils.types import Json
 
