@@ -1,4 +1,6 @@
-"""Exports a verified Hugging Face folder: `python -m jaxft.export --workdir DIR --out DIR`.
+"""Exports a verified Hugging Face folder.
+
+    python -m jaxft.export --workdir DIR --out DIR
 
 --step N exports that checkpoint of the run. --model PATH_OR_ID exports another model.
 """

@@ -1,4 +1,4 @@
-"""Resolves `config.model`: a checkpoint or the sizes of a new model, and a tokenizer."""
+"""Resolves `config.model`: a checkpoint or a new model, and a tokenizer."""
 
 import difflib
 import json
@@ -80,7 +80,7 @@ def resolve_tokenizer(path: str) -> Path:
 
 
 def _parse_overrides(text: str, hf_config: Json, file: Path | None) -> Json:
-  """Parse `config.model.config_overrides` into values with the types of config.json."""
+  """Parse `config.model.config_overrides` into values of config.json's types."""
   overrides = {}
   for pair in filter(None, (pair.strip() for pair in text.split(","))):
     key, _, value = map(str.strip, pair.partition("="))

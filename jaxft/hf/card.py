@@ -40,9 +40,9 @@ TASKS = {
 
 
 def model_card(workdir: Path, step: int, local: bool) -> str:
-  """Return README.md of a model exported at `step`, from the files of the run's workdir.
+  """Return README.md of a model exported at `step`.
 
-  Local paths are cut to their last part.
+  Its facts are from the files of the run's workdir. Local paths are cut to their last part.
 
   Args:
     workdir: the run's workdir.

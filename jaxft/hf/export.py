@@ -36,7 +36,7 @@ DROPPED_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 DROPPED_KEYS += ("attn_implementation", "_attn_implementation")
 GENERATION_CONFIG = "generation_config.json"
 # Folder in a workdir with the config and tokenizer of the run's model, and the files it may hold.
-RUN_MODEL = "run.model"
+RUN_MODEL = repo.RUN_MODEL
 RUN_MODEL_FILES = ("config.json", GENERATION_CONFIG, *TOKENIZER_FILES)
 
 
@@ -142,7 +142,7 @@ def export_model(
     _atomic_replace(partial, out)
   except OSError as error:
     raise StorageError(
-      f"export to {out}: {write_failure(out, error)}; an earlier export there is unchanged"
+      f"export to {out}: {write_failure(out, error)}; an earlier export is unchanged"
     ) from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
@@ -218,7 +218,7 @@ def is_hf_model(folder: Path) -> bool:
 def save_run_model(
   workdir: Path, checkpoint: repo.HFCheckpoint, tokenizer: "PreTrainedTokenizerFast"
 ) -> None:
-  """Save the config and tokenizer of a run's model to WORKDIR/run.model, atomically.
+  """Save the config and tokenizer of a run's model to WORKDIR/run.model.
 
   The run's checkpoints then stay usable after the base model's folder is gone.
 
@@ -252,7 +252,10 @@ def find_run_model(workdir: Path) -> Path | None:
 
 
 def _special_ids(config: Json, tokenizer: "PreTrainedTokenizerFast | None") -> Json:
-  """Return the tokenizer's special tokens as config keys; keep the config's other end tokens."""
+  """Return the tokenizer's special tokens as keys of config.json.
+
+  Other end tokens of the config are kept.
+  """
   if tokenizer is None:
     return {}
   eos = tokenizer.eos_token_id
@@ -277,7 +280,7 @@ def check_exportable(checkpoint: repo.HFCheckpoint, tokenizer: "PreTrainedTokeni
 
 
 def _check_float16_range(params: Params, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn) -> None:
-  """Raise RequestError if a weight is beyond the range of float16 and is exported in it."""
+  """Raise RequestError if a weight exported in float16 is beyond its range."""
   limit = 65520  # the largest float16 is 65504; anything below the limit rounds to it
   for tensor in hf_tensors(params, checkpoint, always_float32):
     if dtype_of(tensor.name) == np.float16:
@@ -293,7 +296,7 @@ def _check_float16_range(params: Params, checkpoint: repo.HFCheckpoint, dtype_of
 def _plan_files(
   params: Params, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn, max_shard_size: str
 ) -> tuple[dict[str, dict[str, ExportTensor]], StateDictSplit]:
-  """Return the tensors of each file in the order of writing, and the library's own plan."""
+  """Return the tensors of each file in writing order, and the library's own plan."""
   tensors = {tensor.name: tensor for tensor in hf_tensors(params, checkpoint, dtype_of)}
   plan = split_state_dict_into_shards_factory(
     tensors,
@@ -333,9 +336,10 @@ def _write_safetensors(file: Path, tensors: dict[str, ExportTensor]) -> None:
 
 
 def _atomic_replace(partial: Path, out: Path) -> None:
-  """Rename `partial` to `out`; keep the old `out` as a backup until that has succeeded.
+  """Rename `partial` to `out`.
 
-  A kill between the two renames leaves only the backup, which `_recover_replace` restores.
+  The old `out` is kept as a backup until the rename has succeeded. A kill between the two renames
+  leaves only the backup, which `_recover_replace` restores.
   """
   backup = _backup_path(out)
   shutil.rmtree(backup, ignore_errors=True)

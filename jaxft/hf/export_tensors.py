@@ -1,4 +1,4 @@
-"""Converts parameters to tensors with Hugging Face names, shapes and dtypes, one at a time."""
+"""Converts parameters to Hugging Face tensors, one at a time."""
 
 import functools
 import math
@@ -36,7 +36,10 @@ def make_dtype_fn(checkpoint: repo.HFCheckpoint, dtype: str) -> DtypeFn:
 
 
 class ExportTensor(NamedTuple):
-  """A tensor to write. Its chunks are copied from the devices one at a time, in byte order."""
+  """A tensor to write.
+
+  Its chunks are copied from the devices one at a time, in byte order.
+  """
 
   name: str
   dtype: np.dtype
@@ -61,7 +64,7 @@ def always_float32(name: str) -> np.dtype:
 def hf_tensors(
   params: Params, checkpoint: repo.HFCheckpoint, dtype_of: DtypeFn = always_float32
 ) -> Iterator[ExportTensor]:
-  """Yield parameters (or gradients) as tensors named and shaped by the checkpoint's family."""
+  """Yield parameters (or gradients) as tensors of the checkpoint's family."""
   leaves: Params = flatten_dict(params, sep=".")
   for rule in checkpoint.family.rules:
     if rule.param not in leaves:

@@ -1,4 +1,7 @@
-"""config.json of published checkpoints: the values that differ from transformers' defaults."""
+"""The config.json of published checkpoints.
+
+Only values that differ from transformers' defaults are listed.
+"""
 
 from jaxft.utils.types import Json
 

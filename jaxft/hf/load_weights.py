@@ -82,7 +82,7 @@ StoredTensor: TypeAlias = TensorRef | TorchTensor | MergedTensor
 
 
 def list_tensors(folder: Path, torch_bin: bool = False) -> dict[str, TensorRef | TorchTensor]:
-  """List the tensors of a folder's weight files by their names in torch; read only headers."""
+  """List a folder's tensors by their names in torch; read only headers."""
   tensors = {}
   readers = {".safetensors": _safetensors, ".msgpack": _flax_msgpack, ".bin": _torch}
   for file in repo.weight_files(folder, torch_bin):
@@ -280,7 +280,10 @@ def _take_tensors(
   rule: Rule,
   shape: tuple[int, ...],
 ) -> list[list[StoredTensor]]:
-  """Remove a parameter's tensors from `tensors`; return them by layer and position in the stack."""
+  """Remove a parameter's tensors from `tensors` and return them.
+
+  Returns one list per layer, in the order of the stacking axis.
+  """
   folder = checkpoint.folder
   expected = weight_map.hf_shape(rule.layout, layer_shape(rule, shape, checkpoint.cfg.V))
   layers = []
@@ -331,7 +334,10 @@ def _read_slice(
 
 
 def _empty_aligned(shape: tuple[int, ...]) -> np.ndarray:
-  """Allocate float32 memory aligned to 64 bytes, which JAX on a CPU can use without a copy."""
+  """Allocate aligned float32 memory.
+
+  JAX on a CPU can use memory aligned to 64 bytes without a copy.
+  """
   size = 4 * math.prod(shape)
   raw = np.empty(size + 64, np.uint8)
   start = -raw.ctypes.data % 64

@@ -1,4 +1,7 @@
-"""Parses a config.json. An option that changes the maths is applied or refused, never ignored."""
+"""Parses a config.json.
+
+An option that changes the maths is applied or refused, never ignored.
+"""
 
 import dataclasses
 import re
@@ -129,7 +132,10 @@ def from_hf_config(config: Json) -> ModelConfig:
 
 
 def _check_num_layers(attention_types: object) -> None:
-  """Refuse [[["global"], 10**9]]: the config class would expand it into a list of 10**9 items."""
+  """Refuse [[["global"], 10**9]].
+
+  transformers' config class would expand it into a list of 10**9 items.
+  """
   text = str(attention_types)
   if len(text) > 2**16 or any(int(number) > 2**16 for number in re.findall(r"\d+", text)):
     raise RequestError("config.json: attention_types has too many layers (over 65536)")

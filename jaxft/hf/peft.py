@@ -1,6 +1,6 @@
-"""Saves LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
+"""Saves LoRA adapters in PEFT's format.
 
-PEFT 0.21 reads them.
+The files are adapter_config.json and adapter_model.safetensors. PEFT 0.21 reads them.
 """
 
 import os
@@ -40,7 +40,10 @@ model = {auto}.from_pretrained("path/to/this/folder")
 
 
 def _model_card(config: Json) -> str:
-  """Return README.md of the adapters; a local base model is named by its folder's last part."""
+  """Return README.md of the adapters.
+
+  A local base model is named by the last part of its path.
+  """
   path = config["base_model_name_or_path"]
   local = is_local(path)
   task = "SequenceClassification" if config["task_type"] == "SEQ_CLS" else "CausalLM"
@@ -57,7 +60,7 @@ def _model_card(config: Json) -> str:
 def _adapter_config(
   cfg: ModelConfig, model_type: str, targets: list[str], layers: tuple[int, ...], config: Config
 ) -> Json:
-  """Return the adapter_config.json of adapters on these modules and layers; () for all layers."""
+  """Return adapter_config.json for these modules and layers; () for all layers."""
   path = config.model.path
   return {
     "peft_type": "LORA",
@@ -80,9 +83,10 @@ def _adapter_config(
 def save_adapters(
   folder: Path, trained: Params, cfg: ModelConfig, source: HFCheckpoint, config: Config
 ) -> None:
-  """Write the adapters so that `peft.PeftModel.from_pretrained(base, folder)` loads them.
+  """Write the adapters in PEFT's format.
 
-  In a run of several processes, all of them must call it; process 0 writes.
+  `peft.PeftModel.from_pretrained(base, folder)` loads them. In a run of several processes, all of
+  them must call it; process 0 writes.
 
   Args:
     folder: the folder to write; created if it does not exist.
@@ -124,8 +128,7 @@ def save_adapters(
     for name, tensor in tensors.items():
       if tensor.tobytes() != saved[name].tobytes():
         raise StorageError(
-          f"adapters to {folder}: {name!r} read back differs from what was written; "
-          "the disk may be failing"
+          f"adapters to {folder}: {name!r} differs when read back; the disk may be failing"
         )
     partial.rename(folder / ADAPTER_WEIGHTS)
     write_json(folder / ADAPTER_CONFIG, adapter_config)

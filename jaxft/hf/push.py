@@ -20,9 +20,9 @@ def validate_push(repo: str) -> list[str]:
 
 
 def push_to_hub(folder: Path, repo: str) -> str:
-  """Upload the folder as one commit to `repo` (NAME or OWNER/NAME); return the repository's URL.
+  """Upload the folder as one commit; return the repository's URL.
 
-  Creates the repository if it does not exist. The folder stays in any case.
+  `repo` is NAME or OWNER/NAME. It is created if it does not exist. The folder is never deleted.
 
   Raises:
     RequestError: the name is invalid, or no one is logged in.

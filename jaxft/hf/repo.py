@@ -1,4 +1,7 @@
-"""Resolves a Hugging Face id or path to a folder whose files are safe to read, and its config."""
+"""Resolves a Hugging Face id or path to a folder and its parsed config.
+
+Every file is checked before it is read: it must be a regular file inside the folder.
+"""
 
 import dataclasses
 import hashlib
@@ -16,7 +19,13 @@ from jaxft.hf import model_config
 from jaxft.hf.tokenizer import TOKENIZER_FILES, VOCAB_FILES, is_special
 from jaxft.hf.weight_map import FAMILIES, Family
 from jaxft.model.config import ModelConfig
-from jaxft.utils.files import HUB_URL, exists, is_encodable, reject_lfs_pointer
+from jaxft.utils.files import (
+  HUB_URL,
+  exists,
+  is_encodable,
+  read_json_object,
+  reject_lfs_pointer,
+)
 from jaxft.utils.types import Json
 
 if TYPE_CHECKING:
@@ -31,6 +40,7 @@ HEAD_KEYS = ("num_labels", "_num_labels", "problem_type", "finetuning_task")
 # Limit for .json and .txt files, which are read whole. A large tokenizer.json has 2^25.
 MAX_TEXT_BYTES = 2**28
 PARITY_FILE = "parity.json"  # an export's parity report and the checksums of its files
+RUN_MODEL = "run.model"  # folder in a workdir with the config and tokenizer of the run's model
 # Files of an adapter folder in PEFT's format.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -78,7 +88,7 @@ class HFCheckpoint(NamedTuple):
 
   @property
   def tokenizer_folder(self) -> Path:
-    """Folder of the tokenizer; adapters may bring the one that they were trained with."""
+    """Folder of the tokenizer, which may be the one of the adapters."""
     if self.tokenizer:
       return self.tokenizer
     if self.adapter and any((self.adapter / name).is_file() for name in VOCAB_FILES):
@@ -95,7 +105,7 @@ class HFCheckpoint(NamedTuple):
 def with_class_head(
   checkpoint: HFCheckpoint, labels: list[str], tokenizer: "PreTrainedTokenizerFast"
 ) -> HFCheckpoint:
-  """Return the checkpoint with its classification head, or with a new one for `labels`.
+  """Return the checkpoint with its classification head, or a new one for `labels`.
 
   A new head replaces the language head.
 
@@ -159,7 +169,7 @@ def validate_model(path: str, weights: bool = True, torch_bin: bool = False) -> 
 
 
 def is_local(path: str) -> bool:
-  """Return whether this is a path: it exists, or cannot be a hub id (NAME or OWNER/NAME)."""
+  """Return whether this is a path: it exists, or cannot be a hub id."""
   return exists(Path(path)) or not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", path)
 
 
@@ -222,6 +232,7 @@ def _open_folder(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
       f"model folder {str(folder)!r}: no such folder; give another, or a hub id such as gpt2"
     )
   _check_safe_files(folder, [name for name in READABLE_FILES if os.path.lexists(folder / name)])
+  _reject_workdir(folder)
   has_config = (folder / "config.json").is_file()
   has_weights = any(
     (folder / f"{name}{suffix}").is_file()
@@ -241,10 +252,25 @@ def _open_folder(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
   return read_checkpoint(folder, torch_bin)
 
 
-def _resolve_adapter(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
-  """Return the base model of a folder of LoRA adapters; reading it merges the adapters.
+def _reject_workdir(folder: Path) -> None:
+  """Raise RequestError for the folder of a run, and name the run's export."""
+  config = read_json_object(folder / "config.json", [])
+  has_run_config = isinstance(config.get("model"), dict) and isinstance(config.get("train"), dict)
+  if "model_type" in config or not (has_run_config or (folder / RUN_MODEL).is_dir()):
+    return
+  export = folder / "export"
+  way_out = f"give its export, {str(export)!r}"
+  if not (export / "config.json").is_file():
+    way_out = f"export it first: python -m jaxft.export --workdir {folder} --out {export}"
+  raise RequestError(
+    f"model folder {str(folder)!r}: this is the folder of a run, not of a model; {way_out}"
+  )
 
-  Raises RequestError for adapters that are not plain LoRA.
+
+def _resolve_adapter(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoint:
+  """Return the base model of a folder of LoRA adapters.
+
+  Reading its weights merges the adapters. Raises RequestError for adapters that are not plain LoRA.
   """
   file = folder / ADAPTER_CONFIG
   config = read_json(file)
@@ -280,7 +306,7 @@ def _resolve_adapter(folder: Path, weights: bool, torch_bin: bool) -> HFCheckpoi
 
 
 def read_checkpoint(folder: Path, torch_bin: bool = False) -> HFCheckpoint:
-  """Parse a folder's config.json; raise RequestError naming the folder if it is wrong."""
+  """Parse a folder's config.json; raise RequestError if it is wrong."""
   hf_config = read_json(folder / "config.json")
   try:
     cfg = model_config.from_hf_config(hf_config)
@@ -290,9 +316,10 @@ def read_checkpoint(folder: Path, torch_bin: bool = False) -> HFCheckpoint:
 
 
 def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
-  """List the weight files of the first of `WEIGHT_FORMATS` that exists: one file, or its shards.
+  """List a folder's weight files: one file, or the shards of an index.
 
-  Shards must be in the folder itself and have the format of their index.
+  They have the first of `WEIGHT_FORMATS` that exists. Shards must be in the folder itself and have
+  the format of their index.
 
   Raises:
     RequestError: the folder has no weights that may be read, or an unsafe file.
@@ -316,7 +343,10 @@ def weight_files(folder: Path, torch_bin: bool = False) -> list[Path]:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-  """Return the SHA-256 of every file of an export, except its card, which people edit."""
+  """Return the SHA-256 of every file of an export, except its model card.
+
+  People edit model cards.
+  """
   excluded = (PARITY_FILE, "README.md")
   files = sorted(it for it in folder.iterdir() if it.is_file() and it.name not in excluded)
   with ThreadPoolExecutor() as threads:  # hashing releases Python's lock
@@ -432,7 +462,10 @@ def _check_safe_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def fingerprint(checkpoint: HFCheckpoint, whole: bool = False) -> str:
-  """Return a hash of the weights: of all bytes, or of sizes and 17 samples of 64 KB per file."""
+  """Return a hash of the weights.
+
+  It covers all bytes if `whole`, otherwise the size and 17 samples of 64 KB of each file.
+  """
   digest = hashlib.sha256(json.dumps(checkpoint.hf_config, sort_keys=True).encode())
   sample_bytes = 2**16
   files = weight_files(checkpoint.folder, checkpoint.torch_bin)

@@ -1,4 +1,7 @@
-"""Loads and checks a Hugging Face folder's tokenizer, and saves it for transformers 4 and 5.
+"""Loads, checks and saves a Hugging Face folder's tokenizer.
+
+It is saved such that transformers 4 and 5 both read it.
+
 
 We check what AutoTokenizer returns. For a folder without a vocabulary, transformers 5 makes a
 tokenizer of one token. For a vocab.json without merges it makes one that splits every word into
@@ -67,14 +70,14 @@ PROBE_TEXTS = (
 
 
 def load_tokenizer(folder: Path, V: int) -> "PreTrainedTokenizerFast":
-  """Load a folder's tokenizer with transformers, and check that it can tokenize text.
+  """Load a folder's tokenizer, and check that it can tokenize text.
 
   Args:
     folder: the folder with the tokenizer's files.
     V: number of rows of the model's vocabulary table.
 
   Raises:
-    RequestError: the folder has no vocabulary, or its files contradict each other; or the tokenizer
+    RequestError: the folder has no vocabulary, or its files contradict each other. Or the tokenizer
       has no end token, has more than V tokens, or cannot produce its own tokens from text.
   """
   try:
@@ -119,7 +122,7 @@ def _from_pretrained(folder: Path) -> "PreTrainedTokenizerFast":
 def _prefer_tokenizer_json(
   tokenizer: "PreTrainedTokenizerFast", folder: Path
 ) -> "PreTrainedTokenizerFast":
-  """Return `tokenizer`, or the one of tokenizer.json if the two tokenize texts differently.
+  """Return `tokenizer`, or that of tokenizer.json if the two differ on texts.
 
   Classes of transformers 5, such as GPT2Tokenizer, read the vocabulary from tokenizer.json and
   define the rest in code. Those of transformers 4 read everything except add_prefix_space from the
@@ -158,7 +161,7 @@ def _vocab_error(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> str:
   decoded = list(zip(sample, texts, strict=True))
   unknown = tokenizer.unk_token_id
   if not any(text.strip() for id, text in decoded if id != unknown):
-    return f"not a usable tokenizer: none of its {len(vocab)} tokens is text; {advice}"
+    return f"not a usable tokenizer: its {len(vocab)} tokens contain no text; {advice}"
   words = [(id, text) for id, text in decoded if _is_word(text)]
   if len(words) > 9 and not any(_encode(backend, text) == [id] for id, text in words):
     return (
@@ -217,7 +220,7 @@ def save_tokenizer(
   positions: int,
   pad_token_id: int | None,
 ) -> None:
-  """Write a tokenizer that gives the same ids in transformers 4 and 5, and suits converters.
+  """Write a tokenizer for transformers 4 and 5 and for converters.
 
   Args:
     tokenizer: from `load_tokenizer`.
@@ -302,7 +305,7 @@ def _special_tokens(
 
 
 def is_special(tokenizer: "PreTrainedTokenizerFast", id: object) -> bool:
-  """Return whether this is the id of a special token, which ordinary text never contains."""
+  """Return whether this is a special token, which ordinary text never contains."""
   if not isinstance(id, int):  # null in a config.json
     return False
   added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
@@ -383,7 +386,7 @@ def verify_tokenizer(folder: Path, tokenizer: "PreTrainedTokenizerFast", source:
 
 
 def bos_token_id(tokenizer: "PreTrainedTokenizerFast") -> int:
-  """Return the id of the begin token, or of the end token if the tokenizer has no begin token."""
+  """Return the id of the begin token; without one, that of the end token."""
   return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 

@@ -1,4 +1,7 @@
-"""Reads pytorch_model*.bin: pickles, with torch's weights_only mode, which runs no code."""
+"""Reads pytorch_model*.bin with torch.
+
+These files are pickles, which can run code. torch's weights_only mode runs none.
+"""
 
 import zipfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Applies a run's config to a model: dropout, LoRA adapters and trainable weights."""
+"""Applies a run's config to a model: dropout, adapters and trainable weights."""
 
 import dataclasses
 import fnmatch
@@ -21,7 +21,11 @@ ALL_LINEAR = "all-linear"
 
 
 def apply_config(cfg: ModelConfig, config: Config, model_type: str) -> ModelConfig:
-  """Return the `ModelConfig` as the run trains it; raise RequestError for an unknown name."""
+  """Return the `ModelConfig` as the run trains it.
+
+  Raises:
+    RequestError: a setting names an unknown matrix, layer or weight.
+  """
   if config.model.dropout is not None:
     cfg = cfg.with_dropout(config.model.dropout)
   if config.lora.rank:
@@ -34,7 +38,7 @@ def apply_config(cfg: ModelConfig, config: Config, model_type: str) -> ModelConf
 
 
 def lora_modules(model_type: str) -> dict[str, str]:
-  """Return a layer's matrices: {name in the checkpoint: its key in `TARGET_MODULES`}."""
+  """Return a layer's matrices: {name in the checkpoint: key in `TARGET_MODULES`}."""
   modules = {}
   for rule in FAMILIES[model_type].rules:
     if rule.by_layer and rule.param.endswith(".kernel"):
@@ -91,7 +95,7 @@ def _parse_layers(ranges: tuple[str, ...], L: int) -> tuple[int, ...]:
 def _match_params(
   cfg: ModelConfig, patterns: tuple[str, ...], model_type: str
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
-  """Return `ModelConfig.trained` for weights whose full names match one of the patterns."""
+  """Return `ModelConfig.trained` for weights whose full names match a pattern."""
   rules = FAMILIES[model_type].rules
   unused = set(patterns)
   trained = []
@@ -120,7 +124,10 @@ def _match_params(
 
 
 def _tensor_names(rule: Rule, cfg: ModelConfig) -> Iterator[tuple[int, list[str]]]:
-  """Yield each layer and the names of a parameter's tensors, if the model has the parameter."""
+  """Yield each layer and the names of a parameter's tensors in it.
+
+  Yields nothing if the model lacks the parameter.
+  """
   exists = {
     "output.kernel": not cfg.tied and not cfg.classes,
     "output.bias": cfg.head_bias and not cfg.classes,

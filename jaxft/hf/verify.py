@@ -1,4 +1,4 @@
-"""Verifies an export: compares its tensors and logits with those of the model in memory."""
+"""Verifies an export by the tensors and logits of the model in memory."""
 
 import importlib.util
 from pathlib import Path
@@ -56,8 +56,7 @@ def verify_export(
     is_ref = isinstance(ref, load_weights.TensorRef)
     if not is_ref or ref.shape != tensor.shape or not ref.bytes_equal(tensor.chunks()):
       raise StorageError(
-        f"{folder}: tensor {tensor.name!r} read back differs from what was written; "
-        "the disk may be failing"
+        f"{folder}: tensor {tensor.name!r} differs when read back; the disk may be failing"
       )
   if written:
     raise StorageError(f"{folder}: unexpected tensors {sorted(written)} were written")
@@ -77,7 +76,7 @@ def verify_export(
 
 
 def _compare_logits(saved: repo.HFCheckpoint, params: Params, dtype_of: DtypeFn) -> Json:
-  """Compare the logits of an export with those of the model in memory, on random tokens."""
+  """Compare an export's logits with those of the model, on random tokens."""
   graph, shapes, _ = abstract_model(saved.cfg, ComputeConfig())
   ids_BT, lengths_B = _random_batch(saved)
   if importlib.util.find_spec("torch"):
@@ -132,7 +131,7 @@ def compute_logits(graph: nnx.GraphDef[Decoder], params: Params, ids_BT: np.ndar
 
 
 def check_hf_config(folder: Path, checkpoint: repo.HFCheckpoint) -> None:
-  """Raise RequestError if transformers misreads config.json or its number of classes."""
+  """Raise RequestError if transformers misreads config.json."""
   import transformers
 
   try:

@@ -1,9 +1,10 @@
-"""Maps Hugging Face tensors to jaxft's parameters: one table per family, used in both directions.
+"""Maps Hugging Face tensors to jaxft's parameters and back.
 
-A layout such as "(N H) D -> D Q N H" reads "Hugging Face -> jaxft". Each letter is an axis (see
-model/config.py; Q is query, key and value). Parentheses are axes that Hugging Face merges into one.
-A letter on the right side only is the stacking axis: jaxft stacks several tensors along it.
-Conversions only reshape, transpose and stack, so they are exact.
+Each family has one table of rules, used in both directions. A layout such as "(N H) D -> D Q N H"
+reads "Hugging Face -> jaxft". Each letter is an axis (see model/config.py; Q is query, key and
+value). Parentheses are axes that Hugging Face merges into one. A letter on the right side only is
+the stacking axis: jaxft stacks several tensors along it. Conversions only reshape, transpose and
+stack, so they are exact.
 """
 
 import math
@@ -149,21 +150,23 @@ def short_name(name: str) -> str:
 
 
 def layer_shape(rule: Rule, shape: tuple[int, ...], V: int) -> tuple[int, ...]:
-  """Return the shape of one layer of a parameter, without the rows that pad a vocabulary."""
+  """Return the shape of one layer of a parameter, without vocabulary padding."""
   _, ours = _parse_layout(rule.layout)
   sizes = zip(ours, shape[1:] if rule.by_layer else shape, strict=True)
   return tuple(V if group == ["V"] else size for group, size in sizes)
 
 
 def hf_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Return the shape of one Hugging Face tensor, given the shape of one layer of the parameter."""
+  """Return the shape of a Hugging Face tensor, given that of a parameter's layer."""
   hf, ours = _parse_layout(layout)
   size = dict(zip(_letters(ours), shape, strict=True))
   return tuple(math.prod(size[letter] for letter in group) for group in hf)
 
 
 def from_hf(layout: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """View a contiguous Hugging Face tensor in jaxft's layout, without the stacking axis.
+  """View a contiguous Hugging Face tensor in jaxft's layout.
+
+  The view has no stacking axis.
 
   Args:
     layout: of the parameter.

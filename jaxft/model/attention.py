@@ -1,4 +1,6 @@
-"""Causal scaled dot-product attention with optional windows and segments, by one of four kernels.
+"""Causal scaled dot-product attention by one of four kernels.
+
+Windows and segments are optional. The kernels:
 
 - cudnn: cuDNN's flash attention, on NVIDIA GPUs.
 - splash: JAX's Pallas kernel, on TPUs.
@@ -69,7 +71,7 @@ def unsupported_reason(
 def resolve_kernel(
   kernel: str, device: jax.Device, dtype: DTypeLike, H: int, segments: bool, dropout: bool
 ) -> tuple[str, str]:
-  """Return the kernel to train with, and why it is not the device's fastest ("" if it is).
+  """Return the kernel to train with, and why it is not the fastest ("" if it is).
 
   An unsupported `kernel` falls back to chunked. For the arguments see `unsupported_reason`.
   """
@@ -84,7 +86,7 @@ def resolve_kernel(
 
 
 def attention_saveable(primitive: jax.extend.core.Primitive, *_: object, **params: object) -> bool:
-  """Save the kernels' outputs: a `jax.checkpoint` policy, so that no kernel runs twice."""
+  """Save kernels' outputs: a `jax.checkpoint` policy. So no kernel runs twice."""
   is_cudnn = primitive.name.startswith("dot_product_attention_fwd")
   return is_cudnn or params.get("name") == CHECKPOINT_NAME
 

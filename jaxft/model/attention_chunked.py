@@ -54,7 +54,7 @@ Residuals: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, NonDiffArgs, jax.A
 
 
 class ChunkedAttention(NamedTuple):
-  """`attention.attention` in chunks of queries; the fields are the same for all chunks.
+  """Attention in chunks of queries; the fields are the same for all chunks.
 
   Inside, q, k, v and the output are (B, N, T or S, H), so that products need no transpose.
   """
@@ -147,7 +147,7 @@ class ChunkedAttention(NamedTuple):
     return chunks
 
   def logits(self, chunk: Chunk, q: jax.Array, k: jax.Array, nondiff: NonDiffArgs) -> jax.Array:
-    """Return the logits (B, N, U, keys) in float32, masked with the lowest finite number."""
+    """Return the masked logits (B, N, U, keys) in float32."""
     rows = nondiff.offset + chunk.start + jnp.arange(chunk.U)
     columns = jnp.arange(chunk.key_start, chunk.key_end)
     # The barrier makes the mask depend on the queries. The mask is the same in all layers, so XLA
@@ -173,7 +173,7 @@ class ChunkedAttention(NamedTuple):
   def forward(
     self, chunk: Chunk, q: jax.Array, k: jax.Array, v: jax.Array, nondiff: NonDiffArgs
   ) -> tuple[jax.Array, jax.Array]:
-    """Return the output (B, N, U, H) of a chunk and each query's log-sum-exp (B, N, U)."""
+    """Return a chunk's output (B, N, U, H) and log-sum-exp of each query (B, N, U)."""
     x = self.logits(chunk, q, k, nondiff)
     row_max = x.max(-1, keepdims=True)
     p = jnp.exp(x - row_max)
@@ -188,7 +188,10 @@ class ChunkedAttention(NamedTuple):
   def backward(
     self, chunk: Chunk, residuals: Residuals, d_out: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the gradients of a chunk's queries, and its part of those of its keys and values."""
+    """Return the gradients of a chunk's queries, keys and values.
+
+    Those of keys and values are partial sums: other chunks see the same keys.
+    """
     q, k, v, nondiff, out, lse = residuals
     d_out = chunk.queries(d_out)
     v = chunk.keys(v)

@@ -17,9 +17,9 @@ from jaxft.sharding.rules import Axes, gather
 
 
 class LayerInfo(NamedTuple):
-  """Differences between layers besides their weights: (L,) for all layers, () for one.
+  """Differences between layers besides their weights.
 
-  A field is None if it is the same for all layers.
+  Fields are (L,) for all layers, () for one. None means that all layers are alike.
   """
 
   index: jax.Array | int  # 0, 1, 2, ...: the layer's index in a cache

@@ -1,4 +1,7 @@
-"""Dropout with one key per row, so that a row's mask does not depend on its batch or device."""
+"""Dropout with one key per row of a batch.
+
+So a row's mask does not depend on its batch or device.
+"""
 
 from typing import TypeAlias, overload
 
@@ -25,7 +28,7 @@ def split_keys(keys_B: jax.Array | None, num: int) -> Keys:
 
 
 def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
-  """Set elements of x (B, ...) to 0 at this rate; scale the others to keep the expected value."""
+  """Set elements of x (B, ...) to 0 at this rate; divide the others by 1 - rate."""
   if not rate or keys_B is None:
     return x
   keep_mask = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys_B)
@@ -35,7 +38,7 @@ def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
 def attention_dropout_mask(
   keys_BN: jax.Array, rate: float, queries_T: jax.Array, S: int
 ) -> jax.Array:
-  """Return factors 0 or 1 / (1 - rate), (B, N, T, S), for some queries and the first S keys.
+  """Return dropout factors (B, N, T, S), each 0 or 1 / (1 - rate).
 
   Each query has its own random bits, and the bits of the first keys do not depend on S. So every
   chunk of the mask can be computed alone, and all kernels and meshes get the same mask.

@@ -38,7 +38,7 @@ class KVCache:
     return cls(k=kv, v=kv, segments_BS=jnp.zeros((B, S), jnp.int32), length=jnp.int32(0))
 
   def unstack(self) -> "KVCache":
-    """Split the layer axis into separate arrays, for a decoder that unrolls its layers."""
+    """Split the layer axis into arrays, for a decoder that unrolls its layers."""
     return dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))
 
   def take_rows(self, rows: jax.Array) -> "KVCache":
@@ -48,9 +48,10 @@ class KVCache:
     return dataclasses.replace(self, k=k, v=v, segments_BS=self.segments_BS[rows])
 
   def write_segments(self, segments_BT: jax.Array) -> "KVCache":
-    """Write the segment ids of T new columns, before the layers write their keys and values.
+    """Write the segment ids of T new columns.
 
-    `length` stays the same until all layers have written.
+    The layers write their keys and values afterwards. `length` stays the same until all layers have
+    written.
     """
     start = (0, self.length)
     segments_BS = jax.lax.dynamic_update_slice(self.segments_BS, segments_BT, start)

@@ -1,4 +1,4 @@
-"""The modules of the decoder: embeddings, attention, MLP, norms and the output head.
+"""The decoder's modules: embeddings, attention, MLP, norms and output head.
 
 B batch, T query length, S key length, M = B T tokens, Q query, key and value, V vocabulary,
 P positions, D model, F feed-forward, L layers, N heads, H head size
@@ -24,7 +24,7 @@ ACTIVATION_AXES = ("batch", None, "act_embed")
 
 
 class Einsum(nnx.Module):
-  """`einsum(x, kernel) + bias`, plus a LoRA adapter if the config has one for this module."""
+  """`einsum(x, kernel) + bias`, plus a LoRA adapter if the config has one."""
 
   def __init__(
     self,
@@ -196,13 +196,13 @@ class Mlp(nnx.Module):
     )
 
   def __call__(self, x_BTD: jax.Array, adapter_keys: Keys) -> jax.Array:
-    """Return the output (B, T, D); `adapter_keys` are for the adapters of up and down."""
+    """Return the output (B, T, D); `adapter_keys` are for adapters of up and down."""
     h_BTF = jax.nn.gelu(self.up(x_BTD, adapter_keys[0]), approximate=not self.exact_gelu)
     return self.down(h_BTF, adapter_keys[1])
 
 
 class Block(nnx.Module):
-  """One layer: attention and MLP with their norms, each added to the residual stream."""
+  """One layer: attention and MLP with their norms and residual connections."""
 
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     self.cfg = cfg
@@ -250,7 +250,7 @@ class Embed(nnx.Module):
 
 
 class OutputHead(nnx.Module):
-  """The head's own parameters: an untied table and a bias, or the scores of a classifier."""
+  """The head's parameters: an untied table, a bias, or a classifier's scores."""
 
   def __init__(self, cfg: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
     if cfg.classes:

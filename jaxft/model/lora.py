@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., arXiv:2106.09685): trains low-rank adapters instead of the matrices.
+"""LoRA (Hu et al., arXiv:2106.09685): trains low-rank adapters of matrices.
 
 An adapter adds scale x A B to a frozen matrix, where A and B are the paper's two thin matrices.
 
@@ -85,14 +85,14 @@ def has_adapter(cfg: ModelConfig, module: str) -> bool:
 
 
 def qkv_slots(cfg: ModelConfig, module: str) -> tuple[int, ...]:
-  """Return which of q (0), k (1), v (2) have their own adapter; () if they share one."""
+  """Return which of q (0), k (1), v (2) have an adapter each; () if they share one."""
   if module != "qkv":
     return ()
   return tuple(i for i, name in enumerate("qkv") if name in cfg.lora_targets)
 
 
 def merge(params: Params, cfg: ModelConfig) -> Params:
-  """Merge the adapters into the kernels: return the weights of a model without adapters.
+  """Return the weights of a model without adapters: merge them into the kernels.
 
   Shards and layers are merged one at a time in host memory, because the weights may not fit in the
   device's memory.
@@ -162,7 +162,7 @@ def gather_to_host(x: jax.Array) -> np.ndarray:
 
 
 def _scatter_qkv(x: jax.typing.ArrayLike, slots: tuple[int, ...]) -> jax.Array:
-  """Expand axis 1 from G slots to 3 (q, k, v), with zeros for the slots that x lacks."""
+  """Expand axis 1 from G slots to 3 (q, k, v), with zeros for missing slots."""
   by_slot = dict(zip(slots, jnp.unstack(x, axis=1), strict=True))
   zeros = jnp.zeros_like(by_slot[slots[0]])
   return jnp.stack([by_slot.get(i, zeros) for i in range(3)], 1)

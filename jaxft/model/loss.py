@@ -1,7 +1,7 @@
-"""Masked cross-entropy in chunks of positions, so that not all logits are in memory at a time.
+"""Masked cross-entropy in chunks of positions.
 
-Logits are the largest array of a small model: (B, T, V) in float32 is 1.5 GiB for 8 x 1024 tokens
-of GPT-2.
+Chunks save memory. Logits are the largest array of a small model: (B, T, V) in float32 is 1.5 GiB
+for 8 x 1024 tokens of GPT-2.
 
 Two functions have a custom gradient. `_loss_sum` computes the loss of one chunk.
 `cross_entropy_sum` loops over chunks and already computes the gradient in its forward pass, so that
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 
 SMALL_LOGITS_BYTES = 2**27  # of one chunk's float32 logits: 667 tokens of GPT-2
 # Each chunk casts the table, reads it and adds to its gradient. That moves about 20 bytes per
-# weight, against 6 operations per weight and token. In the time of a byte, an H100 does 180 to 300
-# operations, a TPU v5e 240, a CPU 10. With 667 tokens per chunk, GPUs and TPUs would spend as long
-# on the table as on the products, so they get larger chunks.
+# weight, against 6 operations per weight and token. While it moves one byte, an H100 does
+# 180 to 300 operations, a TPU v5e 240, a CPU 10. With 667 tokens per chunk, GPUs and TPUs would
+# spend as long on the table as on the products, so they get larger chunks.
 LARGE_LOGITS_BYTES = 2**29
 
 
@@ -86,7 +86,7 @@ def cross_entropy_sum(
     (loss, d_arrays), d_h = jax.lax.scan(body, zeros, (h, targets, mask))
     return loss, (d_arrays, d_h, h[:0])  # an empty slice carries the dtype of h
 
-  # The true gradient is the stored one times d_loss, the gradient of whatever used the sum.
+  # The residuals are gradients of the sum itself. d_loss is the factor of all later operations.
 
   def backward(residuals, d_loss):
     d_arrays, d_h, h = residuals
@@ -101,7 +101,7 @@ def cross_entropy_sum(
 
 
 def choose_chunk(setting: int, B: int, T: int, V: int, max_bytes: int) -> int:
-  """Resolve the setting `loss_chunk` to a number of positions per chunk; 0 for a single chunk.
+  """Resolve `loss_chunk` to a number of positions per chunk; 0 for one chunk.
 
   -1 considers chunks whose logits take between half of `max_bytes` and all of it. It selects the
   one with the least padding in the last chunk, because padding is computed too.
