@@ -344,7 +344,7 @@ class Pretrained:
 
     Args:
       out: the folder; it may be new, empty or an earlier export.
-      dtype: None exports a run's weights in float32, and others in the dtype that each is stored in,
+      dtype: None exports a run's weights in float32, and others in the dtype they are stored in,
         without rounding. "source" exports a run's weights in the dtypes of its base model.
       max_shard_size: the largest weight file, such as "5GB".
       card: text of the model card; "" for the facts of the run, or the card of the checkpoint.
