@@ -19,7 +19,7 @@ FAULTS = {
     ["--config.data.train=/nowhere/x.txt"],
     "data source '/nowhere/x.txt': no such file or folder",
   ),
-  "no model": (["--config.model.path={tmp}"], "no config.json in it"),
+  "no model": (["--config.model.path={tmp}"], "it has no config.json"),
   "no folder": (["--config.model.path=/nowhere/model"], "'/nowhere/model': no such folder"),
   "negative": (["--config.train.batch_size=-1"], "config.train.batch_size=-1: must be at least 1"),
   "wrong type": (
@@ -35,7 +35,7 @@ FAULTS = {
     "config.optim.learnig_rate: there is no such setting",
   ),
   "export over the run": (["--config.export.out={tmp}/w"], "the run itself is written there"),
-  "export over a file": (["--config.export.out={tmp}/broken.py"], "is no earlier export"),
+  "export over a file": (["--config.export.out={tmp}/broken.py"], "is not an earlier export"),
   "a long name": (["--config.data.train=" + 5000 * "x"], "no such file or folder"),
   "a name with blanks": (
     ["--config.data.train=my (1) file.txt"],

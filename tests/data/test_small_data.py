@@ -417,11 +417,11 @@ def test_one_short_document_trains_and_evaluates(config, little, tmp_path, capsy
   assert not any("eval/loss" in line for line in run.metrics)
   assert [line["step"] for line in run.metrics if "eval/unrelated_loss" in line] == [0, 1]
   assert (run.export / "model.safetensors").exists()
-  assert "| eval loss | none: nothing was held out |" in (run.export / "README.md").read_text()
+  assert "| eval loss | none: the run held out no text |" in (run.export / "README.md").read_text()
   assert (
     "Nothing was held out, so there is no eval loss." in (run.workdir / "report.html").read_text()
   )
-  with pytest.raises(RequestError, match="the run held nothing out; name a text with --data"):
+  with pytest.raises(RequestError, match="the run held out no text; name a text with --data"):
     load_workdir(run.workdir).evaluate_held_out()
   # What is refused moves nothing, and a link stays one.
   config.data.sequence_length = 4096

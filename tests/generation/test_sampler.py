@@ -120,9 +120,9 @@ def test_temperature_near_zero_is_greedy(ready):
 
 
 def test_prompts_must_be_a_list_of_text(ready):
-  with pytest.raises(RequestError, match="give a list of texts"):
+  with pytest.raises(RequestError, match="must be a list of texts"):
     ready.generate("abc")
-  with pytest.raises(RequestError, match=r"prompt '\\udcff': not valid text"):
+  with pytest.raises(RequestError, match=r"prompt '\\udcff': not valid UTF-8 text"):
     ready.generate(["\udcff"])
 
 

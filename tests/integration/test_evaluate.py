@@ -99,7 +99,7 @@ def test_evaluate_held_out_uses_the_runs_validation_set(finished):
 
 
 def test_evaluate_held_out_needs_a_run(folder):
-  with pytest.raises(RequestError, match="no run, so nothing was held out"):
+  with pytest.raises(RequestError, match="not a run, so it has no held-out text"):
     pretrained.load(folder).evaluate_held_out()
 
 

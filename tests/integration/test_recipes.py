@@ -357,9 +357,9 @@ def test_added_tokens_are_learned_and_exported(marked, tmp_path):
 
 def test_invalid_added_tokens_are_refused(small, tmp_path):
   for more, message in (
-    (["--model", small, "--add", "<a>", "<a>"], "--add '<a>': a token already"),
-    (["--model", small, "--add", tiny.EOS], "a token already"),
-    (["--model", small, "--add", ""], "must be a text"),
+    (["--model", small, "--add", "<a>", "<a>"], "--add '<a>': the tokenizer already has"),
+    (["--model", small, "--add", tiny.EOS], "the tokenizer already has this token"),
+    (["--model", small, "--add", ""], "must be TOKEN or ROLE=TOKEN"),
     (["--model", small], "--model and --add go together"),
     (["--data", "x.txt", "--add", "<a>"], "--model and --add go together"),
   ):

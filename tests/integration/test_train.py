@@ -47,12 +47,11 @@ def test_nonfinite_pretrained_weights_are_refused(config, folder, tmp_path):
     finetune(config, tmp_path / "w")
 
 
-@pytest.mark.parametrize("kernel, device", [("cudnn", "NVIDIA GPUs"), ("splash", "TPUs")])
+@pytest.mark.parametrize("kernel, device", [("cudnn", "an NVIDIA GPU"), ("splash", "a TPU")])
 def test_unsupported_attention_kernel_is_refused(config, tmp_path, kernel, device):
   config.model.attention = kernel
-  with pytest.raises(
-    RequestError, match=f"config.model.attention={kernel}: it is for {device}, and this is a cpu"
-  ):
+  message = f"config.model.attention={kernel}: it requires {device}, and this device is a cpu"
+  with pytest.raises(RequestError, match=message):
     finetune(config, tmp_path, dry_run=True)
 
 

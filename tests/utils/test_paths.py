@@ -105,9 +105,9 @@ def test_foreign_files_in_workdir_stay_untouched(folder, stories, tmp_path):
   ) == tmp_path / "run.model"
   export.save_run_model(tmp_path, source, tokenizer)  # its own is replaced
   (tmp_path / "run.model" / "model.safetensors").write_text("mine")
-  with pytest.raises(RequestError, match="'model.safetensors' is none of it"):
+  with pytest.raises(RequestError, match="the folder holds 'model.safetensors'"):
     validate_run(config, tmp_path)
-  with pytest.raises(RequestError, match="'model.safetensors' is none of it"):
+  with pytest.raises(RequestError, match="the folder holds 'model.safetensors'"):
     export.save_run_model(tmp_path, source, tokenizer)
   assert (tmp_path / "run.model" / "model.safetensors").read_text() == "mine"
   mine = shutil.copytree(folder, tmp_path / "mine")
@@ -154,8 +154,8 @@ def test_unwritable_export_fails_before_training(folder, stories, tmp_path):
   (tmp_path / "file").touch()
   for out, message in (
     (tmp_path / ("x" * 245), "File name too long"),
-    (tmp_path / "file" / "out", "is no folder"),
-    (tmp_path / "gone", "a link that leads nowhere"),
+    (tmp_path / "file" / "out", "is not a folder"),
+    (tmp_path / "gone", "a broken link"),
     *(
       (tmp_path / "run" / name, "the run itself is written there")
       for name in sources.RUN_FOLDERS
@@ -184,7 +184,7 @@ def test_evaluate_held_out_data_or_fail(finished, stories, tmp_path):
   last = [line["eval/loss"] for line in metrics if "eval/loss" in line][-1]
   assert ready.evaluate_held_out()["loss"] == pytest.approx(last, rel=1e-4)
   mine.write_text(mine.read_text() + '{"text": "zzz plugh"}\n' * 60)
-  refused = "what is held out of it now may have been trained on; name a text with --data"
+  refused = "text that the run trained on; name a text with --data"
   with pytest.raises(RequestError, match=refused):
     load_workdir(workdir).evaluate_held_out()
   ready = load_workdir(workdir)
