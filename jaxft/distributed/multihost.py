@@ -33,7 +33,7 @@ _call_counter = itertools.count()  # the same in all processes
 def distributed_context(
   info: ProcessInfo | None, start_timeout: int = START_TIMEOUT, peer_timeout: int = PEER_TIMEOUT
 ) -> Generator[None]:
-  """Joins the distributed run; only process 0 logs.
+  """Join the distributed run; only process 0 logs.
 
   An error inside it ends the process at once, with the error's exit code, because JAX's own
   shutdown would wait for the others. Raises RequestError or PeerLostError when not all processes
@@ -75,7 +75,7 @@ def distributed_context(
 
 
 def is_only_local_process() -> bool:
-  """Returns whether SLURM or Open MPI has started one process on this node.
+  """Return whether SLURM or Open MPI has started one process on this node.
 
   It shall have all devices; JAX would give it the first.
   """
@@ -88,7 +88,7 @@ def is_only_local_process() -> bool:
 
 @functools.cache
 def package_versions() -> Mapping[str, str]:
-  """Returns the versions of the packages that compute, and of jaxft's own files."""
+  """Return the versions of the packages that compute, and of jaxft's own files."""
   files = sorted(Path(jaxft.__file__).parent.rglob("*.py"))
   digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
   versions = {"jaxft": f"{jaxft.__version__} ({digest})", "python": platform.python_version()}
@@ -100,7 +100,7 @@ def package_versions() -> Mapping[str, str]:
 
 
 def assert_all_equal(topic: str, facts: Mapping[str, object]) -> None:
-  """Raises RequestError in every process, with a line for each fact that differs between them."""
+  """Raise RequestError in every process, with a line for each fact that differs between them."""
   # JAX and Orbax synchronise through this key-value store; it has no public name.
   state = jax_private.distributed_state()
   store = state.client
@@ -129,7 +129,7 @@ def assert_all_equal(topic: str, facts: Mapping[str, object]) -> None:
 
 
 def check_shared_folder(folder: Path) -> None:
-  """Raises RequestError in all processes if they do not share this folder, on one disk."""
+  """Raise RequestError in all processes if they do not share this folder, on one disk."""
   if jax.process_count() == 1:
     return
   store = jax_private.distributed_state().client

@@ -30,7 +30,7 @@ class ProcessInfo(NamedTuple):
 def detect_processes(
   coordinator: str | None, processes: int | None, process: int | None, timeout: int
 ) -> ProcessInfo | None:
-  """Returns the flags or, without them, what SLURM, Open MPI, Kubernetes or a TPU's metadata give.
+  """Return the flags or, without them, what SLURM, Open MPI, Kubernetes or a TPU's metadata give.
 
   None for a single process. Raises RequestError when only some of it is known.
   """
@@ -69,7 +69,7 @@ def detect_processes(
 
 
 def connect_peers(info: ProcessInfo, timeout: int) -> dict[int, socket.socket]:
-  """Connects process 0 to all others, and each of them to process 0."""
+  """Connect process 0 to all others, and each of them to process 0."""
   host, _, port = info.coordinator.rpartition(":")
   host = host.removeprefix("[").removesuffix("]")  # of an IPv6 address
   if info.process_id == 0:
@@ -153,7 +153,7 @@ def _connect(host: str, port: int, info: ProcessInfo, timeout: int) -> socket.so
 
 
 def _read_line(peer: socket.socket, deadline: float) -> bytes:
-  """Reads one short line; raises OSError when it is late, or the other end closes.
+  """Read one short line; raises OSError when it is late, or the other end closes.
 
   Byte by byte, because what follows the line is the watchdog's to read.
   """

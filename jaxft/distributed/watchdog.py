@@ -25,7 +25,7 @@ GRACE_SECONDS = 15  # that others have to end by themselves after one has ended 
 
 
 class Watchdog(threading.Thread):
-  """Exchanges a line a second; ends this process when another is lost or ended with an error."""
+  """Exchange a line a second; ends this process when another is lost or ended with an error."""
 
   def __init__(self, info: ProcessInfo, peers: dict[int, socket.socket], timeout: int):
     super().__init__(name="jaxft-watchdog", daemon=True)
@@ -37,7 +37,7 @@ class Watchdog(threading.Thread):
     self.start()
 
   def announce_exit(self, code: int, why: str) -> None:
-    """Announces that this process is about to end, so that the others do not take it for lost.
+    """Announce that this process is about to end, so that the others do not take it for lost.
 
     Process 0 stays, for a while, until all others have ended: JAX's service is in it, and they may
     end for the same reason.
@@ -111,7 +111,7 @@ class Watchdog(threading.Thread):
 
 
 def _exit_process(why: str) -> None:
-  """Ends the process here and now: the main thread may wait in a collective for ever."""
+  """End the process here and now: the main thread may wait in a collective for ever."""
   resume = f"{same_command('--overwrite_output_dir' in sys.argv)} continues"
   print(
     f"error: {why}; {resume} from the newest checkpoint. Where this process was:", file=sys.stderr
@@ -122,7 +122,7 @@ def _exit_process(why: str) -> None:
 
 
 def install_abort_handler(coordinator: socket.socket | None) -> None:
-  """Prints why JAX aborts when process 0 is gone.
+  """Print why JAX aborts when process 0 is gone.
 
   JAX's client aborts at once (jax 0.10 to 0.12: LOG(FATAL)), which may come before the watchdog.
 

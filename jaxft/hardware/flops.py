@@ -21,7 +21,7 @@ ATTENTION_KERNELS = {
 
 
 def jaxpr_flops(jaxpr: "ClosedJaxpr | Jaxpr") -> int:
-  """Returns the FLOPs of all matrix products, with loops by trip count and with recomputation.
+  """Return the FLOPs of all matrix products, with loops by trip count and with recomputation.
 
   XLA's own `cost_analysis` counts the body of a loop once (jax 0.10.2). Other operations are bound
   by memory. Dead code is not counted, as the compiler drops it.
@@ -30,7 +30,7 @@ def jaxpr_flops(jaxpr: "ClosedJaxpr | Jaxpr") -> int:
 
 
 def model_flops(cfg: Any, batch_size: int, T: int) -> int:
-  """Returns the least FLOPs of a step by PaLM's formula: (6 weights + 12 L N H T) x tokens.
+  """Return the least FLOPs of a step by PaLM's formula: (6 weights + 12 L N H T) x tokens.
 
   The weights are those of matrix products: each takes 2 FLOPs a token forward and 4 backward, or 2
   where it is frozen; attention to all T columns, as it is usually counted, though half of them are
@@ -66,7 +66,7 @@ def model_flops(cfg: Any, batch_size: int, T: int) -> int:
 
 
 def _count_live(jaxpr: "ClosedJaxpr | Jaxpr", needed: list[bool]) -> tuple[int, list[bool]]:
-  """Returns the FLOPs of the needed outputs, and which inputs they need."""
+  """Return the FLOPs of the needed outputs, and which inputs they need."""
   live = {id(var) for var, need in zip(jaxpr.outvars, needed, strict=True) if need}
   total = 0
   for eqn in reversed(jaxpr.eqns):

@@ -46,7 +46,7 @@ class Estimate(NamedTuple):
     return max(terms, key=lambda term: getattr(self, f"{term}_seconds"))
 
   def rows_to_hide_the_bus(self, rows: int) -> int:
-    """Returns the rows of a batch from which on the bus is at most a fifth of a step.
+    """Return the rows of a batch from which on the bus is at most a fifth of a step.
 
     The bytes on the bus stay the same, the rest grows with the rows.
     """
@@ -77,7 +77,7 @@ def estimate_step(
   bus_bytes: int = 0,
   efficiency: Efficiency = EFFICIENCY,
 ) -> Estimate | None:
-  """Estimates one optimizer step; None for a device whose speed is not known (cpu).
+  """Estimate one optimizer step; None for a device whose speed is not known (cpu).
 
   Args:
     devices: that share the step; not all of a target need be in the mesh.
@@ -110,7 +110,7 @@ def estimate_step(
 
 
 def ideal_step_seconds(target: Target, devices: int, model_flops: int) -> float | None:
-  """Returns the time of a step at peak FLOP/s, or None for a device whose speed is not known.
+  """Return the time of a step at peak FLOP/s, or None for a device whose speed is not known.
 
   The MFU is this over the measured time.
   """
@@ -122,7 +122,7 @@ def ideal_step_seconds(target: Target, devices: int, model_flops: int) -> float 
 def estimate_cost(
   price: float | None, target: Target, estimate: Estimate | None
 ) -> dict[str, float]:
-  """Returns the cost per hour and per million tokens, from the hourly price of a device."""
+  """Return the cost per hour and per million tokens, from the hourly price of a device."""
   if price is None:
     return {}
   hourly = price * target.count
@@ -135,7 +135,7 @@ def estimate_cost(
 def to_dict(
   estimate: Estimate | None, target: Target, dtype: str, efficiency: Efficiency = EFFICIENCY
 ) -> Json:
-  """Returns the estimate with all its assumptions, for JSON."""
+  """Return the estimate with all its assumptions, for JSON."""
   spec = target.spec
   if estimate is None or spec is None:
     return {}

@@ -44,7 +44,7 @@ class Gpu(NamedTuple):
   bfloat16: bool = True
 
   def peak_flops(self, dtype: str) -> int:
-    """Returns the FLOP/s of matrix products.
+    """Return the FLOP/s of matrix products.
 
     float32 ones go through TF32 at half the 16-bit rate (XLA's default), or through the cores.
     """
@@ -76,7 +76,7 @@ class Tpu(NamedTuple):
   bfloat16: bool = True
 
   def peak_flops(self, dtype: str) -> int:
-    """Returns the FLOP/s of matrix products.
+    """Return the FLOP/s of matrix products.
 
     XLA rounds the operands of float32 ones to bfloat16 (its default precision on TPUs).
     """
@@ -209,7 +209,7 @@ class Target(NamedTuple):
 
 
 def parse_device(name: str) -> Target:
-  """Parses `h100`, `h100x8`, `v5e:2x4`, `cpu`, `cpux8`, ...; raises RequestError."""
+  """Parse `h100`, `h100x8`, `v5e:2x4`, `cpu`, `cpux8`, ...; raises RequestError."""
   if (kind := name.partition("x")[0].partition(":")[0]) in UNSUPPORTED:
     raise RequestError(f"--device={name!r}: {UNSUPPORTED[kind]}")
   tpu = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
@@ -234,7 +234,7 @@ def parse_device(name: str) -> Target:
 
 
 def read_prices(file: Path) -> dict[str, float]:
-  """Reads the hourly price of a device of each kind, JSON such as {"h100": 2.5}, in any currency.
+  """Read the hourly price of a device of each kind, JSON such as {"h100": 2.5}, in any currency.
 
   Raises RequestError for an unreadable file, an unknown device or a price that is not a number.
   """
@@ -258,14 +258,14 @@ def read_prices(file: Path) -> dict[str, float]:
 
 
 def local_target(device: jax.Device, count: int) -> Target:
-  """Returns the target of devices of this machine; its spec is None for an unknown kind."""
+  """Return the target of devices of this machine; its spec is None for an unknown kind."""
   label = device.device_kind.removeprefix("NVIDIA ")
   kind = next((kind for kind, spec in (GPUS | TPUS).items() if spec.label == label), "")
   return Target(name=f"{count} x {device.device_kind}", kind=kind, count=count, topology="")
 
 
 def compile_devices(target: Target) -> list[jax.Device]:
-  """Returns devices to compile for; the process must have the environment of `compiler_env`."""
+  """Return devices to compile for; the process must have the environment of `compiler_env`."""
   from jax.experimental import topologies
 
   if target.kind == "cpu":
@@ -287,7 +287,7 @@ def compile_devices(target: Target) -> list[jax.Device]:
 
 
 def _target_config(gpu: Gpu) -> str:
-  """Describes a GPU to XLA's compiler (xla/stream_executor/device_description.proto)."""
+  """Describe a GPU to XLA's compiler (xla/stream_executor/device_description.proto)."""
   major, minor = gpu.capability
   optin = gpu.shared - (1024 if major >= 8 else 0)
   return f"""

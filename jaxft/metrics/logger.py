@@ -28,13 +28,13 @@ class StepTimer:
     self.reset()
 
   def count(self, tokens: int) -> None:
-    """Counts a step that has just ended."""
+    """Count a step that has just ended."""
     self._step_end = time.monotonic()
     self._steps += 1
     self._tokens += tokens
 
   def reset(self) -> None:
-    """Starts again at the end of the last step.
+    """Start again at the end of the last step.
 
     Devices have worked at the next step since then, so this time is part of that step.
     """
@@ -57,7 +57,7 @@ class StepTimer:
 
 
 class MetricsLogger:
-  """Sends what a run logs to its sinks, and ends a run whose steps are no longer finite."""
+  """Send what a run logs to its sinks, and ends a run whose steps are no longer finite."""
 
   def __init__(
     self,
@@ -72,7 +72,7 @@ class MetricsLogger:
     ideal_step_seconds: float | None = None,
     system: SystemMetrics | None = None,
   ):
-    """Starts the clock.
+    """Start the clock.
 
     Args:
       train: `config.train`.
@@ -98,13 +98,13 @@ class MetricsLogger:
     self._system = system
 
   def write(self, kind: Kind, step: int, values: Json, line: str = "") -> None:
-    """Sends an entry, and the same in a line for people, to all sinks."""
+    """Send an entry, and the same in a line for people, to all sinks."""
     entry = {"step": step} | values
     for sink in self._sinks:
       sink.write(kind, entry, line)
 
   def log_step(self, step: int, metrics: Mapping[str, np.ndarray], progress: ProgressBar) -> None:
-    """Logs the metrics of a train step.
+    """Log the metrics of a train step.
 
     Raises NumericsError after `train.max_bad_steps` steps in a row with a loss or gradient that is
     not finite.
@@ -141,7 +141,7 @@ class MetricsLogger:
     self._check_finite(step, metrics, f"loss {loss}, gradient norm {norm}")
 
   def _check_finite(self, step: int, metrics: Mapping[str, np.ndarray], numbers: str) -> None:
-    """Logs a step that was not applied; raises NumericsError when there were too many in a row."""
+    """Log a step that was not applied; raises NumericsError when there were too many in a row."""
     if not metrics["bad"]:
       self._num_nonfinite = 0
       return
@@ -159,7 +159,7 @@ class MetricsLogger:
 
 
 def due_at(every: int | str, step: int, rows: int, batch_size: int) -> bool:
-  """Returns whether something is due after a step.
+  """Return whether something is due after a step.
 
   Args:
     every: number of steps (0: never), or "epoch" for the end of each epoch of `rows`.
@@ -171,5 +171,5 @@ def due_at(every: int | str, step: int, rows: int, batch_size: int) -> bool:
 
 
 def json_float(number: float) -> float | str:
-  """Returns a finite number as it is, and "nan" or "inf" as text, because JSON has neither."""
+  """Return a finite number as it is, and "nan" or "inf" as text, because JSON has neither."""
   return number if math.isfinite(number) else str(number)

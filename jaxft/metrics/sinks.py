@@ -13,17 +13,17 @@ Kind: TypeAlias = Literal["metrics", "samples"]
 
 
 class Sink(Protocol):
-  """Takes what a run logs."""
+  """Take what a run logs."""
 
   def write(self, kind: Kind, entry: Json, line: str) -> None:
-    """Takes an entry, which has a "step", and the same in a line for people."""
+    """Take an entry, which has a "step", and the same in a line for people."""
 
 
 class JsonlLog:
   """A .jsonl file of objects that have a "step"; a resume removes the lines of lost steps."""
 
   def __init__(self, file: Path, last_step: int, writes: bool):
-    """Reads the file and drops lines that the run is about to write again.
+    """Read the file and drops lines that the run is about to write again.
 
     Args:
       last_step: entries after it are dropped, and those of the end; -1 drops all.
@@ -55,7 +55,7 @@ class JsonlLog:
       raise StorageError(f"{self._file}: {write_failure(self._file, error)}") from error
 
   def values(self, key: str) -> list[float]:
-    """Returns all values of `key`, oldest first."""
+    """Return all values of `key`, oldest first."""
     return [line[key] for line in self.entries if key in line]
 
 

@@ -15,7 +15,7 @@ INTERVAL = 10  # seconds between readings
 
 
 class SystemMetrics(threading.Thread):
-  """Reads in a thread, because a driver may be slow; `latest` is the newest reading.
+  """Read in a thread, because a driver may be slow; `latest` is the newest reading.
 
   A context manager. Of this host only: to gather the others' would be a collective that training
   waits for.
@@ -77,7 +77,7 @@ def _host_readings(workdir: Path) -> list[ReadFn]:
 
 
 def _counter_deltas(prefix: str, fields: dict[str, str], counters: Callable[[], object]) -> ReadFn:
-  """Returns a function that reads counters of the host, less their values at the first call."""
+  """Return a function that reads counters of the host, less their values at the first call."""
   first: list[object] = []
 
   def read() -> dict[str, float]:
@@ -96,7 +96,7 @@ def _counter_deltas(prefix: str, fields: dict[str, str], counters: Callable[[], 
 
 
 def _device_memory() -> dict[str, float]:
-  """Returns the bytes that JAX has in use on each device; CPUs do not report them."""
+  """Return the bytes that JAX has in use on each device; CPUs do not report them."""
   values = {}
   for device in jax.local_devices():
     stats = device.memory_stats() or {}
@@ -106,7 +106,7 @@ def _device_memory() -> dict[str, float]:
 
 
 def _gpu_readings() -> list[ReadFn]:
-  """Returns NVML's readings (package nvidia-ml-py); none without it or without a driver."""
+  """Return NVML's readings (package nvidia-ml-py); none without it or without a driver."""
   try:
     import pynvml
 
@@ -119,7 +119,7 @@ def _gpu_readings() -> list[ReadFn]:
 
 
 def _readings_of_gpu(nvml: ModuleType, handle: object, name: str) -> list[ReadFn]:
-  """Returns one function for each reading, as each may fail alone.
+  """Return one function for each reading, as each may fail alone.
 
   A part of a card (MIG, vGPU) reports no load, and some cards report no power or no limit of it.
   """
@@ -139,7 +139,7 @@ def _readings_of_gpu(nvml: ModuleType, handle: object, name: str) -> list[ReadFn
 
 
 def peak_memory_bytes(device: jax.Device) -> int:
-  """Returns the peak memory so far: of the device if it reports one, else of this process."""
+  """Return the peak memory so far: of the device if it reports one, else of this process."""
   if peak_memory_source(device) == "device":
     return device.memory_stats()["peak_bytes_in_use"]
   kib = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux and bytes on macOS
@@ -147,5 +147,5 @@ def peak_memory_bytes(device: jax.Device) -> int:
 
 
 def peak_memory_source(device: jax.Device) -> str:
-  """Returns what `peak_memory_bytes` is of: "device" or "process"."""
+  """Return what `peak_memory_bytes` is of: "device" or "process"."""
   return "device" if (device.memory_stats() or {}).get("peak_bytes_in_use") else "process"

@@ -37,7 +37,7 @@ Metrics = dict[str, float]
 
 
 def to_floats(line: Json) -> Metrics:
-  """Returns the numbers of a line of metrics.jsonl, also of "nan" and "inf", without its step."""
+  """Return the numbers of a line of metrics.jsonl, also of "nan" and "inf", without its step."""
   return {key: float(value) for key, value in line.items() if key != "step"}
 
 

@@ -23,7 +23,7 @@ KILLED_MESSAGE = {"metrics": [], "samples": [], "end": KILLED_STATUS}
 
 
 class TrackerService:
-  """Opens the tracker when it is first needed, and again after that has failed."""
+  """Open the tracker when it is first needed, and again after that has failed."""
 
   def __init__(self, name: str, run: tracker_backends.TrackerRun):
     self._name = name
@@ -32,7 +32,7 @@ class TrackerService:
     self._step = 0
 
   def __call__(self, message: Json) -> Json:
-    """Gives a message to the tracker; the answer has where it went, or why it failed."""
+    """Give a message to the tracker; the answer has where it went, or why it failed."""
     try:
       metrics = [(line["step"], tracker_backends.to_floats(line)) for line in message["metrics"]]
       self._step = max([self._step, *(step for step, _ in metrics)])
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _read_messages(messages: queue.SimpleQueue) -> None:
-  """Reads in a thread, because a library may hang while the run is killed."""
+  """Read in a thread, because a library may hang while the run is killed."""
   message = {}
   for line in sys.stdin:
     message = json.loads(line)

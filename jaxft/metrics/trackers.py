@@ -48,7 +48,7 @@ def enabled_trackers(tracking: TrackingSection) -> list[str]:
 
 
 def missing_packages(tracking: TrackingSection) -> list[str]:
-  """Returns a line for each tracker whose library is not installed; nothing is imported."""
+  """Return a line for each tracker whose library is not installed; nothing is imported."""
   lines = []
   for name in enabled_trackers(tracking):
     variable, more = LOCAL_ONLY_MODULES.get(name, ("", ()))
@@ -71,7 +71,7 @@ class TrackerGroup:
   """
 
   def __init__(self, *, config: Config, workdir: Path, start: int, files: JsonlSink, writes: bool):
-    """Reads WORKDIR/trackers.json, and writes it; raises StorageError.
+    """Read WORKDIR/trackers.json, and writes it; raises StorageError.
 
     Args:
       start: step that the run goes on from.
@@ -111,7 +111,7 @@ class TrackerGroup:
     return self
 
   def write(self, kind: Kind, entry: Json, line: str) -> None:
-    """Queues an entry; returns at once."""
+    """Queue an entry; returns at once."""
     for client in self._clients:
       client.write(kind, entry)
 
@@ -125,7 +125,7 @@ class TrackerGroup:
 
 
 class TrackerClient(threading.Thread):
-  """Sends lines to the process of one tracker and waits for its answers, so that no step does."""
+  """Send lines to the process of one tracker and waits for its answers, so that no step does."""
 
   def __init__(
     self,
@@ -134,7 +134,7 @@ class TrackerClient(threading.Thread):
     backlog: dict[str, list[Json]],
     sent: set[tuple],
   ):
-    """Starts the thread.
+    """Start the thread.
 
     Args:
       backlog: entries of each kind, to send first.
@@ -168,7 +168,7 @@ class TrackerClient(threading.Thread):
       self._changed.notify()
 
   def wait(self, deadline: float) -> None:
-    """Waits for the tracker's end, not longer than until `deadline`; logs what was lost."""
+    """Wait for the tracker's end, not longer than until `deadline`; logs what was lost."""
     self.join(max(0, deadline - time.monotonic()))
     if late := self.is_alive():
       if self._process:
@@ -197,7 +197,7 @@ class TrackerClient(threading.Thread):
       self._handle_answer({"failed": first_line(error)}, 0)
 
   def _next_message(self) -> Json:
-    """Returns the entries to send, as soon as there are any, and the end of the run."""
+    """Return the entries to send, as soon as there are any, and the end of the run."""
     with self._changed:
       if self._arrived:
         self._changed.wait_for(lambda: self._end, SEND_INTERVAL)
@@ -235,7 +235,7 @@ def _start_worker(tracker: str) -> subprocess.Popen[str]:
 
 
 def _entry_keys(kind: Kind, lines: list[Json]) -> set[tuple]:
-  """Returns (step, key) for each number and (step, when, prompt) for each sample."""
+  """Return (step, key) for each number and (step, when, prompt) for each sample."""
   if kind == "samples":
     return {(line["step"], line.get("when"), line.get("prompt")) for line in lines}
   return {(line["step"], key) for line in lines for key in line if not key.startswith("system/")}

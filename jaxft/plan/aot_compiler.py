@@ -60,7 +60,7 @@ class Compiler:
     self._end()
 
   def __call__(self, request: CompileRequest) -> Json:
-    """Returns what `measure_step` does, or {"refused": reason} from the compiler or jaxft.
+    """Return what `measure_step` does, or {"refused": reason} from the compiler or jaxft.
 
     Raises RequestError when the compiler for the device is not installed, or the process dies.
     """
@@ -108,7 +108,7 @@ class Compiler:
 
 
 def compiler_env() -> dict[str, str]:
-  """Returns the environment of the process that compiles."""
+  """Return the environment of the process that compiles."""
 
   def merge_flags(name: str) -> str:
     return f"{os.environ.get(name, '')} {COMPILER_ENV[name]}".strip()
@@ -120,7 +120,7 @@ def compiler_env() -> dict[str, str]:
 
 
 def check_compiler_installed(target: specs.Target) -> None:
-  """Raises RequestError, with the install command, if the target's compiler is missing."""
+  """Raise RequestError, with the install command, if the target's compiler is missing."""
   plugin = "tpu" if target.kind in specs.TPUS else "gpu" if target.kind in specs.GPUS else None
   if plugin and not _installed(PLUGINS[plugin]):
     problem = "its compiler is not installed"

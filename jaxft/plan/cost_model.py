@@ -63,12 +63,12 @@ class CostModel(NamedTuple):
     return 4 if not bfloat16 or self.config.model.compute_dtype == "float32" else 2
 
   def shard_bytes(self, settings: Json, what: str, nbytes: int) -> int:
-    """Returns the bytes on a device of parameters, gradients or optimizer state."""
+    """Return the bytes on a device of parameters, gradients or optimizer state."""
     is_sharded = settings["mesh.zero_stage"] >= rules.MIN_ZERO_STAGE[what]
     return nbytes // settings["mesh.tensor"] // (settings["mesh.fsdp"] if is_sharded else 1)
 
   def state_bytes(self, settings: Json) -> int:
-    """Estimates weights, gradient and optimizer state on the device."""
+    """Estimate weights, gradient and optimizer state on the device."""
     if settings["memory.offload"] == "all":
       return 0
     compressed = self.itemsize / 4
@@ -82,7 +82,7 @@ class CostModel(NamedTuple):
     return int(weights + gradient + moments)
 
   def other_bytes(self, settings: Json, B: int) -> float:
-    """Estimates activations, logits and gathered or fetched weights, with B rows at once."""
+    """Estimate activations, logits and gathered or fetched weights, with B rows at once."""
     cfg = self.cfg
     T = self.config.data.sequence_length
     itemsize = self.itemsize
@@ -105,7 +105,7 @@ class CostModel(NamedTuple):
     return B * T / tensor * layers + logits + gathered
 
   def seconds(self, settings: Json, B: int) -> float:
-    """Estimates the time of a step: FLOPs, bytes moved and bytes sent overlap only in part."""
+    """Estimate the time of a step: FLOPs, bytes moved and bytes sent overlap only in part."""
     spec = self.target.spec
     efficiency = roofline.EFFICIENCY
     speeds = UNKNOWN_SPEEDS
@@ -124,7 +124,7 @@ class CostModel(NamedTuple):
     return max(times) + 0.1 * sum(times) + sum(traffic) / (efficiency.bus * speeds[3])
 
   def _flops(self, settings: Json, B: int) -> float:
-    """Returns the FLOPs of all matrix products of a step."""
+    """Return the FLOPs of all matrix products of a step."""
     cfg = self.cfg
     T = self.config.data.sequence_length
     tensor = settings["mesh.tensor"]
@@ -135,7 +135,7 @@ class CostModel(NamedTuple):
     return products * self._tokens(settings, B) / tensor
 
   def _moved(self, settings: Json, B: int) -> float:
-    """Returns the bytes between memory and cores."""
+    """Return the bytes between memory and cores."""
     steps = self._accumulation_steps(settings, B)
     _, attention_passes = COMPUTE_PASSES[settings["memory.remat"]]
     layer, _ = self._layer_bytes()
@@ -146,7 +146,7 @@ class CostModel(NamedTuple):
     return self._tokens(settings, B) * moved + state
 
   def _sent(self, settings: Json, B: int) -> float:
-    """Returns the bytes to other devices."""
+    """Return the bytes to other devices."""
     cfg = self.cfg
     itemsize = self.itemsize
     tensor = settings["mesh.tensor"]
@@ -173,7 +173,7 @@ class CostModel(NamedTuple):
     return self.config.train.batch_size // (settings["mesh.data"] * settings["mesh.fsdp"]) // B
 
   def _layer_bytes(self) -> tuple[int, int]:
-    """Returns the bytes of a token in a layer: inputs and outputs of products; attention scores."""
+    """Return the bytes of a token in a layer: inputs and outputs of products; attention scores."""
     cfg = self.cfg
     T = self.config.data.sequence_length
     products = (8 * cfg.D + 3 * cfg.F) * self.itemsize + 8 * cfg.D

@@ -44,7 +44,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-  """Returns every collective of a program, from `compiled.as_text()`."""
+  """Return every collective of a program, from `compiled.as_text()`."""
   computations, entry = _parse_computations(text)
   times = _execution_counts(computations, entry)
   ops = []
@@ -65,7 +65,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def bytes_by_kind(ops: list[Collective]) -> dict[str, int]:
-  """Returns the bytes of one run of the program for each kind of collective."""
+  """Return the bytes of one run of the program for each kind of collective."""
   total = collections.Counter()
   for collective in ops:
     total[collective.kind] += collective.nbytes
@@ -73,7 +73,7 @@ def bytes_by_kind(ops: list[Collective]) -> dict[str, int]:
 
 
 def hbm_bytes(text: str) -> int:
-  """Returns the bytes that a program reads from a device's memory and writes to it, in one run.
+  """Return the bytes that a program reads from a device's memory and writes to it, in one run.
 
   A fusion reads its operands and writes its result once. If an array is only sliced, or updated by
   a slice, the slice counts: the weights of all layers go into every iteration of the loop over
@@ -157,7 +157,7 @@ def _instruction_bytes(module: HloModule, body: dict[str, Instruction], it: Inst
 
 
 def _fusion_bytes_read(module: HloModule, fused: str, index: int, nbytes: int) -> int:
-  """Returns the bytes that a fusion reads of one operand, which has `nbytes`."""
+  """Return the bytes that a fusion reads of one operand, which has `nbytes`."""
   body = module[fused]
   names = {it.name for it in body.values() if it.index == index}
   total = 0
@@ -179,7 +179,7 @@ def _fusion_bytes_read(module: HloModule, fused: str, index: int, nbytes: int) -
 
 
 def _fusion_bytes_written(module: HloModule, fused: str) -> int:
-  """Returns the bytes that a fusion writes."""
+  """Return the bytes that a fusion writes."""
   body = module[fused]
 
   def written(it: Instruction) -> int:
@@ -195,7 +195,7 @@ def _fusion_bytes_written(module: HloModule, fused: str) -> int:
 
 
 def _parse_computations(text: str) -> tuple[dict[str, list[str]], str]:
-  """Returns the lines of each computation by its name, and the name of the entry."""
+  """Return the lines of each computation by its name, and the name of the entry."""
   computations: dict[str, list[str]] = {}
   entry = name = ""
   for line in text.splitlines():
@@ -212,7 +212,7 @@ def _parse_computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _execution_counts(computations: dict[str, list[str]], entry: str) -> collections.Counter:
-  """Returns how often each computation runs."""
+  """Return how often each computation runs."""
   times = collections.Counter()
 
   def visit(name: str, count: int) -> None:
@@ -227,7 +227,7 @@ def _execution_counts(computations: dict[str, list[str]], entry: str) -> collect
 
 
 def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
-  """Returns the trip count of a loop, or 1 if it is not known.
+  """Return the trip count of a loop, or 1 if it is not known.
 
   The compiler notes it or, as libtpu (0.0.42) does not, it is the limit of the loop's counter.
   """
@@ -240,7 +240,7 @@ def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
 
 
 def _largest_shapes(text: str) -> Shapes:
-  """Returns the larger of "(inputs), (outputs)"; in one group its largest array."""
+  """Return the larger of "(inputs), (outputs)"; in one group its largest array."""
   groups = re.findall(r"\(([^()]*)\)", text.removeprefix("(")) if text.startswith("((") else [text]
   if len(groups) == 1 and text.startswith("("):
     groups = [f"{dtype}[{dims}]" for dtype, dims in SHAPE.findall(text)]
@@ -252,6 +252,6 @@ def _largest_shapes(text: str) -> Shapes:
 
 
 def _parse_shapes(text: str) -> Shapes:
-  """Returns the arrays of a known dtype in "f32[2,3], ..."."""
+  """Return the arrays of a known dtype in "f32[2,3], ..."."""
   arrays = [(dtype, dims.split(",")) for dtype, dims in SHAPE.findall(text) if dtype in DTYPE_BYTES]
   return tuple((dtype, tuple(int(size) for size in dims if size)) for dtype, dims in arrays)

@@ -36,7 +36,7 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 def measure_step(
   config: Config, cfg: ModelConfig, target: specs.Target, text: bool = False
 ) -> Json:
-  """Compiles the steps of `config` for `target` and returns their memory, FLOPs and traffic.
+  """Compile the steps of `config` for `target` and returns their memory, FLOPs and traffic.
 
   If the compiler runs out of memory, the result has "needs_bytes" and "has_bytes" but nothing that
   only a compiled program gives. Raises RequestError, or the compiler's error for any other reason.
@@ -81,7 +81,7 @@ def measure_step(
 
 
 def eval_peak_bytes(program: TrainProgram, compiled: Compiled) -> int:
-  """Returns the peak memory of a device in the eval step; the optimizer state stays on it."""
+  """Return the peak memory of a device in the eval step; the optimizer state stays on it."""
   mask = program.host_mask.all_params
   on_host = _bytes_where(program.state.all_params, mask, on_host=True)
   peak = step_peak_bytes(compiled.memory_analysis(), program, on_host)
@@ -89,7 +89,7 @@ def eval_peak_bytes(program: TrainProgram, compiled: Compiled) -> int:
 
 
 def measure_traced(program: TrainProgram, config: Config, cfg: ModelConfig, traced: Traced) -> Json:
-  """Returns what is known before a compiler runs: bytes of one device, FLOPs of the whole step."""
+  """Return what is known before a compiler runs: bytes of one device, FLOPs of the whole step."""
   A, B, T = program.batch["ids"].shape
   mesh = program.batch_sharding.mesh
   compute = program.compute
@@ -126,7 +126,7 @@ def measure_traced(program: TrainProgram, config: Config, cfg: ModelConfig, trac
 
 
 def measure_compiled(program: TrainProgram, compiled: Compiled) -> Json:
-  """Returns what the compiled train step gives, in bytes of one device."""
+  """Return what the compiled train step gives, in bytes of one device."""
   memory: MemoryStats = compiled.memory_analysis()
   text = compiled.as_text() or ""
   on_host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
@@ -142,7 +142,7 @@ def measure_compiled(program: TrainProgram, compiled: Compiled) -> Json:
 
 
 def mark_host_arguments(lowered: Lowered, program: TrainProgram, host_mask: PyTree) -> Lowered:
-  """Marks the arguments of a lowered program that are in host memory.
+  """Mark the arguments of a lowered program that are in host memory.
 
   Without a device JAX (0.10 to 0.12) omits the marks for CUDA, and the program would expect all of
   its arguments on the device.
@@ -167,7 +167,7 @@ def mark_host_arguments(lowered: Lowered, program: TrainProgram, host_mask: PyTr
 
 
 def dummy_row(config: Config, cfg: ModelConfig) -> dict[str, np.ndarray]:
-  """Returns a row shaped as `config.data` makes them; the data itself need not exist."""
+  """Return a row shaped as `config.data` makes them; the data itself need not exist."""
   T = config.data.sequence_length
   row = {"ids": np.zeros(T, np.int32), "targets": np.zeros(T, np.int32), "mask": np.zeros(T, bool)}
   if config.data.layout == "pack" and not cfg.classes:
@@ -176,7 +176,7 @@ def dummy_row(config: Config, cfg: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def logits_bytes(program: TrainProgram, cfg: ModelConfig) -> int:
-  """Returns the bytes of float32 logits that a device has at once, within the temporaries."""
+  """Return the bytes of float32 logits that a device has at once, within the temporaries."""
   _, B, T = program.batch_sharding.shard_shape(program.batch["ids"].shape)
   padded_vocab = -(-cfg.V // rules.VOCAB_MULTIPLE) * rules.VOCAB_MULTIPLE
   vocab = padded_vocab // program.batch_sharding.mesh.shape["tensor"]
@@ -184,7 +184,7 @@ def logits_bytes(program: TrainProgram, cfg: ModelConfig) -> int:
 
 
 def argument_bytes(program: TrainProgram) -> dict[str, int]:
-  """Returns the bytes on a device of each argument of the step."""
+  """Return the bytes on a device of each argument of the step."""
   state = program.state
   mask = program.host_mask
   return {
@@ -195,7 +195,7 @@ def argument_bytes(program: TrainProgram) -> dict[str, int]:
 
 
 def memory_breakdown(program: TrainProgram, memory: MemoryStats) -> Json:
-  """Returns "peak_bytes" of a device and its "breakdown", whose values add up to the peak.
+  """Return "peak_bytes" of a device and its "breakdown", whose values add up to the peak.
 
   The gradient is no argument: its bytes follow from its shardings, and the compiler counts them
   among its temporaries; all of it exists before any weight changes, because its norm is known
@@ -225,13 +225,13 @@ def _is_cpu(program: TrainProgram) -> bool:
 
 
 def _bytes_where(tree: PyTree, host_mask: PyTree, on_host: bool) -> int:
-  """Returns the bytes per device of the leaves that are on the host, or of those that are not."""
+  """Return the bytes per device of the leaves that are on the host, or of those that are not."""
   leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(host_mask), strict=True)
   return bytes_per_device([leaf for leaf, masked in leaves if masked == on_host])
 
 
 def step_peak_bytes(memory: MemoryStats, program: TrainProgram, on_host: int) -> int:
-  """Returns the most memory that a device needs at once.
+  """Return the most memory that a device needs at once.
 
   A GPU takes all temporaries as one block, next to the arguments; outputs live in donated
   arguments, but for some numbers. On a TPU the compiler's own figure counts, which is the same from

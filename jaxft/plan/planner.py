@@ -37,7 +37,7 @@ def plan_for(
   search: bool = False,
   prices: Mapping[str, float] = MappingProxyType({}),
 ) -> Json:
-  """Compiles the train step of `config` for `device` and returns what it needs.
+  """Compile the train step of `config` for `device` and returns what it needs.
 
   The device need not exist on this machine.
 
@@ -62,7 +62,7 @@ def plans_for(
   prices: Mapping[str, float] = MappingProxyType({}),
   on_progress: Callable[[str], None] = lambda line: None,
 ) -> list[Json]:
-  """Runs `plan_for` for several devices, one after the other; `on_progress` gets lines of text.
+  """Run `plan_for` for several devices, one after the other; `on_progress` gets lines of text.
 
   One of several that does not go with the config has a plan with the reason as "refused"; alone it
   is a RequestError.
@@ -85,7 +85,7 @@ def plans_for(
 
 
 def resolve_model_config(config: Config) -> ModelConfig:
-  """Returns the architecture that `config` trains; published models need no network."""
+  """Return the architecture that `config` trains; published models need no network."""
   path = config.model.path
   published = {name.lower(): value for name, value in PUBLISHED.items()}
   name = path.lower().removeprefix("openai-community/")
@@ -103,7 +103,7 @@ def resolve_model_config(config: Config) -> ModelConfig:
 
 
 def _apply_run_config(config: Config, hf_config: Json, cfg: ModelConfig) -> ModelConfig:
-  """Applies `config` to the architecture; raises RequestError for rows that are too long for it."""
+  """Apply `config` to the architecture; raises RequestError for rows that are too long for it."""
   T = config.data.sequence_length
   if T > cfg.P:
     raise RequestError(f"config.data.sequence_length={T}: the model has {cfg.P} positions")
@@ -152,7 +152,7 @@ def plan_from_compiled(
   compiled: Compiled,
   eval_compiled: Compiled,
 ) -> Json:
-  """Returns the plan of compiled steps, for their own devices; `traced` is the train step's."""
+  """Return the plan of compiled steps, for their own devices; `traced` is the train step's."""
   mesh = program.batch_sharding.mesh
   device = mesh.local_devices[0]
   measured = measure.measure_traced(program, config, cfg, traced)
@@ -192,7 +192,7 @@ def _version(package: str) -> str | None:
 def _to_plan(
   config: Config, target: specs.Target, measured: Json, price: float | None = None
 ) -> Json:
-  """Turns the compiler's figures into a plan."""
+  """Turn the compiler's figures into a plan."""
   if "refused" in measured:
     raise RequestError(f"--device={target.name!r}: {measured['refused']}")
 

@@ -37,7 +37,7 @@ def format_seconds(value: float | None) -> str:
 
 
 def fit_summary(plan: Json) -> str:
-  """Returns whether the plan fits, and by how much."""
+  """Return whether the plan fits, and by how much."""
   peak = max(plan["peak_bytes"], plan.get("eval_peak_bytes", 0))
   usable = plan["usable_bytes"]
   needs, has, excess = map(format_bytes, (peak, usable, peak - usable))
@@ -47,7 +47,7 @@ def fit_summary(plan: Json) -> str:
 
 
 def render_memory(plan: Json) -> RenderableType:
-  """Renders the bar and the table of a device's memory.
+  """Render the bar and the table of a device's memory.
 
   It needs "breakdown", "peak_bytes", "usable_bytes" and "fits" of `plan`.
   """
@@ -63,7 +63,7 @@ def render_memory(plan: Json) -> RenderableType:
 
 
 def _memory_bar(plan: Json) -> Text:
-  """Renders the categories of the peak, side by side, with a mark at the usable memory."""
+  """Render the categories of the peak, side by side, with a mark at the usable memory."""
   max_bytes = max(plan["peak_bytes"], plan["usable_bytes"])
 
   def column(nbytes: int) -> int:
@@ -83,7 +83,7 @@ def _memory_bar(plan: Json) -> Text:
 
 
 def render_plan(plan: Json) -> RenderableType:
-  """Renders all of a plan."""
+  """Render all of a plan."""
   parts: list[RenderableType] = [Text(f"\n{plan['model']} on {plan['device']}", "bold")]
   if "refused" in plan:
     parts.append(Text(escape_controls(f"as it is: {plan['refused']}")))
@@ -103,7 +103,7 @@ def _pinned_note(nbytes: int | None) -> str:
 
 
 def detail_rows(plan: Json) -> list[tuple[str, str]]:
-  """Returns everything but the memory of a device, as pairs of a name and a text."""
+  """Return everything but the memory of a device, as pairs of a name and a text."""
   mesh = " x ".join(f"{name}={count}" for name, count in plan["mesh"].items())
   devices = f"{plan['devices']} x {plan['device_kind']}"
   kernel = plan["attention"]["kernel"]
@@ -170,7 +170,7 @@ def _estimate_rows(estimate: Json, plan: Json) -> list[tuple[str, str]]:
 
 
 def advice_rows(advice: Json) -> list[tuple[str, str, str, str]]:
-  """Returns (step, peak, host, flags) of the plans that fit, fastest first."""
+  """Return (step, peak, host, flags) of the plans that fit, fastest first."""
   return [
     (
       format_seconds(it["step_seconds_estimate"]),
@@ -183,7 +183,7 @@ def advice_rows(advice: Json) -> list[tuple[str, str, str, str]]:
 
 
 def rejection_lines(plan: Json) -> list[str]:
-  """Returns lines on what the search ruled out and, if nothing fits, on how much is missing."""
+  """Return lines on what the search ruled out and, if nothing fits, on how much is missing."""
   advice = plan["advice"]
   lines = [f"{' '.join(it['overrides']) or 'as it is'}: {it['why']}" for it in advice["lost"]]
   counts = {why: count for why, count in advice["not_compiled"].items() if count}

@@ -53,7 +53,7 @@ class Ranking:
     return self._size(it) > self._budget
 
   def next(self, has_fitting: bool) -> Candidate | None:
-    """Returns the fastest that may fit; None if none may, `has_fitting` or not."""
+    """Return the fastest that may fit; None if none may, `has_fitting` or not."""
     if fastest := next((it for it in self.untried if not self.is_too_large(it)), None):
       return fastest
     smallest = min(self.untried, key=self._size)  # by the model nothing fits: it decides
@@ -62,7 +62,7 @@ class Ranking:
     return None if hopeless else smallest
 
   def correct(self, it: Candidate, peak: int) -> None:
-    """Corrects the model by the measured peak of a candidate."""
+    """Correct the model by the measured peak of a candidate."""
     measured = max(peak - it.state_bytes, 1)
     self._correction[it.settings["memory.remat"]] = measured / it.other_bytes
 
@@ -78,7 +78,7 @@ def find_settings(
   num_plans: int = NUM_PLANS,
   on_progress: Callable[[str], None] = lambda line: None,
 ) -> Json:
-  """Searches the fastest settings that fit `target`.
+  """Search the fastest settings that fit `target`.
 
   A cost model ranks the candidates and rules out those that are far too large; each compiled plan
   corrects it for the next. The search ends with enough plans that fit, as all others are slower by
@@ -149,14 +149,14 @@ def find_settings(
 
 
 def _budget_exhausted(compiles: int, seconds: float) -> str | None:
-  """Returns the reason to end a search early, if there is one."""
+  """Return the reason to end a search early, if there is one."""
   if compiles >= MAX_COMPILES:
     return f"the search ended after {MAX_COMPILES} compiles"
   return f"the search ended after {MAX_SECONDS} s" if seconds > MAX_SECONDS else None
 
 
 def overrides(config: Config, settings: Json, devices: int) -> list[str]:
-  """Returns the flags that change the config to these settings."""
+  """Return the flags that change the config to these settings."""
   try:
     mesh = mesh_shape(config.mesh, devices)
   except RequestError:  # the mesh of the config does not go with this target
@@ -167,7 +167,7 @@ def overrides(config: Config, settings: Json, devices: int) -> list[str]:
 
 
 def candidates(config: Config, cfg: ModelConfig, target: specs.Target) -> list[Candidate]:
-  """Returns every mesh, micro-batch and choice of SEARCH_SPACE that divides model and batch."""
+  """Return every mesh, micro-batch and choice of SEARCH_SPACE that divides model and batch."""
   cost = CostModel.from_config(config, cfg, target)
   platform = "tpu" if target.kind in specs.TPUS else "gpu"
   results = []
@@ -199,7 +199,7 @@ def candidates(config: Config, cfg: ModelConfig, target: specs.Target) -> list[C
 
 
 def meshes(cfg: ModelConfig, target: specs.Target) -> list[tuple[int, int, int]]:
-  """Returns (data, fsdp, tensor) meshes of all devices.
+  """Return (data, fsdp, tensor) meshes of all devices.
 
   Weights are sharded over all of them, over those of a node, or not at all; tensor stays in a node.
   """

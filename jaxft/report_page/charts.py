@@ -30,7 +30,7 @@ class Series(NamedTuple):
 
   @property
   def is_dense(self) -> bool:
-    """Whether the mean shows more than the line."""
+    """Return whether the mean shows more than the line."""
     return len(self.points) > 2 * NUM_WINDOWS
 
 
@@ -44,11 +44,11 @@ class Axes(NamedTuple):
   log: bool
 
   def x(self, step: float) -> float:
-    """Returns how far to the right a step is in the box."""
+    """Return how far to the right a step is in the box."""
     return BOX_SIZE * (step - self.x0) / (self.x1 - self.x0)
 
   def y(self, value: float) -> float:
-    """Returns how far below the top a value is in the box."""
+    """Return how far below the top a value is in the box."""
     return BOX_SIZE * (self.y1 - (math.log10(value) if self.log else value)) / (self.y1 - self.y0)
 
 
@@ -63,7 +63,7 @@ def chart(
   nonfinite_steps: Sequence[float] = (),
   wide: bool = False,
 ) -> Html | None:
-  """Draws lines over the steps; returns None where all values are of one step.
+  """Draw lines over the steps; returns None where all values are of one step.
 
   The axis of values is logarithmic if the largest is more than ten times the least, unless it is
   `from_zero` or a `share`.
@@ -130,7 +130,7 @@ def _drawn_points(it: Series) -> Points:
 
 
 def _fit_axes(steps: list[float], values: list[float], from_zero: bool, share: bool) -> Axes:
-  """Returns axes whose values have a margin, or go from zero to a round number."""
+  """Return axes whose values have a margin, or go from zero to a round number."""
   log = not (from_zero or share) and min(values) > 0 and max(values) > 10 * min(values)
   scaled = [math.log10(it) if log else it for it in values]
   y0, y1 = min(scaled), max(scaled)
@@ -160,7 +160,7 @@ def _label(text: str, class_: str, side: str, position: float) -> Html:
 
 
 def _draw_line(it: Series, axes: Axes) -> list[Html]:
-  """Draws the line, its mean and dots; the script shows the values of the one with the name."""
+  """Draw the line, its mean and dots; the script shows the values of the one with the name."""
   sampled = downsample(it.points)
 
   def polyline(points: Points, class_: str, name: str | None = None) -> Html:
@@ -193,7 +193,7 @@ def _legend_mark(mark: Child, name: str) -> Html:
 
 
 def downsample(points: Points) -> list[tuple[float, float]]:
-  """Returns the extremes of each of NUM_COLUMNS spans of steps, the first and the last point."""
+  """Return the extremes of each of NUM_COLUMNS spans of steps, the first and the last point."""
   if len(points) <= 2 * NUM_COLUMNS:
     return list(points)
   indices = {0, len(points) - 1}
@@ -207,7 +207,7 @@ def downsample(points: Points) -> list[tuple[float, float]]:
 
 
 def window_means(points: Points) -> list[tuple[float, float]]:
-  """Returns the mean step and the mean value of each of NUM_WINDOWS spans of steps."""
+  """Return the mean step and the mean value of each of NUM_WINDOWS spans of steps."""
 
   def mean(span: range, axis: int) -> float:
     return sum([points[i][axis] for i in span]) / len(span)
@@ -216,7 +216,7 @@ def window_means(points: Points) -> list[tuple[float, float]]:
 
 
 def _bins(points: Points, count: int) -> list[range]:
-  """Returns the indices of the points in each of `count` equal spans of steps, if there are any."""
+  """Return the indices of the points in each of `count` equal spans of steps, if there are any."""
   first, last = points[0][0], points[-1][0]
   edges = (first + (last - first) * i / count for i in range(count))
   starts = [bisect.bisect_left(points, edge, key=lambda it: it[0]) for edge in edges]
@@ -225,12 +225,12 @@ def _bins(points: Points, count: int) -> list[range]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-  """Returns round numbers from `low` to `high`."""
+  """Return round numbers from `low` to `high`."""
   return _tick_multiples(_tick_spacing(low, high), low, high)
 
 
 def step_ticks(low: float, high: float) -> list[float]:
-  """Returns round integers from `low` on; the last quarter has the label of the last step."""
+  """Return round integers from `low` on; the last quarter has the label of the last step."""
   return _tick_multiples(max(1.0, _tick_spacing(low, high)), low, high - 0.25 * (high - low))
 
 
@@ -241,14 +241,14 @@ def _tick_multiples(spacing: float, low: float, high: float) -> list[float]:
 
 
 def _tick_spacing(low: float, high: float) -> float:
-  """Returns the spacing of up to seven ticks: 1, 2 or 5 times a power of ten."""
+  """Return the spacing of up to seven ticks: 1, 2 or 5 times a power of ten."""
   minimum = (high - low) / 6
   unit = 10.0 ** math.floor(math.log10(minimum))
   return next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= minimum * (1 - 1e-9))
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-  """Returns powers of ten between 10^low and 10^high; 1, 2 and 5 times these if they are few."""
+  """Return powers of ten between 10^low and 10^high; 1, 2 and 5 times these if they are few."""
   exponents = range(math.floor(low), math.ceil(high) + 1)
   stride = max(1, len(exponents) // 6)
   factors = (1, 2, 5) if len(exponents) <= 4 else (1,)
@@ -257,7 +257,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def format_tick(number: float) -> str:
-  """Formats a tick of a logarithmic axis, each in its unit: 0.001, 1,000, 10k, 1M, 1e-7, 1e20."""
+  """Format a tick of a logarithmic axis, each in its unit: 0.001, 1,000, 10k, 1M, 1e-7, 1e20."""
   if not 1e-4 <= number < 1e15:
     return _with_exponent(number)
   unit, letter = next((it for it in UNITS if number >= max(it[0], 1e4)), (1.0, ""))
@@ -265,7 +265,7 @@ def format_tick(number: float) -> str:
 
 
 def format_ticks(numbers: list[float]) -> list[str]:
-  """Formats the ticks of an axis in one unit: 0, 0.0005, 0.001; 0, 2e-5, 4e-5; 0, 5k, 10k."""
+  """Format the ticks of an axis in one unit: 0, 0.0005, 0.001; 0, 2e-5, 4e-5; 0, 5k, 10k."""
   sizes = [abs(it) for it in numbers if it]
   if sizes and (min(sizes) < 1e-4 or max(sizes) >= 1e15):
     return [_with_exponent(it) if it else "0" for it in numbers]

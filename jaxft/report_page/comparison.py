@@ -16,7 +16,7 @@ PATH_SETTINGS = ("data.cache_dir", "export.out")
 
 
 def render(records: list[RunRecord]) -> str:
-  """Returns the HTML of two runs or more, in this order."""
+  """Return the HTML of two runs or more, in this order."""
   named = list(zip(_unique_names(records), records, strict=True))
   title = f"{len(records)} runs compared"
   parts = [_header(title, named), _curves(named), _differences(named), _samples(named)]
@@ -24,7 +24,7 @@ def render(records: list[RunRecord]) -> str:
 
 
 def _unique_names(records: list[RunRecord]) -> list[str]:
-  """Returns the shortest path suffixes that distinguish the runs."""
+  """Return the shortest path suffixes that distinguish the runs."""
   paths = [record.workdir.resolve() for record in records]
   for length in range(1, max(len(path.parts) for path in paths) + 1):
     names = [str(Path(*path.parts[-length:])) for path in paths]
@@ -109,7 +109,7 @@ def _differences(named: list[tuple[str, RunRecord]]) -> Html:
 
 
 def _samples(named: list[tuple[str, RunRecord]]) -> Html | None:
-  """Renders the last samples of the prompts that at least two runs have."""
+  """Render the last samples of the prompts that at least two runs have."""
   by_prompt: dict[str, list[samples.Sample]] = {}
   for name, record in named:
     for prompt, (*_, last) in samples.by_prompt(record).items():

@@ -30,19 +30,19 @@ FRACTION_METRICS = ("eval/accuracy", "eval/f1")
 
 
 def format_number(value: float) -> str:
-  """Returns 11.11, 0.4701 or 66,787: four digits, and all before the point."""
+  """Return 11.11, 0.4701 or 66,787: four digits, and all before the point."""
   if abs(value) >= 1e7 or value and abs(value) < 1e-3:
     return f"{value:.3g}"
   return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}" if value else "0"
 
 
 def format_speed(tokens: float) -> str:
-  """Returns tokens a second as 66,787, 941 or 15.8."""
+  """Return tokens a second as 66,787, 941 or 15.8."""
   return f"{tokens:,.0f}" if tokens >= 100 else f"{tokens:.3g}"
 
 
 def format_duration(seconds: int) -> str:
-  """Returns 59 s, 3 min 20 s or 1,000 h 5 min."""
+  """Return 59 s, 3 min 20 s or 1,000 h 5 min."""
   hours, minutes = seconds // 3600, seconds // 60 % 60
   if hours:
     return f"{hours:,} h {minutes} min"
@@ -50,7 +50,7 @@ def format_duration(seconds: int) -> str:
 
 
 def unit_name(record: RunRecord) -> str:
-  """Returns what a run counts: texts if it classifies them, else tokens."""
+  """Return what a run counts: texts if it classifies them, else tokens."""
   return "text" if record.classifies else "token"
 
 
@@ -59,20 +59,20 @@ def format_percent(share: float) -> str:
 
 
 def format_setting(value: object, max_chars: int = 300) -> str:
-  """Returns the value of a setting, cut short if it is long."""
+  """Return the value of a setting, cut short if it is long."""
   values = value if isinstance(value, tuple) else ("not set" if value is None else value,)
   text = redact(", ".join(map(str, values))) or "empty"
   return text if len(text) <= max_chars else f"{text[:max_chars]} ... ({len(text):,} characters)"
 
 
 def model_name(record: RunRecord) -> str:
-  """Returns a hub id, or the last two components of a path."""
+  """Return a hub id, or the last two components of a path."""
   path = str(record.config.get("model.path") or "a model")
   return format_setting("/".join(path.rstrip("/").split("/")[-2:]), 80)
 
 
 def run_status(record: RunRecord) -> tuple[bool, str]:
-  """Returns whether the run is finished, and its state in a line or, of a failure, several."""
+  """Return whether the run is finished, and its state in a line or, of a failure, several."""
   ending = get_dict(record.about, "ending")
   total = record.total_steps
   last = record.last_step
@@ -92,7 +92,7 @@ def run_status(record: RunRecord) -> tuple[bool, str]:
 
 
 def measured_metrics(records: list[RunRecord]) -> list[str]:
-  """Returns the metrics that any of the runs has, without the meaningless perplexity of labels."""
+  """Return the metrics that any of the runs has, without the meaningless perplexity of labels."""
   keys = [key for key in METRIC_NAMES if any(record.points(key) for record in records)]
   if any(record.classifies for record in records):
     keys = [key for key in keys if key != "eval/perplexity"]
@@ -110,7 +110,7 @@ class HeadlineMetric(NamedTuple):
 
 
 def headline_metric(record: RunRecord) -> HeadlineMetric | None:
-  """Returns the accuracy of a classifier, else the eval loss; None if nothing was evaluated."""
+  """Return the accuracy of a classifier, else the eval loss; None if nothing was evaluated."""
   by_accuracy = record.classifies and bool(record.points("eval/accuracy"))
   key = "eval/accuracy" if by_accuracy else "eval/loss"
   values = record.first_and_final(key)
@@ -126,19 +126,19 @@ def headline_metric(record: RunRecord) -> HeadlineMetric | None:
 
 
 def format_metric(key: str, value: float | str) -> str:
-  """Formats a value of metrics.jsonl."""
+  """Format a value of metrics.jsonl."""
   if isinstance(value, str):
     return value
   return format_percent(value) if key in FRACTION_METRICS else format_number(value)
 
 
 def format_cells(record: RunRecord, key: str) -> str:
-  """Formats the first value of a metric and that of the exported weights."""
+  """Format the first value of a metric and that of the exported weights."""
   return " → ".join(format_metric(key, value) for value in record.cells(key))
 
 
 def headline(record: RunRecord, finished: bool) -> str:
-  """Returns in one line whether fine-tuning has changed anything."""
+  """Return in one line whether fine-tuning has changed anything."""
   metric = headline_metric(record)
   if metric is None:
     losses = record.points("train/loss")
@@ -157,7 +157,7 @@ def headline(record: RunRecord, finished: bool) -> str:
 
 
 def time_span(record: RunRecord) -> str | None:
-  """Returns when the run was started, and how long it took if that was its only start."""
+  """Return when the run was started, and how long it took if that was its only start."""
   starts = record.starts
   ended = get_dict(record.about, "ending").get("at")
   if not starts:

@@ -19,7 +19,7 @@ Child: TypeAlias = "str | float | None | Sequence[Child]"
 
 
 def element(name: str, *children: Child, **attributes: str | float | None) -> Html:
-  """Returns an element.
+  """Return an element.
 
   Attributes that are None are left out; class_ gives class, and data_x data-x.
   """
@@ -31,7 +31,7 @@ def element(name: str, *children: Child, **attributes: str | float | None) -> Ht
 
 
 def join(child: Child) -> Html:
-  """Returns a child, or a sequence of children one after the other, as HTML."""
+  """Return a child, or a sequence of children one after the other, as HTML."""
   if isinstance(child, Html):
     return child
   if isinstance(child, list | tuple):
@@ -40,17 +40,17 @@ def join(child: Child) -> Html:
 
 
 def escape(text: str) -> str:
-  """Returns the text as HTML, without control characters and halves of surrogate pairs."""
+  """Return the text as HTML, without control characters and halves of surrogate pairs."""
   return html.escape(escape_controls(text.encode(errors="backslashreplace").decode()))
 
 
 def breakable(text: str) -> Html:
-  """Returns the text with break opportunities after slashes, for narrow screens."""
+  """Return the text with break opportunities after slashes, for narrow screens."""
   return Html(escape(text).replace("/", "/<wbr>"))
 
 
 def table(head: Sequence[Child], rows: Sequence[Sequence[Child]], class_: str = "") -> Html:
-  """Returns a table that scrolls sideways; the first cell of a row is its name."""
+  """Return a table that scrolls sideways; the first cell of a row is its name."""
   body = [
     element("tr", element("th", name, scope="row"), [element("td", it) for it in cells])
     for name, *cells in rows
@@ -65,13 +65,13 @@ def section(title: str, *children: Child) -> Html:
 
 
 def read_asset(*names: str) -> str:
-  """Returns the text of style sheets or scripts that are beside this file."""
+  """Return the text of style sheets or scripts that are beside this file."""
   folder = Path(__file__).parent
   return "\n" + "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 def render_page(title: str, *children: Child) -> str:
-  """Returns a page that loads nothing: its policy allows no request and no script but its own."""
+  """Return a page that loads nothing: its policy allows no request and no script but its own."""
   script = read_asset("script.js")
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
   policy = (

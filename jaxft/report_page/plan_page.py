@@ -9,7 +9,7 @@ from jaxft.utils.types import Json
 
 
 def render(plans: list[Json]) -> str:
-  """Returns the HTML of one plan or more, in this order."""
+  """Return the HTML of one plan or more, in this order."""
   title = f"{plans[0]['model']} on {', '.join(plan['device'] for plan in plans)}"
   style = read_asset("plan.css", "memory.css")
   body = "\n".join(join(part) for plan in plans for part in _parts(plan))
@@ -37,7 +37,7 @@ def _parts(plan: Json) -> list[Child]:
 
 
 def _memory(plan: Json) -> list[Html]:
-  """Renders the bar and the table of a device's memory."""
+  """Render the bar and the table of a device's memory."""
   total = max(plan["peak_bytes"], plan["usable_bytes"])
   blocks, rows = [], []
   for name, nbytes in plan["breakdown"].items():

@@ -29,7 +29,7 @@ LENGTH_KEYS = ("shortest", "median", "mean", "longest")
 
 
 def render(record: RunRecord) -> str:
-  """Returns the HTML of the run."""
+  """Return the HTML of the run."""
   sections = [
     _header(record),
     _export_section(record),
@@ -44,7 +44,7 @@ def render(record: RunRecord) -> str:
 
 
 def write(workdir: Path) -> None:
-  """Writes report.html of the run in this workdir."""
+  """Write report.html of the run in this workdir."""
   atomic_write(workdir / "report.html", render(run_record.load(workdir)))
 
 
@@ -65,7 +65,7 @@ def _header(record: RunRecord) -> Html:
 
 
 def _lead(record: RunRecord) -> list[Child]:
-  """Explains the headline: of which text it is, and what the best possible value is."""
+  """Explain the headline: of which text it is, and what the best possible value is."""
   metric = formatting.headline_metric(record)
   floor = _entropy_floor(record)
   held_out = get_int(record.data, "rows", "held_out")
@@ -98,7 +98,7 @@ def _entropy_floor(record: RunRecord) -> float | None:
 
 
 def _tiles(record: RunRecord) -> Html | None:
-  """Renders the numbers that people look for first."""
+  """Render the numbers that people look for first."""
   unit = formatting.unit_name(record)
   tiles: list[tuple[str, str, str | None]] = [
     (METRIC_NAMES[key], formatting.format_cells(record, key), None)
@@ -124,7 +124,7 @@ def _tiles(record: RunRecord) -> Html | None:
 
 
 def _before_and_after(record: RunRecord) -> Html | None:
-  """Renders the first and the last sample of one prompt."""
+  """Render the first and the last sample of one prompt."""
   for group in samples.by_prompt(record).values():
     if len(group) > 1:
       return samples.side_by_side([group[0], group[-1]], TEASER_CHARS)
@@ -132,7 +132,7 @@ def _before_and_after(record: RunRecord) -> Html | None:
 
 
 def _export_section(record: RunRecord) -> Html | None:
-  """Renders the exported folder, how it was verified, and how to load it."""
+  """Render the exported folder, how it was verified, and how to load it."""
   export = get_dict(record.about, "export")
   folder = export.get("folder")
   if not isinstance(folder, str):
@@ -211,7 +211,7 @@ def _curves(record: RunRecord) -> Html | None:
 
 
 def _logged_once(record: RunRecord) -> Html | None:
-  """Renders values that would be a single dot in a chart."""
+  """Render values that would be a single dot in a chart."""
   points = {name: record.points(key) for name, key in LOGGED_METRICS}
   single = {name: it[0] for name, it in points.items() if len(it) == 1}
   if not single:
@@ -335,7 +335,7 @@ def _labelled_counts(report: Json, key: str, labels: dict[str, str]) -> str:
 
 
 def _accounting_note(report: Json) -> Child:
-  """Returns whether everything that was read is accounted for."""
+  """Return whether everything that was read is accounted for."""
   problems = []
   for kind, name in (("rows", "documents"), ("tokens", "tokens")):
     dropped = get_dict(report, kind, "dropped")
@@ -390,13 +390,13 @@ def _short_commit(commit: object) -> str | None:
 
 
 def _facts_table(facts: Sequence[tuple[str, object]]) -> Html:
-  """Returns a table of the values that are known; a path breaks after its slashes."""
+  """Return a table of the values that are known; a path breaks after its slashes."""
   cell = lambda value: markup.breakable(format_setting(str(value), MAX_VALUE_CHARS))
   return table([], [[name, cell(value)] for name, value in facts if value], "facts")
 
 
 def _starts(record: RunRecord) -> list[str]:
-  """Returns the starts of a run that was continued; nothing for a single start."""
+  """Return the starts of a run that was continued; nothing for a single start."""
   return [
     f"at step {get_int(it, 'step') or 0:,}, {it.get('at')}, on {_devices(it)}"
     for it in (samples.evenly_spaced(record.starts, 8) if len(record.starts) > 1 else [])
@@ -408,7 +408,7 @@ def _devices(about: Json) -> str:
 
 
 def _reproduce(record: RunRecord) -> Html:
-  """Renders the commands that start the same run again."""
+  """Render the commands that start the same run again."""
   about = record.about
   lines: list[str] = []
   if about.get("command"):

@@ -57,11 +57,11 @@ class RunRecord(NamedTuple):
     return after[-1] if after else self.last_step
 
   def first_and_final(self, key: str) -> list[float]:
-    """Returns `cells` that are finite numbers."""
+    """Return `cells` that are finite numbers."""
     return [value for value in self.cells(key) if not isinstance(value, str)]
 
   def cells(self, key: str) -> list[float | str]:
-    """Returns the first value of `key` and that of the exported weights, or as many as there are.
+    """Return the first value of `key` and that of the exported weights, or as many as there are.
 
     A number that is not finite is a text: the perplexity of a large loss is "inf".
     """
@@ -72,7 +72,7 @@ class RunRecord(NamedTuple):
     return [cells[0], cells[-1]] if cells and steps[-1] > steps[0] else cells[:1]
 
   def memorized_share(self, when: str) -> float | None:
-    """Returns the mean share of 8-grams of samples before or after that the training text has."""
+    """Return the mean share of 8-grams of samples before or after that the training text has."""
     shares = [get_float(it, "memorised_8grams") for it in self.samples if it["when"] == when]
     shares = [it for it in shares if it is not None]
     return sum(shares) / len(shares) if shares else None
@@ -87,12 +87,12 @@ class RunRecord(NamedTuple):
     return [line["step"] for line in self.metrics if is_text(line)]
 
   def points(self, key: str) -> list[tuple[int, float]]:
-    """Returns (step, value) of every line that has a number for `key`."""
+    """Return (step, value) of every line that has a number for `key`."""
     points = ((line["step"], get_float(line, key)) for line in self.metrics)
     return [(step, value) for step, value in points if value is not None]
 
   def without_outliers(self, key: str) -> list[tuple[int, float]]:
-    """Returns `points` of a speed, without steps that seem to have taken no time.
+    """Return `points` of a speed, without steps that seem to have taken no time.
 
     Those were read at one moment.
     """
@@ -100,27 +100,27 @@ class RunRecord(NamedTuple):
     return [(step, value) for step, value in self.points(key) if value <= limit]
 
   def median(self, key: str) -> float | None:
-    """Returns the median of `key`: a first step that compiles, or a pause, does not count."""
+    """Return the median of `key`: a first step that compiles, or a pause, does not count."""
     values = sorted(value for _, value in self.points(key))
     return values[len(values) // 2] if values else None
 
 
 def get_value(values: object, *keys: str) -> object:
-  """Returns values[key][key]..., or None."""
+  """Return values[key][key]..., or None."""
   for key in keys:
     values = values.get(key) if isinstance(values, dict) else None
   return values
 
 
 def get_float(values: object, *keys: str) -> float | None:
-  """Returns the number at these keys, or None."""
+  """Return the number at these keys, or None."""
   value = get_value(values, *keys)
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
   return value if is_number and abs(value) <= MAX_DRAWN else None  # NaN is not
 
 
 def metric_cell(line: Json, key: str) -> float | str:
-  """Returns the number of a line of metrics.jsonl, a text if it cannot be drawn, or ""."""
+  """Return the number of a line of metrics.jsonl, a text if it cannot be drawn, or ""."""
   value = get_float(line, key)
   if value is not None:
     return value
@@ -136,13 +136,13 @@ def get_int(values: object, *keys: str) -> int | None:
 
 
 def get_dict(values: object, *keys: str) -> Json:
-  """Returns the object at these keys, or an empty one."""
+  """Return the object at these keys, or an empty one."""
   value = get_value(values, *keys)
   return value if isinstance(value, dict) else {}
 
 
 def load(workdir: Path) -> RunRecord:
-  """Reads the files of a run; raises RequestError if the folder is not a run's workdir."""
+  """Read the files of a run; raises RequestError if the folder is not a run's workdir."""
   file = workdir / "config.json"
   advice = "name a folder that jaxft.train has written"
   if not file.is_file():
@@ -173,7 +173,7 @@ def load(workdir: Path) -> RunRecord:
 
 
 def _read_jsonl(file: Path, notes: list[str]) -> list[Json]:
-  """Returns the objects of a .jsonl file that have a step; `notes` gets the number of others."""
+  """Return the objects of a .jsonl file that have a step; `notes` gets the number of others."""
   try:
     texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
   except OSError as error:

@@ -22,7 +22,7 @@ class Sample(NamedTuple):
 
 
 def by_prompt(record: RunRecord) -> dict[str, list[Sample]]:
-  """Returns the samples of each prompt, oldest first."""
+  """Return the samples of each prompt, oldest first."""
   groups: dict[str, list[Sample]] = {}
   for it in record.samples:
     prompt = it["prompt"]
@@ -36,14 +36,14 @@ def by_prompt(record: RunRecord) -> dict[str, list[Sample]]:
 
 
 def evenly_spaced(items: list[Item], max_items: int) -> list[Item]:
-  """Returns at most `max_items`: the first, the last, and some evenly between."""
+  """Return at most `max_items`: the first, the last, and some evenly between."""
   if len(items) <= max_items:
     return items
   return [items[round(i * (len(items) - 1) / (max_items - 1))] for i in range(max_items)]
 
 
 def side_by_side(group: list[Sample], max_chars: int = MAX_TEXT_CHARS) -> Html:
-  """Renders the texts beside each other, or one below the other on a narrow screen."""
+  """Render the texts beside each other, or one below the other on a narrow screen."""
   return element("div", [_render_sample(it, max_chars) for it in group], class_="sides")
 
 
@@ -56,7 +56,7 @@ def _render_sample(it: Sample, max_chars: int) -> Html:
 
 
 def clip_text(text: str, max_chars: int) -> str:
-  """Returns at most `max_chars` of a text, cut after a word if possible, with an ellipsis."""
+  """Return at most `max_chars` of a text, cut after a word if possible, with an ellipsis."""
   if len(text) <= max_chars:
     return text
   words = text[:max_chars].rsplit(maxsplit=1)[0]
@@ -64,7 +64,7 @@ def clip_text(text: str, max_chars: int) -> str:
 
 
 def render_all(groups: dict[str, list[Sample]]) -> list[Html]:
-  """Renders every prompt with its samples, up to the limits of a page."""
+  """Render every prompt with its samples, up to the limits of a page."""
   shown = list(groups.values())[:MAX_PROMPTS]
   parts = [side_by_side(evenly_spaced(group, MAX_SAMPLES)) for group in shown]
   hidden = []

@@ -105,7 +105,7 @@ def configure_jax() -> None:
 
 
 def has_slice_bug() -> bool:
-  """Whether this jax's XLA annotates slices on a GPU with the wrong offset."""
+  """Return whether this jax's XLA annotates slices on a GPU with the wrong offset."""
   return jax.__version_info__ < SLICE_FIX_VERSION
 
 
@@ -134,7 +134,7 @@ def check_slices(compiled: jax.stages.Compiled, platform: str) -> None:
 
 
 def has_cpu_mesh_bug() -> bool:
-  """Whether XLA's CPU compiler crashes on programs for several devices.
+  """Return whether XLA's CPU compiler crashes on programs for several devices.
 
   That of jax 0.11.2 does, not that of 0.11.1 or 0.12.
   """
@@ -198,7 +198,7 @@ def limit_pinned_memory(host_bytes: int | None) -> None:
 
 
 def pool_fits(blocks: Iterable[int], limit: int) -> bool:
-  """Whether XLA's pool of pinned memory can hold these blocks, in bytes, allocated in this order.
+  """Return whether XLA's pool of pinned memory can hold these blocks, in bytes, allocated in this order.
 
   A model of its allocator (tsl's BFCAllocator): it asks for regions of twice the size of the last,
   up to what is left of the limit, and a block lies in one region, in the smallest gap that is large
@@ -365,7 +365,7 @@ def _capture_jax_log() -> Generator[list[str]]:
 
 
 def has_nvidia_gpu() -> bool:
-  """Whether Linux shows an NVIDIA GPU, with a driver or without."""
+  """Return whether Linux shows an NVIDIA GPU, with a driver or without."""
   return _any_exists(NVIDIA_PATHS) or any(map(_is_nvidia_display, glob.glob(PCI_DEVICES)))
 
 

@@ -15,7 +15,7 @@ class RunConsole(Console):
 
   @property
   def live(self) -> bool:
-    """Whether progress bars can be drawn.
+    """Return whether progress bars can be drawn.
 
     rich takes a file for a terminal where FORCE_COLOR is set, as many CI services do.
     """

@@ -85,7 +85,7 @@ def reject_lfs_pointer(file: Path) -> None:
 
 
 def exists(path: Path) -> bool:
-  """Whether a path exists; False too for a name that the file system cannot have."""
+  """Return whether a path exists; False too for a name that the file system cannot have."""
   try:
     return path.exists()
   except OSError:
@@ -93,7 +93,7 @@ def exists(path: Path) -> bool:
 
 
 def is_encodable(text: str) -> bool:
-  """Whether UTF-8 can hold the text; not so for lone surrogates, of JSON escapes or stray bytes."""
+  """Return whether UTF-8 can hold the text; not so for lone surrogates, of JSON escapes or stray bytes."""
   try:
     text.encode()
   except UnicodeEncodeError:

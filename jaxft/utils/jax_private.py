@@ -10,7 +10,7 @@ MemoryStats: TypeAlias = Any  # of `compiled.memory_analysis()`; its module has 
 
 
 def backends_are_initialized() -> bool:
-  """Whether JAX has looked for devices already, and read its environment."""
+  """Return whether JAX has looked for devices already, and read its environment."""
   return xla_bridge.backends_are_initialized()
 
 
@@ -31,7 +31,7 @@ def detect_cluster(
 
 
 def pretend_cudnn(version: tuple[int, int], device: tuple[int, int]) -> None:
-  """Lets JAX trace cuDNN's attention without a GPU.
+  """Let JAX trace cuDNN's attention without a GPU.
 
   JAX asks the library and the first device. XLA leaves the call in the compiled program as it is;
   it does not know the workspace that cuDNN would take. `device` is the GPU's compute capability.
