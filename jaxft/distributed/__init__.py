@@ -1,1 +1,1 @@
-"""Runs of several processes: how they meet, agree, and notice that one is gone."""
+"""Distributed runs: rendezvous, agreement on facts, and detection of lost processes."""
