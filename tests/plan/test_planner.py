@@ -263,7 +263,7 @@ def test_plan_page_is_self_contained(on_cpu):
 @pytest.mark.parametrize(
   "arguments, message",
   [
-    (("--device", "h1000"), r"error: --device='h1000': not known; there are cpu, t4, .*v5e:2x4"),
+    (("--device", "h1000"), r"error: --device='h1000': unknown; choose cpu, t4, .*v5e:2x4"),
     (("--device", "v100"), r"error: --device='v100': CUDA 13.*7\.0"),
     ((), r"error: --device is missing; name one"),
     (
