@@ -1,6 +1,6 @@
 """Print versions, devices, memory and disk, and report missing packages.
 
-    python -m jaxft.doctor
+python -m jaxft.doctor
 """
 
 import importlib.metadata
@@ -46,7 +46,8 @@ def main() -> None:
     if version == "missing":
       errors.append(f"{name} is missing: pip install {'-e .' if name == 'jaxft' else name}")
   for name, (purpose, extra) in EXTRAS.items():
-    add_row(name, _version(name) or escape(f'not installed; for {purpose}: pip install "jaxft[{extra}]"'))
+    advice = f'not installed; for {purpose}: pip install "jaxft[{extra}]"'
+    add_row(name, _version(name) or escape(advice))
   try:
     import flax.nnx  # noqa: F401 - flax fails at import if its version does not match jax
     import jax

@@ -1,6 +1,6 @@
 """Write the HTML page of a run, or a page that compares several runs.
 
-    python -m jaxft.report WORKDIR [WORKDIR ...] [--out FILE]
+python -m jaxft.report WORKDIR [WORKDIR ...] [--out FILE]
 """
 
 from pathlib import Path

@@ -51,7 +51,7 @@ def detect_processes(
   flags = coordinator, processes, process
   no_flags = flags == (None, None, None)
   try:
-    # In a Kubernetes pod JAX warns if the package `kubernetes` is missing. Most pods do not need it.
+    # In a Kubernetes pod JAX warns if its package is missing. Most pods do not need it.
     with warnings.catch_warnings(action="ignore"):
       coordinator, processes, process = jax_private.detect_cluster(*flags, timeout)
   except Exception as error:  # no permission to list pods, no answer from a metadata server, ...

@@ -23,8 +23,8 @@ from jaxft.utils import jax_private
 
 GIB, TERA, GIGA = 2**30, 10**12, 10**9
 # `Gpu.memory` is the total that nvidia-smi shows; on an A10G or an L4 it excludes the memory for
-# error correction. A process gets less: the driver, the CUDA context and NCCL take a part, and XLA's
-# pool is the rest (`backend.configure_jax`).
+# error correction. A process gets less: the driver, the CUDA context and NCCL take a part, and
+# XLA's pool is the rest (`backend.configure_jax`).
 GPU_USABLE_SHARE = 0.93
 CUDNN_VERSION = (9, 28)  # installed by jax[cuda13] today
 
@@ -174,8 +174,7 @@ SOURCES = {
   **{kind: f"https://docs.cloud.google.com/tpu/docs/{kind}" for kind in TPUS},
 }
 UNSUPPORTED = {
-  "v100": "jaxft's plugin uses CUDA 13, which dropped compute capability 7.0; "
-  "use JAX with CUDA 12",
+  "v100": "jaxft's plugin uses CUDA 13, which dropped compute capability 7.0; use JAX with CUDA 12",
   # The topology of a v4 has two devices per chip, but the compiler expects one (libtpu 0.0.42 to
   # 0.0.51).
   "v4": "libtpu's compiler fails with an assertion on a machine without a v4 chip; "

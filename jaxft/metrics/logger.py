@@ -147,7 +147,7 @@ class MetricsLogger:
           "memory/peak_bytes": peak_memory_bytes(self._device),
           **(self._system.latest if self._system else {}),
         },
-        "" if console.live else f"step {step}/{self._total_steps}  {line}",  # the progress bar shows it
+        "" if console.live else f"step {step}/{self._total_steps}  {line}",  # the bar shows it
       )
       self.clock.reset()
     self._check_finite(step, metrics, f"loss {loss}, gradient norm {norm}")

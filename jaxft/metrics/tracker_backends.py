@@ -186,7 +186,8 @@ class WandB:
       resume=None if is_set("RESUME") else "allow",
       name=run.display_name if run.name or not is_set("NAME") else None,
       mode=mode,
-      # By default the library uploads console output, code, command line, git remote and host metrics.
+      # By default the library uploads console output, code, command line, git remote and host
+      # metrics.
       settings=wandb.Settings(
         console="off", save_code=False, disable_git=True, x_disable_meta=True, x_disable_stats=True
       ),
@@ -225,7 +226,7 @@ class Trackio:
     import trackio
 
     self._trackio = trackio
-    # Trackio turns its errors into warnings, also in its threads. Collect them for `write` to raise.
+    # Trackio turns its errors into warnings, also in its threads. `write` raises them.
     self._errors: list[str] = []
     warnings.simplefilter("always")
 

@@ -183,7 +183,7 @@ class TrackerClient(threading.Thread):
     if late := self.is_alive():
       if self._process:
         with contextlib.suppress(ProcessLookupError):
-          os.killpg(self._process.pid, signal.SIGKILL)  # with all processes that the library started
+          os.killpg(self._process.pid, signal.SIGKILL)  # with its child processes
       self.join(5)
     lost = self._given - self._arrived
     if lost or late:

@@ -49,7 +49,8 @@ def make_mesh(sizes: MeshSection, devices: list[jax.Device] | None = None) -> Me
       f"{_describe(sizes)}: leaves processes without a device; use all {len(devices)} devices"
     )
   # Auto: the compiler derives shardings and collectives from the constraints in the program. With
-  # Explicit, the default of jax.make_mesh (jax 0.10), shardings would be part of every array's type.
+  # Explicit, the default of jax.make_mesh (jax 0.10), shardings would be part of every array's
+  # type.
   axis_types = (AxisType.Auto,) * len(shape)
   return Mesh(_arrange_devices(used, tuple(shape.values())), tuple(shape), axis_types=axis_types)
 
@@ -82,8 +83,8 @@ def _arrange_devices(devices: list[jax.Device], shape: tuple[int, ...]) -> np.nd
   if devices[0].platform == "cpu":  # any order is fast; this one keeps a process's rows adjacent
     return np.array(devices).reshape(shape)
   num_slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
-  # Allow a mesh axis to take a part of a physical axis of a torus: some sizes are no product of whole
-  # physical axes.
+  # Allow a mesh axis to take a part of a physical axis of a torus: some sizes are no product of
+  # whole physical axes.
   options = {"allow_split_physical_axes": True}
   try:
     if num_slices == 1:
@@ -128,7 +129,7 @@ def validate_mesh(mesh: Mesh, *, D: int, N: int, F: int) -> list[str]:
     sizes = ", ".join(str(n) for n in range(1, 1025) if D % n == 0)
     lines.append(
       f"config.mesh.fsdp={fsdp}: the model is {D} wide, which {fsdp} devices cannot share, so "
-      f"each would hold all weights; use one of {sizes}, and config.mesh.data=-1 for the other devices"
+      f"each would hold all weights; use one of {sizes}, and config.mesh.data=-1"
     )
   for name, size in (("heads", N), ("columns of the feed-forward layer", F)):
     if size % tensor:

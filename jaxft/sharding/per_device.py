@@ -91,8 +91,8 @@ def make_nonfinite_check(shardings: PyTree) -> Callable[[PyTree], jax.Array]:
     number.
   """
 
-  # The maximum of numbers with a NaN is NaN. isfinite(leaf).all() would take four times as long, and
-  # 500 MB (GPT-2 124M on a CPU).
+  # The maximum of numbers with a NaN is NaN. isfinite(leaf).all() would take four times as long,
+  # and 500 MB (GPT-2 124M on a CPU).
   def has_nonfinite(shard):
     return ~jnp.isfinite(jnp.max(jnp.abs(shard.values)))
 

@@ -33,8 +33,8 @@ RULES = {
   None: ((), ()),
 }
 STORED, COMPUTE = 0, 1
-# The lowest ZeRO stage (arXiv:1910.02054) at which a tree is split over the fsdp axis. Below it each
-# device has a copy.
+# The lowest ZeRO stage (arXiv:1910.02054) at which a tree is split over the fsdp axis. Below it
+# each device has a copy.
 MIN_ZERO_STAGE = {"optimizer": 1, "gradients": 2, "parameters": 3}
 # Vocabulary tables are padded to a multiple of this many rows. Then every power of two up to 128
 # divides them, and matrix units are full. The padding is the same on every mesh, so that a
@@ -94,8 +94,8 @@ def opt_state_shardings(
 ) -> PyTree:
   """Return the shardings of the optimizer state.
 
-  A leaf shaped like its parameter (a moment) is sharded as in `moments`; others, such as counts, are
-  replicated.
+  A leaf shaped like its parameter (a moment) is sharded as in `moments`; others, such as counts,
+  are replicated.
 
   Args:
     tx: the optimizer.

@@ -17,8 +17,8 @@ from jaxft.utils import environment, jax_private
 from jaxft.utils.files import cache_dir
 
 GIB = 2**30
-# Without this flag the compiler of libtpu 0.0.42 overflows a stack on GPT-2 with dropout and four or
-# more sequences, with a segmentation fault.
+# Without this flag the compiler of libtpu 0.0.42 overflows a stack on GPT-2 with dropout and four
+# or more sequences, with a segmentation fault.
 LIBTPU_STACK_FLAG = "--fibers_default_thread_stack_size=1048576"
 
 # Paths of an NVIDIA GPU on Linux. Before its first use it has no device nodes, only a driver.
@@ -31,14 +31,14 @@ PCI_DEVICES = "/sys/bus/pci/devices/*"
 REQUIRE_CHOICES = ("gpu", "tpu")
 CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
-# The limit of XLA's pool of pinned host memory, in whole GiB, read when JAX starts. The pool grows by
-# doubling, and no other process can use pinned memory. Without a limit the whole machine can stop
-# (GPT-J's 90 GiB pinned 126 of 128).
+# The limit of XLA's pool of pinned host memory, in whole GiB, read when JAX starts. The pool grows
+# by doubling, and no other process can use pinned memory. Without a limit the whole machine can
+# stop (GPT-J's 90 GiB pinned 126 of 128).
 PINNED_LIMIT_ENV = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 PINNED_FRACTION = 0.8
 DEFAULT_PINNED_BYTES = 64 * GIB  # XLA's own limit
-# The pool has gaps. According to `pool_fits` it needs 1.03 to 1.45 times the bytes of a run, for GPT-2
-# 124M to GPT-J-6B with adamw, lion, adafactor and sgd (2026-11-28; not measured on a GPU).
+# The pool has gaps. According to `pool_fits` it needs 1.03 to 1.45 times the bytes of a run, for
+# GPT-2 124M to GPT-J-6B with adamw, lion, adafactor and sgd (2026-11-28; not measured on a GPU).
 PINNED_HEADROOM = 1.5
 POOL_MIN_REGION = 2 * 2**20  # bytes
 POOL_ALIGNMENT = 256  # bytes
@@ -159,7 +159,7 @@ def known_bugs() -> list[str]:
     )
   if has_cpu_mesh_bug():
     lines.append(
-      f"jax {jax.__version__}: XLA's CPU compiler crashes on several devices, so jaxft refuses them; "
+      f"jax {jax.__version__}: XLA's CPU compiler crashes on several devices, so jaxft refuses; "
       "one CPU device, GPUs and TPUs work"
     )
   return lines
@@ -211,8 +211,9 @@ def limit_pinned_memory(host_bytes: int | None) -> None:
 def pool_fits(blocks: Iterable[int], limit: int) -> bool:
   """Return whether XLA's pool of pinned memory can hold blocks allocated in this order.
 
-  This models XLA's allocator (tsl's BFCAllocator). Each new region is twice as large as the last, up
-  to the rest of the limit. A block is stored in one region, in the smallest gap that is large enough.
+  This models XLA's allocator (tsl's BFCAllocator). Each new region is twice as large as the last,
+  up to the rest of the limit. A block is stored in one region, in the smallest gap that is large
+  enough.
 
   Args:
     blocks: sizes in bytes.
@@ -329,7 +330,7 @@ def init_backend() -> tuple[str, str]:
       platforms = os.environ.get("JAX_PLATFORMS")
       setting = f" (JAX_PLATFORMS={platforms})" if platforms else ""
       raise RequestError(
-        f"JAX finds no device{setting}: {reason}; run python -m jaxft.doctor to check the installation"
+        f"JAX finds no device{setting}: {reason}; python -m jaxft.doctor checks the installation"
       ) from error
   if platform != "cpu":
     return platform, ""

@@ -51,8 +51,8 @@ def _reopen_std_streams() -> None:
 def _ensure_home() -> None:
   """Set $HOME to a private temporary folder if the user has no home.
 
-  A container that runs as a user unknown to its image has neither $HOME nor an entry in /etc/passwd.
-  Libraries would find no folder for their caches.
+  A container that runs as a user unknown to its image has neither $HOME nor an entry in
+  /etc/passwd. Libraries would find no folder for their caches.
   """
   if os.environ.get("HOME"):
     return

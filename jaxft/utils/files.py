@@ -85,7 +85,7 @@ def reject_lfs_pointer(file: Path) -> None:
     return  # the code that reads the file reports this error
   if is_pointer:
     raise RequestError(
-      f"{file} is a git-lfs pointer, not the file itself; run git lfs pull in its folder"
+      f"{file}: a git-lfs pointer, not the file itself; run git lfs pull in its folder"
     )
 
 
@@ -115,9 +115,9 @@ def read_json_object(file: Path, notes: list[str]) -> Json:
     content = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(content, dict):
       return content
-    notes.append(f"{file.name} is not a JSON object; this page omits its content")
+    notes.append(f"{file.name} is not a JSON object; the page omits its content")
   except FileNotFoundError:
-    notes.append(f"{file.name} does not exist; this page omits its content")
+    notes.append(f"{file.name} does not exist; the page omits its content")
   except (OSError, ValueError, RecursionError) as error:
-    notes.append(f"{file.name} cannot be read ({first_line(error)}); this page omits its content")
+    notes.append(f"{file.name} cannot be read ({first_line(error)}); the page omits its content")
   return {}

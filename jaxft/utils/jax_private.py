@@ -36,8 +36,8 @@ def detect_cluster(
 def pretend_cudnn(version: tuple[int, int], device: tuple[int, int]) -> None:
   """Let JAX trace cuDNN's attention without a GPU.
 
-  JAX would ask the library and the first device. XLA keeps the call in the compiled program, but its
-  memory figures lack cuDNN's workspace.
+  JAX would ask the library and the first device. XLA keeps the call in the compiled program, but
+  its memory figures lack cuDNN's workspace.
 
   Args:
     version: cuDNN version, (major, minor).
