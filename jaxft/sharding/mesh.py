@@ -83,7 +83,7 @@ def _arrange_devices(devices: list[jax.Device], shape: tuple[int, ...]) -> np.nd
   if devices[0].platform == "cpu":  # any order is fast; this one keeps a process's rows adjacent
     return np.array(devices).reshape(shape)
   num_slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
-  # Allow a mesh axis to take a part of a physical axis of a torus: some sizes are no product of
+  # Allow a mesh axis to take part of a physical axis of a torus: some sizes are not a product of
   # whole physical axes.
   options = {"allow_split_physical_axes": True}
   try:

@@ -344,7 +344,8 @@ def test_full_disk_of_trackers_is_reported(config, tmp_path, small_disk, monkeyp
   said = capsys.readouterr().out
   for name in config.tracking.writers:
     # Some may be written: a database has a page or two in reserve.
-    assert re.match(rf"[1-9]\d* of {given} lines were not delivered", said.split(f"{name}: ")[-1]), said
+    last = said.split(f"{name}: ")[-1]
+    assert re.match(rf"[1-9]\d* of {given} lines were not delivered", last), said
 
 
 @pytest.mark.slow
