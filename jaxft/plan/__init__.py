@@ -1,3 +1,1 @@
-"""Compiles for hardware that need not exist: does a run fit, how fast is it, what to change."""
-
-"""Compiles for hardware that need not exist: does a run fit, how fast is it, what to change."""
+"""Plans: memory and speed of a run on hardware that need not exist, and better settings."""

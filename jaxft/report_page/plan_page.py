@@ -23,14 +23,14 @@ def render(plans: list[Json]) -> str:
 def _parts(plan: Json) -> list[Child]:
   parts: list[Child] = [element("h1", f"{plan['model']} on {plan['device']}")]
   if "refused" in plan:
-    parts.append(element("p", f"as it is: {plan['refused']}", class_="no"))
+    parts.append(element("p", f"as given: {plan['refused']}", class_="no"))
   else:
     summary = rendering.fit_summary(plan)
     parts.append(element("p", summary, class_=None if plan["fits"] else "no"))
     parts += [_memory(plan), _table(rendering.detail_rows(plan))]
   if "advice" in plan:
     rows = [[*cells, element("code", it)] for *cells, it in rendering.advice_rows(plan["advice"])]
-    head = [["a step", "peak", "host", "flags"]] if rows else []
+    head = [["step", "peak", "host", "flags"]] if rows else []
     parts += [element("h2", "What fits"), _table([*head, *rows])]
     parts += [element("p", line) for line in rendering.rejection_lines(plan)]
   return parts
