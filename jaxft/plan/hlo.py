@@ -218,9 +218,7 @@ def _parse_computations(text: str) -> tuple[dict[str, list[str]], str]:
       name = head[1]
       computations[name] = []
       entry = name if line.startswith("ENTRY") else entry
-    elif line.startswith("}") and not line.startswith(
-      "}}"
-    ):  # "}}" ends the config of a Pallas call
+    elif line.startswith("}") and not line.startswith("}}"):  # "}}" ends a Pallas kernel's config
       name = ""
     elif name:
       computations[name].append(line)

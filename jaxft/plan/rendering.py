@@ -127,8 +127,8 @@ def detail_rows(plan: Json) -> list[tuple[str, str]]:
     ),
   ]
   if "eval_peak_bytes" in plan:
-    pairs.insert(2, ("evaluation", f"{format_bytes(plan['eval_peak_bytes'])} per device at its
-    peak"))
+    peak = format_bytes(plan["eval_peak_bytes"])
+    pairs.insert(2, ("evaluation", f"{peak} per device at its peak"))
   if plan["moved_bytes"] is not None:
     collectives = {kind: n for kind, n in plan["collective_bytes"].items() if n}
     sent = ", ".join(f"{kind} {format_bytes(n)}" for kind, n in collectives.items()) or "none"
