@@ -1,4 +1,4 @@
-"""Renders plans as one HTML page without scripts or network, for light and dark screens."""
+"""The HTML page of plans: no scripts, no network; for light and dark screens."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from jaxft.utils.types import Json
 
 
 def render(plans: list[Json]) -> str:
-  """Return the HTML of one plan or more, in this order."""
+  """Return the HTML of one or more plans, in this order."""
   title = f"{plans[0]['model']} on {', '.join(plan['device'] for plan in plans)}"
   style = read_asset("plan.css", "memory.css")
   body = "\n".join(join(part) for plan in plans for part in _parts(plan))
@@ -31,7 +31,7 @@ def _parts(plan: Json) -> list[Child]:
   if "advice" in plan:
     rows = [[*cells, element("code", it)] for *cells, it in rendering.advice_rows(plan["advice"])]
     head = [["step", "peak", "host", "flags"]] if rows else []
-    parts += [element("h2", "What fits"), _table([*head, *rows])]
+    parts += [element("h2", "Settings that fit"), _table([*head, *rows])]
     parts += [element("p", line) for line in rendering.rejection_lines(plan)]
   return parts
 
