@@ -83,8 +83,8 @@ def _lead(record: RunRecord) -> list[Child]:
     possible = metric.before - floor
     gained = format_percent((metric.before - metric.after) / possible)
     parts.append(
-      f" The run gained {gained} of the possible {format_number(possible)} nats per token: the loss "
-      "before training minus the entropy of the text, which no model can beat."
+      f" The run gained {gained} of the possible {format_number(possible)} nats per token: the "
+      "loss before training minus the entropy of the text, which no model can beat."
     )
   if record.exported_step < record.last_step:
     steps = f"step {record.exported_step:,} of {record.last_step:,}"

@@ -20,7 +20,7 @@ class RunRecord(NamedTuple):
   workdir: Path
   name: str
   config: Json  # {"train.steps": 715, ...}
-  about: Json  # about.json; empty if the run has none
+  about: Json  # about.json; empty if the file is missing
   data: Json  # data_report.json
   metrics: list[Json]  # ordered by step
   samples: list[Json]
