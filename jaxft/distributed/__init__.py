@@ -1,1 +1,1 @@
-"""Distributed runs: rendezvous, agreement on facts, and detection of lost processes."""
+"""Distributed runs: rendezvous, checks for equality, detection of lost processes."""

@@ -1,7 +1,7 @@
-"""Rendezvous: process 0 waits for all others on the coordinator's port, before JAX uses it.
+"""Rendezvous: process 0 waits for all others, before JAX starts.
 
-JAX's own rendezvous does not name the process that is missing or has different flags. These sockets
-do. The watchdog then reuses the connections.
+It uses the coordinator's port before JAX does. JAX's own rendezvous would not name a process that
+is missing or has different flags. The watchdog then reuses these connections.
 """
 
 import importlib.util

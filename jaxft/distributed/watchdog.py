@@ -1,4 +1,4 @@
-"""Detection of lost processes, by heartbeats over the connections of the rendezvous.
+"""Detection of lost processes, by heartbeats over the rendezvous connections.
 
 Both ends send a line each second. A process that dies closes its connection; a frozen one stops
 sending. In both cases all others end with exit code 5. JAX's own coordination service would abort

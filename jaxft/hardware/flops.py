@@ -1,4 +1,4 @@
-"""Exact FLOPs of a step, counted in its jaxpr: the same for any hardware and mesh.
+"""Exact FLOPs of a step from its jaxpr: the same for any hardware and mesh.
 
 B batch, T length, V vocabulary, D model, F feed-forward, L layers, N heads, H head size
 """

@@ -32,7 +32,7 @@ RING_FACTORS = {
 
 
 class Estimate(NamedTuple):
-  """The estimated time of a step and its parts, in seconds; speed; and MFU (0 to 1)."""
+  """The estimated seconds of a step and its parts, the speed, and MFU (0 to 1)."""
 
   compute_seconds: float
   memory_seconds: float

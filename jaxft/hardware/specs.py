@@ -69,7 +69,7 @@ class Gpu(NamedTuple):
 
 
 class Tpu(NamedTuple):
-  """The specification of a TPU device: a chip, or one of the two halves of a TPU7x chip."""
+  """The specification of a TPU device: a chip, or half a chip of a TPU7x."""
 
   label: str
   usable: int  # bytes
@@ -88,7 +88,7 @@ class Tpu(NamedTuple):
 
   @property
   def bus(self) -> int:
-    """Bytes/s between host memory and chip: PCI Express 3; Google publishes no number."""
+    """Bytes/s between host and chip: PCI Express 3; Google publishes no number."""
     return PCIE3
 
 
@@ -197,7 +197,7 @@ class Target(NamedTuple):
 
   @property
   def usable_bytes(self) -> int:
-    """Bytes of a device that a process can use; CPU devices share this machine's memory."""
+    """Usable bytes of a device; CPU devices share the memory of this machine."""
     spec = self.spec
     if spec is None:
       return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.count
@@ -267,7 +267,7 @@ def read_prices(file: Path) -> dict[str, float]:
 
 
 def local_target(device: jax.Device, count: int) -> Target:
-  """Return the target for this machine's devices; its spec is None for an unknown kind."""
+  """Return the target for local devices; its spec is None for an unknown kind."""
   label = device.device_kind.removeprefix("NVIDIA ")
   kind = next((kind for kind, spec in (GPUS | TPUS).items() if spec.label == label), "")
   return Target(name=f"{count} x {device.device_kind}", kind=kind, count=count, topology="")
@@ -299,7 +299,7 @@ def compile_devices(target: Target) -> list[jax.Device]:
 
 
 def _target_config(gpu: Gpu) -> str:
-  """Describe a GPU to XLA's compiler (xla/stream_executor/device_description.proto)."""
+  """Describe a GPU to XLA (xla/stream_executor/device_description.proto)."""
   major, minor = gpu.capability
   optin = gpu.shared - (1024 if major >= 8 else 0)
   return f"""

@@ -186,5 +186,5 @@ def due_at(every: int | str, step: int, rows: int, batch_size: int) -> bool:
 
 
 def json_float(number: float) -> float | str:
-  """Return a finite number unchanged, else "nan" or "inf" as text: JSON has neither."""
+  """Return a finite number unchanged, else text: JSON has no NaN and infinity."""
   return number if math.isfinite(number) else str(number)

@@ -1,4 +1,4 @@
-"""Sinks of metrics and samples: files in the workdir, the console (and trackers.py)."""
+"""Sinks of metrics and samples: files and the console (see also trackers.py)."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ class Sink(Protocol):
 
 
 class JsonlLog:
-  """A .jsonl file of objects with a "step"; a resume removes the lines of lost steps."""
+  """A .jsonl file of objects with a "step"; a resume removes those of lost steps."""
 
   def __init__(self, file: Path, last_step: int, writes: bool):
     """Read the file and drop the lines that the run will write again.
@@ -64,7 +64,7 @@ class JsonlLog:
 
 
 class JsonlSink:
-  """Writes metrics.jsonl and samples.jsonl in the workdir: everything that the run logs."""
+  """Writes everything that the run logs to metrics.jsonl and samples.jsonl."""
 
   def __init__(self, workdir: Path, start: int, writes: bool):
     """Read both files.

@@ -112,7 +112,7 @@ def _device_memory() -> dict[str, float]:
 
 
 def _gpu_readings() -> list[ReadFn]:
-  """Return readers of NVML (package nvidia-ml-py); [] without the package or a driver."""
+  """Return readers of NVML (nvidia-ml-py); [] without the package or a driver."""
   try:
     import pynvml
 
@@ -145,7 +145,7 @@ def _readings_of_gpu(nvml: ModuleType, handle: object, name: str) -> list[ReadFn
 
 
 def peak_memory_bytes(device: jax.Device) -> int:
-  """Return the peak memory so far: the device's if it reports one, else this process's."""
+  """Return the peak memory of the device if it reports one, else of this process."""
   if peak_memory_source(device) == "device":
     return device.memory_stats()["peak_bytes_in_use"]
   kib = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux and bytes on macOS

@@ -38,12 +38,15 @@ Metrics = dict[str, float]
 
 
 def to_floats(line: Json) -> Metrics:
-  """Return the numbers of a line of metrics.jsonl without its step; parse "nan", "inf"."""
+  """Return the numbers of a line of metrics.jsonl, without its step.
+
+  The texts "nan" and "inf" become numbers, too.
+  """
   return {key: float(value) for key, value in line.items() if key != "step"}
 
 
 class TensorBoard:
-  """Writes event files. A new run in the same folder hides older events (`purge_step`)."""
+  """Writes event files. A new run hides older events there (`purge_step`)."""
 
   def __init__(self, run: TrackerRun):
     from tensorboardX import SummaryWriter
@@ -219,7 +222,7 @@ class WandB:
 
 
 class Trackio:
-  """Writes to Trackio's SQLite file or server; reports the end of the run as an alert."""
+  """Writes to Trackio's SQLite file or server; the end of the run is an alert."""
 
   def __init__(self, run: TrackerRun):
     os.environ.setdefault("TRACKIO_DIR", str(Path(run.workdir) / "trackio"))

@@ -26,7 +26,7 @@ KILLED_MESSAGE = {"metrics": [], "samples": [], "end": KILLED_STATUS}
 
 
 class TrackerService:
-  """Opens the tracker at the first message, and retries at the next one if that fails."""
+  """Opens the tracker at the first message; retries at the next if that fails."""
 
   def __init__(self, name: str, run: tracker_backends.TrackerRun):
     self._name = name
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _read_messages(messages: queue.SimpleQueue) -> None:
-  """Read messages in a thread, so that a library that hangs does not hide a killed run."""
+  """Read messages in a thread: a hanging library must not hide a killed run."""
   message = {}
   for line in sys.stdin:
     message = json.loads(line)

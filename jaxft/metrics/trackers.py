@@ -66,7 +66,7 @@ def _installed(module: str) -> bool:
 
 
 class TrackerGroup:
-  """The sink of all trackers of a run; it has no trackers except in the first process.
+  """The sink of all trackers of a run; only the first process has trackers.
 
   A context manager; its exit sends the status of the run to the trackers.
   """
@@ -191,7 +191,7 @@ class TrackerClient(threading.Thread):
       log(f"{self._tracker}: {timeout}{lost:,} of {self._given:,} lines were not delivered")
 
   def run(self) -> None:
-    """Send messages and read answers until the end of the run; the thread's main loop."""
+    """Send messages and read answers until the run ends; the thread's main loop."""
     try:
       with _start_worker(self._tracker) as process:
         self._process = process

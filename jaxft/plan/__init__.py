@@ -1,1 +1,1 @@
-"""Plans: memory and speed of a run on hardware that need not exist, and better settings."""
+"""Plans: memory, speed and better settings of a run, without its hardware."""

@@ -127,7 +127,7 @@ def compiler_env() -> dict[str, str]:
 
 
 def check_compiler_installed(target: specs.Target) -> None:
-  """Raise RequestError with the install command if the target's compiler is missing."""
+  """Raise RequestError, with the install command, if the compiler is missing."""
   plugin = "tpu" if target.kind in specs.TPUS else "gpu" if target.kind in specs.GPUS else None
   if plugin and not _installed(PLUGINS[plugin]):
     problem = "its compiler is not installed"

@@ -1,4 +1,4 @@
-"""Cost model: formulas for memory and time, which rank settings before any is compiled.
+"""Cost model: formulas for memory and time that rank settings.
 
 The formulas are rough. `search` corrects the bytes with those of compiled programs.
 

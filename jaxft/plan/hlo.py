@@ -80,7 +80,7 @@ def bytes_by_kind(ops: list[Collective]) -> dict[str, int]:
 
 
 def hbm_bytes(text: str) -> int:
-  """Return the bytes that one run of a program reads from and writes to a device's memory.
+  """Return the bytes that one run of a program moves from and to device memory.
 
   A fusion reads its operands and writes its result once. If an array is only sliced, or updated by
   a slice, only the slice counts. For example, every iteration of the loop over layers takes the
@@ -171,7 +171,7 @@ def _instruction_bytes(module: HloModule, body: dict[str, Instruction], it: Inst
 
 
 def _fusion_bytes_read(module: HloModule, fused: str, index: int, nbytes: int) -> int:
-  """Return the bytes that a fusion reads of one operand, which has `nbytes` in total."""
+  """Return the bytes that a fusion reads of one operand of `nbytes` bytes."""
   body = module[fused]
   names = {it.name for it in body.values() if it.index == index}
   total = 0
@@ -255,7 +255,7 @@ def _trip_count(line: str, computations: dict[str, list[str]]) -> int:
 
 
 def _largest_shapes(text: str) -> Shapes:
-  """Return the larger group of "((inputs), (outputs))", or the largest array of one group."""
+  """Return the larger group of "((inputs), (outputs))", or the largest array."""
   groups = re.findall(r"\(([^()]*)\)", text.removeprefix("(")) if text.startswith("((") else [text]
   if len(groups) == 1 and text.startswith("("):
     groups = [f"{dtype}[{dims}]" for dtype, dims in SHAPE.findall(text)]
@@ -267,6 +267,6 @@ def _largest_shapes(text: str) -> Shapes:
 
 
 def _parse_shapes(text: str) -> Shapes:
-  """Return the (dtype, shape) of each array in "f32[2,3], ..."; skips unknown dtypes."""
+  """Return the (dtype, shape) of arrays in "f32[2,3], ..."; skip unknown dtypes."""
   arrays = [(dtype, dims.split(",")) for dtype, dims in SHAPE.findall(text) if dtype in DTYPE_BYTES]
   return tuple((dtype, tuple(int(size) for size in dims if size)) for dtype, dims in arrays)

@@ -88,7 +88,7 @@ def measure_step(
 
 
 def eval_peak_bytes(program: TrainProgram, compiled: Compiled) -> int:
-  """Return a device's peak memory in the eval step, including the idle optimizer state."""
+  """Return a device's peak memory in the eval step, with the optimizer state."""
   mask = program.host_mask.all_params
   on_host = _bytes_where(program.state.all_params, mask, on_host=True)
   peak = step_peak_bytes(compiled.memory_analysis(), program, on_host)
@@ -96,7 +96,7 @@ def eval_peak_bytes(program: TrainProgram, compiled: Compiled) -> int:
 
 
 def measure_traced(program: TrainProgram, config: Config, cfg: ModelConfig, traced: Traced) -> Json:
-  """Return what needs no compiler: bytes of one device, and FLOPs of the whole step."""
+  """Return values that need no compiler: bytes per device, FLOPs of the step."""
   A, B, T = program.batch["ids"].shape
   mesh = program.batch_sharding.mesh
   compute = program.compute
@@ -186,7 +186,7 @@ def dummy_row(config: Config, cfg: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def logits_bytes(program: TrainProgram, cfg: ModelConfig) -> int:
-  """Return the bytes of a device's float32 logits, which are part of the temporaries."""
+  """Return the bytes of a device's float32 logits, a part of the temporaries."""
   _, B, T = program.batch_sharding.shard_shape(program.batch["ids"].shape)
   padded_vocab = -(-cfg.V // rules.VOCAB_MULTIPLE) * rules.VOCAB_MULTIPLE
   vocab = padded_vocab // program.batch_sharding.mesh.shape["tensor"]

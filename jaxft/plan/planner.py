@@ -1,4 +1,4 @@
-"""Plans: dicts, printed by `--json`, with the memory and speed of a run on a device."""
+"""Plans: dicts, printed by `--json`, with memory and speed of a run."""
 
 import dataclasses
 import importlib.metadata
@@ -96,7 +96,7 @@ def plans_for(
 
 
 def resolve_model_config(config: Config) -> ModelConfig:
-  """Return the architecture that `config` trains; needs no network for published models."""
+  """Return the architecture to train; published models need no network."""
   path = config.model.path
   published = {name.lower(): value for name, value in PUBLISHED.items()}
   name = path.lower().removeprefix("openai-community/")
@@ -114,7 +114,7 @@ def resolve_model_config(config: Config) -> ModelConfig:
 
 
 def _apply_run_config(config: Config, hf_config: Json, cfg: ModelConfig) -> ModelConfig:
-  """Apply `config` to the architecture; raise RequestError if its sequences are too long."""
+  """Apply `config` to the architecture; refuse sequences that are too long."""
   T = config.data.sequence_length
   if T > cfg.P:
     raise RequestError(f"config.data.sequence_length={T}: the model has {cfg.P} positions")
@@ -212,7 +212,7 @@ def _version(package: str) -> str | None:
 def _to_plan(
   config: Config, target: specs.Target, measured: Json, price: float | None = None
 ) -> Json:
-  """Make a plan from the measurements of `measure_step`; raise RequestError if refused."""
+  """Make a plan from the result of `measure_step`; raise if it was refused."""
   if "refused" in measured:
     raise RequestError(f"--device={target.name!r}: {measured['refused']}")
 

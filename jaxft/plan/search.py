@@ -43,7 +43,7 @@ class Candidate(NamedTuple):
 
 
 class Ranking:
-  """Candidates not compiled yet, ranked by a cost model that compiled plans correct."""
+  """Candidates that are not compiled yet, ranked by a corrected cost model."""
 
   def __init__(self, candidates: list[Candidate], budget: int):
     self.untried = sorted(candidates, key=lambda it: it.seconds)
@@ -187,7 +187,7 @@ def overrides(config: Config, settings: Json, devices: int) -> list[str]:
 
 
 def candidates(config: Config, cfg: ModelConfig, target: specs.Target) -> list[Candidate]:
-  """Return all candidates whose mesh and micro-batch divide the model and the batch."""
+  """Return all candidates whose mesh and micro-batch divide model and batch."""
   cost = CostModel.from_config(config, cfg, target)
   platform = "tpu" if target.kind in specs.TPUS else "gpu"
   results = []

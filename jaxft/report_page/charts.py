@@ -173,7 +173,7 @@ def _label(text: str, class_: str, side: str, position: float) -> Html:
 
 
 def _draw_line(it: Series, axes: Axes) -> list[Html]:
-  """Draw the line, its mean and dots; script.js shows values of the element with a name."""
+  """Draw the line, its mean and dots; script.js reads the element with a name."""
   sampled = downsample(it.points)
 
   def polyline(points: Points, class_: str, name: str | None = None) -> Html:
@@ -206,7 +206,7 @@ def _legend_mark(mark: Child, name: str) -> Html:
 
 
 def downsample(points: Points) -> list[tuple[float, float]]:
-  """Return the first and last point, and the extremes of NUM_COLUMNS spans of steps."""
+  """Return the first and last point, and extremes of NUM_COLUMNS spans of steps."""
   if len(points) <= 2 * NUM_COLUMNS:
     return list(points)
   indices = {0, len(points) - 1}
@@ -246,7 +246,10 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def step_ticks(low: float, high: float) -> list[float]:
-  """Return round integers from `low`; the last quarter is for the last step's label."""
+  """Return round integers from `low`; none in the last quarter.
+
+  The label of the last step is there.
+  """
   return _tick_multiples(max(1.0, _tick_spacing(low, high)), low, high - 0.25 * (high - low))
 
 
@@ -281,7 +284,7 @@ def format_tick(number: float) -> str:
 
 
 def format_ticks(numbers: list[float]) -> list[str]:
-  """Format the ticks of an axis with one unit: 0, 0.0005, 0.001; 0, 2e-5; 0, 5k, 10k."""
+  """Format the ticks of an axis with one unit: 0, 0.0005; 0, 2e-5; 0, 5k, 10k."""
   sizes = [abs(it) for it in numbers if it]
   if sizes and (min(sizes) < 1e-4 or max(sizes) >= 1e15):
     return [_with_exponent(it) if it else "0" for it in numbers]

@@ -73,7 +73,7 @@ def model_name(record: RunRecord) -> str:
 
 
 def run_status(record: RunRecord) -> tuple[bool, str]:
-  """Return whether the run finished, and a text: one line, or several for a failure."""
+  """Return whether the run finished, and a text: several lines for a failure."""
   ending = get_dict(record.about, "ending")
   total = record.total_steps
   last = record.last_step

@@ -46,12 +46,12 @@ def escape(text: str) -> str:
 
 
 def breakable(text: str) -> Html:
-  """Return the text with line break opportunities after slashes, for narrow screens."""
+  """Return the text with possible line breaks after slashes, for narrow screens."""
   return Html(escape(text).replace("/", "/<wbr>"))
 
 
 def table(head: Sequence[Child], rows: Sequence[Sequence[Child]], class_: str = "") -> Html:
-  """Return a table that scrolls horizontally; the first cell of a row is its header."""
+  """Return a table that scrolls horizontally; a row's first cell is its header."""
   body = [
     element("tr", element("th", name, scope="row"), [element("td", it) for it in cells])
     for name, *cells in rows

@@ -50,7 +50,7 @@ class RunRecord(NamedTuple):
 
   @property
   def exported_step(self) -> int:
-    """The step of the exported weights: the last, or the best by `train.keep_best_metric`."""
+    """The step of the exported weights: the last, or best by `keep_best_metric`."""
     if (exported := get_int(self.about, "exported_step")) is not None:
       return exported
     # Runs before 2026-11-28 lack this value. Step 0 has no checkpoint, so it is never exported.
@@ -88,7 +88,7 @@ class RunRecord(NamedTuple):
 
   @property
   def nonfinite_steps(self) -> list[int]:
-    """Steps whose loss or gradient norm was not finite; metrics.jsonl has them as text."""
+    """Steps whose loss or gradient norm is not finite: text in metrics.jsonl."""
 
     def is_text(line: Json) -> bool:
       return any(type(line.get(key)) is str for key in NUMERIC_CHECK_KEYS)
@@ -109,7 +109,7 @@ class RunRecord(NamedTuple):
     return [(step, value) for step, value in self.points(key) if value <= limit]
 
   def median(self, key: str) -> float | None:
-    """Return the median of `key`, which ignores a first step that compiles, and pauses."""
+    """Return the median of `key`; it ignores pauses and a first step that compiles."""
     values = sorted(value for _, value in self.points(key))
     return values[len(values) // 2] if values else None
 
@@ -187,7 +187,12 @@ def load(workdir: Path) -> RunRecord:
 
 
 def _read_jsonl(file: Path, notes: list[str]) -> list[Json]:
-  """Return the objects with a step in a .jsonl file; add the number of others to `notes`."""
+  """Return the objects of a .jsonl file that have a step; note the others.
+
+  Args:
+    file: the file.
+    notes: gets a sentence if the file or some of its lines cannot be read.
+  """
   try:
     texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
   except OSError as error:

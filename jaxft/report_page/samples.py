@@ -1,4 +1,4 @@
-"""Samples side by side: one prompt and seed at different steps, or in different runs."""
+"""Samples side by side: one prompt and seed at several steps or in several runs."""
 
 from typing import NamedTuple, TypeVar
 
@@ -38,7 +38,7 @@ def by_prompt(record: RunRecord) -> dict[str, list[Sample]]:
 
 
 def evenly_spaced(items: list[Item], max_items: int) -> list[Item]:
-  """Return at most `max_items` items: the first, the last, and evenly spaced others."""
+  """Return at most `max_items`: the first, the last, and evenly spaced others."""
   if len(items) <= max_items:
     return items
   return [items[round(i * (len(items) - 1) / (max_items - 1))] for i in range(max_items)]
@@ -58,7 +58,7 @@ def _render_sample(it: Sample, max_chars: int) -> Html:
 
 
 def clip_text(text: str, max_chars: int) -> str:
-  """Return at most `max_chars` characters, cut after a word if possible, and an ellipsis."""
+  """Truncate text to `max_chars`, after a word if possible, with an ellipsis."""
   if len(text) <= max_chars:
     return text
   words = text[:max_chars].rsplit(maxsplit=1)[0]

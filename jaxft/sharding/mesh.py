@@ -1,4 +1,4 @@
-"""The device mesh: its axes (data, fsdp, tensor), its devices, and checks of its sizes."""
+"""The device mesh: axes (data, fsdp, tensor), devices, and checks of sizes."""
 
 import collections
 import math
@@ -79,7 +79,7 @@ def _describe(sizes: MeshSection) -> str:
 
 
 def _arrange_devices(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
-  """Order the devices by the network's topology; `tensor` never spans several slices."""
+  """Order devices by the network's topology; `tensor` never spans several slices."""
   if devices[0].platform == "cpu":  # any order is fast; this one keeps a process's rows adjacent
     return np.array(devices).reshape(shape)
   num_slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})

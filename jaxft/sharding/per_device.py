@@ -103,7 +103,7 @@ def make_nonfinite_check(shardings: PyTree) -> Callable[[PyTree], jax.Array]:
 def shard_map(
   fn: Callable[..., jax.Array], in_axes: Sequence[Axes], out_axes: Axes, mesh: Mesh | None
 ) -> Callable[..., jax.Array]:
-  """Run `fn` on local shards of its arguments; it must not need data of other devices.
+  """Run `fn` on local shards; it must not need data of other devices.
 
   Without this, the compiler gathers a kernel's arguments, because it cannot split the kernel.
 

@@ -1,4 +1,4 @@
-"""Sharding rules: a table from logical axes to mesh axes, and shardings derived from it."""
+"""Sharding rules: a table from logical axes to mesh axes, and its shardings."""
 
 import math
 from typing import TypeAlias
@@ -68,7 +68,7 @@ def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh, use: int) -> 
 def tree_shardings(
   tree: str, shapes: PyTree, axes: PyTree, mesh: Mesh, zero_stage: int = 3
 ) -> PyTree:
-  """Return a NamedSharding for every leaf of a tree with the structure of the parameters.
+  """Return a NamedSharding for every leaf of a tree like the parameters.
 
   Args:
     tree: "parameters", "gradients" or "optimizer" (its moments).

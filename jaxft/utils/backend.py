@@ -111,7 +111,7 @@ def has_slice_bug() -> bool:
 
 
 def disable_slice_pass(flags: str) -> str:
-  """Return XLA_FLAGS with the faulty pass disabled; kernels then compute the indices.
+  """Return XLA_FLAGS with the faulty pass disabled; kernels compute the indices.
 
   Raises:
     RequestError: if `flags` is the name of a file.
@@ -209,7 +209,7 @@ def limit_pinned_memory(host_bytes: int | None) -> None:
 
 
 def pool_fits(blocks: Iterable[int], limit: int) -> bool:
-  """Return whether XLA's pool of pinned memory can hold blocks allocated in this order.
+  """Return whether XLA's pool of pinned memory can hold blocks in this order.
 
   This models XLA's allocator (tsl's BFCAllocator). Each new region is twice as large as the last,
   up to the rest of the limit. A block is stored in one region, in the smallest gap that is large

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class RunConsole(Console):
-  """A console that survives the loss of its terminal or pipe; rich would end the run."""
+  """A console that survives the loss of its terminal; rich would end the run."""
 
   @property
   def live(self) -> bool:

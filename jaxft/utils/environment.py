@@ -78,7 +78,7 @@ def _ensure_min_width() -> None:
 def _env_error_hook(
   kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-  """End the process with one line and exit code 2 if a variable makes an import fail.
+  """End the process with exit code 2 if a variable makes an import fail.
 
   An example is JAX_ENABLE_X64=maybe.
   """

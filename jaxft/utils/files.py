@@ -77,7 +77,7 @@ def expand_user(path: str) -> str:
 
 
 def reject_lfs_pointer(file: Path) -> None:
-  """Raise RequestError if the file is a git-lfs pointer: its content was not fetched."""
+  """Raise RequestError if the file is a git-lfs pointer without the content."""
   try:
     with file.open("rb") as stream:
       is_pointer = stream.read(len(LFS_HEADER)) == LFS_HEADER
@@ -110,7 +110,10 @@ def is_encodable(text: str) -> bool:
 
 
 def read_json_object(file: Path, notes: list[str]) -> Json:
-  """Read the object in a .json file; on failure return {} and add a line to `notes`."""
+  """Read the object in a .json file; on failure return {} and add to `notes`.
+
+  A note is a sentence for the page of a run.
+  """
   try:
     content = json.loads(file.read_text(encoding="utf-8"))
     if isinstance(content, dict):

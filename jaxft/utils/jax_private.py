@@ -15,8 +15,9 @@ def backends_are_initialized() -> bool:
 
 
 def distributed_state() -> distributed.State:
-  """Return `jax.distributed`'s client (key-value store), process_id and num_processes.
+  """Return the state of `jax.distributed`.
 
+  Its fields include `client` (the key-value store), `process_id` and `num_processes`.
   `jax.process_count()` would start JAX, possibly before its environment is complete.
   """
   return distributed.global_state
@@ -54,5 +55,5 @@ def pretend_cudnn(version: tuple[int, int], device: tuple[int, int]) -> None:
 
 
 def stablehlo_module(lowered: jax.stages.Lowered) -> ir.Module:
-  """Return the MLIR module of a lowered program, which may be edited before compiling."""
+  """Return the MLIR module of a lowered program, for edits before compiling."""
   return lowered._lowering.stablehlo()
