@@ -170,7 +170,7 @@ def check_shared_folder(folder: Path) -> None:
   deadline = time.monotonic() + 30  # a network disk may show a new file late
   while not (seen := mark.is_file() and mark.read_text() == text) and time.monotonic() < deadline:
     time.sleep(0.5)
-  fact = f"--workdir={str(folder)!r}, on one disk that all processes share"
+  fact = f"--workdir={str(folder)!r} (must be on a shared disk): visible"
   assert_all_equal("workdir", {fact: bool(seen)})
   if jax.process_index() == 0:
     mark.unlink(missing_ok=True)

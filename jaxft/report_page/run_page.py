@@ -146,7 +146,7 @@ def _export_section(record: RunRecord) -> Html | None:
   facts = [
     ("folder", folder),
     ("weights", f"of step {record.exported_step:,}, in {export.get('dtype')}"),
-    ("read back", f"all tensors are {export.get('tensors')} those of the trained model"),
+    ("read back", f"all tensors equal those of the trained model, {export.get('tensors')}"),
     ("logits", logits),
     ("LoRA adapter", export.get("adapter")),
   ]
@@ -380,11 +380,11 @@ def _run_details(record: RunRecord) -> Html:
     if value is not None and (name not in defaults or value != defaults[name]):
       changed.append((name, format_setting(value)))
   return section(
-    "What was run",
+    "Run details",
     _facts_table(facts),
-    element("h3", "Settings that are not at their default"),
+    element("h3", "Changed settings"),
     _facts_table(changed),
-    _note("All of them are in config.json."),
+    _note("config.json contains all settings."),
   )
 
 

@@ -477,7 +477,7 @@ def test_workdir_that_is_not_shared_is_refused(config_file, tmp_path):
   several = ProcessGroup(config_file, Path("run"), 2, homes=homes, log_file=tmp_path / "log")
   assert several.codes(120) == [2, 2], several.logs()
   assert all(
-    "--workdir='run', on one disk that all processes share=False on process 1" in t
+    "--workdir='run' (must be on a shared disk): visible=False on process 1" in t
     for t in several.logs()
   )
 
