@@ -1,4 +1,7 @@
-"""Account for the data: read = trained + held out + dropped, in rows and in tokens."""
+"""Account for the data: read = trained + held out + dropped.
+
+The equation holds for rows and for tokens.
+"""
 
 from collections import Counter
 
@@ -16,7 +19,7 @@ HELD_OUT_TAILS = "documents whose end is held out"  # a note of data_report.json
 def build_report(
   manifest: Manifest, arrays: dict[str, TokenArrays], datasets: dict[str, LayoutDataset], T: int
 ) -> Json:
-  """Return the content of data_report.json, except the values that depend on the batch.
+  """Return the part of data_report.json that is independent of the batch size.
 
   Args:
     manifest: counts of the first pass, from the token cache.

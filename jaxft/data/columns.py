@@ -1,4 +1,4 @@
-"""Choose the columns that a format reads: the configured ones, else columns with usual names."""
+"""Choose the columns to read: the configured ones, else usual names."""
 
 import dataclasses
 import itertools
@@ -28,7 +28,7 @@ def resolve(name: str, split: str, data: DataSection) -> tuple[DataSection, list
 
   Args:
     name: a file or a hub data set.
-    split: the split of a hub data set whose name has none.
+    split: the split to read if the name of a hub data set does not include one.
     data: `config.data`.
 
   Returns:
@@ -69,7 +69,7 @@ def resolve(name: str, split: str, data: DataSection) -> tuple[DataSection, list
     changes["template"] = template
   if data.nats_column and data.nats_column not in names:
     missing = f"no column {data.nats_column!r} (config.data.nats_column)"
-    lines.append(f"{missing}; the loss floor is unknown")
+    lines.append(f"{missing}; the entropy floor is unknown")
     changes["nats_column"] = ""
   return dataclasses.replace(data, **changes), lines
 
@@ -77,7 +77,10 @@ def resolve(name: str, split: str, data: DataSection) -> tuple[DataSection, list
 def _first_rows(
   name: str, split: str, data: DataSection, columns: tuple[str, ...] | None
 ) -> list[Json]:
-  """Return valid rows of the first MAX_PROBED_ROWS: one, or all of them if `columns` is None."""
+  """Return valid rows of the first MAX_PROBED_ROWS.
+
+  Returns one row if `columns` are given, else all of them.
+  """
   options = readers.ReaderOptions.from_config(data, columns, formats.label_column(data))
   rows = sources.read_rows((name,), split, options, Counter())
   valid = (row.columns for row in itertools.islice(rows, MAX_PROBED_ROWS) if not row.error)
@@ -85,7 +88,10 @@ def _first_rows(
 
 
 def _match_column(setting: str, rows: list[Json], names: list[str], configured: str) -> str | None:
-  """Return the column of `names` that fits a setting; None if no column or several fit."""
+  """Return the one column that fits a setting, or None.
+
+  None also if several columns fit.
+  """
   if column := _find_column(configured, names):
     return column
   if setting in COLUMN_ALIASES:
@@ -94,7 +100,10 @@ def _match_column(setting: str, rows: list[Json], names: list[str], configured: 
 
 
 def _find_column(column: str, names: Collection[str]) -> str | None:
-  """Return the column with that name; case may differ if only one such column exists."""
+  """Return the column with that name.
+
+  Case may differ if only one such column exists.
+  """
   if column in names:
     return column
   return _only_one(name for name in names if name.strip().casefold() == column.strip().casefold())

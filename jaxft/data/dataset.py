@@ -1,4 +1,4 @@
-"""Read the configured sources, and turn them into datasets of tokens, with every row counted."""
+"""Turn the configured sources into datasets of tokens, and count every row."""
 
 import dataclasses
 import hashlib
@@ -152,7 +152,10 @@ def prepare_data(
 
 
 def _load_unrelated(data: DataSection, tokenizer: "PreTrainedTokenizerBase") -> LayoutDataset:
-  """Return the text of `data.unrelated`, in rows like the run's, so one program evaluates both."""
+  """Return the text of `data.unrelated`, laid out in rows.
+
+  The rows have the run's shape, so that one compiled program evaluates both.
+  """
   template = formats.DEFAULT_TEMPLATE
   data = dataclasses.replace(data, format="text", nats_column="", template=template)
   ignored = Counter()
@@ -186,7 +189,7 @@ def read_examples(
 
   Args:
     names: sources to read, in this order.
-    split: the split of hub data sets whose name has none.
+    split: the split to read if the name of a hub data set does not include one.
     data: `config.data`.
     dropped: counts bad rows by reason, if `data.on_bad_row` is "skip".
     notes: counts files and rows worth a note in data_report.json.
@@ -329,7 +332,7 @@ def _select(survey: Survey, data: DataSection) -> tuple[list[np.ndarray], list[n
   ]
   if not any(repeats_N[split_N == TRAIN].any() for split_N, repeats_N in zip(splits, repeats)):
     raise RequestError(
-      f"config.data.train={data.train!r}: no document is left to train on at these weights; raise one"
+      f"config.data.train={data.train!r}: these weights leave no document to train on; raise one"
     )
   if len(survey.labels) == 1:
     raise RequestError(
@@ -364,7 +367,10 @@ def _write_tokens(
   tokenizer: "PreTrainedTokenizerBase",
   on_progress: Callable[[int], None],
 ) -> tuple[dict[str, token_cache.FileInfo], Counter[str]]:
-  """Write separate token files for each split; return them with their sizes, and counts."""
+  """Write separate token files for each split.
+
+  Returns the files with their sizes and checksums, and counts of examples and characters.
+  """
   dtype = tokenize.ids_dtype(tokenizer)
   writers = {name: token_cache.TokenWriter(folder, name, dtype) for name in SPLITS}
   label_ids = {label: i for i, label in enumerate(labels)}
@@ -395,7 +401,7 @@ def _write_tokens(
 
 
 def _sort_labels(labels: set[str]) -> list[str]:
-  """Sort labels by their class numbers in the data set, if it has them, else by name."""
+  """Sort labels by class number if the data set has these, else by name."""
   named = [label for label in labels if isinstance(label, readers.ClassName)]
   if len(named) == len(labels):
     return [*sorted(named, key=lambda label: label.number)]
@@ -403,7 +409,10 @@ def _sort_labels(labels: set[str]) -> list[str]:
 
 
 def _label_sort_key(label: str) -> tuple:
-  """Sort numeric labels by value, before all others. int() rejects more than 4300 digits."""
+  """Return a sort key that orders numeric labels by value, before all others.
+
+  int() rejects more than 4300 digits, so digits are compared as text.
+  """
   digits = label.lstrip("0") if label.isascii() and label.isdecimal() else None
   return (digits is None, len(digits or ""), digits or "", label)
 
@@ -411,9 +420,11 @@ def _label_sort_key(label: str) -> tuple:
 def _assign_splits(
   survey: Survey, data: DataSection, rng: np.random.Generator
 ) -> tuple[list[np.ndarray], float]:
-  """Return the split of each example, per source, and the share of each document to hold out.
+  """Assign each example to a split.
 
-  That share is 0 if whole documents are held out.
+  Returns:
+    The split of each example, per source, and the share of each document to hold out. That share is
+    0 if whole documents are held out.
 
   Raises:
     RequestError: no example is left to train on, or none to evaluate on although the settings name

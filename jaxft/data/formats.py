@@ -1,4 +1,4 @@
-"""Turn rows into examples: their text, the first target of the loss, and the label."""
+"""Turn rows into examples: text, end of the prompt, label."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ DEFAULT_TEMPLATE = (
 
 
 class Example(NamedTuple):
-  """The text of a row, and what is learned from it."""
+  """The text of a row, and the part of it to learn."""
 
   text: str
   prompt_chars: int = 0  # characters at the beginning that do not count in the loss
@@ -27,7 +27,10 @@ class Example(NamedTuple):
 
 
 class BadRowError(Exception):
-  """A row that cannot become an example; data_report.json counts these by their message."""
+  """A row that cannot become an example.
+
+  data_report.json counts these errors by their message.
+  """
 
 
 def to_example(row: RawRow, data: DataSection) -> Example:
@@ -68,7 +71,10 @@ def column_settings(data: DataSection) -> tuple[str, ...]:
 
 
 def label_column(data: DataSection) -> str:
-  """Return the column for the folder name of a .txt file; "" if the format has no labels."""
+  """Return the column that gets the folder name of a .txt file as its label.
+
+  "" if the format has no labels.
+  """
   return data.label_column if data.format == "classification" else ""
 
 
@@ -80,7 +86,10 @@ def required_columns(data: DataSection) -> tuple[str, ...]:
 
 
 def error_category(message: str) -> str:
-  """Return an error message without details of its row, as data_report.json counts it."""
+  """Return an error message without details of its row.
+
+  data_report.json counts dropped rows by this text.
+  """
   return message.split(" (")[0]
 
 

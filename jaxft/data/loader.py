@@ -1,4 +1,6 @@
-"""Batch rows. A batch is a pure function of (seed, step), so resuming needs no saved state.
+"""Batch rows.
+
+A batch is a pure function of (seed, step), so resuming needs no saved state.
 
 Shapes: A accumulation steps, B rows per step, T columns.
 """
@@ -21,7 +23,9 @@ Batch: TypeAlias = dict[str, jax.Array]
 
 
 class BatchSource:
-  """This process's share of the batch of each step: {"ids", ...}, each (A, B / processes, T).
+  """This process's share of the batch of each step.
+
+  An item is {"ids", ...}, with arrays of shape (A, B / processes, T).
 
   Rows come in a new order each epoch; a batch may straddle two epochs. The global batch has the
   same rows in the same order for any number of processes. Each process takes the rows `local_rows`
@@ -60,7 +64,10 @@ class BatchSource:
     return {name: x.reshape(*indices.shape, -1) for name, x in batch.items()}
 
   def _shuffled(self, index: int) -> int:
-    """Map an index over all epochs to a row: Grain's stateless shuffle, keyed by (seed, epoch)."""
+    """Map an index over all epochs to a row.
+
+    Uses Grain's stateless shuffle, keyed by (seed, epoch).
+    """
     epoch, index = divmod(index, len(self._rows))
     seed = _epoch_seed(self._seed, epoch)
     return index_shuffle(index, max_index=len(self._rows) - 1, seed=seed, rounds=4)
@@ -68,7 +75,10 @@ class BatchSource:
 
 @functools.lru_cache(maxsize=16)
 def _epoch_seed(seed: int, epoch: int) -> int:
-  """Mix both into 32 bits. With seed + epoch, seed 1 would repeat the epochs of seed 0."""
+  """Mix both into 32 bits.
+
+  With seed + epoch, seed 1 would repeat the epochs of seed 0.
+  """
   return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
@@ -82,7 +92,9 @@ def train_batches(
   start: int,
   sharding: Sharding,
 ) -> Iterator[Batch]:
-  """Yield the batches of steps `start`, `start + 1`, ..., each (A, B, T), on the devices.
+  """Yield the batches of steps `start`, `start + 1`, ... on the devices.
+
+  Each array of a batch is (A, B, T).
 
   Args:
     rows: the training rows.
@@ -135,7 +147,7 @@ def batch_shapes(
 
 
 def local_row_indices(sharding: Sharding, B: int) -> np.ndarray:
-  """Return the indices of the rows, of B, that this process's devices hold, ascending."""
+  """Return which of B rows this process's devices hold, as ascending indices."""
   slices = sharding.addressable_devices_indices_map((1, B, 1)).values()
   return np.unique(np.concatenate([np.arange(B)[index[1]] for index in slices if index]))
 
@@ -143,7 +155,10 @@ def local_row_indices(sharding: Sharding, B: int) -> np.ndarray:
 def _make_global_batch(
   batch: dict[str, np.ndarray], sharding: Sharding, B: int, local_rows: np.ndarray
 ) -> Batch:
-  """Join the local rows of all processes into one batch of B rows per step, on the devices."""
+  """Join the local rows of all processes into one batch on the devices.
+
+  The batch has B rows per accumulation step.
+  """
 
   def make_array(x: np.ndarray) -> jax.Array:
     shard = lambda index: x[:, np.searchsorted(local_rows, np.arange(B)[index[1]])]

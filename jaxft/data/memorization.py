@@ -1,4 +1,4 @@
-"""Measure memorization: the share of generated n-grams that the training text contains."""
+"""Measure the share of generated n-grams that occur in the training text."""
 
 import numpy as np
 
@@ -35,7 +35,10 @@ def ngram_overlap(texts: list[list[int]], ids: np.ndarray, n: int = 8) -> list[f
 
 
 def _ngram_hashes(ids: np.ndarray, n: int) -> np.ndarray:
-  """Hash each n-gram of the ids, one token at a time (multiply and shift, as in splitmix64)."""
+  """Hash each n-gram of the ids, one token at a time.
+
+  Multiplies and shifts as in splitmix64.
+  """
   num_ngrams = max(0, len(ids) - n + 1)
   hashes = np.zeros(num_ngrams, np.uint64)
   for i in range(n):

@@ -68,7 +68,7 @@ def test_only_text_column_is_detected_and_logged(tmp_path, kind, name):
   found, lines = read(file, text_column=name)
   assert [example.text for example in found] == ["a cat 0", "a cat 1", "a cat 2"]
   assert lines == [
-    f"{file}: column 'Joke' is read, as config.data.text_column={name!r} is not there"
+    f"{file}: reading column 'Joke', because the data has no config.data.text_column={name!r}"
   ]
   assert read(file, text_column="Joke")[1] == []
 
@@ -152,7 +152,7 @@ def test_label_column_is_not_taken_for_text(tmp_path):
 def test_utf16_without_encoding_is_an_error(tmp_path):
   (tmp_path / "a.csv").write_bytes("Joke\na cat\n".encode("utf-16"))
   with pytest.raises(
-    RequestError, match="a.csv: begins as UTF-16 does.* set config.data.encoding=utf-16"
+    RequestError, match="a.csv: looks like UTF-16.* set config.data.encoding=utf-16"
   ):
     read(tmp_path / "a.csv")
   assert [example.text for example in read(tmp_path / "a.csv", encoding="utf-16")[0]] == ["a cat"]
@@ -181,7 +181,7 @@ def test_text_template_is_learned_whole(tmp_path, tokenizer):
   file = table(tmp_path, "jsonl", [{"Prompt": "who?", "response": "me"}])
   (example,), lines = read(file, template="Question: {prompt}. Answer: {response}")
   assert example.text == "Question: who?. Answer: me" and example.prompt_chars == 0
-  assert lines == [f"{file}: column 'Prompt' is read for {{prompt}} of config.data.template"]
+  assert lines == [f"{file}: reading column 'Prompt' for {{prompt}} in config.data.template"]
   with pytest.raises(
     RequestError, match="no column 'reply' .it has 'Prompt', 'response'; config.data.template"
   ):
@@ -189,7 +189,7 @@ def test_text_template_is_learned_whole(tmp_path, tokenizer):
   plain = tmp_path / "a.txt"
   plain.write_text("a cat")
   (example,), lines = read(plain, template="Question: {prompt}. Answer: {response}")
-  assert example.text == "a cat" and "so it is read as it is" in lines[0]
+  assert example.text == "a cat" and "so it is read without one" in lines[0]
   with pytest.raises(
     RequestError, match="no column 'asked' .it has 'Prompt', 'response'; config.data.template"
   ):
@@ -316,7 +316,7 @@ def test_entropy_floor_needs_nats_of_every_document(tokenizer, tmp_path):
   assert data.entropy_floor and not lines
   data, lines = prepared(tokenizer, tmp_path, file, nats_column="bits")
   assert data.entropy_floor is None and lines == [
-    f"{file}: no column 'bits' (config.data.nats_column), so no floor of the loss"
+    f"{file}: no column 'bits' (config.data.nats_column); the entropy floor is unknown"
   ]
 
 
