@@ -137,7 +137,7 @@ def _read_archive(file: Path, options: ReaderOptions, notes: Counter[str]) -> It
       nested = path.suffix.lower() in COMPRESSION_SUFFIXES or suffix == ".zip"
       suffixes[entry] = "" if nested else suffix
     readable = {entry: suffix for entry, suffix in suffixes.items() if suffix}
-    entries = select_files(f"data source {str(file)!r}", readable, "unpack it and name those")
+    entries = select_files(f"data source {str(file)!r}", readable, "unpack it and name the files to read")
     notes["files in archives that are of no kind that is read"] += len(suffixes) - len(readable)
     unselected = "read only where there is no other kind (.json, .md, ...)"
     notes[f"files in archives that are {unselected}"] += len(readable) - len(entries)
@@ -161,7 +161,7 @@ def select_files(location: str, suffixes: dict[File, str], way_out: str) -> list
   Args:
     location: the source, for the error.
     suffixes: the format of each file.
-    way_out: how the user can name files of one format, for the error.
+    way_out: how the user can choose files, for the error.
 
   Raises:
     RequestError: no file has a default format, and the files have several formats.
@@ -170,7 +170,7 @@ def select_files(location: str, suffixes: dict[File, str], way_out: str) -> list
     return default
   if len(distinct := sorted(set(suffixes.values()))) > 1:
     raise RequestError(
-      f"{location}: has files of several formats ({', '.join(distinct)}); {way_out} to read"
+      f"{location}: has files of several formats ({', '.join(distinct)}); {way_out}"
     )
   return list(suffixes)
 

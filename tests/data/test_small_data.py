@@ -77,7 +77,7 @@ def test_only_text_column_is_detected_and_logged(tmp_path, kind, name):
 def test_ambiguous_text_columns_are_an_error(tmp_path, kind):
   file = table(tmp_path, kind, [{"title": "a", "body": "b"}])
   with pytest.raises(
-    RequestError, match="row 1: no column 'text' .it has 'title', 'body'; config.data.text_column"
+    RequestError, match="row 1: no column 'text' .columns: 'title', 'body'; set config.data.text_column"
   ):
     read(file)
 
@@ -183,7 +183,7 @@ def test_text_template_is_learned_whole(tmp_path, tokenizer):
   assert example.text == "Question: who?. Answer: me" and example.prompt_chars == 0
   assert lines == [f"{file}: reading column 'Prompt' for {{prompt}} in config.data.template"]
   with pytest.raises(
-    RequestError, match="no column 'reply' .it has 'Prompt', 'response'; config.data.template"
+    RequestError, match="no column 'reply' .columns: 'Prompt', 'response'; set config.data.template"
   ):
     read(file, template="{prompt} {reply}")
   plain = tmp_path / "a.txt"
@@ -191,7 +191,7 @@ def test_text_template_is_learned_whole(tmp_path, tokenizer):
   (example,), lines = read(plain, template="Question: {prompt}. Answer: {response}")
   assert example.text == "a cat" and "so it is read without one" in lines[0]
   with pytest.raises(
-    RequestError, match="no column 'asked' .it has 'Prompt', 'response'; config.data.template"
+    RequestError, match="no column 'asked' .columns: 'Prompt', 'response'; set config.data.template"
   ):
     read(file, template="{asked}")
   # Evaluated on other text, a text that goes through no template.

@@ -110,7 +110,7 @@ def test_prompts_completions_and_labels(tmp_path):
 
 
 BAD = [
-  ("a.jsonl", '{"text": "x"}\n{"body": "x"}\n', "row 2: no column 'text' .it has 'body'"),
+  ("a.jsonl", '{"text": "x"}\n{"body": "x"}\n', "row 2: no column 'text' .columns: 'body'"),
   ("a.jsonl", '{"text": null}\n', "row 1: column 'text' is not text .NoneType"),
   ("a.jsonl", '{"text": NaN}\n', "row 1: column 'text' is not text .float"),
   ("a.jsonl", '{"text": {"a": ["b"]}}\n', "row 1: column 'text' is not text .dict"),
@@ -196,7 +196,7 @@ def test_missing_sources_are_named(tmp_path, monkeypatch, source):
 
 def test_unreachable_hub_is_a_one_line_error():
   with pytest.raises(
-    RequestError, match="^data source 'hub:nobody/nothing:train': .*give the files$"
+    RequestError, match="^data source 'hub:nobody/nothing:train': .*name them$"
   ):
     read("hub:nobody/nothing:train")
 
@@ -464,7 +464,7 @@ def test_configured_encoding_is_decoded(tmp_path, encoding):
     assert texts(str(tmp_path / name), encoding=encoding) == [text], name
   if encoding in ("cp1252", "latin-1"):
     for name in ("a.txt", "c.jsonl"):
-      with pytest.raises(RequestError, match="config.data.encoding names another"):
+      with pytest.raises(RequestError, match="set config.data.encoding"):
         texts(str(tmp_path / name))
   (tmp_path / "d.txt").write_bytes(b"\x81")
   if encoding == "cp1252":
@@ -559,7 +559,7 @@ def test_only_requested_columns_are_decoded(tmp_path, monkeypatch):
   (tmp_path / "a.parquet").rename(tmp_path / "hub" / "train.parquet")
   assert texts(f"hub:{tmp_path / 'hub'}:train") == ["hello"]
   (tmp_path / "hub" / "train.parquet").rename(tmp_path / "a.parquet")
-  with pytest.raises(RequestError, match="row 1: no column 'body' .it has 'text', 'when'"):
+  with pytest.raises(RequestError, match="row 1: no column 'body' .columns: 'text', 'when'"):
     read(str(tmp_path / "a.parquet"), text_column="body")
   twice = pyarrow.Table.from_arrays(
     [pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"]
@@ -576,7 +576,7 @@ def test_folder_of_several_odd_formats_is_an_error(tmp_path):
   write(tmp_path, "README.md", "what this is")
   with pytest.raises(
     RequestError,
-    match=r"several kinds \(.json, .md\) in it; name those, such as .*/\*.SUFFIX, to read",
+    match=r"several formats \(.json, .md\); name the files to read, for example .*/\*.SUFFIX",
   ):
     texts(str(tmp_path))
   write(tmp_path, "b.jsonl", '{"text": "b"}')
