@@ -137,7 +137,9 @@ def _read_archive(file: Path, options: ReaderOptions, notes: Counter[str]) -> It
       nested = path.suffix.lower() in COMPRESSION_SUFFIXES or suffix == ".zip"
       suffixes[entry] = "" if nested else suffix
     readable = {entry: suffix for entry, suffix in suffixes.items() if suffix}
-    entries = select_files(f"data source {str(file)!r}", readable, "unpack it and name the files to read")
+    entries = select_files(
+      f"data source {str(file)!r}", readable, "unpack it and name the files to read"
+    )
     notes["files in archives that are of no kind that is read"] += len(suffixes) - len(readable)
     unselected = "read only where there is no other kind (.json, .md, ...)"
     notes[f"files in archives that are {unselected}"] += len(readable) - len(entries)

@@ -103,7 +103,9 @@ def _folder_files(folder: Path, split: str, notes: Counter[str]) -> list[Path]:
   source = f"data source {str(folder)!r}"
   files = _list_files(folder, notes)
   suffixes = {file: suffix for file in files if (suffix := file_format(file))}
-  selected = readers.select_files(source, suffixes, f"name the files to read, for example {folder}/*.SUFFIX")
+  selected = readers.select_files(
+    source, suffixes, f"name the files to read, for example {folder}/*.SUFFIX"
+  )
   if not selected:
     raise RequestError(
       f"{source}: this folder has no {', '.join(READABLE_FORMATS)} file; "

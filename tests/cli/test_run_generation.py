@@ -226,7 +226,7 @@ def test_text_ends_at_the_last_position(run, ready):
 
 def test_overruled_length_is_noted_once(run):
   output = run("--json", "--max_length=30", "--max_new_tokens=3", "--prompt=x")
-  assert output.err == "--max_length=30: of no account, as --max_new_tokens=3 is given\n"
+  assert output.err == "--max_length=30: ignored, because --max_new_tokens=3 is given\n"
 
 
 def test_docs_have_the_generated_table():

@@ -77,7 +77,8 @@ def test_only_text_column_is_detected_and_logged(tmp_path, kind, name):
 def test_ambiguous_text_columns_are_an_error(tmp_path, kind):
   file = table(tmp_path, kind, [{"title": "a", "body": "b"}])
   with pytest.raises(
-    RequestError, match="row 1: no column 'text' .columns: 'title', 'body'; set config.data.text_column"
+    RequestError,
+    match="row 1: no column 'text' .columns: 'title', 'body'; set config.data.text_column",
   ):
     read(file)
 
@@ -99,7 +100,7 @@ def test_text_column_detection_probes_several_rows(tmp_path, content, expected):
       read(tmp_path / "a.csv")
   else:
     _, lines = read(tmp_path / "a.csv", on_bad_row="skip")
-    assert f"column {expected!r} is read" in lines[0]
+    assert f"reading column {expected!r}" in lines[0]
 
 
 def test_columns_are_resolved_per_file(tmp_path):

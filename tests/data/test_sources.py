@@ -195,9 +195,7 @@ def test_missing_sources_are_named(tmp_path, monkeypatch, source):
 
 
 def test_unreachable_hub_is_a_one_line_error():
-  with pytest.raises(
-    RequestError, match="^data source 'hub:nobody/nothing:train': .*name them$"
-  ):
+  with pytest.raises(RequestError, match="^data source 'hub:nobody/nothing:train': .*name them$"):
     read("hub:nobody/nothing:train")
 
 
