@@ -521,7 +521,9 @@ def test_invalid_sampling_is_refused(ready, wrong):
 
 
 def test_prompt_without_room_is_refused(ready):
-  with pytest.raises(RequestError, match=r"prompt 2 has \d+ tokens and the model 71 positions"):
+  with pytest.raises(
+    RequestError, match=r"prompt 2 has \d+ tokens, but the model has only 71 positions"
+  ):
     ready.generate(["a", "cat dog " * 60])
 
 
