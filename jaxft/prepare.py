@@ -42,7 +42,7 @@ def main() -> None:
     )
   tokenizer = load_tokenizer(source.tokenizer_folder, source.cfg.V)
   print_line = (lambda line: print(line, file=sys.stderr)) if arguments.json else log
-  with ProgressBar("tokenising", 1) as bar:
+  with ProgressBar("tokenizing", 1) as bar:
     data = dataset.prepare_data(
       config.data,
       tokenizer,

@@ -248,7 +248,7 @@ def _build_cache(
   """Write the token files.
 
   The sources are read twice: the first pass counts examples and decides which ones the second pass
-  writes. So memory does not grow with the text.
+  writes. Between the passes, memory holds counts and hashes of the examples, not their text.
   """
   survey = _survey(data)
   splits, repeats, tail_share = _select(survey, data)

@@ -1,4 +1,4 @@
-"""Batch rows.
+"""Batch the rows of a dataset.
 
 A batch is a pure function of (seed, step), so resuming needs no saved state.
 
@@ -129,7 +129,7 @@ def eval_batches(
   Masked rows fill the last batch.
   """
   local_rows = local_row_indices(sharding, batch_size)
-  blank = jax.tree.map(np.zeros_like, rows[0])
+  blank = jax.tree.map(np.zeros_like, rows[0])  # its mask is false, so it does not count
   for start in range(0, min(len(rows), limit * batch_size or len(rows)), batch_size):
     local = [rows[start + i] if start + i < len(rows) else blank for i in local_rows.tolist()]
     batch = jax.tree.map(lambda *columns: np.stack(columns)[None], *local)
@@ -161,6 +161,7 @@ def _make_global_batch(
   """
 
   def make_array(x: np.ndarray) -> jax.Array:
+    # JAX asks for each local shard by its rows in the global batch; x has only this process's rows.
     shard = lambda index: x[:, np.searchsorted(local_rows, np.arange(B)[index[1]])]
     return jax.make_array_from_callback((x.shape[0], B, x.shape[2]), sharding, shard)
 

@@ -204,6 +204,7 @@ class PackedDataset:
       if span.start >= start + prompt:
         before = self._eos_id if span.start == start else self.tokens.ids[span.start - 1]
         values = np.concatenate([[np.int32(before)], values])
+      # Targets are the inputs shifted by one, so n + 1 tokens fill n columns.
       n = len(values) - 1
       at = slice(end, end + n)
       ids[at] = values[:-1]

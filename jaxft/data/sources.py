@@ -1,6 +1,6 @@
 """Read rows from files and hub data sets, one at a time.
 
-Text, .tsv and .json files are read into memory whole, all others in pieces.
+Text, .tsv and .json files are read into memory whole; so are tables inside zip archives.
 """
 
 import contextlib
@@ -190,6 +190,7 @@ def _walk(folder: Path, notes: Counter[str]) -> Iterator[tuple[Path, list[str], 
   def raise_error(error: OSError) -> None:
     raise error
 
+  # The parents count as seen: a link to one of them would lead back here.
   seen = {_inode(parent) for parent in folder.resolve().parents}
   for path, folders, names in os.walk(folder, followlinks=True, onerror=raise_error):
     if (inode := _inode(Path(path))) in seen:

@@ -127,7 +127,7 @@ def load_or_build(
         return entry, manifest
     folder.mkdir(parents=True, exist_ok=True)
     try:
-      lock.acquire(timeout=1)
+      lock.acquire(timeout=1)  # log only a wait that a user would notice
     except Timeout:
       log(f"waiting for another process that tokenizes the same text ({lock.lock_file})")
       lock.acquire()
@@ -135,7 +135,7 @@ def load_or_build(
       manifest, problem = _read_manifest(entry, key_json)
       if manifest:
         return entry, manifest
-      log(f"token cache {entry}: {problem}; tokenising again")
+      log(f"token cache {entry}: {problem}; tokenizing again")
       _remove(entry)
     _remove(partial)  # left by a process that was killed
     partial.mkdir()
@@ -152,6 +152,7 @@ def load_or_build(
     ) from error
   finally:
     if lock.is_locked:
+      # After an error only: a complete entry has its final name by now.
       shutil.rmtree(partial, ignore_errors=True)
       lock.release()
 

@@ -61,6 +61,8 @@ class Beams:
       self.done = True
       return list(range(self._num_beams))
     self.running = running[: self._num_beams]
+    # With early_stopping=False, the search ends when the best running beam, at its present length,
+    # scores no better than the worst finished text.
     best = self.running[0].score / length**self._length_penalty
     is_full = len(self.finished) == self._num_beams
     self.done = self.done or is_full and best <= self.finished[-1].score

@@ -95,6 +95,7 @@ class Generator:
     sampling.validate()
     if not prompts:
       return []
+    # One row for each beam or returned text; the rows of a prompt are adjacent.
     repeats = max(sampling.num_beams, sampling.num_return_sequences)
     rows = [prompt or [self.eos_token_id] for prompt in prompts for _ in range(repeats)]
     buffer = SequenceBuffer.from_prompts(rows, sampling, self._cfg.P, repeats)
@@ -166,6 +167,7 @@ class Generator:
         num = sampling.num_return_sequences
         return [ids for prompt in prompts for ids in prompt.best(num, stop_ids)]
       rows = np.concatenate([np.array(beams) + W * i for i, beams in enumerate(sources)])
+      # Each new beam takes over the tokens and the cache of the beam that it extends.
       buffer.take_rows(rows)
       cache = _reorder_cache(cache, rows)
       last = [(beam.ids or [0])[-1] for prompt in prompts for beam in prompt.running]
