@@ -149,11 +149,11 @@ def test_train_errors_need_no_slow_imports(config_file, tmp_path):
     (["jaxft.generate", "--model", "{export}"], "--prompt is missing"),
     (
       ["jaxft.generate", "--model", "{export}", "--prompt", "x", "--max_length", "1"],
-      "and --max_length=1 counts",
+      "and --max_length=1 includes",
     ),
     (
       ["jaxft.generate", "--model_type=gptj", "--model={export}", "--prompt=x"],
-      "config.json says gpt2; give",
+      "config.json has gpt2; set",
     ),
     (
       ["jaxft.generate", "--model", "{export}", "--prompt", "x", "--top_p", "7"],

@@ -68,7 +68,7 @@ def test_only_text_column_is_detected_and_logged(tmp_path, kind, name):
   found, lines = read(file, text_column=name)
   assert [example.text for example in found] == ["a cat 0", "a cat 1", "a cat 2"]
   assert lines == [
-    f"{file}: column 'Joke' is read, as config.data.text_column={name!r} is not there"
+    f"{file}: reading column 'Joke', because the data has no config.data.text_column={name!r}"
   ]
   assert read(file, text_column="Joke")[1] == []
 
@@ -77,7 +77,8 @@ def test_only_text_column_is_detected_and_logged(tmp_path, kind, name):
 def test_ambiguous_text_columns_are_an_error(tmp_path, kind):
   file = table(tmp_path, kind, [{"title": "a", "body": "b"}])
   with pytest.raises(
-    RequestError, match="row 1: no column 'text' .it has 'title', 'body'; config.data.text_column"
+    RequestError,
+    match="row 1: no column 'text' .columns: 'title', 'body'; set config.data.text_column",
   ):
     read(file)
 
@@ -99,7 +100,7 @@ def test_text_column_detection_probes_several_rows(tmp_path, content, expected):
       read(tmp_path / "a.csv")
   else:
     _, lines = read(tmp_path / "a.csv", on_bad_row="skip")
-    assert f"column {expected!r} is read" in lines[0]
+    assert f"reading column {expected!r}" in lines[0]
 
 
 def test_columns_are_resolved_per_file(tmp_path):
@@ -152,7 +153,7 @@ def test_label_column_is_not_taken_for_text(tmp_path):
 def test_utf16_without_encoding_is_an_error(tmp_path):
   (tmp_path / "a.csv").write_bytes("Joke\na cat\n".encode("utf-16"))
   with pytest.raises(
-    RequestError, match="a.csv: begins as UTF-16 does.* set config.data.encoding=utf-16"
+    RequestError, match="a.csv: looks like UTF-16.* set config.data.encoding=utf-16"
   ):
     read(tmp_path / "a.csv")
   assert [example.text for example in read(tmp_path / "a.csv", encoding="utf-16")[0]] == ["a cat"]
@@ -181,17 +182,17 @@ def test_text_template_is_learned_whole(tmp_path, tokenizer):
   file = table(tmp_path, "jsonl", [{"Prompt": "who?", "response": "me"}])
   (example,), lines = read(file, template="Question: {prompt}. Answer: {response}")
   assert example.text == "Question: who?. Answer: me" and example.prompt_chars == 0
-  assert lines == [f"{file}: column 'Prompt' is read for {{prompt}} of config.data.template"]
+  assert lines == [f"{file}: reading column 'Prompt' for {{prompt}} in config.data.template"]
   with pytest.raises(
-    RequestError, match="no column 'reply' .it has 'Prompt', 'response'; config.data.template"
+    RequestError, match="no column 'reply' .columns: 'Prompt', 'response'; set config.data.template"
   ):
     read(file, template="{prompt} {reply}")
   plain = tmp_path / "a.txt"
   plain.write_text("a cat")
   (example,), lines = read(plain, template="Question: {prompt}. Answer: {response}")
-  assert example.text == "a cat" and "so it is read as it is" in lines[0]
+  assert example.text == "a cat" and "so it is read without one" in lines[0]
   with pytest.raises(
-    RequestError, match="no column 'asked' .it has 'Prompt', 'response'; config.data.template"
+    RequestError, match="no column 'asked' .columns: 'Prompt', 'response'; set config.data.template"
   ):
     read(file, template="{asked}")
   # Evaluated on other text, a text that goes through no template.
@@ -316,7 +317,7 @@ def test_entropy_floor_needs_nats_of_every_document(tokenizer, tmp_path):
   assert data.entropy_floor and not lines
   data, lines = prepared(tokenizer, tmp_path, file, nats_column="bits")
   assert data.entropy_floor is None and lines == [
-    f"{file}: no column 'bits' (config.data.nats_column), so no floor of the loss"
+    f"{file}: no column 'bits' (config.data.nats_column); the entropy floor is unknown"
   ]
 
 

@@ -35,7 +35,8 @@ def roles_folder(folder, tmp_path_factory):
   done = processes.run("jaxft.tokenizer", "--model", folder, "--add", *ADD, "--out", out)
   assert f"{BEGIN} is {BEGIN_ID}, {PAD} is {PAD_ID}, {TITLE} is {TITLE_ID}" in done.stdout
   assert (
-    f"begins with {BEGIN!r}, as a prompt then should; transformers pads with {PAD!r}" in done.stdout
+    f"begins with {BEGIN!r}; begin prompts with it too; transformers pads with {PAD!r}"
+    in done.stdout
   )
   return out
 

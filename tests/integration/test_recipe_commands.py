@@ -374,7 +374,7 @@ def test_recipe_commands_for_jokes_recipes_reviews(there):
     f"train --config {config}/gpt2_medium_recipes.py --config.model.path=marked "
     "--config.data.train=recipes.csv --config.train.epochs=2 --workdir recipes"
   )
-  assert "column 'recipe' is read" in done.stdout
+  assert "reading column 'recipe'" in done.stdout
   transformers = pytest.importorskip("transformers")
   tokenizer = transformers.AutoTokenizer.from_pretrained(there / "recipes" / "export")
   assert (tokenizer.bos_token, tokenizer.pad_token) == ("<|startoftext|>", "[PAD]")

@@ -372,7 +372,7 @@ def test_invalid_tokenizer_settings_are_refused(tmp_path):
   text = tiny.write_stories(tmp_path / "text.jsonl", 3, seed=0)
   for more, message in (
     (["--vocab_size", "256", "--out", tmp_path / "a"], "must be at least 257"),
-    (["--out", tmp_path], "it is there; name a new folder"),
+    (["--out", tmp_path], "already exists; name a new folder"),
   ):
     done = processes.run("jaxft.tokenizer", "--data", text, *more, check=2)
     assert message in done.stderr and "Traceback" not in done.stderr
