@@ -182,7 +182,7 @@ def test_config_file_values_are_normalized(monkeypatch, tmp_path):
   [
     ("c.optim.learning_rate = 'fast'", "config.optim.learning_rate='fast': must be a number"),
     ("c.train.steps = 1.5", "config.train.steps=1.5: must be a whole number"),
-    ("c.data.train = 3", "config.data.train=.3,.: must be text, or a tuple of texts"),
+    ("c.data.train = 3", "config.data.train=.3,.: must be a string, or a tuple of strings"),
     (
       "c.tracking.system_metrics = 'yes'",
       "config.tracking.system_metrics='yes': must be True or False",
@@ -194,7 +194,7 @@ def test_config_file_values_are_normalized(monkeypatch, tmp_path):
     ("raise SystemExit(3)", "--config: the config file does not run: SystemExit: 3"),
     (
       "c.train.only = ('h.0',)",
-      "config.train.only: there is no such setting; here it is train.tra",
+      "config.train.only: unknown setting; use train.tra",
     ),
     ("c.data.only = 1", "the config file does not run: AttributeError: .*only.*does not exist"),
     ("raise ValueError('no \"only\" here')", "the config file does not run: ValueError"),
@@ -225,7 +225,7 @@ def test_invalid_flags_are_rejected(monkeypatch, tmp_path, line, message):
 )
 def test_foreign_names_suggest_settings(name, there):
   assert jaxft.config.unknown_settings([name]) == [
-    f"config.{name}: there is no such setting; here it is {there}"
+    f"config.{name}: unknown setting; use {there}"
   ]
   assert set(jaxft.config.FOREIGN_NAMES.values()) <= set(jaxft.config.BY_NAME)
   assert not any(
@@ -371,5 +371,5 @@ def test_exclusive_flags_are_rejected(monkeypatch, tmp_path):
     monkeypatch, "--config", file, "--config.train.steps=8", "--config.train.epochs=3"
   )
   assert jaxft.config.validate(config) == [
-    "config.train.steps=8 and config.train.epochs=3.0: set one of the two"
+    "config.train.steps=8 and config.train.epochs=3.0: set exactly one of the two"
   ]

@@ -13,7 +13,7 @@ from jaxft.train import finetune
 FAULTS = {
   "typo": (
     ["--config.optim.learnig_rate=1"],
-    "config.optim.learnig_rate: there is no such setting; did you mean optim.learning_rate?",
+    "config.optim.learnig_rate: unknown setting; did you mean optim.learning_rate?",
   ),
   "no data": (
     ["--config.data.train=/nowhere/x.txt"],
@@ -32,7 +32,7 @@ FAULTS = {
   "stray word": (["x"], "'x': not a flag"),
   "one dash": (
     ["-config.optim.learnig_rate=1"],
-    "config.optim.learnig_rate: there is no such setting",
+    "config.optim.learnig_rate: unknown setting",
   ),
   "export over the run": (["--config.export.out={tmp}/w"], "the run itself is written there"),
   "export over a file": (["--config.export.out={tmp}/broken.py"], "is no earlier export"),
