@@ -1,6 +1,6 @@
 """Settings of a run: name, type, default, unit and meaning of each.
 
-A config file (`configs/X.py`) defines `get_config()`, which starts from `default()` and changes some
+A config file (`configs/X.py`) defines `get_config()`, which starts from `default()` and changes
 settings. `resolve` turns that ConfigDict into the frozen `Config` of a run.
 """
 
@@ -307,14 +307,14 @@ class MemorySection:
 
   remat: Literal["none", "dots", "full"] = setting(
     "dots",
-    "activations to recompute in the backward pass (gradient checkpointing); none: nothing; dots: all except "
-    "matrix products and attention; full: all except each layer's input",
+    "activations to recompute in the backward pass (gradient checkpointing); none: nothing; dots: "
+    "all except matrix products and attention; full: all except each layer's input",
   )
   offload: Literal["none", "optimizer", "all"] = setting(
     "none",
     "state in host memory; none: nothing; optimizer: weights and optimizer state, with a copy of "
-    "the weights in the compute dtype on the device; all: weights, gradients and optimizer state, streamed to "
-    "the device one layer at a time",
+    "the weights in the compute dtype on the device; all: weights, gradients and optimizer state, "
+    "streamed to the device one layer at a time",
   )
   loss_chunk: int = setting(
     -1,

@@ -24,10 +24,10 @@ FAULTS = {
   "negative": (["--config.train.batch_size=-1"], "config.train.batch_size=-1: must be at least 1"),
   "wrong type": (
     ["--config.train.batch_size=many"],
-    "--config.train.batch_size=many: 'many' is no whole number",
+    "--config.train.batch_size=many: 'many' is not a whole number",
   ),
   "no config": (["--config=nowhere.py"], "'nowhere.py': no such file"),
-  "broken config": (["--config={tmp}/broken.py"], "the config file does not run: NameError"),
+  "broken config": (["--config={tmp}/broken.py"], "broken.py failed: NameError"),
   "mistyped flag": (["--wokdir=x"], "--wokdir: no such flag; did you mean --workdir?"),
   "stray word": (["x"], "'x': not a flag"),
   "one dash": (
@@ -170,7 +170,7 @@ def test_train_errors_need_no_slow_imports(config_file, tmp_path):
     (["jaxft.export", "--workdir", "/nowhere", "--out", "x"], "not a run's folder"),
     (
       ["jaxft.export", "--model", "{export}", "--step", "7", "--out", "x"],
-      "--step goes with --workdir",
+      "--step needs --workdir",
     ),
   ],
 )
