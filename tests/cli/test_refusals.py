@@ -111,7 +111,7 @@ def test_train_errors_need_no_slow_imports(config_file, tmp_path):
     (["jaxft.evaluate", "--model", "{export}"], "--data is missing"),
     (
       ["jaxft.evaluate", "--data", "x"],
-      "--model is missing: name a Hugging Face folder or hub id, or a run",
+      "--model is missing: set it to a Hugging Face folder or hub id",
     ),
     (
       ["jaxft.export", "--modle", "{export}", "--out", "x"],
