@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
     self._aliases: dict[str, str] = {}
 
   def add_bool(self, flag: str, help: str) -> None:
-    """Add a flag that takes True, False or no value (True); it is None if not given."""
+    """Add a flag that takes True, False or no value (True); the default is None."""
     self.add_argument(
       flag, nargs="?", const=True, type=_parse_bool, metavar="True|False", help=help
     )

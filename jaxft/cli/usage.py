@@ -35,7 +35,7 @@ PREPARE = """python -m jaxft.prepare --config configs/X.py [--config.a.b=value .
 Read and tokenize the data of a run, and report on it.
 
   --config FILE      a Python file with get_config(); see configs/
-  --config.a.b=VALUE override a setting; those of `data` control what is read and how
+  --config.a.b=VALUE override a setting; those of `data` select the input
   --json             print only the content of data_report.json, on standard output
 """
 

@@ -442,26 +442,26 @@ def test_deepspeed_batch_must_match_devices(monkeypatch, tmp_path, devices, fine
       (None, 4, 2),
       ["--config.train.batch_size=32"],
       (32, 0),
-      "--config.train.batch_size=32 is given, and wins",
+      "overridden by --config.train.batch_size=32",
     ),
     (
       (16, 4, 2),
       ["--config.train.batch_size", "32"],
       (32, 0),
-      "--config.train.batch_size=32 is given, and wins",
+      "overridden by --config.train.batch_size=32",
     ),
     ((16, None, None), ["--config.train.micro_batch_size=2"], (16, 2), ""),
     (
       (16, 8, None),
       ["--config.train.micro_batch_size=2"],
       (16, 2),
-      "--config.train.micro_batch_size=2 is given",
+      "overridden by --config.train.micro_batch_size=2",
     ),
     (
       (16, None, None),
       ["--gradient_accumulation_steps=4"],
       (32, 8),
-      "--gradient_accumulation_steps=4 is given",
+      "overridden by --gradient_accumulation_steps=4",
     ),
     ((None, None, 2), ["--per_device_train_batch_size=4"], (8, 4), ""),
     (
@@ -511,7 +511,7 @@ def test_flags_override_deepspeed_settings(monkeypatch, tmp_path, capsys, word):
   config = parsed(monkeypatch, *words).config
   rate, dtype = (1e-4, "auto") if word == "--fp16" else (3e-5, "bfloat16")
   assert (config.optim.learning_rate, config.model.compute_dtype) == (rate, dtype)
-  assert "is given, and wins" in " ".join(capsys.readouterr().err.split())
+  assert "overridden by" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -589,7 +589,7 @@ def test_flag_order_does_not_matter(monkeypatch, words):
     ("--output_dir --do_train", "--output_dir: needs a value"),
     ("--learning_rate --do_train", "--learning_rate: needs a value"),
     ("--learning_rate fast", "--learning_rate=fast: must be a number"),
-    ("--deepspeed nowhere.json", "nowhere.json: no such file; name a ds_config.json"),
+    ("--deepspeed nowhere.json", "nowhere.json: no such file; give a ds_config.json"),
     ("--optim rmsprop", "must be one of adamw_torch"),
     ("--optim sgd", "--config.optim.name=sgd --config.optim.b1=0 for torch's SGD"),
     (
