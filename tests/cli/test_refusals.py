@@ -13,7 +13,7 @@ from jaxft.train import finetune
 FAULTS = {
   "typo": (
     ["--config.optim.learnig_rate=1"],
-    "config.optim.learnig_rate: there is no such setting; did you mean optim.learning_rate?",
+    "config.optim.learnig_rate: unknown setting; did you mean optim.learning_rate?",
   ),
   "no data": (
     ["--config.data.train=/nowhere/x.txt"],
@@ -24,15 +24,15 @@ FAULTS = {
   "negative": (["--config.train.batch_size=-1"], "config.train.batch_size=-1: must be at least 1"),
   "wrong type": (
     ["--config.train.batch_size=many"],
-    "--config.train.batch_size=many: 'many' is no whole number",
+    "--config.train.batch_size=many: 'many' is not a whole number",
   ),
   "no config": (["--config=nowhere.py"], "'nowhere.py': no such file"),
-  "broken config": (["--config={tmp}/broken.py"], "the config file does not run: NameError"),
+  "broken config": (["--config={tmp}/broken.py"], "broken.py failed: NameError"),
   "mistyped flag": (["--wokdir=x"], "--wokdir: no such flag; did you mean --workdir?"),
   "stray word": (["x"], "'x': not a flag"),
   "one dash": (
     ["-config.optim.learnig_rate=1"],
-    "config.optim.learnig_rate: there is no such setting",
+    "config.optim.learnig_rate: unknown setting",
   ),
   "export over the run": (["--config.export.out={tmp}/w"], "the run itself is written there"),
   "export over a file": (["--config.export.out={tmp}/broken.py"], "is not an earlier export"),
@@ -111,7 +111,7 @@ def test_train_errors_need_no_slow_imports(config_file, tmp_path):
     (["jaxft.evaluate", "--model", "{export}"], "--data is missing"),
     (
       ["jaxft.evaluate", "--data", "x"],
-      "--model is missing: name a Hugging Face folder or hub id, or a run",
+      "--model is missing: set it to a Hugging Face folder or hub id",
     ),
     (
       ["jaxft.export", "--modle", "{export}", "--out", "x"],
@@ -170,7 +170,7 @@ def test_train_errors_need_no_slow_imports(config_file, tmp_path):
     (["jaxft.export", "--workdir", "/nowhere", "--out", "x"], "not a run's folder"),
     (
       ["jaxft.export", "--model", "{export}", "--step", "7", "--out", "x"],
-      "--step goes with --workdir",
+      "--step needs --workdir",
     ),
   ],
 )

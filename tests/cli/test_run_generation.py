@@ -67,7 +67,7 @@ def test_run_generation_command_is_translated(run, folder, ready):
     "temperature=1.0, repetition_penalty=1.0, num_return_sequences=1, do_sample=True, seed=42"
   )
   assert first == f"--model_type=gpt2: defaults of run_generation.py: {defaults}"
-  assert second.startswith("--half: computed in bfloat16 where")
+  assert second.startswith("--half: computes in bfloat16 if")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_documented_flags_exist():
 @pytest.mark.parametrize(
   "words, message",
   [
-    ("--early_stopping", "--early_stopping=True: beams go on until"),
+    ("--early_stopping", "--early_stopping=True: beam search continues until"),
     ("--use_cache=False", "--use_cache=False: keys and values"),
     ("--jit False", "--jit=False: every step is compiled"),
     ("--xlm_language en", "--xlm_language=en: XLM models"),

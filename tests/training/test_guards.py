@@ -309,7 +309,7 @@ def test_float16_compute_is_refused_with_advice(config, tmp_path):
   config.model.compute_dtype = "float16"
   with pytest.raises(
     RequestError,
-    match="compute_dtype='float16': .*float16 ends at 65504.*bfloat16 has float32's range",
+    match="compute_dtype='float16': .*maximum is 65504; bfloat16 has the range of float32",
   ):
     finetune(config, tmp_path / "run")
 
