@@ -65,7 +65,7 @@ class Tried(collections.Counter):
 
   def row(self, what):
     harmless = (
-      {"of them without effect on what is read": self["harmless"]} if self["harmless"] else {}
+      {"without effect on the data read": self["harmless"]} if self["harmless"] else {}
     )
     return {"what": f"damage to {what}", "tried": self.total(), "sums": harmless}
 
