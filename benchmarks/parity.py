@@ -1,4 +1,4 @@
-"""Write docs/parity.md: the differences of jaxft from transformers in torch, for every published size.
+"""Write docs/parity.md: jaxft against transformers in torch, for every published size.
 
   python benchmarks/parity.py
 

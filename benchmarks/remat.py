@@ -57,8 +57,8 @@ def main() -> None:
   about = (
     f"{datetime.date.today()}, jax {importlib.metadata.version('jax')}: {args.model} on "
     f"{args.device}, {args.rows} x {args.length} tokens, {answer['compute_dtype']}, AdamW, no "
-    "dropout. Needed FLOPs are (6 P + 12 L N H T) x tokens (PaLM, appendix B). They count attention "
-    "to later tokens too; computed FLOPs do not."
+    "dropout. Needed FLOPs are (6 P + 12 L N H T) x tokens (PaLM, appendix B). They count "
+    "attention to later tokens too; computed FLOPs do not."
   )
   page.put(
     f"memory against arithmetic, {args.model}",

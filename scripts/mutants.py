@@ -437,8 +437,8 @@ def write_into_page(text: str) -> None:
   page = PAGE.read_text(encoding="utf-8")
   if BEGIN not in page:
     page += (
-      "\n## Faults that the tests catch\n\n`scripts/mutants.py` puts each of these faults into a copy of "
-      f"jaxft, one at a time, and writes this table:\n\n{BEGIN}\n{END}\n"
+      "\n## Faults that the tests catch\n\n`scripts/mutants.py` puts each of these faults into a "
+      f"copy of jaxft, one at a time, and writes this table:\n\n{BEGIN}\n{END}\n"
     )
   before, _, rest = page.partition(BEGIN)
   PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
