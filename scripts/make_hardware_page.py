@@ -187,7 +187,9 @@ def config_lines() -> list[str]:
   for file in CONFIGS:
     module = runpy.run_path(str(file))
     named = re.search(r"--device (\S+)", module["__doc__"])
-    planned_as = re.search(r"jaxft\.plan .*--config\.model\.path=(\S+)", module["__doc__"])
+    planned_as = re.search(
+      r"jaxft\.plan (?:.*\\\n)?.*--config\.model\.path=(\S+)", module["__doc__"]
+    )
     config = module["get_config"]()
     config.model.path = planned_as[1] if planned_as else config.model.path
     for device in named[1].split(",") if named else ["cpu"]:
