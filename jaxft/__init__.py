@@ -2,10 +2,11 @@
 
 import jaxft
 
-run = jaxft.finetune(config, "runs/mine")  # config: a changed jaxft.config.default()
+c = jaxft.load_config("gpt2_tinystories")  # a shipped config, or a file
+run = jaxft.finetune(c, "runs/mine")
 model = jaxft.load(run.export)  # or a hub id
 model.generate(["Once upon a time"])
-jaxft.plan_for(config, "h100x8")["fits"]  # needs no such device
+jaxft.plan_for(c, "h100x8")["fits"]  # needs no such device
 """
 
 import importlib
@@ -30,7 +31,7 @@ _MODULES = {
 
 
 def __getattr__(name: str):
-  """Import `finetune`, `load` or `plan_for` on first use."""
+  """Import a public function on first use."""
   if name not in _MODULES:
     raise AttributeError(f"module 'jaxft' has no attribute {name!r}")
   return getattr(importlib.import_module(_MODULES[name]), name)
