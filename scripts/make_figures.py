@@ -142,12 +142,13 @@ def batch() -> str:
       drawing.text(x + 34 + 50 * j, y + 39 + 40 * i, str(number), "s m")
   x, y = at(3)
   rows = ("blue " * 8, "blue " * 3 + "orange " * 5, "orange " * 2 + "green " * 6)
-  cells(drawing, x + 13, y + 18, [row.split() for row in rows], 18, 38)
+  cells(drawing, x + 13, y + 18, [row.split() for row in rows], 18, 34)
+  drawing.text(x + W / 2, y + 136, "sequence_length tokens", "s q m")
   x, y = at(4)
-  cells(drawing, x + 13, y + 16, [row.split() for row in rows], 18, 22)
-  cells(drawing, x + 13, y + 82, [row.split() for row in (rows[2], rows[0], rows[1])], 18, 22)
-  drawing.line((x + 8, y + 78), (x + W - 8, y + 78))
-  drawing.text(x + W / 2, y + 145, "rows split over devices", "s q m")
+  cells(drawing, x + 13, y + 10, [row.split() for row in rows], 18, 18)
+  cells(drawing, x + 13, y + 73, [row.split() for row in (rows[2], rows[0], rows[1])], 18, 18)
+  drawing.line((x + 8, y + 68), (x + W - 8, y + 68))
+  drawing.text(x + W / 2, y + 142, "split over devices", "s q m")
   x, y = at(5)
   for i, chance in enumerate((0.12, 0.2, 0.55, 0.13)):
     drawing.rect(x + 26 + 31 * i, y + 100 - 120 * chance, 24, 120 * chance, "purple")
@@ -214,9 +215,9 @@ def mesh() -> str:
     drawing, 0, 18, [("blue", "its part of a weight matrix"), ("green", "its rows of the batch")]
   )
   for data in range(2):
-    left = 30 + data * 374
-    drawing.rect(left - 30, TOP - 32, 356, 2 * (SIZE + 58) + 30, "panel", 8)
-    drawing.text(left + 148, TOP - 12, f"data = {data}", "c m")
+    left = 30 + data * 394
+    drawing.rect(left - 30, TOP - 32, 366, 2 * (SIZE + 58) + 30, "panel", 8)
+    drawing.text(left + 153, TOP - 12, f"data = {data}", "c m")
     for fsdp in range(2):
       for tensor in range(2):
         x, y = left + fsdp * 156, TOP + tensor * (SIZE + 58)
@@ -333,7 +334,11 @@ def step_memory(plans: dict) -> str:
     f"The line is the memory that a process gets. Compiled, not measured: jax {versions['jax']}.",
     "s q",
   )
-  return drawing.svg(y + 8)
+  streamed = (
+    "With memory.offload=all a device holds temporaries only: a layer, and inputs of layers."
+  )
+  drawing.text(0, y + 20, streamed, "s q")
+  return drawing.svg(y + 28)
 
 
 def fits(page: str) -> str:
@@ -367,13 +372,17 @@ def fits(page: str) -> str:
       drawing.text(middle, y + 25, rows_of, "b m")
       drawing.text(middle, y + 43, match[2], "s m")
       if match[3]:
-        drawing.text(middle, y + 58, f"offload={match[3]}", "s m")
+        drawing.text(middle, y + 58, match[3], "c m")
   y = TOP + ROW * len(models) + 22
   legend(
     drawing,
     LEFT,
     y,
-    [("green", "no offload"), ("blue", "optimizer offload"), ("orange", "full offload")],
+    [
+      ("green", "memory.offload=none"),
+      ("blue", "memory.offload=optimizer"),
+      ("orange", "memory.offload=all"),
+    ],
   )
   drawing.text(
     LEFT, y + 24, "Rows of 1,024 tokens (GPT-2) or 2,048. Memory is the peak of one device.", "s q"

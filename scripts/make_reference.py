@@ -86,13 +86,15 @@ def escaped(text: str) -> str:
 def settings_page() -> str:
   lines = [WRITTEN + SETTINGS_HEAD]
   for section, sentence in SECTIONS.items():
-    lines += [f"\n## {section}\n", sentence, "", "| setting | values | default | meaning |"]
+    lines += [f"\n## {section}\n", sentence, ""]
+    lines += ['<div class="stacked" markdown>', "", "| setting | values | default | meaning |"]
     lines.append("|---|---|---|---|")
     for it in SETTINGS:
       if it.name.startswith(f"{section}."):
         default = "unset" if it.default is None else f"`{it.default}`" if it.default else "empty"
         default = f"`{it.default}`" if isinstance(it.default, int | float) else default
         lines.append(f"| `{it.name}` | {values(it)} | {default} | {escaped(it.doc)} |")
+    lines += ["", "</div>"]
   assert {it.split(".")[0] for it in BY_NAME} == SECTIONS.keys()
   return "\n".join(lines) + "\n"
 
