@@ -22,6 +22,7 @@ from jaxft.cli.flags import parse_train
 from jaxft.config import Config
 from jaxft.distributed import multihost
 from jaxft.errors import RequestError, exit_code, first_line, run_command
+from jaxft.metrics.logger import OnStep
 from jaxft.plan import measure, rendering
 from jaxft.plan.planner import plan_from_compiled, resolve_model_config
 from jaxft.report_page import run_page
@@ -64,6 +65,7 @@ def finetune(
   allow_change: bool = False,
   overwrite: bool = False,
   require: str | None = None,
+  on_step: OnStep | None = None,
 ) -> TrainOutput | None:
   """Fine-tunes as `config` says, continuing what `workdir` holds, and exports the result.
 
@@ -77,6 +79,9 @@ def finetune(
     overwrite: begin a new run; one that is in `workdir` is moved to a folder beside it, which is
       logged.
     require: "gpu" or "tpu": what JAX must compute on; None: whatever it finds.
+    on_step: called as `on_step(step, metrics)` after each train step, in every process. `metrics`
+      has "loss", "grad_norm", "learning_rate" (floats, from the step) and "tokens" (int, all
+      trained so far). An exception that it raises ends the run.
 
   Raises:
     RequestError, NumericsError, StorageError, Preempted: see `jaxft.errors`.
@@ -99,6 +104,7 @@ def finetune(
     strict=strict,
     allow_change=allow_change,
     overwrite=overwrite,
+    on_step=on_step,
   )
   validate(request)
   backend.require_device(require)

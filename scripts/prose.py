@@ -4,9 +4,9 @@
     python scripts/prose.py --worst 20      # and the sentences to rewrite first
     python scripts/prose.py jaxft/data      # only these files or folders, one row each file
 
-A sentence ends at a full stop, a question mark, or the end of its paragraph, list item or table cell.
-Code blocks, headings, and pieces of fewer than four words are left out, so that short table cells do
-not lower the average. Inline code and links count as one word.
+A sentence ends at a full stop, a question mark, or the end of its paragraph, list item or table
+cell. Code blocks, headings, and pieces of fewer than four words are left out, so that short table
+cells do not lower the average. Inline code counts as one word.
 
 Messages are the string literals of `jaxft` with at least four words, docstrings apart: errors,
 warnings, log lines, --help and descriptions of settings.
@@ -34,8 +34,8 @@ LIMITS = {
 }
 README_WORDS = 1000
 
-# Each is correct English; many of them together read like a translation. The right column is what to
-# write instead.
+# Each is correct English; many of them together read like a translation. The right column says
+# what to write instead.
 MARKERS = {
   r"told|tells?": "report, print, log, return, show",
   r"there (is|are|was|were|may be)": "name the subject: 'X has', 'X exists', 'found no X'",

@@ -5,6 +5,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -15,6 +16,8 @@ from jaxft.metrics.sinks import Kind, Sink
 from jaxft.metrics.system import SystemMetrics, peak_memory_bytes
 from jaxft.utils.console import ProgressBar, console, log
 from jaxft.utils.types import Json
+
+OnStep: TypeAlias = Callable[[int, dict[str, float]], None]  # a user's function: step, metrics
 
 
 class StepTimer:
@@ -71,6 +74,7 @@ class MetricsLogger:
     tokens_seen: int = 0,
     ideal_step_seconds: float | None = None,
     system: SystemMetrics | None = None,
+    on_step: OnStep | None = None,
   ):
     """Starts the clock.
 
@@ -82,6 +86,7 @@ class MetricsLogger:
       tokens_seen: by the steps before this start of the run.
       ideal_step_seconds: of a step at peak FLOP/s, for the MFU; None where the peak is not known.
       system: its readings are part of the entry of a step.
+      on_step: called after each train step, whether it is logged or not.
     """
     self.tokens_seen = tokens_seen
     self.clock = StepTimer()
@@ -96,6 +101,7 @@ class MetricsLogger:
       due_at, train.log_every, rows=num_rows, batch_size=train.batch_size
     )
     self._system = system
+    self._on_step = on_step
 
   def write(self, kind: Kind, step: int, values: Json, line: str = "") -> None:
     """Sends an entry, and the same in a line for people, to all sinks."""
@@ -111,6 +117,9 @@ class MetricsLogger:
     """
     loss, norm, rate = (float(metrics[key]) for key in ("loss", "grad_norm", "learning_rate"))
     self.tokens_seen += int(metrics["tokens"])
+    if self._on_step:
+      numbers = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+      self._on_step(step, numbers | {"tokens": self.tokens_seen})
     self.clock.count(int(metrics["tokens"]))
     speed = f"{self.clock.tokens_per_second:,.0f} tokens/s"
     mfu = {}

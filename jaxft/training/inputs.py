@@ -18,6 +18,7 @@ from jaxft.errors import RequestError
 from jaxft.hf import base_model, export, push, repo
 from jaxft.hf.repo import HFCheckpoint
 from jaxft.hf.tokenizer import fingerprint, load_tokenizer
+from jaxft.metrics.logger import OnStep
 from jaxft.metrics.trackers import missing_packages
 from jaxft.sharding.mesh import make_mesh
 from jaxft.training import optimizer
@@ -36,9 +37,10 @@ class RunRequest:
 
   config: Config
   workdir: Path
-  strict: bool  # a damaged checkpoint ends the run
-  allow_change: bool  # a run goes on with other settings than it was started with
-  overwrite: bool  # a run that is in the workdir is moved aside
+  strict: bool = False  # a damaged checkpoint ends the run
+  allow_change: bool = False  # a run may resume with other settings than it was started with
+  overwrite: bool = False  # a run that is in the workdir is moved aside
+  on_step: OnStep | None = None  # called after each train step
 
   @property
   def export_dir(self) -> Path:

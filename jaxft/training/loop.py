@@ -52,6 +52,7 @@ def open_logger(
     tokens_seen=tokens_seen,
     ideal_step_seconds=roofline.ideal_step_seconds(target, mesh.size, model_flops),
     system=system,
+    on_step=run.request.on_step,
   )
   return files, logger
 
@@ -85,7 +86,7 @@ def train(
       f"config.train.early_stopping_patience={patience}: no lower eval loss in as many "
       "evaluations, so nothing more is trained; a higher one, or 0, goes on"
     )
-  batches = _batches(run, start)
+  batches = train_batches(run, start)
   profiler = Profiler(
     folder=run.request.workdir / "profile",
     first=start + 3,
@@ -143,7 +144,8 @@ def train(
   return step, state
 
 
-def _batches(run: BuiltRun, start: int) -> Iterator[Batch]:
+def train_batches(run: BuiltRun, start: int = 0) -> Iterator[Batch]:
+  """Yields the batches of the steps after `start`, on the run's devices."""
   return loader.train_batches(
     run.inputs.data.train,
     batch_size=run.config.train.batch_size,

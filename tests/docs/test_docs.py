@@ -1,7 +1,7 @@
 """The pages themselves: links resolve, and files, settings, commands and names exist."""
 
 import ast
-import importlib
+import importlib.util
 import re
 import tomllib
 
@@ -92,6 +92,10 @@ def test_named_commands_and_extras_exist(name):
   targets = re.findall(r"^([\w-]+):", (pages.ROOT / "Makefile").read_text(), re.MULTILINE)
   code = [*pages.INLINE.findall(pages.prose(name)), *"\n".join(pages.blocks(name, "")).splitlines()]
   for line in code:
+    if (command := re.match(r"(?:\$ )?jaxft ([a-z]+)(?: |$)", line.strip())) and (
+      command[1] != "quickstart"
+    ):
+      assert importlib.util.find_spec(f"jaxft.{command[1]}"), f"{name}: jaxft {command[1]}"
     if target := re.match(r"(?:\$ )?make ([a-z][\w-]*)", line.strip()):
       assert target[1] in targets, f"{name}: make {target[1]}"
 

@@ -14,6 +14,7 @@ CONFIGS = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("configs/*.py
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
 COMMAND = "python -m jaxft."
+QUICKSTART = "python -m jaxft.train --config configs/quickstart.py"
 
 
 class Step(NamedTuple):
@@ -59,13 +60,19 @@ def prose(name: str) -> str:
 
 
 def _commands(text: str) -> list[str]:
-  lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
-  return [" ".join(line.split()) for line in lines if line.startswith(COMMAND)]
+  lines = [" ".join(line.split()) for line in text.replace("\\\n", " ").splitlines()]
+  return [line for line in map(_with_module, lines) if line.startswith(COMMAND)]
+
+
+def _with_module(line: str) -> str:
+  """Return `jaxft train ...` as `python -m jaxft.train ...`, which tests call by module."""
+  line = re.sub(r"^jaxft quickstart\b", QUICKSTART, line)
+  return re.sub(r"^jaxft ([a-z]+)(?= |$)", rf"{COMMAND}\1", line)
 
 
 def _inline(text: str) -> list[Step]:
   """Commands within a sentence or a table; one without arguments is a name."""
-  quoted = (" ".join(code.split()) for code in INLINE.findall(text))
+  quoted = (_with_module(" ".join(code.split())) for code in INLINE.findall(text))
   return [
     Step("command", code)
     for code in quoted
