@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Programs as users compile them; tests/conftest.py has the others compiled without most optimizations.
 OPTIMIZED = JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS=
 
-.PHONY: quickstart test tests test-all torture coverage mutants lint wheel assets help
+.PHONY: quickstart test tests test-all torture coverage mutants lint docs wheel assets help
 
 quickstart: $(VENV)/installed  ## install, then fine-tune the embedded model on the embedded stories
 	$(VENV)/bin/python -m jaxft.train --config configs/quickstart.py --workdir $(WORKDIR)
@@ -50,6 +50,9 @@ lint: $(VENV)/installed-dev  ## style and types
 wheel: $(VENV)/installed-dev  ## build an sdist, and a wheel from it, into dist/
 	$(VENV)/bin/python -m build --no-isolation
 
+docs: $(VENV)/installed-docs  ## build the documentation site into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
 assets: $(VENV)/installed-dev  ## make assets/quickstart again (about ten minutes on two cores)
 	$(VENV)/bin/python scripts/make_quickstart_assets.py
 
@@ -67,10 +70,14 @@ $(VENV)/installed: $(VENV)/bin/pip pyproject.toml
 	$(INSTALL) .
 	touch $@
 
+$(VENV)/installed-docs: $(VENV)/bin/pip pyproject.toml
+	$(INSTALL) '.[docs]'
+	touch $@ $(VENV)/installed
+
 $(VENV)/installed-dev: $(VENV)/bin/pip pyproject.toml
 	$(INSTALL) '.[dev]'
-	touch $@ $(VENV)/installed
+	touch $@ $(VENV)/installed-docs $(VENV)/installed
 
 $(VENV)/installed-dev-all: $(VENV)/bin/pip pyproject.toml
 	$(INSTALL) '.[dev-all]'
-	touch $@ $(VENV)/installed-dev $(VENV)/installed
+	touch $@ $(VENV)/installed-dev $(VENV)/installed-docs $(VENV)/installed

@@ -39,7 +39,7 @@ def steps(name: str) -> list[Step]:
     found += _inline(text[end : block.start()])
     if block[2] == "python":
       found.append(Step("python", re.sub(rf"^{block[1]}", "", block[3], flags=re.MULTILINE)))
-    else:
+    elif block[2] != "text":  # what a command prints
       found += [Step("command", line) for line in _commands(block[3])]
     end = block.end()
   return found + _inline(text[end:])
