@@ -42,10 +42,11 @@ coverage: $(VENV)/installed-dev  ## the lines of jaxft that `make test` runs, su
 mutants: $(VENV)/installed-dev  ## thirty faults, put into a copy one at a time: does `make test` notice?
 	$(VENV)/bin/python scripts/mutants.py
 
-lint: $(VENV)/installed-dev  ## style and types
+lint: $(VENV)/installed-dev  ## style, types and prose
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python --summary=none
+	$(VENV)/bin/python scripts/prose.py
 
 wheel: $(VENV)/installed-dev  ## build an sdist, and a wheel from it, into dist/
 	$(VENV)/bin/python -m build --no-isolation
